@@ -1,0 +1,70 @@
+//! JSON artifacts: every one says which schema, which tool, which inputs and which settings made it.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use schemars::JsonSchema;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::error::{Error, Result};
+use super::files::AtomicFile;
+use super::hash::Sha256Digest;
+
+/// The head of every JSON file that interlace writes; flattened into the artifact.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Provenance {
+    /// Version of this artifact's schema; readers refuse another one.
+    pub schema_version: u32,
+    /// `interlace` and its version.
+    pub tool: String,
+    /// SHA-256 of each input, by a name that says what it was (`model`, `data`, `scores`).
+    pub inputs: BTreeMap<String, Sha256Digest>,
+    /// The settings that made it, as the verb understood them.
+    pub settings: serde_json::Value,
+}
+
+impl Provenance {
+    /// A head with this tool's version.
+    ///
+    /// Errors: `Error::Invalid` when the settings cannot be written as JSON.
+    pub fn new<S: Serialize>(schema_version: u32, inputs: BTreeMap<String, Sha256Digest>, settings: &S) -> Result<Self> {
+        Ok(Provenance {
+            schema_version,
+            tool: format!("interlace {}", env!("CARGO_PKG_VERSION")),
+            inputs,
+            settings: serde_json::to_value(settings).map_err(|e| Error::invalid("settings", e.to_string()))?,
+        })
+    }
+}
+
+/// Writes a value as indented JSON under its final name in one step.
+///
+/// Errors: `Error::Io` when the file cannot be written; nothing is left then.
+pub fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<()> {
+    let mut text = serde_json::to_string_pretty(value).map_err(|e| Error::invalid(format!("`{}`", path.display()), e.to_string()))?;
+    text.push('\n');
+    let mut file = AtomicFile::create(path)?;
+    file.write_all(text.as_bytes())?;
+    file.commit()
+}
+
+/// Reads an artifact of the given schema version.
+///
+/// Errors: `Error::Io` when unreadable; `Error::Invalid` when it is not JSON of that type or of another version.
+pub fn read_json<T: DeserializeOwned>(path: &Path, schema_version: u32) -> Result<T> {
+    let subject = || format!("`{}`", path.display());
+    let bytes = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
+    let value: serde_json::Value = serde_json::from_slice(&bytes).map_err(|e| Error::invalid(subject(), format!("not JSON: {e}")))?;
+    match value.get("schema_version").and_then(serde_json::Value::as_u64) {
+        Some(found) if found == u64::from(schema_version) => {}
+        Some(found) => {
+            return Err(Error::invalid(subject(), format!("schema_version is {found}, expected {schema_version}"))
+                .remedy("make the file again with this version of interlace"));
+        }
+        None => {
+            return Err(Error::invalid(subject(), "has no `schema_version`, so it is no file that interlace wrote"));
+        }
+    }
+    serde_json::from_value(value).map_err(|e| Error::invalid(subject(), e.to_string()))
+}

@@ -1,0 +1,47 @@
+//! Ctrl-C as a flag that long loops look at.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::error::{Error, Result};
+
+/// A shared flag, set once by Ctrl-C; cheap to clone and to ask.
+#[derive(Clone, Debug, Default)]
+pub struct Cancel(Arc<AtomicBool>);
+
+impl Cancel {
+    /// True once the user has asked to stop.
+    pub fn requested(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// Asks to stop.
+    pub fn request(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    /// Errors: `Error::Interrupted` once the user has asked to stop; `kept` says what remains usable.
+    pub fn check(&self, kept: &str) -> Result<()> {
+        if self.requested() {
+            return Err(Error::Interrupted { kept: kept.to_string() });
+        }
+        Ok(())
+    }
+}
+
+/// Installs the handler: the first Ctrl-C sets the flag, the second one ends the process at once with status 130.
+///
+/// Errors: `Error::Invalid` when a handler is installed already.
+pub fn install_ctrl_c() -> Result<Cancel> {
+    let cancel = Cancel::default();
+    let flag = cancel.clone();
+    ctrlc::set_handler(move || {
+        if flag.requested() {
+            std::process::exit(130);
+        }
+        flag.request();
+        eprintln!("stopping after the current step; press Ctrl-C again to stop at once");
+    })
+    .map_err(|e| Error::invalid("Ctrl-C handler", e.to_string()))?;
+    Ok(cancel)
+}

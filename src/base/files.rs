@@ -1,0 +1,235 @@
+//! Files: memory maps, write-beside-then-rename, and paths that stay inside a folder.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::ops::Deref;
+use std::os::fd::AsRawFd;
+use std::path::{Component, Path, PathBuf};
+
+use memmap2::Mmap;
+
+use super::error::{Error, Result};
+
+/// A read-only memory map of a whole file.
+pub struct MappedFile {
+    path: PathBuf,
+    file: File,
+    map: Option<Mmap>,
+}
+
+impl MappedFile {
+    /// Maps `path`; an empty file is an empty slice.
+    ///
+    /// Errors: `Error::Io` when it cannot be opened or mapped, `Error::Invalid` when it is not a plain file.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
+        let metadata = file.metadata().map_err(|e| Error::io("read", path, e))?;
+        if !metadata.is_file() {
+            return Err(Error::invalid(format!("`{}`", path.display()), "is not a plain file"));
+        }
+        let map = if metadata.len() == 0 {
+            None
+        } else {
+            // SAFETY: the map is read-only and the file is never written by this process; that another process
+            // truncates it meanwhile is the known hazard of every memory map.
+            Some(unsafe { Mmap::map(&file) }.map_err(|e| Error::io("map", path, e))?)
+        };
+        Ok(MappedFile {
+            path: path.to_path_buf(),
+            file,
+            map,
+        })
+    }
+
+    /// Where the file is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Deref for MappedFile {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        self.map.as_deref().unwrap_or(&[])
+    }
+}
+
+impl std::fmt::Debug for MappedFile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "MappedFile({}, {} bytes)", self.path.display(), self.len())
+    }
+}
+
+/// Copies `length` bytes from a mapped file to the end of `target` inside the kernel where that is possible.
+///
+/// Errors: `Error::Io` naming the target, `ErrorKind::UnexpectedEof` when the source is shorter than said.
+pub fn copy_range(source: &MappedFile, offset: u64, length: u64, target: &mut AtomicFile) -> Result<()> {
+    let end = offset.checked_add(length).filter(|&end| end <= source.len() as u64);
+    let Some(end) = end else {
+        return Err(Error::io("read", &source.path, io::ErrorKind::UnexpectedEof.into()));
+    };
+    let mut position = offset as libc::off64_t;
+    while (position as u64) < end {
+        let wanted = (end - position as u64).min(1 << 30) as usize;
+        // SAFETY: both descriptors are open for the duration of the call and `position` outlives it.
+        let copied = unsafe {
+            libc::copy_file_range(
+                source.file.as_raw_fd(),
+                &mut position,
+                target.file.as_raw_fd(),
+                std::ptr::null_mut(),
+                wanted,
+                0,
+            )
+        };
+        if copied <= 0 {
+            let error = io::Error::last_os_error();
+            let fall_back = [libc::EXDEV, libc::EINVAL, libc::ENOSYS, libc::EOPNOTSUPP, libc::EBADF];
+            if copied == 0 || error.raw_os_error().is_some_and(|code| fall_back.contains(&code)) {
+                return target.write_all(&source[position as usize..end as usize]);
+            }
+            if error.kind() == io::ErrorKind::Interrupted {
+                continue;
+            }
+            return Err(Error::io("write", &target.path, error));
+        }
+    }
+    Ok(())
+}
+
+/// A file written beside its final name and renamed onto it by `commit`; removed when dropped without.
+pub struct AtomicFile {
+    path: PathBuf,
+    temporary: PathBuf,
+    file: File,
+    committed: bool,
+}
+
+impl AtomicFile {
+    /// Errors: `Error::Io` when the folder does not exist or is not writable.
+    pub fn create(path: &Path) -> Result<Self> {
+        let name = path.file_name().ok_or_else(|| Error::invalid(format!("`{}`", path.display()), "names no file"))?;
+        let temporary = path.with_file_name(format!(".{}.{}.part", name.to_string_lossy(), std::process::id()));
+        let file = File::create(&temporary).map_err(|e| Error::io("create", path, e))?;
+        Ok(AtomicFile {
+            path: path.to_path_buf(),
+            temporary,
+            file,
+            committed: false,
+        })
+    }
+
+    /// Appends bytes. Errors: `Error::Io` naming the final path.
+    pub fn write_all(&mut self, bytes: &[u8]) -> Result<()> {
+        self.file.write_all(bytes).map_err(|e| Error::io("write", &self.path, e))
+    }
+
+    /// Flushes to disk and gives the file its final name.
+    ///
+    /// Errors: `Error::Io`; the temporary file is removed then.
+    pub fn commit(mut self) -> Result<()> {
+        self.file.sync_all().map_err(|e| Error::io("write", &self.path, e))?;
+        fs::rename(&self.temporary, &self.path).map_err(|e| Error::io("rename", &self.path, e))?;
+        self.committed = true;
+        Ok(())
+    }
+}
+
+impl Drop for AtomicFile {
+    fn drop(&mut self) {
+        if !self.committed {
+            let _ = fs::remove_file(&self.temporary);
+        }
+    }
+}
+
+/// A new folder that appears under its final name only when complete.
+pub struct StagedDir {
+    target: PathBuf,
+    staging: tempfile::TempDir,
+}
+
+impl StagedDir {
+    /// Begins a folder that will become `target`.
+    ///
+    /// Errors: `Error::Invalid` when `target` exists already and is not an empty folder; `Error::Io` when its parent cannot be made.
+    pub fn create(target: &Path) -> Result<Self> {
+        match fs::symlink_metadata(target) {
+            Ok(metadata) => {
+                let empty = metadata.is_dir() && fs::read_dir(target).is_ok_and(|mut entries| entries.next().is_none());
+                if !empty {
+                    return Err(Error::invalid(format!("output `{}`", target.display()), "exists already")
+                        .remedy("name a new folder, or remove this one first"));
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(Error::io("read", target, error)),
+        }
+        let parent = match target.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        fs::create_dir_all(parent).map_err(|e| Error::io("create", parent, e))?;
+        let staging = tempfile::Builder::new()
+            .prefix(".interlace-")
+            .tempdir_in(parent)
+            .map_err(|e| Error::io("create", target, e))?;
+        Ok(StagedDir {
+            target: target.to_path_buf(),
+            staging,
+        })
+    }
+
+    /// The folder to write into.
+    pub fn path(&self) -> &Path {
+        self.staging.path()
+    }
+
+    /// Gives the folder its final name.
+    ///
+    /// Errors: `Error::Io`; the staged folder is removed then.
+    pub fn commit(self) -> Result<()> {
+        if self.target.is_dir() {
+            fs::remove_dir(&self.target).map_err(|e| Error::io("replace", &self.target, e))?;
+        }
+        set_default_permissions(self.staging.path())?;
+        fs::rename(self.staging.path(), &self.target).map_err(|e| Error::io("rename", &self.target, e))?;
+        let _ = self.staging.keep();
+        Ok(())
+    }
+}
+
+/// Temporary folders are private to the user; a finished one gets what the umask allows.
+fn set_default_permissions(path: &Path) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    // SAFETY: umask only swaps a process-wide integer, and the old value is put back at once.
+    let mask = unsafe {
+        let mask = libc::umask(0o022);
+        libc::umask(mask);
+        mask
+    };
+    let mode = 0o777 & !mask;
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(|e| Error::io("set permissions of", path, e))
+}
+
+/// Resolves a path that a file from a stranger names, relative to `folder`.
+///
+/// Errors: `Error::Invalid` for an absolute path, a `..` component or a link that leaves the folder; `Error::Io` when
+/// the file does not exist.
+pub fn contained_path(folder: &Path, relative: &str) -> Result<PathBuf> {
+    let subject = || format!("path `{relative}` in `{}`", folder.display());
+    let candidate = Path::new(relative);
+    let plain = !relative.is_empty()
+        && !relative.contains(['\\', '\0'])
+        && candidate.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
+    if !plain {
+        return Err(Error::invalid(subject(), "must be a relative path without `..`"));
+    }
+    let joined = folder.join(candidate);
+    let root = fs::canonicalize(folder).map_err(|e| Error::io("open", folder, e))?;
+    let resolved = fs::canonicalize(&joined).map_err(|e| Error::io("open", &joined, e))?;
+    if !resolved.starts_with(&root) {
+        return Err(Error::invalid(subject(), "leads out of the folder through a link"));
+    }
+    Ok(resolved)
+}

@@ -1,0 +1,19 @@
+//! What every other module stands on: errors, files, hashing, progress. Knows nothing of models.
+
+mod artifact;
+mod cancel;
+mod error;
+mod files;
+mod hash;
+mod memory;
+mod progress;
+mod text;
+
+pub use artifact::{Provenance, read_json, write_json};
+pub use cancel::{Cancel, install_ctrl_c};
+pub use error::{Error, Result};
+pub use files::{AtomicFile, MappedFile, StagedDir, contained_path, copy_range};
+pub use hash::{Sha256Digest, sha256_bytes, sha256_file, sha256_json};
+pub use memory::peak_memory_bytes;
+pub use progress::{Progress, set_quiet};
+pub use text::{human_bytes, human_count, list_preview};

@@ -1,0 +1,51 @@
+//! Progress on standard error: a bar with rate and time left on terminals, nothing elsewhere.
+
+use std::io::IsTerminal;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+static QUIET: AtomicBool = AtomicBool::new(false);
+
+/// Turns all progress output off (for `--json` and tests).
+pub fn set_quiet(quiet: bool) {
+    QUIET.store(quiet, Ordering::Relaxed);
+}
+
+/// One running task; finished and cleared when dropped.
+pub struct Progress(ProgressBar);
+
+impl Progress {
+    /// A bar over `total` items named `unit` (plural), for instance `Progress::new("score", "samples", 500)`.
+    pub fn new(task: &str, unit: &str, total: u64) -> Self {
+        let hidden = QUIET.load(Ordering::Relaxed) || !std::io::stderr().is_terminal();
+        let target = if hidden { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
+        let bar = ProgressBar::with_draw_target(Some(total), target);
+        let template = format!("{task} {{wide_bar}} {{pos}}/{{len}} {unit} {{per_sec}} {{eta}} left {{msg}}");
+        if let Ok(style) = ProgressStyle::with_template(&template) {
+            bar.set_style(style);
+        }
+        Progress(bar)
+    }
+
+    /// Moves the bar on by `count` items.
+    pub fn advance(&self, count: u64) {
+        self.0.inc(count);
+    }
+
+    /// Sets the position outright (when resuming).
+    pub fn set_position(&self, position: u64) {
+        self.0.set_position(position);
+    }
+
+    /// Shows a short text after the bar, such as the current loss.
+    pub fn note(&self, text: impl Into<String>) {
+        self.0.set_message(text.into());
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
+    }
+}

@@ -1,0 +1,61 @@
+//! Small pieces of text for people.
+
+/// `1.38 MB`, `912 B`: decimal units, three significant digits.
+pub fn human_bytes(bytes: u64) -> String {
+    scaled(bytes, &["B", "kB", "MB", "GB", "TB"])
+}
+
+/// `4.2 M`, `640`: decimal units, three significant digits.
+pub fn human_count(count: u64) -> String {
+    scaled(count, &["", "k", "M", "G", "T"]).trim_end().to_string()
+}
+
+fn scaled(value: u64, units: &[&str]) -> String {
+    let mut scaled = value as f64;
+    let mut unit = 0;
+    while scaled >= 999.5 && unit + 1 < units.len() {
+        scaled /= 1000.0;
+        unit += 1;
+    }
+    let digits = match (unit, scaled) {
+        (0, _) => 0,
+        (_, v) if v < 9.995 => 2,
+        (_, v) if v < 99.95 => 1,
+        _ => 0,
+    };
+    format!("{scaled:.digits$} {}", units[unit])
+}
+
+/// The first `shown` items joined by commas, with a count of the rest.
+pub fn list_preview<T: std::fmt::Display>(items: &[T], shown: usize) -> String {
+    let mut text = items
+        .iter()
+        .take(shown)
+        .map(|item| format!("`{item}`"))
+        .collect::<Vec<_>>()
+        .join(", ");
+    if items.len() > shown {
+        text.push_str(&format!(" and {} more", items.len() - shown));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn units_are_decimal_with_three_digits() {
+        let cases = [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (999_950, "1.00 MB"), (16_777_216, "16.8 MB")];
+        for (bytes, want) in cases {
+            assert_eq!(human_bytes(bytes), want);
+        }
+        assert_eq!(human_count(640), "640");
+        assert_eq!(human_count(4_200_000), "4.20 M");
+    }
+
+    #[test]
+    fn previews_count_what_they_leave_out() {
+        assert_eq!(list_preview(&["a", "b", "c"], 2), "`a`, `b` and 1 more");
+    }
+}

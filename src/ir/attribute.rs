@@ -1,0 +1,92 @@
+//! Node attributes.
+
+use super::Body;
+use super::tensor::Tensor;
+use super::types::Opaque;
+
+/// The content of an attribute.
+#[derive(Clone, Debug)]
+pub enum AttributeKind {
+    Int(i64),
+    Float(f32),
+    String(Vec<u8>),
+    Tensor(Tensor),
+    Graph(Body),
+    Ints(Vec<i64>),
+    Floats(Vec<f32>),
+    Strings(Vec<Vec<u8>>),
+    Tensors(Vec<Tensor>),
+    Graphs(Vec<Body>),
+    /// Inside a function: the caller's attribute of this name, of this `AttributeProto.AttributeType` number.
+    Reference { name: String, type_number: i32 },
+    /// Sparse tensors and type messages: the attribute message as it came.
+    Other(Opaque),
+}
+
+/// An attribute with its documentation.
+#[derive(Clone, Debug)]
+pub struct Attribute {
+    pub kind: AttributeKind,
+    pub doc_string: String,
+}
+
+impl From<AttributeKind> for Attribute {
+    fn from(kind: AttributeKind) -> Self {
+        Attribute {
+            kind,
+            doc_string: String::new(),
+        }
+    }
+}
+
+impl Attribute {
+    /// The integer, if it is one.
+    pub fn as_int(&self) -> Option<i64> {
+        if let AttributeKind::Int(value) = self.kind { Some(value) } else { None }
+    }
+
+    /// The float, if it is one.
+    pub fn as_float(&self) -> Option<f32> {
+        if let AttributeKind::Float(value) = self.kind { Some(value) } else { None }
+    }
+
+    /// The integers, if it is a list of them.
+    pub fn as_ints(&self) -> Option<&[i64]> {
+        if let AttributeKind::Ints(values) = &self.kind { Some(values) } else { None }
+    }
+
+    /// The floats, if it is a list of them.
+    pub fn as_floats(&self) -> Option<&[f32]> {
+        if let AttributeKind::Floats(values) = &self.kind { Some(values) } else { None }
+    }
+
+    /// The text, if it is one in UTF-8.
+    pub fn as_str(&self) -> Option<&str> {
+        if let AttributeKind::String(bytes) = &self.kind { std::str::from_utf8(bytes).ok() } else { None }
+    }
+
+    /// The tensor, if it is one.
+    pub fn as_tensor(&self) -> Option<&Tensor> {
+        if let AttributeKind::Tensor(tensor) = &self.kind { Some(tensor) } else { None }
+    }
+
+    /// Bodies inside.
+    pub fn bodies(&self) -> impl Iterator<Item = &Body> {
+        let slice = match &self.kind {
+            AttributeKind::Graph(body) => std::slice::from_ref(body),
+            AttributeKind::Graphs(bodies) => bodies.as_slice(),
+            _ => &[],
+        };
+        slice.iter()
+    }
+
+    /// Mutable bodies inside.
+    pub fn bodies_mut(&mut self) -> impl Iterator<Item = &mut Body> {
+        let slice = match &mut self.kind {
+            AttributeKind::Graph(body) => std::slice::from_mut(body),
+            AttributeKind::Graphs(bodies) => bodies.as_mut_slice(),
+            _ => &mut [],
+        };
+        slice.iter_mut()
+    }
+}

@@ -1,0 +1,85 @@
+//! What must hold of every graph: checked after decoding and after every rewrite.
+
+use std::collections::HashSet;
+
+use crate::base::{Error, Result};
+
+use super::{Body, Graph, Model, ValueId};
+
+/// Checks a model's graph and functions.
+///
+/// Holds: every value read is defined before (nodes in execution order), none is defined twice, names of values in
+/// use are distinct and not empty, every weight's byte count fits its type and shape, every output exists.
+///
+/// Errors: `Error::Invalid` naming the node or value.
+pub fn check(model: &Model) -> Result<()> {
+    check_graph(&model.graph)?;
+    for function in &model.functions {
+        check_graph(&function.graph)?;
+    }
+    Ok(())
+}
+
+fn check_graph(graph: &Graph) -> Result<()> {
+    let mut defined = HashSet::new();
+    check_body(graph, &graph.body, &mut defined)
+}
+
+fn check_body(graph: &Graph, body: &Body, outer: &mut HashSet<ValueId>) -> Result<()> {
+    let mut own = Vec::new();
+    for &id in &body.inputs {
+        define(graph, id, outer, &mut own)?;
+    }
+    let inputs: HashSet<ValueId> = body.inputs.iter().copied().collect();
+    for (id, tensor) in &body.initializers {
+        if !inputs.contains(id) {
+            define(graph, *id, outer, &mut own)?;
+        }
+        let name = || format!("initializer `{}`", graph.name(*id));
+        let want = tensor
+            .dims
+            .iter()
+            .try_fold(1u64, |count, &dim| count.checked_mul(dim))
+            .and_then(|count| tensor.dtype.byte_len(count))
+            .ok_or_else(|| Error::invalid(name(), format!("shape {:?} overflows", tensor.dims)))?;
+        if tensor.dtype != super::DataType::String && tensor.byte_len() != want {
+            return Err(Error::invalid(
+                name(),
+                format!("holds {} bytes, {} of shape {:?} takes {want}", tensor.byte_len(), tensor.dtype, tensor.dims),
+            ));
+        }
+    }
+    for node in &body.nodes {
+        for id in node.present_inputs() {
+            if !outer.contains(&id) {
+                return Err(Error::invalid(node.describe(graph), format!("reads `{}`, which nothing before it defines", graph.name(id))));
+            }
+        }
+        for inner in node.bodies() {
+            check_body(graph, inner, outer)?;
+        }
+        for id in node.present_outputs() {
+            define(graph, id, outer, &mut own)?;
+        }
+    }
+    for &id in &body.outputs {
+        if !outer.contains(&id) {
+            return Err(Error::invalid(format!("output `{}`", graph.name(id)), "nothing defines it"));
+        }
+    }
+    for id in own {
+        outer.remove(&id);
+    }
+    Ok(())
+}
+
+fn define(graph: &Graph, id: ValueId, defined: &mut HashSet<ValueId>, own: &mut Vec<ValueId>) -> Result<()> {
+    if graph.name(id).is_empty() {
+        return Err(Error::invalid("a value", "has an empty name"));
+    }
+    if !defined.insert(id) {
+        return Err(Error::invalid(format!("value `{}`", graph.name(id)), "is defined twice"));
+    }
+    own.push(id);
+    Ok(())
+}

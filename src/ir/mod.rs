@@ -1,0 +1,197 @@
+//! The graph in memory. Knows no wire format: values are arena ids, weights are ranges of mapped files.
+//!
+//! One [`Graph`] owns one arena of [`Value`]s. The bodies of `If`, `Loop` and `Scan` nodes are [`Body`]s over the same
+//! arena, so a captured outer value is simply an id that the outer body defines.
+
+mod attribute;
+mod check;
+mod index;
+mod tensor;
+mod types;
+
+pub use attribute::{Attribute, AttributeKind};
+pub use check::check;
+pub use index::{GraphIndex, Producer, Use};
+pub use tensor::{Bytes, Tensor, TensorData};
+pub use types::{DataType, Dim, Opaque, ValueId, ValueType};
+
+use std::collections::BTreeMap;
+
+/// A whole ONNX model.
+#[derive(Clone, Debug, Default)]
+pub struct Model {
+    pub ir_version: i64,
+    /// Domain (`""` for the default one) to version.
+    pub opset_imports: BTreeMap<String, i64>,
+    pub producer_name: String,
+    pub producer_version: String,
+    pub domain: String,
+    pub model_version: i64,
+    pub doc_string: String,
+    pub metadata: Vec<(String, String)>,
+    pub functions: Vec<Function>,
+    pub graph: Graph,
+    /// Fields that this version does not know, carried over as they came.
+    pub extra: Opaque,
+}
+
+/// A model-local function: an operator given as a body over its own arena.
+#[derive(Clone, Debug, Default)]
+pub struct Function {
+    pub name: String,
+    pub domain: String,
+    pub overload: String,
+    pub opset_imports: BTreeMap<String, i64>,
+    /// Attribute names without a default.
+    pub attributes: Vec<String>,
+    /// Attributes with a default.
+    pub attribute_defaults: Vec<(String, Attribute)>,
+    pub doc_string: String,
+    pub metadata: Vec<(String, String)>,
+    pub graph: Graph,
+    pub extra: Opaque,
+}
+
+/// An arena of values and the body that defines them.
+#[derive(Clone, Debug, Default)]
+pub struct Graph {
+    pub values: Vec<Value>,
+    pub body: Body,
+}
+
+/// Inputs, weights, nodes in execution order and outputs of one scope.
+#[derive(Clone, Debug, Default)]
+pub struct Body {
+    pub name: String,
+    pub inputs: Vec<ValueId>,
+    pub outputs: Vec<ValueId>,
+    pub initializers: Vec<(ValueId, Tensor)>,
+    pub nodes: Vec<Node>,
+    pub doc_string: String,
+    pub metadata: Vec<(String, String)>,
+    pub extra: Opaque,
+}
+
+/// A named edge of the graph.
+#[derive(Clone, Debug, Default)]
+pub struct Value {
+    pub name: String,
+    /// From `graph.input`, `graph.output` or `value_info`; `None` where the file says nothing.
+    pub ty: Option<ValueType>,
+    pub doc_string: String,
+    pub metadata: Vec<(String, String)>,
+}
+
+/// One operator call.
+#[derive(Clone, Debug, Default)]
+pub struct Node {
+    pub name: String,
+    pub op_type: String,
+    /// `""` for the default domain (`ai.onnx` is read as it).
+    pub domain: String,
+    pub overload: String,
+    /// `None` is an optional input left out.
+    pub inputs: Vec<Option<ValueId>>,
+    /// `None` is an optional output left out.
+    pub outputs: Vec<Option<ValueId>>,
+    pub attributes: Vec<(String, Attribute)>,
+    pub doc_string: String,
+    pub metadata: Vec<(String, String)>,
+    pub extra: Opaque,
+}
+
+impl Graph {
+    /// The value behind an id. Ids are only ever made by this graph's own arena.
+    pub fn value(&self, id: ValueId) -> &Value {
+        &self.values[id.index()]
+    }
+
+    /// The name of a value, as the file has it.
+    pub fn name(&self, id: ValueId) -> &str {
+        &self.values[id.index()].name
+    }
+
+    /// Adds a value to the arena.
+    pub fn add_value(&mut self, value: Value) -> ValueId {
+        let id = ValueId::new(self.values.len());
+        self.values.push(value);
+        id
+    }
+
+    /// The id of a top-level input by name.
+    pub fn input(&self, name: &str) -> Option<ValueId> {
+        self.body.inputs.iter().copied().find(|&id| self.name(id) == name)
+    }
+
+    /// The id of a top-level output by name.
+    pub fn output(&self, name: &str) -> Option<ValueId> {
+        self.body.outputs.iter().copied().find(|&id| self.name(id) == name)
+    }
+
+    /// A name not yet in the arena, made from `stem`.
+    pub fn fresh_name(&self, stem: &str) -> String {
+        let taken: std::collections::HashSet<&str> = self.values.iter().map(|value| value.name.as_str()).collect();
+        let mut name = stem.to_string();
+        let mut count = 0;
+        while taken.contains(name.as_str()) {
+            count += 1;
+            name = format!("{stem}_{count}");
+        }
+        name
+    }
+}
+
+impl Body {
+    /// The tensor of an initializer of this scope.
+    pub fn initializer(&self, id: ValueId) -> Option<&Tensor> {
+        self.initializers.iter().find(|(value, _)| *value == id).map(|(_, tensor)| tensor)
+    }
+
+    /// Bytes of all initializers of this scope.
+    pub fn weight_bytes(&self) -> u64 {
+        self.initializers.iter().map(|(_, tensor)| tensor.byte_len()).sum()
+    }
+}
+
+impl Node {
+    /// An attribute by name.
+    pub fn attribute(&self, name: &str) -> Option<&Attribute> {
+        self.attributes.iter().find(|(key, _)| key == name).map(|(_, value)| value)
+    }
+
+    /// Bodies that this node carries (`If`, `Loop`, `Scan`).
+    pub fn bodies(&self) -> impl Iterator<Item = &Body> {
+        self.attributes.iter().flat_map(|(_, attribute)| attribute.bodies())
+    }
+
+    /// Mutable bodies that this node carries.
+    pub fn bodies_mut(&mut self) -> impl Iterator<Item = &mut Body> {
+        self.attributes.iter_mut().flat_map(|(_, attribute)| attribute.bodies_mut())
+    }
+
+    /// Domain and operator, as messages show it: `Softmax`, `com.microsoft.GroupQueryAttention`.
+    pub fn op(&self) -> String {
+        if self.domain.is_empty() { self.op_type.clone() } else { format!("{}.{}", self.domain, self.op_type) }
+    }
+
+    /// How messages name this node: ``node `/layers.3/attn/Softmax` (Softmax)``.
+    pub fn describe(&self, graph: &Graph) -> String {
+        if !self.name.is_empty() {
+            return format!("node `{}` ({})", self.name, self.op());
+        }
+        match self.outputs.iter().flatten().next() {
+            Some(&output) => format!("node of `{}` ({})", graph.name(output), self.op()),
+            None => format!("a node without a name ({})", self.op()),
+        }
+    }
+
+    /// Ids of the inputs that are there.
+    pub fn present_inputs(&self) -> impl Iterator<Item = ValueId> + '_ {
+        self.inputs.iter().flatten().copied()
+    }
+
+    /// Ids of the outputs that are there.
+    pub fn present_outputs(&self) -> impl Iterator<Item = ValueId> + '_ {
+        self.outputs.iter().flatten().copied()
+    }
+}
