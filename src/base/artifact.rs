@@ -28,7 +28,11 @@ impl Provenance {
     /// A head with this tool's version.
     ///
     /// Errors: `Error::Invalid` when the settings cannot be written as JSON.
-    pub fn new<S: Serialize>(schema_version: u32, inputs: BTreeMap<String, Sha256Digest>, settings: &S) -> Result<Self> {
+    pub fn new<S: Serialize>(
+        schema_version: u32,
+        inputs: BTreeMap<String, Sha256Digest>,
+        settings: &S,
+    ) -> Result<Self> {
         Ok(Provenance {
             schema_version,
             tool: format!("interlace {}", env!("CARGO_PKG_VERSION")),
@@ -42,7 +46,8 @@ impl Provenance {
 ///
 /// Errors: `Error::Io` when the file cannot be written; nothing is left then.
 pub fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<()> {
-    let mut text = serde_json::to_string_pretty(value).map_err(|e| Error::invalid(format!("`{}`", path.display()), e.to_string()))?;
+    let mut text = serde_json::to_string_pretty(value)
+        .map_err(|e| Error::invalid(format!("`{}`", path.display()), e.to_string()))?;
     text.push('\n');
     let mut file = AtomicFile::create(path)?;
     file.write_all(text.as_bytes())?;
@@ -55,7 +60,8 @@ pub fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<()> {
 pub fn read_json<T: DeserializeOwned>(path: &Path, schema_version: u32) -> Result<T> {
     let subject = || format!("`{}`", path.display());
     let bytes = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
-    let value: serde_json::Value = serde_json::from_slice(&bytes).map_err(|e| Error::invalid(subject(), format!("not JSON: {e}")))?;
+    let value: serde_json::Value =
+        serde_json::from_slice(&bytes).map_err(|e| Error::invalid(subject(), format!("not JSON: {e}")))?;
     match value.get("schema_version").and_then(serde_json::Value::as_u64) {
         Some(found) if found == u64::from(schema_version) => {}
         Some(found) => {

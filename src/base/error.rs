@@ -12,32 +12,16 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub enum Error {
     /// The operating system refused something about a file.
     #[error("cannot {action} `{}`: {source}", path.display())]
-    Io {
-        action: &'static str,
-        path: PathBuf,
-        source: io::Error,
-    },
+    Io { action: &'static str, path: PathBuf, source: io::Error },
     /// A file, an argument or a graph is not what it must be.
     #[error("{subject}: {problem}{}", Remedy(remedy))]
-    Invalid {
-        subject: String,
-        problem: String,
-        remedy: Option<String>,
-    },
+    Invalid { subject: String, problem: String, remedy: Option<String> },
     /// Well-formed, but something that interlace does not do.
     #[error("{subject}: not supported: {problem}{}", Remedy(remedy))]
-    Unsupported {
-        subject: String,
-        problem: String,
-        remedy: Option<String>,
-    },
+    Unsupported { subject: String, problem: String, remedy: Option<String> },
     /// ONNX Runtime, LibTorch or tract reported a failure.
     #[error("{engine} failed on {subject}: {message}")]
-    Engine {
-        engine: &'static str,
-        subject: String,
-        message: String,
-    },
+    Engine { engine: &'static str, subject: String, message: String },
     /// The user asked to stop; what was finished is kept.
     #[error("interrupted: {kept}")]
     Interrupted { kept: String },
@@ -57,38 +41,22 @@ impl fmt::Display for Remedy<'_> {
 impl Error {
     /// An `Invalid` error about `subject`, for instance ``node `/layers.3/Add` (Add)``.
     pub fn invalid(subject: impl Into<String>, problem: impl Into<String>) -> Self {
-        Error::Invalid {
-            subject: subject.into(),
-            problem: problem.into(),
-            remedy: None,
-        }
+        Error::Invalid { subject: subject.into(), problem: problem.into(), remedy: None }
     }
 
     /// An `Unsupported` error about `subject`.
     pub fn unsupported(subject: impl Into<String>, problem: impl Into<String>) -> Self {
-        Error::Unsupported {
-            subject: subject.into(),
-            problem: problem.into(),
-            remedy: None,
-        }
+        Error::Unsupported { subject: subject.into(), problem: problem.into(), remedy: None }
     }
 
     /// An `Engine` error: `engine` is the library's name, `subject` what it was given.
     pub fn engine(engine: &'static str, subject: impl Into<String>, message: impl fmt::Display) -> Self {
-        Error::Engine {
-            engine,
-            subject: subject.into(),
-            message: message.to_string(),
-        }
+        Error::Engine { engine, subject: subject.into(), message: message.to_string() }
     }
 
     /// An `Io` error; use as `.map_err(|e| Error::io("read", path, e))`, the action in the infinitive.
     pub fn io(action: &'static str, path: impl AsRef<Path>, source: io::Error) -> Self {
-        Error::Io {
-            action,
-            path: path.as_ref().to_path_buf(),
-            source,
-        }
+        Error::Io { action, path: path.as_ref().to_path_buf(), source }
     }
 
     /// Adds what the user can do about it.

@@ -34,11 +34,7 @@ impl MappedFile {
             // truncates it meanwhile is the known hazard of every memory map.
             Some(unsafe { Mmap::map(&file) }.map_err(|e| Error::io("map", path, e))?)
         };
-        Ok(MappedFile {
-            path: path.to_path_buf(),
-            file,
-            map,
-        })
+        Ok(MappedFile { path: path.to_path_buf(), file, map })
     }
 
     /// Where the file is.
@@ -111,12 +107,7 @@ impl AtomicFile {
         let name = path.file_name().ok_or_else(|| Error::invalid(format!("`{}`", path.display()), "names no file"))?;
         let temporary = path.with_file_name(format!(".{}.{}.part", name.to_string_lossy(), std::process::id()));
         let file = File::create(&temporary).map_err(|e| Error::io("create", path, e))?;
-        Ok(AtomicFile {
-            path: path.to_path_buf(),
-            temporary,
-            file,
-            committed: false,
-        })
+        Ok(AtomicFile { path: path.to_path_buf(), temporary, file, committed: false })
     }
 
     /// Appends bytes. Errors: `Error::Io` naming the final path.
@@ -174,10 +165,7 @@ impl StagedDir {
             .prefix(".interlace-")
             .tempdir_in(parent)
             .map_err(|e| Error::io("create", target, e))?;
-        Ok(StagedDir {
-            target: target.to_path_buf(),
-            staging,
-        })
+        Ok(StagedDir { target: target.to_path_buf(), staging })
     }
 
     /// The folder to write into.

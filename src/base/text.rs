@@ -28,12 +28,7 @@ fn scaled(value: u64, units: &[&str]) -> String {
 
 /// The first `shown` items joined by commas, with a count of the rest.
 pub fn list_preview<T: std::fmt::Display>(items: &[T], shown: usize) -> String {
-    let mut text = items
-        .iter()
-        .take(shown)
-        .map(|item| format!("`{item}`"))
-        .collect::<Vec<_>>()
-        .join(", ");
+    let mut text = items.iter().take(shown).map(|item| format!("`{item}`")).collect::<Vec<_>>().join(", ");
     if items.len() > shown {
         text.push_str(&format!(" and {} more", items.len() - shown));
     }

@@ -18,7 +18,10 @@ pub enum AttributeKind {
     Tensors(Vec<Tensor>),
     Graphs(Vec<Body>),
     /// Inside a function: the caller's attribute of this name, of this `AttributeProto.AttributeType` number.
-    Reference { name: String, type_number: i32 },
+    Reference {
+        name: String,
+        type_number: i32,
+    },
     /// Sparse tensors and type messages: the attribute message as it came.
     Other(Opaque),
 }
@@ -32,10 +35,7 @@ pub struct Attribute {
 
 impl From<AttributeKind> for Attribute {
     fn from(kind: AttributeKind) -> Self {
-        Attribute {
-            kind,
-            doc_string: String::new(),
-        }
+        Attribute { kind, doc_string: String::new() }
     }
 }
 

@@ -52,7 +52,10 @@ fn check_body(graph: &Graph, body: &Body, outer: &mut HashSet<ValueId>) -> Resul
     for node in &body.nodes {
         for id in node.present_inputs() {
             if !outer.contains(&id) {
-                return Err(Error::invalid(node.describe(graph), format!("reads `{}`, which nothing before it defines", graph.name(id))));
+                return Err(Error::invalid(
+                    node.describe(graph),
+                    format!("reads `{}`, which nothing before it defines", graph.name(id)),
+                ));
             }
         }
         for inner in node.bodies() {

@@ -1,0 +1,39 @@
+//! ONNX files to [`ir::Model`](crate::ir::Model) and back; the only module that knows protobuf.
+//!
+//! Reading never copies a weight: payloads inside the `.onnx` file and external data are both ranges of memory maps.
+//! Writing copies payloads file to file inside the kernel.
+
+mod decode;
+mod encode;
+mod external;
+mod opaque;
+mod save;
+mod wire;
+
+pub use save::{INLINE_LIMIT, Storage, save, save_into};
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::base::{Error, MappedFile, Result};
+use crate::ir;
+
+/// Reads a model; weights stay in their files, mapped.
+///
+/// Errors: `Error::Io` when a file is missing or unreadable; `Error::Invalid` when the bytes are no ONNX model, when a
+/// graph reads what nothing defines, or when external data leaves the folder; `Error::Unsupported` for sparse
+/// initializers and training graphs.
+pub fn load(path: &Path) -> Result<ir::Model> {
+    let file = Arc::new(MappedFile::open(path)?);
+    let scan = wire::scan(&file).map_err(|problem| {
+        Error::invalid(format!("`{}`", path.display()), problem).remedy("check that the file is a whole ONNX model")
+    })?;
+    let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut sources = external::Sources::new(folder, Arc::clone(&file));
+    let model = decode::model(&scan, &mut sources, path)?;
+    ir::check(&model)?;
+    Ok(model)
+}
+
+#[cfg(test)]
+mod tests;

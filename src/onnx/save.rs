@@ -1,0 +1,167 @@
+//! Writing a model: a small message, and payloads streamed from where they lie.
+
+use std::path::Path;
+
+use protobuf::Message;
+
+use crate::base::{AtomicFile, Error, Result, copy_range};
+use crate::ir::{Model, Tensor, TensorData};
+
+use super::encode::{self, Placed};
+use super::wire::put_varint;
+
+/// Initializers below this many bytes stay inside the `.onnx` file: ONNX Runtime reads shapes and axes at load time.
+pub const INLINE_LIMIT: u64 = 1024;
+/// Tensors of at least this size begin on a page, so that runtimes can map them.
+const PAGE_ALIGN_MIN: u64 = 1 << 20;
+/// Protobuf's own limit for one message.
+const MESSAGE_LIMIT: u64 = (1 << 31) - 1;
+
+/// Where the weights go.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Storage {
+    /// Inside the `.onnx` file; at most 2 GiB.
+    Inline,
+    /// In files beside it: the first under this name, further ones (only when `chunk_bytes` is given and reached) with
+    /// `_1`, `_2`, ... behind it.
+    External { file_name: String, chunk_bytes: Option<u64> },
+}
+
+/// Writes a model under its final name; nothing is left there on an error. Returns the names of the data files.
+///
+/// Errors: `Error::Io` when writing fails; `Error::Invalid` when an inline model would pass 2 GiB or the graph is broken.
+pub fn save(model: &Model, path: &Path, storage: &Storage) -> Result<Vec<String>> {
+    crate::ir::check(model)?;
+    let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut data = match storage {
+        Storage::Inline => None,
+        Storage::External { file_name, chunk_bytes } => Some(DataFiles::new(folder, file_name, *chunk_bytes)),
+    };
+    let mut file = AtomicFile::create(path)?;
+    save_into(model, &mut file, |name, tensor| match &mut data {
+        Some(files) if tensor.byte_len() >= INLINE_LIMIT && encode::is_numeric(tensor) => files.place(name, tensor),
+        _ => Ok(Placed::Inline),
+    })?;
+    let names = match data {
+        Some(files) => files.commit()?,
+        None => Vec::new(),
+    };
+    file.commit()?;
+    Ok(names)
+}
+
+/// Writes the message; `place` decides where each initializer's content goes.
+///
+/// Errors: as [`save`].
+pub fn save_into(
+    model: &Model,
+    file: &mut AtomicFile,
+    mut place: impl FnMut(&str, &Tensor) -> Result<Placed>,
+) -> Result<()> {
+    let too_large = || {
+        Error::invalid("the model", "passes 2 GiB in one file, the limit of protobuf")
+            .remedy("store the weights as external data")
+    };
+    let mut proto = encode::model_without_initializers(model, &mut place)?;
+    let graph = proto.graph.take().unwrap_or_default();
+    let broken = |e: protobuf::Error| Error::invalid("the graph", format!("cannot be written: {e}"));
+    let graph_bytes = graph.write_to_bytes().map_err(broken)?;
+
+    // Each initializer is its fields without content, then (inline numbers only) field 9 with the content.
+    let mut heads = Vec::with_capacity(model.graph.body.initializers.len());
+    let mut graph_length = graph_bytes.len() as u64;
+    for (id, tensor) in &model.graph.body.initializers {
+        let name = model.graph.name(*id);
+        let placed = place(name, tensor)?;
+        let mut head = encode::initializer(name, tensor, &placed, false).write_to_bytes().map_err(broken)?;
+        let content = match placed {
+            Placed::Inline if encode::is_numeric(tensor) => {
+                put_varint(&mut head, 9 << 3 | 2);
+                put_varint(&mut head, tensor.byte_len());
+                tensor.byte_len()
+            }
+            _ => 0,
+        };
+        let mut framed = Vec::with_capacity(head.len() + 12);
+        put_varint(&mut framed, 5 << 3 | 2);
+        put_varint(&mut framed, head.len() as u64 + content);
+        framed.extend_from_slice(&head);
+        graph_length = graph_length.checked_add(framed.len() as u64 + content).ok_or_else(too_large)?;
+        heads.push((framed, content > 0));
+    }
+    if graph_length > MESSAGE_LIMIT {
+        return Err(too_large());
+    }
+    let mut start = proto.write_to_bytes().map_err(broken)?;
+    put_varint(&mut start, 7 << 3 | 2);
+    put_varint(&mut start, graph_length);
+    start.extend_from_slice(&graph_bytes);
+    file.write_all(&start)?;
+    let mut pending = Vec::new();
+    for ((_, tensor), (head, has_content)) in model.graph.body.initializers.iter().zip(&heads) {
+        pending.extend_from_slice(head);
+        if *has_content {
+            if tensor.byte_len() < INLINE_LIMIT {
+                pending.extend_from_slice(tensor.bytes());
+            } else {
+                file.write_all(&std::mem::take(&mut pending))?;
+                write_content(tensor, file)?;
+            }
+        }
+    }
+    file.write_all(&pending)
+}
+
+fn write_content(tensor: &Tensor, file: &mut AtomicFile) -> Result<()> {
+    match &tensor.data {
+        TensorData::Mapped { file: source, offset, length, .. } => copy_range(source, *offset, *length, file),
+        _ => file.write_all(tensor.bytes()),
+    }
+}
+
+/// Data files being filled one after the other.
+struct DataFiles<'a> {
+    folder: &'a Path,
+    stem: &'a str,
+    chunk_bytes: Option<u64>,
+    done: Vec<AtomicFile>,
+    names: Vec<String>,
+    length: u64,
+}
+
+impl<'a> DataFiles<'a> {
+    fn new(folder: &'a Path, stem: &'a str, chunk_bytes: Option<u64>) -> Self {
+        DataFiles { folder, stem, chunk_bytes, done: Vec::new(), names: Vec::new(), length: 0 }
+    }
+
+    fn place(&mut self, _name: &str, tensor: &Tensor) -> Result<Placed> {
+        let length = tensor.byte_len();
+        let align = if length >= PAGE_ALIGN_MIN { 4096 } else { 64 };
+        let mut offset = self.length.next_multiple_of(align);
+        let full = self.chunk_bytes.is_some_and(|limit| self.length > 0 && offset.saturating_add(length) > limit);
+        if self.done.is_empty() || full {
+            let name = match self.done.len() {
+                0 => self.stem.to_string(),
+                count => format!("{}_{count}", self.stem),
+            };
+            self.done.push(AtomicFile::create(&self.folder.join(&name))?);
+            self.names.push(name);
+            self.length = 0;
+            offset = 0;
+        }
+        let (Some(file), Some(location)) = (self.done.last_mut(), self.names.last()) else {
+            return Ok(Placed::Inline);
+        };
+        file.write_all(&vec![0; (offset - self.length) as usize])?;
+        write_content(tensor, file)?;
+        self.length = offset + length;
+        Ok(Placed::External { location: location.clone(), offset, length })
+    }
+
+    fn commit(self) -> Result<Vec<String>> {
+        for file in self.done {
+            file.commit()?;
+        }
+        Ok(self.names)
+    }
+}
