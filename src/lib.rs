@@ -1,5 +1,6 @@
 //! Prune, heal and ship vision-language models as ONNX graphs.
 
 pub mod base;
+pub mod bundle;
 pub mod ir;
 pub mod onnx;

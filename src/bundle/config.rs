@@ -1,0 +1,155 @@
+//! What a model's configs say, read once into plain fields.
+
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::base::{Error, Result};
+
+use super::Bundle;
+
+/// The figures that the rest of interlace reads from `config.json`, `generation_config.json` or `genai_config.json`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct ModelConfig {
+    /// The file that they come from.
+    pub source: String,
+    pub model_type: String,
+    /// Decoder layers.
+    pub num_hidden_layers: Option<usize>,
+    pub hidden_size: Option<usize>,
+    pub num_attention_heads: Option<usize>,
+    pub num_key_value_heads: Option<usize>,
+    pub head_dim: Option<usize>,
+    pub vocab_size: Option<usize>,
+    /// Layers of the vision tower.
+    pub vision_num_layers: Option<usize>,
+    /// The id that stands for one image feature.
+    pub image_token_id: Option<i64>,
+    pub bos_token_id: Option<i64>,
+    pub pad_token_id: Option<i64>,
+    /// Generation ends at any of them.
+    pub eos_token_ids: Vec<i64>,
+    /// The whole config.
+    #[serde(skip)]
+    pub raw: Value,
+}
+
+/// Keys under which configs hold the language model.
+pub(super) const TEXT_SECTIONS: &[&str] = &["text_config", "llm_config", "language_config", "thinker_config"];
+/// Keys under which configs hold the vision tower.
+pub(super) const VISION_SECTIONS: &[&str] = &["vision_config", "visual", "vision_tower_config", "vit_config", "vision"];
+
+impl ModelConfig {
+    pub(super) fn read(bundle: &Bundle) -> Result<Option<Self>> {
+        if let Some(raw) = bundle.read_json("config.json")? {
+            let generation = bundle.read_json("generation_config.json")?.unwrap_or(Value::Null);
+            return Self::from_config(raw, &generation).map(Some);
+        }
+        bundle.read_json("genai_config.json")?.map(Self::from_genai).transpose()
+    }
+
+    fn from_config(raw: Value, generation: &Value) -> Result<Self> {
+        let text = section(&raw, TEXT_SECTIONS).unwrap_or(&Value::Null);
+        let vision = section(&raw, VISION_SECTIONS).unwrap_or(&Value::Null);
+        let either = |key: &str| text.get(key).or_else(|| raw.get(key)).filter(|value| !value.is_null());
+        let size = |keys: &[&str]| first(keys, |key| usize_of("config.json", key, either(key)));
+        let id = |key: &str| either(key).and_then(Value::as_i64);
+        let eos = [generation.get("eos_token_id"), raw.get("eos_token_id"), text.get("eos_token_id")];
+        let config = ModelConfig {
+            source: "config.json".into(),
+            model_type: either_str(&raw, text, "model_type"),
+            num_hidden_layers: size(&["num_hidden_layers", "n_layer", "n_layers", "num_layers"])?,
+            hidden_size: size(&["hidden_size", "n_embd", "d_model"])?,
+            num_attention_heads: size(&["num_attention_heads", "n_head", "num_heads"])?,
+            num_key_value_heads: size(&["num_key_value_heads"])?,
+            head_dim: size(&["head_dim"])?,
+            vocab_size: size(&["vocab_size"])?,
+            vision_num_layers: first(&["num_hidden_layers", "depth", "num_layers", "layers"], |key| {
+                usize_of("config.json", key, vision.get(key).filter(|value| !value.is_null()))
+            })?,
+            image_token_id: raw
+                .get("image_token_id")
+                .or_else(|| raw.get("image_token_index"))
+                .or_else(|| raw.get("image_token"))
+                .and_then(Value::as_i64),
+            bos_token_id: id("bos_token_id"),
+            pad_token_id: generation.get("pad_token_id").and_then(Value::as_i64).or_else(|| id("pad_token_id")),
+            eos_token_ids: eos.into_iter().flatten().find_map(ids).unwrap_or_default(),
+            raw: Value::Null,
+        };
+        Ok(ModelConfig { raw, ..config })
+    }
+
+    fn from_genai(raw: Value) -> Result<Self> {
+        let model = raw.get("model").unwrap_or(&Value::Null);
+        let decoder = model.get("decoder").unwrap_or(&Value::Null);
+        let size = |key: &str| usize_of("genai_config.json", key, decoder.get(key));
+        let config = ModelConfig {
+            source: "genai_config.json".into(),
+            model_type: either_str(model, &Value::Null, "type"),
+            num_hidden_layers: size("num_hidden_layers")?,
+            hidden_size: size("hidden_size")?,
+            num_attention_heads: size("num_attention_heads")?,
+            num_key_value_heads: size("num_key_value_heads")?,
+            head_dim: size("head_size")?,
+            vocab_size: usize_of("genai_config.json", "vocab_size", model.get("vocab_size"))?,
+            vision_num_layers: None,
+            image_token_id: model.get("image_token_id").and_then(Value::as_i64),
+            bos_token_id: model.get("bos_token_id").and_then(Value::as_i64),
+            pad_token_id: model.get("pad_token_id").and_then(Value::as_i64),
+            eos_token_ids: model.get("eos_token_id").and_then(ids).unwrap_or_default(),
+            raw: Value::Null,
+        };
+        Ok(ModelConfig { raw, ..config })
+    }
+
+    /// A figure that a step cannot do without.
+    ///
+    /// Errors: `Error::Invalid` naming the key when it is not there.
+    pub fn require<T>(&self, key: &str, value: Option<T>) -> Result<T> {
+        value.ok_or_else(|| Error::invalid(format!("`{}`", self.source), format!("has no `{key}`")))
+    }
+
+    /// The width of one attention head: `head_dim`, else `hidden_size / num_attention_heads`.
+    pub fn head_size(&self) -> Option<usize> {
+        self.head_dim.or_else(|| self.hidden_size?.checked_div(self.num_attention_heads?))
+    }
+}
+
+fn section<'a>(raw: &'a Value, names: &[&str]) -> Option<&'a Value> {
+    let found = names.iter().find_map(|name| raw.get(name).filter(|value| value.is_object()))?;
+    // Audio-capable families nest the language model one level deeper.
+    Some(names.iter().find_map(|name| found.get(name).filter(|value| value.is_object())).unwrap_or(found))
+}
+
+fn either_str(a: &Value, b: &Value, key: &str) -> String {
+    a.get(key).or_else(|| b.get(key)).and_then(Value::as_str).unwrap_or_default().to_string()
+}
+
+fn first<T>(keys: &[&str], read: impl Fn(&str) -> Result<Option<T>>) -> Result<Option<T>> {
+    for key in keys {
+        if let Some(value) = read(key)? {
+            return Ok(Some(value));
+        }
+    }
+    Ok(None)
+}
+
+/// A size; lists (one entry per layer) count as not there.
+fn usize_of(source: &str, key: &str, value: Option<&Value>) -> Result<Option<usize>> {
+    match value {
+        None | Some(Value::Array(_)) => Ok(None),
+        Some(value) => {
+            let size = value.as_u64().and_then(|size| usize::try_from(size).ok());
+            size.map(Some).ok_or_else(|| {
+                Error::invalid(format!("`{source}`"), format!("`{key}` is {value}, expected a whole number"))
+            })
+        }
+    }
+}
+
+fn ids(value: &Value) -> Option<Vec<i64>> {
+    match value {
+        Value::Array(items) => Some(items.iter().filter_map(Value::as_i64).collect()),
+        _ => value.as_i64().map(|id| vec![id]),
+    }
+}

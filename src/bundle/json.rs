@@ -1,0 +1,341 @@
+//! JSON texts edited in place: every byte outside an edit stays as it was, number formatting and key order included.
+
+use std::ops::Range;
+
+use serde_json::Value;
+
+use crate::base::{Error, Result};
+
+/// How deep objects and arrays may nest.
+const MAX_DEPTH: usize = 128;
+
+/// A JSON text with the place of every value in it.
+#[derive(Debug)]
+pub(super) struct Document {
+    subject: String,
+    text: String,
+    root: Node,
+}
+
+/// One value of a [`Document`].
+#[derive(Debug)]
+pub(super) struct Node {
+    pub span: Range<usize>,
+    pub kind: Kind,
+}
+
+/// What a [`Node`] holds.
+#[derive(Debug)]
+pub(super) enum Kind {
+    Object(Vec<(String, Node)>),
+    Array(Vec<Node>),
+    Scalar(Value),
+}
+
+/// New text for a span of a [`Document`].
+#[derive(Debug)]
+pub(super) struct Edit {
+    pub span: Range<usize>,
+    pub text: String,
+}
+
+impl Node {
+    /// A member of an object.
+    pub fn get(&self, key: &str) -> Option<&Node> {
+        match &self.kind {
+            Kind::Object(members) => members.iter().find(|(name, _)| name == key).map(|(_, node)| node),
+            _ => None,
+        }
+    }
+
+    /// The elements of an array.
+    pub fn elements(&self) -> Option<&[Node]> {
+        match &self.kind {
+            Kind::Array(elements) => Some(elements),
+            _ => None,
+        }
+    }
+
+    /// A number without sign or fraction.
+    pub fn as_usize(&self) -> Option<usize> {
+        self.as_i64().and_then(|number| usize::try_from(number).ok())
+    }
+
+    /// A number without fraction.
+    pub fn as_i64(&self) -> Option<i64> {
+        match &self.kind {
+            Kind::Scalar(value) => value.as_i64(),
+            _ => None,
+        }
+    }
+
+    /// True for `null`.
+    pub fn is_null(&self) -> bool {
+        matches!(&self.kind, Kind::Scalar(Value::Null))
+    }
+}
+
+impl Document {
+    /// Parses `text`; `subject` is how errors name it.
+    ///
+    /// Errors: `Error::Invalid` when it is not JSON, or an object has a key twice.
+    pub fn parse(subject: impl Into<String>, text: String) -> Result<Self> {
+        let subject = subject.into();
+        // This parser checks the syntax, so the scanner below need not.
+        serde_json::from_str::<serde::de::IgnoredAny>(&text)
+            .map_err(|e| Error::invalid(&subject, format!("not JSON: {e}")))?;
+        let mut scanner = Scanner { text: &text, position: 0, depth: 0, subject: &subject };
+        let root = scanner.value()?;
+        Ok(Document { subject, text, root })
+    }
+
+    pub fn root(&self) -> &Node {
+        &self.root
+    }
+
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    pub fn subject(&self) -> &str {
+        &self.subject
+    }
+
+    /// The text with all edits made.
+    ///
+    /// Errors: `Error::Invalid` when edits overlap.
+    pub fn apply(&self, mut edits: Vec<Edit>) -> Result<String> {
+        edits.sort_by_key(|edit| edit.span.start);
+        let mut out = String::with_capacity(self.text.len());
+        let mut position = 0;
+        for edit in edits {
+            let kept = self.text.get(position..edit.span.start);
+            let kept = kept.ok_or_else(|| Error::invalid(&self.subject, "two rules rewrite the same value"))?;
+            out.push_str(kept);
+            out.push_str(&edit.text);
+            position = edit.span.end;
+        }
+        out.push_str(self.text.get(position..).unwrap_or_default());
+        Ok(out)
+    }
+
+    /// The text of an array with only `kept` elements, each replaced by `Some(text)` or left as it is; white space
+    /// between elements follows the original.
+    pub fn array_with(&self, node: &Node, kept: &[(usize, Option<String>)]) -> String {
+        let elements = node.elements().unwrap_or(&[]);
+        let slice = |range: Range<usize>| self.text.get(range).unwrap_or_default();
+        let (Some(first), Some(last)) = (elements.first(), elements.last()) else {
+            return slice(node.span.clone()).to_string();
+        };
+        if kept.is_empty() {
+            return "[]".to_string();
+        }
+        let separator = match elements.get(1) {
+            Some(second) => slice(first.span.end..second.span.start),
+            None => ", ",
+        };
+        let mut out = slice(node.span.start..first.span.start).to_string();
+        for (place, (index, text)) in kept.iter().enumerate() {
+            if place > 0 {
+                out.push_str(separator);
+            }
+            match (text, elements.get(*index)) {
+                (Some(text), _) => out.push_str(text),
+                (None, Some(element)) => out.push_str(slice(element.span.clone())),
+                (None, None) => {}
+            }
+        }
+        out.push_str(slice(last.span.end..node.span.end));
+        out
+    }
+}
+
+/// Finds the spans in a text that is known to be JSON.
+struct Scanner<'a> {
+    text: &'a str,
+    position: usize,
+    depth: usize,
+    subject: &'a str,
+}
+
+impl Scanner<'_> {
+    fn peek(&mut self) -> Option<u8> {
+        let bytes = self.text.as_bytes();
+        while matches!(bytes.get(self.position), Some(b' ' | b'\n' | b'\r' | b'\t')) {
+            self.position += 1;
+        }
+        bytes.get(self.position).copied()
+    }
+
+    fn lost(&self) -> Error {
+        Error::invalid(self.subject, format!("cannot be read at byte {}", self.position))
+    }
+
+    fn value(&mut self) -> Result<Node> {
+        let opening = self.peek();
+        let start = self.position;
+        self.depth += 1;
+        if self.depth > MAX_DEPTH {
+            return Err(Error::invalid(self.subject, format!("is nested deeper than {MAX_DEPTH} levels")));
+        }
+        let kind = match opening {
+            Some(b'{') => self.object()?,
+            Some(b'[') => self.array()?,
+            Some(b'"') => {
+                self.string()?;
+                self.scalar(start)?
+            }
+            _ => {
+                let bytes = self.text.as_bytes();
+                while bytes
+                    .get(self.position)
+                    .is_some_and(|b| !matches!(b, b',' | b']' | b'}' | b' ' | b'\n' | b'\r' | b'\t'))
+                {
+                    self.position += 1;
+                }
+                self.scalar(start)?
+            }
+        };
+        self.depth -= 1;
+        Ok(Node { span: start..self.position, kind })
+    }
+
+    fn scalar(&self, start: usize) -> Result<Kind> {
+        let text = self.text.get(start..self.position).ok_or_else(|| self.lost())?;
+        serde_json::from_str(text).map(Kind::Scalar).map_err(|_| self.lost())
+    }
+
+    fn string(&mut self) -> Result<String> {
+        let start = self.position;
+        self.position += 1;
+        let bytes = self.text.as_bytes();
+        loop {
+            match bytes.get(self.position) {
+                Some(b'\\') => self.position += 2,
+                Some(b'"') => break,
+                Some(_) => self.position += 1,
+                None => return Err(self.lost()),
+            }
+        }
+        self.position += 1;
+        let text = self.text.get(start..self.position).ok_or_else(|| self.lost())?;
+        serde_json::from_str(text).map_err(|_| self.lost())
+    }
+
+    fn object(&mut self) -> Result<Kind> {
+        self.position += 1;
+        let mut members: Vec<(String, Node)> = Vec::new();
+        loop {
+            match self.peek() {
+                Some(b'}') => {
+                    self.position += 1;
+                    return Ok(Kind::Object(members));
+                }
+                Some(b',') => self.position += 1,
+                Some(b'"') => {
+                    let key = self.string()?;
+                    if self.peek() != Some(b':') {
+                        return Err(self.lost());
+                    }
+                    self.position += 1;
+                    if members.iter().any(|(name, _)| *name == key) {
+                        return Err(Error::invalid(
+                            self.subject,
+                            format!("the key `{key}` stands twice in one object"),
+                        ));
+                    }
+                    members.push((key, self.value()?));
+                }
+                _ => return Err(self.lost()),
+            }
+        }
+    }
+
+    fn array(&mut self) -> Result<Kind> {
+        self.position += 1;
+        let mut elements = Vec::new();
+        loop {
+            match self.peek() {
+                Some(b']') => {
+                    self.position += 1;
+                    return Ok(Kind::Array(elements));
+                }
+                Some(b',') => self.position += 1,
+                Some(_) => elements.push(self.value()?),
+                None => return Err(self.lost()),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_edit_changes_nothing_else() {
+        let text = "{\"rms_norm_eps\": 1e-05,\n  \"n\": 8, \"list\": [\n    \"a\",\n    \"b\\\"]\",\n    \"c\"\n  ],\t\"x\": -0.0}\n";
+        let document = Document::parse("config.json", text.to_string()).unwrap();
+        assert_eq!(document.apply(Vec::new()).unwrap(), text);
+        let list = document.root().get("list").unwrap();
+        let edits = vec![
+            Edit { span: list.span.clone(), text: document.array_with(list, &[(0, None), (2, None)]) },
+            Edit { span: document.root().get("n").unwrap().span.clone(), text: "6".into() },
+        ];
+        let want = "{\"rms_norm_eps\": 1e-05,\n  \"n\": 6, \"list\": [\n    \"a\",\n    \"c\"\n  ],\t\"x\": -0.0}\n";
+        assert_eq!(document.apply(edits).unwrap(), want);
+    }
+
+    #[test]
+    fn a_key_given_twice_is_refused() {
+        let error = Document::parse("config.json", "{\"a\": 1, \"a\": 2}".into()).unwrap_err();
+        assert!(error.to_string().contains("`a` stands twice"), "{error}");
+    }
+
+    #[test]
+    fn deep_nesting_is_an_error() {
+        let text = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
+        assert!(Document::parse("config.json", text).unwrap_err().to_string().contains("nested deeper"));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn spans_cover_what_the_parser_reads(value in arbitrary_json()) {
+            let text = serde_json::to_string_pretty(&value).unwrap();
+            let document = Document::parse("x", text.clone()).unwrap();
+            check(&text, document.root(), &value);
+        }
+    }
+
+    fn check(text: &str, node: &Node, value: &Value) {
+        let reread: Value = serde_json::from_str(&text[node.span.clone()]).unwrap();
+        assert_eq!(&reread, value);
+        match (&node.kind, value) {
+            (Kind::Array(nodes), Value::Array(values)) => {
+                nodes.iter().zip(values).for_each(|(node, value)| check(text, node, value));
+            }
+            (Kind::Object(nodes), Value::Object(values)) => {
+                nodes.iter().for_each(|(key, node)| check(text, node, &values[key]));
+            }
+            (Kind::Scalar(found), value) => assert_eq!(found, value),
+            _ => panic!("kinds differ"),
+        }
+    }
+
+    fn arbitrary_json() -> impl proptest::strategy::Strategy<Value = Value> {
+        use proptest::prelude::*;
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            any::<i64>().prop_map(Value::from),
+            any::<String>().prop_map(Value::from),
+        ];
+        leaf.prop_recursive(4, 32, 6, |inner| {
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..6).prop_map(Value::from),
+                prop::collection::btree_map(any::<String>(), inner, 0..6)
+                    .prop_map(|map| Value::Object(map.into_iter().collect())),
+            ]
+        })
+    }
+}

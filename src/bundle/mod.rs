@@ -1,0 +1,437 @@
+//! Model folders: which file is which component, what the configs say, and writing a changed folder.
+
+mod config;
+mod json;
+mod layers;
+mod layout;
+mod record;
+mod write;
+
+pub use config::ModelConfig;
+pub use layers::{LayerEdit, Tower};
+pub use layout::{AssetKind, Layout, RECORD_FILE, Role};
+pub use record::{Record, Step};
+pub use write::BundleWriter;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::base::{Error, Result, Sha256Digest, contained_path, list_preview, sha256_file, sha256_json};
+
+use layout::{Components, LAYOUTS, SINGLE_FILE, VARIANTS, classify, remedy_for};
+
+/// The largest JSON file that is read as a config.
+const MAX_JSON_BYTES: u64 = 64 << 20;
+/// How deep component files may lie below the folder.
+const MAX_DEPTH: usize = 3;
+
+/// One ONNX file of a folder with the files that hold its weights.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Component {
+    pub role: Role,
+    /// Path below the folder without variant and extension: `onnx/decoder_model_merged`.
+    pub stem: String,
+    /// `""`, `fp16`, `q4` ..
+    pub variant: String,
+    /// Path of the `.onnx` file below the folder.
+    pub file: String,
+    /// Paths of its external data below the folder.
+    pub external: Vec<String>,
+}
+
+/// A file that is no component.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Asset {
+    /// Path below the folder.
+    pub file: String,
+    pub kind: AssetKind,
+}
+
+/// A model folder (or one `.onnx` file) with every file accounted for.
+#[derive(Debug)]
+pub struct Bundle {
+    root: PathBuf,
+    layout: &'static Layout,
+    components: Vec<Component>,
+    assets: Vec<Asset>,
+    config: Option<ModelConfig>,
+}
+
+/// Paths below a folder, sorted, with `/`.
+#[derive(Debug)]
+struct Listing(Vec<String>);
+
+impl Listing {
+    fn has(&self, path: &str) -> bool {
+        self.0.iter().any(|file| file == path)
+    }
+
+    fn any(&self, test: impl Fn(&str) -> bool) -> bool {
+        self.0.iter().any(|file| test(file))
+    }
+
+    /// Lists plain files; hidden folders (version control, download caches) are no part of the model.
+    fn read(root: &Path) -> Result<Self> {
+        let mut files = Vec::new();
+        let mut folders = vec![(root.to_path_buf(), String::new(), 0)];
+        while let Some((folder, prefix, depth)) = folders.pop() {
+            for entry in fs::read_dir(&folder).map_err(|e| Error::io("read", &folder, e))? {
+                let entry = entry.map_err(|e| Error::io("read", &folder, e))?;
+                let path = entry.path();
+                let name = entry.file_name().into_string().map_err(|name| {
+                    Error::invalid(format!("`{}`", folder.display()), format!("file name {name:?} is not UTF-8"))
+                })?;
+                let relative = if prefix.is_empty() { name.clone() } else { format!("{prefix}/{name}") };
+                let metadata = fs::metadata(&path).map_err(|e| Error::io("read", &path, e))?;
+                if metadata.is_file() {
+                    files.push(relative);
+                } else if metadata.is_dir() {
+                    let link = fs::symlink_metadata(&path).is_ok_and(|m| m.file_type().is_symlink());
+                    if name.starts_with('.') {
+                        continue;
+                    }
+                    if link || depth >= MAX_DEPTH {
+                        let problem = if link { "is a link to a folder" } else { "lies too deep for a model folder" };
+                        return Err(Error::invalid(format!("`{}`", path.display()), problem)
+                            .remedy("give the folder that holds the model's own files"));
+                    }
+                    folders.push((path, relative, depth + 1));
+                } else {
+                    return Err(Error::invalid(format!("`{}`", path.display()), "is neither a file nor a folder"));
+                }
+            }
+        }
+        files.sort();
+        Ok(Listing(files))
+    }
+}
+
+impl Bundle {
+    /// Opens a model folder, or one `.onnx` file.
+    ///
+    /// Errors: `Error::Io` when it cannot be read; `Error::Invalid` when no layout applies, a file is claimed by
+    /// nobody, a component that a config names is missing, or a config cannot be read.
+    pub fn open(path: &Path) -> Result<Self> {
+        let metadata = fs::metadata(path).map_err(|e| Error::io("open", path, e))?;
+        if metadata.is_dir() { Self::open_folder(path) } else { Self::open_file(path) }
+    }
+
+    fn open_file(path: &Path) -> Result<Self> {
+        let subject = || format!("`{}`", path.display());
+        if path.extension().is_none_or(|extension| extension != "onnx") {
+            return Err(Error::invalid(subject(), "is neither a model folder nor an .onnx file"));
+        }
+        let name = path.file_name().and_then(|name| name.to_str());
+        let name = name.ok_or_else(|| Error::invalid(subject(), "its name is not UTF-8"))?.to_string();
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let mut external = Vec::new();
+        for entry in fs::read_dir(parent).map_err(|e| Error::io("read", parent, e))? {
+            let entry = entry.map_err(|e| Error::io("read", parent, e))?;
+            if let Ok(file) = entry.file_name().into_string()
+                && is_external_data_of(&file, &name)
+            {
+                external.push(file);
+            }
+        }
+        external.sort();
+        let stem = name.trim_end_matches(".onnx").to_string();
+        let component = Component { role: Role::Decoder, stem, variant: String::new(), file: name, external };
+        Ok(Bundle {
+            root: parent.to_path_buf(),
+            layout: &SINGLE_FILE,
+            components: vec![component],
+            assets: Vec::new(),
+            config: None,
+        })
+    }
+
+    fn open_folder(root: &Path) -> Result<Self> {
+        let subject = || format!("`{}`", root.display());
+        let listing = Listing::read(root)?;
+        let layout = LAYOUTS.iter().find(|layout| (layout.applies)(&listing)).ok_or_else(|| {
+            Error::invalid(subject(), format!("is no model folder: it holds {}", list_preview(&listing.0, 6))).remedy(
+                format!(
+                    "expected .onnx files in one of the layouts {}",
+                    LAYOUTS.iter().map(|layout| layout.name).collect::<Vec<_>>().join(", ")
+                ),
+            )
+        })?;
+        let mut components = match layout.components {
+            Components::Stems(rows) => components_by_stem(&listing, rows),
+            Components::GenaiConfig => components_of_genai(root, &listing)?,
+            Components::ExportJson => components_of_export(root, &listing)?,
+        };
+        for component in &mut components {
+            component.external =
+                listing.0.iter().filter(|file| is_external_data_of(file, &component.file)).cloned().collect();
+        }
+        components.sort_by(|a, b| (a.role, &a.file).cmp(&(b.role, &b.file)));
+        if components.is_empty() {
+            return Err(Error::invalid(subject(), "no component of a model is in it")
+                .remedy("expected a decoder such as onnx/decoder_model_merged.onnx"));
+        }
+        let mut assets = Vec::new();
+        for file in &listing.0 {
+            let claimed = components.iter().any(|c| c.file == *file || c.external.contains(file));
+            if claimed {
+                continue;
+            }
+            match classify(file) {
+                Some(kind) => assets.push(Asset { file: file.clone(), kind }),
+                None => {
+                    let problem = format!("nothing is known about it in a {} folder", layout.name);
+                    return Err(
+                        Error::invalid(format!("file `{file}` in {}", subject()), problem).remedy(remedy_for(file))
+                    );
+                }
+            }
+        }
+        let mut bundle = Bundle { root: root.to_path_buf(), layout, components, assets, config: None };
+        bundle.config = ModelConfig::read(&bundle)?;
+        Ok(bundle)
+    }
+
+    /// The folder that holds the files.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    pub fn layout(&self) -> &'static Layout {
+        self.layout
+    }
+
+    /// Every ONNX file, by role, then by path.
+    pub fn components(&self) -> &[Component] {
+        &self.components
+    }
+
+    /// Every file that is no component.
+    pub fn assets(&self) -> &[Asset] {
+        &self.assets
+    }
+
+    /// What the configs say; `None` for a lone `.onnx` and for folders without a config.
+    pub fn config(&self) -> Option<&ModelConfig> {
+        self.config.as_ref()
+    }
+
+    /// What the configs say.
+    ///
+    /// Errors: `Error::Invalid` when there is no config.
+    pub fn require_config(&self) -> Result<&ModelConfig> {
+        self.config.as_ref().ok_or_else(|| {
+            Error::invalid(format!("`{}`", self.root.display()), "has no config.json or genai_config.json")
+                .remedy("give the model's whole folder")
+        })
+    }
+
+    /// Variants of a role, full precision first.
+    pub fn variants(&self, role: Role) -> impl Iterator<Item = &Component> {
+        let mut found: Vec<&Component> = self.components.iter().filter(|component| component.role == role).collect();
+        found.sort_by_key(|component| VARIANTS.iter().position(|variant| *variant == component.variant));
+        found.into_iter()
+    }
+
+    /// The component of a role in its most precise variant.
+    pub fn component(&self, role: Role) -> Option<&Component> {
+        self.variants(role).next()
+    }
+
+    /// The component of a role in its most precise variant.
+    ///
+    /// Errors: `Error::Invalid` naming the role when the folder has none.
+    pub fn require(&self, role: Role) -> Result<&Component> {
+        self.component(role).ok_or_else(|| {
+            let found: Vec<&str> = self.components.iter().map(|component| component.file.as_str()).collect();
+            Error::invalid(
+                format!("`{}`", self.root.display()),
+                format!("has no {} component; found {}", role.name(), list_preview(&found, 6)),
+            )
+        })
+    }
+
+    /// Where a component's `.onnx` file is.
+    pub fn path_of(&self, component: &Component) -> PathBuf {
+        self.root.join(&component.file)
+    }
+
+    /// Where an asset is; `None` when the folder does not have it.
+    pub fn asset_path(&self, file: &str) -> Option<PathBuf> {
+        self.assets.iter().find(|asset| asset.file == file).map(|asset| self.root.join(&asset.file))
+    }
+
+    /// The text of an asset; `None` when the folder does not have it.
+    ///
+    /// Errors: `Error::Io` when unreadable; `Error::Invalid` when larger than 64 MiB or not UTF-8.
+    pub fn read_text(&self, file: &str) -> Result<Option<String>> {
+        self.asset_path(file).map(|path| read_text(&path)).transpose()
+    }
+
+    /// A JSON asset; `None` when the folder does not have it.
+    ///
+    /// Errors: as `read_text`, and `Error::Invalid` when it is not JSON.
+    pub fn read_json(&self, file: &str) -> Result<Option<Value>> {
+        let Some(text) = self.read_text(file)? else { return Ok(None) };
+        let value = serde_json::from_str(&text)
+            .map_err(|e| Error::invalid(format!("`{}`", self.root.join(file).display()), format!("not JSON: {e}")))?;
+        Ok(Some(value))
+    }
+
+    /// What interlace did to this model before; `None` for a model that it did not write.
+    ///
+    /// Errors: as `base::read_json`.
+    pub fn record(&self) -> Result<Option<Record>> {
+        self.asset_path(RECORD_FILE).map(|path| crate::base::read_json(&path, Record::SCHEMA_VERSION)).transpose()
+    }
+
+    /// Bytes of a component, external data included.
+    ///
+    /// Errors: `Error::Io` when a file has gone.
+    pub fn size_bytes(&self, component: &Component) -> Result<u64> {
+        let mut total = 0u64;
+        for file in std::iter::once(&component.file).chain(&component.external) {
+            let path = self.root.join(file);
+            total = total.saturating_add(fs::metadata(&path).map_err(|e| Error::io("read", &path, e))?.len());
+        }
+        Ok(total)
+    }
+
+    /// SHA-256 of each file that decides what the model computes, by path; documentation and interlace's own record
+    /// are not among them.
+    ///
+    /// Errors: `Error::Io` when a file cannot be read.
+    pub fn file_digests(&self) -> Result<BTreeMap<String, Sha256Digest>> {
+        let parts = self.components.iter().flat_map(|c| std::iter::once(&c.file).chain(&c.external));
+        let assets = self
+            .assets
+            .iter()
+            .filter(|asset| matches!(asset.kind, AssetKind::Config | AssetKind::Tokenizer | AssetKind::Tooling));
+        let files = parts.chain(assets.map(|asset| &asset.file));
+        files.map(|file| Ok((file.clone(), sha256_file(&self.root.join(file))?))).collect()
+    }
+
+    /// One digest over `file_digests`: equal for equal models.
+    ///
+    /// Errors: as `file_digests`.
+    pub fn digest(&self) -> Result<Sha256Digest> {
+        sha256_json(&self.file_digests()?)
+    }
+}
+
+/// Reads a text of at most 64 MiB.
+fn read_text(path: &Path) -> Result<String> {
+    let size = fs::metadata(path).map_err(|e| Error::io("read", path, e))?.len();
+    if size > MAX_JSON_BYTES {
+        return Err(Error::invalid(
+            format!("`{}`", path.display()),
+            format!("is {size} bytes long, expected at most {MAX_JSON_BYTES}"),
+        ));
+    }
+    let bytes = fs::read(path).map_err(|e| Error::io("read", path, e))?;
+    String::from_utf8(bytes).map_err(|_| Error::invalid(format!("`{}`", path.display()), "is not UTF-8"))
+}
+
+/// `X.onnx_data`, `X.onnx_data_3`, `X.onnx.data` for `X.onnx`.
+fn is_external_data_of(file: &str, onnx: &str) -> bool {
+    match file.strip_prefix(onnx) {
+        Some("_data" | ".data") => true,
+        Some(rest) => {
+            rest.strip_prefix("_data_").is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()))
+        }
+        None => false,
+    }
+}
+
+fn components_by_stem(listing: &Listing, rows: &[(&str, Role)]) -> Vec<Component> {
+    let mut components = Vec::new();
+    for &(stem, role) in rows {
+        for &variant in VARIANTS {
+            let file = if variant.is_empty() { format!("{stem}.onnx") } else { format!("{stem}_{variant}.onnx") };
+            if listing.has(&file) {
+                let (stem, variant) = (stem.to_string(), variant.to_string());
+                components.push(Component { role, stem, variant, file, external: Vec::new() });
+            }
+        }
+    }
+    components
+}
+
+fn named_component(root: &Path, listing: &Listing, role: Role, file: &str, by: &str) -> Result<Component> {
+    let subject = || format!("{by} in `{}`", root.display());
+    contained_path(root, file)?;
+    if !listing.has(file) {
+        return Err(Error::invalid(subject(), format!("names `{file}`, which is not there")));
+    }
+    let stem = file
+        .strip_suffix(".onnx")
+        .ok_or_else(|| Error::invalid(subject(), format!("names `{file}`, expected an .onnx file")))?;
+    let (file, stem) = (file.to_string(), stem.to_string());
+    Ok(Component { role, stem, variant: String::new(), file, external: Vec::new() })
+}
+
+fn components_of_genai(root: &Path, listing: &Listing) -> Result<Vec<Component>> {
+    let path = root.join("genai_config.json");
+    let subject = || format!("`{}`", path.display());
+    let config: Value =
+        serde_json::from_str(&read_text(&path)?).map_err(|e| Error::invalid(subject(), format!("not JSON: {e}")))?;
+    let model = config.get("model").ok_or_else(|| Error::invalid(subject(), "has no `model`"))?;
+    let sections = [("vision", Role::VisionEncoder), ("embedding", Role::EmbedTokens), ("decoder", Role::Decoder)];
+    let mut components = Vec::new();
+    for (section, role) in sections {
+        let Some(entry) = model.get(section) else { continue };
+        if entry.get("pipeline").is_some() {
+            return Err(Error::unsupported(
+                subject(),
+                format!("`model.{section}.pipeline`, a model in several stages"),
+            )
+            .remedy("export the model as one decoder graph"));
+        }
+        if let Some(file) = entry.get("filename").and_then(Value::as_str).filter(|file| !file.is_empty()) {
+            components.push(named_component(root, listing, role, file, "genai_config.json")?);
+        }
+    }
+    for section in ["speech", "encoder"] {
+        if model.get(section).is_some_and(|entry| entry.get("filename").is_some()) {
+            return Err(Error::unsupported(subject(), format!("a `model.{section}` component")));
+        }
+    }
+    Ok(components)
+}
+
+fn components_of_export(root: &Path, listing: &Listing) -> Result<Vec<Component>> {
+    let path = root.join("export.json");
+    let subject = || format!("`{}`", path.display());
+    let config: Value =
+        serde_json::from_str(&read_text(&path)?).map_err(|e| Error::invalid(subject(), format!("not JSON: {e}")))?;
+    let entries = config.get("components").and_then(Value::as_object);
+    let entries = entries.ok_or_else(|| Error::invalid(subject(), "has no `components`"))?;
+    let roles = [
+        ("prefill", Role::DecoderPrefill),
+        ("decode", Role::DecoderWithPast),
+        ("model", Role::Decoder),
+        ("decoder", Role::Decoder),
+        ("forward", Role::Decoder),
+        ("vision", Role::VisionEncoder),
+        ("vision_encoder", Role::VisionEncoder),
+        ("embed_tokens", Role::EmbedTokens),
+        ("embedding", Role::EmbedTokens),
+    ];
+    let mut components = Vec::new();
+    for (name, entry) in entries {
+        let role = roles.iter().find(|(key, _)| key == name).map(|(_, role)| *role).ok_or_else(|| {
+            let known: Vec<&str> = roles.iter().map(|(key, _)| *key).collect();
+            Error::unsupported(subject(), format!("component `{name}`; known are {}", known.join(", ")))
+        })?;
+        let file = entry.get("file").and_then(Value::as_str);
+        let file = file.ok_or_else(|| Error::invalid(subject(), format!("component `{name}` has no `file`")))?;
+        components.push(named_component(root, listing, role, file, "export.json")?);
+    }
+    Ok(components)
+}
+
+#[cfg(test)]
+mod tests;

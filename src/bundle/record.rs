@@ -1,0 +1,95 @@
+//! `interlace.json`: what was done to a model, so that later steps and readers know its layers' original places.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::base::{Error, Provenance, Result};
+
+use super::layers::Tower;
+
+/// One thing that was done to a model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "step", rename_all = "snake_case")]
+pub enum Step {
+    /// Layers were removed.
+    Prune {
+        tower: Tower,
+        /// Layers just before this step.
+        layers_before: usize,
+        /// Indices just before this step.
+        dropped: Vec<usize>,
+        /// Indices in the model that was never pruned.
+        dropped_original: Vec<usize>,
+    },
+    /// Layers were trained.
+    Finetune {
+        /// Indices just before this step.
+        layers: Vec<usize>,
+        /// Samples seen.
+        samples: u64,
+        /// Optimiser, loss and schedule, as the verb understood them.
+        settings: Value,
+    },
+}
+
+/// The content of `interlace.json` in a model folder.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Record {
+    #[serde(flatten)]
+    pub provenance: Provenance,
+    /// Oldest first.
+    pub history: Vec<Step>,
+}
+
+impl Record {
+    /// Version of the schema of `interlace.json`.
+    pub const SCHEMA_VERSION: u32 = 1;
+
+    /// For each layer that a model has now, its index in the model that was never pruned.
+    ///
+    /// Errors: `Error::Invalid` when the history does not add up to `count` layers.
+    pub fn original_layers(history: &[Step], tower: Tower, count: usize) -> Result<Vec<usize>> {
+        let mut layers: Option<Vec<usize>> = None;
+        for step in history {
+            let Step::Prune { tower: of, layers_before, dropped, .. } = step else { continue };
+            if *of != tower {
+                continue;
+            }
+            let before = layers.unwrap_or_else(|| (0..*layers_before).collect());
+            if before.len() != *layers_before || dropped.iter().any(|layer| layer >= layers_before) {
+                return Err(Error::invalid("`interlace.json`", "its history contradicts itself")
+                    .remedy("remove the file to treat the model as never pruned"));
+            }
+            let kept = before.iter().enumerate().filter(|(index, _)| !dropped.contains(index));
+            layers = Some(kept.map(|(_, &original)| original).collect());
+        }
+        let layers = layers.unwrap_or_else(|| (0..count).collect());
+        if layers.len() != count {
+            return Err(Error::invalid(
+                "`interlace.json`",
+                format!(
+                    "its history leaves {} layers in the {} tower, but the model has {count}",
+                    layers.len(),
+                    tower.name()
+                ),
+            )
+            .remedy("remove the file to treat the model as never pruned"));
+        }
+        Ok(layers)
+    }
+
+    /// The same facts for an ONNX file's `metadata_props`, so that a component alone tells them too.
+    pub fn metadata_props(&self, tower: Tower, count: usize) -> Result<Vec<(String, String)>> {
+        let layers = Self::original_layers(&self.history, tower, count)?;
+        let layers: Vec<String> = layers.iter().map(usize::to_string).collect();
+        let mut props = vec![
+            ("interlace.tool".to_string(), self.provenance.tool.clone()),
+            ("interlace.original_layers".to_string(), layers.join(",")),
+        ];
+        for (name, digest) in &self.provenance.inputs {
+            props.push((format!("interlace.input.{name}.sha256"), digest.clone()));
+        }
+        Ok(props)
+    }
+}

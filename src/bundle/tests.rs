@@ -1,0 +1,190 @@
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use super::*;
+use crate::base::Provenance;
+
+const CONFIG: &str = r#"{
+  "model_type": "idefics3",
+  "image_token_id": 7,
+  "text_config": {
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 4,
+    "rms_norm_eps": 1e-05,
+    "vocab_size": 640
+  },
+  "transformers.js_config": {"use_external_data_format": {"decoder_model_merged.onnx": 3, "embed_tokens": 0}},
+  "vision_config": {"num_hidden_layers": 2}
+}
+"#;
+
+fn folder(files: &[(&str, &str)]) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for (file, text) in files {
+        let path = folder.path().join(file);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    }
+    folder
+}
+
+fn transformers_js(extra: &[(&str, &str)]) -> tempfile::TempDir {
+    let mut files = vec![
+        ("config.json", CONFIG),
+        ("generation_config.json", r#"{"eos_token_id": [1, 2]}"#),
+        ("tokenizer.json", "{}"),
+        ("README.md", "words"),
+        (".gitattributes", "*.onnx filter=lfs"),
+        ("onnx/vision_encoder.onnx", "v"),
+        ("onnx/embed_tokens.onnx", "e"),
+        ("onnx/decoder_model_merged.onnx", "d"),
+        ("onnx/decoder_model_merged.onnx_data", "w"),
+        ("onnx/decoder_model_merged.onnx_data_1", "w1"),
+        ("onnx/decoder_model_merged_q4.onnx", "q"),
+    ];
+    files.extend_from_slice(extra);
+    folder(&files)
+}
+
+fn provenance() -> Provenance {
+    Provenance::new(Record::SCHEMA_VERSION, BTreeMap::new(), &serde_json::json!({})).unwrap()
+}
+
+#[test]
+fn components_variants_and_figures_are_read() {
+    let folder = transformers_js(&[]);
+    let bundle = Bundle::open(folder.path()).unwrap();
+    assert_eq!(bundle.layout().name, "transformers.js");
+    let decoders: Vec<&str> = bundle.variants(Role::Decoder).map(|c| c.variant.as_str()).collect();
+    assert_eq!(decoders, ["", "q4"]);
+    let decoder = bundle.require(Role::Decoder).unwrap();
+    assert_eq!(decoder.external, ["onnx/decoder_model_merged.onnx_data", "onnx/decoder_model_merged.onnx_data_1"]);
+    assert_eq!(bundle.size_bytes(decoder).unwrap(), 4);
+    let config = bundle.require_config().unwrap();
+    assert_eq!((config.num_hidden_layers, config.head_size(), config.vision_num_layers), (Some(4), Some(16), Some(2)));
+    assert_eq!((config.image_token_id, config.eos_token_ids.as_slice()), (Some(7), &[1, 2][..]));
+}
+
+#[test]
+fn a_file_that_nobody_claims_is_refused_by_name() {
+    let cases = [
+        ("model.safetensors", "weights in another format"),
+        ("onnx/decoder_model_merged_q7.onnx", "STEM_VARIANT.onnx"),
+        ("notes.json", "move it out of the folder"),
+        ("deep/er/x.dat", "move it out of the folder"),
+    ];
+    for (file, want) in cases {
+        let folder = transformers_js(&[(file, "x")]);
+        let error = Bundle::open(folder.path()).unwrap_err().to_string();
+        assert!(error.contains(&format!("`{file}`")) && error.contains(want), "{error}");
+    }
+}
+
+#[test]
+fn layouts_are_told_apart() {
+    let genai = r#"{"model": {"type": "llama", "eos_token_id": 2, "decoder": {"filename": "text.onnx", "num_hidden_layers": 4}}}"#;
+    let export = r#"{"components": {"prefill": {"file": "prefill.onnx"}, "decode": {"file": "decode.onnx"}}}"#;
+    let cases: &[(&str, &[(&str, &str)], Role)] = &[
+        ("genai", &[("genai_config.json", genai), ("text.onnx", ""), ("text.onnx.data", "")], Role::Decoder),
+        (
+            "transformers-exporter",
+            &[("export.json", export), ("prefill.onnx", ""), ("decode.onnx", "")],
+            Role::DecoderWithPast,
+        ),
+        (
+            "mobius",
+            &[("decoder/model.onnx", ""), ("embedding/model.onnx", ""), ("embedding/model.onnx.data", "")],
+            Role::EmbedTokens,
+        ),
+        ("optimum", &[("model.onnx", ""), ("ort_config.json", "{}")], Role::Decoder),
+    ];
+    for (name, files, role) in cases {
+        let folder = folder(files);
+        let bundle = Bundle::open(folder.path()).unwrap();
+        assert_eq!(bundle.layout().name, *name);
+        bundle.require(*role).unwrap();
+    }
+}
+
+#[test]
+fn wrong_folders_are_refused() {
+    let escape = r#"{"model": {"decoder": {"filename": "../text.onnx"}}}"#;
+    let cases: &[(&[(&str, &str)], &str)] = &[
+        (&[("a.txt", "")], "is no model folder"),
+        (&[("genai_config.json", escape)], "without `..`"),
+        (&[("genai_config.json", "{")], "not JSON"),
+        (&[("genai_config.json", r#"{"model": {"decoder": {"filename": "x.onnx"}}}"#)], "cannot open"),
+        (&[("config.json", r#"{"num_hidden_layers": -1}"#), ("model.onnx", "")], "expected a whole number"),
+    ];
+    for (files, want) in cases {
+        let folder = folder(files);
+        let error = Bundle::open(folder.path()).unwrap_err().to_string();
+        assert!(error.contains(want), "{error}");
+    }
+    let error = Bundle::open(Path::new("no/such/folder")).unwrap_err().to_string();
+    assert!(error.contains("cannot open"), "{error}");
+}
+
+#[test]
+fn a_lone_file_brings_its_data_and_nothing_else() {
+    let folder = folder(&[("x.onnx", ""), ("x.onnx.data", ""), ("y.onnx", ""), ("z.bin", "")]);
+    let bundle = Bundle::open(&folder.path().join("x.onnx")).unwrap();
+    assert_eq!(bundle.components().len(), 1);
+    assert_eq!(bundle.components()[0].external, ["x.onnx.data"]);
+    assert!(bundle.assets().is_empty());
+}
+
+#[test]
+fn a_written_folder_is_the_old_one_with_the_changes() {
+    let folder = transformers_js(&[]);
+    let out = folder.path().join("../").join(format!("{}-out", folder.path().file_name().unwrap().to_string_lossy()));
+    let bundle = Bundle::open(folder.path()).unwrap();
+    let mut writer = BundleWriter::create(&bundle, &out).unwrap();
+    for component in bundle.components().iter().filter(|c| c.role.is_decoder()) {
+        let external = !component.external.is_empty();
+        let path = writer.place(component, external).unwrap();
+        fs::write(&path, "new").unwrap();
+        if external {
+            fs::write(path.with_file_name(BundleWriter::external_name(component)), "new data").unwrap();
+        }
+    }
+    writer.drop_layers(&LayerEdit::new(Tower::Text, 4, &[1]).unwrap()).unwrap();
+    writer.commit(provenance()).unwrap();
+
+    let written = Bundle::open(&out).unwrap();
+    let config = fs::read_to_string(out.join("config.json")).unwrap();
+    let want = CONFIG
+        .replace("\"num_hidden_layers\": 4", "\"num_hidden_layers\": 3")
+        .replace("\"decoder_model_merged.onnx\": 3", "\"decoder_model_merged.onnx\": 1");
+    assert_eq!(config, want);
+    assert_eq!(written.require(Role::Decoder).unwrap().external, ["onnx/decoder_model_merged.onnx_data"]);
+    assert_eq!(fs::read_to_string(out.join("onnx/vision_encoder.onnx")).unwrap(), "v");
+    assert_eq!(fs::read_to_string(out.join(".gitattributes")).unwrap(), "*.onnx filter=lfs");
+    let history = written.record().unwrap().unwrap().history;
+    assert_eq!(Record::original_layers(&history, Tower::Text, 3).unwrap(), [0, 2, 3]);
+    assert_ne!(written.digest().unwrap(), bundle.digest().unwrap());
+
+    // A second round keeps counting from the first model.
+    let again =
+        folder.path().join("../").join(format!("{}-again", folder.path().file_name().unwrap().to_string_lossy()));
+    let mut writer = BundleWriter::create(&written, &again).unwrap();
+    writer.drop_layers(&LayerEdit::new(Tower::Text, 3, &[1]).unwrap()).unwrap();
+    let record = writer.record(provenance()).unwrap();
+    let Some(Step::Prune { dropped_original, .. }) = record.history.last() else { panic!("no step") };
+    assert_eq!(dropped_original, &[2]);
+    let props = record.metadata_props(Tower::Text, 2).unwrap();
+    assert!(props.contains(&("interlace.original_layers".into(), "0,3".into())), "{props:?}");
+    drop(writer);
+    assert!(!again.exists());
+    fs::remove_dir_all(out).unwrap();
+}
+
+#[test]
+fn an_output_that_exists_is_refused() {
+    let folder = transformers_js(&[]);
+    let bundle = Bundle::open(folder.path()).unwrap();
+    let error = BundleWriter::create(&bundle, folder.path()).unwrap_err().to_string();
+    assert!(error.contains("exists already"), "{error}");
+}

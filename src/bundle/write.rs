@@ -1,0 +1,238 @@
+//! Writing a changed folder: components that changed, configs rewritten, everything else carried over.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::base::{AtomicFile, Error, Provenance, Result, StagedDir, write_json};
+
+use super::json::{Document, Edit, Kind};
+use super::layers::{self, LayerEdit};
+use super::record::{Record, Step};
+use super::{AssetKind, Bundle, Component, RECORD_FILE, read_text};
+
+/// A folder in the making, in the same layout as the bundle that it starts from. Dropped without `commit`, it leaves
+/// nothing behind.
+#[derive(Debug)]
+pub struct BundleWriter<'a> {
+    bundle: &'a Bundle,
+    staged: Staged,
+    /// Configs with new content, by path.
+    texts: BTreeMap<String, String>,
+    /// Components written anew: their path, and how many files of external data they have now.
+    written: BTreeMap<String, usize>,
+    steps: Vec<Step>,
+}
+
+struct Staged(StagedDir);
+
+impl std::fmt::Debug for Staged {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.0.path().display())
+    }
+}
+
+impl<'a> BundleWriter<'a> {
+    /// Begins a folder that will become `target`.
+    ///
+    /// Errors: as `StagedDir::create`.
+    pub fn create(bundle: &'a Bundle, target: &Path) -> Result<Self> {
+        Ok(BundleWriter {
+            bundle,
+            staged: Staged(StagedDir::create(target)?),
+            texts: BTreeMap::new(),
+            written: BTreeMap::new(),
+            steps: Vec::new(),
+        })
+    }
+
+    /// Where a component's new `.onnx` file goes, its folder made. With `external`, its weights go beside it into the
+    /// file named by `external_name`. Call once for each component that changes, then write the file.
+    ///
+    /// Errors: `Error::Io` when the folder cannot be made.
+    pub fn place(&mut self, component: &Component, external: bool) -> Result<PathBuf> {
+        let path = self.staged.0.path().join(&component.file);
+        if let Some(parent) = path.parent() {
+            fs::create_dir_all(parent).map_err(|e| Error::io("create", parent, e))?;
+        }
+        self.written.insert(component.file.clone(), usize::from(external));
+        Ok(path)
+    }
+
+    /// The name of the file beside the component's that takes its external data: as it was, else `X.onnx_data`, which
+    /// is what transformers.js looks for.
+    pub fn external_name(component: &Component) -> String {
+        let file_name = |path: &str| path.rsplit('/').next().unwrap_or(path).to_string();
+        match component.external.as_slice() {
+            [single] => file_name(single),
+            _ => format!("{}_data", file_name(&component.file)),
+        }
+    }
+
+    /// Rewrites every config for layers that go, and notes the step.
+    ///
+    /// Errors: `Error::Invalid` and `Error::Unsupported` as the table of layer keys says, naming file and key.
+    pub fn drop_layers(&mut self, edit: &LayerEdit) -> Result<()> {
+        for asset in self.bundle.assets().iter().filter(|asset| asset.kind == AssetKind::Config) {
+            // The exporter's own record describes tensors, not layers; graph and config.json carry the count.
+            if asset.file == "export.json" {
+                continue;
+            }
+            let document = Document::parse(self.subject(&asset.file), self.text_of(&asset.file)?)?;
+            if let Some(text) = layers::rewrite(&document, edit)? {
+                self.texts.insert(asset.file.clone(), text);
+            }
+        }
+        let mut history = self.history()?;
+        let before = Record::original_layers(&history, edit.tower, edit.total)?;
+        let original = edit.dropped().iter().filter_map(|&layer| before.get(layer).copied()).collect();
+        let step = Step::Prune {
+            tower: edit.tower,
+            layers_before: edit.total,
+            dropped: edit.dropped().to_vec(),
+            dropped_original: original,
+        };
+        history.push(step.clone());
+        self.steps.push(step);
+        Ok(())
+    }
+
+    /// Notes a step other than dropping layers.
+    pub fn push_step(&mut self, step: Step) {
+        self.steps.push(step);
+    }
+
+    /// What the folder's `interlace.json` will say: the bundle's history and the steps noted here.
+    ///
+    /// Errors: as `Bundle::record`.
+    pub fn record(&self, provenance: Provenance) -> Result<Record> {
+        Ok(Record { provenance, history: self.history()? })
+    }
+
+    /// Copies what did not change, writes configs and `interlace.json`, and gives the folder its name.
+    ///
+    /// Errors: `Error::Io` when a file cannot be written; nothing is left then.
+    pub fn commit(mut self, provenance: Provenance) -> Result<()> {
+        let record = self.record(provenance)?;
+        self.keep_chunk_counts_true()?;
+        for component in self.bundle.components() {
+            if !self.written.contains_key(&component.file) {
+                for file in std::iter::once(&component.file).chain(&component.external) {
+                    self.copy(file)?;
+                }
+            }
+        }
+        let mut done: BTreeSet<&str> = BTreeSet::new();
+        for (file, text) in &self.texts {
+            let mut target = AtomicFile::create(&self.target(file)?)?;
+            target.write_all(text.as_bytes())?;
+            target.commit()?;
+            done.insert(file);
+        }
+        for asset in self.bundle.assets() {
+            if asset.kind != AssetKind::Record && !done.contains(asset.file.as_str()) {
+                self.copy(&asset.file)?;
+            }
+        }
+        write_json(&self.target(RECORD_FILE)?, &record)?;
+        self.staged.0.commit()
+    }
+
+    fn history(&self) -> Result<Vec<Step>> {
+        let mut history = self.bundle.record()?.map(|record| record.history).unwrap_or_default();
+        history.extend(self.steps.iter().cloned());
+        Ok(history)
+    }
+
+    fn subject(&self, file: &str) -> String {
+        format!("`{}`", self.bundle.root().join(file).display())
+    }
+
+    fn text_of(&self, file: &str) -> Result<String> {
+        match self.texts.get(file) {
+            Some(text) => Ok(text.clone()),
+            None => read_text(&self.bundle.root().join(file)),
+        }
+    }
+
+    fn target(&self, file: &str) -> Result<PathBuf> {
+        let path = self.staged.0.path().join(file);
+        if let Some(parent) = path.parent() {
+            fs::create_dir_all(parent).map_err(|e| Error::io("create", parent, e))?;
+        }
+        Ok(path)
+    }
+
+    fn copy(&self, file: &str) -> Result<()> {
+        let (source, target) = (self.bundle.root().join(file), self.target(file)?);
+        fs::copy(&source, &target).map_err(|e| Error::io("write", &target, e))?;
+        let mut permissions = fs::metadata(&target).map_err(|e| Error::io("read", &target, e))?.permissions();
+        if permissions.readonly() {
+            use std::os::unix::fs::PermissionsExt;
+            permissions.set_mode(permissions.mode() | 0o200);
+            fs::set_permissions(&target, permissions).map_err(|e| Error::io("set permissions of", &target, e))?;
+        }
+        Ok(())
+    }
+
+    /// Sets `transformers.js_config.use_external_data_format` (how many files of external data each component has,
+    /// keyed by file name or stem, or one value for all) to what is now true.
+    fn keep_chunk_counts_true(&mut self) -> Result<()> {
+        if self.bundle.asset_path("config.json").is_none() {
+            return Ok(());
+        }
+        let document = Document::parse(self.subject("config.json"), self.text_of("config.json")?)?;
+        let node = document.root().get("transformers.js_config").and_then(|js| js.get("use_external_data_format"));
+        let Some(node) = node else { return Ok(()) };
+        let chunks =
+            |component: &Component| self.written.get(&component.file).copied().unwrap_or(component.external.len());
+        let file_name = |path: &str| path.rsplit('/').next().unwrap_or(path).to_string();
+        let mut edits = Vec::new();
+        match &node.kind {
+            Kind::Object(members) => {
+                for (key, value) in members {
+                    let bare = key.strip_suffix(".onnx").unwrap_or(key);
+                    let by_file =
+                        self.bundle.components().iter().find(|c| file_name(&c.file) == format!("{bare}.onnx"));
+                    let by_stem = self.bundle.components().iter().filter(|c| file_name(&c.stem) == *bare);
+                    let counts: BTreeSet<usize> = match by_file.filter(|_| key.ends_with(".onnx")) {
+                        Some(component) => [chunks(component)].into(),
+                        None => by_stem.map(chunks).collect(),
+                    };
+                    // A stem speaks for all its variants; transformers.js asks for the most files that any of them has.
+                    if let Some(&count) = counts.last() {
+                        push_count(&document, &mut edits, value, count);
+                    }
+                }
+            }
+            _ => {
+                let counts: BTreeSet<usize> = self.bundle.components().iter().map(chunks).collect();
+                if counts.len() == 1 {
+                    push_count(&document, &mut edits, node, counts.first().copied().unwrap_or(0));
+                } else {
+                    let entries: serde_json::Map<String, serde_json::Value> = self
+                        .bundle
+                        .components()
+                        .iter()
+                        .map(|component| (file_name(&component.file), chunks(component).into()))
+                        .collect();
+                    edits.push(Edit { span: node.span.clone(), text: serde_json::Value::from(entries).to_string() });
+                }
+            }
+        }
+        if !edits.is_empty() {
+            let text = document.apply(edits)?;
+            self.texts.insert("config.json".into(), text);
+        }
+        Ok(())
+    }
+}
+
+/// `false` is no file, `true` is one, a number is that many: leaves the value as it is where it is true already.
+fn push_count(document: &Document, edits: &mut Vec<Edit>, node: &super::json::Node, count: usize) {
+    let old = document.text().get(node.span.clone()).unwrap_or_default();
+    let holds = old == count.to_string() || (count == 0 && old == "false") || (count == 1 && old == "true");
+    if !holds {
+        edits.push(Edit { span: node.span.clone(), text: count.to_string() });
+    }
+}
