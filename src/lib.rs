@@ -3,4 +3,5 @@
 pub mod base;
 pub mod bundle;
 pub mod ir;
+pub mod method;
 pub mod onnx;

@@ -1,0 +1,10 @@
+//! The pruning method: score layers by the similarity of the residual stream, select what to drop and what to finetune.
+//!
+//! Source: INTERLACE, arXiv:2511.19676.
+
+mod plan;
+mod scores;
+pub mod select;
+
+pub use plan::{LayerPlan, PLAN_SCHEMA_VERSION, Plan, Role, check_layers};
+pub use scores::{PackScores, SCORES_SCHEMA_VERSION, SampleScores, Scores, Similarities};

@@ -1,0 +1,178 @@
+//! The artifact of selection: the role of every decoder layer.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::base::{Error, Provenance, Result, read_json};
+
+use super::select::Group;
+
+/// Version of `plan.json`.
+pub const PLAN_SCHEMA_VERSION: u32 = 1;
+
+/// `plan.json`: which decoder layers are dropped, which are finetuned, which stay frozen.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Plan {
+    #[serde(flatten)]
+    pub provenance: Provenance,
+    /// Name of the strategy that chose.
+    pub strategy: String,
+    /// Decoder layers of the dense model.
+    pub num_layers: usize,
+    /// Dropped layers, ascending, by their index in the dense model.
+    pub drop: Vec<usize>,
+    /// Finetuned layers, ascending, by their index in the dense model.
+    pub finetune: Vec<usize>,
+    /// The same finetuned layers, ascending, by their index in the pruned model.
+    pub finetune_pruned: Vec<usize>,
+    /// The choices in the order in which they were made.
+    pub groups: Vec<Group>,
+    /// Every layer of the dense model.
+    pub layers: Vec<LayerPlan>,
+}
+
+/// What happens to one layer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct LayerPlan {
+    /// Index in the dense model.
+    pub index: usize,
+    /// Index in the pruned model; absent for a dropped layer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pruned_index: Option<usize>,
+    pub role: Role,
+}
+
+/// The role of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Taken out of the graph.
+    Drop,
+    /// Kept, and the only ones whose weights move.
+    Finetune,
+    /// Kept frozen as the fixed point that closes a triplet.
+    Anchor,
+    /// Kept frozen.
+    Freeze,
+}
+
+impl Role {
+    /// One character for strips of layers.
+    pub fn letter(self) -> char {
+        match self {
+            Role::Drop => 'D',
+            Role::Finetune => 'F',
+            Role::Anchor => 'A',
+            Role::Freeze => '.',
+        }
+    }
+}
+
+impl Plan {
+    /// Gives every layer its role from the groups that a strategy chose.
+    ///
+    /// Errors: `Error::Invalid` when a layer is outside the model or in two roles, or when nothing or all is dropped.
+    pub fn new(provenance: Provenance, strategy: &str, num_layers: usize, groups: Vec<Group>) -> Result<Self> {
+        let mut roles = vec![Role::Freeze; num_layers];
+        for group in &groups {
+            let members = group.drop.iter().map(|&layer| (layer, Role::Drop));
+            let members = members.chain(group.finetune.iter().map(|&layer| (layer, Role::Finetune)));
+            for (layer, role) in members.chain(group.anchor.map(|layer| (layer, Role::Anchor))) {
+                match roles.get_mut(layer) {
+                    Some(slot) if *slot == Role::Freeze => *slot = role,
+                    Some(_) => return Err(Error::invalid(format!("layer {layer}"), "is in two groups of the plan")),
+                    None => {
+                        return Err(Error::invalid(
+                            format!("layer {layer}"),
+                            format!("the model has {num_layers} layers"),
+                        ));
+                    }
+                }
+            }
+        }
+        let indices = |wanted: Role| -> Vec<usize> {
+            roles.iter().enumerate().filter(|(_, role)| **role == wanted).map(|(index, _)| index).collect()
+        };
+        let drop = indices(Role::Drop);
+        if drop.is_empty() || drop.len() >= num_layers {
+            return Err(Error::invalid("plan", format!("drops {} of {num_layers} layers", drop.len()))
+                .remedy("at least one layer must go and at least one must stay"));
+        }
+        let mut kept = 0;
+        let layers: Vec<LayerPlan> = roles
+            .iter()
+            .enumerate()
+            .map(|(index, &role)| {
+                let pruned_index = (role != Role::Drop).then_some(kept);
+                kept += usize::from(role != Role::Drop);
+                LayerPlan { index, pruned_index, role }
+            })
+            .collect();
+        let finetune_pruned =
+            layers.iter().filter(|layer| layer.role == Role::Finetune).filter_map(|layer| layer.pruned_index).collect();
+        Ok(Plan {
+            provenance,
+            strategy: strategy.to_string(),
+            num_layers,
+            finetune: indices(Role::Finetune),
+            drop,
+            finetune_pruned,
+            groups,
+            layers,
+        })
+    }
+
+    /// Reads `plan.json` and checks that its parts say the same.
+    ///
+    /// Errors: those of `base::read_json`; `Error::Invalid` when groups and layers disagree.
+    pub fn read(path: &Path) -> Result<Self> {
+        let plan: Plan = read_json(path, PLAN_SCHEMA_VERSION)?;
+        if plan.layers.len() != plan.num_layers {
+            return Err(Error::invalid(
+                format!("`{}`", path.display()),
+                format!("lists {} layers, num_layers is {}", plan.layers.len(), plan.num_layers),
+            ));
+        }
+        let again = Plan::new(plan.provenance.clone(), &plan.strategy, plan.num_layers, plan.groups.clone())?;
+        if again != plan {
+            let subject = format!("`{}`", path.display());
+            return Err(Error::invalid(subject, "its lists of layers and its groups disagree")
+                .remedy("make the plan again; to choose layers by hand use `plan --drop`"));
+        }
+        Ok(plan)
+    }
+
+    /// One letter per layer: `D` dropped, `F` finetuned, `A` anchor, `.` frozen.
+    pub fn strip(&self) -> String {
+        self.layers.iter().map(|layer| layer.role.letter()).collect()
+    }
+}
+
+/// Checks layers that a user named against the model.
+///
+/// Returns them ascending. Errors: `Error::Invalid` for none, a duplicate, one outside the model, or all of them.
+pub fn check_layers(layers: &[usize], num_layers: usize) -> Result<Vec<usize>> {
+    let mut set = BTreeSet::new();
+    for &layer in layers {
+        if layer >= num_layers {
+            return Err(Error::invalid(
+                format!("layer {layer}"),
+                format!("the model has {num_layers} layers, 0 to {}", num_layers.saturating_sub(1)),
+            ));
+        }
+        if !set.insert(layer) {
+            return Err(Error::invalid(format!("layer {layer}"), "is named twice"));
+        }
+    }
+    if set.is_empty() {
+        return Err(Error::invalid("list of layers", "is empty"));
+    }
+    if set.len() == num_layers {
+        return Err(Error::invalid("list of layers", format!("names all {num_layers} layers, at least one must stay")));
+    }
+    Ok(set.into_iter().collect())
+}

@@ -1,0 +1,231 @@
+//! Strategies: which layers to drop and which of their neighbours to finetune. One row of [`STRATEGIES`] each.
+
+mod interlace;
+mod published;
+#[cfg(test)]
+mod tests;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::base::{Error, Result};
+
+use super::scores::Similarities;
+
+/// One choice of a strategy: layers that go, layers that make up for them, and the layer that closes the group.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Group {
+    /// Layers to drop, by their index in the dense model.
+    pub drop: Vec<usize>,
+    /// Layers to finetune.
+    pub finetune: Vec<usize>,
+    /// The frozen layer that closes a triplet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub anchor: Option<usize>,
+    /// What the group was ranked by: a similarity, an angle over pi, or a loss; absent where nothing ranks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub score: Option<f64>,
+}
+
+/// The loss of the model without the given layers (ascending), on calibration data.
+pub type MeasureLoss<'a> = dyn FnMut(&[usize]) -> Result<f64> + 'a;
+
+/// What a strategy is asked.
+pub struct Request<'a> {
+    /// Decoder layers of the dense model.
+    pub num_layers: usize,
+    /// Layers to drop.
+    pub count: usize,
+    /// The last layer is left alone unless this is set.
+    pub include_last: bool,
+    /// Mean similarities by pack size; empty for strategies that need none.
+    pub similarities: &'a Similarities,
+    /// Seed of the `random` strategy.
+    pub seed: u64,
+    /// Layers that the user named, for `explicit`.
+    pub layers: &'a [usize],
+    /// Measures losses for strategies that need them.
+    pub measure: Option<&'a mut MeasureLoss<'a>>,
+}
+
+/// A row of the table of strategies.
+pub struct Strategy {
+    pub name: &'static str,
+    /// One line for help texts and the README.
+    pub summary: &'static str,
+    /// Pack sizes whose similarities it reads, when `count` layers are to be dropped.
+    pub packs: fn(count: usize) -> Vec<usize>,
+    /// True when it asks `Request::measure`.
+    pub measures_loss: bool,
+    select: fn(&mut Request) -> Result<Vec<Group>>,
+}
+
+/// All strategies; the first one is the default.
+pub const STRATEGIES: &[Strategy] = &[
+    Strategy {
+        name: "interlace",
+        summary: "triplets by sim_3: of the first two layers drop the one with the higher sim_1, finetune the other, \
+                  freeze the third",
+        packs: |_| vec![1, 2, 3],
+        measures_loss: false,
+        select: interlace::interlace,
+    },
+    Strategy {
+        name: "interlace-oa",
+        summary: "triplets by sim_3 in their given order: always drop the first layer, finetune the second",
+        packs: |_| vec![2, 3],
+        measures_loss: false,
+        select: interlace::order_as_is,
+    },
+    Strategy {
+        name: "interlace-tn",
+        summary: "single layers by sim_1: drop the layer, finetune the next",
+        packs: |_| vec![1],
+        measures_loss: false,
+        select: interlace::then_next,
+    },
+    Strategy {
+        name: "consecutive",
+        summary: "one block from the layer with the best sim_1, finetune as many layers after it",
+        packs: |_| vec![1],
+        measures_loss: false,
+        select: interlace::consecutive,
+    },
+    Strategy {
+        name: "random",
+        summary: "layers drawn at random with a seed, finetune as many others drawn the same way",
+        packs: |_| Vec::new(),
+        measures_loss: false,
+        select: interlace::random,
+    },
+    Strategy {
+        name: "shortgpt",
+        summary: "layers of the least Block Influence, 1 - sim_1 (arXiv:2403.03853), finetune their neighbours",
+        packs: |_| vec![1],
+        measures_loss: false,
+        select: published::shortgpt,
+    },
+    Strategy {
+        name: "angular",
+        summary: "the block of the least angular distance across it (arXiv:2403.17887), finetune the layers after it",
+        packs: |count| vec![count],
+        measures_loss: false,
+        select: published::angular,
+    },
+    Strategy {
+        name: "sleb",
+        summary: "greedy: again and again the layer whose removal hurts the measured loss least (arXiv:2402.09025), \
+                  finetune their neighbours",
+        packs: |_| Vec::new(),
+        measures_loss: true,
+        select: published::sleb,
+    },
+    Strategy {
+        name: "explicit",
+        summary: "the layers that you name, finetune their neighbours",
+        packs: |_| Vec::new(),
+        measures_loss: false,
+        select: published::explicit,
+    },
+];
+
+impl Strategy {
+    /// The row of a name.
+    ///
+    /// Errors: `Error::Invalid` that lists the names there are.
+    pub fn named(name: &str) -> Result<&'static Strategy> {
+        STRATEGIES.iter().find(|strategy| strategy.name == name).ok_or_else(|| {
+            let names: Vec<_> = STRATEGIES.iter().map(|strategy| strategy.name).collect();
+            Error::invalid(format!("strategy `{name}`"), "there is none of that name")
+                .remedy(format!("use one of {}", names.join(", ")))
+        })
+    }
+
+    /// Chooses `request.count` layers to drop and the layers to finetune.
+    ///
+    /// Errors: `Error::Invalid` when nothing or too much is to be dropped (naming the most that can be), when a
+    /// similarity is missing or of the wrong length, or when losses are needed and cannot be measured.
+    pub fn select(&self, request: &mut Request) -> Result<Vec<Group>> {
+        if request.count == 0 {
+            return Err(Error::invalid("number of layers to drop", "is 0")
+                .remedy(format!("ask for at least one of the {} layers", request.num_layers)));
+        }
+        if request.count > request.usable() {
+            return Err(self.too_many(request, request.usable()));
+        }
+        for size in (self.packs)(request.count) {
+            let Some(values) = request.similarities.get(&size) else {
+                return Err(Error::invalid(
+                    format!("strategy `{}`", self.name),
+                    format!("needs sim_{size}, which was not scored"),
+                )
+                .remedy(format!("score again with `--packs 1,2,3,{size}`")));
+            };
+            let want = request.starts(size);
+            if values.len() < want {
+                return Err(Error::invalid(
+                    format!("sim_{size}"),
+                    format!("has {} values, {want} needed for {} layers", values.len(), request.num_layers),
+                ));
+            }
+        }
+        let groups = (self.select)(request)?;
+        let dropped = groups.iter().map(|group| group.drop.len()).sum::<usize>();
+        if dropped < request.count {
+            return Err(self.too_many(request, dropped));
+        }
+        Ok(groups)
+    }
+
+    fn too_many(&self, request: &Request, most: usize) -> Error {
+        Error::invalid(
+            format!("strategy `{}`", self.name),
+            format!("cannot drop {} of {} layers, {most} at most", request.count, request.num_layers),
+        )
+        .remedy("lower the drop ratio, or choose another strategy")
+    }
+}
+
+/// `floor(ratio * num_layers)`, the number of layers that a drop ratio stands for.
+///
+/// Errors: `Error::Invalid` unless 0 < ratio < 1, or when that is no layer at all.
+pub fn drop_count(ratio: f64, num_layers: usize) -> Result<usize> {
+    if !(ratio > 0.0 && ratio < 1.0) {
+        return Err(Error::invalid(format!("drop ratio {ratio}"), "must lie between 0 and 1, both excluded"));
+    }
+    // 0.3 * 10 is 3.0000000000000004 one way and 2.9999999999999996 another: a ratio that means a whole number of
+    // layers is taken as such.
+    let count = (ratio * num_layers as f64 + 1e-9).floor() as usize;
+    if count == 0 {
+        return Err(Error::invalid(
+            format!("drop ratio {ratio}"),
+            format!("of {num_layers} layers is less than one layer, the least is {:.4}", 1.0 / num_layers as f64),
+        ));
+    }
+    Ok(count)
+}
+
+impl Request<'_> {
+    /// Layers that may be dropped or finetuned: `0..usable`.
+    fn usable(&self) -> usize {
+        self.num_layers.saturating_sub(usize::from(!self.include_last))
+    }
+
+    /// Number of packs of `size` layers that hold only usable layers.
+    fn starts(&self, size: usize) -> usize {
+        (self.usable() + 1).saturating_sub(size)
+    }
+
+    /// Mean similarity of the pack of `size` layers from `start`; `select` has checked the lengths.
+    fn sim(&self, size: usize, start: usize) -> f64 {
+        self.similarities.get(&size).and_then(|values| values.get(start)).copied().unwrap_or(f64::NEG_INFINITY)
+    }
+
+    /// Starts of packs of `size` layers, the most similar first; the lower index first on ties.
+    fn ranked(&self, size: usize) -> Vec<usize> {
+        let mut starts: Vec<usize> = (0..self.starts(size)).collect();
+        starts.sort_by(|&a, &b| self.sim(size, b).total_cmp(&self.sim(size, a)));
+        starts
+    }
+}

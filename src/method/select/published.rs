@@ -1,0 +1,90 @@
+//! Selectors of other publications, and the user's own choice. They say only what to drop; the layers to finetune are
+//! the neighbours of what goes.
+
+use std::f64::consts::PI;
+
+use crate::base::{Error, Progress, Result};
+
+use super::{Group, Request};
+
+/// The `count` layers with the highest `sim_1`. Source: arXiv:2403.03853, Block Influence.
+pub(super) fn shortgpt(request: &mut Request) -> Result<Vec<Group>> {
+    let drop: Vec<usize> = request.ranked(1).into_iter().take(request.count).collect();
+    Ok(with_neighbours(request, &drop, |layer| Some(1.0 - request.sim(1, layer))))
+}
+
+/// The block of `count` layers with the least `arccos(sim) / pi` across it. Source: arXiv:2403.17887, equation 5.
+pub(super) fn angular(request: &mut Request) -> Result<Vec<Group>> {
+    let Some(&start) = request.ranked(request.count).first() else { return Ok(Vec::new()) };
+    let angle = request.sim(request.count, start).clamp(-1.0, 1.0).acos() / PI;
+    let drop: Vec<usize> = (start..start + request.count).collect();
+    Ok(with_neighbours(request, &drop, |layer| (layer == start).then_some(angle)))
+}
+
+/// Greedy removal by measured loss: `count` rounds, each tries every layer that is left. Source: arXiv:2402.09025.
+pub(super) fn sleb(request: &mut Request) -> Result<Vec<Group>> {
+    let Some(measure) = request.measure.take() else {
+        return Err(Error::invalid(
+            "strategy `sleb`",
+            "needs losses, and there is no calibration data to measure them on",
+        )
+        .remedy("name the data with `--data`"));
+    };
+    let usable = request.usable();
+    let rounds = request.count as u64;
+    let progress = Progress::new("measure", "removals", rounds * usable as u64 - rounds * (rounds - 1) / 2);
+    let mut removed: Vec<usize> = Vec::new();
+    let mut losses = vec![None; request.num_layers];
+    while removed.len() < request.count {
+        let mut best: Option<(usize, f64)> = None;
+        for layer in (0..usable).filter(|layer| !removed.contains(layer)) {
+            let mut trial = removed.clone();
+            trial.push(layer);
+            trial.sort_unstable();
+            let loss = measure(&trial)?;
+            progress.advance(1);
+            if loss.is_nan() {
+                return Err(Error::invalid(format!("loss without layers {trial:?}"), "is not a number"));
+            }
+            if best.is_none_or(|(_, least)| loss < least) {
+                best = Some((layer, loss));
+            }
+        }
+        let Some((layer, loss)) = best else { break };
+        losses[layer] = Some(loss);
+        removed.push(layer);
+    }
+    Ok(with_neighbours(request, &removed, |layer| losses[layer]))
+}
+
+/// The layers that the user named.
+pub(super) fn explicit(request: &mut Request) -> Result<Vec<Group>> {
+    let drop = super::super::check_layers(request.layers, request.num_layers)?;
+    if drop.len() != request.count {
+        return Err(Error::invalid(
+            "strategy `explicit`",
+            format!("{} layers named, {} to drop", drop.len(), request.count),
+        ));
+    }
+    Ok(with_neighbours(request, &drop, |_| None))
+}
+
+/// One group per dropped layer, in the given order, with the layer to finetune for it: the nearest kept one after it
+/// that no other has, else the nearest before; none when all kept ones are taken.
+fn with_neighbours(request: &Request, drop: &[usize], score: impl Fn(usize) -> Option<f64>) -> Vec<Group> {
+    let mut free: Vec<bool> = (0..request.usable()).map(|layer| !drop.contains(&layer)).collect();
+    let mut groups: Vec<Group> = Vec::new();
+    let mut ascending = drop.to_vec();
+    ascending.sort_unstable();
+    for layer in ascending {
+        let after = free.iter().enumerate().skip(layer).find(|(_, free)| **free);
+        let partner = after.or_else(|| free.iter().enumerate().take(layer).rfind(|(_, free)| **free));
+        let finetune: Vec<usize> = partner.map(|(index, _)| index).into_iter().collect();
+        for &index in &finetune {
+            free[index] = false;
+        }
+        groups.push(Group { drop: vec![layer], finetune, anchor: None, score: score(layer) });
+    }
+    groups.sort_by_key(|group| drop.iter().position(|layer| group.drop.contains(layer)));
+    groups
+}

@@ -1,0 +1,244 @@
+use std::collections::BTreeMap;
+
+use proptest::prelude::{Just, any, prop, prop_assert, prop_assert_eq, proptest};
+use proptest::strategy::Strategy as Values;
+
+use super::*;
+
+/// 10 layers, the last protected: sim_1 has 9 entries, sim_2 8, sim_3 7.
+fn example() -> Similarities {
+    BTreeMap::from([
+        (1, vec![0.10, 0.80, 0.90, 0.70, 0.60, 0.95, 0.50, 0.85, 0.40]),
+        (2, vec![0.20, 0.75, 0.65, 0.60, 0.70, 0.55, 0.50, 0.45]),
+        (3, vec![0.05, 0.60, 0.50, 0.70, 0.40, 0.65, 0.55]),
+        (4, vec![0.30, 0.20, 0.50, 0.40, 0.10, 0.35]),
+    ])
+}
+
+fn request<'a>(similarities: &'a Similarities, count: usize) -> Request<'a> {
+    Request { num_layers: 10, count, include_last: false, similarities, seed: 42, layers: &[], measure: None }
+}
+
+fn select(name: &str, count: usize) -> Result<Vec<Group>> {
+    let similarities = example();
+    Strategy::named(name)?.select(&mut request(&similarities, count))
+}
+
+fn shape(groups: &[Group]) -> Vec<(Vec<usize>, Vec<usize>, Option<usize>)> {
+    groups.iter().map(|group| (group.drop.clone(), group.finetune.clone(), group.anchor)).collect()
+}
+
+/// Triplets by sim_3: 3 (0.70), 5 overlaps, 1 overlaps, 6 (0.55), 2, 4 overlap, 0 (0.05).
+/// 3..6: sim_1 0.70 over 0.60, drop 3. 6..9: 0.50 under 0.85, drop 7. 0..3: 0.10 under 0.80, drop 1.
+#[test]
+fn interlace_takes_the_best_triplets_that_do_not_overlap() {
+    let want = vec![(vec![3], vec![4], Some(5)), (vec![7], vec![6], Some(8)), (vec![1], vec![0], Some(2))];
+    assert_eq!(shape(&select("interlace", 3).unwrap()), want);
+    assert_eq!(shape(&select("interlace", 2).unwrap()), want[..2]);
+}
+
+/// After those three triplets only the protected layer 9 is left.
+#[test]
+fn running_out_says_how_many_can_go_at_most() {
+    let error = select("interlace", 4).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "strategy `interlace`: cannot drop 4 of 10 layers, 3 at most; lower the drop ratio, or choose another strategy"
+    );
+}
+
+/// The triplets at 2 and 5 leave 0, 1 and 8: the pair at 0 follows, then nothing.
+#[test]
+fn pairs_follow_when_triplets_run_out() {
+    let mut similarities = example();
+    similarities.insert(3, vec![0.0, 0.0, 0.9, 0.0, 0.0, 0.8, 0.0]);
+    let strategy = Strategy::named("interlace").unwrap();
+    let groups = strategy.select(&mut request(&similarities, 3)).unwrap();
+    let want = vec![(vec![2], vec![3], Some(4)), (vec![5], vec![6], Some(7)), (vec![1], vec![0], None)];
+    assert_eq!(shape(&groups), want);
+    assert_eq!(groups[2].score, Some(0.20));
+    let error = strategy.select(&mut request(&similarities, 4)).unwrap_err().to_string();
+    assert!(error.contains("3 at most"), "{error}");
+}
+
+#[test]
+fn ties_go_to_the_lower_index() {
+    let flat: Similarities = (1..=3).map(|size| (size, vec![0.5; 10 - size])).collect();
+    let groups = Strategy::named("interlace").unwrap().select(&mut request(&flat, 3)).unwrap();
+    assert_eq!(
+        shape(&groups),
+        vec![(vec![0], vec![1], Some(2)), (vec![3], vec![4], Some(5)), (vec![6], vec![7], Some(8))]
+    );
+}
+
+#[test]
+fn order_as_is_drops_the_first_of_each_triplet() {
+    let want = vec![(vec![3], vec![4], Some(5)), (vec![6], vec![7], Some(8)), (vec![0], vec![1], Some(2))];
+    assert_eq!(shape(&select("interlace-oa", 3).unwrap()), want);
+}
+
+/// sim_1 in order: 5 (6 finetuned), 2 (3), 7 (8), 1 (2 taken), 3 and 4 (5 taken) ... 0 (1).
+#[test]
+fn then_next_pairs_each_dropped_layer_with_the_next() {
+    let want =
+        vec![(vec![5], vec![6], None), (vec![2], vec![3], None), (vec![7], vec![8], None), (vec![0], vec![1], None)];
+    assert_eq!(shape(&select("interlace-tn", 4).unwrap()), want);
+}
+
+/// The best sim_1 is layer 5, where 2 + 2 layers fit (5..9); for 3 + 3 layers the best start that fits is 2.
+#[test]
+fn consecutive_takes_one_block_that_fits() {
+    assert_eq!(shape(&select("consecutive", 2).unwrap()), vec![(vec![5, 6], vec![7, 8], None)]);
+    assert_eq!(shape(&select("consecutive", 3).unwrap()), vec![(vec![2, 3, 4], vec![5, 6, 7], None)]);
+    assert!(select("consecutive", 5).unwrap_err().to_string().contains("4 at most"));
+}
+
+/// sim_1 in order: 5, 2, 7, 1. Partners: 1 has 3 (2 goes), 2 has 4, 5 has 6, 7 has 8.
+#[test]
+fn shortgpt_drops_the_least_influential_layers() {
+    let groups = select("shortgpt", 4).unwrap();
+    let want =
+        vec![(vec![5], vec![6], None), (vec![2], vec![4], None), (vec![7], vec![8], None), (vec![1], vec![3], None)];
+    assert_eq!(shape(&groups), want);
+    assert!((groups[0].score.unwrap() - 0.05).abs() < 1e-12);
+}
+
+/// sim_4 is highest at 2: arccos(0.5) is pi / 3. Layers 6, 7, 8 follow the block, layer 1 is the nearest before it.
+#[test]
+fn angular_drops_the_block_that_turns_the_stream_least() {
+    let groups = select("angular", 4).unwrap();
+    assert_eq!(groups.iter().flat_map(|group| group.drop.clone()).collect::<Vec<_>>(), vec![2, 3, 4, 5]);
+    assert_eq!(groups.iter().flat_map(|group| group.finetune.clone()).collect::<Vec<_>>(), vec![6, 7, 8, 1]);
+    assert!((groups[0].score.unwrap() - 1.0 / 3.0).abs() < 1e-12);
+    let error = select("angular", 5).unwrap_err().to_string();
+    assert!(error.contains("sim_5") && error.contains("--packs 1,2,3,5"), "{error}");
+}
+
+/// Loss without S: the sum of the layers' costs, plus 1 when both 1 and 2 are gone.
+#[test]
+fn sleb_measures_again_after_each_removal() {
+    let similarities = Similarities::new();
+    let costs = [0.9, 0.1, 0.2, 0.5, 0.3, 0.9, 0.9, 0.9, 0.9, 0.0];
+    let mut calls = 0;
+    let mut measure = |removed: &[usize]| {
+        calls += 1;
+        let both = removed.contains(&1) && removed.contains(&2);
+        Ok(removed.iter().map(|&layer| costs[layer]).sum::<f64>() + if both { 1.0 } else { 0.0 })
+    };
+    let mut asked = Request { measure: Some(&mut measure), ..request(&similarities, 2) };
+    let groups = Strategy::named("sleb").unwrap().select(&mut asked).unwrap();
+    assert_eq!(shape(&groups), vec![(vec![1], vec![2], None), (vec![4], vec![5], None)]);
+    assert_eq!(groups[1].score, Some(0.4));
+    assert_eq!(calls, 9 + 8);
+}
+
+#[test]
+fn sleb_without_data_is_an_error() {
+    assert!(select("sleb", 2).unwrap_err().to_string().contains("--data"));
+}
+
+#[test]
+fn explicit_takes_the_named_layers_and_their_neighbours() {
+    let similarities = Similarities::new();
+    let mut request = request(&similarities, 3);
+    request.layers = &[8, 2, 3];
+    let groups = Strategy::named("explicit").unwrap().select(&mut request).unwrap();
+    assert_eq!(shape(&groups), vec![(vec![2], vec![4], None), (vec![3], vec![5], None), (vec![8], vec![7], None)]);
+}
+
+#[test]
+fn lists_of_layers_are_checked() {
+    use crate::method::check_layers;
+    assert_eq!(check_layers(&[5, 2], 10).unwrap(), vec![2, 5]);
+    let cases: [(&[usize], &str); 4] = [
+        (&[], "list of layers: is empty"),
+        (&[2, 2], "layer 2: is named twice"),
+        (&[10], "layer 10: the model has 10 layers, 0 to 9"),
+        (&[0, 1, 2, 3, 4, 5, 6, 7, 8, 9], "list of layers: names all 10 layers, at least one must stay"),
+    ];
+    for (layers, want) in cases {
+        assert_eq!(check_layers(layers, 10).unwrap_err().to_string(), want);
+    }
+}
+
+#[test]
+fn ratios_are_floored_without_rounding_noise() {
+    let cases = [(0.25, 16, 4), (0.25, 18, 4), (0.3, 10, 3), (0.1, 30, 3), (0.25, 36, 9), (0.99, 4, 3)];
+    for (ratio, layers, want) in cases {
+        assert_eq!(drop_count(ratio, layers).unwrap(), want, "{ratio} of {layers}");
+    }
+    for bad in [0.0, 1.0, -0.5, f64::NAN, 0.05] {
+        assert!(drop_count(bad, 16).is_err(), "{bad}");
+    }
+}
+
+#[test]
+fn an_unknown_strategy_lists_the_known_ones() {
+    let error = Strategy::named("magic").err().unwrap().to_string();
+    assert!(STRATEGIES.iter().all(|strategy| error.contains(strategy.name)), "{error}");
+}
+
+#[test]
+fn nothing_to_drop_and_too_much_to_drop_are_errors() {
+    assert!(select("interlace", 0).is_err());
+    assert!(select("random", 10).unwrap_err().to_string().contains("9 at most"));
+}
+
+/// Similarities of a network of 4 to 40 layers, and a number of layers to drop.
+fn networks() -> impl Values<Value = (usize, usize, Similarities)> {
+    (4usize..40).prop_flat_map(|layers| {
+        let packs = (1..=layers).map(|size| prop::collection::vec(-1.0f64..1.0, layers.saturating_sub(size)));
+        let similarities = packs
+            .collect::<Vec<_>>()
+            .prop_map(|packs| packs.into_iter().enumerate().map(|(index, pack)| (index + 1, pack)).collect());
+        (Just(layers), 1..layers, similarities)
+    })
+}
+
+proptest! {
+    #[test]
+    fn laws_of_every_strategy((num_layers, count, similarities) in networks(), seed in any::<u64>()) {
+        for strategy in STRATEGIES {
+            let run = || {
+                let mut measure = |removed: &[usize]| Ok(removed.iter().map(|&layer| (layer as f64).sin()).sum());
+                let named: Vec<usize> = (0..count).map(|index| (index * 7 + seed as usize % 7) % num_layers).collect();
+                let mut request = Request {
+                    num_layers, count, include_last: false, similarities: &similarities, seed,
+                    layers: &named, measure: Some(&mut measure),
+                };
+                strategy.select(&mut request).ok()
+            };
+            let groups = run();
+            prop_assert_eq!(&groups, &run(), "{} is not deterministic", strategy.name);
+            let Some(groups) = groups else { continue };
+            let drop: Vec<usize> = groups.iter().flat_map(|group| group.drop.clone()).collect();
+            prop_assert_eq!(drop.len(), count, "{}", strategy.name);
+            // `Plan::new` refuses a layer in two roles or outside the model.
+            let head = crate::base::Provenance::new(1, BTreeMap::new(), &()).unwrap();
+            let plan = crate::method::Plan::new(head, strategy.name, num_layers, groups.clone()).unwrap();
+            prop_assert_eq!(plan.drop.len(), count);
+            prop_assert!(strategy.name == "explicit" || !drop.contains(&(num_layers - 1)), "{}", strategy.name);
+            prop_assert!(!plan.finetune.contains(&(num_layers - 1)), "{}", strategy.name);
+            if strategy.name.starts_with("interlace") {
+                for group in &groups {
+                    prop_assert_eq!(group.drop[0].abs_diff(group.finetune[0]), 1);
+                    prop_assert!(group.anchor.is_none_or(|anchor| anchor == group.drop[0].max(group.finetune[0]) + 1));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn indices_in_the_pruned_model_skip_what_goes((num_layers, count, similarities) in networks()) {
+        let mut request = Request {
+            num_layers, count, include_last: false, similarities: &similarities, seed: 1, layers: &[], measure: None,
+        };
+        if let Ok(groups) = Strategy::named("random").unwrap().select(&mut request) {
+            let head = crate::base::Provenance::new(1, BTreeMap::new(), &()).unwrap();
+            let plan = crate::method::Plan::new(head, "random", num_layers, groups).unwrap();
+            let kept: Vec<usize> = (0..num_layers).filter(|layer| !plan.drop.contains(layer)).collect();
+            let back: Vec<usize> = plan.finetune_pruned.iter().map(|&index| kept[index]).collect();
+            prop_assert_eq!(back, plan.finetune);
+        }
+    }
+}
