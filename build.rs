@@ -1,11 +1,20 @@
-//! Bakes in where the native libraries were at build time, so that the binary runs without any variable set.
+//! Compiles Triton's configuration schema, and bakes in where the native libraries were at build time, so that the
+//! binary runs without any variable set.
 
 use std::env;
+use std::error::Error;
+use std::fs;
 use std::path::Path;
 
-fn main() {
-    println!("cargo:rerun-if-env-changed=LIBTORCH");
-    println!("cargo:rerun-if-env-changed=ORT_DYLIB_PATH");
+const TRITON_SCHEMA: &str = "src/export/model_config.proto";
+
+fn main() -> Result<(), Box<dyn Error>> {
+    println!("cargo:rerun-if-changed={TRITON_SCHEMA}");
+    let mut compiler = protox::Compiler::new(["src/export"])?;
+    compiler.open_file(TRITON_SCHEMA)?;
+    let out = env::var("OUT_DIR")?;
+    fs::write(Path::new(&out).join("model_config.bin"), compiler.encode_file_descriptor_set())?;
+    prost_build::compile_fds(compiler.file_descriptor_set())?;
     if let Ok(libtorch) = env::var("LIBTORCH") {
         let lib = Path::new(&libtorch).join("lib");
         println!("cargo:rustc-link-arg=-Wl,-rpath,{}", lib.display());
@@ -13,4 +22,5 @@ fn main() {
     if let Ok(library) = env::var("ORT_DYLIB_PATH") {
         println!("cargo:rustc-env=INTERLACE_ORT_DYLIB_PATH={library}");
     }
+    Ok(())
 }

@@ -2,6 +2,7 @@
 
 pub mod base;
 pub mod bundle;
+pub mod export;
 pub mod ir;
 pub mod method;
 pub mod onnx;

@@ -1,0 +1,3 @@
+//! Other layouts to serve a model from.
+
+pub mod triton;

@@ -1,0 +1,215 @@
+//! Triton Inference Server: `config.pbtxt` from typed messages.
+//!
+//! Source: Triton's model configuration, `ModelConfig` in its public `model_config.proto`.
+
+use std::collections::HashSet;
+
+use prost::Message;
+use prost_reflect::text_format::FormatOptions;
+use prost_reflect::{DescriptorPool, DynamicMessage};
+
+use crate::base::{Error, Result};
+use crate::ir::{self, Dim, ValueId, ValueType};
+
+#[allow(missing_docs, clippy::all, reason = "generated from model_config.proto")]
+mod schema {
+    include!(concat!(env!("OUT_DIR"), "/inference.rs"));
+}
+
+use schema::{DataType, ModelConfig, ModelInput, ModelOutput, ModelTensorReshape};
+
+/// Name of the model file in every version folder.
+pub const MODEL_FILE: &str = "model.onnx";
+
+/// The text of `config.pbtxt` for one model.
+///
+/// `max_batch_size` is used where every input and output has the same free first dimension; elsewhere the model gets 0,
+/// which leaves batching to the client.
+///
+/// Errors: `Error::Unsupported` for an input or output that Triton has no type for, or of unknown rank.
+pub fn config_text(name: &str, model: &ir::Model, max_batch_size: u32) -> Result<String> {
+    let config = model_config(name, model, max_batch_size)?;
+    let pool = DescriptorPool::decode(include_bytes!(concat!(env!("OUT_DIR"), "/model_config.bin")).as_slice())
+        .map_err(|e| Error::engine("prost", "the ModelConfig schema", e))?;
+    let descriptor = pool
+        .get_message_by_name("inference.ModelConfig")
+        .ok_or_else(|| Error::engine("prost", "the ModelConfig schema", "lacks inference.ModelConfig"))?;
+    let message = DynamicMessage::decode(descriptor, config.encode_to_vec().as_slice())
+        .map_err(|e| Error::engine("prost", format!("the configuration of `{name}`"), e))?;
+    let mut text = message.to_text_format_with_options(&FormatOptions::new().pretty(true));
+    text.push('\n');
+    Ok(text)
+}
+
+fn model_config(name: &str, model: &ir::Model, max_batch_size: u32) -> Result<ModelConfig> {
+    let graph = &model.graph;
+    let weights: HashSet<ValueId> = graph.body.initializers.iter().map(|(id, _)| *id).collect();
+    // Before IR version 4 weights are listed among the inputs too, and no client feeds them.
+    let inputs = graph.body.inputs.iter().copied().filter(|id| !weights.contains(id));
+    let inputs = inputs.map(|id| port(graph, id)).collect::<Result<Vec<_>>>()?;
+    let outputs = graph.body.outputs.iter().map(|&id| port(graph, id)).collect::<Result<Vec<_>>>()?;
+    let batched = max_batch_size > 0 && share_a_free_first_dimension(inputs.iter().chain(&outputs));
+    Ok(ModelConfig {
+        name: name.to_string(),
+        max_batch_size: if batched { i32::try_from(max_batch_size).unwrap_or(i32::MAX) } else { 0 },
+        input: inputs
+            .into_iter()
+            .map(|port| {
+                let (dims, reshape) = dims(port.shape, batched);
+                ModelInput { name: port.name, data_type: port.data_type.into(), dims, reshape }
+            })
+            .collect(),
+        output: outputs
+            .into_iter()
+            .map(|port| {
+                let (dims, reshape) = dims(port.shape, batched);
+                ModelOutput { name: port.name, data_type: port.data_type.into(), dims, reshape }
+            })
+            .collect(),
+        default_model_filename: MODEL_FILE.to_string(),
+        backend: "onnxruntime".to_string(),
+    })
+}
+
+struct Port<'a> {
+    name: String,
+    data_type: DataType,
+    shape: &'a [Dim],
+}
+
+fn port(graph: &ir::Graph, id: ValueId) -> Result<Port<'_>> {
+    let name = graph.name(id).to_string();
+    let unsupported = |problem: String| Error::unsupported(format!("`{name}` in a Triton repository"), problem);
+    let ty = graph.value(id).ty.as_ref();
+    let Some(ValueType::Tensor { dtype, shape: Some(shape) }) = ty else {
+        return Err(unsupported("its element type and rank must be known".to_string()));
+    };
+    let data_type = triton_type(*dtype).ok_or_else(|| unsupported(format!("Triton has no type for {dtype}")))?;
+    Ok(Port { name, data_type, shape })
+}
+
+fn triton_type(dtype: ir::DataType) -> Option<DataType> {
+    Some(match dtype {
+        ir::DataType::Bool => DataType::TypeBool,
+        ir::DataType::Uint8 => DataType::TypeUint8,
+        ir::DataType::Uint16 => DataType::TypeUint16,
+        ir::DataType::Uint32 => DataType::TypeUint32,
+        ir::DataType::Uint64 => DataType::TypeUint64,
+        ir::DataType::Int8 => DataType::TypeInt8,
+        ir::DataType::Int16 => DataType::TypeInt16,
+        ir::DataType::Int32 => DataType::TypeInt32,
+        ir::DataType::Int64 => DataType::TypeInt64,
+        ir::DataType::Float16 => DataType::TypeFp16,
+        ir::DataType::Float => DataType::TypeFp32,
+        ir::DataType::Double => DataType::TypeFp64,
+        ir::DataType::String => DataType::TypeString,
+        ir::DataType::Bfloat16 => DataType::TypeBf16,
+        _ => return None,
+    })
+}
+
+/// True when all first dimensions are one and the same symbol, so that one batch runs through the whole model.
+fn share_a_free_first_dimension<'a>(ports: impl Iterator<Item = &'a Port<'a>>) -> bool {
+    let mut symbols = ports.map(|port| match port.shape.first() {
+        Some(Dim::Symbol(name)) => Some(name),
+        _ => None,
+    });
+    let first = symbols.next().flatten();
+    first.is_some() && symbols.all(|symbol| symbol == first)
+}
+
+/// Triton's `dims`, -1 where free; a shape without any (left) is given as `[1]` reshaped to it.
+fn dims(shape: &[Dim], batched: bool) -> (Vec<i64>, Option<ModelTensorReshape>) {
+    let own = &shape[usize::from(batched).min(shape.len())..];
+    let dims = own.iter().map(|dim| match dim {
+        Dim::Known(size) => *size,
+        Dim::Symbol(_) | Dim::Unknown => -1,
+    });
+    match dims.collect::<Vec<_>>() {
+        empty if empty.is_empty() => (vec![1], Some(ModelTensorReshape { shape: Vec::new() })),
+        dims => (dims, None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ir::{DataType as Ty, Graph, Model, Value};
+
+    fn model(inputs: &[(&str, Ty, &[Dim])], outputs: &[(&str, Ty, &[Dim])]) -> Model {
+        let mut graph = Graph::default();
+        let mut add = |&(name, dtype, shape): &(&str, Ty, &[Dim])| {
+            let ty = Some(ValueType::Tensor { dtype, shape: Some(shape.to_vec()) });
+            graph.add_value(Value { name: name.to_string(), ty, ..Value::default() })
+        };
+        let inputs = inputs.iter().map(&mut add).collect();
+        let outputs = outputs.iter().map(&mut add).collect();
+        graph.body.inputs = inputs;
+        graph.body.outputs = outputs;
+        Model { graph, ..Model::default() }
+    }
+
+    fn symbol(name: &str) -> Dim {
+        Dim::Symbol(name.to_string())
+    }
+
+    #[test]
+    fn a_shared_free_first_dimension_is_the_batch() {
+        let shape = [symbol("batch"), symbol("sequence"), Dim::Known(64)];
+        let model = model(&[("ids", Ty::Int64, &shape[..2])], &[("embeds", Ty::Float, &shape)]);
+        let text = config_text("embed_tokens", &model, 8).unwrap();
+        insta::assert_snapshot!(text, @r#"
+        name: "embed_tokens"
+        max_batch_size: 8
+        input: [{
+          name: "ids"
+          data_type: TYPE_INT64
+          dims: [-1]
+        }]
+        output: [{
+          name: "embeds"
+          data_type: TYPE_FP32
+          dims: [-1, 64]
+        }]
+        default_model_filename: "model.onnx"
+        backend: "onnxruntime"
+        "#);
+    }
+
+    #[test]
+    fn positions_in_three_planes_leave_the_batch_to_the_client() {
+        let batch = symbol("batch");
+        let positions = [Dim::Known(3), batch.clone(), symbol("sequence")];
+        let logits = [batch, symbol("sequence"), Dim::Known(9)];
+        let model = model(&[("position_ids", Ty::Int64, &positions)], &[("logits", Ty::Float16, &logits)]);
+        let config = model_config("decoder", &model, 8).unwrap();
+        assert_eq!(config.max_batch_size, 0);
+        assert_eq!(config.input[0].dims, vec![3, -1, -1]);
+        assert_eq!(config.output[0].dims, vec![-1, -1, 9]);
+        assert_eq!(config.output[0].data_type, DataType::TypeFp16 as i32);
+    }
+
+    #[test]
+    fn first_dimensions_of_different_meaning_are_no_batch() {
+        let model = model(
+            &[("pixel_values", Ty::Float, &[symbol("images"), Dim::Known(3)])],
+            &[("image_features", Ty::Float, &[symbol("patches"), Dim::Known(4)])],
+        );
+        assert_eq!(model_config("vision", &model, 8).unwrap().max_batch_size, 0);
+    }
+
+    #[test]
+    fn scalars_are_reshaped() {
+        let model = model(&[("use_cache", Ty::Bool, &[])], &[("y", Ty::Float, &[symbol("n")])]);
+        let config = model_config("m", &model, 0).unwrap();
+        assert_eq!(config.input[0].dims, vec![1]);
+        assert_eq!(config.input[0].reshape, Some(ModelTensorReshape { shape: Vec::new() }));
+    }
+
+    #[test]
+    fn a_type_that_triton_lacks_is_refused_by_name() {
+        let model = model(&[("x", Ty::Int4, &[Dim::Known(2)])], &[("y", Ty::Float, &[Dim::Known(2)])]);
+        let error = config_text("m", &model, 0).unwrap_err().to_string();
+        assert!(error.contains("`x`") && error.contains("int4"), "{error}");
+    }
+}
