@@ -6,3 +6,4 @@ pub mod export;
 pub mod ir;
 pub mod method;
 pub mod onnx;
+pub mod pipeline;

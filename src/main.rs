@@ -1,3 +1,7 @@
-fn main() {
-    println!("{}", tch::Cuda::is_available());
+//! The `interlace` command.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    interlace::cli::main()
 }

@@ -1,0 +1,5 @@
+//! The verbs in one go: a recipe, steps that are done once, the table and the manifest.
+
+mod store;
+
+pub use store::{Finished, STATE_FILE, State, StepState, Store};

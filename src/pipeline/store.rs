@@ -1,0 +1,246 @@
+//! Steps that are done once: each output is known by the SHA-256 of everything that made it.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::base::{Error, Result, Sha256Digest, read_json, sha256_file, sha256_json, write_json};
+
+/// Name of the file that remembers finished steps.
+pub const STATE_FILE: &str = "state.json";
+const STATE_SCHEMA_VERSION: u32 = 1;
+
+/// `state.json`: the finished steps of a run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct State {
+    pub schema_version: u32,
+    /// Finished steps by name.
+    pub steps: BTreeMap<String, StepState>,
+}
+
+/// What is remembered of a finished step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct StepState {
+    /// SHA-256 over tool version, step, inputs and settings.
+    pub key: Sha256Digest,
+    /// The file or folder that it made, in the run's folder.
+    pub output: String,
+    /// SHA-256 of the file, or over the files of the folder.
+    pub digest: Sha256Digest,
+    /// What the step took when it was done.
+    pub seconds: f64,
+}
+
+/// A run's folder and its finished steps.
+pub struct Store {
+    folder: PathBuf,
+    state: State,
+}
+
+/// A step's output, made now or found.
+#[derive(Clone, Debug)]
+pub struct Finished {
+    pub path: PathBuf,
+    pub digest: Sha256Digest,
+    /// True when an earlier run had made it.
+    pub reused: bool,
+}
+
+#[derive(Serialize)]
+struct Key<'a, S> {
+    tool: &'static str,
+    step: &'a str,
+    inputs: &'a [(&'a str, &'a str)],
+    settings: &'a S,
+}
+
+impl Store {
+    /// Opens the folder of a run, new or begun before.
+    ///
+    /// Errors: `Error::Io` when it cannot be made; `Error::Invalid` when it holds other things than a run.
+    pub fn open(folder: &Path) -> Result<Self> {
+        fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, e))?;
+        let path = folder.join(STATE_FILE);
+        let state = if path.exists() {
+            read_json(&path, STATE_SCHEMA_VERSION)?
+        } else {
+            let mut entries = fs::read_dir(folder).map_err(|e| Error::io("read", folder, e))?;
+            if entries.next().is_some() {
+                return Err(Error::invalid(format!("output `{}`", folder.display()), "holds files that no run of interlace made")
+                    .remedy("name a new folder"));
+            }
+            let state = State { schema_version: STATE_SCHEMA_VERSION, steps: BTreeMap::new() };
+            write_json(&path, &state)?;
+            state
+        };
+        Ok(Store { folder: folder.to_path_buf(), state })
+    }
+
+    /// The run's folder.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// The finished steps.
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// Does a step unless its output is there, made from the same inputs with the same settings and unchanged since.
+    ///
+    /// `output` is the name of the file or folder that `work` must make; `inputs` are the digests of what it reads. An
+    /// output that an earlier run made from other inputs is replaced.
+    ///
+    /// Errors: those of `work`; `Error::Invalid` when `work` made nothing, or when something is in the place of the
+    /// output that no run made.
+    pub fn step<S: Serialize>(
+        &mut self,
+        name: &str,
+        output: &str,
+        inputs: &[(&str, &str)],
+        settings: &S,
+        work: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<Finished> {
+        let key = sha256_json(&Key { tool: env!("CARGO_PKG_VERSION"), step: name, inputs, settings })?;
+        let path = self.folder.join(output);
+        if let Some(done) = self.state.steps.get(name) {
+            if done.key == key && path.exists() && digest_of(&path)? == done.digest {
+                return Ok(Finished { path, digest: done.digest.clone(), reused: true });
+            }
+            let stale = self.folder.join(&done.output);
+            remove(&stale)?;
+            self.state.steps.remove(name);
+            self.save()?;
+        }
+        if path.exists() {
+            return Err(Error::invalid(format!("output `{}`", path.display()), "exists, and no finished step made it")
+                .remedy("remove it, or name another output folder"));
+        }
+        let start = Instant::now();
+        work(&path)?;
+        if !path.exists() {
+            return Err(Error::invalid(format!("step `{name}`"), format!("made no `{output}`")));
+        }
+        let digest = digest_of(&path)?;
+        let seconds = start.elapsed().as_secs_f64();
+        let done = StepState { key, output: output.to_string(), digest: digest.clone(), seconds };
+        self.state.steps.insert(name.to_string(), done);
+        self.save()?;
+        Ok(Finished { path, digest, reused: false })
+    }
+
+    fn save(&self) -> Result<()> {
+        write_json(&self.folder.join(STATE_FILE), &self.state)
+    }
+}
+
+fn remove(path: &Path) -> Result<()> {
+    let result = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+    match result {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io("remove", path, error)),
+        _ => Ok(()),
+    }
+}
+
+/// SHA-256 of every file below a folder by its path there, or of the one file by its name.
+///
+/// Errors: `Error::Io` when something cannot be read.
+pub fn file_digests(path: &Path) -> Result<BTreeMap<String, Sha256Digest>> {
+    let mut digests = BTreeMap::new();
+    let mut pending = vec![path.to_path_buf()];
+    while let Some(next) = pending.pop() {
+        if next.is_dir() {
+            for entry in fs::read_dir(&next).map_err(|e| Error::io("read", &next, e))? {
+                pending.push(entry.map_err(|e| Error::io("read", &next, e))?.path());
+            }
+        } else {
+            let below = next.strip_prefix(path).ok().filter(|below| !below.as_os_str().is_empty());
+            let name = below.or(next.file_name().map(Path::new)).unwrap_or(&next);
+            digests.insert(name.to_string_lossy().into_owned(), sha256_file(&next)?);
+        }
+    }
+    Ok(digests)
+}
+
+/// One digest of a file, or over all files of a folder.
+///
+/// Errors: `Error::Io` when something cannot be read.
+pub fn digest_of(path: &Path) -> Result<Sha256Digest> {
+    if path.is_dir() { sha256_json(&file_digests(path)?) } else { sha256_file(path) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn write(text: &'static str) -> impl FnOnce(&Path) -> Result<()> {
+        move |path| fs::write(path, text).map_err(|e| Error::io("write", path, e))
+    }
+
+    fn never(_: &Path) -> Result<()> {
+        Err(Error::invalid("step", "was done again"))
+    }
+
+    #[test]
+    fn a_finished_step_is_not_done_again_by_a_later_run() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = folder.path().join("run");
+        let first = Store::open(&run).unwrap().step("score", "s.json", &[("model", "a")], &1, write("x")).unwrap();
+        assert!(!first.reused);
+        let again = Store::open(&run).unwrap().step("score", "s.json", &[("model", "a")], &1, never).unwrap();
+        assert!(again.reused && again.digest == first.digest);
+    }
+
+    #[test]
+    fn other_inputs_settings_or_a_changed_output_do_it_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut store = Store::open(folder.path()).unwrap();
+        store.step("s", "o", &[("model", "a")], &1, write("1")).unwrap();
+        assert!(!store.step("s", "o", &[("model", "b")], &1, write("2")).unwrap().reused);
+        assert!(!store.step("s", "o", &[("model", "b")], &2, write("3")).unwrap().reused);
+        fs::write(folder.path().join("o"), "tampered").unwrap();
+        assert!(!store.step("s", "o", &[("model", "b")], &2, write("4")).unwrap().reused);
+        assert_eq!(fs::read_to_string(folder.path().join("o")).unwrap(), "4");
+    }
+
+    #[test]
+    fn a_failed_step_is_not_remembered() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut store = Store::open(folder.path()).unwrap();
+        assert!(store.step("s", "o", &[], &1, never).is_err());
+        assert!(store.step("s", "o", &[], &1, |_| Ok(())).is_err(), "a step that made nothing");
+        assert!(!store.step("s", "o", &[], &1, write("1")).unwrap().reused);
+    }
+
+    #[test]
+    fn what_no_run_made_is_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("thesis.txt"), "dear").unwrap();
+        assert!(Store::open(folder.path()).err().unwrap().to_string().contains("no run of interlace"));
+        let run = tempfile::tempdir().unwrap();
+        let mut store = Store::open(run.path()).unwrap();
+        fs::write(run.path().join("o"), "mine").unwrap();
+        assert!(store.step("s", "o", &[], &1, write("1")).is_err());
+        assert_eq!(fs::read_to_string(run.path().join("o")).unwrap(), "mine");
+    }
+
+    #[test]
+    fn folders_have_one_digest_over_names_and_contents() {
+        let a = tempfile::tempdir().unwrap();
+        let b = tempfile::tempdir().unwrap();
+        for folder in [&a, &b] {
+            fs::create_dir(folder.path().join("onnx")).unwrap();
+            fs::write(folder.path().join("onnx/m.onnx"), "m").unwrap();
+        }
+        assert_eq!(digest_of(a.path()).unwrap(), digest_of(b.path()).unwrap());
+        fs::rename(b.path().join("onnx/m.onnx"), b.path().join("onnx/n.onnx")).unwrap();
+        assert_ne!(digest_of(a.path()).unwrap(), digest_of(b.path()).unwrap());
+        assert_eq!(file_digests(a.path()).unwrap().keys().collect::<Vec<_>>(), ["onnx/m.onnx"]);
+    }
+}

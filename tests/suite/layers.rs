@@ -1,0 +1,156 @@
+//! The architecture holds: modules import downwards only, and each heavy dependency has its owners.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// From the top; modules of one row do not import each other.
+const LAYERS: &[&[&str]] = &[
+    &["cli"],
+    &["pipeline"],
+    &["method", "finetune", "eval", "export"],
+    &["data", "runtime", "torch"],
+    &["rewrite", "bundle"],
+    &["analysis"],
+    &["onnx"],
+    &["ir"],
+    &["base"],
+];
+
+/// Crates that only some modules may name; `main` is `main.rs`.
+const OWNERS: &[(&str, &[&str])] = &[
+    ("protobuf", &["onnx"]),
+    ("onnx_protobuf", &["onnx"]),
+    ("ort", &["runtime"]),
+    ("tract_onnx", &["runtime"]),
+    ("tch", &["torch", "finetune"]),
+    ("torch_sys", &["torch", "finetune"]),
+    ("clap", &["cli", "main"]),
+    ("anyhow", &["cli", "main"]),
+    ("tokenizers", &["data"]),
+    ("minijinja", &["data"]),
+    ("minijinja_contrib", &["data"]),
+    ("parquet", &["data"]),
+    ("arrow", &["data"]),
+    ("image", &["data"]),
+    ("fast_image_resize", &["data"]),
+    ("prost", &["export"]),
+    ("prost_reflect", &["export"]),
+    ("indicatif", &["base"]),
+    ("ctrlc", &["base"]),
+];
+
+fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(folder).expect("source folder") {
+        let path = entry.expect("entry").path();
+        if path.is_dir() {
+            sources(&path, found);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            found.push(path);
+        }
+    }
+}
+
+/// Module (first path component, or the file's stem at the top), file, text without comments.
+fn modules() -> Vec<(String, PathBuf, String)> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut files = Vec::new();
+    sources(&root, &mut files);
+    assert!(files.len() > 20, "only {} source files found", files.len());
+    let read = |path: PathBuf| {
+        let relative = path.strip_prefix(&root).expect("below src");
+        let module = relative.components().next().expect("name").as_os_str().to_string_lossy().replace(".rs", "");
+        let text = fs::read_to_string(&path).expect("source");
+        let code = text.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n");
+        (module, path, code)
+    };
+    files.into_iter().map(read).collect()
+}
+
+fn is_name(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || byte == b'_'
+}
+
+/// Names that follow `prefix` wherever it stands as a whole path segment.
+fn names_after<'a>(code: &'a str, prefix: &str) -> Vec<&'a str> {
+    let starts = code.match_indices(prefix).filter(|(at, _)| *at == 0 || !is_name(code.as_bytes()[at - 1]));
+    let mut names = Vec::new();
+    for (at, _) in starts {
+        let rest = &code[at + prefix.len()..];
+        let list = match rest.strip_prefix('{') {
+            // `use crate::{base::Error, ir}`: names at the top level of the braces.
+            Some(inner) => {
+                let mut depth = 0;
+                let end = inner.find(|c| {
+                    depth += i32::from(c == '{') - i32::from(c == '}');
+                    depth < 0
+                });
+                &inner[..end.unwrap_or(inner.len())]
+            }
+            None => rest,
+        };
+        let single = !rest.starts_with('{');
+        let mut depth = 0;
+        for item in list.split_inclusive(&[',', '{', '}']) {
+            let name = item.trim().split(|c: char| !is_name(c as u8)).next().unwrap_or_default();
+            if depth == 0 && !name.is_empty() {
+                names.push(name);
+            }
+            if single {
+                break;
+            }
+            depth += i32::from(item.ends_with('{')) - i32::from(item.ends_with('}'));
+        }
+    }
+    names
+}
+
+#[test]
+fn imports_point_down() {
+    let rank: BTreeMap<&str, usize> =
+        LAYERS.iter().enumerate().flat_map(|(rank, names)| names.iter().map(move |name| (*name, rank))).collect();
+    let mut wrong = Vec::new();
+    for (module, path, code) in modules() {
+        if module == "lib" || module == "main" {
+            continue;
+        }
+        let Some(&own) = rank.get(module.as_str()) else {
+            wrong.push(format!("{}: module `{module}` has no place in the order of layers", path.display()));
+            continue;
+        };
+        for name in names_after(&code, "crate::") {
+            match rank.get(name) {
+                Some(&other) if name == module || other > own => {}
+                Some(_) => wrong.push(format!("{}: `{module}` imports `{name}`, which is not below it", path.display())),
+                None => wrong.push(format!("{}: imports `crate::{name}`, which is no module", path.display())),
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn heavy_dependencies_stay_with_their_owners() {
+    let mut wrong = Vec::new();
+    for (module, path, code) in modules() {
+        for (dependency, owners) in OWNERS {
+            let path_use = format!("{dependency}::");
+            let named = code.match_indices(&path_use).any(|(at, _)| {
+                let before = code[..at].trim_end_matches("::");
+                // `image::` may be a module of the crate's own: only a path that starts there names the dependency.
+                before.len() == at && (at == 0 || !is_name(code.as_bytes()[at - 1]))
+            });
+            if named && !owners.contains(&module.as_str()) {
+                wrong.push(format!("{}: names `{dependency}`, which belongs to {}", path.display(), owners.join(", ")));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn the_reader_of_imports_reads_them() {
+    let code = "use crate::base::{Error, Result};\nuse crate::{ir::Graph, onnx::{load, save}, rewrite};\nlet x = crate::data::f();";
+    assert_eq!(names_after(code, "crate::"), ["base", "ir", "onnx", "rewrite", "data"]);
+    assert!(names_after("use mycrate::base;", "crate::").is_empty());
+}
