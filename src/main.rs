@@ -1,7 +1,5 @@
 //! The `interlace` command.
 
-use std::process::ExitCode;
-
-fn main() -> ExitCode {
-    interlace::cli::main()
+fn main() {
+    println!("interlace {}", env!("CARGO_PKG_VERSION"));
 }

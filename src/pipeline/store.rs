@@ -72,8 +72,11 @@ impl Store {
         } else {
             let mut entries = fs::read_dir(folder).map_err(|e| Error::io("read", folder, e))?;
             if entries.next().is_some() {
-                return Err(Error::invalid(format!("output `{}`", folder.display()), "holds files that no run of interlace made")
-                    .remedy("name a new folder"));
+                return Err(Error::invalid(
+                    format!("output `{}`", folder.display()),
+                    "holds files that no run of interlace made",
+                )
+                .remedy("name a new folder"));
             }
             let state = State { schema_version: STATE_SCHEMA_VERSION, steps: BTreeMap::new() };
             write_json(&path, &state)?;

@@ -121,7 +121,9 @@ fn imports_point_down() {
         for name in names_after(&code, "crate::") {
             match rank.get(name) {
                 Some(&other) if name == module || other > own => {}
-                Some(_) => wrong.push(format!("{}: `{module}` imports `{name}`, which is not below it", path.display())),
+                Some(_) => {
+                    wrong.push(format!("{}: `{module}` imports `{name}`, which is not below it", path.display()))
+                }
                 None => wrong.push(format!("{}: imports `crate::{name}`, which is no module", path.display())),
             }
         }

@@ -1,6 +1,3 @@
 //! All integration tests in one binary, one module per capability.
 
-mod cli;
-mod docs;
 mod layers;
-mod schemas;
