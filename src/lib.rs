@@ -1,9 +1,6 @@
 //! Prune, heal and ship vision-language models as ONNX graphs.
 
+pub mod analysis;
 pub mod base;
-pub mod bundle;
-pub mod export;
 pub mod ir;
-pub mod method;
 pub mod onnx;
-pub mod pipeline;

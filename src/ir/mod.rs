@@ -11,7 +11,7 @@ mod types;
 
 pub use attribute::{Attribute, AttributeKind};
 pub use check::check;
-pub use index::{GraphIndex, Producer, Use};
+pub use index::{GraphIndex, Producer, Use, captured};
 pub use tensor::{Bytes, Tensor, TensorData};
 pub use types::{DataType, Dim, Opaque, ValueId, ValueType};
 

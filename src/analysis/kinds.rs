@@ -1,0 +1,154 @@
+//! What a block does: mixes tokens by attention, by a state or by convolution, or works on each token alone.
+
+use std::collections::HashSet;
+
+use crate::ir::{Body, GraphIndex, Node, ValueId};
+
+/// How a block's branch moves information between tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mixing {
+    /// Queries against keys of the same sequence. The window in tokens where the graph names one.
+    Attention { window: Option<i64> },
+    /// A recurrent or convolutional state that comes in and goes out, without attention.
+    State,
+    /// A convolution, without attention or a state.
+    Convolution,
+    /// Keys from elsewhere; the node that shows it.
+    Cross(usize),
+    /// Each token alone, through one set of weights or through chosen experts.
+    None { experts: bool },
+}
+
+impl Mixing {
+    /// True for everything that makes a block begin a layer.
+    pub fn is_mixer(self) -> bool {
+        !matches!(self, Mixing::None { .. })
+    }
+
+    /// One or two words for people.
+    pub fn label(self) -> &'static str {
+        match self {
+            Mixing::Attention { window: None } => "attention",
+            Mixing::Attention { window: Some(_) } => "sliding attention",
+            Mixing::State => "linear attention",
+            Mixing::Convolution => "convolution",
+            Mixing::Cross(_) => "cross-attention",
+            Mixing::None { experts: false } => "mlp",
+            Mixing::None { experts: true } => "moe",
+        }
+    }
+}
+
+/// Operators that hold a whole attention; their keys come from inputs 1 and on.
+const ATTENTION: &[(&str, &str)] = &[
+    ("", "Attention"),
+    ("com.microsoft", "Attention"),
+    ("com.microsoft", "GroupQueryAttention"),
+    ("com.microsoft", "MultiHeadAttention"),
+    ("com.microsoft", "DecoderMaskedMultiHeadAttention"),
+    ("com.microsoft", "PackedAttention"),
+    ("com.microsoft", "PackedMultiHeadAttention"),
+    ("com.microsoft", "PagedAttention"),
+    ("com.microsoft", "SparseAttention"),
+    ("com.microsoft", "QAttention"),
+    ("com.microsoft", "LongformerAttention"),
+];
+
+const EXPERTS: &[(&str, &str)] = &[("", "TopK"), ("com.microsoft", "MoE"), ("com.microsoft", "QMoE")];
+const CONVOLUTIONS: &[&str] = &["Conv", "ConvTranspose", "ConvInteger", "QLinearConv", "FusedConv", "NhwcFusedConv"];
+const PRODUCTS: &[&str] = &["MatMul", "Einsum", "FusedMatMul", "Gemm", "MatMulInteger", "MatMulNBits"];
+
+/// True for operators that hold a whole attention.
+pub fn is_attention(node: &Node) -> bool {
+    ATTENTION.contains(&(node.domain.as_str(), node.op_type.as_str()))
+}
+
+/// Classifies the nodes between two values of the stream; `has_state` tells that a cache or state of its own belongs
+/// to them.
+pub fn mixing(body: &Body, index: &GraphIndex, nodes: &[usize], has_state: bool) -> Mixing {
+    let path: HashSet<usize> = nodes.iter().copied().collect();
+    let on_path = |value: ValueId| index.node_of(value).is_some_and(|(node, _)| path.contains(&node));
+    let mut attention = None;
+    for &number in nodes {
+        let node = &body.nodes[number];
+        if is_attention(node) {
+            let window = node.attribute("local_window_size").and_then(crate::ir::Attribute::as_int).filter(|&w| w > 0);
+            attention = Some(window);
+        } else if node.op_type == "Softmax" {
+            match softmax_source(body, index, number, &on_path) {
+                Some(Source::Both) => attention = attention.or(Some(None)),
+                Some(Source::Foreign) => return Mixing::Cross(number),
+                Some(Source::Weight) | None => {}
+            }
+        }
+    }
+    if let Some(window) = attention {
+        return Mixing::Attention { window };
+    }
+    if has_state {
+        return Mixing::State;
+    }
+    let is = |table: &[(&str, &str)], node: &Node| table.contains(&(node.domain.as_str(), node.op_type.as_str()));
+    if nodes.iter().any(|&number| CONVOLUTIONS.contains(&body.nodes[number].op_type.as_str())) {
+        return Mixing::Convolution;
+    }
+    Mixing::None { experts: nodes.iter().any(|&number| is(EXPERTS, &body.nodes[number])) }
+}
+
+/// Where the two sides of the product before a softmax come from.
+enum Source {
+    /// Both from the stream: queries and keys.
+    Both,
+    /// One is a weight: a router.
+    Weight,
+    /// One is computed from another input: keys of another sequence.
+    Foreign,
+}
+
+fn softmax_source(
+    body: &Body,
+    index: &GraphIndex,
+    softmax: usize,
+    on_path: &dyn Fn(ValueId) -> bool,
+) -> Option<Source> {
+    // Back from the softmax through scaling, masking and concatenation to the product that made the scores.
+    let mut open: Vec<ValueId> = body.nodes[softmax].inputs.first().copied().flatten().into_iter().collect();
+    let mut seen = HashSet::new();
+    let mut found = None;
+    while let Some(value) = open.pop() {
+        let Some((number, _)) = index.node_of(value).filter(|_| on_path(value)) else { continue };
+        if !seen.insert(number) || seen.len() > 200 {
+            continue;
+        }
+        let node = &body.nodes[number];
+        if !PRODUCTS.contains(&node.op_type.as_str()) {
+            open.extend(node.present_inputs());
+            continue;
+        }
+        let operands: Vec<ValueId> = node.present_inputs().take(2).collect();
+        if operands.len() == 2 && operands.iter().all(|&id| on_path(id)) {
+            return Some(Source::Both);
+        }
+        let foreign = operands.iter().any(|&id| !on_path(id) && !from_weights(body, index, id));
+        found = Some(if foreign { Source::Foreign } else { Source::Weight });
+    }
+    found
+}
+
+/// True when a value is computed from initializers alone.
+fn from_weights(body: &Body, index: &GraphIndex, value: ValueId) -> bool {
+    let mut open = vec![value];
+    let mut seen = HashSet::new();
+    while let Some(value) = open.pop() {
+        match index.node_of(value) {
+            Some((node, _)) => {
+                if seen.insert(node) {
+                    open.extend(body.nodes[node].present_inputs());
+                }
+            }
+            None if index.is_initializer(value) => {}
+            None => return false,
+        }
+    }
+    true
+}

@@ -1,0 +1,273 @@
+//! The result of the analysis: layers, their boundaries, ports, weights and what they share.
+
+use std::collections::{HashMap, HashSet};
+
+use crate::ir::{Attribute, Body, Graph, GraphIndex, Node, ValueId};
+
+use super::blocks::LayerBlocks;
+use super::owners::{Owner, Owners};
+use super::stream::{Chain, data_inputs};
+
+/// The layers of a transformer graph.
+#[derive(Clone, Debug)]
+pub struct LayerMap {
+    /// The graph input that the stream begins at.
+    pub source: ValueId,
+    /// The graph output that the stream ends in.
+    pub result: ValueId,
+    pub layers: Vec<Layer>,
+    /// What happens to the stream between layers (features added from outside).
+    pub glue: Vec<Glue>,
+    /// For each node of the body: which layers it works for.
+    pub node_owners: Vec<Owner>,
+    /// For each initializer, by value: which layers read it.
+    pub weight_owners: HashMap<ValueId, Owner>,
+}
+
+/// One decoder or encoder layer: `output = layer(input)`.
+#[derive(Clone, Debug)]
+pub struct Layer {
+    pub index: usize,
+    /// The stream before the layer, h_i.
+    pub input: ValueId,
+    /// The value of the same type that takes `output`'s place when the layer goes: `input` or a cast of it.
+    pub carried: ValueId,
+    /// The stream behind the layer.
+    pub output: ValueId,
+    /// For people: `attention + mlp`, `sliding attention + moe`.
+    pub kind: String,
+    /// Same number, same operators in the same arrangement (attributes and sizes aside).
+    pub class: usize,
+    /// Nodes on the way from `input` to `output`, in execution order.
+    pub path: Vec<usize>,
+    /// Initializers that only this layer reads, in file order.
+    pub weights: Vec<ValueId>,
+    /// Initializers of more than one element that this layer reads and others too.
+    pub shared_weights: Vec<ValueId>,
+    /// Values computed outside the layer and read inside it, other than the stream, weights and ports: masks, rotary
+    /// tables, shapes.
+    pub shared_values: Vec<ValueId>,
+    /// Cached tensors, keys before values.
+    pub ports: Vec<KvPort>,
+}
+
+impl Layer {
+    /// Elements of the layer's own weights.
+    pub fn parameters(&self, body: &Body) -> u64 {
+        let own: HashSet<ValueId> = self.weights.iter().copied().collect();
+        body.initializers.iter().filter(|(id, _)| own.contains(id)).map(|(_, tensor)| tensor.element_count()).sum()
+    }
+
+    /// Bytes of the layer's own weights.
+    pub fn weight_bytes(&self, body: &Body) -> u64 {
+        let own: HashSet<ValueId> = self.weights.iter().copied().collect();
+        body.initializers.iter().filter(|(id, _)| own.contains(id)).map(|(_, tensor)| tensor.byte_len()).sum()
+    }
+}
+
+/// What a cached tensor holds; two layers' ports of the same role correspond.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum PortRole {
+    Key,
+    Value,
+    /// Recurrent and convolution states, in order of appearance.
+    State(usize),
+}
+
+impl PortRole {
+    /// `key`, `value`, `state 0`.
+    pub fn label(self) -> String {
+        match self {
+            PortRole::Key => "key".into(),
+            PortRole::Value => "value".into(),
+            PortRole::State(number) => format!("state {number}"),
+        }
+    }
+}
+
+/// A cached tensor of one layer: what comes in and what goes out. A prefill-only graph has no `past`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvPort {
+    pub role: PortRole,
+    pub past: Option<ValueId>,
+    pub present: Option<ValueId>,
+}
+
+/// A change to the stream between two layers.
+#[derive(Clone, Debug)]
+pub struct Glue {
+    /// It stands behind this layer; `None` before the first.
+    pub after: Option<usize>,
+    pub from: ValueId,
+    pub to: ValueId,
+    /// Operators on the way.
+    pub operators: Vec<String>,
+    /// Graph inputs that come in here and nowhere before (DeepStack features).
+    pub inputs: Vec<ValueId>,
+}
+
+/// Puts the map together, ports aside.
+pub(super) fn build(graph: &Graph, body: &Body, chain: &Chain, grouped: Vec<LayerBlocks>) -> LayerMap {
+    let index = GraphIndex::of_body(body);
+    let mut layers = Vec::with_capacity(grouped.len());
+    let mut classes: HashMap<u64, usize> = HashMap::new();
+    let mut layer_of_level: HashMap<usize, usize> = HashMap::new();
+    for (number, blocks) in grouped.iter().enumerate() {
+        let (Some(first), Some(last)) = (blocks.blocks.first(), blocks.blocks.last()) else { continue };
+        let path: Vec<usize> = (first.position..=last.position).flat_map(|position| chain.segment(position)).collect();
+        for position in first.position..=last.position {
+            layer_of_level.insert(position, number);
+        }
+        let signature = signature(body, &index, &path, chain.values[first.position]);
+        let next = classes.len();
+        let class = *classes.entry(signature).or_insert(next);
+        layers.push(Layer {
+            index: number,
+            input: chain.values[first.position],
+            carried: first.carried,
+            output: chain.values[last.position + 1],
+            kind: kind(body, blocks, &path),
+            class,
+            path,
+            weights: Vec::new(),
+            shared_weights: Vec::new(),
+            shared_values: Vec::new(),
+            ports: Vec::new(),
+        });
+    }
+    let owners = Owners::new(body, &layers);
+    for layer in &mut layers {
+        fill_shared(body, &index, &owners, layer);
+    }
+    let glue = glue(graph, body, chain, &layer_of_level);
+    LayerMap {
+        source: chain.source,
+        result: chain.result,
+        layers,
+        glue,
+        node_owners: owners.nodes,
+        weight_owners: owners.weights,
+    }
+}
+
+fn kind(body: &Body, blocks: &LayerBlocks, path: &[usize]) -> String {
+    let mut words: Vec<&str> = Vec::new();
+    for block in &blocks.blocks {
+        if words.last() != Some(&block.mixing.label()) {
+            words.push(block.mixing.label());
+        }
+    }
+    if blocks.blocks.len() == 1 && blocks.blocks[0].mixing.is_mixer() {
+        // Attention and feed-forward side by side on one norm, or a layer without a feed-forward part.
+        let products = path.iter().filter(|&&node| body.nodes[node].op_type.contains("MatMul")).count();
+        if products > 6 {
+            words.push("parallel mlp");
+        }
+    }
+    words.join(" + ")
+}
+
+/// A hash of the operators between a layer's input and output and how they are connected; what comes in from the side
+/// (weights, masks, shapes) counts as one thing.
+fn signature(body: &Body, index: &GraphIndex, path: &[usize], input: ValueId) -> u64 {
+    use std::hash::{DefaultHasher, Hash, Hasher};
+    let on_path: HashSet<usize> = path.iter().copied().collect();
+    let mut hashes: HashMap<ValueId, u64> = HashMap::from([(input, 1)]);
+    let mut last = 0;
+    for &number in path {
+        let node = &body.nodes[number];
+        let mut hasher = DefaultHasher::new();
+        operator_name(node).hash(&mut hasher);
+        for value in data_inputs(body, number) {
+            let hash = match index.node_of(value) {
+                Some((producer, output)) if on_path.contains(&producer) => {
+                    hashes.get(&value).copied().unwrap_or(2).wrapping_add(output as u64)
+                }
+                _ if value == input => 1,
+                _ => 0,
+            };
+            hash.hash(&mut hasher);
+        }
+        if matches!(node.attribute("local_window_size").and_then(Attribute::as_int), Some(window) if window > 0) {
+            "window".hash(&mut hasher);
+        }
+        last = hasher.finish();
+        for output in node.present_outputs() {
+            hashes.insert(output, last);
+        }
+    }
+    last
+}
+
+/// One name for operators that compute the same.
+fn operator_name(node: &Node) -> String {
+    match node.op_type.as_str() {
+        "SimplifiedLayerNormalization" | "RMSNormalization" => "RMSNormalization".into(),
+        _ => node.op(),
+    }
+}
+
+fn fill_shared(body: &Body, index: &GraphIndex, owners: &Owners, layer: &mut Layer) {
+    let mine = |owner: &Owner| owner.only() == Some(layer.index);
+    let mut weights = Vec::new();
+    let mut shared_weights = Vec::new();
+    for (id, tensor) in &body.initializers {
+        match owners.weights.get(id) {
+            Some(owner) if mine(owner) => weights.push(*id),
+            Some(owner) if owner.contains(layer.index) && tensor.element_count() > 1 => shared_weights.push(*id),
+            _ => {}
+        }
+    }
+    let on_path: HashSet<usize> = layer.path.iter().copied().collect();
+    let mut shared_values = Vec::new();
+    let mut seen = HashSet::new();
+    for &number in &layer.path {
+        for value in data_inputs(body, number) {
+            let foreign = match index.node_of(value) {
+                Some((node, _)) => !on_path.contains(&node) && !mine(&owners.nodes[node]),
+                None => !index.is_initializer(value),
+            };
+            if foreign && value != layer.input && seen.insert(value) {
+                shared_values.push(value);
+            }
+        }
+    }
+    layer.weights = weights;
+    layer.shared_weights = shared_weights;
+    layer.shared_values = shared_values;
+}
+
+fn glue(graph: &Graph, body: &Body, chain: &Chain, layer_of_level: &HashMap<usize, usize>) -> Vec<Glue> {
+    const SILENT: &[&str] = &["Cast", "Identity"];
+    let first = layer_of_level.keys().min().copied().unwrap_or(0);
+    let last = layer_of_level.keys().max().copied().unwrap_or(0);
+    let mut found: Vec<Glue> = Vec::new();
+    for position in first..=last {
+        if layer_of_level.contains_key(&position) {
+            continue;
+        }
+        let after = (first..position).rev().find_map(|before| layer_of_level.get(&before).copied());
+        let nodes: Vec<usize> = chain.segment(position).collect();
+        let operators: Vec<String> = nodes.iter().map(|&node| body.nodes[node].op()).collect();
+        if operators.iter().all(|name| SILENT.contains(&name.as_str())) {
+            continue;
+        }
+        let inputs = nodes
+            .iter()
+            .flat_map(|&node| data_inputs(body, node))
+            .filter(|id| body.inputs.contains(id) && *id != chain.source)
+            .collect();
+        let (from, to) = (chain.values[position], chain.values[position + 1]);
+        debug_assert!(!graph.name(to).is_empty());
+        match found.last_mut() {
+            Some(previous) if previous.to == from => {
+                previous.to = to;
+                previous.operators.extend(operators);
+                let more: Vec<ValueId> = inputs;
+                previous.inputs.extend(more);
+            }
+            _ => found.push(Glue { after, from, to, operators, inputs }),
+        }
+    }
+    found
+}

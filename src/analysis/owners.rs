@@ -1,0 +1,92 @@
+//! Which layers a node or weight works for.
+
+use std::collections::{BTreeSet, HashMap};
+
+use crate::ir::{Body, ValueId};
+
+use super::map::Layer;
+use super::stream::data_inputs;
+
+/// The layers, and whether anything outside them, that use a node or weight.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Owner {
+    pub layers: BTreeSet<usize>,
+    /// True when something outside all layers uses it too.
+    pub outside: bool,
+}
+
+impl Owner {
+    /// The one layer that uses it, if it is one alone.
+    pub fn only(&self) -> Option<usize> {
+        if self.outside || self.layers.len() != 1 { None } else { self.layers.first().copied() }
+    }
+
+    /// True when this layer uses it.
+    pub fn contains(&self, layer: usize) -> bool {
+        self.layers.contains(&layer)
+    }
+
+    fn merge(&mut self, other: &Owner) {
+        self.layers.extend(&other.layers);
+        self.outside |= other.outside;
+    }
+}
+
+/// Owners of everything in a body.
+pub struct Owners {
+    pub nodes: Vec<Owner>,
+    pub weights: HashMap<ValueId, Owner>,
+}
+
+impl Owners {
+    /// A node on a layer's path belongs to that layer; any other node belongs to whom its readers belong to. A node
+    /// that only makes outputs (a cache's last cast) belongs to whom its inputs belong to.
+    pub fn new(body: &Body, layers: &[Layer]) -> Self {
+        let mut fixed: HashMap<usize, usize> = HashMap::new();
+        for layer in layers {
+            fixed.extend(layer.path.iter().map(|&node| (node, layer.index)));
+        }
+        let mut nodes = vec![Owner::default(); body.nodes.len()];
+        let mut readers: HashMap<ValueId, Owner> = HashMap::new();
+        for number in (0..body.nodes.len()).rev() {
+            let owner = match fixed.get(&number) {
+                Some(&layer) => Owner { layers: BTreeSet::from([layer]), outside: false },
+                None => {
+                    let mut owner = Owner::default();
+                    for output in body.nodes[number].present_outputs() {
+                        if let Some(readers) = readers.get(&output) {
+                            owner.merge(readers);
+                        }
+                    }
+                    if owner == Owner::default() {
+                        owner = inputs_owner(body, number, &fixed);
+                    }
+                    owner
+                }
+            };
+            for input in data_inputs(body, number) {
+                readers.entry(input).or_default().merge(&owner);
+            }
+            nodes[number] = owner;
+        }
+        let weights = body
+            .initializers
+            .iter()
+            .map(|(id, _)| (*id, readers.remove(id).unwrap_or(Owner { layers: BTreeSet::new(), outside: true })))
+            .collect();
+        Owners { nodes, weights }
+    }
+}
+
+/// The layer that feeds a node which nobody reads, or the outside.
+fn inputs_owner(body: &Body, number: usize, fixed: &HashMap<usize, usize>) -> Owner {
+    let mut owner = Owner::default();
+    let inputs: BTreeSet<ValueId> = data_inputs(body, number).into_iter().collect();
+    for (node, layer) in fixed {
+        if body.nodes[*node].present_outputs().any(|output| inputs.contains(&output)) {
+            owner.layers.insert(*layer);
+        }
+    }
+    owner.outside = owner.layers.len() != 1;
+    owner
+}

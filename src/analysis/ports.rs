@@ -1,0 +1,215 @@
+//! Matches cache inputs with cache outputs through the graph, and both with their layer.
+
+use std::collections::{HashMap, HashSet};
+
+use crate::base::{Error, Result};
+use crate::ir::{Body, Graph, GraphIndex, Node, ValueId};
+
+use super::kinds::is_attention;
+use super::map::{KvPort, LayerMap, PortRole};
+use super::owners::Owner;
+use super::stream::{data_inputs, reads_shape_only};
+
+/// For operators that hold a whole attention: (past input, present output) for key and value.
+struct FusedPorts {
+    domain: &'static str,
+    op_type: &'static str,
+    key: (usize, usize),
+    value: Option<(usize, usize)>,
+}
+
+const FUSED_PORTS: &[FusedPorts] = &[
+    FusedPorts { domain: "", op_type: "Attention", key: (4, 1), value: Some((5, 2)) },
+    FusedPorts { domain: "com.microsoft", op_type: "GroupQueryAttention", key: (3, 1), value: Some((4, 2)) },
+    FusedPorts { domain: "com.microsoft", op_type: "MultiHeadAttention", key: (6, 1), value: Some((7, 2)) },
+    FusedPorts {
+        domain: "com.microsoft",
+        op_type: "DecoderMaskedMultiHeadAttention",
+        key: (5, 1),
+        value: Some((6, 2)),
+    },
+    FusedPorts { domain: "com.microsoft", op_type: "SparseAttention", key: (3, 1), value: Some((4, 2)) },
+    // Key and value stacked in one tensor.
+    FusedPorts { domain: "com.microsoft", op_type: "Attention", key: (4, 1), value: None },
+];
+
+/// Operators between a cache port and its concatenation or attention.
+const HAND_ON: &[&str] = &["Cast", "Identity", "Transpose", "Reshape"];
+
+fn fused(node: &Node) -> Option<&'static FusedPorts> {
+    FUSED_PORTS.iter().find(|row| row.domain == node.domain && row.op_type == node.op_type)
+}
+
+/// Fills `ports` of every layer.
+///
+/// Errors: `Error::Invalid` when an output besides the result belongs to no layer and follows from none, or when a
+/// cache input can be matched with two outputs.
+pub fn assign(graph: &Graph, body: &Body, map: &mut LayerMap) -> Result<()> {
+    let index = GraphIndex::of_body(body);
+    let layer_of: HashMap<usize, usize> =
+        map.layers.iter().flat_map(|layer| layer.path.iter().map(|&node| (node, layer.index))).collect();
+    let shared = shared_inputs(body, &layer_of);
+    let mut taken: HashSet<ValueId> = HashSet::new();
+    for &output in &body.outputs {
+        if output == map.result {
+            continue;
+        }
+        let Some(trace) = trace_back(body, &index, output, &layer_of, &map.node_owners, &shared) else { continue };
+        if let Some(past) = trace.past
+            && !taken.insert(past)
+        {
+            return Err(Error::invalid(
+                format!("cache input `{}`", graph.name(past)),
+                format!("leads to `{}` and to another output, so which belongs to it is not clear", graph.name(output)),
+            ));
+        }
+        let layer = &mut map.layers[trace.layer];
+        let role = match trace.role {
+            Some(role) => role,
+            None => PortRole::State(layer.ports.iter().filter(|port| matches!(port.role, PortRole::State(_))).count()),
+        };
+        layer.ports.push(KvPort { role, past: trace.past, present: Some(output) });
+    }
+    for layer in &mut map.layers {
+        settle_roles(body, &index, &mut layer.ports, &layer.path);
+    }
+    Ok(())
+}
+
+/// Inputs whose content more than one layer reads.
+fn shared_inputs(body: &Body, layer_of: &HashMap<usize, usize>) -> HashSet<ValueId> {
+    let mut readers: HashMap<ValueId, HashSet<usize>> = HashMap::new();
+    for (&node, &layer) in layer_of {
+        for input in data_inputs(body, node) {
+            readers.entry(input).or_default().insert(layer);
+        }
+    }
+    readers.into_iter().filter(|(_, layers)| layers.len() > 1).map(|(id, _)| id).collect()
+}
+
+struct Trace {
+    layer: usize,
+    past: Option<ValueId>,
+    role: Option<PortRole>,
+}
+
+/// From an output back to the layer that makes it and the input that it continues.
+fn trace_back(
+    body: &Body,
+    index: &GraphIndex,
+    output: ValueId,
+    layer_of: &HashMap<usize, usize>,
+    owners: &[Owner],
+    shared: &HashSet<ValueId>,
+) -> Option<Trace> {
+    let mut layer = None;
+    let mut past = None;
+    let mut role = None;
+    let mut open = vec![output];
+    let mut seen = HashSet::new();
+    while let Some(value) = open.pop() {
+        let Some((number, position)) = index.node_of(value) else {
+            let is_input = body.inputs.contains(&value) && !index.is_initializer(value);
+            if is_input && !shared.contains(&value) && past.is_none() {
+                past = Some(value);
+            }
+            continue;
+        };
+        if reads_shape_only(body, number) || !seen.insert(number) {
+            continue;
+        }
+        let owner = layer_of.get(&number).copied();
+        if let (Some(found), Some(known)) = (owner, layer)
+            && found != known
+        {
+            continue;
+        }
+        // What other layers use too (rotary tables, masks) is not this layer's cache.
+        let hands_on = HAND_ON.contains(&body.nodes[number].op_type.as_str());
+        if layer.is_some() && owner.is_none() && owners[number].only() != layer && !hands_on {
+            continue;
+        }
+        layer = layer.or(owner);
+        let node = &body.nodes[number];
+        if let Some(row) = fused(node) {
+            let matching = [(PortRole::Key, Some(row.key)), (PortRole::Value, row.value)];
+            for (kind, pair) in matching {
+                if let Some((input, made)) = pair
+                    && made == position
+                {
+                    role = Some(kind);
+                    past = node.inputs.get(input).copied().flatten().map(|id| origin(body, index, id));
+                }
+            }
+            break;
+        }
+        // A product mixes tensors: what lies behind it is not the cache but what the new entries are made of.
+        if is_product(node) {
+            continue;
+        }
+        open.extend(node.present_inputs());
+    }
+    layer.map(|layer| Trace { layer, past, role })
+}
+
+fn is_product(node: &Node) -> bool {
+    [
+        "MatMul",
+        "Gemm",
+        "Einsum",
+        "FusedMatMul",
+        "MatMulInteger",
+        "MatMulNBits",
+        "DynamicQuantizeMatMul",
+        "MatMulIntegerToFloat",
+    ]
+    .contains(&node.op_type.as_str())
+}
+
+/// The graph input behind casts and copies.
+fn origin(body: &Body, index: &GraphIndex, value: ValueId) -> ValueId {
+    let mut value = value;
+    while let Some((node, _)) = index.node_of(value) {
+        let node = &body.nodes[node];
+        match node.inputs.first().copied().flatten() {
+            Some(inner) if HAND_ON.contains(&node.op_type.as_str()) => value = inner,
+            _ => return value,
+        }
+    }
+    value
+}
+
+/// Tells keys from values where the cache is joined outside the attention: what leads to the scores is a key.
+fn settle_roles(body: &Body, index: &GraphIndex, ports: &mut [KvPort], path: &[usize]) {
+    let undecided: Vec<usize> =
+        (0..ports.len()).filter(|&number| matches!(ports[number].role, PortRole::State(_))).collect();
+    let mut open = Vec::new();
+    for &number in path {
+        let node = &body.nodes[number];
+        if node.op_type == "Softmax" {
+            open.extend(node.present_inputs());
+        } else if is_attention(node) {
+            open.extend(node.inputs.get(1).copied().flatten());
+        }
+    }
+    if undecided.len() != 2 || open.is_empty() {
+        return;
+    }
+    let mut before = HashSet::new();
+    while let Some(value) = open.pop() {
+        if before.insert(value)
+            && let Some((node, _)) = index.node_of(value)
+            && path.binary_search(&node).is_ok()
+        {
+            open.extend(data_inputs(body, node));
+        }
+    }
+    let is_key = |port: &KvPort| [port.past, port.present].into_iter().flatten().any(|id| before.contains(&id));
+    let keys: Vec<bool> = undecided.iter().map(|&number| is_key(&ports[number])).collect();
+    if keys.iter().filter(|&&key| key).count() == 1 {
+        for (&number, key) in undecided.iter().zip(keys) {
+            ports[number].role = if key { PortRole::Key } else { PortRole::Value };
+        }
+        ports.sort_by_key(|port| port.role);
+    }
+}
