@@ -36,6 +36,11 @@ const FUSED_PORTS: &[FusedPorts] = &[
 /// Operators between a cache port and its concatenation or attention.
 const HAND_ON: &[&str] = &["Cast", "Identity", "Transpose", "Reshape"];
 
+/// True for nodes that change nothing but type or layout; a concatenation of one tensor is such a one.
+fn hands_on(node: &Node) -> bool {
+    HAND_ON.contains(&node.op_type.as_str()) || (node.op_type == "Concat" && node.inputs.len() == 1)
+}
+
 fn fused(node: &Node) -> Option<&'static FusedPorts> {
     FUSED_PORTS.iter().find(|row| row.domain == node.domain && row.op_type == node.op_type)
 }
@@ -125,7 +130,7 @@ fn trace_back(
             continue;
         }
         // What other layers use too (rotary tables, masks) is not this layer's cache.
-        let hands_on = HAND_ON.contains(&body.nodes[number].op_type.as_str());
+        let hands_on = hands_on(&body.nodes[number]);
         if layer.is_some() && owner.is_none() && owners[number].only() != layer && !hands_on {
             continue;
         }
@@ -172,7 +177,7 @@ fn origin(body: &Body, index: &GraphIndex, value: ValueId) -> ValueId {
     while let Some((node, _)) = index.node_of(value) {
         let node = &body.nodes[node];
         match node.inputs.first().copied().flatten() {
-            Some(inner) if HAND_ON.contains(&node.op_type.as_str()) => value = inner,
+            Some(inner) if hands_on(node) => value = inner,
             _ => return value,
         }
     }
