@@ -4,3 +4,5 @@ pub mod analysis;
 pub mod base;
 pub mod ir;
 pub mod onnx;
+pub mod pipeline;
+pub mod runtime;

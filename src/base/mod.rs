@@ -2,6 +2,7 @@
 
 mod artifact;
 mod cancel;
+mod device;
 mod error;
 mod files;
 mod hash;
@@ -11,6 +12,7 @@ mod text;
 
 pub use artifact::{Provenance, read_json, write_json};
 pub use cancel::{Cancel, install_ctrl_c};
+pub use device::Device;
 pub use error::{Error, Result};
 pub use files::{AtomicFile, MappedFile, StagedDir, contained_path, copy_range};
 pub use hash::{Sha256Digest, sha256_bytes, sha256_file, sha256_json};

@@ -1,0 +1,51 @@
+//! The ONNX Runtime library: found, loaded and checked once per process.
+
+use std::path::PathBuf;
+use std::sync::Mutex;
+
+use ort::environment::{Environment, GlobalThreadPoolOptions};
+use ort::logging::LogLevel;
+
+use crate::base::{Error, Result};
+
+use super::ENGINE;
+
+/// What names the library at run time.
+const VARIABLE: &str = "ORT_DYLIB_PATH";
+
+static ENVIRONMENT: Mutex<Option<Environment>> = Mutex::new(None);
+
+/// The process's ONNX Runtime environment: one thread pool that all sessions share, log level error.
+///
+/// Errors: `Error::Invalid` when the library does not load or is older than this program needs.
+pub(super) fn environment() -> Result<Environment> {
+    let mut slot = ENVIRONMENT.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    if let Some(environment) = slot.as_ref() {
+        return Ok(environment.clone());
+    }
+    let (path, origin) = library_path();
+    let remedy = format!("set {VARIABLE} to the full path of libonnxruntime.so of version 1.{} or newer, or run scripts/setup", ort::MINOR_VERSION);
+    let builder = ort::init_from(&path)
+        .map_err(|e| Error::invalid(format!("ONNX Runtime library ({origin})"), e.to_string()).remedy(remedy))?;
+    let environment = builder
+        .with_name("interlace")
+        .with_telemetry(false)
+        .with_global_thread_pool(GlobalThreadPoolOptions::default())
+        .build()
+        .map_err(|e| Error::engine(ENGINE, "its environment", e))?;
+    environment.set_log_level(LogLevel::Error);
+    *slot = Some(environment.clone());
+    Ok(environment)
+}
+
+/// The library's path and where that path comes from.
+fn library_path() -> (PathBuf, String) {
+    if let Some(path) = std::env::var_os(VARIABLE).filter(|path| !path.is_empty()) {
+        return (path.into(), format!("from {VARIABLE}"));
+    }
+    let name = format!("{}onnxruntime{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX);
+    match option_env!("INTERLACE_ORT_DYLIB_PATH") {
+        Some(path) if std::path::Path::new(path).exists() => (path.into(), "from the build".to_string()),
+        _ => (name.clone().into(), format!("`{name}` from the system")),
+    }
+}

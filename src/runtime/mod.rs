@@ -1,0 +1,23 @@
+//! ONNX Runtime sessions, generation with a KV cache, and the check that tract loads a graph.
+//!
+//! ```no_run
+//! use interlace::base::Device;
+//! use interlace::runtime::{Runtime, SessionOptions, Tensor};
+//!
+//! let runtime = Runtime::new(Device::Cpu)?;
+//! let mut session = runtime.session("embed_tokens.onnx".as_ref(), &SessionOptions::default())?;
+//! let input_ids = Tensor::new(&[1, 3], vec![5i64, 6, 7])?;
+//! let outputs = session.run(&[("input_ids", &input_ids)], None)?;
+//! println!("{:?}", outputs.get("inputs_embeds")?.shape());
+//! # Ok::<(), interlace::base::Error>(())
+//! ```
+
+mod library;
+mod session;
+mod tensor;
+
+pub use session::{Optimisation, Outputs, Port, Runtime, Session, SessionOptions};
+pub use tensor::{Element, Tensor};
+
+/// How error messages name the engine.
+const ENGINE: &str = "ONNX Runtime";

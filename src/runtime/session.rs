@@ -1,0 +1,320 @@
+//! One graph in ONNX Runtime: named, typed tensors in and out.
+
+use std::path::Path;
+
+use ort::ep;
+use ort::memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType};
+use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
+use ort::session::{OutputSelector, RunOptions};
+use ort::value::{Outlet, ValueType};
+
+use crate::base::{Device, Error, Result, list_preview};
+use crate::ir::{DataType, Dim};
+
+use super::tensor::{Tensor, data_type};
+use super::{ENGINE, library};
+
+/// ONNX Runtime on one device; makes sessions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Runtime {
+    device: Device,
+}
+
+/// How much ONNX Runtime may change a graph before it runs it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Optimisation {
+    /// The graph as it is.
+    None,
+    /// Everything that this machine allows.
+    #[default]
+    All,
+}
+
+/// Settings of a session.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SessionOptions {
+    /// Threads inside one operator; `None` uses the pool of all cores that sessions share.
+    pub threads: Option<usize>,
+    pub optimisation: Optimisation,
+}
+
+/// An input or output of a graph.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Port {
+    pub name: String,
+    pub dtype: DataType,
+    pub shape: Vec<Dim>,
+}
+
+/// A loaded graph.
+pub struct Session {
+    inner: ort::session::Session,
+    device: Device,
+    subject: String,
+    inputs: Vec<Port>,
+    outputs: Vec<Port>,
+}
+
+/// Named results of a run.
+#[derive(Debug)]
+pub struct Outputs {
+    subject: String,
+    tensors: Vec<(String, Tensor)>,
+}
+
+impl Runtime {
+    /// Loads the library.
+    ///
+    /// Errors: `Error::Invalid` when ONNX Runtime does not load or has no execution provider for the device.
+    pub fn new(device: Device) -> Result<Self> {
+        let runtime = Runtime { device };
+        runtime.builder(&SessionOptions::default())?;
+        Ok(runtime)
+    }
+
+    /// The device that sessions run on.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// Loads a graph from its file; external data is looked for beside it.
+    ///
+    /// Errors: `Error::Io` when there is no such file; `Error::Engine` when ONNX Runtime refuses it.
+    pub fn session(&self, path: &Path, options: &SessionOptions) -> Result<Session> {
+        std::fs::metadata(path).map_err(|e| Error::io("open", path, e))?;
+        let subject = format!("`{}`", path.display());
+        let mut builder = self.builder(options)?;
+        let inner = builder.commit_from_file(path).map_err(|e| Error::engine(ENGINE, subject.clone(), e))?;
+        Session::new(inner, self.device, subject)
+    }
+
+    fn builder(&self, options: &SessionOptions) -> Result<SessionBuilder> {
+        let failed = |e: ort::Error| Error::engine(ENGINE, "session options", e);
+        let environment = library::environment()?;
+        let mut builder = ort::session::Session::builder(&environment).map_err(failed)?;
+        if let Some(threads) = options.threads {
+            builder = builder.with_independent_thread_pool().map_err(|e| failed(e.into()))?;
+            builder = builder.with_intra_threads(threads).map_err(|e| failed(e.into()))?;
+        }
+        let level = match options.optimisation {
+            Optimisation::None => GraphOptimizationLevel::Disable,
+            Optimisation::All => GraphOptimizationLevel::All,
+        };
+        builder = builder.with_optimization_level(level).map_err(|e| failed(e.into()))?;
+        // Lengths differ from call to call, so a plan of buffers per shape would only pile up.
+        builder = builder.with_memory_pattern(false).map_err(|e| failed(e.into()))?;
+        if let Device::Cuda(index) = self.device {
+            let index = i32::try_from(index).map_err(|_| no_cuda(self.device, "the index is too large"))?;
+            let provider = ep::CUDA::default().with_device_id(index).build().error_on_failure();
+            builder = builder.with_execution_providers([provider]).map_err(|e| no_cuda(self.device, e))?;
+        }
+        Ok(builder)
+    }
+}
+
+fn no_cuda(device: Device, problem: impl std::fmt::Display) -> Error {
+    Error::invalid(format!("device `{device}`"), format!("ONNX Runtime has no CUDA execution provider for it: {problem}"))
+        .remedy("point ORT_DYLIB_PATH at the library of onnxruntime-gpu on a machine with a CUDA device, or use `cpu`")
+}
+
+impl Session {
+    fn new(inner: ort::session::Session, device: Device, subject: String) -> Result<Self> {
+        let inputs = inner.inputs().iter().map(|outlet| port(&subject, outlet)).collect::<Result<_>>()?;
+        let outputs = inner.outputs().iter().map(|outlet| port(&subject, outlet)).collect::<Result<_>>()?;
+        Ok(Session { inner, device, subject, inputs, outputs })
+    }
+
+    /// How messages name this session.
+    pub fn subject(&self) -> &str {
+        &self.subject
+    }
+
+    /// Inputs in graph order.
+    pub fn inputs(&self) -> &[Port] {
+        &self.inputs
+    }
+
+    /// Outputs in graph order.
+    pub fn outputs(&self) -> &[Port] {
+        &self.outputs
+    }
+
+    /// An input by name.
+    pub fn input(&self, name: &str) -> Option<&Port> {
+        self.inputs.iter().find(|port| port.name == name)
+    }
+
+    /// An output by name.
+    pub fn output(&self, name: &str) -> Option<&Port> {
+        self.outputs.iter().find(|port| port.name == name)
+    }
+
+    /// Runs the graph; `wanted` names the outputs to compute, `None` means all. Results are in CPU memory.
+    ///
+    /// Errors: `Error::Invalid` when an input is missing, not of the graph or of another type, or an output is not
+    /// of the graph; `Error::Engine` when the run fails.
+    pub fn run(&mut self, feeds: &[(&str, &Tensor)], wanted: Option<&[&str]>) -> Result<Outputs> {
+        self.check(feeds)?;
+        let values: Vec<(&str, ort::session::SessionInputValue<'_>)> =
+            feeds.iter().map(|(name, tensor)| (*name, ort::session::SessionInputValue::from(tensor.value()))).collect();
+        let failed = |e: ort::Error| Error::engine(ENGINE, self.subject.clone(), e);
+        let names: Vec<&str> = match wanted {
+            Some(names) => names.to_vec(),
+            None => self.outputs.iter().map(|port| port.name.as_str()).collect(),
+        };
+        for name in &names {
+            if !self.outputs.iter().any(|port| port.name == *name) {
+                return Err(Error::invalid(self.subject.clone(), format!("has no output `{name}`")));
+            }
+        }
+        let mut selector = OutputSelector::no_default();
+        for name in &names {
+            selector = selector.with(*name);
+        }
+        let options = RunOptions::new().map_err(failed)?.with_outputs(selector);
+        let mut outputs = self.inner.run_with_options(values, &options).map_err(failed)?;
+        let tensors = names
+            .iter()
+            .map(|name| match outputs.remove(*name) {
+                Some(value) => Ok((name.to_string(), Tensor::from_value(value)?)),
+                None => Err(Error::engine(ENGINE, self.subject.clone(), format!("it gave no output `{name}`"))),
+            })
+            .collect::<Result<Vec<_>>>()?;
+        Ok(Outputs { subject: self.subject.clone(), tensors })
+    }
+
+    /// Runs the graph for all outputs; those for which `stay` holds are left on the session's device, to be fed back
+    /// into the next call without a copy. On the CPU this is `run`.
+    ///
+    /// Errors: as `run`.
+    pub fn run_keeping(&mut self, feeds: &[(&str, &Tensor)], stay: impl Fn(&str) -> bool) -> Result<Outputs> {
+        let Device::Cuda(index) = self.device else {
+            return self.run(feeds, None);
+        };
+        self.check(feeds)?;
+        let subject = self.subject.clone();
+        let failed = |e: ort::Error| Error::engine(ENGINE, subject.clone(), e);
+        let on_device = MemoryInfo::new(AllocationDevice::CUDA, index as i32, AllocatorType::Device, MemoryType::Default).map_err(failed)?;
+        let on_cpu = MemoryInfo::new(AllocationDevice::CPU, 0, AllocatorType::Device, MemoryType::CPUOutput).map_err(failed)?;
+        let mut binding = self.inner.create_binding().map_err(failed)?;
+        for (name, tensor) in feeds {
+            binding.bind_input(*name, tensor.value()).map_err(failed)?;
+        }
+        for port in &self.outputs {
+            let place = if stay(&port.name) { &on_device } else { &on_cpu };
+            binding.bind_output_to_device(port.name.as_str(), place).map_err(failed)?;
+        }
+        let mut outputs = self.inner.run_binding(&binding).map_err(failed)?;
+        let tensors = self
+            .outputs
+            .iter()
+            .map(|port| match outputs.remove(port.name.as_str()) {
+                Some(value) => Ok((port.name.clone(), Tensor::from_value(value)?)),
+                None => Err(Error::engine(ENGINE, subject.clone(), format!("it gave no output `{}`", port.name))),
+            })
+            .collect::<Result<Vec<_>>>()?;
+        Ok(Outputs { subject: subject.clone(), tensors })
+    }
+
+    fn check(&self, feeds: &[(&str, &Tensor)]) -> Result<()> {
+        for port in &self.inputs {
+            let Some((_, tensor)) = feeds.iter().find(|(name, _)| *name == port.name) else {
+                return Err(Error::invalid(self.subject.clone(), format!("input `{}` was not given", port.name)));
+            };
+            let dtype = tensor.dtype()?;
+            if dtype != port.dtype {
+                return Err(Error::invalid(
+                    self.subject.clone(),
+                    format!("input `{}` takes {}, got {dtype}", port.name, port.dtype),
+                ));
+            }
+        }
+        match feeds.iter().find(|(name, _)| self.input(name).is_none()) {
+            Some((name, _)) => {
+                let known: Vec<&str> = self.inputs.iter().map(|port| port.name.as_str()).collect();
+                Err(Error::invalid(self.subject.clone(), format!("has no input `{name}`, it has {}", list_preview(&known, 8))))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+impl std::fmt::Debug for Session {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Session({}, {} inputs, {} outputs)", self.subject, self.inputs.len(), self.outputs.len())
+    }
+}
+
+impl Outputs {
+    /// A result by name. Errors: `Error::Invalid` when the run gave none of this name.
+    pub fn get(&self, name: &str) -> Result<&Tensor> {
+        let found = self.tensors.iter().find(|(key, _)| key == name).map(|(_, tensor)| tensor);
+        found.ok_or_else(|| self.missing(name))
+    }
+
+    /// Takes a result out. Errors: `Error::Invalid` when the run gave none of this name.
+    pub fn take(&mut self, name: &str) -> Result<Tensor> {
+        match self.tensors.iter().position(|(key, _)| key == name) {
+            Some(position) => Ok(self.tensors.swap_remove(position).1),
+            None => Err(self.missing(name)),
+        }
+    }
+
+    /// All results in the order asked for.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Tensor)> {
+        self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor))
+    }
+
+    fn missing(&self, name: &str) -> Error {
+        Error::invalid(self.subject.clone(), format!("gave no output `{name}`"))
+    }
+}
+
+fn port(subject: &str, outlet: &Outlet) -> Result<Port> {
+    let refuse = |what: String| Error::unsupported(format!("{subject}: `{}`", outlet.name()), what);
+    let ValueType::Tensor { ty, shape, dimension_symbols } = outlet.dtype() else {
+        return Err(refuse(format!("is no tensor but {}", outlet.dtype())));
+    };
+    let dtype = data_type(*ty).ok_or_else(|| refuse(format!("element type {ty}")))?;
+    let shape = shape
+        .iter()
+        .zip(dimension_symbols.iter())
+        .map(|(&size, symbol)| match (size, symbol.as_str()) {
+            (0.., _) => Dim::Known(size),
+            (_, "") => Dim::Unknown,
+            (_, symbol) => Dim::Symbol(symbol.to_string()),
+        })
+        .collect();
+    Ok(Port { name: outlet.name().to_string(), dtype, shape })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cuda_is_refused_where_there_is_none() {
+        if std::path::Path::new("/dev/nvidiactl").exists() {
+            return;
+        }
+        let error = Runtime::new(Device::Cuda(0)).expect_err("no CUDA here").to_string();
+        assert!(error.contains("cuda:0") && error.contains("ORT_DYLIB_PATH"), "{error}");
+    }
+
+    #[test]
+    fn a_missing_file_is_named() {
+        let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
+        let error = runtime.session(Path::new("no/such.onnx"), &SessionOptions::default()).expect_err("no file");
+        assert!(matches!(error, Error::Io { .. }), "{error}");
+    }
+
+    #[test]
+    fn bytes_that_are_no_model_are_refused() {
+        let folder = tempfile::tempdir().expect("folder");
+        let path = folder.path().join("broken.onnx");
+        std::fs::write(&path, b"not a model").expect("write");
+        let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
+        let error = runtime.session(&path, &SessionOptions::default()).expect_err("broken").to_string();
+        assert!(error.contains("broken.onnx"), "{error}");
+    }
+}

@@ -1,0 +1,160 @@
+//! Tensors that ONNX Runtime reads and makes.
+
+use half::{bf16, f16};
+use ort::memory::Allocator;
+use ort::value::{DynTensor, DynTensorValueType, DynValue, PrimitiveTensorElementType, TensorElementType};
+
+use crate::base::{Error, Result};
+use crate::ir::DataType;
+
+use super::ENGINE;
+
+/// A dense tensor owned by ONNX Runtime, on the CPU or on a device; moved between calls without copying.
+#[derive(Debug)]
+pub struct Tensor(DynTensor);
+
+/// Element types that can be put into a tensor and read back.
+pub trait Element: PrimitiveTensorElementType + std::fmt::Debug + Clone + 'static {
+    const DTYPE: DataType;
+}
+
+macro_rules! elements {
+    ($($ty:ty => $dtype:ident),* $(,)?) => {
+        $(impl Element for $ty {
+            const DTYPE: DataType = DataType::$dtype;
+        })*
+    };
+}
+
+elements! {
+    f32 => Float, f64 => Double, f16 => Float16, bf16 => Bfloat16, i64 => Int64, i32 => Int32, i8 => Int8, u8 => Uint8, bool => Bool,
+}
+
+const ELEMENT_TYPES: &[(DataType, TensorElementType)] = &[
+    (DataType::Float, TensorElementType::Float32),
+    (DataType::Double, TensorElementType::Float64),
+    (DataType::Float16, TensorElementType::Float16),
+    (DataType::Bfloat16, TensorElementType::Bfloat16),
+    (DataType::Int64, TensorElementType::Int64),
+    (DataType::Int32, TensorElementType::Int32),
+    (DataType::Int16, TensorElementType::Int16),
+    (DataType::Int8, TensorElementType::Int8),
+    (DataType::Uint64, TensorElementType::Uint64),
+    (DataType::Uint32, TensorElementType::Uint32),
+    (DataType::Uint16, TensorElementType::Uint16),
+    (DataType::Uint8, TensorElementType::Uint8),
+    (DataType::Bool, TensorElementType::Bool),
+    (DataType::String, TensorElementType::String),
+];
+
+/// Our name of one of ONNX Runtime's element types; `None` for those that interlace feeds nowhere.
+pub(super) fn data_type(ty: TensorElementType) -> Option<DataType> {
+    ELEMENT_TYPES.iter().find(|row| row.1 == ty).map(|row| row.0)
+}
+
+/// ONNX Runtime's name of an element type.
+pub(super) fn element_type(dtype: DataType) -> Result<TensorElementType> {
+    let row = ELEMENT_TYPES.iter().find(|row| row.0 == dtype);
+    row.map(|row| row.1).ok_or_else(|| Error::unsupported(format!("tensor of {dtype}"), "cannot be fed to ONNX Runtime"))
+}
+
+impl Tensor {
+    /// A tensor of `shape` over `data` in row-major order.
+    ///
+    /// Errors: `Error::Invalid` when the shape does not hold exactly `data.len()` elements.
+    pub fn new<T: Element>(shape: &[usize], data: Vec<T>) -> Result<Self> {
+        let count = shape.iter().try_fold(1usize, |count, &dim| count.checked_mul(dim));
+        if count != Some(data.len()) {
+            return Err(Error::invalid("tensor", format!("shape {shape:?} does not hold {} elements", data.len())));
+        }
+        if data.is_empty() {
+            return Self::empty(T::DTYPE, shape);
+        }
+        let tensor = ort::value::Tensor::from_array((shape.to_vec(), data)).map_err(|e| Error::engine(ENGINE, "a tensor", e))?;
+        Ok(Tensor(tensor.upcast()))
+    }
+
+    /// A tensor without elements: at least one axis of `shape` is 0.
+    ///
+    /// Errors: `Error::Invalid` when no axis is 0.
+    pub fn empty(dtype: DataType, shape: &[usize]) -> Result<Self> {
+        if !shape.contains(&0) {
+            return Err(Error::invalid("empty tensor", format!("shape {shape:?} holds elements")));
+        }
+        let dims: Vec<i64> = shape.iter().map(|&dim| dim as i64).collect();
+        let tensor = DynTensor::new(&Allocator::default(), element_type(dtype)?, dims).map_err(|e| Error::engine(ENGINE, "a tensor", e))?;
+        Ok(Tensor(tensor))
+    }
+
+    pub(super) fn from_value(value: DynValue) -> Result<Self> {
+        value.downcast::<DynTensorValueType>().map(Tensor).map_err(|e| Error::engine(ENGINE, "a value that is no tensor", e))
+    }
+
+    pub(super) fn value(&self) -> &DynTensor {
+        &self.0
+    }
+
+    /// Element type.
+    ///
+    /// Errors: `Error::Unsupported` for types that interlace does not know.
+    pub fn dtype(&self) -> Result<DataType> {
+        let ty = *self.0.data_type();
+        data_type(ty).ok_or_else(|| Error::unsupported("tensor", format!("element type {ty}")))
+    }
+
+    /// Axis lengths.
+    pub fn shape(&self) -> Vec<usize> {
+        self.0.shape().iter().map(|&dim| usize::try_from(dim).unwrap_or(0)).collect()
+    }
+
+    /// The elements in row-major order.
+    ///
+    /// Errors: `Error::Engine` when the element type is another one or the tensor is not in CPU memory.
+    pub fn data<T: Element>(&self) -> Result<&[T]> {
+        self.0.try_extract_tensor::<T>().map(|(_, data)| data).map_err(|e| Error::engine(ENGINE, "a tensor", e))
+    }
+
+    /// The elements of any floating-point type as f32.
+    ///
+    /// Errors: `Error::Unsupported` for other types; `Error::Engine` when the tensor is not in CPU memory.
+    pub fn to_f32(&self) -> Result<Vec<f32>> {
+        Ok(match self.dtype()? {
+            DataType::Float => self.data::<f32>()?.to_vec(),
+            DataType::Double => self.data::<f64>()?.iter().map(|&x| x as f32).collect(),
+            DataType::Float16 => self.data::<f16>()?.iter().map(|x| x.to_f32()).collect(),
+            DataType::Bfloat16 => self.data::<bf16>()?.iter().map(|x| x.to_f32()).collect(),
+            dtype => return Err(Error::unsupported(format!("tensor of {dtype}"), "is not floating-point")),
+        })
+    }
+
+    /// A floating-point tensor of the wanted type from f32 elements.
+    ///
+    /// Errors: `Error::Unsupported` when `dtype` is not floating-point.
+    pub fn from_f32(dtype: DataType, shape: &[usize], data: Vec<f32>) -> Result<Self> {
+        match dtype {
+            DataType::Float => Tensor::new(shape, data),
+            DataType::Double => Tensor::new(shape, data.into_iter().map(f64::from).collect()),
+            DataType::Float16 => Tensor::new(shape, data.into_iter().map(f16::from_f32).collect()),
+            DataType::Bfloat16 => Tensor::new(shape, data.into_iter().map(bf16::from_f32).collect()),
+            dtype => Err(Error::unsupported(format!("tensor of {dtype}"), "is not floating-point")),
+        }
+    }
+
+    /// An integer or bool tensor of the wanted type from i64 elements.
+    ///
+    /// Errors: `Error::Unsupported` for other types; `Error::Invalid` when an element does not fit.
+    pub fn from_i64(dtype: DataType, shape: &[usize], data: Vec<i64>) -> Result<Self> {
+        match dtype {
+            DataType::Int64 => Tensor::new(shape, data),
+            DataType::Int32 => {
+                let narrow: Option<Vec<i32>> = data.iter().map(|&x| i32::try_from(x).ok()).collect();
+                Tensor::new(shape, narrow.ok_or_else(|| Error::invalid("tensor of int32", "an element does not fit"))?)
+            }
+            DataType::Bool => Tensor::new(shape, data.into_iter().map(|x| x != 0).collect()),
+            DataType::Float | DataType::Float16 | DataType::Bfloat16 => {
+                Tensor::from_f32(dtype, shape, data.into_iter().map(|x| x as f32).collect())
+            }
+            dtype => Err(Error::unsupported(format!("tensor of {dtype}"), "cannot be made from integers")),
+        }
+    }
+}
