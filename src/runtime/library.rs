@@ -24,7 +24,10 @@ pub(super) fn environment() -> Result<Environment> {
         return Ok(environment.clone());
     }
     let (path, origin) = library_path();
-    let remedy = format!("set {VARIABLE} to the full path of libonnxruntime.so of version 1.{} or newer, or run scripts/setup", ort::MINOR_VERSION);
+    let remedy = format!(
+        "set {VARIABLE} to the full path of libonnxruntime.so of version 1.{} or newer, or run scripts/setup",
+        ort::MINOR_VERSION
+    );
     let builder = ort::init_from(&path)
         .map_err(|e| Error::invalid(format!("ONNX Runtime library ({origin})"), e.to_string()).remedy(remedy))?;
     let environment = builder

@@ -12,12 +12,20 @@
 //! # Ok::<(), interlace::base::Error>(())
 //! ```
 
+mod decoder;
 mod library;
+mod positions;
 mod session;
 mod tensor;
+mod vision;
+mod vlm;
 
+pub use decoder::{CacheSlot, Decoder, KvCache, Step, StepTokens};
+pub use positions::{multimodal_positions, positions_of_mask};
 pub use session::{Optimisation, Outputs, Port, Runtime, Session, SessionOptions};
 pub use tensor::{Element, Tensor};
+pub use vision::{FeatureCache, Features, Picture, VisionEncoder};
+pub use vlm::{Embedded, Prompt, VlmSession, VlmSettings};
 
 /// How error messages name the engine.
 const ENGINE: &str = "ONNX Runtime";

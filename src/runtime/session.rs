@@ -113,8 +113,11 @@ impl Runtime {
 }
 
 fn no_cuda(device: Device, problem: impl std::fmt::Display) -> Error {
-    Error::invalid(format!("device `{device}`"), format!("ONNX Runtime has no CUDA execution provider for it: {problem}"))
-        .remedy("point ORT_DYLIB_PATH at the library of onnxruntime-gpu on a machine with a CUDA device, or use `cpu`")
+    Error::invalid(
+        format!("device `{device}`"),
+        format!("ONNX Runtime has no CUDA execution provider for it: {problem}"),
+    )
+    .remedy("point ORT_DYLIB_PATH at the library of onnxruntime-gpu on a machine with a CUDA device, or use `cpu`")
 }
 
 impl Session {
@@ -194,8 +197,11 @@ impl Session {
         self.check(feeds)?;
         let subject = self.subject.clone();
         let failed = |e: ort::Error| Error::engine(ENGINE, subject.clone(), e);
-        let on_device = MemoryInfo::new(AllocationDevice::CUDA, index as i32, AllocatorType::Device, MemoryType::Default).map_err(failed)?;
-        let on_cpu = MemoryInfo::new(AllocationDevice::CPU, 0, AllocatorType::Device, MemoryType::CPUOutput).map_err(failed)?;
+        let on_device =
+            MemoryInfo::new(AllocationDevice::CUDA, index as i32, AllocatorType::Device, MemoryType::Default)
+                .map_err(failed)?;
+        let on_cpu =
+            MemoryInfo::new(AllocationDevice::CPU, 0, AllocatorType::Device, MemoryType::CPUOutput).map_err(failed)?;
         let mut binding = self.inner.create_binding().map_err(failed)?;
         for (name, tensor) in feeds {
             binding.bind_input(*name, tensor.value()).map_err(failed)?;
@@ -232,7 +238,10 @@ impl Session {
         match feeds.iter().find(|(name, _)| self.input(name).is_none()) {
             Some((name, _)) => {
                 let known: Vec<&str> = self.inputs.iter().map(|port| port.name.as_str()).collect();
-                Err(Error::invalid(self.subject.clone(), format!("has no input `{name}`, it has {}", list_preview(&known, 8))))
+                Err(Error::invalid(
+                    self.subject.clone(),
+                    format!("has no input `{name}`, it has {}", list_preview(&known, 8)),
+                ))
             }
             None => Ok(()),
         }

@@ -55,7 +55,8 @@ pub(super) fn data_type(ty: TensorElementType) -> Option<DataType> {
 /// ONNX Runtime's name of an element type.
 pub(super) fn element_type(dtype: DataType) -> Result<TensorElementType> {
     let row = ELEMENT_TYPES.iter().find(|row| row.0 == dtype);
-    row.map(|row| row.1).ok_or_else(|| Error::unsupported(format!("tensor of {dtype}"), "cannot be fed to ONNX Runtime"))
+    row.map(|row| row.1)
+        .ok_or_else(|| Error::unsupported(format!("tensor of {dtype}"), "cannot be fed to ONNX Runtime"))
 }
 
 impl Tensor {
@@ -70,7 +71,8 @@ impl Tensor {
         if data.is_empty() {
             return Self::empty(T::DTYPE, shape);
         }
-        let tensor = ort::value::Tensor::from_array((shape.to_vec(), data)).map_err(|e| Error::engine(ENGINE, "a tensor", e))?;
+        let tensor =
+            ort::value::Tensor::from_array((shape.to_vec(), data)).map_err(|e| Error::engine(ENGINE, "a tensor", e))?;
         Ok(Tensor(tensor.upcast()))
     }
 
@@ -82,12 +84,16 @@ impl Tensor {
             return Err(Error::invalid("empty tensor", format!("shape {shape:?} holds elements")));
         }
         let dims: Vec<i64> = shape.iter().map(|&dim| dim as i64).collect();
-        let tensor = DynTensor::new(&Allocator::default(), element_type(dtype)?, dims).map_err(|e| Error::engine(ENGINE, "a tensor", e))?;
+        let tensor = DynTensor::new(&Allocator::default(), element_type(dtype)?, dims)
+            .map_err(|e| Error::engine(ENGINE, "a tensor", e))?;
         Ok(Tensor(tensor))
     }
 
     pub(super) fn from_value(value: DynValue) -> Result<Self> {
-        value.downcast::<DynTensorValueType>().map(Tensor).map_err(|e| Error::engine(ENGINE, "a value that is no tensor", e))
+        value
+            .downcast::<DynTensorValueType>()
+            .map(Tensor)
+            .map_err(|e| Error::engine(ENGINE, "a value that is no tensor", e))
     }
 
     pub(super) fn value(&self) -> &DynTensor {

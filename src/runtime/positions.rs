@@ -1,0 +1,103 @@
+//! Rotary positions of prompts: one row that follows the mask, or three rows for multimodal rotary embedding.
+
+use crate::base::{Error, Result};
+
+/// Positions of each row's real tokens, counted from 0; padding gets 0.
+///
+/// `mask` has shape `[B, past + T]`; returns `[B, T]` for the last `T` columns.
+pub fn positions_of_mask(mask: &[i64], batch: usize, time: usize) -> Vec<i64> {
+    let width = mask.len().checked_div(batch).unwrap_or(0);
+    let mut positions = Vec::with_capacity(batch * time);
+    for row in mask.chunks(width.max(1)) {
+        let mut seen = 0;
+        for (column, &real) in row.iter().enumerate() {
+            seen += i64::from(real != 0);
+            if column + time >= width {
+                positions.push((seen - 1).max(0));
+            }
+        }
+    }
+    positions
+}
+
+/// Temporal, height and width positions of one prompt, and the first position after it.
+///
+/// Text advances all three together. A picture of `grid` patches `(t, h, w)`, merged `merge` by `merge` into tokens,
+/// counts its own frames, rows and columns from the position where it begins; what follows goes on after the largest of
+/// them. Source: Qwen2-VL, arXiv:2409.12191, section 2.1 (M-RoPE).
+///
+/// Errors: `Error::Invalid` when the pictures' grids do not account for the image tokens.
+pub fn multimodal_positions(
+    input_ids: &[i64],
+    image_token: i64,
+    grids: &[[i64; 3]],
+    merge: usize,
+) -> Result<([Vec<i64>; 3], i64)> {
+    let merge = i64::try_from(merge.max(1)).unwrap_or(1);
+    let mut rows: [Vec<i64>; 3] = Default::default();
+    let mut next = 0i64;
+    let mut grids = grids.iter();
+    let mut at = 0;
+    while at < input_ids.len() {
+        if input_ids[at] != image_token {
+            rows.iter_mut().for_each(|row| row.push(next));
+            next += 1;
+            at += 1;
+            continue;
+        }
+        let run = input_ids[at..].iter().take_while(|&&id| id == image_token).count();
+        let wrong = |problem: String| Error::invalid(format!("image tokens at position {at} of the prompt"), problem);
+        let &[frames, height, width] = grids.next().ok_or_else(|| wrong("belong to no picture".into()))?;
+        let (height, width) = (height / merge, width / merge);
+        let count = frames.checked_mul(height).and_then(|count| count.checked_mul(width)).unwrap_or(-1);
+        if count != run as i64 {
+            return Err(wrong(format!("are {run}, the picture's grid makes {count}")));
+        }
+        for t in 0..frames {
+            for h in 0..height {
+                for w in 0..width {
+                    rows[0].push(next + t);
+                    rows[1].push(next + h);
+                    rows[2].push(next + w);
+                }
+            }
+        }
+        next += frames.max(height).max(width);
+        at += run;
+    }
+    if grids.next().is_some() {
+        return Err(Error::invalid("prompt", "has fewer image token runs than pictures"));
+    }
+    Ok((rows, next))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn positions_follow_the_mask() {
+        // Two rows of past 2 and two new columns, the second padded by one on the left.
+        let mask = [1, 1, 1, 1, 0, 1, 1, 1];
+        assert_eq!(positions_of_mask(&mask, 2, 2), [2, 3, 1, 2]);
+        assert_eq!(positions_of_mask(&mask, 2, 4), [0, 1, 2, 3, 0, 0, 1, 2]);
+    }
+
+    #[test]
+    fn pictures_count_rows_and_columns() {
+        // One text token, a picture of 2 x 3 tokens (grid 4 x 6, merged 2 x 2), two text tokens.
+        let ids = [5, 9, 9, 9, 9, 9, 9, 6, 7];
+        let (rows, next) = multimodal_positions(&ids, 9, &[[1, 4, 6]], 2).expect("positions");
+        assert_eq!(rows[0], [0, 1, 1, 1, 1, 1, 1, 4, 5]);
+        assert_eq!(rows[1], [0, 1, 1, 1, 2, 2, 2, 4, 5]);
+        assert_eq!(rows[2], [0, 1, 2, 3, 1, 2, 3, 4, 5]);
+        assert_eq!(next, 6);
+    }
+
+    #[test]
+    fn grids_must_account_for_the_tokens() {
+        for grids in [&[][..], &[[1, 4, 4]][..], &[[1, 4, 6], [1, 2, 2]][..]] {
+            assert!(multimodal_positions(&[5, 9, 9, 9, 9, 9, 9], 9, grids, 2).is_err(), "{grids:?}");
+        }
+    }
+}

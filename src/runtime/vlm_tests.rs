@@ -1,0 +1,14 @@
+use super::*;
+
+#[test]
+fn the_first_of_equal_logits_wins_and_only_the_last_position_counts() {
+    let logits = Tensor::new(&[2, 2, 3], vec![9.0f32, 0.0, 0.0, 1.0, 5.0, 5.0, 0.0, 0.0, 9.0, -3.0, -2.0, -1.0])
+        .expect("tensor");
+    assert_eq!(argmax_last(&logits, 2).expect("tokens"), [1, 2]);
+}
+
+#[test]
+fn nan_logits_are_refused() {
+    let logits = Tensor::new(&[1, 1, 2], vec![f32::NAN, 1.0]).expect("tensor");
+    assert!(argmax_last(&logits, 1).is_err());
+}
