@@ -2,6 +2,10 @@
 
 pub mod analysis;
 pub mod base;
+pub mod bundle;
+pub mod export;
+pub mod data;
+pub mod eval;
 pub mod ir;
 pub mod onnx;
 pub mod pipeline;
