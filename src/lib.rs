@@ -6,6 +6,7 @@ pub mod bundle;
 pub mod export;
 pub mod data;
 pub mod eval;
+pub mod export;
 pub mod ir;
 pub mod onnx;
 pub mod pipeline;
