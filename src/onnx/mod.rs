@@ -10,6 +10,7 @@ mod opaque;
 mod save;
 mod wire;
 
+pub use encode::Placed;
 pub use save::{INLINE_LIMIT, Storage, save, save_into};
 
 use std::path::Path;

@@ -14,9 +14,12 @@
 
 mod decoder;
 mod library;
+mod model;
+mod open;
 mod positions;
 mod session;
 mod tensor;
+mod tract;
 mod vision;
 mod vlm;
 
@@ -24,6 +27,7 @@ pub use decoder::{CacheSlot, Decoder, KvCache, Step, StepTokens};
 pub use positions::{multimodal_positions, positions_of_mask};
 pub use session::{Optimisation, Outputs, Port, Runtime, Session, SessionOptions};
 pub use tensor::{Element, Tensor};
+pub use tract::{InputFact, TractOutcome, tract_check};
 pub use vision::{FeatureCache, Features, Picture, VisionEncoder};
 pub use vlm::{Embedded, Prompt, VlmSession, VlmSettings};
 

@@ -11,6 +11,7 @@ use ort::value::{Outlet, ValueType};
 use crate::base::{Device, Error, Result, list_preview};
 use crate::ir::{DataType, Dim};
 
+use super::model::Backing;
 use super::tensor::{Tensor, data_type};
 use super::{ENGINE, library};
 
@@ -53,6 +54,8 @@ pub struct Session {
     subject: String,
     inputs: Vec<Port>,
     outputs: Vec<Port>,
+    /// After `inner`, so that it is dropped after it.
+    _backing: Vec<Backing>,
 }
 
 /// Named results of a run.
@@ -85,10 +88,10 @@ impl Runtime {
         let subject = format!("`{}`", path.display());
         let mut builder = self.builder(options)?;
         let inner = builder.commit_from_file(path).map_err(|e| Error::engine(ENGINE, subject.clone(), e))?;
-        Session::new(inner, self.device, subject)
+        Session::new(inner, self.device, subject, Vec::new())
     }
 
-    fn builder(&self, options: &SessionOptions) -> Result<SessionBuilder> {
+    pub(super) fn builder(&self, options: &SessionOptions) -> Result<SessionBuilder> {
         let failed = |e: ort::Error| Error::engine(ENGINE, "session options", e);
         let environment = library::environment()?;
         let mut builder = ort::session::Session::builder(&environment).map_err(failed)?;
@@ -121,10 +124,15 @@ fn no_cuda(device: Device, problem: impl std::fmt::Display) -> Error {
 }
 
 impl Session {
-    fn new(inner: ort::session::Session, device: Device, subject: String) -> Result<Self> {
+    pub(super) fn new(
+        inner: ort::session::Session,
+        device: Device,
+        subject: String,
+        backing: Vec<Backing>,
+    ) -> Result<Self> {
         let inputs = inner.inputs().iter().map(|outlet| port(&subject, outlet)).collect::<Result<_>>()?;
         let outputs = inner.outputs().iter().map(|outlet| port(&subject, outlet)).collect::<Result<_>>()?;
-        Ok(Session { inner, device, subject, inputs, outputs })
+        Ok(Session { inner, device, subject, inputs, outputs, _backing: backing })
     }
 
     /// How messages name this session.

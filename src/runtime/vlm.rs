@@ -32,6 +32,8 @@ pub struct VlmSettings {
     pub eos_token_ids: Vec<i64>,
     /// Patches per side that the encoder merges into one token (multimodal rotary positions).
     pub spatial_merge_size: Option<usize>,
+    /// Longest answer, in tokens.
+    pub max_new_tokens: Option<usize>,
 }
 
 /// The loaded components of a model.

@@ -1,0 +1,119 @@
+//! A session of a graph in memory: the small graph is written out, the weights stay where they are.
+
+use std::collections::HashSet;
+
+use ort::memory::{Allocator, MemoryInfo};
+use ort::session::builder::SessionBuilder;
+use ort::value::{DynValue, DynValueTypeMarker, Value};
+use ort::{AsPointer, sys};
+
+use crate::base::{AtomicFile, Error, Result};
+use crate::ir::{Model, Tensor, TensorData};
+use crate::onnx::{INLINE_LIMIT, Placed, save_into};
+
+use super::ENGINE;
+use super::session::{Runtime, Session, SessionOptions};
+use super::tensor::element_type;
+
+/// The name under which the written graph says that its weights are elsewhere.
+const ELSEWHERE: &str = "weights";
+
+/// What a session's weights point into; held as long as the session.
+#[allow(dead_code, reason = "the runtime reads it through pointers; the fields keep it alive")]
+pub(super) enum Backing {
+    /// The tensor's own memory or map.
+    Shared(TensorData),
+    /// A copy in words, where the original does not lie at a multiple of its element size.
+    Aligned(Vec<u64>),
+}
+
+impl Runtime {
+    /// Loads a graph in memory. Weights of 1 KB and more are read through their memory maps, not copied.
+    ///
+    /// Errors: `Error::Invalid` when the graph is broken; `Error::Io` when no temporary file can be written;
+    /// `Error::Engine` when ONNX Runtime refuses it.
+    pub fn session_of(&self, model: &Model, options: &SessionOptions) -> Result<Session> {
+        crate::ir::check(model)?;
+        let folder = tempfile::Builder::new()
+            .prefix("interlace-")
+            .tempdir()
+            .map_err(|e| Error::io("create a folder in", std::env::temp_dir(), e))?;
+        let path = folder.path().join("model.onnx");
+        let own: HashSet<*const Tensor> =
+            model.graph.body.initializers.iter().map(|(_, tensor)| std::ptr::from_ref(tensor)).collect();
+        let mut weights: Vec<(String, &Tensor)> = Vec::new();
+        for (id, tensor) in &model.graph.body.initializers {
+            if tensor.byte_len() >= INLINE_LIMIT && element_type(tensor.dtype).is_ok() {
+                weights.push((model.graph.name(*id).to_string(), tensor));
+            }
+        }
+        let mut file = AtomicFile::create(&path)?;
+        save_into(model, &mut file, |_, tensor| {
+            let given = tensor.byte_len() >= INLINE_LIMIT && element_type(tensor.dtype).is_ok();
+            if given && own.contains(&std::ptr::from_ref(tensor)) {
+                return Ok(Placed::External { location: ELSEWHERE.into(), offset: 0, length: tensor.byte_len() });
+            }
+            Ok(Placed::Inline)
+        })?;
+        file.commit()?;
+
+        let subject = format!("graph `{}`", model.graph.body.name);
+        let mut builder = self.builder(options)?;
+        let mut backing = Vec::with_capacity(weights.len());
+        for (name, tensor) in &weights {
+            builder = give_weight(builder, name, tensor, &mut backing)?;
+        }
+        let inner = builder.commit_from_file(&path).map_err(|e| Error::engine(ENGINE, subject.clone(), e))?;
+        Session::new(inner, self.device(), subject, backing)
+    }
+}
+
+fn give_weight(
+    builder: SessionBuilder,
+    name: &str,
+    tensor: &Tensor,
+    backing: &mut Vec<Backing>,
+) -> Result<SessionBuilder> {
+    let element = element_type(tensor.dtype)?;
+    let bytes = tensor.bytes();
+    let width = (tensor.dtype.bits() / 8).max(1);
+    let data = if bytes.as_ptr().addr() % width == 0 {
+        backing.push(Backing::Shared(tensor.data.clone()));
+        bytes.as_ptr()
+    } else {
+        let words = bytes.chunks(8).map(|chunk| {
+            let mut word = [0; 8];
+            word[..chunk.len()].copy_from_slice(chunk);
+            u64::from_ne_bytes(word)
+        });
+        let words: Vec<u64> = words.collect();
+        let data = words.as_ptr().cast();
+        backing.push(Backing::Aligned(words));
+        data
+    };
+    let dims: Vec<i64> = tensor.dims.iter().map(|&dim| i64::try_from(dim).unwrap_or(i64::MAX)).collect();
+    let failed = |e: ort::Error| Error::engine(ENGINE, format!("weight `{name}`"), e);
+    let info = MemoryInfo::default();
+    let mut value = std::ptr::null_mut();
+    // SAFETY: `data` is readable for `bytes.len()` bytes and stays so while `backing` is held, which the session does
+    // for longer than its graph; ONNX Runtime does not write to weights.
+    let status = unsafe {
+        (ort::api().CreateTensorWithDataAsOrtValue)(
+            info.ptr(),
+            data.cast_mut().cast(),
+            bytes.len(),
+            dims.as_ptr(),
+            dims.len(),
+            sys::ONNXTensorElementDataType::from(element),
+            &mut value,
+        )
+    };
+    // SAFETY: the status comes from the call above and is looked at once.
+    unsafe { ort::Error::result_from_status(status) }.map_err(failed)?;
+    let Some(value) = std::ptr::NonNull::new(value) else {
+        return Err(Error::engine(ENGINE, format!("weight `{name}`"), "no tensor came back"));
+    };
+    // SAFETY: a fresh CPU tensor; dropping it releases the handle and not the memory, which it does not own.
+    let value: DynValue = unsafe { Value::<DynValueTypeMarker>::from_ptr(value, Some(&Allocator::default())) };
+    builder.with_external_initializer(name, value).map_err(|e| failed(e.into()))
+}

@@ -1,0 +1,85 @@
+//! From a model folder to a loaded model.
+
+use std::sync::Arc;
+
+use serde_json::Value;
+
+use crate::base::{Error, Result, Sha256Digest, sha256_file, sha256_json};
+use crate::bundle::{Bundle, Component, Role};
+
+use super::decoder::Decoder;
+use super::session::{Runtime, SessionOptions};
+use super::vision::{FeatureCache, VisionEncoder};
+use super::vlm::{VlmSession, VlmSettings};
+
+impl VlmSession {
+    /// Loads a folder's components, each in its most precise variant. `cache` may be shared between models.
+    ///
+    /// Errors: `Error::Invalid` when the folder has no decoder, no config or components that do not fit together;
+    /// `Error::Engine` when ONNX Runtime refuses a file.
+    pub fn open(
+        runtime: &Runtime,
+        bundle: &Bundle,
+        options: &SessionOptions,
+        cache: &Arc<FeatureCache>,
+    ) -> Result<Self> {
+        let decoder = Decoder::open(runtime, bundle, options)?;
+        let settings = VlmSettings::of(bundle)?;
+        let embed = bundle.component(Role::EmbedTokens);
+        let embed = embed.map(|part| runtime.session(&bundle.path_of(part), options)).transpose()?;
+        let vision = match bundle.component(Role::VisionEncoder) {
+            Some(part) => {
+                let session = runtime.session(&bundle.path_of(part), options)?;
+                Some(VisionEncoder::new(session, content_digest(bundle, part)?, Arc::clone(cache))?)
+            }
+            None => None,
+        };
+        VlmSession::new(vision, embed, decoder, settings)
+    }
+}
+
+impl Decoder {
+    /// Loads a folder's decoder in its most precise variant.
+    ///
+    /// Errors: as `VlmSession::open`.
+    pub fn open(runtime: &Runtime, bundle: &Bundle, options: &SessionOptions) -> Result<Self> {
+        let part = bundle.require(Role::Decoder)?;
+        let head_dim = bundle.config().and_then(|config| config.head_size());
+        Decoder::new(runtime.session(&bundle.path_of(part), options)?, head_dim)
+    }
+}
+
+impl VlmSettings {
+    /// What a folder's configs say about generation.
+    ///
+    /// Errors: `Error::Invalid` when there is no config, it names no end of an answer, or a figure is malformed.
+    pub fn of(bundle: &Bundle) -> Result<Self> {
+        let config = bundle.require_config()?;
+        let source = || format!("`{}` of `{}`", config.source, bundle.root().display());
+        if config.eos_token_ids.is_empty() {
+            return Err(Error::invalid(source(), "names no `eos_token_id`, so no answer would end"));
+        }
+        let generation = bundle.read_json("generation_config.json")?.unwrap_or(Value::Null);
+        let size = |value: Option<&Value>, key: &str| match value {
+            None | Some(Value::Null) => Ok(None),
+            Some(value) => match value.as_u64().and_then(|size| usize::try_from(size).ok()) {
+                Some(size) => Ok(Some(size)),
+                None => Err(Error::invalid(source(), format!("`{key}` is {value}, expected a whole number"))),
+            },
+        };
+        let vision = config.raw.get("vision_config");
+        Ok(VlmSettings {
+            image_token_id: config.image_token_id,
+            eos_token_ids: config.eos_token_ids.clone(),
+            spatial_merge_size: size(vision.and_then(|vision| vision.get("spatial_merge_size")), "spatial_merge_size")?,
+            max_new_tokens: size(generation.get("max_new_tokens"), "max_new_tokens")?,
+        })
+    }
+}
+
+/// One digest over the bytes of a component's files, whatever they are called.
+fn content_digest(bundle: &Bundle, part: &Component) -> Result<Sha256Digest> {
+    let files = std::iter::once(&part.file).chain(&part.external);
+    let digests = files.map(|file| sha256_file(&bundle.root().join(file))).collect::<Result<Vec<_>>>()?;
+    sha256_json(&digests)
+}

@@ -1,0 +1,93 @@
+//! Whether tract, a second engine that runs without ONNX Runtime, loads a graph.
+
+use std::collections::BTreeSet;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+
+use tract_onnx::prelude::*;
+
+use crate::base::{Error, Result};
+use crate::ir::DataType;
+
+/// What tract makes of a graph.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TractOutcome {
+    /// It becomes a runnable plan of so many nodes.
+    Loads { nodes: usize },
+    /// These operators are not in tract.
+    Missing { operators: Vec<String> },
+    /// The operators are there, but the plan cannot be made.
+    Fails { problem: String },
+}
+
+/// The type and shape that one input is fixed to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InputFact {
+    pub name: String,
+    pub dtype: DataType,
+    pub shape: Vec<usize>,
+}
+
+/// Loads a graph in tract with every input fixed to a type and shape; decoders with a cache cannot be analysed with
+/// symbolic sizes.
+///
+/// Errors: `Error::Io` when there is no such file; `Error::Invalid` when an input of the graph has no fact;
+/// `Error::Unsupported` for an element type that tract does not have.
+pub fn tract_check(path: &Path, facts: &[InputFact]) -> Result<TractOutcome> {
+    std::fs::metadata(path).map_err(|e| Error::io("open", path, e))?;
+    // tract is written for trusted models and may panic on others; its plan is dropped either way.
+    let outcome = catch_unwind(AssertUnwindSafe(|| load(path, facts)));
+    outcome.unwrap_or_else(|_| Ok(TractOutcome::Fails { problem: "it panicked".into() }))
+}
+
+fn load(path: &Path, facts: &[InputFact]) -> Result<TractOutcome> {
+    let fails = |e: TractError| Ok(TractOutcome::Fails { problem: format!("{e:#}") });
+    let mut model = match tract_onnx::onnx().with_ignore_value_info(true).model_for_path(path) {
+        Ok(model) => model,
+        Err(e) => return fails(e),
+    };
+    let missing: BTreeSet<String> = model
+        .nodes()
+        .iter()
+        .filter_map(|node| Some(node.op.name().strip_prefix("Unimplemented(")?.trim_end_matches(')').to_string()))
+        .collect();
+    if !missing.is_empty() {
+        return Ok(TractOutcome::Missing { operators: missing.into_iter().collect() });
+    }
+    let names: Vec<String> = match model.input_outlets() {
+        Ok(outlets) => outlets.iter().map(|outlet| model.nodes()[outlet.node].name.clone()).collect(),
+        Err(e) => return fails(e),
+    };
+    for (number, name) in names.iter().enumerate() {
+        let fact = facts.iter().find(|fact| fact.name == *name).ok_or_else(|| {
+            Error::invalid(format!("`{}`", path.display()), format!("no shape was given for input `{name}`"))
+        })?;
+        let datum = InferenceFact::dt_shape(datum_type(fact.dtype)?, &fact.shape);
+        if let Err(e) = model.set_input_fact(number, datum) {
+            return fails(e);
+        }
+    }
+    let typed = match model.into_typed().and_then(|model| model.into_decluttered()) {
+        Ok(model) => model,
+        Err(e) => return fails(e),
+    };
+    let nodes = typed.nodes().len();
+    match typed.into_runnable() {
+        Ok(_) => Ok(TractOutcome::Loads { nodes }),
+        Err(e) => fails(e),
+    }
+}
+
+fn datum_type(dtype: DataType) -> Result<DatumType> {
+    Ok(match dtype {
+        DataType::Float => DatumType::F32,
+        DataType::Double => DatumType::F64,
+        DataType::Float16 => DatumType::F16,
+        DataType::Int64 => DatumType::I64,
+        DataType::Int32 => DatumType::I32,
+        DataType::Int8 => DatumType::I8,
+        DataType::Uint8 => DatumType::U8,
+        DataType::Bool => DatumType::Bool,
+        other => return Err(Error::unsupported(format!("tensor of {other}"), "cannot be fed to tract")),
+    })
+}
