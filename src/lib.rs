@@ -3,11 +3,10 @@
 pub mod analysis;
 pub mod base;
 pub mod bundle;
-pub mod export;
-pub mod data;
 pub mod eval;
 pub mod export;
 pub mod ir;
+pub mod method;
 pub mod onnx;
 pub mod pipeline;
 pub mod runtime;
