@@ -5,6 +5,7 @@ pub mod base;
 pub mod bundle;
 pub mod eval;
 pub mod export;
+pub mod data;
 pub mod ir;
 pub mod method;
 pub mod onnx;

@@ -1,0 +1,272 @@
+//! Sets of conversations about pictures, opened by what the path holds.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::base::{Error, Result, Sha256Digest, sha256_file, sha256_json};
+
+use super::finevision::Shard;
+use super::llava::Conversations;
+use super::sample::{ImageBytes, Sample};
+
+/// What several question and answer pairs about the same pictures are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Texts {
+    /// Turns of one conversation: one sample.
+    Conversation,
+    /// Questions that do not know of each other: a sample each, with the same pictures.
+    #[default]
+    Separate,
+}
+
+/// One row of any source.
+#[derive(Debug)]
+pub(super) struct Row {
+    pub subject: String,
+    pub images: Vec<ImageBytes>,
+    pub pairs: Vec<(String, String)>,
+}
+
+#[derive(Debug)]
+enum Source {
+    Parquet(Shard),
+    Llava(Conversations),
+}
+
+impl Source {
+    fn path(&self) -> &Path {
+        match self {
+            Source::Parquet(shard) => shard.path(),
+            Source::Llava(conversations) => conversations.path(),
+        }
+    }
+
+    fn rows(&self) -> usize {
+        match self {
+            Source::Parquet(shard) => shard.rows(),
+            Source::Llava(conversations) => conversations.rows(),
+        }
+    }
+
+    fn texts_per_row(&self) -> Result<Vec<usize>> {
+        match self {
+            Source::Parquet(shard) => shard.texts_per_row(),
+            Source::Llava(conversations) => Ok(conversations.turns()),
+        }
+    }
+
+    fn read<'a>(&'a self, rows: &'a [usize]) -> Box<dyn Iterator<Item = Result<Row>> + 'a> {
+        match self {
+            Source::Parquet(shard) => Box::new(shard.read(rows)),
+            Source::Llava(conversations) => Box::new(conversations.read(rows)),
+        }
+    }
+}
+
+/// A data set: a FineVision parquet file, a folder of such shards, or a LLaVA `.json` / `.jsonl` file.
+#[derive(Debug)]
+pub struct Dataset {
+    sources: Vec<Source>,
+    /// For each sample: source, row, and the pair in it (with `Texts::Separate`).
+    places: Vec<Place>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Place {
+    source: u32,
+    row: u32,
+    pair: Option<u32>,
+}
+
+impl Dataset {
+    /// Opens a data set without reading pictures.
+    ///
+    /// Errors: `Error::Io`; `Error::Invalid` for a path that is none of these, a file that does not decode, or a set
+    /// without samples.
+    pub fn open(path: &Path, texts: Texts) -> Result<Self> {
+        let mut sources = Vec::new();
+        for file in files(path)? {
+            let extension = file.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
+            sources.push(match extension {
+                "parquet" => Source::Parquet(Shard::open(&file)?),
+                "json" | "jsonl" => Source::Llava(Conversations::open(&file)?),
+                _ => {
+                    return Err(Error::invalid(format!("data `{}`", path.display()), "is no data set that is known")
+                        .remedy(
+                            "expected a FineVision .parquet file or a folder of them, or a LLaVA .json or .jsonl file",
+                        ));
+                }
+            });
+        }
+        let mut places = Vec::new();
+        for (number, source) in sources.iter().enumerate() {
+            let narrow = |value: usize| {
+                u32::try_from(value)
+                    .map_err(|_| Error::invalid(format!("`{}`", source.path().display()), "has too many rows"))
+            };
+            let number = narrow(number)?;
+            match texts {
+                Texts::Conversation => {
+                    for row in 0..source.rows() {
+                        places.push(Place { source: number, row: narrow(row)?, pair: None });
+                    }
+                }
+                Texts::Separate => {
+                    for (row, count) in source.texts_per_row()?.into_iter().enumerate() {
+                        for pair in 0..count {
+                            places.push(Place { source: number, row: narrow(row)?, pair: Some(narrow(pair)?) });
+                        }
+                    }
+                }
+            }
+        }
+        if places.is_empty() {
+            return Err(Error::invalid(format!("data `{}`", path.display()), "is empty")
+                .remedy("give data with at least one sample"));
+        }
+        Ok(Dataset { sources, places })
+    }
+
+    /// Number of samples, at least one.
+    pub fn len(&self) -> usize {
+        self.places.len()
+    }
+
+    /// Always false: an empty set does not open.
+    pub fn is_empty(&self) -> bool {
+        self.places.is_empty()
+    }
+
+    /// The samples with these indices (in any order, each once), read in ascending order, row group by row group;
+    /// `Sample::index` says which is which.
+    ///
+    /// Errors: `Error::Invalid` for an index that does not exist; each item: `Error::Invalid` naming the row.
+    pub fn read(&self, indices: &[usize]) -> Result<Samples<'_>> {
+        let mut wanted = indices.to_vec();
+        wanted.sort_unstable();
+        wanted.dedup();
+        if let Some(index) = wanted.iter().find(|index| **index >= self.places.len()) {
+            return Err(Error::invalid(
+                "data",
+                format!("sample {index} does not exist, there are {}", self.places.len()),
+            ));
+        }
+        Ok(Samples { dataset: self, wanted, position: 0, rows: Vec::new().into_iter(), ready: Vec::new().into_iter() })
+    }
+
+    /// One digest over all files.
+    ///
+    /// Errors: `Error::Io` when a file cannot be read.
+    pub fn digest(&self) -> Result<Sha256Digest> {
+        let mut digests = BTreeMap::new();
+        for source in &self.sources {
+            let name = source.path().file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+            digests.insert(name, sha256_file(source.path())?);
+        }
+        sha256_json(&digests)
+    }
+}
+
+/// How many rows are asked of a source at a time.
+const ROWS_AT_A_TIME: usize = 64;
+
+/// Samples of a [`Dataset`] in ascending order.
+pub struct Samples<'a> {
+    dataset: &'a Dataset,
+    wanted: Vec<usize>,
+    position: usize,
+    rows: std::vec::IntoIter<(Vec<(usize, Option<u32>)>, Result<Row>)>,
+    ready: std::vec::IntoIter<Result<Sample>>,
+}
+
+impl Iterator for Samples<'_> {
+    type Item = Result<Sample>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            if let Some(sample) = self.ready.next() {
+                return Some(sample);
+            }
+            if let Some((places, row)) = self.rows.next() {
+                self.ready = samples_of(row, &places).into_iter();
+                continue;
+            }
+            if self.position >= self.wanted.len() {
+                return None;
+            }
+            self.fill();
+        }
+    }
+}
+
+impl Samples<'_> {
+    /// Reads the next rows of one source.
+    fn fill(&mut self) {
+        let place = |index: &usize| self.dataset.places.get(*index).copied();
+        let Some(first) = self.wanted.get(self.position).and_then(place) else {
+            self.position = self.wanted.len();
+            return;
+        };
+        let mut rows: Vec<usize> = Vec::new();
+        let mut groups: Vec<Vec<(usize, Option<u32>)>> = Vec::new();
+        while let Some(&index) = self.wanted.get(self.position) {
+            let Some(here) = place(&index).filter(|here| here.source == first.source) else { break };
+            if rows.last() != Some(&(here.row as usize)) {
+                if rows.len() == ROWS_AT_A_TIME {
+                    break;
+                }
+                rows.push(here.row as usize);
+                groups.push(Vec::new());
+            }
+            if let Some(group) = groups.last_mut() {
+                group.push((index, here.pair));
+            }
+            self.position += 1;
+        }
+        let Some(source) = self.dataset.sources.get(first.source as usize) else { return };
+        let mut read: Vec<Result<Row>> = source.read(&rows).collect();
+        while read.len() < groups.len() {
+            read.push(Err(Error::invalid(format!("`{}`", source.path().display()), "ends before its last row")));
+        }
+        self.rows = groups.into_iter().zip(read).collect::<Vec<_>>().into_iter();
+    }
+}
+
+fn samples_of(row: Result<Row>, places: &[(usize, Option<u32>)]) -> Vec<Result<Sample>> {
+    let row = match row {
+        Ok(row) => row,
+        Err(error) => return vec![Err(error)],
+    };
+    let sample = |&(index, pair): &(usize, Option<u32>)| match pair {
+        None => Sample::new(index, row.subject.clone(), row.images.clone(), row.pairs.clone()),
+        Some(pair) => {
+            let id = format!("text {pair} of {}", row.subject);
+            let pairs = row.pairs.get(pair as usize).cloned().into_iter().collect();
+            Sample::new(index, id, row.images.clone(), pairs)
+        }
+    };
+    places.iter().map(sample).collect()
+}
+
+/// The file itself, or a folder's parquet shards in name order.
+fn files(path: &Path) -> Result<Vec<PathBuf>> {
+    let metadata = std::fs::metadata(path).map_err(|e| Error::io("open", path, e))?;
+    if !metadata.is_dir() {
+        return Ok(vec![path.to_path_buf()]);
+    }
+    let mut shards = Vec::new();
+    for entry in std::fs::read_dir(path).map_err(|e| Error::io("read", path, e))? {
+        let file = entry.map_err(|e| Error::io("read", path, e))?.path();
+        if file.extension().is_some_and(|extension| extension == "parquet") {
+            shards.push(file);
+        }
+    }
+    if shards.is_empty() {
+        return Err(Error::invalid(format!("data `{}`", path.display()), "is a folder without .parquet files"));
+    }
+    shards.sort();
+    Ok(shards)
+}

@@ -1,0 +1,162 @@
+//! Idefics3 and SmolVLM: the longest edge is scaled, then the picture is cut into square tiles beside a view of the
+//! whole, or shrunk to one square.
+//!
+//! Source: the Pillow-based processors of Hugging Face transformers, sizes in f64 as there.
+
+use ndarray::Array3;
+
+use crate::base::{Error, Result};
+
+use super::image_processor::{ImageInputs, ImageLayout, ImageProcessor, Levels, Settings, array};
+use super::picture::Picture;
+use super::resample::{Filter, resize};
+
+/// No edge is longer after the first resizing.
+const MAX_EDGE: usize = 4096;
+/// The most tiles that one picture is cut into.
+const MAX_TILES: usize = 1024;
+
+#[derive(Debug)]
+pub(super) struct Idefics3 {
+    resize: Option<Target>,
+    split: bool,
+    tile: usize,
+    filter: Filter,
+    levels: Levels,
+}
+
+#[derive(Debug)]
+enum Target {
+    LongestEdge(usize),
+    Exact { height: usize, width: usize },
+}
+
+impl Idefics3 {
+    pub fn new(settings: &mut Settings) -> Result<Self> {
+        let do_resize = settings.bool("do_resize", true)?;
+        let edges = settings.edges("size", &["longest_edge", "height", "width"])?;
+        let target = match edges.as_deref() {
+            None => Target::LongestEdge(4 * 364),
+            Some([Some(longest), _, _]) => Target::LongestEdge(*longest),
+            Some([None, Some(height), Some(width)]) => Target::Exact { height: *height, width: *width },
+            Some(_) => {
+                return Err(Error::invalid(
+                    "`size` in the image processor's config",
+                    "expected `longest_edge`, or `height` and `width`",
+                ));
+            }
+        };
+        let tile = match settings.edges("max_image_size", &["longest_edge"])?.as_deref() {
+            Some([Some(edge)]) if *edge <= MAX_EDGE => *edge,
+            None => 364,
+            Some(_) => {
+                return Err(Error::invalid(
+                    "`max_image_size` in the image processor's config",
+                    format!("expected `longest_edge` of 1 to {MAX_EDGE}"),
+                ));
+            }
+        };
+        if !settings.bool("do_convert_rgb", true)? {
+            return Err(Error::unsupported(
+                "`do_convert_rgb` in the image processor's config",
+                "is false, expected true",
+            ));
+        }
+        // All frames come out of the same size, so padding adds nothing to one sample and only makes the mask.
+        settings.bool("do_pad", true)?;
+        Ok(Idefics3 {
+            resize: do_resize.then_some(target),
+            split: settings.bool("do_image_splitting", true)?,
+            tile,
+            filter: settings.resample(Filter::Lanczos)?,
+            levels: settings.levels([0.5; 3], [0.5; 3])?,
+        })
+    }
+
+    fn frames(&self, picture: &Picture, out: &mut Vec<Picture>) -> Result<ImageLayout> {
+        let scaled = match &self.resize {
+            None => picture.clone(),
+            Some(Target::Exact { height, width }) => resize(picture, *width, *height, self.filter)?,
+            Some(Target::LongestEdge(edge)) => {
+                let (width, height) = longest_edge_size(picture.width(), picture.height(), *edge);
+                resize(picture, width, height, self.filter)?
+            }
+        };
+        let tile = self.tile;
+        if !self.split {
+            out.push(resize(&scaled, tile, tile, self.filter)?);
+            return Ok(ImageLayout::Tiles { rows: 0, columns: 0 });
+        }
+        let (width, height) = tiled_size(scaled.width(), scaled.height(), tile);
+        let whole = resize(&scaled, width, height, self.filter)?;
+        if width <= tile && height <= tile {
+            out.push(whole);
+            return Ok(ImageLayout::Tiles { rows: 0, columns: 0 });
+        }
+        let (rows, columns) = (height / tile, width / tile);
+        if rows.saturating_mul(columns) > MAX_TILES {
+            return Err(Error::invalid(
+                "picture",
+                format!("makes {rows} x {columns} tiles, expected at most {MAX_TILES}"),
+            ));
+        }
+        for row in 0..rows {
+            for column in 0..columns {
+                out.push(whole.crop(column * tile, row * tile, tile, tile)?);
+            }
+        }
+        out.push(resize(&whole, tile, tile, self.filter)?);
+        Ok(ImageLayout::Tiles { rows, columns })
+    }
+}
+
+impl ImageProcessor for Idefics3 {
+    fn process(&self, pictures: &[Picture]) -> Result<ImageInputs> {
+        let mut frames = Vec::new();
+        let layouts = pictures.iter().map(|picture| self.frames(picture, &mut frames)).collect::<Result<Vec<_>>>()?;
+        let mut data = Vec::with_capacity(frames.len() * 3 * self.tile * self.tile);
+        for frame in &frames {
+            self.levels.append_planes(frame, &mut data);
+        }
+        Ok(ImageInputs {
+            pixel_values: array(&[frames.len(), 3, self.tile, self.tile], data)?,
+            pixel_attention_mask: Some(Array3::from_elem((frames.len(), self.tile, self.tile), true)),
+            image_grid_thw: None,
+            layouts,
+        })
+    }
+}
+
+/// (width, height) with the longest edge at `edge`, the other rounded down, then up to an even number, and both at
+/// most `MAX_EDGE`.
+fn longest_edge_size(width: usize, height: usize, edge: usize) -> (usize, usize) {
+    let aspect = width as f64 / height as f64;
+    let (mut w, mut h) = if width >= height {
+        let h = (edge as f64 / aspect) as usize;
+        (edge, h + h % 2)
+    } else {
+        let w = (edge as f64 * aspect) as usize;
+        (w + w % 2, edge)
+    };
+    (w, h) = (w.max(1), h.max(1));
+    let aspect = w as f64 / h as f64;
+    if w >= h && w > MAX_EDGE {
+        (w, h) = (MAX_EDGE, (MAX_EDGE as f64 / aspect) as usize);
+    } else if h > w && h > MAX_EDGE {
+        (w, h) = ((MAX_EDGE as f64 * aspect) as usize, MAX_EDGE);
+    }
+    (w.max(1), h.max(1))
+}
+
+/// (width, height) rounded up to whole tiles, the longer edge first.
+fn tiled_size(width: usize, height: usize, tile: usize) -> (usize, usize) {
+    let aspect = width as f64 / height as f64;
+    let up = |edge: usize| edge.div_ceil(tile).max(1) * tile;
+    if width >= height {
+        let width = up(width);
+        (width, up((width as f64 / aspect) as usize))
+    } else {
+        let height = up(height);
+        (up((height as f64 * aspect) as usize), height)
+    }
+}

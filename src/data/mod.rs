@@ -1,0 +1,26 @@
+//! Conversations about pictures, and what the networks read of them: data sets, benchmarks, image processors, chat
+//! templates, tokenizers.
+
+mod dataset;
+mod finevision;
+mod idefics3;
+mod image_processor;
+mod llava;
+mod picture;
+mod processor;
+mod qwen2_vl;
+mod resample;
+mod sample;
+mod subset;
+mod template;
+mod tokenizer;
+mod tsv;
+
+pub use dataset::{Dataset, Samples, Texts};
+pub use image_processor::{ImageInputs, ImageLayout};
+pub use picture::Picture;
+pub use processor::{Encoded, Processor};
+pub use resample::{Filter, resize};
+pub use sample::{ImageBytes, Part, Sample, Turn};
+pub use subset::{Amount, Subset};
+pub use tsv::{BenchRow, Benchmark};

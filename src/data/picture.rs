@@ -1,0 +1,129 @@
+//! Decoding pictures to 8-bit RGB.
+
+use std::io::Cursor;
+
+use image::metadata::Orientation;
+use image::{DynamicImage, ImageDecoder, ImageReader, Limits};
+
+use crate::base::{Error, Result};
+
+use super::sample::ImageBytes;
+
+/// The most pixels that a picture may have, decoded or resized.
+const MAX_PIXELS: usize = 100_000_000;
+/// The most bytes that a decoder may allocate.
+const MAX_DECODER_BYTES: u64 = 1 << 30;
+
+/// An 8-bit RGB picture, row by row from the top.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Picture {
+    width: usize,
+    height: usize,
+    rgb: Vec<u8>,
+}
+
+impl Picture {
+    /// Errors: `Error::Invalid` unless `rgb` holds `width * height * 3` bytes, both sizes at least 1.
+    pub fn new(width: usize, height: usize, rgb: Vec<u8>) -> Result<Self> {
+        Self::check_size(width, height)?;
+        if rgb.len() != width * height * 3 {
+            return Err(Error::invalid("picture", format!("has {} bytes, expected {width} x {height} x 3", rgb.len())));
+        }
+        Ok(Picture { width, height, rgb })
+    }
+
+    pub(super) fn check_size(width: usize, height: usize) -> Result<()> {
+        let pixels = width.checked_mul(height).filter(|pixels| (1..=MAX_PIXELS).contains(pixels));
+        pixels.map(|_| ()).ok_or_else(|| {
+            Error::invalid("picture", format!("is {width} x {height} pixels, expected 1 to {MAX_PIXELS} in all"))
+        })
+    }
+
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    pub fn height(&self) -> usize {
+        self.height
+    }
+
+    pub fn rgb(&self) -> &[u8] {
+        &self.rgb
+    }
+
+    /// Decodes the first frame, turns it upright as its EXIF orientation says, and lays transparency on white.
+    ///
+    /// Errors: `Error::Invalid` naming the picture when it does not decode, has more than 100 million pixels, or holds
+    /// floating-point samples.
+    pub fn decode(image: &ImageBytes) -> Result<Self> {
+        let bytes = image.read()?;
+        decode(&bytes).map_err(|problem| {
+            Error::invalid(&image.subject, problem).remedy("expected a PNG, JPEG, WebP, GIF, BMP or TIFF picture")
+        })
+    }
+
+    /// The part that starts at (`left`, `top`); what lies outside is left out.
+    pub(super) fn crop(&self, left: usize, top: usize, width: usize, height: usize) -> Result<Self> {
+        let right = left.saturating_add(width).min(self.width);
+        let bottom = top.saturating_add(height).min(self.height);
+        let rows =
+            (top..bottom).filter_map(|y| self.rgb.get((y * self.width + left) * 3..(y * self.width + right) * 3));
+        Picture::new(right.saturating_sub(left), bottom.saturating_sub(top), rows.flatten().copied().collect())
+    }
+}
+
+fn decode(bytes: &[u8]) -> Result<Picture, String> {
+    let reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(|e| e.to_string())?;
+    let mut decoder = reader.into_decoder().map_err(|e| format!("does not decode: {e}"))?;
+    let (width, height) = decoder.dimensions();
+    Picture::check_size(width as usize, height as usize).map_err(|e| e.to_string())?;
+    let mut limits = Limits::default();
+    limits.max_alloc = Some(MAX_DECODER_BYTES);
+    decoder.set_limits(limits).map_err(|e| format!("does not decode: {e}"))?;
+    let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+    let mut image = DynamicImage::from_decoder(decoder).map_err(|e| format!("does not decode: {e}"))?;
+    image.apply_orientation(orientation);
+    let (width, height) = (image.width() as usize, image.height() as usize);
+    let rgb = to_rgb(image)?;
+    Picture::new(width, height, rgb).map_err(|e| e.to_string())
+}
+
+/// As Pillow converts to RGB; samples of 16 bits keep their high byte.
+fn to_rgb(image: DynamicImage) -> Result<Vec<u8>, String> {
+    let high = |sample: &u16| (sample >> 8) as u8;
+    Ok(match image {
+        DynamicImage::ImageRgb8(image) => image.into_raw(),
+        DynamicImage::ImageLuma8(image) => image.as_raw().iter().flat_map(|&y| [y; 3]).collect(),
+        DynamicImage::ImageLumaA8(image) => {
+            image.as_raw().chunks_exact(2).flat_map(|p| on_white([p[0], p[0], p[0], p[1]])).collect()
+        }
+        DynamicImage::ImageRgba8(image) => {
+            image.as_raw().chunks_exact(4).flat_map(|p| on_white([p[0], p[1], p[2], p[3]])).collect()
+        }
+        DynamicImage::ImageRgb16(image) => image.as_raw().iter().map(high).collect(),
+        DynamicImage::ImageLuma16(image) => image.as_raw().iter().flat_map(|y| [high(y); 3]).collect(),
+        DynamicImage::ImageLumaA16(image) => {
+            let pixels = image.as_raw().chunks_exact(2);
+            pixels.flat_map(|p| on_white([high(&p[0]), high(&p[0]), high(&p[0]), high(&p[1])])).collect()
+        }
+        DynamicImage::ImageRgba16(image) => {
+            let pixels = image.as_raw().chunks_exact(4);
+            pixels.flat_map(|p| on_white([high(&p[0]), high(&p[1]), high(&p[2]), high(&p[3])])).collect()
+        }
+        _ => return Err("holds floating-point samples, which are not supported".into()),
+    })
+}
+
+/// Pillow's `alpha_composite` over opaque white: 7 more bits of precision, divisions by 255 rounded.
+fn on_white([red, green, blue, alpha]: [u8; 4]) -> [u8; 3] {
+    const BITS: u32 = 7;
+    if alpha == 0 {
+        return [255; 3];
+    }
+    let source = u32::from(alpha) * 255 * 255 * (1 << BITS) / (255 * 255);
+    let white = 255 * (1 << BITS) - source;
+    [red, green, blue].map(|channel| {
+        let sum = u32::from(channel) * source + 255 * white + (0x80 << BITS);
+        ((((sum >> 8) + sum) >> 8) >> BITS) as u8
+    })
+}

@@ -1,0 +1,396 @@
+//! Conversations about pictures to what the networks read: ids, pixel values, and which tokens are answers.
+
+use serde_json::Value;
+
+use crate::base::{Error, Result};
+use crate::bundle::Bundle;
+
+use super::image_processor::{self, ImageInputs, ImageLayout, ImageProcessor};
+use super::picture::Picture;
+use super::sample::{ImageBytes, Part, Sample, Turn};
+use super::template::{ChatTemplate, Content, ContentPart, Message};
+use super::tokenizer::Tokenizer;
+
+/// One conversation, encoded.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Encoded {
+    /// How errors name it.
+    pub id: String,
+    pub input_ids: Vec<i64>,
+    /// For each id, true where it belongs to an answer (its end token included); all false in a prompt.
+    pub answer_mask: Vec<bool>,
+    /// Positions in `input_ids` that take one image feature each, in order.
+    pub image_positions: Vec<usize>,
+    /// `None` without pictures.
+    pub images: Option<ImageInputs>,
+}
+
+impl Encoded {
+    /// Number of tokens.
+    pub fn len(&self) -> usize {
+        self.input_ids.len()
+    }
+
+    /// True when there are no tokens.
+    pub fn is_empty(&self) -> bool {
+        self.input_ids.is_empty()
+    }
+}
+
+/// Everything that stands between people and the networks: image processor, chat template, tokenizer.
+#[derive(Debug)]
+pub struct Processor {
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    vision: Option<Vision>,
+    eos: Vec<u32>,
+}
+
+#[derive(Debug)]
+struct Vision {
+    processor: Box<dyn ImageProcessor>,
+    image_token: String,
+    image_token_id: u32,
+    /// Features of one tile.
+    features: usize,
+    fake_token: String,
+    global_token: String,
+}
+
+impl Processor {
+    /// Reads a model's own processor files.
+    ///
+    /// Errors: `Error::Invalid` when one is missing, malformed or contradicts another; `Error::Unsupported` for an
+    /// image processor that is not known or a setting that nobody reads.
+    pub fn open(bundle: &Bundle) -> Result<Self> {
+        let tokenizer = Tokenizer::open(bundle)?;
+        let processor_config = bundle.read_json("processor_config.json")?.unwrap_or(Value::Null);
+        let vision = Vision::open(bundle, &processor_config, &tokenizer)?;
+        let template = read_template(bundle, &processor_config, &tokenizer)?;
+        let mut eos: Vec<u32> = Vec::new();
+        if let Some(config) = bundle.config() {
+            eos.extend(config.eos_token_ids.iter().filter_map(|id| u32::try_from(*id).ok()));
+        }
+        eos.extend(tokenizer.named("eos_token").and_then(|token| tokenizer.id(token)));
+        eos.sort_unstable();
+        eos.dedup();
+        Ok(Processor { tokenizer, template, vision, eos })
+    }
+
+    /// Ids at which generation ends.
+    pub fn eos_ids(&self) -> Vec<i64> {
+        self.eos.iter().map(|id| i64::from(*id)).collect()
+    }
+
+    /// The id that takes one image feature; `None` for a model that only reads text.
+    pub fn image_token_id(&self) -> Option<i64> {
+        self.vision.as_ref().map(|vision| i64::from(vision.image_token_id))
+    }
+
+    /// Text of generated ids, special tokens left out.
+    ///
+    /// Errors: `Error::Invalid` for ids that the tokenizer does not have.
+    pub fn decode(&self, ids: &[i64]) -> Result<String> {
+        self.tokenizer.decode(ids)
+    }
+
+    /// A question with its pictures, up to where the model begins to answer. `id` is how errors name it.
+    ///
+    /// Errors: `Error::Invalid` when a picture does not decode, the template refuses, or the text does not take the
+    /// pictures one by one.
+    pub fn encode_question(&self, id: &str, question: &[Part], images: &[ImageBytes]) -> Result<Encoded> {
+        let messages = [self.user(question)?];
+        let images = self.images(id, images)?;
+        let text = self.render(id, &messages, true)?;
+        let (ids, _) = self.tokens(id, &text, images.as_ref(), true)?;
+        let answer_mask = vec![false; ids.len()];
+        Ok(self.encoded(id, ids, answer_mask, images))
+    }
+
+    /// The first question of a sample with its pictures, up to where the model begins to answer.
+    ///
+    /// Errors: as `encode_question`.
+    pub fn encode_prompt(&self, sample: &Sample) -> Result<Encoded> {
+        let first = sample.turns.first().ok_or_else(|| Error::invalid(&sample.id, "has no turns"))?;
+        // Pictures are numbered in the order of the text, so those of the first question come first.
+        let count = first.user.iter().filter(|part| matches!(part, Part::Image(_))).count();
+        self.encode_question(&sample.id, &first.user, sample.images.get(..count).unwrap_or(&sample.images))
+    }
+
+    /// A whole conversation; the tokens of every answer, with the end token after each, are marked.
+    ///
+    /// Errors: as `encode_question`, and when the conversation up to an answer is not a prefix of the whole, in text or
+    /// in tokens, so that the model would be trained on what it never sees.
+    pub fn encode_conversation(&self, sample: &Sample) -> Result<Encoded> {
+        let id = &sample.id;
+        let mut messages = Vec::new();
+        let mut prompts = Vec::new();
+        for turn in &sample.turns {
+            messages.push(self.user(&turn.user)?);
+            prompts.push(self.render(id, &messages, true)?);
+            messages.push(self.assistant(turn));
+        }
+        let images = self.images(id, &sample.images)?;
+        let whole = self.render(id, &messages, false)?;
+        let (ids, _) = self.tokens(id, &whole, images.as_ref(), true)?;
+        let mut answer_mask = vec![false; ids.len()];
+        let mut ends: Vec<usize> = Vec::new();
+        for prompt in &prompts {
+            if !whole.starts_with(prompt.as_str()) {
+                return Err(Error::unsupported(
+                    id,
+                    "the chat template writes a finished answer differently from where a prompt ends",
+                )
+                .remedy("training needs a template whose prompts are prefixes of the whole conversation"));
+            }
+            let (prefix, _) = self.tokens(id, prompt, images.as_ref(), false)?;
+            if !ids.starts_with(&prefix) {
+                return Err(Error::unsupported(
+                    id,
+                    "the tokenizer joins the end of the prompt and the start of the answer into one token",
+                )
+                .remedy("training needs an answer that begins with a token of its own"));
+            }
+            ends.push(prefix.len());
+        }
+        for (turn, &start) in ends.iter().enumerate() {
+            let limit = ends.get(turn + 1).copied().unwrap_or(ids.len());
+            let answer = ids.get(start..limit).unwrap_or_default();
+            // The answer closes with the first special token, or where its turn ends if the template has none.
+            let length = answer.iter().position(|token| self.closes(*token)).map_or(answer.len(), |place| place + 1);
+            if length == 0 {
+                return Err(Error::invalid(id, format!("answer {turn} has no tokens")));
+            }
+            answer_mask.iter_mut().skip(start).take(length).for_each(|mask| *mask = true);
+        }
+        Ok(self.encoded(id, ids, answer_mask, images))
+    }
+
+    fn closes(&self, token: u32) -> bool {
+        self.eos.contains(&token) || self.tokenizer.is_special(token)
+    }
+
+    fn user(&self, parts: &[Part]) -> Result<Message> {
+        let content = if self.vision.is_some() {
+            let part = |part: &Part| match part {
+                Part::Image(_) => ContentPart::Image,
+                Part::Text(text) => ContentPart::Text { text: text.clone() },
+            };
+            Content::Parts(parts.iter().map(part).collect())
+        } else {
+            let mut text = String::new();
+            for part in parts {
+                match part {
+                    Part::Text(piece) => text.push_str(piece),
+                    Part::Image(_) => {
+                        return Err(Error::invalid("data", "has pictures, but the model has no image processor"));
+                    }
+                }
+            }
+            Content::Text(text)
+        };
+        Ok(Message { role: "user", content })
+    }
+
+    fn assistant(&self, turn: &Turn) -> Message {
+        let text = turn.assistant.clone();
+        let content = match self.vision {
+            Some(_) => Content::Parts(vec![ContentPart::Text { text }]),
+            None => Content::Text(text),
+        };
+        Message { role: "assistant", content }
+    }
+
+    fn render(&self, id: &str, messages: &[Message], prompt: bool) -> Result<String> {
+        self.template.render(messages, prompt).map_err(|error| Error::invalid(id, error.to_string()))
+    }
+
+    fn images(&self, id: &str, images: &[ImageBytes]) -> Result<Option<ImageInputs>> {
+        match &self.vision {
+            _ if images.is_empty() => Ok(None),
+            Some(vision) => {
+                let pictures = images.iter().map(Picture::decode).collect::<Result<Vec<_>>>()?;
+                vision.processor.process(&pictures).map(Some)
+            }
+            None => Err(Error::invalid(id, "has pictures, but the model has no image processor")),
+        }
+    }
+
+    /// Ids of a rendered text with its image tokens expanded; with `all`, it must take every picture.
+    fn tokens(&self, id: &str, text: &str, images: Option<&ImageInputs>, all: bool) -> Result<(Vec<u32>, usize)> {
+        let layouts = images.map(|images| images.layouts.as_slice()).unwrap_or_default();
+        let Some(vision) = &self.vision else { return Ok((self.tokenizer.encode(text)?, 0)) };
+        let (expanded, taken) = vision.expand(text, layouts);
+        let fits = if all { taken == layouts.len() } else { taken <= layouts.len() };
+        if !fits {
+            return Err(Error::invalid(
+                id,
+                format!("its text holds `{}` {taken} times, but it has {} pictures", vision.image_token, layouts.len()),
+            ));
+        }
+        Ok((self.tokenizer.encode(&expanded)?, taken))
+    }
+
+    fn encoded(&self, id: &str, ids: Vec<u32>, answer_mask: Vec<bool>, images: Option<ImageInputs>) -> Encoded {
+        let image = self.vision.as_ref().map(|vision| vision.image_token_id);
+        let positions = ids.iter().enumerate().filter(|(_, token)| Some(**token) == image);
+        Encoded {
+            id: id.to_string(),
+            image_positions: positions.map(|(place, _)| place).collect(),
+            input_ids: ids.into_iter().map(i64::from).collect(),
+            answer_mask,
+            images,
+        }
+    }
+}
+
+impl Vision {
+    /// `None` for a model without an image processor.
+    fn open(bundle: &Bundle, processor_config: &Value, tokenizer: &Tokenizer) -> Result<Option<Self>> {
+        let nested = processor_config.get("image_processor").filter(|value| value.is_object());
+        let (config, source) = match (bundle.read_json("preprocessor_config.json")?, nested) {
+            (Some(config), nested) => {
+                agree(&config, nested)?;
+                (config, "preprocessor_config.json")
+            }
+            (None, Some(nested)) => (nested.clone(), "processor_config.json"),
+            (None, None) => return Ok(None),
+        };
+        let processor = image_processor::build(&config, source)?;
+        let raw = bundle.config().map_or(&Value::Null, |config| &config.raw);
+        let named = |name: &str, default: &str| tokenizer.named(name).unwrap_or(default).to_string();
+        let configured = bundle.config().and_then(|config| config.image_token_id);
+        let image_token = match configured.and_then(|id| u32::try_from(id).ok()).and_then(|id| tokenizer.token(id)) {
+            Some(token) => token,
+            None => named("image_token", "<image>"),
+        };
+        let image_token_id = tokenizer
+            .id(&image_token)
+            .ok_or_else(|| Error::invalid("`tokenizer.json`", format!("has no token `{image_token}`")))?;
+        if let Some(id) = configured.filter(|id| *id != i64::from(image_token_id)) {
+            return Err(Error::invalid(
+                "`config.json`",
+                format!("`image_token_id` is {id}, but the tokenizer gives `{image_token}` the id {image_token_id}"),
+            ));
+        }
+        Ok(Some(Vision {
+            processor,
+            image_token,
+            image_token_id,
+            features: features_of_a_tile(raw, processor_config)?,
+            fake_token: named("fake_image_token", "<fake_token_around_image>"),
+            global_token: named("global_image_token", "<global-img>"),
+        }))
+    }
+
+    /// The text with each image token replaced by what its picture takes, and how many there were.
+    fn expand(&self, text: &str, layouts: &[ImageLayout]) -> (String, usize) {
+        let mut pieces = text.split(self.image_token.as_str());
+        let mut out = pieces.next().unwrap_or_default().to_string();
+        let mut taken = 0;
+        for piece in pieces {
+            match layouts.get(taken) {
+                Some(layout) => self.expand_one(*layout, &mut out),
+                None => out.push_str(&self.image_token),
+            }
+            taken += 1;
+            out.push_str(piece);
+        }
+        (out, taken)
+    }
+
+    fn expand_one(&self, layout: ImageLayout, out: &mut String) {
+        match layout {
+            ImageLayout::Run { features } => out.push_str(&self.image_token.repeat(features)),
+            ImageLayout::Tiles { rows, columns } => {
+                let tile = self.image_token.repeat(self.features);
+                for row in 1..=rows {
+                    for column in 1..=columns {
+                        out.push_str(&format!("{}<row_{row}_col_{column}>{tile}", self.fake_token));
+                    }
+                    out.push('\n');
+                }
+                if rows > 0 {
+                    out.push('\n');
+                }
+                out.push_str(&format!("{0}{1}{tile}{0}", self.fake_token, self.global_token));
+            }
+        }
+    }
+}
+
+/// `image_seq_len` of the processor, checked against `(image_size / patch_size)^2 / scale_factor^2` of the config.
+fn features_of_a_tile(config: &Value, processor_config: &Value) -> Result<usize> {
+    const MAX: u64 = 65536;
+    let said = processor_config.get("image_seq_len").and_then(Value::as_u64).filter(|n| (1..=MAX).contains(n));
+    let vision = config.get("vision_config");
+    let size =
+        |key: &str| vision.and_then(|vision| vision.get(key)).and_then(Value::as_u64).filter(|n| (1..=MAX).contains(n));
+    let scale = config.get("scale_factor").and_then(Value::as_u64).filter(|n| (1..=MAX).contains(n));
+    let computed = match (size("image_size"), size("patch_size"), scale) {
+        (Some(image), Some(patch), Some(scale)) => Some((image / patch).pow(2) / scale.pow(2)),
+        _ => None,
+    };
+    match (said, computed) {
+        (Some(said), Some(computed)) if said != computed => Err(Error::invalid(
+            "`processor_config.json`",
+            format!(
+                "`image_seq_len` is {said}, but the config's image_size, patch_size and scale_factor make {computed}"
+            ),
+        )),
+        // 169 is what the processors of this class take when nothing is said.
+        (said, computed) => Ok(said.or(computed).unwrap_or(169) as usize),
+    }
+}
+
+/// Errors: `Error::Invalid` naming the first key on which the two copies of the image processor's config differ.
+fn agree(config: &Value, nested: Option<&Value>) -> Result<()> {
+    let (Some(config), Some(nested)) = (config.as_object(), nested.and_then(Value::as_object)) else { return Ok(()) };
+    for (key, value) in config {
+        if let Some(other) = nested.get(key).filter(|other| *other != value) {
+            return Err(Error::invalid(
+                "`processor_config.json`",
+                format!("`image_processor.{key}` is {other}, but preprocessor_config.json says {value}"),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// The first of `chat_template.jinja`, `chat_template.json`, `processor_config.json` and `tokenizer_config.json`.
+fn read_template(bundle: &Bundle, processor_config: &Value, tokenizer: &Tokenizer) -> Result<ChatTemplate> {
+    let tokens = tokenizer.tokens.clone();
+    if let Some(text) = bundle.read_text("chat_template.jinja")? {
+        return ChatTemplate::new("chat_template.jinja", &text, tokens);
+    }
+    let own = bundle.read_json("chat_template.json")?;
+    let tokenizer_config = bundle.read_json("tokenizer_config.json")?;
+    let places = [
+        ("chat_template.json", own.as_ref()),
+        ("processor_config.json", Some(processor_config)),
+        ("tokenizer_config.json", tokenizer_config.as_ref()),
+    ];
+    for (file, config) in places {
+        let Some(value) = config.and_then(|config| config.get("chat_template")).filter(|value| !value.is_null()) else {
+            continue;
+        };
+        let text = match value {
+            Value::String(text) => Some(text.as_str()),
+            Value::Array(named) => named
+                .iter()
+                .find(|entry| entry.get("name").and_then(Value::as_str) == Some("default"))
+                .and_then(|entry| entry.get("template"))
+                .and_then(Value::as_str),
+            _ => None,
+        };
+        let text = text.ok_or_else(|| {
+            Error::invalid(
+                format!("`chat_template` in `{file}`"),
+                "expected a template, or a list with one named default",
+            )
+        })?;
+        return ChatTemplate::new(file, text, tokens);
+    }
+    Err(Error::invalid(format!("`{}`", bundle.root().display()), "has no chat template")
+        .remedy("expected chat_template.jinja, or `chat_template` in tokenizer_config.json"))
+}

@@ -1,0 +1,96 @@
+//! `tokenizer.json` and the special tokens that the configs name.
+
+use std::collections::HashSet;
+
+use serde_json::{Map, Value};
+
+use crate::base::{Error, Result};
+use crate::bundle::Bundle;
+
+/// Text to token ids and back.
+#[derive(Debug)]
+pub(super) struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    special: HashSet<u32>,
+    /// `bos_token` and its like, by name.
+    pub tokens: Map<String, Value>,
+}
+
+impl Tokenizer {
+    /// Reads `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json`.
+    ///
+    /// Errors: `Error::Invalid` when `tokenizer.json` is missing or one of them does not decode.
+    pub fn open(bundle: &Bundle) -> Result<Self> {
+        let subject = || format!("`{}`", bundle.root().join("tokenizer.json").display());
+        let text = bundle.read_text("tokenizer.json")?.ok_or_else(|| {
+            Error::invalid(format!("`{}`", bundle.root().display()), "has no tokenizer.json")
+                .remedy("save the tokenizer in its fast form beside the model")
+        })?;
+        let mut inner = tokenizers::Tokenizer::from_bytes(text.as_bytes())
+            .map_err(|e| Error::invalid(subject(), format!("is no tokenizer: {e}")))?;
+        inner.with_padding(None);
+        inner.with_truncation(None).map_err(|e| Error::invalid(subject(), e.to_string()))?;
+        let added = inner.get_added_tokens_decoder();
+        let special = added.iter().filter(|(_, token)| token.special).map(|(id, _)| *id).collect();
+        let mut tokens = Map::new();
+        for file in ["special_tokens_map.json", "tokenizer_config.json"] {
+            if let Some(Value::Object(map)) = bundle.read_json(file)? {
+                collect_tokens(&map, &mut tokens);
+                if let Some(Value::Object(extra)) = map.get("extra_special_tokens") {
+                    collect_tokens(extra, &mut tokens);
+                }
+            }
+        }
+        Ok(Tokenizer { inner, special, tokens })
+    }
+
+    /// The id of one token.
+    pub fn id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// The token of an id.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
+    /// True for added tokens that are marked special.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.special.contains(&id)
+    }
+
+    /// A special token by the name that configs give it, such as `eos_token`.
+    pub fn named(&self, name: &str) -> Option<&str> {
+        self.tokens.get(name).and_then(Value::as_str)
+    }
+
+    /// The ids of a rendered conversation. The tokenizer's own begin token is added unless the text has it already.
+    ///
+    /// Errors: `Error::Invalid` when the tokenizer fails.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        let begun = self.named("bos_token").is_some_and(|token| text.starts_with(token));
+        let encoding = self.inner.encode_fast(text, !begun);
+        encoding.map(|encoding| encoding.get_ids().to_vec()).map_err(|e| Error::invalid("tokenizer", e.to_string()))
+    }
+
+    /// The text of ids, special tokens left out.
+    ///
+    /// Errors: `Error::Invalid` for a negative id, or when the tokenizer fails.
+    pub fn decode(&self, ids: &[i64]) -> Result<String> {
+        let ids: Result<Vec<u32>> = ids
+            .iter()
+            .map(|id| u32::try_from(*id).map_err(|_| Error::invalid("tokenizer", format!("{id} is no token id"))))
+            .collect();
+        self.inner.decode(&ids?, true).map_err(|e| Error::invalid("tokenizer", e.to_string()))
+    }
+}
+
+/// Entries such as `"eos_token": "</s>"` and `"eos_token": {"content": "</s>", ..}`.
+fn collect_tokens(from: &Map<String, Value>, into: &mut Map<String, Value>) {
+    for (name, value) in from {
+        let text = value.as_str().or_else(|| value.get("content").and_then(Value::as_str));
+        if let Some(text) = text.filter(|_| name.ends_with("_token")) {
+            into.insert(name.clone(), text.into());
+        }
+    }
+}

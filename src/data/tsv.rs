@@ -1,0 +1,181 @@
+//! Benchmarks in VLMEvalKit's TSV layout.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+
+use crate::base::{Error, Result, Sha256Digest, contained_path, sha256_file};
+
+use super::sample::ImageBytes;
+
+/// An `image` of at most this many characters is the index of the row that has the picture.
+const MAX_REFERENCE_LENGTH: usize = 64;
+
+/// A benchmark: questions with their pictures, which stay in the file until they are asked for.
+#[derive(Debug)]
+pub struct Benchmark {
+    path: PathBuf,
+    columns: Vec<String>,
+    rows: Vec<BenchRow>,
+}
+
+/// One question; the columns that hold pictures are left in the file.
+#[derive(Clone, Debug)]
+pub struct BenchRow {
+    /// The `index` column.
+    pub index: String,
+    /// Where in the file the row with the picture begins.
+    image_position: Option<csv::Position>,
+    image_path: Option<String>,
+    /// One for each column; empty where the file has nothing.
+    cells: Vec<String>,
+}
+
+impl Benchmark {
+    /// Reads everything but the pictures.
+    ///
+    /// Errors: `Error::Io`; `Error::Invalid` naming the row for a missing column, a row of another width, an index
+    /// that stands twice, a picture reference that leads nowhere, or no rows at all.
+    pub fn open(path: &Path) -> Result<Self> {
+        let mut reader = reader(path)?;
+        let subject = || format!("benchmark `{}`", path.display());
+        let header = reader.headers().map_err(|e| unreadable(path, &e))?.clone();
+        let columns: Vec<String> = header.iter().map(str::to_string).collect();
+        let column = |name: &str| columns.iter().position(|column| column == name);
+        let missing = |name: &str| {
+            Error::invalid(subject(), format!("has no column `{name}`, only {}", columns.join(", ")))
+                .remedy("expected VLMEvalKit's tab-separated layout: index, image, question, .., answer")
+        };
+        let index = column("index").ok_or_else(|| missing("index"))?;
+        column("question").ok_or_else(|| missing("question"))?;
+        let (image, image_path) = (column("image"), column("image_path"));
+        if image.is_none() && image_path.is_none() {
+            return Err(missing("image"));
+        }
+        let mut rows: Vec<BenchRow> = Vec::new();
+        let mut positions: HashMap<String, Option<csv::Position>> = HashMap::new();
+        let mut references: Vec<Option<String>> = Vec::new();
+        let mut record = csv::StringRecord::new();
+        loop {
+            let position = reader.position().clone();
+            if !reader.read_record(&mut record).map_err(|e| unreadable(path, &e))? {
+                break;
+            }
+            let cell = |column: usize| record.get(column).unwrap_or_default();
+            let name = cell(index).to_string();
+            let content = image.map(cell).unwrap_or_default();
+            let holds = content.len() > MAX_REFERENCE_LENGTH;
+            if positions.insert(name.clone(), holds.then(|| position.clone())).is_some() {
+                return Err(Error::invalid(subject(), format!("index `{name}` stands twice")));
+            }
+            references.push((!holds && !content.is_empty()).then(|| content.to_string()));
+            let keep = |column: usize| if Some(column) == image { String::new() } else { cell(column).to_string() };
+            rows.push(BenchRow {
+                index: name,
+                image_position: holds.then_some(position),
+                image_path: image_path.map(cell).filter(|path| !path.is_empty()).map(str::to_string),
+                cells: (0..columns.len()).map(keep).collect(),
+            });
+        }
+        if rows.is_empty() {
+            return Err(Error::invalid(subject(), "is empty").remedy("give a benchmark with at least one question"));
+        }
+        for (row, reference) in rows.iter_mut().zip(references) {
+            let Some(reference) = reference else { continue };
+            let position = positions.get(&reference).cloned().flatten();
+            row.image_position = Some(position.ok_or_else(|| {
+                Error::invalid(
+                    subject(),
+                    format!("row `{}` takes its picture from row `{reference}`, which has none", row.index),
+                )
+            })?);
+        }
+        Ok(Benchmark { path: path.to_path_buf(), columns, rows })
+    }
+
+    pub fn rows(&self) -> &[BenchRow] {
+        &self.rows
+    }
+
+    pub fn columns(&self) -> &[String] {
+        &self.columns
+    }
+
+    /// A cell by column name; `None` where the column or its content is not there.
+    pub fn cell<'a>(&self, row: &'a BenchRow, column: &str) -> Option<&'a str> {
+        let column = self.columns.iter().position(|name| name == column)?;
+        row.cells.get(column).map(String::as_str).filter(|cell| !cell.is_empty())
+    }
+
+    /// The lettered choices that the row has, in order.
+    pub fn options<'a>(&self, row: &'a BenchRow) -> Vec<(char, &'a str)> {
+        ('A'..='Z').filter_map(|letter| Some((letter, self.cell(row, letter.encode_utf8(&mut [0; 4]))?))).collect()
+    }
+
+    /// True when the two rows show the same pictures, so that what was made of them can be used twice.
+    pub fn same_images(&self, a: &BenchRow, b: &BenchRow) -> bool {
+        let byte = |row: &BenchRow| row.image_position.as_ref().map(csv::Position::byte);
+        byte(a) == byte(b) && a.image_path == b.image_path
+    }
+
+    /// The pictures of a row: base64 in `image` (one, or a list in Python or JSON notation), else the files that
+    /// `image_path` names relative to the benchmark.
+    ///
+    /// Errors: `Error::Io`; `Error::Invalid` naming the row for what is not base64 or leads out of the folder.
+    pub fn images(&self, row: &BenchRow) -> Result<Vec<ImageBytes>> {
+        let subject = format!("row `{}` of `{}`", row.index, self.path.display());
+        if let Some(position) = &row.image_position {
+            let mut reader = reader(&self.path)?;
+            reader.seek(position.clone()).map_err(|e| unreadable(&self.path, &e))?;
+            let mut record = csv::StringRecord::new();
+            reader.read_record(&mut record).map_err(|e| unreadable(&self.path, &e))?;
+            let column = self.columns.iter().position(|name| name == "image");
+            let content = column.and_then(|column| record.get(column)).unwrap_or_default();
+            let mut images = Vec::new();
+            for (number, text) in listed(content).into_iter().enumerate() {
+                let subject = format!("image {number} of {subject}");
+                let bytes =
+                    STANDARD.decode(text).map_err(|e| Error::invalid(&subject, format!("is not base64: {e}")))?;
+                images.push(ImageBytes::held(subject, bytes));
+            }
+            return Ok(images);
+        }
+        let folder = self.path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let mut images = Vec::new();
+        for name in row.image_path.as_deref().map(listed).unwrap_or_default() {
+            images.push(ImageBytes::file(format!("image `{name}` of {subject}"), contained_path(folder, name)?));
+        }
+        Ok(images)
+    }
+
+    /// SHA-256 of the file.
+    ///
+    /// Errors: `Error::Io` when it cannot be read.
+    pub fn digest(&self) -> Result<Sha256Digest> {
+        sha256_file(&self.path)
+    }
+}
+
+/// `a`, `['a', 'b']` or `["a", "b"]`.
+fn listed(content: &str) -> Vec<&str> {
+    let content = content.trim();
+    match content.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
+        Some(inner) => {
+            inner.split(',').map(|item| item.trim().trim_matches(['\'', '"'])).filter(|item| !item.is_empty()).collect()
+        }
+        None => vec![content],
+    }
+}
+
+fn reader(path: &Path) -> Result<csv::Reader<File>> {
+    let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
+    Ok(csv::ReaderBuilder::new().delimiter(b'\t').from_reader(file))
+}
+
+fn unreadable(path: &Path, error: &csv::Error) -> Error {
+    Error::invalid(format!("benchmark `{}`", path.display()), format!("does not decode: {error}"))
+        .remedy("expected VLMEvalKit's tab-separated layout: index, image, question, .., answer")
+}
