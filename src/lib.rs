@@ -3,9 +3,9 @@
 pub mod analysis;
 pub mod base;
 pub mod bundle;
+pub mod data;
 pub mod eval;
 pub mod export;
-pub mod data;
 pub mod ir;
 pub mod method;
 pub mod onnx;
