@@ -5,6 +5,7 @@ pub mod base;
 pub mod bundle;
 pub mod data;
 pub mod eval;
+pub mod cli;
 pub mod export;
 pub mod ir;
 pub mod method;

@@ -1,5 +1,7 @@
 //! The `interlace` command.
 
-fn main() {
-    println!("interlace {}", env!("CARGO_PKG_VERSION"));
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    interlace::cli::main()
 }

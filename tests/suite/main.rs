@@ -1,3 +1,6 @@
 //! All integration tests in one binary, one module per capability.
 
+mod cli;
+mod docs;
 mod layers;
+mod schemas;

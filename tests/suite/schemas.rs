@@ -20,6 +20,7 @@ fn every_schema_file_is_the_one_of_its_type() {
         assert!(found == want, "{} is not what the type says; run with INTERLACE_UPDATE_SCHEMAS=1", path.display());
         names.insert(path);
     }
-    let files: BTreeSet<_> = fs::read_dir(&folder).expect("schemas/").map(|entry| entry.expect("entry").path()).collect();
+    let files: BTreeSet<_> =
+        fs::read_dir(&folder).expect("schemas/").map(|entry| entry.expect("entry").path()).collect();
     assert_eq!(files, names, "schemas/ has a file that no artifact has, or lacks one");
 }

@@ -32,7 +32,7 @@ pub struct Group {
 pub type MeasureLoss<'a> = dyn FnMut(&[usize]) -> Result<f64> + 'a;
 
 /// What a strategy is asked.
-pub struct Request<'a> {
+pub struct Request<'a, 'm> {
     /// Decoder layers of the dense model.
     pub num_layers: usize,
     /// Layers to drop.
@@ -46,7 +46,7 @@ pub struct Request<'a> {
     /// Layers that the user named, for `explicit`.
     pub layers: &'a [usize],
     /// Measures losses for strategies that need them.
-    pub measure: Option<&'a mut MeasureLoss<'a>>,
+    pub measure: Option<&'m mut MeasureLoss<'m>>,
 }
 
 /// A row of the table of strategies.
@@ -206,7 +206,7 @@ pub fn drop_count(ratio: f64, num_layers: usize) -> Result<usize> {
     Ok(count)
 }
 
-impl Request<'_> {
+impl Request<'_, '_> {
     /// Layers that may be dropped or finetuned: `0..usable`.
     fn usable(&self) -> usize {
         self.num_layers.saturating_sub(usize::from(!self.include_last))

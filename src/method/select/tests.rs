@@ -15,7 +15,7 @@ fn example() -> Similarities {
     ])
 }
 
-fn request<'a>(similarities: &'a Similarities, count: usize) -> Request<'a> {
+fn request<'a>(similarities: &'a Similarities, count: usize) -> Request<'a, 'a> {
     Request { num_layers: 10, count, include_last: false, similarities, seed: 42, layers: &[], measure: None }
 }
 

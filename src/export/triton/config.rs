@@ -1,4 +1,4 @@
-//! Triton Inference Server: `config.pbtxt` from typed messages.
+//! `config.pbtxt` from typed messages.
 //!
 //! Source: Triton's model configuration, `ModelConfig` in its public `model_config.proto`.
 

@@ -1,0 +1,113 @@
+//! The command line: one file per verb. Results go to standard output, progress and messages to standard error.
+//!
+//! Exit codes: 0 done; 1 it ran, but a gate that the user set or a check did not hold; 2 an error.
+
+mod args;
+mod export;
+mod output;
+mod plan;
+mod schema;
+mod strip;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+use crate::base::{Cancel, install_ctrl_c, set_quiet};
+
+pub use output::Output;
+pub use schema::schemas;
+
+/// Prune, heal and ship vision-language models as ONNX graphs.
+#[derive(Parser)]
+#[command(name = "interlace", version, max_term_width = 100, arg_required_else_help = true)]
+#[command(after_help = "Start with `interlace inspect MODEL`, or let `interlace run recipe.toml` do everything.\n\
+    Exit codes: 0 done; 1 a check or a gate that you set did not hold; 2 an error.")]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+    /// Print the result as JSON
+    #[arg(long, global = true)]
+    json: bool,
+    /// Print no progress
+    #[arg(long, short, global = true)]
+    quiet: bool,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    Plan(plan::Args),
+    Export(export::Args),
+}
+
+/// What every verb gets beside its arguments.
+pub struct Context {
+    pub output: Output,
+    pub cancel: Cancel,
+}
+
+/// How a verb that met no error ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    Done,
+    /// A check or a gate did not hold; the verb has said which.
+    GateFailed,
+}
+
+/// Parses the process's arguments, runs the verb and reports.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are no errors; clap prints both kinds where they belong.
+            let code = if error.use_stderr() { 2 } else { 0 };
+            return if error.print().is_ok() { ExitCode::from(code) } else { ExitCode::from(2) };
+        }
+    };
+    match dispatch(cli) {
+        Ok(Outcome::Done) => ExitCode::SUCCESS,
+        Ok(Outcome::GateFailed) => ExitCode::from(1),
+        Err(error) if output::is_closed_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            output::print_error(&error);
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn dispatch(cli: Cli) -> anyhow::Result<Outcome> {
+    set_quiet(cli.quiet);
+    let context = Context { output: Output { json: cli.json, quiet: cli.quiet }, cancel: install_ctrl_c()? };
+    match cli.verb {
+        Verb::Plan(args) => plan::run(args, &context),
+        Verb::Export(args) => export::run(args, &context),
+    }
+}
+
+/// Name and first line of help of every verb, for tests and the README.
+pub fn verbs() -> Vec<(String, String)> {
+    let command = Cli::command();
+    let visible = command.get_subcommands().filter(|verb| !verb.is_hide_set());
+    visible
+        .map(|verb| (verb.get_name().to_string(), verb.get_about().map(ToString::to_string).unwrap_or_default()))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_definition_of_the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_verb_helps_with_an_example_of_itself() {
+        for verb in Cli::command().get_subcommands().filter(|verb| !verb.is_hide_set()) {
+            let help = verb.clone().render_long_help().to_string();
+            assert!(help.contains(&format!("interlace {} ", verb.get_name())), "{}", verb.get_name());
+            assert!(verb.get_about().is_some(), "{}", verb.get_name());
+        }
+    }
+}

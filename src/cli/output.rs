@@ -1,0 +1,99 @@
+//! Writing results and errors.
+
+use std::fmt::Display;
+use std::io::{self, Write};
+
+use owo_colors::OwoColorize;
+use serde::Serialize;
+
+/// Where and how results are written.
+#[derive(Clone, Copy, Debug)]
+pub struct Output {
+    /// JSON in place of text.
+    pub json: bool,
+    pub quiet: bool,
+}
+
+impl Output {
+    /// A line of the result on standard output; colours are kept on terminals only.
+    ///
+    /// Errors: when standard output cannot be written.
+    pub fn line(&self, text: impl Display) -> io::Result<()> {
+        writeln!(anstream::stdout().lock(), "{text}")
+    }
+
+    /// The whole result as indented JSON on standard output.
+    ///
+    /// Errors: when it cannot be written.
+    pub fn json<T: Serialize>(&self, value: &T) -> anyhow::Result<()> {
+        let text = serde_json::to_string_pretty(value)?;
+        Ok(writeln!(io::stdout().lock(), "{text}")?)
+    }
+
+    /// A message about the work on standard error, unless `--quiet`.
+    pub fn note(&self, text: impl Display) {
+        if !self.quiet {
+            let _ = writeln!(anstream::stderr().lock(), "{text}");
+        }
+    }
+
+    /// A warning on standard error, `--quiet` or not.
+    pub fn warn(&self, text: impl Display) {
+        let _ = writeln!(anstream::stderr().lock(), "{} {text}", "warning:".yellow().bold());
+    }
+}
+
+/// Prints an error with what caused it, the outermost first.
+pub fn print_error(error: &anyhow::Error) {
+    let mut stream = anstream::stderr().lock();
+    let _ = writeln!(stream, "{} {error}", "error:".red().bold());
+    let mut said = error.to_string();
+    for cause in error.chain().skip(1) {
+        // An error whose own text ends with its cause has told it.
+        let text = cause.to_string();
+        if !said.ends_with(&text) {
+            let _ = writeln!(stream, "  caused by: {text}");
+        }
+        said = text;
+    }
+}
+
+/// True when the reader of standard output has gone, as in `interlace inspect MODEL | head`.
+pub fn is_closed_pipe(error: &anyhow::Error) -> bool {
+    let closed = |error: &io::Error| error.kind() == io::ErrorKind::BrokenPipe;
+    error.chain().any(|cause| cause.downcast_ref::<io::Error>().is_some_and(closed))
+}
+
+/// A table with right-aligned columns after the first; the first row is its head.
+pub fn table(rows: &[Vec<String>]) -> String {
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |column: usize| {
+        rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..columns).map(width).collect();
+    let line = |row: &Vec<String>| {
+        let cells = widths.iter().enumerate().map(|(column, &width)| {
+            let cell = row.get(column).map_or("", String::as_str);
+            if column == 0 { format!("{cell:<width$}") } else { format!("{cell:>width$}") }
+        });
+        cells.collect::<Vec<_>>().join("  ").trim_end().to_string()
+    };
+    let mut lines: Vec<String> = rows.iter().map(line).collect();
+    if lines.len() > 1 {
+        lines.insert(1, "-".repeat(widths.iter().sum::<usize>() + 2 * columns.saturating_sub(1)));
+    }
+    lines.join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_align_figures_to_the_right() {
+        let rows = [["name", "loss"], ["dense", "9.5"], ["a longer one", "10.25"]];
+        let rows: Vec<Vec<String>> = rows.iter().map(|row| row.map(String::from).to_vec()).collect();
+        let want = "name           loss\n-------------------\ndense           9.5\na longer one  10.25";
+        assert_eq!(table(&rows), want);
+    }
+}

@@ -1,0 +1,25 @@
+//! The strip of layers: one letter per layer, coloured on terminals.
+
+use owo_colors::OwoColorize;
+
+use crate::method::{Plan, Role};
+
+/// `0 ..DF A.. 15`: letters in groups of ten, each coloured by its role.
+pub fn strip(plan: &Plan) -> String {
+    let letters = plan.layers.iter().map(|layer| {
+        let letter = layer.role.letter();
+        let gap = if layer.index > 0 && layer.index % 10 == 0 { " " } else { "" };
+        match layer.role {
+            Role::Drop => format!("{gap}{}", letter.red().bold()),
+            Role::Finetune => format!("{gap}{}", letter.green().bold()),
+            Role::Anchor => format!("{gap}{}", letter.blue()),
+            Role::Freeze => format!("{gap}{}", letter.dimmed()),
+        }
+    });
+    letters.collect()
+}
+
+/// What the letters mean.
+pub fn legend() -> String {
+    format!("{} dropped  {} finetuned  {} anchor (frozen)  . frozen", "D".red().bold(), "F".green().bold(), "A".blue())
+}
