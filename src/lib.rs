@@ -6,6 +6,7 @@ pub mod bundle;
 pub mod data;
 pub mod eval;
 pub mod cli;
+pub mod eval;
 pub mod export;
 pub mod ir;
 pub mod method;
