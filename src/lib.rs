@@ -3,9 +3,8 @@
 pub mod analysis;
 pub mod base;
 pub mod bundle;
-pub mod data;
-pub mod eval;
 pub mod cli;
+pub mod data;
 pub mod eval;
 pub mod export;
 pub mod ir;
