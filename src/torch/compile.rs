@@ -1,0 +1,386 @@
+//! From graph nodes to compiled steps: operator look-up, function inlining, sub-graphs.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use tch::{Device, Kind};
+
+use crate::base::{Error, Result};
+use crate::ir::{Attribute, AttributeKind, Body, Function, Graph, Model, Node, ValueId};
+
+use super::attributes::Attributes;
+use super::block::Block;
+use super::convert::tensor_from_ir;
+use super::kernel::{Build, Kernel, OpError, OpResult};
+use super::table::{Row, find_row};
+
+/// A value's place in a program. The top-level graph's values come first, by their ids' positions.
+pub(super) type Slot = usize;
+
+/// Functions nested deeper than this, or sub-graphs, are refused.
+const MAX_DEPTH: usize = 64;
+
+/// One compiled node.
+pub(super) struct Step {
+    /// How messages name the node.
+    pub label: String,
+    pub row: &'static Row,
+    pub kernel: Kernel,
+    /// The node's inputs, then what its sub-graphs capture.
+    pub inputs: Vec<Option<Slot>>,
+    pub outputs: Vec<Option<Slot>>,
+}
+
+/// What one operator call lacks.
+struct Missing {
+    op: String,
+    reason: String,
+    first: String,
+    count: usize,
+}
+
+/// Turns nodes into steps; one for a whole program.
+pub(super) struct Compiler<'m> {
+    model: &'m Model,
+    slots: usize,
+    autocast: Option<Kind>,
+    device: Device,
+    missing: Vec<Missing>,
+    unread: Vec<String>,
+    depth: usize,
+}
+
+/// Where nodes live: the top-level graph, or an inlined function.
+pub(super) struct Scope<'m> {
+    graph: &'m Graph,
+    /// What some node reads or the scope gives; other outputs are not computed.
+    read: HashSet<ValueId>,
+    opsets: &'m BTreeMap<String, i64>,
+    offset: Slot,
+    renamed: HashMap<ValueId, Slot>,
+    bindings: Option<HashMap<String, Attribute>>,
+    label: String,
+}
+
+impl Scope<'_> {
+    fn slot(&self, id: ValueId) -> Slot {
+        self.renamed.get(&id).copied().unwrap_or(self.offset + id.index())
+    }
+}
+
+/// Compiles the bodies that one node carries.
+pub struct BodyCompiler<'a> {
+    compile: &'a mut dyn FnMut(&Body) -> OpResult<Block>,
+}
+
+impl BodyCompiler<'_> {
+    /// A block that runs `body`; what it captures arrives after the node's own inputs.
+    pub(super) fn compile(&mut self, body: &Body) -> OpResult<Block> {
+        (self.compile)(body)
+    }
+}
+
+impl<'m> Compiler<'m> {
+    pub fn new(model: &'m Model, autocast: Option<Kind>, device: Device) -> Self {
+        let slots = model.graph.values.len();
+        Compiler { model, slots, autocast, device, missing: Vec::new(), unread: Vec::new(), depth: 0 }
+    }
+
+    /// Number of slots in use.
+    pub fn slot_count(&self) -> usize {
+        self.slots
+    }
+
+    /// Steps for the chosen nodes of the top-level graph, all problems collected.
+    ///
+    /// `wanted` are values to be computed although no node reads them.
+    pub fn top_level(&mut self, nodes: impl Iterator<Item = &'m Node>, wanted: &[ValueId]) -> Result<Vec<Step>> {
+        let scope = Scope {
+            graph: &self.model.graph,
+            read: values_read(&self.model.graph.body).into_iter().chain(wanted.iter().copied()).collect(),
+            opsets: &self.model.opset_imports,
+            offset: 0,
+            renamed: HashMap::new(),
+            bindings: None,
+            label: String::new(),
+        };
+        let mut steps = Vec::new();
+        for node in nodes {
+            self.node(&scope, node, &mut steps)?;
+        }
+        self.finish()?;
+        Ok(steps)
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        if !self.missing.is_empty() {
+            let lines: Vec<String> = self
+                .missing
+                .iter()
+                .map(|m| format!("{}: {} ({} nodes, first {})", m.op, m.reason, m.count, m.first))
+                .collect();
+            return Err(Error::unsupported("the graph", format!("operators are missing: {}", lines.join("; ")))
+                .remedy("use an export of the model with standard operators in float"));
+        }
+        if !self.unread.is_empty() {
+            return Err(Error::unsupported("the graph", self.unread.join("; ")));
+        }
+        Ok(())
+    }
+
+    fn node(&mut self, scope: &Scope<'m>, node: &Node, steps: &mut Vec<Step>) -> Result<()> {
+        let label = || format!("{}{}", scope.label, node.describe(scope.graph));
+        let Some(&version) = scope.opsets.get(&node.domain) else {
+            self.lacks(node, "?", format!("the model imports no version of domain `{}`", node.domain), label());
+            return Ok(());
+        };
+        match find_row(&node.domain, &node.op_type, version) {
+            Ok(row) => {
+                let resolved = scope.bindings.as_ref().map(|bindings| resolve(&node.attributes, bindings));
+                let attributes = resolved.as_deref().unwrap_or(&node.attributes);
+                let step = self.step(scope, node, row, version, attributes, label())?;
+                steps.extend(step);
+                Ok(())
+            }
+            Err(reason) => {
+                let function = self.model.functions.iter().find(|function| {
+                    (&function.domain, &function.name, &function.overload)
+                        == (&node.domain, &node.op_type, &node.overload)
+                });
+                match function {
+                    Some(function) => self.inline(scope, node, function, label(), steps),
+                    None => {
+                        self.lacks(node, &version.to_string(), reason, label());
+                        Ok(())
+                    }
+                }
+            }
+        }
+    }
+
+    fn lacks(&mut self, node: &Node, version: &str, reason: String, label: String) {
+        let op = format!("{}-{version}", node.op());
+        match self.missing.iter_mut().find(|m| m.op == op && m.reason == reason) {
+            Some(known) => known.count += 1,
+            None => self.missing.push(Missing { op, reason, first: label, count: 1 }),
+        }
+    }
+
+    fn step(
+        &mut self,
+        scope: &Scope<'m>,
+        node: &Node,
+        row: &'static Row,
+        version: i64,
+        list: &[(String, Attribute)],
+        label: String,
+    ) -> Result<Option<Step>> {
+        let attributes = Attributes::new(list);
+        let mut inputs: Vec<Option<Slot>> = node.inputs.iter().map(|id| id.map(|id| scope.slot(id))).collect();
+        let outputs: Vec<Option<Slot>> =
+            node.outputs.iter().map(|id| id.filter(|id| scope.read.contains(id)).map(|id| scope.slot(id))).collect();
+        let present_inputs: Vec<bool> = inputs.iter().map(Option::is_some).collect();
+        let present_outputs: Vec<bool> = outputs.iter().map(Option::is_some).collect();
+        let autocast = self.autocast;
+        let mut failed = None;
+        let built = {
+            let mut compile = |body: &Body| match self.body(scope, body, &mut inputs) {
+                Ok(block) => Ok(block),
+                Err(error) => {
+                    failed = Some(error);
+                    Err(OpError::new("a sub-graph does not compile"))
+                }
+            };
+            let mut bodies = BodyCompiler { compile: &mut compile };
+            let mut build = Build {
+                attributes: &attributes,
+                version,
+                inputs: &present_inputs,
+                outputs: &present_outputs,
+                autocast,
+                bodies: &mut bodies,
+            };
+            (row.build)(&mut build)
+        };
+        if let Some(error) = failed {
+            return Err(error);
+        }
+        match built {
+            Ok(kernel) => {
+                let unread = attributes.unread();
+                if !unread.is_empty() {
+                    self.unread.push(format!("{label}: attribute `{}` is not known", unread.join("`, `")));
+                }
+                Ok(Some(Step { label, row, kernel, inputs, outputs }))
+            }
+            Err(OpError(reason)) => {
+                self.lacks(node, &version.to_string(), reason, label);
+                Ok(None)
+            }
+        }
+    }
+
+    /// Compiles a sub-graph and appends what it captures to the node's inputs.
+    fn body(&mut self, scope: &Scope<'m>, body: &Body, node_inputs: &mut Vec<Option<Slot>>) -> Result<Block> {
+        self.enter("a sub-graph")?;
+        let mut constants = Vec::new();
+        for (id, tensor) in &body.initializers {
+            let value = tensor_from_ir(scope.graph.name(*id), tensor)?;
+            constants.push((scope.slot(*id), value));
+        }
+        let mut steps = Vec::new();
+        for node in &body.nodes {
+            self.node(scope, node, &mut steps)?;
+        }
+        self.depth -= 1;
+        let inputs: Vec<Slot> = body.inputs.iter().map(|&id| scope.slot(id)).collect();
+        let outputs: Vec<Slot> = body.outputs.iter().map(|&id| scope.slot(id)).collect();
+        let mut defined: HashSet<Slot> = inputs.iter().copied().chain(constants.iter().map(|c| c.0)).collect();
+        let mut captures: Vec<(Slot, usize)> = Vec::new();
+        let mut read = |slot: Slot, defined: &HashSet<Slot>| {
+            if !defined.contains(&slot) && captures.iter().all(|c| c.0 != slot) {
+                let position = node_inputs.iter().position(|input| *input == Some(slot)).unwrap_or_else(|| {
+                    node_inputs.push(Some(slot));
+                    node_inputs.len() - 1
+                });
+                captures.push((slot, position));
+            }
+        };
+        for step in &steps {
+            for &slot in step.inputs.iter().flatten() {
+                read(slot, &defined);
+            }
+            defined.extend(step.outputs.iter().flatten());
+        }
+        for &slot in &outputs {
+            read(slot, &defined);
+        }
+        Ok(Block::new(steps, inputs, outputs, constants, captures, self.device))
+    }
+
+    fn inline(
+        &mut self,
+        scope: &Scope<'m>,
+        node: &Node,
+        function: &'m Function,
+        label: String,
+        steps: &mut Vec<Step>,
+    ) -> Result<()> {
+        self.enter(&label)?;
+        let own = scope.bindings.as_ref().map(|bindings| resolve(&node.attributes, bindings));
+        let given = own.as_deref().unwrap_or(&node.attributes);
+        let mut bindings: HashMap<String, Attribute> = function.attribute_defaults.iter().cloned().collect();
+        for (name, attribute) in given {
+            if !function.attributes.contains(name) && !function.attribute_defaults.iter().any(|d| d.0 == *name) {
+                return Err(Error::invalid(label, format!("attribute `{name}` is none of the function's")));
+            }
+            bindings.insert(name.clone(), attribute.clone());
+        }
+        let body = &function.graph.body;
+        if node.inputs.len() > body.inputs.len() || node.outputs.len() > body.outputs.len() {
+            return Err(Error::invalid(label, "has more inputs or outputs than its function"));
+        }
+        let offset = self.slots;
+        self.slots += function.graph.values.len();
+        let mut renamed = HashMap::new();
+        let mut absent = HashSet::new();
+        for (position, &id) in body.inputs.iter().enumerate() {
+            match node.inputs.get(position).copied().flatten() {
+                Some(outer) => {
+                    renamed.insert(id, scope.slot(outer));
+                }
+                None => {
+                    absent.insert(id);
+                }
+            }
+        }
+        let mut copies = Vec::new();
+        for (position, &id) in body.outputs.iter().enumerate() {
+            if let Some(outer) = node.outputs.get(position).copied().flatten() {
+                let slot = scope.slot(outer);
+                if let Some(taken) = renamed.get(&id).copied() {
+                    copies.push((taken, slot));
+                } else {
+                    renamed.insert(id, slot);
+                }
+            }
+        }
+        let inner = Scope {
+            graph: &function.graph,
+            read: values_read(body).into_iter().collect(),
+            opsets: &function.opset_imports,
+            offset,
+            renamed,
+            bindings: Some(bindings),
+            label: format!("{label}: "),
+        };
+        for inner_node in &body.nodes {
+            if absent.is_empty() {
+                self.node(&inner, inner_node, steps)?;
+            } else {
+                let mut trimmed = inner_node.clone();
+                for input in &mut trimmed.inputs {
+                    if input.is_some_and(|id| absent.contains(&id)) {
+                        *input = None;
+                    }
+                }
+                self.node(&inner, &trimmed, steps)?;
+            }
+        }
+        for (from, to) in copies {
+            let row = find_row("", "Identity", 1).map_err(|reason| Error::unsupported(label.clone(), reason))?;
+            steps.push(Step {
+                label: label.clone(),
+                row,
+                kernel: Box::new(|args| Ok(vec![args.get(0)?.shallow_clone()])),
+                inputs: vec![Some(from)],
+                outputs: vec![Some(to)],
+            });
+        }
+        self.depth -= 1;
+        Ok(())
+    }
+
+    fn enter(&mut self, subject: &str) -> Result<()> {
+        self.depth += 1;
+        if self.depth > MAX_DEPTH {
+            return Err(Error::invalid(subject, format!("functions or sub-graphs nest deeper than {MAX_DEPTH}")));
+        }
+        Ok(())
+    }
+}
+
+/// Every value that a body or one inside it reads or gives.
+pub(super) fn values_read(body: &Body) -> Vec<ValueId> {
+    let mut read = body.outputs.clone();
+    for node in &body.nodes {
+        read.extend(node.present_inputs());
+        read.extend(node.bodies().flat_map(values_read));
+    }
+    read
+}
+
+/// Attributes with references replaced by what the caller gave; a reference to nothing is left out.
+fn resolve(attributes: &[(String, Attribute)], bindings: &HashMap<String, Attribute>) -> Vec<(String, Attribute)> {
+    attributes
+        .iter()
+        .filter_map(|(name, attribute)| {
+            let resolved = match &attribute.kind {
+                AttributeKind::Reference { name, .. } => bindings.get(name)?.clone(),
+                _ => {
+                    let mut copy = attribute.clone();
+                    for body in copy.bodies_mut() {
+                        resolve_body(body, bindings);
+                    }
+                    copy
+                }
+            };
+            Some((name.clone(), resolved))
+        })
+        .collect()
+}
+
+fn resolve_body(body: &mut Body, bindings: &HashMap<String, Attribute>) {
+    for node in &mut body.nodes {
+        node.attributes = resolve(&node.attributes, bindings);
+    }
+}

@@ -1,0 +1,99 @@
+//! Between the graph's tensors and LibTorch's.
+
+use tch::{Kind, Tensor};
+
+use crate::base::{Error, Result};
+use crate::ir::{self, DataType};
+
+/// The LibTorch kind of an ONNX element type; `None` where LibTorch has none (strings, sub-byte and wide unsigned types).
+pub fn kind_of(dtype: DataType) -> Option<Kind> {
+    Some(match dtype {
+        DataType::Float => Kind::Float,
+        DataType::Uint8 => Kind::Uint8,
+        DataType::Int8 => Kind::Int8,
+        DataType::Int16 => Kind::Int16,
+        DataType::Int32 => Kind::Int,
+        DataType::Int64 => Kind::Int64,
+        DataType::Bool => Kind::Bool,
+        DataType::Float16 => Kind::Half,
+        DataType::Double => Kind::Double,
+        DataType::Bfloat16 => Kind::BFloat16,
+        _ => return None,
+    })
+}
+
+/// The ONNX element type of a LibTorch kind; `None` where ONNX has none.
+pub fn data_type_of(kind: Kind) -> Option<DataType> {
+    Some(match kind {
+        Kind::Float => DataType::Float,
+        Kind::Uint8 => DataType::Uint8,
+        Kind::Int8 => DataType::Int8,
+        Kind::Int16 => DataType::Int16,
+        Kind::Int => DataType::Int32,
+        Kind::Int64 => DataType::Int64,
+        Kind::Bool => DataType::Bool,
+        Kind::Half => DataType::Float16,
+        Kind::Double => DataType::Double,
+        Kind::BFloat16 => DataType::Bfloat16,
+        _ => return None,
+    })
+}
+
+/// A copy of a constant as a CPU tensor. 4-bit types become one byte per element.
+///
+/// Errors: `Error::Unsupported` for element types without a LibTorch kind, `Error::Invalid` when the bytes do not fill
+/// the shape.
+pub fn tensor_from_ir(name: &str, tensor: &ir::Tensor) -> Result<Tensor> {
+    let subject = || format!("tensor `{name}`");
+    let dims = dims_of(name, tensor)?;
+    let bytes = tensor.bytes();
+    let (kind, unpacked) = match tensor.dtype {
+        DataType::Uint4 => (Kind::Uint8, Some(unpack4(bytes, tensor.element_count(), false))),
+        DataType::Int4 => (Kind::Int8, Some(unpack4(bytes, tensor.element_count(), true))),
+        dtype => {
+            let kind = kind_of(dtype)
+                .ok_or_else(|| Error::unsupported(subject(), format!("LibTorch has no element type for {dtype}")))?;
+            (kind, None)
+        }
+    };
+    let bytes = unpacked.as_deref().unwrap_or(bytes);
+    let wanted = (tensor.element_count() as usize).checked_mul(kind.elt_size_in_bytes());
+    if wanted != Some(bytes.len()) {
+        return Err(Error::invalid(
+            subject(),
+            format!("{} bytes do not fill {} of shape {dims:?}", bytes.len(), tensor.dtype),
+        ));
+    }
+    Tensor::f_from_data_size(bytes, &dims, kind).map_err(|e| Error::engine("LibTorch", subject(), e))
+}
+
+/// The content of a tensor as a constant of the graph, converted to `dtype`.
+///
+/// Errors: `Error::Unsupported` when LibTorch has no such element type, `Error::Engine` when the copy fails.
+pub fn tensor_to_ir(name: &str, tensor: &Tensor, dtype: DataType) -> Result<ir::Tensor> {
+    let subject = || format!("tensor `{name}`");
+    let kind = kind_of(dtype)
+        .ok_or_else(|| Error::unsupported(subject(), format!("LibTorch has no element type for {dtype}")))?;
+    let engine = |e| Error::engine("LibTorch", subject(), e);
+    let host = tensor.detach().f_to_device(tch::Device::Cpu).and_then(|t| t.f_to_kind(kind)).map_err(engine)?;
+    let count = host.numel();
+    let mut bytes = vec![0u8; count * kind.elt_size_in_bytes()];
+    host.f_copy_data_u8(&mut bytes, count).map_err(engine)?;
+    let dims: Vec<u64> = host.size().iter().map(|&dim| dim as u64).collect();
+    Ok(ir::Tensor::from_bytes(dtype, &dims, bytes))
+}
+
+/// The shape in LibTorch's integer type.
+pub(super) fn dims_of(name: &str, tensor: &ir::Tensor) -> Result<Vec<i64>> {
+    tensor
+        .dims
+        .iter()
+        .map(|&dim| i64::try_from(dim))
+        .collect::<Result<_, _>>()
+        .map_err(|_| Error::invalid(format!("tensor `{name}`"), format!("shape {:?} is out of range", tensor.dims)))
+}
+
+fn unpack4(bytes: &[u8], count: u64, signed: bool) -> Vec<u8> {
+    let sign = |nibble: u8| if signed && nibble & 8 != 0 { nibble | 0xf0 } else { nibble };
+    bytes.iter().flat_map(|&byte| [sign(byte & 15), sign(byte >> 4)]).take(count as usize).collect()
+}

@@ -1,0 +1,166 @@
+//! What an operator is at run time: a closure from tensors to tensors.
+
+use tch::{Kind, TchError, Tensor};
+
+use super::attributes::Attributes;
+use super::compile::BodyCompiler;
+
+/// Why an operator could not be built or run, without the node's name, which the caller adds.
+#[derive(Debug)]
+pub struct OpError(pub String);
+
+/// What building and running an operator returns.
+pub type OpResult<T> = Result<T, OpError>;
+
+impl OpError {
+    /// With a message: lower case, no full stop.
+    pub fn new(message: impl Into<String>) -> Self {
+        OpError(message.into())
+    }
+}
+
+impl From<TchError> for OpError {
+    fn from(error: TchError) -> Self {
+        let text = match error {
+            TchError::Torch(text) => text,
+            other => other.to_string(),
+        };
+        // LibTorch appends its own stack to the first line.
+        OpError(format!("LibTorch: {}", text.lines().next().unwrap_or("no reason given").trim()))
+    }
+}
+
+/// A compiled operator.
+pub type Kernel = Box<dyn Fn(&Args) -> OpResult<Vec<Tensor>> + Send>;
+
+/// The tensors of one call, in the node's order; `None` is an optional input left out.
+pub struct Args<'a> {
+    pub(super) inputs: &'a [Option<&'a Tensor>],
+}
+
+impl<'a> Args<'a> {
+    /// Input `index`, which must be there.
+    pub fn get(&self, index: usize) -> OpResult<&'a Tensor> {
+        self.opt(index).ok_or_else(|| OpError::new(format!("input {index} is missing")))
+    }
+
+    /// Input `index`, if there.
+    pub fn opt(&self, index: usize) -> Option<&'a Tensor> {
+        self.inputs.get(index).copied().flatten()
+    }
+
+    /// All inputs that are there.
+    pub fn all(&self) -> impl Iterator<Item = &'a Tensor> + '_ {
+        self.inputs.iter().flatten().copied()
+    }
+
+    /// An integer tensor's elements, if the input is there.
+    pub fn ints(&self, index: usize) -> OpResult<Option<Vec<i64>>> {
+        self.opt(index).map(host_ints).transpose()
+    }
+
+    /// An integer tensor's elements.
+    pub fn ints_required(&self, index: usize) -> OpResult<Vec<i64>> {
+        host_ints(self.get(index)?)
+    }
+
+    /// The one integer of an input, if it is there.
+    pub fn int(&self, index: usize) -> OpResult<Option<i64>> {
+        match self.ints(index)?.as_deref() {
+            None => Ok(None),
+            Some([value]) => Ok(Some(*value)),
+            Some(values) => Err(OpError::new(format!("input {index} has {} elements, expected 1", values.len()))),
+        }
+    }
+
+    /// The one number of an input as f64, if it is there.
+    pub fn float(&self, index: usize) -> OpResult<Option<f64>> {
+        let Some(tensor) = self.opt(index) else { return Ok(None) };
+        if tensor.numel() != 1 {
+            return Err(OpError::new(format!("input {index} has {} elements, expected 1", tensor.numel())));
+        }
+        let flat = tensor.f_reshape([1i64])?;
+        Ok(Some(flat.f_double_value(&[0])?))
+    }
+}
+
+/// The elements of an integer or bool tensor as i64, in order.
+pub fn host_ints(tensor: &Tensor) -> OpResult<Vec<i64>> {
+    let kind = tensor.f_kind()?;
+    if is_float(kind) {
+        return Err(OpError::new(format!("integers expected, {kind:?} found")));
+    }
+    let flat = tensor.f_to_kind(Kind::Int64)?.f_reshape([-1i64])?;
+    Ok(Vec::<i64>::try_from(&flat)?)
+}
+
+/// True for the floating-point kinds that arithmetic runs on.
+pub fn is_float(kind: Kind) -> bool {
+    matches!(kind, Kind::Half | Kind::BFloat16 | Kind::Float | Kind::Double)
+}
+
+/// What a row's builder sees of the node.
+pub struct Build<'a> {
+    /// The node's attributes; those left unread fail the compilation.
+    pub attributes: &'a Attributes<'a>,
+    /// Version of the operator's domain that the model (or function) imports.
+    pub version: i64,
+    /// Which inputs are connected.
+    pub inputs: &'a [bool],
+    /// Which outputs are wanted.
+    pub outputs: &'a [bool],
+    /// Kind in which matrix products run, when not the tensors' own.
+    pub autocast: Option<Kind>,
+    /// Compiles sub-graphs for control flow.
+    pub bodies: &'a mut BodyCompiler<'a>,
+}
+
+impl Build<'_> {
+    /// True when output `index` is connected.
+    pub fn wants(&self, index: usize) -> bool {
+        self.outputs.get(index).copied().unwrap_or(false)
+    }
+
+    /// True when input `index` is connected.
+    pub fn has(&self, index: usize) -> bool {
+        self.inputs.get(index).copied().unwrap_or(false)
+    }
+
+    /// Refuses wanted outputs from `first` on.
+    pub fn only_outputs(&self, first: usize) -> OpResult<()> {
+        match (first..self.outputs.len()).find(|&index| self.outputs[index]) {
+            Some(index) => Err(OpError::new(format!("output {index} is not computed here"))),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A kernel from a closure of one result.
+pub fn one(run: impl Fn(&Args) -> OpResult<Tensor> + Send + 'static) -> OpResult<Kernel> {
+    Ok(Box::new(move |args| Ok(vec![run(args)?])))
+}
+
+/// A kernel from a closure of several results.
+pub fn many(run: impl Fn(&Args) -> OpResult<Vec<Tensor>> + Send + 'static) -> OpResult<Kernel> {
+    Ok(Box::new(run))
+}
+
+/// An axis counted from the front.
+pub fn axis_of(axis: i64, rank: usize) -> OpResult<i64> {
+    let rank = rank as i64;
+    if (-rank..rank).contains(&axis) {
+        Ok(if axis < 0 { axis + rank } else { axis })
+    } else {
+        Err(OpError::new(format!("axis {axis} is outside rank {rank}")))
+    }
+}
+
+/// Axes counted from the front, ascending, each once.
+pub fn axes_of(axes: &[i64], rank: usize) -> OpResult<Vec<i64>> {
+    let mut out: Vec<i64> = axes.iter().map(|&axis| axis_of(axis, rank)).collect::<OpResult<_>>()?;
+    out.sort_unstable();
+    if out.windows(2).any(|pair| pair[0] == pair[1]) {
+        return Err(OpError::new(format!("axes {axes:?} name an axis twice")));
+    }
+    Ok(out)
+}

@@ -1,0 +1,39 @@
+//! The ONNX interpreter on LibTorch: a graph becomes a program of tensor operations through which gradients flow.
+//!
+//! ```no_run
+//! use interlace::{ir, torch};
+//! # fn main() -> interlace::base::Result<()> {
+//! # let model = ir::Model::default();
+//! let weight = model.graph.body.initializers[0].0;
+//! let options = torch::Options { trainable: vec![weight], ..Default::default() };
+//! let program = torch::Program::compile(&model, &options)?;
+//! let input = program.value("inputs_embeds")?;
+//! let logits = program.value("logits")?;
+//! let x = tch::Tensor::zeros([1, 4, 64], tch::kind::FLOAT_CPU);
+//! let out = program.run(&[(input, x)], &[logits])?;
+//! out[0].sum(tch::Kind::Float).backward();
+//! let gradient = program.parameters()[0].tensor.grad();
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! A program can be entered and left at any value: [`Program::run`] takes tensors for any set of values and computes
+//! any other set from them, which is what gradient checkpointing and cutting off a frozen prefix need. What depends on
+//! shapes only (masks, reshape targets) is computed once per set of input shapes and kept.
+
+mod attributes;
+mod block;
+mod compile;
+mod convert;
+mod device;
+mod kernel;
+mod ops;
+mod program;
+mod route;
+mod table;
+mod weights;
+
+pub use convert::{data_type_of, kind_of, tensor_from_ir, tensor_to_ir};
+pub use device::{cuda_device, cuda_device_count};
+pub use program::{Options, Parameter, Program};
+pub use table::{Row, find_row, rows, support_table};

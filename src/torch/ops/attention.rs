@@ -1,0 +1,331 @@
+//! Scaled dot-product attention, and the standard `Attention` operator.
+
+use tch::{Device, Kind, Tensor};
+
+use crate::torch::kernel::{Args, Build, Kernel, OpError, OpResult, many};
+use crate::torch::table::Row;
+
+use super::cast::kind_from_number;
+use super::linear::lowered;
+
+pub(super) const ROWS: &[Row] = &[
+    Row::new("", "Attention", 23, attention).until(24).host(0b100_0000).grad(),
+    Row::new(super::MICROSOFT, "MultiHeadAttention", 1, multi_head).grad(),
+];
+
+/// What one attention computes besides its three operands.
+#[derive(Default)]
+pub(super) struct Spec {
+    pub scale: f64,
+    /// Scores become cap * tanh(scores / cap) before the mask; 0 is off.
+    pub softcap: f64,
+    /// Query `i` sees key `j` when `j <= i`; only for equal lengths and without a mask.
+    pub causal: bool,
+    /// Bool (true takes part) or float (added), broadcasting to `[B, H, S, T]`.
+    pub mask: Option<Tensor>,
+    /// One logit per head that takes part in the softmax and contributes nothing, `[H]`.
+    pub sink: Option<Tensor>,
+    pub softmax: Option<Kind>,
+    pub cast: Option<Kind>,
+    /// Asks for the scores too.
+    pub scores: Option<Scores>,
+}
+
+/// Which scores are asked for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Scores {
+    Raw,
+    Probabilities,
+}
+
+/// Attention over heads: q `[B, H, S, D]`, k `[B, G, T, D]`, v `[B, G, T, E]` with G dividing H -> `[B, H, S, E]`, and
+/// the scores `[B, H, S, T]` when asked for. A query that may see no key gives zeros.
+pub(super) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, spec: &Spec) -> OpResult<(Tensor, Option<Tensor>)> {
+    let kind = q.f_kind()?;
+    let (q, k, v) = (lowered(q, spec.cast)?, lowered(k, spec.cast)?, lowered(v, spec.cast)?);
+    let (heads, groups) = (q.size4()?.1, k.size4()?.1);
+    if groups == 0 || heads % groups != 0 || v.size4()?.1 != groups {
+        return Err(OpError::new(format!("{heads} query heads over {groups} key and {} value heads", v.size4()?.1)));
+    }
+    let repeat = heads / groups;
+    let plain = spec.softcap == 0.0 && spec.sink.is_none() && spec.scores.is_none() && spec.softmax.is_none();
+    if plain {
+        let spread = |x: &Tensor| -> OpResult<Tensor> {
+            let by_kernel = repeat == 1 || x.device() == Device::Cpu;
+            Ok(if by_kernel { x.shallow_clone() } else { x.f_repeat_interleave_self_int(repeat, 1, None)? })
+        };
+        let mask = spec.mask.as_ref().map(|mask| additive_in(mask, q.f_kind()?)).transpose()?;
+        let (k, v) = (spread(&k)?, spread(&v)?);
+        let grouped = k.size4()?.1 != heads;
+        let causal = spec.causal && mask.is_none();
+        let out = Tensor::f_scaled_dot_product_attention(&q, &k, &v, mask.as_ref(), 0.0, causal, spec.scale, grouped)?;
+        return Ok((out, None));
+    }
+    let (k, v) = if repeat == 1 {
+        (k, v)
+    } else {
+        (k.f_repeat_interleave_self_int(repeat, 1, None)?, v.f_repeat_interleave_self_int(repeat, 1, None)?)
+    };
+    let raw = q.f_mul_scalar(spec.scale)?.f_matmul(&k.f_transpose(-2, -1)?)?;
+    let mut logits = raw.shallow_clone();
+    if spec.softcap != 0.0 {
+        logits = logits.f_div_scalar(spec.softcap)?.f_tanh()?.f_mul_scalar(spec.softcap)?;
+    }
+    if let Some(kind) = spec.softmax {
+        logits = logits.f_to_kind(kind)?;
+    } else if spec.cast.is_some() {
+        logits = logits.f_to_kind(kind)?;
+    }
+    let mut hidden = None;
+    let causal = if spec.causal { Some(causal_mask(&q, &k)?) } else { None };
+    for mask in spec.mask.iter().chain(&causal) {
+        let bias = to_bias(mask, logits.f_kind()?)?;
+        let blocked = bias.f_eq(f64::NEG_INFINITY)?;
+        hidden = Some(match hidden {
+            None => blocked,
+            Some(before) => blocked.f_logical_or(&before)?,
+        });
+        logits = logits.f_add(&bias)?;
+    }
+    let size = logits.size();
+    let probabilities = match &spec.sink {
+        None => logits.f_softmax(-1, None)?,
+        Some(sink) => {
+            let sink = sink
+                .f_to_kind(logits.f_kind()?)?
+                .f_reshape([1, heads, 1, 1])?
+                .f_expand([size[0], heads, size[2], 1], false)?;
+            Tensor::f_cat(&[&logits, &sink], -1)?.f_softmax(-1, None)?.f_narrow(-1, 0, size[3])?
+        }
+    };
+    let probabilities = match hidden {
+        // A row without a visible key is 0 / 0.
+        Some(blocked) => {
+            let all = blocked.f_all_dim(-1, true)?;
+            probabilities.f_masked_fill(&all, 0.0)?
+        }
+        None => probabilities,
+    };
+    let probabilities = probabilities.f_to_kind(v.f_kind()?)?;
+    let out = probabilities.f_matmul(&v)?;
+    let scores = spec.scores.map(|which| if which == Scores::Raw { raw } else { probabilities });
+    Ok((out, scores))
+}
+
+fn causal_mask(q: &Tensor, k: &Tensor) -> OpResult<Tensor> {
+    let (rows, columns) = (q.size4()?.2, k.size4()?.2);
+    Ok(Tensor::f_ones([rows, columns], (Kind::Bool, q.device()))?.f_tril(0)?)
+}
+
+/// A float mask in the operands' kind; a bool mask as it is.
+fn additive_in(mask: &Tensor, kind: Kind) -> OpResult<Tensor> {
+    Ok(if mask.f_kind()? == Kind::Bool { mask.shallow_clone() } else { mask.f_to_kind(kind)? })
+}
+
+/// A mask as numbers to add: 0 where a bool one is true, minus infinity where it is false.
+pub(super) fn to_bias(mask: &Tensor, kind: Kind) -> OpResult<Tensor> {
+    if mask.f_kind()? != Kind::Bool {
+        return Ok(mask.f_to_kind(kind)?);
+    }
+    let zeros = Tensor::f_zeros(mask.size(), (kind, mask.device()))?;
+    Ok(zeros.f_masked_fill(&mask.f_logical_not()?, f64::NEG_INFINITY)?)
+}
+
+/// Key `j` is visible to query `i` when `j <= start + i` and, with a window, `j >= start + i - window`.
+///
+/// Shapes: one start for all -> `[S, T]`; one per sample -> `[B, 1, S, T]`.
+pub(super) fn visible(
+    starts: &[i64],
+    rows: i64,
+    columns: i64,
+    window: Option<i64>,
+    causal: bool,
+    device: Device,
+) -> OpResult<Tensor> {
+    let i = Tensor::f_arange(rows, (Kind::Int64, device))?.f_unsqueeze(1)?;
+    let j = Tensor::f_arange(columns, (Kind::Int64, device))?.f_unsqueeze(0)?;
+    let place = match starts {
+        [start] => i.f_add_scalar(*start)?,
+        _ => Tensor::f_from_slice(starts)?.f_to_device(device)?.f_reshape([-1i64, 1, 1, 1])?.f_add(&i)?,
+    };
+    let mut seen = if causal { j.f_le_tensor(&place)? } else { j.f_ge(0)?.f_logical_and(&place.f_ge(i64::MIN)?)? };
+    if let Some(window) = window {
+        seen = seen.f_logical_and(&j.f_ge_tensor(&place.f_sub_scalar(window)?)?)?;
+    }
+    Ok(seen)
+}
+
+/// Cuts `[B, S, H * D]` into `[B, H, S, D]`; a 4-D tensor is taken as it is.
+pub(super) fn heads_first(x: &Tensor, heads: i64) -> OpResult<Tensor> {
+    if x.dim() == 4 {
+        return Ok(x.shallow_clone());
+    }
+    let (batch, steps, width) = x.size3()?;
+    if heads < 1 || width % heads != 0 {
+        return Err(OpError::new(format!("width {width} does not split into {heads} heads")));
+    }
+    Ok(x.f_reshape([batch, steps, heads, width / heads])?.f_transpose(1, 2)?)
+}
+
+/// `[B, H, S, D]` back to `[B, S, H * D]`.
+pub(super) fn heads_last(x: &Tensor) -> OpResult<Tensor> {
+    let (batch, heads, steps, width) = x.size4()?;
+    Ok(x.f_transpose(1, 2)?.f_reshape([batch, steps, heads * width])?)
+}
+
+/// The keys or values so far followed by the new ones, along the steps.
+pub(super) fn append(past: Option<&Tensor>, new: Tensor) -> OpResult<Tensor> {
+    match past {
+        Some(past) if past.size4()?.2 > 0 => Ok(Tensor::f_cat(&[past, &new.f_to_kind(past.f_kind()?)?], 2)?),
+        _ => Ok(new),
+    }
+}
+
+/// Shapes: Q `[B, Hq, S, D]` or `[B, S, Hq * D]`, K and V likewise -> Y in Q's layout, and the caches
+/// `[B, Hkv, past + L, D]`. Causal masking is aligned to the end of the past.
+///
+/// Source: ONNX Attention-23 and -24 with their errata.
+fn attention(b: &mut Build) -> OpResult<Kernel> {
+    let a = b.attributes;
+    let causal = a.flag("is_causal", false)?;
+    let (q_heads, kv_heads) = (a.int("q_num_heads", 0)?, a.int("kv_num_heads", 0)?);
+    let scale = a.float_opt("scale")?;
+    let softcap = a.float("softcap", 0.0)?;
+    let softmax = a.int_opt("softmax_precision")?.map(kind_from_number).transpose()?;
+    let mode = a.int("qk_matmul_output_mode", 0)?;
+    let wants_scores = b.wants(3);
+    let scores = match (wants_scores, mode) {
+        (false, _) => None,
+        (true, 0) => Some(Scores::Raw),
+        (true, 3) => Some(Scores::Probabilities),
+        (true, mode) => return Err(OpError::new(format!("qk_matmul_output_mode {mode} is not supported"))),
+    };
+    let cast = b.autocast;
+    many(move |args| {
+        let (q, k, v) = (args.get(0)?, args.get(1)?, args.get(2)?);
+        let flat = q.dim() == 3;
+        let (q, k, v) = (heads_first(q, q_heads)?, heads_first(k, kv_heads)?, heads_first(v, kv_heads)?);
+        let past = args.opt(4).map_or(Ok(0), |past| past.size4().map(|size| size.2))?;
+        let (k, v) = (append(args.opt(4), k)?, append(args.opt(5), v)?);
+        let (_, _, rows, width) = q.size4()?;
+        let columns = k.size4()?.2;
+        let mut mask = args.opt(3).map(|mask| pad_mask(mask, columns)).transpose()?;
+        let lengths = args.ints(6)?;
+        let starts: Vec<i64> = match &lengths {
+            Some(lengths) if args.opt(4).is_none() => lengths.iter().map(|length| length - rows).collect(),
+            _ => vec![past],
+        };
+        let square = causal && mask.is_none() && lengths.is_none() && past == 0 && rows == columns;
+        if causal && !square {
+            mask = Some(both(mask, visible(&starts, rows, columns, None, true, q.device())?)?);
+        }
+        if let Some(lengths) = &lengths {
+            let valid = Tensor::f_from_slice(lengths)?.f_to_device(q.device())?.f_reshape([-1i64, 1, 1, 1])?;
+            let places = Tensor::f_arange(columns, (Kind::Int64, q.device()))?;
+            mask = Some(both(mask, places.f_lt_tensor(&valid)?)?);
+        }
+        let scale = scale.unwrap_or(1.0 / (width as f64).sqrt());
+        let softmax = softmax.filter(|kind| q.f_kind().is_ok_and(|own| own != *kind));
+        let spec = Spec { scale, softcap, causal: square, mask, sink: None, softmax, cast, scores };
+        let (out, scores) = attend(&q, &k, &v, &spec)?;
+        let out = if flat { heads_last(&out)? } else { out };
+        Ok(vec![out, k, v, scores.unwrap_or_else(Tensor::new)])
+    })
+}
+
+/// Both masks at once: the first may be a bias, the second is bool.
+fn both(mask: Option<Tensor>, more: Tensor) -> OpResult<Tensor> {
+    match mask {
+        None => Ok(more),
+        Some(mask) if mask.f_kind()? == Kind::Bool => Ok(mask.f_logical_and(&more)?),
+        Some(mask) => Ok(mask.f_add(&to_bias(&more, mask.f_kind()?)?)?),
+    }
+}
+
+/// A mask that is shorter than the keys hides the rest.
+fn pad_mask(mask: &Tensor, columns: i64) -> OpResult<Tensor> {
+    let own = mask.size().last().copied().unwrap_or(1);
+    if own >= columns || own == 1 && columns != 1 {
+        return Ok(mask.shallow_clone());
+    }
+    let hidden = if mask.f_kind()? == Kind::Bool { 0.0 } else { f64::NEG_INFINITY };
+    Ok(mask.f_pad([0, columns - own], "constant", hidden)?)
+}
+
+/// Inputs: query, key, value, bias, key padding mask, attention bias, past key, past value.
+///
+/// Shapes: query `[B, S, H * D]` with key and value `[B, L, H * D]` or `[B, H, L, D]`, or packed `[B, S, H, 3, D]`, or
+/// query with packed key and value `[B, L, H, 2, D]`.
+/// Source: ONNX Runtime, com.microsoft MultiHeadAttention-1.
+fn multi_head(b: &mut Build) -> OpResult<Kernel> {
+    let a = b.attributes;
+    let heads = a.int_required("num_heads")?;
+    let causal = a.flag("unidirectional", false)?;
+    let scale = a.float_opt("scale")?;
+    let filter = a.float("mask_filter_value", -10000.0)?;
+    if b.has(8) || b.has(9) {
+        return Err(OpError::new("shared cache buffers are not supported"));
+    }
+    if b.wants(3) {
+        return Err(OpError::new("output 3 (qk) is not computed here"));
+    }
+    let cast = b.autocast;
+    many(move |args| {
+        let (mut q, mut k, mut v) = unpack(args, heads)?;
+        if let Some(bias) = args.opt(3) {
+            let widths = [&q, &k, &v].map(|x| x.size()[3] * heads);
+            let parts = bias.f_split_with_sizes(&widths[..], 0)?;
+            let shaped = |part: &Tensor| part.f_reshape([1, heads, 1, part.numel() as i64 / heads]);
+            q = q.f_add(&shaped(&parts[0])?)?;
+            k = k.f_add(&shaped(&parts[1])?)?;
+            v = v.f_add(&shaped(&parts[2])?)?;
+        }
+        let past = args.opt(6).map_or(Ok(0), |past| past.size4().map(|size| size.2))?;
+        let (k, v) = (append(args.opt(6), k)?, append(args.opt(7), v)?);
+        let (_, _, rows, width) = q.size4()?;
+        let columns = k.size4()?.2;
+        let kind = q.f_kind()?;
+        let mut mask = args.opt(5).map(Tensor::shallow_clone);
+        if let Some(padding) = args.opt(4) {
+            let bias = padding_bias(padding, columns, filter, kind)?;
+            mask = Some(match mask {
+                Some(mask) => mask.f_add(&bias)?,
+                None => bias,
+            });
+        }
+        if causal {
+            mask = Some(both(mask, visible(&[past], rows, columns, None, true, q.device())?)?);
+        }
+        let scale = scale.filter(|scale| *scale != 0.0).unwrap_or(1.0 / (width as f64).sqrt());
+        let (out, _) = attend(&q, &k, &v, &Spec { scale, mask, cast, ..Spec::default() })?;
+        Ok(vec![heads_last(&out)?, k, v])
+    })
+}
+
+fn unpack(args: &Args, heads: i64) -> OpResult<(Tensor, Tensor, Tensor)> {
+    let query = args.get(0)?;
+    let part = |packed: &Tensor, index: i64| -> OpResult<Tensor> { Ok(packed.f_select(3, index)?.f_transpose(1, 2)?) };
+    match (args.opt(1), args.opt(2)) {
+        (None, None) if query.dim() == 5 => Ok((part(query, 0)?, part(query, 1)?, part(query, 2)?)),
+        (Some(packed), None) if packed.dim() == 5 => {
+            Ok((heads_first(query, heads)?, part(packed, 0)?, part(packed, 1)?))
+        }
+        (Some(k), Some(v)) => Ok((heads_first(query, heads)?, heads_first(k, heads)?, heads_first(v, heads)?)),
+        _ => Err(OpError::new("query, key and value are in no known layout")),
+    }
+}
+
+/// `[B]` lengths, `[B, T]` or `[B, S, T]` of 0 and 1, as numbers to add to the scores.
+fn padding_bias(padding: &Tensor, columns: i64, filter: f64, kind: Kind) -> OpResult<Tensor> {
+    let size = padding.size();
+    let shown = match size.len() {
+        1 => {
+            let places = Tensor::f_arange(columns, (Kind::Int64, padding.device()))?;
+            places.f_lt_tensor(&padding.f_reshape([-1i64, 1, 1, 1])?)?
+        }
+        2 => padding.f_ne(0)?.f_reshape([size[0], 1, 1, size[1]])?,
+        3 => padding.f_ne(0)?.f_unsqueeze(1)?,
+        _ => return Err(OpError::new(format!("a padding mask of shape {size:?} is not supported"))),
+    };
+    Ok(shown.f_logical_not()?.f_to_kind(kind)?.f_mul_scalar(filter)?)
+}

@@ -1,0 +1,47 @@
+//! The operators, one row each, by family.
+
+mod activation;
+mod attention;
+mod cast;
+mod control;
+mod convolution;
+mod elementwise;
+mod gqa;
+mod index;
+mod layout;
+mod linear;
+mod logic;
+mod normalization;
+mod pooling;
+mod quantized;
+mod reduction;
+mod rotary;
+mod scatter;
+mod shape;
+
+use super::table::Row;
+
+/// Domain of ONNX Runtime's own operators.
+const MICROSOFT: &str = "com.microsoft";
+
+/// All rows.
+pub(super) const FAMILIES: &[&[Row]] = &[
+    activation::ROWS,
+    attention::ROWS,
+    cast::ROWS,
+    control::ROWS,
+    convolution::ROWS,
+    elementwise::ROWS,
+    gqa::ROWS,
+    index::ROWS,
+    layout::ROWS,
+    linear::ROWS,
+    logic::ROWS,
+    normalization::ROWS,
+    pooling::ROWS,
+    quantized::ROWS,
+    reduction::ROWS,
+    rotary::ROWS,
+    scatter::ROWS,
+    shape::ROWS,
+];

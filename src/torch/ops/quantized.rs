@@ -1,0 +1,184 @@
+//! Quantised operators, forward only: finetuning needs float weights.
+
+use tch::{Kind, Tensor};
+
+use crate::torch::kernel::{Build, Kernel, OpError, OpResult, axis_of, many, one};
+use crate::torch::table::Row;
+
+use super::MICROSOFT;
+use super::cast::kind_from_number;
+use super::convolution::{EXACT, centred};
+use super::linear::product;
+
+pub(super) const ROWS: &[Row] = &[
+    Row::new("", "DequantizeLinear", 10, dequantize),
+    Row::new("", "DynamicQuantizeLinear", 11, |_| many(|args| dynamic_quantize(args.get(0)?))),
+    Row::new("", "MatMulInteger", 10, |_| {
+        one(|args| {
+            let (a, b) = (args.get(0)?, args.get(1)?);
+            let left = centred(a, args.opt(2).map(|zero| per_row(zero, a)).transpose()?.as_ref())?;
+            let right = centred(b, args.opt(3).map(|zero| per_column(zero, b)).transpose()?.as_ref())?;
+            Ok(left.f_matmul(&right)?.f_to_kind(Kind::Int)?)
+        })
+    }),
+    Row::new("", "QuantizeLinear", 10, quantize),
+    Row::new(MICROSOFT, "DequantizeLinear", 1, dequantize),
+    Row::new(MICROSOFT, "MatMulNBits", 1, matmul_nbits),
+    Row::new(MICROSOFT, "QuantizeLinear", 1, quantize),
+];
+
+/// One zero point per row of the left operand, or one for all.
+fn per_row(zero: &Tensor, a: &Tensor) -> OpResult<Tensor> {
+    if zero.numel() == 1 {
+        return Ok(zero.f_reshape([0i64; 0])?);
+    }
+    Ok(if zero.dim() == a.dim() { zero.shallow_clone() } else { zero.f_unsqueeze(-1)? })
+}
+
+/// One zero point per column of the right operand, or one for all.
+fn per_column(zero: &Tensor, b: &Tensor) -> OpResult<Tensor> {
+    if zero.numel() == 1 {
+        return Ok(zero.f_reshape([0i64; 0])?);
+    }
+    Ok(if zero.dim() == b.dim() { zero.shallow_clone() } else { zero.f_unsqueeze(-2)? })
+}
+
+/// To uint8 by the tensor's own range, which always holds 0.
+///
+/// Outputs: the numbers, the scale and the zero point.
+fn dynamic_quantize(x: &Tensor) -> OpResult<Vec<Tensor>> {
+    let low = x.f_min()?.f_clamp_max(0.0)?;
+    let high = x.f_max()?.f_clamp_min(0.0)?;
+    let scale = high.f_sub(&low)?.f_div_scalar(255.0)?;
+    // A tensor of zeros has no range: any scale is right, and 1 divides.
+    let scale = scale.f_where_self(&scale.f_gt(0.0)?, &scale.f_ones_like()?)?;
+    let zero = low.f_neg()?.f_div(&scale)?.f_clamp(0.0, 255.0)?.f_round()?;
+    let y = x.f_div(&scale)?.f_round()?.f_add(&zero)?.f_clamp(0.0, 255.0)?;
+    Ok(vec![y.f_to_kind(Kind::Uint8)?, scale, zero.f_to_kind(Kind::Uint8)?])
+}
+
+/// Scale or zero point in a shape that broadcasts over `x`: one for all, one per place of `axis`, or one per block.
+fn spread(parameter: &Tensor, x: &Tensor, axis: i64, block: i64) -> OpResult<Tensor> {
+    if parameter.numel() == 1 {
+        return Ok(parameter.f_reshape([0i64; 0])?);
+    }
+    let axis = axis_of(axis, x.dim())?;
+    let size = x.size();
+    if parameter.dim() == 1 {
+        let mut shape = vec![1i64; x.dim()];
+        shape[axis as usize] = parameter.numel() as i64;
+        return Ok(parameter.f_reshape(&shape)?);
+    }
+    if block <= 0 || parameter.dim() != x.dim() {
+        return Err(OpError::new(format!("scales of shape {:?} do not fit {size:?}", parameter.size())));
+    }
+    Ok(parameter.f_repeat_interleave_self_int(block, axis, None)?.f_narrow(axis, 0, size[axis as usize])?)
+}
+
+fn dequantize(b: &mut Build) -> OpResult<Kernel> {
+    let axis = b.attributes.int("axis", 1)?;
+    let block = b.attributes.int("block_size", 0)?;
+    let output = b.attributes.int("output_dtype", 0)?;
+    let output = if output == 0 { None } else { Some(kind_from_number(output)?) };
+    one(move |args| {
+        let (x, scale) = (args.get(0)?, args.get(1)?);
+        let kind = scale.f_kind()?;
+        // A difference of integers of up to 16 bits is exact in f32.
+        let mut out = x.f_to_kind(if x.f_kind()? == Kind::Int { EXACT } else { Kind::Float })?;
+        if let Some(zero) = args.opt(2) {
+            out = out.f_sub(&spread(zero, x, axis, block)?.f_to_kind(out.f_kind()?)?)?;
+        }
+        let out = out.f_mul(&spread(scale, x, axis, block)?.f_to_kind(out.f_kind()?)?)?;
+        Ok(out.f_to_kind(output.unwrap_or(kind))?)
+    })
+}
+
+fn quantize(b: &mut Build) -> OpResult<Kernel> {
+    let axis = b.attributes.int("axis", 1)?;
+    let block = b.attributes.int("block_size", 0)?;
+    // Saturation concerns 8-bit floats, which are refused as a target.
+    b.attributes.ignore("saturate");
+    if b.attributes.int("precision", 0)? != 0 {
+        return Err(OpError::new("attribute `precision` is not supported"));
+    }
+    let output = b.attributes.int("output_dtype", 0)?;
+    let output = if output == 0 { None } else { Some(kind_from_number(output)?) };
+    one(move |args| {
+        let (x, scale) = (args.get(0)?, args.get(1)?);
+        let kind = match (args.opt(2), output) {
+            (Some(zero), _) => zero.f_kind()?,
+            (None, Some(kind)) => kind,
+            (None, None) => Kind::Uint8,
+        };
+        let (low, high) = match kind {
+            Kind::Uint8 => (0.0, 255.0),
+            Kind::Int8 => (-128.0, 127.0),
+            Kind::Int16 => (-32768.0, 32767.0),
+            other => return Err(OpError::new(format!("quantising to {other:?} is not supported"))),
+        };
+        let mut y = x.f_div(&spread(scale, x, axis, block)?)?.f_round()?;
+        if let Some(zero) = args.opt(2) {
+            y = y.f_add(&spread(zero, x, axis, block)?.f_to_kind(y.f_kind()?)?)?;
+        }
+        Ok(y.f_clamp(low, high)?.f_to_kind(kind)?)
+    })
+}
+
+/// A times the transpose of a weight in blocks of `block_size` numbers of 2, 4 or 8 bits with their own scales.
+///
+/// Shapes: A `[.., K]`, B `[N, blocks, block_size * bits / 8]`, scales `[N, blocks]`, zero points packed
+/// `[N, ceil(blocks * bits / 8)]` or one per block in A's type -> `[.., N]`.
+/// Source: ONNX Runtime, com.microsoft MatMulNBits-1.
+fn matmul_nbits(b: &mut Build) -> OpResult<Kernel> {
+    let a = b.attributes;
+    let (width, height) = (a.int_required("K")?, a.int_required("N")?);
+    let (bits, block) = (a.int("bits", 4)?, a.int_required("block_size")?);
+    // How precisely A is taken is left to the engine; here it is exact.
+    a.ignore("accuracy_level");
+    if a.int("weight_prepacked", 0)? != 0 {
+        return Err(OpError::new("prepacked weights are not supported"));
+    }
+    if b.has(4) {
+        return Err(OpError::new("input 4 (g_idx) is not supported"));
+    }
+    if ![2, 4, 8].contains(&bits) || block < 1 || width < 1 || height < 1 {
+        return Err(OpError::new(format!("{bits} bits in blocks of {block} are not supported")));
+    }
+    let blocks = (width + block - 1) / block;
+    let cast = b.autocast;
+    one(move |args| {
+        let x = args.get(0)?;
+        let kind = x.f_kind()?;
+        let numbers = unpack(args.get(1)?, bits)?.f_reshape([height, blocks, block])?.f_to_kind(kind)?;
+        let scales = args.get(2)?.f_to_kind(kind)?.f_reshape([height, blocks, 1])?;
+        let middle = (1i64 << (bits - 1)) as f64;
+        let centred = match args.opt(3) {
+            None => numbers.f_sub_scalar(middle)?,
+            Some(zero) if zero.f_kind()? == Kind::Uint8 => {
+                let zero = unpack(&zero.f_reshape([height, -1])?, bits)?.f_narrow(1, 0, blocks)?;
+                numbers.f_sub(&zero.f_to_kind(kind)?.f_unsqueeze(2)?)?
+            }
+            Some(zero) => numbers.f_sub(&zero.f_reshape([height, blocks, 1])?.f_to_kind(kind)?)?,
+        };
+        let weight = centred.f_mul(&scales)?.f_reshape([height, blocks * block])?.f_narrow(1, 0, width)?;
+        let out = product(x, &weight.f_transpose(0, 1)?, cast)?;
+        match args.opt(5) {
+            Some(bias) => Ok(out.f_add(bias)?),
+            None => Ok(out),
+        }
+    })
+}
+
+/// Bytes to numbers of `bits` each along the last axis, low bits first.
+fn unpack(packed: &Tensor, bits: i64) -> OpResult<Tensor> {
+    if bits == 8 {
+        return Ok(packed.shallow_clone());
+    }
+    let parts: Vec<Tensor> = (0..8 / bits)
+        .map(|part| -> OpResult<Tensor> {
+            let shift = Tensor::f_from_slice(&[(part * bits) as u8])?.f_to_device(packed.device())?;
+            Ok(packed.f_bitwise_right_shift(&shift)?.f_bitwise_and((1i64 << bits) - 1)?)
+        })
+        .collect::<OpResult<_>>()?;
+    Ok(Tensor::f_stack(&parts, -1)?.f_flatten(-2, -1)?)
+}

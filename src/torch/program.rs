@@ -1,0 +1,445 @@
+//! Programs: compiled graphs that run.
+
+use std::cell::RefCell;
+use std::collections::{HashMap, HashSet};
+
+use tch::{Device, Kind, Tensor};
+
+use crate::base::{Error, Result, list_preview};
+use crate::ir::{self, DataType, Dim, GraphIndex, Model, ValueId, ValueType};
+
+use super::block::store;
+use super::compile::{Compiler, Slot, Step, values_read};
+use super::convert::{data_type_of, kind_of, tensor_from_ir};
+use super::kernel::OpResult;
+use super::route::{Facts, Plan, Route, Signature, Turn};
+use super::weights;
+
+/// What to compile, and for what.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where tensors live; for a GPU take it from [`super::cuda_device`].
+    pub device: Device,
+    /// Initializers that get gradients. They are copied to f32 (f64 stays f64); the rest of the weights stay as they are
+    /// in the file and share its memory.
+    pub trainable: Vec<ValueId>,
+    /// The values that runs will be given: `None` for the graph's inputs. Any value may be one; what lies before it is
+    /// then not compiled.
+    pub inputs: Option<Vec<ValueId>>,
+    /// The values that runs will ask for: `None` for the graph's outputs. What none of them needs is not compiled,
+    /// except when both are `None`: then every node must be known.
+    pub outputs: Option<Vec<ValueId>>,
+    /// Runs matrix products in this kind (bf16, say) and everything else as the tensors are.
+    pub autocast: Option<Kind>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options { device: Device::Cpu, trainable: Vec::new(), inputs: None, outputs: None, autocast: None }
+    }
+}
+
+/// A trainable weight: a leaf tensor that requires gradients. An optimiser may write to it in place between runs.
+#[derive(Debug)]
+pub struct Parameter {
+    pub id: ValueId,
+    /// The initializer's name.
+    pub name: String,
+    /// Element type in the graph; the tensor itself is f32 or f64.
+    pub dtype: DataType,
+    pub tensor: Tensor,
+}
+
+/// A compiled graph. It can be sent to another thread and is used by one at a time.
+pub struct Program {
+    steps: Vec<Step>,
+    producers: HashMap<Slot, usize>,
+    names: Vec<String>,
+    types: HashMap<Slot, ValueType>,
+    by_name: HashMap<String, ValueId>,
+    inputs: Vec<ValueId>,
+    outputs: Vec<ValueId>,
+    frozen: HashMap<Slot, ir::Tensor>,
+    parameters: Vec<Parameter>,
+    trainable: HashMap<Slot, usize>,
+    device: Device,
+    autocast: Option<Kind>,
+    state: RefCell<State>,
+}
+
+/// What runs leave behind.
+#[derive(Default)]
+struct State {
+    weights: HashMap<Slot, Tensor>,
+    constants: HashMap<Slot, Tensor>,
+    /// Copies on the device of weights and constants that stay on the host.
+    moved: HashMap<Slot, Tensor>,
+    routes: Vec<Route>,
+}
+
+impl Program {
+    /// Compiles a graph, or the part of it between `options.inputs` and `options.outputs`.
+    ///
+    /// Errors: `Error::Unsupported` with the full list of operators that are missing (domain, operator, version, reason)
+    /// or of attributes that an operator does not know; `Error::Invalid` when a trainable value is not a floating-point
+    /// initializer.
+    pub fn compile(model: &Model, options: &Options) -> Result<Program> {
+        let graph = &model.graph;
+        let body = &graph.body;
+        let inputs = options.inputs.clone().unwrap_or_else(|| {
+            body.inputs
+                .iter()
+                .copied()
+                .filter(|&id| body.initializers.iter().all(|(weight, _)| *weight != id))
+                .collect()
+        });
+        let outputs = options.outputs.clone().unwrap_or_else(|| body.outputs.clone());
+        let mut compiler = Compiler::new(model, options.autocast, options.device);
+        let steps = if options.inputs.is_none() && options.outputs.is_none() {
+            compiler.top_level(body.nodes.iter(), &outputs)?
+        } else {
+            let needed = needed_nodes(model, &inputs, &outputs);
+            let nodes = body.nodes.iter().zip(needed).filter(|(_, needed)| *needed).map(|(node, _)| node);
+            compiler.top_level(nodes, &outputs)?
+        };
+        let mut producers = HashMap::new();
+        for (number, step) in steps.iter().enumerate() {
+            for &slot in step.outputs.iter().flatten() {
+                producers.insert(slot, number);
+            }
+        }
+        let mut names: Vec<String> = graph.values.iter().map(|value| value.name.clone()).collect();
+        names.resize(compiler.slot_count(), String::new());
+        let mut types = HashMap::new();
+        for &id in &body.inputs {
+            if let Some(ty) = &graph.value(id).ty {
+                types.insert(id.index(), ty.clone());
+            }
+        }
+        let mut frozen: HashMap<Slot, ir::Tensor> = HashMap::new();
+        for (id, tensor) in &body.initializers {
+            frozen.insert(id.index(), tensor.clone());
+        }
+        let mut parameters = Vec::new();
+        let mut trainable = HashMap::new();
+        for &id in &options.trainable {
+            let name = graph.name(id);
+            let Some(tensor) = frozen.remove(&id.index()) else {
+                return Err(Error::invalid(
+                    format!("value `{name}`"),
+                    "is to be trained and is not an initializer, or is named twice",
+                ));
+            };
+            if !tensor.dtype.is_float() {
+                return Err(Error::invalid(
+                    format!("initializer `{name}`"),
+                    format!("is to be trained and has type {}", tensor.dtype),
+                )
+                .remedy("finetune the float model"));
+            }
+            let kind = if tensor.dtype == DataType::Double { Kind::Double } else { Kind::Float };
+            let leaf = tensor_from_ir(name, &tensor)?
+                .f_to_device(options.device)
+                .and_then(|t| t.f_to_kind(kind))
+                .and_then(|t| t.detach().f_set_requires_grad(true))
+                .map_err(|e| Error::engine("LibTorch", format!("initializer `{name}`"), e))?;
+            trainable.insert(id.index(), parameters.len());
+            parameters.push(Parameter { id, name: name.to_string(), dtype: tensor.dtype, tensor: leaf });
+        }
+        // The first value of a name counts; names in use are distinct.
+        let mut by_name = HashMap::new();
+        for (index, id) in value_ids(model) {
+            by_name.entry(names[index].clone()).or_insert(id);
+        }
+        Ok(Program {
+            steps,
+            producers,
+            names,
+            types,
+            by_name,
+            inputs,
+            outputs,
+            frozen,
+            parameters,
+            trainable,
+            device: options.device,
+            autocast: options.autocast,
+            state: RefCell::default(),
+        })
+    }
+
+    /// The values that [`Options`] named as given, or the graph's inputs without default.
+    pub fn inputs(&self) -> &[ValueId] {
+        &self.inputs
+    }
+
+    /// The values that [`Options`] named as wanted, or the graph's outputs.
+    pub fn outputs(&self) -> &[ValueId] {
+        &self.outputs
+    }
+
+    /// The trainable weights, in the order in which they were named.
+    pub fn parameters(&self) -> &[Parameter] {
+        &self.parameters
+    }
+
+    /// Where the program runs.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// The name of a value.
+    pub fn name(&self, id: ValueId) -> &str {
+        self.names.get(id.index()).map_or("", String::as_str)
+    }
+
+    /// The value of a name.
+    ///
+    /// Errors: `Error::Invalid` when the graph has none of that name.
+    pub fn value(&self, name: &str) -> Result<ValueId> {
+        self.by_name
+            .get(name)
+            .copied()
+            .filter(|_| !name.is_empty())
+            .ok_or_else(|| Error::invalid("the graph", format!("has no value `{name}`")))
+    }
+
+    /// Computes `outputs` from `inputs`, each any value of the compiled part. A value that is given is not computed, so
+    /// a program can be run in pieces. Gradients are tracked as LibTorch's mode says: wrap in `tch::no_grad` for none.
+    ///
+    /// Tensors may come on any device and leave on the program's, except small shape values, which stay on the host.
+    /// Results may share memory with inputs, never with weights.
+    ///
+    /// Errors: `Error::Invalid` when an input is missing or does not fit its declared type, or when an operator refuses
+    /// its tensors, naming the node.
+    pub fn run(&self, inputs: &[(ValueId, Tensor)], outputs: &[ValueId]) -> Result<Vec<Tensor>> {
+        let slots: Vec<Slot> = inputs.iter().map(|(id, _)| id.index()).collect();
+        let wanted: Vec<Slot> = outputs.iter().map(|id| id.index()).collect();
+        let mut signature: Signature = Vec::with_capacity(inputs.len());
+        let mut values: HashMap<Slot, Tensor> = HashMap::with_capacity(64);
+        for (id, tensor) in inputs {
+            let engine = |e| Error::engine("LibTorch", format!("input `{}`", self.name(*id)), e);
+            let kind = tensor.f_kind().map_err(engine)?;
+            self.check_input(*id, tensor, kind)?;
+            signature.push((tensor.size(), kind));
+            values.insert(id.index(), tensor.f_to_device(self.device).map_err(engine)?);
+        }
+        let mut state = self.state.borrow_mut();
+        let State { weights, constants, moved, routes } = &mut *state;
+        let route = match routes.iter().position(|route| route.inputs == slots && route.outputs == wanted) {
+            Some(position) => &mut routes[position],
+            None => {
+                routes.push(self.route(slots, wanted)?);
+                let last = routes.len() - 1;
+                &mut routes[last]
+            }
+        };
+        for &slot in &route.weights {
+            if !self.trainable.contains_key(&slot) && !weights.contains_key(&slot) {
+                if let Some(tensor) = self.frozen.get(&slot) {
+                    weights.insert(slot, weights::frozen(&self.names[slot], tensor, self.device)?);
+                }
+            }
+        }
+        let mut trained: HashMap<Slot, Tensor> = HashMap::new();
+        for &slot in &route.weights {
+            if let Some(&number) = self.trainable.get(&slot) {
+                trained.insert(slot, self.parameter_value(&self.parameters[number])?);
+            }
+        }
+        if !route.constant_kept.iter().all(|slot| constants.contains_key(slot)) {
+            let _guard = tch::no_grad_guard();
+            let mut made = HashMap::new();
+            let kept = &route.constant_kept;
+            let fixed = |slot: Slot| weights.get(&slot);
+            self.execute(&route.constant, &mut made, &fixed, moved, &mut |slot, tensor| {
+                if kept.contains(&slot) {
+                    constants.insert(slot, tensor.shallow_clone());
+                }
+                Ok(())
+            })?;
+        }
+        let fixed = |slot: Slot| trained.get(&slot).or_else(|| weights.get(&slot)).or_else(|| constants.get(&slot));
+        match route.plan(&signature) {
+            Some(position) => {
+                let plan = &route.plans[position];
+                for (&slot, tensor) in &plan.values {
+                    values.insert(slot, tensor.shallow_clone());
+                }
+                self.execute(&route.lean, &mut values, &fixed, moved, &mut |_, _| Ok(()))?;
+            }
+            None => {
+                let mut plan = Plan { signature, values: HashMap::new() };
+                let kept = &route.static_kept;
+                let read_on_device = |slot: Slot| self.read_on_device(&route.lean, slot);
+                self.execute(&route.full, &mut values, &fixed, moved, &mut |slot, tensor| {
+                    if kept.contains(&slot) {
+                        let tensor = if read_on_device(slot) {
+                            tensor.f_to_device(self.device)?
+                        } else {
+                            tensor.shallow_clone()
+                        };
+                        plan.values.insert(slot, tensor.detach());
+                    }
+                    Ok(())
+                })?;
+                route.keep(plan);
+            }
+        }
+        let mut results = Vec::with_capacity(outputs.len());
+        for &slot in &route.outputs {
+            let own = values.get(&slot);
+            let tensor = own
+                .or_else(|| fixed(slot))
+                .ok_or_else(|| Error::invalid(format!("value `{}`", self.names[slot]), "was not computed"))?;
+            let shared = own.is_none() || route.static_kept.contains(&slot);
+            let result = if shared { copied(tensor) } else { Ok(tensor.shallow_clone()) };
+            results.push(result.map_err(|e| Error::engine("LibTorch", format!("value `{}`", self.names[slot]), e))?);
+        }
+        Ok(results)
+    }
+
+    /// Forgets what was kept per set of input shapes; call it after a phase with many shapes to free memory.
+    pub fn forget_plans(&self) {
+        self.state.borrow_mut().routes.clear();
+    }
+
+    fn route(&self, inputs: Vec<Slot>, outputs: Vec<Slot>) -> Result<Route> {
+        let facts = Facts {
+            steps: &self.steps,
+            producers: &self.producers,
+            frozen: &|slot| self.frozen.contains_key(&slot),
+            trainable: &|slot| self.trainable.contains_key(&slot),
+        };
+        Route::new(&facts, inputs, outputs).map_err(|lacking| {
+            let names: Vec<&str> = lacking.iter().map(|&slot| self.names[slot].as_str()).collect();
+            Error::invalid("the run", format!("no value for {}", list_preview(&names, 8)))
+                .remedy("give these inputs, or compile the part of the graph that makes them")
+        })
+    }
+
+    /// The tensor that the graph reads for a parameter: the leaf itself, or the leaf in the graph's type.
+    fn parameter_value(&self, parameter: &Parameter) -> Result<Tensor> {
+        let kind = kind_of(parameter.dtype).unwrap_or(Kind::Float);
+        parameter.tensor.f_to_kind(kind).map_err(|e| Error::engine("LibTorch", parameter.name.clone(), e))
+    }
+
+    /// True when a later run reads the slot where it would have to be moved to the device first.
+    fn read_on_device(&self, turns: &[Turn], slot: Slot) -> bool {
+        self.device != Device::Cpu
+            && turns.iter().map(|turn| &self.steps[turn.step]).all(|step| {
+                let mut reads = step.inputs.iter().enumerate().filter(|(_, input)| **input == Some(slot));
+                reads.all(|(index, _)| !step.row.reads_on_host(index))
+            })
+    }
+
+    fn execute<'v>(
+        &self,
+        turns: &[Turn],
+        values: &mut HashMap<Slot, Tensor>,
+        fixed: &dyn Fn(Slot) -> Option<&'v Tensor>,
+        moved: &mut HashMap<Slot, Tensor>,
+        made: &mut dyn FnMut(Slot, &Tensor) -> OpResult<()>,
+    ) -> Result<()> {
+        for turn in turns {
+            let step = &self.steps[turn.step];
+            let outputs = {
+                let inputs: Vec<Option<&Tensor>> = step
+                    .inputs
+                    .iter()
+                    .map(|slot| slot.and_then(|slot| values.get(&slot).or_else(|| fixed(slot))))
+                    .collect();
+                let mut mover = |slot: Slot, tensor: &Tensor| {
+                    if values.contains_key(&slot) {
+                        return Ok(tensor.f_to_device(self.device)?);
+                    }
+                    if let Some(copy) = moved.get(&slot) {
+                        return Ok(copy.shallow_clone());
+                    }
+                    let copy = tensor.f_to_device(self.device)?;
+                    moved.insert(slot, copy.shallow_clone());
+                    Ok(copy)
+                };
+                step.call(&inputs, self.device, &mut mover).map_err(|error| step.error(error, &inputs))?
+            };
+            let mut failed = None;
+            store(step, outputs, |slot, tensor| {
+                if let Err(error) = made(slot, &tensor) {
+                    failed = Some(error);
+                }
+                // A value that the caller gave stays, when another output of its step was needed.
+                values.entry(slot).or_insert(tensor);
+            })?;
+            if let Some(error) = failed {
+                return Err(step.error(error, &[]));
+            }
+            for slot in &turn.frees {
+                values.remove(slot);
+            }
+        }
+        Ok(())
+    }
+
+    fn check_input(&self, id: ValueId, tensor: &Tensor, kind: Kind) -> Result<()> {
+        let Some(ValueType::Tensor { dtype, shape }) = self.types.get(&id.index()) else { return Ok(()) };
+        let subject = || format!("input `{}`", self.name(id));
+        let found = data_type_of(kind);
+        let float = |dtype: Option<DataType>| dtype.is_some_and(DataType::is_float);
+        let castable = self.autocast.is_some() && float(found) && dtype.is_float();
+        if found != Some(*dtype) && !castable {
+            return Err(Error::invalid(subject(), format!("is {kind:?}, the graph declares {dtype}")));
+        }
+        let size = tensor.size();
+        if let Some(shape) = shape {
+            let fits = shape.len() == size.len()
+                && shape
+                    .iter()
+                    .zip(&size)
+                    .all(|(dim, &size)| !matches!(dim, Dim::Known(known) if *known != size && *known >= 0));
+            if !fits {
+                let declared: Vec<String> = shape.iter().map(ToString::to_string).collect();
+                let problem = format!("has shape {size:?}, the graph declares [{}]", declared.join(", "));
+                return Err(Error::invalid(subject(), problem));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A tensor with memory of its own.
+fn copied(tensor: &Tensor) -> std::result::Result<Tensor, tch::TchError> {
+    let mut copy = tensor.f_zeros_like()?;
+    copy.f_copy_(tensor)?;
+    Ok(copy)
+}
+
+/// For each node, whether the outputs need it when the inputs are given.
+fn needed_nodes(model: &Model, inputs: &[ValueId], outputs: &[ValueId]) -> Vec<bool> {
+    let body = &model.graph.body;
+    let index = GraphIndex::new(&model.graph);
+    let captures: Vec<Vec<ValueId>> =
+        body.nodes.iter().map(|node| node.bodies().flat_map(values_read).collect()).collect();
+    let given: HashSet<ValueId> = inputs.iter().copied().collect();
+    let mut needed = vec![false; body.nodes.len()];
+    let mut seen = HashSet::new();
+    let mut stack = outputs.to_vec();
+    while let Some(id) = stack.pop() {
+        if given.contains(&id) || !seen.insert(id) {
+            continue;
+        }
+        if let Some((node, _)) = index.node_of(id) {
+            needed[node] = true;
+            stack.extend(body.nodes[node].present_inputs());
+            stack.extend(&captures[node]);
+        }
+    }
+    needed
+}
+
+/// Every top-level value id with its position.
+fn value_ids(model: &Model) -> Vec<(usize, ValueId)> {
+    let body = &model.graph.body;
+    let nodes = body.nodes.iter().flat_map(|node| node.present_inputs().chain(node.present_outputs()));
+    let ids = body.inputs.iter().copied().chain(body.initializers.iter().map(|(id, _)| *id)).chain(nodes);
+    ids.chain(body.outputs.iter().copied()).map(|id| (id.index(), id)).collect()
+}

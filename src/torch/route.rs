@@ -1,0 +1,197 @@
+//! The order of work from one set of given values to one set of wanted ones, and what of it can be kept between runs.
+
+use std::collections::{HashMap, HashSet};
+
+use tch::{Kind, Tensor};
+
+use super::compile::{Slot, Step};
+
+/// How often a step has to run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Class {
+    /// Once per program: depends on frozen weights only.
+    Constant,
+    /// Once per set of input shapes.
+    Static,
+    /// Every time.
+    Dynamic,
+}
+
+/// A step number and what nobody reads after it.
+pub(super) struct Turn {
+    pub step: usize,
+    pub frees: Vec<Slot>,
+}
+
+/// Shapes and kinds of the inputs of a run.
+pub(super) type Signature = Vec<(Vec<i64>, Kind)>;
+
+/// Values kept for one signature.
+pub(super) struct Plan {
+    pub signature: Signature,
+    pub values: HashMap<Slot, Tensor>,
+}
+
+/// How many signatures are kept per route, the least recently used one making room.
+const MAX_PLANS: usize = 64;
+
+/// The work from given to wanted values.
+pub(super) struct Route {
+    pub inputs: Vec<Slot>,
+    pub outputs: Vec<Slot>,
+    /// Constant steps, to be run once per program.
+    pub constant: Vec<Turn>,
+    /// What constant steps give to others.
+    pub constant_kept: HashSet<Slot>,
+    /// First run with a signature: static and dynamic steps.
+    pub full: Vec<Turn>,
+    /// Later runs: dynamic steps only.
+    pub lean: Vec<Turn>,
+    /// What static steps give to dynamic ones or to the caller.
+    pub static_kept: HashSet<Slot>,
+    /// Weights that the steps or the caller read.
+    pub weights: Vec<Slot>,
+    /// Most recently used last.
+    pub plans: Vec<Plan>,
+}
+
+/// What a route is made from.
+pub(super) struct Facts<'a> {
+    pub steps: &'a [Step],
+    /// The step that makes a slot.
+    pub producers: &'a HashMap<Slot, usize>,
+    pub frozen: &'a dyn Fn(Slot) -> bool,
+    pub trainable: &'a dyn Fn(Slot) -> bool,
+}
+
+impl Route {
+    /// Works out the route, or names the slots that have no value.
+    pub fn new(facts: &Facts, inputs: Vec<Slot>, outputs: Vec<Slot>) -> Result<Route, Vec<Slot>> {
+        let given: HashSet<Slot> = inputs.iter().copied().collect();
+        let mut needed = vec![false; facts.steps.len()];
+        let mut seen = HashSet::new();
+        let mut lacking = Vec::new();
+        let mut weights = Vec::new();
+        let mut stack: Vec<Slot> = outputs.clone();
+        while let Some(slot) = stack.pop() {
+            if given.contains(&slot) || !seen.insert(slot) {
+                continue;
+            }
+            if let Some(&step) = facts.producers.get(&slot) {
+                needed[step] = true;
+                stack.extend(facts.steps[step].inputs.iter().flatten());
+            } else if (facts.frozen)(slot) || (facts.trainable)(slot) {
+                weights.push(slot);
+            } else {
+                lacking.push(slot);
+            }
+        }
+        if !lacking.is_empty() {
+            lacking.sort_unstable();
+            return Err(lacking);
+        }
+        let order: Vec<usize> = (0..needed.len()).filter(|&step| needed[step]).collect();
+        let classes = classify(facts, &given, &order);
+        let wanted: HashSet<Slot> = outputs.iter().copied().collect();
+        let kept = |class: Class| -> HashSet<Slot> {
+            let made: HashSet<Slot> = order
+                .iter()
+                .filter(|step| classes[*step] == class)
+                .flat_map(|&step| facts.steps[step].outputs.iter().flatten().copied())
+                .collect();
+            let read = order
+                .iter()
+                .filter(|step| classes[*step] != class)
+                .flat_map(|&step| facts.steps[step].inputs.iter().flatten().copied());
+            read.chain(outputs.iter().copied()).filter(|slot| made.contains(slot)).collect()
+        };
+        let turns = |keep: &dyn Fn(Class) -> bool| -> Vec<Turn> {
+            let chosen: Vec<usize> = order.iter().copied().filter(|step| keep(classes[step])).collect();
+            let mut last: HashMap<Slot, usize> = HashMap::new();
+            for (turn, &step) in chosen.iter().enumerate() {
+                for &slot in facts.steps[step].inputs.iter().chain(&facts.steps[step].outputs).flatten() {
+                    last.insert(slot, turn);
+                }
+            }
+            let mut turns: Vec<Turn> = chosen.into_iter().map(|step| Turn { step, frees: Vec::new() }).collect();
+            for (slot, turn) in last {
+                if !wanted.contains(&slot) {
+                    turns[turn].frees.push(slot);
+                }
+            }
+            turns
+        };
+        let constant = turns(&|class| class == Class::Constant);
+        let full = turns(&|class| class != Class::Constant);
+        let lean = turns(&|class| class == Class::Dynamic);
+        let (constant_kept, static_kept) = (kept(Class::Constant), kept(Class::Static));
+        Ok(Route { inputs, outputs, constant, constant_kept, full, lean, static_kept, weights, plans: Vec::new() })
+    }
+
+    /// The plan of a signature, moved to the most recent place.
+    pub fn plan(&mut self, signature: &Signature) -> Option<usize> {
+        let position = self.plans.iter().position(|plan| plan.signature == *signature)?;
+        let plan = self.plans.remove(position);
+        self.plans.push(plan);
+        Some(self.plans.len() - 1)
+    }
+
+    /// Keeps a plan.
+    pub fn keep(&mut self, plan: Plan) {
+        if self.plans.len() >= MAX_PLANS {
+            self.plans.remove(0);
+        }
+        self.plans.push(plan);
+    }
+}
+
+/// What is known of a value before a run.
+#[derive(Clone, Copy)]
+struct Known {
+    /// The content depends on frozen weights only.
+    constant: bool,
+    /// The content depends on weights and input shapes only.
+    content: bool,
+    /// The shape depends on weights and input shapes only.
+    shape: bool,
+}
+
+fn classify(facts: &Facts, given: &HashSet<Slot>, order: &[usize]) -> HashMap<usize, Class> {
+    let mut known: HashMap<Slot, Known> = HashMap::new();
+    let fact = |known: &HashMap<Slot, Known>, slot: Slot| -> Known {
+        if given.contains(&slot) {
+            return Known { constant: false, content: false, shape: true };
+        }
+        if let Some(known) = known.get(&slot) {
+            return *known;
+        }
+        let frozen = (facts.frozen)(slot);
+        Known { constant: frozen, content: frozen, shape: true }
+    };
+    let mut classes = HashMap::new();
+    for &number in order {
+        let step = &facts.steps[number];
+        let mut all = Known { constant: true, content: true, shape: true };
+        let mut shape = true;
+        for (index, slot) in step.inputs.iter().enumerate() {
+            let Some(slot) = slot else { continue };
+            let input = fact(&known, *slot);
+            all.constant &= input.constant;
+            all.content &= input.content;
+            shape &= input.shape && (input.content || !step.row.reads_on_host(index));
+        }
+        let content = if step.row.shape_only { shape } else { all.content };
+        let class = match (all.constant, content) {
+            (true, _) => Class::Constant,
+            (false, true) => Class::Static,
+            (false, false) => Class::Dynamic,
+        };
+        classes.insert(number, class);
+        for &slot in step.outputs.iter().flatten() {
+            if !given.contains(&slot) {
+                known.insert(slot, Known { constant: all.constant, content, shape: shape || content });
+            }
+        }
+    }
+    classes
+}

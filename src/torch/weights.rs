@@ -1,0 +1,57 @@
+//! Weights as tensors: frozen ones share memory with the mapped file, trainable ones are copies.
+
+use std::sync::{Arc, Mutex};
+
+use tch::{Device, Tensor};
+
+use crate::base::{Error, MappedFile, Result};
+use crate::ir::{self, TensorData};
+
+use super::convert::{dims_of, kind_of, tensor_from_ir};
+
+/// Integer constants up to this many elements stay on the host: they feed shapes.
+const HOST_INTEGERS: u64 = 4096;
+/// Float constants up to this many elements stay on the host.
+const HOST_FLOATS: u64 = 16;
+
+/// Files that LibTorch tensors point into. LibTorch has no hook that tells when the last such tensor (a view, or one
+/// saved for a backward pass) goes, so a file once shared stays mapped until the process ends.
+static SHARED: Mutex<Vec<Arc<MappedFile>>> = Mutex::new(Vec::new());
+
+/// A frozen weight on its device.
+///
+/// Errors: `Error::Unsupported` for element types without a LibTorch kind, `Error::Invalid` for a wrong byte count.
+pub(super) fn frozen(name: &str, tensor: &ir::Tensor, device: Device) -> Result<Tensor> {
+    let host = match share(name, tensor)? {
+        Some(shared) => shared,
+        None => tensor_from_ir(name, tensor)?,
+    };
+    let small = if tensor.dtype.is_float() { HOST_FLOATS } else { HOST_INTEGERS };
+    if device == Device::Cpu || tensor.element_count() <= small {
+        return Ok(host);
+    }
+    host.f_to_device(device).map_err(|e| Error::engine("LibTorch", format!("tensor `{name}`"), e))
+}
+
+/// A tensor over the mapped bytes, where they are mapped, aligned and of a kind that LibTorch has.
+fn share(name: &str, tensor: &ir::Tensor) -> Result<Option<Tensor>> {
+    let (TensorData::Mapped { file, .. }, Some(kind)) = (&tensor.data, kind_of(tensor.dtype)) else {
+        return Ok(None);
+    };
+    let dims = dims_of(name, tensor)?;
+    let bytes = tensor.bytes();
+    let width = kind.elt_size_in_bytes();
+    let wanted = (tensor.element_count() as usize).checked_mul(width);
+    if bytes.is_empty() || wanted != Some(bytes.len()) || bytes.as_ptr() as usize % width != 0 {
+        return Ok(None);
+    }
+    let mut shared = SHARED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    if !shared.iter().any(|known| Arc::ptr_eq(known, file)) {
+        shared.push(file.clone());
+    }
+    // SAFETY: the bytes fill the shape, are aligned for the kind, and stay mapped because `SHARED` holds the file. The
+    // interpreter never writes to a frozen weight.
+    unsafe { Tensor::f_from_blob(bytes.as_ptr(), &dims, &[], kind, Device::Cpu) }
+        .map(Some)
+        .map_err(|e| Error::engine("LibTorch", format!("tensor `{name}`"), e))
+}
