@@ -20,9 +20,14 @@ pub struct Metric {
     pub about: &'static str,
     /// Benchmarks (parts of their names, lower case) that are judged by it.
     pub benchmarks: &'static [&'static str],
+    /// What their questions end with.
+    pub instruction: &'static str,
     /// The score of a prediction, 0 to 1.
     pub score: fn(&Reference, &str) -> f64,
 }
+
+/// What VLMEvalKit puts behind open questions of the benchmarks that expect a word.
+const SHORT_ANSWER: &str = "\nAnswer the question using a single word or phrase.";
 
 /// All metrics. Benchmarks are looked up in this order.
 pub const METRICS: &[Metric] = &[
@@ -30,30 +35,35 @@ pub const METRICS: &[Metric] = &[
         name: "ocr_contains",
         about: "1 if one of the answers occurs in the prediction (OCRBench)",
         benchmarks: &["ocrbench"],
+        instruction: "",
         score: ocr_contains,
     },
     Metric {
         name: "relaxed_accuracy",
         about: "1 if a number is within 5% of the answer, or a text equals it (ChartQA)",
         benchmarks: &["chartqa"],
+        instruction: SHORT_ANSWER,
         score: relaxed_accuracy,
     },
     Metric {
         name: "vqa_score",
         about: "agreement with ten annotators, full from three on (TextVQA)",
         benchmarks: &["textvqa", "okvqa", "vqav2"],
+        instruction: SHORT_ANSWER,
         score: vqa_score,
     },
     Metric {
         name: "anls",
         about: "1 minus the normalised edit distance, 0 below 0.5 (DocVQA, InfoVQA)",
         benchmarks: &["docvqa", "infovqa"],
+        instruction: SHORT_ANSWER,
         score: anls,
     },
     Metric {
         name: "yes_no",
         about: "1 if the prediction says yes where the answer is yes, or no where it is no (POPE)",
         benchmarks: &["pope", "mme", "hallusionbench", "amber"],
+        instruction: "",
         score: yes_no,
     },
     Metric {
@@ -71,12 +81,14 @@ pub const METRICS: &[Metric] = &[
             "a-okvqa",
             "mmmu",
         ],
+        instruction: "",
         score: multiple_choice,
     },
     Metric {
         name: "exact_match",
         about: "1 if prediction and one of the answers are equal in the VQA normal form",
         benchmarks: &["ocrvqa"],
+        instruction: SHORT_ANSWER,
         score: exact_match,
     },
 ];
@@ -84,9 +96,7 @@ pub const METRICS: &[Metric] = &[
 /// The metric of a question: its benchmark's if the table knows it by name; else by what the row holds: options,
 /// a yes or no as the answer, anything else.
 pub fn metric_for(benchmark: &str, reference: &Reference) -> &'static Metric {
-    let benchmark = benchmark.to_lowercase();
     let by_name = |name: &str| METRICS.iter().find(|metric| metric.name == name);
-    let known = METRICS.iter().find(|metric| metric.benchmarks.iter().any(|part| benchmark.contains(part)));
     let by_row = || {
         let answer = reference.answer.trim().to_lowercase();
         match () {
@@ -95,7 +105,13 @@ pub fn metric_for(benchmark: &str, reference: &Reference) -> &'static Metric {
             () => by_name("exact_match"),
         }
     };
-    known.or_else(by_row).unwrap_or(&METRICS[METRICS.len() - 1])
+    metric_of(benchmark).or_else(by_row).unwrap_or(&METRICS[METRICS.len() - 1])
+}
+
+/// The metric of a benchmark that the table knows by name.
+pub fn metric_of(benchmark: &str) -> Option<&'static Metric> {
+    let benchmark = benchmark.to_lowercase();
+    METRICS.iter().find(|metric| metric.benchmarks.iter().any(|part| benchmark.contains(part)))
 }
 
 fn hit(condition: bool) -> f64 {

@@ -3,9 +3,9 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex};
 
-use ndarray::ArrayD;
+use ndarray::{Array2, Array3, ArrayD, Axis, Slice};
 
-use crate::base::{Error, Result, Sha256Digest};
+use crate::base::{Error, Result, Sha256Digest, sha256_bytes};
 use crate::ir::DataType;
 
 use super::session::{Port, Session};
@@ -25,6 +25,49 @@ pub struct Picture {
     pub pixel_attention_mask: Option<ArrayD<bool>>,
     /// Frames, rows and columns of patches, for encoders that take patches.
     pub image_grid_thw: Option<[i64; 3]>,
+}
+
+impl Picture {
+    /// What a processor made of the pictures of one prompt: tiles stay together, patches are taken apart by their
+    /// grids. Keys are digests of the pixels.
+    ///
+    /// Errors: `Error::Invalid` when the grids do not account for the patches.
+    pub fn of_inputs(
+        pixel_values: ArrayD<f32>,
+        pixel_attention_mask: Option<Array3<bool>>,
+        image_grid_thw: Option<Array2<i64>>,
+    ) -> Result<Vec<Arc<Picture>>> {
+        let Some(grids) = image_grid_thw else {
+            let mask = pixel_attention_mask.map(Array3::into_dyn);
+            return Ok(vec![Arc::new(Picture::keyed(pixel_values, mask, None))]);
+        };
+        let total = pixel_values.shape().first().copied().unwrap_or(0);
+        let wrong = || Error::invalid("pictures", format!("grids {grids:?} do not account for {total} patches"));
+        let mut start = 0usize;
+        let mut pictures = Vec::with_capacity(grids.nrows());
+        for grid in grids.rows() {
+            let &[frames, height, width] = grid.as_slice().unwrap_or(&[]) else { return Err(wrong()) };
+            let sizes = [frames, height, width].into_iter();
+            let count = sizes.map(usize::try_from).try_fold(1usize, |count, size| count.checked_mul(size.ok()?));
+            let end = count.and_then(|count| start.checked_add(count)).filter(|&end| end <= total).ok_or_else(wrong)?;
+            let pixels = pixel_values.slice_axis(Axis(0), Slice::from(start..end)).to_owned();
+            pictures.push(Arc::new(Picture::keyed(pixels, None, Some([frames, height, width]))));
+            start = end;
+        }
+        if start != total {
+            return Err(wrong());
+        }
+        Ok(pictures)
+    }
+
+    fn keyed(pixel_values: ArrayD<f32>, mask: Option<ArrayD<bool>>, grid: Option<[i64; 3]>) -> Self {
+        let mut bytes = Vec::with_capacity(pixel_values.len() * 4 + 64);
+        bytes.extend(pixel_values.shape().iter().flat_map(|&size| (size as u64).to_le_bytes()));
+        bytes.extend(grid.iter().flatten().flat_map(|size| size.to_le_bytes()));
+        bytes.extend(pixel_values.iter().flat_map(|pixel| pixel.to_le_bytes()));
+        bytes.extend(mask.iter().flatten().map(|&real| u8::from(real)));
+        Picture { key: sha256_bytes(&bytes), pixel_values, pixel_attention_mask: mask, image_grid_thw: grid }
+    }
 }
 
 /// What a picture becomes: one row per image token.
