@@ -4,6 +4,7 @@
 
 mod args;
 mod export;
+mod inspect;
 mod output;
 mod plan;
 mod schema;
@@ -36,6 +37,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Verb {
+    Inspect(inspect::Args),
     Plan(plan::Args),
     Export(export::Args),
 }
@@ -79,6 +81,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<Outcome> {
     set_quiet(cli.quiet);
     let context = Context { output: Output { json: cli.json, quiet: cli.quiet }, cancel: install_ctrl_c()? };
     match cli.verb {
+        Verb::Inspect(args) => inspect::run(args, &context),
         Verb::Plan(args) => plan::run(args, &context),
         Verb::Export(args) => export::run(args, &context),
     }

@@ -6,12 +6,14 @@ use crate::bundle::Record;
 use crate::export::triton::Export;
 use crate::method::{Plan, Scores};
 use crate::pipeline::State;
+use crate::pipeline::steps::Inspection;
 
 /// Name and schema of every artifact; `schemas/` holds them under `NAME.schema.json`.
 pub fn schemas() -> Vec<(&'static str, Schema)> {
     vec![
         ("export", schema_for!(Export)),
         ("interlace", schema_for!(Record)),
+        ("layers", schema_for!(Inspection)),
         ("plan", schema_for!(Plan)),
         ("scores", schema_for!(Scores)),
         ("state", schema_for!(State)),

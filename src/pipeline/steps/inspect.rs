@@ -1,0 +1,253 @@
+//! What is in a model: components, layers, boundaries, cache ports, what layers share.
+
+use std::collections::BTreeMap;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::analysis::{self, Analysis};
+use crate::base::{Error, Provenance, Result};
+use crate::bundle::{Bundle, Component, Record, Role, Tower};
+use crate::ir::{Graph, Model, ValueId};
+use crate::onnx;
+
+/// Version of the schema of `inspect --json`.
+pub const LAYERS_SCHEMA_VERSION: u32 = 1;
+
+/// What `inspect --json` prints.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Inspection {
+    #[serde(flatten)]
+    pub provenance: Provenance,
+    /// How the files are laid out.
+    pub layout: String,
+    /// `model_type` of the config.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model_type: Option<String>,
+    pub components: Vec<ComponentInfo>,
+    /// Decoder layers.
+    pub num_layers: usize,
+    pub layers: Vec<LayerInfo>,
+    /// What is done to the residual stream between decoder layers.
+    pub between_layers: Vec<BetweenLayers>,
+    /// Layers of the vision tower; absent without one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vision: Option<VisionInfo>,
+}
+
+/// One ONNX file.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ComponentInfo {
+    pub role: Role,
+    /// Precision variant; empty for full precision.
+    pub variant: String,
+    pub file: String,
+    pub ir_version: i64,
+    /// Opset by domain; the default domain is `ai.onnx`.
+    pub opsets: BTreeMap<String, i64>,
+    /// Exporter and its version, as the file says.
+    pub producer: String,
+    pub nodes: usize,
+    /// Elements of all weights of the top-level graph.
+    pub parameters: u64,
+    /// Bytes on disk, external data included.
+    pub size_bytes: u64,
+    pub inputs: Vec<String>,
+    pub outputs: Vec<String>,
+}
+
+/// One layer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct LayerInfo {
+    pub index: usize,
+    /// Index in the model that was never pruned.
+    pub original_index: usize,
+    /// What it does, as in `attention + mlp`.
+    pub kind: String,
+    /// Layers of the same number have the same operators in the same arrangement.
+    pub class: usize,
+    /// Tensor of the residual stream before the layer.
+    pub input: String,
+    /// Tensor of the residual stream after it.
+    pub output: String,
+    /// Elements of the weights that only this layer reads.
+    pub parameters: u64,
+    pub weight_bytes: u64,
+    pub kv_ports: Vec<PortInfo>,
+    /// Weights that this layer and others read.
+    pub shared_weights: Vec<String>,
+    /// Values from outside the layer that it reads: masks, rotary tables, shapes.
+    pub shared_values: Vec<String>,
+}
+
+/// A cached tensor of a layer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PortInfo {
+    /// `key`, `value` or `state N`.
+    pub role: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub past: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub present: Option<String>,
+}
+
+/// A change of the residual stream between two layers, such as features added from outside.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BetweenLayers {
+    /// The layer before; absent in front of the first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub after: Option<usize>,
+    pub operators: Vec<String>,
+    /// Graph inputs that come in here.
+    pub inputs: Vec<String>,
+}
+
+/// Layers of the vision tower.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VisionInfo {
+    pub num_layers: usize,
+    pub layers: Vec<LayerInfo>,
+    /// Why no layers were found.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
+}
+
+/// The decoder component that layers are counted in: prefill and decode in one graph, or else the prefill graph.
+///
+/// Errors: `Error::Invalid` when the model has no decoder.
+pub fn decoder(bundle: &Bundle) -> Result<&Component> {
+    match bundle.component(Role::Decoder) {
+        Some(component) => Ok(component),
+        None => bundle.component(Role::DecoderPrefill).map_or_else(|| bundle.require(Role::Decoder), Ok),
+    }
+}
+
+/// Layers of the decoder's graph, checked against the config.
+///
+/// Errors: `Error::Unsupported` when the graph has no layers that are understood; `Error::Invalid` when the config says
+/// another number of them.
+pub fn decoder_layers(bundle: &Bundle) -> Result<usize> {
+    let component = decoder(bundle)?;
+    let count = analysis::analyse(&onnx::load(&bundle.path_of(component))?)?.map.layers.len();
+    check_count(bundle, component, count)?;
+    Ok(count)
+}
+
+fn check_count(bundle: &Bundle, component: &Component, found: usize) -> Result<()> {
+    let Some(config) = bundle.config() else { return Ok(()) };
+    match config.num_hidden_layers {
+        Some(said) if said != found => Err(Error::invalid(
+            format!("`{}`", bundle.path_of(component).display()),
+            format!("has {found} layers, `{}` says {said}", config.source),
+        )
+        .remedy("mend the config, or give the folder that the graph belongs to")),
+        _ => Ok(()),
+    }
+}
+
+/// Looks at every component.
+///
+/// Errors: `Error::Invalid` and `Error::Unsupported` when a file does not load, the decoder has no layers that are
+/// understood, or config and graph disagree. A vision tower that is not understood is told, not refused.
+pub fn inspect(bundle: &Bundle) -> Result<Inspection> {
+    let history = bundle.record()?.map(|record| record.history).unwrap_or_default();
+    let decoder = decoder(bundle)?;
+    let mut components = Vec::new();
+    let mut found = None;
+    let mut vision = None;
+    for component in bundle.components() {
+        let model = onnx::load(&bundle.path_of(component))?;
+        components.push(component_info(bundle, component, &model)?);
+        if component.file == decoder.file {
+            let analysis = analysis::analyse(&model)?;
+            check_count(bundle, component, analysis.map.layers.len())?;
+            let layers = layers(&analysis, &Record::original_layers(&history, Tower::Text, analysis.map.layers.len())?);
+            found = Some((layers, between(&analysis)));
+        } else if component.role == Role::VisionEncoder && vision.is_none() {
+            vision = Some(match analysis::analyse(&model) {
+                Ok(analysis) => {
+                    let count = analysis.map.layers.len();
+                    let originals = Record::original_layers(&history, Tower::Vision, count)?;
+                    VisionInfo { num_layers: count, layers: layers(&analysis, &originals), problem: None }
+                }
+                Err(error) => VisionInfo { num_layers: 0, layers: Vec::new(), problem: Some(error.to_string()) },
+            });
+        }
+    }
+    let (layers, between_layers) = found.unwrap_or_default();
+    let inputs = BTreeMap::from([("model".to_string(), bundle.digest()?)]);
+    Ok(Inspection {
+        provenance: Provenance::new(LAYERS_SCHEMA_VERSION, inputs, &BTreeMap::<String, String>::new())?,
+        layout: bundle.layout().name.to_string(),
+        model_type: bundle.config().map(|config| config.model_type.clone()),
+        components,
+        num_layers: layers.len(),
+        layers,
+        between_layers,
+        vision,
+    })
+}
+
+fn component_info(bundle: &Bundle, component: &Component, model: &Model) -> Result<ComponentInfo> {
+    let graph = &model.graph;
+    let domain = |name: &str| if name.is_empty() { "ai.onnx" } else { name }.to_string();
+    Ok(ComponentInfo {
+        role: component.role,
+        variant: component.variant.clone(),
+        file: component.file.clone(),
+        ir_version: model.ir_version,
+        opsets: model.opset_imports.iter().map(|(name, version)| (domain(name), *version)).collect(),
+        producer: format!("{} {}", model.producer_name, model.producer_version).trim().to_string(),
+        nodes: graph.body.nodes.len(),
+        parameters: graph.body.initializers.iter().map(|(_, tensor)| tensor.element_count()).sum(),
+        size_bytes: bundle.size_bytes(component)?,
+        inputs: names(graph, &graph.body.inputs),
+        outputs: names(graph, &graph.body.outputs),
+    })
+}
+
+fn layers(analysis: &Analysis, originals: &[usize]) -> Vec<LayerInfo> {
+    let graph = &analysis.model.graph;
+    let rows = analysis.map.layers.iter().zip(originals);
+    rows.map(|(layer, &original_index)| LayerInfo {
+        index: layer.index,
+        original_index,
+        kind: layer.kind.clone(),
+        class: layer.class,
+        input: graph.name(layer.input).to_string(),
+        output: graph.name(layer.output).to_string(),
+        parameters: layer.parameters(&graph.body),
+        weight_bytes: layer.weight_bytes(&graph.body),
+        kv_ports: layer
+            .ports
+            .iter()
+            .map(|port| PortInfo {
+                role: port.role.label(),
+                past: port.past.map(|id| graph.name(id).to_string()),
+                present: port.present.map(|id| graph.name(id).to_string()),
+            })
+            .collect(),
+        shared_weights: names(graph, &layer.shared_weights),
+        shared_values: names(graph, &layer.shared_values),
+    })
+    .collect()
+}
+
+fn between(analysis: &Analysis) -> Vec<BetweenLayers> {
+    let graph = &analysis.model.graph;
+    let rows = analysis.map.glue.iter().map(|glue| BetweenLayers {
+        after: glue.after,
+        operators: glue.operators.clone(),
+        inputs: names(graph, &glue.inputs),
+    });
+    rows.collect()
+}
+
+fn names(graph: &Graph, ids: &[ValueId]) -> Vec<String> {
+    ids.iter().map(|&id| graph.name(id).to_string()).collect()
+}
