@@ -1,6 +1,7 @@
 //! Model folders: which file is which component, what the configs say, and writing a changed folder.
 
 mod config;
+mod export_json;
 mod json;
 mod layers;
 mod layout;
@@ -13,7 +14,7 @@ pub use layout::{AssetKind, Layout, RECORD_FILE, Role};
 pub use record::{Record, Step};
 pub use write::BundleWriter;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -21,6 +22,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::base::{Error, Result, Sha256Digest, contained_path, list_preview, sha256_file, sha256_json};
+use crate::ir::{Body, TensorData};
 
 use layout::{Components, LAYOUTS, SINGLE_FILE, VARIANTS, classify, remedy_for};
 
@@ -114,7 +116,8 @@ impl Bundle {
     /// Opens a model folder, or one `.onnx` file.
     ///
     /// Errors: `Error::Io` when it cannot be read; `Error::Invalid` when no layout applies, a file is claimed by
-    /// nobody, a component that a config names is missing, or a config cannot be read.
+    /// nobody, a component that a config names is missing, or a config cannot be read; for a lone file, as
+    /// `onnx::load`.
     pub fn open(path: &Path) -> Result<Self> {
         let metadata = fs::metadata(path).map_err(|e| Error::io("open", path, e))?;
         if metadata.is_dir() { Self::open_folder(path) } else { Self::open_file(path) }
@@ -128,16 +131,7 @@ impl Bundle {
         let name = path.file_name().and_then(|name| name.to_str());
         let name = name.ok_or_else(|| Error::invalid(subject(), "its name is not UTF-8"))?.to_string();
         let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let mut external = Vec::new();
-        for entry in fs::read_dir(parent).map_err(|e| Error::io("read", parent, e))? {
-            let entry = entry.map_err(|e| Error::io("read", parent, e))?;
-            if let Ok(file) = entry.file_name().into_string()
-                && is_external_data_of(&file, &name)
-            {
-                external.push(file);
-            }
-        }
-        external.sort();
+        let external = external_files(path)?;
         let stem = name.trim_end_matches(".onnx").to_string();
         let component = Component { role: Role::Decoder, stem, variant: String::new(), file: name, external };
         Ok(Bundle {
@@ -174,10 +168,22 @@ impl Bundle {
             return Err(Error::invalid(subject(), "no component of a model is in it")
                 .remedy("expected a decoder such as onnx/decoder_model_merged.onnx"));
         }
+        let claimed = |components: &[Component], file: &String| {
+            components.iter().any(|c| c.file == *file || c.external.contains(file))
+        };
+        // Names say which data belongs to which component; only where they do not are the graphs asked.
+        if listing.0.iter().any(|file| !claimed(&components, file) && classify(file).is_none()) {
+            for component in &mut components {
+                let named = external_files(&root.join(&component.file))?;
+                let folder = component.file.rsplit_once('/').map_or(String::new(), |(folder, _)| format!("{folder}/"));
+                component.external.extend(named.into_iter().map(|name| format!("{folder}{name}")));
+                component.external.sort();
+                component.external.dedup();
+            }
+        }
         let mut assets = Vec::new();
         for file in &listing.0 {
-            let claimed = components.iter().any(|c| c.file == *file || c.external.contains(file));
-            if claimed {
+            if claimed(&components, file) {
                 continue;
             }
             match classify(file) {
@@ -333,6 +339,35 @@ fn read_text(path: &Path) -> Result<String> {
     }
     let bytes = fs::read(path).map_err(|e| Error::io("read", path, e))?;
     String::from_utf8(bytes).map_err(|_| Error::invalid(format!("`{}`", path.display()), "is not UTF-8"))
+}
+
+/// Files of external data that a graph reads, relative to its folder, sorted.
+fn external_files(path: &Path) -> Result<Vec<String>> {
+    fn visit(body: &Body, files: &mut BTreeSet<PathBuf>) {
+        for (_, tensor) in &body.initializers {
+            if let TensorData::Mapped { file, external: true, .. } = &tensor.data {
+                files.insert(file.path().to_path_buf());
+            }
+        }
+        body.nodes.iter().flat_map(|node| node.bodies()).for_each(|body| visit(body, files));
+    }
+    let model = crate::onnx::load(path)?;
+    let mut files = BTreeSet::new();
+    visit(&model.graph.body, &mut files);
+    let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let folders = [folder.to_path_buf(), fs::canonicalize(folder).map_err(|e| Error::io("open", folder, e))?];
+    let mut names = Vec::new();
+    for file in files {
+        let inside = folders.iter().find_map(|folder| file.strip_prefix(folder).ok());
+        let name = inside.and_then(Path::to_str).ok_or_else(|| {
+            Error::invalid(
+                format!("`{}`", path.display()),
+                format!("its weights lie in `{}`, outside its folder", file.display()),
+            )
+        })?;
+        names.push(name.to_string());
+    }
+    Ok(names)
 }
 
 /// `X.onnx_data`, `X.onnx_data_3`, `X.onnx.data` for `X.onnx`.

@@ -4,6 +4,8 @@ use std::path::Path;
 
 use super::*;
 use crate::base::Provenance;
+use crate::ir::{DataType, Dim, Graph, Model, Node, Tensor, Value, ValueType};
+use crate::onnx;
 
 const CONFIG: &str = r#"{
   "model_type": "idefics3",
@@ -52,6 +54,34 @@ fn provenance() -> Provenance {
     Provenance::new(Record::SCHEMA_VERSION, BTreeMap::new(), &serde_json::json!({})).unwrap()
 }
 
+/// A graph that adds a weight of this many floats to its input.
+fn model(size: usize) -> Model {
+    let mut graph = Graph::default();
+    let ty = Some(ValueType::Tensor { dtype: DataType::Float, shape: Some(vec![Dim::Known(size as i64)]) });
+    let mut value = |name: &str| graph.add_value(Value { name: name.into(), ty: ty.clone(), ..Value::default() });
+    let (x, w, y) = (value("x"), value("w"), value("y"));
+    let node =
+        Node { op_type: "Add".into(), inputs: vec![Some(x), Some(w)], outputs: vec![Some(y)], ..Node::default() };
+    let weight = Tensor::from_f32(&[size as u64], &vec![1.0; size]);
+    graph.body = Body {
+        name: "g".into(),
+        inputs: vec![x],
+        outputs: vec![y],
+        initializers: vec![(w, weight)],
+        nodes: vec![node],
+        ..Body::default()
+    };
+    Model { ir_version: 8, opset_imports: BTreeMap::from([(String::new(), 17)]), graph, ..Model::default() }
+}
+
+fn save(folder: &Path, name: &str, data: Option<&str>) {
+    let storage = match data {
+        Some(data) => onnx::Storage::External { file_name: data.into(), chunk_bytes: None },
+        None => onnx::Storage::Inline,
+    };
+    onnx::save(&model(600), &folder.join(name), &storage).unwrap();
+}
+
 #[test]
 fn components_variants_and_figures_are_read() {
     let folder = transformers_js(&[]);
@@ -68,6 +98,17 @@ fn components_variants_and_figures_are_read() {
 }
 
 #[test]
+fn data_under_other_names_is_claimed_by_the_graph_that_reads_it() {
+    let folder = folder(&[("config.json", r#"{"num_hidden_layers": 2}"#)]);
+    save(folder.path(), "model.onnx", Some("weights.bin"));
+    let bundle = Bundle::open(folder.path()).unwrap();
+    assert_eq!(bundle.components()[0].external, ["weights.bin"]);
+    fs::write(folder.path().join("other.bin"), "").unwrap();
+    let error = Bundle::open(folder.path()).unwrap_err().to_string();
+    assert!(error.contains("`other.bin`"), "{error}");
+}
+
+#[test]
 fn a_file_that_nobody_claims_is_refused_by_name() {
     let cases = [
         ("model.safetensors", "weights in another format"),
@@ -77,6 +118,9 @@ fn a_file_that_nobody_claims_is_refused_by_name() {
     ];
     for (file, want) in cases {
         let folder = transformers_js(&[(file, "x")]);
+        for name in ["vision_encoder", "embed_tokens", "decoder_model_merged", "decoder_model_merged_q4"] {
+            save(folder.path(), &format!("onnx/{name}.onnx"), None);
+        }
         let error = Bundle::open(folder.path()).unwrap_err().to_string();
         assert!(error.contains(&format!("`{file}`")) && error.contains(want), "{error}");
     }
@@ -129,10 +173,11 @@ fn wrong_folders_are_refused() {
 
 #[test]
 fn a_lone_file_brings_its_data_and_nothing_else() {
-    let folder = folder(&[("x.onnx", ""), ("x.onnx.data", ""), ("y.onnx", ""), ("z.bin", "")]);
+    let folder = folder(&[("y.onnx", ""), ("z.bin", "")]);
+    save(folder.path(), "x.onnx", Some("weights.bin"));
     let bundle = Bundle::open(&folder.path().join("x.onnx")).unwrap();
     assert_eq!(bundle.components().len(), 1);
-    assert_eq!(bundle.components()[0].external, ["x.onnx.data"]);
+    assert_eq!(bundle.components()[0].external, ["weights.bin"]);
     assert!(bundle.assets().is_empty());
 }
 
@@ -143,12 +188,7 @@ fn a_written_folder_is_the_old_one_with_the_changes() {
     let bundle = Bundle::open(folder.path()).unwrap();
     let mut writer = BundleWriter::create(&bundle, &out).unwrap();
     for component in bundle.components().iter().filter(|c| c.role.is_decoder()) {
-        let external = !component.external.is_empty();
-        let path = writer.place(component, external).unwrap();
-        fs::write(&path, "new").unwrap();
-        if external {
-            fs::write(path.with_file_name(BundleWriter::external_name(component)), "new data").unwrap();
-        }
+        writer.save(component, &model(600)).unwrap();
     }
     writer.drop_layers(&LayerEdit::new(Tower::Text, 4, &[1]).unwrap()).unwrap();
     writer.commit(provenance()).unwrap();

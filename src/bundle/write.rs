@@ -5,11 +5,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::base::{AtomicFile, Error, Provenance, Result, StagedDir, write_json};
+use crate::ir::Model;
+use crate::onnx::{self, Storage};
 
 use super::json::{Document, Edit, Kind};
 use super::layers::{self, LayerEdit};
 use super::record::{Record, Step};
-use super::{AssetKind, Bundle, Component, RECORD_FILE, read_text};
+use super::{AssetKind, Bundle, Component, RECORD_FILE, export_json, is_external_data_of, read_text};
 
 /// A folder in the making, in the same layout as the bundle that it starts from. Dropped without `commit`, it leaves
 /// nothing behind.
@@ -46,17 +48,25 @@ impl<'a> BundleWriter<'a> {
         })
     }
 
-    /// Where a component's new `.onnx` file goes, its folder made. With `external`, its weights go beside it into the
-    /// file named by `external_name`. Call once for each component that changes, then write the file.
+    /// Writes a component that changed, its weights inside or beside the file as they were.
     ///
-    /// Errors: `Error::Io` when the folder cannot be made.
-    pub fn place(&mut self, component: &Component, external: bool) -> Result<PathBuf> {
-        let path = self.staged.0.path().join(&component.file);
-        if let Some(parent) = path.parent() {
-            fs::create_dir_all(parent).map_err(|e| Error::io("create", parent, e))?;
-        }
-        self.written.insert(component.file.clone(), usize::from(external));
-        Ok(path)
+    /// Errors: as `onnx::save`.
+    pub fn save(&mut self, component: &Component, model: &Model) -> Result<()> {
+        let path = self.target(&component.file)?;
+        let storage = self.storage(component)?;
+        let data = onnx::save(model, &path, &storage)?;
+        self.written.insert(component.file.clone(), data.len());
+        Ok(())
+    }
+
+    /// As many bytes to a file of external data as the first of several had.
+    fn storage(&self, component: &Component) -> Result<Storage> {
+        let Some(first) = component.external.first() else { return Ok(Storage::Inline) };
+        let path = self.bundle.root().join(first);
+        let size = fs::metadata(&path).map_err(|e| Error::io("read", &path, e))?.len();
+        let chunked = component.external.len() > 1
+            && component.external.iter().all(|file| is_external_data_of(file, &component.file));
+        Ok(Storage::External { file_name: Self::external_name(component), chunk_bytes: chunked.then_some(size.max(1)) })
     }
 
     /// The name of the file beside the component's that takes its external data: as it was, else `X.onnx_data`, which
@@ -74,12 +84,12 @@ impl<'a> BundleWriter<'a> {
     /// Errors: `Error::Invalid` and `Error::Unsupported` as the table of layer keys says, naming file and key.
     pub fn drop_layers(&mut self, edit: &LayerEdit) -> Result<()> {
         for asset in self.bundle.assets().iter().filter(|asset| asset.kind == AssetKind::Config) {
-            // The exporter's own record describes tensors, not layers; graph and config.json carry the count.
-            if asset.file == "export.json" {
-                continue;
-            }
             let document = Document::parse(self.subject(&asset.file), self.text_of(&asset.file)?)?;
-            if let Some(text) = layers::rewrite(&document, edit)? {
+            let rewritten = match asset.file.as_str() {
+                "export.json" => export_json::rewrite(&document, edit)?,
+                _ => layers::rewrite(&document, edit)?,
+            };
+            if let Some(text) = rewritten {
                 self.texts.insert(asset.file.clone(), text);
             }
         }

@@ -16,6 +16,9 @@ mod template;
 mod tokenizer;
 mod tsv;
 
+#[cfg(test)]
+mod tests;
+
 pub use dataset::{Dataset, Samples, Texts};
 pub use image_processor::{ImageInputs, ImageLayout};
 pub use picture::Picture;

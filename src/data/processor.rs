@@ -99,12 +99,7 @@ impl Processor {
     /// Errors: `Error::Invalid` when a picture does not decode, the template refuses, or the text does not take the
     /// pictures one by one.
     pub fn encode_question(&self, id: &str, question: &[Part], images: &[ImageBytes]) -> Result<Encoded> {
-        let messages = [self.user(question)?];
-        let images = self.images(id, images)?;
-        let text = self.render(id, &messages, true)?;
-        let (ids, _) = self.tokens(id, &text, images.as_ref(), true)?;
-        let answer_mask = vec![false; ids.len()];
-        Ok(self.encoded(id, ids, answer_mask, images))
+        self.encode_messages(id, &[self.user(question)?], images, true)
     }
 
     /// The first question of a sample with its pictures, up to where the model begins to answer.
@@ -132,7 +127,7 @@ impl Processor {
         }
         let images = self.images(id, &sample.images)?;
         let whole = self.render(id, &messages, false)?;
-        let (ids, _) = self.tokens(id, &whole, images.as_ref(), true)?;
+        let ids = self.tokens(id, &whole, images.as_ref(), true)?;
         let mut answer_mask = vec![false; ids.len()];
         let mut ends: Vec<usize> = Vec::new();
         for prompt in &prompts {
@@ -143,7 +138,7 @@ impl Processor {
                 )
                 .remedy("training needs a template whose prompts are prefixes of the whole conversation"));
             }
-            let (prefix, _) = self.tokens(id, prompt, images.as_ref(), false)?;
+            let prefix = self.tokens(id, prompt, images.as_ref(), false)?;
             if !ids.starts_with(&prefix) {
                 return Err(Error::unsupported(
                     id,
@@ -163,6 +158,21 @@ impl Processor {
             }
             answer_mask.iter_mut().skip(start).take(length).for_each(|mask| *mask = true);
         }
+        Ok(self.encoded(id, ids, answer_mask, images))
+    }
+
+    /// Messages as they are, none of their tokens marked.
+    pub(super) fn encode_messages(
+        &self,
+        id: &str,
+        messages: &[Message],
+        images: &[ImageBytes],
+        prompt: bool,
+    ) -> Result<Encoded> {
+        let images = self.images(id, images)?;
+        let text = self.render(id, messages, prompt)?;
+        let ids = self.tokens(id, &text, images.as_ref(), true)?;
+        let answer_mask = vec![false; ids.len()];
         Ok(self.encoded(id, ids, answer_mask, images))
     }
 
@@ -217,9 +227,9 @@ impl Processor {
     }
 
     /// Ids of a rendered text with its image tokens expanded; with `all`, it must take every picture.
-    fn tokens(&self, id: &str, text: &str, images: Option<&ImageInputs>, all: bool) -> Result<(Vec<u32>, usize)> {
+    fn tokens(&self, id: &str, text: &str, images: Option<&ImageInputs>, all: bool) -> Result<Vec<u32>> {
         let layouts = images.map(|images| images.layouts.as_slice()).unwrap_or_default();
-        let Some(vision) = &self.vision else { return Ok((self.tokenizer.encode(text)?, 0)) };
+        let Some(vision) = &self.vision else { return self.tokenizer.encode(text) };
         let (expanded, taken) = vision.expand(text, layouts);
         let fits = if all { taken == layouts.len() } else { taken <= layouts.len() };
         if !fits {
@@ -228,7 +238,7 @@ impl Processor {
                 format!("its text holds `{}` {taken} times, but it has {} pictures", vision.image_token, layouts.len()),
             ));
         }
-        Ok((self.tokenizer.encode(&expanded)?, taken))
+        self.tokenizer.encode(&expanded)
     }
 
     fn encoded(&self, id: &str, ids: Vec<u32>, answer_mask: Vec<bool>, images: Option<ImageInputs>) -> Encoded {

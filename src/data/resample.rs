@@ -1,7 +1,8 @@
 //! Resizing 8-bit RGB pictures bit for bit as Pillow does.
 //!
 //! Pillow's `Resample.c`: for each output position a window of weights, normalised in f64 and rounded to 22 bits of
-//! fraction; a horizontal pass, rounded to 8 bits, then a vertical pass.
+//! fraction; a horizontal pass, rounded to 8 bits, then a vertical pass. Pillow 13 turns the passes round where the
+//! height shrinks much more than the width, which can move a value by one; this is the order of all releases before.
 
 use crate::base::{Error, Result};
 

@@ -313,7 +313,7 @@ mod tests {
         let cases = [
             ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
             ("{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}", "fuel"),
-            ("{% for a in range(9999) %}{{ 'x' * 100000 }}{% endfor %}", "line 1"),
+            ("{% for a in range(9999) %}{{ 'x' * 100000 }}{% endfor %}", "failed to write output"),
             ("{% include '/etc/passwd' %}", "template"),
             ("{% if %}", "line 1"),
             ("{{ messages.__class__.x }}", "line 1"),

@@ -1,0 +1,348 @@
+//! Against what Pillow and Hugging Face transformers make of the same input (`fixtures/data/processor.json`, written by
+//! `scripts/reference/processor.py`).
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use base64::Engine;
+use serde_json::Value;
+
+use super::template::{ChatTemplate, Content, ContentPart, Message};
+use super::*;
+use crate::base::sha256_bytes;
+
+fn reference() -> Value {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/data/processor.json");
+    serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
+}
+
+fn sizes(value: &Value) -> Vec<usize> {
+    value.as_array().unwrap().iter().map(|size| size.as_u64().unwrap() as usize).collect()
+}
+
+/// Noise over a gradient; the script makes the same bytes.
+fn picture(width: usize, height: usize) -> Picture {
+    let byte = |index: usize| {
+        let noise = ((index as u64 * 2_654_435_761) % (1 << 32)) >> 24;
+        ((noise / 4 + (index / (width * 3)) as u64 * 3 + (index % 3) as u64 * 40) % 256) as u8
+    };
+    Picture::new(width, height, (0..width * height * 3).map(byte).collect()).unwrap()
+}
+
+fn sha_of_floats<'a>(values: impl Iterator<Item = &'a f32>) -> String {
+    sha256_bytes(&values.flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>())
+}
+
+#[test]
+fn resizing_equals_pillow_bit_for_bit() {
+    for case in reference()["resizes"].as_array().unwrap() {
+        let (from, to) = (sizes(&case["from"]), sizes(&case["to"]));
+        let filter = Filter::from_number(case["resample"].as_i64().unwrap()).unwrap();
+        let out = resize(&picture(from[0], from[1]), to[0], to[1], filter).unwrap();
+        assert_eq!(sha256_bytes(out.rgb()), case["sha256"].as_str().unwrap(), "{case}");
+    }
+}
+
+#[test]
+fn pixel_values_equal_hugging_face_bit_for_bit() {
+    for case in reference()["processors"].as_array().unwrap() {
+        let size = sizes(&case["size"]);
+        let processor = image_processor::build(&case["config"], "preprocessor_config.json").unwrap();
+        let inputs = processor.process(&[picture(size[0], size[1])]).unwrap();
+        assert_eq!(inputs.pixel_values.shape(), sizes(&case["shape"]), "{case}");
+        assert_eq!(sha_of_floats(inputs.pixel_values.iter()), case["sha256"].as_str().unwrap(), "{case}");
+        match inputs.layouts[0] {
+            ImageLayout::Tiles { rows, columns } => {
+                assert_eq!(
+                    (Some(rows as u64), Some(columns as u64)),
+                    (case["rows"].as_u64(), case["columns"].as_u64())
+                );
+            }
+            ImageLayout::Run { features } => {
+                let grid = sizes(&case["grid"]);
+                assert_eq!(features, grid[1] * grid[2] / 4);
+                let found: Vec<usize> = inputs.image_grid_thw.unwrap().iter().map(|n| *n as usize).collect();
+                assert_eq!(found, grid);
+            }
+        }
+    }
+}
+
+#[test]
+fn pictures_decode_as_pillow_decodes_them() {
+    for case in reference()["files"].as_array().unwrap() {
+        let bytes = base64::engine::general_purpose::STANDARD.decode(case["base64"].as_str().unwrap()).unwrap();
+        let name = case["name"].as_str().unwrap();
+        let out = Picture::decode(&ImageBytes::held(name, bytes)).unwrap();
+        assert_eq!(vec![out.width(), out.height()], sizes(&case["size"]), "{name}");
+        assert_eq!(sha256_bytes(out.rgb()), case["sha256"].as_str().unwrap(), "{name}");
+    }
+}
+
+#[test]
+fn templates_render_as_jinja_renders_them() {
+    for case in reference()["templates"].as_array().unwrap() {
+        let part = |part: &Value| match part["type"].as_str().unwrap() {
+            "image" => ContentPart::Image,
+            _ => ContentPart::Text { text: part["text"].as_str().unwrap().to_string() },
+        };
+        let messages: Vec<Message> = case["messages"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|message| Message {
+                role: if message["role"] == "user" { "user" } else { "assistant" },
+                content: Content::Parts(message["content"].as_array().unwrap().iter().map(part).collect()),
+            })
+            .collect();
+        let tokens = case["tokens"].as_object().unwrap().clone();
+        let template = ChatTemplate::new("chat_template.jinja", case["template"].as_str().unwrap(), tokens).unwrap();
+        let rendered = template.render(&messages, case["add_generation_prompt"].as_bool().unwrap()).unwrap();
+        assert_eq!(rendered, case["rendered"].as_str().unwrap(), "{} {}", case["name"], case["messages"]);
+    }
+}
+
+#[test]
+fn settings_that_nobody_reads_are_refused_by_name() {
+    let cases = [
+        (
+            r#"{"image_processor_type": "Idefics3ImageProcessor", "do_magic": true, "x": null}"#,
+            "nothing reads `do_magic`",
+        ),
+        (r#"{"image_processor_type": "MagicProcessor"}"#, "`MagicProcessor`; known are Idefics3ImageProcessor"),
+        (r#"{"image_processor_type": "Idefics3ImageProcessor", "do_center_crop": true}"#, "`do_center_crop`"),
+        (r#"{"image_processor_type": "Idefics3ImageProcessor", "size": {"shortest_edge": 3}}"#, "`size`"),
+        (r#"{"image_processor_type": "Idefics3ImageProcessor", "image_mean": [0.5]}"#, "expected three numbers"),
+        (r#"{"image_processor_type": "Idefics3ImageProcessor", "image_std": [0.5, 0, 1]}"#, "holds 0"),
+        (r#"{"image_processor_type": "Idefics3ImageProcessor", "resample": 0}"#, "`resample` 0"),
+        (r#"{"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 0}"#, "a size of 1 to 65536"),
+        (r#"{}"#, "has no `image_processor_type`"),
+        ("[]", "is no JSON object"),
+    ];
+    for (config, want) in cases {
+        let error =
+            image_processor::build(&serde_json::from_str(config).unwrap(), "preprocessor_config.json").unwrap_err();
+        assert!(error.to_string().contains(want), "{error}");
+    }
+}
+
+#[test]
+fn pictures_that_do_not_decode_are_named() {
+    let mut huge = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\xff\xff\xff\0\xff\xff\xff\0\x08\x02\0\0\0".to_vec();
+    huge.extend([0; 40]);
+    for bytes in [b"".to_vec(), b"no picture".to_vec(), b"\x89PNG\r\n\x1a\n".to_vec(), huge] {
+        let error = Picture::decode(&ImageBytes::held("image 0 of row 3", bytes)).unwrap_err().to_string();
+        assert!(error.starts_with("image 0 of row 3: "), "{error}");
+    }
+}
+
+fn write(folder: &Path, name: &str, text: &str) -> PathBuf {
+    let path = folder.join(name);
+    fs::write(&path, text).unwrap();
+    path
+}
+
+/// A PNG of one colour.
+fn png(shade: u8) -> Vec<u8> {
+    let mut bytes = std::io::Cursor::new(Vec::new());
+    image::RgbImage::from_pixel(9, 7, image::Rgb([shade, 1, 2])).write_to(&mut bytes, image::ImageFormat::Png).unwrap();
+    bytes.into_inner()
+}
+
+fn base64_png(shade: u8) -> String {
+    base64::engine::general_purpose::STANDARD.encode(png(shade))
+}
+
+#[test]
+fn benchmarks_follow_vlmevalkit() {
+    let folder = tempfile::tempdir().unwrap();
+    let (first, second) = (base64_png(1), base64_png(2));
+    let text = format!(
+        "index\timage\tquestion\tA\tB\tanswer\tcategory\n\
+         7\t{first}\t\"What \"\"is\"\" it?\n(one word)\"\tcat\t\tA\tname\n\
+         8\t7\tAgain?\t\t\tyes\tname\n\
+         9\t\"['{first}', '{second}']\"\tSame?\t\t\tno\ttwo\n"
+    );
+    let benchmark = Benchmark::open(&write(folder.path(), "bench.tsv", &text)).unwrap();
+    let rows = benchmark.rows();
+    assert_eq!(benchmark.cell(&rows[0], "question"), Some("What \"is\" it?\n(one word)"));
+    assert_eq!(benchmark.options(&rows[0]), [('A', "cat")]);
+    assert_eq!(benchmark.cell(&rows[1], "A"), None);
+    assert!(benchmark.same_images(&rows[0], &rows[1]) && !benchmark.same_images(&rows[0], &rows[2]));
+    let shades = |row: usize| -> Vec<u8> {
+        benchmark.images(&rows[row]).unwrap().iter().map(|image| Picture::decode(image).unwrap().rgb()[0]).collect()
+    };
+    assert_eq!((shades(0), shades(1), shades(2)), (vec![1], vec![1], vec![1, 2]));
+}
+
+#[test]
+fn malformed_benchmarks_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let cases = [
+        ("index\timage\tquestion\n", "is empty"),
+        ("index\tquestion\n1\tq\n", "no column `image`"),
+        ("image\tquestion\nx\tq\n", "no column `index`"),
+        ("index\timage\tquestion\n1\t2\tq\n", "takes its picture from row `2`"),
+        ("index\timage\tquestion\n1\t\tq\n1\t\tq\n", "stands twice"),
+        ("index\timage\tquestion\n1\t\n", "does not decode"),
+    ];
+    for (text, want) in cases {
+        let error = Benchmark::open(&write(folder.path(), "bench.tsv", text)).unwrap_err().to_string();
+        assert!(error.contains(want), "{error}");
+    }
+    let text = format!("index\timage\timage_path\tquestion\n1\t{}\t\tq\n2\t\t../x.png\tq\n", "!".repeat(80));
+    let benchmark = Benchmark::open(&write(folder.path(), "bench.tsv", &text)).unwrap();
+    for (row, want) in [(0, "is not base64"), (1, "without `..`")] {
+        let error = benchmark.images(&benchmark.rows()[row]).unwrap_err().to_string();
+        assert!(error.contains(want), "{error}");
+    }
+}
+
+#[test]
+fn llava_files_are_read_and_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("a.png"), png(3)).unwrap();
+    let one = r#"{"id": "x", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "cat"}, {"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "yes"}]}"#;
+    let none = r#"{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "ho"}]}"#;
+    let list = write(folder.path(), "list.json", &format!("[{one},\n {none}]"));
+    let lines = write(folder.path(), "lines.jsonl", &format!("{one}\n\n{none}\n"));
+    for path in [list, lines] {
+        let data = Dataset::open(&path, Texts::Conversation).unwrap();
+        let samples: Vec<Sample> = data.read(&[1, 0]).unwrap().map(Result::unwrap).collect();
+        assert_eq!((samples[0].index, samples[0].turns.len(), samples[1].images.len()), (0, 2, 0));
+        assert_eq!(samples[0].turns[0].user, [Part::Image(0), Part::Text("What?".into())]);
+        assert_eq!(Picture::decode(&samples[0].images[0]).unwrap().rgb()[0], 3);
+    }
+    let cases = [
+        ("[]", "is empty"),
+        (r#"[{"conversations": []}]"#, "entry 0"),
+        (r#"[{"conversations": [{"from": "gpt", "value": "x"}]}]"#, "expected human then gpt"),
+        ("[{", "does not decode"),
+    ];
+    for (text, want) in cases {
+        let error =
+            Dataset::open(&write(folder.path(), "bad.json", text), Texts::Conversation).unwrap_err().to_string();
+        assert!(error.contains(want), "{error}");
+    }
+    let text = one.replace("a.png", "../a.png");
+    let data = Dataset::open(&write(folder.path(), "out.jsonl", &text), Texts::Conversation).unwrap();
+    let error = data.read(&[0]).unwrap().next().unwrap().unwrap_err().to_string();
+    assert!(error.contains("without `..`"), "{error}");
+}
+
+mod finevision {
+    use super::*;
+    use std::sync::Arc;
+
+    use arrow::array::{ArrayRef, BinaryArray, ListArray, RecordBatch, StringArray, StructArray};
+    use arrow::buffer::OffsetBuffer;
+    use arrow::datatypes::Field;
+    use parquet::arrow::ArrowWriter;
+    use parquet::file::properties::WriterProperties;
+
+    fn list(values: ArrayRef, lengths: &[usize]) -> ArrayRef {
+        let field = Arc::new(Field::new("item", values.data_type().clone(), true));
+        Arc::new(ListArray::new(field, OffsetBuffer::from_lengths(lengths.iter().copied()), values, None))
+    }
+
+    fn fields(columns: Vec<(&str, ArrayRef)>) -> ArrayRef {
+        let columns = columns
+            .into_iter()
+            .map(|(name, array)| (Arc::new(Field::new(name, array.data_type().clone(), true)), array))
+            .collect::<Vec<_>>();
+        Arc::new(StructArray::from(columns))
+    }
+
+    /// `rows` rows, two texts each, the picture's shade is the row; five rows to a group.
+    fn shard(path: &Path, rows: usize, nested: bool) {
+        let shades: Vec<Vec<u8>> = (0..rows).map(|row| png(row as u8)).collect();
+        let bytes: ArrayRef = Arc::new(BinaryArray::from_iter_values(&shades));
+        let names: ArrayRef = Arc::new(StringArray::from(vec![None::<&str>; rows]));
+        let images = if nested { fields(vec![("bytes", bytes), ("path", names)]) } else { bytes };
+        let say = |what: &str| -> ArrayRef {
+            let texts = (0..rows * 2).map(|text| Some(format!("{what} {} {}", text / 2, text % 2)));
+            Arc::new(StringArray::from_iter(texts))
+        };
+        let texts = fields(vec![("user", say("q")), ("assistant", say("a"))]);
+        let source: ArrayRef = Arc::new(StringArray::from(vec!["made"; rows]));
+        let columns =
+            vec![("images", list(images, &vec![1; rows])), ("texts", list(texts, &vec![2; rows])), ("source", source)];
+        write_parquet(path, columns);
+    }
+
+    fn write_parquet(path: &Path, columns: Vec<(&str, ArrayRef)>) {
+        let batch = RecordBatch::try_from_iter(columns).unwrap();
+        let properties = WriterProperties::builder().set_max_row_group_size(5).build();
+        let mut writer =
+            ArrowWriter::try_new(fs::File::create(path).unwrap(), batch.schema(), Some(properties)).unwrap();
+        writer.write(&batch).unwrap();
+        writer.close().unwrap();
+    }
+
+    #[test]
+    fn shards_are_one_set_in_either_layout() {
+        let folder = tempfile::tempdir().unwrap();
+        shard(&folder.path().join("train-0.parquet"), 12, true);
+        shard(&folder.path().join("train-1.parquet"), 3, false);
+        let separate = Dataset::open(folder.path(), Texts::Separate).unwrap();
+        assert_eq!(separate.len(), 30);
+        let wanted = [29, 0, 3, 13, 25, 12];
+        let samples: Vec<Sample> = separate.read(&wanted).unwrap().map(Result::unwrap).collect();
+        let found: Vec<usize> = samples.iter().map(|sample| sample.index).collect();
+        assert_eq!(found, [0, 3, 12, 13, 25, 29]);
+        let row = |index: usize| if index < 24 { index / 2 } else { (index - 24) / 2 };
+        for sample in &samples {
+            let (row, text) = (row(sample.index), sample.index % 2);
+            let want = Turn {
+                user: vec![Part::Image(0), Part::Text(format!("q {row} {text}"))],
+                assistant: format!("a {row} {text}"),
+            };
+            assert_eq!(sample.turns, [want]);
+            assert_eq!(usize::from(Picture::decode(&sample.images[0]).unwrap().rgb()[0]), row);
+        }
+        let whole = Dataset::open(folder.path(), Texts::Conversation).unwrap();
+        assert_eq!(whole.len(), 15);
+        let all: Vec<usize> = (0..15).collect();
+        let samples: Vec<Sample> = whole.read(&all).unwrap().map(Result::unwrap).collect();
+        assert!(samples.iter().all(|sample| sample.turns.len() == 2));
+        assert_eq!(samples[14].turns[1].assistant, "a 2 1");
+        assert!(whole.read(&[15]).is_err());
+    }
+
+    #[test]
+    fn rows_that_do_not_fit_are_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.parquet");
+        let strings = |texts: Vec<Option<&str>>| -> ArrayRef { Arc::new(StringArray::from(texts)) };
+        let bytes: ArrayRef = Arc::new(BinaryArray::from_opt_vec(vec![Some(&b"x"[..]), None]));
+        let texts =
+            fields(vec![("user", strings(vec![Some("q"), Some("q")])), ("assistant", strings(vec![Some("a"), None]))]);
+        write_parquet(&path, vec![("images", list(bytes, &[1, 1])), ("texts", list(texts.clone(), &[1, 1]))]);
+        let data = Dataset::open(&path, Texts::Conversation).unwrap();
+        let found: Vec<Result<Sample, String>> =
+            data.read(&[0, 1]).unwrap().map(|sample| sample.map_err(|error| error.to_string())).collect();
+        assert!(found[0].is_ok());
+        let error = found[1].as_ref().unwrap_err();
+        assert!(error.contains("row 1 of") && error.contains("image 0 has no bytes"), "{error}");
+
+        let numbers: ArrayRef = Arc::new(arrow::array::Int32Array::from(vec![1, 2]));
+        write_parquet(&path, vec![("images", numbers.clone()), ("texts", list(texts, &[1, 1]))]);
+        let data = Dataset::open(&path, Texts::Conversation).unwrap();
+        let error = data.read(&[0]).unwrap().next().unwrap().unwrap_err().to_string();
+        assert!(error.contains("holds Int32 where a list is expected"), "{error}");
+
+        write_parquet(&path, vec![("images", numbers)]);
+        let error = Dataset::open(&path, Texts::Conversation).unwrap_err().to_string();
+        assert!(error.contains("no column `texts`"), "{error}");
+
+        shard(&path, 12, true);
+        let whole = fs::read(&path).unwrap();
+        for length in [0, 10, whole.len() / 2, whole.len() - 1] {
+            fs::write(&path, &whole[..length]).unwrap();
+            let error = Dataset::open(&path, Texts::Conversation).unwrap_err().to_string();
+            assert!(error.contains("is no readable parquet file"), "{error}");
+        }
+        shard(&path, 0, true);
+        assert!(Dataset::open(&path, Texts::Conversation).unwrap_err().to_string().contains("is empty"));
+    }
+}
