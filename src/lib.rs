@@ -11,5 +11,6 @@ pub mod ir;
 pub mod method;
 pub mod onnx;
 pub mod pipeline;
+pub mod rewrite;
 pub mod runtime;
 pub mod torch;

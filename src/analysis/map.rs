@@ -135,7 +135,7 @@ pub(super) fn build(graph: &Graph, body: &Body, chain: &Chain, grouped: Vec<Laye
             ports: Vec::new(),
         });
     }
-    let owners = Owners::new(body, &layers);
+    let owners = Owners::new(body, chain, &layers);
     for layer in &mut layers {
         fill_shared(body, &index, &owners, layer);
     }

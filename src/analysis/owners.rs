@@ -5,7 +5,7 @@ use std::collections::{BTreeSet, HashMap};
 use crate::ir::{Body, ValueId};
 
 use super::map::Layer;
-use super::stream::data_inputs;
+use super::stream::{Chain, data_inputs};
 
 /// The layers, and whether anything outside them, that use a node or weight.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -41,7 +41,8 @@ pub struct Owners {
 impl Owners {
     /// A node on a layer's path belongs to that layer; any other node belongs to whom its readers belong to. A node
     /// that only makes outputs (a cache's last cast) belongs to whom its inputs belong to.
-    pub fn new(body: &Body, layers: &[Layer]) -> Self {
+    /// The stream's own nodes before, between and behind the layers belong to no layer.
+    pub fn new(body: &Body, chain: &Chain, layers: &[Layer]) -> Self {
         let mut fixed: HashMap<usize, usize> = HashMap::new();
         for layer in layers {
             fixed.extend(layer.path.iter().map(|&node| (node, layer.index)));
@@ -51,6 +52,7 @@ impl Owners {
         for number in (0..body.nodes.len()).rev() {
             let owner = match fixed.get(&number) {
                 Some(&layer) => Owner { layers: BTreeSet::from([layer]), outside: false },
+                None if chain.level[number].is_some() => Owner { layers: BTreeSet::new(), outside: true },
                 None => {
                     let mut owner = Owner::default();
                     for output in body.nodes[number].present_outputs() {

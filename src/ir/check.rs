@@ -21,11 +21,18 @@ pub fn check(model: &Model) -> Result<()> {
 }
 
 fn check_graph(graph: &Graph) -> Result<()> {
-    let mut defined = HashSet::new();
-    check_body(graph, &graph.body, &mut defined)
+    let mut scope = Scope::default();
+    check_body(graph, &graph.body, &mut scope)
 }
 
-fn check_body(graph: &Graph, body: &Body, outer: &mut HashSet<ValueId>) -> Result<()> {
+/// What is defined so far, outer bodies included.
+#[derive(Default)]
+struct Scope<'a> {
+    ids: HashSet<ValueId>,
+    names: HashSet<&'a str>,
+}
+
+fn check_body<'a>(graph: &'a Graph, body: &Body, outer: &mut Scope<'a>) -> Result<()> {
     let mut own = Vec::new();
     for &id in &body.inputs {
         define(graph, id, outer, &mut own)?;
@@ -51,7 +58,7 @@ fn check_body(graph: &Graph, body: &Body, outer: &mut HashSet<ValueId>) -> Resul
     }
     for node in &body.nodes {
         for id in node.present_inputs() {
-            if !outer.contains(&id) {
+            if !outer.ids.contains(&id) {
                 return Err(Error::invalid(
                     node.describe(graph),
                     format!("reads `{}`, which nothing before it defines", graph.name(id)),
@@ -66,22 +73,24 @@ fn check_body(graph: &Graph, body: &Body, outer: &mut HashSet<ValueId>) -> Resul
         }
     }
     for &id in &body.outputs {
-        if !outer.contains(&id) {
+        if !outer.ids.contains(&id) {
             return Err(Error::invalid(format!("output `{}`", graph.name(id)), "nothing defines it"));
         }
     }
     for id in own {
-        outer.remove(&id);
+        outer.ids.remove(&id);
+        outer.names.remove(graph.name(id));
     }
     Ok(())
 }
 
-fn define(graph: &Graph, id: ValueId, defined: &mut HashSet<ValueId>, own: &mut Vec<ValueId>) -> Result<()> {
-    if graph.name(id).is_empty() {
+fn define<'a>(graph: &'a Graph, id: ValueId, scope: &mut Scope<'a>, own: &mut Vec<ValueId>) -> Result<()> {
+    let name = graph.name(id);
+    if name.is_empty() {
         return Err(Error::invalid("a value", "has an empty name"));
     }
-    if !defined.insert(id) {
-        return Err(Error::invalid(format!("value `{}`", graph.name(id)), "is defined twice"));
+    if !scope.ids.insert(id) || !scope.names.insert(name) {
+        return Err(Error::invalid(format!("value `{name}`"), "is defined twice"));
     }
     own.push(id);
     Ok(())
