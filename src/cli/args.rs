@@ -15,6 +15,14 @@ impl std::str::FromStr for LayerList {
     }
 }
 
+/// A number above 0 and at most 1.
+pub fn fraction(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if value > 0.0 && value <= 1.0 => Ok(value),
+        _ => Err("must be a number above 0 and at most 1".to_string()),
+    }
+}
+
 /// A whole number above 0.
 pub fn positive(text: &str) -> Result<usize, String> {
     match text.parse::<usize>() {
@@ -38,7 +46,10 @@ mod tests {
     }
 
     #[test]
-    fn counts_are_above_zero() {
+    fn fractions_and_counts_have_bounds() {
+        assert_eq!(fraction("0.25"), Ok(0.25));
+        assert_eq!(fraction("1"), Ok(1.0));
+        assert!(["0", "-0.1", "1.01", "nan", "x"].iter().all(|text| fraction(text).is_err()));
         assert_eq!(positive("3"), Ok(3));
         assert!(["0", "-1", "1.5", ""].iter().all(|text| positive(text).is_err()));
     }

@@ -3,11 +3,14 @@
 //! Exit codes: 0 done; 1 it ran, but a gate that the user set or a check did not hold; 2 an error.
 
 mod args;
+mod eval;
 mod export;
 mod inspect;
 mod output;
 mod plan;
+mod prune;
 mod schema;
+mod score;
 mod strip;
 
 use std::process::ExitCode;
@@ -38,7 +41,10 @@ struct Cli {
 #[derive(Subcommand)]
 enum Verb {
     Inspect(inspect::Args),
+    Score(score::Args),
     Plan(plan::Args),
+    Prune(prune::Args),
+    Eval(eval::Args),
     Export(export::Args),
 }
 
@@ -82,7 +88,10 @@ fn dispatch(cli: Cli) -> anyhow::Result<Outcome> {
     let context = Context { output: Output { json: cli.json, quiet: cli.quiet }, cancel: install_ctrl_c()? };
     match cli.verb {
         Verb::Inspect(args) => inspect::run(args, &context),
+        Verb::Score(args) => score::run(args, &context),
         Verb::Plan(args) => plan::run(args, &context),
+        Verb::Prune(args) => prune::run(args, &context),
+        Verb::Eval(args) => eval::run(args, &context),
         Verb::Export(args) => export::run(args, &context),
     }
 }

@@ -3,10 +3,11 @@
 use schemars::{Schema, schema_for};
 
 use crate::bundle::Record;
+use crate::eval::EvalReport;
 use crate::export::triton::Export;
 use crate::method::{Plan, Scores};
 use crate::pipeline::State;
-use crate::pipeline::steps::Inspection;
+use crate::pipeline::steps::{Inspection, Pruned};
 
 /// Name and schema of every artifact; `schemas/` holds them under `NAME.schema.json`.
 pub fn schemas() -> Vec<(&'static str, Schema)> {
@@ -15,6 +16,8 @@ pub fn schemas() -> Vec<(&'static str, Schema)> {
         ("interlace", schema_for!(Record)),
         ("layers", schema_for!(Inspection)),
         ("plan", schema_for!(Plan)),
+        ("pruned", schema_for!(Pruned)),
+        ("report", schema_for!(EvalReport)),
         ("scores", schema_for!(Scores)),
         ("state", schema_for!(State)),
     ]

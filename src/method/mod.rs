@@ -3,8 +3,10 @@
 //! Source: INTERLACE, arXiv:2511.19676.
 
 mod plan;
+mod score;
 mod scores;
 pub mod select;
 
 pub use plan::{LayerPlan, PLAN_SCHEMA_VERSION, Plan, Role, check_layers};
+pub use score::{ScoreSettings, score};
 pub use scores::{PackScores, SCORES_SCHEMA_VERSION, SampleScores, Scores, Similarities};

@@ -3,7 +3,7 @@
 use crate::base::{Error, Result, list_preview};
 use crate::ir::Dim;
 
-use super::session::{Port, Session};
+use super::session::{Outputs, Port, Session};
 use super::tensor::Tensor;
 
 /// How the names of a cache input and of the output that replaces it relate: prefix of one, prefix of the other.
@@ -37,6 +37,8 @@ enum Role {
     LogitsToKeep,
     /// Cache slot of this number.
     Past(usize),
+    /// A cache input that no output of the graph replaces, always empty.
+    EmptyPast,
 }
 
 /// One cache slot.
@@ -99,6 +101,17 @@ impl Decoder {
     ///
     /// Errors: `Error::Unsupported` naming an input whose meaning is not known, or a cache input that no output replaces.
     pub fn new(session: Session, head_dim: Option<usize>) -> Result<Self> {
+        Self::understand(session, head_dim, false)
+    }
+
+    /// A graph that only prefills, for [`Decoder::prefill_outputs`]: its cache inputs, if any, stay empty.
+    ///
+    /// Errors: `Error::Unsupported` naming an input whose meaning is not known.
+    pub fn prefill_only(session: Session, head_dim: Option<usize>) -> Result<Self> {
+        Self::understand(session, head_dim, true)
+    }
+
+    fn understand(session: Session, head_dim: Option<usize>, prefill_only: bool) -> Result<Self> {
         let mut slots = Vec::new();
         let mut roles = Vec::new();
         for port in session.inputs() {
@@ -112,6 +125,7 @@ impl Decoder {
                 "cache_position" => Role::CachePosition,
                 "use_cache_branch" => Role::UseCacheBranch,
                 "num_logits_to_keep" | "logits_to_keep" => Role::LogitsToKeep,
+                name if prefill_only && CACHE_NAMES.iter().any(|(past, _)| name.starts_with(past)) => Role::EmptyPast,
                 name => {
                     let present = present_of(&session, name).ok_or_else(|| unknown_input(&session, port))?;
                     slots.push(CacheSlot { past: port.clone(), present });
@@ -168,29 +182,8 @@ impl Decoder {
     ///
     /// Errors: `Error::Invalid` when the lengths disagree; `Error::Engine` when ONNX Runtime fails.
     pub fn step(&mut self, step: &Step<'_>, cache: Option<KvCache>) -> Result<(Tensor, KvCache)> {
-        let batch = step.batch;
-        let elements = match &step.tokens {
-            StepTokens::Embeds { data, hidden_size } => data.len().checked_div(*hidden_size).unwrap_or(0),
-            StepTokens::Ids(ids) => ids.len(),
-        };
-        let time = elements.checked_div(batch).unwrap_or(0);
         let past = cache.as_ref().map_or(0, |cache| cache.length);
-        let wrong = |what: &str, found: usize, want: usize| {
-            Error::invalid(
-                self.session.subject(),
-                format!("{what} holds {found} elements, a batch of {batch} takes {want}"),
-            )
-        };
-        if time == 0 || time * batch != elements {
-            return Err(wrong("the step", elements, batch * time.max(1)));
-        }
-        if step.attention_mask.len() != batch * (past + time) {
-            return Err(wrong("attention_mask", step.attention_mask.len(), batch * (past + time)));
-        }
-        if step.position_ids.len() != step.position_rows * batch * time {
-            return Err(wrong("position_ids", step.position_ids.len(), step.position_rows * batch * time));
-        }
-
+        let time = self.new_positions(step, past)?;
         let has_cache = cache.is_some();
         if has_cache && self.slots.is_empty() {
             return Err(Error::unsupported(
@@ -200,11 +193,64 @@ impl Decoder {
         }
         let mut past_tensors = match cache {
             Some(cache) => cache.tensors,
-            None => self.slots.iter().map(|slot| self.empty_past(&slot.past, batch)).collect::<Result<_>>()?,
+            None => self.slots.iter().map(|slot| self.empty_past(&slot.past, step.batch)).collect::<Result<_>>()?,
         };
         if past_tensors.len() != self.slots.len() {
-            return Err(wrong("the cache", past_tensors.len(), self.slots.len()));
+            return Err(self.wrong_length("the cache", step.batch, past_tensors.len(), self.slots.len()));
         }
+        let mut outputs = self.run(step, time, past, has_cache, &past_tensors)?;
+        past_tensors.clear();
+        for slot in &self.slots {
+            past_tensors.push(outputs.take(&slot.present.name)?);
+        }
+        let logits = outputs.take(&self.logits)?;
+        Ok((logits, KvCache { tensors: past_tensors, length: past + time }))
+    }
+
+    /// Runs one prefill for all outputs of the graph, whatever they are; caches begin empty and none is handed on.
+    ///
+    /// Errors: as `step`.
+    pub fn prefill_outputs(&mut self, step: &Step<'_>) -> Result<Outputs> {
+        let time = self.new_positions(step, 0)?;
+        let past: Vec<Tensor> =
+            self.slots.iter().map(|slot| self.empty_past(&slot.past, step.batch)).collect::<Result<_>>()?;
+        self.run(step, time, 0, false, &past)
+    }
+
+    fn wrong_length(&self, what: &str, batch: usize, found: usize, want: usize) -> Error {
+        let problem = format!("{what} holds {found} elements, a batch of {batch} takes {want}");
+        Error::invalid(self.session.subject(), problem)
+    }
+
+    /// `T`, the number of new positions of a step, with all lengths checked against it.
+    fn new_positions(&self, step: &Step<'_>, past: usize) -> Result<usize> {
+        let batch = step.batch;
+        let elements = match &step.tokens {
+            StepTokens::Embeds { data, hidden_size } => data.len().checked_div(*hidden_size).unwrap_or(0),
+            StepTokens::Ids(ids) => ids.len(),
+        };
+        let time = elements.checked_div(batch).unwrap_or(0);
+        if time == 0 || time * batch != elements {
+            return Err(self.wrong_length("the step", batch, elements, batch * time.max(1)));
+        }
+        if step.attention_mask.len() != batch * (past + time) {
+            return Err(self.wrong_length("attention_mask", batch, step.attention_mask.len(), batch * (past + time)));
+        }
+        if step.position_ids.len() != step.position_rows * batch * time {
+            let want = step.position_rows * batch * time;
+            return Err(self.wrong_length("position_ids", batch, step.position_ids.len(), want));
+        }
+        Ok(time)
+    }
+
+    fn run(
+        &mut self,
+        step: &Step<'_>,
+        time: usize,
+        past: usize,
+        has_cache: bool,
+        past_tensors: &[Tensor],
+    ) -> Result<Outputs> {
         let mut fresh: Vec<Option<Tensor>> = Vec::with_capacity(self.roles.len());
         for (port, role) in self.session.inputs().iter().zip(&self.roles) {
             fresh.push(match role {
@@ -216,20 +262,13 @@ impl Decoder {
         let names: Vec<String> = self.session.inputs().iter().map(|port| port.name.clone()).collect();
         for ((name, role), tensor) in names.iter().zip(&self.roles).zip(&fresh) {
             match (role, tensor) {
-                (Role::Past(slot), _) => feeds.push((name, &past_tensors[*slot])),
+                (Role::Past(slot), _) => feeds.extend(past_tensors.get(*slot).map(|tensor| (name.as_str(), tensor))),
                 (_, Some(tensor)) => feeds.push((name, tensor)),
                 (_, None) => {}
             }
         }
         let presents: Vec<String> = self.slots.iter().map(|slot| slot.present.name.clone()).collect();
-        let mut outputs = self.session.run_keeping(&feeds, |name| presents.iter().any(|present| present == name))?;
-        drop(feeds);
-        past_tensors.clear();
-        for name in &presents {
-            past_tensors.push(outputs.take(name)?);
-        }
-        let logits = outputs.take(&self.logits)?;
-        Ok((logits, KvCache { tensors: past_tensors, length: past + time }))
+        self.session.run_keeping(&feeds, |name| presents.iter().any(|present| present == name))
     }
 
     fn feed(
@@ -274,6 +313,7 @@ impl Decoder {
                 let shape: &[usize] = if port.shape.is_empty() { &[] } else { &[1] };
                 Tensor::from_i64(port.dtype, shape, vec![i64::from(step.last_only)])
             }
+            Role::EmptyPast => self.empty_past(port, batch),
             Role::Past(_) => Err(mismatch("a cache")),
         }
     }

@@ -1,0 +1,99 @@
+//! `interlace eval`.
+
+use std::path::PathBuf;
+
+use crate::base::{Device, write_json};
+use crate::eval::{EvalReport, Interval};
+use crate::pipeline::steps::{self, Engine, EvalSettings};
+
+use super::args::{fraction, positive};
+use super::output::table;
+use super::{Context, Outcome};
+
+/// Answer a benchmark, and say what is left of a baseline's scores
+#[derive(clap::Args)]
+#[command(after_help = "Example:\n  interlace eval pruned/ --data benchmark.tsv --baseline model/ -o report.json")]
+pub struct Args {
+    /// Model folder
+    model: PathBuf,
+    /// VLMEvalKit TSV
+    #[arg(long, value_name = "FILE")]
+    data: PathBuf,
+    /// Model folder to compare with
+    #[arg(long, value_name = "MODEL")]
+    baseline: Option<PathBuf>,
+    /// End with status 1 when less of the baseline's average is kept
+    #[arg(long, value_name = "R", value_parser = fraction, requires = "baseline")]
+    min_retention: Option<f64>,
+    /// Ask only the first questions
+    #[arg(long, value_name = "N", value_parser = positive)]
+    limit: Option<usize>,
+    /// Questions answered together
+    #[arg(long, value_name = "N", value_parser = positive, default_value_t = EvalSettings::default().batch_size)]
+    batch_size: usize,
+    /// Longest answer in tokens [default: the model's own setting]
+    #[arg(long, value_name = "N", value_parser = positive)]
+    max_new_tokens: Option<usize>,
+    /// Where to compute: cpu, cuda or cuda:N
+    #[arg(long, default_value = "cpu")]
+    device: Device,
+    /// The report to write
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+}
+
+pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
+    let settings = EvalSettings { batch_size: args.batch_size, max_new_tokens: args.max_new_tokens, limit: args.limit };
+    let engine = Engine::new(args.device)?;
+    let report = steps::eval(&engine, &args.model, args.baseline.as_deref(), &args.data, &settings, &context.cancel)?;
+    write_json(&args.output, &report)?;
+    if context.output.json {
+        context.output.json(&report)?;
+    } else {
+        context.output.line(report_table(&report))?;
+        if report.baseline.is_some() {
+            context.output.line("kept: score over the baseline's, with its 95% bootstrap interval")?;
+        }
+    }
+    let kept = report.retention.as_ref().and_then(|retention| retention.mean_of_groups);
+    match (args.min_retention, kept) {
+        (Some(wanted), Some(kept)) if kept.ratio < wanted => {
+            context.output.warn(format!(
+                "{:.1}% of the baseline's average is kept, {:.1}% wanted",
+                100.0 * kept.ratio,
+                100.0 * wanted
+            ));
+            Ok(Outcome::GateFailed)
+        }
+        (Some(_), None) => anyhow::bail!("the baseline scores nothing, so nothing can be said about what is kept"),
+        _ => Ok(Outcome::Done),
+    }
+}
+
+fn report_table(report: &EvalReport) -> String {
+    let percent = |value: f64| format!("{:.1}", 100.0 * value);
+    let interval = |kept: Option<Interval>| match kept {
+        Some(kept) => format!("{:.1} [{:.1}, {:.1}]", 100.0 * kept.ratio, 100.0 * kept.low, 100.0 * kept.high),
+        None => "-".to_string(),
+    };
+    let mut head = vec!["group".to_string(), "questions".to_string(), "score %".to_string()];
+    if report.baseline.is_some() {
+        head.extend(["baseline %".to_string(), "kept %".to_string()]);
+    }
+    let mut rows = vec![head];
+    for (place, group) in report.model.groups.iter().enumerate() {
+        let mut row = vec![group.group.clone(), group.questions.to_string(), percent(group.score)];
+        if let (Some(baseline), Some(retention)) = (&report.baseline, &report.retention) {
+            row.push(baseline.groups.get(place).map_or(String::new(), |group| percent(group.score)));
+            row.push(interval(retention.groups.get(place).and_then(|group| group.retention)));
+        }
+        rows.push(row);
+    }
+    let mut last =
+        vec!["average".to_string(), report.model.questions.to_string(), percent(report.model.mean_of_groups)];
+    if let (Some(baseline), Some(retention)) = (&report.baseline, &report.retention) {
+        last.extend([percent(baseline.mean_of_groups), interval(retention.mean_of_groups)]);
+    }
+    rows.push(last);
+    table(&rows)
+}

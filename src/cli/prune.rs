@@ -1,0 +1,79 @@
+//! `interlace prune`.
+
+use std::path::PathBuf;
+
+use clap::ValueEnum;
+
+use crate::base::{human_bytes, sha256_file};
+use crate::bundle::{Bundle, Tower};
+use crate::method::Plan;
+use crate::pipeline::steps::{self, Drop};
+
+use super::args::LayerList;
+use super::output::table;
+use super::{Context, Outcome};
+
+/// Take layers out of the graph, its cache and its configs
+#[derive(clap::Args)]
+#[command(after_help = "Example:\n  interlace prune model/ --plan plan.json -o pruned/\n  \
+    interlace prune model/ --drop 2,5 -o pruned/")]
+#[command(group(clap::ArgGroup::new("which").required(true).args(["plan", "drop"])))]
+pub struct Args {
+    /// Model folder, or one .onnx decoder
+    model: PathBuf,
+    /// What `interlace plan` wrote for this model
+    #[arg(long, value_name = "FILE")]
+    plan: Option<PathBuf>,
+    /// Drop these layers, as in 2,5
+    #[arg(long, value_name = "LAYERS")]
+    drop: Option<LayerList>,
+    /// Whose layers `--drop` names
+    #[arg(long, value_enum, default_value_t = Component::Decoder, conflicts_with = "plan")]
+    component: Component,
+    /// New folder for the pruned model
+    #[arg(short, long, value_name = "FOLDER")]
+    output: PathBuf,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Component {
+    Decoder,
+    #[value(name = "vision_encoder")]
+    VisionEncoder,
+}
+
+pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
+    let bundle = Bundle::open(&args.model)?;
+    let plan = args.plan.as_deref().map(Plan::read).transpose()?;
+    let layers = args.drop.unwrap_or(LayerList(Vec::new())).0;
+    let drop = match (&plan, &args.plan) {
+        (Some(plan), Some(path)) => Drop::Plan { plan, digest: sha256_file(path)? },
+        _ => {
+            let tower = match args.component {
+                Component::Decoder => Tower::Text,
+                Component::VisionEncoder => Tower::Vision,
+            };
+            Drop::Layers { tower, layers: &layers }
+        }
+    };
+    let pruned = steps::prune(&bundle, &drop, &args.output)?;
+    let output = &context.output;
+    if output.json {
+        output.json(&pruned)?;
+        return Ok(Outcome::Done);
+    }
+    let list = pruned.dropped.iter().map(usize::to_string).collect::<Vec<_>>().join(" ");
+    output.line(format!("dropped {list}: {} of {} layers stay", pruned.layers_after, pruned.layers_before))?;
+    let mut rows = vec![["component", "nodes", "now", "weights", "now"].map(String::from).to_vec()];
+    for part in &pruned.components {
+        rows.push(vec![
+            part.file.clone(),
+            part.nodes_before.to_string(),
+            part.nodes_after.to_string(),
+            human_bytes(part.weight_bytes_before),
+            human_bytes(part.weight_bytes_after),
+        ]);
+    }
+    output.line(table(&rows))?;
+    Ok(Outcome::Done)
+}

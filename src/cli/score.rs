@@ -1,0 +1,87 @@
+//! `interlace score`.
+
+use std::path::PathBuf;
+
+use crate::base::{Device, write_json};
+use crate::bundle::Bundle;
+use crate::data::{Amount, Dataset, Texts};
+use crate::method::{ScoreSettings, Scores, score};
+
+use super::args::{fraction, positive};
+use super::output::table;
+use super::{Context, Outcome};
+
+/// Measure how little each pack of layers changes the residual stream
+#[derive(clap::Args)]
+#[command(after_help = "Example:\n  interlace score model/ --data train.parquet --samples 500 -o scores.json")]
+pub struct Args {
+    /// Model folder
+    model: PathBuf,
+    /// Calibration data: parquet in the FineVision layout, or LLaVA's JSON
+    #[arg(long, value_name = "DATA")]
+    data: PathBuf,
+    /// Part of the samples to draw [default: 0.1]
+    #[arg(long, value_name = "F", value_parser = fraction, conflicts_with = "samples")]
+    fraction: Option<f64>,
+    /// Number of samples to draw
+    #[arg(long, value_name = "N", value_parser = positive)]
+    samples: Option<usize>,
+    /// Seed of the draw
+    #[arg(long, default_value_t = 42)]
+    seed: u64,
+    /// Further pack sizes besides 1,2,3, for strategies that look at longer blocks
+    #[arg(long, value_name = "SIZES", value_delimiter = ',', value_parser = positive)]
+    packs: Vec<usize>,
+    /// Score packs that hold the last layer too, so that it may be dropped
+    #[arg(long)]
+    include_last: bool,
+    /// Longest prompt in tokens
+    #[arg(long, value_name = "N", default_value_t = 8192, value_parser = positive)]
+    max_tokens: usize,
+    /// Where to compute: cpu, cuda or cuda:N
+    #[arg(long, default_value = "cpu")]
+    device: Device,
+    /// The scores to write
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+}
+
+pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
+    let amount = match (args.samples, args.fraction) {
+        (Some(count), _) => Amount::Samples(count),
+        (None, part) => Amount::Fraction(part.unwrap_or(0.1)),
+    };
+    let settings = ScoreSettings {
+        amount,
+        seed: args.seed,
+        longer_packs: args.packs.into_iter().filter(|&size| size > 3).collect(),
+        include_last: args.include_last,
+        max_tokens: args.max_tokens,
+    };
+    let bundle = Bundle::open(&args.model)?;
+    let dataset = Dataset::open(&args.data, Texts::default())?;
+    let scores = score(&bundle, &dataset, &settings, args.device, &context.cancel)?;
+    write_json(&args.output, &scores)?;
+    if context.output.json {
+        context.output.json(&scores)?;
+    } else {
+        context.output.line(score_table(&scores))?;
+        context.output.line(format!("{} samples, mean ± standard error", scores.num_samples))?;
+    }
+    Ok(Outcome::Done)
+}
+
+fn score_table(scores: &Scores) -> String {
+    let mut rows = vec![["first layer", "sim_1", "sim_2", "sim_3"].map(String::from).to_vec()];
+    for layer in 0..scores.sim_1.mean.len() {
+        let mut row = vec![layer.to_string()];
+        for pack in [&scores.sim_1, &scores.sim_2, &scores.sim_3] {
+            row.push(match (pack.mean.get(layer), pack.standard_error.get(layer)) {
+                (Some(mean), Some(error)) => format!("{mean:.4} ± {error:.4}"),
+                _ => String::new(),
+            });
+        }
+        rows.push(row);
+    }
+    table(&rows)
+}

@@ -1,0 +1,141 @@
+//! Measures similarities: one prefill of each sample's prompt through the graph with its taps.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::analysis;
+use crate::base::{Cancel, Device, Error, Progress, Provenance, Result};
+use crate::bundle::{Bundle, Role};
+use crate::data::{Amount, Dataset, Encoded, Processor, Subset};
+use crate::onnx;
+use crate::rewrite::{SIMILARITY_PREFIX, tap_similarities};
+use crate::runtime::{
+    Decoder, FeatureCache, Picture, Prompt, Runtime, SessionOptions, Step, StepTokens, VisionEncoder, VlmSession,
+    VlmSettings,
+};
+
+use super::scores::{SCORES_SCHEMA_VERSION, SampleScores, Scores, Similarities};
+
+/// Bytes of image features that are kept, for data sets that ask several questions about one picture.
+const FEATURE_CACHE_BYTES: usize = 64 << 20;
+
+/// What decides scores besides model and data.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ScoreSettings {
+    /// How many samples are drawn.
+    pub amount: Amount,
+    /// Seed of the draw.
+    pub seed: u64,
+    /// Pack sizes besides 1, 2 and 3.
+    pub longer_packs: BTreeSet<usize>,
+    /// Scores packs that hold the last layer too.
+    pub include_last: bool,
+    /// Samples with longer prompts are an error, so that one cannot exhaust the memory unseen.
+    pub max_tokens: usize,
+}
+
+impl Default for ScoreSettings {
+    fn default() -> Self {
+        let amount = Amount::Fraction(0.1);
+        ScoreSettings { amount, seed: 42, longer_packs: BTreeSet::new(), include_last: false, max_tokens: 8192 }
+    }
+}
+
+/// Scores a model's decoder on the prompts of a data set: the question with its pictures, up to where the answer begins.
+///
+/// Errors: `Error::Invalid` when a sample does not encode or is too long, or a similarity is no number; `Error::Unsupported`
+/// when the decoder's layers are not understood; `Error::Interrupted` on Ctrl-C.
+pub fn score(
+    bundle: &Bundle,
+    dataset: &Dataset,
+    settings: &ScoreSettings,
+    device: Device,
+    cancel: &Cancel,
+) -> Result<Scores> {
+    let processor = Processor::open(bundle)?;
+    let indices = Subset { amount: settings.amount, seed: settings.seed }.indices(dataset.len())?;
+    let component = bundle.require(Role::Decoder)?;
+    let analysis = analysis::analyse(&onnx::load(&bundle.path_of(component))?)?;
+    let num_layers = analysis.map.layers.len();
+    let packs: Vec<usize> = [1, 2, 3].into_iter().chain(settings.longer_packs.iter().copied()).collect();
+    let tapped = tap_similarities(&analysis, &packs, settings.include_last)?;
+    let runtime = Runtime::new(device)?;
+    let mut model = open(&runtime, bundle, &tapped)?;
+    let progress = Progress::new("score", "samples", indices.len() as u64);
+    let mut samples = Vec::with_capacity(indices.len());
+    for sample in dataset.read(&indices)? {
+        cancel.check("no scores are written")?;
+        let encoded = processor.encode_prompt(&sample?)?;
+        if encoded.len() > settings.max_tokens {
+            return Err(Error::invalid(
+                &encoded.id,
+                format!("its prompt takes {} tokens, {} at most are allowed", encoded.len(), settings.max_tokens),
+            )
+            .remedy("raise `--max-tokens`, or leave the sample out"));
+        }
+        samples.push(score_one(&mut model, encoded, &packs)?);
+        progress.advance(1);
+    }
+    drop(progress);
+    let inputs = BTreeMap::from([("model".to_string(), bundle.digest()?), ("data".to_string(), dataset.digest()?)]);
+    let provenance = Provenance::new(SCORES_SCHEMA_VERSION, inputs, settings)?;
+    Scores::from_samples(provenance, num_layers, settings.include_last, samples)
+}
+
+/// The model with the tapped graph in the place of its decoder.
+fn open(runtime: &Runtime, bundle: &Bundle, tapped: &crate::ir::Model) -> Result<VlmSession> {
+    let options = SessionOptions::default();
+    let head_dim = bundle.config().and_then(|config| config.head_size());
+    let decoder = Decoder::prefill_only(runtime.session_of(tapped, &options)?, head_dim)?;
+    let embed = bundle.component(Role::EmbedTokens);
+    let embed = embed.map(|part| runtime.session(&bundle.path_of(part), &options)).transpose()?;
+    let vision = match bundle.component(Role::VisionEncoder) {
+        Some(part) => {
+            let session = runtime.session(&bundle.path_of(part), &options)?;
+            let cache = FeatureCache::new(FEATURE_CACHE_BYTES);
+            Some(VisionEncoder::new(session, bundle.digest()?, cache)?)
+        }
+        None => None,
+    };
+    VlmSession::new(vision, embed, decoder, VlmSettings::of(bundle)?)
+}
+
+fn score_one(model: &mut VlmSession, encoded: Encoded, packs: &[usize]) -> Result<SampleScores> {
+    let id = encoded.id;
+    let tokens = encoded.input_ids.len();
+    let pictures: Vec<Arc<Picture>> = match encoded.images {
+        Some(images) => Picture::of_inputs(images.pixel_values, images.pixel_attention_mask, images.image_grid_thw)?,
+        None => Vec::new(),
+    };
+    let prompt = Prompt { input_ids: encoded.input_ids, pictures };
+    let embedded = model.embed(&prompt)?;
+    let positions: Vec<i64> = embedded.positions.iter().flatten().copied().collect();
+    let step_tokens = if model.decoder().takes_embeds() {
+        StepTokens::Embeds { data: &embedded.data, hidden_size: embedded.hidden_size }
+    } else {
+        StepTokens::Ids(&prompt.input_ids)
+    };
+    let step = Step {
+        batch: 1,
+        tokens: step_tokens,
+        attention_mask: &vec![1; tokens],
+        position_ids: &positions,
+        position_rows: embedded.positions.len(),
+        last_only: true,
+    };
+    let outputs = model.decoder_mut().prefill_outputs(&step)?;
+    let mut sim = Similarities::new();
+    for &pack in packs {
+        // Shape [n, 1, T]: the mean over tokens is taken here, in double precision.
+        let values = outputs.get(&format!("{SIMILARITY_PREFIX}{pack}"))?.to_f32()?;
+        let rows = values.chunks_exact(tokens.max(1));
+        let means: Vec<f64> =
+            rows.map(|row| row.iter().map(|&value| f64::from(value)).sum::<f64>() / tokens as f64).collect();
+        sim.insert(pack, means);
+    }
+    Ok(SampleScores { id, tokens, sim })
+}

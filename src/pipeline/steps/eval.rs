@@ -1,0 +1,104 @@
+//! A model's answers to a benchmark, beside a baseline's.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::base::{Cancel, Device, Provenance, Result};
+use crate::bundle::Bundle;
+use crate::data::Benchmark;
+use crate::eval::{EvalOptions, EvalReport, LoadedModel, ModelScores, benchmark_name, compare, evaluate};
+use crate::runtime::{FeatureCache, Runtime, SessionOptions};
+
+/// Bytes of image features kept between models and questions.
+const FEATURE_CACHE_BYTES: usize = 256 << 20;
+/// Seed of the bootstrap.
+const BOOTSTRAP_SEED: u64 = 42;
+
+/// How a benchmark is run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct EvalSettings {
+    /// Questions that are answered together.
+    pub batch_size: usize,
+    /// Longest answer in tokens; the model's own setting without it.
+    pub max_new_tokens: Option<usize>,
+    /// Asks only the first questions.
+    pub limit: Option<usize>,
+}
+
+impl Default for EvalSettings {
+    fn default() -> Self {
+        let EvalOptions { batch_size, max_new_tokens, limit } = EvalOptions::default();
+        EvalSettings { batch_size, max_new_tokens, limit }
+    }
+}
+
+/// ONNX Runtime on a device, and what its models share.
+pub struct Engine {
+    runtime: Runtime,
+    cache: Arc<FeatureCache>,
+}
+
+impl Engine {
+    /// Errors: as `Runtime::new`.
+    pub fn new(device: Device) -> Result<Self> {
+        Ok(Engine { runtime: Runtime::new(device)?, cache: FeatureCache::new(FEATURE_CACHE_BYTES) })
+    }
+
+    /// Answers a benchmark with one model.
+    ///
+    /// Errors: as `LoadedModel::open` and `evaluate`.
+    pub fn answer(
+        &self,
+        model: &Path,
+        benchmark: &Benchmark,
+        data: &Path,
+        settings: &EvalSettings,
+        cancel: &Cancel,
+    ) -> Result<ModelScores> {
+        let mut loaded = LoadedModel::open(model, &self.runtime, &SessionOptions::default(), &self.cache)?;
+        let EvalSettings { batch_size, max_new_tokens, limit } = *settings;
+        let options = EvalOptions { batch_size, max_new_tokens, limit };
+        evaluate(&mut loaded, benchmark, &benchmark_name(data), &options, cancel)
+    }
+}
+
+/// Answers a benchmark with a model, and with a baseline to say what the model keeps of it.
+///
+/// Errors: as `Engine::answer`.
+pub fn eval(
+    engine: &Engine,
+    model: &Path,
+    baseline: Option<&Path>,
+    data: &Path,
+    settings: &EvalSettings,
+    cancel: &Cancel,
+) -> Result<EvalReport> {
+    let benchmark = Benchmark::open(data)?;
+    let mut inputs = BTreeMap::from([
+        ("model".to_string(), Bundle::open(model)?.digest()?),
+        ("data".to_string(), benchmark.digest()?),
+    ]);
+    let base = match baseline {
+        Some(path) => {
+            inputs.insert("baseline".to_string(), Bundle::open(path)?.digest()?);
+            Some(engine.answer(path, &benchmark, data, settings, cancel)?)
+        }
+        None => None,
+    };
+    let scores = engine.answer(model, &benchmark, data, settings, cancel)?;
+    let retention = base.as_ref().map(|base| compare(&scores, base, BOOTSTRAP_SEED)).transpose()?;
+    let provenance = Provenance::new(EvalReport::SCHEMA_VERSION, inputs, settings)?;
+    Ok(EvalReport { provenance, model: scores, baseline: base, retention })
+}
+
+/// What a model keeps of a baseline, by the seed that all verbs use.
+///
+/// Errors: as `eval::compare`.
+pub fn retention(model: &ModelScores, baseline: &ModelScores) -> Result<crate::eval::Retention> {
+    compare(model, baseline, BOOTSTRAP_SEED)
+}

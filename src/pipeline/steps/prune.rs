@@ -1,0 +1,131 @@
+//! Layers taken out of a model folder: every variant of the component, and the configs with it.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde::Serialize;
+
+use crate::analysis;
+use crate::base::{Error, Provenance, Result, Sha256Digest};
+use crate::bundle::{Bundle, BundleWriter, Component, LayerEdit, Record, Role, Tower};
+use crate::method::Plan;
+use crate::onnx;
+use crate::rewrite::drop_layers;
+
+/// What `prune --json` prints.
+#[derive(Clone, Debug, PartialEq, Serialize, serde::Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Pruned {
+    /// The tower that lost layers.
+    pub tower: Tower,
+    /// Dropped layers by their index before.
+    pub dropped: Vec<usize>,
+    pub layers_before: usize,
+    pub layers_after: usize,
+    /// Components that were written anew.
+    pub components: Vec<PrunedComponent>,
+}
+
+/// One rewritten component.
+#[derive(Clone, Debug, PartialEq, Serialize, serde::Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PrunedComponent {
+    pub file: String,
+    pub nodes_before: usize,
+    pub nodes_after: usize,
+    pub weight_bytes_before: u64,
+    pub weight_bytes_after: u64,
+}
+
+/// Which layers go, and who says so.
+pub enum Drop<'a> {
+    /// The user names layers.
+    Layers { tower: Tower, layers: &'a [usize] },
+    /// A plan with the digest of its file.
+    Plan { plan: &'a Plan, digest: Sha256Digest },
+}
+
+#[derive(Serialize)]
+struct Settings<'a> {
+    tower: Tower,
+    drop: &'a [usize],
+}
+
+/// Writes the model without these layers as a new folder in the same layout.
+///
+/// Errors: `Error::Invalid` when a layer does not exist, none would stay, the plan is of another model, components
+/// disagree about the number of layers, or the target exists; `Error::Unsupported` when the layers are not understood.
+/// Nothing is left under the target's name then.
+pub fn prune(bundle: &Bundle, drop: &Drop, target: &Path) -> Result<Pruned> {
+    let model_digest = bundle.digest()?;
+    let mut inputs = BTreeMap::from([("model".to_string(), model_digest.clone())]);
+    let (tower, layers) = match drop {
+        Drop::Layers { tower, layers } => (*tower, *layers),
+        Drop::Plan { plan, digest } => {
+            if plan.provenance.inputs.get("model") != Some(&model_digest) {
+                return Err(Error::invalid("plan", "was made for another model")
+                    .remedy("make a plan for this model, or name layers with `--drop`"));
+            }
+            inputs.insert("plan".to_string(), digest.clone());
+            (Tower::Text, plan.drop.as_slice())
+        }
+    };
+    let components = components(bundle, tower)?;
+    let mut loaded = Vec::with_capacity(components.len());
+    for component in components {
+        let analysis = analysis::analyse(&onnx::load(&bundle.path_of(component))?)?;
+        loaded.push((component, analysis));
+    }
+    let total = loaded.first().map_or(0, |(_, analysis)| analysis.map.layers.len());
+    if let Some((other, analysis)) = loaded.iter().find(|(_, analysis)| analysis.map.layers.len() != total) {
+        return Err(Error::invalid(
+            format!("component `{}`", other.file),
+            format!("has {} layers, `{}` has {total}", analysis.map.layers.len(), loaded[0].0.file),
+        ));
+    }
+    let edit = LayerEdit::new(tower, total, layers)?;
+    if edit.dropped().is_empty() {
+        return Err(Error::invalid("list of layers", "is empty"));
+    }
+    let mut writer = BundleWriter::create(bundle, target)?;
+    writer.drop_layers(&edit)?;
+    let provenance = Provenance::new(Record::SCHEMA_VERSION, inputs, &Settings { tower, drop: edit.dropped() })?;
+    let props = writer.record(provenance.clone())?.metadata_props(tower, edit.remaining())?;
+    let mut written = Vec::with_capacity(loaded.len());
+    for (component, analysis) in &loaded {
+        let mut model = drop_layers(analysis, edit.dropped())?;
+        for (key, value) in &props {
+            model.metadata.retain(|(other, _)| other != key);
+            model.metadata.push((key.clone(), value.clone()));
+        }
+        written.push(PrunedComponent {
+            file: component.file.clone(),
+            nodes_before: analysis.model.graph.body.nodes.len(),
+            nodes_after: model.graph.body.nodes.len(),
+            weight_bytes_before: analysis.model.graph.body.weight_bytes(),
+            weight_bytes_after: model.graph.body.weight_bytes(),
+        });
+        writer.save(component, &model)?;
+    }
+    writer.commit(provenance)?;
+    Ok(Pruned {
+        tower,
+        dropped: edit.dropped().to_vec(),
+        layers_before: total,
+        layers_after: edit.remaining(),
+        components: written,
+    })
+}
+
+/// Every component that holds the tower's layers, all variants.
+fn components(bundle: &Bundle, tower: Tower) -> Result<Vec<&Component>> {
+    let holds = |role: Role| match tower {
+        Tower::Text => role.is_decoder(),
+        Tower::Vision => role == Role::VisionEncoder,
+    };
+    let found: Vec<&Component> = bundle.components().iter().filter(|component| holds(component.role)).collect();
+    if found.is_empty() {
+        bundle.require(if tower == Tower::Text { Role::Decoder } else { Role::VisionEncoder })?;
+    }
+    Ok(found)
+}
