@@ -7,6 +7,7 @@ pub mod cli;
 pub mod data;
 pub mod eval;
 pub mod export;
+pub mod finetune;
 pub mod ir;
 pub mod method;
 pub mod onnx;

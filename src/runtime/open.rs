@@ -24,6 +24,19 @@ impl VlmSession {
         cache: &Arc<FeatureCache>,
     ) -> Result<Self> {
         let decoder = Decoder::open(runtime, bundle, options)?;
+        VlmSession::with_decoder(runtime, bundle, decoder, options, cache)
+    }
+
+    /// Loads a folder's components with another decoder in place of its own (a part of it, or one not yet written).
+    ///
+    /// Errors: as `open`.
+    pub fn with_decoder(
+        runtime: &Runtime,
+        bundle: &Bundle,
+        decoder: Decoder,
+        options: &SessionOptions,
+        cache: &Arc<FeatureCache>,
+    ) -> Result<Self> {
         let settings = VlmSettings::of(bundle)?;
         let embed = bundle.component(Role::EmbedTokens);
         let embed = embed.map(|part| runtime.session(&bundle.path_of(part), options)).transpose()?;

@@ -1,0 +1,189 @@
+//! Samples as tensors: rows of the frozen part's output, padded on the right to the longest of a batch.
+
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind, Tensor};
+
+use crate::base::{Error, Result};
+
+use super::cache::Rows;
+use super::torch_error;
+
+/// One training sample without its numbers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Example {
+    pub id: String,
+    /// Tokens, image tokens included.
+    pub length: usize,
+    /// Positions whose logits predict an answer token, ascending.
+    pub positions: Vec<u32>,
+    /// The answer token that each of them predicts.
+    pub targets: Vec<i64>,
+    /// Three rows of positions for graphs with multimodal rotary embedding; empty for counting from 0.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub rotary: Vec<Vec<i64>>,
+}
+
+impl Example {
+    /// Answer tokens are those that `answer_mask` marks; the first token of a sample is predicted by nothing.
+    ///
+    /// Errors: `Error::Invalid` when the mask is not as long as the ids.
+    pub fn new(id: String, input_ids: &[i64], answer_mask: &[bool]) -> Result<Self> {
+        if input_ids.len() != answer_mask.len() {
+            let problem = format!("has {} tokens and an answer mask of {}", input_ids.len(), answer_mask.len());
+            return Err(Error::invalid(format!("sample `{id}`"), problem));
+        }
+        let answers = (1..input_ids.len()).filter(|&at| answer_mask[at]);
+        let (positions, targets) = answers.map(|at| (at as u32 - 1, input_ids[at])).unzip();
+        Ok(Example { id, length: input_ids.len(), positions, targets, rotary: Vec::new() })
+    }
+}
+
+/// Samples with what the frozen part gave for them.
+#[derive(Debug)]
+pub struct TrainingSet {
+    pub examples: Vec<Example>,
+    /// First row of each example.
+    starts: Vec<u64>,
+    /// The residual stream before the first trained layer, a row per token.
+    hidden: Rows,
+}
+
+/// Total number of tokens.
+pub fn total_tokens(examples: &[Example]) -> u64 {
+    examples.iter().map(|example| example.length as u64).sum()
+}
+
+/// A batch on the device. `B` samples, `T` tokens of the longest, `D` the hidden size, `N` answer tokens.
+#[derive(Debug)]
+pub struct Batch {
+    /// f32 `[B, T, D]`, 0 where padded.
+    pub hidden: Tensor,
+    /// i64 `[B, T]`, 1 where real.
+    pub attention_mask: Tensor,
+    /// i64 `[B, T]`, or `[3, B, T]` for multimodal rotary embedding.
+    pub position_ids: Tensor,
+    /// i64 `[N]`: places in `[B * T]` whose logits predict an answer token.
+    pub answer_rows: Tensor,
+    /// i64 `[N]`.
+    pub targets: Tensor,
+    pub answer_tokens: u64,
+}
+
+impl TrainingSet {
+    /// Pairs examples with their rows, in the order in which the rows were written.
+    pub fn new(examples: Vec<Example>, hidden: Rows) -> Self {
+        let starts = examples
+            .iter()
+            .scan(0, |next, example| {
+                let start = *next;
+                *next += example.length as u64;
+                Some(start)
+            })
+            .collect();
+        TrainingSet { examples, starts, hidden }
+    }
+
+    /// Lengths in tokens, by sample.
+    pub fn lengths(&self) -> Vec<usize> {
+        self.examples.iter().map(|example| example.length).collect()
+    }
+
+    /// The batch of these samples.
+    ///
+    /// Errors: `Error::Engine` when LibTorch cannot make the tensors.
+    pub fn batch(&self, samples: &[usize], device: Device) -> Result<Batch> {
+        let time = samples.iter().map(|&sample| self.examples[sample].length).max().unwrap_or(0);
+        let (rows, width) = (samples.len(), self.hidden.width());
+        let stride = time * width * 4;
+        let mut hidden = vec![0u8; rows * stride];
+        let mut mask = vec![0i64; rows * time];
+        let mut answer_rows = Vec::new();
+        let mut targets = Vec::new();
+        for (row, &sample) in samples.iter().enumerate() {
+            let example = &self.examples[sample];
+            let bytes = self.hidden.bytes(self.starts[sample], example.length);
+            hidden[row * stride..][..bytes.len()].copy_from_slice(bytes);
+            mask[row * time..][..example.length].fill(1);
+            answer_rows.extend(example.positions.iter().map(|&at| (row * time) as i64 + i64::from(at)));
+            targets.extend_from_slice(&example.targets);
+        }
+        let positions = self.position_ids(samples, time);
+        let position_rows = positions.len() / (rows * time).max(1);
+        let make = || -> Result<Batch, tch::TchError> {
+            let (b, t) = (rows as i64, time as i64);
+            let position_ids = Tensor::f_from_slice(&positions)?;
+            let position_ids = if position_rows > 1 {
+                position_ids.f_view([position_rows as i64, b, t])?
+            } else {
+                position_ids.f_view([b, t])?
+            };
+            Ok(Batch {
+                hidden: Tensor::f_from_data_size(&hidden, &[b, t, width as i64], Kind::Float)?.f_to_device(device)?,
+                attention_mask: Tensor::f_from_slice(&mask)?.f_view([b, t])?.f_to_device(device)?,
+                position_ids: position_ids.f_to_device(device)?,
+                answer_rows: Tensor::f_from_slice(&answer_rows)?.f_to_device(device)?,
+                answer_tokens: targets.len() as u64,
+                targets: Tensor::f_from_slice(&targets)?.f_to_device(device)?,
+            })
+        };
+        make().map_err(torch_error("a batch"))
+    }
+
+    /// Row-major positions, `[B, T]` or `[3, B, T]`; padding goes on counting from the last.
+    fn position_ids(&self, samples: &[usize], time: usize) -> Vec<i64> {
+        let planes = samples.iter().map(|&sample| self.examples[sample].rotary.len()).max().unwrap_or(0);
+        let mut positions = Vec::with_capacity(planes.max(1) * samples.len() * time);
+        for plane in 0..planes.max(1) {
+            for &sample in samples {
+                let own = self.examples[sample].rotary.get(plane);
+                let mut next = 0;
+                positions.extend((0..time).map(|at| {
+                    let position = own.and_then(|own| own.get(at)).copied().unwrap_or(next);
+                    next = position + 1;
+                    position
+                }));
+            }
+        }
+        positions
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::finetune::cache::RowsWriter;
+
+    fn training_set(folder: &std::path::Path) -> TrainingSet {
+        let ids = [5i64, 6, 7, 8];
+        let long = Example::new("a".into(), &ids, &[false, false, true, true]).unwrap();
+        let short = Example::new("b".into(), &ids[..2], &[true, true]).unwrap();
+        let mut writer = RowsWriter::create(&folder.join("rows"), 2).unwrap();
+        writer.push(&(1..=12).map(|n| n as f32).collect::<Vec<_>>()).unwrap();
+        let rows = writer.finish().unwrap();
+        TrainingSet::new(vec![long, short], Rows::open(&folder.join("rows"), rows, 2).unwrap())
+    }
+
+    #[test]
+    fn answers_are_predicted_by_the_position_before_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let examples = training_set(folder.path()).examples;
+        assert_eq!((&examples[0].positions, &examples[0].targets), (&vec![1, 2], &vec![7, 8]));
+        assert_eq!((&examples[1].positions, &examples[1].targets), (&vec![0], &vec![6]));
+        assert!(Example::new("c".into(), &[1, 2], &[true]).is_err());
+    }
+
+    #[test]
+    fn shorter_samples_are_padded_on_the_right() {
+        let folder = tempfile::tempdir().unwrap();
+        let batch = training_set(folder.path()).batch(&[1, 0], Device::Cpu).unwrap();
+        assert_eq!(batch.hidden.size(), [2, 4, 2]);
+        let hidden: Vec<f32> = Vec::try_from(batch.hidden.flatten(0, -1)).unwrap();
+        assert_eq!(hidden, [9.0, 10.0, 11.0, 12.0, 0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]);
+        let ints = |tensor: &Tensor| Vec::<i64>::try_from(tensor.flatten(0, -1)).unwrap();
+        assert_eq!(ints(&batch.attention_mask), [1, 1, 0, 0, 1, 1, 1, 1]);
+        assert_eq!(ints(&batch.position_ids), [0, 1, 2, 3, 0, 1, 2, 3]);
+        assert_eq!(ints(&batch.answer_rows), [0, 5, 6]);
+        assert_eq!(ints(&batch.targets), [6, 7, 8]);
+        assert_eq!(batch.answer_tokens, 3);
+    }
+}

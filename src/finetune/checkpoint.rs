@@ -1,0 +1,240 @@
+//! Where a stopped run goes on from: a folder per checkpoint, complete or not there at all.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use tch::{Device, Tensor};
+
+use crate::base::{Error, Result, Sha256Digest, StagedDir, read_json, write_json};
+
+use super::optimizer::Parameter;
+use super::torch_error;
+
+const SCHEMA_VERSION: u32 = 1;
+const STATE: &str = "state.json";
+const TENSORS: &str = "tensors.safetensors";
+
+/// What a run was made of and how far it came. The order of samples and the learning rate follow from the step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct State {
+    pub schema_version: u32,
+    /// Optimiser steps done.
+    pub step: u64,
+    /// Optimiser steps of the whole run.
+    pub total_steps: u64,
+    /// SHA-256 of everything that decides the result, by what it is (`model`, `data`, `settings`, ...).
+    pub inputs: BTreeMap<String, Sha256Digest>,
+    /// Sums that the final report needs, over the steps done.
+    pub totals: Totals,
+}
+
+/// Running sums over the optimiser steps.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Totals {
+    pub tokens: u64,
+    pub answer_tokens: u64,
+    pub first_loss: Option<f64>,
+    pub last_loss: Option<f64>,
+    pub train_seconds: f64,
+}
+
+impl State {
+    /// A state at `step`.
+    pub fn new(step: u64, total_steps: u64, inputs: BTreeMap<String, Sha256Digest>, totals: Totals) -> Self {
+        State { schema_version: SCHEMA_VERSION, step, total_steps, inputs, totals }
+    }
+}
+
+/// The checkpoints of one run: folders `step-00000042` inside one folder.
+pub struct Checkpoints {
+    folder: PathBuf,
+}
+
+impl Checkpoints {
+    /// Errors: `Error::Io` when the folder cannot be made.
+    pub fn open(folder: &Path) -> Result<Self> {
+        fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, e))?;
+        Ok(Checkpoints { folder: folder.to_path_buf() })
+    }
+
+    /// Writes a checkpoint and then removes the ones before it.
+    ///
+    /// Errors: `Error::Io`, `Error::Engine`; the checkpoints before it are still there then.
+    pub fn save(&self, state: &State, parameters: &[Parameter]) -> Result<PathBuf> {
+        let target = self.folder.join(format!("step-{:08}", state.step));
+        if target.exists() {
+            fs::remove_dir_all(&target).map_err(|e| Error::io("replace", &target, e))?;
+        }
+        let staged = StagedDir::create(&target)?;
+        let path = staged.path().join(TENSORS);
+        let host = |tensor: &Tensor| tensor.detach().f_to_device(Device::Cpu)?.f_contiguous();
+        let mut tensors = Vec::with_capacity(3 * parameters.len());
+        for parameter in parameters {
+            for (kind, tensor) in tensors_of(parameter) {
+                let tensor = host(tensor).map_err(torch_error("a checkpoint"))?;
+                tensors.push((format!("{kind}/{}", parameter.name), tensor));
+            }
+        }
+        Tensor::write_safetensors(&tensors, &path).map_err(torch_error("a checkpoint"))?;
+        File::open(&path).and_then(|file| file.sync_all()).map_err(|e| Error::io("write", &path, e))?;
+        write_json(&staged.path().join(STATE), state)?;
+        staged.commit()?;
+        for (step, folder) in self.list()? {
+            if step < state.step {
+                fs::remove_dir_all(&folder).map_err(|e| Error::io("remove", &folder, e))?;
+            }
+        }
+        Ok(target)
+    }
+
+    /// The newest checkpoint's state and folder, if there is one.
+    ///
+    /// Errors: `Error::Io`, `Error::Invalid` when a checkpoint is not what `save` writes.
+    pub fn latest(&self) -> Result<Option<(State, PathBuf)>> {
+        match self.list()?.pop() {
+            Some((_, folder)) => Ok(Some((read_json(&folder.join(STATE), SCHEMA_VERSION)?, folder))),
+            None => Ok(None),
+        }
+    }
+
+    /// Removes every checkpoint of the run, once its result is written.
+    ///
+    /// Errors: `Error::Io`.
+    pub fn clear(&self) -> Result<()> {
+        for (_, folder) in self.list()? {
+            fs::remove_dir_all(&folder).map_err(|e| Error::io("remove", &folder, e))?;
+        }
+        Ok(())
+    }
+
+    fn list(&self) -> Result<Vec<(u64, PathBuf)>> {
+        let entries = fs::read_dir(&self.folder).map_err(|e| Error::io("read", &self.folder, e))?;
+        let mut found = Vec::new();
+        for entry in entries {
+            let entry = entry.map_err(|e| Error::io("read", &self.folder, e))?;
+            let name = entry.file_name();
+            if let Some(step) =
+                name.to_str().and_then(|name| name.strip_prefix("step-")).and_then(|step| step.parse().ok())
+            {
+                found.push((step, entry.path()));
+            }
+        }
+        found.sort();
+        Ok(found)
+    }
+}
+
+fn tensors_of(parameter: &Parameter) -> [(&'static str, &Tensor); 3] {
+    [("value", &parameter.value), ("exp_avg", &parameter.exp_avg), ("exp_avg_sq", &parameter.exp_avg_sq)]
+}
+
+/// Refuses to go on from a checkpoint of another run.
+///
+/// Errors: `Error::Invalid` naming what differs.
+pub fn check_same_run(state: &State, folder: &Path, inputs: &BTreeMap<String, Sha256Digest>) -> Result<()> {
+    let names: std::collections::BTreeSet<&String> = state.inputs.keys().chain(inputs.keys()).collect();
+    let differing: Vec<&String> =
+        names.into_iter().filter(|name| state.inputs.get(*name) != inputs.get(*name)).collect();
+    if differing.is_empty() {
+        return Ok(());
+    }
+    Err(Error::invalid(
+        format!("checkpoint `{}`", folder.display()),
+        format!("was made by another run: {} differ", crate::base::list_preview(&differing, 8)),
+    )
+    .remedy("resume with the same model, data and settings, or begin anew without resuming"))
+}
+
+/// Puts a checkpoint's tensors back into the parameters.
+///
+/// Errors: `Error::Invalid` when a tensor is missing, left over, or of another shape or type.
+pub fn restore(folder: &Path, parameters: &mut [Parameter]) -> Result<()> {
+    let path = folder.join(TENSORS);
+    let subject = || format!("checkpoint `{}`", path.display());
+    let tensors = Tensor::read_safetensors(&path).map_err(|e| Error::invalid(subject(), e.to_string()))?;
+    let mut tensors: HashMap<String, Tensor> = tensors.into_iter().collect();
+    let mut take = |kind: &str, name: &str, into: &mut Tensor| -> Result<()> {
+        let key = format!("{kind}/{name}");
+        let saved = tensors.remove(&key).ok_or_else(|| Error::invalid(subject(), format!("holds no `{key}`")))?;
+        if saved.size() != into.size() || saved.kind() != into.kind() {
+            let (found, want) = ((saved.size(), saved.kind()), (into.size(), into.kind()));
+            return Err(Error::invalid(subject(), format!("`{key}` is {found:?}, expected {want:?}")));
+        }
+        tch::no_grad(|| into.f_copy_(&saved)).map_err(torch_error(subject()))
+    };
+    for Parameter { name, value, exp_avg, exp_avg_sq } in parameters {
+        take("value", name, value)?;
+        take("exp_avg", name, exp_avg)?;
+        take("exp_avg_sq", name, exp_avg_sq)?;
+    }
+    match tensors.keys().next() {
+        Some(key) => Err(Error::invalid(subject(), format!("holds `{key}`, which this run does not train"))),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parameters() -> Vec<Parameter> {
+        let mut parameter =
+            Parameter::new("/layers.3/w:0", Tensor::from_slice(&[0.1f32, -7.25, 3e-30]).view([3, 1])).unwrap();
+        let _ = parameter.exp_avg.fill_(0.3);
+        let _ = parameter.exp_avg_sq.fill_(1e-20);
+        vec![parameter]
+    }
+
+    fn state(step: u64) -> State {
+        State::new(step, 10, BTreeMap::from([("data".to_string(), "ab".to_string())]), Totals::default())
+    }
+
+    fn bits(tensor: &Tensor) -> Vec<u32> {
+        Vec::<f32>::try_from(tensor.detach().flatten(0, -1)).unwrap().into_iter().map(f32::to_bits).collect()
+    }
+
+    #[test]
+    fn tensors_come_back_bit_for_bit_and_older_checkpoints_go() {
+        let folder = tempfile::tempdir().unwrap();
+        let checkpoints = Checkpoints::open(folder.path()).unwrap();
+        assert!(checkpoints.latest().unwrap().is_none());
+        let saved = parameters();
+        checkpoints.save(&state(3), &saved).unwrap();
+        checkpoints.save(&state(12), &saved).unwrap();
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+        let (found, path) = checkpoints.latest().unwrap().unwrap();
+        assert_eq!(found, state(12));
+
+        let mut fresh = vec![Parameter::new("/layers.3/w:0", Tensor::from_slice(&[0.0f32; 3]).view([3, 1])).unwrap()];
+        restore(&path, &mut fresh).unwrap();
+        for ((_, a), (_, b)) in tensors_of(&saved[0]).into_iter().zip(tensors_of(&fresh[0])) {
+            assert_eq!(bits(a), bits(b));
+        }
+        assert!(fresh[0].value.requires_grad());
+    }
+
+    #[test]
+    fn another_run_s_checkpoint_is_refused_by_what_differs() {
+        let other = BTreeMap::from([("data".to_string(), "cd".to_string())]);
+        let message = check_same_run(&state(1), Path::new("x"), &other).unwrap_err().to_string();
+        assert!(message.contains("`data` differ"), "{message}");
+        check_same_run(&state(1), Path::new("x"), &state(1).inputs).unwrap();
+    }
+
+    #[test]
+    fn a_checkpoint_of_other_tensors_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let checkpoints = Checkpoints::open(folder.path()).unwrap();
+        let path = checkpoints.save(&state(1), &parameters()).unwrap();
+        let with = |name: &str, count: i64| {
+            vec![Parameter::new(name, Tensor::zeros([count, 1], (tch::Kind::Float, Device::Cpu))).unwrap()]
+        };
+        assert!(restore(&path, &mut with("other", 3)).unwrap_err().to_string().contains("holds no `value/other`"));
+        assert!(restore(&path, &mut with("/layers.3/w:0", 4)).unwrap_err().to_string().contains("expected"));
+        assert!(restore(&path, &mut []).unwrap_err().to_string().contains("does not train"));
+        fs::write(path.join(TENSORS), b"\xff\xff\xff\xff\xff\xff\xff\x7f{}").unwrap();
+        assert!(restore(&path, &mut parameters()).is_err());
+    }
+}

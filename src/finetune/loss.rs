@@ -1,0 +1,236 @@
+//! Loss terms: one row each. A term gives a sum over tokens; the trainer divides by the tokens of the whole optimiser
+//! step, so a step's gradient does not depend on how it was cut into forward passes.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Reduction, Tensor};
+
+use crate::base::{Error, Result};
+
+use super::torch_error;
+
+/// The name of a loss term.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum LossKind {
+    /// Cross-entropy of the answer tokens.
+    Ce,
+    /// Divergence of the student's answer distribution from the dense model's.
+    Kd,
+    /// Distance of the residual stream from the dense model's around each frozen anchor.
+    Anchor,
+    /// Distance of the residual stream from the dense model's after every layer.
+    Hidden,
+}
+
+/// The tokens that a term sums over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Denominator {
+    /// Answer tokens.
+    AnswerTokens,
+    /// All tokens, image tokens included, times the number of compared points of the residual stream.
+    StreamTokens,
+}
+
+/// What a term needs from the dense model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Teacher {
+    Nothing,
+    /// Its likeliest tokens at the answer positions.
+    Logits,
+    /// Its residual stream.
+    Stream,
+}
+
+/// One loss term.
+pub struct LossRow {
+    pub kind: LossKind,
+    pub name: &'static str,
+    pub summary: &'static str,
+    pub denominator: Denominator,
+    pub teacher: Teacher,
+}
+
+/// Every loss term there is.
+pub const LOSSES: &[LossRow] = &[
+    LossRow {
+        kind: LossKind::Ce,
+        name: "ce",
+        summary: "cross-entropy of the answer tokens",
+        denominator: Denominator::AnswerTokens,
+        teacher: Teacher::Nothing,
+    },
+    LossRow {
+        kind: LossKind::Kd,
+        name: "kd",
+        summary: "KL divergence from the dense model's distribution over answer tokens",
+        denominator: Denominator::AnswerTokens,
+        teacher: Teacher::Logits,
+    },
+    LossRow {
+        kind: LossKind::Anchor,
+        name: "anchor",
+        summary: "distance from the dense model's residual stream before and after each frozen anchor",
+        denominator: Denominator::StreamTokens,
+        teacher: Teacher::Stream,
+    },
+    LossRow {
+        kind: LossKind::Hidden,
+        name: "hidden",
+        summary: "distance from the dense model's residual stream after every layer",
+        denominator: Denominator::StreamTokens,
+        teacher: Teacher::Stream,
+    },
+];
+
+impl LossKind {
+    /// This term's row.
+    pub fn row(self) -> &'static LossRow {
+        LOSSES.iter().find(|row| row.kind == self).unwrap_or(&LOSSES[0])
+    }
+
+    /// Name in settings and metrics.
+    pub fn name(self) -> &'static str {
+        self.row().name
+    }
+}
+
+/// The dense model's answer distribution, cut to its likeliest tokens.
+pub struct TopK {
+    /// Natural log-probabilities at the run's temperature, f32 `[N, K]`.
+    pub log_probs: Tensor,
+    /// Token ids, i64 `[N, K]`.
+    pub tokens: Tensor,
+}
+
+/// Sum over answer tokens of the cross-entropy in nats.
+///
+/// Shapes: logits `[N, V]`, targets i64 `[N]` -> `[]` f32.
+pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
+    logits
+        .f_to_kind(Kind::Float)
+        .and_then(|logits| logits.f_cross_entropy_loss::<Tensor>(targets, None, Reduction::Sum, -100, 0.0))
+        .map_err(torch_error("the cross-entropy"))
+}
+
+/// Sum over answer tokens of `T^2 * KL(teacher || student)` in nats over the teacher's `K` likeliest tokens and one
+/// bucket that holds the rest, both distributions at temperature `T`.
+///
+/// Shapes: logits `[N, V]` -> `[]` f32. Source: Hinton et al. 2015, arXiv:1503.02531, section 2 (the factor `T^2`).
+pub fn distillation(logits: &Tensor, teacher: &TopK, temperature: f64) -> Result<Tensor> {
+    let compute = || -> Result<Tensor, tch::TchError> {
+        // The smallest mass the rest bucket is taken to hold, so that its logarithm stays finite in f32.
+        const FLOOR: f64 = 1e-6;
+        let student = logits.f_to_kind(Kind::Float)?.f_div_scalar(temperature)?.f_log_softmax(-1, Kind::Float)?;
+        let student = student.f_gather(1, &teacher.tokens, false)?;
+        let rest = |log_probs: &Tensor| -> Result<Tensor, tch::TchError> {
+            let top = log_probs.f_exp()?.f_sum_dim_intlist(1, false, Kind::Float)?;
+            top.f_neg()?.f_add_scalar(1.0)?.f_clamp_min(FLOOR)
+        };
+        let teacher_rest = rest(&teacher.log_probs)?;
+        let top = (teacher.log_probs.f_exp()? * (&teacher.log_probs - &student)).f_sum(Kind::Float)?;
+        let bucket = (&teacher_rest * (teacher_rest.f_log()? - rest(&student)?.f_log()?)).f_sum(Kind::Float)?;
+        (top + bucket).f_mul_scalar(temperature * temperature)
+    };
+    compute().map_err(torch_error("the distillation loss"))
+}
+
+/// Sum over tokens of the squared distance between two points of the residual stream, relative to the teacher's own
+/// squared length, so that tokens with massive activations do not drown the others.
+///
+/// Shapes: student and teacher `[M, D]` -> `[]` f32.
+pub fn stream_distance(student: &Tensor, teacher: &Tensor) -> Result<Tensor> {
+    let compute = || -> Result<Tensor, tch::TchError> {
+        let teacher = teacher.f_to_kind(Kind::Float)?;
+        let squared = |x: Tensor| x.f_square()?.f_sum_dim_intlist(-1, false, Kind::Float);
+        let distance = squared(student.f_to_kind(Kind::Float)?.f_sub(&teacher)?)?;
+        let length = squared(teacher)?.f_clamp_min(1e-12)?;
+        distance.f_div(&length)?.f_sum(Kind::Float)
+    };
+    compute().map_err(torch_error("the residual-stream loss"))
+}
+
+/// Errors: `Error::Invalid` for terms that need the dense model when none was given.
+pub fn check_teacher(kinds: impl Iterator<Item = LossKind>, has_teacher: bool) -> Result<()> {
+    for kind in kinds {
+        if kind.row().teacher != Teacher::Nothing && !has_teacher {
+            return Err(Error::invalid(
+                format!("loss `{}`", kind.name()),
+                "needs the dense model as teacher, and none was given",
+            )
+            .remedy("name the model that was pruned as teacher, or leave this term out"));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn value(tensor: &Tensor) -> f64 {
+        tensor.double_value(&[])
+    }
+
+    #[test]
+    fn every_term_has_one_row_under_its_serialised_name() {
+        for row in LOSSES {
+            assert_eq!(serde_json::to_value(row.kind).unwrap(), row.name);
+        }
+    }
+
+    /// By hand: `-log softmax` of the target.
+    #[test]
+    fn cross_entropy_sums_over_tokens() {
+        let logits = [[1.0f64, 2.0, 3.0], [0.5, -0.5, 0.0]];
+        let targets = [2usize, 1];
+        let want: f64 = logits
+            .iter()
+            .zip(targets)
+            .map(|(row, target)| row.iter().map(|z| z.exp()).sum::<f64>().ln() - row[target])
+            .sum();
+        let tensor = Tensor::from_slice(&logits.concat()).view([2, 3]);
+        let found = value(&cross_entropy(&tensor, &Tensor::from_slice(&[2i64, 1])).unwrap());
+        assert!((found - want).abs() < 1e-6, "{found}, expected {want}");
+    }
+
+    /// With every token in the top K the bucket is empty, and the sum is the plain KL divergence, computed here in f64.
+    #[test]
+    fn distillation_is_the_divergence_at_the_temperature() {
+        let temperature = 2.0;
+        let student = [0.3f64, -1.0, 0.7, 2.0];
+        let teacher = [1.0f64, 0.0, -1.0, 0.5];
+        let log_softmax = |z: &[f64]| -> Vec<f64> {
+            let total = z.iter().map(|v| (v / temperature).exp()).sum::<f64>().ln();
+            z.iter().map(|v| v / temperature - total).collect()
+        };
+        let (p, q) = (log_softmax(&teacher), log_softmax(&student));
+        let logits = Tensor::from_slice(&student).view([1, 4]);
+        let top_k = |tokens: &[i64]| TopK {
+            log_probs: Tensor::from_slice(&tokens.iter().map(|&t| p[t as usize] as f32).collect::<Vec<_>>())
+                .view([1, -1]),
+            tokens: Tensor::from_slice(tokens).view([1, -1]),
+        };
+        // Tokens 0 and 3 kept, 1 and 2 in the bucket.
+        let kept = [0usize, 3];
+        let rest = |l: &[f64]| 1.0 - kept.iter().map(|&i| l[i].exp()).sum::<f64>();
+        let mut want: f64 = kept.iter().map(|&i| p[i].exp() * (p[i] - q[i])).sum();
+        want += rest(&p) * (rest(&p).ln() - rest(&q).ln());
+        want *= temperature * temperature;
+        let found = value(&distillation(&logits, &top_k(&[0, 3]), temperature).unwrap());
+        assert!((found - want).abs() < 1e-6, "{found}, expected {want}");
+
+        let full: f64 = (0..4).map(|i| p[i].exp() * (p[i] - q[i])).sum::<f64>() * temperature * temperature;
+        let found = value(&distillation(&logits, &top_k(&[0, 1, 2, 3]), temperature).unwrap());
+        assert!((found - full).abs() < 1e-5, "{found}, expected {full}");
+    }
+
+    #[test]
+    fn the_stream_distance_is_relative_to_the_teacher() {
+        let teacher = Tensor::from_slice(&[3.0f32, 4.0, 0.0, 100.0]).view([2, 2]);
+        let student = Tensor::from_slice(&[3.0f32, 5.0, 0.0, 120.0]).view([2, 2]);
+        let found = value(&stream_distance(&student, &teacher).unwrap());
+        assert!((found - (1.0 / 25.0 + 400.0 / 10_000.0)).abs() < 1e-6);
+        assert_eq!(value(&stream_distance(&teacher, &teacher).unwrap()), 0.0);
+    }
+}

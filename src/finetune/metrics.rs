@@ -1,0 +1,104 @@
+//! What a run writes down while it goes: one JSON line per optimiser step.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::base::{Error, Result};
+
+/// One optimiser step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct StepMetrics {
+    /// Optimiser step, counted from 1.
+    pub step: u64,
+    /// Weighted sum of the loss terms.
+    pub loss: f64,
+    /// Each term before its weight.
+    pub losses: BTreeMap<String, f64>,
+    pub learning_rate: f64,
+    /// Global L2 norm of the gradient before clipping.
+    pub grad_norm: f64,
+    /// Tokens without padding, images included, per second of this step.
+    pub tokens_per_s: f64,
+    /// Answer tokens in this step.
+    pub answer_tokens: u64,
+    /// The process's largest resident set so far.
+    pub peak_memory_bytes: u64,
+}
+
+/// A JSONL file that grows by one line per step.
+pub struct MetricsWriter {
+    path: PathBuf,
+    file: File,
+}
+
+impl MetricsWriter {
+    /// Opens `path` to go on after optimiser step `step`: lines of later steps, which a resumed run does again, are
+    /// dropped; with `step` 0 the file begins empty.
+    ///
+    /// Errors: `Error::Io`; `Error::Invalid` when an existing file holds something else.
+    pub fn open(path: &Path, step: u64) -> Result<Self> {
+        let mut kept = String::new();
+        if step > 0 && path.exists() {
+            let text = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
+            for line in text.split_inclusive('\n').filter(|line| line.ends_with('\n')) {
+                let metrics: StepMetrics = serde_json::from_str(line).map_err(|e| {
+                    Error::invalid(format!("`{}`", path.display()), format!("is no file of training metrics: {e}"))
+                })?;
+                if metrics.step <= step {
+                    kept.push_str(line);
+                }
+            }
+        }
+        std::fs::write(path, kept).map_err(|e| Error::io("write", path, e))?;
+        let file = OpenOptions::new().append(true).open(path).map_err(|e| Error::io("open", path, e))?;
+        Ok(MetricsWriter { path: path.to_path_buf(), file })
+    }
+
+    /// Appends one step. Errors: `Error::Io`.
+    pub fn push(&mut self, metrics: &StepMetrics) -> Result<()> {
+        let mut line = serde_json::to_string(metrics).map_err(|e| Error::invalid("training metrics", e.to_string()))?;
+        line.push('\n');
+        self.file.write_all(line.as_bytes()).map_err(|e| Error::io("write", &self.path, e))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(step: u64) -> StepMetrics {
+        StepMetrics {
+            step,
+            loss: 1.5 / step as f64,
+            losses: BTreeMap::from([("ce".to_string(), 1.5)]),
+            learning_rate: 1e-3,
+            grad_norm: 0.5,
+            tokens_per_s: 1000.0,
+            answer_tokens: 12,
+            peak_memory_bytes: 1,
+        }
+    }
+
+    #[test]
+    fn a_resumed_run_rewrites_the_steps_that_it_does_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        let mut writer = MetricsWriter::open(&path, 0).unwrap();
+        for step in 1..=5 {
+            writer.push(&at(step)).unwrap();
+        }
+        // A process killed in the middle of a line leaves it unfinished.
+        std::fs::OpenOptions::new().append(true).open(&path).unwrap().write_all(b"{\"step\":6").unwrap();
+        let mut writer = MetricsWriter::open(&path, 3).unwrap();
+        writer.push(&at(4)).unwrap();
+        let text = std::fs::read_to_string(&path).unwrap();
+        let steps: Vec<u64> =
+            text.lines().map(|line| serde_json::from_str::<StepMetrics>(line).unwrap().step).collect();
+        assert_eq!(steps, [1, 2, 3, 4]);
+    }
+}

@@ -1,0 +1,39 @@
+//! Healing: trains the finetune layers of a pruned decoder, through its own graph, with everything else frozen.
+
+mod batch;
+mod cache;
+mod checkpoint;
+mod events;
+mod gradient;
+mod loss;
+mod metrics;
+mod optimizer;
+mod prefix;
+mod run;
+mod sampler;
+mod schedule;
+mod settings;
+mod source;
+mod student;
+mod suffix;
+mod trainer;
+mod weights;
+
+pub use loss::{LOSSES, LossKind, LossRow};
+pub use metrics::StepMetrics;
+pub use prefix::LeftOut;
+pub use run::{Outcome, Report, Request, clear_checkpoints, finetune};
+pub use schedule::{SCHEDULES, Schedule, ScheduleRow};
+pub use settings::{Precision, Settings};
+pub use source::{Conversations, Sample, Source};
+
+use crate::base::Error;
+
+/// Turns LibTorch's error into the library's; only its first line speaks of the problem, the rest is a C++ trace.
+fn torch_error(subject: impl Into<String>) -> impl FnOnce(tch::TchError) -> Error {
+    let subject = subject.into();
+    move |error| {
+        let text = error.to_string();
+        Error::engine("LibTorch", subject, text.lines().next().unwrap_or_default())
+    }
+}

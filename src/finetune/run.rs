@@ -1,0 +1,221 @@
+//! The whole of a finetuning run: cut, compute the frozen part, train, put the weights back.
+
+use std::collections::{BTreeMap, HashSet};
+use std::path::Path;
+use std::sync::Arc;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use tch::Device as TorchDevice;
+
+use crate::analysis::{Analysis, analyse};
+use crate::base::{Cancel, Device, Error, Provenance, Result, Sha256Digest, sha256_json};
+use crate::bundle::{Bundle, Role};
+use crate::ir::{Model, ValueId};
+use crate::runtime::{Decoder, FeatureCache, Runtime, SessionOptions, VlmSession};
+
+use super::batch::TrainingSet;
+use super::loss;
+use super::metrics::StepMetrics;
+use super::prefix::{LeftOut, Store, prefix_model};
+use super::settings::Settings;
+use super::source::Source;
+use super::student::{Student, token_inputs};
+use super::suffix::Suffix;
+use super::trainer::{METRICS_FILE, Summary, Trainer};
+use super::weights::{replaced, trained_weights};
+
+/// What to finetune, on what, and how.
+pub struct Request<'a> {
+    /// The pruned model.
+    pub bundle: &'a Bundle,
+    /// Decoder layers to train, as the pruned model counts them.
+    pub layers: &'a [usize],
+    pub data: &'a dyn Source,
+    pub settings: &'a Settings,
+    pub device: Device,
+    /// Folder for the frozen part's outputs, checkpoints and metrics; kept between runs.
+    pub work: &'a Path,
+    /// Goes on from the newest checkpoint in `work`, if there is one.
+    pub resume: bool,
+    /// Image features of models with the same vision encoder.
+    pub features: &'a Arc<FeatureCache>,
+}
+
+/// What a run gives.
+pub struct Outcome {
+    /// The decoder with its trained weights; all other initializers are the ones it had.
+    pub decoder: Model,
+    pub report: Report,
+}
+
+/// How a run went: the content of the report file.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Report {
+    #[serde(flatten)]
+    pub provenance: Provenance,
+    /// Layers trained, as the pruned model counts them.
+    pub layers: Vec<usize>,
+    /// Elements of the trained weights.
+    pub trained_parameters: u64,
+    /// Samples trained on.
+    pub samples: u64,
+    pub left_out: LeftOut,
+    /// Optimiser steps.
+    pub steps: u64,
+    /// The step that a resumed run went on from; 0 otherwise.
+    pub resumed_from_step: u64,
+    /// Tokens without padding, images included, over all epochs.
+    pub tokens: u64,
+    pub answer_tokens: u64,
+    pub first_loss: f64,
+    pub last_loss: f64,
+    /// Time in optimiser steps, over all resumptions.
+    pub train_s: f64,
+    pub tokens_per_s: f64,
+    pub peak_memory_bytes: u64,
+    /// Name of the JSONL file of metrics in the work folder.
+    pub metrics_file: String,
+}
+
+impl Report {
+    /// Version of the report's schema.
+    pub const SCHEMA_VERSION: u32 = 1;
+}
+
+/// The graph with everything that the cut needs to know.
+struct Cut {
+    analysis: Analysis,
+    trained: Vec<ValueId>,
+    /// The first trained layer.
+    first: usize,
+    /// The residual stream before the first trained layer and after it and each later one.
+    streams: Vec<ValueId>,
+}
+
+/// Finetunes the layers and gives the decoder with their new weights. Nothing of the bundle is changed.
+///
+/// Errors: `Error::Invalid` and `Error::Unsupported` for settings, layers, graphs and data that do not fit;
+/// `Error::Interrupted` when the user asked to stop, a checkpoint left behind; `Error::Engine` from LibTorch and ONNX
+/// Runtime.
+pub fn finetune(request: &Request<'_>, cancel: &Cancel, observer: &mut dyn FnMut(&StepMetrics)) -> Result<Outcome> {
+    let settings = request.settings;
+    settings.check()?;
+    loss::check_teacher(settings.losses.iter().filter(|(_, weight)| **weight > 0.0).map(|(kind, _)| *kind), false)?;
+    let device = torch_device(request.device)?;
+    let path = request.bundle.path_of(request.bundle.require(Role::Decoder)?);
+    let decoder = crate::onnx::load(&path)?;
+    let cut = Cut::new(&decoder, request.layers)?;
+    let suffix = cut.suffix()?;
+    std::fs::create_dir_all(request.work).map_err(|e| Error::io("create", request.work, e))?;
+
+    let model_digest = request.bundle.digest()?;
+    let data_digest = request.data.digest()?;
+    let inputs = BTreeMap::from([
+        ("model".to_string(), model_digest.clone()),
+        ("data".to_string(), data_digest.clone()),
+        ("layers".to_string(), sha256_json(&request.layers)?),
+        ("settings".to_string(), sha256_json(settings)?),
+    ]);
+    let key = sha256_json(&("hidden", &model_digest, &data_digest, cut.first, settings.max_tokens))?;
+    let (dataset, left_out) = frozen_part(request, &cut, &key, cancel)?;
+
+    let student = Student::compile(&cut.analysis.model, suffix, &cut.trained, settings.precision, device)?;
+    let mut trainer =
+        Trainer { settings, student, dataset: &dataset, device, inputs: inputs.clone(), work: request.work };
+    let summary = trainer.run(request.resume, cancel, observer)?;
+    let tensors = trainer.student.trained()?;
+    let trained_parameters = tensors.iter().map(|(_, tensor)| tensor.element_count()).sum();
+    let decoder = replaced(&decoder, tensors)?;
+    let report = report(request, inputs, &dataset, left_out, &summary, trained_parameters)?;
+    Ok(Outcome { decoder, report })
+}
+
+/// Removes the checkpoints of a run; call it once its result is written.
+///
+/// Errors: `Error::Io`.
+pub fn clear_checkpoints(work: &Path) -> Result<()> {
+    super::trainer::clear_checkpoints(work)
+}
+
+impl Cut {
+    fn new(decoder: &Model, layers: &[usize]) -> Result<Self> {
+        let analysis = analyse(decoder)?;
+        let trained = trained_weights(&analysis.model.graph, &analysis.map, layers)?;
+        let first = layers.iter().copied().min().unwrap_or(0);
+        let map = &analysis.map;
+        let streams = map.layers[first..]
+            .iter()
+            .map(|layer| layer.input)
+            .chain(map.layers.last().map(|layer| layer.output))
+            .collect();
+        Ok(Cut { trained, first, streams, analysis })
+    }
+
+    fn suffix(&self) -> Result<Suffix> {
+        let graph = &self.analysis.model.graph;
+        let trained: HashSet<ValueId> = self.trained.iter().copied().collect();
+        Suffix::find(graph, &self.streams, self.analysis.map.result, &token_inputs(graph), &trained)
+    }
+
+    /// True when the first trained layer reads the embeddings themselves, as they enter the graph.
+    fn begins_at_input(&self) -> bool {
+        self.analysis.model.graph.body.inputs.contains(&self.streams[0])
+    }
+}
+
+fn frozen_part(
+    request: &Request<'_>,
+    cut: &Cut,
+    key: &Sha256Digest,
+    cancel: &Cancel,
+) -> Result<(TrainingSet, LeftOut)> {
+    let store = Store::new(request.work, key);
+    if let Some(found) = store.open()? {
+        return Ok(found);
+    }
+    let runtime = Runtime::new(request.device)?;
+    let options = SessionOptions::default();
+    // With nothing frozen before the first trained layer, a prefix of one layer only says how the graph is fed.
+    let end = if cut.begins_at_input() { cut.streams[1] } else { cut.streams[0] };
+    let prefix = prefix_model(&cut.analysis.model, &cut.analysis.map, end)?;
+    let head_dim = request.bundle.config().and_then(|config| config.head_size());
+    let decoder = Decoder::new(runtime.session_of(&prefix, &options)?, head_dim)?;
+    let mut frozen = VlmSession::with_decoder(&runtime, request.bundle, decoder, &options, request.features)?;
+    store.fill(request.data, &mut frozen, cut.begins_at_input(), request.settings.max_tokens as usize, cancel)
+}
+
+fn torch_device(device: Device) -> Result<TorchDevice> {
+    match device {
+        Device::Cpu => Ok(TorchDevice::Cpu),
+        Device::Cuda(index) => crate::torch::cuda_device(index as usize),
+    }
+}
+
+fn report(
+    request: &Request<'_>,
+    inputs: BTreeMap<String, Sha256Digest>,
+    dataset: &TrainingSet,
+    left_out: LeftOut,
+    summary: &Summary,
+    trained_parameters: u64,
+) -> Result<Report> {
+    let totals = &summary.totals;
+    Ok(Report {
+        provenance: Provenance::new(Report::SCHEMA_VERSION, inputs, request.settings)?,
+        layers: request.layers.to_vec(),
+        trained_parameters,
+        samples: dataset.examples.len() as u64,
+        left_out,
+        steps: summary.steps,
+        resumed_from_step: summary.resumed_from,
+        tokens: totals.tokens,
+        answer_tokens: totals.answer_tokens,
+        first_loss: totals.first_loss.unwrap_or_default(),
+        last_loss: totals.last_loss.unwrap_or_default(),
+        train_s: totals.train_seconds,
+        tokens_per_s: totals.tokens as f64 / totals.train_seconds.max(1e-9),
+        peak_memory_bytes: crate::base::peak_memory_bytes(),
+        metrics_file: METRICS_FILE.to_string(),
+    })
+}

@@ -1,0 +1,92 @@
+//! The order in which samples are seen: a function of seed and epoch alone, so a resumed run needs no saved position
+//! but the step.
+
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
+
+use super::settings::Settings;
+
+/// Optimiser steps' worth of samples that are sorted by length together when batches are grouped by length.
+const STEPS_PER_GROUP: usize = 16;
+
+/// Samples of one optimiser step, as the micro-batches of its forward passes.
+pub type Step = Vec<Vec<usize>>;
+
+/// All steps of one epoch over samples of the given lengths.
+///
+/// Every sample comes once; each step takes `batch_size * accumulation_steps` samples, the last one what is left. Inside
+/// a step the samples are sorted by length before they are cut into forward passes, which changes no gradient and
+/// pads less.
+pub fn epoch(settings: &Settings, lengths: &[usize], epoch: u64) -> Vec<Step> {
+    let mut rng = ChaCha8Rng::seed_from_u64(settings.seed);
+    rng.set_stream(epoch);
+    let mut order: Vec<usize> = (0..lengths.len()).collect();
+    order.shuffle(&mut rng);
+    let per_step = settings.samples_per_step();
+    if settings.group_by_length {
+        for group in order.chunks_mut(per_step * STEPS_PER_GROUP) {
+            group.sort_by_key(|&sample| std::cmp::Reverse(lengths[sample]));
+        }
+    }
+    let mut steps: Vec<Vec<usize>> = order.chunks(per_step).map(<[usize]>::to_vec).collect();
+    if settings.group_by_length {
+        steps.shuffle(&mut rng);
+    }
+    steps
+        .into_iter()
+        .map(|mut samples| {
+            samples.sort_by_key(|&sample| std::cmp::Reverse(lengths[sample]));
+            samples.chunks(settings.batch_size as usize).map(<[usize]>::to_vec).collect()
+        })
+        .collect()
+}
+
+/// Optimiser steps of one epoch.
+pub fn steps_per_epoch(settings: &Settings, samples: usize) -> u64 {
+    samples.div_ceil(settings.samples_per_step()) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lengths() -> Vec<usize> {
+        (0..103).map(|i| 40 + (i * 37) % 50).collect()
+    }
+
+    fn settings(group_by_length: bool) -> Settings {
+        Settings { batch_size: 4, accumulation_steps: 2, group_by_length, ..Settings::default() }
+    }
+
+    #[test]
+    fn every_sample_comes_once_per_epoch() {
+        for grouped in [false, true] {
+            let settings = settings(grouped);
+            let steps = epoch(&settings, &lengths(), 0);
+            assert_eq!(steps.len() as u64, steps_per_epoch(&settings, 103));
+            let mut seen: Vec<usize> = steps.iter().flatten().flatten().copied().collect();
+            seen.sort_unstable();
+            assert_eq!(seen, (0..103).collect::<Vec<_>>());
+            assert!(steps.iter().flatten().all(|batch| !batch.is_empty() && batch.len() <= 4));
+        }
+    }
+
+    #[test]
+    fn the_order_depends_on_seed_and_epoch_and_nothing_else() {
+        let first = epoch(&settings(false), &lengths(), 0);
+        assert_eq!(first, epoch(&settings(false), &lengths(), 0));
+        assert_ne!(first, epoch(&settings(false), &lengths(), 1));
+        assert_ne!(first, epoch(&Settings { seed: 43, ..settings(false) }, &lengths(), 0));
+    }
+
+    #[test]
+    fn grouping_by_length_pads_less() {
+        let lengths = lengths();
+        let padded = |grouped: bool| -> usize {
+            let steps = epoch(&settings(grouped), &lengths, 0);
+            steps.iter().flatten().map(|batch| batch.len() * batch.iter().map(|&s| lengths[s]).max().unwrap()).sum()
+        };
+        assert!(padded(true) < padded(false));
+    }
+}

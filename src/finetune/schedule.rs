@@ -1,0 +1,154 @@
+//! Learning-rate schedules: one row each, as factors of the peak rate.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// How the learning rate moves over the optimiser steps.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Schedule {
+    /// Linear warm-up, then half a cosine down to 0.
+    #[default]
+    Cosine,
+    /// Linear warm-up, then a straight line down to 0.
+    Linear,
+    /// Linear warm-up, then the peak rate to the end.
+    ConstantWithWarmup,
+    /// The peak rate from the first step.
+    Constant,
+}
+
+/// One schedule: its name in settings and its factor of the peak rate.
+pub struct ScheduleRow {
+    pub schedule: Schedule,
+    pub name: &'static str,
+    warms_up: bool,
+    /// Factor after warm-up; the argument goes from 0 at its end to 1 at the last step.
+    decay: fn(f64) -> f64,
+}
+
+/// Every schedule there is.
+pub const SCHEDULES: &[ScheduleRow] = &[
+    ScheduleRow {
+        schedule: Schedule::Cosine,
+        name: "cosine",
+        warms_up: true,
+        decay: |progress| (0.5 * (1.0 + (std::f64::consts::PI * progress).cos())).max(0.0),
+    },
+    ScheduleRow {
+        schedule: Schedule::Linear,
+        name: "linear",
+        warms_up: true,
+        decay: |progress| (1.0 - progress).max(0.0),
+    },
+    ScheduleRow {
+        schedule: Schedule::ConstantWithWarmup,
+        name: "constant_with_warmup",
+        warms_up: true,
+        decay: |_| 1.0,
+    },
+    ScheduleRow { schedule: Schedule::Constant, name: "constant", warms_up: false, decay: |_| 1.0 },
+];
+
+impl Schedule {
+    /// Factor of the peak rate at optimiser step `step` (counted from 0) of `total`, the first `warmup` of them rising.
+    ///
+    /// Source: `transformers/optimization.py`, `get_cosine_schedule_with_warmup` and its siblings, half a cycle.
+    pub fn factor(self, step: u64, warmup: u64, total: u64) -> f64 {
+        let row = SCHEDULES.iter().find(|row| row.schedule == self).unwrap_or(&SCHEDULES[0]);
+        if row.warms_up && step < warmup {
+            return step as f64 / warmup.max(1) as f64;
+        }
+        let progress = step.saturating_sub(warmup) as f64 / total.saturating_sub(warmup).max(1) as f64;
+        (row.decay)(progress)
+    }
+}
+
+/// Warm-up steps: the ratio of all steps, rounded up.
+pub fn warmup_steps(ratio: f64, total: u64) -> u64 {
+    (ratio * total as f64).ceil() as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Values of the learning rate that `transformers.get_scheduler` gives, base rate 1.
+    #[test]
+    fn factors_are_those_of_the_reference() {
+        // (schedule, warm-up, total, [(step, factor)])
+        let cases: &[(Schedule, u64, u64, &[(u64, f64)])] = &[
+            (
+                Schedule::Cosine,
+                5,
+                141,
+                &[
+                    (0, 0.0),
+                    (1, 0.2),
+                    (4, 0.8),
+                    (5, 1.0),
+                    (6, 0.9998666040558186),
+                    (70, 0.5346221914470959),
+                    (140, 0.00013339594418138034),
+                    (141, 0.0),
+                ],
+            ),
+            (
+                Schedule::Cosine,
+                0,
+                10,
+                &[(0, 1.0), (1, 0.9755282581475768), (5, 0.5), (9, 0.024471741852423234), (10, 0.0)],
+            ),
+            (
+                Schedule::Linear,
+                5,
+                141,
+                &[
+                    (0, 0.0),
+                    (1, 0.2),
+                    (4, 0.8),
+                    (5, 1.0),
+                    (6, 0.9926470588235294),
+                    (70, 0.5220588235294118),
+                    (140, 0.007352941176470588),
+                    (141, 0.0),
+                ],
+            ),
+            (Schedule::Linear, 0, 10, &[(0, 1.0), (1, 0.9), (5, 0.5), (9, 0.1), (10, 0.0)]),
+            (
+                Schedule::ConstantWithWarmup,
+                5,
+                141,
+                &[(0, 0.0), (1, 0.2), (4, 0.8), (5, 1.0), (6, 1.0), (70, 1.0), (140, 1.0), (141, 1.0)],
+            ),
+            (Schedule::ConstantWithWarmup, 0, 10, &[(0, 1.0), (1, 1.0), (5, 1.0), (9, 1.0), (10, 1.0)]),
+            (
+                Schedule::Constant,
+                5,
+                141,
+                &[(0, 1.0), (1, 1.0), (4, 1.0), (5, 1.0), (6, 1.0), (70, 1.0), (140, 1.0), (141, 1.0)],
+            ),
+            (Schedule::Constant, 0, 10, &[(0, 1.0), (1, 1.0), (5, 1.0), (9, 1.0), (10, 1.0)]),
+        ];
+        for (schedule, warmup, total, points) in cases {
+            for &(step, want) in *points {
+                let found = schedule.factor(step, *warmup, *total);
+                assert!((found - want).abs() < 1e-15, "{schedule:?} step {step} of {total}: {found}, expected {want}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_schedule_has_one_row_under_its_serialised_name() {
+        for row in SCHEDULES {
+            assert_eq!(serde_json::to_value(row.schedule).unwrap(), row.name);
+        }
+    }
+
+    #[test]
+    fn warm_up_rounds_up() {
+        assert_eq!(warmup_steps(0.03, 141), 5);
+        assert_eq!(warmup_steps(0.03, 100), 3);
+        assert_eq!(warmup_steps(0.0, 100), 0);
+    }
+}

@@ -1,0 +1,187 @@
+//! What a finetuning run can be told, with the method's values as defaults.
+
+use std::collections::BTreeMap;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::base::{Error, Result};
+
+use super::loss::LossKind;
+use super::schedule::Schedule;
+
+/// Number format of the forward and backward pass; trained weights and the optimiser's state are always f32.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    #[default]
+    F32,
+    Bf16,
+}
+
+/// Everything that decides the result of a finetuning run, apart from the model, the layers and the data.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// Peak learning rate. Networks of a few million parameters want 1e-4 to 2e-3.
+    pub learning_rate: f64,
+    /// Decoupled weight decay of AdamW.
+    pub weight_decay: f64,
+    /// Decay of AdamW's first moment.
+    pub beta1: f64,
+    /// Decay of AdamW's second moment.
+    pub beta2: f64,
+    /// AdamW's epsilon, added to the root of the second moment.
+    pub epsilon: f64,
+    /// How the learning rate moves over the steps.
+    pub schedule: Schedule,
+    /// Part of all steps over which the learning rate rises from 0 to its peak.
+    pub warmup_ratio: f64,
+    /// Gradients are scaled down to this global L2 norm; 0 leaves them as they are.
+    pub max_grad_norm: f64,
+    /// Samples in one forward pass.
+    pub batch_size: u32,
+    /// Forward passes per optimiser step.
+    pub accumulation_steps: u32,
+    /// Passes over the data.
+    pub epochs: u32,
+    /// Stops after this many optimiser steps, whatever `epochs` says; the schedule then spans these.
+    pub max_steps: Option<u64>,
+    /// Samples with more tokens, images included, are left out and counted in the report.
+    pub max_tokens: u32,
+    /// Puts samples of about the same length into one batch, so that less is padded.
+    pub group_by_length: bool,
+    /// Seed of the order of the samples.
+    pub seed: u64,
+    pub precision: Precision,
+    /// Keeps only each layer's input and computes the layer again in the backward pass: less memory, more time.
+    pub gradient_checkpointing: bool,
+    /// Loss terms and their weights.
+    pub losses: BTreeMap<LossKind, f64>,
+    /// Softmax temperature of the `kd` term, for teacher and student alike.
+    pub kd_temperature: f64,
+    /// The `kd` term looks at the teacher's this many most likely tokens; the rest count as one more.
+    pub kd_top_k: u32,
+    /// Optimiser steps between two checkpoints; 0 leaves one only when the run is stopped.
+    pub checkpoint_every: u64,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Settings {
+            learning_rate: 1e-5,
+            weight_decay: 0.0,
+            beta1: 0.9,
+            beta2: 0.999,
+            epsilon: 1e-8,
+            schedule: Schedule::Cosine,
+            warmup_ratio: 0.03,
+            max_grad_norm: 1.0,
+            batch_size: 16,
+            accumulation_steps: 2,
+            epochs: 1,
+            max_steps: None,
+            max_tokens: 8192,
+            group_by_length: false,
+            seed: 42,
+            precision: Precision::F32,
+            gradient_checkpointing: false,
+            losses: BTreeMap::from([(LossKind::Ce, 1.0)]),
+            kd_temperature: 2.0,
+            kd_top_k: 64,
+            checkpoint_every: 100,
+        }
+    }
+}
+
+impl Settings {
+    /// Checks every value's range.
+    ///
+    /// Errors: `Error::Invalid` naming the setting, what was given and what it must be.
+    pub fn check(&self) -> Result<()> {
+        let float = |name: &str, value: f64, fits: bool, want: &str| {
+            if fits && value.is_finite() {
+                return Ok(());
+            }
+            Err(Error::invalid(format!("finetune setting `{name}`"), format!("is {value}, must be {want}")))
+        };
+        float("learning_rate", self.learning_rate, self.learning_rate > 0.0, "above 0")?;
+        float("weight_decay", self.weight_decay, self.weight_decay >= 0.0, "0 or more")?;
+        float("beta1", self.beta1, (0.0..1.0).contains(&self.beta1), "at least 0 and below 1")?;
+        float("beta2", self.beta2, (0.0..1.0).contains(&self.beta2), "at least 0 and below 1")?;
+        float("epsilon", self.epsilon, self.epsilon > 0.0, "above 0")?;
+        float("warmup_ratio", self.warmup_ratio, (0.0..=1.0).contains(&self.warmup_ratio), "between 0 and 1")?;
+        float("max_grad_norm", self.max_grad_norm, self.max_grad_norm >= 0.0, "0 or more")?;
+        float("kd_temperature", self.kd_temperature, self.kd_temperature > 0.0, "above 0")?;
+        for (loss, &weight) in &self.losses {
+            float(&format!("losses.{}", loss.name()), weight, weight >= 0.0, "0 or more")?;
+        }
+        if !self.losses.values().any(|&weight| weight > 0.0) {
+            return Err(Error::invalid("finetune setting `losses`", "no term has a weight above 0")
+                .remedy("for instance `losses = { ce = 1.0 }`"));
+        }
+        let counts = [
+            ("batch_size", u64::from(self.batch_size)),
+            ("accumulation_steps", u64::from(self.accumulation_steps)),
+            ("epochs", u64::from(self.epochs)),
+            ("max_steps", self.max_steps.unwrap_or(1)),
+            ("max_tokens", u64::from(self.max_tokens)),
+            ("kd_top_k", u64::from(self.kd_top_k)),
+        ];
+        for (name, value) in counts {
+            if value == 0 {
+                return Err(Error::invalid(format!("finetune setting `{name}`"), "is 0, must be at least 1"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Samples per optimiser step.
+    pub fn samples_per_step(&self) -> usize {
+        self.batch_size as usize * self.accumulation_steps as usize
+    }
+
+    /// Weight of a loss term; 0 where it is not asked for.
+    pub fn weight(&self, loss: LossKind) -> f64 {
+        self.losses.get(&loss).copied().unwrap_or(0.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn defaults_are_valid_and_survive_json() {
+        let settings = Settings::default();
+        settings.check().unwrap();
+        let text = serde_json::to_string(&settings).unwrap();
+        assert_eq!(serde_json::from_str::<Settings>(&text).unwrap(), settings);
+        assert_eq!(serde_json::from_str::<Settings>("{}").unwrap(), settings);
+    }
+
+    #[test]
+    fn a_setting_out_of_range_is_named() {
+        let cases: [(fn(&mut Settings), &str); 7] = [
+            (|s| s.learning_rate = 0.0, "learning_rate"),
+            (|s| s.learning_rate = f64::NAN, "learning_rate"),
+            (|s| s.beta2 = 1.0, "beta2"),
+            (|s| s.warmup_ratio = 1.5, "warmup_ratio"),
+            (|s| s.batch_size = 0, "batch_size"),
+            (|s| s.losses = BTreeMap::from([(LossKind::Ce, -1.0)]), "losses.ce"),
+            (|s| s.losses.clear(), "losses"),
+        ];
+        for (change, name) in cases {
+            let mut settings = Settings::default();
+            change(&mut settings);
+            let message = settings.check().unwrap_err().to_string();
+            assert!(message.contains(&format!("`{name}`")), "{message}");
+        }
+    }
+
+    #[test]
+    fn an_unknown_setting_is_refused() {
+        let error = serde_json::from_str::<Settings>(r#"{"learning_rates": 1}"#).unwrap_err().to_string();
+        assert!(error.contains("learning_rates"), "{error}");
+    }
+}

@@ -1,0 +1,252 @@
+//! The network in training: the graph after the first trained layer as a program, run layer by layer.
+
+use tch::{Device, Kind, Tensor};
+
+use crate::base::{Error, Result};
+use crate::ir::{DataType, Dim, Graph, Model, ValueId};
+use crate::torch::{Options, Program};
+
+use super::batch::Batch;
+use super::optimizer::Parameter;
+use super::settings::Precision;
+use super::suffix::Suffix;
+use super::torch_error;
+
+/// What an input of the graph is given in training, where nothing is cached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Feed {
+    /// The tokens: only their shape is read, zeros stand in for them.
+    Tokens,
+    AttentionMask,
+    /// Also `[3, B, T]`.
+    PositionIds,
+    CachePosition,
+    UseCacheBranch,
+    LogitsToKeep,
+    /// An empty cache, or a recurrent state at its beginning.
+    Past,
+}
+
+/// Names of decoder inputs, by what they are given.
+const FEEDS: &[(&str, Feed)] = &[
+    ("inputs_embeds", Feed::Tokens),
+    ("input_ids", Feed::Tokens),
+    ("attention_mask", Feed::AttentionMask),
+    ("position_ids", Feed::PositionIds),
+    ("cache_position", Feed::CachePosition),
+    ("use_cache_branch", Feed::UseCacheBranch),
+    ("num_logits_to_keep", Feed::LogitsToKeep),
+    ("logits_to_keep", Feed::LogitsToKeep),
+];
+
+/// What a cache input's name begins with.
+const PAST: &[&str] = &["past_", "key_cache", "value_cache", "input.past_"];
+
+/// The inputs of a decoder that hold its tokens.
+pub fn token_inputs(graph: &Graph) -> Vec<ValueId> {
+    graph.body.inputs.iter().copied().filter(|&id| feed_of(graph.name(id)) == Some(Feed::Tokens)).collect()
+}
+
+fn feed_of(name: &str) -> Option<Feed> {
+    let row = FEEDS.iter().find(|row| row.0 == name).map(|row| row.1);
+    row.or_else(|| PAST.iter().any(|start| name.starts_with(start)).then_some(Feed::Past))
+}
+
+/// An input of the graph with what a run needs to know of it.
+struct Input {
+    id: ValueId,
+    name: String,
+    feed: Feed,
+    kind: Kind,
+    shape: Vec<Dim>,
+}
+
+/// The trained part of a decoder.
+pub struct Student {
+    program: Program,
+    suffix: Suffix,
+    inputs: Vec<Input>,
+    /// Positions in `parameters` of what each layer trains.
+    by_layer: Vec<Vec<usize>>,
+    pub parameters: Vec<Parameter>,
+}
+
+/// What the layers read besides the stream, for one batch.
+pub struct Side(Vec<(ValueId, Tensor)>);
+
+impl Student {
+    /// Compiles the part of the graph that training runs.
+    ///
+    /// Errors: `Error::Unsupported` for operators and inputs that are not known, `Error::Invalid` for weights that
+    /// cannot be trained.
+    pub fn compile(
+        model: &Model,
+        suffix: Suffix,
+        trained: &[ValueId],
+        precision: Precision,
+        device: Device,
+    ) -> Result<Self> {
+        let graph = &model.graph;
+        let mut given = graph.body.inputs.clone();
+        given.push(suffix.streams[0]);
+        let options = Options {
+            device,
+            trainable: trained.to_vec(),
+            inputs: Some(given),
+            outputs: Some(vec![suffix.logits]),
+            autocast: (precision == Precision::Bf16).then_some(Kind::BFloat16),
+        };
+        let program = Program::compile(model, &options)?;
+        let inputs = suffix.inputs.iter().map(|&id| input(graph, id)).collect::<Result<_>>()?;
+        let parameters = program
+            .parameters()
+            .iter()
+            .map(|parameter| Parameter::new(parameter.name.clone(), parameter.tensor.shallow_clone()))
+            .collect::<Result<Vec<_>>>()?;
+        let by_layer = suffix
+            .trained
+            .iter()
+            .map(|ids| ids.iter().filter_map(|id| program.parameters().iter().position(|p| p.id == *id)).collect())
+            .collect();
+        Ok(Student { program, suffix, inputs, by_layer, parameters })
+    }
+
+    /// Number of layers from the first trained one on.
+    pub fn layers(&self) -> usize {
+        self.suffix.streams.len() - 1
+    }
+
+    /// Which parameters the layer reads, counted from the first trained one.
+    pub fn layer_parameters(&self, layer: usize) -> &[usize] {
+        &self.by_layer[layer]
+    }
+
+    /// The trained initializers with their values, in the graph's own type.
+    ///
+    /// Errors: `Error::Engine` when a tensor cannot be read back.
+    pub fn trained(&self) -> Result<Vec<(ValueId, crate::ir::Tensor)>> {
+        let parameters = self.program.parameters().iter();
+        parameters.map(|p| Ok((p.id, crate::torch::tensor_to_ir(&p.name, &p.tensor, p.dtype)?))).collect()
+    }
+
+    /// Computes once what all layers read besides the stream.
+    ///
+    /// Errors: `Error::Invalid` when an operator refuses its tensors.
+    pub fn side(&self, batch: &Batch) -> Result<Side> {
+        let mut given = Vec::with_capacity(self.inputs.len() + self.suffix.side.len());
+        for input in &self.inputs {
+            let tensor = feed(input, batch).map_err(torch_error(format!("input `{}`", input.name)))?;
+            given.push((input.id, tensor));
+        }
+        let values = tch::no_grad(|| self.program.run(&given, &self.suffix.side))?;
+        given.extend(self.suffix.side.iter().copied().zip(values));
+        Ok(Side(given))
+    }
+
+    /// The stream after a layer from the stream before it, `[B, T, D]`; the layer is counted from the first trained one.
+    ///
+    /// Errors: `Error::Invalid` when an operator refuses its tensors.
+    pub fn layer(&self, layer: usize, stream: &Tensor, side: &Side) -> Result<Tensor> {
+        self.run(self.suffix.streams[layer], stream, self.suffix.streams[layer + 1], side)
+    }
+
+    /// Logits `[N, V]` at the answer positions from the stream after the last layer.
+    ///
+    /// Errors: `Error::Unsupported` when the graph does not give logits for every position.
+    pub fn head(&self, stream: &Tensor, batch: &Batch, side: &Side) -> Result<Tensor> {
+        let last = self.suffix.streams[self.layers()];
+        let all = self.run(last, stream, self.suffix.head_input, side)?;
+        let size = all.size();
+        let places: i64 = size.iter().rev().skip(1).product();
+        if batch.attention_mask.numel() as i64 != places {
+            let problem = format!(
+                "`{}` has shape {size:?}, one row per token was expected",
+                self.program.name(self.suffix.head_input)
+            );
+            return Err(Error::unsupported("the decoder's head", problem));
+        }
+        let width = size.last().copied().unwrap_or(0);
+        let answers = all
+            .f_reshape([places, width])
+            .and_then(|all| all.f_index_select(0, &batch.answer_rows))
+            .map_err(torch_error("the answer positions"))?;
+        if self.suffix.head_input == self.suffix.logits {
+            return Ok(answers);
+        }
+        let count = batch.answer_tokens as i64;
+        let answers = answers.f_reshape([1, count, width]).map_err(torch_error("the answer positions"))?;
+        let logits = self.run(self.suffix.head_input, &answers, self.suffix.logits, side)?;
+        logits.f_reshape([count, -1]).map_err(torch_error("the logits"))
+    }
+
+    fn run(&self, from: ValueId, stream: &Tensor, to: ValueId, side: &Side) -> Result<Tensor> {
+        if from == to {
+            return Ok(stream.shallow_clone());
+        }
+        let mut given = Vec::with_capacity(side.0.len() + 1);
+        given.push((from, stream.shallow_clone()));
+        given.extend(side.0.iter().filter(|(id, _)| *id != from).map(|(id, tensor)| (*id, tensor.shallow_clone())));
+        let mut values = self.program.run(&given, &[to])?;
+        values.pop().ok_or_else(|| Error::invalid(format!("value `{}`", self.program.name(to)), "was not computed"))
+    }
+}
+
+fn input(graph: &Graph, id: ValueId) -> Result<Input> {
+    let name = graph.name(id).to_string();
+    let subject = format!("decoder input `{name}`");
+    let ty = graph.value(id).ty.as_ref();
+    let (Some(dtype), Some(shape)) = (ty.and_then(|ty| ty.dtype()), ty.and_then(|ty| ty.shape())) else {
+        return Err(Error::unsupported(subject, "has no element type and shape"));
+    };
+    let feed = feed_of(&name).ok_or_else(|| {
+        let known: Vec<&str> = FEEDS.iter().map(|row| row.0).collect();
+        Error::unsupported(
+            subject.clone(),
+            format!("has no known meaning; known are {} and caches", crate::base::list_preview(&known, 16)),
+        )
+    })?;
+    let kind = crate::torch::kind_of(dtype).filter(|_| dtype != DataType::String);
+    let kind = kind.ok_or_else(|| Error::unsupported(subject, format!("element type {dtype}")))?;
+    Ok(Input { id, name, feed, kind, shape: shape.to_vec() })
+}
+
+/// The tensor for one input.
+fn feed(input: &Input, batch: &Batch) -> Result<Tensor, tch::TchError> {
+    let size = batch.attention_mask.size();
+    let (rows, time) = (size[0], size[1]);
+    let device = batch.attention_mask.device();
+    let options = (input.kind, device);
+    match input.feed {
+        Feed::Tokens if input.shape.len() == 3 => {
+            let width = batch.hidden.size()[2];
+            Tensor::f_zeros([1i64, 1, 1], options)?.f_expand([rows, time, width], false)
+        }
+        Feed::Tokens => Tensor::f_zeros([1i64, 1], options)?.f_expand([rows, time], false),
+        Feed::AttentionMask => batch.attention_mask.f_to_kind(input.kind),
+        Feed::PositionIds if input.shape.len() == 3 && batch.position_ids.dim() == 2 => {
+            batch.position_ids.f_to_kind(input.kind)?.f_unsqueeze(0)?.f_expand([3, rows, time], false)
+        }
+        Feed::PositionIds => batch.position_ids.f_to_kind(input.kind),
+        Feed::CachePosition => Tensor::f_arange(time, options),
+        Feed::UseCacheBranch | Feed::LogitsToKeep => {
+            let ones = vec![1i64; input.shape.len()];
+            Tensor::f_zeros(ones, (input.kind, Device::Cpu))
+        }
+        Feed::Past => {
+            let rank = input.shape.len();
+            let shape: Vec<i64> =
+                input.shape.iter().enumerate().map(|(axis, dim)| past_size(dim, axis, rank, rows)).collect();
+            Tensor::f_zeros(shape, options)
+        }
+    }
+}
+
+/// Axis 0 of a cache is the batch; an open axis 2 of 4 holds the positions, of which there are none yet.
+fn past_size(dim: &Dim, axis: usize, rank: usize, rows: i64) -> i64 {
+    match dim {
+        _ if axis == 0 => rows,
+        Dim::Known(size) => *size,
+        Dim::Symbol(name) if axis != 2 || rank != 4 => name.parse().unwrap_or(0),
+        _ => 0,
+    }
+}

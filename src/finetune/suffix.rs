@@ -1,0 +1,311 @@
+//! The part of a decoder that training runs: what lies after the first trained layer, cut at the residual stream.
+//!
+//! Decided on the graph alone: which values each piece reads that do not come from the stream, and from where on the
+//! head works on each position by itself, so that it need only be run at answer positions.
+
+use std::collections::HashSet;
+
+use crate::base::{Error, Result};
+use crate::ir::{Body, Graph, GraphIndex, Node, ValueId, captured};
+
+/// How the trained part of a graph is cut.
+#[derive(Debug)]
+pub struct Suffix {
+    /// The residual stream before the first trained layer, before each layer after it, and after the last layer.
+    pub streams: Vec<ValueId>,
+    /// Values that layers read, that depend on what graph inputs hold (masks, positions), and not on the stream or on
+    /// trained weights: computed once per batch.
+    pub side: Vec<ValueId>,
+    /// Inputs of the graph that any of it reads.
+    pub inputs: Vec<ValueId>,
+    /// The trained initializers that each layer reads, in the order of the layers.
+    pub trained: Vec<Vec<ValueId>>,
+    /// The head's input, or the logits themselves where the head is no product with a constant.
+    pub head_input: ValueId,
+    pub logits: ValueId,
+}
+
+/// Operators that look at each position by itself when their other inputs are constants.
+const POSITION_WISE: &[&str] = &["Cast", "Identity", "Add", "Sub", "Mul", "Div", "Tanh", "Clip"];
+
+/// Products of the stream with a constant matrix; the stream is input 0.
+const PRODUCTS: &[&str] = &["MatMul", "MatMulNBits", "MatMulInteger", "FusedMatMul"];
+
+/// Operators whose result depends on their input's shape alone.
+const SHAPE_ONLY: &[&str] = &["Shape", "Size"];
+
+impl Suffix {
+    /// Cuts `graph` at `streams` (ascending). `tokens` are the inputs that hold the tokens themselves, `trained` the
+    /// initializers to train.
+    ///
+    /// Errors: `Error::Unsupported` when a piece reads something computed from the tokens other than the stream.
+    pub fn find(
+        graph: &Graph,
+        streams: &[ValueId],
+        logits: ValueId,
+        tokens: &[ValueId],
+        trained: &HashSet<ValueId>,
+    ) -> Result<Self> {
+        let index = GraphIndex::new(graph);
+        let nodes = &graph.body.nodes;
+        let constants = constants(&graph.body);
+        let head_input = head_input(graph, &index, &constants, logits);
+
+        let mut pieces: Vec<(ValueId, ValueId)> = streams.windows(2).map(|pair| (pair[0], pair[1])).collect();
+        pieces.extend(streams.last().map(|&last| (last, logits)));
+        let inputs: HashSet<ValueId> = graph.body.inputs.iter().copied().collect();
+        let mut side = Vec::new();
+        let mut seen = HashSet::new();
+        let mut read = HashSet::new();
+        let mut trained_by_piece = Vec::new();
+        for (from, to) in pieces {
+            let piece = needed_nodes(&index, nodes, from, to);
+            let own: HashSet<ValueId> = piece.iter().flat_map(|&number| reads(&nodes[number])).collect();
+            trained_by_piece.push(
+                graph
+                    .body
+                    .initializers
+                    .iter()
+                    .map(|(id, _)| *id)
+                    .filter(|id| own.contains(id) && trained.contains(id))
+                    .collect(),
+            );
+            read.extend(own);
+            let flows = |sources: HashSet<ValueId>| reach(nodes, &piece, sources);
+            let leaks = flows(tokens.iter().copied().filter(|&token| token != from).collect());
+            if leaks.contains(&to) {
+                return Err(Error::unsupported(
+                    format!("the graph between `{}` and `{}`", graph.name(from), graph.name(to)),
+                    "reads the tokens past the residual stream, so the frozen layers before it cannot be left out",
+                ));
+            }
+            let stream = flows(HashSet::from([from]));
+            let weights = flows(trained.clone());
+            let content = flows(graph.body.inputs.iter().copied().filter(|id| !tokens.contains(id)).collect());
+            for &number in &piece {
+                let node = &nodes[number];
+                if !node.present_outputs().any(|id| stream.contains(&id)) {
+                    continue;
+                }
+                for id in reads(node) {
+                    let once = content.contains(&id)
+                        && !stream.contains(&id)
+                        && !weights.contains(&id)
+                        && !inputs.contains(&id);
+                    if once && seen.insert(id) {
+                        side.push(id);
+                    }
+                }
+            }
+        }
+        if let Some(&id) = trained.iter().find(|&id| !read.contains(id)) {
+            let problem = "is to be trained, but nothing after the first trained layer reads it";
+            return Err(Error::invalid(format!("initializer `{}`", graph.name(id)), problem));
+        }
+        let inputs = graph.body.inputs.iter().copied().filter(|id| read.contains(id)).collect();
+        Ok(Suffix { streams: streams.to_vec(), side, inputs, trained: trained_by_piece, head_input, logits })
+    }
+}
+
+/// Everything a node reads, captures of its bodies included.
+fn reads(node: &Node) -> impl Iterator<Item = ValueId> + '_ {
+    node.present_inputs().chain(node.bodies().flat_map(captured))
+}
+
+/// Numbers of the nodes that `to` needs when `from` is given, in execution order.
+fn needed_nodes(index: &GraphIndex, nodes: &[Node], from: ValueId, to: ValueId) -> Vec<usize> {
+    let mut found = HashSet::new();
+    let mut pending = vec![to];
+    while let Some(id) = pending.pop() {
+        if id == from {
+            continue;
+        }
+        if let Some((number, _)) = index.node_of(id)
+            && found.insert(number)
+        {
+            pending.extend(reads(&nodes[number]));
+        }
+    }
+    let mut numbers: Vec<usize> = found.into_iter().collect();
+    numbers.sort_unstable();
+    numbers
+}
+
+/// The values that hold something of the sources' content, through these nodes.
+fn reach(nodes: &[Node], piece: &[usize], mut sources: HashSet<ValueId>) -> HashSet<ValueId> {
+    for &number in piece {
+        let node = &nodes[number];
+        if !SHAPE_ONLY.contains(&node.op_type.as_str()) && reads(node).any(|id| sources.contains(&id)) {
+            sources.extend(node.present_outputs());
+        }
+    }
+    sources
+}
+
+/// Initializers and what is computed from nothing else.
+fn constants(body: &Body) -> HashSet<ValueId> {
+    let inputs: HashSet<ValueId> = body.inputs.iter().copied().collect();
+    let mut constants: HashSet<ValueId> =
+        body.initializers.iter().map(|(id, _)| *id).filter(|id| !inputs.contains(id)).collect();
+    for node in &body.nodes {
+        if reads(node).all(|id| constants.contains(&id)) {
+            constants.extend(node.present_outputs());
+        }
+    }
+    constants
+}
+
+fn head_input(graph: &Graph, index: &GraphIndex, constants: &HashSet<ValueId>, logits: ValueId) -> ValueId {
+    let mut at = logits;
+    loop {
+        let Some(node) = index.node_of(at).and_then(|(number, _)| graph.body.nodes.get(number)) else {
+            return logits;
+        };
+        let mut flowing = node.present_inputs().filter(|id| !constants.contains(id));
+        let (Some(input), None) = (flowing.next(), flowing.next()) else {
+            return logits;
+        };
+        let op = node.op_type.as_str();
+        if PRODUCTS.contains(&op) && node.inputs.first().copied().flatten() == Some(input) {
+            return input;
+        }
+        if !POSITION_WISE.contains(&op) || node.bodies().next().is_some() {
+            return logits;
+        }
+        at = input;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ir::{DataType, Tensor, Value};
+
+    /// Builds a graph from `output = op(inputs)` lines; names seen first on the right are inputs, `w..` initializers.
+    struct Builder {
+        graph: Graph,
+    }
+
+    impl Builder {
+        fn new(inputs: &[&str]) -> Self {
+            let mut builder = Builder { graph: Graph::default() };
+            for name in inputs {
+                let id = builder.id(name);
+                builder.graph.body.inputs.push(id);
+            }
+            builder
+        }
+
+        fn id(&mut self, name: &str) -> ValueId {
+            match self.graph.values.iter().position(|value| value.name == name) {
+                Some(position) => {
+                    let found = self.graph.body.nodes.iter().flat_map(Node::present_outputs);
+                    let known = found.chain(self.graph.body.inputs.iter().copied());
+                    let weights = self.graph.body.initializers.iter().map(|(id, _)| *id);
+                    known.chain(weights).find(|id| id.index() == position).unwrap()
+                }
+                None => self.graph.add_value(Value { name: name.into(), ..Value::default() }),
+            }
+        }
+
+        fn node(mut self, output: &str, op: &str, inputs: &[&str]) -> Self {
+            let mut ids = Vec::new();
+            for name in inputs {
+                let id = self.id(name);
+                if name.starts_with('w') && self.graph.body.initializer(id).is_none() {
+                    self.graph.body.initializers.push((id, Tensor::from_f32(&[1], &[1.0])));
+                }
+                ids.push(Some(id));
+            }
+            let output = self.id(output);
+            let node = Node {
+                name: op.into(),
+                op_type: op.into(),
+                inputs: ids,
+                outputs: vec![Some(output)],
+                ..Node::default()
+            };
+            self.graph.body.nodes.push(node);
+            self
+        }
+
+        fn finish(mut self, output: &str) -> Graph {
+            let id = self.id(output);
+            self.graph.body.outputs.push(id);
+            self.graph
+        }
+    }
+
+    fn ids(graph: &Graph, names: &[&str]) -> Vec<ValueId> {
+        let all = graph.body.nodes.iter().flat_map(|node| node.present_inputs().chain(node.present_outputs()));
+        let all: Vec<ValueId> = all.chain(graph.body.inputs.iter().copied()).collect();
+        names.iter().map(|name| *all.iter().find(|id| graph.name(**id) == *name).unwrap()).collect()
+    }
+
+    fn names<'g>(graph: &'g Graph, ids: &[ValueId]) -> Vec<&'g str> {
+        ids.iter().map(|&id| graph.name(id)).collect()
+    }
+
+    fn network() -> Builder {
+        Builder::new(&["inputs_embeds", "attention_mask", "unused"])
+            .node("shape", "Shape", &["inputs_embeds"])
+            .node("cast", "Cast", &["attention_mask"])
+            .node("causal", "ConstantOfShape", &["shape"])
+            .node("mask", "Where", &["cast", "causal"])
+            .node("h1", "Block", &["inputs_embeds", "mask", "w0"])
+            .node("h2", "Block", &["h1", "mask", "causal", "w1"])
+            .node("h3", "Block", &["h2", "mask", "w2"])
+            .node("norm", "SimplifiedLayerNormalization", &["h3", "w_norm"])
+            .node("product", "MatMul", &["norm", "w_head"])
+            .node("logits", "Mul", &["product", "w_scale"])
+    }
+
+    fn find(graph: &Graph, streams: &[&str], trained: &[&str]) -> Result<Suffix> {
+        let streams = ids(graph, streams);
+        let logits = ids(graph, &["logits"])[0];
+        let tokens = ids(graph, &["inputs_embeds"]);
+        Suffix::find(graph, &streams, logits, &tokens, &ids(graph, trained).into_iter().collect())
+    }
+
+    #[test]
+    fn masks_are_computed_once_and_the_head_is_cut_at_its_product() {
+        let graph = network().finish("logits");
+        let suffix = find(&graph, &["h1", "h2", "h3"], &["w1", "w2"]).unwrap();
+        assert_eq!(names(&graph, &suffix.side), ["mask"]);
+        assert_eq!(names(&graph, &suffix.inputs), ["inputs_embeds", "attention_mask"]);
+        assert_eq!(graph.name(suffix.head_input), "norm");
+        let trained: Vec<_> = suffix.trained.iter().map(|ids| names(&graph, ids)).collect();
+        assert_eq!(trained, [vec!["w1"], vec!["w2"], vec![]]);
+    }
+
+    #[test]
+    fn a_layer_that_reads_the_tokens_past_the_stream_is_refused() {
+        let graph = Builder::new(&["inputs_embeds"])
+            .node("h1", "Block", &["inputs_embeds", "w0"])
+            .node("h2", "Block", &["h1", "inputs_embeds", "w1"])
+            .node("logits", "MatMul", &["h2", "w_head"])
+            .finish("logits");
+        let error = find(&graph, &["h1", "h2"], &["w1"]).unwrap_err().to_string();
+        assert!(error.contains("`h1` and `h2`") && error.contains("past the residual stream"), "{error}");
+        find(&graph, &["inputs_embeds", "h2"], &["w1"]).unwrap();
+    }
+
+    #[test]
+    fn a_head_that_mixes_positions_is_run_on_all_of_them() {
+        let graph = Builder::new(&["inputs_embeds"])
+            .node("h1", "Block", &["inputs_embeds", "w0"])
+            .node("product", "MatMul", &["h1", "w_head"])
+            .node("logits", "Softmax", &["product"])
+            .finish("logits");
+        let suffix = find(&graph, &["inputs_embeds", "h1"], &["w0"]).unwrap();
+        assert_eq!(suffix.head_input, suffix.logits);
+    }
+
+    #[test]
+    fn a_weight_that_nothing_trained_reads_is_refused() {
+        let graph = network().finish("logits");
+        let error = find(&graph, &["h1", "h2", "h3"], &["w0"]).unwrap_err().to_string();
+        assert!(error.contains("`w0`"), "{error}");
+        assert_eq!(graph.body.initializers[0].1.dtype, DataType::Float);
+    }
+}

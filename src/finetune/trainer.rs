@@ -1,0 +1,212 @@
+//! The loop: steps, accumulation, clipping, checkpoints and what is told on the way.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Instant;
+
+use tch::{Device, Tensor};
+
+use crate::base::{Cancel, Error, Progress, Result, Sha256Digest, list_preview, peak_memory_bytes};
+
+use super::batch::TrainingSet;
+use super::checkpoint::{self, Checkpoints, State, Totals};
+use super::events::EventWriter;
+use super::gradient::{self, Counts};
+use super::loss::LossKind;
+use super::metrics::{MetricsWriter, StepMetrics};
+use super::optimizer::{AdamW, clip_gradients};
+use super::sampler::{self, Step};
+use super::schedule::warmup_steps;
+use super::settings::Settings;
+use super::student::Student;
+use super::torch_error;
+
+/// Where a run keeps what it writes while it goes.
+pub const METRICS_FILE: &str = "metrics.jsonl";
+const EVENT_FOLDER: &str = "events";
+const CHECKPOINT_FOLDER: &str = "checkpoints";
+
+/// Removes the checkpoints in a work folder.
+///
+/// Errors: `Error::Io`.
+pub fn clear_checkpoints(work: &Path) -> Result<()> {
+    Checkpoints::open(&work.join(CHECKPOINT_FOLDER))?.clear()
+}
+
+/// A run over a data set.
+pub struct Trainer<'a> {
+    pub settings: &'a Settings,
+    pub student: Student,
+    pub dataset: &'a TrainingSet,
+    pub device: Device,
+    /// SHA-256 of what decides the result, by what it is; a checkpoint of other inputs is refused.
+    pub inputs: BTreeMap<String, Sha256Digest>,
+    /// Folder for checkpoints and metrics.
+    pub work: &'a Path,
+}
+
+/// How a run went.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Summary {
+    pub steps: u64,
+    /// The step that a resumed run began after; 0 for a new one.
+    pub resumed_from: u64,
+    pub totals: Totals,
+}
+
+impl Trainer<'_> {
+    /// Trains to the last step. With `resume`, goes on from the newest checkpoint if there is one; without, begins anew.
+    /// `observer` sees every step's metrics.
+    ///
+    /// Errors: `Error::Interrupted` after leaving a checkpoint when the user asked to stop; `Error::Invalid` naming step,
+    /// samples and weight when a loss or gradient is not finite.
+    pub fn run(&mut self, resume: bool, cancel: &Cancel, observer: &mut dyn FnMut(&StepMetrics)) -> Result<Summary> {
+        let settings = self.settings;
+        let lengths = self.dataset.lengths();
+        let per_epoch = sampler::steps_per_epoch(settings, lengths.len());
+        let total = settings.max_steps.unwrap_or(per_epoch * u64::from(settings.epochs));
+        let warmup = warmup_steps(settings.warmup_ratio, total);
+        let optimizer = AdamW {
+            beta1: settings.beta1,
+            beta2: settings.beta2,
+            epsilon: settings.epsilon,
+            weight_decay: settings.weight_decay,
+        };
+        let checkpoints = Checkpoints::open(&self.work.join(CHECKPOINT_FOLDER))?;
+        let (first, mut totals) = self.start(&checkpoints, resume)?;
+        let mut metrics = MetricsWriter::open(&self.work.join(METRICS_FILE), first)?;
+        let mut events = EventWriter::create(&self.work.join(EVENT_FOLDER))?;
+        let progress = Progress::new("finetune", "steps", total);
+        progress.set_position(first);
+        let mut order: Option<(u64, Vec<Step>)> = None;
+        for done in first..total {
+            if cancel.requested() {
+                let kept = self.save(&checkpoints, done, total, &totals)?;
+                return Err(Error::Interrupted {
+                    kept: format!("{done} of {total} steps are in `{kept}`, `--resume` goes on from there"),
+                });
+            }
+            let (epoch, position) = (done / per_epoch, (done % per_epoch) as usize);
+            if order.as_ref().is_none_or(|(of, _)| *of != epoch) {
+                order = Some((epoch, sampler::epoch(settings, &lengths, epoch)));
+            }
+            let Some(step) = order.as_ref().and_then(|(_, steps)| steps.get(position)) else { break };
+            let began = Instant::now();
+            let learning_rate = settings.learning_rate * settings.schedule.factor(done, warmup, total);
+            let mut result = self.step(done + 1, step, &optimizer, learning_rate)?;
+            let seconds = began.elapsed().as_secs_f64();
+            totals.tokens += result.tokens;
+            totals.answer_tokens += result.metrics.answer_tokens;
+            totals.first_loss.get_or_insert(result.metrics.loss);
+            totals.last_loss = Some(result.metrics.loss);
+            totals.train_seconds += seconds;
+            result.metrics.tokens_per_s = result.tokens as f64 / seconds.max(1e-9);
+            metrics.push(&result.metrics)?;
+            events.step(&result.metrics)?;
+            observer(&result.metrics);
+            progress.advance(1);
+            progress.note(format!("loss {:.4}, {:.0} tokens/s", result.metrics.loss, result.metrics.tokens_per_s));
+            let every = settings.checkpoint_every;
+            if every > 0 && (done + 1) % every == 0 && done + 1 < total {
+                self.save(&checkpoints, done + 1, total, &totals)?;
+            }
+        }
+        Ok(Summary { steps: total, resumed_from: first, totals })
+    }
+
+    fn start(&mut self, checkpoints: &Checkpoints, resume: bool) -> Result<(u64, Totals)> {
+        if !resume {
+            checkpoints.clear()?;
+            return Ok((0, Totals::default()));
+        }
+        let Some((state, folder)) = checkpoints.latest()? else { return Ok((0, Totals::default())) };
+        checkpoint::check_same_run(&state, &folder, &self.inputs)?;
+        checkpoint::restore(&folder, &mut self.student.parameters)?;
+        Ok((state.step, state.totals))
+    }
+
+    fn save(&self, checkpoints: &Checkpoints, step: u64, total: u64, totals: &Totals) -> Result<String> {
+        let state = State::new(step, total, self.inputs.clone(), totals.clone());
+        Ok(checkpoints.save(&state, &self.student.parameters)?.display().to_string())
+    }
+
+    fn step(&mut self, number: u64, step: &Step, optimizer: &AdamW, learning_rate: f64) -> Result<Done> {
+        let samples = || step.iter().flatten().map(|&sample| &self.dataset.examples[sample]);
+        let counts = Counts {
+            answer_tokens: samples().map(|example| example.targets.len() as u64).sum(),
+            tokens: samples().map(|example| example.length as u64).sum(),
+        };
+        let mut gradients: Vec<Tensor> = Vec::new();
+        let mut terms: BTreeMap<LossKind, Vec<Tensor>> = BTreeMap::new();
+        for samples in step {
+            let batch = self.dataset.batch(samples, self.device)?;
+            if batch.answer_tokens == 0 {
+                continue;
+            }
+            let pass = gradient::pass(&self.student, &batch, self.settings, counts)?;
+            for (kind, term) in pass.terms {
+                terms.entry(kind).or_default().push(term);
+            }
+            if gradients.is_empty() {
+                gradients = pass.gradients;
+            } else {
+                for (sum, gradient) in gradients.iter_mut().zip(&pass.gradients) {
+                    let _ = sum.f_add_(gradient).map_err(torch_error("gradient accumulation"))?;
+                }
+            }
+        }
+        let mut losses = BTreeMap::new();
+        for (kind, parts) in &terms {
+            let mut sum = 0.0;
+            for part in parts {
+                sum += part.f_double_value(&[]).map_err(torch_error("the loss"))?;
+            }
+            losses.insert(*kind, sum);
+        }
+        let loss: f64 = losses.iter().map(|(kind, value)| self.settings.weight(*kind) * value).sum();
+        let grad_norm = clip_gradients(&mut gradients, self.settings.max_grad_norm)?;
+        if !loss.is_finite() || !grad_norm.is_finite() {
+            return Err(self.not_finite(number, step, loss, &gradients));
+        }
+        if !gradients.is_empty() {
+            optimizer.step(&mut self.student.parameters, &gradients, number, learning_rate)?;
+        }
+        let metrics = StepMetrics {
+            step: number,
+            loss,
+            losses: losses.into_iter().map(|(kind, value)| (kind.name().to_string(), value)).collect(),
+            learning_rate,
+            grad_norm,
+            tokens_per_s: 0.0,
+            answer_tokens: counts.answer_tokens,
+            peak_memory_bytes: peak_memory_bytes(),
+        };
+        Ok(Done { metrics, tokens: counts.tokens })
+    }
+
+    fn not_finite(&self, number: u64, step: &Step, loss: f64, gradients: &[Tensor]) -> Error {
+        let ids: Vec<&str> = step.iter().flatten().map(|&sample| self.dataset.examples[sample].id.as_str()).collect();
+        let broken = |gradient: &Tensor| {
+            gradient
+                .f_isfinite()
+                .and_then(|finite| finite.f_all())
+                .and_then(|all| all.f_int64_value(&[]))
+                .map_or(true, |all| all == 0)
+        };
+        let weight = self.student.parameters.iter().zip(gradients).find(|(_, gradient)| broken(gradient));
+        let what = match weight {
+            Some((parameter, _)) if loss.is_finite() => format!("the gradient of `{}` is not finite", parameter.name),
+            Some((parameter, _)) => {
+                format!("the loss is {loss} and the gradient of `{}` is not finite", parameter.name)
+            }
+            None => format!("the loss is {loss}"),
+        };
+        Error::invalid(format!("finetune step {number}"), format!("{what}; samples {}", list_preview(&ids, 64)))
+            .remedy("look at these samples, or take a lower learning rate; the last checkpoint is kept")
+    }
+}
+
+struct Done {
+    metrics: StepMetrics,
+    tokens: u64,
+}

@@ -1,0 +1,121 @@
+//! Which initializers of a layer are its weights, and putting trained ones back.
+
+use std::collections::HashMap;
+
+use crate::analysis::{Layer, LayerMap};
+use crate::base::{Error, Result, list_preview};
+use crate::ir::{DataType, Graph, Model, Tensor, ValueId};
+
+/// The initializers to train for the given layers, in file order.
+///
+/// All floating-point weights that only one layer reads, constants of one element aside.
+///
+/// Errors: `Error::Invalid` for a layer that does not exist; `Error::Unsupported` for quantised layers and for weights
+/// that a trained layer shares with some other layer.
+pub fn trained_weights(graph: &Graph, map: &LayerMap, layers: &[usize]) -> Result<Vec<ValueId>> {
+    if layers.is_empty() {
+        return Err(Error::invalid("finetune", "no layer is named").remedy("give a plan with layers to finetune"));
+    }
+    let mut trained = Vec::new();
+    for &number in layers {
+        let Some(layer) = map.layers.get(number) else {
+            return Err(Error::invalid(
+                format!("layer {number}"),
+                format!("does not exist, the model has layers 0 to {}", map.layers.len().saturating_sub(1)),
+            )
+            .remedy("the plan counts layers of the pruned model here"));
+        };
+        refuse_quantised(graph, layer)?;
+        refuse_shared(graph, map, layer)?;
+        let own = layer.weights.iter().copied().filter(|&id| {
+            graph.body.initializer(id).is_some_and(|tensor| tensor.dtype.is_float() && tensor.element_count() > 1)
+        });
+        let before = trained.len();
+        trained.extend(own);
+        if trained.len() == before {
+            return Err(Error::unsupported(
+                format!("layer {number}"),
+                "has no floating-point weights of its own to train",
+            ));
+        }
+    }
+    Ok(trained)
+}
+
+fn refuse_quantised(graph: &Graph, layer: &Layer) -> Result<()> {
+    const QUANTISED: &[&str] =
+        &["MatMulNBits", "DequantizeLinear", "MatMulInteger", "QLinearMatMul", "DynamicQuantizeMatMul"];
+    let node = layer
+        .path
+        .iter()
+        .filter_map(|&number| graph.body.nodes.get(number))
+        .find(|node| QUANTISED.contains(&node.op_type.as_str()));
+    let packed = layer.weights.iter().find(|&&id| {
+        graph.body.initializer(id).is_some_and(|tensor| {
+            let bits = tensor.dtype.bits();
+            !tensor.dtype.is_float()
+                && tensor.dtype != DataType::Bool
+                && (1..=8).contains(&bits)
+                && tensor.element_count() > 1
+        })
+    });
+    let what = match (node, packed) {
+        (Some(node), _) => node.describe(graph),
+        (None, Some(&id)) => format!("initializer `{}`", graph.name(id)),
+        (None, None) => return Ok(()),
+    };
+    Err(Error::unsupported(
+        format!("layer {}", layer.index),
+        format!("its weights are quantised ({what}), which cannot be trained"),
+    )
+    .remedy("finetune the float model, then quantise"))
+}
+
+/// Tables that every layer reads (rotary ones) stay as they are; anything else that is shared would move other layers.
+fn refuse_shared(graph: &Graph, map: &LayerMap, layer: &Layer) -> Result<()> {
+    const PRODUCTS: &[&str] = &["MatMul", "Gemm", "FusedMatMul"];
+    let shared: Vec<&str> = layer
+        .shared_weights
+        .iter()
+        .copied()
+        .filter(|&id| graph.body.initializer(id).is_some_and(|tensor| tensor.dtype.is_float()))
+        .filter(|&id| {
+            let everywhere = map.layers.iter().all(|other| other.shared_weights.contains(&id));
+            let multiplied = layer.path.iter().filter_map(|&number| graph.body.nodes.get(number)).any(|node| {
+                PRODUCTS.contains(&node.op_type.as_str()) && node.present_inputs().any(|input| input == id)
+            });
+            !everywhere || multiplied
+        })
+        .map(|id| graph.name(id))
+        .collect();
+    if shared.is_empty() {
+        return Ok(());
+    }
+    let problem = format!("shares the weights {} with other layers, which must not move", list_preview(&shared, 4));
+    Err(Error::unsupported(format!("layer {}", layer.index), problem)
+        .remedy("export the model without merging equal weights, or choose another layer"))
+}
+
+/// The model with these initializers in place of its own; everything else stays as it is.
+///
+/// Errors: `Error::Invalid` when a tensor does not fit the initializer that it replaces.
+pub fn replaced(model: &Model, tensors: Vec<(ValueId, Tensor)>) -> Result<Model> {
+    let mut tensors: HashMap<ValueId, Tensor> = tensors.into_iter().collect();
+    let mut changed = model.clone();
+    for (id, old) in &mut changed.graph.body.initializers {
+        let Some(new) = tensors.remove(id) else { continue };
+        if new.dtype != old.dtype || new.dims != old.dims {
+            let problem = format!("is {} {:?}, the trained one {} {:?}", old.dtype, old.dims, new.dtype, new.dims);
+            return Err(Error::invalid(format!("initializer `{}`", model.graph.name(*id)), problem));
+        }
+        old.dtype = new.dtype;
+        old.data = new.data;
+    }
+    match tensors.keys().next() {
+        Some(&id) => Err(Error::invalid(
+            format!("initializer `{}`", model.graph.name(id)),
+            "was trained and is not in the model",
+        )),
+        None => Ok(changed),
+    }
+}
