@@ -1,14 +1,17 @@
 //! Benchmarks, what is left of a baseline, speed, and whether a model's files are what they claim.
 
 mod metrics;
+mod probe;
 mod prompt;
 mod report;
 mod run;
 mod stats;
 mod text;
+mod verify;
 
 pub use metrics::{METRICS, Metric, Reference, metric_for, metric_of, says_yes};
 pub use prompt::{question_text, reference_of};
 pub use report::{Answer, EvalReport, EvalTiming, GroupRetention, GroupScore, ModelScores, Retention, YesNoScores};
 pub use run::{EvalOptions, LoadedModel, benchmark_name, compare, evaluate, prompt_of};
 pub use stats::{Interval, Pair, RESAMPLES, Spread, retention};
+pub use verify::{Check, CheckStatus, VerifyReport, verify};

@@ -37,8 +37,6 @@ enum Role {
     LogitsToKeep,
     /// Cache slot of this number.
     Past(usize),
-    /// A cache input that no output of the graph replaces, always empty.
-    EmptyPast,
 }
 
 /// One cache slot.
@@ -46,6 +44,14 @@ enum Role {
 pub struct CacheSlot {
     pub past: Port,
     pub present: Port,
+}
+
+impl CacheSlot {
+    /// The size of an axis of the cache, where the graph fixes it.
+    pub fn fixed_size(&self, axis: usize) -> Option<usize> {
+        let size = |port: &Port| port.shape.get(axis).and_then(known_size);
+        size(&self.past).or_else(|| size(&self.present))
+    }
 }
 
 /// A decoder graph with every input understood.
@@ -69,6 +75,11 @@ impl KvCache {
     /// Positions in it, padding included.
     pub fn length(&self) -> usize {
         self.length
+    }
+
+    /// One tensor per cache slot, in the order of `Decoder::slots`.
+    pub fn tensors(&self) -> &[Tensor] {
+        &self.tensors
     }
 }
 
@@ -101,17 +112,6 @@ impl Decoder {
     ///
     /// Errors: `Error::Unsupported` naming an input whose meaning is not known, or a cache input that no output replaces.
     pub fn new(session: Session, head_dim: Option<usize>) -> Result<Self> {
-        Self::understand(session, head_dim, false)
-    }
-
-    /// A graph that only prefills, for [`Decoder::prefill_outputs`]: its cache inputs, if any, stay empty.
-    ///
-    /// Errors: `Error::Unsupported` naming an input whose meaning is not known.
-    pub fn prefill_only(session: Session, head_dim: Option<usize>) -> Result<Self> {
-        Self::understand(session, head_dim, true)
-    }
-
-    fn understand(session: Session, head_dim: Option<usize>, prefill_only: bool) -> Result<Self> {
         let mut slots = Vec::new();
         let mut roles = Vec::new();
         for port in session.inputs() {
@@ -125,7 +125,6 @@ impl Decoder {
                 "cache_position" => Role::CachePosition,
                 "use_cache_branch" => Role::UseCacheBranch,
                 "num_logits_to_keep" | "logits_to_keep" => Role::LogitsToKeep,
-                name if prefill_only && CACHE_NAMES.iter().any(|(past, _)| name.starts_with(past)) => Role::EmptyPast,
                 name => {
                     let present = present_of(&session, name).ok_or_else(|| unknown_input(&session, port))?;
                     slots.push(CacheSlot { past: port.clone(), present });
@@ -182,93 +181,79 @@ impl Decoder {
     ///
     /// Errors: `Error::Invalid` when the lengths disagree; `Error::Engine` when ONNX Runtime fails.
     pub fn step(&mut self, step: &Step<'_>, cache: Option<KvCache>) -> Result<(Tensor, KvCache)> {
-        let past = cache.as_ref().map_or(0, |cache| cache.length);
-        let time = self.new_positions(step, past)?;
-        let has_cache = cache.is_some();
-        if has_cache && self.slots.is_empty() {
-            return Err(Error::unsupported(
-                self.session.subject(),
-                "has no cache inputs, so it cannot go on from a prefill",
-            ));
-        }
-        let mut past_tensors = match cache {
-            Some(cache) => cache.tensors,
-            None => self.slots.iter().map(|slot| self.empty_past(&slot.past, step.batch)).collect::<Result<_>>()?,
+        let fresh = self.feeds(step, cache.as_ref().map(KvCache::length))?;
+        let cache = match cache {
+            Some(cache) => cache,
+            None => self.empty_cache(step.batch)?,
         };
-        if past_tensors.len() != self.slots.len() {
-            return Err(self.wrong_length("the cache", step.batch, past_tensors.len(), self.slots.len()));
-        }
-        let mut outputs = self.run(step, time, past, has_cache, &past_tensors)?;
-        past_tensors.clear();
-        for slot in &self.slots {
-            past_tensors.push(outputs.take(&slot.present.name)?);
-        }
-        let logits = outputs.take(&self.logits)?;
-        Ok((logits, KvCache { tensors: past_tensors, length: past + time }))
+        let length = cache.length + self.time_of(step)?;
+        let presents: Vec<&str> = self.slots.iter().map(|slot| slot.present.name.as_str()).collect();
+        let feeds = joined(&fresh, &self.slots, &cache);
+        let mut outputs = self.session.run_keeping(&feeds, |name| presents.contains(&name))?;
+        let tensors = presents.iter().map(|name| outputs.take(name)).collect::<Result<_>>()?;
+        Ok((outputs.take(&self.logits)?, KvCache { tensors, length }))
     }
 
     /// Runs one prefill for all outputs of the graph, whatever they are; caches begin empty and none is handed on.
     ///
     /// Errors: as `step`.
     pub fn prefill_outputs(&mut self, step: &Step<'_>) -> Result<Outputs> {
-        let time = self.new_positions(step, 0)?;
-        let past: Vec<Tensor> =
-            self.slots.iter().map(|slot| self.empty_past(&slot.past, step.batch)).collect::<Result<_>>()?;
-        self.run(step, time, 0, false, &past)
+        let fresh = self.feeds(step, None)?;
+        let cache = self.empty_cache(step.batch)?;
+        self.session.run(&joined(&fresh, &self.slots, &cache), None)
     }
 
-    fn wrong_length(&self, what: &str, batch: usize, found: usize, want: usize) -> Error {
-        let problem = format!("{what} holds {found} elements, a batch of {batch} takes {want}");
-        Error::invalid(self.session.subject(), problem)
+    /// Every input of a step but the cache. `past` is the cache's length, `None` for prefill.
+    ///
+    /// Errors: `Error::Invalid` when the lengths disagree; `Error::Unsupported` when a graph without cache inputs is
+    /// to go on from one.
+    pub fn feeds(&self, step: &Step<'_>, past: Option<usize>) -> Result<Vec<(String, Tensor)>> {
+        let time = self.time_of(step)?;
+        if past.is_some() && self.slots.is_empty() {
+            let problem = "has no cache inputs, so it cannot go on from a prefill";
+            return Err(Error::unsupported(self.session.subject(), problem));
+        }
+        let has_cache = past.is_some();
+        let past = past.unwrap_or(0);
+        let sized = |what: &str, found: usize, want: usize| match found == want {
+            true => Ok(()),
+            false => Err(Error::invalid(
+                self.session.subject(),
+                format!("{what} holds {found} elements, a batch of {} takes {want}", step.batch),
+            )),
+        };
+        sized("attention_mask", step.attention_mask.len(), step.batch * (past + time))?;
+        sized("position_ids", step.position_ids.len(), step.position_rows * step.batch * time)?;
+        let mut fresh = Vec::with_capacity(self.roles.len());
+        for (port, role) in self.session.inputs().iter().zip(&self.roles) {
+            if !matches!(role, Role::Past(_)) {
+                fresh.push((port.name.clone(), self.feed(port, *role, step, time, past, has_cache)?));
+            }
+        }
+        Ok(fresh)
     }
 
-    /// `T`, the number of new positions of a step, with all lengths checked against it.
-    fn new_positions(&self, step: &Step<'_>, past: usize) -> Result<usize> {
-        let batch = step.batch;
+    /// New positions per row of a step.
+    fn time_of(&self, step: &Step<'_>) -> Result<usize> {
         let elements = match &step.tokens {
             StepTokens::Embeds { data, hidden_size } => data.len().checked_div(*hidden_size).unwrap_or(0),
             StepTokens::Ids(ids) => ids.len(),
         };
-        let time = elements.checked_div(batch).unwrap_or(0);
-        if time == 0 || time * batch != elements {
-            return Err(self.wrong_length("the step", batch, elements, batch * time.max(1)));
+        match elements.checked_div(step.batch) {
+            Some(time) if time > 0 && time * step.batch == elements => Ok(time),
+            _ => Err(Error::invalid(
+                self.session.subject(),
+                format!("a step of {elements} tokens does not make a batch of {}", step.batch),
+            )),
         }
-        if step.attention_mask.len() != batch * (past + time) {
-            return Err(self.wrong_length("attention_mask", batch, step.attention_mask.len(), batch * (past + time)));
-        }
-        if step.position_ids.len() != step.position_rows * batch * time {
-            let want = step.position_rows * batch * time;
-            return Err(self.wrong_length("position_ids", batch, step.position_ids.len(), want));
-        }
-        Ok(time)
     }
 
-    fn run(
-        &mut self,
-        step: &Step<'_>,
-        time: usize,
-        past: usize,
-        has_cache: bool,
-        past_tensors: &[Tensor],
-    ) -> Result<Outputs> {
-        let mut fresh: Vec<Option<Tensor>> = Vec::with_capacity(self.roles.len());
-        for (port, role) in self.session.inputs().iter().zip(&self.roles) {
-            fresh.push(match role {
-                Role::Past(_) => None,
-                _ => Some(self.feed(port, *role, step, time, past, has_cache)?),
-            });
-        }
-        let mut feeds: Vec<(&str, &Tensor)> = Vec::with_capacity(self.roles.len());
-        let names: Vec<String> = self.session.inputs().iter().map(|port| port.name.clone()).collect();
-        for ((name, role), tensor) in names.iter().zip(&self.roles).zip(&fresh) {
-            match (role, tensor) {
-                (Role::Past(slot), _) => feeds.extend(past_tensors.get(*slot).map(|tensor| (name.as_str(), tensor))),
-                (_, Some(tensor)) => feeds.push((name, tensor)),
-                (_, None) => {}
-            }
-        }
-        let presents: Vec<String> = self.slots.iter().map(|slot| slot.present.name.clone()).collect();
-        self.session.run_keeping(&feeds, |name| presents.iter().any(|present| present == name))
+    /// The cache before the first token.
+    ///
+    /// Errors: `Error::Unsupported` when the graph leaves open how large a cache input is.
+    pub fn empty_cache(&self, batch: usize) -> Result<KvCache> {
+        let tensors = self.slots.iter().map(|slot| self.empty_past(&slot.past, batch)).collect::<Result<_>>()?;
+        Ok(KvCache { tensors, length: 0 })
     }
 
     fn feed(
@@ -313,7 +298,6 @@ impl Decoder {
                 let shape: &[usize] = if port.shape.is_empty() { &[] } else { &[1] };
                 Tensor::from_i64(port.dtype, shape, vec![i64::from(step.last_only)])
             }
-            Role::EmptyPast => self.empty_past(port, batch),
             Role::Past(_) => Err(mismatch("a cache")),
         }
     }
@@ -350,6 +334,11 @@ impl Decoder {
         Tensor::from_f32(port.dtype, &shape, vec![0.0; count])
     }
 
+    /// The output that holds the logits.
+    pub fn logits_name(&self) -> &str {
+        &self.logits
+    }
+
     /// The size of the hidden state that `inputs_embeds` names, where it is fixed.
     pub fn hidden_size(&self) -> Option<usize> {
         self.session.input("inputs_embeds").and_then(|port| port.shape.last()).and_then(known_size)
@@ -359,6 +348,12 @@ impl Decoder {
     pub fn vocabulary(&self) -> Option<usize> {
         self.session.output(&self.logits).and_then(|port| port.shape.last()).and_then(known_size)
     }
+}
+
+/// All inputs of a step: the fresh ones and the cache.
+fn joined<'a>(fresh: &'a [(String, Tensor)], slots: &'a [CacheSlot], cache: &'a KvCache) -> Vec<(&'a str, &'a Tensor)> {
+    let fresh = fresh.iter().map(|(name, tensor)| (name.as_str(), tensor));
+    fresh.chain(slots.iter().map(|slot| slot.past.name.as_str()).zip(&cache.tensors)).collect()
 }
 
 /// The size of an axis: a number, or a symbol that spells one (some exporters write `"16"` as a name).

@@ -120,6 +120,27 @@ impl Tensor {
         self.0.try_extract_tensor::<T>().map(|(_, data)| data).map_err(|e| Error::engine(ENGINE, "a tensor", e))
     }
 
+    /// A copy as a constant of the graph.
+    ///
+    /// Errors: `Error::Unsupported` for element types that cannot be copied; `Error::Engine` when the tensor is not in
+    /// CPU memory.
+    pub fn to_ir(&self) -> Result<crate::ir::Tensor> {
+        let bytes: Vec<u8> = match self.dtype()? {
+            DataType::Float => self.data::<f32>()?.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            DataType::Double => self.data::<f64>()?.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            DataType::Float16 => self.data::<f16>()?.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            DataType::Bfloat16 => self.data::<bf16>()?.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            DataType::Int64 => self.data::<i64>()?.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            DataType::Int32 => self.data::<i32>()?.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            DataType::Int8 => self.data::<i8>()?.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            DataType::Uint8 => self.data::<u8>()?.to_vec(),
+            DataType::Bool => self.data::<bool>()?.iter().map(|&x| u8::from(x)).collect(),
+            dtype => return Err(Error::unsupported(format!("tensor of {dtype}"), "cannot be copied")),
+        };
+        let dims: Vec<u64> = self.shape().iter().map(|&dim| dim as u64).collect();
+        Ok(crate::ir::Tensor::from_bytes(self.dtype()?, &dims, bytes))
+    }
+
     /// The elements of any floating-point type as f32.
     ///
     /// Errors: `Error::Unsupported` for other types; `Error::Engine` when the tensor is not in CPU memory.

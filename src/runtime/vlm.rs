@@ -112,6 +112,11 @@ impl VlmSession {
         &mut self.decoder
     }
 
+    /// The decoder alone.
+    pub fn into_decoder(self) -> Decoder {
+        self.decoder
+    }
+
     /// The vision encoder, for models that have one.
     pub fn vision_mut(&mut self) -> Option<&mut VisionEncoder> {
         self.vision.as_mut()

@@ -1,0 +1,558 @@
+//! Whether a model's files are what they claim: they load, the cache is consistent, configs and graphs agree, and the
+//! interpreter computes what ONNX Runtime computes.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::base::{Cancel, Error, Progress, Provenance, Result};
+use crate::bundle::{Bundle, Component, Role};
+use crate::ir::{self, DataType, Model};
+use crate::runtime::{
+    Decoder, FeatureCache, InputFact, Runtime, Session, SessionOptions, Step, StepTokens, Tensor, TractOutcome,
+    VlmSession, VlmSettings, tract_check,
+};
+use crate::{analysis, onnx, torch};
+
+use super::probe::{embeddings, noise_embeddings, picture_prompt, pixel_feeds, token_ids};
+use super::run::LoadedModel;
+
+/// Largest difference of two f32 computations of the same values.
+const TOLERANCE_F32: f64 = 1e-4;
+/// Largest difference where weights or activations have 16 bits.
+const TOLERANCE_16_BITS: f64 = 5e-3;
+/// Tokens of the probing prompt; the last one is also decoded alone.
+const PROMPT_TOKENS: usize = 8;
+/// Largest component that tract is given: it holds all weights in memory.
+const TRACT_LIMIT_BYTES: u64 = 2 << 30;
+/// Operators that quantise activations over a whole run, so that a cached step cannot equal a longer prefill.
+const DYNAMIC_QUANTISERS: &[&str] =
+    &["DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "DynamicQuantizeLSTM"];
+
+/// `accuracy_level` of `MatMulNBits` at which activations are rounded to int8.
+const INT8_ACCURACY_LEVEL: i64 = 4;
+
+/// What `verify` prints as JSON.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct VerifyReport {
+    #[serde(flatten)]
+    pub provenance: Provenance,
+    pub model: String,
+    /// True when no check failed.
+    pub passed: bool,
+    pub checks: Vec<Check>,
+}
+
+impl VerifyReport {
+    /// Version of the schema of the report.
+    pub const SCHEMA_VERSION: u32 = 1;
+}
+
+/// One check.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Check {
+    pub name: String,
+    /// The file or figure that was checked.
+    pub subject: String,
+    pub status: CheckStatus,
+    /// What was found.
+    pub detail: String,
+    /// Largest absolute difference, for checks that compare numbers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub difference: Option<f64>,
+    /// What the difference may be at most.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tolerance: Option<f64>,
+}
+
+/// How a check ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum CheckStatus {
+    Passed,
+    Failed,
+    /// It could not be made; `detail` says why. This is no failure of the model.
+    Unavailable,
+}
+
+/// Collects checks.
+struct Checks(Vec<Check>);
+
+impl Checks {
+    fn add(&mut self, name: &str, subject: &str, status: CheckStatus, detail: impl Into<String>) {
+        let (name, subject, detail) = (name.to_string(), subject.to_string(), detail.into());
+        self.0.push(Check { name, subject, status, detail, difference: None, tolerance: None });
+    }
+
+    fn compared(&mut self, name: &str, subject: &str, difference: f64, tolerance: f64, detail: impl Into<String>) {
+        // A difference that is not a number is no agreement.
+        let status = if difference <= tolerance { CheckStatus::Passed } else { CheckStatus::Failed };
+        self.add(name, subject, status, detail);
+        if let Some(check) = self.0.last_mut() {
+            check.difference = Some(difference);
+            check.tolerance = Some(tolerance);
+        }
+    }
+
+    /// An error is a failure, but for what is not supported, which leaves the check unmade.
+    fn error(&mut self, name: &str, subject: &str, error: &Error) {
+        let status = match error {
+            Error::Unsupported { .. } => CheckStatus::Unavailable,
+            _ => CheckStatus::Failed,
+        };
+        self.add(name, subject, status, error.to_string());
+    }
+
+    fn equal<T: PartialEq + std::fmt::Display>(&mut self, subject: &str, config: Option<T>, graph: Option<T>) {
+        let name = "config and graph";
+        match (config, graph) {
+            (Some(config), Some(graph)) if config == graph => {
+                self.add(name, subject, CheckStatus::Passed, format!("both {config}"))
+            }
+            (Some(config), Some(graph)) => {
+                self.add(name, subject, CheckStatus::Failed, format!("the config says {config}, the graph {graph}"));
+            }
+            (None, _) => self.add(name, subject, CheckStatus::Unavailable, "the config does not say"),
+            (_, None) => self.add(name, subject, CheckStatus::Unavailable, "the graph leaves it open"),
+        }
+    }
+}
+
+/// Makes every check that the model's files allow.
+///
+/// Errors: as `Bundle::open`, and `Error::Interrupted`; what a check finds wrong is in the report, not an error.
+pub fn verify(path: &Path, runtime: &Runtime, cancel: &Cancel) -> Result<VerifyReport> {
+    let bundle = Bundle::open(path)?;
+    let mut checks = Checks(Vec::new());
+    let progress = Progress::new("verify", "files", bundle.components().len() as u64 + 1);
+    for part in bundle.components() {
+        cancel.check("no report is written")?;
+        progress.note(part.file.clone());
+        if let Err(error) = component(&bundle, part, runtime, &mut checks) {
+            checks.error("graph", &part.file, &error);
+        }
+        progress.advance(1);
+    }
+    cancel.check("no report is written")?;
+    whole(path, &bundle, runtime, &mut checks);
+    let inputs = BTreeMap::from([("model".to_string(), bundle.digest()?)]);
+    let settings = serde_json::json!({ "device": runtime.device().to_string() });
+    Ok(VerifyReport {
+        provenance: Provenance::new(VerifyReport::SCHEMA_VERSION, inputs, &settings)?,
+        model: path.display().to_string(),
+        passed: checks.0.iter().all(|check| check.status != CheckStatus::Failed),
+        checks: checks.0,
+    })
+}
+
+/// The checks of one file.
+fn component(bundle: &Bundle, part: &Component, runtime: &Runtime, checks: &mut Checks) -> Result<()> {
+    let path = bundle.path_of(part);
+    let model = onnx::load(&path)?;
+    let session = match runtime.session(&path, &SessionOptions::default()) {
+        Ok(session) => session,
+        Err(error) => {
+            checks.error("loads in ONNX Runtime", &part.file, &error);
+            return Ok(());
+        }
+    };
+    let counts = format!("{} inputs, {} outputs", session.inputs().len(), session.outputs().len());
+    checks.add("loads in ONNX Runtime", &part.file, CheckStatus::Passed, counts);
+    match part.role {
+        Role::VisionEncoder => {
+            let mut session = session;
+            match pixel_feeds(session.subject(), session.inputs()) {
+                Ok(feeds) => {
+                    tract(bundle, part, &facts_of(&feeds)?, checks)?;
+                    interpreter_once(part, &model, &mut session, &feeds, checks);
+                }
+                Err(error) => {
+                    checks.error("loads in tract", &part.file, &error);
+                    checks.error("interpreter", &part.file, &error);
+                }
+            }
+        }
+        Role::EmbedTokens => {
+            let mut session = session;
+            let dtype = session.input("input_ids").map_or(DataType::Int64, |port| port.dtype);
+            let ids =
+                token_ids(PROMPT_TOKENS, bundle.config().and_then(|config| config.vocab_size).unwrap_or(16), None);
+            let feeds = vec![("input_ids".to_string(), Tensor::from_i64(dtype, &[1, ids.len()], ids)?)];
+            tract(bundle, part, &facts_of(&feeds)?, checks)?;
+            interpreter_once(part, &model, &mut session, &feeds, checks);
+        }
+        Role::Decoder | Role::DecoderPrefill | Role::DecoderWithPast => {
+            let head_dim = bundle.config().and_then(|config| config.head_size());
+            let decoder = Decoder::new(session, head_dim)?;
+            config_and_graph(bundle, part, &model, &decoder, checks);
+            decoder_checks(bundle, part, &model, decoder, runtime, checks)?;
+        }
+    }
+    Ok(())
+}
+
+/// Everything together: the model's own processor encodes a picture, and its features fit the prompt.
+fn whole(path: &Path, bundle: &Bundle, runtime: &Runtime, checks: &mut Checks) {
+    if bundle.component(Role::VisionEncoder).is_none() {
+        return;
+    }
+    let name = "picture and prompt";
+    let subject = "processor, vision encoder, embeddings";
+    let cache = FeatureCache::new(1 << 20);
+    let outcome = LoadedModel::open(path, runtime, &SessionOptions::default(), &cache).and_then(|mut model| {
+        let prompt = picture_prompt(&model.processor)?;
+        let tokens = prompt.input_ids.len();
+        model.vlm.embed(&prompt).map(|embedded| (tokens, embedded.hidden_size))
+    });
+    match outcome {
+        Ok((tokens, hidden)) => {
+            checks.add(name, subject, CheckStatus::Passed, format!("{tokens} tokens of width {hidden}"))
+        }
+        Err(error) => checks.error(name, subject, &error),
+    }
+}
+
+fn config_and_graph(bundle: &Bundle, part: &Component, model: &Model, decoder: &Decoder, checks: &mut Checks) {
+    let Some(config) = bundle.config() else {
+        checks.add("config and graph", &part.file, CheckStatus::Unavailable, "there is no config");
+        return;
+    };
+    let layers = match analysis::layers(&model.graph) {
+        Ok(map) => Some(map.layers.len()),
+        Err(error) => {
+            checks.error("layers", &part.file, &error);
+            None
+        }
+    };
+    let named = |what: &str| format!("{what} of {}", part.file);
+    checks.equal(&named("num_hidden_layers"), config.num_hidden_layers, layers);
+    checks.equal(&named("vocab_size"), config.vocab_size, decoder.vocabulary());
+    if decoder.takes_embeds() {
+        checks.equal(&named("hidden_size"), config.hidden_size, decoder.hidden_size());
+    }
+    // Keys and values of attention have shape [batch, heads, positions, head size].
+    let attention: Vec<_> = decoder.slots().iter().filter(|slot| slot.past.shape.len() == 4).collect();
+    let axis = |axis: usize| {
+        let mut sizes = attention.iter().map(|slot| slot.fixed_size(axis));
+        let first = sizes.next().flatten()?;
+        sizes.all(|size| size == Some(first)).then_some(first)
+    };
+    if !attention.is_empty() {
+        checks.equal(&named("num_key_value_heads"), config.num_key_value_heads.or(config.num_attention_heads), axis(1));
+        checks.equal(&named("head_dim"), config.head_size(), axis(3));
+    }
+}
+
+fn decoder_checks(
+    bundle: &Bundle,
+    part: &Component,
+    model: &Model,
+    decoder: Decoder,
+    runtime: &Runtime,
+    checks: &mut Checks,
+) -> Result<()> {
+    let embed = if decoder.takes_embeds() { bundle.component(Role::EmbedTokens) } else { None };
+    let embed = embed.map(|part| runtime.session(&bundle.path_of(part), &SessionOptions::default())).transpose()?;
+    let image_token_id = bundle.config().and_then(|config| config.image_token_id);
+    let settings = VlmSettings { image_token_id, ..VlmSettings::default() };
+    let (data, hidden_size, decoder) = match (decoder.takes_embeds(), embed) {
+        (true, Some(embed)) => {
+            let mut vlm = VlmSession::new(None, Some(embed), decoder, settings)?;
+            let (data, hidden) = embeddings(&mut vlm, PROMPT_TOKENS)?;
+            (data, hidden, vlm.into_decoder())
+        }
+        (true, None) => {
+            let (data, hidden) = noise_embeddings(&decoder, PROMPT_TOKENS)?;
+            (data, hidden, decoder)
+        }
+        (false, _) => (Vec::new(), 0, decoder),
+    };
+    let mut decoder = decoder;
+    let ids = token_ids(PROMPT_TOKENS, decoder.vocabulary().unwrap_or(16), image_token_id);
+    let probe = Probe { ids, data, hidden_size, rows: decoder.position_rows() };
+
+    let with_cache = !decoder.slots().is_empty();
+    let past = if with_cache { Some(PROMPT_TOKENS - 1) } else { None };
+    let step = probe.step(if with_cache { PROMPT_TOKENS - 1 } else { 0 }, PROMPT_TOKENS);
+    let mut facts = facts_of(&decoder.feeds(&step.borrowed(), past)?)?;
+    for (slot, tensor) in decoder.slots().iter().zip(decoder.empty_cache(1)?.tensors()) {
+        let mut shape = tensor.shape();
+        if let [_, _, length @ 0, _] = &mut shape[..] {
+            *length = PROMPT_TOKENS - 1;
+        }
+        facts.push(InputFact { name: slot.past.name.clone(), dtype: slot.past.dtype, shape });
+    }
+    tract(bundle, part, &facts, checks)?;
+
+    let name = "cached step equals longer prefill";
+    if !with_cache {
+        checks.add(name, &part.file, CheckStatus::Unavailable, "the graph has no cache inputs");
+    } else if let Some(operator) = dynamic_quantiser(model) {
+        let why = format!("`{operator}` quantises activations over the whole run, so the two differ by design");
+        checks.add(name, &part.file, CheckStatus::Unavailable, why);
+    } else {
+        match cached_step(&mut decoder, &probe) {
+            Ok(difference) => {
+                let detail = format!("logits of token {PROMPT_TOKENS}, decoded with a cache and in one prefill");
+                checks.compared(name, &part.file, difference, tolerance_of(model), detail);
+            }
+            Err(error) => checks.error(name, &part.file, &error),
+        }
+    }
+    let name = "interpreter";
+    if rounds_activations(model) {
+        let why = "ONNX Runtime rounds the activations of its `MatMulNBits` to 8 bits (accuracy_level 4), so the two differ by design";
+        checks.add(name, &part.file, CheckStatus::Unavailable, why);
+        return Ok(());
+    }
+    match interpreter_steps(model, &mut decoder, &probe) {
+        Ok(difference) => {
+            let what = if with_cache { "prefill and one cached step" } else { "prefill" };
+            checks.compared(
+                name,
+                &part.file,
+                difference,
+                tolerance_of(model),
+                format!("{what}, every output against ONNX Runtime"),
+            );
+        }
+        Err(error) => checks.error(name, &part.file, &error),
+    }
+    Ok(())
+}
+
+/// A made-up prompt, in ids and embeddings.
+struct Probe {
+    ids: Vec<i64>,
+    data: Vec<f32>,
+    hidden_size: usize,
+    rows: usize,
+}
+
+/// The arrays behind a step.
+struct ProbeStep<'a> {
+    ids: &'a [i64],
+    data: &'a [f32],
+    hidden_size: usize,
+    mask: Vec<i64>,
+    positions: Vec<i64>,
+    rows: usize,
+}
+
+impl Probe {
+    /// Tokens `from..to`, those before being in the cache.
+    fn step(&self, from: usize, to: usize) -> ProbeStep<'_> {
+        let row: Vec<i64> = (from..to).map(|position| position as i64).collect();
+        ProbeStep {
+            ids: &self.ids[from..to],
+            data: self.data.get(from * self.hidden_size..to * self.hidden_size).unwrap_or(&[]),
+            hidden_size: self.hidden_size,
+            mask: vec![1; to],
+            positions: row.repeat(self.rows),
+            rows: self.rows,
+        }
+    }
+}
+
+impl ProbeStep<'_> {
+    fn borrowed(&self) -> Step<'_> {
+        let tokens = match self.hidden_size {
+            0 => StepTokens::Ids(self.ids),
+            hidden_size => StepTokens::Embeds { data: self.data, hidden_size },
+        };
+        Step {
+            batch: 1,
+            tokens,
+            attention_mask: &self.mask,
+            position_ids: &self.positions,
+            position_rows: self.rows,
+            last_only: false,
+        }
+    }
+}
+
+/// Largest difference between the last token's logits decoded with a cache and computed in one prefill.
+fn cached_step(decoder: &mut Decoder, probe: &Probe) -> Result<f64> {
+    let last = PROMPT_TOKENS - 1;
+    let (whole, _) = decoder.step(&probe.step(0, PROMPT_TOKENS).borrowed(), None)?;
+    let (_, cache) = decoder.step(&probe.step(0, last).borrowed(), None)?;
+    let (one, _) = decoder.step(&probe.step(last, PROMPT_TOKENS).borrowed(), Some(cache))?;
+    let (whole, one) = (whole.to_f32()?, one.to_f32()?);
+    let tail = whole.len().checked_sub(one.len()).and_then(|start| whole.get(start..));
+    let tail = tail
+        .ok_or_else(|| Error::invalid(decoder.session().subject(), "gives more logits for one token than for eight"))?;
+    Ok(largest_difference(tail.iter().map(|&x| f64::from(x)), one.iter().map(|&x| f64::from(x))))
+}
+
+/// Largest difference between the interpreter and ONNX Runtime over all outputs of a prefill and a cached step.
+fn interpreter_steps(model: &Model, decoder: &mut Decoder, probe: &Probe) -> Result<f64> {
+    let program = torch::Program::compile(model, &torch::Options::default())?;
+    let last = PROMPT_TOKENS - 1;
+    let prefill = probe.step(0, last);
+    let fresh = decoder.feeds(&prefill.borrowed(), None)?;
+    let empty = decoder.empty_cache(1)?;
+    let slots: Vec<_> = decoder.slots().to_vec();
+    let mut feeds: Vec<(&str, &Tensor)> = fresh.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    feeds.extend(slots.iter().map(|slot| slot.past.name.as_str()).zip(empty.tensors()));
+    let mine = interpret(&program, &feeds)?;
+    let (logits, cache) = decoder.step(&prefill.borrowed(), None)?;
+    let mut difference = outputs_differ(decoder, &mine, &logits, cache.tensors())?;
+    if slots.is_empty() {
+        return Ok(difference);
+    }
+    let one = probe.step(last, PROMPT_TOKENS);
+    let fresh = decoder.feeds(&one.borrowed(), Some(last))?;
+    let mut feeds: Vec<(&str, &Tensor)> = fresh.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    feeds.extend(slots.iter().map(|slot| slot.past.name.as_str()).zip(cache.tensors()));
+    let mine = interpret(&program, &feeds)?;
+    let (logits, cache) = decoder.step(&one.borrowed(), Some(cache))?;
+    difference = worse(difference, outputs_differ(decoder, &mine, &logits, cache.tensors())?);
+    Ok(difference)
+}
+
+fn outputs_differ(
+    decoder: &Decoder,
+    mine: &BTreeMap<String, ir::Tensor>,
+    logits: &Tensor,
+    cache: &[Tensor],
+) -> Result<f64> {
+    let names =
+        std::iter::once(decoder.logits_name()).chain(decoder.slots().iter().map(|slot| slot.present.name.as_str()));
+    let mut difference = 0.0;
+    for (name, theirs) in names.zip(std::iter::once(logits).chain(cache)) {
+        let mine = mine.get(name).ok_or_else(|| Error::invalid("interpreter", format!("gave no output `{name}`")))?;
+        difference = worse(difference, tensors_differ(mine, &theirs.to_ir()?));
+    }
+    Ok(difference)
+}
+
+/// The interpreter check of a graph that one run exercises.
+fn interpreter_once(
+    part: &Component,
+    model: &Model,
+    session: &mut Session,
+    feeds: &[(String, Tensor)],
+    checks: &mut Checks,
+) {
+    let feeds: Vec<(&str, &Tensor)> = feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    let mut run = || -> Result<f64> {
+        let program = torch::Program::compile(model, &torch::Options::default())?;
+        let mine = interpret(&program, &feeds)?;
+        let mut difference = 0.0;
+        for (name, theirs) in session.run(&feeds, None)?.iter() {
+            let mine =
+                mine.get(name).ok_or_else(|| Error::invalid("interpreter", format!("gave no output `{name}`")))?;
+            difference = worse(difference, tensors_differ(mine, &theirs.to_ir()?));
+        }
+        Ok(difference)
+    };
+    match run() {
+        Ok(difference) => checks.compared(
+            "interpreter",
+            &part.file,
+            difference,
+            tolerance_of(model),
+            "every output against ONNX Runtime",
+        ),
+        Err(error) => checks.error("interpreter", &part.file, &error),
+    }
+}
+
+/// All outputs of the interpreter by name.
+fn interpret(program: &torch::Program, feeds: &[(&str, &Tensor)]) -> Result<BTreeMap<String, ir::Tensor>> {
+    let mut inputs = Vec::with_capacity(feeds.len());
+    for (name, tensor) in feeds {
+        inputs.push((program.value(name)?, torch::tensor_from_ir(name, &tensor.to_ir()?)?));
+    }
+    let results = program.run(&inputs, program.outputs())?;
+    let mut outputs = BTreeMap::new();
+    for (id, tensor) in program.outputs().iter().zip(&results) {
+        let name = program.name(*id);
+        outputs.insert(name.to_string(), torch::tensor_to_ir(name, tensor, DataType::Float)?);
+    }
+    Ok(outputs)
+}
+
+fn tensors_differ(mine: &ir::Tensor, theirs: &ir::Tensor) -> f64 {
+    let numbers = |tensor: &ir::Tensor| {
+        tensor.to_f64s().or_else(|| Some(tensor.to_i64s()?.into_iter().map(|x| x as f64).collect()))
+    };
+    match (numbers(mine), numbers(theirs)) {
+        (Some(a), Some(b)) if mine.dims == theirs.dims => largest_difference(a.into_iter(), b.into_iter()),
+        _ => f64::INFINITY,
+    }
+}
+
+/// The largest absolute difference; not a number if one of them is none.
+fn largest_difference(a: impl Iterator<Item = f64>, b: impl Iterator<Item = f64>) -> f64 {
+    a.zip(b).fold(0.0, |largest, (a, b)| worse(largest, if a == b { 0.0 } else { (a - b).abs() }))
+}
+
+fn worse(a: f64, b: f64) -> f64 {
+    if a.is_nan() || b.is_nan() { f64::NAN } else { a.max(b) }
+}
+
+fn facts_of(feeds: &[(String, Tensor)]) -> Result<Vec<InputFact>> {
+    feeds
+        .iter()
+        .map(|(name, tensor)| Ok(InputFact { name: name.clone(), dtype: tensor.dtype()?, shape: tensor.shape() }))
+        .collect()
+}
+
+fn tract(bundle: &Bundle, part: &Component, facts: &[InputFact], checks: &mut Checks) -> Result<()> {
+    let name = "loads in tract";
+    let size = bundle.size_bytes(part)?;
+    if size > TRACT_LIMIT_BYTES {
+        let why = format!(
+            "{} is more than tract is given here, for it holds all weights in memory",
+            crate::base::human_bytes(size)
+        );
+        checks.add(name, &part.file, CheckStatus::Unavailable, why);
+        return Ok(());
+    }
+    match tract_check(&bundle.path_of(part), facts) {
+        Ok(TractOutcome::Loads { nodes }) => {
+            checks.add(name, &part.file, CheckStatus::Passed, format!("a plan of {nodes} nodes"))
+        }
+        Ok(TractOutcome::Missing { operators }) => {
+            checks.add(name, &part.file, CheckStatus::Unavailable, format!("tract lacks {}", operators.join(", ")));
+        }
+        Ok(TractOutcome::Fails { problem }) => {
+            checks.add(name, &part.file, CheckStatus::Unavailable, format!("tract cannot plan it: {problem}"));
+        }
+        Err(error) => checks.error(name, &part.file, &error),
+    }
+    Ok(())
+}
+
+/// An operator that quantises activations over a whole run, if the graph has one.
+fn dynamic_quantiser(model: &Model) -> Option<&str> {
+    find_node(&model.graph.body, &|node| DYNAMIC_QUANTISERS.contains(&node.op_type.as_str()))
+        .map(|node| node.op_type.as_str())
+}
+
+/// True when ONNX Runtime rounds the activations of 4-bit products to 8 bits, which the interpreter does not.
+fn rounds_activations(model: &Model) -> bool {
+    let rounds = |node: &ir::Node| {
+        let level = node.attribute("accuracy_level").and_then(ir::Attribute::as_int);
+        node.op_type == "MatMulNBits" && level == Some(INT8_ACCURACY_LEVEL)
+    };
+    find_node(&model.graph.body, &rounds).is_some()
+}
+
+fn find_node<'a>(body: &'a ir::Body, test: &dyn Fn(&ir::Node) -> bool) -> Option<&'a ir::Node> {
+    body.nodes.iter().find_map(|node| {
+        if test(node) {
+            return Some(node);
+        }
+        node.bodies().find_map(|inner| find_node(inner, test))
+    })
+}
+
+fn tolerance_of(model: &Model) -> f64 {
+    let narrow = |dtype: DataType| matches!(dtype, DataType::Float16 | DataType::Bfloat16);
+    let narrow = model.graph.body.initializers.iter().any(|(_, tensor)| narrow(tensor.dtype) && tensor.dims.len() > 1);
+    if narrow { TOLERANCE_16_BITS } else { TOLERANCE_F32 }
+}
