@@ -37,6 +37,8 @@ enum Role {
     LogitsToKeep,
     /// Cache slot of this number.
     Past(usize),
+    /// A cache input that no output of the graph replaces, always empty.
+    EmptyPast,
 }
 
 /// One cache slot.
@@ -112,6 +114,17 @@ impl Decoder {
     ///
     /// Errors: `Error::Unsupported` naming an input whose meaning is not known, or a cache input that no output replaces.
     pub fn new(session: Session, head_dim: Option<usize>) -> Result<Self> {
+        Self::understand(session, head_dim, false)
+    }
+
+    /// A graph that only prefills, for [`Decoder::prefill_outputs`]: its cache inputs, if any, stay empty.
+    ///
+    /// Errors: `Error::Unsupported` naming an input whose meaning is not known.
+    pub fn prefill_only(session: Session, head_dim: Option<usize>) -> Result<Self> {
+        Self::understand(session, head_dim, true)
+    }
+
+    fn understand(session: Session, head_dim: Option<usize>, prefill_only: bool) -> Result<Self> {
         let mut slots = Vec::new();
         let mut roles = Vec::new();
         for port in session.inputs() {
@@ -125,6 +138,7 @@ impl Decoder {
                 "cache_position" => Role::CachePosition,
                 "use_cache_branch" => Role::UseCacheBranch,
                 "num_logits_to_keep" | "logits_to_keep" => Role::LogitsToKeep,
+                name if prefill_only && CACHE_NAMES.iter().any(|(past, _)| name.starts_with(past)) => Role::EmptyPast,
                 name => {
                     let present = present_of(&session, name).ok_or_else(|| unknown_input(&session, port))?;
                     slots.push(CacheSlot { past: port.clone(), present });
@@ -298,6 +312,7 @@ impl Decoder {
                 let shape: &[usize] = if port.shape.is_empty() { &[] } else { &[1] };
                 Tensor::from_i64(port.dtype, shape, vec![i64::from(step.last_only)])
             }
+            Role::EmptyPast => self.empty_past(port, batch),
             Role::Past(_) => Err(mismatch("a cache")),
         }
     }
