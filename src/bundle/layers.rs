@@ -214,7 +214,7 @@ pub(super) fn rewrite(document: &Document, edit: &LayerEdit) -> Result<Option<St
     walk.object(document.root(), Tower::Text, "")?;
     if walk.counts == 0 && edit.tower == Tower::Text {
         return Err(Error::invalid(document.subject(), "says nowhere how many layers the decoder has")
-            .remedy("expected `num_hidden_layers`"));
+            .remedy(format!("write `\"num_hidden_layers\": {}` into the section of the language model", edit.total)));
     }
     if walk.edits.is_empty() {
         return Ok(None);

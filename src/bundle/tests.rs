@@ -130,7 +130,8 @@ fn a_file_that_nobody_claims_is_refused_by_name() {
 fn layouts_are_told_apart() {
     let genai = r#"{"model": {"type": "llama", "eos_token_id": 2, "decoder": {"filename": "text.onnx", "num_hidden_layers": 4}}}"#;
     let export = r#"{"components": {"prefill": {"file": "prefill.onnx"}, "decode": {"file": "decode.onnx"}}}"#;
-    let cases: &[(&str, &[(&str, &str)], Role)] = &[
+    type Files<'a> = &'a [(&'a str, &'a str)];
+    let cases: &[(&str, Files, Role)] = &[
         ("genai", &[("genai_config.json", genai), ("text.onnx", ""), ("text.onnx.data", "")], Role::Decoder),
         (
             "transformers-exporter",

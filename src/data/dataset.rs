@@ -173,12 +173,15 @@ impl Dataset {
 /// How many rows are asked of a source at a time.
 const ROWS_AT_A_TIME: usize = 64;
 
+/// The samples that a row makes: their indices, and the pair that each takes of it.
+type Wanted = Vec<(usize, Option<u32>)>;
+
 /// Samples of a [`Dataset`] in ascending order.
 pub struct Samples<'a> {
     dataset: &'a Dataset,
     wanted: Vec<usize>,
     position: usize,
-    rows: std::vec::IntoIter<(Vec<(usize, Option<u32>)>, Result<Row>)>,
+    rows: std::vec::IntoIter<(Wanted, Result<Row>)>,
     ready: std::vec::IntoIter<Result<Sample>>,
 }
 
@@ -211,7 +214,7 @@ impl Samples<'_> {
             return;
         };
         let mut rows: Vec<usize> = Vec::new();
-        let mut groups: Vec<Vec<(usize, Option<u32>)>> = Vec::new();
+        let mut groups: Vec<Wanted> = Vec::new();
         while let Some(&index) = self.wanted.get(self.position) {
             let Some(here) = place(&index).filter(|here| here.source == first.source) else { break };
             if rows.last() != Some(&(here.row as usize)) {

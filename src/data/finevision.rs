@@ -12,9 +12,10 @@ use parquet::arrow::arrow_reader::{
     RowSelector,
 };
 
-use crate::base::{Error, Result};
+use crate::base::{Error, Progress, Result};
 
 use super::dataset::Row;
+use super::guard::guarded;
 use super::sample::ImageBytes;
 
 /// Rows that are decoded at a time; pictures make rows large.
@@ -36,8 +37,9 @@ impl Shard {
     pub fn open(path: &Path) -> Result<Self> {
         let subject = || format!("`{}`", path.display());
         let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
-        let metadata = ArrowReaderMetadata::load(&file, ArrowReaderOptions::new())
-            .map_err(|e| Error::invalid(subject(), format!("is no readable parquet file: {e}")))?;
+        let metadata = guarded(|| ArrowReaderMetadata::load(&file, ArrowReaderOptions::new()))
+            .and_then(|metadata| metadata.map_err(|e| e.to_string()))
+            .map_err(|problem| Error::invalid(subject(), format!("is no readable parquet file: {problem}")))?;
         for column in ["images", "texts"] {
             if metadata.schema().field_with_name(column).is_err() {
                 let found: Vec<String> = metadata.schema().fields().iter().map(|field| field.name().clone()).collect();
@@ -66,9 +68,12 @@ impl Shard {
     /// The question and answer pairs of each row, counted without reading pictures.
     pub fn texts_per_row(&self) -> Result<Vec<usize>> {
         let groups: Vec<usize> = (0..self.starts.len() - 1).collect();
-        let mut counts = Vec::new();
-        for batch in self.reader(groups, None, &["texts"], 4096)? {
+        let progress = Progress::new("count", "rows", self.rows() as u64);
+        let mut counts = Vec::with_capacity(self.rows().min(1 << 20));
+        let smallest = self.smallest_leaf("texts");
+        for batch in self.reader(groups, None, smallest, 4096)? {
             let batch = batch.map_err(|e| self.unreadable(e))?;
+            progress.advance(batch.num_rows() as u64);
             let texts = column(&batch, "texts").map_err(|problem| Error::invalid(self.subject(), problem))?;
             for row in 0..batch.num_rows() {
                 let list =
@@ -112,7 +117,7 @@ impl Shard {
             position = row + 1;
         }
         let selection = RowSelection::from(selectors);
-        let reader = match self.reader(vec![group], Some(selection), &["images", "texts"], BATCH_ROWS) {
+        let reader = match self.reader(vec![group], Some(selection), self.columns(&["images", "texts"]), BATCH_ROWS) {
             Ok(reader) => reader,
             Err(error) => return Box::new(std::iter::once(Err(error))),
         };
@@ -133,16 +138,30 @@ impl Shard {
         }))
     }
 
+    fn columns(&self, columns: &[&str]) -> ProjectionMask {
+        ProjectionMask::columns(self.metadata.metadata().file_metadata().schema_descr(), columns.iter().copied())
+    }
+
+    /// The leaf of a column with the fewest bytes: enough to learn the lengths of its lists.
+    fn smallest_leaf(&self, column: &str) -> ProjectionMask {
+        let metadata = self.metadata.metadata();
+        let schema = metadata.file_metadata().schema_descr();
+        let size = |leaf: &usize| -> i64 {
+            let chunks = metadata.row_groups().iter().filter_map(|group| group.columns().get(*leaf));
+            chunks.map(|chunk| chunk.compressed_size()).fold(0, i64::saturating_add)
+        };
+        let leaves = (0..schema.num_columns()).filter(|leaf| schema.get_column_root(*leaf).name() == column);
+        ProjectionMask::leaves(schema, leaves.min_by_key(size))
+    }
+
     fn reader(
         &self,
         groups: Vec<usize>,
         selection: Option<RowSelection>,
-        columns: &[&str],
+        mask: ProjectionMask,
         batch: usize,
-    ) -> Result<ParquetRecordBatchReader> {
+    ) -> Result<Batches> {
         let file = File::open(&self.path).map_err(|e| Error::io("open", &self.path, e))?;
-        let mask =
-            ProjectionMask::columns(self.metadata.metadata().file_metadata().schema_descr(), columns.iter().copied());
         let mut builder = ParquetRecordBatchReaderBuilder::new_with_metadata(file, self.metadata.clone())
             .with_row_groups(groups)
             .with_projection(mask)
@@ -150,7 +169,8 @@ impl Shard {
         if let Some(selection) = selection {
             builder = builder.with_row_selection(selection);
         }
-        builder.build().map_err(|e| self.unreadable(e))
+        let reader = guarded(|| builder.build()).and_then(|reader| reader.map_err(|e| e.to_string()));
+        reader.map(|reader| Batches(Some(reader))).map_err(|e| self.unreadable(e))
     }
 
     fn subject(&self) -> String {
@@ -194,6 +214,25 @@ impl Shard {
             pairs.push((get(user, "user")?, get(assistant, "assistant")?));
         }
         Ok(Row { subject, images, pairs })
+    }
+}
+
+/// Record batches; the first failure is the last item.
+struct Batches(Option<ParquetRecordBatchReader>);
+
+impl Iterator for Batches {
+    type Item = Result<RecordBatch, String>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let reader = self.0.as_mut()?;
+        let batch = guarded(|| reader.next());
+        match batch.and_then(|batch| batch.transpose().map_err(|e| e.to_string())).transpose() {
+            Some(Err(error)) => {
+                self.0 = None;
+                Some(Err(error))
+            }
+            batch => batch,
+        }
     }
 }
 

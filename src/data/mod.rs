@@ -3,6 +3,7 @@
 
 mod dataset;
 mod finevision;
+mod guard;
 mod idefics3;
 mod image_processor;
 mod llava;

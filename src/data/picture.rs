@@ -7,6 +7,7 @@ use image::{DynamicImage, ImageDecoder, ImageReader, Limits};
 
 use crate::base::{Error, Result};
 
+use super::guard::guarded;
 use super::sample::ImageBytes;
 
 /// The most pixels that a picture may have, decoded or resized.
@@ -57,7 +58,7 @@ impl Picture {
     /// floating-point samples.
     pub fn decode(image: &ImageBytes) -> Result<Self> {
         let bytes = image.read()?;
-        decode(&bytes).map_err(|problem| {
+        guarded(|| decode(&bytes)).and_then(|picture| picture).map_err(|problem| {
             Error::invalid(&image.subject, problem).remedy("expected a PNG, JPEG, WebP, GIF, BMP or TIFF picture")
         })
     }

@@ -254,7 +254,7 @@ mod finevision {
     }
 
     /// `rows` rows, two texts each, the picture's shade is the row; five rows to a group.
-    fn shard(path: &Path, rows: usize, nested: bool) {
+    pub fn shard(path: &Path, rows: usize, nested: bool) {
         let shades: Vec<Vec<u8>> = (0..rows).map(|row| png(row as u8)).collect();
         let bytes: ArrayRef = Arc::new(BinaryArray::from_iter_values(&shades));
         let names: ArrayRef = Arc::new(StringArray::from(vec![None::<&str>; rows]));
@@ -344,5 +344,35 @@ mod finevision {
         }
         shard(&path, 0, true);
         assert!(Dataset::open(&path, Texts::Conversation).unwrap_err().to_string().contains("is empty"));
+    }
+}
+
+/// Bytes that strangers' files may hold: some of them changed, each file from a seed of its own.
+#[test]
+fn changed_bytes_end_in_errors_and_never_in_a_panic() {
+    use rand::{Rng, SeedableRng};
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x.parquet");
+    finevision::shard(&path, 7, true);
+    let parquet = fs::read(&path).unwrap();
+    let picture = png(9);
+    for seed in 0..400 {
+        let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
+        let mut change = |bytes: &[u8]| {
+            let mut bytes = bytes.to_vec();
+            for _ in 0..random.random_range(1..6) {
+                let place = random.random_range(0..bytes.len());
+                bytes[place] = random.random();
+            }
+            bytes
+        };
+        fs::write(&path, change(&parquet)).unwrap();
+        if let Ok(data) = Dataset::open(&path, Texts::Separate) {
+            let all: Vec<usize> = (0..data.len().min(100)).collect();
+            for sample in data.read(&all).unwrap().flatten() {
+                let _ = sample.images.iter().try_for_each(|image| Picture::decode(image).map(|_| ()));
+            }
+        }
+        let _ = Picture::decode(&ImageBytes::held("picture", change(&picture)));
     }
 }

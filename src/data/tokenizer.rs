@@ -7,6 +7,8 @@ use serde_json::{Map, Value};
 use crate::base::{Error, Result};
 use crate::bundle::Bundle;
 
+use super::guard::guarded;
+
 /// Text to token ids and back.
 #[derive(Debug)]
 pub(super) struct Tokenizer {
@@ -26,8 +28,9 @@ impl Tokenizer {
             Error::invalid(format!("`{}`", bundle.root().display()), "has no tokenizer.json")
                 .remedy("save the tokenizer in its fast form beside the model")
         })?;
-        let mut inner = tokenizers::Tokenizer::from_bytes(text.as_bytes())
-            .map_err(|e| Error::invalid(subject(), format!("is no tokenizer: {e}")))?;
+        let mut inner = guarded(|| tokenizers::Tokenizer::from_bytes(text.as_bytes()))
+            .and_then(|inner| inner.map_err(|e| e.to_string()))
+            .map_err(|problem| Error::invalid(subject(), format!("is no tokenizer: {problem}")))?;
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|e| Error::invalid(subject(), e.to_string()))?;
         let added = inner.get_added_tokens_decoder();
@@ -69,8 +72,9 @@ impl Tokenizer {
     /// Errors: `Error::Invalid` when the tokenizer fails.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         let begun = self.named("bos_token").is_some_and(|token| text.starts_with(token));
-        let encoding = self.inner.encode_fast(text, !begun);
-        encoding.map(|encoding| encoding.get_ids().to_vec()).map_err(|e| Error::invalid("tokenizer", e.to_string()))
+        let encoding = guarded(|| self.inner.encode_fast(text, !begun));
+        let encoding = encoding.and_then(|encoding| encoding.map_err(|e| e.to_string()));
+        encoding.map(|encoding| encoding.get_ids().to_vec()).map_err(|problem| Error::invalid("tokenizer", problem))
     }
 
     /// The text of ids, special tokens left out.
@@ -81,7 +85,9 @@ impl Tokenizer {
             .iter()
             .map(|id| u32::try_from(*id).map_err(|_| Error::invalid("tokenizer", format!("{id} is no token id"))))
             .collect();
-        self.inner.decode(&ids?, true).map_err(|e| Error::invalid("tokenizer", e.to_string()))
+        let ids = ids?;
+        let text = guarded(|| self.inner.decode(&ids, true)).and_then(|text| text.map_err(|e| e.to_string()));
+        text.map_err(|problem| Error::invalid("tokenizer", problem))
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod cli;
 mod docs;
+mod folders;
 mod layers;
 mod schemas;
 mod zoo;

@@ -1,0 +1,81 @@
+//! Model folders of every layout: opened, and written again with the configs of a model that has lost layers.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use interlace::base::Provenance;
+use interlace::bundle::{Bundle, BundleWriter, LayerEdit, Record, Role, Tower};
+use serde_json::Value;
+
+fn zoo(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/zoo").join(path)
+}
+
+/// Writes the folder with layers 2 and 5 gone from its configs, its graphs as they are.
+fn without_two_layers(folder: &Path, out: &Path) {
+    let bundle = Bundle::open(folder).unwrap();
+    let mut writer = BundleWriter::create(&bundle, out).unwrap();
+    for component in bundle.components().iter().filter(|component| component.role.is_decoder()) {
+        writer.save(component, &interlace::onnx::load(&bundle.path_of(component)).unwrap()).unwrap();
+    }
+    writer.drop_layers(&LayerEdit::new(Tower::Text, 8, &[2, 5]).unwrap()).unwrap();
+    writer.commit(Provenance::new(Record::SCHEMA_VERSION, BTreeMap::new(), &()).unwrap()).unwrap();
+}
+
+#[test]
+fn every_layout_is_opened_and_written_again() {
+    let cases = [
+        ("genai/llama-fp32-embeds", "genai", Role::Decoder),
+        ("genai/qwen3_vl-fp32-embeds", "genai", Role::Decoder),
+        ("hfexp/llama-cpu", "transformers-exporter", Role::DecoderWithPast),
+        ("mobius/qwen3_vl", "mobius", Role::Decoder),
+        ("optimum/llama-with-past", "optimum", Role::Decoder),
+        ("optimum/llama-O2", "optimum", Role::Decoder),
+    ];
+    let folder = tempfile::tempdir().unwrap();
+    for (path, layout, role) in cases {
+        let before = Bundle::open(&zoo(path)).unwrap();
+        assert_eq!(before.layout().name, layout, "{path}");
+        let out = folder.path().join(path.replace('/', "-"));
+        without_two_layers(&zoo(path), &out);
+        let after = Bundle::open(&out).unwrap();
+        assert_eq!(after.layout().name, layout, "{path}");
+        let component = after.require(role).unwrap();
+        assert_eq!(component, before.require(role).unwrap(), "{path}");
+        if before.config().is_some() {
+            assert_eq!(before.require_config().unwrap().num_hidden_layers, Some(8), "{path}");
+            assert_eq!(after.require_config().unwrap().num_hidden_layers, Some(6), "{path}");
+        }
+        let history = after.record().unwrap().unwrap().history;
+        assert_eq!(Record::original_layers(&history, Tower::Text, 6).unwrap(), [0, 1, 3, 4, 6, 7], "{path}");
+    }
+}
+
+#[test]
+fn the_exporter_s_cache_trees_lose_the_same_layers() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    without_two_layers(&zoo("hfexp/llama-cpu"), &out);
+    let export: Value = serde_json::from_slice(&std::fs::read(out.join("export.json")).unwrap()).unwrap();
+    for (component, key, tensors) in
+        [("prefill", "in_spec", 0), ("prefill", "out_spec", 12), ("decode", "in_spec", 12), ("decode", "out_spec", 12)]
+    {
+        let text = export["components"][component]["metadata"][key].as_str().unwrap();
+        let mut stack = vec![serde_json::from_str::<Value>(text).unwrap()];
+        let mut caches = 0;
+        while let Some(value) = stack.pop() {
+            if value["type"].as_str().is_some_and(|kind| kind.ends_with("DynamicCache")) {
+                let context: Value = serde_json::from_str(value["context"].as_str().unwrap()).unwrap();
+                assert_eq!(context["s"]["layers"].as_array().unwrap().len(), 6);
+                assert_eq!(value["children_spec"].as_array().unwrap().len(), tensors);
+                caches += 1;
+            }
+            match value {
+                Value::Array(items) => stack.extend(items),
+                Value::Object(map) => stack.extend(map.into_iter().map(|(_, value)| value)),
+                _ => {}
+            }
+        }
+        assert_eq!(caches, 1, "{component} {key}");
+    }
+}
