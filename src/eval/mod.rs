@@ -1,5 +1,6 @@
 //! Benchmarks, what is left of a baseline, speed, and whether a model's files are what they claim.
 
+mod bench;
 mod metrics;
 mod probe;
 mod prompt;
@@ -9,6 +10,7 @@ mod stats;
 mod text;
 mod verify;
 
+pub use bench::{BenchOptions, BenchReport, ModelBench, Speedup, bench, peak_memory, peak_memory_of_child};
 pub use metrics::{METRICS, Metric, Reference, metric_for, metric_of, says_yes};
 pub use prompt::{question_text, reference_of};
 pub use report::{Answer, EvalReport, EvalTiming, GroupRetention, GroupScore, ModelScores, Retention, YesNoScores};

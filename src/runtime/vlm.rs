@@ -433,8 +433,10 @@ fn last_logits(logits: &Tensor, batch: usize) -> Result<Vec<f32>> {
     Ok(last.copied().collect())
 }
 
-/// The likeliest token of each row; the first one on ties.
-fn argmax_last(logits: &Tensor, batch: usize) -> Result<Vec<i64>> {
+/// The likeliest token of each row at its last position; the first one on ties.
+///
+/// Errors: `Error::Invalid` unless `logits` has shape `[batch, T, V]` and numbers in it.
+pub fn argmax_last(logits: &Tensor, batch: usize) -> Result<Vec<i64>> {
     let last = last_logits(logits, batch)?;
     let vocabulary = last.len() / batch.max(1);
     last.chunks_exact(vocabulary.max(1))

@@ -1,0 +1,386 @@
+//! Speed, memory and size, against a baseline in alternating runs of one process.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::base::{Cancel, Error, Progress, Provenance, Result, peak_memory_bytes};
+use crate::bundle::{Bundle, Role};
+use crate::runtime::{Decoder, FeatureCache, Prompt, Runtime, SessionOptions, Step, StepTokens, Tensor, VlmSession};
+
+use super::probe::{picture_prompt, token_ids};
+use super::run::LoadedModel;
+use super::stats::Spread;
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct BenchOptions {
+    /// Tokens of the decoder's prompt.
+    pub prompt_tokens: usize,
+    /// Tokens decoded behind it.
+    pub new_tokens: usize,
+    /// Measured rounds; in each, every model runs once.
+    pub rounds: usize,
+    /// Rounds before them that are not counted.
+    pub warm_up: usize,
+    /// Threads inside one operator; all cores without it.
+    pub threads: Option<usize>,
+}
+
+impl Default for BenchOptions {
+    fn default() -> Self {
+        BenchOptions { prompt_tokens: 256, new_tokens: 32, rounds: 10, warm_up: 2, threads: None }
+    }
+}
+
+/// The content of `bench.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct BenchReport {
+    #[serde(flatten)]
+    pub provenance: Provenance,
+    /// `cpu` or `cuda:N`.
+    pub device: String,
+    /// Processor cores that this process may use.
+    pub cores: usize,
+    pub model: ModelBench,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub baseline: Option<ModelBench>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub speedup: Option<Speedup>,
+}
+
+impl BenchReport {
+    /// Version of the schema of `bench.json`.
+    pub const SCHEMA_VERSION: u32 = 1;
+}
+
+/// One model's figures.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct ModelBench {
+    pub model: String,
+    /// Decoder layers, where the config or the cache says how many.
+    pub layers: Option<usize>,
+    /// The components that were run, external data included.
+    pub size_bytes: u64,
+    pub decoder_size_bytes: u64,
+    /// Loading all components, once.
+    pub load_ms: f64,
+    /// Largest resident set of a process of its own that loads the model, reads the prompt and decodes behind it.
+    pub peak_memory_bytes: Option<u64>,
+    /// One prefill of the decoder: embeddings in, first token out.
+    pub decoder_ttft_ms: Spread,
+    /// An encoded picture and a question in, first token out: image processor, tokenizer, vision encoder, decoder.
+    pub pipeline_ttft_ms: Option<Spread>,
+    /// Decoding with the cache, one token at a time.
+    pub decode_tokens_per_second: Spread,
+}
+
+/// The baseline's times over the model's, round by round: above 1 the model is faster.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Speedup {
+    pub decoder_ttft: Spread,
+    pub pipeline_ttft: Option<Spread>,
+    pub decode: Spread,
+    /// Layers of the baseline over layers of the model: what equal layers would give if nothing else took time.
+    pub ideal: Option<f64>,
+    /// `decoder_ttft.median` over `ideal`.
+    pub decoder_ttft_of_ideal: Option<f64>,
+}
+
+/// A model with its inputs, between rounds.
+struct Contestant {
+    name: String,
+    loaded: LoadedModel,
+    layers: Option<usize>,
+    size_bytes: u64,
+    decoder_size_bytes: u64,
+    load_ms: f64,
+    prompt: DecoderPrompt,
+    times: Vec<Times>,
+}
+
+/// What one round takes, in milliseconds.
+#[derive(Clone, Copy)]
+struct Times {
+    prefill_ms: f64,
+    decode_ms: f64,
+    pipeline_ms: Option<f64>,
+}
+
+/// A prompt of the wanted length for the decoder alone.
+struct DecoderPrompt {
+    ids: Vec<i64>,
+    data: Vec<f32>,
+    hidden_size: usize,
+}
+
+/// Measures a model, and a baseline in turn with it. `memory` gives a model's peak memory from a process of its own,
+/// see [`peak_memory`]; without it no such figure is reported.
+///
+/// Errors: `Error::Invalid` when nothing is to be measured or a model does not load; `Error::Engine` when a run fails;
+/// `Error::Interrupted` when the user asked to stop.
+pub fn bench(
+    model: &Path,
+    baseline: Option<&Path>,
+    runtime: &Runtime,
+    options: &BenchOptions,
+    memory: Option<&dyn Fn(&Path) -> Result<u64>>,
+    cancel: &Cancel,
+) -> Result<BenchReport> {
+    check(options)?;
+    let mut inputs = BTreeMap::from([("model".to_string(), Bundle::open(model)?.digest()?)]);
+    let mut contestants = vec![Contestant::open(model, runtime, options)?];
+    if let Some(path) = baseline {
+        inputs.insert("baseline".to_string(), Bundle::open(path)?.digest()?);
+        // The baseline goes first in every round.
+        contestants.insert(0, Contestant::open(path, runtime, options)?);
+    }
+    let total = options.warm_up + options.rounds;
+    let progress = Progress::new("bench", "rounds", total as u64);
+    for round in 0..total {
+        for contestant in &mut contestants {
+            cancel.check("no report is written")?;
+            let times = contestant.round(options, cancel)?;
+            if round >= options.warm_up {
+                contestant.times.push(times);
+            }
+        }
+        progress.advance(1);
+    }
+    drop(progress);
+    let speedup = match &contestants[..] {
+        [base, model] => Some(Speedup::of(base, model)),
+        _ => None,
+    };
+    let mut figures = Vec::new();
+    for (contestant, path) in contestants.into_iter().zip(baseline.into_iter().chain([model])) {
+        cancel.check("no report is written")?;
+        figures.push(contestant.figures(options, memory.map(|memory| memory(path)).transpose()?));
+    }
+    let model = figures.pop().ok_or_else(|| Error::invalid("bench", "measured nothing"))?;
+    Ok(BenchReport {
+        provenance: Provenance::new(BenchReport::SCHEMA_VERSION, inputs, options)?,
+        device: runtime.device().to_string(),
+        cores: std::thread::available_parallelism().map_or(1, usize::from),
+        model,
+        baseline: figures.pop(),
+        speedup,
+    })
+}
+
+/// Loads a model, reads the prompt, decodes behind it, and returns the largest resident set of this process in bytes.
+/// To be called in a process that does nothing else.
+///
+/// Errors: as `bench`.
+pub fn peak_memory(model: &Path, runtime: &Runtime, options: &BenchOptions) -> Result<u64> {
+    check(options)?;
+    Contestant::open(model, runtime, options)?.round(options, &Cancel::default())?;
+    match peak_memory_bytes() {
+        0 => Err(Error::unsupported("peak memory", "this system does not tell")),
+        bytes => Ok(bytes),
+    }
+}
+
+/// Runs a command that prints one number, the bytes of [`peak_memory`].
+///
+/// Errors: `Error::Io` when it does not start; `Error::Engine` when it fails or prints anything else.
+pub fn peak_memory_of_child(command: &mut Command) -> Result<u64> {
+    let program = command.get_program().to_os_string();
+    let output = command.stdin(Stdio::null()).output().map_err(|e| Error::io("run", &program, e))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    match text.trim().parse() {
+        Ok(bytes) if output.status.success() => Ok(bytes),
+        _ => {
+            let message = String::from_utf8_lossy(&output.stderr);
+            Err(Error::engine("the process that measures memory", program.to_string_lossy(), message.trim()))
+        }
+    }
+}
+
+fn check(options: &BenchOptions) -> Result<()> {
+    for (name, value) in
+        [("prompt_tokens", options.prompt_tokens), ("new_tokens", options.new_tokens), ("rounds", options.rounds)]
+    {
+        if value == 0 {
+            return Err(Error::invalid(format!("`{name}`"), "is 0, expected at least 1"));
+        }
+    }
+    Ok(())
+}
+
+impl Contestant {
+    fn open(path: &Path, runtime: &Runtime, options: &BenchOptions) -> Result<Self> {
+        let bundle = Bundle::open(path)?;
+        let settings = SessionOptions { threads: options.threads, ..SessionOptions::default() };
+        let began = Instant::now();
+        // A cache of no size keeps nothing, so that every round encodes its picture.
+        let mut loaded = LoadedModel::open(path, runtime, &settings, &FeatureCache::new(0))?;
+        let load_ms = milliseconds(began);
+        let mut size_bytes = 0;
+        for role in [Role::VisionEncoder, Role::EmbedTokens, Role::Decoder] {
+            if let Some(part) = bundle.component(role) {
+                size_bytes += bundle.size_bytes(part)?;
+            }
+        }
+        let slots = loaded.vlm.decoder().slots().len();
+        let layers = bundle.config().and_then(|config| config.num_hidden_layers);
+        Ok(Contestant {
+            name: path.display().to_string(),
+            layers: layers.or((slots > 0 && slots % 2 == 0).then_some(slots / 2)),
+            size_bytes,
+            decoder_size_bytes: bundle.size_bytes(bundle.require(Role::Decoder)?)?,
+            load_ms,
+            prompt: DecoderPrompt::new(&mut loaded.vlm, options.prompt_tokens)?,
+            loaded,
+            times: Vec::new(),
+        })
+    }
+
+    fn round(&mut self, options: &BenchOptions, cancel: &Cancel) -> Result<Times> {
+        let LoadedModel { vlm, processor, .. } = &mut self.loaded;
+        let began = Instant::now();
+        let mut mask = vec![1; self.prompt.ids.len()];
+        let (logits, mut cache) = self.prompt.prefill(vlm.decoder_mut(), &mask)?;
+        let mut token = likeliest(&logits)?;
+        let prefill_ms = milliseconds(began);
+
+        let began = Instant::now();
+        for _ in 0..options.new_tokens {
+            let position = [mask.len() as i64; 3];
+            mask.push(1);
+            let rows = vlm.decoder().position_rows();
+            let (data, hidden_size) =
+                if vlm.decoder().takes_embeds() { vlm.embed_tokens(&[token])? } else { (Vec::new(), 0) };
+            let ids = [token];
+            let tokens =
+                if hidden_size > 0 { StepTokens::Embeds { data: &data, hidden_size } } else { StepTokens::Ids(&ids) };
+            let step = Step {
+                batch: 1,
+                tokens,
+                attention_mask: &mask,
+                position_ids: &position[..rows],
+                position_rows: rows,
+                last_only: true,
+            };
+            let (logits, longer) = vlm.decoder_mut().step(&step, Some(cache))?;
+            token = likeliest(&logits)?;
+            cache = longer;
+        }
+        let decode_ms = milliseconds(began);
+
+        let has_vision = vlm.vision_mut().is_some();
+        let began = Instant::now();
+        let pipeline_ms = match has_vision {
+            true => {
+                let prompt: Prompt = picture_prompt(processor)?;
+                vlm.generate(&[prompt], 1, cancel)?;
+                Some(milliseconds(began))
+            }
+            false => None,
+        };
+        Ok(Times { prefill_ms, decode_ms, pipeline_ms })
+    }
+
+    fn figures(self, options: &BenchOptions, peak_memory_bytes: Option<u64>) -> ModelBench {
+        let pipeline: Option<Vec<f64>> = self.times.iter().map(|times| times.pipeline_ms).collect();
+        let rate = |times: &Times| options.new_tokens as f64 / (times.decode_ms / 1000.0);
+        ModelBench {
+            model: self.name,
+            layers: self.layers,
+            size_bytes: self.size_bytes,
+            decoder_size_bytes: self.decoder_size_bytes,
+            load_ms: self.load_ms,
+            peak_memory_bytes,
+            decoder_ttft_ms: Spread::of(&self.times.iter().map(|times| times.prefill_ms).collect::<Vec<_>>()),
+            pipeline_ttft_ms: pipeline.map(|values| Spread::of(&values)),
+            decode_tokens_per_second: Spread::of(&self.times.iter().map(rate).collect::<Vec<_>>()),
+        }
+    }
+}
+
+impl Speedup {
+    fn of(base: &Contestant, model: &Contestant) -> Self {
+        let rounds = || base.times.iter().zip(&model.times);
+        let ratios =
+            |part: fn(&Times) -> f64| Spread::of(&rounds().map(|(a, b)| part(a) / part(b)).collect::<Vec<_>>());
+        let pipeline: Option<Vec<f64>> = rounds().map(|(a, b)| Some(a.pipeline_ms? / b.pipeline_ms?)).collect();
+        let decoder_ttft = ratios(|times| times.prefill_ms);
+        let ideal = match (base.layers, model.layers) {
+            (Some(base), Some(model)) if model > 0 => Some(base as f64 / model as f64),
+            _ => None,
+        };
+        Speedup {
+            decoder_ttft,
+            pipeline_ttft: pipeline.map(|values| Spread::of(&values)),
+            decode: ratios(|times| times.decode_ms),
+            ideal,
+            decoder_ttft_of_ideal: ideal.map(|ideal| decoder_ttft.median / ideal),
+        }
+    }
+}
+
+impl DecoderPrompt {
+    fn new(vlm: &mut VlmSession, count: usize) -> Result<Self> {
+        let vocabulary = vlm.decoder().vocabulary().unwrap_or(256);
+        let ids = token_ids(count, vocabulary, vlm.settings().image_token_id);
+        let (data, hidden_size) = if vlm.decoder().takes_embeds() { vlm.embed_tokens(&ids)? } else { (Vec::new(), 0) };
+        Ok(DecoderPrompt { ids, data, hidden_size })
+    }
+
+    fn prefill(&self, decoder: &mut Decoder, mask: &[i64]) -> Result<(Tensor, crate::runtime::KvCache)> {
+        let rows = decoder.position_rows();
+        let positions: Vec<i64> = (0..self.ids.len() as i64).collect::<Vec<_>>().repeat(rows);
+        let tokens = match self.hidden_size {
+            0 => StepTokens::Ids(&self.ids),
+            hidden_size => StepTokens::Embeds { data: &self.data, hidden_size },
+        };
+        let step = Step {
+            batch: 1,
+            tokens,
+            attention_mask: mask,
+            position_ids: &positions,
+            position_rows: rows,
+            last_only: true,
+        };
+        decoder.step(&step, None)
+    }
+}
+
+/// The likeliest token at the last position.
+fn likeliest(logits: &Tensor) -> Result<i64> {
+    crate::runtime::argmax_last(logits, 1)?.first().copied().ok_or_else(|| Error::invalid("logits", "are empty"))
+}
+
+fn milliseconds(began: Instant) -> f64 {
+    began.elapsed().as_secs_f64() * 1000.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_to_measure_is_refused() {
+        for options in [
+            BenchOptions { prompt_tokens: 0, ..BenchOptions::default() },
+            BenchOptions { new_tokens: 0, ..BenchOptions::default() },
+            BenchOptions { rounds: 0, ..BenchOptions::default() },
+        ] {
+            assert!(check(&options).is_err(), "{options:?}");
+        }
+    }
+
+    #[test]
+    fn a_child_reports_its_peak_memory_or_its_error() {
+        let bytes = peak_memory_of_child(Command::new("sh").args(["-c", "echo 4096"])).expect("a number");
+        assert_eq!(bytes, 4096);
+        for script in ["echo 12; exit 3", "echo much", "echo broken >&2; exit 2"] {
+            assert!(peak_memory_of_child(Command::new("sh").args(["-c", script])).is_err(), "{script}");
+        }
+    }
+}
