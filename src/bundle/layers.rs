@@ -212,9 +212,16 @@ const OTHER_SECTIONS: &[&str] = &[
 pub(super) fn rewrite(document: &Document, edit: &LayerEdit) -> Result<Option<String>> {
     let mut walk = Walk { document, edit, edits: Vec::new(), counts: 0 };
     walk.object(document.root(), Tower::Text, "")?;
-    if walk.counts == 0 && edit.tower == Tower::Text {
-        return Err(Error::invalid(document.subject(), "says nowhere how many layers the decoder has")
-            .remedy(format!("write `\"num_hidden_layers\": {}` into the section of the language model", edit.total)));
+    // genai_config.json says nothing of the vision tower's layers, so only a section that could is held to it.
+    let sections = VISION_SECTIONS.iter().filter(|section| **section != "vision");
+    let expected = match edit.tower {
+        Tower::Text => true,
+        Tower::Vision => sections.into_iter().any(|section| document.root().get(section).is_some()),
+    };
+    if walk.counts == 0 && expected {
+        let name = edit.tower.name();
+        return Err(Error::invalid(document.subject(), format!("says nowhere how many layers the {name} tower has"))
+            .remedy(format!("write `\"num_hidden_layers\": {}` into its section", edit.total)));
     }
     if walk.edits.is_empty() {
         return Ok(None);
@@ -475,6 +482,18 @@ mod tests {
         for (config, want) in cases {
             assert_eq!(rewritten(config, Tower::Vision, 4, &[1]).unwrap(), want);
         }
+    }
+
+    #[test]
+    fn a_vision_tower_that_goes_by_a_default_must_be_written_out() {
+        let error =
+            rewritten(r#"{"vision_config": {"patch_size": 14}}"#, Tower::Vision, 4, &[1]).unwrap_err().to_string();
+        assert!(
+            error.contains("nowhere how many layers the vision tower has; write `\"num_hidden_layers\": 4`"),
+            "{error}"
+        );
+        let genai = r#"{"model": {"vision": {"filename": "v.onnx"}}}"#;
+        assert_eq!(rewritten(genai, Tower::Vision, 4, &[1]).unwrap(), genai);
     }
 
     #[test]

@@ -14,6 +14,12 @@ use super::sample::ImageBytes;
 /// An `image` of at most this many characters is the index of the row that has the picture.
 const MAX_REFERENCE_LENGTH: usize = 64;
 
+/// What `pandas.read_csv` reads as a missing value, beside the empty string.
+const MISSING: &[&str] = &[
+    "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA", "NULL",
+    "NaN", "None", "n/a", "nan", "null",
+];
+
 /// A benchmark: questions with their pictures, which stay in the file until they are asked for.
 #[derive(Debug)]
 pub struct Benchmark {
@@ -110,9 +116,12 @@ impl Benchmark {
         row.cells.get(column).map(String::as_str).filter(|cell| !cell.is_empty())
     }
 
-    /// The lettered choices that the row has, in order.
+    /// The lettered choices that the row has, in order. A choice that pandas reads as missing is none, as in
+    /// VLMEvalKit.
     pub fn options<'a>(&self, row: &'a BenchRow) -> Vec<(char, &'a str)> {
-        ('A'..='Z').filter_map(|letter| Some((letter, self.cell(row, letter.encode_utf8(&mut [0; 4]))?))).collect()
+        let choice =
+            |letter: char| self.cell(row, letter.encode_utf8(&mut [0; 4])).filter(|text| !MISSING.contains(text));
+        ('A'..='Z').filter_map(|letter| Some((letter, choice(letter)?))).collect()
     }
 
     /// True when the two rows show the same pictures, so that what was made of them can be used twice.
