@@ -1,14 +1,11 @@
 //! The frozen part before the first trained layer: a graph of its own, run once per sample in ONNX Runtime, its output
 //! kept on disk.
 
-use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::analysis::LayerMap;
 use crate::base::{Cancel, Error, Progress, Result, Sha256Digest, read_json, write_json};
-use crate::ir::{GraphIndex, Model, Node, ValueId, captured};
 use crate::runtime::{Prompt, Step, StepTokens, VlmSession};
 
 use super::batch::{Example, TrainingSet, total_tokens};
@@ -36,60 +33,6 @@ struct Index {
     width: usize,
     left_out: LeftOut,
     examples: Vec<Example>,
-}
-
-/// The graph up to a point of the residual stream, with the cache outputs of the layers in it. A cache input of a later
-/// layer that is still read (for its shape) goes out again as it came in, so that every cache stays a pair.
-///
-/// Errors: `Error::Invalid` when nothing in the graph makes the value.
-pub fn prefix_model(model: &Model, map: &LayerMap, stream: ValueId) -> Result<Model> {
-    let index = GraphIndex::new(&model.graph);
-    let mut prefix = model.clone();
-    let body = &mut prefix.graph.body;
-    let mut needed = HashSet::new();
-    let mut read = HashSet::from([stream]);
-    let mut pending = vec![stream];
-    while let Some(id) = pending.pop() {
-        let Some((number, _)) = index.node_of(id) else { continue };
-        if needed.insert(number) {
-            let node = &model.graph.body.nodes[number];
-            let reads = node.present_inputs().chain(node.bodies().flat_map(captured));
-            pending.extend(reads.inspect(|&id| {
-                read.insert(id);
-            }));
-        }
-    }
-    if needed.is_empty() {
-        return Err(Error::invalid(
-            format!("value `{}`", model.graph.name(stream)),
-            "is made by no node, so there is no frozen part before it",
-        ));
-    }
-    let made = |id: &ValueId| index.node_of(*id).is_some_and(|(number, _)| needed.contains(&number));
-    let caches: Vec<ValueId> = body.outputs.iter().copied().filter(|id| *id != stream && made(id)).collect();
-    body.outputs = std::iter::once(stream).chain(caches).collect();
-    body.inputs.retain(|id| read.contains(id));
-    let loose: Vec<(ValueId, ValueId)> = map
-        .layers
-        .iter()
-        .flat_map(|layer| &layer.ports)
-        .filter_map(|port| port.past.zip(port.present))
-        .filter(|(past, present)| body.inputs.contains(past) && !made(present))
-        .collect();
-    body.initializers.retain(|(id, _)| read.contains(id));
-    let mut number = 0;
-    body.nodes.retain(|_| {
-        number += 1;
-        needed.contains(&(number - 1))
-    });
-    for (past, present) in loose {
-        let name = format!("{}/unchanged", model.graph.name(present));
-        let (inputs, outputs) = (vec![Some(past)], vec![Some(present)]);
-        body.nodes.push(Node { name, op_type: "Identity".into(), inputs, outputs, ..Node::default() });
-        body.outputs.push(present);
-    }
-    crate::ir::check(&prefix)?;
-    Ok(prefix)
 }
 
 /// Where the rows of one key are kept.
@@ -235,7 +178,8 @@ fn run_round(round: &mut [(Sample, Example)], frozen: &mut VlmSession, embeds_on
             position_rows: rows,
             last_only: false,
         };
-        let (hidden, _) = frozen.decoder_mut().step(&step, None)?;
+        let outputs = frozen.decoder_mut().prefill_outputs(&step)?;
+        let (_, hidden) = outputs.iter().next().ok_or_else(|| Error::invalid("the frozen part", "gave nothing"))?;
         let numbers = hidden.to_f32()?;
         let each = numbers.len() / group.len();
         if each * group.len() != numbers.len() || !each.is_multiple_of(time) {

@@ -12,12 +12,13 @@ use crate::analysis::{Analysis, analyse};
 use crate::base::{Cancel, Device, Error, Provenance, Result, Sha256Digest, sha256_json};
 use crate::bundle::{Bundle, Role};
 use crate::ir::{Model, ValueId};
+use crate::rewrite::extract;
 use crate::runtime::{Decoder, FeatureCache, Runtime, SessionOptions, VlmSession};
 
 use super::batch::TrainingSet;
 use super::loss;
 use super::metrics::StepMetrics;
-use super::prefix::{LeftOut, Store, prefix_model};
+use super::prefix::{LeftOut, Store};
 use super::settings::Settings;
 use super::source::Source;
 use super::student::{Student, token_inputs};
@@ -178,9 +179,9 @@ fn frozen_part(
     let options = SessionOptions::default();
     // With nothing frozen before the first trained layer, a prefix of one layer only says how the graph is fed.
     let end = if cut.begins_at_input() { cut.streams[1] } else { cut.streams[0] };
-    let prefix = prefix_model(&cut.analysis.model, &cut.analysis.map, end)?;
+    let prefix = extract(&cut.analysis.model, &[], &[end])?;
     let head_dim = request.bundle.config().and_then(|config| config.head_size());
-    let decoder = Decoder::new(runtime.session_of(&prefix, &options)?, head_dim)?;
+    let decoder = Decoder::prefill_only(runtime.session_of(&prefix, &options)?, head_dim)?;
     let mut frozen = VlmSession::with_decoder(&runtime, request.bundle, decoder, &options, request.features)?;
     store.fill(request.data, &mut frozen, cut.begins_at_input(), request.settings.max_tokens as usize, cancel)
 }

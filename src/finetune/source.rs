@@ -1,11 +1,7 @@
 //! Where training samples come from: conversations, tokenised and with their pictures processed, one after the other.
 
-use std::sync::Arc;
-
-use ndarray::Axis;
-
-use crate::base::{Error, Result, Sha256Digest, sha256_bytes};
-use crate::data::{Dataset, Encoded, ImageInputs, Processor};
+use crate::base::{Result, Sha256Digest};
+use crate::data::{Dataset, Encoded, Processor};
 use crate::runtime::{Picture, Prompt};
 
 /// A tokenised training sample with its pictures.
@@ -55,56 +51,12 @@ impl Sample {
     /// Errors: `Error::Invalid` when the patches of several pictures do not add up.
     pub fn new(encoded: Encoded) -> Result<Self> {
         let pictures = match encoded.images {
-            Some(images) => pictures(&encoded.id, images)?,
+            Some(images) => {
+                Picture::of_inputs(images.pixel_values, images.pixel_attention_mask, images.image_grid_thw)?
+            }
             None => Vec::new(),
         };
         let prompt = Prompt { input_ids: encoded.input_ids, pictures };
         Ok(Sample { id: encoded.id, prompt, answer_mask: encoded.answer_mask })
     }
-}
-
-/// Pictures as the encoder takes them: tiles all together, patches by picture, for each has a grid of its own.
-fn pictures(id: &str, images: ImageInputs) -> Result<Vec<Arc<Picture>>> {
-    let mask = images.pixel_attention_mask.map(|mask| mask.into_dyn());
-    let Some(grids) = images.image_grid_thw else {
-        let key = pixel_key(&images.pixel_values, None);
-        return Ok(vec![Arc::new(Picture {
-            key,
-            pixel_values: images.pixel_values,
-            pixel_attention_mask: mask,
-            image_grid_thw: None,
-        })]);
-    };
-    let mut start = 0usize;
-    let total = images.pixel_values.len_of(Axis(0));
-    let mut pictures = Vec::with_capacity(grids.nrows());
-    for grid in grids.rows() {
-        let grid: Vec<i64> = grid.to_vec();
-        let count = grid.iter().try_fold(1usize, |product, &size| product.checked_mul(usize::try_from(size).ok()?));
-        let end = count.and_then(|count| start.checked_add(count)).filter(|&end| end <= total);
-        let (Some(end), [frames, height, width]) = (end, grid.as_slice()) else {
-            return Err(Error::invalid(
-                format!("sample `{id}`"),
-                format!("a grid of {grid:?} patches does not fit {total} patches"),
-            ));
-        };
-        let pixels = images.pixel_values.slice_axis(Axis(0), ndarray::Slice::from(start..end)).to_owned();
-        let grid = [*frames, *height, *width];
-        let key = pixel_key(&pixels, Some(grid));
-        pictures.push(Arc::new(Picture {
-            key,
-            pixel_values: pixels,
-            pixel_attention_mask: None,
-            image_grid_thw: Some(grid),
-        }));
-        start = end;
-    }
-    Ok(pictures)
-}
-
-fn pixel_key(pixels: &ndarray::ArrayD<f32>, grid: Option<[i64; 3]>) -> Sha256Digest {
-    let shape = pixels.shape().iter().flat_map(|size| (*size as u64).to_le_bytes());
-    let grid = grid.into_iter().flatten().flat_map(i64::to_le_bytes);
-    let bytes: Vec<u8> = shape.chain(grid).chain(pixels.iter().flat_map(|pixel| pixel.to_le_bytes())).collect();
-    sha256_bytes(&bytes)
 }
