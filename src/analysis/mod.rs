@@ -8,6 +8,7 @@ mod blocks;
 mod canonical;
 mod kinds;
 mod map;
+mod merged;
 mod names;
 mod owners;
 mod ports;
@@ -15,6 +16,7 @@ mod stream;
 
 pub use canonical::{FUSED_MARK, FusedNorm, unfuse_skip_norms};
 pub use map::{Glue, KvPort, Layer, LayerMap, PortRole};
+pub use merged::{Branch, Merged};
 pub use owners::{Owner, Owners};
 
 use crate::base::{Error, Result};
@@ -25,8 +27,12 @@ use crate::ir::{Body, Graph, Model};
 pub struct Analysis {
     /// The model with skip-norm fusions taken apart, so that the residual stream is a value at every layer boundary.
     /// Weights are shared with the model that it came from.
+    ///
+    /// Of a decoder given as the branches of an `If`, the branch that reads a cache, laid open.
     pub model: Model,
     pub map: LayerMap,
+    /// The branches, where the model is such a decoder.
+    pub merged: Option<Merged>,
 }
 
 /// Finds the layers of the model's graph.
@@ -34,10 +40,17 @@ pub struct Analysis {
 /// Errors: `Error::Unsupported` when the graph carries no residual stream of attention layers, is an encoder-decoder,
 /// or its names contradict its structure; the message says what was found.
 pub fn analyse(model: &Model) -> Result<Analysis> {
+    if let Some(node) = merged::merging_node(model) {
+        let merged = merged::analyse_branches(model, node)?;
+        if let Some(branch) = merged.cached() {
+            let (model, map) = (branch.model.clone(), branch.map.clone());
+            return Ok(Analysis { model, map, merged: Some(merged) });
+        }
+    }
     let mut model = model.clone();
     unfuse_skip_norms(&mut model);
     let map = layers(&model.graph)?;
-    Ok(Analysis { model, map })
+    Ok(Analysis { model, map, merged: None })
 }
 
 /// The layers of a graph's top-level body, skip-norm fusions taken apart before.

@@ -6,7 +6,7 @@ use crate::analysis::{Analysis, LayerMap};
 use crate::base::{Error, Result};
 use crate::ir::{Body, Model, Node, ValueId};
 
-use super::{fuse, renumber, tidy};
+use super::{fuse, merged, renumber, tidy};
 
 /// The metadata key that holds the original index of every layer of a pruned graph, joined by commas.
 pub const LAYERS_KEY: &str = "interlace.layers";
@@ -31,12 +31,29 @@ pub fn drop_layers(analysis: &Analysis, drop: &[usize]) -> Result<Model> {
     let count = map.layers.len();
     let dropped = validate(drop, count)?;
     let kept: Vec<usize> = (0..count).filter(|layer| !dropped.contains(layer)).collect();
-    let mut model = analysis.model.clone();
+    let mut model = match &analysis.merged {
+        Some(merged) => merged::drop_in_branches(merged, &dropped, &kept)?,
+        None => {
+            let mut model = cut(&analysis.model, map, &dropped, &kept)?;
+            renumber::rename_ports(&mut model.graph, map, &kept)?;
+            model
+        }
+    };
     let original = original_layers(&model, count);
+    let list: Vec<String> = kept.iter().map(|&layer| original[layer].to_string()).collect();
+    model.metadata.retain(|(key, _)| key != LAYERS_KEY);
+    model.metadata.push((LAYERS_KEY.to_string(), list.join(",")));
+    tidy::finish(&mut model)?;
+    Ok(model)
+}
 
+/// A graph without the given layers: boundaries redirected, ports gone, dead code removed, fusions put back. Ports keep
+/// their names and nodes may be out of order.
+pub(super) fn cut(source: &Model, map: &LayerMap, dropped: &[usize], kept: &[usize]) -> Result<Model> {
+    let mut model = source.clone();
     let mut replacements: HashMap<ValueId, ValueId> = HashMap::new();
     let mut gone_ports: HashSet<ValueId> = HashSet::new();
-    for &layer in &dropped {
+    for &layer in dropped {
         let layer = &map.layers[layer];
         let (from, to) = (model.graph.value(layer.output), model.graph.value(layer.carried));
         if let (Some(a), Some(b)) = (&from.ty, &to.ty)
@@ -52,7 +69,7 @@ pub fn drop_layers(analysis: &Analysis, drop: &[usize]) -> Result<Model> {
             gone_ports.extend(port.past);
             gone_ports.extend(port.present);
             if let Some(past) = port.past
-                && let Some(other) = surviving_past(map, layer.index, port.role, &kept)
+                && let Some(other) = surviving_past(map, layer.index, port.role, kept)
             {
                 replacements.insert(past, other);
             }
@@ -63,17 +80,12 @@ pub fn drop_layers(analysis: &Analysis, drop: &[usize]) -> Result<Model> {
     keep_output_names(body, &mut replacements);
     tidy::replace_uses(body, &replacements);
     tidy::remove_dead_code(body);
-    repoint_shape_readers(&analysis.model.graph.body, body, map, &dropped, &kept);
+    repoint_shape_readers(&source.graph.body, body, map, dropped, kept);
     tidy::remove_dead_code(body);
     body.inputs.retain(|id| !gone_ports.contains(id));
     fuse::fuse_skip_norms(&mut model);
     tidy::remove_dead_code(&mut model.graph.body);
-    refuse_leftovers(&model, map, &dropped)?;
-    renumber::rename_ports(&mut model.graph, map, &kept)?;
-    let list: Vec<String> = kept.iter().map(|&layer| original[layer].to_string()).collect();
-    model.metadata.retain(|(key, _)| key != LAYERS_KEY);
-    model.metadata.push((LAYERS_KEY.to_string(), list.join(",")));
-    tidy::finish(&mut model)?;
+    refuse_leftovers(&model, map, dropped)?;
     Ok(model)
 }
 

@@ -3,6 +3,7 @@
 mod cut;
 mod drop_layers;
 mod fuse;
+mod merged;
 mod renumber;
 mod tap;
 mod tidy;

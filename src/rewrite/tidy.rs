@@ -150,7 +150,8 @@ fn compact(graph: &mut Graph) {
     graph.values = compacted.values;
 }
 
-fn renew_body(body: &mut Body, renew: &mut dyn FnMut(&mut ValueId)) {
+/// Shows every id of a body to `renew`, definitions before their readers where the body has them so.
+pub fn renew_body(body: &mut Body, renew: &mut dyn FnMut(&mut ValueId)) {
     body.inputs.iter_mut().for_each(&mut *renew);
     body.initializers.iter_mut().for_each(|(id, _)| renew(id));
     for node in &mut body.nodes {

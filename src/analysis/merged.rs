@@ -1,0 +1,82 @@
+//! Decoders given as the branches of one `If`: one branch with a cache, one without, over the same weights.
+
+use crate::base::{Error, Result};
+use crate::ir::{AttributeKind, Body, Graph, GraphIndex, Model};
+
+use super::map::LayerMap;
+use super::{canonical, layers};
+
+/// A model whose outputs all come from one `If`.
+#[derive(Clone, Debug)]
+pub struct Merged {
+    /// The model as it came.
+    pub original: Model,
+    /// The `If` in its top-level body.
+    pub node: usize,
+    pub branches: Vec<Branch>,
+}
+
+/// One branch laid open: a graph of its own over the model's inputs and weights. Ids below the original arena's length
+/// mean the same values as there.
+#[derive(Clone, Debug)]
+pub struct Branch {
+    /// Position among the attributes of the `If`.
+    pub attribute: usize,
+    pub model: Model,
+    pub map: LayerMap,
+}
+
+/// The `If` that makes every output, if there is one.
+pub fn merging_node(model: &Model) -> Option<usize> {
+    let body = &model.graph.body;
+    let index = GraphIndex::of_body(body);
+    let mut node = None;
+    for &output in &body.outputs {
+        let (number, _) = index.node_of(output)?;
+        if body.nodes[number].op_type != "If" || *node.get_or_insert(number) != number {
+            return None;
+        }
+    }
+    node
+}
+
+/// Lays the branches open and finds the layers of each.
+///
+/// Errors: as `analyse`; `Error::Unsupported` when the branches do not have the same number of layers.
+pub fn analyse_branches(model: &Model, node: usize) -> Result<Merged> {
+    let outer = &model.graph.body;
+    let mut branches: Vec<Branch> = Vec::new();
+    for (attribute, (_, content)) in outer.nodes[node].attributes.iter().enumerate() {
+        let AttributeKind::Graph(inner) = &content.kind else { continue };
+        let mut laid_open = Model { graph: Graph::default(), ..model.clone() };
+        laid_open.graph.values.clone_from(&model.graph.values);
+        laid_open.graph.body = Body {
+            name: inner.name.clone(),
+            inputs: outer.inputs.clone(),
+            outputs: inner.outputs.clone(),
+            initializers: outer.initializers.iter().chain(&inner.initializers).cloned().collect(),
+            nodes: outer.nodes[..node].iter().chain(&inner.nodes).cloned().collect(),
+            ..Body::default()
+        };
+        canonical::unfuse_skip_norms(&mut laid_open);
+        let map = layers(&laid_open.graph)?;
+        branches.push(Branch { attribute, model: laid_open, map });
+    }
+    let counts: Vec<usize> = branches.iter().map(|branch| branch.map.layers.len()).collect();
+    if counts.is_empty() || counts.iter().any(|&count| count != counts[0]) {
+        return Err(Error::unsupported(
+            outer.nodes[node].describe(&model.graph),
+            format!("its branches have {counts:?} layers, expected the same number in each"),
+        ));
+    }
+    Ok(Merged { original: model.clone(), node, branches })
+}
+
+impl Merged {
+    /// The branch that reads a cache, or the first one.
+    pub fn cached(&self) -> Option<&Branch> {
+        let has_past =
+            |branch: &&Branch| branch.map.layers.iter().flat_map(|layer| &layer.ports).any(|port| port.past.is_some());
+        self.branches.iter().find(has_past).or_else(|| self.branches.first())
+    }
+}

@@ -1,0 +1,112 @@
+//! Layer removal in both branches of a merged decoder.
+
+use std::collections::{HashMap, HashSet};
+
+use crate::analysis::{Branch, LayerMap, Merged};
+use crate::base::{Error, Result};
+use crate::ir::{AttributeKind, Body, Model, ValueId};
+
+use super::{drop_layers::cut, renumber, tidy};
+
+/// The merged model without the given layers, before it is finished.
+///
+/// Errors: as `drop_layers`; `Error::Invalid` when the branches lose different outputs.
+pub fn drop_in_branches(merged: &Merged, dropped: &[usize], kept: &[usize]) -> Result<Model> {
+    let mut model = merged.original.clone();
+    let known = model.graph.values.len();
+    let subject = || model_subject(merged);
+    let mut stays: Option<Vec<bool>> = None;
+    let mut gone_inputs: HashSet<ValueId> = HashSet::new();
+    let mut ports: Option<LayerMap> = None;
+    for branch in &merged.branches {
+        let part = cut(&branch.model, &branch.map, dropped, kept)?;
+        let left: HashSet<ValueId> = part.graph.body.outputs.iter().copied().collect();
+        let mine: Vec<bool> = branch.model.graph.body.outputs.iter().map(|id| left.contains(id)).collect();
+        if *stays.get_or_insert_with(|| mine.clone()) != mine {
+            return Err(Error::invalid(subject(), "its branches list their outputs in different order"));
+        }
+        gone_inputs
+            .extend(dropped.iter().flat_map(|&layer| &branch.map.layers[layer].ports).filter_map(|port| port.past));
+        merge_ports(&mut ports, branch, &merged.original.graph.body.nodes[merged.node].outputs);
+        put_back(&mut model, merged.node, branch.attribute, part, known);
+    }
+    let (Some(stays), Some(ports)) = (stays, ports) else {
+        return Err(Error::invalid(subject(), "has no branches"));
+    };
+    let body = &mut model.graph.body;
+    let mut position = 0;
+    let mut gone_outputs = HashSet::new();
+    body.nodes[merged.node].outputs.retain(|output| {
+        let keep = stays.get(position).copied().unwrap_or(true);
+        position += 1;
+        if !keep {
+            gone_outputs.extend(*output);
+        }
+        keep
+    });
+    body.outputs.retain(|id| !gone_outputs.contains(id));
+    body.inputs.retain(|id| !gone_inputs.contains(id));
+    tidy::remove_dead_code(body);
+    renumber::rename_ports(&mut model.graph, &ports, kept)?;
+    Ok(model)
+}
+
+fn model_subject(merged: &Merged) -> String {
+    merged.original.graph.body.nodes[merged.node].describe(&merged.original.graph)
+}
+
+/// The ports as the whole model names them: inputs from whichever branch reads them, outputs of the `If`.
+fn merge_ports(ports: &mut Option<LayerMap>, branch: &Branch, outputs: &[Option<ValueId>]) {
+    let outer: HashMap<ValueId, ValueId> = branch
+        .model
+        .graph
+        .body
+        .outputs
+        .iter()
+        .zip(outputs)
+        .filter_map(|(inner, outer)| Some((*inner, (*outer)?)))
+        .collect();
+    let mut mine = branch.map.clone();
+    for port in mine.layers.iter_mut().flat_map(|layer| &mut layer.ports) {
+        port.present = port.present.and_then(|id| outer.get(&id).copied());
+    }
+    let Some(known) = ports else {
+        *ports = Some(mine);
+        return;
+    };
+    for (layer, other) in known.layers.iter_mut().zip(mine.layers) {
+        for port in &mut layer.ports {
+            if let Some(twin) = other.ports.iter().find(|twin| twin.role == port.role) {
+                port.past = port.past.or(twin.past);
+                port.present = port.present.or(twin.present);
+            }
+        }
+    }
+}
+
+/// Puts a branch back under its `If`; values that the cut made get ids in the whole model's arena.
+fn put_back(model: &mut Model, node: usize, attribute: usize, mut part: Model, known: usize) {
+    let mut new_ids: HashMap<ValueId, ValueId> = HashMap::new();
+    let values = std::mem::take(&mut part.graph.values);
+    let graph = &mut model.graph;
+    tidy::renew_body(&mut part.graph.body, &mut |id| {
+        if id.index() >= known {
+            let value = values.get(id.index()).cloned().unwrap_or_default();
+            *id = *new_ids.entry(*id).or_insert_with(|| graph.add_value(value));
+        }
+    });
+    let outer_weights: HashSet<ValueId> = model.graph.body.initializers.iter().map(|(id, _)| *id).collect();
+    let outer_made: HashSet<ValueId> =
+        model.graph.body.nodes[..node].iter().flat_map(|node| node.present_outputs()).collect();
+    let mut inner: Body = part.graph.body;
+    inner.inputs.clear();
+    inner.initializers.retain(|(id, _)| !outer_weights.contains(id));
+    inner.nodes.retain(|node| node.present_outputs().all(|id| !outer_made.contains(&id)));
+    if let Some((_, content)) = model.graph.body.nodes[node].attributes.get_mut(attribute)
+        && let AttributeKind::Graph(body) = &mut content.kind
+    {
+        body.initializers = inner.initializers;
+        body.nodes = inner.nodes;
+        body.outputs = inner.outputs;
+    }
+}
