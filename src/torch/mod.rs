@@ -37,3 +37,6 @@ pub use convert::{data_type_of, kind_of, tensor_from_ir, tensor_to_ir};
 pub use device::{cuda_device, cuda_device_count};
 pub use program::{Options, Parameter, Program};
 pub use table::{Row, find_row, rows, support_table};
+
+#[cfg(test)]
+mod gradient_tests;

@@ -235,10 +235,8 @@ impl Program {
             }
         };
         for &slot in &route.weights {
-            if !self.trainable.contains_key(&slot) && !weights.contains_key(&slot) {
-                if let Some(tensor) = self.frozen.get(&slot) {
-                    weights.insert(slot, weights::frozen(&self.names[slot], tensor, self.device)?);
-                }
+            if let (Some(tensor), false) = (self.frozen.get(&slot), weights.contains_key(&slot)) {
+                weights.insert(slot, weights::frozen(&self.names[slot], tensor, self.device)?);
             }
         }
         let mut trained: HashMap<Slot, Tensor> = HashMap::new();

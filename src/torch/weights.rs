@@ -42,7 +42,7 @@ fn share(name: &str, tensor: &ir::Tensor) -> Result<Option<Tensor>> {
     let bytes = tensor.bytes();
     let width = kind.elt_size_in_bytes();
     let wanted = (tensor.element_count() as usize).checked_mul(width);
-    if bytes.is_empty() || wanted != Some(bytes.len()) || bytes.as_ptr() as usize % width != 0 {
+    if bytes.is_empty() || wanted != Some(bytes.len()) || !bytes.as_ptr().addr().is_multiple_of(width) {
         return Ok(None);
     }
     let mut shared = SHARED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);

@@ -3,6 +3,7 @@
 mod cli;
 mod docs;
 mod folders;
+mod interpreter;
 mod layers;
 mod schemas;
 mod zoo;

@@ -131,7 +131,7 @@ pub(super) fn to_bias(mask: &Tensor, kind: Kind) -> OpResult<Tensor> {
     Ok(zeros.f_masked_fill(&mask.f_logical_not()?, f64::NEG_INFINITY)?)
 }
 
-/// Key `j` is visible to query `i` when `j <= start + i` and, with a window, `j >= start + i - window`.
+/// Key `j` is visible to query `i` when `j <= start + i` and, with a window, `j > start + i - window`.
 ///
 /// Shapes: one start for all -> `[S, T]`; one per sample -> `[B, 1, S, T]`.
 pub(super) fn visible(
@@ -150,7 +150,7 @@ pub(super) fn visible(
     };
     let mut seen = if causal { j.f_le_tensor(&place)? } else { j.f_ge(0)?.f_logical_and(&place.f_ge(i64::MIN)?)? };
     if let Some(window) = window {
-        seen = seen.f_logical_and(&j.f_ge_tensor(&place.f_sub_scalar(window)?)?)?;
+        seen = seen.f_logical_and(&j.f_gt_tensor(&place.f_sub_scalar(window)?)?)?;
     }
     Ok(seen)
 }

@@ -46,12 +46,15 @@ fn build(b: &mut Build) -> OpResult<Kernel> {
         softcap: a.float("softcap", 0.0)?,
         rotary: a.flag("do_rotary", false)?,
         interleaved: a.flag("rotary_interleaved", false)?,
-        window: Some(a.int("local_window_size", -1)?).filter(|window| *window >= 0),
+        window: Some(a.int("local_window_size", -1)?).filter(|window| *window != -1),
         causal: a.flag("causal", true)?,
         smooth: a.int("smooth_softmax", 0)? > 0,
         norm_epsilon: a.float("qk_norm_epsilon", 1e-6)?,
         cast: b.autocast,
     };
+    if settings.window.is_some_and(|window| window < 1) {
+        return Err(OpError::new("attribute `local_window_size` is neither -1 nor positive"));
+    }
     if settings.heads < 1 || settings.groups < 1 {
         return Err(OpError::new("attributes `num_heads` and `kv_num_heads` must be positive"));
     }

@@ -219,6 +219,7 @@ fn lp_normalization(b: &mut Build) -> OpResult<Kernel> {
         } else {
             x.f_square()?.f_sum_dim_intlist(&axis[..], true, None)?.f_sqrt()?
         };
-        Ok(x.f_div(&norm)?)
+        // A vector of zeros stays one.
+        Ok(x.f_div(&norm)?.f_masked_fill(&norm.f_eq(0.0)?, 0.0)?)
     })
 }

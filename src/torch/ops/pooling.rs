@@ -275,7 +275,7 @@ fn weights(size: i64, target: i64, scale: f64, s: &ResizeSettings) -> OpResult<V
             let mut sum = 0.0;
             for column in first..=last {
                 let outside = !(0..size).contains(&column);
-                if outside && (s.exclude_outside || s.antialias) {
+                if outside && s.exclude_outside {
                     continue;
                 }
                 let distance = (column as f64 - source).abs() * stretch;

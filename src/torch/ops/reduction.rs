@@ -69,7 +69,24 @@ fn total(x: &Tensor, axes: &[i64], keep: bool) -> OpResult<Tensor> {
 }
 
 fn extreme(x: &Tensor, axes: &[i64], keep: bool, largest: bool) -> OpResult<Tensor> {
+    if axes.iter().any(|&axis| x.size().get(axis as usize) == Some(&0)) {
+        return empty_extreme(x, axes, keep, largest);
+    }
     Ok(if largest { x.f_amax(axes, keep)? } else { x.f_amin(axes, keep)? })
+}
+
+/// The extreme of nothing: the far end of the type's range.
+fn empty_extreme(x: &Tensor, axes: &[i64], keep: bool, largest: bool) -> OpResult<Tensor> {
+    let kind = x.f_kind()?;
+    if !is_float(kind) && kind != Kind::Bool {
+        return Err(OpError::new("no extreme of an empty set of integers"));
+    }
+    let counted = x.f_to_kind(Kind::Float)?.f_sum_dim_intlist(axes, keep, None)?;
+    let value = if largest { f64::NEG_INFINITY } else { f64::INFINITY };
+    if kind == Kind::Bool {
+        return Ok(counted.f_zeros_like()?.f_add_scalar(if largest { 0.0 } else { 1.0 })?.f_to_kind(kind)?);
+    }
+    Ok(counted.f_zeros_like()?.f_add_scalar(value)?.f_to_kind(kind)?)
 }
 
 fn product(x: &Tensor, axes: &[i64], keep: bool) -> OpResult<Tensor> {
