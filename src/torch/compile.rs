@@ -41,7 +41,8 @@ struct Missing {
 /// Turns nodes into steps; one for a whole program.
 pub(super) struct Compiler<'m> {
     model: &'m Model,
-    slots: usize,
+    /// Names of all slots, those of inlined functions after the top-level ones.
+    names: Vec<String>,
     autocast: Option<Kind>,
     device: Device,
     missing: Vec<Missing>,
@@ -81,13 +82,13 @@ impl BodyCompiler<'_> {
 
 impl<'m> Compiler<'m> {
     pub fn new(model: &'m Model, autocast: Option<Kind>, device: Device) -> Self {
-        let slots = model.graph.values.len();
-        Compiler { model, slots, autocast, device, missing: Vec::new(), unread: Vec::new(), depth: 0 }
+        let names = model.graph.values.iter().map(|value| value.name.clone()).collect();
+        Compiler { model, names, autocast, device, missing: Vec::new(), unread: Vec::new(), depth: 0 }
     }
 
-    /// Number of slots in use.
-    pub fn slot_count(&self) -> usize {
-        self.slots
+    /// The name of every slot in use.
+    pub fn into_names(self) -> Vec<String> {
+        self.names
     }
 
     /// Steps for the chosen nodes of the top-level graph, all problems collected.
@@ -279,8 +280,8 @@ impl<'m> Compiler<'m> {
         if node.inputs.len() > body.inputs.len() || node.outputs.len() > body.outputs.len() {
             return Err(Error::invalid(label, "has more inputs or outputs than its function"));
         }
-        let offset = self.slots;
-        self.slots += function.graph.values.len();
+        let offset = self.names.len();
+        self.names.extend(function.graph.values.iter().map(|value| format!("{}/{}", node.name, value.name)));
         let mut renamed = HashMap::new();
         let mut absent = HashSet::new();
         for (position, &id) in body.inputs.iter().enumerate() {

@@ -46,10 +46,11 @@ pub fn data_type_of(kind: Kind) -> Option<DataType> {
 pub fn tensor_from_ir(name: &str, tensor: &ir::Tensor) -> Result<Tensor> {
     let subject = || format!("tensor `{name}`");
     let dims = dims_of(name, tensor)?;
+    let count = count_of(&dims);
     let bytes = tensor.bytes();
     let (kind, unpacked) = match tensor.dtype {
-        DataType::Uint4 => (Kind::Uint8, Some(unpack4(bytes, tensor.element_count(), false))),
-        DataType::Int4 => (Kind::Int8, Some(unpack4(bytes, tensor.element_count(), true))),
+        DataType::Uint4 => (Kind::Uint8, Some(unpack4(bytes, count, false))),
+        DataType::Int4 => (Kind::Int8, Some(unpack4(bytes, count, true))),
         dtype => {
             let kind = kind_of(dtype)
                 .ok_or_else(|| Error::unsupported(subject(), format!("LibTorch has no element type for {dtype}")))?;
@@ -57,7 +58,7 @@ pub fn tensor_from_ir(name: &str, tensor: &ir::Tensor) -> Result<Tensor> {
         }
     };
     let bytes = unpacked.as_deref().unwrap_or(bytes);
-    let wanted = (tensor.element_count() as usize).checked_mul(kind.elt_size_in_bytes());
+    let wanted = count.and_then(|count| count.checked_mul(kind.elt_size_in_bytes()));
     if wanted != Some(bytes.len()) {
         return Err(Error::invalid(
             subject(),
@@ -93,7 +94,12 @@ pub(super) fn dims_of(name: &str, tensor: &ir::Tensor) -> Result<Vec<i64>> {
         .map_err(|_| Error::invalid(format!("tensor `{name}`"), format!("shape {:?} is out of range", tensor.dims)))
 }
 
-fn unpack4(bytes: &[u8], count: u64, signed: bool) -> Vec<u8> {
+/// Number of elements of a shape; `None` on overflow.
+pub(super) fn count_of(dims: &[i64]) -> Option<usize> {
+    dims.iter().try_fold(1usize, |count, &dim| count.checked_mul(usize::try_from(dim).ok()?))
+}
+
+fn unpack4(bytes: &[u8], count: Option<usize>, signed: bool) -> Vec<u8> {
     let sign = |nibble: u8| if signed && nibble & 8 != 0 { nibble | 0xf0 } else { nibble };
-    bytes.iter().flat_map(|&byte| [sign(byte & 15), sign(byte >> 4)]).take(count as usize).collect()
+    bytes.iter().flat_map(|&byte| [sign(byte & 15), sign(byte >> 4)]).take(count.unwrap_or(0)).collect()
 }

@@ -40,3 +40,5 @@ pub use table::{Row, find_row, rows, support_table};
 
 #[cfg(test)]
 mod gradient_tests;
+#[cfg(test)]
+mod tests;

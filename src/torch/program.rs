@@ -108,8 +108,7 @@ impl Program {
                 producers.insert(slot, number);
             }
         }
-        let mut names: Vec<String> = graph.values.iter().map(|value| value.name.clone()).collect();
-        names.resize(compiler.slot_count(), String::new());
+        let names = compiler.into_names();
         let mut types = HashMap::new();
         for &id in &body.inputs {
             if let Some(ty) = &graph.value(id).ty {

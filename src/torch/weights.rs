@@ -7,12 +7,12 @@ use tch::{Device, Tensor};
 use crate::base::{Error, MappedFile, Result};
 use crate::ir::{self, TensorData};
 
-use super::convert::{dims_of, kind_of, tensor_from_ir};
+use super::convert::{count_of, dims_of, kind_of, tensor_from_ir};
 
 /// Integer constants up to this many elements stay on the host: they feed shapes.
-const HOST_INTEGERS: u64 = 4096;
+const HOST_INTEGERS: usize = 4096;
 /// Float constants up to this many elements stay on the host.
-const HOST_FLOATS: u64 = 16;
+const HOST_FLOATS: usize = 16;
 
 /// Files that LibTorch tensors point into. LibTorch has no hook that tells when the last such tensor (a view, or one
 /// saved for a backward pass) goes, so a file once shared stays mapped until the process ends.
@@ -27,7 +27,7 @@ pub(super) fn frozen(name: &str, tensor: &ir::Tensor, device: Device) -> Result<
         None => tensor_from_ir(name, tensor)?,
     };
     let small = if tensor.dtype.is_float() { HOST_FLOATS } else { HOST_INTEGERS };
-    if device == Device::Cpu || tensor.element_count() <= small {
+    if device == Device::Cpu || host.numel() <= small {
         return Ok(host);
     }
     host.f_to_device(device).map_err(|e| Error::engine("LibTorch", format!("tensor `{name}`"), e))
@@ -41,7 +41,7 @@ fn share(name: &str, tensor: &ir::Tensor) -> Result<Option<Tensor>> {
     let dims = dims_of(name, tensor)?;
     let bytes = tensor.bytes();
     let width = kind.elt_size_in_bytes();
-    let wanted = (tensor.element_count() as usize).checked_mul(width);
+    let wanted = count_of(&dims).and_then(|count| count.checked_mul(width));
     if bytes.is_empty() || wanted != Some(bytes.len()) || !bytes.as_ptr().addr().is_multiple_of(width) {
         return Ok(None);
     }

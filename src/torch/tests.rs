@@ -1,0 +1,431 @@
+//! Compiling and running hand-made graphs.
+
+use tch::{Kind, Tensor};
+
+use crate::ir::{self, Attribute, AttributeKind, Body, DataType, Function, Model, Node, Value, ValueId, ValueType};
+
+use super::*;
+
+/// Builds graphs by name: an unknown name becomes a new value.
+#[derive(Default)]
+struct Builder {
+    model: Model,
+}
+
+impl Builder {
+    fn new() -> Self {
+        let mut model = Model { ir_version: 10, ..Default::default() };
+        model.opset_imports.insert(String::new(), 21);
+        Builder { model }
+    }
+
+    fn value(&mut self, name: &str) -> ValueId {
+        value_of(&mut self.model.graph, name)
+    }
+
+    fn input(mut self, name: &str, dtype: DataType) -> Self {
+        let id = self.value(name);
+        self.model.graph.values[id.index()].ty = Some(ValueType::Tensor { dtype, shape: None });
+        self.model.graph.body.inputs.push(id);
+        self
+    }
+
+    fn weight(mut self, name: &str, dims: &[u64], values: &[f32]) -> Self {
+        let id = self.value(name);
+        self.model.graph.body.initializers.push((id, ir::Tensor::from_f32(dims, values)));
+        self
+    }
+
+    fn ints(mut self, name: &str, values: &[i64]) -> Self {
+        let id = self.value(name);
+        self.model.graph.body.initializers.push((id, ir::Tensor::from_i64(&[values.len() as u64], values)));
+        self
+    }
+
+    fn node(mut self, op: &str, inputs: &[&str], outputs: &[&str]) -> Self {
+        let node = node_of(&mut self.model.graph, op, inputs, outputs);
+        self.model.graph.body.nodes.push(node);
+        self
+    }
+
+    fn attribute(mut self, name: &str, kind: AttributeKind) -> Self {
+        let node = self.model.graph.body.nodes.last_mut().expect("a node");
+        node.attributes.push((name.into(), kind.into()));
+        self
+    }
+
+    fn output(mut self, name: &str) -> Self {
+        let id = self.value(name);
+        self.model.graph.body.outputs.push(id);
+        self
+    }
+}
+
+fn value_of(graph: &mut ir::Graph, name: &str) -> ValueId {
+    let known = graph.values.iter().position(|value| value.name == name);
+    let ids: Vec<ValueId> =
+        graph.body.inputs.iter().chain(graph.body.initializers.iter().map(|(id, _)| id)).copied().collect();
+    let nodes = graph.body.nodes.iter().flat_map(|node| node.present_inputs().chain(node.present_outputs()));
+    let known = known.and_then(|index| ids.into_iter().chain(nodes).find(|id| id.index() == index));
+    known.unwrap_or_else(|| graph.add_value(Value { name: name.into(), ..Default::default() }))
+}
+
+fn node_of(graph: &mut ir::Graph, op: &str, inputs: &[&str], outputs: &[&str]) -> Node {
+    let (domain, op_type) = op.split_once(':').unwrap_or(("", op));
+    let mut ids = |names: &[&str]| names.iter().map(|name| (!name.is_empty()).then(|| value_of(graph, name))).collect();
+    let (inputs, outputs) = (ids(inputs), ids(outputs));
+    let name = format!("/{op_type}");
+    Node { name, op_type: op_type.into(), domain: domain.into(), inputs, outputs, ..Default::default() }
+}
+
+fn vector(values: &[f32]) -> Tensor {
+    Tensor::from_slice(values)
+}
+
+fn floats(tensor: &Tensor) -> Vec<f32> {
+    Vec::try_from(tensor.detach().contiguous().reshape([-1])).expect("floats")
+}
+
+fn run(model: &Model, feeds: &[(&str, Tensor)]) -> crate::base::Result<Vec<Tensor>> {
+    let program = Program::compile(model, &Options::default())?;
+    let feeds: Vec<(ValueId, Tensor)> =
+        feeds.iter().map(|(name, tensor)| (program.value(name).expect(name), tensor.shallow_clone())).collect();
+    program.run(&feeds, program.outputs())
+}
+
+/// x * w + x, in two nodes, w trainable.
+fn line() -> Builder {
+    Builder::new()
+        .input("x", DataType::Float)
+        .weight("w", &[2], &[2.0, 3.0])
+        .node("Mul", &["x", "w"], &["m"])
+        .node("Add", &["m", "x"], &["y"])
+        .output("y")
+}
+
+#[test]
+fn every_missing_operator_is_listed_with_version_and_reason() {
+    let model = line().node("Wonder", &["y"], &["a"]).node("Wonder", &["a"], &["b"]).node("GRU", &["b"], &["c"]).model;
+    let error = Program::compile(&model, &Options::default()).err().expect("refused").to_string();
+    for part in ["Wonder-21", "2 nodes, first node `/Wonder` (Wonder)", "GRU-21"] {
+        assert!(error.contains(part), "`{part}` is not in: {error}");
+    }
+}
+
+#[test]
+fn a_domain_that_is_not_imported_is_refused() {
+    let model = line().node("com.microsoft:QuickGelu", &["y"], &["z"]).model;
+    let error = Program::compile(&model, &Options::default()).err().expect("refused").to_string();
+    assert!(error.contains("imports no version of domain `com.microsoft`"), "{error}");
+}
+
+#[test]
+fn an_opset_that_is_too_new_is_refused() {
+    let mut model = line().model;
+    model.opset_imports.insert(String::new(), 99);
+    let error = Program::compile(&model, &Options::default()).err().expect("refused").to_string();
+    assert!(error.contains("Mul-99: versions 7 to"), "{error}");
+}
+
+#[test]
+fn an_attribute_that_no_one_reads_is_refused_by_name() {
+    let model = line().attribute("axes_of_evil", AttributeKind::Int(1)).model;
+    let error = Program::compile(&model, &Options::default()).err().expect("refused").to_string();
+    assert!(error.contains("node `/Add` (Add)") && error.contains("`axes_of_evil`"), "{error}");
+}
+
+#[test]
+fn only_the_wanted_part_must_be_known() {
+    let builder = line().node("Wonder", &["y"], &["z"]).output("z");
+    let mut builder = builder;
+    let wanted = builder.value("y");
+    let options = Options { outputs: Some(vec![wanted]), ..Default::default() };
+    let program = Program::compile(&builder.model, &options).expect("the part up to y");
+    let x = program.value("x").expect("x");
+    let out = program.run(&[(x, vector(&[1.0, 1.0]))], &[wanted]).expect("run");
+    assert_eq!(floats(&out[0]), [3.0, 4.0]);
+}
+
+#[test]
+fn missing_and_wrong_inputs_are_named() {
+    let model = line().model;
+    let error = run(&model, &[]).expect_err("no input").to_string();
+    assert!(error.contains("no value for `x`"), "{error}");
+    let error = run(&model, &[("x", Tensor::from_slice(&[1i64, 2]))]).expect_err("integers").to_string();
+    assert!(error.contains("input `x`") && error.contains("float32"), "{error}");
+    let error = run(&model, &[("x", vector(&[1.0, 2.0, 3.0]))]).expect_err("length 3").to_string();
+    assert!(error.contains("node `/Mul` (Mul)") && error.contains("[3]"), "{error}");
+}
+
+#[test]
+fn gradients_reach_trainable_weights_only() {
+    let mut builder = line().weight("frozen", &[1], &[5.0]).node("Mul", &["y", "frozen"], &["z"]);
+    let weight = builder.value("w");
+    builder.model.graph.body.outputs.clear();
+    let model = builder.output("z").model;
+    let options = Options { trainable: vec![weight], ..Default::default() };
+    let program = Program::compile(&model, &options).expect("compile");
+    let feeds = [(program.value("x").expect("x"), vector(&[1.0, 2.0]))];
+    let z = program.run(&feeds, program.outputs()).expect("run");
+    z[0].sum(Kind::Float).backward();
+    let [parameter] = program.parameters() else { panic!("one parameter expected") };
+    assert_eq!((parameter.name.as_str(), floats(&parameter.tensor.grad())), ("w", vec![5.0, 10.0]));
+    // An optimiser writes in place, and the next run sees it.
+    let mut leaf = parameter.tensor.shallow_clone();
+    tch::no_grad(|| leaf.copy_(&vector(&[0.0, 0.0])));
+    assert_eq!(floats(&program.run(&feeds, program.outputs()).expect("run")[0]), [5.0, 10.0]);
+}
+
+#[test]
+fn a_trainable_value_must_be_a_floating_point_initializer() {
+    let mut builder = line().ints("numbers", &[1, 2]);
+    for (name, message) in [("x", "not an initializer"), ("numbers", "type int64")] {
+        let id = builder.value(name);
+        let options = Options { trainable: vec![id], ..Default::default() };
+        let error = Program::compile(&builder.model, &options).err().expect("refused").to_string();
+        assert!(error.contains(name) && error.contains(message), "{error}");
+    }
+}
+
+#[test]
+fn half_weights_train_in_single_precision() {
+    let mut builder = Builder::new().input("x", DataType::Float16);
+    let id = builder.value("w");
+    let bytes: Vec<u8> = [0.5f32, 0.25].iter().flat_map(|&v| half::f16::from_f32(v).to_le_bytes()).collect();
+    builder.model.graph.body.initializers.push((id, ir::Tensor::from_bytes(DataType::Float16, &[2], bytes)));
+    let model = builder.node("Mul", &["x", "w"], &["y"]).output("y").model;
+    let program = Program::compile(&model, &Options { trainable: vec![id], ..Default::default() }).expect("compile");
+    let x = vector(&[1.0, 2.0]).to_kind(Kind::Half);
+    let y = program.run(&[(program.value("x").expect("x"), x)], program.outputs()).expect("run");
+    assert_eq!(y[0].kind(), Kind::Half);
+    y[0].sum(Kind::Float).backward();
+    let leaf = &program.parameters()[0].tensor;
+    assert_eq!((leaf.kind(), floats(&leaf.grad())), (Kind::Float, vec![1.0, 2.0]));
+}
+
+#[test]
+fn pieces_give_what_the_whole_gives() {
+    let mut builder = line();
+    let (x, m, y, w) = (builder.value("x"), builder.value("m"), builder.value("y"), builder.value("w"));
+    let options = Options { trainable: vec![w], ..Default::default() };
+    let program = Program::compile(&builder.model, &options).expect("compile");
+    let input = vector(&[1.5, -2.0]);
+    let whole = program.run(&[(x, input.shallow_clone())], &[y, m]).expect("whole");
+    let middle = program.run(&[(x, input.shallow_clone())], &[m]).expect("first piece");
+    let end = program.run(&[(x, input), (m, middle[0].shallow_clone())], &[y]).expect("second piece");
+    assert_eq!(floats(&whole[0]), floats(&end[0]));
+    end[0].sum(Kind::Float).backward();
+    assert_eq!(floats(&program.parameters()[0].tensor.grad()), [1.5, -2.0]);
+}
+
+#[test]
+fn what_is_kept_per_shape_fits_every_shape() {
+    // y = x reshaped by its own shape's first axis, plus a range of that length: all of it shape arithmetic.
+    let model = Builder::new()
+        .input("x", DataType::Float)
+        .ints("zero", &[0])
+        .ints("minus", &[-1])
+        .ints("axes", &[0])
+        .node("Shape", &["x"], &["shape"])
+        .node("Gather", &["shape", "zero"], &["rows"])
+        .node("Concat", &["rows", "minus"], &["target"])
+        .attribute("axis", AttributeKind::Int(0))
+        .node("Reshape", &["x", "target"], &["flat"])
+        .node("Squeeze", &["rows", "axes"], &["count"])
+        .node("Squeeze", &["zero", "axes"], &["start"])
+        .node("Squeeze", &["minus", "axes"], &["back"])
+        .node("Neg", &["back"], &["step"])
+        .node("Range", &["start", "count", "step"], &["range"])
+        .node("Unsqueeze", &["range", "minus"], &["column"])
+        .node("Cast", &["column"], &["numbers"])
+        .attribute("to", AttributeKind::Int(1))
+        .node("Add", &["flat", "numbers"], &["y"])
+        .output("y")
+        .model;
+    let program = Program::compile(&model, &Options::default()).expect("compile");
+    let x = program.value("x").expect("x");
+    for _ in 0..2 {
+        for (rows, columns) in [(2i64, 3i64), (3, 1), (1, 4)] {
+            let input = Tensor::ones([rows, columns, 2], tch::kind::FLOAT_CPU);
+            let out = program.run(&[(x, input)], program.outputs()).expect("run");
+            assert_eq!(out[0].size(), [rows, 2 * columns]);
+            assert_eq!(out[0].double_value(&[rows - 1, 0]), rows as f64);
+        }
+    }
+}
+
+#[test]
+fn a_function_without_a_row_is_inlined() {
+    let mut function = Function { name: "Scaled".into(), domain: "mine".into(), ..Default::default() };
+    function.opset_imports.insert(String::new(), 21);
+    function.attribute_defaults.push(("offset".into(), AttributeKind::Float(1.0).into()));
+    function.attributes.push("factor".into());
+    let graph = &mut function.graph;
+    let (a, missing) = (value_of(graph, "a"), value_of(graph, "missing"));
+    graph.body.inputs = vec![a, missing];
+    for (name, attribute) in [("f", "factor"), ("o", "offset")] {
+        let mut constant = node_of(graph, "Constant", &[], &[name]);
+        let reference = AttributeKind::Reference { name: attribute.into(), type_number: 1 };
+        constant.attributes.push(("value_float".into(), Attribute::from(reference)));
+        graph.body.nodes.push(constant);
+    }
+    for (op, inputs, output) in [("Mul", ["a", "f"], "b"), ("Add", ["b", "o"], "c")] {
+        let node = node_of(graph, op, &inputs, &[output]);
+        graph.body.nodes.push(node);
+    }
+    let c = value_of(graph, "c");
+    graph.body.outputs = vec![c];
+    let mut builder = Builder::new().input("x", DataType::Float);
+    builder.model.opset_imports.insert("mine".into(), 1);
+    builder.model.functions.push(function);
+    let builder = builder.node("mine:Scaled", &["x"], &["y"]).attribute("factor", AttributeKind::Float(3.0));
+    let builder = builder.node("mine:Scaled", &["y"], &["z"]).attribute("factor", AttributeKind::Float(2.0));
+    let model = builder.attribute("offset", AttributeKind::Float(-1.0)).output("z").model;
+    let z = run(&model, &[("x", vector(&[1.0, 2.0]))]).expect("run");
+    assert_eq!(floats(&z[0]), [7.0, 13.0]);
+}
+
+#[test]
+fn a_function_that_calls_itself_is_refused() {
+    let mut function = Function { name: "Loop".into(), domain: "mine".into(), ..Default::default() };
+    function.opset_imports.insert("mine".into(), 1);
+    let a = value_of(&mut function.graph, "a");
+    function.graph.body.inputs = vec![a];
+    let node = node_of(&mut function.graph, "mine:Loop", &["a"], &["b"]);
+    function.graph.body.nodes.push(node);
+    let b = value_of(&mut function.graph, "b");
+    function.graph.body.outputs = vec![b];
+    let mut builder = Builder::new().input("x", DataType::Float);
+    builder.model.opset_imports.insert("mine".into(), 1);
+    builder.model.functions.push(function);
+    let model = builder.node("mine:Loop", &["x"], &["y"]).output("y").model;
+    let error = Program::compile(&model, &Options::default()).err().expect("refused").to_string();
+    assert!(error.contains("nest deeper than"), "{error}");
+}
+
+/// A body of one node over values of the outer graph.
+fn body_of(graph: &mut ir::Graph, op: &str, inputs: &[&str], output: &str) -> Body {
+    let node = node_of(graph, op, inputs, &[output]);
+    let outputs = node.outputs.iter().flatten().copied().collect();
+    Body { nodes: vec![node], outputs, ..Default::default() }
+}
+
+#[test]
+fn branches_see_outer_values_and_pass_gradients() {
+    let mut builder = line().input("flag", DataType::Bool);
+    let weight = builder.value("w");
+    let then_body = body_of(&mut builder.model.graph, "Mul", &["y", "w"], "then");
+    let else_body = body_of(&mut builder.model.graph, "Neg", &["y"], "else");
+    builder.model.graph.body.outputs.clear();
+    let model = builder
+        .node("If", &["flag"], &["z"])
+        .attribute("then_branch", AttributeKind::Graph(then_body))
+        .attribute("else_branch", AttributeKind::Graph(else_body))
+        .output("z")
+        .model;
+    let program =
+        Program::compile(&model, &Options { trainable: vec![weight], ..Default::default() }).expect("compile");
+    let (x, flag) = (program.value("x").expect("x"), program.value("flag").expect("flag"));
+    for (on, expected, slope) in [(true, [6.0, 12.0], [5.0, 7.0]), (false, [-3.0, -4.0], [-1.0, -1.0])] {
+        let condition = Tensor::from_slice(&[on]).reshape([0i64; 0]);
+        let z = program.run(&[(x, vector(&[1.0, 1.0])), (flag, condition)], program.outputs()).expect("run");
+        assert_eq!(floats(&z[0]), expected);
+        let mut leaf = program.parameters()[0].tensor.shallow_clone();
+        leaf.zero_grad();
+        z[0].sum(Kind::Float).backward();
+        assert_eq!(floats(&leaf.grad()), slope);
+    }
+}
+
+#[test]
+fn loops_carry_and_collect() {
+    let mut builder = Builder::new().input("x", DataType::Float).input("trips", DataType::Int64);
+    let graph = &mut builder.model.graph;
+    let inputs: Vec<ValueId> = ["i", "going", "carried"].iter().map(|name| value_of(graph, name)).collect();
+    let mut nodes = vec![
+        node_of(graph, "Identity", &["going"], &["on"]),
+        node_of(graph, "Add", &["carried", "x"], &["next"]),
+        node_of(graph, "Neg", &["next"], &["seen"]),
+    ];
+    // A name is found among a graph's own nodes only, so the body's values are put in by hand.
+    nodes[0].inputs = vec![Some(inputs[1])];
+    nodes[1].inputs[0] = Some(inputs[2]);
+    nodes[2].inputs = vec![nodes[1].outputs[0]];
+    let outputs = [&nodes[0], &nodes[1], &nodes[2]].iter().filter_map(|node| node.outputs[0]).collect();
+    let body = Body { inputs, nodes, outputs, ..Default::default() };
+    let model = builder
+        .node("Loop", &["trips", "", "x"], &["last", "all"])
+        .attribute("body", AttributeKind::Graph(body))
+        .output("last")
+        .output("all")
+        .model;
+    let trips = Tensor::from(3i64);
+    let out = run(&model, &[("x", vector(&[1.0, 2.0])), ("trips", trips)]).expect("run");
+    assert_eq!(floats(&out[0]), [4.0, 8.0]);
+    assert_eq!((out[1].size(), floats(&out[1])), (vec![3, 2], vec![-2.0, -4.0, -3.0, -6.0, -4.0, -8.0]));
+}
+
+#[test]
+fn the_caller_may_write_to_results() {
+    let model = Builder::new().weight("w", &[2], &[1.0, 2.0]).node("Identity", &["w"], &["y"]).output("y").model;
+    let program = Program::compile(&model, &Options::default()).expect("compile");
+    let mut first = program.run(&[], program.outputs()).expect("run");
+    let _ = first[0].fill_(9.0);
+    assert_eq!(floats(&program.run(&[], program.outputs()).expect("run")[0]), [1.0, 2.0]);
+}
+
+#[test]
+fn matrix_products_run_in_the_autocast_kind() {
+    let mut builder = Builder::new().input("x", DataType::Float).weight("w", &[2, 2], &[1.0, 2.0, 3.0, 4.0]);
+    let weight = builder.value("w");
+    let model = builder.node("MatMul", &["x", "w"], &["y"]).output("y").model;
+    let options = Options { trainable: vec![weight], autocast: Some(Kind::BFloat16), ..Default::default() };
+    let program = Program::compile(&model, &options).expect("compile");
+    let feeds = [(program.value("x").expect("x"), vector(&[1.0, 1.0]).reshape([1, 2]))];
+    let y = program.run(&feeds, program.outputs()).expect("run");
+    assert_eq!(y[0].kind(), Kind::BFloat16);
+    y[0].sum(Kind::Float).backward();
+    assert_eq!(program.parameters()[0].tensor.grad().kind(), Kind::Float);
+}
+
+#[test]
+fn the_support_table_has_a_line_per_row() {
+    let table = support_table();
+    assert_eq!(table.lines().count(), rows().len() + 2);
+    assert!(table.contains("| com.microsoft | GroupQueryAttention | 1 | yes |"), "{table}");
+}
+
+#[test]
+fn rows_of_one_operator_do_not_overlap() {
+    for pair in rows().windows(2) {
+        if (pair[0].domain, pair[0].op_type) == (pair[1].domain, pair[1].op_type) {
+            assert!(pair[0].until < pair[1].since, "{} twice", pair[0].op_type);
+        }
+    }
+}
+
+#[test]
+fn tensors_survive_the_way_to_the_graph_and_back() {
+    let values = Tensor::from_slice(&[1.5f32, -2.0, 0.25]);
+    for dtype in [DataType::Float, DataType::Float16, DataType::Bfloat16, DataType::Double] {
+        let stored = tensor_to_ir("w", &values, dtype).expect("to the graph");
+        assert_eq!((stored.dtype, stored.dims.as_slice()), (dtype, [3u64].as_slice()));
+        assert_eq!(floats(&tensor_from_ir("w", &stored).expect("back").to_kind(Kind::Float)), [1.5, -2.0, 0.25]);
+    }
+    let nibbles = ir::Tensor::from_bytes(DataType::Int4, &[3], vec![0x8f, 0x07]);
+    let unpacked = tensor_from_ir("w", &nibbles).expect("int4");
+    assert_eq!(Vec::<i8>::try_from(unpacked).expect("bytes"), [-1, -8, 7]);
+}
+
+#[test]
+fn short_weights_and_unknown_types_are_refused() {
+    for (tensor, message) in [
+        (ir::Tensor::from_bytes(DataType::Float, &[4], vec![0u8; 12]), "12 bytes do not fill"),
+        (ir::Tensor::from_bytes(DataType::Uint64, &[1], vec![0u8; 8]), "no element type for uint64"),
+        (ir::Tensor::from_bytes(DataType::Float, &[1 << 40, 1 << 40], Vec::new()), "do not fill"),
+        (ir::Tensor::from_bytes(DataType::Float, &[u64::MAX], Vec::new()), "out of range"),
+    ] {
+        let error = tensor_from_ir("w", &tensor).expect_err("refused").to_string();
+        assert!(error.contains(message), "{error}");
+    }
+}
