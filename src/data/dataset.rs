@@ -58,7 +58,7 @@ impl Source {
         }
     }
 
-    fn read<'a>(&'a self, rows: &'a [usize]) -> Box<dyn Iterator<Item = Result<Row>> + 'a> {
+    fn read(&self, rows: Vec<usize>) -> Rows<'_> {
         match self {
             Source::Parquet(shard) => Box::new(shard.read(rows)),
             Source::Llava(conversations) => Box::new(conversations.read(rows)),
@@ -154,7 +154,14 @@ impl Dataset {
                 format!("sample {index} does not exist, there are {}", self.places.len()),
             ));
         }
-        Ok(Samples { dataset: self, wanted, position: 0, rows: Vec::new().into_iter(), ready: Vec::new().into_iter() })
+        Ok(Samples {
+            dataset: self,
+            wanted,
+            position: 0,
+            rows: Box::new(std::iter::empty()),
+            groups: Vec::new().into_iter(),
+            ready: Vec::new().into_iter(),
+        })
     }
 
     /// One digest over all files.
@@ -170,8 +177,8 @@ impl Dataset {
     }
 }
 
-/// How many rows are asked of a source at a time.
-const ROWS_AT_A_TIME: usize = 64;
+/// Rows of one source, read as they are asked for.
+type Rows<'a> = Box<dyn Iterator<Item = Result<Row>> + 'a>;
 
 /// The samples that a row makes: their indices, and the pair that each takes of it.
 type Wanted = Vec<(usize, Option<u32>)>;
@@ -181,7 +188,9 @@ pub struct Samples<'a> {
     dataset: &'a Dataset,
     wanted: Vec<usize>,
     position: usize,
-    rows: std::vec::IntoIter<(Wanted, Result<Row>)>,
+    rows: Rows<'a>,
+    /// What each of `rows` makes.
+    groups: std::vec::IntoIter<Wanted>,
     ready: std::vec::IntoIter<Result<Sample>>,
 }
 
@@ -193,34 +202,31 @@ impl Iterator for Samples<'_> {
             if let Some(sample) = self.ready.next() {
                 return Some(sample);
             }
-            if let Some((places, row)) = self.rows.next() {
-                self.ready = samples_of(row, &places).into_iter();
+            if let Some(group) = self.groups.next() {
+                let row = self.rows.next().unwrap_or_else(|| {
+                    Err(Error::invalid("data", "ends before the last row that its footer promises"))
+                });
+                self.ready = samples_of(row, &group).into_iter();
                 continue;
             }
-            if self.position >= self.wanted.len() {
+            if !self.next_source() {
                 return None;
             }
-            self.fill();
         }
     }
 }
 
 impl Samples<'_> {
-    /// Reads the next rows of one source.
-    fn fill(&mut self) {
+    /// Begins the next source that has wanted samples; false when there is none.
+    fn next_source(&mut self) -> bool {
         let place = |index: &usize| self.dataset.places.get(*index).copied();
-        let Some(first) = self.wanted.get(self.position).and_then(place) else {
-            self.position = self.wanted.len();
-            return;
-        };
+        let Some(first) = self.wanted.get(self.position).and_then(place) else { return false };
+        let Some(source) = self.dataset.sources.get(first.source as usize) else { return false };
         let mut rows: Vec<usize> = Vec::new();
         let mut groups: Vec<Wanted> = Vec::new();
         while let Some(&index) = self.wanted.get(self.position) {
             let Some(here) = place(&index).filter(|here| here.source == first.source) else { break };
             if rows.last() != Some(&(here.row as usize)) {
-                if rows.len() == ROWS_AT_A_TIME {
-                    break;
-                }
                 rows.push(here.row as usize);
                 groups.push(Vec::new());
             }
@@ -229,12 +235,9 @@ impl Samples<'_> {
             }
             self.position += 1;
         }
-        let Some(source) = self.dataset.sources.get(first.source as usize) else { return };
-        let mut read: Vec<Result<Row>> = source.read(&rows).collect();
-        while read.len() < groups.len() {
-            read.push(Err(Error::invalid(format!("`{}`", source.path().display()), "ends before its last row")));
-        }
-        self.rows = groups.into_iter().zip(read).collect::<Vec<_>>().into_iter();
+        self.rows = source.read(rows);
+        self.groups = groups.into_iter();
+        true
     }
 }
 

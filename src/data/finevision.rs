@@ -90,26 +90,24 @@ impl Shard {
         Ok(counts)
     }
 
-    /// The rows with these ascending indices, row group by row group.
-    pub fn read<'a>(&'a self, rows: &'a [usize]) -> impl Iterator<Item = Result<Row>> + 'a {
-        let mut groups: Vec<(usize, &[usize])> = Vec::new();
-        let mut rest = rows;
+    /// The rows with these ascending indices; one row group is open at a time.
+    pub fn read(&self, rows: Vec<usize>) -> impl Iterator<Item = Result<Row>> + '_ {
+        let mut groups: Vec<(usize, Vec<usize>)> = Vec::new();
+        let mut rest = rows.as_slice();
         for (group, &end) in self.starts.iter().skip(1).enumerate() {
-            let count = rest.iter().take_while(|row| **row < end).count();
-            let (here, later) = rest.split_at(count);
+            let (here, later) = rest.split_at(rest.partition_point(|row| *row < end));
             if !here.is_empty() {
-                groups.push((group, here));
+                groups.push((group, here.to_vec()));
             }
             rest = later;
         }
         groups.into_iter().flat_map(move |(group, rows)| self.read_group(group, rows))
     }
 
-    fn read_group<'a>(&'a self, group: usize, rows: &'a [usize]) -> Box<dyn Iterator<Item = Result<Row>> + 'a> {
-        let start = self.starts.get(group).copied().unwrap_or(0);
+    fn read_group(&self, group: usize, rows: Vec<usize>) -> Box<dyn Iterator<Item = Result<Row>> + '_> {
         let mut selectors = Vec::new();
-        let mut position = start;
-        for &row in rows {
+        let mut position = self.starts.get(group).copied().unwrap_or(0);
+        for &row in &rows {
             if row > position {
                 selectors.push(RowSelector::skip(row - position));
             }
@@ -121,20 +119,16 @@ impl Shard {
             Ok(reader) => reader,
             Err(error) => return Box::new(std::iter::once(Err(error))),
         };
-        let mut numbers = rows.iter().copied();
-        Box::new(reader.flat_map(move |batch| {
-            match batch {
-                Ok(batch) => (0..batch.num_rows())
-                    .map(|place| {
-                        let number = numbers
-                            .next()
-                            .ok_or_else(|| Error::invalid(self.subject(), "has more rows than its footer says"))?;
-                        self.row(&batch, place, number)
-                            .map_err(|problem| Error::invalid(self.row_subject(number), problem))
-                    })
-                    .collect::<Vec<_>>(),
-                Err(error) => vec![Err(self.unreadable(error))],
-            }
+        let mut numbers = rows.into_iter();
+        let mut row = move |batch: &RecordBatch, place: usize| {
+            let number =
+                numbers.next().ok_or_else(|| Error::invalid(self.subject(), "has more rows than its footer says"))?;
+            let row = guarded(|| self.row(batch, place, number)).and_then(|row| row);
+            row.map_err(|problem| Error::invalid(self.row_subject(number), problem))
+        };
+        Box::new(reader.flat_map(move |batch| match batch {
+            Ok(batch) => (0..batch.num_rows()).map(|place| row(&batch, place)).collect::<Vec<_>>(),
+            Err(error) => vec![Err(self.unreadable(error))],
         }))
     }
 

@@ -84,8 +84,8 @@ impl Conversations {
     }
 
     /// The rows with these indices.
-    pub fn read<'a>(&'a self, rows: &'a [usize]) -> impl Iterator<Item = Result<Row>> + 'a {
-        rows.iter().map(|&row| {
+    pub fn read(&self, rows: Vec<usize>) -> impl Iterator<Item = Result<Row>> + '_ {
+        rows.into_iter().map(|row| {
             let subject = self.subject(row);
             let (names, pairs) = self.entries.get(row).ok_or_else(|| Error::invalid(&subject, "does not exist"))?;
             let folder = self.path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
