@@ -59,6 +59,9 @@ impl BenchReport {
     pub const SCHEMA_VERSION: u32 = 1;
 }
 
+/// Gives the peak memory of a model in bytes, from a process of its own.
+pub type MemoryProbe<'a> = dyn Fn(&Path) -> Result<u64> + 'a;
+
 /// One model's figures.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct ModelBench {
@@ -129,7 +132,7 @@ pub fn bench(
     baseline: Option<&Path>,
     runtime: &Runtime,
     options: &BenchOptions,
-    memory: Option<&dyn Fn(&Path) -> Result<u64>>,
+    memory: Option<&MemoryProbe>,
     cancel: &Cancel,
 ) -> Result<BenchReport> {
     check(options)?;

@@ -183,6 +183,15 @@ impl Decoder {
         if self.roles.contains(&Role::PositionRows) { 3 } else { 1 }
     }
 
+    /// The batch that the graph is made for, where it takes no other.
+    pub fn fixed_batch(&self) -> Option<usize> {
+        let batch = |(port, role): (&Port, &Role)| match role {
+            Role::InputsEmbeds | Role::InputIds | Role::Past(_) => port.shape.first().and_then(known_size),
+            _ => None,
+        };
+        self.session.inputs().iter().zip(&self.roles).find_map(batch)
+    }
+
     /// True when padding on the left can be told to the graph: it has a mask, and positions that follow it.
     pub fn takes_padding(&self) -> bool {
         self.roles.contains(&Role::AttentionMask)

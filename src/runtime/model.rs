@@ -77,7 +77,7 @@ fn give_weight(
     let element = element_type(tensor.dtype)?;
     let bytes = tensor.bytes();
     let width = (tensor.dtype.bits() / 8).max(1);
-    let data = if bytes.as_ptr().addr() % width == 0 {
+    let data = if bytes.as_ptr().addr().is_multiple_of(width) {
         backing.push(Backing::Shared(tensor.data.clone()));
         bytes.as_ptr()
     } else {

@@ -250,7 +250,7 @@ impl VlmSession {
     /// Answers by greedy decoding: at most `max_new_tokens` tokens each, without the token that ends them.
     ///
     /// Prompts of one call form one batch, padded on the left; where the graph does not understand padding, prompts
-    /// of equal length do.
+    /// of equal length do; where it is made for a batch of one, each prompt is one.
     ///
     /// Errors: `Error::Invalid` for a prompt that does not fit the model; `Error::Engine` when a run fails;
     /// `Error::Interrupted` when the user asked to stop.
@@ -260,12 +260,13 @@ impl VlmSession {
         for (number, prompt) in prompts.iter().enumerate() {
             groups.entry(prompt.input_ids.len()).or_default().push(number);
         }
-        if groups.len() > 1 && self.padding_works()? {
+        if groups.len() > 1 && self.decoder.fixed_batch() != Some(1) && self.padding_works()? {
             let all = groups.into_values().flatten().collect();
             groups = BTreeMap::from([(0, all)]);
         }
+        let largest = self.decoder.fixed_batch().unwrap_or(prompts.len()).max(1);
         let mut answers = vec![Vec::new(); prompts.len()];
-        for group in groups.values() {
+        for group in groups.values().flat_map(|group| group.chunks(largest)) {
             let rows: Vec<(&Prompt, &Embedded)> =
                 group.iter().map(|&number| (&prompts[number], &embedded[number])).collect();
             for (&number, answer) in group.iter().zip(self.generate_batch(&rows, max_new_tokens, cancel)?) {

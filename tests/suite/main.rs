@@ -3,7 +3,9 @@
 mod cli;
 mod docs;
 mod folders;
+mod generation;
 mod interpreter;
 mod layers;
 mod schemas;
+mod verify;
 mod zoo;

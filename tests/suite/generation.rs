@@ -1,0 +1,181 @@
+//! Decoders of many exporters in ONNX Runtime: prefill, cached steps, and batches that answer as single prompts do.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use interlace::base::{Cancel, Device};
+use interlace::onnx;
+use interlace::runtime::{Decoder, Prompt, Runtime, SessionOptions, Step, StepTokens, VlmSession, VlmSettings};
+
+/// Heads of the zoo's networks are 16 wide; some graphs leave that open.
+const HEAD_DIM: usize = 16;
+
+fn zoo(file: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/zoo").join(file)
+}
+
+fn runtime() -> Runtime {
+    Runtime::new(Device::Cpu).expect("ONNX Runtime")
+}
+
+fn decoder(file: &str) -> Decoder {
+    let session = runtime().session(&zoo(file), &SessionOptions::default()).expect("a session");
+    Decoder::new(session, Some(HEAD_DIM)).expect("a decoder")
+}
+
+fn floats(tensor: &tch::Tensor) -> Vec<f32> {
+    Vec::try_from(tensor.contiguous().view([-1])).expect("floats")
+}
+
+fn integers(tensor: &tch::Tensor) -> Vec<i64> {
+    Vec::try_from(tensor.contiguous().view([-1])).expect("integers")
+}
+
+fn largest_difference(found: &[f32], want: &[f32]) -> f32 {
+    assert_eq!(found.len(), want.len());
+    found.iter().zip(want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+#[test]
+fn prefill_and_a_cached_step_give_what_pytorch_gives() {
+    let cases = [
+        ("ts17/smolvlm/decoder_model_merged.onnx", "smolvlm", 1),
+        ("ts17/qwen3_vl/decoder_model_merged.onnx", "qwen3_vl", 3),
+        ("dyn23/qwen3_vl/decoder_model_merged.onnx", "qwen3_vl", 3),
+        ("genai/qwen3_vl-fp32-embeds/model.onnx", "qwen3_vl", 3),
+        ("mobius/qwen3_vl/decoder/model.onnx", "qwen3_vl", 3),
+        ("optimum/llama-O2/model.onnx", "llama", 1),
+        ("hfexp/llama-cpu/decode.onnx", "llama", 1),
+    ];
+    for (file, network, rows) in cases {
+        let path = zoo(&format!("expected/{network}.nodrop.npz"));
+        let data: HashMap<String, tch::Tensor> = tch::Tensor::read_npz(path).expect("npz").into_iter().collect();
+        let mut decoder = decoder(file);
+        assert_eq!(decoder.position_rows(), rows, "{file}");
+        assert_eq!(decoder.slots().len(), 16, "{file}");
+        let mut cache = None;
+        let mut length = 0;
+        for (given, wanted) in [("in", "exp"), ("in2", "exp2")] {
+            let ids = integers(&data[&format!("{given}.input_ids")]);
+            let embeds = floats(&data[&format!("{given}.inputs_embeds")]);
+            length += ids.len();
+            let tokens = match decoder.takes_embeds() {
+                true => StepTokens::Embeds { data: &embeds, hidden_size: 64 },
+                false => StepTokens::Ids(&ids),
+            };
+            let step = Step {
+                batch: 1,
+                tokens,
+                attention_mask: &vec![1; length],
+                position_ids: &integers(&data[&format!("{given}.position_ids")]),
+                position_rows: rows,
+                last_only: false,
+            };
+            let (logits, longer) = decoder.step(&step, cache).expect("a step");
+            let difference =
+                largest_difference(&logits.to_f32().expect("logits"), &floats(&data[&format!("{wanted}.logits")]));
+            assert!(difference <= 1e-4, "{file} {given}: {difference}");
+            assert_eq!(longer.length(), length);
+            cache = Some(longer);
+        }
+    }
+}
+
+#[test]
+fn a_graph_in_memory_runs_as_its_file_does() {
+    // External data in one file, and everything inside the graph's file.
+    for file in ["mobius/qwen3_vl/decoder/model.onnx", "ts17/smolvlm/decoder_model_merged.onnx"] {
+        let model = onnx::load(&zoo(file)).expect("a model");
+        let session = runtime().session_of(&model, &SessionOptions::default()).expect("a session");
+        drop(model);
+        let mut in_memory = Decoder::new(session, Some(HEAD_DIM)).expect("a decoder");
+        let mut from_file = decoder(file);
+        let embeds: Vec<f32> = (0..5 * 64).map(|i| ((i * 37 % 101) as f32 / 50.0 - 1.0) * 0.5).collect();
+        let rows = from_file.position_rows();
+        let step = Step {
+            batch: 1,
+            tokens: StepTokens::Embeds { data: &embeds, hidden_size: 64 },
+            attention_mask: &[1; 5],
+            position_ids: &[0, 1, 2, 3, 4].repeat(rows),
+            position_rows: rows,
+            last_only: false,
+        };
+        let mut run = |decoder: &mut Decoder| decoder.step(&step, None).expect("a step").0.to_f32().expect("logits");
+        assert_eq!(run(&mut in_memory), run(&mut from_file), "{file}");
+    }
+}
+
+fn text_model(file: &str) -> VlmSession {
+    let settings = VlmSettings { eos_token_ids: vec![2], ..VlmSettings::default() };
+    VlmSession::new(None, None, decoder(file), settings).expect("a model")
+}
+
+#[test]
+fn a_batch_answers_as_its_prompts_do_alone() {
+    // A mask and positions, `Attention` fused by Optimum, and a graph that is made for a batch of one.
+    for file in ["optimum/llama-with-past/model.onnx", "optimum/llama-O2/model.onnx", "hfexp/llama-cpu/decode.onnx"] {
+        let mut model = text_model(file);
+        let prompts: Vec<Prompt> = (0..5)
+            .map(|row| Prompt {
+                input_ids: (0..3 + 2 * row).map(|at| 5 + (at * 31 + row * 17) % 600).collect(),
+                pictures: Vec::new(),
+            })
+            .collect();
+        let cancel = Cancel::default();
+        let alone: Vec<Vec<i64>> = prompts
+            .iter()
+            .map(|prompt| model.generate(std::slice::from_ref(prompt), 9, &cancel).expect("an answer").remove(0))
+            .collect();
+        assert!(alone.iter().all(|answer| answer.len() <= 9), "{alone:?}");
+        assert!(
+            alone.iter().any(|answer| answer != &alone[0]),
+            "{file}: all answers are alike, so nothing is compared"
+        );
+        let together = model.generate(&prompts, 9, &cancel).expect("answers");
+        assert_eq!(together, alone, "{file}");
+    }
+}
+
+#[test]
+fn an_answer_ends_at_its_end_token_and_leaves_it_out() {
+    let prompt = [Prompt { input_ids: vec![5, 17, 99], pictures: Vec::new() }];
+    let cancel = Cancel::default();
+    let free = text_model("optimum/llama-O2/model.onnx").generate(&prompt, 6, &cancel).expect("an answer").remove(0);
+    let end = free[2];
+    let first = free.iter().position(|&token| token == end).expect("it is there");
+    let settings = VlmSettings { eos_token_ids: vec![end], ..VlmSettings::default() };
+    let mut model = VlmSession::new(None, None, decoder("optimum/llama-O2/model.onnx"), settings).expect("a model");
+    assert_eq!(model.generate(&prompt, 6, &cancel).expect("an answer").remove(0), free[..first]);
+}
+
+#[test]
+fn a_request_to_stop_ends_generation() {
+    let cancel = Cancel::default();
+    cancel.request();
+    let prompt = [Prompt { input_ids: vec![5, 17, 99], pictures: Vec::new() }];
+    let error = text_model("optimum/llama-O2/model.onnx").generate(&prompt, 6, &cancel).expect_err("stopped");
+    assert!(matches!(error, interlace::base::Error::Interrupted { .. }), "{error}");
+}
+
+#[test]
+fn what_does_not_fit_the_graph_is_refused() {
+    let mut decoder = decoder("optimum/llama-O2/model.onnx");
+    let step = |tokens: StepTokens<'static>, mask: &'static [i64], positions: &'static [i64]| Step {
+        batch: 1,
+        tokens,
+        attention_mask: mask,
+        position_ids: positions,
+        position_rows: 1,
+        last_only: true,
+    };
+    let cases = [
+        (step(StepTokens::Ids(&[]), &[], &[]), "0 tokens"),
+        (step(StepTokens::Ids(&[1, 2]), &[1], &[0, 1]), "attention_mask holds 1"),
+        (step(StepTokens::Ids(&[1, 2]), &[1, 1], &[0]), "position_ids holds 1"),
+        (step(StepTokens::Embeds { data: &[0.0; 64], hidden_size: 64 }, &[1], &[0]), "wants token ids"),
+    ];
+    for (step, want) in cases {
+        let error = decoder.step(&step, None).expect_err(want).to_string();
+        assert!(error.contains(want), "{error}");
+    }
+}

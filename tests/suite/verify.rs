@@ -1,0 +1,86 @@
+//! `verify` passes what is sound and names what is not.
+
+use std::path::{Path, PathBuf};
+
+use interlace::base::{Cancel, Device};
+use interlace::eval::{CheckStatus, VerifyReport, verify};
+use interlace::runtime::Runtime;
+
+fn zoo(file: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/zoo").join(file)
+}
+
+fn report(path: &Path) -> VerifyReport {
+    let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
+    verify(path, &runtime, &Cancel::default()).expect("a report")
+}
+
+fn status(report: &VerifyReport, name: &str, subject: &str) -> CheckStatus {
+    let check = report.checks.iter().find(|check| check.name == name && check.subject.contains(subject));
+    check.unwrap_or_else(|| panic!("no check `{name}` of `{subject}` in {:#?}", report.checks)).status
+}
+
+fn copy_of(folder: &str) -> tempfile::TempDir {
+    let target = tempfile::tempdir().expect("folder");
+    for entry in std::fs::read_dir(zoo(folder)).expect("zoo") {
+        let path = entry.expect("entry").path();
+        std::fs::write(target.path().join(path.file_name().expect("name")), std::fs::read(&path).expect("read"))
+            .expect("write");
+    }
+    target
+}
+
+#[test]
+fn a_sound_model_passes_every_check() {
+    let report = report(&zoo("optimum/llama-O2"));
+    assert!(report.passed, "{:#?}", report.checks);
+    for name in ["loads in ONNX Runtime", "loads in tract", "cached step equals longer prefill", "interpreter"] {
+        assert_eq!(status(&report, name, "model.onnx"), CheckStatus::Passed, "{name}");
+    }
+    assert_eq!(status(&report, "config and graph", "num_hidden_layers"), CheckStatus::Passed);
+    assert_eq!(status(&report, "config and graph", "head_dim"), CheckStatus::Passed);
+    for check in report.checks.iter().filter(|check| check.tolerance.is_some()) {
+        assert!(check.difference <= Some(1e-4), "{check:?}");
+    }
+}
+
+#[test]
+fn what_cannot_be_checked_is_said_and_fails_nothing() {
+    let folder = copy_of("genai/qwen3_vl-int4-embeds");
+    let config = std::fs::read(zoo("genai/qwen3_vl-fp32-embeds/genai_config.json")).expect("config");
+    std::fs::write(folder.path().join("genai_config.json"), config).expect("write");
+    let fused = report(folder.path());
+    assert!(fused.passed, "{:#?}", fused.checks);
+    assert_eq!(status(&fused, "loads in tract", "model.onnx"), CheckStatus::Unavailable);
+    assert_eq!(status(&fused, "interpreter", "model.onnx"), CheckStatus::Unavailable);
+    assert_eq!(status(&fused, "cached step equals longer prefill", "model.onnx"), CheckStatus::Passed);
+    let tract = fused.checks.iter().find(|check| check.name == "loads in tract").expect("tract");
+    assert!(tract.detail.contains("MRotaryEmbedding"), "{tract:?}");
+    let quantised = report(&zoo("post/llama-ts17__int8.onnx"));
+    let cached = quantised.checks.iter().find(|check| check.name.starts_with("cached step")).expect("cached step");
+    assert!(cached.detail.contains("DynamicQuantizeLinear"), "{cached:?}");
+}
+
+#[test]
+fn a_config_that_disagrees_with_its_graph_fails() {
+    let folder = copy_of("optimum/llama-O2");
+    let path = folder.path().join("config.json");
+    let config = std::fs::read_to_string(&path).expect("config");
+    std::fs::write(&path, config.replace("\"num_hidden_layers\": 8", "\"num_hidden_layers\": 7")).expect("write");
+    let report = report(folder.path());
+    assert!(!report.passed);
+    let check = report.checks.iter().find(|check| check.subject.starts_with("num_hidden_layers")).expect("layers");
+    assert_eq!(check.status, CheckStatus::Failed);
+    assert!(check.detail.contains('7') && check.detail.contains('8'), "{check:?}");
+}
+
+#[test]
+fn a_file_that_is_cut_off_fails() {
+    let folder = copy_of("optimum/llama-O2");
+    let path = folder.path().join("model.onnx");
+    let bytes = std::fs::read(&path).expect("model");
+    std::fs::write(&path, &bytes[..bytes.len() / 2]).expect("write");
+    let report = report(folder.path());
+    assert!(!report.passed);
+    assert!(report.checks.iter().any(|check| check.status == CheckStatus::Failed && check.subject == "model.onnx"));
+}
