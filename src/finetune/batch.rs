@@ -6,6 +6,7 @@ use tch::{Device, Kind, Tensor};
 use crate::base::{Error, Result};
 
 use super::cache::Rows;
+use super::loss::TopK;
 use super::torch_error;
 
 /// One training sample without its numbers.
@@ -44,8 +45,38 @@ pub struct TrainingSet {
     pub examples: Vec<Example>,
     /// First row of each example.
     starts: Vec<u64>,
+    /// First answer row of each example.
+    answer_starts: Vec<u64>,
     /// The residual stream before the first trained layer, a row per token.
     hidden: Rows,
+    pub targets: Targets,
+}
+
+/// What the dense model gave for the same samples.
+#[derive(Debug, Default)]
+pub struct Targets {
+    /// Its residual stream at several points, side by side in a row per token.
+    pub streams: Option<StreamTargets>,
+    /// For each answer token `K` log-probabilities, then the `K` token ids that they are of.
+    pub answers: Option<Rows>,
+}
+
+/// The dense model's residual stream.
+#[derive(Debug)]
+pub struct StreamTargets {
+    pub rows: Rows,
+    /// The student's streams that each point is compared with, counted in layers from the first trained one.
+    pub points: Vec<usize>,
+}
+
+/// The sum of everything before each item.
+fn running_sum(counts: impl Iterator<Item = usize>) -> Vec<u64> {
+    let sums = counts.scan(0, |next, count| {
+        let start = *next;
+        *next += count as u64;
+        Some(start)
+    });
+    sums.collect()
 }
 
 /// Total number of tokens.
@@ -67,20 +98,19 @@ pub struct Batch {
     /// i64 `[N]`.
     pub targets: Tensor,
     pub answer_tokens: u64,
+    /// i64 `[M]`: places in `[B * T]` that are no padding.
+    pub real_rows: Tensor,
+    /// The dense model's stream at each point, `[M, D]`.
+    pub streams: Vec<Tensor>,
+    pub top_k: Option<TopK>,
 }
 
 impl TrainingSet {
     /// Pairs examples with their rows, in the order in which the rows were written.
     pub fn new(examples: Vec<Example>, hidden: Rows) -> Self {
-        let starts = examples
-            .iter()
-            .scan(0, |next, example| {
-                let start = *next;
-                *next += example.length as u64;
-                Some(start)
-            })
-            .collect();
-        TrainingSet { examples, starts, hidden }
+        let answer_starts = running_sum(examples.iter().map(|example| example.targets.len()));
+        let starts = running_sum(examples.iter().map(|example| example.length));
+        TrainingSet { examples, starts, answer_starts, hidden, targets: Targets::default() }
     }
 
     /// Lengths in tokens, by sample.
@@ -99,6 +129,7 @@ impl TrainingSet {
         let mut mask = vec![0i64; rows * time];
         let mut answer_rows = Vec::new();
         let mut targets = Vec::new();
+        let mut real_rows = Vec::new();
         for (row, &sample) in samples.iter().enumerate() {
             let example = &self.examples[sample];
             let bytes = self.hidden.bytes(self.starts[sample], example.length);
@@ -106,6 +137,8 @@ impl TrainingSet {
             mask[row * time..][..example.length].fill(1);
             answer_rows.extend(example.positions.iter().map(|&at| (row * time) as i64 + i64::from(at)));
             targets.extend_from_slice(&example.targets);
+            let first = (row * time) as i64;
+            real_rows.extend(first..first + example.length as i64);
         }
         let positions = self.position_ids(samples, time);
         let position_rows = positions.len() / (rows * time).max(1);
@@ -124,9 +157,34 @@ impl TrainingSet {
                 answer_rows: Tensor::f_from_slice(&answer_rows)?.f_to_device(device)?,
                 answer_tokens: targets.len() as u64,
                 targets: Tensor::f_from_slice(&targets)?.f_to_device(device)?,
+                real_rows: Tensor::f_from_slice(&real_rows)?.f_to_device(device)?,
+                streams: self.streams(samples, real_rows.len() as i64, device)?,
+                top_k: self.top_k(samples, targets.len() as i64, device)?,
             })
         };
         make().map_err(torch_error("a batch"))
+    }
+
+    fn streams(&self, samples: &[usize], count: i64, device: Device) -> Result<Vec<Tensor>, tch::TchError> {
+        let Some(StreamTargets { rows, points }) = &self.targets.streams else { return Ok(Vec::new()) };
+        let mut bytes = Vec::new();
+        for &sample in samples {
+            bytes.extend_from_slice(rows.bytes(self.starts[sample], self.examples[sample].length));
+        }
+        let all = Tensor::f_from_data_size(&bytes, &[count, rows.width() as i64], rows.element().kind())?;
+        all.f_to_device(device)?.f_chunk(points.len() as i64, 1)
+    }
+
+    fn top_k(&self, samples: &[usize], count: i64, device: Device) -> Result<Option<TopK>, tch::TchError> {
+        let Some(rows) = &self.targets.answers else { return Ok(None) };
+        let mut bytes = Vec::new();
+        for &sample in samples {
+            bytes.extend_from_slice(rows.bytes(self.answer_starts[sample], self.examples[sample].targets.len()));
+        }
+        let k = rows.width() as i64 / 2;
+        let all = Tensor::f_from_data_size(&bytes, &[count, 2 * k], rows.element().kind())?.f_to_device(device)?;
+        let (log_probs, tokens) = (all.f_narrow(1, 0, k)?, all.f_narrow(1, k, k)?);
+        Ok(Some(TopK { log_probs, tokens: tokens.f_to_kind(Kind::Int64)? }))
     }
 
     /// Row-major positions, `[B, T]` or `[3, B, T]`; padding goes on counting from the last.
@@ -151,16 +209,16 @@ impl TrainingSet {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::finetune::cache::RowsWriter;
+    use crate::finetune::cache::{Element, RowsWriter};
 
     fn training_set(folder: &std::path::Path) -> TrainingSet {
         let ids = [5i64, 6, 7, 8];
         let long = Example::new("a".into(), &ids, &[false, false, true, true]).unwrap();
         let short = Example::new("b".into(), &ids[..2], &[true, true]).unwrap();
-        let mut writer = RowsWriter::create(&folder.join("rows"), 2).unwrap();
+        let mut writer = RowsWriter::create(&folder.join("rows"), 2, Element::F32).unwrap();
         writer.push(&(1..=12).map(|n| n as f32).collect::<Vec<_>>()).unwrap();
         let rows = writer.finish().unwrap();
-        TrainingSet::new(vec![long, short], Rows::open(&folder.join("rows"), rows, 2).unwrap())
+        TrainingSet::new(vec![long, short], Rows::open(&folder.join("rows"), rows, 2, Element::F32).unwrap())
     }
 
     #[test]

@@ -2,31 +2,67 @@
 
 use std::path::Path;
 
+use half::bf16;
+use tch::Kind;
+
 use crate::base::{AtomicFile, Error, MappedFile, Result};
 
-/// Bytes of one f32.
-const ELEMENT: u64 = 4;
+/// How a number is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Element {
+    F32,
+    /// Half the size, three digits: for targets that are only compared with.
+    Bf16,
+}
 
-/// A mapped file of f32 rows, little-endian, one row per token and nothing else.
+impl Element {
+    fn size(self) -> usize {
+        match self {
+            Element::F32 => 4,
+            Element::Bf16 => 2,
+        }
+    }
+
+    /// LibTorch's name for it.
+    pub fn kind(self) -> Kind {
+        match self {
+            Element::F32 => Kind::Float,
+            Element::Bf16 => Kind::BFloat16,
+        }
+    }
+
+    /// Ending of files of such rows.
+    pub fn extension(self) -> &'static str {
+        match self {
+            Element::F32 => "f32",
+            Element::Bf16 => "bf16",
+        }
+    }
+}
+
+/// A mapped file of rows, little-endian, one row per token and nothing else.
 #[derive(Debug)]
 pub struct Rows {
     file: MappedFile,
     width: usize,
+    element: Element,
 }
 
 impl Rows {
     /// Opens `rows` rows of `width` numbers.
     ///
     /// Errors: `Error::Io`; `Error::Invalid` when the file holds another number of bytes.
-    pub fn open(path: &Path, rows: u64, width: usize) -> Result<Self> {
+    pub fn open(path: &Path, rows: u64, width: usize, element: Element) -> Result<Self> {
         let file = MappedFile::open(path)?;
-        let want = rows.checked_mul(width as u64).and_then(|count| count.checked_mul(ELEMENT));
+        let stride = (width as u64).checked_mul(element.size() as u64);
+        let want = stride.and_then(|stride| rows.checked_mul(stride));
         if want != Some(file.len() as u64) {
-            let problem = format!("holds {} bytes, {rows} rows of {width} f32 numbers take another amount", file.len());
+            let problem =
+                format!("holds {} bytes, {rows} rows of {width} {element:?} numbers take another amount", file.len());
             return Err(Error::invalid(format!("cache `{}`", path.display()), problem)
                 .remedy("remove the file; it is computed again"));
         }
-        Ok(Rows { file, width })
+        Ok(Rows { file, width, element })
     }
 
     /// Numbers per row.
@@ -34,18 +70,17 @@ impl Rows {
         self.width
     }
 
+    /// How numbers are kept.
+    pub fn element(&self) -> Element {
+        self.element
+    }
+
     /// The bytes of `count` rows from row `start` on; shorter where the file ends.
     pub fn bytes(&self, start: u64, count: usize) -> &[u8] {
-        let stride = self.width * ELEMENT as usize;
+        let stride = self.width * self.element.size();
         let from = (start as usize).saturating_mul(stride).min(self.file.len());
         let to = from.saturating_add(count.saturating_mul(stride)).min(self.file.len());
         &self.file[from..to]
-    }
-
-    /// The numbers of `count` rows from row `start` on.
-    pub fn numbers(&self, start: u64, count: usize) -> Vec<f32> {
-        let (chunks, _) = self.bytes(start, count).as_chunks::<4>();
-        chunks.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
     }
 }
 
@@ -53,14 +88,20 @@ impl Rows {
 pub struct RowsWriter {
     file: AtomicFile,
     width: usize,
+    element: Element,
     buffer: Vec<u8>,
     rows: u64,
 }
 
 impl RowsWriter {
     /// Errors: `Error::Io` when the file cannot be made.
-    pub fn create(path: &Path, width: usize) -> Result<Self> {
-        Ok(RowsWriter { file: AtomicFile::create(path)?, width, buffer: Vec::new(), rows: 0 })
+    pub fn create(path: &Path, width: usize, element: Element) -> Result<Self> {
+        Ok(RowsWriter { file: AtomicFile::create(path)?, width, element, buffer: Vec::new(), rows: 0 })
+    }
+
+    /// Numbers per row.
+    pub fn width(&self) -> usize {
+        self.width
     }
 
     /// Appends whole rows.
@@ -71,7 +112,12 @@ impl RowsWriter {
             let problem = format!("got {} numbers, no whole number of rows of {}", numbers.len(), self.width);
             return Err(Error::invalid("cache of hidden states", problem));
         }
-        self.buffer.extend(numbers.iter().flat_map(|number| number.to_le_bytes()));
+        match self.element {
+            Element::F32 => self.buffer.extend(numbers.iter().flat_map(|number| number.to_le_bytes())),
+            Element::Bf16 => {
+                self.buffer.extend(numbers.iter().flat_map(|&number| bf16::from_f32(number).to_le_bytes()))
+            }
+        }
         self.rows += (numbers.len() / self.width) as u64;
         if self.buffer.len() >= 1 << 20 {
             self.flush()?;
@@ -100,16 +146,24 @@ mod tests {
     #[test]
     fn rows_come_back_as_written() {
         let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("rows");
-        let mut writer = RowsWriter::create(&path, 3).unwrap();
-        writer.push(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).unwrap();
-        writer.push(&[-0.0, f32::MIN_POSITIVE, 9.0]).unwrap();
-        assert!(writer.push(&[1.0]).is_err());
-        assert!(!path.exists());
-        assert_eq!(writer.finish().unwrap(), 3);
-        let rows = Rows::open(&path, 3, 3).unwrap();
-        assert_eq!(rows.numbers(1, 2), [4.0, 5.0, 6.0, -0.0, f32::MIN_POSITIVE, 9.0]);
-        assert_eq!(rows.numbers(2, 5).len(), 3);
-        assert!(Rows::open(&path, 4, 3).is_err());
+        for element in [Element::F32, Element::Bf16] {
+            let path = folder.path().join(element.extension());
+            let mut writer = RowsWriter::create(&path, 3, element).unwrap();
+            writer.push(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).unwrap();
+            writer.push(&[-0.0, 0.25, 9.0]).unwrap();
+            assert!(writer.push(&[1.0]).is_err());
+            assert!(!path.exists());
+            assert_eq!(writer.finish().unwrap(), 3);
+            let rows = Rows::open(&path, 3, 3, element).unwrap();
+            let want: Vec<u8> = match element {
+                Element::F32 => [4.0f32, 5.0, 6.0, -0.0, 0.25, 9.0].iter().flat_map(|n| n.to_le_bytes()).collect(),
+                Element::Bf16 => {
+                    [4.0f32, 5.0, 6.0, -0.0, 0.25, 9.0].iter().flat_map(|&n| bf16::from_f32(n).to_le_bytes()).collect()
+                }
+            };
+            assert_eq!(rows.bytes(1, 2), want);
+            assert_eq!(rows.bytes(2, 5).len(), 3 * element.size());
+            assert!(Rows::open(&path, 4, 3, element).is_err());
+        }
     }
 }

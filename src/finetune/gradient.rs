@@ -43,7 +43,7 @@ pub struct Pass {
 pub fn pass(student: &Student, batch: &Batch, settings: &Settings, counts: Counts) -> Result<Pass> {
     let side = student.side(batch)?;
     let step = Step { student, batch, settings, counts, side };
-    if settings.gradient_checkpointing { step.checkpointed() } else { step.plain() }
+    if settings.gradient_checkpointing && step.wants_head() { step.checkpointed() } else { step.plain() }
 }
 
 struct Step<'a> {
@@ -56,12 +56,25 @@ struct Step<'a> {
 
 impl Step<'_> {
     /// All layers under one autograd graph.
+    ///
+    /// With stream terms alone each trained layer is healed on its own: the stream is cut before it, so nothing flows
+    /// back through the layers before, and nothing is run behind the last point that is compared.
     fn plain(&self) -> Result<Pass> {
+        let local = !self.wants_head();
+        let last = if local { self.points().iter().copied().max().unwrap_or(0) } else { self.student.layers() };
+        let mut terms = Terms::default();
         let mut stream = self.batch.hidden.shallow_clone();
-        for layer in 0..self.student.layers() {
+        for layer in 0..last {
+            if local && !self.student.layer_parameters(layer).is_empty() {
+                stream = stream.detach();
+            }
             stream = self.student.layer(layer, &stream, &self.side)?;
+            self.stream_terms(layer + 1, &stream, &mut terms)?;
         }
-        let (terms, loss) = self.head(&stream)?;
+        if !local {
+            self.head_terms(&stream, &mut terms)?;
+        }
+        let loss = self.total(&terms)?.ok_or_else(|| Error::invalid("the loss", "has no term"))?;
         let parameters: Vec<&Tensor> = self.student.parameters.iter().map(|parameter| &parameter.value).collect();
         let gradients = gradients(&loss, &parameters)?;
         self.named(terms, gradients.into_iter().map(Some).collect())
@@ -77,20 +90,35 @@ impl Step<'_> {
         let leaf =
             |stream: &Tensor| stream.detach().f_set_requires_grad(true).map_err(torch_error("a checkpointed layer"));
         let mut collected: Vec<Option<Tensor>> = self.student.parameters.iter().map(|_| None).collect();
-        let top = leaf(&streams[self.student.layers()])?;
-        let (terms, loss) = self.head(&top)?;
-        let mut upstream = gradients(&loss, &[&top])?.pop();
-        drop((loss, top));
+        let mut terms = Terms::default();
+        let mut upstream = None;
+        if self.wants_head() {
+            let top = leaf(&streams[self.student.layers()])?;
+            let mut head = Terms::default();
+            self.head_terms(&top, &mut head)?;
+            if let Some(loss) = self.total(&head)? {
+                upstream = gradients(&loss, &[&top])?.pop();
+            }
+            terms.absorb(head)?;
+        }
         for layer in (0..self.student.layers()).rev() {
             streams.truncate(layer + 1);
             let input = if layer == 0 { streams[0].shallow_clone() } else { leaf(&streams[layer])? };
             let output = self.student.layer(layer, &input, &self.side)?;
-            let Some(gradient) = upstream.take() else { break };
-            // The gradient of this sum is the layer's share of the chain rule.
-            let sum = output
-                .f_mul(&gradient)
-                .and_then(|product| product.f_sum(Kind::Float))
-                .map_err(torch_error("the chain rule"))?;
+            let mut own_terms = Terms::default();
+            self.stream_terms(layer + 1, &output, &mut own_terms)?;
+            let mut sum = self.total(&own_terms)?;
+            terms.absorb(own_terms)?;
+            if let Some(gradient) = upstream.take() {
+                // The gradient of this sum is the layer's share of the chain rule.
+                let chained = output.f_mul(&gradient).and_then(|product| product.f_sum(Kind::Float));
+                let chained = chained.map_err(torch_error("the chain rule"))?;
+                sum = Some(match sum {
+                    Some(sum) => sum.f_add(&chained).map_err(torch_error("the chain rule"))?,
+                    None => chained,
+                });
+            }
+            let Some(sum) = sum else { continue };
             let own = self.student.layer_parameters(layer);
             let mut wanted: Vec<&Tensor> = own.iter().map(|&number| &self.student.parameters[number].value).collect();
             if layer > 0 {
@@ -112,31 +140,69 @@ impl Step<'_> {
         self.named(terms, collected)
     }
 
-    /// Loss terms at the answer positions and their weighted sum.
-    fn head(&self, stream: &Tensor) -> Result<(BTreeMap<LossKind, Tensor>, Tensor)> {
-        let mut terms = BTreeMap::new();
+    /// True when a term looks at answers, so that everything up to the head must be run.
+    fn wants_head(&self) -> bool {
+        self.settings.weight(LossKind::Ce) > 0.0 || self.settings.weight(LossKind::Kd) > 0.0
+    }
+
+    fn points(&self) -> &[usize] {
+        &self.student.points
+    }
+
+    /// Terms at the answer positions.
+    fn head_terms(&self, stream: &Tensor, terms: &mut Terms) -> Result<()> {
         let logits = self.student.head(stream, self.batch, &self.side)?;
-        let sum = loss::cross_entropy(&logits, &self.batch.targets)?;
-        self.add(LossKind::Ce, sum, &mut terms)?;
+        if self.settings.weight(LossKind::Ce) > 0.0 {
+            let sum = loss::cross_entropy(&logits, &self.batch.targets)?;
+            terms.add(LossKind::Ce, self.mean(LossKind::Ce, &sum, 1)?)?;
+        }
+        if self.settings.weight(LossKind::Kd) > 0.0 {
+            let top_k = self.batch.top_k.as_ref();
+            let top_k = top_k.ok_or_else(|| Error::invalid("loss `kd`", "has no answers of the dense model"))?;
+            let sum = loss::distillation(&logits, top_k, self.settings.kd_temperature)?;
+            terms.add(LossKind::Kd, self.mean(LossKind::Kd, &sum, 1)?)?;
+        }
+        Ok(())
+    }
+
+    /// Terms at a point of the residual stream, if any compares there.
+    fn stream_terms(&self, at: usize, stream: &Tensor, terms: &mut Terms) -> Result<()> {
+        let Some(number) = self.points().iter().position(|&point| point == at) else { return Ok(()) };
+        let target = self.batch.streams.get(number);
+        let target = target.ok_or_else(|| Error::invalid("the residual-stream loss", "has no target"))?;
+        let width = target.size().last().copied().unwrap_or(0);
+        let real = stream
+            .f_reshape([-1, width])
+            .and_then(|rows| rows.f_index_select(0, &self.batch.real_rows))
+            .map_err(torch_error("the residual-stream loss"))?;
+        let sum = loss::stream_distance(&real, target)?;
+        for kind in [LossKind::Anchor, LossKind::Hidden] {
+            if self.settings.weight(kind) > 0.0 && self.student.compares(kind, at) {
+                terms.add(kind, self.mean(kind, &sum, self.student.point_count(kind))?)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A batch's share of the optimiser step's mean; stream terms are a mean over points too.
+    fn mean(&self, kind: LossKind, sum: &Tensor, points: usize) -> Result<Tensor> {
+        let count = self.counts.of(kind.row().denominator) * points.max(1) as f64;
+        sum.f_div_scalar(count).map_err(torch_error("the loss"))
+    }
+
+    fn total(&self, terms: &Terms) -> Result<Option<Tensor>> {
         let mut total: Option<Tensor> = None;
-        for (kind, term) in &terms {
+        for (kind, term) in &terms.0 {
             let weighted = term.f_mul_scalar(self.settings.weight(*kind)).map_err(torch_error("the loss"))?;
             total = Some(match total {
                 Some(total) => total.f_add(&weighted).map_err(torch_error("the loss"))?,
                 None => weighted,
             });
         }
-        let total = total.ok_or_else(|| Error::invalid("the loss", "has no term"))?;
-        Ok((terms, total))
+        Ok(total)
     }
 
-    fn add(&self, kind: LossKind, sum: Tensor, terms: &mut BTreeMap<LossKind, Tensor>) -> Result<()> {
-        let count = self.counts.of(kind.row().denominator);
-        terms.insert(kind, sum.f_div_scalar(count).map_err(torch_error("the loss"))?);
-        Ok(())
-    }
-
-    fn named(&self, terms: BTreeMap<LossKind, Tensor>, gradients: Vec<Option<Tensor>>) -> Result<Pass> {
+    fn named(&self, terms: Terms, gradients: Vec<Option<Tensor>>) -> Result<Pass> {
         let mut defined = Vec::with_capacity(gradients.len());
         for (parameter, gradient) in self.student.parameters.iter().zip(gradients) {
             match gradient {
@@ -147,8 +213,28 @@ impl Step<'_> {
                 }
             }
         }
-        let terms = terms.into_iter().map(|(kind, term)| (kind, term.detach())).collect();
+        let terms = terms.0.into_iter().map(|(kind, term)| (kind, term.detach())).collect();
         Ok(Pass { terms, gradients: defined })
+    }
+}
+
+/// Loss terms, each a sum over what has been added to it.
+#[derive(Default)]
+struct Terms(BTreeMap<LossKind, Tensor>);
+
+impl Terms {
+    fn add(&mut self, kind: LossKind, term: Tensor) -> Result<()> {
+        let sum = match self.0.remove(&kind) {
+            Some(sum) => sum.f_add(&term).map_err(torch_error("the loss"))?,
+            None => term,
+        };
+        self.0.insert(kind, sum);
+        Ok(())
+    }
+
+    /// Adds another's values, cut off from their history.
+    fn absorb(&mut self, other: Terms) -> Result<()> {
+        other.0.into_iter().try_for_each(|(kind, term)| self.add(kind, term.detach()))
     }
 }
 

@@ -28,7 +28,7 @@ pub enum LossKind {
 pub enum Denominator {
     /// Answer tokens.
     AnswerTokens,
-    /// All tokens, image tokens included, times the number of compared points of the residual stream.
+    /// All tokens, image tokens included; the mean over the compared points of the stream is taken too.
     StreamTokens,
 }
 
@@ -96,6 +96,7 @@ impl LossKind {
 }
 
 /// The dense model's answer distribution, cut to its likeliest tokens.
+#[derive(Debug)]
 pub struct TopK {
     /// Natural log-probabilities at the run's temperature, f32 `[N, K]`.
     pub log_probs: Tensor,

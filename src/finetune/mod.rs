@@ -16,16 +16,18 @@ mod settings;
 mod source;
 mod student;
 mod suffix;
+mod teacher;
 mod trainer;
 mod weights;
 
 pub use loss::{LOSSES, LossKind, LossRow};
 pub use metrics::StepMetrics;
 pub use prefix::LeftOut;
-pub use run::{Outcome, Report, Request, clear_checkpoints, finetune};
+pub use run::{Outcome, Report, Request, clear_checkpoints, finetune, finetune_with_teacher};
 pub use schedule::{SCHEDULES, Schedule, ScheduleRow};
 pub use settings::{Precision, Settings};
 pub use source::{Conversations, Sample, Source};
+pub use teacher::Teacher;
 
 use crate::base::Error;
 

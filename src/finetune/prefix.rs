@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::base::{Cancel, Error, Progress, Result, Sha256Digest, read_json, write_json};
-use crate::runtime::{Prompt, Step, StepTokens, VlmSession};
+use crate::runtime::{Embedded, Prompt, Step, StepTokens, VlmSession};
 
 use super::batch::{Example, TrainingSet, total_tokens};
-use super::cache::{Rows, RowsWriter};
+use super::cache::{Element, Rows, RowsWriter};
 use super::source::{Sample, Source};
 
 const SCHEMA_VERSION: u32 = 1;
@@ -56,7 +56,7 @@ impl Store {
             return Ok(None);
         }
         let Index { width, left_out, examples, .. } = read_json(&self.index, SCHEMA_VERSION)?;
-        let rows = Rows::open(&self.rows, total_tokens(&examples), width)?;
+        let rows = Rows::open(&self.rows, total_tokens(&examples), width, Element::F32)?;
         Ok(Some((TrainingSet::new(examples, rows), left_out)))
     }
 
@@ -72,48 +72,29 @@ impl Store {
         max_tokens: usize,
         cancel: &Cancel,
     ) -> Result<(TrainingSet, LeftOut)> {
-        let progress = Progress::new("frozen part", "samples", source.count());
-        let mut samples = source.samples()?;
-        let mut left_out = LeftOut::default();
         let mut examples = Vec::new();
         let mut writer: Option<RowsWriter> = None;
         let mut width = 0;
-        let mut round: Vec<(Sample, Example)> = Vec::new();
-        let mut tokens = 0;
-        loop {
-            cancel.check("nothing of the frozen part is kept")?;
-            let next = samples.next().transpose()?;
-            let ended = next.is_none();
-            if let Some(sample) = next {
-                progress.advance(1);
-                let example = Example::new(sample.id.clone(), &sample.prompt.input_ids, &sample.answer_mask)?;
-                if example.length > max_tokens {
-                    left_out.too_long += 1;
-                } else if example.targets.is_empty() {
-                    left_out.without_answer += 1;
-                } else {
-                    tokens += example.length;
-                    round.push((sample, example));
+        let left_out = each_round(source, "frozen part", max_tokens, cancel, &mut |mut round| {
+            let embedded = embed(&mut round, frozen)?;
+            let hidden: Vec<Vec<f32>> = if embeds_only {
+                embedded.into_iter().map(|embedded| embedded.data).collect()
+            } else {
+                let outputs = outputs(&round, &embedded, frozen, usize::MAX)?;
+                outputs.into_iter().map(|mut outputs| outputs.swap_remove(0)).collect()
+            };
+            for (numbers, (_, example)) in hidden.into_iter().zip(round) {
+                width = numbers.len() / example.length.max(1);
+                if writer.is_none() {
+                    writer = Some(RowsWriter::create(&self.rows, width, Element::F32)?);
                 }
-            }
-            if round.len() >= SAMPLES_PER_ROUND || tokens >= TOKENS_PER_ROUND || (ended && !round.is_empty()) {
-                let hidden = run_round(&mut round, frozen, embeds_only)?;
-                for (numbers, (_, example)) in hidden.into_iter().zip(round.drain(..)) {
-                    width = numbers.len() / example.length.max(1);
-                    if writer.is_none() {
-                        writer = Some(RowsWriter::create(&self.rows, width)?);
-                    }
-                    if let Some(writer) = &mut writer {
-                        writer.push(&numbers)?;
-                    }
-                    examples.push(example);
+                if let Some(writer) = &mut writer {
+                    writer.push(&numbers)?;
                 }
-                tokens = 0;
+                examples.push(example);
             }
-            if ended {
-                break;
-            }
-        }
+            Ok(())
+        })?;
         let Some(writer) = writer else {
             return Err(Error::invalid(
                 "training data",
@@ -125,7 +106,7 @@ impl Store {
             .remedy("look at the data, or raise `max_tokens`"));
         };
         let rows = writer.finish()?;
-        let rows = Rows::open(&self.rows, rows, width)?;
+        let rows = Rows::open(&self.rows, rows, width, Element::F32)?;
         write_json(
             &self.index,
             &Index { schema_version: SCHEMA_VERSION, width, left_out, examples: examples.clone() },
@@ -134,29 +115,87 @@ impl Store {
     }
 }
 
-/// The frozen part's rows for each sample of a round.
-fn run_round(round: &mut [(Sample, Example)], frozen: &mut VlmSession, embeds_only: bool) -> Result<Vec<Vec<f32>>> {
+/// A few samples that go through a network together.
+pub type Round = Vec<(Sample, Example)>;
+
+/// Reads all samples and hands on, in rounds, those that are trained on.
+///
+/// Errors: whatever a sample or `work` fails with; `Error::Interrupted`.
+pub fn each_round(
+    source: &dyn Source,
+    task: &str,
+    max_tokens: usize,
+    cancel: &Cancel,
+    work: &mut dyn FnMut(Round) -> Result<()>,
+) -> Result<LeftOut> {
+    let progress = Progress::new(task, "samples", source.count());
+    let mut left_out = LeftOut::default();
+    let mut round = Round::new();
+    let mut tokens = 0;
+    for sample in source.samples()? {
+        cancel.check(&format!("nothing of the {task} is kept"))?;
+        let sample = sample?;
+        progress.advance(1);
+        let example = Example::new(sample.id.clone(), &sample.prompt.input_ids, &sample.answer_mask)?;
+        if example.length > max_tokens {
+            left_out.too_long += 1;
+            continue;
+        }
+        if example.targets.is_empty() {
+            left_out.without_answer += 1;
+            continue;
+        }
+        tokens += example.length;
+        round.push((sample, example));
+        if round.len() >= SAMPLES_PER_ROUND || tokens >= TOKENS_PER_ROUND {
+            work(std::mem::take(&mut round))?;
+            tokens = 0;
+        }
+    }
+    if !round.is_empty() {
+        work(round)?;
+    }
+    Ok(left_out)
+}
+
+/// The embeddings of a round; positions that are more than counting go into the examples.
+pub fn embed(round: &mut Round, model: &mut VlmSession) -> Result<Vec<Embedded>> {
     let prompts: Vec<Prompt> = round.iter().map(|(sample, _)| sample.prompt.clone()).collect();
-    let embedded = frozen.embed_all(&prompts)?;
-    let rows = frozen.decoder().position_rows();
-    for ((_, example), embedded) in round.iter_mut().zip(&embedded) {
-        if rows > 1 {
+    let embedded = model.embed_all(&prompts)?;
+    if model.decoder().position_rows() > 1 {
+        for ((_, example), embedded) in round.iter_mut().zip(&embedded) {
             example.rotary = embedded.positions.clone();
         }
     }
-    if embeds_only {
-        return Ok(embedded.into_iter().map(|embedded| embedded.data).collect());
-    }
+    Ok(embedded)
+}
+
+/// All outputs of the model's decoder for each sample, a row per token, with at most `tokens_per_run` tokens at a time.
+///
+/// Samples of one length go together and are not padded, so that no number depends on how they fell into rounds.
+///
+/// Errors: `Error::Engine` when a run fails; `Error::Invalid` when an output has no row per token.
+pub fn outputs(
+    round: &Round,
+    embedded: &[Embedded],
+    model: &mut VlmSession,
+    tokens_per_run: usize,
+) -> Result<Vec<Vec<Vec<f32>>>> {
+    let rows = model.decoder().position_rows();
     let mut order: Vec<usize> = (0..round.len()).collect();
     order.sort_by_key(|&number| round[number].1.length);
-    let mut results: Vec<Vec<f32>> = vec![Vec::new(); round.len()];
-    // Equal lengths together: no padding, so that no row depends on how samples fell into rounds.
-    for group in order.chunk_by(|&a, &b| round[a].1.length == round[b].1.length) {
+    let mut results: Vec<Vec<Vec<f32>>> = vec![Vec::new(); round.len()];
+    let same_length = order.chunk_by(|&a, &b| round[a].1.length == round[b].1.length);
+    let groups = same_length.flat_map(|group| {
+        let length = round[group[0]].1.length.max(1);
+        group.chunks((tokens_per_run / length).max(1))
+    });
+    for group in groups {
         let time = round[group[0]].1.length;
         let (mut data, mut ids, mut positions) = (Vec::new(), Vec::new(), Vec::new());
         for &number in group {
             data.extend_from_slice(&embedded[number].data);
-            ids.extend_from_slice(&prompts[number].input_ids);
+            ids.extend_from_slice(&round[number].0.prompt.input_ids);
         }
         for row in 0..rows {
             for &number in group {
@@ -165,7 +204,7 @@ fn run_round(round: &mut [(Sample, Example)], frozen: &mut VlmSession, embeds_on
         }
         let mask = vec![1; group.len() * time];
         let hidden_size = embedded[group[0]].hidden_size;
-        let tokens = if frozen.decoder().takes_embeds() {
+        let tokens = if model.decoder().takes_embeds() {
             StepTokens::Embeds { data: &data, hidden_size }
         } else {
             StepTokens::Ids(&ids)
@@ -178,18 +217,16 @@ fn run_round(round: &mut [(Sample, Example)], frozen: &mut VlmSession, embeds_on
             position_rows: rows,
             last_only: false,
         };
-        let outputs = frozen.decoder_mut().prefill_outputs(&step)?;
-        let (_, hidden) = outputs.iter().next().ok_or_else(|| Error::invalid("the frozen part", "gave nothing"))?;
-        let numbers = hidden.to_f32()?;
-        let each = numbers.len() / group.len();
-        if each * group.len() != numbers.len() || !each.is_multiple_of(time) {
-            return Err(Error::invalid(
-                "the frozen part",
-                format!("gave shape {:?} for {} samples of {time} tokens", hidden.shape(), group.len()),
-            ));
-        }
-        for (&number, numbers) in group.iter().zip(numbers.chunks_exact(each)) {
-            results[number] = numbers.to_vec();
+        for (name, tensor) in model.decoder_mut().prefill_outputs(&step)?.iter() {
+            let numbers = tensor.to_f32()?;
+            let each = numbers.len() / group.len();
+            if each == 0 || each * group.len() != numbers.len() || !each.is_multiple_of(time) {
+                let problem = format!("has shape {:?} for {} samples of {time} tokens", tensor.shape(), group.len());
+                return Err(Error::invalid(format!("value `{name}`"), problem));
+            }
+            for (&number, numbers) in group.iter().zip(numbers.chunks_exact(each)) {
+                results[number].push(numbers.to_vec());
+            }
         }
     }
     Ok(results)

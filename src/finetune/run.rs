@@ -23,6 +23,7 @@ use super::settings::Settings;
 use super::source::Source;
 use super::student::{Student, token_inputs};
 use super::suffix::Suffix;
+use super::teacher::{Lesson, Teacher};
 use super::trainer::{METRICS_FILE, Summary, Trainer};
 use super::weights::{replaced, trained_weights};
 
@@ -100,9 +101,22 @@ struct Cut {
 /// `Error::Interrupted` when the user asked to stop, a checkpoint left behind; `Error::Engine` from LibTorch and ONNX
 /// Runtime.
 pub fn finetune(request: &Request<'_>, cancel: &Cancel, observer: &mut dyn FnMut(&StepMetrics)) -> Result<Outcome> {
+    finetune_with_teacher(request, None, cancel, observer)
+}
+
+/// [`finetune`] with the dense model at hand, for the losses that need it.
+///
+/// Errors: as `finetune`, and `Error::Invalid` when the two models do not belong together.
+pub fn finetune_with_teacher(
+    request: &Request<'_>,
+    teacher: Option<&Teacher<'_>>,
+    cancel: &Cancel,
+    observer: &mut dyn FnMut(&StepMetrics),
+) -> Result<Outcome> {
     let settings = request.settings;
     settings.check()?;
-    loss::check_teacher(settings.losses.iter().filter(|(_, weight)| **weight > 0.0).map(|(kind, _)| *kind), false)?;
+    let asked = || settings.losses.iter().filter(|(_, weight)| **weight > 0.0).map(|(kind, _)| *kind);
+    loss::check_teacher(asked(), teacher.is_some())?;
     let device = torch_device(request.device)?;
     let path = request.bundle.path_of(request.bundle.require(Role::Decoder)?);
     let decoder = crate::onnx::load(&path)?;
@@ -112,16 +126,37 @@ pub fn finetune(request: &Request<'_>, cancel: &Cancel, observer: &mut dyn FnMut
 
     let model_digest = request.bundle.digest()?;
     let data_digest = request.data.digest()?;
-    let inputs = BTreeMap::from([
+    let mut inputs = BTreeMap::from([
         ("model".to_string(), model_digest.clone()),
         ("data".to_string(), data_digest.clone()),
         ("layers".to_string(), sha256_json(&request.layers)?),
         ("settings".to_string(), sha256_json(settings)?),
     ]);
     let key = sha256_json(&("hidden", &model_digest, &data_digest, cut.first, settings.max_tokens))?;
-    let (dataset, left_out) = frozen_part(request, &cut, &key, cancel)?;
+    let (mut dataset, left_out) = frozen_part(request, &cut, &key, cancel)?;
 
-    let student = Student::compile(&cut.analysis.model, suffix, &cut.trained, settings.precision, device)?;
+    let mut student = Student::compile(&cut.analysis.model, suffix, &cut.trained, settings.precision, device)?;
+    if let Some(teacher) = teacher
+        && asked().any(|kind| kind.row().teacher != loss::Teacher::Nothing)
+    {
+        inputs.insert("teacher".to_string(), teacher.bundle.digest()?);
+        let lesson = Lesson {
+            teacher,
+            trained: request.layers,
+            source: request.data,
+            data_digest: &data_digest,
+            examples: &dataset.examples,
+            settings,
+            device: request.device,
+            work: request.work,
+            features: request.features,
+        };
+        let targets = lesson.targets(cancel)?;
+        student.points = targets.streams.as_ref().map(|streams| streams.points.clone()).unwrap_or_default();
+        let around = teacher.anchors.iter().flat_map(|&anchor| [anchor, anchor + 1]);
+        student.anchor_points = around.filter_map(|point| point.checked_sub(cut.first)).collect();
+        dataset.targets = targets;
+    }
     let mut trainer =
         Trainer { settings, student, dataset: &dataset, device, inputs: inputs.clone(), work: request.work };
     let summary = trainer.run(request.resume, cancel, observer)?;

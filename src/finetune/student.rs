@@ -7,6 +7,7 @@ use crate::ir::{DataType, Dim, Graph, Model, ValueId};
 use crate::torch::{Options, Program};
 
 use super::batch::Batch;
+use super::loss::LossKind;
 use super::optimizer::Parameter;
 use super::settings::Precision;
 use super::suffix::Suffix;
@@ -69,6 +70,10 @@ pub struct Student {
     /// Positions in `parameters` of what each layer trains.
     by_layer: Vec<Vec<usize>>,
     pub parameters: Vec<Parameter>,
+    /// Points of the stream with targets, counted in layers from the first trained one, in the targets' order.
+    pub points: Vec<usize>,
+    /// Those of `points` that the anchor term compares.
+    pub anchor_points: Vec<usize>,
 }
 
 /// What the layers read besides the stream, for one batch.
@@ -108,7 +113,21 @@ impl Student {
             .iter()
             .map(|ids| ids.iter().filter_map(|id| program.parameters().iter().position(|p| p.id == *id)).collect())
             .collect();
-        Ok(Student { program, suffix, inputs, by_layer, parameters })
+        Ok(Student { program, suffix, inputs, by_layer, parameters, points: Vec::new(), anchor_points: Vec::new() })
+    }
+
+    /// True when a stream term compares at this point.
+    pub fn compares(&self, kind: LossKind, point: usize) -> bool {
+        match kind {
+            LossKind::Anchor => self.anchor_points.contains(&point),
+            LossKind::Hidden => self.points.contains(&point),
+            LossKind::Ce | LossKind::Kd => false,
+        }
+    }
+
+    /// How many points a stream term compares.
+    pub fn point_count(&self, kind: LossKind) -> usize {
+        self.points.iter().filter(|&&point| self.compares(kind, point)).count()
     }
 
     /// Number of layers from the first trained one on.
