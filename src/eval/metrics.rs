@@ -18,7 +18,7 @@ pub struct Metric {
     pub name: &'static str,
     /// What it counts, for help texts.
     pub about: &'static str,
-    /// Benchmarks (parts of their names, lower case) that are judged by it.
+    /// Benchmarks that are judged by it: how their names begin, in lower case.
     pub benchmarks: &'static [&'static str],
     /// What their questions end with.
     pub instruction: &'static str,
@@ -77,7 +77,7 @@ pub const METRICS: &[Metric] = &[
             "mmstar",
             "seedbench",
             "hrbench",
-            "vstar",
+            "vstarbench",
             "a-okvqa",
             "mmmu",
         ],
@@ -108,10 +108,14 @@ pub fn metric_for(benchmark: &str, reference: &Reference) -> &'static Metric {
     metric_of(benchmark).or_else(by_row).unwrap_or(&METRICS[METRICS.len() - 1])
 }
 
-/// The metric of a benchmark that the table knows by name.
+/// The metric of a benchmark that the table knows by name: `ChartQA_TEST` and `HRBench4K` are known, `commerce` is not.
 pub fn metric_of(benchmark: &str) -> Option<&'static Metric> {
     let benchmark = benchmark.to_lowercase();
-    METRICS.iter().find(|metric| metric.benchmarks.iter().any(|part| benchmark.contains(part)))
+    let named = |known: &&str| match benchmark.strip_prefix(*known) {
+        Some(rest) => !rest.starts_with(char::is_alphabetic),
+        None => false,
+    };
+    METRICS.iter().find(|metric| metric.benchmarks.iter().any(|known| named(&known)))
 }
 
 fn hit(condition: bool) -> f64 {
@@ -145,6 +149,7 @@ fn is_relaxed_match(target: &str, prediction: &str) -> bool {
     }
 }
 
+/// Source: Antol et al. 2015, arXiv:1505.00468. A lone answer has no others to agree with, so it must be met itself.
 fn vqa_score(reference: &Reference, prediction: &str) -> f64 {
     let prediction = normalise_answer(prediction);
     let answers: Vec<String> =
@@ -324,6 +329,8 @@ mod tests {
             ("DocVQA_VAL", open("stop"), "anls"),
             ("OCRBench", open("stop"), "ocr_contains"),
             ("MMBench_DEV_EN", choice("A"), "multiple_choice"),
+            ("HRBench4K", choice("A"), "multiple_choice"),
+            ("commerce", open("dog"), "exact_match"),
             ("bench", choice("A"), "multiple_choice"),
             ("bench", open("no"), "yes_no"),
             ("bench", open("dog"), "exact_match"),

@@ -10,7 +10,9 @@ mod stats;
 mod text;
 mod verify;
 
-pub use bench::{BenchOptions, BenchReport, MemoryProbe, ModelBench, Speedup, bench, peak_memory, peak_memory_of_child};
+pub use bench::{
+    BenchOptions, BenchReport, MemoryProbe, ModelBench, Speedup, bench, peak_memory, peak_memory_of_child,
+};
 pub use metrics::{METRICS, Metric, Reference, metric_for, metric_of, says_yes};
 pub use prompt::{question_text, reference_of};
 pub use report::{Answer, EvalReport, EvalTiming, GroupRetention, GroupScore, ModelScores, Retention, YesNoScores};
