@@ -270,19 +270,24 @@ impl Vision {
         let raw = bundle.config().map_or(&Value::Null, |config| &config.raw);
         let named = |name: &str, default: &str| tokenizer.named(name).unwrap_or(default).to_string();
         let configured = bundle.config().and_then(|config| config.image_token_id);
-        let image_token = match configured.and_then(|id| u32::try_from(id).ok()).and_then(|id| tokenizer.token(id)) {
-            Some(token) => token,
-            None => named("image_token", "<image>"),
+        let (image_token, image_token_id) = match configured {
+            Some(id) => {
+                let known = u32::try_from(id).ok().and_then(|id| Some((tokenizer.token(id)?, id)));
+                known.ok_or_else(|| {
+                    Error::invalid(
+                        "`config.json`",
+                        format!("`image_token_id` is {id}, which the tokenizer does not have"),
+                    )
+                })?
+            }
+            None => {
+                let token = named("image_token", "<image>");
+                let id = tokenizer.id(&token);
+                let missing = || Error::invalid("`tokenizer.json`", format!("has no image token `{token}`"));
+                let id = id.ok_or_else(missing)?;
+                (token, id)
+            }
         };
-        let image_token_id = tokenizer
-            .id(&image_token)
-            .ok_or_else(|| Error::invalid("`tokenizer.json`", format!("has no token `{image_token}`")))?;
-        if let Some(id) = configured.filter(|id| *id != i64::from(image_token_id)) {
-            return Err(Error::invalid(
-                "`config.json`",
-                format!("`image_token_id` is {id}, but the tokenizer gives `{image_token}` the id {image_token_id}"),
-            ));
-        }
         Ok(Some(Vision {
             processor,
             image_token,

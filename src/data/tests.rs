@@ -10,6 +10,7 @@ use serde_json::Value;
 use super::template::{ChatTemplate, Content, ContentPart, Message};
 use super::*;
 use crate::base::sha256_bytes;
+use crate::bundle::Bundle;
 
 fn reference() -> Value {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/processor/operations.json");
@@ -134,6 +135,45 @@ fn pictures_that_do_not_decode_are_named() {
         let error = Picture::decode(&ImageBytes::held("image 0 of row 3", bytes)).unwrap_err().to_string();
         assert!(error.starts_with("image 0 of row 3: "), "{error}");
     }
+}
+
+#[test]
+fn a_qwen_processor_equals_hugging_face() {
+    let case = &reference()["qwen"];
+    let folder = tempfile::tempdir().unwrap();
+    let save = |name: &str, text: String| fs::write(folder.path().join(name), text).unwrap();
+    save("tokenizer.json", case["tokenizer"].to_string());
+    save("tokenizer_config.json", r#"{"eos_token": "<|im_end|>"}"#.into());
+    save("chat_template.json", serde_json::json!({"chat_template": case["template"]}).to_string());
+    save("preprocessor_config.json", case["image_processor"].to_string());
+    save("config.json", r#"{"num_hidden_layers": 1, "image_token_id": 260}"#.into());
+    save("model.onnx", String::new());
+    let processor = Processor::open(&Bundle::open(folder.path()).unwrap()).unwrap();
+    let images: Vec<ImageBytes> = case["sizes"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|size| {
+            let picture = picture(sizes(size)[0], sizes(size)[1]);
+            let (width, height) = (picture.width() as u32, picture.height() as u32);
+            let mut bytes = std::io::Cursor::new(Vec::new());
+            let buffer = image::RgbImage::from_raw(width, height, picture.rgb().to_vec()).unwrap();
+            buffer.write_to(&mut bytes, image::ImageFormat::Png).unwrap();
+            ImageBytes::held("picture", bytes.into_inner())
+        })
+        .collect();
+    let question = [Part::Image(0), Part::Image(1), Part::Text(case["question"].as_str().unwrap().into())];
+    let encoded = processor.encode_question("case", &question, &images).unwrap();
+    let want: Vec<i64> = case["input_ids"].as_array().unwrap().iter().map(|id| id.as_i64().unwrap()).collect();
+    assert_eq!(encoded.input_ids, want);
+    let inputs = encoded.images.unwrap();
+    assert_eq!(sha_of_floats(inputs.pixel_values.iter()), case["sha256"].as_str().unwrap());
+    let features = inputs.image_grid_thw.unwrap().rows().into_iter().map(|row| row.product() / 4).sum::<i64>();
+    assert_eq!(encoded.image_positions.len() as i64, features);
+
+    save("config.json", r#"{"num_hidden_layers": 1, "image_token_id": 9999}"#.into());
+    let error = Processor::open(&Bundle::open(folder.path()).unwrap()).unwrap_err().to_string();
+    assert!(error.contains("`image_token_id` is 9999, which the tokenizer does not have"), "{error}");
 }
 
 fn write(folder: &Path, name: &str, text: &str) -> PathBuf {
