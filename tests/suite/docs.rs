@@ -22,11 +22,15 @@ fn check_table(name: &str, head: [&str; 2], rows: impl Iterator<Item = (String, 
     for (key, value) in rows {
         want.push_str(&format!("| `{key}` | {value} |\n"));
     }
+    check_section(name, &want);
+}
+
+fn check_section(name: &str, want: &str) {
     let mut text = readme();
     if std::env::var_os("INTERLACE_UPDATE_DOCS").is_some() {
         let old = section(&text, name);
         let start = old.as_ptr() as usize - text.as_ptr() as usize;
-        text.replace_range(start..start + old.len(), &want);
+        text.replace_range(start..start + old.len(), want);
         fs::write(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md"), &text).expect("README.md is writable");
     }
     assert_eq!(section(&text, name), want, "run with INTERLACE_UPDATE_DOCS=1");
@@ -39,6 +43,7 @@ fn the_tables_are_those_of_the_code() {
     let strategies = interlace::method::select::STRATEGIES.iter();
     let rows = strategies.map(|strategy| (strategy.name.to_string(), strategy.summary.to_string()));
     check_table("strategies", ["strategy", "what it does"], rows);
+    check_section("operators", &format!("\n{}\n", interlace::torch::support_table()));
 }
 
 #[test]
