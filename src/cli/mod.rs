@@ -3,15 +3,19 @@
 //! Exit codes: 0 done; 1 it ran, but a gate that the user set or a check did not hold; 2 an error.
 
 mod args;
+mod bench;
 mod eval;
 mod export;
+mod finetune;
 mod inspect;
 mod output;
 mod plan;
 mod prune;
+mod run;
 mod schema;
 mod score;
 mod strip;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -44,8 +48,14 @@ enum Verb {
     Score(score::Args),
     Plan(plan::Args),
     Prune(prune::Args),
+    Finetune(finetune::Args),
     Eval(eval::Args),
+    Bench(bench::Args),
+    Verify(verify::Args),
     Export(export::Args),
+    Run(run::Args),
+    #[command(hide = true)]
+    PeakMemory(bench::MemoryArgs),
 }
 
 /// What every verb gets beside its arguments.
@@ -91,8 +101,13 @@ fn dispatch(cli: Cli) -> anyhow::Result<Outcome> {
         Verb::Score(args) => score::run(args, &context),
         Verb::Plan(args) => plan::run(args, &context),
         Verb::Prune(args) => prune::run(args, &context),
+        Verb::Finetune(args) => finetune::run(args, &context),
         Verb::Eval(args) => eval::run(args, &context),
+        Verb::Bench(args) => bench::run(args, &context),
+        Verb::Verify(args) => verify::run(args, &context),
         Verb::Export(args) => export::run(args, &context),
+        Verb::Run(args) => run::run(args, &context),
+        Verb::PeakMemory(args) => bench::run_memory(args, &context),
     }
 }
 

@@ -3,22 +3,29 @@
 use schemars::{Schema, schema_for};
 
 use crate::bundle::Record;
-use crate::eval::EvalReport;
+use crate::eval::{BenchReport, EvalReport, VerifyReport};
 use crate::export::triton::Export;
+use crate::finetune::Report;
 use crate::method::{Plan, Scores};
-use crate::pipeline::State;
 use crate::pipeline::steps::{Inspection, Pruned};
+use crate::pipeline::{Manifest, Recipe, State, Table};
 
 /// Name and schema of every artifact; `schemas/` holds them under `NAME.schema.json`.
 pub fn schemas() -> Vec<(&'static str, Schema)> {
     vec![
+        ("bench", schema_for!(BenchReport)),
         ("export", schema_for!(Export)),
+        ("finetune", schema_for!(Report)),
         ("interlace", schema_for!(Record)),
         ("layers", schema_for!(Inspection)),
+        ("manifest", schema_for!(Manifest)),
         ("plan", schema_for!(Plan)),
         ("pruned", schema_for!(Pruned)),
+        ("recipe", schema_for!(Recipe)),
         ("report", schema_for!(EvalReport)),
         ("scores", schema_for!(Scores)),
         ("state", schema_for!(State)),
+        ("table", schema_for!(Table)),
+        ("verify", schema_for!(VerifyReport)),
     ]
 }

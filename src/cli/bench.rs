@@ -1,0 +1,147 @@
+//! `interlace bench`, and the hidden verb with which it measures memory in a process of its own.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::Context as _;
+
+use crate::base::{Device, human_bytes, write_json};
+use crate::eval::{self, BenchOptions, BenchReport, ModelBench, Spread};
+use crate::runtime::Runtime;
+
+use super::args::positive;
+use super::output::table;
+use super::{Context, Outcome};
+
+/// Measure time to first token, decoding rate, memory and size, beside a baseline
+#[derive(clap::Args)]
+#[command(after_help = "Example:\n  interlace bench healed/ --baseline model/ -o bench.json")]
+pub struct Args {
+    /// Model folder
+    model: PathBuf,
+    /// Model folder to compare with, run in turn with the other
+    #[arg(long, value_name = "MODEL")]
+    baseline: Option<PathBuf>,
+    /// End with status 1 when the decoder's first token comes less than this many times sooner
+    #[arg(long, value_name = "X", requires = "baseline")]
+    min_speedup: Option<f64>,
+    #[command(flatten)]
+    load: Load,
+    /// The report to write
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+}
+
+/// What is run.
+#[derive(clap::Args)]
+pub struct Load {
+    /// Tokens of the decoder's prompt
+    #[arg(long, value_name = "N", value_parser = positive, default_value_t = BenchOptions::default().prompt_tokens)]
+    prompt_tokens: usize,
+    /// Tokens decoded behind it
+    #[arg(long, value_name = "N", value_parser = positive, default_value_t = BenchOptions::default().new_tokens)]
+    new_tokens: usize,
+    /// Measured rounds; in each, every model runs once
+    #[arg(long, value_name = "N", value_parser = positive, default_value_t = BenchOptions::default().rounds)]
+    rounds: usize,
+    /// Threads inside one operator [default: all cores]
+    #[arg(long, value_name = "N", value_parser = positive)]
+    threads: Option<usize>,
+    /// Where to compute: cpu, cuda or cuda:N
+    #[arg(long, default_value = "cpu")]
+    device: Device,
+}
+
+impl Load {
+    fn options(&self) -> BenchOptions {
+        BenchOptions {
+            prompt_tokens: self.prompt_tokens,
+            new_tokens: self.new_tokens,
+            rounds: self.rounds,
+            threads: self.threads,
+            ..BenchOptions::default()
+        }
+    }
+}
+
+/// Prints the peak memory of one model in bytes.
+#[derive(clap::Args)]
+pub struct MemoryArgs {
+    model: PathBuf,
+    #[command(flatten)]
+    load: Load,
+}
+
+pub fn run_memory(args: MemoryArgs, context: &Context) -> anyhow::Result<Outcome> {
+    let bytes = eval::peak_memory(&args.model, &Runtime::new(args.load.device)?, &args.load.options())?;
+    context.output.line(bytes)?;
+    Ok(Outcome::Done)
+}
+
+pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
+    let runtime = Runtime::new(args.load.device)?;
+    let program = std::env::current_exe().context("cannot find this program's own file")?;
+    let load = &args.load;
+    let memory = |model: &Path| {
+        let mut command = Command::new(&program);
+        command.arg("peak-memory").arg(model).args(["--prompt-tokens", &load.prompt_tokens.to_string()]);
+        command.args(["--new-tokens", &load.new_tokens.to_string(), "--device", &load.device.to_string()]);
+        if let Some(threads) = load.threads {
+            command.args(["--threads", &threads.to_string()]);
+        }
+        eval::peak_memory_of_child(&mut command)
+    };
+    let baseline = args.baseline.as_deref();
+    let report = eval::bench(&args.model, baseline, &runtime, &load.options(), Some(&memory), &context.cancel)?;
+    write_json(&args.output, &report)?;
+    if context.output.json {
+        context.output.json(&report)?;
+    } else {
+        context.output.line(report_table(&report))?;
+        context.output.line("median [least, most] of the rounds")?;
+    }
+    match (args.min_speedup, &report.speedup) {
+        (Some(wanted), Some(found)) if found.decoder_ttft.median < wanted => {
+            context
+                .output
+                .warn(format!("the decoder is {:.2} times as fast, {wanted} wanted", found.decoder_ttft.median));
+            Ok(Outcome::GateFailed)
+        }
+        _ => Ok(Outcome::Done),
+    }
+}
+
+fn report_table(report: &BenchReport) -> String {
+    let mut head = vec![String::new(), "model".to_string()];
+    if report.baseline.is_some() {
+        head.extend(["baseline".to_string(), "speed-up".to_string()]);
+    }
+    let mut rows = vec![head];
+    let mut row = |name: &str, figure: &dyn Fn(&ModelBench) -> String, speedup: Option<&Spread>| {
+        let mut cells = vec![name.to_string(), figure(&report.model)];
+        if let Some(baseline) = &report.baseline {
+            cells.extend([figure(baseline), speedup.map_or(String::new(), spread)]);
+        }
+        rows.push(cells);
+    };
+    let speedup = report.speedup.as_ref();
+    row("decoder layers", &|model| model.layers.map_or("?".to_string(), |layers| layers.to_string()), None);
+    row("decoder TTFT ms", &|model| spread(&model.decoder_ttft_ms), speedup.map(|speedup| &speedup.decoder_ttft));
+    row(
+        "whole TTFT ms",
+        &|model| model.pipeline_ttft_ms.as_ref().map_or("-".to_string(), spread),
+        speedup.and_then(|speedup| speedup.pipeline_ttft.as_ref()),
+    );
+    row("decode tokens/s", &|model| spread(&model.decode_tokens_per_second), speedup.map(|speedup| &speedup.decode));
+    row("peak memory", &|model| model.peak_memory_bytes.map_or("-".to_string(), human_bytes), None);
+    row("size", &|model| human_bytes(model.size_bytes), None);
+    let mut text = table(&rows);
+    if let Some((ideal, part)) = speedup.and_then(|speedup| speedup.ideal.zip(speedup.decoder_ttft_of_ideal)) {
+        text.push_str(&format!("\nideal speed-up of the decoder {ideal:.3}, reached {:.1}%", 100.0 * part));
+    }
+    text
+}
+
+fn spread(spread: &Spread) -> String {
+    format!("{:.2} [{:.2}, {:.2}]", spread.median, spread.min, spread.max)
+}

@@ -1,0 +1,147 @@
+//! `interlace finetune`.
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+use clap::ValueEnum;
+
+use crate::base::{Device, human_bytes, human_count, sha256_file};
+use crate::data::{Amount, Subset};
+use crate::finetune::{Precision, Settings};
+use crate::method::Plan;
+use crate::pipeline::steps::{self, Finetune, default_work_folder};
+use crate::runtime::FeatureCache;
+
+use super::args::{fraction, positive};
+use super::{Context, Outcome};
+
+/// Train the layers beside those that were dropped
+#[derive(clap::Args)]
+#[command(after_help = "Example:\n  interlace finetune pruned/ --plan plan.json --data train.parquet \
+    --learning-rate 1e-3 -o healed/\n\nCtrl-C leaves a checkpoint; the same command with --resume goes on from it.")]
+pub struct Args {
+    /// Folder that `interlace prune --plan` wrote
+    pruned: PathBuf,
+    /// The plan that it was pruned with
+    #[arg(long, value_name = "FILE")]
+    plan: PathBuf,
+    /// Parquet in the FineVision layout, or LLaVA's JSON
+    #[arg(long, value_name = "DATA")]
+    data: PathBuf,
+    /// Part of the samples to draw [default: all]
+    #[arg(long, value_name = "F", value_parser = fraction, conflicts_with = "samples")]
+    fraction: Option<f64>,
+    /// Number of samples to draw
+    #[arg(long, value_name = "N", value_parser = positive)]
+    samples: Option<usize>,
+    /// Seed of the draw and of the order
+    #[arg(long)]
+    seed: Option<u64>,
+    /// TOML file with any of the settings; the flags below win over it
+    #[arg(long, value_name = "FILE")]
+    settings: Option<PathBuf>,
+    /// Peak learning rate; small networks need more than the default [default: 1e-5]
+    #[arg(long, value_name = "LR")]
+    learning_rate: Option<f64>,
+    /// Samples in one forward pass [default: 16]
+    #[arg(long, value_name = "N")]
+    batch_size: Option<u32>,
+    /// Forward passes per optimiser step [default: 2]
+    #[arg(long, value_name = "N")]
+    accumulation_steps: Option<u32>,
+    /// Passes over the data [default: 1]
+    #[arg(long, value_name = "N")]
+    epochs: Option<u32>,
+    /// Stop after this many optimiser steps
+    #[arg(long, value_name = "N")]
+    max_steps: Option<u64>,
+    /// Number format of forward and backward pass [default: f32]
+    #[arg(long, value_enum)]
+    precision: Option<PrecisionArg>,
+    /// Where to compute: cpu, cuda or cuda:N
+    #[arg(long, default_value = "cpu")]
+    device: Device,
+    /// Go on from the newest checkpoint in the work folder
+    #[arg(long)]
+    resume: bool,
+    /// Folder for checkpoints, metrics and the report [default: OUT.work]
+    #[arg(long, value_name = "FOLDER")]
+    work: Option<PathBuf>,
+    /// New folder for the finetuned model
+    #[arg(short, long, value_name = "OUT")]
+    output: PathBuf,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum PrecisionArg {
+    F32,
+    Bf16,
+}
+
+pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
+    let settings = settings(&args)?;
+    settings.check()?;
+    let amount = match (args.samples, args.fraction) {
+        (Some(count), _) => Amount::Samples(count),
+        (_, Some(part)) => Amount::Fraction(part),
+        _ => Amount::All,
+    };
+    let plan = Plan::read(&args.plan)?;
+    let request = Finetune {
+        pruned: &args.pruned,
+        plan: &plan,
+        plan_digest: sha256_file(&args.plan)?,
+        data: &args.data,
+        subset: Subset { amount, seed: settings.seed },
+        settings: &settings,
+        device: args.device,
+        work: &args.work.unwrap_or_else(|| default_work_folder(&args.output)),
+        resume: args.resume,
+        features: &FeatureCache::new(256 << 20),
+    };
+    let report = steps::finetune(&request, &args.output, &context.cancel, &mut |_| ())?;
+    let output = &context.output;
+    if output.json {
+        output.json(&report)?;
+        return Ok(Outcome::Done);
+    }
+    output.line(format!(
+        "{} steps on {} samples, {} trained parameters in layers {:?}",
+        report.steps,
+        report.samples,
+        human_count(report.trained_parameters),
+        report.layers
+    ))?;
+    output.line(format!("loss {:.4} at the first step, {:.4} at the last", report.first_loss, report.last_loss))?;
+    output.line(format!(
+        "{:.1} s, {:.0} tokens/s, peak memory {}",
+        report.train_s,
+        report.tokens_per_s,
+        human_bytes(report.peak_memory_bytes)
+    ))?;
+    Ok(Outcome::Done)
+}
+
+fn settings(args: &Args) -> anyhow::Result<Settings> {
+    let mut settings = match &args.settings {
+        Some(path) => {
+            let text = fs::read_to_string(path).with_context(|| format!("cannot read `{}`", path.display()))?;
+            toml::from_str(&text).with_context(|| format!("`{}` is no file of finetune settings", path.display()))?
+        }
+        None => Settings::default(),
+    };
+    let set = |slot: &mut u32, value: Option<u32>| *slot = value.unwrap_or(*slot);
+    set(&mut settings.batch_size, args.batch_size);
+    set(&mut settings.accumulation_steps, args.accumulation_steps);
+    set(&mut settings.epochs, args.epochs);
+    settings.learning_rate = args.learning_rate.unwrap_or(settings.learning_rate);
+    settings.seed = args.seed.unwrap_or(settings.seed);
+    settings.max_steps = args.max_steps.or(settings.max_steps);
+    match args.precision {
+        Some(PrecisionArg::F32) => settings.precision = Precision::F32,
+        Some(PrecisionArg::Bf16) => settings.precision = Precision::Bf16,
+        None => {}
+    }
+    Ok(settings)
+}

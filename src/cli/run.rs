@@ -1,0 +1,51 @@
+//! `interlace run`.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use crate::base::{human_bytes, peak_memory_bytes};
+use crate::pipeline::{self, MANIFEST_FILE, Recipe, TABLE_FILE};
+
+use super::output::table;
+use super::{Context, Outcome};
+
+/// Do all of it from one recipe: score, plan, prune, finetune, measure
+#[derive(clap::Args)]
+#[command(
+    after_help = "Example:\n  interlace run recipe.toml\n\nSteps that an earlier run finished are kept; a run that \
+    was stopped goes on from there."
+)]
+pub struct Args {
+    /// TOML file; schemas/recipe.schema.json says what may stand in it
+    recipe: PathBuf,
+    /// Folder for everything that the run makes [default: the recipe's `output`]
+    #[arg(short, long, value_name = "FOLDER")]
+    output: Option<PathBuf>,
+}
+
+pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
+    let start = Instant::now();
+    let recipe = Recipe::read(&args.recipe)?;
+    let output = &context.output;
+    let result = pipeline::run(&recipe, args.output.as_deref(), &context.cancel, &mut |text| output.note(text))?;
+    if output.json {
+        output.json(&result.table)?;
+    } else {
+        output.line(table(&result.table.cells()))?;
+        output.line("kept: average over the dense model's, with its 95% bootstrap interval")?;
+    }
+    output.note(format!(
+        "table: {0}/{TABLE_FILE}.json and {TABLE_FILE}.md; digests: {0}/{MANIFEST_FILE}",
+        result.folder.display()
+    ));
+    output.note(format!(
+        "total time {:.0} s, peak memory {}",
+        start.elapsed().as_secs_f64(),
+        human_bytes(peak_memory_bytes())
+    ));
+    if result.gate_held {
+        return Ok(Outcome::Done);
+    }
+    output.warn("less of the dense average is kept than the recipe's `min_retention`");
+    Ok(Outcome::GateFailed)
+}

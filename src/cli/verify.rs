@@ -1,0 +1,46 @@
+//! `interlace verify`.
+
+use std::path::PathBuf;
+
+use owo_colors::OwoColorize;
+
+use crate::base::Device;
+use crate::eval::{self, CheckStatus};
+use crate::runtime::Runtime;
+
+use super::{Context, Outcome};
+
+/// Check that the files load, agree with each other and compute the same in every engine
+#[derive(clap::Args)]
+#[command(after_help = "Example:\n  interlace verify healed/\n\nEnds with status 1 when a check fails.")]
+pub struct Args {
+    /// Model folder, or one .onnx decoder
+    model: PathBuf,
+    /// Where to compute: cpu, cuda or cuda:N
+    #[arg(long, default_value = "cpu")]
+    device: Device,
+}
+
+pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
+    let report = eval::verify(&args.model, &Runtime::new(args.device)?, &context.cancel)?;
+    let output = &context.output;
+    if output.json {
+        output.json(&report)?;
+    } else {
+        for check in &report.checks {
+            let status = match check.status {
+                CheckStatus::Passed => "passed     ".green().to_string(),
+                CheckStatus::Failed => "FAILED     ".red().bold().to_string(),
+                CheckStatus::Unavailable => "unavailable".yellow().to_string(),
+            };
+            let difference = match (check.difference, check.tolerance) {
+                (Some(difference), Some(tolerance)) => {
+                    format!(" (difference {difference:.1e}, allowed {tolerance:.0e})")
+                }
+                _ => String::new(),
+            };
+            output.line(format!("{status}  {} of {}: {}{difference}", check.name, check.subject, check.detail))?;
+        }
+    }
+    Ok(if report.passed { Outcome::Done } else { Outcome::GateFailed })
+}

@@ -1,0 +1,253 @@
+//! The recipe of a run: a TOML file, every key known.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::base::{Device, Error, Result};
+use crate::eval::BenchOptions;
+use crate::finetune;
+use crate::method::select::Strategy;
+
+use super::steps::EvalSettings;
+
+/// `recipe.toml`. Paths are relative to the recipe's own folder.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// The dense model: a folder, or one `.onnx` decoder.
+    pub model: PathBuf,
+    /// Folder for everything that the run makes; `run -o` overrides it.
+    pub output: PathBuf,
+    /// `cpu`, `cuda` or `cuda:N`.
+    #[serde(default = "cpu")]
+    pub device: String,
+    pub calibration: Calibration,
+    pub plan: PlanSection,
+    pub finetune: FinetuneSection,
+    pub eval: EvalSection,
+    #[serde(default)]
+    pub bench: BenchSection,
+    #[serde(default)]
+    pub export: ExportSection,
+}
+
+/// What the scores are measured on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Calibration {
+    /// Parquet in the FineVision layout, or LLaVA's JSON.
+    pub data: PathBuf,
+    /// How many samples are drawn.
+    #[serde(default)]
+    pub samples: Option<usize>,
+    /// Which part of the samples is drawn, in place of `samples`.
+    #[serde(default)]
+    pub fraction: Option<f64>,
+    /// Seed of the draw.
+    #[serde(default = "default_seed")]
+    pub seed: u64,
+}
+
+/// Which layers go.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PlanSection {
+    /// The part of the decoder's layers to drop, rounded down to whole layers.
+    #[serde(default)]
+    pub drop_ratio: Option<f64>,
+    /// How many layers to drop, in place of `drop_ratio`.
+    #[serde(default)]
+    pub drop_count: Option<usize>,
+    /// Strategies; the first is the one whose model the run is for, the others are compared with it.
+    #[serde(default = "default_strategies")]
+    pub strategies: Vec<String>,
+    /// Seed of the `random` strategy.
+    #[serde(default = "default_seed")]
+    pub seed: u64,
+}
+
+/// How the neighbours of what went are finetuned.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct FinetuneSection {
+    /// Parquet in the FineVision layout, or LLaVA's JSON.
+    pub data: PathBuf,
+    /// How many samples are drawn; all without it.
+    #[serde(default)]
+    pub samples: Option<usize>,
+    #[serde(default)]
+    pub settings: finetune::Settings,
+}
+
+/// What the models are asked.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct EvalSection {
+    /// VLMEvalKit TSV files.
+    pub benchmarks: Vec<PathBuf>,
+    #[serde(default)]
+    pub settings: EvalSettings,
+    /// The run ends with status 1 when the first strategy's finetuned model retains less of the dense average.
+    #[serde(default)]
+    pub min_retention: Option<f64>,
+}
+
+/// How long the models take.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct BenchSection {
+    /// False leaves the measurement out.
+    pub enabled: bool,
+    pub settings: BenchOptions,
+}
+
+impl Default for BenchSection {
+    fn default() -> Self {
+        BenchSection { enabled: true, settings: BenchOptions::default() }
+    }
+}
+
+/// Other layouts of the first strategy's finetuned model.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct ExportSection {
+    /// Writes a Triton model repository.
+    pub triton: bool,
+}
+
+fn cpu() -> String {
+    "cpu".to_string()
+}
+
+fn default_seed() -> u64 {
+    42
+}
+
+fn default_strategies() -> Vec<String> {
+    vec!["interlace".to_string()]
+}
+
+impl Recipe {
+    /// Reads a recipe; its paths come out relative to the working folder.
+    ///
+    /// Errors: `Error::Io` when unreadable; `Error::Invalid` for text that is no TOML, an unknown or missing key, a value
+    /// out of range, or two values of which only one may be given.
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
+        let folder = path.parent().unwrap_or(Path::new(""));
+        Self::parse(&text, folder).map_err(|problem| match problem {
+            Error::Invalid { subject, problem, remedy } => {
+                Error::Invalid { subject: format!("`{}`: {subject}", path.display()), problem, remedy }
+            }
+            other => other,
+        })
+    }
+
+    fn parse(text: &str, folder: &Path) -> Result<Self> {
+        let mut recipe: Recipe =
+            toml::from_str(text).map_err(|e| Error::invalid("recipe", e.to_string().trim_end()))?;
+        recipe.check()?;
+        let resolve = |path: &mut PathBuf| *path = folder.join(&*path);
+        resolve(&mut recipe.model);
+        resolve(&mut recipe.output);
+        resolve(&mut recipe.calibration.data);
+        resolve(&mut recipe.finetune.data);
+        recipe.eval.benchmarks.iter_mut().for_each(resolve);
+        Ok(recipe)
+    }
+
+    fn check(&self) -> Result<()> {
+        self.device.parse::<Device>()?;
+        let calibration = &self.calibration;
+        one_of(
+            "calibration",
+            ("samples", calibration.samples.is_some()),
+            ("fraction", calibration.fraction.is_some()),
+        )?;
+        if calibration.samples == Some(0) || calibration.fraction.is_some_and(|part| !(part > 0.0 && part <= 1.0)) {
+            return Err(Error::invalid("calibration", "`samples` must be above 0, `fraction` above 0 and at most 1"));
+        }
+        let plan = &self.plan;
+        one_of("plan", ("drop_ratio", plan.drop_ratio.is_some()), ("drop_count", plan.drop_count.is_some()))?;
+        if plan.strategies.is_empty() {
+            return Err(Error::invalid("plan", "`strategies` is empty"));
+        }
+        for (place, name) in plan.strategies.iter().enumerate() {
+            Strategy::named(name)?;
+            if plan.strategies[..place].contains(name) {
+                return Err(Error::invalid("plan", format!("strategy `{name}` stands twice")));
+            }
+            if name == "explicit" {
+                return Err(Error::invalid(
+                    "plan",
+                    "strategy `explicit` names its layers on the command line, not in a recipe",
+                ));
+            }
+        }
+        if self.eval.benchmarks.is_empty() {
+            return Err(Error::invalid("eval", "`benchmarks` is empty"));
+        }
+        self.finetune.settings.check()
+    }
+}
+
+fn one_of(section: &str, first: (&str, bool), second: (&str, bool)) -> Result<()> {
+    if first.1 != second.1 {
+        return Ok(());
+    }
+    let found = if first.1 { "both are there" } else { "neither is there" };
+    Err(Error::invalid(section, format!("takes `{}` or `{}`, {found}", first.0, second.0)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RECIPE: &str = r#"
+        model = "model"
+        output = "../out"
+        [calibration]
+        data = "data/train.parquet"
+        samples = 100
+        [plan]
+        drop_ratio = 0.25
+        strategies = ["interlace", "random"]
+        [finetune]
+        data = "data/train.parquet"
+        settings = { learning_rate = 1e-3 }
+        [eval]
+        benchmarks = ["data/bench.tsv"]
+    "#;
+
+    #[test]
+    fn paths_are_relative_to_the_recipe() {
+        let recipe = Recipe::parse(RECIPE, Path::new("fixtures")).unwrap();
+        assert_eq!(recipe.model, Path::new("fixtures/model"));
+        assert_eq!(recipe.eval.benchmarks, [Path::new("fixtures/data/bench.tsv")]);
+        assert_eq!(recipe.finetune.settings.learning_rate, 1e-3);
+        assert_eq!(recipe.calibration.seed, 42);
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        let cases = [
+            ("samples = 100", "sample = 100", "unknown field `sample`"),
+            ("samples = 100", "", "takes `samples` or `fraction`, neither is there"),
+            ("samples = 100", "samples = 100\nfraction = 0.1", "both are there"),
+            ("drop_ratio = 0.25", "drop_ratio = 0.25\ndrop_count = 4", "both are there"),
+            ("\"random\"", "\"magic\"", "strategy `magic`"),
+            ("\"random\"", "\"interlace\"", "stands twice"),
+            ("learning_rate = 1e-3", "learning_rate = -1.0", "`learning_rate`"),
+            ("[\"data/bench.tsv\"]", "[]", "`benchmarks` is empty"),
+            ("model = \"model\"", "model = \"model\"\ndevice = \"tpu\"", "tpu"),
+        ];
+        for (from, to, want) in cases {
+            assert!(RECIPE.contains(from), "{from}");
+            let error = Recipe::parse(&RECIPE.replacen(from, to, 1), Path::new("")).unwrap_err().to_string();
+            assert!(error.contains(want), "{to}: {error}");
+        }
+    }
+}

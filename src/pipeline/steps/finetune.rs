@@ -1,0 +1,135 @@
+//! The pruned model with its finetune layers trained, as a new folder.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use crate::base::{Cancel, Device, Error, Provenance, Result, Sha256Digest, write_json};
+use crate::bundle::{Bundle, BundleWriter, Record, Role, Step, Tower};
+use crate::data::{Dataset, Processor, Subset, Texts};
+use crate::finetune::{Conversations, Report, Request, Settings, StepMetrics, clear_checkpoints};
+use crate::method::Plan;
+use crate::runtime::FeatureCache;
+
+/// Name of the report in the work folder.
+pub const FINETUNE_REPORT: &str = "finetune.json";
+
+/// What is finetuned, on what, and how.
+pub struct Finetune<'a> {
+    pub pruned: &'a Path,
+    pub plan: &'a Plan,
+    /// Digest of the plan's file.
+    pub plan_digest: Sha256Digest,
+    pub data: &'a Path,
+    /// Which samples.
+    pub subset: Subset,
+    pub settings: &'a Settings,
+    pub device: Device,
+    /// Folder for checkpoints, metrics and the report.
+    pub work: &'a Path,
+    /// Goes on from the newest checkpoint in `work`.
+    pub resume: bool,
+    pub features: &'a Arc<FeatureCache>,
+}
+
+#[derive(Serialize)]
+struct Recorded<'a> {
+    subset: Subset,
+    #[serde(flatten)]
+    settings: &'a Settings,
+}
+
+/// Where a run keeps its checkpoints and metrics unless told otherwise: `OUT.work` beside `OUT`.
+pub fn default_work_folder(target: &Path) -> PathBuf {
+    let mut name = target.file_name().unwrap_or_default().to_os_string();
+    name.push(".work");
+    target.with_file_name(name)
+}
+
+/// Trains the plan's finetune layers of the pruned model and writes the result as a new folder.
+///
+/// Errors: `Error::Invalid` when the model was not pruned with this plan, the data holds nothing to learn from, or the
+/// target exists; `Error::Unsupported` when other precision variants of the decoder would keep their old weights;
+/// `Error::Interrupted` on Ctrl-C, a checkpoint left in the work folder. Nothing is left under the target's name then.
+pub fn finetune(
+    request: &Finetune,
+    target: &Path,
+    cancel: &Cancel,
+    observer: &mut dyn FnMut(&StepMetrics),
+) -> Result<Report> {
+    let bundle = Bundle::open(request.pruned)?;
+    check_plan(&bundle, request.plan)?;
+    let component = bundle.require(Role::Decoder)?.clone();
+    let others: Vec<&str> = bundle
+        .components()
+        .iter()
+        .filter(|other| other.role.is_decoder() && other.file != component.file)
+        .map(|other| other.file.as_str())
+        .collect();
+    if !others.is_empty() {
+        return Err(Error::unsupported(
+            format!("finetuning `{}` beside {}", component.file, others.join(", ")),
+            "the latter would keep their old weights",
+        )
+        .remedy("finetune a folder with the float decoder alone, and make the other variants from the result"));
+    }
+    let dataset = Dataset::open(request.data, Texts::default())?;
+    let processor = Processor::open(&bundle)?;
+    let indices = request.subset.indices(dataset.len())?;
+    let data = Conversations { processor: &processor, dataset: &dataset, indices: &indices };
+    let mut writer = BundleWriter::create(&bundle, target)?;
+    let outcome = crate::finetune::finetune(
+        &Request {
+            bundle: &bundle,
+            layers: &request.plan.finetune_pruned,
+            data: &data,
+            settings: request.settings,
+            device: request.device,
+            work: request.work,
+            resume: request.resume,
+            features: request.features,
+        },
+        cancel,
+        observer,
+    )?;
+    writer.save(&component, &outcome.decoder)?;
+    let recorded = Recorded { subset: request.subset, settings: request.settings };
+    let recorded = serde_json::to_value(recorded).map_err(|e| Error::invalid("finetune settings", e.to_string()))?;
+    writer.push_step(Step::Finetune {
+        layers: request.plan.finetune_pruned.clone(),
+        samples: outcome.report.samples,
+        settings: recorded.clone(),
+    });
+    let inputs = BTreeMap::from([
+        ("model".to_string(), bundle.digest()?),
+        ("plan".to_string(), request.plan_digest.clone()),
+        ("data".to_string(), dataset.digest()?),
+    ]);
+    writer.commit(Provenance::new(Record::SCHEMA_VERSION, inputs, &recorded)?)?;
+    write_json(&request.work.join(FINETUNE_REPORT), &outcome.report)?;
+    clear_checkpoints(request.work)?;
+    Ok(outcome.report)
+}
+
+/// The folder's own record must say that it was pruned as the plan says.
+fn check_plan(bundle: &Bundle, plan: &Plan) -> Result<()> {
+    let subject = || format!("`{}`", bundle.root().display());
+    let history = bundle.record()?.map(|record| record.history).unwrap_or_default();
+    let pruned = history.iter().rev().find_map(|step| match step {
+        Step::Prune { tower: Tower::Text, layers_before, dropped, .. } => Some((*layers_before, dropped)),
+        _ => None,
+    });
+    match pruned {
+        Some((layers, dropped)) if layers == plan.num_layers && *dropped == plan.drop => Ok(()),
+        Some((layers, dropped)) => Err(Error::invalid(
+            subject(),
+            format!("lost layers {dropped:?} of {layers}, the plan drops {:?} of {}", plan.drop, plan.num_layers),
+        )
+        .remedy("give the plan that the model was pruned with")),
+        None => {
+            Err(Error::invalid(subject(), "was not pruned by interlace").remedy("prune the model with the plan first"))
+        }
+    }
+}
