@@ -2,6 +2,7 @@
 
 mod cli;
 mod docs;
+mod evaluation;
 mod folders;
 mod generation;
 mod interpreter;

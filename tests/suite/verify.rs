@@ -45,6 +45,19 @@ fn a_sound_model_passes_every_check() {
 }
 
 #[test]
+fn the_shipped_model_passes_every_check_that_tract_allows() {
+    let report = report(&Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model"));
+    assert!(report.passed, "{:#?}", report.checks);
+    for part in ["vision_encoder", "embed_tokens", "decoder"] {
+        assert_eq!(status(&report, "loads in ONNX Runtime", part), CheckStatus::Passed, "{part}");
+        assert_eq!(status(&report, "interpreter", part), CheckStatus::Passed, "{part}");
+    }
+    assert_eq!(status(&report, "loads in tract", "decoder"), CheckStatus::Passed);
+    assert_eq!(status(&report, "cached step equals longer prefill", "decoder"), CheckStatus::Passed);
+    assert_eq!(status(&report, "picture and prompt", ""), CheckStatus::Passed);
+}
+
+#[test]
 fn what_cannot_be_checked_is_said_and_fails_nothing() {
     let folder = copy_of("genai/qwen3_vl-int4-embeds");
     let config = std::fs::read(zoo("genai/qwen3_vl-fp32-embeds/genai_config.json")).expect("config");

@@ -1,0 +1,88 @@
+//! The shipped model answers its benchmark: the whole way from pictures to scores.
+
+use std::path::{Path, PathBuf};
+
+use interlace::base::{Cancel, Device};
+use interlace::bundle::Bundle;
+use interlace::data::Benchmark;
+use interlace::eval::{BenchOptions, EvalOptions, LoadedModel, ModelScores, bench, benchmark_name, compare, evaluate};
+use interlace::runtime::{Decoder, FeatureCache, Runtime, SessionOptions, Step, StepTokens};
+
+fn fixture(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(path)
+}
+
+fn scores(model: &mut LoadedModel, options: &EvalOptions) -> ModelScores {
+    let path = fixture("data/bench-small.tsv");
+    let benchmark = Benchmark::open(&path).expect("a benchmark");
+    evaluate(model, &benchmark, &benchmark_name(&path), options, &Cancel::default()).expect("scores")
+}
+
+#[test]
+fn the_dense_model_sees_and_batches_change_no_answer() {
+    let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
+    let cache = FeatureCache::new(64 << 20);
+    let mut model =
+        LoadedModel::open(&fixture("model"), &runtime, &SessionOptions::default(), &cache).expect("a model");
+    let batched = scores(&mut model, &EvalOptions { batch_size: 8, ..EvalOptions::default() });
+    assert!(batched.mean_of_questions >= 0.75, "{}: {:#?}", batched.mean_of_questions, batched.groups);
+    let metrics: Vec<&str> = batched.answers.iter().map(|answer| answer.metric.as_str()).collect();
+    for metric in ["multiple_choice", "yes_no", "exact_match"] {
+        assert!(metrics.contains(&metric), "{metric} judged nothing");
+    }
+    let alone = scores(&mut model, &EvalOptions { batch_size: 1, ..EvalOptions::default() });
+    assert_eq!(alone.answers, batched.answers);
+    let kept = compare(&alone, &batched, 1).expect("retention");
+    assert_eq!(
+        kept.mean_of_groups.map(|interval| (interval.ratio, interval.low, interval.high)),
+        Some((1.0, 1.0, 1.0))
+    );
+}
+
+#[test]
+fn the_shipped_decoder_gives_what_pytorch_gives() {
+    let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
+    let bundle = Bundle::open(&fixture("model")).expect("a model");
+    let mut decoder = Decoder::open(&runtime, &bundle, &SessionOptions::default()).expect("a decoder");
+    let hidden_size = decoder.hidden_size().expect("a fixed width");
+    let arrays = tch::Tensor::read_npz(fixture("expected/nodrop.npz")).expect("npz");
+    let array = |name: String| &arrays.iter().find(|(key, _)| *key == name).expect("array").1;
+    let floats = |tensor: &tch::Tensor| Vec::<f32>::try_from(tensor.contiguous().view([-1])).expect("floats");
+    let mut cache = None;
+    let mut length = 0;
+    for (given, wanted) in [("in", "exp"), ("in2", "exp2")] {
+        let embeds = floats(array(format!("{given}.inputs_embeds")));
+        let time = embeds.len() / hidden_size;
+        let positions: Vec<i64> = (length..length + time).map(|position| position as i64).collect();
+        length += time;
+        let step = Step {
+            batch: 1,
+            tokens: StepTokens::Embeds { data: &embeds, hidden_size },
+            attention_mask: &vec![1; length],
+            position_ids: &positions,
+            position_rows: 1,
+            last_only: false,
+        };
+        let (logits, longer) = decoder.step(&step, cache).expect("a step");
+        let (found, want) = (logits.to_f32().expect("logits"), floats(array(format!("{wanted}.logits"))));
+        assert_eq!(found.len(), want.len());
+        let difference = found.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(difference <= 1e-4, "{given}: {difference}");
+        cache = Some(longer);
+    }
+}
+
+#[test]
+fn a_model_is_as_fast_as_itself() {
+    let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
+    let options = BenchOptions { prompt_tokens: 32, new_tokens: 4, rounds: 5, warm_up: 1, threads: Some(1) };
+    let model = fixture("model");
+    let report = bench(&model, Some(&model), &runtime, &options, None, &Cancel::default()).expect("a report");
+    let speedup = report.speedup.expect("a baseline");
+    assert_eq!(speedup.ideal, Some(1.0));
+    assert_eq!(report.model.layers, report.baseline.expect("a baseline").layers);
+    assert!(report.model.size_bytes > report.model.decoder_size_bytes && report.model.decoder_size_bytes > 1_000_000);
+    assert!(report.model.pipeline_ttft_ms.expect("it has a vision encoder").median > 0.0);
+    // Two runs of one model on a busy machine: far from a factor of two.
+    assert!((0.5..2.0).contains(&speedup.decoder_ttft.median), "{speedup:?}");
+}
