@@ -200,10 +200,20 @@ fn set_default_permissions(path: &Path) -> Result<()> {
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(|e| Error::io("set permissions of", path, e))
 }
 
+/// True for a file in `REPO/blobs` when `folder` is `REPO/snapshots/REVISION` or lies below it; both canonical.
+fn is_hub_blob(folder: &Path, file: &Path) -> bool {
+    let snapshots =
+        folder.ancestors().skip(1).find(|parent| parent.file_name().is_some_and(|name| name == "snapshots"));
+    let blobs = snapshots.and_then(Path::parent).map(|repository| repository.join("blobs"));
+    blobs.is_some_and(|blobs| file.parent() == Some(&blobs))
+}
+
 /// Resolves a path that a file from a stranger names, relative to `folder`.
 ///
-/// Errors: `Error::Invalid` for an absolute path, a `..` component or a link that leaves the folder; `Error::Io` when
-/// the file does not exist.
+/// A link may lead out only as the Hugging Face cache has it: from `REPO/snapshots/REVISION` into `REPO/blobs`.
+///
+/// Errors: `Error::Invalid` for an absolute path, a `..` component or another link that leaves the folder; `Error::Io`
+/// when the file does not exist.
 pub fn contained_path(folder: &Path, relative: &str) -> Result<PathBuf> {
     let subject = || format!("path `{relative}` in `{}`", folder.display());
     let candidate = Path::new(relative);
@@ -216,8 +226,38 @@ pub fn contained_path(folder: &Path, relative: &str) -> Result<PathBuf> {
     let joined = folder.join(candidate);
     let root = fs::canonicalize(folder).map_err(|e| Error::io("open", folder, e))?;
     let resolved = fs::canonicalize(&joined).map_err(|e| Error::io("open", &joined, e))?;
-    if !resolved.starts_with(&root) {
-        return Err(Error::invalid(subject(), "leads out of the folder through a link"));
+    if !resolved.starts_with(&root) && !is_hub_blob(&root, &resolved) {
+        return Err(Error::invalid(subject(), "leads out of the folder through a link")
+            .remedy("copy the folder with its links followed (`cp -rL`)"));
     }
     Ok(resolved)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn links_stay_inside_or_lead_to_the_hub_s_blobs() {
+        let root = tempfile::tempdir().unwrap();
+        let snapshot = root.path().join("repo/snapshots/abc/onnx");
+        fs::create_dir_all(&snapshot).unwrap();
+        fs::create_dir_all(root.path().join("repo/blobs/deep")).unwrap();
+        for file in ["repo/blobs/1", "repo/blobs/deep/2", "secret"] {
+            fs::write(root.path().join(file), "x").unwrap();
+        }
+        for (name, target) in [("a", "../../../blobs/1"), ("b", "../../../blobs/deep/2"), ("c", "../../../../secret")] {
+            symlink(target, snapshot.join(name)).unwrap();
+        }
+        assert!(contained_path(&snapshot, "a").is_ok());
+        for name in ["b", "c", "../onnx/a", "/etc/passwd", ""] {
+            assert!(contained_path(&snapshot, name).is_err(), "{name}");
+        }
+        let plain = root.path().join("plain");
+        fs::create_dir(&plain).unwrap();
+        symlink("../repo/blobs/1", plain.join("a")).unwrap();
+        let error = contained_path(&plain, "a").unwrap_err().to_string();
+        assert!(error.contains("leads out of the folder through a link"), "{error}");
+    }
 }

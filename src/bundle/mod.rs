@@ -355,18 +355,25 @@ fn external_files(path: &Path) -> Result<Vec<String>> {
     let mut files = BTreeSet::new();
     visit(&model.graph.body, &mut files);
     let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let folders = [folder.to_path_buf(), fs::canonicalize(folder).map_err(|e| Error::io("open", folder, e))?];
+    let root = fs::canonicalize(folder).map_err(|e| Error::io("open", folder, e))?;
+    // Data may be a link into a cache, so that its name here is another than where it lies.
+    let mut names_here = BTreeMap::new();
+    for entry in fs::read_dir(folder).map_err(|e| Error::io("read", folder, e))? {
+        let entry = entry.map_err(|e| Error::io("read", folder, e))?;
+        if let (Ok(place), Ok(name)) = (fs::canonicalize(entry.path()), entry.file_name().into_string()) {
+            names_here.insert(place, name);
+        }
+    }
     let mut names = Vec::new();
     for file in files {
-        let inside = folders.iter().find_map(|folder| file.strip_prefix(folder).ok());
-        let name = inside.and_then(Path::to_str).ok_or_else(|| {
-            Error::invalid(
-                format!("`{}`", path.display()),
-                format!("its weights lie in `{}`, outside its folder", file.display()),
-            )
-        })?;
-        names.push(name.to_string());
+        let place = fs::canonicalize(&file).map_err(|e| Error::io("open", &file, e))?;
+        let inside = || place.strip_prefix(&root).ok().and_then(Path::to_str).map(str::to_string);
+        names.push(names_here.get(&place).cloned().or_else(inside).ok_or_else(|| {
+            let problem = format!("its weights lie in `{}`, outside its folder", file.display());
+            Error::invalid(format!("`{}`", path.display()), problem)
+        })?);
     }
+    names.sort();
     Ok(names)
 }
 

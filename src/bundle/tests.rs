@@ -109,6 +109,26 @@ fn data_under_other_names_is_claimed_by_the_graph_that_reads_it() {
 }
 
 #[test]
+fn a_snapshot_of_links_into_the_hub_s_cache_is_a_folder_like_any_other() {
+    let repository = folder(&[("blobs/0", r#"{"num_hidden_layers": 2}"#), ("snapshots/main/README.md", "")]);
+    save(&repository.path().join("blobs"), "model.onnx", Some("data"));
+    let snapshot = repository.path().join("snapshots/main");
+    let links = [("0", "config.json"), ("model.onnx", "model.onnx"), ("data", "data")];
+    for (blob, name) in links {
+        std::os::unix::fs::symlink(format!("../../blobs/{blob}"), snapshot.join(name)).unwrap();
+    }
+    for path in [snapshot.clone(), snapshot.join("model.onnx")] {
+        let bundle = Bundle::open(&path).unwrap();
+        assert_eq!(bundle.components()[0].external, ["data"]);
+        let out = repository.path().join("out");
+        BundleWriter::create(&bundle, &out).unwrap().commit(provenance()).unwrap();
+        assert!(fs::symlink_metadata(out.join("data")).unwrap().is_file());
+        onnx::load(&out.join("model.onnx")).unwrap();
+        fs::remove_dir_all(out).unwrap();
+    }
+}
+
+#[test]
 fn a_file_that_nobody_claims_is_refused_by_name() {
     let cases = [
         ("model.safetensors", "weights in another format"),

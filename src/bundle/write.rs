@@ -176,6 +176,8 @@ impl<'a> BundleWriter<'a> {
     fn copy(&self, file: &str) -> Result<()> {
         let (source, target) = (self.bundle.root().join(file), self.target(file)?);
         fs::copy(&source, &target).map_err(|e| Error::io("write", &target, e))?;
+        let written = fs::File::open(&target).and_then(|file| file.sync_all());
+        written.map_err(|e| Error::io("write", &target, e))?;
         let mut permissions = fs::metadata(&target).map_err(|e| Error::io("read", &target, e))?.permissions();
         if permissions.readonly() {
             use std::os::unix::fs::PermissionsExt;
