@@ -136,30 +136,28 @@ fn compare(file: &str, step: &str, ours: &HashMap<String, Tensor>, theirs: &Hash
 fn exported_decoders_agree_with_onnx_runtime() {
     let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
     tch::set_num_threads(1);
-    for (file, network, tolerance) in [
-        ("ts17/smolvlm/decoder_model_merged.onnx", "smolvlm", 1e-4),
-        ("ts17/qwen3_vl/decoder_model_merged.onnx", "qwen3_vl", 1e-4),
-        ("dyn18/llama-ids/model.onnx", "llama", 1e-4),
-        ("dyn18/qwen2_vl/decoder_model_merged.onnx", "qwen2_vl", 1e-4),
-        ("dyn23/qwen3_vl/decoder_model_merged.onnx", "qwen3_vl", 1e-4),
-        ("genai/llama-fp32-embeds/model.onnx", "llama", 1e-4),
-        ("genai/qwen3_vl-fp32-embeds/model.onnx", "qwen3_vl", 1e-4),
-        ("hfexp/llama-cpu/decode.onnx", "llama", 1e-4),
-        ("mobius/qwen3_vl/decoder/model.onnx", "qwen3_vl", 1e-4),
-        ("optimum/llama-O2/model.onnx", "llama", 1e-4),
-        ("optimum/llama-with-past/model.onnx", "llama", 1e-4),
-        ("post/llama-ts17__noname.onnx", "llama", 1e-4),
-        ("post/smolvlm-ts17__slim.onnx", "smolvlm", 1e-4),
+    for (file, expected, tolerance) in [
+        ("model/onnx/decoder_model_merged.onnx", "expected/nodrop.npz", 1e-4),
+        ("zoo/ts17/smolvlm/decoder_model_merged.onnx", "zoo/expected/smolvlm.nodrop.npz", 1e-4),
+        ("zoo/ts17/qwen3_vl/decoder_model_merged.onnx", "zoo/expected/qwen3_vl.nodrop.npz", 1e-4),
+        ("zoo/dyn18/llama-ids/model.onnx", "zoo/expected/llama.nodrop.npz", 1e-4),
+        ("zoo/dyn18/qwen2_vl/decoder_model_merged.onnx", "zoo/expected/qwen2_vl.nodrop.npz", 1e-4),
+        ("zoo/dyn23/qwen3_vl/decoder_model_merged.onnx", "zoo/expected/qwen3_vl.nodrop.npz", 1e-4),
+        ("zoo/genai/llama-fp32-embeds/model.onnx", "zoo/expected/llama.nodrop.npz", 1e-4),
+        ("zoo/genai/qwen3_vl-fp32-embeds/model.onnx", "zoo/expected/qwen3_vl.nodrop.npz", 1e-4),
+        ("zoo/hfexp/llama-cpu/decode.onnx", "zoo/expected/llama.nodrop.npz", 1e-4),
+        ("zoo/mobius/qwen3_vl/decoder/model.onnx", "zoo/expected/qwen3_vl.nodrop.npz", 1e-4),
+        ("zoo/optimum/llama-O2/model.onnx", "zoo/expected/llama.nodrop.npz", 1e-4),
+        ("zoo/optimum/llama-with-past/model.onnx", "zoo/expected/llama.nodrop.npz", 1e-4),
+        ("zoo/post/llama-ts17__noname.onnx", "zoo/expected/llama.nodrop.npz", 1e-4),
+        ("zoo/post/llama-ts17__int8.onnx", "zoo/expected/llama.nodrop.npz", 1e-4),
+        ("zoo/post/smolvlm-ts17__slim.onnx", "zoo/expected/smolvlm.nodrop.npz", 1e-4),
         // Half precision: 11 bits of mantissa over values of order 1, eight layers deep.
-        ("post/qwen3_vl-ts17__fp16.onnx", "qwen3_vl", 5e-3),
+        ("zoo/post/qwen3_vl-ts17__fp16.onnx", "zoo/expected/qwen3_vl.nodrop.npz", 5e-3),
     ] {
-        let path = fixture("zoo").join(file);
+        let path = fixture(file);
         let model = onnx::load(&path).expect(file);
-        let data: HashMap<String, Tensor> =
-            Tensor::read_npz(fixture("zoo/expected").join(format!("{network}.nodrop.npz")))
-                .expect(network)
-                .into_iter()
-                .collect();
+        let data: HashMap<String, Tensor> = Tensor::read_npz(fixture(expected)).expect(expected).into_iter().collect();
         let program = torch::Program::compile(&model, &torch::Options::default()).expect(file);
         let mut session = runtime.session(&path, &ONE_THREAD).expect(file);
         let prefill = feeds(&model, &data, "in", &HashMap::new());
@@ -176,6 +174,32 @@ fn exported_decoders_agree_with_onnx_runtime() {
 
 fn ours_as_f64(ours: &HashMap<String, Tensor>) -> HashMap<String, Tensor> {
     ours.iter().map(|(name, tensor)| (name.clone(), tensor.to_kind(Kind::Double))).collect()
+}
+
+/// The shipped model's vision encoder and embeddings.
+#[test]
+fn other_components_agree_with_onnx_runtime() {
+    let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
+    tch::set_num_threads(1);
+    tch::manual_seed(3);
+    let random = |shape: &[i64]| Tensor::randn(shape, tch::kind::FLOAT_CPU);
+    let ids = Tensor::from_slice(&[5i64, 0, 17, 3]).reshape([2, 2]);
+    let shown = Tensor::ones([2, 1, 64, 64], (Kind::Bool, tch::Device::Cpu));
+    let cases = [
+        ("vision_encoder.onnx", vec![("pixel_values", random(&[2, 1, 3, 64, 64])), ("pixel_attention_mask", shown)]),
+        ("embed_tokens.onnx", vec![("input_ids", ids)]),
+    ];
+    for (file, inputs) in cases {
+        let path = fixture("model/onnx").join(file);
+        let model = onnx::load(&path).expect(file);
+        let program = torch::Program::compile(&model, &torch::Options::default()).expect(file);
+        let mut session = runtime.session(&path, &ONE_THREAD).expect(file);
+        let feeds: Vec<(String, ValueId, Tensor)> = inputs
+            .iter()
+            .map(|(name, tensor)| (name.to_string(), program.value(name).expect(name), tensor.shallow_clone()))
+            .collect();
+        compare(file, "once", &run_torch(&program, &feeds), &run_runtime(&mut session, &feeds), 1e-4);
+    }
 }
 
 /// One operator in a graph of its own.
@@ -362,6 +386,20 @@ fn singles() -> Vec<Single> {
         normal(&[2, 2, 4, 8]),
     ];
     all.push(single("MultiHeadAttention", own, 3).int("num_heads", 2).int("unidirectional", 1));
+    let bytes = |shape: &[i64]| Some(Tensor::randint(256, shape, (Kind::Uint8, tch::Device::Cpu)));
+    let scales = || Some(Tensor::rand([5, 2], tch::kind::FLOAT_CPU) * 0.01);
+    for (bits, packed) in [(4i64, 16i64), (8, 32)] {
+        let zero = |columns: i64| bytes(&[5, columns * bits / 8]);
+        let of = |inputs| single("MatMulNBits", inputs, 1).int("bits", bits).int("block_size", 32).int("N", 5);
+        let weight = || vec![normal(&[2, 3, 64]), bytes(&[5, 2, packed]), scales()];
+        all.push(of(weight()).int("K", 64));
+        all.push(of(with(weight(), vec![zero(2)])).int("K", 64));
+        all.push(of(with(weight(), vec![None, None, normal(&[5])])).int("K", 64));
+        let rows = || vec![bytes(&[5, 2 * packed]), int64(&[2, 2], &[4, 0, -1, 3]), scales()];
+        let of = |inputs| single("GatherBlockQuantized", inputs, 1).int("bits", bits).int("block_size", 32);
+        all.push(of(rows()));
+        all.push(of(with(rows(), vec![zero(2)])));
+    }
     let positions = || int64(&[3, 1, 4], &[0, 1, 2, 3, 0, 0, 5, 6, 1, 9, 4, 2]);
     for layout in [0, 1] {
         let inputs = vec![normal(&[1, 4, 24]), positions(), normal(&[16, 6]), normal(&[16, 6])];

@@ -8,6 +8,7 @@ use crate::torch::table::Row;
 use super::MICROSOFT;
 use super::cast::kind_from_number;
 use super::convolution::{EXACT, centred};
+use super::index::wrap;
 use super::linear::product;
 
 pub(super) const ROWS: &[Row] = &[
@@ -23,6 +24,7 @@ pub(super) const ROWS: &[Row] = &[
     }),
     Row::new("", "QuantizeLinear", 10, quantize),
     Row::new(MICROSOFT, "DequantizeLinear", 1, dequantize),
+    Row::new(MICROSOFT, "GatherBlockQuantized", 1, gather_block_quantized),
     Row::new(MICROSOFT, "MatMulNBits", 1, matmul_nbits),
     Row::new(MICROSOFT, "QuantizeLinear", 1, quantize),
 ];
@@ -166,6 +168,64 @@ fn matmul_nbits(b: &mut Build) -> OpResult<Kernel> {
             Some(bias) => Ok(out.f_add(bias)?),
             None => Ok(out),
         }
+    })
+}
+
+/// Rows of a table in blocks of `block_size` numbers with their own scales, dequantised after they are picked.
+///
+/// Shapes: data `[V, ..]` (bytes packed along the last axis, or one number per element), scales and zero points with
+/// one entry per block along `quantize_axis`.
+/// Source: ONNX Runtime, com.microsoft GatherBlockQuantized-1.
+fn gather_block_quantized(b: &mut Build) -> OpResult<Kernel> {
+    let a = b.attributes;
+    let (gather_axis, quantize_axis) = (a.int("gather_axis", 0)?, a.int("quantize_axis", 1)?);
+    let (bits, block) = (a.int("bits", 4)?, a.int("block_size", 128)?);
+    if ![2, 4, 8].contains(&bits) || block < 1 {
+        return Err(OpError::new(format!("{bits} bits in blocks of {block} are not supported")));
+    }
+    one(move |args| {
+        let (data, index, scales) = (args.get(0)?, args.get(1)?, args.get(2)?);
+        let rank = data.dim();
+        let (gather, quantize) = (axis_of(gather_axis, rank)?, axis_of(quantize_axis, rank)?);
+        if gather == quantize || scales.dim() != rank {
+            return Err(OpError::new("gathering along the axis of the blocks is not supported"));
+        }
+        let (length, blocks) = (data.size()[quantize as usize], scales.size()[quantize as usize]);
+        let fits = |length: i64| (length + block - 1) / block == blocks;
+        let per_byte = if data.f_kind()? == Kind::Uint8 { 8 / bits } else { 1 };
+        let packed = match (fits(length * per_byte), fits(length)) {
+            (true, false) => true,
+            (true, true) if per_byte == 1 => data.f_kind()? == Kind::Uint8,
+            (false, true) => false,
+            _ => {
+                return Err(OpError::new(format!(
+                    "{blocks} blocks of {block} do not tell how {length} bytes are packed"
+                )));
+            }
+        };
+        if packed && per_byte > 1 && quantize + 1 != rank as i64 {
+            return Err(OpError::new("packed data is not supported along another axis than the last"));
+        }
+        let index = wrap(index, data.size()[gather as usize])?;
+        let rows = index.f_reshape([-1i64])?;
+        let pick = |x: &Tensor| -> OpResult<Tensor> { Ok(x.f_index_select(gather, &rows)?) };
+        let open = |x: &Tensor| -> OpResult<Tensor> { if packed { unpack(x, bits) } else { Ok(x.shallow_clone()) } };
+        let kind = scales.f_kind()?;
+        let numbers = open(&pick(data)?)?;
+        let length = numbers.size()[quantize as usize];
+        let spread = |x: &Tensor| -> OpResult<Tensor> {
+            Ok(x.f_repeat_interleave_self_int(block, quantize, None)?.f_narrow(quantize, 0, length)?.f_to_kind(kind)?)
+        };
+        let numbers = numbers.f_to_kind(kind)?;
+        let centred = match args.opt(3) {
+            Some(zero) => numbers.f_sub(&spread(&open(&pick(zero)?)?.f_narrow(quantize, 0, blocks)?)?)?,
+            None if packed => numbers.f_sub_scalar((1i64 << (bits - 1)) as f64)?,
+            None => numbers,
+        };
+        let values = centred.f_mul(&spread(&pick(scales)?)?)?;
+        let mut size = values.size();
+        size.splice(gather as usize..gather as usize + 1, index.size());
+        Ok(values.f_reshape(&size)?)
     })
 }
 
