@@ -7,6 +7,7 @@ mod folders;
 mod generation;
 mod interpreter;
 mod layers;
+mod pictures;
 mod schemas;
 mod verify;
 mod zoo;
