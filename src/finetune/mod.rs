@@ -39,3 +39,6 @@ fn torch_error(subject: impl Into<String>) -> impl FnOnce(tch::TchError) -> Erro
         Error::engine("LibTorch", subject, text.lines().next().unwrap_or_default())
     }
 }
+
+#[cfg(test)]
+mod tests;

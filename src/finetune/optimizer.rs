@@ -133,18 +133,18 @@ mod tests {
         let start = Tensor::from_slice(&[0.5f32, -1.25, 2.0, 1e-3, -3.0, 0.75]).view([2, 3]);
         let gradients: [[f32; 6]; 3] =
             [[0.1, -0.2, 0.3, 1e-4, 5.0, -0.01], [-0.4, 0.2, 0.0, 2e-4, -1.0, 0.03], [0.05, 0.6, -0.7, 0.0, 2.5, 0.5]];
-        #[rustfmt::skip]
-        let want: [[f32; 6]; 3] = [
-            [0.4790000021457672, -1.227500081062317, 1.9760000705718994, -0.01899999938905239, -3.0139999389648438, 0.7684999704360962],
-            [0.48923206329345703, -1.2260977029800415, 1.9586470127105713, -0.03826441988348961, -3.0181925296783447, 0.7570791840553284],
-            [0.4953017234802246, -1.2355504035949707, 1.9623976945877075, -0.05310850590467453, -3.0248775482177734, 0.7423322200775146],
+        // The bits of each value.
+        let want: [[u32; 6]; 3] = [
+            [0x3ef5_3f7d, 0xbf9d_1eb9, 0x3ffc_ed92, 0xbc9b_a5e3, 0xc040_e560, 0x3f44_bc6a],
+            [0x3efa_7ca0, 0xbf9c_f0c5, 0x3ffa_b4f2, 0xbd1c_bb27, 0xc041_2a11, 0x3f41_cff1],
+            [0x3efd_9830, 0xbf9e_2684, 0x3ffb_2fd9, 0xbd59_884e, 0xc041_9798, 0x3f3e_097c],
         ];
         let optimizer = AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.1 };
         let mut parameters = vec![Parameter::new("w", start).unwrap()];
         for (step, (gradient, want)) in gradients.iter().zip(want).enumerate() {
             let gradient = Tensor::from_slice(gradient).view([2, 3]);
             optimizer.step(&mut parameters, &[gradient], step as u64 + 1, 0.02).unwrap();
-            for (found, want) in values(&parameters[0].value).into_iter().zip(want) {
+            for (found, want) in values(&parameters[0].value).into_iter().zip(want.map(f32::from_bits)) {
                 assert!(bits_apart(found, want) <= 1, "step {step}: {found}, expected {want}");
             }
         }

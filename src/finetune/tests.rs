@@ -1,0 +1,316 @@
+//! Whole runs on the shipped model.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use super::*;
+use crate::base::{Cancel, Device, Error, Provenance, Result, Sha256Digest, sha256_bytes};
+use crate::bundle::{Bundle, BundleWriter, LayerEdit, Record, Role, Tower};
+use crate::runtime::{FeatureCache, Prompt};
+
+/// Eight texts without pictures, the same ones as in the reference script.
+struct Texts {
+    vocabulary: i64,
+}
+
+impl Source for Texts {
+    fn digest(&self) -> Result<Sha256Digest> {
+        Ok(sha256_bytes(b"eight texts"))
+    }
+
+    fn count(&self) -> u64 {
+        8
+    }
+
+    fn samples(&self) -> Result<Box<dyn Iterator<Item = Result<Sample>> + '_>> {
+        Ok(Box::new((0..8i64).map(|i| {
+            let length = 6 + i;
+            let input_ids = (0..length).map(|t| (7 * i * i + 31 * t * t + 11 * t + 5 * i) % self.vocabulary).collect();
+            let answer_mask = (0..length).map(|t| t >= length / 2).collect();
+            Ok(Sample { id: format!("text {i}"), prompt: Prompt { input_ids, pictures: Vec::new() }, answer_mask })
+        })))
+    }
+}
+
+fn model() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model")
+}
+
+const DROPPED: [usize; 2] = [2, 5];
+
+/// Dense layers that are left when 2 and 5 of 16 go.
+const KEPT: [usize; 14] = [0, 1, 3, 4, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15];
+
+/// The model with decoder layers 2 and 5 dropped, as a folder.
+fn pruned(dense: &Bundle, folder: &Path) -> PathBuf {
+    let target = folder.join("pruned");
+    let component = dense.require(Role::Decoder).unwrap();
+    let decoder = crate::onnx::load(&dense.path_of(component)).unwrap();
+    let analysis = crate::analysis::analyse(&decoder).unwrap();
+    let mut writer = BundleWriter::create(dense, &target).unwrap();
+    writer.drop_layers(&LayerEdit::new(Tower::Text, 16, &DROPPED).unwrap()).unwrap();
+    writer.save(component, &crate::rewrite::drop_layers(&analysis, &DROPPED).unwrap()).unwrap();
+    writer.commit(Provenance::new(Record::SCHEMA_VERSION, BTreeMap::new(), &()).unwrap()).unwrap();
+    target
+}
+
+fn settings() -> Settings {
+    Settings {
+        learning_rate: 1e-3,
+        batch_size: 4,
+        accumulation_steps: 2,
+        max_steps: Some(6),
+        checkpoint_every: 0,
+        ..Settings::default()
+    }
+}
+
+struct Run {
+    outcome: Result<Outcome>,
+    steps: Vec<StepMetrics>,
+}
+
+fn run(settings: &Settings, layers: &[usize], work: &Path, resume: bool, stop_after: Option<u64>) -> Run {
+    let dense = Bundle::open(&model()).unwrap();
+    let pruned_folder = tempfile::tempdir().unwrap();
+    let bundle = Bundle::open(&pruned(&dense, pruned_folder.path())).unwrap();
+    let needs_teacher = settings.losses.keys().any(|&kind| kind != LossKind::Ce);
+    let teacher = needs_teacher.then_some(dense);
+    let features = FeatureCache::new(1 << 20);
+    let vocabulary = bundle.require_config().unwrap().vocab_size.unwrap() as i64;
+    let request = Request {
+        bundle: &bundle,
+        layers,
+        data: &Texts { vocabulary },
+        settings,
+        device: Device::Cpu,
+        work,
+        resume,
+        features: &features,
+    };
+    let cancel = Cancel::default();
+    let mut steps = Vec::new();
+    let teacher = teacher.as_ref().map(|dense| Teacher { bundle: dense, kept: &KEPT, anchors: &[3, 5] });
+    let outcome = finetune_with_teacher(&request, teacher.as_ref(), &cancel, &mut |metrics| {
+        steps.push(metrics.clone());
+        if Some(metrics.step) == stop_after {
+            cancel.request();
+        }
+    });
+    Run { outcome, steps }
+}
+
+/// Bytes of every initializer by name.
+fn weights(model: &crate::ir::Model) -> Vec<(String, Vec<u8>)> {
+    let graph = &model.graph;
+    graph.body.initializers.iter().map(|(id, tensor)| (graph.name(*id).to_string(), tensor.bytes().to_vec())).collect()
+}
+
+fn changed(before: &crate::ir::Model, after: &crate::ir::Model) -> Vec<String> {
+    let after = weights(after);
+    weights(before).into_iter().zip(after).filter(|(a, b)| a != b).map(|((name, _), _)| name).collect()
+}
+
+/// What `scripts/reference/finetune.py` wrote.
+#[derive(serde::Deserialize)]
+struct Reference {
+    dropped: Vec<usize>,
+    trained: Vec<usize>,
+    steps: Vec<ReferenceStep>,
+}
+
+#[derive(serde::Deserialize)]
+struct ReferenceStep {
+    loss: f64,
+    grad_norm: f64,
+    learning_rate: f64,
+}
+
+/// The same network in transformers, trained with `torch.optim.AdamW` on the same texts.
+#[test]
+fn loss_and_gradients_are_those_of_the_reference() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/expected/finetune.json");
+    let reference: Reference = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    assert_eq!((reference.dropped, reference.trained), (DROPPED.to_vec(), vec![2, 4]));
+    let work = tempfile::tempdir().unwrap();
+    for gradient_checkpointing in [false, true] {
+        let settings = Settings { gradient_checkpointing, ..settings() };
+        let run = run(&settings, &[2, 4], work.path(), false, None);
+        run.outcome.unwrap();
+        assert_eq!(run.steps.len(), reference.steps.len());
+        for (step, want) in run.steps.iter().zip(&reference.steps) {
+            let (loss, norm) = (step.loss, step.grad_norm);
+            assert!(
+                (loss - want.loss).abs() < 1e-4 * want.loss,
+                "step {}: loss {loss}, expected {}",
+                step.step,
+                want.loss
+            );
+            let norm_of = want.grad_norm;
+            assert!((norm - norm_of).abs() < 1e-3 * norm_of, "step {}: norm {norm}, expected {norm_of}", step.step);
+            assert!((step.learning_rate - want.learning_rate).abs() < 1e-12);
+        }
+    }
+}
+
+#[test]
+fn only_the_named_layers_change_and_everything_else_stays_bit_for_bit() {
+    let work = tempfile::tempdir().unwrap();
+    let outcome = run(&settings(), &[2, 4], work.path(), false, None).outcome.unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let bundle = Bundle::open(&pruned(&Bundle::open(&model()).unwrap(), folder.path())).unwrap();
+    let before = crate::onnx::load(&bundle.path_of(bundle.require(Role::Decoder).unwrap())).unwrap();
+    let map = crate::analysis::layers(&before.graph).unwrap();
+    let mut want: Vec<String> = Vec::new();
+    for &(id, _) in &before.graph.body.initializers {
+        let of_layer = |layer: usize| map.layers[layer].weights.contains(&id);
+        let big = before
+            .graph
+            .body
+            .initializer(id)
+            .is_some_and(|tensor| tensor.element_count() > 1 && tensor.dtype.is_float());
+        if (of_layer(2) || of_layer(4)) && big {
+            want.push(before.graph.name(id).to_string());
+        }
+    }
+    assert_eq!(changed(&before, &outcome.decoder), want);
+    assert_eq!(
+        outcome.report.trained_parameters,
+        want.iter()
+            .map(|name| before
+                .graph
+                .body
+                .initializers
+                .iter()
+                .find(|(id, _)| before.graph.name(*id) == name)
+                .unwrap()
+                .1
+                .element_count())
+            .sum::<u64>()
+    );
+
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("decoder.onnx");
+    crate::onnx::save(&outcome.decoder, &path, &crate::onnx::Storage::Inline).unwrap();
+    assert_eq!(weights(&crate::onnx::load(&path).unwrap()), weights(&outcome.decoder));
+}
+
+#[test]
+fn a_stopped_run_resumes_to_the_same_bits() {
+    let settings = Settings { batch_size: 2, accumulation_steps: 1, max_steps: Some(7), ..settings() };
+    let whole = tempfile::tempdir().unwrap();
+    let whole = run(&settings, &[3], whole.path(), false, None);
+    let work = tempfile::tempdir().unwrap();
+    let stopped = run(&settings, &[3], work.path(), false, Some(3));
+    assert!(matches!(stopped.outcome, Err(Error::Interrupted { .. })));
+    assert_eq!(stopped.steps.len(), 3);
+    let resumed = run(&settings, &[3], work.path(), true, None);
+    assert_eq!(resumed.steps.first().map(|step| step.step), Some(4));
+    let (whole_outcome, resumed_outcome) = (whole.outcome.unwrap(), resumed.outcome.unwrap());
+    assert_eq!(weights(&whole_outcome.decoder), weights(&resumed_outcome.decoder));
+    assert_eq!(resumed_outcome.report.resumed_from_step, 3);
+    assert_eq!(whole_outcome.report.last_loss, resumed_outcome.report.last_loss);
+    let lines = std::fs::read_to_string(work.path().join("metrics.jsonl")).unwrap();
+    assert_eq!(lines.lines().count(), 7);
+
+    let other = Settings { seed: 7, ..settings };
+    run(&other, &[3], work.path(), false, Some(1)).outcome.err();
+    let message = run(&Settings { seed: 8, ..other }, &[3], work.path(), true, None).outcome.err().unwrap().to_string();
+    assert!(message.contains("`settings` differ"), "{message}");
+}
+
+#[test]
+fn a_loss_that_is_not_finite_stops_the_run_by_name() {
+    let work = tempfile::tempdir().unwrap();
+    let settings = Settings { learning_rate: 1e30, schedule: Schedule::Constant, max_grad_norm: 0.0, ..settings() };
+    let message = run(&settings, &[3], work.path(), false, None).outcome.err().unwrap().to_string();
+    assert!(message.contains("finetune step") && message.contains("`text 0`"), "{message}");
+}
+
+#[test]
+fn a_layer_that_does_not_exist_is_refused() {
+    let work = tempfile::tempdir().unwrap();
+    for layers in [[].as_slice(), &[99]] {
+        assert!(matches!(run(&settings(), layers, work.path(), false, None).outcome, Err(Error::Invalid { .. })));
+    }
+}
+
+#[test]
+fn losses_that_need_the_dense_model_are_refused_without_it() {
+    let bundle = Bundle::open(&model()).unwrap();
+    let work = tempfile::tempdir().unwrap();
+    let settings = Settings { losses: [(LossKind::Kd, 1.0)].into(), ..settings() };
+    let request = Request {
+        bundle: &bundle,
+        layers: &[3],
+        data: &Texts { vocabulary: 100 },
+        settings: &settings,
+        device: Device::Cpu,
+        work: work.path(),
+        resume: false,
+        features: &FeatureCache::new(1 << 20),
+    };
+    let message = finetune(&request, &Cancel::default(), &mut |_| {}).err().unwrap().to_string();
+    assert!(message.contains("`kd`") && message.contains("teacher"), "{message}");
+}
+
+#[test]
+fn a_model_that_is_its_own_teacher_has_nothing_to_learn() {
+    let bundle = Bundle::open(&model()).unwrap();
+    let kept: Vec<usize> = (0..16).collect();
+    let losses = [(LossKind::Kd, 1.0), (LossKind::Hidden, 1.0), (LossKind::Anchor, 1.0)];
+    let work = tempfile::tempdir().unwrap();
+    let settings = Settings { losses: losses.into(), max_steps: Some(1), ..settings() };
+    let request = Request {
+        bundle: &bundle,
+        layers: &[3, 7],
+        data: &Texts { vocabulary: 800 },
+        settings: &settings,
+        device: Device::Cpu,
+        work: work.path(),
+        resume: false,
+        features: &FeatureCache::new(1 << 20),
+    };
+    let teacher = Teacher { bundle: &bundle, kept: &kept, anchors: &[5, 9] };
+    let mut losses = BTreeMap::new();
+    finetune_with_teacher(&request, Some(&teacher), &Cancel::default(), &mut |metrics| losses = metrics.losses.clone())
+        .unwrap();
+    assert!(losses["kd"].abs() < 1e-4, "{losses:?}");
+    // Targets are kept in bf16, which is off by at most 2^-9 of each number.
+    let rounding = 2f64.powi(-18);
+    assert!(losses["hidden"] < rounding && losses["anchor"] < rounding, "{losses:?}");
+}
+
+#[test]
+fn the_dense_model_teaches_with_and_without_gradient_checkpointing() {
+    let losses = [(LossKind::Ce, 1.0), (LossKind::Kd, 0.5), (LossKind::Hidden, 2.0), (LossKind::Anchor, 1.0)];
+    let settings = Settings { losses: losses.into(), ..settings() };
+    let work = tempfile::tempdir().unwrap();
+    let plain = run(&settings, &[2, 4], work.path(), false, None);
+    let report = plain.outcome.unwrap().report;
+    assert!(report.last_loss < report.first_loss, "{} to {}", report.first_loss, report.last_loss);
+    assert!(report.provenance.inputs.contains_key("teacher"));
+    let checkpointed = Settings { gradient_checkpointing: true, ..settings };
+    let checkpointed = run(&checkpointed, &[2, 4], work.path(), false, None);
+    checkpointed.outcome.unwrap();
+    for (a, b) in plain.steps.iter().zip(&checkpointed.steps) {
+        assert!((a.loss - b.loss).abs() < 1e-4 * a.loss, "step {}: {} and {}", a.step, a.loss, b.loss);
+        assert!(
+            (a.grad_norm - b.grad_norm).abs() < 1e-3 * a.grad_norm,
+            "step {}: {} and {}",
+            a.step,
+            a.grad_norm,
+            b.grad_norm
+        );
+        assert!(a.losses.len() == 4 && b.losses.len() == 4);
+    }
+}
+
+#[test]
+fn anchors_alone_heal_each_triplet_by_itself() {
+    let settings = Settings { losses: [(LossKind::Anchor, 1.0)].into(), max_steps: Some(12), ..settings() };
+    let work = tempfile::tempdir().unwrap();
+    let healed = run(&settings, &[2, 4], work.path(), false, None);
+    let report = healed.outcome.unwrap().report;
+    assert!(report.last_loss < 0.8 * report.first_loss, "{} to {}", report.first_loss, report.last_loss);
+}
