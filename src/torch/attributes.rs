@@ -25,6 +25,11 @@ impl<'a> Attributes<'a> {
         Some(attribute)
     }
 
+    /// The attribute, without counting as read.
+    pub fn peek(&self, name: &str) -> Option<&'a Attribute> {
+        self.items.iter().find(|item| item.0 == name).map(|item| item.1)
+    }
+
     /// Marks an attribute as known although it changes nothing that is computed here.
     pub fn ignore(&self, name: &str) {
         self.get(name);

@@ -18,6 +18,8 @@ pub(super) type Slot = usize;
 
 /// Functions nested deeper than this, or sub-graphs, are refused.
 const MAX_DEPTH: usize = 64;
+/// Functions that multiply a graph beyond so many operator calls are refused.
+const MAX_CALLS: usize = 1 << 18;
 
 /// One compiled node.
 pub(super) struct Step {
@@ -48,6 +50,7 @@ pub(super) struct Compiler<'m> {
     missing: Vec<Missing>,
     unread: Vec<String>,
     depth: usize,
+    calls: usize,
 }
 
 /// Where nodes live: the top-level graph, or an inlined function.
@@ -83,7 +86,7 @@ impl BodyCompiler<'_> {
 impl<'m> Compiler<'m> {
     pub fn new(model: &'m Model, autocast: Option<Kind>, device: Device) -> Self {
         let names = model.graph.values.iter().map(|value| value.name.clone()).collect();
-        Compiler { model, names, autocast, device, missing: Vec::new(), unread: Vec::new(), depth: 0 }
+        Compiler { model, names, autocast, device, missing: Vec::new(), unread: Vec::new(), depth: 0, calls: 0 }
     }
 
     /// The name of every slot in use.
@@ -129,6 +132,13 @@ impl<'m> Compiler<'m> {
     }
 
     fn node(&mut self, scope: &Scope<'m>, node: &Node, steps: &mut Vec<Step>) -> Result<()> {
+        self.calls += 1;
+        if self.calls > MAX_CALLS {
+            return Err(Error::invalid(
+                "the graph",
+                format!("its functions expand to more than {MAX_CALLS} operator calls"),
+            ));
+        }
         let label = || format!("{}{}", scope.label, node.describe(scope.graph));
         let Some(&version) = scope.opsets.get(&node.domain) else {
             self.lacks(node, "?", format!("the model imports no version of domain `{}`", node.domain), label());

@@ -145,6 +145,9 @@ pub fn many(run: impl Fn(&Args) -> OpResult<Vec<Tensor>> + Send + 'static) -> Op
     Ok(Box::new(run))
 }
 
+/// No size, stride or pad that is larger is meant: sums and products of two stay within i64.
+pub const LARGEST: i64 = 1 << 31;
+
 /// An axis counted from the front.
 pub fn axis_of(axis: i64, rank: usize) -> OpResult<i64> {
     let rank = rank as i64;

@@ -429,3 +429,76 @@ fn short_weights_and_unknown_types_are_refused() {
         assert!(error.contains(message), "{error}");
     }
 }
+
+/// Attributes and operands that overflow, divide by zero or ask for absurd memory.
+#[test]
+fn absurd_numbers_are_errors() {
+    let int = |value: i64| AttributeKind::Int(value);
+    let ints = |values: &[i64]| AttributeKind::Ints(values.to_vec());
+    let wide = || Tensor::ones([1, 4, 2, 2], tch::kind::FLOAT_CPU);
+    let cases: Vec<(&str, i64, &[i64], Vec<(&str, AttributeKind)>)> = vec![
+        ("Pad", 21, &[i64::MIN, 0, 0, 0, 0, 0, 0, i64::MIN], vec![]),
+        ("Reshape", 21, &[i64::MAX, i64::MAX, -1, 0], vec![("allowzero", int(1))]),
+        ("Expand", 21, &[i64::MAX, 4, 2, 2], vec![]),
+        ("Tile", 21, &[i64::MAX, i64::MAX, 1, 1], vec![]),
+        ("Unsqueeze", 21, &[i64::MAX], vec![]),
+        ("ReduceSum", 21, &[i64::MIN], vec![]),
+        ("DepthToSpace", 21, &[], vec![("blocksize", int(1 << 62))]),
+        ("DepthToSpace", 21, &[], vec![("blocksize", int(0))]),
+        ("SpaceToDepth", 21, &[], vec![("blocksize", int(-2))]),
+        ("Split", 13, &[i64::MAX, i64::MAX], vec![]),
+        ("GlobalAveragePool", 21, &[1], vec![("unknown", int(0))]),
+        (
+            "AveragePool",
+            21,
+            &[],
+            vec![
+                ("kernel_shape", ints(&[i64::MAX, i64::MAX])),
+                ("auto_pad", AttributeKind::String(b"SAME_UPPER".to_vec())),
+            ],
+        ),
+        ("MaxPool", 21, &[], vec![("kernel_shape", ints(&[1, 1])), ("strides", ints(&[0, 0])), ("ceil_mode", int(1))]),
+        ("MaxPool", 21, &[], vec![]),
+        ("Softmax", 21, &[], vec![("axis", int(i64::MIN))]),
+        ("Transpose", 21, &[], vec![("perm", ints(&[0, 0, 0, 0]))]),
+        ("Transpose", 21, &[], vec![("perm", ints(&[0]))]),
+        ("Cast", 21, &[], vec![("to", int(i64::MAX))]),
+        ("Cast", 21, &[], vec![("to", AttributeKind::Float(1.0))]),
+    ];
+    for (op, version, operand, attributes) in cases {
+        let mut builder = Builder::new().input("x", DataType::Float).ints("n", operand);
+        builder.model.opset_imports.insert(String::new(), version);
+        let inputs: &[&str] = if operand.is_empty() { &["x"] } else { &["x", "n"] };
+        let mut builder = builder.node(op, inputs, &["y"]);
+        for (name, kind) in &attributes {
+            builder = builder.attribute(name, kind.clone());
+        }
+        let result = run(&builder.output("y").model, &[("x", wide())]);
+        assert!(result.is_err(), "{op} {operand:?} {attributes:?}");
+    }
+}
+
+#[test]
+fn functions_that_multiply_are_refused() {
+    let mut builder = Builder::new().input("x", DataType::Float);
+    builder.model.opset_imports.insert("mine".into(), 1);
+    for level in 0..40 {
+        let mut function = Function { name: format!("F{level}"), domain: "mine".into(), ..Default::default() };
+        function.opset_imports.insert("mine".into(), 1);
+        function.opset_imports.insert(String::new(), 21);
+        let graph = &mut function.graph;
+        let a = value_of(graph, "a");
+        graph.body.inputs = vec![a];
+        let inner = if level == 39 { "Neg".to_string() } else { format!("mine:F{}", level + 1) };
+        for (from, to) in [("a", "b"), ("b", "c")] {
+            let node = node_of(graph, &inner, &[from], &[to]);
+            graph.body.nodes.push(node);
+        }
+        let c = value_of(graph, "c");
+        graph.body.outputs = vec![c];
+        builder.model.functions.push(function);
+    }
+    let model = builder.node("mine:F0", &["x"], &["y"]).output("y").model;
+    let error = Program::compile(&model, &Options::default()).err().expect("refused").to_string();
+    assert!(error.contains("expand to more than"), "{error}");
+}

@@ -2,7 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use crate::torch::kernel::{Args, Build, Kernel, OpError, OpResult, many};
+use crate::torch::kernel::{Args, Build, Kernel, LARGEST, OpError, OpResult, many};
 use crate::torch::table::Row;
 
 use super::cast::kind_from_number;
@@ -260,6 +260,9 @@ fn pad_mask(mask: &Tensor, columns: i64) -> OpResult<Tensor> {
 fn multi_head(b: &mut Build) -> OpResult<Kernel> {
     let a = b.attributes;
     let heads = a.int_required("num_heads")?;
+    if !(1..=LARGEST).contains(&heads) {
+        return Err(OpError::new(format!("attribute `num_heads` is {heads}")));
+    }
     let causal = a.flag("unidirectional", false)?;
     let scale = a.float_opt("scale")?;
     let filter = a.float("mask_filter_value", -10000.0)?;

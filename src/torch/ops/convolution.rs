@@ -2,7 +2,7 @@
 
 use tch::{Kind, Tensor};
 
-use crate::torch::kernel::{Build, Kernel, OpError, OpResult, one};
+use crate::torch::kernel::{Build, Kernel, LARGEST, OpError, OpResult, one};
 use crate::torch::table::Row;
 
 use super::linear::lowered;
@@ -39,6 +39,12 @@ impl Window {
             "SAME_LOWER" => AutoPad::SameLower,
             other => return Err(OpError::new(format!("auto_pad `{other}` is not known"))),
         };
+        for name in ["kernel_shape", "strides", "dilations", "pads", "output_padding"] {
+            let known = a.peek(name).and_then(|list| list.as_ints());
+            if known.is_some_and(|list| list.iter().any(|value| value.unsigned_abs() > LARGEST as u64)) {
+                return Err(OpError::new(format!("attribute `{name}` is out of range")));
+            }
+        }
         Ok(Window {
             kernel: a.ints("kernel_shape")?,
             strides: a.ints("strides")?,

@@ -2,7 +2,7 @@
 
 use tch::{Kind, Tensor};
 
-use crate::torch::kernel::{Args, Build, Kernel, OpError, OpResult, many};
+use crate::torch::kernel::{Args, Build, Kernel, LARGEST, OpError, OpResult, many};
 use crate::torch::table::Row;
 
 use super::MICROSOFT;
@@ -55,8 +55,8 @@ fn build(b: &mut Build) -> OpResult<Kernel> {
     if settings.window.is_some_and(|window| window < 1) {
         return Err(OpError::new("attribute `local_window_size` is neither -1 nor positive"));
     }
-    if settings.heads < 1 || settings.groups < 1 {
-        return Err(OpError::new("attributes `num_heads` and `kv_num_heads` must be positive"));
+    if ![settings.heads, settings.groups].iter().all(|count| (1..=LARGEST).contains(count)) {
+        return Err(OpError::new("attributes `num_heads` and `kv_num_heads` are out of range"));
     }
     many(move |args| run(args, &settings))
 }
@@ -70,13 +70,13 @@ fn build(b: &mut Build) -> OpResult<Kernel> {
 fn run(args: &Args, s: &Settings) -> OpResult<Vec<Tensor>> {
     let (mut q, mut k, v) = operands(args, s)?;
     let (batch, rows, _, width) = q.size4()?;
-    let totals: Vec<i64> = args.ints_required(5)?.iter().map(|last| last + 1).collect();
+    let totals: Vec<i64> = args.ints_required(5)?.iter().map(|last| last.saturating_add(1)).collect();
     let total = args.int(6)?.ok_or_else(|| OpError::new("input 6 is missing"))?;
     if totals.len() as i64 != batch {
         return Err(OpError::new(format!("seqlens_k has {} entries for a batch of {batch}", totals.len())));
     }
     // A first prompt has no past, whatever its padding.
-    let starts: Vec<i64> = totals.iter().map(|own| if rows == total { 0 } else { own - rows }).collect();
+    let starts: Vec<i64> = totals.iter().map(|own| if rows == total { 0 } else { own.saturating_sub(rows) }).collect();
     if let Some(start) = starts.iter().find(|start| **start < 0) {
         return Err(OpError::new(format!("a sample's past has length {start}")));
     }

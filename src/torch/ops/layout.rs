@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use crate::torch::kernel::{Args, Build, Kernel, OpError, OpResult, axis_of, many, one};
+use crate::torch::kernel::{Args, Build, Kernel, LARGEST, OpError, OpResult, axis_of, many, one};
 use crate::torch::table::{ALL, Row};
 
 pub(super) const ROWS: &[Row] = &[
@@ -90,6 +90,9 @@ fn pad(b: &mut Build) -> OpResult<Kernel> {
 }
 
 fn pad_axis(x: &Tensor, axis: i64, before: i64, after: i64, mode: &str, value: f64) -> OpResult<Tensor> {
+    if [before, after].iter().any(|pad| pad.unsigned_abs() > LARGEST as u64) {
+        return Err(OpError::new(format!("pads of {before} and {after} are out of range")));
+    }
     let size = x.size()[axis as usize];
     let cut = x.f_narrow(axis, (-before).max(0), (size + before.min(0) + after.min(0)).max(0))?;
     let (before, after) = (before.max(0), after.max(0));
@@ -180,7 +183,7 @@ fn split(b: &mut Build) -> OpResult<Kernel> {
     let fixed = if by_input { None } else { b.attributes.ints("split")? };
     let declared = if b.version >= 18 { b.attributes.int_opt("num_outputs")? } else { None };
     let parts = declared.unwrap_or(b.outputs.len() as i64);
-    if parts != b.outputs.len() as i64 {
+    if parts != b.outputs.len() as i64 || parts == 0 {
         return Err(OpError::new(format!("num_outputs is {parts} and there are {} outputs", b.outputs.len())));
     }
     let uneven = declared.is_some();
@@ -198,7 +201,10 @@ fn split(b: &mut Build) -> OpResult<Kernel> {
             }
             None => return Err(OpError::new(format!("axis of {size} does not split into {parts} equal parts"))),
         };
-        if sizes.iter().any(|&part| part < 0) || sizes.iter().sum::<i64>() != size || sizes.len() as i64 != parts {
+        if sizes.iter().any(|&part| part < 0)
+            || sizes.iter().try_fold(0i64, |sum, &part| sum.checked_add(part)) != Some(size)
+            || sizes.len() as i64 != parts
+        {
             return Err(OpError::new(format!("sizes {sizes:?} do not split an axis of {size} into {parts}")));
         }
         Ok(x.f_split_with_sizes(&sizes, axis)?)
@@ -231,8 +237,8 @@ fn depth_to_space(b: &mut Build) -> OpResult<Kernel> {
         "CRD" => false,
         other => return Err(OpError::new(format!("mode `{other}` is not supported"))),
     };
-    if block < 1 {
-        return Err(OpError::new("attribute `blocksize` is below 1"));
+    if !(1..=1 << 15).contains(&block) {
+        return Err(OpError::new(format!("attribute `blocksize` is {block}")));
     }
     one(move |args| {
         let x = args.get(0)?;
@@ -250,8 +256,8 @@ fn depth_to_space(b: &mut Build) -> OpResult<Kernel> {
 /// `[N, C, H, W] -> [N, C * b * b, H / b, W / b]`.
 fn space_to_depth(b: &mut Build) -> OpResult<Kernel> {
     let block = b.attributes.int_required("blocksize")?;
-    if block < 1 {
-        return Err(OpError::new("attribute `blocksize` is below 1"));
+    if !(1..=1 << 15).contains(&block) {
+        return Err(OpError::new(format!("attribute `blocksize` is {block}")));
     }
     one(move |args| {
         let x = args.get(0)?;

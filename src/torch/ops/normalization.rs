@@ -184,6 +184,9 @@ fn instance_normalization(b: &mut Build) -> OpResult<Kernel> {
 fn group_normalization(b: &mut Build) -> OpResult<Kernel> {
     let epsilon = b.attributes.float("epsilon", 1e-5)?;
     let groups = b.attributes.int_required("num_groups")?;
+    if groups < 1 {
+        return Err(OpError::new(format!("attribute `num_groups` is {groups}")));
+    }
     let per_channel = b.version >= 21;
     if per_channel {
         b.attributes.ignore("stash_type");

@@ -221,6 +221,9 @@ fn run_resize(args: &Args, s: &ResizeSettings) -> OpResult<Tensor> {
             out = out.f_index_select(axis, &Tensor::f_from_slice(&index)?.f_to_device(x.device())?)?;
             continue;
         }
+        if size.checked_mul(target).is_none_or(|count| count > 1 << 28) {
+            return Err(OpError::new(format!("axis {axis} of {size} is too large to become {target}")));
+        }
         let mut dense = vec![0f64; (size * target) as usize];
         for (row, entries) in matrix.iter().enumerate() {
             for &(column, weight) in entries {

@@ -2,7 +2,7 @@
 
 use tch::{Kind, Tensor};
 
-use crate::torch::kernel::{Build, Kernel, OpError, OpResult, axis_of, many, one};
+use crate::torch::kernel::{Build, Kernel, LARGEST, OpError, OpResult, axis_of, many, one};
 use crate::torch::table::Row;
 
 use super::MICROSOFT;
@@ -143,7 +143,8 @@ fn matmul_nbits(b: &mut Build) -> OpResult<Kernel> {
     if b.has(4) {
         return Err(OpError::new("input 4 (g_idx) is not supported"));
     }
-    if ![2, 4, 8].contains(&bits) || block < 1 || width < 1 || height < 1 {
+    let sizes = [block, width, height];
+    if ![2, 4, 8].contains(&bits) || !sizes.iter().all(|size| (1..=LARGEST).contains(size)) {
         return Err(OpError::new(format!("{bits} bits in blocks of {block} are not supported")));
     }
     let blocks = (width + block - 1) / block;
@@ -180,7 +181,7 @@ fn gather_block_quantized(b: &mut Build) -> OpResult<Kernel> {
     let a = b.attributes;
     let (gather_axis, quantize_axis) = (a.int("gather_axis", 0)?, a.int("quantize_axis", 1)?);
     let (bits, block) = (a.int("bits", 4)?, a.int("block_size", 128)?);
-    if ![2, 4, 8].contains(&bits) || block < 1 {
+    if ![2, 4, 8].contains(&bits) || !(1..=LARGEST).contains(&block) {
         return Err(OpError::new(format!("{bits} bits in blocks of {block} are not supported")));
     }
     one(move |args| {

@@ -168,7 +168,7 @@ fn reshape(b: &mut Build) -> OpResult<Kernel> {
         }
         if target.contains(&-1) && target.contains(&0) {
             // LibTorch finds -1 ambiguous beside 0; ONNX gives it the size of what is left.
-            let known: i64 = target.iter().filter(|&&dim| dim > 0).product();
+            let known = target.iter().filter(|&&dim| dim > 0).fold(1i64, |count, &dim| count.saturating_mul(dim));
             let size = x.size();
             let own: i64 = size.iter().filter(|&&dim| dim > 0).product();
             for dim in &mut target {
