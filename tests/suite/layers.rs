@@ -33,7 +33,6 @@ const OWNERS: &[(&str, &[&str])] = &[
     ("parquet", &["data"]),
     ("arrow", &["data"]),
     ("image", &["data"]),
-    ("fast_image_resize", &["data"]),
     ("prost", &["export"]),
     ("prost_reflect", &["export"]),
     ("indicatif", &["base"]),
