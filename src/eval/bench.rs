@@ -10,9 +10,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::{Cancel, Error, Progress, Provenance, Result, peak_memory_bytes};
 use crate::bundle::{Bundle, Role};
-use crate::runtime::{Decoder, FeatureCache, Prompt, Runtime, SessionOptions, Step, StepTokens, Tensor, VlmSession};
+use crate::runtime::{Decoder, FeatureCache, Runtime, SessionOptions, Step, StepTokens, Tensor};
 
-use super::probe::{picture_prompt, token_ids};
+use super::probe::{noise_embeddings, picture_prompt, token_ids};
 use super::run::LoadedModel;
 use super::stats::Spread;
 
@@ -34,7 +34,7 @@ pub struct BenchOptions {
 
 impl Default for BenchOptions {
     fn default() -> Self {
-        BenchOptions { prompt_tokens: 256, new_tokens: 32, rounds: 10, warm_up: 2, threads: None }
+        BenchOptions { prompt_tokens: 256, new_tokens: 32, rounds: 20, warm_up: 2, threads: None }
     }
 }
 
@@ -98,13 +98,67 @@ pub struct Speedup {
 /// A model with its inputs, between rounds.
 struct Contestant {
     name: String,
-    loaded: LoadedModel,
+    engine: Engine,
     layers: Option<usize>,
     size_bytes: u64,
     decoder_size_bytes: u64,
     load_ms: f64,
     prompt: DecoderPrompt,
     times: Vec<Times>,
+}
+
+/// What is run: a whole model, or a decoder without anything around it.
+enum Engine {
+    Whole(Box<LoadedModel>),
+    Alone(Decoder),
+}
+
+impl Engine {
+    /// Errors: as `LoadedModel::open`; as `Decoder::open` where there is no config.
+    fn open(path: &Path, bundle: &Bundle, runtime: &Runtime, settings: &SessionOptions) -> Result<Self> {
+        if bundle.config().is_none() {
+            return Ok(Engine::Alone(Decoder::open(runtime, bundle, settings)?));
+        }
+        // A cache of no size keeps nothing, so that every round encodes its picture.
+        Ok(Engine::Whole(Box::new(LoadedModel::open(path, runtime, settings, &FeatureCache::new(0))?)))
+    }
+
+    fn decoder(&mut self) -> &mut Decoder {
+        match self {
+            Engine::Whole(model) => model.vlm.decoder_mut(),
+            Engine::Alone(decoder) => decoder,
+        }
+    }
+
+    /// What the decoder reads for these tokens: their embeddings (noise, where nothing makes any), or nothing but ids.
+    fn embed(&mut self, ids: &[i64]) -> Result<(Vec<f32>, usize)> {
+        if !self.decoder().takes_embeds() {
+            return Ok((Vec::new(), 0));
+        }
+        match self {
+            Engine::Whole(model) => model.vlm.embed_tokens(ids),
+            Engine::Alone(decoder) => noise_embeddings(decoder, ids.len()),
+        }
+    }
+
+    fn image_token(&self) -> Option<i64> {
+        match self {
+            Engine::Whole(model) => model.vlm.settings().image_token_id,
+            Engine::Alone(_) => None,
+        }
+    }
+
+    /// A picture and a question to the first token; `None` for models without a vision encoder.
+    fn answer_picture(&mut self, cancel: &Cancel) -> Result<Option<f64>> {
+        let Engine::Whole(model) = self else { return Ok(None) };
+        if model.vlm.vision_mut().is_none() {
+            return Ok(None);
+        }
+        let began = Instant::now();
+        let prompt = picture_prompt(&model.processor)?;
+        model.vlm.generate(&[prompt], 1, cancel)?;
+        Ok(Some(milliseconds(began)))
+    }
 }
 
 /// What one round takes, in milliseconds.
@@ -221,8 +275,7 @@ impl Contestant {
         let bundle = Bundle::open(path)?;
         let settings = SessionOptions { threads: options.threads, ..SessionOptions::default() };
         let began = Instant::now();
-        // A cache of no size keeps nothing, so that every round encodes its picture.
-        let mut loaded = LoadedModel::open(path, runtime, &settings, &FeatureCache::new(0))?;
+        let mut engine = Engine::open(path, &bundle, runtime, &settings)?;
         let load_ms = milliseconds(began);
         let mut size_bytes = 0;
         for role in [Role::VisionEncoder, Role::EmbedTokens, Role::Decoder] {
@@ -230,7 +283,7 @@ impl Contestant {
                 size_bytes += bundle.size_bytes(part)?;
             }
         }
-        let slots = loaded.vlm.decoder().slots().len();
+        let slots = engine.decoder().slots().len();
         let layers = bundle.config().and_then(|config| config.num_hidden_layers);
         Ok(Contestant {
             name: path.display().to_string(),
@@ -238,17 +291,17 @@ impl Contestant {
             size_bytes,
             decoder_size_bytes: bundle.size_bytes(bundle.require(Role::Decoder)?)?,
             load_ms,
-            prompt: DecoderPrompt::new(&mut loaded.vlm, options.prompt_tokens)?,
-            loaded,
+            prompt: DecoderPrompt::new(&mut engine, options.prompt_tokens)?,
+            engine,
             times: Vec::new(),
         })
     }
 
     fn round(&mut self, options: &BenchOptions, cancel: &Cancel) -> Result<Times> {
-        let LoadedModel { vlm, processor, .. } = &mut self.loaded;
+        let engine = &mut self.engine;
         let began = Instant::now();
         let mut mask = vec![1; self.prompt.ids.len()];
-        let (logits, mut cache) = self.prompt.prefill(vlm.decoder_mut(), &mask)?;
+        let (logits, mut cache) = self.prompt.prefill(engine.decoder(), &mask)?;
         let mut token = likeliest(&logits)?;
         let prefill_ms = milliseconds(began);
 
@@ -256,10 +309,9 @@ impl Contestant {
         for _ in 0..options.new_tokens {
             let position = [mask.len() as i64; 3];
             mask.push(1);
-            let rows = vlm.decoder().position_rows();
-            let (data, hidden_size) =
-                if vlm.decoder().takes_embeds() { vlm.embed_tokens(&[token])? } else { (Vec::new(), 0) };
+            let rows = engine.decoder().position_rows();
             let ids = [token];
+            let (data, hidden_size) = engine.embed(&ids)?;
             let tokens =
                 if hidden_size > 0 { StepTokens::Embeds { data: &data, hidden_size } } else { StepTokens::Ids(&ids) };
             let step = Step {
@@ -270,22 +322,13 @@ impl Contestant {
                 position_rows: rows,
                 last_only: true,
             };
-            let (logits, longer) = vlm.decoder_mut().step(&step, Some(cache))?;
+            let (logits, longer) = engine.decoder().step(&step, Some(cache))?;
             token = likeliest(&logits)?;
             cache = longer;
         }
         let decode_ms = milliseconds(began);
 
-        let has_vision = vlm.vision_mut().is_some();
-        let began = Instant::now();
-        let pipeline_ms = match has_vision {
-            true => {
-                let prompt: Prompt = picture_prompt(processor)?;
-                vlm.generate(&[prompt], 1, cancel)?;
-                Some(milliseconds(began))
-            }
-            false => None,
-        };
+        let pipeline_ms = engine.answer_picture(cancel)?;
         Ok(Times { prefill_ms, decode_ms, pipeline_ms })
     }
 
@@ -328,10 +371,10 @@ impl Speedup {
 }
 
 impl DecoderPrompt {
-    fn new(vlm: &mut VlmSession, count: usize) -> Result<Self> {
-        let vocabulary = vlm.decoder().vocabulary().unwrap_or(256);
-        let ids = token_ids(count, vocabulary, vlm.settings().image_token_id);
-        let (data, hidden_size) = if vlm.decoder().takes_embeds() { vlm.embed_tokens(&ids)? } else { (Vec::new(), 0) };
+    fn new(engine: &mut Engine, count: usize) -> Result<Self> {
+        let vocabulary = engine.decoder().vocabulary().unwrap_or(256);
+        let ids = token_ids(count, vocabulary, engine.image_token());
+        let (data, hidden_size) = engine.embed(&ids)?;
         Ok(DecoderPrompt { ids, data, hidden_size })
     }
 

@@ -86,3 +86,17 @@ fn a_model_is_as_fast_as_itself() {
     // Two runs of one model on a busy machine: far from a factor of two.
     assert!((0.5..2.0).contains(&speedup.decoder_ttft.median), "{speedup:?}");
 }
+
+#[test]
+fn a_decoder_alone_is_measured_without_a_picture() {
+    let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
+    let options = BenchOptions { prompt_tokens: 8, new_tokens: 2, rounds: 2, warm_up: 0, threads: Some(1) };
+    // Embeddings in with three rows of positions, and token ids in.
+    for file in ["ts17/qwen3_vl/decoder_model_merged.onnx", "dyn18/llama-ids/model.onnx"] {
+        let report = bench(&fixture("zoo").join(file), None, &runtime, &options, None, &Cancel::default());
+        let report = report.expect("a report");
+        assert_eq!(report.model.layers, Some(8), "{file}");
+        assert!(report.model.pipeline_ttft_ms.is_none() && report.speedup.is_none(), "{file}");
+        assert!(report.model.decode_tokens_per_second.median > 0.0, "{file}");
+    }
+}
