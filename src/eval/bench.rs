@@ -110,14 +110,14 @@ struct Contestant {
 /// What is run: a whole model, or a decoder without anything around it.
 enum Engine {
     Whole(Box<LoadedModel>),
-    Alone(Decoder),
+    Alone(Box<Decoder>),
 }
 
 impl Engine {
     /// Errors: as `LoadedModel::open`; as `Decoder::open` where there is no config.
     fn open(path: &Path, bundle: &Bundle, runtime: &Runtime, settings: &SessionOptions) -> Result<Self> {
         if bundle.config().is_none() {
-            return Ok(Engine::Alone(Decoder::open(runtime, bundle, settings)?));
+            return Ok(Engine::Alone(Box::new(Decoder::open(runtime, bundle, settings)?)));
         }
         // A cache of no size keeps nothing, so that every round encodes its picture.
         Ok(Engine::Whole(Box::new(LoadedModel::open(path, runtime, settings, &FeatureCache::new(0))?)))

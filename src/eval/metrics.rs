@@ -111,11 +111,11 @@ pub fn metric_for(benchmark: &str, reference: &Reference) -> &'static Metric {
 /// The metric of a benchmark that the table knows by name: `ChartQA_TEST` and `HRBench4K` are known, `commerce` is not.
 pub fn metric_of(benchmark: &str) -> Option<&'static Metric> {
     let benchmark = benchmark.to_lowercase();
-    let named = |known: &&str| match benchmark.strip_prefix(*known) {
+    let named = |known: &str| match benchmark.strip_prefix(known) {
         Some(rest) => !rest.starts_with(char::is_alphabetic),
         None => false,
     };
-    METRICS.iter().find(|metric| metric.benchmarks.iter().any(|known| named(&known)))
+    METRICS.iter().find(|metric| metric.benchmarks.iter().any(|known| named(known)))
 }
 
 fn hit(condition: bool) -> f64 {
