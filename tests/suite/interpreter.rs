@@ -176,6 +176,49 @@ fn ours_as_f64(ours: &HashMap<String, Tensor>) -> HashMap<String, Tensor> {
     ours.iter().map(|(name, tensor)| (name.clone(), tensor.to_kind(Kind::Double))).collect()
 }
 
+/// The gradients of one network's weights do not depend on how it was exported: plain operators, dynamo's, Optimum's,
+/// and ONNX Runtime's fused ones.
+#[test]
+fn gradients_agree_across_exporters() {
+    tch::set_num_threads(1);
+    let data: HashMap<String, Tensor> =
+        Tensor::read_npz(fixture("zoo/expected/llama.nodrop.npz")).expect("expected values").into_iter().collect();
+    let files = [
+        "dyn18/llama-ids/model.onnx",
+        "optimum/llama-with-past/model.onnx",
+        "optimum/llama-O2/model.onnx",
+        "genai/llama-fp32-embeds/model.onnx",
+        "hfexp/llama-cpu/decode.onnx",
+    ];
+    // Gradients by the content of the weight, for matrices that no other weight equals.
+    let mut known: HashMap<Vec<u8>, Tensor> = HashMap::new();
+    for (number, file) in files.into_iter().enumerate() {
+        let model = onnx::load(&fixture("zoo").join(file)).expect(file);
+        let matrices = model.graph.body.initializers.iter().filter(|(_, t)| t.dims == [64, 128] || t.dims == [64, 64]);
+        let chosen: Vec<ValueId> = matrices.map(|(id, _)| *id).collect();
+        let options = torch::Options { trainable: chosen.clone(), ..Default::default() };
+        let program = torch::Program::compile(&model, &options).expect(file);
+        let inputs: Vec<(ValueId, Tensor)> =
+            feeds(&model, &data, "in", &HashMap::new()).into_iter().map(|(_, id, tensor)| (id, tensor)).collect();
+        let logits = program.run(&inputs, &[program.value("logits").expect("logits")]).expect(file).remove(0);
+        let weights = Tensor::arange(logits.numel() as i64, tch::kind::FLOAT_CPU).sin().reshape(logits.size());
+        (logits * weights).sum(Kind::Float).backward();
+        let mut compared = 0;
+        for parameter in program.parameters() {
+            let content = model.graph.body.initializer(parameter.id).expect("weight").bytes().to_vec();
+            let gradient = parameter.tensor.grad();
+            if let Some(other) = known.get(&content) {
+                let scale = 1.0 + other.abs().max().double_value(&[]);
+                let worst = (&gradient - other).abs().max().double_value(&[]) / scale;
+                assert!(worst < 1e-5, "{file}: the gradient of `{}` differs by {worst:e}", parameter.name);
+                compared += 1;
+            }
+            known.insert(content, gradient);
+        }
+        assert!(number == 0 || compared >= 16, "{file}: only {compared} weights are those of the other exports");
+    }
+}
+
 /// The shipped model's vision encoder and embeddings.
 #[test]
 fn other_components_agree_with_onnx_runtime() {
