@@ -1,4 +1,4 @@
-//! ONNX files to [`ir::Model`](crate::ir::Model) and back; the only module that knows protobuf.
+//! ONNX files to [`ir::Model`] and back; the only module that knows protobuf.
 //!
 //! Reading never copies a weight: payloads inside the `.onnx` file and external data are both ranges of memory maps.
 //! Writing copies payloads file to file inside the kernel.
