@@ -1,6 +1,7 @@
 //! The command line's contract: verbs, exit codes, one clear message, nothing half-written.
 
-use std::path::Path;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 /// Runs the command in a folder.
@@ -47,4 +48,178 @@ fn usage_errors_exit_with_2_and_say_what_is_wrong() {
         assert!(stderr(&output).contains(want), "{arguments:?}: {}", stderr(&output));
         assert!(output.stdout.is_empty(), "{arguments:?}");
     }
+}
+
+/// A file or folder of `fixtures/`.
+pub fn fixture(path: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(path);
+    assert!(path.exists(), "{}", path.display());
+    path.display().to_string()
+}
+
+fn json(output: &Output) -> serde_json::Value {
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(output));
+    serde_json::from_slice(&output.stdout).expect("standard output is JSON alone")
+}
+
+/// A copy of the fixture's model that a test may damage.
+fn model_copy(folder: &Path) -> PathBuf {
+    let (source, target) = (PathBuf::from(fixture("model")), folder.join("model"));
+    fs::create_dir_all(target.join("onnx")).expect("folder");
+    for part in ["", "onnx"] {
+        for entry in fs::read_dir(source.join(part)).expect("model") {
+            let path = entry.expect("entry").path();
+            if path.is_file() {
+                fs::copy(&path, target.join(part).join(path.file_name().expect("name"))).expect("copy");
+            }
+        }
+    }
+    target
+}
+
+/// Names in a folder, hidden ones too.
+fn names(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder).expect("folder");
+    let mut names: Vec<String> =
+        entries.map(|entry| entry.expect("entry").file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn inspect_prints_layers_at_the_top_level() {
+    let folder = tempfile::tempdir().expect("folder");
+    let found = json(&interlace(folder.path(), &["inspect", &fixture("model"), "--json"]));
+    assert_eq!(found["num_layers"], 16);
+    assert_eq!(found["layers"].as_array().map(Vec::len), Some(16));
+    assert_eq!(found["layers"][3]["kv_ports"][0]["past"], "past_key_values.3.key");
+    assert_eq!(found["vision"]["num_layers"], 5);
+    let text = interlace(folder.path(), &["inspect", &fixture("model")]);
+    assert!(stdout(&text).contains("decoder: 16 layers"), "{}", stdout(&text));
+    assert!(!stdout(&text).contains('\x1b'), "colour where there is no terminal");
+}
+
+#[test]
+fn prune_renumbers_layers_in_graph_and_configs_and_remembers_where_they_were() {
+    let folder = tempfile::tempdir().expect("folder");
+    let pruned = json(&interlace(folder.path(), &["prune", &fixture("model"), "--drop", "5,2", "-o", "out", "--json"]));
+    assert_eq!(pruned["dropped"], serde_json::json!([2, 5]));
+    let found = json(&interlace(folder.path(), &["inspect", "out", "--json"]));
+    let originals: Vec<u64> = found["layers"]
+        .as_array()
+        .expect("layers")
+        .iter()
+        .filter_map(|layer| layer["original_index"].as_u64())
+        .collect();
+    assert_eq!(originals, [0, 1, 3, 4, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]);
+    let config: serde_json::Value =
+        serde_json::from_slice(&fs::read(folder.path().join("out/config.json")).expect("config")).expect("JSON");
+    assert_eq!(config["text_config"]["num_hidden_layers"], 14);
+    let vision = ["prune", &fixture("model"), "--component", "vision_encoder", "--drop", "3", "-o", "seeing", "--json"];
+    let pruned = json(&interlace(folder.path(), &vision));
+    assert_eq!(pruned["layers_after"], 4);
+}
+
+#[test]
+fn a_lone_decoder_comes_out_under_its_own_name_with_its_data_beside_it() {
+    let folder = tempfile::tempdir().expect("folder");
+    let decoder = fixture("model/onnx/decoder_model_merged.onnx");
+    json(&interlace(folder.path(), &["prune", &decoder, "--drop", "1", "-o", "out", "--json"]));
+    let written = names(&folder.path().join("out"));
+    assert_eq!(written, ["decoder_model_merged.onnx", "decoder_model_merged.onnx_data", "interlace.json"]);
+}
+
+#[test]
+fn plans_need_scores_of_the_same_model() {
+    let folder = tempfile::tempdir().expect("folder");
+    let model = fixture("model");
+    let random = ["plan", &model, "--strategy", "random", "--drop-count", "4", "-o", "plan.json", "--json"];
+    let plan = json(&interlace(folder.path(), &random));
+    assert_eq!(plan["drop"].as_array().map(Vec::len), Some(4));
+    let again: serde_json::Value =
+        serde_json::from_slice(&fs::read(folder.path().join("plan.json")).expect("plan")).expect("JSON");
+    assert_eq!(plan, again);
+    // The plan is of the dense model, so it does not fit one that lost layers.
+    json(&interlace(folder.path(), &["prune", &model, "--plan", "plan.json", "-o", "pruned", "--json"]));
+    let output = interlace(folder.path(), &["prune", "pruned", "--plan", "plan.json", "-o", "twice"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("another model"), "{}", stderr(&output));
+}
+
+#[test]
+fn errors_are_one_message_with_status_2_and_leave_nothing_behind() {
+    let folder = tempfile::tempdir().expect("folder");
+    let here = folder.path();
+    let model = fixture("model");
+    let data = fixture("data/finetune-small.parquet");
+    let write = |name: &str, bytes: &[u8]| fs::write(here.join(name), bytes).expect("write");
+    let truncated = model_copy(&here.join("truncated"));
+    let decoder = truncated.join("onnx/decoder_model_merged.onnx");
+    let bytes = fs::read(&decoder).expect("decoder");
+    fs::write(&decoder, &bytes[..bytes.len() / 2]).expect("write");
+    let short = model_copy(&here.join("short"));
+    let weights = short.join("onnx/decoder_model_merged.onnx_data");
+    fs::OpenOptions::new().write(true).open(&weights).and_then(|file| file.set_len(1000)).expect("truncate");
+    let foreign = model_copy(&here.join("foreign"));
+    fs::write(foreign.join("onnx/mystery.onnx"), b"?").expect("write");
+    fs::create_dir(here.join("empty")).expect("folder");
+    fs::create_dir(here.join("taken")).expect("folder");
+    write("taken/file", b"mine");
+    write("empty.parquet", b"");
+    write("none.tsv", b"index\timage\tquestion\tanswer\tcategory\n");
+    write("broken.tsv", b"index\timage\tquestion\tanswer\tcategory\n0\tbm8gcGljdHVyZQ==\tWhat?\tcat\tA\n");
+    write("not.json", b"{");
+    write("recipe.toml", b"modle = 1\n");
+    let all = (0..16).map(|layer| layer.to_string()).collect::<Vec<_>>().join(",");
+    let (truncated, short, foreign) =
+        (truncated.display().to_string(), short.display().to_string(), foreign.display().to_string());
+    let cases: &[(&[&str], &str)] = &[
+        (&["inspect", "missing"], "missing"),
+        (&["inspect", "empty"], "is no model folder"),
+        (&["inspect", &truncated], "decoder_model_merged.onnx"),
+        (&["inspect", &foreign], "mystery.onnx"),
+        (&["prune", &short, "--drop", "2", "-o", "out"], "decoder_model_merged"),
+        (&["prune", &model, "--drop", "2,16", "-o", "out"], "layer 16"),
+        (&["prune", &model, "--drop", "2,2", "-o", "out"], "twice"),
+        (&["prune", &model, "--drop", &all, "-o", "out"], "all 16 layers"),
+        (&["prune", &model, "--drop", "2", "-o", "taken"], "exists already"),
+        (&["prune", &model, "--plan", "not.json", "-o", "out"], "not JSON"),
+        (&["score", &model, "--data", "missing.parquet", "-o", "out"], "missing.parquet"),
+        (&["score", &model, "--data", "empty.parquet", "-o", "out"], "empty.parquet"),
+        (&["score", &model, "--data", &data, "--samples", "99999", "-o", "out"], "99999"),
+        (&["score", &model, "--data", &data, "--samples", "2", "--device", "tpu", "-o", "out"], "tpu"),
+        (&["plan", &model, "--drop-ratio", "0.25", "-o", "out"], "needs scores"),
+        (&["plan", &model, "--strategy", "random", "--drop-ratio", "1.5", "-o", "out"], "1.5"),
+        (&["eval", &model, "--data", "none.tsv", "-o", "out"], "none.tsv"),
+        (&["eval", &model, "--data", "broken.tsv", "-o", "out"], "row"),
+        (&["export", &model, "--to", "triton", "--variant", "q9", "-o", "out"], "q9"),
+        (&["export", &model, "--to", "triton", "-o", "taken"], "exists already"),
+        (&["run", "recipe.toml"], "modle"),
+    ];
+    let before = names(here);
+    for (arguments, want) in cases {
+        let output = interlace(here, arguments);
+        let message = stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {message}");
+        assert!(message.contains(want), "{arguments:?}: {message}");
+        assert_eq!(message.matches("error:").count(), 1, "{arguments:?}: {message}");
+        assert!(output.stdout.is_empty(), "{arguments:?}");
+        assert_eq!(names(here), before, "{arguments:?} left something behind");
+    }
+    assert_eq!(fs::read(here.join("taken/file")).expect("file"), b"mine");
+}
+
+#[test]
+fn cuda_that_is_not_there_is_an_error_and_no_fall_back() {
+    if Path::new("/dev/nvidiactl").exists() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("folder");
+    let data = fixture("data/finetune-small.parquet");
+    let model = fixture("model");
+    let arguments = ["score", &model, "--data", &data, "--samples", "2", "--device", "cuda", "-o", "scores.json"];
+    let output = interlace(folder.path(), &arguments);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("cuda:0"), "{}", stderr(&output));
+    assert!(names(folder.path()).is_empty());
 }
