@@ -59,6 +59,9 @@ pub struct Args {
     /// Number format of forward and backward pass [default: f32]
     #[arg(long, value_enum)]
     precision: Option<PrecisionArg>,
+    /// The model that was pruned, for the losses `kd`, `anchor` and `hidden` of a settings file
+    #[arg(long, value_name = "MODEL")]
+    teacher: Option<PathBuf>,
     /// Where to compute: cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
     device: Device,
@@ -99,6 +102,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         work: &args.work.unwrap_or_else(|| default_work_folder(&args.output)),
         resume: args.resume,
         features: &FeatureCache::new(256 << 20),
+        teacher: args.teacher.as_deref(),
     };
     let report = steps::finetune(&request, &args.output, &context.cancel, &mut |_| ())?;
     let output = &context.output;

@@ -23,7 +23,7 @@ mod weights;
 pub use loss::{LOSSES, LossKind, LossRow};
 pub use metrics::StepMetrics;
 pub use prefix::LeftOut;
-pub use run::{Outcome, Report, Request, clear_checkpoints, finetune, finetune_with_teacher};
+pub use run::{Outcome, Report, Request, clear_work, finetune, finetune_with_teacher};
 pub use schedule::{SCHEDULES, Schedule, ScheduleRow};
 pub use settings::{Precision, Settings};
 pub use source::{Conversations, Sample, Source};

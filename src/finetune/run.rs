@@ -27,6 +27,9 @@ use super::teacher::{Lesson, Teacher};
 use super::trainer::{METRICS_FILE, Summary, Trainer};
 use super::weights::{replaced, trained_weights};
 
+/// What the names of cached outputs begin with.
+const CACHES: &[&str] = &["hidden-", "streams-", "answers-"];
+
 /// What to finetune, on what, and how.
 pub struct Request<'a> {
     /// The pruned model.
@@ -167,11 +170,20 @@ pub fn finetune_with_teacher(
     Ok(Outcome { decoder, report })
 }
 
-/// Removes the checkpoints of a run; call it once its result is written.
+/// Removes what a run kept to go on from: checkpoints, the frozen part's outputs, the dense model's targets. Metrics
+/// stay. Call it once the run's result is written.
 ///
 /// Errors: `Error::Io`.
-pub fn clear_checkpoints(work: &Path) -> Result<()> {
-    super::trainer::clear_checkpoints(work)
+pub fn clear_work(work: &Path) -> Result<()> {
+    super::trainer::clear_checkpoints(work)?;
+    for entry in std::fs::read_dir(work).map_err(|e| Error::io("read", work, e))? {
+        let path = entry.map_err(|e| Error::io("read", work, e))?.path();
+        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        if CACHES.iter().any(|start| name.starts_with(start)) {
+            std::fs::remove_file(&path).map_err(|e| Error::io("remove", &path, e))?;
+        }
+    }
+    Ok(())
 }
 
 impl Cut {

@@ -77,7 +77,8 @@ mod tests {
     #[test]
     fn factors_are_those_of_the_reference() {
         // (schedule, warm-up, total, [(step, factor)])
-        let cases: &[(Schedule, u64, u64, &[(u64, f64)])] = &[
+        type Case = (Schedule, u64, u64, &'static [(u64, f64)]);
+        let cases: &[Case] = &[
             (
                 Schedule::Cosine,
                 5,

@@ -162,7 +162,8 @@ mod tests {
 
     #[test]
     fn a_setting_out_of_range_is_named() {
-        let cases: [(fn(&mut Settings), &str); 7] = [
+        type Case = (fn(&mut Settings), &'static str);
+        let cases: [Case; 7] = [
             (|s| s.learning_rate = 0.0, "learning_rate"),
             (|s| s.learning_rate = f64::NAN, "learning_rate"),
             (|s| s.beta2 = 1.0, "beta2"),

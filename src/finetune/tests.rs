@@ -212,6 +212,10 @@ fn a_stopped_run_resumes_to_the_same_bits() {
     assert_eq!(whole_outcome.report.last_loss, resumed_outcome.report.last_loss);
     let lines = std::fs::read_to_string(work.path().join("metrics.jsonl")).unwrap();
     assert_eq!(lines.lines().count(), 7);
+    clear_work(work.path()).unwrap();
+    let left: Vec<_> = std::fs::read_dir(work.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert!(!left.iter().any(|name| name.to_string_lossy().starts_with("hidden-")), "{left:?}");
+    assert_eq!(std::fs::read_dir(work.path().join("checkpoints")).unwrap().count(), 0);
 
     let other = Settings { seed: 7, ..settings };
     run(&other, &[3], work.path(), false, Some(1)).outcome.err();

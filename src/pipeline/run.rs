@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -59,6 +60,8 @@ struct Run<'a> {
     cancel: &'a Cancel,
     say: &'a mut dyn FnMut(&str),
     dense: PlannedModel,
+    /// Image features of the finetuning data, which all variants share.
+    features: Arc<FeatureCache>,
 }
 
 /// Does what a recipe says, into `output` or the recipe's own folder. `say` is told each step.
@@ -68,7 +71,8 @@ pub fn run(recipe: &Recipe, output: Option<&Path>, cancel: &Cancel, say: &mut dy
     let store = Store::open(output.unwrap_or(&recipe.output))?;
     let bundle = Bundle::open(&recipe.model)?;
     let dense = PlannedModel { digest: bundle.digest()?, num_layers: steps::decoder_layers(&bundle)? };
-    let mut run = Run { recipe, store, device: recipe.device.parse()?, cancel, say, dense };
+    let features = FeatureCache::new(256 << 20);
+    let mut run = Run { recipe, store, device: recipe.device.parse()?, cancel, say, dense, features };
     let scores = run.scores(&bundle)?;
     let mut variants = vec![Variant {
         label: "dense".to_string(),
@@ -148,6 +152,7 @@ impl Run<'_> {
         self.told(&step, &pruned);
 
         let section = &recipe.finetune;
+        let features = Arc::clone(&self.features);
         let amount = section.samples.map_or(Amount::All, Amount::Samples);
         let subset = Subset { amount, seed: section.settings.seed };
         let data_digest = Dataset::open(&section.data, Texts::default())?.digest()?;
@@ -165,7 +170,8 @@ impl Run<'_> {
                 device,
                 work: &work,
                 resume: true,
-                features: &FeatureCache::new(256 << 20),
+                features: &features,
+                teacher: Some(&recipe.model),
             };
             steps::finetune(&request, path, cancel, &mut |_| ()).map(|_| ())
         })?;

@@ -9,8 +9,8 @@ use serde::Serialize;
 use crate::base::{Cancel, Device, Error, Provenance, Result, Sha256Digest, write_json};
 use crate::bundle::{Bundle, BundleWriter, Record, Role, Step, Tower};
 use crate::data::{Dataset, Processor, Subset, Texts};
-use crate::finetune::{Conversations, Report, Request, Settings, StepMetrics, clear_checkpoints};
-use crate::method::Plan;
+use crate::finetune::{Conversations, Report, Request, Settings, StepMetrics, Teacher, clear_work};
+use crate::method::{Plan, Role as LayerRole};
 use crate::runtime::FeatureCache;
 
 /// Name of the report in the work folder.
@@ -32,6 +32,8 @@ pub struct Finetune<'a> {
     /// Goes on from the newest checkpoint in `work`.
     pub resume: bool,
     pub features: &'a Arc<FeatureCache>,
+    /// The dense model, for the losses that need it.
+    pub teacher: Option<&'a Path>,
 }
 
 #[derive(Serialize)]
@@ -80,7 +82,10 @@ pub fn finetune(
     let indices = request.subset.indices(dataset.len())?;
     let data = Conversations { processor: &processor, dataset: &dataset, indices: &indices };
     let mut writer = BundleWriter::create(&bundle, target)?;
-    let outcome = crate::finetune::finetune(
+    let dense = request.teacher.map(Bundle::open).transpose()?;
+    let (kept, anchors) = correspondence(request.plan);
+    let teacher = dense.as_ref().map(|bundle| Teacher { bundle, kept: &kept, anchors: &anchors });
+    let outcome = crate::finetune::finetune_with_teacher(
         &Request {
             bundle: &bundle,
             layers: &request.plan.finetune_pruned,
@@ -91,6 +96,7 @@ pub fn finetune(
             resume: request.resume,
             features: request.features,
         },
+        teacher.as_ref(),
         cancel,
         observer,
     )?;
@@ -109,8 +115,15 @@ pub fn finetune(
     ]);
     writer.commit(Provenance::new(Record::SCHEMA_VERSION, inputs, &recorded)?)?;
     write_json(&request.work.join(FINETUNE_REPORT), &outcome.report)?;
-    clear_checkpoints(request.work)?;
+    clear_work(request.work)?;
     Ok(outcome.report)
+}
+
+/// The dense model's index of each layer that was kept, and the frozen anchors as the pruned model counts them.
+fn correspondence(plan: &Plan) -> (Vec<usize>, Vec<usize>) {
+    let kept = plan.layers.iter().filter(|layer| layer.pruned_index.is_some()).map(|layer| layer.index);
+    let anchors = plan.layers.iter().filter(|layer| layer.role == LayerRole::Anchor);
+    (kept.collect(), anchors.filter_map(|layer| layer.pruned_index).collect())
 }
 
 /// The folder's own record must say that it was pruned as the plan says.
