@@ -1,0 +1,271 @@
+"""Small random-weight networks: width 64, 8 layers, vocabulary 640, seeds fixed.
+
+Each row of `TEXT` and `VISION` builds one network. Weights are scaled so that deleting one layer moves the logits by
+about 1, so that a comparison tells a right removal from a wrong one.
+"""
+import copy
+
+import torch
+from torch import nn
+from transformers import (
+    Gemma3TextConfig,
+    GemmaConfig,
+    GptOssConfig,
+    Idefics3VisionConfig,
+    LlamaConfig,
+    Lfm2Config,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    SiglipVisionConfig,
+)
+
+LAYERS = 8
+SIZES = {
+    "vocab_size": 640,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+
+
+def llama():
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(**SIZES))
+
+
+def qwen2():
+    from transformers import Qwen2ForCausalLM
+
+    return Qwen2ForCausalLM(Qwen2Config(**{k: v for k, v in SIZES.items() if k != "head_dim"}))
+
+
+def qwen3():
+    from transformers import Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM(Qwen3Config(**SIZES))
+
+
+def phi3():
+    from transformers import Phi3ForCausalLM
+
+    return Phi3ForCausalLM(Phi3Config(**{k: v for k, v in SIZES.items() if k != "head_dim"}))
+
+
+def gemma3():
+    """Five sliding layers, then a global one; the window is shorter than the test sequence."""
+    from transformers import Gemma3ForCausalLM
+
+    kinds = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"] * 2
+    config = Gemma3TextConfig(**SIZES, sliding_window=4, layer_types=kinds, query_pre_attn_scalar=16)
+    return Gemma3ForCausalLM(config)
+
+
+def qwen3_moe():
+    """Experts in every second layer, a plain feed-forward part in the others."""
+    from transformers import Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        **SIZES,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        decoder_sparse_step=1,
+        mlp_only_layers=[0, 4],
+        norm_topk_prob=True,
+    )
+    return Qwen3MoeForCausalLM(config)
+
+
+def gpt_oss():
+    from transformers import GptOssForCausalLM
+
+    config = GptOssConfig(
+        **SIZES,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"] * 4,
+    )
+    return GptOssForCausalLM(config)
+
+
+def lfm2():
+    """Short convolutions with a state, attention in two of eight layers."""
+    from transformers import Lfm2ForCausalLM
+
+    kinds = ["conv", "conv", "full_attention", "conv", "conv", "full_attention", "conv", "conv"]
+    sizes = {k: v for k, v in SIZES.items() if k != "head_dim"}
+    config = Lfm2Config(**sizes, layer_types=kinds, conv_L_cache=3, block_auto_adjust_ff_dim=False)
+    return Lfm2ForCausalLM(config)
+
+
+def paligemma():
+    """PaliGemma's text part, as its decoder is exported: Gemma, whose query heads share one key head."""
+    from transformers import GemmaForCausalLM
+
+    return GemmaForCausalLM(GemmaConfig(**(SIZES | {"num_key_value_heads": 1})))
+
+
+def llava_onevision():
+    from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+
+    config = LlavaOnevisionConfig(text_config=qwen2().config, vision_config=SiglipVisionConfig(**VISION_SIZES))
+    return LlavaOnevisionForConditionalGeneration(config)
+
+
+def internvl():
+    from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig
+
+    vision = InternVLVisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=[32, 32],
+        patch_size=[8, 8],
+    )
+    config = InternVLConfig(text_config=qwen3().config, vision_config=vision, image_token_id=600)
+    return InternVLForConditionalGeneration(config)
+
+
+def qwen2_5_vl():
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    text = {k: v for k, v in SIZES.items() if k not in ("head_dim", "tie_word_embeddings")}
+    config = Qwen2_5_VLConfig(
+        text_config=text | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
+        vision_config={
+            "depth": 2,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_heads": 4,
+            "out_hidden_size": 64,
+            "fullatt_block_indexes": [1],
+        },
+        tie_word_embeddings=False,
+    )
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+VISION_SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+
+def siglip():
+    from transformers import SiglipVisionModel
+
+    return SiglipVisionModel(SiglipVisionConfig(**VISION_SIZES, vision_use_head=False))
+
+
+def clip():
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    return CLIPVisionModel(CLIPVisionConfig(**VISION_SIZES))
+
+
+def idefics3():
+    from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionTransformer
+
+    return Idefics3VisionTransformer(Idefics3VisionConfig(**VISION_SIZES))
+
+
+TEXT = {
+    builder.__name__: builder
+    for builder in (
+        llama,
+        qwen2,
+        qwen3,
+        phi3,
+        gemma3,
+        qwen3_moe,
+        gpt_oss,
+        lfm2,
+        paligemma,
+        llava_onevision,
+        internvl,
+        qwen2_5_vl,
+    )
+}
+VISION = {builder.__name__: builder for builder in (siglip, clip, idefics3)}
+
+
+def build(name, seed=7):
+    """The network by name, in f32 and evaluation mode, every parameter filled."""
+    torch.manual_seed(seed)
+    model = (TEXT | VISION)[name]().float().eval()
+    fill(model, seed)
+    return model
+
+
+@torch.no_grad()
+def fill(model, seed):
+    """Random values for every parameter: some initialisers leave zeros, and zeros compare nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if "norm" in name and name.endswith("weight"):
+            centre = 0.0 if "emma" in type(model).__name__ else 1.0
+            parameter.copy_(centre + 0.1 * noise)
+        elif "embed" in name:
+            parameter.copy_(noise)
+        elif parameter.ndim >= 2:
+            fan_in = parameter[0].numel() if parameter.ndim != 3 else max(parameter.shape[1:])
+            parameter.copy_(noise * fan_in**-0.5)
+        else:
+            parameter.copy_(0.1 * noise)
+
+
+def text_model(model):
+    """The stack of decoder layers in a causal or a vision-language model."""
+    inner = model.model
+    return getattr(inner, "language_model", inner)
+
+
+def layers_of(model):
+    """The module list of layers, of a text or a vision network."""
+    for module in (getattr(model, "model", None) and text_model(model), model):
+        for path in ("layers", "encoder.layers", "vision_model.encoder.layers"):
+            found = module
+            for part in path.split("."):
+                found = getattr(found, part, None)
+            if isinstance(found, nn.ModuleList):
+                return found
+    raise ValueError(f"no layers in {type(model).__name__}")
+
+
+def without_layers(model, drop):
+    """A copy in which the given layers are deleted, so that each is the identity."""
+    pruned = copy.deepcopy(model)
+    layers = layers_of(pruned)
+    kept = [index for index in range(len(layers)) if index not in drop]
+    chosen = [layers[index] for index in kept]
+    del layers[:]
+    layers.extend(chosen)
+    for index, layer in enumerate(layers):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index
+    configs = {id(m.config): m.config for m in pruned.modules() if getattr(m, "config", None) is not None}
+    for config in configs.values():
+        if getattr(config, "num_hidden_layers", None) == LAYERS:
+            config.num_hidden_layers = len(kept)
+        if len(getattr(config, "layer_types", None) or []) == LAYERS:
+            config.layer_types = [config.layer_types[index] for index in kept]
+    return pruned
