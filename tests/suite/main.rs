@@ -8,6 +8,7 @@ mod generation;
 mod interpreter;
 mod layers;
 mod pictures;
+mod refusals;
 mod run;
 mod schemas;
 mod verify;

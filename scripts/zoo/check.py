@@ -1,0 +1,119 @@
+"""Prunes graphs with interlace and compares them with PyTorch; one table row for each graph.
+
+The expected values are those of the network a graph is named after (`gemma3.dyn18__slim.onnx` -> `gemma3`).
+
+usage: check.py --interlace BINARY --expected DIR [--tolerance T] GRAPH.onnx...
+"""
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+DROPS = ["nodrop", "drop_2_5", "drop_0_7", "drop_3", "drop_0_1_2_3"]
+TYPES = {
+    "tensor(float16)": np.float16,
+    "tensor(float)": np.float32,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(bool)": np.bool_,
+}
+PAST = re.compile(r"past_key_values\.(\d+)\.(\w+)")
+
+
+def network_of(path):
+    stem = path.parent.name if path.name.startswith(("model.onnx", "decoder_model_merged")) else path.stem
+    return re.split(r"[.-]", stem)[0]
+
+
+def feeds(session, data, prefix, past):
+    given = {}
+    for port in session.get_inputs():
+        name, dtype = port.name, TYPES[port.type]
+        if name == "use_cache_branch":
+            value = np.array([prefix == "in2"])
+        elif f"{prefix}.{name}" in data:
+            value = data[f"{prefix}.{name}"]
+        elif name in past:
+            value = past[name]
+        elif match := PAST.fullmatch(name):
+            # The first step's caches have the shape of a present one, without entries.
+            like = data[f"exp.present.{match[1]}.{match[2]}"]
+            shape = like.shape if match[2] == "conv" else (*like.shape[:2], 0, like.shape[3])
+            value = np.zeros(shape)
+        else:
+            raise KeyError(f"no value for input {name}")
+        if name == "position_ids" and len(port.shape) == 2 and value.ndim == 3:
+            value = value[0]
+        given[name] = value.astype(dtype)
+    return given
+
+
+def distance(path, data):
+    """The largest difference in prefill and in one cached step."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [port.name for port in session.get_outputs()]
+    first = dict(zip(names, session.run(None, feeds(session, data, "in", {}))))
+    worst = [np.abs(first[names[0]].astype(np.float32) - data[f"exp.{names[0]}"]).max()]
+    states = [name for name in names if name.startswith("present")]
+    wanted = sum(key.startswith("exp.present.") for key in data.files)
+    if any(PAST.fullmatch(port.name) for port in session.get_inputs()):
+        if len(states) != wanted:
+            raise ValueError(f"{len(states)} states, expected {wanted}")
+        past = {name.replace("present", "past_key_values"): first[name] for name in states}
+        second = session.run(names[:1], feeds(session, data, "in2", past))[0]
+        worst.append(np.abs(second.astype(np.float32) - data["exp2.logits"]).max())
+    return worst
+
+
+def row(args, path, scratch):
+    network = network_of(path)
+    cells = []
+    for drop in DROPS:
+        expected = args.expected / f"{network}.{drop}.npz"
+        if not expected.exists():
+            continue
+        data = np.load(expected)
+        graph = path
+        if drop != "nodrop":
+            out = Path(scratch) / f"{path.stem}.{drop}"
+            command = [args.interlace, "prune", str(path), "--drop", drop[5:].replace("_", ","), "-o", str(out), "-q"]
+            ran = subprocess.run(command, capture_output=True, text=True)
+            if ran.returncode:
+                return False, [*cells, f"{drop}: {' '.join(ran.stderr.split())[:400]}"]
+            graph = next(out.glob("**/*.onnx"))
+        try:
+            found = distance(graph, data)
+        except Exception as error:
+            return False, [*cells, f"{drop}: {type(error).__name__}: {str(error)[:300]}"]
+        cells.append("/".join(f"{value:.0e}" for value in found))
+        if max(found) > args.tolerance:
+            return False, [*cells, f"{drop}: off"]
+    return bool(cells), cells
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--interlace", required=True)
+    parser.add_argument("--expected", type=Path, required=True)
+    parser.add_argument("--tolerance", type=float, default=1e-4)
+    parser.add_argument("graphs", type=Path, nargs="+")
+    args = parser.parse_args()
+    failed = 0
+    for path in args.graphs:
+        with tempfile.TemporaryDirectory() as scratch:
+            good, cells = row(args, path, scratch)
+        failed += not good
+        print("ok  " if good else "BAD ", path.name, *cells, sep="\t", flush=True)
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

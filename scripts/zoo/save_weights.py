@@ -1,0 +1,21 @@
+"""Saves networks as transformers folders, for exporters that read those.
+
+usage: save_weights.py OUT_DIR NAME...
+"""
+import argparse
+from pathlib import Path
+
+import networks
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("names", nargs="+")
+    args = parser.parse_args()
+    for name in args.names:
+        networks.build(name).save_pretrained(args.out / name)
+
+
+if __name__ == "__main__":
+    main()
