@@ -21,11 +21,10 @@ def main():
     parser.add_argument("variants", nargs="+")
     args = parser.parse_args()
     from onnxruntime_genai.models import builder
-    from onnxruntime_genai.models.builders.base import Model
 
     # The networks have no tokenizer to copy and no generation settings.
-    Model.save_processing = lambda *_: None
-    Model.make_genai_config = lambda *_: None
+    builder.Model.save_processing = lambda *_: None
+    builder.Model.make_genai_config = lambda *_: None
     for variant in args.variants:
         precision, *words = variant.split("-")
         options = {key: value for word in words for key, value in OPTIONS[word].items()}

@@ -11,6 +11,10 @@ use crate::ir::{Attribute, AttributeKind, DataType, Model, Node, Value, ValueId}
 /// The metadata key on the addition and the norm that came from one fused node.
 pub const FUSED_MARK: &str = "interlace.skip_norm";
 
+/// The metadata key on the norm that holds the names of the fused node's outputs from the second on, one a line and empty
+/// where left out. A function that stands in for the operator can demand all of them.
+pub const FUSED_OUTPUTS: &str = "interlace.skip_norm.outputs";
+
 const MICROSOFT: &str = "com.microsoft";
 
 /// One fusion: the operator, the plain norm in it, and where its optional bias stands.
@@ -83,6 +87,9 @@ pub fn unfuse_skip_norms(model: &mut Model) -> usize {
         };
         count += 1;
         let ty = graph.value(normed).ty.clone().or_else(|| graph.value(*left).ty.clone());
+        let names: Vec<&str> =
+            (1..node.outputs.len()).map(|position| output(position).map_or("", |id| graph.name(id))).collect();
+        let outputs = (FUSED_OUTPUTS.to_string(), names.join("\n"));
         let mark = vec![(FUSED_MARK.to_string(), format!("{MICROSOFT}.{}", row.fused))];
         let mut value = |stem: &str| {
             let name = graph.fresh_name(stem);
@@ -125,7 +132,7 @@ pub fn unfuse_skip_norms(model: &mut Model) -> usize {
                 ("stash_type".into(), int(DataType::Float as i64)),
             ],
             doc_string: node.doc_string.clone(),
-            metadata: node.metadata.iter().cloned().chain(mark).collect(),
+            metadata: node.metadata.iter().cloned().chain(mark).chain([outputs]).collect(),
             ..Node::default()
         });
     }

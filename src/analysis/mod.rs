@@ -14,7 +14,7 @@ mod owners;
 mod ports;
 mod stream;
 
-pub use canonical::{FUSED_MARK, FusedNorm, unfuse_skip_norms};
+pub use canonical::{FUSED_MARK, FUSED_OUTPUTS, FusedNorm, unfuse_skip_norms};
 pub use map::{Glue, KvPort, Layer, LayerMap, PortRole};
 pub use merged::{Branch, Merged};
 pub use owners::{Owner, Owners};

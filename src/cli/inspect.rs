@@ -1,5 +1,6 @@
 //! `interlace inspect`.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use owo_colors::OwoColorize;
@@ -50,6 +51,9 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     output.line("")?;
     output.line(format!("decoder: {} layers", found.num_layers).bold())?;
     output.line(layer_table(&found.layers))?;
+    for line in details(&found.layers) {
+        output.line(line)?;
+    }
     for glue in &found.between_layers {
         let place = glue.after.map_or("before layer 0".to_string(), |layer| format!("after layer {layer}"));
         let inputs = if glue.inputs.is_empty() { String::new() } else { format!(" from {}", glue.inputs.join(", ")) };
@@ -61,6 +65,9 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
             None => {
                 output.line(format!("vision encoder: {} layers", vision.num_layers).bold())?;
                 output.line(layer_table(&vision.layers))?;
+                for line in details(&vision.layers) {
+                    output.line(line)?;
+                }
             }
             Some(problem) => output.line(format!("vision encoder: no layers found: {problem}"))?,
         }
@@ -85,4 +92,59 @@ fn layer_table(layers: &[LayerInfo]) -> String {
         ]);
     }
     table(&rows)
+}
+
+/// Cache ports by role, and what layers share, each on one line.
+fn details(layers: &[LayerInfo]) -> Vec<String> {
+    let mut ports: Vec<(String, Vec<usize>)> = Vec::new();
+    let mut shared: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
+    for layer in layers {
+        for port in &layer.kv_ports {
+            let side =
+                |name: &Option<String>| name.as_deref().map_or("none".into(), |name| numbered(name, layer.index));
+            let text = format!("{}: {} -> {}", port.role, side(&port.past), side(&port.present));
+            match ports.iter_mut().find(|(known, _)| *known == text) {
+                Some((_, indices)) => indices.push(layer.index),
+                None => ports.push((text, vec![layer.index])),
+            }
+        }
+        for name in layer.shared_values.iter().chain(&layer.shared_weights) {
+            shared.entry(name).or_default().push(layer.index);
+        }
+    }
+    let mut groups: BTreeMap<Vec<usize>, Vec<&str>> = BTreeMap::new();
+    for (name, readers) in shared {
+        groups.entry(readers).or_default().push(name);
+    }
+    const SHOWN: usize = 4;
+    let ports = ports.into_iter().map(|(text, indices)| format!("  layers {}: {text}", ranges(&indices)));
+    let shared = groups.into_iter().map(|(indices, names)| {
+        let more = if names.len() > SHOWN { format!(" and {} more", names.len() - SHOWN) } else { String::new() };
+        let names: Vec<&str> = names.into_iter().take(SHOWN).collect();
+        format!("  layers {} read from outside: {}{more}", ranges(&indices), names.join(", "))
+    });
+    ports.chain(shared).collect()
+}
+
+/// A port's name with the layer's number as `N`, where the name has that number alone between other characters.
+fn numbered(name: &str, layer: usize) -> String {
+    let digits = layer.to_string();
+    let parts: Vec<&str> = name.split('.').collect();
+    if parts.iter().filter(|part| **part == digits).count() != 1 {
+        return name.to_string();
+    }
+    parts.into_iter().map(|part| if part == digits { "N" } else { part }).collect::<Vec<_>>().join(".")
+}
+
+/// `0-2, 5` for 0, 1, 2, 5.
+fn ranges(indices: &[usize]) -> String {
+    let mut runs: Vec<(usize, usize)> = Vec::new();
+    for &index in indices {
+        match runs.last_mut() {
+            Some((_, end)) if *end + 1 == index => *end = index,
+            _ => runs.push((index, index)),
+        }
+    }
+    let text = |(start, end): (usize, usize)| if start == end { start.to_string() } else { format!("{start}-{end}") };
+    runs.into_iter().map(text).collect::<Vec<_>>().join(", ")
 }

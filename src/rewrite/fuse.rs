@@ -2,16 +2,16 @@
 
 use std::collections::HashSet;
 
-use crate::analysis::{FUSED_MARK, FusedNorm};
-use crate::ir::{Attribute, GraphIndex, Model, Node, ValueId};
+use crate::analysis::{FUSED_MARK, FUSED_OUTPUTS, FusedNorm};
+use crate::ir::{Attribute, GraphIndex, Model, Node, Value, ValueId};
 
 /// Joins every marked norm with the marked addition before it. A norm whose addition is gone (the first layer was
 /// dropped, so it stands on the embeddings) stays a plain norm.
 pub fn fuse_skip_norms(model: &mut Model) {
-    let body = &mut model.graph.body;
+    let body = &model.graph.body;
     let index = GraphIndex::of_body(body);
     let mut taken: HashSet<usize> = HashSet::new();
-    let mut replaced: Vec<(usize, usize, Node)> = Vec::new();
+    let mut replaced: Vec<(usize, usize, Node, Vec<String>)> = Vec::new();
     for (number, norm) in body.nodes.iter().enumerate() {
         let Some(row) = mark(norm).filter(|_| norm.op_type != "Add") else { continue };
         let Some((adding, _)) = norm.inputs.first().copied().flatten().and_then(|sum| index.node_of(sum)) else {
@@ -50,8 +50,10 @@ pub fn fuse_skip_norms(model: &mut Model) {
         let sum: Option<ValueId> = add.outputs.first().copied().flatten();
         let normed = norm.outputs.first().copied().flatten();
         let only_reader = |id: ValueId| index.uses(id).len() == 1 && index.output_position(id).is_none();
+        let names = output_names(norm);
+        let had_sum = names.get(2).is_some_and(|name| !name.is_empty());
         let outputs = match sum {
-            Some(id) if !only_reader(id) => vec![normed, None, None, Some(id)],
+            Some(id) if had_sum || !only_reader(id) => vec![normed, None, None, Some(id)],
             _ => vec![normed],
         };
         let fused = Node {
@@ -70,13 +72,21 @@ pub fn fuse_skip_norms(model: &mut Model) {
             metadata: without_mark(norm),
             ..Node::default()
         };
-        replaced.push((number, adding, fused));
+        replaced.push((number, adding, fused, names));
     }
     let mut gone = HashSet::new();
-    for (norm, add, fused) in replaced {
-        body.nodes[norm] = fused;
+    for (norm, add, mut fused, names) in replaced {
+        // Statistics that nobody reads come back under their names.
+        for (position, name) in (1..).zip(names).take(2).filter(|(_, name)| !name.is_empty()) {
+            if fused.outputs.len() <= position {
+                fused.outputs.resize(position + 1, None);
+            }
+            fused.outputs[position] = Some(model.graph.add_value(Value { name, ..Value::default() }));
+        }
+        model.graph.body.nodes[norm] = fused;
         gone.insert(add);
     }
+    let body = &mut model.graph.body;
     let mut number = 0;
     body.nodes.retain(|_| {
         number += 1;
@@ -93,5 +103,11 @@ fn mark(node: &Node) -> Option<&'static FusedNorm> {
 }
 
 fn without_mark(node: &Node) -> Vec<(String, String)> {
-    node.metadata.iter().filter(|(key, _)| key != FUSED_MARK).cloned().collect()
+    node.metadata.iter().filter(|(key, _)| key != FUSED_MARK && key != FUSED_OUTPUTS).cloned().collect()
+}
+
+/// Names of the fused node's outputs from the second on, as the analysis kept them.
+fn output_names(norm: &Node) -> Vec<String> {
+    let kept = norm.metadata.iter().find(|(key, _)| key == FUSED_OUTPUTS);
+    kept.map(|(_, names)| names.lines().map(str::to_string).collect()).unwrap_or_default()
 }

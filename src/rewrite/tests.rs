@@ -71,3 +71,20 @@ fn layers_that_cannot_be_dropped_are_refused() {
         assert!(message.contains(want), "{message}");
     }
 }
+
+#[test]
+fn skip_norms_come_back_with_every_output_they_had() {
+    let outputs = |model: &Model| -> Vec<Vec<String>> {
+        let graph = &model.graph;
+        let name = |id: &Option<crate::ir::ValueId>| id.map(|id| graph.name(id).to_string()).unwrap_or_default();
+        let fused = graph.body.nodes.iter().filter(|node| node.op_type.starts_with("Skip"));
+        fused.map(|node| node.outputs.iter().map(name).collect()).collect()
+    };
+    let model = zoo("mobius/qwen3_vl/decoder/model.onnx");
+    assert!(outputs(&model).iter().all(|names| names.len() == 4 && !names.contains(&String::new())));
+    let analysis = analyse(&model).unwrap();
+    assert_eq!(outputs(&drop_layers(&analysis, &[]).unwrap()), outputs(&model));
+    let pruned = outputs(&drop_layers(&analysis, &[0, 7]).unwrap());
+    assert_eq!(pruned.len(), 12);
+    assert!(pruned.iter().all(|names| names.len() == 4 && !names.contains(&String::new())));
+}

@@ -5,6 +5,7 @@ mod docs;
 mod evaluation;
 mod folders;
 mod generation;
+mod inspections;
 mod interpreter;
 mod layers;
 mod pictures;

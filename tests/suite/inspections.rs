@@ -1,0 +1,17 @@
+//! What `interlace inspect` prints for graphs of many exporters, as text for people.
+
+use std::path::Path;
+
+use crate::cli::{interlace, stderr, stdout};
+
+#[test]
+fn graphs_of_every_exporter_are_shown() {
+    let zoo = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/zoo");
+    let table = std::fs::read_to_string(zoo.join("cases.tsv")).unwrap();
+    let files = table.lines().filter_map(|line| line.split('\t').next());
+    for file in files.chain(["post/llama-ts17__int8.onnx"]) {
+        let output = interlace(&zoo, &["inspect", file, "--quiet"]);
+        assert_eq!(output.status.code(), Some(0), "{file}: {}", stderr(&output));
+        insta::assert_snapshot!(file.trim_end_matches(".onnx").replace(['/', '.'], "__"), stdout(&output));
+    }
+}
