@@ -1,6 +1,6 @@
 //! Graphs without transformer layers are refused, and the message says what was found.
 
-use interlace::analysis::{analyse};
+use interlace::analysis::analyse;
 use interlace::ir::{Attribute, AttributeKind, Model, Node, Tensor, Value, ValueId};
 
 /// Puts graphs together by operator.
