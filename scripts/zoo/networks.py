@@ -63,7 +63,7 @@ def phi3():
 
 
 def gemma3():
-    """Five sliding layers, then a global one; the window is shorter than the test sequence."""
+    """Three sliding layers, then a global one, twice; the window is shorter than the test sequence."""
     from transformers import Gemma3ForCausalLM
 
     kinds = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"] * 2
@@ -101,10 +101,10 @@ def gpt_oss():
 
 
 def lfm2():
-    """Short convolutions with a state, attention in two of eight layers."""
+    """Short convolutions with a state, attention in three of eight layers."""
     from transformers import Lfm2ForCausalLM
 
-    kinds = ["conv", "conv", "full_attention", "conv", "conv", "full_attention", "conv", "conv"]
+    kinds = ["conv", "full_attention", "conv", "conv", "full_attention", "conv", "full_attention", "conv"]
     sizes = {k: v for k, v in SIZES.items() if k != "head_dim"}
     config = Lfm2Config(**sizes, layer_types=kinds, conv_L_cache=3, block_auto_adjust_ff_dim=False)
     return Lfm2ForCausalLM(config)
