@@ -436,7 +436,8 @@ fn absurd_numbers_are_errors() {
     let int = |value: i64| AttributeKind::Int(value);
     let ints = |values: &[i64]| AttributeKind::Ints(values.to_vec());
     let wide = || Tensor::ones([1, 4, 2, 2], tch::kind::FLOAT_CPU);
-    let cases: Vec<(&str, i64, &[i64], Vec<(&str, AttributeKind)>)> = vec![
+    type Absurd = (&'static str, i64, &'static [i64], Vec<(&'static str, AttributeKind)>);
+    let cases: Vec<Absurd> = vec![
         ("Pad", 21, &[i64::MIN, 0, 0, 0, 0, 0, 0, i64::MIN], vec![]),
         ("Reshape", 21, &[i64::MAX, i64::MAX, -1, 0], vec![("allowzero", int(1))]),
         ("Expand", 21, &[i64::MAX, 4, 2, 2], vec![]),
@@ -501,4 +502,14 @@ fn functions_that_multiply_are_refused() {
     let model = builder.node("mine:F0", &["x"], &["y"]).output("y").model;
     let error = Program::compile(&model, &Options::default()).err().expect("refused").to_string();
     assert!(error.contains("expand to more than"), "{error}");
+}
+
+#[test]
+fn a_program_moves_to_another_thread() {
+    let program = Program::compile(&line().model, &Options::default()).expect("compile");
+    let worker = std::thread::spawn(move || {
+        let feeds = [(program.value("x").expect("x"), vector(&[1.0, 1.0]))];
+        floats(&program.run(&feeds, program.outputs()).expect("run")[0])
+    });
+    assert_eq!(worker.join().expect("worker"), [3.0, 4.0]);
 }
