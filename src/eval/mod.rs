@@ -1,5 +1,6 @@
 //! Benchmarks, what is left of a baseline, speed, and whether a model's files are what they claim.
 
+mod agreement;
 mod bench;
 mod metrics;
 mod probe;

@@ -1,0 +1,181 @@
+//! Numbers of two computations of the same thing: prefill and cached step, interpreter and ONNX Runtime.
+
+use std::collections::BTreeMap;
+
+use crate::base::{Error, Result};
+use crate::ir::{self, DataType, Model};
+use crate::runtime::{Decoder, Session, Step, StepTokens, Tensor};
+use crate::torch;
+
+/// Tokens of the probing prompt; the last one is also decoded alone.
+pub const PROMPT_TOKENS: usize = 8;
+
+/// A made-up prompt, in ids and embeddings.
+pub struct Probe {
+    pub ids: Vec<i64>,
+    /// `[tokens, hidden_size]`; empty for graphs that take ids.
+    pub data: Vec<f32>,
+    pub hidden_size: usize,
+    /// Rows of positions.
+    pub rows: usize,
+}
+
+/// The arrays behind a step.
+pub struct ProbeStep<'a> {
+    ids: &'a [i64],
+    data: &'a [f32],
+    hidden_size: usize,
+    mask: Vec<i64>,
+    positions: Vec<i64>,
+    rows: usize,
+}
+
+impl Probe {
+    /// Tokens `from..to`, those before being in the cache.
+    pub fn step(&self, from: usize, to: usize) -> ProbeStep<'_> {
+        let row: Vec<i64> = (from..to).map(|position| position as i64).collect();
+        ProbeStep {
+            ids: &self.ids[from..to],
+            data: self.data.get(from * self.hidden_size..to * self.hidden_size).unwrap_or(&[]),
+            hidden_size: self.hidden_size,
+            mask: vec![1; to],
+            positions: row.repeat(self.rows),
+            rows: self.rows,
+        }
+    }
+}
+
+impl ProbeStep<'_> {
+    /// The step over these arrays.
+    pub fn borrowed(&self) -> Step<'_> {
+        let tokens = match self.hidden_size {
+            0 => StepTokens::Ids(self.ids),
+            hidden_size => StepTokens::Embeds { data: self.data, hidden_size },
+        };
+        Step {
+            batch: 1,
+            tokens,
+            attention_mask: &self.mask,
+            position_ids: &self.positions,
+            position_rows: self.rows,
+            last_only: false,
+        }
+    }
+}
+
+/// Largest difference between the last token's logits decoded with a cache and computed in one prefill.
+pub fn cached_step(decoder: &mut Decoder, probe: &Probe) -> Result<f64> {
+    let last = PROMPT_TOKENS - 1;
+    let (whole, _) = decoder.step(&probe.step(0, PROMPT_TOKENS).borrowed(), None)?;
+    let (_, cache) = decoder.step(&probe.step(0, last).borrowed(), None)?;
+    let (one, _) = decoder.step(&probe.step(last, PROMPT_TOKENS).borrowed(), Some(cache))?;
+    let (whole, one) = (whole.to_f32()?, one.to_f32()?);
+    let tail = whole.len().checked_sub(one.len()).and_then(|start| whole.get(start..));
+    let tail = tail
+        .ok_or_else(|| Error::invalid(decoder.session().subject(), "gives more logits for one token than for eight"))?;
+    Ok(largest_difference(tail.iter().map(|&x| f64::from(x)), one.iter().map(|&x| f64::from(x))))
+}
+
+/// Largest difference between the interpreter and ONNX Runtime over all outputs of a prefill and a cached step.
+pub fn interpreter_steps(model: &Model, decoder: &mut Decoder, probe: &Probe) -> Result<f64> {
+    let program = torch::Program::compile(model, &torch::Options::default())?;
+    let last = PROMPT_TOKENS - 1;
+    let prefill = probe.step(0, last);
+    let fresh = decoder.feeds(&prefill.borrowed(), None)?;
+    let empty = decoder.empty_cache(1)?;
+    let slots: Vec<_> = decoder.slots().to_vec();
+    let mut feeds: Vec<(&str, &Tensor)> = fresh.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    feeds.extend(slots.iter().map(|slot| slot.past.name.as_str()).zip(empty.tensors()));
+    let mine = interpret(&program, &feeds)?;
+    let (logits, cache) = decoder.step(&prefill.borrowed(), None)?;
+    let mut difference = outputs_differ(decoder, &mine, &logits, cache.tensors())?;
+    if slots.is_empty() {
+        return Ok(difference);
+    }
+    let one = probe.step(last, PROMPT_TOKENS);
+    let fresh = decoder.feeds(&one.borrowed(), Some(last))?;
+    let mut feeds: Vec<(&str, &Tensor)> = fresh.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    feeds.extend(slots.iter().map(|slot| slot.past.name.as_str()).zip(cache.tensors()));
+    let mine = interpret(&program, &feeds)?;
+    let (logits, cache) = decoder.step(&one.borrowed(), Some(cache))?;
+    difference = worse(difference, outputs_differ(decoder, &mine, &logits, cache.tensors())?);
+    Ok(difference)
+}
+
+fn outputs_differ(
+    decoder: &Decoder,
+    mine: &BTreeMap<String, ir::Tensor>,
+    logits: &Tensor,
+    cache: &[Tensor],
+) -> Result<f64> {
+    let names =
+        std::iter::once(decoder.logits_name()).chain(decoder.slots().iter().map(|slot| slot.present.name.as_str()));
+    let mut difference = 0.0;
+    for (name, theirs) in names.zip(std::iter::once(logits).chain(cache)) {
+        let mine = mine.get(name).ok_or_else(|| Error::invalid("interpreter", format!("gave no output `{name}`")))?;
+        difference = worse(difference, tensors_differ(mine, &theirs.to_ir()?));
+    }
+    Ok(difference)
+}
+
+/// Largest difference between the interpreter and ONNX Runtime over all outputs of one run.
+pub fn interpreter_once(model: &Model, session: &mut Session, feeds: &[(String, Tensor)]) -> Result<f64> {
+    let feeds: Vec<(&str, &Tensor)> = feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    let program = torch::Program::compile(model, &torch::Options::default())?;
+    let mine = interpret(&program, &feeds)?;
+    let mut difference = 0.0;
+    for (name, theirs) in session.run(&feeds, None)?.iter() {
+        let mine = mine.get(name).ok_or_else(|| Error::invalid("interpreter", format!("gave no output `{name}`")))?;
+        difference = worse(difference, tensors_differ(mine, &theirs.to_ir()?));
+    }
+    Ok(difference)
+}
+
+/// All outputs of the interpreter by name.
+fn interpret(program: &torch::Program, feeds: &[(&str, &Tensor)]) -> Result<BTreeMap<String, ir::Tensor>> {
+    let mut inputs = Vec::with_capacity(feeds.len());
+    for (name, tensor) in feeds {
+        inputs.push((program.value(name)?, torch::tensor_from_ir(name, &tensor.to_ir()?)?));
+    }
+    let results = program.run(&inputs, program.outputs())?;
+    let mut outputs = BTreeMap::new();
+    for (id, tensor) in program.outputs().iter().zip(&results) {
+        let name = program.name(*id);
+        outputs.insert(name.to_string(), torch::tensor_to_ir(name, tensor, DataType::Float)?);
+    }
+    Ok(outputs)
+}
+
+fn tensors_differ(mine: &ir::Tensor, theirs: &ir::Tensor) -> f64 {
+    let numbers = |tensor: &ir::Tensor| {
+        tensor.to_f64s().or_else(|| Some(tensor.to_i64s()?.into_iter().map(|x| x as f64).collect()))
+    };
+    match (numbers(mine), numbers(theirs)) {
+        (Some(a), Some(b)) if mine.dims == theirs.dims => largest_difference(a.into_iter(), b.into_iter()),
+        _ => f64::INFINITY,
+    }
+}
+
+/// The largest absolute difference; not a number if one of them is none.
+fn largest_difference(a: impl Iterator<Item = f64>, b: impl Iterator<Item = f64>) -> f64 {
+    a.zip(b).fold(0.0, |largest, (a, b)| worse(largest, if a == b { 0.0 } else { (a - b).abs() }))
+}
+
+fn worse(a: f64, b: f64) -> f64 {
+    if a.is_nan() || b.is_nan() { f64::NAN } else { a.max(b) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_number_or_of_another_shape_never_agrees() {
+        let tensor = |dims: &[u64], values: &[f32]| ir::Tensor::from_f32(dims, values);
+        assert_eq!(tensors_differ(&tensor(&[2], &[1.0, 2.0]), &tensor(&[2], &[1.5, 2.0])), 0.5);
+        assert!(tensors_differ(&tensor(&[2], &[1.0, f32::NAN]), &tensor(&[2], &[1.0, 2.0])).is_nan());
+        assert_eq!(tensors_differ(&tensor(&[2], &[1.0, 2.0]), &tensor(&[1, 2], &[1.0, 2.0])), f64::INFINITY);
+        let infinite = tensor(&[1], &[f32::INFINITY]);
+        assert_eq!(tensors_differ(&infinite, &infinite), 0.0);
+    }
+}
