@@ -211,3 +211,19 @@ fn kept_weights_are_the_same_bytes() {
         assert!(pruned.graph.body.initializers.len() < model.graph.body.initializers.len());
     }
 }
+
+#[test]
+fn the_shipped_model_without_layers_gives_what_pytorch_gives() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures");
+    let model = onnx::load(&fixtures.join("model/onnx/decoder_model_merged.onnx")).unwrap();
+    let analysis = analyse(&model).unwrap();
+    // The last set is what the plan at 25% drops.
+    for (file, drop) in [("nodrop", vec![]), ("drop_2_5", vec![2, 5]), ("drop_3_6_8_13", vec![3, 6, 8, 13])] {
+        let path = fixtures.join(format!("expected/{file}.npz"));
+        let data: Arrays = tch::Tensor::read_npz(path).unwrap().into_iter().collect();
+        let pruned = drop_layers(&analysis, &drop).unwrap();
+        let (prefill, decode, map) = distances(&pruned, &data, &str::to_string);
+        assert_eq!(map.layers.len(), 16 - drop.len(), "{file}");
+        assert!(prefill <= 1e-4 && decode <= 1e-4, "{file}: prefill is off by {prefill:e}, the step by {decode:e}");
+    }
+}
