@@ -318,3 +318,25 @@ fn anchors_alone_heal_each_triplet_by_itself() {
     let report = healed.outcome.unwrap().report;
     assert!(report.last_loss < 0.8 * report.first_loss, "{} to {}", report.first_loss, report.last_loss);
 }
+
+#[test]
+fn bf16_follows_f32_and_keeps_its_weights_in_f32() {
+    let work = tempfile::tempdir().unwrap();
+    let plain = run(&settings(), &[2, 4], work.path(), false, None);
+    let half = run(&Settings { precision: Precision::Bf16, ..settings() }, &[2, 4], work.path(), false, None);
+    plain.outcome.unwrap();
+    let decoder = half.outcome.unwrap().decoder;
+    // bf16 keeps eight bits of a number.
+    for (a, b) in plain.steps.iter().zip(&half.steps) {
+        assert!((a.loss - b.loss).abs() < a.loss / 256.0 * 4.0, "step {}: {} and {}", a.step, a.loss, b.loss);
+        assert_ne!(a.loss, b.loss);
+    }
+    let trained = decoder.graph.body.initializers.iter().filter(|(_, tensor)| !tensor.is_external());
+    let fine =
+        trained.filter(|(_, tensor)| tensor.dtype == crate::ir::DataType::Float && tensor.element_count() > 1000);
+    assert!(fine.clone().count() > 0);
+    for (_, tensor) in fine {
+        let (words, _) = tensor.bytes().as_chunks::<4>();
+        assert!(words.iter().any(|word| word[0] != 0 || word[1] != 0), "only bf16 values");
+    }
+}
