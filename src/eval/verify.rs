@@ -218,8 +218,8 @@ fn config_and_graph(bundle: &Bundle, part: &Component, model: &Model, decoder: &
         checks.add("config and graph", &part.file, CheckStatus::Unavailable, "there is no config");
         return;
     };
-    let layers = match analysis::layers(&model.graph) {
-        Ok(map) => Some(map.layers.len()),
+    let layers = match analysis::analyse(model) {
+        Ok(found) => Some(found.map.layers.len()),
         Err(error) => {
             checks.error("layers", &part.file, &error);
             None
