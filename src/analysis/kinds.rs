@@ -9,8 +9,10 @@ use crate::ir::{Body, GraphIndex, Node, ValueId};
 pub enum Mixing {
     /// Queries against keys of the same sequence. The window in tokens where the graph names one.
     Attention { window: Option<i64> },
-    /// A recurrent or convolutional state that comes in and goes out, without attention.
+    /// A recurrent state that comes in and goes out, without attention.
     State,
+    /// A convolution whose last inputs come in and go out as a state, and no recurrence.
+    StatefulConvolution,
     /// A convolution, without attention or a state.
     Convolution,
     /// Keys from elsewhere; the node that shows it.
@@ -31,6 +33,7 @@ impl Mixing {
             Mixing::Attention { window: None } => "attention",
             Mixing::Attention { window: Some(_) } => "sliding attention",
             Mixing::State => "linear attention",
+            Mixing::StatefulConvolution => "short convolution",
             Mixing::Convolution => "convolution",
             Mixing::Cross(_) => "cross-attention",
             Mixing::None { experts: false } => "mlp",
@@ -85,11 +88,19 @@ pub fn mixing(body: &Body, index: &GraphIndex, nodes: &[usize], has_state: bool)
     if let Some(window) = attention {
         return Mixing::Attention { window };
     }
-    if has_state {
-        return Mixing::State;
-    }
     let is = |table: &[(&str, &str)], node: &Node| table.contains(&(node.domain.as_str(), node.op_type.as_str()));
-    if nodes.iter().any(|&number| CONVOLUTIONS.contains(&body.nodes[number].op_type.as_str())) {
+    let convolves = nodes.iter().any(|&number| CONVOLUTIONS.contains(&body.nodes[number].op_type.as_str()));
+    if has_state {
+        // A recurrence multiplies what it computed from the stream with itself, or lets its state decay by an
+        // exponential; a convolution multiplies only with weights.
+        let recurs = nodes.iter().map(|&number| &body.nodes[number]).any(|node| {
+            let operands: Vec<ValueId> = node.present_inputs().take(2).collect();
+            let own = operands.len() == 2 && operands.iter().all(|&id| on_path(id));
+            (PRODUCTS.contains(&node.op_type.as_str()) && own) || node.op_type == "Exp"
+        });
+        return if convolves && !recurs { Mixing::StatefulConvolution } else { Mixing::State };
+    }
+    if convolves {
         return Mixing::Convolution;
     }
     Mixing::None { experts: nodes.iter().any(|&number| is(EXPERTS, &body.nodes[number])) }

@@ -77,6 +77,8 @@ pub fn assign(graph: &Graph, body: &Body, map: &mut LayerMap) -> Result<()> {
     }
     for layer in &mut map.layers {
         settle_roles(body, &index, &mut layer.ports, &layer.path);
+        let ports = &layer.ports;
+        layer.shared_values.retain(|id| !ports.iter().any(|port| port.past == Some(*id)));
     }
     Ok(())
 }

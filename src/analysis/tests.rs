@@ -1,6 +1,7 @@
 use std::path::Path;
 
 use super::*;
+use crate::ir::{Node, Tensor, Value, ValueId};
 use crate::onnx;
 
 fn zoo(name: &str) -> Analysis {
@@ -27,6 +28,74 @@ fn every_exporter_s_eight_layers_are_found() {
                 }
             }
             assert_eq!(layer.class, 0, "{name} layer {}", layer.index);
+            let own = |port: &KvPort| port.past.is_some_and(|id| layer.shared_values.contains(&id));
+            assert!(!layer.ports.iter().any(own), "{name} layer {}: its own cache is not shared", layer.index);
+        }
+    }
+}
+
+/// Layers of a short convolution with a state, or of a gated outer-product recurrence, as hybrids have them.
+fn hybrid(recurrent: bool) -> Model {
+    let mut model = Model::default();
+    let graph = &mut model.graph;
+    fn value(graph: &mut Graph, name: String) -> ValueId {
+        graph.add_value(Value { name, ..Value::default() })
+    }
+    fn node(graph: &mut Graph, op_type: &str, inputs: &[ValueId]) -> ValueId {
+        let output = value(graph, format!("v{}", graph.values.len()));
+        graph.body.nodes.push(Node {
+            op_type: op_type.into(),
+            inputs: inputs.iter().copied().map(Some).collect(),
+            outputs: vec![Some(output)],
+            ..Node::default()
+        });
+        output
+    }
+    fn weight(graph: &mut Graph) -> ValueId {
+        let id = value(graph, format!("w{}", graph.values.len()));
+        graph.body.initializers.push((id, Tensor::from_f32(&[4, 4], &[0.5; 16])));
+        id
+    }
+    let mut stream = value(graph, "inputs_embeds".into());
+    graph.body.inputs.push(stream);
+    for layer in 0..3 {
+        let past = value(graph, format!("past.{layer}"));
+        graph.body.inputs.push(past);
+        let (first, second) = (weight(graph), weight(graph));
+        let x = node(graph, "MatMul", &[stream, first]);
+        let branch = if recurrent {
+            let outer = node(graph, "MatMul", &[x, x]);
+            let state = node(graph, "Add", &[past, outer]);
+            graph.body.outputs.push(state);
+            node(graph, "MatMul", &[x, state])
+        } else {
+            let joined = node(graph, "Concat", &[past, x]);
+            let state = node(graph, "Slice", &[joined]);
+            graph.body.outputs.push(state);
+            let kernel = weight(graph);
+            node(graph, "Conv", &[joined, kernel])
+        };
+        let branch = node(graph, "MatMul", &[branch, second]);
+        stream = node(graph, "Add", &[stream, branch]);
+    }
+    graph.body.outputs.insert(0, stream);
+    model
+}
+
+#[test]
+fn hybrids_show_what_their_layers_do_and_which_state_is_whose() {
+    for (recurrent, kind) in [(false, "short convolution"), (true, "linear attention")] {
+        let found = analyse(&hybrid(recurrent)).unwrap();
+        assert_eq!(found.map.layers.len(), 3, "{kind}");
+        for layer in &found.map.layers {
+            assert_eq!(layer.kind, kind);
+            let past: Vec<String> = layer
+                .ports
+                .iter()
+                .map(|port| port.past.map(|id| found.model.graph.name(id).to_string()).unwrap_or_default())
+                .collect();
+            assert_eq!(past, [format!("past.{}", layer.index)], "{kind}");
+            assert_eq!(layer.ports[0].role, PortRole::State(0));
         }
     }
 }

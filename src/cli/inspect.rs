@@ -117,11 +117,12 @@ fn details(layers: &[LayerInfo]) -> Vec<String> {
         groups.entry(readers).or_default().push(name);
     }
     const SHOWN: usize = 4;
-    let ports = ports.into_iter().map(|(text, indices)| format!("  layers {}: {text}", ranges(&indices)));
+    let ports = ports.into_iter().map(|(text, indices)| format!("  {}: {text}", ranges(&indices)));
     let shared = groups.into_iter().map(|(indices, names)| {
         let more = if names.len() > SHOWN { format!(" and {} more", names.len() - SHOWN) } else { String::new() };
         let names: Vec<&str> = names.into_iter().take(SHOWN).collect();
-        format!("  layers {} read from outside: {}{more}", ranges(&indices), names.join(", "))
+        let verb = if indices.len() == 1 { "reads" } else { "read" };
+        format!("  {} {verb} from outside: {}{more}", ranges(&indices), names.join(", "))
     });
     ports.chain(shared).collect()
 }
@@ -136,7 +137,7 @@ fn numbered(name: &str, layer: usize) -> String {
     parts.into_iter().map(|part| if part == digits { "N" } else { part }).collect::<Vec<_>>().join(".")
 }
 
-/// `0-2, 5` for 0, 1, 2, 5.
+/// `layers 0-2, 5` for 0, 1, 2, 5.
 fn ranges(indices: &[usize]) -> String {
     let mut runs: Vec<(usize, usize)> = Vec::new();
     for &index in indices {
@@ -146,5 +147,6 @@ fn ranges(indices: &[usize]) -> String {
         }
     }
     let text = |(start, end): (usize, usize)| if start == end { start.to_string() } else { format!("{start}-{end}") };
-    runs.into_iter().map(text).collect::<Vec<_>>().join(", ")
+    let word = if indices.len() == 1 { "layer" } else { "layers" };
+    format!("{word} {}", runs.into_iter().map(text).collect::<Vec<_>>().join(", "))
 }
