@@ -2,10 +2,11 @@
 
 use std::path::PathBuf;
 
-use crate::base::{sha256_file, write_json};
+use crate::base::{Device, sha256_file, write_json};
 use crate::bundle::Bundle;
-use crate::method::Scores;
-use crate::method::select::STRATEGIES;
+use crate::data::{Amount, Dataset, Subset, Texts};
+use crate::method::select::{MeasureLoss, STRATEGIES};
+use crate::method::{LossMeter, Scores};
 use crate::pipeline::steps::{self, HowMany, PlanSettings, PlannedModel};
 
 use super::args::{LayerList, positive};
@@ -33,7 +34,16 @@ pub struct Args {
     /// Drop these layers, as in 2,5
     #[arg(long, value_name = "LAYERS")]
     drop: Option<LayerList>,
-    /// Seed of the random strategy
+    /// Calibration data for strategies that measure losses
+    #[arg(long, value_name = "DATA")]
+    data: Option<PathBuf>,
+    /// Number of samples to draw from it
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = positive, requires = "data")]
+    samples: usize,
+    /// Where to measure losses: cpu, cuda or cuda:N
+    #[arg(long, default_value = "cpu")]
+    device: Device,
+    /// Seed of the random strategy and of the draw
     #[arg(long, default_value_t = 42)]
     seed: u64,
     /// The plan to write
@@ -62,7 +72,17 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     let digest = args.scores.as_deref().map(sha256_file).transpose()?;
     let model = PlannedModel { digest: bundle.digest()?, num_layers: steps::decoder_layers(&bundle)? };
     let settings = PlanSettings { strategy, how_many, seed: args.seed };
-    let plan = steps::plan(&model, scores.as_ref().zip(digest), &settings, None)?;
+    let subset = Subset { amount: Amount::Samples(args.samples), seed: args.seed };
+    let meter = match &args.data {
+        Some(data) => {
+            let dataset = Dataset::open(data, Texts::default())?;
+            Some(LossMeter::new(&bundle, &dataset, subset, args.device, &context.cancel)?)
+        }
+        None => None,
+    };
+    let mut measure = meter.as_ref().map(|meter| |removed: &[usize]| meter.measure(removed));
+    let measure = measure.as_mut().map(|measure| measure as &mut MeasureLoss);
+    let plan = steps::plan(&model, scores.as_ref().zip(digest), &settings, measure)?;
     write_json(&args.output, &plan)?;
     let output = &context.output;
     if output.json {

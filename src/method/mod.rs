@@ -2,11 +2,13 @@
 //!
 //! Source: INTERLACE, arXiv:2511.19676.
 
+mod loss;
 mod plan;
 mod score;
 mod scores;
 pub mod select;
 
+pub use loss::LossMeter;
 pub use plan::{LayerPlan, PLAN_SCHEMA_VERSION, Plan, Role, check_layers};
 pub use score::{ScoreSettings, score};
 pub use scores::{PackScores, SCORES_SCHEMA_VERSION, SampleScores, Scores, Similarities};
