@@ -12,8 +12,8 @@ use crate::bundle::Bundle;
 use crate::data::{Amount, Benchmark, Dataset, Subset, Texts};
 use crate::eval::{BenchReport, EvalReport, EvalTiming, ModelBench, ModelScores, bench, benchmark_name};
 use crate::export::triton::{self, TritonSettings};
-use crate::method::select::Strategy;
-use crate::method::{Plan, ScoreSettings, Scores, score};
+use crate::method::select::{MeasureLoss, Strategy};
+use crate::method::{LossMeter, Plan, ScoreSettings, Scores, score};
 use crate::runtime::{FeatureCache, Runtime};
 
 use super::recipe::Recipe;
@@ -27,6 +27,8 @@ pub const MANIFEST_SCHEMA_VERSION: u32 = 1;
 pub const MANIFEST_FILE: &str = "manifest.json";
 /// Name of the table in the run's folder, without extension.
 pub const TABLE_FILE: &str = "table";
+/// Calibration samples on which strategies measure losses.
+const LOSS_SAMPLES: usize = 32;
 
 /// `manifest.json`: every file that a run made, and what it was made from.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -139,7 +141,18 @@ impl Run<'_> {
         let step = format!("plan-{name}");
         let planned = self.store.step(&step, &format!("{step}.json"), &inputs, &settings, |path| {
             let read = Scores::read(&scores.path)?;
-            write_json(path, &steps::plan(dense, Some((&read, scores.digest.clone())), &settings, None)?)
+            let meter = match Strategy::named(name)?.measures_loss {
+                true => {
+                    let data = Dataset::open(&recipe.calibration.data, Texts::default())?;
+                    let amount = Amount::Samples(LOSS_SAMPLES.min(data.len()));
+                    let subset = Subset { amount, seed: recipe.calibration.seed };
+                    Some(LossMeter::new(bundle, &data, subset, device, cancel)?)
+                }
+                false => None,
+            };
+            let mut measure = meter.as_ref().map(|meter| |removed: &[usize]| meter.measure(removed));
+            let measure = measure.as_mut().map(|measure| measure as &mut MeasureLoss);
+            write_json(path, &steps::plan(dense, Some((&read, scores.digest.clone())), &settings, measure)?)
         })?;
         self.told(&step, &planned);
         let plan = Plan::read(&planned.path)?;
