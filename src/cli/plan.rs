@@ -71,18 +71,22 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     let scores = args.scores.as_deref().map(Scores::read).transpose()?;
     let digest = args.scores.as_deref().map(sha256_file).transpose()?;
     let model = PlannedModel { digest: bundle.digest()?, num_layers: steps::decoder_layers(&bundle)? };
-    let settings = PlanSettings { strategy, how_many, seed: args.seed };
+    let samples = args.data.is_some().then_some(args.samples);
+    let settings = PlanSettings { strategy, how_many, seed: args.seed, samples };
     let subset = Subset { amount: Amount::Samples(args.samples), seed: args.seed };
     let meter = match &args.data {
         Some(data) => {
             let dataset = Dataset::open(data, Texts::default())?;
-            Some(LossMeter::new(&bundle, &dataset, subset, args.device, &context.cancel)?)
+            Some((LossMeter::new(&bundle, &dataset, subset, args.device, &context.cancel)?, dataset.digest()?))
         }
         None => None,
     };
-    let mut measure = meter.as_ref().map(|meter| |removed: &[usize]| meter.measure(removed));
-    let measure = measure.as_mut().map(|measure| measure as &mut MeasureLoss);
-    let plan = steps::plan(&model, scores.as_ref().zip(digest), &settings, measure)?;
+    let mut measure = meter.as_ref().map(|(meter, _)| |removed: &[usize]| meter.measure(removed));
+    let losses = meter
+        .as_ref()
+        .zip(measure.as_mut())
+        .map(|((_, data), measure)| steps::Losses { data: data.clone(), measure: measure as &mut MeasureLoss });
+    let plan = steps::plan(&model, scores.as_ref().zip(digest), &settings, losses)?;
     write_json(&args.output, &plan)?;
     let output = &context.output;
     if output.json {

@@ -135,7 +135,9 @@ impl Run<'_> {
     /// Plan, pruned model and finetuned model of one strategy.
     fn strategy(&mut self, bundle: &Bundle, scores: &Finished, name: &str, variants: &mut Vec<Variant>) -> Result<()> {
         let (recipe, cancel, device) = (self.recipe, self.cancel, self.device);
-        let settings = PlanSettings { strategy: name.to_string(), how_many: how_many(recipe), seed: recipe.plan.seed };
+        let samples = Strategy::named(name)?.measures_loss.then_some(LOSS_SAMPLES);
+        let settings =
+            PlanSettings { strategy: name.to_string(), how_many: how_many(recipe), seed: recipe.plan.seed, samples };
         let inputs = [("model", self.dense.digest.as_str()), ("scores", &scores.digest)];
         let dense = &self.dense;
         let step = format!("plan-{name}");
@@ -146,13 +148,16 @@ impl Run<'_> {
                     let data = Dataset::open(&recipe.calibration.data, Texts::default())?;
                     let amount = Amount::Samples(LOSS_SAMPLES.min(data.len()));
                     let subset = Subset { amount, seed: recipe.calibration.seed };
-                    Some(LossMeter::new(bundle, &data, subset, device, cancel)?)
+                    Some((LossMeter::new(bundle, &data, subset, device, cancel)?, data.digest()?))
                 }
                 false => None,
             };
-            let mut measure = meter.as_ref().map(|meter| |removed: &[usize]| meter.measure(removed));
-            let measure = measure.as_mut().map(|measure| measure as &mut MeasureLoss);
-            write_json(path, &steps::plan(dense, Some((&read, scores.digest.clone())), &settings, measure)?)
+            let mut measure = meter.as_ref().map(|(meter, _)| |removed: &[usize]| meter.measure(removed));
+            let losses = meter
+                .as_ref()
+                .zip(measure.as_mut())
+                .map(|((_, data), measure)| steps::Losses { data: data.clone(), measure: measure as &mut MeasureLoss });
+            write_json(path, &steps::plan(dense, Some((&read, scores.digest.clone())), &settings, losses)?)
         })?;
         self.told(&step, &planned);
         let plan = Plan::read(&planned.path)?;

@@ -9,5 +9,5 @@ mod prune;
 pub use eval::{Engine, EvalSettings, eval, retention};
 pub use finetune::{FINETUNE_REPORT, Finetune, default_work_folder, finetune};
 pub use inspect::{Inspection, LayerInfo, VisionInfo, decoder, decoder_layers, inspect};
-pub use plan::{HowMany, PlanSettings, PlannedModel, plan};
+pub use plan::{HowMany, Losses, PlanSettings, PlannedModel, plan};
 pub use prune::{Drop, Pruned, PrunedComponent, prune};

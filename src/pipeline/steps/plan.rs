@@ -26,8 +26,17 @@ pub enum HowMany {
 pub struct PlanSettings {
     pub strategy: String,
     pub how_many: HowMany,
-    /// Seed of the `random` strategy.
+    /// Seed of the `random` strategy and of the draw of samples.
     pub seed: u64,
+    /// Calibration samples that losses are measured on, where the strategy measures them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub samples: Option<usize>,
+}
+
+/// Losses for a strategy that measures them, with the digest of the data that they are measured on.
+pub struct Losses<'m> {
+    pub data: Sha256Digest,
+    pub measure: &'m mut MeasureLoss<'m>,
 }
 
 /// The model that a plan is for.
@@ -57,7 +66,7 @@ pub fn plan<'m>(
     model: &PlannedModel,
     scores: Option<(&Scores, Sha256Digest)>,
     settings: &PlanSettings,
-    measure: Option<&'m mut MeasureLoss<'m>>,
+    losses: Option<Losses<'m>>,
 ) -> Result<Plan> {
     let strategy = Strategy::named(&settings.strategy)?;
     let num_layers = model.num_layers;
@@ -72,6 +81,10 @@ pub fn plan<'m>(
         return Err(Error::invalid(format!("strategy `{}`", strategy.name), "needs scores")
             .remedy("make them with `interlace score` and name them with `--scores`"));
     }
+    let measure = losses.map(|losses| {
+        inputs.insert("data".to_string(), losses.data);
+        losses.measure
+    });
     let layers: &[usize] = match &settings.how_many {
         HowMany::Drop(layers) => layers,
         _ => &[],
