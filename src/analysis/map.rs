@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use crate::ir::{Attribute, Body, Graph, GraphIndex, Node, ValueId};
+use crate::ir::{Attribute, Body, GraphIndex, Node, ValueId};
 
 use super::blocks::LayerBlocks;
 use super::owners::{Owner, Owners};
@@ -107,7 +107,7 @@ pub struct Glue {
 }
 
 /// Puts the map together, ports aside.
-pub(super) fn build(graph: &Graph, body: &Body, chain: &Chain, grouped: Vec<LayerBlocks>) -> LayerMap {
+pub(super) fn build(body: &Body, chain: &Chain, grouped: Vec<LayerBlocks>) -> LayerMap {
     let index = GraphIndex::of_body(body);
     let mut layers = Vec::with_capacity(grouped.len());
     let mut classes: HashMap<u64, usize> = HashMap::new();
@@ -139,7 +139,7 @@ pub(super) fn build(graph: &Graph, body: &Body, chain: &Chain, grouped: Vec<Laye
     for layer in &mut layers {
         fill_shared(body, &index, &owners, layer);
     }
-    let glue = glue(graph, body, chain, &layer_of_level);
+    let glue = glue(body, chain, &layer_of_level);
     LayerMap {
         source: chain.source,
         result: chain.result,
@@ -237,7 +237,7 @@ fn fill_shared(body: &Body, index: &GraphIndex, owners: &Owners, layer: &mut Lay
     layer.shared_values = shared_values;
 }
 
-fn glue(graph: &Graph, body: &Body, chain: &Chain, layer_of_level: &HashMap<usize, usize>) -> Vec<Glue> {
+fn glue(body: &Body, chain: &Chain, layer_of_level: &HashMap<usize, usize>) -> Vec<Glue> {
     const SILENT: &[&str] = &["Cast", "Identity"];
     let first = layer_of_level.keys().min().copied().unwrap_or(0);
     let last = layer_of_level.keys().max().copied().unwrap_or(0);
@@ -258,7 +258,6 @@ fn glue(graph: &Graph, body: &Body, chain: &Chain, layer_of_level: &HashMap<usiz
             .filter(|id| body.inputs.contains(id) && *id != chain.source)
             .collect();
         let (from, to) = (chain.values[position], chain.values[position + 1]);
-        debug_assert!(!graph.name(to).is_empty());
         match found.last_mut() {
             Some(previous) if previous.to == from => {
                 previous.to = to;

@@ -67,7 +67,7 @@ fn layers_of_body(graph: &Graph, body: &Body) -> Result<LayerMap> {
         return Err(Error::unsupported("the graph", "no decoder layers were found")
             .remedy("interlace works on transformer graphs with a residual stream"));
     }
-    let mut map = map::build(graph, body, &chain, layers);
+    let mut map = map::build(body, &chain, layers);
     ports::assign(graph, body, &mut map)?;
     names::confirm(graph, body, &map)?;
     Ok(map)

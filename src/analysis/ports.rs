@@ -8,7 +8,7 @@ use crate::ir::{Body, Graph, GraphIndex, Node, ValueId};
 use super::kinds::is_attention;
 use super::map::{KvPort, LayerMap, PortRole};
 use super::owners::Owner;
-use super::stream::{data_inputs, reads_shape_only};
+use super::stream::data_inputs;
 
 /// For operators that hold a whole attention: (past input, present output) for key and value.
 struct FusedPorts {
@@ -122,7 +122,7 @@ fn trace_back(
             }
             continue;
         };
-        if reads_shape_only(body, number) || !seen.insert(number) {
+        if body.nodes[number].reads_shape_only() || !seen.insert(number) {
             continue;
         }
         let owner = layer_of.get(&number).copied();

@@ -25,9 +25,6 @@ impl Chain {
     }
 }
 
-/// Operators whose output tells of a tensor's shape and not of its content.
-const SHAPE_READERS: &[&str] = &["Shape", "Size"];
-
 /// The chain with the most residual blocks, over all sources.
 ///
 /// Errors: `Error::Unsupported` when no source leads to a result through residual blocks.
@@ -105,12 +102,6 @@ pub fn data_inputs(body: &Body, node: usize) -> Vec<ValueId> {
     inputs
 }
 
-/// True for nodes whose outputs do not carry their inputs' content.
-pub fn reads_shape_only(body: &Body, node: usize) -> bool {
-    let node = &body.nodes[node];
-    node.domain.is_empty() && SHAPE_READERS.contains(&node.op_type.as_str())
-}
-
 /// Dominators of `result` seen from `source`; `None` when no data flows between them.
 fn chain(graph: &Graph, body: &Body, source: ValueId, result: ValueId) -> Option<Chain> {
     // Vertices of the dominator tree: values by id, nodes behind them.
@@ -122,7 +113,7 @@ fn chain(graph: &Graph, body: &Body, source: ValueId, result: ValueId) -> Option
     let mut reached = vec![false; vertices];
     reached[source.index()] = true;
     for (number, node) in body.nodes.iter().enumerate() {
-        if reads_shape_only(body, number) {
+        if node.reads_shape_only() {
             continue;
         }
         let mut dominator = NONE;
@@ -179,7 +170,7 @@ fn chain(graph: &Graph, body: &Body, source: ValueId, result: ValueId) -> Option
     while let Some(value) = open.pop() {
         if let Some((node, _)) = index.node_of(value)
             && !leads[node]
-            && !reads_shape_only(body, node)
+            && !body.nodes[node].reads_shape_only()
         {
             leads[node] = true;
             open.extend(data_inputs(body, node));

@@ -169,6 +169,11 @@ impl Node {
         self.attributes.iter_mut().flat_map(|(_, attribute)| attribute.bodies_mut())
     }
 
+    /// True when the outputs tell of the inputs' shapes and not of their content.
+    pub fn reads_shape_only(&self) -> bool {
+        self.domain.is_empty() && ["Shape", "Size"].contains(&self.op_type.as_str())
+    }
+
     /// Domain and operator, as messages show it: `Softmax`, `com.microsoft.GroupQueryAttention`.
     pub fn op(&self) -> String {
         if self.domain.is_empty() { self.op_type.clone() } else { format!("{}.{}", self.domain, self.op_type) }

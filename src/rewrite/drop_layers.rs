@@ -174,7 +174,7 @@ fn repoint_shape_readers(before: &Body, body: &mut Body, map: &LayerMap, dropped
     }
     let content = tidy::content_needed(body);
     for (node, by_content) in body.nodes.iter_mut().zip(content) {
-        if !by_content || tidy::reads_shape_only(node) {
+        if !by_content || node.reads_shape_only() {
             for input in node.inputs.iter_mut().flatten() {
                 if let Some(&replacement) = twin.get(input) {
                     *input = replacement;

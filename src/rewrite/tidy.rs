@@ -62,11 +62,6 @@ pub fn remove_dead_code(body: &mut Body) {
     body.initializers.retain(|(id, _)| needed.contains(id) || body.inputs.contains(id));
 }
 
-/// True for nodes whose outputs tell of a tensor's shape and not of its content.
-pub fn reads_shape_only(node: &ir::Node) -> bool {
-    node.domain.is_empty() && ["Shape", "Size"].contains(&node.op_type.as_str())
-}
-
 /// For each node: whether an output needs its content, and not just the shape of what it makes.
 pub fn content_needed(body: &Body) -> Vec<bool> {
     let index = GraphIndex::of_body(body);
@@ -78,7 +73,7 @@ pub fn content_needed(body: &Body) -> Vec<bool> {
             continue;
         }
         let node = &body.nodes[number];
-        if !reads_shape_only(node) {
+        if !node.reads_shape_only() {
             open.extend(node.present_inputs());
             open.extend(node.bodies().flat_map(ir::captured));
         }
