@@ -19,6 +19,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         let lib = Path::new(&libtorch).join("lib");
         println!("cargo:rustc-link-arg=-Wl,-rpath,{}", lib.display());
     }
+    // Code of LibTorch's wrapper that the library could call back would keep it linked: `interlace` offers none.
+    println!("cargo:rustc-link-arg-bin=interlace=-Wl,--exclude-libs=ALL");
     if let Ok(library) = env::var("ORT_DYLIB_PATH") {
         println!("cargo:rustc-env=INTERLACE_ORT_DYLIB_PATH={library}");
     }

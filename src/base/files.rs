@@ -118,8 +118,15 @@ impl AtomicFile {
     /// Flushes to disk and gives the file its final name.
     ///
     /// Errors: `Error::Io`; the temporary file is removed then.
-    pub fn commit(mut self) -> Result<()> {
+    pub fn commit(self) -> Result<()> {
         self.file.sync_all().map_err(|e| Error::io("write", &self.path, e))?;
+        self.commit_unflushed()
+    }
+
+    /// Gives the file its final name; a power cut within the next half minute may still take its content.
+    ///
+    /// Errors: `Error::Io`; the temporary file is removed then.
+    pub fn commit_unflushed(mut self) -> Result<()> {
         fs::rename(&self.temporary, &self.path).map_err(|e| Error::io("rename", &self.path, e))?;
         self.committed = true;
         Ok(())

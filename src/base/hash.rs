@@ -3,11 +3,19 @@
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
 
+use memmap2::MmapOptions;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use super::error::{Error, Result};
+
+/// What one thread hashes at a time of a file that passes it.
+const PIECE: u64 = 64 << 20;
+/// What is mapped of it at a time.
+const WINDOW: usize = 4 << 20;
 
 /// A SHA-256 digest as 64 lower-case hexadecimal digits.
 pub type Sha256Digest = String;
@@ -33,6 +41,54 @@ pub fn sha256_file(path: &Path) -> Result<Sha256Digest> {
     }
 }
 
+/// Digest of a file of any size, by all cores at once: that of its content up to 64 MiB; beyond that, the digest of its
+/// length (8 bytes, little-endian) and the digests of its pieces of 64 MiB, in order.
+///
+/// Errors: `Error::Io` when the file cannot be opened or read, or becomes shorter meanwhile.
+pub fn sha256_large_file(path: &Path) -> Result<Sha256Digest> {
+    let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
+    let length = file.metadata().map_err(|e| Error::io("read", path, e))?.len();
+    if length <= PIECE {
+        return sha256_file(path);
+    }
+    let pieces = length.div_ceil(PIECE);
+    let next = AtomicU64::new(0);
+    let worker = || -> Result<Vec<(u64, [u8; 32])>> {
+        let mut done = Vec::new();
+        loop {
+            let piece = next.fetch_add(1, Ordering::Relaxed);
+            if piece >= pieces {
+                return Ok(done);
+            }
+            let (mut at, end) = (piece * PIECE, length.min((piece + 1) * PIECE));
+            let mut hasher = Sha256::new();
+            while at < end {
+                let count = WINDOW.min((end - at) as usize);
+                // SAFETY: the map is read-only and the file is never written by this process; that another process
+                // truncates it meanwhile is the known hazard of every memory map.
+                let part = unsafe { MmapOptions::new().offset(at).len(count).populate().map(&file) };
+                hasher.update(&*part.map_err(|e| Error::io("map", path, e))?);
+                at += count as u64;
+            }
+            done.push((piece, hasher.finalize().into()));
+        }
+    };
+    let threads = thread::available_parallelism().map_or(1, usize::from).min(pieces as usize);
+    let mut digests = thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(worker)).collect();
+        let mut digests = Vec::new();
+        for worker in workers {
+            digests.extend(worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
+        }
+        Ok::<_, Error>(digests)
+    })?;
+    digests.sort_unstable_by_key(|(piece, _)| *piece);
+    let mut hasher = Sha256::new();
+    hasher.update(length.to_le_bytes());
+    digests.iter().for_each(|(_, digest)| hasher.update(digest));
+    Ok(hex(&hasher.finalize()))
+}
+
 /// Digest of a value's compact JSON form; field order is part of it.
 ///
 /// Errors: `Error::Invalid` when the value cannot be written as JSON.
@@ -53,5 +109,20 @@ mod tests {
     fn digest_of_the_empty_string_is_the_published_one() {
         let want = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
         assert_eq!(sha256_bytes(b""), want);
+    }
+
+    #[test]
+    fn a_large_file_is_hashed_in_pieces() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("large");
+        let content: Vec<u8> = (0..PIECE as usize + 3).map(|place| (place % 251) as u8).collect();
+        std::fs::write(&path, &content[..PIECE as usize]).unwrap();
+        assert_eq!(sha256_large_file(&path).unwrap(), sha256_bytes(&content[..PIECE as usize]));
+        std::fs::write(&path, &content).unwrap();
+        let (first, last) = content.split_at(PIECE as usize);
+        let mut parts = (content.len() as u64).to_le_bytes().to_vec();
+        parts.extend(Sha256::digest(first));
+        parts.extend(Sha256::digest(last));
+        assert_eq!(sha256_large_file(&path).unwrap(), sha256_bytes(&parts));
     }
 }

@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::base::{Error, Result, Sha256Digest, contained_path, list_preview, sha256_file, sha256_json};
+use crate::base::{Error, Result, Sha256Digest, contained_path, list_preview, sha256_json, sha256_large_file};
 use crate::ir::{Body, TensorData};
 
 use layout::{Components, LAYOUTS, SINGLE_FILE, VARIANTS, classify, remedy_for};
@@ -310,14 +310,14 @@ impl Bundle {
     /// are not among them.
     ///
     /// Errors: `Error::Io` when a file cannot be read.
-    pub fn file_digests(&self) -> Result<BTreeMap<String, Sha256Digest>> {
+    fn file_digests(&self) -> Result<BTreeMap<String, Sha256Digest>> {
         let parts = self.components.iter().flat_map(|c| std::iter::once(&c.file).chain(&c.external));
         let assets = self
             .assets
             .iter()
             .filter(|asset| matches!(asset.kind, AssetKind::Config | AssetKind::Tokenizer | AssetKind::Tooling));
         let files = parts.chain(assets.map(|asset| &asset.file));
-        files.map(|file| Ok((file.clone(), sha256_file(&self.root.join(file))?))).collect()
+        files.map(|file| Ok((file.clone(), sha256_large_file(&self.root.join(file))?))).collect()
     }
 
     /// One digest over `file_digests`: equal for equal models.

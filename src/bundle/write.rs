@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use crate::base::{AtomicFile, Error, Provenance, Result, StagedDir, write_json};
 use crate::ir::Model;
-use crate::onnx::{self, Storage};
+use crate::onnx::{self, Metadata, Storage};
 
 use super::json::{Document, Edit, Kind};
 use super::layers::{self, LayerEdit};
@@ -52,9 +52,21 @@ impl<'a> BundleWriter<'a> {
     ///
     /// Errors: as `onnx::save`.
     pub fn save(&mut self, component: &Component, model: &Model) -> Result<()> {
+        self.save_with(component, model, || Ok(Metadata::new()))
+    }
+
+    /// As [`BundleWriter::save`], with more metadata, as `onnx::save_with` takes it.
+    ///
+    /// Errors: as `onnx::save_with`.
+    pub fn save_with(
+        &mut self,
+        component: &Component,
+        model: &Model,
+        metadata: impl FnOnce() -> Result<Metadata>,
+    ) -> Result<()> {
         let path = self.target(&component.file)?;
         let storage = self.storage(component)?;
-        let data = onnx::save(model, &path, &storage)?;
+        let data = onnx::save_with(model, &path, &storage, metadata)?;
         self.written.insert(component.file.clone(), data.len());
         Ok(())
     }

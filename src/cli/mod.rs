@@ -15,6 +15,7 @@ mod run;
 mod schema;
 mod score;
 mod strip;
+mod torch;
 mod verify;
 
 use std::process::ExitCode;
@@ -25,6 +26,7 @@ use crate::base::{Cancel, install_ctrl_c, set_quiet};
 
 pub use output::Output;
 pub use schema::schemas;
+pub use torch::{RunTorchVerb, TorchVerb, hand_over, here};
 
 /// Prune, heal and ship vision-language models as ONNX graphs.
 #[derive(Parser)]
@@ -48,7 +50,7 @@ enum Verb {
     Score(score::Args),
     Plan(plan::Args),
     Prune(prune::Args),
-    Finetune(finetune::Args),
+    Finetune(Box<finetune::Args>),
     Eval(eval::Args),
     Bench(bench::Args),
     Verify(verify::Args),
@@ -72,8 +74,8 @@ pub enum Outcome {
     GateFailed,
 }
 
-/// Parses the process's arguments, runs the verb and reports.
-pub fn main() -> ExitCode {
+/// Parses the process's arguments, runs the verb and reports; `torch` runs the verbs that compute in LibTorch.
+pub fn main(torch: RunTorchVerb) -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
@@ -82,7 +84,7 @@ pub fn main() -> ExitCode {
             return if error.print().is_ok() { ExitCode::from(code) } else { ExitCode::from(2) };
         }
     };
-    match dispatch(cli) {
+    match dispatch(cli, torch) {
         Ok(Outcome::Done) => ExitCode::SUCCESS,
         Ok(Outcome::GateFailed) => ExitCode::from(1),
         Err(error) if output::is_closed_pipe(&error) => ExitCode::SUCCESS,
@@ -93,7 +95,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn dispatch(cli: Cli) -> anyhow::Result<Outcome> {
+fn dispatch(cli: Cli, torch: RunTorchVerb) -> anyhow::Result<Outcome> {
     set_quiet(cli.quiet);
     let context = Context { output: Output { json: cli.json, quiet: cli.quiet }, cancel: install_ctrl_c()? };
     match cli.verb {
@@ -101,12 +103,12 @@ fn dispatch(cli: Cli) -> anyhow::Result<Outcome> {
         Verb::Score(args) => score::run(args, &context),
         Verb::Plan(args) => plan::run(args, &context),
         Verb::Prune(args) => prune::run(args, &context),
-        Verb::Finetune(args) => finetune::run(args, &context),
+        Verb::Finetune(args) => torch(TorchVerb::Finetune(args), &context),
         Verb::Eval(args) => eval::run(args, &context),
         Verb::Bench(args) => bench::run(args, &context),
-        Verb::Verify(args) => verify::run(args, &context),
+        Verb::Verify(args) => torch(TorchVerb::Verify(args), &context),
         Verb::Export(args) => export::run(args, &context),
-        Verb::Run(args) => run::run(args, &context),
+        Verb::Run(args) => torch(TorchVerb::Run(args), &context),
         Verb::PeakMemory(args) => bench::run_memory(args, &context),
     }
 }

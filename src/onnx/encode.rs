@@ -42,6 +42,12 @@ pub fn model_without_initializers(model: &Model, place: &mut Placement) -> Resul
     })
 }
 
+/// Sets metadata of the model, replacing values under the same keys.
+pub fn set_metadata(model: &mut pb::ModelProto, entries: &[(String, String)]) {
+    model.metadata_props.retain(|prop| !entries.iter().any(|(key, _)| key == &prop.key));
+    model.metadata_props.extend(pairs(entries));
+}
+
 /// One initializer; the content of an inline one only if `with_content`.
 pub fn initializer(name: &str, tensor: &Tensor, placed: &Placed, with_content: bool) -> pb::TensorProto {
     let mut proto = pb::TensorProto {

@@ -11,7 +11,7 @@ mod save;
 mod wire;
 
 pub use encode::Placed;
-pub use save::{INLINE_LIMIT, Storage, save, save_into};
+pub use save::{INLINE_LIMIT, Metadata, Storage, save, save_into, save_with};
 
 use std::path::Path;
 use std::sync::Arc;

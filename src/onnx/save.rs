@@ -27,10 +27,26 @@ pub enum Storage {
     External { file_name: String, chunk_bytes: Option<u64> },
 }
 
+/// Metadata of a model: keys and values.
+pub type Metadata = Vec<(String, String)>;
+
 /// Writes a model under its final name; nothing is left there on an error. Returns the names of the data files.
 ///
 /// Errors: `Error::Io` when writing fails; `Error::Invalid` when an inline model would pass 2 GiB or the graph is broken.
 pub fn save(model: &Model, path: &Path, storage: &Storage) -> Result<Vec<String>> {
+    save_with(model, path, storage, || Ok(Metadata::new()))
+}
+
+/// As [`save`], with more metadata, which is asked for when the external data is written: what takes as long as writing
+/// it can be computed meanwhile.
+///
+/// Errors: as [`save`] and those of `metadata`.
+pub fn save_with(
+    model: &Model,
+    path: &Path,
+    storage: &Storage,
+    metadata: impl FnOnce() -> Result<Metadata>,
+) -> Result<Vec<String>> {
     crate::ir::check(model)?;
     let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut data = match storage {
@@ -38,10 +54,11 @@ pub fn save(model: &Model, path: &Path, storage: &Storage) -> Result<Vec<String>
         Storage::External { file_name, chunk_bytes } => Some(DataFiles::new(folder, file_name, *chunk_bytes)),
     };
     let mut file = AtomicFile::create(path)?;
-    save_into(model, &mut file, |name, tensor| match &mut data {
+    let place = |name: &str, tensor: &Tensor| match &mut data {
         Some(files) if tensor.byte_len() >= INLINE_LIMIT && encode::is_numeric(tensor) => files.place(name, tensor),
         _ => Ok(Placed::Inline),
-    })?;
+    };
+    save_into(model, &mut file, place, metadata)?;
     let names = match data {
         Some(files) => files.commit()?,
         None => Vec::new(),
@@ -50,13 +67,15 @@ pub fn save(model: &Model, path: &Path, storage: &Storage) -> Result<Vec<String>
     Ok(names)
 }
 
-/// Writes the message; `place` decides where each initializer's content goes.
+/// Writes the message; `place` decides where each initializer's content goes, `metadata` adds to the model's own.
+/// It is asked for last.
 ///
 /// Errors: as [`save`].
 pub fn save_into(
     model: &Model,
     file: &mut AtomicFile,
     mut place: impl FnMut(&str, &Tensor) -> Result<Placed>,
+    metadata: impl FnOnce() -> Result<Metadata>,
 ) -> Result<()> {
     let too_large = || {
         Error::invalid("the model", "passes 2 GiB in one file, the limit of protobuf")
@@ -92,6 +111,7 @@ pub fn save_into(
     if graph_length > MESSAGE_LIMIT {
         return Err(too_large());
     }
+    encode::set_metadata(&mut proto, &metadata()?);
     let mut start = proto.write_to_bytes().map_err(broken)?;
     put_varint(&mut start, 7 << 3 | 2);
     put_varint(&mut start, graph_length);
@@ -127,11 +147,13 @@ struct DataFiles<'a> {
     done: Vec<AtomicFile>,
     names: Vec<String>,
     length: u64,
+    /// Some content does not come from a file.
+    computed: bool,
 }
 
 impl<'a> DataFiles<'a> {
     fn new(folder: &'a Path, stem: &'a str, chunk_bytes: Option<u64>) -> Self {
-        DataFiles { folder, stem, chunk_bytes, done: Vec::new(), names: Vec::new(), length: 0 }
+        DataFiles { folder, stem, chunk_bytes, done: Vec::new(), names: Vec::new(), length: 0, computed: false }
     }
 
     fn place(&mut self, _name: &str, tensor: &Tensor) -> Result<Placed> {
@@ -154,13 +176,16 @@ impl<'a> DataFiles<'a> {
         };
         file.write_all(&vec![0; (offset - self.length) as usize])?;
         write_content(tensor, file)?;
+        self.computed |= !matches!(tensor.data, TensorData::Mapped { .. });
         self.length = offset + length;
         Ok(Placed::External { location: location.clone(), offset, length })
     }
 
+    /// Data that was computed is flushed to the disk first. Data that only repeats the input's is not waited for: the
+    /// system writes it in its own time, and the same command makes it again should power fail before.
     fn commit(self) -> Result<Vec<String>> {
         for file in self.done {
-            file.commit()?;
+            if self.computed { file.commit()? } else { file.commit_unflushed()? }
         }
         Ok(self.names)
     }

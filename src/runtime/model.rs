@@ -9,7 +9,7 @@ use ort::{AsPointer, sys};
 
 use crate::base::{AtomicFile, Error, Result};
 use crate::ir::{Model, Tensor, TensorData};
-use crate::onnx::{INLINE_LIMIT, Placed, save_into};
+use crate::onnx::{INLINE_LIMIT, Metadata, Placed, save_into};
 
 use super::ENGINE;
 use super::session::{Runtime, Session, SessionOptions};
@@ -48,13 +48,14 @@ impl Runtime {
             }
         }
         let mut file = AtomicFile::create(&path)?;
-        save_into(model, &mut file, |_, tensor| {
+        let place = |_: &str, tensor: &Tensor| {
             let given = tensor.byte_len() >= INLINE_LIMIT && element_type(tensor.dtype).is_ok();
             if given && own.contains(&std::ptr::from_ref(tensor)) {
                 return Ok(Placed::External { location: ELSEWHERE.into(), offset: 0, length: tensor.byte_len() });
             }
             Ok(Placed::Inline)
-        })?;
+        };
+        save_into(model, &mut file, place, || Ok(Metadata::new()))?;
         file.commit()?;
 
         let subject = format!("graph `{}`", model.graph.body.name);

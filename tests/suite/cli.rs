@@ -34,6 +34,27 @@ fn help_and_version_go_to_standard_output_with_status_0() {
 }
 
 #[test]
+fn only_the_verbs_that_compute_in_libtorch_load_it() {
+    let links = |program: &str| {
+        let bytes = fs::read(program).expect("the program");
+        bytes.windows(b"libtorch_cpu.so\0".len()).any(|window| window == b"libtorch_cpu.so\0")
+    };
+    assert!(!links(env!("CARGO_BIN_EXE_interlace")), "`interlace` links LibTorch");
+    assert!(links(env!("CARGO_BIN_EXE_interlace-torch")), "`interlace-torch` does not link LibTorch");
+}
+
+#[test]
+fn a_missing_torch_program_is_named() {
+    let folder = tempfile::tempdir().expect("folder");
+    let alone = folder.path().join("interlace");
+    fs::copy(env!("CARGO_BIN_EXE_interlace"), &alone).expect("copy");
+    let output = Command::new(&alone).args(["verify", "model"]).output().expect("the binary starts");
+    assert_eq!(output.status.code(), Some(2));
+    let message = stderr(&output);
+    assert!(message.contains("interlace-torch") && message.contains("cargo build"), "{message}");
+}
+
+#[test]
 fn usage_errors_exit_with_2_and_say_what_is_wrong() {
     let folder = tempfile::tempdir().expect("folder");
     for (arguments, want) in [

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 /// From the top; modules of one row do not import each other.
 const LAYERS: &[&[&str]] = &[
+    &["bin"],
     &["cli"],
     &["pipeline"],
     &["method", "finetune", "eval", "export"],

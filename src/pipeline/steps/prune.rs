@@ -1,11 +1,13 @@
 //! Layers taken out of a model folder: every variant of the component, and the configs with it.
 
 use std::collections::BTreeMap;
+use std::panic::resume_unwind;
 use std::path::Path;
+use std::thread;
 
 use serde::Serialize;
 
-use crate::analysis;
+use crate::analysis::{self, Analysis};
 use crate::base::{Error, Provenance, Result, Sha256Digest};
 use crate::bundle::{Bundle, BundleWriter, Component, LayerEdit, Record, Role, Tower};
 use crate::method::Plan;
@@ -57,25 +59,14 @@ struct Settings<'a> {
 /// disagree about the number of layers, or the target exists; `Error::Unsupported` when the layers are not understood.
 /// Nothing is left under the target's name then.
 pub fn prune(bundle: &Bundle, drop: &Drop, target: &Path) -> Result<Pruned> {
-    let model_digest = bundle.digest()?;
-    let mut inputs = BTreeMap::from([("model".to_string(), model_digest.clone())]);
     let (tower, layers) = match drop {
         Drop::Layers { tower, layers } => (*tower, *layers),
-        Drop::Plan { plan, digest } => {
-            if plan.provenance.inputs.get("model") != Some(&model_digest) {
-                return Err(Error::invalid("plan", "was made for another model")
-                    .remedy("make a plan for this model, or name layers with `--drop`"));
-            }
-            inputs.insert("plan".to_string(), digest.clone());
-            (Tower::Text, plan.drop.as_slice())
-        }
+        Drop::Plan { plan, .. } => (Tower::Text, plan.drop.as_slice()),
     };
-    let components = components(bundle, tower)?;
-    let mut loaded = Vec::with_capacity(components.len());
-    for component in components {
-        let analysis = analysis::analyse(&onnx::load(&bundle.path_of(component))?)?;
-        loaded.push((component, analysis));
-    }
+    let loaded = components(bundle, tower)?
+        .into_iter()
+        .map(|component| Ok((component, analysis::analyse(&onnx::load(&bundle.path_of(component))?)?)))
+        .collect::<Result<Vec<_>>>()?;
     let total = loaded.first().map_or(0, |(_, analysis)| analysis.map.layers.len());
     if let Some((other, analysis)) = loaded.iter().find(|(_, analysis)| analysis.map.layers.len() != total) {
         return Err(Error::invalid(
@@ -83,21 +74,60 @@ pub fn prune(bundle: &Bundle, drop: &Drop, target: &Path) -> Result<Pruned> {
             format!("has {} layers, `{}` has {total}", analysis.map.layers.len(), loaded[0].0.file),
         ));
     }
-    let edit = LayerEdit::new(tower, total, layers)?;
-    if edit.dropped().is_empty() {
-        return Err(Error::invalid("list of layers", "is empty"));
-    }
+    let edit = match LayerEdit::new(tower, total, layers) {
+        Ok(edit) if edit.dropped().is_empty() => return Err(Error::invalid("list of layers", "is empty")),
+        Ok(edit) => edit,
+        // A plan of another model is the likelier reason.
+        Err(error) => return Err(inputs(bundle.digest()?, drop).err().unwrap_or(error)),
+    };
     let mut writer = BundleWriter::create(bundle, target)?;
     writer.drop_layers(&edit)?;
-    let provenance = Provenance::new(Record::SCHEMA_VERSION, inputs, &Settings { tower, drop: edit.dropped() })?;
-    let props = writer.record(provenance.clone())?.metadata_props(tower, edit.remaining())?;
-    let mut written = Vec::with_capacity(loaded.len());
-    for (component, analysis) in &loaded {
-        let mut model = drop_layers(analysis, edit.dropped())?;
-        for (key, value) in &props {
-            model.metadata.retain(|(other, _)| other != key);
-            model.metadata.push((key.clone(), value.clone()));
+    // The digest reads every byte of the input, and so does writing: one beside the other.
+    let components = thread::scope(|scope| {
+        let digest = scope.spawn(|| bundle.digest());
+        write(writer, &edit, &loaded, || match digest.join() {
+            Ok(digest) => inputs(digest?, drop),
+            Err(panic) => resume_unwind(panic),
+        })
+    })?;
+    Ok(Pruned {
+        tower,
+        dropped: edit.dropped().to_vec(),
+        layers_before: total,
+        layers_after: edit.remaining(),
+        components,
+    })
+}
+
+/// Digests of what the result is made of.
+///
+/// Errors: `Error::Invalid` when a plan is of another model.
+fn inputs(model: Sha256Digest, drop: &Drop) -> Result<BTreeMap<String, Sha256Digest>> {
+    let mut inputs = BTreeMap::new();
+    if let Drop::Plan { plan, digest } = drop {
+        if plan.provenance.inputs.get("model") != Some(&model) {
+            return Err(Error::invalid("plan", "was made for another model")
+                .remedy("make a plan for this model, or name layers with `--drop`"));
         }
+        inputs.insert("plan".to_string(), digest.clone());
+    }
+    inputs.insert("model".to_string(), model);
+    Ok(inputs)
+}
+
+/// Fills the folder and gives it its name; `inputs` is asked for as late as can be.
+fn write(
+    mut writer: BundleWriter,
+    edit: &LayerEdit,
+    loaded: &[(&Component, Analysis)],
+    inputs: impl FnOnce() -> Result<BTreeMap<String, Sha256Digest>>,
+) -> Result<Vec<PrunedComponent>> {
+    let settings = Settings { tower: edit.tower, drop: edit.dropped() };
+    let mut inputs = Some(inputs);
+    let mut record = writer.record(Provenance::new(Record::SCHEMA_VERSION, BTreeMap::new(), &settings)?)?;
+    let mut written = Vec::with_capacity(loaded.len());
+    for (component, analysis) in loaded {
+        let model = drop_layers(analysis, edit.dropped())?;
         written.push(PrunedComponent {
             file: component.file.clone(),
             nodes_before: analysis.model.graph.body.nodes.len(),
@@ -105,16 +135,15 @@ pub fn prune(bundle: &Bundle, drop: &Drop, target: &Path) -> Result<Pruned> {
             weight_bytes_before: analysis.model.graph.body.weight_bytes(),
             weight_bytes_after: model.graph.body.weight_bytes(),
         });
-        writer.save(component, &model)?;
+        writer.save_with(component, &model, || {
+            if let Some(inputs) = inputs.take() {
+                record.provenance = Provenance::new(Record::SCHEMA_VERSION, inputs()?, &settings)?;
+            }
+            record.metadata_props(edit.tower, edit.remaining())
+        })?;
     }
-    writer.commit(provenance)?;
-    Ok(Pruned {
-        tower,
-        dropped: edit.dropped().to_vec(),
-        layers_before: total,
-        layers_after: edit.remaining(),
-        components: written,
-    })
+    writer.commit(record.provenance)?;
+    Ok(written)
 }
 
 /// Every component that holds the tower's layers, all variants.

@@ -1,0 +1,58 @@
+//! Where the verbs that compute in LibTorch run. It takes 120 MB and up to a second to load, so only the program
+//! `interlace-torch` links it; `interlace` hands those verbs over to it, with the same arguments.
+
+use std::env;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::Context as _;
+
+use crate::base::Error;
+
+use super::{Context, Outcome, finetune, run, verify};
+
+/// The program that links LibTorch; it lies beside `interlace`.
+const TORCH_PROGRAM: &str = "interlace-torch";
+
+/// A verb that computes in LibTorch.
+pub enum TorchVerb {
+    Finetune(Box<finetune::Args>),
+    Run(run::Args),
+    Verify(verify::Args),
+}
+
+/// How a program runs the verbs that compute in LibTorch.
+pub type RunTorchVerb = fn(TorchVerb, &Context) -> anyhow::Result<Outcome>;
+
+/// Runs the verb in this process. A program that names this function links LibTorch.
+pub fn here(verb: TorchVerb, context: &Context) -> anyhow::Result<Outcome> {
+    match verb {
+        TorchVerb::Finetune(args) => finetune::run(*args, context),
+        TorchVerb::Run(args) => run::run(args, context),
+        TorchVerb::Verify(args) => verify::run(args, context),
+    }
+}
+
+/// Becomes `interlace-torch`, with this process's arguments.
+///
+/// Errors: that program does not lie beside this one, or does not start.
+pub fn hand_over(_: TorchVerb, _: &Context) -> anyhow::Result<Outcome> {
+    let program = torch_program()?;
+    let error = Command::new(&program).args(env::args_os().skip(1)).exec();
+    Err(error).with_context(|| format!("cannot start `{}`", program.display()))
+}
+
+fn torch_program() -> anyhow::Result<PathBuf> {
+    let own = env::current_exe().context("cannot tell where this program lies")?;
+    let program = own.with_file_name(TORCH_PROGRAM);
+    if !program.is_file() {
+        return Err(Error::invalid(
+            format!("`{}`", program.display()),
+            "is not there, and this verb computes in LibTorch",
+        )
+        .remedy(format!("keep `{TORCH_PROGRAM}` in the folder of `interlace`; `cargo build --release` makes both"))
+        .into());
+    }
+    Ok(program)
+}
