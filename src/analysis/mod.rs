@@ -6,6 +6,7 @@
 
 mod blocks;
 mod canonical;
+mod head;
 mod kinds;
 mod map;
 mod merged;
@@ -15,6 +16,7 @@ mod ports;
 mod stream;
 
 pub use canonical::{FUSED_MARK, FUSED_OUTPUTS, FusedNorm, unfuse_skip_norms};
+pub use head::head_input;
 pub use map::{Glue, KvPort, Layer, LayerMap, PortRole};
 pub use merged::{Branch, Merged};
 pub use owners::{Owner, Owners};

@@ -38,6 +38,11 @@ impl Progress {
         self.0.set_position(position);
     }
 
+    /// Sets how many items there are, when that is known better than at the beginning.
+    pub fn set_total(&self, total: u64) {
+        self.0.set_length(total);
+    }
+
     /// Shows a short text after the bar, such as the current loss.
     pub fn note(&self, text: impl Into<String>) {
         self.0.set_message(text.into());

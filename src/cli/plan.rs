@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use crate::base::{Device, sha256_file, write_json};
 use crate::bundle::Bundle;
 use crate::data::{Amount, Dataset, Subset, Texts};
-use crate::method::select::{MeasureLoss, STRATEGIES};
+use crate::method::select::STRATEGIES;
 use crate::method::{LossMeter, Scores};
 use crate::pipeline::steps::{self, HowMany, PlanSettings, PlannedModel};
 
@@ -74,18 +74,14 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     let samples = args.data.is_some().then_some(args.samples);
     let settings = PlanSettings { strategy, how_many, seed: args.seed, samples };
     let subset = Subset { amount: Amount::Samples(args.samples), seed: args.seed };
-    let meter = match &args.data {
+    let mut meter = match &args.data {
         Some(data) => {
             let dataset = Dataset::open(data, Texts::default())?;
             Some((LossMeter::new(&bundle, &dataset, subset, args.device, &context.cancel)?, dataset.digest()?))
         }
         None => None,
     };
-    let mut measure = meter.as_ref().map(|(meter, _)| |removed: &[usize]| meter.measure(removed));
-    let losses = meter
-        .as_ref()
-        .zip(measure.as_mut())
-        .map(|((_, data), measure)| steps::Losses { data: data.clone(), measure: measure as &mut MeasureLoss });
+    let losses = meter.as_mut().map(|(measure, data)| steps::Losses { data: data.clone(), measure });
     let plan = steps::plan(&model, scores.as_ref().zip(digest), &settings, losses)?;
     write_json(&args.output, &plan)?;
     let output = &context.output;

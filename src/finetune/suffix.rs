@@ -5,8 +5,9 @@
 
 use std::collections::HashSet;
 
+use crate::analysis::head_input;
 use crate::base::{Error, Result};
-use crate::ir::{Body, Graph, GraphIndex, Node, ValueId, captured};
+use crate::ir::{Graph, GraphIndex, Node, ValueId, captured};
 
 /// How the trained part of a graph is cut.
 #[derive(Debug)]
@@ -25,12 +26,6 @@ pub struct Suffix {
     pub logits: ValueId,
 }
 
-/// Operators that look at each position by itself when their other inputs are constants.
-const POSITION_WISE: &[&str] = &["Cast", "Identity", "Add", "Sub", "Mul", "Div", "Tanh", "Clip"];
-
-/// Products of the stream with a constant matrix; the stream is input 0.
-const PRODUCTS: &[&str] = &["MatMul", "MatMulNBits", "MatMulInteger", "FusedMatMul"];
-
 /// Operators whose result depends on their input's shape alone.
 const SHAPE_ONLY: &[&str] = &["Shape", "Size"];
 
@@ -48,8 +43,7 @@ impl Suffix {
     ) -> Result<Self> {
         let index = GraphIndex::new(graph);
         let nodes = &graph.body.nodes;
-        let constants = constants(&graph.body);
-        let head_input = head_input(graph, &index, &constants, logits);
+        let head_input = head_input(graph, logits);
 
         let mut pieces: Vec<(ValueId, ValueId)> = streams.windows(2).map(|pair| (pair[0], pair[1])).collect();
         pieces.extend(streams.last().map(|&last| (last, logits)));
@@ -140,40 +134,6 @@ fn reach(nodes: &[Node], piece: &[usize], mut sources: HashSet<ValueId>) -> Hash
         }
     }
     sources
-}
-
-/// Initializers and what is computed from nothing else.
-fn constants(body: &Body) -> HashSet<ValueId> {
-    let inputs: HashSet<ValueId> = body.inputs.iter().copied().collect();
-    let mut constants: HashSet<ValueId> =
-        body.initializers.iter().map(|(id, _)| *id).filter(|id| !inputs.contains(id)).collect();
-    for node in &body.nodes {
-        if reads(node).all(|id| constants.contains(&id)) {
-            constants.extend(node.present_outputs());
-        }
-    }
-    constants
-}
-
-fn head_input(graph: &Graph, index: &GraphIndex, constants: &HashSet<ValueId>, logits: ValueId) -> ValueId {
-    let mut at = logits;
-    loop {
-        let Some(node) = index.node_of(at).and_then(|(number, _)| graph.body.nodes.get(number)) else {
-            return logits;
-        };
-        let mut flowing = node.present_inputs().filter(|id| !constants.contains(id));
-        let (Some(input), None) = (flowing.next(), flowing.next()) else {
-            return logits;
-        };
-        let op = node.op_type.as_str();
-        if PRODUCTS.contains(&op) && node.inputs.first().copied().flatten() == Some(input) {
-            return input;
-        }
-        if !POSITION_WISE.contains(&op) || node.bodies().next().is_some() {
-            return logits;
-        }
-        at = input;
-    }
 }
 
 #[cfg(test)]

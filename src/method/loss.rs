@@ -3,42 +3,75 @@
 use std::sync::Arc;
 
 use crate::analysis::{self, Analysis};
-use crate::base::{Cancel, Device, Error, Result};
+use crate::base::{Cancel, Device, Error, Progress, Result};
 use crate::bundle::{Bundle, Role};
 use crate::data::{Dataset, Processor, Subset};
 use crate::onnx;
-use crate::rewrite::drop_layers;
+use crate::rewrite::{
+    KEEP_INPUT, LOSS_OUTPUT, RESTART_INPUT, ROWS_INPUT, STREAM_INPUT, STREAM_OUTPUT_PREFIX, TARGETS_INPUT,
+    bypass_layers,
+};
 use crate::runtime::{
-    Decoder, Embedded, FeatureCache, Picture, Prompt, Runtime, SessionOptions, Step, StepTokens, VlmSession,
+    Decoder, Embedded, FeatureCache, Outputs, Picture, Prompt, Runtime, SessionOptions, Step, StepTokens, Tensor,
+    VlmSession,
 };
 
-/// Calibration conversations, embedded once, and the decoder that they are put to.
-pub struct LossMeter {
-    runtime: Runtime,
-    analysis: Analysis,
-    head_dim: Option<usize>,
-    conversations: Vec<Conversation>,
-    cancel: Cancel,
-}
+use super::select::MeasureLosses;
 
+/// Tokens that go through the decoder in one pass, unless one conversation is longer.
+const TOKENS_PER_PASS: usize = 2048;
+
+/// A conversation ready for the decoder.
 struct Conversation {
     input_ids: Vec<i64>,
     answer_mask: Vec<bool>,
     embedded: Embedded,
 }
 
+/// Conversations of one length, run together, so that nothing is padded.
+struct Batch {
+    size: usize,
+    input_ids: Vec<i64>,
+    data: Vec<f32>,
+    hidden_size: usize,
+    mask: Vec<i64>,
+    positions: Vec<i64>,
+    position_rows: usize,
+    /// `[1, N, 2]` and `[1, N, 1]` as the graph takes them.
+    rows: Tensor,
+    targets: Tensor,
+}
+
+/// Calibration conversations, embedded once, and one session of the decoder in which inputs say which layers run.
+pub struct LossMeter {
+    decoder: Decoder,
+    num_layers: usize,
+    /// See `rewrite::Bypass::restarts`.
+    restarts: bool,
+    batches: Vec<Batch>,
+    conversations: usize,
+    answer_tokens: usize,
+    cancel: Cancel,
+}
+
 impl LossMeter {
-    /// Embeds the drawn conversations, pictures included.
+    /// Embeds the drawn conversations, pictures included, and loads the decoder.
     ///
-    /// Errors: as `Processor::encode_conversation` and `VlmSession::open`; `Error::Invalid` without a single answer token.
+    /// Errors: as `Processor::encode_conversation`, `VlmSession::open` and `rewrite::bypass_layers`; `Error::Invalid`
+    /// without a single answer token.
     pub fn new(bundle: &Bundle, dataset: &Dataset, subset: Subset, device: Device, cancel: &Cancel) -> Result<Self> {
         let processor = Processor::open(bundle)?;
         let runtime = Runtime::new(device)?;
         let indices = subset.indices(dataset.len())?;
         let component = bundle.require(Role::Decoder)?;
         let analysis = analysis::analyse(&onnx::load(&bundle.path_of(component))?)?;
-        let mut model = VlmSession::open(&runtime, bundle, &SessionOptions::default(), &FeatureCache::new(64 << 20))?;
+        let head_dim = bundle.config().and_then(|config| config.head_size());
+        let decoder = open(&runtime, &analysis, head_dim)?;
+        let options = SessionOptions::default();
+        let features = FeatureCache::new(64 << 20);
+        let mut model = VlmSession::with_decoder(&runtime, bundle, decoder, &options, &features)?;
         let mut conversations = Vec::with_capacity(indices.len());
+        let progress = Progress::new("embed", "samples", indices.len() as u64);
         for sample in dataset.read(&indices)? {
             cancel.check("no plan is written")?;
             let encoded = processor.encode_conversation(&sample?)?;
@@ -52,24 +85,242 @@ impl LossMeter {
             let embedded = model.embed(&prompt)?;
             let (input_ids, answer_mask) = (prompt.input_ids, encoded.answer_mask);
             conversations.push(Conversation { input_ids, answer_mask, embedded });
+            progress.advance(1);
         }
-        if !conversations.iter().any(|conversation| conversation.answer_mask.iter().skip(1).any(|&answer| answer)) {
+        drop(progress);
+        Self::over(model.into_decoder(), analysis.map.layers.len(), conversations, cancel)
+    }
+
+    fn over(decoder: Decoder, num_layers: usize, conversations: Vec<Conversation>, cancel: &Cancel) -> Result<Self> {
+        let restarts = decoder.session().input(RESTART_INPUT).is_some();
+        let count = conversations.len();
+        let batches = batches(conversations, decoder.fixed_batch())?;
+        let answer_tokens = batches.iter().map(|batch| batch.targets.shape()[1]).sum();
+        if answer_tokens == 0 {
             return Err(Error::invalid("calibration data", "has no answer to measure a loss on"));
         }
-        let head_dim = bundle.config().and_then(|config| config.head_size());
-        Ok(LossMeter { runtime, analysis, head_dim, conversations, cancel: cancel.clone() })
+        let cancel = cancel.clone();
+        Ok(LossMeter { decoder, num_layers, restarts, batches, conversations: count, answer_tokens, cancel })
+    }
+
+    /// Conversations that losses are measured on.
+    pub fn conversations(&self) -> usize {
+        self.conversations
+    }
+
+    /// Answer tokens that a loss is the mean over.
+    pub fn answer_tokens(&self) -> usize {
+        self.answer_tokens
     }
 
     /// Mean cross-entropy over all answer tokens, in nats, of the decoder without these layers.
     ///
-    /// Errors: as `drop_layers`; `Error::Engine` when a run fails; `Error::Interrupted` on Ctrl-C.
-    pub fn measure(&self, removed: &[usize]) -> Result<f64> {
+    /// Errors: `Error::Engine` when a run fails; `Error::Interrupted` on Ctrl-C.
+    pub fn loss(&mut self, removed: &[usize]) -> Result<f64> {
+        let mut sum = 0.0;
+        for number in 0..self.batches.len() {
+            sum += sum_of(&self.pass(number, removed, None, &[LOSS_OUTPUT])?)?;
+        }
+        Ok(sum / self.answer_tokens as f64)
+    }
+
+    /// One forward pass. `restart` is a layer and the stream before it.
+    fn pass(
+        &mut self,
+        number: usize,
+        removed: &[usize],
+        restart: Option<(usize, &Tensor)>,
+        wanted: &[&str],
+    ) -> Result<Outputs> {
         self.cancel.check("no plan is written")?;
-        let model = drop_layers(&self.analysis, removed)?;
-        let session = self.runtime.session_of(&model, &SessionOptions::default())?;
-        let mut decoder = Decoder::new(session, self.head_dim)?;
-        let (mut sum, mut count) = (0.0, 0usize);
-        for conversation in &self.conversations {
+        let batch = &self.batches[number];
+        let begin = restart.map_or(0, |(layer, _)| layer);
+        let keep = (0..self.num_layers).map(|layer| layer >= begin && !removed.contains(&layer)).collect();
+        let keep = Tensor::new(&[self.num_layers], keep)?;
+        let mut added = vec![(KEEP_INPUT, &keep), (ROWS_INPUT, &batch.rows), (TARGETS_INPUT, &batch.targets)];
+        let flag = Tensor::new(&[1], vec![restart.is_some()])?;
+        let nothing = match self.decoder.session().input(STREAM_INPUT) {
+            Some(port) => Some(Tensor::empty(port.dtype, &[0, 0, port.fixed_size(2).unwrap_or(0)])?),
+            None => None,
+        };
+        if let Some(nothing) = &nothing {
+            added.push((RESTART_INPUT, &flag));
+            added.push((STREAM_INPUT, restart.map_or(nothing, |(_, stream)| stream)));
+        }
+        let tokens = if self.decoder.takes_embeds() {
+            StepTokens::Embeds { data: &batch.data, hidden_size: batch.hidden_size }
+        } else {
+            StepTokens::Ids(&batch.input_ids)
+        };
+        let step = Step {
+            batch: batch.size,
+            tokens,
+            attention_mask: &batch.mask,
+            position_ids: &batch.positions,
+            position_rows: batch.position_rows,
+            last_only: false,
+        };
+        self.decoder.prefill_added(&step, &added, Some(wanted))
+    }
+}
+
+impl MeasureLosses for LossMeter {
+    fn passes(&self) -> u64 {
+        self.batches.len() as u64
+    }
+
+    /// Each batch runs once for the stream before every candidate, and then from each candidate on.
+    fn losses(&mut self, removed: &[usize], candidates: &[usize], progress: &Progress) -> Result<Vec<f64>> {
+        let mut sums = vec![0.0; candidates.len()];
+        let names: Vec<String> = candidates
+            .iter()
+            .filter(|&&layer| layer > 0)
+            .map(|layer| format!("{STREAM_OUTPUT_PREFIX}{layer}"))
+            .collect();
+        for number in 0..self.batches.len() {
+            let streams = match self.restarts && !names.is_empty() {
+                true => {
+                    let wanted: Vec<&str> = names.iter().map(String::as_str).collect();
+                    Some(self.pass(number, removed, None, &wanted)?)
+                }
+                false => None,
+            };
+            for (sum, &layer) in sums.iter_mut().zip(candidates) {
+                let restart = match &streams {
+                    Some(streams) if layer > 0 => {
+                        Some((layer, streams.get(&format!("{STREAM_OUTPUT_PREFIX}{layer}"))?))
+                    }
+                    _ => None,
+                };
+                let trial: Vec<usize> = removed.iter().copied().chain([layer]).collect();
+                *sum += sum_of(&self.pass(number, &trial, restart, &[LOSS_OUTPUT])?)?;
+                progress.advance(1);
+            }
+        }
+        Ok(sums.into_iter().map(|sum| sum / self.answer_tokens as f64).collect())
+    }
+}
+
+fn open(runtime: &Runtime, analysis: &Analysis, head_dim: Option<usize>) -> Result<Decoder> {
+    let bypass = bypass_layers(analysis)?;
+    Decoder::prefill_only(runtime.session_of(&bypass.model, &SessionOptions::default())?, head_dim)
+}
+
+fn sum_of(outputs: &Outputs) -> Result<f64> {
+    Ok(outputs.get(LOSS_OUTPUT)?.data::<f32>()?.iter().map(|&loss| f64::from(loss)).sum())
+}
+
+/// Conversations with answers, those of one length together.
+fn batches(mut conversations: Vec<Conversation>, fixed_batch: Option<usize>) -> Result<Vec<Batch>> {
+    conversations.retain(|conversation| conversation.answer_mask.iter().skip(1).any(|&answer| answer));
+    conversations.sort_by_key(|conversation| conversation.input_ids.len());
+    let mut batches = Vec::new();
+    for group in conversations.chunk_by(|a, b| a.input_ids.len() == b.input_ids.len()) {
+        let time = group[0].input_ids.len();
+        let size = fixed_batch.unwrap_or(TOKENS_PER_PASS / time.max(1)).max(1);
+        for group in group.chunks(size) {
+            batches.push(batch(group, time)?);
+        }
+    }
+    Ok(batches)
+}
+
+fn batch(group: &[Conversation], time: usize) -> Result<Batch> {
+    let first = &group[0].embedded;
+    let (mut rows, mut targets) = (Vec::new(), Vec::new());
+    for (number, conversation) in group.iter().enumerate() {
+        let next = conversation.input_ids.iter().zip(&conversation.answer_mask).skip(1);
+        for (position, (&target, _)) in next.enumerate().filter(|(_, (_, answer))| **answer) {
+            rows.extend([number as i64, position as i64]);
+            targets.push(target);
+        }
+    }
+    let position_rows = first.positions.len();
+    let mut positions = Vec::new();
+    for row in 0..position_rows {
+        for conversation in group {
+            positions.extend_from_slice(conversation.embedded.positions.get(row).map_or(&[], Vec::as_slice));
+        }
+    }
+    Ok(Batch {
+        size: group.len(),
+        input_ids: group.iter().flat_map(|conversation| conversation.input_ids.iter().copied()).collect(),
+        data: group.iter().flat_map(|conversation| conversation.embedded.data.iter().copied()).collect(),
+        hidden_size: first.hidden_size,
+        mask: vec![1; group.len() * time],
+        positions,
+        position_rows,
+        rows: Tensor::new(&[1, targets.len(), 2], rows)?,
+        targets: Tensor::new(&[1, targets.len(), 1], targets)?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::{Path, PathBuf};
+
+    use super::*;
+    use crate::rewrite::drop_layers;
+    use crate::runtime::positions_of_mask;
+
+    /// Width of a head in the zoo's networks, which some of its graphs leave open.
+    const HEAD_DIM: Option<usize> = Some(16);
+
+    fn fixtures() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures")
+    }
+
+    /// `-log softmax(logits)[target]`, computed in f64.
+    fn cross_entropy(logits: &[f32], target: i64) -> f64 {
+        let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let total: f64 = logits.iter().map(|&value| f64::from(value - most).exp()).sum();
+        total.ln() - f64::from(logits[usize::try_from(target).unwrap()] - most)
+    }
+
+    #[test]
+    fn cross_entropy_by_hand() {
+        // softmax of (0, ln 3) is (1/4, 3/4).
+        assert!((cross_entropy(&[0.0, 3f32.ln()], 1) - (4.0f64 / 3.0).ln()).abs() < 1e-6);
+        assert!((cross_entropy(&[0.0, 3f32.ln()], 0) - 4f64.ln()).abs() < 1e-6);
+    }
+
+    /// Numbers that look random, the same on every machine.
+    fn noise(count: usize, seed: u64) -> Vec<f32> {
+        let mut state = seed;
+        let next = |_| {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        };
+        (0..count).map(next).collect()
+    }
+
+    /// Three conversations, two of one length, without pictures.
+    fn conversations(decoder: &Decoder) -> Vec<Conversation> {
+        let hidden_size = decoder.hidden_size().unwrap_or(0);
+        let rows = decoder.position_rows();
+        [7usize, 5, 7]
+            .iter()
+            .enumerate()
+            .map(|(number, &time)| Conversation {
+                input_ids: (0..time).map(|at| ((at * 5 + number * 3) % 23) as i64).collect(),
+                answer_mask: (0..time).map(|at| at > 2 + number).collect(),
+                embedded: Embedded {
+                    hidden_size,
+                    data: noise(time * hidden_size, number as u64),
+                    positions: vec![positions_of_mask(&vec![1; time], 1, time); rows],
+                    next_position: time as i64,
+                },
+            })
+            .collect()
+    }
+
+    /// The mean loss through the graph that really lacks the layers, one conversation at a time.
+    fn pruned_loss(runtime: &Runtime, analysis: &Analysis, removed: &[usize], conversations: &[Conversation]) -> f64 {
+        let model = drop_layers(analysis, removed).unwrap();
+        let mut decoder =
+            Decoder::new(runtime.session_of(&model, &SessionOptions::default()).unwrap(), HEAD_DIM).unwrap();
+        let (mut sum, mut count) = (0.0, 0);
+        for conversation in conversations {
             let embedded = &conversation.embedded;
             let positions: Vec<i64> = embedded.positions.iter().flatten().copied().collect();
             let tokens = if decoder.takes_embeds() {
@@ -85,44 +336,64 @@ impl LossMeter {
                 position_rows: embedded.positions.len(),
                 last_only: false,
             };
-            let (logits, _) = decoder.step(&step, None)?;
-            let width = logits.shape().last().copied().unwrap_or(0).max(1);
-            let logits = logits.to_f32()?;
-            let targets = conversation.input_ids.iter().zip(&conversation.answer_mask).skip(1);
-            for (row, (&target, &answer)) in logits.chunks_exact(width).zip(targets) {
-                if answer {
-                    sum += cross_entropy(row, target)?;
-                    count += 1;
-                }
+            let (logits, _) = decoder.step(&step, None).unwrap();
+            let width = *logits.shape().last().unwrap();
+            let logits = logits.to_f32().unwrap();
+            let next = conversation.input_ids.iter().zip(&conversation.answer_mask).skip(1);
+            for (row, (&target, _)) in logits.chunks_exact(width).zip(next).filter(|(_, (_, answer))| **answer) {
+                sum += cross_entropy(row, target);
+                count += 1;
             }
         }
-        Ok(sum / count.max(1) as f64)
+        sum / f64::from(count)
     }
-}
-
-/// `-log softmax(logits)[target]`, computed in f64.
-fn cross_entropy(logits: &[f32], target: i64) -> Result<f64> {
-    let chosen = usize::try_from(target)
-        .ok()
-        .and_then(|target| logits.get(target))
-        .ok_or_else(|| Error::invalid(format!("token {target}"), format!("is outside the {} logits", logits.len())))?;
-    let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let total: f64 = logits.iter().map(|&value| f64::from(value - most).exp()).sum();
-    Ok(total.ln() - f64::from(chosen - most))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
 
     #[test]
-    fn cross_entropy_by_hand() {
-        // softmax of (0, ln 3) is (1/4, 3/4).
-        let logits = [0.0, 3f32.ln()];
-        assert!((cross_entropy(&logits, 1).unwrap() - (4.0f64 / 3.0).ln()).abs() < 1e-6);
-        assert!((cross_entropy(&logits, 0).unwrap() - 4f64.ln()).abs() < 1e-6);
-        assert!((cross_entropy(&[1000.0, 1000.0], 0).unwrap() - 2f64.ln()).abs() < 1e-6);
-        assert!(cross_entropy(&logits, 2).is_err());
-        assert!(cross_entropy(&logits, -1).is_err());
+    fn losses_are_those_of_the_graph_without_the_layers() {
+        let table = std::fs::read_to_string(fixtures().join("zoo/cases.tsv")).unwrap();
+        let runtime = Runtime::new(Device::Cpu).unwrap();
+        let (mut measured, mut restarting) = (0, 0);
+        for line in table.lines() {
+            let mut fields = line.split('\t');
+            let file = fields.next().unwrap();
+            // Half precision, and activations that are rounded to int8, jump where sums are taken in another order.
+            let coarse = fields.nth(1).is_some_and(|tolerance| tolerance != "1e-4");
+            let analysis = analysis::analyse(&onnx::load(&fixtures().join("zoo").join(file)).unwrap()).unwrap();
+            // Graphs with inputs of their own kind (DeepStack features) are not fed by this decoder at all.
+            let whole = drop_layers(&analysis, &[]).unwrap();
+            let session = runtime.session_of(&whole, &SessionOptions::default()).unwrap();
+            if Decoder::new(session, HEAD_DIM).is_err() {
+                continue;
+            }
+            let decoder = open(&runtime, &analysis, HEAD_DIM).unwrap();
+            let said = conversations(&decoder);
+            let mut meter =
+                LossMeter::over(decoder, analysis.map.layers.len(), conversations_again(&said), &Cancel::default())
+                    .unwrap();
+            measured += 1;
+            restarting += usize::from(meter.restarts);
+            let tolerance = if coarse { 5e-3 } else { 1e-5 };
+            for removed in [&[][..], &[3], &[0, 7], &[2, 4, 5]] {
+                let want = pruned_loss(&runtime, &analysis, removed, &said);
+                let found = meter.loss(removed).unwrap();
+                assert!((found - want).abs() < tolerance, "{file} without {removed:?}: {found}, expected {want}");
+            }
+            let progress = Progress::new("test", "passes", 0);
+            let found = meter.losses(&[1, 5], &[0, 2, 6, 7], &progress).unwrap();
+            for (layer, found) in [0, 2, 6, 7].into_iter().zip(found) {
+                let want = pruned_loss(&runtime, &analysis, &[1, 5, layer], &said);
+                assert!((found - want).abs() < tolerance, "{file} without 1, 5, {layer}: {found}, expected {want}");
+            }
+        }
+        assert!(measured >= 10 && restarting >= 5, "{measured} graphs measured, {restarting} of them restarted");
+    }
+
+    fn conversations_again(said: &[Conversation]) -> Vec<Conversation> {
+        let again = said.iter().map(|conversation| Conversation {
+            input_ids: conversation.input_ids.clone(),
+            answer_mask: conversation.answer_mask.clone(),
+            embedded: conversation.embedded.clone(),
+        });
+        again.collect()
     }
 }

@@ -12,7 +12,7 @@ use crate::bundle::Bundle;
 use crate::data::{Amount, Benchmark, Dataset, Subset, Texts};
 use crate::eval::{BenchReport, EvalReport, EvalTiming, ModelBench, ModelScores, bench, benchmark_name};
 use crate::export::triton::{self, TritonSettings};
-use crate::method::select::{MeasureLoss, Strategy};
+use crate::method::select::Strategy;
 use crate::method::{LossMeter, Plan, ScoreSettings, Scores, score};
 use crate::runtime::{FeatureCache, Runtime};
 
@@ -143,7 +143,7 @@ impl Run<'_> {
         let step = format!("plan-{name}");
         let planned = self.store.step(&step, &format!("{step}.json"), &inputs, &settings, |path| {
             let read = Scores::read(&scores.path)?;
-            let meter = match Strategy::named(name)?.measures_loss {
+            let mut meter = match Strategy::named(name)?.measures_loss {
                 true => {
                     let data = Dataset::open(&recipe.calibration.data, Texts::default())?;
                     let amount = Amount::Samples(LOSS_SAMPLES.min(data.len()));
@@ -152,11 +152,7 @@ impl Run<'_> {
                 }
                 false => None,
             };
-            let mut measure = meter.as_ref().map(|(meter, _)| |removed: &[usize]| meter.measure(removed));
-            let losses = meter
-                .as_ref()
-                .zip(measure.as_mut())
-                .map(|((_, data), measure)| steps::Losses { data: data.clone(), measure: measure as &mut MeasureLoss });
+            let losses = meter.as_mut().map(|(measure, data)| steps::Losses { data: data.clone(), measure });
             write_json(path, &steps::plan(dense, Some((&read, scores.digest.clone())), &settings, losses)?)
         })?;
         self.told(&step, &planned);

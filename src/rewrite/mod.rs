@@ -1,5 +1,7 @@
 //! Rewrites of a graph. Each takes a model by reference and gives a new one; weights are shared, nothing is copied.
 
+mod build;
+mod bypass;
 mod cut;
 mod drop_layers;
 mod fuse;
@@ -8,6 +10,11 @@ mod renumber;
 mod tap;
 mod tidy;
 
+pub use build::ADDED_PREFIX;
+pub use bypass::{
+    Bypass, KEEP_INPUT, LOSS_OUTPUT, RESTART_INPUT, ROWS_INPUT, STREAM_INPUT, STREAM_OUTPUT_PREFIX, TARGETS_INPUT,
+    bypass_layers,
+};
 pub use cut::extract;
 pub use drop_layers::{LAYERS_KEY, drop_layers, original_layers};
 pub use tap::{SIMILARITY_PREFIX, tap_similarities};

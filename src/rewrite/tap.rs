@@ -2,8 +2,9 @@
 
 use crate::analysis::Analysis;
 use crate::base::{Error, Result};
-use crate::ir::{Attribute, AttributeKind, DataType, Dim, Model, Node, Tensor, Value, ValueId, ValueType};
+use crate::ir::{AttributeKind, DataType, Dim, Model, Tensor, ValueId, ValueType};
 
+use super::build::Builder;
 use super::tidy;
 
 /// Output names are this and the pack size: `interlace.sim_1`.
@@ -23,17 +24,17 @@ pub fn tap_similarities(analysis: &Analysis, packs: &[usize], include_last: bool
     if include_last {
         streams.extend(layers.last().map(|layer| layer.output));
     }
-    let opset = model.opset_imports.get("").copied().unwrap_or(1);
-    let mut build = Builder { model: &mut model, axes_as_input: opset >= 13, axes: None, unsqueeze_axes: None };
+    let build = Builder::new(&mut model, "tap");
+    let mut taps = Taps { axes_as_input: build.opset() >= 13, build, axes: None, unsqueeze_axes: None };
     let mut floats = Vec::with_capacity(streams.len());
     let mut norms = Vec::with_capacity(streams.len());
     for &stream in &streams {
-        let float = build.node("Cast", &[stream], &[("to", AttributeKind::Int(DataType::Float as i64))]);
-        let square = build.dot(float, float);
-        norms.push(build.node("Sqrt", &[square], &[]));
+        let float = taps.build.node("Cast", &[stream], &[("to", AttributeKind::Int(DataType::Float as i64))]);
+        let square = taps.dot(float, float);
+        norms.push(taps.build.node("Sqrt", &[square], &[]));
         floats.push(float);
     }
-    let epsilon = build.constant("epsilon", Tensor::from_f32(&[], &[1e-8]));
+    let epsilon = taps.build.constant("epsilon", Tensor::from_f32(&[], &[1e-8]));
     let mut outputs = Vec::new();
     for &pack in packs {
         let count = streams.len().checked_sub(pack).filter(|&count| count > 0 && pack > 0).ok_or_else(|| {
@@ -41,14 +42,14 @@ pub fn tap_similarities(analysis: &Analysis, packs: &[usize], include_last: bool
         })?;
         let mut rows = Vec::with_capacity(count);
         for first in 0..count {
-            let product = build.dot(floats[first], floats[first + pack]);
-            let length = build.node("Mul", &[norms[first], norms[first + pack]], &[]);
-            let length = build.node("Max", &[length, epsilon], &[]);
-            let similarity = build.node("Div", &[product, length], &[]);
-            rows.push(build.unsqueeze(similarity));
+            let product = taps.dot(floats[first], floats[first + pack]);
+            let length = taps.build.node("Mul", &[norms[first], norms[first + pack]], &[]);
+            let length = taps.build.node("Max", &[length, epsilon], &[]);
+            let similarity = taps.build.node("Div", &[product, length], &[]);
+            rows.push(taps.unsqueeze(similarity));
         }
-        let joined = build.node("Concat", &rows, &[("axis", AttributeKind::Int(0))]);
-        let value = &mut build.model.graph.values[joined.index()];
+        let joined = taps.build.node("Concat", &rows, &[("axis", AttributeKind::Int(0))]);
+        let value = &mut taps.build.model.graph.values[joined.index()];
         value.name = format!("{SIMILARITY_PREFIX}{pack}");
         let shape = vec![Dim::Known(count as i64), Dim::Unknown, Dim::Unknown];
         value.ty = Some(ValueType::Tensor { dtype: DataType::Float, shape: Some(shape) });
@@ -60,66 +61,38 @@ pub fn tap_similarities(analysis: &Analysis, packs: &[usize], include_last: bool
     Ok(model)
 }
 
-struct Builder<'a> {
-    model: &'a mut Model,
+struct Taps<'a> {
+    build: Builder<'a>,
     axes_as_input: bool,
     axes: Option<ValueId>,
     unsqueeze_axes: Option<ValueId>,
 }
 
-impl Builder<'_> {
-    fn value(&mut self) -> ValueId {
-        let graph = &mut self.model.graph;
-        let name = format!("interlace.tap.{}", graph.values.len());
-        graph.add_value(Value { name, ..Value::default() })
-    }
-
-    fn node(&mut self, op_type: &str, inputs: &[ValueId], attributes: &[(&str, AttributeKind)]) -> ValueId {
-        let output = self.value();
-        self.model.graph.body.nodes.push(Node {
-            op_type: op_type.into(),
-            inputs: inputs.iter().copied().map(Some).collect(),
-            outputs: vec![Some(output)],
-            attributes: attributes
-                .iter()
-                .map(|(name, kind)| (name.to_string(), Attribute::from(kind.clone())))
-                .collect(),
-            ..Node::default()
-        });
-        output
-    }
-
-    fn constant(&mut self, name: &str, tensor: Tensor) -> ValueId {
-        let name = format!("interlace.tap.{name}");
-        let id = self.model.graph.add_value(Value { name, ..Value::default() });
-        self.model.graph.body.initializers.push((id, tensor));
-        id
-    }
-
+impl Taps<'_> {
     /// Sum of products over the last axis: `[B, T, D]`, `[B, T, D]` -> `[B, T]`.
     fn dot(&mut self, left: ValueId, right: ValueId) -> ValueId {
-        let product = self.node("Mul", &[left, right], &[]);
+        let product = self.build.node("Mul", &[left, right], &[]);
         let keepdims = ("keepdims", AttributeKind::Int(0));
         if !self.axes_as_input {
-            return self.node("ReduceSum", &[product], &[("axes", AttributeKind::Ints(vec![-1])), keepdims]);
+            return self.build.node("ReduceSum", &[product], &[("axes", AttributeKind::Ints(vec![-1])), keepdims]);
         }
         let axes = match self.axes {
             Some(id) => id,
-            None => self.constant("last_axis", Tensor::from_i64(&[1], &[-1])),
+            None => self.build.constant("last_axis", Tensor::from_i64(&[1], &[-1])),
         };
         self.axes = Some(axes);
-        self.node("ReduceSum", &[product, axes], &[keepdims])
+        self.build.node("ReduceSum", &[product, axes], &[keepdims])
     }
 
     fn unsqueeze(&mut self, value: ValueId) -> ValueId {
         if !self.axes_as_input {
-            return self.node("Unsqueeze", &[value], &[("axes", AttributeKind::Ints(vec![0]))]);
+            return self.build.node("Unsqueeze", &[value], &[("axes", AttributeKind::Ints(vec![0]))]);
         }
         let axes = match self.unsqueeze_axes {
             Some(id) => id,
-            None => self.constant("first_axis", Tensor::from_i64(&[1], &[0])),
+            None => self.build.constant("first_axis", Tensor::from_i64(&[1], &[0])),
         };
         self.unsqueeze_axes = Some(axes);
-        self.node("Unsqueeze", &[value, axes], &[])
+        self.build.node("Unsqueeze", &[value, axes], &[])
     }
 }

@@ -2,6 +2,7 @@
 
 use crate::base::{Error, Result, list_preview};
 use crate::ir::Dim;
+use crate::rewrite::ADDED_PREFIX;
 
 use super::session::{Outputs, Port, Session};
 use super::tensor::Tensor;
@@ -39,6 +40,8 @@ enum Role {
     Past(usize),
     /// A cache input that no output of the graph replaces, always empty.
     EmptyPast,
+    /// An input that a rewrite added; the caller gives it.
+    Added,
 }
 
 /// One cache slot.
@@ -51,8 +54,7 @@ pub struct CacheSlot {
 impl CacheSlot {
     /// The size of an axis of the cache, where the graph fixes it.
     pub fn fixed_size(&self, axis: usize) -> Option<usize> {
-        let size = |port: &Port| port.shape.get(axis).and_then(known_size);
-        size(&self.past).or_else(|| size(&self.present))
+        self.past.fixed_size(axis).or_else(|| self.present.fixed_size(axis))
     }
 }
 
@@ -138,6 +140,7 @@ impl Decoder {
                 "cache_position" => Role::CachePosition,
                 "use_cache_branch" => Role::UseCacheBranch,
                 "num_logits_to_keep" | "logits_to_keep" => Role::LogitsToKeep,
+                name if prefill_only && name.starts_with(ADDED_PREFIX) => Role::Added,
                 name if prefill_only && CACHE_NAMES.iter().any(|(past, _)| name.starts_with(past)) => Role::EmptyPast,
                 name => {
                     let present = present_of(&session, name).ok_or_else(|| unknown_input(&session, port))?;
@@ -221,9 +224,23 @@ impl Decoder {
     ///
     /// Errors: as `step`.
     pub fn prefill_outputs(&mut self, step: &Step<'_>) -> Result<Outputs> {
+        self.prefill_added(step, &[], None)
+    }
+
+    /// [`Decoder::prefill_outputs`] for the `wanted` outputs, of a graph with inputs that a rewrite added.
+    ///
+    /// Errors: as `step`.
+    pub fn prefill_added(
+        &mut self,
+        step: &Step<'_>,
+        added: &[(&str, &Tensor)],
+        wanted: Option<&[&str]>,
+    ) -> Result<Outputs> {
         let fresh = self.feeds(step, None)?;
         let cache = self.empty_cache(step.batch)?;
-        self.session.run(&joined(&fresh, &self.slots, &cache), None)
+        let mut feeds = joined(&fresh, &self.slots, &cache);
+        feeds.extend_from_slice(added);
+        self.session.run(&feeds, wanted)
     }
 
     /// Every input of a step but the cache. `past` is the cache's length, `None` for prefill.
@@ -249,7 +266,7 @@ impl Decoder {
         sized("position_ids", step.position_ids.len(), step.position_rows * step.batch * time)?;
         let mut fresh = Vec::with_capacity(self.roles.len());
         for (port, role) in self.session.inputs().iter().zip(&self.roles) {
-            if !matches!(role, Role::Past(_)) {
+            if !matches!(role, Role::Past(_) | Role::Added) {
                 fresh.push((port.name.clone(), self.feed(port, *role, step, time, past, has_cache)?));
             }
         }
@@ -323,6 +340,7 @@ impl Decoder {
             }
             Role::EmptyPast => self.empty_past(port, batch),
             Role::Past(_) => Err(mismatch("a cache")),
+            Role::Added => Err(mismatch("what the caller gives")),
         }
     }
 

@@ -11,6 +11,7 @@ use ort::value::{Outlet, ValueType};
 use crate::base::{Device, Error, Result, list_preview};
 use crate::ir::{DataType, Dim};
 
+use super::decoder::known_size;
 use super::model::Backing;
 use super::tensor::{Tensor, data_type};
 use super::{ENGINE, library};
@@ -45,6 +46,13 @@ pub struct Port {
     pub name: String,
     pub dtype: DataType,
     pub shape: Vec<Dim>,
+}
+
+impl Port {
+    /// The size of an axis, where the graph fixes it.
+    pub fn fixed_size(&self, axis: usize) -> Option<usize> {
+        self.shape.get(axis).and_then(known_size)
+    }
 }
 
 /// A loaded graph.

@@ -1,14 +1,16 @@
 //! Strategies: which layers to drop and which of their neighbours to finetune. One row of [`STRATEGIES`] each.
 
+mod greedy;
 mod interlace;
 mod published;
 #[cfg(test)]
 mod tests;
+mod tiling;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::base::{Error, Result};
+use crate::base::{Error, Progress, Result};
 
 use super::scores::Similarities;
 
@@ -28,8 +30,17 @@ pub struct Group {
     pub score: Option<f64>,
 }
 
-/// The loss of the model without the given layers (ascending), on calibration data.
-pub type MeasureLoss<'a> = dyn FnMut(&[usize]) -> Result<f64> + 'a;
+/// Measures losses of the model without some layers, on calibration data.
+pub trait MeasureLosses {
+    /// Forward passes that one loss takes.
+    fn passes(&self) -> u64;
+
+    /// The loss without the layers of `removed` (ascending) and each of `candidates` in turn. `progress` is moved on by
+    /// [`MeasureLosses::passes`] for each of these.
+    ///
+    /// Errors: whatever a pass fails with; `Error::Interrupted` on Ctrl-C.
+    fn losses(&mut self, removed: &[usize], candidates: &[usize], progress: &Progress) -> Result<Vec<f64>>;
+}
 
 /// What a strategy is asked.
 pub struct Request<'a, 'm> {
@@ -46,7 +57,7 @@ pub struct Request<'a, 'm> {
     /// Layers that the user named, for `explicit`.
     pub layers: &'a [usize],
     /// Measures losses for strategies that need them.
-    pub measure: Option<&'m mut MeasureLoss<'m>>,
+    pub measure: Option<&'m mut dyn MeasureLosses>,
 }
 
 /// A row of the table of strategies.
@@ -86,6 +97,14 @@ pub const STRATEGIES: &[Strategy] = &[
         select: interlace::then_next,
     },
     Strategy {
+        name: "interlace-loss",
+        summary: "greedy by measured loss under the same structure: again and again the layer whose removal raises it \
+                  least, never two neighbours, each beside one that is finetuned and, where there is room, a frozen one",
+        packs: |_| Vec::new(),
+        measures_loss: true,
+        select: greedy::interlace_loss,
+    },
+    Strategy {
         name: "consecutive",
         summary: "one block from the layer with the best sim_1, finetune as many layers after it",
         packs: |_| vec![1],
@@ -119,7 +138,7 @@ pub const STRATEGIES: &[Strategy] = &[
                   finetune their neighbours",
         packs: |_| Vec::new(),
         measures_loss: true,
-        select: published::sleb,
+        select: greedy::sleb,
     },
     Strategy {
         name: "explicit",

@@ -3,7 +3,7 @@
 
 use std::f64::consts::PI;
 
-use crate::base::{Error, Progress, Result};
+use crate::base::{Error, Result};
 
 use super::{Group, Request};
 
@@ -21,42 +21,6 @@ pub(super) fn angular(request: &mut Request) -> Result<Vec<Group>> {
     Ok(with_neighbours(request, &drop, |layer| (layer == start).then_some(angle)))
 }
 
-/// Greedy removal by measured loss: `count` rounds, each tries every layer that is left. Source: arXiv:2402.09025.
-pub(super) fn sleb(request: &mut Request) -> Result<Vec<Group>> {
-    let Some(measure) = request.measure.take() else {
-        return Err(Error::invalid(
-            "strategy `sleb`",
-            "needs losses, and there is no calibration data to measure them on",
-        )
-        .remedy("name the data with `--data`"));
-    };
-    let usable = request.usable();
-    let rounds = request.count as u64;
-    let progress = Progress::new("measure", "removals", rounds * usable as u64 - rounds * (rounds - 1) / 2);
-    let mut removed: Vec<usize> = Vec::new();
-    let mut losses = vec![None; request.num_layers];
-    while removed.len() < request.count {
-        let mut best: Option<(usize, f64)> = None;
-        for layer in (0..usable).filter(|layer| !removed.contains(layer)) {
-            let mut trial = removed.clone();
-            trial.push(layer);
-            trial.sort_unstable();
-            let loss = measure(&trial)?;
-            progress.advance(1);
-            if loss.is_nan() {
-                return Err(Error::invalid(format!("loss without layers {trial:?}"), "is not a number"));
-            }
-            if best.is_none_or(|(_, least)| loss < least) {
-                best = Some((layer, loss));
-            }
-        }
-        let Some((layer, loss)) = best else { break };
-        losses[layer] = Some(loss);
-        removed.push(layer);
-    }
-    Ok(with_neighbours(request, &removed, |layer| losses[layer]))
-}
-
 /// The layers that the user named.
 pub(super) fn explicit(request: &mut Request) -> Result<Vec<Group>> {
     let drop = super::super::check_layers(request.layers, request.num_layers)?;
@@ -71,7 +35,7 @@ pub(super) fn explicit(request: &mut Request) -> Result<Vec<Group>> {
 
 /// One group per dropped layer, in the given order, with the layer to finetune for it: the nearest kept one after it
 /// that no other has, else the nearest before; none when all kept ones are taken.
-fn with_neighbours(request: &Request, drop: &[usize], score: impl Fn(usize) -> Option<f64>) -> Vec<Group> {
+pub(super) fn with_neighbours(request: &Request, drop: &[usize], score: impl Fn(usize) -> Option<f64>) -> Vec<Group> {
     let mut free: Vec<bool> = (0..request.usable()).map(|layer| !drop.contains(&layer)).collect();
     let mut groups: Vec<Group> = Vec::new();
     let mut ascending = drop.to_vec();

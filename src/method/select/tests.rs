@@ -114,22 +114,74 @@ fn angular_drops_the_block_that_turns_the_stream_least() {
     assert!(error.contains("sim_5") && error.contains("--packs 1,2,3,5"), "{error}");
 }
 
-/// Loss without S: the sum of the layers' costs, plus 1 when both 1 and 2 are gone.
+/// Losses by a formula over the removed layers (ascending).
+struct Formula<F> {
+    loss: F,
+    calls: usize,
+}
+
+impl<F: Fn(&[usize]) -> f64> MeasureLosses for Formula<F> {
+    fn passes(&self) -> u64 {
+        1
+    }
+
+    fn losses(&mut self, removed: &[usize], candidates: &[usize], _: &Progress) -> Result<Vec<f64>> {
+        self.calls += candidates.len();
+        let trial = |layer: &usize| {
+            let mut trial = [removed, &[*layer]].concat();
+            trial.sort_unstable();
+            (self.loss)(&trial)
+        };
+        Ok(candidates.iter().map(trial).collect())
+    }
+}
+
+/// The sum of the layers' costs, plus 1 when both 1 and 2 are gone.
+fn costs(removed: &[usize]) -> f64 {
+    let costs = [0.9, 0.1, 0.2, 0.5, 0.3, 0.9, 0.9, 0.9, 0.9, 0.0];
+    let both = removed.contains(&1) && removed.contains(&2);
+    removed.iter().map(|&layer| costs[layer]).sum::<f64>() + if both { 1.0 } else { 0.0 }
+}
+
 #[test]
 fn sleb_measures_again_after_each_removal() {
     let similarities = Similarities::new();
-    let costs = [0.9, 0.1, 0.2, 0.5, 0.3, 0.9, 0.9, 0.9, 0.9, 0.0];
-    let mut calls = 0;
-    let mut measure = |removed: &[usize]| {
-        calls += 1;
-        let both = removed.contains(&1) && removed.contains(&2);
-        Ok(removed.iter().map(|&layer| costs[layer]).sum::<f64>() + if both { 1.0 } else { 0.0 })
-    };
+    let mut measure = Formula { loss: costs, calls: 0 };
     let mut asked = Request { measure: Some(&mut measure), ..request(&similarities, 2) };
     let groups = Strategy::named("sleb").unwrap().select(&mut asked).unwrap();
     assert_eq!(shape(&groups), vec![(vec![1], vec![2], None), (vec![4], vec![5], None)]);
     assert_eq!(groups[1].score, Some(0.4));
-    assert_eq!(calls, 9 + 8);
+    assert_eq!(measure.calls, 9 + 8);
+}
+
+/// Costs ascend as 1 (0.1), 2 (0.2), 4 (0.3), 3 (0.5). After 1 its neighbours 0 and 2 are out; after 4 also 3 and 5.
+#[test]
+fn interlace_loss_leaves_the_neighbours_of_what_went() {
+    let similarities = Similarities::new();
+    let mut measure = Formula { loss: costs, calls: 0 };
+    let mut asked = Request { measure: Some(&mut measure), ..request(&similarities, 3) };
+    let groups = Strategy::named("interlace-loss").unwrap().select(&mut asked).unwrap();
+    // 6, 7 and 8 cost the same: the lower index goes. Partners stand where every group has an anchor.
+    let want = vec![(vec![1], vec![0], Some(2)), (vec![4], vec![3], Some(5)), (vec![6], vec![7], Some(8))];
+    assert_eq!(shape(&groups), want);
+    assert_eq!(groups[1].score, Some(0.4));
+    assert_eq!(measure.calls, 9 + 6 + 3);
+}
+
+/// Seven of the first fifteen layers fit only as pairs and one layer besides, so no choice may use room up.
+#[test]
+fn interlace_loss_leaves_room_for_what_is_still_to_go() {
+    let similarities = Similarities::new();
+    let mut measure =
+        Formula { loss: |removed: &[usize]| removed.iter().map(|&x| (x as f64 - 7.2).abs()).sum(), calls: 0 };
+    let asked = request(&similarities, 7);
+    let mut asked = Request { num_layers: 16, measure: Some(&mut measure), ..asked };
+    let groups = Strategy::named("interlace-loss").unwrap().select(&mut asked).unwrap();
+    assert_eq!(groups.len(), 7);
+    let mut measure = Formula { loss: costs, calls: 0 };
+    let mut asked = Request { num_layers: 10, measure: Some(&mut measure), ..request(&similarities, 5) };
+    let error = Strategy::named("interlace-loss").unwrap().select(&mut asked).unwrap_err().to_string();
+    assert!(error.contains("4 at most") && measure.calls == 0, "{error}");
 }
 
 #[test]
@@ -200,7 +252,8 @@ proptest! {
     fn laws_of_every_strategy((num_layers, count, similarities) in networks(), seed in any::<u64>()) {
         for strategy in STRATEGIES {
             let run = || {
-                let mut measure = |removed: &[usize]| Ok(removed.iter().map(|&layer| (layer as f64).sin()).sum());
+                let loss = |removed: &[usize]| removed.iter().map(|&layer| (layer as f64).sin()).sum();
+                let mut measure = Formula { loss, calls: 0 };
                 let named: Vec<usize> = (0..count).map(|index| (index * 7 + seed as usize % 7) % num_layers).collect();
                 let mut request = Request {
                     num_layers, count, include_last: false, similarities: &similarities, seed,

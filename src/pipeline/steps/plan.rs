@@ -6,7 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::base::{Error, Provenance, Result, Sha256Digest};
-use crate::method::select::{MeasureLoss, Request, Strategy, drop_count};
+use crate::method::select::{MeasureLosses, Request, Strategy, drop_count};
 use crate::method::{PLAN_SCHEMA_VERSION, Plan, Scores};
 
 /// How many layers go.
@@ -36,7 +36,7 @@ pub struct PlanSettings {
 /// Losses for a strategy that measures them, with the digest of the data that they are measured on.
 pub struct Losses<'m> {
     pub data: Sha256Digest,
-    pub measure: &'m mut MeasureLoss<'m>,
+    pub measure: &'m mut dyn MeasureLosses,
 }
 
 /// The model that a plan is for.

@@ -1,0 +1,84 @@
+//! Selection by measured loss: again and again the layer whose removal raises it least.
+
+use crate::base::{Error, Progress, Result};
+
+use super::tiling::{Tiling, tile};
+use super::{Group, MeasureLosses, Request, published};
+
+/// Any layer may go. Source: arXiv:2402.09025.
+pub(super) fn sleb(request: &mut Request) -> Result<Vec<Group>> {
+    let usable = request.usable();
+    let chosen = greedy(request, "sleb", &|removed| (0..usable).filter(|layer| !removed.contains(layer)).collect())?;
+    let drop: Vec<usize> = chosen.iter().map(|&(layer, _)| layer).collect();
+    let loss = |layer| chosen.iter().find(|&&(other, _)| other == layer).map(|&(_, loss)| loss);
+    Ok(published::with_neighbours(request, &drop, loss))
+}
+
+/// Under the structure of INTERLACE: no two neighbours go, and each dropped layer has a neighbour of its own that stays
+/// and is finetuned, closed by a frozen layer where there is room. Source: arXiv:2511.19676, section 3, with the
+/// measured loss in place of similarities.
+pub(super) fn interlace_loss(request: &mut Request) -> Result<Vec<Group>> {
+    let usable = request.usable();
+    let count = request.count;
+    let most = |removed: &[usize]| tile(usable, removed, true).map_or(0, |tiling| tiling.drops());
+    if most(&[]) < count {
+        return Ok(tile(usable, &[], true).map(Tiling::into_groups).unwrap_or_default());
+    }
+    let chosen = greedy(request, "interlace-loss", &|removed| {
+        let fits = |&layer: &usize| {
+            let trial: Vec<usize> = removed.iter().copied().chain([layer]).collect();
+            !removed.contains(&layer) && most(&trial) >= count
+        };
+        (0..usable).filter(fits).collect()
+    })?;
+    let drop: Vec<usize> = chosen.iter().map(|&(layer, _)| layer).collect();
+    let mut groups = tile(usable, &drop, false).map(Tiling::into_groups).unwrap_or_default();
+    groups.sort_by_key(|group| drop.iter().position(|layer| group.drop.contains(layer)));
+    for (group, &(_, loss)) in groups.iter_mut().zip(&chosen) {
+        group.score = Some(loss);
+    }
+    Ok(groups)
+}
+
+/// Rounds of measuring; gives the layers in the order in which they went, each with the loss once it had gone.
+fn greedy(
+    request: &mut Request,
+    strategy: &str,
+    candidates: &dyn Fn(&[usize]) -> Vec<usize>,
+) -> Result<Vec<(usize, f64)>> {
+    let Some(measure) = request.measure.take() else {
+        return Err(Error::invalid(
+            format!("strategy `{strategy}`"),
+            "needs losses, and there is no calibration data to measure them on",
+        )
+        .remedy("name the data with `--data`"));
+    };
+    rounds(measure, request.count, candidates)
+}
+
+fn rounds(
+    measure: &mut dyn MeasureLosses,
+    count: usize,
+    candidates: &dyn Fn(&[usize]) -> Vec<usize>,
+) -> Result<Vec<(usize, f64)>> {
+    let progress = Progress::new("measure", "forward passes", 0);
+    let mut chosen: Vec<(usize, f64)> = Vec::new();
+    let mut passes = 0;
+    while chosen.len() < count {
+        let mut removed: Vec<usize> = chosen.iter().map(|&(layer, _)| layer).collect();
+        removed.sort_unstable();
+        let layers = candidates(&removed);
+        progress.set_total(passes + (layers.len() * (count - chosen.len())) as u64 * measure.passes());
+        let losses = measure.losses(&removed, &layers, &progress)?;
+        passes += layers.len() as u64 * measure.passes();
+        if let Some((layer, loss)) = layers.iter().zip(&losses).find(|(_, loss)| loss.is_nan()) {
+            return Err(Error::invalid(format!("loss without layers {removed:?} and {layer}"), format!("is {loss}")));
+        }
+        // `min_by` keeps the first of equals, which is the lower index.
+        let best = layers.into_iter().zip(losses).min_by(|a, b| a.1.total_cmp(&b.1));
+        let Some(best) = best else { break };
+        progress.note(format!("loss {:.4} without {} layers", best.1, chosen.len() + 1));
+        chosen.push(best);
+    }
+    Ok(chosen)
+}

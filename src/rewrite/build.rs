@@ -1,0 +1,64 @@
+//! Nodes and constants added to a model's top-level body.
+
+use crate::ir::{Attribute, AttributeKind, Model, Node, Tensor, Value, ValueId, ValueType};
+
+/// What the names of inputs and outputs begin with that a rewrite adds.
+pub const ADDED_PREFIX: &str = "interlace.";
+
+/// Adds to a model; the values that it makes are named `interlace.STEM.NUMBER`.
+pub struct Builder<'a> {
+    pub model: &'a mut Model,
+    stem: &'static str,
+}
+
+impl<'a> Builder<'a> {
+    pub fn new(model: &'a mut Model, stem: &'static str) -> Self {
+        Builder { model, stem }
+    }
+
+    /// Version of the default operator set.
+    pub fn opset(&self) -> i64 {
+        self.model.opset_imports.get("").copied().unwrap_or(1)
+    }
+
+    /// A value without a type.
+    pub fn value(&mut self) -> ValueId {
+        let graph = &mut self.model.graph;
+        let name = format!("{ADDED_PREFIX}{}.{}", self.stem, graph.values.len());
+        graph.add_value(Value { name, ..Value::default() })
+    }
+
+    /// An input of the graph.
+    pub fn input(&mut self, name: &str, ty: ValueType) -> ValueId {
+        let id = self.model.graph.add_value(Value { name: name.into(), ty: Some(ty), ..Value::default() });
+        self.model.graph.body.inputs.push(id);
+        id
+    }
+
+    /// A node of the default domain with one output.
+    pub fn node(&mut self, op_type: &str, inputs: &[ValueId], attributes: &[(&str, AttributeKind)]) -> ValueId {
+        let output = self.value();
+        let node = operator(op_type, inputs, output, attributes);
+        self.model.graph.body.nodes.push(node);
+        output
+    }
+
+    /// An initializer.
+    pub fn constant(&mut self, name: &str, tensor: Tensor) -> ValueId {
+        let name = format!("{ADDED_PREFIX}{}.{name}", self.stem);
+        let id = self.model.graph.add_value(Value { name, ..Value::default() });
+        self.model.graph.body.initializers.push((id, tensor));
+        id
+    }
+}
+
+/// A node of the default domain with one output.
+pub fn operator(op_type: &str, inputs: &[ValueId], output: ValueId, attributes: &[(&str, AttributeKind)]) -> Node {
+    Node {
+        op_type: op_type.into(),
+        inputs: inputs.iter().copied().map(Some).collect(),
+        outputs: vec![Some(output)],
+        attributes: attributes.iter().map(|(name, kind)| (name.to_string(), Attribute::from(kind.clone()))).collect(),
+        ..Node::default()
+    }
+}

@@ -1,0 +1,219 @@
+//! A decoder in which inputs say which layers run, and whose outputs are the losses of chosen tokens.
+
+use std::collections::{HashMap, HashSet};
+
+use crate::analysis::{Analysis, Layer, LayerMap, head_input};
+use crate::base::{Error, Result};
+use crate::ir::{AttributeKind, Body, DataType, Dim, GraphIndex, Model, Tensor, Value, ValueId, ValueType};
+
+use super::build::{Builder, operator};
+use super::tidy;
+
+/// bool `[L]`: false leaves a layer out, and none of its nodes runs.
+pub const KEEP_INPUT: &str = "interlace.keep";
+/// int64 `[1, N, 2]`: batch row and position of each logit row whose loss is wanted.
+pub const ROWS_INPUT: &str = "interlace.rows";
+/// int64 `[1, N, 1]`: the token that each of these rows should give.
+pub const TARGETS_INPUT: &str = "interlace.targets";
+/// float32 `[1, N, 1]`: cross-entropy of each row in nats.
+pub const LOSS_OUTPUT: &str = "interlace.loss";
+/// bool `[1]`: true takes the stream before the first layer from [`STREAM_INPUT`] and not from the tokens.
+pub const RESTART_INPUT: &str = "interlace.restart";
+/// `[B, T, D]`: read when [`RESTART_INPUT`] is true, and empty otherwise.
+pub const STREAM_INPUT: &str = "interlace.stream";
+/// The stream before layer `i` is the output of this and `i`.
+pub const STREAM_OUTPUT_PREFIX: &str = "interlace.stream_";
+
+/// What [`bypass_layers`] makes.
+#[derive(Clone, Debug)]
+pub struct Bypass {
+    pub model: Model,
+    /// True when the model has the inputs and outputs by which a run can begin at a later layer: with the stream before
+    /// layer `i` given and the layers before `i` left out, it goes on as if they had run. A change to the stream between
+    /// layers (features added from outside) rules that out.
+    pub restarts: bool,
+}
+
+/// The model with each layer inside an `If` of its own, and the losses of chosen tokens as output; caches are no longer
+/// given out.
+///
+/// Errors: `Error::Unsupported` below opset 11, or when a layer's input and output are of different types.
+pub fn bypass_layers(analysis: &Analysis) -> Result<Bypass> {
+    let mut model = analysis.model.clone();
+    let map = &analysis.map;
+    let mut build = Builder::new(&mut model, "bypass");
+    if build.opset() < 11 {
+        return Err(Error::unsupported(format!("opset {}", build.opset()), "has no GatherND and GatherElements")
+            .remedy("convert the model to opset 11 or newer"));
+    }
+    let layers = map.layers.len();
+    let keep = build.input(KEEP_INPUT, tensor_type(DataType::Bool, vec![Dim::Known(layers as i64)]));
+    let mut replacements = HashMap::new();
+    for layer in &map.layers {
+        let output = optional_layer(&mut build, map, layer, keep)?;
+        replacements.insert(layer.output, output);
+    }
+    tidy::replace_uses(&mut build.model.graph.body, &replacements);
+    let restarts = restart(&mut build, map);
+    let logits = chosen_logits(&mut build, map.result);
+    let loss = cross_entropy(&mut build, logits);
+    let mut outputs = vec![loss];
+    if restarts {
+        for layer in map.layers.iter().skip(1) {
+            let stream = replacements.get(&layer.input).copied().unwrap_or(layer.input);
+            let output = build.node("Identity", &[stream], &[]);
+            build.model.graph.values[output.index()].name = format!("{STREAM_OUTPUT_PREFIX}{}", layer.index);
+            build.model.graph.values[output.index()].ty = build.model.graph.value(layer.input).ty.clone();
+            outputs.push(output);
+        }
+    }
+    model.graph.body.outputs = outputs;
+    tidy::remove_dead_code(&mut model.graph.body);
+    tidy::finish(&mut model)?;
+    Ok(Bypass { model, restarts })
+}
+
+fn tensor_type(dtype: DataType, shape: Vec<Dim>) -> ValueType {
+    ValueType::Tensor { dtype, shape: Some(shape) }
+}
+
+/// `If(keep[i], layer, carried)`. What the layer computes and others read too is computed outside once more.
+fn optional_layer(build: &mut Builder, map: &LayerMap, layer: &Layer, keep: ValueId) -> Result<ValueId> {
+    let graph = &build.model.graph;
+    let (from, to) = (graph.value(layer.output), graph.value(layer.carried));
+    if let (Some(a), Some(b)) = (&from.ty, &to.ty)
+        && a.dtype() != b.dtype()
+    {
+        return Err(Error::unsupported(
+            format!("layer {}", layer.index),
+            format!("its output `{}` and input `{}` are of different types", from.name, to.name),
+        ));
+    }
+    let ty = from.ty.clone();
+    let (then_body, else_body) = (layer_body(build, map, layer), carry_body(build, layer));
+    let index = build.constant(&format!("layer_{}", layer.index), Tensor::from_i64(&[], &[layer.index as i64]));
+    let flag = build.node("Gather", &[keep, index], &[("axis", AttributeKind::Int(0))]);
+    let branches = [("then_branch", AttributeKind::Graph(then_body)), ("else_branch", AttributeKind::Graph(else_body))];
+    let output = build.node("If", &[flag], &branches);
+    build.model.graph.values[output.index()].ty = ty;
+    Ok(output)
+}
+
+fn carry_body(build: &mut Builder, layer: &Layer) -> Body {
+    let output = build.value();
+    let nodes = vec![operator("Identity", &[layer.carried], output, &[])];
+    Body { name: format!("without_layer_{}", layer.index), nodes, outputs: vec![output], ..Body::default() }
+}
+
+/// A copy of the layer's nodes, and of those that work for it alone, with values of its own.
+fn layer_body(build: &mut Builder, map: &LayerMap, layer: &Layer) -> Body {
+    let graph = &mut build.model.graph;
+    let on_path: HashSet<usize> = layer.path.iter().copied().collect();
+    let index = GraphIndex::of_body(&graph.body);
+    let mut numbers = HashSet::new();
+    let mut open = vec![layer.output];
+    while let Some(value) = open.pop() {
+        let Some((number, _)) = index.node_of(value) else { continue };
+        // Nodes added by earlier layers' rewrites stand behind the owners' list.
+        let own = map.node_owners.get(number).is_some_and(|owner| owner.only() == Some(layer.index));
+        if (own || on_path.contains(&number)) && numbers.insert(number) {
+            let node = &graph.body.nodes[number];
+            open.extend(node.present_inputs());
+            open.extend(node.bodies().flat_map(crate::ir::captured));
+        }
+    }
+    let mut numbers: Vec<usize> = numbers.into_iter().collect();
+    numbers.sort_unstable();
+    let nodes = numbers.iter().map(|&number| graph.body.nodes[number].clone()).collect();
+    let mut body =
+        Body { name: format!("layer_{}", layer.index), nodes, outputs: vec![layer.output], ..Body::default() };
+    let mut own = HashSet::new();
+    defined(&body, &mut own);
+    let mut renewed: HashMap<ValueId, ValueId> = HashMap::new();
+    tidy::renew_body(&mut body, &mut |id| {
+        if own.contains(id) {
+            let old = graph.value(*id).clone();
+            let count = graph.values.len();
+            *id = *renewed
+                .entry(*id)
+                .or_insert_with(|| graph.add_value(Value { name: format!("interlace.bypass.{count}"), ..old }));
+        }
+    });
+    body
+}
+
+/// Every value that a body or one inside it defines.
+fn defined(body: &Body, own: &mut HashSet<ValueId>) {
+    own.extend(body.inputs.iter().copied());
+    own.extend(body.initializers.iter().map(|(id, _)| *id));
+    for node in &body.nodes {
+        own.extend(node.present_outputs());
+        node.bodies().for_each(|inner| defined(inner, own));
+    }
+}
+
+/// Lets the stream before the first layer come from an input. False, and nothing changed, where a run cannot begin later.
+fn restart(build: &mut Builder, map: &LayerMap) -> bool {
+    let Some(first) = map.layers.first() else { return false };
+    let types: Vec<Option<&ValueType>> =
+        map.layers.iter().map(|layer| build.model.graph.value(layer.input).ty.as_ref()).collect();
+    let dtype = types[0].and_then(ValueType::dtype);
+    let alike = types.iter().all(|ty| ty.and_then(ValueType::dtype) == dtype);
+    let (Some(dtype), true, true) = (dtype, alike, map.glue.is_empty()) else { return false };
+    let width = types[0].and_then(|ty| ty.shape()?.last().cloned()).unwrap_or(Dim::Unknown);
+    let given = build.input(STREAM_INPUT, tensor_type(dtype, vec![Dim::Unknown, Dim::Unknown, width]));
+    let flag = build.input(RESTART_INPUT, tensor_type(DataType::Bool, vec![Dim::Known(1)]));
+    let mut copy = |name: &str, source: ValueId| {
+        let output = build.value();
+        let nodes = vec![operator("Identity", &[source], output, &[])];
+        AttributeKind::Graph(Body { name: name.into(), nodes, outputs: vec![output], ..Body::default() })
+    };
+    let branches = [("then_branch", copy("given_stream", given)), ("else_branch", copy("own_stream", first.input))];
+    let chosen = build.node("If", &[flag], &branches);
+    build.model.graph.values[chosen.index()].ty = build.model.graph.value(first.input).ty.clone();
+    let own = build.model.graph.body.nodes.pop();
+    tidy::replace_uses(&mut build.model.graph.body, &HashMap::from([(first.input, chosen)]));
+    build.model.graph.body.nodes.extend(own);
+    true
+}
+
+/// The head at the chosen rows alone: `[1, N, V]`.
+fn chosen_logits(build: &mut Builder, logits: ValueId) -> ValueId {
+    let shape = |last: i64| vec![Dim::Known(1), Dim::Unknown, Dim::Known(last)];
+    let rows = build.input(ROWS_INPUT, tensor_type(DataType::Int64, shape(2)));
+    let all = head_input(&build.model.graph, logits);
+    let chosen = build.node("GatherND", &[all, rows], &[]);
+    if all == logits {
+        return chosen;
+    }
+    let own = build.model.graph.body.nodes.pop();
+    tidy::replace_uses(&mut build.model.graph.body, &HashMap::from([(all, chosen)]));
+    build.model.graph.body.nodes.extend(own);
+    // The declared shapes behind it are those of all positions.
+    let graph = &mut build.model.graph;
+    let mut behind = HashSet::from([chosen]);
+    for node in &graph.body.nodes {
+        if node.present_inputs().any(|id| behind.contains(&id)) {
+            behind.extend(node.present_outputs());
+        }
+    }
+    for id in behind {
+        graph.values[id.index()].ty = None;
+    }
+    logits
+}
+
+/// `-log softmax(logits)[target]` of each row, in float32.
+fn cross_entropy(build: &mut Builder, logits: ValueId) -> ValueId {
+    let shape = vec![Dim::Known(1), Dim::Unknown, Dim::Known(1)];
+    let targets = build.input(TARGETS_INPUT, tensor_type(DataType::Int64, shape.clone()));
+    let logits = build.node("Cast", &[logits], &[("to", AttributeKind::Int(DataType::Float as i64))]);
+    let axis = ("axis", AttributeKind::Int(2));
+    let log_probs = build.node("LogSoftmax", &[logits], std::slice::from_ref(&axis));
+    let chosen = build.node("GatherElements", &[log_probs, targets], &[axis]);
+    let loss = build.node("Neg", &[chosen], &[]);
+    let value = &mut build.model.graph.values[loss.index()];
+    value.name = LOSS_OUTPUT.into();
+    value.ty = Some(tensor_type(DataType::Float, shape));
+    loss
+}
