@@ -8,7 +8,7 @@ use clap::ValueEnum;
 
 use crate::base::{Device, human_bytes, human_count, sha256_file};
 use crate::data::{Amount, Subset};
-use crate::finetune::{Precision, Settings};
+use crate::finetune::{DEFAULT_RECIPE, Precision, RECIPES, RecipeRow, Settings};
 use crate::method::Plan;
 use crate::pipeline::steps::{self, Finetune, default_work_folder};
 use crate::runtime::FeatureCache;
@@ -19,7 +19,8 @@ use super::{Context, Outcome};
 /// Train the layers beside those that were dropped
 #[derive(clap::Args)]
 #[command(after_help = "Example:\n  interlace finetune pruned/ --plan plan.json --data train.parquet \
-    --learning-rate 1e-3 -o healed/\n\nCtrl-C leaves a checkpoint; the same command with --resume goes on from it.")]
+    --learning-rate 1e-3 -o healed/\n  interlace finetune pruned/ --plan plan.json --data train.parquet --recipe best \
+    --teacher model/ -o healed/\n\nCtrl-C leaves a checkpoint; the same command with --resume goes on from it.")]
 pub struct Args {
     /// Folder that `interlace prune --plan` wrote
     pruned: PathBuf,
@@ -38,7 +39,10 @@ pub struct Args {
     /// Seed of the draw and of the order
     #[arg(long)]
     seed: Option<u64>,
-    /// TOML file with any of the settings; the flags below win over it
+    /// How to heal; see the list below
+    #[arg(long, value_name = "NAME", default_value = DEFAULT_RECIPE, long_help = recipes_help())]
+    recipe: String,
+    /// TOML file with any of the settings, which win over the recipe's; the flags below win over it
     #[arg(long, value_name = "FILE")]
     settings: Option<PathBuf>,
     /// Peak learning rate; small networks need more than the default [default: 1e-5]
@@ -59,7 +63,7 @@ pub struct Args {
     /// Number format of forward and backward pass [default: f32]
     #[arg(long, value_enum)]
     precision: Option<PrecisionArg>,
-    /// The model that was pruned, for the losses `kd`, `anchor` and `hidden` of a settings file
+    /// The model that was pruned, for the losses `kd`, `anchor` and `hidden` (the recipes fast and best)
     #[arg(long, value_name = "MODEL")]
     teacher: Option<PathBuf>,
     /// Where to compute: cpu, cuda or cuda:N
@@ -74,6 +78,11 @@ pub struct Args {
     /// New folder for the finetuned model
     #[arg(short, long, value_name = "OUT")]
     output: PathBuf,
+}
+
+fn recipes_help() -> String {
+    let rows = RECIPES.iter().map(|row| format!("  {:<8}{}", row.name, row.summary));
+    format!("How to heal:\n{}", rows.collect::<Vec<_>>().join("\n"))
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -128,13 +137,17 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
 }
 
 fn settings(args: &Args) -> anyhow::Result<Settings> {
-    let mut settings = match &args.settings {
+    let table: toml::Table = match &args.settings {
         Some(path) => {
             let text = fs::read_to_string(path).with_context(|| format!("cannot read `{}`", path.display()))?;
-            toml::from_str(&text).with_context(|| format!("`{}` is no file of finetune settings", path.display()))?
+            // Read as settings too, for a message that shows the line.
+            let _: Settings = toml::from_str(&text)
+                .with_context(|| format!("`{}` is no file of finetune settings", path.display()))?;
+            toml::from_str(&text)?
         }
-        None => Settings::default(),
+        None => toml::Table::new(),
     };
+    let mut settings = RecipeRow::named(&args.recipe)?.settings_with(table)?;
     let set = |slot: &mut u32, value: Option<u32>| *slot = value.unwrap_or(*slot);
     set(&mut settings.batch_size, args.batch_size);
     set(&mut settings.accumulation_steps, args.accumulation_steps);

@@ -17,7 +17,7 @@ pub enum LossKind {
     Ce,
     /// Divergence of the student's answer distribution from the dense model's.
     Kd,
-    /// Distance of the residual stream from the dense model's around each frozen anchor.
+    /// Distance of the residual stream from the dense model's behind each finetuned layer and each frozen anchor.
     Anchor,
     /// Distance of the residual stream from the dense model's after every layer.
     Hidden,
@@ -70,7 +70,7 @@ pub const LOSSES: &[LossRow] = &[
     LossRow {
         kind: LossKind::Anchor,
         name: "anchor",
-        summary: "distance from the dense model's residual stream before and after each frozen anchor",
+        summary: "distance from the dense model's residual stream behind each finetuned layer and each frozen anchor",
         denominator: Denominator::StreamTokens,
         teacher: Teacher::Stream,
     },

@@ -23,7 +23,7 @@ use super::settings::Settings;
 use super::source::Source;
 use super::student::{Student, token_inputs};
 use super::suffix::Suffix;
-use super::teacher::{Lesson, Teacher};
+use super::teacher::{Lesson, Teacher, anchor_points};
 use super::trainer::{METRICS_FILE, Summary, Trainer};
 use super::weights::{replaced, trained_weights};
 
@@ -118,7 +118,8 @@ pub fn finetune_with_teacher(
 ) -> Result<Outcome> {
     let settings = request.settings;
     settings.check()?;
-    let asked = || settings.losses.iter().filter(|(_, weight)| **weight > 0.0).map(|(kind, _)| *kind);
+    let all_stages = settings.of_all_stages();
+    let asked = || all_stages.losses.iter().filter(|(_, weight)| **weight > 0.0).map(|(kind, _)| *kind);
     loss::check_teacher(asked(), teacher.is_some())?;
     let device = torch_device(request.device)?;
     let path = request.bundle.path_of(request.bundle.require(Role::Decoder)?);
@@ -149,15 +150,15 @@ pub fn finetune_with_teacher(
             source: request.data,
             data_digest: &data_digest,
             examples: &dataset.examples,
-            settings,
+            settings: &all_stages,
             device: request.device,
             work: request.work,
             features: request.features,
         };
         let targets = lesson.targets(cancel)?;
         student.points = targets.streams.as_ref().map(|streams| streams.points.clone()).unwrap_or_default();
-        let around = teacher.anchors.iter().flat_map(|&anchor| [anchor, anchor + 1]);
-        student.anchor_points = around.filter_map(|point| point.checked_sub(cut.first)).collect();
+        let points = anchor_points(teacher.anchors, request.layers).into_iter();
+        student.anchor_points = points.filter_map(|point| point.checked_sub(cut.first)).collect();
         dataset.targets = targets;
     }
     let mut trainer =

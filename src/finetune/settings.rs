@@ -19,6 +19,16 @@ pub enum Precision {
     Bf16,
 }
 
+/// A part of a run with loss terms of its own.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Stage {
+    /// Part of the steps; the shares of all stages make 1.
+    pub share: f64,
+    /// Loss terms and their weights.
+    pub losses: BTreeMap<LossKind, f64>,
+}
+
 /// Everything that decides the result of a finetuning run, apart from the model, the layers and the data.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -56,8 +66,14 @@ pub struct Settings {
     pub precision: Precision,
     /// Keeps only each layer's input and computes the layer again in the backward pass: less memory, more time.
     pub gradient_checkpointing: bool,
+    /// Part of the drawn samples that is trained on.
+    pub data_share: f64,
     /// Loss terms and their weights.
     pub losses: BTreeMap<LossKind, f64>,
+    /// Parts of the run, one after the other, each with loss terms of its own, in place of `losses`. The learning rate
+    /// moves over all of them as over one run.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub stages: Vec<Stage>,
     /// Softmax temperature of the `kd` term, for teacher and student alike.
     pub kd_temperature: f64,
     /// The `kd` term looks at the teacher's this many most likely tokens; the rest count as one more.
@@ -86,7 +102,9 @@ impl Default for Settings {
             seed: 42,
             precision: Precision::F32,
             gradient_checkpointing: false,
+            data_share: 1.0,
             losses: BTreeMap::from([(LossKind::Ce, 1.0)]),
+            stages: Vec::new(),
             kd_temperature: 2.0,
             kd_top_k: 64,
             checkpoint_every: 100,
@@ -113,13 +131,8 @@ impl Settings {
         float("warmup_ratio", self.warmup_ratio, (0.0..=1.0).contains(&self.warmup_ratio), "between 0 and 1")?;
         float("max_grad_norm", self.max_grad_norm, self.max_grad_norm >= 0.0, "0 or more")?;
         float("kd_temperature", self.kd_temperature, self.kd_temperature > 0.0, "above 0")?;
-        for (loss, &weight) in &self.losses {
-            float(&format!("losses.{}", loss.name()), weight, weight >= 0.0, "0 or more")?;
-        }
-        if !self.losses.values().any(|&weight| weight > 0.0) {
-            return Err(Error::invalid("finetune setting `losses`", "no term has a weight above 0")
-                .remedy("for instance `losses = { ce = 1.0 }`"));
-        }
+        float("data_share", self.data_share, self.data_share > 0.0 && self.data_share <= 1.0, "above 0 and at most 1")?;
+        self.check_losses()?;
         let counts = [
             ("batch_size", u64::from(self.batch_size)),
             ("accumulation_steps", u64::from(self.accumulation_steps)),
@@ -134,6 +147,61 @@ impl Settings {
             }
         }
         Ok(())
+    }
+
+    fn check_losses(&self) -> Result<()> {
+        let wrong = |name: &str, problem: String| Err(Error::invalid(format!("finetune setting `{name}`"), problem));
+        if !self.stages.is_empty() && !self.losses.is_empty() {
+            return wrong("stages", "stands beside `losses`, which it is in place of".to_string());
+        }
+        let single = [(self.losses.clone(), 1.0)];
+        let stages = self.stages.iter().map(|stage| (stage.losses.clone(), stage.share));
+        let stages: Vec<_> = if self.stages.is_empty() { single.to_vec() } else { stages.collect() };
+        for (losses, share) in &stages {
+            if !(*share > 0.0 && *share <= 1.0) {
+                return wrong("stages", format!("a share is {share}, must be above 0 and at most 1"));
+            }
+            for (loss, weight) in losses {
+                if !(weight.is_finite() && *weight >= 0.0) {
+                    return wrong(&format!("losses.{}", loss.name()), format!("is {weight}, must be 0 or more"));
+                }
+            }
+            if !losses.values().any(|&weight| weight > 0.0) {
+                return Err(Error::invalid("finetune setting `losses`", "no term has a weight above 0")
+                    .remedy("for instance `losses = { ce = 1.0 }`"));
+            }
+        }
+        let sum: f64 = stages.iter().map(|(_, share)| share).sum();
+        if (sum - 1.0).abs() > 1e-6 {
+            return wrong("stages", format!("the shares make {sum}, must make 1"));
+        }
+        Ok(())
+    }
+
+    /// The settings of each stage of a run of `total` steps, with the first step (counted from 0) behind it. A run
+    /// without stages is one.
+    pub fn by_stage(&self, total: u64) -> Vec<(u64, Settings)> {
+        if self.stages.is_empty() {
+            return vec![(total, self.clone())];
+        }
+        let mut done = 0.0;
+        let stages = self.stages.iter().map(|stage| {
+            done += stage.share;
+            let losses = stage.losses.clone();
+            let end = ((done * total as f64).round() as u64).min(total);
+            (end, Settings { losses, stages: Vec::new(), ..self.clone() })
+        });
+        stages.collect()
+    }
+
+    /// The settings with every loss term that any stage asks for.
+    pub fn of_all_stages(&self) -> Settings {
+        let mut losses = self.losses.clone();
+        for (&loss, &weight) in self.stages.iter().flat_map(|stage| &stage.losses) {
+            let most = losses.entry(loss).or_insert(weight);
+            *most = most.max(weight);
+        }
+        Settings { losses, stages: Vec::new(), ..self.clone() }
     }
 
     /// Samples per optimiser step.
@@ -163,7 +231,7 @@ mod tests {
     #[test]
     fn a_setting_out_of_range_is_named() {
         type Case = (fn(&mut Settings), &'static str);
-        let cases: [Case; 7] = [
+        let cases: [Case; 9] = [
             (|s| s.learning_rate = 0.0, "learning_rate"),
             (|s| s.learning_rate = f64::NAN, "learning_rate"),
             (|s| s.beta2 = 1.0, "beta2"),
@@ -171,6 +239,8 @@ mod tests {
             (|s| s.batch_size = 0, "batch_size"),
             (|s| s.losses = BTreeMap::from([(LossKind::Ce, -1.0)]), "losses.ce"),
             (|s| s.losses.clear(), "losses"),
+            (|s| s.data_share = 0.0, "data_share"),
+            (|s| s.stages = vec![Stage { share: 1.0, losses: s.losses.clone() }], "stages"),
         ];
         for (change, name) in cases {
             let mut settings = Settings::default();
@@ -178,6 +248,23 @@ mod tests {
             let message = settings.check().unwrap_err().to_string();
             assert!(message.contains(&format!("`{name}`")), "{message}");
         }
+    }
+
+    #[test]
+    fn stages_share_the_steps() {
+        let losses = |kind| BTreeMap::from([(kind, 1.0)]);
+        let stage = |share, kind| Stage { share, losses: losses(kind) };
+        let staged = |stages| Settings { losses: BTreeMap::new(), stages, ..Settings::default() };
+        let settings = staged(vec![stage(0.2, LossKind::Anchor), stage(0.5, LossKind::Ce), stage(0.3, LossKind::Kd)]);
+        settings.check().unwrap();
+        let ends = |total| settings.by_stage(total).iter().map(|(end, _)| *end).collect::<Vec<_>>();
+        assert_eq!(ends(10), [2, 7, 10]);
+        assert_eq!(ends(3), [1, 2, 3]);
+        assert_eq!(settings.by_stage(10)[1].1.losses, losses(LossKind::Ce));
+        assert_eq!(settings.of_all_stages().losses.len(), 3);
+        assert_eq!(Settings::default().by_stage(7), [(7, Settings::default())]);
+        let error = staged(vec![stage(0.2, LossKind::Ce)]).check().unwrap_err().to_string();
+        assert!(error.contains("make 0.2, must make 1"), "{error}");
     }
 
     #[test]

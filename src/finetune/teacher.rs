@@ -37,19 +37,28 @@ struct Point {
     dense: usize,
 }
 
+/// The points that the anchor term compares, ascending: behind every trained layer, which is before the anchor where it
+/// has one, and behind every anchor. So every trained layer has a target of its own.
+pub fn anchor_points(anchors: &[usize], trained: &[usize]) -> Vec<usize> {
+    let first = trained.iter().copied().min().unwrap_or(0);
+    let behind = trained.iter().chain(anchors.iter().filter(|&&anchor| anchor > first));
+    let mut points: Vec<usize> = behind.map(|&layer| layer + 1).collect();
+    points.sort_unstable();
+    points.dedup();
+    points
+}
+
 /// The points that the stream terms compare, ascending.
 ///
 /// A finetuned layer answers for what was dropped behind it, so the stream after it is matched with the dense stream
 /// before the next layer that was kept; the stream after a frozen layer with the dense stream after that same layer.
-///
-/// Errors: `Error::Invalid` when `anchor` is asked for and the plan has no anchor after the first trained layer.
 fn points(
     kept: &[usize],
     anchors: &[usize],
     trained: &[usize],
     dense_layers: usize,
     settings: &Settings,
-) -> Result<Vec<Point>> {
+) -> Vec<Point> {
     let layers = kept.len();
     let first = trained.iter().copied().min().unwrap_or(0);
     let dense_of = |student: usize| match student {
@@ -62,17 +71,11 @@ fn points(
         students.extend(first + 1..=layers);
     }
     if settings.weight(LossKind::Anchor) > 0.0 {
-        let around = anchors.iter().filter(|&&anchor| anchor > first && anchor < layers);
-        let before = students.len();
-        students.extend(around.flat_map(|&anchor| [anchor, anchor + 1]));
-        if students.len() == before {
-            return Err(Error::invalid("loss `anchor`", "the plan has no frozen anchor after a trained layer")
-                .remedy("use the loss `hidden`, or a plan of a strategy with triplets"));
-        }
+        students.extend(anchor_points(anchors, trained));
     }
     students.sort_unstable();
     students.dedup();
-    Ok(students.into_iter().map(|student| Point { student, dense: dense_of(student) }).collect())
+    students.into_iter().map(|student| Point { student, dense: dense_of(student) }).collect()
 }
 
 /// What a run of the dense model is made of.
@@ -119,7 +122,7 @@ impl Lesson<'_> {
             return Err(Error::invalid(format!("teacher `{}`", path.display()), problem)
                 .remedy("name the model that was pruned as teacher"));
         }
-        let points = points(self.teacher.kept, self.teacher.anchors, self.trained, layers.len(), self.settings)?;
+        let points = points(self.teacher.kept, self.teacher.anchors, self.trained, layers.len(), self.settings);
         let wants_logits = self.settings.weight(LossKind::Kd) > 0.0;
         let digest = self.teacher.bundle.digest()?;
 
@@ -288,12 +291,12 @@ mod tests {
     fn points_of_the_stream_correspond() {
         let kept = [0, 1, 3, 4, 5, 7];
         let with = |kind: LossKind| Settings { losses: [(kind, 1.0)].into(), ..Settings::default() };
-        let pairs = |kind| -> Vec<(usize, usize)> {
-            let points = points(&kept, &[3, 5], &[2, 4], 8, &with(kind)).unwrap();
+        let pairs = |kind, anchors: &[usize]| -> Vec<(usize, usize)> {
+            let points = points(&kept, anchors, &[2, 4], 8, &with(kind));
             points.iter().map(|point| (point.student, point.dense)).collect()
         };
-        assert_eq!(pairs(LossKind::Anchor), [(3, 4), (4, 5), (5, 7), (6, 8)]);
-        assert_eq!(pairs(LossKind::Hidden), [(3, 4), (4, 5), (5, 7), (6, 8)]);
-        assert!(points(&kept, &[], &[2, 4], 8, &with(LossKind::Anchor)).is_err());
+        assert_eq!(pairs(LossKind::Anchor, &[3, 5]), [(3, 4), (4, 5), (5, 7), (6, 8)]);
+        assert_eq!(pairs(LossKind::Hidden, &[3, 5]), [(3, 4), (4, 5), (5, 7), (6, 8)]);
+        assert_eq!(pairs(LossKind::Anchor, &[]), [(3, 4), (5, 7)]);
     }
 }

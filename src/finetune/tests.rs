@@ -74,7 +74,7 @@ fn run(settings: &Settings, layers: &[usize], work: &Path, resume: bool, stop_af
     let dense = Bundle::open(&model()).unwrap();
     let pruned_folder = tempfile::tempdir().unwrap();
     let bundle = Bundle::open(&pruned(&dense, pruned_folder.path())).unwrap();
-    let needs_teacher = settings.losses.keys().any(|&kind| kind != LossKind::Ce);
+    let needs_teacher = settings.of_all_stages().losses.keys().any(|&kind| kind != LossKind::Ce);
     let teacher = needs_teacher.then_some(dense);
     let features = FeatureCache::new(1 << 20);
     let vocabulary = bundle.require_config().unwrap().vocab_size.unwrap() as i64;
@@ -317,6 +317,36 @@ fn anchors_alone_heal_each_triplet_by_itself() {
     let healed = run(&settings, &[2, 4], work.path(), false, None);
     let report = healed.outcome.unwrap().report;
     assert!(report.last_loss < 0.8 * report.first_loss, "{} to {}", report.first_loss, report.last_loss);
+}
+
+#[test]
+fn stages_change_the_losses_and_survive_being_stopped_at_any_of_them() {
+    let stage = |share, losses: &[(LossKind, f64)]| Stage { share, losses: losses.iter().copied().collect() };
+    let stages = vec![stage(0.5, &[(LossKind::Anchor, 1.0)]), stage(0.5, &[(LossKind::Ce, 1.0), (LossKind::Kd, 0.5)])];
+    let settings = Settings {
+        losses: BTreeMap::new(),
+        stages,
+        batch_size: 2,
+        accumulation_steps: 1,
+        max_steps: Some(6),
+        ..settings()
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let whole = run(&settings, &[2, 4], folder.path(), false, None);
+    let terms: Vec<Vec<&str>> =
+        whole.steps.iter().map(|step| step.losses.keys().map(String::as_str).collect()).collect();
+    assert_eq!(
+        terms,
+        [vec!["anchor"], vec!["anchor"], vec!["anchor"], vec!["ce", "kd"], vec!["ce", "kd"], vec!["ce", "kd"]]
+    );
+    let want = weights(&whole.outcome.unwrap().decoder);
+    for stop in [2, 3, 4] {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(run(&settings, &[2, 4], folder.path(), false, Some(stop)).outcome.is_err());
+        let resumed = run(&settings, &[2, 4], folder.path(), true, None).outcome.unwrap();
+        assert_eq!(resumed.report.resumed_from_step, stop);
+        assert!(weights(&resumed.decoder) == want, "stopped after step {stop}");
+    }
 }
 
 #[test]

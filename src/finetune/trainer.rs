@@ -66,6 +66,7 @@ impl Trainer<'_> {
         let per_epoch = sampler::steps_per_epoch(settings, lengths.len());
         let total = settings.max_steps.unwrap_or(per_epoch * u64::from(settings.epochs));
         let warmup = warmup_steps(settings.warmup_ratio, total);
+        let stages = settings.by_stage(total);
         let optimizer = AdamW {
             beta1: settings.beta1,
             beta2: settings.beta2,
@@ -93,7 +94,8 @@ impl Trainer<'_> {
             let Some(step) = order.as_ref().and_then(|(_, steps)| steps.get(position)) else { break };
             let began = Instant::now();
             let learning_rate = settings.learning_rate * settings.schedule.factor(done, warmup, total);
-            let mut result = self.step(done + 1, step, &optimizer, learning_rate)?;
+            let Some((_, stage)) = stages.iter().find(|(end, _)| done < *end) else { break };
+            let mut result = self.step(done + 1, step, stage, &optimizer, learning_rate)?;
             let seconds = began.elapsed().as_secs_f64();
             totals.tokens += result.tokens;
             totals.answer_tokens += result.metrics.answer_tokens;
@@ -130,7 +132,14 @@ impl Trainer<'_> {
         Ok(checkpoints.save(&state, &self.student.parameters)?.display().to_string())
     }
 
-    fn step(&mut self, number: u64, step: &Step, optimizer: &AdamW, learning_rate: f64) -> Result<Done> {
+    fn step(
+        &mut self,
+        number: u64,
+        step: &Step,
+        settings: &Settings,
+        optimizer: &AdamW,
+        learning_rate: f64,
+    ) -> Result<Done> {
         let samples = || step.iter().flatten().map(|&sample| &self.dataset.examples[sample]);
         let counts = Counts {
             answer_tokens: samples().map(|example| example.targets.len() as u64).sum(),
@@ -143,7 +152,7 @@ impl Trainer<'_> {
             if batch.answer_tokens == 0 {
                 continue;
             }
-            let pass = gradient::pass(&self.student, &batch, self.settings, counts)?;
+            let pass = gradient::pass(&self.student, &batch, settings, counts)?;
             for (kind, term) in pass.terms {
                 terms.entry(kind).or_default().push(term);
             }
@@ -163,8 +172,8 @@ impl Trainer<'_> {
             }
             losses.insert(*kind, sum);
         }
-        let loss: f64 = losses.iter().map(|(kind, value)| self.settings.weight(*kind) * value).sum();
-        let grad_norm = clip_gradients(&mut gradients, self.settings.max_grad_norm)?;
+        let loss: f64 = losses.iter().map(|(kind, value)| settings.weight(*kind) * value).sum();
+        let grad_norm = clip_gradients(&mut gradients, settings.max_grad_norm)?;
         if !loss.is_finite() || !grad_norm.is_finite() {
             return Err(self.not_finite(number, step, loss, &gradients));
         }

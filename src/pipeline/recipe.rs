@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::{Device, Error, Result};
 use crate::eval::BenchOptions;
-use crate::finetune;
+use crate::finetune::{self, DEFAULT_RECIPE, RecipeRow};
 use crate::method::select::Strategy;
 
 use super::steps::EvalSettings;
@@ -78,6 +78,9 @@ pub struct FinetuneSection {
     /// How many samples are drawn; all without it.
     #[serde(default)]
     pub samples: Option<usize>,
+    /// A named recipe of healing; `settings` change it.
+    #[serde(default = "default_healing")]
+    pub recipe: String,
     #[serde(default)]
     pub settings: finetune::Settings,
 }
@@ -130,6 +133,16 @@ fn default_strategies() -> Vec<String> {
     vec!["interlace".to_string()]
 }
 
+fn default_healing() -> String {
+    DEFAULT_RECIPE.to_string()
+}
+
+/// The settings that a table `[finetune]` stands for: those of its recipe, and its own in their place.
+pub(super) fn finetune_settings(recipe: &str, section: Option<&toml::Value>) -> Result<finetune::Settings> {
+    let own = section.and_then(|section| section.get("settings")).and_then(toml::Value::as_table);
+    RecipeRow::named(recipe)?.settings_with(own.cloned().unwrap_or_default())
+}
+
 impl Recipe {
     /// Reads a recipe; its paths come out relative to the working folder.
     ///
@@ -149,6 +162,9 @@ impl Recipe {
     fn parse(text: &str, folder: &Path) -> Result<Self> {
         let mut recipe: Recipe =
             toml::from_str(text).map_err(|e| Error::invalid("recipe", e.to_string().trim_end()))?;
+        let table: toml::Table =
+            toml::from_str(text).map_err(|e| Error::invalid("recipe", e.to_string().trim_end()))?;
+        recipe.finetune.settings = finetune_settings(&recipe.finetune.recipe, table.get("finetune"))?;
         recipe.check()?;
         let resolve = |path: &mut PathBuf| *path = folder.join(&*path);
         resolve(&mut recipe.model);
@@ -232,6 +248,14 @@ mod tests {
     }
 
     #[test]
+    fn settings_change_the_named_recipe() {
+        let text = RECIPE.replace("settings =", "recipe = \"best\"\nsettings =");
+        let section = Recipe::parse(&text, Path::new("")).unwrap().finetune;
+        assert_eq!((section.settings.learning_rate, section.settings.stages.len()), (1e-3, 2));
+        assert_eq!(Recipe::parse(RECIPE, Path::new("")).unwrap().finetune.recipe, "paper");
+    }
+
+    #[test]
     fn what_is_wrong_is_named() {
         let cases = [
             ("samples = 100", "sample = 100", "unknown field `sample`"),
@@ -240,6 +264,7 @@ mod tests {
             ("drop_ratio = 0.25", "drop_ratio = 0.25\ndrop_count = 4", "both are there"),
             ("\"random\"", "\"magic\"", "strategy `magic`"),
             ("\"random\"", "\"interlace\"", "stands twice"),
+            ("settings =", "recipe = \"worst\"\nsettings =", "recipe `worst`"),
             ("learning_rate = 1e-3", "learning_rate = -1.0", "`learning_rate`"),
             ("[\"data/bench.tsv\"]", "[]", "`benchmarks` is empty"),
             ("model = \"model\"", "model = \"model\"\ndevice = \"tpu\"", "tpu"),

@@ -43,6 +43,12 @@ fn the_tables_are_those_of_the_code() {
     let strategies = interlace::method::select::STRATEGIES.iter();
     let rows = strategies.map(|strategy| (strategy.name.to_string(), strategy.summary.to_string()));
     check_table("strategies", ["strategy", "what it does"], rows);
+    let recipes = interlace::finetune::RECIPES.iter();
+    check_table(
+        "recipes",
+        ["recipe", "what it does"],
+        recipes.map(|row| (row.name.to_string(), row.summary.to_string())),
+    );
     check_section("operators", &format!("\n{}\n", interlace::torch::support_table()));
 }
 

@@ -79,7 +79,8 @@ pub fn finetune(
     }
     let dataset = Dataset::open(request.data, Texts::default())?;
     let processor = Processor::open(&bundle)?;
-    let indices = request.subset.indices(dataset.len())?;
+    let mut indices = request.subset.indices(dataset.len())?;
+    indices.truncate((request.settings.data_share * indices.len() as f64).ceil() as usize);
     let data = Conversations { processor: &processor, dataset: &dataset, indices: &indices };
     let mut writer = BundleWriter::create(&bundle, target)?;
     let dense = request.teacher.map(Bundle::open).transpose()?;

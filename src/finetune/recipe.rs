@@ -1,0 +1,135 @@
+//! Named recipes of healing: one row each, as settings that differ from the defaults.
+
+use std::collections::BTreeMap;
+
+use crate::base::{Error, Result};
+
+use super::loss::LossKind;
+use super::settings::{Settings, Stage};
+
+/// The recipe that is used when none is named.
+pub const DEFAULT_RECIPE: &str = "paper";
+
+/// A part of a run.
+pub struct StageRow {
+    /// Part of the steps.
+    pub share: f64,
+    pub losses: &'static [(LossKind, f64)],
+}
+
+/// One recipe.
+pub struct RecipeRow {
+    pub name: &'static str,
+    /// One line for help texts and the README.
+    pub summary: &'static str,
+    /// Part of the drawn samples that is trained on.
+    pub data_share: f64,
+    /// Factor of the default learning rate.
+    pub learning_rate_factor: f64,
+    pub stages: &'static [StageRow],
+}
+
+/// Every recipe there is.
+pub const RECIPES: &[RecipeRow] = &[
+    RecipeRow {
+        name: "paper",
+        summary: "cross-entropy of the answers alone, with all defaults (arXiv:2511.19676)",
+        data_share: 1.0,
+        learning_rate_factor: 1.0,
+        stages: &[StageRow { share: 1.0, losses: &[(LossKind::Ce, 1.0)] }],
+    },
+    RecipeRow {
+        name: "fast",
+        summary: "a quarter of the samples, each finetuned layer healed on its own against the dense model's stream: \
+                  nothing runs behind the last one",
+        data_share: 0.25,
+        learning_rate_factor: 1.0,
+        stages: &[StageRow { share: 1.0, losses: &[(LossKind::Anchor, 1.0)] }],
+    },
+    RecipeRow {
+        name: "best",
+        summary: "a fifth of the steps as in `fast`, then cross-entropy and the dense model's answers in equal parts",
+        data_share: 1.0,
+        learning_rate_factor: 1.0,
+        stages: &[
+            StageRow { share: 0.2, losses: &[(LossKind::Anchor, 1.0)] },
+            StageRow { share: 0.8, losses: &[(LossKind::Ce, 1.0), (LossKind::Kd, 1.0)] },
+        ],
+    },
+];
+
+impl RecipeRow {
+    /// The row of a name.
+    ///
+    /// Errors: `Error::Invalid` that lists the names there are.
+    pub fn named(name: &str) -> Result<&'static RecipeRow> {
+        RECIPES.iter().find(|row| row.name == name).ok_or_else(|| {
+            let names: Vec<_> = RECIPES.iter().map(|row| row.name).collect();
+            Error::invalid(format!("recipe `{name}`"), "there is none of that name")
+                .remedy(format!("use one of {}", names.join(", ")))
+        })
+    }
+
+    /// The recipe as settings; everything that it does not speak of is the default.
+    pub fn settings(&self) -> Settings {
+        let defaults = Settings::default();
+        let losses = |stage: &StageRow| stage.losses.iter().copied().collect::<BTreeMap<_, _>>();
+        let (losses, stages) = match self.stages {
+            [only] => (losses(only), Vec::new()),
+            stages => {
+                let stages = stages.iter().map(|stage| Stage { share: stage.share, losses: losses(stage) });
+                (BTreeMap::new(), stages.collect())
+            }
+        };
+        let learning_rate = defaults.learning_rate * self.learning_rate_factor;
+        Settings { data_share: self.data_share, learning_rate, losses, stages, ..defaults }
+    }
+
+    /// The recipe's settings with those of a TOML table in place of its own.
+    ///
+    /// Errors: `Error::Invalid` for a setting that is not known or of the wrong type.
+    pub fn settings_with(&self, table: toml::Table) -> Result<Settings> {
+        let wrong = |e: String| Error::invalid("finetune settings", e.trim_end());
+        let own = self.settings();
+        let mut all = toml::Table::try_from(&own).map_err(|e| wrong(e.to_string()))?;
+        // Losses and stages stand for one another: who names one means it in place of the other.
+        if table.contains_key("losses") && !table.contains_key("stages") {
+            all.remove("stages");
+        }
+        if table.contains_key("stages") && !table.contains_key("losses") {
+            all.insert("losses".to_string(), toml::Value::Table(toml::Table::new()));
+        }
+        all.extend(table);
+        all.try_into().map_err(|e: toml::de::Error| wrong(e.to_string()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_recipe_is_valid_and_paper_is_the_defaults() {
+        for row in RECIPES {
+            row.settings().check().unwrap();
+            assert_eq!(row.settings_with(toml::Table::new()).unwrap(), row.settings(), "{}", row.name);
+        }
+        assert_eq!(RecipeRow::named("paper").unwrap().settings(), Settings::default());
+        assert!(RecipeRow::named(DEFAULT_RECIPE).is_ok());
+        let error = RecipeRow::named("magic").err().unwrap().to_string();
+        assert!(RECIPES.iter().all(|row| error.contains(row.name)), "{error}");
+    }
+
+    #[test]
+    fn what_a_user_sets_wins_over_the_recipe() {
+        let best = RecipeRow::named("best").unwrap();
+        let with = |text: &str| best.settings_with(text.parse().unwrap());
+        let settings = with("learning_rate = 1e-3\nepochs = 2").unwrap();
+        assert_eq!((settings.learning_rate, settings.epochs), (1e-3, 2));
+        assert_eq!(settings.stages, best.settings().stages);
+        let settings = with("losses = { ce = 0.5 }").unwrap();
+        assert_eq!((settings.weight(LossKind::Ce), settings.stages.len()), (0.5, 0));
+        settings.check().unwrap();
+        assert!(with("learning_rates = 1").unwrap_err().to_string().contains("learning_rates"));
+    }
+}
