@@ -33,7 +33,7 @@ impl Counts {
 pub struct Pass {
     /// Each term's share of the step's mean, before its weight; f32 `[]`.
     pub terms: BTreeMap<LossKind, Tensor>,
-    /// Gradients in the order of the student's parameters; the part of the step's mean that this batch has.
+    /// Gradients in the order of the student's weights; the part of the step's mean that this batch has.
     pub gradients: Vec<Tensor>,
 }
 
@@ -75,7 +75,7 @@ impl Step<'_> {
             self.head_terms(&stream, &mut terms)?;
         }
         let loss = self.total(&terms)?.ok_or_else(|| Error::invalid("the loss", "has no term"))?;
-        let parameters: Vec<&Tensor> = self.student.parameters.iter().map(|parameter| &parameter.value).collect();
+        let parameters: Vec<&Tensor> = self.student.weights().iter().map(|weight| &weight.tensor).collect();
         let gradients = gradients(&loss, &parameters)?;
         self.named(terms, gradients.into_iter().map(Some).collect())
     }
@@ -89,7 +89,7 @@ impl Step<'_> {
         }
         let leaf =
             |stream: &Tensor| stream.detach().f_set_requires_grad(true).map_err(torch_error("a checkpointed layer"));
-        let mut collected: Vec<Option<Tensor>> = self.student.parameters.iter().map(|_| None).collect();
+        let mut collected: Vec<Option<Tensor>> = self.student.weights().iter().map(|_| None).collect();
         let mut terms = Terms::default();
         let mut upstream = None;
         if self.wants_head() {
@@ -120,7 +120,7 @@ impl Step<'_> {
             }
             let Some(sum) = sum else { continue };
             let own = self.student.layer_parameters(layer);
-            let mut wanted: Vec<&Tensor> = own.iter().map(|&number| &self.student.parameters[number].value).collect();
+            let mut wanted: Vec<&Tensor> = own.iter().map(|&number| &self.student.weights()[number].tensor).collect();
             if layer > 0 {
                 wanted.push(&input);
             }
@@ -204,7 +204,7 @@ impl Step<'_> {
 
     fn named(&self, terms: Terms, gradients: Vec<Option<Tensor>>) -> Result<Pass> {
         let mut defined = Vec::with_capacity(gradients.len());
-        for (parameter, gradient) in self.student.parameters.iter().zip(gradients) {
+        for (parameter, gradient) in self.student.weights().iter().zip(gradients) {
             match gradient {
                 Some(gradient) if gradient.defined() => defined.push(gradient),
                 _ => {

@@ -20,6 +20,7 @@ mod suffix;
 mod teacher;
 mod trainer;
 mod weights;
+mod workers;
 
 pub use loss::{LOSSES, LossKind, LossRow};
 pub use metrics::StepMetrics;

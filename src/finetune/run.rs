@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use tch::Device as TorchDevice;
 
 use crate::analysis::{Analysis, analyse};
-use crate::base::{Cancel, Device, Error, Provenance, Result, Sha256Digest, sha256_json};
+use crate::base::{Cancel, Device, Error, Provenance, Result, Sha256Digest, keep_freed_blocks, sha256_json};
 use crate::bundle::{Bundle, Role};
 use crate::ir::{Model, ValueId};
 use crate::rewrite::extract;
@@ -26,6 +26,7 @@ use super::suffix::Suffix;
 use super::teacher::{Lesson, Teacher, anchor_points};
 use super::trainer::{METRICS_FILE, Summary, Trainer};
 use super::weights::{replaced, trained_weights};
+use super::workers;
 
 /// What the names of cached outputs begin with.
 const CACHES: &[&str] = &["hidden-", "streams-", "answers-"];
@@ -139,7 +140,8 @@ pub fn finetune_with_teacher(
     let key = sha256_json(&("hidden", &model_digest, &data_digest, cut.first, settings.max_tokens))?;
     let (mut dataset, left_out) = frozen_part(request, &cut, &key, cancel)?;
 
-    let mut student = Student::compile(&cut.analysis.model, suffix, &cut.trained, settings.precision, device)?;
+    let compile = || Student::compile(&cut.analysis.model, suffix.clone(), &cut.trained, settings.precision, device);
+    let mut student = compile()?;
     if let Some(teacher) = teacher
         && asked().any(|kind| kind.row().teacher != loss::Teacher::Nothing)
     {
@@ -161,10 +163,17 @@ pub fn finetune_with_teacher(
         student.anchor_points = points.filter_map(|point| point.checked_sub(cut.first)).collect();
         dataset.targets = targets;
     }
-    let mut trainer =
-        Trainer { settings, student, dataset: &dataset, device, inputs: inputs.clone(), work: request.work };
+    let mut students = vec![student];
+    while students.len() < workers::count(device) {
+        let mut twin = compile()?;
+        twin.work_for(&students[0])?;
+        students.push(twin);
+    }
+    let mut trainer = Trainer::new(settings, students, &dataset, device, inputs.clone(), request.work)?;
+    // Not before: what the frozen part and the dense model took goes back to the system.
+    keep_freed_blocks();
     let summary = trainer.run(request.resume, cancel, observer)?;
-    let tensors = trainer.student.trained()?;
+    let tensors = trainer.student().trained()?;
     let trained_parameters = tensors.iter().map(|(_, tensor)| tensor.element_count()).sum();
     let decoder = replaced(&decoder, tensors)?;
     let report = report(request, inputs, &dataset, left_out, &summary, trained_parameters)?;

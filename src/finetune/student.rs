@@ -4,11 +4,10 @@ use tch::{Device, Kind, Tensor};
 
 use crate::base::{Error, Result};
 use crate::ir::{DataType, Dim, Graph, Model, ValueId};
-use crate::torch::{Options, Program};
+use crate::torch::{self, Options, Program};
 
 use super::batch::Batch;
 use super::loss::LossKind;
-use super::optimizer::Parameter;
 use super::settings::Precision;
 use super::suffix::Suffix;
 use super::torch_error;
@@ -67,9 +66,8 @@ pub struct Student {
     program: Program,
     suffix: Suffix,
     inputs: Vec<Input>,
-    /// Positions in `parameters` of what each layer trains.
+    /// Positions in `weights()` of what each layer trains.
     by_layer: Vec<Vec<usize>>,
-    pub parameters: Vec<Parameter>,
     /// Points of the stream with targets, counted in layers from the first trained one, in the targets' order.
     pub points: Vec<usize>,
     /// Those of `points` that the anchor term compares.
@@ -103,17 +101,28 @@ impl Student {
         };
         let program = Program::compile(model, &options)?;
         let inputs = suffix.inputs.iter().map(|&id| input(graph, id)).collect::<Result<_>>()?;
-        let parameters = program
-            .parameters()
-            .iter()
-            .map(|parameter| Parameter::new(parameter.name.clone(), parameter.tensor.shallow_clone()))
-            .collect::<Result<Vec<_>>>()?;
         let by_layer = suffix
             .trained
             .iter()
             .map(|ids| ids.iter().filter_map(|id| program.parameters().iter().position(|p| p.id == *id)).collect())
             .collect();
-        Ok(Student { program, suffix, inputs, by_layer, parameters, points: Vec::new(), anchor_points: Vec::new() })
+        Ok(Student { program, suffix, inputs, by_layer, points: Vec::new(), anchor_points: Vec::new() })
+    }
+
+    /// Makes this network, compiled from the same graph, a second worker of `first`: it reads and differentiates the
+    /// very weights that `first` trains.
+    ///
+    /// Errors: `Error::Invalid` when the two do not train the same weights.
+    pub fn work_for(&mut self, first: &Student) -> Result<()> {
+        self.program.share_parameters(&first.program)?;
+        self.points.clone_from(&first.points);
+        self.anchor_points.clone_from(&first.anchor_points);
+        Ok(())
+    }
+
+    /// The trained weights, leaves of the gradient.
+    pub fn weights(&self) -> &[torch::Parameter] {
+        self.program.parameters()
     }
 
     /// True when a stream term compares at this point.

@@ -10,7 +10,7 @@ use crate::base::{Error, Result};
 use crate::ir::{Graph, GraphIndex, Node, ValueId, captured};
 
 /// How the trained part of a graph is cut.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Suffix {
     /// The residual stream before the first trained layer, before each layer after it, and after the last layer.
     pub streams: Vec<ValueId>,

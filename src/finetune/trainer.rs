@@ -11,15 +11,13 @@ use crate::base::{Cancel, Error, Progress, Result, Sha256Digest, list_preview, p
 use super::batch::TrainingSet;
 use super::checkpoint::{self, Checkpoints, State, Totals};
 use super::events::EventWriter;
-use super::gradient::{self, Counts};
-use super::loss::LossKind;
 use super::metrics::{MetricsWriter, StepMetrics};
-use super::optimizer::{AdamW, clip_gradients};
+use super::optimizer::{AdamW, Parameter, clip_gradients};
 use super::sampler::{self, Step};
 use super::schedule::warmup_steps;
 use super::settings::Settings;
 use super::student::Student;
-use super::torch_error;
+use super::workers::{self, Sums};
 
 /// Where a run keeps what it writes while it goes.
 pub const METRICS_FILE: &str = "metrics.jsonl";
@@ -35,14 +33,16 @@ pub fn clear_checkpoints(work: &Path) -> Result<()> {
 
 /// A run over a data set.
 pub struct Trainer<'a> {
-    pub settings: &'a Settings,
-    pub student: Student,
-    pub dataset: &'a TrainingSet,
-    pub device: Device,
+    settings: &'a Settings,
+    /// The network, once per worker; all over the weights of the first.
+    students: Vec<Student>,
+    parameters: Vec<Parameter>,
+    dataset: &'a TrainingSet,
+    device: Device,
     /// SHA-256 of what decides the result, by what it is; a checkpoint of other inputs is refused.
-    pub inputs: BTreeMap<String, Sha256Digest>,
+    inputs: BTreeMap<String, Sha256Digest>,
     /// Folder for checkpoints and metrics.
-    pub work: &'a Path,
+    work: &'a Path,
 }
 
 /// How a run went.
@@ -54,7 +54,30 @@ pub struct Summary {
     pub totals: Totals,
 }
 
-impl Trainer<'_> {
+impl<'a> Trainer<'a> {
+    /// `students` are the same network, at least once, all over the weights of the first.
+    ///
+    /// Errors: `Error::Invalid` when a weight cannot be trained or there is no network.
+    pub fn new(
+        settings: &'a Settings,
+        students: Vec<Student>,
+        dataset: &'a TrainingSet,
+        device: Device,
+        inputs: BTreeMap<String, Sha256Digest>,
+        work: &'a Path,
+    ) -> Result<Self> {
+        let first = students.first().ok_or_else(|| Error::invalid("finetune", "has no network to train"))?;
+        let weights = first.weights().iter();
+        let parameters = weights.map(|weight| Parameter::new(weight.name.clone(), weight.tensor.shallow_clone()));
+        let parameters = parameters.collect::<Result<_>>()?;
+        Ok(Trainer { settings, students, parameters, dataset, device, inputs, work })
+    }
+
+    /// The trained network.
+    pub fn student(&self) -> &Student {
+        &self.students[0]
+    }
+
     /// Trains to the last step. With `resume`, goes on from the newest checkpoint if there is one; without, begins anew.
     /// `observer` sees every step's metrics.
     ///
@@ -123,13 +146,13 @@ impl Trainer<'_> {
         }
         let Some((state, folder)) = checkpoints.latest()? else { return Ok((0, Totals::default())) };
         checkpoint::check_same_run(&state, &folder, &self.inputs)?;
-        checkpoint::restore(&folder, &mut self.student.parameters)?;
+        checkpoint::restore(&folder, &mut self.parameters)?;
         Ok((state.step, state.totals))
     }
 
     fn save(&self, checkpoints: &Checkpoints, step: u64, total: u64, totals: &Totals) -> Result<String> {
         let state = State::new(step, total, self.inputs.clone(), totals.clone());
-        Ok(checkpoints.save(&state, &self.student.parameters)?.display().to_string())
+        Ok(checkpoints.save(&state, &self.parameters)?.display().to_string())
     }
 
     fn step(
@@ -141,44 +164,19 @@ impl Trainer<'_> {
         learning_rate: f64,
     ) -> Result<Done> {
         let samples = || step.iter().flatten().map(|&sample| &self.dataset.examples[sample]);
-        let counts = Counts {
-            answer_tokens: samples().map(|example| example.targets.len() as u64).sum(),
-            tokens: samples().map(|example| example.length as u64).sum(),
-        };
-        let mut gradients: Vec<Tensor> = Vec::new();
-        let mut terms: BTreeMap<LossKind, Vec<Tensor>> = BTreeMap::new();
-        for samples in step {
-            let batch = self.dataset.batch(samples, self.device)?;
-            if batch.answer_tokens == 0 {
-                continue;
-            }
-            let pass = gradient::pass(&self.student, &batch, settings, counts)?;
-            for (kind, term) in pass.terms {
-                terms.entry(kind).or_default().push(term);
-            }
-            if gradients.is_empty() {
-                gradients = pass.gradients;
-            } else {
-                for (sum, gradient) in gradients.iter_mut().zip(&pass.gradients) {
-                    let _ = sum.f_add_(gradient).map_err(torch_error("gradient accumulation"))?;
-                }
-            }
-        }
-        let mut losses = BTreeMap::new();
-        for (kind, parts) in &terms {
-            let mut sum = 0.0;
-            for part in parts {
-                sum += part.f_double_value(&[]).map_err(torch_error("the loss"))?;
-            }
-            losses.insert(*kind, sum);
-        }
+        let (answer_tokens, tokens) = (
+            samples().map(|example| example.targets.len() as u64).sum(),
+            samples().map(|example| example.length as u64).sum(),
+        );
+        let Sums { losses, mut gradients } =
+            workers::run(&mut self.students, self.dataset, settings, step, self.device)?;
         let loss: f64 = losses.iter().map(|(kind, value)| settings.weight(*kind) * value).sum();
         let grad_norm = clip_gradients(&mut gradients, settings.max_grad_norm)?;
         if !loss.is_finite() || !grad_norm.is_finite() {
             return Err(self.not_finite(number, step, loss, &gradients));
         }
         if !gradients.is_empty() {
-            optimizer.step(&mut self.student.parameters, &gradients, number, learning_rate)?;
+            workers::optimize(optimizer, &mut self.parameters, gradients, number, learning_rate, self.device)?;
         }
         let metrics = StepMetrics {
             step: number,
@@ -187,10 +185,10 @@ impl Trainer<'_> {
             learning_rate,
             grad_norm,
             tokens_per_s: 0.0,
-            answer_tokens: counts.answer_tokens,
+            answer_tokens,
             peak_memory_bytes: peak_memory_bytes(),
         };
-        Ok(Done { metrics, tokens: counts.tokens })
+        Ok(Done { metrics, tokens })
     }
 
     fn not_finite(&self, number: u64, step: &Step, loss: f64, gradients: &[Tensor]) -> Error {
@@ -202,7 +200,7 @@ impl Trainer<'_> {
                 .and_then(|all| all.f_int64_value(&[]))
                 .map_or(true, |all| all == 0)
         };
-        let weight = self.student.parameters.iter().zip(gradients).find(|(_, gradient)| broken(gradient));
+        let weight = self.parameters.iter().zip(gradients).find(|(_, gradient)| broken(gradient));
         let what = match weight {
             Some((parameter, _)) if loss.is_finite() => format!("the gradient of `{}` is not finite", parameter.name),
             Some((parameter, _)) => {

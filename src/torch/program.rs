@@ -182,6 +182,24 @@ impl Program {
         &self.parameters
     }
 
+    /// Takes another program's trainable weights in place of its own: leaves of this program's gradients over the same
+    /// memory, so that what an optimiser writes to them is seen by both.
+    ///
+    /// Errors: `Error::Invalid` unless both train the same initializers.
+    pub fn share_parameters(&mut self, other: &Program) -> Result<()> {
+        if !self.parameters.iter().map(|own| own.id).eq(other.parameters.iter().map(|theirs| theirs.id)) {
+            return Err(Error::invalid("the program", "trains other weights than the one that it is to share with"));
+        }
+        for (own, theirs) in self.parameters.iter_mut().zip(&other.parameters) {
+            own.tensor = theirs
+                .tensor
+                .f_detach()
+                .and_then(|alias| alias.f_set_requires_grad(true))
+                .map_err(|e| Error::engine("LibTorch", format!("initializer `{}`", own.name), e))?;
+        }
+        Ok(())
+    }
+
     /// Where the program runs.
     pub fn device(&self) -> Device {
         self.device

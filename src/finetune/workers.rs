@@ -1,0 +1,266 @@
+//! A step's samples over several threads, each with a network of its own over the same weights.
+//!
+//! The operations of a step are small, so threads that meet at the end of every operation mostly wait for each other, the
+//! more so on a busy machine. Here they meet once per step.
+
+use std::collections::BTreeMap;
+
+use tch::{Device, Tensor};
+
+use crate::base::{Result, thread_count};
+
+use super::batch::TrainingSet;
+use super::gradient::{self, Counts};
+use super::loss::LossKind;
+use super::optimizer::{AdamW, Parameter};
+use super::settings::Settings;
+use super::student::Student;
+use super::torch_error;
+
+/// Most tokens, padding included, that one forward pass on a processor takes, longer samples aside: enough to keep the
+/// matrix products busy, few enough that what is kept for the backward pass stays small.
+const TOKENS_PER_PASS: usize = 1024;
+
+/// How many networks work side by side on a device.
+pub fn count(device: Device) -> usize {
+    if device == Device::Cpu { thread_count() } else { 1 }
+}
+
+/// Sums over a step.
+#[derive(Debug, Default)]
+pub struct Sums {
+    /// Each loss term's mean over the step, before its weight.
+    pub losses: BTreeMap<LossKind, f64>,
+    /// In the order of the network's weights; empty when no sample has an answer.
+    pub gradients: Vec<Tensor>,
+}
+
+/// Runs a step's samples through the networks and sums what they give, always in the same order.
+///
+/// Errors: those of [`gradient::pass`], of the first network that failed.
+pub fn run(
+    students: &mut [Student],
+    dataset: &TrainingSet,
+    settings: &Settings,
+    step: &[Vec<usize>],
+    device: Device,
+) -> Result<Sums> {
+    let samples = || step.iter().flatten().map(|&sample| &dataset.examples[sample]);
+    let counts = Counts {
+        answer_tokens: samples().map(|example| example.targets.len() as u64).sum(),
+        tokens: samples().map(|example| example.length as u64).sum(),
+    };
+    if device != Device::Cpu {
+        let Some(student) = students.first() else { return Ok(Sums::default()) };
+        return passes(student, dataset, settings, step, counts, device);
+    }
+    let lengths = |sample: usize| dataset.examples[sample].length;
+    let shares = shares(step.concat(), lengths, students.len());
+    let threads = (thread_count() / shares.len().max(1)).max(1) as i32;
+    let results: Vec<Result<Sums>> = std::thread::scope(|scope| {
+        let running: Vec<_> = students
+            .iter_mut()
+            .zip(&shares)
+            .map(|(student, share)| {
+                scope.spawn(move || {
+                    tch::set_num_threads(threads);
+                    passes(student, dataset, settings, share, counts, device)
+                })
+            })
+            .collect();
+        running.into_iter().map(joined).collect()
+    });
+    let mut total = Sums::default();
+    for sums in results {
+        total.absorb(sums?)?;
+    }
+    Ok(total)
+}
+
+/// What a thread gave; its panic goes on here.
+fn joined<T>(thread: std::thread::ScopedJoinHandle<'_, T>) -> T {
+    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
+fn passes(
+    student: &Student,
+    dataset: &TrainingSet,
+    settings: &Settings,
+    batches: &[Vec<usize>],
+    counts: Counts,
+    device: Device,
+) -> Result<Sums> {
+    let mut total = Sums::default();
+    for samples in batches {
+        let batch = dataset.batch(samples, device)?;
+        if batch.answer_tokens == 0 {
+            continue;
+        }
+        let pass = gradient::pass(student, &batch, settings, counts)?;
+        let mut losses = BTreeMap::new();
+        for (kind, term) in pass.terms {
+            losses.insert(kind, term.f_double_value(&[]).map_err(torch_error("the loss"))?);
+        }
+        total.absorb(Sums { losses, gradients: pass.gradients })?;
+    }
+    Ok(total)
+}
+
+impl Sums {
+    fn absorb(&mut self, other: Sums) -> Result<()> {
+        for (kind, value) in other.losses {
+            *self.losses.entry(kind).or_default() += value;
+        }
+        if self.gradients.is_empty() {
+            self.gradients = other.gradients;
+            return Ok(());
+        }
+        for (sum, gradient) in self.gradients.iter_mut().zip(&other.gradients) {
+            let _ = sum.f_add_(gradient).map_err(torch_error("gradient accumulation"))?;
+        }
+        Ok(())
+    }
+}
+
+/// Cuts samples into forward passes, and deals these out so that each of at most `workers` has about the same work.
+fn shares(mut samples: Vec<usize>, length: impl Fn(usize) -> usize, workers: usize) -> Vec<Vec<Vec<usize>>> {
+    samples.sort_by_key(|&sample| std::cmp::Reverse(length(sample)));
+    let lengths: Vec<usize> = samples.iter().map(|&sample| length(sample).max(1)).collect();
+    let total: usize = lengths.iter().sum();
+    let workers = workers.clamp(1, samples.len().max(1));
+    let count = workers * total.div_ceil(workers * TOKENS_PER_PASS).max(1);
+    // The smallest size of a pass, padding included, with which `count` passes are enough.
+    let longest = lengths.first().copied().unwrap_or(1);
+    let (mut low, mut high) = (longest, longest * lengths.len().max(1));
+    while low < high {
+        let middle = low + (high - low) / 2;
+        if cuts(&lengths, middle).len() <= count { high = middle } else { low = middle + 1 }
+    }
+    let mut shares: Vec<(usize, Vec<Vec<usize>>)> = vec![(0, Vec::new()); workers];
+    let mut start = 0;
+    for size in cuts(&lengths, low) {
+        let work = lengths[start] * size;
+        if let Some(share) = shares.iter_mut().min_by_key(|share| share.0) {
+            share.0 += work;
+            share.1.push(samples[start..start + size].to_vec());
+        }
+        start += size;
+    }
+    shares.into_iter().map(|share| share.1).filter(|passes| !passes.is_empty()).collect()
+}
+
+/// Sizes of the runs of samples, longest first, that stay within `limit` tokens when padded to the first of each.
+fn cuts(lengths: &[usize], limit: usize) -> Vec<usize> {
+    let mut sizes: Vec<usize> = Vec::new();
+    let mut longest = 0;
+    for &length in lengths {
+        match sizes.last_mut() {
+            Some(size) if (*size + 1) * longest <= limit => *size += 1,
+            _ => {
+                longest = length;
+                sizes.push(1);
+            }
+        }
+    }
+    sizes
+}
+
+/// The optimiser's step, the parameters dealt out over threads.
+///
+/// Errors: those of [`AdamW::step`].
+pub fn optimize(
+    optimizer: &AdamW,
+    parameters: &mut [Parameter],
+    gradients: Vec<Tensor>,
+    step: u64,
+    learning_rate: f64,
+    device: Device,
+) -> Result<()> {
+    let workers = count(device);
+    if workers < 2 || parameters.len() != gradients.len() {
+        return optimizer.step(parameters, &gradients, step, learning_rate);
+    }
+    let total: usize = parameters.iter().map(|parameter| parameter.value.numel()).sum();
+    let mut rest = parameters.iter_mut().zip(gradients);
+    let mut done = 0;
+    let mut groups = Vec::with_capacity(workers);
+    for worker in 1..=workers {
+        let mut group = Vec::new();
+        while done < total * worker / workers
+            && let Some((parameter, gradient)) = rest.next()
+        {
+            done += parameter.value.numel();
+            group.push((parameter, gradient));
+        }
+        groups.push(group);
+    }
+    let results: Vec<Result<()>> = std::thread::scope(|scope| {
+        let running: Vec<_> = groups
+            .into_iter()
+            .map(|group| {
+                scope.spawn(move || {
+                    tch::set_num_threads(1);
+                    for (parameter, gradient) in group {
+                        optimizer.step(std::slice::from_mut(parameter), &[gradient], step, learning_rate)?;
+                    }
+                    Ok(())
+                })
+            })
+            .collect();
+        running.into_iter().map(joined).collect()
+    });
+    results.into_iter().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::Kind;
+
+    #[test]
+    fn every_sample_is_in_one_pass_of_one_worker() {
+        let lengths: Vec<usize> = (0..37).map(|i| 1 + (i * 29) % 71).collect();
+        for workers in 1..6 {
+            let shares = shares((0..37).collect(), |sample| lengths[sample], workers);
+            assert_eq!(shares.len(), workers);
+            let mut seen: Vec<usize> = shares.concat().concat();
+            seen.sort_unstable();
+            assert_eq!(seen, (0..37).collect::<Vec<_>>());
+            let work = |share: &Vec<Vec<usize>>| -> usize {
+                share.iter().map(|pass| pass.len() * pass.iter().map(|&s| lengths[s]).max().unwrap()).sum()
+            };
+            let most = shares.iter().map(work).max().unwrap();
+            assert!(most * workers < 2 * lengths.iter().sum::<usize>(), "{workers} workers: {most}");
+        }
+    }
+
+    #[test]
+    fn long_steps_are_cut_into_passes_of_a_bounded_size() {
+        let shares = shares((0..64).collect(), |_| 256, 2);
+        assert_eq!(shares.iter().map(Vec::len).collect::<Vec<_>>(), [8, 8]);
+        assert!(shares.concat().iter().all(|pass| pass.len() * 256 == TOKENS_PER_PASS));
+    }
+
+    #[test]
+    fn fewer_samples_than_workers_leave_workers_idle() {
+        assert_eq!(shares(vec![7], |_| 5000, 4), [[[7]]]);
+        assert!(shares(Vec::new(), |_| 1, 4).is_empty());
+    }
+
+    #[test]
+    fn dealing_parameters_over_threads_changes_no_bit() {
+        let optimizer = AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.1 };
+        let values = |size: i64| Tensor::arange(size, (Kind::Float, Device::Cpu)).sin();
+        let make = || -> Vec<Parameter> {
+            [3i64, 1000, 1, 77].iter().map(|&size| Parameter::new("w", values(size)).unwrap()).collect()
+        };
+        let gradients = || -> Vec<Tensor> { [3i64, 1000, 1, 77].iter().map(|&size| values(size).cos()).collect() };
+        let (mut alone, mut dealt) = (make(), make());
+        optimizer.step(&mut alone, &gradients(), 1, 0.01).unwrap();
+        optimize(&optimizer, &mut dealt, gradients(), 1, 0.01, Device::Cpu).unwrap();
+        for (a, b) in alone.iter().zip(&dealt) {
+            assert!(a.value.detach().equal(&b.value.detach()) && a.exp_avg_sq.equal(&b.exp_avg_sq));
+            assert!(!a.value.detach().equal(&values(a.value.numel() as i64)));
+        }
+    }
+}
