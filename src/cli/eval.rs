@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 
 use crate::base::{Device, write_json};
-use crate::eval::{EvalReport, Interval};
-use crate::pipeline::steps::{self, Engine, EvalSettings};
+use crate::data::{Dataset, SEQUENCE_LENGTH};
+use crate::eval::{EvalReport, Interval, TextReport};
+use crate::pipeline::steps::{self, Engine, EvalSettings, TextSettings};
 
 use super::args::{fraction, positive};
 use super::output::table;
@@ -16,16 +17,16 @@ use super::{Context, Outcome};
 pub struct Args {
     /// Model folder
     model: PathBuf,
-    /// VLMEvalKit TSV
+    /// Benchmark: VLMEvalKit's TSV; or running text, for perplexity: .jsonl with a `text` in each line
     #[arg(long, value_name = "FILE")]
     data: PathBuf,
     /// Model folder to compare with
     #[arg(long, value_name = "MODEL")]
     baseline: Option<PathBuf>,
-    /// End with status 1 when less of the baseline's average is kept
+    /// End with status 1 when less of the baseline's average (of its perplexity, for running text) is kept
     #[arg(long, value_name = "R", value_parser = fraction, requires = "baseline")]
     min_retention: Option<f64>,
-    /// Ask only the first questions
+    /// Take only the first questions or sequences
     #[arg(long, value_name = "N", value_parser = positive)]
     limit: Option<usize>,
     /// Questions answered together
@@ -34,6 +35,9 @@ pub struct Args {
     /// Longest answer in tokens [default: the model's own setting]
     #[arg(long, value_name = "N", value_parser = positive)]
     max_new_tokens: Option<usize>,
+    /// Tokens in each sequence of running text
+    #[arg(long, value_name = "N", default_value_t = SEQUENCE_LENGTH, value_parser = positive)]
+    sequence_length: usize,
     /// Where to compute: cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
     device: Device,
@@ -43,6 +47,9 @@ pub struct Args {
 }
 
 pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
+    if Dataset::is_text(&args.data)? {
+        return text(&args, context);
+    }
     let settings = EvalSettings { batch_size: args.batch_size, max_new_tokens: args.max_new_tokens, limit: args.limit };
     let engine = Engine::new(args.device)?;
     let report = steps::eval(&engine, &args.model, args.baseline.as_deref(), &args.data, &settings, &context.cancel)?;
@@ -56,10 +63,32 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         }
     }
     let kept = report.retention.as_ref().and_then(|retention| retention.mean_of_groups);
-    match (args.min_retention, kept) {
+    gate(args.min_retention, kept, "average", context)
+}
+
+fn text(args: &Args, context: &Context) -> anyhow::Result<Outcome> {
+    let settings = TextSettings { sequence_length: args.sequence_length, limit: args.limit };
+    let engine = Engine::new(args.device)?;
+    let report =
+        steps::eval_text(&engine, &args.model, args.baseline.as_deref(), &args.data, &settings, &context.cancel)?;
+    write_json(&args.output, &report)?;
+    if context.output.json {
+        context.output.json(&report)?;
+    } else {
+        context.output.line(text_table(&report))?;
+        if report.baseline.is_some() {
+            context.output.line("kept: the baseline's perplexity over the model's, with its 95% bootstrap interval")?;
+        }
+    }
+    gate(args.min_retention, report.retention, "perplexity", context)
+}
+
+/// What a user-set gate says of what is kept.
+fn gate(wanted: Option<f64>, kept: Option<Interval>, what: &str, context: &Context) -> anyhow::Result<Outcome> {
+    match (wanted, kept) {
         (Some(wanted), Some(kept)) if kept.ratio < wanted => {
             context.output.warn(format!(
-                "{:.1}% of the baseline's average is kept, {:.1}% wanted",
+                "{:.1}% of the baseline's {what} is kept, {:.1}% wanted",
                 100.0 * kept.ratio,
                 100.0 * wanted
             ));
@@ -70,12 +99,30 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     }
 }
 
-fn report_table(report: &EvalReport) -> String {
-    let percent = |value: f64| format!("{:.1}", 100.0 * value);
-    let interval = |kept: Option<Interval>| match kept {
+fn interval(kept: Option<Interval>) -> String {
+    match kept {
         Some(kept) => format!("{:.1} [{:.1}, {:.1}]", 100.0 * kept.ratio, 100.0 * kept.low, 100.0 * kept.high),
         None => "-".to_string(),
-    };
+    }
+}
+
+fn text_table(report: &TextReport) -> String {
+    let mut rows = vec![["model", "tokens", "loss", "perplexity", "kept %"].map(String::from).to_vec()];
+    let kept = report.baseline.is_some().then_some(report.retention);
+    for (scores, kept) in report.baseline.iter().map(|scores| (scores, None)).chain([(&report.model, kept)]) {
+        rows.push(vec![
+            scores.model.clone(),
+            scores.predicted_tokens.to_string(),
+            format!("{:.4}", scores.mean_loss),
+            format!("{:.2}", scores.perplexity),
+            kept.map_or(String::new(), interval),
+        ]);
+    }
+    table(&rows)
+}
+
+fn report_table(report: &EvalReport) -> String {
+    let percent = |value: f64| format!("{:.1}", 100.0 * value);
     let mut head = vec!["group".to_string(), "questions".to_string(), "score %".to_string()];
     if report.baseline.is_some() {
         head.extend(["baseline %".to_string(), "kept %".to_string()]);

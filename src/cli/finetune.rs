@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use clap::ValueEnum;
 
 use crate::base::{Device, human_bytes, human_count, sha256_file};
-use crate::data::{Amount, Subset};
+use crate::data::{Amount, SEQUENCE_LENGTH, Subset};
 use crate::finetune::{DEFAULT_RECIPE, Precision, RECIPES, RecipeRow, Settings};
 use crate::method::Plan;
 use crate::pipeline::steps::{self, Finetune, default_work_folder};
@@ -27,9 +27,12 @@ pub struct Args {
     /// The plan that it was pruned with
     #[arg(long, value_name = "FILE")]
     plan: PathBuf,
-    /// Parquet in the FineVision layout, or LLaVA's JSON
+    /// Parquet in the FineVision layout, LLaVA's JSON, or .jsonl with a `text` in each line
     #[arg(long, value_name = "DATA")]
     data: PathBuf,
+    /// Tokens in each sequence of running text
+    #[arg(long, value_name = "N", default_value_t = SEQUENCE_LENGTH, value_parser = positive)]
+    sequence_length: usize,
     /// Part of the samples to draw [default: all]
     #[arg(long, value_name = "F", value_parser = fraction, conflicts_with = "samples")]
     fraction: Option<f64>,
@@ -105,6 +108,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         plan: &plan,
         plan_digest: sha256_file(&args.plan)?,
         data: &args.data,
+        sequence_length: args.sequence_length,
         subset: Subset { amount, seed: settings.seed },
         settings: &settings,
         device: args.device,

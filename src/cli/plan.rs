@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use crate::base::{Device, sha256_file, write_json};
 use crate::bundle::Bundle;
-use crate::data::{Amount, Dataset, Subset, Texts};
+use crate::data::{Amount, Dataset, SEQUENCE_LENGTH, Subset};
 use crate::method::select::STRATEGIES;
 use crate::method::{LossMeter, Scores};
 use crate::pipeline::steps::{self, HowMany, PlanSettings, PlannedModel};
@@ -40,6 +40,9 @@ pub struct Args {
     /// Number of samples to draw from it
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = positive, requires = "data")]
     samples: usize,
+    /// Tokens in each sequence of running text
+    #[arg(long, value_name = "N", default_value_t = SEQUENCE_LENGTH, value_parser = positive)]
+    sequence_length: usize,
     /// Where to measure losses: cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
     device: Device,
@@ -76,7 +79,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     let subset = Subset { amount: Amount::Samples(args.samples), seed: args.seed };
     let mut meter = match &args.data {
         Some(data) => {
-            let dataset = Dataset::open(data, Texts::default())?;
+            let dataset = Dataset::open_for(data, &bundle, args.sequence_length)?;
             Some((LossMeter::new(&bundle, &dataset, subset, args.device, &context.cancel)?, dataset.digest()?))
         }
         None => None,

@@ -3,7 +3,7 @@
 use schemars::{Schema, schema_for};
 
 use crate::bundle::Record;
-use crate::eval::{BenchReport, EvalReport, VerifyReport};
+use crate::eval::{BenchReport, EvalReport, TextReport, VerifyReport};
 use crate::export::triton::Export;
 use crate::finetune::Report;
 use crate::method::{Plan, Scores};
@@ -26,6 +26,7 @@ pub fn schemas() -> Vec<(&'static str, Schema)> {
         ("scores", schema_for!(Scores)),
         ("state", schema_for!(State)),
         ("table", schema_for!(Table)),
+        ("text-report", schema_for!(TextReport)),
         ("verify", schema_for!(VerifyReport)),
     ]
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use crate::base::{Device, write_json};
 use crate::bundle::Bundle;
-use crate::data::{Amount, Dataset, Texts};
+use crate::data::{Amount, Dataset, SEQUENCE_LENGTH};
 use crate::method::{ScoreSettings, Scores, score};
 
 use super::args::{fraction, positive};
@@ -17,7 +17,7 @@ use super::{Context, Outcome};
 pub struct Args {
     /// Model folder
     model: PathBuf,
-    /// Calibration data: parquet in the FineVision layout, or LLaVA's JSON
+    /// Calibration data: parquet in the FineVision layout, LLaVA's JSON, or .jsonl with a `text` in each line
     #[arg(long, value_name = "DATA")]
     data: PathBuf,
     /// Part of the samples to draw [default: 0.1]
@@ -38,6 +38,9 @@ pub struct Args {
     /// Longest prompt in tokens
     #[arg(long, value_name = "N", default_value_t = 8192, value_parser = positive)]
     max_tokens: usize,
+    /// Tokens in each sequence of running text
+    #[arg(long, value_name = "N", default_value_t = SEQUENCE_LENGTH, value_parser = positive)]
+    sequence_length: usize,
     /// Where to compute: cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
     device: Device,
@@ -59,7 +62,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         max_tokens: args.max_tokens,
     };
     let bundle = Bundle::open(&args.model)?;
-    let dataset = Dataset::open(&args.data, Texts::default())?;
+    let dataset = Dataset::open_for(&args.data, &bundle, args.sequence_length)?;
     let scores = score(&bundle, &dataset, &settings, args.device, &context.cancel)?;
     write_json(&args.output, &scores)?;
     if context.output.json {

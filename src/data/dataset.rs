@@ -1,4 +1,4 @@
-//! Sets of conversations about pictures, opened by what the path holds.
+//! Sets of conversations about pictures and of running text, opened by what the path holds.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -6,10 +6,12 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::base::{Error, Result, Sha256Digest, sha256_file, sha256_json};
+use crate::bundle::Bundle;
 
 use super::finevision::Shard;
 use super::llava::Conversations;
 use super::sample::{ImageBytes, Sample};
+use super::text::TextFile;
 
 /// What several question and answer pairs about the same pictures are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
@@ -28,12 +30,15 @@ pub(super) struct Row {
     pub subject: String,
     pub images: Vec<ImageBytes>,
     pub pairs: Vec<(String, String)>,
+    /// Token ids of running text, which has nothing else.
+    pub text: Option<Vec<i64>>,
 }
 
 #[derive(Debug)]
 enum Source {
     Parquet(Shard),
     Llava(Conversations),
+    Text(TextFile),
 }
 
 impl Source {
@@ -41,6 +46,7 @@ impl Source {
         match self {
             Source::Parquet(shard) => shard.path(),
             Source::Llava(conversations) => conversations.path(),
+            Source::Text(text) => text.path(),
         }
     }
 
@@ -48,6 +54,7 @@ impl Source {
         match self {
             Source::Parquet(shard) => shard.rows(),
             Source::Llava(conversations) => conversations.rows(),
+            Source::Text(text) => text.sequences(),
         }
     }
 
@@ -55,6 +62,7 @@ impl Source {
         match self {
             Source::Parquet(shard) => shard.texts_per_row(),
             Source::Llava(conversations) => Ok(conversations.turns()),
+            Source::Text(text) => Ok(vec![1; text.sequences()]),
         }
     }
 
@@ -62,11 +70,13 @@ impl Source {
         match self {
             Source::Parquet(shard) => Box::new(shard.read(rows)),
             Source::Llava(conversations) => Box::new(conversations.read(rows)),
+            Source::Text(text) => Box::new(text.read(rows)),
         }
     }
 }
 
-/// A data set: a FineVision parquet file, a folder of such shards, or a LLaVA `.json` / `.jsonl` file.
+/// A data set: a FineVision parquet file, a folder of such shards, a LLaVA `.json` / `.jsonl` file, or a `.jsonl` file
+/// of running text.
 #[derive(Debug)]
 pub struct Dataset {
     sources: Vec<Source>,
@@ -82,25 +92,38 @@ struct Place {
 }
 
 impl Dataset {
-    /// Opens a data set without reading pictures.
+    /// Opens a set of conversations without reading pictures.
     ///
-    /// Errors: `Error::Io`; `Error::Invalid` for a path that is none of these, a file that does not decode, or a set
-    /// without samples.
+    /// Errors: `Error::Io`; `Error::Invalid` for a path that is none of these, a file that does not decode, a set
+    /// without samples, or running text, which only a model's tokenizer cuts into samples.
     pub fn open(path: &Path, texts: Texts) -> Result<Self> {
-        let mut sources = Vec::new();
-        for file in files(path)? {
-            let extension = file.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
-            sources.push(match extension {
-                "parquet" => Source::Parquet(Shard::open(&file)?),
-                "json" | "jsonl" => Source::Llava(Conversations::open(&file)?),
-                _ => {
-                    return Err(Error::invalid(format!("data `{}`", path.display()), "is no data set that is known")
-                        .remedy(
-                            "expected a FineVision .parquet file or a folder of them, or a LLaVA .json or .jsonl file",
-                        ));
-                }
-            });
+        if TextFile::holds(path)? {
+            return Err(Error::invalid(format!("data `{}`", path.display()), "holds running text")
+                .remedy("expected conversations: parquet in the FineVision layout, or LLaVA's JSON"));
         }
+        Dataset::new(path, conversations(path)?, texts)
+    }
+
+    /// Opens a set of any kind for a model: running text becomes sequences of `sequence_length` tokens of the model's
+    /// tokenizer, the last one maybe shorter; questions about the same pictures are samples of their own.
+    ///
+    /// Errors: as `open`, and `Error::Invalid` for a line without text or a model without tokenizer.
+    pub fn open_for(path: &Path, bundle: &Bundle, sequence_length: usize) -> Result<Self> {
+        if TextFile::holds(path)? {
+            let text = TextFile::open(path, bundle, sequence_length)?;
+            return Dataset::new(path, vec![Source::Text(text)], Texts::Separate);
+        }
+        Dataset::open(path, Texts::default())
+    }
+
+    /// True for a file of running text.
+    ///
+    /// Errors: `Error::Io` when it cannot be read.
+    pub fn is_text(path: &Path) -> Result<bool> {
+        TextFile::holds(path)
+    }
+
+    fn new(path: &Path, sources: Vec<Source>, texts: Texts) -> Result<Self> {
         let mut places = Vec::new();
         for (number, source) in sources.iter().enumerate() {
             let narrow = |value: usize| {
@@ -171,7 +194,15 @@ impl Dataset {
         let mut digests = BTreeMap::new();
         for source in &self.sources {
             let name = source.path().file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-            digests.insert(name, sha256_file(source.path())?);
+            let digest = sha256_file(source.path())?;
+            // How running text is cut decides its samples; the tokenizer is the model's.
+            digests.insert(
+                name,
+                match source {
+                    Source::Text(text) => sha256_json(&(digest, text.length()))?,
+                    _ => digest,
+                },
+            );
         }
         sha256_json(&digests)
     }
@@ -246,6 +277,10 @@ fn samples_of(row: Result<Row>, places: &[(usize, Option<u32>)]) -> Vec<Result<S
         Ok(row) => row,
         Err(error) => return vec![Err(error)],
     };
+    if let Some(tokens) = row.text {
+        let samples = places.iter().map(|&(index, _)| Ok(Sample::of_text(index, row.subject.clone(), tokens.clone())));
+        return samples.collect();
+    }
     let sample = |&(index, pair): &(usize, Option<u32>)| match pair {
         None => Sample::new(index, row.subject.clone(), row.images.clone(), row.pairs.clone()),
         Some(pair) => {
@@ -255,6 +290,25 @@ fn samples_of(row: Result<Row>, places: &[(usize, Option<u32>)]) -> Vec<Result<S
         }
     };
     places.iter().map(sample).collect()
+}
+
+/// The sources of a set of conversations.
+fn conversations(path: &Path) -> Result<Vec<Source>> {
+    let mut sources = Vec::new();
+    for file in files(path)? {
+        let extension = file.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
+        sources.push(match extension {
+            "parquet" => Source::Parquet(Shard::open(&file)?),
+            "json" | "jsonl" => Source::Llava(Conversations::open(&file)?),
+            _ => {
+                return Err(Error::invalid(format!("data `{}`", path.display()), "is no data set that is known")
+                    .remedy(
+                        "expected a FineVision .parquet file or a folder of them, or a LLaVA .json or .jsonl file",
+                    ));
+            }
+        });
+    }
+    Ok(sources)
 }
 
 /// The file itself, or a folder's parquet shards in name order.

@@ -207,7 +207,7 @@ impl Shard {
             };
             pairs.push((get(user, "user")?, get(assistant, "assistant")?));
         }
-        Ok(Row { subject, images, pairs })
+        Ok(Row { subject, images, pairs, text: None })
     }
 }
 

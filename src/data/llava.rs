@@ -93,7 +93,7 @@ impl Conversations {
             for name in names {
                 images.push(ImageBytes::file(format!("image `{name}` of {subject}"), contained_path(folder, name)?));
             }
-            Ok(Row { subject, images, pairs: pairs.clone() })
+            Ok(Row { subject, images, pairs: pairs.clone(), text: None })
         })
     }
 

@@ -1,4 +1,4 @@
-//! Conversations about pictures, and what the networks read of them: data sets, benchmarks, image processors, chat
+//! Conversations about pictures and running text, and what the networks read of them: data sets, benchmarks, image processors, chat
 //! templates, tokenizers.
 
 mod dataset;
@@ -14,6 +14,7 @@ mod resample;
 mod sample;
 mod subset;
 mod template;
+mod text;
 mod tokenizer;
 mod tsv;
 
@@ -27,4 +28,5 @@ pub use processor::{Encoded, Processor};
 pub use resample::{Filter, resize};
 pub use sample::{ImageBytes, Part, Sample, Turn};
 pub use subset::{Amount, Subset};
+pub use text::SEQUENCE_LENGTH;
 pub use tsv::{BenchRow, Benchmark};

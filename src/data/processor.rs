@@ -41,7 +41,10 @@ impl Encoded {
 #[derive(Debug)]
 pub struct Processor {
     tokenizer: Tokenizer,
-    template: ChatTemplate,
+    /// `None` for a model that never was taught to chat.
+    template: Option<ChatTemplate>,
+    /// As errors name the model.
+    subject: String,
     vision: Option<Vision>,
     eos: Vec<u32>,
 }
@@ -74,7 +77,8 @@ impl Processor {
         eos.extend(tokenizer.named("eos_token").and_then(|token| tokenizer.id(token)));
         eos.sort_unstable();
         eos.dedup();
-        Ok(Processor { tokenizer, template, vision, eos })
+        let subject = format!("`{}`", bundle.root().display());
+        Ok(Processor { tokenizer, template, subject, vision, eos })
     }
 
     /// Ids at which generation ends.
@@ -102,21 +106,29 @@ impl Processor {
         self.encode_messages(id, &[self.user(question)?], images, true)
     }
 
-    /// The first question of a sample with its pictures, up to where the model begins to answer.
+    /// The first question of a sample with its pictures, up to where the model begins to answer; the whole of a
+    /// running text.
     ///
     /// Errors: as `encode_question`.
     pub fn encode_prompt(&self, sample: &Sample) -> Result<Encoded> {
+        if let Some(tokens) = &sample.text {
+            return self.running_text(sample, tokens, false);
+        }
         let first = sample.turns.first().ok_or_else(|| Error::invalid(&sample.id, "has no turns"))?;
         // Pictures are numbered in the order of the text, so those of the first question come first.
         let count = first.user.iter().filter(|part| matches!(part, Part::Image(_))).count();
         self.encode_question(&sample.id, &first.user, sample.images.get(..count).unwrap_or(&sample.images))
     }
 
-    /// A whole conversation; the tokens of every answer, with the end token after each, are marked.
+    /// A whole conversation; the tokens of every answer, with the end token after each, are marked. Of a running text
+    /// every token is.
     ///
     /// Errors: as `encode_question`, and when the conversation up to an answer is not a prefix of the whole, in text or
     /// in tokens, so that the model would be trained on what it never sees.
     pub fn encode_conversation(&self, sample: &Sample) -> Result<Encoded> {
+        if let Some(tokens) = &sample.text {
+            return self.running_text(sample, tokens, true);
+        }
         let id = &sample.id;
         let mut messages = Vec::new();
         let mut prompts = Vec::new();
@@ -159,6 +171,20 @@ impl Processor {
             answer_mask.iter_mut().skip(start).take(length).for_each(|mask| *mask = true);
         }
         Ok(self.encoded(id, ids, answer_mask, images))
+    }
+
+    fn running_text(&self, sample: &Sample, tokens: &[i64], answers: bool) -> Result<Encoded> {
+        let image = self.image_token_id();
+        if tokens.iter().any(|&token| Some(token) == image) {
+            return Err(Error::invalid(&sample.id, "holds the image token, but running text has no pictures"));
+        }
+        Ok(Encoded {
+            id: sample.id.clone(),
+            input_ids: tokens.to_vec(),
+            answer_mask: vec![answers; tokens.len()],
+            image_positions: Vec::new(),
+            images: None,
+        })
     }
 
     /// Messages as they are, none of their tokens marked.
@@ -212,7 +238,12 @@ impl Processor {
     }
 
     fn render(&self, id: &str, messages: &[Message], prompt: bool) -> Result<String> {
-        self.template.render(messages, prompt).map_err(|error| Error::invalid(id, error.to_string()))
+        let template = self.template.as_ref().ok_or_else(|| {
+            Error::invalid(&self.subject, "has no chat template").remedy(
+                "expected chat_template.jinja, or `chat_template` in tokenizer_config.json; running text needs none",
+            )
+        })?;
+        template.render(messages, prompt).map_err(|error| Error::invalid(id, error.to_string()))
     }
 
     fn images(&self, id: &str, images: &[ImageBytes]) -> Result<Option<ImageInputs>> {
@@ -373,10 +404,10 @@ fn agree(config: &Value, nested: Option<&Value>) -> Result<()> {
 }
 
 /// The first of `chat_template.jinja`, `chat_template.json`, `processor_config.json` and `tokenizer_config.json`.
-fn read_template(bundle: &Bundle, processor_config: &Value, tokenizer: &Tokenizer) -> Result<ChatTemplate> {
+fn read_template(bundle: &Bundle, processor_config: &Value, tokenizer: &Tokenizer) -> Result<Option<ChatTemplate>> {
     let tokens = tokenizer.tokens.clone();
     if let Some(text) = bundle.read_text("chat_template.jinja")? {
-        return ChatTemplate::new("chat_template.jinja", &text, tokens);
+        return ChatTemplate::new("chat_template.jinja", &text, tokens).map(Some);
     }
     let own = bundle.read_json("chat_template.json")?;
     let tokenizer_config = bundle.read_json("tokenizer_config.json")?;
@@ -404,8 +435,7 @@ fn read_template(bundle: &Bundle, processor_config: &Value, tokenizer: &Tokenize
                 "expected a template, or a list with one named default",
             )
         })?;
-        return ChatTemplate::new(file, text, tokens);
+        return ChatTemplate::new(file, text, tokens).map(Some);
     }
-    Err(Error::invalid(format!("`{}`", bundle.root().display()), "has no chat template")
-        .remedy("expected chat_template.jinja, or `chat_template` in tokenizer_config.json"))
+    Ok(None)
 }

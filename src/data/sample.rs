@@ -1,4 +1,4 @@
-//! What every reader yields: pictures (still encoded) and turns of a conversation.
+//! What every reader yields: pictures (still encoded) and turns of a conversation, or running text.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -70,7 +70,7 @@ pub struct Turn {
     pub assistant: String,
 }
 
-/// One conversation about some pictures.
+/// One conversation about some pictures, or a sequence of running text.
 #[derive(Clone, Debug)]
 pub struct Sample {
     /// Position in the data set.
@@ -78,11 +78,18 @@ pub struct Sample {
     /// How errors name it: ``row 12 in `x.parquet` ``.
     pub id: String,
     pub images: Vec<ImageBytes>,
-    /// At least one.
+    /// At least one, unless it is running text.
     pub turns: Vec<Turn>,
+    /// Token ids of running text, which has no pictures and no turns.
+    pub text: Option<Vec<i64>>,
 }
 
 impl Sample {
+    /// Running text, tokenised.
+    pub(super) fn of_text(index: usize, id: String, tokens: Vec<i64>) -> Self {
+        Sample { index, id, images: Vec::new(), turns: Vec::new(), text: Some(tokens) }
+    }
+
     /// Places the pictures where the text says `<image>`; where it never does, before the first question.
     ///
     /// Errors: `Error::Invalid` when there are no turns, or the text names another number of pictures than there are.
@@ -107,7 +114,7 @@ impl Sample {
             push_text(&mut parts, &user, &mut next);
             turns.push(Turn { user: parts, assistant });
         }
-        Ok(Sample { index, id, images, turns })
+        Ok(Sample { index, id, images, turns, text: None })
     }
 }
 

@@ -1,8 +1,9 @@
-//! Benchmarks, what is left of a baseline, speed, and whether a model's files are what they claim.
+//! Benchmarks, perplexity, what is left of a baseline, speed, and whether a model's files are what they claim.
 
 mod agreement;
 mod bench;
 mod metrics;
+mod perplexity;
 mod probe;
 mod prompt;
 mod report;
@@ -15,6 +16,7 @@ pub use bench::{
     BenchOptions, BenchReport, MemoryProbe, ModelBench, Speedup, bench, peak_memory, peak_memory_of_child,
 };
 pub use metrics::{METRICS, Metric, Reference, metric_for, metric_of, says_yes};
+pub use perplexity::{SequenceLoss, TextReport, TextScores, kept_perplexity, perplexity};
 pub use prompt::{question_text, reference_of};
 pub use report::{Answer, EvalReport, EvalTiming, GroupRetention, GroupScore, ModelScores, Retention, YesNoScores};
 pub use run::{EvalOptions, LoadedModel, benchmark_name, compare, evaluate, prompt_of};

@@ -46,6 +46,23 @@ pub fn retention(strata: &[Vec<Pair>], seed: u64) -> Option<Interval> {
     Some(Interval { ratio, low: quantile(&ratios, 0.025), high: quantile(&ratios, 0.975) })
 }
 
+/// What is kept of a baseline's mean likelihood per token, `exp` of the summed differences of log-likelihood (model less
+/// baseline, in nats) over the summed tokens, with a bootstrap interval over the rows `(difference, tokens)`.
+///
+/// Source of the interval: as of [`retention`].
+pub fn kept_likelihood(rows: &[(f64, f64)], seed: u64) -> Interval {
+    let ratio = |rows: &mut dyn Iterator<Item = (f64, f64)>| {
+        let (difference, tokens) = rows.fold((0.0, 0.0), |sum, row| (sum.0 + row.0, sum.1 + row.1));
+        (difference / tokens).exp()
+    };
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut ratios: Vec<f64> =
+        (0..RESAMPLES).map(|_| ratio(&mut (0..rows.len()).map(|_| rows[rng.random_range(0..rows.len())]))).collect();
+    ratios.sort_by(f64::total_cmp);
+    let ratio = ratio(&mut rows.iter().copied());
+    Interval { ratio, low: quantile(&ratios, 0.025), high: quantile(&ratios, 0.975) }
+}
+
 fn mean(pairs: impl Iterator<Item = Pair>, count: usize) -> Pair {
     let (a, b) = pairs.fold((0.0, 0.0), |sum, pair| (sum.0 + pair.0, sum.1 + pair.1));
     (a / count as f64, b / count as f64)
@@ -120,6 +137,15 @@ mod tests {
         let interval = retention(&[stratum], 1).expect("a ratio");
         assert_eq!(interval.ratio, 0.75);
         assert!((interval.low - 0.7076).abs() < 0.005 && (interval.high - 0.7924).abs() < 0.005, "{interval:?}");
+    }
+
+    #[test]
+    fn likelihoods_weigh_by_tokens() {
+        // 300 tokens that lose 0.2 nats each and 100 that lose nothing: exp(-0.15).
+        let interval = kept_likelihood(&[(-60.0, 300.0), (0.0, 100.0)], 1);
+        assert!((interval.ratio - (-0.15f64).exp()).abs() < 1e-12);
+        assert!(interval.low >= (-0.2f64).exp() - 1e-12 && interval.high <= 1.0, "{interval:?}");
+        assert_eq!(kept_likelihood(&[(0.0, 9.0); 5], 1), Interval { ratio: 1.0, low: 1.0, high: 1.0 });
     }
 
     #[test]

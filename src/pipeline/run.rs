@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::{AtomicFile, Cancel, Device, Provenance, Result, Sha256Digest, read_json, sha256_file, write_json};
 use crate::bundle::Bundle;
-use crate::data::{Amount, Benchmark, Dataset, Subset, Texts};
+use crate::data::{Amount, Benchmark, Dataset, SEQUENCE_LENGTH, Subset};
 use crate::eval::{BenchReport, EvalReport, EvalTiming, ModelBench, ModelScores, bench, benchmark_name};
 use crate::export::triton::{self, TritonSettings};
 use crate::method::select::Strategy;
@@ -122,7 +122,7 @@ impl Run<'_> {
             (None, part) => Amount::Fraction(part.unwrap_or(1.0)),
         };
         let settings = ScoreSettings { amount, seed: calibration.seed, longer_packs, ..ScoreSettings::default() };
-        let dataset = Dataset::open(&calibration.data, Texts::default())?;
+        let dataset = Dataset::open_for(&calibration.data, bundle, SEQUENCE_LENGTH)?;
         let inputs = [("model", self.dense.digest.as_str()), ("data", &dataset.digest()?)];
         let (device, cancel) = (self.device, self.cancel);
         let done = self.store.step("score", "scores.json", &inputs, &settings, |path| {
@@ -145,7 +145,7 @@ impl Run<'_> {
             let read = Scores::read(&scores.path)?;
             let mut meter = match Strategy::named(name)?.measures_loss {
                 true => {
-                    let data = Dataset::open(&recipe.calibration.data, Texts::default())?;
+                    let data = Dataset::open_for(&recipe.calibration.data, bundle, SEQUENCE_LENGTH)?;
                     let amount = Amount::Samples(LOSS_SAMPLES.min(data.len()));
                     let subset = Subset { amount, seed: recipe.calibration.seed };
                     Some((LossMeter::new(bundle, &data, subset, device, cancel)?, data.digest()?))
@@ -169,7 +169,7 @@ impl Run<'_> {
         let features = Arc::clone(&self.features);
         let amount = section.samples.map_or(Amount::All, Amount::Samples);
         let subset = Subset { amount, seed: section.settings.seed };
-        let data_digest = Dataset::open(&section.data, Texts::default())?.digest()?;
+        let data_digest = Dataset::open_for(&section.data, bundle, SEQUENCE_LENGTH)?.digest()?;
         let inputs = [("model", pruned.digest.as_str()), ("plan", &planned.digest), ("data", &data_digest)];
         let step = format!("healed-{name}");
         let work = self.store.folder().join("work").join(name);
@@ -179,6 +179,7 @@ impl Run<'_> {
                 plan: &plan,
                 plan_digest: planned.digest.clone(),
                 data: &section.data,
+                sequence_length: SEQUENCE_LENGTH,
                 subset,
                 settings: &section.settings,
                 device,
@@ -311,8 +312,10 @@ impl Run<'_> {
         let mut files = file_digests(self.store.folder())?;
         files.remove(MANIFEST_FILE);
         let mut inputs = BTreeMap::from([("model".to_string(), self.dense.digest.clone())]);
+        let bundle = Bundle::open(&self.recipe.model)?;
         for data in [&self.recipe.calibration.data, &self.recipe.finetune.data] {
-            inputs.insert(format!("data {}", data.display()), Dataset::open(data, Texts::default())?.digest()?);
+            let dataset = Dataset::open_for(data, &bundle, SEQUENCE_LENGTH)?;
+            inputs.insert(format!("data {}", data.display()), dataset.digest()?);
         }
         for benchmark in &self.recipe.eval.benchmarks {
             inputs.insert(format!("benchmark {}", benchmark.display()), sha256_file(benchmark)?);

@@ -14,6 +14,7 @@
 
 mod decoder;
 mod library;
+mod likelihood;
 mod model;
 mod open;
 mod positions;
@@ -24,6 +25,7 @@ mod vision;
 mod vlm;
 
 pub use decoder::{CacheSlot, Decoder, KvCache, Step, StepTokens};
+pub use likelihood::cross_entropy;
 pub use positions::{multimodal_positions, positions_of_mask};
 pub use session::{Optimisation, Outputs, Port, Runtime, Session, SessionOptions};
 pub use tensor::{Element, Tensor};

@@ -1,4 +1,4 @@
-//! A model's answers to a benchmark, beside a baseline's.
+//! A model's answers to a benchmark, or its perplexity on running text, beside a baseline's.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -9,8 +9,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::{Cancel, Device, Provenance, Result};
 use crate::bundle::Bundle;
-use crate::data::Benchmark;
-use crate::eval::{EvalOptions, EvalReport, LoadedModel, ModelScores, benchmark_name, compare, evaluate};
+use crate::data::{Benchmark, Dataset};
+use crate::eval::{
+    EvalOptions, EvalReport, LoadedModel, ModelScores, TextReport, TextScores, benchmark_name, compare, evaluate,
+    kept_perplexity, perplexity,
+};
 use crate::runtime::{FeatureCache, Runtime, SessionOptions};
 
 /// Bytes of image features kept between models and questions.
@@ -94,6 +97,45 @@ pub fn eval(
     let retention = base.as_ref().map(|base| compare(&scores, base, BOOTSTRAP_SEED)).transpose()?;
     let provenance = Provenance::new(EvalReport::SCHEMA_VERSION, inputs, settings)?;
     Ok(EvalReport { provenance, model: scores, baseline: base, retention })
+}
+
+/// How perplexity is measured.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TextSettings {
+    /// Tokens in each sequence.
+    pub sequence_length: usize,
+    /// Reads only the first sequences.
+    pub limit: Option<usize>,
+}
+
+/// Perplexity of a model on running text, and of a baseline to say what the model keeps of it. Each model cuts the text
+/// with its own tokenizer.
+///
+/// Errors: as `LoadedModel::open`, `Dataset::open_for` and `perplexity`; `Error::Invalid` when the two models' tokenizers
+/// cut the text differently.
+pub fn eval_text(
+    engine: &Engine,
+    model: &Path,
+    baseline: Option<&Path>,
+    data: &Path,
+    settings: &TextSettings,
+    cancel: &Cancel,
+) -> Result<TextReport> {
+    let mut inputs = BTreeMap::new();
+    let mut measure = |role: &str, path: &Path| -> Result<TextScores> {
+        let bundle = Bundle::open(path)?;
+        let text = Dataset::open_for(data, &bundle, settings.sequence_length)?;
+        inputs.insert(role.to_string(), bundle.digest()?);
+        inputs.insert("data".to_string(), text.digest()?);
+        let mut loaded = LoadedModel::open(path, &engine.runtime, &SessionOptions::default(), &engine.cache)?;
+        perplexity(&mut loaded, &text, settings.limit, cancel)
+    };
+    let base = baseline.map(|path| measure("baseline", path)).transpose()?;
+    let scores = measure("model", model)?;
+    let retention = base.as_ref().map(|base| kept_perplexity(&scores, base, BOOTSTRAP_SEED)).transpose()?;
+    let provenance = Provenance::new(TextReport::SCHEMA_VERSION, inputs, settings)?;
+    Ok(TextReport { provenance, model: scores, baseline: base, retention })
 }
 
 /// What a model keeps of a baseline, by the seed that all verbs use.

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::base::{Cancel, Device, Error, Provenance, Result, Sha256Digest, write_json};
 use crate::bundle::{Bundle, BundleWriter, Record, Role, Step, Tower};
-use crate::data::{Dataset, Processor, Subset, Texts};
+use crate::data::{Dataset, Processor, Subset};
 use crate::finetune::{Conversations, Report, Request, Settings, StepMetrics, Teacher, clear_work};
 use crate::method::{Plan, Role as LayerRole};
 use crate::runtime::FeatureCache;
@@ -23,6 +23,8 @@ pub struct Finetune<'a> {
     /// Digest of the plan's file.
     pub plan_digest: Sha256Digest,
     pub data: &'a Path,
+    /// Tokens in each sequence, where the data is running text.
+    pub sequence_length: usize,
     /// Which samples.
     pub subset: Subset,
     pub settings: &'a Settings,
@@ -77,7 +79,7 @@ pub fn finetune(
         )
         .remedy("finetune a folder with the float decoder alone, and make the other variants from the result"));
     }
-    let dataset = Dataset::open(request.data, Texts::default())?;
+    let dataset = Dataset::open_for(request.data, &bundle, request.sequence_length)?;
     let processor = Processor::open(&bundle)?;
     let mut indices = request.subset.indices(dataset.len())?;
     indices.truncate((request.settings.data_share * indices.len() as f64).ceil() as usize);
