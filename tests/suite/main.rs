@@ -12,5 +12,6 @@ mod pictures;
 mod refusals;
 mod run;
 mod schemas;
+mod text;
 mod verify;
 mod zoo;
