@@ -113,6 +113,11 @@ impl TrainingSet {
         TrainingSet { examples, starts, answer_starts, hidden, targets: Targets::default() }
     }
 
+    /// Width of the residual stream.
+    pub fn hidden_size(&self) -> usize {
+        self.hidden.width()
+    }
+
     /// Lengths in tokens, by sample.
     pub fn lengths(&self) -> Vec<usize> {
         self.examples.iter().map(|example| example.length).collect()

@@ -152,6 +152,7 @@ pub fn finetune_with_teacher(
             source: request.data,
             data_digest: &data_digest,
             examples: &dataset.examples,
+            hidden_size: dataset.hidden_size(),
             settings: &all_stages,
             device: request.device,
             work: request.work,

@@ -85,6 +85,8 @@ pub struct Lesson<'a> {
     pub source: &'a dyn Source,
     pub data_digest: &'a Sha256Digest,
     pub examples: &'a [Example],
+    /// Width of the residual stream.
+    pub hidden_size: usize,
     pub settings: &'a Settings,
     pub device: Device,
     pub work: &'a Path,
@@ -131,9 +133,12 @@ impl Lesson<'_> {
             _ => None,
         };
         let vocabulary = last(analysis.map.result);
-        let hidden = last(analysis.map.source).ok_or_else(|| {
-            Error::unsupported(format!("teacher `{}`", path.display()), "its hidden size is not written in the graph")
-        })?;
+        let hidden = self.hidden_size;
+        if let Some(other) = last(analysis.map.source).filter(|&other| other != hidden) {
+            let problem = format!("its hidden size is {other}, the pruned model's {hidden}");
+            return Err(Error::invalid(format!("teacher `{}`", path.display()), problem)
+                .remedy("name the model that was pruned as teacher"));
+        }
         let streams: Vec<ValueId> = points
             .iter()
             .map(|point| layers.get(point.dense).map_or(layers[layers.len() - 1].output, |l| l.input))
