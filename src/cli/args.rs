@@ -1,5 +1,7 @@
 //! Argument values that several verbs share.
 
+use crate::method::{MODALITIES, ModalityWeights, check_weights};
+
 /// A list of layers, `2,5`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LayerList(pub Vec<usize>);
@@ -15,11 +17,63 @@ impl std::str::FromStr for LayerList {
     }
 }
 
+/// Weights of modalities, `image=0.7,text=0.3`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Weights(pub ModalityWeights);
+
+impl std::str::FromStr for Weights {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let names: Vec<&str> = MODALITIES.iter().map(|row| row.1).collect();
+        let mut weights = ModalityWeights::new();
+        for item in text.split(',') {
+            let (name, value) =
+                item.split_once('=').ok_or_else(|| format!("`{item}` is no NAME=WEIGHT, as in image=0.7,text=0.3"))?;
+            let row = MODALITIES.iter().find(|row| row.1 == name);
+            let row = row.ok_or_else(|| format!("`{name}` is none of {}", names.join(", ")))?;
+            let value = value.parse().map_err(|_| format!("`{value}` is no number"))?;
+            if weights.insert(row.0, value).is_some() {
+                return Err(format!("`{name}` stands twice"));
+            }
+        }
+        check_weights(&weights).map_err(|e| e.to_string())?;
+        Ok(Weights(weights))
+    }
+}
+
 /// A number above 0 and at most 1.
 pub fn fraction(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(value) if value > 0.0 && value <= 1.0 => Ok(value),
         _ => Err("must be a number above 0 and at most 1".to_string()),
+    }
+}
+
+/// Units behind a number, the longer ones first.
+const UNITS: &[(&str, f64)] = &[
+    ("KiB", 1024.0),
+    ("MiB", 1024.0 * 1024.0),
+    ("GiB", 1024.0 * 1024.0 * 1024.0),
+    ("kB", 1e3),
+    ("MB", 1e6),
+    ("GB", 1e9),
+    ("TB", 1e12),
+    ("k", 1e3),
+    ("M", 1e6),
+    ("G", 1e9),
+    ("B", 1.0),
+];
+
+/// A whole number above 0, perhaps with a unit: `1500000`, `1.5M`, `800MiB`.
+pub fn amount(text: &str) -> Result<u64, String> {
+    let unit = UNITS.iter().find_map(|(name, factor)| Some((text.strip_suffix(name)?, *factor)));
+    let (number, factor) = unit.unwrap_or((text, 1.0));
+    match number.parse::<f64>() {
+        Ok(value) if value > 0.0 && (1.0..1e18).contains(&(value * factor)) => Ok((value * factor) as u64),
+        _ => {
+            Err("must be a number above 0, with k, M, G, kB, MB, GB, KiB, MiB or GiB behind it or nothing".to_string())
+        }
     }
 }
 
@@ -43,6 +97,34 @@ mod tests {
             let error = bad.parse::<LayerList>().expect_err(bad);
             assert!(error.contains("no layer index"), "{bad}: {error}");
         }
+    }
+
+    #[test]
+    fn weights_are_read_strictly() {
+        use crate::method::Modality::{Image, Text};
+        assert_eq!("image=0.75,text=2".parse(), Ok(Weights([(Image, 0.75), (Text, 2.0)].into())));
+        for (bad, want) in [
+            ("image", "NAME=WEIGHT"),
+            ("sound=1", "none of all, image, text"),
+            ("image=x", "no number"),
+            ("image=-1", "0 or more"),
+            ("image=0", "none is above 0"),
+            ("text=1,text=2", "twice"),
+            ("", "NAME=WEIGHT"),
+        ] {
+            let error = bad.parse::<Weights>().expect_err(bad);
+            assert!(error.contains(want), "{bad}: {error}");
+        }
+    }
+
+    #[test]
+    fn amounts_take_units() {
+        let cases =
+            [("1500", 1500), ("1.5M", 1_500_000), ("2GB", 2_000_000_000), ("0.5KiB", 512), ("7B", 7), ("3k", 3000)];
+        for (text, want) in cases {
+            assert_eq!(amount(text), Ok(want), "{text}");
+        }
+        assert!(["", "0", "-1", "1X", "M", "nan", "1e30", "1.5 GB"].iter().all(|text| amount(text).is_err()));
     }
 
     #[test]

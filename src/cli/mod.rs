@@ -15,6 +15,7 @@ mod run;
 mod schema;
 mod score;
 mod strip;
+mod sweep;
 mod torch;
 mod verify;
 
@@ -56,6 +57,7 @@ enum Verb {
     Verify(verify::Args),
     Export(export::Args),
     Run(run::Args),
+    Sweep(sweep::Args),
     #[command(hide = true)]
     PeakMemory(bench::MemoryArgs),
 }
@@ -109,6 +111,7 @@ fn dispatch(cli: Cli, torch: RunTorchVerb) -> anyhow::Result<Outcome> {
         Verb::Verify(args) => torch(TorchVerb::Verify(args), &context),
         Verb::Export(args) => export::run(args, &context),
         Verb::Run(args) => torch(TorchVerb::Run(args), &context),
+        Verb::Sweep(args) => torch(TorchVerb::Sweep(args), &context),
         Verb::PeakMemory(args) => bench::run_memory(args, &context),
     }
 }

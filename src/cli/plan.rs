@@ -2,20 +2,25 @@
 
 use std::path::PathBuf;
 
-use crate::base::{Device, sha256_file, write_json};
+use crate::base::{Device, human_bytes, human_count, sha256_file, write_json};
 use crate::bundle::Bundle;
 use crate::data::{Amount, Dataset, SEQUENCE_LENGTH, Subset};
-use crate::method::select::STRATEGIES;
+use crate::method::select::{STRATEGIES, Strategy};
 use crate::method::{LossMeter, Scores};
 use crate::pipeline::steps::{self, HowMany, PlanSettings, PlannedModel};
 
-use super::args::{LayerList, positive};
+use super::args::{LayerList, Weights, amount, positive};
 use super::{Context, Outcome, strip};
+
+/// The flags of which one says how many layers go.
+const HOW_MANY: [&str; 6] = ["drop_ratio", "drop_count", "drop", "target_params", "target_size", "target_speedup"];
 
 /// Choose which layers to drop and which to finetune
 #[derive(clap::Args)]
-#[command(after_help = "Example:\n  interlace plan model/ --scores scores.json --drop-ratio 0.25 -o plan.json")]
-#[command(group(clap::ArgGroup::new("how_many").required(true).args(["drop_ratio", "drop_count", "drop"])))]
+#[command(after_help = "Examples:\n  interlace plan model/ --scores scores.json --drop-ratio 0.25 -o plan.json\n  \
+    interlace plan model/ --scores scores.json --target-size 1.5GB --modality-weights image=0.7,text=0.3 -o plan.json\n  \
+    interlace plan model/ --strategy interlace-loss --data train.parquet --target-speedup 1.3 -o plan.json")]
+#[command(group(clap::ArgGroup::new("how_many").required(true).args(HOW_MANY)))]
 pub struct Args {
     /// Model folder, or one .onnx decoder
     model: PathBuf,
@@ -31,9 +36,21 @@ pub struct Args {
     /// Number of layers to drop
     #[arg(long, value_name = "K", value_parser = positive)]
     drop_count: Option<usize>,
+    /// Drop as few layers as leave the model at most this many parameters, as in 1.5G or 800M
+    #[arg(long, value_name = "N", value_parser = amount)]
+    target_params: Option<u64>,
+    /// Drop as few layers as leave its ONNX files at most this many bytes, as in 1.5GB or 800MiB
+    #[arg(long, value_name = "BYTES", value_parser = amount)]
+    target_size: Option<u64>,
+    /// Drop as few layers as give the decoder this ideal speed-up: all layers over those that stay
+    #[arg(long, value_name = "X")]
+    target_speedup: Option<f64>,
     /// Drop these layers, as in 2,5
     #[arg(long, value_name = "LAYERS")]
     drop: Option<LayerList>,
+    /// How much similarities over image, text and all tokens count, as in image=0.7,text=0.3 [default: all=1]
+    #[arg(long, value_name = "WEIGHTS", requires = "scores")]
+    modality_weights: Option<Weights>,
     /// Calibration data for strategies that measure losses
     #[arg(long, value_name = "DATA")]
     data: Option<PathBuf>,
@@ -55,27 +72,38 @@ pub struct Args {
 }
 
 fn strategies_help() -> String {
-    let rows = STRATEGIES.iter().map(|strategy| format!("  {:<14}{}", strategy.name, strategy.summary));
+    let rows = STRATEGIES.iter().map(|strategy| format!("  {:<16}{}", strategy.name, strategy.summary));
     format!("How to choose:\n{}\n[default: interlace, or explicit with --drop]", rows.collect::<Vec<_>>().join("\n"))
 }
 
 pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     let strategy =
         args.strategy.unwrap_or_else(|| if args.drop.is_some() { "explicit" } else { "interlace" }.to_string());
-    let how_many = match (args.drop, args.drop_count, args.drop_ratio) {
-        (Some(layers), _, _) => HowMany::Drop(layers.0),
-        (_, Some(count), _) => HowMany::DropCount(count),
-        (_, _, ratio) => HowMany::DropRatio(ratio.unwrap_or_default()),
-    };
+    let how_many = [
+        args.drop.map(|layers| HowMany::Drop(layers.0)),
+        args.drop_count.map(HowMany::DropCount),
+        args.drop_ratio.map(HowMany::DropRatio),
+        args.target_params.map(HowMany::TargetParams),
+        args.target_size.map(HowMany::TargetSize),
+        args.target_speedup.map(HowMany::TargetSpeedup),
+    ];
+    // The group of arguments demands one.
+    let how_many = how_many.into_iter().flatten().next().unwrap_or(HowMany::DropCount(0));
     if matches!(how_many, HowMany::Drop(_)) != (strategy == "explicit") {
         anyhow::bail!("--drop goes with the strategy `explicit`, found `{strategy}`; leave one of them out");
     }
     let bundle = Bundle::open(&args.model)?;
     let scores = args.scores.as_deref().map(Scores::read).transpose()?;
     let digest = args.scores.as_deref().map(sha256_file).transpose()?;
-    let model = PlannedModel { digest: bundle.digest()?, num_layers: steps::decoder_layers(&bundle)? };
+    let model = PlannedModel::of(&bundle)?;
     let samples = args.data.is_some().then_some(args.samples);
-    let settings = PlanSettings { strategy, how_many, seed: args.seed, samples };
+    let settings = PlanSettings {
+        strategy,
+        how_many,
+        seed: args.seed,
+        samples,
+        modality_weights: args.modality_weights.map(|weights| weights.0),
+    };
     let subset = Subset { amount: Amount::Samples(args.samples), seed: args.seed };
     let mut meter = match &args.data {
         Some(data) => {
@@ -84,10 +112,24 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         }
         None => None,
     };
+    if let Some((meter, _)) =
+        meter.as_ref().filter(|_| Strategy::named(&settings.strategy).is_ok_and(|row| row.measures_loss))
+    {
+        let count = settings.how_many.count(&model)?.min(model.num_layers);
+        let removals = (0..count).map(|round| model.num_layers - round).sum::<usize>();
+        context.output.note(format!(
+            "{}: at most {removals} removals, each measured on {} samples with {} answer tokens",
+            settings.strategy,
+            meter.conversations(),
+            meter.answer_tokens()
+        ));
+    }
     let losses = meter.as_mut().map(|(measure, data)| steps::Losses { data: data.clone(), measure });
     let plan = steps::plan(&model, scores.as_ref().zip(digest), &settings, losses)?;
+    let measured = Strategy::named(&plan.strategy)?.measures_loss;
     write_json(&args.output, &plan)?;
     let output = &context.output;
+    model.warnings(&plan.drop).iter().for_each(|warning| output.warn(warning));
     if output.json {
         output.json(&plan)?;
         return Ok(Outcome::Done);
@@ -97,6 +139,20 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     let list = |layers: &[usize]| layers.iter().map(usize::to_string).collect::<Vec<_>>().join(" ");
     output.line(format!("drop      {}", list(&plan.drop)))?;
     output.line(format!("finetune  {}", list(&plan.finetune)))?;
+    if measured {
+        let steps =
+            plan.groups.iter().map(|group| format!("{} ({:.4})", list(&group.drop), group.score.unwrap_or_default()));
+        output.line(format!("loss      {} as they went", steps.collect::<Vec<_>>().join(", ")))?;
+    }
     output.line(format!("kept      {} of {} layers", plan.num_layers - plan.drop.len(), plan.num_layers))?;
+    let (before, after) = (model.costs.without(&[]), model.costs.without(&plan.drop));
+    output.line(format!(
+        "model     {} of {} parameters, {} of {}",
+        human_count(after.parameters),
+        human_count(before.parameters),
+        human_bytes(after.size_bytes),
+        human_bytes(before.size_bytes)
+    ))?;
+    output.line(format!("decoder   {:.2} times as fast at best, all layers being alike", after.speedup))?;
     Ok(Outcome::Done)
 }

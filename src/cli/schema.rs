@@ -8,7 +8,7 @@ use crate::export::triton::Export;
 use crate::finetune::Report;
 use crate::method::{Plan, Scores};
 use crate::pipeline::steps::{Inspection, Pruned};
-use crate::pipeline::{Manifest, Recipe, State, Table};
+use crate::pipeline::{Manifest, Recipe, State, Sweep, SweepTable, Table};
 
 /// Name and schema of every artifact; `schemas/` holds them under `NAME.schema.json`.
 pub fn schemas() -> Vec<(&'static str, Schema)> {
@@ -25,6 +25,8 @@ pub fn schemas() -> Vec<(&'static str, Schema)> {
         ("report", schema_for!(EvalReport)),
         ("scores", schema_for!(Scores)),
         ("state", schema_for!(State)),
+        ("sweep", schema_for!(SweepTable)),
+        ("sweep-recipe", schema_for!(Sweep)),
         ("table", schema_for!(Table)),
         ("text-report", schema_for!(TextReport)),
         ("verify", schema_for!(VerifyReport)),

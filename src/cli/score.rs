@@ -76,6 +76,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
 
 fn score_table(scores: &Scores) -> String {
     let mut rows = vec![["first layer", "sim_1", "sim_2", "sim_3"].map(String::from).to_vec()];
+    rows[0].extend(scores.modalities.keys().map(|modality| format!("sim_1 {}", modality.name())));
     for layer in 0..scores.sim_1.mean.len() {
         let mut row = vec![layer.to_string()];
         for pack in [&scores.sim_1, &scores.sim_2, &scores.sim_3] {
@@ -83,6 +84,10 @@ fn score_table(scores: &Scores) -> String {
                 (Some(mean), Some(error)) => format!("{mean:.4} ± {error:.4}"),
                 _ => String::new(),
             });
+        }
+        for modality in scores.modalities.values() {
+            let mean = modality.packs.get(&1).and_then(|pack| pack.mean.get(layer));
+            row.push(mean.map(|mean| format!("{mean:.4}")).unwrap_or_default());
         }
         rows.push(row);
     }

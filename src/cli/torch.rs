@@ -10,7 +10,7 @@ use anyhow::Context as _;
 
 use crate::base::Error;
 
-use super::{Context, Outcome, finetune, run, verify};
+use super::{Context, Outcome, finetune, run, sweep, verify};
 
 /// The program that links LibTorch; it lies beside `interlace`.
 const TORCH_PROGRAM: &str = "interlace-torch";
@@ -19,6 +19,7 @@ const TORCH_PROGRAM: &str = "interlace-torch";
 pub enum TorchVerb {
     Finetune(Box<finetune::Args>),
     Run(run::Args),
+    Sweep(sweep::Args),
     Verify(verify::Args),
 }
 
@@ -30,6 +31,7 @@ pub fn here(verb: TorchVerb, context: &Context) -> anyhow::Result<Outcome> {
     match verb {
         TorchVerb::Finetune(args) => finetune::run(*args, context),
         TorchVerb::Run(args) => run::run(args, context),
+        TorchVerb::Sweep(args) => sweep::run(args, context),
         TorchVerb::Verify(args) => verify::run(args, context),
     }
 }

@@ -11,4 +11,7 @@ pub mod select;
 pub use loss::LossMeter;
 pub use plan::{LayerPlan, PLAN_SCHEMA_VERSION, Plan, Role, check_layers};
 pub use score::{ScoreSettings, score};
-pub use scores::{PackScores, SCORES_SCHEMA_VERSION, SampleScores, Scores, Similarities};
+pub use scores::{
+    MODALITIES, Modality, ModalityScores, ModalityWeights, PackScores, SCORES_SCHEMA_VERSION, SampleModality,
+    SampleScores, Scores, Similarities, check_weights,
+};

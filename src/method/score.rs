@@ -17,7 +17,7 @@ use crate::runtime::{
     VlmSettings,
 };
 
-use super::scores::{SCORES_SCHEMA_VERSION, SampleScores, Scores, Similarities};
+use super::scores::{Modality, SCORES_SCHEMA_VERSION, SampleModality, SampleScores, Scores, Similarities};
 
 /// Bytes of image features that are kept, for data sets that ask several questions about one picture.
 const FEATURE_CACHE_BYTES: usize = 64 << 20;
@@ -128,14 +128,54 @@ fn score_one(model: &mut VlmSession, encoded: Encoded, packs: &[usize]) -> Resul
         last_only: true,
     };
     let outputs = model.decoder_mut().prefill_outputs(&step)?;
+    let mut is_image = vec![false; tokens];
+    for &position in &encoded.image_positions {
+        if let Some(slot) = is_image.get_mut(position) {
+            *slot = true;
+        }
+    }
     let mut sim = Similarities::new();
+    let mut modalities: BTreeMap<Modality, SampleModality> = BTreeMap::new();
     for &pack in packs {
         // Shape [n, 1, T]: the mean over tokens is taken here, in double precision.
         let values = outputs.get(&format!("{SIMILARITY_PREFIX}{pack}"))?.to_f32()?;
-        let rows = values.chunks_exact(tokens.max(1));
-        let means: Vec<f64> =
-            rows.map(|row| row.iter().map(|&value| f64::from(value)).sum::<f64>() / tokens as f64).collect();
-        sim.insert(pack, means);
+        let rows: Vec<&[f32]> = values.chunks_exact(tokens.max(1)).collect();
+        sim.insert(pack, rows.iter().filter_map(|row| mean_over(row, |_| true)).collect());
+        for (modality, wanted) in [(Modality::Image, true), (Modality::Text, false)] {
+            let count = is_image.iter().filter(|&&image| image == wanted).count();
+            if count > 0 {
+                let means = rows.iter().filter_map(|row| mean_over(row, |at| is_image[at] == wanted)).collect();
+                let own = modalities.entry(modality).or_default();
+                own.tokens = count;
+                own.sim.insert(pack, means);
+            }
+        }
     }
-    Ok(SampleScores { id, tokens, sim })
+    Ok(SampleScores { id, tokens, sim, modalities })
+}
+
+/// The mean of the values at the positions that are wanted; `None` when there are none.
+fn mean_over(values: &[f32], wanted: impl Fn(usize) -> bool) -> Option<f64> {
+    let (mut sum, mut count) = (0.0, 0usize);
+    for (at, &value) in values.iter().enumerate() {
+        if wanted(at) {
+            sum += f64::from(value);
+            count += 1;
+        }
+    }
+    (count > 0).then(|| sum / count as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn means_are_over_the_wanted_tokens() {
+        let values = [0.5, 0.25, 1.0, 0.75];
+        assert_eq!(mean_over(&values, |_| true), Some(0.625));
+        assert_eq!(mean_over(&values, |at| at == 1 || at == 2), Some(0.625));
+        assert_eq!(mean_over(&values, |at| at != 1), Some(0.75));
+        assert_eq!(mean_over(&values, |_| false), None);
+    }
 }

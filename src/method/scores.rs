@@ -14,6 +14,24 @@ pub const SCORES_SCHEMA_VERSION: u32 = 1;
 /// Mean similarity per pack, by pack size `k`: entry `i` compares the stream before layer `i` with that after `i+k-1`.
 pub type Similarities = BTreeMap<usize, Vec<f64>>;
 
+/// Tokens that similarities are taken over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Modality {
+    All,
+    /// Tokens that take one image feature each.
+    Image,
+    /// Every other token.
+    Text,
+}
+
+/// Every modality with its name.
+pub const MODALITIES: &[(Modality, &str)] =
+    &[(Modality::All, "all"), (Modality::Image, "image"), (Modality::Text, "text")];
+
+/// How much each modality's similarities count.
+pub type ModalityWeights = BTreeMap<Modality, f64>;
+
 /// `scores.json`: how little each pack of consecutive layers turns the residual stream.
 ///
 /// With `h_i` the input of layer `i`, `sim_k[i]` is the mean over tokens of `cos(h_i[t], h_{i+k}[t])`, and its mean here
@@ -38,8 +56,21 @@ pub struct Scores {
     /// Longer packs, by the number of layers, where they were asked for.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub longer: BTreeMap<usize, PackScores>,
+    /// The same over image tokens and over text tokens alone, each over the samples that have any.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub modalities: BTreeMap<Modality, ModalityScores>,
     /// What each sample gave.
     pub samples: Vec<SampleScores>,
+}
+
+/// Similarities over one modality's tokens.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ModalityScores {
+    /// Samples that have such tokens.
+    pub num_samples: usize,
+    /// Scores by the number of layers in the pack.
+    pub packs: BTreeMap<usize, PackScores>,
 }
 
 /// Similarities of all packs of one size, by the first layer of the pack.
@@ -62,6 +93,17 @@ pub struct SampleScores {
     pub tokens: usize,
     /// Similarities by pack size (`"1"`, `"2"`, ...), each by the first layer of the pack.
     pub sim: Similarities,
+    /// Tokens and similarities of each modality that the prompt has tokens of.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub modalities: BTreeMap<Modality, SampleModality>,
+}
+
+/// One modality of one sample.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SampleModality {
+    pub tokens: usize,
+    pub sim: Similarities,
 }
 
 impl Scores {
@@ -76,22 +118,22 @@ impl Scores {
         samples: Vec<SampleScores>,
     ) -> Result<Self> {
         let first = samples.first().ok_or_else(|| Error::invalid("scores", "no sample was scored"))?;
-        let sizes: Vec<usize> = first.sim.keys().copied().collect();
-        let mut packs = BTreeMap::new();
-        for &size in &sizes {
-            let rows = samples
+        let rows = samples.iter().map(|sample| (sample.id.as_str(), &sample.sim));
+        let mut packs = mean_packs(&rows.collect::<Vec<_>>())?;
+        let longest = first.sim.keys().copied().collect::<Vec<_>>();
+        let mut modalities = BTreeMap::new();
+        for modality in [Modality::Image, Modality::Text] {
+            let rows: Vec<(&str, &Similarities)> = samples
                 .iter()
-                .map(|sample| {
-                    let row = sample.sim.get(&size).filter(|_| sample.sim.len() == sizes.len());
-                    row.map(Vec::as_slice).ok_or_else(|| {
-                        Error::invalid(
-                            format!("sample `{}`", sample.id),
-                            format!("lacks sim_{size} that `{}` has", first.id),
-                        )
-                    })
-                })
-                .collect::<Result<Vec<_>>>()?;
-            packs.insert(size, PackScores::over(&rows));
+                .filter_map(|sample| Some((sample.id.as_str(), &sample.modalities.get(&modality)?.sim)))
+                .collect();
+            if let Some((id, sim)) = rows.first() {
+                if sim.keys().copied().ne(longest.iter().copied()) {
+                    return Err(Error::invalid(format!("sample `{id}`"), "lacks packs of one of its modalities"));
+                }
+                let packs = mean_packs(&rows)?;
+                modalities.insert(modality, ModalityScores { num_samples: rows.len(), packs });
+            }
         }
         let mut take = |size| {
             packs
@@ -107,6 +149,7 @@ impl Scores {
             sim_2: take(2)?,
             sim_3: take(3)?,
             longer: packs,
+            modalities,
             samples,
         };
         scores.check()?;
@@ -127,6 +170,36 @@ impl Scores {
         self.packs().map(|(size, pack)| (size, pack.mean.clone())).collect()
     }
 
+    /// The means by pack size over several modalities, each counted by its weight; the weights need not make 1.
+    ///
+    /// Errors: `Error::Invalid` when no weight is above 0, one is no number of 0 or more, or the scores hold nothing of
+    /// a modality.
+    pub fn weighted_similarities(&self, weights: &ModalityWeights) -> Result<Similarities> {
+        check_weights(weights)?;
+        let sum: f64 = weights.values().sum();
+        let mut total = Similarities::new();
+        for (&modality, &weight) in weights.iter().filter(|(_, weight)| **weight > 0.0) {
+            let own = match modality {
+                Modality::All => self.similarities(),
+                _ => {
+                    let scores = self.modalities.get(&modality).ok_or_else(|| {
+                        Error::invalid(format!("scores over {} tokens", modality.name()), "are not in the file").remedy(
+                            "score again with this version, on data that has such tokens, or leave this weight out",
+                        )
+                    })?;
+                    scores.packs.iter().map(|(&size, pack)| (size, pack.mean.clone())).collect()
+                }
+            };
+            for (size, values) in own {
+                let slot = total.entry(size).or_insert_with(|| vec![0.0; values.len()]);
+                for (slot, value) in slot.iter_mut().zip(values) {
+                    *slot += weight / sum * value;
+                }
+            }
+        }
+        Ok(total)
+    }
+
     fn packs(&self) -> impl Iterator<Item = (usize, &PackScores)> {
         let first = [(1, &self.sim_1), (2, &self.sim_2), (3, &self.sim_3)];
         first.into_iter().chain(self.longer.iter().map(|(&size, pack)| (size, pack)))
@@ -142,13 +215,59 @@ impl Scores {
                 ));
             }
         }
+        for (modality, scores) in &self.modalities {
+            for (&size, pack) in &scores.packs {
+                check_pack(&format!("sim_{size} over {} tokens", modality.name()), size, self, &pack.mean)?;
+            }
+        }
         for sample in &self.samples {
-            for (&size, values) in &sample.sim {
+            let split = sample.modalities.values().map(|modality| &modality.sim);
+            for (&size, values) in std::iter::once(&sample.sim).chain(split).flatten() {
                 check_pack(&format!("sim_{size} of sample `{}`", sample.id), size, self, values)?;
             }
         }
         Ok(())
     }
+}
+
+impl Modality {
+    /// Name in files and flags.
+    pub fn name(self) -> &'static str {
+        MODALITIES.iter().find(|row| row.0 == self).map_or("all", |row| row.1)
+    }
+}
+
+/// Errors: `Error::Invalid` when no weight is above 0 or one is no number of 0 or more.
+pub fn check_weights(weights: &ModalityWeights) -> Result<()> {
+    if let Some((modality, weight)) = weights.iter().find(|(_, weight)| !(weight.is_finite() && **weight >= 0.0)) {
+        return Err(Error::invalid(
+            format!("weight of modality `{}`", modality.name()),
+            format!("is {weight}, must be 0 or more"),
+        ));
+    }
+    if !weights.values().any(|&weight| weight > 0.0) {
+        return Err(Error::invalid("modality weights", "none is above 0"));
+    }
+    Ok(())
+}
+
+/// Mean and standard error of each pack size over samples, named by their ids.
+fn mean_packs(samples: &[(&str, &Similarities)]) -> Result<BTreeMap<usize, PackScores>> {
+    let Some((first, sim)) = samples.first() else { return Ok(BTreeMap::new()) };
+    let mut packs = BTreeMap::new();
+    for &size in sim.keys() {
+        let rows = samples
+            .iter()
+            .map(|(id, own)| {
+                let row = own.get(&size).filter(|_| own.len() == sim.len());
+                row.map(Vec::as_slice).ok_or_else(|| {
+                    Error::invalid(format!("sample `{id}`"), format!("lacks sim_{size} that `{first}` has"))
+                })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        packs.insert(size, PackScores::over(&rows));
+    }
+    Ok(packs)
 }
 
 fn check_pack(subject: &str, size: usize, scores: &Scores, values: &[f64]) -> Result<()> {
@@ -199,7 +318,7 @@ mod tests {
 
     fn sample(id: &str, value: f64) -> SampleScores {
         let sim = (1..=3).map(|size| (size, vec![value; 5 - size])).collect();
-        SampleScores { id: id.into(), tokens: 7, sim }
+        SampleScores { id: id.into(), tokens: 7, sim, modalities: BTreeMap::new() }
     }
 
     #[test]
@@ -231,6 +350,45 @@ mod tests {
     fn lengths_must_fit_the_number_of_layers() {
         let error = Scores::from_samples(head(), 6, false, vec![sample("a", 0.2)]).unwrap_err().to_string();
         assert!(error.contains("has 4 values, 5 expected for 6 layers"), "{error}");
+    }
+
+    fn seeing(id: &str, all: f64, image: Option<f64>, text: f64) -> SampleScores {
+        let part = |tokens, value| SampleModality { tokens, sim: sample(id, value).sim };
+        let mut modalities = BTreeMap::from([(Modality::Text, part(3, text))]);
+        modalities.extend(image.map(|image| (Modality::Image, part(4, image))));
+        SampleScores { modalities, ..sample(id, all) }
+    }
+
+    /// Image: 0.9 and 0.5 of two samples; text: 0.2, 0.4 and 0.6 of three.
+    #[test]
+    fn modalities_are_averaged_over_the_samples_that_have_them_and_weighed() {
+        let samples =
+            vec![seeing("a", 0.5, Some(0.9), 0.2), seeing("b", 0.5, Some(0.5), 0.4), seeing("c", 0.8, None, 0.6)];
+        let scores = Scores::from_samples(head(), 5, false, samples).unwrap();
+        let image = &scores.modalities[&Modality::Image];
+        assert_eq!(image.num_samples, 2);
+        assert!((image.packs[&2].mean[1] - 0.7).abs() < 1e-12);
+        assert!((scores.modalities[&Modality::Text].packs[&3].mean[0] - 0.4).abs() < 1e-12);
+        assert_eq!(scores.similarities()[&1].len(), 4);
+        // (3 * 0.7 + 1 * 0.4) / 4, and with all tokens besides (mean 0.6): (0.7 + 0.6) / 2.
+        let weighed = |weights: &[(Modality, f64)]| {
+            scores.weighted_similarities(&weights.iter().copied().collect()).map(|sim| sim[&1][0])
+        };
+        assert!((weighed(&[(Modality::Image, 3.0), (Modality::Text, 1.0)]).unwrap() - 0.625).abs() < 1e-12);
+        assert!((weighed(&[(Modality::Image, 0.5), (Modality::All, 0.5)]).unwrap() - 0.65).abs() < 1e-12);
+        assert_eq!(weighed(&[(Modality::All, 2.0)]).unwrap(), scores.similarities()[&1][0]);
+        assert!(weighed(&[(Modality::Image, -1.0)]).is_err() && weighed(&[]).is_err());
+        let older = Scores::from_samples(head(), 5, false, vec![sample("a", 0.2)]).unwrap();
+        let error = older.weighted_similarities(&[(Modality::Text, 1.0)].into()).unwrap_err().to_string();
+        assert!(error.contains("text tokens") && error.contains("score again"), "{error}");
+    }
+
+    #[test]
+    fn files_without_modalities_are_still_read() {
+        let scores = Scores::from_samples(head(), 5, false, vec![sample("a", 0.2)]).unwrap();
+        let text = serde_json::to_string(&scores).unwrap();
+        assert!(!text.contains("modalities"));
+        assert_eq!(serde_json::from_str::<Scores>(&text).unwrap(), scores);
     }
 
     #[test]

@@ -1,12 +1,15 @@
-//! The verbs in one go: a recipe, steps that are done once, the table and the manifest.
+//! The verbs in one go: a recipe or a sweep, steps that are done once, the table and the manifest.
 
 mod recipe;
 mod run;
+mod stages;
 pub mod steps;
 mod store;
+mod sweep;
 mod table;
 
 pub use recipe::Recipe;
 pub use run::{MANIFEST_FILE, Manifest, RunResult, TABLE_FILE, run};
 pub use store::{Finished, STATE_FILE, State, StepState, Store};
+pub use sweep::{SWEEP_FILE, Spread, Sweep, SweepResult, SweepRow, SweepTable, sweep};
 pub use table::{Row, Speed, Table};

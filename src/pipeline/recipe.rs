@@ -7,11 +7,13 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::base::{Device, Error, Result};
+use crate::data::Amount;
 use crate::eval::BenchOptions;
 use crate::finetune::{self, DEFAULT_RECIPE, RecipeRow};
 use crate::method::select::Strategy;
+use crate::method::{ModalityWeights, check_weights};
 
-use super::steps::EvalSettings;
+use super::steps::{EvalSettings, HowMany};
 
 /// `recipe.toml`. Paths are relative to the recipe's own folder.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -61,12 +63,24 @@ pub struct PlanSection {
     /// How many layers to drop, in place of `drop_ratio`.
     #[serde(default)]
     pub drop_count: Option<usize>,
+    /// As few layers as leave the model at most this many parameters.
+    #[serde(default)]
+    pub target_params: Option<u64>,
+    /// As few layers as leave the model's files at most this many bytes.
+    #[serde(default)]
+    pub target_size: Option<u64>,
+    /// As few layers as give the decoder this ideal speed-up, all layers over those that stay.
+    #[serde(default)]
+    pub target_speedup: Option<f64>,
     /// Strategies; the first is the one whose model the run is for, the others are compared with it.
     #[serde(default = "default_strategies")]
     pub strategies: Vec<String>,
     /// Seed of the `random` strategy.
     #[serde(default = "default_seed")]
     pub seed: u64,
+    /// How much similarities over `image`, `text` and `all` tokens count; `all` alone without it.
+    #[serde(default)]
+    pub modality_weights: Option<ModalityWeights>,
 }
 
 /// How the neighbours of what went are finetuned.
@@ -143,6 +157,37 @@ pub(super) fn finetune_settings(recipe: &str, section: Option<&toml::Value>) -> 
     RecipeRow::named(recipe)?.settings_with(own.cloned().unwrap_or_default())
 }
 
+impl Calibration {
+    /// How many samples are drawn.
+    pub(super) fn amount(&self) -> Amount {
+        match (self.samples, self.fraction) {
+            (Some(samples), _) => Amount::Samples(samples),
+            (None, part) => Amount::Fraction(part.unwrap_or(1.0)),
+        }
+    }
+
+    pub(super) fn check(&self) -> Result<()> {
+        one_of("calibration", ("samples", self.samples.is_some()), ("fraction", self.fraction.is_some()))?;
+        if self.samples == Some(0) || self.fraction.is_some_and(|part| !(part > 0.0 && part <= 1.0)) {
+            return Err(Error::invalid("calibration", "`samples` must be above 0, `fraction` above 0 and at most 1"));
+        }
+        Ok(())
+    }
+}
+
+impl PlanSection {
+    /// Every way to say how many layers go, by its key.
+    pub(super) fn amounts(&self) -> [Option<(&'static str, HowMany)>; 5] {
+        [
+            self.drop_ratio.map(|ratio| ("drop_ratio", HowMany::DropRatio(ratio))),
+            self.drop_count.map(|count| ("drop_count", HowMany::DropCount(count))),
+            self.target_params.map(|most| ("target_params", HowMany::TargetParams(most))),
+            self.target_size.map(|most| ("target_size", HowMany::TargetSize(most))),
+            self.target_speedup.map(|least| ("target_speedup", HowMany::TargetSpeedup(least))),
+        ]
+    }
+}
+
 impl Recipe {
     /// Reads a recipe; its paths come out relative to the working folder.
     ///
@@ -177,37 +222,47 @@ impl Recipe {
 
     fn check(&self) -> Result<()> {
         self.device.parse::<Device>()?;
-        let calibration = &self.calibration;
-        one_of(
-            "calibration",
-            ("samples", calibration.samples.is_some()),
-            ("fraction", calibration.fraction.is_some()),
-        )?;
-        if calibration.samples == Some(0) || calibration.fraction.is_some_and(|part| !(part > 0.0 && part <= 1.0)) {
-            return Err(Error::invalid("calibration", "`samples` must be above 0, `fraction` above 0 and at most 1"));
-        }
+        self.calibration.check()?;
         let plan = &self.plan;
-        one_of("plan", ("drop_ratio", plan.drop_ratio.is_some()), ("drop_count", plan.drop_count.is_some()))?;
-        if plan.strategies.is_empty() {
-            return Err(Error::invalid("plan", "`strategies` is empty"));
+        let amounts: Vec<(&str, HowMany)> = plan.amounts().into_iter().flatten().collect();
+        if amounts.len() != 1 {
+            let found: Vec<&str> = amounts.iter().map(|(name, _)| *name).collect();
+            let found = if found.is_empty() { "none is there".to_string() } else { found.join(" and ") };
+            return Err(Error::invalid(
+                "plan",
+                format!(
+                    "takes one of `drop_ratio`, `drop_count`, `target_params`, `target_size` and `target_speedup`, \
+                     found {found}"
+                ),
+            ));
         }
-        for (place, name) in plan.strategies.iter().enumerate() {
-            Strategy::named(name)?;
-            if plan.strategies[..place].contains(name) {
-                return Err(Error::invalid("plan", format!("strategy `{name}` stands twice")));
-            }
-            if name == "explicit" {
-                return Err(Error::invalid(
-                    "plan",
-                    "strategy `explicit` names its layers on the command line, not in a recipe",
-                ));
-            }
-        }
+        check_strategies("plan", &plan.strategies)?;
+        plan.modality_weights.as_ref().map_or(Ok(()), check_weights)?;
         if self.eval.benchmarks.is_empty() {
             return Err(Error::invalid("eval", "`benchmarks` is empty"));
         }
         self.finetune.settings.check()
     }
+}
+
+/// Errors: `Error::Invalid` when there is none, one is not known, stands twice, or cannot be used without a user.
+pub(super) fn check_strategies(section: &str, names: &[String]) -> Result<()> {
+    if names.is_empty() {
+        return Err(Error::invalid(section, "`strategies` is empty"));
+    }
+    for (place, name) in names.iter().enumerate() {
+        Strategy::named(name)?;
+        if names[..place].contains(name) {
+            return Err(Error::invalid(section, format!("strategy `{name}` stands twice")));
+        }
+        if name == "explicit" {
+            return Err(Error::invalid(
+                section,
+                "strategy `explicit` names its layers on the command line, not in a recipe",
+            ));
+        }
+    }
+    Ok(())
 }
 
 fn one_of(section: &str, first: (&str, bool), second: (&str, bool)) -> Result<()> {
@@ -261,7 +316,8 @@ mod tests {
             ("samples = 100", "sample = 100", "unknown field `sample`"),
             ("samples = 100", "", "takes `samples` or `fraction`, neither is there"),
             ("samples = 100", "samples = 100\nfraction = 0.1", "both are there"),
-            ("drop_ratio = 0.25", "drop_ratio = 0.25\ndrop_count = 4", "both are there"),
+            ("drop_ratio = 0.25", "drop_ratio = 0.25\ntarget_speedup = 1.2", "found drop_ratio and target_speedup"),
+            ("drop_ratio = 0.25", "", "found none"),
             ("\"random\"", "\"magic\"", "strategy `magic`"),
             ("\"random\"", "\"interlace\"", "stands twice"),
             ("settings =", "recipe = \"worst\"\nsettings =", "recipe `worst`"),

@@ -97,16 +97,20 @@ impl Table {
 
     /// The table in Markdown.
     pub fn markdown(&self) -> String {
-        let cells = self.cells();
-        let mut text = String::new();
-        for (number, row) in cells.iter().enumerate() {
-            text.push_str(&format!("| {} |\n", row.join(" | ")));
-            if number == 0 {
-                text.push_str(&format!("|---{}|\n", "|---:".repeat(row.len().saturating_sub(1))));
-            }
-        }
-        text
+        markdown_of(&self.cells())
     }
+}
+
+/// Cells as a Markdown table: the first row is its head, columns after the first are aligned to the right.
+pub(super) fn markdown_of(cells: &[Vec<String>]) -> String {
+    let mut text = String::new();
+    for (number, row) in cells.iter().enumerate() {
+        text.push_str(&format!("| {} |\n", row.join(" | ")));
+        if number == 0 {
+            text.push_str(&format!("|---{}|\n", "|---:".repeat(row.len().saturating_sub(1))));
+        }
+    }
+    text
 }
 
 #[cfg(test)]

@@ -69,6 +69,8 @@ pub struct Strategy {
     pub packs: fn(count: usize) -> Vec<usize>,
     /// True when it asks `Request::measure`.
     pub measures_loss: bool,
+    /// True when it reads `Request::seed`.
+    pub seeded: bool,
     select: fn(&mut Request) -> Result<Vec<Group>>,
 }
 
@@ -80,6 +82,7 @@ pub const STRATEGIES: &[Strategy] = &[
                   freeze the third",
         packs: |_| vec![1, 2, 3],
         measures_loss: false,
+        seeded: false,
         select: interlace::interlace,
     },
     Strategy {
@@ -87,6 +90,7 @@ pub const STRATEGIES: &[Strategy] = &[
         summary: "triplets by sim_3 in their given order: always drop the first layer, finetune the second",
         packs: |_| vec![2, 3],
         measures_loss: false,
+        seeded: false,
         select: interlace::order_as_is,
     },
     Strategy {
@@ -94,6 +98,7 @@ pub const STRATEGIES: &[Strategy] = &[
         summary: "single layers by sim_1: drop the layer, finetune the next",
         packs: |_| vec![1],
         measures_loss: false,
+        seeded: false,
         select: interlace::then_next,
     },
     Strategy {
@@ -102,6 +107,7 @@ pub const STRATEGIES: &[Strategy] = &[
                   least, never two neighbours, each beside one that is finetuned and, where there is room, a frozen one",
         packs: |_| Vec::new(),
         measures_loss: true,
+        seeded: false,
         select: greedy::interlace_loss,
     },
     Strategy {
@@ -109,6 +115,7 @@ pub const STRATEGIES: &[Strategy] = &[
         summary: "one block from the layer with the best sim_1, finetune as many layers after it",
         packs: |_| vec![1],
         measures_loss: false,
+        seeded: false,
         select: interlace::consecutive,
     },
     Strategy {
@@ -116,6 +123,7 @@ pub const STRATEGIES: &[Strategy] = &[
         summary: "layers drawn at random with a seed, finetune as many others drawn the same way",
         packs: |_| Vec::new(),
         measures_loss: false,
+        seeded: true,
         select: interlace::random,
     },
     Strategy {
@@ -123,6 +131,7 @@ pub const STRATEGIES: &[Strategy] = &[
         summary: "layers of the least Block Influence, 1 - sim_1 (arXiv:2403.03853), finetune their neighbours",
         packs: |_| vec![1],
         measures_loss: false,
+        seeded: false,
         select: published::shortgpt,
     },
     Strategy {
@@ -130,6 +139,7 @@ pub const STRATEGIES: &[Strategy] = &[
         summary: "the block of the least angular distance across it (arXiv:2403.17887), finetune the layers after it",
         packs: |count| vec![count],
         measures_loss: false,
+        seeded: false,
         select: published::angular,
     },
     Strategy {
@@ -138,6 +148,7 @@ pub const STRATEGIES: &[Strategy] = &[
                   finetune their neighbours",
         packs: |_| Vec::new(),
         measures_loss: true,
+        seeded: false,
         select: greedy::sleb,
     },
     Strategy {
@@ -145,6 +156,7 @@ pub const STRATEGIES: &[Strategy] = &[
         summary: "the layers that you name, finetune their neighbours",
         packs: |_| Vec::new(),
         measures_loss: false,
+        seeded: false,
         select: published::explicit,
     },
 ];
@@ -202,7 +214,7 @@ impl Strategy {
             format!("strategy `{}`", self.name),
             format!("cannot drop {} of {} layers, {most} at most", request.count, request.num_layers),
         )
-        .remedy("lower the drop ratio, or choose another strategy")
+        .remedy("ask for fewer, or choose another strategy")
     }
 }
 

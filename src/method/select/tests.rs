@@ -43,7 +43,7 @@ fn running_out_says_how_many_can_go_at_most() {
     let error = select("interlace", 4).unwrap_err().to_string();
     assert_eq!(
         error,
-        "strategy `interlace`: cannot drop 4 of 10 layers, 3 at most; lower the drop ratio, or choose another strategy"
+        "strategy `interlace`: cannot drop 4 of 10 layers, 3 at most; ask for fewer, or choose another strategy"
     );
 }
 

@@ -131,11 +131,11 @@ pub fn decoder(bundle: &Bundle) -> Result<&Component> {
 ///
 /// Errors: `Error::Unsupported` when the graph has no layers that are understood; `Error::Invalid` when the config says
 /// another number of them.
-pub fn decoder_layers(bundle: &Bundle) -> Result<usize> {
+pub fn decoder_analysis(bundle: &Bundle) -> Result<Analysis> {
     let component = decoder(bundle)?;
-    let count = analysis::analyse(&onnx::load(&bundle.path_of(component))?)?.map.layers.len();
-    check_count(bundle, component, count)?;
-    Ok(count)
+    let analysis = analysis::analyse(&onnx::load(&bundle.path_of(component))?)?;
+    check_count(bundle, component, analysis.map.layers.len())?;
+    Ok(analysis)
 }
 
 fn check_count(bundle: &Bundle, component: &Component, found: usize) -> Result<()> {

@@ -6,8 +6,12 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::base::{Error, Provenance, Result, Sha256Digest};
+use crate::bundle::Bundle;
 use crate::method::select::{MeasureLosses, Request, Strategy, drop_count};
-use crate::method::{PLAN_SCHEMA_VERSION, Plan, Scores};
+use crate::method::{ModalityWeights, PLAN_SCHEMA_VERSION, Plan, Scores, Similarities};
+
+use super::budget::{ModelCosts, Target};
+use super::inspect::decoder_analysis;
 
 /// How many layers go.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -18,6 +22,12 @@ pub enum HowMany {
     DropCount(usize),
     /// These layers, named by the user.
     Drop(Vec<usize>),
+    /// As few as leave at most this many parameters.
+    TargetParams(u64),
+    /// As few as leave at most this many bytes of files.
+    TargetSize(u64),
+    /// As few as give this ideal decoder speed-up, all layers over those that stay.
+    TargetSpeedup(f64),
 }
 
 /// What decides a plan besides model and scores.
@@ -31,6 +41,9 @@ pub struct PlanSettings {
     /// Calibration samples that losses are measured on, where the strategy measures them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub samples: Option<usize>,
+    /// How much similarities over image tokens, text tokens and all tokens count; all tokens alone without it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub modality_weights: Option<ModalityWeights>,
 }
 
 /// Losses for a strategy that measures them, with the digest of the data that they are measured on.
@@ -43,17 +56,62 @@ pub struct Losses<'m> {
 pub struct PlannedModel {
     pub digest: Sha256Digest,
     pub num_layers: usize,
+    pub costs: ModelCosts,
+    /// Layers behind which the graph changes the residual stream, with the inputs that come in there (DeepStack).
+    additions: Vec<(usize, Vec<String>)>,
+}
+
+impl PlannedModel {
+    /// Looks at a model's decoder and weighs its components.
+    ///
+    /// Errors: as `decoder_analysis`, and those of reading the files.
+    pub fn of(bundle: &Bundle) -> Result<Self> {
+        let analysis = decoder_analysis(bundle)?;
+        let costs = ModelCosts::of(bundle, &analysis)?;
+        let graph = &analysis.model.graph;
+        let additions = analysis.map.glue.iter().filter_map(|glue| {
+            let inputs = glue.inputs.iter().map(|&id| graph.name(id).to_string()).collect();
+            Some((glue.after?, inputs))
+        });
+        let additions = additions.collect();
+        Ok(PlannedModel { digest: bundle.digest()?, num_layers: analysis.map.layers.len(), costs, additions })
+    }
+
+    /// What a user should know before these layers go.
+    pub fn warnings(&self, drop: &[usize]) -> Vec<String> {
+        let met = self.additions.iter().filter(|(layer, _)| drop.contains(layer));
+        met.map(|(layer, inputs)| {
+            let what = if inputs.is_empty() { "features".to_string() } else { inputs.join(", ") };
+            format!(
+                "{what} are added to the residual stream behind layer {layer}, which goes: they are added to the layer \
+                 before it then; `plan --drop` can spare it"
+            )
+        })
+        .collect()
+    }
 }
 
 impl HowMany {
-    /// The number of layers to drop.
+    /// The bound, where one is to be kept.
+    pub fn target(&self) -> Option<Target> {
+        match *self {
+            HowMany::TargetParams(most) => Some(Target::Params(most)),
+            HowMany::TargetSize(most) => Some(Target::Size(most)),
+            HowMany::TargetSpeedup(least) => Some(Target::Speedup(least)),
+            HowMany::DropRatio(_) | HowMany::DropCount(_) | HowMany::Drop(_) => None,
+        }
+    }
+
+    /// The number of layers to drop; for a bound, the fewest with which it can be kept.
     ///
-    /// Errors: as `select::drop_count`.
-    pub fn count(&self, num_layers: usize) -> Result<usize> {
-        match self {
-            HowMany::DropRatio(ratio) => drop_count(*ratio, num_layers),
-            HowMany::DropCount(count) => Ok(*count),
-            HowMany::Drop(layers) => Ok(layers.len()),
+    /// Errors: as `select::drop_count` and `Target::least_count`.
+    pub fn count(&self, model: &PlannedModel) -> Result<usize> {
+        match (self, self.target()) {
+            (_, Some(target)) => target.least_count(&model.costs),
+            (HowMany::DropRatio(ratio), _) => drop_count(*ratio, model.num_layers),
+            (HowMany::DropCount(count), _) => Ok(*count),
+            (HowMany::Drop(layers), _) => Ok(layers.len()),
+            _ => Ok(0),
         }
     }
 }
@@ -70,7 +128,8 @@ pub fn plan<'m>(
 ) -> Result<Plan> {
     let strategy = Strategy::named(&settings.strategy)?;
     let num_layers = model.num_layers;
-    let count = settings.how_many.count(num_layers)?;
+    let target = settings.how_many.target();
+    let mut count = settings.how_many.count(model)?;
     let mut inputs = BTreeMap::from([("model".to_string(), model.digest.clone())]);
     if let Some((scores, digest)) = &scores {
         if scores.provenance.inputs.get("model") != Some(&model.digest) {
@@ -81,7 +140,7 @@ pub fn plan<'m>(
         return Err(Error::invalid(format!("strategy `{}`", strategy.name), "needs scores")
             .remedy("make them with `interlace score` and name them with `--scores`"));
     }
-    let measure = losses.map(|losses| {
+    let mut measure = losses.map(|losses| {
         inputs.insert("data".to_string(), losses.data);
         losses.measure
     });
@@ -90,10 +149,80 @@ pub fn plan<'m>(
         _ => &[],
     };
     let scores = scores.map(|(scores, _)| scores);
-    let similarities = scores.map(Scores::similarities).unwrap_or_default();
+    let similarities = match (scores, &settings.modality_weights) {
+        (Some(scores), Some(weights)) => scores.weighted_similarities(weights)?,
+        (Some(scores), None) => scores.similarities(),
+        (None, Some(_)) => {
+            return Err(Error::invalid("modality weights", "weigh scores, and there are none")
+                .remedy("name the scores with `--scores`"));
+        }
+        (None, None) => Similarities::new(),
+    };
     let include_last = scores.is_some_and(|scores| scores.last_layer_included);
-    let mut request =
-        Request { num_layers, count, include_last, similarities: &similarities, seed: settings.seed, layers, measure };
-    let groups = strategy.select(&mut request)?;
+    // Layers need not weigh the same, so a strategy's choice may miss a bound that other layers would keep.
+    let groups = loop {
+        let measure: Option<&mut dyn MeasureLosses> = match &mut measure {
+            Some(measure) => Some(&mut **measure),
+            None => None,
+        };
+        let seed = settings.seed;
+        let mut request =
+            Request { num_layers, count, include_last, similarities: &similarities, seed, layers, measure };
+        let groups = strategy.select(&mut request)?;
+        let dropped: Vec<usize> = groups.iter().flat_map(|group| group.drop.iter().copied()).collect();
+        if target.is_none_or(|target| target.is_met(model.costs.without(&dropped))) {
+            break groups;
+        }
+        count += 1;
+    };
     Plan::new(Provenance::new(PLAN_SCHEMA_VERSION, inputs, settings)?, strategy.name, num_layers, groups)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    fn model(path: &str) -> PlannedModel {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(path);
+        PlannedModel::of(&Bundle::open(&path).unwrap()).unwrap()
+    }
+
+    fn settings(how_many: HowMany) -> PlanSettings {
+        PlanSettings { strategy: "random".into(), how_many, seed: 42, samples: None, modality_weights: None }
+    }
+
+    /// The decoder's layers are alike, so each bound is met by exactly as many as its arithmetic says, and by no fewer.
+    #[test]
+    fn budgets_are_kept_with_as_few_layers_as_can_be() {
+        let model = model("model");
+        let whole = model.costs.without(&[]);
+        let layer = model.costs.layers[0];
+        assert!(model.costs.layers.iter().all(|other| *other == layer) && layer.parameters > 0);
+        let cases = [
+            (HowMany::TargetParams(whole.parameters - 3 * layer.parameters), 3),
+            (HowMany::TargetParams(whole.parameters - 3 * layer.parameters - 1), 4),
+            (HowMany::TargetSize(whole.size_bytes - 2 * layer.size_bytes), 2),
+            (HowMany::TargetSpeedup(16.0 / 12.0), 4),
+            (HowMany::TargetSpeedup(1.34), 5),
+        ];
+        for (how_many, want) in cases {
+            let drop = plan(&model, None, &settings(how_many.clone()), None).unwrap().drop;
+            assert_eq!(drop.len(), want, "{how_many:?}");
+            assert!(how_many.target().unwrap().is_met(model.costs.without(&drop)));
+        }
+        let error = plan(&model, None, &settings(HowMany::TargetParams(1)), None).unwrap_err().to_string();
+        assert!(error.contains("cannot be reached: with all 16 layers but the last dropped"), "{error}");
+    }
+
+    #[test]
+    fn features_added_behind_a_dropped_layer_are_warned_of() {
+        let mut model = model("model");
+        assert!(model.warnings(&[0, 1, 2]).is_empty());
+        model.additions = vec![(1, vec!["deepstack_0".to_string()])];
+        assert!(model.warnings(&[0, 2]).is_empty());
+        let warnings = model.warnings(&[1, 3]);
+        assert!(warnings.len() == 1 && warnings[0].contains("deepstack_0") && warnings[0].contains("layer 1"));
+    }
 }

@@ -1,0 +1,37 @@
+//! `interlace sweep`.
+
+use std::path::PathBuf;
+
+use crate::pipeline::{self, SWEEP_FILE, Sweep};
+
+use super::output::table;
+use super::{Context, Outcome};
+
+/// Compare drop ratios, strategies and healing recipes over several seeds
+#[derive(clap::Args)]
+#[command(
+    after_help = "Example:\n  interlace sweep sweep.toml\n\nSteps that an earlier sweep finished are kept, and equal \
+    steps are done once. A sweep that was stopped goes on\nfrom there; its table has the rows that are done."
+)]
+pub struct Args {
+    /// TOML file; schemas/sweep-recipe.schema.json says what may stand in it
+    sweep: PathBuf,
+    /// Folder for everything that the sweep makes [default: the file's `output`]
+    #[arg(short, long, value_name = "FOLDER")]
+    output: Option<PathBuf>,
+}
+
+pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
+    let sweep = Sweep::read(&args.sweep)?;
+    let output = &context.output;
+    let result = pipeline::sweep(&sweep, args.output.as_deref(), &context.cancel, &mut |text| output.note(text))?;
+    if output.json {
+        output.json(&result.table)?;
+    } else {
+        output.line(table(&result.table.cells()))?;
+        output.line("kept: average over the dense model's; ± one standard deviation over seeds")?;
+        output.line("Pareto: no other row keeps as much and is as fast, and one of them more")?;
+    }
+    output.note(format!("table: {0}/{SWEEP_FILE}.json and {SWEEP_FILE}.md", result.folder.display()));
+    Ok(Outcome::Done)
+}

@@ -1,0 +1,284 @@
+//! What a run and a sweep are made of: the verbs as steps of a store, each done once.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::base::{Cancel, Device, Provenance, Result, Sha256Digest, read_json, write_json};
+use crate::bundle::Bundle;
+use crate::data::{Amount, Benchmark, Dataset, SEQUENCE_LENGTH, Subset};
+use crate::eval::{BenchOptions, BenchReport, EvalReport, EvalTiming, ModelScores, bench, benchmark_name};
+use crate::finetune;
+use crate::method::select::Strategy;
+use crate::method::{LossMeter, Plan, ScoreSettings, Scores, score};
+use crate::runtime::{FeatureCache, Runtime};
+
+use super::recipe::Calibration;
+use super::steps::{self, Drop, Engine, EvalSettings, Finetune, PlanSettings, PlannedModel};
+use super::store::{Finished, Store};
+
+/// Calibration samples on which strategies measure losses.
+pub const LOSS_SAMPLES: usize = 32;
+
+/// The folder, the dense model and what the steps share.
+pub struct Stages<'a> {
+    pub store: Store,
+    pub model: &'a Path,
+    pub bundle: Bundle,
+    pub dense: PlannedModel,
+    pub device: Device,
+    pub cancel: &'a Cancel,
+    say: &'a mut dyn FnMut(&str),
+    /// Image features of the finetuning data, which all variants share.
+    features: Arc<FeatureCache>,
+    engine: Option<Engine>,
+}
+
+/// A benchmark with the digest of its file.
+pub struct Questions {
+    path: PathBuf,
+    benchmark: Benchmark,
+    digest: Sha256Digest,
+}
+
+/// A finetuning step besides the model.
+pub struct Healing<'a> {
+    /// Name of the step and of its folder.
+    pub step: &'a str,
+    /// Folder for checkpoints and metrics, in the run's own.
+    pub work: &'a str,
+    pub plan: &'a Plan,
+    pub plan_digest: &'a Sha256Digest,
+    /// What the step is known by in place of the plan's digest.
+    pub plan_key: &'a str,
+    pub data: &'a Path,
+    pub samples: Option<usize>,
+    pub settings: &'a finetune::Settings,
+}
+
+impl<'a> Stages<'a> {
+    /// Opens the folder and the dense model.
+    ///
+    /// Errors: as `Store::open`, `Bundle::open` and `PlannedModel::of`.
+    pub fn open(
+        folder: &Path,
+        model: &'a Path,
+        device: Device,
+        cancel: &'a Cancel,
+        say: &'a mut dyn FnMut(&str),
+    ) -> Result<Self> {
+        let store = Store::open(folder)?;
+        let bundle = Bundle::open(model)?;
+        let dense = PlannedModel::of(&bundle)?;
+        let features = FeatureCache::new(256 << 20);
+        Ok(Stages { store, model, bundle, dense, device, cancel, say, features, engine: None })
+    }
+
+    /// Tells the user something.
+    pub fn say(&mut self, text: &str) {
+        (self.say)(text);
+    }
+
+    /// Tells the user how a step ended.
+    pub fn told(&mut self, name: &str, done: &Finished) {
+        let seconds = self.store.state().steps.get(name).map_or(0.0, |step| step.seconds);
+        let how = if done.reused { "kept from before".to_string() } else { format!("{seconds:.1} s") };
+        (self.say)(&format!("{name}: {how}"));
+    }
+
+    /// Scores with all packs that the strategies read when these numbers of layers go.
+    ///
+    /// Errors: as `method::score`.
+    pub fn scores(&mut self, calibration: &Calibration, strategies: &[String], counts: &[usize]) -> Result<Finished> {
+        let mut longer_packs = BTreeSet::new();
+        for name in strategies {
+            let packs = Strategy::named(name)?.packs;
+            longer_packs.extend(counts.iter().flat_map(|&count| packs(count)).filter(|&size| size > 3));
+        }
+        let settings =
+            ScoreSettings { amount: calibration.amount(), seed: calibration.seed, longer_packs, ..Default::default() };
+        let dataset = Dataset::open_for(&calibration.data, &self.bundle, SEQUENCE_LENGTH)?;
+        let inputs = [("model", self.dense.digest.as_str()), ("data", &dataset.digest()?)];
+        let (bundle, device, cancel) = (&self.bundle, self.device, self.cancel);
+        let done = self.store.step("score", "scores.json", &inputs, &settings, |path| {
+            write_json(path, &score(bundle, &dataset, &settings, device, cancel)?)
+        })?;
+        self.told("score", &done);
+        Ok(done)
+    }
+
+    /// A plan, with losses measured where its strategy wants them.
+    ///
+    /// Errors: as `steps::plan`.
+    pub fn plan(
+        &mut self,
+        step: &str,
+        calibration: &Calibration,
+        scores: &Finished,
+        mut settings: PlanSettings,
+    ) -> Result<(Plan, Finished)> {
+        let measures_loss = Strategy::named(&settings.strategy)?.measures_loss;
+        settings.samples = measures_loss.then_some(LOSS_SAMPLES);
+        let inputs = [("model", self.dense.digest.as_str()), ("scores", &scores.digest)];
+        let (bundle, dense, device, cancel) = (&self.bundle, &self.dense, self.device, self.cancel);
+        let planned = self.store.step(step, &format!("{step}.json"), &inputs, &settings, |path| {
+            let read = Scores::read(&scores.path)?;
+            let mut meter = match measures_loss {
+                true => {
+                    let data = Dataset::open_for(&calibration.data, bundle, SEQUENCE_LENGTH)?;
+                    let amount = Amount::Samples(LOSS_SAMPLES.min(data.len()));
+                    let subset = Subset { amount, seed: calibration.seed };
+                    Some((LossMeter::new(bundle, &data, subset, device, cancel)?, data.digest()?))
+                }
+                false => None,
+            };
+            let losses = meter.as_mut().map(|(measure, data)| steps::Losses { data: data.clone(), measure });
+            write_json(path, &steps::plan(dense, Some((&read, scores.digest.clone())), &settings, losses)?)
+        })?;
+        self.told(step, &planned);
+        let plan = Plan::read(&planned.path)?;
+        for warning in self.dense.warnings(&plan.drop) {
+            (self.say)(&format!("warning: {warning}"));
+        }
+        Ok((plan, planned))
+    }
+
+    /// The dense model without layers. `inputs` says what the step is known by besides the model.
+    ///
+    /// Errors: as `steps::prune`.
+    pub fn prune(&mut self, step: &str, drop: &Drop, inputs: &[(&str, &str)]) -> Result<Finished> {
+        let all: Vec<(&str, &str)> =
+            std::iter::once(("model", self.dense.digest.as_str())).chain(inputs.iter().copied()).collect();
+        let bundle = &self.bundle;
+        let pruned = self.store.step(step, step, &all, &(), |path| steps::prune(bundle, drop, path).map(|_| ()))?;
+        self.told(step, &pruned);
+        Ok(pruned)
+    }
+
+    /// A pruned model, finetuned.
+    ///
+    /// Errors: as `steps::finetune`.
+    pub fn heal(&mut self, pruned: &Finished, healing: &Healing) -> Result<Finished> {
+        let settings = healing.settings;
+        let amount = healing.samples.map_or(Amount::All, Amount::Samples);
+        let subset = Subset { amount, seed: settings.seed };
+        let data_digest = Dataset::open_for(healing.data, &self.bundle, SEQUENCE_LENGTH)?.digest()?;
+        let inputs = [("model", pruned.digest.as_str()), ("plan", healing.plan_key), ("data", &data_digest)];
+        let work = self.store.folder().join("work").join(healing.work);
+        let (features, device, cancel, teacher) = (&self.features, self.device, self.cancel, self.model);
+        let healed = self.store.step(healing.step, healing.step, &inputs, &(subset, settings), |path| {
+            let request = Finetune {
+                pruned: &pruned.path,
+                plan: healing.plan,
+                plan_digest: healing.plan_digest.clone(),
+                data: healing.data,
+                sequence_length: SEQUENCE_LENGTH,
+                subset,
+                settings,
+                device,
+                work: &work,
+                resume: true,
+                features,
+                teacher: Some(teacher),
+            };
+            steps::finetune(&request, path, cancel, &mut |_| ()).map(|_| ())
+        })?;
+        self.told(healing.step, &healed);
+        Ok(healed)
+    }
+
+    /// A model's answers to all benchmarks as one; `label` goes into the steps' names.
+    ///
+    /// Errors: as `Engine::answer`.
+    pub fn answers(
+        &mut self,
+        label: &str,
+        model: &Path,
+        digest: &str,
+        questions: &[Questions],
+        settings: &EvalSettings,
+    ) -> Result<ModelScores> {
+        let mut scores = Vec::new();
+        for Questions { path, benchmark, digest: data } in questions {
+            let step = format!("eval-{}-{label}", benchmark_name(path));
+            let inputs = [("model", digest), ("data", data)];
+            let (device, cancel, engine) = (self.device, self.cancel, &mut self.engine);
+            let done = self.store.step(&step, &format!("{step}.json"), &inputs, settings, |target| {
+                let engine = match engine {
+                    Some(engine) => engine,
+                    slot => slot.insert(Engine::new(device)?),
+                };
+                let model = engine.answer(model, benchmark, path, settings, cancel)?;
+                let inputs = inputs.iter().map(|(name, digest)| (name.to_string(), digest.to_string())).collect();
+                let provenance = Provenance::new(EvalReport::SCHEMA_VERSION, inputs, settings)?;
+                write_json(target, &EvalReport { provenance, model, baseline: None, retention: None })
+            })?;
+            self.told(&step, &done);
+            let report: EvalReport = read_json(&done.path, EvalReport::SCHEMA_VERSION)?;
+            scores.push(report.model);
+        }
+        Ok(merged(&scores))
+    }
+
+    /// A model's times in turn with the dense one's.
+    ///
+    /// Errors: as `eval::bench`.
+    pub fn bench(&mut self, label: &str, model: &Path, digest: &str, settings: &BenchOptions) -> Result<BenchReport> {
+        let step = format!("bench-{label}");
+        let inputs = [("model", digest), ("baseline", self.dense.digest.as_str())];
+        let (device, cancel, dense) = (self.device, self.cancel, self.model);
+        let done = self.store.step(&step, &format!("{step}.json"), &inputs, settings, |target| {
+            let runtime = Runtime::new(device)?;
+            write_json(target, &bench(model, Some(dense), &runtime, settings, None, cancel)?)
+        })?;
+        self.told(&step, &done);
+        read_json(&done.path, BenchReport::SCHEMA_VERSION)
+    }
+}
+
+/// Opens benchmarks.
+///
+/// Errors: as `Benchmark::open`.
+pub fn questions(paths: &[PathBuf]) -> Result<Vec<Questions>> {
+    let open = |path: &PathBuf| {
+        let benchmark = Benchmark::open(path)?;
+        let digest = benchmark.digest()?;
+        Ok(Questions { path: path.clone(), benchmark, digest })
+    };
+    paths.iter().map(open).collect()
+}
+
+/// Bytes of all ONNX files of a model.
+///
+/// Errors: those of looking at the files.
+pub fn size_bytes(model: &Path) -> Result<u64> {
+    let bundle = Bundle::open(model)?;
+    bundle.components().iter().map(|component| bundle.size_bytes(component)).sum()
+}
+
+/// Several benchmarks as one; groups are told apart by the benchmark where there is more than one.
+fn merged(parts: &[ModelScores]) -> ModelScores {
+    let mut whole = ModelScores {
+        model: String::new(),
+        benchmark: String::new(),
+        questions: 0,
+        groups: Vec::new(),
+        mean_of_groups: 0.0,
+        mean_of_questions: 0.0,
+        timing: EvalTiming::default(),
+        answers: Vec::new(),
+    };
+    for part in parts {
+        let mut part = part.clone();
+        if parts.len() > 1 {
+            let name = |group: &str| format!("{}: {group}", part.benchmark);
+            part.groups.iter_mut().for_each(|row| row.group = name(&row.group));
+            part.answers.iter_mut().for_each(|row| row.group = name(&row.group));
+        }
+        whole.questions += part.questions;
+        whole.groups.append(&mut part.groups);
+        whole.answers.append(&mut part.answers);
+    }
+    whole.mean_of_groups = whole.groups.iter().map(|row| row.score).sum::<f64>() / whole.groups.len().max(1) as f64;
+    whole
+}

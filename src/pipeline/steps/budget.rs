@@ -1,0 +1,187 @@
+//! Budgets: how many layers must go for a model to be small or fast enough.
+
+use std::collections::HashSet;
+
+use crate::analysis::Analysis;
+use crate::base::{Error, Result, human_bytes, human_count};
+use crate::bundle::{Bundle, Role};
+use crate::ir::Body;
+use crate::onnx;
+
+/// What a model's parts weigh, each component in its most precise variant.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ModelCosts {
+    /// Elements of all weights; one that several nodes read counts once.
+    pub parameters: u64,
+    /// Bytes of the files.
+    pub size_bytes: u64,
+    /// What goes with each decoder layer: weights that no other layer reads.
+    pub layers: Vec<LayerCost>,
+}
+
+/// One layer's own weights.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LayerCost {
+    pub parameters: u64,
+    pub size_bytes: u64,
+}
+
+/// What is left of a model.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Remaining {
+    pub parameters: u64,
+    pub size_bytes: u64,
+    /// The decoder's ideal: all layers over those that stay.
+    pub speedup: f64,
+}
+
+/// A bound that the pruned model must keep.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Target {
+    /// At most this many parameters.
+    Params(u64),
+    /// At most this many bytes.
+    Size(u64),
+    /// An ideal decoder speed-up of at least this.
+    Speedup(f64),
+}
+
+impl ModelCosts {
+    /// Weighs the decoder that was analysed and the components beside it.
+    ///
+    /// Errors: those of reading the files.
+    pub fn of(bundle: &Bundle, analysis: &Analysis) -> Result<Self> {
+        let decoder = bundle.require(Role::Decoder)?;
+        let body = &analysis.model.graph.body;
+        let mut costs = ModelCosts {
+            parameters: parameters(body),
+            size_bytes: bundle.size_bytes(decoder)?,
+            layers: analysis
+                .map
+                .layers
+                .iter()
+                .map(|layer| LayerCost { parameters: layer.parameters(body), size_bytes: layer.weight_bytes(body) })
+                .collect(),
+        };
+        for role in [Role::EmbedTokens, Role::VisionEncoder] {
+            if let Some(component) = bundle.component(role) {
+                costs.parameters += parameters(&onnx::load(&bundle.path_of(component))?.graph.body);
+                costs.size_bytes += bundle.size_bytes(component)?;
+            }
+        }
+        Ok(costs)
+    }
+
+    /// What stays when these layers go.
+    pub fn without(&self, drop: &[usize]) -> Remaining {
+        let gone = |weight: fn(&LayerCost) -> u64| -> u64 {
+            drop.iter().filter_map(|&layer| self.layers.get(layer)).map(weight).sum()
+        };
+        let kept = self.layers.len().saturating_sub(drop.len()).max(1);
+        Remaining {
+            parameters: self.parameters.saturating_sub(gone(|layer| layer.parameters)),
+            size_bytes: self.size_bytes.saturating_sub(gone(|layer| layer.size_bytes)),
+            speedup: self.layers.len() as f64 / kept as f64,
+        }
+    }
+}
+
+/// Elements of all weights; two names for the same bytes count once.
+fn parameters(body: &Body) -> u64 {
+    let mut seen = HashSet::new();
+    let tensors = body.initializers.iter().map(|(_, tensor)| tensor);
+    let once =
+        tensors.filter(|tensor| tensor.byte_len() == 0 || seen.insert((tensor.bytes().as_ptr(), tensor.byte_len())));
+    once.map(|tensor| tensor.element_count()).sum()
+}
+
+impl Target {
+    /// True when what remains keeps the bound.
+    pub fn is_met(self, remaining: Remaining) -> bool {
+        match self {
+            Target::Params(most) => remaining.parameters <= most,
+            Target::Size(most) => remaining.size_bytes <= most,
+            Target::Speedup(least) => remaining.speedup >= least - 1e-9,
+        }
+    }
+
+    /// The fewest layers with which the bound can be kept: those that weigh most. The last layer stays.
+    ///
+    /// Errors: `Error::Invalid` when the model keeps it as it is, or cannot keep it, with the most that can be reached.
+    pub fn least_count(self, costs: &ModelCosts) -> Result<usize> {
+        let mut heaviest: Vec<usize> = (0..costs.layers.len().saturating_sub(1)).collect();
+        heaviest.sort_by_key(|&layer| {
+            let LayerCost { parameters, size_bytes } = costs.layers[layer];
+            std::cmp::Reverse(if matches!(self, Target::Size(_)) { size_bytes } else { parameters })
+        });
+        let met = |count: usize| self.is_met(costs.without(&heaviest[..count]));
+        match (0..=heaviest.len()).find(|&count| met(count)) {
+            Some(0) => {
+                Err(Error::invalid(self.to_string(), format!("the model has {} already", self.of(costs.without(&[]))))
+                    .remedy("nothing need be dropped; ask for less, or use `--drop-ratio`"))
+            }
+            Some(count) => Ok(count),
+            None => Err(Error::invalid(
+                self.to_string(),
+                format!(
+                    "cannot be reached: with all {} layers but the last dropped there would be {}",
+                    costs.layers.len(),
+                    self.of(costs.without(&heaviest))
+                ),
+            )
+            .remedy("ask for less; what is beside the decoder's layers stays")),
+        }
+    }
+
+    /// What the bound is about, as messages say it.
+    fn of(self, remaining: Remaining) -> String {
+        match self {
+            Target::Params(_) => format!("{} parameters", human_count(remaining.parameters)),
+            Target::Size(_) => human_bytes(remaining.size_bytes),
+            Target::Speedup(_) => format!("an ideal decoder speed-up of {:.3}", remaining.speedup),
+        }
+    }
+}
+
+impl std::fmt::Display for Target {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Target::Params(most) => write!(f, "target of {} parameters", human_count(*most)),
+            Target::Size(most) => write!(f, "target of {}", human_bytes(*most)),
+            Target::Speedup(least) => write!(f, "target speed-up of {least}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Embeddings and head of 100 parameters, layers of 10, 10, 40 and 10, four bytes each.
+    fn costs() -> ModelCosts {
+        let layers = [10, 10, 40, 10].map(|parameters| LayerCost { parameters, size_bytes: 4 * parameters });
+        ModelCosts { parameters: 170, size_bytes: 680, layers: layers.to_vec() }
+    }
+
+    #[test]
+    fn the_fewest_layers_are_counted_from_what_each_weighs() {
+        let least = |target: Target| target.least_count(&costs());
+        assert_eq!(least(Target::Params(130)).unwrap(), 1);
+        assert_eq!(least(Target::Params(129)).unwrap(), 2);
+        assert_eq!(least(Target::Size(4 * 120)).unwrap(), 2);
+        assert_eq!(least(Target::Speedup(1.5)).unwrap(), 2);
+        assert_eq!(least(Target::Speedup(4.0 / 3.0)).unwrap(), 1);
+        assert_eq!(least(Target::Speedup(4.0)).unwrap(), 3);
+        assert!(!Target::Params(130).is_met(costs().without(&[0, 1])));
+        assert!(Target::Params(130).is_met(costs().without(&[2])));
+    }
+
+    #[test]
+    fn what_cannot_be_reached_says_what_can() {
+        let error = |target: Target| target.least_count(&costs()).unwrap_err().to_string();
+        assert!(error(Target::Params(109)).contains("would be 110 parameters"));
+        assert!(error(Target::Size(1)).contains("would be 440 B"));
+        assert!(error(Target::Speedup(4.1)).contains("ideal decoder speed-up of 4.000"));
+        assert!(error(Target::Params(170)).contains("has 170 parameters already"));
+    }
+}

@@ -1,0 +1,208 @@
+//! A sweep: drop ratios, strategies and healing recipes against each other over several seeds, each step once.
+
+mod recipe;
+mod table;
+
+pub use recipe::Sweep;
+pub use table::{Spread, SweepRow, SweepTable};
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use crate::base::{Cancel, Error, Provenance, Result, sha256_json, write_json};
+use crate::eval::ModelScores;
+use crate::method::select::Strategy;
+use crate::method::{Plan, Role};
+
+use super::run::write_text;
+use super::stages::{Healing, Questions, Stages, questions, size_bytes};
+use super::steps::{self, Drop, HowMany, PlanSettings};
+use super::store::Finished;
+
+/// Name of the sweep's table in its folder, without extension.
+pub const SWEEP_FILE: &str = "sweep";
+
+/// What a sweep came to.
+pub struct SweepResult {
+    pub folder: PathBuf,
+    pub table: SweepTable,
+}
+
+/// A combination of which the table has a row.
+struct Setting<'s> {
+    drop_ratio: f64,
+    strategy: &'s str,
+    recipe: &'s str,
+}
+
+/// What one seed of a combination gave.
+struct Cell {
+    dropped: Vec<usize>,
+    kept_dropped: f64,
+    kept: f64,
+    speedup: f64,
+    speedup_measured: bool,
+    size_bytes: u64,
+}
+
+struct Run<'a> {
+    sweep: &'a Sweep,
+    stages: Stages<'a>,
+    questions: Vec<Questions>,
+    scores: Finished,
+    dense: ModelScores,
+}
+
+/// Does what a sweep says, into `output` or the sweep's own folder. `say` is told each step and each cell. The table is
+/// written anew after every row, so a stopped sweep leaves the rows that are done.
+///
+/// Errors: those of the steps; what finished steps made is kept, and the same call goes on from there.
+pub fn sweep(sweep: &Sweep, output: Option<&Path>, cancel: &Cancel, say: &mut dyn FnMut(&str)) -> Result<SweepResult> {
+    let folder = output.unwrap_or(&sweep.output);
+    let mut stages = Stages::open(folder, &sweep.model, sweep.device.parse()?, cancel, say)?;
+    let counts = sweep.drop_ratios.iter().map(|&ratio| HowMany::DropRatio(ratio).count(&stages.dense));
+    let counts = counts.collect::<Result<Vec<_>>>()?;
+    let scores = stages.scores(&sweep.calibration, &sweep.strategies, &counts)?;
+    let questions = questions(&sweep.eval.benchmarks)?;
+    let digest = stages.dense.digest.clone();
+    let dense = stages.answers("dense", &sweep.model, &digest, &questions, &sweep.eval.settings)?;
+    let mut run = Run { sweep, stages, questions, scores, dense };
+    let settings: Vec<Setting> = sweep
+        .drop_ratios
+        .iter()
+        .flat_map(|&drop_ratio| sweep.strategies.iter().map(move |strategy| (drop_ratio, strategy)))
+        .flat_map(|(drop_ratio, strategy)| {
+            sweep.finetune.recipes.iter().map(move |recipe| Setting { drop_ratio, strategy, recipe })
+        })
+        .collect();
+    let mut rows = Vec::new();
+    for setting in &settings {
+        let cells = (0..sweep.seeds.len()).map(|place| {
+            let number = rows.len() * sweep.seeds.len() + place + 1;
+            run.stages.cancel.check("the rows that are done are in the table, the same call goes on")?;
+            run.cell(setting, sweep.seeds[place], &format!("cell {number} of {}", settings.len() * sweep.seeds.len()))
+        });
+        let cells = cells.collect::<Result<Vec<Cell>>>()?;
+        rows.push(row(setting, cells)?);
+        run.write(&rows)?;
+    }
+    let table = run.write(&rows)?;
+    Ok(SweepResult { folder: run.stages.store.folder().to_path_buf(), table })
+}
+
+impl Run<'_> {
+    fn cell(&mut self, setting: &Setting, seed: u64, place: &str) -> Result<Cell> {
+        let sweep = self.sweep;
+        let Setting { drop_ratio, strategy, recipe } = *setting;
+        let seeded = Strategy::named(strategy)?.seeded;
+        let settings = PlanSettings {
+            strategy: strategy.to_string(),
+            how_many: HowMany::DropRatio(drop_ratio),
+            seed: if seeded { seed } else { sweep.calibration.seed },
+            samples: None,
+            modality_weights: None,
+        };
+        let count = settings.how_many.count(&self.stages.dense)?;
+        let step = match seeded {
+            true => format!("plan-{strategy}-{count}-seed{seed}"),
+            false => format!("plan-{strategy}-{count}"),
+        };
+        let (plan, planned) = self.stages.plan(&step, &sweep.calibration, &self.scores, settings)?;
+
+        // What a model is pruned and healed to follows from the layers' roles alone, whichever strategy gave them.
+        let drop = list(&plan.drop);
+        let pruned_step = format!("pruned-{drop}");
+        let layers = Drop::Layers { tower: crate::bundle::Tower::Text, layers: &plan.drop };
+        let pruned = self.stages.prune(&pruned_step, &layers, &[("drop", &drop)])?;
+        let settings = sweep.settings_of(recipe, seed)?;
+        let roles = roles(&plan)?;
+        let key = sha256_json(&(&roles, &settings, sweep.finetune.samples))?;
+        let healed_step = format!("healed-{}", &key[..16.min(key.len())]);
+        let healed = self.stages.heal(
+            &pruned,
+            &Healing {
+                step: &healed_step,
+                work: &healed_step,
+                plan: &plan,
+                plan_digest: &planned.digest,
+                plan_key: &roles,
+                data: &sweep.finetune.data,
+                samples: sweep.finetune.samples,
+                settings: &settings,
+            },
+        )?;
+        let kept_dropped = self.kept(&pruned_step, &pruned)?;
+        let kept = self.kept(&healed_step, &healed)?;
+        let ideal = self.stages.dense.costs.without(&plan.drop).speedup;
+        let measured = match sweep.bench.enabled {
+            true => {
+                let settings = &sweep.bench.settings;
+                let report = self.stages.bench(&pruned_step, &pruned.path, &pruned.digest, settings)?;
+                report.speedup.map(|speedup| speedup.decoder_ttft.median)
+            }
+            false => None,
+        };
+        self.stages.say(&format!(
+            "{place}: {strategy} at {:.0}%, {recipe}, seed {seed}: {:.1}% kept, {:.1}% before healing",
+            100.0 * drop_ratio,
+            100.0 * kept,
+            100.0 * kept_dropped
+        ));
+        Ok(Cell {
+            kept_dropped,
+            kept,
+            speedup: measured.unwrap_or(ideal),
+            speedup_measured: measured.is_some(),
+            size_bytes: size_bytes(&healed.path)?,
+            dropped: plan.drop,
+        })
+    }
+
+    /// What a model keeps of the dense one's average.
+    fn kept(&mut self, label: &str, model: &Finished) -> Result<f64> {
+        let settings = &self.sweep.eval.settings;
+        let scores = self.stages.answers(label, &model.path, &model.digest, &self.questions, settings)?;
+        let kept = steps::retention(&scores, &self.dense)?.mean_of_groups;
+        kept.map(|kept| kept.ratio).ok_or_else(|| {
+            Error::invalid(format!("`{}`", self.sweep.model.display()), "answers nothing right, so nothing can be kept")
+                .remedy("choose benchmarks that the dense model can do")
+        })
+    }
+
+    fn write(&self, rows: &[SweepRow]) -> Result<SweepTable> {
+        let inputs = BTreeMap::from([("model".to_string(), self.stages.dense.digest.clone())]);
+        let provenance = Provenance::new(SweepTable::SCHEMA_VERSION, inputs, self.sweep)?;
+        let table = SweepTable::new(provenance, self.dense.mean_of_groups, self.sweep.seeds.clone(), rows.to_vec());
+        let folder = self.stages.store.folder();
+        write_json(&folder.join(format!("{SWEEP_FILE}.json")), &table)?;
+        write_text(&folder.join(format!("{SWEEP_FILE}.md")), &table.markdown())?;
+        Ok(table)
+    }
+}
+
+fn row(setting: &Setting, cells: Vec<Cell>) -> Result<SweepRow> {
+    let first = cells.first().ok_or_else(|| Error::invalid("sweep", "has no seeds"))?;
+    let spread = |value: fn(&Cell) -> f64| Spread::over(cells.iter().map(value).collect());
+    Ok(SweepRow {
+        drop_ratio: setting.drop_ratio,
+        strategy: setting.strategy.to_string(),
+        recipe: setting.recipe.to_string(),
+        dropped_layers: first.dropped.len(),
+        dropped: cells.iter().map(|cell| cell.dropped.clone()).collect(),
+        kept_dropped: spread(|cell| cell.kept_dropped),
+        kept: spread(|cell| cell.kept),
+        speedup: spread(|cell| cell.speedup).mean,
+        speedup_measured: first.speedup_measured,
+        size_bytes: first.size_bytes,
+        pareto: false,
+    })
+}
+
+/// One digest of what each layer is for.
+fn roles(plan: &Plan) -> Result<String> {
+    sha256_json(&plan.layers.iter().map(|layer| layer.role).collect::<Vec<Role>>())
+}
+
+fn list(layers: &[usize]) -> String {
+    layers.iter().map(usize::to_string).collect::<Vec<_>>().join("_")
+}

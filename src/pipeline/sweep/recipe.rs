@@ -1,0 +1,201 @@
+//! What a sweep is told: a TOML file, every key known.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::base::{Device, Error, Result};
+use crate::finetune::{DEFAULT_RECIPE, RecipeRow, Settings};
+
+use super::super::recipe::{BenchSection, Calibration, check_strategies};
+use super::super::steps::EvalSettings;
+
+/// `sweep.toml`. Paths are relative to the file's own folder.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Sweep {
+    /// The dense model: a folder, or one `.onnx` decoder.
+    pub model: PathBuf,
+    /// Folder for everything that the sweep makes; `sweep -o` overrides it.
+    pub output: PathBuf,
+    /// `cpu`, `cuda` or `cuda:N`.
+    #[serde(default = "cpu")]
+    pub device: String,
+    /// Parts of the decoder's layers to drop, each rounded down to whole layers.
+    pub drop_ratios: Vec<f64>,
+    pub strategies: Vec<String>,
+    /// Each decides the draw of the `random` strategy, and the draw and order of the finetuning samples.
+    #[serde(default = "default_seeds")]
+    pub seeds: Vec<u64>,
+    pub calibration: Calibration,
+    pub finetune: SweepFinetune,
+    pub eval: SweepEval,
+    /// Measures each pruned model's speed; without it the ideal one stands in the table.
+    #[serde(default = "no_bench")]
+    pub bench: BenchSection,
+}
+
+/// How the models are healed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SweepFinetune {
+    /// Parquet in the FineVision layout, or LLaVA's JSON.
+    pub data: PathBuf,
+    /// How many samples are drawn; all without it.
+    #[serde(default)]
+    pub samples: Option<usize>,
+    /// Named recipes.
+    #[serde(default = "default_recipes")]
+    pub recipes: Vec<String>,
+    /// Settings of all recipes, in place of their own.
+    #[serde(default)]
+    pub settings: BTreeMap<String, serde_json::Value>,
+    /// Settings of single recipes, by name, in place of those: each recipe's own best learning rate, for instance.
+    #[serde(default)]
+    pub recipe_settings: BTreeMap<String, BTreeMap<String, serde_json::Value>>,
+}
+
+/// What the models are asked.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SweepEval {
+    /// VLMEvalKit TSV files.
+    pub benchmarks: Vec<PathBuf>,
+    #[serde(default)]
+    pub settings: EvalSettings,
+}
+
+fn cpu() -> String {
+    "cpu".to_string()
+}
+
+fn default_seeds() -> Vec<u64> {
+    vec![42, 43, 44]
+}
+
+fn default_recipes() -> Vec<String> {
+    vec![DEFAULT_RECIPE.to_string()]
+}
+
+fn no_bench() -> BenchSection {
+    BenchSection { enabled: false, ..BenchSection::default() }
+}
+
+impl Sweep {
+    /// Reads a sweep; its paths come out relative to the working folder.
+    ///
+    /// Errors: as `Recipe::read`.
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
+        let folder = path.parent().unwrap_or(Path::new(""));
+        Self::parse(&text, folder).map_err(|problem| match problem {
+            Error::Invalid { subject, problem, remedy } => {
+                Error::Invalid { subject: format!("`{}`: {subject}", path.display()), problem, remedy }
+            }
+            other => other,
+        })
+    }
+
+    fn parse(text: &str, folder: &Path) -> Result<Self> {
+        let mut sweep: Sweep = toml::from_str(text).map_err(|e| Error::invalid("sweep", e.to_string().trim_end()))?;
+        sweep.check()?;
+        let resolve = |path: &mut PathBuf| *path = folder.join(&*path);
+        resolve(&mut sweep.model);
+        resolve(&mut sweep.output);
+        resolve(&mut sweep.calibration.data);
+        resolve(&mut sweep.finetune.data);
+        sweep.eval.benchmarks.iter_mut().for_each(resolve);
+        Ok(sweep)
+    }
+
+    fn check(&self) -> Result<()> {
+        self.device.parse::<Device>()?;
+        self.calibration.check()?;
+        check_strategies("sweep", &self.strategies)?;
+        fn distinct<T: PartialEq + std::fmt::Display>(name: &str, values: &[T]) -> Result<()> {
+            if values.is_empty() {
+                return Err(Error::invalid("sweep", format!("`{name}` is empty")));
+            }
+            let twice = values.iter().enumerate().find(|(place, value)| values[..*place].contains(value));
+            twice.map_or(Ok(()), |(_, value)| Err(Error::invalid("sweep", format!("`{name}` has {value} twice"))))
+        }
+        distinct("drop_ratios", &self.drop_ratios)?;
+        distinct("seeds", &self.seeds)?;
+        distinct("recipes", &self.finetune.recipes)?;
+        if let Some(ratio) = self.drop_ratios.iter().find(|ratio| !(**ratio > 0.0 && **ratio < 1.0)) {
+            return Err(Error::invalid(format!("drop ratio {ratio}"), "must lie between 0 and 1, both excluded"));
+        }
+        if let Some(name) = self.finetune.recipe_settings.keys().find(|name| !self.finetune.recipes.contains(name)) {
+            return Err(Error::invalid(format!("`recipe_settings.{name}`"), "is of a recipe that `recipes` lacks"));
+        }
+        if self.eval.benchmarks.is_empty() {
+            return Err(Error::invalid("eval", "`benchmarks` is empty"));
+        }
+        self.finetune.recipes.iter().try_for_each(|recipe| self.settings_of(recipe, 0)?.check())
+    }
+
+    /// A recipe's settings for one seed: its own, then those of all recipes, then those for it.
+    ///
+    /// Errors: `Error::Invalid` for a recipe or setting that is not known.
+    pub fn settings_of(&self, recipe: &str, seed: u64) -> Result<Settings> {
+        let own = self.finetune.recipe_settings.get(recipe);
+        let mut all = self.finetune.settings.clone();
+        all.extend(own.into_iter().flatten().map(|(key, value)| (key.clone(), value.clone())));
+        let table = toml::Table::try_from(&all).map_err(|e| Error::invalid("finetune settings", e.to_string()))?;
+        Ok(Settings { seed, ..RecipeRow::named(recipe)?.settings_with(table)? })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SWEEP: &str = r#"
+        model = "model"
+        output = "../out"
+        drop_ratios = [0.1, 0.25]
+        strategies = ["interlace", "interlace-loss"]
+        calibration = { data = "data/train.parquet", samples = 100 }
+        [finetune]
+        data = "data/train.parquet"
+        recipes = ["paper", "best"]
+        settings = { learning_rate = 1e-3, epochs = 2 }
+        recipe_settings = { best = { learning_rate = 2e-3 } }
+        [eval]
+        benchmarks = ["data/bench.tsv"]
+    "#;
+
+    #[test]
+    fn settings_go_from_the_general_to_the_particular() {
+        let sweep = Sweep::parse(SWEEP, Path::new("fixtures")).unwrap();
+        assert_eq!(sweep.finetune.data, Path::new("fixtures/data/train.parquet"));
+        assert_eq!((sweep.seeds.len(), sweep.bench.enabled), (3, false));
+        let paper = sweep.settings_of("paper", 7).unwrap();
+        assert_eq!((paper.learning_rate, paper.epochs, paper.seed, paper.stages.len()), (1e-3, 2, 7, 0));
+        let best = sweep.settings_of("best", 8).unwrap();
+        assert_eq!((best.learning_rate, best.epochs, best.stages.len()), (2e-3, 2, 2));
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        let cases = [
+            ("[0.1, 0.25]", "[]", "`drop_ratios` is empty"),
+            ("[0.1, 0.25]", "[0.1, 1.5]", "drop ratio 1.5"),
+            ("[0.1, 0.25]", "[0.1, 0.1]", "0.1 twice"),
+            ("\"interlace-loss\"", "\"magic\"", "strategy `magic`"),
+            ("\"paper\", \"best\"", "\"paper\"", "recipe_settings.best"),
+            ("\"paper\"", "\"worst\"", "recipe `worst`"),
+            ("epochs = 2", "epoch = 2", "epoch"),
+            ("epochs = 2", "epochs = 0", "`epochs`"),
+            ("samples = 100", "sample = 100", "unknown field `sample`"),
+        ];
+        for (from, to, want) in cases {
+            assert!(SWEEP.contains(from), "{from}");
+            let error = Sweep::parse(&SWEEP.replacen(from, to, 1), Path::new("")).unwrap_err().to_string();
+            assert!(error.contains(want), "{to}: {error}");
+        }
+    }
+}
