@@ -63,6 +63,8 @@ fn usage_errors_exit_with_2_and_say_what_is_wrong() {
         (&["plan"], "required"),
         (&["plan", "model", "-o", "p.json", "--drop-ratio", "0.25", "--drop-count", "4"], "cannot be used with"),
         (&["plan", "model", "-o", "p.json", "--drop", "2,x"], "`x` is no layer index"),
+        (&["plan", "model", "-o", "p.json", "--drop-count", "4", "--target-speedup", "1.2"], "cannot be used with"),
+        (&["plan", "model", "-o", "p.json", "--target-size", "1.5 pounds"], "with k, M, G"),
     ] {
         let output = interlace(folder.path(), arguments);
         assert_eq!(output.status.code(), Some(2), "{arguments:?}");
@@ -211,6 +213,10 @@ fn errors_are_one_message_with_status_2_and_leave_nothing_behind() {
         (&["score", &model, "--data", &data, "--samples", "2", "--device", "tpu", "-o", "out"], "tpu"),
         (&["plan", &model, "--drop-ratio", "0.25", "-o", "out"], "needs scores"),
         (&["plan", &model, "--strategy", "random", "--drop-ratio", "1.5", "-o", "out"], "1.5"),
+        (&["plan", &model, "--strategy", "random", "--target-params", "1k", "-o", "out"], "cannot be reached"),
+        (&["plan", &model, "--strategy", "random", "--target-size", "9GB", "-o", "out"], "already"),
+        (&["plan", &model, "--strategy", "interlace-loss", "--drop-count", "2", "-o", "out"], "--data"),
+        (&["sweep", "recipe.toml"], "modle"),
         (&["eval", &model, "--data", "none.tsv", "-o", "out"], "none.tsv"),
         (&["eval", &model, "--data", "broken.tsv", "-o", "out"], "row"),
         (&["export", &model, "--to", "triton", "--variant", "q9", "-o", "out"], "q9"),
