@@ -151,6 +151,7 @@ mod tests {
             grad_norm: 2.0,
             tokens_per_s: 10.0,
             answer_tokens: 1,
+            samples: vec!["a".into()],
             peak_memory_bytes: 5,
         };
         writer.step(&metrics).unwrap();

@@ -26,6 +26,9 @@ pub struct StepMetrics {
     pub tokens_per_s: f64,
     /// Answer tokens in this step.
     pub answer_tokens: u64,
+    /// The samples of this step, longest first.
+    #[serde(default)]
+    pub samples: Vec<String>,
     /// The process's largest resident set so far.
     pub peak_memory_bytes: u64,
 }
@@ -80,6 +83,7 @@ mod tests {
             grad_norm: 0.5,
             tokens_per_s: 1000.0,
             answer_tokens: 12,
+            samples: vec!["a".into(), "b".into()],
             peak_memory_bytes: 1,
         }
     }

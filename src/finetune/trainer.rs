@@ -96,6 +96,10 @@ impl<'a> Trainer<'a> {
             epsilon: settings.epsilon,
             weight_decay: settings.weight_decay,
         };
+        if self.device == Device::Cpu {
+            // What this thread does between the steps' passes is too small to be shared.
+            tch::set_num_threads(1);
+        }
         let checkpoints = Checkpoints::open(&self.work.join(CHECKPOINT_FOLDER))?;
         let (first, mut totals) = self.start(&checkpoints, resume)?;
         let mut metrics = MetricsWriter::open(&self.work.join(METRICS_FILE), first)?;
@@ -186,6 +190,7 @@ impl<'a> Trainer<'a> {
             grad_norm,
             tokens_per_s: 0.0,
             answer_tokens,
+            samples: samples().map(|example| example.id.clone()).collect(),
             peak_memory_bytes: peak_memory_bytes(),
         };
         Ok(Done { metrics, tokens })
