@@ -19,8 +19,8 @@ use super::{Context, Outcome};
 /// Train the layers beside those that were dropped
 #[derive(clap::Args)]
 #[command(after_help = "Example:\n  interlace finetune pruned/ --plan plan.json --data train.parquet \
-    --learning-rate 1e-3 -o healed/\n  interlace finetune pruned/ --plan plan.json --data train.parquet --recipe best \
-    --teacher model/ -o healed/\n\nCtrl-C leaves a checkpoint; the same command with --resume goes on from it.")]
+    --teacher model/ -o healed/\n  interlace finetune pruned/ --plan plan.json --data train.parquet --recipe paper \
+    --learning-rate 1e-3 -o healed/\n\nCtrl-C leaves a checkpoint; the same command with --resume goes on from it.")]
 pub struct Args {
     /// Folder that `interlace prune --plan` wrote
     pruned: PathBuf,

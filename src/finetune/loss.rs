@@ -159,7 +159,7 @@ pub fn check_teacher(kinds: impl Iterator<Item = LossKind>, has_teacher: bool) -
                 format!("loss `{}`", kind.name()),
                 "needs the dense model as teacher, and none was given",
             )
-            .remedy("name the model that was pruned as teacher, or leave this term out"));
+            .remedy("name the model that was pruned (`--teacher MODEL`), or heal without it (`--recipe paper`)"));
         }
     }
     Ok(())

@@ -8,7 +8,7 @@ use super::loss::LossKind;
 use super::settings::{Settings, Stage};
 
 /// The recipe that is used when none is named.
-pub const DEFAULT_RECIPE: &str = "paper";
+pub const DEFAULT_RECIPE: &str = "best";
 
 /// A part of a run.
 pub struct StageRow {
@@ -24,6 +24,8 @@ pub struct RecipeRow {
     pub summary: &'static str,
     /// Part of the drawn samples that is trained on.
     pub data_share: f64,
+    /// Passes over them.
+    pub epochs: u32,
     /// Factor of the default learning rate.
     pub learning_rate_factor: f64,
     pub stages: &'static [StageRow],
@@ -35,6 +37,7 @@ pub const RECIPES: &[RecipeRow] = &[
         name: "paper",
         summary: "cross-entropy of the answers alone, with all defaults (arXiv:2511.19676)",
         data_share: 1.0,
+        epochs: 1,
         learning_rate_factor: 1.0,
         stages: &[StageRow { share: 1.0, losses: &[(LossKind::Ce, 1.0)] }],
     },
@@ -43,13 +46,16 @@ pub const RECIPES: &[RecipeRow] = &[
         summary: "a quarter of the samples, each finetuned layer healed on its own against the dense model's stream: \
                   nothing runs behind the last one",
         data_share: 0.25,
+        epochs: 1,
         learning_rate_factor: 1.0,
         stages: &[StageRow { share: 1.0, losses: &[(LossKind::Anchor, 1.0)] }],
     },
     RecipeRow {
         name: "best",
-        summary: "a fifth of the steps as in `fast`, then cross-entropy and the dense model's answers in equal parts",
+        summary: "three passes over the samples: a fifth of the steps as in `fast`, then cross-entropy and the \
+                  dense model's answers in equal parts",
         data_share: 1.0,
+        epochs: 3,
         learning_rate_factor: 1.0,
         stages: &[
             StageRow { share: 0.2, losses: &[(LossKind::Anchor, 1.0)] },
@@ -82,7 +88,7 @@ impl RecipeRow {
             }
         };
         let learning_rate = defaults.learning_rate * self.learning_rate_factor;
-        Settings { data_share: self.data_share, learning_rate, losses, stages, ..defaults }
+        Settings { data_share: self.data_share, epochs: self.epochs, learning_rate, losses, stages, ..defaults }
     }
 
     /// The recipe's settings with those of a TOML table in place of its own.
@@ -125,7 +131,7 @@ mod tests {
         let best = RecipeRow::named("best").unwrap();
         let with = |text: &str| best.settings_with(text.parse().unwrap());
         let settings = with("learning_rate = 1e-3\nepochs = 2").unwrap();
-        assert_eq!((settings.learning_rate, settings.epochs), (1e-3, 2));
+        assert_eq!((best.settings().epochs, settings.learning_rate, settings.epochs), (3, 1e-3, 2));
         assert_eq!(settings.stages, best.settings().stages);
         let settings = with("losses = { ce = 0.5 }").unwrap();
         assert_eq!((settings.weight(LossKind::Ce), settings.stages.len()), (0.5, 0));
