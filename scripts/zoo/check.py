@@ -21,13 +21,30 @@ TYPES = {
     "tensor(int64)": np.int64,
     "tensor(int32)": np.int32,
     "tensor(bool)": np.bool_,
+    "tensor(uint8)": np.uint8,
 }
-PAST = re.compile(r"past_key_values\.(\d+)\.(\w+)")
+STATE = re.compile(r"(past_key_values|present|key_cache|value_cache)\.(?:layers\.)?(\d+)(?:\.([a-z_]+?)s?)?$")
+PLAIN = ("model.onnx", "decode.onnx", "decoder_model_merged.onnx")
 
 
 def network_of(path):
-    stem = path.parent.name if path.name.startswith(("model.onnx", "decoder_model_merged")) else path.stem
+    stem = path.stem
+    if path.name in PLAIN:
+        stem = path.parent.parent.name if path.parent.name in ("decoder", "vision_encoder") else path.parent.name
+        stem += "_vision" if path.parent.name == "vision_encoder" else ""
     return re.split(r"[.-]", stem)[0]
+
+
+def state(name):
+    """Layer and part of a cached tensor's name, the same for what comes in and what goes out."""
+    found = STATE.search(name)
+    return found and (int(found[2]), found[3] or found[1].removeprefix("updated_"))
+
+
+def empty(port):
+    """A cache without entries: every free size but the batch is zero."""
+    sizes = [int(size) if str(size).isdigit() else None for size in port.shape]
+    return np.zeros([1 if axis == 0 else size or 0 for axis, size in enumerate(sizes)])
 
 
 def feeds(session, data, prefix, past):
@@ -38,13 +55,11 @@ def feeds(session, data, prefix, past):
             value = np.array([prefix == "in2"])
         elif f"{prefix}.{name}" in data:
             value = data[f"{prefix}.{name}"]
-        elif name in past:
-            value = past[name]
-        elif match := PAST.fullmatch(name):
-            # The first step's caches have the shape of a present one, without entries.
-            like = data[f"exp.present.{match[1]}.{match[2]}"]
-            shape = like.shape if match[2] == "conv" else (*like.shape[:2], 0, like.shape[3])
-            value = np.zeros(shape)
+        elif name == "cache_position":
+            value = data[f"{prefix}.position_ids"].reshape(-1)
+        elif state(name):
+            value = past.get(state(name))
+            value = empty(port) if value is None else value
         else:
             raise KeyError(f"no value for input {name}")
         if name == "position_ids" and len(port.shape) == 2 and value.ndim == 3:
@@ -61,14 +76,14 @@ def distance(path, data):
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [port.name for port in session.get_outputs()]
     first = dict(zip(names, session.run(None, feeds(session, data, "in", {}))))
-    worst = [np.abs(first[names[0]].astype(np.float32) - data[f"exp.{names[0]}"]).max()]
-    states = [name for name in names if name.startswith("present")]
+    compared = [name for name in names if f"exp.{name}" in data and not state(name)]
+    worst = [max(np.abs(first[name].astype(np.float32) - data[f"exp.{name}"]).max() for name in compared)]
+    states = {state(name): value for name, value in first.items() if state(name)}
     wanted = sum(key.startswith("exp.present.") for key in data.files)
-    if any(PAST.fullmatch(port.name) for port in session.get_inputs()):
-        if len(states) != wanted:
+    if any(state(port.name) for port in session.get_inputs()):
+        if wanted and len(states) != wanted:
             raise ValueError(f"{len(states)} states, expected {wanted}")
-        past = {name.replace("present", "past_key_values"): first[name] for name in states}
-        second = session.run(names[:1], feeds(session, data, "in2", past))[0]
+        second = session.run(names[:1], feeds(session, data, "in2", states))[0]
         worst.append(np.abs(second.astype(np.float32) - data["exp2.logits"]).max())
     return worst
 

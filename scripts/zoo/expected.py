@@ -22,27 +22,43 @@ def decoder(model):
     prefill, step = wrappers.inputs(model)
     module = wrappers.Decoder(model)
     arrays = {f"in.{key}": value for key, value in prefill.items()} | {f"in2.{key}": v for key, v in step.items()}
-    logits, *states = module(
-        prefill["inputs_embeds"], prefill["attention_mask"], prefill["position_ids"], *wrappers.empty_states(model)
-    )
+    extra = lambda inputs: [inputs[name] for name in wrappers.feature_names(model)]
+    main = lambda inputs: [inputs[name] for name in ("inputs_embeds", "attention_mask", "position_ids")]
+    logits, *states = module(*main(prefill), *extra(prefill), *wrappers.empty_states(model))
     arrays["exp.logits"] = logits
     names = [name for layer in wrappers.state_names(model) for name in layer]
     arrays |= {f"exp.present.{name}": state for name, state in zip(names, states)}
-    arrays["exp2.logits"] = module(step["inputs_embeds"], step["attention_mask"], step["position_ids"], *states)[0]
+    arrays["exp2.logits"] = module(*main(step), *extra(step), *states)[0]
+    return arrays
+
+
+@torch.no_grad()
+def recurrent(model):
+    """Networks whose states only their own cache holds: logits without the states."""
+    from transformers.cache_utils import DynamicCache
+
+    prefill, step = wrappers.inputs(model)
+    arrays = {f"in.{key}": value for key, value in prefill.items()} | {f"in2.{key}": v for key, v in step.items()}
+    cache = DynamicCache(config=model.config)
+    for prefix, inputs in (("exp", prefill), ("exp2", step)):
+        given = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids")}
+        arrays[f"{prefix}.logits"] = model(**given, past_key_values=cache, use_cache=True).logits
     return arrays
 
 
 @torch.no_grad()
 def encoder(model):
-    generator = torch.Generator().manual_seed(5)
-    pixels = torch.randn((1, 3, 32, 32), generator=generator)
-    return {"in.pixel_values": pixels, "exp.image_features": wrappers.Encoder(model)(pixels)}
+    pixels = wrappers.pixels(model, 1)
+    found = wrappers.Encoder(model)(pixels)
+    found = found if isinstance(found, tuple) else (found,)
+    names = wrappers.encoder_outputs(model)
+    return {"in.pixel_values": pixels} | {f"exp.{name}": value for name, value in zip(names, found)}
 
 
 def write(name, folder):
     """Writes the expected values of one network for every drop set."""
     model = networks.build(name)
-    make = encoder if name in networks.VISION else decoder
+    make = encoder if name in networks.VISION else recurrent if name == "qwen3_5" else decoder
     # The inputs are those of the whole network: deleting layers does not touch the embeddings.
     for drop in DROPS:
         arrays = make(networks.without_layers(model, drop))

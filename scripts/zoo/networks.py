@@ -158,6 +158,112 @@ def qwen2_5_vl():
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
+def _qwen_text(**more):
+    """Text settings of the Qwen vision-language families: rotary positions in three rows."""
+    text = {k: v for k, v in SIZES.items() if k != "tie_word_embeddings"}
+    rotary = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+    return text | {"rope_parameters": rotary} | more
+
+
+def qwen2_vl():
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    text = {k: v for k, v in _qwen_text().items() if k != "head_dim"}
+    vision = {"depth": 2, "embed_dim": 64, "hidden_size": 64, "mlp_ratio": 2, "num_heads": 4}
+    return Qwen2VLForConditionalGeneration(
+        Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    )
+
+
+def qwen3_vl():
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    vision = QWEN3_VISION | {"depth": 4, "deepstack_visual_indexes": [0, 1, 2]}
+    config = Qwen3VLConfig(text_config=_qwen_text(), vision_config=vision, tie_word_embeddings=False)
+    return Qwen3VLForConditionalGeneration(config)
+
+
+def qwen3_vl_deepstack():
+    """With image features added behind the first three layers, at the places of a mask."""
+    model = qwen3_vl()
+    model.deepstack = 3
+    return model
+
+
+def qwen3_vl_added():
+    """The same with features for every place, zero where there is text: a plain addition."""
+    model = qwen3_vl_deepstack()
+    model.model.language_model._deepstack_process = _add
+    return model
+
+
+def _add(hidden_states, _, features):
+    return hidden_states + features
+
+
+def qwen3_vl_moe():
+    from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
+    vision = QWEN3_VISION | {"depth": 4, "deepstack_visual_indexes": [0, 1, 2]}
+    config = Qwen3VLMoeConfig(text_config=_qwen_text(**experts), vision_config=vision, tie_word_embeddings=False)
+    return Qwen3VLMoeForConditionalGeneration(config)
+
+
+def smolvlm():
+    from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
+
+    text = llama().config.to_dict() | {"model_type": "llama"}
+    vision = VISION_SIZES | {"num_hidden_layers": 2}
+    config = SmolVLMConfig(text_config=text, vision_config=vision, image_token_id=600, scale_factor=2)
+    return SmolVLMForConditionalGeneration(config)
+
+
+def llava():
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vision = CLIPVisionConfig(**(VISION_SIZES | {"num_hidden_layers": 2}))
+    config = LlavaConfig(text_config=llama().config, vision_config=vision, image_token_index=600)
+    return LlavaForConditionalGeneration(config)
+
+
+def gemma3_vl():
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, SiglipVisionConfig
+
+    config = Gemma3Config(
+        text_config=gemma3().config,
+        vision_config=SiglipVisionConfig(**(VISION_SIZES | {"num_hidden_layers": 2})),
+        mm_tokens_per_image=4,
+        image_token_index=600,
+        boi_token_index=601,
+        eoi_token_index=602,
+    )
+    return Gemma3ForConditionalGeneration(config)
+
+
+def phi():
+    """Attention and feed-forward part side by side on one norm."""
+    from transformers import PhiConfig, PhiForCausalLM
+
+    return PhiForCausalLM(PhiConfig(**{k: v for k, v in SIZES.items() if k != "head_dim"}))
+
+
+def qwen3_5():
+    """Three gated delta-rule layers, then an attention layer, twice."""
+    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+    config = Qwen3_5TextConfig(
+        **SIZES,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_conv_kernel_dim=4,
+        layer_types=(["linear_attention"] * 3 + ["full_attention"]) * 2,
+    )
+    return Qwen3_5ForCausalLM(config)
+
+
 VISION_SIZES = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -165,6 +271,16 @@ VISION_SIZES = {
     "num_attention_heads": 4,
     "image_size": 32,
     "patch_size": 8,
+}
+
+
+QWEN3_VISION = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_heads": 4,
+    "out_hidden_size": 64,
+    "patch_size": 8,
+    "num_position_embeddings": 64,
 }
 
 
@@ -186,6 +302,48 @@ def idefics3():
     return Idefics3VisionTransformer(Idefics3VisionConfig(**VISION_SIZES))
 
 
+def smolvlm_vision():
+    from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
+    from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionTransformer
+
+    return SmolVLMVisionTransformer(SmolVLMVisionConfig(**VISION_SIZES))
+
+
+def internvl_vision():
+    """Layer scales on both branches."""
+    from transformers import InternVLVisionConfig, InternVLVisionModel
+
+    sizes = VISION_SIZES | {"image_size": [32, 32], "patch_size": [8, 8]}
+    return InternVLVisionModel(InternVLVisionConfig(**sizes, use_absolute_position_embeddings=True))
+
+
+def qwen2_vl_vision():
+    from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+
+    sizes = {"depth": LAYERS, "embed_dim": 64, "hidden_size": 64, "mlp_ratio": 2, "num_heads": 4, "patch_size": 8}
+    return Qwen2VisionTransformerPretrainedModel(Qwen2VLVisionConfig(**sizes))
+
+
+def qwen2_5_vl_vision():
+    """Attention in windows, over everything in layers 3 and 7."""
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+
+    sizes = {"depth": LAYERS, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "out_hidden_size": 64}
+    config = Qwen2_5_VLVisionConfig(**sizes, patch_size=8, window_size=32, fullatt_block_indexes=[3, 7])
+    return Qwen2_5_VisionTransformerPretrainedModel(config)
+
+
+def qwen3_vl_vision():
+    """Features leave behind layers 1, 3 and 5."""
+    from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+
+    config = Qwen3VLVisionConfig(**QWEN3_VISION, depth=LAYERS, deepstack_visual_indexes=[1, 3, 5])
+    return Qwen3VLVisionModel(config)
+
+
 TEXT = {
     builder.__name__: builder
     for builder in (
@@ -201,9 +359,31 @@ TEXT = {
         llava_onevision,
         internvl,
         qwen2_5_vl,
+        qwen2_vl,
+        qwen3_vl,
+        qwen3_vl_deepstack,
+        qwen3_vl_added,
+        qwen3_vl_moe,
+        smolvlm,
+        llava,
+        gemma3_vl,
+        phi,
+        qwen3_5,
     )
 }
-VISION = {builder.__name__: builder for builder in (siglip, clip, idefics3)}
+VISION = {
+    builder.__name__: builder
+    for builder in (
+        siglip,
+        clip,
+        idefics3,
+        smolvlm_vision,
+        internvl_vision,
+        qwen2_vl_vision,
+        qwen2_5_vl_vision,
+        qwen3_vl_vision,
+    )
+}
 
 
 def build(name, seed=7):
@@ -235,13 +415,13 @@ def fill(model, seed):
 def text_model(model):
     """The stack of decoder layers in a causal or a vision-language model."""
     inner = model.model
-    return getattr(inner, "language_model", inner)
+    return getattr(inner, "language_model", getattr(inner, "text_model", inner))
 
 
 def layers_of(model):
     """The module list of layers, of a text or a vision network."""
     for module in (getattr(model, "model", None) and text_model(model), model):
-        for path in ("layers", "encoder.layers", "vision_model.encoder.layers"):
+        for path in ("layers", "encoder.layers", "vision_model.encoder.layers", "encoder.layer", "blocks"):
             found = module
             for part in path.split("."):
                 found = getattr(found, part, None)
@@ -250,18 +430,29 @@ def layers_of(model):
     raise ValueError(f"no layers in {type(model).__name__}")
 
 
+class Identity(nn.Module):
+    def forward(self, hidden_states, *_, **__):
+        return hidden_states
+
+
 def without_layers(model, drop):
-    """A copy in which the given layers are deleted, so that each is the identity."""
+    """A copy in which the given layers are deleted, so that each is the identity.
+
+    Where features enter or leave behind a layer by its number, an identity keeps the number.
+    """
     pruned = copy.deepcopy(model)
     layers = layers_of(pruned)
     kept = [index for index in range(len(layers)) if index not in drop]
+    if hasattr(model, "deepstack") or hasattr(model, "blocks"):
+        for index in drop:
+            layers[index] = Identity()
+        number_layers([layers[index] for index in kept])
+        pruned.kept = kept
+        return pruned
     chosen = [layers[index] for index in kept]
     del layers[:]
     layers.extend(chosen)
-    for index, layer in enumerate(layers):
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = index
+    number_layers(layers)
     configs = {id(m.config): m.config for m in pruned.modules() if getattr(m, "config", None) is not None}
     for config in configs.values():
         if getattr(config, "num_hidden_layers", None) == LAYERS:
@@ -269,3 +460,11 @@ def without_layers(model, drop):
         if len(getattr(config, "layer_types", None) or []) == LAYERS:
             config.layer_types = [config.layer_types[index] for index in kept]
     return pruned
+
+
+def number_layers(layers):
+    """Tells each layer its number, by which it finds its cache."""
+    for index, layer in enumerate(layers):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index

@@ -23,6 +23,23 @@ def attention(model, kind):
                 module.config._experts_implementation = "batched_mm"
 
 
+def feature_inputs(model):
+    """Names, dynamic axes and values of the image features that enter between layers."""
+    names = wrappers.feature_names(model)
+    axes, values = [], []
+    for name in names:
+        if name == "visual_pos_masks":
+            axes.append({0: "batch", 1: "sequence"})
+            values.append(torch.tensor([[True, False, True], [False, True, True]]))
+        elif "visual_pos_masks" in names:
+            axes.append({0: "places"})
+            values.append(torch.randn(4, 64))
+        else:
+            axes.append({0: "batch", 1: "sequence"})
+            values.append(torch.randn(2, 3, 64))
+    return names, axes, values
+
+
 def decoder(name, exporter, path):
     ids = name.endswith("-ids")
     model = networks.build(name.removesuffix("-ids"))
@@ -30,6 +47,8 @@ def decoder(name, exporter, path):
     module = wrappers.Decoder(model, ids)
     names = [part for layer in wrappers.state_names(model) for part in layer]
     states = wrappers.empty_states(model, batch=2, past=5)
+    features, feature_axes, values = feature_inputs(model)
+    states = [*values, *states]
     tokens = torch.randint(3, 600, (2, 3)) if ids else torch.randn(2, 3, 64)
     places = wrappers.positions(model, 5, 3)
     places = places.expand(*places.shape[:-2], 2, 3).contiguous()
@@ -37,14 +56,13 @@ def decoder(name, exporter, path):
     first = "input_ids" if ids else "inputs_embeds"
     past = [f"past_key_values.{part}" for part in names]
     present = [f"present.{part}" for part in names]
-    symbols = {"batch": Dim("batch"), "sequence": Dim("sequence"), "total": Dim("total"), "past": Dim("past")}
-    if exporter != "ts17":
-        symbols = {key: Dim.DYNAMIC for key in symbols} | {"batch": Dim.DYNAMIC}
+    symbols = {key: Dim.DYNAMIC for key in ("batch", "sequence", "total", "past", "places")}
     token_axes = {0: "batch", 1: "sequence"}
     row_axes = {places.ndim - 2: "batch", places.ndim - 1: "sequence"}
     state_axes = [{0: "batch"} if part.endswith("conv") else {0: "batch", 2: "past"} for part in names]
+    extra = dict(zip(features, feature_axes))
     if exporter == "ts17":
-        axes = {first: token_axes, "attention_mask": {0: "batch", 1: "total"}, "position_ids": row_axes}
+        axes = extra | {first: token_axes, "attention_mask": {0: "batch", 1: "total"}, "position_ids": row_axes}
         axes |= dict(zip(past, state_axes))
         axes |= {part: {k: "total" if k == 2 else v for k, v in a.items()} for part, a in zip(present, state_axes)}
         axes["logits"] = token_axes
@@ -52,7 +70,7 @@ def decoder(name, exporter, path):
             module,
             (*arguments, *states),
             path,
-            input_names=[first, "attention_mask", "position_ids", *past],
+            input_names=[first, "attention_mask", "position_ids", *features, *past],
             output_names=["logits", *present],
             dynamic_axes=axes,
             opset_version=17,
@@ -64,13 +82,13 @@ def decoder(name, exporter, path):
         module,
         (*arguments, *states),
         path,
-        input_names=[first, "attention_mask", "position_ids", *past],
+        input_names=[first, "attention_mask", "position_ids", *features, *past],
         output_names=["logits", *present],
         dynamic_shapes=(
             dims(token_axes),
             dims({0: "batch", 1: "total"}),
             dims(row_axes),
-            tuple(dims(a) for a in state_axes),
+            tuple(dims(a) for a in [*feature_axes, *state_axes]),
         ),
         opset_version=int(exporter[3:]),
         dynamo=True,
@@ -82,10 +100,11 @@ def decoder(name, exporter, path):
 def encoder(name, exporter, path):
     model = networks.build(name)
     attention(model, "eager" if exporter == "ts17" else "sdpa")
-    shared = {"input_names": ["pixel_values"], "output_names": ["image_features"]}
-    pixels = torch.randn(2, 3, 32, 32)
+    shared = {"input_names": ["pixel_values"], "output_names": wrappers.encoder_outputs(model)}
+    pixels = wrappers.pixels(model, 2)
+    fixed = wrappers.Encoder(model).patches
     if exporter == "ts17":
-        axes = {"pixel_values": {0: "batch"}, "image_features": {0: "batch"}}
+        axes = {} if fixed else {"pixel_values": {0: "batch"}, "image_features": {0: "batch"}}
         torch.onnx.export(
             wrappers.Encoder(model), (pixels,), path, dynamic_axes=axes, opset_version=17, dynamo=False, **shared
         )
@@ -94,7 +113,7 @@ def encoder(name, exporter, path):
             wrappers.Encoder(model),
             (pixels,),
             path,
-            dynamic_shapes=({0: Dim.DYNAMIC},),
+            dynamic_shapes=({} if fixed else {0: Dim.DYNAMIC},),
             opset_version=int(exporter[3:]),
             dynamo=True,
             external_data=False,

@@ -35,7 +35,8 @@ def _filled(key, value):
 def _kinds(model):
     config = networks.text_model(model).config
     kinds = getattr(config, "layer_types", None)
-    return list(kinds) if kinds else ["full_attention"] * config.num_hidden_layers
+    kinds = list(kinds) if kinds else ["full_attention"] * config.num_hidden_layers
+    return [kinds[index] for index in getattr(model, "kept", range(len(kinds)))]
 
 
 def state_names(model):
@@ -69,9 +70,14 @@ class Decoder(nn.Module):
         self.head = model.lm_head
         self.ids = ids
         self.kinds = _kinds(model)
+        self.features = feature_names(model)
 
     def forward(self, tokens, attention_mask, position_ids, *states):
-        states = list(states[0]) if states and isinstance(states[0], (list, tuple)) else list(states)
+        if len(states) == 1 and isinstance(states[0], (list, tuple)):
+            states = states[0]
+        states = list(states)
+        features = dict(zip(self.features, states))
+        del states[: len(features)]
         cache = DynamicCache()
         cache.layers = []
         for kind in self.kinds:
@@ -87,6 +93,7 @@ class Decoder(nn.Module):
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,
+            **deepstack(features),
         )
         presents = []
         for layer in cache.layers:
@@ -94,15 +101,56 @@ class Decoder(nn.Module):
         return (self.head(out.last_hidden_state), *presents)
 
 
+def feature_names(model):
+    """Inputs of image features that are added between layers, and the mask of their places before them."""
+    count = getattr(model, "deepstack", 0)
+    masked = count and "_deepstack_process" not in vars(networks.text_model(model))
+    return ["visual_pos_masks"] * bool(masked) + [f"deepstack_features_{number}" for number in range(count)]
+
+
+def deepstack(features):
+    """The arguments under which Qwen3-VL's text part takes its features."""
+    if not features:
+        return {}
+    mask = features.get("visual_pos_masks")
+    embeds = [value for name, value in features.items() if name != "visual_pos_masks"]
+    return {"visual_pos_masks": embeds[0] if mask is None else mask, "deepstack_visual_embeds": embeds}
+
+
 class Encoder(nn.Module):
-    """pixel_values `[B, 3, H, W]` -> image features `[B, N, D]`."""
+    """pixel_values `[B, 3, H, W]` -> image features `[B, N, D]`.
+
+    Qwen's towers take the patches of a fixed grid, `[N, C * T * P * P]`, and Qwen3's gives DeepStack features too.
+    """
+
+    GRID = [[1, 8, 8]]
 
     def __init__(self, model):
         super().__init__()
         self.model = model
+        self.patches = hasattr(model, "blocks")
 
     def forward(self, pixel_values):
-        return self.model(pixel_values).last_hidden_state
+        if not self.patches:
+            return self.model(pixel_values).last_hidden_state
+        out = self.model(pixel_values, grid_thw=torch.tensor(self.GRID))
+        return (out.pooler_output, *(getattr(out, "deepstack_features", None) or ()))
+
+
+def pixels(model, batch, seed=5):
+    """An input for `Encoder`."""
+    generator = torch.Generator().manual_seed(seed)
+    if hasattr(model, "blocks"):
+        config = model.config
+        width = 3 * config.temporal_patch_size * config.patch_size**2
+        return torch.randn((64, width), generator=generator)
+    return torch.randn((batch, 3, 32, 32), generator=generator)
+
+
+def encoder_outputs(model):
+    """Names of what `Encoder` gives."""
+    count = len(getattr(model.config, "deepstack_visual_indexes", ()))
+    return ["image_features"] + [f"deepstack_features_{number}" for number in range(count)]
 
 
 def positions(model, first, count):
@@ -120,13 +168,26 @@ def inputs(model, length=7, seed=3):
     vocabulary = networks.text_model(model).config.vocab_size
     ids = torch.randint(3, vocabulary, (1, length + 1), generator=generator)
     embeds = networks.text_model(model).get_input_embeddings()(ids).detach()
-    prefill = {
+    places = torch.zeros(1, length + 1, dtype=torch.bool)
+    places[:, 1:4] = True
+    features = {}
+    for name in feature_names(model):
+        if name == "visual_pos_masks":
+            features[name] = places
+        elif "visual_pos_masks" in features:
+            features[name] = torch.randn((3, embeds.shape[-1]), generator=generator)
+        else:
+            features[name] = torch.randn(embeds.shape, generator=generator) * places[..., None]
+    cut = lambda part, value: value[:, part] if value.shape[0] == 1 else value[: 3 * (part.start is None)]
+    prefill = {name: cut(slice(None, length), value) for name, value in features.items()}
+    step = {name: cut(slice(length, None), value) for name, value in features.items()}
+    prefill |= {
         "input_ids": ids[:, :length],
         "inputs_embeds": embeds[:, :length],
         "attention_mask": torch.ones(1, length, dtype=torch.long),
         "position_ids": positions(model, 0, length),
     }
-    step = {
+    step |= {
         "input_ids": ids[:, length:],
         "inputs_embeds": embeds[:, length:],
         "attention_mask": torch.ones(1, length + 1, dtype=torch.long),
