@@ -210,7 +210,8 @@ const OTHER_SECTIONS: &[&str] = &[
 /// Errors: `Error::Invalid` when a count or a list disagrees with `edit.total`, or when a list that no row names has
 /// one entry per layer; `Error::Unsupported` when a periodic pattern would break.
 pub(super) fn rewrite(document: &Document, edit: &LayerEdit) -> Result<Option<String>> {
-    let mut walk = Walk { document, edit, edits: Vec::new(), counts: 0 };
+    let beyond = layers_beyond(document.root(), edit);
+    let mut walk = Walk { document, edit, beyond, edits: Vec::new(), counts: 0 };
     walk.object(document.root(), Tower::Text, "")?;
     // genai_config.json says nothing of the vision tower's layers, so only a section that could is held to it.
     let sections = VISION_SECTIONS.iter().filter(|section| **section != "vision");
@@ -229,9 +230,32 @@ pub(super) fn rewrite(document: &Document, edit: &LayerEdit) -> Result<Option<St
     document.apply(walk.edits).map(Some)
 }
 
+/// How many layers at the vision tower's end the config counts and the graph lacks: those behind the last state that
+/// `vision_feature_layer` reads. -2 reads the state before the last layer, which an exporter then leaves out.
+fn layers_beyond(root: &Node, edit: &LayerEdit) -> usize {
+    let read = |node: &Node| -> Option<usize> {
+        let positions = node.elements().unwrap_or(std::slice::from_ref(node));
+        let unread: Option<Vec<usize>> =
+            positions.iter().map(|position| usize::try_from(-1 - position.as_i64()?).ok()).collect();
+        unread?.into_iter().min()
+    };
+    let count = |section: &Node| {
+        let keys = ROWS.iter().filter(|row| row.scope == Tower::Vision && row.rule == Rule::Count);
+        keys.filter_map(|row| section.get(row.key)?.as_usize()).next()
+    };
+    let unread = root.get("vision_feature_layer").and_then(read);
+    let counted = VISION_SECTIONS.iter().find_map(|section| root.get(section).and_then(count));
+    match (edit.tower, unread, counted) {
+        (Tower::Vision, Some(unread), Some(counted)) if edit.total.checked_add(unread) == Some(counted) => unread,
+        _ => 0,
+    }
+}
+
 struct Walk<'a> {
     document: &'a Document,
     edit: &'a LayerEdit,
+    /// Layers behind the graph's last one that the config counts.
+    beyond: usize,
     edits: Vec<Edit>,
     counts: usize,
 }
@@ -286,7 +310,7 @@ impl Walk<'_> {
             Rule::Unrelated => {}
             Rule::Count => {
                 let count = self.whole_number(node, path)?;
-                if count != edit.total {
+                if count != edit.total + self.beyond {
                     return Err(self
                         .error(
                             path,
@@ -299,7 +323,7 @@ impl Walk<'_> {
                         .remedy("config and graph must be of the same model"));
                 }
                 self.counts += 1;
-                self.replace(node, edit.remaining().to_string());
+                self.replace(node, (edit.remaining() + self.beyond).to_string());
             }
             Rule::PerLayer => {
                 if let Kind::Scalar(serde_json::Value::String(letters)) = &node.kind {
@@ -369,13 +393,15 @@ impl Walk<'_> {
                 for position in positions {
                     let index = position.as_i64().ok_or_else(|| self.error(path, "expected whole numbers"))?;
                     // Hidden state p is the input of layer p; total is the output of the last layer.
-                    let from_start = if index < 0 { index + edit.total as i64 + 1 } else { index };
+                    let total = (edit.total + self.beyond) as i64;
+                    let from_start = if index < 0 { index.saturating_add(total + 1) } else { index };
                     let from_start = usize::try_from(from_start).ok().filter(|state| *state <= edit.total);
                     let from_start = from_start.ok_or_else(|| {
                         self.error(path, format!("{index} is no hidden state of {} layers", edit.total))
                     })?;
                     let new = edit.kept_below(from_start);
-                    let new = if index < 0 { new as i64 - edit.remaining() as i64 - 1 } else { new as i64 };
+                    let remaining = (edit.remaining() + self.beyond) as i64;
+                    let new = if index < 0 { new as i64 - remaining - 1 } else { new as i64 };
                     self.replace(position, new.to_string());
                 }
             }
@@ -478,6 +504,15 @@ mod tests {
                 r#"{"vision_feature_layer": [1, 3], "vision_config": {"layers": 4, "fullatt_block_indexes": [1, 3]}}"#,
                 r#"{"vision_feature_layer": [1, 2], "vision_config": {"layers": 3, "fullatt_block_indexes": [2]}}"#,
             ),
+            // The graph lacks the last layer, which nothing reads.
+            (
+                r#"{"vision_feature_layer": -2, "vision_config": {"num_hidden_layers": 5}}"#,
+                r#"{"vision_feature_layer": -2, "vision_config": {"num_hidden_layers": 4}}"#,
+            ),
+            (
+                r#"{"vision_feature_layer": [-5, -2], "vision_config": {"num_hidden_layers": 5}}"#,
+                r#"{"vision_feature_layer": [-4, -2], "vision_config": {"num_hidden_layers": 4}}"#,
+            ),
         ];
         for (config, want) in cases {
             assert_eq!(rewritten(config, Tower::Vision, 4, &[1]).unwrap(), want);
@@ -499,7 +534,10 @@ mod tests {
     #[test]
     fn what_cannot_follow_is_refused_by_name() {
         let cases = [
-            (r#"{"num_hidden_layers": 8}"#, "is 8, but the text tower's graph has 6 layers"),
+            (
+                r#"{"num_hidden_layers": 8, "vision_feature_layer": -3}"#,
+                "is 8, but the text tower's graph has 6 layers",
+            ),
             (r#"{"hidden_size": 8}"#, "says nowhere how many layers"),
             (
                 r#"{"num_hidden_layers": 6, "layer_types": ["a"]}"#,

@@ -94,6 +94,11 @@ impl Block {
         self.inputs.len()
     }
 
+    /// Number of outputs of the body.
+    pub fn output_count(&self) -> usize {
+        self.outputs.len()
+    }
+
     /// Runs the body: `inputs` are its own, `args` those of the node that carries it.
     pub fn run(&self, args: &Args, inputs: Vec<Tensor>) -> OpResult<Vec<Tensor>> {
         let mut values: HashMap<Slot, Tensor> = self.inputs.iter().copied().zip(inputs).collect();

@@ -280,6 +280,48 @@ fn cases() -> Vec<Case> {
     all.push(
         case("RotaryEmbedding", vec![flat(&[1, 3, 8]), In::Ints(&[1], &[2]), angle(&[5, 2]), angle(&[5, 2])]).of(MS),
     );
+    all.push(case("Attention", qkv()).at(25).int("left_window_size", 1).int("right_window_size", 1));
+    for (rule, decays, corrects) in
+        [("linear", false, false), ("gated", true, false), ("delta", false, true), ("gated_delta", true, true)]
+    {
+        let mut inputs = vec![flat(&[2, 3, 4]), flat(&[2, 3, 4]), flat(&[2, 3, 12]), flat(&[2, 4, 2, 3])];
+        inputs.push(if decays { In::Vary(&[2, 3, 4], -1.0, -0.1) } else { In::Absent });
+        inputs.push(if corrects { In::Vary(&[2, 3, 4], 0.1, 0.9) } else { In::Absent });
+        all.push(
+            case("LinearAttention", inputs)
+                .of(MS)
+                .int("q_num_heads", 2)
+                .int("kv_num_heads", 4)
+                .text("update_rule", rule)
+                .outputs(2),
+        );
+    }
+    let short = vec![flat(&[2, 4, 3]), flat(&[4, 1, 3]), flat(&[4]), flat(&[2, 4, 2])];
+    all.push(case("CausalConvWithState", short).of(MS).text("activation", "silu").outputs(2));
+    let router = || In::Vary(&[3, 4], -1.5, 1.5);
+    let halves = vec![flat(&[3, 4]), router(), flat(&[4, 10, 4]), flat(&[4, 10]), flat(&[4, 4, 5]), flat(&[4, 4])];
+    all.push(
+        case("MoE", halves)
+            .of(MS)
+            .int("k", 2)
+            .int("normalize_routing_weights", 1)
+            .int("swiglu_fusion", 2)
+            .float("activation_alpha", 1.7)
+            .float("activation_beta", 1.0)
+            .float("swiglu_limit", 0.9)
+            .text("activation_type", "swiglu"),
+    );
+    let apart = vec![
+        flat(&[1, 3, 4]),
+        router(),
+        flat(&[4, 5, 4]),
+        In::Absent,
+        flat(&[4, 4, 5]),
+        In::Absent,
+        flat(&[4, 5, 4]),
+        flat(&[4, 5]),
+    ];
+    all.push(case("MoE", apart).of(MS).int("k", 2).text("activation_type", "silu"));
     let streams = In::Ints(&[3, 1, 2], &[0, 1, 2, 3, 4, 0]);
     all.push(
         case("MRotaryEmbedding", vec![flat(&[1, 2, 12]), streams, angle(&[5, 3]), angle(&[5, 3])])
@@ -445,7 +487,7 @@ fn gradients_agree_with_central_differences() {
 #[test]
 fn every_differentiable_row_has_a_case() {
     // Control flow is checked on whole graphs.
-    let elsewhere = [("", "If"), ("", "Loop")];
+    let elsewhere = [("", "If"), ("", "Loop"), ("", "Scan")];
     let covered: HashSet<(&str, &str)> = cases().iter().map(|case| (case.domain, case.op)).chain(elsewhere).collect();
     let bare: Vec<String> = rows()
         .iter()

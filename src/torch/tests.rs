@@ -366,6 +366,34 @@ fn loops_carry_and_collect() {
 }
 
 #[test]
+fn scans_read_slices_and_carry() {
+    let mut builder = Builder::new().input("start", DataType::Float).input("rows", DataType::Float);
+    let graph = &mut builder.model.graph;
+    let inputs: Vec<ValueId> = ["carried", "row"].iter().map(|name| value_of(graph, name)).collect();
+    let mut nodes =
+        vec![node_of(graph, "Add", &["carried", "row"], &["next"]), node_of(graph, "Neg", &["next"], &["seen"])];
+    nodes[0].inputs = inputs.iter().copied().map(Some).collect();
+    nodes[1].inputs = vec![nodes[0].outputs[0]];
+    let outputs = nodes.iter().filter_map(|node| node.outputs[0]).collect();
+    let body = Body { inputs, nodes, outputs, ..Default::default() };
+    let model = builder
+        .node("Scan", &["start", "rows"], &["last", "all"])
+        .attribute("body", AttributeKind::Graph(body))
+        .attribute("num_scan_inputs", AttributeKind::Int(1))
+        .attribute("scan_input_axes", AttributeKind::Ints(vec![1]))
+        .attribute("scan_input_directions", AttributeKind::Ints(vec![1]))
+        .attribute("scan_output_axes", AttributeKind::Ints(vec![-1]))
+        .output("last")
+        .output("all")
+        .model;
+    let rows = vector(&[1.0, 2.0, 3.0, 10.0, 20.0, 30.0]).reshape([2, 3]);
+    let out = run(&model, &[("start", vector(&[0.5, 0.0])), ("rows", rows)]).expect("run");
+    // Columns from the last to the first: 3, 2, 1 and 30, 20, 10.
+    assert_eq!(floats(&out[0]), [6.5, 60.0]);
+    assert_eq!((out[1].size(), floats(&out[1])), (vec![2, 3], vec![-3.5, -5.5, -6.5, -30.0, -50.0, -60.0]));
+}
+
+#[test]
 fn the_caller_may_write_to_results() {
     let model = Builder::new().weight("w", &[2], &[1.0, 2.0]).node("Identity", &["w"], &["y"]).output("y").model;
     let program = Program::compile(&model, &Options::default()).expect("compile");

@@ -141,6 +141,12 @@ fn prune_renumbers_layers_in_graph_and_configs_and_remembers_where_they_were() {
     let vision = ["prune", &fixture("model"), "--component", "vision_encoder", "--drop", "3", "-o", "seeing", "--json"];
     let pruned = json(&interlace(folder.path(), &vision));
     assert_eq!(pruned["layers_after"], 4);
+    let config: serde_json::Value =
+        serde_json::from_slice(&fs::read(folder.path().join("seeing/config.json")).expect("config")).expect("JSON");
+    assert_eq!(config["vision_config"]["num_hidden_layers"], 4);
+    assert_eq!(config["text_config"]["num_hidden_layers"], 16);
+    let found = json(&interlace(folder.path(), &["inspect", "seeing", "--json"]));
+    assert_eq!((&found["num_layers"], &found["vision"]["num_layers"]), (&16.into(), &4.into()));
 }
 
 #[test]

@@ -270,6 +270,11 @@ impl Single {
         self
     }
 
+    fn text(mut self, name: &'static str, value: &str) -> Self {
+        self.attributes.push((name, AttributeKind::String(value.as_bytes().to_vec())));
+        self
+    }
+
     fn ints(mut self, name: &'static str, values: &[i64]) -> Self {
         self.attributes.push((name, AttributeKind::Ints(values.to_vec())));
         self
@@ -460,6 +465,44 @@ fn singles() -> Vec<Single> {
                 .int("mrope_layout", layout),
         );
     }
+    for (rule, decays, corrects) in
+        [("linear", false, false), ("gated", true, false), ("delta", false, true), ("gated_delta", true, true)]
+    {
+        let small = |shape: &[i64]| normal(shape).map(|tensor| tensor * 0.3);
+        for (q_heads, k_heads, heads) in [(2, 2, 4), (4, 2, 2), (4, 4, 4)] {
+            let decay = if decays { small(&[2, 3, heads]).map(|g| -g.abs()) } else { None };
+            let beta = if corrects { small(&[2, 3, heads]).map(|b| b.sigmoid()) } else { None };
+            let operands = vec![small(&[2, 3, q_heads * 8]), small(&[2, 3, k_heads * 8]), small(&[2, 3, heads * 8])];
+            let inputs = with(operands, vec![small(&[2, heads, 8, 8]), decay, beta]);
+            all.push(
+                single("LinearAttention", inputs, 2)
+                    .int("q_num_heads", q_heads)
+                    .int("kv_num_heads", heads)
+                    .text("update_rule", rule),
+            );
+        }
+    }
+    for activation in ["none", "silu"] {
+        let inputs = vec![normal(&[2, 8, 5]), normal(&[8, 1, 4]), normal(&[8]), normal(&[2, 8, 3])];
+        all.push(single("CausalConvWithState", inputs, 2).text("activation", activation));
+    }
+    let router = || normal(&[6, 4]);
+    for activation in ["relu", "gelu", "silu", "identity"] {
+        let inputs = vec![normal(&[2, 3, 8]), router(), normal(&[4, 16, 8]), normal(&[4, 16]), normal(&[4, 8, 16])];
+        all.push(single("MoE", inputs, 1).int("k", 2).text("activation_type", activation));
+    }
+    let fused =
+        vec![normal(&[6, 8]), router(), normal(&[4, 32, 8]), normal(&[4, 32]), normal(&[4, 8, 16]), normal(&[4, 8])];
+    all.push(
+        single("MoE", fused, 1)
+            .int("k", 2)
+            .int("normalize_routing_weights", 1)
+            .int("swiglu_fusion", 1)
+            .float("activation_alpha", 1.702)
+            .float("activation_beta", 1.0)
+            .float("swiglu_limit", 0.8)
+            .text("activation_type", "swiglu"),
+    );
     all
 }
 

@@ -9,7 +9,7 @@ use super::cast::kind_from_number;
 use super::linear::lowered;
 
 pub(super) const ROWS: &[Row] = &[
-    Row::new("", "Attention", 23, attention).until(24).host(0b100_0000).grad(),
+    Row::new("", "Attention", 23, attention).host(0b100_0000).grad(),
     Row::new(super::MICROSOFT, "MultiHeadAttention", 1, multi_head).grad(),
 ];
 
@@ -155,6 +155,28 @@ pub(super) fn visible(
     Ok(seen)
 }
 
+/// Key `j` lies at most `left` before and `right` behind query `i`'s place `start + i`.
+///
+/// Shapes: as [`visible`].
+fn within(
+    starts: &[i64],
+    rows: i64,
+    columns: i64,
+    left: Option<i64>,
+    right: Option<i64>,
+    device: Device,
+) -> OpResult<Tensor> {
+    let shifted: Vec<i64> = starts.iter().map(|start| start.saturating_add(right.unwrap_or(0))).collect();
+    let upper = visible(&shifted, rows, columns, None, right.is_some(), device)?;
+    match left {
+        None => Ok(upper),
+        Some(left) => {
+            let lower = visible(starts, rows, columns, Some(left + 1), false, device)?;
+            Ok(upper.f_logical_and(&lower)?)
+        }
+    }
+}
+
 /// Cuts `[B, S, H * D]` into `[B, H, S, D]`; a 4-D tensor is taken as it is.
 pub(super) fn heads_first(x: &Tensor, heads: i64) -> OpResult<Tensor> {
     if x.dim() == 4 {
@@ -184,9 +206,19 @@ pub(super) fn append(past: Option<&Tensor>, new: Tensor) -> OpResult<Tensor> {
 /// Shapes: Q `[B, Hq, S, D]` or `[B, S, Hq * D]`, K and V likewise -> Y in Q's layout, and the caches
 /// `[B, Hkv, past + L, D]`. Causal masking is aligned to the end of the past.
 ///
-/// Source: ONNX Attention-23 and -24 with their errata.
+/// A window bounds how far before and behind its own place a query sees; -1 is no bound.
+///
+/// Source: ONNX Attention-23 to -25 with their errata.
 fn attention(b: &mut Build) -> OpResult<Kernel> {
     let a = b.attributes;
+    let bound = |name: &str| -> OpResult<Option<i64>> {
+        match if b.version >= 25 { a.int(name, -1)? } else { -1 } {
+            -1 => Ok(None),
+            places if (0..=LARGEST).contains(&places) => Ok(Some(places)),
+            places => Err(OpError::new(format!("attribute `{name}` is {places}"))),
+        }
+    };
+    let (left, right) = (bound("left_window_size")?, bound("right_window_size")?);
     let causal = a.flag("is_causal", false)?;
     let (q_heads, kv_heads) = (a.int("q_num_heads", 0)?, a.int("kv_num_heads", 0)?);
     let scale = a.float_opt("scale")?;
@@ -215,7 +247,11 @@ fn attention(b: &mut Build) -> OpResult<Kernel> {
             Some(lengths) if args.opt(4).is_none() => lengths.iter().map(|length| length - rows).collect(),
             _ => vec![past],
         };
-        let square = causal && mask.is_none() && lengths.is_none() && past == 0 && rows == columns;
+        let bounded = left.is_some() || right.is_some();
+        let square = causal && mask.is_none() && lengths.is_none() && past == 0 && rows == columns && !bounded;
+        if bounded {
+            mask = Some(both(mask, within(&starts, rows, columns, left, right, q.device())?)?);
+        }
         if causal && !square {
             mask = Some(both(mask, visible(&starts, rows, columns, None, true, q.device())?)?);
         }

@@ -2,13 +2,16 @@
 
 use tch::{Kind, Tensor};
 
-use crate::torch::kernel::{Build, Kernel, OpError, OpResult, host_ints, many};
+use crate::torch::kernel::{Build, Kernel, OpError, OpResult, axis_of, host_ints, many};
 use crate::torch::table::{ALL, Row};
 
 use super::shape::int_vector;
 
-pub(super) const ROWS: &[Row] =
-    &[Row::new("", "If", 1, if_else).host(ALL).grad(), Row::new("", "Loop", 11, loop_body).host(ALL).grad()];
+pub(super) const ROWS: &[Row] = &[
+    Row::new("", "If", 1, if_else).host(ALL).grad(),
+    Row::new("", "Loop", 11, loop_body).host(ALL).grad(),
+    Row::new("", "Scan", 9, scan).host(ALL).grad(),
+];
 
 fn if_else(b: &mut Build) -> OpResult<Kernel> {
     let (then_body, else_body) = (b.attributes.body("then_branch")?, b.attributes.body("else_branch")?);
@@ -57,6 +60,58 @@ fn loop_body(b: &mut Build) -> OpResult<Kernel> {
             } else {
                 Tensor::f_stack(&list, 0)?
             });
+        }
+        Ok(carried)
+    })
+}
+
+/// Inputs: states, then tensors that are read slice by slice. The body takes (states, slices) and gives (states, slices);
+/// its slices are stacked along the axis that the node names.
+fn scan(b: &mut Build) -> OpResult<Kernel> {
+    let a = b.attributes;
+    let lists = ["scan_input_axes", "scan_input_directions", "scan_output_axes", "scan_output_directions"];
+    let [input_axes, input_turns, output_axes, output_turns] = lists.map(|name| a.ints(name));
+    let (input_axes, input_turns) = (input_axes?.unwrap_or_default(), input_turns?.unwrap_or_default());
+    let (output_axes, output_turns) = (output_axes?.unwrap_or_default(), output_turns?.unwrap_or_default());
+    let entry = |list: &[i64], place: usize| list.get(place).copied().unwrap_or(0);
+    let read = usize::try_from(a.int_required("num_scan_inputs")?).unwrap_or(usize::MAX);
+    let body = b.bodies.compile(a.body("body")?)?;
+    let states = body.input_count().checked_sub(read).filter(|_| read > 0);
+    let states = states.ok_or_else(|| OpError::new(format!("{read} scanned inputs do not fit the body")))?;
+    let made = body.output_count().checked_sub(states).ok_or_else(|| OpError::new("the body gives too few outputs"))?;
+    many(move |args| {
+        let mut carried: Vec<Tensor> =
+            (0..states).map(|index| args.get(index).map(Tensor::shallow_clone)).collect::<OpResult<_>>()?;
+        let mut sources = Vec::with_capacity(read);
+        let mut steps = None;
+        for place in 0..read {
+            let source = args.get(states + place)?;
+            let axis = axis_of(entry(&input_axes, place), source.dim())?;
+            let length = source.size()[axis as usize];
+            if *steps.get_or_insert(length) != length {
+                return Err(OpError::new("the scanned inputs are of different lengths"));
+            }
+            sources.push((source, axis, entry(&input_turns, place) == 1));
+        }
+        let steps = steps.unwrap_or(0);
+        let mut stacks: Vec<Vec<Tensor>> = (0..made).map(|_| Vec::new()).collect();
+        for step in 0..steps {
+            for (source, axis, backwards) in &sources {
+                carried.push(source.f_select(*axis, if *backwards { steps - 1 - step } else { step })?);
+            }
+            let mut outputs = body.run(args, std::mem::take(&mut carried))?.into_iter();
+            carried = outputs.by_ref().take(states).collect();
+            for (stack, slice) in stacks.iter_mut().zip(outputs) {
+                stack.push(slice);
+            }
+        }
+        for (place, mut stack) in stacks.into_iter().enumerate() {
+            if entry(&output_turns, place) == 1 {
+                stack.reverse();
+            }
+            let first = stack.first().ok_or_else(|| OpError::new("nothing to scan: the inputs have no steps"))?;
+            let axis = axis_of(entry(&output_axes, place), first.dim() + 1)?;
+            carried.push(Tensor::f_stack(&stack, axis)?);
         }
         Ok(carried)
     })

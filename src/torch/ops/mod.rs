@@ -6,6 +6,7 @@ mod cast;
 mod control;
 mod convolution;
 mod elementwise;
+mod experts;
 mod gqa;
 mod index;
 mod layout;
@@ -14,6 +15,7 @@ mod logic;
 mod normalization;
 mod pooling;
 mod quantized;
+mod recurrent;
 mod reduction;
 mod rotary;
 mod scatter;
@@ -32,6 +34,7 @@ pub(super) const FAMILIES: &[&[Row]] = &[
     control::ROWS,
     convolution::ROWS,
     elementwise::ROWS,
+    experts::ROWS,
     gqa::ROWS,
     index::ROWS,
     layout::ROWS,
@@ -40,6 +43,7 @@ pub(super) const FAMILIES: &[&[Row]] = &[
     normalization::ROWS,
     pooling::ROWS,
     quantized::ROWS,
+    recurrent::ROWS,
     reduction::ROWS,
     rotary::ROWS,
     scatter::ROWS,
