@@ -58,12 +58,22 @@ const ATTENTION: &[(&str, &str)] = &[
 ];
 
 const EXPERTS: &[(&str, &str)] = &[("", "TopK"), ("com.microsoft", "MoE"), ("com.microsoft", "QMoE")];
-const CONVOLUTIONS: &[&str] = &["Conv", "ConvTranspose", "ConvInteger", "QLinearConv", "FusedConv", "NhwcFusedConv"];
+const CONVOLUTIONS: &[&str] =
+    &["Conv", "ConvTranspose", "ConvInteger", "QLinearConv", "FusedConv", "NhwcFusedConv", "CausalConvWithState"];
+/// Operators that carry a state from step to step.
+const RECURRENCES: &[&str] = &["LinearAttention", "Scan", "Loop"];
 const PRODUCTS: &[&str] = &["MatMul", "Einsum", "FusedMatMul", "Gemm", "MatMulInteger", "MatMulNBits"];
 
 /// True for operators that hold a whole attention.
 pub fn is_attention(node: &Node) -> bool {
     ATTENTION.contains(&(node.domain.as_str(), node.op_type.as_str()))
+}
+
+/// How many tokens up to its own a query sees, where the operator names a window.
+pub fn window(node: &Node) -> Option<i64> {
+    let int = |name: &str| node.attribute(name).and_then(crate::ir::Attribute::as_int);
+    let named = int("local_window_size").filter(|&size| size > 0);
+    named.or_else(|| int("left_window_size").filter(|&places| places >= 0).map(|places| places.saturating_add(1)))
 }
 
 /// Classifies the nodes between two values of the stream; `has_state` tells that a cache or state of its own belongs
@@ -75,8 +85,12 @@ pub fn mixing(body: &Body, index: &GraphIndex, nodes: &[usize], has_state: bool)
     for &number in nodes {
         let node = &body.nodes[number];
         if is_attention(node) {
-            let window = node.attribute("local_window_size").and_then(crate::ir::Attribute::as_int).filter(|&w| w > 0);
-            attention = Some(window);
+            // Of com.microsoft's Attention input 1 is a weight.
+            let key = node.inputs.get(1).copied().flatten();
+            if key.is_some_and(|key| !on_path(key) && !from_weights(body, index, key)) {
+                return Mixing::Cross(number);
+            }
+            attention = Some(window(node));
         } else if node.op_type == "Softmax" {
             match softmax_source(body, index, number, &on_path) {
                 Some(Source::Both) => attention = attention.or(Some(None)),
@@ -96,7 +110,9 @@ pub fn mixing(body: &Body, index: &GraphIndex, nodes: &[usize], has_state: bool)
         let recurs = nodes.iter().map(|&number| &body.nodes[number]).any(|node| {
             let operands: Vec<ValueId> = node.present_inputs().take(2).collect();
             let own = operands.len() == 2 && operands.iter().all(|&id| on_path(id));
-            (PRODUCTS.contains(&node.op_type.as_str()) && own) || node.op_type == "Exp"
+            (PRODUCTS.contains(&node.op_type.as_str()) && own)
+                || RECURRENCES.contains(&node.op_type.as_str())
+                || node.op_type == "Exp"
         });
         return if convolves && !recurs { Mixing::StatefulConvolution } else { Mixing::State };
     }

@@ -2,9 +2,10 @@
 
 use std::collections::{HashMap, HashSet};
 
-use crate::ir::{Attribute, Body, GraphIndex, Node, ValueId};
+use crate::ir::{Body, GraphIndex, Node, ValueId};
 
 use super::blocks::LayerBlocks;
+use super::kinds;
 use super::owners::{Owner, Owners};
 use super::stream::{Chain, data_inputs};
 
@@ -188,7 +189,7 @@ fn signature(body: &Body, index: &GraphIndex, path: &[usize], input: ValueId) ->
             };
             hash.hash(&mut hasher);
         }
-        if matches!(node.attribute("local_window_size").and_then(Attribute::as_int), Some(window) if window > 0) {
+        if kinds::window(node).is_some() {
             "window".hash(&mut hasher);
         }
         last = hasher.finish();

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use crate::base::{Error, Result};
-use crate::ir::{Body, Graph, GraphIndex, Node, ValueId};
+use crate::ir::{Attribute, Body, Graph, GraphIndex, Node, ValueId};
 
 use super::kinds::is_attention;
 use super::map::{KvPort, LayerMap, PortRole};
@@ -32,6 +32,20 @@ const FUSED_PORTS: &[FusedPorts] = &[
     // Key and value stacked in one tensor.
     FusedPorts { domain: "com.microsoft", op_type: "Attention", key: (4, 1), value: None },
 ];
+
+/// The input that an output with a state continues: of a recurrence, a short convolution or control flow.
+fn carried(node: &Node, output: usize) -> Option<usize> {
+    match (node.domain.as_str(), node.op_type.as_str()) {
+        ("" | "com.microsoft", "LinearAttention" | "CausalConvWithState") => (output == 1).then_some(3),
+        ("", "Scan") => {
+            let scanned = node.attribute("num_scan_inputs").and_then(Attribute::as_int);
+            let states = scanned.and_then(|count| node.inputs.len().checked_sub(usize::try_from(count).ok()?))?;
+            (output < states).then_some(output)
+        }
+        ("", "Loop") => output.checked_add(2).filter(|&input| input < node.inputs.len()),
+        _ => None,
+    }
+}
 
 /// Operators between a cache port and its concatenation or attention.
 const HAND_ON: &[&str] = &["Cast", "Identity", "Transpose", "Reshape"];
@@ -149,6 +163,10 @@ fn trace_back(
                 }
             }
             break;
+        }
+        if let Some(input) = carried(node, position) {
+            open.extend(node.inputs.get(input).copied().flatten());
+            continue;
         }
         // A product mixes tensors: what lies behind it is not the cache but what the new entries are made of.
         if is_product(node) {

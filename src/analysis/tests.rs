@@ -99,3 +99,47 @@ fn hybrids_show_what_their_layers_do_and_which_state_is_whose() {
         }
     }
 }
+
+#[test]
+fn states_of_one_layer_are_told_apart() {
+    let mut model = Model::default();
+    let graph = &mut model.graph;
+    fn value(graph: &mut Graph, name: &str) -> ValueId {
+        graph.add_value(Value { name: name.into(), ..Value::default() })
+    }
+    fn node(graph: &mut Graph, op_type: &str, inputs: &[ValueId], outputs: usize) -> Vec<ValueId> {
+        let made: Vec<ValueId> = (0..outputs).map(|_| value(graph, "v")).collect();
+        graph.body.nodes.push(Node {
+            op_type: op_type.into(),
+            domain: if op_type.contains("State") || op_type.contains("Linear") { "com.microsoft" } else { "" }.into(),
+            inputs: inputs.iter().copied().map(Some).collect(),
+            outputs: made.iter().copied().map(Some).collect(),
+            ..Node::default()
+        });
+        made
+    }
+    let mut stream = value(graph, "inputs_embeds");
+    graph.body.inputs.push(stream);
+    for layer in 0..2 {
+        let [conv, state] = ["conv", "recurrent"].map(|name| value(graph, &format!("past.{layer}.{name}")));
+        graph.body.inputs.extend([conv, state]);
+        let [weight, kernel, bias] = [(); 3].map(|()| {
+            let id = value(graph, "w");
+            graph.body.initializers.push((id, Tensor::from_f32(&[4, 4], &[0.5; 16])));
+            id
+        });
+        let x = node(graph, "MatMul", &[stream, weight], 1)[0];
+        let mixed = node(graph, "CausalConvWithState", &[x, kernel, bias, conv], 2);
+        let out = node(graph, "LinearAttention", &[mixed[0], mixed[0], mixed[0], state], 2);
+        graph.body.outputs.extend([out[1], mixed[1]]);
+        stream = node(graph, "Add", &[stream, out[0]], 1)[0];
+    }
+    graph.body.outputs.insert(0, stream);
+    let found = analyse(&model).unwrap();
+    for layer in &found.map.layers {
+        assert_eq!(layer.kind, "linear attention");
+        let past = |port: &KvPort| found.model.graph.name(port.past.unwrap()).to_string();
+        let past: Vec<String> = layer.ports.iter().map(past).collect();
+        assert_eq!(past, [format!("past.{}.recurrent", layer.index), format!("past.{}.conv", layer.index)]);
+    }
+}

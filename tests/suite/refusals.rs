@@ -194,6 +194,25 @@ fn a_cross_attention_over_cached_keys_is_refused() {
 }
 
 #[test]
+fn a_fused_cross_attention_is_refused() {
+    for cached in [false, true] {
+        let mut build = Builder::default();
+        let (mut x, memory) = (build.input("decoder_hidden_states"), build.input("encoder_hidden_states"));
+        for _ in 0..3 {
+            x = build.attention(x, x);
+            let query = build.linear(x);
+            let key = if cached { build.transposed(memory) } else { build.linear(memory) };
+            let mixed = build.node("Attention", &[query, key, memory]);
+            let mixed = build.linear(mixed);
+            x = build.node("Add", &[x, mixed]);
+            x = build.feed_forward(x);
+        }
+        let message = refusal(&build.finish(x));
+        assert!(message.contains("cross-attention") && message.contains("Attention"), "{message}");
+    }
+}
+
+#[test]
 fn a_single_layer_is_refused() {
     let mut build = Builder::default();
     let x = build.input("x");
