@@ -13,6 +13,8 @@ use super::stream::{Chain, data_inputs};
 pub struct Block {
     /// The chain position of `x`.
     pub position: usize,
+    /// The chain position of the sum, a bias added behind it included.
+    pub end: usize,
     /// The addend that carries `x` on: `x` itself, or a cast of it.
     pub carried: ValueId,
     pub mixing: Mixing,
@@ -132,7 +134,7 @@ pub fn group(graph: &Graph, body: &Body, chain: &Chain) -> Result<Vec<LayerBlock
             )
             .remedy("interlace works on decoder-only models and on encoders"));
         }
-        let block = Block { position, carried, mixing };
+        let block = Block { position, end: end_of(body, &index, chain, position), carried, mixing };
         match (block.mixing.is_mixer(), layers.last_mut()) {
             (true, _) => {
                 mixers += 1;
@@ -167,6 +169,22 @@ pub fn group(graph: &Graph, body: &Body, chain: &Chain) -> Result<Vec<LayerBlock
         return Err(Error::unsupported("the graph", "a single layer, so nothing is repeated"));
     }
     Ok(layers)
+}
+
+/// Behind a block's sum, past the bias of its last product: an addition of a weight, as a fused norm leaves it.
+fn end_of(body: &Body, index: &GraphIndex, chain: &Chain, position: usize) -> usize {
+    let mut end = position + 1;
+    while end + 1 < chain.values.len() {
+        let mut segment = chain.segment(end);
+        let (Some(number), None) = (segment.next(), segment.next()) else { break };
+        let operands = addends(body, number).filter(|_| body.nodes[number].op_type == "Add").unwrap_or_default();
+        let of_layer = |&id: &ValueId| id == chain.values[end] || index.is_initializer(id);
+        if operands.len() != 2 || !operands.iter().all(of_layer) {
+            break;
+        }
+        end += 1;
+    }
+    end
 }
 
 /// A residual adapter behind the last layer is not part of it: no layer has more blocks than most layers have.

@@ -115,8 +115,8 @@ pub(super) fn build(body: &Body, chain: &Chain, grouped: Vec<LayerBlocks>) -> La
     let mut layer_of_level: HashMap<usize, usize> = HashMap::new();
     for (number, blocks) in grouped.iter().enumerate() {
         let (Some(first), Some(last)) = (blocks.blocks.first(), blocks.blocks.last()) else { continue };
-        let path: Vec<usize> = (first.position..=last.position).flat_map(|position| chain.segment(position)).collect();
-        for position in first.position..=last.position {
+        let path: Vec<usize> = (first.position..last.end).flat_map(|position| chain.segment(position)).collect();
+        for position in first.position..last.end {
             layer_of_level.insert(position, number);
         }
         let signature = signature(body, &index, &path, chain.values[first.position]);
@@ -126,7 +126,7 @@ pub(super) fn build(body: &Body, chain: &Chain, grouped: Vec<LayerBlocks>) -> La
             index: number,
             input: chain.values[first.position],
             carried: first.carried,
-            output: chain.values[last.position + 1],
+            output: chain.values[last.end],
             kind: kind(body, blocks, &path),
             class,
             path,

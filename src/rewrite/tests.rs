@@ -3,7 +3,7 @@ use std::path::Path;
 
 use super::*;
 use crate::analysis::analyse;
-use crate::ir::Model;
+use crate::ir::{Graph, Model, Node, Tensor, Value, ValueId};
 use crate::onnx;
 
 fn zoo(name: &str) -> Model {
@@ -87,4 +87,83 @@ fn skip_norms_come_back_with_every_output_they_had() {
     let pruned = outputs(&drop_layers(&analysis, &[0, 7]).unwrap());
     assert_eq!(pruned.len(), 12);
     assert!(pruned.iter().all(|names| names.len() == 4 && !names.contains(&String::new())));
+}
+
+/// Layers whose last product's bias is added inside the next layer's first norm, by a fused skip norm.
+fn biased_skip_norms() -> Model {
+    fn value(graph: &mut Graph, name: String) -> ValueId {
+        graph.add_value(Value { name, ..Value::default() })
+    }
+    fn weight(graph: &mut Graph, name: String) -> ValueId {
+        let id = value(graph, name);
+        graph.body.initializers.push((id, Tensor::from_f32(&[10, 10], &[0.5; 100])));
+        id
+    }
+    fn node(graph: &mut Graph, domain: &str, op_type: &str, inputs: &[ValueId], outputs: &[usize]) -> Vec<ValueId> {
+        let made: Vec<ValueId> = outputs.iter().map(|_| value(graph, format!("v{}", graph.values.len()))).collect();
+        let mut slots = vec![None; outputs.iter().max().map_or(0, |last| last + 1)];
+        for (&slot, &id) in outputs.iter().zip(&made) {
+            slots[slot] = Some(id);
+        }
+        graph.body.nodes.push(Node {
+            name: format!("node {}", graph.body.nodes.len()),
+            domain: domain.into(),
+            op_type: op_type.into(),
+            inputs: inputs.iter().copied().map(Some).collect(),
+            outputs: slots,
+            ..Node::default()
+        });
+        made
+    }
+    let mut model = Model { ir_version: 10, ..Model::default() };
+    model.opset_imports.extend([(String::new(), 18), ("com.microsoft".to_string(), 1)]);
+    let graph = &mut model.graph;
+    let mut stream = value(graph, "inputs_embeds".into());
+    graph.body.inputs.push(stream);
+    let scale = weight(graph, "norm.weight".into());
+    let mut normed = node(graph, "", "LayerNormalization", &[stream, scale, scale], &[0])[0];
+    for layer in 0..4 {
+        let linear = |graph: &mut Graph, x: ValueId, name: &str| {
+            let matrix = weight(graph, format!("{layer}.{name}"));
+            node(graph, "", "MatMul", &[x, matrix], &[0])[0]
+        };
+        let [q, k, v] = ["q", "k", "v"].map(|name| linear(graph, normed, name));
+        let scores = node(graph, "", "MatMul", &[q, k], &[0])[0];
+        let shares = node(graph, "", "Softmax", &[scores], &[0])[0];
+        let mixed = node(graph, "", "MatMul", &[shares, v], &[0])[0];
+        let mixed = linear(graph, mixed, "o");
+        let skip = |graph: &mut Graph, branch: ValueId, stream: ValueId, bias: &str| {
+            let bias = weight(graph, format!("{layer}.{bias}"));
+            let made =
+                node(graph, "com.microsoft", "SkipLayerNormalization", &[branch, stream, scale, scale, bias], &[0, 3]);
+            (made[0], made[1])
+        };
+        (normed, stream) = skip(graph, mixed, stream, "o_bias");
+        let up = linear(graph, normed, "up");
+        let up = node(graph, "", "Relu", &[up], &[0])[0];
+        let down = linear(graph, up, "down");
+        (normed, stream) = skip(graph, down, stream, "down_bias");
+    }
+    graph.body.outputs.push(normed);
+    model
+}
+
+#[test]
+fn a_bias_that_the_next_norm_adds_goes_with_its_layer() {
+    let model = biased_skip_norms();
+    let analysis = analyse(&model).unwrap();
+    assert_eq!(analysis.map.layers.len(), 4);
+    assert!(analysis.map.glue.is_empty(), "{:?}", analysis.map.glue);
+    for drop in [vec![0], vec![2], vec![3], vec![0, 3]] {
+        let pruned = drop_layers(&analysis, &drop).unwrap();
+        let graph = &pruned.graph;
+        let names: Vec<&str> = graph.body.initializers.iter().map(|(id, _)| graph.name(*id)).collect();
+        for layer in 0..4 {
+            let own = names.iter().filter(|name| name.starts_with(&format!("{layer}."))).count();
+            assert_eq!(own, if drop.contains(&layer) { 0 } else { 8 }, "layer {layer} without {drop:?}: {names:?}");
+        }
+        assert_eq!(operators(&pruned)["com.microsoft.SkipLayerNormalization"], 8 - 2 * drop.len(), "{drop:?}");
+        let biases = graph.body.nodes.iter().filter(|node| node.op_type.starts_with("Skip"));
+        assert!(biases.into_iter().all(|node| node.inputs.len() == 5), "{drop:?}");
+    }
 }
