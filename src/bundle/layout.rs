@@ -18,6 +18,10 @@ pub enum Role {
     DecoderPrefill,
     /// The language model's cached decode step.
     DecoderWithPast,
+    /// The vision encoder's features to the decoder's width, where it is a file of its own.
+    Projector,
+    /// The language model's last hidden state to logits, where it is a file of its own.
+    LmHead,
 }
 
 impl Role {
@@ -34,6 +38,8 @@ impl Role {
             Role::Decoder => "decoder",
             Role::DecoderPrefill => "decoder_prefill",
             Role::DecoderWithPast => "decoder_with_past",
+            Role::Projector => "projector",
+            Role::LmHead => "lm_head",
         }
     }
 }

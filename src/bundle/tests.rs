@@ -249,3 +249,27 @@ fn an_output_that_exists_is_refused() {
     let error = BundleWriter::create(&bundle, folder.path()).unwrap_err().to_string();
     assert!(error.contains("exists already"), "{error}");
 }
+
+#[test]
+fn an_exporter_s_parts_of_a_vision_language_model_are_told_apart() {
+    let parts = ["image_encoder", "multi_modal_projector", "language_model", "lm_head", "decode"];
+    let components: serde_json::Map<String, serde_json::Value> = parts
+        .iter()
+        .map(|part| (part.to_string(), serde_json::json!({"file": format!("{part}.onnx"), "metadata": {}})))
+        .collect();
+    let export = serde_json::json!({"components": components}).to_string();
+    let mut files = vec![("config.json".to_string(), CONFIG.to_string()), ("export.json".to_string(), export)];
+    files.extend(parts.iter().map(|part| (format!("{part}.onnx"), part.to_string())));
+    let files: Vec<(&str, &str)> = files.iter().map(|(name, text)| (name.as_str(), text.as_str())).collect();
+    let folder = folder(&files);
+    let bundle = Bundle::open(folder.path()).unwrap();
+    for (role, file) in [
+        (Role::VisionEncoder, "image_encoder.onnx"),
+        (Role::Projector, "multi_modal_projector.onnx"),
+        (Role::DecoderPrefill, "language_model.onnx"),
+        (Role::LmHead, "lm_head.onnx"),
+        (Role::DecoderWithPast, "decode.onnx"),
+    ] {
+        assert_eq!(bundle.require(role).unwrap().file, file);
+    }
+}

@@ -182,6 +182,8 @@ fn component(bundle: &Bundle, part: &Component, runtime: &Runtime, checks: &mut 
             tract(bundle, part, &facts_of(&feeds)?, checks)?;
             interpreter(part, &model, &mut session, &feeds, checks);
         }
+        // Weights without layers: that they load is all there is to say of them alone.
+        Role::Projector | Role::LmHead => {}
         Role::Decoder | Role::DecoderPrefill | Role::DecoderWithPast => {
             let head_dim = bundle.config().and_then(|config| config.head_size());
             let decoder = Decoder::new(session, head_dim)?;

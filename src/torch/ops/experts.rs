@@ -130,7 +130,8 @@ fn through(args: &Args, s: &Settings, x: &Tensor, expert: i64) -> OpResult<Tenso
     let third = args.opt(6).map(|weight| linear(x, weight, args.opt(7))).transpose()?;
     let plain = match s.activation {
         Activation::Relu => first.f_relu()?,
-        Activation::Gelu => first.f_gelu("none")?,
+        // The tanh form, as ONNX Runtime computes it here.
+        Activation::Gelu => first.f_gelu("tanh")?,
         Activation::Silu => first.f_silu()?,
         Activation::Identity => first,
         Activation::SwiGlu(layout) => {
