@@ -57,6 +57,9 @@ def feeds(session, data, prefix, past):
             value = data[f"{prefix}.{name}"]
         elif name == "cache_position":
             value = data[f"{prefix}.position_ids"].reshape(-1)
+        elif name.endswith("token_type_ids"):
+            # Which tokens are of a picture: none here.
+            value = np.zeros_like(data[f"{prefix}.input_ids"])
         elif state(name):
             value = past.get(state(name))
             value = empty(port) if value is None else value
