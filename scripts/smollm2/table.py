@@ -3,6 +3,7 @@
 usage: table.py RUNS      RUNS: the folder with `run`'s plans, reports and metrics
 """
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -12,26 +13,22 @@ def main():
     read = lambda path: json.loads(path.read_text())
     perplexity = lambda name: read(runs / f"eval-{name}.json")["model"]["perplexity"]
     dense = perplexity("dense")
-    print("| strategy | layers dropped | dropped | healed with | healed | kept % | training |")
+    print("| strategy | layers dropped | perplexity, dropped | recipe | learning rate | perplexity, healed | kept % |")
     print("|---|---|---:|---|---:|---:|---:|")
-    print(f"| dense | none | {dense:.1f} | - | - | 100.0 | - |")
-    for plan in sorted(runs.glob("plan-*.json"), key=lambda path: perplexity(path.stem.removeprefix("plan-"))):
-        strategy = plan.stem.removeprefix("plan-")
-        layers = " ".join(map(str, read(plan)["drop"]))
+    print(f"| dense | none | {dense:.1f} | - | - | - | 100.0 |")
+    strategies = [path.stem.removeprefix("plan-") for path in runs.glob("plan-*.json")]
+    for strategy in sorted(strategies, key=perplexity):
+        layers = " ".join(map(str, read(runs / f"plan-{strategy}.json")["drop"]))
         dropped = perplexity(strategy)
-        healed = [path.stem.removeprefix("eval-") for path in sorted(runs.glob(f"eval-healed-{strategy}-*.json"))]
-        # `interlace` is a prefix of `interlace-loss`.
-        recipes = [(name, name.removeprefix(f"healed-{strategy}-")) for name in healed]
-        recipes = [(name, recipe) for name, recipe in recipes if "-" not in recipe]
-        if not recipes:
-            print(f"| `{strategy}` | {layers} | {dropped:.1f} | - | - | {100 * dense / dropped:.1f} | - |")
-        for name, recipe in recipes:
-            value = perplexity(name)
-            seconds = read(runs / f"{name}.work" / "finetune.json")["train_s"]
-            print(
-                f"| `{strategy}` | {layers} | {dropped:.1f} | `{recipe}` | {value:.1f} | {100 * dense / value:.1f} "
-                f"| {seconds / 60:.0f} min |"
-            )
+        # `healed-STRATEGY-RECIPE-RATE`; the name of a strategy may begin with another's.
+        pattern = re.compile(rf"eval-(healed-{strategy}-([a-z]+)-(\d.*))\.json")
+        healed = [found.groups() for path in runs.iterdir() if (found := pattern.fullmatch(path.name))]
+        rows = [(recipe, rate, perplexity(name)) for name, recipe, rate in healed]
+        for recipe, rate, value in sorted(rows, key=lambda row: -row[2]) or [(None, "-", None)]:
+            after = "-" if value is None else f"{value:.1f}"
+            kept = 100 * dense / (value or dropped)
+            name = f"`{recipe}`" if recipe else "-"
+            print(f"| `{strategy}` | {layers} | {dropped:.1f} | {name} | {rate} | {after} | {kept:.1f} |")
 
 
 if __name__ == "__main__":
