@@ -304,10 +304,11 @@ mod tests {
 
     #[test]
     fn settings_change_the_named_recipe() {
-        let text = RECIPE.replace("settings =", "recipe = \"best\"\nsettings =");
+        let text = RECIPE.replace("settings =", "recipe = \"paper\"\nsettings =");
         let section = Recipe::parse(&text, Path::new("")).unwrap().finetune;
-        assert_eq!((section.settings.learning_rate, section.settings.stages.len()), (1e-3, 2));
-        assert_eq!(Recipe::parse(RECIPE, Path::new("")).unwrap().finetune.recipe, "paper");
+        assert_eq!((section.settings.learning_rate, section.settings.stages.len()), (1e-3, 0));
+        let section = Recipe::parse(RECIPE, Path::new("")).unwrap().finetune;
+        assert_eq!((section.recipe.as_str(), section.settings.stages.len()), (DEFAULT_RECIPE, 2));
     }
 
     #[test]
