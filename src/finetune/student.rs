@@ -4,6 +4,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::base::{Error, Result};
 use crate::ir::{DataType, Dim, Graph, Model, ValueId};
+use crate::rewrite::fuse_kernels;
 use crate::torch::{self, Options, Program};
 
 use super::batch::Batch;
@@ -99,7 +100,7 @@ impl Student {
             outputs: Some(vec![suffix.logits]),
             autocast: (precision == Precision::Bf16).then_some(Kind::BFloat16),
         };
-        let program = Program::compile(model, &options)?;
+        let program = Program::compile(&fuse_kernels(model).0, &options)?;
         let inputs = suffix.inputs.iter().map(|&id| input(graph, id)).collect::<Result<_>>()?;
         let by_layer = suffix
             .trained

@@ -5,6 +5,8 @@ mod bypass;
 mod cut;
 mod drop_layers;
 mod fuse;
+mod fuse_attention;
+mod fuse_kernels;
 mod merged;
 mod renumber;
 mod tap;
@@ -17,6 +19,8 @@ pub use bypass::{
 };
 pub use cut::extract;
 pub use drop_layers::{LAYERS_KEY, drop_layers, original_layers};
+pub use fuse_attention::FUSED_ATTENTION;
+pub use fuse_kernels::{FUSED_SILU, Fused, INTERNAL_DOMAIN, fuse_kernels};
 pub use tap::{SIMILARITY_PREFIX, tap_similarities};
 
 #[cfg(test)]

@@ -3,6 +3,8 @@
 use std::fmt::Write;
 use std::sync::OnceLock;
 
+use crate::rewrite::INTERNAL_DOMAIN;
+
 use super::kernel::{Build, Kernel, OpResult};
 use super::ops;
 
@@ -96,10 +98,10 @@ pub fn find_row(domain: &str, op_type: &str, version: i64) -> Result<&'static Ro
     Err(format!("versions {low} to {high} are there"))
 }
 
-/// The table of supported operators in Markdown.
+/// The table of supported operators in Markdown; nodes that only rewrites make are none of a file's.
 pub fn support_table() -> String {
     let mut text = String::from("| domain | operator | opset | gradient |\n|---|---|---|---|\n");
-    for row in rows() {
+    for row in rows().iter().filter(|row| row.domain != INTERNAL_DOMAIN) {
         let domain = if row.domain.is_empty() { "ai.onnx" } else { row.domain };
         let versions =
             if row.since == row.until { row.since.to_string() } else { format!("{}–{}", row.since, row.until) };

@@ -419,7 +419,8 @@ fn matrix_products_run_in_the_autocast_kind() {
 #[test]
 fn the_support_table_has_a_line_per_row() {
     let table = support_table();
-    assert_eq!(table.lines().count(), rows().len() + 2);
+    let of_files = rows().iter().filter(|row| row.domain != crate::rewrite::INTERNAL_DOMAIN);
+    assert_eq!(table.lines().count(), of_files.count() + 2);
     assert!(table.contains("| com.microsoft | GroupQueryAttention | 1 | yes |"), "{table}");
 }
 

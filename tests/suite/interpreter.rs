@@ -55,12 +55,12 @@ fn difference(ours: &Tensor, theirs: &Tensor) -> f64 {
     (ours - theirs).abs().masked_fill(&same, 0.0).max().double_value(&[])
 }
 
-fn fixture(path: &str) -> PathBuf {
+pub fn fixture(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(path)
 }
 
 /// Inputs of one step: from the file, from the step before, or an empty cache.
-fn feeds(
+pub fn feeds(
     model: &ir::Model,
     data: &HashMap<String, Tensor>,
     step: &str,

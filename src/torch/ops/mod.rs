@@ -7,6 +7,7 @@ mod control;
 mod convolution;
 mod elementwise;
 mod experts;
+mod fused;
 mod gqa;
 mod index;
 mod layout;
@@ -35,6 +36,7 @@ pub(super) const FAMILIES: &[&[Row]] = &[
     convolution::ROWS,
     elementwise::ROWS,
     experts::ROWS,
+    fused::ROWS,
     gqa::ROWS,
     index::ROWS,
     layout::ROWS,

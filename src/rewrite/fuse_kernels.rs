@@ -1,0 +1,70 @@
+//! What exporters spell out and engines have whole kernels for.
+
+use crate::ir::{GraphIndex, Model, Node};
+
+use super::fuse_attention::fuse_attention;
+
+/// Domain of nodes that stand for several of the file's; never written to a file.
+pub const INTERNAL_DOMAIN: &str = "interlace";
+
+/// `x * sigmoid(x)`, one input.
+pub const FUSED_SILU: &str = "FusedSilu";
+
+/// How many nodes were made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Fused {
+    pub attention: usize,
+    pub silu: usize,
+}
+
+/// The model with every recognised attention and SiLU as one node. Values keep their ids; what the new nodes no longer
+/// read stays in the graph.
+///
+/// Normalisation is left as it is: LibTorch computes its RMS norm on a processor by the same chain of operations, forward
+/// and backward, in the same time.
+pub fn fuse_kernels(model: &Model) -> (Model, Fused) {
+    let mut fused = model.clone();
+    let count = Fused { attention: fuse_attention(model, &mut fused), silu: fuse_silu(model, &mut fused) };
+    if count != Fused::default() {
+        fused.opset_imports.insert(INTERNAL_DOMAIN.into(), 1);
+    }
+    (fused, count)
+}
+
+/// `Mul(x, Sigmoid(x))`, where nothing else reads the sigmoid.
+fn fuse_silu(model: &Model, fused: &mut Model) -> usize {
+    let nodes = &model.graph.body.nodes;
+    let index = GraphIndex::new(&model.graph);
+    let mut count = 0;
+    for (number, node) in nodes.iter().enumerate() {
+        let (true, &[Some(left), Some(right)]) = (standard(node, "Mul"), node.inputs.as_slice()) else { continue };
+        let sigmoid_of = |id, x| {
+            let made = index.node_of(id).and_then(|(number, _)| nodes.get(number));
+            made.is_some_and(|made| standard(made, "Sigmoid") && made.inputs.as_slice() == [Some(x)])
+                && index.uses(id).len() == 1
+                && index.output_position(id).is_none()
+        };
+        let x = if sigmoid_of(right, left) {
+            left
+        } else if sigmoid_of(left, right) {
+            right
+        } else {
+            continue;
+        };
+        fused.graph.body.nodes[number] = Node {
+            name: node.name.clone(),
+            op_type: FUSED_SILU.into(),
+            domain: INTERNAL_DOMAIN.into(),
+            inputs: vec![Some(x)],
+            outputs: node.outputs.clone(),
+            ..Node::default()
+        };
+        count += 1;
+    }
+    count
+}
+
+/// True for this operator of the default domain.
+pub(super) fn standard(node: &Node, op: &str) -> bool {
+    node.op_type == op && node.domain.is_empty()
+}
