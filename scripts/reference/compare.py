@@ -275,7 +275,7 @@ def compare(arguments):
     if arguments.bench:
         put_back(arguments)
         for name, folder in [("interlace", "ours"), ("Trainer", "peer-model")]:
-            print(f"{name}: average score {scores(arguments, folder)['average']:.2f}")
+            print(f"{name}: average score {100 * scores(arguments, folder)['model']['mean_of_groups']:.2f}")
     if worst > 1e-3:
         sys.exit("compare: the losses are more than 1e-3 apart")
 
