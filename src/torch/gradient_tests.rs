@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use tch::{Kind, Tensor};
 
 use crate::ir::{self, AttributeKind, Node, Value, ValueId};
+use crate::rewrite::{FUSED_ATTENTION, FUSED_SILU, INTERNAL_DOMAIN};
 
 use super::program::{Options, Program};
 use super::table::{LATEST_OPSET, rows};
@@ -132,6 +133,7 @@ fn cases() -> Vec<Case> {
     all.push(case("FastGelu", vec![any(), In::Vary(&[4], -1.0, 1.0)]).of(MS));
     all.push(case("Gelu", vec![any()]).of(MS));
     all.push(case("QuickGelu", vec![any()]).of(MS));
+    all.push(case(FUSED_SILU, vec![any()]).of(INTERNAL_DOMAIN));
     all.push(case("Cast", vec![any()]).int("to", 11));
     all.push(case("CastLike", vec![any(), In::Fixed(&[1], 0.0, 1.0)]));
 
@@ -257,6 +259,13 @@ fn cases() -> Vec<Case> {
             .float("softcap", 2.0)
             .outputs(3),
     );
+    let mut grouped = vec![heads(&[2, 4, 3, 4]), heads(&[2, 2, 3, 4]), heads(&[2, 2, 3, 5])];
+    grouped.push(In::Fixed(&[2, 1, 3, 3], -2.0, 0.0));
+    grouped.extend([In::Ints(&[5], &[2, 2, 2, 3, 4]), In::Ints(&[4], &[2, 4, 3, 4])]);
+    grouped.extend([In::Ints(&[5], &[2, 2, 2, 3, 5]), In::Ints(&[4], &[2, 4, 3, 5])]);
+    all.push(case(FUSED_ATTENTION, grouped).of(INTERNAL_DOMAIN).float("scale", 0.5));
+    let plain = vec![heads(&[2, 4, 3, 4]), heads(&[2, 4, 4, 3]), heads(&[2, 4, 3, 5])];
+    all.push(case(FUSED_ATTENTION, plain).of(INTERNAL_DOMAIN).float("scale", 0.5).int("transposed", 1));
     let flat = |steps: &'static [i64]| In::Vary(steps, -1.0, 1.0);
     let mha = vec![
         flat(&[2, 3, 8]),
