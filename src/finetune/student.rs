@@ -167,7 +167,12 @@ impl Student {
             let tensor = feed(input, batch).map_err(torch_error(format!("input `{}`", input.name)))?;
             given.push((input.id, tensor));
         }
-        let values = tch::no_grad(|| self.program.run(&given, &self.suffix.side))?;
+        // Some of it is as long as the first stream, which stands in the program as an input.
+        let mut fed: Vec<(ValueId, Tensor)> = given.iter().map(|(id, tensor)| (*id, tensor.shallow_clone())).collect();
+        if !given.iter().any(|(id, _)| *id == self.suffix.streams[0]) {
+            fed.push((self.suffix.streams[0], batch.hidden.shallow_clone()));
+        }
+        let values = tch::no_grad(|| self.program.run(&fed, &self.suffix.side))?;
         given.extend(self.suffix.side.iter().copied().zip(values));
         Ok(Side(given))
     }

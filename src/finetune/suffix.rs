@@ -14,8 +14,8 @@ use crate::ir::{Graph, GraphIndex, Node, ValueId, captured};
 pub struct Suffix {
     /// The residual stream before the first trained layer, before each layer after it, and after the last layer.
     pub streams: Vec<ValueId>,
-    /// Values that layers read, that depend on what graph inputs hold (masks, positions), and not on the stream or on
-    /// trained weights: computed once per batch.
+    /// Values that layers read, that depend on what graph inputs hold (masks, positions), and neither on the stream, its
+    /// shape included, nor on trained weights: computed once per batch.
     pub side: Vec<ValueId>,
     /// Inputs of the graph that any of it reads.
     pub inputs: Vec<ValueId>,
@@ -65,7 +65,7 @@ impl Suffix {
                     .collect(),
             );
             read.extend(own);
-            let flows = |sources: HashSet<ValueId>| reach(nodes, &piece, sources);
+            let flows = |sources: HashSet<ValueId>| reach(nodes, &piece, sources, false);
             let leaks = flows(tokens.iter().copied().filter(|&token| token != from).collect());
             if leaks.contains(&to) {
                 return Err(Error::unsupported(
@@ -73,7 +73,8 @@ impl Suffix {
                     "reads the tokens past the residual stream, so the frozen layers before it cannot be left out",
                 ));
             }
-            let stream = flows(HashSet::from([from]));
+            // A mask cut to the length of a layer's own keys belongs to the layer, and the whole mask to all of them.
+            let stream = reach(nodes, &piece, HashSet::from([from]), true);
             let weights = flows(trained.clone());
             let content = flows(graph.body.inputs.iter().copied().filter(|id| !tokens.contains(id)).collect());
             for &number in &piece {
@@ -125,11 +126,11 @@ fn needed_nodes(index: &GraphIndex, nodes: &[Node], from: ValueId, to: ValueId) 
     numbers
 }
 
-/// The values that hold something of the sources' content, through these nodes.
-fn reach(nodes: &[Node], piece: &[usize], mut sources: HashSet<ValueId>) -> HashSet<ValueId> {
+/// The values that hold something of the sources' content, or with `shapes` of their shape too, through these nodes.
+fn reach(nodes: &[Node], piece: &[usize], mut sources: HashSet<ValueId>, shapes: bool) -> HashSet<ValueId> {
     for &number in piece {
         let node = &nodes[number];
-        if !SHAPE_ONLY.contains(&node.op_type.as_str()) && reads(node).any(|id| sources.contains(&id)) {
+        if (shapes || !SHAPE_ONLY.contains(&node.op_type.as_str())) && reads(node).any(|id| sources.contains(&id)) {
             sources.extend(node.present_outputs());
         }
     }
@@ -236,6 +237,21 @@ mod tests {
         assert_eq!(graph.name(suffix.head_input), "norm");
         let trained: Vec<_> = suffix.trained.iter().map(|ids| names(&graph, ids)).collect();
         assert_eq!(trained, [vec!["w1"], vec!["w2"], vec![]]);
+    }
+
+    #[test]
+    fn a_mask_cut_to_a_layer_s_own_keys_belongs_to_the_layer() {
+        let graph = Builder::new(&["inputs_embeds", "attention_mask"])
+            .node("mask", "Cast", &["attention_mask"])
+            .node("h1", "Block", &["inputs_embeds", "mask", "w0"])
+            .node("keys", "MatMul", &["h1", "w_k"])
+            .node("length", "Shape", &["keys"])
+            .node("cut", "Slice", &["mask", "length"])
+            .node("h2", "Block", &["h1", "cut", "w1"])
+            .node("logits", "MatMul", &["h2", "w_head"])
+            .finish("logits");
+        let suffix = find(&graph, &["h1", "h2"], &["w1"]).unwrap();
+        assert_eq!(names(&graph, &suffix.side), ["mask"]);
     }
 
     #[test]

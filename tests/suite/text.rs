@@ -56,9 +56,19 @@ fn model_folder(folder: &Path) -> String {
 #[test]
 fn a_text_decoder_is_scored_pruned_healed_and_compared() {
     let folder = tempfile::tempdir().expect("folder");
-    let (model, text) = (model_folder(folder.path()), fixture(TEXT));
+    every_verb(folder.path(), model_folder(folder.path()));
+}
+
+#[test]
+fn a_folder_of_optimum_is_scored_pruned_healed_and_compared() {
+    let folder = tempfile::tempdir().expect("folder");
+    every_verb(folder.path(), fixture(MODEL));
+}
+
+fn every_verb(folder: &Path, model: String) {
+    let text = fixture(TEXT);
     let cut = ["--data", text.as_str(), "--sequence-length", "32"];
-    let run = |arguments: &[&str]| done(folder.path(), arguments);
+    let run = |arguments: &[&str]| done(folder, arguments);
     run(&[&["score", &model, "-o", "scores.json", "--fraction", "1"][..], &cut].concat());
     let plan = ["plan", &model, "--scores", "scores.json", "--drop-count", "2", "-o"];
     run(&[&plan[..], &["plan.json"]].concat());
@@ -71,10 +81,10 @@ fn a_text_decoder_is_scored_pruned_healed_and_compared() {
             weights.join(", ")
         );
         let file = format!("{out}.toml");
-        fs::write(folder.path().join(&file), settings).expect("settings");
+        fs::write(folder.join(&file), settings).expect("settings");
         let finetune = ["finetune", "pruned", "--plan", "plan.json", "--settings", &file, "--teacher", &model];
         run(&[&finetune[..], &["-o", out], &cut].concat());
-        let lines = fs::read_to_string(folder.path().join(format!("{out}.work/metrics.jsonl"))).expect("metrics");
+        let lines = fs::read_to_string(folder.join(format!("{out}.work/metrics.jsonl"))).expect("metrics");
         let steps: Vec<serde_json::Value> =
             lines.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
         // Every token but the first of each sequence of 32 is trained on: 251 of them in an epoch of 5 steps.
@@ -89,7 +99,7 @@ fn a_text_decoder_is_scored_pruned_healed_and_compared() {
     heal(&["kd", "anchor"], "taught");
     heal(&["ce"], "healed");
     run(&[&["eval", "healed", "--baseline", &model, "-o", "report.json"][..], &cut].concat());
-    let report = json(&folder.path().join("report.json"));
+    let report = json(&folder.join("report.json"));
     let kept = report["retention"]["ratio"].as_f64().expect("ratio");
     let ratio = report["baseline"]["perplexity"].as_f64().expect("number")
         / report["model"]["perplexity"].as_f64().expect("number");
@@ -97,7 +107,7 @@ fn a_text_decoder_is_scored_pruned_healed_and_compared() {
     // Trained on this very text, the healed model predicts it better than the dense one.
     let gate = |model: &str, baseline: &str| {
         let eval = ["eval", model, "--baseline", baseline, "-o", "gate.json", "--min-retention", "1"];
-        interlace(folder.path(), &[&eval[..], &cut].concat()).status.code()
+        interlace(folder, &[&eval[..], &cut].concat()).status.code()
     };
     assert!(kept > 1.0, "{kept}");
     assert_eq!((gate("healed", &model), gate(&model, "healed")), (Some(0), Some(1)));
