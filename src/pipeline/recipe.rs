@@ -188,20 +188,26 @@ impl PlanSection {
     }
 }
 
+/// Reads a file of settings by `parse`, which gets its text and the folder that its paths are relative to; errors name
+/// the file.
+pub(super) fn read_file<T>(path: &Path, parse: impl FnOnce(&str, &Path) -> Result<T>) -> Result<T> {
+    let text = fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
+    let folder = path.parent().unwrap_or(Path::new(""));
+    parse(&text, folder).map_err(|problem| match problem {
+        Error::Invalid { subject, problem, remedy } => {
+            Error::Invalid { subject: format!("`{}`: {subject}", path.display()), problem, remedy }
+        }
+        other => other,
+    })
+}
+
 impl Recipe {
     /// Reads a recipe; its paths come out relative to the working folder.
     ///
     /// Errors: `Error::Io` when unreadable; `Error::Invalid` for text that is no TOML, an unknown or missing key, a value
     /// out of range, or two values of which only one may be given.
     pub fn read(path: &Path) -> Result<Self> {
-        let text = fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
-        let folder = path.parent().unwrap_or(Path::new(""));
-        Self::parse(&text, folder).map_err(|problem| match problem {
-            Error::Invalid { subject, problem, remedy } => {
-                Error::Invalid { subject: format!("`{}`: {subject}", path.display()), problem, remedy }
-            }
-            other => other,
-        })
+        read_file(path, Self::parse)
     }
 
     fn parse(text: &str, folder: &Path) -> Result<Self> {

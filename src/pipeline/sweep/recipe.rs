@@ -1,7 +1,6 @@
 //! What a sweep is told: a TOML file, every key known.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use schemars::JsonSchema;
@@ -10,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::base::{Device, Error, Result};
 use crate::finetune::{DEFAULT_RECIPE, RecipeRow, Settings};
 
-use super::super::recipe::{BenchSection, Calibration, check_strategies};
+use super::super::recipe::{BenchSection, Calibration, check_strategies, read_file};
 use super::super::steps::EvalSettings;
 
 /// `sweep.toml`. Paths are relative to the file's own folder.
@@ -89,14 +88,7 @@ impl Sweep {
     ///
     /// Errors: as `Recipe::read`.
     pub fn read(path: &Path) -> Result<Self> {
-        let text = fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
-        let folder = path.parent().unwrap_or(Path::new(""));
-        Self::parse(&text, folder).map_err(|problem| match problem {
-            Error::Invalid { subject, problem, remedy } => {
-                Error::Invalid { subject: format!("`{}`: {subject}", path.display()), problem, remedy }
-            }
-            other => other,
-        })
+        read_file(path, Self::parse)
     }
 
     fn parse(text: &str, folder: &Path) -> Result<Self> {
