@@ -1,17 +1,25 @@
 """Prunes graphs with interlace and compares them with PyTorch; one table row for each graph.
 
-The expected values are those of the network a graph is named after (`gemma3.dyn18__slim.onnx` -> `gemma3`).
+The expected values are those of the network a graph is named after (`gemma3.dyn18__slim.onnx` -> `gemma3`). With
+`--twins DIR` they are what the same exporter made of the smaller network: `DIR/DROP/GRAPH` for each drop set that is
+there, whose outputs must be the same numbers and whose weights the same bytes; that is for quantised graphs.
+With `--interpret` every graph, dense and pruned, also goes through `interlace verify --inputs`, which runs the LibTorch
+interpreter on the same inputs and compares every output with ONNX Runtime's.
 
-usage: check.py --interlace BINARY --expected DIR [--tolerance T] GRAPH.onnx...
+usage: check.py --interlace BINARY --expected DIR [--twins DIR] [--tolerance T] [--interpret] GRAPH.onnx...
 """
 import argparse
+import hashlib
+import json
 import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 
 DROPS = ["nodrop", "drop_2_5", "drop_0_7", "drop_3", "drop_0_1_2_3"]
@@ -71,57 +79,132 @@ def feeds(session, data, prefix, past):
     return given
 
 
-def distance(path, data):
-    """The largest difference in prefill and in one cached step."""
+def session_of(path):
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def steps(session, data):
+    """Inputs and outputs of prefill, and of one step with the cache that it left where the graph has a cache."""
     names = [port.name for port in session.get_outputs()]
-    first = dict(zip(names, session.run(None, feeds(session, data, "in", {}))))
-    compared = [name for name in names if f"exp.{name}" in data and not state(name)]
-    worst = [max(np.abs(first[name].astype(np.float32) - data[f"exp.{name}"]).max() for name in compared)]
-    states = {state(name): value for name, value in first.items() if state(name)}
-    wanted = sum(key.startswith("exp.present.") for key in data.files)
+    given = feeds(session, data, "in", {})
+    first = dict(zip(names, session.run(None, given)))
+    found = [(given, first)]
     if any(state(port.name) for port in session.get_inputs()):
-        if wanted and len(states) != wanted:
-            raise ValueError(f"{len(states)} states, expected {wanted}")
-        second = session.run(names[:1], feeds(session, data, "in2", states))[0]
-        worst.append(np.abs(second.astype(np.float32) - data["exp2.logits"]).max())
+        states = {state(name): value for name, value in first.items() if state(name)}
+        given = feeds(session, data, "in2", states)
+        found.append((given, dict(zip(names, session.run(None, given)))))
+    return found
+
+
+def distance(found, data):
+    """The largest difference from PyTorch, in prefill and in the cached step."""
+    wanted = sum(key.startswith("exp.present.") for key in data.files)
+    states = [name for name in found[0][1] if state(name)]
+    if len(found) > 1 and wanted and len(states) != wanted:
+        raise ValueError(f"{len(states)} states, expected {wanted}")
+    worst = []
+    for prefix, (_, outputs) in zip(("exp", "exp2"), found):
+        compared = [name for name in outputs if f"{prefix}.{name}" in data and not state(name)]
+        worst.append(max(far(outputs[name], data[f"{prefix}.{name}"]) for name in compared))
     return worst
+
+
+def far(found, want):
+    return np.abs(found.astype(np.float64) - want.astype(np.float64)).max() if found.shape == want.shape else np.inf
+
+
+def weights_of(path):
+    """How often each weight of some size is there, by its content."""
+    tensors = [onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer]
+    return Counter(hashlib.sha256(t.tobytes()).hexdigest() for t in tensors if t.nbytes >= 64)
+
+
+def twin_distance(graph, twin, found, data):
+    """As `distance`, from what the exporter made of the smaller network."""
+    own = weights_of(graph)
+    missing = own - weights_of(twin)
+    if missing:
+        raise ValueError(f"{sum(missing.values())} of {sum(own.values())} weights are not the twin's")
+    wanted = steps(session_of(twin), data)
+    logits = lambda outputs: [value for name, value in sorted(outputs.items()) if not state(name)]
+    return [
+        max(far(a, b) for a, b in zip(logits(mine), logits(theirs), strict=True))
+        for (_, mine), (_, theirs) in zip(found, wanted, strict=True)
+    ]
+
+
+def interpreted(args, path, found, scratch):
+    """The largest differences of the interpreter from ONNX Runtime, over all outputs."""
+    worst = []
+    for given, _ in found:
+        inputs = Path(scratch) / "inputs.npz"
+        np.savez(inputs, **{name: np.array(value, order="C") for name, value in given.items()})
+        command = [args.interlace, "verify", str(path), "--inputs", str(inputs), "--json", "-q"]
+        ran = subprocess.run(command, capture_output=True, text=True)
+        if ran.returncode not in (0, 1):
+            raise ValueError(" ".join(ran.stderr.split())[:400])
+        check = json.loads(ran.stdout)["checks"][-1]
+        if "difference" not in check:
+            raise ValueError(check["detail"][:400])
+        worst.append(check["difference"])
+    return worst
+
+
+def pruned(args, path, drop, scratch):
+    out = Path(scratch) / f"{path.stem}.{drop}"
+    command = [args.interlace, "prune", str(path), "--drop", drop[5:].replace("_", ","), "-o", str(out), "-q"]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    if ran.returncode:
+        raise ValueError(" ".join(ran.stderr.split())[:400])
+    return next(out.glob("**/*.onnx"))
 
 
 def row(args, path, scratch):
     network = network_of(path)
-    cells = []
+    cells, good = [], True
+    # Half precision: 11 bits of mantissa over values of order 1, eight layers deep.
+    tolerance = args.tolerance or (5e-3 if re.search("fp16|f16", f"{path.parent.name} {path.name}") else 1e-4)
+    show = lambda values: "/".join(f"{value:.0e}" for value in values)
     for drop in DROPS:
-        expected = args.expected / f"{network}.{drop}.npz"
-        if not expected.exists():
+        expected = args.expected / f"{network}.{drop if args.twins is None else 'nodrop'}.npz"
+        twin = args.twins and args.twins / drop / (path.name if path.name not in PLAIN else path.parent.name)
+        twin = twin / path.name if twin and twin.is_dir() else twin
+        if not expected.exists() or twin and drop != "nodrop" and not twin.exists():
             continue
-        data = np.load(expected)
-        graph = path
-        if drop != "nodrop":
-            out = Path(scratch) / f"{path.stem}.{drop}"
-            command = [args.interlace, "prune", str(path), "--drop", drop[5:].replace("_", ","), "-o", str(out), "-q"]
-            ran = subprocess.run(command, capture_output=True, text=True)
-            if ran.returncode:
-                return False, [*cells, f"{drop}: {' '.join(ran.stderr.split())[:400]}"]
-            graph = next(out.glob("**/*.onnx"))
         try:
-            found = distance(graph, data)
+            data = np.load(expected)
+            graph = path if drop == "nodrop" else pruned(args, path, drop, scratch)
+            found = steps(session_of(graph), data)
+            if not twin:
+                values = distance(found, data)
+            elif drop != "nodrop":
+                values = twin_distance(graph, twin, found, data)
+            else:
+                values = []
+            cell = show(values)
+            if values and not max(values) <= (0 if twin else tolerance):
+                cell, good = f"{cell} OFF", False
+            if args.interpret:
+                values = interpreted(args, graph, found, scratch)
+                cell += f" interpreter {show(values)}"
+                if not max(values) <= tolerance:
+                    cell, good = f"{cell} OFF", False
         except Exception as error:
-            return False, [*cells, f"{drop}: {type(error).__name__}: {str(error)[:300]}"]
-        cells.append("/".join(f"{value:.0e}" for value in found))
-        if max(found) > args.tolerance:
-            return False, [*cells, f"{drop}: off"]
-    return bool(cells), cells
+            cell, good = f"{drop}: {type(error).__name__}: {str(error)[:400]}", False
+        cells.append(cell)
+    return good and bool(cells), cells
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--interlace", required=True)
     parser.add_argument("--expected", type=Path, required=True)
-    parser.add_argument("--tolerance", type=float, default=1e-4)
+    parser.add_argument("--twins", type=Path)
+    parser.add_argument("--tolerance", type=float, help="1e-4, and 5e-3 in half precision")
+    parser.add_argument("--interpret", action="store_true")
     parser.add_argument("graphs", type=Path, nargs="+")
     args = parser.parse_args()
     failed = 0

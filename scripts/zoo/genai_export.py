@@ -1,6 +1,8 @@
 """onnxruntime-genai's model builder, in an environment with onnxruntime-genai.
 
-A variant is a precision and options behind it: `fp32`, `fp32-embeds`, `fp16`, `int4`, `int4-qdq`, `int8`.
+A variant is a precision and options behind it: `fp32`, `fp32-embeds`, `fp16`, `int4`, `int4-qdq`, `int4-gather` (the
+embeddings quantised too), `int4-shared` (one quantised table for embeddings and head, of a network that ties them),
+`int8`.
 
 usage: genai_export.py OUT_DIR WEIGHTS_DIR VARIANT...      WEIGHTS_DIR comes from save_weights.py
 """
@@ -11,6 +13,8 @@ from pathlib import Path
 OPTIONS = {
     "embeds": {"exclude_embeds": True},
     "qdq": {"use_qdq": True},
+    "gather": {"int4_op_types_to_quantize": ("MatMul", "Gather")},
+    "shared": {"shared_embeddings": True, "int4_algo_config": "rtn"},
 }
 
 

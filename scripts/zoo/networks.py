@@ -44,6 +44,13 @@ def llama():
     return LlamaForCausalLM(LlamaConfig(**SIZES))
 
 
+def llama_tied():
+    """The head is the embedding table."""
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(**(SIZES | {"tie_word_embeddings": True})))
+
+
 def qwen2():
     from transformers import Qwen2ForCausalLM
 
@@ -219,6 +226,15 @@ def smolvlm():
     return SmolVLMForConditionalGeneration(config)
 
 
+def idefics3_vl():
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration
+
+    text = llama().config.to_dict() | {"model_type": "llama"}
+    vision = VISION_SIZES | {"num_hidden_layers": 2}
+    config = Idefics3Config(text_config=text, vision_config=vision, image_token_id=600, scale_factor=2)
+    return Idefics3ForConditionalGeneration(config)
+
+
 def llava():
     from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -348,6 +364,7 @@ TEXT = {
     builder.__name__: builder
     for builder in (
         llama,
+        llama_tied,
         qwen2,
         qwen3,
         phi3,
@@ -365,6 +382,7 @@ TEXT = {
         qwen3_vl_added,
         qwen3_vl_moe,
         smolvlm,
+        idefics3_vl,
         llava,
         gemma3_vl,
         phi,
@@ -428,6 +446,11 @@ def layers_of(model):
             if isinstance(found, nn.ModuleList):
                 return found
     raise ValueError(f"no layers in {type(model).__name__}")
+
+
+def layer_list(text):
+    """`2,5` -> [2, 5]."""
+    return [int(part) for part in text.split(",") if part]
 
 
 class Identity(nn.Module):

@@ -1,6 +1,6 @@
 """torch.onnx exports: TorchScript at opset 17 (`ts17`) and dynamo at opset 18 or 23 (`dyn18`, `dyn23`).
 
-usage: torch_export.py OUT_DIR EXPORTER NAME...      EXPORTER is ts17, dyn18 or dyn23; a name may end in -ids
+usage: torch_export.py OUT_DIR EXPORTER NAME... [--drop 2,5]      EXPORTER is ts17, dyn18 or dyn23; a name may end in -ids
 """
 import argparse
 import traceback
@@ -40,9 +40,9 @@ def feature_inputs(model):
     return names, axes, values
 
 
-def decoder(name, exporter, path):
+def decoder(name, exporter, path, drop):
     ids = name.endswith("-ids")
-    model = networks.build(name.removesuffix("-ids"))
+    model = networks.without_layers(networks.build(name.removesuffix("-ids")), drop)
     attention(model, "sdpa" if exporter == "dyn23" and not name.startswith("gpt_oss") else "eager")
     module = wrappers.Decoder(model, ids)
     names = [part for layer in wrappers.state_names(model) for part in layer]
@@ -97,8 +97,8 @@ def decoder(name, exporter, path):
     )
 
 
-def encoder(name, exporter, path):
-    model = networks.build(name)
+def encoder(name, exporter, path, drop):
+    model = networks.without_layers(networks.build(name), drop)
     attention(model, "eager" if exporter == "ts17" else "sdpa")
     shared = {"input_names": ["pixel_values"], "output_names": wrappers.encoder_outputs(model)}
     pixels = wrappers.pixels(model, 2)
@@ -127,6 +127,7 @@ def main():
     parser.add_argument("out", type=Path)
     parser.add_argument("exporter", choices=["ts17", "dyn18", "dyn23"])
     parser.add_argument("names", nargs="+")
+    parser.add_argument("--drop", type=networks.layer_list, default=[], help="layers that the network goes without")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -135,7 +136,7 @@ def main():
         path = args.out / f"{name}.{args.exporter}.onnx"
         try:
             with torch.no_grad():
-                export(name, args.exporter, str(path))
+                export(name, args.exporter, str(path), args.drop)
             print(f"{path.name}\tok", flush=True)
         except Exception as error:
             traceback.print_exc()

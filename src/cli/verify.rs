@@ -16,13 +16,21 @@ use super::{Context, Outcome};
 pub struct Args {
     /// Model folder, or one .onnx decoder
     model: PathBuf,
+    /// Compare the engines on these inputs (.npz, arrays named after the inputs of MODEL, one .onnx file of any kind)
+    /// instead of checking with made-up ones
+    #[arg(long, value_name = "FILE")]
+    inputs: Option<PathBuf>,
     /// Where to compute: cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
     device: Device,
 }
 
 pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
-    let report = eval::verify(&args.model, &Runtime::new(args.device)?, &context.cancel)?;
+    let runtime = Runtime::new(args.device)?;
+    let report = match &args.inputs {
+        Some(inputs) => eval::verify_on(&args.model, inputs, &runtime)?,
+        None => eval::verify(&args.model, &runtime, &context.cancel)?,
+    };
     let output = &context.output;
     if output.json {
         output.json(&report)?;

@@ -21,4 +21,4 @@ pub use prompt::{question_text, reference_of};
 pub use report::{Answer, EvalReport, EvalTiming, GroupRetention, GroupScore, ModelScores, Retention, YesNoScores};
 pub use run::{EvalOptions, LoadedModel, benchmark_name, compare, evaluate, prompt_of};
 pub use stats::{Interval, Pair, RESAMPLES, Spread, retention};
-pub use verify::{Check, CheckStatus, VerifyReport, verify};
+pub use verify::{Check, CheckStatus, VerifyReport, verify, verify_on};

@@ -7,14 +7,14 @@ use std::path::Path;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::base::{Cancel, Error, Progress, Provenance, Result};
+use crate::base::{Cancel, Error, Progress, Provenance, Result, sha256_large_file};
 use crate::bundle::{Bundle, Component, Role};
 use crate::ir::{self, DataType, Model};
 use crate::runtime::{
     Decoder, FeatureCache, InputFact, Runtime, Session, SessionOptions, Tensor, TractOutcome, VlmSession, VlmSettings,
     tract_check,
 };
-use crate::{analysis, onnx};
+use crate::{analysis, onnx, torch};
 
 use super::agreement::{PROMPT_TOKENS, Probe, cached_step, interpreter_once, interpreter_steps};
 use super::probe::{embeddings, noise_embeddings, picture_prompt, pixel_feeds, token_ids};
@@ -32,6 +32,8 @@ const DYNAMIC_QUANTISERS: &[&str] =
 
 /// `accuracy_level` of `MatMulNBits` at which activations are rounded to int8.
 const INT8_ACCURACY_LEVEL: i64 = 4;
+
+const ROUNDED: &str = "ONNX Runtime rounds the activations of its `MatMulNBits` to 8 bits (accuracy_level 4), so the two differ by design";
 
 /// What `verify` prints as JSON.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -140,6 +142,51 @@ pub fn verify(path: &Path, runtime: &Runtime, cancel: &Cancel) -> Result<VerifyR
     let settings = serde_json::json!({ "device": runtime.device().to_string() });
     Ok(VerifyReport {
         provenance: Provenance::new(VerifyReport::SCHEMA_VERSION, inputs, &settings)?,
+        model: path.display().to_string(),
+        passed: checks.0.iter().all(|check| check.status != CheckStatus::Failed),
+        checks: checks.0,
+    })
+}
+
+/// Checks one graph, of whatever kind, on given inputs: arrays of an `.npz` file, named after the graph's inputs.
+///
+/// Errors: as `onnx::load` and `torch::read_npz`; `Error::Invalid` when an input has no array, or one of another type,
+/// or an array is no input. What the comparison finds is in the report, not an error.
+pub fn verify_on(path: &Path, inputs: &Path, runtime: &Runtime) -> Result<VerifyReport> {
+    let bundle = Bundle::open(path)?;
+    let [part] = bundle.components() else {
+        return Err(Error::invalid(format!("`{}`", path.display()), "holds several graphs")
+            .remedy("give the .onnx file that the inputs are for"));
+    };
+    let model = onnx::load(&bundle.path_of(part))?;
+    let mut session = runtime.session(&bundle.path_of(part), &SessionOptions::default())?;
+    let mut arrays: BTreeMap<String, ir::Tensor> = torch::read_npz(inputs)?.into_iter().collect();
+    let mut feeds = Vec::new();
+    for port in session.inputs() {
+        let subject = || format!("`{}`", inputs.display());
+        let array = arrays
+            .remove(&port.name)
+            .ok_or_else(|| Error::invalid(subject(), format!("lacks an array for input `{}`", port.name)))?;
+        if array.dtype != port.dtype {
+            let problem = format!("array `{}` is of {}, the input of {}", port.name, array.dtype, port.dtype);
+            return Err(Error::invalid(subject(), problem));
+        }
+        feeds.push((port.name.clone(), Tensor::from_ir(&array)?));
+    }
+    if let Some(name) = arrays.keys().next() {
+        let problem = format!("array `{name}` is no input of `{}`", path.display());
+        return Err(Error::invalid(format!("`{}`", inputs.display()), problem));
+    }
+    let mut checks = Checks(Vec::new());
+    if rounds_activations(&model) {
+        checks.add("interpreter", &part.file, CheckStatus::Unavailable, ROUNDED);
+    } else {
+        interpreter(part, &model, &mut session, &feeds, &mut checks);
+    }
+    let digests = [("model".to_string(), bundle.digest()?), ("inputs".to_string(), sha256_large_file(inputs)?)];
+    let settings = serde_json::json!({ "device": runtime.device().to_string() });
+    Ok(VerifyReport {
+        provenance: Provenance::new(VerifyReport::SCHEMA_VERSION, BTreeMap::from(digests), &settings)?,
         model: path.display().to_string(),
         passed: checks.0.iter().all(|check| check.status != CheckStatus::Failed),
         checks: checks.0,
@@ -304,8 +351,7 @@ fn decoder_checks(
     }
     let name = "interpreter";
     if rounds_activations(model) {
-        let why = "ONNX Runtime rounds the activations of its `MatMulNBits` to 8 bits (accuracy_level 4), so the two differ by design";
-        checks.add(name, &part.file, CheckStatus::Unavailable, why);
+        checks.add(name, &part.file, CheckStatus::Unavailable, ROUNDED);
         return Ok(());
     }
     match interpreter_steps(model, &mut decoder, &probe) {

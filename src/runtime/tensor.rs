@@ -141,6 +141,33 @@ impl Tensor {
         Ok(crate::ir::Tensor::from_bytes(self.dtype()?, &dims, bytes))
     }
 
+    /// A copy of a constant of the graph.
+    ///
+    /// Errors: `Error::Unsupported` for element types that cannot be copied; `Error::Invalid` when the bytes do not fill
+    /// the shape.
+    pub fn from_ir(tensor: &crate::ir::Tensor) -> Result<Self> {
+        let shape: Option<Vec<usize>> = tensor.dims.iter().map(|&dim| usize::try_from(dim).ok()).collect();
+        let shape = shape.ok_or_else(|| Error::invalid("tensor", format!("shape {:?} is too large", tensor.dims)))?;
+        let bytes = tensor.bytes();
+        macro_rules! copy {
+            ($ty:ty) => {
+                Tensor::new(&shape, bytes.as_chunks().0.iter().map(|chunk| <$ty>::from_le_bytes(*chunk)).collect())
+            };
+        }
+        match tensor.dtype {
+            DataType::Float => copy!(f32),
+            DataType::Double => copy!(f64),
+            DataType::Float16 => copy!(f16),
+            DataType::Bfloat16 => copy!(bf16),
+            DataType::Int64 => copy!(i64),
+            DataType::Int32 => copy!(i32),
+            DataType::Int8 => copy!(i8),
+            DataType::Uint8 => copy!(u8),
+            DataType::Bool => Tensor::new(&shape, bytes.iter().map(|&byte| byte != 0).collect()),
+            dtype => Err(Error::unsupported(format!("tensor of {dtype}"), "cannot be copied")),
+        }
+    }
+
     /// The elements of any floating-point type as f32.
     ///
     /// Errors: `Error::Unsupported` for other types; `Error::Engine` when the tensor is not in CPU memory.

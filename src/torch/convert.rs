@@ -1,5 +1,7 @@
 //! Between the graph's tensors and LibTorch's.
 
+use std::path::Path;
+
 use tch::{Kind, Tensor};
 
 use crate::base::{Error, Result};
@@ -82,6 +84,23 @@ pub fn tensor_to_ir(name: &str, tensor: &Tensor, dtype: DataType) -> Result<ir::
     host.f_copy_data_u8(&mut bytes, count).map_err(engine)?;
     let dims: Vec<u64> = host.size().iter().map(|&dim| dim as u64).collect();
     Ok(ir::Tensor::from_bytes(dtype, &dims, bytes))
+}
+
+/// The arrays of an `.npz` file, by name, in its order.
+///
+/// Errors: `Error::Invalid` when the file cannot be read, or an array has an element type that ONNX lacks.
+pub fn read_npz(path: &Path) -> Result<Vec<(String, ir::Tensor)>> {
+    let subject = || format!("`{}`", path.display());
+    let arrays = Tensor::read_npz(path).map_err(|e| Error::invalid(subject(), format!("is no .npz file: {e}")))?;
+    arrays
+        .into_iter()
+        .map(|(name, tensor)| {
+            let dtype = tensor.f_kind().ok().and_then(data_type_of);
+            let dtype = dtype.ok_or_else(|| Error::invalid(subject(), format!("array `{name}` has no ONNX type")))?;
+            let tensor = tensor_to_ir(&name, &tensor, dtype)?;
+            Ok((name, tensor))
+        })
+        .collect()
 }
 
 /// The shape in LibTorch's integer type.

@@ -159,6 +159,12 @@ fn cases() -> Vec<Case> {
     all.push(case("MaxPool", vec![image()]).ints("kernel_shape", &[2, 2]).ints("strides", &[2, 2]));
     all.push(case("GlobalAveragePool", vec![image()]));
     all.push(case("GlobalMaxPool", vec![image()]));
+    for (mode, padding) in [("linear", "zeros"), ("cubic", "border"), ("linear", "reflection")] {
+        let grid = In::Vary(&[1, 3, 2, 2], -1.3, 1.3);
+        all.push(case("GridSample", vec![image(), grid]).text("mode", mode).text("padding_mode", padding));
+    }
+    let nearest = vec![image(), In::Fixed(&[1, 3, 2, 2], -1.3, 1.3)];
+    all.push(case("GridSample", nearest).text("mode", "nearest").int("align_corners", 1));
     for mode in ["nearest", "linear", "cubic"] {
         let sizes = In::Ints(&[4], &[1, 4, 3, 9]);
         all.push(case("Resize", vec![image(), In::Absent, In::Absent, sizes]).text("mode", mode));
@@ -275,6 +281,17 @@ fn cases() -> Vec<Case> {
         In::Int32s(&[2, 3], &[1, 1, 0, 1, 1, 1]),
     ];
     all.push(case("MultiHeadAttention", mha).of(MS).int("num_heads", 2));
+    let projected = vec![
+        flat(&[2, 3, 6]),
+        flat(&[6, 20]),
+        flat(&[20]),
+        In::Int32s(&[2, 3], &[1, 1, 0, 1, 1, 1]),
+        In::Absent,
+        flat(&[1, 2, 3, 3]),
+    ];
+    all.push(case("Attention", projected).of(MS).int("num_heads", 2).ints("qkv_hidden_sizes", &[8, 8, 4]));
+    let continued = vec![flat(&[2, 3, 6]), flat(&[6, 24]), In::Absent, In::Absent, flat(&[2, 2, 2, 1, 4])];
+    all.push(case("Attention", continued).of(MS).int("num_heads", 2).int("unidirectional", 1).outputs(2));
     let angle = |shape: &'static [i64]| In::Vary(shape, -1.0, 1.0);
     all.push(case(
         "RotaryEmbedding",

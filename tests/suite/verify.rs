@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use interlace::base::{Cancel, Device};
-use interlace::eval::{CheckStatus, VerifyReport, verify};
+use interlace::eval::{CheckStatus, VerifyReport, verify, verify_on};
 use interlace::runtime::Runtime;
 
 fn zoo(file: &str) -> PathBuf {
@@ -96,4 +96,33 @@ fn a_file_that_is_cut_off_fails() {
     let report = report(folder.path());
     assert!(!report.passed);
     assert!(report.checks.iter().any(|check| check.status == CheckStatus::Failed && check.subject == "model.onnx"));
+}
+
+#[test]
+fn any_graph_is_checked_on_given_inputs() {
+    let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
+    let folder = tempfile::tempdir().expect("folder");
+    let graph = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model/onnx/embed_tokens.onnx");
+    let given = |arrays: &[(&str, tch::Tensor)]| {
+        let path = folder.path().join("inputs.npz");
+        tch::Tensor::write_npz(arrays, &path).expect("write");
+        verify_on(&graph, &path, &runtime)
+    };
+    let ids = || tch::Tensor::from_slice(&[3i64, 1, 4]).reshape([1, 3]);
+    let report = given(&[("input_ids", ids())]).expect("a report");
+    assert!(report.passed && report.checks.len() == 1, "{report:#?}");
+    assert!(report.checks[0].difference <= Some(1e-4) && report.checks[0].tolerance == Some(1e-4), "{report:#?}");
+    assert_eq!(report.provenance.inputs.len(), 2);
+    for (arrays, problem) in [
+        (vec![], "lacks an array for input `input_ids`"),
+        (vec![("input_ids", ids()), ("other", ids())], "`other` is no input"),
+        (vec![("input_ids", ids().to_kind(tch::Kind::Float))], "`input_ids` is of float"),
+    ] {
+        let error = given(&arrays).expect_err(problem).to_string();
+        assert!(error.contains(problem), "{error}");
+    }
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model");
+    let error = verify_on(&folder, &graph, &runtime).expect_err("a folder").to_string();
+    assert!(error.contains("several graphs"), "{error}");
+    assert!(verify_on(&graph, &graph, &runtime).expect_err("no npz").to_string().contains("no .npz file"));
 }

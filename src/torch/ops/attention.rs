@@ -6,10 +6,11 @@ use crate::torch::kernel::{Args, Build, Kernel, LARGEST, OpError, OpResult, many
 use crate::torch::table::Row;
 
 use super::cast::kind_from_number;
-use super::linear::lowered;
+use super::linear::{lowered, product};
 
 pub(super) const ROWS: &[Row] = &[
     Row::new("", "Attention", 23, attention).host(0b100_0000).grad(),
+    Row::new(super::MICROSOFT, "Attention", 1, with_projection).grad(),
     Row::new(super::MICROSOFT, "MultiHeadAttention", 1, multi_head).grad(),
 ];
 
@@ -352,6 +353,94 @@ fn unpack(args: &Args, heads: i64) -> OpResult<(Tensor, Tensor, Tensor)> {
         (Some(k), Some(v)) => Ok((heads_first(query, heads)?, heads_first(k, heads)?, heads_first(v, heads)?)),
         _ => Err(OpError::new("query, key and value are in no known layout")),
     }
+}
+
+/// Attention with the projection of query, key and value in one weight.
+///
+/// Inputs: x `[B, S, I]`, weight `[I, 2 * H * D + H * E]`, bias, mask, the past keys and values `[2, B, H, P, D]`, and a
+/// bias of the scores. The mask is `[B]` lengths, `[2 B]` ends then starts, or `[B, T]` or `[B, S, T]` of 0 and 1
+/// -> `[B, S, H * E]` and keys and values `[2, B, H, P + S, D]`.
+/// Source: ONNX Runtime, com.microsoft Attention-1.
+fn with_projection(b: &mut Build) -> OpResult<Kernel> {
+    let a = b.attributes;
+    let heads = a.int_required("num_heads")?;
+    if !(1..=LARGEST).contains(&heads) {
+        return Err(OpError::new(format!("attribute `num_heads` is {heads}")));
+    }
+    let causal = a.flag("unidirectional", false)?;
+    let scale = a.float_opt("scale")?.filter(|scale| *scale != 0.0);
+    let filter = a.float("mask_filter_value", -10000.0)?;
+    let widths = a.ints("qkv_hidden_sizes")?.filter(|widths| !widths.is_empty());
+    if a.flag("do_rotary", false)? {
+        return Err(OpError::new("attribute `do_rotary` is not supported"));
+    }
+    // Without the rotation it says nothing.
+    a.ignore("rotary_embedding_dim");
+    if a.flag("past_present_share_buffer", false)? || b.has(6) {
+        return Err(OpError::new("shared cache buffers are not supported"));
+    }
+    let wants_cache = b.wants(1);
+    let cast = b.autocast;
+    many(move |args| {
+        let mut projected = product(args.get(0)?, args.get(1)?, cast)?;
+        if let Some(bias) = args.opt(2) {
+            projected = projected.f_add(bias)?;
+        }
+        let total = projected.size3()?.2;
+        let widths = widths.clone().unwrap_or_else(|| vec![total / 3; 3]);
+        if widths.len() != 3 || widths.iter().any(|width| *width < 1) || widths.iter().sum::<i64>() != total {
+            return Err(OpError::new(format!("a projection to {total} does not split into {widths:?}")));
+        }
+        let parts = projected.f_split_with_sizes(&widths, -1)?;
+        let [q, k, v] = &parts[..] else { return Err(OpError::new("the projection does not split")) };
+        let (q, k, v) = (heads_first(q, heads)?, heads_first(k, heads)?, heads_first(v, heads)?);
+        let (past_k, past_v) = match args.opt(4) {
+            Some(past) if past.size().first() == Some(&2) => (Some(past.f_select(0, 0)?), Some(past.f_select(0, 1)?)),
+            Some(past) => return Err(OpError::new(format!("a past of shape {:?} is not known", past.size()))),
+            None => (None, None),
+        };
+        let past = past_k.as_ref().map_or(Ok(0), |past| past.size4().map(|size| size.2))?;
+        let (k, v) = (append(past_k.as_ref(), k)?, append(past_v.as_ref(), v)?);
+        let (batch, _, rows, width) = q.size4()?;
+        let columns = k.size4()?.2;
+        let kind = q.f_kind()?;
+        let mut mask = args.opt(5).map(Tensor::shallow_clone);
+        if let Some(own) = args.opt(3) {
+            let bias = index_bias(own, batch, columns, filter, kind)?;
+            mask = Some(match mask {
+                Some(mask) => mask.f_add(&bias)?,
+                None => bias,
+            });
+        }
+        if causal {
+            mask = Some(both(mask, visible(&[past], rows, columns, None, true, q.device())?)?);
+        }
+        let scale = scale.unwrap_or(1.0 / (width as f64).sqrt());
+        let (out, _) = attend(&q, &k, &v, &Spec { scale, mask, cast, ..Spec::default() })?;
+        let mut results = vec![heads_last(&out)?];
+        if wants_cache {
+            results.push(Tensor::f_stack(&[k, v], 0)?);
+        }
+        Ok(results)
+    })
+}
+
+/// What `Attention` takes as a mask, as numbers to add to the scores.
+fn index_bias(mask: &Tensor, batch: i64, columns: i64, filter: f64, kind: Kind) -> OpResult<Tensor> {
+    let size = mask.size();
+    let shown = match size[..] {
+        [length] if length == 2 * batch && batch > 0 => {
+            let places = Tensor::f_arange(columns, (Kind::Int64, mask.device()))?;
+            let ends = mask.f_narrow(0, 0, batch)?.f_reshape([-1i64, 1, 1, 1])?;
+            let starts = mask.f_narrow(0, batch, batch)?.f_reshape([-1i64, 1, 1, 1])?;
+            places.f_lt_tensor(&ends)?.f_logical_and(&places.f_ge_tensor(&starts)?)?
+        }
+        [length] if length != batch => {
+            return Err(OpError::new(format!("a mask of {length} numbers for a batch of {batch} is not supported")));
+        }
+        _ => return padding_bias(mask, columns, filter, kind),
+    };
+    Ok(shown.f_logical_not()?.f_to_kind(kind)?.f_mul_scalar(filter)?)
 }
 
 /// `[B]` lengths, `[B, T]` or `[B, S, T]` of 0 and 1, as numbers to add to the scores.

@@ -1,14 +1,16 @@
-//! ONNX Runtime's mixture of experts.
+//! ONNX Runtime's mixture of experts, with float and with quantised weights.
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use crate::torch::kernel::{Args, Build, Kernel, LARGEST, OpError, OpResult, one};
 use crate::torch::table::Row;
 
 use super::MICROSOFT;
 use super::linear::product;
+use super::quantized::unpack;
 
-pub(super) const ROWS: &[Row] = &[Row::new(MICROSOFT, "MoE", 1, mixture).grad()];
+pub(super) const ROWS: &[Row] =
+    &[Row::new(MICROSOFT, "MoE", 1, mixture).grad(), Row::new(MICROSOFT, "QMoE", 1, quantised_mixture)];
 
 /// What an expert does between its two products.
 #[derive(Clone, Copy)]
@@ -39,7 +41,24 @@ struct Settings {
     alpha: f64,
     beta: f64,
     limit: Option<f64>,
-    cast: Option<tch::Kind>,
+    cast: Option<Kind>,
+    quantised: Option<Quantised>,
+}
+
+/// How the experts' weights are stored when they are not floating point.
+#[derive(Clone, Copy)]
+struct Quantised {
+    bits: i64,
+    /// Numbers along the input axis that share a scale; `None` for the whole axis.
+    block: Option<i64>,
+}
+
+/// The products of an expert, by their place among the inputs.
+#[derive(Clone, Copy)]
+enum Product {
+    First = 0,
+    Second = 1,
+    Third = 2,
 }
 
 /// Each token goes through the `k` experts with the highest softmax of its router logits, weighted by it.
@@ -49,6 +68,40 @@ struct Settings {
 /// factor of the activated first one.
 /// Source: ONNX Runtime, com.microsoft MoE-1.
 fn mixture(b: &mut Build) -> OpResult<Kernel> {
+    let settings = settings(b, b.has(6), None)?;
+    one(move |args| run(args, &settings))
+}
+
+/// The same with weights of 2, 4 or 8 bits, packed along the input axis, low bits first.
+///
+/// Inputs: x, router logits, for each of the three products its weight `[E, N, K * bits / 8]`, scales `[E, N]` or
+/// `[E, N, K / block]` and optional bias `[E, N]`; their zero points `[E, N * bits / 8]` or
+/// `[E, N, K / block * bits / 8]`, in whose place 2^(bits - 1) stands; and weights for the mixing when they are not to be
+/// those of the choice. A weight is `(number - zero point) * scale`. Layouts that only one provider reads are refused
+/// where the file names them; where it leaves the choice to the provider, that of the CPU provider is read.
+/// Source: ONNX Runtime, com.microsoft QMoE-1.
+fn quantised_mixture(b: &mut Build) -> OpResult<Kernel> {
+    let a = b.attributes;
+    let kind = a.text_or("quant_type", "int")?;
+    if kind != "int" {
+        return Err(OpError::new(format!("quant_type `{kind}` is not supported")));
+    }
+    if a.int("weights_prepacked", -1)? == 1 {
+        return Err(OpError::new("prepacked weights are not supported"));
+    }
+    if let Some(input) = (15..b.inputs.len()).find(|&input| b.has(input)) {
+        return Err(OpError::new(format!("input {input} is not supported")));
+    }
+    let bits = a.int("expert_weight_bits", 4)?;
+    let block = a.int_opt("block_size")?.filter(|block| *block != 0);
+    if ![2, 4, 8].contains(&bits) || block.is_some_and(|block| !(1..=LARGEST).contains(&block)) {
+        return Err(OpError::new(format!("{bits} bits in blocks of {} are not supported", block.unwrap_or(0))));
+    }
+    let settings = settings(b, b.has(8), Some(Quantised { bits, block }))?;
+    one(move |args| run(args, &settings))
+}
+
+fn settings(b: &Build, third: bool, quantised: Option<Quantised>) -> OpResult<Settings> {
     let a = b.attributes;
     if a.flag("use_sparse_mixer", false)? {
         return Err(OpError::new("attribute `use_sparse_mixer` is not supported"));
@@ -59,7 +112,7 @@ fn mixture(b: &mut Build) -> OpResult<Kernel> {
         "gelu" => Activation::Gelu,
         "silu" => Activation::Silu,
         "identity" => Activation::Identity,
-        "swiglu" => Activation::SwiGlu(match (fusion, b.has(6)) {
+        "swiglu" => Activation::SwiGlu(match (fusion, third) {
             (0, true) => Layout::Apart,
             // Written before the attribute was there: ONNX Runtime takes it as interleaved too.
             (0 | 1, false) => Layout::Interleaved,
@@ -72,7 +125,7 @@ fn mixture(b: &mut Build) -> OpResult<Kernel> {
     if !(1..=LARGEST).contains(&chosen) {
         return Err(OpError::new(format!("attribute `k` is {chosen}")));
     }
-    let settings = Settings {
+    Ok(Settings {
         chosen,
         normalise: a.flag("normalize_routing_weights", false)?,
         activation,
@@ -80,8 +133,8 @@ fn mixture(b: &mut Build) -> OpResult<Kernel> {
         beta: a.float("activation_beta", 0.0)?,
         limit: a.float_opt("swiglu_limit")?,
         cast: b.autocast,
-    };
-    one(move |args| run(args, &settings))
+        quantised,
+    })
 }
 
 fn run(args: &Args, s: &Settings) -> OpResult<Tensor> {
@@ -97,9 +150,13 @@ fn run(args: &Args, s: &Settings) -> OpResult<Tensor> {
             tokens.size2()?.0
         )));
     }
-    let shares = router.f_softmax(-1, None)?;
-    let (mut shares, picked) = shares.f_topk(s.chosen, -1, true, true)?;
-    if s.normalise {
+    let (mut shares, picked) = router.f_softmax(-1, None)?.f_topk(s.chosen, -1, true, true)?;
+    let mixing = if s.quantised.is_some() { args.opt(14) } else { None };
+    if let Some(mixing) = mixing {
+        shares = mixing.f_gather(-1, &picked, false)?;
+    }
+    // ONNX Runtime's quantised form takes the softmax over the chosen alone, whatever the attribute says.
+    if s.normalise || s.quantised.is_some() && mixing.is_none() {
         shares = shares.f_div(&shares.f_sum_dim_intlist(&[-1i64][..], true, None)?)?;
     }
     let shares = shares.f_to_kind(x.f_kind()?)?.f_reshape([-1])?;
@@ -117,17 +174,61 @@ fn run(args: &Args, s: &Settings) -> OpResult<Tensor> {
     Ok(out.f_reshape(&size)?)
 }
 
+/// One product of an expert with its bias: `[n, K]` -> `[n, N]`; `None` when the weight is left out.
+fn linear(args: &Args, s: &Settings, x: &Tensor, which: Product, expert: i64) -> OpResult<Option<Tensor>> {
+    let place = which as usize;
+    let (weight, bias) = match s.quantised {
+        None => (args.opt(2 + 2 * place), args.opt(3 + 2 * place)),
+        Some(_) => (args.opt(2 + 3 * place), args.opt(4 + 3 * place)),
+    };
+    let Some(weight) = weight else { return Ok(None) };
+    let mut weight = weight.f_select(0, expert)?;
+    if let Some(quantised) = s.quantised {
+        let scales = args.get(3 + 3 * place)?.f_select(0, expert)?;
+        let zero = args.opt(11 + place).map(|zero| zero.f_select(0, expert)).transpose()?;
+        weight = opened(&weight, &scales, zero.as_ref(), quantised, x.f_kind()?)?;
+    }
+    let out = product(x, &weight.f_transpose(0, 1)?, s.cast)?;
+    Ok(Some(match bias {
+        Some(bias) => out.f_add(&bias.f_select(0, expert)?)?,
+        None => out,
+    }))
+}
+
+/// A packed weight `[N, K * bits / 8]` as numbers `[N, K]`.
+fn opened(packed: &Tensor, scales: &Tensor, zero: Option<&Tensor>, q: Quantised, kind: Kind) -> OpResult<Tensor> {
+    let numbers = unpack(packed, q.bits)?;
+    let (rows, columns) = numbers.size2()?;
+    let block = q.block.unwrap_or(columns.max(1));
+    if columns % block != 0 || scales.numel() as i64 != rows * (columns / block) {
+        return Err(OpError::new(format!(
+            "scales of shape {:?} do not fit a weight of [{rows}, {columns}] in blocks of {block}",
+            scales.size()
+        )));
+    }
+    let blocks = columns / block;
+    let numbers = numbers.f_to_kind(kind)?.f_reshape([rows, blocks, block])?;
+    let centred = match zero {
+        None => numbers.f_sub_scalar((1i64 << (q.bits - 1)) as f64)?,
+        Some(zero) => {
+            // Packed along the last axis: over the blocks of a row or, where a row has one scale, over the rows.
+            let zero = unpack(zero, q.bits)?;
+            let zero = if q.block.is_some() { zero.f_narrow(1, 0, blocks)? } else { zero.f_narrow(0, 0, rows)? };
+            numbers.f_sub(&zero.f_reshape([rows, blocks, 1])?.f_to_kind(kind)?)?
+        }
+    };
+    let scales = scales.f_to_kind(kind)?.f_reshape([rows, blocks, 1])?;
+    Ok(centred.f_mul(&scales)?.f_reshape([rows, columns])?)
+}
+
 /// One expert: `[n, D]` -> `[n, D]`.
 fn through(args: &Args, s: &Settings, x: &Tensor, expert: i64) -> OpResult<Tensor> {
-    let linear = |x: &Tensor, weight: &Tensor, bias: Option<&Tensor>| -> OpResult<Tensor> {
-        let out = product(x, &weight.f_select(0, expert)?.f_transpose(0, 1)?, s.cast)?;
-        Ok(match bias {
-            Some(bias) => out.f_add(&bias.f_select(0, expert)?)?,
-            None => out,
-        })
+    let first =
+        linear(args, s, x, Product::First, expert)?.ok_or_else(|| OpError::new("the first weight is missing"))?;
+    let third = linear(args, s, x, Product::Third, expert)?;
+    let last = |made: &Tensor| {
+        linear(args, s, made, Product::Second, expert)?.ok_or_else(|| OpError::new("the second weight is missing"))
     };
-    let first = linear(x, args.get(2)?, args.opt(3))?;
-    let third = args.opt(6).map(|weight| linear(x, weight, args.opt(7))).transpose()?;
     let plain = match s.activation {
         Activation::Relu => first.f_relu()?,
         // The tanh form, as ONNX Runtime computes it here.
@@ -137,7 +238,7 @@ fn through(args: &Args, s: &Settings, x: &Tensor, expert: i64) -> OpResult<Tenso
         Activation::SwiGlu(layout) => {
             let (gate, other) = match (layout, &third) {
                 (Layout::Apart, Some(third)) => (first, third.shallow_clone()),
-                (Layout::Apart, None) => return Err(OpError::new("input 6 is missing")),
+                (Layout::Apart, None) => return Err(OpError::new("the third weight is missing")),
                 (Layout::Interleaved, _) => {
                     let pairs = first.f_reshape([first.size2()?.0, -1, 2])?;
                     (pairs.f_select(2, 0)?, pairs.f_select(2, 1)?)
@@ -152,12 +253,12 @@ fn through(args: &Args, s: &Settings, x: &Tensor, expert: i64) -> OpResult<Tenso
                 None => (gate, other),
             };
             let made = gate.f_mul(&gate.f_mul_scalar(s.alpha)?.f_sigmoid()?)?.f_mul(&other.f_add_scalar(s.beta)?)?;
-            return linear(&made, args.get(4)?, args.opt(5));
+            return last(&made);
         }
     };
     let made = match third {
         Some(third) => plain.f_mul(&third)?,
         None => plain,
     };
-    linear(&made, args.get(4)?, args.opt(5))
+    last(&made)
 }

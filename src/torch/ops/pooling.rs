@@ -1,4 +1,4 @@
-//! Pooling and resizing.
+//! Pooling, resizing and sampling.
 
 use tch::{Kind, Tensor};
 
@@ -11,6 +11,7 @@ pub(super) const ROWS: &[Row] = &[
     Row::new("", "AveragePool", 7, average_pool).grad(),
     Row::new("", "GlobalAveragePool", 1, |_| global(|x, axes| Ok(x.f_mean_dim(axes, true, None)?))).grad(),
     Row::new("", "GlobalMaxPool", 1, |_| global(|x, axes| Ok(x.f_amax(axes, true)?))).grad(),
+    Row::new("", "GridSample", 16, grid_sample).grad(),
     Row::new("", "MaxPool", 8, max_pool).grad(),
     Row::new("", "Resize", 11, resize).host(ALL & !1).grad(),
 ];
@@ -310,4 +311,33 @@ fn cubic(distance: f64, a: f64) -> f64 {
     } else {
         0.0
     }
+}
+
+/// The input at the places of a grid, whose coordinates run from -1 to 1 and name the last axis first.
+///
+/// Shapes: x `[N, C, H, W]`, grid `[N, P, Q, 2]` -> `[N, C, P, Q]`; with a depth before the height, and 3, likewise.
+/// Source: ONNX GridSample-16 to -22, whose modes are those of PyTorch's `grid_sample`.
+fn grid_sample(b: &mut Build) -> OpResult<Kernel> {
+    let a = b.attributes;
+    // PyTorch's numbers of the modes.
+    let interpolation = match a.text_or("mode", "linear")? {
+        "linear" | "bilinear" => 0,
+        "nearest" => 1,
+        "cubic" | "bicubic" => 2,
+        other => return Err(OpError::new(format!("mode `{other}` is not known"))),
+    };
+    let padding = match a.text_or("padding_mode", "zeros")? {
+        "zeros" => 0,
+        "border" => 1,
+        "reflection" => 2,
+        other => return Err(OpError::new(format!("padding_mode `{other}` is not known"))),
+    };
+    let corners = a.flag("align_corners", false)?;
+    one(move |args| {
+        let (x, grid) = (args.get(0)?, args.get(1)?);
+        if !(4..=5).contains(&x.dim()) || x.dim() == 5 && interpolation == 2 {
+            return Err(OpError::new(format!("sampling of shape {:?} in this mode is not supported", x.size())));
+        }
+        Ok(x.f_grid_sampler(&grid.f_to_kind(x.f_kind()?)?, interpolation, padding, corners)?)
+    })
 }

@@ -231,7 +231,7 @@ fn gather_block_quantized(b: &mut Build) -> OpResult<Kernel> {
 }
 
 /// Bytes to numbers of `bits` each along the last axis, low bits first.
-fn unpack(packed: &Tensor, bits: i64) -> OpResult<Tensor> {
+pub(super) fn unpack(packed: &Tensor, bits: i64) -> OpResult<Tensor> {
     if bits == 8 {
         return Ok(packed.shallow_clone());
     }

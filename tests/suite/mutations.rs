@@ -1,0 +1,163 @@
+//! Files with bytes changed at random: `inspect` and `prune` give a result or an error, in bounded time and memory, and
+//! never panic.
+
+use std::fs;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use interlace::analysis::analyse;
+use interlace::base::peak_memory_bytes;
+use interlace::bundle::{Bundle, Tower};
+use interlace::onnx::{self, Storage};
+use interlace::pipeline::steps::{self, Drop};
+use interlace::rewrite::drop_layers;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+/// Graphs of every exporter.
+const FILES: &[&str] = &[
+    "dyn18/llama-ids/model.onnx",
+    "dyn23/qwen3_vl/decoder_model_merged.onnx",
+    "genai/llama-fp32-embeds/model.onnx",
+    "genai/llama-int4-shared/model.onnx",
+    "genai/qwen3_vl-fp32-embeds/model.onnx",
+    "hfexp/llama-cpu/decode.onnx",
+    "mobius/qwen3_vl/decoder/model.onnx",
+    "optimum/llama-O2/model.onnx",
+    "post/llama-ts17__int8.onnx",
+    "post/llama-ts17__noname.onnx",
+    "post/smolvlm-ts17__slim.onnx",
+    "ts17/qwen3_vl/decoder_model_merged.onnx",
+];
+/// A network of 3 layers with 1.5 MB of weights may take so much more than before, and so long.
+const MEMORY_LIMIT: u64 = 256 << 20;
+const TIME_LIMIT: Duration = Duration::from_secs(20);
+
+/// How far a file got.
+#[derive(Default)]
+struct Outcomes {
+    refused: usize,
+    inspected: usize,
+    pruned: usize,
+}
+
+/// The graph with three of its layers, its weights beside it, so that most of its bytes are structure.
+fn small(file: &str, folder: &Path) -> PathBuf {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/zoo").join(file);
+    let model = onnx::load(&source).unwrap();
+    let small = drop_layers(&analyse(&model).unwrap(), &[1, 2, 4, 5, 6]).unwrap();
+    let path = folder.join("model.onnx");
+    onnx::save(&small, &path, &Storage::External { file_name: "model.onnx_data".into(), chunk_bytes: None }).unwrap();
+    path
+}
+
+/// One to six small changes: bits, bytes, pieces cut out, doubled or moved, digits in names exchanged.
+fn mutate(bytes: &mut Vec<u8>, rng: &mut ChaCha8Rng) {
+    let piece = |rng: &mut ChaCha8Rng, length: usize, most: usize| -> Range<usize> {
+        let from = rng.random_range(0..length);
+        from..(from + rng.random_range(0..most)).min(length)
+    };
+    for _ in 0..rng.random_range(1..=6) {
+        if bytes.is_empty() {
+            return;
+        }
+        let at = rng.random_range(0..bytes.len());
+        match rng.random_range(0..8) {
+            0 => bytes[at] ^= 1 << rng.random_range(0..8),
+            1 => bytes[at] = rng.random(),
+            2 => bytes[at] = [0, 1, 0x7f, 0x80, 0xff][rng.random_range(0..5)],
+            3 => {
+                bytes.drain(piece(rng, bytes.len(), 64));
+            }
+            4 => {
+                let copy = bytes[piece(rng, bytes.len(), 64)].to_vec();
+                bytes.splice(at..at, copy);
+            }
+            5 => {
+                let copy = bytes[piece(rng, bytes.len(), 16)].to_vec();
+                let end = (at + copy.len()).min(bytes.len());
+                bytes[at..end].copy_from_slice(&copy[..end - at]);
+            }
+            6 => bytes.truncate(at.max(bytes.len() / 2)),
+            // Values that were apart become one, or come round in a circle.
+            _ => {
+                if let Some(digit) = bytes[at..].iter_mut().find(|byte| byte.is_ascii_digit()) {
+                    *digit = b'0' + rng.random_range(0..10u8);
+                }
+            }
+        }
+    }
+}
+
+fn run(count: usize, seed: u64) {
+    let folder = tempfile::tempdir().unwrap();
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut outcomes = Outcomes::default();
+    let mut slowest = Duration::ZERO;
+    for (number, file) in FILES.iter().enumerate() {
+        let own = folder.path().join(number.to_string());
+        fs::create_dir(&own).unwrap();
+        let path = small(file, &own);
+        let sound = fs::read(&path).unwrap();
+        let before = peak_memory_bytes();
+        for attempt in 0..count.div_ceil(FILES.len()) {
+            let mut bytes = sound.clone();
+            mutate(&mut bytes, &mut rng);
+            fs::write(&path, &bytes).unwrap();
+            let out = own.join("out");
+            let start = Instant::now();
+            let result = catch_unwind(AssertUnwindSafe(|| {
+                let bundle = Bundle::open(&path)?;
+                steps::inspect(&bundle)?;
+                let drop = Drop::Layers { tower: Tower::Text, layers: &[1] };
+                Ok::<bool, interlace::base::Error>(steps::prune(&bundle, &drop, &out).is_ok())
+            }));
+            let took = start.elapsed();
+            slowest = slowest.max(took);
+            let at = format!("{file}, seed {seed}, attempt {attempt}");
+            match result {
+                Ok(Ok(true)) => outcomes.pruned += 1,
+                Ok(Ok(false)) => outcomes.inspected += 1,
+                Ok(Err(_)) => outcomes.refused += 1,
+                Err(_) => {
+                    let kept = std::env::temp_dir().join(format!("interlace-panic-{seed}-{number}-{attempt}.onnx"));
+                    fs::write(&kept, &bytes).unwrap();
+                    panic!("{at} panics; the file is kept as {}", kept.display());
+                }
+            }
+            assert!(took < TIME_LIMIT, "{at} took {took:?}");
+            let grown = peak_memory_bytes().saturating_sub(before);
+            assert!(grown < MEMORY_LIMIT, "{at}: memory grew by {grown} bytes");
+            // What was refused has left nothing behind.
+            if out.exists() {
+                assert!(Bundle::open(&out).is_ok(), "{at}: what was written cannot be opened");
+                fs::remove_dir_all(&out).unwrap();
+            }
+            let left = fs::read_dir(&own).unwrap().count();
+            assert_eq!(left, 2, "{at}: files are left behind");
+        }
+    }
+    println!(
+        "{} refused, {} inspected only, {} pruned, slowest {slowest:?}, peak {} MB",
+        outcomes.refused,
+        outcomes.inspected,
+        outcomes.pruned,
+        peak_memory_bytes() >> 20
+    );
+    assert!(outcomes.pruned > 0 && outcomes.refused > 0, "the changes are too many or too few");
+}
+
+#[test]
+fn changed_files_never_panic() {
+    run(240, 1);
+}
+
+/// `INTERLACE_MUTATIONS` says how many (20,000), `INTERLACE_SEED` which.
+#[test]
+#[ignore = "takes minutes"]
+fn many_changed_files_never_panic() {
+    let number = |name: &str, default: u64| std::env::var(name).ok().map_or(default, |value| value.parse().unwrap());
+    run(number("INTERLACE_MUTATIONS", 20_000) as usize, number("INTERLACE_SEED", 2));
+}
