@@ -212,7 +212,8 @@ def main():
         with tempfile.TemporaryDirectory() as scratch:
             good, cells = row(args, path, scratch)
         failed += not good
-        print("ok  " if good else "BAD ", path.name, *cells, sep="\t", flush=True)
+        name = path.parent.name if path.name in PLAIN else path.name
+        print("ok  " if good else "BAD ", name, *cells, sep="\t", flush=True)
     sys.exit(1 if failed else 0)
 
 
