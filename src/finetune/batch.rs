@@ -125,20 +125,20 @@ impl TrainingSet {
 
     /// The batch of these samples.
     ///
-    /// Errors: `Error::Engine` when LibTorch cannot make the tensors.
+    /// Errors: `Error::Io` when rows cannot be read; `Error::Engine` when LibTorch cannot make the tensors.
     pub fn batch(&self, samples: &[usize], device: Device) -> Result<Batch> {
         let time = samples.iter().map(|&sample| self.examples[sample].length).max().unwrap_or(0);
         let (rows, width) = (samples.len(), self.hidden.width());
         let stride = time * width * 4;
-        let mut hidden = vec![0u8; rows * stride];
+        let mut hidden = Vec::with_capacity(rows * stride);
         let mut mask = vec![0i64; rows * time];
         let mut answer_rows = Vec::new();
         let mut targets = Vec::new();
         let mut real_rows = Vec::new();
         for (row, &sample) in samples.iter().enumerate() {
             let example = &self.examples[sample];
-            let bytes = self.hidden.bytes(self.starts[sample], example.length);
-            hidden[row * stride..][..bytes.len()].copy_from_slice(bytes);
+            self.hidden.read(self.starts[sample], example.length, &mut hidden)?;
+            hidden.resize((row + 1) * stride, 0);
             mask[row * time..][..example.length].fill(1);
             answer_rows.extend(example.positions.iter().map(|&at| (row * time) as i64 + i64::from(at)));
             targets.extend_from_slice(&example.targets);
@@ -146,8 +146,10 @@ impl TrainingSet {
             real_rows.extend(first..first + example.length as i64);
         }
         let positions = self.position_ids(samples, time);
+        let streams = self.streams(samples, device)?;
+        let top_k = self.top_k(samples, device)?;
         let position_rows = positions.len() / (rows * time).max(1);
-        let make = || -> Result<Batch, tch::TchError> {
+        let make = move || -> Result<Batch, tch::TchError> {
             let (b, t) = (rows as i64, time as i64);
             let position_ids = Tensor::f_from_slice(&positions)?;
             let position_ids = if position_rows > 1 {
@@ -163,33 +165,38 @@ impl TrainingSet {
                 answer_tokens: targets.len() as u64,
                 targets: Tensor::f_from_slice(&targets)?.f_to_device(device)?,
                 real_rows: Tensor::f_from_slice(&real_rows)?.f_to_device(device)?,
-                streams: self.streams(samples, real_rows.len() as i64, device)?,
-                top_k: self.top_k(samples, targets.len() as i64, device)?,
+                streams,
+                top_k,
             })
         };
         make().map_err(torch_error("a batch"))
     }
 
-    fn streams(&self, samples: &[usize], count: i64, device: Device) -> Result<Vec<Tensor>, tch::TchError> {
+    fn streams(&self, samples: &[usize], device: Device) -> Result<Vec<Tensor>> {
         let Some(StreamTargets { rows, points }) = &self.targets.streams else { return Ok(Vec::new()) };
         let mut bytes = Vec::new();
         for &sample in samples {
-            bytes.extend_from_slice(rows.bytes(self.starts[sample], self.examples[sample].length));
+            rows.read(self.starts[sample], self.examples[sample].length, &mut bytes)?;
         }
-        let all = Tensor::f_from_data_size(&bytes, &[count, rows.width() as i64], rows.element().kind())?;
-        all.f_to_device(device)?.f_chunk(points.len() as i64, 1)
+        let tensors = || -> Result<Vec<Tensor>, tch::TchError> {
+            matrix(&bytes, rows)?.f_to_device(device)?.f_chunk(points.len() as i64, 1)
+        };
+        tensors().map_err(torch_error("the dense model's stream"))
     }
 
-    fn top_k(&self, samples: &[usize], count: i64, device: Device) -> Result<Option<TopK>, tch::TchError> {
+    fn top_k(&self, samples: &[usize], device: Device) -> Result<Option<TopK>> {
         let Some(rows) = &self.targets.answers else { return Ok(None) };
         let mut bytes = Vec::new();
         for &sample in samples {
-            bytes.extend_from_slice(rows.bytes(self.answer_starts[sample], self.examples[sample].targets.len()));
+            rows.read(self.answer_starts[sample], self.examples[sample].targets.len(), &mut bytes)?;
         }
         let k = rows.width() as i64 / 2;
-        let all = Tensor::f_from_data_size(&bytes, &[count, 2 * k], rows.element().kind())?.f_to_device(device)?;
-        let (log_probs, tokens) = (all.f_narrow(1, 0, k)?, all.f_narrow(1, k, k)?);
-        Ok(Some(TopK { log_probs, tokens: tokens.f_to_kind(Kind::Int64)? }))
+        let tensors = || -> Result<TopK, tch::TchError> {
+            let all = matrix(&bytes, rows)?.f_to_device(device)?;
+            let (log_probs, tokens) = (all.f_narrow(1, 0, k)?, all.f_narrow(1, k, k)?);
+            Ok(TopK { log_probs, tokens: tokens.f_to_kind(Kind::Int64)? })
+        };
+        tensors().map(Some).map_err(torch_error("the dense model's answers"))
     }
 
     /// Row-major positions, `[B, T]` or `[3, B, T]`; padding goes on counting from the last.
@@ -209,6 +216,13 @@ impl TrainingSet {
         }
         positions
     }
+}
+
+/// Bytes of `rows` as a matrix.
+fn matrix(bytes: &[u8], rows: &Rows) -> Result<Tensor, tch::TchError> {
+    let (width, kind) = (rows.width(), rows.element().kind());
+    let count = bytes.len() / (width * kind.elt_size_in_bytes()).max(1);
+    Tensor::f_from_data_size(bytes, &[count as i64, width as i64], kind)
 }
 
 #[cfg(test)]

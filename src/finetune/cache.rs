@@ -1,11 +1,13 @@
 //! Rows of numbers on disk: what the frozen part of a network gives for each token, computed once and read many times.
 
-use std::path::Path;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 
 use half::bf16;
 use tch::Kind;
 
-use crate::base::{AtomicFile, Error, MappedFile, Result};
+use crate::base::{AtomicFile, Error, Result};
 
 /// How a number is kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,10 +42,13 @@ impl Element {
     }
 }
 
-/// A mapped file of rows, little-endian, one row per token and nothing else.
+/// A file of rows, little-endian, one row per token and nothing else. It is read and not mapped: what has been read once
+/// would count as this process's memory.
 #[derive(Debug)]
 pub struct Rows {
-    file: MappedFile,
+    path: PathBuf,
+    file: File,
+    rows: u64,
     width: usize,
     element: Element,
 }
@@ -53,16 +58,17 @@ impl Rows {
     ///
     /// Errors: `Error::Io`; `Error::Invalid` when the file holds another number of bytes.
     pub fn open(path: &Path, rows: u64, width: usize, element: Element) -> Result<Self> {
-        let file = MappedFile::open(path)?;
+        let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
+        let found = file.metadata().map_err(|e| Error::io("read", path, e))?.len();
         let stride = (width as u64).checked_mul(element.size() as u64);
         let want = stride.and_then(|stride| rows.checked_mul(stride));
-        if want != Some(file.len() as u64) {
+        if want != Some(found) {
             let problem =
-                format!("holds {} bytes, {rows} rows of {width} {element:?} numbers take another amount", file.len());
+                format!("holds {found} bytes, {rows} rows of {width} {element:?} numbers take another amount");
             return Err(Error::invalid(format!("cache `{}`", path.display()), problem)
                 .remedy("remove the file; it is computed again"));
         }
-        Ok(Rows { file, width, element })
+        Ok(Rows { path: path.to_path_buf(), file, rows, width, element })
     }
 
     /// Numbers per row.
@@ -75,12 +81,17 @@ impl Rows {
         self.element
     }
 
-    /// The bytes of `count` rows from row `start` on; shorter where the file ends.
-    pub fn bytes(&self, start: u64, count: usize) -> &[u8] {
+    /// Appends the bytes of `count` rows from row `start` on; fewer where the file ends.
+    ///
+    /// Errors: `Error::Io`.
+    pub fn read(&self, start: u64, count: usize, bytes: &mut Vec<u8>) -> Result<()> {
         let stride = self.width * self.element.size();
-        let from = (start as usize).saturating_mul(stride).min(self.file.len());
-        let to = from.saturating_add(count.saturating_mul(stride)).min(self.file.len());
-        &self.file[from..to]
+        let start = start.min(self.rows);
+        let count = (count as u64).min(self.rows - start) as usize;
+        let before = bytes.len();
+        bytes.resize(before + count * stride, 0);
+        let at = start * stride as u64;
+        self.file.read_exact_at(&mut bytes[before..], at).map_err(|e| Error::io("read", &self.path, e))
     }
 }
 
@@ -161,8 +172,15 @@ mod tests {
                     [4.0f32, 5.0, 6.0, -0.0, 0.25, 9.0].iter().flat_map(|&n| bf16::from_f32(n).to_le_bytes()).collect()
                 }
             };
-            assert_eq!(rows.bytes(1, 2), want);
-            assert_eq!(rows.bytes(2, 5).len(), 3 * element.size());
+            let read = |start, count| {
+                let mut bytes = vec![7];
+                rows.read(start, count, &mut bytes).unwrap();
+                assert_eq!(bytes.remove(0), 7);
+                bytes
+            };
+            assert_eq!(read(1, 2), want);
+            assert_eq!(read(2, 5).len(), 3 * element.size());
+            assert!(read(9, 1).is_empty());
             assert!(Rows::open(&path, 4, 3, element).is_err());
         }
     }

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use tch::Device as TorchDevice;
 
 use crate::analysis::{Analysis, analyse};
-use crate::base::{Cancel, Device, Error, Provenance, Result, Sha256Digest, keep_freed_blocks, sha256_json};
+use crate::base::{Cancel, Device, Error, Provenance, Result, Sha256Digest, sha256_json};
 use crate::bundle::{Bundle, Role};
 use crate::ir::{Model, ValueId};
 use crate::rewrite::extract;
@@ -171,8 +171,6 @@ pub fn finetune_with_teacher(
         students.push(twin);
     }
     let mut trainer = Trainer::new(settings, students, &dataset, device, inputs.clone(), request.work)?;
-    // Not before: what the frozen part and the dense model took goes back to the system.
-    keep_freed_blocks();
     let summary = trainer.run(request.resume, cancel, observer)?;
     let tensors = trainer.student().trained()?;
     let trained_parameters = tensors.iter().map(|(_, tensor)| tensor.element_count()).sum();

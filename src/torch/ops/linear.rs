@@ -49,15 +49,30 @@ fn suits_onednn(a: &Tensor, b: &Tensor) -> OpResult<bool> {
 }
 
 /// `[.., K]` by `[K, N]` through oneDNN's own product, which has gradients and computes in f32 as MKL does.
+///
+/// oneDNN compiles a product for every number of rows and keeps a thousand of them, some 200 KB each. Rows of zeros make
+/// the number a round one, so that few are compiled.
 fn onednn(a: &Tensor, b: &Tensor) -> OpResult<Tensor> {
     let mut size = a.size();
     let (depth, columns) = (b.size()[0], b.size()[1]);
-    let rows = a.f_reshape([-1, depth])?.f_contiguous()?.f_to_mkldnn(None)?;
+    let rows = a.f_reshape([-1, depth])?.f_contiguous()?;
+    let count = rows.size()[0];
+    let lacking = round_count(count) - count;
+    let rows = if lacking == 0 { rows } else { rows.f_constant_pad_nd([0, 0, 0, lacking])? };
+    let rows = rows.f_to_mkldnn(None)?;
     let out = rows.f_mkldnn_linear(&b.f_transpose(0, 1)?, None::<&Tensor>)?.f_to_dense(None, false)?;
+    let out = if lacking == 0 { out } else { out.f_narrow(0, 0, count)? };
     if let Some(last) = size.last_mut() {
         *last = columns;
     }
     Ok(out.f_reshape(&size)?)
+}
+
+/// The next number with at most five significant bits, and a multiple of 32.
+fn round_count(count: i64) -> i64 {
+    let step = count.checked_ilog2().map_or(1, |bits| 1u64 << bits.saturating_sub(4)).max(32);
+    let round = count.unsigned_abs().checked_next_multiple_of(step);
+    round.and_then(|round| i64::try_from(round).ok()).unwrap_or(count)
 }
 
 fn einsum(b: &mut Build) -> OpResult<Kernel> {
@@ -148,6 +163,14 @@ fn fused_matmul(b: &mut Build) -> OpResult<Kernel> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn few_numbers_of_rows_are_round() {
+        let counts: Vec<i64> = [1, 32, 33, 392, 511, 512, 513, 1000, 5000].map(round_count).to_vec();
+        assert_eq!(counts, [32, 32, 64, 416, 512, 512, 544, 1024, 5120]);
+        let distinct: std::collections::BTreeSet<i64> = (1..=8192).map(round_count).collect();
+        assert!(distinct.len() < 100, "{}", distinct.len());
+    }
 
     /// Values and gradients are as near to those of double precision as LibTorch's own product is.
     #[test]
