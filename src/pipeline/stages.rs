@@ -200,7 +200,7 @@ impl<'a> Stages<'a> {
     ) -> Result<ModelScores> {
         let mut scores = Vec::new();
         for Questions { path, benchmark, digest: data } in questions {
-            let step = format!("eval-{}-{label}", benchmark_name(path));
+            let step = eval_step(path, label);
             let inputs = [("model", digest), ("data", data)];
             let (device, cancel, engine) = (self.device, self.cancel, &mut self.engine);
             let done = self.store.step(&step, &format!("{step}.json"), &inputs, settings, |target| {
@@ -220,6 +220,25 @@ impl<'a> Stages<'a> {
         Ok(merged(&scores))
     }
 
+    /// True when `answers` would ask the model nothing.
+    ///
+    /// Errors: as `Store::is_done`.
+    pub fn answered(
+        &self,
+        label: &str,
+        digest: &str,
+        questions: &[Questions],
+        settings: &EvalSettings,
+    ) -> Result<bool> {
+        for Questions { path, digest: data, .. } in questions {
+            let inputs = [("model", digest), ("data", data.as_str())];
+            if !self.store.is_done(&eval_step(path, label), &inputs, settings)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// A model's times in turn with the dense one's.
     ///
     /// Errors: as `eval::bench`.
@@ -234,6 +253,10 @@ impl<'a> Stages<'a> {
         self.told(&step, &done);
         read_json(&done.path, BenchReport::SCHEMA_VERSION)
     }
+}
+
+fn eval_step(benchmark: &Path, label: &str) -> String {
+    format!("eval-{}-{label}", benchmark_name(benchmark))
 }
 
 /// Opens benchmarks.

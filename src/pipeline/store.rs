@@ -35,6 +35,9 @@ pub struct StepState {
     pub digest: Sha256Digest,
     /// What the step took when it was done.
     pub seconds: f64,
+    /// True when the output was removed after later steps had read it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub removed: bool,
 }
 
 /// A run's folder and its finished steps.
@@ -95,7 +98,8 @@ impl Store {
         &self.state
     }
 
-    /// Does a step unless its output is there, made from the same inputs with the same settings and unchanged since.
+    /// Does a step unless its output is there, made from the same inputs with the same settings and unchanged since, or
+    /// was removed by [`Store::remove`].
     ///
     /// `output` is the name of the file or folder that `work` must make; `inputs` are the digests of what it reads. An
     /// output that an earlier run made from other inputs is replaced.
@@ -110,16 +114,13 @@ impl Store {
         settings: &S,
         work: impl FnOnce(&Path) -> Result<()>,
     ) -> Result<Finished> {
-        let key = sha256_json(&Key { tool: env!("CARGO_PKG_VERSION"), step: name, inputs, settings })?;
+        let key = key_of(name, inputs, settings)?;
         let path = self.folder.join(output);
         if let Some(done) = self.state.steps.get(name) {
-            if done.key == key && path.exists() && digest_of(&path)? == done.digest {
+            if done.is(&key, &path)? {
                 return Ok(Finished { path, digest: done.digest.clone(), reused: true });
             }
-            let stale = self.folder.join(&done.output);
-            remove(&stale)?;
-            self.state.steps.remove(name);
-            self.save()?;
+            self.forget(name)?;
         }
         if path.exists() {
             return Err(Error::invalid(format!("output `{}`", path.display()), "exists, and no finished step made it")
@@ -132,15 +133,60 @@ impl Store {
         }
         let digest = digest_of(&path)?;
         let seconds = start.elapsed().as_secs_f64();
-        let done = StepState { key, output: output.to_string(), digest: digest.clone(), seconds };
+        let done = StepState { key, output: output.to_string(), digest: digest.clone(), seconds, removed: false };
         self.state.steps.insert(name.to_string(), done);
         self.save()?;
         Ok(Finished { path, digest, reused: false })
     }
 
+    /// True when [`Store::step`] would not do the step again.
+    ///
+    /// Errors: `Error::Io` when the output cannot be read.
+    pub fn is_done<S: Serialize>(&self, name: &str, inputs: &[(&str, &str)], settings: &S) -> Result<bool> {
+        let Some(done) = self.state.steps.get(name) else { return Ok(false) };
+        done.is(&key_of(name, inputs, settings)?, &self.folder.join(&done.output))
+    }
+
+    /// Removes a finished step's output and remembers that it was made: what was made from it stays good.
+    ///
+    /// Errors: `Error::Io`.
+    pub fn remove(&mut self, name: &str) -> Result<()> {
+        let Some(done) = self.state.steps.get_mut(name).filter(|done| !done.removed) else { return Ok(()) };
+        done.removed = true;
+        let path = self.folder.join(&done.output);
+        self.save()?;
+        remove(&path)
+    }
+
+    /// Removes a finished step and its output.
+    ///
+    /// Errors: `Error::Io`.
+    pub fn forget(&mut self, name: &str) -> Result<()> {
+        let Some(done) = self.state.steps.get(name) else { return Ok(()) };
+        if !done.removed {
+            remove(&self.folder.join(&done.output))?;
+        }
+        self.state.steps.remove(name);
+        self.save()
+    }
+
     fn save(&self) -> Result<()> {
         write_json(&self.folder.join(STATE_FILE), &self.state)
     }
+}
+
+impl StepState {
+    /// True when this is what the step with that key made at `path`, there and unchanged or removed on purpose.
+    fn is(&self, key: &str, path: &Path) -> Result<bool> {
+        if self.key != *key {
+            return Ok(false);
+        }
+        Ok(if self.removed { !path.exists() } else { path.exists() && digest_of(path)? == self.digest })
+    }
+}
+
+fn key_of<S: Serialize>(step: &str, inputs: &[(&str, &str)], settings: &S) -> Result<Sha256Digest> {
+    sha256_json(&Key { tool: env!("CARGO_PKG_VERSION"), step, inputs, settings })
 }
 
 fn remove(path: &Path) -> Result<()> {
@@ -210,6 +256,28 @@ mod tests {
         fs::write(folder.path().join("o"), "tampered").unwrap();
         assert!(!store.step("s", "o", &[("model", "b")], &2, write("4")).unwrap().reused);
         assert_eq!(fs::read_to_string(folder.path().join("o")).unwrap(), "4");
+    }
+
+    #[test]
+    fn a_removed_output_is_not_made_again_until_it_is_forgotten() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut store = Store::open(folder.path()).unwrap();
+        let first = store.step("s", "o", &[("model", "a")], &1, write("1")).unwrap();
+        store.remove("s").unwrap();
+        assert!(!first.path.exists());
+        let mut store = Store::open(folder.path()).unwrap();
+        assert!(store.is_done("s", &[("model", "a")], &1).unwrap());
+        assert!(!store.is_done("s", &[("model", "b")], &1).unwrap() && !store.is_done("t", &[], &1).unwrap());
+        let again = store.step("s", "o", &[("model", "a")], &1, never).unwrap();
+        assert!(again.reused && again.digest == first.digest && !again.path.exists());
+        store.forget("s").unwrap();
+        assert!(!store.step("s", "o", &[("model", "a")], &1, write("1")).unwrap().reused);
+        assert!(first.path.exists());
+        // What somebody else put in the place of a removed output is not taken for it, and is left alone.
+        store.remove("s").unwrap();
+        fs::write(&first.path, "mine").unwrap();
+        assert!(store.step("s", "o", &[("model", "a")], &1, never).is_err());
+        assert_eq!(fs::read_to_string(&first.path).unwrap(), "mine");
     }
 
     #[test]

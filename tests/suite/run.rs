@@ -112,13 +112,15 @@ fn a_sweep_does_equal_steps_once_and_goes_on_where_it_was() {
     }
     assert!(said.contains("cell 8 of 8"), "{said}");
     // One layer of 16 goes: both strategies drop the same and finetune the next, so they share a pruned model and one
-    // healed model per seed. Two go: a block or two single ones.
-    let made: Vec<_> =
-        fs::read_dir(&out).expect("out").filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect();
-    let count = |start: &str| made.iter().filter(|name| name.starts_with(start)).count();
+    // healed model per seed. Two go: a block or two single ones. Of healed models the answers stay.
+    let made = || -> Vec<String> {
+        fs::read_dir(&out).expect("out").filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect()
+    };
+    let count = |start: &str| made().iter().filter(|name| name.starts_with(start)).count();
     assert_eq!(rows[0]["dropped"], rows[1]["dropped"]);
     assert_ne!(rows[2]["dropped"], rows[3]["dropped"]);
-    assert_eq!((count("pruned-"), count("healed-")), (3, 6), "{made:?}");
+    let counts = || (count("pruned-"), count("healed-"), count("eval-bench-small-healed-"));
+    assert_eq!(counts(), (3, 0, 6), "{:?}", made());
 
     let again = interlace(here, &["sweep", "sweep.toml", "--json"]);
     assert_eq!(again.stdout, output.stdout);
@@ -130,7 +132,18 @@ fn a_sweep_does_equal_steps_once_and_goes_on_where_it_was() {
     assert_eq!(more.status.code(), Some(0), "{}", stderr(&more));
     assert!(stderr(&more).contains("cell 16 of 16"), "{}", stderr(&more));
     let done = stderr(&more).lines().filter(|line| line.starts_with("healed-") && line.ends_with(" s")).count();
-    assert_eq!(done, count("healed-"), "{}", stderr(&more));
+    assert_eq!((done, counts()), (6, (3, 0, 12)), "{}", stderr(&more));
     assert!(stdout(&more).contains("Pareto"), "{}", stdout(&more));
     assert!(fs::read_to_string(out.join("sweep.md")).expect("table").contains("| fast |"));
+
+    // The models are wanted: they are healed again, to the same.
+    let steps = || read(&out.join("state.json"))["steps"].as_object().expect("steps").clone();
+    let before = steps();
+    fs::write(here.join("sweep.toml"), format!("keep_models = true\n{}", sweep_file("\"paper\""))).expect("sweep");
+    let kept = interlace(here, &["sweep", "sweep.toml"]);
+    assert_eq!(kept.status.code(), Some(0), "{}", stderr(&kept));
+    assert_eq!(counts(), (3, 6, 12), "{:?}", made());
+    for (name, step) in steps() {
+        assert_eq!(step["digest"], before[&name]["digest"], "{name}");
+    }
 }

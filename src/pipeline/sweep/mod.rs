@@ -118,21 +118,22 @@ impl Run<'_> {
         let roles = roles(&plan)?;
         let key = sha256_json(&(&roles, &settings, sweep.finetune.samples))?;
         let healed_step = format!("healed-{}", &key[..16.min(key.len())]);
-        let healed = self.stages.heal(
-            &pruned,
-            &Healing {
-                step: &healed_step,
-                work: &healed_step,
-                plan: &plan,
-                plan_digest: &planned.digest,
-                plan_key: &roles,
-                data: &sweep.finetune.data,
-                samples: sweep.finetune.samples,
-                settings: &settings,
-            },
-        )?;
+        let healing = Healing {
+            step: &healed_step,
+            work: &healed_step,
+            plan: &plan,
+            plan_digest: &planned.digest,
+            plan_key: &roles,
+            data: &sweep.finetune.data,
+            samples: sweep.finetune.samples,
+            settings: &settings,
+        };
+        let healed = self.healed(&pruned, &healing)?;
         let kept_dropped = self.kept(&pruned_step, &pruned)?;
         let kept = self.kept(&healed_step, &healed)?;
+        if !sweep.keep_models {
+            self.stages.store.remove(&healed_step)?;
+        }
         let ideal = self.stages.dense.costs.without(&plan.drop).speedup;
         let measured = match sweep.bench.enabled {
             true => {
@@ -153,9 +154,22 @@ impl Run<'_> {
             kept,
             speedup: measured.unwrap_or(ideal),
             speedup_measured: measured.is_some(),
-            size_bytes: size_bytes(&healed.path)?,
+            // Healing puts other numbers in the place of the weights' and nothing more.
+            size_bytes: size_bytes(&pruned.path)?,
             dropped: plan.drop,
         })
+    }
+
+    /// A healed model; of one that was healed before only the answers may be left.
+    fn healed(&mut self, pruned: &Finished, healing: &Healing) -> Result<Finished> {
+        let healed = self.stages.heal(pruned, healing)?;
+        let settings = &self.sweep.eval.settings;
+        let enough = || self.stages.answered(healing.step, &healed.digest, &self.questions, settings);
+        if healed.path.exists() || (!self.sweep.keep_models && enough()?) {
+            return Ok(healed);
+        }
+        self.stages.store.forget(healing.step)?;
+        self.stages.heal(pruned, healing)
     }
 
     /// What a model keeps of the dense one's average.

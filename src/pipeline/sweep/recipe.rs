@@ -32,6 +32,10 @@ pub struct Sweep {
     pub calibration: Calibration,
     pub finetune: SweepFinetune,
     pub eval: SweepEval,
+    /// Keeps every healed model; without it one is removed when its answers are in, and healed again when other questions
+    /// are asked.
+    #[serde(default)]
+    pub keep_models: bool,
     /// Measures each pruned model's speed; without it the ideal one stands in the table.
     #[serde(default = "no_bench")]
     pub bench: BenchSection,
