@@ -15,8 +15,8 @@ pub fn peak_memory_bytes() -> u64 {
 ///
 /// Training allocates and frees the same large blocks at every step. Given back to the system, each of them costs a page
 /// fault per 4 KiB to have again: attention over 512 tokens ran three times slower so. But blocks of many sizes also leave
-/// gaps that fit no later block, so the process grows; when it has grown by half more than what a step takes, everything
-/// free is given back. Does nothing where the C library is not GNU's.
+/// gaps that fit no later block, so the process grows; when it has grown by a quarter more than what a step takes,
+/// everything free is given back. Does nothing where the C library is not GNU's.
 #[derive(Debug)]
 pub struct KeptBlocks {
     /// Bytes in use when free blocks were last given back.
@@ -45,7 +45,7 @@ impl KeptBlocks {
         if std::mem::take(&mut self.fresh) {
             self.step = self.step.max(grown);
         }
-        if grown > self.step + self.step / 2 + SMALL_GROWTH {
+        if grown > self.step + self.step / 4 + SMALL_GROWTH {
             give_back();
             self.base = resident_bytes();
             self.fresh = true;
@@ -68,6 +68,9 @@ fn configure(own_map_from: libc::c_int, kept_at_end: libc::c_int) {
         libc::mallopt(libc::M_MMAP_THRESHOLD, own_map_from);
         libc::mallopt(libc::M_TRIM_THRESHOLD, kept_at_end);
         libc::mallopt(libc::M_ARENA_MAX, 1);
+        // Aligned blocks, which all tensors are, are cut out of larger ones. What is left over must grow together with its
+        // neighbours again, or no freed block is ever large enough for one of its own size.
+        libc::mallopt(libc::M_MXFAST, 0);
     }
     #[cfg(not(target_env = "gnu"))]
     let _ = (own_map_from, kept_at_end);
