@@ -54,7 +54,15 @@ def int4(source, target):
 def fp16(source, target):
     from onnxconverter_common import float16
 
-    onnx.save(float16.convert_float_to_float16(onnx.load(source), keep_io_types=False), target)
+    model = onnx.load(source)
+    to_f32 = lambda node: [a for a in node.attribute if a.name == "to" and a.i == onnx.TensorProto.FLOAT]
+    casts = {node.output[0] for node in model.graph.node if node.op_type == "Cast" and to_f32(node)}
+    model = float16.convert_float_to_float16(model, keep_io_types=False)
+    # The pass leaves a graph's own casts to f32 as they are and takes their results for f16.
+    for node in model.graph.node:
+        if node.op_type == "Cast" and node.output[0] in casts:
+            to_f32(node)[0].i = onnx.TensorProto.FLOAT16
+    onnx.save(model, target)
 
 
 def one_file(source, target):

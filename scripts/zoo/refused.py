@@ -59,7 +59,9 @@ def t5():
 
 
 def decoder(model, ids, memory):
-    out = model.model.decoder(input_ids=ids, encoder_hidden_states=memory, use_cache=False)
+    # With a mask the exporter need not look for several texts in one row.
+    mask = torch.ones_like(ids)
+    out = model.model.decoder(input_ids=ids, attention_mask=mask, encoder_hidden_states=memory, use_cache=False)
     return model.proj_out(out.last_hidden_state)
 
 
@@ -72,7 +74,10 @@ def cached(model, ids, *states):
     cache = EncoderDecoderCache(own, other)
     cache.is_updated = dict.fromkeys(range(LAYERS), True)
     memory = torch.zeros(1, 50, WIDTH)
-    out = model.model.decoder(input_ids=ids, encoder_hidden_states=memory, past_key_values=cache, use_cache=True)
+    mask = torch.ones(1, 6, dtype=torch.long)
+    out = model.model.decoder(
+        input_ids=ids, attention_mask=mask, encoder_hidden_states=memory, past_key_values=cache, use_cache=True
+    )
     return (model.proj_out(out.last_hidden_state), *(part for layer in own.layers for part in (layer.keys, layer.values)))
 
 
@@ -87,7 +92,9 @@ CASES = {
     "whisper_decoder_with_past": (whisper, cached, (IDS[:, :1], *STATES), True),
     "whisper": (
         whisper,
-        lambda model, mels, ids: model(input_features=mels, decoder_input_ids=ids, use_cache=False).logits,
+        lambda model, mels, ids: model(
+            input_features=mels, decoder_input_ids=ids, decoder_attention_mask=torch.ones_like(ids), use_cache=False
+        ).logits,
         (MELS, IDS),
         True,
     ),
