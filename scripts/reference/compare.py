@@ -213,9 +213,9 @@ def ours(arguments, steps, name):
     used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     began, worked = time.perf_counter(), used()
     text = run([
-        arguments.interlace, "finetune", arguments.work / "pruned", "--plan", arguments.work / "plan.json", "--data",
-        arguments.data, "--samples", steps * BATCH, "--learning-rate", LEARNING_RATE, "--batch-size", BATCH,
-        "--accumulation-steps", 1, "-o", target, "--quiet", "--json",
+        arguments.interlace, "finetune", arguments.work / "pruned", "--plan", arguments.work / "plan.json",
+        "--recipe", "paper", "--data", arguments.data, "--samples", steps * BATCH, "--learning-rate", LEARNING_RATE,
+        "--batch-size", BATCH, "--accumulation-steps", 1, "-o", target, "--quiet", "--json",
     ], env={**os.environ, "OMP_NUM_THREADS": str(arguments.threads)})
     seconds, worked = time.perf_counter() - began, used() - worked
     lines = (target.with_name(name + ".work") / "metrics.jsonl").read_text().splitlines()
