@@ -130,7 +130,18 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         human_count(report.trained_parameters),
         report.layers
     ))?;
-    output.line(format!("loss {:.4} at the first step, {:.4} at the last", report.first_loss, report.last_loss))?;
+    for fit in &report.fitted {
+        let text = match (&fit.problem, fit.distance_before, fit.distance_after) {
+            (None, Some(before), Some(after)) => {
+                format!("fitted, distance to the dense stream {before:.4} -> {after:.4}")
+            }
+            (problem, ..) => format!("not fitted, {}", problem.as_deref().unwrap_or_default()),
+        };
+        output.line(format!("layer {}: {text}", fit.layer))?;
+    }
+    if let (Some(first), Some(last)) = (report.first_loss, report.last_loss) {
+        output.line(format!("loss {first:.4} at the first step, {last:.4} at the last"))?;
+    }
     output.line(format!(
         "{:.1} s, {:.0} tokens/s, peak memory {}",
         report.train_s,

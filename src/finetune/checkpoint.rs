@@ -9,6 +9,7 @@ use tch::{Device, Tensor};
 
 use crate::base::{Error, Result, Sha256Digest, StagedDir, read_json, write_json};
 
+use super::fit::LayerFit;
 use super::optimizer::Parameter;
 use super::torch_error;
 
@@ -30,9 +31,13 @@ pub struct State {
     pub totals: Totals,
 }
 
-/// Running sums over the optimiser steps.
+/// What was done before the first step, and running sums over the optimiser steps.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Totals {
+    #[serde(default)]
+    pub fitted: Vec<LayerFit>,
+    #[serde(default)]
+    pub fit_seconds: f64,
     pub tokens: u64,
     pub answer_tokens: u64,
     pub first_loss: Option<f64>,

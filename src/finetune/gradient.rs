@@ -167,7 +167,12 @@ impl Step<'_> {
 
     /// Terms at a point of the residual stream, if any compares there.
     fn stream_terms(&self, at: usize, stream: &Tensor, terms: &mut Terms) -> Result<()> {
-        let Some(number) = self.points().iter().position(|&point| point == at) else { return Ok(()) };
+        let kinds = [LossKind::Anchor, LossKind::Hidden].into_iter();
+        let kinds: Vec<LossKind> =
+            kinds.filter(|&kind| self.settings.weight(kind) > 0.0 && self.student.compares(kind, at)).collect();
+        let Some(number) = self.points().iter().position(|&point| point == at && !kinds.is_empty()) else {
+            return Ok(());
+        };
         let target = self.batch.streams.get(number);
         let target = target.ok_or_else(|| Error::invalid("the residual-stream loss", "has no target"))?;
         let width = target.size().last().copied().unwrap_or(0);
@@ -176,10 +181,8 @@ impl Step<'_> {
             .and_then(|rows| rows.f_index_select(0, &self.batch.real_rows))
             .map_err(torch_error("the residual-stream loss"))?;
         let sum = loss::stream_distance(&real, target)?;
-        for kind in [LossKind::Anchor, LossKind::Hidden] {
-            if self.settings.weight(kind) > 0.0 && self.student.compares(kind, at) {
-                terms.add(kind, self.mean(kind, &sum, self.student.point_count(kind))?)?;
-            }
+        for kind in kinds {
+            terms.add(kind, self.mean(kind, &sum, self.student.point_count(kind))?)?;
         }
         Ok(())
     }

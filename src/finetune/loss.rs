@@ -151,18 +151,15 @@ pub fn stream_distance(student: &Tensor, teacher: &Tensor) -> Result<Tensor> {
     compute().map_err(torch_error("the residual-stream loss"))
 }
 
-/// Errors: `Error::Invalid` for terms that need the dense model when none was given.
-pub fn check_teacher(kinds: impl Iterator<Item = LossKind>, has_teacher: bool) -> Result<()> {
-    for kind in kinds {
-        if kind.row().teacher != Teacher::Nothing && !has_teacher {
-            return Err(Error::invalid(
-                format!("loss `{}`", kind.name()),
-                "needs the dense model as teacher, and none was given",
-            )
-            .remedy("name the model that was pruned (`--teacher MODEL`), or heal without it (`--recipe paper`)"));
-        }
+/// Errors: `Error::Invalid` for terms, or a fit before the steps, that need the dense model when none was given.
+pub fn check_teacher(kinds: impl Iterator<Item = LossKind>, fits: bool, has_teacher: bool) -> Result<()> {
+    let terms = kinds.filter(|kind| kind.row().teacher != Teacher::Nothing);
+    let mut needs = terms.map(|kind| format!("loss `{}`", kind.name())).chain(fits.then(|| "`fit_ridge`".to_string()));
+    match needs.next() {
+        Some(what) if !has_teacher => Err(Error::invalid(what, "needs the dense model as teacher, and none was given")
+            .remedy("name the model that was pruned (`--teacher MODEL`), or heal without it (`--recipe paper`)")),
+        _ => Ok(()),
     }
-    Ok(())
 }
 
 #[cfg(test)]

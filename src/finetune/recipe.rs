@@ -28,6 +28,9 @@ pub struct RecipeRow {
     pub epochs: u32,
     /// Factor of the default learning rate.
     pub learning_rate_factor: f64,
+    /// The ridge of the fit before the first step, if there is one.
+    pub fit_ridge: Option<f64>,
+    /// None for a recipe that ends with the fit.
     pub stages: &'static [StageRow],
 }
 
@@ -39,28 +42,28 @@ pub const RECIPES: &[RecipeRow] = &[
         data_share: 1.0,
         epochs: 1,
         learning_rate_factor: 1.0,
+        fit_ridge: None,
         stages: &[StageRow { share: 1.0, losses: &[(LossKind::Ce, 1.0)] }],
     },
     RecipeRow {
         name: "fast",
-        summary: "a quarter of the samples, each finetuned layer healed on its own against the dense model's stream: \
-                  nothing runs behind the last one",
+        summary: "a quarter of the samples, the last product of each finetuned layer fitted to the dense model's stream \
+                  by least squares, and no step",
         data_share: 0.25,
         epochs: 1,
         learning_rate_factor: 1.0,
-        stages: &[StageRow { share: 1.0, losses: &[(LossKind::Anchor, 1.0)] }],
+        fit_ridge: Some(0.1),
+        stages: &[],
     },
     RecipeRow {
         name: "best",
-        summary: "three passes over the samples: a fifth of the steps as in `fast`, then cross-entropy and the \
-                  dense model's answers in equal parts",
+        summary: "the fit of `fast` on all samples, then three passes of cross-entropy and the dense model's answers in \
+                  equal parts",
         data_share: 1.0,
         epochs: 3,
         learning_rate_factor: 1.0,
-        stages: &[
-            StageRow { share: 0.2, losses: &[(LossKind::Anchor, 1.0)] },
-            StageRow { share: 0.8, losses: &[(LossKind::Ce, 1.0), (LossKind::Kd, 1.0)] },
-        ],
+        fit_ridge: Some(0.1),
+        stages: &[StageRow { share: 1.0, losses: &[(LossKind::Ce, 1.0), (LossKind::Kd, 1.0)] }],
     },
 ];
 
@@ -81,6 +84,7 @@ impl RecipeRow {
         let defaults = Settings::default();
         let losses = |stage: &StageRow| stage.losses.iter().copied().collect::<BTreeMap<_, _>>();
         let (losses, stages) = match self.stages {
+            [] => (BTreeMap::new(), Vec::new()),
             [only] => (losses(only), Vec::new()),
             stages => {
                 let stages = stages.iter().map(|stage| Stage { share: stage.share, losses: losses(stage) });
@@ -88,7 +92,16 @@ impl RecipeRow {
             }
         };
         let learning_rate = defaults.learning_rate * self.learning_rate_factor;
-        Settings { data_share: self.data_share, epochs: self.epochs, learning_rate, losses, stages, ..defaults }
+        let fit_ridge = self.fit_ridge;
+        Settings {
+            data_share: self.data_share,
+            epochs: self.epochs,
+            learning_rate,
+            fit_ridge,
+            losses,
+            stages,
+            ..defaults
+        }
     }
 
     /// The recipe's settings with those of a TOML table in place of its own.

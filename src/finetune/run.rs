@@ -16,15 +16,17 @@ use crate::rewrite::extract;
 use crate::runtime::{Decoder, FeatureCache, Runtime, SessionOptions, VlmSession};
 
 use super::batch::TrainingSet;
+use super::fit::{LayerFit, Target};
 use super::loss;
 use super::metrics::StepMetrics;
 use super::prefix::{LeftOut, Store};
+use super::product::last_product;
 use super::settings::Settings;
 use super::source::Source;
 use super::student::{Student, token_inputs};
 use super::suffix::Suffix;
 use super::teacher::{Lesson, Teacher, anchor_points};
-use super::trainer::{METRICS_FILE, Summary, Trainer};
+use super::trainer::{Fits, METRICS_FILE, Summary, Trainer};
 use super::weights::{replaced, trained_weights};
 use super::workers;
 
@@ -74,8 +76,15 @@ pub struct Report {
     /// Tokens without padding, images included, over all epochs.
     pub tokens: u64,
     pub answer_tokens: u64,
-    pub first_loss: f64,
-    pub last_loss: f64,
+    /// What the fit before the first step did, layer by layer.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub fitted: Vec<LayerFit>,
+    /// Time of the fit.
+    #[serde(default)]
+    pub fit_s: f64,
+    /// None where the run ends with the fit.
+    pub first_loss: Option<f64>,
+    pub last_loss: Option<f64>,
     /// Time in optimiser steps, over all resumptions.
     pub train_s: f64,
     pub tokens_per_s: f64,
@@ -121,7 +130,7 @@ pub fn finetune_with_teacher(
     settings.check()?;
     let all_stages = settings.of_all_stages();
     let asked = || all_stages.losses.iter().filter(|(_, weight)| **weight > 0.0).map(|(kind, _)| *kind);
-    loss::check_teacher(asked(), teacher.is_some())?;
+    loss::check_teacher(asked(), settings.fit_ridge.is_some(), teacher.is_some())?;
     let device = torch_device(request.device)?;
     let path = request.bundle.path_of(request.bundle.require(Role::Decoder)?);
     let decoder = crate::onnx::load(&path)?;
@@ -143,7 +152,7 @@ pub fn finetune_with_teacher(
     let compile = || Student::compile(&cut.analysis.model, suffix.clone(), &cut.trained, settings.precision, device);
     let mut student = compile()?;
     if let Some(teacher) = teacher
-        && asked().any(|kind| kind.row().teacher != loss::Teacher::Nothing)
+        && (settings.fit_ridge.is_some() || asked().any(|kind| kind.row().teacher != loss::Teacher::Nothing))
     {
         inputs.insert("teacher".to_string(), teacher.bundle.digest()?);
         let lesson = Lesson {
@@ -170,7 +179,8 @@ pub fn finetune_with_teacher(
         twin.work_for(&students[0])?;
         students.push(twin);
     }
-    let mut trainer = Trainer::new(settings, students, &dataset, device, inputs.clone(), request.work)?;
+    let fits = if settings.fit_ridge.is_some() { cut.fits(request.layers, settings)? } else { Fits::default() };
+    let mut trainer = Trainer::new(settings, students, &dataset, device, inputs.clone(), request.work, fits)?;
     let summary = trainer.run(request.resume, cancel, observer)?;
     let tensors = trainer.student().trained()?;
     let trained_parameters = tensors.iter().map(|(_, tensor)| tensor.element_count()).sum();
@@ -213,6 +223,28 @@ impl Cut {
         let graph = &self.analysis.model.graph;
         let trained: HashSet<ValueId> = self.trained.iter().copied().collect();
         Suffix::find(graph, &self.streams, self.analysis.map.result, &token_inputs(graph), &trained)
+    }
+
+    /// The product to fit in each trained layer.
+    ///
+    /// Errors: `Error::Unsupported` when nothing follows the fit and a layer has none.
+    fn fits(&self, layers: &[usize], settings: &Settings) -> Result<Fits> {
+        let graph = &self.analysis.model.graph;
+        let trained: HashSet<ValueId> = self.trained.iter().copied().collect();
+        let mut layers = layers.to_vec();
+        layers.sort_unstable();
+        layers.dedup();
+        let mut targets = Vec::with_capacity(layers.len());
+        for layer in layers {
+            let ends = &self.analysis.map.layers[layer];
+            let product = last_product(graph, ends.input, ends.output, &trained);
+            if let (Err(problem), false) = (&product, settings.trains()) {
+                return Err(Error::unsupported(format!("fitting layer {layer}"), problem.clone())
+                    .remedy("take a recipe with steps after the fit, `best` for instance"));
+            }
+            targets.push(Target { layer: layer - self.first, product });
+        }
+        Ok(Fits { first: self.first, targets })
     }
 
     /// True when the first trained layer reads the embeddings themselves, as they enter the graph.
@@ -268,8 +300,10 @@ fn report(
         resumed_from_step: summary.resumed_from,
         tokens: totals.tokens,
         answer_tokens: totals.answer_tokens,
-        first_loss: totals.first_loss.unwrap_or_default(),
-        last_loss: totals.last_loss.unwrap_or_default(),
+        fitted: totals.fitted.clone(),
+        fit_s: totals.fit_seconds,
+        first_loss: totals.first_loss,
+        last_loss: totals.last_loss,
         train_s: totals.train_seconds,
         tokens_per_s: totals.tokens as f64 / totals.train_seconds.max(1e-9),
         peak_memory_bytes: crate::base::peak_memory_bytes(),

@@ -126,6 +126,15 @@ impl Student {
         self.program.parameters()
     }
 
+    /// The name of a trained initializer and the leaf that stands for it.
+    ///
+    /// Errors: `Error::Invalid` when it is not trained.
+    pub fn weight_of(&self, id: ValueId) -> Result<(String, Tensor)> {
+        let weight = self.weights().iter().find(|weight| weight.id == id);
+        let weight = weight.ok_or_else(|| Error::invalid(format!("`{}`", self.program.name(id)), "is not trained"))?;
+        Ok((weight.name.clone(), weight.tensor.shallow_clone()))
+    }
+
     /// True when a stream term compares at this point.
     pub fn compares(&self, kind: LossKind, point: usize) -> bool {
         match kind {
@@ -184,6 +193,15 @@ impl Student {
         self.run(self.suffix.streams[layer], stream, self.suffix.streams[layer + 1], side)
     }
 
+    /// As [`Student::layer`], and with it `inner`, a value inside the layer.
+    ///
+    /// Errors: `Error::Invalid` when an operator refuses its tensors.
+    pub fn layer_with(&self, layer: usize, stream: &Tensor, side: &Side, inner: ValueId) -> Result<(Tensor, Tensor)> {
+        let (from, to) = (self.suffix.streams[layer], self.suffix.streams[layer + 1]);
+        let [output, inner] = self.values(from, stream, [to, inner], side)?;
+        Ok((output, inner))
+    }
+
     /// Logits `[N, V]` at the answer positions from the stream after the last layer.
     ///
     /// Errors: `Error::Unsupported` when the graph does not give logits for every position.
@@ -217,11 +235,25 @@ impl Student {
         if from == to {
             return Ok(stream.shallow_clone());
         }
+        let [value] = self.values(from, stream, [to], side)?;
+        Ok(value)
+    }
+
+    fn values<const N: usize>(
+        &self,
+        from: ValueId,
+        stream: &Tensor,
+        wanted: [ValueId; N],
+        side: &Side,
+    ) -> Result<[Tensor; N]> {
         let mut given = Vec::with_capacity(side.0.len() + 1);
         given.push((from, stream.shallow_clone()));
         given.extend(side.0.iter().filter(|(id, _)| *id != from).map(|(id, tensor)| (*id, tensor.shallow_clone())));
-        let mut values = self.program.run(&given, &[to])?;
-        values.pop().ok_or_else(|| Error::invalid(format!("value `{}`", self.program.name(to)), "was not computed"))
+        let values = self.program.run(&given, &wanted)?;
+        values.try_into().map_err(|_| {
+            let names: Vec<&str> = wanted.iter().map(|&id| self.program.name(id)).collect();
+            Error::invalid(format!("value `{}`", names.join("`, `")), "was not computed")
+        })
     }
 }
 

@@ -73,6 +73,9 @@ fn points(
     if settings.weight(LossKind::Anchor) > 0.0 {
         students.extend(anchor_points(anchors, trained));
     }
+    if settings.fit_ridge.is_some() {
+        students.extend(trained.iter().map(|&layer| layer + 1));
+    }
     students.sort_unstable();
     students.dedup();
     students.into_iter().map(|student| Point { student, dense: dense_of(student) }).collect()

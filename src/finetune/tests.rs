@@ -74,7 +74,8 @@ fn run(settings: &Settings, layers: &[usize], work: &Path, resume: bool, stop_af
     let dense = Bundle::open(&model()).unwrap();
     let pruned_folder = tempfile::tempdir().unwrap();
     let bundle = Bundle::open(&pruned(&dense, pruned_folder.path())).unwrap();
-    let needs_teacher = settings.of_all_stages().losses.keys().any(|&kind| kind != LossKind::Ce);
+    let needs_teacher =
+        settings.fit_ridge.is_some() || settings.of_all_stages().losses.keys().any(|&kind| kind != LossKind::Ce);
     let teacher = needs_teacher.then_some(dense);
     let features = FeatureCache::new(1 << 20);
     let vocabulary = bundle.require_config().unwrap().vocab_size.unwrap() as i64;
@@ -292,7 +293,12 @@ fn the_dense_model_teaches_with_and_without_gradient_checkpointing() {
     let work = tempfile::tempdir().unwrap();
     let plain = run(&settings, &[2, 4], work.path(), false, None);
     let report = plain.outcome.unwrap().report;
-    assert!(report.last_loss < report.first_loss, "{} to {}", report.first_loss, report.last_loss);
+    assert!(
+        report.last_loss.unwrap() < report.first_loss.unwrap(),
+        "{:?} to {:?}",
+        report.first_loss,
+        report.last_loss
+    );
     assert!(report.provenance.inputs.contains_key("teacher"));
     let checkpointed = Settings { gradient_checkpointing: true, ..settings };
     let checkpointed = run(&checkpointed, &[2, 4], work.path(), false, None);
@@ -316,7 +322,42 @@ fn anchors_alone_heal_each_triplet_by_itself() {
     let work = tempfile::tempdir().unwrap();
     let healed = run(&settings, &[2, 4], work.path(), false, None);
     let report = healed.outcome.unwrap().report;
-    assert!(report.last_loss < 0.8 * report.first_loss, "{} to {}", report.first_loss, report.last_loss);
+    assert!(
+        report.last_loss.unwrap() < 0.8 * report.first_loss.unwrap(),
+        "{:?} to {:?}",
+        report.first_loss,
+        report.last_loss
+    );
+}
+
+/// The distance that the fit says is left is what the term `anchor` then measures through the network itself.
+#[test]
+fn the_fit_brings_the_stream_to_where_it_says() {
+    let work = tempfile::tempdir().unwrap();
+    let one_step = Settings { max_steps: Some(1), learning_rate: 1e-9, ..settings() };
+    let measured = Settings { losses: [(LossKind::Anchor, 1.0)].into(), ..one_step };
+    let before = run(&measured, &[4, 5], work.path(), false, None).outcome.unwrap().report;
+    assert!(before.fitted.is_empty());
+    let fitting = Settings { fit_ridge: Some(0.01), ..measured };
+    let after = run(&fitting, &[4, 5], work.path(), false, None).outcome.unwrap().report;
+    let fitted = &after.fitted;
+    assert_eq!(fitted.iter().map(|fit| fit.layer).collect::<Vec<_>>(), [4, 5]);
+    let left = fitted.iter().map(|fit| fit.distance_after.unwrap()).sum::<f64>() / 2.0;
+    let found = after.first_loss.unwrap();
+    assert!((found - left).abs() < 1e-3 * left, "measured {found}, fitted {left}");
+    assert!(found < 0.7 * before.first_loss.unwrap(), "{:?} to {found}", before.first_loss);
+
+    // The fit alone trains the two weights and nothing else, and comes out the same.
+    let alone = Settings { losses: BTreeMap::new(), ..fitting };
+    let outcome = run(&alone, &[4, 5], work.path(), false, None).outcome.unwrap();
+    assert_eq!((outcome.report.steps, outcome.report.first_loss), (0, None));
+    assert_eq!(&outcome.report.fitted, fitted);
+    let dense = Bundle::open(&model()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let bundle = Bundle::open(&pruned(&dense, folder.path())).unwrap();
+    let decoder = crate::onnx::load(&bundle.path_of(bundle.require(Role::Decoder).unwrap())).unwrap();
+    let names: Vec<String> = fitted.iter().filter_map(|fit| fit.weight.clone()).collect();
+    assert_eq!(changed(&decoder, &outcome.decoder), names);
 }
 
 #[test]
@@ -324,6 +365,7 @@ fn stages_change_the_losses_and_survive_being_stopped_at_any_of_them() {
     let stage = |share, losses: &[(LossKind, f64)]| Stage { share, losses: losses.iter().copied().collect() };
     let stages = vec![stage(0.5, &[(LossKind::Anchor, 1.0)]), stage(0.5, &[(LossKind::Ce, 1.0), (LossKind::Kd, 0.5)])];
     let settings = Settings {
+        fit_ridge: Some(0.1),
         losses: BTreeMap::new(),
         stages,
         batch_size: 2,

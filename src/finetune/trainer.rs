@@ -11,6 +11,7 @@ use crate::base::{Cancel, Error, KeptBlocks, Progress, Result, Sha256Digest, lis
 use super::batch::TrainingSet;
 use super::checkpoint::{self, Checkpoints, State, Totals};
 use super::events::EventWriter;
+use super::fit;
 use super::metrics::{MetricsWriter, StepMetrics};
 use super::optimizer::{AdamW, Parameter, clip_gradients};
 use super::sampler::{self, Step};
@@ -43,6 +44,15 @@ pub struct Trainer<'a> {
     inputs: BTreeMap<String, Sha256Digest>,
     /// Folder for checkpoints and metrics.
     work: &'a Path,
+    /// What is fitted before the first step, in the order of the layers.
+    fits: Fits,
+}
+
+/// What a run fits before its first step: the first trained layer, as the pruned model counts, and the products.
+#[derive(Default)]
+pub struct Fits {
+    pub first: usize,
+    pub targets: Vec<fit::Target>,
 }
 
 /// How a run went.
@@ -65,12 +75,13 @@ impl<'a> Trainer<'a> {
         device: Device,
         inputs: BTreeMap<String, Sha256Digest>,
         work: &'a Path,
+        fits: Fits,
     ) -> Result<Self> {
         let first = students.first().ok_or_else(|| Error::invalid("finetune", "has no network to train"))?;
         let weights = first.weights().iter();
         let parameters = weights.map(|weight| Parameter::new(weight.name.clone(), weight.tensor.shallow_clone()));
         let parameters = parameters.collect::<Result<_>>()?;
-        Ok(Trainer { settings, students, parameters, dataset, device, inputs, work })
+        Ok(Trainer { settings, students, parameters, dataset, device, inputs, work, fits })
     }
 
     /// The trained network.
@@ -87,7 +98,10 @@ impl<'a> Trainer<'a> {
         let settings = self.settings;
         let lengths = self.dataset.lengths();
         let per_epoch = sampler::steps_per_epoch(settings, lengths.len());
-        let total = settings.max_steps.unwrap_or(per_epoch * u64::from(settings.epochs));
+        let total = match settings.trains() {
+            true => settings.max_steps.unwrap_or(per_epoch * u64::from(settings.epochs)),
+            false => 0,
+        };
         let warmup = warmup_steps(settings.warmup_ratio, total);
         let stages = settings.by_stage(total);
         let optimizer = AdamW {
@@ -101,7 +115,7 @@ impl<'a> Trainer<'a> {
             tch::set_num_threads(1);
         }
         let checkpoints = Checkpoints::open(&self.work.join(CHECKPOINT_FOLDER))?;
-        let (first, mut totals) = self.start(&checkpoints, resume)?;
+        let (first, mut totals) = self.start(&checkpoints, resume, cancel)?;
         let mut metrics = MetricsWriter::open(&self.work.join(METRICS_FILE), first)?;
         let mut events = EventWriter::create(&self.work.join(EVENT_FOLDER))?;
         let progress = Progress::new("finetune", "steps", total);
@@ -145,15 +159,20 @@ impl<'a> Trainer<'a> {
         Ok(Summary { steps: total, resumed_from: first, totals })
     }
 
-    fn start(&mut self, checkpoints: &Checkpoints, resume: bool) -> Result<(u64, Totals)> {
-        if !resume {
-            checkpoints.clear()?;
-            return Ok((0, Totals::default()));
+    /// The step to go on from: that of the newest checkpoint, or the beginning, for which the fit is made.
+    fn start(&mut self, checkpoints: &Checkpoints, resume: bool, cancel: &Cancel) -> Result<(u64, Totals)> {
+        if resume && let Some((state, folder)) = checkpoints.latest()? {
+            checkpoint::check_same_run(&state, &folder, &self.inputs)?;
+            checkpoint::restore(&folder, &mut self.parameters)?;
+            return Ok((state.step, state.totals));
         }
-        let Some((state, folder)) = checkpoints.latest()? else { return Ok((0, Totals::default())) };
-        checkpoint::check_same_run(&state, &folder, &self.inputs)?;
-        checkpoint::restore(&folder, &mut self.parameters)?;
-        Ok((state.step, state.totals))
+        checkpoints.clear()?;
+        let Some(ridge) = self.settings.fit_ridge else { return Ok((0, Totals::default())) };
+        let began = Instant::now();
+        let Fits { first, targets } = &self.fits;
+        let fitted = fit::fit(&mut self.students, targets, *first, self.dataset, ridge, self.device, cancel)?;
+        let fit_seconds = began.elapsed().as_secs_f64();
+        Ok((0, Totals { fitted, fit_seconds, ..Totals::default() }))
     }
 
     fn save(&self, checkpoints: &Checkpoints, step: u64, total: u64, totals: &Totals) -> Result<String> {

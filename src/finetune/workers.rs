@@ -50,31 +50,46 @@ pub fn run(
         answer_tokens: samples().map(|example| example.targets.len() as u64).sum(),
         tokens: samples().map(|example| example.length as u64).sum(),
     };
-    if device != Device::Cpu {
-        let Some(student) = students.first() else { return Ok(Sums::default()) };
-        return passes(student, dataset, settings, step, counts, device);
-    }
-    let lengths = |sample: usize| dataset.examples[sample].length;
-    let shares = shares(step.concat(), lengths, students.len());
-    let threads = (thread_count() / shares.len().max(1)).max(1) as i32;
-    let results: Vec<Result<Sums>> = std::thread::scope(|scope| {
-        let running: Vec<_> = students
-            .iter_mut()
-            .zip(&shares)
-            .map(|(student, share)| {
-                scope.spawn(move || {
-                    tch::set_num_threads(threads);
-                    passes(student, dataset, settings, share, counts, device)
-                })
-            })
-            .collect();
-        running.into_iter().map(joined).collect()
+    let mut shares = match device {
+        Device::Cpu => deal(dataset, step.concat(), students.len()),
+        _ => vec![step.to_vec()],
+    };
+    let results = side_by_side(students, &mut shares, device, |student, share| {
+        passes(student, dataset, settings, share, counts, device)
     });
     let mut total = Sums::default();
     for sums in results {
         total.absorb(sums?)?;
     }
     Ok(total)
+}
+
+/// Gives each of the networks its share, each on a thread of its own, and collects what `work` gives in their order. On a
+/// device there is one network, and the calling thread works.
+pub fn side_by_side<S: Send, R: Send>(
+    students: &mut [Student],
+    shares: &mut [S],
+    device: Device,
+    work: impl Fn(&Student, &mut S) -> R + Sync,
+) -> Vec<R> {
+    if device != Device::Cpu {
+        return students.iter().zip(shares).map(|(student, share)| work(student, share)).collect();
+    }
+    let threads = (thread_count() / shares.len().max(1)).max(1) as i32;
+    let work = &work;
+    std::thread::scope(|scope| {
+        let running: Vec<_> = students
+            .iter_mut()
+            .zip(shares)
+            .map(|(student, share)| {
+                scope.spawn(move || {
+                    tch::set_num_threads(threads);
+                    work(student, share)
+                })
+            })
+            .collect();
+        running.into_iter().map(joined).collect()
+    })
 }
 
 /// What a thread gave; its panic goes on here.
@@ -120,6 +135,11 @@ impl Sums {
         }
         Ok(())
     }
+}
+
+/// Cuts samples into forward passes and deals these out to at most `workers` networks.
+pub fn deal(dataset: &TrainingSet, samples: Vec<usize>, workers: usize) -> Vec<Vec<Vec<usize>>> {
+    shares(samples, |sample| dataset.examples[sample].length, workers)
 }
 
 /// Cuts samples into forward passes, and deals these out so that each of at most `workers` has about the same work.

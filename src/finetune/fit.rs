@@ -1,0 +1,269 @@
+//! Least squares before the first step: the last product of each trained layer is fitted to the dense model's stream.
+//!
+//! A layer's output is linear in its last weight: `y = r + h W`, with `h` what the product reads. The weight that
+//! brings `y` closest to the dense stream `t` has a closed form. Over all tokens, each weighted by `1 / |t|^2`, the
+//! change `D` that minimises `sum |t - y - h D|^2 / |t|^2 + ridge * mean(diag A) * |D|^2` solves
+//!
+//! `(A + ridge * mean(diag A) * I) D = B`, `A = sum h^T h / |t|^2`, `B = sum h^T (t - y) / |t|^2`
+//!
+//! (ridge regression; Hoerl and Kennard 1970). The sum is what the loss term `anchor` looks at behind the trained layer.
+//! The layers are fitted from the first to the last, each on the stream that the fitted ones before it give.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind, Tensor};
+
+use crate::base::{Cancel, Error, Progress, Result};
+
+use super::batch::TrainingSet;
+use super::product::Product;
+use super::student::Student;
+use super::torch_error;
+use super::workers;
+
+/// Most tokens that a fit looks at: the stream of all of them is held, and far fewer decide a weight well.
+pub const MOST_TOKENS: usize = 1 << 16;
+
+/// What the fit of one layer did.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct LayerFit {
+    /// The layer, as the pruned model counts.
+    pub layer: usize,
+    /// The initializer that was fitted; none where the layer has no product to fit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weight: Option<String>,
+    /// Why there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
+    /// Mean over the tokens of the squared distance to the dense stream, relative to that stream's squared length.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub distance_before: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub distance_after: Option<f64>,
+}
+
+/// A trained layer and the product to fit in it, or why there is none.
+pub struct Target {
+    /// Counted from the first trained layer.
+    pub layer: usize,
+    pub product: Result<Product, String>,
+}
+
+/// Sums over the tokens.
+struct Sums {
+    /// `[K, K]` and `[K, D]`, f32.
+    normal: Option<(Tensor, Tensor)>,
+    distance: f64,
+    tokens: f64,
+}
+
+/// A forward pass's samples and the stream that it has reached, `[B, T, D]`.
+struct Pass {
+    samples: Vec<usize>,
+    stream: Option<Tensor>,
+}
+
+/// Fits the layers in place, each weight of `students` that a target names. `first` is the first trained layer, as the
+/// pruned model counts.
+///
+/// Errors: `Error::Invalid` when an operator refuses its tensors or a sum is not finite; `Error::Interrupted`.
+pub fn fit(
+    students: &mut [Student],
+    targets: &[Target],
+    first: usize,
+    dataset: &TrainingSet,
+    ridge: f64,
+    device: Device,
+    cancel: &Cancel,
+) -> Result<Vec<LayerFit>> {
+    let _guard = tch::no_grad_guard();
+    let mut tokens = 0;
+    let counted = dataset.examples.iter().take_while(|example| {
+        tokens += example.length;
+        tokens <= MOST_TOKENS
+    });
+    let count = counted.count().max(1).min(dataset.examples.len());
+    let shares = workers::deal(dataset, (0..count).collect(), students.len()).into_iter();
+    let mut shares: Vec<Vec<Pass>> =
+        shares.map(|share| share.into_iter().map(|samples| Pass { samples, stream: None }).collect()).collect();
+    let fitted = targets.iter().filter(|target| target.product.is_ok()).count();
+    let progress = Progress::new("fit", "samples", (fitted * count) as u64);
+    let mut results = Vec::with_capacity(targets.len());
+    let mut reached = 0;
+    for target in targets {
+        let mut result = LayerFit {
+            layer: first + target.layer,
+            weight: None,
+            problem: None,
+            distance_before: None,
+            distance_after: None,
+        };
+        match &target.product {
+            Ok(product) => {
+                let sums = over(students, &mut shares, device, |student, pass| {
+                    cancel.check("nothing of the fit is kept")?;
+                    progress.advance(pass.samples.len() as u64);
+                    measure(student, dataset, pass, reached, target.layer, product, device)
+                })?;
+                let solved = solve(&sums, ridge)?;
+                let (name, mut weight) = students[0].weight_of(product.weight)?;
+                let change = if product.transposed { solved.change.tr() } else { solved.change.shallow_clone() };
+                let _ = weight.f_add_(&change).map_err(torch_error(format!("initializer `{name}`")))?;
+                result.weight = Some(name);
+                result.distance_before = Some(sums.distance / sums.tokens.max(1.0));
+                result.distance_after = Some(solved.distance / sums.tokens.max(1.0));
+                reached = target.layer;
+            }
+            Err(problem) => result.problem = Some(problem.clone()),
+        }
+        results.push(result);
+    }
+    Ok(results)
+}
+
+/// Runs `work` over every pass, a thread per student, and adds up what it gives, always in the same order.
+fn over(
+    students: &mut [Student],
+    shares: &mut [Vec<Pass>],
+    device: Device,
+    work: impl Fn(&Student, &mut Pass) -> Result<Sums> + Sync,
+) -> Result<Sums> {
+    let results = workers::side_by_side(students, shares, device, |student, passes| {
+        let _guard = tch::no_grad_guard();
+        let mut total = Sums::none();
+        for pass in passes {
+            total.absorb(work(student, pass)?)?;
+        }
+        Ok(total)
+    });
+    let mut total = Sums::none();
+    for sums in results {
+        total.absorb(sums?)?;
+    }
+    Ok(total)
+}
+
+/// Brings a pass's stream from layer `from` to the layer to fit, and gives the sums behind that.
+fn measure(
+    student: &Student,
+    dataset: &TrainingSet,
+    pass: &mut Pass,
+    from: usize,
+    layer: usize,
+    product: &Product,
+    device: Device,
+) -> Result<Sums> {
+    let batch = dataset.batch(&pass.samples, device)?;
+    let side = student.side(&batch)?;
+    let mut stream = pass.stream.take().unwrap_or_else(|| batch.hidden.shallow_clone());
+    for number in from..layer {
+        stream = student.layer(number, &stream, &side)?;
+    }
+    let (output, operand) = student.layer_with(layer, &stream, &side, product.operand)?;
+    pass.stream = Some(stream);
+    let point = student.points.iter().position(|&point| point == layer + 1);
+    let target = point.and_then(|number| batch.streams.get(number));
+    let target = target.ok_or_else(|| Error::invalid("the fit", format!("has no target behind layer {layer}")))?;
+    let places = batch.attention_mask.numel() as i64;
+    let compute = || -> Result<Sums, tch::TchError> {
+        let rows = |x: &Tensor| -> Result<Tensor, tch::TchError> {
+            x.f_reshape([places, -1])?.f_index_select(0, &batch.real_rows)?.f_to_kind(Kind::Float)
+        };
+        let target = target.f_to_kind(Kind::Float)?;
+        let length = target.f_square()?.f_sum_dim_intlist(-1, true, Kind::Float)?.f_clamp_min(1e-12)?;
+        let scale = length.f_rsqrt()?;
+        let rest = target.f_sub(&rows(&output)?)?.f_mul(&scale)?;
+        let operand = rows(&operand)?.f_mul(&scale)?;
+        let turned = operand.f_tr()?;
+        Ok(Sums {
+            normal: Some((turned.f_matmul(&operand)?, turned.f_matmul(&rest)?)),
+            distance: rest.f_square()?.f_sum(Kind::Double)?.f_double_value(&[])?,
+            tokens: batch.real_rows.size()[0] as f64,
+        })
+    };
+    compute().map_err(torch_error("the fit"))
+}
+
+/// The change of the weight, `[K, D]`, and the sum of squared distances that is left with it.
+struct Solved {
+    change: Tensor,
+    distance: f64,
+}
+
+/// Errors: `Error::Invalid` when a sum is not finite.
+fn solve(sums: &Sums, ridge: f64) -> Result<Solved> {
+    let Some((normal, right)) = &sums.normal else { return Err(Error::invalid("the fit", "has no sample")) };
+    let compute = || -> Result<Solved, tch::TchError> {
+        let (a, b) = (normal.f_to_kind(Kind::Double)?, right.f_to_kind(Kind::Double)?);
+        let added = a.f_diag(0)?.f_mean(Kind::Double)?.f_mul_scalar(ridge)?.f_clamp_min(f64::MIN_POSITIVE)?;
+        let size = a.size()[0];
+        let damped = a.f_add(&Tensor::f_eye(size, (Kind::Double, a.device()))?.f_mul(&added)?)?;
+        let change = b.f_cholesky_solve(&damped.f_linalg_cholesky(false)?, false)?;
+        // |e - h D|^2 = |e|^2 - 2 <D, B> + <D, A D>
+        let gain = change.f_mul(&b)?.f_sum(Kind::Double)?.f_double_value(&[])?;
+        let cost = change.f_mul(&a.f_matmul(&change)?)?.f_sum(Kind::Double)?.f_double_value(&[])?;
+        Ok(Solved { change: change.f_to_kind(Kind::Float)?, distance: sums.distance - 2.0 * gain + cost })
+    };
+    let solved = compute().map_err(torch_error("the fit"))?;
+    if !(sums.distance.is_finite() && solved.distance.is_finite()) {
+        return Err(Error::invalid("the fit", "the stream or the dense model's stream is not finite"));
+    }
+    Ok(solved)
+}
+
+impl Sums {
+    fn none() -> Self {
+        Sums { normal: None, distance: 0.0, tokens: 0.0 }
+    }
+
+    fn absorb(&mut self, other: Sums) -> Result<()> {
+        self.distance += other.distance;
+        self.tokens += other.tokens;
+        match (&mut self.normal, other.normal) {
+            (Some((a, b)), Some((c, d))) => {
+                let _ = a.f_add_(&c).and_then(|_| b.f_add_(&d)).map_err(torch_error("the fit"))?;
+            }
+            (empty @ None, found) => *empty = found,
+            (Some(_), None) => {}
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Rows made by a known weight are explained by it, and the distance left is 0.
+    #[test]
+    fn a_weight_that_explains_the_rest_is_found() {
+        tch::manual_seed(7);
+        let h = Tensor::randn([64, 5], (Kind::Float, Device::Cpu));
+        let want = Tensor::randn([5, 3], (Kind::Float, Device::Cpu));
+        let rest = h.matmul(&want);
+        let sums = Sums {
+            normal: Some((h.tr().matmul(&h), h.tr().matmul(&rest))),
+            distance: rest.square().sum(Kind::Double).double_value(&[]),
+            tokens: 64.0,
+        };
+        let solved = solve(&sums, 1e-9).unwrap();
+        assert!((&solved.change - &want).abs().max().double_value(&[]) < 1e-4);
+        assert!(solved.distance.abs() < 1e-4 * sums.distance, "{}", solved.distance);
+        // With an ever larger ridge the weight stays as it is.
+        let still = solve(&sums, 1e9).unwrap();
+        assert!(still.change.abs().max().double_value(&[]) < 1e-6);
+        assert!((still.distance / sums.distance - 1.0).abs() < 1e-6);
+    }
+
+    /// One feature, by hand: `(a + ridge * a) d = b`.
+    #[test]
+    fn the_ridge_is_relative_to_the_mean_square() {
+        let scalar = |value: f32| Tensor::from_slice(&[value]).view([1, 1]);
+        let sums = Sums { normal: Some((scalar(4.0), scalar(6.0))), distance: 10.0, tokens: 1.0 };
+        let solved = solve(&sums, 0.5).unwrap();
+        assert!((solved.change.double_value(&[0, 0]) - 1.0).abs() < 1e-6);
+        assert!((solved.distance - (10.0 - 2.0 * 6.0 + 4.0)).abs() < 1e-6);
+        let empty = Sums { distance: f64::NAN, ..sums };
+        assert!(solve(&empty, 0.5).is_err());
+    }
+}

@@ -1,0 +1,152 @@
+//! The last product of a layer: the weight that the layer's output is linear in.
+
+use std::collections::HashSet;
+
+use crate::ir::{Attribute, Graph, GraphIndex, Node, ValueId};
+
+/// `output = ... + operand @ weight`, the rest of it independent of the weight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Product {
+    /// `[B, T, K]` or with rows joined, `[B * T, K]`.
+    pub operand: ValueId,
+    /// `[K, D]`, or `[D, K]` when `transposed`.
+    pub weight: ValueId,
+    pub transposed: bool,
+}
+
+/// The product with one of the `trained` weights that reaches `output` through sums alone, the last of them where there
+/// are several; nothing before `input`, the stream that the layer reads, is looked at.
+///
+/// Errors: what the output is made of instead, for a message.
+pub fn last_product(
+    graph: &Graph,
+    input: ValueId,
+    output: ValueId,
+    trained: &HashSet<ValueId>,
+) -> Result<Product, String> {
+    let index = GraphIndex::new(graph);
+    let nodes = &graph.body.nodes;
+    let mut products: Vec<(usize, Product, bool)> = Vec::new();
+    let mut others: Vec<String> = Vec::new();
+    // Each value with whether everything on its way to the output is read there alone.
+    let mut pending = vec![(output, true)];
+    while let Some((id, alone)) = pending.pop() {
+        let Some((number, _)) = index.node_of(id).filter(|_| id != input) else { continue };
+        let node = &nodes[number];
+        let alone = alone && (id == output || index.uses(id).len() == 1 && index.output_position(id).is_none());
+        match node.op_type.as_str() {
+            "Add" | "Sum" => {
+                let terms = node.present_inputs().filter(|&term| !index.is_initializer(term));
+                pending.extend(terms.map(|term| (term, alone)));
+            }
+            "Identity" | "Cast" | "Reshape" => pending.extend(node.present_inputs().next().map(|id| (id, alone))),
+            _ => match product(graph, &index, node, trained) {
+                Some(product) => products.push((number, product, alone)),
+                None => others.push(node.op_type.clone()),
+            },
+        }
+    }
+    match products.into_iter().max_by_key(|(number, _, _)| *number) {
+        Some((_, product, true)) => Ok(product),
+        Some(_) => Err("its last product is read by more than the sum that its output is".to_string()),
+        None if others.is_empty() => Err("its output is no sum with a product".to_string()),
+        None => {
+            others.sort_unstable();
+            others.dedup();
+            Err(format!("its output is a sum with {} and with no product of a trained weight", others.join(", ")))
+        }
+    }
+}
+
+fn product(graph: &Graph, index: &GraphIndex, node: &Node, trained: &HashSet<ValueId>) -> Option<Product> {
+    let &[Some(operand), Some(right), ..] = node.inputs.as_slice() else { return None };
+    let flag = |name: &str| node.attribute(name).map_or(Some(0), Attribute::as_int).map(|value| value != 0);
+    let mut transposed = match node.op_type.as_str() {
+        "MatMul" => false,
+        "Gemm" => {
+            let alpha = node.attribute("alpha").map_or(Some(1.0), Attribute::as_float)?;
+            if alpha != 1.0 || flag("transA")? {
+                return None;
+            }
+            flag("transB")?
+        }
+        _ => return None,
+    };
+    let mut weight = right;
+    if let Some((number, _)) = index.node_of(right) {
+        let turn = &graph.body.nodes[number];
+        let swaps = turn.attribute("perm").is_none_or(|perm| perm.as_ints() == Some(&[1, 0]));
+        if turn.op_type != "Transpose" || !swaps {
+            return None;
+        }
+        weight = turn.present_inputs().next()?;
+        transposed = !transposed;
+    }
+    let matrix = graph.body.initializer(weight).is_some_and(|tensor| tensor.dims.len() == 2);
+    (matrix && trained.contains(&weight)).then_some(Product { operand, weight, transposed })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ir::{Tensor, Value};
+
+    /// A graph of `output = op(inputs)` lines; names that begin with `w` are 2 x 2 weights.
+    fn graph(lines: &[(&str, &str, &[&str])]) -> (Graph, impl Fn(&str) -> ValueId) {
+        let mut graph = Graph::default();
+        let mut names: Vec<(String, ValueId)> = Vec::new();
+        for (output, op, inputs) in lines {
+            let mut id_of = |graph: &mut Graph, name: &str| match names.iter().find(|(known, _)| known == name) {
+                Some((_, id)) => *id,
+                None => {
+                    let id = graph.add_value(Value { name: name.into(), ..Value::default() });
+                    names.push((name.into(), id));
+                    match name.starts_with('w') {
+                        true => graph.body.initializers.push((id, Tensor::from_f32(&[2, 2], &[1.0; 4]))),
+                        false if name == "x" => graph.body.inputs.push(id),
+                        false => {}
+                    }
+                    id
+                }
+            };
+            let inputs = inputs.iter().map(|name| Some(id_of(&mut graph, name))).collect();
+            let outputs = vec![Some(id_of(&mut graph, output))];
+            graph.body.nodes.push(Node { op_type: (*op).into(), inputs, outputs, ..Node::default() });
+        }
+        (graph, move |name: &str| names.iter().find(|(known, _)| known == name).unwrap().1)
+    }
+
+    #[test]
+    fn the_products_of_a_layer_are_told_apart_by_their_place() {
+        // Attention's product reaches the output through sums too, but the second product reads what it gives.
+        let (graph, id) = graph(&[
+            ("a", "MatMul", &["x", "w0"]),
+            ("r", "Add", &["x", "a"]),
+            ("h", "Relu", &["r"]),
+            ("p", "MatMul", &["h", "w1"]),
+            ("b", "Add", &["p", "w2"]),
+            ("y", "Add", &["b", "r"]),
+        ]);
+        let find =
+            |trained: &[&str]| last_product(&graph, id("x"), id("y"), &trained.iter().map(|name| id(name)).collect());
+        let found = find(&["w0", "w1"]).unwrap();
+        assert_eq!((found.operand, found.weight, found.transposed), (id("h"), id("w1"), false));
+        assert!(find(&["w0"]).unwrap_err().contains("read by more"), "{:?}", find(&["w0"]));
+    }
+
+    #[test]
+    fn a_layer_that_ends_in_a_norm_has_none() {
+        let (graph, id) =
+            graph(&[("p", "MatMul", &["x", "w1"]), ("n", "RMSNormalization", &["p", "w2"]), ("y", "Add", &["x", "n"])]);
+        let problem = last_product(&graph, id("x"), id("y"), &[id("w1"), id("w2")].into()).unwrap_err();
+        assert!(problem.contains("RMSNormalization"), "{problem}");
+    }
+
+    #[test]
+    fn a_weight_may_be_turned_on_the_way() {
+        let (graph, id) =
+            graph(&[("t", "Transpose", &["w1"]), ("p", "MatMul", &["x", "t"]), ("y", "Add", &["x", "p"])]);
+        let found = last_product(&graph, id("x"), id("y"), &[id("w1")].into()).unwrap();
+        assert_eq!((found.weight, found.transposed), (id("w1"), true));
+    }
+}
