@@ -48,9 +48,10 @@ pub struct Args {
     /// TOML file with any of the settings, which win over the recipe's; the flags below win over it
     #[arg(long, value_name = "FILE")]
     settings: Option<PathBuf>,
-    /// Peak learning rate; small networks need more than the default [default: 1e-5]
-    #[arg(long, value_name = "LR")]
-    learning_rate: Option<f64>,
+    /// Peak learning rate; small networks need more than the default. Of several, separated by commas, the one with the
+    /// lowest loss in a pass of its own is taken [default: 1e-5]
+    #[arg(long, value_name = "LR", value_delimiter = ',')]
+    learning_rate: Vec<f64>,
     /// Samples in one forward pass [default: 16]
     #[arg(long, value_name = "N")]
     batch_size: Option<u32>,
@@ -130,6 +131,10 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         human_count(report.trained_parameters),
         report.layers
     ))?;
+    for trial in &report.trials {
+        let taken = if trial.learning_rate == report.learning_rate { ", taken" } else { "" };
+        output.line(format!("learning rate {:e}: loss {:.4}{taken}", trial.learning_rate, trial.loss))?;
+    }
     for fit in &report.fitted {
         let text = match (&fit.problem, fit.distance_before, fit.distance_after) {
             (None, Some(before), Some(after)) => {
@@ -167,7 +172,11 @@ fn settings(args: &Args) -> anyhow::Result<Settings> {
     set(&mut settings.batch_size, args.batch_size);
     set(&mut settings.accumulation_steps, args.accumulation_steps);
     set(&mut settings.epochs, args.epochs);
-    settings.learning_rate = args.learning_rate.unwrap_or(settings.learning_rate);
+    match args.learning_rate.as_slice() {
+        [] => {}
+        &[rate] => (settings.learning_rate, settings.learning_rates) = (rate, Vec::new()),
+        rates => settings.learning_rates = rates.to_vec(),
+    }
     settings.seed = args.seed.unwrap_or(settings.seed);
     settings.max_steps = args.max_steps.or(settings.max_steps);
     match args.precision {

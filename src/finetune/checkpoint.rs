@@ -11,6 +11,7 @@ use crate::base::{Error, Result, Sha256Digest, StagedDir, read_json, write_json}
 
 use super::fit::LayerFit;
 use super::optimizer::Parameter;
+use super::search::RateTrial;
 use super::torch_error;
 
 const SCHEMA_VERSION: u32 = 1;
@@ -38,6 +39,8 @@ pub struct Totals {
     pub fitted: Vec<LayerFit>,
     #[serde(default)]
     pub fit_seconds: f64,
+    #[serde(default)]
+    pub trials: Vec<RateTrial>,
     pub tokens: u64,
     pub answer_tokens: u64,
     pub first_loss: Option<f64>,

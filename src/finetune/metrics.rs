@@ -47,14 +47,8 @@ impl MetricsWriter {
     pub fn open(path: &Path, step: u64) -> Result<Self> {
         let mut kept = String::new();
         if step > 0 && path.exists() {
-            let text = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
-            for line in text.split_inclusive('\n').filter(|line| line.ends_with('\n')) {
-                let metrics: StepMetrics = serde_json::from_str(line).map_err(|e| {
-                    Error::invalid(format!("`{}`", path.display()), format!("is no file of training metrics: {e}"))
-                })?;
-                if metrics.step <= step {
-                    kept.push_str(line);
-                }
+            for (line, _) in lines(path)?.iter().filter(|(_, metrics)| metrics.step <= step) {
+                kept.push_str(line);
             }
         }
         std::fs::write(path, kept).map_err(|e| Error::io("write", path, e))?;
@@ -68,6 +62,26 @@ impl MetricsWriter {
         line.push('\n');
         self.file.write_all(line.as_bytes()).map_err(|e| Error::io("write", &self.path, e))
     }
+}
+
+/// The steps in a file of metrics.
+///
+/// Errors: as [`MetricsWriter::open`].
+pub fn read_metrics(path: &Path) -> Result<Vec<StepMetrics>> {
+    Ok(lines(path)?.into_iter().map(|(_, metrics)| metrics).collect())
+}
+
+/// The finished lines of a file of metrics.
+fn lines(path: &Path) -> Result<Vec<(String, StepMetrics)>> {
+    let text = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
+    let finished = text.split_inclusive('\n').filter(|line| line.ends_with('\n'));
+    let read = finished.map(|line| {
+        let metrics = serde_json::from_str(line).map_err(|e| {
+            Error::invalid(format!("`{}`", path.display()), format!("is no file of training metrics: {e}"))
+        })?;
+        Ok((line.to_string(), metrics))
+    });
+    read.collect()
 }
 
 #[cfg(test)]
@@ -100,9 +114,7 @@ mod tests {
         std::fs::OpenOptions::new().append(true).open(&path).unwrap().write_all(b"{\"step\":6").unwrap();
         let mut writer = MetricsWriter::open(&path, 3).unwrap();
         writer.push(&at(4)).unwrap();
-        let text = std::fs::read_to_string(&path).unwrap();
-        let steps: Vec<u64> =
-            text.lines().map(|line| serde_json::from_str::<StepMetrics>(line).unwrap().step).collect();
+        let steps: Vec<u64> = read_metrics(&path).unwrap().iter().map(|metrics| metrics.step).collect();
         assert_eq!(steps, [1, 2, 3, 4]);
     }
 }

@@ -149,6 +149,6 @@ mod tests {
         let settings = with("losses = { ce = 0.5 }").unwrap();
         assert_eq!((settings.weight(LossKind::Ce), settings.stages.len()), (0.5, 0));
         settings.check().unwrap();
-        assert!(with("learning_rates = 1").unwrap_err().to_string().contains("learning_rates"));
+        assert!(with("learning_rats = 1").unwrap_err().to_string().contains("learning_rats"));
     }
 }

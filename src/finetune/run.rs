@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -16,17 +17,19 @@ use crate::rewrite::extract;
 use crate::runtime::{Decoder, FeatureCache, Runtime, SessionOptions, VlmSession};
 
 use super::batch::TrainingSet;
-use super::fit::{LayerFit, Target};
+use super::checkpoint::Totals;
+use super::fit::{LayerFit, Target, fit};
 use super::loss;
 use super::metrics::StepMetrics;
 use super::prefix::{LeftOut, Store};
 use super::product::last_product;
+use super::search::{self, RateTrial, search};
 use super::settings::Settings;
 use super::source::Source;
 use super::student::{Student, token_inputs};
 use super::suffix::Suffix;
 use super::teacher::{Lesson, Teacher, anchor_points};
-use super::trainer::{Fits, METRICS_FILE, Summary, Trainer};
+use super::trainer::{self, METRICS_FILE, Run, Summary, Trainer};
 use super::weights::{replaced, trained_weights};
 use super::workers;
 
@@ -76,6 +79,10 @@ pub struct Report {
     /// Tokens without padding, images included, over all epochs.
     pub tokens: u64,
     pub answer_tokens: u64,
+    /// The peak learning rate, chosen from the trials where there are any.
+    pub learning_rate: f64,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub trials: Vec<RateTrial>,
     /// What the fit before the first step did, layer by layer.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub fitted: Vec<LayerFit>,
@@ -179,14 +186,43 @@ pub fn finetune_with_teacher(
         twin.work_for(&students[0])?;
         students.push(twin);
     }
-    let fits = if settings.fit_ridge.is_some() { cut.fits(request.layers, settings)? } else { Fits::default() };
-    let mut trainer = Trainer::new(settings, students, &dataset, device, inputs.clone(), request.work, fits)?;
-    let summary = trainer.run(request.resume, cancel, observer)?;
-    let tensors = trainer.student().trained()?;
+    let run = Run { settings, device, inputs: &inputs, work: request.work };
+    let resumed = if request.resume { trainer::begun(request.work)? } else { None };
+    let begun = match resumed {
+        Some(totals) => totals,
+        None => begin(request, &cut, &run, &mut students, &dataset, cancel)?,
+    };
+    let rate = search::best(&begun.trials).unwrap_or(settings.learning_rate);
+    let chosen = Settings { learning_rate: rate, ..settings.clone() };
+    let run = Run { settings: &chosen, ..run };
+    let summary = Trainer::new(run, &mut students, &dataset)?.run(request.resume, begun, cancel, observer)?;
+    let tensors = students[0].trained()?;
     let trained_parameters = tensors.iter().map(|(_, tensor)| tensor.element_count()).sum();
     let decoder = replaced(&decoder, tensors)?;
-    let report = report(request, inputs, &dataset, left_out, &summary, trained_parameters)?;
+    let report = report(request, rate, inputs, &dataset, left_out, &summary, trained_parameters)?;
     Ok(Outcome { decoder, report })
+}
+
+/// What comes before the first step: the fit, and the choice of the learning rate.
+fn begin(
+    request: &Request<'_>,
+    cut: &Cut,
+    run: &Run<'_>,
+    students: &mut [Student],
+    dataset: &TrainingSet,
+    cancel: &Cancel,
+) -> Result<Totals> {
+    let mut totals = Totals::default();
+    if let Some(ridge) = run.settings.fit_ridge {
+        let began = Instant::now();
+        let targets = cut.fits(request.layers, run.settings)?;
+        totals.fitted = fit(students, &targets, cut.first, dataset, ridge, run.device, cancel)?;
+        totals.fit_seconds = began.elapsed().as_secs_f64();
+    }
+    if run.settings.trains() {
+        totals.trials = search(run, students, dataset, request.resume, cancel)?;
+    }
+    Ok(totals)
 }
 
 /// Removes what a run kept to go on from: checkpoints, the frozen part's outputs, the dense model's targets. Metrics
@@ -228,7 +264,7 @@ impl Cut {
     /// The product to fit in each trained layer.
     ///
     /// Errors: `Error::Unsupported` when nothing follows the fit and a layer has none.
-    fn fits(&self, layers: &[usize], settings: &Settings) -> Result<Fits> {
+    fn fits(&self, layers: &[usize], settings: &Settings) -> Result<Vec<Target>> {
         let graph = &self.analysis.model.graph;
         let trained: HashSet<ValueId> = self.trained.iter().copied().collect();
         let mut layers = layers.to_vec();
@@ -244,7 +280,7 @@ impl Cut {
             }
             targets.push(Target { layer: layer - self.first, product });
         }
-        Ok(Fits { first: self.first, targets })
+        Ok(targets)
     }
 
     /// True when the first trained layer reads the embeddings themselves, as they enter the graph.
@@ -283,6 +319,7 @@ fn torch_device(device: Device) -> Result<TorchDevice> {
 
 fn report(
     request: &Request<'_>,
+    learning_rate: f64,
     inputs: BTreeMap<String, Sha256Digest>,
     dataset: &TrainingSet,
     left_out: LeftOut,
@@ -300,6 +337,8 @@ fn report(
         resumed_from_step: summary.resumed_from,
         tokens: totals.tokens,
         answer_tokens: totals.answer_tokens,
+        learning_rate,
+        trials: totals.trials.clone(),
         fitted: totals.fitted.clone(),
         fit_s: totals.fit_seconds,
         first_loss: totals.first_loss,

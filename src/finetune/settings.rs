@@ -35,6 +35,9 @@ pub struct Stage {
 pub struct Settings {
     /// Peak learning rate. Networks of a few million parameters want 1e-4 to 2e-3.
     pub learning_rate: f64,
+    /// Peak learning rates to choose from, in place of `learning_rate`: the one with the lowest loss in a pass of its own.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub learning_rates: Vec<f64>,
     /// Decoupled weight decay of AdamW.
     pub weight_decay: f64,
     /// Decay of AdamW's first moment.
@@ -91,6 +94,7 @@ impl Default for Settings {
     fn default() -> Self {
         Settings {
             learning_rate: 1e-5,
+            learning_rates: Vec::new(),
             weight_decay: 0.0,
             beta1: 0.9,
             beta2: 0.999,
@@ -130,6 +134,7 @@ impl Settings {
             Err(Error::invalid(format!("finetune setting `{name}`"), format!("is {value}, must be {want}")))
         };
         float("learning_rate", self.learning_rate, self.learning_rate > 0.0, "above 0")?;
+        self.learning_rates.iter().try_for_each(|&rate| float("learning_rates", rate, rate > 0.0, "above 0"))?;
         float("weight_decay", self.weight_decay, self.weight_decay >= 0.0, "0 or more")?;
         float("beta1", self.beta1, (0.0..1.0).contains(&self.beta1), "at least 0 and below 1")?;
         float("beta2", self.beta2, (0.0..1.0).contains(&self.beta2), "at least 0 and below 1")?;
@@ -285,7 +290,7 @@ mod tests {
 
     #[test]
     fn an_unknown_setting_is_refused() {
-        let error = serde_json::from_str::<Settings>(r#"{"learning_rates": 1}"#).unwrap_err().to_string();
-        assert!(error.contains("learning_rates"), "{error}");
+        let error = serde_json::from_str::<Settings>(r#"{"learning_rats": 1}"#).unwrap_err().to_string();
+        assert!(error.contains("learning_rats"), "{error}");
     }
 }

@@ -361,6 +361,35 @@ fn the_fit_brings_the_stream_to_where_it_says() {
 }
 
 #[test]
+fn the_learning_rate_is_the_one_whose_pass_ends_lowest() {
+    let work = tempfile::tempdir().unwrap();
+    // Eight steps a pass.
+    let settings = Settings {
+        batch_size: 1,
+        accumulation_steps: 1,
+        max_steps: None,
+        epochs: 2,
+        fit_ridge: Some(0.1),
+        ..settings()
+    };
+    let choosing = Settings { learning_rates: vec![1e-9, 1e-3, 1e-6], ..settings.clone() };
+    let chosen = run(&choosing, &[2, 4], work.path(), false, None).outcome.unwrap();
+    let report = &chosen.report;
+    assert_eq!(report.learning_rate, 1e-3, "{:?}", report.trials);
+    assert_eq!(report.trials.iter().map(|trial| trial.learning_rate).collect::<Vec<_>>(), [1e-9, 1e-3, 1e-6]);
+    // The trials leave no trace in the weights.
+    let plain = Settings { learning_rate: 1e-3, ..settings };
+    let plain = run(&plain, &[2, 4], work.path(), false, None).outcome.unwrap();
+    assert!(weights(&plain.decoder) == weights(&chosen.decoder));
+    // Stopped in the run that follows them, it goes on with what they said.
+    let folder = tempfile::tempdir().unwrap();
+    assert!(run(&choosing, &[2, 4], folder.path(), false, Some(3)).outcome.is_err());
+    let resumed = run(&choosing, &[2, 4], folder.path(), true, None).outcome.unwrap();
+    assert_eq!((resumed.report.resumed_from_step, &resumed.report.trials), (3, &report.trials));
+    assert!(weights(&resumed.decoder) == weights(&chosen.decoder));
+}
+
+#[test]
 fn stages_change_the_losses_and_survive_being_stopped_at_any_of_them() {
     let stage = |share, losses: &[(LossKind, f64)]| Stage { share, losses: losses.iter().copied().collect() };
     let stages = vec![stage(0.5, &[(LossKind::Anchor, 1.0)]), stage(0.5, &[(LossKind::Ce, 1.0), (LossKind::Kd, 0.5)])];

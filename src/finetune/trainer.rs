@@ -11,7 +11,6 @@ use crate::base::{Cancel, Error, KeptBlocks, Progress, Result, Sha256Digest, lis
 use super::batch::TrainingSet;
 use super::checkpoint::{self, Checkpoints, State, Totals};
 use super::events::EventWriter;
-use super::fit;
 use super::metrics::{MetricsWriter, StepMetrics};
 use super::optimizer::{AdamW, Parameter, clip_gradients};
 use super::sampler::{self, Step};
@@ -32,27 +31,31 @@ pub fn clear_checkpoints(work: &Path) -> Result<()> {
     Checkpoints::open(&work.join(CHECKPOINT_FOLDER))?.clear()
 }
 
-/// A run over a data set.
-pub struct Trainer<'a> {
-    settings: &'a Settings,
-    /// The network, once per worker; all over the weights of the first.
-    students: Vec<Student>,
-    parameters: Vec<Parameter>,
-    dataset: &'a TrainingSet,
-    device: Device,
+/// What decides a run besides the network and the samples.
+pub struct Run<'a> {
+    pub settings: &'a Settings,
+    pub device: Device,
     /// SHA-256 of what decides the result, by what it is; a checkpoint of other inputs is refused.
-    inputs: BTreeMap<String, Sha256Digest>,
+    pub inputs: &'a BTreeMap<String, Sha256Digest>,
     /// Folder for checkpoints and metrics.
-    work: &'a Path,
-    /// What is fitted before the first step, in the order of the layers.
-    fits: Fits,
+    pub work: &'a Path,
 }
 
-/// What a run fits before its first step: the first trained layer, as the pruned model counts, and the products.
-#[derive(Default)]
-pub struct Fits {
-    pub first: usize,
-    pub targets: Vec<fit::Target>,
+/// What the newest checkpoint in a work folder has behind it, if there is one.
+///
+/// Errors: as `Checkpoints::latest`.
+pub fn begun(work: &Path) -> Result<Option<Totals>> {
+    let newest = Checkpoints::open(&work.join(CHECKPOINT_FOLDER))?.latest()?;
+    Ok(newest.map(|(state, _)| state.totals))
+}
+
+/// A run over a data set.
+pub struct Trainer<'a> {
+    run: Run<'a>,
+    /// The network, once per worker; all over the weights of the first.
+    students: &'a mut [Student],
+    parameters: Vec<Parameter>,
+    dataset: &'a TrainingSet,
 }
 
 /// How a run went.
@@ -68,34 +71,27 @@ impl<'a> Trainer<'a> {
     /// `students` are the same network, at least once, all over the weights of the first.
     ///
     /// Errors: `Error::Invalid` when a weight cannot be trained or there is no network.
-    pub fn new(
-        settings: &'a Settings,
-        students: Vec<Student>,
-        dataset: &'a TrainingSet,
-        device: Device,
-        inputs: BTreeMap<String, Sha256Digest>,
-        work: &'a Path,
-        fits: Fits,
-    ) -> Result<Self> {
+    pub fn new(run: Run<'a>, students: &'a mut [Student], dataset: &'a TrainingSet) -> Result<Self> {
         let first = students.first().ok_or_else(|| Error::invalid("finetune", "has no network to train"))?;
         let weights = first.weights().iter();
         let parameters = weights.map(|weight| Parameter::new(weight.name.clone(), weight.tensor.shallow_clone()));
         let parameters = parameters.collect::<Result<_>>()?;
-        Ok(Trainer { settings, students, parameters, dataset, device, inputs, work, fits })
+        Ok(Trainer { run, students, parameters, dataset })
     }
 
-    /// The trained network.
-    pub fn student(&self) -> &Student {
-        &self.students[0]
-    }
-
-    /// Trains to the last step. With `resume`, goes on from the newest checkpoint if there is one; without, begins anew.
-    /// `observer` sees every step's metrics.
+    /// Trains to the last step. With `resume`, goes on from the newest checkpoint if there is one; without, begins anew
+    /// with the totals `begun`. `observer` sees every step's metrics.
     ///
     /// Errors: `Error::Interrupted` after leaving a checkpoint when the user asked to stop; `Error::Invalid` naming step,
     /// samples and weight when a loss or gradient is not finite.
-    pub fn run(&mut self, resume: bool, cancel: &Cancel, observer: &mut dyn FnMut(&StepMetrics)) -> Result<Summary> {
-        let settings = self.settings;
+    pub fn run(
+        &mut self,
+        resume: bool,
+        begun: Totals,
+        cancel: &Cancel,
+        observer: &mut dyn FnMut(&StepMetrics),
+    ) -> Result<Summary> {
+        let Run { settings, work, .. } = self.run;
         let lengths = self.dataset.lengths();
         let per_epoch = sampler::steps_per_epoch(settings, lengths.len());
         let total = match settings.trains() {
@@ -110,14 +106,14 @@ impl<'a> Trainer<'a> {
             epsilon: settings.epsilon,
             weight_decay: settings.weight_decay,
         };
-        if self.device == Device::Cpu {
+        if self.run.device == Device::Cpu {
             // What this thread does between the steps' passes is too small to be shared.
             tch::set_num_threads(1);
         }
-        let checkpoints = Checkpoints::open(&self.work.join(CHECKPOINT_FOLDER))?;
-        let (first, mut totals) = self.start(&checkpoints, resume, cancel)?;
-        let mut metrics = MetricsWriter::open(&self.work.join(METRICS_FILE), first)?;
-        let mut events = EventWriter::create(&self.work.join(EVENT_FOLDER))?;
+        let checkpoints = Checkpoints::open(&work.join(CHECKPOINT_FOLDER))?;
+        let (first, mut totals) = self.start(&checkpoints, resume, begun)?;
+        let mut metrics = MetricsWriter::open(&work.join(METRICS_FILE), first)?;
+        let mut events = EventWriter::create(&work.join(EVENT_FOLDER))?;
         let progress = Progress::new("finetune", "steps", total);
         progress.set_position(first);
         let mut order: Option<(u64, Vec<Step>)> = None;
@@ -159,24 +155,18 @@ impl<'a> Trainer<'a> {
         Ok(Summary { steps: total, resumed_from: first, totals })
     }
 
-    /// The step to go on from: that of the newest checkpoint, or the beginning, for which the fit is made.
-    fn start(&mut self, checkpoints: &Checkpoints, resume: bool, cancel: &Cancel) -> Result<(u64, Totals)> {
+    fn start(&mut self, checkpoints: &Checkpoints, resume: bool, begun: Totals) -> Result<(u64, Totals)> {
         if resume && let Some((state, folder)) = checkpoints.latest()? {
-            checkpoint::check_same_run(&state, &folder, &self.inputs)?;
+            checkpoint::check_same_run(&state, &folder, self.run.inputs)?;
             checkpoint::restore(&folder, &mut self.parameters)?;
             return Ok((state.step, state.totals));
         }
         checkpoints.clear()?;
-        let Some(ridge) = self.settings.fit_ridge else { return Ok((0, Totals::default())) };
-        let began = Instant::now();
-        let Fits { first, targets } = &self.fits;
-        let fitted = fit::fit(&mut self.students, targets, *first, self.dataset, ridge, self.device, cancel)?;
-        let fit_seconds = began.elapsed().as_secs_f64();
-        Ok((0, Totals { fitted, fit_seconds, ..Totals::default() }))
+        Ok((0, begun))
     }
 
     fn save(&self, checkpoints: &Checkpoints, step: u64, total: u64, totals: &Totals) -> Result<String> {
-        let state = State::new(step, total, self.inputs.clone(), totals.clone());
+        let state = State::new(step, total, self.run.inputs.clone(), totals.clone());
         Ok(checkpoints.save(&state, &self.parameters)?.display().to_string())
     }
 
@@ -194,14 +184,14 @@ impl<'a> Trainer<'a> {
             samples().map(|example| example.length as u64).sum(),
         );
         let Sums { losses, mut gradients } =
-            workers::run(&mut self.students, self.dataset, settings, step, self.device)?;
+            workers::run(self.students, self.dataset, settings, step, self.run.device)?;
         let loss: f64 = losses.iter().map(|(kind, value)| settings.weight(*kind) * value).sum();
         let grad_norm = clip_gradients(&mut gradients, settings.max_grad_norm)?;
         if !loss.is_finite() || !grad_norm.is_finite() {
             return Err(self.not_finite(number, step, loss, &gradients));
         }
         if !gradients.is_empty() {
-            workers::optimize(optimizer, &mut self.parameters, gradients, number, learning_rate, self.device)?;
+            workers::optimize(optimizer, &mut self.parameters, gradients, number, learning_rate, self.run.device)?;
         }
         let metrics = StepMetrics {
             step: number,

@@ -312,9 +312,9 @@ mod tests {
     fn settings_change_the_named_recipe() {
         let text = RECIPE.replace("settings =", "recipe = \"paper\"\nsettings =");
         let section = Recipe::parse(&text, Path::new("")).unwrap().finetune;
-        assert_eq!((section.settings.learning_rate, section.settings.stages.len()), (1e-3, 0));
+        assert_eq!((section.settings.learning_rate, section.settings.losses.len()), (1e-3, 1));
         let section = Recipe::parse(RECIPE, Path::new("")).unwrap().finetune;
-        assert_eq!((section.recipe.as_str(), section.settings.stages.len()), (DEFAULT_RECIPE, 2));
+        assert_eq!((section.recipe.as_str(), section.settings.losses.len()), (DEFAULT_RECIPE, 2));
     }
 
     #[test]

@@ -172,7 +172,7 @@ mod tests {
         let paper = sweep.settings_of("paper", 7).unwrap();
         assert_eq!((paper.learning_rate, paper.epochs, paper.seed, paper.stages.len()), (1e-3, 2, 7, 0));
         let best = sweep.settings_of("best", 8).unwrap();
-        assert_eq!((best.learning_rate, best.epochs, best.stages.len()), (2e-3, 2, 2));
+        assert_eq!((best.learning_rate, best.epochs, best.losses.len()), (2e-3, 2, 2));
     }
 
     #[test]
