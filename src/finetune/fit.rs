@@ -7,7 +7,9 @@
 //! `(A + ridge * mean(diag A) * I) D = B`, `A = sum h^T h / |t|^2`, `B = sum h^T (t - y) / |t|^2`
 //!
 //! (ridge regression; Hoerl and Kennard 1970). The sum is what the loss term `anchor` looks at behind the trained layer.
-//! The layers are fitted from the first to the last, each on the stream that the fitted ones before it give.
+//! The ridge is the one of [`RIDGES`] that, fitted on three quarters of the forward passes, leaves least on the rest; all
+//! of them decide the weight with it. The layers are fitted from the first to the last, each on the stream that the
+//! fitted ones before it give.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -17,12 +19,20 @@ use crate::base::{Cancel, Error, Progress, Result};
 
 use super::batch::TrainingSet;
 use super::product::Product;
+use super::sampler;
+use super::settings::Settings;
 use super::student::Student;
 use super::torch_error;
 use super::workers;
 
-/// Most tokens that a fit looks at: the stream of all of them is held, and far fewer decide a weight well.
-pub const MOST_TOKENS: usize = 1 << 16;
+/// Most tokens that a fit looks at: the stream of all of them is held.
+const MOST_TOKENS: usize = 1 << 17;
+
+/// Ridges to choose from, the last one where there are too few passes to choose by.
+const RIDGES: [f64; 5] = [0.003, 0.01, 0.03, 0.3, 0.1];
+
+/// Every this many forward passes one is held out when the ridge is chosen.
+const HELD_OUT: usize = 4;
 
 /// What the fit of one layer did.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -40,6 +50,9 @@ pub struct LayerFit {
     pub distance_before: Option<f64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub distance_after: Option<f64>,
+    /// The ridge that was chosen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ridge: Option<f64>,
 }
 
 /// A trained layer and the product to fit in it, or why there is none.
@@ -50,6 +63,7 @@ pub struct Target {
 }
 
 /// Sums over the tokens.
+#[derive(Default)]
 struct Sums {
     /// `[K, K]` and `[K, D]`, f32.
     normal: Option<(Tensor, Tensor)>,
@@ -60,6 +74,7 @@ struct Sums {
 /// A forward pass's samples and the stream that it has reached, `[B, T, D]`.
 struct Pass {
     samples: Vec<usize>,
+    held_out: bool,
     stream: Option<Tensor>,
 }
 
@@ -72,20 +87,21 @@ pub fn fit(
     targets: &[Target],
     first: usize,
     dataset: &TrainingSet,
-    ridge: f64,
+    settings: &Settings,
     device: Device,
     cancel: &Cancel,
 ) -> Result<Vec<LayerFit>> {
     let _guard = tch::no_grad_guard();
     let mut tokens = 0;
-    let counted = dataset.examples.iter().take_while(|example| {
-        tokens += example.length;
+    let order = sampler::epoch(settings, &dataset.lengths(), 0).concat().concat();
+    let count = order.iter().take_while(|&&sample| {
+        tokens += dataset.examples[sample].length;
         tokens <= MOST_TOKENS
     });
-    let count = counted.count().max(1).min(dataset.examples.len());
-    let shares = workers::deal(dataset, (0..count).collect(), students.len()).into_iter();
-    let mut shares: Vec<Vec<Pass>> =
-        shares.map(|share| share.into_iter().map(|samples| Pass { samples, stream: None }).collect()).collect();
+    let count = count.count().max(1).min(order.len());
+    let shares = workers::deal(dataset, order[..count].to_vec(), students.len()).into_iter();
+    let pass = |(number, samples)| Pass { samples, held_out: number % HELD_OUT == HELD_OUT - 1, stream: None };
+    let mut shares: Vec<Vec<Pass>> = shares.map(|share| share.into_iter().enumerate().map(pass).collect()).collect();
     let fitted = targets.iter().filter(|target| target.product.is_ok()).count();
     let progress = Progress::new("fit", "samples", (fitted * count) as u64);
     let mut results = Vec::with_capacity(targets.len());
@@ -97,6 +113,7 @@ pub fn fit(
             problem: None,
             distance_before: None,
             distance_after: None,
+            ridge: None,
         };
         match &target.product {
             Ok(product) => {
@@ -105,13 +122,14 @@ pub fn fit(
                     progress.advance(pass.samples.len() as u64);
                     measure(student, dataset, pass, reached, target.layer, product, device)
                 })?;
-                let solved = solve(&sums, ridge)?;
+                let (ridge, sums, solved) = choose(sums)?;
                 let (name, mut weight) = students[0].weight_of(product.weight)?;
                 let change = if product.transposed { solved.change.tr() } else { solved.change.shallow_clone() };
                 let _ = weight.f_add_(&change).map_err(torch_error(format!("initializer `{name}`")))?;
                 result.weight = Some(name);
                 result.distance_before = Some(sums.distance / sums.tokens.max(1.0));
                 result.distance_after = Some(solved.distance / sums.tokens.max(1.0));
+                result.ridge = Some(ridge);
                 reached = target.layer;
             }
             Err(problem) => result.problem = Some(problem.clone()),
@@ -121,26 +139,53 @@ pub fn fit(
     Ok(results)
 }
 
+/// Sums over the passes that a weight is fitted on, and over those that are held out.
+#[derive(Default)]
+struct Parts {
+    fitted: Sums,
+    held_out: Sums,
+}
+
 /// Runs `work` over every pass, a thread per student, and adds up what it gives, always in the same order.
 fn over(
     students: &mut [Student],
     shares: &mut [Vec<Pass>],
     device: Device,
     work: impl Fn(&Student, &mut Pass) -> Result<Sums> + Sync,
-) -> Result<Sums> {
+) -> Result<Parts> {
     let results = workers::side_by_side(students, shares, device, |student, passes| {
         let _guard = tch::no_grad_guard();
-        let mut total = Sums::none();
+        let mut total = Parts::default();
         for pass in passes {
-            total.absorb(work(student, pass)?)?;
+            let sums = work(student, pass)?;
+            if pass.held_out { total.held_out.absorb(sums)? } else { total.fitted.absorb(sums)? }
         }
         Ok(total)
     });
-    let mut total = Sums::none();
-    for sums in results {
-        total.absorb(sums?)?;
+    let mut total = Parts::default();
+    for parts in results {
+        let parts = parts?;
+        total.fitted.absorb(parts.fitted)?;
+        total.held_out.absorb(parts.held_out)?;
     }
     Ok(total)
+}
+
+/// The ridge, the sums over all passes, and the change of the weight that follows from both.
+fn choose(parts: Parts) -> Result<(f64, Sums, Solved)> {
+    let Parts { mut fitted, held_out } = parts;
+    let mut chosen = (RIDGES[RIDGES.len() - 1], f64::INFINITY);
+    if held_out.normal.is_some() && fitted.normal.is_some() {
+        for ridge in RIDGES {
+            let left = held_out.distance_with(&solve(&fitted, ridge)?.change)?;
+            if left < chosen.1 {
+                chosen = (ridge, left);
+            }
+        }
+    }
+    fitted.absorb(held_out)?;
+    let solved = solve(&fitted, chosen.0)?;
+    Ok((chosen.0, fitted, solved))
 }
 
 /// Brings a pass's stream from layer `from` to the layer to fit, and gives the sums behind that.
@@ -193,27 +238,32 @@ struct Solved {
 /// Errors: `Error::Invalid` when a sum is not finite.
 fn solve(sums: &Sums, ridge: f64) -> Result<Solved> {
     let Some((normal, right)) = &sums.normal else { return Err(Error::invalid("the fit", "has no sample")) };
-    let compute = || -> Result<Solved, tch::TchError> {
+    let compute = || -> Result<Tensor, tch::TchError> {
         let (a, b) = (normal.f_to_kind(Kind::Double)?, right.f_to_kind(Kind::Double)?);
         let added = a.f_diag(0)?.f_mean(Kind::Double)?.f_mul_scalar(ridge)?.f_clamp_min(f64::MIN_POSITIVE)?;
         let size = a.size()[0];
         let damped = a.f_add(&Tensor::f_eye(size, (Kind::Double, a.device()))?.f_mul(&added)?)?;
         let change = b.f_cholesky_solve(&damped.f_linalg_cholesky(false)?, false)?;
-        // |e - h D|^2 = |e|^2 - 2 <D, B> + <D, A D>
-        let gain = change.f_mul(&b)?.f_sum(Kind::Double)?.f_double_value(&[])?;
-        let cost = change.f_mul(&a.f_matmul(&change)?)?.f_sum(Kind::Double)?.f_double_value(&[])?;
-        Ok(Solved { change: change.f_to_kind(Kind::Float)?, distance: sums.distance - 2.0 * gain + cost })
+        change.f_to_kind(Kind::Float)
     };
-    let solved = compute().map_err(torch_error("the fit"))?;
-    if !(sums.distance.is_finite() && solved.distance.is_finite()) {
+    if !sums.distance.is_finite() {
         return Err(Error::invalid("the fit", "the stream or the dense model's stream is not finite"));
     }
-    Ok(solved)
+    let change = compute().map_err(torch_error("the fit"))?;
+    let distance = sums.distance_with(&change)?;
+    Ok(Solved { change, distance })
 }
 
 impl Sums {
-    fn none() -> Self {
-        Sums { normal: None, distance: 0.0, tokens: 0.0 }
+    /// The sum of squared distances with a change of the weight: `|e - h D|^2 = |e|^2 - 2 <D, B> + <D, A D>`.
+    fn distance_with(&self, change: &Tensor) -> Result<f64> {
+        let Some((a, b)) = &self.normal else { return Ok(self.distance) };
+        let compute = || -> Result<f64, tch::TchError> {
+            let (a, b, d) = (a.f_to_kind(Kind::Double)?, b.f_to_kind(Kind::Double)?, change.f_to_kind(Kind::Double)?);
+            let moved = a.f_matmul(&d)?.f_sub(&b)?.f_sub(&b)?;
+            d.f_mul(&moved)?.f_sum(Kind::Double)?.f_double_value(&[])
+        };
+        Ok(self.distance + compute().map_err(torch_error("the fit"))?)
     }
 
     fn absorb(&mut self, other: Sums) -> Result<()> {
@@ -263,7 +313,27 @@ mod tests {
         let solved = solve(&sums, 0.5).unwrap();
         assert!((solved.change.double_value(&[0, 0]) - 1.0).abs() < 1e-6);
         assert!((solved.distance - (10.0 - 2.0 * 6.0 + 4.0)).abs() < 1e-6);
-        let empty = Sums { distance: f64::NAN, ..sums };
-        assert!(solve(&empty, 0.5).is_err());
+        let broken = Sums { distance: f64::NAN, ..sums };
+        assert!(solve(&broken, 0.5).is_err());
+    }
+
+    /// Few rows and much noise want a large ridge, many rows without noise a small one.
+    #[test]
+    fn the_ridge_is_chosen_on_what_was_held_out() {
+        tch::manual_seed(3);
+        let weight = Tensor::randn([16, 2], (Kind::Float, Device::Cpu));
+        let sums = |rows: i64, noise: f64| {
+            let h = Tensor::randn([rows, 16], (Kind::Float, Device::Cpu));
+            let rest = h.matmul(&weight) + noise * Tensor::randn([rows, 2], (Kind::Float, Device::Cpu));
+            Sums {
+                normal: Some((h.tr().matmul(&h), h.tr().matmul(&rest))),
+                distance: rest.square().sum(Kind::Double).double_value(&[]),
+                tokens: rows as f64,
+            }
+        };
+        let ridge = |rows, noise| choose(Parts { fitted: sums(rows, noise), held_out: sums(512, noise) }).unwrap().0;
+        assert_eq!((ridge(4096, 0.0), ridge(24, 20.0)), (0.003, 0.3));
+        let alone = choose(Parts { fitted: sums(64, 1.0), held_out: Sums::default() }).unwrap();
+        assert_eq!(alone.0, 0.1);
     }
 }

@@ -154,7 +154,7 @@ pub fn stream_distance(student: &Tensor, teacher: &Tensor) -> Result<Tensor> {
 /// Errors: `Error::Invalid` for terms, or a fit before the steps, that need the dense model when none was given.
 pub fn check_teacher(kinds: impl Iterator<Item = LossKind>, fits: bool, has_teacher: bool) -> Result<()> {
     let terms = kinds.filter(|kind| kind.row().teacher != Teacher::Nothing);
-    let mut needs = terms.map(|kind| format!("loss `{}`", kind.name())).chain(fits.then(|| "`fit_ridge`".to_string()));
+    let mut needs = terms.map(|kind| format!("loss `{}`", kind.name())).chain(fits.then(|| "`fit`".to_string()));
     match needs.next() {
         Some(what) if !has_teacher => Err(Error::invalid(what, "needs the dense model as teacher, and none was given")
             .remedy("name the model that was pruned (`--teacher MODEL`), or heal without it (`--recipe paper`)")),

@@ -28,8 +28,8 @@ pub struct RecipeRow {
     pub epochs: u32,
     /// Factor of the default learning rate.
     pub learning_rate_factor: f64,
-    /// The ridge of the fit before the first step, if there is one.
-    pub fit_ridge: Option<f64>,
+    /// True for a fit before the first step.
+    pub fit: bool,
     /// None for a recipe that ends with the fit.
     pub stages: &'static [StageRow],
 }
@@ -42,7 +42,7 @@ pub const RECIPES: &[RecipeRow] = &[
         data_share: 1.0,
         epochs: 1,
         learning_rate_factor: 1.0,
-        fit_ridge: None,
+        fit: false,
         stages: &[StageRow { share: 1.0, losses: &[(LossKind::Ce, 1.0)] }],
     },
     RecipeRow {
@@ -52,7 +52,7 @@ pub const RECIPES: &[RecipeRow] = &[
         data_share: 0.25,
         epochs: 1,
         learning_rate_factor: 1.0,
-        fit_ridge: Some(0.1),
+        fit: true,
         stages: &[],
     },
     RecipeRow {
@@ -62,7 +62,7 @@ pub const RECIPES: &[RecipeRow] = &[
         data_share: 1.0,
         epochs: 3,
         learning_rate_factor: 1.0,
-        fit_ridge: Some(0.1),
+        fit: true,
         stages: &[StageRow { share: 1.0, losses: &[(LossKind::Ce, 1.0), (LossKind::Kd, 1.0)] }],
     },
 ];
@@ -92,16 +92,8 @@ impl RecipeRow {
             }
         };
         let learning_rate = defaults.learning_rate * self.learning_rate_factor;
-        let fit_ridge = self.fit_ridge;
-        Settings {
-            data_share: self.data_share,
-            epochs: self.epochs,
-            learning_rate,
-            fit_ridge,
-            losses,
-            stages,
-            ..defaults
-        }
+        let fit = self.fit;
+        Settings { data_share: self.data_share, epochs: self.epochs, learning_rate, fit, losses, stages, ..defaults }
     }
 
     /// The recipe's settings with those of a TOML table in place of its own.

@@ -137,7 +137,7 @@ pub fn finetune_with_teacher(
     settings.check()?;
     let all_stages = settings.of_all_stages();
     let asked = || all_stages.losses.iter().filter(|(_, weight)| **weight > 0.0).map(|(kind, _)| *kind);
-    loss::check_teacher(asked(), settings.fit_ridge.is_some(), teacher.is_some())?;
+    loss::check_teacher(asked(), settings.fit, teacher.is_some())?;
     let device = torch_device(request.device)?;
     let path = request.bundle.path_of(request.bundle.require(Role::Decoder)?);
     let decoder = crate::onnx::load(&path)?;
@@ -159,7 +159,7 @@ pub fn finetune_with_teacher(
     let compile = || Student::compile(&cut.analysis.model, suffix.clone(), &cut.trained, settings.precision, device);
     let mut student = compile()?;
     if let Some(teacher) = teacher
-        && (settings.fit_ridge.is_some() || asked().any(|kind| kind.row().teacher != loss::Teacher::Nothing))
+        && (settings.fit || asked().any(|kind| kind.row().teacher != loss::Teacher::Nothing))
     {
         inputs.insert("teacher".to_string(), teacher.bundle.digest()?);
         let lesson = Lesson {
@@ -213,10 +213,10 @@ fn begin(
     cancel: &Cancel,
 ) -> Result<Totals> {
     let mut totals = Totals::default();
-    if let Some(ridge) = run.settings.fit_ridge {
+    if run.settings.fit {
         let began = Instant::now();
         let targets = cut.fits(request.layers, run.settings)?;
-        totals.fitted = fit(students, &targets, cut.first, dataset, ridge, run.device, cancel)?;
+        totals.fitted = fit(students, &targets, cut.first, dataset, run.settings, run.device, cancel)?;
         totals.fit_seconds = began.elapsed().as_secs_f64();
     }
     if run.settings.trains() {

@@ -71,11 +71,10 @@ pub struct Settings {
     pub gradient_checkpointing: bool,
     /// Part of the drawn samples that is trained on.
     pub data_share: f64,
-    /// Before the first step, the last product of each trained layer is fitted to the dense model's stream by least
-    /// squares, with this ridge relative to the mean square of what the product reads. None leaves the weights as they
-    /// are. With no loss term the run ends there.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub fit_ridge: Option<f64>,
+    /// Before the first step, fits the last product of each trained layer to the dense model's stream by least squares.
+    /// With no loss term the run ends there.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub fit: bool,
     /// Loss terms and their weights.
     pub losses: BTreeMap<LossKind, f64>,
     /// Parts of the run, one after the other, each with loss terms of its own, in place of `losses`. The learning rate
@@ -112,7 +111,7 @@ impl Default for Settings {
             precision: Precision::F32,
             gradient_checkpointing: false,
             data_share: 1.0,
-            fit_ridge: None,
+            fit: false,
             losses: BTreeMap::from([(LossKind::Ce, 1.0)]),
             stages: Vec::new(),
             kd_temperature: 2.0,
@@ -143,9 +142,6 @@ impl Settings {
         float("max_grad_norm", self.max_grad_norm, self.max_grad_norm >= 0.0, "0 or more")?;
         float("kd_temperature", self.kd_temperature, self.kd_temperature > 0.0, "above 0")?;
         float("data_share", self.data_share, self.data_share > 0.0 && self.data_share <= 1.0, "above 0 and at most 1")?;
-        if let Some(ridge) = self.fit_ridge {
-            float("fit_ridge", ridge, ridge > 0.0, "above 0")?;
-        }
         if self.trains() {
             self.check_losses()?;
         }
@@ -196,7 +192,7 @@ impl Settings {
 
     /// False for a run that ends with the fit, before any step.
     pub fn trains(&self) -> bool {
-        self.fit_ridge.is_none() || !self.losses.is_empty() || !self.stages.is_empty()
+        !self.fit || !self.losses.is_empty() || !self.stages.is_empty()
     }
 
     /// The settings of each stage of a run of `total` steps, with the first step (counted from 0) behind it. A run

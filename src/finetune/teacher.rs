@@ -73,7 +73,7 @@ fn points(
     if settings.weight(LossKind::Anchor) > 0.0 {
         students.extend(anchor_points(anchors, trained));
     }
-    if settings.fit_ridge.is_some() {
+    if settings.fit {
         students.extend(trained.iter().map(|&layer| layer + 1));
     }
     students.sort_unstable();

@@ -74,8 +74,7 @@ fn run(settings: &Settings, layers: &[usize], work: &Path, resume: bool, stop_af
     let dense = Bundle::open(&model()).unwrap();
     let pruned_folder = tempfile::tempdir().unwrap();
     let bundle = Bundle::open(&pruned(&dense, pruned_folder.path())).unwrap();
-    let needs_teacher =
-        settings.fit_ridge.is_some() || settings.of_all_stages().losses.keys().any(|&kind| kind != LossKind::Ce);
+    let needs_teacher = settings.fit || settings.of_all_stages().losses.keys().any(|&kind| kind != LossKind::Ce);
     let teacher = needs_teacher.then_some(dense);
     let features = FeatureCache::new(1 << 20);
     let vocabulary = bundle.require_config().unwrap().vocab_size.unwrap() as i64;
@@ -338,7 +337,7 @@ fn the_fit_brings_the_stream_to_where_it_says() {
     let measured = Settings { losses: [(LossKind::Anchor, 1.0)].into(), ..one_step };
     let before = run(&measured, &[4, 5], work.path(), false, None).outcome.unwrap().report;
     assert!(before.fitted.is_empty());
-    let fitting = Settings { fit_ridge: Some(0.01), ..measured };
+    let fitting = Settings { fit: true, ..measured };
     let after = run(&fitting, &[4, 5], work.path(), false, None).outcome.unwrap().report;
     let fitted = &after.fitted;
     assert_eq!(fitted.iter().map(|fit| fit.layer).collect::<Vec<_>>(), [4, 5]);
@@ -364,14 +363,8 @@ fn the_fit_brings_the_stream_to_where_it_says() {
 fn the_learning_rate_is_the_one_whose_pass_ends_lowest() {
     let work = tempfile::tempdir().unwrap();
     // Eight steps a pass.
-    let settings = Settings {
-        batch_size: 1,
-        accumulation_steps: 1,
-        max_steps: None,
-        epochs: 2,
-        fit_ridge: Some(0.1),
-        ..settings()
-    };
+    let settings =
+        Settings { batch_size: 1, accumulation_steps: 1, max_steps: None, epochs: 2, fit: true, ..settings() };
     let choosing = Settings { learning_rates: vec![1e-9, 1e-3, 1e-6], ..settings.clone() };
     let chosen = run(&choosing, &[2, 4], work.path(), false, None).outcome.unwrap();
     let report = &chosen.report;
@@ -394,7 +387,7 @@ fn stages_change_the_losses_and_survive_being_stopped_at_any_of_them() {
     let stage = |share, losses: &[(LossKind, f64)]| Stage { share, losses: losses.iter().copied().collect() };
     let stages = vec![stage(0.5, &[(LossKind::Anchor, 1.0)]), stage(0.5, &[(LossKind::Ce, 1.0), (LossKind::Kd, 0.5)])];
     let settings = Settings {
-        fit_ridge: Some(0.1),
+        fit: true,
         losses: BTreeMap::new(),
         stages,
         batch_size: 2,
