@@ -82,7 +82,18 @@ fn every_verb(folder: &Path, model: String) {
         );
         let file = format!("{out}.toml");
         fs::write(folder.join(&file), settings).expect("settings");
-        let finetune = ["finetune", "pruned", "--plan", "plan.json", "--settings", &file, "--teacher", &model];
+        let finetune = [
+            "finetune",
+            "pruned",
+            "--plan",
+            "plan.json",
+            "--recipe",
+            "paper",
+            "--settings",
+            &file,
+            "--teacher",
+            &model,
+        ];
         run(&[&finetune[..], &["-o", out], &cut].concat());
         let lines = fs::read_to_string(folder.join(format!("{out}.work/metrics.jsonl"))).expect("metrics");
         let steps: Vec<serde_json::Value> =
