@@ -21,13 +21,14 @@ def main():
         layers = " ".join(map(str, read(runs / f"plan-{strategy}.json")["drop"]))
         dropped = perplexity(strategy)
         # `healed-STRATEGY-RECIPE-RATE`; the name of a strategy may begin with another's.
-        pattern = re.compile(rf"eval-(healed-{strategy}-([a-z]+)-(\d.*))\.json")
+        pattern = re.compile(rf"eval-(healed-{strategy}-([a-z]+)-(\d.*|none))\.json")
         healed = [found.groups() for path in runs.iterdir() if (found := pattern.fullmatch(path.name))]
         rows = [(recipe, rate, perplexity(name)) for name, recipe, rate in healed]
         for recipe, rate, value in sorted(rows, key=lambda row: -row[2]) or [(None, "-", None)]:
             after = "-" if value is None else f"{value:.1f}"
             kept = 100 * dense / (value or dropped)
             name = f"`{recipe}`" if recipe else "-"
+            rate = rate.replace("none", "-")
             print(f"| `{strategy}` | {layers} | {dropped:.1f} | {name} | {rate} | {after} | {kept:.1f} |")
 
 
