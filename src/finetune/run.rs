@@ -192,6 +192,10 @@ pub fn finetune_with_teacher(
         Some(totals) => totals,
         None => begin(request, &cut, &run, &mut students, &dataset, cancel)?,
     };
+    if !asked().any(|kind| kind.row().teacher == loss::Teacher::Stream) {
+        // The fit alone wanted them; steps would read them for nothing.
+        dataset.targets.streams = None;
+    }
     let rate = search::best(&begun.trials).unwrap_or(settings.learning_rate);
     let chosen = Settings { learning_rate: rate, ..settings.clone() };
     let run = Run { settings: &chosen, ..run };

@@ -13,6 +13,7 @@ use super::batch::TrainingSet;
 use super::checkpoint::Totals;
 use super::loss::LossKind;
 use super::metrics::{StepMetrics, read_metrics};
+use super::sampler;
 use super::settings::Settings;
 use super::student::Student;
 use super::torch_error;
@@ -67,12 +68,14 @@ pub fn search(
         })
         .collect();
     let before = copied.map_err(torch_error("the weights before the search"))?;
+    let pass = sampler::steps_per_epoch(settings, dataset.examples.len());
     let mut trials = Vec::with_capacity(settings.learning_rates.len());
     for (number, &learning_rate) in settings.learning_rates.iter().enumerate() {
         let own = Settings {
             learning_rate,
             learning_rates: Vec::new(),
             epochs: 1,
+            max_steps: settings.max_steps.map(|most| most.min(pass)),
             checkpoint_every: 0,
             ..(*settings).clone()
         };
