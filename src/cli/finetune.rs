@@ -67,6 +67,9 @@ pub struct Args {
     /// Number format of forward and backward pass [default: f32]
     #[arg(long, value_enum)]
     precision: Option<PrecisionArg>,
+    /// Train low-rank adapters of this rank in place of the layers' weights; what is written is the sum of both
+    #[arg(long, value_name = "R")]
+    lora_rank: Option<u32>,
     /// The model that was pruned, for the losses `kd`, `anchor` and `hidden` (the recipes fast and best)
     #[arg(long, value_name = "MODEL")]
     teacher: Option<PathBuf>,
@@ -172,6 +175,7 @@ fn settings(args: &Args) -> anyhow::Result<Settings> {
     set(&mut settings.batch_size, args.batch_size);
     set(&mut settings.accumulation_steps, args.accumulation_steps);
     set(&mut settings.epochs, args.epochs);
+    set(&mut settings.lora_rank, args.lora_rank);
     match args.learning_rate.as_slice() {
         [] => {}
         &[rate] => (settings.learning_rate, settings.learning_rates) = (rate, Vec::new()),

@@ -10,7 +10,6 @@ use tch::{Device, Tensor};
 use crate::base::{Error, Result, Sha256Digest, StagedDir, read_json, write_json};
 
 use super::fit::LayerFit;
-use super::optimizer::Parameter;
 use super::search::RateTrial;
 use super::torch_error;
 
@@ -70,7 +69,7 @@ impl Checkpoints {
     /// Writes a checkpoint and then removes the ones before it.
     ///
     /// Errors: `Error::Io`, `Error::Engine`; the checkpoints before it are still there then.
-    pub fn save(&self, state: &State, parameters: &[Parameter]) -> Result<PathBuf> {
+    pub fn save(&self, state: &State, tensors: Vec<(String, Tensor)>) -> Result<PathBuf> {
         let target = self.folder.join(format!("step-{:08}", state.step));
         if target.exists() {
             fs::remove_dir_all(&target).map_err(|e| Error::io("replace", &target, e))?;
@@ -78,13 +77,9 @@ impl Checkpoints {
         let staged = StagedDir::create(&target)?;
         let path = staged.path().join(TENSORS);
         let host = |tensor: &Tensor| tensor.detach().f_to_device(Device::Cpu)?.f_contiguous();
-        let mut tensors = Vec::with_capacity(3 * parameters.len());
-        for parameter in parameters {
-            for (kind, tensor) in tensors_of(parameter) {
-                let tensor = host(tensor).map_err(torch_error("a checkpoint"))?;
-                tensors.push((format!("{kind}/{}", parameter.name), tensor));
-            }
-        }
+        let tensors =
+            tensors.into_iter().map(|(name, tensor)| Ok((name, host(&tensor)?))).collect::<Result<Vec<_>, _>>();
+        let tensors = tensors.map_err(torch_error("a checkpoint"))?;
         Tensor::write_safetensors(&tensors, &path).map_err(torch_error("a checkpoint"))?;
         File::open(&path).and_then(|file| file.sync_all()).map_err(|e| Error::io("write", &path, e))?;
         write_json(&staged.path().join(STATE), state)?;
@@ -134,10 +129,6 @@ impl Checkpoints {
     }
 }
 
-fn tensors_of(parameter: &Parameter) -> [(&'static str, &Tensor); 3] {
-    [("value", &parameter.value), ("exp_avg", &parameter.exp_avg), ("exp_avg_sq", &parameter.exp_avg_sq)]
-}
-
 /// Refuses to go on from a checkpoint of another run.
 ///
 /// Errors: `Error::Invalid` naming what differs.
@@ -155,36 +146,31 @@ pub fn check_same_run(state: &State, folder: &Path, inputs: &BTreeMap<String, Sh
     .remedy("resume with the same model, data and settings, or begin anew without resuming"))
 }
 
-/// Puts a checkpoint's tensors back into the parameters.
+/// Puts a checkpoint's tensors back, each into the one of its name.
 ///
 /// Errors: `Error::Invalid` when a tensor is missing, left over, or of another shape or type.
-pub fn restore(folder: &Path, parameters: &mut [Parameter]) -> Result<()> {
+pub fn restore(folder: &Path, into: Vec<(String, Tensor)>) -> Result<()> {
     let path = folder.join(TENSORS);
     let subject = || format!("checkpoint `{}`", path.display());
-    let tensors = Tensor::read_safetensors(&path).map_err(|e| Error::invalid(subject(), e.to_string()))?;
-    let mut tensors: HashMap<String, Tensor> = tensors.into_iter().collect();
-    let mut take = |kind: &str, name: &str, into: &mut Tensor| -> Result<()> {
-        let key = format!("{kind}/{name}");
-        let saved = tensors.remove(&key).ok_or_else(|| Error::invalid(subject(), format!("holds no `{key}`")))?;
+    let saved = Tensor::read_safetensors(&path).map_err(|e| Error::invalid(subject(), e.to_string()))?;
+    let mut saved: HashMap<String, Tensor> = saved.into_iter().collect();
+    for (name, into) in into {
+        let saved = saved.remove(&name).ok_or_else(|| Error::invalid(subject(), format!("holds no `{name}`")))?;
         if saved.size() != into.size() || saved.kind() != into.kind() {
             let (found, want) = ((saved.size(), saved.kind()), (into.size(), into.kind()));
-            return Err(Error::invalid(subject(), format!("`{key}` is {found:?}, expected {want:?}")));
+            return Err(Error::invalid(subject(), format!("`{name}` is {found:?}, expected {want:?}")));
         }
-        tch::no_grad(|| into.f_copy_(&saved)).map_err(torch_error(subject()))
-    };
-    for Parameter { name, value, exp_avg, exp_avg_sq } in parameters {
-        take("value", name, value)?;
-        take("exp_avg", name, exp_avg)?;
-        take("exp_avg_sq", name, exp_avg_sq)?;
+        tch::no_grad(|| into.detach().f_copy_(&saved)).map_err(torch_error(subject()))?;
     }
-    match tensors.keys().next() {
-        Some(key) => Err(Error::invalid(subject(), format!("holds `{key}`, which this run does not train"))),
+    match saved.keys().next() {
+        Some(name) => Err(Error::invalid(subject(), format!("holds `{name}`, which this run does not train"))),
         None => Ok(()),
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::optimizer::Parameter;
     use super::*;
 
     fn parameters() -> Vec<Parameter> {
@@ -193,6 +179,10 @@ mod tests {
         let _ = parameter.exp_avg.fill_(0.3);
         let _ = parameter.exp_avg_sq.fill_(1e-20);
         vec![parameter]
+    }
+
+    fn tensors(parameters: &[Parameter]) -> Vec<(String, Tensor)> {
+        parameters.iter().flat_map(Parameter::tensors).collect()
     }
 
     fn state(step: u64) -> State {
@@ -209,15 +199,15 @@ mod tests {
         let checkpoints = Checkpoints::open(folder.path()).unwrap();
         assert!(checkpoints.latest().unwrap().is_none());
         let saved = parameters();
-        checkpoints.save(&state(3), &saved).unwrap();
-        checkpoints.save(&state(12), &saved).unwrap();
+        checkpoints.save(&state(3), tensors(&saved)).unwrap();
+        checkpoints.save(&state(12), tensors(&saved)).unwrap();
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
         let (found, path) = checkpoints.latest().unwrap().unwrap();
         assert_eq!(found, state(12));
 
-        let mut fresh = vec![Parameter::new("/layers.3/w:0", Tensor::from_slice(&[0.0f32; 3]).view([3, 1])).unwrap()];
-        restore(&path, &mut fresh).unwrap();
-        for ((_, a), (_, b)) in tensors_of(&saved[0]).into_iter().zip(tensors_of(&fresh[0])) {
+        let fresh = vec![Parameter::new("/layers.3/w:0", Tensor::from_slice(&[0.0f32; 3]).view([3, 1])).unwrap()];
+        restore(&path, tensors(&fresh)).unwrap();
+        for ((_, a), (_, b)) in tensors(&saved).iter().zip(&tensors(&fresh)) {
             assert_eq!(bits(a), bits(b));
         }
         assert!(fresh[0].value.requires_grad());
@@ -235,14 +225,14 @@ mod tests {
     fn a_checkpoint_of_other_tensors_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let checkpoints = Checkpoints::open(folder.path()).unwrap();
-        let path = checkpoints.save(&state(1), &parameters()).unwrap();
+        let path = checkpoints.save(&state(1), tensors(&parameters())).unwrap();
         let with = |name: &str, count: i64| {
             vec![Parameter::new(name, Tensor::zeros([count, 1], (tch::Kind::Float, Device::Cpu))).unwrap()]
         };
-        assert!(restore(&path, &mut with("other", 3)).unwrap_err().to_string().contains("holds no `value/other`"));
-        assert!(restore(&path, &mut with("/layers.3/w:0", 4)).unwrap_err().to_string().contains("expected"));
-        assert!(restore(&path, &mut []).unwrap_err().to_string().contains("does not train"));
+        assert!(restore(&path, tensors(&with("other", 3))).unwrap_err().to_string().contains("holds no `value/other`"));
+        assert!(restore(&path, tensors(&with("/layers.3/w:0", 4))).unwrap_err().to_string().contains("expected"));
+        assert!(restore(&path, Vec::new()).unwrap_err().to_string().contains("does not train"));
         fs::write(path.join(TENSORS), b"\xff\xff\xff\xff\xff\xff\xff\x7f{}").unwrap();
-        assert!(restore(&path, &mut parameters()).is_err());
+        assert!(restore(&path, tensors(&parameters())).is_err());
     }
 }

@@ -1,5 +1,6 @@
 //! Healing: trains the finetune layers of a pruned decoder, through its own graph, with everything else frozen.
 
+mod adapters;
 mod batch;
 mod cache;
 mod checkpoint;

@@ -38,6 +38,12 @@ impl Parameter {
         let value = if value.requires_grad() { value } else { value.detach().set_requires_grad(true) };
         Ok(Parameter { name, value, exp_avg, exp_avg_sq })
     }
+
+    /// Everything that a run goes on from, by name; the tensors themselves, not copies.
+    pub fn tensors(&self) -> [(String, Tensor); 3] {
+        let named = |kind: &str, tensor: &Tensor| (format!("{kind}/{}", self.name), tensor.shallow_clone());
+        [named("value", &self.value), named("exp_avg", &self.exp_avg), named("exp_avg_sq", &self.exp_avg_sq)]
+    }
 }
 
 /// AdamW's constants.

@@ -67,7 +67,7 @@ pub struct Report {
     pub provenance: Provenance,
     /// Layers trained, as the pruned model counts them.
     pub layers: Vec<usize>,
-    /// Elements of the trained weights.
+    /// Elements of the trained weights, or of the adapters beside them.
     pub trained_parameters: u64,
     /// Samples trained on.
     pub samples: u64,
@@ -201,9 +201,8 @@ pub fn finetune_with_teacher(
     let run = Run { settings: &chosen, ..run };
     let summary = Trainer::new(run, &mut students, &dataset)?.run(request.resume, begun, cancel, observer)?;
     let tensors = students[0].trained()?;
-    let trained_parameters = tensors.iter().map(|(_, tensor)| tensor.element_count()).sum();
     let decoder = replaced(&decoder, tensors)?;
-    let report = report(request, rate, inputs, &dataset, left_out, &summary, trained_parameters)?;
+    let report = report(request, rate, inputs, &dataset, left_out, &summary)?;
     Ok(Outcome { decoder, report })
 }
 
@@ -328,13 +327,12 @@ fn report(
     dataset: &TrainingSet,
     left_out: LeftOut,
     summary: &Summary,
-    trained_parameters: u64,
 ) -> Result<Report> {
     let totals = &summary.totals;
     Ok(Report {
         provenance: Provenance::new(Report::SCHEMA_VERSION, inputs, request.settings)?,
         layers: request.layers.to_vec(),
-        trained_parameters,
+        trained_parameters: summary.trained_parameters,
         samples: dataset.examples.len() as u64,
         left_out,
         steps: summary.steps,

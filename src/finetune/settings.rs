@@ -69,6 +69,12 @@ pub struct Settings {
     pub precision: Precision,
     /// Keeps only each layer's input and computes the layer again in the backward pass: less memory, more time.
     pub gradient_checkpointing: bool,
+    /// Trains low-rank adapters of this rank beside the weights of the layers, in place of these weights; 0 trains the
+    /// weights. What is written holds the sum of both.
+    #[serde(skip_serializing_if = "none")]
+    pub lora_rank: u32,
+    /// Factor of the adapters, before it is divided by the rank.
+    pub lora_alpha: f64,
     /// Part of the drawn samples that is trained on.
     pub data_share: f64,
     /// Before the first step, fits the last product of each trained layer to the dense model's stream by least squares.
@@ -87,6 +93,10 @@ pub struct Settings {
     pub kd_top_k: u32,
     /// Optimiser steps between two checkpoints; 0 leaves one only when the run is stopped.
     pub checkpoint_every: u64,
+}
+
+fn none(rank: &u32) -> bool {
+    *rank == 0
 }
 
 impl Default for Settings {
@@ -110,6 +120,8 @@ impl Default for Settings {
             seed: 42,
             precision: Precision::F32,
             gradient_checkpointing: false,
+            lora_rank: 0,
+            lora_alpha: 16.0,
             data_share: 1.0,
             fit: false,
             losses: BTreeMap::from([(LossKind::Ce, 1.0)]),
@@ -141,6 +153,7 @@ impl Settings {
         float("warmup_ratio", self.warmup_ratio, (0.0..=1.0).contains(&self.warmup_ratio), "between 0 and 1")?;
         float("max_grad_norm", self.max_grad_norm, self.max_grad_norm >= 0.0, "0 or more")?;
         float("kd_temperature", self.kd_temperature, self.kd_temperature > 0.0, "above 0")?;
+        float("lora_alpha", self.lora_alpha, self.lora_alpha > 0.0, "above 0")?;
         float("data_share", self.data_share, self.data_share > 0.0 && self.data_share <= 1.0, "above 0 and at most 1")?;
         if self.trains() {
             self.check_losses()?;

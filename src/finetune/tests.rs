@@ -223,6 +223,46 @@ fn a_stopped_run_resumes_to_the_same_bits() {
     assert!(message.contains("`settings` differ"), "{message}");
 }
 
+/// Stopped after a fit and some steps, resumed to the same bits; what changed has the adapters' rank, and only matrices did.
+#[test]
+fn adapters_change_matrices_by_their_rank() {
+    let settings = Settings { batch_size: 2, accumulation_steps: 1, max_steps: Some(5), lora_rank: 3, ..settings() };
+    let whole = tempfile::tempdir().unwrap();
+    let whole = run(&settings, &[3], whole.path(), false, None).outcome.unwrap();
+    let dense = Bundle::open(&model()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let bundle = Bundle::open(&pruned(&dense, folder.path())).unwrap();
+    let decoder = crate::onnx::load(&bundle.path_of(bundle.require(Role::Decoder).unwrap())).unwrap();
+    let moved = changed(&decoder, &whole.decoder);
+    assert_eq!(moved.len(), 7, "{moved:?}");
+    let mut elements = 0;
+    let graphs = [&decoder.graph, &whole.decoder.graph];
+    for name in &moved {
+        let [before, after] = graphs.map(|graph| {
+            let (_, tensor) = graph.body.initializers.iter().find(|(id, _)| graph.name(*id) == name).unwrap();
+            let numbers: Vec<f32> =
+                tensor.bytes().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+            let [rows, columns] = tensor.dims[..] else { panic!("`{name}` is no matrix") };
+            tch::Tensor::from_slice(&numbers).view([rows as i64, columns as i64])
+        });
+        let sizes = before.size();
+        elements += 3 * (sizes[0] + sizes[1]);
+        let (_, values, _) = (after - before).to_kind(tch::Kind::Double).svd(true, false);
+        let values = Vec::<f64>::try_from(values).unwrap();
+        assert!(values[0] > 0.0 && values[3] < 1e-3 * values[0], "{name}: {:?}", &values[..5]);
+    }
+    assert_eq!(whole.report.trained_parameters, elements as u64);
+
+    let settings = Settings { fit: true, ..settings };
+    let straight = tempfile::tempdir().unwrap();
+    let straight = run(&settings, &[3], straight.path(), false, None).outcome.unwrap();
+    let work = tempfile::tempdir().unwrap();
+    assert!(run(&settings, &[3], work.path(), false, Some(2)).outcome.is_err());
+    let resumed = run(&settings, &[3], work.path(), true, None).outcome.unwrap();
+    assert_eq!(resumed.report.resumed_from_step, 2);
+    assert!(weights(&straight.decoder) == weights(&resumed.decoder));
+}
+
 #[test]
 fn a_loss_that_is_not_finite_stops_the_run_by_name() {
     let work = tempfile::tempdir().unwrap();

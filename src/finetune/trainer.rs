@@ -8,6 +8,7 @@ use tch::{Device, Tensor};
 
 use crate::base::{Cancel, Error, KeptBlocks, Progress, Result, Sha256Digest, list_preview, peak_memory_bytes};
 
+use super::adapters::Adapters;
 use super::batch::TrainingSet;
 use super::checkpoint::{self, Checkpoints, State, Totals};
 use super::events::EventWriter;
@@ -54,7 +55,9 @@ pub struct Trainer<'a> {
     run: Run<'a>,
     /// The network, once per worker; all over the weights of the first.
     students: &'a mut [Student],
+    /// What is trained: the weights of the first, or the adapters beside them.
     parameters: Vec<Parameter>,
+    adapters: Option<Adapters>,
     dataset: &'a TrainingSet,
 }
 
@@ -64,6 +67,8 @@ pub struct Summary {
     pub steps: u64,
     /// The step that a resumed run began after; 0 for a new one.
     pub resumed_from: u64,
+    /// Elements of what was trained.
+    pub trained_parameters: u64,
     pub totals: Totals,
 }
 
@@ -73,10 +78,15 @@ impl<'a> Trainer<'a> {
     /// Errors: `Error::Invalid` when a weight cannot be trained or there is no network.
     pub fn new(run: Run<'a>, students: &'a mut [Student], dataset: &'a TrainingSet) -> Result<Self> {
         let first = students.first().ok_or_else(|| Error::invalid("finetune", "has no network to train"))?;
-        let weights = first.weights().iter();
-        let parameters = weights.map(|weight| Parameter::new(weight.name.clone(), weight.tensor.shallow_clone()));
-        let parameters = parameters.collect::<Result<_>>()?;
-        Ok(Trainer { run, students, parameters, dataset })
+        let (adapters, parameters) = if run.settings.lora_rank > 0 && run.settings.trains() {
+            let (adapters, parameters) = Adapters::new(first.weights(), run.settings)?;
+            (Some(adapters), parameters)
+        } else {
+            let weights = first.weights().iter();
+            let parameters = weights.map(|weight| Parameter::new(weight.name.clone(), weight.tensor.shallow_clone()));
+            (None, parameters.collect::<Result<_>>()?)
+        };
+        Ok(Trainer { run, students, parameters, adapters, dataset })
     }
 
     /// Trains to the last step. With `resume`, goes on from the newest checkpoint if there is one; without, begins anew
@@ -152,13 +162,17 @@ impl<'a> Trainer<'a> {
                 self.save(&checkpoints, done + 1, total, &totals)?;
             }
         }
-        Ok(Summary { steps: total, resumed_from: first, totals })
+        let trained_parameters = self.parameters.iter().map(|parameter| parameter.value.numel() as u64).sum();
+        Ok(Summary { steps: total, resumed_from: first, trained_parameters, totals })
     }
 
     fn start(&mut self, checkpoints: &Checkpoints, resume: bool, begun: Totals) -> Result<(u64, Totals)> {
         if resume && let Some((state, folder)) = checkpoints.latest()? {
             checkpoint::check_same_run(&state, &folder, self.run.inputs)?;
-            checkpoint::restore(&folder, &mut self.parameters)?;
+            checkpoint::restore(&folder, self.tensors())?;
+            if let Some(adapters) = &mut self.adapters {
+                adapters.apply(&self.parameters)?;
+            }
             return Ok((state.step, state.totals));
         }
         checkpoints.clear()?;
@@ -167,7 +181,13 @@ impl<'a> Trainer<'a> {
 
     fn save(&self, checkpoints: &Checkpoints, step: u64, total: u64, totals: &Totals) -> Result<String> {
         let state = State::new(step, total, self.run.inputs.clone(), totals.clone());
-        Ok(checkpoints.save(&state, &self.parameters)?.display().to_string())
+        Ok(checkpoints.save(&state, self.tensors())?.display().to_string())
+    }
+
+    /// What a checkpoint holds, by name; the tensors themselves, not copies.
+    fn tensors(&self) -> Vec<(String, Tensor)> {
+        let parameters = self.parameters.iter().flat_map(Parameter::tensors);
+        parameters.chain(self.adapters.iter().flat_map(Adapters::tensors)).collect()
     }
 
     fn step(
@@ -185,6 +205,9 @@ impl<'a> Trainer<'a> {
         );
         let Sums { losses, mut gradients } =
             workers::run(self.students, self.dataset, settings, step, self.run.device)?;
+        if let Some(adapters) = self.adapters.as_ref().filter(|_| !gradients.is_empty()) {
+            gradients = adapters.gradients(&gradients, &self.parameters)?;
+        }
         let loss: f64 = losses.iter().map(|(kind, value)| settings.weight(*kind) * value).sum();
         let grad_norm = clip_gradients(&mut gradients, settings.max_grad_norm)?;
         if !loss.is_finite() || !grad_norm.is_finite() {
@@ -192,6 +215,9 @@ impl<'a> Trainer<'a> {
         }
         if !gradients.is_empty() {
             workers::optimize(optimizer, &mut self.parameters, gradients, number, learning_rate, self.run.device)?;
+            if let Some(adapters) = &mut self.adapters {
+                adapters.apply(&self.parameters)?;
+            }
         }
         let metrics = StepMetrics {
             step: number,

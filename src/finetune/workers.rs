@@ -19,7 +19,7 @@ use super::torch_error;
 
 /// Most tokens, padding included, that one forward pass on a processor takes, longer samples aside: enough to keep the
 /// matrix products busy, few enough that what is kept for the backward pass stays small.
-const TOKENS_PER_PASS: usize = 1024;
+const TOKENS_PER_PASS: usize = 512;
 
 /// How many networks work side by side on a device.
 pub fn count(device: Device) -> usize {
@@ -257,7 +257,7 @@ mod tests {
     #[test]
     fn long_steps_are_cut_into_passes_of_a_bounded_size() {
         let shares = shares((0..64).collect(), |_| 256, 2);
-        assert_eq!(shares.iter().map(Vec::len).collect::<Vec<_>>(), [8, 8]);
+        assert_eq!(shares.iter().map(Vec::len).collect::<Vec<_>>(), [16, 16]);
         assert!(shares.concat().iter().all(|pass| pass.len() * 256 == TOKENS_PER_PASS));
     }
 
