@@ -11,8 +11,8 @@ use crate::base::{Cancel, Error, Progress, Provenance, Result, sha256_large_file
 use crate::bundle::{Bundle, Component, Role};
 use crate::ir::{self, DataType, Model};
 use crate::runtime::{
-    Decoder, FeatureCache, InputFact, Runtime, Session, SessionOptions, Tensor, TractOutcome, VlmSession, VlmSettings,
-    tract_check,
+    Decoder, FeatureCache, InputFact, Optimisation, Runtime, Session, SessionOptions, Tensor, TractOutcome, VlmSession,
+    VlmSettings, tract_check,
 };
 use crate::{analysis, onnx, torch};
 
@@ -30,10 +30,11 @@ const TRACT_LIMIT_BYTES: u64 = 2 << 30;
 const DYNAMIC_QUANTISERS: &[&str] =
     &["DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "DynamicQuantizeLSTM"];
 
-/// `accuracy_level` of `MatMulNBits` at which activations are rounded to int8.
-const INT8_ACCURACY_LEVEL: i64 = 4;
+/// `accuracy_level` of `MatMulNBits` for products in f32, as the interpreter makes them; 0, the default, is that too.
+const F32_ACCURACY_LEVEL: i64 = 1;
 
-const ROUNDED: &str = "ONNX Runtime rounds the activations of its `MatMulNBits` to 8 bits (accuracy_level 4), so the two differ by design";
+/// Sessions that are compared with the interpreter do not round activations where the graph leaves it open.
+const EXACT: SessionOptions = SessionOptions { threads: None, optimisation: Optimisation::All, f32_products: true };
 
 /// What `verify` prints as JSON.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -159,7 +160,7 @@ pub fn verify_on(path: &Path, inputs: &Path, runtime: &Runtime) -> Result<Verify
             .remedy("give the .onnx file that the inputs are for"));
     };
     let model = onnx::load(&bundle.path_of(part))?;
-    let mut session = runtime.session(&bundle.path_of(part), &SessionOptions::default())?;
+    let mut session = runtime.session(&bundle.path_of(part), &EXACT)?;
     let mut arrays: BTreeMap<String, ir::Tensor> = torch::read_npz(inputs)?.into_iter().collect();
     let mut feeds = Vec::new();
     for port in session.inputs() {
@@ -178,11 +179,7 @@ pub fn verify_on(path: &Path, inputs: &Path, runtime: &Runtime) -> Result<Verify
         return Err(Error::invalid(format!("`{}`", inputs.display()), problem));
     }
     let mut checks = Checks(Vec::new());
-    if rounds_activations(&model) {
-        checks.add("interpreter", &part.file, CheckStatus::Unavailable, ROUNDED);
-    } else {
-        interpreter(part, &model, &mut session, &feeds, &mut checks);
-    }
+    interpreter(part, &model, &mut session, &feeds, runtime, &mut checks);
     let digests = [("model".to_string(), bundle.digest()?), ("inputs".to_string(), sha256_large_file(inputs)?)];
     let settings = serde_json::json!({ "device": runtime.device().to_string() });
     Ok(VerifyReport {
@@ -197,7 +194,7 @@ pub fn verify_on(path: &Path, inputs: &Path, runtime: &Runtime) -> Result<Verify
 fn component(bundle: &Bundle, part: &Component, runtime: &Runtime, checks: &mut Checks) -> Result<()> {
     let path = bundle.path_of(part);
     let model = onnx::load(&path)?;
-    let session = match runtime.session(&path, &SessionOptions::default()) {
+    let session = match runtime.session(&path, &EXACT) {
         Ok(session) => session,
         Err(error) => {
             checks.error("loads in ONNX Runtime", &part.file, &error);
@@ -212,7 +209,7 @@ fn component(bundle: &Bundle, part: &Component, runtime: &Runtime, checks: &mut 
             match pixel_feeds(session.subject(), session.inputs()) {
                 Ok(feeds) => {
                     tract(bundle, part, &facts_of(&feeds)?, checks)?;
-                    interpreter(part, &model, &mut session, &feeds, checks);
+                    interpreter(part, &model, &mut session, &feeds, runtime, checks);
                 }
                 Err(error) => {
                     checks.error("loads in tract", &part.file, &error);
@@ -227,7 +224,7 @@ fn component(bundle: &Bundle, part: &Component, runtime: &Runtime, checks: &mut 
                 token_ids(PROMPT_TOKENS, bundle.config().and_then(|config| config.vocab_size).unwrap_or(16), None);
             let feeds = vec![("input_ids".to_string(), Tensor::from_i64(dtype, &[1, ids.len()], ids)?)];
             tract(bundle, part, &facts_of(&feeds)?, checks)?;
-            interpreter(part, &model, &mut session, &feeds, checks);
+            interpreter(part, &model, &mut session, &feeds, runtime, checks);
         }
         // Weights without layers: that they load is all there is to say of them alone.
         Role::Projector | Role::LmHead => {}
@@ -350,20 +347,18 @@ fn decoder_checks(
         }
     }
     let name = "interpreter";
-    if rounds_activations(model) {
-        checks.add(name, &part.file, CheckStatus::Unavailable, ROUNDED);
-        return Ok(());
-    }
-    match interpreter_steps(model, &mut decoder, &probe) {
+    let outcome = match in_f32(model) {
+        Some(exact) => runtime
+            .session_of(&exact, &EXACT)
+            .and_then(|session| Decoder::new(session, bundle.config().and_then(|config| config.head_size())))
+            .and_then(|mut decoder| interpreter_steps(model, &mut decoder, &probe)),
+        None => interpreter_steps(model, &mut decoder, &probe),
+    };
+    match outcome {
         Ok(difference) => {
             let what = if with_cache { "prefill and one cached step" } else { "prefill" };
-            checks.compared(
-                name,
-                &part.file,
-                difference,
-                tolerance_of(model),
-                format!("{what}, every output against ONNX Runtime"),
-            );
+            let detail = format!("{what}, {}", compared_with(model));
+            checks.compared(name, &part.file, difference, tolerance_of(model), detail);
         }
         Err(error) => checks.error(name, &part.file, &error),
     }
@@ -376,11 +371,18 @@ fn interpreter(
     model: &Model,
     session: &mut Session,
     feeds: &[(String, Tensor)],
+    runtime: &Runtime,
     checks: &mut Checks,
 ) {
-    match interpreter_once(model, session, feeds) {
+    let outcome = match in_f32(model) {
+        Some(exact) => {
+            runtime.session_of(&exact, &EXACT).and_then(|mut session| interpreter_once(model, &mut session, feeds))
+        }
+        None => interpreter_once(model, session, feeds),
+    };
+    match outcome {
         Ok(difference) => {
-            let detail = "every output against ONNX Runtime";
+            let detail = compared_with(model);
             checks.compared("interpreter", &part.file, difference, tolerance_of(model), detail);
         }
         Err(error) => checks.error("interpreter", &part.file, &error),
@@ -426,13 +428,37 @@ fn dynamic_quantiser(model: &Model) -> Option<&str> {
         .map(|node| node.op_type.as_str())
 }
 
-/// True when ONNX Runtime rounds the activations of 4-bit products to 8 bits, which the interpreter does not.
-fn rounds_activations(model: &Model) -> bool {
-    let rounds = |node: &ir::Node| {
-        let level = node.attribute("accuracy_level").and_then(ir::Attribute::as_int);
-        node.op_type == "MatMulNBits" && level == Some(INT8_ACCURACY_LEVEL)
-    };
-    find_node(&model.graph.body, &rounds).is_some()
+/// What the interpreter is compared with.
+fn compared_with(model: &Model) -> &'static str {
+    match find_node(&model.graph.body, &rounds_activations) {
+        Some(_) => "every output against ONNX Runtime, whose products with few bits were asked for in f32",
+        None => "every output against ONNX Runtime",
+    }
+}
+
+/// True when ONNX Runtime rounds the activations of a product, to 8 bits at level 4, which the interpreter does not.
+fn rounds_activations(node: &ir::Node) -> bool {
+    let level = node.attribute("accuracy_level").and_then(ir::Attribute::as_int);
+    node.op_type == "MatMulNBits" && level.is_some_and(|level| level > F32_ACCURACY_LEVEL)
+}
+
+/// The graph with such products in f32, if it has some.
+fn in_f32(model: &Model) -> Option<Model> {
+    find_node(&model.graph.body, &rounds_activations)?;
+    let mut exact = model.clone();
+    in_f32_body(&mut exact.graph.body);
+    Some(exact)
+}
+
+fn in_f32_body(body: &mut ir::Body) {
+    for node in &mut body.nodes {
+        if rounds_activations(node) {
+            for (_, level) in node.attributes.iter_mut().filter(|(name, _)| name == "accuracy_level") {
+                level.kind = ir::AttributeKind::Int(F32_ACCURACY_LEVEL);
+            }
+        }
+        node.bodies_mut().for_each(in_f32_body);
+    }
 }
 
 fn find_node<'a>(body: &'a ir::Body, test: &dyn Fn(&ir::Node) -> bool) -> Option<&'a ir::Node> {

@@ -16,6 +16,9 @@ use super::model::Backing;
 use super::tensor::{Tensor, data_type};
 use super::{ENGINE, library};
 
+/// `accuracy_level` of the `MatMulNBits` that ONNX Runtime fuses; 1 is f32.
+const QDQ_ACCURACY_KEY: &str = "session.qdq_matmulnbits_accuracy_level";
+
 /// ONNX Runtime on one device; makes sessions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Runtime {
@@ -38,6 +41,9 @@ pub struct SessionOptions {
     /// Threads inside one operator; `None` uses the pool of all cores that sessions share.
     pub threads: Option<usize>,
     pub optimisation: Optimisation,
+    /// Products with 4-bit weights that are unpacked by `DequantizeLinear` in f32; left to itself ONNX Runtime fuses the
+    /// two and rounds the other factor to 8 bits.
+    pub f32_products: bool,
 }
 
 /// An input or output of a graph.
@@ -114,6 +120,9 @@ impl Runtime {
         builder = builder.with_optimization_level(level).map_err(|e| failed(e.into()))?;
         // Lengths differ from call to call, so a plan of buffers per shape would only pile up.
         builder = builder.with_memory_pattern(false).map_err(|e| failed(e.into()))?;
+        if options.f32_products {
+            builder = builder.with_config_entry(QDQ_ACCURACY_KEY, "1").map_err(|e| failed(e.into()))?;
+        }
         if let Device::Cuda(index) = self.device {
             let index = i32::try_from(index).map_err(|_| no_cuda(self.device, "the index is too large"))?;
             let provider = ep::CUDA::default().with_device_id(index).build().error_on_failure();

@@ -4,7 +4,9 @@ use std::path::{Path, PathBuf};
 
 use interlace::base::{Cancel, Device};
 use interlace::eval::{CheckStatus, VerifyReport, verify, verify_on};
-use interlace::runtime::Runtime;
+use interlace::ir::{self, AttributeKind, DataType, Dim, Node, Value, ValueType};
+use interlace::onnx;
+use interlace::runtime::{Runtime, SessionOptions, Tensor};
 
 fn zoo(file: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/zoo").join(file)
@@ -65,7 +67,9 @@ fn what_cannot_be_checked_is_said_and_fails_nothing() {
     let fused = report(folder.path());
     assert!(fused.passed, "{:#?}", fused.checks);
     assert_eq!(status(&fused, "loads in tract", "model.onnx"), CheckStatus::Unavailable);
-    assert_eq!(status(&fused, "interpreter", "model.onnx"), CheckStatus::Unavailable);
+    let interpreter = fused.checks.iter().find(|check| check.name == "interpreter").expect("interpreter");
+    assert!(interpreter.status == CheckStatus::Passed && interpreter.tolerance == Some(1e-4), "{interpreter:?}");
+    assert!(interpreter.detail.contains("asked for in f32"), "{interpreter:?}");
     assert_eq!(status(&fused, "cached step equals longer prefill", "model.onnx"), CheckStatus::Passed);
     let tract = fused.checks.iter().find(|check| check.name == "loads in tract").expect("tract");
     assert!(tract.detail.contains("MRotaryEmbedding"), "{tract:?}");
@@ -125,4 +129,59 @@ fn any_graph_is_checked_on_given_inputs() {
     let error = verify_on(&folder, &graph, &runtime).expect_err("a folder").to_string();
     assert!(error.contains("several graphs"), "{error}");
     assert!(verify_on(&graph, &graph, &runtime).expect_err("no npz").to_string().contains("no .npz file"));
+}
+
+/// A product with a weight in 4 bits that `DequantizeLinear` unpacks.
+fn unpacked_product() -> ir::Model {
+    let mut model = ir::Model { ir_version: 10, ..Default::default() };
+    model.opset_imports.insert(String::new(), 21);
+    let graph = &mut model.graph;
+    graph.body.name = "product".into();
+    let ty = |sizes: [i64; 2]| {
+        Some(ValueType::Tensor { dtype: DataType::Float, shape: Some(sizes.map(Dim::Known).to_vec()) })
+    };
+    let mut value = |name: &str, ty| graph.add_value(Value { name: name.into(), ty, ..Default::default() });
+    let [x, y] = [value("x", ty([2, 64])), value("y", ty([2, 32]))];
+    let [packed, scales, weight] = ["packed", "scales", "weight"].map(|name| value(name, None));
+    let codes: Vec<u8> = (0..64 * 32 / 2u32).map(|index| (index * 89 % 251) as u8).collect();
+    let steps: Vec<f32> = (0..2 * 32u16).map(|index| 0.1 + 0.001 * f32::from(index)).collect();
+    graph.body.initializers.push((packed, ir::Tensor::from_bytes(DataType::Int4, &[64, 32], codes)));
+    graph.body.initializers.push((scales, ir::Tensor::from_f32(&[2, 32], &steps)));
+    let node = |op: &str, inputs: [ir::ValueId; 2], output| Node {
+        op_type: op.into(),
+        name: op.into(),
+        inputs: inputs.map(Some).to_vec(),
+        outputs: vec![Some(output)],
+        ..Default::default()
+    };
+    let mut unpack = node("DequantizeLinear", [packed, scales], weight);
+    unpack.attributes =
+        [("axis", 0), ("block_size", 32)].map(|(name, value)| (name.into(), AttributeKind::Int(value).into())).to_vec();
+    graph.body.nodes = vec![unpack, node("MatMul", [x, weight], y)];
+    graph.body.inputs = vec![x];
+    graph.body.outputs = vec![y];
+    model
+}
+
+#[test]
+fn products_with_unpacked_4_bit_weights_are_compared_in_f32() {
+    let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
+    let folder = tempfile::tempdir().expect("folder");
+    let [graph, inputs] = ["product.onnx", "inputs.npz"].map(|name| folder.path().join(name));
+    onnx::save(&unpacked_product(), &graph, &onnx::Storage::Inline).expect("save");
+    let x = tch::Tensor::arange(128, tch::kind::FLOAT_CPU).sin().reshape([2, 64]);
+    tch::Tensor::write_npz(&[("x", &x)], &inputs).expect("write");
+    let report = verify_on(&graph, &inputs, &runtime).expect("a report");
+    assert!(report.passed && report.checks[0].difference <= Some(1e-4), "{report:#?}");
+
+    // What the check would say if ONNX Runtime were left to itself.
+    let x = Tensor::from_f32(DataType::Float, &[2, 64], Vec::<f32>::try_from(x.flatten(0, -1)).expect("floats"));
+    let x = x.expect("tensor");
+    let product = |options: &SessionOptions| {
+        let mut session = runtime.session(&graph, options).expect("session");
+        session.run(&[("x", &x)], None).expect("run").take("y").expect("y").to_f32().expect("floats")
+    };
+    let exact = product(&SessionOptions { f32_products: true, ..SessionOptions::default() });
+    let left = product(&SessionOptions::default());
+    assert!(exact.iter().zip(&left).any(|(a, b)| (a - b).abs() > 1e-3), "{exact:?} {left:?}");
 }
