@@ -1,4 +1,5 @@
-//! Least squares before the first step: the last product of each trained layer is fitted to the dense model's stream.
+//! Least squares before the first step: the products of each trained layer whose results its output is a sum of, those of
+//! attention and MLP in most networks, are fitted to the dense model's stream.
 //!
 //! A layer's output is linear in its last weight: `y = r + h W`, with `h` what the product reads. The weight that
 //! brings `y` closest to the dense stream `t` has a closed form. Over all tokens, each weighted by `1 / |t|^2`, the
@@ -8,8 +9,11 @@
 //!
 //! (ridge regression; Hoerl and Kennard 1970). The sum is what the loss term `anchor` looks at behind the trained layer.
 //! The ridge is the one of [`RIDGES`] that, fitted on three quarters of the forward passes, leaves least on the rest; all
-//! of them decide the weight with it. The layers are fitted from the first to the last, each on the stream that the
-//! fitted ones before it give.
+//! of them decide the weight with it.
+//!
+//! What a product before the last gives is read by the rest of the layer too, in which it is not linear. It is fitted as if
+//! that stayed as it is, and set back where the layer then is farther from the dense stream than before. The layers are
+//! fitted from the first to the last, each on the stream that the fitted ones before it give.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -39,9 +43,9 @@ const HELD_OUT: usize = 4;
 pub struct LayerFit {
     /// The layer, as the pruned model counts.
     pub layer: usize,
-    /// The initializer that was fitted; none where the layer has no product to fit.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub weight: Option<String>,
+    /// The initializers that were fitted, in their order; none where the layer has no product to fit.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub weights: Vec<String>,
     /// Why there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
@@ -50,16 +54,16 @@ pub struct LayerFit {
     pub distance_before: Option<f64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub distance_after: Option<f64>,
-    /// The ridge that was chosen.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub ridge: Option<f64>,
+    /// The ridge that was chosen for each of them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ridges: Vec<f64>,
 }
 
-/// A trained layer and the product to fit in it, or why there is none.
+/// A trained layer and the products to fit in it, or why there are none.
 pub struct Target {
     /// Counted from the first trained layer.
     pub layer: usize,
-    pub product: Result<Product, String>,
+    pub products: Result<Vec<Product>, String>,
 }
 
 /// Sums over the tokens.
@@ -102,41 +106,74 @@ pub fn fit(
     let shares = workers::deal(dataset, order[..count].to_vec(), students.len()).into_iter();
     let pass = |(number, samples)| Pass { samples, held_out: number % HELD_OUT == HELD_OUT - 1, stream: None };
     let mut shares: Vec<Vec<Pass>> = shares.map(|share| share.into_iter().enumerate().map(pass).collect()).collect();
-    let fitted = targets.iter().filter(|target| target.product.is_ok()).count();
-    let progress = Progress::new("fit", "samples", (fitted * count) as u64);
+    let products = targets.iter().flat_map(|target| &target.products).map(Vec::len).sum::<usize>();
+    let progress = Progress::new("fit", "samples", (products * count) as u64);
     let mut results = Vec::with_capacity(targets.len());
     let mut reached = 0;
     for target in targets {
         let mut result = LayerFit {
             layer: first + target.layer,
-            weight: None,
-            problem: None,
+            weights: Vec::new(),
+            problem: target.products.as_ref().err().cloned(),
             distance_before: None,
             distance_after: None,
-            ridge: None,
+            ridges: Vec::new(),
         };
-        match &target.product {
-            Ok(product) => {
-                let sums = over(students, &mut shares, device, |student, pass| {
+        let mut last: Option<Fitted> = None;
+        for product in target.products.iter().flatten() {
+            let mut measured = || {
+                let from = std::mem::replace(&mut reached, target.layer);
+                over(students, &mut shares, device, |student, pass| {
                     cancel.check("nothing of the fit is kept")?;
-                    progress.advance(pass.samples.len() as u64);
-                    measure(student, dataset, pass, reached, target.layer, product, device)
-                })?;
-                let (ridge, sums, solved) = choose(sums)?;
-                let (name, mut weight) = students[0].weight_of(product.weight)?;
-                let change = if product.transposed { solved.change.tr() } else { solved.change.shallow_clone() };
-                let _ = weight.f_add_(&change).map_err(torch_error(format!("initializer `{name}`")))?;
-                result.weight = Some(name);
-                result.distance_before = Some(sums.distance / sums.tokens.max(1.0));
-                result.distance_after = Some(solved.distance / sums.tokens.max(1.0));
-                result.ridge = Some(ridge);
-                reached = target.layer;
+                    measure(student, dataset, pass, from, target.layer, product, device)
+                })
+            };
+            let mut parts = measured()?;
+            if let Some(last) = last.take_if(|last| parts.distance() > last.distance) {
+                last.undo()?;
+                result.weights.pop();
+                result.ridges.pop();
+                parts = measured()?;
             }
-            Err(problem) => result.problem = Some(problem.clone()),
+            progress.advance(count as u64);
+            let distance = parts.distance();
+            let (ridge, sums, solved) = choose(parts)?;
+            let (name, weight) = students[0].weight_of(product.weight)?;
+            let change = if product.transposed { solved.change.tr() } else { solved.change };
+            last = Some(Fitted::change(name.clone(), weight, &change, distance)?);
+            result.weights.push(name);
+            result.ridges.push(ridge);
+            result.distance_before.get_or_insert(sums.distance / sums.tokens.max(1.0));
+            result.distance_after = Some(solved.distance / sums.tokens.max(1.0));
         }
         results.push(result);
     }
     Ok(results)
+}
+
+/// A weight that was changed, and what it was.
+struct Fitted {
+    name: String,
+    weight: Tensor,
+    before: Tensor,
+    /// The distance to the dense stream before the change.
+    distance: f64,
+}
+
+impl Fitted {
+    fn change(name: String, mut weight: Tensor, change: &Tensor, distance: f64) -> Result<Self> {
+        let mut compute = || -> Result<Tensor, tch::TchError> {
+            let before = weight.f_detach()?.f_add_scalar(0.0)?;
+            let _ = weight.f_add_(change)?;
+            Ok(before)
+        };
+        let before = compute().map_err(torch_error(format!("initializer `{name}`")))?;
+        Ok(Fitted { name, weight, before, distance })
+    }
+
+    fn undo(mut self) -> Result<()> {
+        self.weight.f_copy_(&self.before).map_err(torch_error(format!("initializer `{}`", self.name)))
+    }
 }
 
 /// Sums over the passes that a weight is fitted on, and over those that are held out.
@@ -144,6 +181,12 @@ pub fn fit(
 struct Parts {
     fitted: Sums,
     held_out: Sums,
+}
+
+impl Parts {
+    fn distance(&self) -> f64 {
+        self.fitted.distance + self.held_out.distance
+    }
 }
 
 /// Runs `work` over every pass, a thread per student, and adds up what it gives, always in the same order.
@@ -303,6 +346,16 @@ mod tests {
         let still = solve(&sums, 1e9).unwrap();
         assert!(still.change.abs().max().double_value(&[]) < 1e-6);
         assert!((still.distance / sums.distance - 1.0).abs() < 1e-6);
+    }
+
+    #[test]
+    fn a_change_is_undone_to_the_bit() {
+        let weight = Tensor::from_slice(&[0.1f32, 1e-7, -3.0]);
+        let fitted =
+            Fitted::change("w".into(), weight.shallow_clone(), &Tensor::from_slice(&[1e3f32; 3]), 1.0).unwrap();
+        assert!(weight.get(0).double_value(&[]) > 1e3);
+        fitted.undo().unwrap();
+        assert!(weight.equal(&Tensor::from_slice(&[0.1f32, 1e-7, -3.0])));
     }
 
     /// One feature, by hand: `(a + ridge * a) d = b`.

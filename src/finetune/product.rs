@@ -1,4 +1,5 @@
-//! The last product of a layer: the weight that the layer's output is linear in.
+//! The products of a layer whose results are summed into its output: after the last of them the output is linear in its
+//! weight.
 
 use std::collections::HashSet;
 
@@ -14,16 +15,17 @@ pub struct Product {
     pub transposed: bool,
 }
 
-/// The product with one of the `trained` weights that reaches `output` through sums alone, the last of them where there
-/// are several; nothing before `input`, the stream that the layer reads, is looked at.
+/// The products with `trained` weights that reach `output` through sums alone, in the order in which they are computed:
+/// in most networks that of the attention and that of the MLP. The output is linear in the last one's weight, and nothing
+/// else reads what that one gives. Nothing before `input`, the stream that the layer reads, is looked at.
 ///
 /// Errors: what the output is made of instead, for a message.
-pub fn last_product(
+pub fn products_of(
     graph: &Graph,
     input: ValueId,
     output: ValueId,
     trained: &HashSet<ValueId>,
-) -> Result<Product, String> {
+) -> Result<Vec<Product>, String> {
     let index = GraphIndex::new(graph);
     let nodes = &graph.body.nodes;
     let mut products: Vec<(usize, Product, bool)> = Vec::new();
@@ -46,8 +48,9 @@ pub fn last_product(
             },
         }
     }
-    match products.into_iter().max_by_key(|(number, _, _)| *number) {
-        Some((_, product, true)) => Ok(product),
+    products.sort_by_key(|(number, _, _)| *number);
+    match products.last() {
+        Some((_, _, true)) => Ok(products.into_iter().map(|(_, product, _)| product).collect()),
         Some(_) => Err("its last product is read by more than the sum that its output is".to_string()),
         None if others.is_empty() => Err("its output is no sum with a product".to_string()),
         None => {
@@ -117,8 +120,8 @@ mod tests {
     }
 
     #[test]
-    fn the_products_of_a_layer_are_told_apart_by_their_place() {
-        // Attention's product reaches the output through sums too, but the second product reads what it gives.
+    fn the_products_of_a_layer_come_in_their_order() {
+        // What attention's product gives is read by the second product too, which must be trained with it.
         let (graph, id) = graph(&[
             ("a", "MatMul", &["x", "w0"]),
             ("r", "Add", &["x", "a"]),
@@ -128,9 +131,10 @@ mod tests {
             ("y", "Add", &["b", "r"]),
         ]);
         let find =
-            |trained: &[&str]| last_product(&graph, id("x"), id("y"), &trained.iter().map(|name| id(name)).collect());
-        let found = find(&["w0", "w1"]).unwrap();
-        assert_eq!((found.operand, found.weight, found.transposed), (id("h"), id("w1"), false));
+            |trained: &[&str]| products_of(&graph, id("x"), id("y"), &trained.iter().map(|name| id(name)).collect());
+        let product = |operand, weight| Product { operand: id(operand), weight: id(weight), transposed: false };
+        assert_eq!(find(&["w0", "w1"]), Ok(vec![product("x", "w0"), product("h", "w1")]));
+        assert_eq!(find(&["w1"]), Ok(vec![product("h", "w1")]));
         assert!(find(&["w0"]).unwrap_err().contains("read by more"), "{:?}", find(&["w0"]));
     }
 
@@ -138,7 +142,7 @@ mod tests {
     fn a_layer_that_ends_in_a_norm_has_none() {
         let (graph, id) =
             graph(&[("p", "MatMul", &["x", "w1"]), ("n", "RMSNormalization", &["p", "w2"]), ("y", "Add", &["x", "n"])]);
-        let problem = last_product(&graph, id("x"), id("y"), &[id("w1"), id("w2")].into()).unwrap_err();
+        let problem = products_of(&graph, id("x"), id("y"), &[id("w1"), id("w2")].into()).unwrap_err();
         assert!(problem.contains("RMSNormalization"), "{problem}");
     }
 
@@ -146,7 +150,7 @@ mod tests {
     fn a_weight_may_be_turned_on_the_way() {
         let (graph, id) =
             graph(&[("t", "Transpose", &["w1"]), ("p", "MatMul", &["x", "t"]), ("y", "Add", &["x", "p"])]);
-        let found = last_product(&graph, id("x"), id("y"), &[id("w1")].into()).unwrap();
-        assert_eq!((found.weight, found.transposed), (id("w1"), true));
+        let found = products_of(&graph, id("x"), id("y"), &[id("w1")].into()).unwrap();
+        assert_eq!(found, [Product { operand: id("x"), weight: id("w1"), transposed: true }]);
     }
 }

@@ -22,7 +22,7 @@ use super::fit::{LayerFit, Target, fit};
 use super::loss;
 use super::metrics::StepMetrics;
 use super::prefix::{LeftOut, Store};
-use super::product::last_product;
+use super::product::products_of;
 use super::search::{self, RateTrial, search};
 use super::settings::Settings;
 use super::source::Source;
@@ -264,7 +264,7 @@ impl Cut {
         Suffix::find(graph, &self.streams, self.analysis.map.result, &token_inputs(graph), &trained)
     }
 
-    /// The product to fit in each trained layer.
+    /// The products to fit in each trained layer.
     ///
     /// Errors: `Error::Unsupported` when nothing follows the fit and a layer has none.
     fn fits(&self, layers: &[usize], settings: &Settings) -> Result<Vec<Target>> {
@@ -276,12 +276,12 @@ impl Cut {
         let mut targets = Vec::with_capacity(layers.len());
         for layer in layers {
             let ends = &self.analysis.map.layers[layer];
-            let product = last_product(graph, ends.input, ends.output, &trained);
-            if let (Err(problem), false) = (&product, settings.trains()) {
+            let products = products_of(graph, ends.input, ends.output, &trained);
+            if let (Err(problem), false) = (&products, settings.trains()) {
                 return Err(Error::unsupported(format!("fitting layer {layer}"), problem.clone())
                     .remedy("take a recipe with steps after the fit, `best` for instance"));
             }
-            targets.push(Target { layer: layer - self.first, product });
+            targets.push(Target { layer: layer - self.first, products });
         }
         Ok(targets)
     }

@@ -77,7 +77,8 @@ pub struct Settings {
     pub lora_alpha: f64,
     /// Part of the drawn samples that is trained on.
     pub data_share: f64,
-    /// Before the first step, fits the last product of each trained layer to the dense model's stream by least squares.
+    /// Before the first step, fits the products that each trained layer's output is a sum of to the dense model's stream
+    /// by least squares.
     /// With no loss term the run ends there.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub fit: bool,

@@ -386,7 +386,7 @@ fn the_fit_brings_the_stream_to_where_it_says() {
     assert!((found - left).abs() < 1e-3 * left, "measured {found}, fitted {left}");
     assert!(found < 0.7 * before.first_loss.unwrap(), "{:?} to {found}", before.first_loss);
 
-    // The fit alone trains the two weights and nothing else, and comes out the same.
+    // The fit alone trains two weights of each layer and nothing else, and comes out the same.
     let alone = Settings { losses: BTreeMap::new(), ..fitting };
     let outcome = run(&alone, &[4, 5], work.path(), false, None).outcome.unwrap();
     assert_eq!((outcome.report.steps, outcome.report.first_loss), (0, None));
@@ -395,7 +395,8 @@ fn the_fit_brings_the_stream_to_where_it_says() {
     let folder = tempfile::tempdir().unwrap();
     let bundle = Bundle::open(&pruned(&dense, folder.path())).unwrap();
     let decoder = crate::onnx::load(&bundle.path_of(bundle.require(Role::Decoder).unwrap())).unwrap();
-    let names: Vec<String> = fitted.iter().filter_map(|fit| fit.weight.clone()).collect();
+    let names: Vec<String> = fitted.iter().flat_map(|fit| fit.weights.clone()).collect();
+    assert_eq!(names.len(), 4, "{names:?}");
     assert_eq!(changed(&decoder, &outcome.decoder), names);
 }
 
