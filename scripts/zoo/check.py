@@ -50,9 +50,16 @@ def state(name):
     return found and (int(found[2]), found[3] or found[1].removeprefix("updated_"))
 
 
-def empty(port):
-    """A cache without entries: every free size but the batch is zero."""
-    sizes = [int(size) if str(size).isdigit() else None for size in port.shape]
+def fixed(port):
+    """The sizes that a graph fixes, None for the free ones."""
+    return [int(size) if str(size).isdigit() else None for size in port.shape]
+
+
+def empty(port, like):
+    """A cache without entries: every free size but the batch is zero, or as in a cache that is known."""
+    sizes = fixed(port)
+    if like is not None and like.ndim == len(sizes) == 4:
+        sizes = [size if axis == 2 else size or like.shape[axis] for axis, size in enumerate(sizes)]
     return np.zeros([1 if axis == 0 else size or 0 for axis, size in enumerate(sizes)])
 
 
@@ -68,10 +75,11 @@ def feeds(session, data, prefix, past):
             value = data[f"{prefix}.position_ids"].reshape(-1)
         elif name.endswith("token_type_ids"):
             # Which tokens are of a picture: none here.
-            value = np.zeros_like(data[f"{prefix}.input_ids"])
+            value = np.zeros([size or own for size, own in zip(fixed(port), data[f"{prefix}.input_ids"].shape)])
         elif state(name):
             value = past.get(state(name))
-            value = empty(port) if value is None else value
+            like = data["exp.present.0.key"] if "exp.present.0.key" in data else None
+            value = empty(port, like) if value is None else value
         else:
             raise KeyError(f"no value for input {name}")
         if name == "position_ids" and len(port.shape) == 2 and value.ndim == 3:

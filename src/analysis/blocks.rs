@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use crate::base::{Error, Result};
-use crate::ir::{Body, Graph, GraphIndex, ValueId};
+use crate::ir::{Attribute, Body, Graph, GraphIndex, ValueId, ValueType};
 
 use super::kinds::{self, Mixing};
 use super::stream::{Chain, data_inputs};
@@ -95,6 +95,26 @@ fn carried_value(body: &Body, index: &GraphIndex, value: ValueId, from: ValueId)
     }
 }
 
+/// `from` itself where `carried` is a cast of it to a narrower type and back: the next layer rounds the stream for itself.
+fn unrounded(graph: &Graph, body: &Body, index: &GraphIndex, carried: ValueId, from: ValueId) -> ValueId {
+    let Some(own) = graph.value(from).ty.as_ref().and_then(ValueType::dtype) else { return carried };
+    let mut types = Vec::new();
+    let mut value = carried;
+    while value != from {
+        let Some((node, _)) = index.node_of(value) else { return carried };
+        let node = &body.nodes[node];
+        match (node.domain.as_str(), node.op_type.as_str()) {
+            ("", "Identity") => {}
+            ("", "Cast") => types.push(node.attribute("to").and_then(Attribute::as_int)),
+            _ => return carried,
+        }
+        let Some(inner) = node.inputs.first().copied().flatten() else { return carried };
+        value = inner;
+    }
+    let is_own = |to: &Option<i64>| *to == Some(own as i64);
+    if types.first().is_some_and(is_own) && !types.iter().all(is_own) { from } else { carried }
+}
+
 /// True when the carrying addend is itself a sum with a computed addend: `(x + f(x)) + bias`.
 fn inner_branch(
     body: &Body,
@@ -134,6 +154,7 @@ pub fn group(graph: &Graph, body: &Body, chain: &Chain) -> Result<Vec<LayerBlock
             )
             .remedy("interlace works on decoder-only models and on encoders"));
         }
+        let carried = unrounded(graph, body, &index, carried, chain.values[position]);
         let block = Block { position, end: end_of(body, &index, chain, position), carried, mixing };
         match (block.mixing.is_mixer(), layers.last_mut()) {
             (true, _) => {

@@ -31,7 +31,7 @@ pub struct Layer {
     pub index: usize,
     /// The stream before the layer, h_i.
     pub input: ValueId,
-    /// The value of the same type that takes `output`'s place when the layer goes: `input` or a cast of it.
+    /// The value of the same type that takes `output`'s place when the layer goes: `input` or a cast of it to that type.
     pub carried: ValueId,
     /// The stream behind the layer.
     pub output: ValueId,

@@ -276,6 +276,7 @@ fn singles() -> Vec<Single> {
     all.extend(quantised_experts());
     all.extend(projections());
     all.extend(samples());
+    all.extend(integer_convolutions());
     all
 }
 
@@ -373,6 +374,27 @@ fn samples() -> Vec<Single> {
     let volume = single("GridSample", vec![normal(&[1, 2, 3, 4, 5]), normal(&[1, 2, 3, 4, 3])], 1);
     all.push(volume.standard().text("padding_mode", "border"));
     all
+}
+
+/// Convolutions of bytes, with and without zero points; padding stands for the zero point.
+fn integer_convolutions() -> Vec<Single> {
+    let bytes = |shape: &[i64]| Some(Tensor::randint(256, shape, (Kind::Uint8, tch::Device::Cpu)));
+    let zero = |value: u8| Some(Tensor::from_slice(&[value]).reshape([0i64; 0]));
+    let of = |inputs| {
+        let mut case = single("ConvInteger", inputs, 1).standard();
+        case.dtype = DataType::Int32;
+        case
+    };
+    let picture = || vec![bytes(&[2, 4, 6, 5]), bytes(&[6, 4, 3, 2])];
+    let with = |zeros: Vec<Option<Tensor>>| picture().into_iter().chain(zeros).collect();
+    vec![
+        of(picture()),
+        of(with(vec![zero(131)])).ints("pads", &[1, 1, 1, 1]),
+        of(with(vec![zero(131), zero(7)])).ints("pads", &[2, 0, 1, 1]).ints("strides", &[2, 1]),
+        of(with(vec![None, zero(128)])).text("auto_pad", "SAME_UPPER").ints("strides", &[1, 2]),
+        of(with(vec![zero(3), zero(250)])).ints("dilations", &[2, 1]),
+        of(vec![bytes(&[1, 4, 7]), bytes(&[4, 2, 3]), zero(9), zero(120)]).int("group", 2),
+    ]
 }
 
 #[test]

@@ -9,6 +9,7 @@ use super::linear::lowered;
 
 pub(super) const ROWS: &[Row] = &[
     Row::new("", "Conv", 1, |b| convolution(b, false)).grad(),
+    Row::new("", "ConvInteger", 10, convolution_of_integers),
     Row::new("", "ConvTranspose", 1, |b| convolution(b, true)).grad(),
 ];
 
@@ -114,38 +115,66 @@ fn convolution(b: &mut Build, transposed: bool) -> OpResult<Kernel> {
     one(move |args| {
         let (x, weight) = (lowered(args.get(0)?, cast)?, lowered(args.get(1)?, cast)?);
         let bias = args.opt(2).map(|bias| lowered(bias, cast)).transpose()?;
-        let (size, kernel) = (x.size(), weight.size());
-        if size.len() < 3 || size.len() != kernel.len() {
-            return Err(OpError::new(format!("input {size:?} and weight {kernel:?} do not convolve")));
-        }
-        let (size, kernel) = (&size[2..], &kernel[2..]);
-        let axes = size.len();
-        if window.kernel.as_ref().is_some_and(|declared| declared != kernel) {
-            return Err(OpError::new(format!("kernel_shape differs from the weight's {kernel:?}")));
-        }
-        let strides = Window::spread(&window.strides, axes, 1)?;
-        let dilations = Window::spread(&window.dilations, axes, 1)?;
-        let (before, after) = window.pads(size, kernel, &strides, &dilations)?;
-        let extra = Window::spread(&output_padding, axes, 0)?;
-        if before == after {
-            return Ok(x.f_convolution(
-                &weight,
-                bias.as_ref(),
-                &strides,
-                &before,
-                &dilations,
-                transposed,
-                &extra,
-                group,
-            )?);
-        }
-        if transposed {
-            return Err(OpError::new("uneven pads are not supported for the transposed form"));
-        }
-        let padded = x.f_constant_pad_nd(pad_list(&before, &after))?;
-        let none = vec![0i64; axes];
-        Ok(padded.f_convolution(&weight, bias.as_ref(), &strides, &none, &dilations, false, &none, group)?)
+        convolve(&x, &weight, bias.as_ref(), &window, transposed, &output_padding, group)
     })
+}
+
+/// Shapes: x `[N, C, ..]`, weight `[M, C / group, ..]`, zero point of x one, of the weight one or `[M]` -> `[N, M, ..]`.
+///
+/// Padding stands for x's zero point.
+fn convolution_of_integers(b: &mut Build) -> OpResult<Kernel> {
+    let window = Window::read(b, true)?;
+    let group = b.attributes.int("group", 1)?;
+    one(move |args| {
+        let (x, weight) = (args.get(0)?, args.get(1)?);
+        let one_for_all = |zero: &Tensor| zero.f_reshape([0i64; 0]);
+        let x = centred(x, args.opt(2).map(one_for_all).transpose()?.as_ref())?;
+        let per_kernel = |zero: &Tensor| {
+            if zero.numel() == 1 {
+                return one_for_all(zero);
+            }
+            let mut shape = vec![1i64; weight.dim()];
+            if let Some(first) = shape.first_mut() {
+                *first = zero.numel() as i64;
+            }
+            zero.f_reshape(&shape)
+        };
+        let weight = centred(weight, args.opt(3).map(per_kernel).transpose()?.as_ref())?;
+        Ok(convolve(&x, &weight, None, &window, false, &None, group)?.f_to_kind(Kind::Int)?)
+    })
+}
+
+fn convolve(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    window: &Window,
+    transposed: bool,
+    output_padding: &Option<Vec<i64>>,
+    group: i64,
+) -> OpResult<Tensor> {
+    let (size, kernel) = (x.size(), weight.size());
+    if size.len() < 3 || size.len() != kernel.len() {
+        return Err(OpError::new(format!("input {size:?} and weight {kernel:?} do not convolve")));
+    }
+    let (size, kernel) = (&size[2..], &kernel[2..]);
+    let axes = size.len();
+    if window.kernel.as_ref().is_some_and(|declared| declared != kernel) {
+        return Err(OpError::new(format!("kernel_shape differs from the weight's {kernel:?}")));
+    }
+    let strides = Window::spread(&window.strides, axes, 1)?;
+    let dilations = Window::spread(&window.dilations, axes, 1)?;
+    let (before, after) = window.pads(size, kernel, &strides, &dilations)?;
+    let extra = Window::spread(output_padding, axes, 0)?;
+    if before == after {
+        return Ok(x.f_convolution(weight, bias, &strides, &before, &dilations, transposed, &extra, group)?);
+    }
+    if transposed {
+        return Err(OpError::new("uneven pads are not supported for the transposed form"));
+    }
+    let padded = x.f_constant_pad_nd(pad_list(&before, &after))?;
+    let none = vec![0i64; axes];
+    Ok(padded.f_convolution(weight, bias, &strides, &none, &dilations, false, &none, group)?)
 }
 
 /// The kind that matrix products of integers run in: exact up to 2^53 and fast everywhere.
