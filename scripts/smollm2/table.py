@@ -13,23 +13,23 @@ def main():
     read = lambda path: json.loads(path.read_text())
     perplexity = lambda name: read(runs / f"eval-{name}.json")["model"]["perplexity"]
     dense = perplexity("dense")
-    print("| strategy | layers dropped | perplexity, dropped | recipe | learning rate | perplexity, healed | kept % |")
-    print("|---|---|---:|---|---:|---:|---:|")
-    print(f"| dense | none | {dense:.1f} | - | - | - | 100.0 |")
+    print("| strategy | layers dropped | perplexity, dropped | recipe | learning rate | batch | passes | perplexity, healed | kept % |")
+    print("|---|---|---:|---|---:|---:|---:|---:|---:|")
+    print(f"| dense | none | {dense:.1f} | - | - | - | - | - | 100.0 |")
     strategies = [path.stem.removeprefix("plan-") for path in runs.glob("plan-*.json")]
     for strategy in sorted(strategies, key=perplexity):
         layers = " ".join(map(str, read(runs / f"plan-{strategy}.json")["drop"]))
         dropped = perplexity(strategy)
-        # `healed-STRATEGY-RECIPE-RATE`; the name of a strategy may begin with another's.
-        pattern = re.compile(rf"eval-(healed-{strategy}-([a-z]+)-(\d.*|none))\.json")
+        # `healed-STRATEGY-RECIPE-RATE-bBATCH-pPASSES`; the name of a strategy may begin with another's.
+        pattern = re.compile(rf"eval-(healed-{strategy}-([a-z]+)-(\d.*|none)-b(\d+)-p(\d+))\.json")
         healed = [found.groups() for path in runs.iterdir() if (found := pattern.fullmatch(path.name))]
-        rows = [(recipe, rate, perplexity(name)) for name, recipe, rate in healed]
-        for recipe, rate, value in sorted(rows, key=lambda row: -row[2]) or [(None, "-", None)]:
+        rows = [(perplexity(name), f"`{recipe}`", *how) for name, recipe, *how in healed]
+        for value, *cells in sorted(rows, reverse=True) or [(None, "-", "-", "-", "-")]:
+            if "none" in cells:
+                cells[1:] = "-", "-", "-"
             after = "-" if value is None else f"{value:.1f}"
             kept = 100 * dense / (value or dropped)
-            name = f"`{recipe}`" if recipe else "-"
-            rate = rate.replace("none", "-")
-            print(f"| `{strategy}` | {layers} | {dropped:.1f} | {name} | {rate} | {after} | {kept:.1f} |")
+            print(f"| `{strategy}` | {layers} | {dropped:.1f} | {' | '.join(cells)} | {after} | {kept:.1f} |")
 
 
 if __name__ == "__main__":
