@@ -8,7 +8,7 @@ use crate::ir::{Body, Graph, GraphIndex, Node, ValueId, captured};
 const POSITION_WISE: &[&str] = &["Cast", "Identity", "Add", "Sub", "Mul", "Div", "Tanh", "Clip"];
 
 /// Products of the stream with a constant matrix; the stream is input 0.
-const PRODUCTS: &[&str] = &["MatMul", "MatMulNBits", "MatMulInteger", "FusedMatMul"];
+const PRODUCTS: &[&str] = &["MatMul", "MatMulNBits", "MatMulBnb4", "MatMulInteger", "FusedMatMul"];
 
 /// The value behind which the logits come from a product with a constant and position-wise operators alone, so that it
 /// need only be run at the positions that are asked for; the logits themselves where the head is no such product.

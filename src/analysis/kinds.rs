@@ -62,7 +62,7 @@ const CONVOLUTIONS: &[&str] =
     &["Conv", "ConvTranspose", "ConvInteger", "QLinearConv", "FusedConv", "NhwcFusedConv", "CausalConvWithState"];
 /// Operators that carry a state from step to step.
 const RECURRENCES: &[&str] = &["LinearAttention", "Scan", "Loop"];
-const PRODUCTS: &[&str] = &["MatMul", "Einsum", "FusedMatMul", "Gemm", "MatMulInteger", "MatMulNBits"];
+const PRODUCTS: &[&str] = &["MatMul", "Einsum", "FusedMatMul", "Gemm", "MatMulInteger", "MatMulNBits", "MatMulBnb4"];
 
 /// True for operators that hold a whole attention.
 pub fn is_attention(node: &Node) -> bool {

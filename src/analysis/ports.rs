@@ -185,6 +185,10 @@ fn is_product(node: &Node) -> bool {
         "FusedMatMul",
         "MatMulInteger",
         "MatMulNBits",
+        "MatMulBnb4",
+        "QLinearMatMul",
+        // Its scale is made of the whole tensor.
+        "DynamicQuantizeLinear",
         "DynamicQuantizeMatMul",
         "MatMulIntegerToFloat",
     ]

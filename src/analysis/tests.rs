@@ -143,3 +143,26 @@ fn states_of_one_layer_are_told_apart() {
         assert_eq!(past, [format!("past.{}.recurrent", layer.index), format!("past.{}.conv", layer.index)]);
     }
 }
+
+/// Quantisers put other operators in place of the products; caches are told from what their entries are made of all the
+/// same.
+#[test]
+fn products_in_few_bits_are_products() {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model/onnx/decoder_model_merged.onnx");
+    let mut model = crate::onnx::load(&path).unwrap();
+    let ports = |model: &crate::ir::Model| -> Vec<String> {
+        let analysis = crate::analysis::analyse(model).unwrap();
+        analysis.map.layers.iter().map(|layer| format!("{:?} {:?}", layer.kind, layer.ports)).collect()
+    };
+    let plain = ports(&model);
+    assert_eq!(plain.len(), 16);
+    let weights: Vec<_> = model.graph.body.initializers.iter().map(|(id, _)| *id).collect();
+    for op_type in ["MatMulNBits", "MatMulBnb4"] {
+        for node in &mut model.graph.body.nodes {
+            if node.op_type.starts_with("MatMul") && node.inputs[1].is_some_and(|id| weights.contains(&id)) {
+                (node.domain, node.op_type) = ("com.microsoft".into(), op_type.into());
+            }
+        }
+        assert_eq!(ports(&model), plain, "{op_type}");
+    }
+}
