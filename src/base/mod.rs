@@ -17,7 +17,7 @@ pub use device::Device;
 pub use error::{Error, Result};
 pub use files::{AtomicFile, MappedFile, StagedDir, contained_path, copy_range};
 pub use hash::{Sha256Digest, sha256_bytes, sha256_file, sha256_json, sha256_large_file};
-pub use memory::{KeptBlocks, peak_memory_bytes};
+pub use memory::peak_memory_bytes;
 pub use progress::{Progress, set_quiet};
 pub use text::{human_bytes, human_count, list_preview};
 pub use threads::thread_count;

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use tch::{Device, Tensor};
 
-use crate::base::{Cancel, Error, KeptBlocks, Progress, Result, Sha256Digest, list_preview, peak_memory_bytes};
+use crate::base::{Cancel, Error, Progress, Result, Sha256Digest, list_preview, peak_memory_bytes};
 
 use super::adapters::Adapters;
 use super::batch::TrainingSet;
@@ -127,7 +127,6 @@ impl<'a> Trainer<'a> {
         let progress = Progress::new("finetune", "steps", total);
         progress.set_position(first);
         let mut order: Option<(u64, Vec<Step>)> = None;
-        let mut blocks = KeptBlocks::new();
         for done in first..total {
             if cancel.requested() {
                 let kept = self.save(&checkpoints, done, total, &totals)?;
@@ -144,7 +143,6 @@ impl<'a> Trainer<'a> {
             let learning_rate = settings.learning_rate * settings.schedule.factor(done, warmup, total);
             let Some((_, stage)) = stages.iter().find(|(end, _)| done < *end) else { break };
             let mut result = self.step(done + 1, step, stage, &optimizer, learning_rate)?;
-            blocks.after_step();
             let seconds = began.elapsed().as_secs_f64();
             totals.tokens += result.tokens;
             totals.answer_tokens += result.metrics.answer_tokens;
