@@ -120,7 +120,7 @@ fn outputs_differ(
 
 /// Largest difference between the interpreter and ONNX Runtime over all outputs of one run.
 pub fn interpreter_once(model: &Model, session: &mut Session, feeds: &[(String, Tensor)]) -> Result<f64> {
-    let feeds: Vec<(&str, &Tensor)> = feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    let feeds = borrowed(feeds);
     let program = torch::Program::compile(model, &torch::Options::default())?;
     let mine = interpret(&program, &feeds)?;
     let mut difference = 0.0;
@@ -129,6 +129,44 @@ pub fn interpreter_once(model: &Model, session: &mut Session, feeds: &[(String, 
         difference = worse(difference, tensors_differ(mine, &theirs.to_ir()?));
     }
     Ok(difference)
+}
+
+/// How far results lie from those computed in f32.
+pub struct Rounding {
+    pub difference: f64,
+    /// The largest of the values in f32.
+    pub largest: f64,
+}
+
+/// The logits of one prefill, as the graph is and in f32.
+pub fn rounding_step(decoder: &mut Decoder, reference: &mut Decoder, probe: &Probe) -> Result<Rounding> {
+    let (mine, _) = decoder.step(&probe.step(0, PROMPT_TOKENS).borrowed(), None)?;
+    let (exact, _) = reference.step(&probe.step(0, PROMPT_TOKENS).borrowed(), None)?;
+    rounding([(&mine, &exact)])
+}
+
+/// All floating-point outputs of one run, as the graph is and in f32.
+pub fn rounding_once(
+    (session, feeds): (&mut Session, &[(String, Tensor)]),
+    (reference, wide): (&mut Session, &[(String, Tensor)]),
+) -> Result<Rounding> {
+    let (mine, exact) = (session.run(&borrowed(feeds), None)?, reference.run(&borrowed(wide), None)?);
+    let pairs = mine.iter().zip(exact.iter()).map(|((_, mine), (_, exact))| (mine, exact));
+    rounding(pairs.filter(|(mine, _)| mine.dtype().is_ok_and(DataType::is_float)))
+}
+
+fn borrowed(feeds: &[(String, Tensor)]) -> Vec<(&str, &Tensor)> {
+    feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect()
+}
+
+fn rounding<'a>(pairs: impl IntoIterator<Item = (&'a Tensor, &'a Tensor)>) -> Result<Rounding> {
+    let mut found = Rounding { difference: 0.0, largest: 0.0 };
+    for (mine, exact) in pairs {
+        let exact = exact.to_ir()?;
+        found.difference = worse(found.difference, tensors_differ(&mine.to_ir()?, &exact));
+        found.largest = exact.to_f64s().unwrap_or_default().iter().fold(found.largest, |most, x| most.max(x.abs()));
+    }
+    Ok(found)
 }
 
 /// All outputs of the interpreter by name.

@@ -2,6 +2,7 @@
 
 mod agreement;
 mod bench;
+mod exact;
 mod metrics;
 mod perplexity;
 mod probe;

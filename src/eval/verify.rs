@@ -11,30 +11,25 @@ use crate::base::{Cancel, Error, Progress, Provenance, Result, sha256_large_file
 use crate::bundle::{Bundle, Component, Role};
 use crate::ir::{self, DataType, Model};
 use crate::runtime::{
-    Decoder, FeatureCache, InputFact, Optimisation, Runtime, Session, SessionOptions, Tensor, TractOutcome, VlmSession,
-    VlmSettings, tract_check,
+    Decoder, FeatureCache, InputFact, Runtime, Session, SessionOptions, Tensor, TractOutcome, VlmSession, VlmSettings,
+    tract_check,
 };
 use crate::{analysis, onnx, torch};
 
-use super::agreement::{PROMPT_TOKENS, Probe, cached_step, interpreter_once, interpreter_steps};
+use super::agreement::{
+    PROMPT_TOKENS, Probe, Rounding, cached_step, interpreter_once, interpreter_steps, rounding_once, rounding_step,
+};
+use super::exact::{EXACT, find_node, in_f32, in_types_of, unit_roundoff};
 use super::probe::{embeddings, noise_embeddings, picture_prompt, pixel_feeds, token_ids};
 use super::run::LoadedModel;
 
-/// Largest difference of two f32 computations of the same values.
-const TOLERANCE_F32: f64 = 1e-4;
-/// Largest difference where weights or activations have 16 bits.
-const TOLERANCE_16_BITS: f64 = 5e-3;
+/// Largest difference of two f32 computations of the same values. Graphs of 16-bit floats are compared in f32 too.
+const TOLERANCE: f64 = 1e-4;
 /// Largest component that tract is given: it holds all weights in memory.
 const TRACT_LIMIT_BYTES: u64 = 2 << 30;
 /// Operators that quantise activations over a whole run, so that a cached step cannot equal a longer prefill.
 const DYNAMIC_QUANTISERS: &[&str] =
     &["DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "DynamicQuantizeLSTM"];
-
-/// `accuracy_level` of `MatMulNBits` for products in f32, as the interpreter makes them; 0, the default, is that too.
-const F32_ACCURACY_LEVEL: i64 = 1;
-
-/// Sessions that are compared with the interpreter do not round activations where the graph leaves it open.
-const EXACT: SessionOptions = SessionOptions { threads: None, optimisation: Optimisation::All, f32_products: true };
 
 /// What `verify` prints as JSON.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -105,6 +100,23 @@ impl Checks {
             _ => CheckStatus::Failed,
         };
         self.add(name, subject, status, error.to_string());
+    }
+
+    /// What 16-bit floats cost in ONNX Runtime. Each operator rounds its result by at most `unit` of it, and n independent
+    /// errors add up to about the square root of n of one (Higham & Mary 2019, doi:10.1137/18M1226312).
+    fn rounded(&mut self, part: &Component, model: &Model, unit: f64, found: Result<Rounding>) {
+        let name = "rounding to 16 bits";
+        match found {
+            Ok(Rounding { difference, largest }) => {
+                let nodes = model.graph.body.nodes.len();
+                let bound = unit * (nodes as f64).sqrt() * largest;
+                let detail = format!(
+                    "ONNX Runtime on the file as it is against f32; {nodes} operators, values up to {largest:.2}"
+                );
+                self.compared(name, &part.file, difference, bound, detail);
+            }
+            Err(error) => self.error(name, &part.file, &error),
+        }
     }
 
     fn equal<T: PartialEq + std::fmt::Display>(&mut self, subject: &str, config: Option<T>, graph: Option<T>) {
@@ -331,6 +343,16 @@ fn decoder_checks(
     }
     tract(bundle, part, &facts, checks)?;
 
+    let exact = in_f32(model);
+    let mut reference = None;
+    if let Some(exact) = &exact {
+        let head_dim = bundle.config().and_then(|config| config.head_size());
+        reference = Some(Decoder::new(runtime.session_of(exact, &EXACT)?, head_dim)?);
+    }
+    if let (Some(unit), Some(reference)) = (unit_roundoff(model), &mut reference) {
+        checks.rounded(part, model, unit, rounding_step(&mut decoder, reference, &probe));
+    }
+    let decoder = reference.as_mut().unwrap_or(&mut decoder);
     let name = "cached step equals longer prefill";
     if !with_cache {
         checks.add(name, &part.file, CheckStatus::Unavailable, "the graph has no cache inputs");
@@ -338,34 +360,27 @@ fn decoder_checks(
         let why = format!("`{operator}` quantises activations over the whole run, so the two differ by design");
         checks.add(name, &part.file, CheckStatus::Unavailable, why);
     } else {
-        match cached_step(&mut decoder, &probe) {
+        match cached_step(decoder, &probe) {
             Ok(difference) => {
                 let detail = format!("logits of token {PROMPT_TOKENS}, decoded with a cache and in one prefill");
-                checks.compared(name, &part.file, difference, tolerance_of(model), detail);
+                checks.compared(name, &part.file, difference, TOLERANCE, detail);
             }
             Err(error) => checks.error(name, &part.file, &error),
         }
     }
     let name = "interpreter";
-    let outcome = match in_f32(model) {
-        Some(exact) => runtime
-            .session_of(&exact, &EXACT)
-            .and_then(|session| Decoder::new(session, bundle.config().and_then(|config| config.head_size())))
-            .and_then(|mut decoder| interpreter_steps(model, &mut decoder, &probe)),
-        None => interpreter_steps(model, &mut decoder, &probe),
-    };
-    match outcome {
+    match interpreter_steps(model, decoder, &probe) {
         Ok(difference) => {
             let what = if with_cache { "prefill and one cached step" } else { "prefill" };
-            let detail = format!("{what}, {}", compared_with(model));
-            checks.compared(name, &part.file, difference, tolerance_of(model), detail);
+            let detail = format!("{what}, {}", compared_with(exact.is_some()));
+            checks.compared(name, &part.file, difference, TOLERANCE, detail);
         }
         Err(error) => checks.error(name, &part.file, &error),
     }
     Ok(())
 }
 
-/// The interpreter check of a graph that one run exercises.
+/// The interpreter check of a graph that one run exercises, and what 16-bit floats cost there.
 fn interpreter(
     part: &Component,
     model: &Model,
@@ -374,18 +389,31 @@ fn interpreter(
     runtime: &Runtime,
     checks: &mut Checks,
 ) {
-    let outcome = match in_f32(model) {
-        Some(exact) => {
-            runtime.session_of(&exact, &EXACT).and_then(|mut session| interpreter_once(model, &mut session, feeds))
-        }
+    let exact = in_f32(model);
+    let outcome = match &exact {
         None => interpreter_once(model, session, feeds),
+        Some(exact) => runtime.session_of(exact, &EXACT).and_then(|mut reference| {
+            let wide = in_types_of(&reference, feeds)?;
+            if let Some(unit) = unit_roundoff(model) {
+                checks.rounded(part, model, unit, rounding_once((session, feeds), (&mut reference, &wide)));
+            }
+            interpreter_once(model, &mut reference, &wide)
+        }),
     };
     match outcome {
         Ok(difference) => {
-            let detail = compared_with(model);
-            checks.compared("interpreter", &part.file, difference, tolerance_of(model), detail);
+            checks.compared("interpreter", &part.file, difference, TOLERANCE, compared_with(exact.is_some()))
         }
         Err(error) => checks.error("interpreter", &part.file, &error),
+    }
+}
+
+/// What the interpreter is compared with.
+fn compared_with(in_f32: bool) -> &'static str {
+    if in_f32 {
+        "every output against ONNX Runtime, which was asked to compute in f32"
+    } else {
+        "every output against ONNX Runtime"
     }
 }
 
@@ -426,52 +454,4 @@ fn tract(bundle: &Bundle, part: &Component, facts: &[InputFact], checks: &mut Ch
 fn dynamic_quantiser(model: &Model) -> Option<&str> {
     find_node(&model.graph.body, &|node| DYNAMIC_QUANTISERS.contains(&node.op_type.as_str()))
         .map(|node| node.op_type.as_str())
-}
-
-/// What the interpreter is compared with.
-fn compared_with(model: &Model) -> &'static str {
-    match find_node(&model.graph.body, &rounds_activations) {
-        Some(_) => "every output against ONNX Runtime, whose products with few bits were asked for in f32",
-        None => "every output against ONNX Runtime",
-    }
-}
-
-/// True when ONNX Runtime rounds the activations of a product, to 8 bits at level 4, which the interpreter does not.
-fn rounds_activations(node: &ir::Node) -> bool {
-    let level = node.attribute("accuracy_level").and_then(ir::Attribute::as_int);
-    node.op_type == "MatMulNBits" && level.is_some_and(|level| level > F32_ACCURACY_LEVEL)
-}
-
-/// The graph with such products in f32, if it has some.
-fn in_f32(model: &Model) -> Option<Model> {
-    find_node(&model.graph.body, &rounds_activations)?;
-    let mut exact = model.clone();
-    in_f32_body(&mut exact.graph.body);
-    Some(exact)
-}
-
-fn in_f32_body(body: &mut ir::Body) {
-    for node in &mut body.nodes {
-        if rounds_activations(node) {
-            for (_, level) in node.attributes.iter_mut().filter(|(name, _)| name == "accuracy_level") {
-                level.kind = ir::AttributeKind::Int(F32_ACCURACY_LEVEL);
-            }
-        }
-        node.bodies_mut().for_each(in_f32_body);
-    }
-}
-
-fn find_node<'a>(body: &'a ir::Body, test: &dyn Fn(&ir::Node) -> bool) -> Option<&'a ir::Node> {
-    body.nodes.iter().find_map(|node| {
-        if test(node) {
-            return Some(node);
-        }
-        node.bodies().find_map(|inner| find_node(inner, test))
-    })
-}
-
-fn tolerance_of(model: &Model) -> f64 {
-    let narrow = |dtype: DataType| matches!(dtype, DataType::Float16 | DataType::Bfloat16);
-    let narrow = model.graph.body.initializers.iter().any(|(_, tensor)| narrow(tensor.dtype) && tensor.dims.len() > 1);
-    if narrow { TOLERANCE_16_BITS } else { TOLERANCE_F32 }
 }

@@ -11,6 +11,7 @@ mod merged;
 mod renumber;
 mod tap;
 mod tidy;
+mod widen;
 
 pub use build::ADDED_PREFIX;
 pub use bypass::{
@@ -22,6 +23,7 @@ pub use drop_layers::{LAYERS_KEY, drop_layers, original_layers};
 pub use fuse_attention::FUSED_ATTENTION;
 pub use fuse_kernels::{FUSED_SILU, Fused, INTERNAL_DOMAIN, fuse_kernels};
 pub use tap::{SIMILARITY_PREFIX, tap_similarities};
+pub use widen::widened;
 
 #[cfg(test)]
 mod tests;

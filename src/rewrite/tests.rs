@@ -3,7 +3,7 @@ use std::path::Path;
 
 use super::*;
 use crate::analysis::analyse;
-use crate::ir::{Graph, Model, Node, Tensor, Value, ValueId};
+use crate::ir::{Attribute, DataType, Graph, Model, Node, Tensor, Value, ValueId, ValueType};
 use crate::onnx;
 
 fn zoo(name: &str) -> Model {
@@ -166,4 +166,30 @@ fn a_bias_that_the_next_norm_adds_goes_with_its_layer() {
         let biases = graph.body.nodes.iter().filter(|node| node.op_type.starts_with("Skip"));
         assert!(biases.into_iter().all(|node| node.inputs.len() == 5), "{drop:?}");
     }
+}
+
+/// Half precision in weights, constants and casts becomes f32, and the weights' bytes stay.
+#[test]
+fn sixteen_bit_floats_become_f32() {
+    let model = zoo("post/qwen3_vl-ts17__fp16.onnx");
+    let wide = widened(&model).expect("half precision");
+    crate::ir::check(&wide).expect("sound");
+    let narrow = |dtype: DataType| matches!(dtype, DataType::Float16 | DataType::Bfloat16);
+    let stored: Vec<_> = wide.graph.body.initializers.iter().filter(|(_, tensor)| narrow(tensor.dtype)).collect();
+    assert!(stored.len() > 50, "{}", stored.len());
+    for (id, _) in &stored {
+        let readers: Vec<_> =
+            wide.graph.body.nodes.iter().filter(|node| node.present_inputs().any(|input| input == *id)).collect();
+        assert!(matches!(&readers[..], [cast] if cast.op_type == "Cast"), "{}", wide.graph.name(*id));
+    }
+    assert!(
+        wide.graph.values.iter().all(|value| value.ty.as_ref().and_then(ValueType::dtype).is_none_or(|ty| !narrow(ty)))
+    );
+    let casts = wide.graph.body.nodes.iter().filter(|node| node.op_type == "Cast");
+    let to = |node: &Node| node.attribute("to").and_then(Attribute::as_int);
+    assert!(casts.clone().all(|node| to(node) != Some(DataType::Float16 as i64)));
+    let bytes =
+        |model: &Model| model.graph.body.initializers.iter().map(|(_, t)| t.bytes().to_vec()).collect::<Vec<_>>();
+    assert_eq!(bytes(&wide), bytes(&model));
+    assert!(widened(&zoo("post/llama-ts17__noname.onnx")).is_none());
 }

@@ -9,7 +9,7 @@ use crate::ir::{Attribute, AttributeKind, Body, Function, Graph, Model, Node, Va
 
 use super::attributes::Attributes;
 use super::block::Block;
-use super::convert::tensor_from_ir;
+use super::convert::constant_from_ir;
 use super::kernel::{Build, Kernel, OpError, OpResult};
 use super::table::{Row, find_row};
 
@@ -235,7 +235,7 @@ impl<'m> Compiler<'m> {
         self.enter("a sub-graph")?;
         let mut constants = Vec::new();
         for (id, tensor) in &body.initializers {
-            let value = tensor_from_ir(scope.graph.name(*id), tensor)?;
+            let value = constant_from_ir(scope.graph.name(*id), tensor)?;
             constants.push((scope.slot(*id), value));
         }
         let mut steps = Vec::new();

@@ -24,6 +24,28 @@ pub fn kind_of(dtype: DataType) -> Option<Kind> {
     })
 }
 
+/// The kind in which the interpreter computes with tensors of a kind: 16-bit floats become f32. That is what ONNX Runtime
+/// does on a processor too; LibTorch multiplies matrices in f16 there eighty times slower, and gradients in f16 vanish.
+pub(super) fn computed_kind(kind: Kind) -> Kind {
+    match kind {
+        Kind::Half | Kind::BFloat16 => Kind::Float,
+        kind => kind,
+    }
+}
+
+/// A constant in the kind in which the interpreter computes with it.
+///
+/// Errors: as [`tensor_from_ir`].
+pub(super) fn constant_from_ir(name: &str, tensor: &ir::Tensor) -> Result<Tensor> {
+    computed(name, tensor_from_ir(name, tensor)?)
+}
+
+/// The tensor in the kind in which the interpreter computes with it.
+pub(super) fn computed(name: &str, tensor: Tensor) -> Result<Tensor> {
+    let widened = tensor.f_kind().and_then(|kind| tensor.f_to_kind(computed_kind(kind)));
+    widened.map_err(|e| Error::engine("LibTorch", format!("tensor `{name}`"), e))
+}
+
 /// The ONNX element type of a LibTorch kind; `None` where ONNX has none.
 pub fn data_type_of(kind: Kind) -> Option<DataType> {
     Some(match kind {

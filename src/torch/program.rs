@@ -10,7 +10,7 @@ use crate::ir::{self, DataType, Dim, GraphIndex, Model, ValueId, ValueType};
 
 use super::block::store;
 use super::compile::{Compiler, Slot, Step, values_read};
-use super::convert::{data_type_of, kind_of, tensor_from_ir};
+use super::convert::{computed_kind, data_type_of, kind_of, tensor_from_ir};
 use super::kernel::OpResult;
 use super::route::{Facts, Plan, Route, Signature, Turn};
 use super::weights;
@@ -20,8 +20,8 @@ use super::weights;
 pub struct Options {
     /// Where tensors live; for a GPU take it from [`super::cuda_device`].
     pub device: Device,
-    /// Initializers that get gradients. They are copied to f32 (f64 stays f64); the rest of the weights stay as they are
-    /// in the file and share its memory.
+    /// Initializers that get gradients. They are copied to f32 (f64 stays f64), as are all weights of 16 bits; the rest
+    /// stay as they are in the file and share its memory.
     pub trainable: Vec<ValueId>,
     /// The values that runs will be given: `None` for the graph's inputs. Any value may be one; what lies before it is
     /// then not compiled.
@@ -225,6 +225,7 @@ impl Program {
     /// a program can be run in pieces. Gradients are tracked as LibTorch's mode says: wrap in `tch::no_grad` for none.
     ///
     /// Tensors may come on any device and leave on the program's, except small shape values, which stay on the host.
+    /// Where the graph has 16-bit floats they may come as such or in f32, and leave in f32.
     /// Results may share memory with inputs, never with weights.
     ///
     /// Errors: `Error::Invalid` when an input is missing or does not fit its declared type, or when an operator refuses
@@ -238,8 +239,10 @@ impl Program {
             let engine = |e| Error::engine("LibTorch", format!("input `{}`", self.name(*id)), e);
             let kind = tensor.f_kind().map_err(engine)?;
             self.check_input(*id, tensor, kind)?;
+            let kind = if Some(kind) == self.autocast { kind } else { computed_kind(kind) };
             signature.push((tensor.size(), kind));
-            values.insert(id.index(), tensor.f_to_device(self.device).map_err(engine)?);
+            let tensor = tensor.f_to_device(self.device).and_then(|tensor| tensor.f_to_kind(kind));
+            values.insert(id.index(), tensor.map_err(engine)?);
         }
         let mut state = self.state.borrow_mut();
         let State { weights, constants, moved, routes } = &mut *state;
@@ -259,7 +262,7 @@ impl Program {
         let mut trained: HashMap<Slot, Tensor> = HashMap::new();
         for &slot in &route.weights {
             if let Some(&number) = self.trainable.get(&slot) {
-                trained.insert(slot, self.parameter_value(&self.parameters[number])?);
+                trained.insert(slot, self.parameters[number].tensor.shallow_clone());
             }
         }
         if !route.constant_kept.iter().all(|slot| constants.contains_key(slot)) {
@@ -333,12 +336,6 @@ impl Program {
         })
     }
 
-    /// The tensor that the graph reads for a parameter: the leaf itself, or the leaf in the graph's type.
-    fn parameter_value(&self, parameter: &Parameter) -> Result<Tensor> {
-        let kind = kind_of(parameter.dtype).unwrap_or(Kind::Float);
-        parameter.tensor.f_to_kind(kind).map_err(|e| Error::engine("LibTorch", parameter.name.clone(), e))
-    }
-
     /// True when a later run reads the slot where it would have to be moved to the device first.
     fn read_on_device(&self, turns: &[Turn], slot: Slot) -> bool {
         self.device != Device::Cpu
@@ -400,7 +397,8 @@ impl Program {
         let subject = || format!("input `{}`", self.name(id));
         let found = data_type_of(kind);
         let float = |dtype: Option<DataType>| dtype.is_some_and(DataType::is_float);
-        let castable = self.autocast.is_some() && float(found) && dtype.is_float();
+        let castable = self.autocast.is_some() && float(found) && dtype.is_float()
+            || kind_of(*dtype).is_some_and(|declared| computed_kind(declared) == kind);
         if found != Some(*dtype) && !castable {
             return Err(Error::invalid(subject(), format!("is {kind:?}, the graph declares {dtype}")));
         }

@@ -188,19 +188,24 @@ fn a_trainable_value_must_be_a_floating_point_initializer() {
 }
 
 #[test]
-fn half_weights_train_in_single_precision() {
+fn half_precision_runs_and_trains_in_f32() {
     let mut builder = Builder::new().input("x", DataType::Float16);
     let id = builder.value("w");
     let bytes: Vec<u8> = [0.5f32, 0.25].iter().flat_map(|&v| half::f16::from_f32(v).to_le_bytes()).collect();
     builder.model.graph.body.initializers.push((id, ir::Tensor::from_bytes(DataType::Float16, &[2], bytes)));
-    let model = builder.node("Mul", &["x", "w"], &["y"]).output("y").model;
+    let mut model = builder.node("Mul", &["x", "w"], &["y"]).node("Cast", &["y"], &["z"]).output("z").model;
+    let to = AttributeKind::Int(DataType::Float16 as i64);
+    model.graph.body.nodes[1].attributes.push(("to".into(), to.into()));
     let program = Program::compile(&model, &Options { trainable: vec![id], ..Default::default() }).expect("compile");
-    let x = vector(&[1.0, 2.0]).to_kind(Kind::Half);
-    let y = program.run(&[(program.value("x").expect("x"), x)], program.outputs()).expect("run");
-    assert_eq!(y[0].kind(), Kind::Half);
-    y[0].sum(Kind::Float).backward();
+    let run =
+        |x: Tensor| program.run(&[(program.value("x").expect("x"), x)], program.outputs()).expect("run").remove(0);
+    let z = run(vector(&[1.0, 2.0]).to_kind(Kind::Half));
+    assert_eq!((z.kind(), floats(&z)), (Kind::Float, vec![0.5, 0.5]));
+    z.sum(Kind::Float).backward();
     let leaf = &program.parameters()[0].tensor;
     assert_eq!((leaf.kind(), floats(&leaf.grad())), (Kind::Float, vec![1.0, 2.0]));
+    // More digits than f16 has, and more than it can hold.
+    assert_eq!(floats(&run(vector(&[1.0001, 1e6]))), [0.5 * 1.0001, 0.25e6]);
 }
 
 #[test]

@@ -1,4 +1,5 @@
-//! Weights as tensors: frozen ones share memory with the mapped file, trainable ones are copies.
+//! Weights as tensors: frozen ones share memory with the mapped file, but 16-bit floats, which are copied to f32;
+//! trainable ones are copies.
 
 use std::sync::{Arc, Mutex};
 
@@ -7,7 +8,7 @@ use tch::{Device, Tensor};
 use crate::base::{Error, MappedFile, Result};
 use crate::ir::{self, TensorData};
 
-use super::convert::{count_of, dims_of, kind_of, tensor_from_ir};
+use super::convert::{computed, count_of, dims_of, kind_of, tensor_from_ir};
 
 /// Integer constants up to this many elements stay on the host: they feed shapes.
 const HOST_INTEGERS: usize = 4096;
@@ -26,6 +27,7 @@ pub(super) fn frozen(name: &str, tensor: &ir::Tensor, device: Device) -> Result<
         Some(shared) => shared,
         None => tensor_from_ir(name, tensor)?,
     };
+    let host = computed(name, host)?;
     let small = if tensor.dtype.is_float() { HOST_FLOATS } else { HOST_INTEGERS };
     if device == Device::Cpu || host.numel() <= small {
         return Ok(host);

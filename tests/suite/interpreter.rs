@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use interlace::analysis::analyse;
 use interlace::base::Device;
 use interlace::ir::{self, AttributeKind, DataType, Dim, Node, Value, ValueId, ValueType};
-use interlace::rewrite::drop_layers;
+use interlace::rewrite::{drop_layers, widened};
 use interlace::runtime::{Optimisation, Runtime, Session, SessionOptions, Tensor as OrtTensor};
 use interlace::{onnx, torch};
 use tch::{Kind, Tensor};
@@ -134,37 +134,73 @@ fn compare(file: &str, step: &str, ours: &HashMap<String, Tensor>, theirs: &Hash
     }
 }
 
-/// Decoders in prefill and in one step with cache.
+/// Decoders in prefill and in one step with cache, and what inputs to run them on.
+const DECODERS: &[(&str, &str)] = &[
+    ("model/onnx/decoder_model_merged.onnx", "expected/nodrop.npz"),
+    ("zoo/ts17/smolvlm/decoder_model_merged.onnx", "zoo/expected/smolvlm.nodrop.npz"),
+    ("zoo/ts17/qwen3_vl/decoder_model_merged.onnx", "zoo/expected/qwen3_vl.nodrop.npz"),
+    ("zoo/dyn18/llama-ids/model.onnx", "zoo/expected/llama.nodrop.npz"),
+    ("zoo/dyn18/qwen2_vl/decoder_model_merged.onnx", "zoo/expected/qwen2_vl.nodrop.npz"),
+    ("zoo/dyn23/qwen3_vl/decoder_model_merged.onnx", "zoo/expected/qwen3_vl.nodrop.npz"),
+    ("zoo/genai/llama-fp32-embeds/model.onnx", "zoo/expected/llama.nodrop.npz"),
+    ("zoo/genai/qwen3_vl-fp32-embeds/model.onnx", "zoo/expected/qwen3_vl.nodrop.npz"),
+    ("zoo/hfexp/llama-cpu/decode.onnx", "zoo/expected/llama.nodrop.npz"),
+    ("zoo/hfexp/llama-cpu/prefill.onnx", "zoo/expected/llama.nodrop.npz"),
+    ("zoo/mobius/qwen3_vl/decoder/model.onnx", "zoo/expected/qwen3_vl.nodrop.npz"),
+    ("zoo/optimum/llama-O2/model.onnx", "zoo/expected/llama.nodrop.npz"),
+    ("zoo/optimum/llama-with-past/model.onnx", "zoo/expected/llama.nodrop.npz"),
+    ("zoo/post/llama-ts17__noname.onnx", "zoo/expected/llama.nodrop.npz"),
+    ("zoo/post/llama-ts17__int8.onnx", "zoo/expected/llama.nodrop.npz"),
+    ("zoo/post/smolvlm-ts17__slim.onnx", "zoo/expected/smolvlm.nodrop.npz"),
+    ("zoo/post/qwen3_vl-ts17__fp16.onnx", "zoo/expected/qwen3_vl.nodrop.npz"),
+];
+
+/// Decoders in 4 bits, by folder and network.
+const IN_4_BITS: &[(&str, &str)] = &[("genai/qwen3_vl-int4-embeds", "qwen3_vl"), ("genai/llama-int4-shared", "llama")];
+
 #[test]
 fn exported_decoders_agree_with_onnx_runtime() {
     let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
     tch::set_num_threads(1);
-    for (file, expected, tolerance) in [
-        ("model/onnx/decoder_model_merged.onnx", "expected/nodrop.npz", 1e-4),
-        ("zoo/ts17/smolvlm/decoder_model_merged.onnx", "zoo/expected/smolvlm.nodrop.npz", 1e-4),
-        ("zoo/ts17/qwen3_vl/decoder_model_merged.onnx", "zoo/expected/qwen3_vl.nodrop.npz", 1e-4),
-        ("zoo/dyn18/llama-ids/model.onnx", "zoo/expected/llama.nodrop.npz", 1e-4),
-        ("zoo/dyn18/qwen2_vl/decoder_model_merged.onnx", "zoo/expected/qwen2_vl.nodrop.npz", 1e-4),
-        ("zoo/dyn23/qwen3_vl/decoder_model_merged.onnx", "zoo/expected/qwen3_vl.nodrop.npz", 1e-4),
-        ("zoo/genai/llama-fp32-embeds/model.onnx", "zoo/expected/llama.nodrop.npz", 1e-4),
-        ("zoo/genai/qwen3_vl-fp32-embeds/model.onnx", "zoo/expected/qwen3_vl.nodrop.npz", 1e-4),
-        ("zoo/hfexp/llama-cpu/decode.onnx", "zoo/expected/llama.nodrop.npz", 1e-4),
-        ("zoo/mobius/qwen3_vl/decoder/model.onnx", "zoo/expected/qwen3_vl.nodrop.npz", 1e-4),
-        ("zoo/optimum/llama-O2/model.onnx", "zoo/expected/llama.nodrop.npz", 1e-4),
-        ("zoo/optimum/llama-with-past/model.onnx", "zoo/expected/llama.nodrop.npz", 1e-4),
-        ("zoo/post/llama-ts17__noname.onnx", "zoo/expected/llama.nodrop.npz", 1e-4),
-        ("zoo/post/llama-ts17__int8.onnx", "zoo/expected/llama.nodrop.npz", 1e-4),
-        ("zoo/post/smolvlm-ts17__slim.onnx", "zoo/expected/smolvlm.nodrop.npz", 1e-4),
-        // Half precision: 11 bits of mantissa over values of order 1, eight layers deep.
-        ("zoo/post/qwen3_vl-ts17__fp16.onnx", "zoo/expected/qwen3_vl.nodrop.npz", 5e-3),
-    ] {
+    for (file, expected) in DECODERS {
         let path = fixture(file);
         let model = onnx::load(&path).expect(file);
         let data: HashMap<String, Tensor> = Tensor::read_npz(fixture(expected)).expect(expected).into_iter().collect();
         let program = torch::Program::compile(&model, &torch::Options::default()).expect(file);
-        let mut session = runtime.session(&path, &ONE_THREAD).expect(file);
-        both_steps(file, &model, &program, &mut session, &data, tolerance);
+        // Half precision runs in f32 in the interpreter, so ONNX Runtime is given it in f32 too.
+        match widened(&model) {
+            None => {
+                let mut session = runtime.session(&path, &ONE_THREAD).expect(file);
+                both_steps(file, &model, &program, &mut session, &data, 1e-4);
+            }
+            Some(wide) => {
+                let mut session = runtime.session_of(&wide, &ONE_THREAD).expect(file);
+                both_steps(file, &wide, &program, &mut session, &data, 1e-4);
+            }
+        }
     }
+}
+
+/// No graph of the zoo is left out above and below.
+#[test]
+fn every_graph_of_the_zoo_is_run() {
+    let root = fixture("zoo");
+    let mut known: Vec<PathBuf> = DECODERS.iter().map(|(file, _)| fixture(file)).collect();
+    known.extend(IN_4_BITS.iter().map(|(folder, _)| root.join(folder).join("model.onnx")));
+    let mut open = vec![root];
+    let mut found = 0;
+    while let Some(folder) = open.pop() {
+        for entry in std::fs::read_dir(&folder).expect("zoo") {
+            let path = entry.expect("entry").path();
+            if path.is_dir() {
+                open.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "onnx") {
+                assert!(known.contains(&path), "{} is not run", path.display());
+                found += 1;
+            }
+        }
+    }
+    assert!(found >= 18, "{found} graphs");
 }
 
 /// Compares prefill and one step with the cache that it left.
@@ -266,7 +302,7 @@ fn other_components_agree_with_onnx_runtime() {
 fn a_decoder_in_4_bits_agrees_with_onnx_runtime() {
     let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
     tch::set_num_threads(1);
-    for (file, network) in [("genai/qwen3_vl-int4-embeds", "qwen3_vl"), ("genai/llama-int4-shared", "llama")] {
+    for (file, network) in IN_4_BITS {
         let mut dense = onnx::load(&fixture("zoo").join(file).join("model.onnx")).expect(file);
         let products = dense.graph.body.nodes.iter_mut().filter(|node| node.op_type == "MatMulNBits");
         for (_, attribute) in

@@ -78,6 +78,43 @@ fn what_cannot_be_checked_is_said_and_fails_nothing() {
     assert!(cached.detail.contains("DynamicQuantizeLinear"), "{cached:?}");
 }
 
+/// Half precision is compared in f32 in both engines, and what rounding costs is told apart.
+#[test]
+fn half_precision_is_compared_in_f32() {
+    let file = zoo("post/qwen3_vl-ts17__fp16.onnx");
+    let sound = report(&file);
+    assert!(sound.passed, "{:#?}", sound.checks);
+    let check = |report: &VerifyReport, name: &str| {
+        report.checks.iter().find(|check| check.name == name).cloned().unwrap_or_else(|| panic!("no check `{name}`"))
+    };
+    for name in ["interpreter", "cached step equals longer prefill"] {
+        let check = check(&sound, name);
+        assert!(check.tolerance == Some(1e-4) && check.difference <= Some(1e-5), "{check:?}");
+    }
+    let rounding = check(&sound, "rounding to 16 bits");
+    assert!(rounding.difference > Some(1e-4) && rounding.difference <= Some(5e-3), "{rounding:?}");
+    assert!(rounding.tolerance <= Some(0.05), "{rounding:?}");
+
+    // Logits that f16 cannot hold: numbers in f32, infinities in the file as it is.
+    let mut model = onnx::load(&file).expect("model");
+    let graph = &mut model.graph;
+    let logits = graph.body.outputs[0];
+    let ty = Some(ValueType::Tensor { dtype: DataType::Float16, shape: None });
+    let [small, scale] = ["small", "scale"]
+        .map(|name| graph.add_value(Value { name: name.into(), ty: ty.clone(), ..Default::default() }));
+    let head = graph.body.nodes.iter_mut().find(|node| node.outputs.contains(&Some(logits))).expect("head");
+    head.outputs = vec![Some(small)];
+    let large = half::f16::from_f32(6e4).to_le_bytes().to_vec();
+    graph.body.initializers.push((scale, ir::Tensor::from_bytes(DataType::Float16, &[1], large)));
+    let (inputs, outputs) = (vec![Some(small), Some(scale)], vec![Some(logits)]);
+    graph.body.nodes.push(Node { op_type: "Mul".into(), inputs, outputs, ..Default::default() });
+    let folder = tempfile::tempdir().expect("folder");
+    let path = folder.path().join("model.onnx");
+    onnx::save(&model, &path, &onnx::Storage::Inline).expect("save");
+    let broken = check(&report(&path), "rounding to 16 bits");
+    assert!(broken.status == CheckStatus::Failed && broken.difference == Some(f64::INFINITY), "{broken:?}");
+}
+
 #[test]
 fn a_config_that_disagrees_with_its_graph_fails() {
     let folder = copy_of("optimum/llama-O2");

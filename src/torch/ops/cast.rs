@@ -3,7 +3,7 @@
 use tch::{Kind, Tensor};
 
 use crate::ir::DataType;
-use crate::torch::convert::kind_of;
+use crate::torch::convert::{computed_kind, kind_of};
 use crate::torch::kernel::{Build, Kernel, OpError, OpResult, is_float, one};
 use crate::torch::table::Row;
 
@@ -16,13 +16,13 @@ pub(super) const ROWS: &[Row] = &[
     .grad(),
 ];
 
-/// The LibTorch kind of an attribute that holds `TensorProto.DataType`.
+/// The LibTorch kind in which to compute with an element type, from an attribute that holds `TensorProto.DataType`.
 pub(super) fn kind_from_number(number: i64) -> OpResult<Kind> {
     let dtype = i32::try_from(number).ok().and_then(DataType::from_number);
     let Some(dtype) = dtype else {
         return Err(OpError::new(format!("element type {number} is not known")));
     };
-    kind_of(dtype).ok_or_else(|| OpError::new(format!("element type {dtype} is not supported")))
+    kind_of(dtype).map(computed_kind).ok_or_else(|| OpError::new(format!("element type {dtype} is not supported")))
 }
 
 /// `saturate` and `round_mode` speak of 8-bit floats, which are refused as a target.

@@ -3,7 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::ir;
-use crate::torch::convert::tensor_from_ir;
+use crate::torch::convert::constant_from_ir;
 use crate::torch::kernel::{Args, Build, Kernel, OpError, OpResult, axes_of, axis_of, is_float, many, one};
 use crate::torch::table::{ALL, Row};
 
@@ -50,13 +50,13 @@ fn constant(b: &mut Build) -> OpResult<Kernel> {
     } else {
         return Err(OpError::new("holds none of the values that are supported (tensor, integers, floats)"));
     };
-    let value = tensor_from_ir("value", &tensor).map_err(|e| OpError::new(e.to_string()))?;
+    let value = constant_from_ir("value", &tensor).map_err(|e| OpError::new(e.to_string()))?;
     one(move |_| Ok(value.shallow_clone()))
 }
 
 fn constant_of_shape(b: &mut Build) -> OpResult<Kernel> {
     let value = match b.attributes.tensor("value")? {
-        Some(tensor) => tensor_from_ir("value", tensor).map_err(|e| OpError::new(e.to_string()))?,
+        Some(tensor) => constant_from_ir("value", tensor).map_err(|e| OpError::new(e.to_string()))?,
         None => Tensor::f_zeros([1i64], (Kind::Float, Device::Cpu))?,
     };
     if value.numel() != 1 {
