@@ -69,7 +69,7 @@ fn what_cannot_be_checked_is_said_and_fails_nothing() {
     assert_eq!(status(&fused, "loads in tract", "model.onnx"), CheckStatus::Unavailable);
     let interpreter = fused.checks.iter().find(|check| check.name == "interpreter").expect("interpreter");
     assert!(interpreter.status == CheckStatus::Passed && interpreter.tolerance == Some(1e-4), "{interpreter:?}");
-    assert!(interpreter.detail.contains("asked for in f32"), "{interpreter:?}");
+    assert!(interpreter.detail.contains("asked to compute in f32"), "{interpreter:?}");
     assert_eq!(status(&fused, "cached step equals longer prefill", "model.onnx"), CheckStatus::Passed);
     let tract = fused.checks.iter().find(|check| check.name == "loads in tract").expect("tract");
     assert!(tract.detail.contains("MRotaryEmbedding"), "{tract:?}");
