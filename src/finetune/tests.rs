@@ -3,9 +3,12 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use half::f16;
+
 use super::*;
 use crate::base::{Cancel, Device, Error, Provenance, Result, Sha256Digest, sha256_bytes};
 use crate::bundle::{Bundle, BundleWriter, LayerEdit, Record, Role, Tower};
+use crate::ir::{AttributeKind, DataType, Model, Tensor, ValueType};
 use crate::runtime::{FeatureCache, Prompt};
 
 /// Eight texts without pictures, the same ones as in the reference script.
@@ -101,12 +104,12 @@ fn run(settings: &Settings, layers: &[usize], work: &Path, resume: bool, stop_af
 }
 
 /// Bytes of every initializer by name.
-fn weights(model: &crate::ir::Model) -> Vec<(String, Vec<u8>)> {
+fn weights(model: &Model) -> Vec<(String, Vec<u8>)> {
     let graph = &model.graph;
     graph.body.initializers.iter().map(|(id, tensor)| (graph.name(*id).to_string(), tensor.bytes().to_vec())).collect()
 }
 
-fn changed(before: &crate::ir::Model, after: &crate::ir::Model) -> Vec<String> {
+fn changed(before: &Model, after: &Model) -> Vec<String> {
     let after = weights(after);
     weights(before).into_iter().zip(after).filter(|(a, b)| a != b).map(|((name, _), _)| name).collect()
 }
@@ -467,11 +470,73 @@ fn bf16_follows_f32_and_keeps_its_weights_in_f32() {
         assert_ne!(a.loss, b.loss);
     }
     let trained = decoder.graph.body.initializers.iter().filter(|(_, tensor)| !tensor.is_external());
-    let fine =
-        trained.filter(|(_, tensor)| tensor.dtype == crate::ir::DataType::Float && tensor.element_count() > 1000);
+    let fine = trained.filter(|(_, tensor)| tensor.dtype == DataType::Float && tensor.element_count() > 1000);
     assert!(fine.clone().count() > 0);
     for (_, tensor) in fine {
         let (words, _) = tensor.bytes().as_chunks::<4>();
         assert!(words.iter().any(|word| word[0] != 0 || word[1] != 0), "only bf16 values");
     }
+}
+
+/// f16 wherever the model has f32.
+fn in_half_precision(model: &Model) -> Model {
+    let narrow = |tensor: &mut Tensor| {
+        if tensor.dtype == DataType::Float {
+            let numbers = tensor.to_f64s().unwrap();
+            let bytes: Vec<u8> =
+                numbers.iter().flat_map(|&x| f16::from_f64(x.clamp(-65504.0, 65504.0)).to_le_bytes()).collect();
+            *tensor = Tensor::from_bytes(DataType::Float16, &tensor.dims, bytes);
+        }
+    };
+    let mut model = model.clone();
+    for value in &mut model.graph.values {
+        if let Some(ValueType::Tensor { dtype: dtype @ DataType::Float, .. }) = &mut value.ty {
+            *dtype = DataType::Float16;
+        }
+    }
+    model.graph.body.initializers.iter_mut().for_each(|(_, tensor)| narrow(tensor));
+    for (name, attribute) in model.graph.body.nodes.iter_mut().flat_map(|node| &mut node.attributes) {
+        match &mut attribute.kind {
+            AttributeKind::Tensor(tensor) => narrow(tensor),
+            AttributeKind::Int(to) if name == "to" && *to == DataType::Float as i64 => *to = DataType::Float16 as i64,
+            _ => {}
+        }
+    }
+    model
+}
+
+/// It is computed in f32, so it learns what the model in f32 learns, and its weights go back as f16.
+#[test]
+fn a_model_in_half_precision_is_healed_and_stays_one() {
+    let dense = Bundle::open(&model()).unwrap();
+    let folders: [_; 2] = std::array::from_fn(|_| tempfile::tempdir().unwrap());
+    let outcomes = [false, true].map(|half| {
+        let folder = folders[usize::from(half)].path();
+        let path = pruned(&dense, folder).join("onnx/decoder_model_merged.onnx");
+        let before = crate::onnx::load(&path).unwrap();
+        let before = if half { in_half_precision(&before) } else { before };
+        crate::onnx::save(&before, &path, &crate::onnx::Storage::Inline).unwrap();
+        let bundle = Bundle::open(&folder.join("pruned")).unwrap();
+        let request = Request {
+            bundle: &bundle,
+            layers: &[2, 4],
+            data: &Texts { vocabulary: 800 },
+            settings: &settings(),
+            device: Device::Cpu,
+            work: folder,
+            resume: false,
+            features: &FeatureCache::new(1 << 20),
+        };
+        (before, finetune(&request, &Cancel::default(), &mut |_| {}).unwrap())
+    });
+    let [(_, full), (before, half)] = &outcomes;
+    let types = |model: &Model| model.graph.body.initializers.iter().map(|(_, t)| t.dtype).collect::<Vec<_>>();
+    assert_eq!(types(&half.decoder), types(before));
+    assert!(types(before).contains(&DataType::Float16) && !types(before).contains(&DataType::Float));
+    assert_eq!(changed(before, &half.decoder).len(), 18);
+    for loss in [|report: &Report| report.first_loss, |report: &Report| report.last_loss] {
+        let (full, half) = (loss(&full.report).unwrap(), loss(&half.report).unwrap());
+        assert!((full - half).abs() < 5e-3 * full, "{full} in f32, {half} in f16");
+    }
+    assert!(half.report.last_loss < half.report.first_loss);
 }
