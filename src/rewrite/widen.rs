@@ -85,7 +85,11 @@ fn widen_attribute(name: &str, attribute: &mut Attribute) -> bool {
         AttributeKind::Tensors(tensors) => tensors.as_mut_slice(),
         _ => return false,
     };
-    tensors.iter_mut().fold(false, |found, tensor| widen_tensor(tensor) || found)
+    let mut found = false;
+    for tensor in tensors {
+        found |= widen_tensor(tensor);
+    }
+    found
 }
 
 fn widen_tensor(tensor: &mut Tensor) -> bool {
