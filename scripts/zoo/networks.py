@@ -280,6 +280,63 @@ def qwen3_5():
     return Qwen3_5ForCausalLM(config)
 
 
+def causal(family, without=(), **settings):
+    """A builder of a causal language model by the first word of its class names in transformers."""
+
+    def build():
+        import transformers
+
+        sizes = {key: value for key, value in SIZES.items() if key not in without}
+        config = getattr(transformers, family + "Config")(**(sizes | settings))
+        return getattr(transformers, family + "ForCausalLM")(config)
+
+    return build
+
+
+WINDOWS = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"] * 4}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+# Families that differ from those above in where norms, scales, windows or experts stand.
+CAUSAL = {
+    "mistral": causal("Mistral", sliding_window=4),
+    "mixtral": causal("Mixtral", sliding_window=None, num_local_experts=4, num_experts_per_tok=2),
+    "ministral": causal("Ministral", **WINDOWS),
+    "gemma": causal("Gemma"),
+    "gemma2": causal("Gemma2", query_pre_attn_scalar=16, **WINDOWS),
+    "olmo": causal("Olmo", without=["head_dim"], clip_qkv=2.0),
+    "olmo2": causal("Olmo2", without=["head_dim"]),
+    "olmo3": causal("Olmo3", without=["head_dim"], **WINDOWS),
+    "olmoe": causal("Olmoe", without=["head_dim"], num_experts=4, num_experts_per_tok=2),
+    "cohere": causal("Cohere", without=["head_dim"]),
+    "cohere2": causal("Cohere2", without=["head_dim"], **WINDOWS),
+    "granite": causal("Granite", residual_multiplier=0.5, attention_multiplier=0.3, embedding_multiplier=2.0),
+    "granite_moe": causal("GraniteMoe", residual_multiplier=0.5, num_local_experts=4, num_experts_per_tok=2),
+    "starcoder2": causal("Starcoder2", without=["head_dim"], use_bias=True),
+    "stablelm": causal("StableLm", without=["head_dim"], partial_rotary_factor=0.5, use_qkv_bias=True),
+    "stablelm_parallel": causal("StableLm", without=["head_dim"], use_parallel_residual=True),
+    "smollm3": causal("SmolLM3", no_rope_layers=[1, 1, 1, 0] * 2),
+    "glm": causal("Glm"),
+    "glm4": causal("Glm4"),
+    "nemotron": causal("Nemotron"),
+    "persimmon": causal("Persimmon", without=["head_dim", "num_key_value_heads"]),
+    "gpt_neox": causal("GPTNeoX", without=["head_dim", "num_key_value_heads"]),
+    "gpt_neox_serial": causal("GPTNeoX", without=["head_dim", "num_key_value_heads"], use_parallel_residual=False),
+    "falcon": causal("Falcon", without=["head_dim", "num_key_value_heads"], multi_query=False),
+    "helium": causal("Helium"),
+    "arcee": causal("Arcee"),
+    "apertus": causal("Apertus"),
+    "ernie4_5": causal("Ernie4_5"),
+    "exaone4": causal("Exaone4", **WINDOWS),
+    "seed_oss": causal("SeedOss"),
+    "hunyuan": causal("HunYuanDenseV1"),
+    "qwen2_moe": causal("Qwen2Moe", without=["head_dim"], num_experts=4, shared_expert_intermediate_size=64, **EXPERTS),
+    "dots1": causal("Dots1", n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=2, **EXPERTS),
+    "glm4_moe": causal("Glm4Moe", n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=2, **EXPERTS),
+    "diffllama": causal("DiffLlama"),
+    "bitnet": causal("BitNet"),
+    "phimoe": causal("Phimoe", num_local_experts=4, num_experts_per_tok=2),
+}
+
+
 VISION_SIZES = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -388,7 +445,7 @@ TEXT = {
         phi,
         qwen3_5,
     )
-}
+} | CAUSAL
 VISION = {
     builder.__name__: builder
     for builder in (
@@ -432,14 +489,14 @@ def fill(model, seed):
 
 def text_model(model):
     """The stack of decoder layers in a causal or a vision-language model."""
-    inner = model.model
+    inner = model.model if hasattr(model, "model") else model.base_model
     return getattr(inner, "language_model", getattr(inner, "text_model", inner))
 
 
 def layers_of(model):
     """The module list of layers, of a text or a vision network."""
-    for module in (getattr(model, "model", None) and text_model(model), model):
-        for path in ("layers", "encoder.layers", "vision_model.encoder.layers", "encoder.layer", "blocks"):
+    for module in (text_model(model) if hasattr(model, "base_model") else None, model):
+        for path in ("layers", "h", "encoder.layers", "vision_model.encoder.layers", "encoder.layer", "blocks"):
             found = module
             for part in path.split("."):
                 found = getattr(found, part, None)

@@ -56,7 +56,8 @@ def empty_states(model, batch=1, past=0):
         if kind == "conv":
             tensors.append(torch.zeros(batch, config.hidden_size, config.conv_L_cache))
         else:
-            shape = (batch, config.num_key_value_heads, past, head_dim)
+            heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+            shape = (batch, heads, past, head_dim)
             tensors += [torch.randn(shape), torch.randn(shape)]
     return tensors
 
@@ -67,7 +68,7 @@ class Decoder(nn.Module):
     def __init__(self, model, ids=False):
         super().__init__()
         self.lm = networks.text_model(model)
-        self.head = model.lm_head
+        self.head = model.get_output_embeddings()
         self.ids = ids
         self.kinds = _kinds(model)
         self.features = feature_names(model)
