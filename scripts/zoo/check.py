@@ -73,6 +73,10 @@ def feeds(session, data, prefix, past):
             value = data[f"{prefix}.{name}"]
         elif name == "cache_position":
             value = data[f"{prefix}.position_ids"].reshape(-1)
+        elif name == "write_indices":
+            value = data[f"{prefix}.position_ids"].reshape(-1)[:1]
+        elif name == "nonpad_kv_seqlen":
+            value = data[f"{prefix}.position_ids"].reshape(-1)[-1:] + 1
         elif name.endswith("token_type_ids"):
             # Which tokens are of a picture: none here.
             value = np.zeros([size or own for size, own in zip(fixed(port), data[f"{prefix}.input_ids"].shape)])
