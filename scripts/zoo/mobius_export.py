@@ -17,6 +17,7 @@ from pathlib import Path
 from mobius import __main__ as mobius
 
 WRAPPED = re.compile(r"^(?:model\.)?(?:language_model|text_model)\.(?:model\.)?")
+VISION = re.compile(r"^(?:model\.)?(?:vision_tower|vision_model|multi_modal_projector|connector)\.")
 
 
 def load(folder, read=mobius._load_weights_from_dir):
@@ -25,8 +26,15 @@ def load(folder, read=mobius._load_weights_from_dir):
     for name, value in list(weights.items()):
         if WRAPPED.match(name) or name.startswith("lm_head."):
             plain = re.sub(r"^model\.(?=lm_head)", "", WRAPPED.sub("model.", name))
-            for prefix in ("", "language_model."):
+            for prefix in ("", "language_model.", "decoder."):
                 weights.setdefault(prefix + plain, value)
+            weights.setdefault(plain.replace("model.embed_tokens", "embedding.embed_tokens"), value)
+        elif VISION.match(name):
+            plain = name.removeprefix("model.").replace(".fc1.", ".up_proj.").replace(".fc2.", ".down_proj.")
+            plain = re.sub(r"^vision_(tower|model)\.(?!vision_model)", "vision_tower.vision_model.", plain)
+            weights.setdefault("vision_encoder." + plain, value)
+    if "decoder.model.embed_tokens.weight" in weights:
+        weights.setdefault("decoder.lm_head.weight", weights["decoder.model.embed_tokens.weight"])
     return weights
 
 

@@ -26,8 +26,11 @@ fn scaled(value: u64, units: &[&str]) -> String {
     format!("{scaled:.digits$} {}", units[unit])
 }
 
-/// The first `shown` items joined by commas, with a count of the rest.
+/// The first `shown` items joined by commas, with a count of the rest; "nothing" for an empty list.
 pub fn list_preview<T: std::fmt::Display>(items: &[T], shown: usize) -> String {
+    if items.is_empty() {
+        return "nothing".to_string();
+    }
     let mut text = items.iter().take(shown).map(|item| format!("`{item}`")).collect::<Vec<_>>().join(", ");
     if items.len() > shown {
         text.push_str(&format!(" and {} more", items.len() - shown));
@@ -52,5 +55,6 @@ mod tests {
     #[test]
     fn previews_count_what_they_leave_out() {
         assert_eq!(list_preview(&["a", "b", "c"], 2), "`a`, `b` and 1 more");
+        assert_eq!(list_preview::<&str>(&[], 2), "nothing");
     }
 }
