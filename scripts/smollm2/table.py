@@ -23,7 +23,7 @@ def main():
         # `healed-STRATEGY-RECIPE-RATE-bBATCH-pPASSES[+SETTING]`; the name of a strategy may begin with another's.
         pattern = re.compile(rf"eval-(healed-{strategy}-([a-z]+)-(\d.*|none)-b(\d+)-p(\d+)(?:\+(.+))?)\.json")
         healed = [found.groups() for path in runs.iterdir() if (found := pattern.fullmatch(path.name))]
-        rows = [(perplexity(name), f"`{recipe}`" + (f", {more}" if more else ""), *how) for name, recipe, *how, more in healed]
+        rows = [(perplexity(name), f"`{recipe}`" + (f" + `{more}`" if more else ""), *how) for name, recipe, *how, more in healed]
         for value, *cells in sorted(rows, reverse=True) or [(None, "-", "-", "-", "-")]:
             if "none" in cells:
                 cells[1:] = "-", "-", "-"
