@@ -4,11 +4,10 @@ use std::collections::HashSet;
 
 use crate::ir::{Body, Graph, GraphIndex, Node, ValueId, captured};
 
+use super::products::product;
+
 /// Operators that look at each position by itself when their other inputs are constants.
 const POSITION_WISE: &[&str] = &["Cast", "Identity", "Add", "Sub", "Mul", "Div", "Tanh", "Clip"];
-
-/// Products of the stream with a constant matrix; the stream is input 0.
-const PRODUCTS: &[&str] = &["MatMul", "MatMulNBits", "MatMulBnb4", "MatMulInteger", "FusedMatMul"];
 
 /// The value behind which the logits come from a product with a constant and position-wise operators alone, so that it
 /// need only be run at the positions that are asked for; the logits themselves where the head is no such product.
@@ -25,7 +24,7 @@ pub fn head_input(graph: &Graph, logits: ValueId) -> ValueId {
             return logits;
         };
         let op = node.op_type.as_str();
-        if PRODUCTS.contains(&op) && node.inputs.first().copied().flatten() == Some(input) {
+        if product(node).is_some_and(|row| row.by_row(node)) && node.inputs.first().copied().flatten() == Some(input) {
             return input;
         }
         if !POSITION_WISE.contains(&op) || node.bodies().next().is_some() {

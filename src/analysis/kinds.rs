@@ -4,6 +4,8 @@ use std::collections::HashSet;
 
 use crate::ir::{Body, GraphIndex, Node, ValueId};
 
+use super::products::product;
+
 /// How a block's branch moves information between tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mixing {
@@ -62,7 +64,6 @@ const CONVOLUTIONS: &[&str] =
     &["Conv", "ConvTranspose", "ConvInteger", "QLinearConv", "FusedConv", "NhwcFusedConv", "CausalConvWithState"];
 /// Operators that carry a state from step to step.
 const RECURRENCES: &[&str] = &["LinearAttention", "Scan", "Loop"];
-const PRODUCTS: &[&str] = &["MatMul", "Einsum", "FusedMatMul", "Gemm", "MatMulInteger", "MatMulNBits", "MatMulBnb4"];
 
 /// True for operators that hold a whole attention.
 pub fn is_attention(node: &Node) -> bool {
@@ -108,9 +109,8 @@ pub fn mixing(body: &Body, index: &GraphIndex, nodes: &[usize], has_state: bool)
         // A recurrence multiplies what it computed from the stream with itself, or lets its state decay by an
         // exponential; a convolution multiplies only with weights.
         let recurs = nodes.iter().map(|&number| &body.nodes[number]).any(|node| {
-            let operands: Vec<ValueId> = node.present_inputs().take(2).collect();
-            let own = operands.len() == 2 && operands.iter().all(|&id| on_path(id));
-            (PRODUCTS.contains(&node.op_type.as_str()) && own)
+            let factors = product(node).and_then(|row| row.factors(node));
+            factors.is_some_and(|factors| factors.iter().all(|&id| on_path(id)))
                 || RECURRENCES.contains(&node.op_type.as_str())
                 || node.op_type == "Exp"
         });
@@ -148,15 +148,14 @@ fn softmax_source(
             continue;
         }
         let node = &body.nodes[number];
-        if !PRODUCTS.contains(&node.op_type.as_str()) {
+        let Some(factors) = product(node).and_then(|row| row.factors(node)) else {
             open.extend(node.present_inputs());
             continue;
-        }
-        let operands: Vec<ValueId> = node.present_inputs().take(2).collect();
-        if operands.len() == 2 && operands.iter().all(|&id| on_path(id)) {
+        };
+        if factors.iter().all(|&id| on_path(id)) {
             return Some(Source::Both);
         }
-        let foreign = operands.iter().any(|&id| !on_path(id) && !from_weights(body, index, id));
+        let foreign = factors.iter().any(|&id| !on_path(id) && !from_weights(body, index, id));
         found = Some(if foreign { Source::Foreign } else { Source::Weight });
     }
     found

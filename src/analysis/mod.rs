@@ -13,6 +13,7 @@ mod merged;
 mod names;
 mod owners;
 mod ports;
+mod products;
 mod stream;
 
 pub use canonical::{FUSED_MARK, FUSED_OUTPUTS, FusedNorm, unfuse_skip_norms};

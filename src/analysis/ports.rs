@@ -8,6 +8,7 @@ use crate::ir::{Attribute, Body, Graph, GraphIndex, Node, ValueId};
 use super::kinds::is_attention;
 use super::map::{KvPort, LayerMap, PortRole};
 use super::owners::Owner;
+use super::products::product;
 use super::stream::data_inputs;
 
 /// For operators that hold a whole attention: (past input, present output) for key and value.
@@ -168,31 +169,14 @@ fn trace_back(
             open.extend(node.inputs.get(input).copied().flatten());
             continue;
         }
-        // A product mixes tensors: what lies behind it is not the cache but what the new entries are made of.
-        if is_product(node) {
+        // A product mixes tensors, and a scale is made of a whole one: what lies behind them is not the cache but what the
+        // new entries are made of.
+        if product(node).is_some() || node.op_type == "DynamicQuantizeLinear" {
             continue;
         }
         open.extend(node.present_inputs());
     }
     layer.map(|layer| Trace { layer, past, role })
-}
-
-fn is_product(node: &Node) -> bool {
-    [
-        "MatMul",
-        "Gemm",
-        "Einsum",
-        "FusedMatMul",
-        "MatMulInteger",
-        "MatMulNBits",
-        "MatMulBnb4",
-        "QLinearMatMul",
-        // Its scale is made of the whole tensor.
-        "DynamicQuantizeLinear",
-        "DynamicQuantizeMatMul",
-        "MatMulIntegerToFloat",
-    ]
-    .contains(&node.op_type.as_str())
 }
 
 /// The graph input behind casts and copies.

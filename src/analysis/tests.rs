@@ -9,6 +9,28 @@ fn zoo(name: &str) -> Analysis {
     analyse(&onnx::load(&path).unwrap()).unwrap_or_else(|e| panic!("{name}: {e}"))
 }
 
+fn value(graph: &mut Graph, name: &str) -> ValueId {
+    graph.add_value(Value { name: name.into(), ..Value::default() })
+}
+
+fn weight(graph: &mut Graph) -> ValueId {
+    let id = value(graph, "w");
+    graph.body.initializers.push((id, Tensor::from_f32(&[4, 4], &[0.5; 16])));
+    id
+}
+
+fn node(graph: &mut Graph, op_type: &str, inputs: &[ValueId], outputs: usize) -> Vec<ValueId> {
+    let made: Vec<ValueId> = (0..outputs).map(|_| value(graph, "v")).collect();
+    graph.body.nodes.push(Node {
+        op_type: op_type.into(),
+        domain: if op_type.ends_with("State") || op_type == "LinearAttention" { "com.microsoft" } else { "" }.into(),
+        inputs: inputs.iter().copied().map(Some).collect(),
+        outputs: made.iter().copied().map(Some).collect(),
+        ..Node::default()
+    });
+    made
+}
+
 #[test]
 fn every_exporter_s_eight_layers_are_found() {
     let table = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/zoo/cases.tsv")).unwrap();
@@ -38,45 +60,27 @@ fn every_exporter_s_eight_layers_are_found() {
 fn hybrid(recurrent: bool) -> Model {
     let mut model = Model::default();
     let graph = &mut model.graph;
-    fn value(graph: &mut Graph, name: String) -> ValueId {
-        graph.add_value(Value { name, ..Value::default() })
-    }
-    fn node(graph: &mut Graph, op_type: &str, inputs: &[ValueId]) -> ValueId {
-        let output = value(graph, format!("v{}", graph.values.len()));
-        graph.body.nodes.push(Node {
-            op_type: op_type.into(),
-            inputs: inputs.iter().copied().map(Some).collect(),
-            outputs: vec![Some(output)],
-            ..Node::default()
-        });
-        output
-    }
-    fn weight(graph: &mut Graph) -> ValueId {
-        let id = value(graph, format!("w{}", graph.values.len()));
-        graph.body.initializers.push((id, Tensor::from_f32(&[4, 4], &[0.5; 16])));
-        id
-    }
-    let mut stream = value(graph, "inputs_embeds".into());
+    let mut stream = value(graph, "inputs_embeds");
     graph.body.inputs.push(stream);
     for layer in 0..3 {
-        let past = value(graph, format!("past.{layer}"));
+        let past = value(graph, &format!("past.{layer}"));
         graph.body.inputs.push(past);
         let (first, second) = (weight(graph), weight(graph));
-        let x = node(graph, "MatMul", &[stream, first]);
+        let x = node(graph, "MatMul", &[stream, first], 1)[0];
         let branch = if recurrent {
-            let outer = node(graph, "MatMul", &[x, x]);
-            let state = node(graph, "Add", &[past, outer]);
+            let outer = node(graph, "MatMul", &[x, x], 1)[0];
+            let state = node(graph, "Add", &[past, outer], 1)[0];
             graph.body.outputs.push(state);
-            node(graph, "MatMul", &[x, state])
+            node(graph, "MatMul", &[x, state], 1)[0]
         } else {
-            let joined = node(graph, "Concat", &[past, x]);
-            let state = node(graph, "Slice", &[joined]);
+            let joined = node(graph, "Concat", &[past, x], 1)[0];
+            let state = node(graph, "Slice", &[joined], 1)[0];
             graph.body.outputs.push(state);
             let kernel = weight(graph);
-            node(graph, "Conv", &[joined, kernel])
+            node(graph, "Conv", &[joined, kernel], 1)[0]
         };
-        let branch = node(graph, "MatMul", &[branch, second]);
-        stream = node(graph, "Add", &[stream, branch]);
+        let branch = node(graph, "MatMul", &[branch, second], 1)[0];
+        stream = node(graph, "Add", &[stream, branch], 1)[0];
     }
     graph.body.outputs.insert(0, stream);
     model
@@ -104,30 +108,12 @@ fn hybrids_show_what_their_layers_do_and_which_state_is_whose() {
 fn states_of_one_layer_are_told_apart() {
     let mut model = Model::default();
     let graph = &mut model.graph;
-    fn value(graph: &mut Graph, name: &str) -> ValueId {
-        graph.add_value(Value { name: name.into(), ..Value::default() })
-    }
-    fn node(graph: &mut Graph, op_type: &str, inputs: &[ValueId], outputs: usize) -> Vec<ValueId> {
-        let made: Vec<ValueId> = (0..outputs).map(|_| value(graph, "v")).collect();
-        graph.body.nodes.push(Node {
-            op_type: op_type.into(),
-            domain: if op_type.contains("State") || op_type.contains("Linear") { "com.microsoft" } else { "" }.into(),
-            inputs: inputs.iter().copied().map(Some).collect(),
-            outputs: made.iter().copied().map(Some).collect(),
-            ..Node::default()
-        });
-        made
-    }
     let mut stream = value(graph, "inputs_embeds");
     graph.body.inputs.push(stream);
     for layer in 0..2 {
         let [conv, state] = ["conv", "recurrent"].map(|name| value(graph, &format!("past.{layer}.{name}")));
         graph.body.inputs.extend([conv, state]);
-        let [weight, kernel, bias] = [(); 3].map(|()| {
-            let id = value(graph, "w");
-            graph.body.initializers.push((id, Tensor::from_f32(&[4, 4], &[0.5; 16])));
-            id
-        });
+        let [weight, kernel, bias] = [(); 3].map(|()| weight(graph));
         let x = node(graph, "MatMul", &[stream, weight], 1)[0];
         let mixed = node(graph, "CausalConvWithState", &[x, kernel, bias, conv], 2);
         let out = node(graph, "LinearAttention", &[mixed[0], mixed[0], mixed[0], state], 2);
@@ -148,21 +134,44 @@ fn states_of_one_layer_are_told_apart() {
 /// same.
 #[test]
 fn products_in_few_bits_are_products() {
-    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model/onnx/decoder_model_merged.onnx");
-    let mut model = crate::onnx::load(&path).unwrap();
-    let ports = |model: &crate::ir::Model| -> Vec<String> {
-        let analysis = crate::analysis::analyse(model).unwrap();
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model/onnx/decoder_model_merged.onnx");
+    let plain = onnx::load(&path).unwrap();
+    let ports = |model: &Model| -> Vec<String> {
+        let analysis = analyse(model).unwrap();
         analysis.map.layers.iter().map(|layer| format!("{:?} {:?}", layer.kind, layer.ports)).collect()
     };
-    let plain = ports(&model);
-    assert_eq!(plain.len(), 16);
-    let weights: Vec<_> = model.graph.body.initializers.iter().map(|(id, _)| *id).collect();
-    for op_type in ["MatMulNBits", "MatMulBnb4"] {
-        for node in &mut model.graph.body.nodes {
-            if node.op_type.starts_with("MatMul") && node.inputs[1].is_some_and(|id| weights.contains(&id)) {
-                (node.domain, node.op_type) = ("com.microsoft".into(), op_type.into());
+    let want = ports(&plain);
+    assert_eq!(want.len(), 16);
+    let weights: Vec<ValueId> = plain.graph.body.initializers.iter().map(|(id, _)| *id).collect();
+    for op_type in ["MatMulNBits", "MatMulBnb4", "DynamicQuantizeMatMul", "QLinearMatMul", "MatMulInteger"] {
+        let mut model = plain.clone();
+        for mut product in std::mem::take(&mut model.graph.body.nodes) {
+            if product.op_type != "MatMul" || !product.inputs[1].is_some_and(|id| weights.contains(&id)) {
+                model.graph.body.nodes.push(product);
+                continue;
             }
+            (product.domain, product.op_type) = ("com.microsoft".into(), op_type.into());
+            let (stream, weight, scale) = (product.inputs[0].unwrap(), product.inputs[1], Some(weights[0]));
+            match op_type {
+                "QLinearMatMul" => {
+                    product.inputs = vec![Some(stream), scale, scale, weight, scale, scale, scale, scale]
+                }
+                "MatMulInteger" => {
+                    let result = product.outputs[0].take();
+                    let few = node(&mut model.graph, "DynamicQuantizeLinear", &[stream], 3);
+                    product.inputs = vec![Some(few[0]), weight, Some(few[2])];
+                    let whole = model.graph.add_value(Value::default());
+                    product.outputs = vec![Some(whole)];
+                    model.graph.body.nodes.push(product);
+                    let float = node(&mut model.graph, "Cast", &[whole], 1)[0];
+                    node(&mut model.graph, "Mul", &[float, few[1]], 1);
+                    model.graph.body.nodes.last_mut().unwrap().outputs = vec![result];
+                    continue;
+                }
+                _ => {}
+            }
+            model.graph.body.nodes.push(product);
         }
-        assert_eq!(ports(&model), plain, "{op_type}");
+        assert_eq!(ports(&model), want, "{op_type}");
     }
 }

@@ -234,10 +234,9 @@ mod tests {
         let ids = [5i64, 6, 7, 8];
         let long = Example::new("a".into(), &ids, &[false, false, true, true]).unwrap();
         let short = Example::new("b".into(), &ids[..2], &[true, true]).unwrap();
-        let mut writer = RowsWriter::create(&folder.join("rows"), 2, Element::F32).unwrap();
-        writer.push(&(1..=12).map(|n| n as f32).collect::<Vec<_>>()).unwrap();
-        let rows = writer.finish().unwrap();
-        TrainingSet::new(vec![long, short], Rows::open(&folder.join("rows"), rows, 2, Element::F32).unwrap())
+        let mut writer = RowsWriter::create(&folder.join("rows"), Element::F32).unwrap();
+        writer.push(&(1..=12).map(|n| n as f32).collect::<Vec<_>>(), 6).unwrap();
+        TrainingSet::new(vec![long, short], writer.finish().unwrap())
     }
 
     #[test]

@@ -97,8 +97,10 @@ impl Rows {
 
 /// Writes rows one after the other; the file appears when complete.
 pub struct RowsWriter {
+    path: PathBuf,
     file: AtomicFile,
-    width: usize,
+    /// Known from the first rows on.
+    width: Option<usize>,
     element: Element,
     buffer: Vec<u8>,
     rows: u64,
@@ -106,22 +108,19 @@ pub struct RowsWriter {
 
 impl RowsWriter {
     /// Errors: `Error::Io` when the file cannot be made.
-    pub fn create(path: &Path, width: usize, element: Element) -> Result<Self> {
-        Ok(RowsWriter { file: AtomicFile::create(path)?, width, element, buffer: Vec::new(), rows: 0 })
+    pub fn create(path: &Path, element: Element) -> Result<Self> {
+        let (path, file) = (path.to_path_buf(), AtomicFile::create(path)?);
+        Ok(RowsWriter { path, file, width: None, element, buffer: Vec::new(), rows: 0 })
     }
 
-    /// Numbers per row.
-    pub fn width(&self) -> usize {
-        self.width
-    }
-
-    /// Appends whole rows.
+    /// Appends `count` rows, as wide as those before them.
     ///
-    /// Errors: `Error::Invalid` when `numbers` is no whole number of rows; `Error::Io`.
-    pub fn push(&mut self, numbers: &[f32]) -> Result<()> {
-        if self.width == 0 || !numbers.len().is_multiple_of(self.width) {
-            let problem = format!("got {} numbers, no whole number of rows of {}", numbers.len(), self.width);
-            return Err(Error::invalid("cache of hidden states", problem));
+    /// Errors: `Error::Invalid` when `numbers` are not `count` such rows; `Error::Io`.
+    pub fn push(&mut self, numbers: &[f32], count: usize) -> Result<()> {
+        let width = *self.width.get_or_insert(numbers.len() / count.max(1));
+        if width == 0 || width.checked_mul(count) != Some(numbers.len()) {
+            let problem = format!("got {} numbers, {count} rows of {width} were expected", numbers.len());
+            return Err(Error::invalid(format!("cache `{}`", self.path.display()), problem));
         }
         match self.element {
             Element::F32 => self.buffer.extend(numbers.iter().flat_map(|number| number.to_le_bytes())),
@@ -129,18 +128,21 @@ impl RowsWriter {
                 self.buffer.extend(numbers.iter().flat_map(|&number| bf16::from_f32(number).to_le_bytes()))
             }
         }
-        self.rows += (numbers.len() / self.width) as u64;
+        self.rows += count as u64;
         if self.buffer.len() >= 1 << 20 {
             self.flush()?;
         }
         Ok(())
     }
 
-    /// Completes the file and tells the number of rows. Errors: `Error::Io`.
-    pub fn finish(mut self) -> Result<u64> {
+    /// Completes the file. Errors: `Error::Io`; `Error::Invalid` when no row was written.
+    pub fn finish(mut self) -> Result<Rows> {
+        let Some(width) = self.width else {
+            return Err(Error::invalid(format!("cache `{}`", self.path.display()), "holds no row"));
+        };
         self.flush()?;
         self.file.commit()?;
-        Ok(self.rows)
+        Rows::open(&self.path, self.rows, width, self.element)
     }
 
     fn flush(&mut self) -> Result<()> {
@@ -159,13 +161,13 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         for element in [Element::F32, Element::Bf16] {
             let path = folder.path().join(element.extension());
-            let mut writer = RowsWriter::create(&path, 3, element).unwrap();
-            writer.push(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).unwrap();
-            writer.push(&[-0.0, 0.25, 9.0]).unwrap();
-            assert!(writer.push(&[1.0]).is_err());
+            let mut writer = RowsWriter::create(&path, element).unwrap();
+            writer.push(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 2).unwrap();
+            writer.push(&[-0.0, 0.25, 9.0], 1).unwrap();
+            assert!(writer.push(&[1.0], 1).is_err());
             assert!(!path.exists());
-            assert_eq!(writer.finish().unwrap(), 3);
-            let rows = Rows::open(&path, 3, 3, element).unwrap();
+            let rows = writer.finish().unwrap();
+            assert_eq!((rows.width(), rows.rows), (3, 3));
             let want: Vec<u8> = match element {
                 Element::F32 => [4.0f32, 5.0, 6.0, -0.0, 0.25, 9.0].iter().flat_map(|n| n.to_le_bytes()).collect(),
                 Element::Bf16 => {

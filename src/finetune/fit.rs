@@ -32,6 +32,9 @@ use super::workers;
 /// Most tokens that a fit looks at: the stream of all of them is held.
 const MOST_TOKENS: usize = 1 << 17;
 
+/// Tokens for each number that a product reads: with more of them the weight hardly changes.
+const TOKENS_PER_FEATURE: usize = 16;
+
 /// Ridges to choose from, the last one where there are too few passes to choose by.
 const RIDGES: [f64; 5] = [0.003, 0.01, 0.03, 0.3, 0.1];
 
@@ -96,11 +99,13 @@ pub fn fit(
     cancel: &Cancel,
 ) -> Result<Vec<LayerFit>> {
     let _guard = tch::no_grad_guard();
+    let widths = targets.iter().flat_map(|target| &target.products).flatten().map(|product| product.width);
+    let most = widths.max().unwrap_or(0).saturating_mul(TOKENS_PER_FEATURE).min(MOST_TOKENS);
     let mut tokens = 0;
     let order = sampler::epoch(settings, &dataset.lengths(), 0).concat().concat();
     let count = order.iter().take_while(|&&sample| {
         tokens += dataset.examples[sample].length;
-        tokens <= MOST_TOKENS
+        tokens <= most
     });
     let count = count.count().max(1).min(order.len());
     let shares = workers::deal(dataset, order[..count].to_vec(), students.len()).into_iter();

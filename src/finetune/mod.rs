@@ -1,6 +1,7 @@
 //! Healing: trains the finetune layers of a pruned decoder, through its own graph, with everything else frozen.
 
 mod adapters;
+mod average;
 mod batch;
 mod cache;
 mod checkpoint;

@@ -61,7 +61,7 @@ impl Store {
     }
 
     /// Runs the frozen part over all samples and keeps what it gives. `frozen` embeds prompts, and its decoder is the
-    /// prefix; `None` takes the embeddings themselves, when the first layer is trained.
+    /// prefix; `embeds_only` takes the embeddings themselves, when the first layer is trained.
     ///
     /// Errors: whatever a sample or a run fails with; `Error::Interrupted`; nothing is kept then.
     pub fn fill(
@@ -72,9 +72,7 @@ impl Store {
         max_tokens: usize,
         cancel: &Cancel,
     ) -> Result<(TrainingSet, LeftOut)> {
-        let mut examples = Vec::new();
-        let mut writer: Option<RowsWriter> = None;
-        let mut width = 0;
+        let mut filling = self.begin()?;
         let left_out = each_round(source, "frozen part", max_tokens, cancel, &mut |mut round| {
             let embedded = embed(&mut round, frozen)?;
             let hidden: Vec<Vec<f32>> = if embeds_only {
@@ -83,35 +81,52 @@ impl Store {
                 let outputs = outputs(&round, &embedded, frozen, usize::MAX)?;
                 outputs.into_iter().map(|mut outputs| outputs.swap_remove(0)).collect()
             };
-            for (numbers, (_, example)) in hidden.into_iter().zip(round) {
-                width = numbers.len() / example.length.max(1);
-                if writer.is_none() {
-                    writer = Some(RowsWriter::create(&self.rows, width, Element::F32)?);
-                }
-                if let Some(writer) = &mut writer {
-                    writer.push(&numbers)?;
-                }
-                examples.push(example);
-            }
-            Ok(())
+            hidden.iter().zip(round).try_for_each(|(numbers, (_, example))| filling.push(numbers, example))
         })?;
-        let Some(writer) = writer else {
-            return Err(Error::invalid(
-                "training data",
-                format!(
-                    "holds no sample to train on: {} too long, {} without an answer",
-                    left_out.too_long, left_out.without_answer
-                ),
-            )
-            .remedy("look at the data, or raise `max_tokens`"));
-        };
+        filling.finish(left_out)
+    }
+
+    /// Begins to keep rows, sample after sample.
+    ///
+    /// Errors: `Error::Io`.
+    pub fn begin(&self) -> Result<Filling<'_>> {
+        let writer = RowsWriter::create(&self.rows, Element::F32)?;
+        Ok(Filling { store: self, writer, examples: Vec::new() })
+    }
+}
+
+/// Rows of a store that are being written.
+pub struct Filling<'a> {
+    store: &'a Store,
+    writer: RowsWriter,
+    examples: Vec<Example>,
+}
+
+impl Filling<'_> {
+    /// Takes a sample and the stream before the first trained layer, a row per token.
+    ///
+    /// Errors: as `RowsWriter::push`.
+    pub fn push(&mut self, hidden: &[f32], example: Example) -> Result<()> {
+        self.writer.push(hidden, example.length)?;
+        self.examples.push(example);
+        Ok(())
+    }
+
+    /// Completes the store.
+    ///
+    /// Errors: `Error::Invalid` when there is no sample; `Error::Io`.
+    pub fn finish(self, left_out: LeftOut) -> Result<(TrainingSet, LeftOut)> {
+        let Filling { store, writer, examples } = self;
+        if examples.is_empty() {
+            let LeftOut { too_long, without_answer } = left_out;
+            let problem =
+                format!("holds no sample to train on: {too_long} too long, {without_answer} without an answer");
+            return Err(Error::invalid("training data", problem).remedy("look at the data, or raise `max_tokens`"));
+        }
         let rows = writer.finish()?;
-        let rows = Rows::open(&self.rows, rows, width, Element::F32)?;
-        write_json(
-            &self.index,
-            &Index { schema_version: SCHEMA_VERSION, width, left_out, examples: examples.clone() },
-        )?;
-        Ok((TrainingSet::new(examples, rows), left_out))
+        let index = Index { schema_version: SCHEMA_VERSION, width: rows.width(), left_out, examples };
+        write_json(&store.index, &index)?;
+        Ok((TrainingSet::new(index.examples, rows), left_out))
     }
 }
 

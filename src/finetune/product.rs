@@ -13,6 +13,8 @@ pub struct Product {
     /// `[K, D]`, or `[D, K]` when `transposed`.
     pub weight: ValueId,
     pub transposed: bool,
+    /// `K`.
+    pub width: usize,
 }
 
 /// The products with `trained` weights that reach `output` through sums alone, in the order in which they are computed:
@@ -85,8 +87,9 @@ fn product(graph: &Graph, index: &GraphIndex, node: &Node, trained: &HashSet<Val
         weight = turn.present_inputs().next()?;
         transposed = !transposed;
     }
-    let matrix = graph.body.initializer(weight).is_some_and(|tensor| tensor.dims.len() == 2);
-    (matrix && trained.contains(&weight)).then_some(Product { operand, weight, transposed })
+    let &[rows, columns] = graph.body.initializer(weight)?.dims.as_slice() else { return None };
+    let width = usize::try_from(if transposed { columns } else { rows }).ok()?;
+    trained.contains(&weight).then_some(Product { operand, weight, transposed, width })
 }
 
 #[cfg(test)]
@@ -132,7 +135,8 @@ mod tests {
         ]);
         let find =
             |trained: &[&str]| products_of(&graph, id("x"), id("y"), &trained.iter().map(|name| id(name)).collect());
-        let product = |operand, weight| Product { operand: id(operand), weight: id(weight), transposed: false };
+        let product =
+            |operand, weight| Product { operand: id(operand), weight: id(weight), transposed: false, width: 2 };
         assert_eq!(find(&["w0", "w1"]), Ok(vec![product("x", "w0"), product("h", "w1")]));
         assert_eq!(find(&["w1"]), Ok(vec![product("h", "w1")]));
         assert!(find(&["w0"]).unwrap_err().contains("read by more"), "{:?}", find(&["w0"]));
@@ -151,6 +155,6 @@ mod tests {
         let (graph, id) =
             graph(&[("t", "Transpose", &["w1"]), ("p", "MatMul", &["x", "t"]), ("y", "Add", &["x", "p"])]);
         let found = products_of(&graph, id("x"), id("y"), &[id("w1")].into()).unwrap();
-        assert_eq!(found, [Product { operand: id("x"), weight: id("w1"), transposed: true }]);
+        assert_eq!(found, [Product { operand: id("x"), weight: id("w1"), transposed: true, width: 2 }]);
     }
 }

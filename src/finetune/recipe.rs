@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use crate::base::{Error, Result};
 
 use super::loss::LossKind;
+use super::schedule::Schedule;
 use super::settings::{Settings, Stage};
 
 /// The recipe that is used when none is named.
@@ -26,8 +27,11 @@ pub struct RecipeRow {
     pub data_share: f64,
     /// Passes over them.
     pub epochs: u32,
-    /// Factor of the default learning rate.
-    pub learning_rate_factor: f64,
+    /// Samples in one forward pass, and forward passes per optimiser step.
+    pub batch: (u32, u32),
+    pub schedule: Schedule,
+    /// Part of the steps, the last ones, whose mean is given.
+    pub average_last: f64,
     /// True for a fit before the first step.
     pub fit: bool,
     /// None for a recipe that ends with the fit.
@@ -41,27 +45,34 @@ pub const RECIPES: &[RecipeRow] = &[
         summary: "cross-entropy of the answers alone, with all defaults (arXiv:2511.19676)",
         data_share: 1.0,
         epochs: 1,
-        learning_rate_factor: 1.0,
+        batch: (16, 2),
+        schedule: Schedule::Cosine,
+        average_last: 0.0,
         fit: false,
         stages: &[StageRow { share: 1.0, losses: &[(LossKind::Ce, 1.0)] }],
     },
     RecipeRow {
         name: "fast",
-        summary: "a tenth of the samples, the products of each finetuned layer that its output is a sum of (attention's and \
-                  MLP's) fitted to the dense model's stream by least squares, and no step",
-        data_share: 0.1,
+        summary: "a twentieth of the samples, each triplet by itself: the products of each finetuned layer that its output is \
+                  a sum of (attention's and MLP's) fitted to the dense model's stream by least squares, then a pass of \
+                  small steps on the distance to that stream",
+        data_share: 0.05,
         epochs: 1,
-        learning_rate_factor: 1.0,
+        batch: (8, 1),
+        schedule: Schedule::Cosine,
+        average_last: 0.0,
         fit: true,
-        stages: &[],
+        stages: &[StageRow { share: 1.0, losses: &[(LossKind::Anchor, 1.0)] }],
     },
     RecipeRow {
         name: "best",
-        summary: "the fit of `fast` on all samples, then three passes of cross-entropy and the dense model's answers in \
-                  equal parts",
+        summary: "the fit of `fast` on all samples, then two passes of cross-entropy and the dense model's answers in \
+                  equal parts at one rate; what it gives is the mean of the weights over the second",
         data_share: 1.0,
-        epochs: 3,
-        learning_rate_factor: 1.0,
+        epochs: 2,
+        batch: (16, 2),
+        schedule: Schedule::ConstantWithWarmup,
+        average_last: 0.5,
         fit: true,
         stages: &[StageRow { share: 1.0, losses: &[(LossKind::Ce, 1.0), (LossKind::Kd, 1.0)] }],
     },
@@ -91,9 +102,18 @@ impl RecipeRow {
                 (BTreeMap::new(), stages.collect())
             }
         };
-        let learning_rate = defaults.learning_rate * self.learning_rate_factor;
-        let fit = self.fit;
-        Settings { data_share: self.data_share, epochs: self.epochs, learning_rate, fit, losses, stages, ..defaults }
+        Settings {
+            data_share: self.data_share,
+            epochs: self.epochs,
+            batch_size: self.batch.0,
+            accumulation_steps: self.batch.1,
+            schedule: self.schedule,
+            average_last: self.average_last,
+            fit: self.fit,
+            losses,
+            stages,
+            ..defaults
+        }
     }
 
     /// The recipe's settings with those of a TOML table in place of its own.
@@ -135,8 +155,8 @@ mod tests {
     fn what_a_user_sets_wins_over_the_recipe() {
         let best = RecipeRow::named("best").unwrap();
         let with = |text: &str| best.settings_with(text.parse().unwrap());
-        let settings = with("learning_rate = 1e-3\nepochs = 2").unwrap();
-        assert_eq!((best.settings().epochs, settings.learning_rate, settings.epochs), (3, 1e-3, 2));
+        let settings = with("learning_rate = 1e-3\nepochs = 3").unwrap();
+        assert_eq!((best.settings().epochs, settings.learning_rate, settings.epochs), (2, 1e-3, 3));
         assert_eq!(settings.stages, best.settings().stages);
         let settings = with("losses = { ce = 0.5 }").unwrap();
         assert_eq!((settings.weight(LossKind::Ce), settings.stages.len()), (0.5, 0));

@@ -28,7 +28,7 @@ use super::settings::Settings;
 use super::source::Source;
 use super::student::{Student, token_inputs};
 use super::suffix::Suffix;
-use super::teacher::{Lesson, Teacher, anchor_points};
+use super::teacher::{Course, Lesson, Teacher, anchor_points};
 use super::trainer::{self, METRICS_FILE, Run, Summary, Trainer};
 use super::weights::{replaced, trained_weights};
 use super::workers;
@@ -139,6 +139,11 @@ pub fn finetune_with_teacher(
     let asked = || all_stages.losses.iter().filter(|(_, weight)| **weight > 0.0).map(|(kind, _)| *kind);
     loss::check_teacher(asked(), settings.fit, teacher.is_some())?;
     let device = torch_device(request.device)?;
+    if device == TorchDevice::Cpu {
+        // What this thread does between the passes is too small to be shared, and its last bits must not depend on how
+        // busy the machine is.
+        tch::set_num_threads(1);
+    }
     let path = request.bundle.path_of(request.bundle.require(Role::Decoder)?);
     let decoder = crate::onnx::load(&path)?;
     let cut = Cut::new(&decoder, request.layers)?;
@@ -154,27 +159,32 @@ pub fn finetune_with_teacher(
         ("settings".to_string(), sha256_json(settings)?),
     ]);
     let key = sha256_json(&("hidden", &model_digest, &data_digest, cut.first, settings.max_tokens))?;
-    let (mut dataset, left_out) = frozen_part(request, &cut, &key, cancel)?;
-
-    let compile = || Student::compile(&cut.analysis.model, suffix.clone(), &cut.trained, settings.precision, device);
-    let mut student = compile()?;
-    if let Some(teacher) = teacher
-        && (settings.fit || asked().any(|kind| kind.row().teacher != loss::Teacher::Nothing))
-    {
-        inputs.insert("teacher".to_string(), teacher.bundle.digest()?);
+    let store = Store::new(request.work, &key);
+    let wanted = settings.fit || asked().any(|kind| kind.row().teacher != loss::Teacher::Nothing);
+    let course = teacher.filter(|_| wanted).map(|teacher| {
         let lesson = Lesson {
             teacher,
             trained: request.layers,
             source: request.data,
             data_digest: &data_digest,
-            examples: &dataset.examples,
-            hidden_size: dataset.hidden_size(),
             settings: &all_stages,
             device: request.device,
             work: request.work,
             features: request.features,
         };
-        let targets = lesson.targets(cancel)?;
+        lesson.prepare()
+    });
+    let course = course.transpose()?;
+    let (mut dataset, left_out) = frozen_part(request, &cut, &store, course.as_ref(), cancel)?;
+
+    let compile = || Student::compile(&cut.analysis.model, suffix.clone(), &cut.trained, settings.precision, device);
+    let mut student = compile()?;
+    if let (Some(teacher), Some(course)) = (teacher, course) {
+        inputs.insert("teacher".to_string(), teacher.bundle.digest()?);
+        if !course.kept() {
+            course.fill(None, cancel)?;
+        }
+        let targets = course.open(&dataset.examples, dataset.hidden_size())?;
         student.points = targets.streams.as_ref().map(|streams| streams.points.clone()).unwrap_or_default();
         let points = anchor_points(teacher.anchors, request.layers).into_iter();
         student.anchor_points = points.filter_map(|point| point.checked_sub(cut.first)).collect();
@@ -292,25 +302,33 @@ impl Cut {
     }
 }
 
+/// The stream before the first trained layer: from disk, from the dense model where that has it and is to be run anyway, or
+/// from a run of the layers before.
 fn frozen_part(
     request: &Request<'_>,
     cut: &Cut,
-    key: &Sha256Digest,
+    store: &Store,
+    course: Option<&Course<'_>>,
     cancel: &Cancel,
 ) -> Result<(TrainingSet, LeftOut)> {
-    let store = Store::new(request.work, key);
     if let Some(found) = store.open()? {
         return Ok(found);
     }
+    // With nothing frozen before the first trained layer, a prefix of one layer only says how the graph is fed.
+    let embeds_only = cut.begins_at_input();
+    let prefix = extract(&cut.analysis.model, &[], &[cut.streams[usize::from(embeds_only)]])?;
+    if let Some(course) = course.filter(|course| !course.kept())
+        && let Some(frozen) = course.frozen(request.bundle, (!embeds_only).then_some(&prefix))?
+        && let Some(filled) = course.fill(Some((frozen, store)), cancel)?
+    {
+        return Ok(filled);
+    }
     let runtime = Runtime::new(request.device)?;
     let options = SessionOptions::default();
-    // With nothing frozen before the first trained layer, a prefix of one layer only says how the graph is fed.
-    let end = if cut.begins_at_input() { cut.streams[1] } else { cut.streams[0] };
-    let prefix = extract(&cut.analysis.model, &[], &[end])?;
     let head_dim = request.bundle.config().and_then(|config| config.head_size());
     let decoder = Decoder::prefill_only(runtime.session_of(&prefix, &options)?, head_dim)?;
     let mut frozen = VlmSession::with_decoder(&runtime, request.bundle, decoder, &options, request.features)?;
-    store.fill(request.data, &mut frozen, cut.begins_at_input(), request.settings.max_tokens as usize, cancel)
+    store.fill(request.data, &mut frozen, embeds_only, request.settings.max_tokens as usize, cancel)
 }
 
 fn torch_device(device: Device) -> Result<TorchDevice> {

@@ -75,6 +75,9 @@ pub struct Settings {
     pub lora_rank: u32,
     /// Factor of the adapters, before it is divided by the rank.
     pub lora_alpha: f64,
+    /// Gives the mean of the weights behind this part of the steps, the last ones, in place of the weights behind the last
+    /// step; 0 gives these. It wants a schedule that keeps the learning rate up.
+    pub average_last: f64,
     /// Part of the drawn samples that is trained on.
     pub data_share: f64,
     /// Before the first step, fits the products that each trained layer's output is a sum of to the dense model's stream
@@ -123,6 +126,7 @@ impl Default for Settings {
             gradient_checkpointing: false,
             lora_rank: 0,
             lora_alpha: 16.0,
+            average_last: 0.0,
             data_share: 1.0,
             fit: false,
             losses: BTreeMap::from([(LossKind::Ce, 1.0)]),
@@ -155,6 +159,8 @@ impl Settings {
         float("max_grad_norm", self.max_grad_norm, self.max_grad_norm >= 0.0, "0 or more")?;
         float("kd_temperature", self.kd_temperature, self.kd_temperature > 0.0, "above 0")?;
         float("lora_alpha", self.lora_alpha, self.lora_alpha > 0.0, "above 0")?;
+        let share = (0.0..=1.0).contains(&self.average_last);
+        float("average_last", self.average_last, share, "between 0 and 1")?;
         float("data_share", self.data_share, self.data_share > 0.0 && self.data_share <= 1.0, "above 0 and at most 1")?;
         if self.trains() {
             self.check_losses()?;
@@ -262,7 +268,7 @@ mod tests {
     #[test]
     fn a_setting_out_of_range_is_named() {
         type Case = (fn(&mut Settings), &'static str);
-        let cases: [Case; 9] = [
+        let cases: [Case; 10] = [
             (|s| s.learning_rate = 0.0, "learning_rate"),
             (|s| s.learning_rate = f64::NAN, "learning_rate"),
             (|s| s.beta2 = 1.0, "beta2"),
@@ -271,6 +277,7 @@ mod tests {
             (|s| s.losses = BTreeMap::from([(LossKind::Ce, -1.0)]), "losses.ce"),
             (|s| s.losses.clear(), "losses"),
             (|s| s.data_share = 0.0, "data_share"),
+            (|s| s.average_last = 1.5, "average_last"),
             (|s| s.stages = vec![Stage { share: 1.0, losses: s.losses.clone() }], "stages"),
         ];
         for (change, name) in cases {

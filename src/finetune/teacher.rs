@@ -1,24 +1,29 @@
 //! The dense model as teacher: its residual stream and its answers, computed once in ONNX Runtime and kept on disk.
 
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::analysis::analyse;
-use crate::base::{Cancel, Device, Error, Result, Sha256Digest, sha256_json};
+use crate::analysis::{Analysis, analyse};
+use crate::base::{Cancel, Device, Error, Result, Sha256Digest, sha256_json, thread_count};
 use crate::bundle::{Bundle, Role};
-use crate::ir::{Dim, ValueId};
+use crate::ir::{Dim, Graph, Model, ValueId};
 use crate::rewrite::extract;
 use crate::runtime::{Decoder, FeatureCache, Runtime, SessionOptions, VlmSession};
 
-use super::batch::{Example, StreamTargets, Targets, total_tokens};
+use super::batch::{Example, StreamTargets, Targets, TrainingSet, total_tokens};
 use super::cache::{Element, Rows, RowsWriter};
 use super::loss::LossKind;
-use super::prefix::{each_round, embed, outputs};
+use super::prefix::{LeftOut, Store, each_round, embed};
 use super::settings::Settings;
 use super::source::Source;
 
 /// Bytes of logits that one run may give.
 const LOGIT_BYTES: usize = 256 << 20;
+
+/// How the stream and the answers are kept.
+const STREAMS: Element = Element::Bf16;
+const ANSWERS: Element = Element::F32;
 
 /// The dense model and how its layers and the pruned model's correspond.
 pub struct Teacher<'a> {
@@ -87,40 +92,38 @@ pub struct Lesson<'a> {
     pub trained: &'a [usize],
     pub source: &'a dyn Source,
     pub data_digest: &'a Sha256Digest,
-    pub examples: &'a [Example],
-    /// Width of the residual stream.
-    pub hidden_size: usize,
     pub settings: &'a Settings,
     pub device: Device,
     pub work: &'a Path,
     pub features: &'a Arc<FeatureCache>,
 }
 
-/// Where one kind of target is kept and how wide its rows are.
-struct Kept {
-    path: PathBuf,
-    rows: u64,
-    width: usize,
-    element: Element,
+/// What the dense model is to give, and where that is kept.
+pub struct Course<'a> {
+    lesson: Lesson<'a>,
+    analysis: Analysis,
+    points: Vec<Point>,
+    streams: Option<PathBuf>,
+    /// With the number of likeliest tokens that are kept of each answer.
+    answers: Option<(PathBuf, usize)>,
+    vocabulary: Option<usize>,
 }
 
-impl Kept {
-    fn open(&self) -> Result<Option<Rows>> {
-        if !self.path.exists() {
-            return Ok(None);
-        }
-        Rows::open(&self.path, self.rows, self.width, self.element).map(Some)
-    }
+/// The pruned model's stream before its first trained layer, as a value of the dense model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Frozen {
+    /// The embeddings that enter the decoder.
+    Embeddings,
+    Value(ValueId),
 }
 
-impl Lesson<'_> {
-    /// The dense model's targets for every example, from disk where an earlier run left them.
+impl<'a> Lesson<'a> {
+    /// Looks at the dense model and says what it is to give.
     ///
-    /// Errors: `Error::Invalid` when dense and pruned model do not belong together; `Error::Engine`; `Error::Interrupted`.
-    pub fn targets(&self, cancel: &Cancel) -> Result<Targets> {
+    /// Errors: `Error::Invalid` when dense and pruned model do not belong together.
+    pub fn prepare(self) -> Result<Course<'a>> {
         let path = self.teacher.bundle.path_of(self.teacher.bundle.require(Role::Decoder)?);
         let analysis = analyse(&crate::onnx::load(&path)?)?;
-        let graph = &analysis.model.graph;
         let layers = &analysis.map.layers;
         if self.teacher.kept.iter().any(|&layer| layer >= layers.len()) {
             let problem = format!("has {} layers, the pruned model kept layers {:?}", layers.len(), self.teacher.kept);
@@ -128,116 +131,169 @@ impl Lesson<'_> {
                 .remedy("name the model that was pruned as teacher"));
         }
         let points = points(self.teacher.kept, self.teacher.anchors, self.trained, layers.len(), self.settings);
-        let wants_logits = self.settings.weight(LossKind::Kd) > 0.0;
         let digest = self.teacher.bundle.digest()?;
+        let vocabulary = last_size(&analysis, analysis.map.result);
+        let k = (self.settings.kd_top_k as usize).min(vocabulary.unwrap_or(usize::MAX));
+        let max_tokens = self.settings.max_tokens;
+        let file = |what: &str, key: Sha256Digest, element: Element| {
+            self.work.join(format!("{what}-{}.{}", &key[..16.min(key.len())], element.extension()))
+        };
+        let streams = (!points.is_empty()).then(|| {
+            let key = sha256_json(&("streams", &digest, self.data_digest, max_tokens, dense_points(&points)));
+            key.map(|key| file("streams", key, STREAMS))
+        });
+        let answers = (self.settings.weight(LossKind::Kd) > 0.0).then(|| {
+            let temperature = self.settings.kd_temperature;
+            let key = sha256_json(&("answers", &digest, self.data_digest, max_tokens, temperature, k));
+            key.map(|key| (file("answers", key, ANSWERS), k))
+        });
+        let (streams, answers) = (streams.transpose()?, answers.transpose()?);
+        Ok(Course { lesson: self, analysis, points, streams, answers, vocabulary })
+    }
+}
 
-        let last = |id: ValueId| match graph.value(id).ty.as_ref().and_then(|ty| ty.shape()).and_then(<[Dim]>::last) {
-            Some(Dim::Known(size)) => usize::try_from(*size).ok(),
+impl Course<'_> {
+    /// True when an earlier run left everything on disk.
+    pub fn kept(&self) -> bool {
+        self.streams.iter().chain(self.answers.iter().map(|(path, _)| path)).all(|path| path.exists())
+    }
+
+    /// The stream that the pruned model has before its first trained layer, where the dense model has it too: where it was
+    /// pruned from this very dense model, no layer before that one is missing, and what computes the stream is the same,
+    /// operators and weights. `prefix` computes it in the pruned model; `None` stands for the embeddings.
+    ///
+    /// Errors: `Error::Io` when a file cannot be read.
+    pub fn frozen(&self, pruned: &Bundle, prefix: Option<&Model>) -> Result<Option<Frozen>> {
+        let Lesson { teacher, trained, .. } = &self.lesson;
+        let first = trained.iter().copied().min().unwrap_or(0);
+        let whole = teacher.kept.iter().take(first).copied().eq(0..first);
+        let record = pruned.record()?;
+        let parent = record.as_ref().and_then(|record| record.provenance.inputs.get("model"));
+        if !whole || parent != Some(&teacher.bundle.digest()?) {
+            return Ok(None);
+        }
+        let Some(prefix) = prefix else { return Ok(Some(Frozen::Embeddings)) };
+        let Some(layer) = self.analysis.map.layers.get(first) else { return Ok(None) };
+        let own = extract(&self.analysis.model, &[], &[layer.input])?;
+        Ok(same_computation(&own.graph, &prefix.graph).then_some(Frozen::Value(layer.input)))
+    }
+
+    /// Runs the dense model over all samples and keeps what it gives; with `frozen` that stream too.
+    ///
+    /// Errors: whatever a sample or a run fails with; `Error::Interrupted`; nothing is kept then.
+    pub fn fill(&self, frozen: Option<(Frozen, &Store)>, cancel: &Cancel) -> Result<Option<(TrainingSet, LeftOut)>> {
+        let Lesson { teacher, source, settings, device, features, .. } = &self.lesson;
+        let layers = &self.analysis.map.layers;
+        // One value may be wanted at two points; a graph gives it once.
+        let mut outputs: Vec<ValueId> = Vec::new();
+        let mut place_of = |id: ValueId| {
+            outputs.iter().position(|&other| other == id).unwrap_or_else(|| {
+                outputs.push(id);
+                outputs.len() - 1
+            })
+        };
+        let stream_before =
+            |point: &Point| layers.get(point.dense).map_or(layers[layers.len() - 1].output, |l| l.input);
+        let places: Vec<usize> = self.points.iter().map(|point| place_of(stream_before(point))).collect();
+        let frozen_place = match frozen {
+            Some((Frozen::Value(id), _)) => Some(place_of(id)),
             _ => None,
         };
-        let vocabulary = last(analysis.map.result);
-        let hidden = self.hidden_size;
-        if let Some(other) = last(analysis.map.source).filter(|&other| other != hidden) {
-            let problem = format!("its hidden size is {other}, the pruned model's {hidden}");
-            return Err(Error::invalid(format!("teacher `{}`", path.display()), problem)
-                .remedy("name the model that was pruned as teacher"));
+        if self.answers.is_some() {
+            outputs.push(self.analysis.map.result);
         }
-        let streams: Vec<ValueId> = points
-            .iter()
-            .map(|point| layers.get(point.dense).map_or(layers[layers.len() - 1].output, |l| l.input))
-            .collect();
-        let k = (self.settings.kd_top_k as usize).min(vocabulary.unwrap_or(usize::MAX));
-        let kept_streams = (!points.is_empty()).then(|| {
-            let key =
-                sha256_json(&("streams", &digest, self.data_digest, self.settings.max_tokens, dense_points(&points)));
-            key.map(|key| self.kept("streams", &key, total_tokens(self.examples), hidden * points.len(), Element::Bf16))
-        });
-        let kept_streams = kept_streams.transpose()?;
-        let kept_answers = wants_logits.then(|| {
-            let temperature = self.settings.kd_temperature;
-            let key = sha256_json(&("answers", &digest, self.data_digest, self.settings.max_tokens, temperature, k));
-            let answers = self.examples.iter().map(|example| example.targets.len() as u64).sum();
-            key.map(|key| self.kept("answers", &key, answers, 2 * k, Element::F32))
-        });
-        let kept_answers = kept_answers.transpose()?;
-
-        let lacks = |kept: &Option<Kept>| kept.as_ref().is_some_and(|kept| !kept.path.exists());
-        if lacks(&kept_streams) || lacks(&kept_answers) {
-            // One value may be wanted at two points; a graph gives it once.
-            let mut outputs: Vec<ValueId> = Vec::new();
-            let mut places = Vec::with_capacity(streams.len());
-            for &id in &streams {
-                let place = outputs.iter().position(|&other| other == id).unwrap_or(outputs.len());
-                if place == outputs.len() {
-                    outputs.push(id);
-                }
-                places.push(place);
-            }
-            if wants_logits {
-                outputs.push(analysis.map.result);
-            }
-            let part = extract(&analysis.model, &[], &outputs)?;
-            self.fill(&part, &places, kept_streams.as_ref(), kept_answers.as_ref(), vocabulary, cancel)?;
-        }
-        let first = self.trained.iter().copied().min().unwrap_or(0);
-        let points = points.iter().map(|point| point.student - first).collect();
-        let streams = kept_streams.map(|kept| kept.open()).transpose()?.flatten();
-        let answers = kept_answers.map(|kept| kept.open()).transpose()?.flatten();
-        Ok(Targets { streams: streams.map(|rows| StreamTargets { rows, points }), answers })
-    }
-
-    fn kept(&self, what: &str, key: &Sha256Digest, rows: u64, width: usize, element: Element) -> Kept {
-        let path = self.work.join(format!("{what}-{}.{}", &key[..16.min(key.len())], element.extension()));
-        Kept { path, rows, width, element }
-    }
-
-    fn fill(
-        &self,
-        part: &crate::ir::Model,
-        places: &[usize],
-        streams: Option<&Kept>,
-        answers: Option<&Kept>,
-        vocabulary: Option<usize>,
-        cancel: &Cancel,
-    ) -> Result<()> {
-        let bundle = self.teacher.bundle;
-        let runtime = Runtime::new(self.device)?;
+        let part = extract(&self.analysis.model, &[], &outputs)?;
+        let runtime = Runtime::new(*device)?;
         let options = SessionOptions::default();
-        let head_dim = bundle.config().and_then(|config| config.head_size());
-        let decoder = Decoder::prefill_only(runtime.session_of(part, &options)?, head_dim)?;
-        let mut model = VlmSession::with_decoder(&runtime, bundle, decoder, &options, self.features)?;
-        let create = |kept: &Kept| RowsWriter::create(&kept.path, kept.width, kept.element);
-        let mut streams = streams.map(create).transpose()?;
-        let mut answers = answers.map(create).transpose()?;
-        let tokens_per_run = match (&answers, vocabulary) {
+        let head_dim = teacher.bundle.config().and_then(|config| config.head_size());
+        let decoder = Decoder::prefill_only(runtime.session_of(&part, &options)?, head_dim)?;
+        let mut model = VlmSession::with_decoder(&runtime, teacher.bundle, decoder, &options, features)?;
+        let mut filling = frozen.map(|(_, store)| store.begin()).transpose()?;
+        let mut streams = self.streams.as_ref().map(|path| RowsWriter::create(path, STREAMS)).transpose()?;
+        let answers = self.answers.as_ref().map(|(path, k)| Ok((RowsWriter::create(path, ANSWERS)?, *k)));
+        let mut answers = answers.transpose()?;
+        let tokens_per_run = match (&answers, self.vocabulary) {
             (Some(_), Some(vocabulary)) => LOGIT_BYTES / (4 * vocabulary.max(1)),
             (Some(_), None) => 1,
             (None, _) => usize::MAX,
         };
-        let max_tokens = self.settings.max_tokens as usize;
-        let temperature = self.settings.kd_temperature;
-        each_round(self.source, "dense model", max_tokens, cancel, &mut |mut round| {
+        let temperature = settings.kd_temperature;
+        let left_out = each_round(*source, "dense model", settings.max_tokens as usize, cancel, &mut |mut round| {
             let embedded = embed(&mut round, &mut model)?;
-            for (outputs, (_, example)) in outputs(&round, &embedded, &mut model, tokens_per_run)?.iter().zip(&round) {
+            let outputs = super::prefix::outputs(&round, &embedded, &mut model, tokens_per_run)?;
+            for ((outputs, embedded), (_, example)) in outputs.iter().zip(&embedded).zip(round) {
                 if let Some(writer) = &mut streams {
                     let points: Vec<&[f32]> = places.iter().map(|&place| outputs[place].as_slice()).collect();
-                    writer.push(&side_by_side(&points, example.length))?;
+                    writer.push(&side_by_side(&points, example.length), example.length)?;
                 }
-                if let (Some(writer), Some(logits)) = (&mut answers, outputs.last()) {
-                    let width = logits.len() / example.length.max(1);
-                    for &position in &example.positions {
-                        let row = &logits[position as usize * width..][..width];
-                        writer.push(&top_k(row, writer.width() / 2, temperature))?;
-                    }
+                if let (Some((writer, k)), Some(logits)) = (&mut answers, outputs.last()) {
+                    let rows = likeliest(logits, &example, *k, temperature);
+                    writer.push(&rows, example.positions.len())?;
+                }
+                if let Some(filling) = &mut filling {
+                    filling.push(frozen_place.map_or(&embedded.data, |place| &outputs[place]), example)?;
                 }
             }
             Ok(())
         })?;
-        for writer in [streams, answers].into_iter().flatten() {
+        // The samples' own store last: it says that there is one at all, and its message is the one to read.
+        let filled = filling.map(|filling| filling.finish(left_out)).transpose()?;
+        for writer in streams.into_iter().chain(answers.map(|(writer, _)| writer)) {
             writer.finish()?;
         }
-        Ok(())
+        Ok(filled)
     }
+
+    /// What was kept, for these examples.
+    ///
+    /// Errors: `Error::Invalid` when the stream's width is not the pruned model's, or a file is damaged.
+    pub fn open(&self, examples: &[Example], hidden_size: usize) -> Result<Targets> {
+        if let Some(other) = last_size(&self.analysis, self.analysis.map.source).filter(|&other| other != hidden_size) {
+            let path = self.lesson.teacher.bundle.root().display();
+            let problem = format!("its hidden size is {other}, the pruned model's {hidden_size}");
+            return Err(Error::invalid(format!("teacher `{path}`"), problem)
+                .remedy("name the model that was pruned as teacher"));
+        }
+        let first = self.lesson.trained.iter().copied().min().unwrap_or(0);
+        let points: Vec<usize> = self.points.iter().map(|point| point.student - first).collect();
+        let streams = self.streams.as_ref().map(|path| {
+            let rows = Rows::open(path, total_tokens(examples), hidden_size * points.len(), STREAMS)?;
+            Ok(StreamTargets { rows, points: points.clone() })
+        });
+        let answers = self.answers.as_ref().map(|(path, k)| {
+            let count = examples.iter().map(|example| example.targets.len() as u64).sum();
+            Rows::open(path, count, 2 * k, ANSWERS)
+        });
+        Ok(Targets { streams: streams.transpose()?, answers: answers.transpose()? })
+    }
+}
+
+/// The last axis of a value, where it is fixed.
+fn last_size(analysis: &Analysis, id: ValueId) -> Option<usize> {
+    match analysis.model.graph.value(id).ty.as_ref()?.shape()?.last()? {
+        Dim::Known(size) => usize::try_from(*size).ok(),
+        Dim::Symbol(_) | Dim::Unknown => None,
+    }
+}
+
+/// True when two graphs have the same operators in the same order, over initializers of the same bytes.
+fn same_computation(a: &Graph, b: &Graph) -> bool {
+    let operators = |graph: &Graph| {
+        let nodes = graph.body.nodes.iter();
+        nodes.map(|node| (node.domain.clone(), node.op_type.clone(), node.inputs.len())).collect::<Vec<_>>()
+    };
+    let initializers = |graph: &Graph| {
+        let ids = graph.body.nodes.iter().flat_map(|node| node.present_inputs().collect::<Vec<_>>());
+        ids.filter(|&id| graph.body.initializer(id).is_some()).collect::<Vec<_>>()
+    };
+    let (left, right) = (initializers(a), initializers(b));
+    let equal = |(&left, &right): (&ValueId, &ValueId)| match (a.body.initializer(left), b.body.initializer(right)) {
+        (Some(left), Some(right)) => {
+            left.dtype == right.dtype && left.dims == right.dims && left.bytes() == right.bytes()
+        }
+        _ => false,
+    };
+    operators(a) == operators(b) && left.len() == right.len() && left.iter().zip(&right).all(equal)
 }
 
 fn dense_points(points: &[Point]) -> Vec<usize> {
@@ -254,6 +310,20 @@ fn side_by_side(points: &[&[f32]], rows: usize) -> Vec<f32> {
         }
     }
     joined
+}
+
+/// The [`top_k`] of each answer of a sample, row by row, on all cores. `logits` has a row per token.
+fn likeliest(logits: &[f32], example: &Example, k: usize, temperature: f64) -> Vec<f32> {
+    let width = logits.len() / example.length.max(1);
+    let row = |&position: &u32| top_k(&logits[position as usize * width..][..width], k, temperature);
+    let share = example.positions.len().div_ceil(thread_count()).max(1);
+    std::thread::scope(|scope| {
+        let shares = example.positions.chunks(share);
+        let running: Vec<_> =
+            shares.map(|share| scope.spawn(move || share.iter().flat_map(row).collect::<Vec<_>>())).collect();
+        let joined = running.into_iter().map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)));
+        joined.flatten().collect()
+    })
 }
 
 /// The `k` largest log-probabilities at a temperature, then the tokens that they are of; token ids below 2^24 are exact

@@ -44,16 +44,21 @@ const DROPPED: [usize; 2] = [2, 5];
 /// Dense layers that are left when 2 and 5 of 16 go.
 const KEPT: [usize; 14] = [0, 1, 3, 4, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15];
 
-/// The model with decoder layers 2 and 5 dropped, as a folder.
+/// The model with decoder layers 2 and 5 dropped, as a folder that says what it was pruned from.
 fn pruned(dense: &Bundle, folder: &Path) -> PathBuf {
+    pruned_from(dense, folder, &DROPPED, dense.digest().unwrap())
+}
+
+fn pruned_from(dense: &Bundle, folder: &Path, dropped: &[usize], parent: Sha256Digest) -> PathBuf {
     let target = folder.join("pruned");
     let component = dense.require(Role::Decoder).unwrap();
     let decoder = crate::onnx::load(&dense.path_of(component)).unwrap();
     let analysis = crate::analysis::analyse(&decoder).unwrap();
     let mut writer = BundleWriter::create(dense, &target).unwrap();
-    writer.drop_layers(&LayerEdit::new(Tower::Text, 16, &DROPPED).unwrap()).unwrap();
-    writer.save(component, &crate::rewrite::drop_layers(&analysis, &DROPPED).unwrap()).unwrap();
-    writer.commit(Provenance::new(Record::SCHEMA_VERSION, BTreeMap::new(), &()).unwrap()).unwrap();
+    writer.drop_layers(&LayerEdit::new(Tower::Text, 16, dropped).unwrap()).unwrap();
+    writer.save(component, &crate::rewrite::drop_layers(&analysis, dropped).unwrap()).unwrap();
+    let inputs = BTreeMap::from([("model".to_string(), parent)]);
+    writer.commit(Provenance::new(Record::SCHEMA_VERSION, inputs, &()).unwrap()).unwrap();
     target
 }
 
@@ -226,6 +231,46 @@ fn a_stopped_run_resumes_to_the_same_bits() {
     assert!(message.contains("`settings` differ"), "{message}");
 }
 
+fn floats(model: &Model) -> Vec<(String, Vec<f32>)> {
+    let words = |bytes: Vec<u8>| bytes.as_chunks::<4>().0.iter().map(|word| f32::from_le_bytes(*word)).collect();
+    weights(model).into_iter().map(|(name, bytes)| (name, words(bytes))).collect()
+}
+
+/// At one rate from the first step on, shorter runs end where the long one passes: their mean is the long one's.
+#[test]
+fn the_mean_is_that_of_the_weights_behind_the_last_steps() {
+    let settings = Settings { schedule: Schedule::Constant, batch_size: 2, accumulation_steps: 1, ..settings() };
+    let ends: Vec<Model> = [4, 5, 6]
+        .map(|steps| {
+            let work = tempfile::tempdir().unwrap();
+            let settings = Settings { max_steps: Some(steps), ..settings.clone() };
+            run(&settings, &[3], work.path(), false, None).outcome.unwrap().decoder
+        })
+        .into();
+    let settings = Settings { average_last: 0.5, max_steps: Some(6), ..settings };
+    let work = tempfile::tempdir().unwrap();
+    let averaged = run(&settings, &[3], work.path(), false, None).outcome.unwrap().decoder;
+    let moved = changed(&ends[2], &averaged);
+    assert_eq!(moved.len(), 9, "{moved:?}");
+    let ends: Vec<_> = ends.iter().map(floats).collect();
+    for (number, (name, found)) in floats(&averaged).into_iter().enumerate().filter(|(_, (n, _))| moved.contains(n)) {
+        for (at, &found) in found.iter().enumerate() {
+            let want = ends.iter().map(|weights| f64::from(weights[number].1[at])).sum::<f64>() / 3.0;
+            assert!((f64::from(found) - want).abs() <= 1e-6 * want.abs().max(0.1), "{name}: {found}, expected {want}");
+        }
+    }
+    for (stop, lora_rank) in [(3, 0), (5, 0), (5, 2)] {
+        let settings = Settings { lora_rank, ..settings.clone() };
+        let straight = tempfile::tempdir().unwrap();
+        let straight = run(&settings, &[3], straight.path(), false, None).outcome.unwrap();
+        let work = tempfile::tempdir().unwrap();
+        assert!(run(&settings, &[3], work.path(), false, Some(stop)).outcome.is_err());
+        let resumed = run(&settings, &[3], work.path(), true, None).outcome.unwrap();
+        assert_eq!(resumed.report.resumed_from_step, stop);
+        assert!(weights(&resumed.decoder) == weights(&straight.decoder), "stopped after step {stop}");
+    }
+}
+
 /// Stopped after a fit and some steps, resumed to the same bits; what changed has the adapters' rank, and only matrices did.
 #[test]
 fn adapters_change_matrices_by_their_rank() {
@@ -326,6 +371,63 @@ fn a_model_that_is_its_own_teacher_has_nothing_to_learn() {
     // Targets are kept in bf16, which is off by at most 2^-9 of each number.
     let rounding = 2f64.powi(-18);
     assert!(losses["hidden"] < rounding && losses["anchor"] < rounding, "{losses:?}");
+}
+
+/// Texts, counting how often they are read.
+struct Counted(Texts, std::cell::Cell<u32>);
+
+impl Source for Counted {
+    fn digest(&self) -> Result<Sha256Digest> {
+        self.0.digest()
+    }
+
+    fn count(&self) -> u64 {
+        self.0.count()
+    }
+
+    fn samples(&self) -> Result<Box<dyn Iterator<Item = Result<Sample>> + '_>> {
+        self.1.set(self.1.get() + 1);
+        self.0.samples()
+    }
+}
+
+/// Where the pruned model's frozen part is the dense model's own, one reading of the samples gives both; it gives what two
+/// readings do.
+#[test]
+fn the_frozen_part_is_taken_from_the_dense_model_where_that_has_it() {
+    let dense = Bundle::open(&model()).unwrap();
+    let settings = Settings { losses: [(LossKind::Kd, 1.0), (LossKind::Anchor, 1.0)].into(), ..settings() };
+    let losses = |dropped: &[usize], parent: Sha256Digest, layers: &[usize], readings: u32| {
+        let folder = tempfile::tempdir().unwrap();
+        let bundle = Bundle::open(&pruned_from(&dense, folder.path(), dropped, parent)).unwrap();
+        let data = Counted(Texts { vocabulary: 800 }, 0.into());
+        let request = Request {
+            bundle: &bundle,
+            layers,
+            data: &data,
+            settings: &settings,
+            device: Device::Cpu,
+            work: &folder.path().join("work"),
+            resume: false,
+            features: &FeatureCache::new(1 << 20),
+        };
+        let kept: Vec<usize> = (0..16).filter(|layer| !dropped.contains(layer)).collect();
+        let teacher = Teacher { bundle: &dense, kept: &kept, anchors: &[] };
+        let mut losses = Vec::new();
+        finetune_with_teacher(&request, Some(&teacher), &Cancel::default(), &mut |step| losses.push(step.loss))
+            .unwrap();
+        assert_eq!(data.1.get(), readings, "dropped {dropped:?}, trained {layers:?}");
+        losses
+    };
+    let own = || dense.digest().unwrap();
+    for layers in [[2, 4], [0, 4]] {
+        let (one, two) = (losses(&DROPPED, own(), &layers, 1), losses(&DROPPED, sha256_bytes(b"other"), &layers, 2));
+        for (a, b) in one.iter().zip(&two) {
+            assert!((a - b).abs() < 1e-5 * b, "trained {layers:?}: {a}, expected {b}");
+        }
+    }
+    // A layer is missing from what is frozen.
+    losses(&DROPPED, own(), &[4, 6], 2);
 }
 
 #[test]

@@ -9,6 +9,7 @@ use tch::{Device, Tensor};
 use crate::base::{Cancel, Error, Progress, Result, Sha256Digest, list_preview, peak_memory_bytes};
 
 use super::adapters::Adapters;
+use super::average::Average;
 use super::batch::TrainingSet;
 use super::checkpoint::{self, Checkpoints, State, Totals};
 use super::events::EventWriter;
@@ -58,6 +59,9 @@ pub struct Trainer<'a> {
     /// What is trained: the weights of the first, or the adapters beside them.
     parameters: Vec<Parameter>,
     adapters: Option<Adapters>,
+    average: Option<Average>,
+    /// Steps of the whole run.
+    total: u64,
     dataset: &'a TrainingSet,
 }
 
@@ -86,7 +90,15 @@ impl<'a> Trainer<'a> {
             let parameters = weights.map(|weight| Parameter::new(weight.name.clone(), weight.tensor.shallow_clone()));
             (None, parameters.collect::<Result<_>>()?)
         };
-        Ok(Trainer { run, students, parameters, adapters, dataset })
+        let settings = run.settings;
+        let total = match settings.trains() {
+            true => settings.max_steps.unwrap_or_else(|| {
+                sampler::steps_per_epoch(settings, dataset.examples.len()) * u64::from(settings.epochs)
+            }),
+            false => 0,
+        };
+        let average = Average::new(first.weights(), settings.average_last, total)?;
+        Ok(Trainer { run, students, parameters, adapters, average, total, dataset })
     }
 
     /// Trains to the last step. With `resume`, goes on from the newest checkpoint if there is one; without, begins anew
@@ -102,12 +114,9 @@ impl<'a> Trainer<'a> {
         observer: &mut dyn FnMut(&StepMetrics),
     ) -> Result<Summary> {
         let Run { settings, work, .. } = self.run;
+        let total = self.total;
         let lengths = self.dataset.lengths();
         let per_epoch = sampler::steps_per_epoch(settings, lengths.len());
-        let total = match settings.trains() {
-            true => settings.max_steps.unwrap_or(per_epoch * u64::from(settings.epochs)),
-            false => 0,
-        };
         let warmup = warmup_steps(settings.warmup_ratio, total);
         let stages = settings.by_stage(total);
         let optimizer = AdamW {
@@ -116,10 +125,6 @@ impl<'a> Trainer<'a> {
             epsilon: settings.epsilon,
             weight_decay: settings.weight_decay,
         };
-        if self.run.device == Device::Cpu {
-            // What this thread does between the steps' passes is too small to be shared.
-            tch::set_num_threads(1);
-        }
         let checkpoints = Checkpoints::open(&work.join(CHECKPOINT_FOLDER))?;
         let (first, mut totals) = self.start(&checkpoints, resume, begun)?;
         let mut metrics = MetricsWriter::open(&work.join(METRICS_FILE), first)?;
@@ -143,6 +148,9 @@ impl<'a> Trainer<'a> {
             let learning_rate = settings.learning_rate * settings.schedule.factor(done, warmup, total);
             let Some((_, stage)) = stages.iter().find(|(end, _)| done < *end) else { break };
             let mut result = self.step(done + 1, step, stage, &optimizer, learning_rate)?;
+            if let Some(average) = &mut self.average {
+                average.add(done + 1)?;
+            }
             let seconds = began.elapsed().as_secs_f64();
             totals.tokens += result.tokens;
             totals.answer_tokens += result.metrics.answer_tokens;
@@ -159,6 +167,9 @@ impl<'a> Trainer<'a> {
             if every > 0 && (done + 1) % every == 0 && done + 1 < total {
                 self.save(&checkpoints, done + 1, total, &totals)?;
             }
+        }
+        if let Some(average) = &mut self.average {
+            average.apply()?;
         }
         let trained_parameters = self.parameters.iter().map(|parameter| parameter.value.numel() as u64).sum();
         Ok(Summary { steps: total, resumed_from: first, trained_parameters, totals })
@@ -185,7 +196,8 @@ impl<'a> Trainer<'a> {
     /// What a checkpoint holds, by name; the tensors themselves, not copies.
     fn tensors(&self) -> Vec<(String, Tensor)> {
         let parameters = self.parameters.iter().flat_map(Parameter::tensors);
-        parameters.chain(self.adapters.iter().flat_map(Adapters::tensors)).collect()
+        let adapters = self.adapters.iter().flat_map(Adapters::tensors);
+        parameters.chain(adapters).chain(self.average.iter().flat_map(Average::tensors)).collect()
     }
 
     fn step(
