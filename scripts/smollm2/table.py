@@ -20,13 +20,16 @@ def main():
     for strategy in sorted(strategies, key=perplexity):
         layers = " ".join(map(str, read(runs / f"plan-{strategy}.json")["drop"]))
         dropped = perplexity(strategy)
-        # `healed-STRATEGY-RECIPE-RATE-bBATCH-pPASSES[+SETTING]`; the name of a strategy may begin with another's.
-        pattern = re.compile(rf"eval-(healed-{strategy}-([a-z]+)-(\d.*|none)-b(\d+)-p(\d+)(?:\+(.+))?)\.json")
+        # `healed-STRATEGY-RECIPE-RATES-bBATCH-pPASSES[+SETTING]`; the name of a strategy may begin with another's.
+        pattern = re.compile(rf"eval-(healed-{strategy}-([a-z]+)-(\d.*)-b(\d+)-p(\d+)(?:\+(.+))?)\.json")
         healed = [found.groups() for path in runs.iterdir() if (found := pattern.fullmatch(path.name))]
-        rows = [(perplexity(name), f"`{recipe}`" + (f" + `{more}`" if more else ""), *how) for name, recipe, *how, more in healed]
+        rows = []
+        for name, recipe, rates, batch, passes, more in healed:
+            if "," in rates:
+                chosen = read(runs / f"{name}.work" / "finetune.json")["learning_rate"]
+                rates = f"{chosen:.0e}".replace("e-0", "e-") + " of " + rates.replace(",", ", ")
+            rows.append((perplexity(name), f"`{recipe}`" + (f" + `{more}`" if more else ""), rates, batch, passes))
         for value, *cells in sorted(rows, reverse=True) or [(None, "-", "-", "-", "-")]:
-            if "none" in cells:
-                cells[1:] = "-", "-", "-"
             after = "-" if value is None else f"{value:.2f}"
             kept = 100 * dense / (value or dropped)
             print(f"| `{strategy}` | {layers} | {dropped:.1f} | {' | '.join(cells)} | {after} | {kept:.1f} |")

@@ -52,13 +52,13 @@ pub struct Args {
     /// lowest loss in a pass of its own is taken [default: 1e-5]
     #[arg(long, value_name = "LR", value_delimiter = ',')]
     learning_rate: Vec<f64>,
-    /// Samples in one forward pass [default: 16]
+    /// Samples in one forward pass [default: the recipe's]
     #[arg(long, value_name = "N")]
     batch_size: Option<u32>,
-    /// Forward passes per optimiser step [default: 2]
+    /// Forward passes per optimiser step [default: the recipe's]
     #[arg(long, value_name = "N")]
     accumulation_steps: Option<u32>,
-    /// Passes over the data [default: 1]
+    /// Passes over the data [default: the recipe's]
     #[arg(long, value_name = "N")]
     epochs: Option<u32>,
     /// Stop after this many optimiser steps

@@ -1,0 +1,212 @@
+//! Runs that learn from the dense model.
+
+use super::*;
+
+#[test]
+fn losses_that_need_the_dense_model_are_refused_without_it() {
+    let bundle = Bundle::open(&model()).unwrap();
+    let work = tempfile::tempdir().unwrap();
+    let settings = Settings { losses: [(LossKind::Kd, 1.0)].into(), ..settings() };
+    let request = Request {
+        bundle: &bundle,
+        layers: &[3],
+        data: &Texts { vocabulary: 100 },
+        settings: &settings,
+        device: Device::Cpu,
+        work: work.path(),
+        resume: false,
+        features: &FeatureCache::new(1 << 20),
+    };
+    let message = finetune(&request, &Cancel::default(), &mut |_| {}).err().unwrap().to_string();
+    assert!(message.contains("`kd`") && message.contains("teacher"), "{message}");
+}
+
+#[test]
+fn a_model_that_is_its_own_teacher_has_nothing_to_learn() {
+    let bundle = Bundle::open(&model()).unwrap();
+    let kept: Vec<usize> = (0..16).collect();
+    let losses = [(LossKind::Kd, 1.0), (LossKind::Hidden, 1.0), (LossKind::Anchor, 1.0)];
+    let work = tempfile::tempdir().unwrap();
+    let settings = Settings { losses: losses.into(), max_steps: Some(1), ..settings() };
+    let request = Request {
+        bundle: &bundle,
+        layers: &[3, 7],
+        data: &Texts { vocabulary: 800 },
+        settings: &settings,
+        device: Device::Cpu,
+        work: work.path(),
+        resume: false,
+        features: &FeatureCache::new(1 << 20),
+    };
+    let teacher = Teacher { bundle: &bundle, kept: &kept, anchors: &[5, 9] };
+    let mut losses = BTreeMap::new();
+    finetune_with_teacher(&request, Some(&teacher), &Cancel::default(), &mut |metrics| losses = metrics.losses.clone())
+        .unwrap();
+    assert!(losses["kd"].abs() < 1e-4, "{losses:?}");
+    // Targets are kept in bf16, which is off by at most 2^-9 of each number.
+    let rounding = 2f64.powi(-18);
+    assert!(losses["hidden"] < rounding && losses["anchor"] < rounding, "{losses:?}");
+}
+
+/// Texts, counting how often they are read.
+struct Counted(Texts, std::cell::Cell<u32>);
+
+impl Source for Counted {
+    fn digest(&self) -> Result<Sha256Digest> {
+        self.0.digest()
+    }
+
+    fn count(&self) -> u64 {
+        self.0.count()
+    }
+
+    fn samples(&self) -> Result<Box<dyn Iterator<Item = Result<Sample>> + '_>> {
+        self.1.set(self.1.get() + 1);
+        self.0.samples()
+    }
+}
+
+/// Where the pruned model's frozen part is the dense model's own, one reading of the samples gives both; it gives what two
+/// readings do.
+#[test]
+fn the_frozen_part_is_taken_from_the_dense_model_where_that_has_it() {
+    let dense = Bundle::open(&model()).unwrap();
+    let settings = Settings { losses: [(LossKind::Kd, 1.0), (LossKind::Anchor, 1.0)].into(), ..settings() };
+    let losses = |dropped: &[usize], parent: Sha256Digest, layers: &[usize], readings: u32| {
+        let folder = tempfile::tempdir().unwrap();
+        let bundle = Bundle::open(&pruned_from(&dense, folder.path(), dropped, parent)).unwrap();
+        let data = Counted(Texts { vocabulary: 800 }, 0.into());
+        let request = Request {
+            bundle: &bundle,
+            layers,
+            data: &data,
+            settings: &settings,
+            device: Device::Cpu,
+            work: &folder.path().join("work"),
+            resume: false,
+            features: &FeatureCache::new(1 << 20),
+        };
+        let kept: Vec<usize> = (0..16).filter(|layer| !dropped.contains(layer)).collect();
+        let teacher = Teacher { bundle: &dense, kept: &kept, anchors: &[] };
+        let mut losses = Vec::new();
+        finetune_with_teacher(&request, Some(&teacher), &Cancel::default(), &mut |step| losses.push(step.loss))
+            .unwrap();
+        assert_eq!(data.1.get(), readings, "dropped {dropped:?}, trained {layers:?}");
+        losses
+    };
+    let own = || dense.digest().unwrap();
+    for layers in [[2, 4], [0, 4]] {
+        let (one, two) = (losses(&DROPPED, own(), &layers, 1), losses(&DROPPED, sha256_bytes(b"other"), &layers, 2));
+        for (a, b) in one.iter().zip(&two) {
+            assert!((a - b).abs() < 1e-5 * b, "trained {layers:?}: {a}, expected {b}");
+        }
+    }
+    // A layer is missing from what is frozen.
+    losses(&DROPPED, own(), &[4, 6], 2);
+}
+
+#[test]
+fn the_dense_model_teaches_with_and_without_gradient_checkpointing() {
+    let losses = [(LossKind::Ce, 1.0), (LossKind::Kd, 0.5), (LossKind::Hidden, 2.0), (LossKind::Anchor, 1.0)];
+    let settings = Settings { losses: losses.into(), ..settings() };
+    let work = tempfile::tempdir().unwrap();
+    let plain = run(&settings, &[2, 4], work.path(), false, None);
+    let report = plain.outcome.unwrap().report;
+    assert!(
+        report.last_loss.unwrap() < report.first_loss.unwrap(),
+        "{:?} to {:?}",
+        report.first_loss,
+        report.last_loss
+    );
+    assert!(report.provenance.inputs.contains_key("teacher"));
+    let checkpointed = Settings { gradient_checkpointing: true, ..settings };
+    let checkpointed = run(&checkpointed, &[2, 4], work.path(), false, None);
+    checkpointed.outcome.unwrap();
+    for (a, b) in plain.steps.iter().zip(&checkpointed.steps) {
+        assert!((a.loss - b.loss).abs() < 1e-4 * a.loss, "step {}: {} and {}", a.step, a.loss, b.loss);
+        assert!(
+            (a.grad_norm - b.grad_norm).abs() < 1e-3 * a.grad_norm,
+            "step {}: {} and {}",
+            a.step,
+            a.grad_norm,
+            b.grad_norm
+        );
+        assert!(a.losses.len() == 4 && b.losses.len() == 4);
+    }
+}
+
+#[test]
+fn anchors_alone_heal_each_triplet_by_itself() {
+    let settings = Settings { losses: [(LossKind::Anchor, 1.0)].into(), max_steps: Some(12), ..settings() };
+    let work = tempfile::tempdir().unwrap();
+    let healed = run(&settings, &[2, 4], work.path(), false, None);
+    let report = healed.outcome.unwrap().report;
+    assert!(
+        report.last_loss.unwrap() < 0.8 * report.first_loss.unwrap(),
+        "{:?} to {:?}",
+        report.first_loss,
+        report.last_loss
+    );
+}
+
+/// The distance that the fit says is left is what the term `anchor` then measures through the network itself.
+#[test]
+fn the_fit_brings_the_stream_to_where_it_says() {
+    let work = tempfile::tempdir().unwrap();
+    let one_step = Settings { max_steps: Some(1), learning_rate: 1e-9, ..settings() };
+    let measured = Settings { losses: [(LossKind::Anchor, 1.0)].into(), ..one_step };
+    let before = run(&measured, &[4, 5], work.path(), false, None).outcome.unwrap().report;
+    assert!(before.fitted.is_empty());
+    let fitting = Settings { fit: true, ..measured };
+    let after = run(&fitting, &[4, 5], work.path(), false, None).outcome.unwrap().report;
+    let fitted = &after.fitted;
+    assert_eq!(fitted.iter().map(|fit| fit.layer).collect::<Vec<_>>(), [4, 5]);
+    let left = fitted.iter().map(|fit| fit.distance_after.unwrap()).sum::<f64>() / 2.0;
+    let found = after.first_loss.unwrap();
+    assert!((found - left).abs() < 1e-3 * left, "measured {found}, fitted {left}");
+    assert!(found < 0.7 * before.first_loss.unwrap(), "{:?} to {found}", before.first_loss);
+
+    // The fit alone trains two weights of each layer and nothing else, and comes out the same.
+    let alone = Settings { losses: BTreeMap::new(), ..fitting };
+    let outcome = run(&alone, &[4, 5], work.path(), false, None).outcome.unwrap();
+    assert_eq!((outcome.report.steps, outcome.report.first_loss), (0, None));
+    assert_eq!(&outcome.report.fitted, fitted);
+    let dense = Bundle::open(&model()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let bundle = Bundle::open(&pruned(&dense, folder.path())).unwrap();
+    let decoder = crate::onnx::load(&bundle.path_of(bundle.require(Role::Decoder).unwrap())).unwrap();
+    let names: Vec<String> = fitted.iter().flat_map(|fit| fit.weights.clone()).collect();
+    assert_eq!(names.len(), 4, "{names:?}");
+    assert_eq!(changed(&decoder, &outcome.decoder), names);
+}
+
+#[test]
+fn stages_change_the_losses_and_survive_being_stopped_at_any_of_them() {
+    let stage = |share, losses: &[(LossKind, f64)]| Stage { share, losses: losses.iter().copied().collect() };
+    let stages = vec![stage(0.5, &[(LossKind::Anchor, 1.0)]), stage(0.5, &[(LossKind::Ce, 1.0), (LossKind::Kd, 0.5)])];
+    let settings = Settings {
+        fit: true,
+        losses: BTreeMap::new(),
+        stages,
+        batch_size: 2,
+        accumulation_steps: 1,
+        max_steps: Some(6),
+        ..settings()
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let whole = run(&settings, &[2, 4], folder.path(), false, None);
+    let terms: Vec<Vec<&str>> =
+        whole.steps.iter().map(|step| step.losses.keys().map(String::as_str).collect()).collect();
+    assert_eq!(
+        terms,
+        [vec!["anchor"], vec!["anchor"], vec!["anchor"], vec!["ce", "kd"], vec!["ce", "kd"], vec!["ce", "kd"]]
+    );
+    let want = weights(&whole.outcome.unwrap().decoder);
+    for stop in [2, 3, 4] {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(run(&settings, &[2, 4], folder.path(), false, Some(stop)).outcome.is_err());
+        let resumed = run(&settings, &[2, 4], folder.path(), true, None).outcome.unwrap();
+        assert_eq!(resumed.report.resumed_from_step, stop);
+        assert!(weights(&resumed.decoder) == want, "stopped after step {stop}");
+    }
+}
