@@ -1,5 +1,6 @@
 //! What every other module stands on: errors, files, hashing, progress. Knows nothing of models.
 
+mod ahead;
 mod artifact;
 mod cancel;
 mod device;
@@ -11,6 +12,7 @@ mod progress;
 mod text;
 mod threads;
 
+pub use ahead::ahead;
 pub use artifact::{Provenance, read_json, write_json};
 pub use cancel::{Cancel, install_ctrl_c};
 pub use device::Device;

@@ -3,10 +3,9 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::Instant;
 
-use crate::base::{Cancel, Error, Progress, Result};
+use crate::base::{Cancel, Error, Progress, Result, ahead};
 use crate::bundle::Bundle;
 use crate::data::{BenchRow, Benchmark, Encoded, Part, Processor};
 use crate::runtime::{FeatureCache, Picture, Prompt, Runtime, SessionOptions, VlmSession};
@@ -119,37 +118,28 @@ pub fn evaluate(
     let mut predictions: Vec<String> = vec![String::new(); rows.len()];
     let mut timing = EvalTiming::default();
     let window = options.batch_size.saturating_mul(BATCHES_PER_WINDOW);
-    std::thread::scope(|scope| -> Result<()> {
-        let (sender, receiver) = sync_channel::<Result<Prepared>>(window);
-        scope.spawn(move || {
-            for (number, row) in rows.iter().enumerate() {
-                let prepared = prepare(processor, benchmark, name, number, row);
-                let failed = prepared.is_err();
-                // The other end is gone when the run has failed or was interrupted.
-                if sender.send(prepared).is_err() || failed {
-                    break;
-                }
+    let mut answer = |mut prepared: Vec<Prepared>| -> Result<()> {
+        prepared.sort_by_key(|item| item.prompt.input_ids.len());
+        for batch in prepared.chunks_mut(options.batch_size) {
+            cancel.check("no report is written")?;
+            let prompts: Vec<Prompt> = batch.iter_mut().map(|item| std::mem::take(&mut item.prompt)).collect();
+            let answers = vlm.generate(&prompts, max_new_tokens, cancel)?;
+            for ((item, prompt), answer) in batch.iter().zip(&prompts).zip(&answers) {
+                predictions[item.number] = processor.decode(answer)?.trim().to_string();
+                timing.prompt_tokens += prompt.input_ids.len() as u64;
+                timing.generated_tokens += answer.len() as u64;
             }
-        });
-        loop {
-            let mut prepared = collect(&receiver, window)?;
-            if prepared.is_empty() {
-                return Ok(());
-            }
-            prepared.sort_by_key(|item| item.prompt.input_ids.len());
-            for batch in prepared.chunks_mut(options.batch_size) {
-                cancel.check("no report is written")?;
-                let prompts: Vec<Prompt> = batch.iter_mut().map(|item| std::mem::take(&mut item.prompt)).collect();
-                let answers = vlm.generate(&prompts, max_new_tokens, cancel)?;
-                for ((item, prompt), answer) in batch.iter().zip(&prompts).zip(&answers) {
-                    predictions[item.number] = processor.decode(answer)?.trim().to_string();
-                    timing.prompt_tokens += prompt.input_ids.len() as u64;
-                    timing.generated_tokens += answer.len() as u64;
-                }
-                progress.advance(batch.len() as u64);
-            }
+            progress.advance(batch.len() as u64);
         }
+        Ok(())
+    };
+    let mut waiting = Vec::new();
+    let prepared = || Ok(rows.iter().enumerate().map(|(number, row)| prepare(processor, benchmark, name, number, row)));
+    ahead(window, prepared, |item| {
+        waiting.push(item);
+        if waiting.len() < window { Ok(()) } else { answer(std::mem::take(&mut waiting)) }
     })?;
+    answer(waiting)?;
     timing.seconds = began.elapsed().as_secs_f64();
     timing.questions_per_second = rows.len() as f64 / timing.seconds.max(f64::MIN_POSITIVE);
     let answers = rows.iter().zip(&judged).zip(predictions).map(|((row, (reference, metric)), prediction)| Answer {
@@ -175,10 +165,6 @@ fn prepare(
     parts.push(Part::Text(question_text(benchmark, name, row)?));
     let encoded = processor.encode_question(&format!("row `{}` of benchmark `{name}`", row.index), &parts, &images)?;
     Ok(Prepared { number, prompt: prompt_of(encoded)? })
-}
-
-fn collect(receiver: &Receiver<Result<Prepared>>, count: usize) -> Result<Vec<Prepared>> {
-    receiver.iter().take(count).collect()
 }
 
 /// Groups in the order of their first question.

@@ -32,9 +32,6 @@ use super::workers;
 /// Most tokens that a fit looks at: the stream of all of them is held.
 const MOST_TOKENS: usize = 1 << 17;
 
-/// Tokens for each number that a product reads: with more of them the weight hardly changes.
-const TOKENS_PER_FEATURE: usize = 16;
-
 /// Ridges to choose from, the last one where there are too few passes to choose by.
 const RIDGES: [f64; 5] = [0.003, 0.01, 0.03, 0.3, 0.1];
 
@@ -100,7 +97,7 @@ pub fn fit(
 ) -> Result<Vec<LayerFit>> {
     let _guard = tch::no_grad_guard();
     let widths = targets.iter().flat_map(|target| &target.products).flatten().map(|product| product.width);
-    let most = widths.max().unwrap_or(0).saturating_mul(TOKENS_PER_FEATURE).min(MOST_TOKENS);
+    let most = widths.max().unwrap_or(0).saturating_mul(settings.fit_tokens_per_feature as usize).min(MOST_TOKENS);
     let mut tokens = 0;
     let order = sampler::epoch(settings, &dataset.lengths(), 0).concat().concat();
     let count = order.iter().take_while(|&&sample| {

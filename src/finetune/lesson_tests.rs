@@ -1,5 +1,7 @@
 //! Runs that learn from the dense model.
 
+use std::sync::atomic::{AtomicU32, Ordering};
+
 use super::*;
 
 #[test]
@@ -49,7 +51,7 @@ fn a_model_that_is_its_own_teacher_has_nothing_to_learn() {
 }
 
 /// Texts, counting how often they are read.
-struct Counted(Texts, std::cell::Cell<u32>);
+struct Counted(Texts, AtomicU32);
 
 impl Source for Counted {
     fn digest(&self) -> Result<Sha256Digest> {
@@ -61,7 +63,7 @@ impl Source for Counted {
     }
 
     fn samples(&self) -> Result<Box<dyn Iterator<Item = Result<Sample>> + '_>> {
-        self.1.set(self.1.get() + 1);
+        self.1.fetch_add(1, Ordering::Relaxed);
         self.0.samples()
     }
 }
@@ -91,7 +93,7 @@ fn the_frozen_part_is_taken_from_the_dense_model_where_that_has_it() {
         let mut losses = Vec::new();
         finetune_with_teacher(&request, Some(&teacher), &Cancel::default(), &mut |step| losses.push(step.loss))
             .unwrap();
-        assert_eq!(data.1.get(), readings, "dropped {dropped:?}, trained {layers:?}");
+        assert_eq!(data.1.into_inner(), readings, "dropped {dropped:?}, trained {layers:?}");
         losses
     };
     let own = || dense.digest().unwrap();

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::base::{Cancel, Error, Progress, Result, Sha256Digest, read_json, write_json};
+use crate::base::{Cancel, Error, Progress, Result, Sha256Digest, ahead, read_json, write_json};
 use crate::runtime::{Embedded, Prompt, Step, StepTokens, VlmSession};
 
 use super::batch::{Example, TrainingSet, total_tokens};
@@ -147,26 +147,31 @@ pub fn each_round(
     let mut left_out = LeftOut::default();
     let mut round = Round::new();
     let mut tokens = 0;
-    for sample in source.samples()? {
-        cancel.check(&format!("nothing of the {task} is kept"))?;
-        let sample = sample?;
-        progress.advance(1);
-        let example = Example::new(sample.id.clone(), &sample.prompt.input_ids, &sample.answer_mask)?;
-        if example.length > max_tokens {
-            left_out.too_long += 1;
-            continue;
-        }
-        if example.targets.is_empty() {
-            left_out.without_answer += 1;
-            continue;
-        }
-        tokens += example.length;
-        round.push((sample, example));
-        if round.len() >= SAMPLES_PER_ROUND || tokens >= TOKENS_PER_ROUND {
-            work(std::mem::take(&mut round))?;
-            tokens = 0;
-        }
-    }
+    // The next round's pictures are decoded while this one's go through the network.
+    ahead(
+        SAMPLES_PER_ROUND,
+        || source.samples(),
+        |sample| {
+            cancel.check(&format!("nothing of the {task} is kept"))?;
+            progress.advance(1);
+            let example = Example::new(sample.id.clone(), &sample.prompt.input_ids, &sample.answer_mask)?;
+            if example.length > max_tokens {
+                left_out.too_long += 1;
+                return Ok(());
+            }
+            if example.targets.is_empty() {
+                left_out.without_answer += 1;
+                return Ok(());
+            }
+            tokens += example.length;
+            round.push((sample, example));
+            if round.len() >= SAMPLES_PER_ROUND || tokens >= TOKENS_PER_ROUND {
+                tokens = 0;
+                work(std::mem::take(&mut round))?;
+            }
+            Ok(())
+        },
+    )?;
     if !round.is_empty() {
         work(round)?;
     }

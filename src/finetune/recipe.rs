@@ -32,8 +32,8 @@ pub struct RecipeRow {
     pub schedule: Schedule,
     /// Part of the steps, the last ones, whose mean is given.
     pub average_last: f64,
-    /// True for a fit before the first step.
-    pub fit: bool,
+    /// Most tokens of a fit before the first step, for each number that a product reads; None for no fit.
+    pub fit: Option<u32>,
     /// None for a recipe that ends with the fit.
     pub stages: &'static [StageRow],
 }
@@ -48,7 +48,7 @@ pub const RECIPES: &[RecipeRow] = &[
         batch: (16, 2),
         schedule: Schedule::Cosine,
         average_last: 0.0,
-        fit: false,
+        fit: None,
         stages: &[StageRow { share: 1.0, losses: &[(LossKind::Ce, 1.0)] }],
     },
     RecipeRow {
@@ -61,7 +61,7 @@ pub const RECIPES: &[RecipeRow] = &[
         batch: (8, 1),
         schedule: Schedule::Cosine,
         average_last: 0.0,
-        fit: true,
+        fit: Some(64),
         stages: &[StageRow { share: 1.0, losses: &[(LossKind::Anchor, 1.0)] }],
     },
     RecipeRow {
@@ -73,7 +73,7 @@ pub const RECIPES: &[RecipeRow] = &[
         batch: (16, 2),
         schedule: Schedule::ConstantWithWarmup,
         average_last: 0.5,
-        fit: true,
+        fit: Some(128),
         stages: &[StageRow { share: 1.0, losses: &[(LossKind::Ce, 1.0), (LossKind::Kd, 1.0)] }],
     },
 ];
@@ -109,7 +109,8 @@ impl RecipeRow {
             accumulation_steps: self.batch.1,
             schedule: self.schedule,
             average_last: self.average_last,
-            fit: self.fit,
+            fit: self.fit.is_some(),
+            fit_tokens_per_feature: self.fit.unwrap_or(defaults.fit_tokens_per_feature),
             losses,
             stages,
             ..defaults

@@ -85,6 +85,8 @@ pub struct Settings {
     /// With no loss term the run ends there.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub fit: bool,
+    /// Most tokens that the fit looks at, for each number that a product reads.
+    pub fit_tokens_per_feature: u32,
     /// Loss terms and their weights.
     pub losses: BTreeMap<LossKind, f64>,
     /// Parts of the run, one after the other, each with loss terms of its own, in place of `losses`. The learning rate
@@ -129,6 +131,7 @@ impl Default for Settings {
             average_last: 0.0,
             data_share: 1.0,
             fit: false,
+            fit_tokens_per_feature: 128,
             losses: BTreeMap::from([(LossKind::Ce, 1.0)]),
             stages: Vec::new(),
             kd_temperature: 2.0,
@@ -172,6 +175,7 @@ impl Settings {
             ("max_steps", self.max_steps.unwrap_or(1)),
             ("max_tokens", u64::from(self.max_tokens)),
             ("kd_top_k", u64::from(self.kd_top_k)),
+            ("fit_tokens_per_feature", u64::from(self.fit_tokens_per_feature)),
         ];
         for (name, value) in counts {
             if value == 0 {

@@ -14,7 +14,7 @@ pub struct Sample {
 }
 
 /// A data set to train on; read only when what the frozen part gives for it is not on disk yet.
-pub trait Source {
+pub trait Source: Sync {
     /// Digest of everything that decides the samples.
     fn digest(&self) -> Result<Sha256Digest>;
     /// Number of samples.

@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::analysis;
-use crate::base::{Cancel, Device, Error, Progress, Provenance, Result};
+use crate::base::{Cancel, Device, Error, Progress, Provenance, Result, ahead};
 use crate::bundle::{Bundle, Role};
 use crate::data::{Amount, Dataset, Encoded, Processor, Subset};
 use crate::onnx;
@@ -21,6 +21,9 @@ use super::scores::{Modality, SCORES_SCHEMA_VERSION, SampleModality, SampleScore
 
 /// Bytes of image features that are kept, for data sets that ask several questions about one picture.
 const FEATURE_CACHE_BYTES: usize = 64 << 20;
+
+/// Samples that are made ready before they are needed.
+const SAMPLES_AHEAD: usize = 8;
 
 /// What decides scores besides model and data.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -67,9 +70,10 @@ pub fn score(
     let mut model = open(&runtime, bundle, &tapped)?;
     let progress = Progress::new("score", "samples", indices.len() as u64);
     let mut samples = Vec::with_capacity(indices.len());
-    for sample in dataset.read(&indices)? {
+    // The next pictures are decoded while these go through the network.
+    let encoded = || Ok(dataset.read(&indices)?.map(|sample| processor.encode_prompt(&sample?)));
+    ahead(SAMPLES_AHEAD, encoded, |encoded| {
         cancel.check("no scores are written")?;
-        let encoded = processor.encode_prompt(&sample?)?;
         if encoded.len() > settings.max_tokens {
             return Err(Error::invalid(
                 &encoded.id,
@@ -79,7 +83,8 @@ pub fn score(
         }
         samples.push(score_one(&mut model, encoded, &packs)?);
         progress.advance(1);
-    }
+        Ok(())
+    })?;
     drop(progress);
     let inputs = BTreeMap::from([("model".to_string(), bundle.digest()?), ("data".to_string(), dataset.digest()?)]);
     let provenance = Provenance::new(SCORES_SCHEMA_VERSION, inputs, settings)?;

@@ -1,0 +1,56 @@
+//! Work that is prepared on one thread while another is busy with what came before.
+
+use std::sync::mpsc::sync_channel;
+
+use super::Result;
+
+/// Hands each of the items that `items` makes to `take`, in order. They are made on a thread of their own, at most `window`
+/// of them ahead.
+///
+/// Errors: the first of either side; nothing more is made or taken then.
+pub fn ahead<T: Send, I: Iterator<Item = Result<T>>>(
+    window: usize,
+    items: impl FnOnce() -> Result<I> + Send,
+    mut take: impl FnMut(T) -> Result<()>,
+) -> Result<()> {
+    std::thread::scope(|scope| {
+        let (sender, receiver) = sync_channel(window);
+        scope.spawn(move || match items() {
+            Ok(items) => {
+                for item in items {
+                    let failed = item.is_err();
+                    // The other end is gone when taking has failed.
+                    if sender.send(item).is_err() || failed {
+                        break;
+                    }
+                }
+            }
+            Err(error) => drop(sender.send(Err(error))),
+        });
+        receiver.into_iter().try_for_each(|item| take(item?))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Error;
+    use super::*;
+
+    #[test]
+    fn items_come_in_order_and_the_first_error_ends_it() {
+        let wrong = |number: usize| Err(Error::invalid("item", format!("{number}")));
+        let numbers = |end: usize| move || Ok((0..100).map(move |n| if n == end { wrong(n) } else { Ok(n) }));
+        let mut seen = Vec::new();
+        let mut push = |number: usize| {
+            seen.push(number);
+            Ok(())
+        };
+        ahead(2, numbers(100), &mut push).unwrap();
+        assert!(ahead(2, numbers(3), &mut push).unwrap_err().to_string().contains('3'));
+        assert_eq!(seen, (0..100).chain(0..3).collect::<Vec<_>>());
+        let refuse = |number: usize| if number == 5 { wrong(5) } else { Ok(()) };
+        assert!(ahead(2, numbers(100), refuse).unwrap_err().to_string().contains('5'));
+        let nothing = || -> Result<std::iter::Empty<Result<usize>>> { wrong(0).map(|_: usize| std::iter::empty()) };
+        assert!(ahead(2, nothing, |_| Ok(())).is_err());
+    }
+}
