@@ -48,7 +48,7 @@ mod tests {
         ahead(2, numbers(100), &mut push).unwrap();
         assert!(ahead(2, numbers(3), &mut push).unwrap_err().to_string().contains('3'));
         assert_eq!(seen, (0..100).chain(0..3).collect::<Vec<_>>());
-        let refuse = |number: usize| if number == 5 { wrong(5) } else { Ok(()) };
+        let refuse = |number: usize| if number == 5 { wrong(5).map(drop) } else { Ok(()) };
         assert!(ahead(2, numbers(100), refuse).unwrap_err().to_string().contains('5'));
         let nothing = || -> Result<std::iter::Empty<Result<usize>>> { wrong(0).map(|_: usize| std::iter::empty()) };
         assert!(ahead(2, nothing, |_| Ok(())).is_err());
