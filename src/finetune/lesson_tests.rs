@@ -6,6 +6,7 @@ use super::*;
 
 #[test]
 fn losses_that_need_the_dense_model_are_refused_without_it() {
+    let _alone = alone();
     let bundle = Bundle::open(&model()).unwrap();
     let work = tempfile::tempdir().unwrap();
     let settings = Settings { losses: [(LossKind::Kd, 1.0)].into(), ..settings() };
@@ -25,6 +26,7 @@ fn losses_that_need_the_dense_model_are_refused_without_it() {
 
 #[test]
 fn a_model_that_is_its_own_teacher_has_nothing_to_learn() {
+    let _alone = alone();
     let bundle = Bundle::open(&model()).unwrap();
     let kept: Vec<usize> = (0..16).collect();
     let losses = [(LossKind::Kd, 1.0), (LossKind::Hidden, 1.0), (LossKind::Anchor, 1.0)];
@@ -72,6 +74,7 @@ impl Source for Counted {
 /// readings do.
 #[test]
 fn the_frozen_part_is_taken_from_the_dense_model_where_that_has_it() {
+    let _alone = alone();
     let dense = Bundle::open(&model()).unwrap();
     let settings = Settings { losses: [(LossKind::Kd, 1.0), (LossKind::Anchor, 1.0)].into(), ..settings() };
     let losses = |dropped: &[usize], parent: Sha256Digest, layers: &[usize], readings: u32| {

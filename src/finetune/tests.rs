@@ -5,6 +5,7 @@ mod lessons;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use half::f16;
 
@@ -76,6 +77,12 @@ fn settings() -> Settings {
     }
 }
 
+/// Held while a run goes: it sets LibTorch's number of threads, which is one for the whole process and decides last bits.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 struct Run {
     outcome: Result<Outcome>,
     steps: Vec<StepMetrics>,
@@ -101,6 +108,7 @@ fn run(settings: &Settings, layers: &[usize], work: &Path, resume: bool, stop_af
     };
     let cancel = Cancel::default();
     let mut steps = Vec::new();
+    let _alone = alone();
     let teacher = teacher.as_ref().map(|dense| Teacher { bundle: dense, kept: &KEPT, anchors: &[3, 5] });
     let outcome = finetune_with_teacher(&request, teacher.as_ref(), &cancel, &mut |metrics| {
         steps.push(metrics.clone());
@@ -404,6 +412,7 @@ fn in_half_precision(model: &Model) -> Model {
 /// It is computed in f32, so it learns what the model in f32 learns, and its weights go back as f16.
 #[test]
 fn a_model_in_half_precision_is_healed_and_stays_one() {
+    let _alone = alone();
     let dense = Bundle::open(&model()).unwrap();
     let folders: [_; 2] = std::array::from_fn(|_| tempfile::tempdir().unwrap());
     let outcomes = [false, true].map(|half| {
