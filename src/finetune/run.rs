@@ -180,7 +180,7 @@ pub fn finetune_with_teacher(
     let compile = || Student::compile(&cut.analysis.model, suffix.clone(), &cut.trained, settings.precision, device);
     let mut student = compile()?;
     if let (Some(teacher), Some(course)) = (teacher, course) {
-        inputs.insert("teacher".to_string(), teacher.bundle.digest()?);
+        inputs.insert("teacher".to_string(), course.digest.clone());
         if !course.kept() {
             course.fill(None, cancel)?;
         }

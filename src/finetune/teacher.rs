@@ -101,6 +101,8 @@ pub struct Lesson<'a> {
 /// What the dense model is to give, and where that is kept.
 pub struct Course<'a> {
     lesson: Lesson<'a>,
+    /// SHA-256 of the dense model.
+    pub digest: Sha256Digest,
     analysis: Analysis,
     points: Vec<Point>,
     streams: Option<PathBuf>,
@@ -148,7 +150,7 @@ impl<'a> Lesson<'a> {
             key.map(|key| (file("answers", key, ANSWERS), k))
         });
         let (streams, answers) = (streams.transpose()?, answers.transpose()?);
-        Ok(Course { lesson: self, analysis, points, streams, answers, vocabulary })
+        Ok(Course { lesson: self, digest, analysis, points, streams, answers, vocabulary })
     }
 }
 
@@ -169,7 +171,7 @@ impl Course<'_> {
         let whole = teacher.kept.iter().take(first).copied().eq(0..first);
         let record = pruned.record()?;
         let parent = record.as_ref().and_then(|record| record.provenance.inputs.get("model"));
-        if !whole || parent != Some(&teacher.bundle.digest()?) {
+        if !whole || parent != Some(&self.digest) {
             return Ok(None);
         }
         let Some(prefix) = prefix else { return Ok(Some(Frozen::Embeddings)) };
