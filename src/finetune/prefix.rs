@@ -13,9 +13,10 @@ use super::cache::{Element, Rows, RowsWriter};
 use super::source::{Sample, Source};
 
 const SCHEMA_VERSION: u32 = 1;
-/// Samples and tokens that go through the frozen part in one round.
+/// Samples whose pictures are held at once, and go through the vision encoder together.
 const SAMPLES_PER_ROUND: usize = 32;
-const TOKENS_PER_ROUND: usize = 16_384;
+/// Tokens that go through the decoder in one round; the more there are, the more samples of one length there are.
+const TOKENS_PER_ROUND: usize = 4096;
 
 /// Samples that were not trained on, by reason.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
@@ -73,15 +74,13 @@ impl Store {
         cancel: &Cancel,
     ) -> Result<(TrainingSet, LeftOut)> {
         let mut filling = self.begin()?;
-        let left_out = each_round(source, "frozen part", max_tokens, cancel, &mut |mut round| {
-            let embedded = embed(&mut round, frozen)?;
-            let hidden: Vec<Vec<f32>> = if embeds_only {
-                embedded.into_iter().map(|embedded| embedded.data).collect()
+        let left_out = each_round(source, "frozen part", frozen, max_tokens, cancel, &mut |round, frozen| {
+            let hidden = if embeds_only {
+                round.iter_mut().map(|sample| std::mem::take(&mut sample.embedded.data)).collect()
             } else {
-                let outputs = outputs(&round, &embedded, frozen, usize::MAX)?;
-                outputs.into_iter().map(|mut outputs| outputs.swap_remove(0)).collect()
+                outputs(round, frozen, usize::MAX, |_, outputs| Ok(outputs[0].to_vec()))?
             };
-            hidden.iter().zip(round).try_for_each(|(numbers, (_, example))| filling.push(numbers, example))
+            round.drain(..).zip(hidden).try_for_each(|(sample, hidden)| filling.push(&hidden, sample.example))
         })?;
         filling.finish(left_out)
     }
@@ -130,24 +129,30 @@ impl Filling<'_> {
     }
 }
 
-/// A few samples that go through a network together.
-pub type Round = Vec<(Sample, Example)>;
+/// A sample as the decoder takes it.
+pub struct Ready {
+    pub example: Example,
+    pub input_ids: Vec<i64>,
+    pub embedded: Embedded,
+}
 
-/// Reads all samples and hands on, in rounds, those that are trained on.
+/// Reads all samples, embeds those that are trained on, and hands them on in rounds that go through a decoder together.
 ///
 /// Errors: whatever a sample or `work` fails with; `Error::Interrupted`.
 pub fn each_round(
     source: &dyn Source,
     task: &str,
+    model: &mut VlmSession,
     max_tokens: usize,
     cancel: &Cancel,
-    work: &mut dyn FnMut(Round) -> Result<()>,
+    work: &mut dyn FnMut(&mut Vec<Ready>, &mut VlmSession) -> Result<()>,
 ) -> Result<LeftOut> {
     let progress = Progress::new(task, "samples", source.count());
     let mut left_out = LeftOut::default();
-    let mut round = Round::new();
+    let mut pictured: Vec<(Sample, Example)> = Vec::new();
+    let mut round: Vec<Ready> = Vec::new();
     let mut tokens = 0;
-    // The next round's pictures are decoded while this one's go through the network.
+    // The next pictures are decoded while these go through the network.
     ahead(
         SAMPLES_PER_ROUND,
         || source.samples(),
@@ -164,66 +169,76 @@ pub fn each_round(
                 return Ok(());
             }
             tokens += example.length;
-            round.push((sample, example));
-            if round.len() >= SAMPLES_PER_ROUND || tokens >= TOKENS_PER_ROUND {
+            pictured.push((sample, example));
+            let full = tokens >= TOKENS_PER_ROUND;
+            if full || pictured.len() >= SAMPLES_PER_ROUND {
+                embed(&mut pictured, model, &mut round)?;
+            }
+            if full {
                 tokens = 0;
-                work(std::mem::take(&mut round))?;
+                work(&mut round, model)?;
+                round.clear();
             }
             Ok(())
         },
     )?;
+    embed(&mut pictured, model, &mut round)?;
     if !round.is_empty() {
-        work(round)?;
+        work(&mut round, model)?;
     }
     Ok(left_out)
 }
 
-/// The embeddings of a round; positions that are more than counting go into the examples.
-pub fn embed(round: &mut Round, model: &mut VlmSession) -> Result<Vec<Embedded>> {
-    let prompts: Vec<Prompt> = round.iter().map(|(sample, _)| sample.prompt.clone()).collect();
+/// Embeds samples and lets go of their pictures; positions that are more than counting go into the examples.
+fn embed(pictured: &mut Vec<(Sample, Example)>, model: &mut VlmSession, round: &mut Vec<Ready>) -> Result<()> {
+    let (prompts, examples): (Vec<Prompt>, Vec<Example>) =
+        pictured.drain(..).map(|(sample, example)| (sample.prompt, example)).unzip();
     let embedded = model.embed_all(&prompts)?;
-    if model.decoder().position_rows() > 1 {
-        for ((_, example), embedded) in round.iter_mut().zip(&embedded) {
-            example.rotary = embedded.positions.clone();
+    let positions = model.decoder().position_rows() > 1;
+    for ((prompt, mut example), embedded) in prompts.into_iter().zip(examples).zip(embedded) {
+        if positions {
+            example.rotary.clone_from(&embedded.positions);
         }
+        round.push(Ready { example, input_ids: prompt.input_ids, embedded });
     }
-    Ok(embedded)
+    Ok(())
 }
 
-/// All outputs of the model's decoder for each sample, a row per token, with at most `tokens_per_run` tokens at a time.
+/// What `keep` makes of all outputs of the model's decoder for each sample, a row per token, with at most `tokens_per_run`
+/// tokens at a time. Nothing else of them is held.
 ///
 /// Samples of one length go together and are not padded, so that no number depends on how they fell into rounds.
 ///
-/// Errors: `Error::Engine` when a run fails; `Error::Invalid` when an output has no row per token.
-pub fn outputs(
-    round: &Round,
-    embedded: &[Embedded],
+/// Errors: `Error::Engine` when a run fails; `Error::Invalid` when an output has no row per token; those of `keep`.
+pub fn outputs<T>(
+    round: &[Ready],
     model: &mut VlmSession,
     tokens_per_run: usize,
-) -> Result<Vec<Vec<Vec<f32>>>> {
+    mut keep: impl FnMut(&Ready, &[&[f32]]) -> Result<T>,
+) -> Result<Vec<T>> {
     let rows = model.decoder().position_rows();
     let mut order: Vec<usize> = (0..round.len()).collect();
-    order.sort_by_key(|&number| round[number].1.length);
-    let mut results: Vec<Vec<Vec<f32>>> = vec![Vec::new(); round.len()];
-    let same_length = order.chunk_by(|&a, &b| round[a].1.length == round[b].1.length);
+    order.sort_by_key(|&number| round[number].example.length);
+    let mut results: Vec<(usize, T)> = Vec::with_capacity(round.len());
+    let same_length = order.chunk_by(|&a, &b| round[a].example.length == round[b].example.length);
     let groups = same_length.flat_map(|group| {
-        let length = round[group[0]].1.length.max(1);
+        let length = round[group[0]].example.length.max(1);
         group.chunks((tokens_per_run / length).max(1))
     });
     for group in groups {
-        let time = round[group[0]].1.length;
+        let time = round[group[0]].example.length;
         let (mut data, mut ids, mut positions) = (Vec::new(), Vec::new(), Vec::new());
         for &number in group {
-            data.extend_from_slice(&embedded[number].data);
-            ids.extend_from_slice(&round[number].0.prompt.input_ids);
+            data.extend_from_slice(&round[number].embedded.data);
+            ids.extend_from_slice(&round[number].input_ids);
         }
         for row in 0..rows {
             for &number in group {
-                positions.extend_from_slice(embedded[number].positions.get(row).map_or(&[], Vec::as_slice));
+                positions.extend_from_slice(round[number].embedded.positions.get(row).map_or(&[], Vec::as_slice));
             }
         }
         let mask = vec![1; group.len() * time];
-        let hidden_size = embedded[group[0]].hidden_size;
+        let hidden_size = round[group[0]].embedded.hidden_size;
         let tokens = if model.decoder().takes_embeds() {
             StepTokens::Embeds { data: &data, hidden_size }
         } else {
@@ -237,17 +252,22 @@ pub fn outputs(
             position_rows: rows,
             last_only: false,
         };
-        for (name, tensor) in model.decoder_mut().prefill_outputs(&step)?.iter() {
+        let outputs = model.decoder_mut().prefill_outputs(&step)?;
+        let mut values = Vec::new();
+        for (name, tensor) in outputs.iter() {
             let numbers = tensor.to_f32()?;
             let each = numbers.len() / group.len();
             if each == 0 || each * group.len() != numbers.len() || !each.is_multiple_of(time) {
                 let problem = format!("has shape {:?} for {} samples of {time} tokens", tensor.shape(), group.len());
                 return Err(Error::invalid(format!("value `{name}`"), problem));
             }
-            for (&number, numbers) in group.iter().zip(numbers.chunks_exact(each)) {
-                results[number].push(numbers.to_vec());
-            }
+            values.push((numbers, each));
+        }
+        for (place, &number) in group.iter().enumerate() {
+            let own: Vec<&[f32]> = values.iter().map(|(numbers, each)| &numbers[place * each..][..*each]).collect();
+            results.push((number, keep(&round[number], &own)?));
         }
     }
-    Ok(results)
+    results.sort_by_key(|(number, _)| *number);
+    Ok(results.into_iter().map(|(_, kept)| kept).collect())
 }

@@ -14,7 +14,7 @@ use crate::runtime::{Decoder, FeatureCache, Runtime, SessionOptions, VlmSession}
 use super::batch::{Example, StreamTargets, Targets, TrainingSet, total_tokens};
 use super::cache::{Element, Rows, RowsWriter};
 use super::loss::LossKind;
-use super::prefix::{LeftOut, Store, each_round, embed};
+use super::prefix::{self, LeftOut, Ready, Store, each_round};
 use super::settings::Settings;
 use super::source::Source;
 
@@ -109,6 +109,13 @@ pub struct Course<'a> {
     /// With the number of likeliest tokens that are kept of each answer.
     answers: Option<(PathBuf, usize)>,
     vocabulary: Option<usize>,
+}
+
+/// What is kept of the dense model's outputs for one sample; without rows where nothing is to be.
+struct Kept {
+    streams: Vec<f32>,
+    answers: Vec<f32>,
+    frozen: Option<Vec<f32>>,
 }
 
 /// The pruned model's stream before its first trained layer, as a value of the dense model.
@@ -220,20 +227,29 @@ impl Course<'_> {
             (None, _) => usize::MAX,
         };
         let temperature = settings.kd_temperature;
-        let left_out = each_round(*source, "dense model", settings.max_tokens as usize, cancel, &mut |mut round| {
-            let embedded = embed(&mut round, &mut model)?;
-            let outputs = super::prefix::outputs(&round, &embedded, &mut model, tokens_per_run)?;
-            for ((outputs, embedded), (_, example)) in outputs.iter().zip(&embedded).zip(round) {
+        let max_tokens = settings.max_tokens as usize;
+        let left_out = each_round(*source, "dense model", &mut model, max_tokens, cancel, &mut |round, model| {
+            let kept = prefix::outputs(round, model, tokens_per_run, |sample, outputs| {
+                let example = &sample.example;
+                let points: Vec<&[f32]> = places.iter().map(|&place| outputs[place]).collect();
+                Ok(Kept {
+                    streams: side_by_side(&points, example.length),
+                    answers: match (&answers, outputs.last()) {
+                        (Some((_, k)), Some(logits)) => likeliest(logits, example, *k, temperature),
+                        _ => Vec::new(),
+                    },
+                    frozen: frozen_place.map(|place| outputs[place].to_vec()),
+                })
+            })?;
+            for (kept, Ready { example, embedded, .. }) in kept.into_iter().zip(round.drain(..)) {
                 if let Some(writer) = &mut streams {
-                    let points: Vec<&[f32]> = places.iter().map(|&place| outputs[place].as_slice()).collect();
-                    writer.push(&side_by_side(&points, example.length), example.length)?;
+                    writer.push(&kept.streams, example.length)?;
                 }
-                if let (Some((writer, k)), Some(logits)) = (&mut answers, outputs.last()) {
-                    let rows = likeliest(logits, &example, *k, temperature);
-                    writer.push(&rows, example.positions.len())?;
+                if let Some((writer, _)) = &mut answers {
+                    writer.push(&kept.answers, example.positions.len())?;
                 }
                 if let Some(filling) = &mut filling {
-                    filling.push(frozen_place.map_or(&embedded.data, |place| &outputs[place]), example)?;
+                    filling.push(kept.frozen.as_ref().unwrap_or(&embedded.data), example)?;
                 }
             }
             Ok(())

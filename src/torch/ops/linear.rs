@@ -1,5 +1,9 @@
 //! Matrix products.
 
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::__cpuid;
+use std::sync::LazyLock;
+
 use tch::{Device, Kind, Tensor};
 
 use crate::torch::kernel::{Args, Build, Kernel, OpError, OpResult, is_float, one};
@@ -30,14 +34,43 @@ pub(super) fn lowered(x: &Tensor, cast: Option<Kind>) -> OpResult<Tensor> {
 /// The product of stacks of matrices, as NumPy's `matmul`.
 pub(super) fn product(a: &Tensor, b: &Tensor, cast: Option<Kind>) -> OpResult<Tensor> {
     let (a, b) = (lowered(a, cast)?, lowered(b, cast)?);
-    if suits_onednn(&a, &b)? { onednn(&a, &b) } else { Ok(a.f_matmul(&b)?) }
+    if onednn_is_faster() && suits_onednn(&a, &b)? { onednn(&a, &b) } else { Ok(a.f_matmul(&b)?) }
+}
+
+/// True on processors whose widest vectors MKL, which LibTorch multiplies f32 matrices with, leaves unused: those of AMD
+/// from Zen 5 on compute 512 bits at once, and MKL's kernel for AMD has 256. There oneDNN needed 0.46 of MKL's time, copies
+/// in and out of its own form included; on Zen 4, which halves the wide vectors, it needed 1.3 times as long.
+fn onednn_is_faster() -> bool {
+    static ANSWER: LazyLock<bool> = LazyLock::new(|| {
+        #[cfg(target_arch = "x86_64")]
+        {
+            // SAFETY: every x86-64 processor has `cpuid` and both leaves. Newer compilers know that it is safe.
+            #[allow(unused_unsafe)]
+            let (maker, version) = unsafe { (__cpuid(0), __cpuid(1).eax) };
+            let amd = [maker.ebx, maker.edx, maker.ecx].map(u32::to_le_bytes).concat() == *b"AuthenticAMD";
+            amd && family(version) >= ZEN_5 && is_x86_feature_detected!("avx512f")
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    });
+    *ANSWER
+}
+
+/// The family of AMD's Zen 5.
+#[cfg(target_arch = "x86_64")]
+const ZEN_5: u32 = 0x1a;
+
+/// A processor's family from what `cpuid` gives for leaf 1; AMD, APM volume 3, appendix E.3.2.
+#[cfg(target_arch = "x86_64")]
+fn family(version: u32) -> u32 {
+    let (base, extended) = (version >> 8 & 0xf, version >> 20 & 0xff);
+    if base == 0xf { base + extended } else { base }
 }
 
 /// Multiplications below which the product is left to LibTorch: copying in and out of oneDNN's form would show.
 const ONEDNN_FROM: i64 = 1 << 20;
 
-/// True for f32 products of rows with a matrix on a processor. LibTorch gives these to MKL, which takes its slow path on
-/// processors of other makers: on an EPYC with AVX-512 oneDNN needed 0.46 of its time, copies included.
+/// True for f32 products of rows with a matrix on a processor.
 fn suits_onednn(a: &Tensor, b: &Tensor) -> OpResult<bool> {
     let floats = a.f_kind()? == Kind::Float && b.f_kind()? == Kind::Float;
     if !floats || a.device() != Device::Cpu || b.dim() != 2 || a.dim() < 2 || !tch::utils::has_mkldnn() {
@@ -172,6 +205,13 @@ mod tests {
         assert!(distinct.len() < 100, "{}", distinct.len());
     }
 
+    /// A Zen 5, a Zen 4 and an Intel processor (Sapphire Rapids).
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn the_family_is_read_from_both_of_its_fields() {
+        assert_eq!([0x00b0_0f21, 0x00a1_0f11, 0x0008_06f8].map(family), [0x1a, 0x19, 0x6]);
+    }
+
     /// Values and gradients are as near to those of double precision as LibTorch's own product is.
     #[test]
     fn large_products_lose_no_precision() {
@@ -196,7 +236,7 @@ mod tests {
             };
             let exact = run(Kind::Double, &|a, b| a.matmul(b));
             let plain = run(Kind::Float, &|a, b| a.matmul(b));
-            let own = run(Kind::Float, &|a, b| product(a, b, None).unwrap());
+            let own = run(Kind::Float, &|a, b| onednn(a, b).unwrap());
             for ((exact, plain), own) in exact.iter().zip(plain).zip(own) {
                 assert_eq!(own.size(), exact.size());
                 let off = |found: Tensor| (found.to_kind(Kind::Double) - exact).abs().max().double_value(&[]);
