@@ -1,5 +1,8 @@
 //! Samples as tensors: rows of the frozen part's output, padded on the right to the longest of a batch.
 
+use std::collections::BTreeMap;
+use std::ops::Range;
+
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
@@ -47,26 +50,36 @@ pub struct TrainingSet {
     starts: Vec<u64>,
     /// First answer row of each example.
     answer_starts: Vec<u64>,
-    /// The residual stream before the first trained layer, a row per token.
-    hidden: Rows,
+    /// The residual stream where a pass begins, a row per token.
+    stream: Stream,
     pub targets: Targets,
+}
+
+/// The residual stream at one place.
+#[derive(Debug)]
+pub struct Stream {
+    pub rows: Rows,
+    /// The layer before which it is, counted from the first trained one.
+    pub before: usize,
+    /// Targets behind these layers are read; None for all.
+    pub wanted: Option<Range<usize>>,
 }
 
 /// What the dense model gave for the same samples.
 #[derive(Debug, Default)]
 pub struct Targets {
-    /// Its residual stream at several points, side by side in a row per token.
-    pub streams: Option<StreamTargets>,
+    /// Its residual stream at several points.
+    pub streams: Vec<StreamTarget>,
     /// For each answer token `K` log-probabilities, then the `K` token ids that they are of.
     pub answers: Option<Rows>,
 }
 
-/// The dense model's residual stream.
+/// The dense model's residual stream at one point, a row per token.
 #[derive(Debug)]
-pub struct StreamTargets {
+pub struct StreamTarget {
     pub rows: Rows,
-    /// The student's streams that each point is compared with, counted in layers from the first trained one.
-    pub points: Vec<usize>,
+    /// The student's stream that it is compared with, counted in layers from the first trained one.
+    pub point: usize,
 }
 
 /// The sum of everything before each item.
@@ -100,8 +113,8 @@ pub struct Batch {
     pub answer_tokens: u64,
     /// i64 `[M]`: places in `[B * T]` that are no padding.
     pub real_rows: Tensor,
-    /// The dense model's stream at each point, `[M, D]`.
-    pub streams: Vec<Tensor>,
+    /// The dense model's stream by point, `[M, D]` each.
+    pub streams: BTreeMap<usize, Tensor>,
     pub top_k: Option<TopK>,
 }
 
@@ -110,12 +123,28 @@ impl TrainingSet {
     pub fn new(examples: Vec<Example>, hidden: Rows) -> Self {
         let answer_starts = running_sum(examples.iter().map(|example| example.targets.len()));
         let starts = running_sum(examples.iter().map(|example| example.length));
-        TrainingSet { examples, starts, answer_starts, hidden, targets: Targets::default() }
+        let stream = Stream { rows: hidden, before: 0, wanted: None };
+        TrainingSet { examples, starts, answer_starts, stream, targets: Targets::default() }
     }
 
     /// Width of the residual stream.
     pub fn hidden_size(&self) -> usize {
-        self.hidden.width()
+        self.stream.rows.width()
+    }
+
+    /// The layer at which passes begin, counted from the first trained one.
+    pub fn begins_before(&self) -> usize {
+        self.stream.before
+    }
+
+    /// Lets passes begin at another place, and gives the one before.
+    pub fn begin_at(&mut self, stream: Stream) -> Stream {
+        std::mem::replace(&mut self.stream, stream)
+    }
+
+    /// Reads the targets behind these layers alone.
+    pub fn want(&mut self, layers: Range<usize>) {
+        self.stream.wanted = Some(layers);
     }
 
     /// Lengths in tokens, by sample.
@@ -128,7 +157,7 @@ impl TrainingSet {
     /// Errors: `Error::Io` when rows cannot be read; `Error::Engine` when LibTorch cannot make the tensors.
     pub fn batch(&self, samples: &[usize], device: Device) -> Result<Batch> {
         let time = samples.iter().map(|&sample| self.examples[sample].length).max().unwrap_or(0);
-        let (rows, width) = (samples.len(), self.hidden.width());
+        let (rows, width) = (samples.len(), self.stream.rows.width());
         let stride = time * width * 4;
         let mut hidden = Vec::with_capacity(rows * stride);
         let mut mask = vec![0i64; rows * time];
@@ -137,7 +166,7 @@ impl TrainingSet {
         let mut real_rows = Vec::new();
         for (row, &sample) in samples.iter().enumerate() {
             let example = &self.examples[sample];
-            self.hidden.read(self.starts[sample], example.length, &mut hidden)?;
+            self.stream.rows.read(self.starts[sample], example.length, &mut hidden)?;
             hidden.resize((row + 1) * stride, 0);
             mask[row * time..][..example.length].fill(1);
             answer_rows.extend(example.positions.iter().map(|&at| (row * time) as i64 + i64::from(at)));
@@ -172,16 +201,18 @@ impl TrainingSet {
         make().map_err(torch_error("a batch"))
     }
 
-    fn streams(&self, samples: &[usize], device: Device) -> Result<Vec<Tensor>> {
-        let Some(StreamTargets { rows, points }) = &self.targets.streams else { return Ok(Vec::new()) };
-        let mut bytes = Vec::new();
-        for &sample in samples {
-            rows.read(self.starts[sample], self.examples[sample].length, &mut bytes)?;
+    fn streams(&self, samples: &[usize], device: Device) -> Result<BTreeMap<usize, Tensor>> {
+        let wanted = |point: usize| self.stream.wanted.as_ref().is_none_or(|layers| layers.contains(&(point - 1)));
+        let mut streams = BTreeMap::new();
+        for StreamTarget { rows, point } in self.targets.streams.iter().filter(|target| wanted(target.point)) {
+            let mut bytes = Vec::new();
+            for &sample in samples {
+                rows.read(self.starts[sample], self.examples[sample].length, &mut bytes)?;
+            }
+            let tensor = matrix(&bytes, rows).and_then(|matrix| matrix.f_to_device(device));
+            streams.insert(*point, tensor.map_err(torch_error("the dense model's stream"))?);
         }
-        let tensors = || -> Result<Vec<Tensor>, tch::TchError> {
-            matrix(&bytes, rows)?.f_to_device(device)?.f_chunk(points.len() as i64, 1)
-        };
-        tensors().map_err(torch_error("the dense model's stream"))
+        Ok(streams)
     }
 
     fn top_k(&self, samples: &[usize], device: Device) -> Result<Option<TopK>> {

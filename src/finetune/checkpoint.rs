@@ -150,6 +150,19 @@ pub fn check_same_run(state: &State, folder: &Path, inputs: &BTreeMap<String, Sh
 ///
 /// Errors: `Error::Invalid` when a tensor is missing, left over, or of another shape or type.
 pub fn restore(folder: &Path, into: Vec<(String, Tensor)>) -> Result<()> {
+    match restore_some(folder, into)?.into_iter().next() {
+        Some(name) => {
+            let subject = format!("checkpoint `{}`", folder.join(TENSORS).display());
+            Err(Error::invalid(subject, format!("holds `{name}`, which this run does not train")))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Puts some of a checkpoint's tensors back, and gives the names of the others.
+///
+/// Errors: `Error::Invalid` when a tensor is missing, or of another shape or type.
+pub fn restore_some(folder: &Path, into: Vec<(String, Tensor)>) -> Result<Vec<String>> {
     let path = folder.join(TENSORS);
     let subject = || format!("checkpoint `{}`", path.display());
     let saved = Tensor::read_safetensors(&path).map_err(|e| Error::invalid(subject(), e.to_string()))?;
@@ -162,10 +175,7 @@ pub fn restore(folder: &Path, into: Vec<(String, Tensor)>) -> Result<()> {
         }
         tch::no_grad(|| into.detach().f_copy_(&saved)).map_err(torch_error(subject()))?;
     }
-    match saved.keys().next() {
-        Some(name) => Err(Error::invalid(subject(), format!("holds `{name}`, which this run does not train"))),
-        None => Ok(()),
-    }
+    Ok(saved.into_keys().collect())
 }
 
 #[cfg(test)]

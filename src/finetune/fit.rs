@@ -43,6 +43,9 @@ const HELD_OUT: usize = 4;
 pub struct LayerFit {
     /// The layer, as the pruned model counts.
     pub layer: usize,
+    /// True for the fit behind the layer's last step.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub after_steps: bool,
     /// The initializers that were fitted, in their order; none where the layer has no product to fit.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub weights: Vec<String>,
@@ -60,10 +63,19 @@ pub struct LayerFit {
 }
 
 /// A trained layer and the products to fit in it, or why there are none.
+#[derive(Clone)]
 pub struct Target {
     /// Counted from the first trained layer.
     pub layer: usize,
     pub products: Result<Vec<Product>, String>,
+}
+
+impl Target {
+    /// The layer with the last of its products alone.
+    pub fn last(&self) -> Self {
+        let last = |products: &Vec<Product>| products.last().copied().into_iter().collect();
+        Target { layer: self.layer, products: self.products.as_ref().map(last).map_err(Clone::clone) }
+    }
 }
 
 /// Sums over the tokens.
@@ -85,7 +97,8 @@ struct Pass {
 /// Fits the layers in place, each weight of `students` that a target names. `first` is the first trained layer, as the
 /// pruned model counts.
 ///
-/// Errors: `Error::Invalid` when an operator refuses its tensors or a sum is not finite; `Error::Interrupted`.
+/// Errors: `Error::Invalid` when an operator refuses its tensors or a sum is not finite; `Error::Interrupted`. The weights
+/// are what they were then.
 pub fn fit(
     students: &mut [Student],
     targets: &[Target],
@@ -96,6 +109,26 @@ pub fn fit(
     cancel: &Cancel,
 ) -> Result<Vec<LayerFit>> {
     let _guard = tch::no_grad_guard();
+    let mut done = Vec::new();
+    let result = fit_each(students, targets, first, dataset, settings, device, cancel, &mut done);
+    if result.is_err() {
+        done.into_iter().rev().try_for_each(Fitted::undo)?;
+    }
+    result
+}
+
+/// [`fit`], which notes what it changed in `done`.
+#[allow(clippy::too_many_arguments)]
+fn fit_each(
+    students: &mut [Student],
+    targets: &[Target],
+    first: usize,
+    dataset: &TrainingSet,
+    settings: &Settings,
+    device: Device,
+    cancel: &Cancel,
+    done: &mut Vec<Fitted>,
+) -> Result<Vec<LayerFit>> {
     let widths = targets.iter().flat_map(|target| &target.products).flatten().map(|product| product.width);
     let most = widths.max().unwrap_or(0).saturating_mul(settings.fit_tokens_per_feature as usize).min(MOST_TOKENS);
     let mut tokens = 0;
@@ -111,17 +144,18 @@ pub fn fit(
     let products = targets.iter().flat_map(|target| &target.products).map(Vec::len).sum::<usize>();
     let progress = Progress::new("fit", "samples", (products * count) as u64);
     let mut results = Vec::with_capacity(targets.len());
-    let mut reached = 0;
+    let mut reached = dataset.begins_before();
     for target in targets {
         let mut result = LayerFit {
             layer: first + target.layer,
+            after_steps: false,
             weights: Vec::new(),
             problem: target.products.as_ref().err().cloned(),
             distance_before: None,
             distance_after: None,
             ridges: Vec::new(),
         };
-        let mut last: Option<Fitted> = None;
+        let mut last: Option<f64> = None;
         for product in target.products.iter().flatten() {
             let mut measured = || {
                 let from = std::mem::replace(&mut reached, target.layer);
@@ -131,8 +165,10 @@ pub fn fit(
                 })
             };
             let mut parts = measured()?;
-            if let Some(last) = last.take_if(|last| parts.distance() > last.distance) {
-                last.undo()?;
+            if last.take_if(|before| parts.distance() > *before).is_some()
+                && let Some(worse) = done.pop()
+            {
+                worse.undo()?;
                 result.weights.pop();
                 result.ridges.pop();
                 parts = measured()?;
@@ -142,7 +178,8 @@ pub fn fit(
             let (ridge, sums, solved) = choose(parts)?;
             let (name, weight) = students[0].weight_of(product.weight)?;
             let change = if product.transposed { solved.change.tr() } else { solved.change };
-            last = Some(Fitted::change(name.clone(), weight, &change, distance)?);
+            done.push(Fitted::change(name.clone(), weight, &change)?);
+            last = Some(distance);
             result.weights.push(name);
             result.ridges.push(ridge);
             result.distance_before.get_or_insert(sums.distance / sums.tokens.max(1.0));
@@ -158,19 +195,17 @@ struct Fitted {
     name: String,
     weight: Tensor,
     before: Tensor,
-    /// The distance to the dense stream before the change.
-    distance: f64,
 }
 
 impl Fitted {
-    fn change(name: String, mut weight: Tensor, change: &Tensor, distance: f64) -> Result<Self> {
+    fn change(name: String, mut weight: Tensor, change: &Tensor) -> Result<Self> {
         let mut compute = || -> Result<Tensor, tch::TchError> {
             let before = weight.f_detach()?.f_add_scalar(0.0)?;
             let _ = weight.f_add_(change)?;
             Ok(before)
         };
         let before = compute().map_err(torch_error(format!("initializer `{name}`")))?;
-        Ok(Fitted { name, weight, before, distance })
+        Ok(Fitted { name, weight, before })
     }
 
     fn undo(mut self) -> Result<()> {
@@ -251,8 +286,7 @@ fn measure(
     }
     let (output, operand) = student.layer_with(layer, &stream, &side, product.operand)?;
     pass.stream = Some(stream);
-    let point = student.points.iter().position(|&point| point == layer + 1);
-    let target = point.and_then(|number| batch.streams.get(number));
+    let target = batch.streams.get(&(layer + 1));
     let target = target.ok_or_else(|| Error::invalid("the fit", format!("has no target behind layer {layer}")))?;
     let places = batch.attention_mask.numel() as i64;
     let compute = || -> Result<Sums, tch::TchError> {
@@ -353,8 +387,7 @@ mod tests {
     #[test]
     fn a_change_is_undone_to_the_bit() {
         let weight = Tensor::from_slice(&[0.1f32, 1e-7, -3.0]);
-        let fitted =
-            Fitted::change("w".into(), weight.shallow_clone(), &Tensor::from_slice(&[1e3f32; 3]), 1.0).unwrap();
+        let fitted = Fitted::change("w".into(), weight.shallow_clone(), &Tensor::from_slice(&[1e3f32; 3])).unwrap();
         assert!(weight.get(0).double_value(&[]) > 1e3);
         fitted.undo().unwrap();
         assert!(weight.equal(&Tensor::from_slice(&[0.1f32, 1e-7, -3.0])));

@@ -33,7 +33,7 @@ impl Counts {
 pub struct Pass {
     /// Each term's share of the step's mean, before its weight; f32 `[]`.
     pub terms: BTreeMap<LossKind, Tensor>,
-    /// Gradients in the order of the student's weights; the part of the step's mean that this batch has.
+    /// Gradients in the order of the weights that are trained now; the part of the step's mean that this batch has.
     pub gradients: Vec<Tensor>,
 }
 
@@ -57,14 +57,18 @@ struct Step<'a> {
 impl Step<'_> {
     /// All layers under one autograd graph.
     ///
-    /// With stream terms alone each trained layer is healed on its own: the stream is cut before it, so nothing flows
-    /// back through the layers before, and nothing is run behind the last point that is compared.
+    /// With stream terms alone the stream is cut before each trained layer, so nothing flows back through the layers before,
+    /// and nothing is run behind the last point that is compared. Of one layer alone only its own stretch is run.
     fn plain(&self) -> Result<Pass> {
         let local = !self.wants_head();
-        let last = if local { self.points().iter().copied().max().unwrap_or(0) } else { self.student.layers() };
+        let layers = match self.student.only {
+            Some(layer) => self.student.stretch(layer),
+            None if local => 0..self.points().iter().copied().max().unwrap_or(0),
+            None => 0..self.student.layers(),
+        };
         let mut terms = Terms::default();
         let mut stream = self.batch.hidden.shallow_clone();
-        for layer in 0..last {
+        for layer in layers {
             if local && !self.student.layer_parameters(layer).is_empty() {
                 stream = stream.detach();
             }
@@ -75,7 +79,7 @@ impl Step<'_> {
             self.head_terms(&stream, &mut terms)?;
         }
         let loss = self.total(&terms)?.ok_or_else(|| Error::invalid("the loss", "has no term"))?;
-        let parameters: Vec<&Tensor> = self.student.weights().iter().map(|weight| &weight.tensor).collect();
+        let parameters: Vec<&Tensor> = self.student.weights_now().map(|weight| &weight.tensor).collect();
         let gradients = gradients(&loss, &parameters)?;
         self.named(terms, gradients.into_iter().map(Some).collect())
     }
@@ -170,10 +174,10 @@ impl Step<'_> {
         let kinds = [LossKind::Anchor, LossKind::Hidden].into_iter();
         let kinds: Vec<LossKind> =
             kinds.filter(|&kind| self.settings.weight(kind) > 0.0 && self.student.compares(kind, at)).collect();
-        let Some(number) = self.points().iter().position(|&point| point == at && !kinds.is_empty()) else {
+        if kinds.is_empty() {
             return Ok(());
-        };
-        let target = self.batch.streams.get(number);
+        }
+        let target = self.batch.streams.get(&at);
         let target = target.ok_or_else(|| Error::invalid("the residual-stream loss", "has no target"))?;
         let width = target.size().last().copied().unwrap_or(0);
         let real = stream
@@ -182,9 +186,17 @@ impl Step<'_> {
             .map_err(torch_error("the residual-stream loss"))?;
         let sum = loss::stream_distance(&real, target)?;
         for kind in kinds {
-            terms.add(kind, self.mean(kind, &sum, self.student.point_count(kind))?)?;
+            terms.add(kind, self.mean(kind, &sum, self.points_compared(kind))?)?;
         }
         Ok(())
+    }
+
+    fn points_compared(&self, kind: LossKind) -> usize {
+        let now = |point: usize| match self.student.only {
+            Some(layer) => self.student.stretch(layer).contains(&(point - 1)),
+            None => true,
+        };
+        self.points().iter().filter(|&&point| self.student.compares(kind, point) && now(point)).count()
     }
 
     /// A batch's share of the optimiser step's mean; stream terms are a mean over points too.
@@ -207,7 +219,7 @@ impl Step<'_> {
 
     fn named(&self, terms: Terms, gradients: Vec<Option<Tensor>>) -> Result<Pass> {
         let mut defined = Vec::with_capacity(gradients.len());
-        for (parameter, gradient) in self.student.weights().iter().zip(gradients) {
+        for (parameter, gradient) in self.student.weights_now().zip(gradients) {
             match gradient {
                 Some(gradient) if gradient.defined() => defined.push(gradient),
                 _ => {

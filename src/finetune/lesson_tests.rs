@@ -140,42 +140,111 @@ fn the_dense_model_teaches_with_and_without_gradient_checkpointing() {
     }
 }
 
+fn by_layer() -> Settings {
+    let losses = [(LossKind::Anchor, 1.0)].into();
+    Settings { losses, fit: true, batch_size: 2, accumulation_steps: 1, max_steps: Some(6), ..settings() }
+}
+
+/// The first layer comes out the same, bit for bit, whether another one follows or not; the second one is healed too.
 #[test]
-fn anchors_alone_heal_each_triplet_by_itself() {
-    let settings = Settings { losses: [(LossKind::Anchor, 1.0)].into(), max_steps: Some(12), ..settings() };
+fn layers_are_healed_one_after_the_other() {
+    let settings = Settings { max_steps: Some(16), ..by_layer() };
     let work = tempfile::tempdir().unwrap();
-    let healed = run(&settings, &[2, 4], work.path(), false, None);
-    let report = healed.outcome.unwrap().report;
-    assert!(
-        report.last_loss.unwrap() < 0.8 * report.first_loss.unwrap(),
-        "{:?} to {:?}",
-        report.first_loss,
-        report.last_loss
-    );
+    let both = run(&settings, &[2, 4], work.path(), false, None);
+    let outcome = both.outcome.unwrap();
+    let report = &outcome.report;
+    let order: Vec<(usize, bool)> = report.fitted.iter().map(|fit| (fit.layer, fit.after_steps)).collect();
+    assert_eq!(order, [(2, false), (2, true), (4, false), (4, true)]);
+    for fit in &report.fitted {
+        assert!(fit.distance_after <= fit.distance_before, "{fit:?}");
+    }
+    for layer in report.fitted.chunks_exact(2) {
+        assert!(layer[1].distance_after < layer[0].distance_after, "{layer:?}");
+    }
+    let steps: Vec<u64> = both.steps.iter().map(|step| step.step).collect();
+    assert_eq!(steps, (1..=16).collect::<Vec<_>>());
+    // Four steps of two samples are a pass over the eight: two for each layer.
+    assert_eq!((report.steps, report.tokens), (16, 2 * (6..14).sum::<u64>()));
+
+    let work = tempfile::tempdir().unwrap();
+    let alone = Settings { max_steps: Some(8), ..settings };
+    let alone = run(&alone, &[2], work.path(), false, None).outcome.unwrap();
+    assert_eq!(alone.report.fitted, report.fitted[..2]);
+    assert!(alone.report.trained_parameters < report.trained_parameters);
+    let pruned_folder = tempfile::tempdir().unwrap();
+    let dense = Bundle::open(&model()).unwrap();
+    let bundle = Bundle::open(&pruned(&dense, pruned_folder.path())).unwrap();
+    let decoder = crate::onnx::load(&bundle.path_of(bundle.require(Role::Decoder).unwrap())).unwrap();
+    let first = changed(&decoder, &alone.decoder);
+    assert!(!first.is_empty());
+    let differing = changed(&alone.decoder, &outcome.decoder);
+    assert!(differing.iter().all(|name| !first.contains(name)), "{differing:?}");
+    assert_eq!(first.len() + differing.len(), changed(&decoder, &outcome.decoder).len());
+}
+
+/// Stopped behind every step: within a layer, before the fit that ends it, and before the one that ends the run.
+#[test]
+fn a_run_one_layer_after_the_other_resumes_to_the_same_bits() {
+    let adapted = Settings { lora_rank: 4, average_last: 0.5, ..by_layer() };
+    for settings in [by_layer(), adapted] {
+        let folder = tempfile::tempdir().unwrap();
+        let whole = run(&settings, &[2, 4], folder.path(), false, None).outcome.unwrap();
+        for stop in 1..=6 {
+            let folder = tempfile::tempdir().unwrap();
+            let stopped = run(&settings, &[2, 4], folder.path(), false, Some(stop)).outcome.err().unwrap();
+            assert!(stopped.to_string().contains(&format!("{stop} of 6 steps")), "{stopped}");
+            let resumed = run(&settings, &[2, 4], folder.path(), true, None).outcome.unwrap();
+            assert_eq!(resumed.report.resumed_from_step, stop);
+            assert_eq!(resumed.report.fitted, whole.report.fitted);
+            assert_eq!(resumed.report.trained_parameters, whole.report.trained_parameters);
+            assert!(weights(&resumed.decoder) == weights(&whole.decoder), "stopped after step {stop}");
+        }
+    }
+}
+
+/// A rate is judged by the answers: with one that moves nothing their cross-entropy is what a step of `ce` begins with.
+#[test]
+fn rates_of_a_recipe_without_answers_are_judged_by_them() {
+    let work = tempfile::tempdir().unwrap();
+    let still = Settings { learning_rates: vec![1e-12, 1e-3], fit: false, ..by_layer() };
+    let report = run(&still, &[2, 4], work.path(), false, None).outcome.unwrap().report;
+    let work = tempfile::tempdir().unwrap();
+    let answers = Settings { batch_size: 8, accumulation_steps: 1, max_steps: Some(1), ..settings() };
+    let first = run(&answers, &[2, 4], work.path(), false, None).outcome.unwrap().report.first_loss.unwrap();
+    let [unmoved, moved] = report.trials.as_slice() else { panic!("{:?}", report.trials) };
+    assert!((unmoved.loss - first).abs() < 1e-5 * first, "{unmoved:?}, {first}");
+    assert!(moved.loss != unmoved.loss);
+    let best = if moved.loss < unmoved.loss { moved } else { unmoved };
+    assert_eq!(report.learning_rate, best.learning_rate);
 }
 
 /// The distance that the fit says is left is what the term `anchor` then measures through the network itself.
 #[test]
 fn the_fit_brings_the_stream_to_where_it_says() {
     let work = tempfile::tempdir().unwrap();
-    let one_step = Settings { max_steps: Some(1), learning_rate: 1e-9, ..settings() };
-    let measured = Settings { losses: [(LossKind::Anchor, 1.0)].into(), ..one_step };
-    let before = run(&measured, &[4, 5], work.path(), false, None).outcome.unwrap().report;
-    assert!(before.fitted.is_empty());
+    // One step over all samples for each layer.
+    let measured = Settings { batch_size: 8, max_steps: Some(2), learning_rate: 1e-12, fit: false, ..by_layer() };
+    let before = run(&measured, &[4, 5], work.path(), false, None);
+    assert!(before.outcome.unwrap().report.fitted.is_empty());
     let fitting = Settings { fit: true, ..measured };
-    let after = run(&fitting, &[4, 5], work.path(), false, None).outcome.unwrap().report;
-    let fitted = &after.fitted;
-    assert_eq!(fitted.iter().map(|fit| fit.layer).collect::<Vec<_>>(), [4, 5]);
-    let left = fitted.iter().map(|fit| fit.distance_after.unwrap()).sum::<f64>() / 2.0;
-    let found = after.first_loss.unwrap();
-    assert!((found - left).abs() < 1e-3 * left, "measured {found}, fitted {left}");
-    assert!(found < 0.7 * before.first_loss.unwrap(), "{:?} to {found}", before.first_loss);
+    let after = run(&fitting, &[4, 5], work.path(), false, None);
+    let report = after.outcome.unwrap().report;
+    let [first, again, second, _] = report.fitted.as_slice() else { panic!("{:?}", report.fitted) };
+    for (fit, step) in [first, second].into_iter().zip(&after.steps) {
+        let (found, left) = (step.loss, fit.distance_after.unwrap());
+        assert!((found - left).abs() < 1e-3 * left, "measured {found}, fitted {left}");
+    }
+    let (found, start) = (after.steps[0].loss, before.steps[0].loss);
+    assert!((start - first.distance_before.unwrap()).abs() < 1e-3 * start && found < 0.7 * start, "{start} to {found}");
+    assert!((again.distance_before.unwrap() - found).abs() < 1e-3 * found, "{again:?}");
 
-    // The fit alone trains two weights of each layer and nothing else, and comes out the same.
+    // The fit alone trains two weights of each layer and nothing else, the first layer's to the same.
     let alone = Settings { losses: BTreeMap::new(), ..fitting };
     let outcome = run(&alone, &[4, 5], work.path(), false, None).outcome.unwrap();
     assert_eq!((outcome.report.steps, outcome.report.first_loss), (0, None));
-    assert_eq!(&outcome.report.fitted, fitted);
+    let fitted = &outcome.report.fitted;
+    assert_eq!(fitted.iter().map(|fit| fit.layer).collect::<Vec<_>>(), [4, 5]);
+    assert_eq!(&fitted[0], first);
     let dense = Bundle::open(&model()).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let bundle = Bundle::open(&pruned(&dense, folder.path())).unwrap();

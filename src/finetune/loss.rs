@@ -17,7 +17,8 @@ pub enum LossKind {
     Ce,
     /// Divergence of the student's answer distribution from the dense model's.
     Kd,
-    /// Distance of the residual stream from the dense model's behind each finetuned layer and each frozen anchor.
+    /// Distance of the residual stream from the dense model's behind each finetuned layer, and behind each frozen anchor
+    /// where other terms have the whole network run.
     Anchor,
     /// Distance of the residual stream from the dense model's after every layer.
     Hidden,

@@ -8,6 +8,7 @@ mod checkpoint;
 mod events;
 mod fit;
 mod gradient;
+mod layered;
 mod loss;
 mod metrics;
 mod optimizer;

@@ -29,12 +29,12 @@ use super::source::Source;
 use super::student::{Student, token_inputs};
 use super::suffix::Suffix;
 use super::teacher::{Course, Lesson, Teacher, anchor_points};
-use super::trainer::{self, METRICS_FILE, Run, Summary, Trainer};
+use super::trainer::{self, METRICS_FILE, Run, Summary};
 use super::weights::{replaced, trained_weights};
 use super::workers;
 
 /// What the names of cached outputs begin with.
-const CACHES: &[&str] = &["hidden-", "streams-", "answers-"];
+const CACHES: &[&str] = &["hidden-", "stream-", "streams-", "answers-"];
 
 /// What to finetune, on what, and how.
 pub struct Request<'a> {
@@ -76,7 +76,8 @@ pub struct Report {
     pub steps: u64,
     /// The step that a resumed run went on from; 0 otherwise.
     pub resumed_from_step: u64,
-    /// Tokens without padding, images included, over all epochs.
+    /// Tokens without padding, images included, over all epochs; those that each layer saw where layers are healed one after
+    /// the other.
     pub tokens: u64,
     pub answer_tokens: u64,
     /// The peak learning rate, chosen from the trials where there are any.
@@ -185,8 +186,8 @@ pub fn finetune_with_teacher(
             course.fill(None, cancel)?;
         }
         let targets = course.open(&dataset.examples, dataset.hidden_size())?;
-        student.points = targets.streams.as_ref().map(|streams| streams.points.clone()).unwrap_or_default();
-        let points = anchor_points(teacher.anchors, request.layers).into_iter();
+        student.points = targets.streams.iter().map(|target| target.point).collect();
+        let points = anchor_points(teacher.anchors, request.layers, &all_stages).into_iter();
         student.anchor_points = points.filter_map(|point| point.checked_sub(cut.first)).collect();
         dataset.targets = targets;
     }
@@ -196,44 +197,46 @@ pub fn finetune_with_teacher(
         twin.work_for(&students[0])?;
         students.push(twin);
     }
-    let run = Run { settings, device, inputs: &inputs, work: request.work };
+    let targets = if settings.fit || settings.layer_by_layer() { cut.targets(request.layers, settings)? } else { vec![] };
+    let run = Run { settings, device, first: cut.first, inputs: &inputs, work: request.work };
     let resumed = if request.resume { trainer::begun(request.work)? } else { None };
     let begun = match resumed {
         Some(totals) => totals,
-        None => begin(request, &cut, &run, &mut students, &dataset, cancel)?,
+        None => begin(request, &targets, &run, &mut students, &mut dataset, cancel)?,
     };
     if !asked().any(|kind| kind.row().teacher == loss::Teacher::Stream) {
         // The fit alone wanted them; steps would read them for nothing.
-        dataset.targets.streams = None;
+        dataset.targets.streams.clear();
     }
     let rate = search::best(&begun.trials).unwrap_or(settings.learning_rate);
     let chosen = Settings { learning_rate: rate, ..settings.clone() };
     let run = Run { settings: &chosen, ..run };
-    let summary = Trainer::new(run, &mut students, &dataset)?.run(request.resume, begun, cancel, observer)?;
+    let summary =
+        search::train(run, &targets, &mut students, &mut dataset, request.resume, begun, cancel, observer)?;
     let tensors = students[0].trained()?;
     let decoder = replaced(&decoder, tensors)?;
     let report = report(request, rate, inputs, &dataset, left_out, &summary)?;
     Ok(Outcome { decoder, report })
 }
 
-/// What comes before the first step: the fit, and the choice of the learning rate.
+/// What comes before the first step: the fit of all layers, where they are trained at once, and the choice of the learning
+/// rate.
 fn begin(
     request: &Request<'_>,
-    cut: &Cut,
+    targets: &[Target],
     run: &Run<'_>,
     students: &mut [Student],
-    dataset: &TrainingSet,
+    dataset: &mut TrainingSet,
     cancel: &Cancel,
 ) -> Result<Totals> {
     let mut totals = Totals::default();
-    if run.settings.fit {
+    if run.settings.fit && !run.settings.layer_by_layer() {
         let began = Instant::now();
-        let targets = cut.fits(request.layers, run.settings)?;
-        totals.fitted = fit(students, &targets, cut.first, dataset, run.settings, run.device, cancel)?;
+        totals.fitted = fit(students, targets, run.first, dataset, run.settings, run.device, cancel)?;
         totals.fit_seconds = began.elapsed().as_secs_f64();
     }
     if run.settings.trains() {
-        totals.trials = search(run, students, dataset, request.resume, cancel)?;
+        totals.trials = search(run, targets, students, dataset, request.resume, cancel)?;
     }
     Ok(totals)
 }
@@ -274,10 +277,10 @@ impl Cut {
         Suffix::find(graph, &self.streams, self.analysis.map.result, &token_inputs(graph), &trained)
     }
 
-    /// The products to fit in each trained layer.
+    /// The trained layers, ascending, with the products to fit in each.
     ///
     /// Errors: `Error::Unsupported` when nothing follows the fit and a layer has none.
-    fn fits(&self, layers: &[usize], settings: &Settings) -> Result<Vec<Target>> {
+    fn targets(&self, layers: &[usize], settings: &Settings) -> Result<Vec<Target>> {
         let graph = &self.analysis.model.graph;
         let trained: HashSet<ValueId> = self.trained.iter().copied().collect();
         let mut layers = layers.to_vec();
@@ -347,6 +350,8 @@ fn report(
     summary: &Summary,
 ) -> Result<Report> {
     let totals = &summary.totals;
+    let layers = if request.settings.layer_by_layer() { request.layers.len().max(1) as u64 } else { 1 };
+    let (tokens, answer_tokens) = (totals.tokens / layers, totals.answer_tokens / layers);
     Ok(Report {
         provenance: Provenance::new(Report::SCHEMA_VERSION, inputs, request.settings)?,
         layers: request.layers.to_vec(),
@@ -355,8 +360,8 @@ fn report(
         left_out,
         steps: summary.steps,
         resumed_from_step: summary.resumed_from,
-        tokens: totals.tokens,
-        answer_tokens: totals.answer_tokens,
+        tokens,
+        answer_tokens,
         learning_rate,
         trials: totals.trials.clone(),
         fitted: totals.fitted.clone(),
@@ -364,7 +369,7 @@ fn report(
         first_loss: totals.first_loss,
         last_loss: totals.last_loss,
         train_s: totals.train_seconds,
-        tokens_per_s: totals.tokens as f64 / totals.train_seconds.max(1e-9),
+        tokens_per_s: tokens as f64 / totals.train_seconds.max(1e-9),
         peak_memory_bytes: crate::base::peak_memory_bytes(),
         metrics_file: METRICS_FILE.to_string(),
     })

@@ -1,23 +1,29 @@
 //! The learning rate: one pass over the samples with each candidate, each from the same weights.
 //!
 //! In one pass every sample is new to the network when its loss is taken, so the loss over the pass's end says how well
-//! the rate does on samples that were not trained on.
+//! the rate does on samples that were not trained on. Where no term looks at answers, the network has not seen them even
+//! after the pass, and their cross-entropy behind it is taken: rates that end as near to the dense stream as one another
+//! are not equally good at answering.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tch::Tensor;
+use tch::{Device, Tensor};
 
-use crate::base::{Cancel, Result, Sha256Digest, read_json, sha256_json, write_json};
+use crate::base::{Cancel, Error, Result, Sha256Digest, read_json, sha256_json, write_json};
 
 use super::batch::TrainingSet;
 use super::checkpoint::Totals;
+use super::fit::Target;
+use super::layered::heal;
 use super::loss::LossKind;
 use super::metrics::{StepMetrics, read_metrics};
 use super::sampler;
 use super::settings::Settings;
 use super::student::Student;
 use super::torch_error;
-use super::trainer::{METRICS_FILE, Run, Trainer, clear_checkpoints};
+use super::run::clear_work;
+use super::trainer::{METRICS_FILE, Part, Run, Summary, Trainer};
+use super::workers;
 
 const SCHEMA_VERSION: u32 = 1;
 const TRIAL: &str = "trial.json";
@@ -29,6 +35,7 @@ const JUDGED: f64 = 0.25;
 pub struct RateTrial {
     pub learning_rate: f64,
     /// Mean over the last quarter of the pass: of the cross-entropy where the recipe has it, of the whole loss otherwise.
+    /// Of a recipe that never looks at answers, their cross-entropy with the weights behind the pass.
     pub loss: f64,
 }
 
@@ -45,18 +52,19 @@ pub fn best(trials: &[RateTrial]) -> Option<f64> {
     trials.iter().min_by(|a, b| a.loss.total_cmp(&b.loss)).map(|trial| trial.learning_rate)
 }
 
-/// Tries each of the settings' `learning_rates` and leaves the weights as they were. Each trial keeps its metrics in a
+/// Tries each of the settings' `learning_rates`, with the fits of `targets` where layers are healed one after the other, and leaves the weights as they were. Each trial keeps its metrics in a
 /// folder `search-N` of `work`; with `resume` finished ones are not made again.
 ///
 /// Errors: those of the runs; `Error::Interrupted` with a checkpoint of the trial left behind.
 pub fn search(
     run: &Run<'_>,
+    targets: &[Target],
     students: &mut [Student],
-    dataset: &TrainingSet,
+    dataset: &mut TrainingSet,
     resume: bool,
     cancel: &Cancel,
 ) -> Result<Vec<RateTrial>> {
-    let Run { settings, device, inputs, work } = run;
+    let Run { settings, device, first: first_layer, inputs, work } = run;
     let Some(first) = students.first() else { return Ok(Vec::new()) };
     let mut weights: Vec<Tensor> = first.weights().iter().map(|weight| weight.tensor.shallow_clone()).collect();
     let copied: Result<Vec<Tensor>, tch::TchError> = weights
@@ -69,13 +77,14 @@ pub fn search(
         .collect();
     let before = copied.map_err(torch_error("the weights before the search"))?;
     let pass = sampler::steps_per_epoch(settings, dataset.examples.len());
+    let layers = if settings.layer_by_layer() { targets.len() as u64 } else { 1 };
     let mut trials = Vec::with_capacity(settings.learning_rates.len());
     for (number, &learning_rate) in settings.learning_rates.iter().enumerate() {
         let own = Settings {
             learning_rate,
             learning_rates: Vec::new(),
             epochs: 1,
-            max_steps: settings.max_steps.map(|most| most.min(pass)),
+            max_steps: settings.max_steps.map(|most| most.min(pass * layers)),
             checkpoint_every: 0,
             ..(*settings).clone()
         };
@@ -91,10 +100,16 @@ pub fn search(
                 continue;
             }
         }
-        let run = Run { settings: &own, device: *device, inputs: &inputs, work: &folder };
-        Trainer::new(run, students, dataset)?.run(resume, Totals::default(), cancel, &mut |_| ())?;
-        let trial = RateTrial { learning_rate, loss: judged(&read_metrics(&folder.join(METRICS_FILE))?) };
-        clear_checkpoints(&folder)?;
+        std::fs::create_dir_all(&folder).map_err(|e| Error::io("create", &folder, e))?;
+        let run = Run { settings: &own, device: *device, first: *first_layer, inputs: &inputs, work: &folder };
+        train(run, targets, students, dataset, resume, Totals::default(), cancel, &mut |_| ())?;
+        let loss = if settings.layer_by_layer() {
+            answers(&own, students, dataset, *device)?
+        } else {
+            judged(&read_metrics(&folder.join(METRICS_FILE))?)
+        };
+        let trial = RateTrial { learning_rate, loss };
+        clear_work(&folder)?;
         write_json(&file, &Kept { schema_version: SCHEMA_VERSION, key, trial: trial.clone() })?;
         trials.push(trial);
         let _guard = tch::no_grad_guard();
@@ -103,6 +118,41 @@ pub fn search(
         }
     }
     Ok(trials)
+}
+
+/// All steps of a run: over all layers at once, or one layer after the other.
+///
+/// Errors: those of the trainer.
+#[allow(clippy::too_many_arguments)]
+pub fn train(
+    run: Run<'_>,
+    targets: &[Target],
+    students: &mut [Student],
+    dataset: &mut TrainingSet,
+    resume: bool,
+    begun: Totals,
+    cancel: &Cancel,
+    observer: &mut dyn FnMut(&StepMetrics),
+) -> Result<Summary> {
+    if run.settings.layer_by_layer() {
+        return heal(run, targets, students, dataset, resume, begun, cancel, observer);
+    }
+    let part = Part::whole(run.settings, dataset.examples.len());
+    Trainer::new(run, part, students, dataset)?.run(resume, begun, cancel, observer)
+}
+
+/// Mean cross-entropy of all answer tokens.
+fn answers(settings: &Settings, students: &mut [Student], dataset: &mut TrainingSet, device: Device) -> Result<f64> {
+    let settings = Settings { losses: [(LossKind::Ce, 1.0)].into(), stages: Vec::new(), ..settings.clone() };
+    dataset.want(0..0);
+    let (mut sum, mut count) = (0.0, 0.0);
+    for step in sampler::epoch(&settings, &dataset.lengths(), 0) {
+        let tokens: usize = step.iter().flatten().map(|&sample| dataset.examples[sample].targets.len()).sum();
+        let sums = workers::run(students, dataset, &settings, &step, device)?;
+        sum += sums.losses.get(&LossKind::Ce).copied().unwrap_or(0.0) * tokens as f64;
+        count += tokens as f64;
+    }
+    Ok(sum / count.max(1.0))
 }
 
 fn judged(steps: &[StepMetrics]) -> f64 {

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::{Error, Result};
 
-use super::loss::LossKind;
+use super::loss::{LossKind, Teacher};
 use super::schedule::Schedule;
 
 /// Number format of the forward and backward pass; trained weights and the optimiser's state are always f32.
@@ -58,7 +58,8 @@ pub struct Settings {
     pub accumulation_steps: u32,
     /// Passes over the data.
     pub epochs: u32,
-    /// Stops after this many optimiser steps, whatever `epochs` says; the schedule then spans these.
+    /// Stops after this many optimiser steps, whatever `epochs` says; the schedule then spans these. Where layers are healed
+    /// one after the other, each has an equal part of them and a schedule of its own.
     pub max_steps: Option<u64>,
     /// Samples with more tokens, images included, are left out and counted in the report.
     pub max_tokens: u32,
@@ -81,13 +82,14 @@ pub struct Settings {
     /// Part of the drawn samples that is trained on.
     pub data_share: f64,
     /// Before the first step, fits the products that each trained layer's output is a sum of to the dense model's stream
-    /// by least squares.
+    /// by least squares; where layers are healed one after the other, each one's last product again behind its last step.
     /// With no loss term the run ends there.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub fit: bool,
     /// Most tokens that the fit looks at, for each number that a product reads.
     pub fit_tokens_per_feature: u32,
-    /// Loss terms and their weights.
+    /// Loss terms and their weights. With `anchor` and `hidden` alone each trained layer is healed by itself, one after the
+    /// other, on the stream that those before it give in the end; every layer takes all `epochs`.
     pub losses: BTreeMap<LossKind, f64>,
     /// Parts of the run, one after the other, each with loss terms of its own, in place of `losses`. The learning rate
     /// moves over all of them as over one run.
@@ -217,6 +219,13 @@ impl Settings {
     /// False for a run that ends with the fit, before any step.
     pub fn trains(&self) -> bool {
         !self.fit || !self.losses.is_empty() || !self.stages.is_empty()
+    }
+
+    /// True when no loss term looks at answers: each trained layer is then healed by itself, one after the other.
+    pub fn layer_by_layer(&self) -> bool {
+        let all = self.of_all_stages();
+        let mut asked = all.losses.iter().filter(|(_, weight)| **weight > 0.0).peekable();
+        asked.peek().is_some() && asked.all(|(kind, _)| kind.row().teacher == Teacher::Stream)
     }
 
     /// The settings of each stage of a run of `total` steps, with the first step (counted from 0) behind it. A run

@@ -1,5 +1,7 @@
 //! The network in training: the graph after the first trained layer as a program, run layer by layer.
 
+use std::ops::Range;
+
 use tch::{Device, Kind, Tensor};
 
 use crate::base::{Error, Result};
@@ -73,6 +75,8 @@ pub struct Student {
     pub points: Vec<usize>,
     /// Those of `points` that the anchor term compares.
     pub anchor_points: Vec<usize>,
+    /// The one layer that is trained now, counted from the first trained one; None for all of them.
+    pub only: Option<usize>,
 }
 
 /// What the layers read besides the stream, for one batch.
@@ -107,7 +111,7 @@ impl Student {
             .iter()
             .map(|ids| ids.iter().filter_map(|id| program.parameters().iter().position(|p| p.id == *id)).collect())
             .collect();
-        Ok(Student { program, suffix, inputs, by_layer, points: Vec::new(), anchor_points: Vec::new() })
+        Ok(Student { program, suffix, inputs, by_layer, points: Vec::new(), anchor_points: Vec::new(), only: None })
     }
 
     /// Makes this network, compiled from the same graph, a second worker of `first`: it reads and differentiates the
@@ -144,11 +148,6 @@ impl Student {
         }
     }
 
-    /// How many points a stream term compares.
-    pub fn point_count(&self, kind: LossKind) -> usize {
-        self.points.iter().filter(|&&point| self.compares(kind, point)).count()
-    }
-
     /// Number of layers from the first trained one on.
     pub fn layers(&self) -> usize {
         self.suffix.streams.len() - 1
@@ -157,6 +156,20 @@ impl Student {
     /// Which parameters the layer reads, counted from the first trained one.
     pub fn layer_parameters(&self, layer: usize) -> &[usize] {
         &self.by_layer[layer]
+    }
+
+    /// The weights that are trained now.
+    pub fn weights_now(&self) -> impl Iterator<Item = &torch::Parameter> {
+        let own = self.only.map(|layer| self.layer_parameters(layer));
+        let now = move |number: usize| own.is_none_or(|own| own.contains(&number));
+        self.weights().iter().enumerate().filter(move |(number, _)| now(*number)).map(|(_, weight)| weight)
+    }
+
+    /// The layers to run when only this one is trained: up to the next trained one, as far as anything is compared.
+    pub fn stretch(&self, layer: usize) -> Range<usize> {
+        let next = (layer + 1..self.layers()).find(|&next| !self.layer_parameters(next).is_empty());
+        let next = next.unwrap_or(self.layers());
+        layer..self.points.iter().copied().filter(|&point| point <= next).max().unwrap_or(layer)
     }
 
     /// The trained initializers with their values, in the graph's own type.

@@ -11,7 +11,7 @@ use crate::ir::{Dim, Graph, Model, ValueId};
 use crate::rewrite::extract;
 use crate::runtime::{Decoder, FeatureCache, Runtime, SessionOptions, VlmSession};
 
-use super::batch::{Example, StreamTargets, Targets, TrainingSet, total_tokens};
+use super::batch::{Example, StreamTarget, Targets, TrainingSet, total_tokens};
 use super::cache::{Element, Rows, RowsWriter};
 use super::loss::LossKind;
 use super::prefix::{self, LeftOut, Ready, Store, each_round};
@@ -43,9 +43,11 @@ struct Point {
 }
 
 /// The points that the anchor term compares, ascending: behind every trained layer, which is before the anchor where it
-/// has one, and behind every anchor. So every trained layer has a target of its own.
-pub fn anchor_points(anchors: &[usize], trained: &[usize]) -> Vec<usize> {
+/// has one, and behind every anchor where the network is trained at once. So every trained layer has a target of its own.
+/// A layer that is healed by itself is not run through its anchor: that takes as long again and heals no better.
+pub fn anchor_points(anchors: &[usize], trained: &[usize], settings: &Settings) -> Vec<usize> {
     let first = trained.iter().copied().min().unwrap_or(0);
+    let anchors = if settings.layer_by_layer() { &[] } else { anchors };
     let behind = trained.iter().chain(anchors.iter().filter(|&&anchor| anchor > first));
     let mut points: Vec<usize> = behind.map(|&layer| layer + 1).collect();
     points.sort_unstable();
@@ -76,7 +78,7 @@ fn points(
         students.extend(first + 1..=layers);
     }
     if settings.weight(LossKind::Anchor) > 0.0 {
-        students.extend(anchor_points(anchors, trained));
+        students.extend(anchor_points(anchors, trained, settings));
     }
     if settings.fit {
         students.extend(trained.iter().map(|&layer| layer + 1));
@@ -105,7 +107,8 @@ pub struct Course<'a> {
     pub digest: Sha256Digest,
     analysis: Analysis,
     points: Vec<Point>,
-    streams: Option<PathBuf>,
+    /// A file for each of the points.
+    streams: Vec<PathBuf>,
     /// With the number of likeliest tokens that are kept of each answer.
     answers: Option<(PathBuf, usize)>,
     vocabulary: Option<usize>,
@@ -113,7 +116,7 @@ pub struct Course<'a> {
 
 /// What is kept of the dense model's outputs for one sample; without rows where nothing is to be.
 struct Kept {
-    streams: Vec<f32>,
+    streams: Vec<Vec<f32>>,
     answers: Vec<f32>,
     frozen: Option<Vec<f32>>,
 }
@@ -147,16 +150,17 @@ impl<'a> Lesson<'a> {
         let file = |what: &str, key: Sha256Digest, element: Element| {
             self.work.join(format!("{what}-{}.{}", &key[..16.min(key.len())], element.extension()))
         };
-        let streams = (!points.is_empty()).then(|| {
-            let key = sha256_json(&("streams", &digest, self.data_digest, max_tokens, dense_points(&points)));
-            key.map(|key| file("streams", key, STREAMS))
+        let streams = points.iter().map(|point| {
+            let key = sha256_json(&("stream", &digest, self.data_digest, max_tokens, point.dense))?;
+            Ok(file("streams", key, STREAMS))
         });
+        let streams = streams.collect::<Result<Vec<_>>>()?;
         let answers = (self.settings.weight(LossKind::Kd) > 0.0).then(|| {
             let temperature = self.settings.kd_temperature;
             let key = sha256_json(&("answers", &digest, self.data_digest, max_tokens, temperature, k));
             key.map(|key| (file("answers", key, ANSWERS), k))
         });
-        let (streams, answers) = (streams.transpose()?, answers.transpose()?);
+        let answers = answers.transpose()?;
         Ok(Course { lesson: self, digest, analysis, points, streams, answers, vocabulary })
     }
 }
@@ -218,7 +222,8 @@ impl Course<'_> {
         let decoder = Decoder::prefill_only(runtime.session_of(&part, &options)?, head_dim)?;
         let mut model = VlmSession::with_decoder(&runtime, teacher.bundle, decoder, &options, features)?;
         let mut filling = frozen.map(|(_, store)| store.begin()).transpose()?;
-        let mut streams = self.streams.as_ref().map(|path| RowsWriter::create(path, STREAMS)).transpose()?;
+        let writers = self.streams.iter().map(|path| RowsWriter::create(path, STREAMS));
+        let mut streams = writers.collect::<Result<Vec<_>>>()?;
         let answers = self.answers.as_ref().map(|(path, k)| Ok((RowsWriter::create(path, ANSWERS)?, *k)));
         let mut answers = answers.transpose()?;
         let tokens_per_run = match (&answers, self.vocabulary) {
@@ -231,9 +236,8 @@ impl Course<'_> {
         let left_out = each_round(*source, "dense model", &mut model, max_tokens, cancel, &mut |round, model| {
             let kept = prefix::outputs(round, model, tokens_per_run, |sample, outputs| {
                 let example = &sample.example;
-                let points: Vec<&[f32]> = places.iter().map(|&place| outputs[place]).collect();
                 Ok(Kept {
-                    streams: side_by_side(&points, example.length),
+                    streams: places.iter().map(|&place| outputs[place].to_vec()).collect(),
                     answers: match (&answers, outputs.last()) {
                         (Some((_, k)), Some(logits)) => likeliest(logits, example, *k, temperature),
                         _ => Vec::new(),
@@ -242,8 +246,8 @@ impl Course<'_> {
                 })
             })?;
             for (kept, Ready { example, embedded, .. }) in kept.into_iter().zip(round.drain(..)) {
-                if let Some(writer) = &mut streams {
-                    writer.push(&kept.streams, example.length)?;
+                for (writer, stream) in streams.iter_mut().zip(&kept.streams) {
+                    writer.push(stream, example.length)?;
                 }
                 if let Some((writer, _)) = &mut answers {
                     writer.push(&kept.answers, example.positions.len())?;
@@ -273,16 +277,15 @@ impl Course<'_> {
                 .remedy("name the model that was pruned as teacher"));
         }
         let first = self.lesson.trained.iter().copied().min().unwrap_or(0);
-        let points: Vec<usize> = self.points.iter().map(|point| point.student - first).collect();
-        let streams = self.streams.as_ref().map(|path| {
-            let rows = Rows::open(path, total_tokens(examples), hidden_size * points.len(), STREAMS)?;
-            Ok(StreamTargets { rows, points: points.clone() })
+        let streams = self.points.iter().zip(&self.streams).map(|(point, path)| {
+            let rows = Rows::open(path, total_tokens(examples), hidden_size, STREAMS)?;
+            Ok(StreamTarget { rows, point: point.student - first })
         });
         let answers = self.answers.as_ref().map(|(path, k)| {
             let count = examples.iter().map(|example| example.targets.len() as u64).sum();
             Rows::open(path, count, 2 * k, ANSWERS)
         });
-        Ok(Targets { streams: streams.transpose()?, answers: answers.transpose()? })
+        Ok(Targets { streams: streams.collect::<Result<_>>()?, answers: answers.transpose()? })
     }
 }
 
@@ -312,22 +315,6 @@ fn same_computation(a: &Graph, b: &Graph) -> bool {
         _ => false,
     };
     operators(a) == operators(b) && left.len() == right.len() && left.iter().zip(&right).all(equal)
-}
-
-fn dense_points(points: &[Point]) -> Vec<usize> {
-    points.iter().map(|point| point.dense).collect()
-}
-
-/// Rows of several matrices of `rows` rows, joined row by row.
-fn side_by_side(points: &[&[f32]], rows: usize) -> Vec<f32> {
-    let mut joined = Vec::with_capacity(points.iter().map(|numbers| numbers.len()).sum());
-    for row in 0..rows {
-        for numbers in points {
-            let width = numbers.len() / rows;
-            joined.extend_from_slice(&numbers[row * width..][..width]);
-        }
-    }
-    joined
 }
 
 /// The [`top_k`] of each answer of a sample, row by row, on all cores. `logits` has a row per token.
@@ -377,22 +364,20 @@ mod tests {
         }
     }
 
-    #[test]
-    fn matrices_are_joined_row_by_row() {
-        assert_eq!(side_by_side(&[&[1.0, 2.0, 3.0, 4.0], &[5.0, 6.0]], 2), [1.0, 2.0, 5.0, 3.0, 4.0, 6.0]);
-    }
-
     /// Eight dense layers; 2 dropped and 3 trained with anchor 4, 6 dropped and 5 trained with anchor 7.
     #[test]
     fn points_of_the_stream_correspond() {
         let kept = [0, 1, 3, 4, 5, 7];
-        let with = |kind: LossKind| Settings { losses: [(kind, 1.0)].into(), ..Settings::default() };
-        let pairs = |kind, anchors: &[usize]| -> Vec<(usize, usize)> {
-            let points = points(&kept, anchors, &[2, 4], 8, &with(kind));
+        let pairs = |kinds: &[LossKind], anchors: &[usize]| -> Vec<(usize, usize)> {
+            let losses = kinds.iter().map(|&kind| (kind, 1.0)).collect();
+            let points = points(&kept, anchors, &[2, 4], 8, &Settings { losses, ..Settings::default() });
             points.iter().map(|point| (point.student, point.dense)).collect()
         };
-        assert_eq!(pairs(LossKind::Anchor, &[3, 5]), [(3, 4), (4, 5), (5, 7), (6, 8)]);
-        assert_eq!(pairs(LossKind::Hidden, &[3, 5]), [(3, 4), (4, 5), (5, 7), (6, 8)]);
-        assert_eq!(pairs(LossKind::Anchor, &[]), [(3, 4), (5, 7)]);
+        let all = [(3, 4), (4, 5), (5, 7), (6, 8)];
+        assert_eq!(pairs(&[LossKind::Ce, LossKind::Anchor], &[3, 5]), all);
+        assert_eq!(pairs(&[LossKind::Hidden], &[3, 5]), all);
+        assert_eq!(pairs(&[LossKind::Ce, LossKind::Anchor], &[]), [(3, 4), (5, 7)]);
+        // One layer after the other: nothing is looked at behind an anchor.
+        assert_eq!(pairs(&[LossKind::Anchor], &[3, 5]), [(3, 4), (5, 7)]);
     }
 }

@@ -7,6 +7,7 @@ use std::time::Instant;
 use tch::{Device, Tensor};
 
 use crate::base::{Cancel, Error, Progress, Result, Sha256Digest, list_preview, peak_memory_bytes};
+use crate::torch;
 
 use super::adapters::Adapters;
 use super::average::Average;
@@ -26,17 +27,27 @@ pub const METRICS_FILE: &str = "metrics.jsonl";
 const EVENT_FOLDER: &str = "events";
 const CHECKPOINT_FOLDER: &str = "checkpoints";
 
+/// The checkpoints in a work folder.
+///
+/// Errors: `Error::Io`.
+pub fn checkpoints(work: &Path) -> Result<Checkpoints> {
+    Checkpoints::open(&work.join(CHECKPOINT_FOLDER))
+}
+
 /// Removes the checkpoints in a work folder.
 ///
 /// Errors: `Error::Io`.
 pub fn clear_checkpoints(work: &Path) -> Result<()> {
-    Checkpoints::open(&work.join(CHECKPOINT_FOLDER))?.clear()
+    checkpoints(work)?.clear()
 }
 
 /// What decides a run besides the network and the samples.
+#[derive(Clone, Copy)]
 pub struct Run<'a> {
     pub settings: &'a Settings,
     pub device: Device,
+    /// The first trained layer, as the pruned model counts.
+    pub first: usize,
     /// SHA-256 of what decides the result, by what it is; a checkpoint of other inputs is refused.
     pub inputs: &'a BTreeMap<String, Sha256Digest>,
     /// Folder for checkpoints and metrics.
@@ -47,21 +58,60 @@ pub struct Run<'a> {
 ///
 /// Errors: as `Checkpoints::latest`.
 pub fn begun(work: &Path) -> Result<Option<Totals>> {
-    let newest = Checkpoints::open(&work.join(CHECKPOINT_FOLDER))?.latest()?;
+    let newest = checkpoints(work)?.latest()?;
     Ok(newest.map(|(state, _)| state.totals))
 }
 
-/// A run over a data set.
+/// The optimiser steps that belong together: all of a run, or those of one layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Steps of the run before these.
+    pub before: u64,
+    pub steps: u64,
+    /// Steps of the whole run.
+    pub total: u64,
+}
+
+impl Part {
+    /// All steps of a run over all layers at once.
+    pub fn whole(settings: &Settings, samples: usize) -> Self {
+        let steps = steps(settings, samples);
+        Part { before: 0, steps, total: steps }
+    }
+
+    /// The steps of each of `layers` layers.
+    pub fn each(settings: &Settings, samples: usize, layers: usize) -> Vec<Self> {
+        let steps = steps(settings, samples);
+        let total = settings.max_steps.map_or(steps * layers as u64, |_| steps);
+        let until = |layer: usize| match settings.max_steps {
+            Some(_) => total * layer as u64 / layers.max(1) as u64,
+            None => steps * layer as u64,
+        };
+        (0..layers).map(|layer| Part { before: until(layer), steps: until(layer + 1) - until(layer), total }).collect()
+    }
+
+    /// Steps of the run when these are done.
+    pub fn end(&self) -> u64 {
+        self.before + self.steps
+    }
+}
+
+/// Optimiser steps that the settings ask for, over all layers at once.
+fn steps(settings: &Settings, samples: usize) -> u64 {
+    let all = || sampler::steps_per_epoch(settings, samples) * u64::from(settings.epochs);
+    if settings.trains() { settings.max_steps.unwrap_or_else(all) } else { 0 }
+}
+
+/// A run over a data set, or a part of one.
 pub struct Trainer<'a> {
     run: Run<'a>,
+    part: Part,
     /// The network, once per worker; all over the weights of the first.
     students: &'a mut [Student],
     /// What is trained: the weights of the first, or the adapters beside them.
     parameters: Vec<Parameter>,
     adapters: Option<Adapters>,
     average: Option<Average>,
-    /// Steps of the whole run.
-    total: u64,
     dataset: &'a TrainingSet,
 }
 
@@ -80,29 +130,22 @@ impl<'a> Trainer<'a> {
     /// `students` are the same network, at least once, all over the weights of the first.
     ///
     /// Errors: `Error::Invalid` when a weight cannot be trained or there is no network.
-    pub fn new(run: Run<'a>, students: &'a mut [Student], dataset: &'a TrainingSet) -> Result<Self> {
+    pub fn new(run: Run<'a>, part: Part, students: &'a mut [Student], dataset: &'a TrainingSet) -> Result<Self> {
         let first = students.first().ok_or_else(|| Error::invalid("finetune", "has no network to train"))?;
+        let weights: Vec<torch::Parameter> = first.weights_now().map(torch::Parameter::shared).collect();
         let (adapters, parameters) = if run.settings.lora_rank > 0 && run.settings.trains() {
-            let (adapters, parameters) = Adapters::new(first.weights(), run.settings)?;
+            let (adapters, parameters) = Adapters::new(&weights, run.settings)?;
             (Some(adapters), parameters)
         } else {
-            let weights = first.weights().iter();
-            let parameters = weights.map(|weight| Parameter::new(weight.name.clone(), weight.tensor.shallow_clone()));
+            let parameters = weights.iter().map(|weight| Parameter::new(weight.name.clone(), weight.tensor.shallow_clone()));
             (None, parameters.collect::<Result<_>>()?)
         };
-        let settings = run.settings;
-        let total = match settings.trains() {
-            true => settings.max_steps.unwrap_or_else(|| {
-                sampler::steps_per_epoch(settings, dataset.examples.len()) * u64::from(settings.epochs)
-            }),
-            false => 0,
-        };
-        let average = Average::new(first.weights(), settings.average_last, total)?;
-        Ok(Trainer { run, students, parameters, adapters, average, total, dataset })
+        let average = Average::new(&weights, run.settings.average_last, part.steps)?;
+        Ok(Trainer { run, part, students, parameters, adapters, average, dataset })
     }
 
-    /// Trains to the last step. With `resume`, goes on from the newest checkpoint if there is one; without, begins anew
-    /// with the totals `begun`. `observer` sees every step's metrics.
+    /// Trains to the last step of the part. With `resume`, goes on from the newest checkpoint if there is one of this part;
+    /// without, begins anew with the totals `begun`. `observer` sees every step's metrics.
     ///
     /// Errors: `Error::Interrupted` after leaving a checkpoint when the user asked to stop; `Error::Invalid` naming step,
     /// samples and weight when a loss or gradient is not finite.
@@ -114,7 +157,7 @@ impl<'a> Trainer<'a> {
         observer: &mut dyn FnMut(&StepMetrics),
     ) -> Result<Summary> {
         let Run { settings, work, .. } = self.run;
-        let total = self.total;
+        let Part { before, steps: total, .. } = self.part;
         let lengths = self.dataset.lengths();
         let per_epoch = sampler::steps_per_epoch(settings, lengths.len());
         let warmup = warmup_steps(settings.warmup_ratio, total);
@@ -125,19 +168,18 @@ impl<'a> Trainer<'a> {
             epsilon: settings.epsilon,
             weight_decay: settings.weight_decay,
         };
-        let checkpoints = Checkpoints::open(&work.join(CHECKPOINT_FOLDER))?;
+        let checkpoints = checkpoints(work)?;
         let (first, mut totals) = self.start(&checkpoints, resume, begun)?;
-        let mut metrics = MetricsWriter::open(&work.join(METRICS_FILE), first)?;
+        let mut metrics = MetricsWriter::open(&work.join(METRICS_FILE), before + first)?;
         let mut events = EventWriter::create(&work.join(EVENT_FOLDER))?;
-        let progress = Progress::new("finetune", "steps", total);
+        let only = self.students.first().and_then(|student| student.only);
+        let task = only.map_or("finetune".to_string(), |layer| format!("finetune layer {}", self.run.first + layer));
+        let progress = Progress::new(&task, "steps", total);
         progress.set_position(first);
         let mut order: Option<(u64, Vec<Step>)> = None;
         for done in first..total {
             if cancel.requested() {
-                let kept = self.save(&checkpoints, done, total, &totals)?;
-                return Err(Error::Interrupted {
-                    kept: format!("{done} of {total} steps are in `{kept}`, `--resume` goes on from there"),
-                });
+                return Err(interrupted(&self.save(&checkpoints, done, &totals)?, before + done, self.part.total));
             }
             let (epoch, position) = (done / per_epoch, (done % per_epoch) as usize);
             if order.as_ref().is_none_or(|(of, _)| *of != epoch) {
@@ -147,7 +189,7 @@ impl<'a> Trainer<'a> {
             let began = Instant::now();
             let learning_rate = settings.learning_rate * settings.schedule.factor(done, warmup, total);
             let Some((_, stage)) = stages.iter().find(|(end, _)| done < *end) else { break };
-            let mut result = self.step(done + 1, step, stage, &optimizer, learning_rate)?;
+            let mut result = self.step(done, step, stage, &optimizer, learning_rate)?;
             if let Some(average) = &mut self.average {
                 average.add(done + 1)?;
             }
@@ -164,32 +206,46 @@ impl<'a> Trainer<'a> {
             progress.advance(1);
             progress.note(format!("loss {:.4}, {:.0} tokens/s", result.metrics.loss, result.metrics.tokens_per_s));
             let every = settings.checkpoint_every;
-            if every > 0 && (done + 1) % every == 0 && done + 1 < total {
-                self.save(&checkpoints, done + 1, total, &totals)?;
+            if every > 0 && (before + done + 1) % every == 0 && done + 1 < total {
+                self.save(&checkpoints, done + 1, &totals)?;
             }
         }
         if let Some(average) = &mut self.average {
             average.apply()?;
         }
-        let trained_parameters = self.parameters.iter().map(|parameter| parameter.value.numel() as u64).sum();
-        Ok(Summary { steps: total, resumed_from: first, trained_parameters, totals })
+        let trained_parameters = self.trained_parameters();
+        Ok(Summary { steps: total, resumed_from: before + first, trained_parameters, totals })
     }
 
+    /// Elements of what is trained.
+    pub fn trained_parameters(&self) -> u64 {
+        self.parameters.iter().map(|parameter| parameter.value.numel() as u64).sum()
+    }
+
+    /// Steps of the part that are done, and the totals.
     fn start(&mut self, checkpoints: &Checkpoints, resume: bool, begun: Totals) -> Result<(u64, Totals)> {
-        if resume && let Some((state, folder)) = checkpoints.latest()? {
+        let Part { before, .. } = self.part;
+        let alone = self.rest().is_none();
+        if resume
+            && let Some((state, folder)) = checkpoints.latest()?
+            && (alone || (before + 1..self.part.end()).contains(&state.step))
+        {
             checkpoint::check_same_run(&state, &folder, self.run.inputs)?;
             checkpoint::restore(&folder, self.tensors())?;
             if let Some(adapters) = &mut self.adapters {
                 adapters.apply(&self.parameters)?;
             }
-            return Ok((state.step, state.totals));
+            return Ok((state.step - before, state.totals));
         }
-        checkpoints.clear()?;
+        if alone {
+            checkpoints.clear()?;
+        }
         Ok((0, begun))
     }
 
-    fn save(&self, checkpoints: &Checkpoints, step: u64, total: u64, totals: &Totals) -> Result<String> {
-        let state = State::new(step, total, self.run.inputs.clone(), totals.clone());
+    fn save(&self, checkpoints: &Checkpoints, done: u64, totals: &Totals) -> Result<String> {
+        let inputs = self.run.inputs.clone();
+        let state = State::new(self.part.before + done, self.part.total, inputs, totals.clone());
         Ok(checkpoints.save(&state, self.tensors())?.display().to_string())
     }
 
@@ -197,17 +253,26 @@ impl<'a> Trainer<'a> {
     fn tensors(&self) -> Vec<(String, Tensor)> {
         let parameters = self.parameters.iter().flat_map(Parameter::tensors);
         let adapters = self.adapters.iter().flat_map(Adapters::tensors);
-        parameters.chain(adapters).chain(self.average.iter().flat_map(Average::tensors)).collect()
+        let average = self.average.iter().flat_map(Average::tensors);
+        parameters.chain(adapters).chain(average).chain(self.rest().into_iter().flatten()).collect()
     }
 
+    /// The weights of all layers, where they are trained one after the other.
+    fn rest(&self) -> Option<Vec<(String, Tensor)>> {
+        let first = self.students.first().filter(|first| first.only.is_some())?;
+        Some(all_weights(first))
+    }
+
+    /// The step behind the first `done` ones of the part.
     fn step(
         &mut self,
-        number: u64,
+        done: u64,
         step: &Step,
         settings: &Settings,
         optimizer: &AdamW,
         learning_rate: f64,
     ) -> Result<Done> {
+        let number = self.part.before + done + 1;
         let samples = || step.iter().flatten().map(|&sample| &self.dataset.examples[sample]);
         let (answer_tokens, tokens) = (
             samples().map(|example| example.targets.len() as u64).sum(),
@@ -224,7 +289,7 @@ impl<'a> Trainer<'a> {
             return Err(self.not_finite(number, step, loss, &gradients));
         }
         if !gradients.is_empty() {
-            workers::optimize(optimizer, &mut self.parameters, gradients, number, learning_rate, self.run.device)?;
+            workers::optimize(optimizer, &mut self.parameters, gradients, done + 1, learning_rate, self.run.device)?;
             if let Some(adapters) = &mut self.adapters {
                 adapters.apply(&self.parameters)?;
             }
@@ -263,6 +328,17 @@ impl<'a> Trainer<'a> {
         Error::invalid(format!("finetune step {number}"), format!("{what}; samples {}", list_preview(&ids, 64)))
             .remedy("look at these samples, or take a lower learning rate; the last checkpoint is kept")
     }
+}
+
+/// The weights of every trained layer as a checkpoint names them; the tensors themselves, not copies.
+pub fn all_weights(student: &Student) -> Vec<(String, Tensor)> {
+    let weights = student.weights().iter();
+    weights.map(|weight| (format!("weight/{}", weight.name), weight.tensor.shallow_clone())).collect()
+}
+
+/// A run that was stopped and left a checkpoint.
+pub fn interrupted(kept: &str, done: u64, total: u64) -> Error {
+    Error::Interrupted { kept: format!("{done} of {total} steps are in `{kept}`, `--resume` goes on from there") }
 }
 
 struct Done {

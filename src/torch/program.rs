@@ -50,6 +50,14 @@ pub struct Parameter {
     pub tensor: Tensor,
 }
 
+impl Parameter {
+    /// Another handle of the same weight.
+    pub fn shared(&self) -> Self {
+        let Parameter { id, name, dtype, tensor } = self;
+        Parameter { id: *id, name: name.clone(), dtype: *dtype, tensor: tensor.shallow_clone() }
+    }
+}
+
 /// A compiled graph. It can be sent to another thread and is used by one at a time.
 pub struct Program {
     steps: Vec<Step>,

@@ -1,0 +1,212 @@
+//! Healing one layer after the other: where no loss term looks at answers, a trained layer needs the stream before it and
+//! the dense model's stream behind it, and nothing else of the network.
+//!
+//! Each layer in turn is fitted, trained for all its steps, and its last product is fitted again, in which the layer is
+//! linear, so that what the steps found stays and their noise goes. Then all samples go once through it and the frozen
+//! layers up to the next one. So each layer is trained on the stream that the finished ones before it give, every frozen
+//! layer is run once per sample, and no gradient leaves the layer.
+
+use std::time::Instant;
+
+use tch::{Device, Kind};
+
+use crate::base::{Cancel, Error, Progress, Result};
+
+use super::batch::{Stream, TrainingSet};
+use super::cache::{Element, RowsWriter};
+use super::checkpoint::{Checkpoints, State, Totals, check_same_run, restore_some};
+use super::fit::{Target, fit};
+use super::metrics::StepMetrics;
+use super::student::Student;
+use super::torch_error;
+use super::trainer::{Part, Run, Summary, Trainer, all_weights, checkpoints, interrupted};
+use super::workers;
+
+/// Tokens whose stream is held at once between two layers, times the number of networks.
+const TOKENS_PER_ROUND: usize = 4096;
+
+/// Heals the layers of `targets`, ascending, on `dataset`, which begins where it did afterwards. With `resume`, goes on from
+/// the newest checkpoint if there is one; without, begins anew with the totals `begun`.
+///
+/// Errors: those of the fit and of the trainer; `Error::Interrupted` after leaving a checkpoint when the user asked to stop.
+#[allow(clippy::too_many_arguments)]
+pub fn heal(
+    run: Run<'_>,
+    targets: &[Target],
+    students: &mut [Student],
+    dataset: &mut TrainingSet,
+    resume: bool,
+    begun: Totals,
+    cancel: &Cancel,
+    observer: &mut dyn FnMut(&StepMetrics),
+) -> Result<Summary> {
+    let parts = Part::each(run.settings, dataset.examples.len(), targets.len());
+    let mut progress = Progressed { run, step: 0, total: parts.last().map_or(0, Part::end), totals: begun };
+    let checkpoints = checkpoints(run.work)?;
+    let mut resumed_from = 0;
+    match checkpoints.latest()?.filter(|_| resume) {
+        Some((state, folder)) => {
+            check_same_run(&state, &folder, run.inputs)?;
+            restore_some(&folder, students.first().map(all_weights).unwrap_or_default())?;
+            resumed_from = state.step;
+            (progress.step, progress.totals) = (state.step, state.totals);
+        }
+        None => checkpoints.clear()?,
+    }
+    let mut trained_parameters = 0;
+    let mut first = None;
+    for (target, part) in targets.iter().zip(parts) {
+        let before = advance(students, dataset, target.layer, &run, cancel)
+            .map_err(|error| progress.stopped(&checkpoints, students, error))?;
+        first = first.or(before);
+        let layers = students.first().map(|student| student.stretch(target.layer));
+        dataset.want(layers.unwrap_or_default());
+        students.iter_mut().for_each(|student| student.only = Some(target.layer));
+        progress.fit(target, 0, students, dataset, &checkpoints, cancel)?;
+        let mut trainer = Trainer::new(run, part, students, dataset)?;
+        trained_parameters += trainer.trained_parameters();
+        if progress.step < part.end() {
+            let summary = trainer.run(resume, progress.totals.clone(), cancel, observer)?;
+            (progress.step, progress.totals) = (part.end(), summary.totals);
+        }
+        progress.fit(&target.last(), 1, students, dataset, &checkpoints, cancel)?;
+        let every = run.settings.checkpoint_every;
+        if every > 0 && part.end() < part.total && part.end() / every > part.before / every {
+            progress.save(&checkpoints, students)?;
+        }
+    }
+    students.iter_mut().for_each(|student| student.only = None);
+    if let Some(first) = first {
+        dataset.begin_at(first);
+    }
+    let Progressed { total, totals, .. } = progress;
+    Ok(Summary { steps: total, resumed_from, trained_parameters, totals })
+}
+
+/// How far a run is, apart from the steps of the layer in hand.
+struct Progressed<'a> {
+    run: Run<'a>,
+    step: u64,
+    total: u64,
+    totals: Totals,
+}
+
+impl Progressed<'_> {
+    /// The fit of a layer, unless `done` of its fits lie behind already.
+    fn fit(
+        &mut self,
+        target: &Target,
+        done: usize,
+        students: &mut [Student],
+        dataset: &TrainingSet,
+        checkpoints: &Checkpoints,
+        cancel: &Cancel,
+    ) -> Result<()> {
+        let layer = self.run.first + target.layer;
+        let before = self.totals.fitted.iter().filter(|fitted| fitted.layer == layer).count();
+        if !self.run.settings.fit || before != done || done > 0 && target.products.is_err() {
+            return Ok(());
+        }
+        let began = Instant::now();
+        let targets = std::slice::from_ref(target);
+        let fitted = fit(students, targets, self.run.first, dataset, self.run.settings, self.run.device, cancel)
+            .map_err(|error| self.stopped(checkpoints, students, error))?;
+        let fitted = fitted.into_iter().map(|fitted| super::LayerFit { after_steps: done > 0, ..fitted });
+        self.totals.fitted.extend(fitted);
+        self.totals.fit_seconds += began.elapsed().as_secs_f64();
+        Ok(())
+    }
+
+    /// Leaves a checkpoint where the user asked to stop.
+    fn stopped(&self, checkpoints: &Checkpoints, students: &[Student], error: Error) -> Error {
+        match error {
+            Error::Interrupted { .. } => match self.save(checkpoints, students) {
+                Ok(kept) => interrupted(&kept, self.step, self.total),
+                Err(error) => error,
+            },
+            error => error,
+        }
+    }
+
+    fn save(&self, checkpoints: &Checkpoints, students: &[Student]) -> Result<String> {
+        let state = State::new(self.step, self.total, self.run.inputs.clone(), self.totals.clone());
+        let weights = students.first().map(all_weights).unwrap_or_default();
+        Ok(checkpoints.save(&state, weights)?.display().to_string())
+    }
+}
+
+/// Lets passes begin before layer `to`: runs all samples through the layers up to it. Gives the stream that they began with.
+///
+/// Errors: those of the operators; `Error::Io`; `Error::Interrupted`.
+fn advance(
+    students: &mut [Student],
+    dataset: &mut TrainingSet,
+    to: usize,
+    run: &Run<'_>,
+    cancel: &Cancel,
+) -> Result<Option<Stream>> {
+    let from = dataset.begins_before();
+    if from >= to {
+        return Ok(None);
+    }
+    dataset.want(0..0);
+    let path = run.work.join(format!("stream-{to}.{}", Element::F32.extension()));
+    let mut writer = RowsWriter::create(&path, Element::F32)?;
+    let progress = Progress::new(&format!("stream to layer {}", run.first + to), "samples", dataset.lengths().len() as u64);
+    let mut round = Vec::new();
+    let mut tokens = 0;
+    let count = dataset.examples.len();
+    for sample in 0..count {
+        round.push(sample);
+        tokens += dataset.examples[sample].length;
+        if tokens < TOKENS_PER_ROUND * students.len() && sample + 1 < count {
+            continue;
+        }
+        cancel.check("the stream is not kept")?;
+        for (numbers, sample) in streams(students, dataset, &round, from..to, run.device)?.iter().zip(&round) {
+            writer.push(numbers, dataset.examples[*sample].length)?;
+        }
+        progress.advance(round.len() as u64);
+        round.clear();
+        tokens = 0;
+    }
+    let stream = Stream { rows: writer.finish()?, before: to, wanted: None };
+    Ok(Some(dataset.begin_at(stream)))
+}
+
+/// The stream of each of `samples` behind the layers, a row per token.
+fn streams(
+    students: &mut [Student],
+    dataset: &TrainingSet,
+    samples: &[usize],
+    layers: std::ops::Range<usize>,
+    device: Device,
+) -> Result<Vec<Vec<f32>>> {
+    let mut shares = workers::deal(dataset, samples.to_vec(), students.len());
+    let parts = workers::side_by_side(students, &mut shares, device, |student, passes| {
+        let _guard = tch::no_grad_guard();
+        let mut found: Vec<(usize, Vec<f32>)> = Vec::new();
+        for samples in passes.iter() {
+            let batch = dataset.batch(samples, device)?;
+            let side = student.side(&batch)?;
+            let mut stream = batch.hidden.shallow_clone();
+            for layer in layers.clone() {
+                stream = student.layer(layer, &stream, &side)?;
+            }
+            for (row, &sample) in samples.iter().enumerate() {
+                let length = dataset.examples[sample].length as i64;
+                let own = stream.f_select(0, row as i64).and_then(|own| own.f_narrow(0, 0, length));
+                let own = own.and_then(|own| own.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?.f_flatten(0, -1));
+                let numbers = own.and_then(|own| Vec::<f32>::try_from(&own.f_contiguous()?));
+                found.push((sample, numbers.map_err(torch_error("the stream"))?));
+            }
+        }
+        Ok::<_, Error>(found)
+    });
+    let mut all = Vec::with_capacity(samples.len());
+    for part in parts {
+        all.extend(part?);
+    }
+    all.sort_by_key(|(sample, _)| *sample);
+    Ok(all.into_iter().map(|(_, numbers)| numbers).collect())
+}
