@@ -43,9 +43,6 @@ const HELD_OUT: usize = 4;
 pub struct LayerFit {
     /// The layer, as the pruned model counts.
     pub layer: usize,
-    /// True for the fit behind the layer's last step.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub after_steps: bool,
     /// The initializers that were fitted, in their order; none where the layer has no product to fit.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub weights: Vec<String>,
@@ -148,7 +145,6 @@ fn fit_each(
     for target in targets {
         let mut result = LayerFit {
             layer: first + target.layer,
-            after_steps: false,
             weights: Vec::new(),
             problem: target.products.as_ref().err().cloned(),
             distance_before: None,

@@ -1,10 +1,9 @@
 //! Healing one layer after the other: where no loss term looks at answers, a trained layer needs the stream before it and
 //! the dense model's stream behind it, and nothing else of the network.
 //!
-//! Each layer in turn is fitted, trained for all its steps, and its last product is fitted again, in which the layer is
-//! linear, so that what the steps found stays and their noise goes. Then all samples go once through it and the frozen
-//! layers up to the next one. So each layer is trained on the stream that the finished ones before it give, every frozen
-//! layer is run once per sample, and no gradient leaves the layer.
+//! In each layer in turn the last product is fitted, then the layer is trained for all its steps, and then all samples go
+//! once through it and the frozen layers up to the next one. So each layer is trained on the stream that the finished ones
+//! before it give, every frozen layer is run once per sample, and no gradient leaves the layer.
 
 use std::time::Instant;
 
@@ -62,14 +61,13 @@ pub fn heal(
         let layers = students.first().map(|student| student.stretch(target.layer));
         dataset.want(layers.unwrap_or_default());
         students.iter_mut().for_each(|student| student.only = Some(target.layer));
-        progress.fit(target, 0, students, dataset, &checkpoints, cancel)?;
+        progress.fit(&target.last(), students, dataset, &checkpoints, cancel)?;
         let mut trainer = Trainer::new(run, part, students, dataset)?;
         trained_parameters += trainer.trained_parameters();
         if progress.step < part.end() {
             let summary = trainer.run(resume, progress.totals.clone(), cancel, observer)?;
             (progress.step, progress.totals) = (part.end(), summary.totals);
         }
-        progress.fit(&target.last(), 1, students, dataset, &checkpoints, cancel)?;
         let every = run.settings.checkpoint_every;
         if every > 0 && part.end() < part.total && part.end() / every > part.before / every {
             progress.save(&checkpoints, students)?;
@@ -92,26 +90,23 @@ struct Progressed<'a> {
 }
 
 impl Progressed<'_> {
-    /// The fit of a layer, unless `done` of its fits lie behind already.
+    /// The fit of a layer, unless it lies behind already.
     fn fit(
         &mut self,
         target: &Target,
-        done: usize,
         students: &mut [Student],
         dataset: &TrainingSet,
         checkpoints: &Checkpoints,
         cancel: &Cancel,
     ) -> Result<()> {
         let layer = self.run.first + target.layer;
-        let before = self.totals.fitted.iter().filter(|fitted| fitted.layer == layer).count();
-        if !self.run.settings.fit || before != done || done > 0 && target.products.is_err() {
+        if !self.run.settings.fit || self.totals.fitted.iter().any(|fitted| fitted.layer == layer) {
             return Ok(());
         }
         let began = Instant::now();
         let targets = std::slice::from_ref(target);
         let fitted = fit(students, targets, self.run.first, dataset, self.run.settings, self.run.device, cancel)
             .map_err(|error| self.stopped(checkpoints, students, error))?;
-        let fitted = fitted.into_iter().map(|fitted| super::LayerFit { after_steps: done > 0, ..fitted });
         self.totals.fitted.extend(fitted);
         self.totals.fit_seconds += began.elapsed().as_secs_f64();
         Ok(())
@@ -152,7 +147,8 @@ fn advance(
     dataset.want(0..0);
     let path = run.work.join(format!("stream-{to}.{}", Element::F32.extension()));
     let mut writer = RowsWriter::create(&path, Element::F32)?;
-    let progress = Progress::new(&format!("stream to layer {}", run.first + to), "samples", dataset.lengths().len() as u64);
+    let progress =
+        Progress::new(&format!("stream to layer {}", run.first + to), "samples", dataset.lengths().len() as u64);
     let mut round = Vec::new();
     let mut tokens = 0;
     let count = dataset.examples.len();

@@ -153,14 +153,9 @@ fn layers_are_healed_one_after_the_other() {
     let both = run(&settings, &[2, 4], work.path(), false, None);
     let outcome = both.outcome.unwrap();
     let report = &outcome.report;
-    let order: Vec<(usize, bool)> = report.fitted.iter().map(|fit| (fit.layer, fit.after_steps)).collect();
-    assert_eq!(order, [(2, false), (2, true), (4, false), (4, true)]);
-    for fit in &report.fitted {
-        assert!(fit.distance_after <= fit.distance_before, "{fit:?}");
-    }
-    for layer in report.fitted.chunks_exact(2) {
-        assert!(layer[1].distance_after < layer[0].distance_after, "{layer:?}");
-    }
+    let order: Vec<(usize, usize)> = report.fitted.iter().map(|fit| (fit.layer, fit.weights.len())).collect();
+    assert_eq!(order, [(2, 1), (4, 1)]);
+    assert!(report.fitted.iter().all(|fit| fit.distance_after < fit.distance_before), "{:?}", report.fitted);
     let steps: Vec<u64> = both.steps.iter().map(|step| step.step).collect();
     assert_eq!(steps, (1..=16).collect::<Vec<_>>());
     // Four steps of two samples are a pass over the eight: two for each layer.
@@ -169,7 +164,7 @@ fn layers_are_healed_one_after_the_other() {
     let work = tempfile::tempdir().unwrap();
     let alone = Settings { max_steps: Some(8), ..settings };
     let alone = run(&alone, &[2], work.path(), false, None).outcome.unwrap();
-    assert_eq!(alone.report.fitted, report.fitted[..2]);
+    assert_eq!(alone.report.fitted, report.fitted[..1]);
     assert!(alone.report.trained_parameters < report.trained_parameters);
     let pruned_folder = tempfile::tempdir().unwrap();
     let dense = Bundle::open(&model()).unwrap();
@@ -182,14 +177,26 @@ fn layers_are_healed_one_after_the_other() {
     assert_eq!(first.len() + differing.len(), changed(&decoder, &outcome.decoder).len());
 }
 
-/// Stopped behind every step: within a layer, before the fit that ends it, and before the one that ends the run.
+/// Steps alone bring both layers nearer to the dense stream.
+#[test]
+fn steps_heal_each_layer() {
+    let settings = Settings { fit: false, batch_size: 8, max_steps: Some(24), ..by_layer() };
+    let work = tempfile::tempdir().unwrap();
+    let steps = run(&settings, &[2, 4], work.path(), false, None).steps;
+    for layer in steps.chunks_exact(12) {
+        let (first, last) = (layer[0].loss, layer[11].loss);
+        assert!(last < 0.8 * first, "{first} to {last}");
+    }
+}
+
+/// Stopped behind every step: within a layer, and before the next one's stream and fit.
 #[test]
 fn a_run_one_layer_after_the_other_resumes_to_the_same_bits() {
     let adapted = Settings { lora_rank: 4, average_last: 0.5, ..by_layer() };
     for settings in [by_layer(), adapted] {
         let folder = tempfile::tempdir().unwrap();
         let whole = run(&settings, &[2, 4], folder.path(), false, None).outcome.unwrap();
-        for stop in 1..=6 {
+        for stop in 1..6 {
             let folder = tempfile::tempdir().unwrap();
             let stopped = run(&settings, &[2, 4], folder.path(), false, Some(stop)).outcome.err().unwrap();
             assert!(stopped.to_string().contains(&format!("{stop} of 6 steps")), "{stopped}");
@@ -229,22 +236,23 @@ fn the_fit_brings_the_stream_to_where_it_says() {
     let fitting = Settings { fit: true, ..measured };
     let after = run(&fitting, &[4, 5], work.path(), false, None);
     let report = after.outcome.unwrap().report;
-    let [first, again, second, _] = report.fitted.as_slice() else { panic!("{:?}", report.fitted) };
+    let [first, second] = report.fitted.as_slice() else { panic!("{:?}", report.fitted) };
     for (fit, step) in [first, second].into_iter().zip(&after.steps) {
         let (found, left) = (step.loss, fit.distance_after.unwrap());
         assert!((found - left).abs() < 1e-3 * left, "measured {found}, fitted {left}");
     }
     let (found, start) = (after.steps[0].loss, before.steps[0].loss);
     assert!((start - first.distance_before.unwrap()).abs() < 1e-3 * start && found < 0.7 * start, "{start} to {found}");
-    assert!((again.distance_before.unwrap() - found).abs() < 1e-3 * found, "{again:?}");
 
-    // The fit alone trains two weights of each layer and nothing else, the first layer's to the same.
+    // The fit alone trains two weights of each layer and nothing else, and comes as near.
     let alone = Settings { losses: BTreeMap::new(), ..fitting };
     let outcome = run(&alone, &[4, 5], work.path(), false, None).outcome.unwrap();
     assert_eq!((outcome.report.steps, outcome.report.first_loss), (0, None));
     let fitted = &outcome.report.fitted;
     assert_eq!(fitted.iter().map(|fit| fit.layer).collect::<Vec<_>>(), [4, 5]);
-    assert_eq!(&fitted[0], first);
+    for (both, last) in fitted.iter().zip([first, second]) {
+        assert!(both.distance_after < last.distance_after, "{both:?}, {last:?}");
+    }
     let dense = Bundle::open(&model()).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let bundle = Bundle::open(&pruned(&dense, folder.path())).unwrap();

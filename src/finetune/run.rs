@@ -197,7 +197,8 @@ pub fn finetune_with_teacher(
         twin.work_for(&students[0])?;
         students.push(twin);
     }
-    let targets = if settings.fit || settings.layer_by_layer() { cut.targets(request.layers, settings)? } else { vec![] };
+    let targets =
+        if settings.fit || settings.layer_by_layer() { cut.targets(request.layers, settings)? } else { vec![] };
     let run = Run { settings, device, first: cut.first, inputs: &inputs, work: request.work };
     let resumed = if request.resume { trainer::begun(request.work)? } else { None };
     let begun = match resumed {
@@ -211,8 +212,7 @@ pub fn finetune_with_teacher(
     let rate = search::best(&begun.trials).unwrap_or(settings.learning_rate);
     let chosen = Settings { learning_rate: rate, ..settings.clone() };
     let run = Run { settings: &chosen, ..run };
-    let summary =
-        search::train(run, &targets, &mut students, &mut dataset, request.resume, begun, cancel, observer)?;
+    let summary = search::train(run, &targets, &mut students, &mut dataset, request.resume, begun, cancel, observer)?;
     let tensors = students[0].trained()?;
     let decoder = replaced(&decoder, tensors)?;
     let report = report(request, rate, inputs, &dataset, left_out, &summary)?;

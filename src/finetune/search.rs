@@ -17,11 +17,11 @@ use super::fit::Target;
 use super::layered::heal;
 use super::loss::LossKind;
 use super::metrics::{StepMetrics, read_metrics};
+use super::run::clear_work;
 use super::sampler;
 use super::settings::Settings;
 use super::student::Student;
 use super::torch_error;
-use super::run::clear_work;
 use super::trainer::{METRICS_FILE, Part, Run, Summary, Trainer};
 use super::workers;
 

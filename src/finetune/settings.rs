@@ -82,7 +82,7 @@ pub struct Settings {
     /// Part of the drawn samples that is trained on.
     pub data_share: f64,
     /// Before the first step, fits the products that each trained layer's output is a sum of to the dense model's stream
-    /// by least squares; where layers are healed one after the other, each one's last product again behind its last step.
+    /// by least squares; where layers are healed one after the other, the last product of each before its own first step.
     /// With no loss term the run ends there.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub fit: bool,

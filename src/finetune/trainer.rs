@@ -137,7 +137,8 @@ impl<'a> Trainer<'a> {
             let (adapters, parameters) = Adapters::new(&weights, run.settings)?;
             (Some(adapters), parameters)
         } else {
-            let parameters = weights.iter().map(|weight| Parameter::new(weight.name.clone(), weight.tensor.shallow_clone()));
+            let parameters =
+                weights.iter().map(|weight| Parameter::new(weight.name.clone(), weight.tensor.shallow_clone()));
             (None, parameters.collect::<Result<_>>()?)
         };
         let average = Average::new(&weights, run.settings.average_last, part.steps)?;
