@@ -19,12 +19,12 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
-use crate::base::{Cancel, Error, Progress, Result};
+use crate::base::{Error, Progress, Result};
 
 use super::batch::TrainingSet;
+use super::part::Run;
 use super::product::Product;
 use super::sampler;
-use super::settings::Settings;
 use super::student::Student;
 use super::torch_error;
 use super::workers;
@@ -91,23 +91,19 @@ struct Pass {
     stream: Option<Tensor>,
 }
 
-/// Fits the layers in place, each weight of `students` that a target names. `first` is the first trained layer, as the
-/// pruned model counts.
+/// Fits the layers in place, each weight of `students` that a target names.
 ///
 /// Errors: `Error::Invalid` when an operator refuses its tensors or a sum is not finite; `Error::Interrupted`. The weights
 /// are what they were then.
 pub fn fit(
+    run: &Run<'_>,
     students: &mut [Student],
     targets: &[Target],
-    first: usize,
     dataset: &TrainingSet,
-    settings: &Settings,
-    device: Device,
-    cancel: &Cancel,
 ) -> Result<Vec<LayerFit>> {
     let _guard = tch::no_grad_guard();
     let mut done = Vec::new();
-    let result = fit_each(students, targets, first, dataset, settings, device, cancel, &mut done);
+    let result = fit_each(run, students, targets, dataset, &mut done);
     if result.is_err() {
         done.into_iter().rev().try_for_each(Fitted::undo)?;
     }
@@ -115,17 +111,14 @@ pub fn fit(
 }
 
 /// [`fit`], which notes what it changed in `done`.
-#[allow(clippy::too_many_arguments)]
 fn fit_each(
+    run: &Run<'_>,
     students: &mut [Student],
     targets: &[Target],
-    first: usize,
     dataset: &TrainingSet,
-    settings: &Settings,
-    device: Device,
-    cancel: &Cancel,
     done: &mut Vec<Fitted>,
 ) -> Result<Vec<LayerFit>> {
+    let Run { settings, device, cancel, first, .. } = *run;
     let widths = targets.iter().flat_map(|target| &target.products).flatten().map(|product| product.width);
     let most = widths.max().unwrap_or(0).saturating_mul(settings.fit_tokens_per_feature as usize).min(MOST_TOKENS);
     let mut tokens = 0;

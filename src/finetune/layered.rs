@@ -9,41 +9,39 @@ use std::time::Instant;
 
 use tch::{Device, Kind};
 
-use crate::base::{Cancel, Error, Progress, Result};
+use crate::base::{Error, Progress, Result};
 
 use super::batch::{Stream, TrainingSet};
 use super::cache::{Element, RowsWriter};
 use super::checkpoint::{Checkpoints, State, Totals, check_same_run, restore_some};
 use super::fit::{Target, fit};
 use super::metrics::StepMetrics;
+use super::part::{Part, Run};
 use super::student::Student;
 use super::torch_error;
-use super::trainer::{Part, Run, Summary, Trainer, all_weights, checkpoints, interrupted};
+use super::trainer::{Summary, Trainer, all_weights, checkpoints, interrupted};
 use super::workers;
 
 /// Tokens whose stream is held at once between two layers, times the number of networks.
 const TOKENS_PER_ROUND: usize = 4096;
 
-/// Heals the layers of `targets`, ascending, on `dataset`, which begins where it did afterwards. With `resume`, goes on from
-/// the newest checkpoint if there is one; without, begins anew with the totals `begun`.
+/// Heals the layers of `targets`, ascending, on `dataset`, which begins where it did afterwards. A run that resumes goes on
+/// from the newest checkpoint if there is one; else it begins anew with the totals `begun`.
 ///
 /// Errors: those of the fit and of the trainer; `Error::Interrupted` after leaving a checkpoint when the user asked to stop.
-#[allow(clippy::too_many_arguments)]
 pub fn heal(
     run: Run<'_>,
     targets: &[Target],
     students: &mut [Student],
     dataset: &mut TrainingSet,
-    resume: bool,
     begun: Totals,
-    cancel: &Cancel,
     observer: &mut dyn FnMut(&StepMetrics),
 ) -> Result<Summary> {
     let parts = Part::each(run.settings, dataset.examples.len(), targets.len());
     let mut progress = Progressed { run, step: 0, total: parts.last().map_or(0, Part::end), totals: begun };
     let checkpoints = checkpoints(run.work)?;
     let mut resumed_from = 0;
-    match checkpoints.latest()?.filter(|_| resume) {
+    match checkpoints.latest()?.filter(|_| run.resume) {
         Some((state, folder)) => {
             check_same_run(&state, &folder, run.inputs)?;
             restore_some(&folder, students.first().map(all_weights).unwrap_or_default())?;
@@ -55,17 +53,17 @@ pub fn heal(
     let mut trained_parameters = 0;
     let mut first = None;
     for (target, part) in targets.iter().zip(parts) {
-        let before = advance(students, dataset, target.layer, &run, cancel)
+        let before = advance(students, dataset, target.layer, &run)
             .map_err(|error| progress.stopped(&checkpoints, students, error))?;
         first = first.or(before);
         let layers = students.first().map(|student| student.stretch(target.layer));
         dataset.want(layers.unwrap_or_default());
         students.iter_mut().for_each(|student| student.only = Some(target.layer));
-        progress.fit(&target.last(), students, dataset, &checkpoints, cancel)?;
+        progress.fit(&target.last(), students, dataset, &checkpoints)?;
         let mut trainer = Trainer::new(run, part, students, dataset)?;
         trained_parameters += trainer.trained_parameters();
         if progress.step < part.end() {
-            let summary = trainer.run(resume, progress.totals.clone(), cancel, observer)?;
+            let summary = trainer.run(progress.totals.clone(), observer)?;
             (progress.step, progress.totals) = (part.end(), summary.totals);
         }
         let every = run.settings.checkpoint_every;
@@ -97,7 +95,6 @@ impl Progressed<'_> {
         students: &mut [Student],
         dataset: &TrainingSet,
         checkpoints: &Checkpoints,
-        cancel: &Cancel,
     ) -> Result<()> {
         let layer = self.run.first + target.layer;
         if !self.run.settings.fit || self.totals.fitted.iter().any(|fitted| fitted.layer == layer) {
@@ -105,8 +102,8 @@ impl Progressed<'_> {
         }
         let began = Instant::now();
         let targets = std::slice::from_ref(target);
-        let fitted = fit(students, targets, self.run.first, dataset, self.run.settings, self.run.device, cancel)
-            .map_err(|error| self.stopped(checkpoints, students, error))?;
+        let fitted =
+            fit(&self.run, students, targets, dataset).map_err(|error| self.stopped(checkpoints, students, error))?;
         self.totals.fitted.extend(fitted);
         self.totals.fit_seconds += began.elapsed().as_secs_f64();
         Ok(())
@@ -133,13 +130,7 @@ impl Progressed<'_> {
 /// Lets passes begin before layer `to`: runs all samples through the layers up to it. Gives the stream that they began with.
 ///
 /// Errors: those of the operators; `Error::Io`; `Error::Interrupted`.
-fn advance(
-    students: &mut [Student],
-    dataset: &mut TrainingSet,
-    to: usize,
-    run: &Run<'_>,
-    cancel: &Cancel,
-) -> Result<Option<Stream>> {
+fn advance(students: &mut [Student], dataset: &mut TrainingSet, to: usize, run: &Run<'_>) -> Result<Option<Stream>> {
     let from = dataset.begins_before();
     if from >= to {
         return Ok(None);
@@ -158,7 +149,7 @@ fn advance(
         if tokens < TOKENS_PER_ROUND * students.len() && sample + 1 < count {
             continue;
         }
-        cancel.check("the stream is not kept")?;
+        run.cancel.check("the stream is not kept")?;
         for (numbers, sample) in streams(students, dataset, &round, from..to, run.device)?.iter().zip(&round) {
             writer.push(numbers, dataset.examples[*sample].length)?;
         }

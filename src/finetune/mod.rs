@@ -12,6 +12,7 @@ mod layered;
 mod loss;
 mod metrics;
 mod optimizer;
+mod part;
 mod prefix;
 mod product;
 mod recipe;

@@ -21,6 +21,7 @@ use super::checkpoint::Totals;
 use super::fit::{LayerFit, Target, fit};
 use super::loss;
 use super::metrics::StepMetrics;
+use super::part::Run;
 use super::prefix::{LeftOut, Store};
 use super::product::products_of;
 use super::search::{self, RateTrial, search};
@@ -29,7 +30,7 @@ use super::source::Source;
 use super::student::{Student, token_inputs};
 use super::suffix::Suffix;
 use super::teacher::{Course, Lesson, Teacher, anchor_points};
-use super::trainer::{self, METRICS_FILE, Run, Summary};
+use super::trainer::{self, METRICS_FILE, Summary};
 use super::weights::{replaced, trained_weights};
 use super::workers;
 
@@ -199,11 +200,12 @@ pub fn finetune_with_teacher(
     }
     let targets =
         if settings.fit || settings.layer_by_layer() { cut.targets(request.layers, settings)? } else { vec![] };
-    let run = Run { settings, device, first: cut.first, inputs: &inputs, work: request.work };
+    let (work, resume) = (request.work, request.resume);
+    let run = Run { settings, device, first: cut.first, inputs: &inputs, work, resume, cancel };
     let resumed = if request.resume { trainer::begun(request.work)? } else { None };
     let begun = match resumed {
         Some(totals) => totals,
-        None => begin(request, &targets, &run, &mut students, &mut dataset, cancel)?,
+        None => begin(&run, &targets, &mut students, &mut dataset)?,
     };
     if !asked().any(|kind| kind.row().teacher == loss::Teacher::Stream) {
         // The fit alone wanted them; steps would read them for nothing.
@@ -212,7 +214,7 @@ pub fn finetune_with_teacher(
     let rate = search::best(&begun.trials).unwrap_or(settings.learning_rate);
     let chosen = Settings { learning_rate: rate, ..settings.clone() };
     let run = Run { settings: &chosen, ..run };
-    let summary = search::train(run, &targets, &mut students, &mut dataset, request.resume, begun, cancel, observer)?;
+    let summary = search::train(run, &targets, &mut students, &mut dataset, begun, observer)?;
     let tensors = students[0].trained()?;
     let decoder = replaced(&decoder, tensors)?;
     let report = report(request, rate, inputs, &dataset, left_out, &summary)?;
@@ -221,22 +223,15 @@ pub fn finetune_with_teacher(
 
 /// What comes before the first step: the fit of all layers, where they are trained at once, and the choice of the learning
 /// rate.
-fn begin(
-    request: &Request<'_>,
-    targets: &[Target],
-    run: &Run<'_>,
-    students: &mut [Student],
-    dataset: &mut TrainingSet,
-    cancel: &Cancel,
-) -> Result<Totals> {
+fn begin(run: &Run<'_>, targets: &[Target], students: &mut [Student], dataset: &mut TrainingSet) -> Result<Totals> {
     let mut totals = Totals::default();
     if run.settings.fit && !run.settings.layer_by_layer() {
         let began = Instant::now();
-        totals.fitted = fit(students, targets, run.first, dataset, run.settings, run.device, cancel)?;
+        totals.fitted = fit(run, students, targets, dataset)?;
         totals.fit_seconds = began.elapsed().as_secs_f64();
     }
     if run.settings.trains() {
-        totals.trials = search(run, targets, students, dataset, request.resume, cancel)?;
+        totals.trials = search(run, targets, students, dataset)?;
     }
     Ok(totals)
 }

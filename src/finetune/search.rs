@@ -9,7 +9,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
-use crate::base::{Cancel, Error, Result, Sha256Digest, read_json, sha256_json, write_json};
+use crate::base::{Error, Result, Sha256Digest, read_json, sha256_json, write_json};
 
 use super::batch::TrainingSet;
 use super::checkpoint::Totals;
@@ -17,12 +17,13 @@ use super::fit::Target;
 use super::layered::heal;
 use super::loss::LossKind;
 use super::metrics::{StepMetrics, read_metrics};
+use super::part::{Part, Run};
 use super::run::clear_work;
 use super::sampler;
 use super::settings::Settings;
 use super::student::Student;
 use super::torch_error;
-use super::trainer::{METRICS_FILE, Part, Run, Summary, Trainer};
+use super::trainer::{METRICS_FILE, Summary, Trainer};
 use super::workers;
 
 const SCHEMA_VERSION: u32 = 1;
@@ -61,10 +62,8 @@ pub fn search(
     targets: &[Target],
     students: &mut [Student],
     dataset: &mut TrainingSet,
-    resume: bool,
-    cancel: &Cancel,
 ) -> Result<Vec<RateTrial>> {
-    let Run { settings, device, first: first_layer, inputs, work } = run;
+    let Run { settings, device, inputs, work, resume, .. } = *run;
     let Some(first) = students.first() else { return Ok(Vec::new()) };
     let mut weights: Vec<Tensor> = first.weights().iter().map(|weight| weight.tensor.shallow_clone()).collect();
     let copied: Result<Vec<Tensor>, tch::TchError> = weights
@@ -86,10 +85,10 @@ pub fn search(
             epochs: 1,
             max_steps: settings.max_steps.map(|most| most.min(pass * layers)),
             checkpoint_every: 0,
-            ..(*settings).clone()
+            ..settings.clone()
         };
         let folder = work.join(format!("search-{number}"));
-        let mut inputs = (*inputs).clone();
+        let mut inputs = inputs.clone();
         inputs.insert("settings".to_string(), sha256_json(&own)?);
         let key = sha256_json(&inputs)?;
         let file = folder.join(TRIAL);
@@ -101,10 +100,10 @@ pub fn search(
             }
         }
         std::fs::create_dir_all(&folder).map_err(|e| Error::io("create", &folder, e))?;
-        let run = Run { settings: &own, device: *device, first: *first_layer, inputs: &inputs, work: &folder };
-        train(run, targets, students, dataset, resume, Totals::default(), cancel, &mut |_| ())?;
+        let run = Run { settings: &own, inputs: &inputs, work: &folder, ..*run };
+        train(run, targets, students, dataset, Totals::default(), &mut |_| ())?;
         let loss = if settings.layer_by_layer() {
-            answers(&own, students, dataset, *device)?
+            answers(&own, students, dataset, device)?
         } else {
             judged(&read_metrics(&folder.join(METRICS_FILE))?)
         };
@@ -123,22 +122,19 @@ pub fn search(
 /// All steps of a run: over all layers at once, or one layer after the other.
 ///
 /// Errors: those of the trainer.
-#[allow(clippy::too_many_arguments)]
 pub fn train(
     run: Run<'_>,
     targets: &[Target],
     students: &mut [Student],
     dataset: &mut TrainingSet,
-    resume: bool,
     begun: Totals,
-    cancel: &Cancel,
     observer: &mut dyn FnMut(&StepMetrics),
 ) -> Result<Summary> {
     if run.settings.layer_by_layer() {
-        return heal(run, targets, students, dataset, resume, begun, cancel, observer);
+        return heal(run, targets, students, dataset, begun, observer);
     }
     let part = Part::whole(run.settings, dataset.examples.len());
-    Trainer::new(run, part, students, dataset)?.run(resume, begun, cancel, observer)
+    Trainer::new(run, part, students, dataset)?.run(begun, observer)
 }
 
 /// Mean cross-entropy of all answer tokens.

@@ -1,12 +1,11 @@
 //! The loop: steps, accumulation, clipping, checkpoints and what is told on the way.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Instant;
 
-use tch::{Device, Tensor};
+use tch::Tensor;
 
-use crate::base::{Cancel, Error, Progress, Result, Sha256Digest, list_preview, peak_memory_bytes};
+use crate::base::{Error, Progress, Result, list_preview, peak_memory_bytes};
 use crate::torch;
 
 use super::adapters::Adapters;
@@ -16,6 +15,7 @@ use super::checkpoint::{self, Checkpoints, State, Totals};
 use super::events::EventWriter;
 use super::metrics::{MetricsWriter, StepMetrics};
 use super::optimizer::{AdamW, Parameter, clip_gradients};
+use super::part::{Part, Run};
 use super::sampler::{self, Step};
 use super::schedule::warmup_steps;
 use super::settings::Settings;
@@ -41,65 +41,12 @@ pub fn clear_checkpoints(work: &Path) -> Result<()> {
     checkpoints(work)?.clear()
 }
 
-/// What decides a run besides the network and the samples.
-#[derive(Clone, Copy)]
-pub struct Run<'a> {
-    pub settings: &'a Settings,
-    pub device: Device,
-    /// The first trained layer, as the pruned model counts.
-    pub first: usize,
-    /// SHA-256 of what decides the result, by what it is; a checkpoint of other inputs is refused.
-    pub inputs: &'a BTreeMap<String, Sha256Digest>,
-    /// Folder for checkpoints and metrics.
-    pub work: &'a Path,
-}
-
 /// What the newest checkpoint in a work folder has behind it, if there is one.
 ///
 /// Errors: as `Checkpoints::latest`.
 pub fn begun(work: &Path) -> Result<Option<Totals>> {
     let newest = checkpoints(work)?.latest()?;
     Ok(newest.map(|(state, _)| state.totals))
-}
-
-/// The optimiser steps that belong together: all of a run, or those of one layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Part {
-    /// Steps of the run before these.
-    pub before: u64,
-    pub steps: u64,
-    /// Steps of the whole run.
-    pub total: u64,
-}
-
-impl Part {
-    /// All steps of a run over all layers at once.
-    pub fn whole(settings: &Settings, samples: usize) -> Self {
-        let steps = steps(settings, samples);
-        Part { before: 0, steps, total: steps }
-    }
-
-    /// The steps of each of `layers` layers.
-    pub fn each(settings: &Settings, samples: usize, layers: usize) -> Vec<Self> {
-        let steps = steps(settings, samples);
-        let total = settings.max_steps.map_or(steps * layers as u64, |_| steps);
-        let until = |layer: usize| match settings.max_steps {
-            Some(_) => total * layer as u64 / layers.max(1) as u64,
-            None => steps * layer as u64,
-        };
-        (0..layers).map(|layer| Part { before: until(layer), steps: until(layer + 1) - until(layer), total }).collect()
-    }
-
-    /// Steps of the run when these are done.
-    pub fn end(&self) -> u64 {
-        self.before + self.steps
-    }
-}
-
-/// Optimiser steps that the settings ask for, over all layers at once.
-fn steps(settings: &Settings, samples: usize) -> u64 {
-    let all = || sampler::steps_per_epoch(settings, samples) * u64::from(settings.epochs);
-    if settings.trains() { settings.max_steps.unwrap_or_else(all) } else { 0 }
 }
 
 /// A run over a data set, or a part of one.
@@ -145,19 +92,13 @@ impl<'a> Trainer<'a> {
         Ok(Trainer { run, part, students, parameters, adapters, average, dataset })
     }
 
-    /// Trains to the last step of the part. With `resume`, goes on from the newest checkpoint if there is one of this part;
-    /// without, begins anew with the totals `begun`. `observer` sees every step's metrics.
+    /// Trains to the last step of the part. A run that resumes goes on from the newest checkpoint if there is one of this
+    /// part; else it begins anew with the totals `begun`. `observer` sees every step's metrics.
     ///
     /// Errors: `Error::Interrupted` after leaving a checkpoint when the user asked to stop; `Error::Invalid` naming step,
     /// samples and weight when a loss or gradient is not finite.
-    pub fn run(
-        &mut self,
-        resume: bool,
-        begun: Totals,
-        cancel: &Cancel,
-        observer: &mut dyn FnMut(&StepMetrics),
-    ) -> Result<Summary> {
-        let Run { settings, work, .. } = self.run;
+    pub fn run(&mut self, begun: Totals, observer: &mut dyn FnMut(&StepMetrics)) -> Result<Summary> {
+        let Run { settings, work, cancel, .. } = self.run;
         let Part { before, steps: total, .. } = self.part;
         let lengths = self.dataset.lengths();
         let per_epoch = sampler::steps_per_epoch(settings, lengths.len());
@@ -170,7 +111,7 @@ impl<'a> Trainer<'a> {
             weight_decay: settings.weight_decay,
         };
         let checkpoints = checkpoints(work)?;
-        let (first, mut totals) = self.start(&checkpoints, resume, begun)?;
+        let (first, mut totals) = self.start(&checkpoints, begun)?;
         let mut metrics = MetricsWriter::open(&work.join(METRICS_FILE), before + first)?;
         let mut events = EventWriter::create(&work.join(EVENT_FOLDER))?;
         let only = self.students.first().and_then(|student| student.only);
@@ -224,10 +165,10 @@ impl<'a> Trainer<'a> {
     }
 
     /// Steps of the part that are done, and the totals.
-    fn start(&mut self, checkpoints: &Checkpoints, resume: bool, begun: Totals) -> Result<(u64, Totals)> {
+    fn start(&mut self, checkpoints: &Checkpoints, begun: Totals) -> Result<(u64, Totals)> {
         let Part { before, .. } = self.part;
         let alone = self.rest().is_none();
-        if resume
+        if self.run.resume
             && let Some((state, folder)) = checkpoints.latest()?
             && (alone || (before + 1..self.part.end()).contains(&state.step))
         {

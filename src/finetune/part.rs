@@ -1,0 +1,85 @@
+//! What decides a run besides the network and the samples, and how its steps fall into parts.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use tch::Device;
+
+use crate::base::{Cancel, Sha256Digest};
+
+use super::sampler;
+use super::settings::Settings;
+
+/// What decides a run besides the network and the samples.
+#[derive(Clone, Copy)]
+pub struct Run<'a> {
+    pub settings: &'a Settings,
+    pub device: Device,
+    /// The first trained layer, as the pruned model counts.
+    pub first: usize,
+    /// SHA-256 of what decides the result, by what it is; a checkpoint of other inputs is refused.
+    pub inputs: &'a BTreeMap<String, Sha256Digest>,
+    /// Folder for checkpoints and metrics.
+    pub work: &'a Path,
+    /// Goes on from the newest checkpoint in `work`, if there is one.
+    pub resume: bool,
+    pub cancel: &'a Cancel,
+}
+
+/// The optimiser steps that belong together: all of a run, or those of one layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Steps of the run before these.
+    pub before: u64,
+    pub steps: u64,
+    /// Steps of the whole run.
+    pub total: u64,
+}
+
+impl Part {
+    /// All steps of a run over all layers at once.
+    pub fn whole(settings: &Settings, samples: usize) -> Self {
+        let steps = steps(settings, samples);
+        Part { before: 0, steps, total: steps }
+    }
+
+    /// The steps of each of `layers` layers.
+    pub fn each(settings: &Settings, samples: usize, layers: usize) -> Vec<Self> {
+        let steps = steps(settings, samples);
+        let total = settings.max_steps.map_or(steps * layers as u64, |_| steps);
+        let until = |layer: usize| match settings.max_steps {
+            Some(_) => total * layer as u64 / layers.max(1) as u64,
+            None => steps * layer as u64,
+        };
+        (0..layers).map(|layer| Part { before: until(layer), steps: until(layer + 1) - until(layer), total }).collect()
+    }
+
+    /// Steps of the run when these are done.
+    pub fn end(&self) -> u64 {
+        self.before + self.steps
+    }
+}
+
+/// Optimiser steps that the settings ask for, over all layers at once.
+fn steps(settings: &Settings, samples: usize) -> u64 {
+    let all = || sampler::steps_per_epoch(settings, samples) * u64::from(settings.epochs);
+    if settings.trains() { settings.max_steps.unwrap_or_else(all) } else { 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_layer_has_an_equal_part_of_the_steps() {
+        let settings = Settings { batch_size: 4, accumulation_steps: 1, epochs: 2, ..Settings::default() };
+        let ends = |settings: &Settings| -> Vec<(u64, u64)> {
+            let parts = Part::each(settings, 10, 3);
+            assert!(parts.iter().all(|part| part.total == parts[2].end()));
+            parts.iter().map(|part| (part.before, part.end())).collect()
+        };
+        assert_eq!(ends(&settings), [(0, 6), (6, 12), (12, 18)]);
+        assert_eq!(ends(&Settings { max_steps: Some(7), ..settings.clone() }), [(0, 2), (2, 4), (4, 7)]);
+        assert_eq!(Part::whole(&settings, 10), Part { before: 0, steps: 6, total: 6 });
+    }
+}
