@@ -65,10 +65,10 @@ pub fn heal(
         if progress.step < part.end() {
             let summary = trainer.run(progress.totals.clone(), observer)?;
             (progress.step, progress.totals) = (part.end(), summary.totals);
-        }
-        let every = run.settings.checkpoint_every;
-        if every > 0 && part.end() < part.total && part.end() / every > part.before / every {
-            progress.save(&checkpoints, students)?;
+            let every = run.settings.checkpoint_every;
+            if every > 0 && part.end() < part.total && part.end() / every > part.before / every {
+                progress.save(&checkpoints, students)?;
+            }
         }
     }
     students.iter_mut().for_each(|student| student.only = None);

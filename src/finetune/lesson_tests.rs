@@ -192,7 +192,7 @@ fn steps_heal_each_layer() {
 /// Stopped behind every step: within a layer, and before the next one's stream and fit.
 #[test]
 fn a_run_one_layer_after_the_other_resumes_to_the_same_bits() {
-    let adapted = Settings { lora_rank: 4, average_last: 0.5, ..by_layer() };
+    let adapted = Settings { lora_rank: 4, average_last: 0.5, checkpoint_every: 2, ..by_layer() };
     for settings in [by_layer(), adapted] {
         let folder = tempfile::tempdir().unwrap();
         let whole = run(&settings, &[2, 4], folder.path(), false, None).outcome.unwrap();
