@@ -53,8 +53,9 @@ pub fn best(trials: &[RateTrial]) -> Option<f64> {
     trials.iter().min_by(|a, b| a.loss.total_cmp(&b.loss)).map(|trial| trial.learning_rate)
 }
 
-/// Tries each of the settings' `learning_rates`, with the fits of `targets` where layers are healed one after the other, and leaves the weights as they were. Each trial keeps its metrics in a
-/// folder `search-N` of `work`; with `resume` finished ones are not made again.
+/// Tries each of the settings' `learning_rates`, with the fits of `targets` where layers are healed one after the other, and
+/// leaves the weights as they were. Each trial keeps its metrics in a folder `search-N` of `work`; a run that resumes does
+/// not make finished ones again.
 ///
 /// Errors: those of the runs; `Error::Interrupted` with a checkpoint of the trial left behind.
 pub fn search(
