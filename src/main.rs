@@ -1,8 +1,6 @@
 //! The `interlace` command: every verb but those that compute in LibTorch, which it hands over to
 //! `interlace-torch`.
 
-use std::process::ExitCode;
-
-fn main() -> ExitCode {
+fn main() {
     interlace::cli::main(interlace::cli::hand_over)
 }

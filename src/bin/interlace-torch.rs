@@ -2,7 +2,6 @@
 //! same arguments.
 
 use std::ffi::CStr;
-use std::process::ExitCode;
 
 use tikv_jemallocator::Jemalloc;
 
@@ -22,6 +21,6 @@ pub static malloc_conf: Option<&'static std::ffi::c_char> = {
     Some(unsafe { &*SETTINGS.as_ptr() })
 };
 
-fn main() -> ExitCode {
+fn main() {
     interlace::cli::main(interlace::cli::here)
 }

@@ -15,6 +15,16 @@ const VARIABLE: &str = "ORT_DYLIB_PATH";
 
 static ENVIRONMENT: Mutex<Option<Environment>> = Mutex::new(None);
 
+/// What keeps the library from collecting anything. Told later that it is not to, it has already made a device's number, a
+/// data base and a log, in the user's cache and the folder for temporary files.
+const NO_TELEMETRY: &str = "ORT_DISABLE_TELEMETRY";
+
+/// Lets ONNX Runtime keep nothing and send nothing about its use. To be called before the process has other threads.
+pub fn keep_telemetry_off() {
+    // SAFETY: no other thread reads the environment meanwhile.
+    unsafe { std::env::set_var(NO_TELEMETRY, "1") };
+}
+
 /// The process's ONNX Runtime environment: one thread pool that all sessions share, log level error.
 ///
 /// Errors: `Error::Invalid` when the library does not load or is older than this program needs.

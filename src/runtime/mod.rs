@@ -25,6 +25,7 @@ mod vision;
 mod vlm;
 
 pub use decoder::{CacheSlot, Decoder, KvCache, Step, StepTokens};
+pub use library::keep_telemetry_off;
 pub use likelihood::cross_entropy;
 pub use positions::{multimodal_positions, positions_of_mask};
 pub use session::{Optimisation, Outputs, Port, Runtime, Session, SessionOptions};

@@ -243,6 +243,26 @@ fn errors_are_one_message_with_status_2_and_leave_nothing_behind() {
 }
 
 #[test]
+fn a_run_leaves_nothing_outside_its_output() {
+    let folder = tempfile::tempdir().expect("folder");
+    let (home, temporary) = (folder.path().join("home"), folder.path().join("temporary"));
+    [&home, &temporary].map(|path| fs::create_dir(path).expect("folder"));
+    let data = fixture("data/finetune-small.parquet");
+    let output = Command::new(env!("CARGO_BIN_EXE_interlace"))
+        .args(["score", &fixture("model"), "--data", &data, "--samples", "2", "-o", "scores.json"])
+        .current_dir(folder.path())
+        .env("HOME", &home)
+        .env("XDG_CACHE_HOME", home.join("cache"))
+        .env("TMPDIR", &temporary)
+        .env_remove("ORT_DISABLE_TELEMETRY")
+        .output()
+        .expect("the binary starts");
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!(names(folder.path()), ["home", "scores.json", "temporary"]);
+    assert!(names(&home).is_empty() && names(&temporary).is_empty(), "{:?} {:?}", names(&home), names(&temporary));
+}
+
+#[test]
 fn cuda_that_is_not_there_is_an_error_and_no_fall_back() {
     if Path::new("/dev/nvidiactl").exists() {
         return;
