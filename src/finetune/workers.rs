@@ -4,7 +4,9 @@
 //! more so on a busy machine. Here they meet once per step.
 
 use std::collections::BTreeMap;
+use std::sync::OnceLock;
 
+use rayon::{ThreadPool, ThreadPoolBuilder};
 use tch::{Device, Tensor};
 
 use crate::base::{Result, thread_count};
@@ -77,24 +79,31 @@ pub fn side_by_side<S: Send, R: Send>(
     }
     let threads = (thread_count() / shares.len().max(1)).max(1) as i32;
     let work = &work;
-    std::thread::scope(|scope| {
-        let running: Vec<_> = students
-            .iter_mut()
-            .zip(shares)
-            .map(|(student, share)| {
-                scope.spawn(move || {
-                    tch::set_num_threads(threads);
-                    work(student, share)
-                })
-            })
-            .collect();
-        running.into_iter().map(joined).collect()
-    })
+    let tasks = students.iter_mut().zip(shares).map(|(student, share)| {
+        move || {
+            tch::set_num_threads(threads);
+            work(student, share)
+        }
+    });
+    on_pool(tasks)
 }
 
-/// What a thread gave; its panic goes on here.
-fn joined<T>(thread: std::thread::ScopedJoinHandle<'_, T>) -> T {
-    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+/// Runs the tasks on the pool's threads and collects what they give in their order; a panic goes on here.
+///
+/// The threads stay: a new one would begin every step with cold caches, in the allocator and in LibTorch.
+fn on_pool<R: Send>(tasks: impl Iterator<Item = impl FnOnce() -> R + Send>) -> Vec<R> {
+    static POOL: OnceLock<Option<ThreadPool>> = OnceLock::new();
+    let pool = POOL.get_or_init(|| ThreadPoolBuilder::new().num_threads(thread_count()).build().ok());
+    // Without threads of its own the system has none to give; the caller's does it all then.
+    let Some(pool) = pool else { return tasks.map(|task| task()).collect() };
+    let tasks: Vec<_> = tasks.collect();
+    let mut results: Vec<Option<R>> = tasks.iter().map(|_| None).collect();
+    pool.in_place_scope(|scope| {
+        for (task, result) in tasks.into_iter().zip(&mut results) {
+            scope.spawn(move |_| *result = Some(task()));
+        }
+    });
+    results.into_iter().flatten().collect()
 }
 
 fn passes(
@@ -214,22 +223,16 @@ pub fn optimize(
         }
         groups.push(group);
     }
-    let results: Vec<Result<()>> = std::thread::scope(|scope| {
-        let running: Vec<_> = groups
-            .into_iter()
-            .map(|group| {
-                scope.spawn(move || {
-                    tch::set_num_threads(1);
-                    for (parameter, gradient) in group {
-                        optimizer.step(std::slice::from_mut(parameter), &[gradient], step, learning_rate)?;
-                    }
-                    Ok(())
-                })
-            })
-            .collect();
-        running.into_iter().map(joined).collect()
+    let tasks = groups.into_iter().map(|group| {
+        move || {
+            tch::set_num_threads(1);
+            for (parameter, gradient) in group {
+                optimizer.step(std::slice::from_mut(parameter), &[gradient], step, learning_rate)?;
+            }
+            Ok(())
+        }
     });
-    results.into_iter().collect()
+    on_pool(tasks).into_iter().collect()
 }
 
 #[cfg(test)]
