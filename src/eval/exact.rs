@@ -42,7 +42,7 @@ pub fn in_types_of(session: &Session, feeds: &[(String, Tensor)]) -> Result<Vec<
     for (name, tensor) in feeds {
         let wanted = session.input(name).map_or(tensor.dtype()?, |port| port.dtype);
         let tensor = if tensor.dtype()?.is_float() && wanted.is_float() {
-            Tensor::from_f32(wanted, &tensor.shape(), tensor.to_f32()?)?
+            Tensor::from_f32(wanted, &tensor.shape(), tensor.to_f32()?.into_owned())?
         } else {
             Tensor::from_ir(&tensor.to_ir()?)?
         };

@@ -123,10 +123,8 @@ impl RowsWriter {
             return Err(Error::invalid(format!("cache `{}`", self.path.display()), problem));
         }
         match self.element {
-            Element::F32 => self.buffer.extend(numbers.iter().flat_map(|number| number.to_le_bytes())),
-            Element::Bf16 => {
-                self.buffer.extend(numbers.iter().flat_map(|&number| bf16::from_f32(number).to_le_bytes()))
-            }
+            Element::F32 => append(&mut self.buffer, numbers, f32::to_le_bytes),
+            Element::Bf16 => append(&mut self.buffer, numbers, |number| bf16::from_f32(number).to_le_bytes()),
         }
         self.rows += count as u64;
         if self.buffer.len() >= 1 << 20 {
@@ -149,6 +147,15 @@ impl RowsWriter {
         self.file.write_all(&self.buffer)?;
         self.buffer.clear();
         Ok(())
+    }
+}
+
+/// Appends the bytes of each number.
+fn append<const N: usize>(buffer: &mut Vec<u8>, numbers: &[f32], bytes: impl Fn(f32) -> [u8; N]) {
+    let before = buffer.len();
+    buffer.resize(before + N * numbers.len(), 0);
+    for (place, &number) in buffer[before..].chunks_exact_mut(N).zip(numbers) {
+        place.copy_from_slice(&bytes(number));
     }
 }
 

@@ -15,8 +15,11 @@ use super::source::{Sample, Source};
 const SCHEMA_VERSION: u32 = 1;
 /// Samples whose pictures are held at once, and go through the vision encoder together.
 const SAMPLES_PER_ROUND: usize = 32;
-/// Tokens that go through the decoder in one round; the more there are, the more samples of one length there are.
-const TOKENS_PER_ROUND: usize = 4096;
+/// Bytes of embeddings that go through the decoder in one round, and of each stream that is kept of it; the more there are,
+/// the more samples of one length there are.
+const BYTES_PER_ROUND: usize = 8 << 20;
+/// What a token counts as long as no embedding was seen, which is always where the decoder embeds.
+const BYTES_PER_TOKEN: usize = 2 << 10;
 
 /// Samples that were not trained on, by reason.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
@@ -152,6 +155,7 @@ pub fn each_round(
     let mut pictured: Vec<(Sample, Example)> = Vec::new();
     let mut round: Vec<Ready> = Vec::new();
     let mut tokens = 0;
+    let mut bytes_per_token = BYTES_PER_TOKEN;
     // The next pictures are decoded while these go through the network.
     ahead(
         SAMPLES_PER_ROUND,
@@ -170,9 +174,11 @@ pub fn each_round(
             }
             tokens += example.length;
             pictured.push((sample, example));
-            let full = tokens >= TOKENS_PER_ROUND;
+            let full = tokens * bytes_per_token >= BYTES_PER_ROUND;
             if full || pictured.len() >= SAMPLES_PER_ROUND {
                 embed(&mut pictured, model, &mut round)?;
+                let width = round.last().map_or(0, |last| last.embedded.hidden_size);
+                bytes_per_token = if width > 0 { width * size_of::<f32>() } else { BYTES_PER_TOKEN };
             }
             if full {
                 tokens = 0;

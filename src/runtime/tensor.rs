@@ -1,5 +1,7 @@
 //! Tensors that ONNX Runtime reads and makes.
 
+use std::borrow::Cow;
+
 use half::{bf16, f16};
 use ort::memory::Allocator;
 use ort::value::{DynTensor, DynTensorValueType, DynValue, PrimitiveTensorElementType, TensorElementType};
@@ -168,12 +170,12 @@ impl Tensor {
         }
     }
 
-    /// The elements of any floating-point type as f32.
+    /// The elements of any floating-point type as f32; those of f32 where they lie.
     ///
     /// Errors: `Error::Unsupported` for other types; `Error::Engine` when the tensor is not in CPU memory.
-    pub fn to_f32(&self) -> Result<Vec<f32>> {
+    pub fn to_f32(&self) -> Result<Cow<'_, [f32]>> {
         Ok(match self.dtype()? {
-            DataType::Float => self.data::<f32>()?.to_vec(),
+            DataType::Float => Cow::Borrowed(self.data::<f32>()?),
             DataType::Double => self.data::<f64>()?.iter().map(|&x| x as f32).collect(),
             DataType::Float16 => self.data::<f16>()?.iter().map(|x| x.to_f32()).collect(),
             DataType::Bfloat16 => self.data::<bf16>()?.iter().map(|x| x.to_f32()).collect(),

@@ -238,7 +238,7 @@ impl VisionEncoder {
             return Err(Error::invalid(self.session.subject(), problem));
         }
         let per_tile = rows / tiles.max(1) * hidden_size;
-        let mut rest = data.as_slice();
+        let mut rest = &*data;
         let mut features = Vec::with_capacity(pictures.len());
         for picture in pictures {
             let (own, others) = rest.split_at(per_tile * tile_count(picture));

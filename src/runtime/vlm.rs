@@ -145,7 +145,7 @@ impl VlmSession {
         let tensor = Tensor::from_i64(dtype, &[1, input_ids.len()], input_ids.to_vec())?;
         let outputs = embed.run(&[("input_ids", &tensor)], None)?;
         let result = outputs.get(&output)?;
-        let data = result.to_f32()?;
+        let data = result.to_f32()?.into_owned();
         match data.len().checked_div(input_ids.len()) {
             Some(hidden) if hidden > 0 && hidden * input_ids.len() == data.len() => Ok((data, hidden)),
             _ => Err(Error::invalid(
