@@ -246,7 +246,8 @@ fn errors_are_one_message_with_status_2_and_leave_nothing_behind() {
 fn a_run_leaves_nothing_outside_its_output() {
     let folder = tempfile::tempdir().expect("folder");
     let (home, temporary) = (folder.path().join("home"), folder.path().join("temporary"));
-    [&home, &temporary].map(|path| fs::create_dir(path).expect("folder"));
+    fs::create_dir(&home).expect("folder");
+    fs::create_dir(&temporary).expect("folder");
     let data = fixture("data/finetune-small.parquet");
     let output = Command::new(env!("CARGO_BIN_EXE_interlace"))
         .args(["score", &fixture("model"), "--data", &data, "--samples", "2", "-o", "scores.json"])

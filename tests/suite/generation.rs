@@ -100,7 +100,8 @@ fn a_graph_in_memory_runs_as_its_file_does() {
             position_rows: rows,
             last_only: false,
         };
-        let run = |decoder: &mut Decoder| decoder.step(&step, None).expect("a step").0.to_f32().expect("logits");
+        let run =
+            |decoder: &mut Decoder| decoder.step(&step, None).expect("a step").0.to_f32().expect("logits").into_owned();
         assert_eq!(run(&mut in_memory), run(&mut from_file), "{file}");
     }
 }

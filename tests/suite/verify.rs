@@ -216,7 +216,7 @@ fn products_with_unpacked_4_bit_weights_are_compared_in_f32() {
     let x = x.expect("tensor");
     let product = |options: &SessionOptions| {
         let mut session = runtime.session(&graph, options).expect("session");
-        session.run(&[("x", &x)], None).expect("run").take("y").expect("y").to_f32().expect("floats")
+        session.run(&[("x", &x)], None).expect("run").take("y").expect("y").to_f32().expect("floats").into_owned()
     };
     let exact = product(&SessionOptions { f32_products: true, ..SessionOptions::default() });
     let left = product(&SessionOptions::default());
