@@ -60,8 +60,8 @@ impl Adapters {
             let a = Tensor::f_from_slice(&numbers).and_then(|a| a.f_view(thin([*rows, rank]).as_slice()));
             let a = a.and_then(|a| a.f_to_device(tensor.device())).map_err(failed())?;
             let b = Tensor::f_zeros(thin([rank, *columns]), (Kind::Float, tensor.device())).map_err(failed())?;
-            parameters.push(Parameter::new(format!("{name}.lora_A"), a)?);
-            parameters.push(Parameter::new(format!("{name}.lora_B"), b)?);
+            parameters.push(Parameter::new(format!("{name}.lora_A"), a, settings.optimizer)?);
+            parameters.push(Parameter::new(format!("{name}.lora_B"), b, settings.optimizer)?);
             let mut before = tensor.f_detach().and_then(|weight| weight.f_zeros_like()).map_err(failed())?;
             before.f_copy_(&tensor.detach()).map_err(failed())?;
             adapted.push(Adapted { name: name.clone(), number, weight: tensor.shallow_clone(), before });

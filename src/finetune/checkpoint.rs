@@ -180,14 +180,18 @@ pub fn restore_some(folder: &Path, into: Vec<(String, Tensor)>) -> Result<Vec<St
 
 #[cfg(test)]
 mod tests {
-    use super::super::optimizer::Parameter;
+    use super::super::optimizer::{OptimizerKind, Parameter};
     use super::*;
 
     fn parameters() -> Vec<Parameter> {
-        let mut parameter =
-            Parameter::new("/layers.3/w:0", Tensor::from_slice(&[0.1f32, -7.25, 3e-30]).view([3, 1])).unwrap();
+        let mut parameter = Parameter::new(
+            "/layers.3/w:0",
+            Tensor::from_slice(&[0.1f32, -7.25, 3e-30]).view([3, 1]),
+            OptimizerKind::AdamW,
+        )
+        .unwrap();
         let _ = parameter.exp_avg.fill_(0.3);
-        let _ = parameter.exp_avg_sq.fill_(1e-20);
+        let _ = parameter.exp_avg_sq.as_mut().unwrap().fill_(1e-20);
         vec![parameter]
     }
 
@@ -215,7 +219,10 @@ mod tests {
         let (found, path) = checkpoints.latest().unwrap().unwrap();
         assert_eq!(found, state(12));
 
-        let fresh = vec![Parameter::new("/layers.3/w:0", Tensor::from_slice(&[0.0f32; 3]).view([3, 1])).unwrap()];
+        let fresh = vec![
+            Parameter::new("/layers.3/w:0", Tensor::from_slice(&[0.0f32; 3]).view([3, 1]), OptimizerKind::AdamW)
+                .unwrap(),
+        ];
         restore(&path, tensors(&fresh)).unwrap();
         for ((_, a), (_, b)) in tensors(&saved).iter().zip(&tensors(&fresh)) {
             assert_eq!(bits(a), bits(b));
@@ -237,7 +244,10 @@ mod tests {
         let checkpoints = Checkpoints::open(folder.path()).unwrap();
         let path = checkpoints.save(&state(1), tensors(&parameters())).unwrap();
         let with = |name: &str, count: i64| {
-            vec![Parameter::new(name, Tensor::zeros([count, 1], (tch::Kind::Float, Device::Cpu))).unwrap()]
+            vec![
+                Parameter::new(name, Tensor::zeros([count, 1], (tch::Kind::Float, Device::Cpu)), OptimizerKind::AdamW)
+                    .unwrap(),
+            ]
         };
         assert!(restore(&path, tensors(&with("other", 3))).unwrap_err().to_string().contains("holds no `value/other`"));
         assert!(restore(&path, tensors(&with("/layers.3/w:0", 4))).unwrap_err().to_string().contains("expected"));

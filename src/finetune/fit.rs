@@ -230,10 +230,9 @@ fn over(
             if pass.held_out { total.held_out.absorb(sums)? } else { total.fitted.absorb(sums)? }
         }
         Ok(total)
-    });
+    })?;
     let mut total = Parts::default();
     for parts in results {
-        let parts = parts?;
         total.fitted.absorb(parts.fitted)?;
         total.held_out.absorb(parts.held_out)?;
     }

@@ -188,11 +188,11 @@ fn streams(
                 found.push((sample, numbers.map_err(torch_error("the stream"))?));
             }
         }
-        Ok::<_, Error>(found)
-    });
+        Ok(found)
+    })?;
     let mut all = Vec::with_capacity(samples.len());
     for part in parts {
-        all.extend(part?);
+        all.extend(part);
     }
     all.sort_by_key(|(sample, _)| *sample);
     Ok(all.into_iter().map(|(_, numbers)| numbers).collect())

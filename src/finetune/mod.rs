@@ -1,5 +1,6 @@
 //! Healing: trains the finetune layers of a pruned decoder, through its own graph, with everything else frozen.
 
+mod adamw;
 mod adapters;
 mod average;
 mod batch;
@@ -11,6 +12,7 @@ mod gradient;
 mod layered;
 mod loss;
 mod metrics;
+mod muon;
 mod optimizer;
 mod part;
 mod prefix;
@@ -32,6 +34,7 @@ mod workers;
 pub use fit::LayerFit;
 pub use loss::{LOSSES, LossKind, LossRow};
 pub use metrics::StepMetrics;
+pub use optimizer::{OPTIMIZERS, OptimizerKind, OptimizerRow};
 pub use prefix::LeftOut;
 pub use recipe::{DEFAULT_RECIPE, RECIPES, RecipeRow, StageRow};
 pub use run::{Outcome, Report, Request, clear_work, finetune, finetune_with_teacher};

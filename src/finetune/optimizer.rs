@@ -1,13 +1,47 @@
-//! AdamW over LibTorch tensors, with state that can be written down and taken up again bit for bit.
-//!
-//! LibTorch's own optimiser classes keep their moments out of reach of this binding, so a run could not be resumed to
-//! the same result; the update itself is the one of `torch.optim.AdamW`, operation for operation.
+//! The optimisers, one row each, over what they train: tensors with state that can be written down and taken up again.
 
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::base::{Error, Result};
 
+use super::adamw::{AdamW, Moments};
+use super::muon::Muon;
+use super::settings::Settings;
 use super::torch_error;
+
+/// The name of an optimiser.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum OptimizerKind {
+    /// AdamW.
+    #[default]
+    AdamW,
+    /// Muon for matrices, AdamW for all else.
+    Muon,
+}
+
+/// One optimiser.
+pub struct OptimizerRow {
+    pub kind: OptimizerKind,
+    /// Its name in settings.
+    pub name: &'static str,
+    /// True when it takes weights of this shape; AdamW takes those that it does not.
+    takes: fn(&[i64]) -> bool,
+}
+
+/// Every optimiser there is.
+pub const OPTIMIZERS: &[OptimizerRow] = &[
+    OptimizerRow { kind: OptimizerKind::AdamW, name: "adamw", takes: |_| false },
+    OptimizerRow { kind: OptimizerKind::Muon, name: "muon", takes: Muon::takes },
+];
+
+impl OptimizerKind {
+    fn row(self) -> &'static OptimizerRow {
+        OPTIMIZERS.iter().find(|row| row.kind == self).unwrap_or(&OPTIMIZERS[0])
+    }
+}
 
 /// One tensor that is trained: an f32 leaf with its moments.
 pub struct Parameter {
@@ -17,15 +51,15 @@ pub struct Parameter {
     pub value: Tensor,
     /// First moment.
     pub exp_avg: Tensor,
-    /// Second moment.
-    pub exp_avg_sq: Tensor,
+    /// Second moment; None where Muon takes the step, which has none.
+    pub exp_avg_sq: Option<Tensor>,
 }
 
 impl Parameter {
     /// A parameter with its moments at 0. A `value` that requires gradients is trained in place.
     ///
     /// Errors: `Error::Engine` from LibTorch; `Error::Invalid` unless `value` is f32.
-    pub fn new(name: impl Into<String>, value: Tensor) -> Result<Self> {
+    pub fn new(name: impl Into<String>, value: Tensor, optimizer: OptimizerKind) -> Result<Self> {
         let name = name.into();
         if value.kind() != Kind::Float {
             return Err(Error::invalid(
@@ -34,68 +68,56 @@ impl Parameter {
             ));
         }
         let zeros = || value.f_zeros_like().map_err(torch_error("the optimiser's state"));
-        let (exp_avg, exp_avg_sq) = (zeros()?, zeros()?);
+        let first_alone = (optimizer.row().takes)(&value.size());
+        let (exp_avg, exp_avg_sq) = (zeros()?, (!first_alone).then(zeros).transpose()?);
         let value = if value.requires_grad() { value } else { value.detach().set_requires_grad(true) };
         Ok(Parameter { name, value, exp_avg, exp_avg_sq })
     }
 
     /// Everything that a run goes on from, by name; the tensors themselves, not copies.
-    pub fn tensors(&self) -> [(String, Tensor); 3] {
+    pub fn tensors(&self) -> impl Iterator<Item = (String, Tensor)> {
         let named = |kind: &str, tensor: &Tensor| (format!("{kind}/{}", self.name), tensor.shallow_clone());
-        [named("value", &self.value), named("exp_avg", &self.exp_avg), named("exp_avg_sq", &self.exp_avg_sq)]
+        let second = self.exp_avg_sq.as_ref().map(|second| named("exp_avg_sq", second));
+        [named("value", &self.value), named("exp_avg", &self.exp_avg)].into_iter().chain(second)
+    }
+
+    /// What a step costs, next to other parameters' steps.
+    pub fn work(&self) -> usize {
+        let shorter = match (&self.exp_avg_sq, self.value.size().as_slice()) {
+            (None, [.., rows, columns]) => usize::try_from(*rows.min(columns)).unwrap_or(1),
+            _ => 1,
+        };
+        self.value.numel().saturating_mul(shorter)
     }
 }
 
-/// AdamW's constants.
+/// The optimisers' constants.
 #[derive(Clone, Copy, Debug)]
-pub struct AdamW {
-    pub beta1: f64,
-    pub beta2: f64,
-    pub epsilon: f64,
-    pub weight_decay: f64,
+pub struct Optimizer {
+    adamw: AdamW,
+    muon: Muon,
 }
 
-impl AdamW {
-    /// One update in place: `step` counts from 1, `gradients` run parallel to `parameters`.
-    ///
-    /// Source: Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2; `torch/optim/adamw.py`, `_single_tensor_adamw`.
-    pub fn step(
-        &self,
-        parameters: &mut [Parameter],
-        gradients: &[Tensor],
-        step: u64,
-        learning_rate: f64,
-    ) -> Result<()> {
-        tch::no_grad(|| {
-            for (parameter, gradient) in parameters.iter_mut().zip(gradients) {
-                self.update(parameter, gradient, step, learning_rate)
-                    .map_err(torch_error(format!("the step of `{}`", parameter.name)))?;
-            }
-            Ok(())
-        })
+impl Optimizer {
+    /// With the constants of the settings.
+    pub fn new(settings: &Settings) -> Self {
+        let Settings { beta1, beta2, epsilon, weight_decay, .. } = *settings;
+        Optimizer { adamw: AdamW { beta1, beta2, epsilon, weight_decay }, muon: Muon { momentum: beta1, weight_decay } }
     }
 
-    fn update(
-        &self,
-        parameter: &mut Parameter,
-        gradient: &Tensor,
-        step: u64,
-        learning_rate: f64,
-    ) -> Result<(), tch::TchError> {
-        let steps = step as f64;
-        let correction1 = 1.0 - self.beta1.powf(steps);
-        let correction2 = 1.0 - self.beta2.powf(steps);
-        if self.weight_decay != 0.0 {
-            let _ = parameter.value.f_mul_scalar_(1.0 - learning_rate * self.weight_decay)?;
-        }
-        let _ = parameter.exp_avg.f_lerp_(gradient, 1.0 - self.beta1)?;
-        let squared = gradient.f_mul(gradient)?.f_mul_scalar_(1.0 - self.beta2)?;
-        let _ = parameter.exp_avg_sq.f_mul_scalar_(self.beta2)?.f_add_(&squared)?;
-        let mut denominator = parameter.exp_avg_sq.f_sqrt()?;
-        let _ = denominator.f_div_scalar_(correction2.sqrt())?.f_add_scalar_(self.epsilon)?;
-        let update = parameter.exp_avg.f_div(&denominator)?.f_mul_scalar_(-learning_rate / correction1)?;
-        let _ = parameter.value.f_add_(&update)?;
-        Ok(())
+    /// One update in place: `step` counts from 1.
+    ///
+    /// Errors: `Error::Engine` from LibTorch.
+    pub fn step(&self, parameter: &mut Parameter, gradient: &Tensor, step: u64, learning_rate: f64) -> Result<()> {
+        let _guard = tch::no_grad_guard();
+        let Parameter { name, value, exp_avg, exp_avg_sq } = parameter;
+        let done = match exp_avg_sq {
+            Some(exp_avg_sq) => {
+                self.adamw.update(value, Moments { exp_avg, exp_avg_sq }, gradient, step, learning_rate)
+            }
+            None => self.muon.update(value, exp_avg, gradient, learning_rate),
+        };
+        done.map_err(torch_error(format!("the step of `{name}`")))
     }
 }
 
@@ -122,38 +144,15 @@ fn gradient_norm(gradients: &[Tensor]) -> Result<f64, tch::TchError> {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
 
-    fn values(tensor: &Tensor) -> Vec<f32> {
+    pub fn values(tensor: &Tensor) -> Vec<f32> {
         Vec::try_from(tensor.flatten(0, -1)).unwrap()
     }
 
-    fn bits_apart(a: f32, b: f32) -> u32 {
+    pub fn bits_apart(a: f32, b: f32) -> u32 {
         a.to_bits().abs_diff(b.to_bits())
-    }
-
-    /// Three steps of `torch.optim.AdamW(lr=0.02, weight_decay=0.1)` in torch 2.11.
-    #[test]
-    fn steps_are_those_of_the_reference() {
-        let start = Tensor::from_slice(&[0.5f32, -1.25, 2.0, 1e-3, -3.0, 0.75]).view([2, 3]);
-        let gradients: [[f32; 6]; 3] =
-            [[0.1, -0.2, 0.3, 1e-4, 5.0, -0.01], [-0.4, 0.2, 0.0, 2e-4, -1.0, 0.03], [0.05, 0.6, -0.7, 0.0, 2.5, 0.5]];
-        // The bits of each value.
-        let want: [[u32; 6]; 3] = [
-            [0x3ef5_3f7d, 0xbf9d_1eb9, 0x3ffc_ed92, 0xbc9b_a5e3, 0xc040_e560, 0x3f44_bc6a],
-            [0x3efa_7ca0, 0xbf9c_f0c5, 0x3ffa_b4f2, 0xbd1c_bb27, 0xc041_2a11, 0x3f41_cff1],
-            [0x3efd_9830, 0xbf9e_2684, 0x3ffb_2fd9, 0xbd59_884e, 0xc041_9798, 0x3f3e_097c],
-        ];
-        let optimizer = AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.1 };
-        let mut parameters = vec![Parameter::new("w", start).unwrap()];
-        for (step, (gradient, want)) in gradients.iter().zip(want).enumerate() {
-            let gradient = Tensor::from_slice(gradient).view([2, 3]);
-            optimizer.step(&mut parameters, &[gradient], step as u64 + 1, 0.02).unwrap();
-            for (found, want) in values(&parameters[0].value).into_iter().zip(want.map(f32::from_bits)) {
-                assert!(bits_apart(found, want) <= 1, "step {step}: {found}, expected {want}");
-            }
-        }
     }
 
     /// `torch.nn.utils.clip_grad_norm_` of the same two gradients.
@@ -181,6 +180,23 @@ mod tests {
 
     #[test]
     fn only_f32_trains() {
-        assert!(Parameter::new("w", Tensor::zeros([2], (Kind::Half, tch::Device::Cpu))).is_err());
+        assert!(Parameter::new("w", Tensor::zeros([2], (Kind::Half, tch::Device::Cpu)), OptimizerKind::AdamW).is_err());
+    }
+
+    #[test]
+    fn every_optimiser_has_one_row_under_its_serialised_name() {
+        for row in OPTIMIZERS {
+            assert_eq!(serde_json::to_value(row.kind).unwrap(), row.name);
+        }
+    }
+
+    #[test]
+    fn muon_takes_matrices_and_stacks_of_them() {
+        let second = |size: &[i64]| {
+            let value = Tensor::zeros(size, (Kind::Float, tch::Device::Cpu));
+            Parameter::new("w", value, OptimizerKind::Muon).unwrap().exp_avg_sq.is_some()
+        };
+        assert!(!second(&[4, 2]) && !second(&[3, 2, 4]));
+        assert!(second(&[4]) && second(&[]) && second(&[4, 1]) && second(&[4, 1, 3]));
     }
 }

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use crate::base::{Error, Result};
 
 use super::loss::LossKind;
+use super::optimizer::OptimizerKind;
 use super::schedule::Schedule;
 use super::settings::{Settings, Stage};
 
@@ -29,6 +30,7 @@ pub struct RecipeRow {
     pub epochs: u32,
     /// Samples in one forward pass, and forward passes per optimiser step.
     pub batch: (u32, u32),
+    pub optimizer: OptimizerKind,
     pub schedule: Schedule,
     /// Part of the steps, the last ones, whose mean is given.
     pub average_last: f64,
@@ -46,6 +48,7 @@ pub const RECIPES: &[RecipeRow] = &[
         data_share: 1.0,
         epochs: 1,
         batch: (16, 2),
+        optimizer: OptimizerKind::AdamW,
         schedule: Schedule::Cosine,
         average_last: 0.0,
         fit: None,
@@ -54,10 +57,11 @@ pub const RECIPES: &[RecipeRow] = &[
     RecipeRow {
         name: "fast",
         summary: "one finetuned layer after the other, on 6 % of the samples: its last product fitted to the dense model's stream \
-                  by least squares, then a pass of small steps on the distance to that stream",
+                  by least squares, then a pass of Muon's steps on the distance to that stream",
         data_share: 0.06,
         epochs: 1,
-        batch: (8, 1),
+        batch: (16, 1),
+        optimizer: OptimizerKind::Muon,
         schedule: Schedule::ConstantWithWarmup,
         average_last: 0.0,
         fit: Some(24),
@@ -70,6 +74,7 @@ pub const RECIPES: &[RecipeRow] = &[
         data_share: 1.0,
         epochs: 2,
         batch: (16, 2),
+        optimizer: OptimizerKind::AdamW,
         schedule: Schedule::ConstantWithWarmup,
         average_last: 0.5,
         fit: Some(128),
@@ -106,6 +111,7 @@ impl RecipeRow {
             epochs: self.epochs,
             batch_size: self.batch.0,
             accumulation_steps: self.batch.1,
+            optimizer: self.optimizer,
             schedule: self.schedule,
             average_last: self.average_last,
             fit: self.fit.is_some(),

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::base::{Error, Result};
 
 use super::loss::{LossKind, Teacher};
+use super::optimizer::OptimizerKind;
 use super::schedule::Schedule;
 
 /// Number format of the forward and backward pass; trained weights and the optimiser's state are always f32.
@@ -38,9 +39,11 @@ pub struct Settings {
     /// Peak learning rates to choose from, in place of `learning_rate`: the one with the lowest loss in a pass of its own.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub learning_rates: Vec<f64>,
-    /// Decoupled weight decay of AdamW.
+    /// How gradients become steps: `adamw`, or `muon` for matrices with AdamW for all else.
+    pub optimizer: OptimizerKind,
+    /// Decoupled weight decay.
     pub weight_decay: f64,
-    /// Decay of AdamW's first moment.
+    /// Decay of the gradients' mean: AdamW's first moment, Muon's momentum.
     pub beta1: f64,
     /// Decay of AdamW's second moment.
     pub beta2: f64,
@@ -112,6 +115,7 @@ impl Default for Settings {
         Settings {
             learning_rate: 1e-5,
             learning_rates: Vec::new(),
+            optimizer: OptimizerKind::AdamW,
             weight_decay: 0.0,
             beta1: 0.9,
             beta2: 0.999,

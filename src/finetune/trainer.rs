@@ -14,7 +14,7 @@ use super::batch::TrainingSet;
 use super::checkpoint::{self, Checkpoints, State, Totals};
 use super::events::EventWriter;
 use super::metrics::{MetricsWriter, StepMetrics};
-use super::optimizer::{AdamW, Parameter, clip_gradients};
+use super::optimizer::{Optimizer, Parameter, clip_gradients};
 use super::part::{Part, Run};
 use super::sampler::{self, Step};
 use super::schedule::warmup_steps;
@@ -84,8 +84,9 @@ impl<'a> Trainer<'a> {
             let (adapters, parameters) = Adapters::new(&weights, run.settings)?;
             (Some(adapters), parameters)
         } else {
-            let parameters =
-                weights.iter().map(|weight| Parameter::new(weight.name.clone(), weight.tensor.shallow_clone()));
+            let parameters = weights.iter().map(|weight| {
+                Parameter::new(weight.name.clone(), weight.tensor.shallow_clone(), run.settings.optimizer)
+            });
             (None, parameters.collect::<Result<_>>()?)
         };
         let average = Average::new(&weights, run.settings.average_last, part.steps)?;
@@ -104,12 +105,7 @@ impl<'a> Trainer<'a> {
         let per_epoch = sampler::steps_per_epoch(settings, lengths.len());
         let warmup = warmup_steps(settings.warmup_ratio, total);
         let stages = settings.by_stage(total);
-        let optimizer = AdamW {
-            beta1: settings.beta1,
-            beta2: settings.beta2,
-            epsilon: settings.epsilon,
-            weight_decay: settings.weight_decay,
-        };
+        let optimizer = Optimizer::new(settings);
         let checkpoints = checkpoints(work)?;
         let (first, mut totals) = self.start(&checkpoints, begun)?;
         let mut metrics = MetricsWriter::open(&work.join(METRICS_FILE), before + first)?;
@@ -211,7 +207,7 @@ impl<'a> Trainer<'a> {
         done: u64,
         step: &Step,
         settings: &Settings,
-        optimizer: &AdamW,
+        optimizer: &Optimizer,
         learning_rate: f64,
     ) -> Result<Done> {
         let number = self.part.before + done + 1;

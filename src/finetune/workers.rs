@@ -9,12 +9,12 @@ use std::sync::OnceLock;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use tch::{Device, Tensor};
 
-use crate::base::{Result, thread_count};
+use crate::base::{Error, Result, thread_count};
 
 use super::batch::TrainingSet;
 use super::gradient::{self, Counts};
 use super::loss::LossKind;
-use super::optimizer::{AdamW, Parameter};
+use super::optimizer::{Optimizer, Parameter};
 use super::settings::Settings;
 use super::student::Student;
 use super::torch_error;
@@ -58,22 +58,24 @@ pub fn run(
     };
     let results = side_by_side(students, &mut shares, device, |student, share| {
         passes(student, dataset, settings, share, counts, device)
-    });
+    })?;
     let mut total = Sums::default();
     for sums in results {
-        total.absorb(sums?)?;
+        total.absorb(sums)?;
     }
     Ok(total)
 }
 
 /// Gives each of the networks its share, each on a thread of its own, and collects what `work` gives in their order. On a
 /// device there is one network, and the calling thread works.
+///
+/// Errors: `Error::Engine` when the system gives no threads; the first that `work` gave.
 pub fn side_by_side<S: Send, R: Send>(
     students: &mut [Student],
     shares: &mut [S],
     device: Device,
-    work: impl Fn(&Student, &mut S) -> R + Sync,
-) -> Vec<R> {
+    work: impl Fn(&Student, &mut S) -> Result<R> + Sync,
+) -> Result<Vec<R>> {
     if device != Device::Cpu {
         return students.iter().zip(shares).map(|(student, share)| work(student, share)).collect();
     }
@@ -91,13 +93,15 @@ pub fn side_by_side<S: Send, R: Send>(
 /// Runs the tasks on the pool's threads and collects what they give in their order; a panic goes on here.
 ///
 /// The threads stay: a new one would begin every step with cold caches, in the allocator and in LibTorch.
-fn on_pool<R: Send>(tasks: impl Iterator<Item = impl FnOnce() -> R + Send>) -> Vec<R> {
-    static POOL: OnceLock<Option<ThreadPool>> = OnceLock::new();
-    let pool = POOL.get_or_init(|| ThreadPoolBuilder::new().num_threads(thread_count()).build().ok());
-    // Without threads of its own the system has none to give; the caller's does it all then.
-    let Some(pool) = pool else { return tasks.map(|task| task()).collect() };
+fn on_pool<R: Send>(tasks: impl Iterator<Item = impl FnOnce() -> Result<R> + Send>) -> Result<Vec<R>> {
+    static POOL: OnceLock<Result<ThreadPool, String>> = OnceLock::new();
+    let pool = POOL.get_or_init(|| {
+        let built = ThreadPoolBuilder::new().num_threads(thread_count()).build();
+        built.map_err(|error| error.to_string())
+    });
+    let pool = pool.as_ref().map_err(|problem| Error::engine("rayon", "the threads of a step", problem))?;
     let tasks: Vec<_> = tasks.collect();
-    let mut results: Vec<Option<R>> = tasks.iter().map(|_| None).collect();
+    let mut results: Vec<Option<Result<R>>> = tasks.iter().map(|_| None).collect();
     pool.in_place_scope(|scope| {
         for (task, result) in tasks.into_iter().zip(&mut results) {
             scope.spawn(move |_| *result = Some(task()));
@@ -196,47 +200,41 @@ fn cuts(lengths: &[usize], limit: usize) -> Vec<usize> {
 
 /// The optimiser's step, the parameters dealt out over threads.
 ///
-/// Errors: those of [`AdamW::step`].
+/// Errors: those of [`Optimizer::step`].
 pub fn optimize(
-    optimizer: &AdamW,
+    optimizer: &Optimizer,
     parameters: &mut [Parameter],
     gradients: Vec<Tensor>,
     step: u64,
     learning_rate: f64,
     device: Device,
 ) -> Result<()> {
-    let workers = count(device);
-    if workers < 2 || parameters.len() != gradients.len() {
-        return optimizer.step(parameters, &gradients, step, learning_rate);
+    let mut pairs: Vec<_> = parameters.iter_mut().zip(gradients).collect();
+    if device != Device::Cpu {
+        let mut pairs = pairs.into_iter();
+        return pairs.try_for_each(|(parameter, gradient)| optimizer.step(parameter, &gradient, step, learning_rate));
     }
-    let total: usize = parameters.iter().map(|parameter| parameter.value.numel()).sum();
-    let mut rest = parameters.iter_mut().zip(gradients);
-    let mut done = 0;
-    let mut groups = Vec::with_capacity(workers);
-    for worker in 1..=workers {
-        let mut group = Vec::new();
-        while done < total * worker / workers
-            && let Some((parameter, gradient)) = rest.next()
-        {
-            done += parameter.value.numel();
-            group.push((parameter, gradient));
+    pairs.sort_by_key(|(parameter, _)| std::cmp::Reverse(parameter.work()));
+    let mut groups: Vec<(usize, Vec<_>)> = (0..count(device)).map(|_| (0, Vec::new())).collect();
+    for pair in pairs {
+        if let Some((work, group)) = groups.iter_mut().min_by_key(|(work, _)| *work) {
+            *work += pair.0.work();
+            group.push(pair);
         }
-        groups.push(group);
     }
-    let tasks = groups.into_iter().map(|group| {
+    let tasks = groups.into_iter().map(|(_, group)| {
         move || {
             tch::set_num_threads(1);
-            for (parameter, gradient) in group {
-                optimizer.step(std::slice::from_mut(parameter), &[gradient], step, learning_rate)?;
-            }
-            Ok(())
+            let mut group = group.into_iter();
+            group.try_for_each(|(parameter, gradient)| optimizer.step(parameter, &gradient, step, learning_rate))
         }
     });
-    on_pool(tasks).into_iter().collect()
+    on_pool(tasks).map(|_| ())
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::optimizer::OptimizerKind;
     use super::*;
     use tch::Kind;
 
@@ -272,18 +270,24 @@ mod tests {
 
     #[test]
     fn dealing_parameters_over_threads_changes_no_bit() {
-        let optimizer = AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.1 };
-        let values = |size: i64| Tensor::arange(size, (Kind::Float, Device::Cpu)).sin();
-        let make = || -> Vec<Parameter> {
-            [3i64, 1000, 1, 77].iter().map(|&size| Parameter::new("w", values(size)).unwrap()).collect()
-        };
-        let gradients = || -> Vec<Tensor> { [3i64, 1000, 1, 77].iter().map(|&size| values(size).cos()).collect() };
-        let (mut alone, mut dealt) = (make(), make());
-        optimizer.step(&mut alone, &gradients(), 1, 0.01).unwrap();
-        optimize(&optimizer, &mut dealt, gradients(), 1, 0.01, Device::Cpu).unwrap();
-        for (a, b) in alone.iter().zip(&dealt) {
-            assert!(a.value.detach().equal(&b.value.detach()) && a.exp_avg_sq.equal(&b.exp_avg_sq));
-            assert!(!a.value.detach().equal(&values(a.value.numel() as i64)));
+        let values =
+            |size: &[i64]| Tensor::arange(size.iter().product::<i64>(), (Kind::Float, Device::Cpu)).sin().view(size);
+        let sizes: [&[i64]; 5] = [&[3], &[20, 50], &[1], &[7, 11], &[2, 9, 4]];
+        for kind in [OptimizerKind::AdamW, OptimizerKind::Muon] {
+            let optimizer = Optimizer::new(&Settings { weight_decay: 0.1, ..Settings::default() });
+            let make = || -> Vec<Parameter> {
+                sizes.iter().map(|size| Parameter::new("w", values(size), kind).unwrap()).collect()
+            };
+            let gradients = || -> Vec<Tensor> { sizes.iter().map(|size| values(size).cos()).collect() };
+            let (mut alone, mut dealt) = (make(), make());
+            for (parameter, gradient) in alone.iter_mut().zip(gradients()) {
+                optimizer.step(parameter, &gradient, 1, 0.01).unwrap();
+            }
+            optimize(&optimizer, &mut dealt, gradients(), 1, 0.01, Device::Cpu).unwrap();
+            for ((a, b), size) in alone.iter().zip(&dealt).zip(sizes) {
+                assert!(a.tensors().zip(b.tensors()).all(|(a, b)| a.1.detach().equal(&b.1.detach())), "{kind:?}");
+                assert!(!a.value.detach().equal(&values(size)));
+            }
         }
     }
 }
