@@ -1,18 +1,18 @@
 //! Work that is prepared on one thread while another is busy with what came before.
 
-use std::sync::mpsc::sync_channel;
+use std::sync::mpsc::{IntoIter, sync_channel};
 
 use super::Result;
 
-/// Hands each of the items that `items` makes to `take`, in order. They are made on a thread of their own, at most `window`
-/// of them ahead.
+/// Hands what `items` makes to `take`, in order, and gives what that gives. They are made on a thread of their own, at most
+/// `window` of them ahead, and from the moment when `take` begins, whatever it does first.
 ///
-/// Errors: the first of either side; nothing more is made or taken then.
-pub fn ahead<T: Send, I: Iterator<Item = Result<T>>>(
+/// Errors: those of `take`, which sees those of `items`; nothing more is made when it returns.
+pub fn ahead<T: Send, I: Iterator<Item = Result<T>>, R>(
     window: usize,
     items: impl FnOnce() -> Result<I> + Send,
-    mut take: impl FnMut(T) -> Result<()>,
-) -> Result<()> {
+    take: impl FnOnce(IntoIter<Result<T>>) -> Result<R>,
+) -> Result<R> {
     std::thread::scope(|scope| {
         let (sender, receiver) = sync_channel(window);
         scope.spawn(move || match items() {
@@ -27,7 +27,7 @@ pub fn ahead<T: Send, I: Iterator<Item = Result<T>>>(
             }
             Err(error) => drop(sender.send(Err(error))),
         });
-        receiver.into_iter().try_for_each(|item| take(item?))
+        take(receiver.into_iter())
     })
 }
 
@@ -41,16 +41,21 @@ mod tests {
         let wrong = |number: usize| Err(Error::invalid("item", format!("{number}")));
         let numbers = |end: usize| move || Ok((0..100).map(move |n| if n == end { wrong(n) } else { Ok(n) }));
         let mut seen = Vec::new();
-        let mut push = |number: usize| {
-            seen.push(number);
-            Ok(())
+        let mut push = |mut items: IntoIter<Result<usize>>| {
+            items.try_for_each(|number| {
+                seen.push(number?);
+                Ok(())
+            })
         };
         ahead(2, numbers(100), &mut push).unwrap();
         assert!(ahead(2, numbers(3), &mut push).unwrap_err().to_string().contains('3'));
         assert_eq!(seen, (0..100).chain(0..3).collect::<Vec<_>>());
-        let refuse = |number: usize| if number == 5 { wrong(5).map(drop) } else { Ok(()) };
+        let refuse = |mut items: IntoIter<Result<usize>>| {
+            items.try_for_each(|number| if number? == 5 { wrong(5).map(drop) } else { Ok(()) })
+        };
         assert!(ahead(2, numbers(100), refuse).unwrap_err().to_string().contains('5'));
+        assert!(ahead(2, numbers(100), |_| wrong(6)).unwrap_err().to_string().contains('6'));
         let nothing = || -> Result<std::iter::Empty<Result<usize>>> { wrong(0).map(|_: usize| std::iter::empty()) };
-        assert!(ahead(2, nothing, |_| Ok(())).is_err());
+        assert!(ahead(2, nothing, |mut items| items.try_for_each(|item| item.map(drop))).is_err());
     }
 }

@@ -135,9 +135,11 @@ pub fn evaluate(
     };
     let mut waiting = Vec::new();
     let prepared = || Ok(rows.iter().enumerate().map(|(number, row)| prepare(processor, benchmark, name, number, row)));
-    ahead(window, prepared, |item| {
-        waiting.push(item);
-        if waiting.len() < window { Ok(()) } else { answer(std::mem::take(&mut waiting)) }
+    ahead(window, prepared, |mut all| {
+        all.try_for_each(|item| {
+            waiting.push(item?);
+            if waiting.len() < window { Ok(()) } else { answer(std::mem::take(&mut waiting)) }
+        })
     })?;
     answer(waiting)?;
     timing.seconds = began.elapsed().as_secs_f64();

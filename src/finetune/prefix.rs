@@ -64,14 +64,14 @@ impl Store {
         Ok(Some((TrainingSet::new(examples, rows), left_out)))
     }
 
-    /// Runs the frozen part over all samples and keeps what it gives. `frozen` embeds prompts, and its decoder is the
-    /// prefix; `embeds_only` takes the embeddings themselves, when the first layer is trained.
+    /// Runs the frozen part over all samples and keeps what it gives. The model that `frozen` loads embeds prompts, and its
+    /// decoder is the prefix; `embeds_only` takes the embeddings themselves, when the first layer is trained.
     ///
     /// Errors: whatever a sample or a run fails with; `Error::Interrupted`; nothing is kept then.
     pub fn fill(
         &self,
         source: &dyn Source,
-        frozen: &mut VlmSession,
+        frozen: impl FnOnce() -> Result<VlmSession>,
         embeds_only: bool,
         max_tokens: usize,
         cancel: &Cancel,
@@ -140,12 +140,13 @@ pub struct Ready {
 }
 
 /// Reads all samples, embeds those that are trained on, and hands them on in rounds that go through a decoder together.
+/// The first samples are read while `open` loads the model.
 ///
-/// Errors: whatever a sample or `work` fails with; `Error::Interrupted`.
+/// Errors: whatever a sample, `open` or `work` fails with; `Error::Interrupted`.
 pub fn each_round(
     source: &dyn Source,
     task: &str,
-    model: &mut VlmSession,
+    open: impl FnOnce() -> Result<VlmSession>,
     max_tokens: usize,
     cancel: &Cancel,
     work: &mut dyn FnMut(&mut Vec<Ready>, &mut VlmSession) -> Result<()>,
@@ -160,39 +161,42 @@ pub fn each_round(
     ahead(
         SAMPLES_PER_ROUND,
         || source.samples(),
-        |sample| {
-            cancel.check(&format!("nothing of the {task} is kept"))?;
-            progress.advance(1);
-            let example = Example::new(sample.id.clone(), &sample.prompt.input_ids, &sample.answer_mask)?;
-            if example.length > max_tokens {
-                left_out.too_long += 1;
-                return Ok(());
+        |samples| {
+            let mut model = open()?;
+            for sample in samples {
+                let sample = sample?;
+                cancel.check(&format!("nothing of the {task} is kept"))?;
+                progress.advance(1);
+                let example = Example::new(sample.id.clone(), &sample.prompt.input_ids, &sample.answer_mask)?;
+                if example.length > max_tokens {
+                    left_out.too_long += 1;
+                    continue;
+                }
+                if example.targets.is_empty() {
+                    left_out.without_answer += 1;
+                    continue;
+                }
+                tokens += example.length;
+                pictured.push((sample, example));
+                let full = tokens * bytes_per_token >= BYTES_PER_ROUND;
+                if full || pictured.len() >= SAMPLES_PER_ROUND {
+                    embed(&mut pictured, &mut model, &mut round)?;
+                    let width = round.last().map_or(0, |last| last.embedded.hidden_size);
+                    bytes_per_token = if width > 0 { width * size_of::<f32>() } else { BYTES_PER_TOKEN };
+                }
+                if full {
+                    tokens = 0;
+                    work(&mut round, &mut model)?;
+                    round.clear();
+                }
             }
-            if example.targets.is_empty() {
-                left_out.without_answer += 1;
-                return Ok(());
+            embed(&mut pictured, &mut model, &mut round)?;
+            if !round.is_empty() {
+                work(&mut round, &mut model)?;
             }
-            tokens += example.length;
-            pictured.push((sample, example));
-            let full = tokens * bytes_per_token >= BYTES_PER_ROUND;
-            if full || pictured.len() >= SAMPLES_PER_ROUND {
-                embed(&mut pictured, model, &mut round)?;
-                let width = round.last().map_or(0, |last| last.embedded.hidden_size);
-                bytes_per_token = if width > 0 { width * size_of::<f32>() } else { BYTES_PER_TOKEN };
-            }
-            if full {
-                tokens = 0;
-                work(&mut round, model)?;
-                round.clear();
-            }
-            Ok(())
+            Ok(left_out)
         },
-    )?;
-    embed(&mut pictured, model, &mut round)?;
-    if !round.is_empty() {
-        work(&mut round, model)?;
-    }
-    Ok(left_out)
+    )
 }
 
 /// Embeds samples and lets go of their pictures; positions that are more than counting go into the examples.

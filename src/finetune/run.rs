@@ -1,6 +1,7 @@
 //! The whole of a finetuning run: cut, compute the frozen part, train, put the weights back.
 
 use std::collections::{BTreeMap, HashSet};
+use std::panic::resume_unwind;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -147,13 +148,26 @@ pub fn finetune_with_teacher(
         tch::set_num_threads(1);
     }
     let path = request.bundle.path_of(request.bundle.require(Role::Decoder)?);
-    let decoder = crate::onnx::load(&path)?;
-    let cut = Cut::new(&decoder, request.layers)?;
-    let suffix = cut.suffix()?;
+    let wanted = settings.fit || asked().any(|kind| kind.row().teacher != loss::Teacher::Nothing);
+    let teacher = teacher.filter(|_| wanted);
+    // Files are hashed while the graph is looked at.
+    let (digests, cut) = std::thread::scope(|scope| {
+        let (bundle, data) = (request.bundle, request.data);
+        let hashing = scope.spawn(move || {
+            let dense = teacher.map(|teacher| teacher.bundle.digest()).transpose()?;
+            Ok::<_, Error>((bundle.digest()?, data.digest()?, dense))
+        });
+        let cut = crate::onnx::load(&path).and_then(|decoder| {
+            let cut = Cut::new(&decoder, request.layers)?;
+            let suffix = cut.suffix()?;
+            Ok((decoder, cut, suffix))
+        });
+        (hashing.join().unwrap_or_else(|panic| resume_unwind(panic)), cut)
+    });
+    let (decoder, cut, suffix) = cut?;
+    let (model_digest, data_digest, dense_digest) = digests?;
     std::fs::create_dir_all(request.work).map_err(|e| Error::io("create", request.work, e))?;
 
-    let model_digest = request.bundle.digest()?;
-    let data_digest = request.data.digest()?;
     let mut inputs = BTreeMap::from([
         ("model".to_string(), model_digest.clone()),
         ("data".to_string(), data_digest.clone()),
@@ -162,8 +176,7 @@ pub fn finetune_with_teacher(
     ]);
     let key = sha256_json(&("hidden", &model_digest, &data_digest, cut.first, settings.max_tokens))?;
     let store = Store::new(request.work, &key);
-    let wanted = settings.fit || asked().any(|kind| kind.row().teacher != loss::Teacher::Nothing);
-    let course = teacher.filter(|_| wanted).map(|teacher| {
+    let course = teacher.zip(dense_digest).map(|(teacher, digest)| {
         let lesson = Lesson {
             teacher,
             trained: request.layers,
@@ -174,7 +187,7 @@ pub fn finetune_with_teacher(
             work: request.work,
             features: request.features,
         };
-        lesson.prepare()
+        lesson.prepare(digest)
     });
     let course = course.transpose()?;
     let (mut dataset, left_out) = frozen_part(request, &cut, &store, course.as_ref(), cancel)?;
@@ -321,12 +334,14 @@ fn frozen_part(
     {
         return Ok(filled);
     }
-    let runtime = Runtime::new(request.device)?;
-    let options = SessionOptions::default();
-    let head_dim = request.bundle.config().and_then(|config| config.head_size());
-    let decoder = Decoder::prefill_only(runtime.session_of(&prefix, &options)?, head_dim)?;
-    let mut frozen = VlmSession::with_decoder(&runtime, request.bundle, decoder, &options, request.features)?;
-    store.fill(request.data, &mut frozen, embeds_only, request.settings.max_tokens as usize, cancel)
+    let frozen = || {
+        let runtime = Runtime::new(request.device)?;
+        let options = SessionOptions::default();
+        let head_dim = request.bundle.config().and_then(|config| config.head_size());
+        let decoder = Decoder::prefill_only(runtime.session_of(&prefix, &options)?, head_dim)?;
+        VlmSession::with_decoder(&runtime, request.bundle, decoder, &options, request.features)
+    };
+    store.fill(request.data, frozen, embeds_only, request.settings.max_tokens as usize, cancel)
 }
 
 fn torch_device(device: Device) -> Result<TorchDevice> {

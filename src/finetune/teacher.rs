@@ -130,10 +130,10 @@ pub enum Frozen {
 }
 
 impl<'a> Lesson<'a> {
-    /// Looks at the dense model and says what it is to give.
+    /// Looks at the dense model, whose SHA-256 is `digest`, and says what it is to give.
     ///
     /// Errors: `Error::Invalid` when dense and pruned model do not belong together.
-    pub fn prepare(self) -> Result<Course<'a>> {
+    pub fn prepare(self, digest: Sha256Digest) -> Result<Course<'a>> {
         let path = self.teacher.bundle.path_of(self.teacher.bundle.require(Role::Decoder)?);
         let analysis = analyse(&crate::onnx::load(&path)?)?;
         let layers = &analysis.map.layers;
@@ -143,7 +143,6 @@ impl<'a> Lesson<'a> {
                 .remedy("name the model that was pruned as teacher"));
         }
         let points = points(self.teacher.kept, self.teacher.anchors, self.trained, layers.len(), self.settings);
-        let digest = self.teacher.bundle.digest()?;
         let vocabulary = last_size(&analysis, analysis.map.result);
         let k = (self.settings.kd_top_k as usize).min(vocabulary.unwrap_or(usize::MAX));
         let max_tokens = self.settings.max_tokens;
@@ -216,11 +215,13 @@ impl Course<'_> {
             outputs.push(self.analysis.map.result);
         }
         let part = extract(&self.analysis.model, &[], &outputs)?;
-        let runtime = Runtime::new(*device)?;
-        let options = SessionOptions::default();
-        let head_dim = teacher.bundle.config().and_then(|config| config.head_size());
-        let decoder = Decoder::prefill_only(runtime.session_of(&part, &options)?, head_dim)?;
-        let mut model = VlmSession::with_decoder(&runtime, teacher.bundle, decoder, &options, features)?;
+        let open = || {
+            let runtime = Runtime::new(*device)?;
+            let options = SessionOptions::default();
+            let head_dim = teacher.bundle.config().and_then(|config| config.head_size());
+            let decoder = Decoder::prefill_only(runtime.session_of(&part, &options)?, head_dim)?;
+            VlmSession::with_decoder(&runtime, teacher.bundle, decoder, &options, features)
+        };
         let mut filling = frozen.map(|(_, store)| store.begin()).transpose()?;
         let writers = self.streams.iter().map(|path| RowsWriter::create(path, STREAMS));
         let mut streams = writers.collect::<Result<Vec<_>>>()?;
@@ -233,7 +234,7 @@ impl Course<'_> {
         };
         let temperature = settings.kd_temperature;
         let max_tokens = settings.max_tokens as usize;
-        let left_out = each_round(*source, "dense model", &mut model, max_tokens, cancel, &mut |round, model| {
+        let left_out = each_round(*source, "dense model", open, max_tokens, cancel, &mut |round, model| {
             let kept = prefix::outputs(round, model, tokens_per_run, |sample, outputs| {
                 let example = &sample.example;
                 Ok(Kept {

@@ -72,17 +72,20 @@ pub fn score(
     let mut samples = Vec::with_capacity(indices.len());
     // The next pictures are decoded while these go through the network.
     let encoded = || Ok(dataset.read(&indices)?.map(|sample| processor.encode_prompt(&sample?)));
-    ahead(SAMPLES_AHEAD, encoded, |encoded| {
-        cancel.check("no scores are written")?;
-        if encoded.len() > settings.max_tokens {
-            return Err(Error::invalid(
-                &encoded.id,
-                format!("its prompt takes {} tokens, {} at most are allowed", encoded.len(), settings.max_tokens),
-            )
-            .remedy("raise `--max-tokens`, or leave the sample out"));
+    ahead(SAMPLES_AHEAD, encoded, |all| {
+        for encoded in all {
+            let encoded = encoded?;
+            cancel.check("no scores are written")?;
+            if encoded.len() > settings.max_tokens {
+                return Err(Error::invalid(
+                    &encoded.id,
+                    format!("its prompt takes {} tokens, {} at most are allowed", encoded.len(), settings.max_tokens),
+                )
+                .remedy("raise `--max-tokens`, or leave the sample out"));
+            }
+            samples.push(score_one(&mut model, encoded, &packs)?);
+            progress.advance(1);
         }
-        samples.push(score_one(&mut model, encoded, &packs)?);
-        progress.advance(1);
         Ok(())
     })?;
     drop(progress);

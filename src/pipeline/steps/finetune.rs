@@ -111,8 +111,9 @@ pub fn finetune(
         samples: outcome.report.samples,
         settings: recorded.clone(),
     });
+    let model = outcome.report.provenance.inputs.get("model").cloned();
     let inputs = BTreeMap::from([
-        ("model".to_string(), bundle.digest()?),
+        ("model".to_string(), model.map_or_else(|| bundle.digest(), Ok)?),
         ("plan".to_string(), request.plan_digest.clone()),
         ("data".to_string(), dataset.digest()?),
     ]);
