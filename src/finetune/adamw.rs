@@ -52,15 +52,13 @@ impl AdamW {
 
 #[cfg(test)]
 mod tests {
-    use super::super::optimizer::tests::{bits_apart, values};
+    use super::super::optimizer::tests::{GRADIENTS, bits_apart, start, values};
     use super::*;
 
     /// Three steps of `torch.optim.AdamW(lr=0.02, weight_decay=0.1)` in torch 2.11.
     #[test]
     fn steps_are_those_of_the_reference() {
-        let start = Tensor::from_slice(&[0.5f32, -1.25, 2.0, 1e-3, -3.0, 0.75]).view([2, 3]);
-        let gradients: [[f32; 6]; 3] =
-            [[0.1, -0.2, 0.3, 1e-4, 5.0, -0.01], [-0.4, 0.2, 0.0, 2e-4, -1.0, 0.03], [0.05, 0.6, -0.7, 0.0, 2.5, 0.5]];
+        let start = start();
         // The bits of each value.
         let want: [[u32; 6]; 3] = [
             [0x3ef5_3f7d, 0xbf9d_1eb9, 0x3ffc_ed92, 0xbc9b_a5e3, 0xc040_e560, 0x3f44_bc6a],
@@ -69,7 +67,7 @@ mod tests {
         ];
         let optimizer = AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.1 };
         let (mut value, mut exp_avg, mut exp_avg_sq) = (start.copy(), start.zeros_like(), start.zeros_like());
-        for (step, (gradient, want)) in gradients.iter().zip(want).enumerate() {
+        for (step, (gradient, want)) in GRADIENTS.iter().zip(want).enumerate() {
             let gradient = Tensor::from_slice(gradient).view([2, 3]);
             let moments = Moments { exp_avg: &mut exp_avg, exp_avg_sq: &mut exp_avg_sq };
             optimizer.update(&mut value, moments, &gradient, step as u64 + 1, 0.02).unwrap();

@@ -147,6 +147,13 @@ fn gradient_norm(gradients: &[Tensor]) -> Result<f64, tch::TchError> {
 pub mod tests {
     use super::*;
 
+    /// A matrix to take steps from, and the gradients of three steps.
+    pub fn start() -> Tensor {
+        Tensor::from_slice(&[0.5f32, -1.25, 2.0, 1e-3, -3.0, 0.75]).view([2, 3])
+    }
+    pub const GRADIENTS: [[f32; 6]; 3] =
+        [[0.1, -0.2, 0.3, 1e-4, 5.0, -0.01], [-0.4, 0.2, 0.0, 2e-4, -1.0, 0.03], [0.05, 0.6, -0.7, 0.0, 2.5, 0.5]];
+
     pub fn values(tensor: &Tensor) -> Vec<f32> {
         Vec::try_from(tensor.flatten(0, -1)).unwrap()
     }
