@@ -48,8 +48,8 @@ pub struct Args {
     /// TOML file with any of the settings, which win over the recipe's; the flags below win over it
     #[arg(long, value_name = "FILE")]
     settings: Option<PathBuf>,
-    /// Peak learning rate; small networks need more than the default. Of several, separated by commas, the one with the
-    /// lowest loss in a pass of its own is taken [default: 1e-5]
+    /// Peak learning rate; small networks need more than 1e-5. Of several, separated by commas, the one with the lowest
+    /// loss in a pass of its own is taken [default: the recipe's, 1e-2 of `fast` and 1e-5 of the others]
     #[arg(long, value_name = "LR", value_delimiter = ',')]
     learning_rate: Vec<f64>,
     /// Samples in one forward pass [default: the recipe's]
