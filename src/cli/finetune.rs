@@ -49,7 +49,7 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     settings: Option<PathBuf>,
     /// Peak learning rate; small networks need more than 1e-5. Of several, separated by commas, the one with the lowest
-    /// loss in a pass of its own is taken [default: the recipe's, 1e-2 of `fast` and 1e-5 of the others]
+    /// loss in a pass of its own is taken [default: the recipe's]
     #[arg(long, value_name = "LR", value_delimiter = ',')]
     learning_rate: Vec<f64>,
     /// Samples in one forward pass [default: the recipe's]
