@@ -11,7 +11,8 @@ use crate::ir::{self, DataType, Dim, GraphIndex, Model, ValueId, ValueType};
 use super::block::store;
 use super::compile::{Compiler, Slot, Step, values_read};
 use super::convert::{computed_kind, data_type_of, kind_of, tensor_from_ir};
-use super::kernel::OpResult;
+use super::kernel::{OpError, OpResult};
+use super::ops::lowered;
 use super::route::{Facts, Plan, Route, Signature, Turn};
 use super::weights;
 
@@ -78,8 +79,10 @@ pub struct Program {
 /// What runs leave behind.
 #[derive(Default)]
 struct State {
-    weights: HashMap<Slot, Tensor>,
-    constants: HashMap<Slot, Tensor>,
+    /// Frozen weights and constants.
+    kept: HashMap<Slot, Tensor>,
+    /// The same in the autocast kind, where a route reads them in no other.
+    lowered: HashMap<Slot, Tensor>,
     /// Copies on the device of weights and constants that stay on the host.
     moved: HashMap<Slot, Tensor>,
     routes: Vec<Route>,
@@ -253,7 +256,7 @@ impl Program {
             values.insert(id.index(), tensor.map_err(engine)?);
         }
         let mut state = self.state.borrow_mut();
-        let State { weights, constants, moved, routes } = &mut *state;
+        let State { kept, lowered, moved, routes } = &mut *state;
         let route = match routes.iter().position(|route| route.inputs == slots && route.outputs == wanted) {
             Some(position) => &mut routes[position],
             None => {
@@ -263,8 +266,16 @@ impl Program {
             }
         };
         for &slot in &route.weights {
-            if let (Some(tensor), false) = (self.frozen.get(&slot), weights.contains_key(&slot)) {
-                weights.insert(slot, weights::frozen(&self.names[slot], tensor, self.device)?);
+            let Some(tensor) = self.frozen.get(&slot) else { continue };
+            let name = &self.names[slot];
+            if !route.lowered.contains(&slot) {
+                if !kept.contains_key(&slot) {
+                    kept.insert(slot, weights::frozen(name, tensor, self.device)?);
+                }
+            } else if !lowered.contains_key(&slot) {
+                let copy = self.lower(&weights::frozen(name, tensor, self.device)?);
+                let named = |e: OpError| Error::engine("LibTorch", format!("tensor `{name}`"), e.0);
+                lowered.insert(slot, copy.map_err(named)?);
             }
         }
         let mut trained: HashMap<Slot, Tensor> = HashMap::new();
@@ -273,22 +284,26 @@ impl Program {
                 trained.insert(slot, self.parameters[number].tensor.shallow_clone());
             }
         }
-        if !route.constant_kept.iter().all(|slot| constants.contains_key(slot)) {
+        let of_route = |slot: &Slot| if route.lowered.contains(slot) { lowered.get(slot) } else { kept.get(slot) };
+        if !route.constant_kept.iter().all(|slot| of_route(slot).is_some()) {
             let _guard = tch::no_grad_guard();
-            let mut made = HashMap::new();
-            let kept = &route.constant_kept;
-            let fixed = |slot: Slot| weights.get(&slot);
+            let (mut made, mut low, mut exact) = (HashMap::new(), Vec::new(), Vec::new());
+            let fixed = |slot: Slot| of_route(&slot);
             self.execute(&route.constant, &mut made, &fixed, moved, &mut |slot, tensor| {
-                if kept.contains(&slot) {
-                    constants.insert(slot, tensor.shallow_clone());
+                if route.lowered.contains(&slot) {
+                    low.push((slot, self.lower(tensor)?));
+                } else if route.constant_kept.contains(&slot) {
+                    exact.push((slot, tensor.shallow_clone()));
                 }
                 Ok(())
             })?;
+            lowered.extend(low);
+            kept.extend(exact);
         }
-        let fixed = |slot: Slot| trained.get(&slot).or_else(|| weights.get(&slot)).or_else(|| constants.get(&slot));
-        match route.plan(&signature) {
-            Some(position) => {
-                let plan = &route.plans[position];
+        let of_route = |slot: &Slot| if route.lowered.contains(slot) { lowered.get(slot) } else { kept.get(slot) };
+        let fixed = |slot: Slot| trained.get(&slot).or_else(|| of_route(&slot));
+        match route.plans.of(&signature) {
+            Some(plan) => {
                 for (&slot, tensor) in &plan.values {
                     values.insert(slot, tensor.shallow_clone());
                 }
@@ -309,7 +324,7 @@ impl Program {
                     }
                     Ok(())
                 })?;
-                route.keep(plan);
+                route.plans.keep(plan);
             }
         }
         let mut results = Vec::with_capacity(outputs.len());
@@ -336,12 +351,18 @@ impl Program {
             producers: &self.producers,
             frozen: &|slot| self.frozen.contains_key(&slot),
             trainable: &|slot| self.trainable.contains_key(&slot),
+            autocast: self.autocast.is_some(),
         };
         Route::new(&facts, inputs, outputs).map_err(|lacking| {
             let names: Vec<&str> = lacking.iter().map(|&slot| self.names[slot].as_str()).collect();
             Error::invalid("the run", format!("no value for {}", list_preview(&names, 8)))
                 .remedy("give these inputs, or compile the part of the graph that makes them")
         })
+    }
+
+    /// The device's copy of a frozen weight or a constant in the autocast kind.
+    fn lower(&self, tensor: &Tensor) -> OpResult<Tensor> {
+        lowered(&tensor.f_to_device(self.device)?, self.autocast)
     }
 
     /// True when a later run reads the slot where it would have to be moved to the device first.

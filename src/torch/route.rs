@@ -35,6 +35,28 @@ pub(super) struct Plan {
 /// How many signatures are kept per route, the least recently used one making room.
 const MAX_PLANS: usize = 64;
 
+/// The plans of a route, the most recently used last.
+#[derive(Default)]
+pub(super) struct Plans(Vec<Plan>);
+
+impl Plans {
+    /// The plan of a signature, moved to the most recent place.
+    pub fn of(&mut self, signature: &Signature) -> Option<&Plan> {
+        let position = self.0.iter().position(|plan| plan.signature == *signature)?;
+        let plan = self.0.remove(position);
+        self.0.push(plan);
+        self.0.last()
+    }
+
+    /// Keeps a plan.
+    pub fn keep(&mut self, plan: Plan) {
+        if self.0.len() >= MAX_PLANS {
+            self.0.remove(0);
+        }
+        self.0.push(plan);
+    }
+}
+
 /// The work from given to wanted values.
 pub(super) struct Route {
     pub inputs: Vec<Slot>,
@@ -51,8 +73,9 @@ pub(super) struct Route {
     pub static_kept: HashSet<Slot>,
     /// Weights that the steps or the caller read.
     pub weights: Vec<Slot>,
-    /// Most recently used last.
-    pub plans: Vec<Plan>,
+    /// Frozen weights and constants that are read in the autocast kind only.
+    pub lowered: HashSet<Slot>,
+    pub plans: Plans,
 }
 
 /// What a route is made from.
@@ -62,6 +85,8 @@ pub(super) struct Facts<'a> {
     pub producers: &'a HashMap<Slot, usize>,
     pub frozen: &'a dyn Fn(Slot) -> bool,
     pub trainable: &'a dyn Fn(Slot) -> bool,
+    /// True when matrix products run in another kind than their operands have.
+    pub autocast: bool,
 }
 
 impl Route {
@@ -125,23 +150,22 @@ impl Route {
         let full = turns(&|class| class != Class::Constant);
         let lean = turns(&|class| class == Class::Dynamic);
         let (constant_kept, static_kept) = (kept(Class::Constant), kept(Class::Static));
-        Ok(Route { inputs, outputs, constant, constant_kept, full, lean, static_kept, weights, plans: Vec::new() })
-    }
-
-    /// The plan of a signature, moved to the most recent place.
-    pub fn plan(&mut self, signature: &Signature) -> Option<usize> {
-        let position = self.plans.iter().position(|plan| plan.signature == *signature)?;
-        let plan = self.plans.remove(position);
-        self.plans.push(plan);
-        Some(self.plans.len() - 1)
-    }
-
-    /// Keeps a plan.
-    pub fn keep(&mut self, plan: Plan) {
-        if self.plans.len() >= MAX_PLANS {
-            self.plans.remove(0);
+        let mut lowered = HashSet::new();
+        if facts.autocast {
+            lowered.extend(weights.iter().copied().filter(|&slot| (facts.frozen)(slot)));
+            lowered.extend(constant_kept.iter().copied());
+            for &step in &order {
+                let step = &facts.steps[step];
+                for (index, slot) in step.inputs.iter().enumerate() {
+                    if let (Some(slot), false) = (slot, step.row.lowers && index < 2) {
+                        lowered.remove(slot);
+                    }
+                }
+            }
+            lowered.retain(|slot| !wanted.contains(slot));
         }
-        self.plans.push(plan);
+        let plans = Plans::default();
+        Ok(Route { inputs, outputs, constant, constant_kept, full, lean, static_kept, weights, lowered, plans })
     }
 }
 

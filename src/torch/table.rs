@@ -22,6 +22,8 @@ pub struct Row {
     pub(super) host_inputs: u32,
     /// True when only the shape of input 0 is read.
     pub(super) shape_only: bool,
+    /// True when inputs 0 and 1 are read in the autocast kind, where there is one.
+    pub(super) lowers: bool,
     pub(super) build: fn(&mut Build) -> OpResult<Kernel>,
 }
 
@@ -33,7 +35,8 @@ impl Row {
         build: fn(&mut Build) -> OpResult<Kernel>,
     ) -> Self {
         let until = if domain.is_empty() { LATEST_OPSET } else { 1 };
-        Row { domain, op_type, since, until, differentiable: false, host_inputs: 0, shape_only: false, build }
+        let (differentiable, host_inputs, shape_only, lowers) = (false, 0, false, false);
+        Row { domain, op_type, since, until, differentiable, host_inputs, shape_only, lowers, build }
     }
 
     pub(super) const fn until(mut self, version: i64) -> Self {
@@ -53,6 +56,11 @@ impl Row {
 
     pub(super) const fn shape_only(mut self) -> Self {
         self.shape_only = true;
+        self
+    }
+
+    pub(super) const fn lowers(mut self) -> Self {
+        self.lowers = true;
         self
     }
 

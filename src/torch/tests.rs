@@ -421,6 +421,49 @@ fn matrix_products_run_in_the_autocast_kind() {
     assert_eq!(program.parameters()[0].tensor.grad().kind(), Kind::Float);
 }
 
+/// A frozen weight is brought to the autocast kind once, and is still itself to whoever reads it otherwise.
+#[test]
+fn frozen_weights_keep_their_precision_outside_of_matrix_products() {
+    let values = [1.001, 2.002, 3.003, 4.004];
+    let model = Builder::new()
+        .input("x", DataType::Float)
+        .weight("w", &[2, 2], &values)
+        .node("Transpose", &["w"], &["t"])
+        .node("MatMul", &["x", "w"], &["y"])
+        .node("MatMul", &["x", "t"], &["z"])
+        .node("Add", &["x", "w"], &["sum"])
+        .output("y")
+        .output("z")
+        .output("sum")
+        .model;
+    let options = Options { autocast: Some(Kind::BFloat16), ..Default::default() };
+    let x = vector(&[1.003, 1.005, 0.001, 3.0]).reshape([2, 2]);
+    let (exact, low) = (vector(&values).reshape([2, 2]), |x: &Tensor| x.to_kind(Kind::BFloat16));
+    let wanted = [
+        ("y", low(&x).matmul(&low(&exact))),
+        ("z", low(&x).matmul(&low(&exact.tr()))),
+        ("sum", &x + &exact),
+        ("w", exact.shallow_clone()),
+        ("t", exact.tr()),
+    ];
+    assert!(low(&exact).to_kind(Kind::Float) != exact, "the values must not be exact in bf16");
+    // Routes that read the weight in one kind, in the other and in both, in either order.
+    for order in [[0, 1, 2, 3, 4], [4, 3, 2, 1, 0]] {
+        let program = Program::compile(&model, &options).expect("compile");
+        let feeds = [(program.value("x").expect("x"), x.shallow_clone())];
+        let run = |places: &[usize]| {
+            let ids: Vec<_> = places.iter().map(|&place| program.value(wanted[place].0).expect("value")).collect();
+            for (&place, found) in places.iter().zip(program.run(&feeds, &ids).expect("run")) {
+                let (name, expected) = &wanted[place];
+                assert_eq!((found.kind(), &found), (expected.kind(), expected), "{name}");
+            }
+        };
+        order.iter().for_each(|&place| run(&[place]));
+        run(&order);
+        order.iter().for_each(|&place| run(&[place]));
+    }
+}
+
 #[test]
 fn the_support_table_has_a_line_per_row() {
     let table = support_table();

@@ -12,19 +12,20 @@ use crate::torch::table::Row;
 use super::MICROSOFT;
 
 pub(super) const ROWS: &[Row] = &[
-    Row::new("", "Einsum", 12, einsum).grad(),
-    Row::new("", "Gemm", 7, |b| gemm(b, false)).grad(),
+    Row::new("", "Einsum", 12, einsum).grad().lowers(),
+    Row::new("", "Gemm", 7, |b| gemm(b, false)).grad().lowers(),
     Row::new("", "MatMul", 1, |b| {
         let cast = b.autocast;
         one(move |args| product(args.get(0)?, args.get(1)?, cast))
     })
-    .grad(),
-    Row::new(MICROSOFT, "FusedGemm", 1, |b| gemm(b, true)).grad(),
-    Row::new(MICROSOFT, "FusedMatMul", 1, fused_matmul).grad(),
+    .grad()
+    .lowers(),
+    Row::new(MICROSOFT, "FusedGemm", 1, |b| gemm(b, true)).grad().lowers(),
+    Row::new(MICROSOFT, "FusedMatMul", 1, fused_matmul).grad().lowers(),
 ];
 
 /// The operand in the autocast kind, if it is floating point.
-pub(super) fn lowered(x: &Tensor, cast: Option<Kind>) -> OpResult<Tensor> {
+pub(in crate::torch) fn lowered(x: &Tensor, cast: Option<Kind>) -> OpResult<Tensor> {
     match cast {
         Some(kind) if is_float(x.f_kind()?) => Ok(x.f_to_kind(kind)?),
         _ => Ok(x.shallow_clone()),

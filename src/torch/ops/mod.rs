@@ -24,6 +24,8 @@ mod shape;
 
 use super::table::Row;
 
+pub(super) use linear::lowered;
+
 /// Domain of ONNX Runtime's own operators.
 const MICROSOFT: &str = "com.microsoft";
 
