@@ -12,6 +12,7 @@ use crate::finetune::{DEFAULT_RECIPE, Precision, RECIPES, RecipeRow, Settings};
 use crate::method::Plan;
 use crate::pipeline::steps::{self, Finetune, default_work_folder};
 use crate::runtime::FeatureCache;
+use crate::torch::cpu_lacks_bf16;
 
 use super::args::{fraction, positive};
 use super::{Context, Outcome};
@@ -106,6 +107,9 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         (_, Some(part)) => Amount::Fraction(part),
         _ => Amount::All,
     };
+    if settings.precision == Precision::Bf16 && args.device == Device::Cpu && cpu_lacks_bf16() {
+        context.output.warn("this processor has no instructions for bf16: f32 is several times as fast and no larger");
+    }
     let plan = Plan::read(&args.plan)?;
     let request = Finetune {
         pruned: &args.pruned,

@@ -35,6 +35,16 @@ pub fn cuda_device_count() -> Result<usize> {
     Ok(usize::try_from(Cuda::device_count()).unwrap_or(0))
 }
 
+/// True on x86-64 processors without instructions for bf16, where a training step in bf16 took 3.3 times as long as one in
+/// f32 and as much memory.
+pub fn cpu_lacks_bf16() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    let lacks = !is_x86_feature_detected!("avx512bf16");
+    #[cfg(not(target_arch = "x86_64"))]
+    let lacks = false;
+    lacks
+}
+
 fn load() -> Result<(), String> {
     // LibTorch finds its CUDA back end through global symbols, hence RTLD_GLOBAL.
     let name = CString::new("libtorch_cuda.so").map_err(|e| e.to_string())?;
