@@ -108,7 +108,9 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         _ => Amount::All,
     };
     if settings.precision == Precision::Bf16 && args.device == Device::Cpu && cpu_lacks_bf16() {
-        context.output.warn("this processor has no instructions for bf16: f32 is several times as fast and takes no more memory");
+        context
+            .output
+            .warn("this processor has no instructions for bf16: f32 is several times as fast and takes no more memory");
     }
     let plan = Plan::read(&args.plan)?;
     let request = Finetune {

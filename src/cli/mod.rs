@@ -79,7 +79,8 @@ pub enum Outcome {
 /// Parses the process's arguments, runs the verb, reports and ends the process; `torch` runs the verbs that compute in
 /// LibTorch. Nothing else may run in the process yet.
 pub fn main(torch: RunTorchVerb) -> ! {
-    crate::runtime::keep_telemetry_off();
+    // SAFETY: both programs call this first, and have started no thread.
+    unsafe { crate::runtime::keep_telemetry_off() };
     let code = match Cli::try_parse() {
         Ok(cli) => report(dispatch(cli, torch)),
         // Help and version are no errors; clap prints both kinds where they belong.

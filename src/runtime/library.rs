@@ -19,9 +19,13 @@ static ENVIRONMENT: Mutex<Option<Environment>> = Mutex::new(None);
 /// data base and a log, in the user's cache and the folder for temporary files.
 const NO_TELEMETRY: &str = "ORT_DISABLE_TELEMETRY";
 
-/// Lets ONNX Runtime keep nothing and send nothing about its use. To be called before the process has other threads.
-pub fn keep_telemetry_off() {
-    // SAFETY: no other thread reads the environment meanwhile.
+/// Lets ONNX Runtime keep nothing and send nothing about its use.
+///
+/// # Safety
+///
+/// The process has no other threads: one of them could read the environment meanwhile.
+pub unsafe fn keep_telemetry_off() {
+    // SAFETY: the caller's promise.
     unsafe { std::env::set_var(NO_TELEMETRY, "1") };
 }
 
