@@ -14,7 +14,7 @@ use super::convert::{computed_kind, data_type_of, kind_of, tensor_from_ir};
 use super::kernel::{OpError, OpResult};
 use super::ops::lowered;
 use super::route::{Facts, Plan, Route, Signature, Turn};
-use super::weights;
+use super::weights::{self, Fixed};
 
 /// What to compile, and for what.
 #[derive(Clone, Debug)]
@@ -79,10 +79,7 @@ pub struct Program {
 /// What runs leave behind.
 #[derive(Default)]
 struct State {
-    /// Frozen weights and constants.
-    kept: HashMap<Slot, Tensor>,
-    /// The same in the autocast kind, where a route reads them in no other.
-    lowered: HashMap<Slot, Tensor>,
+    fixed: Fixed,
     /// Copies on the device of weights and constants that stay on the host.
     moved: HashMap<Slot, Tensor>,
     routes: Vec<Route>,
@@ -256,7 +253,7 @@ impl Program {
             values.insert(id.index(), tensor.map_err(engine)?);
         }
         let mut state = self.state.borrow_mut();
-        let State { kept, lowered, moved, routes } = &mut *state;
+        let State { fixed, moved, routes } = &mut *state;
         let route = match routes.iter().position(|route| route.inputs == slots && route.outputs == wanted) {
             Some(position) => &mut routes[position],
             None => {
@@ -266,17 +263,11 @@ impl Program {
             }
         };
         for &slot in &route.weights {
-            let Some(tensor) = self.frozen.get(&slot) else { continue };
+            let (Some(tensor), None) = (self.frozen.get(&slot), fixed.get(slot, &route.lowered)) else { continue };
             let name = &self.names[slot];
-            if !route.lowered.contains(&slot) {
-                if !kept.contains_key(&slot) {
-                    kept.insert(slot, weights::frozen(name, tensor, self.device)?);
-                }
-            } else if !lowered.contains_key(&slot) {
-                let copy = self.lower(&weights::frozen(name, tensor, self.device)?);
-                let named = |e: OpError| Error::engine("LibTorch", format!("tensor `{name}`"), e.0);
-                lowered.insert(slot, copy.map_err(named)?);
-            }
+            let weight = self.as_read(slot, &weights::frozen(name, tensor, self.device)?, &route.lowered);
+            let named = |e: OpError| Error::engine("LibTorch", format!("tensor `{name}`"), e.0);
+            fixed.insert(slot, weight.map_err(named)?, &route.lowered);
         }
         let mut trained: HashMap<Slot, Tensor> = HashMap::new();
         for &slot in &route.weights {
@@ -284,24 +275,19 @@ impl Program {
                 trained.insert(slot, self.parameters[number].tensor.shallow_clone());
             }
         }
-        let of_route = |slot: &Slot| if route.lowered.contains(slot) { lowered.get(slot) } else { kept.get(slot) };
-        if !route.constant_kept.iter().all(|slot| of_route(slot).is_some()) {
+        if !route.constant_kept.iter().all(|&slot| fixed.get(slot, &route.lowered).is_some()) {
             let _guard = tch::no_grad_guard();
-            let (mut made, mut low, mut exact) = (HashMap::new(), Vec::new(), Vec::new());
-            let fixed = |slot: Slot| of_route(&slot);
-            self.execute(&route.constant, &mut made, &fixed, moved, &mut |slot, tensor| {
-                if route.lowered.contains(&slot) {
-                    low.push((slot, self.lower(tensor)?));
-                } else if route.constant_kept.contains(&slot) {
-                    exact.push((slot, tensor.shallow_clone()));
+            let (mut made, mut constants) = (HashMap::new(), Vec::new());
+            let weights = |slot: Slot| fixed.get(slot, &route.lowered);
+            self.execute(&route.constant, &mut made, &weights, moved, &mut |slot, tensor| {
+                if route.constant_kept.contains(&slot) {
+                    constants.push((slot, self.as_read(slot, tensor, &route.lowered)?));
                 }
                 Ok(())
             })?;
-            lowered.extend(low);
-            kept.extend(exact);
+            constants.into_iter().for_each(|(slot, tensor)| fixed.insert(slot, tensor, &route.lowered));
         }
-        let of_route = |slot: &Slot| if route.lowered.contains(slot) { lowered.get(slot) } else { kept.get(slot) };
-        let fixed = |slot: Slot| trained.get(&slot).or_else(|| of_route(&slot));
+        let fixed = |slot: Slot| trained.get(&slot).or_else(|| fixed.get(slot, &route.lowered));
         match route.plans.of(&signature) {
             Some(plan) => {
                 for (&slot, tensor) in &plan.values {
@@ -360,9 +346,12 @@ impl Program {
         })
     }
 
-    /// The device's copy of a frozen weight or a constant in the autocast kind.
-    fn lower(&self, tensor: &Tensor) -> OpResult<Tensor> {
-        lowered(&tensor.f_to_device(self.device)?, self.autocast)
+    /// A frozen weight or a constant as a route reads it: those that it lowers on the device and in the autocast kind.
+    fn as_read(&self, slot: Slot, tensor: &Tensor, lowers: &HashSet<Slot>) -> OpResult<Tensor> {
+        if lowers.contains(&slot) {
+            return lowered(&tensor.f_to_device(self.device)?, self.autocast);
+        }
+        Ok(tensor.shallow_clone())
     }
 
     /// True when a later run reads the slot where it would have to be moved to the device first.

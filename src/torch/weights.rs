@@ -1,6 +1,7 @@
 //! Weights as tensors: frozen ones share memory with the mapped file, but 16-bit floats, which are copied to f32;
 //! trainable ones are copies.
 
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 
 use tch::{Device, Tensor};
@@ -8,12 +9,32 @@ use tch::{Device, Tensor};
 use crate::base::{Error, MappedFile, Result};
 use crate::ir::{self, TensorData};
 
+use super::compile::Slot;
 use super::convert::{computed, count_of, dims_of, kind_of, tensor_from_ir};
 
 /// Integer constants up to this many elements stay on the host: they feed shapes.
 const HOST_INTEGERS: usize = 4096;
 /// Float constants up to this many elements stay on the host.
 const HOST_FLOATS: usize = 16;
+
+/// What is the same in every run: frozen weights and constants. `lowers` says which of them a route reads in the autocast
+/// kind alone.
+#[derive(Default)]
+pub(super) struct Fixed {
+    exact: HashMap<Slot, Tensor>,
+    lowered: HashMap<Slot, Tensor>,
+}
+
+impl Fixed {
+    pub fn get(&self, slot: Slot, lowers: &HashSet<Slot>) -> Option<&Tensor> {
+        if lowers.contains(&slot) { self.lowered.get(&slot) } else { self.exact.get(&slot) }
+    }
+
+    pub fn insert(&mut self, slot: Slot, tensor: Tensor, lowers: &HashSet<Slot>) {
+        let place = if lowers.contains(&slot) { &mut self.lowered } else { &mut self.exact };
+        place.insert(slot, tensor);
+    }
+}
 
 /// Files that LibTorch tensors point into. LibTorch has no hook that tells when the last such tensor (a view, or one
 /// saved for a backward pass) goes, so a file once shared stays mapped until the process ends.
