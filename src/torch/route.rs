@@ -152,21 +152,19 @@ impl Route {
         let (constant_kept, static_kept) = (kept(Class::Constant), kept(Class::Static));
         let mut lowered = HashSet::new();
         if facts.autocast {
-            lowered.extend(weights.iter().copied().filter(|&slot| (facts.frozen)(slot)));
-            lowered.extend(constant_kept.iter().copied());
-            for &step in &order {
-                let step = &facts.steps[step];
-                for (index, slot) in step.inputs.iter().enumerate() {
-                    if let (Some(slot), false) = (slot, step.row.lowers && index < 2) {
-                        lowered.remove(slot);
-                    }
-                }
-            }
-            lowered.retain(|slot| !wanted.contains(slot));
+            let exact: HashSet<Slot> = order.iter().flat_map(|&step| exact_inputs(&facts.steps[step])).collect();
+            let frozen = weights.iter().filter(|&&slot| (facts.frozen)(slot));
+            let fixed = frozen.chain(&constant_kept).copied();
+            lowered.extend(fixed.filter(|slot| !exact.contains(slot) && !wanted.contains(slot)));
         }
         let plans = Plans::default();
         Ok(Route { inputs, outputs, constant, constant_kept, full, lean, static_kept, weights, lowered, plans })
     }
+}
+
+/// What a step reads in no other kind than it has.
+fn exact_inputs(step: &Step) -> impl Iterator<Item = Slot> + '_ {
+    step.inputs.iter().skip(if step.row.lowers { 2 } else { 0 }).flatten().copied()
 }
 
 /// What is known of a value before a run.
