@@ -16,11 +16,7 @@ fn weights(model: &Model) -> HashMap<String, (crate::ir::DataType, Vec<u64>, Vec
     graph.body.initializers.iter().map(entry).collect()
 }
 
-const FILES: &[&str] = &[
-    "ts17/smolvlm/decoder_model_merged.onnx",
-    "genai/qwen3_vl-int4-embeds/model.onnx",
-    "mobius/qwen3_vl/decoder/model.onnx",
-];
+const FILES: &[&str] = &["smolvlm/ts17.onnx", "genai/qwen3_vl-int4-embeds/model.onnx", "qwen3_vl/mobius.onnx"];
 
 #[test]
 fn what_is_written_reads_back_equal() {

@@ -63,7 +63,7 @@ fn ports_are_renumbered_without_a_gap() {
 
 #[test]
 fn layers_that_cannot_be_dropped_are_refused() {
-    let analysis = analyse(&zoo("ts17/smolvlm/decoder_model_merged.onnx")).unwrap();
+    let analysis = analyse(&zoo("smolvlm/ts17.onnx")).unwrap();
     for (drop, want) in
         [(vec![8], "layer 8 does not exist"), (vec![2, 2], "named twice"), ((0..8).collect(), "nothing would be left")]
     {
@@ -80,7 +80,7 @@ fn skip_norms_come_back_with_every_output_they_had() {
         let fused = graph.body.nodes.iter().filter(|node| node.op_type.starts_with("Skip"));
         fused.map(|node| node.outputs.iter().map(name).collect()).collect()
     };
-    let model = zoo("mobius/qwen3_vl/decoder/model.onnx");
+    let model = zoo("qwen3_vl/mobius.onnx");
     assert!(outputs(&model).iter().all(|names| names.len() == 4 && !names.contains(&String::new())));
     let analysis = analyse(&model).unwrap();
     assert_eq!(outputs(&drop_layers(&analysis, &[]).unwrap()), outputs(&model));
@@ -191,5 +191,5 @@ fn sixteen_bit_floats_become_f32() {
     let bytes =
         |model: &Model| model.graph.body.initializers.iter().map(|(_, t)| t.bytes().to_vec()).collect::<Vec<_>>();
     assert_eq!(bytes(&wide), bytes(&model));
-    assert!(widened(&zoo("post/llama-ts17__noname.onnx")).is_none());
+    assert!(widened(&zoo("llama/ts17-noname.onnx")).is_none());
 }

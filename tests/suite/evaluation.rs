@@ -93,7 +93,7 @@ fn a_decoder_alone_is_measured_without_a_picture() {
     let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
     let options = BenchOptions { prompt_tokens: 8, new_tokens: 2, rounds: 2, warm_up: 0, threads: Some(1) };
     // Embeddings in with three rows of positions, and token ids in.
-    for file in ["ts17/qwen3_vl/decoder_model_merged.onnx", "dyn18/llama-ids/model.onnx"] {
+    for file in ["qwen3_vl/ts17.onnx", "llama/dyn18-ids.onnx"] {
         let report = bench(&fixture("zoo").join(file), None, &runtime, &options, None, &Cancel::default());
         let report = report.expect("a report");
         assert_eq!(report.model.layers, Some(8), "{file}");

@@ -16,21 +16,17 @@ fn fused_graphs_compute_the_same() {
     let layers = Fused { attention: 8, silu: 8 };
     for (file, expected, want) in [
         ("model/onnx/decoder_model_merged.onnx", "expected/nodrop.npz", Fused { attention: 16, silu: 16 }),
-        ("zoo/ts17/smolvlm/decoder_model_merged.onnx", "zoo/expected/smolvlm.nodrop.npz", layers),
-        ("zoo/ts17/qwen3_vl/decoder_model_merged.onnx", "zoo/expected/qwen3_vl.nodrop.npz", layers),
-        ("zoo/dyn18/llama-ids/model.onnx", "zoo/expected/llama.nodrop.npz", layers),
+        ("zoo/smolvlm/ts17.onnx", "zoo/expected/smolvlm.nodrop.npz", layers),
+        ("zoo/qwen3_vl/ts17.onnx", "zoo/expected/qwen3_vl.nodrop.npz", layers),
+        ("zoo/llama/dyn18-ids.onnx", "zoo/expected/llama.nodrop.npz", layers),
         ("zoo/dyn18/qwen2_vl/decoder_model_merged.onnx", "zoo/expected/qwen2_vl.nodrop.npz", layers),
         // ONNX Runtime has made its own activation here.
-        ("zoo/optimum/llama-O2/model.onnx", "zoo/expected/llama.nodrop.npz", Fused { attention: 8, silu: 0 }),
+        ("zoo/llama/optimum-O2.onnx", "zoo/expected/llama.nodrop.npz", Fused { attention: 8, silu: 0 }),
         ("zoo/optimum/llama-with-past/model.onnx", "zoo/expected/llama.nodrop.npz", layers),
-        ("zoo/post/llama-ts17__noname.onnx", "zoo/expected/llama.nodrop.npz", layers),
-        ("zoo/post/smolvlm-ts17__slim.onnx", "zoo/expected/smolvlm.nodrop.npz", layers),
+        ("zoo/llama/ts17-noname.onnx", "zoo/expected/llama.nodrop.npz", layers),
+        ("zoo/smolvlm/ts17-slim.onnx", "zoo/expected/smolvlm.nodrop.npz", layers),
         // Attention is a node of its own in these; the activation is not.
-        (
-            "zoo/dyn23/qwen3_vl/decoder_model_merged.onnx",
-            "zoo/expected/qwen3_vl.nodrop.npz",
-            Fused { attention: 0, ..layers },
-        ),
+        ("zoo/qwen3_vl/dyn23.onnx", "zoo/expected/qwen3_vl.nodrop.npz", Fused { attention: 0, ..layers }),
         ("zoo/genai/llama-fp32-embeds/model.onnx", "zoo/expected/llama.nodrop.npz", Fused { attention: 0, ..layers }),
     ] {
         let model = onnx::load(&fixture(file)).expect(file);

@@ -39,12 +39,12 @@ fn largest_difference(found: &[f32], want: &[f32]) -> f32 {
 #[test]
 fn prefill_and_a_cached_step_give_what_pytorch_gives() {
     let cases = [
-        ("ts17/smolvlm/decoder_model_merged.onnx", "smolvlm", 1),
-        ("ts17/qwen3_vl/decoder_model_merged.onnx", "qwen3_vl", 3),
-        ("dyn23/qwen3_vl/decoder_model_merged.onnx", "qwen3_vl", 3),
+        ("smolvlm/ts17.onnx", "smolvlm", 1),
+        ("qwen3_vl/ts17.onnx", "qwen3_vl", 3),
+        ("qwen3_vl/dyn23.onnx", "qwen3_vl", 3),
         ("genai/qwen3_vl-fp32-embeds/model.onnx", "qwen3_vl", 3),
-        ("mobius/qwen3_vl/decoder/model.onnx", "qwen3_vl", 3),
-        ("optimum/llama-O2/model.onnx", "llama", 1),
+        ("qwen3_vl/mobius.onnx", "qwen3_vl", 3),
+        ("llama/optimum-O2.onnx", "llama", 1),
         ("hfexp/llama-cpu/decode.onnx", "llama", 1),
     ];
     for (file, network, rows) in cases {
@@ -84,7 +84,7 @@ fn prefill_and_a_cached_step_give_what_pytorch_gives() {
 #[test]
 fn a_graph_in_memory_runs_as_its_file_does() {
     // External data in one file, and everything inside the graph's file.
-    for file in ["mobius/qwen3_vl/decoder/model.onnx", "ts17/smolvlm/decoder_model_merged.onnx"] {
+    for file in ["qwen3_vl/mobius.onnx", "smolvlm/ts17.onnx"] {
         let model = onnx::load(&zoo(file)).expect("a model");
         let session = runtime().session_of(&model, &SessionOptions::default()).expect("a session");
         drop(model);
@@ -114,7 +114,7 @@ fn text_model(file: &str) -> VlmSession {
 #[test]
 fn a_batch_answers_as_its_prompts_do_alone() {
     // A mask and positions, `Attention` fused by Optimum, and a graph that is made for a batch of one.
-    for file in ["optimum/llama-with-past/model.onnx", "optimum/llama-O2/model.onnx", "hfexp/llama-cpu/decode.onnx"] {
+    for file in ["optimum/llama-with-past/model.onnx", "llama/optimum-O2.onnx", "hfexp/llama-cpu/decode.onnx"] {
         let mut model = text_model(file);
         let prompts: Vec<Prompt> = (0..5)
             .map(|row| Prompt {
@@ -141,11 +141,11 @@ fn a_batch_answers_as_its_prompts_do_alone() {
 fn an_answer_ends_at_its_end_token_and_leaves_it_out() {
     let prompt = [Prompt { input_ids: vec![5, 17, 99], pictures: Vec::new() }];
     let cancel = Cancel::default();
-    let free = text_model("optimum/llama-O2/model.onnx").generate(&prompt, 6, &cancel).expect("an answer").remove(0);
+    let free = text_model("llama/optimum-O2.onnx").generate(&prompt, 6, &cancel).expect("an answer").remove(0);
     let end = free[2];
     let first = free.iter().position(|&token| token == end).expect("it is there");
     let settings = VlmSettings { eos_token_ids: vec![end], ..VlmSettings::default() };
-    let mut model = VlmSession::new(None, None, decoder("optimum/llama-O2/model.onnx"), settings).expect("a model");
+    let mut model = VlmSession::new(None, None, decoder("llama/optimum-O2.onnx"), settings).expect("a model");
     assert_eq!(model.generate(&prompt, 6, &cancel).expect("an answer").remove(0), free[..first]);
 }
 
@@ -154,13 +154,13 @@ fn a_request_to_stop_ends_generation() {
     let cancel = Cancel::default();
     cancel.request();
     let prompt = [Prompt { input_ids: vec![5, 17, 99], pictures: Vec::new() }];
-    let error = text_model("optimum/llama-O2/model.onnx").generate(&prompt, 6, &cancel).expect_err("stopped");
+    let error = text_model("llama/optimum-O2.onnx").generate(&prompt, 6, &cancel).expect_err("stopped");
     assert!(matches!(error, interlace::base::Error::Interrupted { .. }), "{error}");
 }
 
 #[test]
 fn what_does_not_fit_the_graph_is_refused() {
-    let mut decoder = decoder("optimum/llama-O2/model.onnx");
+    let mut decoder = decoder("llama/optimum-O2.onnx");
     let step = |tokens: StepTokens<'static>, mask: &'static [i64], positions: &'static [i64]| Step {
         batch: 1,
         tokens,

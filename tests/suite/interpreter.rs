@@ -137,21 +137,21 @@ fn compare(file: &str, step: &str, ours: &HashMap<String, Tensor>, theirs: &Hash
 /// Decoders in prefill and in one step with cache, and what inputs to run them on.
 const DECODERS: &[(&str, &str)] = &[
     ("model/onnx/decoder_model_merged.onnx", "expected/nodrop.npz"),
-    ("zoo/ts17/smolvlm/decoder_model_merged.onnx", "zoo/expected/smolvlm.nodrop.npz"),
-    ("zoo/ts17/qwen3_vl/decoder_model_merged.onnx", "zoo/expected/qwen3_vl.nodrop.npz"),
-    ("zoo/dyn18/llama-ids/model.onnx", "zoo/expected/llama.nodrop.npz"),
+    ("zoo/smolvlm/ts17.onnx", "zoo/expected/smolvlm.nodrop.npz"),
+    ("zoo/qwen3_vl/ts17.onnx", "zoo/expected/qwen3_vl.nodrop.npz"),
+    ("zoo/llama/dyn18-ids.onnx", "zoo/expected/llama.nodrop.npz"),
     ("zoo/dyn18/qwen2_vl/decoder_model_merged.onnx", "zoo/expected/qwen2_vl.nodrop.npz"),
-    ("zoo/dyn23/qwen3_vl/decoder_model_merged.onnx", "zoo/expected/qwen3_vl.nodrop.npz"),
+    ("zoo/qwen3_vl/dyn23.onnx", "zoo/expected/qwen3_vl.nodrop.npz"),
     ("zoo/genai/llama-fp32-embeds/model.onnx", "zoo/expected/llama.nodrop.npz"),
     ("zoo/genai/qwen3_vl-fp32-embeds/model.onnx", "zoo/expected/qwen3_vl.nodrop.npz"),
     ("zoo/hfexp/llama-cpu/decode.onnx", "zoo/expected/llama.nodrop.npz"),
     ("zoo/hfexp/llama-cpu/prefill.onnx", "zoo/expected/llama.nodrop.npz"),
-    ("zoo/mobius/qwen3_vl/decoder/model.onnx", "zoo/expected/qwen3_vl.nodrop.npz"),
-    ("zoo/optimum/llama-O2/model.onnx", "zoo/expected/llama.nodrop.npz"),
+    ("zoo/qwen3_vl/mobius.onnx", "zoo/expected/qwen3_vl.nodrop.npz"),
+    ("zoo/llama/optimum-O2.onnx", "zoo/expected/llama.nodrop.npz"),
     ("zoo/optimum/llama-with-past/model.onnx", "zoo/expected/llama.nodrop.npz"),
-    ("zoo/post/llama-ts17__noname.onnx", "zoo/expected/llama.nodrop.npz"),
+    ("zoo/llama/ts17-noname.onnx", "zoo/expected/llama.nodrop.npz"),
     ("zoo/post/llama-ts17__int8.onnx", "zoo/expected/llama.nodrop.npz"),
-    ("zoo/post/smolvlm-ts17__slim.onnx", "zoo/expected/smolvlm.nodrop.npz"),
+    ("zoo/smolvlm/ts17-slim.onnx", "zoo/expected/smolvlm.nodrop.npz"),
     ("zoo/post/qwen3_vl-ts17__fp16.onnx", "zoo/expected/qwen3_vl.nodrop.npz"),
 ];
 
@@ -235,9 +235,9 @@ fn gradients_agree_across_exporters() {
     let data: HashMap<String, Tensor> =
         Tensor::read_npz(fixture("zoo/expected/llama.nodrop.npz")).expect("expected values").into_iter().collect();
     let files = [
-        "dyn18/llama-ids/model.onnx",
+        "llama/dyn18-ids.onnx",
         "optimum/llama-with-past/model.onnx",
-        "optimum/llama-O2/model.onnx",
+        "llama/optimum-O2.onnx",
         "genai/llama-fp32-embeds/model.onnx",
         "hfexp/llama-cpu/decode.onnx",
     ];

@@ -18,18 +18,18 @@ use rand_chacha::ChaCha8Rng;
 
 /// Graphs of every exporter.
 const FILES: &[&str] = &[
-    "dyn18/llama-ids/model.onnx",
-    "dyn23/qwen3_vl/decoder_model_merged.onnx",
+    "llama/dyn18-ids.onnx",
+    "qwen3_vl/dyn23.onnx",
     "genai/llama-fp32-embeds/model.onnx",
     "genai/llama-int4-shared/model.onnx",
     "genai/qwen3_vl-fp32-embeds/model.onnx",
     "hfexp/llama-cpu/decode.onnx",
-    "mobius/qwen3_vl/decoder/model.onnx",
-    "optimum/llama-O2/model.onnx",
+    "qwen3_vl/mobius.onnx",
+    "llama/optimum-O2.onnx",
     "post/llama-ts17__int8.onnx",
-    "post/llama-ts17__noname.onnx",
-    "post/smolvlm-ts17__slim.onnx",
-    "ts17/qwen3_vl/decoder_model_merged.onnx",
+    "llama/ts17-noname.onnx",
+    "smolvlm/ts17-slim.onnx",
+    "qwen3_vl/ts17.onnx",
 ];
 /// A network of 3 layers with 1.5 MB of weights may take so much more than before, and so long.
 const MEMORY_LIMIT: u64 = 256 << 20;

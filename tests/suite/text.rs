@@ -46,7 +46,9 @@ fn perplexity_is_that_of_transformers() {
 fn model_folder(folder: &Path) -> String {
     let model = folder.join("model");
     fs::create_dir_all(model.join("onnx")).expect("folder");
-    fs::copy(fixture("zoo/dyn18/llama-ids/model.onnx"), model.join("onnx/model.onnx")).expect("graph");
+    for (source, name) in [("dyn18-ids.onnx", "model.onnx"), ("weights.data", "weights.data")] {
+        fs::copy(fixture(&format!("zoo/llama/{source}")), model.join("onnx").join(name)).expect("graph");
+    }
     for file in ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"] {
         fs::copy(fixture(&format!("{MODEL}/{file}")), model.join(file)).expect(file);
     }
