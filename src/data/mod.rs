@@ -6,6 +6,7 @@ mod finevision;
 mod guard;
 mod idefics3;
 mod image_processor;
+mod jpeg;
 mod llava;
 mod picture;
 mod processor;
@@ -23,7 +24,7 @@ mod tests;
 
 pub use dataset::{Dataset, Samples, Texts};
 pub use image_processor::{ImageInputs, ImageLayout};
-pub use picture::Picture;
+pub use picture::{Picture, Transparency};
 pub use processor::{Encoded, Processor};
 pub use resample::{Filter, resize};
 pub use sample::{ImageBytes, Part, Sample, Turn};

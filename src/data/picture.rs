@@ -3,17 +3,27 @@
 use std::io::Cursor;
 
 use image::metadata::Orientation;
-use image::{DynamicImage, ImageDecoder, ImageReader, Limits};
+use image::{DynamicImage, ExtendedColorType, ImageDecoder, ImageReader, Limits, RgbImage};
 
 use crate::base::{Error, Result};
 
 use super::guard::guarded;
+use super::jpeg;
 use super::sample::ImageBytes;
 
 /// The most pixels that a picture may have, decoded or resized.
 const MAX_PIXELS: usize = 100_000_000;
 /// The most bytes that a decoder may allocate.
 const MAX_DECODER_BYTES: u64 = 1 << 30;
+
+/// What becomes of transparent pixels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transparency {
+    /// The picture is laid on white, as the image processors of transformers 5 do under `do_convert_rgb`.
+    OnWhite,
+    /// The alpha channel is left out, as Pillow's `convert("RGB")` does.
+    Dropped,
+}
 
 /// An 8-bit RGB picture, row by row from the top.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,13 +62,13 @@ impl Picture {
         &self.rgb
     }
 
-    /// Decodes the first frame, turns it upright as its EXIF orientation says, and lays transparency on white.
+    /// Decodes the first frame and turns it upright as its EXIF orientation says. JPEG and PNG give Pillow's values to the bit.
     ///
-    /// Errors: `Error::Invalid` naming the picture when it does not decode, has more than 100 million pixels, or holds
-    /// floating-point samples.
-    pub fn decode(image: &ImageBytes) -> Result<Self> {
+    /// Errors: `Error::Invalid` naming the picture when it does not decode, ends early, has more than 100 million pixels, or
+    /// holds floating-point samples.
+    pub fn decode(image: &ImageBytes, transparency: Transparency) -> Result<Self> {
         let bytes = image.read()?;
-        guarded(|| decode(&bytes)).and_then(|picture| picture).map_err(|problem| {
+        guarded(|| decode(&bytes, transparency)).and_then(|picture| picture).map_err(|problem| {
             Error::invalid(&image.subject, problem).remedy("expected a PNG, JPEG, WebP, GIF, BMP or TIFF picture")
         })
     }
@@ -73,43 +83,65 @@ impl Picture {
     }
 }
 
-fn decode(bytes: &[u8]) -> Result<Picture, String> {
-    let reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(|e| e.to_string())?;
-    let mut decoder = reader.into_decoder().map_err(|e| format!("does not decode: {e}"))?;
-    let (width, height) = decoder.dimensions();
-    Picture::check_size(width as usize, height as usize).map_err(|e| e.to_string())?;
-    let mut limits = Limits::default();
-    limits.max_alloc = Some(MAX_DECODER_BYTES);
-    decoder.set_limits(limits).map_err(|e| format!("does not decode: {e}"))?;
-    let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
-    let mut image = DynamicImage::from_decoder(decoder).map_err(|e| format!("does not decode: {e}"))?;
+fn decode(bytes: &[u8], transparency: Transparency) -> Result<Picture, String> {
+    let (orientation, image) =
+        if jpeg::is_jpeg(bytes) { (jpeg::orientation(bytes), decode_jpeg(bytes)?) } else { decode_other(bytes)? };
+    let mut image = image;
     image.apply_orientation(orientation);
     let (width, height) = (image.width() as usize, image.height() as usize);
-    let rgb = to_rgb(image)?;
+    let rgb = to_rgb(image, transparency)?;
     Picture::new(width, height, rgb).map_err(|e| e.to_string())
 }
 
-/// As Pillow converts to RGB; samples of 16 bits keep their high byte.
-fn to_rgb(image: DynamicImage) -> Result<Vec<u8>, String> {
+fn decode_jpeg(bytes: &[u8]) -> Result<DynamicImage, String> {
+    let check = |width, height| Picture::check_size(width, height).map_err(|e| e.to_string());
+    let decoded = jpeg::decode(bytes, check).map_err(|problem| format!("does not decode: it {problem}"))?;
+    let (width, height) = (decoded.width as u32, decoded.height as u32);
+    let image = RgbImage::from_raw(width, height, decoded.rgb).ok_or("does not decode: its size is wrong")?;
+    Ok(DynamicImage::ImageRgb8(image))
+}
+
+fn decode_other(bytes: &[u8]) -> Result<(Orientation, DynamicImage), String> {
+    let failed = |e: image::ImageError| format!("does not decode: {e}");
+    let reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(|e| e.to_string())?;
+    let mut decoder = reader.into_decoder().map_err(failed)?;
+    let (width, height) = decoder.dimensions();
+    Picture::check_size(width as usize, height as usize).map_err(|e| e.to_string())?;
+    if matches!(decoder.original_color_type(), ExtendedColorType::Cmyk8 | ExtendedColorType::Cmyk16) {
+        return Err("holds CMYK samples outside a JPEG, which are not supported".into());
+    }
+    let mut limits = Limits::default();
+    limits.max_alloc = Some(MAX_DECODER_BYTES);
+    decoder.set_limits(limits).map_err(failed)?;
+    let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+    Ok((orientation, DynamicImage::from_decoder(decoder).map_err(failed)?))
+}
+
+/// As Pillow converts to RGB: colour samples of 16 bits keep their high byte, grey ones without alpha are cut off at 255.
+fn to_rgb(image: DynamicImage, transparency: Transparency) -> Result<Vec<u8>, String> {
     let high = |sample: &u16| (sample >> 8) as u8;
+    let opaque = |pixel| match transparency {
+        Transparency::OnWhite => on_white(pixel),
+        Transparency::Dropped => [pixel[0], pixel[1], pixel[2]],
+    };
     Ok(match image {
         DynamicImage::ImageRgb8(image) => image.into_raw(),
         DynamicImage::ImageLuma8(image) => image.as_raw().iter().flat_map(|&y| [y; 3]).collect(),
         DynamicImage::ImageLumaA8(image) => {
-            image.as_raw().chunks_exact(2).flat_map(|p| on_white([p[0], p[0], p[0], p[1]])).collect()
+            image.as_raw().chunks_exact(2).flat_map(|p| opaque([p[0], p[0], p[0], p[1]])).collect()
         }
         DynamicImage::ImageRgba8(image) => {
-            image.as_raw().chunks_exact(4).flat_map(|p| on_white([p[0], p[1], p[2], p[3]])).collect()
+            image.as_raw().chunks_exact(4).flat_map(|p| opaque([p[0], p[1], p[2], p[3]])).collect()
         }
         DynamicImage::ImageRgb16(image) => image.as_raw().iter().map(high).collect(),
-        DynamicImage::ImageLuma16(image) => image.as_raw().iter().flat_map(|y| [high(y); 3]).collect(),
+        DynamicImage::ImageLuma16(image) => image.as_raw().iter().flat_map(|&y| [y.min(255) as u8; 3]).collect(),
         DynamicImage::ImageLumaA16(image) => {
             let pixels = image.as_raw().chunks_exact(2);
-            pixels.flat_map(|p| on_white([high(&p[0]), high(&p[0]), high(&p[0]), high(&p[1])])).collect()
+            pixels.flat_map(|p| opaque([high(&p[0]), high(&p[0]), high(&p[0]), high(&p[1])])).collect()
         }
         DynamicImage::ImageRgba16(image) => {
             let pixels = image.as_raw().chunks_exact(4);
-            pixels.flat_map(|p| on_white([high(&p[0]), high(&p[1]), high(&p[2]), high(&p[3])])).collect()
+            pixels.flat_map(|p| opaque([high(&p[0]), high(&p[1]), high(&p[2]), high(&p[3])])).collect()
         }
         _ => return Err("holds floating-point samples, which are not supported".into()),
     })

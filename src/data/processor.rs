@@ -6,7 +6,7 @@ use crate::base::{Error, Result};
 use crate::bundle::Bundle;
 
 use super::image_processor::{self, ImageInputs, ImageLayout, ImageProcessor};
-use super::picture::Picture;
+use super::picture::{Picture, Transparency};
 use super::sample::{ImageBytes, Part, Sample, Turn};
 use super::template::{ChatTemplate, Content, ContentPart, Message};
 use super::tokenizer::Tokenizer;
@@ -250,7 +250,10 @@ impl Processor {
         match &self.vision {
             _ if images.is_empty() => Ok(None),
             Some(vision) => {
-                let pictures = images.iter().map(Picture::decode).collect::<Result<Vec<_>>>()?;
+                let pictures = images
+                    .iter()
+                    .map(|image| Picture::decode(image, Transparency::OnWhite))
+                    .collect::<Result<Vec<_>>>()?;
                 vision.processor.process(&pictures).map(Some)
             }
             None => Err(Error::invalid(id, "has pictures, but the model has no image processor")),

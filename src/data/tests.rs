@@ -74,9 +74,31 @@ fn pictures_decode_as_pillow_decodes_them() {
     for case in reference()["files"].as_array().unwrap() {
         let bytes = base64::engine::general_purpose::STANDARD.decode(case["base64"].as_str().unwrap()).unwrap();
         let name = case["name"].as_str().unwrap();
-        let out = Picture::decode(&ImageBytes::held(name, bytes)).unwrap();
+        let out = Picture::decode(&ImageBytes::held(name, bytes), Transparency::OnWhite).unwrap();
         assert_eq!(vec![out.width(), out.height()], sizes(&case["size"]), "{name}");
         assert_eq!(sha256_bytes(out.rgb()), case["sha256"].as_str().unwrap(), "{name}");
+    }
+}
+
+/// `fixtures/processor/files.json`, written by `scripts/processors/files.py`.
+#[test]
+fn files_decode_as_pillow_decodes_them() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/processor/files.json");
+    let cases: Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
+    for case in cases.as_array().unwrap() {
+        let bytes = base64::engine::general_purpose::STANDARD.decode(case["base64"].as_str().unwrap()).unwrap();
+        let name = case["name"].as_str().unwrap();
+        for (way, transparency) in [("on_white", Transparency::OnWhite), ("dropped", Transparency::Dropped)] {
+            let out = Picture::decode(&ImageBytes::held(name, bytes.clone()), transparency);
+            if let Some(refusal) = case["refusal"].as_str() {
+                let error = out.unwrap_err().to_string();
+                assert!(error.starts_with(&format!("{name}: {refusal}")), "{error}");
+                continue;
+            }
+            let out = out.unwrap();
+            assert_eq!(vec![out.width(), out.height()], sizes(&case["size"]), "{name}");
+            assert_eq!(sha256_bytes(out.rgb()), case[way].as_str().unwrap(), "{name} {way}");
+        }
     }
 }
 
@@ -132,7 +154,9 @@ fn pictures_that_do_not_decode_are_named() {
     let mut huge = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\xff\xff\xff\0\xff\xff\xff\0\x08\x02\0\0\0".to_vec();
     huge.extend([0; 40]);
     for bytes in [b"".to_vec(), b"no picture".to_vec(), b"\x89PNG\r\n\x1a\n".to_vec(), huge] {
-        let error = Picture::decode(&ImageBytes::held("image 0 of row 3", bytes)).unwrap_err().to_string();
+        let error = Picture::decode(&ImageBytes::held("image 0 of row 3", bytes), Transparency::OnWhite)
+            .unwrap_err()
+            .to_string();
         assert!(error.starts_with("image 0 of row 3: "), "{error}");
     }
 }
@@ -210,7 +234,12 @@ fn benchmarks_follow_vlmevalkit() {
     assert_eq!(benchmark.cell(&rows[1], "A"), None);
     assert!(benchmark.same_images(&rows[0], &rows[1]) && !benchmark.same_images(&rows[0], &rows[2]));
     let shades = |row: usize| -> Vec<u8> {
-        benchmark.images(&rows[row]).unwrap().iter().map(|image| Picture::decode(image).unwrap().rgb()[0]).collect()
+        benchmark
+            .images(&rows[row])
+            .unwrap()
+            .iter()
+            .map(|image| Picture::decode(image, Transparency::OnWhite).unwrap().rgb()[0])
+            .collect()
     };
     assert_eq!((shades(0), shades(1), shades(2)), (vec![1], vec![1], vec![1, 2]));
 }
@@ -251,7 +280,7 @@ fn llava_files_are_read_and_refused() {
         let samples: Vec<Sample> = data.read(&[1, 0]).unwrap().map(Result::unwrap).collect();
         assert_eq!((samples[0].index, samples[0].turns.len(), samples[1].images.len()), (0, 2, 0));
         assert_eq!(samples[0].turns[0].user, [Part::Image(0), Part::Text("What?".into())]);
-        assert_eq!(Picture::decode(&samples[0].images[0]).unwrap().rgb()[0], 3);
+        assert_eq!(Picture::decode(&samples[0].images[0], Transparency::OnWhite).unwrap().rgb()[0], 3);
     }
     let cases = [
         ("[]", "is empty"),
@@ -338,7 +367,7 @@ mod finevision {
                 assistant: format!("a {row} {text}"),
             };
             assert_eq!(sample.turns, [want]);
-            assert_eq!(usize::from(Picture::decode(&sample.images[0]).unwrap().rgb()[0]), row);
+            assert_eq!(usize::from(Picture::decode(&sample.images[0], Transparency::OnWhite).unwrap().rgb()[0]), row);
         }
         let whole = Dataset::open(folder.path(), Texts::Conversation).unwrap();
         assert_eq!(whole.len(), 15);
@@ -410,10 +439,13 @@ fn changed_bytes_end_in_errors_and_never_in_a_panic() {
         if let Ok(data) = Dataset::open(&path, Texts::Separate) {
             let all: Vec<usize> = (0..data.len().min(100)).collect();
             for sample in data.read(&all).unwrap().flatten() {
-                let _ = sample.images.iter().try_for_each(|image| Picture::decode(image).map(|_| ()));
+                let _ = sample
+                    .images
+                    .iter()
+                    .try_for_each(|image| Picture::decode(image, Transparency::OnWhite).map(|_| ()));
             }
         }
-        let _ = Picture::decode(&ImageBytes::held("picture", change(&picture)));
+        let _ = Picture::decode(&ImageBytes::held("picture", change(&picture)), Transparency::OnWhite);
     }
 }
 

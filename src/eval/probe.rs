@@ -124,7 +124,9 @@ mod tests {
     #[test]
     fn the_bitmap_decodes_to_its_size() {
         let bytes = noise_bitmap(5, 3);
-        let picture = crate::data::Picture::decode(&ImageBytes::held("noise", bytes)).expect("a picture");
+        let picture =
+            crate::data::Picture::decode(&ImageBytes::held("noise", bytes), crate::data::Transparency::Dropped)
+                .expect("a picture");
         assert_eq!((picture.width(), picture.height()), (5, 3));
     }
 

@@ -34,6 +34,7 @@ const OWNERS: &[(&str, &[&str])] = &[
     ("parquet", &["data"]),
     ("arrow", &["data"]),
     ("image", &["data"]),
+    ("mozjpeg_sys", &["data"]),
     ("prost", &["export"]),
     ("prost_reflect", &["export"]),
     ("indicatif", &["base"]),
