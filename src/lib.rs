@@ -12,6 +12,7 @@ pub mod ir;
 pub mod method;
 pub mod onnx;
 pub mod pipeline;
+pub mod prompt;
 pub mod rewrite;
 pub mod runtime;
 pub mod torch;

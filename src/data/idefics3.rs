@@ -3,11 +3,12 @@
 //!
 //! Source: the Pillow-based processors of Hugging Face transformers, sizes in f64 as there.
 
-use ndarray::Array3;
+use ndarray::{ArrayD, IxDyn};
 
 use crate::base::{Error, Result};
+use crate::prompt::{Array, PIXEL_ATTENTION_MASK, PIXEL_VALUES};
 
-use super::image_processor::{ImageInputs, ImageLayout, ImageProcessor, Levels, Settings, array};
+use super::image_processor::{ImageInputs, ImageLayout, ImageProcessor, Levels, Settings, floats};
 use super::picture::Picture;
 use super::resample::{Filter, resize};
 
@@ -112,18 +113,19 @@ impl Idefics3 {
 
 impl ImageProcessor for Idefics3 {
     fn process(&self, pictures: &[Picture]) -> Result<ImageInputs> {
-        let mut frames = Vec::new();
-        let layouts = pictures.iter().map(|picture| self.frames(picture, &mut frames)).collect::<Result<Vec<_>>>()?;
-        let mut data = Vec::with_capacity(frames.len() * 3 * self.tile * self.tile);
-        for frame in &frames {
-            self.levels.append_planes(frame, &mut data);
+        let mut inputs = ImageInputs::default();
+        for picture in pictures {
+            let mut frames = Vec::new();
+            let layout = self.frames(picture, &mut frames)?;
+            let mut data = Vec::with_capacity(frames.len() * 3 * self.tile * self.tile);
+            for frame in &frames {
+                self.levels.append_planes(frame, &mut data);
+            }
+            let mask = ArrayD::from_elem(IxDyn(&[frames.len(), self.tile, self.tile]), true);
+            let pixels = floats(&[frames.len(), 3, self.tile, self.tile], data)?;
+            inputs.push([(PIXEL_VALUES, pixels), (PIXEL_ATTENTION_MASK, Array::Bool(mask))], layout)?;
         }
-        Ok(ImageInputs {
-            pixel_values: array(&[frames.len(), 3, self.tile, self.tile], data)?,
-            pixel_attention_mask: Some(Array3::from_elem((frames.len(), self.tile, self.tile), true)),
-            image_grid_thw: None,
-            layouts,
-        })
+        Ok(inputs)
     }
 }
 

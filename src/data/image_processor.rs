@@ -1,26 +1,50 @@
 //! Pictures to `pixel_values`, as `preprocessor_config.json` says: one row per `image_processor_type`.
 
-use ndarray::{Array2, Array3, ArrayD, IxDyn};
+use std::sync::Arc;
+
+use ndarray::{ArrayD, IxDyn};
 use serde_json::{Map, Value};
 
 use crate::base::{Error, Result, list_preview};
+use crate::prompt::{Array, ImageArrays};
 
 use super::idefics3::Idefics3;
 use super::picture::Picture;
 use super::qwen2_vl::Qwen2Vl;
 use super::resample::Filter;
 
-/// What the vision encoder reads.
-#[derive(Clone, Debug, PartialEq)]
+/// What an image processor made of the pictures of one prompt.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct ImageInputs {
-    /// Idefics3 class: `[frames, 3, H, W]`. Qwen2-VL class: `[patches, channels * frames * patch * patch]`.
-    pub pixel_values: ArrayD<f32>,
-    /// Idefics3 class: `[frames, H, W]`, true where a pixel is no padding.
-    pub pixel_attention_mask: Option<Array3<bool>>,
-    /// Qwen2-VL class: `[images, 3]`, patches in time, height and width.
-    pub image_grid_thw: Option<Array2<i64>>,
+    /// What the vision encoder reads for each picture.
+    pub pictures: Vec<Arc<ImageArrays>>,
     /// How each picture stands in the text.
     pub layouts: Vec<ImageLayout>,
+}
+
+impl ImageInputs {
+    /// Adds a picture: arrays by the names of the vision encoder's inputs (see [`ImageArrays`]), and how it stands in the
+    /// text.
+    ///
+    /// Errors: as `ImageArrays::new`.
+    pub(super) fn push(
+        &mut self,
+        arrays: impl IntoIterator<Item = (&'static str, Array)>,
+        layout: ImageLayout,
+    ) -> Result<()> {
+        self.pictures.push(Arc::new(ImageArrays::new(arrays)?));
+        self.layouts.push(layout);
+        Ok(())
+    }
+
+    /// The arrays of this name of all pictures behind each other, as Hugging Face's processor gives them.
+    ///
+    /// Errors: `Error::Invalid` when a picture has none, or they do not fit together.
+    pub fn joined(&self, name: &str) -> Result<Array> {
+        let arrays: Option<Vec<&Array>> = self.pictures.iter().map(|picture| picture.get(name)).collect();
+        let arrays = arrays.ok_or_else(|| Error::invalid("picture", format!("has no array `{name}`")))?;
+        Array::joined(&arrays)
+    }
 }
 
 /// How a picture became image features.
@@ -255,9 +279,15 @@ impl Levels {
     }
 }
 
-/// An array of the given shape.
+/// Floats in the given shape.
 ///
 /// Errors: `Error::Invalid` when the data does not fill it.
-pub(super) fn array(shape: &[usize], data: Vec<f32>) -> Result<ArrayD<f32>> {
-    ArrayD::from_shape_vec(IxDyn(shape), data).map_err(|e| Error::invalid("pixel_values", e.to_string()))
+pub(super) fn floats(shape: &[usize], data: Vec<f32>) -> Result<Array> {
+    let array = ArrayD::from_shape_vec(IxDyn(shape), data);
+    array.map(Array::Float).map_err(|e| Error::invalid("pixel_values", e.to_string()))
+}
+
+/// One row of integers, `[1, N]`: what describes a picture as a whole, such as its grid or its size.
+pub(super) fn int_row(values: &[i64]) -> Array {
+    Array::Int(ArrayD::from_shape_fn(IxDyn(&[1, values.len()]), |place| values[place[1]]))
 }

@@ -4,6 +4,7 @@ use serde_json::Value;
 
 use crate::base::{Error, Result};
 use crate::bundle::Bundle;
+use crate::prompt::Prompt;
 
 use super::image_processor::{self, ImageInputs, ImageLayout, ImageProcessor};
 use super::picture::{Picture, Transparency};
@@ -34,6 +35,12 @@ impl Encoded {
     /// True when there are no tokens.
     pub fn is_empty(&self) -> bool {
         self.input_ids.is_empty()
+    }
+
+    /// What sessions read of it.
+    pub fn into_prompt(self) -> Prompt {
+        let pictures = self.images.map(|images| images.pictures).unwrap_or_default();
+        Prompt { input_ids: self.input_ids, pictures }
     }
 }
 

@@ -3,11 +3,10 @@
 //!
 //! Source: the Pillow-based processor of Hugging Face transformers.
 
-use ndarray::Array2;
-
 use crate::base::{Error, Result};
+use crate::prompt::{IMAGE_GRID_THW, PIXEL_VALUES};
 
-use super::image_processor::{ImageInputs, ImageLayout, ImageProcessor, Levels, Settings, array};
+use super::image_processor::{ImageInputs, ImageLayout, ImageProcessor, Levels, Settings, floats, int_row};
 use super::picture::Picture;
 use super::resample::{Filter, resize};
 
@@ -106,22 +105,17 @@ impl Qwen2Vl {
 
 impl ImageProcessor for Qwen2Vl {
     fn process(&self, pictures: &[Picture]) -> Result<ImageInputs> {
-        let mut data = Vec::new();
-        let mut grids = Vec::new();
-        let mut layouts = Vec::new();
-        for picture in pictures {
-            let (rows, columns) = self.patches(picture, &mut data)?;
-            grids.extend([1, rows as i64, columns as i64]);
-            layouts.push(ImageLayout::Run { features: rows * columns / (self.merge * self.merge) });
-        }
+        let mut inputs = ImageInputs::default();
         let width = 3 * self.frames * self.patch * self.patch;
-        let grids = Array2::from_shape_vec((pictures.len(), 3), grids);
-        Ok(ImageInputs {
-            pixel_values: array(&[data.len() / width, width], data)?,
-            pixel_attention_mask: None,
-            image_grid_thw: Some(grids.map_err(|e| Error::invalid("image_grid_thw", e.to_string()))?),
-            layouts,
-        })
+        for picture in pictures {
+            let mut data = Vec::new();
+            let (rows, columns) = self.patches(picture, &mut data)?;
+            let pixels = floats(&[rows * columns, width], data)?;
+            let grid = int_row(&[1, rows as i64, columns as i64]);
+            let layout = ImageLayout::Run { features: rows * columns / (self.merge * self.merge) };
+            inputs.push([(PIXEL_VALUES, pixels), (IMAGE_GRID_THW, grid)], layout)?;
+        }
+        Ok(inputs)
     }
 }
 

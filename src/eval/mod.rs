@@ -20,6 +20,6 @@ pub use metrics::{METRICS, Metric, Reference, metric_for, metric_of, says_yes};
 pub use perplexity::{SequenceLoss, TextReport, TextScores, kept_perplexity, perplexity};
 pub use prompt::{question_text, reference_of};
 pub use report::{Answer, EvalReport, EvalTiming, GroupRetention, GroupScore, ModelScores, Retention, YesNoScores};
-pub use run::{EvalOptions, LoadedModel, benchmark_name, compare, evaluate, prompt_of};
+pub use run::{EvalOptions, LoadedModel, benchmark_name, compare, evaluate};
 pub use stats::{Interval, Pair, RESAMPLES, Spread, retention};
 pub use verify::{Check, CheckStatus, VerifyReport, verify, verify_on};

@@ -5,9 +5,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::{Cancel, Error, Progress, Provenance, Result};
 use crate::data::Dataset;
-use crate::runtime::{Prompt, Step, StepTokens, cross_entropy};
+use crate::prompt::Prompt;
+use crate::runtime::{Step, StepTokens, cross_entropy};
 
-use super::run::{LoadedModel, prompt_of};
+use super::run::LoadedModel;
 use super::stats::{Interval, kept_likelihood};
 
 /// What `eval` writes for running text: the content of `report.json`.
@@ -73,7 +74,7 @@ pub fn perplexity(
         if sample.text.is_none() {
             return Err(Error::invalid(&sample.id, "is a conversation, perplexity is measured on running text"));
         }
-        let prompt = prompt_of(model.processor.encode_conversation(&sample)?)?;
+        let prompt = model.processor.encode_conversation(&sample)?.into_prompt();
         sequences.push(sequence_loss(model, &prompt)?);
         progress.advance(1);
     }

@@ -6,9 +6,8 @@ use rand_chacha::ChaCha8Rng;
 use crate::base::{Error, Result};
 use crate::data::{ImageBytes, Part, Processor};
 use crate::ir::{DataType, Dim};
-use crate::runtime::{Decoder, Port, Prompt, Tensor, VlmSession};
-
-use super::run::prompt_of;
+use crate::prompt::Prompt;
+use crate::runtime::{Decoder, Port, Tensor, VlmSession};
 
 /// Side of the made-up picture, in pixels.
 const PICTURE_SIDE: u32 = 512;
@@ -49,7 +48,7 @@ pub fn noise_embeddings(decoder: &Decoder, count: usize) -> Result<(Vec<f32>, us
 pub fn picture_prompt(processor: &Processor) -> Result<Prompt> {
     let image = ImageBytes::held("the made-up picture", noise_bitmap(PICTURE_SIDE, PICTURE_SIDE));
     let parts = [Part::Image(0), Part::Text("What is in the image?".into())];
-    prompt_of(processor.encode_question("the made-up question", &parts, &[image])?)
+    Ok(processor.encode_question("the made-up question", &parts, &[image])?.into_prompt())
 }
 
 /// Pixel values and masks of one tile for a vision encoder's inputs.

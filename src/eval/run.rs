@@ -7,8 +7,9 @@ use std::time::Instant;
 
 use crate::base::{Cancel, Error, Progress, Result, ahead};
 use crate::bundle::Bundle;
-use crate::data::{BenchRow, Benchmark, Encoded, Part, Processor};
-use crate::runtime::{FeatureCache, Picture, Prompt, Runtime, SessionOptions, VlmSession};
+use crate::data::{BenchRow, Benchmark, Part, Processor};
+use crate::prompt::Prompt;
+use crate::runtime::{FeatureCache, Runtime, SessionOptions, VlmSession};
 
 use super::metrics::{Metric, Reference, metric_for, says_yes};
 use super::prompt::{question_text, reference_of};
@@ -66,17 +67,6 @@ impl Default for EvalOptions {
 struct Prepared {
     number: usize,
     prompt: Prompt,
-}
-
-/// What the runtime reads of an encoded prompt.
-///
-/// Errors: `Error::Invalid` when the pictures' grids do not account for their patches.
-pub fn prompt_of(encoded: Encoded) -> Result<Prompt> {
-    let pictures = match encoded.images {
-        Some(images) => Picture::of_inputs(images.pixel_values, images.pixel_attention_mask, images.image_grid_thw)?,
-        None => Vec::new(),
-    };
-    Ok(Prompt { input_ids: encoded.input_ids, pictures })
 }
 
 /// The name under which a benchmark is known: its file's, without extension.
@@ -166,7 +156,7 @@ fn prepare(
     let mut parts: Vec<Part> = (0..images.len()).map(Part::Image).collect();
     parts.push(Part::Text(question_text(benchmark, name, row)?));
     let encoded = processor.encode_question(&format!("row `{}` of benchmark `{name}`", row.index), &parts, &images)?;
-    Ok(Prepared { number, prompt: prompt_of(encoded)? })
+    Ok(Prepared { number, prompt: encoded.into_prompt() })
 }
 
 /// Groups in the order of their first question.

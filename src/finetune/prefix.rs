@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::base::{Cancel, Error, Progress, Result, Sha256Digest, ahead, read_json, write_json};
-use crate::runtime::{Embedded, Prompt, Step, StepTokens, VlmSession};
+use crate::prompt::Prompt;
+use crate::runtime::{Embedded, Step, StepTokens, VlmSession};
 
 use super::batch::{Example, TrainingSet, total_tokens};
 use super::cache::{Element, Rows, RowsWriter};

@@ -2,7 +2,7 @@
 
 use crate::base::{Result, Sha256Digest};
 use crate::data::{Dataset, Encoded, Processor};
-use crate::runtime::{Picture, Prompt};
+use crate::prompt::Prompt;
 
 /// A tokenised training sample with its pictures.
 #[derive(Clone, Debug)]
@@ -41,22 +41,14 @@ impl Source for Conversations<'_> {
 
     fn samples(&self) -> Result<Box<dyn Iterator<Item = Result<Sample>> + '_>> {
         let samples = self.dataset.read(self.indices)?;
-        Ok(Box::new(samples.map(|sample| Sample::new(self.processor.encode_conversation(&sample?)?))))
+        Ok(Box::new(samples.map(|sample| Ok(Sample::new(self.processor.encode_conversation(&sample?)?)))))
     }
 }
 
 impl Sample {
     /// Takes an encoded conversation apart into what the runtime reads.
-    ///
-    /// Errors: `Error::Invalid` when the patches of several pictures do not add up.
-    pub fn new(encoded: Encoded) -> Result<Self> {
-        let pictures = match encoded.images {
-            Some(images) => {
-                Picture::of_inputs(images.pixel_values, images.pixel_attention_mask, images.image_grid_thw)?
-            }
-            None => Vec::new(),
-        };
-        let prompt = Prompt { input_ids: encoded.input_ids, pictures };
-        Ok(Sample { id: encoded.id, prompt, answer_mask: encoded.answer_mask })
+    pub fn new(mut encoded: Encoded) -> Self {
+        let (id, answer_mask) = (std::mem::take(&mut encoded.id), std::mem::take(&mut encoded.answer_mask));
+        Sample { id, prompt: encoded.into_prompt(), answer_mask }
     }
 }

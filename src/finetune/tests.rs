@@ -13,7 +13,8 @@ use super::*;
 use crate::base::{Cancel, Device, Error, Provenance, Result, Sha256Digest, sha256_bytes};
 use crate::bundle::{Bundle, BundleWriter, LayerEdit, Record, Role, Tower};
 use crate::ir::{AttributeKind, DataType, Model, Tensor, ValueType};
-use crate::runtime::{FeatureCache, Prompt};
+use crate::prompt::Prompt;
+use crate::runtime::FeatureCache;
 
 /// Eight texts without pictures, the same ones as in the reference script.
 struct Texts {

@@ -1,7 +1,5 @@
 //! The loss of a decoder without some of its layers, for strategies that measure.
 
-use std::sync::Arc;
-
 use crate::analysis::{self, Analysis};
 use crate::base::{Cancel, Device, Error, Progress, Result};
 use crate::bundle::{Bundle, Role};
@@ -12,8 +10,7 @@ use crate::rewrite::{
     bypass_layers,
 };
 use crate::runtime::{
-    Decoder, Embedded, FeatureCache, Outputs, Picture, Prompt, Runtime, SessionOptions, Step, StepTokens, Tensor,
-    VlmSession,
+    Decoder, Embedded, FeatureCache, Outputs, Runtime, SessionOptions, Step, StepTokens, Tensor, VlmSession,
 };
 
 use super::select::MeasureLosses;
@@ -74,17 +71,11 @@ impl LossMeter {
         let progress = Progress::new("embed", "samples", indices.len() as u64);
         for sample in dataset.read(&indices)? {
             cancel.check("no plan is written")?;
-            let encoded = processor.encode_conversation(&sample?)?;
-            let pictures: Vec<Arc<Picture>> = match encoded.images {
-                Some(images) => {
-                    Picture::of_inputs(images.pixel_values, images.pixel_attention_mask, images.image_grid_thw)?
-                }
-                None => Vec::new(),
-            };
-            let prompt = Prompt { input_ids: encoded.input_ids, pictures };
+            let mut encoded = processor.encode_conversation(&sample?)?;
+            let answer_mask = std::mem::take(&mut encoded.answer_mask);
+            let prompt = encoded.into_prompt();
             let embedded = model.embed(&prompt)?;
-            let (input_ids, answer_mask) = (prompt.input_ids, encoded.answer_mask);
-            conversations.push(Conversation { input_ids, answer_mask, embedded });
+            conversations.push(Conversation { input_ids: prompt.input_ids, answer_mask, embedded });
             progress.advance(1);
         }
         drop(progress);

@@ -1,7 +1,6 @@
 //! Measures similarities: one prefill of each sample's prompt through the graph with its taps.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -13,8 +12,7 @@ use crate::data::{Amount, Dataset, Encoded, Processor, Subset};
 use crate::onnx;
 use crate::rewrite::{SIMILARITY_PREFIX, tap_similarities};
 use crate::runtime::{
-    Decoder, FeatureCache, Picture, Prompt, Runtime, SessionOptions, Step, StepTokens, VisionEncoder, VlmSession,
-    VlmSettings,
+    Decoder, FeatureCache, Runtime, SessionOptions, Step, StepTokens, VisionEncoder, VlmSession, VlmSettings,
 };
 
 use super::scores::{Modality, SCORES_SCHEMA_VERSION, SampleModality, SampleScores, Scores, Similarities};
@@ -113,13 +111,9 @@ fn open(runtime: &Runtime, bundle: &Bundle, tapped: &crate::ir::Model) -> Result
 }
 
 fn score_one(model: &mut VlmSession, encoded: Encoded, packs: &[usize]) -> Result<SampleScores> {
-    let id = encoded.id;
-    let tokens = encoded.input_ids.len();
-    let pictures: Vec<Arc<Picture>> = match encoded.images {
-        Some(images) => Picture::of_inputs(images.pixel_values, images.pixel_attention_mask, images.image_grid_thw)?,
-        None => Vec::new(),
-    };
-    let prompt = Prompt { input_ids: encoded.input_ids, pictures };
+    let (id, image_positions) = (encoded.id.clone(), encoded.image_positions.clone());
+    let prompt = encoded.into_prompt();
+    let tokens = prompt.input_ids.len();
     let embedded = model.embed(&prompt)?;
     let positions: Vec<i64> = embedded.positions.iter().flatten().copied().collect();
     let step_tokens = if model.decoder().takes_embeds() {
@@ -137,7 +131,7 @@ fn score_one(model: &mut VlmSession, encoded: Encoded, packs: &[usize]) -> Resul
     };
     let outputs = model.decoder_mut().prefill_outputs(&step)?;
     let mut is_image = vec![false; tokens];
-    for &position in &encoded.image_positions {
+    for &position in &image_positions {
         if let Some(slot) = is_image.get_mut(position) {
             *slot = true;
         }

@@ -31,8 +31,8 @@ pub use positions::{multimodal_positions, positions_of_mask};
 pub use session::{Optimisation, Outputs, Port, Runtime, Session, SessionOptions};
 pub use tensor::{Element, Tensor};
 pub use tract::{InputFact, TractOutcome, tract_check};
-pub use vision::{FeatureCache, Features, Picture, VisionEncoder};
-pub use vlm::{Embedded, Prompt, VlmSession, VlmSettings, argmax_last};
+pub use vision::{FeatureCache, Features, VisionEncoder};
+pub use vlm::{Embedded, VlmSession, VlmSettings, argmax_last};
 
 /// How error messages name the engine.
 const ENGINE: &str = "ONNX Runtime";

@@ -6,8 +6,11 @@ use half::{bf16, f16};
 use ort::memory::Allocator;
 use ort::value::{DynTensor, DynTensorValueType, DynValue, PrimitiveTensorElementType, TensorElementType};
 
+use ndarray::ArrayD;
+
 use crate::base::{Error, Result};
 use crate::ir::DataType;
+use crate::prompt::Array;
 
 use super::ENGINE;
 
@@ -183,6 +186,18 @@ impl Tensor {
         })
     }
 
+    /// An array's elements in the type that an input takes.
+    ///
+    /// Errors: `Error::Unsupported` when they cannot be of this type; `Error::Invalid` when one does not fit.
+    pub fn from_array(dtype: DataType, array: Array) -> Result<Self> {
+        let shape = array.shape().to_vec();
+        match array {
+            Array::Float(array) => Tensor::from_f32(dtype, &shape, elements(array)),
+            Array::Int(array) => Tensor::from_i64(dtype, &shape, elements(array)),
+            Array::Bool(array) => Tensor::from_i64(dtype, &shape, array.iter().map(|&x| i64::from(x)).collect()),
+        }
+    }
+
     /// A floating-point tensor of the wanted type from f32 elements.
     ///
     /// Errors: `Error::Unsupported` when `dtype` is not floating-point.
@@ -212,5 +227,17 @@ impl Tensor {
             }
             dtype => Err(Error::unsupported(format!("tensor of {dtype}"), "cannot be made from integers")),
         }
+    }
+}
+
+/// The elements in row-major order, without a copy where they are stored so.
+fn elements<T: Clone>(array: ArrayD<T>) -> Vec<T> {
+    if !array.is_standard_layout() {
+        return array.iter().cloned().collect();
+    }
+    let count = array.len();
+    match array.into_raw_vec_and_offset() {
+        (data, None | Some(0)) if data.len() == count => data,
+        (data, offset) => data.into_iter().skip(offset.unwrap_or(0)).take(count).collect(),
     }
 }

@@ -3,72 +3,15 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex};
 
-use ndarray::{Array2, Array3, ArrayD, Axis, Slice};
-
-use crate::base::{Error, Result, Sha256Digest, sha256_bytes};
+use crate::base::{Error, Result, Sha256Digest};
 use crate::ir::DataType;
+use crate::prompt::{Array, ImageArrays, PIXEL_ATTENTION_MASK, PIXEL_VALUES};
 
 use super::session::{Port, Session};
 use super::tensor::Tensor;
 
 /// Tiles that go through the encoder in one run.
 const TILES_PER_RUN: usize = 32;
-
-/// A picture as the processor left it.
-#[derive(Clone, Debug)]
-pub struct Picture {
-    /// Says which picture under which processing this is: equal keys have equal pixels.
-    pub key: Sha256Digest,
-    /// Tiles `[N, C, H, W]` (or `[1, N, C, H, W]`), or patches `[P, D]`.
-    pub pixel_values: ArrayD<f32>,
-    /// Shape `[N, H, W]`: false where a tile is padding. `None` when there is no padding.
-    pub pixel_attention_mask: Option<ArrayD<bool>>,
-    /// Frames, rows and columns of patches, for encoders that take patches.
-    pub image_grid_thw: Option<[i64; 3]>,
-}
-
-impl Picture {
-    /// What a processor made of the pictures of one prompt: tiles stay together, patches are taken apart by their
-    /// grids. Keys are digests of the pixels.
-    ///
-    /// Errors: `Error::Invalid` when the grids do not account for the patches.
-    pub fn of_inputs(
-        pixel_values: ArrayD<f32>,
-        pixel_attention_mask: Option<Array3<bool>>,
-        image_grid_thw: Option<Array2<i64>>,
-    ) -> Result<Vec<Arc<Picture>>> {
-        let Some(grids) = image_grid_thw else {
-            let mask = pixel_attention_mask.map(Array3::into_dyn);
-            return Ok(vec![Arc::new(Picture::keyed(pixel_values, mask, None))]);
-        };
-        let total = pixel_values.shape().first().copied().unwrap_or(0);
-        let wrong = || Error::invalid("pictures", format!("grids {grids:?} do not account for {total} patches"));
-        let mut start = 0usize;
-        let mut pictures = Vec::with_capacity(grids.nrows());
-        for grid in grids.rows() {
-            let &[frames, height, width] = grid.as_slice().unwrap_or(&[]) else { return Err(wrong()) };
-            let sizes = [frames, height, width].into_iter();
-            let count = sizes.map(usize::try_from).try_fold(1usize, |count, size| count.checked_mul(size.ok()?));
-            let end = count.and_then(|count| start.checked_add(count)).filter(|&end| end <= total).ok_or_else(wrong)?;
-            let pixels = pixel_values.slice_axis(Axis(0), Slice::from(start..end)).to_owned();
-            pictures.push(Arc::new(Picture::keyed(pixels, None, Some([frames, height, width]))));
-            start = end;
-        }
-        if start != total {
-            return Err(wrong());
-        }
-        Ok(pictures)
-    }
-
-    fn keyed(pixel_values: ArrayD<f32>, mask: Option<ArrayD<bool>>, grid: Option<[i64; 3]>) -> Self {
-        let mut bytes = Vec::with_capacity(pixel_values.len() * 4 + 64);
-        bytes.extend(pixel_values.shape().iter().flat_map(|&size| (size as u64).to_le_bytes()));
-        bytes.extend(grid.iter().flatten().flat_map(|size| size.to_le_bytes()));
-        bytes.extend(pixel_values.iter().flat_map(|pixel| pixel.to_le_bytes()));
-        bytes.extend(mask.iter().flatten().map(|&real| u8::from(real)));
-        Picture { key: sha256_bytes(&bytes), pixel_values, pixel_attention_mask: mask, image_grid_thw: grid }
-    }
-}
 
 /// What a picture becomes: one row per image token.
 #[derive(Clone, Debug, PartialEq)]
@@ -177,28 +120,28 @@ impl VisionEncoder {
     /// Features of each picture, from the cache where they are known. Tiles of several pictures share a run.
     ///
     /// Errors: `Error::Invalid` when a picture does not fit the graph's inputs; `Error::Engine` when the run fails.
-    pub fn encode(&mut self, pictures: &[&Picture]) -> Result<Vec<Arc<Features>>> {
+    pub fn encode(&mut self, pictures: &[&ImageArrays]) -> Result<Vec<Arc<Features>>> {
         let mut found: HashMap<&str, Arc<Features>> = HashMap::new();
-        let mut missing: Vec<&Picture> = Vec::new();
+        let mut missing: Vec<&ImageArrays> = Vec::new();
         for picture in pictures {
-            if found.contains_key(picture.key.as_str()) || missing.iter().any(|other| other.key == picture.key) {
+            if found.contains_key(picture.key().as_str()) || missing.iter().any(|other| other.key() == picture.key()) {
                 continue;
             }
-            match self.cache.get(&self.digest, &picture.key) {
-                Some(features) => drop(found.insert(&picture.key, features)),
+            match self.cache.get(&self.digest, picture.key()) {
+                Some(features) => drop(found.insert(picture.key(), features)),
                 None => missing.push(picture),
             }
         }
         for group in runs(&missing) {
             for (picture, features) in group.iter().zip(self.run(group)?) {
                 let features = Arc::new(features);
-                self.cache.put(&self.digest, &picture.key, &features);
-                found.insert(&picture.key, features);
+                self.cache.put(&self.digest, picture.key(), &features);
+                found.insert(picture.key(), features);
             }
         }
         pictures
             .iter()
-            .map(|picture| found.get(picture.key.as_str()).cloned())
+            .map(|picture| found.get(picture.key().as_str()).cloned())
             .collect::<Option<Vec<_>>>()
             .ok_or_else(|| Error::invalid(self.session.subject(), "a picture was left out"))
     }
@@ -206,13 +149,13 @@ impl VisionEncoder {
     /// Features of the pictures without looking into or filling the cache.
     ///
     /// Errors: as `encode`.
-    pub fn encode_uncached(&mut self, picture: &Picture) -> Result<Features> {
+    pub fn encode_uncached(&mut self, picture: &ImageArrays) -> Result<Features> {
         let mut features = self.run(&[picture])?;
         features.pop().ok_or_else(|| Error::invalid(self.session.subject(), "gave no features"))
     }
 
     /// One run over pictures of equal tile size.
-    fn run(&mut self, pictures: &[&Picture]) -> Result<Vec<Features>> {
+    fn run(&mut self, pictures: &[&ImageArrays]) -> Result<Vec<Features>> {
         let Some(&first) = pictures.first() else { return Ok(Vec::new()) };
         let mut feeds = Vec::new();
         for port in self.session.inputs() {
@@ -222,7 +165,7 @@ impl VisionEncoder {
         if self.session.input("pixel_attention_mask").is_none() && pictures.iter().any(|picture| is_padded(picture)) {
             return Err(refuse("takes no `pixel_attention_mask`, but a picture is padded".into()));
         }
-        if self.session.input("image_grid_thw").is_some() && first.image_grid_thw.is_none() {
+        if self.session.input("image_grid_thw").is_some() && first.grid_thw().is_none() {
             return Err(refuse("takes `image_grid_thw`, but the picture has no grid".into()));
         }
         let borrowed: Vec<(&str, &Tensor)> = feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
@@ -248,12 +191,12 @@ impl VisionEncoder {
         Ok(features)
     }
 
-    fn feed(&self, port: &Port, pictures: &[&Picture]) -> Result<Tensor> {
+    fn feed(&self, port: &Port, pictures: &[&ImageArrays]) -> Result<Tensor> {
         match port.name.as_str() {
             "pixel_values" => {
                 let mut data = Vec::new();
                 for picture in pictures {
-                    data.extend(picture.pixel_values.iter().copied());
+                    data.extend(picture.pixel_values()?.iter().copied());
                 }
                 let shape = self.shape(port, pictures, &tile_shape(pictures[0]))?;
                 Tensor::from_f32(port.dtype, &shape, data)
@@ -272,8 +215,10 @@ impl VisionEncoder {
                 let mut data: Vec<i64> = Vec::new();
                 for picture in pictures {
                     let count = tile_count(picture) * height * width;
-                    match &picture.pixel_attention_mask {
-                        Some(mask) if mask.len() == count => data.extend(mask.iter().map(|&real| i64::from(real))),
+                    match picture.get(PIXEL_ATTENTION_MASK) {
+                        Some(Array::Bool(mask)) if mask.len() == count => {
+                            data.extend(mask.iter().map(|&real| i64::from(real)));
+                        }
                         Some(mask) => {
                             let problem = format!("pixel mask of shape {:?} does not fit its tiles", mask.shape());
                             return Err(Error::invalid("picture", problem));
@@ -285,17 +230,17 @@ impl VisionEncoder {
                 Tensor::from_i64(port.dtype, &shape, data)
             }
             _ => {
-                let grids: Vec<i64> = pictures.iter().filter_map(|picture| picture.image_grid_thw).flatten().collect();
+                let grids: Vec<i64> = pictures.iter().filter_map(|picture| picture.grid_thw()).flatten().collect();
                 Tensor::from_i64(DataType::Int64, &[grids.len() / 3, 3], grids)
             }
         }
     }
 
     /// The shape that the port wants: patches as they are, else tiles first, with a batch axis of 1 before them where its rank has room for one.
-    fn shape(&self, port: &Port, pictures: &[&Picture], tile: &[usize]) -> Result<Vec<usize>> {
+    fn shape(&self, port: &Port, pictures: &[&ImageArrays], tile: &[usize]) -> Result<Vec<usize>> {
         let tiles: usize = pictures.iter().map(|picture| tile_count(picture)).sum();
         let mut shape = match tile.len() {
-            1 => vec![pictures[0].pixel_values.shape()[0]],
+            1 => vec![pixel_shape(pictures[0])[0]],
             _ => vec![tiles],
         };
         shape.extend_from_slice(tile);
@@ -311,7 +256,7 @@ impl VisionEncoder {
 }
 
 /// Pictures in groups of equal tile size, at most [`TILES_PER_RUN`] tiles each; patches go one picture at a time.
-fn runs<'a, 'b>(pictures: &'b [&'a Picture]) -> Vec<&'b [&'a Picture]> {
+fn runs<'a, 'b>(pictures: &'b [&'a ImageArrays]) -> Vec<&'b [&'a ImageArrays]> {
     let mut groups = Vec::new();
     let mut start = 0;
     while start < pictures.len() {
@@ -321,7 +266,7 @@ fn runs<'a, 'b>(pictures: &'b [&'a Picture]) -> Vec<&'b [&'a Picture]> {
         while end < pictures.len() {
             let next = pictures[end];
             tiles += tile_count(next);
-            let alone = first.pixel_values.ndim() < 4 || tile_shape(next) != tile_shape(first);
+            let alone = pixel_shape(first).len() < 4 || tile_shape(next) != tile_shape(first);
             if alone || tiles > TILES_PER_RUN {
                 break;
             }
@@ -334,8 +279,8 @@ fn runs<'a, 'b>(pictures: &'b [&'a Picture]) -> Vec<&'b [&'a Picture]> {
 }
 
 /// Tiles in a picture: the axis before channels; all patches of a picture count as one.
-fn tile_count(picture: &Picture) -> usize {
-    let shape = picture.pixel_values.shape();
+fn tile_count(picture: &ImageArrays) -> usize {
+    let shape = pixel_shape(picture);
     match shape.len() {
         4 => shape[0],
         5 => shape[0] * shape[1],
@@ -344,8 +289,8 @@ fn tile_count(picture: &Picture) -> usize {
 }
 
 /// Axes of one tile, `[C, H, W]`, or `[D]` of one patch.
-fn tile_shape(picture: &Picture) -> Vec<usize> {
-    let shape = picture.pixel_values.shape();
+fn tile_shape(picture: &ImageArrays) -> Vec<usize> {
+    let shape = pixel_shape(picture);
     match shape.len() {
         4 => shape[1..].to_vec(),
         5 => shape[2..].to_vec(),
@@ -353,8 +298,12 @@ fn tile_shape(picture: &Picture) -> Vec<usize> {
     }
 }
 
-fn is_padded(picture: &Picture) -> bool {
-    picture.pixel_attention_mask.as_ref().is_some_and(|mask| mask.iter().any(|&real| !real))
+fn pixel_shape(picture: &ImageArrays) -> &[usize] {
+    picture.get(PIXEL_VALUES).map_or(&[], Array::shape)
+}
+
+fn is_padded(picture: &ImageArrays) -> bool {
+    matches!(picture.get(PIXEL_ATTENTION_MASK), Some(Array::Bool(mask)) if mask.iter().any(|&real| !real))
 }
 
 #[cfg(test)]
@@ -379,20 +328,13 @@ mod tests {
 
     #[test]
     fn pictures_of_one_tile_size_share_a_run() {
-        let picture = |key: &str, shape: &[usize]| Picture {
-            key: key.into(),
-            pixel_values: ArrayD::zeros(shape),
-            pixel_attention_mask: None,
-            image_grid_thw: None,
+        let picture = |shape: &[usize]| {
+            let pixels = Array::Float(ndarray::ArrayD::zeros(shape));
+            ImageArrays::new([(PIXEL_VALUES, pixels)]).expect("a picture")
         };
-        let pictures = [
-            picture("a", &[2, 3, 8, 8]),
-            picture("b", &[1, 3, 8, 8]),
-            picture("c", &[1, 3, 4, 8]),
-            picture("d", &[31, 3, 4, 8]),
-            picture("e", &[1, 3, 4, 8]),
-        ];
-        let borrowed: Vec<&Picture> = pictures.iter().collect();
+        let pictures =
+            [[2, 3, 8, 8], [1, 3, 8, 8], [1, 3, 4, 8], [31, 3, 4, 8], [1, 3, 4, 8]].map(|shape| picture(&shape));
+        let borrowed: Vec<&ImageArrays> = pictures.iter().collect();
         let sizes: Vec<usize> = runs(&borrowed).iter().map(|group| group.len()).collect();
         assert_eq!(sizes, [2, 2, 1]);
     }

@@ -4,24 +4,16 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::base::{Cancel, Error, Result};
+use crate::prompt::{ImageArrays, Prompt};
 
 use super::decoder::{Decoder, KvCache, Step, StepTokens};
 use super::positions::{multimodal_positions, positions_of_mask};
 use super::session::Session;
 use super::tensor::Tensor;
-use super::vision::{Features, Picture, VisionEncoder};
+use super::vision::{Features, VisionEncoder};
 
 /// Largest difference of logits that still counts as the same answer when padding is tried out.
 const PADDING_TOLERANCE: f32 = 1e-2;
-
-/// A tokenised question with its pictures.
-#[derive(Clone, Debug, Default)]
-pub struct Prompt {
-    /// Token ids, an image token for every row of image features.
-    pub input_ids: Vec<i64>,
-    /// Pictures in the order of their tokens.
-    pub pictures: Vec<Arc<Picture>>,
-}
 
 /// What the model's configs say about generation.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -170,7 +162,7 @@ impl VlmSession {
         if prompts.iter().any(|prompt| prompt.input_ids.is_empty()) {
             return Err(Error::invalid("prompt", "has no tokens"));
         }
-        let pictures: Vec<&Picture> =
+        let pictures: Vec<&ImageArrays> =
             prompts.iter().flat_map(|prompt| prompt.pictures.iter().map(Arc::as_ref)).collect();
         let features = match &mut self.vision {
             Some(vision) => vision.encode(&pictures)?,
@@ -235,7 +227,7 @@ impl VlmSession {
             return Ok((vec![row; self.decoder.position_rows()], length));
         }
         let subject = self.decoder.session().subject();
-        let grids: Option<Vec<[i64; 3]>> = prompt.pictures.iter().map(|picture| picture.image_grid_thw).collect();
+        let grids: Option<Vec<[i64; 3]>> = prompt.pictures.iter().map(|picture| picture.grid_thw()).collect();
         let grids = grids.ok_or_else(|| {
             Error::invalid(subject, "takes three rows of positions, but a picture has no grid of patches")
         })?;

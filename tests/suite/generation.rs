@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use interlace::base::{Cancel, Device};
 use interlace::onnx;
-use interlace::runtime::{Decoder, Prompt, Runtime, SessionOptions, Step, StepTokens, VlmSession, VlmSettings};
+use interlace::prompt::Prompt;
+use interlace::runtime::{Decoder, Runtime, SessionOptions, Step, StepTokens, VlmSession, VlmSettings};
 
 /// Heads of the zoo's networks are 16 wide; some graphs leave that open.
 const HEAD_DIM: usize = 16;

@@ -11,7 +11,7 @@ const LAYERS: &[&[&str]] = &[
     &["pipeline"],
     &["method", "finetune", "eval", "export"],
     &["data", "runtime", "torch"],
-    &["rewrite", "bundle"],
+    &["prompt", "rewrite", "bundle"],
     &["analysis"],
     &["onnx"],
     &["ir"],

@@ -41,7 +41,8 @@ fn pixel_values_are_those_of_transformers() {
             let Some(picture) = name.strip_suffix(&format!(".{way}.pixel_values")) else { continue };
             let image = ImageBytes::file(picture, fixtures("processor/pictures").join(format!("{picture}.png")));
             let encoded = processor.encode_question(picture, &[Part::Image(0)], &[image]).unwrap();
-            let found = encoded.images.unwrap().pixel_values;
+            let found = encoded.images.unwrap().joined("pixel_values").unwrap();
+            let found = found.floats().unwrap();
             let shape: Vec<usize> = want.size().iter().skip(1).map(|dim| *dim as usize).collect();
             assert_eq!(found.shape(), shape, "{name}");
             let want = Vec::<f32>::try_from(want.view([-1])).unwrap();

@@ -1,0 +1,217 @@
+//! What a model is asked, as arrays: token ids, and for each picture what the vision encoder reads. Processors make it,
+//! sessions run it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use ndarray::{ArrayD, Axis, concatenate};
+
+use crate::base::{Error, Result, Sha256Digest, sha256_bytes};
+
+/// Pixels: tiles `[N, C, H, W]`, patches `[P, D]`, or tiles of patches `[N, P, D]`.
+pub const PIXEL_VALUES: &str = "pixel_values";
+/// True where a pixel or a patch is real and false where it is padding: `[N, H, W]` or `[N, P]`.
+pub const PIXEL_ATTENTION_MASK: &str = "pixel_attention_mask";
+/// Patches in time, height and width: `[1, 3]`.
+pub const IMAGE_GRID_THW: &str = "image_grid_thw";
+/// Patches in height and width: `[1, 2]`.
+pub const IMAGE_GRID_HWS: &str = "image_grid_hws";
+/// Height and width in pixels, before or after resizing as the family has it: `[1, 2]`.
+pub const IMAGE_SIZES: &str = "image_sizes";
+/// Patches in height and width of each tile of patches: `[N, 2]`.
+pub const SPATIAL_SHAPES: &str = "spatial_shapes";
+/// Column and row of each patch, -1 at padding: `[1, P, 2]`.
+pub const PIXEL_POSITION_IDS: &str = "pixel_position_ids";
+/// Patches in height and width of each slice: `[N, 2]`.
+pub const TGT_SIZES: &str = "tgt_sizes";
+/// True where a patch is real: `[N, 1, P]` or `[N, P]`.
+pub const PATCH_ATTENTION_MASK: &str = "patch_attention_mask";
+
+/// An array in the element type in which a processor makes it; a graph's input may take another.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Array {
+    Float(ArrayD<f32>),
+    Int(ArrayD<i64>),
+    Bool(ArrayD<bool>),
+}
+
+impl Array {
+    /// Axis lengths.
+    pub fn shape(&self) -> &[usize] {
+        match self {
+            Array::Float(array) => array.shape(),
+            Array::Int(array) => array.shape(),
+            Array::Bool(array) => array.shape(),
+        }
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.shape().iter().product()
+    }
+
+    /// True when there are no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The floats of an array of floats.
+    pub fn floats(&self) -> Option<&ArrayD<f32>> {
+        match self {
+            Array::Float(array) => Some(array),
+            _ => None,
+        }
+    }
+
+    /// The integers of an array of integers.
+    pub fn ints(&self) -> Option<&ArrayD<i64>> {
+        match self {
+            Array::Int(array) => Some(array),
+            _ => None,
+        }
+    }
+
+    /// Several arrays behind each other along their first axis.
+    ///
+    /// Errors: `Error::Invalid` when there are none, or element types or other axes differ.
+    pub fn joined(arrays: &[&Array]) -> Result<Array> {
+        macro_rules! join {
+            ($kind:ident) => {{
+                let views: Option<Vec<_>> = arrays
+                    .iter()
+                    .map(|array| match array {
+                        Array::$kind(array) => Some(array.view()),
+                        _ => None,
+                    })
+                    .collect();
+                views.and_then(|views| concatenate(Axis(0), &views).ok()).map(Array::$kind)
+            }};
+        }
+        let joined = match arrays.first() {
+            Some(Array::Float(_)) => join!(Float),
+            Some(Array::Int(_)) => join!(Int),
+            Some(Array::Bool(_)) => join!(Bool),
+            None => None,
+        };
+        let shapes: Vec<&[usize]> = arrays.iter().map(|array| array.shape()).collect();
+        joined.ok_or_else(|| Error::invalid("arrays of pictures", format!("of shapes {shapes:?} cannot be joined")))
+    }
+
+    fn append_bytes(&self, bytes: &mut Vec<u8>) {
+        bytes.extend(self.shape().iter().flat_map(|&size| (size as u64).to_le_bytes()));
+        match self {
+            Array::Float(array) => bytes.extend(array.iter().flat_map(|x| x.to_le_bytes())),
+            Array::Int(array) => bytes.extend(array.iter().flat_map(|x| x.to_le_bytes())),
+            Array::Bool(array) => bytes.extend(array.iter().map(|&x| u8::from(x))),
+        }
+    }
+}
+
+/// One picture as the vision encoder reads it: arrays by the name that Hugging Face's processor gives them. The first
+/// axis of each counts what the picture has several of (tiles, patches) or is 1, so that joining the arrays of several
+/// pictures along it gives the arrays of a prompt.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ImageArrays {
+    key: Sha256Digest,
+    arrays: BTreeMap<String, Array>,
+}
+
+impl ImageArrays {
+    /// A picture of these arrays.
+    ///
+    /// Errors: `Error::Invalid` without pixels, or with an array without elements.
+    pub fn new(arrays: impl IntoIterator<Item = (&'static str, Array)>) -> Result<Self> {
+        let arrays: BTreeMap<String, Array> =
+            arrays.into_iter().map(|(name, array)| (name.to_string(), array)).collect();
+        if !arrays.contains_key(PIXEL_VALUES) {
+            return Err(Error::invalid("picture", format!("has no array `{PIXEL_VALUES}`")));
+        }
+        if let Some((name, array)) = arrays.iter().find(|(_, array)| array.is_empty()) {
+            return Err(Error::invalid("picture", format!("array `{name}` of shape {:?} is empty", array.shape())));
+        }
+        let mut bytes = Vec::with_capacity(arrays.values().map(|array| array.len() * 4 + 64).sum());
+        for (name, array) in &arrays {
+            bytes.extend(name.as_bytes());
+            array.append_bytes(&mut bytes);
+        }
+        Ok(ImageArrays { key: sha256_bytes(&bytes), arrays })
+    }
+
+    /// Which picture under which processing this is: equal keys have equal arrays.
+    pub fn key(&self) -> &Sha256Digest {
+        &self.key
+    }
+
+    /// An array by its name.
+    pub fn get(&self, name: &str) -> Option<&Array> {
+        self.arrays.get(name)
+    }
+
+    /// All arrays, by name.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Array)> {
+        self.arrays.iter().map(|(name, array)| (name.as_str(), array))
+    }
+
+    /// The pixels.
+    ///
+    /// Errors: `Error::Invalid` when they are no floats.
+    pub fn pixel_values(&self) -> Result<&ArrayD<f32>> {
+        let found = self.get(PIXEL_VALUES).and_then(Array::floats);
+        found.ok_or_else(|| Error::invalid("picture", format!("`{PIXEL_VALUES}` holds no floats")))
+    }
+
+    /// Patches in time, height and width, of a picture that is cut into patches on a grid.
+    pub fn grid_thw(&self) -> Option<[i64; 3]> {
+        let grid = self.get(IMAGE_GRID_THW)?.ints()?;
+        grid.iter().copied().collect::<Vec<_>>().try_into().ok()
+    }
+}
+
+/// A tokenised question with its pictures.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Prompt {
+    /// Token ids, an image token for every row of image features.
+    pub input_ids: Vec<i64>,
+    /// Pictures in the order of their tokens.
+    pub pictures: Vec<Arc<ImageArrays>>,
+}
+
+#[cfg(test)]
+mod tests {
+    use ndarray::{ArrayD, IxDyn};
+
+    use super::*;
+
+    fn pixels(shape: &[usize], value: f32) -> Array {
+        Array::Float(ArrayD::from_elem(IxDyn(shape), value))
+    }
+
+    #[test]
+    fn pictures_are_told_apart_by_every_array() {
+        let grid = |n: i64| Array::Int(ArrayD::from_elem(IxDyn(&[1, 3]), n));
+        let of = |value: f32, n: i64| {
+            let arrays = [(PIXEL_VALUES, pixels(&[2, 3], value)), (IMAGE_GRID_THW, grid(n))];
+            ImageArrays::new(arrays).unwrap()
+        };
+        assert_eq!(of(0.5, 1).key(), of(0.5, 1).key());
+        assert_ne!(of(0.5, 1).key(), of(0.5, 2).key());
+        assert_ne!(of(0.5, 1).key(), of(0.25, 1).key());
+        assert_eq!(of(0.5, 2).grid_thw(), Some([2, 2, 2]));
+    }
+
+    #[test]
+    fn pictures_without_pixels_are_refused() {
+        assert!(ImageArrays::new([(IMAGE_GRID_THW, pixels(&[1], 0.0))]).is_err());
+        assert!(ImageArrays::new([(PIXEL_VALUES, pixels(&[0, 3], 0.0))]).is_err());
+    }
+
+    #[test]
+    fn arrays_join_along_their_first_axis() {
+        let (a, b) = (pixels(&[1, 2], 1.0), pixels(&[2, 2], 2.0));
+        let joined = Array::joined(&[&a, &b]).unwrap();
+        assert_eq!(joined.shape(), [3, 2]);
+        assert_eq!(joined.floats().unwrap().iter().copied().collect::<Vec<_>>(), [1.0, 1.0, 2.0, 2.0, 2.0, 2.0]);
+        assert!(Array::joined(&[&a, &pixels(&[1, 3], 0.0)]).is_err());
+        assert!(Array::joined(&[]).is_err());
+    }
+}
