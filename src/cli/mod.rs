@@ -131,7 +131,21 @@ fn dispatch(cli: Cli, torch: RunTorchVerb) -> anyhow::Result<Outcome> {
     }
 }
 
-/// Name and first line of help of every verb, for tests and the README.
+/// The help of every verb in Markdown, for docs/cli.md.
+pub fn reference() -> String {
+    let mut text = String::new();
+    let mut command = Cli::command().term_width(100);
+    command.build();
+    for verb in command.get_subcommands_mut().filter(|verb| !verb.is_hide_set() && verb.get_name() != "help") {
+        let help = verb.render_long_help().to_string();
+        let lines: Vec<&str> = help.lines().map(str::trim_end).collect();
+        text.push_str(&format!("\n## {}\n\n```text\n{}\n```\n", verb.get_name(), lines.join("\n").trim_end()));
+    }
+    text.push('\n');
+    text
+}
+
+/// Name and first line of help of every verb, for tests and documents.
 pub fn verbs() -> Vec<(String, String)> {
     let command = Cli::command();
     let visible = command.get_subcommands().filter(|verb| !verb.is_hide_set());

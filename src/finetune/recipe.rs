@@ -22,7 +22,7 @@ pub struct StageRow {
 /// One recipe.
 pub struct RecipeRow {
     pub name: &'static str,
-    /// One line for help texts and the README.
+    /// One line for help texts and documents.
     pub summary: &'static str,
     /// Part of the drawn samples that is trained on.
     pub data_share: f64,

@@ -1,64 +1,198 @@
-//! The README says what the code does.
+//! The documents say what the code does: tables are those of the code, links lead somewhere, commands run.
 
+use std::collections::BTreeSet;
+use std::fmt::Write;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
-fn readme() -> String {
-    fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).expect("README.md")
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Every document a user reads, relative to the root.
+fn documents() -> Vec<PathBuf> {
+    let mut found: Vec<PathBuf> = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"].map(PathBuf::from).to_vec();
+    for folder in ["docs", "docs/results"] {
+        let entries = fs::read_dir(root().join(folder)).expect("docs/");
+        let names = entries.map(|entry| entry.expect("entry").file_name());
+        found.extend(
+            names.map(|name| Path::new(folder).join(name)).filter(|path| path.extension() == Some("md".as_ref())),
+        );
+    }
+    found
+}
+
+fn read(path: &Path) -> String {
+    fs::read_to_string(root().join(path)).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
 /// The lines between `<!-- NAME -->` and `<!-- /NAME -->`.
 fn section<'a>(text: &'a str, name: &str) -> &'a str {
     let start = format!("<!-- {name} -->\n");
     let end = format!("<!-- /{name} -->");
-    let from = text.find(&start).unwrap_or_else(|| panic!("README.md lacks {start}")) + start.len();
-    let length = text[from..].find(&end).unwrap_or_else(|| panic!("README.md lacks {end}"));
+    let from = text.find(&start).unwrap_or_else(|| panic!("lacks {start}")) + start.len();
+    let length = text[from..].find(&end).unwrap_or_else(|| panic!("lacks {end}"));
     &text[from..from + length]
 }
 
-/// A table made by the code; `INTERLACE_UPDATE_DOCS=1 cargo test docs` writes it into the README.
-fn check_table(name: &str, head: [&str; 2], rows: impl Iterator<Item = (String, String)>) {
-    let mut want = format!("| {} | {} |\n|---|---|\n", head[0], head[1]);
-    for (key, value) in rows {
-        want.push_str(&format!("| `{key}` | {value} |\n"));
-    }
-    check_section(name, &want);
-}
-
-fn check_section(name: &str, want: &str) {
-    let mut text = readme();
+/// Compares a section with what the code makes; `INTERLACE_UPDATE_DOCS=1 cargo test docs` writes it.
+fn check_section(file: &str, name: &str, want: &str) {
+    let path = Path::new(file);
+    let mut text = read(path);
     if std::env::var_os("INTERLACE_UPDATE_DOCS").is_some() {
         let old = section(&text, name);
         let start = old.as_ptr() as usize - text.as_ptr() as usize;
         text.replace_range(start..start + old.len(), want);
-        fs::write(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md"), &text).expect("README.md is writable");
+        fs::write(root().join(path), &text).expect("the document is writable");
     }
-    assert_eq!(section(&text, name), want, "run with INTERLACE_UPDATE_DOCS=1");
+    let other = section(&text, name).lines().zip(want.lines()).find(|(found, want)| found != want);
+    assert!(
+        section(&text, name) == want,
+        "{file} is not what the code says ({other:?}): run with INTERLACE_UPDATE_DOCS=1"
+    );
+}
+
+fn check_table(file: &str, name: &str, head: [&str; 2], rows: impl Iterator<Item = (String, String)>) {
+    let mut want = format!("| {} | {} |\n|---|---|\n", head[0], head[1]);
+    for (key, value) in rows {
+        let _ = writeln!(want, "| `{key}` | {value} |");
+    }
+    check_section(file, name, &want);
 }
 
 #[test]
 fn the_tables_are_those_of_the_code() {
     let verbs = interlace::cli::verbs().into_iter().filter(|(name, _)| name != "help");
-    check_table("verbs", ["verb", "what it does"], verbs);
+    check_table("README.md", "verbs", ["verb", "what it does"], verbs);
     let strategies = interlace::method::select::STRATEGIES.iter();
     let rows = strategies.map(|strategy| (strategy.name.to_string(), strategy.summary.to_string()));
-    check_table("strategies", ["strategy", "what it does"], rows);
+    check_table("docs/strategies.md", "strategies", ["strategy", "what it does"], rows);
     let recipes = interlace::finetune::RECIPES.iter();
-    check_table(
-        "recipes",
-        ["recipe", "what it does"],
-        recipes.map(|row| (row.name.to_string(), row.summary.to_string())),
-    );
-    check_section("operators", &format!("\n{}\n", interlace::torch::support_table()));
+    let rows = recipes.map(|row| (row.name.to_string(), row.summary.to_string()));
+    check_table("docs/healing.md", "recipes", ["recipe", "what it does"], rows);
+    check_section("docs/operators.md", "operators", &format!("\n{}\n", interlace::torch::support_table()));
+    check_section("docs/cli.md", "cli", &interlace::cli::reference());
+}
+
+/// One heading per artifact, its description, and its fields with theirs.
+fn artifacts() -> String {
+    let mut text = String::new();
+    for (name, schema) in interlace::cli::schemas() {
+        let schema = serde_json::to_value(&schema).expect("schema");
+        let words = |value: &serde_json::Value| {
+            let text = value["description"].as_str().unwrap_or_default();
+            text.split("\n\n").next().unwrap_or_default().replace('\n', " ").replace('|', "\\|")
+        };
+        let _ = write!(text, "\n## {name}\n\n{} [Schema](../schemas/{name}.schema.json).\n\n", words(&schema));
+        let Some(fields) = schema["properties"].as_object() else { continue };
+        text.push_str("| field | content |\n|---|---|\n");
+        for (field, value) in fields {
+            let _ = writeln!(text, "| `{field}` | {} |", words(value));
+        }
+    }
+    text.push('\n');
+    text
+}
+
+#[test]
+fn json_files_are_described_from_their_types() {
+    check_section("docs/json.md", "json", &artifacts());
 }
 
 #[test]
 fn the_picture_of_the_layers_names_every_module() {
-    let text = readme();
+    let text = read(Path::new("docs/architecture.md"));
     let picture = section(&text, "layers");
-    let lib = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/lib.rs")).expect("lib.rs");
+    let lib = read(Path::new("src/lib.rs"));
     let modules = lib.lines().filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';'));
     for module in modules {
-        assert!(picture.contains(&format!("{module}/")), "README.md's picture of the layers lacks `{module}/`");
+        assert!(picture.contains(&format!("{module}/")), "the picture of the layers lacks `{module}/`");
     }
+}
+
+#[test]
+fn the_readme_is_short() {
+    let lines = read(Path::new("README.md")).lines().count();
+    assert!(lines <= 150, "README.md has {lines} lines, at most 150 are wanted");
+}
+
+/// Headings as the anchors that links name.
+fn anchors(text: &str) -> BTreeSet<String> {
+    let headings = text.lines().filter(|line| line.starts_with('#')).map(|line| line.trim_start_matches('#').trim());
+    let anchor = |heading: &str| {
+        let kept = heading.chars().filter(|c| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_'));
+        kept.collect::<String>().to_lowercase().replace(' ', "-")
+    };
+    headings.map(anchor).collect()
+}
+
+#[test]
+fn every_link_leads_somewhere() {
+    let mut count = 0;
+    for path in documents() {
+        let text = read(&path);
+        for (at, _) in text.match_indices("](") {
+            let target = text[at + 2..].split(')').next().unwrap_or_default();
+            if target.starts_with("http") {
+                continue;
+            }
+            count += 1;
+            let (file, anchor) = target.split_once('#').unwrap_or((target, ""));
+            let full = if file.is_empty() {
+                root().join(&path)
+            } else {
+                root().join(&path).parent().expect("folder").join(file)
+            };
+            assert!(full.exists(), "{}: link to {target} leads nowhere", path.display());
+            if !anchor.is_empty() {
+                let other = fs::read_to_string(&full).expect("linked document");
+                assert!(anchors(&other).contains(anchor), "{}: {target} has no such heading", path.display());
+            }
+        }
+    }
+    assert!(count > 20, "only {count} links found");
+}
+
+/// The blocks of a document that are marked as runnable, as one shell script.
+fn runnable(text: &str) -> String {
+    let mut script = String::new();
+    let mut inside = false;
+    for line in text.lines() {
+        match line {
+            "```sh runnable" => inside = true,
+            "```" => inside = false,
+            _ if inside => {
+                script.push_str(line);
+                script.push('\n');
+            }
+            _ => {}
+        }
+    }
+    script
+}
+
+#[test]
+fn commands_that_are_marked_as_runnable_run() {
+    let programs = Path::new(env!("CARGO_BIN_EXE_interlace")).parent().expect("folder of the programs");
+    let search = format!("{}:{}", programs.display(), std::env::var("PATH").expect("PATH"));
+    let mut count = 0;
+    for path in documents() {
+        let script = runnable(&read(&path));
+        if script.is_empty() {
+            continue;
+        }
+        count += 1;
+        let folder = tempfile::tempdir().expect("temporary folder");
+        let output = Command::new("bash")
+            .args(["-euo", "pipefail", "-c", &script])
+            .current_dir(root())
+            .env("PATH", &search)
+            .env("OUT", folder.path())
+            .output()
+            .expect("bash");
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{}: {errors}", path.display());
+    }
+    assert!(count > 0, "no document has a runnable block");
 }

@@ -63,7 +63,7 @@ pub struct Request<'a, 'm> {
 /// A row of the table of strategies.
 pub struct Strategy {
     pub name: &'static str,
-    /// One line for help texts and the README.
+    /// One line for help texts and documents.
     pub summary: &'static str,
     /// Pack sizes whose similarities it reads, when `count` layers are to be dropped.
     pub packs: fn(count: usize) -> Vec<usize>,
