@@ -36,7 +36,8 @@ pub struct ModelConfig {
 /// Keys under which configs hold the language model.
 pub(super) const TEXT_SECTIONS: &[&str] = &["text_config", "llm_config", "language_config", "thinker_config"];
 /// Keys under which configs hold the vision tower.
-pub(super) const VISION_SECTIONS: &[&str] = &["vision_config", "visual", "vision_tower_config", "vit_config", "vision"];
+pub(super) const VISION_SECTIONS: &[&str] =
+    &["vision_config", "visual", "vision_tower_config", "vit_config", "vision_encoder", "vision"];
 
 impl ModelConfig {
     pub(super) fn read(bundle: &Bundle) -> Result<Option<Self>> {

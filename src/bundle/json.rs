@@ -69,6 +69,15 @@ impl Node {
         }
     }
 
+    pub fn is_object(&self) -> bool {
+        matches!(&self.kind, Kind::Object(_))
+    }
+
+    /// True for `true`.
+    pub fn is_true(&self) -> bool {
+        matches!(&self.kind, Kind::Scalar(Value::Bool(true)))
+    }
+
     /// True for `null`.
     pub fn is_null(&self) -> bool {
         matches!(&self.kind, Kind::Scalar(Value::Null))

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::Listing;
+use super::listing::Listing;
 
 /// What a component computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, schemars::JsonSchema)]
@@ -10,7 +10,7 @@ use super::Listing;
 pub enum Role {
     /// Pixels to image features in the decoder's width.
     VisionEncoder,
-    /// Token ids (and, in some layouts, image features) to input embeddings.
+    /// Token ids (and, in some layouts, image features or pixels) to input embeddings.
     EmbedTokens,
     /// The language model, prefill and cached decode in one graph.
     Decoder,
@@ -22,12 +22,21 @@ pub enum Role {
     Projector,
     /// The language model's last hidden state to logits, where it is a file of its own.
     LmHead,
+    /// Sounds to features in the decoder's width: carried along, not run.
+    AudioEncoder,
+    /// A part of drawing pictures (heads and embeddings of picture codes, codes to pixels): carried along, not run.
+    ImageGenerator,
 }
 
 impl Role {
     /// True when the component holds the language model's layers.
     pub fn is_decoder(self) -> bool {
         matches!(self, Role::Decoder | Role::DecoderPrefill | Role::DecoderWithPast)
+    }
+
+    /// True when no verb runs the component: it is written as it is.
+    pub fn is_carried(self) -> bool {
+        matches!(self, Role::AudioEncoder | Role::ImageGenerator)
     }
 
     /// As messages and reports show it.
@@ -40,6 +49,8 @@ impl Role {
             Role::DecoderWithPast => "decoder_with_past",
             Role::Projector => "projector",
             Role::LmHead => "lm_head",
+            Role::AudioEncoder => "audio_encoder",
+            Role::ImageGenerator => "image_generator",
         }
     }
 }
@@ -78,10 +89,17 @@ pub(super) const LAYOUTS: &[Layout] = &[
         components: Components::Stems(&[
             ("onnx/vision_encoder", Role::VisionEncoder),
             ("onnx/embed_tokens", Role::EmbedTokens),
+            ("onnx/prepare_inputs_embeds", Role::EmbedTokens),
             ("onnx/decoder_model_merged", Role::Decoder),
             ("onnx/decoder_model", Role::DecoderPrefill),
             ("onnx/decoder_with_past_model", Role::DecoderWithPast),
             ("onnx/model", Role::Decoder),
+            ("onnx/language_model", Role::Decoder),
+            ("onnx/lm_head", Role::LmHead),
+            ("onnx/audio_encoder", Role::AudioEncoder),
+            ("onnx/gen_head", Role::ImageGenerator),
+            ("onnx/gen_img_embeds", Role::ImageGenerator),
+            ("onnx/image_decode", Role::ImageGenerator),
         ]),
     },
     Layout {
@@ -91,6 +109,9 @@ pub(super) const LAYOUTS: &[Layout] = &[
             ("vision/model", Role::VisionEncoder),
             ("vision_encoder/model", Role::VisionEncoder),
             ("embedding/model", Role::EmbedTokens),
+            ("audio_encoder/model", Role::AudioEncoder),
+            ("audio/model", Role::AudioEncoder),
+            ("speech/model", Role::AudioEncoder),
             ("decoder/model", Role::Decoder),
             ("model/model", Role::Decoder),
         ]),
@@ -101,10 +122,17 @@ pub(super) const LAYOUTS: &[Layout] = &[
         components: Components::Stems(&[
             ("vision_encoder", Role::VisionEncoder),
             ("embed_tokens", Role::EmbedTokens),
+            ("prepare_inputs_embeds", Role::EmbedTokens),
             ("decoder_model_merged", Role::Decoder),
             ("decoder_model", Role::DecoderPrefill),
             ("decoder_with_past_model", Role::DecoderWithPast),
             ("model", Role::Decoder),
+            ("language_model", Role::Decoder),
+            ("lm_head", Role::LmHead),
+            ("audio_encoder", Role::AudioEncoder),
+            ("gen_head", Role::ImageGenerator),
+            ("gen_img_embeds", Role::ImageGenerator),
+            ("image_decode", Role::ImageGenerator),
         ]),
     },
 ];
@@ -116,89 +144,3 @@ pub(super) const SINGLE_FILE: Layout =
 /// Precision variants, by the suffix that stands between stem and extension.
 pub(super) const VARIANTS: &[&str] =
     &["", "fp16", "bf16", "q4", "q4f16", "q8", "quantized", "int8", "uint8", "bnb4", "optimized"];
-
-/// What a file other than a component is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum AssetKind {
-    /// Read and, for dropped layers, rewritten.
-    Config,
-    /// Tokenizer, processor and template: carried over as they are.
-    Tokenizer,
-    /// Settings of the exporter or quantiser: carried over as they are.
-    Tooling,
-    /// For people: carried over, not part of the digest.
-    Documentation,
-    /// What interlace did so far.
-    Record,
-}
-
-/// The name of the file that holds what interlace did.
-pub const RECORD_FILE: &str = "interlace.json";
-
-/// Files by exact name, in the folder itself.
-const NAMES: &[(&str, AssetKind)] = &[
-    ("config.json", AssetKind::Config),
-    ("genai_config.json", AssetKind::Config),
-    ("export.json", AssetKind::Config),
-    ("generation_config.json", AssetKind::Tokenizer),
-    ("preprocessor_config.json", AssetKind::Tokenizer),
-    ("processor_config.json", AssetKind::Tokenizer),
-    ("video_preprocessor_config.json", AssetKind::Tokenizer),
-    ("vision_processor.json", AssetKind::Tokenizer),
-    ("image_processor.json", AssetKind::Tokenizer),
-    ("speech_processor.json", AssetKind::Tokenizer),
-    ("tokenizer.json", AssetKind::Tokenizer),
-    ("tokenizer_config.json", AssetKind::Tokenizer),
-    ("tokenizer.model", AssetKind::Tokenizer),
-    ("sentencepiece.bpe.model", AssetKind::Tokenizer),
-    ("spiece.model", AssetKind::Tokenizer),
-    ("special_tokens_map.json", AssetKind::Tokenizer),
-    ("chat_template.jinja", AssetKind::Tokenizer),
-    ("chat_template.json", AssetKind::Tokenizer),
-    ("vocab.json", AssetKind::Tokenizer),
-    ("vocab.txt", AssetKind::Tokenizer),
-    ("merges.txt", AssetKind::Tokenizer),
-    ("added_tokens.json", AssetKind::Tokenizer),
-    ("ort_config.json", AssetKind::Tooling),
-    ("quantize_config.json", AssetKind::Tooling),
-    ("quantization_config.json", AssetKind::Tooling),
-    (RECORD_FILE, AssetKind::Record),
-];
-
-/// What `path` (relative, with `/`) is for; `None` when nobody claims it.
-pub(super) fn classify(path: &str) -> Option<AssetKind> {
-    if let Some((_, kind)) = NAMES.iter().find(|(name, _)| *name == path) {
-        return Some(*kind);
-    }
-    is_documentation(path).then_some(AssetKind::Documentation)
-}
-
-/// Read-me files, licences, pictures, version-control settings.
-fn is_documentation(path: &str) -> bool {
-    let name = path.rsplit('/').next().unwrap_or(path);
-    let upper = name.to_ascii_uppercase();
-    let stems = ["README", "LICENSE", "LICENCE", "NOTICE", "COPYING", "CITATION", "USE_POLICY", "CHANGELOG"];
-    let extensions = [".md", ".rst", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp"];
-    let settings = [".gitattributes", ".gitignore", ".gitkeep"];
-    stems.iter().any(|stem| upper.starts_with(stem))
-        || extensions.iter().any(|extension| name.to_ascii_lowercase().ends_with(extension))
-        || settings.contains(&name)
-}
-
-/// Why a file that nobody claims is often there, and what to do about it.
-pub(super) fn remedy_for(path: &str) -> String {
-    let weights = [".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack"];
-    if weights.iter().any(|extension| path.ends_with(extension)) {
-        return "weights in another format would no longer match the pruned network: move the file out of the folder"
-            .into();
-    }
-    if path.ends_with(".onnx") {
-        return format!(
-            "component files are named STEM.onnx or STEM_VARIANT.onnx with a variant of {}; move it out of the folder, \
-             or give the path of this one file",
-            VARIANTS.iter().skip(1).copied().collect::<Vec<_>>().join(", ")
-        );
-    }
-    "move it out of the folder if the model does not need it".into()
-}

@@ -1,16 +1,22 @@
 //! Model folders: which file is which component, what the configs say, and writing a changed folder.
 
+mod assets;
+mod card;
+mod components;
 mod config;
 mod export_json;
 mod json;
+mod layer_keys;
 mod layers;
 mod layout;
+mod listing;
 mod record;
 mod write;
 
+pub use assets::{AssetKind, RECORD_FILE};
 pub use config::ModelConfig;
 pub use layers::{LayerEdit, Tower};
-pub use layout::{AssetKind, Layout, RECORD_FILE, Role};
+pub use layout::{Layout, Role};
 pub use record::{Record, Step};
 pub use write::BundleWriter;
 
@@ -21,15 +27,14 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::base::{Error, Result, Sha256Digest, contained_path, list_preview, sha256_json, sha256_large_file};
+use crate::base::{Error, Result, Sha256Digest, list_preview, sha256_json, sha256_large_file};
 use crate::ir::{Body, TensorData};
 
-use layout::{Components, LAYOUTS, SINGLE_FILE, VARIANTS, classify, remedy_for};
+use layout::{LAYOUTS, SINGLE_FILE, VARIANTS};
+use listing::Listing;
 
 /// The largest JSON file that is read as a config.
 const MAX_JSON_BYTES: u64 = 64 << 20;
-/// How deep component files may lie below the folder.
-const MAX_DEPTH: usize = 3;
 
 /// One ONNX file of a folder with the files that hold its weights.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -60,56 +65,8 @@ pub struct Bundle {
     layout: &'static Layout,
     components: Vec<Component>,
     assets: Vec<Asset>,
+    left_out: Vec<String>,
     config: Option<ModelConfig>,
-}
-
-/// Paths below a folder, sorted, with `/`.
-#[derive(Debug)]
-struct Listing(Vec<String>);
-
-impl Listing {
-    fn has(&self, path: &str) -> bool {
-        self.0.iter().any(|file| file == path)
-    }
-
-    fn any(&self, test: impl Fn(&str) -> bool) -> bool {
-        self.0.iter().any(|file| test(file))
-    }
-
-    /// Lists plain files; hidden folders (version control, download caches) are no part of the model.
-    fn read(root: &Path) -> Result<Self> {
-        let mut files = Vec::new();
-        let mut folders = vec![(root.to_path_buf(), String::new(), 0)];
-        while let Some((folder, prefix, depth)) = folders.pop() {
-            for entry in fs::read_dir(&folder).map_err(|e| Error::io("read", &folder, e))? {
-                let entry = entry.map_err(|e| Error::io("read", &folder, e))?;
-                let path = entry.path();
-                let name = entry.file_name().into_string().map_err(|name| {
-                    Error::invalid(format!("`{}`", folder.display()), format!("file name {name:?} is not UTF-8"))
-                })?;
-                let relative = if prefix.is_empty() { name.clone() } else { format!("{prefix}/{name}") };
-                let metadata = fs::metadata(&path).map_err(|e| Error::io("read", &path, e))?;
-                if metadata.is_file() {
-                    files.push(relative);
-                } else if metadata.is_dir() {
-                    let link = fs::symlink_metadata(&path).is_ok_and(|m| m.file_type().is_symlink());
-                    if name.starts_with('.') {
-                        continue;
-                    }
-                    if link || depth >= MAX_DEPTH {
-                        let problem = if link { "is a link to a folder" } else { "lies too deep for a model folder" };
-                        return Err(Error::invalid(format!("`{}`", path.display()), problem)
-                            .remedy("give the folder that holds the model's own files"));
-                    }
-                    folders.push((path, relative, depth + 1));
-                } else {
-                    return Err(Error::invalid(format!("`{}`", path.display()), "is neither a file nor a folder"));
-                }
-            }
-        }
-        files.sort();
-        Ok(Listing(files))
-    }
 }
 
 impl Bundle {
@@ -139,6 +96,7 @@ impl Bundle {
             layout: &SINGLE_FILE,
             components: vec![component],
             assets: Vec::new(),
+            left_out: Vec::new(),
             config: None,
         })
     }
@@ -147,21 +105,16 @@ impl Bundle {
         let subject = || format!("`{}`", root.display());
         let listing = Listing::read(root)?;
         let layout = LAYOUTS.iter().find(|layout| (layout.applies)(&listing)).ok_or_else(|| {
-            Error::invalid(subject(), format!("is no model folder: it holds {}", list_preview(&listing.0, 6))).remedy(
-                format!(
+            Error::invalid(subject(), format!("is no model folder: it holds {}", list_preview(&listing.files, 6)))
+                .remedy(format!(
                     "expected .onnx files in one of the layouts {}",
                     LAYOUTS.iter().map(|layout| layout.name).collect::<Vec<_>>().join(", ")
-                ),
-            )
+                ))
         })?;
-        let mut components = match layout.components {
-            Components::Stems(rows) => components_by_stem(&listing, rows),
-            Components::GenaiConfig => components_of_genai(root, &listing)?,
-            Components::ExportJson => components_of_export(root, &listing)?,
-        };
+        let mut components = components::find(layout, root, &listing)?;
         for component in &mut components {
             component.external =
-                listing.0.iter().filter(|file| is_external_data_of(file, &component.file)).cloned().collect();
+                listing.files.iter().filter(|file| is_external_data_of(file, &component.file)).cloned().collect();
         }
         components.sort_by(|a, b| (a.role, &a.file).cmp(&(b.role, &b.file)));
         if components.is_empty() {
@@ -172,7 +125,7 @@ impl Bundle {
             components.iter().any(|c| c.file == *file || c.external.contains(file))
         };
         // Names say which data belongs to which component; only where they do not are the graphs asked.
-        if listing.0.iter().any(|file| !claimed(&components, file) && classify(file).is_none()) {
+        if listing.files.iter().any(|file| !claimed(&components, file) && assets::named(file).is_none()) {
             for component in &mut components {
                 let named = external_files(&root.join(&component.file))?;
                 let folder = component.file.rsplit_once('/').map_or(String::new(), |(folder, _)| format!("{folder}/"));
@@ -182,21 +135,14 @@ impl Bundle {
             }
         }
         let mut assets = Vec::new();
-        for file in &listing.0 {
-            if claimed(&components, file) {
-                continue;
-            }
-            match classify(file) {
+        for file in listing.files.iter().filter(|file| !claimed(&components, file)) {
+            match assets::classify(root, file)? {
                 Some(kind) => assets.push(Asset { file: file.clone(), kind }),
-                None => {
-                    let problem = format!("nothing is known about it in a {} folder", layout.name);
-                    return Err(
-                        Error::invalid(format!("file `{file}` in {}", subject()), problem).remedy(remedy_for(file))
-                    );
-                }
+                None => return Err(assets::unclaimed(root, file, layout.name)),
             }
         }
-        let mut bundle = Bundle { root: root.to_path_buf(), layout, components, assets, config: None };
+        let left_out = listing.left_out;
+        let mut bundle = Bundle { root: root.to_path_buf(), layout, components, assets, left_out, config: None };
         bundle.config = ModelConfig::read(&bundle)?;
         Ok(bundle)
     }
@@ -218,6 +164,19 @@ impl Bundle {
     /// Every file that is no component.
     pub fn assets(&self) -> &[Asset] {
         &self.assets
+    }
+
+    /// Files that say nothing of the network, and graphs that no verb runs: written as they are and listed in the
+    /// record.
+    pub fn carried(&self) -> impl Iterator<Item = &str> {
+        let graphs = self.components.iter().filter(|component| component.role.is_carried());
+        let files = self.assets.iter().filter(|asset| asset.kind == AssetKind::Other);
+        graphs.map(|component| component.file.as_str()).chain(files.map(|asset| asset.file.as_str()))
+    }
+
+    /// Folders that hold nothing of the model (version control, download caches) and are not written.
+    pub fn left_out(&self) -> &[String] {
+        &self.left_out
     }
 
     /// What the configs say; `None` for a lone `.onnx` and for folders without a config.
@@ -338,7 +297,9 @@ fn read_text(path: &Path) -> Result<String> {
         ));
     }
     let bytes = fs::read(path).map_err(|e| Error::io("read", path, e))?;
-    String::from_utf8(bytes).map_err(|_| Error::invalid(format!("`{}`", path.display()), "is not UTF-8"))
+    String::from_utf8(bytes).map_err(|_| {
+        Error::invalid(format!("`{}`", path.display()), "is not UTF-8").remedy("save it as UTF-8, or move it away")
+    })
 }
 
 /// Files of external data that a graph reads, relative to its folder, sorted.
@@ -386,98 +347,6 @@ fn is_external_data_of(file: &str, onnx: &str) -> bool {
         }
         None => false,
     }
-}
-
-fn components_by_stem(listing: &Listing, rows: &[(&str, Role)]) -> Vec<Component> {
-    let mut components = Vec::new();
-    for &(stem, role) in rows {
-        for &variant in VARIANTS {
-            let file = if variant.is_empty() { format!("{stem}.onnx") } else { format!("{stem}_{variant}.onnx") };
-            if listing.has(&file) {
-                let (stem, variant) = (stem.to_string(), variant.to_string());
-                components.push(Component { role, stem, variant, file, external: Vec::new() });
-            }
-        }
-    }
-    components
-}
-
-fn named_component(root: &Path, listing: &Listing, role: Role, file: &str, by: &str) -> Result<Component> {
-    let subject = || format!("{by} in `{}`", root.display());
-    contained_path(root, file)?;
-    if !listing.has(file) {
-        return Err(Error::invalid(subject(), format!("names `{file}`, which is not there")));
-    }
-    let stem = file
-        .strip_suffix(".onnx")
-        .ok_or_else(|| Error::invalid(subject(), format!("names `{file}`, expected an .onnx file")))?;
-    let (file, stem) = (file.to_string(), stem.to_string());
-    Ok(Component { role, stem, variant: String::new(), file, external: Vec::new() })
-}
-
-fn components_of_genai(root: &Path, listing: &Listing) -> Result<Vec<Component>> {
-    let path = root.join("genai_config.json");
-    let subject = || format!("`{}`", path.display());
-    let config: Value =
-        serde_json::from_str(&read_text(&path)?).map_err(|e| Error::invalid(subject(), format!("not JSON: {e}")))?;
-    let model = config.get("model").ok_or_else(|| Error::invalid(subject(), "has no `model`"))?;
-    let sections = [("vision", Role::VisionEncoder), ("embedding", Role::EmbedTokens), ("decoder", Role::Decoder)];
-    let mut components = Vec::new();
-    for (section, role) in sections {
-        let Some(entry) = model.get(section) else { continue };
-        if entry.get("pipeline").is_some() {
-            return Err(Error::unsupported(
-                subject(),
-                format!("`model.{section}.pipeline`, a model in several stages"),
-            )
-            .remedy("export the model as one decoder graph"));
-        }
-        if let Some(file) = entry.get("filename").and_then(Value::as_str).filter(|file| !file.is_empty()) {
-            components.push(named_component(root, listing, role, file, "genai_config.json")?);
-        }
-    }
-    for section in ["speech", "encoder"] {
-        if model.get(section).is_some_and(|entry| entry.get("filename").is_some()) {
-            return Err(Error::unsupported(subject(), format!("a `model.{section}` component")));
-        }
-    }
-    Ok(components)
-}
-
-fn components_of_export(root: &Path, listing: &Listing) -> Result<Vec<Component>> {
-    let path = root.join("export.json");
-    let subject = || format!("`{}`", path.display());
-    let config: Value =
-        serde_json::from_str(&read_text(&path)?).map_err(|e| Error::invalid(subject(), format!("not JSON: {e}")))?;
-    let entries = config.get("components").and_then(Value::as_object);
-    let entries = entries.ok_or_else(|| Error::invalid(subject(), "has no `components`"))?;
-    let roles = [
-        ("prefill", Role::DecoderPrefill),
-        ("decode", Role::DecoderWithPast),
-        ("model", Role::Decoder),
-        ("decoder", Role::Decoder),
-        ("forward", Role::Decoder),
-        ("language_model", Role::DecoderPrefill),
-        ("lm_head", Role::LmHead),
-        ("image_encoder", Role::VisionEncoder),
-        ("multi_modal_projector", Role::Projector),
-        ("connector", Role::Projector),
-        ("vision", Role::VisionEncoder),
-        ("vision_encoder", Role::VisionEncoder),
-        ("embed_tokens", Role::EmbedTokens),
-        ("embedding", Role::EmbedTokens),
-    ];
-    let mut components = Vec::new();
-    for (name, entry) in entries {
-        let role = roles.iter().find(|(key, _)| key == name).map(|(_, role)| *role).ok_or_else(|| {
-            let known: Vec<&str> = roles.iter().map(|(key, _)| *key).collect();
-            Error::unsupported(subject(), format!("component `{name}`; known are {}", known.join(", ")))
-        })?;
-        let file = entry.get("file").and_then(Value::as_str);
-        let file = file.ok_or_else(|| Error::invalid(subject(), format!("component `{name}` has no `file`")))?;
-        components.push(named_component(root, listing, role, file, "export.json")?);
-    }
-    Ok(components)
 }
 
 #[cfg(test)]

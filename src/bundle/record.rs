@@ -40,6 +40,12 @@ pub struct Record {
     pub provenance: Provenance,
     /// Oldest first.
     pub history: Vec<Step>,
+    /// Files beside the model that say nothing of the network and were written as they were.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub carried: Vec<String>,
+    /// Folders beside the model that hold nothing of it (version control, download caches) and were not written.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub left_out: Vec<String>,
 }
 
 impl Record {

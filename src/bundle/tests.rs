@@ -132,18 +132,152 @@ fn a_snapshot_of_links_into_the_hub_s_cache_is_a_folder_like_any_other() {
 fn a_file_that_nobody_claims_is_refused_by_name() {
     let cases = [
         ("model.safetensors", "weights in another format"),
+        ("model.safetensors.index.bin", "no graph in the folder reads it"),
         ("onnx/decoder_model_merged_q7.onnx", "STEM_VARIANT.onnx"),
-        ("notes.json", "move it out of the folder"),
-        ("deep/er/x.dat", "move it out of the folder"),
+        ("onnx/mystery.ONNX", "STEM_VARIANT.onnx"),
+        ("README.onnx", "STEM_VARIANT.onnx"),
+        ("onnx/embed_tokens.onnx_data_x", "it is no text"),
+        ("onnx/other.onnx_data_1", "no graph in the folder reads it"),
+        ("deep/er/x.dat", "move the file out of the folder"),
+        ("blob", "it is no text and no graph reads it"),
+        ("onnx/encoder_model.onnx", "encoder-decoder"),
+        ("onnx/encoder_model_quantized.onnx", "Florence-2, Donut"),
     ];
     for (file, want) in cases {
-        let folder = transformers_js(&[(file, "x")]);
+        let folder = transformers_js(&[(file, "x\0")]);
         for name in ["vision_encoder", "embed_tokens", "decoder_model_merged", "decoder_model_merged_q4"] {
             save(folder.path(), &format!("onnx/{name}.onnx"), None);
         }
         let error = Bundle::open(folder.path()).unwrap_err().to_string();
         assert!(error.contains(&format!("`{file}`")) && error.contains(want), "{error}");
     }
+}
+
+/// What tools that people get models with leave beside a model.
+#[test]
+fn files_that_say_nothing_of_the_network_are_carried_along_and_listed() {
+    let carried = [
+        ".DS_Store",
+        ".mdl",
+        ".msc",
+        ".mv",
+        "Makefile",
+        "configuration.json",
+        "handler.py",
+        "model.safetensors.index.json",
+        "modeling_my.py",
+        "onnx/.DS_Store",
+        "params.json",
+        "requirements.txt",
+        "scripts/run.sh",
+        "trainer_state.json",
+    ];
+    let known = [
+        "additional_chat_templates/tool_use.jinja",
+        "tekken.json",
+        "tokenizer.model.v3",
+        "demo.html",
+        "LICENSE",
+        "assets/figure.png",
+        "qwen.tiktoken",
+    ];
+    let hidden = [".cache/huggingface/download/x.metadata", ".git/config", "__pycache__/handler.pyc"];
+    let files: Vec<(&str, &str)> = carried.iter().chain(&known).chain(&hidden).map(|file| (*file, "{}\n")).collect();
+    let folder = transformers_js(&files);
+    // Marks of a download are no text.
+    fs::write(folder.path().join(".msc"), [0x80, 4, 0, 0xff]).unwrap();
+    for name in ["vision_encoder", "embed_tokens", "decoder_model_merged", "decoder_model_merged_q4"] {
+        save(folder.path(), &format!("onnx/{name}.onnx"), None);
+    }
+    let bundle = Bundle::open(folder.path()).unwrap();
+    assert_eq!(bundle.carried().collect::<Vec<_>>(), carried);
+    let plain = transformers_js(&[]);
+    for name in ["vision_encoder", "embed_tokens", "decoder_model_merged", "decoder_model_merged_q4"] {
+        save(plain.path(), &format!("onnx/{name}.onnx"), None);
+    }
+    let out = plain.path().join("out");
+    let mut writer = BundleWriter::create(&bundle, &out).unwrap();
+    writer.drop_layers(&LayerEdit::new(Tower::Text, 4, &[1]).unwrap()).unwrap();
+    writer.commit(provenance()).unwrap();
+    for file in carried.iter().chain(&known) {
+        assert_eq!(fs::read(out.join(file)).unwrap(), fs::read(folder.path().join(file)).unwrap(), "{file}");
+    }
+    let record = Bundle::open(&out).unwrap().record().unwrap().unwrap();
+    assert_eq!(record.carried, carried);
+    assert_eq!(record.left_out, [".cache/", ".git/", "__pycache__/"]);
+    assert!(!out.join(".cache").exists());
+    // They change nothing of what the model computes.
+    for file in carried {
+        fs::remove_file(folder.path().join(file)).unwrap();
+    }
+    assert_eq!(Bundle::open(folder.path()).unwrap().digest().unwrap(), bundle.digest().unwrap());
+}
+
+#[test]
+fn other_tools_configs_that_count_the_layers_follow_or_are_refused() {
+    let drop = |file: &str, text: &str| {
+        let folder = transformers_js(&[(file, text)]);
+        let bundle = Bundle::open(folder.path()).unwrap();
+        let out = folder.path().join("out");
+        let mut writer = BundleWriter::create(&bundle, &out)?;
+        writer.drop_layers(&LayerEdit::new(Tower::Text, 4, &[1])?)?;
+        writer.commit(provenance())?;
+        Ok::<_, Error>(fs::read_to_string(out.join(file)).unwrap())
+    };
+    let params = r#"{"dim": 64, "n_layers": 4, "vision_encoder": {"num_hidden_layers": 4}}"#;
+    let want = r#"{"dim": 64, "n_layers": 3, "vision_encoder": {"num_hidden_layers": 4}}"#;
+    assert_eq!(drop("params.json", params).unwrap(), want);
+    // Another network's count is left alone.
+    let other = r#"{"n_layers": 9, "list": [1, 2, 3, 4]}"#;
+    assert_eq!(drop("draft.json", other).unwrap(), other);
+    let error = drop("mlc-chat-config.json", r#"{"model_config": {"num_hidden_layers": 4}}"#).unwrap_err().to_string();
+    assert!(error.contains("`model_config.num_hidden_layers` is 4") && error.contains("move it out"), "{error}");
+}
+
+#[test]
+fn a_card_says_what_was_done_to_the_model() {
+    let card = "---\nlicense: mit\n---\n# Dense\n\naccuracy 97.3\n";
+    let folder = transformers_js(&[("README.md", card), ("README_zh.md", "x"), ("LICENSE.md", "free")]);
+    let bundle = Bundle::open(folder.path()).unwrap();
+    let out = folder.path().join("out");
+    let mut writer = BundleWriter::create(&bundle, &out).unwrap();
+    writer.drop_layers(&LayerEdit::new(Tower::Text, 4, &[1, 2]).unwrap()).unwrap();
+    writer.commit(provenance()).unwrap();
+    let written = fs::read_to_string(out.join("README.md")).unwrap();
+    assert!(written.starts_with("---\nlicense: mit\n---\n"), "{written}");
+    let name = folder.path().file_name().unwrap().to_str().unwrap();
+    let said = written.find("2 of 4 layers of the language model removed: layers 1, 2").unwrap();
+    assert!(said < written.find("# Dense").unwrap() && written.contains(&format!("made from `{name}`")), "{written}");
+    assert!(fs::read_to_string(out.join("README_zh.md")).unwrap().contains("2 of 4 layers"));
+    assert_eq!(fs::read_to_string(out.join("LICENSE.md")).unwrap(), "free");
+    // A folder that is only copied keeps its card.
+    let copy = folder.path().join("copy");
+    BundleWriter::create(&bundle, &copy).unwrap().commit(provenance()).unwrap();
+    assert_eq!(fs::read_to_string(copy.join("README.md")).unwrap(), card);
+}
+
+#[test]
+fn graphs_that_no_verb_runs_are_components_and_are_carried_along() {
+    let janus = ["prepare_inputs_embeds", "language_model", "lm_head", "gen_head", "gen_img_embeds", "image_decode"];
+    let files: Vec<String> = janus.iter().map(|stem| format!("onnx/{stem}_q4f16.onnx")).collect();
+    let mut files: Vec<(&str, &str)> = files.iter().map(|file| (file.as_str(), "x")).collect();
+    files.extend([("onnx/audio_encoder.onnx", "a"), ("onnx/audio_encoder.onnx_data", "w")]);
+    let folder = folder(&files);
+    let bundle = Bundle::open(folder.path()).unwrap();
+    for (role, file) in [
+        (Role::EmbedTokens, "onnx/prepare_inputs_embeds_q4f16.onnx"),
+        (Role::Decoder, "onnx/language_model_q4f16.onnx"),
+        (Role::LmHead, "onnx/lm_head_q4f16.onnx"),
+        (Role::AudioEncoder, "onnx/audio_encoder.onnx"),
+    ] {
+        assert_eq!(bundle.require(role).unwrap().file, file);
+    }
+    let carried: Vec<&str> = bundle.carried().collect();
+    let image = ["gen_head", "gen_img_embeds", "image_decode"].map(|stem| format!("onnx/{stem}_q4f16.onnx"));
+    assert_eq!(carried, ["onnx/audio_encoder.onnx", image[0].as_str(), image[1].as_str(), image[2].as_str()]);
+    let out = folder.path().join("out");
+    BundleWriter::create(&bundle, &out).unwrap().commit(provenance()).unwrap();
+    assert_eq!(fs::read_to_string(out.join("onnx/audio_encoder.onnx_data")).unwrap(), "w");
 }
 
 #[test]

@@ -11,7 +11,10 @@ use crate::onnx::{self, Metadata, Storage};
 use super::json::{Document, Edit, Kind};
 use super::layers::{self, LayerEdit};
 use super::record::{Record, Step};
-use super::{AssetKind, Bundle, Component, RECORD_FILE, export_json, is_external_data_of, read_text};
+use super::{AssetKind, Bundle, Component, RECORD_FILE, card, export_json, is_external_data_of, read_text};
+
+/// Configs of other tools whose keys the table of layer keys covers.
+const FOREIGN_CONFIGS: &[&str] = &["params.json"];
 
 /// A folder in the making, in the same layout as the bundle that it starts from. Dropped without `commit`, it leaves
 /// nothing behind.
@@ -95,8 +98,15 @@ impl<'a> BundleWriter<'a> {
     ///
     /// Errors: `Error::Invalid` and `Error::Unsupported` as the table of layer keys says, naming file and key.
     pub fn drop_layers(&mut self, edit: &LayerEdit) -> Result<()> {
-        for asset in self.bundle.assets().iter().filter(|asset| asset.kind == AssetKind::Config) {
-            let document = Document::parse(self.subject(&asset.file), self.text_of(&asset.file)?)?;
+        for asset in self.bundle.assets() {
+            let document = match asset.kind {
+                AssetKind::Config => Document::parse(self.subject(&asset.file), self.text_of(&asset.file)?)?,
+                AssetKind::Other if asset.file.ends_with(".json") => match self.foreign_config(&asset.file, edit)? {
+                    Some(document) => document,
+                    None => continue,
+                },
+                _ => continue,
+            };
             let rewritten = match asset.file.as_str() {
                 "export.json" => export_json::rewrite(&document, edit)?,
                 _ => layers::rewrite(&document, edit)?,
@@ -119,6 +129,38 @@ impl<'a> BundleWriter<'a> {
         Ok(())
     }
 
+    /// A carried JSON file that counts as many layers as the tower has, so that it would be wrong about the new model.
+    ///
+    /// Errors: `Error::Invalid` when its other keys are not known to be covered by the table of layer keys.
+    fn foreign_config(&self, file: &str, edit: &LayerEdit) -> Result<Option<Document>> {
+        // What cannot be read as JSON, whatever its name, is no config.
+        let document = self.text_of(file).and_then(|text| Document::parse(self.subject(file), text));
+        let Ok(document) = document else { return Ok(None) };
+        let Some(key) = layers::counting_key(&document, edit) else { return Ok(None) };
+        if FOREIGN_CONFIGS.contains(&file) {
+            return Ok(Some(document));
+        }
+        let problem = format!("says `{key}` is {}, and nothing is known about the file", edit.total);
+        Err(Error::invalid(self.subject(file), problem)
+            .remedy("it would be wrong about the new model: move it out of the folder"))
+    }
+
+    /// Puts what was done to the model at the top of its cards, which describe the model before.
+    ///
+    /// Errors: `Error::Io` and `Error::Invalid` when a card cannot be read as text.
+    fn preface_cards(&mut self, record: &Record) -> Result<()> {
+        if record.history.is_empty() {
+            return Ok(());
+        }
+        let base = card::name_of(self.bundle.root());
+        for asset in self.bundle.assets().iter().filter(|asset| card::is_card(&asset.file)) {
+            let text = read_text(&self.bundle.root().join(&asset.file))?;
+            let text = card::with_preface(&text, &base, &record.history, &record.provenance.tool);
+            self.texts.insert(asset.file.clone(), text);
+        }
+        Ok(())
+    }
+
     /// Notes a step other than dropping layers.
     pub fn push_step(&mut self, step: Step) {
         self.steps.push(step);
@@ -128,7 +170,12 @@ impl<'a> BundleWriter<'a> {
     ///
     /// Errors: as `Bundle::record`.
     pub fn record(&self, provenance: Provenance) -> Result<Record> {
-        Ok(Record { provenance, history: self.history()? })
+        Ok(Record {
+            provenance,
+            history: self.history()?,
+            carried: self.bundle.carried().map(str::to_string).collect(),
+            left_out: self.bundle.left_out().to_vec(),
+        })
     }
 
     /// Copies what did not change, writes configs and `interlace.json`, and gives the folder its name.
@@ -137,6 +184,7 @@ impl<'a> BundleWriter<'a> {
     pub fn commit(mut self, provenance: Provenance) -> Result<()> {
         let record = self.record(provenance)?;
         self.keep_chunk_counts_true()?;
+        self.preface_cards(&record)?;
         for component in self.bundle.components() {
             if !self.written.contains_key(&component.file) {
                 for file in std::iter::once(&component.file).chain(&component.external) {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::ValueEnum;
 
-use crate::base::{human_bytes, sha256_file};
+use crate::base::{human_bytes, list_preview, sha256_file};
 use crate::bundle::{Bundle, Tower};
 use crate::method::Plan;
 use crate::pipeline::steps::{self, Drop};
@@ -75,5 +75,10 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         ]);
     }
     output.line(table(&rows))?;
+    for (what, files) in [("carried along as it is", &pruned.carried), ("left out", &pruned.left_out)] {
+        if !files.is_empty() {
+            output.line(format!("{what}: {}", list_preview(files, 8)))?;
+        }
+    }
     Ok(Outcome::Done)
 }

@@ -239,7 +239,7 @@ fn component(bundle: &Bundle, part: &Component, runtime: &Runtime, checks: &mut 
             interpreter(part, &model, &mut session, &feeds, runtime, checks);
         }
         // Weights without layers: that they load is all there is to say of them alone.
-        Role::Projector | Role::LmHead => {}
+        Role::Projector | Role::LmHead | Role::AudioEncoder | Role::ImageGenerator => {}
         Role::Decoder | Role::DecoderPrefill | Role::DecoderWithPast => {
             let head_dim = bundle.config().and_then(|config| config.head_size());
             let decoder = Decoder::new(session, head_dim)?;

@@ -26,6 +26,12 @@ pub struct Pruned {
     pub layers_after: usize,
     /// Components that were written anew.
     pub components: Vec<PrunedComponent>,
+    /// Files beside the model that say nothing of the network, and graphs that no verb runs: written as they were.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub carried: Vec<String>,
+    /// Folders beside the model that hold nothing of it and were not written.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub left_out: Vec<String>,
 }
 
 /// One rewritten component.
@@ -96,6 +102,8 @@ pub fn prune(bundle: &Bundle, drop: &Drop, target: &Path) -> Result<Pruned> {
         layers_before: total,
         layers_after: edit.remaining(),
         components,
+        carried: bundle.carried().map(str::to_string).collect(),
+        left_out: bundle.left_out().to_vec(),
     })
 }
 

@@ -1,0 +1,212 @@
+//! What files beside the components are for.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+use serde::Serialize;
+
+use crate::base::{Error, Result};
+
+use super::layout::VARIANTS;
+
+/// What a file other than a component is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AssetKind {
+    /// Read and, for dropped layers, rewritten.
+    Config,
+    /// Tokenizer, processor and template: carried over as they are.
+    Tokenizer,
+    /// Settings of the exporter or quantiser: carried over as they are.
+    Tooling,
+    /// For people: carried over, not part of the digest.
+    Documentation,
+    /// What interlace did so far.
+    Record,
+    /// Says nothing of the network (remote code, marks of a download, settings of other tools): carried over as it is,
+    /// listed in the record, not part of the digest.
+    Other,
+}
+
+/// The name of the file that holds what interlace did.
+pub const RECORD_FILE: &str = "interlace.json";
+
+/// Files by exact name, in the folder itself.
+const NAMES: &[(&str, AssetKind)] = &[
+    ("config.json", AssetKind::Config),
+    ("genai_config.json", AssetKind::Config),
+    ("export.json", AssetKind::Config),
+    ("generation_config.json", AssetKind::Tokenizer),
+    ("preprocessor_config.json", AssetKind::Tokenizer),
+    ("processor_config.json", AssetKind::Tokenizer),
+    ("video_preprocessor_config.json", AssetKind::Tokenizer),
+    ("vision_processor.json", AssetKind::Tokenizer),
+    ("image_processor.json", AssetKind::Tokenizer),
+    ("speech_processor.json", AssetKind::Tokenizer),
+    ("tokenizer.json", AssetKind::Tokenizer),
+    ("tokenizer_config.json", AssetKind::Tokenizer),
+    ("sentencepiece.bpe.model", AssetKind::Tokenizer),
+    ("spiece.model", AssetKind::Tokenizer),
+    ("special_tokens_map.json", AssetKind::Tokenizer),
+    ("chat_template.jinja", AssetKind::Tokenizer),
+    ("chat_template.json", AssetKind::Tokenizer),
+    ("vocab.json", AssetKind::Tokenizer),
+    ("vocab.txt", AssetKind::Tokenizer),
+    ("merges.txt", AssetKind::Tokenizer),
+    ("added_tokens.json", AssetKind::Tokenizer),
+    ("tekken.json", AssetKind::Tokenizer),
+    ("ort_config.json", AssetKind::Tooling),
+    ("quantize_config.json", AssetKind::Tooling),
+    ("quantization_config.json", AssetKind::Tooling),
+    ("training_args.bin", AssetKind::Other),
+    (".DS_Store", AssetKind::Other),
+    (".msc", AssetKind::Other),
+    (".mv", AssetKind::Other),
+    (".mdl", AssetKind::Other),
+    (RECORD_FILE, AssetKind::Record),
+];
+
+/// Endings of weights in formats that no component reads, and of graphs.
+const WEIGHTS: &[&str] = &[
+    ".safetensors",
+    ".bin",
+    ".gguf",
+    ".ggml",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".npz",
+    ".npy",
+    ".ort",
+    ".tflite",
+    ".pb",
+    ".engine",
+    ".mlmodel",
+    ".onnx_data",
+    ".onnx.data",
+    ".data",
+    ".dat",
+    ".weight",
+    ".weights",
+];
+
+/// Endings of texts. A graph's data may have any name, but none of these.
+const TEXTS: &[&str] = &[
+    ".txt", ".json", ".jsonl", ".yaml", ".yml", ".toml", ".jinja", ".cfg", ".ini", ".sh", ".py", ".lock", ".csv",
+    ".tsv", ".xml", ".log",
+];
+
+/// How much of a file says whether it is text.
+const HEAD_BYTES: u64 = 64 << 10;
+
+/// What `path` (relative to `root`, with `/`) is for; `None` when it may be a graph or weights that no component claims.
+///
+/// A file of an unknown name is read for its first bytes: text says nothing of the network, other bytes may be weights.
+///
+/// Errors: `Error::Io` when such a file cannot be read.
+pub(super) fn classify(root: &Path, path: &str) -> Result<Option<AssetKind>> {
+    match named(path) {
+        Some(kind) => Ok(Some(kind)),
+        None if is_graph(path) || is_weights(path) => Ok(None),
+        None => Ok(is_text(&root.join(path))?.then_some(AssetKind::Other)),
+    }
+}
+
+/// What the name alone says of a file; `None` when it says nothing.
+pub(super) fn named(path: &str) -> Option<AssetKind> {
+    if let Some((_, kind)) = NAMES.iter().find(|(name, _)| *name == path) {
+        return Some(*kind);
+    }
+    if is_graph(path) || is_weights(path) {
+        return None;
+    }
+    let name = path.rsplit('/').next().unwrap_or(path);
+    let template = path.starts_with("additional_chat_templates/") && name.ends_with(".jinja");
+    // `tokenizer.model.v3` is what Mistral's releases have.
+    if template || path.starts_with("tokenizer.model") || name.ends_with(".tiktoken") {
+        return Some(AssetKind::Tokenizer);
+    }
+    if is_documentation(name) {
+        return Some(AssetKind::Documentation);
+    }
+    let marks = [".DS_Store", "Thumbs.db", "desktop.ini"];
+    (marks.contains(&name) || TEXTS.iter().any(|ending| name.ends_with(ending))).then_some(AssetKind::Other)
+}
+
+/// Read-me files, licences, pictures, sounds, version-control settings.
+fn is_documentation(name: &str) -> bool {
+    let (upper, lower) = (name.to_ascii_uppercase(), name.to_ascii_lowercase());
+    let stems = ["README", "LICENSE", "LICENCE", "NOTICE", "COPYING", "CITATION", "USE_POLICY", "CHANGELOG"];
+    let extensions = [
+        ".md", ".rst", ".html", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".mp4", ".webm", ".wav",
+        ".mp3", ".flac", ".ipynb",
+    ];
+    let settings = [".gitattributes", ".gitignore", ".gitkeep"];
+    stems.iter().any(|stem| upper.starts_with(stem))
+        || extensions.iter().any(|extension| lower.ends_with(extension))
+        || settings.contains(&name)
+}
+
+fn is_graph(path: &str) -> bool {
+    path.to_ascii_lowercase().ends_with(".onnx")
+}
+
+fn is_weights(path: &str) -> bool {
+    let lower = path.to_ascii_lowercase();
+    // `model.onnx_data_3`: the fourth file of a graph's data.
+    let data = lower.rsplit_once(".onnx_data_").is_some_and(|(_, number)| number.parse::<u32>().is_ok());
+    data || WEIGHTS.iter().any(|extension| lower.ends_with(extension))
+}
+
+/// True when the first bytes are UTF-8 without control characters that texts do not have.
+fn is_text(path: &Path) -> Result<bool> {
+    let failed = |e| Error::io("read", path, e);
+    let mut head = Vec::new();
+    File::open(path).map_err(failed)?.take(HEAD_BYTES).read_to_end(&mut head).map_err(failed)?;
+    let text = match std::str::from_utf8(&head) {
+        Ok(text) => text,
+        // A character may be cut off at the end of what was read.
+        Err(error) if error.error_len().is_none() => {
+            std::str::from_utf8(&head[..error.valid_up_to()]).unwrap_or_default()
+        }
+        Err(_) => return Ok(false),
+    };
+    Ok(!text.chars().any(|c| c.is_control() && !matches!(c, '\n' | '\r' | '\t' | '\u{c}' | '\u{1b}')))
+}
+
+/// The error for a file that may be a part of the network and that no component claims; `layout` is the folder's.
+pub(super) fn unclaimed(root: &Path, path: &str, layout: &str) -> Error {
+    let subject = format!("file `{path}` in `{}`", root.display());
+    let name = path.rsplit('/').next().unwrap_or(path);
+    if is_graph(path) && name.starts_with("encoder_model") {
+        let problem = "is the encoder of an encoder-decoder, whose decoder reads it by cross-attention";
+        return Error::unsupported(subject, problem).remedy(
+            "layers can be dropped from models whose decoder reads pictures as tokens; Florence-2, Donut, Whisper and \
+             the like are none",
+        );
+    }
+    let problem = format!("nothing is known about it in a {layout} folder");
+    Error::invalid(subject, problem).remedy(remedy_for(path))
+}
+
+/// Why a file that nobody claims is often there, and what to do about it.
+fn remedy_for(path: &str) -> String {
+    if is_graph(path) {
+        return format!(
+            "component files are named STEM.onnx or STEM_VARIANT.onnx with a variant of {}; move it out of the folder, \
+             or give the path of this one file",
+            VARIANTS.iter().skip(1).copied().collect::<Vec<_>>().join(", ")
+        );
+    }
+    if is_weights(path) {
+        return "no graph in the folder reads it, and weights in another format would no longer match the pruned \
+                network: move the file out of the folder"
+            .into();
+    }
+    "it is no text and no graph reads it, so it may hold weights: move it out of the folder if the model does not need \
+     it"
+    .into()
+}

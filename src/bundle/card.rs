@@ -1,0 +1,150 @@
+//! The model card of a changed model: the old one, with a preface that says what was done to the model.
+
+use std::fs;
+use std::path::{Component, Path};
+
+use super::layers::Tower;
+use super::record::Step;
+
+/// What the preface stands between, so that the next step replaces it. The first is followed by the base model's name.
+const BEGIN: &str = "<!-- interlace: made from ";
+const BEGIN_END: &str = " -->\n";
+const END: &str = "<!-- interlace: end -->\n";
+
+/// True for files that describe the model to people.
+pub(super) fn is_card(file: &str) -> bool {
+    let upper = file.to_ascii_uppercase();
+    let stems = ["README", "MODEL_CARD", "MODELCARD"];
+    !file.contains('/') && upper.ends_with(".MD") && stems.iter().any(|stem| upper.starts_with(stem))
+}
+
+/// The card with a preface about `history`, behind its YAML front matter if it has one. A preface that is there already
+/// is replaced; its base model stays, `base` is used otherwise.
+pub(super) fn with_preface(card: &str, base: &str, history: &[Step], tool: &str) -> String {
+    let (front, rest) = card.split_at(front_matter_length(card));
+    let (old_base, rest) = without_preface(rest);
+    let base = old_base.unwrap_or(base).replace(['<', '>', '`', '\n'], "_");
+    let mut lines =
+        vec![format!("**This is not the model that the text below describes.** It was made from `{base}` by {tool}:")];
+    for tower in [Tower::Text, Tower::Vision] {
+        lines.extend(removed(tower, history));
+    }
+    for step in history {
+        if let Step::Finetune { layers, samples, .. } = step {
+            lines.push(format!("- {} of the remaining layers trained on {samples} samples.", layers.len()));
+        }
+    }
+    lines.push("Figures, sizes and claims below are those of the model before these changes.".into());
+    let quoted: String = lines.iter().map(|line| format!("> {line}\n")).collect();
+    let gap = if front.is_empty() { "" } else { "\n" };
+    format!("{front}{gap}{BEGIN}{base}{BEGIN_END}{quoted}{END}\n{}", rest.trim_start_matches(['\r', '\n']))
+}
+
+/// One line about the layers that a tower has lost in all.
+fn removed(tower: Tower, history: &[Step]) -> Option<String> {
+    let mut all = Vec::new();
+    let mut total = None;
+    for step in history {
+        if let Step::Prune { tower: of, layers_before, dropped_original, .. } = step
+            && *of == tower
+        {
+            total.get_or_insert(*layers_before);
+            all.extend_from_slice(dropped_original);
+        }
+    }
+    let total = total.filter(|_| !all.is_empty())?;
+    all.sort_unstable();
+    let list = all.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
+    let (noun, name) = (
+        if all.len() == 1 { "layer" } else { "layers" },
+        match tower {
+            Tower::Text => "language model",
+            Tower::Vision => "vision encoder",
+        },
+    );
+    Some(format!("- {} of {total} layers of the {name} removed: {noun} {list}, counted from 0.", all.len()))
+}
+
+/// Bytes of the block between two lines `---` at a card's beginning, both included.
+fn front_matter_length(card: &str) -> usize {
+    let mut length = 0;
+    for (number, line) in card.split_inclusive('\n').enumerate() {
+        let fence = line.trim_end() == "---";
+        if number == 0 && !fence {
+            return 0;
+        }
+        length += line.len();
+        if number > 0 && fence {
+            return length;
+        }
+    }
+    0
+}
+
+/// The base model that an old preface names, and the card without it.
+fn without_preface(card: &str) -> (Option<&str>, &str) {
+    let found = card.trim_start_matches(['\r', '\n']).strip_prefix(BEGIN).and_then(|rest| {
+        let (base, rest) = rest.split_once(BEGIN_END)?;
+        let (_, rest) = rest.split_once(END)?;
+        Some((Some(base), rest))
+    });
+    found.unwrap_or((None, card))
+}
+
+/// What a model is called: as in the hub where its folder is a snapshot in the hub's cache, the folder's name otherwise.
+pub(super) fn name_of(root: &Path) -> String {
+    let full = fs::canonicalize(root).unwrap_or_else(|_| root.to_path_buf());
+    let names: Vec<&str> = full
+        .components()
+        .filter_map(|part| match part {
+            Component::Normal(name) => name.to_str(),
+            _ => None,
+        })
+        .collect();
+    match names.as_slice() {
+        [.., repository, "snapshots", _] if repository.starts_with("models--") => {
+            repository.trim_start_matches("models--").replacen("--", "/", 1)
+        }
+        [.., name] => name.to_string(),
+        [] => "a local folder".to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn prune(dropped: &[usize], before: usize) -> Step {
+        let (dropped, dropped_original) = (dropped.to_vec(), dropped.to_vec());
+        Step::Prune { tower: Tower::Text, layers_before: before, dropped, dropped_original }
+    }
+
+    #[test]
+    fn a_card_says_first_what_was_removed_and_keeps_its_front_matter_first() {
+        let card = "---\nlicense: mit\n---\n# Model\n\n97.3 % accuracy\n";
+        let first = with_preface(card, "org/name", &[prune(&[2, 5], 8)], "interlace 1");
+        assert!(first.starts_with("---\nlicense: mit\n---\n\n<!-- interlace: made from org/name -->\n"), "{first}");
+        assert!(first.contains("> - 2 of 8 layers of the language model removed: layers 2, 5, counted from 0.\n"));
+        assert!(first.ends_with("<!-- interlace: end -->\n\n# Model\n\n97.3 % accuracy\n"), "{first}");
+        // A later step replaces the preface and keeps the first model's name.
+        let step = Step::Finetune { layers: vec![1, 2], samples: 40, settings: serde_json::Value::Null };
+        let second = with_preface(&first, "pruned", &[prune(&[2, 5], 8), step], "interlace 1");
+        assert_eq!(second.matches("<!-- interlace: made from org/name -->").count(), 1, "{second}");
+        assert!(second.contains("> - 2 of the remaining layers trained on 40 samples.\n"), "{second}");
+        assert!(!second.contains("pruned"), "{second}");
+        let bare = with_preface("# Model\n", "name", &[prune(&[1], 8)], "interlace 1");
+        assert!(bare.starts_with("<!-- interlace: made from name -->\n> **This is not the model"), "{bare}");
+        assert!(bare.contains("removed: layer 1,"), "{bare}");
+    }
+
+    #[test]
+    fn a_snapshot_in_the_hub_s_cache_has_the_repository_s_name() {
+        for (path, want) in [
+            ("/no/such/models--org--some--name/snapshots/0abc", "org/some--name"),
+            ("/no/such/my-model", "my-model"),
+            ("/", "a local folder"),
+        ] {
+            assert_eq!(name_of(Path::new(path)), want);
+        }
+    }
+}

@@ -1,0 +1,125 @@
+//! Which ONNX files of a folder are which components.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::base::{Error, Result, contained_path};
+
+use super::layout::{Components, Layout, VARIANTS};
+use super::listing::Listing;
+use super::{Component, Role, read_text};
+
+/// Sections of `genai_config.json` that name a graph, under `model`.
+const GENAI_SECTIONS: &[(&str, Role)] = &[
+    ("vision", Role::VisionEncoder),
+    ("speech", Role::AudioEncoder),
+    ("embedding", Role::EmbedTokens),
+    ("decoder", Role::Decoder),
+];
+
+/// Components of `export.json`.
+const EXPORT_COMPONENTS: &[(&str, Role)] = &[
+    ("prefill", Role::DecoderPrefill),
+    ("decode", Role::DecoderWithPast),
+    ("model", Role::Decoder),
+    ("decoder", Role::Decoder),
+    ("forward", Role::Decoder),
+    ("language_model", Role::DecoderPrefill),
+    ("lm_head", Role::LmHead),
+    ("image_encoder", Role::VisionEncoder),
+    ("multi_modal_projector", Role::Projector),
+    ("connector", Role::Projector),
+    ("vision", Role::VisionEncoder),
+    ("vision_encoder", Role::VisionEncoder),
+    ("embed_tokens", Role::EmbedTokens),
+    ("embedding", Role::EmbedTokens),
+    ("audio_encoder", Role::AudioEncoder),
+    ("audio_tower", Role::AudioEncoder),
+];
+
+/// The folder's components as its layout names them, without their external data.
+///
+/// Errors: `Error::Io` and `Error::Invalid` when the file that names them cannot be read, or names one that is not
+/// there; `Error::Unsupported` for components that interlace does not know.
+pub(super) fn find(layout: &Layout, root: &Path, listing: &Listing) -> Result<Vec<Component>> {
+    match layout.components {
+        Components::Stems(rows) => Ok(components_by_stem(listing, rows)),
+        Components::GenaiConfig => components_of_genai(root, listing),
+        Components::ExportJson => components_of_export(root, listing),
+    }
+}
+
+fn components_by_stem(listing: &Listing, rows: &[(&str, Role)]) -> Vec<Component> {
+    let mut components = Vec::new();
+    for &(stem, role) in rows {
+        for &variant in VARIANTS {
+            let file = if variant.is_empty() { format!("{stem}.onnx") } else { format!("{stem}_{variant}.onnx") };
+            if listing.has(&file) {
+                let (stem, variant) = (stem.to_string(), variant.to_string());
+                components.push(Component { role, stem, variant, file, external: Vec::new() });
+            }
+        }
+    }
+    components
+}
+
+fn named_component(root: &Path, listing: &Listing, role: Role, file: &str, by: &str) -> Result<Component> {
+    let subject = || format!("{by} in `{}`", root.display());
+    contained_path(root, file)?;
+    if !listing.has(file) {
+        return Err(Error::invalid(subject(), format!("names `{file}`, which is not there")));
+    }
+    let stem = file
+        .strip_suffix(".onnx")
+        .ok_or_else(|| Error::invalid(subject(), format!("names `{file}`, expected an .onnx file")))?;
+    let (file, stem) = (file.to_string(), stem.to_string());
+    Ok(Component { role, stem, variant: String::new(), file, external: Vec::new() })
+}
+
+fn components_of_genai(root: &Path, listing: &Listing) -> Result<Vec<Component>> {
+    let path = root.join("genai_config.json");
+    let subject = || format!("`{}`", path.display());
+    let config: Value =
+        serde_json::from_str(&read_text(&path)?).map_err(|e| Error::invalid(subject(), format!("not JSON: {e}")))?;
+    let model = config.get("model").ok_or_else(|| Error::invalid(subject(), "has no `model`"))?;
+    let mut components = Vec::new();
+    for &(section, role) in GENAI_SECTIONS {
+        let Some(entry) = model.get(section) else { continue };
+        if entry.get("pipeline").is_some() {
+            return Err(Error::unsupported(
+                subject(),
+                format!("`model.{section}.pipeline`, a model in several stages"),
+            )
+            .remedy("export the model as one decoder graph"));
+        }
+        if let Some(file) = entry.get("filename").and_then(Value::as_str).filter(|file| !file.is_empty()) {
+            components.push(named_component(root, listing, role, file, "genai_config.json")?);
+        }
+    }
+    if model.get("encoder").is_some_and(|entry| entry.get("filename").is_some()) {
+        return Err(Error::unsupported(subject(), "a `model.encoder` component, so the model is an encoder-decoder")
+            .remedy("layers can be dropped from models whose decoder reads pictures as tokens"));
+    }
+    Ok(components)
+}
+
+fn components_of_export(root: &Path, listing: &Listing) -> Result<Vec<Component>> {
+    let path = root.join("export.json");
+    let subject = || format!("`{}`", path.display());
+    let config: Value =
+        serde_json::from_str(&read_text(&path)?).map_err(|e| Error::invalid(subject(), format!("not JSON: {e}")))?;
+    let entries = config.get("components").and_then(Value::as_object);
+    let entries = entries.ok_or_else(|| Error::invalid(subject(), "has no `components`"))?;
+    let mut components = Vec::new();
+    for (name, entry) in entries {
+        let role = EXPORT_COMPONENTS.iter().find(|(key, _)| key == name).map(|(_, role)| *role).ok_or_else(|| {
+            let known: Vec<&str> = EXPORT_COMPONENTS.iter().map(|(key, _)| *key).collect();
+            Error::unsupported(subject(), format!("component `{name}`; known are {}", known.join(", ")))
+        })?;
+        let file = entry.get("file").and_then(Value::as_str);
+        let file = file.ok_or_else(|| Error::invalid(subject(), format!("component `{name}` has no `file`")))?;
+        components.push(named_component(root, listing, role, file, "export.json")?);
+    }
+    Ok(components)
+}

@@ -1,0 +1,196 @@
+//! Every key of a config that speaks of layers, and how it follows when layers go.
+
+use super::layers::Tower;
+
+/// What a key says about layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Rule {
+    /// The number of layers; must equal the graph's.
+    Count,
+    /// One entry or letter per layer: those of dropped layers go. A plain number holds for all layers and stays.
+    PerLayer,
+    /// `[[["global", "local"], 4]]`: kinds with how often they repeat, over all layers.
+    Repeats,
+    /// Indices of layers, or one: dropped ones go, the rest are renumbered.
+    Indices,
+    /// Indices of layers whose outputs are read, or one, where a dropped layer is the identity: the last kept layer at
+    /// or below it takes its place.
+    Taps,
+    /// The first N layers are of one kind: N becomes the number of those that stay.
+    Prefix,
+    /// The index of the last layer of a kind; -1 is the last of all.
+    Last,
+    /// Every Nth layer is of one kind, at the given phase: a number, letters such as `"LLLG"`, or a list, all of which
+    /// repeat over the layers. It stays if the layers left still follow it, or if the list named here, beside it, gives
+    /// each layer's kind and so decides.
+    Period(&'static str, Phase),
+    /// A position in the vision tower's hidden states, counted from the end if negative.
+    HiddenState,
+    /// The last N layers share something with earlier ones: must be 0 when layers go.
+    Sharing,
+    /// Must be 0 or empty when layers go, for this reason.
+    Refused(&'static str),
+    /// A list that has nothing to do with layers, whatever its length.
+    Unrelated,
+}
+
+/// Which of every N layers a period means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// Layers 0, N, 2N ..
+    First,
+    /// Layers N - 1, 2N - 1 ..
+    Last,
+    /// Layers whose index leaves this remainder, given by another key of the section.
+    Key(&'static str),
+}
+
+/// One key. `scope` is the section in which it stands, `tower` the one whose layers it speaks of.
+pub(super) struct Row {
+    pub key: &'static str,
+    pub scope: Tower,
+    pub tower: Tower,
+    pub rule: Rule,
+}
+
+const fn text(key: &'static str, rule: Rule) -> Row {
+    Row { key, scope: Tower::Text, tower: Tower::Text, rule }
+}
+
+const fn vision(key: &'static str, rule: Rule) -> Row {
+    Row { key, scope: Tower::Vision, tower: Tower::Vision, rule }
+}
+
+/// A key beside the language model's that speaks of the vision tower.
+const fn of_vision(key: &'static str, rule: Rule) -> Row {
+    Row { key, scope: Tower::Text, tower: Tower::Vision, rule }
+}
+
+const TWO_TOWERS: &str = "pairs layers of the vision tower with layers of the language model";
+
+/// Keys may be paths (`sliding_window.layers`) relative to the section; a plain key is found at any depth of it.
+pub(super) const ROWS: &[Row] = &[
+    text("num_hidden_layers", Rule::Count),
+    text("n_layer", Rule::Count),
+    text("n_layers", Rule::Count),
+    text("num_layers", Rule::Count),
+    text("layer_types", Rule::PerLayer),
+    text("mlp_layer_types", Rule::PerLayer),
+    text("attention_layers", Rule::PerLayer),
+    text("layers_block_type", Rule::PerLayer),
+    text("no_rope_layers", Rule::PerLayer),
+    text("attn_type_list", Rule::PerLayer),
+    text("block_configs", Rule::PerLayer),
+    text("hybrid_override_pattern", Rule::PerLayer),
+    text("indexer_types", Rule::PerLayer),
+    text("layer_rope_theta", Rule::PerLayer),
+    text("num_attention_heads", Rule::PerLayer),
+    text("num_attention_heads_per_layer", Rule::PerLayer),
+    text("num_query_heads", Rule::PerLayer),
+    text("num_key_value_heads", Rule::PerLayer),
+    text("num_kv_heads", Rule::PerLayer),
+    text("num_key_value_heads_per_layer", Rule::PerLayer),
+    text("intermediate_size", Rule::PerLayer),
+    text("ffn_multipliers", Rule::PerLayer),
+    text("activation_sparsity_pattern", Rule::PerLayer),
+    text("attention_types", Rule::Repeats),
+    text("sliding_window.layers", Rule::Indices),
+    text("mlp_only_layers", Rule::Indices),
+    text("moe_layers", Rule::Indices),
+    text("full_attn_idxs", Rule::Indices),
+    text("full_attention_idxs", Rule::Indices),
+    text("window_layers", Rule::Indices),
+    text("attn_layer_indices", Rule::Indices),
+    text("hybrid_layer_ids", Rule::Indices),
+    text("local_layer_ids", Rule::Indices),
+    text("ple_layer_ids", Rule::Indices),
+    text("rope_scaling_layers", Rule::Indices),
+    text("cross_attention_layers", Rule::Indices),
+    text("max_window_layers", Rule::Prefix),
+    text("first_k_dense_replace", Rule::Prefix),
+    text("num_dense_layers", Rule::Prefix),
+    text("moe_layer_start_index", Rule::Prefix),
+    text("moe_layer_end_index", Rule::Last),
+    text("sliding_window_pattern", Rule::Period("layer_types", Phase::Last)),
+    text("_sliding_window_pattern", Rule::Period("layer_types", Phase::Last)),
+    text("prefix_dense_sliding_window_pattern", Rule::Period("layer_types", Phase::Last)),
+    text("full_attention_interval", Rule::Period("layer_types", Phase::Last)),
+    text("global_attn_every_n_layers", Rule::Period("layer_types", Phase::Last)),
+    text("layer_group_size", Rule::Period("layer_types", Phase::Last)),
+    text("no_rope_layer_interval", Rule::Period("no_rope_layers", Phase::Last)),
+    text("interleave_moe_layer_step", Rule::Period("moe_layers", Phase::Last)),
+    text("decoder_sparse_step", Rule::Period("mlp_layer_types", Phase::Last)),
+    text("moe_layer_interval", Rule::Period("mlp_layer_types", Phase::Last)),
+    text("moe_layer_freq", Rule::Period("mlp_layer_types", Phase::First)),
+    text("block_types", Rule::Period("", Phase::First)),
+    text("cross_layer_interval", Rule::Period("", Phase::First)),
+    text("attn_layer_period", Rule::Period("layers_block_type", Phase::Key("attn_layer_offset"))),
+    text("expert_layer_period", Rule::Period("", Phase::Key("expert_layer_offset"))),
+    text("num_kv_shared_layers", Rule::Sharing),
+    text("deepstack_layer_map", Rule::Refused(TWO_TOWERS)),
+    text("spatial_target_layers", Rule::Refused(TWO_TOWERS)),
+    text("architectures", Rule::Unrelated),
+    text("eos_token_id", Rule::Unrelated),
+    text("bad_words_ids", Rule::Unrelated),
+    text("image_grid_pinpoints", Rule::Unrelated),
+    text("possible_resolutions", Rule::Unrelated),
+    text("mrope_section", Rule::Unrelated),
+    text("short_factor", Rule::Unrelated),
+    text("long_factor", Rule::Unrelated),
+    text("keys_to_ignore_at_inference", Rule::Unrelated),
+    text("mtp_layer_types", Rule::Unrelated),
+    text("mtp_mlp_layer_types", Rule::Unrelated),
+    text("mtp_layers_block_type", Rule::Unrelated),
+    text("mtp_local_layer_ids", Rule::Unrelated),
+    vision("num_hidden_layers", Rule::Count),
+    vision("depth", Rule::Count),
+    vision("num_layers", Rule::Count),
+    vision("layers", Rule::Count),
+    vision("layer_types", Rule::PerLayer),
+    vision("deepstack_visual_indexes", Rule::Taps),
+    vision("out_indices", Rule::Taps),
+    vision("intermediate_layers_indices", Rule::Taps),
+    vision("insert_layer_id", Rule::Taps),
+    vision("fullatt_block_indexes", Rule::Indices),
+    vision("global_attn_indexes", Rule::Indices),
+    vision("global_attention_blocks", Rule::Indices),
+    vision("residual_block_indices", Rule::Indices),
+    vision("window_block_indexes", Rule::Indices),
+    vision("feature_layer", Rule::HiddenState),
+    vision("num_global_layers", Rule::Refused("the tower is two stacks of layers")),
+    vision("architectures", Rule::Unrelated),
+    vision("image_size", Rule::Unrelated),
+    vision("patch_size", Rule::Unrelated),
+    of_vision("vision_feature_layer", Rule::HiddenState),
+    of_vision("vision_select_layer", Rule::HiddenState),
+    of_vision("mm_vision_select_layer", Rule::HiddenState),
+    of_vision("select_layer", Rule::HiddenState),
+    of_vision("insert_layer_id", Rule::Taps),
+    of_vision("deepstack_layer_map", Rule::Refused(TWO_TOWERS)),
+];
+
+/// Sections whose keys speak of neither tower.
+pub(super) const OTHER_SECTIONS: &[&str] = &[
+    "audio_config",
+    "audio_encoder",
+    "speech_config",
+    "perceiver_config",
+    "qformer_config",
+    "connector_config",
+    "projector_config",
+    "resampler_config",
+    "aligner_config",
+    "talker_config",
+    "code2wav_config",
+    "vq_config",
+    "gen_vision_config",
+    "gen_head_config",
+    "gen_aligner_config",
+    "transformers.js_config",
+    "quantization_config",
+    "search",
+    "speech",
+    "embedding",
+    "encoder",
+    "session_options",
+];

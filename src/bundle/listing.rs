@@ -1,0 +1,72 @@
+//! The files of a model folder.
+
+use std::fs;
+use std::path::Path;
+
+use crate::base::{Error, Result};
+
+/// How deep component files may lie below the folder.
+const MAX_DEPTH: usize = 3;
+/// Folders that tools leave in a model folder and that hold nothing of the model, beside those with a hidden name
+/// (version control, download caches).
+const LEFT_OUT: &[&str] = &["__pycache__", "__MACOSX"];
+
+/// Paths below a folder, sorted, with `/`.
+#[derive(Debug, Default)]
+pub(super) struct Listing {
+    pub files: Vec<String>,
+    /// Folders that hold nothing of the model, with a `/` at the end; nothing in them is listed.
+    pub left_out: Vec<String>,
+}
+
+impl Listing {
+    pub fn has(&self, path: &str) -> bool {
+        self.files.iter().any(|file| file == path)
+    }
+
+    pub fn any(&self, test: impl Fn(&str) -> bool) -> bool {
+        self.files.iter().any(|file| test(file))
+    }
+
+    /// Lists plain files.
+    ///
+    /// Errors: `Error::Io` when a folder cannot be read; `Error::Invalid` for names that are not UTF-8, links to
+    /// folders, folders that are too deep, and what is neither a file nor a folder.
+    pub fn read(root: &Path) -> Result<Self> {
+        let mut listing = Listing::default();
+        let mut folders = vec![(root.to_path_buf(), String::new(), 0)];
+        while let Some((folder, prefix, depth)) = folders.pop() {
+            for entry in fs::read_dir(&folder).map_err(|e| Error::io("read", &folder, e))? {
+                let entry = entry.map_err(|e| Error::io("read", &folder, e))?;
+                let path = entry.path();
+                let name = entry.file_name().into_string().map_err(|name| {
+                    Error::invalid(format!("`{}`", folder.display()), format!("file name {name:?} is not UTF-8"))
+                        .remedy("rename the file, or move it out of the folder")
+                })?;
+                let relative = if prefix.is_empty() { name.clone() } else { format!("{prefix}/{name}") };
+                let metadata = fs::metadata(&path).map_err(|e| Error::io("read", &path, e))?;
+                if metadata.is_file() {
+                    listing.files.push(relative);
+                } else if metadata.is_dir() {
+                    if name.starts_with('.') || LEFT_OUT.contains(&name.as_str()) {
+                        listing.left_out.push(format!("{relative}/"));
+                        continue;
+                    }
+                    let link = fs::symlink_metadata(&path).is_ok_and(|m| m.file_type().is_symlink());
+                    if link || depth >= MAX_DEPTH {
+                        let problem = if link { "is a link to a folder" } else { "lies too deep for a model folder" };
+                        return Err(Error::invalid(format!("`{}`", path.display()), problem)
+                            .remedy("give the folder that holds the model's own files"));
+                    }
+                    folders.push((path, relative, depth + 1));
+                } else {
+                    return Err(Error::invalid(format!("`{}`", path.display()), "is neither a file nor a folder")
+                        .remedy("move it out of the folder"));
+                }
+            }
+        }
+        listing.files.sort();
+        listing.left_out.sort();
+        Ok(listing)
+    }
+}
