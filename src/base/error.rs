@@ -19,6 +19,9 @@ pub enum Error {
     /// Well-formed, but something that interlace does not do.
     #[error("{subject}: not supported: {problem}{}", Remedy(remedy))]
     Unsupported { subject: String, problem: String, remedy: Option<String> },
+    /// A computation gave infinities or what is no number.
+    #[error("{subject}: {problem}{}", Remedy(remedy))]
+    NotFinite { subject: String, problem: String, remedy: Option<String> },
     /// ONNX Runtime, LibTorch or tract reported a failure.
     #[error("{engine} failed on {subject}: {message}")]
     Engine { engine: &'static str, subject: String, message: String },
@@ -49,6 +52,11 @@ impl Error {
         Error::Unsupported { subject: subject.into(), problem: problem.into(), remedy: None }
     }
 
+    /// A `NotFinite` error about `subject`.
+    pub fn not_finite(subject: impl Into<String>, problem: impl Into<String>) -> Self {
+        Error::NotFinite { subject: subject.into(), problem: problem.into(), remedy: None }
+    }
+
     /// An `Engine` error: `engine` is the library's name, `subject` what it was given.
     pub fn engine(engine: &'static str, subject: impl Into<String>, message: impl fmt::Display) -> Self {
         Error::Engine { engine, subject: subject.into(), message: message.to_string() }
@@ -62,7 +70,9 @@ impl Error {
     /// Adds what the user can do about it.
     #[must_use]
     pub fn remedy(mut self, text: impl Into<String>) -> Self {
-        if let Error::Invalid { remedy, .. } | Error::Unsupported { remedy, .. } = &mut self {
+        if let Error::Invalid { remedy, .. } | Error::Unsupported { remedy, .. } | Error::NotFinite { remedy, .. } =
+            &mut self
+        {
             *remedy = Some(text.into());
         }
         self

@@ -9,6 +9,7 @@ use std::path::{Component, Path, PathBuf};
 use memmap2::Mmap;
 
 use super::error::{Error, Result};
+use super::staging::{hold, temporary_of};
 
 /// A read-only memory map of a whole file.
 pub struct MappedFile {
@@ -25,7 +26,8 @@ impl MappedFile {
         let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
         let metadata = file.metadata().map_err(|e| Error::io("read", path, e))?;
         if !metadata.is_file() {
-            return Err(Error::invalid(format!("`{}`", path.display()), "is not a plain file"));
+            return Err(Error::invalid(format!("`{}`", path.display()), "is not a plain file")
+                .remedy("give the path of a file"));
         }
         let map = if metadata.len() == 0 {
             None
@@ -93,7 +95,8 @@ pub fn copy_range(source: &MappedFile, offset: u64, length: u64, target: &mut At
     Ok(())
 }
 
-/// A file written beside its final name and renamed onto it by `commit`; removed when dropped without.
+/// A file written beside its final name and renamed onto it by `commit`; removed when dropped without, and by a later run
+/// in the same folder when the process is killed.
 pub struct AtomicFile {
     path: PathBuf,
     temporary: PathBuf,
@@ -104,9 +107,9 @@ pub struct AtomicFile {
 impl AtomicFile {
     /// Errors: `Error::Io` when the folder does not exist or is not writable.
     pub fn create(path: &Path) -> Result<Self> {
-        let name = path.file_name().ok_or_else(|| Error::invalid(format!("`{}`", path.display()), "names no file"))?;
-        let temporary = path.with_file_name(format!(".{}.{}.part", name.to_string_lossy(), std::process::id()));
+        let temporary = temporary_of(path)?;
         let file = File::create(&temporary).map_err(|e| Error::io("create", path, e))?;
+        hold(&file);
         Ok(AtomicFile { path: path.to_path_buf(), temporary, file, committed: false })
     }
 
@@ -141,72 +144,6 @@ impl Drop for AtomicFile {
     }
 }
 
-/// A new folder that appears under its final name only when complete.
-pub struct StagedDir {
-    target: PathBuf,
-    staging: tempfile::TempDir,
-}
-
-impl StagedDir {
-    /// Begins a folder that will become `target`.
-    ///
-    /// Errors: `Error::Invalid` when `target` exists already and is not an empty folder; `Error::Io` when its parent cannot be made.
-    pub fn create(target: &Path) -> Result<Self> {
-        match fs::symlink_metadata(target) {
-            Ok(metadata) => {
-                let empty = metadata.is_dir() && fs::read_dir(target).is_ok_and(|mut entries| entries.next().is_none());
-                if !empty {
-                    return Err(Error::invalid(format!("output `{}`", target.display()), "exists already")
-                        .remedy("name a new folder, or remove this one first"));
-                }
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(Error::io("read", target, error)),
-        }
-        let parent = match target.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
-        fs::create_dir_all(parent).map_err(|e| Error::io("create", parent, e))?;
-        let staging = tempfile::Builder::new()
-            .prefix(".interlace-")
-            .tempdir_in(parent)
-            .map_err(|e| Error::io("create", target, e))?;
-        Ok(StagedDir { target: target.to_path_buf(), staging })
-    }
-
-    /// The folder to write into.
-    pub fn path(&self) -> &Path {
-        self.staging.path()
-    }
-
-    /// Gives the folder its final name.
-    ///
-    /// Errors: `Error::Io`; the staged folder is removed then.
-    pub fn commit(self) -> Result<()> {
-        if self.target.is_dir() {
-            fs::remove_dir(&self.target).map_err(|e| Error::io("replace", &self.target, e))?;
-        }
-        set_default_permissions(self.staging.path())?;
-        fs::rename(self.staging.path(), &self.target).map_err(|e| Error::io("rename", &self.target, e))?;
-        let _ = self.staging.keep();
-        Ok(())
-    }
-}
-
-/// Temporary folders are private to the user; a finished one gets what the umask allows.
-fn set_default_permissions(path: &Path) -> Result<()> {
-    use std::os::unix::fs::PermissionsExt;
-    // SAFETY: umask only swaps a process-wide integer, and the old value is put back at once.
-    let mask = unsafe {
-        let mask = libc::umask(0o022);
-        libc::umask(mask);
-        mask
-    };
-    let mode = 0o777 & !mask;
-    fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(|e| Error::io("set permissions of", path, e))
-}
-
 /// True for a file in `REPO/blobs` when `folder` is `REPO/snapshots/REVISION` or lies below it; both canonical.
 fn is_hub_blob(folder: &Path, file: &Path) -> bool {
     let snapshots =
@@ -228,7 +165,8 @@ pub fn contained_path(folder: &Path, relative: &str) -> Result<PathBuf> {
         && !relative.contains(['\\', '\0'])
         && candidate.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
     if !plain {
-        return Err(Error::invalid(subject(), "must be a relative path without `..`"));
+        return Err(Error::invalid(subject(), "must be a relative path without `..`")
+            .remedy("files of a model lie in its own folder"));
     }
     let joined = folder.join(candidate);
     let root = fs::canonicalize(folder).map_err(|e| Error::io("open", folder, e))?;

@@ -1,6 +1,6 @@
 //! Progress on standard error: a bar with rate and time left on terminals, nothing elsewhere.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -10,6 +10,14 @@ static QUIET: AtomicBool = AtomicBool::new(false);
 /// Turns all progress output off (for `--json` and tests).
 pub fn set_quiet(quiet: bool) {
     QUIET.store(quiet, Ordering::Relaxed);
+}
+
+/// A line on standard error about something that was done beside the work, unless output is off.
+pub fn notice(text: impl std::fmt::Display) {
+    if !QUIET.load(Ordering::Relaxed) {
+        // Nobody may be reading; the work goes on.
+        let _ = writeln!(std::io::stderr().lock(), "{text}");
+    }
 }
 
 /// One running task; finished and cleared when dropped.

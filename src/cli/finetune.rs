@@ -143,7 +143,11 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     ))?;
     for trial in &report.trials {
         let taken = if trial.learning_rate == report.learning_rate { ", taken" } else { "" };
-        output.line(format!("learning rate {:e}: loss {:.4}{taken}", trial.learning_rate, trial.loss))?;
+        let found = match (&trial.loss, &trial.diverged) {
+            (Some(loss), _) => format!("loss {loss:.4}{taken}"),
+            (None, problem) => format!("diverged: {}", problem.as_deref().unwrap_or_default()),
+        };
+        output.line(format!("learning rate {:e}: {found}", trial.learning_rate))?;
     }
     for fit in &report.fitted {
         let text = match (&fit.problem, fit.distance_before, fit.distance_after) {

@@ -155,6 +155,36 @@ pub fn rounding_once(
     rounding(pairs.filter(|(mine, _)| mine.dtype().is_ok_and(DataType::is_float)))
 }
 
+/// Largest difference between two decoders over all outputs of a prefill and a cached step, each on its own probe.
+pub fn decoders_differ(a: (&mut Decoder, &Probe), b: (&mut Decoder, &Probe)) -> Result<f64> {
+    let last = PROMPT_TOKENS - 1;
+    let ends = |(decoder, probe): (&mut Decoder, &Probe)| -> Result<Vec<ir::Tensor>> {
+        let (logits, cache) = decoder.step(&probe.step(0, last).borrowed(), None)?;
+        let mut found = vec![logits.to_ir()?];
+        if !decoder.slots().is_empty() {
+            let (logits, cache) = decoder.step(&probe.step(last, PROMPT_TOKENS).borrowed(), Some(cache))?;
+            found.push(logits.to_ir()?);
+            found.extend(cache.tensors().iter().map(Tensor::to_ir).collect::<Result<Vec<_>>>()?);
+        }
+        Ok(found)
+    };
+    let (a, b) = (ends(a)?, ends(b)?);
+    Ok(a.iter().zip(&b).fold(0.0, |largest, (a, b)| worse(largest, tensors_differ(a, b))))
+}
+
+/// Largest difference between two graphs over all outputs of one run, each on its own inputs.
+pub fn sessions_differ(
+    (a, a_feeds): (&mut Session, &[(String, Tensor)]),
+    (b, b_feeds): (&mut Session, &[(String, Tensor)]),
+) -> Result<f64> {
+    let (a, b) = (a.run(&borrowed(a_feeds), None)?, b.run(&borrowed(b_feeds), None)?);
+    let mut difference = 0.0;
+    for ((_, a), (_, b)) in a.iter().zip(b.iter()) {
+        difference = worse(difference, tensors_differ(&a.to_ir()?, &b.to_ir()?));
+    }
+    Ok(difference)
+}
+
 fn borrowed(feeds: &[(String, Tensor)]) -> Vec<(&str, &Tensor)> {
     feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect()
 }

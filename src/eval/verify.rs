@@ -224,7 +224,7 @@ fn component(bundle: &Bundle, part: &Component, runtime: &Runtime, checks: &mut 
                     interpreter(part, &model, &mut session, &feeds, runtime, checks);
                 }
                 Err(error) => {
-                    checks.error("loads in tract", &part.file, &error);
+                    checks.error("plans in tract", &part.file, &error);
                     checks.error("interpreter", &part.file, &error);
                 }
             }
@@ -425,7 +425,7 @@ fn facts_of(feeds: &[(String, Tensor)]) -> Result<Vec<InputFact>> {
 }
 
 fn tract(bundle: &Bundle, part: &Component, facts: &[InputFact], checks: &mut Checks) -> Result<()> {
-    let name = "loads in tract";
+    let name = "plans in tract";
     let size = bundle.size_bytes(part)?;
     if size > TRACT_LIMIT_BYTES {
         let why = format!(

@@ -93,8 +93,8 @@ struct Pass {
 
 /// Fits the layers in place, each weight of `students` that a target names.
 ///
-/// Errors: `Error::Invalid` when an operator refuses its tensors or a sum is not finite; `Error::Interrupted`. The weights
-/// are what they were then.
+/// Errors: `Error::Invalid` when an operator refuses its tensors; `Error::NotFinite` when a sum is not finite;
+/// `Error::Interrupted`. The weights are what they were then.
 pub fn fit(
     run: &Run<'_>,
     students: &mut [Student],
@@ -302,7 +302,7 @@ struct Solved {
     distance: f64,
 }
 
-/// Errors: `Error::Invalid` when a sum is not finite.
+/// Errors: `Error::NotFinite` when a sum is not finite.
 fn solve(sums: &Sums, ridge: f64) -> Result<Solved> {
     let Some((normal, right)) = &sums.normal else { return Err(Error::invalid("the fit", "has no sample")) };
     let compute = || -> Result<Tensor, tch::TchError> {
@@ -314,7 +314,8 @@ fn solve(sums: &Sums, ridge: f64) -> Result<Solved> {
         change.f_to_kind(Kind::Float)
     };
     if !sums.distance.is_finite() {
-        return Err(Error::invalid("the fit", "the stream or the dense model's stream is not finite"));
+        return Err(Error::not_finite("the fit", "the stream or the dense model's stream is not finite")
+            .remedy("take a lower learning rate, or look at the samples with `interlace score`"));
     }
     let change = compute().map_err(torch_error("the fit"))?;
     let distance = sums.distance_with(&change)?;

@@ -37,6 +37,26 @@ pub fn heal(
     begun: Totals,
     observer: &mut dyn FnMut(&StepMetrics),
 ) -> Result<Summary> {
+    let mut first = None;
+    let outcome = heal_each(run, targets, students, dataset, begun, observer, &mut first);
+    // A search goes on with the next rate when this one diverges.
+    students.iter_mut().for_each(|student| student.only = None);
+    if let Some(first) = first {
+        dataset.begin_at(first);
+    }
+    outcome
+}
+
+/// [`heal`], which leaves the stream that `dataset` began with in `first`.
+fn heal_each(
+    run: Run<'_>,
+    targets: &[Target],
+    students: &mut [Student],
+    dataset: &mut TrainingSet,
+    begun: Totals,
+    observer: &mut dyn FnMut(&StepMetrics),
+    first: &mut Option<Stream>,
+) -> Result<Summary> {
     let parts = Part::each(run.settings, dataset.examples.len(), targets.len());
     let mut progress = Progressed { run, step: 0, total: parts.last().map_or(0, Part::end), totals: begun };
     let checkpoints = checkpoints(run.work)?;
@@ -51,11 +71,12 @@ pub fn heal(
         None => checkpoints.clear()?,
     }
     let mut trained_parameters = 0;
-    let mut first = None;
     for (target, part) in targets.iter().zip(parts) {
         let before = advance(students, dataset, target.layer, &run)
             .map_err(|error| progress.stopped(&checkpoints, students, error))?;
-        first = first.or(before);
+        if first.is_none() {
+            *first = before;
+        }
         let layers = students.first().map(|student| student.stretch(target.layer));
         dataset.want(layers.unwrap_or_default());
         students.iter_mut().for_each(|student| student.only = Some(target.layer));
@@ -70,10 +91,6 @@ pub fn heal(
                 progress.save(&checkpoints, students)?;
             }
         }
-    }
-    students.iter_mut().for_each(|student| student.only = None);
-    if let Some(first) = first {
-        dataset.begin_at(first);
     }
     let Progressed { total, totals, .. } = progress;
     Ok(Summary { steps: total, resumed_from, trained_parameters, totals })

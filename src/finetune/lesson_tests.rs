@@ -225,10 +225,27 @@ fn rates_of_a_recipe_without_answers_are_judged_by_them() {
     let answers = Settings { batch_size: 8, accumulation_steps: 1, max_steps: Some(1), ..settings() };
     let first = run(&answers, &[2, 4], work.path(), false, None).outcome.unwrap().report.first_loss.unwrap();
     let [unmoved, moved] = report.trials.as_slice() else { panic!("{:?}", report.trials) };
-    assert!((unmoved.loss - first).abs() < 1e-5 * first, "{unmoved:?}, {first}");
+    assert!((unmoved.loss.unwrap() - first).abs() < 1e-5 * first, "{unmoved:?}, {first}");
     assert!(moved.loss != unmoved.loss);
-    let best = if moved.loss < unmoved.loss { moved } else { unmoved };
+    let best = if moved.loss.unwrap() < unmoved.loss.unwrap() { moved } else { unmoved };
     assert_eq!(report.learning_rate, best.learning_rate);
+}
+
+/// A rate that diverges in one layer leaves the search as it was for the next.
+#[test]
+fn a_diverging_rate_is_passed_over_where_layers_are_healed_one_by_one() {
+    let settings = Settings { batch_size: 1, max_steps: None, ..by_layer() };
+    let rates = |learning_rates: Vec<f64>| {
+        let work = tempfile::tempdir().unwrap();
+        let settings = Settings { learning_rates, ..settings.clone() };
+        run(&settings, &[2, 4], work.path(), false, None).outcome
+    };
+    let chosen = rates(vec![1e38, 1e-3]).unwrap();
+    let [first, second] = chosen.report.trials.as_slice() else { panic!("{:?}", chosen.report.trials) };
+    assert!(first.loss.is_none() && first.diverged.is_some(), "{first:?}");
+    assert!(second.loss.is_some_and(f64::is_finite) && second.diverged.is_none(), "{second:?}");
+    let alone = rates(vec![1e-3]).unwrap();
+    assert!(weights(&chosen.decoder) == weights(&alone.decoder));
 }
 
 /// The distance that the fit says is left is what the term `anchor` then measures through the network itself.

@@ -35,9 +35,13 @@ const JUDGED: f64 = 0.25;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct RateTrial {
     pub learning_rate: f64,
-    /// Mean over the last quarter of the pass: of the cross-entropy where the recipe has it, of the whole loss otherwise.
+    /// Absent where the pass diverged. Mean over the last quarter of the pass: of the cross-entropy where the recipe has it, of the whole loss otherwise.
     /// Of a recipe that never looks at answers, their cross-entropy with the weights behind the pass.
-    pub loss: f64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss: Option<f64>,
+    /// What was no finite number, where the pass diverged.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub diverged: Option<String>,
 }
 
 /// What a finished trial leaves.
@@ -48,16 +52,19 @@ struct Kept {
     trial: RateTrial,
 }
 
-/// The rate with the lowest loss, of equal ones the first.
+/// The rate with the lowest loss, of equal ones the first; those that diverged are passed over.
 pub fn best(trials: &[RateTrial]) -> Option<f64> {
-    trials.iter().min_by(|a, b| a.loss.total_cmp(&b.loss)).map(|trial| trial.learning_rate)
+    let judged = trials.iter().filter_map(|trial| Some((trial.learning_rate, trial.loss?)));
+    judged.min_by(|(_, a), (_, b)| a.total_cmp(b)).map(|(rate, _)| rate)
 }
 
 /// Tries each of the settings' `learning_rates`, with the fits of `targets` where layers are healed one after the other, and
 /// leaves the weights as they were. Each trial keeps its metrics in a folder `search-N` of `work`; a run that resumes does
 /// not make finished ones again.
 ///
-/// Errors: those of the runs; `Error::Interrupted` with a checkpoint of the trial left behind.
+/// A rate with which a pass diverges is marked.
+///
+/// Errors: those of the runs; `Error::NotFinite` when all rates diverge; `Error::Interrupted` with a checkpoint of the trial left behind.
 pub fn search(
     run: &Run<'_>,
     targets: &[Target],
@@ -102,13 +109,19 @@ pub fn search(
         }
         std::fs::create_dir_all(&folder).map_err(|e| Error::io("create", &folder, e))?;
         let run = Run { settings: &own, inputs: &inputs, work: &folder, ..*run };
-        train(run, targets, students, dataset, Totals::default(), &mut |_| ())?;
-        let loss = if settings.layer_by_layer() {
-            answers(&own, students, dataset, device)?
-        } else {
-            judged(&read_metrics(&folder.join(METRICS_FILE))?)
+        let loss = train(run, targets, students, dataset, Totals::default(), &mut |_| ()).and_then(|_| {
+            if settings.layer_by_layer() {
+                return answers(&own, students, dataset, device);
+            }
+            Ok(judged(&read_metrics(&folder.join(METRICS_FILE))?))
+        });
+        let (loss, diverged) = match loss {
+            Ok(loss) if loss.is_finite() => (Some(loss), None),
+            Ok(loss) => (None, Some(format!("the loss is {loss}"))),
+            Err(error @ Error::NotFinite { .. }) => (None, Some(error.to_string())),
+            Err(error) => return Err(error),
         };
-        let trial = RateTrial { learning_rate, loss };
+        let trial = RateTrial { learning_rate, loss, diverged };
         clear_work(&folder)?;
         write_json(&file, &Kept { schema_version: SCHEMA_VERSION, key, trial: trial.clone() })?;
         trials.push(trial);
@@ -116,6 +129,10 @@ pub fn search(
         for (weight, before) in weights.iter_mut().zip(&before) {
             weight.f_copy_(before).map_err(torch_error("the weights before the search"))?;
         }
+    }
+    if let (None, Some(first)) = (best(&trials), trials.first().and_then(|trial| trial.diverged.as_ref())) {
+        let rates: Vec<String> = trials.iter().map(|trial| format!("{:e}", trial.learning_rate)).collect();
+        return Err(Error::not_finite(format!("learning rates {}", rates.join(", ")), format!("all diverge: {first}")));
     }
     Ok(trials)
 }

@@ -363,6 +363,29 @@ fn the_learning_rate_is_the_one_whose_pass_ends_lowest() {
 }
 
 #[test]
+fn one_diverging_rate_of_several_is_passed_over_and_all_are_an_error() {
+    let settings = Settings { batch_size: 1, accumulation_steps: 1, max_steps: None, fit: false, ..settings() };
+    let rates = |learning_rates: Vec<f64>| {
+        let work = tempfile::tempdir().unwrap();
+        let settings = Settings { learning_rates, ..settings.clone() };
+        run(&settings, &[2, 4], work.path(), false, None).outcome
+    };
+    let chosen = rates(vec![1e38, 1e-3, 1e37]).unwrap();
+    let trials = &chosen.report.trials;
+    assert_eq!(chosen.report.learning_rate, 1e-3, "{trials:?}");
+    let diverged: Vec<bool> = trials.iter().map(|trial| trial.diverged.is_some() && trial.loss.is_none()).collect();
+    assert_eq!(diverged, [true, false, true], "{trials:?}");
+    assert!(trials[0].diverged.as_ref().is_some_and(|problem| problem.contains("finetune step")), "{trials:?}");
+    // What diverged leaves no trace in the weights.
+    let alone = rates(vec![1e-3]).unwrap();
+    assert!(weights(&alone.decoder) == weights(&chosen.decoder));
+    let Err(error) = rates(vec![1e38, 1e37]) else { panic!("no rate is left") };
+    let message = error.to_string();
+    assert!(message.starts_with("learning rates 1e38, 1e37: all diverge: finetune step"), "{message}");
+    assert!(message.contains("take a lower learning rate"), "{message}");
+}
+
+#[test]
 fn bf16_follows_f32_and_keeps_its_weights_in_f32() {
     let work = tempfile::tempdir().unwrap();
     let plain = run(&settings(), &[2, 4], work.path(), false, None);

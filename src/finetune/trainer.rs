@@ -96,7 +96,7 @@ impl<'a> Trainer<'a> {
     /// Trains to the last step of the part. A run that resumes goes on from the newest checkpoint if there is one of this
     /// part; else it begins anew with the totals `begun`. `observer` sees every step's metrics.
     ///
-    /// Errors: `Error::Interrupted` after leaving a checkpoint when the user asked to stop; `Error::Invalid` naming step,
+    /// Errors: `Error::Interrupted` after leaving a checkpoint when the user asked to stop; `Error::NotFinite` naming step,
     /// samples and weight when a loss or gradient is not finite.
     pub fn run(&mut self, begun: Totals, observer: &mut dyn FnMut(&StepMetrics)) -> Result<Summary> {
         let Run { settings, work, cancel, .. } = self.run;
@@ -263,7 +263,7 @@ impl<'a> Trainer<'a> {
             }
             None => format!("the loss is {loss}"),
         };
-        Error::invalid(format!("finetune step {number}"), format!("{what}; samples {}", list_preview(&ids, 64)))
+        Error::not_finite(format!("finetune step {number}"), format!("{what}; samples {}", list_preview(&ids, 64)))
             .remedy("look at these samples, or take a lower learning rate; the last checkpoint is kept")
     }
 }

@@ -7,7 +7,7 @@ use ort::session::builder::SessionBuilder;
 use ort::value::{DynValue, DynValueTypeMarker, Value};
 use ort::{AsPointer, sys};
 
-use crate::base::{AtomicFile, Error, Result};
+use crate::base::{AtomicFile, Error, Result, ScratchDir};
 use crate::ir::{Model, Tensor, TensorData};
 use crate::onnx::{INLINE_LIMIT, Metadata, Placed, save_into};
 
@@ -34,10 +34,7 @@ impl Runtime {
     /// `Error::Engine` when ONNX Runtime refuses it.
     pub fn session_of(&self, model: &Model, options: &SessionOptions) -> Result<Session> {
         crate::ir::check(model)?;
-        let folder = tempfile::Builder::new()
-            .prefix("interlace-")
-            .tempdir()
-            .map_err(|e| Error::io("create a folder in", std::env::temp_dir(), e))?;
+        let folder = ScratchDir::create_in(&std::env::temp_dir())?;
         let path = folder.path().join("model.onnx");
         let own: HashSet<*const Tensor> =
             model.graph.body.initializers.iter().map(|(_, tensor)| std::ptr::from_ref(tensor)).collect();

@@ -16,6 +16,9 @@ use super::model::Backing;
 use super::tensor::{Tensor, data_type};
 use super::{ENGINE, library};
 
+/// 1 makes products of 8-bit integers exact. Without it processors that lack VNNI add pairs of products of unsigned and
+/// signed 8 bits in 16 bits, where sums saturate.
+const EXACT_INTEGERS_KEY: &str = "session.x64quantprecision";
 /// `accuracy_level` of the `MatMulNBits` that ONNX Runtime fuses; 1 is f32.
 const QDQ_ACCURACY_KEY: &str = "session.qdq_matmulnbits_accuracy_level";
 
@@ -41,9 +44,9 @@ pub struct SessionOptions {
     /// Threads inside one operator; `None` uses the pool of all cores that sessions share.
     pub threads: Option<usize>,
     pub optimisation: Optimisation,
-    /// Products with 4-bit weights that are unpacked by `DequantizeLinear` in f32; left to itself ONNX Runtime fuses the
-    /// two and rounds the other factor to 8 bits.
-    pub f32_products: bool,
+    /// Products as the graph says. Left to itself ONNX Runtime fuses a product with the `DequantizeLinear` that unpacks its
+    /// 4-bit weights and rounds the other factor to 8 bits, and sums of 8-bit products saturate on some processors.
+    pub exact_products: bool,
 }
 
 /// An input or output of a graph.
@@ -120,8 +123,10 @@ impl Runtime {
         builder = builder.with_optimization_level(level).map_err(|e| failed(e.into()))?;
         // Lengths differ from call to call, so a plan of buffers per shape would only pile up.
         builder = builder.with_memory_pattern(false).map_err(|e| failed(e.into()))?;
-        if options.f32_products {
-            builder = builder.with_config_entry(QDQ_ACCURACY_KEY, "1").map_err(|e| failed(e.into()))?;
+        if options.exact_products {
+            for key in [QDQ_ACCURACY_KEY, EXACT_INTEGERS_KEY] {
+                builder = builder.with_config_entry(key, "1").map_err(|e| failed(e.into()))?;
+            }
         }
         if let Device::Cuda(index) = self.device {
             let index = i32::try_from(index).map_err(|_| no_cuda(self.device, "the index is too large"))?;

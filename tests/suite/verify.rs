@@ -46,7 +46,7 @@ fn a_sound_model_passes_every_check() {
     let folder = optimised();
     let report = report(folder.path());
     assert!(report.passed, "{:#?}", report.checks);
-    for name in ["loads in ONNX Runtime", "loads in tract", "cached step equals longer prefill", "interpreter"] {
+    for name in ["loads in ONNX Runtime", "plans in tract", "cached step equals longer prefill", "interpreter"] {
         assert_eq!(status(&report, name, "model.onnx"), CheckStatus::Passed, "{name}");
     }
     assert_eq!(status(&report, "config and graph", "num_hidden_layers"), CheckStatus::Passed);
@@ -64,7 +64,7 @@ fn the_shipped_model_passes_every_check_that_tract_allows() {
         assert_eq!(status(&report, "loads in ONNX Runtime", part), CheckStatus::Passed, "{part}");
         assert_eq!(status(&report, "interpreter", part), CheckStatus::Passed, "{part}");
     }
-    assert_eq!(status(&report, "loads in tract", "decoder"), CheckStatus::Passed);
+    assert_eq!(status(&report, "plans in tract", "decoder"), CheckStatus::Passed);
     assert_eq!(status(&report, "cached step equals longer prefill", "decoder"), CheckStatus::Passed);
     assert_eq!(status(&report, "picture and prompt", ""), CheckStatus::Passed);
 }
@@ -76,12 +76,12 @@ fn what_cannot_be_checked_is_said_and_fails_nothing() {
     std::fs::write(folder.path().join("genai_config.json"), config).expect("write");
     let fused = report(folder.path());
     assert!(fused.passed, "{:#?}", fused.checks);
-    assert_eq!(status(&fused, "loads in tract", "model.onnx"), CheckStatus::Unavailable);
+    assert_eq!(status(&fused, "plans in tract", "model.onnx"), CheckStatus::Unavailable);
     let interpreter = fused.checks.iter().find(|check| check.name == "interpreter").expect("interpreter");
     assert!(interpreter.status == CheckStatus::Passed && interpreter.tolerance == Some(1e-4), "{interpreter:?}");
     assert!(interpreter.detail.contains("asked to compute in f32"), "{interpreter:?}");
     assert_eq!(status(&fused, "cached step equals longer prefill", "model.onnx"), CheckStatus::Passed);
-    let tract = fused.checks.iter().find(|check| check.name == "loads in tract").expect("tract");
+    let tract = fused.checks.iter().find(|check| check.name == "plans in tract").expect("tract");
     assert!(tract.detail.contains("MRotaryEmbedding"), "{tract:?}");
     let quantised = report(&zoo("post/llama-ts17__int8.onnx"));
     let cached = quantised.checks.iter().find(|check| check.name.starts_with("cached step")).expect("cached step");
@@ -228,7 +228,7 @@ fn products_with_unpacked_4_bit_weights_are_compared_in_f32() {
         let mut session = runtime.session(&graph, options).expect("session");
         session.run(&[("x", &x)], None).expect("run").take("y").expect("y").to_f32().expect("floats").into_owned()
     };
-    let exact = product(&SessionOptions { f32_products: true, ..SessionOptions::default() });
+    let exact = product(&SessionOptions { exact_products: true, ..SessionOptions::default() });
     let left = product(&SessionOptions::default());
     assert!(exact.iter().zip(&left).any(|(a, b)| (a - b).abs() > 1e-3), "{exact:?} {left:?}");
 }

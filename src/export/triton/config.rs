@@ -11,8 +11,10 @@ use prost_reflect::{DescriptorPool, DynamicMessage};
 use crate::base::{Error, Result};
 use crate::ir::{self, Dim, ValueId, ValueType};
 
+use super::rules;
+
 #[allow(missing_docs, clippy::all, reason = "generated from model_config.proto")]
-mod schema {
+pub(super) mod schema {
     include!(concat!(env!("OUT_DIR"), "/inference.rs"));
 }
 
@@ -26,9 +28,11 @@ pub const MODEL_FILE: &str = "model.onnx";
 /// `max_batch_size` is used where every input and output has the same free first dimension; elsewhere the model gets 0,
 /// which leaves batching to the client.
 ///
-/// Errors: `Error::Unsupported` for an input or output that Triton has no type for, or of unknown rank.
+/// Errors: `Error::Unsupported` for an input or output that Triton has no type for, or of unknown rank, and as
+/// `rules::check`.
 pub fn config_text(name: &str, model: &ir::Model, max_batch_size: u32) -> Result<String> {
     let config = model_config(name, model, max_batch_size)?;
+    rules::check(&config)?;
     let pool = DescriptorPool::decode(include_bytes!(concat!(env!("OUT_DIR"), "/model_config.bin")).as_slice())
         .map_err(|e| Error::engine("prost", "the ModelConfig schema", e))?;
     let descriptor = pool
@@ -82,9 +86,12 @@ fn port(graph: &ir::Graph, id: ValueId) -> Result<Port<'_>> {
     let unsupported = |problem: String| Error::unsupported(format!("`{name}` in a Triton repository"), problem);
     let ty = graph.value(id).ty.as_ref();
     let Some(ValueType::Tensor { dtype, shape: Some(shape) }) = ty else {
-        return Err(unsupported("its element type and rank must be known".to_string()));
+        return Err(unsupported("its element type and rank must be known".to_string())
+            .remedy("run shape inference over the graph first"));
     };
-    let data_type = triton_type(*dtype).ok_or_else(|| unsupported(format!("Triton has no type for {dtype}")))?;
+    let data_type = triton_type(*dtype).ok_or_else(|| {
+        unsupported(format!("Triton has no type for {dtype}")).remedy("convert it inside the graph with a `Cast`")
+    })?;
     Ok(Port { name, data_type, shape })
 }
 
@@ -118,7 +125,7 @@ fn share_a_free_first_dimension<'a>(ports: impl Iterator<Item = &'a Port<'a>>) -
     first.is_some() && symbols.all(|symbol| symbol == first)
 }
 
-/// Triton's `dims`, -1 where free; a shape without any (left) is given as `[1]` reshaped to it.
+/// Triton's `dims`, -1 where free; a shape without any left behind the batch is given as `[1]` reshaped to it.
 fn dims(shape: &[Dim], batched: bool) -> (Vec<i64>, Option<ModelTensorReshape>) {
     let own = &shape[usize::from(batched).min(shape.len())..];
     let dims = own.iter().map(|dim| match dim {
@@ -199,11 +206,23 @@ mod tests {
     }
 
     #[test]
-    fn scalars_are_reshaped() {
-        let model = model(&[("use_cache", Ty::Bool, &[])], &[("y", Ty::Float, &[symbol("n")])]);
-        let config = model_config("m", &model, 0).unwrap();
-        assert_eq!(config.input[0].dims, vec![1]);
+    fn one_number_per_row_of_a_batch_is_reshaped() {
+        let shape = [symbol("batch"), Dim::Known(4)];
+        let model = model(&[("length", Ty::Int64, &shape[..1])], &[("y", Ty::Float, &shape)]);
+        let config = model_config("m", &model, 8).unwrap();
+        assert_eq!((config.max_batch_size, config.input[0].dims.as_slice()), (8, &[1][..]));
         assert_eq!(config.input[0].reshape, Some(ModelTensorReshape { shape: Vec::new() }));
+        rules::check(&config).unwrap();
+    }
+
+    #[test]
+    fn what_the_server_would_refuse_is_refused_by_name() {
+        let one = [Dim::Known(1)];
+        for (name, shape) in [("use_cache", &[][..]), ("empty", &[Dim::Known(0)])] {
+            let model = model(&[(name, Ty::Bool, shape)], &[("y", Ty::Float, &one)]);
+            let error = config_text("m", &model, 8).unwrap_err().to_string();
+            assert!(error.contains(&format!("`{name}` in a Triton repository")), "{error}");
+        }
     }
 
     #[test]

@@ -11,6 +11,8 @@
 //! ```
 
 mod config;
+mod rules;
+mod scalars;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -73,6 +75,9 @@ pub struct ExportedModel {
     pub inputs: usize,
     pub outputs: usize,
     pub size_bytes: u64,
+    /// Inputs and outputs that are scalars in the component and have one axis of size 1 here, as Triton has no scalars.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub reshaped: Vec<String>,
 }
 
 /// Writes a model repository as a new folder.
@@ -88,12 +93,15 @@ pub fn export(bundle: &Bundle, settings: &TritonSettings, target: &Path) -> Resu
     for component in components(bundle, settings.variant.as_deref())? {
         let name = file_name(&component.stem);
         if models.contains_key(&name) {
-            return Err(Error::invalid(format!("model `{name}`"), "stands for two components"));
+            return Err(Error::invalid(format!("model `{name}`"), "stands for two components")
+                .remedy("export a folder with one of them"));
         }
         let mut model = onnx::load(&bundle.path_of(component))?;
         if let Some(version) = settings.max_ir_version {
             cap_ir_version(&name, &mut model, version)?;
         }
+        let reshaped = scalars::with_an_axis(&mut model)?;
+        let config = config_text(&name, &model, settings.max_batch_size)?;
         let version_folder = root.join(&name).join("1");
         create(&version_folder)?;
         let storage = if component.external.is_empty() {
@@ -107,7 +115,7 @@ pub fn export(bundle: &Bundle, settings: &TritonSettings, target: &Path) -> Resu
             let path = version_folder.join(file);
             size_bytes += fs::metadata(&path).map_err(|e| Error::io("read", &path, e))?.len();
         }
-        write(&root.join(&name).join("config.pbtxt"), &config_text(&name, &model, settings.max_batch_size)?)?;
+        write(&root.join(&name).join("config.pbtxt"), &config)?;
         if component.role.is_decoder() && processor.is_none() {
             processor = Some(format!("{name}/processor"));
         }
@@ -117,6 +125,7 @@ pub fn export(bundle: &Bundle, settings: &TritonSettings, target: &Path) -> Resu
             inputs: model.graph.body.inputs.len(),
             outputs: model.graph.body.outputs.len(),
             size_bytes,
+            reshaped,
         };
         models.insert(name, exported);
     }
@@ -156,6 +165,7 @@ fn components<'a>(bundle: &'a Bundle, variant: Option<&str>) -> Result<Vec<&'a C
                 format!("variant `{}` of `{}`", variant.unwrap_or_default(), component.stem),
                 format!("is not there; found {}", list_preview(&names, 6)),
             )
+            .remedy("name a variant that every component has, or leave `--variant` out")
         })?;
         chosen.push(found);
     }
@@ -182,7 +192,8 @@ fn cap_ir_version(name: &str, model: &mut Model, version: i64) -> Result<()> {
         return Err(Error::unsupported(
             format!("model `{name}` as IR version {version}"),
             format!("it holds what came with version {least}"),
-        ));
+        )
+        .remedy(format!("give `--max-ir-version {least}` or more, to a server that reads it")));
     }
     model.ir_version = version;
     Ok(())

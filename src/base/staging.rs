@@ -1,0 +1,320 @@
+//! Outputs in the making: each carries its owner in its name, so that a later run can remove what a killed one left.
+
+use std::collections::HashSet;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{LazyLock, Mutex, PoisonError};
+
+use super::error::{Error, Result};
+use super::progress::notice;
+use super::text::{human_bytes, list_preview};
+
+/// What the names of staged folders begin with; `.NAME.OWNER.part` is a staged file's.
+const FOLDER_PREFIX: &str = ".interlace-";
+const FILE_SUFFIX: &str = ".part";
+
+/// A process: its id, when it started and which set of process ids that id is of, as `PID-START-PLACE`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Owner {
+    process: u32,
+    /// Clock ticks between the machine's start and the process's.
+    start: u64,
+    /// Of the machine's start and the namespace of process ids (one per container).
+    place: u32,
+}
+
+impl Owner {
+    /// This process.
+    fn current() -> &'static Owner {
+        static CURRENT: LazyLock<Owner> = LazyLock::new(|| {
+            let process = std::process::id();
+            Owner { process, start: start_of(process).unwrap_or(0), place: place() }
+        });
+        &CURRENT
+    }
+
+    fn tag(&self) -> String {
+        format!("{}-{}-{:08x}", self.process, self.start, self.place)
+    }
+
+    fn parse(tag: &str) -> Option<Owner> {
+        let mut parts = tag.split('-');
+        let process = parts.next()?.parse().ok()?;
+        let start = parts.next()?.parse().ok()?;
+        let place = u32::from_str_radix(parts.next()?, 16).ok()?;
+        parts.next().is_none().then_some(Owner { process, start, place })
+    }
+
+    /// True when no process is this one any more. A process of another place cannot be seen from here; it is gone when
+    /// nobody holds its lock.
+    fn is_gone(&self, path: &Path) -> bool {
+        if self.place == Self::current().place {
+            return start_of(self.process) != Some(self.start);
+        }
+        File::open(path).is_ok_and(|file| lock(&file))
+    }
+}
+
+/// When a process started; `None` when there is no such process.
+fn start_of(process: u32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+    // The second field is the program's name in brackets and may hold anything; the 22nd is the start.
+    let (_, rest) = stat.rsplit_once(')')?;
+    rest.split_whitespace().nth(19)?.parse().ok()
+}
+
+fn place() -> u32 {
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let namespace = fs::read_link("/proc/self/ns/pid").unwrap_or_default();
+    let text = format!("{boot} {}", namespace.display());
+    // FNV-1a
+    text.bytes().fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
+}
+
+/// Locks a file or folder for as long as it is open; false when somebody else has it, or its file system has no locks.
+fn lock(file: &File) -> bool {
+    // SAFETY: the descriptor is open.
+    unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) == 0 }
+}
+
+/// Holds a file in the making, so that runs that cannot see this process leave it alone.
+pub(super) fn hold(file: &File) {
+    // Without locks the owner in its name is all that protects it.
+    lock(file);
+}
+
+/// Where a file is written before it gets the name `path`. What killed runs left in its folder is removed.
+///
+/// Errors: `Error::Invalid` when the path names no file.
+pub(super) fn temporary_of(path: &Path) -> Result<PathBuf> {
+    let name = path.file_name().ok_or_else(|| {
+        Error::invalid(format!("`{}`", path.display()), "names no file").remedy("give a path that ends with a name")
+    })?;
+    let temporary = path.with_file_name(format!(".{}.{}{FILE_SUFFIX}", name.to_string_lossy(), Owner::current().tag()));
+    sweep(folder_of(path));
+    Ok(temporary)
+}
+
+fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+/// A folder that is removed when dropped, and by a later run when this one is killed.
+pub struct ScratchDir {
+    folder: tempfile::TempDir,
+    _lock: Option<File>,
+}
+
+impl ScratchDir {
+    /// Makes one in `parent`, after what killed runs left there is removed.
+    ///
+    /// Errors: `Error::Io` when `parent` cannot be written.
+    pub fn create_in(parent: &Path) -> Result<Self> {
+        sweep(parent);
+        let folder = tempfile::Builder::new()
+            .prefix(&format!("{FOLDER_PREFIX}{}-", Owner::current().tag()))
+            .tempdir_in(parent)
+            .map_err(|e| Error::io("create a folder in", parent, e))?;
+        let lock = File::open(folder.path()).ok().filter(lock);
+        Ok(ScratchDir { folder, _lock: lock })
+    }
+
+    pub fn path(&self) -> &Path {
+        self.folder.path()
+    }
+}
+
+/// A new folder that appears under its final name only when complete.
+pub struct StagedDir {
+    target: PathBuf,
+    staging: ScratchDir,
+}
+
+impl StagedDir {
+    /// Begins a folder that will become `target`. What killed runs left beside it is removed.
+    ///
+    /// Errors: `Error::Invalid` when `target` exists already and is not an empty folder; `Error::Io` when its parent cannot be made.
+    pub fn create(target: &Path) -> Result<Self> {
+        match fs::symlink_metadata(target) {
+            Ok(metadata) => {
+                let empty = metadata.is_dir() && fs::read_dir(target).is_ok_and(|mut entries| entries.next().is_none());
+                if !empty {
+                    return Err(Error::invalid(format!("output `{}`", target.display()), "exists already")
+                        .remedy("name a new folder, or remove this one first"));
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(Error::io("read", target, error)),
+        }
+        let parent = folder_of(target);
+        fs::create_dir_all(parent).map_err(|e| Error::io("create", parent, e))?;
+        Ok(StagedDir { target: target.to_path_buf(), staging: ScratchDir::create_in(parent)? })
+    }
+
+    /// The folder to write into.
+    pub fn path(&self) -> &Path {
+        self.staging.path()
+    }
+
+    /// Gives the folder its final name.
+    ///
+    /// Errors: `Error::Io`; the staged folder is removed then.
+    pub fn commit(self) -> Result<()> {
+        if self.target.is_dir() {
+            fs::remove_dir(&self.target).map_err(|e| Error::io("replace", &self.target, e))?;
+        }
+        set_default_permissions(self.staging.path())?;
+        fs::rename(self.staging.path(), &self.target).map_err(|e| Error::io("rename", &self.target, e))?;
+        let _ = self.staging.folder.keep();
+        Ok(())
+    }
+}
+
+/// Temporary folders are private to the user; a finished one gets what the umask allows.
+fn set_default_permissions(path: &Path) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    // SAFETY: umask only swaps a process-wide integer, and the old value is put back at once.
+    let mask = unsafe {
+        let mask = libc::umask(0o022);
+        libc::umask(mask);
+        mask
+    };
+    let mode = 0o777 & !mask;
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(|e| Error::io("set permissions of", path, e))
+}
+
+/// Removes what killed runs left in a folder, once in a process, and says so.
+fn sweep(folder: &Path) {
+    static SWEPT: LazyLock<Mutex<HashSet<PathBuf>>> = LazyLock::new(Mutex::default);
+    let Ok(place) = fs::canonicalize(folder) else { return };
+    if !SWEPT.lock().unwrap_or_else(PoisonError::into_inner).insert(place) {
+        return;
+    }
+    let (names, bytes) = remove_orphans(folder);
+    if !names.is_empty() {
+        let (names_shown, size) = (list_preview(&names, 4), human_bytes(bytes));
+        notice(format!("removed what runs that were killed left in `{}`: {names_shown} ({size})", folder.display()));
+    }
+}
+
+/// Names and bytes of what was removed.
+fn remove_orphans(folder: &Path) -> (Vec<String>, u64) {
+    // SAFETY: reads an integer of the process.
+    let user = unsafe { libc::geteuid() };
+    let mut removed = (Vec::new(), 0);
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let Ok(name) = entry.file_name().into_string() else { continue };
+        let path = entry.path();
+        let (Some(owner), Ok(metadata)) = (owner_of(&name), fs::symlink_metadata(&path)) else { continue };
+        let ours = metadata.uid() == user && metadata.is_dir() == name.starts_with(FOLDER_PREFIX);
+        if metadata.is_symlink() || !ours || !owner.is_gone(&path) {
+            continue;
+        }
+        let size = size_of(&path);
+        let gone = if metadata.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+        // Another run may be removing it too.
+        if gone.is_ok() {
+            removed.0.push(name);
+            removed.1 += size;
+        }
+    }
+    removed.0.sort();
+    removed
+}
+
+/// The owner in the name of a staged folder or file.
+fn owner_of(name: &str) -> Option<Owner> {
+    let tag = match name.strip_prefix(FOLDER_PREFIX) {
+        // A random part follows the owner.
+        Some(rest) => rest.rsplit_once('-')?.0,
+        None => name.strip_prefix('.')?.strip_suffix(FILE_SUFFIX)?.rsplit_once('.')?.1,
+    };
+    Owner::parse(tag)
+}
+
+/// Bytes of a file, or of all files in a folder.
+fn size_of(path: &Path) -> u64 {
+    let Ok(metadata) = fs::symlink_metadata(path) else { return 0 };
+    if !metadata.is_dir() {
+        return metadata.len();
+    }
+    fs::read_dir(path).into_iter().flatten().flatten().map(|entry| size_of(&entry.path())).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    fn names(folder: &Path) -> Vec<String> {
+        let entries = fs::read_dir(folder).unwrap();
+        let mut names: Vec<String> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn only_what_a_process_that_is_gone_left_is_removed() {
+        let mut child = Command::new("sleep").arg("600").stdout(Stdio::null()).spawn().unwrap();
+        let owner = Owner { process: child.id(), start: start_of(child.id()).unwrap(), place: place() };
+        let folder = tempfile::tempdir().unwrap();
+        let here = folder.path();
+        let staged = format!(".interlace-{}-Ab3", owner.tag());
+        let part = format!(".scores.json.{}.part", owner.tag());
+        // The id of a process that lives, with another start: it was given to somebody else since.
+        let reused = Owner { start: 1, ..Owner::current().clone() };
+        let reused = format!(".interlace-{}-xyz", reused.tag());
+        fs::create_dir(here.join(&staged)).unwrap();
+        fs::write(here.join(&staged).join("model.onnx"), "123").unwrap();
+        fs::write(here.join(&part), "12").unwrap();
+        fs::create_dir(here.join(&reused)).unwrap();
+        for strange in
+            [".interlace-", ".interlace-1-2", ".interlace-a-b-c-d", ".x.part", ".interlace-1-2-3-4-5", "a.part"]
+        {
+            fs::create_dir(here.join(strange)).unwrap();
+        }
+        std::os::unix::fs::symlink("/", here.join(format!(".interlace-{}-link", owner.tag()))).unwrap();
+        assert_eq!(remove_orphans(here), (vec![reused], 0));
+        assert!(here.join(&staged).exists() && here.join(&part).exists());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(remove_orphans(here), (vec![staged, part], 5));
+        assert_eq!(names(here).len(), 7);
+    }
+
+    #[test]
+    fn what_a_run_in_another_container_holds_is_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let elsewhere = Owner { place: !place(), ..Owner::current().clone() };
+        let staged = folder.path().join(format!(".interlace-{}-abc", elsewhere.tag()));
+        fs::create_dir(&staged).unwrap();
+        let held = File::open(&staged).unwrap();
+        assert!(lock(&held));
+        assert_eq!(remove_orphans(folder.path()).0.len(), 0);
+        drop(held);
+        assert_eq!(remove_orphans(folder.path()).0.len(), 1);
+    }
+
+    #[test]
+    fn a_staged_folder_appears_when_it_is_complete() {
+        let folder = tempfile::tempdir().unwrap();
+        let target = folder.path().join("out");
+        let staged = StagedDir::create(&target).unwrap();
+        assert_eq!(
+            names(folder.path()).iter().filter_map(|name| owner_of(name)).collect::<Vec<_>>(),
+            [Owner::current().clone()]
+        );
+        fs::write(staged.path().join("file"), "x").unwrap();
+        staged.commit().unwrap();
+        assert_eq!(names(folder.path()), ["out"]);
+        drop(StagedDir::create(&folder.path().join("other")).unwrap());
+        assert_eq!(names(folder.path()), ["out"]);
+    }
+}
