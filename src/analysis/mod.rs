@@ -13,6 +13,7 @@ mod merged;
 mod names;
 mod owners;
 mod ports;
+mod positions;
 mod products;
 mod stream;
 

@@ -23,8 +23,8 @@ pub enum Error {
     #[error("{subject}: {problem}{}", Remedy(remedy))]
     NotFinite { subject: String, problem: String, remedy: Option<String> },
     /// ONNX Runtime, LibTorch or tract reported a failure.
-    #[error("{engine} failed on {subject}: {message}")]
-    Engine { engine: &'static str, subject: String, message: String },
+    #[error("{}{engine} failed on {subject}: {message}{}", During(during), EngineRemedy(engine))]
+    Engine { engine: &'static str, subject: String, message: String, during: Option<String> },
     /// The user asked to stop; what was finished is kept.
     #[error("interrupted: {kept}")]
     Interrupted { kept: String },
@@ -37,6 +37,31 @@ impl fmt::Display for Remedy<'_> {
         match self.0 {
             Some(remedy) => write!(f, "; {remedy}"),
             None => Ok(()),
+        }
+    }
+}
+
+struct During<'a>(&'a Option<String>);
+
+impl fmt::Display for During<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(work) => write!(f, "{work}: "),
+            None => Ok(()),
+        }
+    }
+}
+
+/// What a user can do about an engine's failure whose reason only the engine knows.
+struct EngineRemedy<'a>(&'a str);
+
+impl fmt::Display for EngineRemedy<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            "ONNX Runtime" | "LibTorch" => {
+                write!(f, "; `interlace verify` runs each component by itself and names the one that fails")
+            }
+            _ => Ok(()),
         }
     }
 }
@@ -59,7 +84,16 @@ impl Error {
 
     /// An `Engine` error: `engine` is the library's name, `subject` what it was given.
     pub fn engine(engine: &'static str, subject: impl Into<String>, message: impl fmt::Display) -> Self {
-        Error::Engine { engine, subject: subject.into(), message: message.to_string() }
+        Error::Engine { engine, subject: subject.into(), message: message.to_string(), during: None }
+    }
+
+    /// Says in an engine's error what was being done; the innermost word stays. Other errors say it themselves.
+    #[must_use]
+    pub fn during(mut self, work: impl Into<String>) -> Self {
+        if let Error::Engine { during: during @ None, .. } = &mut self {
+            *during = Some(work.into());
+        }
+        self
     }
 
     /// An `Io` error; use as `.map_err(|e| Error::io("read", path, e))`, the action in the infinitive.

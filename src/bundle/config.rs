@@ -19,6 +19,12 @@ pub struct ModelConfig {
     pub num_attention_heads: Option<usize>,
     pub num_key_value_heads: Option<usize>,
     pub head_dim: Option<usize>,
+    /// Key-value heads of layers of another kind (global attention among windows).
+    pub other_key_value_heads: Vec<usize>,
+    /// Head sizes of values, and of layers of another kind.
+    pub other_head_dims: Vec<usize>,
+    /// Sizes of multi-head latent attention, where the model has it.
+    pub latent_attention: Option<LatentAttention>,
     pub vocab_size: Option<usize>,
     /// Layers of the vision tower.
     pub vision_num_layers: Option<usize>,
@@ -31,6 +37,15 @@ pub struct ModelConfig {
     /// The whole config.
     #[serde(skip)]
     pub raw: Value,
+}
+
+/// Sizes of multi-head latent attention, whose keys and values are computed from a latent that all heads share.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct LatentAttention {
+    pub kv_lora_rank: usize,
+    pub qk_nope_head_dim: usize,
+    pub qk_rope_head_dim: usize,
+    pub v_head_dim: usize,
 }
 
 /// Keys under which configs hold the language model.
@@ -53,6 +68,10 @@ impl ModelConfig {
         let vision = section(&raw, VISION_SECTIONS).unwrap_or(&Value::Null);
         let either = |key: &str| text.get(key).or_else(|| raw.get(key)).filter(|value| !value.is_null());
         let size = |keys: &[&str]| first(keys, |key| usize_of("config.json", key, either(key)));
+        let sizes = |keys: &[&str]| -> Result<Vec<usize>> {
+            let found = keys.iter().map(|key| size(&[*key])).collect::<Result<Vec<_>>>()?;
+            Ok(found.into_iter().flatten().collect())
+        };
         let id = |key: &str| either(key).and_then(Value::as_i64);
         let eos = [generation.get("eos_token_id"), raw.get("eos_token_id"), text.get("eos_token_id")];
         let config = ModelConfig {
@@ -63,6 +82,17 @@ impl ModelConfig {
             num_attention_heads: size(&["num_attention_heads", "n_head", "num_heads"])?,
             num_key_value_heads: size(&["num_key_value_heads"])?,
             head_dim: size(&["head_dim"])?,
+            other_key_value_heads: sizes(&["num_global_key_value_heads", "swa_num_key_value_heads"])?,
+            other_head_dims: sizes(&["v_head_dim", "global_head_dim", "swa_head_dim", "swa_v_head_dim"])?,
+            latent_attention: match sizes(&["kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"])? {
+                sizes if sizes.len() == 4 => Some(LatentAttention {
+                    kv_lora_rank: sizes[0],
+                    qk_nope_head_dim: sizes[1],
+                    qk_rope_head_dim: sizes[2],
+                    v_head_dim: sizes[3],
+                }),
+                _ => None,
+            },
             vocab_size: size(&["vocab_size"])?,
             vision_num_layers: first(&["num_hidden_layers", "depth", "num_layers", "layers"], |key| {
                 usize_of("config.json", key, vision.get(key).filter(|value| !value.is_null()))
@@ -92,6 +122,9 @@ impl ModelConfig {
             num_attention_heads: size("num_attention_heads")?,
             num_key_value_heads: size("num_key_value_heads")?,
             head_dim: size("head_size")?,
+            other_key_value_heads: Vec::new(),
+            other_head_dims: Vec::new(),
+            latent_attention: None,
             vocab_size: usize_of("genai_config.json", "vocab_size", model.get("vocab_size"))?,
             vision_num_layers: None,
             image_token_id: model.get("image_token_id").and_then(Value::as_i64),
@@ -107,7 +140,10 @@ impl ModelConfig {
     ///
     /// Errors: `Error::Invalid` naming the key when it is not there.
     pub fn require<T>(&self, key: &str, value: Option<T>) -> Result<T> {
-        value.ok_or_else(|| Error::invalid(format!("`{}`", self.source), format!("has no `{key}`")))
+        value.ok_or_else(|| {
+            Error::invalid(format!("`{}`", self.source), format!("has no `{key}`"))
+                .remedy("add the key, with the model's own figure")
+        })
     }
 
     /// The width of one attention head: `head_dim`, else `hidden_size / num_attention_heads`.
@@ -143,6 +179,7 @@ fn usize_of(source: &str, key: &str, value: Option<&Value>) -> Result<Option<usi
             let size = value.as_u64().and_then(|size| usize::try_from(size).ok());
             size.map(Some).ok_or_else(|| {
                 Error::invalid(format!("`{source}`"), format!("`{key}` is {value}, expected a whole number"))
+                    .remedy("correct the config")
             })
         }
     }

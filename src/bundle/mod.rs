@@ -14,7 +14,7 @@ mod record;
 mod write;
 
 pub use assets::{AssetKind, RECORD_FILE};
-pub use config::ModelConfig;
+pub use config::{LatentAttention, ModelConfig};
 pub use layers::{LayerEdit, Tower};
 pub use layout::{Layout, Role};
 pub use record::{Record, Step};

@@ -6,7 +6,9 @@ use std::process::Command;
 use anyhow::Context as _;
 
 use crate::base::{Device, human_bytes, write_json};
+use crate::bundle::Bundle;
 use crate::eval::{self, BenchOptions, BenchReport, ModelBench, Spread};
+use crate::pipeline::steps::{Work, check_needs};
 use crate::runtime::Runtime;
 
 use super::args::positive;
@@ -92,6 +94,11 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         eval::peak_memory_of_child(&mut command)
     };
     let baseline = args.baseline.as_deref();
+    for model in [Some(args.model.as_path()), baseline].into_iter().flatten() {
+        if load.new_tokens > 1 {
+            check_needs(&Bundle::open(model)?, Work::Bench)?;
+        }
+    }
     let report = eval::bench(&args.model, baseline, &runtime, &load.options(), Some(&memory), &context.cancel)?;
     write_json(&args.output, &report)?;
     if context.output.json {

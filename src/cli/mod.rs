@@ -23,7 +23,7 @@ use std::io::Write;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
-use crate::base::{Cancel, install_ctrl_c, set_quiet};
+use crate::base::{Cancel, Error, install_ctrl_c, set_quiet};
 
 pub use output::Output;
 pub use schema::schemas;
@@ -112,22 +112,56 @@ fn end(code: i32) -> ! {
     unsafe { libc::_exit(code) }
 }
 
+impl Verb {
+    /// What the verb was doing when an engine failed.
+    fn doing(&self) -> &'static str {
+        match self {
+            Verb::Inspect(_) => "looking at the model",
+            Verb::Score(_) => "scoring layers",
+            Verb::Plan(_) => "making a plan",
+            Verb::Prune(_) => "dropping layers",
+            Verb::Finetune(_) => "finetuning",
+            Verb::Eval(_) => "evaluating the model",
+            Verb::Bench(_) | Verb::PeakMemory(_) => "measuring speed and memory",
+            Verb::Verify(_) => "verifying the model",
+            Verb::Export(_) => "exporting the model",
+            Verb::Run(_) | Verb::Sweep(_) => "running the recipe",
+        }
+    }
+}
+
+/// An engine's error with what was being done.
+fn explained(error: anyhow::Error, doing: &'static str) -> anyhow::Error {
+    match error.downcast_ref::<Error>() {
+        Some(Error::Engine { .. }) => match error.downcast::<Error>() {
+            Ok(error) => error.during(doing).into(),
+            Err(error) => error,
+        },
+        _ => error,
+    }
+}
+
 fn dispatch(cli: Cli, torch: RunTorchVerb) -> anyhow::Result<Outcome> {
     set_quiet(cli.quiet);
     let context = Context { output: Output { json: cli.json, quiet: cli.quiet }, cancel: install_ctrl_c()? };
-    match cli.verb {
-        Verb::Inspect(args) => inspect::run(args, &context),
-        Verb::Score(args) => score::run(args, &context),
-        Verb::Plan(args) => plan::run(args, &context),
-        Verb::Prune(args) => prune::run(args, &context),
-        Verb::Finetune(args) => torch(TorchVerb::Finetune(args), &context),
-        Verb::Eval(args) => eval::run(args, &context),
-        Verb::Bench(args) => bench::run(args, &context),
-        Verb::Verify(args) => torch(TorchVerb::Verify(args), &context),
-        Verb::Export(args) => export::run(args, &context),
-        Verb::Run(args) => torch(TorchVerb::Run(args), &context),
-        Verb::Sweep(args) => torch(TorchVerb::Sweep(args), &context),
-        Verb::PeakMemory(args) => bench::run_memory(args, &context),
+    let doing = cli.verb.doing();
+    run_verb(cli.verb, &context, torch).map_err(|error| explained(error, doing))
+}
+
+fn run_verb(verb: Verb, context: &Context, torch: RunTorchVerb) -> anyhow::Result<Outcome> {
+    match verb {
+        Verb::Inspect(args) => inspect::run(args, context),
+        Verb::Score(args) => score::run(args, context),
+        Verb::Plan(args) => plan::run(args, context),
+        Verb::Prune(args) => prune::run(args, context),
+        Verb::Finetune(args) => torch(TorchVerb::Finetune(args), context),
+        Verb::Eval(args) => eval::run(args, context),
+        Verb::Bench(args) => bench::run(args, context),
+        Verb::Verify(args) => torch(TorchVerb::Verify(args), context),
+        Verb::Export(args) => export::run(args, context),
+        Verb::Run(args) => torch(TorchVerb::Run(args), context),
+        Verb::Sweep(args) => torch(TorchVerb::Sweep(args), context),
+        Verb::PeakMemory(args) => bench::run_memory(args, context),
     }
 }
 

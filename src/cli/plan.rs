@@ -7,7 +7,7 @@ use crate::bundle::Bundle;
 use crate::data::{Amount, Dataset, SEQUENCE_LENGTH, Subset};
 use crate::method::select::{STRATEGIES, Strategy};
 use crate::method::{LossMeter, Scores};
-use crate::pipeline::steps::{self, HowMany, PlanSettings, PlannedModel};
+use crate::pipeline::steps::{self, HowMany, PlanSettings, PlannedModel, Work, check_needs};
 
 use super::args::{LayerList, Weights, amount, positive};
 use super::{Context, Outcome, strip};
@@ -107,6 +107,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     let subset = Subset { amount: Amount::Samples(args.samples), seed: args.seed };
     let mut meter = match &args.data {
         Some(data) => {
+            check_needs(&bundle, Work::MeasureLosses)?;
             let dataset = Dataset::open_for(data, &bundle, args.sequence_length)?;
             Some((LossMeter::new(&bundle, &dataset, subset, args.device, &context.cancel)?, dataset.digest()?))
         }

@@ -6,6 +6,7 @@ use crate::base::{Device, write_json};
 use crate::bundle::Bundle;
 use crate::data::{Amount, Dataset, SEQUENCE_LENGTH};
 use crate::method::{ScoreSettings, Scores, score};
+use crate::pipeline::steps::{Work, check_needs};
 
 use super::args::{fraction, positive};
 use super::output::table;
@@ -62,6 +63,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         max_tokens: args.max_tokens,
     };
     let bundle = Bundle::open(&args.model)?;
+    check_needs(&bundle, Work::Score)?;
     let dataset = Dataset::open_for(&args.data, &bundle, args.sequence_length)?;
     let scores = score(&bundle, &dataset, &settings, args.device, &context.cancel)?;
     write_json(&args.output, &scores)?;

@@ -10,7 +10,7 @@ use crate::runtime::Runtime;
 
 use super::{Context, Outcome};
 
-/// Check that the files load, agree with each other and compute the same in every engine
+/// Check that the files load, agree with each other and compute the same in ONNX Runtime and LibTorch
 #[derive(clap::Args)]
 #[command(after_help = "Example:\n  interlace verify healed/\n\nEnds with status 1 when a check fails.")]
 pub struct Args {

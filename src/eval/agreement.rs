@@ -155,34 +155,27 @@ pub fn rounding_once(
     rounding(pairs.filter(|(mine, _)| mine.dtype().is_ok_and(DataType::is_float)))
 }
 
-/// Largest difference between two decoders over all outputs of a prefill and a cached step, each on its own probe.
-pub fn decoders_differ(a: (&mut Decoder, &Probe), b: (&mut Decoder, &Probe)) -> Result<f64> {
+/// All outputs of a prefill and a cached step.
+pub fn decoder_outputs(decoder: &mut Decoder, probe: &Probe) -> Result<Vec<ir::Tensor>> {
     let last = PROMPT_TOKENS - 1;
-    let ends = |(decoder, probe): (&mut Decoder, &Probe)| -> Result<Vec<ir::Tensor>> {
-        let (logits, cache) = decoder.step(&probe.step(0, last).borrowed(), None)?;
-        let mut found = vec![logits.to_ir()?];
-        if !decoder.slots().is_empty() {
-            let (logits, cache) = decoder.step(&probe.step(last, PROMPT_TOKENS).borrowed(), Some(cache))?;
-            found.push(logits.to_ir()?);
-            found.extend(cache.tensors().iter().map(Tensor::to_ir).collect::<Result<Vec<_>>>()?);
-        }
-        Ok(found)
-    };
-    let (a, b) = (ends(a)?, ends(b)?);
-    Ok(a.iter().zip(&b).fold(0.0, |largest, (a, b)| worse(largest, tensors_differ(a, b))))
+    let (logits, cache) = decoder.step(&probe.step(0, last).borrowed(), None)?;
+    let mut found = vec![logits.to_ir()?];
+    if !decoder.slots().is_empty() {
+        let (logits, cache) = decoder.step(&probe.step(last, PROMPT_TOKENS).borrowed(), Some(cache))?;
+        found.push(logits.to_ir()?);
+        found.extend(cache.tensors().iter().map(Tensor::to_ir).collect::<Result<Vec<_>>>()?);
+    }
+    Ok(found)
 }
 
-/// Largest difference between two graphs over all outputs of one run, each on its own inputs.
-pub fn sessions_differ(
-    (a, a_feeds): (&mut Session, &[(String, Tensor)]),
-    (b, b_feeds): (&mut Session, &[(String, Tensor)]),
-) -> Result<f64> {
-    let (a, b) = (a.run(&borrowed(a_feeds), None)?, b.run(&borrowed(b_feeds), None)?);
-    let mut difference = 0.0;
-    for ((_, a), (_, b)) in a.iter().zip(b.iter()) {
-        difference = worse(difference, tensors_differ(&a.to_ir()?, &b.to_ir()?));
-    }
-    Ok(difference)
+/// All outputs of one run.
+pub fn session_outputs(session: &mut Session, feeds: &[(String, Tensor)]) -> Result<Vec<ir::Tensor>> {
+    session.run(&borrowed(feeds), None)?.iter().map(|(_, tensor)| tensor.to_ir()).collect()
+}
+
+/// Largest difference between the same outputs of two computations.
+pub fn outputs_apart(a: &[ir::Tensor], b: &[ir::Tensor]) -> f64 {
+    a.iter().zip(b).fold(0.0, |largest, (a, b)| worse(largest, tensors_differ(a, b)))
 }
 
 fn borrowed(feeds: &[(String, Tensor)]) -> Vec<(&str, &Tensor)> {

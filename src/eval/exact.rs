@@ -9,7 +9,8 @@ use crate::runtime::{Optimisation, Session, SessionOptions, Tensor};
 const F32_ACCURACY_LEVEL: i64 = 1;
 
 /// Sessions that are compared with the interpreter do not round activations where the graph leaves it open.
-pub const EXACT: SessionOptions = SessionOptions { threads: None, optimisation: Optimisation::All, exact_products: true };
+pub const EXACT: SessionOptions =
+    SessionOptions { threads: None, optimisation: Optimisation::All, exact_products: true };
 
 /// The graph with f32 in place of 16-bit floats and of activations that products round; `None` where it is that already.
 /// The interpreter computes so; ONNX Runtime is given this graph to be compared with it.

@@ -4,11 +4,16 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::base::{Error, Result};
+use crate::bundle::ModelConfig;
 use crate::data::{ImageBytes, Part, Processor};
 use crate::ir::{DataType, Dim};
 use crate::prompt::Prompt;
-use crate::runtime::{Decoder, Port, Tensor, VlmSession};
+use crate::runtime::{Decoder, Port, Session, Tensor, VlmSession};
 
+use super::agreement::PROMPT_TOKENS;
+
+/// The input of an embedding component that takes the vision encoder's output.
+const IMAGE_FEATURES: &str = "image_features";
 /// Side of the made-up picture, in pixels.
 const PICTURE_SIDE: u32 = 512;
 
@@ -82,6 +87,43 @@ pub fn pixel_feeds(subject: &str, inputs: &[Port]) -> Result<Vec<(String, Tensor
         let tensor = match port.dtype {
             DataType::Bool | DataType::Int64 | DataType::Int32 => Tensor::from_i64(port.dtype, &shape, vec![1; count])?,
             dtype => Tensor::from_f32(dtype, &shape, noise(count))?,
+        };
+        feeds.push((port.name.clone(), tensor));
+    }
+    Ok(feeds)
+}
+
+/// Token ids for an embedding component, and image features where it takes them: one row for the one image token among the
+/// ids, or none where that token is not known. Features of sounds have no rows.
+///
+/// Errors: `Error::Unsupported` naming another input, or a width that is open.
+pub fn embedding_feeds(session: &Session, config: Option<&ModelConfig>) -> Result<Vec<(String, Tensor)>> {
+    let vocabulary = config.and_then(|config| config.vocab_size).unwrap_or(16);
+    let image_token = config.and_then(|config| config.image_token_id);
+    let mut ids = token_ids(PROMPT_TOKENS, vocabulary, image_token);
+    let image_token = image_token.filter(|_| session.input(IMAGE_FEATURES).is_some());
+    if let (Some(token), Some(last)) = (image_token, ids.last_mut()) {
+        *last = token;
+    }
+    let mut feeds = Vec::new();
+    for port in session.inputs() {
+        let unsupported = |problem: String| {
+            Error::unsupported(session.subject(), problem).remedy("give inputs of your own with `verify --inputs`")
+        };
+        let rows = usize::from(port.name == IMAGE_FEATURES && image_token.is_some());
+        let tensor = match (port.name.as_str(), port.shape.len()) {
+            ("input_ids", _) => Tensor::from_i64(port.dtype, &[1, ids.len()], ids.clone())?,
+            (IMAGE_FEATURES | "audio_features", rank @ (2 | 3)) if port.dtype.is_float() => {
+                let width = port.fixed_size(rank - 1).or_else(|| config?.hidden_size);
+                let width = width.ok_or_else(|| unsupported(format!("leaves the width of `{}` open", port.name)))?;
+                let mut shape = vec![1; rank - 2];
+                shape.extend([rows, width]);
+                match rows {
+                    0 => Tensor::empty(port.dtype, &shape)?,
+                    _ => Tensor::from_f32(port.dtype, &shape, noise(rows * width))?,
+                }
+            }
+            _ => return Err(unsupported(format!("input `{}` of {} cannot be made up", port.name, port.dtype))),
         };
         feeds.push((port.name.clone(), tensor));
     }

@@ -11,7 +11,7 @@ use crate::base::Result;
 use crate::ir::{DataType, Model, Tensor as Weights};
 use crate::runtime::{Decoder, Runtime, Session, Tensor};
 
-use super::agreement::{Probe, decoders_differ, sessions_differ};
+use super::agreement::{Probe, decoder_outputs, outputs_apart, session_outputs};
 use super::exact::{EXACT, find_node};
 
 /// The relative change of the inputs.
@@ -20,7 +20,8 @@ pub const CHANGE: f32 = 1e-6;
 const TRIES: u64 = 8;
 
 /// Operators that round activations, by the beginnings of their names.
-const ROUNDING: &[&str] = &["DynamicQuantize", "QuantizeLinear", "QLinear", "QGemm", "QAttention", "MatMulIntegerToFloat"];
+const ROUNDING: &[&str] =
+    &["DynamicQuantize", "QuantizeLinear", "QLinear", "QGemm", "QAttention", "MatMulIntegerToFloat"];
 
 /// An operator that rounds activations to few bits, if the graph has one.
 pub fn rounding_operator(model: &Model) -> Option<&str> {
@@ -39,19 +40,19 @@ pub fn spread_of_decoder(
     head_dim: Option<usize>,
     runtime: &Runtime,
 ) -> Result<f64> {
+    let before = decoder_outputs(decoder, probe)?;
     let mut largest = 0.0f64;
     for seed in 0..TRIES {
-        let found = if probe.data.is_empty() {
+        let after = if probe.data.is_empty() {
             let mut changed = Decoder::new(runtime.session_of(&changed_weights(model, seed), &EXACT)?, head_dim)?;
-            decoders_differ((decoder, probe), (&mut changed, probe))?
+            decoder_outputs(&mut changed, probe)?
         } else {
             let mut data = probe.data.clone();
             change(&mut data, seed);
             let changed = Probe { ids: probe.ids.clone(), data, ..*probe };
-            let mut again = Decoder::new(runtime.session_of(model, &EXACT)?, head_dim)?;
-            decoders_differ((decoder, probe), (&mut again, &changed))?
+            decoder_outputs(decoder, &changed)?
         };
-        largest = largest.max(found);
+        largest = largest.max(outputs_apart(&before, &after));
     }
     Ok(largest)
 }
@@ -66,23 +67,31 @@ pub fn spread_of_session(
     runtime: &Runtime,
 ) -> Result<f64> {
     let floats = feeds.iter().any(|(_, tensor)| tensor.dtype().is_ok_and(DataType::is_float));
+    let before = session_outputs(session, feeds)?;
     let mut largest = 0.0f64;
     for seed in 0..TRIES {
-        let changed = feeds.iter().map(|(name, tensor)| {
-            let dtype = tensor.dtype()?;
-            if !dtype.is_float() {
-                return Ok((name.clone(), Tensor::from_ir(&tensor.to_ir()?)?));
-            }
-            let mut data = tensor.to_f32()?.into_owned();
-            change(&mut data, seed);
-            Ok((name.clone(), Tensor::from_f32(dtype, &tensor.shape(), data)?))
-        });
-        let changed: Vec<(String, Tensor)> = changed.collect::<Result<_>>()?;
-        let other = if floats { model.clone() } else { changed_weights(model, seed) };
-        let mut other = runtime.session_of(&other, &EXACT)?;
-        largest = largest.max(sessions_differ((session, feeds), (&mut other, &changed))?);
+        let after = if floats {
+            session_outputs(session, &changed_feeds(feeds, seed)?)?
+        } else {
+            let mut changed = runtime.session_of(&changed_weights(model, seed), &EXACT)?;
+            session_outputs(&mut changed, feeds)?
+        };
+        largest = largest.max(outputs_apart(&before, &after));
     }
     Ok(largest)
+}
+
+fn changed_feeds(feeds: &[(String, Tensor)], seed: u64) -> Result<Vec<(String, Tensor)>> {
+    let changed = feeds.iter().map(|(name, tensor)| {
+        let dtype = tensor.dtype()?;
+        if !dtype.is_float() {
+            return Ok((name.clone(), Tensor::from_ir(&tensor.to_ir()?)?));
+        }
+        let mut data = tensor.to_f32()?.into_owned();
+        change(&mut data, seed);
+        Ok((name.clone(), Tensor::from_f32(dtype, &tensor.shape(), data)?))
+    });
+    changed.collect()
 }
 
 fn change(data: &mut [f32], seed: u64) {
@@ -102,4 +111,63 @@ fn changed_weights(model: &Model, seed: u64) -> Model {
         }
     }
     changed
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::base::Device;
+    use crate::eval::checks::{CheckStatus, Checks, TOLERANCE};
+    use crate::ir::{Dim, Node, Value, ValueType};
+
+    /// `DynamicQuantizeLinear` and its codes as floats.
+    fn rounded() -> Model {
+        let mut model = Model { ir_version: 8, opset_imports: [(String::new(), 17)].into(), ..Model::default() };
+        let graph = &mut model.graph;
+        let ty = |dtype| Some(ValueType::Tensor { dtype, shape: Some(vec![Dim::Known(3)]) });
+        let mut value = |name: &str, ty| graph.add_value(Value { name: name.into(), ty, ..Value::default() });
+        let (x, y) = (value("x", ty(DataType::Float)), value("y", ty(DataType::Uint8)));
+        let (scale, zero) = (value("scale", None), value("zero", None));
+        graph.body.nodes.push(Node {
+            op_type: "DynamicQuantizeLinear".into(),
+            inputs: vec![Some(x)],
+            outputs: vec![Some(y), Some(scale), Some(zero)],
+            ..Node::default()
+        });
+        graph.body.inputs = vec![x];
+        graph.body.outputs = vec![y];
+        model
+    }
+
+    #[test]
+    fn a_value_next_to_a_step_shows_how_high_the_step_is() {
+        let model = rounded();
+        assert_eq!(rounding_operator(&model), Some("DynamicQuantizeLinear"));
+        assert_eq!(rounding_operator(&Model::default()), None);
+        let runtime = Runtime::new(Device::Cpu).unwrap();
+        let mut session = runtime.session_of(&model, &EXACT).unwrap();
+        let mut spread = |values: [f32; 3]| {
+            let feeds = [("x".to_string(), Tensor::from_f32(DataType::Float, &[3], values.to_vec()).unwrap())];
+            spread_of_session(&model, &mut session, &feeds, &runtime).unwrap()
+        };
+        // One step is 1.
+        assert_eq!(spread([0.0, 255.0, 2.5]), 1.0);
+        assert_eq!(spread([0.0, 255.0, 2.25]), 0.0);
+    }
+
+    #[test]
+    fn only_graphs_that_round_are_allowed_more_and_no_more_than_they_show() {
+        let ended = |difference: f64, operator: Option<&str>, spread: f64| {
+            let mut checks = Checks(Vec::new());
+            checks.engines(("interpreter", "x"), difference, "all".into(), operator, || Ok(spread));
+            (checks.0[0].status, checks.0[0].tolerance.unwrap())
+        };
+        let operator = Some("DynamicQuantizeLinear");
+        assert_eq!(ended(1e-5, operator, f64::NAN), (CheckStatus::Passed, TOLERANCE));
+        assert_eq!(ended(0.01, operator, 0.02), (CheckStatus::Passed, 0.04));
+        assert_eq!(ended(0.01, operator, 1e-7), (CheckStatus::Failed, TOLERANCE));
+        assert_eq!(ended(0.01, operator, f64::INFINITY), (CheckStatus::Failed, TOLERANCE));
+        assert_eq!(ended(0.01, None, 0.02), (CheckStatus::Failed, TOLERANCE));
+        assert_eq!(ended(f64::NAN, operator, 0.02).0, CheckStatus::Failed);
+    }
 }

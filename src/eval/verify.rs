@@ -4,135 +4,30 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
-
 use crate::base::{Cancel, Error, Progress, Provenance, Result, sha256_large_file};
 use crate::bundle::{Bundle, Component, Role};
-use crate::ir::{self, DataType, Model};
+use crate::ir::{self, Model};
 use crate::runtime::{
     Decoder, FeatureCache, InputFact, Runtime, Session, SessionOptions, Tensor, TractOutcome, VlmSession, VlmSettings,
     tract_check,
 };
-use crate::{analysis, onnx, torch};
+use crate::{onnx, torch};
 
 use super::agreement::{
-    PROMPT_TOKENS, Probe, Rounding, cached_step, interpreter_once, interpreter_steps, rounding_once, rounding_step,
+    PROMPT_TOKENS, Probe, cached_step, interpreter_once, interpreter_steps, rounding_once, rounding_step,
 };
+use super::checks::{CheckStatus, Checks, TOLERANCE, VerifyReport};
 use super::exact::{EXACT, find_node, in_f32, in_types_of, unit_roundoff};
-use super::probe::{embeddings, noise_embeddings, picture_prompt, pixel_feeds, token_ids};
+use super::figures::{config_and_graph, logits_name};
+use super::probe::{embedding_feeds, embeddings, noise_embeddings, picture_prompt, pixel_feeds, token_ids};
+use super::quantised::{rounding_operator, spread_of_decoder, spread_of_session};
 use super::run::LoadedModel;
 
-/// Largest difference of two f32 computations of the same values. Graphs of 16-bit floats are compared in f32 too.
-const TOLERANCE: f64 = 1e-4;
 /// Largest component that tract is given: it holds all weights in memory.
 const TRACT_LIMIT_BYTES: u64 = 2 << 30;
 /// Operators that quantise activations over a whole run, so that a cached step cannot equal a longer prefill.
 const DYNAMIC_QUANTISERS: &[&str] =
     &["DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "DynamicQuantizeLSTM"];
-
-/// What `verify` prints as JSON.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-pub struct VerifyReport {
-    #[serde(flatten)]
-    pub provenance: Provenance,
-    pub model: String,
-    /// True when no check failed.
-    pub passed: bool,
-    pub checks: Vec<Check>,
-}
-
-impl VerifyReport {
-    /// Version of the schema of the report.
-    pub const SCHEMA_VERSION: u32 = 1;
-}
-
-/// One check.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-pub struct Check {
-    pub name: String,
-    /// The file or figure that was checked.
-    pub subject: String,
-    pub status: CheckStatus,
-    /// What was found.
-    pub detail: String,
-    /// Largest absolute difference, for checks that compare numbers.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub difference: Option<f64>,
-    /// What the difference may be at most.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub tolerance: Option<f64>,
-}
-
-/// How a check ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum CheckStatus {
-    Passed,
-    Failed,
-    /// It could not be made; `detail` says why. This is no failure of the model.
-    Unavailable,
-}
-
-/// Collects checks.
-struct Checks(Vec<Check>);
-
-impl Checks {
-    fn add(&mut self, name: &str, subject: &str, status: CheckStatus, detail: impl Into<String>) {
-        let (name, subject, detail) = (name.to_string(), subject.to_string(), detail.into());
-        self.0.push(Check { name, subject, status, detail, difference: None, tolerance: None });
-    }
-
-    fn compared(&mut self, name: &str, subject: &str, difference: f64, tolerance: f64, detail: impl Into<String>) {
-        // A difference that is not a number is no agreement.
-        let status = if difference <= tolerance { CheckStatus::Passed } else { CheckStatus::Failed };
-        self.add(name, subject, status, detail);
-        if let Some(check) = self.0.last_mut() {
-            check.difference = Some(difference);
-            check.tolerance = Some(tolerance);
-        }
-    }
-
-    /// An error is a failure, but for what is not supported, which leaves the check unmade.
-    fn error(&mut self, name: &str, subject: &str, error: &Error) {
-        let status = match error {
-            Error::Unsupported { .. } => CheckStatus::Unavailable,
-            _ => CheckStatus::Failed,
-        };
-        self.add(name, subject, status, error.to_string());
-    }
-
-    /// What 16-bit floats cost in ONNX Runtime. Each operator rounds its result by at most `unit` of it, and n independent
-    /// errors add up to about the square root of n of one (Higham & Mary 2019, doi:10.1137/18M1226312).
-    fn rounded(&mut self, part: &Component, model: &Model, unit: f64, found: Result<Rounding>) {
-        let name = "rounding to 16 bits";
-        match found {
-            Ok(Rounding { difference, largest }) => {
-                let nodes = model.graph.body.nodes.len();
-                let bound = unit * (nodes as f64).sqrt() * largest;
-                let detail = format!(
-                    "ONNX Runtime on the file as it is against f32; {nodes} operators, values up to {largest:.2}"
-                );
-                self.compared(name, &part.file, difference, bound, detail);
-            }
-            Err(error) => self.error(name, &part.file, &error),
-        }
-    }
-
-    fn equal<T: PartialEq + std::fmt::Display>(&mut self, subject: &str, config: Option<T>, graph: Option<T>) {
-        let name = "config and graph";
-        match (config, graph) {
-            (Some(config), Some(graph)) if config == graph => {
-                self.add(name, subject, CheckStatus::Passed, format!("both {config}"))
-            }
-            (Some(config), Some(graph)) => {
-                self.add(name, subject, CheckStatus::Failed, format!("the config says {config}, the graph {graph}"));
-            }
-            (None, _) => self.add(name, subject, CheckStatus::Unavailable, "the config does not say"),
-            (_, None) => self.add(name, subject, CheckStatus::Unavailable, "the graph leaves it open"),
-        }
-    }
-}
 
 /// Makes every check that the model's files allow.
 ///
@@ -177,18 +72,20 @@ pub fn verify_on(path: &Path, inputs: &Path, runtime: &Runtime) -> Result<Verify
     let mut feeds = Vec::new();
     for port in session.inputs() {
         let subject = || format!("`{}`", inputs.display());
-        let array = arrays
-            .remove(&port.name)
-            .ok_or_else(|| Error::invalid(subject(), format!("lacks an array for input `{}`", port.name)))?;
+        let array = arrays.remove(&port.name).ok_or_else(|| {
+            Error::invalid(subject(), format!("lacks an array for input `{}`", port.name))
+                .remedy("give one array for each input of the graph")
+        })?;
         if array.dtype != port.dtype {
             let problem = format!("array `{}` is of {}, the input of {}", port.name, array.dtype, port.dtype);
-            return Err(Error::invalid(subject(), problem));
+            return Err(Error::invalid(subject(), problem).remedy("convert the array to the input's type"));
         }
         feeds.push((port.name.clone(), Tensor::from_ir(&array)?));
     }
     if let Some(name) = arrays.keys().next() {
         let problem = format!("array `{name}` is no input of `{}`", path.display());
-        return Err(Error::invalid(format!("`{}`", inputs.display()), problem));
+        return Err(Error::invalid(format!("`{}`", inputs.display()), problem)
+            .remedy("name the arrays after the graph's inputs"));
     }
     let mut checks = Checks(Vec::new());
     interpreter(part, &model, &mut session, &feeds, runtime, &mut checks);
@@ -231,12 +128,13 @@ fn component(bundle: &Bundle, part: &Component, runtime: &Runtime, checks: &mut 
         }
         Role::EmbedTokens => {
             let mut session = session;
-            let dtype = session.input("input_ids").map_or(DataType::Int64, |port| port.dtype);
-            let ids =
-                token_ids(PROMPT_TOKENS, bundle.config().and_then(|config| config.vocab_size).unwrap_or(16), None);
-            let feeds = vec![("input_ids".to_string(), Tensor::from_i64(dtype, &[1, ids.len()], ids)?)];
-            tract(bundle, part, &facts_of(&feeds)?, checks)?;
-            interpreter(part, &model, &mut session, &feeds, runtime, checks);
+            match embedding_feeds(&session, bundle.config()) {
+                Ok(feeds) => {
+                    tract(bundle, part, &facts_of(&feeds)?, checks)?;
+                    interpreter(part, &model, &mut session, &feeds, runtime, checks);
+                }
+                Err(error) => checks.error("interpreter", &part.file, &error),
+            }
         }
         // Weights without layers: that they load is all there is to say of them alone.
         Role::Projector | Role::LmHead | Role::AudioEncoder | Role::ImageGenerator => {}
@@ -244,6 +142,7 @@ fn component(bundle: &Bundle, part: &Component, runtime: &Runtime, checks: &mut 
             let head_dim = bundle.config().and_then(|config| config.head_size());
             let decoder = Decoder::new(session, head_dim)?;
             config_and_graph(bundle, part, &model, &decoder, checks);
+            logits_name(bundle, part, &decoder, checks);
             decoder_checks(bundle, part, &model, decoder, runtime, checks)?;
         }
     }
@@ -271,37 +170,6 @@ fn whole(path: &Path, bundle: &Bundle, runtime: &Runtime, checks: &mut Checks) {
     }
 }
 
-fn config_and_graph(bundle: &Bundle, part: &Component, model: &Model, decoder: &Decoder, checks: &mut Checks) {
-    let Some(config) = bundle.config() else {
-        checks.add("config and graph", &part.file, CheckStatus::Unavailable, "there is no config");
-        return;
-    };
-    let layers = match analysis::analyse(model) {
-        Ok(found) => Some(found.map.layers.len()),
-        Err(error) => {
-            checks.error("layers", &part.file, &error);
-            None
-        }
-    };
-    let named = |what: &str| format!("{what} of {}", part.file);
-    checks.equal(&named("num_hidden_layers"), config.num_hidden_layers, layers);
-    checks.equal(&named("vocab_size"), config.vocab_size, decoder.vocabulary());
-    if decoder.takes_embeds() {
-        checks.equal(&named("hidden_size"), config.hidden_size, decoder.hidden_size());
-    }
-    // Keys and values of attention have shape [batch, heads, positions, head size].
-    let attention: Vec<_> = decoder.slots().iter().filter(|slot| slot.past.shape.len() == 4).collect();
-    let axis = |axis: usize| {
-        let mut sizes = attention.iter().map(|slot| slot.fixed_size(axis));
-        let first = sizes.next().flatten()?;
-        sizes.all(|size| size == Some(first)).then_some(first)
-    };
-    if !attention.is_empty() {
-        checks.equal(&named("num_key_value_heads"), config.num_key_value_heads.or(config.num_attention_heads), axis(1));
-        checks.equal(&named("head_dim"), config.head_size(), axis(3));
-    }
-}
-
 fn decoder_checks(
     bundle: &Bundle,
     part: &Component,
@@ -312,6 +180,8 @@ fn decoder_checks(
 ) -> Result<()> {
     let embed = if decoder.takes_embeds() { bundle.component(Role::EmbedTokens) } else { None };
     let embed = embed.map(|part| runtime.session(&bundle.path_of(part), &SessionOptions::default())).transpose()?;
+    // One that also merges image features is checked by itself; noise is as good a prompt.
+    let embed = embed.filter(|session| session.inputs().iter().all(|port| port.name == "input_ids"));
     let image_token_id = bundle.config().and_then(|config| config.image_token_id);
     let settings = VlmSettings { image_token_id, ..VlmSettings::default() };
     let (data, hidden_size, decoder) = match (decoder.takes_embeds(), embed) {
@@ -373,7 +243,11 @@ fn decoder_checks(
         Ok(difference) => {
             let what = if with_cache { "prefill and one cached step" } else { "prefill" };
             let detail = format!("{what}, {}", compared_with(exact.is_some()));
-            checks.compared(name, &part.file, difference, TOLERANCE, detail);
+            let computed = exact.as_ref().unwrap_or(model);
+            let head_dim = bundle.config().and_then(|config| config.head_size());
+            checks.engines((name, &part.file), difference, detail, rounding_operator(computed), || {
+                spread_of_decoder(computed, decoder, &probe, head_dim, runtime)
+            });
         }
         Err(error) => checks.error(name, &part.file, &error),
     }
@@ -390,21 +264,23 @@ fn interpreter(
     checks: &mut Checks,
 ) {
     let exact = in_f32(model);
-    let outcome = match &exact {
-        None => interpreter_once(model, session, feeds),
-        Some(exact) => runtime.session_of(exact, &EXACT).and_then(|mut reference| {
-            let wide = in_types_of(&reference, feeds)?;
-            if let Some(unit) = unit_roundoff(model) {
-                checks.rounded(part, model, unit, rounding_once((session, feeds), (&mut reference, &wide)));
-            }
-            interpreter_once(model, &mut reference, &wide)
-        }),
-    };
-    match outcome {
-        Ok(difference) => {
-            checks.compared("interpreter", &part.file, difference, TOLERANCE, compared_with(exact.is_some()))
+    let mut compare = || -> Result<()> {
+        let mut reference = exact.as_ref().map(|exact| runtime.session_of(exact, &EXACT)).transpose()?;
+        let wide = reference.as_ref().map(|reference| in_types_of(reference, feeds)).transpose()?;
+        if let (Some(reference), Some(wide), Some(unit)) = (&mut reference, &wide, unit_roundoff(model)) {
+            checks.rounded(part, model, unit, rounding_once((session, feeds), (reference, wide)));
         }
-        Err(error) => checks.error("interpreter", &part.file, &error),
+        let (session, feeds) = (reference.as_mut().unwrap_or(session), wide.as_deref().unwrap_or(feeds));
+        let difference = interpreter_once(model, session, feeds)?;
+        let computed = exact.as_ref().unwrap_or(model);
+        let detail = compared_with(exact.is_some()).to_string();
+        checks.engines(("interpreter", &part.file), difference, detail, rounding_operator(computed), || {
+            spread_of_session(computed, session, feeds, runtime)
+        });
+        Ok(())
+    };
+    if let Err(error) = compare() {
+        checks.error("interpreter", &part.file, &error);
     }
 }
 
@@ -436,9 +312,12 @@ fn tract(bundle: &Bundle, part: &Component, facts: &[InputFact], checks: &mut Ch
         return Ok(());
     }
     match tract_check(&bundle.path_of(part), facts) {
-        Ok(TractOutcome::Loads { nodes }) => {
-            checks.add(name, &part.file, CheckStatus::Passed, format!("a plan of {nodes} nodes"))
-        }
+        Ok(TractOutcome::Loads { nodes }) => checks.add(
+            name,
+            &part.file,
+            CheckStatus::Passed,
+            format!("a plan of {nodes} nodes, the file's own notes of shapes ignored; it was not run"),
+        ),
         Ok(TractOutcome::Missing { operators }) => {
             checks.add(name, &part.file, CheckStatus::Unavailable, format!("tract lacks {}", operators.join(", ")));
         }

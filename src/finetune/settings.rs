@@ -232,6 +232,13 @@ impl Settings {
         asked.peek().is_some() && asked.all(|(kind, _)| kind.row().teacher == Teacher::Stream)
     }
 
+    /// True when logits at the answers are needed: for a loss term, or to judge learning rates by.
+    pub fn looks_at_answers(&self) -> bool {
+        let all = self.of_all_stages();
+        let mut asked = all.losses.iter().filter(|(_, weight)| **weight > 0.0);
+        asked.any(|(kind, _)| kind.row().teacher != Teacher::Stream) || !self.learning_rates.is_empty()
+    }
+
     /// The settings of each stage of a run of `total` steps, with the first step (counted from 0) behind it. A run
     /// without stages is one.
     pub fn by_stage(&self, total: u64) -> Vec<(u64, Settings)> {

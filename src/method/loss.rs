@@ -43,6 +43,8 @@ struct Batch {
 pub struct LossMeter {
     decoder: Decoder,
     num_layers: usize,
+    /// Path of the decoder in its folder.
+    file: String,
     /// See `rewrite::Bypass::restarts`.
     restarts: bool,
     batches: Vec<Batch>,
@@ -79,7 +81,9 @@ impl LossMeter {
             progress.advance(1);
         }
         drop(progress);
-        Self::over(model.into_decoder(), analysis.map.layers.len(), conversations, cancel)
+        let file = component.file.clone();
+        let meter = Self::over(model.into_decoder(), analysis.map.layers.len(), conversations, cancel)?;
+        Ok(LossMeter { file, ..meter })
     }
 
     fn over(decoder: Decoder, num_layers: usize, conversations: Vec<Conversation>, cancel: &Cancel) -> Result<Self> {
@@ -88,10 +92,12 @@ impl LossMeter {
         let batches = batches(conversations, decoder.fixed_batch())?;
         let answer_tokens = batches.iter().map(|batch| batch.targets.shape()[1]).sum();
         if answer_tokens == 0 {
-            return Err(Error::invalid("calibration data", "has no answer to measure a loss on"));
+            return Err(Error::invalid("calibration data", "has no answer to measure a loss on")
+                .remedy("give conversations with answers, or running text"));
         }
         let cancel = cancel.clone();
-        Ok(LossMeter { decoder, num_layers, restarts, batches, conversations: count, answer_tokens, cancel })
+        let file = String::new();
+        Ok(LossMeter { decoder, num_layers, file, restarts, batches, conversations: count, answer_tokens, cancel })
     }
 
     /// Conversations that losses are measured on.
@@ -151,7 +157,9 @@ impl LossMeter {
             position_rows: batch.position_rows,
             last_only: false,
         };
-        self.decoder.prefill_added(&step, &added, Some(wanted))
+        let outputs = self.decoder.prefill_added(&step, &added, Some(wanted));
+        outputs
+            .map_err(|error| error.during(format!("measuring the loss of `{}` without layers {removed:?}", self.file)))
     }
 }
 

@@ -14,7 +14,7 @@ use crate::method::{LossMeter, Plan, ScoreSettings, Scores, score};
 use crate::runtime::{FeatureCache, Runtime};
 
 use super::recipe::Calibration;
-use super::steps::{self, Drop, Engine, EvalSettings, Finetune, PlanSettings, PlannedModel};
+use super::steps::{self, Drop, Engine, EvalSettings, Finetune, PlanSettings, PlannedModel, Work, check_needs};
 use super::store::{Finished, Store};
 
 /// Calibration samples on which strategies measure losses.
@@ -125,6 +125,7 @@ impl<'a> Stages<'a> {
             let read = Scores::read(&scores.path)?;
             let mut meter = match measures_loss {
                 true => {
+                    check_needs(bundle, Work::MeasureLosses)?;
                     let data = Dataset::open_for(&calibration.data, bundle, SEQUENCE_LENGTH)?;
                     let amount = Amount::Samples(LOSS_SAMPLES.min(data.len()));
                     let subset = Subset { amount, seed: calibration.seed };

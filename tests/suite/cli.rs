@@ -277,3 +277,118 @@ fn cuda_that_is_not_there_is_an_error_and_no_fall_back() {
     assert!(stderr(&output).contains("cuda:0"), "{}", stderr(&output));
     assert!(names(folder.path()).is_empty());
 }
+
+/// The decoder's head reads the last position only, as some exporters write it for generation.
+fn with_last_token_head(model: &Path) {
+    use interlace::analysis::{analyse, head_input};
+    use interlace::ir::{AttributeKind, Node, Tensor, Value};
+    let path = model.join("onnx/decoder_model_merged.onnx");
+    let mut decoder = interlace::onnx::load(&path).expect("decoder");
+    let result = analyse(&decoder).expect("layers").map.result;
+    let graph = &mut decoder.graph;
+    let all = head_input(graph, result);
+    let [place, axes, one, last] = ["place", "axes", "one", "last"]
+        .map(|name| graph.add_value(Value { name: format!("test.{name}"), ..Value::default() }));
+    for node in &mut graph.body.nodes {
+        node.inputs.iter_mut().filter(|id| **id == Some(all)).for_each(|id| *id = Some(last));
+    }
+    graph.body.initializers.push((place, Tensor::from_i64(&[], &[-1])));
+    graph.body.initializers.push((axes, Tensor::from_i64(&[1], &[1])));
+    let node = |op: &str, inputs: [_; 2], output| Node {
+        op_type: op.into(),
+        name: op.into(),
+        inputs: inputs.map(Some).to_vec(),
+        outputs: vec![Some(output)],
+        ..Node::default()
+    };
+    let mut gather = node("Gather", [all, place], one);
+    gather.attributes.push(("axis".into(), AttributeKind::Int(1).into()));
+    let at = graph.body.nodes.iter().position(|node| node.inputs.contains(&Some(last))).expect("head");
+    graph.body.nodes.splice(at..at, [gather, node("Unsqueeze", [one, axes], last)]);
+    let target = model.join("new.onnx");
+    interlace::onnx::save(&decoder, &target, &interlace::onnx::Storage::Inline).expect("save");
+    fs::remove_file(model.join("onnx/decoder_model_merged.onnx_data")).expect("remove");
+    fs::rename(target, path).expect("rename");
+}
+
+#[test]
+fn what_a_verb_needs_of_the_graph_is_checked_before_it_begins() {
+    let folder = tempfile::tempdir().expect("folder");
+    let model = model_copy(folder.path());
+    with_last_token_head(&model);
+    fs::write(folder.path().join("text.txt"), "One two three four five six seven eight nine ten. ".repeat(40))
+        .expect("text");
+    let model = model.display().to_string();
+    let data = fixture("data/finetune-small.parquet");
+    let sleb = ["plan", &model, "--strategy", "sleb", "--drop-count", "1", "--data", &data, "-o", "plan.json"];
+    let own = ["plan", &model, "--strategy", "interlace-loss", "--drop-count", "1", "--data", &data, "-o", "plan.json"];
+    let text = ["eval", &model, "--data", "text.txt", "--sequence-length", "16", "-o", "report.json"];
+    for arguments in [&sleb[..], &own, &text] {
+        let output = interlace(folder.path(), arguments);
+        let message = stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {message}");
+        for part in
+            ["decoder_model_merged.onnx", "`Gather` (Gather) picks positions out", "the logits of every position"]
+        {
+            assert!(message.contains(part), "{arguments:?}: {message}");
+        }
+        assert!(!message.contains("ONNX Runtime failed"), "{arguments:?}: {message}");
+    }
+    // Scores look at the stream alone.
+    json(&interlace(folder.path(), &["score", &model, "--data", &data, "--samples", "2", "-o", "s.json", "--json"]));
+}
+
+/// A killed run leaves its staging folder behind; the next one in that place removes it, and nothing else.
+#[test]
+fn what_a_killed_run_leaves_is_removed_by_the_next() {
+    let folder = tempfile::tempdir().expect("folder");
+    let here = folder.path();
+    let model = fixture("model");
+    let arguments = ["prune", &model, "--drop", "2", "-o", "out"];
+    let hidden = || names(here).into_iter().filter(|name| name.starts_with(".interlace-")).collect::<Vec<_>>();
+    let mut left = Vec::new();
+    for _ in 0..20 {
+        let mut run = Command::new(env!("CARGO_BIN_EXE_interlace"))
+            .args(arguments)
+            .current_dir(here)
+            .spawn()
+            .expect("the binary starts");
+        while hidden().is_empty() && run.try_wait().expect("wait").is_none() {
+            std::thread::sleep(std::time::Duration::from_micros(200));
+        }
+        // SIGKILL
+        run.kill().expect("kill");
+        run.wait().expect("wait");
+        left = hidden();
+        if !left.is_empty() {
+            break;
+        }
+        let _ = fs::remove_dir_all(here.join("out"));
+    }
+    assert_eq!(left.len(), 1, "no run was killed in time");
+    fs::create_dir(here.join(".interlace-mine")).expect("folder");
+    let output = interlace(here, &arguments);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert_eq!(names(here), [".interlace-mine", "out"]);
+    let message = stderr(&output);
+    assert!(message.contains("runs that were killed left") && message.contains(&left[0]), "{message}");
+}
+
+#[test]
+fn files_beside_the_model_are_carried_along_and_said() {
+    let folder = tempfile::tempdir().expect("folder");
+    let model = model_copy(folder.path());
+    for (file, text) in [("modeling_x.py", "import torch"), (".msc", "\u{1}"), ("README.md", "# Dense model\n")] {
+        fs::write(model.join(file), text).expect("write");
+    }
+    let model = model.display().to_string();
+    let output = interlace(folder.path(), &["prune", &model, "--drop", "2", "-o", "out"]);
+    assert!(stdout(&output).contains("carried along as it is: .msc, modeling_x.py"), "{}", stdout(&output));
+    let out = folder.path().join("out");
+    let record: serde_json::Value =
+        serde_json::from_slice(&fs::read(out.join("interlace.json")).expect("record")).expect("JSON");
+    assert_eq!(record["carried"], serde_json::json!([".msc", "modeling_x.py"]));
+    let card = fs::read_to_string(out.join("README.md")).expect("card");
+    assert!(card.contains("1 of 16 layers of the language model removed: layer 2"), "{card}");
+    assert!(card.contains("made from `model`") && card.ends_with("# Dense model\n"), "{card}");
+}

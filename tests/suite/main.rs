@@ -3,6 +3,7 @@
 mod cli;
 mod docs;
 mod evaluation;
+mod exports;
 mod folders;
 mod fusion;
 mod generation;

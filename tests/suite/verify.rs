@@ -210,6 +210,137 @@ fn unpacked_product() -> ir::Model {
     model
 }
 
+fn integer_product(codes: &[i8]) -> ir::Model {
+    let mut model = ir::Model { ir_version: 8, ..Default::default() };
+    model.opset_imports.insert(String::new(), 17);
+    let graph = &mut model.graph;
+    let ty = |sizes: [i64; 2]| {
+        Some(ValueType::Tensor { dtype: DataType::Float, shape: Some(sizes.map(Dim::Known).to_vec()) })
+    };
+    let width = codes.len() as i64;
+    let mut value = |name: &str, ty| graph.add_value(Value { name: name.into(), ty, ..Default::default() });
+    let [x, y] = [value("x", ty([2, width])), value("y", ty([2, 1]))];
+    let [weight, rounded, scale, zero, sum, float] =
+        ["weight", "rounded", "scale", "zero", "sum", "float"].map(|name| value(name, None));
+    let bytes: Vec<u8> = codes.iter().map(|code| code.to_le_bytes()[0]).collect();
+    graph.body.initializers.push((weight, ir::Tensor::from_bytes(DataType::Int8, &[width as u64, 1], bytes)));
+    let node = |op: &str, inputs: &[ir::ValueId], outputs: &[ir::ValueId]| Node {
+        op_type: op.into(),
+        name: op.into(),
+        inputs: inputs.iter().copied().map(Some).collect(),
+        outputs: outputs.iter().copied().map(Some).collect(),
+        ..Default::default()
+    };
+    let mut cast = node("Cast", &[sum], &[float]);
+    cast.attributes = vec![("to".into(), AttributeKind::Int(DataType::Float as i64).into())];
+    let mut product = node("MatMulInteger", &[rounded, weight, zero], &[sum]);
+    product.inputs = vec![Some(rounded), Some(weight), Some(zero)];
+    graph.body.nodes = vec![
+        node("DynamicQuantizeLinear", &[x], &[rounded, scale, zero]),
+        product,
+        cast,
+        node("Mul", &[float, scale], &[y]),
+    ];
+    graph.body.inputs = vec![x];
+    graph.body.outputs = vec![y];
+    model
+}
+
+/// Sums of products of unsigned and signed 8 bits pass 16 bits, where processors without VNNI saturate.
+#[test]
+fn products_of_8_bits_are_compared_with_exact_sums() {
+    let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
+    let folder = tempfile::tempdir().expect("folder");
+    let [graph, inputs] = ["product.onnx", "inputs.npz"].map(|name| folder.path().join(name));
+    onnx::save(&integer_product(&[127; 64]), &graph, &onnx::Storage::Inline).expect("save");
+    let x = tch::Tensor::linspace(0.0, 1.0, 128, tch::kind::FLOAT_CPU).reshape([2, 64]);
+    tch::Tensor::write_npz(&[("x", &x)], &inputs).expect("write");
+    let report = verify_on(&graph, &inputs, &runtime).expect("a report");
+    assert!(report.passed, "{report:#?}");
+    assert_eq!(report.checks[0].tolerance, Some(1e-4), "{report:#?}");
+}
+
+#[test]
+fn logits_under_another_name_are_a_problem() {
+    let folder = copy_of("optimum/llama-O2");
+    let path = folder.path().join("model.onnx");
+    let mut model = onnx::load(&path).expect("model");
+    assert_eq!(status(&report(folder.path()), "output names", "model.onnx"), CheckStatus::Passed);
+    let logits = model.graph.body.outputs[0];
+    model.graph.values[logits.index()].name = "logits_Q4".into();
+    let renamed = folder.path().join("renamed.onnx");
+    onnx::save(&model, &renamed, &onnx::Storage::Inline).expect("save");
+    drop(model);
+    // Alone too: nobody names logits so on purpose.
+    let alone = report(&renamed);
+    assert!(!alone.passed && status(&alone, "output names", "renamed.onnx") == CheckStatus::Failed);
+    std::fs::rename(renamed, path).expect("rename");
+    let report = report(folder.path());
+    assert!(!report.passed);
+    let check = report.checks.iter().find(|check| check.name == "output names").expect("names");
+    assert!(check.detail.contains("`logits_Q4`") && check.detail.contains("look for `logits`"), "{check:?}");
+}
+
+/// GenAI's embedding component takes the image features that belong into the prompt.
+fn embedding(vocabulary: u64, width: u64, image_token: i64) -> ir::Model {
+    let mut model = ir::Model { ir_version: 8, ..Default::default() };
+    model.opset_imports.insert(String::new(), 17);
+    let graph = &mut model.graph;
+    let ty = |dtype, dims: &[Option<i64>]| {
+        let dims = dims.iter().map(|dim| dim.map_or(Dim::Unknown, Dim::Known)).collect();
+        Some(ValueType::Tensor { dtype, shape: Some(dims) })
+    };
+    let wide = Some(width as i64);
+    let mut value = |name: &str, ty| graph.add_value(Value { name: name.into(), ty, ..Default::default() });
+    let ids = value("input_ids", ty(DataType::Int64, &[Some(1), None]));
+    let features = value("image_features", ty(DataType::Float, &[None, wide]));
+    let embeds = value("inputs_embeds", ty(DataType::Float, &[Some(1), None, wide]));
+    let [table, token, plain, mask, places, indices] =
+        ["table", "token", "plain", "mask", "places", "indices"].map(|name| value(name, None));
+    let numbers: Vec<f32> = (0..vocabulary * width).map(|number| number as f32 / 100.0).collect();
+    graph.body.initializers.push((table, ir::Tensor::from_f32(&[vocabulary, width], &numbers)));
+    graph.body.initializers.push((token, ir::Tensor::from_i64(&[], &[image_token])));
+    let node = |op: &str, inputs: &[ir::ValueId], output| Node {
+        op_type: op.into(),
+        name: op.into(),
+        inputs: inputs.iter().copied().map(Some).collect(),
+        outputs: vec![Some(output)],
+        ..Default::default()
+    };
+    let mut turn = node("Transpose", &[places], indices);
+    turn.attributes = vec![("perm".into(), AttributeKind::Ints(vec![1, 0]).into())];
+    graph.body.nodes = vec![
+        node("Gather", &[table, ids], plain),
+        node("Equal", &[ids, token], mask),
+        node("NonZero", &[mask], places),
+        turn,
+        node("ScatterND", &[plain, indices, features], embeds),
+    ];
+    graph.body.inputs = vec![ids, features];
+    graph.body.outputs = vec![embeds];
+    model
+}
+
+#[test]
+fn an_embedding_that_takes_image_features_is_run_with_them() {
+    let folder = copy_of("genai/qwen3_vl-fp32-embeds");
+    let path = folder.path().join("genai_config.json");
+    let text = std::fs::read_to_string(&path).expect("config");
+    let mut config: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    let model = &mut config["model"];
+    let (vocabulary, width) = (model["vocab_size"].as_u64(), model["decoder"]["hidden_size"].as_u64());
+    let (vocabulary, width) = (vocabulary.expect("vocab_size"), width.expect("hidden_size"));
+    model["embedding"] = serde_json::json!({"filename": "embedding.onnx"});
+    model["image_token_id"] = 5.into();
+    std::fs::write(&path, config.to_string()).expect("write");
+    let target = folder.path().join("embedding.onnx");
+    onnx::save(&embedding(vocabulary, width, 5), &target, &onnx::Storage::Inline).expect("save");
+    let report = report(folder.path());
+    assert!(report.passed, "{:#?}", report.checks);
+    assert_eq!(status(&report, "interpreter", "embedding.onnx"), CheckStatus::Passed);
+    assert_eq!(status(&report, "interpreter", "model.onnx"), CheckStatus::Passed);
+}
+
 #[test]
 fn products_with_unpacked_4_bit_weights_are_compared_in_f32() {
     let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");

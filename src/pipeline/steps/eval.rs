@@ -16,6 +16,8 @@ use crate::eval::{
 };
 use crate::runtime::{FeatureCache, Runtime, SessionOptions};
 
+use super::needs::{Work, check as check_needs};
+
 /// Bytes of image features kept between models and questions.
 const FEATURE_CACHE_BYTES: usize = 256 << 20;
 /// Seed of the bootstrap.
@@ -63,6 +65,9 @@ impl Engine {
         settings: &EvalSettings,
         cancel: &Cancel,
     ) -> Result<ModelScores> {
+        if settings.max_new_tokens != Some(1) {
+            check_needs(&Bundle::open(model)?, Work::Answer)?;
+        }
         let mut loaded = LoadedModel::open(model, &self.runtime, &SessionOptions::default(), &self.cache)?;
         let EvalSettings { batch_size, max_new_tokens, limit } = *settings;
         let options = EvalOptions { batch_size, max_new_tokens, limit };
@@ -125,6 +130,7 @@ pub fn eval_text(
     let mut inputs = BTreeMap::new();
     let mut measure = |role: &str, path: &Path| -> Result<TextScores> {
         let bundle = Bundle::open(path)?;
+        check_needs(&bundle, Work::Perplexity)?;
         let text = Dataset::open_for(data, &bundle, settings.sequence_length)?;
         inputs.insert(role.to_string(), bundle.digest()?);
         inputs.insert("data".to_string(), text.digest()?);

@@ -13,6 +13,8 @@ use crate::finetune::{Conversations, Report, Request, Settings, StepMetrics, Tea
 use crate::method::{Plan, Role as LayerRole};
 use crate::runtime::FeatureCache;
 
+use super::needs::{Work, check as check_needs};
+
 /// Name of the report in the work folder.
 pub const FINETUNE_REPORT: &str = "finetune.json";
 
@@ -66,19 +68,8 @@ pub fn finetune(
     let bundle = Bundle::open(request.pruned)?;
     check_plan(&bundle, request.plan)?;
     let component = bundle.require(Role::Decoder)?.clone();
-    let others: Vec<&str> = bundle
-        .components()
-        .iter()
-        .filter(|other| other.role.is_decoder() && other.file != component.file)
-        .map(|other| other.file.as_str())
-        .collect();
-    if !others.is_empty() {
-        return Err(Error::unsupported(
-            format!("finetuning `{}` beside {}", component.file, others.join(", ")),
-            "the latter would keep their old weights",
-        )
-        .remedy("finetune a folder with the float decoder alone, and make the other variants from the result"));
-    }
+    let work = if request.settings.looks_at_answers() { Work::FinetuneOnAnswers } else { Work::FinetuneOnStream };
+    check_needs(&bundle, work)?;
     let dataset = Dataset::open_for(request.data, &bundle, request.sequence_length)?;
     let processor = Processor::open(&bundle)?;
     let mut indices = request.subset.indices(dataset.len())?;

@@ -4,6 +4,7 @@ mod budget;
 mod eval;
 mod finetune;
 mod inspect;
+mod needs;
 mod plan;
 mod prune;
 
@@ -11,5 +12,6 @@ pub use budget::{LayerCost, ModelCosts, Remaining, Target};
 pub use eval::{Engine, EvalSettings, TextSettings, eval, eval_text, retention};
 pub use finetune::{FINETUNE_REPORT, Finetune, default_work_folder, finetune};
 pub use inspect::{Inspection, LayerInfo, VisionInfo, decoder, decoder_analysis, inspect};
+pub use needs::{NEEDS, Need, Work, check as check_needs};
 pub use plan::{HowMany, Losses, PlanSettings, PlannedModel, plan};
 pub use prune::{Drop, Pruned, PrunedComponent, prune};

@@ -1,0 +1,115 @@
+//! Whether a decoder's head gives logits for every position, or picks some out.
+
+use std::collections::HashSet;
+
+use crate::ir::{Dim, Graph, GraphIndex, Node, ValueId, captured};
+
+use super::Analysis;
+
+/// Inputs by which the caller asks for fewer positions than all.
+const ASKED_BY: &[&str] = &["num_logits_to_keep", "logits_to_keep"];
+/// The axis of positions in a stream `[batch, positions, width]`.
+const POSITIONS: i64 = 1;
+
+impl Analysis {
+    /// What makes the graph give logits for some positions only (a node, or the shape that the logits declare); `None`
+    /// where every position has its logits, or the caller may say which.
+    pub fn picks_positions(&self) -> Option<String> {
+        let graph = &self.model.graph;
+        let last = self.map.layers.last()?.output;
+        let behind = descendants(graph, &[last]);
+        let asked: Vec<ValueId> =
+            graph.body.inputs.iter().copied().filter(|id| ASKED_BY.contains(&graph.name(*id))).collect();
+        let asked = descendants(graph, &asked);
+        let needed = ancestors(graph, self.map.result);
+        let picks = |node: &&Node| {
+            let data = node.inputs.first().copied().flatten();
+            data.is_some_and(|id| behind.contains(&id))
+                && node.present_outputs().any(|id| needed.contains(&id))
+                && !node.present_inputs().any(|id| asked.contains(&id))
+                && picks_on_positions(graph, node)
+        };
+        if let Some(node) = graph.body.nodes.iter().find(picks) {
+            return Some(format!("node `{}` ({}) picks positions out", node.name, node.op()));
+        }
+        // The caller's word may be what the declared shape leaves out.
+        if !asked.is_empty() {
+            return None;
+        }
+        let shape = |id: ValueId| graph.value(id).ty.as_ref().and_then(|ty| ty.shape());
+        let one = |id: ValueId| shape(id).and_then(|dims| dims.get(POSITIONS as usize)) == Some(&Dim::Known(1));
+        let tokens =
+            graph.body.inputs.iter().copied().find(|id| ["input_ids", "inputs_embeds"].contains(&graph.name(*id)));
+        let declared = shape(self.map.result)?;
+        let fewer = declared.len() == 2 || (declared.len() == 3 && one(self.map.result));
+        (fewer && tokens.is_some_and(|id| !one(id)))
+            .then(|| format!("the logits `{}` are declared with one position", graph.name(self.map.result)))
+    }
+}
+
+/// True for an operator that takes a part of the stream's positions.
+fn picks_on_positions(graph: &Graph, node: &Node) -> bool {
+    let constant = |place: usize| {
+        let id = node.inputs.get(place).copied().flatten()?;
+        constant_of(graph, id)
+    };
+    let axis = node.attribute("axis").and_then(|axis| axis.as_int()).unwrap_or(0);
+    match node.op_type.as_str() {
+        _ if !node.domain.is_empty() => false,
+        "GatherND" => true,
+        "Gather" | "GatherElements" | "Compress" | "Split" => axis == POSITIONS || axis == POSITIONS - 3,
+        "Slice" => {
+            let (starts, ends) = match node.attribute("starts") {
+                Some(_) => (ints(node, "starts"), ints(node, "ends")),
+                None => (constant(1), constant(2)),
+            };
+            let axes = ints(node, "axes").or_else(|| constant(3));
+            let count = starts.as_ref().map_or(1, Vec::len);
+            let axes = axes.unwrap_or_else(|| (0..count as i64).collect());
+            let place = axes.iter().position(|axis| *axis == POSITIONS || *axis == POSITIONS - 3);
+            // A slice from the first position to the end is all of them.
+            place.is_some_and(|place| {
+                let at = |list: &Option<Vec<i64>>| list.as_ref().and_then(|list| list.get(place).copied());
+                at(&starts) != Some(0) || at(&ends).is_none_or(|end| end < i64::from(i32::MAX))
+            })
+        }
+        _ => false,
+    }
+}
+
+fn ints(node: &Node, name: &str) -> Option<Vec<i64>> {
+    node.attribute(name).and_then(|attribute| attribute.as_ints()).map(<[i64]>::to_vec)
+}
+
+/// The numbers of an initializer or of a `Constant`.
+fn constant_of(graph: &Graph, id: ValueId) -> Option<Vec<i64>> {
+    if let Some((_, tensor)) = graph.body.initializers.iter().find(|(other, _)| *other == id) {
+        return tensor.to_i64s();
+    }
+    let (number, _) = GraphIndex::new(graph).node_of(id)?;
+    let node = graph.body.nodes.get(number).filter(|node| node.op_type == "Constant")?;
+    node.attribute("value").and_then(|value| value.as_tensor()).and_then(|tensor| tensor.to_i64s())
+}
+
+/// Values that are computed from these, through more than their shapes.
+fn descendants(graph: &Graph, from: &[ValueId]) -> HashSet<ValueId> {
+    let mut found: HashSet<ValueId> = from.iter().copied().collect();
+    for node in graph.body.nodes.iter().filter(|node| !node.reads_shape_only()) {
+        let mut read = node.present_inputs().chain(node.bodies().flat_map(captured));
+        if read.any(|id| found.contains(&id)) {
+            found.extend(node.present_outputs());
+        }
+    }
+    found
+}
+
+/// Values that this one is computed from, itself included.
+fn ancestors(graph: &Graph, of: ValueId) -> HashSet<ValueId> {
+    let mut found = HashSet::from([of]);
+    for node in graph.body.nodes.iter().rev() {
+        if node.present_outputs().any(|id| found.contains(&id)) {
+            found.extend(node.present_inputs().chain(node.bodies().flat_map(captured)));
+        }
+    }
+    found
+}

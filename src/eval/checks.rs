@@ -1,0 +1,144 @@
+//! The checks of `verify`, and how each ended.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::base::{Error, Provenance, Result};
+use crate::bundle::Component;
+use crate::ir::Model;
+
+use super::agreement::Rounding;
+use super::quantised::CHANGE;
+
+/// Largest difference of two f32 computations of the same values. Graphs of 16-bit floats are compared in f32 too.
+pub(super) const TOLERANCE: f64 = 1e-4;
+
+/// What `verify` prints as JSON.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct VerifyReport {
+    #[serde(flatten)]
+    pub provenance: Provenance,
+    pub model: String,
+    /// True when no check failed.
+    pub passed: bool,
+    pub checks: Vec<Check>,
+}
+
+impl VerifyReport {
+    /// Version of the schema of the report.
+    pub const SCHEMA_VERSION: u32 = 1;
+}
+
+/// One check.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Check {
+    pub name: String,
+    /// The file or figure that was checked.
+    pub subject: String,
+    pub status: CheckStatus,
+    /// What was found.
+    pub detail: String,
+    /// Largest absolute difference, for checks that compare numbers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub difference: Option<f64>,
+    /// What the difference may be at most.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tolerance: Option<f64>,
+}
+
+/// How a check ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum CheckStatus {
+    Passed,
+    Failed,
+    /// It could not be made; `detail` says why. This is no failure of the model.
+    Unavailable,
+}
+
+/// Collects checks.
+pub(super) struct Checks(pub Vec<Check>);
+
+impl Checks {
+    pub fn add(&mut self, name: &str, subject: &str, status: CheckStatus, detail: impl Into<String>) {
+        let (name, subject, detail) = (name.to_string(), subject.to_string(), detail.into());
+        self.0.push(Check { name, subject, status, detail, difference: None, tolerance: None });
+    }
+
+    pub fn compared(&mut self, name: &str, subject: &str, difference: f64, tolerance: f64, detail: impl Into<String>) {
+        // A difference that is not a number is no agreement.
+        let status = if difference <= tolerance { CheckStatus::Passed } else { CheckStatus::Failed };
+        self.add(name, subject, status, detail);
+        if let Some(check) = self.0.last_mut() {
+            check.difference = Some(difference);
+            check.tolerance = Some(tolerance);
+        }
+    }
+
+    /// Compares what two engines computed of a graph. Where `operator` rounds activations to few bits, and they are further
+    /// apart than `TOLERANCE`, twice the difference that the runtime shows by itself is allowed: each of the two may lie that
+    /// far from the exact result.
+    pub fn engines(
+        &mut self,
+        (name, subject): (&str, &str),
+        difference: f64,
+        detail: String,
+        operator: Option<&str>,
+        spread: impl FnOnce() -> Result<f64>,
+    ) {
+        let Some(operator) = operator.filter(|_| difference > TOLERANCE) else {
+            return self.compared(name, subject, difference, TOLERANCE, detail);
+        };
+        match spread() {
+            Ok(spread) => {
+                let allowed = if spread.is_finite() { TOLERANCE.max(2.0 * spread) } else { TOLERANCE };
+                let why = format!(
+                    "`{operator}` rounds activations, so that a change of {CHANGE:.0e} changes ONNX Runtime's own outputs \
+                     by up to {spread:.1e}, and twice that is allowed"
+                );
+                self.compared(name, subject, difference, allowed, format!("{detail}; {why}"));
+            }
+            Err(error) => self.error(name, subject, &error),
+        }
+    }
+
+    /// An error is a failure, but for what is not supported, which leaves the check unmade.
+    pub fn error(&mut self, name: &str, subject: &str, error: &Error) {
+        let status = match error {
+            Error::Unsupported { .. } => CheckStatus::Unavailable,
+            _ => CheckStatus::Failed,
+        };
+        self.add(name, subject, status, error.to_string());
+    }
+
+    /// What 16-bit floats cost in ONNX Runtime. Each operator rounds its result by at most `unit` of it, and n independent
+    /// errors add up to about the square root of n of one (Higham & Mary 2019, doi:10.1137/18M1226312).
+    pub fn rounded(&mut self, part: &Component, model: &Model, unit: f64, found: Result<Rounding>) {
+        let name = "rounding to 16 bits";
+        match found {
+            Ok(Rounding { difference, largest }) => {
+                let nodes = model.graph.body.nodes.len();
+                let bound = unit * (nodes as f64).sqrt() * largest;
+                let detail = format!(
+                    "ONNX Runtime on the file as it is against f32; {nodes} operators, values up to {largest:.2}"
+                );
+                self.compared(name, &part.file, difference, bound, detail);
+            }
+            Err(error) => self.error(name, &part.file, &error),
+        }
+    }
+
+    pub fn equal<T: PartialEq + std::fmt::Display>(&mut self, subject: &str, config: Option<T>, graph: Option<T>) {
+        let name = "config and graph";
+        match (config, graph) {
+            (Some(config), Some(graph)) if config == graph => {
+                self.add(name, subject, CheckStatus::Passed, format!("both {config}"))
+            }
+            (Some(config), Some(graph)) => {
+                self.add(name, subject, CheckStatus::Failed, format!("the config says {config}, the graph {graph}"));
+            }
+            (None, _) => self.add(name, subject, CheckStatus::Unavailable, "the config does not say"),
+            (_, None) => self.add(name, subject, CheckStatus::Unavailable, "the graph leaves it open"),
+        }
+    }
+}

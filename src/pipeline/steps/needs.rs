@@ -1,0 +1,137 @@
+//! What each kind of work needs of a model's decoder, checked before the work begins.
+
+use crate::analysis::{self, Analysis};
+use crate::base::{Error, Result};
+use crate::bundle::{Bundle, Component, Role};
+use crate::onnx;
+
+/// Work on a model's decoder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// Similarities of layers.
+    Score,
+    /// Losses without layers, for strategies that measure them.
+    MeasureLosses,
+    /// Training on losses that look at answers.
+    FinetuneOnAnswers,
+    /// Training on the dense model's stream alone.
+    FinetuneOnStream,
+    /// Answers to questions.
+    Answer,
+    /// Perplexity of running text.
+    Perplexity,
+    /// Times of prefill and cached steps.
+    Bench,
+}
+
+/// A property of a decoder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// A residual stream with layers.
+    Layers,
+    /// Logits for every position that is fed.
+    EveryPosition,
+    /// Cache inputs, so that a step goes on from those before.
+    Cache,
+    /// One decoder graph: others beside it would keep their old weights.
+    OneDecoder,
+}
+
+/// The table.
+pub const NEEDS: &[(Work, &[Need])] = &[
+    (Work::Score, &[Need::Layers]),
+    (Work::MeasureLosses, &[Need::Layers, Need::EveryPosition]),
+    (Work::FinetuneOnAnswers, &[Need::OneDecoder, Need::Layers, Need::EveryPosition]),
+    (Work::FinetuneOnStream, &[Need::OneDecoder, Need::Layers]),
+    (Work::Answer, &[Need::Cache]),
+    (Work::Perplexity, &[Need::EveryPosition]),
+    (Work::Bench, &[Need::Cache]),
+];
+
+impl Work {
+    /// What is needed.
+    pub fn needs(self) -> &'static [Need] {
+        NEEDS.iter().find(|(work, _)| *work == self).map_or(&[], |(_, needs)| needs)
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Work::Score => "scoring layers",
+            Work::MeasureLosses => "measuring losses without layers",
+            Work::FinetuneOnAnswers | Work::FinetuneOnStream => "finetuning",
+            Work::Answer => "answering questions",
+            Work::Perplexity => "perplexity",
+            Work::Bench => "measuring speed",
+        }
+    }
+}
+
+/// Refuses a model that lacks what the work needs.
+///
+/// Errors: `Error::Unsupported` naming the component, what was found and what is needed; as `onnx::load`.
+pub fn check(bundle: &Bundle, work: Work) -> Result<()> {
+    let component = bundle.require(Role::Decoder)?;
+    if work.needs().contains(&Need::OneDecoder) {
+        alone(bundle, component)?;
+    }
+    let analysis = analysis::analyse(&onnx::load(&bundle.path_of(component))?);
+    let analysis = match analysis {
+        Ok(analysis) => analysis,
+        Err(error) if work.needs().contains(&Need::Layers) => return Err(error),
+        // Without layers nothing more can be said of the graph; the engine will.
+        Err(_) => return Ok(()),
+    };
+    for need in work.needs() {
+        if let Some((problem, remedy)) = lacks(&analysis, *need) {
+            return Err(Error::unsupported(
+                format!("`{}`", bundle.path_of(component).display()),
+                format!("{problem}, and {} needs {}", work.name(), wanted(*need)),
+            )
+            .remedy(remedy));
+        }
+    }
+    Ok(())
+}
+
+fn wanted(need: Need) -> &'static str {
+    match need {
+        Need::Layers => "a residual stream with layers",
+        Need::EveryPosition => "the logits of every position",
+        Need::Cache => "cached steps",
+        Need::OneDecoder => "one decoder graph",
+    }
+}
+
+/// What is wrong, and what to do.
+fn lacks(analysis: &Analysis, need: Need) -> Option<(String, &'static str)> {
+    match need {
+        Need::EveryPosition => Some((
+            analysis.picks_positions()?,
+            "export the model with the logits of all positions, or with a `num_logits_to_keep` input; a strategy that \
+             needs scores alone, such as `interlace`, and a recipe that looks at the stream alone do without",
+        )),
+        Need::Cache => {
+            let cached = analysis.map.layers.iter().flat_map(|layer| &layer.ports).any(|port| port.past.is_some());
+            let remedy = "export the decoder with past key values as inputs";
+            (!cached).then(|| ("the graph has no cache inputs".to_string(), remedy))
+        }
+        Need::Layers | Need::OneDecoder => None,
+    }
+}
+
+fn alone(bundle: &Bundle, component: &Component) -> Result<()> {
+    let others: Vec<&str> = bundle
+        .components()
+        .iter()
+        .filter(|other| other.role.is_decoder() && other.file != component.file)
+        .map(|other| other.file.as_str())
+        .collect();
+    if others.is_empty() {
+        return Ok(());
+    }
+    Err(Error::unsupported(
+        format!("finetuning `{}` beside {}", component.file, others.join(", ")),
+        "the latter would keep their old weights",
+    )
+    .remedy("finetune a folder with the float decoder alone, and make the other variants from the result"))
+}
