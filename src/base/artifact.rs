@@ -60,8 +60,9 @@ pub fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<()> {
 pub fn read_json<T: DeserializeOwned>(path: &Path, schema_version: u32) -> Result<T> {
     let subject = || format!("`{}`", path.display());
     let bytes = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
-    let value: serde_json::Value =
-        serde_json::from_slice(&bytes).map_err(|e| Error::invalid(subject(), format!("not JSON: {e}")))?;
+    let value: serde_json::Value = serde_json::from_slice(&bytes).map_err(|e| {
+        Error::invalid(subject(), format!("not JSON: {e}")).remedy("make it again with the verb that writes it")
+    })?;
     match value.get("schema_version").and_then(serde_json::Value::as_u64) {
         Some(found) if found == u64::from(schema_version) => {}
         Some(found) => {
@@ -69,8 +70,10 @@ pub fn read_json<T: DeserializeOwned>(path: &Path, schema_version: u32) -> Resul
                 .remedy("make the file again with this version of interlace"));
         }
         None => {
-            return Err(Error::invalid(subject(), "has no `schema_version`, so it is no file that interlace wrote"));
+            return Err(Error::invalid(subject(), "has no `schema_version`, so it is no file that interlace wrote")
+                .remedy("name a file that interlace wrote"));
         }
     }
-    serde_json::from_value(value).map_err(|e| Error::invalid(subject(), e.to_string()))
+    serde_json::from_value(value)
+        .map_err(|e| Error::invalid(subject(), e.to_string()).remedy("make it again with the verb that writes it"))
 }

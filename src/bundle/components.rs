@@ -68,11 +68,12 @@ fn named_component(root: &Path, listing: &Listing, role: Role, file: &str, by: &
     let subject = || format!("{by} in `{}`", root.display());
     contained_path(root, file)?;
     if !listing.has(file) {
-        return Err(Error::invalid(subject(), format!("names `{file}`, which is not there")));
+        return Err(Error::invalid(subject(), format!("names `{file}`, which is not there"))
+            .remedy("download the model's whole folder"));
     }
-    let stem = file
-        .strip_suffix(".onnx")
-        .ok_or_else(|| Error::invalid(subject(), format!("names `{file}`, expected an .onnx file")))?;
+    let stem = file.strip_suffix(".onnx").ok_or_else(|| {
+        Error::invalid(subject(), format!("names `{file}`, expected an .onnx file")).remedy("correct the name")
+    })?;
     let (file, stem) = (file.to_string(), stem.to_string());
     Ok(Component { role, stem, variant: String::new(), file, external: Vec::new() })
 }
@@ -80,9 +81,12 @@ fn named_component(root: &Path, listing: &Listing, role: Role, file: &str, by: &
 fn components_of_genai(root: &Path, listing: &Listing) -> Result<Vec<Component>> {
     let path = root.join("genai_config.json");
     let subject = || format!("`{}`", path.display());
-    let config: Value =
-        serde_json::from_str(&read_text(&path)?).map_err(|e| Error::invalid(subject(), format!("not JSON: {e}")))?;
-    let model = config.get("model").ok_or_else(|| Error::invalid(subject(), "has no `model`"))?;
+    let config: Value = serde_json::from_str(&read_text(&path)?).map_err(|e| {
+        Error::invalid(subject(), format!("not JSON: {e}")).remedy("correct the file, or download it again")
+    })?;
+    let model = config
+        .get("model")
+        .ok_or_else(|| Error::invalid(subject(), "has no `model`").remedy("correct the file, or download it again"))?;
     let mut components = Vec::new();
     for &(section, role) in GENAI_SECTIONS {
         let Some(entry) = model.get(section) else { continue };
@@ -107,18 +111,25 @@ fn components_of_genai(root: &Path, listing: &Listing) -> Result<Vec<Component>>
 fn components_of_export(root: &Path, listing: &Listing) -> Result<Vec<Component>> {
     let path = root.join("export.json");
     let subject = || format!("`{}`", path.display());
-    let config: Value =
-        serde_json::from_str(&read_text(&path)?).map_err(|e| Error::invalid(subject(), format!("not JSON: {e}")))?;
+    let config: Value = serde_json::from_str(&read_text(&path)?).map_err(|e| {
+        Error::invalid(subject(), format!("not JSON: {e}")).remedy("correct the file, or download it again")
+    })?;
     let entries = config.get("components").and_then(Value::as_object);
-    let entries = entries.ok_or_else(|| Error::invalid(subject(), "has no `components`"))?;
+    let entries = entries.ok_or_else(|| {
+        Error::invalid(subject(), "has no `components`").remedy("correct the file, or download it again")
+    })?;
     let mut components = Vec::new();
     for (name, entry) in entries {
         let role = EXPORT_COMPONENTS.iter().find(|(key, _)| key == name).map(|(_, role)| *role).ok_or_else(|| {
             let known: Vec<&str> = EXPORT_COMPONENTS.iter().map(|(key, _)| *key).collect();
             Error::unsupported(subject(), format!("component `{name}`; known are {}", known.join(", ")))
+                .remedy("give the path of its decoder's .onnx file alone")
         })?;
         let file = entry.get("file").and_then(Value::as_str);
-        let file = file.ok_or_else(|| Error::invalid(subject(), format!("component `{name}` has no `file`")))?;
+        let file = file.ok_or_else(|| {
+            Error::invalid(subject(), format!("component `{name}` has no `file`"))
+                .remedy("correct the file, or download it again")
+        })?;
         components.push(named_component(root, listing, role, file, "export.json")?);
     }
     Ok(components)

@@ -22,6 +22,7 @@ pub(super) fn rewrite(document: &Document, edit: &LayerEdit) -> Result<Option<St
                 let Node { span, kind: Kind::Scalar(Value::String(text)) } = node else { continue };
                 let problem = |what: String| {
                     Error::invalid(format!("`components.{name}.metadata.{key}` in {}", document.subject()), what)
+                        .remedy("export the model again: the file and the graphs do not belong together")
                 };
                 let mut tree: Value = serde_json::from_str(text).map_err(|e| problem(format!("is no JSON: {e}")))?;
                 if caches(&mut tree, edit).map_err(problem)? {

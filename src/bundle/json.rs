@@ -91,8 +91,9 @@ impl Document {
     pub fn parse(subject: impl Into<String>, text: String) -> Result<Self> {
         let subject = subject.into();
         // This parser checks the syntax, so the scanner below need not.
-        serde_json::from_str::<serde::de::IgnoredAny>(&text)
-            .map_err(|e| Error::invalid(&subject, format!("not JSON: {e}")))?;
+        serde_json::from_str::<serde::de::IgnoredAny>(&text).map_err(|e| {
+            Error::invalid(&subject, format!("not JSON: {e}")).remedy("correct the file, or download it again")
+        })?;
         let mut scanner = Scanner { text: &text, position: 0, depth: 0, subject: &subject };
         let root = scanner.value()?;
         Ok(Document { subject, text, root })
@@ -178,6 +179,7 @@ impl Scanner<'_> {
 
     fn lost(&self) -> Error {
         Error::invalid(self.subject, format!("cannot be read at byte {}", self.position))
+            .remedy("correct the file, or download it again")
     }
 
     fn value(&mut self) -> Result<Node> {
@@ -185,7 +187,8 @@ impl Scanner<'_> {
         let start = self.position;
         self.depth += 1;
         if self.depth > MAX_DEPTH {
-            return Err(Error::invalid(self.subject, format!("is nested deeper than {MAX_DEPTH} levels")));
+            return Err(Error::invalid(self.subject, format!("is nested deeper than {MAX_DEPTH} levels"))
+                .remedy("no model's config is: move the file out of the folder"));
         }
         let kind = match opening {
             Some(b'{') => self.object()?,
@@ -251,7 +254,8 @@ impl Scanner<'_> {
                         return Err(Error::invalid(
                             self.subject,
                             format!("the key `{key}` stands twice in one object"),
-                        ));
+                        )
+                        .remedy("take one of them out"));
                     }
                     members.push((key, self.value()?));
                 }

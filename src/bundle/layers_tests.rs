@@ -174,7 +174,7 @@ fn keys_of_several_types_follow_their_layers() {
         ),
         (r#""moe_layer_end_index": 4"#, &[4], Ok(r#""moe_layer_end_index": 3"#)),
         (r#""moe_layer_end_index": 0"#, &[0], Err("keep one of them")),
-        (r#""attention_types": [[["g", "l"], 3]]"#, &[0, 3], Ok(r#""attention_types": [[["g", "l", "g", "l"], 1]]"#)),
+        (r#""attention_types": [[["g", "l"], 3]]"#, &[0, 3], Ok(r#""attention_types": [[["l", "g", "g", "l"], 1]]"#)),
         (r#""attention_types": [["g", "l"]]"#, &[0], Err("[kinds, how often]")),
         (r#""attn_layer_indices": [1, 4]"#, &[1], Ok(r#""attn_layer_indices": [3]"#)),
         (r#""rope_scaling_layers": [0, 1, 5]"#, &[1], Ok(r#""rope_scaling_layers": [0, 4]"#)),

@@ -6,7 +6,7 @@ use std::path::Path;
 use crate::base::{Error, Result};
 
 /// How deep component files may lie below the folder.
-const MAX_DEPTH: usize = 3;
+const MAX_DEPTH: usize = 8;
 /// Folders that tools leave in a model folder and that hold nothing of the model, beside those with a hidden name
 /// (version control, download caches).
 const LEFT_OUT: &[&str] = &["__pycache__", "__MACOSX"];

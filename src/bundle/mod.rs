@@ -83,10 +83,13 @@ impl Bundle {
     fn open_file(path: &Path) -> Result<Self> {
         let subject = || format!("`{}`", path.display());
         if path.extension().is_none_or(|extension| extension != "onnx") {
-            return Err(Error::invalid(subject(), "is neither a model folder nor an .onnx file"));
+            return Err(Error::invalid(subject(), "is neither a model folder nor an .onnx file")
+                .remedy("give the model's folder, or its decoder as one .onnx file"));
         }
         let name = path.file_name().and_then(|name| name.to_str());
-        let name = name.ok_or_else(|| Error::invalid(subject(), "its name is not UTF-8"))?.to_string();
+        let name = name
+            .ok_or_else(|| Error::invalid(subject(), "its name is not UTF-8").remedy("rename the file"))?
+            .to_string();
         let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let external = external_files(path)?;
         let stem = name.trim_end_matches(".onnx").to_string();
@@ -216,6 +219,7 @@ impl Bundle {
                 format!("`{}`", self.root.display()),
                 format!("has no {} component; found {}", role.name(), list_preview(&found, 6)),
             )
+            .remedy("give the model's whole folder")
         })
     }
 
@@ -241,8 +245,10 @@ impl Bundle {
     /// Errors: as `read_text`, and `Error::Invalid` when it is not JSON.
     pub fn read_json(&self, file: &str) -> Result<Option<Value>> {
         let Some(text) = self.read_text(file)? else { return Ok(None) };
-        let value = serde_json::from_str(&text)
-            .map_err(|e| Error::invalid(format!("`{}`", self.root.join(file).display()), format!("not JSON: {e}")))?;
+        let value = serde_json::from_str(&text).map_err(|e| {
+            Error::invalid(format!("`{}`", self.root.join(file).display()), format!("not JSON: {e}"))
+                .remedy("correct the file, or download it again")
+        })?;
         Ok(Some(value))
     }
 
@@ -294,7 +300,8 @@ fn read_text(path: &Path) -> Result<String> {
         return Err(Error::invalid(
             format!("`{}`", path.display()),
             format!("is {size} bytes long, expected at most {MAX_JSON_BYTES}"),
-        ));
+        )
+        .remedy("no config is so large: move the file out of the folder"));
     }
     let bytes = fs::read(path).map_err(|e| Error::io("read", path, e))?;
     String::from_utf8(bytes).map_err(|_| {
@@ -331,7 +338,7 @@ fn external_files(path: &Path) -> Result<Vec<String>> {
         let inside = || place.strip_prefix(&root).ok().and_then(Path::to_str).map(str::to_string);
         names.push(names_here.get(&place).cloned().or_else(inside).ok_or_else(|| {
             let problem = format!("its weights lie in `{}`, outside its folder", file.display());
-            Error::invalid(format!("`{}`", path.display()), problem)
+            Error::invalid(format!("`{}`", path.display()), problem).remedy("put the file of weights beside the graph")
         })?);
     }
     names.sort();

@@ -12,6 +12,7 @@ use crate::runtime::{Decoder, Port, Session, Tensor, VlmSession};
 
 use super::agreement::PROMPT_TOKENS;
 
+const GIVE_INPUTS: &str = "give inputs of your own with `verify --inputs`";
 /// The input of an embedding component that takes the vision encoder's output.
 const IMAGE_FEATURES: &str = "image_features";
 /// Side of the made-up picture, in pixels.
@@ -65,7 +66,11 @@ pub fn pixel_feeds(subject: &str, inputs: &[Port]) -> Result<Vec<(String, Tensor
         let lead = match (port.name.as_str(), port.shape.len()) {
             ("pixel_values", rank @ (4 | 5)) => rank - 3,
             ("pixel_attention_mask", rank @ (3 | 4)) => rank - 2,
-            _ => return Err(Error::unsupported(subject, format!("input `{}` cannot be made up", port.name))),
+            _ => {
+                return Err(
+                    Error::unsupported(subject, format!("input `{}` cannot be made up", port.name)).remedy(GIVE_INPUTS)
+                );
+            }
         };
         let mut shape = Vec::with_capacity(port.shape.len());
         for (axis, dim) in port.shape.iter().enumerate() {
@@ -76,14 +81,16 @@ pub fn pixel_feeds(subject: &str, inputs: &[Port]) -> Result<Vec<(String, Tensor
                     return Err(Error::unsupported(
                         subject,
                         format!("axis {axis} of input `{}` has no fixed size", port.name),
-                    ));
+                    )
+                    .remedy(GIVE_INPUTS));
                 }
             });
         }
         let count =
             shape.iter().try_fold(1usize, |count, &dim| count.checked_mul(dim)).filter(|&count| count < 1 << 28);
-        let count =
-            count.ok_or_else(|| Error::unsupported(subject, format!("input `{}` is of shape {shape:?}", port.name)))?;
+        let count = count.ok_or_else(|| {
+            Error::unsupported(subject, format!("input `{}` is of shape {shape:?}", port.name)).remedy(GIVE_INPUTS)
+        })?;
         let tensor = match port.dtype {
             DataType::Bool | DataType::Int64 | DataType::Int32 => Tensor::from_i64(port.dtype, &shape, vec![1; count])?,
             dtype => Tensor::from_f32(dtype, &shape, noise(count))?,
@@ -107,9 +114,7 @@ pub fn embedding_feeds(session: &Session, config: Option<&ModelConfig>) -> Resul
     }
     let mut feeds = Vec::new();
     for port in session.inputs() {
-        let unsupported = |problem: String| {
-            Error::unsupported(session.subject(), problem).remedy("give inputs of your own with `verify --inputs`")
-        };
+        let unsupported = |problem: String| Error::unsupported(session.subject(), problem).remedy(GIVE_INPUTS);
         let rows = usize::from(port.name == IMAGE_FEATURES && image_token.is_some());
         let tensor = match (port.name.as_str(), port.shape.len()) {
             ("input_ids", _) => Tensor::from_i64(port.dtype, &[1, ids.len()], ids.clone())?,

@@ -169,7 +169,8 @@ impl Calibration {
     pub(super) fn check(&self) -> Result<()> {
         one_of("calibration", ("samples", self.samples.is_some()), ("fraction", self.fraction.is_some()))?;
         if self.samples == Some(0) || self.fraction.is_some_and(|part| !(part > 0.0 && part <= 1.0)) {
-            return Err(Error::invalid("calibration", "`samples` must be above 0, `fraction` above 0 and at most 1"));
+            return Err(Error::invalid("calibration", "`samples` must be above 0, `fraction` above 0 and at most 1")
+                .remedy("write `samples = 512`, for instance"));
         }
         Ok(())
     }
@@ -245,7 +246,7 @@ impl Recipe {
         check_strategies("plan", &plan.strategies)?;
         plan.modality_weights.as_ref().map_or(Ok(()), check_weights)?;
         if self.eval.benchmarks.is_empty() {
-            return Err(Error::invalid("eval", "`benchmarks` is empty"));
+            return Err(Error::invalid("eval", "`benchmarks` is empty").remedy("name at least one file"));
         }
         self.finetune.settings.check()
     }
@@ -254,18 +255,19 @@ impl Recipe {
 /// Errors: `Error::Invalid` when there is none, one is not known, stands twice, or cannot be used without a user.
 pub(super) fn check_strategies(section: &str, names: &[String]) -> Result<()> {
     if names.is_empty() {
-        return Err(Error::invalid(section, "`strategies` is empty"));
+        return Err(Error::invalid(section, "`strategies` is empty").remedy("name at least one"));
     }
     for (place, name) in names.iter().enumerate() {
         Strategy::named(name)?;
         if names[..place].contains(name) {
-            return Err(Error::invalid(section, format!("strategy `{name}` stands twice")));
+            return Err(Error::invalid(section, format!("strategy `{name}` stands twice")).remedy("name it once"));
         }
         if name == "explicit" {
             return Err(Error::invalid(
                 section,
                 "strategy `explicit` names its layers on the command line, not in a recipe",
-            ));
+            )
+            .remedy("use `interlace plan --drop`"));
         }
     }
     Ok(())
@@ -276,7 +278,7 @@ fn one_of(section: &str, first: (&str, bool), second: (&str, bool)) -> Result<()
         return Ok(());
     }
     let found = if first.1 { "both are there" } else { "neither is there" };
-    Err(Error::invalid(section, format!("takes `{}` or `{}`, {found}", first.0, second.0)))
+    Err(Error::invalid(section, format!("takes `{}` or `{}`, {found}", first.0, second.0)).remedy("write one of them"))
 }
 
 #[cfg(test)]

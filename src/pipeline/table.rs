@@ -56,7 +56,8 @@ impl Table {
     pub fn new(provenance: Provenance, rows: Vec<Row>) -> Result<Self> {
         let groups = |row: &Row| row.groups.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
         if let Some(row) = rows.iter().find(|row| groups(row) != groups(&rows[0])) {
-            return Err(Error::invalid(format!("row `{}`", row.model), "was asked other groups of questions"));
+            return Err(Error::invalid(format!("row `{}`", row.model), "was asked other groups of questions")
+                .remedy("ask all models the same benchmarks"));
         }
         Ok(Table { provenance, rows })
     }

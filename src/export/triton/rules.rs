@@ -8,11 +8,15 @@ use crate::base::{Error, Result};
 
 use super::config::schema::{DataType, ModelConfig, ModelTensorReshape};
 
+const EDIT: &str = "change the graph's inputs and outputs, or export without this component";
+
 /// Refuses a configuration that the server would refuse.
 ///
 /// Errors: `Error::Unsupported` naming the model or the tensor and the rule.
 pub(super) fn check(config: &ModelConfig) -> Result<()> {
-    let model = |problem: &str| Error::unsupported(format!("model `{}` in a Triton repository", config.name), problem);
+    let model = |problem: &str| {
+        Error::unsupported(format!("model `{}` in a Triton repository", config.name), problem).remedy(EDIT)
+    };
     if config.max_batch_size < 0 {
         return Err(model("has a batch size below 0").remedy("give `--max-batch-size` of 0 or more"));
     }
@@ -27,7 +31,7 @@ pub(super) fn check(config: &ModelConfig) -> Result<()> {
             return Err(model(&format!("has `{name}` twice among its inputs and outputs")));
         }
         tensor(data_type, dims, reshape.as_ref(), config.max_batch_size > 0)
-            .map_err(|problem| Error::unsupported(format!("`{name}` in a Triton repository"), problem))?;
+            .map_err(|problem| Error::unsupported(format!("`{name}` in a Triton repository"), problem).remedy(EDIT))?;
     }
     Ok(())
 }

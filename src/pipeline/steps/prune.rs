@@ -78,10 +78,13 @@ pub fn prune(bundle: &Bundle, drop: &Drop, target: &Path) -> Result<Pruned> {
         return Err(Error::invalid(
             format!("component `{}`", other.file),
             format!("has {} layers, `{}` has {total}", analysis.map.layers.len(), loaded[0].0.file),
-        ));
+        )
+        .remedy("all variants of a component must be of the same model: move the other one out of the folder"));
     }
     let edit = match LayerEdit::new(tower, total, layers) {
-        Ok(edit) if edit.dropped().is_empty() => return Err(Error::invalid("list of layers", "is empty")),
+        Ok(edit) if edit.dropped().is_empty() => {
+            return Err(Error::invalid("list of layers", "is empty").remedy("name at least one, as in `--drop 2,5`"));
+        }
         Ok(edit) => edit,
         // A plan of another model is the likelier reason.
         Err(error) => return Err(inputs(bundle.digest()?, drop).err().unwrap_or(error)),

@@ -195,7 +195,9 @@ impl Run<'_> {
 }
 
 fn row(setting: &Setting, cells: Vec<Cell>) -> Result<SweepRow> {
-    let first = cells.first().ok_or_else(|| Error::invalid("sweep", "has no seeds"))?;
+    let first = cells
+        .first()
+        .ok_or_else(|| Error::invalid("sweep", "has no seeds").remedy("write `seeds = [42]`, for instance"))?;
     let spread = |value: fn(&Cell) -> f64| Spread::over(cells.iter().map(value).collect());
     Ok(SweepRow {
         drop_ratio: setting.drop_ratio,

@@ -113,22 +113,26 @@ impl Sweep {
         check_strategies("sweep", &self.strategies)?;
         fn distinct<T: PartialEq + std::fmt::Display>(name: &str, values: &[T]) -> Result<()> {
             if values.is_empty() {
-                return Err(Error::invalid("sweep", format!("`{name}` is empty")));
+                return Err(Error::invalid("sweep", format!("`{name}` is empty")).remedy("name at least one"));
             }
             let twice = values.iter().enumerate().find(|(place, value)| values[..*place].contains(value));
-            twice.map_or(Ok(()), |(_, value)| Err(Error::invalid("sweep", format!("`{name}` has {value} twice"))))
+            twice.map_or(Ok(()), |(_, value)| {
+                Err(Error::invalid("sweep", format!("`{name}` has {value} twice")).remedy("name it once"))
+            })
         }
         distinct("drop_ratios", &self.drop_ratios)?;
         distinct("seeds", &self.seeds)?;
         distinct("recipes", &self.finetune.recipes)?;
         if let Some(ratio) = self.drop_ratios.iter().find(|ratio| !(**ratio > 0.0 && **ratio < 1.0)) {
-            return Err(Error::invalid(format!("drop ratio {ratio}"), "must lie between 0 and 1, both excluded"));
+            return Err(Error::invalid(format!("drop ratio {ratio}"), "must lie between 0 and 1, both excluded")
+                .remedy("0.25 drops a quarter of the layers"));
         }
         if let Some(name) = self.finetune.recipe_settings.keys().find(|name| !self.finetune.recipes.contains(name)) {
-            return Err(Error::invalid(format!("`recipe_settings.{name}`"), "is of a recipe that `recipes` lacks"));
+            return Err(Error::invalid(format!("`recipe_settings.{name}`"), "is of a recipe that `recipes` lacks")
+                .remedy("add it to `recipes`, or take the section out"));
         }
         if self.eval.benchmarks.is_empty() {
-            return Err(Error::invalid("eval", "`benchmarks` is empty"));
+            return Err(Error::invalid("eval", "`benchmarks` is empty").remedy("name at least one file"));
         }
         self.finetune.recipes.iter().try_for_each(|recipe| self.settings_of(recipe, 0)?.check())
     }
