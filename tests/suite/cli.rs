@@ -316,13 +316,13 @@ fn what_a_verb_needs_of_the_graph_is_checked_before_it_begins() {
     let folder = tempfile::tempdir().expect("folder");
     let model = model_copy(folder.path());
     with_last_token_head(&model);
-    fs::write(folder.path().join("text.txt"), "One two three four five six seven eight nine ten. ".repeat(40))
-        .expect("text");
+    let text = "One two three four five six seven eight nine ten. ".repeat(40);
+    fs::write(folder.path().join("text.jsonl"), format!("{}\n", serde_json::json!({ "text": text }))).expect("text");
     let model = model.display().to_string();
     let data = fixture("data/finetune-small.parquet");
     let sleb = ["plan", &model, "--strategy", "sleb", "--drop-count", "1", "--data", &data, "-o", "plan.json"];
     let own = ["plan", &model, "--strategy", "interlace-loss", "--drop-count", "1", "--data", &data, "-o", "plan.json"];
-    let text = ["eval", &model, "--data", "text.txt", "--sequence-length", "16", "-o", "report.json"];
+    let text = ["eval", &model, "--data", "text.jsonl", "--sequence-length", "16", "-o", "report.json"];
     for arguments in [&sleb[..], &own, &text] {
         let output = interlace(folder.path(), arguments);
         let message = stderr(&output);
@@ -383,7 +383,7 @@ fn files_beside_the_model_are_carried_along_and_said() {
     }
     let model = model.display().to_string();
     let output = interlace(folder.path(), &["prune", &model, "--drop", "2", "-o", "out"]);
-    assert!(stdout(&output).contains("carried along as it is: .msc, modeling_x.py"), "{}", stdout(&output));
+    assert!(stdout(&output).contains("carried along as it is: `.msc`, `modeling_x.py`"), "{}", stdout(&output));
     let out = folder.path().join("out");
     let record: serde_json::Value =
         serde_json::from_slice(&fs::read(out.join("interlace.json")).expect("record")).expect("JSON");

@@ -15,7 +15,7 @@ fn zoo(file: &str) -> PathBuf {
 
 /// A decoder whose logits are multiplied by the input `scale` of no axes, with the output `total` of no axes.
 fn with_scalars(folder: &Path) -> PathBuf {
-    let mut model = onnx::load(&zoo("optimum/llama-O2/model.onnx")).expect("model");
+    let mut model = onnx::load(&zoo("optimum/llama-with-past/model.onnx")).expect("model");
     let graph = &mut model.graph;
     let scalar = Some(ValueType::Tensor { dtype: DataType::Float, shape: Some(Vec::new()) });
     let mut value = |name: &str, ty| graph.add_value(Value { name: name.into(), ty, ..Value::default() });

@@ -262,7 +262,7 @@ fn products_of_8_bits_are_compared_with_exact_sums() {
 
 #[test]
 fn logits_under_another_name_are_a_problem() {
-    let folder = copy_of("optimum/llama-O2");
+    let folder = copy_of("optimum/llama-with-past");
     let path = folder.path().join("model.onnx");
     let mut model = onnx::load(&path).expect("model");
     assert_eq!(status(&report(folder.path()), "output names", "model.onnx"), CheckStatus::Passed);
