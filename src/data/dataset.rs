@@ -10,7 +10,8 @@ use crate::bundle::Bundle;
 
 use super::finevision::Shard;
 use super::llava::Conversations;
-use super::sample::{ImageBytes, Sample};
+use super::row::SourceRow;
+use super::sample::Sample;
 use super::text::TextFile;
 
 /// What several question and answer pairs about the same pictures are.
@@ -22,16 +23,6 @@ pub enum Texts {
     /// Questions that do not know of each other: a sample each, with the same pictures.
     #[default]
     Separate,
-}
-
-/// One row of any source.
-#[derive(Debug)]
-pub(super) struct Row {
-    pub subject: String,
-    pub images: Vec<ImageBytes>,
-    pub pairs: Vec<(String, String)>,
-    /// Token ids of running text, which has nothing else.
-    pub text: Option<Vec<i64>>,
 }
 
 #[derive(Debug)]
@@ -209,7 +200,7 @@ impl Dataset {
 }
 
 /// Rows of one source, read as they are asked for.
-type Rows<'a> = Box<dyn Iterator<Item = Result<Row>> + 'a>;
+type Rows<'a> = Box<dyn Iterator<Item = Result<SourceRow>> + 'a>;
 
 /// The samples that a row makes: their indices, and the pair that each takes of it.
 type Wanted = Vec<(usize, Option<u32>)>;
@@ -272,22 +263,16 @@ impl Samples<'_> {
     }
 }
 
-fn samples_of(row: Result<Row>, places: &[(usize, Option<u32>)]) -> Vec<Result<Sample>> {
+fn samples_of(row: Result<SourceRow>, places: &[(usize, Option<u32>)]) -> Vec<Result<Sample>> {
     let row = match row {
         Ok(row) => row,
         Err(error) => return vec![Err(error)],
     };
-    if let Some(tokens) = row.text {
-        let samples = places.iter().map(|&(index, _)| Ok(Sample::of_text(index, row.subject.clone(), tokens.clone())));
-        return samples.collect();
-    }
-    let sample = |&(index, pair): &(usize, Option<u32>)| match pair {
-        None => Sample::new(index, row.subject.clone(), row.images.clone(), row.pairs.clone()),
-        Some(pair) => {
-            let id = format!("text {pair} of {}", row.subject);
-            let pairs = row.pairs.get(pair as usize).cloned().into_iter().collect();
-            Sample::new(index, id, row.images.clone(), pairs)
-        }
+    let sample = |&(index, turn): &(usize, Option<u32>)| match turn {
+        Some(turn) if row.text.is_none() => row
+            .turn(index, turn as usize)
+            .ok_or_else(|| Error::invalid(&row.subject, format!("has no turn {turn}, which was counted before"))),
+        _ => Ok(row.sample(index)),
     };
     places.iter().map(sample).collect()
 }

@@ -14,8 +14,8 @@ use parquet::arrow::arrow_reader::{
 
 use crate::base::{Error, Progress, Result};
 
-use super::dataset::Row;
 use super::guard::guarded;
+use super::row::{RawMessage, SourceRow, Speaker};
 use super::sample::ImageBytes;
 
 /// Rows that are decoded at a time; pictures make rows large.
@@ -91,7 +91,7 @@ impl Shard {
     }
 
     /// The rows with these ascending indices; one row group is open at a time.
-    pub fn read(&self, rows: Vec<usize>) -> impl Iterator<Item = Result<Row>> + '_ {
+    pub fn read(&self, rows: Vec<usize>) -> impl Iterator<Item = Result<SourceRow>> + '_ {
         let mut groups: Vec<(usize, Vec<usize>)> = Vec::new();
         let mut rest = rows.as_slice();
         for (group, &end) in self.starts.iter().skip(1).enumerate() {
@@ -104,7 +104,7 @@ impl Shard {
         groups.into_iter().flat_map(move |(group, rows)| self.read_group(group, rows))
     }
 
-    fn read_group(&self, group: usize, rows: Vec<usize>) -> Box<dyn Iterator<Item = Result<Row>> + '_> {
+    fn read_group(&self, group: usize, rows: Vec<usize>) -> Box<dyn Iterator<Item = Result<SourceRow>> + '_> {
         let mut selectors = Vec::new();
         let mut position = self.starts.get(group).copied().unwrap_or(0);
         for &row in &rows {
@@ -179,7 +179,7 @@ impl Shard {
         Error::invalid(self.subject(), format!("does not decode: {error}"))
     }
 
-    fn row(&self, batch: &RecordBatch, place: usize, number: usize) -> Result<Row, String> {
+    fn row(&self, batch: &RecordBatch, place: usize, number: usize) -> Result<SourceRow, String> {
         let subject = self.row_subject(number);
         let mut images = Vec::new();
         let list = column(batch, "images")?;
@@ -200,14 +200,15 @@ impl Shard {
         let cells = cells.as_struct_opt().ok_or("`texts` is no list of struct{user, assistant}")?;
         let field = |name: &str| cells.column_by_name(name).ok_or(format!("`texts` has no field `{name}`"));
         let (user, assistant) = (field("user")?, field("assistant")?);
-        let mut pairs = Vec::with_capacity(cells.len());
+        let mut messages = Vec::with_capacity(2 * cells.len());
         for turn in 0..cells.len() {
             let get = |array: &ArrayRef, name: &str| -> Result<String, String> {
                 string_at(array, turn)?.ok_or(format!("text {turn} has no `{name}`"))
             };
-            pairs.push((get(user, "user")?, get(assistant, "assistant")?));
+            messages.push(RawMessage::text(Speaker::User, get(user, "user")?));
+            messages.push(RawMessage::text(Speaker::Assistant, get(assistant, "assistant")?));
         }
-        Ok(Row { subject, images, pairs, text: None })
+        SourceRow::of_messages(subject, images, messages)
     }
 }
 

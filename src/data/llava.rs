@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use crate::base::{Error, MappedFile, Result, contained_path};
 
-use super::dataset::Row;
+use super::row::{RawMessage, SourceRow, Speaker};
 use super::sample::ImageBytes;
 
 /// A `.json` or `.jsonl` file; `image` paths are relative to its folder. The texts are held, the pictures are not.
@@ -84,7 +84,7 @@ impl Conversations {
     }
 
     /// The rows with these indices.
-    pub fn read(&self, rows: Vec<usize>) -> impl Iterator<Item = Result<Row>> + '_ {
+    pub fn read(&self, rows: Vec<usize>) -> impl Iterator<Item = Result<SourceRow>> + '_ {
         rows.into_iter().map(|row| {
             let subject = self.subject(row);
             let (names, pairs) = self.entries.get(row).ok_or_else(|| Error::invalid(&subject, "does not exist"))?;
@@ -93,7 +93,14 @@ impl Conversations {
             for name in names {
                 images.push(ImageBytes::file(format!("image `{name}` of {subject}"), contained_path(folder, name)?));
             }
-            Ok(Row { subject, images, pairs: pairs.clone(), text: None })
+            let messages = pairs.iter().flat_map(|(question, answer)| {
+                [
+                    RawMessage::text(Speaker::User, question.clone()),
+                    RawMessage::text(Speaker::Assistant, answer.clone()),
+                ]
+            });
+            SourceRow::of_messages(subject.clone(), images, messages.collect())
+                .map_err(|problem| Error::invalid(subject, problem))
         })
     }
 

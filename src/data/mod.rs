@@ -1,6 +1,7 @@
 //! Conversations about pictures and running text, and what the networks read of them: data sets, benchmarks, image processors, chat
 //! templates, tokenizers.
 
+mod conversation;
 mod dataset;
 mod finevision;
 mod guard;
@@ -12,6 +13,7 @@ mod picture;
 mod processor;
 mod qwen2_vl;
 mod resample;
+mod row;
 mod sample;
 mod subset;
 mod template;
@@ -19,6 +21,8 @@ mod text;
 mod tokenizer;
 mod tsv;
 
+#[cfg(test)]
+mod conversation_tests;
 #[cfg(test)]
 mod tests;
 

@@ -8,7 +8,7 @@ use crate::prompt::Prompt;
 
 use super::image_processor::{self, ImageInputs, ImageLayout, ImageProcessor};
 use super::picture::{Picture, Transparency};
-use super::sample::{ImageBytes, Part, Sample, Turn};
+use super::sample::{ImageBytes, Part};
 use super::template::{ChatTemplate, Content, ContentPart, Message};
 use super::tokenizer::Tokenizer;
 
@@ -47,13 +47,13 @@ impl Encoded {
 /// Everything that stands between people and the networks: image processor, chat template, tokenizer.
 #[derive(Debug)]
 pub struct Processor {
-    tokenizer: Tokenizer,
+    pub(super) tokenizer: Tokenizer,
     /// `None` for a model that never was taught to chat.
     template: Option<ChatTemplate>,
     /// As errors name the model.
     subject: String,
     vision: Option<Vision>,
-    eos: Vec<u32>,
+    pub(super) eos: Vec<u32>,
 }
 
 #[derive(Debug)]
@@ -113,87 +113,6 @@ impl Processor {
         self.encode_messages(id, &[self.user(question)?], images, true)
     }
 
-    /// The first question of a sample with its pictures, up to where the model begins to answer; the whole of a
-    /// running text.
-    ///
-    /// Errors: as `encode_question`.
-    pub fn encode_prompt(&self, sample: &Sample) -> Result<Encoded> {
-        if let Some(tokens) = &sample.text {
-            return self.running_text(sample, tokens, false);
-        }
-        let first = sample.turns.first().ok_or_else(|| Error::invalid(&sample.id, "has no turns"))?;
-        // Pictures are numbered in the order of the text, so those of the first question come first.
-        let count = first.user.iter().filter(|part| matches!(part, Part::Image(_))).count();
-        self.encode_question(&sample.id, &first.user, sample.images.get(..count).unwrap_or(&sample.images))
-    }
-
-    /// A whole conversation; the tokens of every answer, with the end token after each, are marked. Of a running text
-    /// every token is.
-    ///
-    /// Errors: as `encode_question`, and when the conversation up to an answer is not a prefix of the whole, in text or
-    /// in tokens, so that the model would be trained on what it never sees.
-    pub fn encode_conversation(&self, sample: &Sample) -> Result<Encoded> {
-        if let Some(tokens) = &sample.text {
-            return self.running_text(sample, tokens, true);
-        }
-        let id = &sample.id;
-        let mut messages = Vec::new();
-        let mut prompts = Vec::new();
-        for turn in &sample.turns {
-            messages.push(self.user(&turn.user)?);
-            prompts.push(self.render(id, &messages, true)?);
-            messages.push(self.assistant(turn));
-        }
-        let images = self.images(id, &sample.images)?;
-        let whole = self.render(id, &messages, false)?;
-        let ids = self.tokens(id, &whole, images.as_ref(), true)?;
-        let mut answer_mask = vec![false; ids.len()];
-        let mut ends: Vec<usize> = Vec::new();
-        for prompt in &prompts {
-            if !whole.starts_with(prompt.as_str()) {
-                return Err(Error::unsupported(
-                    id,
-                    "the chat template writes a finished answer differently from where a prompt ends",
-                )
-                .remedy("training needs a template whose prompts are prefixes of the whole conversation"));
-            }
-            let prefix = self.tokens(id, prompt, images.as_ref(), false)?;
-            if !ids.starts_with(&prefix) {
-                return Err(Error::unsupported(
-                    id,
-                    "the tokenizer joins the end of the prompt and the start of the answer into one token",
-                )
-                .remedy("training needs an answer that begins with a token of its own"));
-            }
-            ends.push(prefix.len());
-        }
-        for (turn, &start) in ends.iter().enumerate() {
-            let limit = ends.get(turn + 1).copied().unwrap_or(ids.len());
-            let answer = ids.get(start..limit).unwrap_or_default();
-            // The answer closes with the first special token, or where its turn ends if the template has none.
-            let length = answer.iter().position(|token| self.closes(*token)).map_or(answer.len(), |place| place + 1);
-            if length == 0 {
-                return Err(Error::invalid(id, format!("answer {turn} has no tokens")));
-            }
-            answer_mask.iter_mut().skip(start).take(length).for_each(|mask| *mask = true);
-        }
-        Ok(self.encoded(id, ids, answer_mask, images))
-    }
-
-    fn running_text(&self, sample: &Sample, tokens: &[i64], answers: bool) -> Result<Encoded> {
-        let image = self.image_token_id();
-        if tokens.iter().any(|&token| Some(token) == image) {
-            return Err(Error::invalid(&sample.id, "holds the image token, but running text has no pictures"));
-        }
-        Ok(Encoded {
-            id: sample.id.clone(),
-            input_ids: tokens.to_vec(),
-            answer_mask: vec![answers; tokens.len()],
-            image_positions: Vec::new(),
-            images: None,
-        })
-    }
-
     /// Messages as they are, none of their tokens marked.
     pub(super) fn encode_messages(
         &self,
@@ -204,16 +123,12 @@ impl Processor {
     ) -> Result<Encoded> {
         let images = self.images(id, images)?;
         let text = self.render(id, messages, prompt)?;
-        let ids = self.tokens(id, &text, images.as_ref(), true)?;
+        let ids = self.tokenizer.encode(&self.expand(id, &text, images.as_ref(), true)?)?;
         let answer_mask = vec![false; ids.len()];
         Ok(self.encoded(id, ids, answer_mask, images))
     }
 
-    fn closes(&self, token: u32) -> bool {
-        self.eos.contains(&token) || self.tokenizer.is_special(token)
-    }
-
-    fn user(&self, parts: &[Part]) -> Result<Message> {
+    pub(super) fn user(&self, parts: &[Part]) -> Result<Message> {
         let content = if self.vision.is_some() {
             let part = |part: &Part| match part {
                 Part::Image(_) => ContentPart::Image,
@@ -235,25 +150,36 @@ impl Processor {
         Ok(Message { role: "user", content })
     }
 
-    fn assistant(&self, turn: &Turn) -> Message {
-        let text = turn.assistant.clone();
+    /// A message of text alone.
+    pub(super) fn message(&self, role: &'static str, text: &str) -> Message {
+        let text = text.to_string();
         let content = match self.vision {
             Some(_) => Content::Parts(vec![ContentPart::Text { text }]),
             None => Content::Text(text),
         };
-        Message { role: "assistant", content }
+        Message { role, content }
     }
 
-    fn render(&self, id: &str, messages: &[Message], prompt: bool) -> Result<String> {
+    pub(super) fn render(&self, id: &str, messages: &[Message], prompt: bool) -> Result<String> {
         let template = self.template.as_ref().ok_or_else(|| {
             Error::invalid(&self.subject, "has no chat template").remedy(
                 "expected chat_template.jinja, or `chat_template` in tokenizer_config.json; running text needs none",
             )
         })?;
-        template.render(messages, prompt).map_err(|error| Error::invalid(id, error.to_string()))
+        let text = template.render(messages, prompt).map_err(|error| Error::invalid(id, error.to_string()))?;
+        // Answers may be written otherwise: templates leave out what a model thought in earlier turns.
+        let given = messages.iter().filter(|message| message.role != "assistant");
+        match given.flat_map(Message::texts).find(|part| !text.contains(part.trim())) {
+            Some(lost) => Err(Error::invalid(
+                id,
+                format!("the chat template drops the text `{}`", lost.trim().chars().take(60).collect::<String>()),
+            )
+            .remedy("expected a template that takes the content in the form that the model's processor gives it")),
+            None => Ok(text),
+        }
     }
 
-    fn images(&self, id: &str, images: &[ImageBytes]) -> Result<Option<ImageInputs>> {
+    pub(super) fn images(&self, id: &str, images: &[ImageBytes]) -> Result<Option<ImageInputs>> {
         match &self.vision {
             _ if images.is_empty() => Ok(None),
             Some(vision) => {
@@ -267,10 +193,10 @@ impl Processor {
         }
     }
 
-    /// Ids of a rendered text with its image tokens expanded; with `all`, it must take every picture.
-    fn tokens(&self, id: &str, text: &str, images: Option<&ImageInputs>, all: bool) -> Result<Vec<u32>> {
+    /// A rendered text with its image tokens expanded; with `all`, it must take every picture.
+    pub(super) fn expand(&self, id: &str, text: &str, images: Option<&ImageInputs>, all: bool) -> Result<String> {
         let layouts = images.map(|images| images.layouts.as_slice()).unwrap_or_default();
-        let Some(vision) = &self.vision else { return self.tokenizer.encode(text) };
+        let Some(vision) = &self.vision else { return Ok(text.to_string()) };
         let (expanded, taken) = vision.expand(text, layouts);
         let fits = if all { taken == layouts.len() } else { taken <= layouts.len() };
         if !fits {
@@ -279,10 +205,16 @@ impl Processor {
                 format!("its text holds `{}` {taken} times, but it has {} pictures", vision.image_token, layouts.len()),
             ));
         }
-        self.tokenizer.encode(&expanded)
+        Ok(expanded)
     }
 
-    fn encoded(&self, id: &str, ids: Vec<u32>, answer_mask: Vec<bool>, images: Option<ImageInputs>) -> Encoded {
+    pub(super) fn encoded(
+        &self,
+        id: &str,
+        ids: Vec<u32>,
+        answer_mask: Vec<bool>,
+        images: Option<ImageInputs>,
+    ) -> Encoded {
         let image = self.vision.as_ref().map(|vision| vision.image_token_id);
         let positions = ids.iter().enumerate().filter(|(_, token)| Some(**token) == image);
         Encoded {

@@ -24,6 +24,22 @@ pub(super) struct Message {
     pub content: Content,
 }
 
+impl Message {
+    /// All texts of its content.
+    pub fn texts(&self) -> Vec<&str> {
+        match &self.content {
+            Content::Text(text) => vec![text],
+            Content::Parts(parts) => parts
+                .iter()
+                .filter_map(|part| match part {
+                    ContentPart::Text { text } => Some(text.as_str()),
+                    ContentPart::Image => None,
+                })
+                .collect(),
+        }
+    }
+}
+
 /// A list of parts for models that see, a plain string for models that only read.
 #[derive(Clone, Debug, Serialize)]
 #[serde(untagged)]

@@ -210,7 +210,7 @@ fn write(folder: &Path, name: &str, text: &str) -> PathBuf {
 }
 
 /// A PNG of one colour.
-fn png(shade: u8) -> Vec<u8> {
+pub(super) fn png(shade: u8) -> Vec<u8> {
     let mut bytes = std::io::Cursor::new(Vec::new());
     image::RgbImage::from_pixel(9, 7, image::Rgb([shade, 1, 2])).write_to(&mut bytes, image::ImageFormat::Png).unwrap();
     bytes.into_inner()
@@ -449,128 +449,5 @@ fn changed_bytes_end_in_errors_and_never_in_a_panic() {
             }
         }
         let _ = Picture::decode(&ImageBytes::held("picture", change(&picture)), Transparency::OnWhite);
-    }
-}
-
-/// The shipped model's processor against what transformers makes of the same conversations
-/// (`fixtures/processor/conversations.json`).
-mod shipped_model {
-    use super::*;
-
-    fn fixtures(path: &str) -> PathBuf {
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(path)
-    }
-
-    /// The model's text files beside an empty decoder, with some settings of the image processor changed.
-    fn processor(settings: &Value) -> (tempfile::TempDir, Processor) {
-        let folder = tempfile::tempdir().unwrap();
-        for entry in fs::read_dir(fixtures("model")).unwrap() {
-            let path = entry.unwrap().path();
-            if path.extension().is_some_and(|extension| extension == "json" || extension == "jinja") {
-                fs::copy(&path, folder.path().join(path.file_name().unwrap())).unwrap();
-            }
-        }
-        let patch = |config: &mut Value| {
-            for (key, value) in settings.as_object().unwrap() {
-                config[key] = value.clone();
-            }
-        };
-        for (file, pointer) in [("preprocessor_config.json", ""), ("processor_config.json", "/image_processor")] {
-            let path = folder.path().join(file);
-            let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
-            config.pointer_mut(pointer).into_iter().for_each(patch);
-            fs::write(path, config.to_string()).unwrap();
-        }
-        fs::create_dir(folder.path().join("onnx")).unwrap();
-        fs::write(folder.path().join("onnx/decoder_model_merged.onnx"), "").unwrap();
-        let processor = Processor::open(&Bundle::open(folder.path()).unwrap()).unwrap();
-        (folder, processor)
-    }
-
-    fn pictures(case: &Value) -> Vec<ImageBytes> {
-        let name = |name: &Value| format!("{}.png", name.as_str().unwrap());
-        let image = |value| ImageBytes::file(name(value), fixtures("processor/pictures").join(name(value)));
-        case["pictures"].as_array().unwrap().iter().map(image).collect()
-    }
-
-    fn messages(case: &Value) -> Vec<Message> {
-        let part = |part: &Value| match part["type"].as_str().unwrap() {
-            "image" => ContentPart::Image,
-            _ => ContentPart::Text { text: part["text"].as_str().unwrap().to_string() },
-        };
-        let message = |message: &Value| Message {
-            role: if message["role"] == "user" { "user" } else { "assistant" },
-            content: Content::Parts(message["content"].as_array().unwrap().iter().map(part).collect()),
-        };
-        case["messages"].as_array().unwrap().iter().map(message).collect()
-    }
-
-    fn ids(value: &Value) -> Vec<i64> {
-        value.as_array().unwrap().iter().map(|id| id.as_i64().unwrap()).collect()
-    }
-
-    #[test]
-    fn texts_and_ids_equal_hugging_face() {
-        let reference: Value =
-            serde_json::from_slice(&fs::read(fixtures("processor/conversations.json")).unwrap()).unwrap();
-        for case in reference["cases"].as_array().unwrap() {
-            let split = case["do_image_splitting"].as_bool().unwrap();
-            let (_folder, processor) = processor(&reference["settings"][if split { "split" } else { "whole" }]);
-            let prompt = case["add_generation_prompt"].as_bool().unwrap();
-            let encoded = processor.encode_messages("case", &messages(case), &pictures(case), prompt).unwrap();
-            assert_eq!(encoded.input_ids, ids(&case["input_ids"]), "{}", case["name"]);
-            let frames = encoded.images.as_ref().map_or(0, |images| images.joined("pixel_values").unwrap().shape()[0]);
-            assert_eq!(encoded.image_positions.len(), frames * 16);
-        }
-    }
-
-    #[test]
-    fn answers_are_marked_with_their_end_token() {
-        let (_folder, processor) = processor(&serde_json::json!({}));
-        let picture = ImageBytes::held("picture", png(3));
-        let pairs = vec![("What is it?".to_string(), "cat".to_string()), ("Sure?".to_string(), "yes".to_string())];
-        let sample = Sample::new(0, "sample 0".into(), vec![picture], pairs).unwrap();
-        let encoded = processor.encode_conversation(&sample).unwrap();
-        let marked: Vec<i64> =
-            encoded.input_ids.iter().zip(&encoded.answer_mask).filter(|(_, mask)| **mask).map(|(id, _)| *id).collect();
-        let end = processor.eos_ids()[0];
-        assert_eq!(marked.iter().filter(|id| **id == end).count(), 2);
-        assert_eq!(processor.decode(&marked).unwrap(), " cat yes");
-        let prompt = processor.encode_prompt(&sample).unwrap();
-        assert!(encoded.input_ids.starts_with(&prompt.input_ids));
-        assert_eq!(encoded.answer_mask.iter().position(|mask| *mask), Some(prompt.len()));
-        assert_eq!(prompt.images, encoded.images);
-    }
-
-    #[test]
-    fn the_shipped_data_goes_through() {
-        let (_folder, processor) = processor(&serde_json::json!({}));
-        let data = Dataset::open(&fixtures("data/finetune-small.parquet"), Texts::Separate).unwrap();
-        let all: Vec<usize> = (0..data.len()).collect();
-        for sample in data.read(&all).unwrap() {
-            let sample = sample.unwrap();
-            let encoded = processor.encode_conversation(&sample).unwrap();
-            let marked =
-                encoded.input_ids.iter().zip(&encoded.answer_mask).filter(|(_, mask)| **mask).map(|(id, _)| *id);
-            let answer = processor.decode(&marked.collect::<Vec<_>>()).unwrap();
-            assert_eq!(answer.trim_start(), sample.turns[0].assistant, "{}", sample.id);
-            assert_eq!(encoded.image_positions.len(), 16);
-        }
-        let benchmark = Benchmark::open(&fixtures("data/bench-small.tsv")).unwrap();
-        for row in benchmark.rows() {
-            let images = benchmark.images(row).unwrap();
-            let question = [Part::Image(0), Part::Text(benchmark.cell(row, "question").unwrap().into())];
-            let encoded = processor.encode_question(&row.index, &question, &images).unwrap();
-            assert_eq!(encoded.images.unwrap().joined("pixel_values").unwrap().shape(), [1, 3, 64, 64]);
-        }
-    }
-
-    #[test]
-    fn image_tokens_in_the_question_are_refused() {
-        let (_folder, processor) = processor(&serde_json::json!({}));
-        let question = [Part::Image(0), Part::Text("is <image> a token?".into())];
-        let picture = ImageBytes::held("picture", png(3));
-        let error = processor.encode_question("row 7", &question, &[picture]).unwrap_err().to_string();
-        assert!(error.contains("row 7: its text holds `<image>` 2 times, but it has 1 pictures"), "{error}");
     }
 }

@@ -8,7 +8,7 @@ use serde::de::IgnoredAny;
 use crate::base::{Error, MappedFile, Progress, Result};
 use crate::bundle::Bundle;
 
-use super::dataset::Row;
+use super::row::SourceRow;
 use super::tokenizer::Tokenizer;
 
 /// Tokens in a sequence of running text, unless the user says otherwise.
@@ -91,13 +91,12 @@ impl TextFile {
     }
 
     /// The sequences with these indices.
-    pub fn read(&self, sequences: Vec<usize>) -> impl Iterator<Item = Result<Row>> + '_ {
+    pub fn read(&self, sequences: Vec<usize>) -> impl Iterator<Item = Result<SourceRow>> + '_ {
         sequences.into_iter().map(|sequence| {
             let subject = format!("sequence {sequence} of `{}`", self.path.display());
             let ids = self.ids.chunks(self.length).nth(sequence);
             let ids = ids.ok_or_else(|| Error::invalid(&subject, "does not exist"))?;
-            let text = Some(ids.iter().map(|&token| i64::from(token)).collect());
-            Ok(Row { subject, images: Vec::new(), pairs: Vec::new(), text })
+            Ok(SourceRow::of_text(subject, ids.iter().map(|&token| i64::from(token)).collect()))
         })
     }
 }

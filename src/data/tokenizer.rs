@@ -1,6 +1,7 @@
 //! `tokenizer.json` and the special tokens that the configs name.
 
 use std::collections::HashSet;
+use std::ops::Range;
 
 use serde_json::{Map, Value};
 
@@ -71,10 +72,25 @@ impl Tokenizer {
     ///
     /// Errors: `Error::Invalid` when the tokenizer fails.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let begun = self.named("bos_token").is_some_and(|token| text.starts_with(token));
-        let encoding = guarded(|| self.inner.encode_fast(text, !begun));
+        let encoding = guarded(|| self.inner.encode_fast(text, !self.begins(text)));
         let encoding = encoding.and_then(|encoding| encoding.map_err(|e| e.to_string()));
         encoding.map(|encoding| encoding.get_ids().to_vec()).map_err(|problem| Error::invalid("tokenizer", problem))
+    }
+
+    /// As `encode`, each id with the bytes of the text that it takes; no bytes for tokens that the tokenizer adds.
+    ///
+    /// Errors: as `encode`.
+    pub fn encode_with_offsets(&self, text: &str) -> Result<Vec<(u32, Range<usize>)>> {
+        let encoding = guarded(|| self.inner.encode(text, !self.begins(text)));
+        let encoding = encoding.and_then(|encoding| encoding.map_err(|e| e.to_string()));
+        let encoding = encoding.map_err(|problem| Error::invalid("tokenizer", problem))?;
+        let bytes = encoding.get_offsets().iter().map(|&(start, end)| start..end);
+        Ok(encoding.get_ids().iter().copied().zip(bytes).collect())
+    }
+
+    /// True for a text that has the begin token already.
+    fn begins(&self, text: &str) -> bool {
+        self.named("bos_token").is_some_and(|token| text.starts_with(token))
     }
 
     /// The text of ids, special tokens left out.

@@ -1,0 +1,186 @@
+//! Whole conversations to ids, and which of their tokens are answers.
+
+use std::ops::Range;
+
+use crate::base::{Error, Result};
+
+use super::processor::{Encoded, Processor};
+use super::sample::{Sample, Turn};
+use super::template::Message;
+
+impl Processor {
+    /// A sample up to where the model begins its last answer, earlier turns and pictures included; the whole of a
+    /// running text.
+    ///
+    /// Errors: as `encode_question`.
+    pub fn encode_prompt(&self, sample: &Sample) -> Result<Encoded> {
+        if let Some(tokens) = &sample.text {
+            return self.running_text(sample, tokens, false);
+        }
+        let mut messages = self.messages(sample, &answers(sample))?;
+        messages.pop().ok_or_else(|| Error::invalid(&sample.id, "has no turns"))?;
+        self.encode_messages(&sample.id, &messages, &sample.images, true)
+    }
+
+    /// A whole conversation. The tokens of every answer are marked, each with the token that ends its turn. Of a
+    /// running text every token is marked.
+    ///
+    /// An answer is found where the template writes it: between the pieces of text that stay the same when the answers
+    /// are replaced. It begins where a prompt ends, if the conversation so far begins with that prompt; if the template
+    /// writes a finished answer differently from the end of a prompt, it begins with its own text.
+    ///
+    /// Errors: as `encode_question`; `Error::Invalid` when an answer has no tokens or the template does not write it as
+    /// it is; `Error::Unsupported` when the tokenizer joins the end of a prompt and the start of an answer.
+    pub fn encode_conversation(&self, sample: &Sample) -> Result<Encoded> {
+        if let Some(tokens) = &sample.text {
+            return self.running_text(sample, tokens, true);
+        }
+        let id = &sample.id;
+        let answers = answers(sample);
+        let messages = self.messages(sample, &answers)?;
+        let whole = self.render(id, &messages, false)?;
+        let spans = self.answer_spans(sample, &answers, &messages, &whole)?;
+        let images = self.images(id, &sample.images)?;
+        let text = self.expand(id, &whole, images.as_ref(), true)?;
+        let tokens = self.tokenizer.encode_with_offsets(&text)?;
+        let mut answer_mask = vec![false; tokens.len()];
+        for (number, span) in spans.into_iter().enumerate() {
+            // Image tokens in front of the answer are expanded, those of the answer itself were refused.
+            let shift = |place: usize| -> Result<usize> {
+                let before = whole.get(..place).unwrap_or_default();
+                Ok(self.expand(id, before, images.as_ref(), false)?.len())
+            };
+            let span = shift(span.start)?..shift(span.end)?;
+            let marked = self.answer_tokens(&text, &tokens, &span).map_err(|problem| match problem {
+                Problem::Joined => Error::unsupported(
+                    id,
+                    "the tokenizer joins the end of the prompt and the start of the answer into one token",
+                )
+                .remedy("training needs an answer that begins with a token of its own"),
+                Problem::Empty => Error::invalid(id, format!("answer {number} has no tokens")),
+            })?;
+            answer_mask.iter_mut().take(marked.end).skip(marked.start).for_each(|mask| *mask = true);
+        }
+        let ids = tokens.into_iter().map(|(token, _)| token).collect();
+        Ok(self.encoded(id, ids, answer_mask, images))
+    }
+
+    fn running_text(&self, sample: &Sample, tokens: &[i64], answers: bool) -> Result<Encoded> {
+        let image = self.image_token_id();
+        if tokens.iter().any(|&token| Some(token) == image) {
+            return Err(Error::invalid(&sample.id, "holds the image token, but running text has no pictures"));
+        }
+        Ok(Encoded {
+            id: sample.id.clone(),
+            input_ids: tokens.to_vec(),
+            answer_mask: vec![answers; tokens.len()],
+            image_positions: Vec::new(),
+            images: None,
+        })
+    }
+
+    /// The messages of a sample with these texts in the place of its answers.
+    fn messages(&self, sample: &Sample, answers: &[String]) -> Result<Vec<Message>> {
+        let mut messages = Vec::with_capacity(2 * sample.turns.len() + 1);
+        messages.extend(sample.system.as_deref().map(|text| self.message("system", text)));
+        for (Turn { user, .. }, answer) in sample.turns.iter().zip(answers) {
+            messages.push(self.user(user)?);
+            messages.push(self.message("assistant", answer));
+        }
+        Ok(messages)
+    }
+
+    /// The bytes of the rendered conversation that each answer takes.
+    fn answer_spans(
+        &self,
+        sample: &Sample,
+        answers: &[String],
+        messages: &[Message],
+        whole: &str,
+    ) -> Result<Vec<Range<usize>>> {
+        let id = &sample.id;
+        let differs = |number: usize| {
+            Error::invalid(id, format!("the chat template does not write answer {number} as the data has it"))
+                .remedy("leave the sample out, or use a template that keeps answers as they are")
+        };
+        let markers: Vec<String> = (0..answers.len()).map(|number| marker(number, whole)).collect();
+        let marked = self.render(id, &self.messages(sample, &markers)?, false)?;
+        let mut spans = Vec::with_capacity(answers.len());
+        let (mut rest, mut place) = (marked.as_str(), 0);
+        for (number, (answer, marker)) in answers.iter().zip(&markers).enumerate() {
+            let (before, after) = rest.split_once(marker.as_str()).ok_or_else(|| differs(number))?;
+            let next = markers.get(number + 1).and_then(|next| after.find(next.as_str())).unwrap_or(after.len());
+            let following = &after[..next];
+            let here = place + before.len();
+            let begins = whole.get(place..).is_some_and(|text| text.starts_with(before));
+            let tail = whole.get(here..).filter(|_| begins).ok_or_else(|| differs(number))?;
+            let fits = |text: &&str| tail.strip_prefix(*text).is_some_and(|tail| tail.starts_with(following));
+            let written = [answer.as_str(), answer.trim(), answer.trim_start(), answer.trim_end()];
+            let text = written.into_iter().find(fits).ok_or_else(|| differs(number))?;
+            // The system message and two for each turn; a prompt ends before the answer.
+            let turn = usize::from(sample.system.is_some()) + 2 * number + 1;
+            let prompt = self.render(id, messages.get(..turn).unwrap_or_default(), true)?;
+            let begin = if whole.starts_with(prompt.as_str()) { prompt.len().min(here) } else { here };
+            spans.push(begin..here + text.len());
+            (rest, place) = (after, here + text.len());
+        }
+        if whole.get(place..) != Some(rest) {
+            return Err(differs(answers.len().saturating_sub(1)));
+        }
+        Ok(spans)
+    }
+
+    /// The tokens of an answer that takes these bytes of the text. The token that ends the turn is among them, where
+    /// nothing but white space is in front of it.
+    fn answer_tokens(
+        &self,
+        text: &str,
+        tokens: &[(u32, Range<usize>)],
+        span: &Range<usize>,
+    ) -> Result<Range<usize>, Problem> {
+        let after = |place: usize| tokens.iter().position(|(_, bytes)| bytes.end > place).unwrap_or(tokens.len());
+        let first = after(span.start);
+        if tokens.get(first).is_some_and(|(_, bytes)| bytes.start < span.start) {
+            return Err(Problem::Joined);
+        }
+        // A token that holds the end of the answer and what follows it is the answer's.
+        let mut end = after(span.end);
+        if span.end > span.start && tokens.get(end).is_some_and(|(_, bytes)| bytes.start < span.end) {
+            end += 1;
+        }
+        let closing = tokens.iter().skip(end).position(|(token, _)| self.closes(*token)).map(|place| end + place);
+        if let Some(place) = closing
+            && let Some((_, bytes)) = tokens.get(place)
+            && text.get(span.end.min(bytes.start)..bytes.start).is_some_and(|between| between.trim().is_empty())
+        {
+            end = place + 1;
+        }
+        if end <= first { Err(Problem::Empty) } else { Ok(first..end) }
+    }
+
+    fn closes(&self, token: u32) -> bool {
+        self.eos.contains(&token) || self.tokenizer.is_special(token)
+    }
+}
+
+/// Why the tokens of an answer cannot be told.
+enum Problem {
+    Joined,
+    Empty,
+}
+
+fn answers(sample: &Sample) -> Vec<String> {
+    sample.turns.iter().map(|turn| turn.assistant.clone()).collect()
+}
+
+/// A text that stands for an answer and is nowhere in the conversation.
+fn marker(number: usize, whole: &str) -> String {
+    let mut salt = 0usize;
+    loop {
+        let marker = format!("answer{salt}x{number}marker");
+        if !whole.contains(&marker) {
+            return marker;
+        }
+        salt += 1;
+    }
+}

@@ -1,0 +1,302 @@
+//! One row of any data set: pictures and the turns of a conversation, or running text.
+
+use super::sample::{ImageBytes, MARKER, Part, Sample, Turn};
+
+/// What every layout's reader makes of a row.
+#[derive(Debug)]
+pub(super) struct SourceRow {
+    /// How errors name it, and the id of the sample that it makes.
+    pub subject: String,
+    /// In the order in which the turns show them.
+    pub images: Vec<ImageBytes>,
+    pub system: Option<String>,
+    pub turns: Vec<Turn>,
+    /// Token ids of running text, which has nothing else.
+    pub text: Option<Vec<i64>>,
+}
+
+/// Who writes a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Speaker {
+    System,
+    User,
+    Assistant,
+}
+
+impl Speaker {
+    /// Every name that data sets use.
+    pub fn named(name: &str) -> Option<Self> {
+        match name {
+            "system" => Some(Speaker::System),
+            "human" | "user" => Some(Speaker::User),
+            "gpt" | "assistant" => Some(Speaker::Assistant),
+            _ => None,
+        }
+    }
+}
+
+/// A piece of a message as the data has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Piece {
+    /// Text, in which `<image>` is a picture where a user writes it.
+    Text(String),
+    /// The next picture of the row, or the one at this position.
+    Image(Option<usize>),
+}
+
+/// A message as the data has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct RawMessage {
+    pub speaker: Speaker,
+    pub pieces: Vec<Piece>,
+}
+
+impl RawMessage {
+    pub fn text(speaker: Speaker, text: String) -> Self {
+        RawMessage { speaker, pieces: vec![Piece::Text(text)] }
+    }
+}
+
+impl SourceRow {
+    /// Running text.
+    pub fn of_text(subject: String, tokens: Vec<i64>) -> Self {
+        SourceRow { subject, images: Vec::new(), system: None, turns: Vec::new(), text: Some(tokens) }
+    }
+
+    /// A conversation. Its pictures are where the users' messages show them; where none does, before the first
+    /// question.
+    ///
+    /// Errors: what is wrong with the row: no turns, messages that do not take turns, or pictures and the places for
+    /// them that do not match.
+    pub fn of_messages(
+        subject: String,
+        images: Vec<ImageBytes>,
+        messages: Vec<RawMessage>,
+    ) -> std::result::Result<Self, String> {
+        let (system, pairs) = take_turns(messages)?;
+        let mut shown: Vec<Option<usize>> = Vec::new();
+        let mut turns = Vec::with_capacity(pairs.len());
+        for (question, assistant) in pairs {
+            let mut user = Vec::new();
+            for piece in question {
+                match piece {
+                    Piece::Text(text) => push_text(&mut user, &text, &mut shown),
+                    Piece::Image(index) => {
+                        user.push(Part::Image(shown.len()));
+                        shown.push(index);
+                    }
+                }
+            }
+            turns.push(Turn { user, assistant });
+        }
+        let images = if shown.is_empty() {
+            if let Some(first) = turns.first_mut() {
+                first.user.splice(0..0, (0..images.len()).map(Part::Image));
+            }
+            images
+        } else {
+            in_order(images, &shown)?
+        };
+        Ok(SourceRow { subject, images, system, turns, text: None })
+    }
+
+    /// The whole row as one sample.
+    pub fn sample(&self, index: usize) -> Sample {
+        Sample {
+            index,
+            id: self.subject.clone(),
+            images: self.images.clone(),
+            system: self.system.clone(),
+            turns: self.turns.clone(),
+            text: self.text.clone(),
+        }
+    }
+
+    /// One turn as a sample of its own, with the pictures that it and the turns before it show; `None` when the row
+    /// has no such turn.
+    pub fn turn(&self, index: usize, turn: usize) -> Option<Sample> {
+        let own = self.turns.get(turn)?;
+        let count = |turns: &[Turn]| {
+            turns.iter().flat_map(|turn| &turn.user).filter(|part| matches!(part, Part::Image(_))).count()
+        };
+        let (before, until) = (count(self.turns.get(..turn)?), count(self.turns.get(..=turn)?));
+        let user = (0..before).map(Part::Image).chain(own.user.iter().cloned()).collect();
+        Some(Sample {
+            index,
+            id: format!("turn {turn} of {}", self.subject),
+            images: self.images.get(..until)?.to_vec(),
+            system: self.system.clone(),
+            turns: vec![Turn { user, assistant: own.assistant.clone() }],
+            text: None,
+        })
+    }
+}
+
+/// A question as the data has it, and its answer.
+type Pair = (Vec<Piece>, String);
+
+/// The system message, and questions with their answers.
+fn take_turns(messages: Vec<RawMessage>) -> std::result::Result<(Option<String>, Vec<Pair>), String> {
+    let mut messages = messages.into_iter().peekable();
+    let system = match messages.next_if(|message| message.speaker == Speaker::System) {
+        Some(message) => Some(plain(message, "the system message")?).filter(|text| !text.is_empty()),
+        None => None,
+    };
+    let mut pairs = Vec::new();
+    while let Some(question) = messages.next() {
+        let answer = messages.next();
+        let speakers = (question.speaker, answer.as_ref().map(|message| message.speaker));
+        let ((Speaker::User, Some(Speaker::Assistant)), Some(answer)) = (speakers, answer) else {
+            let name = |speaker| match speaker {
+                Speaker::System => "the system",
+                Speaker::User => "the user",
+                Speaker::Assistant => "the assistant",
+            };
+            return Err(format!(
+                "turn {} is by {} then {}, expected the user then the assistant",
+                pairs.len(),
+                name(speakers.0),
+                speakers.1.map_or("nobody", name)
+            ));
+        };
+        pairs.push((question.pieces, plain(answer, &format!("answer {}", pairs.len()))?));
+    }
+    if pairs.is_empty() {
+        return Err("has no question and answer".into());
+    }
+    Ok((system, pairs))
+}
+
+/// The text of a message that may hold no pictures.
+fn plain(message: RawMessage, what: &str) -> std::result::Result<String, String> {
+    let mut out = String::new();
+    for piece in message.pieces {
+        match piece {
+            Piece::Text(text) => out.push_str(&text),
+            Piece::Image(_) => return Err(format!("{what} holds a picture, expected text alone")),
+        }
+    }
+    Ok(out)
+}
+
+/// Splits at the markers; white space that touches a marker is left out.
+fn push_text(parts: &mut Vec<Part>, text: &str, shown: &mut Vec<Option<usize>>) {
+    let pieces: Vec<&str> = text.split(MARKER).collect();
+    let last = pieces.len() - 1;
+    for (place, piece) in pieces.into_iter().enumerate() {
+        if place > 0 {
+            parts.push(Part::Image(shown.len()));
+            shown.push(None);
+        }
+        let piece = if place > 0 { piece.trim_start() } else { piece };
+        let piece = if place < last { piece.trim_end() } else { piece };
+        if !piece.is_empty() {
+            parts.push(Part::Text(piece.to_string()));
+        }
+    }
+}
+
+/// The pictures in the order in which they are shown, each at least once.
+fn in_order(images: Vec<ImageBytes>, shown: &[Option<usize>]) -> std::result::Result<Vec<ImageBytes>, String> {
+    let numbered = shown.iter().flatten().count();
+    if numbered == 0 {
+        if shown.len() != images.len() {
+            return Err(format!("shows {} pictures, but has {}", shown.len(), images.len()));
+        }
+        return Ok(images);
+    }
+    if numbered != shown.len() {
+        return Err("shows some pictures by their number and some without".into());
+    }
+    let mut used = vec![false; images.len()];
+    let mut ordered = Vec::with_capacity(shown.len());
+    for &index in shown.iter().flatten() {
+        let image = images.get(index).ok_or_else(|| format!("shows picture {index}, but has {}", images.len()))?;
+        used[index] = true;
+        ordered.push(image.clone());
+    }
+    match used.iter().position(|used| !used) {
+        Some(index) => Err(format!("has picture {index}, but never shows it")),
+        None => Ok(ordered),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use Part::{Image, Text};
+
+    fn images(count: usize) -> Vec<ImageBytes> {
+        (0..count).map(|number| ImageBytes::held(format!("image {number}"), vec![number as u8])).collect()
+    }
+
+    fn dialogue(texts: &[&str]) -> Vec<RawMessage> {
+        let speakers = [Speaker::User, Speaker::Assistant].into_iter().cycle();
+        texts.iter().zip(speakers).map(|(text, speaker)| RawMessage::text(speaker, text.to_string())).collect()
+    }
+
+    fn row(count: usize, messages: Vec<RawMessage>) -> std::result::Result<SourceRow, String> {
+        SourceRow::of_messages("row 0".into(), images(count), messages)
+    }
+
+    #[test]
+    fn pictures_are_where_the_text_shows_them_or_first() {
+        let cases: [(&str, usize, Vec<Part>); 4] = [
+            ("What is it?", 2, vec![Image(0), Image(1), Text("What is it?".into())]),
+            ("<image>\nWhat is it?", 1, vec![Image(0), Text("What is it?".into())]),
+            ("Is <image> like <image>", 2, vec![Text("Is".into()), Image(0), Text("like".into()), Image(1)]),
+            (" plain ", 0, vec![Text(" plain ".into())]),
+        ];
+        for (text, count, want) in cases {
+            assert_eq!(row(count, dialogue(&[text, "a"])).unwrap().turns[0].user, want);
+        }
+        let error = row(2, dialogue(&["<image>", "a"])).unwrap_err();
+        assert!(error.contains("shows 1 pictures, but has 2"), "{error}");
+    }
+
+    #[test]
+    fn pictures_are_counted_over_the_conversation_and_go_to_their_own_turns() {
+        let row = row(2, dialogue(&["<image> one?", "1", "none?", "0", "<image> two?", "2"])).unwrap();
+        let parts = |turn: usize| row.turn(7, turn).unwrap().turns[0].user.clone();
+        assert_eq!(parts(0), [Image(0), Text("one?".into())]);
+        assert_eq!(parts(1), [Image(0), Text("none?".into())]);
+        assert_eq!(parts(2), [Image(0), Image(1), Text("two?".into())]);
+        assert_eq!([0, 1, 2].map(|turn| row.turn(7, turn).unwrap().images.len()), [1, 1, 2]);
+        assert_eq!(row.sample(7).turns[2].user, [Image(1), Text("two?".into())]);
+        assert!(row.turn(7, 3).is_none());
+    }
+
+    #[test]
+    fn a_picture_of_the_second_turn_is_not_shown_with_the_first() {
+        let row = row(1, dialogue(&["Hi", "ho", "<image>\nWhat?", "cat"])).unwrap();
+        assert!(row.turn(0, 0).unwrap().images.is_empty());
+        assert_eq!(row.turn(1, 1).unwrap().images.len(), 1);
+    }
+
+    #[test]
+    fn numbered_pictures_are_put_in_order() {
+        let message = |pieces| RawMessage { speaker: Speaker::User, pieces };
+        let answer = || RawMessage::text(Speaker::Assistant, "a".into());
+        let pieces = vec![Piece::Image(Some(1)), Piece::Text("and".into()), Piece::Image(Some(0))];
+        let found = row(2, vec![message(pieces), answer()]).unwrap();
+        assert_eq!(found.turns[0].user, [Image(0), Text("and".into()), Image(1)]);
+        assert_eq!(found.images[0].read().unwrap()[0], 1);
+        let lost = row(2, vec![message(vec![Piece::Image(Some(1))]), answer()]).unwrap_err();
+        assert!(lost.contains("has picture 0, but never shows it"), "{lost}");
+        let none = row(1, vec![message(vec![Piece::Image(Some(1))]), answer()]).unwrap_err();
+        assert!(none.contains("shows picture 1, but has 1"), "{none}");
+    }
+
+    #[test]
+    fn a_system_message_comes_first_and_messages_take_turns() {
+        let system = RawMessage::text(Speaker::System, "Be short.".into());
+        let messages = std::iter::once(system.clone()).chain(dialogue(&["q", "a"])).collect();
+        assert_eq!(row(0, messages).unwrap().system.as_deref(), Some("Be short."));
+        for messages in [vec![], dialogue(&["q"]), dialogue(&["q", "a", "q"]), vec![system]] {
+            assert!(row(0, messages).is_err());
+        }
+        let late = dialogue(&["q", "a"]).into_iter().chain([RawMessage::text(Speaker::System, "x".into())]).collect();
+        let error = row(0, late).unwrap_err();
+        assert!(error.contains("turn 1 is by the system then nobody"), "{error}");
+    }
+}
