@@ -38,6 +38,9 @@ pub struct Args {
     /// Tokens in each sequence of running text
     #[arg(long, value_name = "N", default_value_t = SEQUENCE_LENGTH, value_parser = positive)]
     sequence_length: usize,
+    /// Keys of running text to ignore, besides those that hold nothing of it
+    #[arg(long, value_name = "KEYS", value_delimiter = ',')]
+    ignore_keys: Vec<String>,
     /// Where to compute: cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
     device: Device,
@@ -67,7 +70,11 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
 }
 
 fn text(args: &Args, context: &Context) -> anyhow::Result<Outcome> {
-    let settings = TextSettings { sequence_length: args.sequence_length, limit: args.limit };
+    let settings = TextSettings {
+        sequence_length: args.sequence_length,
+        ignore_keys: args.ignore_keys.clone(),
+        limit: args.limit,
+    };
     let engine = Engine::new(args.device)?;
     let report =
         steps::eval_text(&engine, &args.model, args.baseline.as_deref(), &args.data, &settings, &context.cancel)?;

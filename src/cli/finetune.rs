@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use clap::ValueEnum;
 
 use crate::base::{Device, human_bytes, human_count, sha256_file};
-use crate::data::{Amount, SEQUENCE_LENGTH, Subset};
+use crate::data::{Amount, Subset};
 use crate::finetune::{DEFAULT_RECIPE, Precision, RECIPES, RecipeRow, Settings};
 use crate::method::Plan;
 use crate::pipeline::steps::{self, Finetune, default_work_folder};
@@ -15,6 +15,7 @@ use crate::runtime::FeatureCache;
 use crate::torch::cpu_lacks_bf16;
 
 use super::args::{fraction, positive};
+use super::data_args::{DataArgs, warn_left_out};
 use super::{Context, Outcome};
 
 /// Train the layers beside those that were dropped
@@ -28,12 +29,11 @@ pub struct Args {
     /// The plan that it was pruned with
     #[arg(long, value_name = "FILE")]
     plan: PathBuf,
-    /// Parquet in the FineVision layout, LLaVA's JSON, or .jsonl with a `text` in each line
+    /// Conversations in parquet or JSON (a file, a folder or a pattern), or .jsonl with a `text` in each line
     #[arg(long, value_name = "DATA")]
     data: PathBuf,
-    /// Tokens in each sequence of running text
-    #[arg(long, value_name = "N", default_value_t = SEQUENCE_LENGTH, value_parser = positive)]
-    sequence_length: usize,
+    #[command(flatten)]
+    reading: DataArgs,
     /// Part of the samples to draw [default: all]
     #[arg(long, value_name = "F", value_parser = fraction, conflicts_with = "samples")]
     fraction: Option<f64>,
@@ -119,7 +119,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         plan: &plan,
         plan_digest: sha256_file(&args.plan)?,
         data: &args.data,
-        sequence_length: args.sequence_length,
+        options: &args.reading.options(),
         subset: Subset { amount, seed: settings.seed },
         settings: &settings,
         device: args.device,
@@ -130,6 +130,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     };
     let report = steps::finetune(&request, &args.output, &context.cancel, &mut |_| ())?;
     let output = &context.output;
+    warn_left_out(&report.left_out, output);
     if output.json {
         output.json(&report)?;
         return Ok(Outcome::Done);

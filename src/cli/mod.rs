@@ -4,6 +4,7 @@
 
 mod args;
 mod bench;
+mod data_args;
 mod eval;
 mod export;
 mod finetune;

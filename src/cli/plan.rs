@@ -4,12 +4,13 @@ use std::path::PathBuf;
 
 use crate::base::{Device, human_bytes, human_count, sha256_file, write_json};
 use crate::bundle::Bundle;
-use crate::data::{Amount, Dataset, SEQUENCE_LENGTH, Subset};
+use crate::data::{Amount, Dataset, Subset};
 use crate::method::select::{STRATEGIES, Strategy};
 use crate::method::{LossMeter, Scores};
 use crate::pipeline::steps::{self, HowMany, PlanSettings, PlannedModel, Work, check_needs};
 
 use super::args::{LayerList, Weights, amount, positive};
+use super::data_args::{DataArgs, warn_left_out};
 use super::{Context, Outcome, strip};
 
 /// The flags of which one says how many layers go.
@@ -57,9 +58,8 @@ pub struct Args {
     /// Number of samples to draw from it
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = positive, requires = "data")]
     samples: usize,
-    /// Tokens in each sequence of running text
-    #[arg(long, value_name = "N", default_value_t = SEQUENCE_LENGTH, value_parser = positive)]
-    sequence_length: usize,
+    #[command(flatten)]
+    reading: DataArgs,
     /// Where to measure losses: cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
     device: Device,
@@ -102,13 +102,14 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         how_many,
         seed: args.seed,
         samples,
+        data: args.data.is_some().then(|| args.reading.options()),
         modality_weights: args.modality_weights.map(|weights| weights.0),
     };
     let subset = Subset { amount: Amount::Samples(args.samples), seed: args.seed };
     let mut meter = match &args.data {
         Some(data) => {
             check_needs(&bundle, Work::MeasureLosses)?;
-            let dataset = Dataset::open_for(data, &bundle, args.sequence_length)?;
+            let dataset = Dataset::open_for(data, &bundle, &args.reading.options())?;
             Some((LossMeter::new(&bundle, &dataset, subset, args.device, &context.cancel)?, dataset.digest()?))
         }
         None => None,
@@ -121,15 +122,21 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         context.output.note(format!(
             "{}: at most {removals} removals, each measured on {} samples with {} answer tokens",
             settings.strategy,
-            meter.conversations(),
+            meter.samples().len(),
             meter.answer_tokens()
         ));
     }
-    let losses = meter.as_mut().map(|(measure, data)| steps::Losses { data: data.clone(), measure });
+    let losses = meter.as_mut().map(|(measure, data)| steps::Losses {
+        data: data.clone(),
+        samples: measure.samples().to_vec(),
+        left_out: measure.left_out().clone(),
+        measure,
+    });
     let plan = steps::plan(&model, scores.as_ref().zip(digest), &settings, losses)?;
     let measured = Strategy::named(&plan.strategy)?.measures_loss;
     write_json(&args.output, &plan)?;
     let output = &context.output;
+    warn_left_out(&plan.left_out, output);
     model.warnings(&plan.drop).iter().for_each(|warning| output.warn(warning));
     if output.json {
         output.json(&plan)?;

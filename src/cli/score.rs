@@ -4,11 +4,12 @@ use std::path::PathBuf;
 
 use crate::base::{Device, write_json};
 use crate::bundle::Bundle;
-use crate::data::{Amount, Dataset, SEQUENCE_LENGTH};
+use crate::data::{Amount, Dataset};
 use crate::method::{ScoreSettings, Scores, score};
 use crate::pipeline::steps::{Work, check_needs};
 
 use super::args::{fraction, positive};
+use super::data_args::{DataArgs, warn_left_out};
 use super::output::table;
 use super::{Context, Outcome};
 
@@ -18,7 +19,8 @@ use super::{Context, Outcome};
 pub struct Args {
     /// Model folder
     model: PathBuf,
-    /// Calibration data: parquet in the FineVision layout, LLaVA's JSON, or .jsonl with a `text` in each line
+    /// Calibration data: conversations in parquet or JSON (a file, a folder or a pattern), or .jsonl with a `text` in
+    /// each line
     #[arg(long, value_name = "DATA")]
     data: PathBuf,
     /// Part of the samples to draw [default: 0.1]
@@ -36,12 +38,11 @@ pub struct Args {
     /// Score packs that hold the last layer too, so that it may be dropped
     #[arg(long)]
     include_last: bool,
-    /// Longest prompt in tokens
+    /// Longest prompt in tokens; samples with longer ones are left out
     #[arg(long, value_name = "N", default_value_t = 8192, value_parser = positive)]
     max_tokens: usize,
-    /// Tokens in each sequence of running text
-    #[arg(long, value_name = "N", default_value_t = SEQUENCE_LENGTH, value_parser = positive)]
-    sequence_length: usize,
+    #[command(flatten)]
+    reading: DataArgs,
     /// Where to compute: cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
     device: Device,
@@ -64,9 +65,10 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     };
     let bundle = Bundle::open(&args.model)?;
     check_needs(&bundle, Work::Score)?;
-    let dataset = Dataset::open_for(&args.data, &bundle, args.sequence_length)?;
+    let dataset = Dataset::open_for(&args.data, &bundle, &args.reading.options())?;
     let scores = score(&bundle, &dataset, &settings, args.device, &context.cancel)?;
     write_json(&args.output, &scores)?;
+    warn_left_out(&scores.left_out, &context.output);
     if context.output.json {
         context.output.json(&scores)?;
     } else {

@@ -29,8 +29,8 @@ impl Processor {
     /// are replaced. It begins where a prompt ends, if the conversation so far begins with that prompt; if the template
     /// writes a finished answer differently from the end of a prompt, it begins with its own text.
     ///
-    /// Errors: as `encode_question`; `Error::Invalid` when an answer has no tokens or the template does not write it as
-    /// it is; `Error::Unsupported` when the tokenizer joins the end of a prompt and the start of an answer.
+    /// Errors: as `encode_question`; `Error::Invalid` when an answer has no tokens, begins inside one, or is not written by
+    /// the template as it is.
     pub fn encode_conversation(&self, sample: &Sample) -> Result<Encoded> {
         if let Some(tokens) = &sample.text {
             return self.running_text(sample, tokens, true);
@@ -51,14 +51,9 @@ impl Processor {
                 Ok(self.expand(id, before, images.as_ref(), false)?.len())
             };
             let span = shift(span.start)?..shift(span.end)?;
-            let marked = self.answer_tokens(&text, &tokens, &span).map_err(|problem| match problem {
-                Problem::Joined => Error::unsupported(
-                    id,
-                    "the tokenizer joins the end of the prompt and the start of the answer into one token",
-                )
-                .remedy("training needs an answer that begins with a token of its own"),
-                Problem::Empty => Error::invalid(id, format!("answer {number} has no tokens")),
-            })?;
+            let marked = self
+                .answer_tokens(&text, &tokens, &span)
+                .map_err(|problem| Error::invalid(id, format!("answer {number} {problem}")))?;
             answer_mask.iter_mut().take(marked.end).skip(marked.start).for_each(|mask| *mask = true);
         }
         let ids = tokens.into_iter().map(|(token, _)| token).collect();
@@ -137,11 +132,11 @@ impl Processor {
         text: &str,
         tokens: &[(u32, Range<usize>)],
         span: &Range<usize>,
-    ) -> Result<Range<usize>, Problem> {
+    ) -> Result<Range<usize>, &'static str> {
         let after = |place: usize| tokens.iter().position(|(_, bytes)| bytes.end > place).unwrap_or(tokens.len());
         let first = after(span.start);
         if tokens.get(first).is_some_and(|(_, bytes)| bytes.start < span.start) {
-            return Err(Problem::Joined);
+            return Err("begins inside a token; training needs an answer that begins with a token of its own");
         }
         // A token that holds the end of the answer and what follows it is the answer's.
         let mut end = after(span.end);
@@ -155,18 +150,12 @@ impl Processor {
         {
             end = place + 1;
         }
-        if end <= first { Err(Problem::Empty) } else { Ok(first..end) }
+        if end <= first { Err("has no tokens") } else { Ok(first..end) }
     }
 
     fn closes(&self, token: u32) -> bool {
         self.eos.contains(&token) || self.tokenizer.is_special(token)
     }
-}
-
-/// Why the tokens of an answer cannot be told.
-enum Problem {
-    Joined,
-    Empty,
 }
 
 fn answers(sample: &Sample) -> Vec<String> {

@@ -115,7 +115,11 @@ fn answers_are_marked_with_their_end_token() {
 #[test]
 fn the_shipped_data_goes_through() {
     let (_folder, processor) = processor(&serde_json::json!({}));
-    let data = Dataset::open(&fixtures("data/finetune-small.parquet"), Texts::Separate).unwrap();
+    let data = Dataset::open(
+        &fixtures("data/finetune-small.parquet"),
+        &DataOptions { turns: Turns::Separate, ..DataOptions::default() },
+    )
+    .unwrap();
     let all: Vec<usize> = (0..data.len()).collect();
     for sample in data.read(&all).unwrap() {
         let sample = sample.unwrap();

@@ -1,110 +1,111 @@
 //! Sets of conversations about pictures and of running text, opened by what the path holds.
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-
-use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
 
 use crate::base::{Error, Result, Sha256Digest, sha256_file, sha256_json};
 use crate::bundle::Bundle;
 
-use super::finevision::Shard;
-use super::llava::Conversations;
+use super::data_files::{DataFile, data_files};
+use super::json::JsonFile;
+use super::listing::Listed;
+use super::options::{DataOptions, Turns};
+use super::parquet::Shard;
 use super::row::SourceRow;
 use super::sample::Sample;
+use super::subset::{Subset, mix};
 use super::text::TextFile;
 
-/// What several question and answer pairs about the same pictures are.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Texts {
-    /// Turns of one conversation: one sample.
-    Conversation,
-    /// Questions that do not know of each other: a sample each, with the same pictures.
-    #[default]
-    Separate,
-}
-
+/// Rows of one file.
 #[derive(Debug)]
-enum Source {
+enum RowReader {
     Parquet(Shard),
-    Llava(Conversations),
+    Json(JsonFile),
     Text(TextFile),
 }
 
-impl Source {
+impl RowReader {
     fn path(&self) -> &Path {
         match self {
-            Source::Parquet(shard) => shard.path(),
-            Source::Llava(conversations) => conversations.path(),
-            Source::Text(text) => text.path(),
+            RowReader::Parquet(shard) => shard.path(),
+            RowReader::Json(file) => file.path(),
+            RowReader::Text(text) => text.path(),
         }
     }
 
-    fn rows(&self) -> usize {
+    fn listed(&self) -> &[Listed] {
         match self {
-            Source::Parquet(shard) => shard.rows(),
-            Source::Llava(conversations) => conversations.rows(),
-            Source::Text(text) => text.sequences(),
-        }
-    }
-
-    fn texts_per_row(&self) -> Result<Vec<usize>> {
-        match self {
-            Source::Parquet(shard) => shard.texts_per_row(),
-            Source::Llava(conversations) => Ok(conversations.turns()),
-            Source::Text(text) => Ok(vec![1; text.sequences()]),
+            RowReader::Parquet(shard) => shard.listed(),
+            RowReader::Json(file) => file.listed(),
+            RowReader::Text(text) => text.listed(),
         }
     }
 
     fn read(&self, rows: Vec<usize>) -> Rows<'_> {
         match self {
-            Source::Parquet(shard) => Box::new(shard.read(rows)),
-            Source::Llava(conversations) => Box::new(conversations.read(rows)),
-            Source::Text(text) => Box::new(text.read(rows)),
+            RowReader::Parquet(shard) => Box::new(shard.read(rows)),
+            RowReader::Json(file) => Box::new(file.read(rows)),
+            RowReader::Text(text) => Box::new(text.read(rows)),
         }
     }
 }
 
-/// A data set: a FineVision parquet file, a folder of such shards, a LLaVA `.json` / `.jsonl` file, or a `.jsonl` file
-/// of running text.
+/// A data set: parquet or JSON files of conversations, or a `.jsonl` file of running text.
 #[derive(Debug)]
 pub struct Dataset {
-    sources: Vec<Source>,
-    /// For each sample: source, row, and the pair in it (with `Texts::Separate`).
+    /// By the name that is part of the digest.
+    readers: Vec<(String, RowReader)>,
+    /// One for each sample.
     places: Vec<Place>,
+    /// What each sample is drawn by.
+    keys: Vec<u64>,
+    options: DataOptions,
 }
 
+/// Where a sample is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Place {
-    source: u32,
+    reader: u32,
     row: u32,
-    pair: Option<u32>,
+    /// The turn that is the sample; `None` for the whole row.
+    turn: Option<u32>,
 }
 
 impl Dataset {
-    /// Opens a set of conversations without reading pictures.
+    /// Opens a set of conversations without reading pictures: a file, a folder of files, or a pattern such as
+    /// `data/*/train-*.parquet`.
     ///
     /// Errors: `Error::Io`; `Error::Invalid` for a path that is none of these, a file that does not decode, a set
-    /// without samples, or running text, which only a model's tokenizer cuts into samples.
-    pub fn open(path: &Path, texts: Texts) -> Result<Self> {
+    /// without samples, or running text, which only a model's tokenizer cuts into samples; `Error::Unsupported` naming
+    /// the keys that nobody reads.
+    pub fn open(path: &Path, options: &DataOptions) -> Result<Self> {
         if TextFile::holds(path)? {
             return Err(Error::invalid(format!("data `{}`", path.display()), "holds running text")
-                .remedy("expected conversations: parquet in the FineVision layout, or LLaVA's JSON"));
+                .remedy("expected conversations in parquet or JSON files"));
         }
-        Dataset::new(path, conversations(path)?, texts)
+        let mut readers = Vec::new();
+        for DataFile { path, name } in data_files(path)? {
+            let is_parquet = path.extension().is_some_and(|extension| extension == "parquet");
+            let reader = match is_parquet {
+                true => RowReader::Parquet(Shard::open(&path, &name, options)?),
+                false => RowReader::Json(JsonFile::open(&path, &name, options)?),
+            };
+            readers.push((name, reader));
+        }
+        Dataset::new(path, readers, options)
     }
 
-    /// Opens a set of any kind for a model: running text becomes sequences of `sequence_length` tokens of the model's
-    /// tokenizer, the last one maybe shorter; questions about the same pictures are samples of their own.
+    /// Opens a set of any kind for a model: running text becomes sequences of tokens of the model's tokenizer; the last
+    /// one may be shorter.
     ///
     /// Errors: as `open`, and `Error::Invalid` for a line without text or a model without tokenizer.
-    pub fn open_for(path: &Path, bundle: &Bundle, sequence_length: usize) -> Result<Self> {
+    pub fn open_for(path: &Path, bundle: &Bundle, options: &DataOptions) -> Result<Self> {
         if TextFile::holds(path)? {
-            let text = TextFile::open(path, bundle, sequence_length)?;
-            return Dataset::new(path, vec![Source::Text(text)], Texts::Separate);
+            let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+            let text = TextFile::open(path, bundle, options)?;
+            return Dataset::new(path, vec![(name, RowReader::Text(text))], options);
         }
-        Dataset::open(path, Texts::default())
+        Dataset::open(path, options)
     }
 
     /// True for a file of running text.
@@ -114,34 +115,43 @@ impl Dataset {
         TextFile::holds(path)
     }
 
-    fn new(path: &Path, sources: Vec<Source>, texts: Texts) -> Result<Self> {
-        let mut places = Vec::new();
-        for (number, source) in sources.iter().enumerate() {
-            let narrow = |value: usize| {
-                u32::try_from(value)
-                    .map_err(|_| Error::invalid(format!("`{}`", source.path().display()), "has too many rows"))
-            };
-            let number = narrow(number)?;
-            match texts {
-                Texts::Conversation => {
-                    for row in 0..source.rows() {
-                        places.push(Place { source: number, row: narrow(row)?, pair: None });
+    fn new(path: &Path, readers: Vec<(String, RowReader)>, options: &DataOptions) -> Result<Self> {
+        let subject = || format!("data `{}`", path.display());
+        let narrow = |value: usize| u32::try_from(value).map_err(|_| Error::invalid(subject(), "has too many rows"));
+        let (mut places, mut keys) = (Vec::new(), Vec::new());
+        let mut seen: HashMap<u64, u64> = HashMap::new();
+        for (number, (_, reader)) in readers.iter().enumerate() {
+            let separate = options.turns == Turns::Separate && !matches!(reader, RowReader::Text(_));
+            for listed in reader.listed() {
+                let (reader, row) = (narrow(number)?, narrow(listed.row)?);
+                // Rows with the same text are told apart by their order.
+                let repeated = seen.entry(listed.key).or_insert(0);
+                let key = mix(listed.key ^ mix(*repeated));
+                *repeated += 1;
+                if separate {
+                    for turn in 0..listed.turns {
+                        places.push(Place { reader, row, turn: Some(narrow(turn)?) });
+                        keys.push(mix(key ^ mix(turn as u64)));
                     }
-                }
-                Texts::Separate => {
-                    for (row, count) in source.texts_per_row()?.into_iter().enumerate() {
-                        for pair in 0..count {
-                            places.push(Place { source: number, row: narrow(row)?, pair: Some(narrow(pair)?) });
-                        }
-                    }
+                } else {
+                    places.push(Place { reader, row, turn: None });
+                    keys.push(key);
                 }
             }
         }
         if places.is_empty() {
-            return Err(Error::invalid(format!("data `{}`", path.display()), "is empty")
-                .remedy("give data with at least one sample"));
+            let problem = match options.min_ratings.is_empty() {
+                true => "is empty",
+                false => "has no row that reaches the ratings",
+            };
+            return Err(Error::invalid(subject(), problem).remedy("give data with at least one sample"));
         }
-        Ok(Dataset { sources, places })
+        Ok(Dataset { readers, places, keys, options: options.clone() })
+    }
+
+    /// How it is read.
+    pub fn options(&self) -> &DataOptions {
+        &self.options
     }
 
     /// Number of samples, at least one.
@@ -154,10 +164,19 @@ impl Dataset {
         self.places.is_empty()
     }
 
+    /// The samples of a subset, in the order in which they are drawn. Samples are drawn by their text, so that neither
+    /// the order of files and rows nor their names make a difference.
+    ///
+    /// Errors: as `Subset::indices`.
+    pub fn draw(&self, subset: Subset) -> Result<Vec<usize>> {
+        subset.indices(&self.keys)
+    }
+
     /// The samples with these indices (in any order, each once), read in ascending order, row group by row group;
     /// `Sample::index` says which is which.
     ///
-    /// Errors: `Error::Invalid` for an index that does not exist; each item: `Error::Invalid` naming the row.
+    /// Errors: `Error::Invalid` for an index that does not exist; each item: `Error::Invalid` or `Error::Io` naming the
+    /// row.
     pub fn read(&self, indices: &[usize]) -> Result<Samples<'_>> {
         let mut wanted = indices.to_vec();
         wanted.sort_unstable();
@@ -178,20 +197,19 @@ impl Dataset {
         })
     }
 
-    /// One digest over all files.
+    /// One digest over all files and over what decides the samples.
     ///
     /// Errors: `Error::Io` when a file cannot be read.
     pub fn digest(&self) -> Result<Sha256Digest> {
         let mut digests = BTreeMap::new();
-        for source in &self.sources {
-            let name = source.path().file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-            let digest = sha256_file(source.path())?;
+        for (name, reader) in &self.readers {
+            let digest = sha256_file(reader.path())?;
             // How running text is cut decides its samples; the tokenizer is the model's.
             digests.insert(
                 name,
-                match source {
-                    Source::Text(text) => sha256_json(&(digest, text.length()))?,
-                    _ => digest,
+                match reader {
+                    RowReader::Text(text) => sha256_json(&(digest, text.length()))?,
+                    _ => sha256_json(&(digest, self.options.turns, &self.options.min_ratings))?,
                 },
             );
         }
@@ -199,10 +217,10 @@ impl Dataset {
     }
 }
 
-/// Rows of one source, read as they are asked for.
+/// Rows of one file, read as they are asked for.
 type Rows<'a> = Box<dyn Iterator<Item = Result<SourceRow>> + 'a>;
 
-/// The samples that a row makes: their indices, and the pair that each takes of it.
+/// The samples that a row makes: their indices, and the turn that each is.
 type Wanted = Vec<(usize, Option<u32>)>;
 
 /// Samples of a [`Dataset`] in ascending order.
@@ -231,7 +249,7 @@ impl Iterator for Samples<'_> {
                 self.ready = samples_of(row, &group).into_iter();
                 continue;
             }
-            if !self.next_source() {
+            if !self.next_reader() {
                 return None;
             }
         }
@@ -239,79 +257,45 @@ impl Iterator for Samples<'_> {
 }
 
 impl Samples<'_> {
-    /// Begins the next source that has wanted samples; false when there is none.
-    fn next_source(&mut self) -> bool {
+    /// Begins the next file that has wanted samples; false when there is none.
+    fn next_reader(&mut self) -> bool {
         let place = |index: &usize| self.dataset.places.get(*index).copied();
         let Some(first) = self.wanted.get(self.position).and_then(place) else { return false };
-        let Some(source) = self.dataset.sources.get(first.source as usize) else { return false };
+        let Some((_, reader)) = self.dataset.readers.get(first.reader as usize) else { return false };
         let mut rows: Vec<usize> = Vec::new();
         let mut groups: Vec<Wanted> = Vec::new();
         while let Some(&index) = self.wanted.get(self.position) {
-            let Some(here) = place(&index).filter(|here| here.source == first.source) else { break };
+            let Some(here) = place(&index).filter(|here| here.reader == first.reader) else { break };
             if rows.last() != Some(&(here.row as usize)) {
                 rows.push(here.row as usize);
                 groups.push(Vec::new());
             }
             if let Some(group) = groups.last_mut() {
-                group.push((index, here.pair));
+                group.push((index, here.turn));
             }
             self.position += 1;
         }
-        self.rows = source.read(rows);
+        self.rows = reader.read(rows);
         self.groups = groups.into_iter();
         true
     }
 }
 
+/// An error of the row is that of each of its samples.
 fn samples_of(row: Result<SourceRow>, places: &[(usize, Option<u32>)]) -> Vec<Result<Sample>> {
     let row = match row {
         Ok(row) => row,
-        Err(error) => return vec![Err(error)],
+        Err(error) => {
+            let text = error.to_string();
+            let again = places.iter().skip(1).map(|_| Err(Error::invalid("data", &text)));
+            return std::iter::once(Err(error)).chain(again).collect();
+        }
     };
     let sample = |&(index, turn): &(usize, Option<u32>)| match turn {
-        Some(turn) if row.text.is_none() => row
+        Some(turn) => row
             .turn(index, turn as usize)
             .ok_or_else(|| Error::invalid(&row.subject, format!("has no turn {turn}, which was counted before"))),
-        _ => Ok(row.sample(index)),
+        None => Ok(row.sample(index)),
     };
     places.iter().map(sample).collect()
-}
-
-/// The sources of a set of conversations.
-fn conversations(path: &Path) -> Result<Vec<Source>> {
-    let mut sources = Vec::new();
-    for file in files(path)? {
-        let extension = file.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
-        sources.push(match extension {
-            "parquet" => Source::Parquet(Shard::open(&file)?),
-            "json" | "jsonl" => Source::Llava(Conversations::open(&file)?),
-            _ => {
-                return Err(Error::invalid(format!("data `{}`", path.display()), "is no data set that is known")
-                    .remedy(
-                        "expected a FineVision .parquet file or a folder of them, or a LLaVA .json or .jsonl file",
-                    ));
-            }
-        });
-    }
-    Ok(sources)
-}
-
-/// The file itself, or a folder's parquet shards in name order.
-fn files(path: &Path) -> Result<Vec<PathBuf>> {
-    let metadata = std::fs::metadata(path).map_err(|e| Error::io("open", path, e))?;
-    if !metadata.is_dir() {
-        return Ok(vec![path.to_path_buf()]);
-    }
-    let mut shards = Vec::new();
-    for entry in std::fs::read_dir(path).map_err(|e| Error::io("read", path, e))? {
-        let file = entry.map_err(|e| Error::io("read", path, e))?.path();
-        if file.extension().is_some_and(|extension| extension == "parquet") {
-            shards.push(file);
-        }
-    }
-    if shards.is_empty() {
-        return Err(Error::invalid(format!("data `{}`", path.display()), "is a folder without .parquet files"));
-    }
-    shards.sort();
-    Ok(shards)
 }

@@ -1,20 +1,29 @@
 //! Conversations about pictures and running text, and what the networks read of them: data sets, benchmarks, image processors, chat
 //! templates, tokenizers.
 
+mod columns;
 mod conversation;
+mod data_files;
 mod dataset;
-mod finevision;
 mod guard;
 mod idefics3;
 mod image_processor;
+mod intake;
 mod jpeg;
-mod llava;
+mod json;
+mod json_row;
+mod json_scan;
+mod keys;
+mod listing;
+mod options;
+mod parquet;
 mod picture;
 mod processor;
 mod qwen2_vl;
 mod resample;
 mod row;
 mod sample;
+mod string_list;
 mod subset;
 mod template;
 mod text;
@@ -24,14 +33,18 @@ mod tsv;
 #[cfg(test)]
 mod conversation_tests;
 #[cfg(test)]
+mod layout_tests;
+#[cfg(test)]
 mod tests;
 
-pub use dataset::{Dataset, Samples, Texts};
+pub use dataset::{Dataset, Samples};
 pub use image_processor::{ImageInputs, ImageLayout};
+pub use intake::{Intake, LeftOut};
+pub use options::{DataOptions, SEQUENCE_LENGTH, Turns};
 pub use picture::{Picture, Transparency};
 pub use processor::{Encoded, Processor};
 pub use resample::{Filter, resize};
 pub use sample::{ImageBytes, Part, Sample, Turn};
+pub use string_list::string_list;
 pub use subset::{Amount, Subset};
-pub use text::SEQUENCE_LENGTH;
 pub use tsv::{BenchRow, Benchmark};

@@ -203,7 +203,7 @@ fn a_qwen_processor_equals_hugging_face() {
     assert!(error.contains("`image_token_id` is 9999, which the tokenizer does not have"), "{error}");
 }
 
-fn write(folder: &Path, name: &str, text: &str) -> PathBuf {
+pub(super) fn write(folder: &Path, name: &str, text: &str) -> PathBuf {
     let path = folder.join(name);
     fs::write(&path, text).unwrap();
     path
@@ -248,6 +248,35 @@ fn benchmarks_follow_vlmevalkit() {
 }
 
 #[test]
+fn every_column_of_a_benchmark_stays_and_rows_without_a_picture_go() {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, shade) in [("a, b.png", 4), ("it's.png", 5)] {
+        fs::write(folder.path().join(name), png(shade)).unwrap();
+    }
+    let text = "index\timage_path\tquestion\tA\thint\tanswer\tl2-category\tsplit\tg_index\tcycle_category\n\
+         0\t\"[\"\"a, b.png\"\", \"\"it's.png\"\"]\"\tq\tnull\tnan\t\"['4', 'four']\"\tx\tdev\t0\tc1\n\
+         1000000\tnan\tq\tx\t\tB\tx\tdev\t0\tc2\n\
+         2\ta, b.png\tq\tx\t\tB\tx\ttest\t2\tc2\n";
+    let benchmark = Benchmark::open(&write(folder.path(), "bench.tsv", text)).unwrap();
+    let rows = benchmark.rows();
+    assert_eq!((rows.len(), benchmark.rows_without_picture()), (2, 1));
+    let shades: Vec<u8> = benchmark
+        .images(&rows[0])
+        .unwrap()
+        .iter()
+        .map(|i| Picture::decode(i, Transparency::OnWhite).unwrap().rgb()[0])
+        .collect();
+    assert_eq!(shades, [4, 5]);
+    for (column, want) in [("l2-category", "x"), ("split", "dev"), ("g_index", "0"), ("cycle_category", "c1")] {
+        assert_eq!(benchmark.value(&rows[0], column), Some(want));
+    }
+    assert_eq!((benchmark.cell(&rows[0], "hint"), benchmark.value(&rows[0], "hint")), (Some("nan"), None));
+    assert!(benchmark.options(&rows[0]).is_empty());
+    let answers = string_list(benchmark.cell(&rows[0], "answer").unwrap()).unwrap();
+    assert_eq!(answers, ["4", "four"]);
+}
+
+#[test]
 fn malformed_benchmarks_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let cases = [
@@ -256,6 +285,7 @@ fn malformed_benchmarks_are_refused() {
         ("image\tquestion\nx\tq\n", "no column `index`"),
         ("index\timage\tquestion\n1\t2\tq\n", "takes its picture from row `2`"),
         ("index\timage\tquestion\n1\t\tq\n1\t\tq\n", "stands twice"),
+        ("index\timage\tquestion\n1\t\tq\n2\tnan\tq\n", "has no question with a picture"),
         ("index\timage\tquestion\n1\t\n", "does not decode"),
     ];
     for (text, want) in cases {
@@ -270,162 +300,13 @@ fn malformed_benchmarks_are_refused() {
     }
 }
 
-#[test]
-fn llava_files_are_read_and_refused() {
-    let folder = tempfile::tempdir().unwrap();
-    fs::write(folder.path().join("a.png"), png(3)).unwrap();
-    let one = r#"{"id": "x", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "cat"}, {"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "yes"}]}"#;
-    let none = r#"{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "ho"}]}"#;
-    let list = write(folder.path(), "list.json", &format!("[{one},\n {none}]"));
-    let lines = write(folder.path(), "lines.jsonl", &format!("{one}\n\n{none}\n"));
-    for path in [list, lines] {
-        let data = Dataset::open(&path, Texts::Conversation).unwrap();
-        let samples: Vec<Sample> = data.read(&[1, 0]).unwrap().map(Result::unwrap).collect();
-        assert_eq!((samples[0].index, samples[0].turns.len(), samples[1].images.len()), (0, 2, 0));
-        assert_eq!(samples[0].turns[0].user, [Part::Image(0), Part::Text("What?".into())]);
-        assert_eq!(Picture::decode(&samples[0].images[0], Transparency::OnWhite).unwrap().rgb()[0], 3);
-    }
-    let cases = [
-        ("[]", "is empty"),
-        (r#"[{"conversations": []}]"#, "entry 0"),
-        (r#"[{"conversations": [{"from": "gpt", "value": "x"}]}]"#, "expected human then gpt"),
-        ("[{", "does not decode"),
-    ];
-    for (text, want) in cases {
-        let error =
-            Dataset::open(&write(folder.path(), "bad.json", text), Texts::Conversation).unwrap_err().to_string();
-        assert!(error.contains(want), "{error}");
-    }
-    let text = one.replace("a.png", "../a.png");
-    let data = Dataset::open(&write(folder.path(), "out.jsonl", &text), Texts::Conversation).unwrap();
-    let error = data.read(&[0]).unwrap().next().unwrap().unwrap_err().to_string();
-    assert!(error.contains("without `..`"), "{error}");
-}
-
-mod finevision {
-    use super::*;
-    use std::sync::Arc;
-
-    use arrow::array::{ArrayRef, BinaryArray, ListArray, RecordBatch, StringArray, StructArray};
-    use arrow::buffer::OffsetBuffer;
-    use arrow::datatypes::Field;
-    use parquet::arrow::ArrowWriter;
-    use parquet::file::properties::WriterProperties;
-
-    fn list(values: ArrayRef, lengths: &[usize]) -> ArrayRef {
-        let field = Arc::new(Field::new("item", values.data_type().clone(), true));
-        Arc::new(ListArray::new(field, OffsetBuffer::from_lengths(lengths.iter().copied()), values, None))
-    }
-
-    fn fields(columns: Vec<(&str, ArrayRef)>) -> ArrayRef {
-        let columns = columns
-            .into_iter()
-            .map(|(name, array)| (Arc::new(Field::new(name, array.data_type().clone(), true)), array))
-            .collect::<Vec<_>>();
-        Arc::new(StructArray::from(columns))
-    }
-
-    /// `rows` rows, two texts each, the picture's shade is the row; five rows to a group.
-    pub fn shard(path: &Path, rows: usize, nested: bool) {
-        let shades: Vec<Vec<u8>> = (0..rows).map(|row| png(row as u8)).collect();
-        let bytes: ArrayRef = Arc::new(BinaryArray::from_iter_values(&shades));
-        let names: ArrayRef = Arc::new(StringArray::from(vec![None::<&str>; rows]));
-        let images = if nested { fields(vec![("bytes", bytes), ("path", names)]) } else { bytes };
-        let say = |what: &str| -> ArrayRef {
-            let texts = (0..rows * 2).map(|text| Some(format!("{what} {} {}", text / 2, text % 2)));
-            Arc::new(StringArray::from_iter(texts))
-        };
-        let texts = fields(vec![("user", say("q")), ("assistant", say("a"))]);
-        let source: ArrayRef = Arc::new(StringArray::from(vec!["made"; rows]));
-        let columns =
-            vec![("images", list(images, &vec![1; rows])), ("texts", list(texts, &vec![2; rows])), ("source", source)];
-        write_parquet(path, columns);
-    }
-
-    fn write_parquet(path: &Path, columns: Vec<(&str, ArrayRef)>) {
-        let batch = RecordBatch::try_from_iter(columns).unwrap();
-        let properties = WriterProperties::builder().set_max_row_group_size(5).build();
-        let mut writer =
-            ArrowWriter::try_new(fs::File::create(path).unwrap(), batch.schema(), Some(properties)).unwrap();
-        writer.write(&batch).unwrap();
-        writer.close().unwrap();
-    }
-
-    #[test]
-    fn shards_are_one_set_in_either_layout() {
-        let folder = tempfile::tempdir().unwrap();
-        shard(&folder.path().join("train-0.parquet"), 12, true);
-        shard(&folder.path().join("train-1.parquet"), 3, false);
-        let separate = Dataset::open(folder.path(), Texts::Separate).unwrap();
-        assert_eq!(separate.len(), 30);
-        let wanted = [29, 0, 3, 13, 25, 12];
-        let samples: Vec<Sample> = separate.read(&wanted).unwrap().map(Result::unwrap).collect();
-        let found: Vec<usize> = samples.iter().map(|sample| sample.index).collect();
-        assert_eq!(found, [0, 3, 12, 13, 25, 29]);
-        let row = |index: usize| if index < 24 { index / 2 } else { (index - 24) / 2 };
-        for sample in &samples {
-            let (row, text) = (row(sample.index), sample.index % 2);
-            let want = Turn {
-                user: vec![Part::Image(0), Part::Text(format!("q {row} {text}"))],
-                assistant: format!("a {row} {text}"),
-            };
-            assert_eq!(sample.turns, [want]);
-            assert_eq!(usize::from(Picture::decode(&sample.images[0], Transparency::OnWhite).unwrap().rgb()[0]), row);
-        }
-        let whole = Dataset::open(folder.path(), Texts::Conversation).unwrap();
-        assert_eq!(whole.len(), 15);
-        let all: Vec<usize> = (0..15).collect();
-        let samples: Vec<Sample> = whole.read(&all).unwrap().map(Result::unwrap).collect();
-        assert!(samples.iter().all(|sample| sample.turns.len() == 2));
-        assert_eq!(samples[14].turns[1].assistant, "a 2 1");
-        assert!(whole.read(&[15]).is_err());
-    }
-
-    #[test]
-    fn rows_that_do_not_fit_are_named() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("x.parquet");
-        let strings = |texts: Vec<Option<&str>>| -> ArrayRef { Arc::new(StringArray::from(texts)) };
-        let bytes: ArrayRef = Arc::new(BinaryArray::from_opt_vec(vec![Some(&b"x"[..]), None]));
-        let texts =
-            fields(vec![("user", strings(vec![Some("q"), Some("q")])), ("assistant", strings(vec![Some("a"), None]))]);
-        write_parquet(&path, vec![("images", list(bytes, &[1, 1])), ("texts", list(texts.clone(), &[1, 1]))]);
-        let data = Dataset::open(&path, Texts::Conversation).unwrap();
-        let found: Vec<Result<Sample, String>> =
-            data.read(&[0, 1]).unwrap().map(|sample| sample.map_err(|error| error.to_string())).collect();
-        assert!(found[0].is_ok());
-        let error = found[1].as_ref().unwrap_err();
-        assert!(error.contains("row 1 of") && error.contains("image 0 has no bytes"), "{error}");
-
-        let numbers: ArrayRef = Arc::new(arrow::array::Int32Array::from(vec![1, 2]));
-        write_parquet(&path, vec![("images", numbers.clone()), ("texts", list(texts, &[1, 1]))]);
-        let data = Dataset::open(&path, Texts::Conversation).unwrap();
-        let error = data.read(&[0]).unwrap().next().unwrap().unwrap_err().to_string();
-        assert!(error.contains("holds Int32 where a list is expected"), "{error}");
-
-        write_parquet(&path, vec![("images", numbers)]);
-        let error = Dataset::open(&path, Texts::Conversation).unwrap_err().to_string();
-        assert!(error.contains("no column `texts`"), "{error}");
-
-        shard(&path, 12, true);
-        let whole = fs::read(&path).unwrap();
-        for length in [0, 10, whole.len() / 2, whole.len() - 1] {
-            fs::write(&path, &whole[..length]).unwrap();
-            let error = Dataset::open(&path, Texts::Conversation).unwrap_err().to_string();
-            assert!(error.contains("is no readable parquet file"), "{error}");
-        }
-        shard(&path, 0, true);
-        assert!(Dataset::open(&path, Texts::Conversation).unwrap_err().to_string().contains("is empty"));
-    }
-}
-
 /// Bytes that strangers' files may hold: some of them changed, each file from a seed of its own.
 #[test]
 fn changed_bytes_end_in_errors_and_never_in_a_panic() {
     use rand::{Rng, SeedableRng};
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("x.parquet");
-    finevision::shard(&path, 7, true);
+    layout_tests::shard(&path, 7, true);
     let parquet = fs::read(&path).unwrap();
     let picture = png(9);
     for seed in 0..200 {
@@ -439,7 +320,7 @@ fn changed_bytes_end_in_errors_and_never_in_a_panic() {
             bytes
         };
         fs::write(&path, change(&parquet)).unwrap();
-        if let Ok(data) = Dataset::open(&path, Texts::Separate) {
+        if let Ok(data) = Dataset::open(&path, &DataOptions { turns: Turns::Separate, ..DataOptions::default() }) {
             let all: Vec<usize> = (0..data.len().min(100)).collect();
             for sample in data.read(&all).unwrap().flatten() {
                 let _ = sample

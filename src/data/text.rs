@@ -2,78 +2,76 @@
 
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
-use serde::de::IgnoredAny;
-
 use crate::base::{Error, MappedFile, Progress, Result};
 use crate::bundle::Bundle;
 
+use super::json_row::{TextLine, TextProblem};
+use super::keys::unread;
+use super::listing::{Listed, content_key};
+use super::options::DataOptions;
 use super::row::SourceRow;
 use super::tokenizer::Tokenizer;
-
-/// Tokens in a sequence of running text, unless the user says otherwise.
-pub const SEQUENCE_LENGTH: usize = 512;
 
 /// A `.jsonl` file whose lines hold a `text`; its token ids are held, four bytes each.
 ///
 /// Every line is tokenised by itself, with the begin token where the model's tokenizer adds one. The lines' tokens
-/// stand one after another, nothing between them, and are cut every `length` tokens. The last sequence may be shorter;
-/// it is left out when it has one token only, which predicts nothing.
+/// are joined, with nothing between them, and cut every `length` tokens. The last sequence may be shorter; it is left
+/// out when it has one token only, which predicts nothing.
 #[derive(Debug)]
 pub(super) struct TextFile {
     path: PathBuf,
     length: usize,
     ids: Vec<u32>,
-}
-
-#[derive(Deserialize)]
-struct Line {
-    text: String,
-}
-
-/// What a line of a `.jsonl` file has, whatever it holds.
-#[derive(Deserialize)]
-struct Keys {
-    #[serde(default)]
-    text: Option<IgnoredAny>,
-    #[serde(default)]
-    conversations: Option<IgnoredAny>,
+    listed: Vec<Listed>,
 }
 
 impl TextFile {
-    /// True for a `.jsonl` file whose first line has a `text` and no `conversations`.
+    /// True for a `.jsonl` file whose first line has a `text` and no conversation.
     ///
     /// Errors: `Error::Io` when it cannot be read.
     pub fn holds(path: &Path) -> Result<bool> {
-        if path.extension().is_none_or(|extension| extension != "jsonl") {
+        if path.extension().is_none_or(|extension| extension != "jsonl") || !path.is_file() {
             return Ok(false);
         }
         let map = MappedFile::open(path)?;
-        let first = lines(&map).next().and_then(|(_, line)| serde_json::from_slice::<Keys>(line).ok());
-        Ok(first.is_some_and(|keys| keys.text.is_some() && keys.conversations.is_none()))
+        Ok(lines(&map).next().is_some_and(|(_, line)| TextLine::is_one(line)))
     }
 
     /// Tokenises the file as the model does.
     ///
-    /// Errors: `Error::Io`; `Error::Invalid` naming the line that has no `text`, or when the model has no tokenizer.
-    pub fn open(path: &Path, bundle: &Bundle, length: usize) -> Result<Self> {
+    /// Errors: `Error::Io`; `Error::Invalid` naming the line that has no `text`, or when the model has no tokenizer;
+    /// `Error::Unsupported` naming the keys that nobody reads.
+    pub fn open(path: &Path, bundle: &Bundle, options: &DataOptions) -> Result<Self> {
+        let length = options.sequence_length;
         if length < 2 {
             return Err(Error::invalid("sequence length", format!("is {length}, expected at least 2")));
         }
         let tokenizer = Tokenizer::open(bundle)?;
         let map = MappedFile::open(path)?;
-        let progress = Progress::new("tokenise", "lines", lines(&map).count() as u64);
+        let progress = Progress::new("tokenise", "bytes", map.len() as u64);
         let mut ids = Vec::new();
         for (number, line) in lines(&map) {
             let subject = || format!("line {} of `{}`", number + 1, path.display());
-            let line: Line = serde_json::from_slice(line).map_err(|e| {
-                Error::invalid(subject(), format!("does not decode: {e}")).remedy("expected an object with `text`")
+            let text = TextLine::parse(line, options).map_err(|problem| match problem {
+                TextProblem::Bad(problem) => {
+                    Error::invalid(subject(), problem).remedy("expected an object with `text`")
+                }
+                TextProblem::Unread(keys) => unread(subject(), &keys),
             })?;
-            let tokens = tokenizer.encode(&line.text);
+            let tokens = tokenizer.encode(&text);
             ids.extend(tokens.map_err(|error| Error::invalid(subject(), error.to_string()))?);
-            progress.advance(1);
+            progress.advance(line.len() as u64 + 1);
         }
-        Ok(TextFile { path: path.to_path_buf(), length, ids })
+        let sequences = ids.chunks(length).filter(|sequence| sequence.len() > 1).enumerate();
+        let listed = sequences.map(|(row, sequence)| {
+            let bytes: Vec<u8> = sequence.iter().flat_map(|token: &u32| token.to_le_bytes()).collect();
+            Listed { row, turns: 1, key: content_key(&[bytes]) }
+        });
+        Ok(TextFile { path: path.to_path_buf(), length, listed: listed.collect(), ids })
+    }
+
+    pub fn listed(&self) -> &[Listed] {
+        &self.listed
     }
 
     pub fn path(&self) -> &Path {
@@ -83,11 +81,6 @@ impl TextFile {
     /// Tokens in every sequence but the last.
     pub fn length(&self) -> usize {
         self.length
-    }
-
-    /// Number of sequences.
-    pub fn sequences(&self) -> usize {
-        self.ids.len() / self.length + usize::from(self.ids.len() % self.length > 1)
     }
 
     /// The sequences with these indices.
@@ -112,7 +105,11 @@ mod tests {
     use std::fs;
 
     use super::*;
-    use crate::data::{Dataset, Processor, Texts};
+    use crate::data::{DataOptions, Dataset, Processor};
+
+    fn cut(sequence_length: usize) -> DataOptions {
+        DataOptions { sequence_length, ..DataOptions::default() }
+    }
 
     fn bundle() -> Bundle {
         Bundle::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/zoo/optimum/llama-with-past")).unwrap()
@@ -132,7 +129,7 @@ mod tests {
         let tokenizer = Tokenizer::open(&bundle).unwrap();
         let mut want = tokenizer.encode("the cat sat ").unwrap();
         want.extend(tokenizer.encode("on the mat").unwrap());
-        let dataset = Dataset::open_for(&path, &bundle, 4).unwrap();
+        let dataset = Dataset::open_for(&path, &bundle, &cut(4)).unwrap();
         let rest = want.len() % 4;
         assert_eq!(dataset.len(), want.len() / 4 + usize::from(rest > 1));
         let processor = Processor::open(&bundle).unwrap();
@@ -150,7 +147,7 @@ mod tests {
     #[test]
     fn the_length_of_sequences_is_part_of_the_digest() {
         let (_folder, path) = written("{\"text\": \"the cat sat on the mat\"}\n");
-        let digest = |length| Dataset::open_for(&path, &bundle(), length).unwrap().digest().unwrap();
+        let digest = |length| Dataset::open_for(&path, &bundle(), &cut(length)).unwrap().digest().unwrap();
         assert_eq!(digest(4), digest(4));
         assert_ne!(digest(4), digest(5));
     }
@@ -160,13 +157,14 @@ mod tests {
         let bundle = bundle();
         let open = |text: &str, length| {
             let (_folder, path) = written(text);
-            Dataset::open_for(&path, &bundle, length).unwrap_err().to_string()
+            Dataset::open_for(&path, &bundle, &cut(length)).unwrap_err().to_string()
         };
+        assert!(open("{\"text\": \"a b c\", \"image\": \"x.png\"}\n", 4).contains("nothing reads `image`"));
         assert!(open("{\"text\": \"a b c\"}\n{\"body\": \"d\"}\n", 4).contains("line 2 of"));
         assert!(open("{\"text\": 7}\n", 4).contains("line 1 of"));
         assert!(open("{\"text\": \"\"}\n", 4).contains("is empty"));
         assert!(open("{\"text\": \"a b c\"}\n", 1).contains("sequence length"));
         let (_folder, path) = written("{\"text\": \"a b c\"}\n");
-        assert!(Dataset::open(&path, Texts::default()).unwrap_err().to_string().contains("running text"));
+        assert!(Dataset::open(&path, &DataOptions::default()).unwrap_err().to_string().contains("running text"));
     }
 }

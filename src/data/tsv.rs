@@ -10,6 +10,7 @@ use base64::engine::general_purpose::STANDARD;
 use crate::base::{Error, Result, Sha256Digest, contained_path, sha256_file};
 
 use super::sample::ImageBytes;
+use super::string_list::string_list;
 
 /// An `image` of at most this many characters is the index of the row that has the picture.
 const MAX_REFERENCE_LENGTH: usize = 64;
@@ -26,6 +27,8 @@ pub struct Benchmark {
     path: PathBuf,
     columns: Vec<String>,
     rows: Vec<BenchRow>,
+    /// Rows without a picture, which are not asked.
+    without_picture: usize,
 }
 
 /// One question; the columns that hold pictures are left in the file.
@@ -41,10 +44,10 @@ pub struct BenchRow {
 }
 
 impl Benchmark {
-    /// Reads everything but the pictures.
+    /// Reads everything but the pictures. Rows without a picture are left out, as VLMEvalKit leaves them out.
     ///
     /// Errors: `Error::Io`; `Error::Invalid` naming the row for a missing column, a row of another width, an index
-    /// that stands twice, a picture reference that leads nowhere, or no rows at all.
+    /// that is there twice, a picture reference that leads nowhere, or no rows with a picture.
     pub fn open(path: &Path) -> Result<Self> {
         let mut reader = reader(path)?;
         let subject = || format!("benchmark `{}`", path.display());
@@ -72,7 +75,7 @@ impl Benchmark {
             }
             let cell = |column: usize| record.get(column).unwrap_or_default();
             let name = cell(index).to_string();
-            let content = image.map(cell).unwrap_or_default();
+            let content = image.map(cell).filter(|cell| !MISSING.contains(cell)).unwrap_or_default();
             let holds = content.len() > MAX_REFERENCE_LENGTH;
             if positions.insert(name.clone(), holds.then(|| position.clone())).is_some() {
                 return Err(Error::invalid(subject(), format!("index `{name}` stands twice")));
@@ -82,7 +85,10 @@ impl Benchmark {
             rows.push(BenchRow {
                 index: name,
                 image_position: holds.then_some(position),
-                image_path: image_path.map(cell).filter(|path| !path.is_empty()).map(str::to_string),
+                image_path: image_path
+                    .map(cell)
+                    .filter(|path| !path.is_empty() && !MISSING.contains(path))
+                    .map(str::to_string),
                 cells: (0..columns.len()).map(keep).collect(),
             });
         }
@@ -99,28 +105,45 @@ impl Benchmark {
                 )
             })?);
         }
-        Ok(Benchmark { path: path.to_path_buf(), columns, rows })
+        let read = rows.len();
+        rows.retain(|row| row.image_position.is_some() || row.image_path.is_some());
+        if rows.is_empty() {
+            return Err(Error::invalid(subject(), "has no question with a picture"));
+        }
+        let without_picture = read - rows.len();
+        Ok(Benchmark { path: path.to_path_buf(), columns, rows, without_picture })
     }
 
+    /// The questions, in the order of the file.
     pub fn rows(&self) -> &[BenchRow] {
         &self.rows
     }
 
+    /// How many rows of the file are left out because they have no picture.
+    pub fn rows_without_picture(&self) -> usize {
+        self.without_picture
+    }
+
+    /// The names of all columns.
     pub fn columns(&self) -> &[String] {
         &self.columns
     }
 
-    /// A cell by column name; `None` where the column or its content is not there.
+    /// A cell by column name as the file has it; `None` where the column or its content is not there.
     pub fn cell<'a>(&self, row: &'a BenchRow, column: &str) -> Option<&'a str> {
         let column = self.columns.iter().position(|name| name == column)?;
         row.cells.get(column).map(String::as_str).filter(|cell| !cell.is_empty())
     }
 
+    /// A cell by column name as VLMEvalKit sees it: `None` where pandas reads a missing value too.
+    pub fn value<'a>(&self, row: &'a BenchRow, column: &str) -> Option<&'a str> {
+        self.cell(row, column).filter(|text| !MISSING.contains(text))
+    }
+
     /// The lettered choices that the row has, in order. A choice that pandas reads as missing is none, as in
     /// VLMEvalKit.
     pub fn options<'a>(&self, row: &'a BenchRow) -> Vec<(char, &'a str)> {
-        let choice =
-            |letter: char| self.cell(row, letter.encode_utf8(&mut [0; 4])).filter(|text| !MISSING.contains(text));
+        let choice = |letter: char| self.value(row, letter.encode_utf8(&mut [0; 4]));
         ('A'..='Z').filter_map(|letter| Some((letter, choice(letter)?))).collect()
     }
 
@@ -144,8 +167,9 @@ impl Benchmark {
             let column = self.columns.iter().position(|name| name == "image");
             let content = column.and_then(|column| record.get(column)).unwrap_or_default();
             let mut images = Vec::new();
-            for (number, text) in listed(content).into_iter().enumerate() {
+            for (number, text) in listed(&subject, content)?.into_iter().enumerate() {
                 let subject = format!("image {number} of {subject}");
+                let text: String = text.chars().filter(|char| !char.is_ascii_whitespace()).collect();
                 let bytes =
                     STANDARD.decode(text).map_err(|e| Error::invalid(&subject, format!("is not base64: {e}")))?;
                 images.push(ImageBytes::held(subject, bytes));
@@ -154,8 +178,11 @@ impl Benchmark {
         }
         let folder = self.path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let mut images = Vec::new();
-        for name in row.image_path.as_deref().map(listed).unwrap_or_default() {
-            images.push(ImageBytes::file(format!("image `{name}` of {subject}"), contained_path(folder, name)?));
+        let names = row.image_path.as_deref().map(|names| listed(&subject, names)).transpose()?;
+        for name in names.unwrap_or_default() {
+            let picture = format!("image `{name}` of {subject}");
+            let path = contained_path(folder, &name).map_err(|error| Error::invalid(&picture, error.to_string()))?;
+            images.push(ImageBytes::file(picture, path));
         }
         Ok(images)
     }
@@ -169,14 +196,14 @@ impl Benchmark {
 }
 
 /// `a`, `['a', 'b']` or `["a", "b"]`.
-fn listed(content: &str) -> Vec<&str> {
+fn listed(subject: &str, content: &str) -> Result<Vec<String>> {
     let content = content.trim();
-    match content.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
-        Some(inner) => {
-            inner.split(',').map(|item| item.trim().trim_matches(['\'', '"'])).filter(|item| !item.is_empty()).collect()
-        }
-        None => vec![content],
+    if !(content.starts_with('[') && content.ends_with(']')) {
+        return Ok(vec![content.to_string()]);
     }
+    string_list(content).ok_or_else(|| {
+        Error::invalid(subject, "has a list of pictures that does not decode").remedy("expected `['..', '..']`")
+    })
 }
 
 fn reader(path: &Path) -> Result<csv::Reader<File>> {

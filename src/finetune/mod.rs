@@ -31,11 +31,11 @@ mod trainer;
 mod weights;
 mod workers;
 
+pub use crate::data::LeftOut;
 pub use fit::LayerFit;
 pub use loss::{LOSSES, LossKind, LossRow};
 pub use metrics::StepMetrics;
 pub use optimizer::{OPTIMIZERS, OptimizerKind, OptimizerRow};
-pub use prefix::LeftOut;
 pub use recipe::{DEFAULT_RECIPE, RECIPES, RecipeRow, StageRow};
 pub use run::{Outcome, Report, Request, clear_work, finetune, finetune_with_teacher};
 pub use schedule::{SCHEDULES, Schedule, ScheduleRow};

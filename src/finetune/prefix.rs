@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::base::{Cancel, Error, Progress, Result, Sha256Digest, ahead, read_json, write_json};
+use crate::data::LeftOut;
 use crate::prompt::Prompt;
 use crate::runtime::{Embedded, Step, StepTokens, VlmSession};
 
@@ -21,15 +22,6 @@ const SAMPLES_PER_ROUND: usize = 32;
 const BYTES_PER_ROUND: usize = 8 << 20;
 /// What a token counts as long as no embedding was seen, which is always where the decoder embeds.
 const BYTES_PER_TOKEN: usize = 2 << 10;
-
-/// Samples that were not trained on, by reason.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
-pub struct LeftOut {
-    /// Longer than `max_tokens`.
-    pub too_long: u64,
-    /// Without an answer token.
-    pub without_answer: u64,
-}
 
 /// What stands beside the rows: whose rows they are.
 #[derive(Debug, Serialize, Deserialize)]
@@ -121,13 +113,11 @@ impl Filling<'_> {
     pub fn finish(self, left_out: LeftOut) -> Result<(TrainingSet, LeftOut)> {
         let Filling { store, writer, examples } = self;
         if examples.is_empty() {
-            let LeftOut { too_long, without_answer } = left_out;
-            let problem =
-                format!("holds no sample to train on: {too_long} too long, {without_answer} without an answer");
+            let problem = format!("holds no sample to train on: {}", left_out.summary().unwrap_or_default());
             return Err(Error::invalid("training data", problem).remedy("look at the data, or raise `max_tokens`"));
         }
         let rows = writer.finish()?;
-        let index = Index { schema_version: SCHEMA_VERSION, width: rows.width(), left_out, examples };
+        let index = Index { schema_version: SCHEMA_VERSION, width: rows.width(), left_out: left_out.clone(), examples };
         write_json(&store.index, &index)?;
         Ok((TrainingSet::new(index.examples, rows), left_out))
     }
@@ -195,6 +185,10 @@ pub fn each_round(
             if !round.is_empty() {
                 work(&mut round, &mut model)?;
             }
+            let LeftOut { unreadable, too_long, reasons, .. } = source.left_out();
+            left_out.unreadable = unreadable;
+            left_out.too_long += too_long;
+            left_out.reasons = reasons;
             Ok(left_out)
         },
     )

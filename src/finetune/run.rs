@@ -23,7 +23,9 @@ use super::fit::{LayerFit, Target, fit};
 use super::loss;
 use super::metrics::StepMetrics;
 use super::part::Run;
-use super::prefix::{LeftOut, Store};
+use crate::data::LeftOut;
+
+use super::prefix::Store;
 use super::product::products_of;
 use super::search::{self, RateTrial, search};
 use super::settings::Settings;
@@ -73,6 +75,9 @@ pub struct Report {
     pub trained_parameters: u64,
     /// Samples trained on.
     pub samples: u64,
+    /// Their ids.
+    #[serde(default)]
+    pub sample_ids: Vec<String>,
     pub left_out: LeftOut,
     /// Optimiser steps.
     pub steps: u64,
@@ -367,6 +372,7 @@ fn report(
         layers: request.layers.to_vec(),
         trained_parameters: summary.trained_parameters,
         samples: dataset.examples.len() as u64,
+        sample_ids: dataset.examples.iter().map(|example| example.id.clone()).collect(),
         left_out,
         steps: summary.steps,
         resumed_from_step: summary.resumed_from,

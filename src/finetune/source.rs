@@ -1,7 +1,7 @@
 //! Where training samples come from: conversations, tokenised and with their pictures processed, one after the other.
 
 use crate::base::{Result, Sha256Digest};
-use crate::data::{Dataset, Encoded, Processor};
+use crate::data::{Dataset, Encoded, Intake, LeftOut, Processor};
 use crate::prompt::Prompt;
 
 /// A tokenised training sample with its pictures.
@@ -19,8 +19,12 @@ pub trait Source: Sync {
     fn digest(&self) -> Result<Sha256Digest>;
     /// Number of samples.
     fn count(&self) -> u64;
-    /// The samples in a fixed order.
+    /// The samples that can be used, in a fixed order.
     fn samples(&self) -> Result<Box<dyn Iterator<Item = Result<Sample>> + '_>>;
+    /// What the last pass over the samples left out.
+    fn left_out(&self) -> LeftOut {
+        LeftOut::default()
+    }
 }
 
 /// Conversations of a data set, in ascending order of `indices`.
@@ -28,6 +32,7 @@ pub struct Conversations<'a> {
     pub processor: &'a Processor,
     pub dataset: &'a Dataset,
     pub indices: &'a [usize],
+    pub intake: Intake,
 }
 
 impl Source for Conversations<'_> {
@@ -40,8 +45,13 @@ impl Source for Conversations<'_> {
     }
 
     fn samples(&self) -> Result<Box<dyn Iterator<Item = Result<Sample>> + '_>> {
-        let samples = self.dataset.read(self.indices)?;
-        Ok(Box::new(samples.map(|sample| Ok(Sample::new(self.processor.encode_conversation(&sample?)?)))))
+        let encode = |sample: &_| self.processor.encode_conversation(sample);
+        let samples = self.intake.encoded(self.dataset, self.indices, encode)?;
+        Ok(Box::new(samples.map(|encoded| Ok(Sample::new(encoded?)))))
+    }
+
+    fn left_out(&self) -> LeftOut {
+        self.intake.left_out()
     }
 }
 

@@ -14,7 +14,9 @@ use crate::runtime::{Decoder, FeatureCache, Runtime, SessionOptions, VlmSession}
 use super::batch::{Example, StreamTarget, Targets, TrainingSet, total_tokens};
 use super::cache::{Element, Rows, RowsWriter};
 use super::loss::LossKind;
-use super::prefix::{self, LeftOut, Ready, Store, each_round};
+use crate::data::LeftOut;
+
+use super::prefix::{self, Ready, Store, each_round};
 use super::settings::Settings;
 use super::source::Source;
 

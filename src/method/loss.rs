@@ -3,7 +3,7 @@
 use crate::analysis::{self, Analysis};
 use crate::base::{Cancel, Device, Error, Progress, Result};
 use crate::bundle::{Bundle, Role};
-use crate::data::{Dataset, Processor, Subset};
+use crate::data::{Dataset, Intake, LeftOut, Processor, Subset};
 use crate::onnx;
 use crate::rewrite::{
     KEEP_INPUT, LOSS_OUTPUT, RESTART_INPUT, ROWS_INPUT, STREAM_INPUT, STREAM_OUTPUT_PREFIX, TARGETS_INPUT,
@@ -14,6 +14,9 @@ use crate::runtime::{
 };
 
 use super::select::MeasureLosses;
+
+/// Samples with more tokens are left out.
+const MAX_TOKENS: usize = 8192;
 
 /// Tokens that go through the decoder in one pass, unless one conversation is longer.
 const TOKENS_PER_PASS: usize = 2048;
@@ -48,7 +51,9 @@ pub struct LossMeter {
     /// See `rewrite::Bypass::restarts`.
     restarts: bool,
     batches: Vec<Batch>,
-    conversations: usize,
+    /// Their ids.
+    samples: Vec<String>,
+    left_out: LeftOut,
     answer_tokens: usize,
     cancel: Cancel,
 }
@@ -56,12 +61,12 @@ pub struct LossMeter {
 impl LossMeter {
     /// Embeds the drawn conversations, pictures included, and loads the decoder.
     ///
-    /// Errors: as `Processor::encode_conversation`, `VlmSession::open` and `rewrite::bypass_layers`; `Error::Invalid`
+    /// Errors: as `Intake::encoded`, `VlmSession::open` and `rewrite::bypass_layers`; `Error::Invalid`
     /// without a single answer token.
     pub fn new(bundle: &Bundle, dataset: &Dataset, subset: Subset, device: Device, cancel: &Cancel) -> Result<Self> {
         let processor = Processor::open(bundle)?;
         let runtime = Runtime::new(device)?;
-        let indices = subset.indices(dataset.len())?;
+        let indices = dataset.draw(subset)?;
         let component = bundle.require(Role::Decoder)?;
         let analysis = analysis::analyse(&onnx::load(&bundle.path_of(component))?)?;
         let head_dim = bundle.config().and_then(|config| config.head_size());
@@ -71,9 +76,12 @@ impl LossMeter {
         let mut model = VlmSession::with_decoder(&runtime, bundle, decoder, &options, &features)?;
         let mut conversations = Vec::with_capacity(indices.len());
         let progress = Progress::new("embed", "samples", indices.len() as u64);
-        for sample in dataset.read(&indices)? {
+        let mut samples = Vec::with_capacity(indices.len());
+        let intake = Intake::new(dataset, bundle, MAX_TOKENS);
+        for encoded in intake.encoded(dataset, &indices, |sample| processor.encode_conversation(sample))? {
             cancel.check("no plan is written")?;
-            let mut encoded = processor.encode_conversation(&sample?)?;
+            let mut encoded = encoded?;
+            samples.push(encoded.id.clone());
             let answer_mask = std::mem::take(&mut encoded.answer_mask);
             let prompt = encoded.into_prompt();
             let embedded = model.embed(&prompt)?;
@@ -83,12 +91,11 @@ impl LossMeter {
         drop(progress);
         let file = component.file.clone();
         let meter = Self::over(model.into_decoder(), analysis.map.layers.len(), conversations, cancel)?;
-        Ok(LossMeter { file, ..meter })
+        Ok(LossMeter { file, samples, left_out: intake.left_out(), ..meter })
     }
 
     fn over(decoder: Decoder, num_layers: usize, conversations: Vec<Conversation>, cancel: &Cancel) -> Result<Self> {
         let restarts = decoder.session().input(RESTART_INPUT).is_some();
-        let count = conversations.len();
         let batches = batches(conversations, decoder.fixed_batch())?;
         let answer_tokens = batches.iter().map(|batch| batch.targets.shape()[1]).sum();
         if answer_tokens == 0 {
@@ -96,13 +103,27 @@ impl LossMeter {
                 .remedy("give conversations with answers, or running text"));
         }
         let cancel = cancel.clone();
-        let file = String::new();
-        Ok(LossMeter { decoder, num_layers, file, restarts, batches, conversations: count, answer_tokens, cancel })
+        Ok(LossMeter {
+            decoder,
+            num_layers,
+            file: String::new(),
+            restarts,
+            batches,
+            samples: Vec::new(),
+            left_out: LeftOut::default(),
+            answer_tokens,
+            cancel,
+        })
     }
 
-    /// Conversations that losses are measured on.
-    pub fn conversations(&self) -> usize {
-        self.conversations
+    /// Ids of the samples that losses are measured on.
+    pub fn samples(&self) -> &[String] {
+        &self.samples
+    }
+
+    /// Samples that were drawn and not used.
+    pub fn left_out(&self) -> &LeftOut {
+        &self.left_out
     }
 
     /// Answer tokens that a loss is the mean over.

@@ -7,6 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::base::{Error, Provenance, Result, read_json};
+use crate::data::LeftOut;
 
 use super::select::Group;
 
@@ -32,6 +33,12 @@ pub struct Plan {
     pub groups: Vec<Group>,
     /// Every layer of the dense model.
     pub layers: Vec<LayerPlan>,
+    /// Ids of the samples that losses were measured on.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub samples: Vec<String>,
+    /// Samples that were drawn for losses and not used.
+    #[serde(default, skip_serializing_if = "LeftOut::is_empty")]
+    pub left_out: LeftOut,
 }
 
 /// What happens to one layer.
@@ -123,6 +130,8 @@ impl Plan {
             finetune_pruned,
             groups,
             layers,
+            samples: Vec::new(),
+            left_out: LeftOut::default(),
         })
     }
 

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::analysis;
 use crate::base::{Cancel, Device, Error, Progress, Provenance, Result, ahead};
 use crate::bundle::{Bundle, Role};
-use crate::data::{Amount, Dataset, Encoded, Processor, Subset};
+use crate::data::{Amount, DataOptions, Dataset, Encoded, Intake, Processor, Subset};
 use crate::onnx;
 use crate::rewrite::{SIMILARITY_PREFIX, tap_similarities};
 use crate::runtime::{
@@ -35,7 +35,7 @@ pub struct ScoreSettings {
     pub longer_packs: BTreeSet<usize>,
     /// Scores packs that hold the last layer too.
     pub include_last: bool,
-    /// Samples with longer prompts are an error, so that one cannot exhaust the memory unseen.
+    /// Samples with longer prompts are left out, so that one cannot exhaust the memory.
     pub max_tokens: usize,
 }
 
@@ -46,10 +46,18 @@ impl Default for ScoreSettings {
     }
 }
 
+/// What decides scores, as it is recorded.
+#[derive(Serialize)]
+struct Recorded<'a> {
+    #[serde(flatten)]
+    settings: &'a ScoreSettings,
+    data: &'a DataOptions,
+}
+
 /// Scores a model's decoder on the prompts of a data set: the question with its pictures, up to where the answer begins.
 ///
-/// Errors: `Error::Invalid` when a sample does not encode or is too long, or a similarity is no number; `Error::Unsupported`
-/// when the decoder's layers are not understood; `Error::Interrupted` on Ctrl-C.
+/// Errors: as `Intake::encoded`; `Error::Invalid` when no sample is left or a similarity is no number;
+/// `Error::Unsupported` when the decoder's layers are not understood; `Error::Interrupted` on Ctrl-C.
 pub fn score(
     bundle: &Bundle,
     dataset: &Dataset,
@@ -58,7 +66,7 @@ pub fn score(
     cancel: &Cancel,
 ) -> Result<Scores> {
     let processor = Processor::open(bundle)?;
-    let indices = Subset { amount: settings.amount, seed: settings.seed }.indices(dataset.len())?;
+    let indices = dataset.draw(Subset { amount: settings.amount, seed: settings.seed })?;
     let component = bundle.require(Role::Decoder)?;
     let analysis = analysis::analyse(&onnx::load(&bundle.path_of(component))?)?;
     let num_layers = analysis.map.layers.len();
@@ -69,27 +77,28 @@ pub fn score(
     let progress = Progress::new("score", "samples", indices.len() as u64);
     let mut samples = Vec::with_capacity(indices.len());
     // The next pictures are decoded while these go through the network.
-    let encoded = || Ok(dataset.read(&indices)?.map(|sample| processor.encode_prompt(&sample?)));
+    let intake = Intake::new(dataset, bundle, settings.max_tokens);
+    let encoded = || intake.encoded(dataset, &indices, |sample| processor.encode_prompt(sample));
     ahead(SAMPLES_AHEAD, encoded, |all| {
         for encoded in all {
             let encoded = encoded?;
             cancel.check("no scores are written")?;
-            if encoded.len() > settings.max_tokens {
-                return Err(Error::invalid(
-                    &encoded.id,
-                    format!("its prompt takes {} tokens, {} at most are allowed", encoded.len(), settings.max_tokens),
-                )
-                .remedy("raise `--max-tokens`, or leave the sample out"));
-            }
             samples.push(score_one(&mut model, encoded, &packs)?);
             progress.advance(1);
         }
         Ok(())
     })?;
     drop(progress);
+    let left_out = intake.left_out();
+    if samples.is_empty() {
+        let problem = format!("no sample is left: {}", left_out.summary().unwrap_or_default());
+        return Err(Error::invalid("data", problem).remedy("look at the data, or raise `--max-tokens`"));
+    }
     let inputs = BTreeMap::from([("model".to_string(), bundle.digest()?), ("data".to_string(), dataset.digest()?)]);
-    let provenance = Provenance::new(SCORES_SCHEMA_VERSION, inputs, settings)?;
-    Scores::from_samples(provenance, num_layers, settings.include_last, samples)
+    let recorded = Recorded { settings, data: dataset.options() };
+    let provenance = Provenance::new(SCORES_SCHEMA_VERSION, inputs, &recorded)?;
+    let scores = Scores::from_samples(provenance, num_layers, settings.include_last, samples)?;
+    Ok(Scores { left_out, ..scores })
 }
 
 /// The model with the tapped graph in the place of its decoder.
@@ -170,7 +179,36 @@ fn mean_over(values: &[f32], wanted: impl Fn(usize) -> bool) -> Option<f64> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
+
+    #[test]
+    fn long_samples_and_unreadable_rows_are_left_out_and_counted() {
+        let bundle = Bundle::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model")).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.jsonl");
+        let row = |question: &str| {
+            let ask = format!(r#"{{"from": "human", "value": "{question}"}}"#);
+            format!(r#"{{"conversations": [{ask}, {{"from": "gpt", "value": "a"}}]}}"#)
+        };
+        let mut lines: Vec<String> = (0..24).map(|number| row(&format!("What is {number}?"))).collect();
+        lines[3] = row(&"how many ".repeat(200));
+        lines[5] = r#"{"image": "missing.png", "conversations": []}"#.to_string();
+        std::fs::write(&path, lines.join("\n")).unwrap();
+        let dataset = Dataset::open(&path, &DataOptions::default()).unwrap();
+        let settings = ScoreSettings { amount: Amount::All, max_tokens: 100, ..ScoreSettings::default() };
+        let scores = score(&bundle, &dataset, &settings, Device::Cpu, &Cancel::default()).unwrap();
+        assert_eq!((scores.num_samples, scores.samples.len()), (22, 22));
+        assert_eq!((scores.left_out.too_long, scores.left_out.unreadable), (1, 1));
+        assert!(scores.left_out.reasons[0].contains("row 5 of `x.jsonl`"), "{:?}", scores.left_out);
+        assert_eq!(scores.samples[3].id, "row 4 of `x.jsonl`");
+        assert_eq!(scores.provenance.settings["data"]["turns"], "conversation");
+
+        let settings = ScoreSettings { max_tokens: 2, ..settings };
+        let error = score(&bundle, &dataset, &settings, Device::Cpu, &Cancel::default()).unwrap_err().to_string();
+        assert!(error.contains("no sample is left: 1 unreadable, 23 too long"), "{error}");
+    }
 
     #[test]
     fn means_are_over_the_wanted_tokens() {

@@ -7,6 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::base::{Error, Provenance, Result, read_json};
+use crate::data::LeftOut;
 
 /// Version of `scores.json`.
 pub const SCORES_SCHEMA_VERSION: u32 = 1;
@@ -59,6 +60,9 @@ pub struct Scores {
     /// The same over image tokens and over text tokens alone, each over the samples that have any.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub modalities: BTreeMap<Modality, ModalityScores>,
+    /// Samples that were drawn and not scored.
+    #[serde(default, skip_serializing_if = "LeftOut::is_empty")]
+    pub left_out: LeftOut,
     /// What each sample gave.
     pub samples: Vec<SampleScores>,
 }
@@ -150,6 +154,7 @@ impl Scores {
             sim_3: take(3)?,
             longer: packs,
             modalities,
+            left_out: LeftOut::default(),
             samples,
         };
         scores.check()?;

@@ -1,5 +1,6 @@
 //! The recipe of a run: a TOML file, every key known.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -7,7 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::base::{Device, Error, Result};
-use crate::data::Amount;
+use crate::data::{Amount, DataOptions, Turns};
 use crate::eval::BenchOptions;
 use crate::finetune::{self, DEFAULT_RECIPE, RecipeRow};
 use crate::method::select::Strategy;
@@ -40,8 +41,20 @@ pub struct Recipe {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Calibration {
-    /// Parquet in the FineVision layout, or LLaVA's JSON.
+    /// Conversations in parquet or JSON: a file, a folder or a pattern.
     pub data: PathBuf,
+    /// What the turns of a conversation are: one sample (`conversation`), or a sample each (`separate`).
+    #[serde(default)]
+    pub turns: Turns,
+    /// The least values of columns of ratings; other rows are not used.
+    #[serde(default)]
+    pub min_ratings: BTreeMap<String, f64>,
+    /// Columns or keys to ignore.
+    #[serde(default)]
+    pub ignore_keys: Vec<String>,
+    /// The first row that cannot be read ends the run.
+    #[serde(default)]
+    pub strict: bool,
     /// How many samples are drawn.
     #[serde(default)]
     pub samples: Option<usize>,
@@ -87,8 +100,20 @@ pub struct PlanSection {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct FinetuneSection {
-    /// Parquet in the FineVision layout, or LLaVA's JSON.
+    /// Conversations in parquet or JSON: a file, a folder or a pattern.
     pub data: PathBuf,
+    /// What the turns of a conversation are: one sample (`conversation`), or a sample each (`separate`).
+    #[serde(default)]
+    pub turns: Turns,
+    /// The least values of columns of ratings; other rows are not used.
+    #[serde(default)]
+    pub min_ratings: BTreeMap<String, f64>,
+    /// Columns or keys to ignore.
+    #[serde(default)]
+    pub ignore_keys: Vec<String>,
+    /// The first row that cannot be read ends the run.
+    #[serde(default)]
+    pub strict: bool,
     /// How many samples are drawn; all without it.
     #[serde(default)]
     pub samples: Option<usize>,
@@ -157,7 +182,23 @@ pub(super) fn finetune_settings(recipe: &str, section: Option<&toml::Value>) -> 
     RecipeRow::named(recipe)?.settings_with(own.cloned().unwrap_or_default())
 }
 
+impl FinetuneSection {
+    /// How the data is read; running text in sequences of the usual length.
+    pub(super) fn data_options(&self) -> DataOptions {
+        let min_ratings = self.min_ratings.clone();
+        let ignore_keys = self.ignore_keys.clone();
+        DataOptions { turns: self.turns, min_ratings, ignore_keys, strict: self.strict, ..DataOptions::default() }
+    }
+}
+
 impl Calibration {
+    /// How the data is read; running text in sequences of the usual length.
+    pub(super) fn data_options(&self) -> DataOptions {
+        let min_ratings = self.min_ratings.clone();
+        let ignore_keys = self.ignore_keys.clone();
+        DataOptions { turns: self.turns, min_ratings, ignore_keys, strict: self.strict, ..DataOptions::default() }
+    }
+
     /// How many samples are drawn.
     pub(super) fn amount(&self) -> Amount {
         match (self.samples, self.fraction) {

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::{AtomicFile, Cancel, Provenance, Result, Sha256Digest, sha256_file, write_json};
 use crate::bundle::Bundle;
-use crate::data::{Dataset, SEQUENCE_LENGTH};
+use crate::data::Dataset;
 use crate::eval::ModelBench;
 use crate::export::triton::{self, TritonSettings};
 
@@ -96,6 +96,7 @@ impl Run<'_> {
             how_many: how_many(&recipe.plan),
             seed: recipe.plan.seed,
             samples: None,
+            data: None,
             modality_weights: recipe.plan.modality_weights.clone(),
         };
         let (plan, planned) = self.stages.plan(&format!("plan-{name}"), &recipe.calibration, scores, settings)?;
@@ -110,6 +111,7 @@ impl Run<'_> {
                 plan_digest: &planned.digest,
                 plan_key: &planned.digest,
                 data: &recipe.finetune.data,
+                options: &recipe.finetune.data_options(),
                 samples: recipe.finetune.samples,
                 settings: &recipe.finetune.settings,
             },
@@ -193,8 +195,11 @@ impl Run<'_> {
         let mut files = file_digests(store.folder())?;
         files.remove(MANIFEST_FILE);
         let mut inputs = BTreeMap::from([("model".to_string(), self.stages.dense.digest.clone())]);
-        for data in [&self.recipe.calibration.data, &self.recipe.finetune.data] {
-            let dataset = Dataset::open_for(data, &self.stages.bundle, SEQUENCE_LENGTH)?;
+        let (calibration, finetune) = (&self.recipe.calibration, &self.recipe.finetune);
+        for (data, options) in
+            [(&calibration.data, calibration.data_options()), (&finetune.data, finetune.data_options())]
+        {
+            let dataset = Dataset::open_for(data, &self.stages.bundle, &options)?;
             inputs.insert(format!("data {}", data.display()), dataset.digest()?);
         }
         for benchmark in &self.recipe.eval.benchmarks {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crate::base::{Cancel, Device, Provenance, Result, Sha256Digest, read_json, write_json};
 use crate::bundle::Bundle;
-use crate::data::{Amount, Benchmark, Dataset, SEQUENCE_LENGTH, Subset};
+use crate::data::{Amount, Benchmark, DataOptions, Dataset, LeftOut, Subset};
 use crate::eval::{BenchOptions, BenchReport, EvalReport, EvalTiming, ModelScores, bench, benchmark_name};
 use crate::finetune;
 use crate::method::select::Strategy;
@@ -52,6 +52,7 @@ pub struct Healing<'a> {
     /// What the step is known by in place of the plan's digest.
     pub plan_key: &'a str,
     pub data: &'a Path,
+    pub options: &'a DataOptions,
     pub samples: Option<usize>,
     pub settings: &'a finetune::Settings,
 }
@@ -86,6 +87,12 @@ impl<'a> Stages<'a> {
         (self.say)(&format!("{name}: {how}"));
     }
 
+    fn warn_left_out(&mut self, left_out: &LeftOut) {
+        if let Some(summary) = left_out.summary() {
+            (self.say)(&format!("warning: samples left out: {summary}"));
+        }
+    }
+
     /// Scores with all packs that the strategies read when these numbers of layers go.
     ///
     /// Errors: as `method::score`.
@@ -97,13 +104,14 @@ impl<'a> Stages<'a> {
         }
         let settings =
             ScoreSettings { amount: calibration.amount(), seed: calibration.seed, longer_packs, ..Default::default() };
-        let dataset = Dataset::open_for(&calibration.data, &self.bundle, SEQUENCE_LENGTH)?;
+        let dataset = Dataset::open_for(&calibration.data, &self.bundle, &calibration.data_options())?;
         let inputs = [("model", self.dense.digest.as_str()), ("data", &dataset.digest()?)];
         let (bundle, device, cancel) = (&self.bundle, self.device, self.cancel);
         let done = self.store.step("score", "scores.json", &inputs, &settings, |path| {
             write_json(path, &score(bundle, &dataset, &settings, device, cancel)?)
         })?;
         self.told("score", &done);
+        self.warn_left_out(&Scores::read(&done.path)?.left_out);
         Ok(done)
     }
 
@@ -119,6 +127,7 @@ impl<'a> Stages<'a> {
     ) -> Result<(Plan, Finished)> {
         let measures_loss = Strategy::named(&settings.strategy)?.measures_loss;
         settings.samples = measures_loss.then_some(LOSS_SAMPLES);
+        settings.data = measures_loss.then(|| calibration.data_options());
         let inputs = [("model", self.dense.digest.as_str()), ("scores", &scores.digest)];
         let (bundle, dense, device, cancel) = (&self.bundle, &self.dense, self.device, self.cancel);
         let planned = self.store.step(step, &format!("{step}.json"), &inputs, &settings, |path| {
@@ -126,18 +135,24 @@ impl<'a> Stages<'a> {
             let mut meter = match measures_loss {
                 true => {
                     check_needs(bundle, Work::MeasureLosses)?;
-                    let data = Dataset::open_for(&calibration.data, bundle, SEQUENCE_LENGTH)?;
+                    let data = Dataset::open_for(&calibration.data, bundle, &calibration.data_options())?;
                     let amount = Amount::Samples(LOSS_SAMPLES.min(data.len()));
                     let subset = Subset { amount, seed: calibration.seed };
                     Some((LossMeter::new(bundle, &data, subset, device, cancel)?, data.digest()?))
                 }
                 false => None,
             };
-            let losses = meter.as_mut().map(|(measure, data)| steps::Losses { data: data.clone(), measure });
+            let losses = meter.as_mut().map(|(measure, data)| steps::Losses {
+                data: data.clone(),
+                samples: measure.samples().to_vec(),
+                left_out: measure.left_out().clone(),
+                measure,
+            });
             write_json(path, &steps::plan(dense, Some((&read, scores.digest.clone())), &settings, losses)?)
         })?;
         self.told(step, &planned);
         let plan = Plan::read(&planned.path)?;
+        self.warn_left_out(&plan.left_out);
         for warning in self.dense.warnings(&plan.drop) {
             (self.say)(&format!("warning: {warning}"));
         }
@@ -163,17 +178,18 @@ impl<'a> Stages<'a> {
         let settings = healing.settings;
         let amount = healing.samples.map_or(Amount::All, Amount::Samples);
         let subset = Subset { amount, seed: settings.seed };
-        let data_digest = Dataset::open_for(healing.data, &self.bundle, SEQUENCE_LENGTH)?.digest()?;
+        let data_digest = Dataset::open_for(healing.data, &self.bundle, healing.options)?.digest()?;
         let inputs = [("model", pruned.digest.as_str()), ("plan", healing.plan_key), ("data", &data_digest)];
         let work = self.store.folder().join("work").join(healing.work);
         let (features, device, cancel, teacher) = (&self.features, self.device, self.cancel, self.model);
+        let mut left_out = LeftOut::default();
         let healed = self.store.step(healing.step, healing.step, &inputs, &(subset, settings), |path| {
             let request = Finetune {
                 pruned: &pruned.path,
                 plan: healing.plan,
                 plan_digest: healing.plan_digest.clone(),
                 data: healing.data,
-                sequence_length: SEQUENCE_LENGTH,
+                options: healing.options,
                 subset,
                 settings,
                 device,
@@ -182,9 +198,10 @@ impl<'a> Stages<'a> {
                 features,
                 teacher: Some(teacher),
             };
-            steps::finetune(&request, path, cancel, &mut |_| ()).map(|_| ())
+            steps::finetune(&request, path, cancel, &mut |_| ()).map(|report| left_out = report.left_out)
         })?;
         self.told(healing.step, &healed);
+        self.warn_left_out(&left_out);
         Ok(healed)
     }
 

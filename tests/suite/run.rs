@@ -12,13 +12,14 @@ fn recipe(learning_rate: &str) -> String {
         r#"
         model = "{model}"
         output = "out"
-        calibration = {{ data = "{data}", samples = 3 }}
+        calibration = {{ data = "{data}", samples = 3, turns = "separate" }}
         plan = {{ drop_count = 2, strategies = ["interlace", "angular"] }}
         bench = {{ enabled = false }}
         export = {{ triton = true }}
         [finetune]
         data = "{data}"
         samples = 8
+        turns = "separate"
         settings = {{ learning_rate = {learning_rate}, batch_size = 4, accumulation_steps = 1 }}
         [eval]
         benchmarks = ["{bench}"]
@@ -78,10 +79,11 @@ fn sweep_file(recipes: &str) -> String {
         drop_ratios = [0.07, 0.13]
         strategies = ["consecutive", "interlace-tn"]
         seeds = [1, 2]
-        calibration = {{ data = "{data}", samples = 3 }}
+        calibration = {{ data = "{data}", samples = 3, turns = "separate" }}
         [finetune]
         data = "{data}"
         samples = 4
+        turns = "separate"
         recipes = [{recipes}]
         settings = {{ batch_size = 4, accumulation_steps = 1, learning_rate = 1e-3 }}
         [eval]

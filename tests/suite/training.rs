@@ -15,7 +15,7 @@ fn fixture(path: &str) -> String {
 
 fn arguments<'a>(output: &'a str, data: &'a str, steps: &'a str) -> Vec<&'a str> {
     let mut all = vec!["finetune", "pruned", "--plan", "plan.json", "--data", data, "-o", output, "--quiet"];
-    all.extend(["--recipe", "paper", "--settings", "settings.toml", "--max-steps", steps]);
+    all.extend(["--turns", "separate", "--recipe", "paper", "--settings", "settings.toml", "--max-steps", steps]);
     all
 }
 

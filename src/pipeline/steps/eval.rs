@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::{Cancel, Device, Provenance, Result};
 use crate::bundle::Bundle;
-use crate::data::{Benchmark, Dataset};
+use crate::data::{Benchmark, DataOptions, Dataset};
 use crate::eval::{
     EvalOptions, EvalReport, LoadedModel, ModelScores, TextReport, TextScores, benchmark_name, compare, evaluate,
     kept_perplexity, perplexity,
@@ -110,6 +110,9 @@ pub fn eval(
 pub struct TextSettings {
     /// Tokens in each sequence.
     pub sequence_length: usize,
+    /// Keys of lines to ignore.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ignore_keys: Vec<String>,
     /// Reads only the first sequences.
     pub limit: Option<usize>,
 }
@@ -127,11 +130,16 @@ pub fn eval_text(
     settings: &TextSettings,
     cancel: &Cancel,
 ) -> Result<TextReport> {
+    let options = DataOptions {
+        sequence_length: settings.sequence_length,
+        ignore_keys: settings.ignore_keys.clone(),
+        ..DataOptions::default()
+    };
     let mut inputs = BTreeMap::new();
     let mut measure = |role: &str, path: &Path| -> Result<TextScores> {
         let bundle = Bundle::open(path)?;
         check_needs(&bundle, Work::Perplexity)?;
-        let text = Dataset::open_for(data, &bundle, settings.sequence_length)?;
+        let text = Dataset::open_for(data, &bundle, &options)?;
         inputs.insert(role.to_string(), bundle.digest()?);
         inputs.insert("data".to_string(), text.digest()?);
         let mut loaded = LoadedModel::open(path, &engine.runtime, &SessionOptions::default(), &engine.cache)?;

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::base::{Cancel, Device, Error, Provenance, Result, Sha256Digest, write_json};
 use crate::bundle::{Bundle, BundleWriter, Record, Role, Step, Tower};
-use crate::data::{Dataset, Processor, Subset};
+use crate::data::{DataOptions, Dataset, Intake, Processor, Subset};
 use crate::finetune::{Conversations, Report, Request, Settings, StepMetrics, Teacher, clear_work};
 use crate::method::{Plan, Role as LayerRole};
 use crate::runtime::FeatureCache;
@@ -25,8 +25,8 @@ pub struct Finetune<'a> {
     /// Digest of the plan's file.
     pub plan_digest: Sha256Digest,
     pub data: &'a Path,
-    /// Tokens in each sequence, where the data is running text.
-    pub sequence_length: usize,
+    /// How the data is read.
+    pub options: &'a DataOptions,
     /// Which samples.
     pub subset: Subset,
     pub settings: &'a Settings,
@@ -43,6 +43,7 @@ pub struct Finetune<'a> {
 #[derive(Serialize)]
 struct Recorded<'a> {
     subset: Subset,
+    data: &'a DataOptions,
     #[serde(flatten)]
     settings: &'a Settings,
 }
@@ -70,11 +71,16 @@ pub fn finetune(
     let component = bundle.require(Role::Decoder)?.clone();
     let work = if request.settings.looks_at_answers() { Work::FinetuneOnAnswers } else { Work::FinetuneOnStream };
     check_needs(&bundle, work)?;
-    let dataset = Dataset::open_for(request.data, &bundle, request.sequence_length)?;
+    let dataset = Dataset::open_for(request.data, &bundle, request.options)?;
     let processor = Processor::open(&bundle)?;
-    let mut indices = request.subset.indices(dataset.len())?;
+    let mut indices = dataset.draw(request.subset)?;
     indices.truncate((request.settings.data_share * indices.len() as f64).ceil() as usize);
-    let data = Conversations { processor: &processor, dataset: &dataset, indices: &indices };
+    let data = Conversations {
+        processor: &processor,
+        dataset: &dataset,
+        indices: &indices,
+        intake: Intake::new(&dataset, &bundle, usize::MAX),
+    };
     let mut writer = BundleWriter::create(&bundle, target)?;
     let dense = request.teacher.map(Bundle::open).transpose()?;
     let (kept, anchors) = correspondence(request.plan);
@@ -95,7 +101,7 @@ pub fn finetune(
         observer,
     )?;
     writer.save(&component, &outcome.decoder)?;
-    let recorded = Recorded { subset: request.subset, settings: request.settings };
+    let recorded = Recorded { subset: request.subset, data: request.options, settings: request.settings };
     let recorded = serde_json::to_value(recorded).map_err(|e| Error::invalid("finetune settings", e.to_string()))?;
     writer.push_step(Step::Finetune {
         layers: request.plan.finetune_pruned.clone(),

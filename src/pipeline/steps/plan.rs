@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::{Error, Provenance, Result, Sha256Digest};
 use crate::bundle::Bundle;
+use crate::data::{DataOptions, LeftOut};
 use crate::method::select::{MeasureLosses, Request, Strategy, drop_count};
 use crate::method::{ModalityWeights, PLAN_SCHEMA_VERSION, Plan, Scores, Similarities};
 
@@ -41,14 +42,20 @@ pub struct PlanSettings {
     /// Calibration samples that losses are measured on, where the strategy measures them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub samples: Option<usize>,
+    /// How the data of the samples is read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data: Option<DataOptions>,
     /// How much similarities over image tokens, text tokens and all tokens count; all tokens alone without it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub modality_weights: Option<ModalityWeights>,
 }
 
-/// Losses for a strategy that measures them, with the digest of the data that they are measured on.
+/// Losses for a strategy that measures them, with the digest of the data that they are measured on and the samples.
 pub struct Losses<'m> {
     pub data: Sha256Digest,
+    /// Ids of the samples.
+    pub samples: Vec<String>,
+    pub left_out: LeftOut,
     pub measure: &'m mut dyn MeasureLosses,
 }
 
@@ -140,8 +147,10 @@ pub fn plan<'m>(
         return Err(Error::invalid(format!("strategy `{}`", strategy.name), "needs scores")
             .remedy("make them with `interlace score` and name them with `--scores`"));
     }
+    let (mut samples, mut left_out) = (Vec::new(), LeftOut::default());
     let mut measure = losses.map(|losses| {
         inputs.insert("data".to_string(), losses.data);
+        (samples, left_out) = (losses.samples, losses.left_out);
         losses.measure
     });
     let layers: &[usize] = match &settings.how_many {
@@ -175,7 +184,9 @@ pub fn plan<'m>(
         }
         count += 1;
     };
-    Plan::new(Provenance::new(PLAN_SCHEMA_VERSION, inputs, settings)?, strategy.name, num_layers, groups)
+    let provenance = Provenance::new(PLAN_SCHEMA_VERSION, inputs, settings)?;
+    let plan = Plan::new(provenance, strategy.name, num_layers, groups)?;
+    Ok(Plan { samples, left_out, ..plan })
 }
 
 #[cfg(test)]
@@ -190,7 +201,14 @@ mod tests {
     }
 
     fn settings(how_many: HowMany) -> PlanSettings {
-        PlanSettings { strategy: "random".into(), how_many, seed: 42, samples: None, modality_weights: None }
+        PlanSettings {
+            strategy: "random".into(),
+            how_many,
+            seed: 42,
+            samples: None,
+            data: None,
+            modality_weights: None,
+        }
     }
 
     /// The decoder's layers are alike, so each bound is met by exactly as many as its arithmetic says, and by no fewer.

@@ -100,6 +100,7 @@ impl Run<'_> {
             how_many: HowMany::DropRatio(drop_ratio),
             seed: if seeded { seed } else { sweep.calibration.seed },
             samples: None,
+            data: None,
             modality_weights: None,
         };
         let count = settings.how_many.count(&self.stages.dense)?;
@@ -125,6 +126,7 @@ impl Run<'_> {
             plan_digest: &planned.digest,
             plan_key: &roles,
             data: &sweep.finetune.data,
+            options: &sweep.finetune.data_options(),
             samples: sweep.finetune.samples,
             settings: &settings,
         };

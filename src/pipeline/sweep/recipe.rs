@@ -7,6 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::base::{Device, Error, Result};
+use crate::data::{DataOptions, Turns};
 use crate::finetune::{DEFAULT_RECIPE, RecipeRow, Settings};
 
 use super::super::recipe::{BenchSection, Calibration, check_strategies, read_file};
@@ -45,8 +46,20 @@ pub struct Sweep {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SweepFinetune {
-    /// Parquet in the FineVision layout, or LLaVA's JSON.
+    /// Conversations in parquet or JSON: a file, a folder or a pattern.
     pub data: PathBuf,
+    /// What the turns of a conversation are: one sample (`conversation`), or a sample each (`separate`).
+    #[serde(default)]
+    pub turns: Turns,
+    /// The least values of columns of ratings; other rows are not used.
+    #[serde(default)]
+    pub min_ratings: BTreeMap<String, f64>,
+    /// Columns or keys to ignore.
+    #[serde(default)]
+    pub ignore_keys: Vec<String>,
+    /// The first row that cannot be read ends the run.
+    #[serde(default)]
+    pub strict: bool,
     /// How many samples are drawn; all without it.
     #[serde(default)]
     pub samples: Option<usize>,
@@ -59,6 +72,15 @@ pub struct SweepFinetune {
     /// Settings of single recipes, by name, in place of those: each recipe's own best learning rate, for instance.
     #[serde(default)]
     pub recipe_settings: BTreeMap<String, BTreeMap<String, serde_json::Value>>,
+}
+
+impl SweepFinetune {
+    /// How the data is read; running text in sequences of the usual length.
+    pub(super) fn data_options(&self) -> DataOptions {
+        let min_ratings = self.min_ratings.clone();
+        let ignore_keys = self.ignore_keys.clone();
+        DataOptions { turns: self.turns, min_ratings, ignore_keys, strict: self.strict, ..DataOptions::default() }
+    }
 }
 
 /// What the models are asked.

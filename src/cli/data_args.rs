@@ -1,0 +1,71 @@
+//! Flags for reading data sets, the same in every verb.
+
+use crate::data::{DataOptions, LeftOut, SEQUENCE_LENGTH, Turns};
+
+use super::args::positive;
+use super::output::Output;
+
+/// How a data set is read.
+#[derive(clap::Args)]
+pub struct DataArgs {
+    /// What the turns of a conversation are: one sample with all its answers (conversation), or a sample each, without
+    /// the turns before it (separate)
+    #[arg(long, value_name = "HOW", default_value = "conversation")]
+    turns: Turns,
+    /// Use only rows with at least this value in a column of ratings, as in relevance_min=4; may be repeated
+    #[arg(long, value_name = "COLUMN=VALUE", value_parser = rating)]
+    min_rating: Vec<(String, f64)>,
+    /// Columns or keys to ignore, besides those that hold nothing of a conversation
+    #[arg(long, value_name = "KEYS", value_delimiter = ',')]
+    ignore_keys: Vec<String>,
+    /// End at the first row that cannot be read, in place of leaving it out
+    #[arg(long)]
+    strict: bool,
+    /// Tokens in each sequence of running text
+    #[arg(long, value_name = "N", default_value_t = SEQUENCE_LENGTH, value_parser = positive)]
+    sequence_length: usize,
+}
+
+impl DataArgs {
+    /// The options that the flags stand for.
+    pub fn options(&self) -> DataOptions {
+        DataOptions {
+            turns: self.turns,
+            min_ratings: self.min_rating.iter().cloned().collect(),
+            ignore_keys: self.ignore_keys.clone(),
+            strict: self.strict,
+            sequence_length: self.sequence_length,
+        }
+    }
+}
+
+/// Warns of samples that were left out.
+pub fn warn_left_out(left_out: &LeftOut, output: &Output) {
+    if let Some(summary) = left_out.summary() {
+        output.warn(format!("samples left out: {summary}"));
+    }
+}
+
+/// `COLUMN=VALUE`.
+fn rating(text: &str) -> Result<(String, f64), String> {
+    let (column, value) =
+        text.split_once('=').ok_or_else(|| format!("`{text}` is no COLUMN=VALUE, as in relevance_min=4"))?;
+    let value: f64 = value.parse().map_err(|_| format!("`{value}` is no number"))?;
+    if column.is_empty() || !value.is_finite() {
+        return Err(format!("`{text}` is no COLUMN=VALUE, as in relevance_min=4"));
+    }
+    Ok((column.to_string(), value))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ratings_are_read_strictly() {
+        assert_eq!(rating("relevance_min=4"), Ok(("relevance_min".into(), 4.0)));
+        for bad in ["relevance_min", "=4", "a=", "a=x", "a=nan", "a=inf"] {
+            assert!(rating(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! The files of a data set: one, those of a folder, or those that a pattern names.
+
+use std::path::{Path, PathBuf};
+
+use crate::base::{Error, Result};
+
+/// A file and its name in the data set.
+#[derive(Debug)]
+pub(super) struct DataFile {
+    pub path: PathBuf,
+    /// The path below the folder that all files have in common; no two files have the same.
+    pub name: String,
+}
+
+/// The files in the order of their names.
+///
+/// Errors: `Error::Io`; `Error::Invalid` when there is none, or one is neither parquet nor JSON.
+pub(super) fn data_files(path: &Path) -> Result<Vec<DataFile>> {
+    let pattern = path.to_str().filter(|text| text.contains(['*', '?', '[']) && !path.exists());
+    let paths = match pattern {
+        Some(pattern) => matching(pattern)?,
+        None => {
+            let metadata = std::fs::metadata(path).map_err(|e| Error::io("open", path, e))?;
+            if metadata.is_dir() { in_folder(path)? } else { vec![path.to_path_buf()] }
+        }
+    };
+    for file in &paths {
+        let extension = file.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
+        if !["parquet", "json", "jsonl"].contains(&extension) {
+            return Err(Error::invalid(format!("data `{}`", file.display()), "is no data set that is known").remedy(
+                "expected a .parquet, .json or .jsonl file, a folder of them, or a pattern such as `data/*.parquet`",
+            ));
+        }
+    }
+    let folder = common_folder(&paths);
+    let name = |path: &PathBuf| path.strip_prefix(&folder).unwrap_or(path).to_string_lossy().into_owned();
+    let mut files: Vec<DataFile> = paths.iter().map(|path| DataFile { path: path.clone(), name: name(path) }).collect();
+    files.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(files)
+}
+
+fn matching(pattern: &str) -> Result<Vec<PathBuf>> {
+    let subject = || format!("data `{pattern}`");
+    let found = glob::glob(pattern).map_err(|e| Error::invalid(subject(), format!("is no pattern: {e}")))?;
+    let mut paths = Vec::new();
+    for path in found {
+        let path = path.map_err(|e| {
+            let path = e.path().to_path_buf();
+            Error::io("read", path, e.into())
+        })?;
+        if path.is_file() {
+            paths.push(path);
+        }
+    }
+    if paths.is_empty() {
+        return Err(Error::invalid(subject(), "matches no file"));
+    }
+    Ok(paths)
+}
+
+/// A folder's parquet files; where it has none, its JSON files.
+fn in_folder(path: &Path) -> Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(path).map_err(|e| Error::io("read", path, e))? {
+        files.push(entry.map_err(|e| Error::io("read", path, e))?.path());
+    }
+    let having = |extensions: &[&str]| -> Vec<PathBuf> {
+        let has = |file: &&PathBuf| file.extension().is_some_and(|own| extensions.iter().any(|name| own == *name));
+        files.iter().filter(has).cloned().collect()
+    };
+    let (parquet, json) = (having(&["parquet"]), having(&["json", "jsonl"]));
+    let subject = || format!("data `{}`", path.display());
+    match (parquet.is_empty(), json.is_empty()) {
+        (true, true) => Err(Error::invalid(subject(), "is a folder without .parquet, .json or .jsonl files")
+            .remedy(format!("for files in folders below it give a pattern, such as `{}/*/*.parquet`", path.display()))),
+        (false, false) => Err(Error::invalid(subject(), "is a folder of .parquet and of .json or .jsonl files")
+            .remedy(format!("say which to read by a pattern, such as `{}/*.parquet`", path.display()))),
+        (false, true) => Ok(parquet),
+        (true, false) => Ok(json),
+    }
+}
+
+/// The longest path that all files are below.
+fn common_folder(paths: &[PathBuf]) -> PathBuf {
+    let mut folder = paths.first().and_then(|path| path.parent()).map(Path::to_path_buf).unwrap_or_default();
+    while !paths.iter().all(|path| path.starts_with(&folder)) {
+        if !folder.pop() {
+            break;
+        }
+    }
+    folder
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_of_folders_and_patterns_are_named_below_their_common_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        for file in ["b/x.parquet", "a/x.parquet", "a/notes.txt", "one.json", "both/x.parquet", "both/y.jsonl"] {
+            let path = folder.path().join(file);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, "").unwrap();
+        }
+        let names = |path: &str| -> Vec<String> {
+            data_files(&folder.path().join(path)).unwrap().into_iter().map(|file| file.name).collect()
+        };
+        assert_eq!(names("[ab]/*.parquet"), ["a/x.parquet", "b/x.parquet"]);
+        assert_eq!(names("a"), ["x.parquet"]);
+        assert_eq!(names("b/x.parquet"), ["x.parquet"]);
+        assert_eq!(names("."), ["one.json"]);
+        for (path, want) in [
+            ("a/*.json", "matches no file"),
+            ("a/*.txt", "is no data set that is known"),
+            ("both", "of .parquet and of .json"),
+            ("none", "cannot open"),
+        ] {
+            let error = data_files(&folder.path().join(path)).unwrap_err().to_string();
+            assert!(error.contains(want), "{path}: {error}");
+        }
+        std::fs::create_dir(folder.path().join("empty")).unwrap();
+        let error = data_files(&folder.path().join("empty")).unwrap_err().to_string();
+        assert!(error.contains("without .parquet") && error.contains("give a pattern"), "{error}");
+    }
+}

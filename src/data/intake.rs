@@ -1,0 +1,130 @@
+//! Samples on their way into a step: rows that cannot be read and samples that are too long are left out and counted.
+
+use std::sync::Mutex;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::base::{Error, Result};
+use crate::bundle::Bundle;
+
+use super::dataset::Dataset;
+use super::processor::Encoded;
+use super::sample::Sample;
+
+/// Of the samples that are asked for, the part that may be unreadable.
+const MOST_UNREADABLE: f64 = 0.05;
+/// Reasons that are kept.
+const REASONS: usize = 5;
+
+/// Samples that a step asked for and did not use.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default)]
+pub struct LeftOut {
+    /// Rows that cannot be read, or pictures that do not decode.
+    pub unreadable: u64,
+    /// Longer than the most tokens that are allowed.
+    pub too_long: u64,
+    /// Without an answer token.
+    pub without_answer: u64,
+    /// The first of the unreadable ones, each with the reason.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub reasons: Vec<String>,
+}
+
+impl LeftOut {
+    /// True when every sample was used.
+    pub fn is_empty(&self) -> bool {
+        *self == LeftOut::default()
+    }
+
+    /// The counts that are not 0, in words; `None` when every sample was used.
+    pub fn summary(&self) -> Option<String> {
+        let counts =
+            [(self.unreadable, "unreadable"), (self.too_long, "too long"), (self.without_answer, "without an answer")];
+        let parts: Vec<String> =
+            counts.iter().filter(|(count, _)| *count > 0).map(|(count, what)| format!("{count} {what}")).collect();
+        let mut text = parts.join(", ");
+        for reason in &self.reasons {
+            text.push_str(&format!("\n  {reason}"));
+        }
+        (!parts.is_empty()).then_some(text)
+    }
+}
+
+/// Positions that the model's config allows.
+fn context_tokens(bundle: &Bundle) -> Option<usize> {
+    let raw = &bundle.config()?.raw;
+    let of = |config: &serde_json::Value| config.get("max_position_embeddings").and_then(serde_json::Value::as_u64);
+    let tokens = raw.get("text_config").and_then(of).or_else(|| of(raw))?;
+    usize::try_from(tokens).ok().filter(|&tokens| tokens > 0)
+}
+
+/// Reads and encodes samples, and counts those that are left out.
+#[derive(Debug)]
+pub struct Intake {
+    strict: bool,
+    /// The most tokens of a sample.
+    max_tokens: usize,
+    left_out: Mutex<LeftOut>,
+}
+
+impl Intake {
+    /// For samples of at most `max_tokens` tokens that the model's context takes. With `DataOptions::strict` the first
+    /// unreadable row is an error.
+    pub fn new(dataset: &Dataset, bundle: &Bundle, max_tokens: usize) -> Self {
+        let max_tokens = context_tokens(bundle).map_or(max_tokens, |context| context.min(max_tokens));
+        Intake { strict: dataset.options().strict, max_tokens, left_out: Mutex::default() }
+    }
+
+    /// The samples with these indices that can be used, encoded. What it counts replaces what was counted before.
+    ///
+    /// Errors: as `Dataset::read`; each item: `Error::Invalid` when the row cannot be read and the set is read
+    /// strictly, or when more than 5% of the samples cannot; other errors than those of single rows as they are.
+    pub fn encoded<'a>(
+        &'a self,
+        dataset: &'a Dataset,
+        indices: &[usize],
+        encode: impl Fn(&Sample) -> Result<Encoded> + 'a,
+    ) -> Result<impl Iterator<Item = Result<Encoded>> + 'a> {
+        *self.lock() = LeftOut::default();
+        let asked = indices.len();
+        let samples = dataset.read(indices)?;
+        Ok(samples.filter_map(move |sample| match sample.and_then(|sample| encode(&sample)) {
+            Ok(encoded) if encoded.len() > self.max_tokens => {
+                self.lock().too_long += 1;
+                None
+            }
+            Ok(encoded) => Some(Ok(encoded)),
+            Err(error) => self.refuse(error, asked).err().map(Err),
+        }))
+    }
+
+    /// The counts so far.
+    pub fn left_out(&self) -> LeftOut {
+        self.lock().clone()
+    }
+
+    /// Errors: the error itself, unless it is that of a single row which may be left out.
+    fn refuse(&self, error: Error, asked: usize) -> Result<()> {
+        let of_a_row = matches!(error, Error::Invalid { .. } | Error::Io { .. });
+        if self.strict || !of_a_row {
+            return Err(error);
+        }
+        let mut left_out = self.lock();
+        left_out.unreadable += 1;
+        if left_out.reasons.len() < REASONS {
+            left_out.reasons.push(error.to_string());
+        }
+        if left_out.unreadable as f64 > MOST_UNREADABLE * asked as f64 {
+            let problem =
+                format!("more than 5% of {asked} samples cannot be read; the first: {}", left_out.reasons.join("; "));
+            return Err(Error::invalid("data", problem).remedy("repair the data, or leave these rows out of it"));
+        }
+        Ok(())
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, LeftOut> {
+        self.left_out.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}

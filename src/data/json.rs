@@ -1,0 +1,106 @@
+//! LLaVA's and TRL's JSON layouts, a list or one object per line: `image` or `images`, and `conversations` or `messages`.
+
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use crate::base::{Error, Progress, Result, contained_path};
+
+use super::json_row::{Entry, EntryProblem};
+use super::json_scan::scan;
+use super::listing::{Listed, content_key};
+use super::options::DataOptions;
+use super::row::SourceRow;
+use super::sample::ImageBytes;
+
+/// A `.json` or `.jsonl` file; `image` paths are relative to its folder. Only the places of its rows are held.
+#[derive(Debug)]
+pub(super) struct JsonFile {
+    path: PathBuf,
+    /// How ids name the file.
+    name: String,
+    options: DataOptions,
+    rows: Vec<Range<u64>>,
+    listed: Vec<Listed>,
+}
+
+impl JsonFile {
+    /// Reads the file once, row by row; pictures are not touched.
+    ///
+    /// Errors: `Error::Io`; `Error::Invalid` when it is neither a list nor one object per line; `Error::Unsupported`
+    /// naming the keys that nobody reads.
+    pub fn open(path: &Path, name: &str, options: &DataOptions) -> Result<Self> {
+        let file = JsonFile {
+            path: path.to_path_buf(),
+            name: name.to_string(),
+            options: options.clone(),
+            rows: Vec::new(),
+            listed: Vec::new(),
+        };
+        let (mut rows, mut listed): (Vec<Range<u64>>, Vec<Listed>) = (Vec::new(), Vec::new());
+        let size = std::fs::metadata(path).map_err(|e| Error::io("open", path, e))?.len();
+        let progress = Progress::new("list", "bytes", size);
+        scan(path, |place, bytes| {
+            let number = rows.len();
+            progress.advance(place.end - rows.last().map_or(0, |last| last.end));
+            let key = content_key(&[bytes]);
+            match Entry::parse(bytes, options) {
+                Ok(entry) if !entry.rated(&options.min_ratings) => {}
+                Ok(entry) => listed.push(Listed { row: number, turns: entry.turns(), key }),
+                Err(EntryProblem::Bad(_)) => listed.push(Listed { row: number, turns: 1, key }),
+                Err(EntryProblem::Unread(keys)) => return Err(super::keys::unread(file.subject(number), &keys)),
+            }
+            rows.push(place);
+            Ok(())
+        })?;
+        Ok(JsonFile { rows, listed, ..file })
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub fn listed(&self) -> &[Listed] {
+        &self.listed
+    }
+
+    /// The rows with these indices.
+    pub fn read(&self, rows: Vec<usize>) -> impl Iterator<Item = Result<SourceRow>> + '_ {
+        let file = File::open(&self.path).map_err(|e| Error::io("open", &self.path, e));
+        rows.into_iter().map(move |row| {
+            let subject = self.subject(row);
+            let place = self.rows.get(row).ok_or_else(|| Error::invalid(&subject, "does not exist"))?;
+            let file = file.as_ref().map_err(|error| Error::invalid(&subject, error.to_string()))?;
+            let length = usize::try_from(place.end - place.start).unwrap_or(usize::MAX);
+            let mut bytes = vec![0; length];
+            file.read_exact_at(&mut bytes, place.start).map_err(|e| Error::io("read", &self.path, e))?;
+            let entry = Entry::parse(&bytes, &self.options).map_err(|problem| match problem {
+                EntryProblem::Bad(problem) => Error::invalid(&subject, problem)
+                    .remedy("expected `image` and `conversations` of `from` and `value`, or `messages`"),
+                EntryProblem::Unread(keys) => super::keys::unread(&subject, &keys),
+            })?;
+            self.row(subject, entry)
+        })
+    }
+
+    fn subject(&self, row: usize) -> String {
+        format!("row {row} of `{}`", self.name)
+    }
+
+    fn row(&self, subject: String, entry: Entry) -> Result<SourceRow> {
+        let folder = self.path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let subject = match &entry.id {
+            Some(id) => format!("{subject} (id `{id}`)"),
+            None => subject,
+        };
+        let mut images = Vec::new();
+        for name in &entry.images {
+            let picture = format!("image `{name}` of {subject}");
+            let path = contained_path(folder, name).map_err(|error| Error::invalid(&picture, error.to_string()))?;
+            images.push(ImageBytes::file(picture, path));
+        }
+        SourceRow::of_messages(subject.clone(), images, entry.messages)
+            .map_err(|problem| Error::invalid(subject, problem))
+    }
+}

@@ -1,0 +1,25 @@
+//! The rows of a source that are used, as far as they are known before they are read.
+
+use sha2::{Digest, Sha256};
+
+/// One row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Listed {
+    /// Position in the source.
+    pub row: usize,
+    /// Question and answer pairs; 1 for a row that cannot be read.
+    pub turns: usize,
+    /// Digest of its content, pictures aside.
+    pub key: u64,
+}
+
+/// A digest of some texts in their order.
+pub(super) fn content_key<T: AsRef<[u8]>>(texts: &[T]) -> u64 {
+    let mut hasher = Sha256::new();
+    for text in texts {
+        hasher.update((text.as_ref().len() as u64).to_le_bytes());
+        hasher.update(text);
+    }
+    let digest = hasher.finalize();
+    digest.iter().take(8).fold(0, |key, byte| (key << 8) | u64::from(*byte))
+}

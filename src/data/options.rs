@@ -1,0 +1,65 @@
+//! Which rows of a data set are used, and what a sample is.
+
+use std::collections::BTreeMap;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::base::Error;
+
+/// Tokens in a sequence of running text, unless the user sets another number.
+pub const SEQUENCE_LENGTH: usize = 512;
+
+/// What the turns of a conversation are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Turns {
+    /// One sample: each turn follows the turns before it, and all answers are learned.
+    #[default]
+    Conversation,
+    /// A sample each, without the turns before it. A picture belongs to the turn that shows it and to all later ones.
+    Separate,
+}
+
+impl FromStr for Turns {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        match text {
+            "conversation" => Ok(Turns::Conversation),
+            "separate" => Ok(Turns::Separate),
+            _ => Err(Error::invalid(format!("turns `{text}`"), "are not known")
+                .remedy("expected `conversation` or `separate`")),
+        }
+    }
+}
+
+/// How a data set is read.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct DataOptions {
+    pub turns: Turns,
+    /// Rows are used only if these columns have at least these values; of a list, if each of its values is at least
+    /// that. A row without a value is not used.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub min_ratings: BTreeMap<String, f64>,
+    /// Columns or keys that are ignored, besides those that are known to hold nothing of a conversation.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub ignore_keys: Vec<String>,
+    /// The first row that cannot be read is an error.
+    pub strict: bool,
+    /// Tokens in each sequence of running text.
+    pub sequence_length: usize,
+}
+
+impl Default for DataOptions {
+    fn default() -> Self {
+        DataOptions {
+            turns: Turns::default(),
+            min_ratings: BTreeMap::new(),
+            ignore_keys: Vec::new(),
+            strict: false,
+            sequence_length: SEQUENCE_LENGTH,
+        }
+    }
+}

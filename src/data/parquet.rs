@@ -1,0 +1,250 @@
+//! Parquet files of conversations, read row group by row group.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use arrow::array::{Array, RecordBatch, StructArray};
+use parquet::arrow::ProjectionMask;
+use parquet::arrow::arrow_reader::{
+    ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder, RowSelection,
+    RowSelector,
+};
+use parquet::file::metadata::ParquetMetaData;
+
+use crate::base::{Error, Progress, Result};
+
+use super::columns::Columns;
+use super::guard::guarded;
+use super::listing::{Listed, content_key};
+use super::options::DataOptions;
+use super::row::{Piece, RawMessage, SourceRow, Speaker};
+
+/// Rows without pictures that are decoded at a time.
+const LISTED_ROWS: usize = 1024;
+/// Rows with pictures that are decoded at a time, and the bytes that they may take.
+const BATCH_ROWS: usize = 32;
+const BATCH_BYTES: usize = 16 << 20;
+
+/// One parquet file.
+#[derive(Debug)]
+pub(super) struct Shard {
+    path: PathBuf,
+    /// How ids name the file.
+    name: String,
+    metadata: ArrowReaderMetadata,
+    columns: Columns,
+    /// Rows before each row group, and the total.
+    starts: Vec<usize>,
+    listed: Vec<Listed>,
+}
+
+impl Shard {
+    /// Reads the footer and the conversations, but no pictures.
+    ///
+    /// Errors: `Error::Io`; `Error::Invalid` when it is no parquet file, or lacks the columns; `Error::Unsupported`
+    /// naming the columns that nobody reads.
+    pub fn open(path: &Path, name: &str, options: &DataOptions) -> Result<Self> {
+        let subject = format!("`{}`", path.display());
+        let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
+        // The page index lets a reader skip to a page; files without one are read from the start of a row group.
+        let load = || {
+            ArrowReaderMetadata::load(&file, ArrowReaderOptions::new().with_page_index(true))
+                .or_else(|_| ArrowReaderMetadata::load(&file, ArrowReaderOptions::new()))
+        };
+        let metadata = guarded(load)
+            .and_then(|metadata| metadata.map_err(|e| e.to_string()))
+            .map_err(|problem| Error::invalid(&subject, format!("is no readable parquet file: {problem}")))?;
+        let columns =
+            Columns::of(metadata.schema(), &subject, options, |column| holds_nothing(metadata.metadata(), column))?;
+        let mut starts = vec![0usize];
+        for group in metadata.metadata().row_groups() {
+            let rows = usize::try_from(group.num_rows())
+                .map_err(|_| Error::invalid(&subject, "a row group has a negative number of rows"))?;
+            let total = starts.last().copied().unwrap_or(0).checked_add(rows);
+            starts.push(total.ok_or_else(|| Error::invalid(&subject, "has too many rows"))?);
+        }
+        let path = path.to_path_buf();
+        let mut shard = Shard { path, name: name.to_string(), metadata, columns, starts, listed: Vec::new() };
+        shard.listed = shard.list(options)?;
+        Ok(shard)
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub fn listed(&self) -> &[Listed] {
+        &self.listed
+    }
+
+    fn rows(&self) -> usize {
+        self.starts.last().copied().unwrap_or(0)
+    }
+
+    /// Every row that its ratings allow.
+    fn list(&self, options: &DataOptions) -> Result<Vec<Listed>> {
+        let groups: Vec<usize> = (0..self.starts.len() - 1).collect();
+        let progress = Progress::new("list", "rows", self.rows() as u64);
+        let mut listed = Vec::with_capacity(self.rows().min(1 << 20));
+        let mut row = 0;
+        for batch in self.reader(groups, None, &self.columns.listed(), LISTED_ROWS)? {
+            let batch = StructArray::from(batch.map_err(|e| self.unreadable(e))?);
+            progress.advance(batch.len() as u64);
+            for place in 0..batch.len() {
+                let rating = |name| guarded(|| self.columns.rating(&batch, name, place)).ok().flatten();
+                if options.min_ratings.iter().all(|(name, least)| rating(name).is_some_and(|rating| rating >= *least)) {
+                    let messages = guarded(|| self.columns.messages(&batch, place)).and_then(|messages| messages);
+                    listed.push(match messages {
+                        Ok(messages) => listed_of(row, self.columns.id(&batch, place), &messages),
+                        Err(problem) => Listed { row, turns: 1, key: content_key(&[problem]) },
+                    });
+                }
+                row += 1;
+            }
+        }
+        if row != self.rows() {
+            return Err(Error::invalid(self.subject(), format!("has {row} rows, its footer says {}", self.rows())));
+        }
+        Ok(listed)
+    }
+
+    /// The rows with these ascending indices; one row group is open at a time.
+    pub fn read(&self, rows: Vec<usize>) -> impl Iterator<Item = Result<SourceRow>> + '_ {
+        let mut groups: Vec<(usize, Vec<usize>)> = Vec::new();
+        let mut rest = rows.as_slice();
+        for (group, &end) in self.starts.iter().skip(1).enumerate() {
+            let (here, later) = rest.split_at(rest.partition_point(|row| *row < end));
+            if !here.is_empty() {
+                groups.push((group, here.to_vec()));
+            }
+            rest = later;
+        }
+        groups.into_iter().flat_map(move |(group, rows)| self.read_group(group, rows))
+    }
+
+    fn read_group(&self, group: usize, rows: Vec<usize>) -> Box<dyn Iterator<Item = Result<SourceRow>> + '_> {
+        let mut selectors = Vec::new();
+        let mut position = self.starts.get(group).copied().unwrap_or(0);
+        for &row in &rows {
+            if row > position {
+                selectors.push(RowSelector::skip(row - position));
+            }
+            selectors.push(RowSelector::select(1));
+            position = row + 1;
+        }
+        let selection = RowSelection::from(selectors);
+        let batch = self.batch_rows(group);
+        let reader = match self.reader(vec![group], Some(selection), &self.columns.read(), batch) {
+            Ok(reader) => reader,
+            Err(error) => return Box::new(std::iter::once(Err(error))),
+        };
+        let mut numbers = rows.into_iter();
+        let mut row = move |batch: &StructArray, place: usize| {
+            let number =
+                numbers.next().ok_or_else(|| Error::invalid(self.subject(), "has more rows than its footer says"))?;
+            let row = guarded(|| self.row(batch, place, number)).and_then(|row| row);
+            row.map_err(|problem| Error::invalid(self.row_subject(number), problem))
+        };
+        Box::new(reader.flat_map(move |batch| match batch {
+            Ok(batch) => {
+                let batch = StructArray::from(batch);
+                (0..batch.len()).map(|place| row(&batch, place)).collect::<Vec<_>>()
+            }
+            Err(error) => vec![Err(self.unreadable(error))],
+        }))
+    }
+
+    /// Rows of a group that are decoded at a time.
+    fn batch_rows(&self, group: usize) -> usize {
+        let group = self.metadata.metadata().row_groups().get(group);
+        let bytes = group.map_or(0, |group| usize::try_from(group.total_byte_size()).unwrap_or(0));
+        let rows = group.map_or(1, |group| usize::try_from(group.num_rows()).unwrap_or(1)).max(1);
+        (BATCH_BYTES / (bytes / rows).max(1)).clamp(1, BATCH_ROWS)
+    }
+
+    fn reader(
+        &self,
+        groups: Vec<usize>,
+        selection: Option<RowSelection>,
+        columns: &[&str],
+        batch: usize,
+    ) -> Result<Batches> {
+        let schema = self.metadata.metadata().file_metadata().schema_descr();
+        let file = File::open(&self.path).map_err(|e| Error::io("open", &self.path, e))?;
+        let mut builder = ParquetRecordBatchReaderBuilder::new_with_metadata(file, self.metadata.clone())
+            .with_row_groups(groups)
+            .with_projection(ProjectionMask::columns(schema, columns.iter().copied()))
+            .with_batch_size(batch);
+        if let Some(selection) = selection {
+            builder = builder.with_row_selection(selection);
+        }
+        let reader = guarded(|| builder.build()).and_then(|reader| reader.map_err(|e| e.to_string()));
+        reader.map(|reader| Batches(Some(reader))).map_err(|e| self.unreadable(e))
+    }
+
+    fn subject(&self) -> String {
+        format!("`{}`", self.path.display())
+    }
+
+    fn row_subject(&self, row: usize) -> String {
+        format!("row {row} of `{}`", self.name)
+    }
+
+    fn unreadable(&self, error: impl std::fmt::Display) -> Error {
+        Error::invalid(self.subject(), format!("does not decode: {error}"))
+    }
+
+    fn row(&self, batch: &StructArray, place: usize, number: usize) -> Result<SourceRow, String> {
+        let mut subject = self.row_subject(number);
+        if let Some(id) = self.columns.id(batch, place) {
+            subject.push_str(&format!(" (id `{id}`)"));
+        }
+        let images = self.columns.pictures(batch, place, &subject)?;
+        SourceRow::of_messages(subject, images, self.columns.messages(batch, place)?)
+    }
+}
+
+fn listed_of(row: usize, id: Option<String>, messages: &[RawMessage]) -> Listed {
+    let mut texts: Vec<String> = id.into_iter().collect();
+    for message in messages {
+        texts.push(format!("{:?}", message.speaker));
+        texts.extend(message.pieces.iter().map(|piece| match piece {
+            Piece::Text(text) => text.clone(),
+            Piece::Image(index) => format!("{index:?}"),
+        }));
+    }
+    let turns = messages.iter().filter(|message| message.speaker == Speaker::Assistant).count();
+    Listed { row, turns: turns.max(1), key: content_key(&texts) }
+}
+
+/// True when the file says that no row has anything in this column.
+fn holds_nothing(metadata: &ParquetMetaData, column: &str) -> bool {
+    let schema = metadata.file_metadata().schema_descr();
+    let leaves: Vec<usize> =
+        (0..schema.num_columns()).filter(|leaf| schema.get_column_root(*leaf).name() == column).collect();
+    metadata.row_groups().iter().all(|group| {
+        leaves.iter().filter_map(|leaf| group.columns().get(*leaf)).all(|chunk| {
+            let nulls = chunk.statistics().and_then(|statistics| statistics.null_count_opt());
+            nulls.is_some_and(|nulls| i64::try_from(nulls).is_ok_and(|nulls| nulls == chunk.num_values()))
+        })
+    })
+}
+
+/// Record batches; the first failure is the last item.
+struct Batches(Option<ParquetRecordBatchReader>);
+
+impl Iterator for Batches {
+    type Item = Result<RecordBatch, String>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let reader = self.0.as_mut()?;
+        let batch = guarded(|| reader.next());
+        match batch.and_then(|batch| batch.transpose().map_err(|e| e.to_string())).transpose() {
+            Some(Err(error)) => {
+                self.0 = None;
+                Some(Err(error))
+            }
+            batch => batch,
+        }
+    }
+}
