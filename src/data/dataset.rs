@@ -1,6 +1,6 @@
 //! Sets of conversations about pictures and of running text, opened by what the path holds.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use crate::base::{Error, Result, Sha256Digest, sha256_file, sha256_json};
@@ -33,11 +33,11 @@ impl RowReader {
         }
     }
 
-    fn listed(&self) -> &[Listed] {
+    fn take_listed(&mut self) -> Vec<Listed> {
         match self {
-            RowReader::Parquet(shard) => shard.listed(),
-            RowReader::Json(file) => file.listed(),
-            RowReader::Text(text) => text.listed(),
+            RowReader::Parquet(shard) => shard.take_listed(),
+            RowReader::Json(file) => file.take_listed(),
+            RowReader::Text(text) => text.take_listed(),
         }
     }
 
@@ -115,30 +115,22 @@ impl Dataset {
         TextFile::holds(path)
     }
 
-    fn new(path: &Path, readers: Vec<(String, RowReader)>, options: &DataOptions) -> Result<Self> {
+    fn new(path: &Path, mut readers: Vec<(String, RowReader)>, options: &DataOptions) -> Result<Self> {
         let subject = || format!("data `{}`", path.display());
-        let narrow = |value: usize| u32::try_from(value).map_err(|_| Error::invalid(subject(), "has too many rows"));
         let (mut places, mut keys) = (Vec::new(), Vec::new());
-        let mut seen: HashMap<u64, u64> = HashMap::new();
-        for (number, (_, reader)) in readers.iter().enumerate() {
+        for (number, (_, reader)) in (0u32..).zip(&mut readers) {
             let separate = options.turns == Turns::Separate && !matches!(reader, RowReader::Text(_));
-            for listed in reader.listed() {
-                let (reader, row) = (narrow(number)?, narrow(listed.row)?);
-                // Rows with the same text are told apart by their order.
-                let repeated = seen.entry(listed.key).or_insert(0);
-                let key = mix(listed.key ^ mix(*repeated));
-                *repeated += 1;
+            for Listed { row, turns, key } in reader.take_listed() {
                 if separate {
-                    for turn in 0..listed.turns {
-                        places.push(Place { reader, row, turn: Some(narrow(turn)?) });
-                        keys.push(mix(key ^ mix(turn as u64)));
-                    }
+                    places.extend((0..turns).map(|turn| Place { reader: number, row, turn: Some(turn) }));
+                    keys.extend((0..turns).map(|turn| mix(key ^ mix(u64::from(turn)))));
                 } else {
-                    places.push(Place { reader, row, turn: None });
+                    places.push(Place { reader: number, row, turn: None });
                     keys.push(key);
                 }
             }
         }
+        tell_apart(&mut keys);
         if places.is_empty() {
             let problem = match options.min_ratings.is_empty() {
                 true => "is empty",
@@ -214,6 +206,19 @@ impl Dataset {
             );
         }
         sha256_json(&digests)
+    }
+}
+
+/// Gives samples with the same text, whose keys are equal, keys by their order.
+fn tell_apart(keys: &mut [u64]) {
+    let mut order: Vec<usize> = (0..keys.len()).collect();
+    order.sort_unstable_by_key(|&index| (keys[index], index));
+    let (mut previous, mut repeated) = (None, 0u64);
+    for index in order {
+        let key = keys[index];
+        repeated = if previous == Some(key) { repeated + 1 } else { 0 };
+        previous = Some(key);
+        keys[index] = mix(key ^ mix(repeated));
     }
 }
 

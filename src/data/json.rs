@@ -41,14 +41,15 @@ impl JsonFile {
         let (mut rows, mut listed): (Vec<Range<u64>>, Vec<Listed>) = (Vec::new(), Vec::new());
         let size = std::fs::metadata(path).map_err(|e| Error::io("open", path, e))?.len();
         let progress = Progress::new("list", "bytes", size);
+        let subject = format!("`{}`", path.display());
         scan(path, |place, bytes| {
             let number = rows.len();
             progress.advance(place.end - rows.last().map_or(0, |last| last.end));
             let key = content_key(&[bytes]);
             match Entry::parse(bytes, options) {
                 Ok(entry) if !entry.rated(&options.min_ratings) => {}
-                Ok(entry) => listed.push(Listed { row: number, turns: entry.turns(), key }),
-                Err(EntryProblem::Bad(_)) => listed.push(Listed { row: number, turns: 1, key }),
+                Ok(entry) => listed.push(Listed::new(&subject, number, entry.turns(), key)?),
+                Err(EntryProblem::Bad(_)) => listed.push(Listed::new(&subject, number, 1, key)?),
                 Err(EntryProblem::Unread(keys)) => return Err(super::keys::unread(file.subject(number), &keys)),
             }
             rows.push(place);
@@ -61,8 +62,9 @@ impl JsonFile {
         &self.path
     }
 
-    pub fn listed(&self) -> &[Listed] {
-        &self.listed
+    /// The rows that are used; they are not kept here.
+    pub fn take_listed(&mut self) -> Vec<Listed> {
+        std::mem::take(&mut self.listed)
     }
 
     /// The rows with these indices.

@@ -2,15 +2,27 @@
 
 use sha2::{Digest, Sha256};
 
+use crate::base::{Error, Result};
+
 /// One row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Listed {
     /// Position in the source.
-    pub row: usize,
+    pub row: u32,
     /// Question and answer pairs; 1 for a row that cannot be read.
-    pub turns: usize,
+    pub turns: u32,
     /// Digest of its content, pictures aside.
     pub key: u64,
+}
+
+impl Listed {
+    /// Errors: `Error::Invalid` when the source has more rows or turns than are counted.
+    pub fn new(subject: &str, row: usize, turns: usize, key: u64) -> Result<Self> {
+        let narrow = |value: usize| {
+            u32::try_from(value).map_err(|_| Error::invalid(subject, format!("has more than {} rows", u32::MAX)))
+        };
+        Ok(Listed { row: narrow(row)?, turns: narrow(turns)?, key })
+    }
 }
 
 /// A digest of some texts in their order.

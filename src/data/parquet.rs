@@ -73,8 +73,9 @@ impl Shard {
         &self.path
     }
 
-    pub fn listed(&self) -> &[Listed] {
-        &self.listed
+    /// The rows that are used; they are not kept here.
+    pub fn take_listed(&mut self) -> Vec<Listed> {
+        std::mem::take(&mut self.listed)
     }
 
     fn rows(&self) -> usize {
@@ -86,6 +87,7 @@ impl Shard {
         let groups: Vec<usize> = (0..self.starts.len() - 1).collect();
         let progress = Progress::new("list", "rows", self.rows() as u64);
         let mut listed = Vec::with_capacity(self.rows().min(1 << 20));
+        let subject = self.subject();
         let mut row = 0;
         for batch in self.reader(groups, None, &self.columns.listed(), LISTED_ROWS)? {
             let batch = StructArray::from(batch.map_err(|e| self.unreadable(e))?);
@@ -93,11 +95,15 @@ impl Shard {
             for place in 0..batch.len() {
                 let rating = |name| guarded(|| self.columns.rating(&batch, name, place)).ok().flatten();
                 if options.min_ratings.iter().all(|(name, least)| rating(name).is_some_and(|rating| rating >= *least)) {
-                    let messages = guarded(|| self.columns.messages(&batch, place)).and_then(|messages| messages);
-                    listed.push(match messages {
-                        Ok(messages) => listed_of(row, self.columns.id(&batch, place), &messages),
-                        Err(problem) => Listed { row, turns: 1, key: content_key(&[problem]) },
+                    let read = guarded(|| {
+                        let messages = self.columns.messages(&batch, place)?;
+                        let turns = messages.iter().filter(|message| message.speaker == Speaker::Assistant).count();
+                        Ok((turns.max(1), key_of(self.columns.id(&batch, place), &messages)))
                     });
+                    let (turns, key) = read
+                        .and_then(|read: Result<_, String>| read)
+                        .unwrap_or_else(|problem| (1, content_key(&[problem])));
+                    listed.push(Listed::new(&subject, row, turns, key)?);
                 }
                 row += 1;
             }
@@ -204,7 +210,8 @@ impl Shard {
     }
 }
 
-fn listed_of(row: usize, id: Option<String>, messages: &[RawMessage]) -> Listed {
+/// What a row is drawn by: its id, speakers and texts.
+fn key_of(id: Option<String>, messages: &[RawMessage]) -> u64 {
     let mut texts: Vec<String> = id.into_iter().collect();
     for message in messages {
         texts.push(format!("{:?}", message.speaker));
@@ -213,8 +220,7 @@ fn listed_of(row: usize, id: Option<String>, messages: &[RawMessage]) -> Listed 
             Piece::Image(index) => format!("{index:?}"),
         }));
     }
-    let turns = messages.iter().filter(|message| message.speaker == Speaker::Assistant).count();
-    Listed { row, turns: turns.max(1), key: content_key(&texts) }
+    content_key(&texts)
 }
 
 /// True when the file says that no row has anything in this column.

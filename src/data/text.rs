@@ -63,15 +63,18 @@ impl TextFile {
             progress.advance(line.len() as u64 + 1);
         }
         let sequences = ids.chunks(length).filter(|sequence| sequence.len() > 1).enumerate();
+        let subject = format!("`{}`", path.display());
         let listed = sequences.map(|(row, sequence)| {
             let bytes: Vec<u8> = sequence.iter().flat_map(|token: &u32| token.to_le_bytes()).collect();
-            Listed { row, turns: 1, key: content_key(&[bytes]) }
+            Listed::new(&subject, row, 1, content_key(&[bytes]))
         });
-        Ok(TextFile { path: path.to_path_buf(), length, listed: listed.collect(), ids })
+        let listed = listed.collect::<Result<_>>()?;
+        Ok(TextFile { path: path.to_path_buf(), length, listed, ids })
     }
 
-    pub fn listed(&self) -> &[Listed] {
-        &self.listed
+    /// The rows that are used; they are not kept here.
+    pub fn take_listed(&mut self) -> Vec<Listed> {
+        std::mem::take(&mut self.listed)
     }
 
     pub fn path(&self) -> &Path {
