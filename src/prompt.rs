@@ -174,6 +174,8 @@ pub struct Prompt {
     pub input_ids: Vec<i64>,
     /// Pictures in the order of their tokens.
     pub pictures: Vec<Arc<ImageArrays>>,
+    /// Tokens before the first answer; `None` where no answer follows.
+    pub question: Option<usize>,
 }
 
 #[cfg(test)]

@@ -40,7 +40,8 @@ impl Encoded {
     /// What sessions read of it.
     pub fn into_prompt(self) -> Prompt {
         let pictures = self.images.map(|images| images.pictures).unwrap_or_default();
-        Prompt { input_ids: self.input_ids, pictures }
+        let question = self.answer_mask.iter().position(|&answer| answer);
+        Prompt { input_ids: self.input_ids, pictures, question }
     }
 }
 

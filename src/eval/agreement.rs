@@ -4,71 +4,65 @@ use std::collections::BTreeMap;
 
 use crate::base::{Error, Result};
 use crate::ir::{self, DataType, Model};
-use crate::runtime::{Decoder, Session, Step, StepTokens, Tensor};
+use crate::runtime::{Decoder, Embedded, Kind, Session, Step, Tensor};
 use crate::torch;
+
+use super::probe::noise;
 
 /// Tokens of the probing prompt; the last one is also decoded alone.
 pub const PROMPT_TOKENS: usize = 8;
 
-/// A made-up prompt, in ids and embeddings.
-pub struct Probe {
-    pub ids: Vec<i64>,
-    /// `[tokens, hidden_size]`; empty for graphs that take ids.
-    pub data: Vec<f32>,
-    pub hidden_size: usize,
-    /// Rows of positions.
-    pub rows: usize,
-}
+/// Tokens of the probing prompt that stand for a picture, where the decoder reads something of pictures.
+pub const IMAGE_TOKENS: std::ops::Range<usize> = 2..5;
 
-/// The arrays behind a step.
-pub struct ProbeStep<'a> {
-    ids: &'a [i64],
-    data: &'a [f32],
-    hidden_size: usize,
-    mask: Vec<i64>,
-    positions: Vec<i64>,
-    rows: usize,
-}
+/// A made-up prompt as a decoder takes it.
+pub struct Probe(Embedded);
 
 impl Probe {
-    /// Tokens `from..to`, those before being in the cache.
-    pub fn step(&self, from: usize, to: usize) -> ProbeStep<'_> {
-        let row: Vec<i64> = (from..to).map(|position| position as i64).collect();
-        ProbeStep {
-            ids: &self.ids[from..to],
-            data: self.data.get(from * self.hidden_size..to * self.hidden_size).unwrap_or(&[]),
-            hidden_size: self.hidden_size,
-            mask: vec![1; to],
-            positions: row.repeat(self.rows),
-            rows: self.rows,
+    /// The prompt, [`PROMPT_TOKENS`] long. For decoders that read DeepStack features or a mask of image tokens, some of its
+    /// tokens are a picture's, with made-up features.
+    pub fn new(mut embedded: Embedded, decoder: &Decoder) -> Self {
+        let levels = decoder.deepstack_levels();
+        if levels.is_some() || decoder.takes(Kind::ImageMask) || decoder.takes(Kind::TokenTypes) {
+            let side = &mut embedded.side;
+            side.image = (0..PROMPT_TOKENS).map(|token| IMAGE_TOKENS.contains(&token)).collect();
+            side.types = side.image.iter().map(|&image| i64::from(image)).collect();
+            let (count, width) = levels.unwrap_or((0, 0));
+            side.deepstack = noise(count * IMAGE_TOKENS.len() * width)
+                .chunks_exact((IMAGE_TOKENS.len() * width).max(1))
+                .map(<[f32]>::to_vec)
+                .collect();
         }
+        Probe(embedded)
     }
-}
 
-impl ProbeStep<'_> {
-    /// The step over these arrays.
-    pub fn borrowed(&self) -> Step<'_> {
-        let tokens = match self.hidden_size {
-            0 => StepTokens::Ids(self.ids),
-            hidden_size => StepTokens::Embeds { data: self.data, hidden_size },
-        };
-        Step {
-            batch: 1,
-            tokens,
-            attention_mask: &self.mask,
-            position_ids: &self.positions,
-            position_rows: self.rows,
-            last_only: false,
-        }
+    /// All tokens in one prefill.
+    fn whole(&self) -> Result<Step> {
+        Step::prefill(&[&self.0], false)
+    }
+
+    /// All tokens but the last, in one prefill.
+    fn beginning(&self) -> Result<Step> {
+        Step::prefill(&[&self.0.slice(0..PROMPT_TOKENS - 1)], false)
+    }
+
+    /// The last token behind the others.
+    pub fn last(&self) -> Result<Step> {
+        let last = self.0.slice(PROMPT_TOKENS - 1..PROMPT_TOKENS);
+        Step::behind(&[&last], &[vec![1; PROMPT_TOKENS - 1]], false)
+    }
+
+    /// The last token behind the others for a graph with a cache, else all of them.
+    pub fn step(&self, with_cache: bool) -> Result<Step> {
+        if with_cache { self.last() } else { self.whole() }
     }
 }
 
 /// Largest difference between the last token's logits decoded with a cache and computed in one prefill.
 pub fn cached_step(decoder: &mut Decoder, probe: &Probe) -> Result<f64> {
-    let last = PROMPT_TOKENS - 1;
-    let (whole, _) = decoder.step(&probe.step(0, PROMPT_TOKENS).borrowed(), None)?;
-    let (_, cache) = decoder.step(&probe.step(0, last).borrowed(), None)?;
-    let (one, _) = decoder.step(&probe.step(last, PROMPT_TOKENS).borrowed(), Some(cache))?;
+    let (whole, _) = decoder.step(&probe.whole()?, None)?;
+    let (_, cache) = decoder.step(&probe.beginning()?, None)?;
+    let (one, _) = decoder.step(&probe.last()?, Some(cache))?;
     let (whole, one) = (whole.to_f32()?, one.to_f32()?);
     let tail = whole.len().checked_sub(one.len()).and_then(|start| whole.get(start..));
     let tail = tail
@@ -79,25 +73,24 @@ pub fn cached_step(decoder: &mut Decoder, probe: &Probe) -> Result<f64> {
 /// Largest difference between the interpreter and ONNX Runtime over all outputs of a prefill and a cached step.
 pub fn interpreter_steps(model: &Model, decoder: &mut Decoder, probe: &Probe) -> Result<f64> {
     let program = torch::Program::compile(model, &torch::Options::default())?;
-    let last = PROMPT_TOKENS - 1;
-    let prefill = probe.step(0, last);
-    let fresh = decoder.feeds(&prefill.borrowed(), None)?;
+    let prefill = probe.beginning()?;
+    let fresh = decoder.feeds(&prefill)?;
     let empty = decoder.empty_cache(1)?;
     let slots: Vec<_> = decoder.slots().to_vec();
     let mut feeds: Vec<(&str, &Tensor)> = fresh.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
     feeds.extend(slots.iter().map(|slot| slot.past.name.as_str()).zip(empty.tensors()));
     let mine = interpret(&program, &feeds)?;
-    let (logits, cache) = decoder.step(&prefill.borrowed(), None)?;
+    let (logits, cache) = decoder.step(&prefill, None)?;
     let mut difference = outputs_differ(decoder, &mine, &logits, cache.tensors())?;
     if slots.is_empty() {
         return Ok(difference);
     }
-    let one = probe.step(last, PROMPT_TOKENS);
-    let fresh = decoder.feeds(&one.borrowed(), Some(last))?;
+    let one = probe.last()?;
+    let fresh = decoder.feeds(&one)?;
     let mut feeds: Vec<(&str, &Tensor)> = fresh.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
     feeds.extend(slots.iter().map(|slot| slot.past.name.as_str()).zip(cache.tensors()));
     let mine = interpret(&program, &feeds)?;
-    let (logits, cache) = decoder.step(&one.borrowed(), Some(cache))?;
+    let (logits, cache) = decoder.step(&one, Some(cache))?;
     difference = worse(difference, outputs_differ(decoder, &mine, &logits, cache.tensors())?);
     Ok(difference)
 }
@@ -140,8 +133,8 @@ pub struct Rounding {
 
 /// The logits of one prefill, as the graph is and in f32.
 pub fn rounding_step(decoder: &mut Decoder, reference: &mut Decoder, probe: &Probe) -> Result<Rounding> {
-    let (mine, _) = decoder.step(&probe.step(0, PROMPT_TOKENS).borrowed(), None)?;
-    let (exact, _) = reference.step(&probe.step(0, PROMPT_TOKENS).borrowed(), None)?;
+    let (mine, _) = decoder.step(&probe.whole()?, None)?;
+    let (exact, _) = reference.step(&probe.whole()?, None)?;
     rounding([(&mine, &exact)])
 }
 

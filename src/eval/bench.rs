@@ -10,9 +10,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::{Cancel, Error, Progress, Provenance, Result, peak_memory_bytes};
 use crate::bundle::{Bundle, Role};
-use crate::runtime::{Decoder, FeatureCache, Runtime, SessionOptions, Step, StepTokens, Tensor};
+use crate::runtime::{Decoder, Embedded, FeatureCache, KvCache, Runtime, SessionOptions, Step, Tensor};
 
-use super::probe::{noise_embeddings, picture_prompt, token_ids};
+use super::probe::{noise_text, picture_prompt, token_ids};
 use super::run::LoadedModel;
 use super::stats::Spread;
 
@@ -103,7 +103,8 @@ struct Contestant {
     size_bytes: u64,
     decoder_size_bytes: u64,
     load_ms: f64,
-    prompt: DecoderPrompt,
+    /// A text of the wanted length for the decoder alone.
+    prompt: Embedded,
     times: Vec<Times>,
 }
 
@@ -130,14 +131,11 @@ impl Engine {
         }
     }
 
-    /// What the decoder reads for these tokens: their embeddings (noise, where nothing makes any), or nothing but ids.
-    fn embed(&mut self, ids: &[i64]) -> Result<(Vec<f32>, usize)> {
-        if !self.decoder().takes_embeds() {
-            return Ok((Vec::new(), 0));
-        }
+    /// What the decoder reads for these tokens, embedded by noise where nothing embeds them.
+    fn embed(&mut self, ids: &[i64], first: i64) -> Result<Embedded> {
         match self {
-            Engine::Whole(model) => model.vlm.embed_tokens(ids),
-            Engine::Alone(decoder) => noise_embeddings(decoder, ids.len()),
+            Engine::Whole(model) => model.vlm.embed_text(ids, first),
+            Engine::Alone(decoder) => noise_text(decoder, ids, first),
         }
     }
 
@@ -151,7 +149,7 @@ impl Engine {
     /// A picture and a question to the first token; `None` for models without a vision encoder.
     fn answer_picture(&mut self, cancel: &Cancel) -> Result<Option<f64>> {
         let Engine::Whole(model) = self else { return Ok(None) };
-        if model.vlm.vision_mut().is_none() {
+        if !model.vlm.reads_pictures() {
             return Ok(None);
         }
         let began = Instant::now();
@@ -167,13 +165,6 @@ struct Times {
     prefill_ms: f64,
     decode_ms: f64,
     pipeline_ms: Option<f64>,
-}
-
-/// A prompt of the wanted length for the decoder alone.
-struct DecoderPrompt {
-    ids: Vec<i64>,
-    data: Vec<f32>,
-    hidden_size: usize,
 }
 
 /// Measures a model, and a baseline in turn with it. `memory` gives a model's peak memory from a process of its own,
@@ -291,7 +282,7 @@ impl Contestant {
             size_bytes,
             decoder_size_bytes: bundle.size_bytes(bundle.require(Role::Decoder)?)?,
             load_ms,
-            prompt: DecoderPrompt::new(&mut engine, options.prompt_tokens)?,
+            prompt: made_up_prompt(&mut engine, options.prompt_tokens)?,
             engine,
             times: Vec::new(),
         })
@@ -300,29 +291,16 @@ impl Contestant {
     fn round(&mut self, options: &BenchOptions, cancel: &Cancel) -> Result<Times> {
         let engine = &mut self.engine;
         let began = Instant::now();
-        let mut mask = vec![1; self.prompt.ids.len()];
-        let (logits, mut cache) = self.prompt.prefill(engine.decoder(), &mask)?;
+        let (logits, mut cache) = engine.decoder().step(&Step::prefill(&[&self.prompt], true)?, None)?;
         let mut token = likeliest(&logits)?;
         let prefill_ms = milliseconds(began);
 
         let began = Instant::now();
         for _ in 0..options.new_tokens {
-            let position = [mask.len() as i64; 3];
-            mask.push(1);
-            let rows = engine.decoder().position_rows();
-            let ids = [token];
-            let (data, hidden_size) = engine.embed(&ids)?;
-            let tokens =
-                if hidden_size > 0 { StepTokens::Embeds { data: &data, hidden_size } } else { StepTokens::Ids(&ids) };
-            let step = Step {
-                batch: 1,
-                tokens,
-                attention_mask: &mask,
-                position_ids: &position[..rows],
-                position_rows: rows,
-                last_only: true,
-            };
-            let (logits, longer) = engine.decoder().step(&step, Some(cache))?;
+            let length = cache.length();
+            let row = engine.embed(&[token], length as i64)?;
+            let step = Step::behind(&[&row], &[vec![1; length]], true)?;
+            let (logits, longer): (Tensor, KvCache) = engine.decoder().step(&step, Some(cache))?;
             token = likeliest(&logits)?;
             cache = longer;
         }
@@ -370,31 +348,10 @@ impl Speedup {
     }
 }
 
-impl DecoderPrompt {
-    fn new(engine: &mut Engine, count: usize) -> Result<Self> {
-        let vocabulary = engine.decoder().vocabulary().unwrap_or(256);
-        let ids = token_ids(count, vocabulary, engine.image_token());
-        let (data, hidden_size) = engine.embed(&ids)?;
-        Ok(DecoderPrompt { ids, data, hidden_size })
-    }
-
-    fn prefill(&self, decoder: &mut Decoder, mask: &[i64]) -> Result<(Tensor, crate::runtime::KvCache)> {
-        let rows = decoder.position_rows();
-        let positions: Vec<i64> = (0..self.ids.len() as i64).collect::<Vec<_>>().repeat(rows);
-        let tokens = match self.hidden_size {
-            0 => StepTokens::Ids(&self.ids),
-            hidden_size => StepTokens::Embeds { data: &self.data, hidden_size },
-        };
-        let step = Step {
-            batch: 1,
-            tokens,
-            attention_mask: mask,
-            position_ids: &positions,
-            position_rows: rows,
-            last_only: true,
-        };
-        decoder.step(&step, None)
-    }
+fn made_up_prompt(engine: &mut Engine, count: usize) -> Result<Embedded> {
+    let vocabulary = engine.decoder().vocabulary().unwrap_or(256);
+    let ids = token_ids(count, vocabulary, engine.image_token());
+    engine.embed(&ids, 0)
 }
 
 /// The likeliest token at the last position.

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::base::{Cancel, Error, Progress, Provenance, Result};
 use crate::data::Dataset;
 use crate::prompt::Prompt;
-use crate::runtime::{Step, StepTokens, cross_entropy};
+use crate::runtime::{Step, cross_entropy};
 
 use super::run::LoadedModel;
 use super::stats::{Interval, kept_likelihood};
@@ -93,23 +93,9 @@ pub fn perplexity(
 
 fn sequence_loss(model: &mut LoadedModel, prompt: &Prompt) -> Result<SequenceLoss> {
     let embedded = model.vlm.embed(prompt)?;
-    let positions = embedded.positions.concat();
     let ids = &prompt.input_ids;
     let decoder = model.vlm.decoder_mut();
-    let tokens = if decoder.takes_embeds() {
-        StepTokens::Embeds { data: &embedded.data, hidden_size: embedded.hidden_size }
-    } else {
-        StepTokens::Ids(ids)
-    };
-    let step = Step {
-        batch: 1,
-        tokens,
-        attention_mask: &vec![1; ids.len()],
-        position_ids: &positions,
-        position_rows: embedded.positions.len(),
-        last_only: false,
-    };
-    let (logits, _) = decoder.step(&step, None)?;
+    let (logits, _) = decoder.step(&Step::prefill(&[&embedded], false)?, None)?;
     let subject = decoder.session().subject();
     let (width, rows) = match *logits.shape() {
         [1, rows, width] if rows == ids.len() => (width, rows),

@@ -1,20 +1,18 @@
 //! Inputs made up for measuring and checking: token ids, a picture, pixel values.
 
+use ndarray::{ArrayD, IxDyn};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::base::{Error, Result};
-use crate::bundle::ModelConfig;
 use crate::data::{ImageBytes, Part, Processor};
-use crate::ir::{DataType, Dim};
-use crate::prompt::Prompt;
-use crate::runtime::{Decoder, Port, Session, Tensor, VlmSession};
-
-use super::agreement::PROMPT_TOKENS;
+use crate::prompt::{
+    Array, IMAGE_GRID_HWS, IMAGE_GRID_THW, IMAGE_SIZES, ImageArrays, PATCH_ATTENTION_MASK, PIXEL_ATTENTION_MASK,
+    PIXEL_POSITION_IDS, PIXEL_VALUES, Prompt, SPATIAL_SHAPES, TGT_SIZES,
+};
+use crate::runtime::{Decoder, Embedded, Input, Kind};
 
 const GIVE_INPUTS: &str = "give inputs of your own with `verify --inputs`";
-/// The input of an embedding component that takes the vision encoder's output.
-const IMAGE_FEATURES: &str = "image_features";
 /// Side of the made-up picture, in pixels.
 const PICTURE_SIDE: u32 = 512;
 
@@ -29,23 +27,25 @@ pub fn token_ids(count: usize, vocabulary: usize, avoid: Option<i64>) -> Vec<i64
         .collect()
 }
 
-/// Embeddings of made-up tokens by the model's own embedding component, `[count, hidden]`, and the hidden size.
+/// A text of these ids at positions counted from `first`, with noise in place of embeddings, for a decoder without an
+/// embedding component.
 ///
-/// Errors: as `VlmSession::embed_tokens`.
-pub fn embeddings(vlm: &mut VlmSession, count: usize) -> Result<(Vec<f32>, usize)> {
-    let ids = token_ids(count, vlm.decoder().vocabulary().unwrap_or(256), vlm.settings().image_token_id);
-    vlm.embed_tokens(&ids)
-}
-
-/// Noise in place of embeddings, for a decoder without an embedding component.
-///
-/// Errors: `Error::Unsupported` when the graph leaves the hidden size open.
-pub fn noise_embeddings(decoder: &Decoder, count: usize) -> Result<(Vec<f32>, usize)> {
-    let hidden = decoder.hidden_size().ok_or_else(|| {
-        Error::unsupported(decoder.session().subject(), "leaves the width of `inputs_embeds` open")
+/// Errors: `Error::Unsupported` when the graph leaves a width open.
+pub fn noise_text(decoder: &Decoder, ids: &[i64], first: i64) -> Result<Embedded> {
+    let open = |what: &str| {
+        Error::unsupported(decoder.session().subject(), format!("leaves the width of `{what}` open"))
             .remedy("give the model's whole folder")
-    })?;
-    Ok((noise(count * hidden), hidden))
+    };
+    let hidden_size = match decoder.takes_embeds() {
+        true => decoder.hidden_size().ok_or_else(|| open("inputs_embeds"))?,
+        false => 0,
+    };
+    let mut text = Embedded::text(ids, hidden_size, noise(ids.len() * hidden_size), first, decoder.position_rows());
+    if decoder.takes(Kind::PerLayerInputs) {
+        let width = decoder.per_layer_width().ok_or_else(|| open("per_layer_inputs"))?;
+        text.side.per_layer = noise(ids.len() * width);
+    }
+    Ok(text)
 }
 
 /// A picture of coloured noise with a question, encoded by the model's own processor.
@@ -57,85 +57,77 @@ pub fn picture_prompt(processor: &Processor) -> Result<Prompt> {
     Ok(processor.encode_question("the made-up question", &parts, &[image])?.into_prompt())
 }
 
-/// Pixel values and masks of one tile for a vision encoder's inputs.
+/// A made-up picture for a vision encoder's inputs: one tile, or patches on a grid.
 ///
-/// Errors: `Error::Unsupported` when the graph leaves the tile's size open or has an input that is no picture.
-pub fn pixel_feeds(subject: &str, inputs: &[Port]) -> Result<Vec<(String, Tensor)>> {
-    let mut feeds = Vec::new();
-    for port in inputs {
-        let lead = match (port.name.as_str(), port.shape.len()) {
-            ("pixel_values", rank @ (4 | 5)) => rank - 3,
-            ("pixel_attention_mask", rank @ (3 | 4)) => rank - 2,
-            _ => {
-                return Err(
-                    Error::unsupported(subject, format!("input `{}` cannot be made up", port.name)).remedy(GIVE_INPUTS)
-                );
+/// Errors: `Error::Unsupported` when the graph leaves the size of a tile or of a patch open.
+pub fn noise_picture(subject: &str, inputs: &[Input]) -> Result<ImageArrays> {
+    let port = inputs.iter().find(|input| input.kind() == Kind::Image(PIXEL_VALUES)).map(|input| &input.port);
+    let port = port.ok_or_else(|| Error::unsupported(subject, format!("has no input `{PIXEL_VALUES}`")))?;
+    let rank = port.rank();
+    let size = |axis: usize| {
+        let problem = || format!("axis {axis} of input {} has no fixed size", port.described());
+        let size = port.fixed_size(axis).filter(|&size| size > 0);
+        size.ok_or_else(|| Error::unsupported(subject, problem()).remedy(GIVE_INPUTS))
+    };
+    // The axes of a tile `[C, H, W]` or a patch `[D]` are the last ones; how many patches there are may be open.
+    let (shape, grid) = match rank {
+        4 | 5 => (vec![1, size(rank - 3)?, size(rank - 2)?, size(rank - 1)?], [0, 0]),
+        _ => {
+            let patches = port.fixed_size(rank - 2).filter(|&size| size > 0).unwrap_or(64);
+            let mut shape = vec![patches, size(rank - 1)?];
+            if rank == 3 {
+                shape.insert(0, 1);
             }
-        };
-        let mut shape = Vec::with_capacity(port.shape.len());
-        for (axis, dim) in port.shape.iter().enumerate() {
-            shape.push(match dim {
-                Dim::Known(size) if *size > 0 => *size as usize,
-                _ if axis < lead => 1,
-                _ => {
-                    return Err(Error::unsupported(
-                        subject,
-                        format!("axis {axis} of input `{}` has no fixed size", port.name),
-                    )
-                    .remedy(GIVE_INPUTS));
-                }
-            });
+            (shape, grid_of(patches))
         }
-        let count =
-            shape.iter().try_fold(1usize, |count, &dim| count.checked_mul(dim)).filter(|&count| count < 1 << 28);
-        let count = count.ok_or_else(|| {
-            Error::unsupported(subject, format!("input `{}` is of shape {shape:?}", port.name)).remedy(GIVE_INPUTS)
-        })?;
-        let tensor = match port.dtype {
-            DataType::Bool | DataType::Int64 | DataType::Int32 => Tensor::from_i64(port.dtype, &shape, vec![1; count])?,
-            dtype => Tensor::from_f32(dtype, &shape, noise(count))?,
-        };
-        feeds.push((port.name.clone(), tensor));
-    }
-    Ok(feeds)
-}
-
-/// Token ids for an embedding component, and image features where it takes them: one row for the one image token among the
-/// ids, or none where that token is not known. Features of sounds have no rows.
-///
-/// Errors: `Error::Unsupported` naming another input, or a width that is open.
-pub fn embedding_feeds(session: &Session, config: Option<&ModelConfig>) -> Result<Vec<(String, Tensor)>> {
-    let vocabulary = config.and_then(|config| config.vocab_size).unwrap_or(16);
-    let image_token = config.and_then(|config| config.image_token_id);
-    let mut ids = token_ids(PROMPT_TOKENS, vocabulary, image_token);
-    let image_token = image_token.filter(|_| session.input(IMAGE_FEATURES).is_some());
-    if let (Some(token), Some(last)) = (image_token, ids.last_mut()) {
-        *last = token;
-    }
-    let mut feeds = Vec::new();
-    for port in session.inputs() {
-        let unsupported = |problem: String| Error::unsupported(session.subject(), problem).remedy(GIVE_INPUTS);
-        let rows = usize::from(port.name == IMAGE_FEATURES && image_token.is_some());
-        let tensor = match (port.name.as_str(), port.shape.len()) {
-            ("input_ids", _) => Tensor::from_i64(port.dtype, &[1, ids.len()], ids.clone())?,
-            (IMAGE_FEATURES | "audio_features", rank @ (2 | 3)) if port.dtype.is_float() => {
-                let width = port.fixed_size(rank - 1).or_else(|| config?.hidden_size);
-                let width = width.ok_or_else(|| unsupported(format!("leaves the width of `{}` open", port.name)))?;
-                let mut shape = vec![1; rank - 2];
-                shape.extend([rows, width]);
-                match rows {
-                    0 => Tensor::empty(port.dtype, &shape)?,
-                    _ => Tensor::from_f32(port.dtype, &shape, noise(rows * width))?,
-                }
+    };
+    let count = shape.iter().try_fold(1usize, |count, &dim| count.checked_mul(dim)).filter(|&count| count < 1 << 28);
+    let count = count.ok_or_else(|| Error::unsupported(subject, format!("input {} is too large", port.described())))?;
+    let ints = |shape: &[usize], values: Vec<i64>| {
+        ArrayD::from_shape_vec(IxDyn(shape), values).map(Array::Int).map_err(|e| Error::invalid(subject, e.to_string()))
+    };
+    let [rows, columns] = grid.map(|size| size as i64);
+    let mut arrays = vec![(
+        PIXEL_VALUES,
+        Array::Float(
+            ArrayD::from_shape_vec(IxDyn(&shape), noise(count)).map_err(|e| Error::invalid(subject, e.to_string()))?,
+        ),
+    )];
+    for input in inputs {
+        let Kind::Image(name) = input.kind() else { continue };
+        let array = match name {
+            IMAGE_GRID_THW => ints(&[1, 3], vec![1, rows, columns])?,
+            IMAGE_GRID_HWS | SPATIAL_SHAPES | TGT_SIZES => ints(&[1, 2], vec![rows, columns])?,
+            IMAGE_SIZES => ints(&[1, 2], shape[shape.len() - 2..].iter().map(|&size| size as i64).collect())?,
+            PIXEL_POSITION_IDS => {
+                let places = (0..rows * columns).flat_map(|at| [at % columns, at / columns]).collect();
+                ints(&[1, (rows * columns) as usize, 2], places)?
             }
-            _ => return Err(unsupported(format!("input `{}` of {} cannot be made up", port.name, port.dtype))),
+            PATCH_ATTENTION_MASK => Array::Bool(ArrayD::from_elem(IxDyn(&[1, 1, shape[shape.len() - 2]]), true)),
+            PIXEL_ATTENTION_MASK | PIXEL_VALUES => continue,
+            other => {
+                let problem = format!("input `{other}` cannot be made up");
+                return Err(Error::unsupported(subject, problem).remedy(GIVE_INPUTS));
+            }
         };
-        feeds.push((port.name.clone(), tensor));
+        arrays.push((name, array));
     }
-    Ok(feeds)
+    ImageArrays::new(arrays)
 }
 
-fn noise(count: usize) -> Vec<f32> {
+/// Rows and columns of a grid of so many patches, as square as it can be in steps of two.
+fn grid_of(patches: usize) -> [usize; 2] {
+    let rows = (1..=patches / 2)
+        .map(|half| 2 * half)
+        .take_while(|rows| rows * rows <= patches)
+        .filter(|rows| patches.is_multiple_of(2 * rows))
+        .last();
+    let rows = rows.unwrap_or(1);
+    [rows, patches / rows]
+}
+
+/// Numbers between -1 and 1.
+pub fn noise(count: usize) -> Vec<f32> {
     let mut rng = ChaCha8Rng::seed_from_u64(0);
     (0..count).map(|_| rng.random_range(-1.0..1.0)).collect()
 }
@@ -160,6 +152,8 @@ fn noise_bitmap(width: u32, height: u32) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ir::{DataType, Dim};
+    use crate::runtime::Port;
 
     #[test]
     fn ids_stay_in_the_vocabulary_and_avoid_the_image_token() {
@@ -176,13 +170,31 @@ mod tests {
         assert_eq!((picture.width(), picture.height()), (5, 3));
     }
 
+    fn picture(ports: &[(&str, &[i64])]) -> Result<ImageArrays> {
+        let dim = |&size: &i64| if size < 0 { Dim::Unknown } else { Dim::Known(size) };
+        let port = |(name, shape): &(&str, &[i64])| Port {
+            name: name.to_string(),
+            dtype: DataType::Float,
+            shape: shape.iter().map(dim).collect(),
+        };
+        let ports: Vec<Port> = ports.iter().map(port).collect();
+        noise_picture("x", &Input::all("x", &ports)?)
+    }
+
     #[test]
     fn open_tile_sizes_are_refused() {
-        let port = |shape: Vec<Dim>| Port { name: "pixel_values".into(), dtype: DataType::Float, shape };
-        let open = [Dim::Unknown, Dim::Known(3), Dim::Symbol("h".into()), Dim::Known(8)];
-        assert!(pixel_feeds("x", &[port(open.to_vec())]).is_err());
-        let fixed = [Dim::Symbol("n".into()), Dim::Known(3), Dim::Known(4), Dim::Known(8)];
-        let feeds = pixel_feeds("x", &[port(fixed.to_vec())]).expect("feeds");
-        assert_eq!(feeds[0].1.shape(), [1, 3, 4, 8]);
+        assert!(picture(&[("pixel_values", &[-1, 3, -1, 8])]).is_err());
+        let found = picture(&[("pixel_values", &[-1, 3, 4, 8]), ("image_sizes", &[-1, 2])]).expect("a picture");
+        assert_eq!(found.pixel_values().expect("pixels").shape(), [1, 3, 4, 8]);
+        assert_eq!(found.get("image_sizes").and_then(Array::ints).expect("sizes").as_slice(), Some(&[4, 8][..]));
+    }
+
+    #[test]
+    fn patches_stand_on_a_grid() {
+        let found = picture(&[("pixel_values", &[64, 6]), ("grid_thw", &[-1, 3])]).expect("a picture");
+        assert_eq!(found.grid_thw(), Some([1, 8, 8]));
+        let found = picture(&[("pixel_values", &[-1, 24, 6]), ("spatial_shapes", &[-1, 2])]).expect("a picture");
+        assert_eq!(found.pixel_values().expect("pixels").shape(), [1, 24, 6]);
+        assert_eq!(found.get("spatial_shapes").and_then(Array::ints).expect("grid").as_slice(), Some(&[4, 6][..]));
     }
 }

@@ -4,22 +4,23 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use crate::base::{Cancel, Error, Progress, Provenance, Result, sha256_large_file};
+use crate::base::{Cancel, Error, Progress, Provenance, Result, Sha256Digest, sha256_large_file};
 use crate::bundle::{Bundle, Component, Role};
+use crate::data::Processor;
 use crate::ir::{self, Model};
 use crate::runtime::{
-    Decoder, FeatureCache, InputFact, Runtime, Session, SessionOptions, Tensor, TractOutcome, VlmSession, VlmSettings,
-    tract_check,
+    Decoder, Embedded, FeatureCache, InputFact, Runtime, Session, SessionOptions, Tensor, TokenEmbedding, TractOutcome,
+    VisionEncoder, VlmSession, VlmSettings, tract_check,
 };
 use crate::{onnx, torch};
 
 use super::agreement::{
-    PROMPT_TOKENS, Probe, cached_step, interpreter_once, interpreter_steps, rounding_once, rounding_step,
+    IMAGE_TOKENS, PROMPT_TOKENS, Probe, cached_step, interpreter_once, interpreter_steps, rounding_once, rounding_step,
 };
 use super::checks::{CheckStatus, Checks, TOLERANCE, VerifyReport};
 use super::exact::{EXACT, find_node, in_f32, in_types_of, unit_roundoff};
 use super::figures::{config_and_graph, logits_name};
-use super::probe::{embedding_feeds, embeddings, noise_embeddings, picture_prompt, pixel_feeds, token_ids};
+use super::probe::{noise, noise_picture, noise_text, picture_prompt, token_ids};
 use super::quantised::{rounding_operator, spread_of_decoder, spread_of_session};
 use super::run::LoadedModel;
 
@@ -113,28 +114,27 @@ fn component(bundle: &Bundle, part: &Component, runtime: &Runtime, checks: &mut 
     let counts = format!("{} inputs, {} outputs", session.inputs().len(), session.outputs().len());
     checks.add("loads in ONNX Runtime", &part.file, CheckStatus::Passed, counts);
     match part.role {
-        Role::VisionEncoder => {
-            let mut session = session;
-            match pixel_feeds(session.subject(), session.inputs()) {
-                Ok(feeds) => {
-                    tract(bundle, part, &facts_of(&feeds)?, checks)?;
-                    interpreter(part, &model, &mut session, &feeds, runtime, checks);
-                }
-                Err(error) => {
-                    checks.error("plans in tract", &part.file, &error);
-                    checks.error("interpreter", &part.file, &error);
-                }
+        Role::VisionEncoder => match pixel_feeds(bundle, session) {
+            Ok((mut session, feeds)) => {
+                tract(bundle, part, &facts_of(&feeds)?, checks)?;
+                interpreter(part, &model, &mut session, &feeds, runtime, checks);
             }
-        }
+            Err(error) => {
+                checks.error("plans in tract", &part.file, &error);
+                checks.error("interpreter", &part.file, &error);
+            }
+        },
         Role::EmbedTokens => {
-            let mut session = session;
-            match embedding_feeds(&session, bundle.config()) {
-                Ok(feeds) => {
-                    tract(bundle, part, &facts_of(&feeds)?, checks)?;
-                    interpreter(part, &model, &mut session, &feeds, runtime, checks);
+            let embedding = match TokenEmbedding::new(session) {
+                Ok(embedding) => embedding,
+                Err(error) => {
+                    checks.error("interpreter", &part.file, &error);
+                    return Ok(());
                 }
-                Err(error) => checks.error("interpreter", &part.file, &error),
-            }
+            };
+            let feeds = embedding.feeds(&embedding_prompt(bundle, &embedding))?;
+            tract(bundle, part, &facts_of(&feeds)?, checks)?;
+            interpreter(part, &model, &mut embedding.into_session(), &feeds, runtime, checks);
         }
         // Weights without layers: that they load is all there is to say of them alone.
         Role::Projector | Role::LmHead | Role::AudioEncoder | Role::ImageGenerator => {}
@@ -147,6 +147,39 @@ fn component(bundle: &Bundle, part: &Component, runtime: &Runtime, checks: &mut 
         }
     }
     Ok(())
+}
+
+/// The vision encoder's inputs for a picture: one that the model's own processor made, else made-up numbers.
+///
+/// Errors: `Error::Unsupported` naming an input that is not known, or whose size is open.
+fn pixel_feeds(bundle: &Bundle, session: Session) -> Result<(Session, Vec<(String, Tensor)>)> {
+    let encoder = VisionEncoder::new(session, Sha256Digest::new(), FeatureCache::new(0))?;
+    let made = noise_picture(encoder.session().subject(), encoder.inputs()).and_then(|made| encoder.feeds(&[&made]));
+    let feeds = match made {
+        Ok(feeds) => feeds,
+        Err(error) => {
+            let own = Processor::open(bundle).and_then(|processor| picture_prompt(&processor));
+            match own.as_ref().map(|prompt| prompt.pictures.first()) {
+                Ok(Some(picture)) => encoder.feeds(&[picture])?,
+                _ => return Err(error),
+            }
+        }
+    };
+    Ok((encoder.into_session(), feeds))
+}
+
+/// A made-up prompt for a token embedding; a picture is in it where the graph merges features in.
+fn embedding_prompt(bundle: &Bundle, embedding: &TokenEmbedding) -> Embedded {
+    let config = bundle.config();
+    let image_token = config.and_then(|config| config.image_token_id);
+    let ids = token_ids(PROMPT_TOKENS, config.and_then(|config| config.vocab_size).unwrap_or(16), image_token);
+    let mut prompt = Embedded::text(&ids, 0, Vec::new(), 0, 1);
+    if let (Some(token), Some(width)) = (image_token, embedding.feature_width()) {
+        prompt.side.image = (0..ids.len()).map(|at| IMAGE_TOKENS.contains(&at)).collect();
+        prompt.input_ids[IMAGE_TOKENS].fill(token);
+        prompt.side.features = noise(IMAGE_TOKENS.len() * width);
+    }
+    prompt
 }
 
 /// Everything together: the model's own processor encodes a picture, and its features fit the prompt.
@@ -180,30 +213,23 @@ fn decoder_checks(
 ) -> Result<()> {
     let embed = if decoder.takes_embeds() { bundle.component(Role::EmbedTokens) } else { None };
     let embed = embed.map(|part| runtime.session(&bundle.path_of(part), &SessionOptions::default())).transpose()?;
-    // One that also merges image features is checked by itself; noise is as good a prompt.
-    let embed = embed.filter(|session| session.inputs().iter().all(|port| port.name == "input_ids"));
+    // One that is not understood is said so by itself; noise is as good a prompt.
+    let embed = embed.and_then(|session| TokenEmbedding::new(session).ok());
     let image_token_id = bundle.config().and_then(|config| config.image_token_id);
     let settings = VlmSettings { image_token_id, ..VlmSettings::default() };
-    let (data, hidden_size, decoder) = match (decoder.takes_embeds(), embed) {
-        (true, Some(embed)) => {
-            let mut vlm = VlmSession::new(None, Some(embed), decoder, settings)?;
-            let (data, hidden) = embeddings(&mut vlm, PROMPT_TOKENS)?;
-            (data, hidden, vlm.into_decoder())
-        }
-        (true, None) => {
-            let (data, hidden) = noise_embeddings(&decoder, PROMPT_TOKENS)?;
-            (data, hidden, decoder)
-        }
-        (false, _) => (Vec::new(), 0, decoder),
-    };
-    let mut decoder = decoder;
     let ids = token_ids(PROMPT_TOKENS, decoder.vocabulary().unwrap_or(16), image_token_id);
-    let probe = Probe { ids, data, hidden_size, rows: decoder.position_rows() };
+    let (text, mut decoder) = match embed {
+        Some(embed) => {
+            let mut vlm = VlmSession::new(None, Some(embed), decoder, settings)?;
+            (vlm.embed_text(&ids, 0)?, vlm.into_decoder())
+        }
+        None => (noise_text(&decoder, &ids, 0)?, decoder),
+    };
+    let probe = Probe::new(text, &decoder);
 
     let with_cache = !decoder.slots().is_empty();
-    let past = if with_cache { Some(PROMPT_TOKENS - 1) } else { None };
-    let step = probe.step(if with_cache { PROMPT_TOKENS - 1 } else { 0 }, PROMPT_TOKENS);
-    let mut facts = facts_of(&decoder.feeds(&step.borrowed(), past)?)?;
+    let step = probe.step(with_cache)?;
+    let mut facts = facts_of(&decoder.feeds(&step)?)?;
     for (slot, tensor) in decoder.slots().iter().zip(decoder.empty_cache(1)?.tensors()) {
         let mut shape = tensor.shape();
         if let [_, _, length @ 0, _] = &mut shape[..] {

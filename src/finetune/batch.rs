@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use crate::base::{Error, Result};
+use crate::runtime::{Embedded, Side, Step};
 
 use super::cache::Rows;
 use super::loss::TopK;
@@ -25,6 +26,87 @@ pub struct Example {
     /// Three rows of positions for graphs with multimodal rotary embedding; empty for counting from 0.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub rotary: Vec<Vec<i64>>,
+    /// First position and length of each run of image tokens.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub image: Vec<[u32; 2]>,
+    /// `token_type_ids`; empty where all are 0 or nothing reads them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub types: Vec<i64>,
+}
+
+/// What a pass reads for each token besides the stream, kept as rows of numbers: by their widths.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SideRows {
+    /// Levels of DeepStack features; 0 where the pass reads none.
+    pub levels: usize,
+    /// Width of a level; its numbers are 0 at text.
+    pub level_width: usize,
+    /// Width of the tokens' second embedding; 0 where the pass reads none.
+    pub per_layer: usize,
+}
+
+impl SideRows {
+    /// Numbers in a row.
+    pub fn width(self) -> usize {
+        self.levels * self.level_width + self.per_layer
+    }
+
+    /// A prompt's rows, one per token.
+    ///
+    /// Errors: `Error::Invalid` when the prompt's side is of other widths.
+    pub fn of(self, embedded: &Embedded) -> Result<Vec<f32>> {
+        let (time, side) = (embedded.len(), &embedded.side);
+        let places = side.image.iter().filter(|&&image| image).count();
+        let fits = places == 0
+            || self.levels == 0
+            || side.deepstack.len() == self.levels
+                && side.deepstack.iter().all(|level| level.len() == places * self.level_width);
+        if !fits || (self.per_layer > 0 && side.per_layer.len() != time * self.per_layer) {
+            let problem = format!(
+                "takes {} levels of DeepStack features of width {} and a second embedding of width {}, the prompt has {} levels",
+                self.levels,
+                self.level_width,
+                self.per_layer,
+                side.deepstack.len()
+            );
+            return Err(Error::invalid("the trained part of the decoder", problem)
+                .remedy("check that the components belong to one model"));
+        }
+        let mut rows = vec![0f32; time * self.width()];
+        let mut place = 0;
+        for (token, row) in rows.chunks_exact_mut(self.width().max(1)).enumerate() {
+            let (deep, per_layer) = row.split_at_mut(self.levels * self.level_width);
+            if side.image.get(token) == Some(&true) {
+                for (target, level) in deep.chunks_exact_mut(self.level_width.max(1)).zip(&side.deepstack) {
+                    target.copy_from_slice(&level[place * self.level_width..][..self.level_width]);
+                }
+                place += 1;
+            }
+            if self.per_layer > 0 {
+                per_layer.copy_from_slice(&side.per_layer[token * self.per_layer..][..self.per_layer]);
+            }
+        }
+        Ok(rows)
+    }
+
+    /// The other way round: a prompt's side from its rows and from where its image tokens are.
+    fn side(self, rows: &[f32], image: Vec<bool>, types: Vec<i64>) -> Side {
+        let mut side = Side { types, ..Side::default() };
+        if image.contains(&true) {
+            side.deepstack = vec![Vec::new(); self.levels];
+        }
+        for (row, &image) in rows.chunks_exact(self.width().max(1)).zip(&image) {
+            let (deep, per_layer) = row.split_at(self.levels * self.level_width);
+            if image {
+                for (level, own) in side.deepstack.iter_mut().zip(deep.chunks_exact(self.level_width.max(1))) {
+                    level.extend_from_slice(own);
+                }
+            }
+            side.per_layer.extend_from_slice(per_layer);
+        }
+        side.image = image;
+        side
+    }
 }
 
 impl Example {
@@ -38,7 +120,37 @@ impl Example {
         }
         let answers = (1..input_ids.len()).filter(|&at| answer_mask[at]);
         let (positions, targets) = answers.map(|at| (at as u32 - 1, input_ids[at])).unzip();
-        Ok(Example { id, length: input_ids.len(), positions, targets, rotary: Vec::new() })
+        let (length, rotary) = (input_ids.len(), Vec::new());
+        Ok(Example { id, length, positions, targets, rotary, image: Vec::new(), types: Vec::new() })
+    }
+
+    /// Keeps where image tokens are and of what types tokens are.
+    pub fn keep_side(&mut self, side: &Side) {
+        let mut at = 0;
+        for run in side.image.chunk_by(|a, b| a == b) {
+            if run[0] {
+                self.image.push([at as u32, run.len() as u32]);
+            }
+            at += run.len();
+        }
+        self.types.clone_from(&side.types);
+    }
+
+    /// True at image tokens.
+    fn image_mask(&self) -> Vec<bool> {
+        let mut image = vec![false; self.length];
+        for &[start, count] in &self.image {
+            image.iter_mut().skip(start as usize).take(count as usize).for_each(|image| *image = true);
+        }
+        image
+    }
+
+    /// Positions, one row or three.
+    fn position_rows(&self) -> Vec<Vec<i64>> {
+        match self.rotary.is_empty() {
+            true => vec![(0..self.length as i64).collect()],
+            false => self.rotary.clone(),
+        }
     }
 }
 
@@ -52,6 +164,8 @@ pub struct TrainingSet {
     answer_starts: Vec<u64>,
     /// The residual stream where a pass begins, a row per token.
     stream: Stream,
+    /// What passes read besides, a row per token.
+    side: Option<(SideRows, Rows)>,
     pub targets: Targets,
 }
 
@@ -102,10 +216,8 @@ pub fn total_tokens(examples: &[Example]) -> u64 {
 pub struct Batch {
     /// f32 `[B, T, D]`, 0 where padded.
     pub hidden: Tensor,
-    /// i64 `[B, T]`, 1 where real.
-    pub attention_mask: Tensor,
-    /// i64 `[B, T]`, or `[3, B, T]` for multimodal rotary embedding.
-    pub position_ids: Tensor,
+    /// What the graph's inputs are made from: masks, positions, and what passes read of pictures.
+    pub step: Step,
     /// i64 `[N]`: places in `[B * T]` whose logits predict an answer token.
     pub answer_rows: Tensor,
     /// i64 `[N]`.
@@ -120,11 +232,11 @@ pub struct Batch {
 
 impl TrainingSet {
     /// Pairs examples with their rows, in the order in which the rows were written.
-    pub fn new(examples: Vec<Example>, hidden: Rows) -> Self {
+    pub fn new(examples: Vec<Example>, hidden: Rows, side: Option<(SideRows, Rows)>) -> Self {
         let answer_starts = running_sum(examples.iter().map(|example| example.targets.len()));
         let starts = running_sum(examples.iter().map(|example| example.length));
         let stream = Stream { rows: hidden, before: 0, wanted: None };
-        TrainingSet { examples, starts, answer_starts, stream, targets: Targets::default() }
+        TrainingSet { examples, starts, answer_starts, stream, side, targets: Targets::default() }
     }
 
     /// Width of the residual stream.
@@ -160,7 +272,6 @@ impl TrainingSet {
         let (rows, width) = (samples.len(), self.stream.rows.width());
         let stride = time * width * 4;
         let mut hidden = Vec::with_capacity(rows * stride);
-        let mut mask = vec![0i64; rows * time];
         let mut answer_rows = Vec::new();
         let mut targets = Vec::new();
         let mut real_rows = Vec::new();
@@ -168,28 +279,19 @@ impl TrainingSet {
             let example = &self.examples[sample];
             self.stream.rows.read(self.starts[sample], example.length, &mut hidden)?;
             hidden.resize((row + 1) * stride, 0);
-            mask[row * time..][..example.length].fill(1);
             answer_rows.extend(example.positions.iter().map(|&at| (row * time) as i64 + i64::from(at)));
             targets.extend_from_slice(&example.targets);
             let first = (row * time) as i64;
             real_rows.extend(first..first + example.length as i64);
         }
-        let positions = self.position_ids(samples, time);
+        let step = self.step(samples)?;
         let streams = self.streams(samples, device)?;
         let top_k = self.top_k(samples, device)?;
-        let position_rows = positions.len() / (rows * time).max(1);
         let make = move || -> Result<Batch, tch::TchError> {
             let (b, t) = (rows as i64, time as i64);
-            let position_ids = Tensor::f_from_slice(&positions)?;
-            let position_ids = if position_rows > 1 {
-                position_ids.f_view([position_rows as i64, b, t])?
-            } else {
-                position_ids.f_view([b, t])?
-            };
             Ok(Batch {
                 hidden: Tensor::f_from_data_size(&hidden, &[b, t, width as i64], Kind::Float)?.f_to_device(device)?,
-                attention_mask: Tensor::f_from_slice(&mask)?.f_view([b, t])?.f_to_device(device)?,
-                position_ids: position_ids.f_to_device(device)?,
+                step,
                 answer_rows: Tensor::f_from_slice(&answer_rows)?.f_to_device(device)?,
                 answer_tokens: targets.len() as u64,
                 targets: Tensor::f_from_slice(&targets)?.f_to_device(device)?,
@@ -230,22 +332,29 @@ impl TrainingSet {
         tensors().map(Some).map_err(torch_error("the dense model's answers"))
     }
 
-    /// Row-major positions, `[B, T]` or `[3, B, T]`; padding goes on counting from the last.
-    fn position_ids(&self, samples: &[usize], time: usize) -> Vec<i64> {
+    /// What the graph's inputs are made from; padding is on the right, and positions go on counting there.
+    fn step(&self, samples: &[usize]) -> Result<Step> {
         let planes = samples.iter().map(|&sample| self.examples[sample].rotary.len()).max().unwrap_or(0);
-        let mut positions = Vec::with_capacity(planes.max(1) * samples.len() * time);
-        for plane in 0..planes.max(1) {
-            for &sample in samples {
-                let own = self.examples[sample].rotary.get(plane);
-                let mut next = 0;
-                positions.extend((0..time).map(|at| {
-                    let position = own.and_then(|own| own.get(at)).copied().unwrap_or(next);
-                    next = position + 1;
-                    position
-                }));
+        let mut prompts = Vec::with_capacity(samples.len());
+        for &sample in samples {
+            let example = &self.examples[sample];
+            let mut positions = example.position_rows();
+            if positions.len() < planes {
+                positions = positions.into_iter().cycle().take(planes).collect();
             }
+            let side = match &self.side {
+                Some((widths, rows)) => {
+                    let mut bytes = Vec::new();
+                    rows.read(self.starts[sample], example.length, &mut bytes)?;
+                    let numbers: Vec<f32> =
+                        bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+                    widths.side(&numbers, example.image_mask(), example.types.clone())
+                }
+                None => Side { image: example.image_mask(), types: example.types.clone(), ..Side::default() },
+            };
+            prompts.push(Embedded { positions, side, ..Embedded::default() });
         }
-        positions
+        Step::padded_right(&prompts.iter().collect::<Vec<_>>())
     }
 }
 
@@ -267,7 +376,7 @@ mod tests {
         let short = Example::new("b".into(), &ids[..2], &[true, true]).unwrap();
         let mut writer = RowsWriter::create(&folder.join("rows"), Element::F32).unwrap();
         writer.push(&(1..=12).map(|n| n as f32).collect::<Vec<_>>(), 6).unwrap();
-        TrainingSet::new(vec![long, short], writer.finish().unwrap())
+        TrainingSet::new(vec![long, short], writer.finish().unwrap(), None)
     }
 
     #[test]
@@ -287,10 +396,29 @@ mod tests {
         let hidden: Vec<f32> = Vec::try_from(batch.hidden.flatten(0, -1)).unwrap();
         assert_eq!(hidden, [9.0, 10.0, 11.0, 12.0, 0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]);
         let ints = |tensor: &Tensor| Vec::<i64>::try_from(tensor.flatten(0, -1)).unwrap();
-        assert_eq!(ints(&batch.attention_mask), [1, 1, 0, 0, 1, 1, 1, 1]);
-        assert_eq!(ints(&batch.position_ids), [0, 1, 2, 3, 0, 1, 2, 3]);
+        assert_eq!((batch.step.batch(), batch.step.time()), (2, 4));
         assert_eq!(ints(&batch.answer_rows), [0, 5, 6]);
         assert_eq!(ints(&batch.targets), [6, 7, 8]);
         assert_eq!(batch.answer_tokens, 3);
+    }
+
+    #[test]
+    fn what_passes_read_of_pictures_comes_back_as_it_was() {
+        let widths = SideRows { levels: 2, level_width: 3, per_layer: 2 };
+        let mut prompt = Embedded::text(&[5, 6, 7, 8], 0, Vec::new(), 0, 1);
+        prompt.side.image = vec![false, true, true, false];
+        prompt.side.types = vec![0, 1, 1, 0];
+        prompt.side.deepstack = vec![(0..6).map(|n| n as f32).collect(), (6..12).map(|n| n as f32).collect()];
+        prompt.side.per_layer = (20..28).map(|n| n as f32).collect();
+        let rows = widths.of(&prompt).unwrap();
+        assert_eq!(rows.len(), 4 * 8);
+        let mut example = Example::new("a".into(), &[5, 6, 7, 8], &[false, false, false, true]).unwrap();
+        example.keep_side(&prompt.side);
+        assert_eq!(example.image, [[1, 2]]);
+        assert_eq!(widths.side(&rows, example.image_mask(), example.types.clone()), prompt.side);
+        prompt.side.deepstack.pop();
+        assert!(widths.of(&prompt).unwrap_err().to_string().contains("takes 2 levels"));
+        let text = Embedded::text(&[5], 0, Vec::new(), 0, 1);
+        assert_eq!(SideRows { per_layer: 0, ..widths }.of(&text).unwrap(), [0.0; 6]);
     }
 }

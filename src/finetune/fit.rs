@@ -276,7 +276,7 @@ fn measure(
     pass.stream = Some(stream);
     let target = batch.streams.get(&(layer + 1));
     let target = target.ok_or_else(|| Error::invalid("the fit", format!("has no target behind layer {layer}")))?;
-    let places = batch.attention_mask.numel() as i64;
+    let places = (batch.step.batch() * batch.step.time()) as i64;
     let compute = || -> Result<Sums, tch::TchError> {
         let rows = |x: &Tensor| -> Result<Tensor, tch::TchError> {
             x.f_reshape([places, -1])?.f_index_select(0, &batch.real_rows)?.f_to_kind(Kind::Float)

@@ -8,9 +8,9 @@ use serde::{Deserialize, Serialize};
 use crate::base::{Cancel, Error, Progress, Result, Sha256Digest, ahead, read_json, write_json};
 use crate::data::LeftOut;
 use crate::prompt::Prompt;
-use crate::runtime::{Embedded, Step, StepTokens, VlmSession};
+use crate::runtime::{Embedded, Step, VlmSession};
 
-use super::batch::{Example, TrainingSet, total_tokens};
+use super::batch::{Example, SideRows, TrainingSet, total_tokens};
 use super::cache::{Element, Rows, RowsWriter};
 use super::source::{Sample, Source};
 
@@ -28,6 +28,9 @@ const BYTES_PER_TOKEN: usize = 2 << 10;
 struct Index {
     schema_version: u32,
     width: usize,
+    /// Widths of the rows that passes read besides; none where they read none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    side: Option<SideRows>,
     left_out: LeftOut,
     examples: Vec<Example>,
 }
@@ -36,13 +39,15 @@ struct Index {
 pub struct Store {
     index: PathBuf,
     rows: PathBuf,
+    side_rows: PathBuf,
+    side: SideRows,
 }
 
 impl Store {
-    /// `key` is the digest of everything that decides the rows.
-    pub fn new(folder: &Path, key: &Sha256Digest) -> Self {
+    /// `key` is the digest of everything that decides the rows, `side` what passes read of each token besides the stream.
+    pub fn new(folder: &Path, key: &Sha256Digest, side: SideRows) -> Self {
         let name = |extension: &str| folder.join(format!("hidden-{}.{extension}", &key[..16.min(key.len())]));
-        Store { index: name("json"), rows: name("f32") }
+        Store { index: name("json"), rows: name("f32"), side_rows: name("side.f32"), side }
     }
 
     /// What an earlier run left, if it is complete.
@@ -52,9 +57,14 @@ impl Store {
         if !self.index.exists() {
             return Ok(None);
         }
-        let Index { width, left_out, examples, .. } = read_json(&self.index, SCHEMA_VERSION)?;
-        let rows = Rows::open(&self.rows, total_tokens(&examples), width, Element::F32)?;
-        Ok(Some((TrainingSet::new(examples, rows), left_out)))
+        let Index { width, side, left_out, examples, .. } = read_json(&self.index, SCHEMA_VERSION)?;
+        let tokens = total_tokens(&examples);
+        let rows = Rows::open(&self.rows, tokens, width, Element::F32)?;
+        let side = match side {
+            Some(side) => Some((side, Rows::open(&self.side_rows, tokens, side.width(), Element::F32)?)),
+            None => None,
+        };
+        Ok(Some((TrainingSet::new(examples, rows, side), left_out)))
     }
 
     /// Runs the frozen part over all samples and keeps what it gives. The model that `frozen` loads embeds prompts, and its
@@ -72,11 +82,11 @@ impl Store {
         let mut filling = self.begin()?;
         let left_out = each_round(source, "frozen part", frozen, max_tokens, cancel, &mut |round, frozen| {
             let hidden = if embeds_only {
-                round.iter_mut().map(|sample| std::mem::take(&mut sample.embedded.data)).collect()
+                round.iter_mut().map(|sample| std::mem::take(&mut sample.embedded.data)).collect::<Vec<_>>()
             } else {
                 outputs(round, frozen, usize::MAX, |_, outputs| Ok(outputs[0].to_vec()))?
             };
-            round.drain(..).zip(hidden).try_for_each(|(sample, hidden)| filling.push(&hidden, sample.example))
+            round.drain(..).zip(hidden).try_for_each(|(sample, hidden)| filling.push(&hidden, &sample))
         })?;
         filling.finish(left_out)
     }
@@ -86,7 +96,8 @@ impl Store {
     /// Errors: `Error::Io`.
     pub fn begin(&self) -> Result<Filling<'_>> {
         let writer = RowsWriter::create(&self.rows, Element::F32)?;
-        Ok(Filling { store: self, writer, examples: Vec::new() })
+        let side = (self.side.width() > 0).then(|| RowsWriter::create(&self.side_rows, Element::F32)).transpose()?;
+        Ok(Filling { store: self, writer, side, examples: Vec::new() })
     }
 }
 
@@ -94,16 +105,21 @@ impl Store {
 pub struct Filling<'a> {
     store: &'a Store,
     writer: RowsWriter,
+    side: Option<RowsWriter>,
     examples: Vec<Example>,
 }
 
 impl Filling<'_> {
     /// Takes a sample and the stream before the first trained layer, a row per token.
     ///
-    /// Errors: as `RowsWriter::push`.
-    pub fn push(&mut self, hidden: &[f32], example: Example) -> Result<()> {
+    /// Errors: as `RowsWriter::push` and `SideRows::of`.
+    pub fn push(&mut self, hidden: &[f32], sample: &Ready) -> Result<()> {
+        let example = &sample.example;
         self.writer.push(hidden, example.length)?;
-        self.examples.push(example);
+        if let Some(side) = &mut self.side {
+            side.push(&self.store.side.of(&sample.embedded)?, example.length)?;
+        }
+        self.examples.push(example.clone());
         Ok(())
     }
 
@@ -111,22 +127,24 @@ impl Filling<'_> {
     ///
     /// Errors: `Error::Invalid` when there is no sample; `Error::Io`.
     pub fn finish(self, left_out: LeftOut) -> Result<(TrainingSet, LeftOut)> {
-        let Filling { store, writer, examples } = self;
+        let Filling { store, writer, side, examples } = self;
         if examples.is_empty() {
             let problem = format!("holds no sample to train on: {}", left_out.summary().unwrap_or_default());
             return Err(Error::invalid("training data", problem).remedy("look at the data, or raise `max_tokens`"));
         }
         let rows = writer.finish()?;
-        let index = Index { schema_version: SCHEMA_VERSION, width: rows.width(), left_out: left_out.clone(), examples };
+        let side = side.map(|side| Ok::<_, Error>((store.side, side.finish()?))).transpose()?;
+        let widths = side.as_ref().map(|(widths, _)| *widths);
+        let (schema_version, width) = (SCHEMA_VERSION, rows.width());
+        let index = Index { schema_version, width, side: widths, left_out: left_out.clone(), examples };
         write_json(&store.index, &index)?;
-        Ok((TrainingSet::new(index.examples, rows), left_out))
+        Ok((TrainingSet::new(index.examples, rows, side), left_out))
     }
 }
 
 /// A sample as the decoder takes it.
 pub struct Ready {
     pub example: Example,
-    pub input_ids: Vec<i64>,
     pub embedded: Embedded,
 }
 
@@ -200,11 +218,12 @@ fn embed(pictured: &mut Vec<(Sample, Example)>, model: &mut VlmSession, round: &
         pictured.drain(..).map(|(sample, example)| (sample.prompt, example)).unzip();
     let embedded = model.embed_all(&prompts)?;
     let positions = model.decoder().position_rows() > 1;
-    for ((prompt, mut example), embedded) in prompts.into_iter().zip(examples).zip(embedded) {
+    for (mut example, embedded) in examples.into_iter().zip(embedded) {
         if positions {
             example.rotary.clone_from(&embedded.positions);
         }
-        round.push(Ready { example, input_ids: prompt.input_ids, embedded });
+        example.keep_side(&embedded.side);
+        round.push(Ready { example, embedded });
     }
     Ok(())
 }
@@ -221,7 +240,6 @@ pub fn outputs<T>(
     tokens_per_run: usize,
     mut keep: impl FnMut(&Ready, &[&[f32]]) -> Result<T>,
 ) -> Result<Vec<T>> {
-    let rows = model.decoder().position_rows();
     let mut order: Vec<usize> = (0..round.len()).collect();
     order.sort_by_key(|&number| round[number].example.length);
     let mut results: Vec<(usize, T)> = Vec::with_capacity(round.len());
@@ -232,31 +250,8 @@ pub fn outputs<T>(
     });
     for group in groups {
         let time = round[group[0]].example.length;
-        let (mut data, mut ids, mut positions) = (Vec::new(), Vec::new(), Vec::new());
-        for &number in group {
-            data.extend_from_slice(&round[number].embedded.data);
-            ids.extend_from_slice(&round[number].input_ids);
-        }
-        for row in 0..rows {
-            for &number in group {
-                positions.extend_from_slice(round[number].embedded.positions.get(row).map_or(&[], Vec::as_slice));
-            }
-        }
-        let mask = vec![1; group.len() * time];
-        let hidden_size = round[group[0]].embedded.hidden_size;
-        let tokens = if model.decoder().takes_embeds() {
-            StepTokens::Embeds { data: &data, hidden_size }
-        } else {
-            StepTokens::Ids(&ids)
-        };
-        let step = Step {
-            batch: group.len(),
-            tokens,
-            attention_mask: &mask,
-            position_ids: &positions,
-            position_rows: rows,
-            last_only: false,
-        };
+        let rows: Vec<&Embedded> = group.iter().map(|&number| &round[number].embedded).collect();
+        let step = Step::prefill(&rows, false)?;
         let outputs = model.decoder_mut().prefill_outputs(&step)?;
         let mut values = Vec::new();
         for (name, tensor) in outputs.iter() {

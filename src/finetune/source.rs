@@ -57,8 +57,8 @@ impl Source for Conversations<'_> {
 
 impl Sample {
     /// Takes an encoded conversation apart into what the runtime reads.
-    pub fn new(mut encoded: Encoded) -> Self {
-        let (id, answer_mask) = (std::mem::take(&mut encoded.id), std::mem::take(&mut encoded.answer_mask));
+    pub fn new(encoded: Encoded) -> Self {
+        let (id, answer_mask) = (encoded.id.clone(), encoded.answer_mask.clone());
         Sample { id, prompt: encoded.into_prompt(), answer_mask }
     }
 }

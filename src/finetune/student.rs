@@ -6,69 +6,55 @@ use tch::{Device, Kind, Tensor};
 
 use crate::base::{Error, Result};
 use crate::ir::{DataType, Dim, Graph, Model, ValueId};
+use crate::prompt::Array;
 use crate::rewrite::fuse_kernels;
+use crate::runtime::{Input, Kind as InputKind, Port, Training};
 use crate::torch::{self, Options, Program};
 
-use super::batch::Batch;
+use super::batch::{Batch, SideRows};
 use super::loss::LossKind;
 use super::settings::Precision;
 use super::suffix::Suffix;
 use super::torch_error;
 
-/// What an input of the graph is given in training, where nothing is cached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Feed {
-    /// The tokens: only their shape is read, zeros stand in for them.
-    Tokens,
-    AttentionMask,
-    /// Also `[3, B, T]`.
-    PositionIds,
-    CachePosition,
-    UseCacheBranch,
-    LogitsToKeep,
-    /// An empty cache, or a recurrent state at its beginning.
-    Past,
-}
-
-/// Names of decoder inputs, by what they are given.
-const FEEDS: &[(&str, Feed)] = &[
-    ("inputs_embeds", Feed::Tokens),
-    ("input_ids", Feed::Tokens),
-    ("attention_mask", Feed::AttentionMask),
-    ("position_ids", Feed::PositionIds),
-    ("cache_position", Feed::CachePosition),
-    ("use_cache_branch", Feed::UseCacheBranch),
-    ("num_logits_to_keep", Feed::LogitsToKeep),
-    ("logits_to_keep", Feed::LogitsToKeep),
-];
-
-/// What a cache input's name begins with.
-const PAST: &[&str] = &["past_", "key_cache", "value_cache", "input.past_"];
-
 /// The inputs of a decoder that hold its tokens.
 pub fn token_inputs(graph: &Graph) -> Vec<ValueId> {
-    graph.body.inputs.iter().copied().filter(|&id| feed_of(graph.name(id)) == Some(Feed::Tokens)).collect()
+    let tokens = |id: &ValueId| {
+        let port = Port::of_value(graph, *id);
+        let input = port.and_then(|port| Input::all("", [&port]).ok()?.pop());
+        input.is_some_and(|input| input.row.training == Training::ShapeOnly)
+    };
+    graph.body.inputs.iter().copied().filter(tokens).collect()
 }
 
-fn feed_of(name: &str) -> Option<Feed> {
-    let row = FEEDS.iter().find(|row| row.0 == name).map(|row| row.1);
-    row.or_else(|| PAST.iter().any(|start| name.starts_with(start)).then_some(Feed::Past))
-}
-
-/// An input of the graph with what a run needs to know of it.
-struct Input {
-    id: ValueId,
-    name: String,
-    feed: Feed,
-    kind: Kind,
-    shape: Vec<Dim>,
+/// What a pass reads for each token besides the stream.
+///
+/// Errors: `Error::Unsupported` for an input that is not known, or whose width the graph leaves open.
+pub fn side_rows(graph: &Graph, suffix: &Suffix) -> Result<SideRows> {
+    let inputs = inputs(graph, suffix)?;
+    let mut side = SideRows::default();
+    for (_, input) in &inputs {
+        let open = || Error::unsupported(format!("decoder input {}", input.port.described()), "leaves its width open");
+        match input.kind() {
+            InputKind::Deepstack => {
+                let levels = if input.is_stacked() { input.port.fixed_size(0) } else { Some(input.count) };
+                (side.levels, side.level_width) = levels.zip(input.port.width()).ok_or_else(open)?;
+            }
+            InputKind::PerLayerInputs => {
+                let sizes = (2..input.port.rank()).map(|axis| input.port.fixed_size(axis));
+                side.per_layer = sizes.product::<Option<usize>>().ok_or_else(open)?;
+            }
+            _ => {}
+        }
+    }
+    Ok(side)
 }
 
 /// The trained part of a decoder.
 pub struct Student {
     program: Program,
     suffix: Suffix,
-    inputs: Vec<Input>,
+    inputs: Vec<(ValueId, Input)>,
     /// Positions in `weights()` of what each layer trains.
     by_layer: Vec<Vec<usize>>,
     /// Points of the stream with targets, counted in layers from the first trained one, in the targets' order.
@@ -105,7 +91,7 @@ impl Student {
             autocast: (precision == Precision::Bf16).then_some(Kind::BFloat16),
         };
         let program = Program::compile(&fuse_kernels(model).0, &options)?;
-        let inputs = suffix.inputs.iter().map(|&id| input(graph, id)).collect::<Result<_>>()?;
+        let inputs = inputs(graph, &suffix)?;
         let by_layer = suffix
             .trained
             .iter()
@@ -185,9 +171,8 @@ impl Student {
     /// Errors: `Error::Invalid` when an operator refuses its tensors.
     pub fn side(&self, batch: &Batch) -> Result<Side> {
         let mut given = Vec::with_capacity(self.inputs.len() + self.suffix.side.len());
-        for input in &self.inputs {
-            let tensor = feed(input, batch).map_err(torch_error(format!("input `{}`", input.name)))?;
-            given.push((input.id, tensor));
+        for (id, input) in &self.inputs {
+            given.push((*id, feed(input, batch)?));
         }
         // Some of it is as long as the first stream, which stands in the program as an input.
         let mut fed: Vec<(ValueId, Tensor)> = given.iter().map(|(id, tensor)| (*id, tensor.shallow_clone())).collect();
@@ -223,7 +208,7 @@ impl Student {
         let all = self.run(last, stream, self.suffix.head_input, side)?;
         let size = all.size();
         let places: i64 = size.iter().rev().skip(1).product();
-        if batch.attention_mask.numel() as i64 != places {
+        if (batch.step.batch() * batch.step.time()) as i64 != places {
             let problem = format!(
                 "`{}` has shape {size:?}, one row per token was expected",
                 self.program.name(self.suffix.head_input)
@@ -270,54 +255,66 @@ impl Student {
     }
 }
 
-fn input(graph: &Graph, id: ValueId) -> Result<Input> {
-    let name = graph.name(id).to_string();
-    let subject = format!("decoder input `{name}`");
-    let ty = graph.value(id).ty.as_ref();
-    let (Some(dtype), Some(shape)) = (ty.and_then(|ty| ty.dtype()), ty.and_then(|ty| ty.shape())) else {
-        return Err(Error::unsupported(subject, "has no element type and shape"));
-    };
-    let feed = feed_of(&name).ok_or_else(|| {
-        let known: Vec<&str> = FEEDS.iter().map(|row| row.0).collect();
-        Error::unsupported(
-            subject.clone(),
-            format!("has no known meaning; known are {} and caches", crate::base::list_preview(&known, 16)),
-        )
-    })?;
-    let kind = crate::torch::kind_of(dtype).filter(|_| dtype != DataType::String);
-    let kind = kind.ok_or_else(|| Error::unsupported(subject, format!("element type {dtype}")))?;
-    Ok(Input { id, name, feed, kind, shape: shape.to_vec() })
+/// The graph's inputs that the suffix reads.
+fn inputs(graph: &Graph, suffix: &Suffix) -> Result<Vec<(ValueId, Input)>> {
+    let mut known = Vec::new();
+    for &id in &graph.body.inputs {
+        let subject = || format!("decoder input `{}`", graph.name(id));
+        match Port::of_value(graph, id) {
+            Some(port) if torch::kind_of(port.dtype).is_some() && port.dtype != DataType::String => {
+                known.push((id, port));
+            }
+            _ if !suffix.inputs.contains(&id) => {}
+            Some(port) => return Err(Error::unsupported(subject(), format!("element type {}", port.dtype))),
+            None => return Err(Error::unsupported(subject(), "has no element type and shape")),
+        }
+    }
+    // Levels of features are counted among all inputs, also where the suffix reads the later ones alone.
+    let inputs = Input::all("the decoder", known.iter().map(|(_, port)| port))?;
+    let all = known.iter().map(|(id, _)| *id).zip(inputs);
+    Ok(all.filter(|(id, _)| suffix.inputs.contains(id)).collect())
 }
 
 /// The tensor for one input.
-fn feed(input: &Input, batch: &Batch) -> Result<Tensor, tch::TchError> {
-    let size = batch.attention_mask.size();
-    let (rows, time) = (size[0], size[1]);
-    let device = batch.attention_mask.device();
-    let options = (input.kind, device);
-    match input.feed {
-        Feed::Tokens if input.shape.len() == 3 => {
-            let width = batch.hidden.size()[2];
-            Tensor::f_zeros([1i64, 1, 1], options)?.f_expand([rows, time, width], false)
+fn feed(input: &Input, batch: &Batch) -> Result<Tensor> {
+    let failed = torch_error(format!("input `{}`", input.port.name));
+    let kind = torch::kind_of(input.port.dtype).unwrap_or(Kind::Float);
+    let device = batch.hidden.device();
+    match input.row.training {
+        Training::ShapeOnly => shape_only(input, batch, (kind, device)).map_err(failed),
+        Training::Empty => {
+            let rank = input.port.rank();
+            let rows = batch.step.batch() as i64;
+            let sizes = input.port.shape.iter().enumerate().map(|(axis, dim)| past_size(dim, axis, rank, rows));
+            Tensor::f_zeros(sizes.collect::<Vec<i64>>(), (kind, device)).map_err(failed)
         }
-        Feed::Tokens => Tensor::f_zeros([1i64, 1], options)?.f_expand([rows, time], false),
-        Feed::AttentionMask => batch.attention_mask.f_to_kind(input.kind),
-        Feed::PositionIds if input.shape.len() == 3 && batch.position_ids.dim() == 2 => {
-            batch.position_ids.f_to_kind(input.kind)?.f_unsqueeze(0)?.f_expand([3, rows, time], false)
-        }
-        Feed::PositionIds => batch.position_ids.f_to_kind(input.kind),
-        Feed::CachePosition => Tensor::f_arange(time, options),
-        Feed::UseCacheBranch | Feed::LogitsToKeep => {
-            let ones = vec![1i64; input.shape.len()];
-            Tensor::f_zeros(ones, (input.kind, Device::Cpu))
-        }
-        Feed::Past => {
-            let rank = input.shape.len();
-            let shape: Vec<i64> =
-                input.shape.iter().enumerate().map(|(axis, dim)| past_size(dim, axis, rank, rows)).collect();
-            Tensor::f_zeros(shape, options)
+        Training::Fed => {
+            // Flags decide which nodes run, and are read on the host.
+            let flag = matches!(input.kind(), InputKind::UseCacheBranch | InputKind::LogitsToKeep);
+            let device = if flag { Device::Cpu } else { device };
+            tensor_of(input.make(&batch.step)?, kind, device).map_err(failed)
         }
     }
+}
+
+/// Zeros in the place of tokens, in memory one number.
+fn shape_only(input: &Input, batch: &Batch, options: (Kind, Device)) -> Result<Tensor, tch::TchError> {
+    let (rows, time) = (batch.step.batch() as i64, batch.step.time() as i64);
+    if input.port.rank() < 3 {
+        return Tensor::f_zeros([1i64, 1], options)?.f_expand([rows, time], false);
+    }
+    let width = input.port.width().map_or(batch.hidden.size()[2], |width| width as i64);
+    Tensor::f_zeros([1i64, 1, 1], options)?.f_expand([rows, time, width], false)
+}
+
+fn tensor_of(array: Array, kind: Kind, device: Device) -> Result<Tensor, tch::TchError> {
+    let shape: Vec<i64> = array.shape().iter().map(|&size| size as i64).collect();
+    let tensor = match &array {
+        Array::Float(array) => Tensor::f_from_slice(&array.iter().copied().collect::<Vec<f32>>()),
+        Array::Int(array) => Tensor::f_from_slice(&array.iter().copied().collect::<Vec<i64>>()),
+        Array::Bool(array) => Tensor::f_from_slice(&array.iter().copied().collect::<Vec<bool>>()),
+    };
+    tensor?.f_view(&shape[..])?.f_to_kind(kind)?.f_to_device(device)
 }
 
 /// Axis 0 of a cache is the batch; an open axis 2 of 4 holds the positions, of which there are none yet.

@@ -248,7 +248,8 @@ impl Course<'_> {
                     frozen: frozen_place.map(|place| outputs[place].to_vec()),
                 })
             })?;
-            for (kept, Ready { example, embedded, .. }) in kept.into_iter().zip(round.drain(..)) {
+            for (kept, sample) in kept.into_iter().zip(round.drain(..)) {
+                let Ready { example, embedded } = &sample;
                 for (writer, stream) in streams.iter_mut().zip(&kept.streams) {
                     writer.push(stream, example.length)?;
                 }
@@ -256,7 +257,7 @@ impl Course<'_> {
                     writer.push(&kept.answers, example.positions.len())?;
                 }
                 if let Some(filling) = &mut filling {
-                    filling.push(kept.frozen.as_ref().unwrap_or(&embedded.data), example)?;
+                    filling.push(kept.frozen.as_ref().unwrap_or(&embedded.data), &sample)?;
                 }
             }
             Ok(())

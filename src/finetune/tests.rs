@@ -35,7 +35,7 @@ impl Source for Texts {
             let length = 6 + i;
             let input_ids = (0..length).map(|t| (7 * i * i + 31 * t * t + 11 * t + 5 * i) % self.vocabulary).collect();
             let answer_mask = (0..length).map(|t| t >= length / 2).collect();
-            Ok(Sample { id: format!("text {i}"), prompt: Prompt { input_ids, pictures: Vec::new() }, answer_mask })
+            Ok(Sample { id: format!("text {i}"), prompt: Prompt { input_ids, ..Prompt::default() }, answer_mask })
         })))
     }
 }

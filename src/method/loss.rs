@@ -9,9 +9,7 @@ use crate::rewrite::{
     KEEP_INPUT, LOSS_OUTPUT, RESTART_INPUT, ROWS_INPUT, STREAM_INPUT, STREAM_OUTPUT_PREFIX, TARGETS_INPUT,
     bypass_layers,
 };
-use crate::runtime::{
-    Decoder, Embedded, FeatureCache, Outputs, Runtime, SessionOptions, Step, StepTokens, Tensor, VlmSession,
-};
+use crate::runtime::{Decoder, Embedded, FeatureCache, Outputs, Runtime, SessionOptions, Step, Tensor, VlmSession};
 
 use super::select::MeasureLosses;
 
@@ -23,20 +21,13 @@ const TOKENS_PER_PASS: usize = 2048;
 
 /// A conversation ready for the decoder.
 struct Conversation {
-    input_ids: Vec<i64>,
     answer_mask: Vec<bool>,
     embedded: Embedded,
 }
 
 /// Conversations of one length, run together, so that nothing is padded.
 struct Batch {
-    size: usize,
-    input_ids: Vec<i64>,
-    data: Vec<f32>,
-    hidden_size: usize,
-    mask: Vec<i64>,
-    positions: Vec<i64>,
-    position_rows: usize,
+    step: Step,
     /// `[1, N, 2]` and `[1, N, 1]` as the graph takes them.
     rows: Tensor,
     targets: Tensor,
@@ -80,12 +71,11 @@ impl LossMeter {
         let intake = Intake::new(dataset, bundle, MAX_TOKENS);
         for encoded in intake.encoded(dataset, &indices, |sample| processor.encode_conversation(sample))? {
             cancel.check("no plan is written")?;
-            let mut encoded = encoded?;
+            let encoded = encoded?;
             samples.push(encoded.id.clone());
-            let answer_mask = std::mem::take(&mut encoded.answer_mask);
-            let prompt = encoded.into_prompt();
-            let embedded = model.embed(&prompt)?;
-            conversations.push(Conversation { input_ids: prompt.input_ids, answer_mask, embedded });
+            let answer_mask = encoded.answer_mask.clone();
+            let embedded = model.embed(&encoded.into_prompt())?;
+            conversations.push(Conversation { answer_mask, embedded });
             progress.advance(1);
         }
         drop(progress);
@@ -165,20 +155,7 @@ impl LossMeter {
             added.push((RESTART_INPUT, &flag));
             added.push((STREAM_INPUT, restart.map_or(nothing, |(_, stream)| stream)));
         }
-        let tokens = if self.decoder.takes_embeds() {
-            StepTokens::Embeds { data: &batch.data, hidden_size: batch.hidden_size }
-        } else {
-            StepTokens::Ids(&batch.input_ids)
-        };
-        let step = Step {
-            batch: batch.size,
-            tokens,
-            attention_mask: &batch.mask,
-            position_ids: &batch.positions,
-            position_rows: batch.position_rows,
-            last_only: false,
-        };
-        let outputs = self.decoder.prefill_added(&step, &added, Some(wanted));
+        let outputs = self.decoder.prefill_added(&batch.step, &added, Some(wanted));
         outputs
             .map_err(|error| error.during(format!("measuring the loss of `{}` without layers {removed:?}", self.file)))
     }
@@ -233,43 +210,30 @@ fn sum_of(outputs: &Outputs) -> Result<f64> {
 /// Conversations with answers, those of one length together.
 fn batches(mut conversations: Vec<Conversation>, fixed_batch: Option<usize>) -> Result<Vec<Batch>> {
     conversations.retain(|conversation| conversation.answer_mask.iter().skip(1).any(|&answer| answer));
-    conversations.sort_by_key(|conversation| conversation.input_ids.len());
+    conversations.sort_by_key(|conversation| conversation.embedded.len());
     let mut batches = Vec::new();
-    for group in conversations.chunk_by(|a, b| a.input_ids.len() == b.input_ids.len()) {
-        let time = group[0].input_ids.len();
+    for group in conversations.chunk_by(|a, b| a.embedded.len() == b.embedded.len()) {
+        let time = group[0].embedded.len();
         let size = fixed_batch.unwrap_or(TOKENS_PER_PASS / time.max(1)).max(1);
         for group in group.chunks(size) {
-            batches.push(batch(group, time)?);
+            batches.push(batch(group)?);
         }
     }
     Ok(batches)
 }
 
-fn batch(group: &[Conversation], time: usize) -> Result<Batch> {
-    let first = &group[0].embedded;
+fn batch(group: &[Conversation]) -> Result<Batch> {
     let (mut rows, mut targets) = (Vec::new(), Vec::new());
     for (number, conversation) in group.iter().enumerate() {
-        let next = conversation.input_ids.iter().zip(&conversation.answer_mask).skip(1);
+        let next = conversation.embedded.input_ids.iter().zip(&conversation.answer_mask).skip(1);
         for (position, (&target, _)) in next.enumerate().filter(|(_, (_, answer))| **answer) {
             rows.extend([number as i64, position as i64]);
             targets.push(target);
         }
     }
-    let position_rows = first.positions.len();
-    let mut positions = Vec::new();
-    for row in 0..position_rows {
-        for conversation in group {
-            positions.extend_from_slice(conversation.embedded.positions.get(row).map_or(&[], Vec::as_slice));
-        }
-    }
+    let embedded: Vec<&Embedded> = group.iter().map(|conversation| &conversation.embedded).collect();
     Ok(Batch {
-        size: group.len(),
-        input_ids: group.iter().flat_map(|conversation| conversation.input_ids.iter().copied()).collect(),
-        data: group.iter().flat_map(|conversation| conversation.embedded.data.iter().copied()).collect(),
-        hidden_size: first.hidden_size,
-        mask: vec![1; group.len() * time],
-        positions,
-        position_rows,
+        step: Step::prefill(&embedded, false)?,
         rows: Tensor::new(&[1, targets.len(), 2], rows)?,
         targets: Tensor::new(&[1, targets.len(), 1], targets)?,
     })
@@ -281,7 +245,6 @@ mod tests {
 
     use super::*;
     use crate::rewrite::drop_layers;
-    use crate::runtime::positions_of_mask;
 
     /// Width of a head in the zoo's networks, which some of its graphs leave open.
     const HEAD_DIM: Option<usize> = Some(16);
@@ -321,15 +284,13 @@ mod tests {
         [7usize, 5, 7]
             .iter()
             .enumerate()
-            .map(|(number, &time)| Conversation {
-                input_ids: (0..time).map(|at| ((at * 5 + number * 3) % 23) as i64).collect(),
-                answer_mask: (0..time).map(|at| at > 2 + number).collect(),
-                embedded: Embedded {
-                    hidden_size,
-                    data: noise(time * hidden_size, number as u64),
-                    positions: vec![positions_of_mask(&vec![1; time], 1, time); rows],
-                    next_position: time as i64,
-                },
+            .map(|(number, &time)| {
+                let ids: Vec<i64> = (0..time).map(|at| ((at * 5 + number * 3) % 23) as i64).collect();
+                let data = noise(time * hidden_size, number as u64);
+                Conversation {
+                    answer_mask: (0..time).map(|at| at > 2 + number).collect(),
+                    embedded: Embedded::text(&ids, hidden_size, data, 0, rows),
+                }
             })
             .collect()
     }
@@ -341,25 +302,11 @@ mod tests {
             Decoder::new(runtime.session_of(&model, &SessionOptions::default()).unwrap(), HEAD_DIM).unwrap();
         let (mut sum, mut count) = (0.0, 0);
         for conversation in conversations {
-            let embedded = &conversation.embedded;
-            let positions: Vec<i64> = embedded.positions.iter().flatten().copied().collect();
-            let tokens = if decoder.takes_embeds() {
-                StepTokens::Embeds { data: &embedded.data, hidden_size: embedded.hidden_size }
-            } else {
-                StepTokens::Ids(&conversation.input_ids)
-            };
-            let step = Step {
-                batch: 1,
-                tokens,
-                attention_mask: &vec![1; conversation.input_ids.len()],
-                position_ids: &positions,
-                position_rows: embedded.positions.len(),
-                last_only: false,
-            };
+            let step = Step::prefill(&[&conversation.embedded], false).unwrap();
             let (logits, _) = decoder.step(&step, None).unwrap();
             let width = *logits.shape().last().unwrap();
             let logits = logits.to_f32().unwrap();
-            let next = conversation.input_ids.iter().zip(&conversation.answer_mask).skip(1);
+            let next = conversation.embedded.input_ids.iter().zip(&conversation.answer_mask).skip(1);
             for (row, (&target, _)) in logits.chunks_exact(width).zip(next).filter(|(_, (_, answer))| **answer) {
                 sum += cross_entropy(row, target);
                 count += 1;
@@ -410,7 +357,6 @@ mod tests {
 
     fn conversations_again(said: &[Conversation]) -> Vec<Conversation> {
         let again = said.iter().map(|conversation| Conversation {
-            input_ids: conversation.input_ids.clone(),
             answer_mask: conversation.answer_mask.clone(),
             embedded: conversation.embedded.clone(),
         });

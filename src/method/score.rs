@@ -11,9 +11,7 @@ use crate::bundle::{Bundle, Role};
 use crate::data::{Amount, DataOptions, Dataset, Encoded, Intake, Processor, Subset};
 use crate::onnx;
 use crate::rewrite::{SIMILARITY_PREFIX, tap_similarities};
-use crate::runtime::{
-    Decoder, FeatureCache, Runtime, SessionOptions, Step, StepTokens, VisionEncoder, VlmSession, VlmSettings,
-};
+use crate::runtime::{Decoder, FeatureCache, Runtime, SessionOptions, VlmSession};
 
 use super::scores::{Modality, SCORES_SCHEMA_VERSION, SampleModality, SampleScores, Scores, Similarities};
 
@@ -106,39 +104,14 @@ fn open(runtime: &Runtime, bundle: &Bundle, tapped: &crate::ir::Model) -> Result
     let options = SessionOptions::default();
     let head_dim = bundle.config().and_then(|config| config.head_size());
     let decoder = Decoder::prefill_only(runtime.session_of(tapped, &options)?, head_dim)?;
-    let embed = bundle.component(Role::EmbedTokens);
-    let embed = embed.map(|part| runtime.session(&bundle.path_of(part), &options)).transpose()?;
-    let vision = match bundle.component(Role::VisionEncoder) {
-        Some(part) => {
-            let session = runtime.session(&bundle.path_of(part), &options)?;
-            let cache = FeatureCache::new(FEATURE_CACHE_BYTES);
-            Some(VisionEncoder::new(session, bundle.digest()?, cache)?)
-        }
-        None => None,
-    };
-    VlmSession::new(vision, embed, decoder, VlmSettings::of(bundle)?)
+    VlmSession::with_decoder(runtime, bundle, decoder, &options, &FeatureCache::new(FEATURE_CACHE_BYTES))
 }
 
 fn score_one(model: &mut VlmSession, encoded: Encoded, packs: &[usize]) -> Result<SampleScores> {
     let (id, image_positions) = (encoded.id.clone(), encoded.image_positions.clone());
     let prompt = encoded.into_prompt();
     let tokens = prompt.input_ids.len();
-    let embedded = model.embed(&prompt)?;
-    let positions: Vec<i64> = embedded.positions.iter().flatten().copied().collect();
-    let step_tokens = if model.decoder().takes_embeds() {
-        StepTokens::Embeds { data: &embedded.data, hidden_size: embedded.hidden_size }
-    } else {
-        StepTokens::Ids(&prompt.input_ids)
-    };
-    let step = Step {
-        batch: 1,
-        tokens: step_tokens,
-        attention_mask: &vec![1; tokens],
-        position_ids: &positions,
-        position_rows: embedded.positions.len(),
-        last_only: true,
-    };
-    let outputs = model.decoder_mut().prefill_outputs(&step)?;
+    let outputs = model.prefill(&prompt, true)?;
     let mut is_image = vec![false; tokens];
     for &position in &image_positions {
         if let Some(slot) = is_image.get_mut(position) {

@@ -1,48 +1,12 @@
 //! A language decoder: one step of prefill or decoding, with its KV cache.
 
 use crate::base::{Error, Result, list_preview};
-use crate::ir::Dim;
-use crate::rewrite::ADDED_PREFIX;
 
-use super::session::{Outputs, Port, Session};
+use super::inputs::{Input, Kind, presents_of};
+use super::port::Port;
+use super::session::{Outputs, Session};
+use super::step::Step;
 use super::tensor::Tensor;
-
-/// How the names of a cache input and of the output that replaces it relate: prefix of one, prefix of the other.
-const CACHE_NAMES: &[(&str, &str)] = &[
-    ("past_key_values.", "present."),
-    ("past_key_values.", "present_key_values."),
-    ("input.past_key_values.", "output.past_key_values."),
-    ("key_cache.", "updated_key_cache."),
-    ("value_cache.", "updated_value_cache."),
-    ("past_key_", "present_key_"),
-    ("past_value_", "present_value_"),
-    ("past_conv.", "present_conv."),
-    ("past_recurrent.", "present_recurrent."),
-];
-
-/// What an input of the graph is fed with.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Role {
-    InputsEmbeds,
-    InputIds,
-    AttentionMask,
-    /// Shape `[B, T]`.
-    PositionIds,
-    /// Shape `[3, B, T]`: temporal, height and width positions of multimodal rotary embedding.
-    PositionRows,
-    /// Shape `[T]`: columns of the cache that this step writes.
-    CachePosition,
-    /// True when the cache is read (`If`-merged decoders).
-    UseCacheBranch,
-    /// How many of the last positions get logits.
-    LogitsToKeep,
-    /// Cache slot of this number.
-    Past(usize),
-    /// A cache input that no output of the graph replaces, always empty.
-    EmptyPast,
-    /// An input that a rewrite added; the caller gives it.
-    Added,
-}
 
 /// One cache slot.
 #[derive(Clone, Debug, PartialEq)]
@@ -62,7 +26,8 @@ impl CacheSlot {
 #[derive(Debug)]
 pub struct Decoder {
     session: Session,
-    roles: Vec<Role>,
+    /// All but the caches of `slots`.
+    inputs: Vec<Input>,
     slots: Vec<CacheSlot>,
     head_dim: Option<usize>,
     logits: String,
@@ -87,30 +52,6 @@ impl KvCache {
     }
 }
 
-/// What a step reads for its `T` new positions.
-#[derive(Debug)]
-pub enum StepTokens<'a> {
-    /// `inputs_embeds`, shape `[B, T, D]` in row-major order.
-    Embeds { data: &'a [f32], hidden_size: usize },
-    /// `input_ids`, shape `[B, T]`.
-    Ids(&'a [i64]),
-}
-
-/// One step for a batch of `B` rows and `T` new positions each.
-#[derive(Debug)]
-pub struct Step<'a> {
-    pub batch: usize,
-    pub tokens: StepTokens<'a>,
-    /// Shape `[B, past + T]`: 1 where a position is real, 0 where it is padding on the left.
-    pub attention_mask: &'a [i64],
-    /// Shape `[B, T]`, or `[3, B, T]` when `position_rows` is 3.
-    pub position_ids: &'a [i64],
-    /// 1, or 3 for graphs with multimodal rotary positions.
-    pub position_rows: usize,
-    /// Logits of the last position only, where the graph lets a caller say so.
-    pub last_only: bool,
-}
-
 impl Decoder {
     /// Understands a graph's inputs. `head_dim` is used where the graph leaves that axis of its cache open.
     ///
@@ -128,29 +69,18 @@ impl Decoder {
 
     fn understand(session: Session, head_dim: Option<usize>, prefill_only: bool) -> Result<Self> {
         let mut slots = Vec::new();
-        let mut roles = Vec::new();
-        for port in session.inputs() {
-            let rank = port.shape.len();
-            let role = match port.name.as_str() {
-                "inputs_embeds" => Role::InputsEmbeds,
-                "input_ids" => Role::InputIds,
-                "attention_mask" => Role::AttentionMask,
-                "position_ids" if rank == 3 => Role::PositionRows,
-                "position_ids" => Role::PositionIds,
-                "cache_position" => Role::CachePosition,
-                "use_cache_branch" => Role::UseCacheBranch,
-                "num_logits_to_keep" | "logits_to_keep" => Role::LogitsToKeep,
-                name if prefill_only && name.starts_with(ADDED_PREFIX) => Role::Added,
-                name if prefill_only && CACHE_NAMES.iter().any(|(past, _)| name.starts_with(past)) => Role::EmptyPast,
-                name => {
-                    let present = present_of(&session, name).ok_or_else(|| unknown_input(&session, port))?;
-                    slots.push(CacheSlot { past: port.clone(), present });
-                    Role::Past(slots.len() - 1)
+        let mut inputs = Vec::new();
+        for input in Input::all(session.subject(), session.inputs())? {
+            match input.kind() {
+                Kind::Past if !prefill_only => {
+                    let present = presents_of(&input.port.name).find_map(|name| session.output(&name).cloned());
+                    let present = present.ok_or_else(|| not_replaced(&session, &input.port))?;
+                    slots.push(CacheSlot { past: input.port, present });
                 }
-            };
-            roles.push(role);
+                _ => inputs.push(input),
+            }
         }
-        if !roles.iter().any(|role| matches!(role, Role::InputsEmbeds | Role::InputIds)) {
+        if !inputs.iter().any(|input| matches!(input.kind(), Kind::InputsEmbeds | Kind::InputIds)) {
             return Err(Error::unsupported(
                 session.subject(),
                 "has neither `inputs_embeds` nor `input_ids` as an input",
@@ -163,7 +93,7 @@ impl Decoder {
             Some(name) => name.to_string(),
             None => return Err(Error::unsupported(session.subject(), "has no output besides its cache")),
         };
-        Ok(Decoder { session, roles, slots, head_dim, logits })
+        Ok(Decoder { session, inputs, slots, head_dim, logits })
     }
 
     /// The session behind it.
@@ -176,43 +106,78 @@ impl Decoder {
         &self.slots
     }
 
+    /// True when one of its inputs is of this kind.
+    pub fn takes(&self, kind: Kind) -> bool {
+        self.input(kind).is_some()
+    }
+
+    fn input(&self, kind: Kind) -> Option<&Input> {
+        self.inputs.iter().find(|input| input.kind() == kind)
+    }
+
     /// True for graphs that take `inputs_embeds` rather than `input_ids`.
     pub fn takes_embeds(&self) -> bool {
-        self.roles.contains(&Role::InputsEmbeds)
+        self.takes(Kind::InputsEmbeds)
+    }
+
+    /// True when the graph itself reads pixels or image features.
+    pub fn takes_pictures(&self) -> bool {
+        self.inputs.iter().any(|input| matches!(input.kind(), Kind::Image(_)))
+    }
+
+    /// Levels of DeepStack features that it takes as inputs of their own, and their width; `None` for graphs without, or
+    /// that leave either open.
+    pub fn deepstack_levels(&self) -> Option<(usize, usize)> {
+        let input = self.input(Kind::Deepstack)?;
+        let levels = if input.is_stacked() { input.port.fixed_size(0)? } else { input.count };
+        Some((levels, input.port.width().or(self.hidden_size())?))
+    }
+
+    /// Numbers of each token's second embedding, where the graph fixes how many.
+    pub fn per_layer_width(&self) -> Option<usize> {
+        let port = &self.input(Kind::PerLayerInputs)?.port;
+        (2..port.rank()).map(|axis| port.fixed_size(axis)).product()
     }
 
     /// 3 for graphs with multimodal rotary positions, else 1.
     pub fn position_rows(&self) -> usize {
-        if self.roles.contains(&Role::PositionRows) { 3 } else { 1 }
+        match self.input(Kind::PositionIds) {
+            Some(input) if input.port.rank() == 3 => 3,
+            _ => 1,
+        }
     }
 
     /// The batch that the graph is made for, where it takes no other.
     pub fn fixed_batch(&self) -> Option<usize> {
-        let batch = |(port, role): (&Port, &Role)| match role {
-            Role::InputsEmbeds | Role::InputIds | Role::Past(_) => port.shape.first().and_then(known_size),
-            _ => None,
-        };
-        self.session.inputs().iter().zip(&self.roles).find_map(batch)
+        let tokens = |input: &&Input| matches!(input.kind(), Kind::InputsEmbeds | Kind::InputIds);
+        let ports = self.inputs.iter().filter(tokens).map(|input| &input.port);
+        ports.chain(self.slots.iter().map(|slot| &slot.past)).find_map(|port| port.fixed_size(0))
     }
 
     /// True when padding on the left can be told to the graph: it has a mask, and positions that follow it.
     pub fn takes_padding(&self) -> bool {
-        self.roles.contains(&Role::AttentionMask)
-            && self.roles.iter().any(|role| matches!(role, Role::PositionIds | Role::PositionRows))
+        self.takes(Kind::AttentionMask) && self.takes(Kind::PositionIds)
     }
 
     /// Runs one step. `cache` is what the step before gave, `None` for prefill.
     ///
     /// Returns logits of shape `[B, T, V]` (or `[B, 1, V]`) in CPU memory and the longer cache.
     ///
-    /// Errors: `Error::Invalid` when the lengths disagree; `Error::Engine` when ONNX Runtime fails.
-    pub fn step(&mut self, step: &Step<'_>, cache: Option<KvCache>) -> Result<(Tensor, KvCache)> {
-        let fresh = self.feeds(step, cache.as_ref().map(KvCache::length))?;
+    /// Errors: `Error::Invalid` when step and cache or the graph disagree; `Error::Unsupported` when a graph without cache
+    /// inputs is to go on from a prefill; `Error::Engine` when ONNX Runtime fails.
+    pub fn step(&mut self, step: &Step, cache: Option<KvCache>) -> Result<(Tensor, KvCache)> {
+        let fresh = self.feeds(step)?;
+        if cache.as_ref().map(KvCache::length) != step.past() {
+            let found = cache.as_ref().map_or(0, KvCache::length);
+            let problem =
+                format!("the step goes on from {} positions, the cache holds {found}", step.past().unwrap_or(0));
+            return Err(Error::invalid(self.session.subject(), problem));
+        }
         let cache = match cache {
             Some(cache) => cache,
-            None => self.empty_cache(step.batch)?,
+            None => self.empty_cache(step.batch())?,
         };
-        let length = cache.length + self.time_of(step)?;
+        let length = cache.length + step.time();
         let presents: Vec<&str> = self.slots.iter().map(|slot| slot.present.name.as_str()).collect();
         let feeds = joined(&fresh, &self.slots, &cache);
         let mut outputs = self.session.run_keeping(&feeds, |name| presents.contains(&name))?;
@@ -223,7 +188,7 @@ impl Decoder {
     /// Runs one prefill for all outputs of the graph, whatever they are; caches begin empty and none is handed on.
     ///
     /// Errors: as `step`.
-    pub fn prefill_outputs(&mut self, step: &Step<'_>) -> Result<Outputs> {
+    pub fn prefill_outputs(&mut self, step: &Step) -> Result<Outputs> {
         self.prefill_added(step, &[], None)
     }
 
@@ -232,60 +197,36 @@ impl Decoder {
     /// Errors: as `step`.
     pub fn prefill_added(
         &mut self,
-        step: &Step<'_>,
+        step: &Step,
         added: &[(&str, &Tensor)],
         wanted: Option<&[&str]>,
     ) -> Result<Outputs> {
-        let fresh = self.feeds(step, None)?;
-        let cache = self.empty_cache(step.batch)?;
+        let fresh = self.feeds(step)?;
+        let cache = self.empty_cache(step.batch())?;
         let mut feeds = joined(&fresh, &self.slots, &cache);
         feeds.extend_from_slice(added);
         self.session.run(&feeds, wanted)
     }
 
-    /// Every input of a step but the cache. `past` is the cache's length, `None` for prefill.
+    /// Every input of a step but the cache and what a rewrite added.
     ///
-    /// Errors: `Error::Invalid` when the lengths disagree; `Error::Unsupported` when a graph without cache inputs is
-    /// to go on from one.
-    pub fn feeds(&self, step: &Step<'_>, past: Option<usize>) -> Result<Vec<(String, Tensor)>> {
-        let time = self.time_of(step)?;
-        if past.is_some() && self.slots.is_empty() {
+    /// Errors: `Error::Invalid` when the step does not hold what an input takes; `Error::Unsupported` when a graph without
+    /// cache inputs is to go on from one.
+    pub fn feeds(&self, step: &Step) -> Result<Vec<(String, Tensor)>> {
+        if step.has_cache() && self.slots.is_empty() {
             let problem = "has no cache inputs, so it cannot go on from a prefill";
             return Err(Error::unsupported(self.session.subject(), problem));
         }
-        let has_cache = past.is_some();
-        let past = past.unwrap_or(0);
-        let sized = |what: &str, found: usize, want: usize| match found == want {
-            true => Ok(()),
-            false => Err(Error::invalid(
-                self.session.subject(),
-                format!("{what} holds {found} elements, a batch of {} takes {want}", step.batch),
-            )),
-        };
-        sized("attention_mask", step.attention_mask.len(), step.batch * (past + time))?;
-        sized("position_ids", step.position_ids.len(), step.position_rows * step.batch * time)?;
-        let mut fresh = Vec::with_capacity(self.roles.len());
-        for (port, role) in self.session.inputs().iter().zip(&self.roles) {
-            if !matches!(role, Role::Past(_) | Role::Added) {
-                fresh.push((port.name.clone(), self.feed(port, *role, step, time, past, has_cache)?));
-            }
+        let mut fresh = Vec::with_capacity(self.inputs.len());
+        for input in &self.inputs {
+            let tensor = match input.kind() {
+                Kind::Added => continue,
+                Kind::Past => self.empty_past(&input.port, step.batch())?,
+                _ => Tensor::from_array(input.port.dtype, input.make(step)?)?,
+            };
+            fresh.push((input.port.name.clone(), tensor));
         }
         Ok(fresh)
-    }
-
-    /// New positions per row of a step.
-    fn time_of(&self, step: &Step<'_>) -> Result<usize> {
-        let elements = match &step.tokens {
-            StepTokens::Embeds { data, hidden_size } => data.len().checked_div(*hidden_size).unwrap_or(0),
-            StepTokens::Ids(ids) => ids.len(),
-        };
-        match elements.checked_div(step.batch) {
-            Some(time) if time > 0 && time * step.batch == elements => Ok(time),
-            _ => Err(Error::invalid(
-                self.session.subject(),
-                format!("a step of {elements} tokens does not make a batch of {}", step.batch),
-            )),
-        }
     }
 
     /// The cache before the first token.
@@ -296,54 +237,6 @@ impl Decoder {
         Ok(KvCache { tensors, length: 0 })
     }
 
-    fn feed(
-        &self,
-        port: &Port,
-        role: Role,
-        step: &Step<'_>,
-        time: usize,
-        past: usize,
-        has_cache: bool,
-    ) -> Result<Tensor> {
-        let batch = step.batch;
-        let mismatch =
-            |want: &str| Error::invalid(self.session.subject(), format!("input `{}` wants {want}", port.name));
-        match role {
-            Role::InputsEmbeds => match step.tokens {
-                StepTokens::Embeds { data, hidden_size } => {
-                    Tensor::from_f32(port.dtype, &[batch, time, hidden_size], data.to_vec())
-                }
-                StepTokens::Ids(_) => Err(mismatch("embeddings, got token ids")),
-            },
-            Role::InputIds => match step.tokens {
-                StepTokens::Ids(ids) => Tensor::from_i64(port.dtype, &[batch, time], ids.to_vec()),
-                StepTokens::Embeds { .. } => Err(mismatch("token ids, got embeddings")),
-            },
-            Role::AttentionMask => Tensor::from_i64(port.dtype, &[batch, past + time], step.attention_mask.to_vec()),
-            Role::PositionIds if step.position_rows == 1 => {
-                Tensor::from_i64(port.dtype, &[batch, time], step.position_ids.to_vec())
-            }
-            Role::PositionIds => Err(mismatch("positions of shape [B, T]")),
-            Role::PositionRows => {
-                let rows =
-                    if step.position_rows == 3 { step.position_ids.to_vec() } else { step.position_ids.repeat(3) };
-                Tensor::from_i64(port.dtype, &[3, batch, time], rows)
-            }
-            Role::CachePosition => {
-                Tensor::from_i64(port.dtype, &[time], (past..past + time).map(|at| at as i64).collect())
-            }
-            Role::UseCacheBranch => Tensor::new(&[1], vec![has_cache]),
-            Role::LogitsToKeep => {
-                // 0 asks for the logits of every position, as in transformers.
-                let shape: &[usize] = if port.shape.is_empty() { &[] } else { &[1] };
-                Tensor::from_i64(port.dtype, shape, vec![i64::from(step.last_only)])
-            }
-            Role::EmptyPast => self.empty_past(port, batch),
-            Role::Past(_) => Err(mismatch("a cache")),
-            Role::Added => Err(mismatch("what the caller gives")),
-        }
-    }
-
     /// The empty cache of prefill: the batch axis is set, the position axis is 0, heads and head size are the graph's.
     fn empty_past(&self, port: &Port, batch: usize) -> Result<Tensor> {
         let open = |axis: usize| {
@@ -352,11 +245,10 @@ impl Decoder {
                 format!("axis {axis} of input `{}` has no fixed size", port.name),
             )
         };
-        let rank = port.shape.len();
+        let rank = port.rank();
         let mut shape = Vec::with_capacity(rank);
         for axis in 0..rank {
-            let known = known_size(&port.shape[axis]);
-            shape.push(match (axis, known) {
+            shape.push(match (axis, port.fixed_size(axis)) {
                 (0, None) => batch,
                 (0, Some(size)) if size != batch => {
                     let problem = format!("input `{}` is made for a batch of {size}, got {batch}", port.name);
@@ -383,12 +275,12 @@ impl Decoder {
 
     /// The size of the hidden state that `inputs_embeds` names, where it is fixed.
     pub fn hidden_size(&self) -> Option<usize> {
-        self.session.input("inputs_embeds").and_then(|port| port.shape.last()).and_then(known_size)
+        self.input(Kind::InputsEmbeds).and_then(|input| input.port.width())
     }
 
     /// The vocabulary that the logits name, where it is fixed.
     pub fn vocabulary(&self) -> Option<usize> {
-        self.session.output(&self.logits).and_then(|port| port.shape.last()).and_then(known_size)
+        self.session.output(&self.logits).and_then(Port::width)
     }
 }
 
@@ -398,28 +290,11 @@ fn joined<'a>(fresh: &'a [(String, Tensor)], slots: &'a [CacheSlot], cache: &'a 
     fresh.chain(slots.iter().map(|slot| slot.past.name.as_str()).zip(&cache.tensors)).collect()
 }
 
-/// The size of an axis: a number, or a symbol that spells one (some exporters write `"16"` as a name).
-pub(super) fn known_size(dim: &Dim) -> Option<usize> {
-    match dim {
-        Dim::Known(size) => usize::try_from(*size).ok(),
-        Dim::Symbol(name) => name.parse().ok(),
-        Dim::Unknown => None,
-    }
-}
-
-fn present_of(session: &Session, name: &str) -> Option<Port> {
-    CACHE_NAMES.iter().find_map(|(past, present)| {
-        let rest = name.strip_prefix(past)?;
-        session.output(&format!("{present}{rest}")).cloned()
-    })
-}
-
-fn unknown_input(session: &Session, port: &Port) -> Error {
+fn not_replaced(session: &Session, port: &Port) -> Error {
     let outputs: Vec<&str> = session.outputs().iter().map(|port| port.name.as_str()).collect();
     let problem = format!(
-        "input `{}` ({}) is neither a known input nor a cache that one of the outputs {} replaces",
-        port.name,
-        port.dtype,
+        "input {} is a cache that none of the outputs {} replaces",
+        port.described(),
         list_preview(&outputs, 4)
     );
     Error::unsupported(session.subject(), problem)

@@ -12,27 +12,41 @@
 //! # Ok::<(), interlace::base::Error>(())
 //! ```
 
+mod backing;
 mod decoder;
+mod embedding;
+mod features;
+mod generate;
+mod inputs;
 mod library;
 mod likelihood;
 mod model;
 mod open;
+mod pictures;
+mod port;
 mod positions;
 mod session;
+mod step;
 mod tensor;
 mod tract;
 mod vision;
 mod vlm;
 
-pub use decoder::{CacheSlot, Decoder, KvCache, Step, StepTokens};
+pub use decoder::{CacheSlot, Decoder, KvCache};
+pub use embedding::TokenEmbedding;
+pub use features::{FeatureCache, Features};
+pub use generate::argmax_last;
+pub use inputs::{Input, Kind, Training};
 pub use library::keep_telemetry_off;
 pub use likelihood::cross_entropy;
-pub use positions::{multimodal_positions, positions_of_mask};
-pub use session::{Optimisation, Outputs, Port, Runtime, Session, SessionOptions};
+pub use port::Port;
+pub use positions::multimodal_positions;
+pub use session::{Optimisation, Outputs, Runtime, Session, SessionOptions};
+pub use step::{Embedded, Side, Step};
 pub use tensor::{Element, Tensor};
 pub use tract::{InputFact, TractOutcome, tract_check};
-pub use vision::{FeatureCache, Features, VisionEncoder};
-pub use vlm::{Embedded, VlmSession, VlmSettings, argmax_last};
+pub use vision::VisionEncoder;
+pub use vlm::{TokenTypes, VlmSession, VlmSettings};
 
 /// How error messages name the engine.
 const ENGINE: &str = "ONNX Runtime";

@@ -8,24 +8,16 @@ use ort::value::{DynValue, DynValueTypeMarker, Value};
 use ort::{AsPointer, sys};
 
 use crate::base::{AtomicFile, Error, Result, ScratchDir};
-use crate::ir::{Model, Tensor, TensorData};
+use crate::ir::{Model, Tensor};
 use crate::onnx::{INLINE_LIMIT, Metadata, Placed, save_into};
 
 use super::ENGINE;
+use super::backing::Backing;
 use super::session::{Runtime, Session, SessionOptions};
 use super::tensor::element_type;
 
 /// The name under which the written graph says that its weights are elsewhere.
 const ELSEWHERE: &str = "weights";
-
-/// What a session's weights point into; held as long as the session.
-#[allow(dead_code, reason = "the runtime reads it through pointers; the fields keep it alive")]
-pub(super) enum Backing {
-    /// The tensor's own memory or map.
-    Shared(TensorData),
-    /// A copy in words, where the original does not lie at a multiple of its element size.
-    Aligned(Vec<u64>),
-}
 
 impl Runtime {
     /// Loads a graph in memory. Weights of 1 KB and more are read through their memory maps, not copied.

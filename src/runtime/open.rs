@@ -8,9 +8,11 @@ use crate::base::{Error, Result, Sha256Digest, sha256_file, sha256_json};
 use crate::bundle::{Bundle, Component, Role};
 
 use super::decoder::Decoder;
+use super::embedding::TokenEmbedding;
+use super::features::FeatureCache;
 use super::session::{Runtime, SessionOptions};
-use super::vision::{FeatureCache, VisionEncoder};
-use super::vlm::{VlmSession, VlmSettings};
+use super::vision::VisionEncoder;
+use super::vlm::{TokenTypes, VlmSession, VlmSettings};
 
 impl VlmSession {
     /// Loads a folder's components, each in its most precise variant. `cache` may be shared between models.
@@ -38,12 +40,18 @@ impl VlmSession {
         cache: &Arc<FeatureCache>,
     ) -> Result<Self> {
         let settings = VlmSettings::of(bundle)?;
+        let session = |part: &Component| runtime.session(&bundle.path_of(part), options);
         let embed = bundle.component(Role::EmbedTokens);
-        let embed = embed.map(|part| runtime.session(&bundle.path_of(part), options)).transpose()?;
+        let embed = embed.map(|part| TokenEmbedding::new(session(part)?)).transpose()?;
+        let projector = bundle.component(Role::Projector);
         let vision = match bundle.component(Role::VisionEncoder) {
             Some(part) => {
-                let session = runtime.session(&bundle.path_of(part), options)?;
-                Some(VisionEncoder::new(session, content_digest(bundle, part)?, Arc::clone(cache))?)
+                let digest = content_digest(bundle, [part].into_iter().chain(projector))?;
+                let encoder = VisionEncoder::new(session(part)?, digest, Arc::clone(cache))?;
+                Some(match projector {
+                    Some(projector) => encoder.with_projector(session(projector)?)?,
+                    None => encoder,
+                })
             }
             None => None,
         };
@@ -86,13 +94,17 @@ impl VlmSettings {
             eos_token_ids: config.eos_token_ids.clone(),
             spatial_merge_size: size(vision.and_then(|vision| vision.get("spatial_merge_size")), "spatial_merge_size")?,
             max_new_tokens: size(generation.get("max_new_tokens"), "max_new_tokens")?,
+            token_types: match config.raw.get("model_type").and_then(Value::as_str) {
+                Some("paligemma") => TokenTypes::Answer,
+                _ => TokenTypes::Image,
+            },
         })
     }
 }
 
-/// One digest over the bytes of a component's files, whatever they are called.
-fn content_digest(bundle: &Bundle, part: &Component) -> Result<Sha256Digest> {
-    let files = std::iter::once(&part.file).chain(&part.external);
+/// One digest over the bytes of components' files, whatever they are called.
+fn content_digest<'a>(bundle: &Bundle, parts: impl IntoIterator<Item = &'a Component>) -> Result<Sha256Digest> {
+    let files = parts.into_iter().flat_map(|part| std::iter::once(&part.file).chain(&part.external));
     let digests = files.map(|file| sha256_file(&bundle.root().join(file))).collect::<Result<Vec<_>>>()?;
     sha256_json(&digests)
 }

@@ -1,24 +1,6 @@
-//! Rotary positions of prompts: one row that follows the mask, or three rows for multimodal rotary embedding.
+//! Rotary positions of prompts with pictures, in three rows for multimodal rotary embedding.
 
 use crate::base::{Error, Result};
-
-/// Positions of each row's real tokens, counted from 0; padding gets 0.
-///
-/// `mask` has shape `[B, past + T]`; returns `[B, T]` for the last `T` columns.
-pub fn positions_of_mask(mask: &[i64], batch: usize, time: usize) -> Vec<i64> {
-    let width = mask.len().checked_div(batch).unwrap_or(0);
-    let mut positions = Vec::with_capacity(batch * time);
-    for row in mask.chunks(width.max(1)) {
-        let mut seen = 0;
-        for (column, &real) in row.iter().enumerate() {
-            seen += i64::from(real != 0);
-            if column + time >= width {
-                positions.push((seen - 1).max(0));
-            }
-        }
-    }
-    positions
-}
 
 /// Temporal, height and width positions of one prompt, and the first position after it.
 ///
@@ -74,14 +56,6 @@ pub fn multimodal_positions(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn positions_follow_the_mask() {
-        // Two rows of past 2 and two new columns, the second padded by one on the left.
-        let mask = [1, 1, 1, 1, 0, 1, 1, 1];
-        assert_eq!(positions_of_mask(&mask, 2, 2), [2, 3, 1, 2]);
-        assert_eq!(positions_of_mask(&mask, 2, 4), [0, 1, 2, 3, 0, 0, 1, 2]);
-    }
 
     #[test]
     fn pictures_count_rows_and_columns() {

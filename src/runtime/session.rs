@@ -9,10 +9,10 @@ use ort::session::{OutputSelector, RunOptions};
 use ort::value::{Outlet, ValueType};
 
 use crate::base::{Device, Error, Result, list_preview};
-use crate::ir::{DataType, Dim};
+use crate::ir::Dim;
 
-use super::decoder::known_size;
-use super::model::Backing;
+use super::backing::Backing;
+use super::port::Port;
 use super::tensor::{Tensor, data_type};
 use super::{ENGINE, library};
 
@@ -47,21 +47,6 @@ pub struct SessionOptions {
     /// Products as the graph says. Left to itself ONNX Runtime fuses a product with the `DequantizeLinear` that unpacks its
     /// 4-bit weights and rounds the other factor to 8 bits, and sums of 8-bit products saturate on some processors.
     pub exact_products: bool,
-}
-
-/// An input or output of a graph.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Port {
-    pub name: String,
-    pub dtype: DataType,
-    pub shape: Vec<Dim>,
-}
-
-impl Port {
-    /// The size of an axis, where the graph fixes it.
-    pub fn fixed_size(&self, axis: usize) -> Option<usize> {
-        self.shape.get(axis).and_then(known_size)
-    }
 }
 
 /// A loaded graph.

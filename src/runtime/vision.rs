@@ -1,120 +1,103 @@
-//! The vision encoder: pictures to image features, each picture once.
+//! The vision encoder: pictures to image features.
 
-use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, Mutex};
+use std::collections::HashMap;
+use std::sync::Arc;
 
 use crate::base::{Error, Result, Sha256Digest};
-use crate::ir::DataType;
-use crate::prompt::{Array, ImageArrays, PIXEL_ATTENTION_MASK, PIXEL_VALUES};
+use crate::prompt::{ImageArrays, PIXEL_ATTENTION_MASK, PIXEL_VALUES};
 
-use super::session::{Port, Session};
+use super::features::{FeatureCache, Features};
+use super::inputs::{Input, Kind, output_kind};
+use super::pictures::{array, is_padded, share_a_run, tile_count};
+use super::port::Port;
+use super::session::{Outputs, Session};
 use super::tensor::Tensor;
 
 /// Tiles that go through the encoder in one run.
 const TILES_PER_RUN: usize = 32;
 
-/// What a picture becomes: one row per image token.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Features {
-    pub hidden_size: usize,
-    /// `[tokens, hidden_size]` in row-major order.
-    pub data: Vec<f32>,
-}
-
-impl Features {
-    /// Number of image tokens.
-    pub fn tokens(&self) -> usize {
-        self.data.len().checked_div(self.hidden_size).unwrap_or(0)
-    }
-}
-
-/// Features of pictures seen before, shared by all models whose vision encoders have the same bytes.
-#[derive(Debug)]
-pub struct FeatureCache {
-    limit_bytes: usize,
-    state: Mutex<CacheState>,
-}
-
-#[derive(Debug, Default)]
-struct CacheState {
-    features: HashMap<(Sha256Digest, Sha256Digest), Arc<Features>>,
-    order: VecDeque<(Sha256Digest, Sha256Digest)>,
-    bytes: usize,
-}
-
-impl FeatureCache {
-    /// A cache that forgets the oldest features beyond `limit_bytes`.
-    pub fn new(limit_bytes: usize) -> Arc<Self> {
-        Arc::new(FeatureCache { limit_bytes, state: Mutex::default() })
-    }
-
-    fn get(&self, encoder: &str, picture: &str) -> Option<Arc<Features>> {
-        let state = self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        state.features.get(&(encoder.to_string(), picture.to_string())).cloned()
-    }
-
-    fn put(&self, encoder: &str, picture: &str, features: &Arc<Features>) {
-        let mut state = self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let key = (encoder.to_string(), picture.to_string());
-        if state.features.insert(key.clone(), Arc::clone(features)).is_none() {
-            state.order.push_back(key);
-            state.bytes += features.data.len() * size_of::<f32>();
-        }
-        while state.bytes > self.limit_bytes {
-            let Some(oldest) = state.order.pop_front() else { break };
-            if let Some(gone) = state.features.remove(&oldest) {
-                state.bytes -= gone.data.len() * size_of::<f32>();
-            }
-        }
-    }
-}
-
 /// A vision encoder graph with every input and output understood.
 #[derive(Debug)]
 pub struct VisionEncoder {
     session: Session,
-    digest: Sha256Digest,
+    inputs: Vec<Input>,
     output: String,
+    deepstack: Deepstack,
+    projector: Option<Projector>,
+    digest: Sha256Digest,
     cache: Arc<FeatureCache>,
 }
 
+/// The outputs that hold DeepStack features.
+#[derive(Clone, Debug, PartialEq)]
+enum Deepstack {
+    /// One for each level, ascending; none for encoders without.
+    Levels(Vec<String>),
+    /// All levels in one, the level as first axis.
+    Stacked(String),
+}
+
+/// The graph that brings an encoder's output to the decoder's width, where it is a file of its own.
+#[derive(Debug)]
+struct Projector {
+    session: Session,
+    input: Port,
+    output: String,
+}
+
 impl VisionEncoder {
-    /// `digest` is over the encoder's files.
+    /// `digest` is over the encoder's files, a projector's included.
     ///
     /// Errors: `Error::Unsupported` naming an input or output that has no known meaning.
     pub fn new(session: Session, digest: Sha256Digest, cache: Arc<FeatureCache>) -> Result<Self> {
-        for port in session.inputs() {
-            let rank = port.shape.len();
-            let known = match port.name.as_str() {
-                "pixel_values" => matches!(rank, 2 | 4 | 5),
-                "pixel_attention_mask" => matches!(rank, 3 | 4),
-                "image_grid_thw" => rank == 2,
-                _ => false,
-            };
-            if !known {
-                let problem = format!("input `{}` of rank {rank} has no known meaning", port.name);
-                return Err(Error::unsupported(session.subject(), problem));
-            }
+        let inputs = Input::all(session.subject(), session.inputs())?;
+        if let Some(input) = inputs.iter().find(|input| !matches!(input.kind(), Kind::Image(_))) {
+            let problem = format!("input {} is none of a vision encoder's", input.port.described());
+            return Err(Error::unsupported(session.subject(), problem));
         }
-        if session.input("pixel_values").is_none() {
-            return Err(Error::unsupported(session.subject(), "has no input `pixel_values`"));
+        if session.input(PIXEL_VALUES).is_none() {
+            return Err(Error::unsupported(session.subject(), format!("has no input `{PIXEL_VALUES}`")));
         }
-        let output = match session.outputs() {
-            [only] => only.name.clone(),
-            many => {
-                let names: Vec<&str> = many.iter().map(|port| port.name.as_str()).collect();
-                let problem = format!(
-                    "gives {names:?}; one output of image features is understood, and dropping the others would be a guess"
-                );
+        let (output, deepstack) = outputs(session.subject(), session.outputs())?;
+        Ok(VisionEncoder { session, inputs, output, deepstack, projector: None, digest, cache })
+    }
+
+    /// With a graph of its own behind it that takes its features and gives those of the decoder's width.
+    ///
+    /// Errors: `Error::Unsupported` unless that graph has one input and one output.
+    pub fn with_projector(mut self, session: Session) -> Result<Self> {
+        let (input, output) = match (session.inputs(), session.outputs()) {
+            ([input], [output]) => (input.clone(), output.name.clone()),
+            (inputs, outputs) => {
+                let problem = format!("has {} inputs and {} outputs, known is one each", inputs.len(), outputs.len());
                 return Err(Error::unsupported(session.subject(), problem));
             }
         };
-        Ok(VisionEncoder { session, digest, output, cache })
+        self.projector = Some(Projector { session, input, output });
+        Ok(self)
     }
 
     /// The session behind it.
     pub fn session(&self) -> &Session {
         &self.session
+    }
+
+    /// The graph alone.
+    pub fn into_session(self) -> Session {
+        self.session
+    }
+
+    /// Its inputs.
+    pub fn inputs(&self) -> &[Input] {
+        &self.inputs
+    }
+
+    /// Levels of DeepStack features that it gives, where the graph fixes how many.
+    pub fn deepstack_levels(&self) -> Option<usize> {
+        match &self.deepstack {
+            Deepstack::Levels(names) => Some(names.len()),
+            Deepstack::Stacked(name) => self.session.output(name).and_then(|port| port.fixed_size(0)),
+        }
     }
 
     /// Features of each picture, from the cache where they are known. Tiles of several pictures share a run.
@@ -146,116 +129,167 @@ impl VisionEncoder {
             .ok_or_else(|| Error::invalid(self.session.subject(), "a picture was left out"))
     }
 
-    /// Features of the pictures without looking into or filling the cache.
+    /// Every input for pictures that may share a run.
     ///
-    /// Errors: as `encode`.
-    pub fn encode_uncached(&mut self, picture: &ImageArrays) -> Result<Features> {
-        let mut features = self.run(&[picture])?;
-        features.pop().ok_or_else(|| Error::invalid(self.session.subject(), "gave no features"))
+    /// Errors: `Error::Invalid` when a picture does not hold what an input takes.
+    pub fn feeds(&self, pictures: &[&ImageArrays]) -> Result<Vec<(String, Tensor)>> {
+        let mut feeds = Vec::with_capacity(self.inputs.len());
+        for input in &self.inputs {
+            let Kind::Image(name) = input.kind() else { continue };
+            let array = array(pictures.iter().copied(), name, &input.port)?;
+            feeds.push((input.port.name.clone(), Tensor::from_array(input.port.dtype, array)?));
+        }
+        Ok(feeds)
     }
 
-    /// One run over pictures of equal tile size.
+    /// One run over pictures that may share it.
     fn run(&mut self, pictures: &[&ImageArrays]) -> Result<Vec<Features>> {
-        let Some(&first) = pictures.first() else { return Ok(Vec::new()) };
-        let mut feeds = Vec::new();
-        for port in self.session.inputs() {
-            feeds.push((port.name.clone(), self.feed(port, pictures)?));
-        }
-        let refuse = |problem: String| Error::invalid(self.session.subject(), problem);
-        if self.session.input("pixel_attention_mask").is_none() && pictures.iter().any(|picture| is_padded(picture)) {
-            return Err(refuse("takes no `pixel_attention_mask`, but a picture is padded".into()));
-        }
-        if self.session.input("image_grid_thw").is_some() && first.grid_thw().is_none() {
-            return Err(refuse("takes `image_grid_thw`, but the picture has no grid".into()));
-        }
-        let borrowed: Vec<(&str, &Tensor)> = feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
-        let outputs = self.session.run(&borrowed, None)?;
-        let tensor = outputs.get(&self.output)?;
-        let shape = tensor.shape();
-        let data = tensor.to_f32()?;
-        let hidden_size = shape.last().copied().unwrap_or(0);
-        let rows = data.len().checked_div(hidden_size).unwrap_or(0);
-        let tiles: usize = pictures.iter().map(|picture| tile_count(picture)).sum();
-        if rows == 0 || rows % tiles.max(1) != 0 {
-            let problem = format!("gave {rows} rows of features for {tiles} tiles (shape {shape:?})");
+        let takes_mask = self.inputs.iter().any(|input| input.kind() == Kind::Image(PIXEL_ATTENTION_MASK));
+        if !takes_mask && pictures.iter().any(|picture| is_padded(picture)) {
+            let problem = format!("takes no `{PIXEL_ATTENTION_MASK}`, but a picture is padded");
             return Err(Error::invalid(self.session.subject(), problem));
         }
-        let per_tile = rows / tiles.max(1) * hidden_size;
-        let mut rest = &*data;
-        let mut features = Vec::with_capacity(pictures.len());
-        for picture in pictures {
-            let (own, others) = rest.split_at(per_tile * tile_count(picture));
-            features.push(Features { hidden_size, data: own.to_vec() });
-            rest = others;
-        }
-        Ok(features)
-    }
-
-    fn feed(&self, port: &Port, pictures: &[&ImageArrays]) -> Result<Tensor> {
-        match port.name.as_str() {
-            "pixel_values" => {
-                let mut data = Vec::new();
-                for picture in pictures {
-                    data.extend(picture.pixel_values()?.iter().copied());
-                }
-                let shape = self.shape(port, pictures, &tile_shape(pictures[0]))?;
-                Tensor::from_f32(port.dtype, &shape, data)
-            }
-            "pixel_attention_mask" => {
-                let tile = tile_shape(pictures[0]);
-                let (height, width) = match tile[..] {
-                    [_, height, width] => (height, width),
-                    _ => {
-                        return Err(Error::invalid(
-                            self.session.subject(),
-                            "takes a pixel mask, but the picture has no tiles",
-                        ));
-                    }
-                };
-                let mut data: Vec<i64> = Vec::new();
-                for picture in pictures {
-                    let count = tile_count(picture) * height * width;
-                    match picture.get(PIXEL_ATTENTION_MASK) {
-                        Some(Array::Bool(mask)) if mask.len() == count => {
-                            data.extend(mask.iter().map(|&real| i64::from(real)));
-                        }
-                        Some(mask) => {
-                            let problem = format!("pixel mask of shape {:?} does not fit its tiles", mask.shape());
-                            return Err(Error::invalid("picture", problem));
-                        }
-                        None => data.resize(data.len() + count, 1),
-                    }
-                }
-                let shape = self.shape(port, pictures, &[height, width])?;
-                Tensor::from_i64(port.dtype, &shape, data)
-            }
-            _ => {
-                let grids: Vec<i64> = pictures.iter().filter_map(|picture| picture.grid_thw()).flatten().collect();
-                Tensor::from_i64(DataType::Int64, &[grids.len() / 3, 3], grids)
-            }
-        }
-    }
-
-    /// The shape that the port wants: patches as they are, else tiles first, with a batch axis of 1 before them where its rank has room for one.
-    fn shape(&self, port: &Port, pictures: &[&ImageArrays], tile: &[usize]) -> Result<Vec<usize>> {
-        let tiles: usize = pictures.iter().map(|picture| tile_count(picture)).sum();
-        let mut shape = match tile.len() {
-            1 => vec![pixel_shape(pictures[0])[0]],
-            _ => vec![tiles],
+        let feeds = self.feeds(pictures)?;
+        let feeds: Vec<(&str, &Tensor)> = feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+        let outputs = self.session.run(&feeds, None)?;
+        let shares = Shares::of(pictures);
+        let subject = self.session.subject();
+        let projected = match &mut self.projector {
+            Some(projector) => Some(projector.run(outputs.get(&self.output)?)?),
+            None => None,
         };
-        shape.extend_from_slice(tile);
-        if port.shape.len() == shape.len() + 1 {
-            shape.insert(0, 1);
-        }
-        if port.shape.len() != shape.len() {
-            let problem = format!("input `{}` has rank {}, the picture gives {shape:?}", port.name, port.shape.len());
-            return Err(Error::invalid(self.session.subject(), problem));
-        }
-        Ok(shape)
+        let main = projected.as_ref().map_or_else(|| outputs.get(&self.output), Ok)?;
+        let (hidden_size, data) = shares.split(subject, main.shape(), &main.to_f32()?)?;
+        let levels = self.deepstack.levels(subject, &outputs, &shares, hidden_size)?;
+        Ok(data
+            .into_iter()
+            .enumerate()
+            .map(|(picture, data)| {
+                let deepstack = levels.iter().map(|level| level[picture].clone()).collect();
+                Features { hidden_size, data, deepstack }
+            })
+            .collect())
     }
 }
 
-/// Pictures in groups of equal tile size, at most [`TILES_PER_RUN`] tiles each; patches go one picture at a time.
+/// How the rows of an output are shared among the pictures of a run.
+struct Shares(Vec<usize>);
+
+impl Shares {
+    fn of(pictures: &[&ImageArrays]) -> Self {
+        Shares(pictures.iter().map(|picture| tile_count(picture)).collect())
+    }
+
+    /// The width of an output's rows, and the rows of each picture; every tile has as many.
+    fn split(&self, subject: &str, shape: Vec<usize>, data: &[f32]) -> Result<(usize, Vec<Vec<f32>>)> {
+        let width = shape.last().copied().unwrap_or(0);
+        let rows = data.len().checked_div(width).unwrap_or(0);
+        let tiles: usize = self.0.iter().sum();
+        if rows == 0 || tiles == 0 || rows % tiles != 0 {
+            let problem = format!("gave {rows} rows of features for {tiles} tiles (shape {shape:?})");
+            return Err(Error::invalid(subject, problem));
+        }
+        let mut rest = data;
+        let own = self.0.iter().map(|tiles_of_one| {
+            let (own, others) = rest.split_at(rows / tiles * tiles_of_one * width);
+            rest = others;
+            own.to_vec()
+        });
+        let own = own.collect();
+        Ok((width, own))
+    }
+}
+
+impl Deepstack {
+    /// The rows of each picture, by level.
+    fn levels(
+        &self,
+        subject: &str,
+        outputs: &Outputs,
+        shares: &Shares,
+        hidden_size: usize,
+    ) -> Result<Vec<Vec<Vec<f32>>>> {
+        let split = |shape: Vec<usize>, data: &[f32]| {
+            let (width, rows) = shares.split(subject, shape, data)?;
+            match width == hidden_size {
+                true => Ok(rows),
+                false => {
+                    let problem = format!("its DeepStack features are {width} wide, its image features {hidden_size}");
+                    Err(Error::invalid(subject, problem))
+                }
+            }
+        };
+        match self {
+            Deepstack::Levels(names) => {
+                let level = |name: &String| {
+                    let tensor = outputs.get(name)?;
+                    split(tensor.shape(), &tensor.to_f32()?)
+                };
+                names.iter().map(level).collect()
+            }
+            Deepstack::Stacked(name) => {
+                let tensor = outputs.get(name)?;
+                let shape = tensor.shape();
+                let data = tensor.to_f32()?;
+                let count = shape.first().copied().unwrap_or(0);
+                let each = data.len().checked_div(count).unwrap_or(0);
+                data.chunks_exact(each.max(1)).map(|level| split(shape[1..].to_vec(), level)).collect()
+            }
+        }
+    }
+}
+
+impl Projector {
+    /// Features in the decoder's width. An input of one axis less takes all rows behind each other.
+    fn run(&mut self, features: &Tensor) -> Result<Tensor> {
+        let shape = features.shape();
+        let (rank, width) = (shape.len(), shape.last().copied().unwrap_or(0));
+        let data = features.to_f32()?.into_owned();
+        let rows = data.len().checked_div(width).unwrap_or(0);
+        let shape = match self.input.rank() {
+            wanted if wanted == rank => shape,
+            2 => vec![rows, width],
+            3 => vec![1, rows, width],
+            _ => {
+                let problem = format!("input {} got features of shape {shape:?}", self.input.described());
+                return Err(Error::invalid(self.session.subject(), problem));
+            }
+        };
+        let tensor = Tensor::from_f32(self.input.dtype, &shape, data)?;
+        self.session.run(&[(self.input.name.as_str(), &tensor)], None)?.take(&self.output)
+    }
+}
+
+/// Which output holds image features and which DeepStack features.
+fn outputs(subject: &str, ports: &[Port]) -> Result<(String, Deepstack)> {
+    let mut levels: Vec<(Option<usize>, &Port)> = Vec::new();
+    let mut others: Vec<&Port> = Vec::new();
+    for port in ports {
+        match output_kind(port) {
+            Some((Kind::Deepstack, number)) => levels.push((number, port)),
+            _ => others.push(port),
+        }
+    }
+    levels.sort_by_key(|(number, _)| *number);
+    let deepstack = match &levels[..] {
+        [(None, only)] if only.rank() > 2 => Deepstack::Stacked(only.name.clone()),
+        levels => Deepstack::Levels(levels.iter().map(|(_, port)| port.name.clone()).collect()),
+    };
+    match others[..] {
+        [only] => Ok((only.name.clone(), deepstack)),
+        _ => {
+            let names: Vec<String> = others.iter().map(|port| port.described()).collect();
+            let problem = format!(
+                "gives {} besides DeepStack features; one output of image features is known",
+                if names.is_empty() { "nothing".to_string() } else { names.join(" and ") }
+            );
+            Err(Error::unsupported(subject, problem)
+                .remedy("remove the outputs that the decoder does not read, or name DeepStack features `deepstack_features_0` and so on"))
+        }
+    }
+}
+
+/// Pictures in groups that share a run, at most [`TILES_PER_RUN`] tiles each.
 fn runs<'a, 'b>(pictures: &'b [&'a ImageArrays]) -> Vec<&'b [&'a ImageArrays]> {
     let mut groups = Vec::new();
     let mut start = 0;
@@ -266,8 +300,7 @@ fn runs<'a, 'b>(pictures: &'b [&'a ImageArrays]) -> Vec<&'b [&'a ImageArrays]> {
         while end < pictures.len() {
             let next = pictures[end];
             tiles += tile_count(next);
-            let alone = pixel_shape(first).len() < 4 || tile_shape(next) != tile_shape(first);
-            if alone || tiles > TILES_PER_RUN {
+            if !share_a_run(first, next) || tiles > TILES_PER_RUN {
                 break;
             }
             end += 1;
@@ -278,64 +311,49 @@ fn runs<'a, 'b>(pictures: &'b [&'a ImageArrays]) -> Vec<&'b [&'a ImageArrays]> {
     groups
 }
 
-/// Tiles in a picture: the axis before channels; all patches of a picture count as one.
-fn tile_count(picture: &ImageArrays) -> usize {
-    let shape = pixel_shape(picture);
-    match shape.len() {
-        4 => shape[0],
-        5 => shape[0] * shape[1],
-        _ => 1,
-    }
-}
-
-/// Axes of one tile, `[C, H, W]`, or `[D]` of one patch.
-fn tile_shape(picture: &ImageArrays) -> Vec<usize> {
-    let shape = pixel_shape(picture);
-    match shape.len() {
-        4 => shape[1..].to_vec(),
-        5 => shape[2..].to_vec(),
-        _ => shape.get(1..).unwrap_or(&[]).to_vec(),
-    }
-}
-
-fn pixel_shape(picture: &ImageArrays) -> &[usize] {
-    picture.get(PIXEL_VALUES).map_or(&[], Array::shape)
-}
-
-fn is_padded(picture: &ImageArrays) -> bool {
-    matches!(picture.get(PIXEL_ATTENTION_MASK), Some(Array::Bool(mask)) if mask.iter().any(|&real| !real))
-}
-
 #[cfg(test)]
 mod tests {
+    use ndarray::ArrayD;
+
     use super::*;
-
-    fn features(value: f32) -> Arc<Features> {
-        Arc::new(Features { hidden_size: 2, data: vec![value; 4] })
-    }
-
-    #[test]
-    fn the_cache_tells_encoders_apart_and_forgets_the_oldest() {
-        let cache = FeatureCache::new(32);
-        cache.put("a", "x", &features(1.0));
-        cache.put("b", "x", &features(2.0));
-        assert_eq!(cache.get("a", "x"), Some(features(1.0)));
-        assert_eq!(cache.get("b", "x"), Some(features(2.0)));
-        cache.put("a", "y", &features(3.0));
-        assert_eq!(cache.get("a", "x"), None);
-        assert_eq!(cache.get("b", "x"), Some(features(2.0)));
-    }
+    use crate::ir::{DataType, Dim};
+    use crate::prompt::Array;
 
     #[test]
     fn pictures_of_one_tile_size_share_a_run() {
         let picture = |shape: &[usize]| {
-            let pixels = Array::Float(ndarray::ArrayD::zeros(shape));
+            let pixels = Array::Float(ArrayD::zeros(shape));
             ImageArrays::new([(PIXEL_VALUES, pixels)]).expect("a picture")
         };
-        let pictures =
-            [[2, 3, 8, 8], [1, 3, 8, 8], [1, 3, 4, 8], [31, 3, 4, 8], [1, 3, 4, 8]].map(|shape| picture(&shape));
+        let shapes = [[2, 3, 8, 8], [1, 3, 8, 8], [1, 3, 4, 8], [31, 3, 4, 8], [1, 3, 4, 8]];
+        let pictures = shapes.map(|shape| picture(&shape));
         let borrowed: Vec<&ImageArrays> = pictures.iter().collect();
         let sizes: Vec<usize> = runs(&borrowed).iter().map(|group| group.len()).collect();
         assert_eq!(sizes, [2, 2, 1]);
+    }
+
+    #[test]
+    fn outputs_are_told_apart_by_name() {
+        let port = |name: &str, rank: usize| Port {
+            name: name.into(),
+            dtype: DataType::Float,
+            shape: vec![Dim::Unknown; rank],
+        };
+        let levels = ["deepstack_features_2", "image_features", "deepstack_features_0"].map(|name| port(name, 2));
+        let (output, deepstack) = outputs("tower", &levels).expect("outputs");
+        let names = ["deepstack_features_0", "deepstack_features_2"].map(String::from).to_vec();
+        assert_eq!((output.as_str(), deepstack), ("image_features", Deepstack::Levels(names)));
+        let stacked = outputs("tower", &[port("pooled_embeds", 2), port("deepstack_features", 3)]).expect("outputs");
+        assert_eq!(stacked.1, Deepstack::Stacked("deepstack_features".into()));
+        let error = outputs("tower", &[port("a", 2), port("b", 2)]).expect_err("two").to_string();
+        assert!(error.contains("`a` (float32 [?, ?])") && error.contains("deepstack_features_0"), "{error}");
+    }
+
+    #[test]
+    fn rows_are_shared_by_tiles() {
+        let data: Vec<f32> = (0..12).map(|n| n as f32).collect();
+        let (width, own) = Shares(vec![1, 2]).split("tower", vec![3, 2, 2], &data).expect("rows");
+        assert_eq!((width, own[0].len(), own[1].len()), (2, 4, 8));
+        assert!(Shares(vec![5]).split("tower", vec![3, 2, 2], &data).is_err());
     }
 }

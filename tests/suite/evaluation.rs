@@ -6,7 +6,7 @@ use interlace::base::{Cancel, Device};
 use interlace::bundle::Bundle;
 use interlace::data::Benchmark;
 use interlace::eval::{BenchOptions, EvalOptions, LoadedModel, ModelScores, bench, benchmark_name, compare, evaluate};
-use interlace::runtime::{Decoder, FeatureCache, Runtime, SessionOptions, Step, StepTokens};
+use interlace::runtime::{Decoder, Embedded, FeatureCache, Runtime, SessionOptions, Step};
 
 fn fixture(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(path)
@@ -53,16 +53,11 @@ fn the_shipped_decoder_gives_what_pytorch_gives() {
     for (given, wanted) in [("in", "exp"), ("in2", "exp2")] {
         let embeds = floats(array(format!("{given}.inputs_embeds")));
         let time = embeds.len() / hidden_size;
-        let positions: Vec<i64> = (length..length + time).map(|position| position as i64).collect();
+        let row = Embedded::text(&vec![0; time], hidden_size, embeds, length as i64, 1);
+        let past = vec![1; length];
+        let step = if cache.is_some() { Step::behind(&[&row], &[past], false) } else { Step::prefill(&[&row], false) };
+        let step = step.expect("a step");
         length += time;
-        let step = Step {
-            batch: 1,
-            tokens: StepTokens::Embeds { data: &embeds, hidden_size },
-            attention_mask: &vec![1; length],
-            position_ids: &positions,
-            position_rows: 1,
-            last_only: false,
-        };
         let (logits, longer) = decoder.step(&step, cache).expect("a step");
         let (found, want) = (logits.to_f32().expect("logits"), floats(array(format!("{wanted}.logits"))));
         assert_eq!(found.len(), want.len());

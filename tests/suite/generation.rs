@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use interlace::base::{Cancel, Device};
 use interlace::onnx;
 use interlace::prompt::Prompt;
-use interlace::runtime::{Decoder, Runtime, SessionOptions, Step, StepTokens, VlmSession, VlmSettings};
+use interlace::runtime::{Decoder, Embedded, Runtime, SessionOptions, Step, VlmSession, VlmSettings};
 
 /// Heads of the zoo's networks are 16 wide; some graphs leave that open.
 const HEAD_DIM: usize = 16;
@@ -50,31 +50,29 @@ fn prefill_and_a_cached_step_give_what_pytorch_gives() {
     ];
     for (file, network, rows) in cases {
         let path = zoo(&format!("expected/{network}.nodrop.npz"));
-        let data: HashMap<String, tch::Tensor> = tch::Tensor::read_npz(path).expect("npz").into_iter().collect();
+        let arrays: HashMap<String, tch::Tensor> = tch::Tensor::read_npz(path).expect("npz").into_iter().collect();
         let mut decoder = decoder(file);
         assert_eq!(decoder.position_rows(), rows, "{file}");
         assert_eq!(decoder.slots().len(), 16, "{file}");
         let mut cache = None;
         let mut length = 0;
         for (given, wanted) in [("in", "exp"), ("in2", "exp2")] {
-            let ids = integers(&data[&format!("{given}.input_ids")]);
-            let embeds = floats(&data[&format!("{given}.inputs_embeds")]);
+            let ids = integers(&arrays[&format!("{given}.input_ids")]);
+            let embeds = floats(&arrays[&format!("{given}.inputs_embeds")]);
+            let past = vec![1; length];
             length += ids.len();
-            let tokens = match decoder.takes_embeds() {
-                true => StepTokens::Embeds { data: &embeds, hidden_size: 64 },
-                false => StepTokens::Ids(&ids),
+            let positions = integers(&arrays[&format!("{given}.position_ids")]);
+            let (data, hidden_size) = if decoder.takes_embeds() { (embeds, 64) } else { (Vec::new(), 0) };
+            let mut row = Embedded::text(&ids, hidden_size, data, 0, rows);
+            row.positions = positions.chunks(ids.len()).take(rows).map(<[i64]>::to_vec).collect();
+            let step = match cache {
+                Some(_) => Step::behind(&[&row], &[past], false),
+                None => Step::prefill(&[&row], false),
             };
-            let step = Step {
-                batch: 1,
-                tokens,
-                attention_mask: &vec![1; length],
-                position_ids: &integers(&data[&format!("{given}.position_ids")]),
-                position_rows: rows,
-                last_only: false,
-            };
+            let step = step.expect("a step");
             let (logits, longer) = decoder.step(&step, cache).expect("a step");
             let difference =
-                largest_difference(&logits.to_f32().expect("logits"), &floats(&data[&format!("{wanted}.logits")]));
+                largest_difference(&logits.to_f32().expect("logits"), &floats(&arrays[&format!("{wanted}.logits")]));
             assert!(difference <= 1e-4, "{file} {given}: {difference}");
             assert_eq!(longer.length(), length);
             cache = Some(longer);
@@ -93,14 +91,8 @@ fn a_graph_in_memory_runs_as_its_file_does() {
         let mut from_file = decoder(file);
         let embeds: Vec<f32> = (0..5 * 64).map(|i| ((i * 37 % 101) as f32 / 50.0 - 1.0) * 0.5).collect();
         let rows = from_file.position_rows();
-        let step = Step {
-            batch: 1,
-            tokens: StepTokens::Embeds { data: &embeds, hidden_size: 64 },
-            attention_mask: &[1; 5],
-            position_ids: &[0, 1, 2, 3, 4].repeat(rows),
-            position_rows: rows,
-            last_only: false,
-        };
+        let row = Embedded::text(&[0; 5], 64, embeds, 0, rows);
+        let step = Step::prefill(&[&row], false).expect("a step");
         let run =
             |decoder: &mut Decoder| decoder.step(&step, None).expect("a step").0.to_f32().expect("logits").into_owned();
         assert_eq!(run(&mut in_memory), run(&mut from_file), "{file}");
@@ -120,7 +112,7 @@ fn a_batch_answers_as_its_prompts_do_alone() {
         let prompts: Vec<Prompt> = (0..5)
             .map(|row| Prompt {
                 input_ids: (0..3 + 2 * row).map(|at| 5 + (at * 31 + row * 17) % 600).collect(),
-                pictures: Vec::new(),
+                ..Prompt::default()
             })
             .collect();
         let cancel = Cancel::default();
@@ -140,7 +132,7 @@ fn a_batch_answers_as_its_prompts_do_alone() {
 
 #[test]
 fn an_answer_ends_at_its_end_token_and_leaves_it_out() {
-    let prompt = [Prompt { input_ids: vec![5, 17, 99], pictures: Vec::new() }];
+    let prompt = [Prompt { input_ids: vec![5, 17, 99], ..Prompt::default() }];
     let cancel = Cancel::default();
     let free = text_model("llama/optimum-O2.onnx").generate(&prompt, 6, &cancel).expect("an answer").remove(0);
     let end = free[2];
@@ -154,30 +146,25 @@ fn an_answer_ends_at_its_end_token_and_leaves_it_out() {
 fn a_request_to_stop_ends_generation() {
     let cancel = Cancel::default();
     cancel.request();
-    let prompt = [Prompt { input_ids: vec![5, 17, 99], pictures: Vec::new() }];
+    let prompt = [Prompt { input_ids: vec![5, 17, 99], ..Prompt::default() }];
     let error = text_model("llama/optimum-O2.onnx").generate(&prompt, 6, &cancel).expect_err("stopped");
     assert!(matches!(error, interlace::base::Error::Interrupted { .. }), "{error}");
 }
 
 #[test]
 fn what_does_not_fit_the_graph_is_refused() {
-    let mut decoder = decoder("llama/optimum-O2.onnx");
-    let step = |tokens: StepTokens<'static>, mask: &'static [i64], positions: &'static [i64]| Step {
-        batch: 1,
-        tokens,
-        attention_mask: mask,
-        position_ids: positions,
-        position_rows: 1,
-        last_only: true,
-    };
-    let cases = [
-        (step(StepTokens::Ids(&[]), &[], &[]), "0 tokens"),
-        (step(StepTokens::Ids(&[1, 2]), &[1], &[0, 1]), "attention_mask holds 1"),
-        (step(StepTokens::Ids(&[1, 2]), &[1, 1], &[0]), "position_ids holds 1"),
-        (step(StepTokens::Embeds { data: &[0.0; 64], hidden_size: 64 }, &[1], &[0]), "wants token ids"),
-    ];
-    for (step, want) in cases {
-        let error = decoder.step(&step, None).expect_err(want).to_string();
-        assert!(error.contains(want), "{error}");
-    }
+    let mut ids = decoder("optimum/llama-O2/model.onnx");
+    let embeddings = Embedded { input_ids: Vec::new(), ..Embedded::text(&[1], 64, vec![0.0; 64], 0, 1) };
+    let error = ids.step(&Step::prefill(&[&embeddings], true).expect("a step"), None).expect_err("ids").to_string();
+    assert!(error.contains("the graph takes token ids"), "{error}");
+    let three = Embedded::text(&[1, 2], 0, Vec::new(), 0, 3);
+    let error = ids.step(&Step::prefill(&[&three], true).expect("a step"), None).expect_err("rows").to_string();
+    assert!(error.contains("3 rows of positions, the graph takes one"), "{error}");
+    let text = Embedded::text(&[1, 2], 0, Vec::new(), 0, 1);
+    let behind = Step::behind(&[&text], &[vec![1]], true).expect("a step");
+    let error = ids.step(&behind, None).expect_err("no cache").to_string();
+    assert!(error.contains("goes on from 1 positions, the cache holds 0"), "{error}");
+    let mut embeds = decoder("ts17/smolvlm/decoder_model_merged.onnx");
+    let error = embeds.step(&Step::prefill(&[&text], true).expect("a step"), None).expect_err("ids").to_string();
+    assert!(error.contains("holds token ids, the graph takes `inputs_embeds`"), "{error}");
 }

@@ -1,0 +1,129 @@
+//! The token embedding component: ids to the embeddings that the decoder takes, in some layouts with the image features
+//! merged in by the graph itself.
+
+use crate::base::{Error, Result};
+
+use super::inputs::{Input, Kind, output_kind};
+use super::port::Port;
+use super::session::Session;
+use super::step::{Embedded, Step};
+use super::tensor::Tensor;
+
+/// A token embedding graph with every input and output understood.
+#[derive(Debug)]
+pub struct TokenEmbedding {
+    session: Session,
+    inputs: Vec<Input>,
+    output: String,
+    per_layer: Option<String>,
+}
+
+/// What the component gives for some tokens.
+#[derive(Debug)]
+pub struct TokenRows {
+    pub hidden_size: usize,
+    /// `[tokens, hidden_size]`.
+    pub data: Vec<f32>,
+    /// `[tokens, W]`, a second embedding of each token; empty where there is none.
+    pub per_layer: Vec<f32>,
+}
+
+impl TokenEmbedding {
+    /// Understands a graph's inputs and outputs.
+    ///
+    /// Errors: `Error::Unsupported` naming an input or output that has no known meaning.
+    pub fn new(session: Session) -> Result<Self> {
+        let subject = session.subject();
+        let inputs = Input::all(subject, session.inputs())?;
+        let read = |kind: Kind| {
+            matches!(
+                kind,
+                Kind::InputIds | Kind::AttentionMask | Kind::ImageFeatures | Kind::ImageMask | Kind::Image(_)
+            )
+        };
+        if let Some(input) = inputs.iter().find(|input| !read(input.kind())) {
+            let problem = format!("input {} is none of a token embedding's", input.port.described());
+            return Err(Error::unsupported(subject, problem));
+        }
+        if !inputs.iter().any(|input| input.kind() == Kind::InputIds) {
+            return Err(Error::unsupported(subject, "has no input `input_ids`"));
+        }
+        let kind = |port| output_kind(port).map(|(kind, _)| kind);
+        let per_layer = session.outputs().iter().find(|port| kind(port) == Some(Kind::PerLayerInputs));
+        let others: Vec<_> = session.outputs().iter().filter(|port| kind(port) != Some(Kind::PerLayerInputs)).collect();
+        let [output] = others[..] else {
+            let names: Vec<String> = others.iter().map(|port| port.described()).collect();
+            let problem = format!("gives {}, one output of embeddings is known", names.join(" and "));
+            return Err(Error::unsupported(subject, problem));
+        };
+        let (output, per_layer) = (output.name.clone(), per_layer.map(|port| port.name.clone()));
+        Ok(TokenEmbedding { session, inputs, output, per_layer })
+    }
+
+    /// How messages name it.
+    pub fn subject(&self) -> &str {
+        self.session.subject()
+    }
+
+    /// Width of the embeddings, where the graph fixes it.
+    pub fn width(&self) -> Option<usize> {
+        self.session.output(&self.output).and_then(Port::width)
+    }
+
+    /// True when the graph merges image features in itself.
+    pub fn takes_features(&self) -> bool {
+        self.inputs.iter().any(|input| input.kind() == Kind::ImageFeatures)
+    }
+
+    /// True when the graph reads pixels, so that the vision encoder is inside it.
+    pub fn takes_pictures(&self) -> bool {
+        self.inputs.iter().any(|input| matches!(input.kind(), Kind::Image(_)))
+    }
+
+    /// The graph alone.
+    pub fn into_session(self) -> Session {
+        self.session
+    }
+
+    /// Width of the image features that the graph merges in; `None` where it merges none or leaves it open.
+    pub fn feature_width(&self) -> Option<usize> {
+        self.inputs.iter().find(|input| input.kind() == Kind::ImageFeatures).and_then(|input| input.port.width())
+    }
+
+    /// Every input for one prompt, of which the ids, and the side that the graph reads, are known.
+    ///
+    /// Errors: `Error::Invalid` when the prompt does not hold what an input takes.
+    pub fn feeds(&self, prompt: &Embedded) -> Result<Vec<(String, Tensor)>> {
+        let step = Step::prefill(&[prompt], false)?;
+        let feed =
+            |input: &Input| Ok((input.port.name.clone(), Tensor::from_array(input.port.dtype, input.make(&step)?)?));
+        self.inputs.iter().map(feed).collect()
+    }
+
+    /// Embeds one prompt, of which the ids, and the side that the graph reads, are known.
+    ///
+    /// Errors: `Error::Invalid` when the graph gives another number of rows; `Error::Engine` when the run fails.
+    pub fn run(&mut self, prompt: &Embedded) -> Result<TokenRows> {
+        let feeds = self.feeds(prompt)?;
+        let feeds: Vec<(&str, &Tensor)> = feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+        let outputs = self.session.run(&feeds, None)?;
+        let tokens = prompt.len();
+        let rows = |name: &str| {
+            let tensor = outputs.get(name)?;
+            let data = tensor.to_f32()?.into_owned();
+            match data.len().checked_div(tokens) {
+                Some(width) if width > 0 && width * tokens == data.len() => Ok((width, data)),
+                _ => {
+                    let problem = format!("`{name}` has shape {:?} for {tokens} tokens", tensor.shape());
+                    Err(Error::invalid(self.session.subject(), problem))
+                }
+            }
+        };
+        let (hidden_size, data) = rows(&self.output)?;
+        let per_layer = match &self.per_layer {
+            Some(name) => rows(name)?.1,
+            None => Vec::new(),
+        };
+        Ok(TokenRows { hidden_size, data, per_layer })
+    }
+}

@@ -1,0 +1,90 @@
+//! Image features, and a cache of them: each picture goes through a vision encoder once.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex};
+
+use crate::base::Sha256Digest;
+
+/// What a picture becomes: one row per image token.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Features {
+    pub hidden_size: usize,
+    /// `[tokens, hidden_size]` in row-major order.
+    pub data: Vec<f32>,
+    /// DeepStack features by level, `[tokens, hidden_size]` each; none for encoders without.
+    pub deepstack: Vec<Vec<f32>>,
+}
+
+impl Features {
+    /// Number of image tokens.
+    pub fn tokens(&self) -> usize {
+        self.data.len().checked_div(self.hidden_size).unwrap_or(0)
+    }
+
+    fn bytes(&self) -> usize {
+        let numbers = self.data.len() + self.deepstack.iter().map(Vec::len).sum::<usize>();
+        numbers * size_of::<f32>()
+    }
+}
+
+/// Features of pictures seen before, shared by all models whose vision encoders have the same bytes.
+#[derive(Debug)]
+pub struct FeatureCache {
+    limit_bytes: usize,
+    state: Mutex<CacheState>,
+}
+
+#[derive(Debug, Default)]
+struct CacheState {
+    features: HashMap<(Sha256Digest, Sha256Digest), Arc<Features>>,
+    order: VecDeque<(Sha256Digest, Sha256Digest)>,
+    bytes: usize,
+}
+
+impl FeatureCache {
+    /// A cache that forgets the oldest features beyond `limit_bytes`.
+    pub fn new(limit_bytes: usize) -> Arc<Self> {
+        Arc::new(FeatureCache { limit_bytes, state: Mutex::default() })
+    }
+
+    pub(super) fn get(&self, encoder: &str, picture: &str) -> Option<Arc<Features>> {
+        let state = self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        state.features.get(&(encoder.to_string(), picture.to_string())).cloned()
+    }
+
+    pub(super) fn put(&self, encoder: &str, picture: &str, features: &Arc<Features>) {
+        let mut state = self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let key = (encoder.to_string(), picture.to_string());
+        if state.features.insert(key.clone(), Arc::clone(features)).is_none() {
+            state.order.push_back(key);
+            state.bytes += features.bytes();
+        }
+        while state.bytes > self.limit_bytes {
+            let Some(oldest) = state.order.pop_front() else { break };
+            if let Some(gone) = state.features.remove(&oldest) {
+                state.bytes -= gone.bytes();
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn features(value: f32) -> Arc<Features> {
+        Arc::new(Features { hidden_size: 2, data: vec![value; 2], deepstack: vec![vec![value; 2]] })
+    }
+
+    #[test]
+    fn the_cache_tells_encoders_apart_and_forgets_the_oldest() {
+        let cache = FeatureCache::new(32);
+        cache.put("a", "x", &features(1.0));
+        cache.put("b", "x", &features(2.0));
+        assert_eq!(cache.get("a", "x"), Some(features(1.0)));
+        assert_eq!(cache.get("b", "x"), Some(features(2.0)));
+        cache.put("a", "y", &features(3.0));
+        assert_eq!(cache.get("a", "x"), None);
+        assert_eq!(cache.get("b", "x"), Some(features(2.0)));
+    }
+}

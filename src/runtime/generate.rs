@@ -1,0 +1,171 @@
+//! Greedy decoding over a KV cache.
+
+use std::collections::BTreeMap;
+
+use crate::base::{Cancel, Error, Result};
+use crate::prompt::Prompt;
+
+use super::decoder::KvCache;
+use super::step::{Embedded, Step};
+use super::tensor::Tensor;
+use super::vlm::{TokenTypes, VlmSession};
+
+/// Largest difference of logits that still counts as the same answer when padding is tried out.
+const PADDING_TOLERANCE: f32 = 1e-2;
+
+/// A batch after prefill.
+#[derive(Debug)]
+struct Running {
+    cache: KvCache,
+    mask: Vec<Vec<i64>>,
+    next_positions: Vec<i64>,
+    next_tokens: Vec<i64>,
+}
+
+impl VlmSession {
+    /// Answers by greedy decoding: at most `max_new_tokens` tokens each, without the token that ends them.
+    ///
+    /// Prompts of one call form one batch, padded on the left; where the graph does not understand padding, prompts
+    /// of equal length do; where it is made for a batch of one, each prompt is one.
+    ///
+    /// Errors: `Error::Invalid` for a prompt that does not fit the model; `Error::Engine` when a run fails;
+    /// `Error::Interrupted` when the user asked to stop.
+    pub fn generate(&mut self, prompts: &[Prompt], max_new_tokens: usize, cancel: &Cancel) -> Result<Vec<Vec<i64>>> {
+        let embedded = self.embed_all(prompts)?;
+        let mut groups: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+        for (number, prompt) in embedded.iter().enumerate() {
+            groups.entry(prompt.len()).or_default().push(number);
+        }
+        if groups.len() > 1 && self.decoder.fixed_batch() != Some(1) && self.padding_works()? {
+            let all = groups.into_values().flatten().collect();
+            groups = BTreeMap::from([(0, all)]);
+        }
+        let largest = self.decoder.fixed_batch().unwrap_or(prompts.len()).max(1);
+        let mut answers = vec![Vec::new(); prompts.len()];
+        for group in groups.values().flat_map(|group| group.chunks(largest)) {
+            let rows: Vec<&Embedded> = group.iter().map(|&number| &embedded[number]).collect();
+            for (&number, answer) in group.iter().zip(self.generate_batch(&rows, max_new_tokens, cancel)?) {
+                answers[number] = answer;
+            }
+        }
+        Ok(answers)
+    }
+
+    fn generate_batch(&mut self, rows: &[&Embedded], max_new_tokens: usize, cancel: &Cancel) -> Result<Vec<Vec<i64>>> {
+        let mut answers = vec![Vec::new(); rows.len()];
+        let mut ended = vec![max_new_tokens == 0; rows.len()];
+        let mut running = self.begin(rows)?;
+        loop {
+            for ((answer, ended), &token) in answers.iter_mut().zip(&mut ended).zip(&running.next_tokens) {
+                if !*ended && self.settings.eos_token_ids.contains(&token) {
+                    *ended = true;
+                } else if !*ended {
+                    answer.push(token);
+                    *ended = answer.len() >= max_new_tokens;
+                }
+            }
+            if ended.iter().all(|&ended| ended) {
+                return Ok(answers);
+            }
+            cancel.check("no answer of this batch is kept")?;
+            running = self.decode(running)?;
+        }
+    }
+
+    fn begin(&mut self, rows: &[&Embedded]) -> Result<Running> {
+        let (logits, cache) = self.decoder.step(&Step::prefill(rows, true)?, None)?;
+        let width = rows.iter().map(|row| row.len()).max().unwrap_or(0);
+        let mask = |row: &&Embedded| [vec![0; width - row.len()], vec![1; row.len()]].concat();
+        Ok(Running {
+            cache,
+            mask: rows.iter().map(mask).collect(),
+            next_positions: rows.iter().map(|embedded| embedded.next_position).collect(),
+            next_tokens: argmax_last(&logits, rows.len())?,
+        })
+    }
+
+    fn decode(&mut self, mut running: Running) -> Result<Running> {
+        let rows = self.next_rows(&running.next_tokens, &running.next_positions)?;
+        let step = Step::behind(&rows.iter().collect::<Vec<_>>(), &running.mask, true)?;
+        let (logits, cache) = self.decoder.step(&step, Some(running.cache))?;
+        running.mask.iter_mut().for_each(|row| row.push(1));
+        running.next_positions.iter_mut().for_each(|position| *position += 1);
+        Ok(Running { cache, next_tokens: argmax_last(&logits, rows.len())?, ..running })
+    }
+
+    /// The next token of each row of a batch, at its position.
+    ///
+    /// Errors: `Error::Engine` when the tokens cannot be embedded.
+    pub fn next_rows(&mut self, tokens: &[i64], positions: &[i64]) -> Result<Vec<Embedded>> {
+        let all = self.embed_text(tokens, 0)?;
+        let answer = self.settings.token_types == TokenTypes::Answer;
+        let row = |(number, &position): (usize, &i64)| {
+            let mut row = all.slice(number..number + 1);
+            row.positions.iter_mut().for_each(|row| *row = vec![position]);
+            row.next_position = position + 1;
+            row.side.types = if answer { vec![1] } else { Vec::new() };
+            row
+        };
+        Ok(positions.iter().take(tokens.len()).enumerate().map(row).collect())
+    }
+
+    /// Tries out once whether the graph understands padding on the left: the logits of a short prompt must not change.
+    fn padding_works(&mut self) -> Result<bool> {
+        if let Some(works) = self.padding_works {
+            return Ok(works);
+        }
+        let works = self.decoder.takes_padding() && {
+            let (short, long) = (self.embed_text(&[2, 3], 0)?, self.embed_text(&[1, 2, 3], 0)?);
+            let mut run = |rows: &[&Embedded]| {
+                let (logits, _) = self.decoder.step(&Step::prefill(rows, true)?, None)?;
+                last_logits(&logits, rows.len())
+            };
+            let plain = run(&[&short])?;
+            let together = run(&[&short, &long])?;
+            let scale = plain.iter().fold(1f32, |scale, x| scale.max(x.abs()));
+            plain.iter().zip(&together).all(|(a, b)| (a - b).abs() <= PADDING_TOLERANCE * scale)
+        };
+        self.padding_works = Some(works);
+        Ok(works)
+    }
+}
+
+/// Logits of the last position of every row, `[B, V]`.
+fn last_logits(logits: &Tensor, batch: usize) -> Result<Vec<f32>> {
+    let shape = logits.shape();
+    let [rows, time, vocabulary] = shape[..] else {
+        return Err(Error::invalid("logits", format!("have shape {shape:?}, expected [batch, positions, vocabulary]")));
+    };
+    if rows != batch || time == 0 || vocabulary == 0 {
+        return Err(Error::invalid("logits", format!("have shape {shape:?} for a batch of {batch}")));
+    }
+    let data = logits.to_f32()?;
+    let last = data.chunks_exact(time * vocabulary).flat_map(|row| &row[(time - 1) * vocabulary..]);
+    Ok(last.copied().collect())
+}
+
+/// The likeliest token of each row at its last position; the first one on ties.
+///
+/// Errors: `Error::Invalid` unless `logits` has shape `[batch, T, V]` and numbers in it.
+pub fn argmax_last(logits: &Tensor, batch: usize) -> Result<Vec<i64>> {
+    let last = last_logits(logits, batch)?;
+    let vocabulary = last.len() / batch.max(1);
+    last.chunks_exact(vocabulary.max(1))
+        .map(|row| {
+            let mut best = 0;
+            for (token, &value) in row.iter().enumerate() {
+                if value.is_nan() {
+                    return Err(Error::invalid("logits", "contain a value that is not a number"));
+                }
+                if value > row[best] {
+                    best = token;
+                }
+            }
+            Ok(best as i64)
+        })
+        .collect()
+}
+
+#[cfg(test)]
+#[path = "generate_tests.rs"]
+mod tests;

@@ -1,0 +1,321 @@
+//! The table of what graphs read and give: one row per kind of input or output of a decoder, a token embedding or a
+//! vision encoder, with its names and the function that makes its array from a step.
+//!
+//! Scoring, losses, healing, generation, evaluation, `verify` and `bench` all feed graphs through it.
+
+use ndarray::{ArrayD, IxDyn};
+
+use crate::base::{Error, Result};
+use crate::prompt::{
+    Array, IMAGE_GRID_HWS, IMAGE_GRID_THW, IMAGE_SIZES, PATCH_ATTENTION_MASK, PIXEL_ATTENTION_MASK, PIXEL_POSITION_IDS,
+    PIXEL_VALUES, SPATIAL_SHAPES, TGT_SIZES,
+};
+use crate::rewrite::ADDED_PREFIX;
+
+use super::pictures;
+use super::port::Port;
+use super::step::Step;
+
+/// What an input or output holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// `[B, T, D]`; wider than the token embeddings where DeepStack features stand behind them in each row.
+    InputsEmbeds,
+    /// `[B, T]`.
+    InputIds,
+    /// `[B, past + T]`: 1 where a position is real.
+    AttentionMask,
+    /// `[B, T]`, or `[3, B, T]`: temporal, height and width positions of multimodal rotary embedding.
+    PositionIds,
+    /// `[T]`: columns of the cache that the step writes.
+    CachePosition,
+    /// True when the cache is read (decoders with two branches in an `If`).
+    UseCacheBranch,
+    /// How many of the last positions get logits; 0 for all.
+    LogitsToKeep,
+    /// `[B, T]`: true at image tokens.
+    ImageMask,
+    /// `[B, T]`: see [`super::TokenTypes`].
+    TokenTypes,
+    /// Features of the vision encoder's inner layers: `[N, D]` over the image tokens, `[B, T, D]` with zeros elsewhere, or
+    /// all levels stacked in front.
+    Deepstack,
+    /// `[B, T, L, P]`: a second embedding of each token, for every layer.
+    PerLayerInputs,
+    /// `[N, D]`: the vision encoder's output, one row per image token.
+    ImageFeatures,
+    /// An array of the pictures, by the name that processors give it.
+    Image(&'static str),
+    /// A cache or a recurrent state.
+    Past,
+    /// An input that a rewrite added; whoever rewrote the graph gives it.
+    Added,
+}
+
+/// How a finetuning pass, which has no cache and begins inside the graph, feeds an input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Training {
+    /// As any other run does.
+    Fed,
+    /// Only the shape is read past the point where the pass begins: zeros stand for the content.
+    ShapeOnly,
+    /// Empty, or a recurrent state at its beginning.
+    Empty,
+}
+
+/// One row of the table.
+pub struct InputRow {
+    pub kind: Kind,
+    /// Names that exporters write. A `*` at the end stands for a number behind the name, with or without a `.` or `_`
+    /// between them; `.` at the end for anything.
+    pub names: &'static [&'static str],
+    /// Ranks in which it is known; none for any.
+    pub ranks: &'static [usize],
+    pub training: Training,
+    make: fn(&Step, &Input) -> Result<Array>,
+}
+
+/// An input of a graph that the table knows.
+#[derive(Clone)]
+pub struct Input {
+    pub port: Port,
+    pub row: &'static InputRow,
+    /// The number in its name, for levels of DeepStack features: its place among the inputs of its kind.
+    pub place: usize,
+    /// Inputs of its kind in the graph.
+    pub count: usize,
+}
+
+const fn row(
+    kind: Kind,
+    names: &'static [&'static str],
+    ranks: &'static [usize],
+    make: fn(&Step, &Input) -> Result<Array>,
+) -> InputRow {
+    InputRow { kind, names, ranks, training: Training::Fed, make }
+}
+
+const fn image(array: &'static str, names: &'static [&'static str], ranks: &'static [usize]) -> InputRow {
+    row(Kind::Image(array), names, ranks, image_array)
+}
+
+/// All inputs and outputs but caches, which [`CACHES`] lists.
+pub const INPUTS: &[InputRow] = &[
+    InputRow {
+        training: Training::ShapeOnly,
+        ..row(Kind::InputsEmbeds, &["inputs_embeds"], &[3], |step, input| step.embeddings(input.port.width()))
+    },
+    InputRow { training: Training::ShapeOnly, ..row(Kind::InputIds, &["input_ids"], &[2], |step, _| step.input_ids()) },
+    row(Kind::AttentionMask, &["attention_mask"], &[2], |step, _| Ok(step.attention_mask())),
+    row(Kind::PositionIds, &["position_ids"], &[2, 3], |step, input| step.position_ids(input.port.rank() == 3)),
+    row(Kind::CachePosition, &["cache_position"], &[1], |step, _| Ok(step.cache_position())),
+    row(Kind::UseCacheBranch, &["use_cache_branch"], &[], |step, input| Ok(flag(input, i64::from(step.has_cache())))),
+    row(Kind::LogitsToKeep, &["num_logits_to_keep", "logits_to_keep"], &[], |step, input| {
+        Ok(flag(input, i64::from(step.last_only())))
+    }),
+    row(Kind::ImageMask, &["visual_pos_masks", "image_mask", "images_seq_mask", "special_image_mask"], &[2, 3], {
+        |step, input| Ok(step.image_mask(input.port.rank()))
+    }),
+    row(Kind::TokenTypes, &["token_type_ids", "mm_token_type_ids"], &[2], |step, _| Ok(step.token_types())),
+    row(
+        Kind::Deepstack,
+        &["deepstack_features*", "deepstack_visual_embeds*", "deepstack_embeds*", "deepstack*"],
+        { &[2, 3, 4] },
+        |step, input| step.deepstack(input),
+    ),
+    row(Kind::PerLayerInputs, &["per_layer_inputs"], &[3, 4], |step, input| step.per_layer_inputs(&input.port)),
+    row(Kind::ImageFeatures, &["image_features", "image_embeds", "vision_features", "visual_features"], &[2, 3], {
+        |step, input| step.image_features(&input.port)
+    }),
+    image(PIXEL_VALUES, &["pixel_values"], &[2, 3, 4, 5]),
+    image(PIXEL_ATTENTION_MASK, &["pixel_attention_mask"], &[2, 3, 4]),
+    image(IMAGE_GRID_THW, &["image_grid_thw", "grid_thw"], &[2]),
+    image(IMAGE_GRID_HWS, &["image_grid_hws", "grid_hws"], &[2]),
+    image(IMAGE_SIZES, &["image_sizes"], &[2]),
+    image(SPATIAL_SHAPES, &["spatial_shapes"], &[2]),
+    image(PIXEL_POSITION_IDS, &["pixel_position_ids", "image_position_ids"], &[2, 3]),
+    image(TGT_SIZES, &["tgt_sizes"], &[2, 3]),
+    image(PATCH_ATTENTION_MASK, &["patch_attention_mask"], &[2, 3, 4]),
+    row(Kind::Added, &[ADDED_PREFIX], &[], caller_gives),
+];
+
+/// How the name of a cache input and of the output that takes its place begin.
+pub const CACHES: &[(&str, &str)] = &[
+    ("past_key_values.", "present."),
+    ("past_key_values.", "present_key_values."),
+    ("input.past_key_values.", "output.past_key_values."),
+    ("key_cache.", "updated_key_cache."),
+    ("value_cache.", "updated_value_cache."),
+    ("past_key_", "present_key_"),
+    ("past_value_", "present_value_"),
+    ("past_conv.", "present_conv."),
+    ("past_ssm.", "present_ssm."),
+    ("past_recurrent.", "present_recurrent."),
+];
+
+static CACHE: InputRow =
+    InputRow { kind: Kind::Past, names: &[], ranks: &[], training: Training::Empty, make: caller_gives };
+
+fn caller_gives(_: &Step, input: &Input) -> Result<Array> {
+    Err(Error::invalid(format!("input {}", input.port.described()), "is given by the caller, not made from a step"))
+}
+
+fn image_array(step: &Step, input: &Input) -> Result<Array> {
+    let Kind::Image(name) = input.row.kind else { return caller_gives(step, input) };
+    pictures::array(step.pictures(), name, &input.port)
+}
+
+/// A number for each axis of size 1 that the input has.
+fn flag(input: &Input, value: i64) -> Array {
+    Array::Int(ArrayD::from_elem(IxDyn(&vec![1; input.port.rank()]), value))
+}
+
+impl InputRow {
+    /// The number behind a name of this row; `Some(None)` for a name without one, `None` for a name of no row.
+    fn matches(&self, name: &str) -> Option<Option<usize>> {
+        self.names.iter().find_map(|pattern| {
+            if let Some(start) = pattern.strip_suffix('*') {
+                let rest = name.strip_prefix(start)?;
+                let number = rest.strip_prefix(['.', '_']).unwrap_or(rest);
+                return if rest.is_empty() { Some(None) } else { number.parse().ok().map(Some) };
+            }
+            let found = if pattern.ends_with('.') { name.starts_with(pattern) } else { name == *pattern };
+            found.then_some(None)
+        })
+    }
+}
+
+/// The row of an input or output, by name and rank, and the number in its name.
+fn row_of(port: &Port) -> Option<(&'static InputRow, Option<usize>)> {
+    let row = INPUTS.iter().find_map(|row| row.matches(&port.name).map(|number| (row, number)));
+    row.filter(|(row, _)| row.ranks.is_empty() || row.ranks.contains(&port.rank()))
+}
+
+/// What an output of a vision encoder or of token embeddings holds, and the number in its name.
+pub fn output_kind(port: &Port) -> Option<(Kind, Option<usize>)> {
+    row_of(port).map(|(row, number)| (row.kind, number))
+}
+
+/// True for the name of a cache input.
+pub fn is_cache(name: &str) -> bool {
+    CACHES.iter().any(|(past, _)| name.starts_with(past))
+}
+
+/// The names that an output may have which takes the place of a cache input.
+pub fn presents_of(name: &str) -> impl Iterator<Item = String> + '_ {
+    CACHES.iter().filter_map(move |(past, present)| Some(format!("{present}{}", name.strip_prefix(past)?)))
+}
+
+impl Input {
+    /// The inputs of a graph, in its order; `subject` names it in messages.
+    ///
+    /// Errors: `Error::Unsupported` naming an input that no row knows.
+    pub fn all<'a>(subject: &str, ports: impl IntoIterator<Item = &'a Port>) -> Result<Vec<Input>> {
+        let mut inputs = Vec::new();
+        let mut numbers = Vec::new();
+        for port in ports {
+            let (row, number) = match row_of(port) {
+                Some(found) => found,
+                None if is_cache(&port.name) => (&CACHE, None),
+                None => return Err(unknown(subject, port)),
+            };
+            inputs.push(Input { port: port.clone(), row, place: 0, count: 1 });
+            numbers.push(number);
+        }
+        let levels: Vec<Option<usize>> =
+            (0..inputs.len()).filter(|&at| inputs[at].row.kind == Kind::Deepstack).map(|at| numbers[at]).collect();
+        for (input, number) in inputs.iter_mut().zip(numbers).filter(|(input, _)| input.row.kind == Kind::Deepstack) {
+            input.place = levels.iter().filter(|other| **other < number).count();
+            input.count = levels.len();
+        }
+        Ok(inputs)
+    }
+
+    /// What it holds.
+    pub fn kind(&self) -> Kind {
+        self.row.kind
+    }
+
+    /// True for DeepStack features of all levels in one input.
+    pub fn is_stacked(&self) -> bool {
+        let numbered = self.row.matches(&self.port.name) != Some(None);
+        self.kind() == Kind::Deepstack && !numbered && self.port.rank() > 2
+    }
+
+    /// Its array for a step.
+    ///
+    /// Errors: `Error::Invalid` when the step has nothing to make it from.
+    pub fn make(&self, step: &Step) -> Result<Array> {
+        (self.row.make)(step, self)
+    }
+}
+
+impl std::fmt::Debug for Input {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Input({}, {:?}, {} of {})", self.port.name, self.kind(), self.place, self.count)
+    }
+}
+
+/// The error for an input that no row knows.
+fn unknown(subject: &str, port: &Port) -> Error {
+    let named = INPUTS.iter().find(|row| row.matches(&port.name).is_some());
+    let problem = match named {
+        Some(row) => {
+            let ranks: Vec<String> = row.ranks.iter().map(usize::to_string).collect();
+            format!("input {} has rank {}, known is {}", port.described(), port.rank(), ranks.join(" or "))
+        }
+        None => format!("input {} has no known meaning", port.described()),
+    };
+    let known: Vec<&str> = INPUTS.iter().flat_map(|row| row.names).map(|name| name.trim_end_matches('*')).collect();
+    Error::unsupported(subject, problem).remedy(format!(
+        "if it is one of {} under another name, rename it in the graph; if it is always the same, make it an initializer",
+        known.join(", ")
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ir::{DataType, Dim};
+
+    fn port(name: &str, rank: usize) -> Port {
+        Port { name: name.into(), dtype: DataType::Float, shape: vec![Dim::Unknown; rank] }
+    }
+
+    #[test]
+    fn levels_are_counted_in_the_order_of_their_numbers() {
+        let ports = [port("deepstack_features_17", 2), port("input_ids", 2), port("deepstack_features.5", 2)];
+        let inputs = Input::all("graph", &ports).unwrap();
+        let places: Vec<_> = inputs.iter().map(|input| (input.kind(), input.place, input.count)).collect();
+        assert_eq!(places, [(Kind::Deepstack, 1, 2), (Kind::InputIds, 0, 1), (Kind::Deepstack, 0, 2)]);
+        assert!(!inputs[0].is_stacked());
+        assert!(Input::all("graph", &[port("deepstack_visual_embeds", 3)]).unwrap()[0].is_stacked());
+    }
+
+    #[test]
+    fn every_name_belongs_to_one_row() {
+        for row in INPUTS {
+            for name in row.names {
+                let name = name.trim_end_matches('*');
+                let found = INPUTS.iter().filter(|other| other.matches(name).is_some()).count();
+                assert_eq!(found, 1, "{name}");
+            }
+        }
+    }
+
+    #[test]
+    fn unknown_inputs_are_named_with_type_shape_and_remedy() {
+        let error = Input::all("`decoder`", &[port("cross_states", 3)]).unwrap_err().to_string();
+        assert!(error.contains("`cross_states` (float32 [?, ?, ?])") && error.contains("rename"), "{error}");
+        let error = Input::all("`decoder`", &[port("attention_mask", 4)]).unwrap_err().to_string();
+        assert!(error.contains("has rank 4, known is 2"), "{error}");
+        assert_eq!(Input::all("`decoder`", &[port("past_conv.3", 3)]).unwrap()[0].kind(), Kind::Past);
+    }
+
+    #[test]
+    fn caches_and_the_outputs_that_replace_them() {
+        let presents: Vec<String> = presents_of("past_key_values.3.key").collect();
+        assert_eq!(presents, ["present.3.key", "present_key_values.3.key"]);
+        assert!(is_cache("past_recurrent.0") && !is_cache("position_ids"));
+    }
+}
