@@ -21,6 +21,9 @@ pub enum Step {
         dropped: Vec<usize>,
         /// Indices in the model that was never pruned.
         dropped_original: Vec<usize>,
+        /// What became of features that are added between layers; absent where none are.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        deepstack: Option<Deepstack>,
     },
     /// Layers were trained.
     Finetune {
@@ -31,6 +34,17 @@ pub enum Step {
         /// Optimiser, loss and schedule, as the verb understood them.
         settings: Value,
     },
+}
+
+/// What becomes of features that are added behind the first layers (DeepStack) when layers go.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Deepstack {
+    /// They are added where they were, a dropped layer being the identity.
+    #[default]
+    Keep,
+    /// They move on to the first layers that stay, as Hugging Face's network adds them with layers deleted from its list.
+    Shift,
 }
 
 /// The content of `interlace.json` in a model folder.

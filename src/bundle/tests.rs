@@ -345,7 +345,7 @@ fn a_written_folder_is_the_old_one_with_the_changes() {
     for component in bundle.components().iter().filter(|c| c.role.is_decoder()) {
         writer.save(component, &model(600)).unwrap();
     }
-    writer.drop_layers(&LayerEdit::new(Tower::Text, 4, &[1]).unwrap()).unwrap();
+    writer.drop_layers(&LayerEdit::new(Tower::Text, 4, &[1]).unwrap(), None).unwrap();
     writer.commit(provenance()).unwrap();
 
     let written = Bundle::open(&out).unwrap();
@@ -365,7 +365,7 @@ fn a_written_folder_is_the_old_one_with_the_changes() {
     let again =
         folder.path().join("../").join(format!("{}-again", folder.path().file_name().unwrap().to_string_lossy()));
     let mut writer = BundleWriter::create(&written, &again).unwrap();
-    writer.drop_layers(&LayerEdit::new(Tower::Text, 3, &[1]).unwrap()).unwrap();
+    writer.drop_layers(&LayerEdit::new(Tower::Text, 3, &[1]).unwrap(), None).unwrap();
     let record = writer.record(provenance()).unwrap();
     let Some(Step::Prune { dropped_original, .. }) = record.history.last() else { panic!("no step") };
     assert_eq!(dropped_original, &[2]);

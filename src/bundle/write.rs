@@ -10,7 +10,7 @@ use crate::onnx::{self, Metadata, Storage};
 
 use super::json::{Document, Edit, Kind};
 use super::layers::{self, LayerEdit};
-use super::record::{Record, Step};
+use super::record::{Deepstack, Record, Step};
 use super::{AssetKind, Bundle, Component, RECORD_FILE, card, export_json, is_external_data_of, read_text};
 
 /// Configs of other tools whose keys the table of layer keys covers.
@@ -97,7 +97,7 @@ impl<'a> BundleWriter<'a> {
     /// Rewrites every config for layers that go, and notes the step.
     ///
     /// Errors: `Error::Invalid` and `Error::Unsupported` as the table of layer keys says, naming file and key.
-    pub fn drop_layers(&mut self, edit: &LayerEdit) -> Result<()> {
+    pub fn drop_layers(&mut self, edit: &LayerEdit, deepstack: Option<Deepstack>) -> Result<()> {
         for asset in self.bundle.assets() {
             let document = match asset.kind {
                 AssetKind::Config => Document::parse(self.subject(&asset.file), self.text_of(&asset.file)?)?,
@@ -123,6 +123,7 @@ impl<'a> BundleWriter<'a> {
             layers_before: edit.total,
             dropped: edit.dropped().to_vec(),
             dropped_original: original,
+            deepstack,
         };
         history.push(step.clone());
         self.steps.push(step);

@@ -24,6 +24,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     let bundle = Bundle::open(&args.model)?;
     let found = steps::inspect(&bundle)?;
     let output = &context.output;
+    found.warnings.iter().for_each(|warning| output.warn(warning));
     if output.json {
         output.json(&found)?;
         return Ok(Outcome::Done);

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::ValueEnum;
 
 use crate::base::{human_bytes, list_preview, sha256_file};
-use crate::bundle::{Bundle, Tower};
+use crate::bundle::{Bundle, Deepstack, Tower};
 use crate::method::Plan;
 use crate::pipeline::steps::{self, Drop};
 
@@ -30,6 +30,10 @@ pub struct Args {
     /// Whose layers `--drop` names
     #[arg(long, value_enum, default_value_t = Component::Decoder, conflicts_with = "plan")]
     component: Component,
+    /// Features that are added behind the first layers (DeepStack): keep their place, or shift to the first layers that
+    /// stay, as Hugging Face's network does
+    #[arg(long, value_enum, default_value_t = DeepstackRule::Keep)]
+    deepstack: DeepstackRule,
     /// New folder for the pruned model
     #[arg(short, long, value_name = "FOLDER")]
     output: PathBuf,
@@ -40,6 +44,12 @@ enum Component {
     Decoder,
     #[value(name = "vision_encoder")]
     VisionEncoder,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum DeepstackRule {
+    Keep,
+    Shift,
 }
 
 pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
@@ -56,7 +66,11 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
             Drop::Layers { tower, layers: &layers }
         }
     };
-    let pruned = steps::prune(&bundle, &drop, &args.output)?;
+    let deepstack = match args.deepstack {
+        DeepstackRule::Keep => Deepstack::Keep,
+        DeepstackRule::Shift => Deepstack::Shift,
+    };
+    let pruned = steps::prune(&bundle, &drop, deepstack, &args.output)?;
     let output = &context.output;
     if output.json {
         output.json(&pruned)?;
@@ -64,6 +78,11 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     }
     let list = pruned.dropped.iter().map(usize::to_string).collect::<Vec<_>>().join(" ");
     output.line(format!("dropped {list}: {} of {} layers stay", pruned.layers_after, pruned.layers_before))?;
+    match pruned.deepstack {
+        Some(Deepstack::Keep) => output.line("features between layers keep their place")?,
+        Some(Deepstack::Shift) => output.line("features between layers move to the first layers that stay")?,
+        None => {}
+    }
     let mut rows = vec![["component", "nodes", "now", "weights", "now"].map(String::from).to_vec()];
     for part in &pruned.components {
         rows.push(vec![

@@ -68,12 +68,18 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     let dataset = Dataset::open_for(&args.data, &bundle, &args.reading.options())?;
     let scores = score(&bundle, &dataset, &settings, args.device, &context.cancel)?;
     write_json(&args.output, &scores)?;
+    scores.warnings.iter().for_each(|warning| context.output.warn(warning));
     warn_left_out(&scores.left_out, &context.output);
     if context.output.json {
         context.output.json(&scores)?;
     } else {
         context.output.line(score_table(&scores))?;
         context.output.line(format!("{} samples, mean ± standard error", scores.num_samples))?;
+        if scores.additions.is_some() {
+            context
+                .output
+                .line("compared before features are added between layers, as Hugging Face records hidden states")?;
+        }
     }
     Ok(Outcome::Done)
 }

@@ -40,6 +40,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
                 CheckStatus::Passed => "passed     ".green().to_string(),
                 CheckStatus::Failed => "FAILED     ".red().bold().to_string(),
                 CheckStatus::Unavailable => "unavailable".yellow().to_string(),
+                CheckStatus::Warning => "warning    ".yellow().bold().to_string(),
             };
             let difference = match (check.difference, check.tolerance) {
                 (Some(difference), Some(tolerance)) => {

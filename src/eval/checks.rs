@@ -54,6 +54,8 @@ pub enum CheckStatus {
     Failed,
     /// It could not be made; `detail` says why. This is no failure of the model.
     Unavailable,
+    /// The files fit together, but a user should know what `detail` says.
+    Warning,
 }
 
 /// Collects checks.

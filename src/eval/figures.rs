@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use crate::analysis;
 use crate::bundle::{Bundle, Component, LatentAttention, ModelConfig, Role};
 use crate::ir::Model;
-use crate::runtime::Decoder;
+use crate::runtime::{Decoder, missing_deepstack};
 
 use super::checks::{CheckStatus, Checks};
 
@@ -17,6 +17,9 @@ pub fn config_and_graph(bundle: &Bundle, part: &Component, model: &Model, decode
         checks.add(NAME, &part.file, CheckStatus::Unavailable, "there is no config");
         return;
     };
+    if let Some(problem) = missing_deepstack(bundle, &model.graph) {
+        checks.add("DeepStack", &part.file, CheckStatus::Warning, problem);
+    }
     let layers = match analysis::analyse(model) {
         Ok(found) => Some(found.map.layers.len()),
         Err(error) => {

@@ -10,10 +10,10 @@ use crate::base::{Cancel, Device, Error, Progress, Provenance, Result, ahead};
 use crate::bundle::{Bundle, Role};
 use crate::data::{Amount, DataOptions, Dataset, Encoded, Intake, Processor, Subset};
 use crate::onnx;
-use crate::rewrite::{SIMILARITY_PREFIX, tap_similarities};
-use crate::runtime::{Decoder, FeatureCache, Runtime, SessionOptions, VlmSession};
+use crate::rewrite::{SIMILARITY_PREFIX, has_additions, tap_similarities};
+use crate::runtime::{Decoder, FeatureCache, Runtime, SessionOptions, VlmSession, missing_deepstack};
 
-use super::scores::{Modality, SCORES_SCHEMA_VERSION, SampleModality, SampleScores, Scores, Similarities};
+use super::scores::{Modality, SCORES_SCHEMA_VERSION, SampleModality, SampleScores, Scores, Side, Similarities};
 
 /// Bytes of image features that are kept, for data sets that ask several questions about one picture.
 const FEATURE_CACHE_BYTES: usize = 64 << 20;
@@ -66,7 +66,8 @@ pub fn score(
     let processor = Processor::open(bundle)?;
     let indices = dataset.draw(Subset { amount: settings.amount, seed: settings.seed })?;
     let component = bundle.require(Role::Decoder)?;
-    let analysis = analysis::analyse(&onnx::load(&bundle.path_of(component))?)?;
+    let decoder = onnx::load(&bundle.path_of(component))?;
+    let analysis = analysis::analyse(&decoder)?;
     let num_layers = analysis.map.layers.len();
     let packs: Vec<usize> = [1, 2, 3].into_iter().chain(settings.longer_packs.iter().copied()).collect();
     let tapped = tap_similarities(&analysis, &packs, settings.include_last)?;
@@ -96,7 +97,9 @@ pub fn score(
     let recorded = Recorded { settings, data: dataset.options() };
     let provenance = Provenance::new(SCORES_SCHEMA_VERSION, inputs, &recorded)?;
     let scores = Scores::from_samples(provenance, num_layers, settings.include_last, samples)?;
-    Ok(Scores { left_out, ..scores })
+    let additions = has_additions(&analysis.map).then_some(Side::Before);
+    let warnings = missing_deepstack(bundle, &decoder.graph).into_iter().collect();
+    Ok(Scores { left_out, additions, warnings, ..scores })
 }
 
 /// The model with the tapped graph in the place of its decoder.

@@ -26,6 +26,14 @@ pub enum Modality {
     Text,
 }
 
+/// A side of what is added to the stream between two layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Side {
+    /// What the layer gives, before anything is added: the hidden states that Hugging Face records.
+    Before,
+}
+
 /// Every modality with its name.
 pub const MODALITIES: &[(Modality, &str)] =
     &[(Modality::All, "all"), (Modality::Image, "image"), (Modality::Text, "text")];
@@ -48,6 +56,13 @@ pub struct Scores {
     pub num_samples: usize,
     /// True when packs that hold the last layer were scored too.
     pub last_layer_included: bool,
+    /// On which side of what is added to the stream between layers (DeepStack features) the stream was compared; absent
+    /// where nothing is added.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub additions: Option<Side>,
+    /// What a user should know before these scores are relied on.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
     /// Single layers.
     pub sim_1: PackScores,
     /// Packs of two layers.
@@ -149,6 +164,8 @@ impl Scores {
             num_layers,
             num_samples: samples.len(),
             last_layer_included,
+            additions: None,
+            warnings: Vec::new(),
             sim_1: take(1)?,
             sim_2: take(2)?,
             sim_3: take(3)?,

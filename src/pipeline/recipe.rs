@@ -8,6 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::base::{Device, Error, Result};
+use crate::bundle::Deepstack;
 use crate::data::{Amount, DataOptions, Turns};
 use crate::eval::BenchOptions;
 use crate::finetune::{self, DEFAULT_RECIPE, RecipeRow};
@@ -29,6 +30,8 @@ pub struct Recipe {
     pub device: String,
     pub calibration: Calibration,
     pub plan: PlanSection,
+    #[serde(default)]
+    pub prune: PruneSection,
     pub finetune: FinetuneSection,
     pub eval: EvalSection,
     #[serde(default)]
@@ -94,6 +97,14 @@ pub struct PlanSection {
     /// How much similarities over `image`, `text` and `all` tokens count; `all` alone without it.
     #[serde(default)]
     pub modality_weights: Option<ModalityWeights>,
+}
+
+/// How layers are taken out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct PruneSection {
+    /// What becomes of features that are added behind the first layers (DeepStack): `keep` or `shift`.
+    pub deepstack: Deepstack,
 }
 
 /// How the neighbours of what went are finetuned.

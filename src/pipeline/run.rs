@@ -101,7 +101,8 @@ impl Run<'_> {
         };
         let (plan, planned) = self.stages.plan(&format!("plan-{name}"), &recipe.calibration, scores, settings)?;
         let drop = Drop::Plan { plan: &plan, digest: planned.digest.clone() };
-        let pruned = self.stages.prune(&format!("pruned-{name}"), &drop, &[("plan", &planned.digest)])?;
+        let pruned =
+            self.stages.prune(&format!("pruned-{name}"), &drop, &recipe.prune, &[("plan", &planned.digest)])?;
         let healed = self.stages.heal(
             &pruned,
             &Healing {

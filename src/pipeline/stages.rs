@@ -13,7 +13,7 @@ use crate::method::select::Strategy;
 use crate::method::{LossMeter, Plan, ScoreSettings, Scores, score};
 use crate::runtime::{FeatureCache, Runtime};
 
-use super::recipe::Calibration;
+use super::recipe::{Calibration, PruneSection};
 use super::steps::{self, Drop, Engine, EvalSettings, Finetune, PlanSettings, PlannedModel, Work, check_needs};
 use super::store::{Finished, Store};
 
@@ -162,11 +162,19 @@ impl<'a> Stages<'a> {
     /// The dense model without layers. `inputs` says what the step is known by besides the model.
     ///
     /// Errors: as `steps::prune`.
-    pub fn prune(&mut self, step: &str, drop: &Drop, inputs: &[(&str, &str)]) -> Result<Finished> {
+    pub fn prune(
+        &mut self,
+        step: &str,
+        drop: &Drop,
+        settings: &PruneSection,
+        inputs: &[(&str, &str)],
+    ) -> Result<Finished> {
         let all: Vec<(&str, &str)> =
             std::iter::once(("model", self.dense.digest.as_str())).chain(inputs.iter().copied()).collect();
         let bundle = &self.bundle;
-        let pruned = self.store.step(step, step, &all, &(), |path| steps::prune(bundle, drop, path).map(|_| ()))?;
+        let pruned = self.store.step(step, step, &all, settings, |path| {
+            steps::prune(bundle, drop, settings.deepstack, path).map(|_| ())
+        })?;
         self.told(step, &pruned);
         Ok(pruned)
     }

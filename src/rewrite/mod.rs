@@ -1,5 +1,6 @@
 //! Rewrites of a graph. Each takes a model by reference and gives a new one; weights are shared, nothing is copied.
 
+mod additions;
 mod build;
 mod bypass;
 mod cut;
@@ -13,6 +14,7 @@ mod tap;
 mod tidy;
 mod widen;
 
+pub use additions::{has_additions, shift_additions};
 pub use build::ADDED_PREFIX;
 pub use bypass::{
     Bypass, KEEP_INPUT, LOSS_OUTPUT, RESTART_INPUT, ROWS_INPUT, STREAM_INPUT, STREAM_OUTPUT_PREFIX, TARGETS_INPUT,

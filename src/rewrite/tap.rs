@@ -13,6 +13,9 @@ pub const SIMILARITY_PREFIX: &str = "interlace.sim_";
 /// A model whose only outputs are the cosine similarities of the stream before layer `i` with the stream before layer
 /// `i + k`, for each pack size `k`: `interlace.sim_k` of shape `[n, B, T]` in float32, one row for each `i`.
 ///
+/// The stream before layer `i` is what layer `i - 1` gives, and before layer 0 what that layer takes: where features are
+/// added between layers (DeepStack), they are not in it yet, as in the hidden states that Hugging Face records.
+///
 /// `n` is `L - k`, the last layer being in no pack; with `include_last` the stream behind the last layer counts too
 /// and `n` is `L - k + 1`. Source: INTERLACE, arXiv 2511.19676, section 3; cos(a, b) = a.b / max(|a||b|, 1e-8).
 ///
@@ -20,10 +23,9 @@ pub const SIMILARITY_PREFIX: &str = "interlace.sim_";
 pub fn tap_similarities(analysis: &Analysis, packs: &[usize], include_last: bool) -> Result<Model> {
     let mut model = analysis.model.clone();
     let layers = &analysis.map.layers;
-    let mut streams: Vec<ValueId> = layers.iter().map(|layer| layer.input).collect();
-    if include_last {
-        streams.extend(layers.last().map(|layer| layer.output));
-    }
+    let behind = if include_last { layers.len() } else { layers.len().saturating_sub(1) };
+    let mut streams: Vec<ValueId> = layers.first().map(|layer| layer.input).into_iter().collect();
+    streams.extend(layers.iter().take(behind).map(|layer| layer.output));
     let build = Builder::new(&mut model, "tap");
     let mut taps = Taps { axes_as_input: build.opset() >= 13, build, axes: None, unsqueeze_axes: None };
     let mut floats = Vec::with_capacity(streams.len());

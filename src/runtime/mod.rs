@@ -14,6 +14,7 @@
 
 mod backing;
 mod decoder;
+mod deepstack;
 mod embedding;
 mod features;
 mod generate;
@@ -33,6 +34,7 @@ mod vision;
 mod vlm;
 
 pub use decoder::{CacheSlot, Decoder, KvCache};
+pub use deepstack::missing_deepstack;
 pub use embedding::TokenEmbedding;
 pub use features::{FeatureCache, Features};
 pub use generate::argmax_last;
@@ -46,7 +48,7 @@ pub use step::{Embedded, Side, Step};
 pub use tensor::{Element, Tensor};
 pub use tract::{InputFact, TractOutcome, tract_check};
 pub use vision::VisionEncoder;
-pub use vlm::{TokenTypes, VlmSession, VlmSettings};
+pub use vlm::{TokenTypes, Vision, VlmSession, VlmSettings};
 
 /// How error messages name the engine.
 const ENGINE: &str = "ONNX Runtime";

@@ -12,7 +12,7 @@ use super::embedding::TokenEmbedding;
 use super::features::FeatureCache;
 use super::session::{Runtime, SessionOptions};
 use super::vision::VisionEncoder;
-use super::vlm::{TokenTypes, VlmSession, VlmSettings};
+use super::vlm::{TokenTypes, Vision, VlmSession, VlmSettings};
 
 impl VlmSession {
     /// Loads a folder's components, each in its most precise variant. `cache` may be shared between models.
@@ -47,10 +47,15 @@ impl VlmSession {
         let vision = match bundle.component(Role::VisionEncoder) {
             Some(part) => {
                 let digest = content_digest(bundle, [part].into_iter().chain(projector))?;
-                let encoder = VisionEncoder::new(session(part)?, digest, Arc::clone(cache))?;
-                Some(match projector {
-                    Some(projector) => encoder.with_projector(session(projector)?)?,
-                    None => encoder,
+                let encoder = VisionEncoder::new(session(part)?, digest, Arc::clone(cache));
+                let encoder = match (encoder, projector) {
+                    (Ok(encoder), Some(projector)) => encoder.with_projector(session(projector)?),
+                    (encoder, _) => encoder,
+                };
+                Some(match encoder {
+                    Ok(encoder) => Vision::Known(encoder),
+                    Err(error @ Error::Unsupported { .. }) => Vision::Unknown(error),
+                    Err(error) => return Err(error),
                 })
             }
             None => None,

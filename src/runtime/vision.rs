@@ -92,14 +92,6 @@ impl VisionEncoder {
         &self.inputs
     }
 
-    /// Levels of DeepStack features that it gives, where the graph fixes how many.
-    pub fn deepstack_levels(&self) -> Option<usize> {
-        match &self.deepstack {
-            Deepstack::Levels(names) => Some(names.len()),
-            Deepstack::Stacked(name) => self.session.output(name).and_then(|port| port.fixed_size(0)),
-        }
-    }
-
     /// Features of each picture, from the cache where they are known. Tiles of several pictures share a run.
     ///
     /// Errors: `Error::Invalid` when a picture does not fit the graph's inputs; `Error::Engine` when the run fails.
@@ -151,7 +143,8 @@ impl VisionEncoder {
         }
         let feeds = self.feeds(pictures)?;
         let feeds: Vec<(&str, &Tensor)> = feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
-        let outputs = self.session.run(&feeds, None)?;
+        let wanted: Vec<&str> = std::iter::once(self.output.as_str()).chain(self.deepstack.names()).collect();
+        let outputs = self.session.run(&feeds, Some(&wanted))?;
         let shares = Shares::of(pictures);
         let subject = self.session.subject();
         let projected = match &mut self.projector {
@@ -201,6 +194,14 @@ impl Shares {
 }
 
 impl Deepstack {
+    fn names(&self) -> impl Iterator<Item = &str> {
+        let (levels, stacked) = match self {
+            Deepstack::Levels(names) => (&names[..], None),
+            Deepstack::Stacked(name) => (&[][..], Some(name)),
+        };
+        levels.iter().chain(stacked).map(String::as_str)
+    }
+
     /// The rows of each picture, by level.
     fn levels(
         &self,
@@ -275,6 +276,10 @@ fn outputs(subject: &str, ports: &[Port]) -> Result<(String, Deepstack)> {
         [(None, only)] if only.rank() > 2 => Deepstack::Stacked(only.name.clone()),
         levels => Deepstack::Levels(levels.iter().map(|(_, port)| port.name.clone()).collect()),
     };
+    // By this name runtimes find it among others, which they leave alone.
+    if let Some(features) = others.iter().find(|port| port.name == "image_features") {
+        return Ok((features.name.clone(), deepstack));
+    }
     match others[..] {
         [only] => Ok((only.name.clone(), deepstack)),
         _ => {

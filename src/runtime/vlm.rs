@@ -39,10 +39,18 @@ pub struct VlmSettings {
     pub token_types: TokenTypes,
 }
 
+/// A model's vision encoder.
+#[derive(Debug)]
+pub enum Vision {
+    Known(VisionEncoder),
+    /// Why it cannot be run; text without pictures needs none.
+    Unknown(Error),
+}
+
 /// The loaded components of a model.
 #[derive(Debug)]
 pub struct VlmSession {
-    vision: Option<VisionEncoder>,
+    vision: Option<Vision>,
     embed: Option<TokenEmbedding>,
     pub(super) decoder: Decoder,
     pub(super) settings: VlmSettings,
@@ -52,10 +60,10 @@ pub struct VlmSession {
 impl VlmSession {
     /// Puts components together.
     ///
-    /// Errors: `Error::Invalid` when the decoder takes embeddings and there is nothing that makes them, there is nowhere
-    /// that image features can go, or pictures are read and there is no image token.
+    /// Errors: `Error::Invalid` when the decoder takes embeddings and there is nothing that makes them, or there is nowhere
+    /// that image features can go.
     pub fn new(
-        vision: Option<VisionEncoder>,
+        vision: Option<Vision>,
         embed: Option<TokenEmbedding>,
         decoder: Decoder,
         settings: VlmSettings,
@@ -70,14 +78,7 @@ impl VlmSession {
         if vision.is_some() && !decoder.takes_embeds() && !decoder.takes(Kind::ImageFeatures) {
             return Err(Error::invalid(subject, "takes token ids, so image features cannot be merged in"));
         }
-        let model = VlmSession { vision, embed, decoder, settings, padding_works: None };
-        if model.reads_pictures() && model.settings.image_token_id.is_none() {
-            return Err(Error::invalid(
-                subject,
-                "belongs to a model that reads pictures whose config names no image token",
-            ));
-        }
-        Ok(model)
+        Ok(VlmSession { vision, embed, decoder, settings, padding_works: None })
     }
 
     /// The decoder.
@@ -105,13 +106,6 @@ impl VlmSession {
         self.vision.is_some()
             || self.embed.as_ref().is_some_and(TokenEmbedding::takes_pictures)
             || self.decoder.takes_pictures()
-    }
-
-    /// The vision encoder's DeepStack features that nothing reads, where it gives some: what the model then computes is
-    /// not what the network that was exported computes.
-    pub fn unread_deepstack(&self) -> Option<usize> {
-        let levels = self.vision.as_ref()?.deepstack_levels().filter(|&levels| levels > 0)?;
-        (!self.decoder.takes(Kind::Deepstack) && !self.packs_deepstack()).then_some(levels)
     }
 
     /// True when the decoder takes wider rows than one embedding.
@@ -152,9 +146,17 @@ impl VlmSession {
                 "belongs to a model without a vision encoder, but the prompt has pictures",
             ));
         }
+        if !pictures.is_empty() && self.settings.image_token_id.is_none() {
+            let problem = "belongs to a model whose config names no image token, but the prompt has pictures";
+            return Err(Error::invalid(self.decoder.session().subject(), problem));
+        }
         let features = match &mut self.vision {
-            Some(vision) => vision.encode(&pictures)?,
-            None => Vec::new(),
+            Some(Vision::Known(vision)) => vision.encode(&pictures)?,
+            Some(Vision::Unknown(error)) if !pictures.is_empty() => {
+                return Err(Error::unsupported("pictures", error.to_string())
+                    .remedy("prompts without pictures need no vision encoder"));
+            }
+            _ => Vec::new(),
         };
         let mut features = features.as_slice();
         let mut embedded = Vec::with_capacity(prompts.len());

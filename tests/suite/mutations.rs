@@ -114,7 +114,7 @@ fn run(count: usize, seed: u64) {
                 let bundle = Bundle::open(&path)?;
                 steps::inspect(&bundle)?;
                 let drop = Drop::Layers { tower: Tower::Text, layers: &[1] };
-                Ok::<bool, interlace::base::Error>(steps::prune(&bundle, &drop, &out).is_ok())
+                Ok::<bool, interlace::base::Error>(steps::prune(&bundle, &drop, Default::default(), &out).is_ok())
             }));
             let took = start.elapsed();
             slowest = slowest.max(took);

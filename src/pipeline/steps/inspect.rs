@@ -10,6 +10,7 @@ use crate::base::{Error, Provenance, Result};
 use crate::bundle::{Bundle, Component, Record, Role, Tower};
 use crate::ir::{Graph, Model, ValueId};
 use crate::onnx;
+use crate::runtime::missing_deepstack;
 
 /// Version of the schema of `inspect --json`.
 pub const LAYERS_SCHEMA_VERSION: u32 = 1;
@@ -33,6 +34,9 @@ pub struct Inspection {
     /// Layers of the vision tower; absent without one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vision: Option<VisionInfo>,
+    /// What a user should know before these graphs are used.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
 }
 
 /// One ONNX file.
@@ -160,12 +164,14 @@ pub fn inspect(bundle: &Bundle) -> Result<Inspection> {
     let mut components = Vec::new();
     let mut found = None;
     let mut vision = None;
+    let mut warnings = Vec::new();
     for component in bundle.components() {
         let model = onnx::load(&bundle.path_of(component))?;
         components.push(component_info(bundle, component, &model)?);
         if component.file == decoder.file {
             let analysis = analysis::analyse(&model)?;
             check_count(bundle, component, analysis.map.layers.len())?;
+            warnings.extend(missing_deepstack(bundle, &model.graph));
             let layers = layers(&analysis, &Record::original_layers(&history, Tower::Text, analysis.map.layers.len())?);
             found = Some((layers, between(&analysis)));
         } else if component.role == Role::VisionEncoder && vision.is_none() {
@@ -190,6 +196,7 @@ pub fn inspect(bundle: &Bundle) -> Result<Inspection> {
         layers,
         between_layers,
         vision,
+        warnings,
     })
 }
 

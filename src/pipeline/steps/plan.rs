@@ -90,8 +90,9 @@ impl PlannedModel {
         met.map(|(layer, inputs)| {
             let what = if inputs.is_empty() { "features".to_string() } else { inputs.join(", ") };
             format!(
-                "{what} are added to the residual stream behind layer {layer}, which goes: they are added to the layer \
-                 before it then; `plan --drop` can spare it"
+                "{what} are added to the residual stream behind layer {layer}, which goes: they are then added behind the \
+                 layer before it, or, with `prune --deepstack shift`, behind the first layers that stay; `plan --drop` can \
+                 spare it"
             )
         })
         .collect()

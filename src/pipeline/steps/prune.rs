@@ -9,10 +9,10 @@ use serde::Serialize;
 
 use crate::analysis::{self, Analysis};
 use crate::base::{Error, Provenance, Result, Sha256Digest};
-use crate::bundle::{Bundle, BundleWriter, Component, LayerEdit, Record, Role, Tower};
+use crate::bundle::{Bundle, BundleWriter, Component, Deepstack, LayerEdit, Record, Role, Tower};
 use crate::method::Plan;
 use crate::onnx;
-use crate::rewrite::drop_layers;
+use crate::rewrite::{drop_layers, has_additions, shift_additions};
 
 /// What `prune --json` prints.
 #[derive(Clone, Debug, PartialEq, Serialize, serde::Deserialize, schemars::JsonSchema)]
@@ -24,6 +24,9 @@ pub struct Pruned {
     pub dropped: Vec<usize>,
     pub layers_before: usize,
     pub layers_after: usize,
+    /// What became of features that are added between layers; absent where none are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deepstack: Option<Deepstack>,
     /// Components that were written anew.
     pub components: Vec<PrunedComponent>,
     /// Files beside the model that say nothing of the network, and graphs that no verb runs: written as they were.
@@ -53,18 +56,21 @@ pub enum Drop<'a> {
     Plan { plan: &'a Plan, digest: Sha256Digest },
 }
 
-#[derive(Serialize)]
+#[derive(Clone, Copy, Serialize)]
 struct Settings<'a> {
     tower: Tower,
     drop: &'a [usize],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    deepstack: Option<Deepstack>,
 }
 
-/// Writes the model without these layers as a new folder in the same layout.
+/// Writes the model without these layers as a new folder in the same layout. `deepstack` says what becomes of features that
+/// are added between layers, where there are any.
 ///
 /// Errors: `Error::Invalid` when a layer does not exist, none would stay, the plan is of another model, components
 /// disagree about the number of layers, or the target exists; `Error::Unsupported` when the layers are not understood.
 /// Nothing is left under the target's name then.
-pub fn prune(bundle: &Bundle, drop: &Drop, target: &Path) -> Result<Pruned> {
+pub fn prune(bundle: &Bundle, drop: &Drop, deepstack: Deepstack, target: &Path) -> Result<Pruned> {
     let (tower, layers) = match drop {
         Drop::Layers { tower, layers } => (*tower, *layers),
         Drop::Plan { plan, .. } => (Tower::Text, plan.drop.as_slice()),
@@ -89,12 +95,23 @@ pub fn prune(bundle: &Bundle, drop: &Drop, target: &Path) -> Result<Pruned> {
         // A plan of another model is the likelier reason.
         Err(error) => return Err(inputs(bundle.digest()?, drop).err().unwrap_or(error)),
     };
+    let loaded = match deepstack {
+        Deepstack::Keep => loaded,
+        Deepstack::Shift => loaded
+            .into_iter()
+            .map(|(component, analysis)| match has_additions(&analysis.map) {
+                true => Ok((component, shift_additions(&analysis, edit.dropped())?)),
+                false => Ok((component, analysis)),
+            })
+            .collect::<Result<Vec<_>>>()?,
+    };
+    let deepstack = loaded.iter().any(|(_, analysis)| has_additions(&analysis.map)).then_some(deepstack);
     let mut writer = BundleWriter::create(bundle, target)?;
-    writer.drop_layers(&edit)?;
+    writer.drop_layers(&edit, deepstack)?;
     // The digest reads every byte of the input, and so does writing: one beside the other.
     let components = thread::scope(|scope| {
         let digest = scope.spawn(|| bundle.digest());
-        write(writer, &edit, &loaded, || match digest.join() {
+        write(writer, &edit, deepstack, &loaded, || match digest.join() {
             Ok(digest) => inputs(digest?, drop),
             Err(panic) => resume_unwind(panic),
         })
@@ -104,6 +121,7 @@ pub fn prune(bundle: &Bundle, drop: &Drop, target: &Path) -> Result<Pruned> {
         dropped: edit.dropped().to_vec(),
         layers_before: total,
         layers_after: edit.remaining(),
+        deepstack,
         components,
         carried: bundle.carried().map(str::to_string).collect(),
         left_out: bundle.left_out().to_vec(),
@@ -130,10 +148,11 @@ fn inputs(model: Sha256Digest, drop: &Drop) -> Result<BTreeMap<String, Sha256Dig
 fn write(
     mut writer: BundleWriter,
     edit: &LayerEdit,
+    deepstack: Option<Deepstack>,
     loaded: &[(&Component, Analysis)],
     inputs: impl FnOnce() -> Result<BTreeMap<String, Sha256Digest>>,
 ) -> Result<Vec<PrunedComponent>> {
-    let settings = Settings { tower: edit.tower, drop: edit.dropped() };
+    let settings = Settings { tower: edit.tower, drop: edit.dropped(), deepstack };
     let mut inputs = Some(inputs);
     let mut record = writer.record(Provenance::new(Record::SCHEMA_VERSION, BTreeMap::new(), &settings)?)?;
     let mut written = Vec::with_capacity(loaded.len());

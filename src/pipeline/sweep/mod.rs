@@ -114,7 +114,7 @@ impl Run<'_> {
         let drop = list(&plan.drop);
         let pruned_step = format!("pruned-{drop}");
         let layers = Drop::Layers { tower: crate::bundle::Tower::Text, layers: &plan.drop };
-        let pruned = self.stages.prune(&pruned_step, &layers, &[("drop", &drop)])?;
+        let pruned = self.stages.prune(&pruned_step, &layers, &sweep.prune, &[("drop", &drop)])?;
         let settings = sweep.settings_of(recipe, seed)?;
         let roles = roles(&plan)?;
         let key = sha256_json(&(&roles, &settings, sweep.finetune.samples))?;

@@ -10,7 +10,7 @@ use crate::base::{Device, Error, Result};
 use crate::data::{DataOptions, Turns};
 use crate::finetune::{DEFAULT_RECIPE, RecipeRow, Settings};
 
-use super::super::recipe::{BenchSection, Calibration, check_strategies, read_file};
+use super::super::recipe::{BenchSection, Calibration, PruneSection, check_strategies, read_file};
 use super::super::steps::EvalSettings;
 
 /// `sweep.toml`. Paths are relative to the file's own folder.
@@ -31,6 +31,8 @@ pub struct Sweep {
     #[serde(default = "default_seeds")]
     pub seeds: Vec<u64>,
     pub calibration: Calibration,
+    #[serde(default)]
+    pub prune: PruneSection,
     pub finetune: SweepFinetune,
     pub eval: SweepEval,
     /// Keeps every healed model; without it one is removed when its answers are in, and healed again when other questions

@@ -1,0 +1,156 @@
+//! Features that come into the residual stream behind the first layers (DeepStack), moved to other layers.
+
+use std::collections::HashSet;
+
+use crate::analysis::{Analysis, Glue, LayerMap, analyse};
+use crate::base::{Error, Result};
+use crate::ir::{Body, DataType, Graph, GraphIndex, Node, ValueId};
+
+use super::tidy;
+
+/// A part of the stream: what lies between two of its values.
+struct Segment {
+    nodes: HashSet<usize>,
+    input: ValueId,
+    output: ValueId,
+}
+
+/// True when features from outside are added to the stream behind one of the layers.
+pub fn has_additions(map: &LayerMap) -> bool {
+    additions(map).next().is_some()
+}
+
+fn additions(map: &LayerMap) -> impl Iterator<Item = (usize, &Glue)> {
+    map.glue.iter().filter(|glue| !glue.inputs.is_empty()).filter_map(|glue| Some((glue.after?, glue)))
+}
+
+/// The same graph with its additions moved so that, once `dropped` are gone, the first of them stands behind the first
+/// layer that stays, the second behind the second, and so on. Those for which no layer is left go.
+///
+/// Hugging Face's Qwen3-VL adds the features in its loop over whatever layers there are, so this is what it computes with
+/// layers deleted from its list.
+///
+/// Errors: `Error::Unsupported` when the additions do not stand behind the first layers in turn, or the stream is cast
+/// between layers.
+pub fn shift_additions(analysis: &Analysis, dropped: &[usize]) -> Result<Analysis> {
+    let map = &analysis.map;
+    if analysis.merged.is_some() {
+        return Err(Error::unsupported("moving features to other layers", "the decoder is two branches of an `If`")
+            .remedy("export it as one graph, or use `--deepstack keep`"));
+    }
+    let graph = &analysis.model.graph;
+    check_places(graph, map)?;
+    let kept: Vec<usize> = (0..map.layers.len()).filter(|layer| !dropped.contains(layer)).collect();
+    let order = new_order(graph, map, &kept)?;
+    let old_end = stream_end(map);
+    let mut model = analysis.model.clone();
+    let body = &mut model.graph.body;
+    let inside: HashSet<usize> = order.iter().flat_map(|segment| segment.nodes.iter().copied()).collect();
+    let mut stream = map.layers.first().map_or(old_end, |layer| layer.input);
+    for segment in &order {
+        for &number in &segment.nodes {
+            replace_in(&mut body.nodes[number], segment.input, stream);
+        }
+        stream = segment.output;
+    }
+    if stream != old_end {
+        for (_, node) in body.nodes.iter_mut().enumerate().filter(|(number, _)| !inside.contains(number)) {
+            replace_in(node, old_end, stream);
+        }
+    }
+    tidy::remove_dead_code(body);
+    tidy::finish(&mut model)?;
+    let moved = analyse(&model)?;
+    if moved.map.layers.len() != map.layers.len() {
+        let problem = format!("{} layers became {}", map.layers.len(), moved.map.layers.len());
+        return Err(Error::unsupported("moving features to other layers", problem));
+    }
+    Ok(moved)
+}
+
+/// Errors: `Error::Unsupported` unless one feature is added behind each of the first layers.
+fn check_places(graph: &Graph, map: &LayerMap) -> Result<()> {
+    let float = |id: &&ValueId| {
+        let dtype = graph.value(**id).ty.as_ref().and_then(|ty| ty.dtype());
+        dtype.is_some_and(DataType::is_float)
+    };
+    for (number, (after, glue)) in additions(map).enumerate() {
+        let features = glue.inputs.iter().filter(float).count();
+        if after != number || features != 1 {
+            let problem =
+                format!("{features} are added behind layer {after}, expected one behind each of the first layers");
+            return Err(Error::unsupported("moving features to other layers", problem)
+                .remedy("prune the model that was never pruned, or use `--deepstack keep`"));
+        }
+    }
+    Ok(())
+}
+
+/// The value of the stream behind the last layer and what is added there.
+fn stream_end(map: &LayerMap) -> ValueId {
+    let last = map.layers.len() - 1;
+    let behind = map.glue.iter().find(|glue| glue.after == Some(last)).map(|glue| glue.to);
+    behind.unwrap_or(map.layers[last].output)
+}
+
+/// All layers, each with the addition that is to stand behind it.
+///
+/// Errors: `Error::Unsupported` when a segment does not begin where the one before it ends.
+fn new_order(graph: &Graph, map: &LayerMap, kept: &[usize]) -> Result<Vec<Segment>> {
+    let body = &graph.body;
+    let index = GraphIndex::of_body(body);
+    let mut before = map.layers.first().map(|layer| layer.input);
+    let mut meets = |value: ValueId, next: ValueId| {
+        let fits = before == Some(value);
+        before = Some(next);
+        if fits {
+            return Ok(());
+        }
+        let problem = format!("the stream is changed before `{}`, beside the features", graph.name(value));
+        Err(Error::unsupported("moving features to other layers", problem))
+    };
+    let segment =
+        |input: ValueId, output: ValueId| Segment { nodes: between(body, &index, input, output), input, output };
+    for layer in &map.layers {
+        meets(layer.input, layer.output)?;
+        for glue in map.glue.iter().filter(|glue| glue.after == Some(layer.index)) {
+            meets(glue.from, glue.to)?;
+        }
+    }
+    let mut order = Vec::new();
+    for layer in &map.layers {
+        order.push(segment(layer.input, layer.output));
+        let moved = additions(map).filter(|(after, _)| kept.get(*after) == Some(&layer.index));
+        order.extend(moved.map(|(_, glue)| segment(glue.from, glue.to)));
+    }
+    Ok(order)
+}
+
+/// Numbers of the nodes that `to` needs when `from` is given.
+fn between(body: &Body, index: &GraphIndex, from: ValueId, to: ValueId) -> HashSet<usize> {
+    let mut found = HashSet::new();
+    let mut open = vec![to];
+    while let Some(value) = open.pop() {
+        if value == from {
+            continue;
+        }
+        if let Some((number, _)) = index.node_of(value)
+            && found.insert(number)
+        {
+            let node = &body.nodes[number];
+            open.extend(node.present_inputs());
+            open.extend(node.bodies().flat_map(crate::ir::captured));
+        }
+    }
+    found
+}
+
+fn replace_in(node: &mut Node, from: ValueId, to: ValueId) {
+    for input in node.inputs.iter_mut().flatten().filter(|input| **input == from) {
+        *input = to;
+    }
+    for inner in node.bodies_mut() {
+        inner.nodes.iter_mut().for_each(|node| replace_in(node, from, to));
+        inner.outputs.iter_mut().filter(|output| **output == from).for_each(|output| *output = to);
+    }
+}
