@@ -197,7 +197,7 @@ fn files_that_say_nothing_of_the_network_are_carried_along_and_listed() {
     }
     let out = plain.path().join("out");
     let mut writer = BundleWriter::create(&bundle, &out).unwrap();
-    writer.drop_layers(&LayerEdit::new(Tower::Text, 4, &[1]).unwrap()).unwrap();
+    writer.drop_layers(&LayerEdit::new(Tower::Text, 4, &[1]).unwrap(), None).unwrap();
     writer.commit(provenance()).unwrap();
     for file in carried.iter().chain(&known) {
         assert_eq!(fs::read(out.join(file)).unwrap(), fs::read(folder.path().join(file)).unwrap(), "{file}");
@@ -220,7 +220,7 @@ fn other_tools_configs_that_count_the_layers_follow_or_are_refused() {
         let bundle = Bundle::open(folder.path()).unwrap();
         let out = folder.path().join("out");
         let mut writer = BundleWriter::create(&bundle, &out)?;
-        writer.drop_layers(&LayerEdit::new(Tower::Text, 4, &[1])?)?;
+        writer.drop_layers(&LayerEdit::new(Tower::Text, 4, &[1])?, None)?;
         writer.commit(provenance())?;
         Ok::<_, Error>(fs::read_to_string(out.join(file)).unwrap())
     };
@@ -241,7 +241,7 @@ fn a_card_says_what_was_done_to_the_model() {
     let bundle = Bundle::open(folder.path()).unwrap();
     let out = folder.path().join("out");
     let mut writer = BundleWriter::create(&bundle, &out).unwrap();
-    writer.drop_layers(&LayerEdit::new(Tower::Text, 4, &[1, 2]).unwrap()).unwrap();
+    writer.drop_layers(&LayerEdit::new(Tower::Text, 4, &[1, 2]).unwrap(), None).unwrap();
     writer.commit(provenance()).unwrap();
     let written = fs::read_to_string(out.join("README.md")).unwrap();
     assert!(written.starts_with("---\nlicense: mit\n---\n"), "{written}");

@@ -16,7 +16,8 @@ pub const PROMPT_TOKENS: usize = 8;
 pub const IMAGE_TOKENS: std::ops::Range<usize> = 2..5;
 
 /// A made-up prompt as a decoder takes it.
-pub struct Probe(Embedded);
+#[derive(Clone)]
+pub struct Probe(pub Embedded);
 
 impl Probe {
     /// The prompt, [`PROMPT_TOKENS`] long. For decoders that read DeepStack features or a mask of image tokens, some of its
@@ -150,11 +151,10 @@ pub fn rounding_once(
 
 /// All outputs of a prefill and a cached step.
 pub fn decoder_outputs(decoder: &mut Decoder, probe: &Probe) -> Result<Vec<ir::Tensor>> {
-    let last = PROMPT_TOKENS - 1;
-    let (logits, cache) = decoder.step(&probe.step(0, last).borrowed(), None)?;
+    let (logits, cache) = decoder.step(&probe.beginning()?, None)?;
     let mut found = vec![logits.to_ir()?];
     if !decoder.slots().is_empty() {
-        let (logits, cache) = decoder.step(&probe.step(last, PROMPT_TOKENS).borrowed(), Some(cache))?;
+        let (logits, cache) = decoder.step(&probe.last()?, Some(cache))?;
         found.push(logits.to_ir()?);
         found.extend(cache.tensors().iter().map(Tensor::to_ir).collect::<Result<Vec<_>>>()?);
     }

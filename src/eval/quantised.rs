@@ -43,13 +43,12 @@ pub fn spread_of_decoder(
     let before = decoder_outputs(decoder, probe)?;
     let mut largest = 0.0f64;
     for seed in 0..TRIES {
-        let after = if probe.data.is_empty() {
+        let after = if probe.0.data.is_empty() {
             let mut changed = Decoder::new(runtime.session_of(&changed_weights(model, seed), &EXACT)?, head_dim)?;
             decoder_outputs(&mut changed, probe)?
         } else {
-            let mut data = probe.data.clone();
-            change(&mut data, seed);
-            let changed = Probe { ids: probe.ids.clone(), data, ..*probe };
+            let mut changed = probe.clone();
+            change(&mut changed.0.data, seed);
             decoder_outputs(decoder, &changed)?
         };
         largest = largest.max(outputs_apart(&before, &after));
