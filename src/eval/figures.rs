@@ -31,7 +31,14 @@ pub fn config_and_graph(bundle: &Bundle, part: &Component, model: &Model, decode
     checks.equal(&named("num_hidden_layers"), config.num_hidden_layers, layers);
     checks.equal(&named("vocab_size"), config.vocab_size, decoder.vocabulary());
     if decoder.takes_embeds() {
-        checks.equal(&named("hidden_size"), config.hidden_size, decoder.hidden_size());
+        // Behind each row the DeepStack features of all levels may stand.
+        let levels = config.raw.get("vision_config").and_then(|vision| vision.get("deepstack_visual_indexes"));
+        let rows = 1 + levels.and_then(|levels| levels.as_array()).map_or(0, Vec::len);
+        let width = decoder.hidden_size().map(|width| match config.hidden_size {
+            Some(hidden) if hidden.checked_mul(rows) == Some(width) => hidden,
+            _ => width,
+        });
+        checks.equal(&named("hidden_size"), config.hidden_size, width);
     }
     // Keys and values of attention have shape [batch, heads, positions, head size].
     let attention: Vec<_> = decoder.slots().iter().filter(|slot| slot.past.shape.len() == 4).collect();

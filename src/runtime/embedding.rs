@@ -38,7 +38,12 @@ impl TokenEmbedding {
         let read = |kind: Kind| {
             matches!(
                 kind,
-                Kind::InputIds | Kind::AttentionMask | Kind::ImageFeatures | Kind::ImageMask | Kind::Image(_)
+                Kind::InputIds
+                    | Kind::AttentionMask
+                    | Kind::ImageFeatures
+                    | Kind::AudioFeatures
+                    | Kind::ImageMask
+                    | Kind::Image(_)
             )
         };
         if let Some(input) = inputs.iter().find(|input| !read(input.kind())) {

@@ -44,6 +44,8 @@ pub enum Kind {
     PerLayerInputs,
     /// `[N, D]`: the vision encoder's output, one row per image token.
     ImageFeatures,
+    /// `[N, D]`: features of sounds, of which there are none.
+    AudioFeatures,
     /// An array of the pictures, by the name that processors give it.
     Image(&'static str),
     /// A cache or a recurrent state.
@@ -133,6 +135,7 @@ pub const INPUTS: &[InputRow] = &[
         &[2, 3],
         |step, input| step.image_features(&input.port),
     ),
+    row(Kind::AudioFeatures, &["audio_features"], &[2, 3], |step, input| step.audio_features(&input.port)),
     image(PIXEL_VALUES, &["pixel_values"], &[2, 3, 4, 5]),
     image(PIXEL_ATTENTION_MASK, &["pixel_attention_mask"], &[2, 3, 4]),
     image(IMAGE_GRID_THW, &["image_grid_thw", "grid_thw"], &[2]),

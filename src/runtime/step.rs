@@ -420,6 +420,13 @@ impl Step {
         let shape = [1, places, width];
         floats(&shape[usize::from(port.rank() == 2)..], self.features.clone())
     }
+
+    /// No rows: prompts hold no sounds.
+    pub(super) fn audio_features(&self, port: &Port) -> Result<Array> {
+        let width = port.width().unwrap_or(self.hidden_size);
+        let shape = [1, 0, width];
+        floats(&shape[usize::from(port.rank() == 2)..], Vec::new())
+    }
 }
 
 fn check(row: &Embedded, first: &Embedded, per_layer: usize, levels: usize) -> Result<()> {

@@ -153,7 +153,7 @@ fn a_request_to_stop_ends_generation() {
 
 #[test]
 fn what_does_not_fit_the_graph_is_refused() {
-    let mut ids = decoder("optimum/llama-O2/model.onnx");
+    let mut ids = decoder("llama/optimum-O2.onnx");
     let embeddings = Embedded { input_ids: Vec::new(), ..Embedded::text(&[1], 64, vec![0.0; 64], 0, 1) };
     let error = ids.step(&Step::prefill(&[&embeddings], true).expect("a step"), None).expect_err("ids").to_string();
     assert!(error.contains("the graph takes token ids"), "{error}");
@@ -164,7 +164,7 @@ fn what_does_not_fit_the_graph_is_refused() {
     let behind = Step::behind(&[&text], &[vec![1]], true).expect("a step");
     let error = ids.step(&behind, None).expect_err("no cache").to_string();
     assert!(error.contains("goes on from 1 positions, the cache holds 0"), "{error}");
-    let mut embeds = decoder("ts17/smolvlm/decoder_model_merged.onnx");
+    let mut embeds = decoder("smolvlm/ts17.onnx");
     let error = embeds.step(&Step::prefill(&[&text], true).expect("a step"), None).expect_err("ids").to_string();
     assert!(error.contains("holds token ids, the graph takes `inputs_embeds`"), "{error}");
 }
