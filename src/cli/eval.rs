@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use crate::base::{Device, write_json};
 use crate::data::{Dataset, SEQUENCE_LENGTH};
-use crate::eval::{EvalReport, Interval, TextReport};
+use crate::eval::{EvalReport, Interval, PromptStyle, TextReport};
 use crate::pipeline::steps::{self, Engine, EvalSettings, TextSettings};
 
 use super::args::{fraction, positive};
@@ -41,6 +41,12 @@ pub struct Args {
     /// Keys of running text to ignore, besides those that hold nothing of it
     #[arg(long, value_name = "KEYS", value_delimiter = ',')]
     ignore_keys: Vec<String>,
+    /// How questions are worded: vlmevalkit, qwen3-vl, smolvlm or internvl, as VLMEvalKit words them for these models
+    #[arg(long, value_name = "STYLE", default_value = "vlmevalkit")]
+    prompt_style: PromptStyle,
+    /// Also write each answer beside its question: JSON lines, or VLMEvalKit's own layout if the name ends in .tsv
+    #[arg(long, value_name = "FILE")]
+    predictions: Option<PathBuf>,
     /// Where to compute: cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
     device: Device,
@@ -53,10 +59,18 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     if Dataset::is_text(&args.data)? {
         return text(&args, context);
     }
-    let settings = EvalSettings { batch_size: args.batch_size, max_new_tokens: args.max_new_tokens, limit: args.limit };
+    let settings = EvalSettings {
+        batch_size: args.batch_size,
+        max_new_tokens: args.max_new_tokens,
+        limit: args.limit,
+        prompt_style: args.prompt_style,
+    };
     let engine = Engine::new(args.device)?;
     let report = steps::eval(&engine, &args.model, args.baseline.as_deref(), &args.data, &settings, &context.cancel)?;
     write_json(&args.output, &report)?;
+    if let Some(path) = &args.predictions {
+        steps::write_predictions(path, &args.data, &report.model)?;
+    }
     if context.output.json {
         context.output.json(&report)?;
     } else {
@@ -65,8 +79,8 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
             context.output.line("kept: score over the baseline's, with its 95% bootstrap interval")?;
         }
     }
-    let kept = report.retention.as_ref().and_then(|retention| retention.mean_of_groups);
-    gate(args.min_retention, kept, "average", context)
+    let kept = report.retention.as_ref().and_then(|retention| retention.score);
+    gate(args.min_retention, kept, "score", context)
 }
 
 fn text(args: &Args, context: &Context) -> anyhow::Result<Outcome> {
@@ -143,10 +157,10 @@ fn report_table(report: &EvalReport) -> String {
         }
         rows.push(row);
     }
-    let mut last =
-        vec!["average".to_string(), report.model.questions.to_string(), percent(report.model.mean_of_groups)];
+    let name = report.model.metric.clone().unwrap_or_else(|| "average".to_string());
+    let mut last = vec![name, report.model.questions.to_string(), percent(report.model.score)];
     if let (Some(baseline), Some(retention)) = (&report.baseline, &report.retention) {
-        last.extend([percent(baseline.mean_of_groups), interval(retention.mean_of_groups)]);
+        last.extend([percent(baseline.score), interval(retention.score)]);
     }
     rows.push(last);
     table(&rows)

@@ -5,6 +5,7 @@ mod bench;
 mod checks;
 mod exact;
 mod figures;
+mod judge;
 mod metrics;
 mod perplexity;
 mod probe;
@@ -13,6 +14,7 @@ mod quantised;
 mod report;
 mod run;
 mod stats;
+mod summary;
 mod text;
 mod verify;
 
@@ -20,10 +22,12 @@ pub use bench::{
     BenchOptions, BenchReport, MemoryProbe, ModelBench, Speedup, bench, peak_memory, peak_memory_of_child,
 };
 pub use checks::{Check, CheckStatus, VerifyReport};
-pub use metrics::{METRICS, Metric, Reference, metric_for, metric_of, says_yes};
+pub use judge::{Reference, says_yes};
+pub use metrics::{Judged, METRICS, Metric, QuestionKind, metric_for, metric_named, metric_of};
 pub use perplexity::{SequenceLoss, TextReport, TextScores, kept_perplexity, perplexity};
-pub use prompt::{question_text, reference_of};
-pub use report::{Answer, EvalReport, EvalTiming, GroupRetention, GroupScore, ModelScores, Retention, YesNoScores};
-pub use run::{EvalOptions, LoadedModel, benchmark_name, compare, evaluate};
-pub use stats::{Interval, Pair, RESAMPLES, Spread, retention};
+pub use prompt::{PROMPT_STYLES, PromptStyle, question_text, reference_of};
+pub use report::{Answer, EvalReport, EvalTiming, GroupRetention, GroupScore, ModelScores, Retention};
+pub use run::{EvalOptions, LoadedModel, benchmark_name, evaluate, judge_predictions};
+pub use stats::{Interval, RESAMPLES, Spread};
+pub use summary::compare;
 pub use verify::{verify, verify_on};

@@ -33,7 +33,19 @@ pub struct ModelScores {
     pub model: String,
     pub benchmark: String,
     pub questions: usize,
+    /// The metric of a benchmark that is known by name; absent where each row says by itself how it is judged.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metric: Option<String>,
+    /// The headline: what the benchmark's metric makes of all answers, or the mean of the groups' scores.
+    pub score: f64,
+    /// What the metric reports beside its score, in the units that the names say.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub figures: BTreeMap<String, f64>,
+    /// Questions by `category`.
     pub groups: Vec<GroupScore>,
+    /// Questions by the other columns that group them, where there are any (`l2-category`, `split`).
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub by_column: BTreeMap<String, Vec<GroupScore>>,
     /// Mean of the groups' scores: every group weighs the same.
     pub mean_of_groups: f64,
     /// Mean over all questions: every question weighs the same.
@@ -47,25 +59,13 @@ pub struct ModelScores {
 pub struct GroupScore {
     pub group: String,
     pub questions: usize,
-    /// Mean score, 0 to 1.
+    /// What the metric makes of the group's answers, 0 to 1; the mean of their scores where several metrics judged them.
     pub score: f64,
     /// Questions by the metric that judged them.
     pub metrics: BTreeMap<String, usize>,
-    /// For the group's yes-or-no questions.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub yes_no: Option<YesNoScores>,
-}
-
-/// POPE's figures with yes as the positive class, 0 to 1; an answer that says neither counts as no.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-pub struct YesNoScores {
-    pub questions: usize,
-    pub accuracy: f64,
-    pub precision: f64,
-    pub recall: f64,
-    pub f1: f64,
-    /// Share of predictions that say yes.
-    pub yes_ratio: f64,
+    /// What the group's metric reports beside its score; where several judged, that of the yes-or-no questions.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub figures: BTreeMap<String, f64>,
 }
 
 /// One question's outcome.
@@ -76,8 +76,35 @@ pub struct Answer {
     pub group: String,
     pub metric: String,
     pub prediction: String,
-    /// 0 to 1.
+    /// What the answer's own rule gives, 0 to 1.
     pub score: f64,
+    /// The right answer is yes; absent where it is neither yes nor no.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub truth: Option<bool>,
+    /// Answers of one unit count together.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unit: Option<String>,
+    /// Answers of one stratum are averaged before the strata are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stratum: Option<String>,
+}
+
+impl Answer {
+    /// The groups that the answer counts in: POPE's questions belong to every category of a list with commas.
+    pub fn groups(&self) -> impl Iterator<Item = &str> {
+        self.groups_of(&self.group)
+    }
+
+    /// The groups that a cell of a column names for this answer.
+    pub(super) fn groups_of<'a>(&self, cell: &'a str) -> impl Iterator<Item = &'a str> + use<'a> {
+        let listed = self.metric == "yes_no_f1";
+        cell.split(move |c| listed && c == ',')
+    }
+
+    /// Puts the answer into one group, in which it counts as often as it counted in all of its own.
+    pub fn regroup(&mut self, group: &str) {
+        self.group = vec![group; self.groups().count()].join(",");
+    }
 }
 
 /// What a run took.
@@ -93,6 +120,8 @@ pub struct EvalTiming {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Retention {
     pub groups: Vec<GroupRetention>,
+    /// Of the headline score.
+    pub score: Option<Interval>,
     /// Of the mean of the groups' scores; questions are drawn within each group.
     pub mean_of_groups: Option<Interval>,
     /// Of the mean over all questions.

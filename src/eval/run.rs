@@ -1,6 +1,6 @@
 //! Benchmarks through a model: pictures and prompts are prepared in one thread while the runtime answers in another.
 
-use std::collections::BTreeMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -11,17 +11,16 @@ use crate::data::{BenchRow, Benchmark, Part, Processor};
 use crate::prompt::Prompt;
 use crate::runtime::{FeatureCache, Runtime, SessionOptions, VlmSession};
 
-use super::metrics::{Metric, Reference, metric_for, says_yes};
-use super::prompt::{question_text, reference_of};
-use super::report::{Answer, EvalTiming, GroupRetention, GroupScore, ModelScores, Retention, YesNoScores};
-use super::stats::{Pair, RESAMPLES, retention};
+use super::judge::{Reference, says_yes};
+use super::metrics::{CIRCULAR, Metric, metric_for, needs_judge, rotation_of};
+use super::prompt::{PromptStyle, question_text, reference_of};
+use super::report::{Answer, EvalTiming, ModelScores};
+use super::summary::{NO_GROUP, groups_by, summarise};
 
 /// Longest answer where neither the user nor the model's config says anything.
 const DEFAULT_MAX_NEW_TOKENS: usize = 128;
 /// Batches that are sorted by length together, so that little padding is needed.
 const BATCHES_PER_WINDOW: usize = 8;
-/// The group of questions without a category.
-const NO_GROUP: &str = "all";
 
 /// A model that answers questions.
 #[derive(Debug)]
@@ -55,11 +54,13 @@ pub struct EvalOptions {
     pub max_new_tokens: Option<usize>,
     /// Asks only the first questions.
     pub limit: Option<usize>,
+    /// How questions are worded.
+    pub prompt_style: PromptStyle,
 }
 
 impl Default for EvalOptions {
     fn default() -> Self {
-        EvalOptions { batch_size: 16, max_new_tokens: None, limit: None }
+        EvalOptions { batch_size: 16, max_new_tokens: None, limit: None, prompt_style: PromptStyle::default() }
     }
 }
 
@@ -89,16 +90,21 @@ pub fn evaluate(
         return Err(Error::invalid("batch size", "is 0, expected at least 1"));
     }
     let rows = benchmark.rows();
-    let rows = &rows[..options.limit.unwrap_or(rows.len()).min(rows.len())];
-    if rows.is_empty() {
-        return Err(Error::invalid("benchmark", "has no questions"));
+    let rows: Vec<&BenchRow> = rows.iter().take(options.limit.unwrap_or(rows.len())).collect();
+    if needs_judge(name) {
+        return Err(Error::unsupported(format!("benchmark `{name}`"), "its answers are judged by a language model")
+            .remedy("answer it with `eval --predictions FILE.tsv` under another file name and judge the file with VLMEvalKit"));
     }
     // Everything that can be wrong with a row is looked at before the first answer is computed.
-    let judged: Vec<(Reference, &'static Metric)> = rows
-        .iter()
-        .map(|row| reference_of(benchmark, row).map(|reference| (metric_for(name, &reference), reference)))
-        .map(|result| result.map(|(metric, reference)| (reference, metric)))
-        .collect::<Result<_>>()?;
+    let judged = references(benchmark, name, &rows)?;
+    let (rows, judged) = scored(rows, judged);
+    if rows.is_empty() {
+        return Err(Error::invalid(
+            format!("benchmark `{name}`"),
+            "holds rotations of questions, but none of the questions",
+        )
+        .remedy("a question's own row has its `g_index`, or an index below 1,000,000, as its index"));
+    }
     let max_new_tokens =
         options.max_new_tokens.or(model.vlm.settings().max_new_tokens).unwrap_or(DEFAULT_MAX_NEW_TOKENS);
     let began = Instant::now();
@@ -124,7 +130,12 @@ pub fn evaluate(
         Ok(())
     };
     let mut waiting = Vec::new();
-    let prepared = || Ok(rows.iter().enumerate().map(|(number, row)| prepare(processor, benchmark, name, number, row)));
+    let prepared = || {
+        Ok(rows
+            .iter()
+            .enumerate()
+            .map(|(number, row)| prepare(processor, benchmark, name, options.prompt_style, (number, row))))
+    };
     ahead(window, prepared, |mut all| {
         all.try_for_each(|item| {
             waiting.push(item?);
@@ -134,146 +145,91 @@ pub fn evaluate(
     answer(waiting)?;
     timing.seconds = began.elapsed().as_secs_f64();
     timing.questions_per_second = rows.len() as f64 / timing.seconds.max(f64::MIN_POSITIVE);
-    let answers = rows.iter().zip(&judged).zip(predictions).map(|((row, (reference, metric)), prediction)| Answer {
+    Ok(score_answers(model_name.clone(), benchmark, name, &rows, &judged, predictions, timing))
+}
+
+/// Judges answers that were made elsewhere: one prediction for each row of the benchmark, in its order.
+///
+/// Errors: `Error::Invalid` when there are more or fewer predictions than rows, or a row has no answer.
+pub fn judge_predictions(benchmark: &Benchmark, name: &str, predictions: &[String]) -> Result<ModelScores> {
+    let rows: Vec<&BenchRow> = benchmark.rows().iter().collect();
+    if rows.len() != predictions.len() {
+        return Err(Error::invalid(
+            "predictions",
+            format!("are {}, the benchmark has {} rows", predictions.len(), rows.len()),
+        )
+        .remedy("give one prediction for each row"));
+    }
+    let of: HashMap<&str, &String> = rows.iter().map(|row| row.index.as_str()).zip(predictions).collect();
+    let judged = references(benchmark, name, &rows)?;
+    let (rows, judged) = scored(rows, judged);
+    let predictions = rows.iter().map(|row| of[row.index.as_str()].clone()).collect();
+    Ok(score_answers(String::new(), benchmark, name, &rows, &judged, predictions, EvalTiming::default()))
+}
+
+/// What each row is judged against, and by which metric.
+fn references(benchmark: &Benchmark, name: &str, rows: &[&BenchRow]) -> Result<Vec<(Reference, &'static Metric)>> {
+    let with_metric = |reference: Reference| {
+        let metric = metric_for(name, &reference);
+        (reference, metric)
+    };
+    rows.iter().map(|row| reference_of(benchmark, row).map(with_metric)).collect()
+}
+
+/// Scores of the predictions of rows.
+fn score_answers(
+    model: String,
+    benchmark: &Benchmark,
+    name: &str,
+    rows: &[&BenchRow],
+    judged: &[(Reference, &'static Metric)],
+    predictions: Vec<String>,
+    timing: EvalTiming,
+) -> ModelScores {
+    let answers = rows.iter().zip(judged).zip(predictions).map(|((row, (reference, metric)), prediction)| Answer {
         index: row.index.clone(),
         group: benchmark.cell(row, "category").unwrap_or(NO_GROUP).to_string(),
         metric: metric.name.to_string(),
-        score: (metric.score)(reference, &prediction),
+        score: (metric.judge)(reference, &prediction),
+        truth: says_yes(&reference.answer),
+        unit: (metric.unit)(reference),
+        stratum: (metric.stratum)(reference),
         prediction,
     });
-    let references: Vec<&Reference> = judged.iter().map(|(reference, _)| reference).collect();
-    Ok(summarise(model_name.clone(), name.to_string(), answers.collect(), &references, timing))
+    let mut scores = summarise(model, name.to_string(), answers.collect(), timing);
+    for column in ["l2-category", "split"] {
+        let groups: Vec<Option<&str>> = rows.iter().map(|row| benchmark.cell(row, column)).collect();
+        if groups.iter().any(Option::is_some) {
+            scores.by_column.insert(column.to_string(), groups_by(&scores.answers, &groups));
+        }
+    }
+    scores
+}
+
+/// The rows that count: of circular benchmarks those whose question is there too, as VLMEvalKit has it.
+fn scored<'a>(
+    rows: Vec<&'a BenchRow>,
+    judged: Vec<(Reference, &'static Metric)>,
+) -> (Vec<&'a BenchRow>, Vec<(Reference, &'static Metric)>) {
+    let there: HashSet<&str> = rows.iter().map(|row| row.index.as_str()).collect();
+    let counts = |reference: &Reference, metric: &Metric| {
+        metric.name != CIRCULAR || there.contains(rotation_of(reference).as_str())
+    };
+    let kept: Vec<bool> = judged.iter().map(|(reference, metric)| counts(reference, metric)).collect();
+    let rows = rows.into_iter().zip(&kept).filter(|(_, kept)| **kept).map(|(row, _)| row).collect();
+    (rows, judged.into_iter().zip(&kept).filter(|(_, kept)| **kept).map(|(item, _)| item).collect())
 }
 
 fn prepare(
     processor: &Processor,
     benchmark: &Benchmark,
     name: &str,
-    number: usize,
-    row: &BenchRow,
+    style: PromptStyle,
+    (number, row): (usize, &BenchRow),
 ) -> Result<Prepared> {
     let images = benchmark.images(row)?;
     let mut parts: Vec<Part> = (0..images.len()).map(Part::Image).collect();
-    parts.push(Part::Text(question_text(benchmark, name, row)?));
+    parts.push(Part::Text(question_text(benchmark, name, row, style)?));
     let encoded = processor.encode_question(&format!("row `{}` of benchmark `{name}`", row.index), &parts, &images)?;
     Ok(Prepared { number, prompt: encoded.into_prompt() })
 }
-
-/// Groups in the order of their first question.
-fn summarise(
-    model: String,
-    benchmark: String,
-    answers: Vec<Answer>,
-    references: &[&Reference],
-    timing: EvalTiming,
-) -> ModelScores {
-    let groups: Vec<GroupScore> = group_names(&answers)
-        .into_iter()
-        .map(|group| {
-            let own: Vec<(&Answer, &Reference)> = answers
-                .iter()
-                .zip(references)
-                .filter(|(answer, _)| answer.group == group)
-                .map(|(a, r)| (a, *r))
-                .collect();
-            let mut metrics = BTreeMap::new();
-            for (answer, _) in &own {
-                *metrics.entry(answer.metric.clone()).or_insert(0) += 1;
-            }
-            GroupScore {
-                group,
-                questions: own.len(),
-                score: mean(own.iter().map(|(answer, _)| answer.score)),
-                metrics,
-                yes_no: yes_no_scores(own.iter().filter(|(answer, _)| answer.metric == "yes_no").copied()),
-            }
-        })
-        .collect();
-    ModelScores {
-        model,
-        benchmark,
-        questions: answers.len(),
-        mean_of_groups: mean(groups.iter().map(|group| group.score)),
-        mean_of_questions: mean(answers.iter().map(|answer| answer.score)),
-        groups,
-        timing,
-        answers,
-    }
-}
-
-fn group_names(answers: &[Answer]) -> Vec<String> {
-    let mut names: Vec<String> = Vec::new();
-    for answer in answers {
-        if !names.contains(&answer.group) {
-            names.push(answer.group.clone());
-        }
-    }
-    names
-}
-
-fn mean(values: impl Iterator<Item = f64>) -> f64 {
-    let (sum, count) = values.fold((0.0, 0usize), |(sum, count), value| (sum + value, count + 1));
-    if count == 0 { 0.0 } else { sum / count as f64 }
-}
-
-fn yes_no_scores<'a>(rows: impl Iterator<Item = (&'a Answer, &'a Reference)>) -> Option<YesNoScores> {
-    let (mut questions, mut right, mut said_yes) = (0usize, 0.0, 0usize);
-    let (mut true_positives, mut positives) = (0usize, 0usize);
-    for (answer, reference) in rows {
-        let truth = says_yes(&reference.answer) == Some(true);
-        let said = says_yes(&answer.prediction) == Some(true);
-        questions += 1;
-        right += answer.score;
-        said_yes += usize::from(said);
-        positives += usize::from(truth);
-        true_positives += usize::from(truth && said);
-    }
-    if questions == 0 {
-        return None;
-    }
-    let share = |part: usize, whole: usize| if whole == 0 { 0.0 } else { part as f64 / whole as f64 };
-    let (precision, recall) = (share(true_positives, said_yes), share(true_positives, positives));
-    let f1 = if precision + recall == 0.0 { 0.0 } else { 2.0 * precision * recall / (precision + recall) };
-    Some(YesNoScores {
-        questions,
-        accuracy: right / questions as f64,
-        precision,
-        recall,
-        f1,
-        yes_ratio: share(said_yes, questions),
-    })
-}
-
-/// What a model keeps of a baseline's scores on the same questions.
-///
-/// Errors: `Error::Invalid` when the two did not answer the same questions.
-pub fn compare(model: &ModelScores, baseline: &ModelScores, seed: u64) -> Result<Retention> {
-    let same = model.answers.len() == baseline.answers.len()
-        && model.answers.iter().zip(&baseline.answers).all(|(a, b)| a.index == b.index && a.group == b.group);
-    if !same {
-        return Err(Error::invalid("retention", "model and baseline did not answer the same questions"));
-    }
-    let pairs = |group: Option<&str>| -> Vec<Pair> {
-        let rows = model.answers.iter().zip(&baseline.answers);
-        rows.filter(|(answer, _)| group.is_none_or(|group| answer.group == group))
-            .map(|(a, b)| (a.score, b.score))
-            .collect()
-    };
-    let names = group_names(&model.answers);
-    let strata: Vec<Vec<Pair>> = names.iter().map(|name| pairs(Some(name))).collect();
-    let groups = names.iter().zip(&strata).map(|(name, stratum)| GroupRetention {
-        group: name.clone(),
-        retention: retention(std::slice::from_ref(stratum), seed),
-    });
-    Ok(Retention {
-        groups: groups.collect(),
-        mean_of_groups: retention(&strata, seed),
-        mean_of_questions: retention(&[pairs(None)], seed),
-        resamples: RESAMPLES,
-        seed,
-    })
-}
-
-#[cfg(test)]
-#[path = "run_tests.rs"]
-mod tests;

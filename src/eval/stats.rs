@@ -5,6 +5,8 @@ use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::metrics::Judged;
+
 /// Resamples behind every interval.
 pub const RESAMPLES: usize = 2000;
 
@@ -19,25 +21,43 @@ pub struct Interval {
     pub high: f64,
 }
 
-/// Scores of one question by the model and by the baseline, 0 to 1 each.
-pub type Pair = (f64, f64);
+/// Answers to the same questions by a model and by its baseline, as a bootstrap draws them.
+pub struct Stratum {
+    /// The answers to one question, or to the questions that count together: the model's beside the baseline's.
+    pub units: Vec<Vec<(Judged, Judged)>>,
+    /// What makes a score of answers.
+    pub score: fn(&[Judged]) -> f64,
+}
 
-/// Retention over strata: the mean of the strata's mean scores, model over baseline, with a paired bootstrap interval
-/// (questions are drawn with replacement within each stratum, both models' scores together).
+impl Stratum {
+    /// The scores of the model and of the baseline over units, in the order in which they are drawn.
+    fn scores<'a>(&self, units: impl Iterator<Item = &'a Vec<(Judged, Judged)>>) -> (f64, f64) {
+        let (mut model, mut baseline) = (Vec::new(), Vec::new());
+        for (number, unit) in units.enumerate() {
+            // A unit that is drawn twice counts as two.
+            model.extend(unit.iter().map(|pair| Judged { unit: number, ..pair.0 }));
+            baseline.extend(unit.iter().map(|pair| Judged { unit: number, ..pair.1 }));
+        }
+        ((self.score)(&model), (self.score)(&baseline))
+    }
+}
+
+/// Retention over strata: the mean of the strata's scores, model over baseline, with a paired bootstrap interval (units
+/// are drawn with replacement within each stratum, both models' answers together).
 ///
-/// One stratum gives the ratio of two plain means. `None` when the baseline scores nothing or a stratum is empty.
+/// `None` when the baseline scores nothing or a stratum is empty.
 /// Source of the interval: Efron & Tibshirani 1993, percentile method.
-pub fn retention(strata: &[Vec<Pair>], seed: u64) -> Option<Interval> {
-    if strata.is_empty() || strata.iter().any(Vec::is_empty) {
+pub fn retention(strata: &[Stratum], seed: u64) -> Option<Interval> {
+    if strata.is_empty() || strata.iter().any(|stratum| stratum.units.is_empty()) {
         return None;
     }
-    let ratio = ratio_of(strata.iter().map(|stratum| mean(stratum.iter().copied(), stratum.len())))?;
+    let ratio = ratio_of(strata.iter().map(|stratum| stratum.scores(stratum.units.iter())))?;
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut ratios = Vec::with_capacity(RESAMPLES);
     for _ in 0..RESAMPLES {
         let drawn = strata.iter().map(|stratum| {
-            let picks = (0..stratum.len()).map(|_| stratum[rng.random_range(0..stratum.len())]);
-            mean(picks, stratum.len())
+            let units = &stratum.units;
+            stratum.scores((0..units.len()).map(|_| &units[rng.random_range(0..units.len())]))
         });
         // A draw in which the baseline scores nothing has no ratio.
         ratios.extend(ratio_of(drawn));
@@ -63,12 +83,7 @@ pub fn kept_likelihood(rows: &[(f64, f64)], seed: u64) -> Interval {
     Interval { ratio, low: quantile(&ratios, 0.025), high: quantile(&ratios, 0.975) }
 }
 
-fn mean(pairs: impl Iterator<Item = Pair>, count: usize) -> Pair {
-    let (a, b) = pairs.fold((0.0, 0.0), |sum, pair| (sum.0 + pair.0, sum.1 + pair.1));
-    (a / count as f64, b / count as f64)
-}
-
-fn ratio_of(means: impl Iterator<Item = Pair>) -> Option<f64> {
+fn ratio_of(means: impl Iterator<Item = (f64, f64)>) -> Option<f64> {
     let (a, b) = means.fold((0.0, 0.0), |sum, pair| (sum.0 + pair.0, sum.1 + pair.1));
     (b > 0.0).then(|| a / b)
 }
@@ -114,7 +129,14 @@ impl Spread {
 
 #[cfg(test)]
 mod tests {
+    use super::super::metrics::mean_score;
     use super::*;
+
+    /// Questions that count one by one.
+    fn stratum(pairs: impl Iterator<Item = (f64, f64)>) -> Stratum {
+        let judged = |score| Judged { score, ..Judged::default() };
+        Stratum { units: pairs.map(|(a, b)| vec![(judged(a), judged(b))]).collect(), score: mean_score }
+    }
 
     #[test]
     fn spreads_by_hand() {
@@ -125,16 +147,16 @@ mod tests {
 
     #[test]
     fn equal_scores_retain_everything_exactly() {
-        let stratum: Vec<Pair> = (0..50).map(|i| (f64::from(i % 2), f64::from(i % 2))).collect();
-        assert_eq!(retention(&[stratum], 7), Some(Interval { ratio: 1.0, low: 1.0, high: 1.0 }));
+        let pairs = (0..50).map(|i| (f64::from(i % 2), f64::from(i % 2)));
+        assert_eq!(retention(&[stratum(pairs)], 7), Some(Interval { ratio: 1.0, low: 1.0, high: 1.0 }));
     }
 
     #[test]
     fn the_interval_is_that_of_a_binomial_share() {
         // The baseline is right on all 400, the model on 300: the ratio is a share with standard error
         // sqrt(0.75 * 0.25 / 400) = 0.02165, so the interval is 0.75 +- 0.0424.
-        let stratum: Vec<Pair> = (0..400).map(|i| (f64::from(u8::from(i % 4 != 0)), 1.0)).collect();
-        let interval = retention(&[stratum], 1).expect("a ratio");
+        let pairs = (0..400).map(|i| (f64::from(u8::from(i % 4 != 0)), 1.0));
+        let interval = retention(&[stratum(pairs)], 1).expect("a ratio");
         assert_eq!(interval.ratio, 0.75);
         assert!((interval.low - 0.7076).abs() < 0.005 && (interval.high - 0.7924).abs() < 0.005, "{interval:?}");
     }
@@ -150,13 +172,13 @@ mod tests {
 
     #[test]
     fn groups_weigh_the_same_however_large() {
-        let strata = [vec![(1.0, 1.0); 90], vec![(0.0, 1.0); 10]];
+        let strata = [stratum(vec![(1.0, 1.0); 90].into_iter()), stratum(vec![(0.0, 1.0); 10].into_iter())];
         assert_eq!(retention(&strata, 1).expect("a ratio").ratio, 0.5);
     }
 
     #[test]
     fn no_ratio_where_the_baseline_scores_nothing() {
-        assert_eq!(retention(&[vec![(1.0, 0.0)]], 1), None);
-        assert_eq!(retention(&[Vec::new()], 1), None);
+        assert_eq!(retention(&[stratum([(1.0, 0.0)].into_iter())], 1), None);
+        assert_eq!(retention(&[stratum(std::iter::empty())], 1), None);
     }
 }

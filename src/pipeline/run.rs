@@ -143,8 +143,8 @@ impl Run<'_> {
                 model: variant.label.clone(),
                 dropped_layers: variant.dropped,
                 groups: scores.groups.iter().map(|group| (group.group.clone(), group.score)).collect(),
-                average: scores.mean_of_groups,
-                kept: steps::retention(&scores, dense)?.mean_of_groups,
+                average: scores.score,
+                kept: steps::retention(&scores, dense)?.score,
                 size_bytes: size_bytes(&variant.path)?,
                 speed: None,
             });

@@ -1,13 +1,13 @@
 //! What a run and a sweep are made of: the verbs as steps of a store, each done once.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::base::{Cancel, Device, Provenance, Result, Sha256Digest, read_json, write_json};
 use crate::bundle::Bundle;
 use crate::data::{Amount, Benchmark, DataOptions, Dataset, LeftOut, Subset};
-use crate::eval::{BenchOptions, BenchReport, EvalReport, EvalTiming, ModelScores, bench, benchmark_name};
+use crate::eval::{BenchOptions, BenchReport, EvalReport, EvalTiming, GroupScore, ModelScores, bench, benchmark_name};
 use crate::finetune;
 use crate::method::select::Strategy;
 use crate::method::{LossMeter, Plan, ScoreSettings, Scores, score};
@@ -305,13 +305,21 @@ pub fn size_bytes(model: &Path) -> Result<u64> {
     bundle.components().iter().map(|component| bundle.size_bytes(component)).sum()
 }
 
-/// Several benchmarks as one; groups are told apart by the benchmark where there is more than one.
+/// Several benchmarks as one. A benchmark that is known by name is a group with its own score; the groups of others are
+/// told apart by the benchmark where there is more than one.
 fn merged(parts: &[ModelScores]) -> ModelScores {
+    if let [only] = parts {
+        return only.clone();
+    }
     let mut whole = ModelScores {
         model: String::new(),
         benchmark: String::new(),
         questions: 0,
+        metric: None,
+        score: 0.0,
+        figures: BTreeMap::new(),
         groups: Vec::new(),
+        by_column: BTreeMap::new(),
         mean_of_groups: 0.0,
         mean_of_questions: 0.0,
         timing: EvalTiming::default(),
@@ -319,7 +327,16 @@ fn merged(parts: &[ModelScores]) -> ModelScores {
     };
     for part in parts {
         let mut part = part.clone();
-        if parts.len() > 1 {
+        if let Some(metric) = &part.metric {
+            part.answers.iter_mut().for_each(|answer| answer.regroup(&part.benchmark));
+            part.groups = vec![GroupScore {
+                group: part.benchmark.clone(),
+                questions: part.questions,
+                score: part.score,
+                metrics: BTreeMap::from([(metric.clone(), part.questions)]),
+                figures: part.figures.clone(),
+            }];
+        } else {
             let name = |group: &str| format!("{}: {group}", part.benchmark);
             part.groups.iter_mut().for_each(|row| row.group = name(&row.group));
             part.answers.iter_mut().for_each(|row| row.group = name(&row.group));
@@ -329,5 +346,6 @@ fn merged(parts: &[ModelScores]) -> ModelScores {
         whole.answers.append(&mut part.answers);
     }
     whole.mean_of_groups = whole.groups.iter().map(|row| row.score).sum::<f64>() / whole.groups.len().max(1) as f64;
+    whole.score = whole.mean_of_groups;
     whole
 }

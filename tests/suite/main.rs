@@ -10,6 +10,7 @@ mod generation;
 mod inspections;
 mod interpreter;
 mod layers;
+mod metrics;
 mod mutations;
 mod operators;
 mod pictures;

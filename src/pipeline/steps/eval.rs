@@ -7,12 +7,12 @@ use std::sync::Arc;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::base::{Cancel, Device, Provenance, Result};
+use crate::base::{AtomicFile, Cancel, Device, Error, Provenance, Result};
 use crate::bundle::Bundle;
-use crate::data::{Benchmark, DataOptions, Dataset};
+use crate::data::{BenchRow, Benchmark, DataOptions, Dataset};
 use crate::eval::{
-    EvalOptions, EvalReport, LoadedModel, ModelScores, TextReport, TextScores, benchmark_name, compare, evaluate,
-    kept_perplexity, perplexity,
+    EvalOptions, EvalReport, LoadedModel, ModelScores, PromptStyle, TextReport, TextScores, benchmark_name, compare,
+    evaluate, kept_perplexity, perplexity,
 };
 use crate::runtime::{FeatureCache, Runtime, SessionOptions};
 
@@ -33,12 +33,14 @@ pub struct EvalSettings {
     pub max_new_tokens: Option<usize>,
     /// Asks only the first questions.
     pub limit: Option<usize>,
+    /// How questions are worded.
+    pub prompt_style: PromptStyle,
 }
 
 impl Default for EvalSettings {
     fn default() -> Self {
-        let EvalOptions { batch_size, max_new_tokens, limit } = EvalOptions::default();
-        EvalSettings { batch_size, max_new_tokens, limit }
+        let EvalOptions { batch_size, max_new_tokens, limit, prompt_style } = EvalOptions::default();
+        EvalSettings { batch_size, max_new_tokens, limit, prompt_style }
     }
 }
 
@@ -69,8 +71,8 @@ impl Engine {
             check_needs(&Bundle::open(model)?, Work::Answer)?;
         }
         let mut loaded = LoadedModel::open(model, &self.runtime, &SessionOptions::default(), &self.cache)?;
-        let EvalSettings { batch_size, max_new_tokens, limit } = *settings;
-        let options = EvalOptions { batch_size, max_new_tokens, limit };
+        let EvalSettings { batch_size, max_new_tokens, limit, prompt_style } = *settings;
+        let options = EvalOptions { batch_size, max_new_tokens, limit, prompt_style };
         evaluate(&mut loaded, benchmark, &benchmark_name(data), &options, cancel)
     }
 }
@@ -150,6 +152,44 @@ pub fn eval_text(
     let retention = base.as_ref().map(|base| kept_perplexity(&scores, base, BOOTSTRAP_SEED)).transpose()?;
     let provenance = Provenance::new(TextReport::SCHEMA_VERSION, inputs, settings)?;
     Ok(TextReport { provenance, model: scores, baseline: base, retention })
+}
+
+/// Writes the answers of a report beside their questions: as JSON lines, or, where the file's name ends in `.tsv`, as
+/// VLMEvalKit keeps predictions, the benchmark's columns but for the picture and `prediction` behind them.
+///
+/// Errors: those of reading the benchmark and of writing the file.
+pub fn write_predictions(path: &Path, data: &Path, scores: &ModelScores) -> Result<()> {
+    let benchmark = Benchmark::open(data)?;
+    let rows: BTreeMap<&str, &BenchRow> = benchmark.rows().iter().map(|row| (row.index.as_str(), row)).collect();
+    let answered = scores.answers.iter().filter_map(|answer| Some((answer, *rows.get(answer.index.as_str())?)));
+    let mut bytes = Vec::new();
+    if path.extension().is_some_and(|extension| extension == "tsv") {
+        let columns: Vec<&str> =
+            benchmark.columns().iter().map(String::as_str).filter(|name| *name != "image").collect();
+        let mut writer = csv::WriterBuilder::new().delimiter(b'\t').from_writer(&mut bytes);
+        let wrong = |e: csv::Error| Error::invalid(format!("`{}`", path.display()), e.to_string());
+        writer.write_record(columns.iter().copied().chain(["prediction"])).map_err(wrong)?;
+        for (answer, row) in answered {
+            let cells = columns.iter().map(|column| benchmark.cell(row, column).unwrap_or_default());
+            writer.write_record(cells.chain([answer.prediction.as_str()])).map_err(wrong)?;
+        }
+        writer.flush().map_err(|e| Error::io("write", path, e))?;
+        drop(writer);
+    } else {
+        for (answer, row) in answered {
+            let question = benchmark.cell(row, "question").unwrap_or_default();
+            let truth = benchmark.cell(row, "answer").unwrap_or_default();
+            let line = serde_json::json!({
+                "index": answer.index, "question": question, "answer": truth,
+                "prediction": answer.prediction, "score": answer.score,
+            });
+            bytes.extend_from_slice(line.to_string().as_bytes());
+            bytes.push(b'\n');
+        }
+    }
+    let mut file = AtomicFile::create(path)?;
+    file.write_all(&bytes)?;
+    file.commit()
 }
 
 /// What a model keeps of a baseline, by the seed that all verbs use.

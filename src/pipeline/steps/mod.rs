@@ -9,7 +9,7 @@ mod plan;
 mod prune;
 
 pub use budget::{LayerCost, ModelCosts, Remaining, Target};
-pub use eval::{Engine, EvalSettings, TextSettings, eval, eval_text, retention};
+pub use eval::{Engine, EvalSettings, TextSettings, eval, eval_text, retention, write_predictions};
 pub use finetune::{FINETUNE_REPORT, Finetune, default_work_folder, finetune};
 pub use inspect::{Inspection, LayerInfo, VisionInfo, decoder, decoder_analysis, inspect};
 pub use needs::{NEEDS, Need, Work, check as check_needs};

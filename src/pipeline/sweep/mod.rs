@@ -178,7 +178,7 @@ impl Run<'_> {
     fn kept(&mut self, label: &str, model: &Finished) -> Result<f64> {
         let settings = &self.sweep.eval.settings;
         let scores = self.stages.answers(label, &model.path, &model.digest, &self.questions, settings)?;
-        let kept = steps::retention(&scores, &self.dense)?.mean_of_groups;
+        let kept = steps::retention(&scores, &self.dense)?.score;
         kept.map(|kept| kept.ratio).ok_or_else(|| {
             Error::invalid(format!("`{}`", self.sweep.model.display()), "answers nothing right, so nothing can be kept")
                 .remedy("choose benchmarks that the dense model can do")
@@ -188,7 +188,7 @@ impl Run<'_> {
     fn write(&self, rows: &[SweepRow]) -> Result<SweepTable> {
         let inputs = BTreeMap::from([("model".to_string(), self.stages.dense.digest.clone())]);
         let provenance = Provenance::new(SweepTable::SCHEMA_VERSION, inputs, self.sweep)?;
-        let table = SweepTable::new(provenance, self.dense.mean_of_groups, self.sweep.seeds.clone(), rows.to_vec());
+        let table = SweepTable::new(provenance, self.dense.score, self.sweep.seeds.clone(), rows.to_vec());
         let folder = self.stages.store.folder();
         write_json(&folder.join(format!("{SWEEP_FILE}.json")), &table)?;
         write_text(&folder.join(format!("{SWEEP_FILE}.md")), &table.markdown())?;

@@ -1,13 +1,20 @@
 use super::*;
 
 fn answer(index: &str, group: &str, metric: &str, prediction: &str, score: f64) -> Answer {
-    Answer { index: index.into(), group: group.into(), metric: metric.into(), prediction: prediction.into(), score }
+    Answer {
+        index: index.into(),
+        group: group.into(),
+        metric: metric.into(),
+        prediction: prediction.into(),
+        score,
+        truth: None,
+        unit: None,
+        stratum: None,
+    }
 }
 
 fn scores(answers: Vec<Answer>) -> ModelScores {
-    let reference = Reference::default();
-    let references = vec![&reference; answers.len()];
-    summarise("m".into(), "b".into(), answers, &references, EvalTiming::default())
+    summarise("m".into(), "b".into(), answers, EvalTiming::default())
 }
 
 #[test]
@@ -19,28 +26,6 @@ fn groups_and_both_means_by_hand() {
     assert_eq!(groups, [("x", 0.5), ("y", 1.0)]);
     assert_eq!(scores.mean_of_groups, 0.75);
     assert_eq!(scores.mean_of_questions, 0.6);
-}
-
-#[test]
-fn pope_figures_by_hand() {
-    // Truth yes, yes, yes, no, no; said yes, no, nothing, yes, no.
-    let cases = [("yes", "yes"), ("yes", "no"), ("yes", "hm"), ("no", "Yes."), ("no", "no")];
-    let references: Vec<Reference> =
-        cases.iter().map(|(truth, _)| Reference { answer: truth.to_string(), options: Vec::new() }).collect();
-    let answers: Vec<Answer> = cases
-        .iter()
-        .zip(&references)
-        .map(|((_, said), reference)| {
-            let metric = metric_for("POPE", reference);
-            answer("1", "g", metric.name, said, (metric.score)(reference, said))
-        })
-        .collect();
-    let figures = yes_no_scores(answers.iter().zip(&references)).expect("figures");
-    assert_eq!(figures.accuracy, 2.0 / 5.0);
-    assert_eq!(figures.precision, 1.0 / 2.0);
-    assert_eq!(figures.recall, 1.0 / 3.0);
-    assert!((figures.f1 - 0.4).abs() < 1e-12);
-    assert_eq!(figures.yes_ratio, 2.0 / 5.0);
 }
 
 #[test]
@@ -67,6 +52,7 @@ fn retention_by_group_and_overall() {
     let interval = kept.mean_of_groups.expect("mean");
     assert!(interval.low < 0.25 && interval.high > 0.25 && interval.high < 0.36, "{interval:?}");
     assert_eq!(compare(&pruned, &dense, 3).expect("again"), kept);
+    assert_eq!(kept.score, kept.mean_of_groups);
 }
 
 #[test]

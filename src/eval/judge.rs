@@ -1,0 +1,247 @@
+//! How one answer is read and judged, by the rules of VLMEvalKit with exact matching: no language model is asked.
+
+use super::text::{self, answers_of_cell, normalise_answer, normalised_edit_distance, strip_punctuation};
+
+/// What a prediction is judged against: a row of the benchmark without its picture.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Reference {
+    /// The `index` column.
+    pub index: String,
+    /// The answer as the benchmark writes it: text, a letter, or a list in Python's notation.
+    pub answer: String,
+    /// Letter and text of each choice; empty for open questions.
+    pub options: Vec<(char, String)>,
+    /// The `category` column.
+    pub category: Option<String>,
+    /// The `l2-category` column.
+    pub l2_category: Option<String>,
+    /// The `g_index` column: the question that this one is a rotation of.
+    pub g_index: Option<String>,
+    /// The `cycle_category` column: how often the options were rotated.
+    pub cycle_category: Option<String>,
+    /// The `image_path` column.
+    pub image_path: Option<String>,
+}
+
+/// OCRBench's category whose answers are compared without spaces and with their case.
+const FORMULAS: &str = "Handwritten Mathematical Expression Recognition";
+
+/// Answers that VLMEvalKit counts as a refusal, which is final.
+const REFUSALS: &[&str] = &[
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
+];
+
+/// What VLMEvalKit's own API clients give when no answer came.
+const NO_ANSWER: &str = "Failed to obtain answer via API";
+
+/// The letter that stands for "none of the options".
+const NONE_OF_THEM: char = 'Z';
+
+fn hit(condition: bool) -> f64 {
+    f64::from(u8::from(condition))
+}
+
+/// 1 if prediction and one of the answers are equal in the VQA normal form.
+pub(super) fn exact_match(reference: &Reference, prediction: &str) -> f64 {
+    let prediction = normalise_answer(prediction);
+    hit(answers_of_cell(&reference.answer).iter().any(|answer| normalise_answer(answer) == prediction))
+}
+
+/// The share of the answers that the prediction equals but for case and surrounding space; 1 if it equals any with
+/// `any`.
+pub(super) fn equal_text(reference: &Reference, prediction: &str, any: bool) -> f64 {
+    let clean = |text: &str| text::lower(text::strip(text));
+    let prediction = clean(prediction);
+    let answers = answers_of_cell(&reference.answer);
+    let equal = answers.iter().filter(|answer| clean(answer) == prediction).count();
+    if any { hit(equal > 0) } else { equal as f64 / answers.len().max(1) as f64 }
+}
+
+/// 1 if one of the answers occurs in the prediction.
+pub(super) fn ocr_contains(reference: &Reference, prediction: &str) -> f64 {
+    let formula = reference.category.as_deref() == Some(FORMULAS);
+    let clean = |text: &str| {
+        if formula {
+            text::strip(text).replace('\n', " ").replace(' ', "")
+        } else {
+            text::strip(&text::lower(text)).replace('\n', " ")
+        }
+    };
+    let prediction = clean(prediction);
+    hit(answers_of_cell(&reference.answer).iter().any(|answer| prediction.contains(&clean(answer))))
+}
+
+/// 1 if a number is within 5% of one of the answers, or a text equals it but for case.
+///
+/// Source: Masry et al. 2022, arXiv:2203.10244, section 5.1.
+pub(super) fn relaxed_accuracy(reference: &Reference, prediction: &str) -> f64 {
+    let prediction = text::strip(prediction);
+    let number = |text: &str| match text.ends_with('%') {
+        true => text::parse_float(text.trim_end_matches('%')).map(|value| value / 100.0),
+        false => text::parse_float(text),
+    };
+    let matches = |answer: &String| match (number(prediction), number(answer)) {
+        (Some(prediction), Some(target)) if target != 0.0 => (prediction - target).abs() / target.abs() <= 0.05,
+        _ => text::lower(prediction) == text::lower(answer),
+    };
+    hit(answers_of_cell(&reference.answer).iter().any(matches))
+}
+
+/// Agreement with the annotators: the mean over each of them left out of `min(1, others that agree / 3)`. A lone answer
+/// has no others to agree with, so it must be met itself (VLMEvalKit gives 0 there).
+///
+/// Source: Antol et al. 2015, arXiv:1505.00468.
+pub(super) fn vqa_score(reference: &Reference, prediction: &str) -> f64 {
+    let prediction = normalise_answer(prediction);
+    let answers: Vec<String> =
+        answers_of_cell(&reference.answer).iter().map(|answer| normalise_answer(answer)).collect();
+    if let [only] = &answers[..] {
+        return hit(*only == prediction);
+    }
+    let matching = answers.iter().filter(|answer| **answer == prediction).count();
+    let scores = answers.iter().map(|left_out| {
+        let others = matching - usize::from(*left_out == prediction);
+        (others as f64 / 3.0).min(1.0)
+    });
+    scores.sum::<f64>() / answers.len() as f64
+}
+
+/// 1 minus the least normalised edit distance to an answer; 0 below 0.5.
+///
+/// Source: Biten et al. 2019, arXiv:1905.13648.
+pub(super) fn anls(reference: &Reference, prediction: &str) -> f64 {
+    let distances =
+        answers_of_cell(&reference.answer).into_iter().map(|answer| normalised_edit_distance(&answer, prediction));
+    let similarity = 1.0 - distances.fold(f64::INFINITY, f64::min);
+    if similarity < 0.5 { 0.0 } else { similarity }
+}
+
+/// 1 if the prediction says yes where the answer does, or no where it does.
+pub(super) fn yes_no(reference: &Reference, prediction: &str) -> f64 {
+    hit(says_yes(prediction).is_some_and(|yes| says_yes(&reference.answer) == Some(yes)))
+}
+
+/// As [`yes_no`] for benchmarks whose answers are `Yes` and `No`, written so.
+pub(super) fn yes_no_as_written(reference: &Reference, prediction: &str) -> f64 {
+    hit(says_yes(prediction).is_some_and(|yes| reference.answer == if yes { "Yes" } else { "No" }))
+}
+
+/// As [`yes_no`], the answer being `yes` or `no` in any case.
+pub(super) fn yes_no_any_case(reference: &Reference, prediction: &str) -> f64 {
+    hit(says_yes(prediction).is_some_and(|yes| text::lower(&reference.answer) == if yes { "yes" } else { "no" }))
+}
+
+/// Whether a text says yes or no; `None` when it says neither or both.
+pub fn says_yes(text: &str) -> Option<bool> {
+    let text = strip_punctuation(&text::lower(text));
+    let has = |wanted: &str| text::words(&text).any(|word| word == wanted);
+    match (has("yes"), has("no")) {
+        (true, false) => Some(true),
+        (false, true) => Some(false),
+        _ => None,
+    }
+}
+
+/// 1 if the right letter, or else the right option's text, can be read from the prediction.
+pub(super) fn multiple_choice(reference: &Reference, prediction: &str) -> f64 {
+    hit(read_choice(prediction, &reference.options).is_some_and(|letter| reference.answer.chars().eq([letter])))
+}
+
+/// As [`multiple_choice`] for MMMU, whose open questions become a choice between the answer, A, and anything else.
+pub(super) fn choice_or_open(reference: &Reference, prediction: &str) -> f64 {
+    let mut options = reference.options.clone();
+    if !options.iter().any(|(letter, _)| *letter == 'A') {
+        options.retain(|(letter, _)| *letter != 'B');
+        options.splice(0..0, [('A', reference.answer.clone()), ('B', "Other Answers".to_string())]);
+    }
+    let mut letters = reference.answer.chars();
+    let right = match (letters.next(), letters.next()) {
+        (Some(letter), None) if letter.is_ascii_uppercase() => letter,
+        _ => 'A',
+    };
+    hit(read_choice(prediction, &options) == Some(right))
+}
+
+/// The choice that a prediction makes: a letter that is read, a refusal (`Z`), or the option whose text occurs.
+fn read_choice(prediction: &str, options: &[(char, String)]) -> Option<char> {
+    read_letter(prediction, options).or_else(|| read_text(prediction, options))
+}
+
+/// The letter that stands alone as a word, if exactly one does and it is among the last four words; else the one that
+/// "answer is" names.
+fn read_letter(prediction: &str, options: &[(char, String)]) -> Option<char> {
+    if prediction.contains(NO_ANSWER) {
+        return None;
+    }
+    if REFUSALS.iter().any(|refusal| prediction.contains(refusal)) {
+        return Some(NONE_OF_THEM);
+    }
+    let text = prediction.replace(['.', '(', ')', '[', ']', ',', ':', ';', '!', '*', '#', '{', '}'], " ");
+    let words: Vec<&str> = text::words(&text).collect();
+    let position = |letter: char| words.iter().position(|word| word.chars().eq([letter]));
+    let mut found = options.iter().filter_map(|(letter, _)| Some((*letter, position(*letter)?)));
+    match (found.next(), found.next()) {
+        (Some((letter, at)), None) if at + 5 > words.len() => return Some(letter),
+        (None, _) if position(NONE_OF_THEM).is_some() => return Some(NONE_OF_THEM),
+        _ => {}
+    }
+    named_letter(prediction).filter(|letter| options.iter().any(|(known, _)| known == letter))
+}
+
+/// The letter A to D behind the first "answer is", whatever its case and with asterisks before it or not.
+fn named_letter(prediction: &str) -> Option<char> {
+    // Each place where the three words and the letter fit is tried in turn, as a search for the pattern does.
+    let lower = prediction.to_ascii_lowercase();
+    lower.match_indices("answer").find_map(|(at, word)| {
+        let rest = skip_spaces(&lower[at + word.len()..])?;
+        let rest = skip_spaces(rest.strip_prefix("is")?)?;
+        let letter = rest.trim_start_matches('*').chars().next()?.to_ascii_uppercase();
+        ('A'..='D').contains(&letter).then_some(letter)
+    })
+}
+
+/// The text behind one space or more.
+fn skip_spaces(text: &str) -> Option<&str> {
+    let rest = text.trim_start_matches(text::is_space);
+    (rest.len() < text.len()).then_some(rest)
+}
+
+/// The option whose text occurs in the prediction, if exactly one does and the prediction is not much longer than all.
+fn read_text(prediction: &str, options: &[(char, String)]) -> Option<char> {
+    let prediction = text::lower(prediction);
+    let total: usize = options.iter().map(|(_, text)| text.chars().count()).sum();
+    if prediction.chars().count() > 2 * total {
+        return None;
+    }
+    let mut found = options.iter().filter(|(_, option)| prediction.contains(&text::lower(option)));
+    let letter = found.next()?.0;
+    found.next().is_none().then_some(letter)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn verbose_answers_name_their_letter() {
+        let cases = [
+            ("The correct answer is **B**. Here's why the others fall short of it.", Some('B')),
+            ("so the ANSWER  IS c, as far as anybody can tell from it", Some('C')),
+            ("the answer is: B and that is what I think of it", None),
+            ("the answer is E in my view of these things", None),
+            ("the answer\u{1f}is B, and here is the reason for it", Some('B')),
+        ];
+        for (text, want) in cases {
+            assert_eq!(named_letter(text), want, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_lone_answer_must_be_met() {
+        let reference = Reference { answer: "dog".into(), ..Reference::default() };
+        assert_eq!((vqa_score(&reference, "a dog"), vqa_score(&reference, "cat")), (1.0, 0.0));
+    }
+}

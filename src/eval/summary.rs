@@ -1,0 +1,166 @@
+//! Judged answers to scores by group and as a whole, and what they keep of a baseline's.
+
+use std::collections::{BTreeMap, HashMap};
+
+use crate::base::{Error, Result};
+
+use super::judge::says_yes;
+use super::metrics::{Judged, Metric, mean_score, metric_named, metric_of};
+use super::report::{Answer, EvalTiming, GroupRetention, GroupScore, ModelScores, Retention};
+use super::stats::{RESAMPLES, Stratum, retention};
+
+/// The group of questions without a category.
+pub(super) const NO_GROUP: &str = "all";
+
+/// Scores of a benchmark, its groups in the order of their first question.
+pub(super) fn summarise(model: String, benchmark: String, answers: Vec<Answer>, timing: EvalTiming) -> ModelScores {
+    let metric = metric_of(&benchmark);
+    let groups: Vec<Option<&str>> = answers.iter().map(|answer| Some(answer.group.as_str())).collect();
+    let groups = groups_by(&answers, &groups);
+    let mean_of_groups = mean(groups.iter().map(|group| group.score));
+    let all: Vec<&Answer> = exploded(&answers).collect();
+    let rows = judged(&all);
+    ModelScores {
+        model,
+        questions: answers.len(),
+        metric: metric.map(|metric| metric.name.to_string()),
+        score: metric.map_or(mean_of_groups, |metric| (metric.score)(&rows)),
+        figures: metric.map(|metric| figures(metric, &rows)).unwrap_or_default(),
+        by_column: BTreeMap::new(),
+        mean_of_groups,
+        mean_of_questions: mean(answers.iter().map(|answer| answer.score)),
+        benchmark,
+        groups,
+        timing,
+        answers,
+    }
+}
+
+/// Scores of the answers that share a group; an answer whose group is a list with commas counts in each of them where
+/// its metric says so, one without a group in none.
+pub(super) fn groups_by(answers: &[Answer], groups: &[Option<&str>]) -> Vec<GroupScore> {
+    let mut names: Vec<&str> = Vec::new();
+    let mut members: HashMap<&str, Vec<&Answer>> = HashMap::new();
+    for (answer, group) in answers.iter().zip(groups) {
+        for name in group.iter().flat_map(|group| answer.groups_of(group)) {
+            let own = members.entry(name).or_default();
+            if own.is_empty() {
+                names.push(name);
+            }
+            own.push(answer);
+        }
+    }
+    let score = |name: &&str| {
+        let own = &members[name];
+        let mut metrics = BTreeMap::new();
+        for answer in own {
+            *metrics.entry(answer.metric.clone()).or_insert(0) += 1;
+        }
+        let rows = judged(own);
+        let yes_no: Vec<&Answer> = own.iter().copied().filter(|answer| answer.metric == "yes_no").collect();
+        let figures = match (metric_of_all(own), metric_named("yes_no")) {
+            (Some(metric), _) => figures(metric, &rows),
+            (None, Some(metric)) if !yes_no.is_empty() => figures(metric, &judged(&yes_no)),
+            _ => BTreeMap::new(),
+        };
+        GroupScore { group: name.to_string(), questions: own.len(), score: score_of(own)(&rows), metrics, figures }
+    };
+    names.iter().map(score).collect()
+}
+
+/// What a model keeps of a baseline's scores on the same questions.
+///
+/// Errors: `Error::Invalid` when the two did not answer the same questions.
+pub fn compare(model: &ModelScores, baseline: &ModelScores, seed: u64) -> Result<Retention> {
+    let same = model.answers.len() == baseline.answers.len()
+        && model.answers.iter().zip(&baseline.answers).all(|(a, b)| a.index == b.index && a.group == b.group);
+    if !same {
+        return Err(Error::invalid("retention", "model and baseline did not answer the same questions")
+            .remedy("compare two reports of one benchmark file, with the same --limit"));
+    }
+    let pairs: Vec<(&Answer, &Answer)> = model.answers.iter().zip(&baseline.answers).collect();
+    let names: Vec<&str> = model.groups.iter().map(|group| group.group.as_str()).collect();
+    let own = |name: &str| -> Vec<(&Answer, &Answer)> {
+        pairs.iter().copied().filter(|(answer, _)| answer.groups().any(|group| group == name)).collect()
+    };
+    let strata: Vec<Stratum> = names.iter().map(|name| stratum(&own(name), Some(name))).collect();
+    let groups = names.iter().zip(&strata).map(|(name, stratum)| GroupRetention {
+        group: name.to_string(),
+        retention: retention(std::slice::from_ref(stratum), seed),
+    });
+    let groups = groups.collect();
+    let mean_of_groups = retention(&strata, seed);
+    let all = stratum(&pairs, None);
+    let score = match &model.metric {
+        Some(_) => retention(std::slice::from_ref(&all), seed),
+        None => mean_of_groups,
+    };
+    let mean_of_questions = retention(&[Stratum { score: mean_score, ..all }], seed);
+    Ok(Retention { groups, score, mean_of_groups, mean_of_questions, resamples: RESAMPLES, seed })
+}
+
+/// The answers, each as often as it has groups.
+fn exploded(answers: &[Answer]) -> impl Iterator<Item = &Answer> {
+    answers.iter().flat_map(|answer| answer.groups().map(move |_| answer))
+}
+
+/// The metric of answers that are all judged by the same one.
+fn metric_of_all(answers: &[&Answer]) -> Option<&'static Metric> {
+    let first = &answers.first()?.metric;
+    answers.iter().all(|answer| answer.metric == *first).then(|| metric_named(first)).flatten()
+}
+
+fn score_of(answers: &[&Answer]) -> fn(&[Judged]) -> f64 {
+    metric_of_all(answers).map_or(mean_score, |metric| metric.score)
+}
+
+fn figures(metric: &Metric, rows: &[Judged]) -> BTreeMap<String, f64> {
+    (metric.figures)(rows).into_iter().map(|(name, value)| (name.to_string(), value)).collect()
+}
+
+/// Answers as metrics see them: units and strata by number, an answer without a unit being one by itself.
+fn judged(answers: &[&Answer]) -> Vec<Judged> {
+    let mut units: HashMap<&str, usize> = HashMap::new();
+    let mut strata: HashMap<&str, usize> = HashMap::new();
+    let mut rows = Vec::with_capacity(answers.len());
+    for (number, answer) in answers.iter().enumerate() {
+        // Numbers of named units begin behind those of answers by themselves.
+        let named = answers.len() + units.len();
+        let next = strata.len();
+        rows.push(Judged {
+            score: answer.score,
+            unit: answer.unit.as_deref().map_or(number, |name| *units.entry(name).or_insert(named)),
+            stratum: answer.stratum.as_deref().map_or(usize::MAX, |name| *strata.entry(name).or_insert(next)),
+            truth: answer.truth == Some(true),
+            said: says_yes(&answer.prediction) == Some(true),
+        });
+    }
+    rows
+}
+
+/// Pairs of answers as the bootstrap draws them: the answers of one unit together, each as often as it counts in the
+/// group of that name, or in any.
+fn stratum(pairs: &[(&Answer, &Answer)], name: Option<&str>) -> Stratum {
+    let models: Vec<&Answer> = pairs.iter().map(|pair| pair.0).collect();
+    let baselines: Vec<&Answer> = pairs.iter().map(|pair| pair.1).collect();
+    let mut places: HashMap<usize, usize> = HashMap::new();
+    let mut units: Vec<Vec<(Judged, Judged)>> = Vec::new();
+    for ((answer, model), baseline) in models.iter().zip(judged(&models)).zip(judged(&baselines)) {
+        let place = *places.entry(model.unit).or_insert(units.len());
+        if place == units.len() {
+            units.push(Vec::new());
+        }
+        let counted = answer.groups().filter(|group| name.is_none_or(|name| name == *group));
+        units[place].extend(counted.map(|_| (model, baseline)));
+    }
+    Stratum { units, score: score_of(&models) }
+}
+
+fn mean(values: impl Iterator<Item = f64>) -> f64 {
+    let (sum, count) = values.fold((0.0, 0usize), |(sum, count), value| (sum + value, count + 1));
+    if count == 0 { 0.0 } else { sum / count as f64 }
+}
+
+#[cfg(test)]
+#[path = "summary_tests.rs"]
+mod tests;

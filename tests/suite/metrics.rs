@@ -1,0 +1,71 @@
+//! Scores equal those of VLMEvalKit's own code on predictions at the edges of its rules (`scripts/vlmevalkit/golden.py`).
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use interlace::data::Benchmark;
+use interlace::eval::judge_predictions;
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+#[derive(Deserialize)]
+struct Golden {
+    headline: f64,
+    /// The score of each row; none where rows are not judged one by one.
+    rows: Vec<f64>,
+    figures: BTreeMap<String, f64>,
+    data: Vec<Map<String, Value>>,
+}
+
+fn cell(value: Option<&Value>) -> String {
+    match value {
+        None => String::new(),
+        Some(Value::String(text)) => text.clone(),
+        Some(other) => other.to_string(),
+    }
+}
+
+/// The rows as a benchmark file, each with a picture that nobody decodes.
+fn benchmark(folder: &Path, name: &str, rows: &[Map<String, Value>]) -> Benchmark {
+    let mut columns: Vec<&str> = Vec::new();
+    for key in rows.iter().flat_map(Map::keys) {
+        if key != "prediction" && !columns.contains(&key.as_str()) {
+            columns.push(key);
+        }
+    }
+    let path = folder.join(format!("{name}.tsv"));
+    let mut writer = csv::WriterBuilder::new().delimiter(b'\t').from_path(&path).expect("file");
+    writer.write_record(columns.iter().copied().chain(["image"])).expect("head");
+    for row in rows {
+        let cells = columns.iter().map(|column| cell(row.get(*column)));
+        writer.write_record(cells.chain(["A".repeat(80)])).expect("row");
+    }
+    writer.flush().expect("file");
+    drop(writer);
+    Benchmark::open(&path).expect("benchmark")
+}
+
+#[test]
+fn scores_are_those_of_vlmevalkit() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/vlmevalkit/scores.json");
+    let golden: BTreeMap<String, Golden> = serde_json::from_slice(&std::fs::read(path).expect("golden")).expect("JSON");
+    assert!(golden.len() >= 15 && golden.values().all(|benchmark| benchmark.data.len() >= 300));
+    let folder = tempfile::tempdir().expect("folder");
+    for (name, want) in &golden {
+        let benchmark = benchmark(folder.path(), name, &want.data);
+        let predictions: Vec<String> = want.data.iter().map(|row| cell(row.get("prediction"))).collect();
+        let scores = judge_predictions(&benchmark, name, &predictions).expect("scores");
+        for ((answer, row), score) in scores.answers.iter().zip(&want.data).zip(&want.rows) {
+            assert!((answer.score - score).abs() < 1e-9, "{name}: {} is not {score} of {row:?}", answer.score);
+        }
+        assert!((scores.score - want.headline).abs() < 1e-9, "{name}: {} is not {}", scores.score, want.headline);
+        for (figure, value) in &want.figures {
+            let found = match figure.strip_prefix("category ") {
+                Some(category) => scores.groups.iter().find(|group| group.group == category).map(|group| group.score),
+                None => scores.figures.get(figure).copied(),
+            };
+            let found = found.unwrap_or_else(|| panic!("{name} has no {figure}"));
+            assert!((found - value).abs() < 1e-9, "{name}, {figure}: {found} is not {value}");
+        }
+    }
+}
