@@ -113,3 +113,83 @@ fn ancestors(graph: &Graph, of: ValueId) -> HashSet<ValueId> {
     }
     found
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::analysis::{analyse, head_input};
+    use crate::ir::{AttributeKind, Model, Tensor, Value};
+
+    fn llama() -> Model {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/zoo/optimum/llama-with-past/model.onnx");
+        crate::onnx::load(&path).unwrap()
+    }
+
+    /// The decoder with a node before its head: operator, attribute `axis` if any, int64 inputs behind the stream.
+    fn with_node(op: &str, axis: Option<i64>, others: &[&[i64]]) -> Option<String> {
+        let mut model = llama();
+        let result = analyse(&model).unwrap().map.result;
+        let graph = &mut model.graph;
+        let all = head_input(graph, result);
+        let mut value = |name: String| graph.add_value(Value { name, ..Value::default() });
+        let output = value("test.output".into());
+        let inputs: Vec<ValueId> = (0..others.len()).map(|number| value(format!("test.{number}"))).collect();
+        for node in &mut graph.body.nodes {
+            node.inputs.iter_mut().filter(|id| **id == Some(all)).for_each(|id| *id = Some(output));
+        }
+        for (id, numbers) in inputs.iter().zip(others) {
+            graph.body.initializers.push((*id, Tensor::from_i64(&[numbers.len() as u64], numbers)));
+        }
+        let attributes = axis.map(|axis| ("axis".to_string(), AttributeKind::Int(axis).into())).into_iter().collect();
+        let node = Node {
+            op_type: op.into(),
+            name: "picker".into(),
+            inputs: std::iter::once(all).chain(inputs).map(Some).collect(),
+            outputs: vec![Some(output)],
+            attributes,
+            ..Node::default()
+        };
+        let at = graph.body.nodes.iter().position(|node| node.inputs.contains(&Some(output))).unwrap();
+        graph.body.nodes.insert(at, node);
+        analyse(&model).unwrap().picks_positions()
+    }
+
+    #[test]
+    fn heads_that_read_some_positions_are_told_from_those_that_read_all() {
+        assert_eq!(analyse(&llama()).unwrap().picks_positions(), None);
+        let whole = &[i64::MAX][..];
+        type Case<'a> = (&'a str, Option<i64>, &'a [&'a [i64]], bool);
+        let cases: [Case; 7] = [
+            ("Gather", Some(1), &[&[-1]], true),
+            ("Gather", Some(-2), &[&[-1]], true),
+            ("Gather", Some(2), &[&[0, 1]], false),
+            ("Slice", None, &[&[-1], whole, &[1]], true),
+            ("Slice", None, &[&[0], whole, &[1]], false),
+            ("Slice", None, &[&[0], &[32], &[2]], false),
+            ("GatherND", None, &[&[0, 1]], true),
+        ];
+        for (op, axis, others, picks) in cases {
+            let found = with_node(op, axis, others);
+            assert_eq!(found.is_some(), picks, "{op} {others:?}: {found:?}");
+            assert!(found.is_none_or(|found| found.contains("`picker`")));
+        }
+    }
+
+    #[test]
+    fn a_declared_shape_of_one_position_is_believed_unless_the_caller_may_choose() {
+        let mut model = llama();
+        let logits = model.graph.body.outputs[0];
+        if let Some(crate::ir::ValueType::Tensor { shape: Some(shape), .. }) =
+            &mut model.graph.values[logits.index()].ty
+        {
+            shape[1] = Dim::Known(1);
+        }
+        let found = analyse(&model).unwrap().picks_positions();
+        assert!(found.is_some_and(|found| found.contains("declared with one position")));
+        let keep = model.graph.add_value(Value { name: "num_logits_to_keep".into(), ..Value::default() });
+        model.graph.body.inputs.push(keep);
+        assert_eq!(analyse(&model).unwrap().picks_positions(), None);
+    }
+}

@@ -135,3 +135,41 @@ fn alone(bundle: &Bundle, component: &Component) -> Result<()> {
     )
     .remedy("finetune a folder with the float decoder alone, and make the other variants from the result"))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    #[test]
+    fn every_kind_of_work_has_one_row() {
+        let all = [
+            Work::Score,
+            Work::MeasureLosses,
+            Work::FinetuneOnAnswers,
+            Work::FinetuneOnStream,
+            Work::Answer,
+            Work::Perplexity,
+            Work::Bench,
+        ];
+        for work in all {
+            assert_eq!(NEEDS.iter().filter(|(row, _)| *row == work).count(), 1, "{work:?}");
+            assert!(!work.needs().is_empty(), "{work:?}");
+        }
+        assert_eq!(NEEDS.len(), all.len());
+    }
+
+    #[test]
+    fn a_graph_without_a_cache_is_refused_where_steps_are_cached() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/zoo/hfexp/llama-cpu/prefill.onnx");
+        let bundle = Bundle::open(&path).unwrap();
+        for work in [Work::Answer, Work::Bench] {
+            let error = check(&bundle, work).unwrap_err().to_string();
+            assert!(error.contains("prefill.onnx") && error.contains("no cache inputs"), "{error}");
+        }
+        for work in [Work::Score, Work::MeasureLosses, Work::Perplexity, Work::FinetuneOnAnswers] {
+            check(&bundle, work).unwrap();
+        }
+    }
+}
