@@ -214,9 +214,13 @@ fn templates_that_change_or_drop_what_is_said_are_refused() {
     assert!(error.contains("does not write answer 0 as the data has it"), "{error}");
     assert!(processor.encode_conversation(&sample(vec![], &["q", "b"])).is_ok());
 
-    // A template for plain strings, given parts.
-    let drops = "{% for m in messages %}{{ m.role | upper }}: {% if m.content is string %}{{ m.content }}{% endif %}\
+    // A template for plain strings gets plain strings.
+    let strings = "{% for m in messages %}{{ m.role | upper }}: {% if m.content is string %}{{ m.content }}{% endif %}\
         {% endfor %}";
+    let (_folder, processor) = processor_with(&serde_json::json!({}), Some(strings));
+    assert!(processor.encode_prompt(&sample(vec![], &["What is it?", "a"])).is_ok());
+
+    let drops = "{% for m in messages %}{{ m.role | upper }}: {% endfor %}";
     let (_folder, processor) = processor_with(&serde_json::json!({}), Some(drops));
     for encoded in [
         processor.encode_prompt(&sample(vec![], &["What is it?", "a"])),

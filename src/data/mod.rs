@@ -6,10 +6,8 @@ mod conversation;
 mod data_files;
 mod dataset;
 mod guard;
-mod idefics3;
-mod image_processor;
+mod images;
 mod intake;
-mod jpeg;
 mod json;
 mod json_row;
 mod json_scan;
@@ -17,10 +15,8 @@ mod keys;
 mod listing;
 mod options;
 mod parquet;
-mod picture;
+mod placeholders;
 mod processor;
-mod qwen2_vl;
-mod resample;
 mod row;
 mod sample;
 mod string_list;
@@ -33,17 +29,17 @@ mod tsv;
 #[cfg(test)]
 mod conversation_tests;
 #[cfg(test)]
+mod family_tests;
+#[cfg(test)]
 mod layout_tests;
 #[cfg(test)]
 mod tests;
 
 pub use dataset::{Dataset, Samples};
-pub use image_processor::{ImageInputs, ImageLayout};
+pub use images::{BackEnd, Filter, ImageInputs, ImageLayout, ImageSettings, Picture, Scaler, Transparency};
 pub use intake::{Intake, LeftOut};
 pub use options::{DataOptions, SEQUENCE_LENGTH, Turns};
-pub use picture::{Picture, Transparency};
 pub use processor::{Encoded, Processor};
-pub use resample::{Filter, resize};
 pub use sample::{ImageBytes, Part, Sample, Turn};
 pub use string_list::string_list;
 pub use subset::{Amount, Subset};

@@ -6,8 +6,8 @@ use crate::base::{Error, Result};
 use crate::bundle::Bundle;
 use crate::prompt::Prompt;
 
-use super::image_processor::{self, ImageInputs, ImageLayout, ImageProcessor};
-use super::picture::{Picture, Transparency};
+use super::images::{ImageInputs, ImageLayout, ImageProcessor, ImageSettings};
+use super::placeholders::Placeholder;
 use super::sample::{ImageBytes, Part};
 use super::template::{ChatTemplate, Content, ContentPart, Message};
 use super::tokenizer::Tokenizer;
@@ -59,13 +59,10 @@ pub struct Processor {
 
 #[derive(Debug)]
 struct Vision {
-    processor: Box<dyn ImageProcessor>,
-    image_token: String,
-    image_token_id: u32,
-    /// Features of one tile.
-    features: usize,
-    fake_token: String,
-    global_token: String,
+    images: ImageProcessor,
+    placeholder: Placeholder,
+    /// The token that takes one row of image features.
+    feature_id: u32,
 }
 
 impl Processor {
@@ -74,10 +71,25 @@ impl Processor {
     /// Errors: `Error::Invalid` when one is missing, malformed or contradicts another; `Error::Unsupported` for an
     /// image processor that is not known or a setting that nobody reads.
     pub fn open(bundle: &Bundle) -> Result<Self> {
-        let tokenizer = Tokenizer::open(bundle)?;
+        Self::open_with(bundle, &ImageSettings::default())
+    }
+
+    /// As `open`, with settings of the user over those of the files.
+    ///
+    /// Errors: as `open`, and when the image processor does not have one of the settings.
+    pub fn open_with(bundle: &Bundle, settings: &ImageSettings) -> Result<Self> {
+        let mut tokenizer = Tokenizer::open(bundle)?;
         let processor_config = bundle.read_json("processor_config.json")?.unwrap_or(Value::Null);
-        let vision = Vision::open(bundle, &processor_config, &tokenizer)?;
-        let template = read_template(bundle, &processor_config, &tokenizer)?;
+        let vision = Vision::open(bundle, &processor_config, &tokenizer, settings)?;
+        let mut template = read_template(bundle, &processor_config, &tokenizer)?;
+        if let Some(Vision { placeholder, .. }) = &vision {
+            tokenizer.special_tokens = placeholder.special_tokens;
+            if template.is_none()
+                && let Some(own) = placeholder.template
+            {
+                template = Some(ChatTemplate::new("the processor's own prompt", own, tokenizer.tokens.clone())?);
+            }
+        }
         let mut eos: Vec<u32> = Vec::new();
         if let Some(config) = bundle.config() {
             eos.extend(config.eos_token_ids.iter().filter_map(|id| u32::try_from(*id).ok()));
@@ -96,7 +108,7 @@ impl Processor {
 
     /// The id that takes one image feature; `None` for a model that only reads text.
     pub fn image_token_id(&self) -> Option<i64> {
-        self.vision.as_ref().map(|vision| i64::from(vision.image_token_id))
+        self.vision.as_ref().map(|vision| i64::from(vision.feature_id))
     }
 
     /// Text of generated ids, special tokens left out.
@@ -130,35 +142,39 @@ impl Processor {
     }
 
     pub(super) fn user(&self, parts: &[Part]) -> Result<Message> {
-        let content = if self.vision.is_some() {
-            let part = |part: &Part| match part {
-                Part::Image(_) => ContentPart::Image,
-                Part::Text(text) => ContentPart::Text { text: text.clone() },
-            };
-            Content::Parts(parts.iter().map(part).collect())
-        } else {
-            let mut text = String::new();
-            for part in parts {
-                match part {
-                    Part::Text(piece) => text.push_str(piece),
-                    Part::Image(_) => {
-                        return Err(Error::invalid("data", "has pictures, but the model has no image processor"));
-                    }
-                }
-            }
-            Content::Text(text)
+        let part = |part: &Part| match part {
+            Part::Image(_) => ContentPart::Image,
+            Part::Text(text) => ContentPart::Text { text: text.clone() },
         };
-        Ok(Message { role: "user", content })
+        let parts: Vec<ContentPart> = parts.iter().map(part).collect();
+        if self.vision.is_none() && parts.iter().any(|part| matches!(part, ContentPart::Image)) {
+            return Err(Error::invalid("data", "has pictures, but the model has no image processor"));
+        }
+        Ok(self.parts("user", parts))
     }
 
     /// A message of text alone.
     pub(super) fn message(&self, role: &'static str, text: &str) -> Message {
-        let text = text.to_string();
-        let content = match self.vision {
-            Some(_) => Content::Parts(vec![ContentPart::Text { text }]),
-            None => Content::Text(text),
-        };
-        Message { role, content }
+        self.parts(role, vec![ContentPart::Text { text: text.to_string() }])
+    }
+
+    /// A message in the form that the template takes.
+    pub(super) fn parts(&self, role: &'static str, parts: Vec<ContentPart>) -> Message {
+        if self.template.as_ref().is_some_and(|template| template.takes_parts(self.vision.is_some())) {
+            return Message { role, content: Content::Parts(parts) };
+        }
+        let mut text = String::new();
+        for part in &parts {
+            match (part, &self.vision) {
+                (ContentPart::Text { text: piece }, _) => text.push_str(piece),
+                (ContentPart::Image, Some(vision)) => {
+                    text.push_str(&vision.placeholder.marker);
+                    text.push('\n');
+                }
+                (ContentPart::Image, None) => {}
+            }
+        }
+        Message { role, content: Content::Text(text) }
     }
 
     pub(super) fn render(&self, id: &str, messages: &[Message], prompt: bool) -> Result<String> {
@@ -183,13 +199,7 @@ impl Processor {
     pub(super) fn images(&self, id: &str, images: &[ImageBytes]) -> Result<Option<ImageInputs>> {
         match &self.vision {
             _ if images.is_empty() => Ok(None),
-            Some(vision) => {
-                let pictures = images
-                    .iter()
-                    .map(|image| Picture::decode(image, Transparency::OnWhite))
-                    .collect::<Result<Vec<_>>>()?;
-                vision.processor.process(&pictures).map(Some)
-            }
+            Some(vision) => vision.images.open(images).map(Some),
             None => Err(Error::invalid(id, "has pictures, but the model has no image processor")),
         }
     }
@@ -201,9 +211,10 @@ impl Processor {
         let (expanded, taken) = vision.expand(text, layouts);
         let fits = if all { taken == layouts.len() } else { taken <= layouts.len() };
         if !fits {
+            let marker = &vision.placeholder.marker;
             return Err(Error::invalid(
                 id,
-                format!("its text holds `{}` {taken} times, but it has {} pictures", vision.image_token, layouts.len()),
+                format!("its text holds `{marker}` {taken} times, but it has {} pictures", layouts.len()),
             ));
         }
         Ok(expanded)
@@ -216,7 +227,7 @@ impl Processor {
         answer_mask: Vec<bool>,
         images: Option<ImageInputs>,
     ) -> Encoded {
-        let image = self.vision.as_ref().map(|vision| vision.image_token_id);
+        let image = self.vision.as_ref().map(|vision| vision.feature_id);
         let positions = ids.iter().enumerate().filter(|(_, token)| Some(**token) == image);
         Encoded {
             id: id.to_string(),
@@ -230,7 +241,12 @@ impl Processor {
 
 impl Vision {
     /// `None` for a model without an image processor.
-    fn open(bundle: &Bundle, processor_config: &Value, tokenizer: &Tokenizer) -> Result<Option<Self>> {
+    fn open(
+        bundle: &Bundle,
+        processor_config: &Value,
+        tokenizer: &Tokenizer,
+        settings: &ImageSettings,
+    ) -> Result<Option<Self>> {
         let nested = processor_config.get("image_processor").filter(|value| value.is_object());
         let (config, source) = match (bundle.read_json("preprocessor_config.json")?, nested) {
             (Some(config), nested) => {
@@ -240,95 +256,32 @@ impl Vision {
             (None, Some(nested)) => (nested.clone(), "processor_config.json"),
             (None, None) => return Ok(None),
         };
-        let processor = image_processor::build(&config, source)?;
-        let raw = bundle.config().map_or(&Value::Null, |config| &config.raw);
-        let named = |name: &str, default: &str| tokenizer.named(name).unwrap_or(default).to_string();
-        let configured = bundle.config().and_then(|config| config.image_token_id);
-        let (image_token, image_token_id) = match configured {
-            Some(id) => {
-                let known = u32::try_from(id).ok().and_then(|id| Some((tokenizer.token(id)?, id)));
-                known.ok_or_else(|| {
-                    Error::invalid(
-                        "`config.json`",
-                        format!("`image_token_id` is {id}, which the tokenizer does not have"),
-                    )
-                })?
-            }
-            None => {
-                let token = named("image_token", "<image>");
-                let id = tokenizer.id(&token);
-                let missing = || Error::invalid("`tokenizer.json`", format!("has no image token `{token}`"));
-                let id = id.ok_or_else(missing)?;
-                (token, id)
-            }
-        };
-        Ok(Some(Vision {
-            processor,
-            image_token,
-            image_token_id,
-            features: features_of_a_tile(raw, processor_config)?,
-            fake_token: named("fake_image_token", "<fake_token_around_image>"),
-            global_token: named("global_image_token", "<global-img>"),
-        }))
+        ImageProcessor::check_kind(&config, source)?;
+        let mut placeholder = Placeholder::open(bundle, tokenizer, &config, processor_config)?;
+        let forced = std::mem::take(&mut placeholder.image_settings);
+        let images = ImageProcessor::new(&config, source, forced, settings)?;
+        let feature = &placeholder.feature;
+        let feature_id = tokenizer
+            .id(feature)
+            .ok_or_else(|| Error::invalid("`tokenizer.json`", format!("has no image token `{feature}`")))?;
+        Ok(Some(Vision { images, placeholder, feature_id }))
     }
 
-    /// The text with each image token replaced by what its picture takes, and how many there were.
+    /// The text with each marker replaced by what its picture takes, and how many there were.
     fn expand(&self, text: &str, layouts: &[ImageLayout]) -> (String, usize) {
-        let mut pieces = text.split(self.image_token.as_str());
+        let marker = self.placeholder.marker.as_str();
+        let mut pieces = text.split(marker);
         let mut out = pieces.next().unwrap_or_default().to_string();
         let mut taken = 0;
         for piece in pieces {
             match layouts.get(taken) {
-                Some(layout) => self.expand_one(*layout, &mut out),
-                None => out.push_str(&self.image_token),
+                Some(layout) => out.push_str(&(self.placeholder.expand)(layout, layouts.len())),
+                None => out.push_str(marker),
             }
             taken += 1;
             out.push_str(piece);
         }
         (out, taken)
-    }
-
-    fn expand_one(&self, layout: ImageLayout, out: &mut String) {
-        match layout {
-            ImageLayout::Run { features } => out.push_str(&self.image_token.repeat(features)),
-            ImageLayout::Tiles { rows, columns } => {
-                let tile = self.image_token.repeat(self.features);
-                for row in 1..=rows {
-                    for column in 1..=columns {
-                        out.push_str(&format!("{}<row_{row}_col_{column}>{tile}", self.fake_token));
-                    }
-                    out.push('\n');
-                }
-                if rows > 0 {
-                    out.push('\n');
-                }
-                out.push_str(&format!("{0}{1}{tile}{0}", self.fake_token, self.global_token));
-            }
-        }
-    }
-}
-
-/// `image_seq_len` of the processor, checked against `(image_size / patch_size)^2 / scale_factor^2` of the config.
-fn features_of_a_tile(config: &Value, processor_config: &Value) -> Result<usize> {
-    const MAX: u64 = 65536;
-    let said = processor_config.get("image_seq_len").and_then(Value::as_u64).filter(|n| (1..=MAX).contains(n));
-    let vision = config.get("vision_config");
-    let size =
-        |key: &str| vision.and_then(|vision| vision.get(key)).and_then(Value::as_u64).filter(|n| (1..=MAX).contains(n));
-    let scale = config.get("scale_factor").and_then(Value::as_u64).filter(|n| (1..=MAX).contains(n));
-    let computed = match (size("image_size"), size("patch_size"), scale) {
-        (Some(image), Some(patch), Some(scale)) => Some((image / patch).pow(2) / scale.pow(2)),
-        _ => None,
-    };
-    match (said, computed) {
-        (Some(said), Some(computed)) if said != computed => Err(Error::invalid(
-            "`processor_config.json`",
-            format!(
-                "`image_seq_len` is {said}, but the config's image_size, patch_size and scale_factor make {computed}"
-            ),
-        )),
-        // 169 is what the processors of this class take when nothing is said.
-        (said, computed) => Ok(said.or(computed).unwrap_or(169) as usize),
     }
 }
 

@@ -63,6 +63,15 @@ pub(super) struct ChatTemplate {
     environment: Environment<'static>,
     /// `bos_token` and its like.
     tokens: Map<String, Value>,
+    /// Forms of content of which the template drops nothing.
+    forms: Forms,
+}
+
+/// Which forms of a message's content come out whole.
+#[derive(Clone, Copy, Debug, Default)]
+struct Forms {
+    parts: bool,
+    text: bool,
 }
 
 #[derive(Serialize)]
@@ -100,7 +109,36 @@ impl ChatTemplate {
         environment
             .add_template_owned(NAME, without_generation_tags(template))
             .map_err(|e| Error::invalid(subject(), describe(&e)))?;
-        Ok(ChatTemplate { source: source.to_string(), environment, tokens })
+        let mut template = ChatTemplate { source: source.to_string(), environment, tokens, forms: Forms::default() };
+        template.forms = template.probe();
+        Ok(template)
+    }
+
+    /// True when a message's content is best given in parts, false when as one string; `sees` says which form a model that
+    /// takes both is trained with.
+    pub fn takes_parts(&self, sees: bool) -> bool {
+        match (self.forms.parts, self.forms.text) {
+            (true, false) => true,
+            (false, true) => false,
+            _ => sees,
+        }
+    }
+
+    /// Tries both forms on a question with a word that no template has.
+    fn probe(&self) -> Forms {
+        const WORD: &str = "quincunx-7f3a";
+        let text = || ContentPart::Text { text: WORD.to_string() };
+        let whole = |contents: Vec<Content>| {
+            contents.into_iter().any(|content| {
+                let out = self.render(&[Message { role: "user", content }], true).unwrap_or_default();
+                // A template that does not expect parts may write the list itself.
+                out.contains(WORD) && !out.contains("'type'") && !out.contains("\"type\"")
+            })
+        };
+        Forms {
+            parts: whole(vec![Content::Parts(vec![text()]), Content::Parts(vec![ContentPart::Image, text()])]),
+            text: whole(vec![Content::Text(WORD.to_string())]),
+        }
     }
 
     /// The text of a conversation.

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::template::{ChatTemplate, Content, ContentPart, Message};
 use super::*;
-use crate::base::sha256_bytes;
+use crate::base::{Result, sha256_bytes};
 use crate::bundle::Bundle;
 
 fn reference() -> Value {
@@ -39,33 +39,38 @@ fn resizing_equals_pillow_bit_for_bit() {
     for case in reference()["resizes"].as_array().unwrap() {
         let (from, to) = (sizes(&case["from"]), sizes(&case["to"]));
         let filter = Filter::from_number(case["resample"].as_i64().unwrap()).unwrap();
-        let out = resize(&picture(from[0], from[1]), to[0], to[1], filter).unwrap();
+        let scaler = Scaler::new(filter, BackEnd::Pil).unwrap();
+        let out = scaler.resize(&picture(from[0], from[1]), to[0], to[1]).unwrap();
         assert_eq!(sha256_bytes(out.rgb()), case["sha256"].as_str().unwrap(), "{case}");
     }
+}
+
+fn pil() -> ImageSettings {
+    ImageSettings { back_end: Some(BackEnd::Pil), ..ImageSettings::default() }
+}
+
+fn image_processor(config: &Value) -> Result<images::ImageProcessor> {
+    images::ImageProcessor::new(config, "preprocessor_config.json", serde_json::Map::new(), &pil())
 }
 
 #[test]
 fn pixel_values_equal_hugging_face_bit_for_bit() {
     for case in reference()["processors"].as_array().unwrap() {
         let size = sizes(&case["size"]);
-        let processor = image_processor::build(&case["config"], "preprocessor_config.json").unwrap();
+        let processor = image_processor(&case["config"]).unwrap();
         let inputs = processor.process(&[picture(size[0], size[1])]).unwrap();
         let pixels = inputs.joined("pixel_values").unwrap();
         assert_eq!(pixels.shape(), sizes(&case["shape"]), "{case}");
         assert_eq!(sha_of_floats(pixels.floats().unwrap().iter()), case["sha256"].as_str().unwrap(), "{case}");
-        match inputs.layouts[0] {
-            ImageLayout::Tiles { rows, columns } => {
-                assert_eq!(
-                    (Some(rows as u64), Some(columns as u64)),
-                    (case["rows"].as_u64(), case["columns"].as_u64())
-                );
-            }
-            ImageLayout::Run { features } => {
-                let grid = sizes(&case["grid"]);
-                assert_eq!(features, grid[1] * grid[2] / 4);
-                let found = inputs.pictures[0].grid_thw().unwrap();
-                assert_eq!(found.map(|n| n as usize), grid[..]);
-            }
+        let layout = inputs.layouts[0];
+        if case["grid"].is_null() {
+            let tiles = layout.tiles.map(|edge| Some(edge as u64));
+            assert_eq!(tiles, [case["rows"].as_u64(), case["columns"].as_u64()]);
+        } else {
+            let grid = sizes(&case["grid"]);
+            assert_eq!(layout.features, [grid[1] / 2, grid[2] / 2]);
+            let found = inputs.pictures[0].grid_thw().unwrap();
+            assert_eq!(found.map(|n| n as usize), grid[..]);
         }
     }
 }
@@ -144,8 +149,7 @@ fn settings_that_nobody_reads_are_refused_by_name() {
         ("[]", "is no JSON object"),
     ];
     for (config, want) in cases {
-        let error =
-            image_processor::build(&serde_json::from_str(config).unwrap(), "preprocessor_config.json").unwrap_err();
+        let error = image_processor(&serde_json::from_str(config).unwrap()).unwrap_err();
         assert!(error.to_string().contains(want), "{error}");
     }
 }
@@ -173,7 +177,7 @@ fn a_qwen_processor_equals_hugging_face() {
     save("preprocessor_config.json", case["image_processor"].to_string());
     save("config.json", r#"{"num_hidden_layers": 1, "image_token_id": 260}"#.into());
     save("model.onnx", String::new());
-    let processor = Processor::open(&Bundle::open(folder.path()).unwrap()).unwrap();
+    let processor = Processor::open_with(&Bundle::open(folder.path()).unwrap(), &pil()).unwrap();
     let images: Vec<ImageBytes> = case["sizes"]
         .as_array()
         .unwrap()

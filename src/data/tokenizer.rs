@@ -17,6 +17,8 @@ pub(super) struct Tokenizer {
     special: HashSet<u32>,
     /// `bos_token` and its like, by name.
     pub tokens: Map<String, Value>,
+    /// Whether the tokenizer's own begin token is added to a text.
+    pub special_tokens: bool,
 }
 
 impl Tokenizer {
@@ -45,7 +47,7 @@ impl Tokenizer {
                 }
             }
         }
-        Ok(Tokenizer { inner, special, tokens })
+        Ok(Tokenizer { inner, special, tokens, special_tokens: true })
     }
 
     /// The id of one token.
@@ -68,11 +70,12 @@ impl Tokenizer {
         self.tokens.get(name).and_then(Value::as_str)
     }
 
-    /// The ids of a rendered conversation. The tokenizer's own begin token is added unless the text has it already.
+    /// The ids of a rendered conversation. The tokenizer's own begin token is added unless the text has it already or
+    /// `special_tokens` is false.
     ///
     /// Errors: `Error::Invalid` when the tokenizer fails.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = guarded(|| self.inner.encode_fast(text, !self.begins(text)));
+        let encoding = guarded(|| self.inner.encode_fast(text, self.special_tokens && !self.begins(text)));
         let encoding = encoding.and_then(|encoding| encoding.map_err(|e| e.to_string()));
         encoding.map(|encoding| encoding.get_ids().to_vec()).map_err(|problem| Error::invalid("tokenizer", problem))
     }
@@ -81,7 +84,7 @@ impl Tokenizer {
     ///
     /// Errors: as `encode`.
     pub fn encode_with_offsets(&self, text: &str) -> Result<Vec<(u32, Range<usize>)>> {
-        let encoding = guarded(|| self.inner.encode(text, !self.begins(text)));
+        let encoding = guarded(|| self.inner.encode(text, self.special_tokens && !self.begins(text)));
         let encoding = encoding.and_then(|encoding| encoding.map_err(|e| e.to_string()));
         let encoding = encoding.map_err(|problem| Error::invalid("tokenizer", problem))?;
         let bytes = encoding.get_offsets().iter().map(|&(start, end)| start..end);

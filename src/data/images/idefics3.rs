@@ -8,9 +8,11 @@ use ndarray::{ArrayD, IxDyn};
 use crate::base::{Error, Result};
 use crate::prompt::{Array, PIXEL_ATTENTION_MASK, PIXEL_VALUES};
 
-use super::image_processor::{ImageInputs, ImageLayout, ImageProcessor, Levels, Settings, floats};
+use super::levels::Levels;
 use super::picture::Picture;
-use super::resample::{Filter, resize};
+use super::resample::{Filter, Scaler};
+use super::settings::Settings;
+use super::{HALVES, ImageLayout, Processed, Rule, frames};
 
 /// No edge is longer after the first resizing.
 const MAX_EDGE: usize = 4096;
@@ -22,7 +24,7 @@ pub(super) struct Idefics3 {
     resize: Option<Target>,
     split: bool,
     tile: usize,
-    filter: Filter,
+    scaler: Scaler,
     levels: Levels,
 }
 
@@ -57,42 +59,40 @@ impl Idefics3 {
                 ));
             }
         };
-        if !settings.bool("do_convert_rgb", true)? {
-            return Err(Error::unsupported(
-                "`do_convert_rgb` in the image processor's config",
-                "is false, expected true",
-            ));
-        }
         // All frames come out of the same size, so padding adds nothing to one sample and only makes the mask.
         settings.bool("do_pad", true)?;
+        settings.bool("default_to_square", true)?;
+        let split = settings.bool("do_image_splitting", true)?;
+        let (mean, std) = HALVES;
         Ok(Idefics3 {
             resize: do_resize.then_some(target),
-            split: settings.bool("do_image_splitting", true)?,
+            split: settings.tiles(split),
             tile,
-            filter: settings.resample(Filter::Lanczos)?,
-            levels: settings.levels([0.5; 3], [0.5; 3])?,
+            scaler: settings.scaler(Filter::Lanczos)?,
+            levels: settings.levels(mean, std)?,
         })
     }
 
-    fn frames(&self, picture: &Picture, out: &mut Vec<Picture>) -> Result<ImageLayout> {
+    /// Appends the frames; returns the grid of tiles.
+    fn cut(&self, picture: &Picture, out: &mut Vec<Picture>) -> Result<[usize; 2]> {
         let scaled = match &self.resize {
             None => picture.clone(),
-            Some(Target::Exact { height, width }) => resize(picture, *width, *height, self.filter)?,
+            Some(Target::Exact { height, width }) => self.scaler.resize(picture, *width, *height)?,
             Some(Target::LongestEdge(edge)) => {
                 let (width, height) = longest_edge_size(picture.width(), picture.height(), *edge);
-                resize(picture, width, height, self.filter)?
+                self.scaler.resize(picture, width, height)?
             }
         };
         let tile = self.tile;
         if !self.split {
-            out.push(resize(&scaled, tile, tile, self.filter)?);
-            return Ok(ImageLayout::Tiles { rows: 0, columns: 0 });
+            out.push(self.scaler.resize(&scaled, tile, tile)?);
+            return Ok([0, 0]);
         }
         let (width, height) = tiled_size(scaled.width(), scaled.height(), tile);
-        let whole = resize(&scaled, width, height, self.filter)?;
+        let whole = self.scaler.resize(&scaled, width, height)?;
         if width <= tile && height <= tile {
             out.push(whole);
-            return Ok(ImageLayout::Tiles { rows: 0, columns: 0 });
+            return Ok([0, 0]);
         }
         let (rows, columns) = (height / tile, width / tile);
         if rows.saturating_mul(columns) > MAX_TILES {
@@ -106,26 +106,25 @@ impl Idefics3 {
                 out.push(whole.crop(column * tile, row * tile, tile, tile)?);
             }
         }
-        out.push(resize(&whole, tile, tile, self.filter)?);
-        Ok(ImageLayout::Tiles { rows, columns })
+        out.push(self.scaler.resize(&whole, tile, tile)?);
+        Ok([rows, columns])
     }
 }
 
-impl ImageProcessor for Idefics3 {
-    fn process(&self, pictures: &[Picture]) -> Result<ImageInputs> {
-        let mut inputs = ImageInputs::default();
-        for picture in pictures {
-            let mut frames = Vec::new();
-            let layout = self.frames(picture, &mut frames)?;
-            let mut data = Vec::with_capacity(frames.len() * 3 * self.tile * self.tile);
-            for frame in &frames {
-                self.levels.append_planes(frame, &mut data);
-            }
-            let mask = ArrayD::from_elem(IxDyn(&[frames.len(), self.tile, self.tile]), true);
-            let pixels = floats(&[frames.len(), 3, self.tile, self.tile], data)?;
-            inputs.push([(PIXEL_VALUES, pixels), (PIXEL_ATTENTION_MASK, Array::Bool(mask))], layout)?;
-        }
-        Ok(inputs)
+impl Rule for Idefics3 {
+    fn process(&self, picture: &Picture, _: usize) -> Result<Processed> {
+        let mut all = Vec::new();
+        let tiles = self.cut(picture, &mut all)?;
+        let layout = ImageLayout {
+            original: [picture.height(), picture.width()],
+            frame: [self.tile; 2],
+            tiles,
+            frames: all.len(),
+            ..ImageLayout::default()
+        };
+        let mask = ArrayD::from_elem(IxDyn(&[all.len(), self.tile, self.tile]), true);
+        let arrays = vec![(PIXEL_VALUES, frames(&all, &self.levels)?), (PIXEL_ATTENTION_MASK, Array::Bool(mask))];
+        Ok((arrays, layout))
     }
 }
 

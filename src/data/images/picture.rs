@@ -7,9 +7,9 @@ use image::{DynamicImage, ExtendedColorType, ImageDecoder, ImageReader, Limits, 
 
 use crate::base::{Error, Result};
 
-use super::guard::guarded;
+use super::super::guard::guarded;
+use super::super::sample::ImageBytes;
 use super::jpeg;
-use super::sample::ImageBytes;
 
 /// The most pixels that a picture may have, decoded or resized.
 const MAX_PIXELS: usize = 100_000_000;
@@ -80,6 +80,54 @@ impl Picture {
         let rows =
             (top..bottom).filter_map(|y| self.rgb.get((y * self.width + left) * 3..(y * self.width + right) * 3));
         Picture::new(right.saturating_sub(left), bottom.saturating_sub(top), rows.flatten().copied().collect())
+    }
+
+    /// The picture on a canvas of `width` x `height` in one colour, its corner at (`left`, `top`), which may lie outside; what
+    /// does not fit is cut off.
+    pub(super) fn on_canvas(
+        &self,
+        left: isize,
+        top: isize,
+        width: usize,
+        height: usize,
+        colour: [u8; 3],
+    ) -> Result<Self> {
+        Picture::check_size(width, height)?;
+        let mut rgb = colour.repeat(width * height);
+        let (skip, shift) = (left.min(0).unsigned_abs(), left.max(0).unsigned_abs());
+        let shown = self.width.saturating_sub(skip).min(width.saturating_sub(shift));
+        for (y, row) in rgb.chunks_exact_mut(width * 3).enumerate() {
+            let source = (y as isize - top).try_into().ok().filter(|source: &usize| *source < self.height);
+            let pixels = source.map(|source| (source * self.width + skip) * 3).and_then(|start| {
+                let end = start + shown * 3;
+                self.rgb.get(start..end)
+            });
+            if let (Some(pixels), Some(place)) = (pixels, row.get_mut(shift * 3..(shift + shown) * 3)) {
+                place.copy_from_slice(pixels);
+            }
+        }
+        Ok(Picture { width, height, rgb })
+    }
+
+    /// The picture in the middle of a square of its longer edge; an odd pixel of padding comes behind it.
+    pub(super) fn in_square(&self, colour: [u8; 3]) -> Result<Self> {
+        let edge = self.width.max(self.height);
+        if self.width == self.height {
+            return Ok(self.clone());
+        }
+        let (left, top) = ((edge - self.width) / 2, (edge - self.height) / 2);
+        self.on_canvas(left as isize, top as isize, edge, edge, colour)
+    }
+
+    /// Tiles of one size, row by row; the picture is a whole number of them.
+    pub(super) fn tiles(&self, width: usize, height: usize) -> Result<Vec<Self>> {
+        let mut tiles = Vec::new();
+        for row in 0..self.height / height {
+            for column in 0..self.width / width {
+                tiles.push(self.crop(column * width, row * height, width, height)?);
+            }
+        }
+        Ok(tiles)
     }
 }
 

@@ -1,0 +1,149 @@
+//! Every kind of processor on pictures that processors trip over, against what Hugging Face's classes make of them
+//! (`fixtures/processor/families.json`, written by `scripts/processors/families.py`).
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
+use serde_json::Value;
+
+use super::template::{ContentPart, Message};
+use super::*;
+use crate::base::sha256_bytes;
+use crate::bundle::Bundle;
+use crate::prompt::Array;
+
+fn fixtures(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/processor").join(path)
+}
+
+fn json(path: &str) -> Value {
+    serde_json::from_slice(&fs::read(fixtures(path)).unwrap()).unwrap()
+}
+
+/// A model folder of a family: its processor's files beside the tokenizer that all families share.
+fn folder(family: &Value, shared: &Value) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let save = |name: &str, text: String| fs::write(folder.path().join(name), text).unwrap();
+    save("tokenizer.json", shared["tokenizer"].to_string());
+    save("model.onnx", String::new());
+    for (name, content) in family["files"].as_object().unwrap() {
+        save(name, content.as_str().map_or(content.to_string(), str::to_string));
+    }
+    folder
+}
+
+fn settings(family: &Value, back_end: &str) -> ImageSettings {
+    ImageSettings {
+        back_end: Some(BackEnd::from_name(back_end).unwrap()),
+        tiles: family["tiles"].as_bool(),
+        ..ImageSettings::default()
+    }
+}
+
+fn messages(case: &Value) -> Vec<(&'static str, Vec<ContentPart>)> {
+    let part = |part: &Value| match part["type"].as_str().unwrap() {
+        "image" => ContentPart::Image,
+        _ => ContentPart::Text { text: part["text"].as_str().unwrap().to_string() },
+    };
+    let message = |message: &Value| {
+        let role = if message["role"] == "user" { "user" } else { "assistant" };
+        (role, message["content"].as_array().unwrap().iter().map(part).collect())
+    };
+    case["messages"].as_array().unwrap().iter().map(message).collect()
+}
+
+/// Runs of equal numbers: `[[number, times], ..]`.
+fn runs(ids: &[i64]) -> Vec<(i64, usize)> {
+    ids.chunk_by(|a, b| a == b).map(|run| (run[0], run.len())).collect()
+}
+
+fn bytes(array: &Array) -> Vec<u8> {
+    match array {
+        Array::Float(array) => array.iter().flat_map(|x| x.to_le_bytes()).collect(),
+        Array::Int(array) => array.iter().flat_map(|x| x.to_le_bytes()).collect(),
+        Array::Bool(array) => array.iter().map(|x| u8::from(*x)).collect(),
+    }
+}
+
+/// What differs in one case; empty when nothing does.
+fn differences(processor: &Processor, case: &Value, back_end: &str) -> Vec<String> {
+    let name = |name: &Value| name.as_str().unwrap().to_string();
+    let pictures: Vec<String> = case["pictures"].as_array().unwrap().iter().map(name).collect();
+    let images: Vec<ImageBytes> =
+        pictures.iter().map(|name| ImageBytes::file(name, fixtures("awkward").join(name))).collect();
+    let prompt = case["add_generation_prompt"].as_bool().unwrap();
+    let messages: Vec<Message> = messages(case).into_iter().map(|(role, parts)| processor.parts(role, parts)).collect();
+    let result = processor.encode_messages("case", &messages, &images, prompt);
+    let encoded = match (result, case["refusal"].as_str()) {
+        (Ok(encoded), None) => encoded,
+        (Err(error), Some(refusal)) if error.to_string().contains(refusal) => return Vec::new(),
+        (Ok(_), Some(refusal)) => return vec![format!("no error `{refusal}`")],
+        (Err(error), _) => return vec![error.to_string()],
+    };
+    let mut found = Vec::new();
+    let want: Vec<(i64, usize)> = serde_json::from_value(case["input_ids"].clone()).unwrap();
+    if runs(&encoded.input_ids) != want {
+        found.push(format!("ids {:?}, expected {want:?}", runs(&encoded.input_ids)));
+    }
+    for (key, want) in case["arrays"][back_end].as_object().into_iter().flatten() {
+        let array = encoded.images.as_ref().unwrap().joined(key).unwrap();
+        let same =
+            array.len() as u64 == want["len"] && sha256_bytes(&bytes(&array)) == want["sha256"].as_str().unwrap();
+        if !same {
+            found.push(format!("`{key}` of {:?}, expected {} numbers", array.shape(), want["len"]));
+        }
+    }
+    found
+}
+
+/// What differs in one family.
+fn family_differences(family: &Value, shared: &Value) -> Vec<String> {
+    let mut found = Vec::new();
+    let folder = folder(family, shared);
+    let bundle = Bundle::open(folder.path()).unwrap();
+    for back_end in family["back_ends"].as_array().unwrap() {
+        let back_end = back_end.as_str().unwrap();
+        let what = format!("{} {back_end}", family["name"]);
+        match Processor::open_with(&bundle, &settings(family, back_end)) {
+            Ok(processor) => {
+                for case in family["cases"].as_array().unwrap() {
+                    let differ = differences(&processor, case, back_end);
+                    found.extend(differ.iter().map(|differ| format!("{what} {}: {differ}", case["pictures"])));
+                }
+            }
+            Err(error) => found.push(format!("{what}: {error}")),
+        }
+    }
+    found
+}
+
+#[test]
+fn families_equal_hugging_face() {
+    let shared = json("families.json");
+    let families = shared["families"].as_array().unwrap();
+    let found: Vec<String> = families.par_iter().flat_map(|family| family_differences(family, &shared)).collect();
+    assert!(found.is_empty(), "{}", found.join("\n"));
+}
+
+#[test]
+fn a_template_that_drops_the_content_is_refused() {
+    let shared = json("families.json");
+    let family = shared["families"].as_array().unwrap().iter().find(|family| family["name"] == "llava").unwrap();
+    let folder = folder(family, &shared);
+    let template = "{% for m in messages %}{{ m.role }}:{% for c in m.content if c.type == 'image' %}<image>{% endfor %}{% endfor %}";
+    fs::write(folder.path().join("chat_template.jinja"), template).unwrap();
+    let open = || Processor::open(&Bundle::open(folder.path()).unwrap()).unwrap();
+    let question = [Part::Text("What is it?".into())];
+    let error = open().encode_question("row 3", &question, &[]).unwrap_err().to_string();
+    assert!(error.contains("row 3") && error.contains("drops the text `What is it?`"), "{error}");
+
+    // Without the processor's files the content is a string, of which this template writes nothing.
+    for file in ["preprocessor_config.json", "processor_config.json"] {
+        let _ = fs::remove_file(folder.path().join(file));
+    }
+    let template = "{% for m in messages %}{{ m.role | upper }}: {% for c in m.content if c.type == 'text' %}{{ c.text }} {% endfor %}{% endfor %}";
+    fs::write(folder.path().join("chat_template.jinja"), template).unwrap();
+    let encoded = open().encode_question("row 3", &question, &[]).unwrap();
+    assert!(open().decode(&encoded.input_ids).unwrap().contains("What is it?"));
+}

@@ -1,0 +1,43 @@
+//! Which grid of tiles a picture is cut into, where several processors share a rule.
+
+/// Rows and columns of the grid whose aspect is nearest to the picture's, of those with `least` to `most` tiles. Of grids
+/// equally near the one with more tiles, unless the picture has less than half of its area.
+///
+/// Source: `get_optimal_tiled_canvas` of transformers' GOT-OCR2, which InternVL, LFM2-VL and Ovis2 share.
+pub(super) fn nearest(original: [usize; 2], tile: [usize; 2], least: usize, most: usize) -> [usize; 2] {
+    let [height, width] = original;
+    let aspect = width as f64 / height as f64;
+    let area = width as f64 * height as f64;
+    let (mut best, mut smallest) = ([1, 1], f64::INFINITY);
+    for [rows, columns] in grids(least, most) {
+        let difference = (aspect - columns as f64 / rows as f64).abs();
+        if difference < smallest {
+            (best, smallest) = ([rows, columns], difference);
+        } else if difference == smallest && area > 0.5 * (tile[0] * tile[1] * rows * columns) as f64 {
+            best = [rows, columns];
+        }
+    }
+    best
+}
+
+/// All grids of `least` to `most` tiles as rows and columns: fewer tiles first, then fewer columns.
+pub(super) fn grids(least: usize, most: usize) -> Vec<[usize; 2]> {
+    let mut grids: Vec<[usize; 2]> = (1..=most)
+        .flat_map(|columns| (1..=most / columns).map(move |rows| [rows, columns]))
+        .filter(|[rows, columns]| rows * columns >= least)
+        .collect();
+    grids.sort_by_key(|[rows, columns]| rows * columns);
+    grids
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn grids_come_in_transformers_order() {
+        let want = [[1, 1], [2, 1], [1, 2], [3, 1], [1, 3], [4, 1], [2, 2], [1, 4]];
+        assert_eq!(grids(1, 4), want);
+        assert_eq!(grids(3, 3), [[3, 1], [1, 3]]);
+    }
+}

@@ -1,0 +1,156 @@
+//! LFM2-VL: a large picture is cut into tiles beside a small view of the whole, any other only scaled; every frame is laid
+//! out in patches and filled up to one number of them.
+//!
+//! Source: `Lfm2VlImageProcessor` of transformers 5.24, which has a torchvision class alone.
+
+use ndarray::{ArrayD, IxDyn};
+
+use crate::base::{Error, Result};
+use crate::prompt::{Array, PIXEL_ATTENTION_MASK, PIXEL_VALUES, SPATIAL_SHAPES};
+
+use super::levels::Levels;
+use super::picture::Picture;
+use super::resample::{Filter, Scaler};
+use super::settings::Settings;
+use super::{HALVES, ImageLayout, Processed, Rule, floats, grid};
+
+/// The most tiles that a config may allow.
+const MAX_TILES: usize = 256;
+
+#[derive(Debug)]
+pub(super) struct Lfm2Vl {
+    split: bool,
+    min_tiles: usize,
+    max_tiles: usize,
+    thumbnail: bool,
+    min_tokens: usize,
+    max_tokens: usize,
+    patch: usize,
+    downsample: usize,
+    tile: usize,
+    tolerance: f64,
+    scaler: Scaler,
+    levels: Levels,
+}
+
+impl Lfm2Vl {
+    pub fn new(settings: &mut Settings) -> Result<Self> {
+        let split = settings.bool("do_image_splitting", true)?;
+        // The class resizes whatever `do_resize` says, and to sizes that follow from the numbers of tokens.
+        settings.bool("do_resize", true)?;
+        settings.take("size");
+        settings.take("max_num_patches");
+        let (mean, std) = HALVES;
+        let rule = Lfm2Vl {
+            split: settings.tiles(split),
+            min_tiles: settings.size("min_tiles", 2)?,
+            max_tiles: settings.size("max_tiles", 10)?,
+            thumbnail: settings.bool("use_thumbnail", true)?,
+            min_tokens: settings.size("min_image_tokens", 64)?,
+            max_tokens: settings.size("max_image_tokens", 256)?,
+            patch: settings.size("encoder_patch_size", 16)?,
+            downsample: settings.size("downsample_factor", 2)?,
+            tile: settings.size("tile_size", 512)?,
+            tolerance: settings.f64("max_pixels_tolerance", 2.0)?,
+            scaler: settings.scaler(Filter::Bilinear)?,
+            levels: settings.levels(mean, std)?,
+        };
+        if !settings.bool("do_pad", true)? {
+            return Err(settings.contradiction("`do_pad` is false, expected true"));
+        }
+        if rule.min_tiles > rule.max_tiles || rule.max_tiles > MAX_TILES || rule.min_tokens > rule.max_tokens {
+            return Err(settings.contradiction(format!(
+                "expected `min_tiles` {} up to `max_tiles` {} of at most {MAX_TILES}, and `min_image_tokens` {} up to \
+                 `max_image_tokens` {}",
+                rule.min_tiles, rule.max_tiles, rule.min_tokens, rule.max_tokens
+            )));
+        }
+        if !rule.tile.is_multiple_of(rule.patch) {
+            return Err(settings.contradiction(format!(
+                "`tile_size` {} is no multiple of `encoder_patch_size` {}",
+                rule.tile, rule.patch
+            )));
+        }
+        Ok(rule)
+    }
+
+    /// Pixels that take one token, along an edge.
+    fn unit(&self) -> usize {
+        self.patch * self.downsample
+    }
+
+    fn is_large(&self, picture: &Picture) -> bool {
+        let unit = self.unit() as f64;
+        let round = |edge: usize| ((edge as f64 / unit).round_ties_even() * unit).max(self.patch as f64);
+        let most = (self.max_tokens * self.unit() * self.unit()) as f64 * self.tolerance;
+        round(picture.width()) * round(picture.height()) > most
+    }
+
+    /// (width, height) of the whole view.
+    fn whole_size(&self, picture: &Picture) -> (usize, usize) {
+        let (w, h, u) = (picture.width() as f64, picture.height() as f64, self.unit() as f64);
+        let round = |edge: f64| u.max((edge / u).round_ties_even() * u);
+        let (mut new_w, mut new_h) = (round(w), round(h));
+        let (least, most) = (self.min_tokens as f64 * u * u, self.max_tokens as f64 * u * u);
+        if new_w * new_h > most {
+            let shrink = (h * w / most).sqrt();
+            (new_w, new_h) = (u.max((w / shrink / u).floor() * u), u.max((h / shrink / u).floor() * u));
+        } else if new_w * new_h < least {
+            let grow = (least / (h * w)).sqrt();
+            (new_w, new_h) = ((w * grow / u).ceil() * u, (h * grow / u).ceil() * u);
+        }
+        (new_w as usize, new_h as usize)
+    }
+
+    /// Patches to which every frame is filled up.
+    fn rows(&self) -> usize {
+        let tile = if self.split { (self.tile / self.patch).pow(2) } else { 0 };
+        (self.max_tokens * self.downsample.pow(2)).max(tile)
+    }
+}
+
+impl Rule for Lfm2Vl {
+    fn process(&self, picture: &Picture, _: usize) -> Result<Processed> {
+        let (width, height) = self.whole_size(picture);
+        let split = self.split && (self.min_tiles, self.max_tiles) != (1, 1) && self.is_large(picture);
+        let original = [picture.height(), picture.width()];
+        let mut all = Vec::new();
+        let mut layout = ImageLayout { original, frame: [height, width], tiles: [1, 1], ..ImageLayout::default() };
+        if split {
+            let [rows, columns] = grid::nearest(original, [self.tile; 2], self.min_tiles, self.max_tiles);
+            let canvas = self.scaler.resize(picture, columns * self.tile, rows * self.tile)?;
+            all = canvas.tiles(self.tile, self.tile)?;
+            (layout.tiles, layout.frame) = ([rows, columns], [self.tile; 2]);
+        }
+        if !split || (self.thumbnail && all.len() > 1) {
+            all.push(self.scaler.resize(picture, width, height)?);
+            layout.features = [height, width].map(|edge| (edge / self.patch).div_ceil(self.downsample));
+        }
+        layout.frames = all.len();
+        layout.tile_features = (self.tile / self.patch).div_ceil(self.downsample).pow(2);
+        let (rows, width) = (self.rows(), 3 * self.patch * self.patch);
+        let patches = |frame: &Picture| (frame.height() / self.patch) * (frame.width() / self.patch);
+        if let Some(most) = all.iter().map(patches).max().filter(|most| *most > rows) {
+            return Err(Error::invalid("picture", format!("makes {most} patches, expected at most {rows}")));
+        }
+        let mut data = Vec::with_capacity(all.len() * rows * width);
+        let mut real = Vec::with_capacity(all.len() * rows);
+        let mut shapes = Vec::new();
+        for (place, frame) in all.iter().enumerate() {
+            self.levels.append_patches(frame, self.patch, &mut data);
+            let shape = [frame.height() / self.patch, frame.width() / self.patch];
+            real.extend((0..rows).map(|row| row < shape[0] * shape[1]));
+            data.resize((place + 1) * rows * width, 0.0);
+            shapes.extend(shape.map(|edge| edge as i64));
+        }
+        let of = |columns: usize| IxDyn(&[all.len(), columns]);
+        let mask = ArrayD::from_shape_fn(of(rows), |place| real[place[0] * rows + place[1]]);
+        let shapes = ArrayD::from_shape_fn(of(2), |place| shapes[place[0] * 2 + place[1]]);
+        let arrays = vec![
+            (PIXEL_VALUES, floats(&[all.len(), rows, width], data)?),
+            (PIXEL_ATTENTION_MASK, Array::Bool(mask)),
+            (SPATIAL_SHAPES, Array::Int(shapes)),
+        ];
+        Ok((arrays, layout))
+    }
+}

@@ -1,0 +1,355 @@
+//! Pictures to what a vision encoder reads, as the image processor's config says: one row per kind of processor.
+
+mod anyres;
+mod fixed;
+mod gemma3;
+mod got_ocr2;
+mod grid;
+mod idefics3;
+mod jpeg;
+mod levels;
+mod lfm2_vl;
+mod patches;
+mod picture;
+mod pixtral;
+mod resample;
+mod settings;
+
+use std::sync::Arc;
+
+use ndarray::{ArrayD, IxDyn};
+use serde_json::{Map, Value};
+
+use crate::base::{Error, Result};
+use crate::prompt::{Array, ImageArrays};
+
+use super::sample::ImageBytes;
+
+pub use picture::{Picture, Transparency};
+pub use resample::{BackEnd, Filter, Scaler};
+pub(super) use settings::Settings;
+
+/// Means and deviations of the pictures that CLIP was trained on.
+const CLIP: ([f64; 3], [f64; 3]) = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]);
+/// Levels from -1 to 1.
+const HALVES: ([f64; 3], [f64; 3]) = ([0.5; 3], [0.5; 3]);
+
+/// What an image processor made of the pictures of one prompt.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ImageInputs {
+    /// What the vision encoder reads for each picture.
+    pub pictures: Vec<Arc<ImageArrays>>,
+    /// How each picture was cut up.
+    pub layouts: Vec<ImageLayout>,
+}
+
+impl ImageInputs {
+    /// The arrays of this name of all pictures behind each other, as Hugging Face's processor gives them.
+    ///
+    /// Errors: `Error::Invalid` when a picture has none, or they do not fit together.
+    pub fn joined(&self, name: &str) -> Result<Array> {
+        let arrays: Option<Vec<&Array>> = self.pictures.iter().map(|picture| picture.get(name)).collect();
+        let arrays = arrays.ok_or_else(|| Error::invalid("picture", format!("has no array `{name}`")))?;
+        Array::joined(&arrays)
+    }
+}
+
+/// How a picture was cut up: what its place in the text depends on. Pairs are height and width, or rows and columns.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ImageLayout {
+    /// The picture as it came, upright, in pixels.
+    pub original: [usize; 2],
+    /// One frame in pixels: a tile, or the scaled picture.
+    pub frame: [usize; 2],
+    /// The grid of tiles; 0 x 0 when the picture was not cut up.
+    pub tiles: [usize; 2],
+    /// Tiles and views of the whole together.
+    pub frames: usize,
+    /// The grid of features of the whole view, where the image processor settles it; else 0 x 0.
+    pub features: [usize; 2],
+    /// Features of one tile, where the image processor settles them; else 0.
+    pub tile_features: usize,
+}
+
+impl ImageLayout {
+    /// A picture that was scaled and not cut up.
+    fn whole(original: &Picture, frame: &Picture) -> Self {
+        ImageLayout {
+            original: [original.height(), original.width()],
+            frame: [frame.height(), frame.width()],
+            frames: 1,
+            ..ImageLayout::default()
+        }
+    }
+}
+
+/// Arrays of one picture by the names of the vision encoder's inputs, and how it was cut up.
+type Processed = (Vec<(&'static str, Array)>, ImageLayout);
+
+/// One way to make pixel values.
+trait Rule: std::fmt::Debug + Send + Sync {
+    /// One picture of a conversation with `count` pictures.
+    ///
+    /// Errors: `Error::Invalid` for a picture that the rule cannot take.
+    fn process(&self, picture: &Picture, count: usize) -> Result<Processed>;
+}
+
+/// The size that `ImageSettings::image_size` sets.
+#[derive(Clone, Copy)]
+enum SizeForm {
+    /// `size`, and `crop_size` where the config has it: a square.
+    Square,
+    /// The longest edge.
+    LongestEdge,
+    /// The processor takes numbers of pixels, or none.
+    None,
+}
+
+pub(super) struct Row {
+    /// Class names in transformers without `Fast` or `Pil` at the end.
+    types: &'static [&'static str],
+    /// The class of processors around it, where the class of the image processor tells.
+    processor: Option<&'static str>,
+    /// The back end that transformers takes by default.
+    back_end: BackEnd,
+    /// The default of `do_convert_rgb`.
+    on_white: bool,
+    size: SizeForm,
+    build: fn(&mut Settings) -> Result<Box<dyn Rule>>,
+}
+
+const TORCHVISION: Row = Row {
+    types: &[],
+    processor: None,
+    back_end: BackEnd::Torchvision,
+    on_white: true,
+    size: SizeForm::None,
+    build: |_| Err(Error::unsupported("image processor", "row without a rule")),
+};
+
+const ROWS: &[Row] = &[
+    Row {
+        types: &["Idefics3ImageProcessor", "SmolVLMImageProcessor"],
+        processor: Some("Idefics3Processor"),
+        // Torchvision before 0.27 has no Lanczos filter, so transformers takes Pillow here.
+        back_end: BackEnd::Pil,
+        size: SizeForm::LongestEdge,
+        build: |settings| Ok(Box::new(idefics3::Idefics3::new(settings)?)),
+        ..TORCHVISION
+    },
+    Row {
+        types: &["Qwen2VLImageProcessor", "Qwen2_5_VLImageProcessor"],
+        processor: Some("Qwen2VLProcessor"),
+        build: |settings| Ok(Box::new(patches::Patches::qwen2_vl(settings)?)),
+        ..TORCHVISION
+    },
+    Row {
+        types: &["Glm4vImageProcessor", "Glm46VImageProcessor"],
+        processor: Some("Glm4vProcessor"),
+        build: |settings| Ok(Box::new(patches::Patches::glm4v(settings)?)),
+        ..TORCHVISION
+    },
+    Row {
+        types: &["PaddleOCRVLImageProcessor"],
+        processor: Some("PaddleOCRVLProcessor"),
+        build: |settings| Ok(Box::new(patches::Patches::paddleocr_vl(settings)?)),
+        ..TORCHVISION
+    },
+    Row {
+        types: &["CLIPImageProcessor", "LlavaImageProcessor"],
+        processor: Some("LlavaProcessor"),
+        size: SizeForm::Square,
+        build: |settings| Ok(Box::new(fixed::Fixed::clip(settings)?)),
+        ..TORCHVISION
+    },
+    Row {
+        types: &["SiglipImageProcessor"],
+        size: SizeForm::Square,
+        build: |settings| Ok(Box::new(fixed::Fixed::siglip(settings)?)),
+        ..TORCHVISION
+    },
+    Row {
+        types: &["LlavaOnevisionImageProcessor"],
+        processor: Some("LlavaOnevisionProcessor"),
+        size: SizeForm::Square,
+        build: |settings| Ok(Box::new(anyres::AnyRes::new(settings)?)),
+        ..TORCHVISION
+    },
+    Row {
+        types: &["GotOcr2ImageProcessor"],
+        processor: Some("InternVLProcessor"),
+        size: SizeForm::Square,
+        build: |settings| Ok(Box::new(got_ocr2::GotOcr2::new(settings)?)),
+        ..TORCHVISION
+    },
+    Row {
+        types: &["Gemma3ImageProcessor"],
+        processor: Some("Gemma3Processor"),
+        size: SizeForm::Square,
+        build: |settings| Ok(Box::new(gemma3::Gemma3::new(settings)?)),
+        ..TORCHVISION
+    },
+    Row {
+        types: &["PixtralImageProcessor"],
+        processor: Some("PixtralProcessor"),
+        size: SizeForm::LongestEdge,
+        build: |settings| Ok(Box::new(pixtral::Pixtral::new(settings)?)),
+        ..TORCHVISION
+    },
+    Row {
+        types: &["Lfm2VlImageProcessor"],
+        processor: Some("Lfm2VlProcessor"),
+        build: |settings| Ok(Box::new(lfm2_vl::Lfm2Vl::new(settings)?)),
+        ..TORCHVISION
+    },
+];
+
+/// What a user may set over a model's own processor files.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ImageSettings {
+    /// The fewest pixels that a picture is scaled to.
+    pub min_pixels: Option<usize>,
+    /// The most pixels that a picture is scaled to.
+    pub max_pixels: Option<usize>,
+    /// The edge of a square, or the longest edge, in pixels.
+    pub image_size: Option<usize>,
+    /// Whether large pictures are cut into tiles, for processors that can.
+    pub tiles: Option<bool>,
+    /// Which library's arithmetic is meant; `None` for the one that transformers takes by default.
+    pub back_end: Option<BackEnd>,
+}
+
+/// Pictures to arrays.
+#[derive(Debug)]
+pub(super) struct ImageProcessor {
+    rule: Box<dyn Rule>,
+    transparency: Transparency,
+}
+
+impl ImageProcessor {
+    /// The processor that a config asks for. `forced` are settings that the processor around it passes to every call, `own`
+    /// those of the user, which come last.
+    ///
+    /// Errors: `Error::Unsupported` for an unknown type; `Error::Invalid` for a key that nothing reads or a value of the
+    /// wrong kind.
+    pub fn new(config: &Value, source: &str, forced: Map<String, Value>, own: &ImageSettings) -> Result<Self> {
+        let (kind, row) = Self::check_kind(config, source)?;
+        let mut map = config.as_object().cloned().unwrap_or_default();
+        map.extend(forced);
+        own.apply(row, kind, &mut map)?;
+        let back_end = own.back_end.unwrap_or(row.back_end);
+        let mut settings = Settings::new(source, map, back_end, own.tiles);
+        let on_white = settings.bool("do_convert_rgb", row.on_white)?;
+        let rule = (row.build)(&mut settings)?;
+        settings.finish()?;
+        let transparency = if on_white { Transparency::OnWhite } else { Transparency::Dropped };
+        Ok(ImageProcessor { rule, transparency })
+    }
+
+    /// The class that a config names, and its row.
+    ///
+    /// Errors: `Error::Unsupported` for an unknown type; `Error::Invalid` when the config names none.
+    pub fn check_kind<'a>(config: &'a Value, source: &str) -> Result<(&'a str, &'static Row)> {
+        if !config.is_object() {
+            return Err(Error::invalid(format!("`{source}`"), "is no JSON object"));
+        }
+        let kind =
+            kind(config).ok_or_else(|| Error::invalid(format!("`{source}`"), "has no `image_processor_type`"))?;
+        let row = row(kind).ok_or_else(|| {
+            let known: Vec<&str> = ROWS.iter().flat_map(|row| row.types).copied().collect();
+            Error::unsupported(
+                format!("`{source}`"),
+                format!("image processor `{kind}`; known are {}", known.join(", ")),
+            )
+        })?;
+        Ok((kind, row))
+    }
+
+    /// Pictures of one conversation.
+    ///
+    /// Errors: `Error::Invalid` for a picture that does not decode or that the rule cannot take.
+    pub fn open(&self, images: &[ImageBytes]) -> Result<ImageInputs> {
+        let decode = |image| Picture::decode(image, self.transparency);
+        self.process(&images.iter().map(decode).collect::<Result<Vec<_>>>()?)
+    }
+
+    /// As `open`, for decoded pictures.
+    pub fn process(&self, pictures: &[Picture]) -> Result<ImageInputs> {
+        let mut inputs = ImageInputs::default();
+        for picture in pictures {
+            let (arrays, layout) = self.rule.process(picture, pictures.len())?;
+            inputs.pictures.push(Arc::new(ImageArrays::new(arrays)?));
+            inputs.layouts.push(layout);
+        }
+        Ok(inputs)
+    }
+}
+
+/// The class that a config names.
+pub(super) fn kind(config: &Value) -> Option<&str> {
+    config.get("image_processor_type").or_else(|| config.get("feature_extractor_type")).and_then(Value::as_str)
+}
+
+/// The class of processors around an image processor, where its own class tells.
+pub(super) fn processor_of(kind: &str) -> Option<&'static str> {
+    row(kind).and_then(|row| row.processor)
+}
+
+fn row(kind: &str) -> Option<&'static Row> {
+    let bare = kind.strip_suffix("Fast").or_else(|| kind.strip_suffix("Pil")).unwrap_or(kind);
+    let bare = bare.strip_suffix("FeatureExtractor").map_or(bare.to_string(), |bare| format!("{bare}ImageProcessor"));
+    ROWS.iter().find(|row| row.types.contains(&bare.as_str()))
+}
+
+impl ImageSettings {
+    fn apply(&self, row: &Row, kind: &str, map: &mut Map<String, Value>) -> Result<()> {
+        let mut set = |key: &str, value: Option<Value>| {
+            if let Some(value) = value {
+                map.insert(key.to_string(), value);
+            }
+        };
+        set("min_pixels", self.min_pixels.map(Value::from));
+        set("max_pixels", self.max_pixels.map(Value::from));
+        let Some(edge) = self.image_size else { return Ok(()) };
+        let square = serde_json::json!({"height": edge, "width": edge});
+        match row.size {
+            SizeForm::Square => {
+                map.insert("size".into(), square.clone());
+                if map.get("crop_size").is_some_and(|size| !size.is_null()) {
+                    map.insert("crop_size".into(), square);
+                }
+            }
+            SizeForm::LongestEdge => {
+                map.insert("size".into(), serde_json::json!({"longest_edge": edge}));
+            }
+            SizeForm::None => {
+                return Err(Error::unsupported("image size", format!("`{kind}` has no size of its own to set"))
+                    .remedy("set the numbers of pixels instead"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Floats in the given shape.
+///
+/// Errors: `Error::Invalid` when the data does not fill it.
+fn floats(shape: &[usize], data: Vec<f32>) -> Result<Array> {
+    let array = ArrayD::from_shape_vec(IxDyn(shape), data);
+    array.map(Array::Float).map_err(|e| Error::invalid("pixel_values", e.to_string()))
+}
+
+/// Frames of one size, `[N, 3, H, W]`.
+fn frames(frames: &[Picture], levels: &levels::Levels) -> Result<Array> {
+    let (height, width) = frames.first().map_or((0, 0), |frame| (frame.height(), frame.width()));
+    let mut data = Vec::with_capacity(frames.len() * 3 * height * width);
+    for frame in frames {
+        levels.append_planes(frame, &mut data);
+    }
+    floats(&[frames.len(), 3, height, width], data)
+}
+
+/// One row of integers, `[1, N]`: what describes a picture as a whole, such as its grid or its size.
+fn int_row(values: &[i64]) -> Array {
+    Array::Int(ArrayD::from_shape_fn(IxDyn(&[1, values.len()]), |place| values[place[1]]))
+}

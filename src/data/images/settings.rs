@@ -1,0 +1,252 @@
+//! A processor's configuration from which every key is read once; a key that nothing reads is an error.
+
+use serde_json::{Map, Value};
+
+use crate::base::{Error, Result, list_preview};
+
+use super::levels::Levels;
+use super::resample::{BackEnd, Filter, Scaler};
+
+/// Keys that say nothing about still pictures.
+const SILENT: &[&str] = &[
+    "image_processor_type",
+    "feature_extractor_type",
+    "processor_class",
+    "model_input_names",
+    "return_row_col_info",
+    "disable_grouping",
+    "video_sampling",
+    "video_processor_type",
+    "_valid_processor_keys",
+    "auto_map",
+    "image_seq_length",
+];
+
+/// Keys whose only accepted value is the one that changes nothing.
+const NEUTRAL: &[(&str, &[&str])] = &[
+    ("do_center_crop", &["false"]),
+    ("crop_size", &[]),
+    ("data_format", &["\"channels_first\""]),
+    ("return_tensors", &[]),
+    ("input_data_format", &[]),
+    ("device", &[]),
+    ("pad_size", &[]),
+    ("do_pad", &["false"]),
+];
+
+/// A size as configs write it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::data) enum Size {
+    /// Both edges.
+    Exact { height: usize, width: usize },
+    /// The shorter edge; the longer one follows from the aspect.
+    ShortestEdge(usize),
+    /// The most that the longer edge may have.
+    LongestEdge(usize),
+}
+
+/// A config from which each key is taken once.
+pub(in crate::data) struct Settings {
+    source: String,
+    map: Map<String, Value>,
+    back_end: BackEnd,
+    /// Whether the user wants tiles, until somebody reads it.
+    tiles: Option<bool>,
+}
+
+impl Settings {
+    pub fn new(source: &str, map: Map<String, Value>, back_end: BackEnd, tiles: Option<bool>) -> Self {
+        Settings { source: source.to_string(), map, back_end, tiles }
+    }
+
+    /// An error about one key.
+    pub fn error(&self, key: &str, value: &Value, expected: &str) -> Error {
+        Error::invalid(format!("`{key}` in `{}`", self.source), format!("is {value}, expected {expected}"))
+    }
+
+    /// An error about the settings together.
+    pub fn contradiction(&self, problem: impl Into<String>) -> Error {
+        Error::invalid(format!("`{}`", self.source), problem)
+    }
+
+    /// Takes a key; a null is as good as no key.
+    pub fn take(&mut self, key: &str) -> Option<Value> {
+        self.map.remove(key).filter(|value| !value.is_null())
+    }
+
+    pub fn bool(&mut self, key: &str, default: bool) -> Result<bool> {
+        match self.take(key) {
+            None => Ok(default),
+            Some(value) => value.as_bool().ok_or_else(|| self.error(key, &value, "true or false")),
+        }
+    }
+
+    pub fn f64(&mut self, key: &str, default: f64) -> Result<f64> {
+        match self.take(key) {
+            None => Ok(default),
+            Some(value) => value.as_f64().ok_or_else(|| self.error(key, &value, "a number")),
+        }
+    }
+
+    pub fn text(&mut self, key: &str, default: &str) -> Result<String> {
+        match self.take(key) {
+            None => Ok(default.to_string()),
+            Some(value) => value.as_str().map(str::to_string).ok_or_else(|| self.error(key, &value, "a text")),
+        }
+    }
+
+    /// A size of 1 to 65536.
+    pub fn size(&mut self, key: &str, default: usize) -> Result<usize> {
+        Ok(self.count(key, 1)?.unwrap_or(default))
+    }
+
+    /// A number of `least` to 65536.
+    pub fn count(&mut self, key: &str, least: u64) -> Result<Option<usize>> {
+        let Some(value) = self.take(key) else { return Ok(None) };
+        let count = value.as_u64().filter(|count| (least..=65536).contains(count));
+        let count = count.ok_or_else(|| self.error(key, &value, &format!("a size of {least} to 65536")))?;
+        Ok(Some(count as usize))
+    }
+
+    /// A number of pixels.
+    pub fn pixels(&mut self, key: &str) -> Result<Option<usize>> {
+        match self.take(key) {
+            None => Ok(None),
+            Some(value) => match value.as_u64().and_then(|pixels| usize::try_from(pixels).ok()) {
+                Some(pixels) => Ok(Some(pixels)),
+                None => Err(self.error(key, &value, "a number of pixels")),
+            },
+        }
+    }
+
+    /// How pictures are scaled: the filter by its Pillow number, the arithmetic by the back end.
+    pub fn scaler(&mut self, default: Filter) -> Result<Scaler> {
+        let filter = match self.take("resample") {
+            None => default,
+            Some(value) => {
+                let number = value.as_i64().ok_or_else(|| self.error("resample", &value, "a number"))?;
+                Filter::from_number(number)?
+            }
+        };
+        Scaler::new(filter, self.back_end)
+    }
+
+    /// Whether large pictures are cut into tiles: what the user wants, else what the config says.
+    pub fn tiles(&mut self, config: bool) -> bool {
+        self.tiles.take().unwrap_or(config)
+    }
+
+    pub fn back_end(&self) -> BackEnd {
+        self.back_end
+    }
+
+    /// Edges by name, such as `{"longest_edge": 512}`; other names are refused.
+    pub fn edges(&mut self, key: &str, names: &[&str]) -> Result<Option<Vec<Option<usize>>>> {
+        let Some(value) = self.take(key) else { return Ok(None) };
+        let expected = format!("an object of {}", names.join(", "));
+        let map = value.as_object().ok_or_else(|| self.error(key, &value, &expected))?;
+        let known = map.iter().all(|(name, size)| names.contains(&name.as_str()) || size.is_null());
+        if !known {
+            return Err(self.error(key, &value, &expected));
+        }
+        let read = |name: &&str| match map.get(*name).filter(|size| !size.is_null()) {
+            None => Ok(None),
+            Some(size) => match size.as_u64().filter(|size| *size >= 1).and_then(|size| usize::try_from(size).ok()) {
+                Some(size) => Ok(Some(size)),
+                None => Err(self.error(key, &value, "whole numbers from 1")),
+            },
+        };
+        names.iter().map(read).collect::<Result<Vec<_>>>().map(Some)
+    }
+
+    /// A size of edges up to 65536; a lone number is a square, or a shortest edge where `square` is false.
+    pub fn size_of(&mut self, key: &str, square: bool) -> Result<Option<Size>> {
+        const EXPECTED: &str = "`height` and `width`, `shortest_edge` or `longest_edge`, of 1 to 65536";
+        let Some(value) = self.map.get(key).cloned().filter(|value| !value.is_null()) else {
+            self.map.remove(key);
+            return Ok(None);
+        };
+        let allowed = |edge: usize| (1..=65536).contains(&edge);
+        let size = if let Some(edge) = value.as_u64().and_then(|edge| usize::try_from(edge).ok()) {
+            self.map.remove(key);
+            if square { Size::Exact { height: edge, width: edge } } else { Size::ShortestEdge(edge) }
+        } else {
+            match self.edges(key, &["height", "width", "shortest_edge", "longest_edge"])?.as_deref() {
+                Some([Some(height), Some(width), None, None]) => Size::Exact { height: *height, width: *width },
+                Some([None, None, Some(edge), None]) => Size::ShortestEdge(*edge),
+                Some([None, None, None, Some(edge)]) => Size::LongestEdge(*edge),
+                _ => return Err(self.error(key, &value, EXPECTED)),
+            }
+        };
+        let fits = match size {
+            Size::Exact { height, width } => allowed(height) && allowed(width),
+            Size::ShortestEdge(edge) | Size::LongestEdge(edge) => allowed(edge),
+        };
+        if fits { Ok(Some(size)) } else { Err(self.error(key, &value, EXPECTED)) }
+    }
+
+    /// Height and width; a lone number is a square.
+    pub fn rectangle(&mut self, key: &str, default: [usize; 2]) -> Result<[usize; 2]> {
+        match self.size_of(key, true)? {
+            None => Ok(default),
+            Some(Size::Exact { height, width }) => Ok([height, width]),
+            Some(_) => Err(self.contradiction(format!("`{key}` has an edge alone, expected `height` and `width`"))),
+        }
+    }
+
+    /// Rescaling, then normalising.
+    pub fn levels(&mut self, mean: [f64; 3], std: [f64; 3]) -> Result<Levels> {
+        self.levels_unless(true, mean, std)
+    }
+
+    /// As `levels`, with another default for `do_normalize`.
+    pub fn levels_unless(&mut self, normalize: bool, mean: [f64; 3], std: [f64; 3]) -> Result<Levels> {
+        let rescale = self.bool("do_rescale", true)?;
+        let factor = self.f64("rescale_factor", 1.0 / 255.0)?;
+        let normalize = self.bool("do_normalize", normalize)?;
+        let mean = self.channels("image_mean", mean)?;
+        let std = self.channels("image_std", std)?;
+        if normalize && std.contains(&0.0) {
+            return Err(Error::invalid(format!("`image_std` in `{}`", self.source), "holds 0"));
+        }
+        if rescale && factor == 0.0 {
+            return Err(Error::invalid(format!("`rescale_factor` in `{}`", self.source), "is 0"));
+        }
+        Ok(Levels::new(rescale.then_some(factor), normalize.then_some((mean, std)), mean, self.back_end))
+    }
+
+    fn channels(&mut self, key: &str, default: [f64; 3]) -> Result<[f64; 3]> {
+        let Some(value) = self.take(key) else { return Ok(default) };
+        let numbers: Option<Vec<f64>> = match &value {
+            Value::Array(items) => items.iter().map(Value::as_f64).collect(),
+            _ => value.as_f64().map(|number| vec![number; 3]),
+        };
+        let numbers = numbers.and_then(|numbers| <[f64; 3]>::try_from(numbers).ok());
+        numbers.ok_or_else(|| self.error(key, &value, "three numbers"))
+    }
+
+    /// Errors: `Error::Unsupported` naming the keys that nothing has read.
+    pub fn finish(mut self) -> Result<()> {
+        if self.tiles.is_some() {
+            return Err(Error::unsupported("image tiles", "this model's image processor cuts no picture into tiles"));
+        }
+        for (key, accepted) in NEUTRAL {
+            if let Some(value) = self.take(key)
+                && !accepted.contains(&value.to_string().as_str())
+            {
+                let accepted = if accepted.is_empty() { "null".to_string() } else { accepted.join(" or ") };
+                return Err(Error::unsupported(
+                    format!("`{key}` in `{}`", self.source),
+                    format!("is {value}, expected {accepted}"),
+                ));
+            }
+        }
+        self.map.retain(|key, value| !SILENT.contains(&key.as_str()) && !value.is_null());
+        let unread: Vec<&String> = self.map.keys().collect();
+        if unread.is_empty() {
+            return Ok(());
+        }
+        Err(Error::unsupported(format!("`{}`", self.source), format!("nothing reads {}", list_preview(&unread, 8)))
+            .remedy("a processor that ignores a setting would feed the model other pixels than it was trained on"))
+    }
+}

@@ -1,0 +1,55 @@
+//! Idefics3 and SmolVLM: every tile has its row and column before its features, the whole view its own token.
+
+use serde_json::Value;
+
+use crate::base::{Error, Result};
+
+use super::{Files, Placeholder};
+
+pub(super) fn open(files: &mut Files) -> Result<Placeholder> {
+    let features = features_of_a_tile(files.model, files.config)?;
+    files.settings.take("image_seq_len");
+    let token = files.feature("image_token", "<image>")?;
+    let fake = files.token("fake_image_token", "<fake_token_around_image>")?;
+    let global = files.token("global_image_token", "<global-img>")?;
+    let tile = token.repeat(features);
+    Ok(Placeholder::new(&token, move |layout, _| {
+        let [rows, columns] = layout.tiles;
+        let mut out = String::new();
+        for row in 1..=rows {
+            for column in 1..=columns {
+                out.push_str(&format!("{fake}<row_{row}_col_{column}>{tile}"));
+            }
+            out.push('\n');
+        }
+        if rows > 0 {
+            out.push('\n');
+        }
+        out.push_str(&format!("{fake}{global}{tile}{fake}"));
+        out
+    }))
+}
+
+/// `image_seq_len` of the processor, checked against `(image_size / patch_size)^2 / scale_factor^2` of the config.
+fn features_of_a_tile(config: &Value, processor_config: &Value) -> Result<usize> {
+    const MAX: u64 = 65536;
+    let said = processor_config.get("image_seq_len").and_then(Value::as_u64).filter(|n| (1..=MAX).contains(n));
+    let vision = config.get("vision_config");
+    let size =
+        |key: &str| vision.and_then(|vision| vision.get(key)).and_then(Value::as_u64).filter(|n| (1..=MAX).contains(n));
+    let scale = config.get("scale_factor").and_then(Value::as_u64).filter(|n| (1..=MAX).contains(n));
+    let computed = match (size("image_size"), size("patch_size"), scale) {
+        (Some(image), Some(patch), Some(scale)) => Some((image / patch).pow(2) / scale.pow(2)),
+        _ => None,
+    };
+    match (said, computed) {
+        (Some(said), Some(computed)) if said != computed => Err(Error::invalid(
+            "`processor_config.json`",
+            format!(
+                "`image_seq_len` is {said}, but the config's image_size, patch_size and scale_factor make {computed}"
+            ),
+        )),
+        // 169 is what the processors of this class take when nothing is said.
+        (said, computed) => Ok(said.or(computed).unwrap_or(169) as usize),
+    }
+}

@@ -1,0 +1,36 @@
+//! LLaVA-1.5 and FastVLM: a run of as many features as the frame has patches, with the class token where the model keeps it.
+
+use serde_json::Value;
+
+use crate::base::Result;
+
+use super::{Files, Placeholder};
+
+pub(super) fn open(files: &mut Files) -> Result<Placeholder> {
+    let token = files.feature("image_token", "<image>")?;
+    let additional = files.settings.count("num_additional_image_tokens", 0)?;
+    let strategy = files.settings.text("vision_feature_select_strategy", "")?;
+    let (patch, additional, less) = match files.settings.count("patch_size", 1)? {
+        Some(patch) => (patch, additional.unwrap_or(0), usize::from(strategy == "default")),
+        // Files from before the processor counted features: the model's config knows them.
+        None => {
+            let vision = files.model.get("vision_config");
+            let patch = vision.and_then(|vision| vision.get("patch_size")).and_then(Value::as_u64);
+            let patch = patch.filter(|patch| (1..=65536).contains(patch)).ok_or_else(|| {
+                files.settings.contradiction("has no `patch_size`, nor has the `vision_config` of config.json")
+            })?;
+            let text = |value: Option<&Value>, key: &str| {
+                value.and_then(|value| value.get(key)).and_then(Value::as_str).unwrap_or_default().to_string()
+            };
+            let strategy =
+                if strategy.is_empty() { text(Some(files.model), "vision_feature_select_strategy") } else { strategy };
+            let class_token = usize::from(text(vision, "model_type") == "clip_vision_model");
+            (patch as usize, class_token, class_token * usize::from(strategy != "full"))
+        }
+    };
+    let feature = token.clone();
+    Ok(Placeholder::new(&token, move |layout, _| {
+        let [height, width] = layout.frame;
+        feature.repeat(((height / patch) * (width / patch) + additional).saturating_sub(less))
+    }))
+}

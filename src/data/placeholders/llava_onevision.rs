@@ -1,0 +1,60 @@
+//! LLaVA-OneVision: a run of the features that remain when the padding of the tiles' grid is cut off and a long grid is
+//! scaled down, with a newline after each of its rows, behind those of the whole view.
+//!
+//! Source: `LlavaOnevisionProcessor` of transformers 5.24. Without tiles the view of the whole is all, as in transformers.js.
+
+use crate::base::Result;
+
+use super::super::images::ImageLayout;
+use super::{Files, Placeholder};
+
+pub(super) fn open(files: &mut Files) -> Result<Placeholder> {
+    let token = files.feature("image_token", "<image>")?;
+    let strategy = files.settings.text("vision_feature_select_strategy", "full")?;
+    let less = usize::from(strategy == "default");
+    let base = files.settings.size("num_image_tokens", 729)?;
+    let aspect = files.settings.text("vision_aspect_ratio", "anyres_max_9")?;
+    let most: Option<usize> = aspect.strip_prefix("anyres_max_").and_then(|most| most.parse().ok());
+    let most = most.filter(|most| (1..=1000).contains(most)).ok_or_else(|| {
+        files.settings.contradiction(format!("`vision_aspect_ratio` is `{aspect}`, expected anyres_max_9 or its like"))
+    })?;
+    let feature = token.clone();
+    Ok(Placeholder::new(&token, move |layout, count| {
+        let features = match layout.tiles {
+            [0, 0] => base,
+            // A newline behind each of several pictures.
+            _ if count > 1 => base + 1,
+            tiles => base + grid_features(layout, tiles, base.isqrt(), most),
+        };
+        feature.repeat(features.saturating_sub(less))
+    }))
+}
+
+/// Features of the tiles and their newlines; a tile has `edge` features along each edge.
+fn grid_features(layout: &ImageLayout, [rows, columns]: [usize; 2], edge: usize, most: usize) -> usize {
+    let [height, width] = layout.original.map(|edge| edge as f64);
+    let (mut rows, mut columns) = (rows * edge, columns * edge);
+    // The scaled edge is rounded to seven digits first, so that a whole number stays whole.
+    let scaled = |edge: f64, grid: usize, other: f64| {
+        let exact = edge * (grid as f64 / other);
+        ((exact * 1e7).round_ties_even() / 1e7) as usize
+    };
+    if width / height > columns as f64 / rows as f64 {
+        let real = scaled(height, columns, width);
+        rows -= rows.saturating_sub(real) / 2 * 2;
+    } else {
+        let real = scaled(width, rows, height);
+        columns -= columns.saturating_sub(real) / 2 * 2;
+    }
+    let ratio = ((rows * columns) as f64 / (most * edge * edge) as f64).sqrt();
+    if ratio > 1.1 {
+        (rows, columns) = (floor_divided(rows, ratio), floor_divided(columns, ratio));
+    }
+    rows * columns + rows
+}
+
+/// Python's `//` of a whole number by a positive fraction: exact, where the rounded quotient may come out one higher.
+fn floor_divided(number: usize, by: f64) -> usize {
+    let number = number as f64;
+    ((number - number % by) / by).round() as usize
+}

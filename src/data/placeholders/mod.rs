@@ -1,0 +1,192 @@
+//! What a picture takes in the text: one row per kind of processor, as transformers' `processor_class` names it.
+
+mod gemma;
+mod idefics3;
+mod lfm2_vl;
+mod llava;
+mod llava_onevision;
+mod pixtral;
+mod run;
+mod tiles;
+
+use std::fmt;
+
+use serde_json::{Map, Value};
+
+use crate::base::{Error, Result};
+use crate::bundle::Bundle;
+
+use super::images::{self, BackEnd, ImageLayout, Settings};
+use super::tokenizer::Tokenizer;
+
+/// Builds what one picture takes in the text, from how it was cut up and how many pictures the conversation has.
+type Expand = Box<dyn Fn(&ImageLayout, usize) -> String + Send + Sync>;
+
+/// How pictures appear in a text.
+pub(super) struct Placeholder {
+    /// What a rendered conversation holds for a picture.
+    pub marker: String,
+    /// The token of which each occurrence takes one row of image features.
+    pub feature: String,
+    pub expand: Expand,
+    /// Settings that the processor passes to its image processor whatever that one's config says.
+    pub image_settings: Map<String, Value>,
+    /// Whether the tokenizer adds its own begin token.
+    pub special_tokens: bool,
+    /// The chat template of a family that has none of its own.
+    pub template: Option<&'static str>,
+}
+
+impl fmt::Debug for Placeholder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Placeholder").field("marker", &self.marker).field("feature", &self.feature).finish()
+    }
+}
+
+impl Placeholder {
+    /// A picture is a token in the text, which is replaced by what `expand` makes of it.
+    fn new(token: &str, expand: impl Fn(&ImageLayout, usize) -> String + Send + Sync + 'static) -> Self {
+        Placeholder {
+            marker: token.to_string(),
+            feature: token.to_string(),
+            expand: Box::new(expand),
+            image_settings: Map::new(),
+            special_tokens: true,
+            template: None,
+        }
+    }
+
+    /// The processor that a model's files ask for.
+    ///
+    /// Errors: `Error::Unsupported` for a processor that is not known; `Error::Invalid` for a setting that nothing reads or
+    /// that has the wrong kind.
+    pub fn open(bundle: &Bundle, tokenizer: &Tokenizer, image: &Value, config: &Value) -> Result<Self> {
+        let model = bundle.config().map_or(&Value::Null, |config| &config.raw);
+        let row = row(bundle, image, config, model)?;
+        let own = |key: &String| !NESTED.contains(&key.as_str());
+        let map = config.as_object().cloned().unwrap_or_default();
+        let map = map.into_iter().filter(|(key, _)| own(key)).collect();
+        let settings = Settings::new("processor_config.json", map, BackEnd::Pil, None);
+        let mut files = Files { tokenizer, settings, image, config, model };
+        let placeholder = (row.open)(&mut files)?;
+        files.settings.finish()?;
+        Ok(placeholder)
+    }
+}
+
+/// Keys of `processor_config.json` that belong to its parts.
+const NESTED: &[&str] = &[
+    "image_processor",
+    "video_processor",
+    "feature_extractor",
+    "audio_processor",
+    "tokenizer",
+    "chat_template",
+    "audio_seq_length",
+    "video_token",
+];
+
+/// What a row reads.
+struct Files<'a> {
+    tokenizer: &'a Tokenizer,
+    /// The processor's own settings, each taken once.
+    settings: Settings,
+    /// The image processor's config.
+    image: &'a Value,
+    /// The whole of `processor_config.json`.
+    config: &'a Value,
+    /// The whole of `config.json`.
+    model: &'a Value,
+}
+
+impl Files<'_> {
+    /// A token by the name that tokenizers and processors give it: the tokenizer's comes first.
+    fn token(&mut self, name: &str, default: &str) -> Result<String> {
+        let said = self.settings.text(name, default)?;
+        Ok(self.tokenizer.named(name).map_or(said, str::to_string))
+    }
+
+    /// The token that takes an image feature: the model's `image_token_id`, else the tokenizer's `name`, else `default`.
+    ///
+    /// Errors: `Error::Invalid` when the tokenizer does not have it.
+    fn feature(&mut self, name: &str, default: &str) -> Result<String> {
+        let said = self.token(name, default)?;
+        let ids = ["image_token_id", "image_token_index", "image_token"].map(|key| self.model.get(key));
+        if let Some(id) = ids.into_iter().flatten().find_map(Value::as_i64) {
+            let token = u32::try_from(id).ok().and_then(|id| self.tokenizer.token(id));
+            return token.ok_or_else(|| {
+                Error::invalid("`config.json`", format!("`image_token_id` is {id}, which the tokenizer does not have"))
+            });
+        }
+        if self.tokenizer.id(&said).is_none() {
+            return Err(Error::invalid("`tokenizer.json`", format!("has no image token `{said}`")));
+        }
+        Ok(said)
+    }
+}
+
+struct Row {
+    classes: &'static [&'static str],
+    /// `model_type` of models whose files name no class.
+    model_types: &'static [&'static str],
+    open: fn(&mut Files) -> Result<Placeholder>,
+}
+
+const ROWS: &[Row] = &[
+    Row {
+        classes: &["Idefics3Processor", "SmolVLMProcessor"],
+        model_types: &["idefics3", "smolvlm"],
+        open: idefics3::open,
+    },
+    Row {
+        classes: &["Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor", "Lfm3VlProcessor"],
+        model_types: &["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "lfm3_vl"],
+        open: |files| run::open(files, "<|image_pad|>"),
+    },
+    Row {
+        classes: &["Glm4vProcessor", "Glm46VProcessor"],
+        model_types: &["glm4v", "glm4v_moe", "glm46v", "glm_ocr"],
+        open: |files| run::open(files, "<|image|>"),
+    },
+    Row {
+        classes: &["PaddleOCRVLProcessor"],
+        model_types: &["paddleocr_vl"],
+        open: |files| run::open(files, "<|IMAGE_PLACEHOLDER|>"),
+    },
+    Row {
+        classes: &["LlavaProcessor"],
+        model_types: &["llava", "vipllava", "fast_vlm", "llava_qwen2"],
+        open: llava::open,
+    },
+    Row { classes: &["LlavaOnevisionProcessor"], model_types: &["llava_onevision"], open: llava_onevision::open },
+    Row { classes: &["InternVLProcessor"], model_types: &["internvl"], open: tiles::internvl },
+    Row { classes: &["AyaVisionProcessor"], model_types: &["aya_vision"], open: tiles::aya_vision },
+    Row { classes: &["Gemma3Processor"], model_types: &["gemma3"], open: gemma::gemma3 },
+    Row { classes: &["Gemma3nProcessor"], model_types: &["gemma3n"], open: gemma::gemma3n },
+    Row { classes: &["PaliGemmaProcessor"], model_types: &["paligemma"], open: gemma::paligemma },
+    Row { classes: &["PixtralProcessor"], model_types: &["pixtral", "mistral3", "lighton_ocr"], open: pixtral::open },
+    Row { classes: &["Lfm2VlProcessor"], model_types: &["lfm2_vl"], open: lfm2_vl::open },
+];
+
+/// The row of the class that the processor's, the image processor's or the tokenizer's config names; else of the model's
+/// type; else of the image processor's class.
+fn row(bundle: &Bundle, image: &Value, config: &Value, model: &Value) -> Result<&'static Row> {
+    let tokenizer = bundle.read_json("tokenizer_config.json")?.unwrap_or(Value::Null);
+    let named = [config, image, &tokenizer].map(|config| config.get("processor_class").and_then(Value::as_str));
+    let of_class = |class: &str| ROWS.iter().find(|row| row.classes.contains(&class));
+    let model_type = model.get("model_type").and_then(Value::as_str);
+    let named = named.into_iter().flatten().next();
+    let row = named
+        .and_then(of_class)
+        .or_else(|| ROWS.iter().find(|row| model_type.is_some_and(|kind| row.model_types.contains(&kind))))
+        .or_else(|| of_class(images::processor_of(images::kind(image)?)?));
+    row.ok_or_else(|| {
+        let known: Vec<&str> = ROWS.iter().flat_map(|row| row.classes).copied().collect();
+        let found = match (named, model_type) {
+            (Some(class), _) => format!("processor `{class}`"),
+            (None, Some(kind)) => format!("processor of model type `{kind}`"),
+            (None, None) => "a processor without `processor_class`".to_string(),
+        };
+        Error::unsupported("`processor_config.json`", format!("{found}; known are {}", known.join(", ")))
+    })
+}
