@@ -30,8 +30,8 @@ fn additions(map: &LayerMap) -> impl Iterator<Item = (usize, &Glue)> {
 /// Hugging Face's Qwen3-VL adds the features in its loop over whatever layers there are, so this is what it computes with
 /// layers deleted from its list.
 ///
-/// Errors: `Error::Unsupported` when the additions do not stand behind the first layers in turn, or the stream is cast
-/// between layers.
+/// Errors: `Error::Unsupported` when the additions do not stand behind the first layers in turn, or the stream is changed
+/// between layers in another way too.
 pub fn shift_additions(analysis: &Analysis, dropped: &[usize]) -> Result<Analysis> {
     let map = &analysis.map;
     if analysis.merged.is_some() {
@@ -95,35 +95,54 @@ fn stream_end(map: &LayerMap) -> ValueId {
 
 /// All layers, each with the addition that is to stand behind it.
 ///
-/// Errors: `Error::Unsupported` when a segment does not begin where the one before it ends.
+/// Errors: `Error::Unsupported` when a segment does not begin where the one before it ends, casts aside.
 fn new_order(graph: &Graph, map: &LayerMap, kept: &[usize]) -> Result<Vec<Segment>> {
     let body = &graph.body;
     let index = GraphIndex::of_body(body);
     let mut before = map.layers.first().map(|layer| layer.input);
-    let mut meets = |value: ValueId, next: ValueId| {
-        let fits = before == Some(value);
-        before = Some(next);
-        if fits {
-            return Ok(());
+    let mut segment = |input: ValueId, output: ValueId| {
+        let from = before.replace(output).unwrap_or(input);
+        if input != from && uncast(body, &index, input) != uncast(body, &index, from) {
+            let problem = format!("the stream is changed before `{}`, beside the features", graph.name(input));
+            return Err(Error::unsupported("moving features to other layers", problem));
         }
-        let problem = format!("the stream is changed before `{}`, beside the features", graph.name(value));
-        Err(Error::unsupported("moving features to other layers", problem))
+        Ok(Segment { nodes: between(body, &index, from, output), input: from, output })
     };
-    let segment =
-        |input: ValueId, output: ValueId| Segment { nodes: between(body, &index, input, output), input, output };
+    let (mut layers, mut features) = (Vec::new(), Vec::new());
     for layer in &map.layers {
-        meets(layer.input, layer.output)?;
+        layers.push(segment(layer.input, layer.output)?);
         for glue in map.glue.iter().filter(|glue| glue.after == Some(layer.index)) {
-            meets(glue.from, glue.to)?;
+            let added = segment(glue.from, glue.to)?;
+            if !glue.inputs.is_empty() {
+                features.push(added);
+            }
         }
     }
+    if map.glue.iter().any(|glue| glue.after.is_some() && glue.inputs.is_empty()) {
+        return Err(Error::unsupported("moving features to other layers", "the stream is changed between layers"));
+    }
+    // The feature that stood behind the n-th layer stands behind the n-th of those that stay.
     let mut order = Vec::new();
-    for layer in &map.layers {
-        order.push(segment(layer.input, layer.output));
-        let moved = additions(map).filter(|(after, _)| kept.get(*after) == Some(&layer.index));
-        order.extend(moved.map(|(_, glue)| segment(glue.from, glue.to)));
+    let mut features = features.into_iter();
+    for (number, layer) in layers.into_iter().enumerate() {
+        order.push(layer);
+        if kept.contains(&number) {
+            order.extend(features.next());
+        }
     }
     Ok(order)
+}
+
+/// The value that this one is a cast of.
+fn uncast(body: &Body, index: &GraphIndex, mut value: ValueId) -> ValueId {
+    while let Some((number, _)) = index.node_of(value)
+        && let node = &body.nodes[number]
+        && matches!(node.op_type.as_str(), "Cast" | "Identity")
+        && let Some(input) = node.present_inputs().next()
+    {
+        value = input;
+    }
+    value
 }
 
 /// Numbers of the nodes that `to` needs when `from` is given.
