@@ -6,6 +6,7 @@ use crate::base::{Error, Result};
 use crate::ir::{Attribute, Body, Graph, GraphIndex, ValueId, ValueType};
 
 use super::kinds::{self, Mixing};
+use super::residual::{addends, handed_on};
 use super::stream::{Chain, data_inputs};
 
 /// `x + f(x)` between two neighbouring values of the stream.
@@ -20,14 +21,28 @@ pub struct Block {
     pub mixing: Mixing,
 }
 
-/// The blocks of one layer in order: one that mixes tokens, and those behind it that do not.
+/// The blocks of one layer in order: one that mixes tokens, and those around it that do not.
 #[derive(Clone, Debug)]
 pub struct LayerBlocks {
     pub blocks: Vec<Block>,
+    /// Chain positions of the layer's input and output: those of its blocks, and of what belongs to it around them.
+    pub start: usize,
+    pub end: usize,
+    /// The addend that carries the input on: the input itself, or a cast of it.
+    pub carried: ValueId,
 }
 
-/// Operators that hand a tensor on without computing with it.
-const HAND_ON: &[&str] = &["Cast", "Identity", "Dropout", "Reshape", "Squeeze", "Unsqueeze"];
+impl LayerBlocks {
+    fn of(blocks: Vec<Block>) -> Self {
+        let (start, end) = (blocks[0].position, blocks[blocks.len() - 1].end);
+        LayerBlocks { start, end, carried: blocks[0].carried, blocks }
+    }
+
+    /// How the layer mixes tokens.
+    pub fn mixing(&self) -> Mixing {
+        self.blocks.iter().map(|block| block.mixing).find(|mixing| mixing.is_mixer()).unwrap_or(self.blocks[0].mixing)
+    }
+}
 
 /// Chain positions whose segment is a residual block, with the addend that carries the stream on.
 pub fn residual_positions(body: &Body, index: &GraphIndex, chain: &Chain) -> Vec<(usize, ValueId)> {
@@ -49,21 +64,11 @@ pub fn residual_positions(body: &Body, index: &GraphIndex, chain: &Chain) -> Vec
     found
 }
 
-fn addends(body: &Body, node: usize) -> Option<Vec<ValueId>> {
-    let node = &body.nodes[node];
-    match (node.domain.as_str(), node.op_type.as_str()) {
-        ("", "Add" | "Sum") => Some(node.present_inputs().collect()),
-        // alpha * A * B + beta * C: the stream can come in as C.
-        ("", "Gemm") | ("com.microsoft", "FusedGemm") => Some(node.present_inputs().collect()),
-        _ => None,
-    }
-}
-
 fn on_path(index: &GraphIndex, chain: &Chain, value: ValueId, position: usize) -> bool {
     index.node_of(value).is_some_and(|(node, _)| chain.level[node] == Some(position))
 }
 
-/// True when `value` is `from`, a cast or reshape of it, or a sum with such an addend.
+/// True when `value` is `from`, a cast, a reshape or a multiple of it, or a sum with such an addend.
 fn carries(body: &Body, index: &GraphIndex, value: ValueId, from: ValueId, depth: usize) -> bool {
     if value == from {
         return true;
@@ -72,9 +77,8 @@ fn carries(body: &Body, index: &GraphIndex, value: ValueId, from: ValueId, depth
     if depth > 8 {
         return false;
     }
-    let inner = &body.nodes[node];
-    if inner.domain.is_empty() && HAND_ON.contains(&inner.op_type.as_str()) {
-        return inner.inputs.first().copied().flatten().is_some_and(|id| carries(body, index, id, from, depth + 1));
+    if let Some(handed) = handed_on(body, index, node) {
+        return carries(body, index, handed, from, depth + 1);
     }
     match addends(body, node) {
         Some(operands) => operands.iter().any(|&id| carries(body, index, id, from, depth + 1)),
@@ -82,17 +86,26 @@ fn carries(body: &Body, index: &GraphIndex, value: ValueId, from: ValueId, depth
     }
 }
 
-/// Under sums, the addend that is `from` or a cast of it.
+/// Under sums, the addend that is `from` or a cast of it. A multiple of `from` is not what a layer that does nothing gives.
 fn carried_value(body: &Body, index: &GraphIndex, value: ValueId, from: ValueId) -> ValueId {
     let mut value = value;
-    loop {
-        let Some((node, _)) = index.node_of(value).filter(|_| value != from) else { return value };
-        let Some(operands) = addends(body, node) else { return value };
-        match operands.into_iter().find(|&id| carries(body, index, id, from, 0)) {
-            Some(inner) => value = inner,
-            None => return value,
+    // The last value under which nothing but casts and copies lie.
+    let mut plain = value;
+    while value != from {
+        let Some((node, _)) = index.node_of(value) else { break };
+        let changes = matches!(body.nodes[node].op_type.as_str(), "Mul" | "Div");
+        let inner = match handed_on(body, index, node) {
+            Some(inner) => Some(inner),
+            None => addends(body, node)
+                .and_then(|operands| operands.into_iter().find(|&id| carries(body, index, id, from, 0))),
+        };
+        let Some(inner) = inner else { break };
+        if changes || handed_on(body, index, node).is_none() {
+            plain = inner;
         }
+        value = inner;
     }
+    plain
 }
 
 /// `from` itself where `carried` is a cast of it to a narrower type and back: the next layer rounds the stream for itself.
@@ -136,37 +149,26 @@ fn inner_branch(
 
 /// Groups residual blocks into layers.
 ///
-/// Errors: `Error::Unsupported` for cross-attention, for blocks without any token mixing, and where a block that does
-/// not mix tokens stands before the first one that does.
+/// Errors: `Error::Unsupported` for the decoder of an encoder-decoder, for layers that all attend to another sequence, and
+/// for blocks without any token mixing.
 pub fn group(graph: &Graph, body: &Body, chain: &Chain) -> Result<Vec<LayerBlocks>> {
     let index = GraphIndex::of_body(body);
     let ports = port_levels(body, &index, chain);
     let mut layers: Vec<LayerBlocks> = Vec::new();
-    let mut mixers = 0;
+    let mut leading: Vec<Block> = Vec::new();
     let positions = residual_positions(body, &index, chain);
     for &(position, carried) in &positions {
         let nodes: Vec<usize> = chain.segment(position).collect();
-        let mixing = kinds::mixing(body, &index, &nodes, ports.contains(&position));
-        if let Mixing::Cross(node) = mixing {
-            return Err(Error::unsupported(
-                body.nodes[node].describe(graph),
-                "attends to another sequence (cross-attention), so this is the decoder of an encoder-decoder",
-            )
-            .remedy("interlace works on decoder-only models and on encoders"));
-        }
+        let mixing = kinds::mixing(body, &index, chain, &nodes, ports.contains(&position));
         let carried = unrounded(graph, body, &index, carried, chain.values[position]);
         let block = Block { position, end: end_of(body, &index, chain, position), carried, mixing };
         match (block.mixing.is_mixer(), layers.last_mut()) {
-            (true, _) => {
-                mixers += 1;
-                layers.push(LayerBlocks { blocks: vec![block] });
-            }
+            (true, _) => layers.push(LayerBlocks::of(vec![block])),
             (false, Some(layer)) => layer.blocks.push(block),
-            // A residual adapter before the first layer is not a layer.
-            (false, None) => {}
+            (false, None) => leading.push(block),
         }
     }
-    if mixers == 0 {
+    if layers.is_empty() {
         return Err(Error::unsupported(
             "the graph",
             format!(
@@ -177,8 +179,11 @@ pub fn group(graph: &Graph, body: &Body, chain: &Chain) -> Result<Vec<LayerBlock
             ),
         ));
     }
+    move_leading(&mut layers, leading);
     trim_last(&mut layers);
-    let convolutions = layers.iter().filter(|layer| matches!(layer.blocks[0].mixing, Mixing::Convolution)).count();
+    let layers: Vec<LayerBlocks> = layers.into_iter().map(|layer| LayerBlocks::of(layer.blocks)).collect();
+    refuse_other_sequences(graph, body, &layers)?;
+    let convolutions = layers.iter().filter(|layer| matches!(layer.mixing(), Mixing::Convolution)).count();
     if convolutions == layers.len() {
         return Err(Error::unsupported(
             "the graph",
@@ -190,6 +195,40 @@ pub fn group(graph: &Graph, body: &Body, chain: &Chain) -> Result<Vec<LayerBlock
         return Err(Error::unsupported("the graph", "a single layer, so nothing is repeated"));
     }
     Ok(layers)
+}
+
+/// Cross-attention is a layer of its own kind between layers of self-attention. In an encoder-decoder every layer has both.
+fn refuse_other_sequences(graph: &Graph, body: &Body, layers: &[LayerBlocks]) -> Result<()> {
+    let crosses: Vec<(usize, usize)> = layers
+        .iter()
+        .enumerate()
+        .filter_map(|(number, layer)| match layer.mixing() {
+            Mixing::Cross(node) => Some((number, node)),
+            _ => None,
+        })
+        .collect();
+    let Some(&(_, node)) = crosses.first() else { return Ok(()) };
+    if crosses.len() == layers.len() {
+        return Err(Error::unsupported(
+            body.nodes[node].describe(graph),
+            format!(
+                "each of the {} layers attends to another sequence (cross-attention), none to its own",
+                layers.len()
+            ),
+        )
+        .remedy("interlace works on decoders and encoders whose layers attend to their own sequence"));
+    }
+    // Attention without a feed-forward part of its own, and cross-attention behind it.
+    let half = |number: usize| number > 0 && layers[number - 1].blocks.len() == 1;
+    if let Some(&(_, node)) = crosses.iter().find(|(number, _)| half(*number)) {
+        return Err(Error::unsupported(
+            body.nodes[node].describe(graph),
+            "attends to another sequence (cross-attention) behind the same layer's self-attention, so this is the \
+             decoder of an encoder-decoder",
+        )
+        .remedy("interlace works on decoder-only models and on encoders"));
+    }
+    Ok(())
 }
 
 /// Behind a block's sum, past the bias of its last product: an addition of a weight, as a fused norm leaves it.
@@ -206,6 +245,24 @@ fn end_of(body: &Body, index: &GraphIndex, chain: &Chain, position: usize) -> us
         end += 1;
     }
     end
+}
+
+/// Blocks before the first mixer begin the first layer where the last layer ends as many blocks earlier than the others: each
+/// layer begins with such blocks. Otherwise they are a residual adapter before the layers.
+fn move_leading(layers: &mut [LayerBlocks], leading: Vec<Block>) {
+    let count = leading.len();
+    let Some((last, others)) = layers.split_last().filter(|_| count > 0) else { return };
+    let usual = last.blocks.len() + count;
+    if others.is_empty() || others.iter().any(|layer| layer.blocks.len() != usual) {
+        return;
+    }
+    let mut front = leading;
+    for layer in layers {
+        // The last layer has nothing to hand on.
+        let next = layer.blocks.split_off(layer.blocks.len().min(usual - count));
+        front.append(&mut layer.blocks);
+        layer.blocks = std::mem::replace(&mut front, next);
+    }
 }
 
 /// A residual adapter behind the last layer is not part of it: no layer has more blocks than most layers have.
@@ -245,6 +302,10 @@ fn port_levels(body: &Body, index: &GraphIndex, chain: &Chain) -> HashSet<usize>
         }
         let mut value = output;
         for _ in 0..8 {
+            // The stream itself is no state.
+            if chain.is_stream(value) {
+                break;
+            }
             let Some((node, _)) = index.node_of(value) else { break };
             if let Some(level) = chain.level[node] {
                 writers.insert(level);

@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use crate::ir::{Body, GraphIndex, Node, ValueId};
 
 use super::products::product;
+use super::stream::Chain;
 
 /// How a block's branch moves information between tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,6 +71,12 @@ pub fn is_attention(node: &Node) -> bool {
     ATTENTION.contains(&(node.domain.as_str(), node.op_type.as_str()))
 }
 
+/// True for operators that a block which mixes tokens is made with.
+pub fn can_mix(node: &Node) -> bool {
+    let name = node.op_type.as_str();
+    is_attention(node) || name == "Softmax" || RECURRENCES.contains(&name) || CONVOLUTIONS.contains(&name)
+}
+
 /// How many tokens up to its own a query sees, where the operator names a window.
 pub fn window(node: &Node) -> Option<i64> {
     let int = |name: &str| node.attribute(name).and_then(crate::ir::Attribute::as_int);
@@ -79,21 +86,23 @@ pub fn window(node: &Node) -> Option<i64> {
 
 /// Classifies the nodes between two values of the stream; `has_state` tells that a cache or state of its own belongs
 /// to them.
-pub fn mixing(body: &Body, index: &GraphIndex, nodes: &[usize], has_state: bool) -> Mixing {
+pub fn mixing(body: &Body, index: &GraphIndex, chain: &Chain, nodes: &[usize], has_state: bool) -> Mixing {
     let path: HashSet<usize> = nodes.iter().copied().collect();
     let on_path = |value: ValueId| index.node_of(value).is_some_and(|(node, _)| path.contains(&node));
+    // Keys that an earlier layer computed for itself are keys of this sequence too.
+    let own = |value: ValueId| on_path(value) || from_inside_a_layer(body, index, chain, value);
     let mut attention = None;
     for &number in nodes {
         let node = &body.nodes[number];
         if is_attention(node) {
             // Of com.microsoft's Attention input 1 is a weight.
             let key = node.inputs.get(1).copied().flatten();
-            if key.is_some_and(|key| !on_path(key) && !from_weights(body, index, key)) {
+            if key.is_some_and(|key| !own(key) && !from_weights(body, index, key)) {
                 return Mixing::Cross(number);
             }
             attention = Some(window(node));
         } else if node.op_type == "Softmax" {
-            match softmax_source(body, index, number, &on_path) {
+            match softmax_source(body, index, number, &on_path, &own) {
                 Some(Source::Both) => attention = attention.or(Some(None)),
                 Some(Source::Foreign) => return Mixing::Cross(number),
                 Some(Source::Weight) | None => {}
@@ -122,6 +131,22 @@ pub fn mixing(body: &Body, index: &GraphIndex, nodes: &[usize], has_state: bool)
     Mixing::None { experts: nodes.iter().any(|&number| is(EXPERTS, &body.nodes[number])) }
 }
 
+/// True when a value comes from the inside of a block, not from the stream alone.
+fn from_inside_a_layer(body: &Body, index: &GraphIndex, chain: &Chain, value: ValueId) -> bool {
+    let mut open = vec![value];
+    let mut seen = HashSet::new();
+    while let Some(value) = open.pop() {
+        let Some((node, _)) = index.node_of(value).filter(|_| !chain.is_stream(value)) else { continue };
+        if chain.level[node].is_some() {
+            return true;
+        }
+        if chain.reached[node] && seen.insert(node) {
+            open.extend(body.nodes[node].present_inputs());
+        }
+    }
+    false
+}
+
 /// Where the two sides of the product before a softmax come from.
 enum Source {
     /// Both from the stream: queries and keys.
@@ -137,6 +162,7 @@ fn softmax_source(
     index: &GraphIndex,
     softmax: usize,
     on_path: &dyn Fn(ValueId) -> bool,
+    own: &dyn Fn(ValueId) -> bool,
 ) -> Option<Source> {
     // Back from the softmax through scaling, masking and concatenation to the product that made the scores.
     let mut open: Vec<ValueId> = body.nodes[softmax].inputs.first().copied().flatten().into_iter().collect();
@@ -152,17 +178,17 @@ fn softmax_source(
             open.extend(node.present_inputs());
             continue;
         };
-        if factors.iter().all(|&id| on_path(id)) {
+        if factors.iter().all(|&id| own(id)) {
             return Some(Source::Both);
         }
-        let foreign = factors.iter().any(|&id| !on_path(id) && !from_weights(body, index, id));
+        let foreign = factors.iter().any(|&id| !own(id) && !from_weights(body, index, id));
         found = Some(if foreign { Source::Foreign } else { Source::Weight });
     }
     found
 }
 
 /// True when a value is computed from initializers alone.
-fn from_weights(body: &Body, index: &GraphIndex, value: ValueId) -> bool {
+pub fn from_weights(body: &Body, index: &GraphIndex, value: ValueId) -> bool {
     let mut open = vec![value];
     let mut seen = HashSet::new();
     while let Some(value) = open.pop() {

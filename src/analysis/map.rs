@@ -1,13 +1,13 @@
 //! The result of the analysis: layers, their boundaries, ports, weights and what they share.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 use crate::ir::{Body, GraphIndex, Node, ValueId};
 
 use super::blocks::LayerBlocks;
-use super::kinds;
 use super::owners::{Owner, Owners};
 use super::stream::{Chain, data_inputs};
+use super::{glue, kinds};
 
 /// The layers of a transformer graph.
 #[derive(Clone, Debug)]
@@ -19,6 +19,8 @@ pub struct LayerMap {
     pub layers: Vec<Layer>,
     /// What happens to the stream between layers (features added from outside).
     pub glue: Vec<Glue>,
+    /// Outputs beside the result that are no cache and come from the stream.
+    pub taps: Vec<Tap>,
     /// For each node of the body: which layers it works for.
     pub node_owners: Vec<Owner>,
     /// For each initializer, by value: which layers read it.
@@ -35,6 +37,8 @@ pub struct Layer {
     pub carried: ValueId,
     /// The stream behind the layer.
     pub output: ValueId,
+    /// The stream between the layer's blocks.
+    pub sums: Vec<ValueId>,
     /// For people: `attention + mlp`, `sliding attention + moe`.
     pub kind: String,
     /// Same number, same operators in the same arrangement (attributes and sizes aside).
@@ -48,6 +52,9 @@ pub struct Layer {
     /// Values computed outside the layer and read inside it, other than the stream, weights and ports: masks, rotary
     /// tables, shapes.
     pub shared_values: Vec<ValueId>,
+    /// Values read inside the layer that are computed from the stream and reach it beside it: an earlier layer's keys, a
+    /// projection of the embeddings.
+    pub beside: Vec<ValueId>,
     /// Cached tensors, keys before values.
     pub ports: Vec<KvPort>,
 }
@@ -105,6 +112,18 @@ pub struct Glue {
     pub operators: Vec<String>,
     /// Graph inputs that come in here and nowhere before (DeepStack features).
     pub inputs: Vec<ValueId>,
+    /// Weights of more than one element that take part. Whether the layer before or behind owns them is not known.
+    pub weights: Vec<ValueId>,
+}
+
+/// An output computed from the stream that is no cache: a hidden state, features of some layers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tap {
+    pub output: ValueId,
+    /// Where it reads the stream: `i` is before layer `i`, the number of layers is behind the last one. In order.
+    pub places: Vec<usize>,
+    /// Layers whose inside it reads. In order.
+    pub inside: Vec<usize>,
 }
 
 /// Puts the map together, ports aside.
@@ -114,41 +133,70 @@ pub(super) fn build(body: &Body, chain: &Chain, grouped: Vec<LayerBlocks>) -> La
     let mut classes: HashMap<u64, usize> = HashMap::new();
     let mut layer_of_level: HashMap<usize, usize> = HashMap::new();
     for (number, blocks) in grouped.iter().enumerate() {
-        let (Some(first), Some(last)) = (blocks.blocks.first(), blocks.blocks.last()) else { continue };
-        let path: Vec<usize> = (first.position..last.end).flat_map(|position| chain.segment(position)).collect();
-        for position in first.position..last.end {
+        let path: Vec<usize> = (blocks.start..blocks.end).flat_map(|position| chain.segment(position)).collect();
+        for position in blocks.start..blocks.end {
             layer_of_level.insert(position, number);
         }
-        let signature = signature(body, &index, &path, chain.values[first.position]);
+        let places = blocks.blocks.iter().flat_map(|block| [block.position, block.position + 1, block.end]);
+        let inner: BTreeSet<usize> = places.filter(|place| (blocks.start + 1..blocks.end).contains(place)).collect();
+        let signature = signature(body, &index, &path, chain.values[blocks.start]);
         let next = classes.len();
         let class = *classes.entry(signature).or_insert(next);
         layers.push(Layer {
             index: number,
-            input: chain.values[first.position],
-            carried: first.carried,
-            output: chain.values[last.end],
+            input: chain.values[blocks.start],
+            carried: blocks.carried,
+            output: chain.values[blocks.end],
+            sums: inner.into_iter().map(|place| chain.values[place]).collect(),
             kind: kind(body, blocks, &path),
             class,
             path,
             weights: Vec::new(),
             shared_weights: Vec::new(),
             shared_values: Vec::new(),
+            beside: Vec::new(),
             ports: Vec::new(),
         });
     }
     let owners = Owners::new(body, chain, &layers);
+    let streamed = layers.first().map(|first| computed_from(body, first.input)).unwrap_or_default();
     for layer in &mut layers {
         fill_shared(body, &index, &owners, layer);
+        layer.beside = read_beside(body, &index, layer, &streamed);
     }
-    let glue = glue(body, chain, &layer_of_level);
+    let glue = glue::between(body, chain, &layer_of_level);
     LayerMap {
         source: chain.source,
         result: chain.result,
         layers,
         glue,
+        taps: Vec::new(),
         node_owners: owners.nodes,
         weight_owners: owners.weights,
     }
+}
+
+fn read_beside(body: &Body, index: &GraphIndex, layer: &Layer, streamed: &HashSet<ValueId>) -> Vec<ValueId> {
+    let on_path: HashSet<usize> = layer.path.iter().copied().collect();
+    let foreign = |id: ValueId| index.node_of(id).is_none_or(|(node, _)| !on_path.contains(&node));
+    let mut found = Vec::new();
+    for value in layer.path.iter().flat_map(|&number| data_inputs(body, number)) {
+        if value != layer.input && foreign(value) && streamed.contains(&value) && !found.contains(&value) {
+            found.push(value);
+        }
+    }
+    found
+}
+
+/// Everything that is computed from the content of a value.
+fn computed_from(body: &Body, value: ValueId) -> HashSet<ValueId> {
+    let mut found = HashSet::from([value]);
+    for (number, node) in body.nodes.iter().enumerate() {
+        if !node.reads_shape_only() && data_inputs(body, number).iter().any(|id| found.contains(id)) {
+            found.extend(node.present_outputs());
+        }
+    }
+    found
 }
 
 fn kind(body: &Body, blocks: &LayerBlocks, path: &[usize]) -> String {
@@ -236,38 +284,4 @@ fn fill_shared(body: &Body, index: &GraphIndex, owners: &Owners, layer: &mut Lay
     layer.weights = weights;
     layer.shared_weights = shared_weights;
     layer.shared_values = shared_values;
-}
-
-fn glue(body: &Body, chain: &Chain, layer_of_level: &HashMap<usize, usize>) -> Vec<Glue> {
-    const SILENT: &[&str] = &["Cast", "Identity"];
-    let first = layer_of_level.keys().min().copied().unwrap_or(0);
-    let last = layer_of_level.keys().max().copied().unwrap_or(0);
-    let mut found: Vec<Glue> = Vec::new();
-    for position in first..=last {
-        if layer_of_level.contains_key(&position) {
-            continue;
-        }
-        let after = (first..position).rev().find_map(|before| layer_of_level.get(&before).copied());
-        let nodes: Vec<usize> = chain.segment(position).collect();
-        let operators: Vec<String> = nodes.iter().map(|&node| body.nodes[node].op()).collect();
-        if operators.iter().all(|name| SILENT.contains(&name.as_str())) {
-            continue;
-        }
-        let inputs = nodes
-            .iter()
-            .flat_map(|&node| data_inputs(body, node))
-            .filter(|id| body.inputs.contains(id) && *id != chain.source)
-            .collect();
-        let (from, to) = (chain.values[position], chain.values[position + 1]);
-        match found.last_mut() {
-            Some(previous) if previous.to == from => {
-                previous.to = to;
-                previous.operators.extend(operators);
-                let more: Vec<ValueId> = inputs;
-                previous.inputs.extend(more);
-            }
-            _ => found.push(Glue { after, from, to, operators, inputs }),
-        }
-    }
-    found
 }

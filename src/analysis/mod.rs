@@ -1,30 +1,36 @@
 //! Finds the layers of a transformer in its graph, by structure.
 //!
-//! The residual stream is the chain of values that every path from the embeddings to the result passes (dominators).
-//! Between two of them lies either glue (a cast, a feature added from outside) or a residual block: `x + f(x)`. A
-//! block that mixes tokens begins a layer, blocks that do not belong to the layer before them. Names only confirm.
+//! The residual stream is the chain of values that every path from the embeddings to the result passes (dominators), or,
+//! where layers read each other beside it, the chain of sums that carries it on. Between two of its values lies either glue
+//! (a cast, a feature added from outside) or a residual block: `x + f(x)`. A block that mixes tokens makes a layer, together
+//! with the blocks around it that do not; a norm or a scale behind every layer is part of it. Names only confirm.
 
 mod blocks;
 mod canonical;
+mod glue;
 mod head;
 mod kinds;
 mod map;
 mod merged;
 mod names;
+mod operands;
 mod owners;
 mod ports;
 mod positions;
 mod products;
+mod residual;
 mod stream;
+mod taps;
+mod towers;
 
 pub use canonical::{FUSED_MARK, FUSED_OUTPUTS, FusedNorm, unfuse_skip_norms};
 pub use head::head_input;
-pub use map::{Glue, KvPort, Layer, LayerMap, PortRole};
+pub use map::{Glue, KvPort, Layer, LayerMap, PortRole, Tap};
 pub use merged::{Branch, Merged};
 pub use owners::{Owner, Owners};
 
-use crate::base::{Error, Result};
-use crate::ir::{Body, Graph, Model};
+use crate::base::Result;
+use crate::ir::{Body, Graph, GraphIndex, Model};
 
 /// A model in the form that layers are found in, with its layers.
 #[derive(Clone, Debug)]
@@ -35,8 +41,20 @@ pub struct Analysis {
     /// Of a decoder given as the branches of an `If`, the branch that reads a cache, laid open.
     pub model: Model,
     pub map: LayerMap,
+    /// The layers of the vision tower, where one lies before the language model in the same graph.
+    pub vision: Option<LayerMap>,
+    /// True where `map` is such a vision tower.
+    pub is_vision_beside_text: bool,
     /// The branches, where the model is such a decoder.
     pub merged: Option<Merged>,
+}
+
+impl Analysis {
+    /// The same with the layers of the vision tower in the graph in place of the language model's; `None` without one.
+    pub fn into_vision(self) -> Option<Analysis> {
+        let map = self.vision?;
+        Some(Analysis { model: self.model, map, vision: None, is_vision_beside_text: true, merged: None })
+    }
 }
 
 /// Finds the layers of the model's graph.
@@ -48,31 +66,33 @@ pub fn analyse(model: &Model) -> Result<Analysis> {
         let merged = merged::analyse_branches(model, node)?;
         if let Some(branch) = merged.cached() {
             let (model, map) = (branch.model.clone(), branch.map.clone());
-            return Ok(Analysis { model, map, merged: Some(merged) });
+            return Ok(Analysis { model, map, vision: None, is_vision_beside_text: false, merged: Some(merged) });
         }
     }
     let mut model = model.clone();
     unfuse_skip_norms(&mut model);
-    let map = layers(&model.graph)?;
-    Ok(Analysis { model, map, merged: None })
+    let (map, vision) = towers_of(&model.graph, &model.graph.body)?;
+    Ok(Analysis { model, map, vision, is_vision_beside_text: false, merged: None })
 }
 
 /// The layers of a graph's top-level body, skip-norm fusions taken apart before.
 ///
 /// Errors: as [`analyse`].
 pub fn layers(graph: &Graph) -> Result<LayerMap> {
-    layers_of_body(graph, &graph.body)
+    towers_of(graph, &graph.body).map(|(map, _)| map)
 }
 
-fn layers_of_body(graph: &Graph, body: &Body) -> Result<LayerMap> {
-    let chain = stream::longest_chain(graph, body)?;
-    let layers = blocks::group(graph, body, &chain)?;
-    if layers.is_empty() {
-        return Err(Error::unsupported("the graph", "no decoder layers were found")
-            .remedy("interlace works on transformer graphs with a residual stream"));
-    }
+/// The language model's layers, and those of a vision tower in the same graph.
+fn towers_of(graph: &Graph, body: &Body) -> Result<(LayerMap, Option<LayerMap>)> {
+    let (own, before) = towers::split(graph, body, stream::longest_chain(graph, body)?)?;
+    let vision = before.map(|tower| layers_of(graph, body, tower)).transpose()?;
+    Ok((layers_of(graph, body, own)?, vision))
+}
+
+fn layers_of(graph: &Graph, body: &Body, (chain, mut layers): towers::Tower) -> Result<LayerMap> {
+    glue::settle(body, &GraphIndex::of_body(body), &chain, &mut layers);
     let mut map = map::build(body, &chain, layers);
-    ports::assign(graph, body, &mut map)?;
+    ports::assign(graph, body, &chain, &mut map)?;
     names::confirm(graph, body, &map)?;
     Ok(map)
 }

@@ -1,4 +1,5 @@
-//! Matches cache inputs with cache outputs through the graph, and both with their layer.
+//! Matches cache inputs with cache outputs through the graph, and both with their layer. Whatever else of the stream is an
+//! output is a tap.
 
 use std::collections::{HashMap, HashSet};
 
@@ -9,7 +10,8 @@ use super::kinds::is_attention;
 use super::map::{KvPort, LayerMap, PortRole};
 use super::owners::Owner;
 use super::products::product;
-use super::stream::data_inputs;
+use super::stream::{Chain, data_inputs};
+use super::{operands, taps};
 
 /// For operators that hold a whole attention: (past input, present output) for key and value.
 struct FusedPorts {
@@ -30,8 +32,12 @@ const FUSED_PORTS: &[FusedPorts] = &[
         value: Some((6, 2)),
     },
     FusedPorts { domain: "com.microsoft", op_type: "SparseAttention", key: (3, 1), value: Some((4, 2)) },
+    FusedPorts { domain: "com.microsoft", op_type: "PagedAttention", key: (3, 1), value: Some((4, 2)) },
+    FusedPorts { domain: "com.microsoft", op_type: "DecoderAttention", key: (6, 1), value: Some((7, 2)) },
     // Key and value stacked in one tensor.
     FusedPorts { domain: "com.microsoft", op_type: "Attention", key: (4, 1), value: None },
+    FusedPorts { domain: "com.microsoft", op_type: "DecoderMaskedSelfAttention", key: (4, 1), value: None },
+    FusedPorts { domain: "com.microsoft", op_type: "QAttention", key: (8, 1), value: None },
 ];
 
 /// The input that an output with a state continues: of a recurrence, a short convolution or control flow.
@@ -44,6 +50,8 @@ fn carried(node: &Node, output: usize) -> Option<usize> {
             (output < states).then_some(output)
         }
         ("", "Loop") => output.checked_add(2).filter(|&input| input < node.inputs.len()),
+        // A cache of fixed size that new entries are written into.
+        ("", "TensorScatter" | "ScatterND" | "ScatterElements" | "Scatter") => Some(0),
         _ => None,
     }
 }
@@ -60,28 +68,44 @@ fn fused(node: &Node) -> Option<&'static FusedPorts> {
     FUSED_PORTS.iter().find(|row| row.domain == node.domain && row.op_type == node.op_type)
 }
 
-/// Fills `ports` of every layer.
+/// Fills `ports` of every layer, and `taps`.
 ///
-/// Errors: `Error::Invalid` when an output besides the result belongs to no layer and follows from none, or when a
-/// cache input can be matched with two outputs.
-pub fn assign(graph: &Graph, body: &Body, map: &mut LayerMap) -> Result<()> {
+/// A port is an output that continues a cache input. Where a graph has no cache inputs, the keys, values and states that
+/// its layers compute are ports too.
+///
+/// Errors: `Error::Invalid` when a cache input can be matched with two outputs; `Error::Unsupported` when an operator that
+/// is not known gives a layer's cache out.
+pub fn assign(graph: &Graph, body: &Body, chain: &Chain, map: &mut LayerMap) -> Result<()> {
     let index = GraphIndex::of_body(body);
     let layer_of: HashMap<usize, usize> =
         map.layers.iter().flat_map(|layer| layer.path.iter().map(|&node| (node, layer.index))).collect();
     let shared = shared_inputs(body, &layer_of);
+    let cached: Vec<HashSet<ValueId>> =
+        map.layers.iter().map(|layer| operands::cached(body, &index, &layer.path)).collect();
+    let tracer =
+        Tracer { graph, body, index: &index, chain, layer_of: &layer_of, owners: &map.node_owners, shared: &shared };
+    let others = body.outputs.iter().filter(|id| **id != map.result);
+    let traces = others.map(|&output| Ok((output, tracer.back_from(output)?))).collect::<Result<Vec<_>>>()?;
+    let has_past = traces.iter().any(|(_, trace)| trace.as_ref().is_some_and(|trace| trace.past.is_some()));
     let mut taken: HashSet<ValueId> = HashSet::new();
-    for &output in &body.outputs {
-        if output == map.result {
+    for (output, trace) in traces {
+        let port = trace.filter(|trace| {
+            let computed = |id: &ValueId| cached[trace.layer].contains(id);
+            let without_past = trace.carried || copies(body, &index, output).iter().any(computed);
+            trace.past.is_some() || (!has_past && without_past)
+        });
+        let Some(trace) = port else {
+            map.taps.extend(taps::tap(body, &index, chain, &map.layers, &layer_of, output));
             continue;
-        }
-        let Some(trace) = trace_back(body, &index, output, &layer_of, &map.node_owners, &shared) else { continue };
+        };
         if let Some(past) = trace.past
             && !taken.insert(past)
         {
             return Err(Error::invalid(
                 format!("cache input `{}`", graph.name(past)),
                 format!("leads to `{}` and to another output, so which belongs to it is not clear", graph.name(output)),
-            ));
+            )
+            .remedy("export the graph without the output that is not the cache"));
         }
         let layer = &mut map.layers[trace.layer];
         let role = match trace.role {
@@ -96,6 +120,21 @@ pub fn assign(graph: &Graph, body: &Body, map: &mut LayerMap) -> Result<()> {
         layer.shared_values.retain(|id| !ports.iter().any(|port| port.past == Some(*id)));
     }
     Ok(())
+}
+
+/// The value, and those that it is a copy of in another type or layout.
+fn copies(body: &Body, index: &GraphIndex, value: ValueId) -> Vec<ValueId> {
+    let mut found = vec![value];
+    let mut value = value;
+    while let Some((node, _)) = index.node_of(value) {
+        let node = &body.nodes[node];
+        match node.inputs.first().copied().flatten() {
+            Some(inner) if hands_on(node) => value = inner,
+            _ => break,
+        }
+        found.push(value);
+    }
+    found
 }
 
 /// Inputs whose content more than one layer reads.
@@ -113,70 +152,106 @@ struct Trace {
     layer: usize,
     past: Option<ValueId>,
     role: Option<PortRole>,
+    /// True where an operator that carries a state gives it out.
+    carried: bool,
 }
 
-/// From an output back to the layer that makes it and the input that it continues.
-fn trace_back(
-    body: &Body,
-    index: &GraphIndex,
-    output: ValueId,
-    layer_of: &HashMap<usize, usize>,
-    owners: &[Owner],
-    shared: &HashSet<ValueId>,
-) -> Option<Trace> {
-    let mut layer = None;
-    let mut past = None;
-    let mut role = None;
-    let mut open = vec![output];
-    let mut seen = HashSet::new();
-    while let Some(value) = open.pop() {
-        let Some((number, position)) = index.node_of(value) else {
-            let is_input = body.inputs.contains(&value) && !index.is_initializer(value);
-            if is_input && !shared.contains(&value) && past.is_none() {
-                past = Some(value);
+struct Tracer<'a> {
+    graph: &'a Graph,
+    body: &'a Body,
+    index: &'a GraphIndex,
+    chain: &'a Chain,
+    layer_of: &'a HashMap<usize, usize>,
+    owners: &'a [Owner],
+    shared: &'a HashSet<ValueId>,
+}
+
+impl Tracer<'_> {
+    /// From an output back to the layer inside which it is made and the input that it continues; `None` for what comes from
+    /// the stream between layers.
+    ///
+    /// Errors: `Error::Unsupported` for an operator of another domain that gives out more than its result.
+    fn back_from(&self, output: ValueId) -> Result<Option<Trace>> {
+        let mut layer = None;
+        let mut trace = Trace { layer: 0, past: None, role: None, carried: false };
+        let mut open = vec![output];
+        let mut seen = HashSet::new();
+        while let Some(value) = open.pop() {
+            // The stream is no cache, and what came before it is none of this output.
+            if self.chain.is_stream(value) {
+                continue;
             }
-            continue;
-        };
-        if body.nodes[number].reads_shape_only() || !seen.insert(number) {
-            continue;
-        }
-        let owner = layer_of.get(&number).copied();
-        if let (Some(found), Some(known)) = (owner, layer)
-            && found != known
-        {
-            continue;
-        }
-        // What other layers use too (rotary tables, masks) is not this layer's cache.
-        let hands_on = hands_on(&body.nodes[number]);
-        if layer.is_some() && owner.is_none() && owners[number].only() != layer && !hands_on {
-            continue;
-        }
-        layer = layer.or(owner);
-        let node = &body.nodes[number];
-        if let Some(row) = fused(node) {
-            let matching = [(PortRole::Key, Some(row.key)), (PortRole::Value, row.value)];
-            for (kind, pair) in matching {
-                if let Some((input, made)) = pair
-                    && made == position
-                {
-                    role = Some(kind);
-                    past = node.inputs.get(input).copied().flatten().map(|id| origin(body, index, id));
+            let Some((number, position)) = self.index.node_of(value) else {
+                let is_input = self.body.inputs.contains(&value) && !self.index.is_initializer(value);
+                if is_input && !self.shared.contains(&value) && trace.past.is_none() {
+                    trace.past = Some(value);
                 }
+                continue;
+            };
+            let node = &self.body.nodes[number];
+            if node.reads_shape_only() || !seen.insert(number) {
+                continue;
             }
-            break;
+            let owner = self.layer_of.get(&number).copied();
+            if let (Some(found), Some(known)) = (owner, layer)
+                && found != known
+            {
+                continue;
+            }
+            // What other layers use too (rotary tables, masks) is not this layer's cache.
+            if layer.is_some() && owner.is_none() && self.owners[number].only() != layer && !hands_on(node) {
+                continue;
+            }
+            layer = layer.or(owner);
+            if let Some(row) = fused(node) {
+                let matching = [(PortRole::Key, Some(row.key)), (PortRole::Value, row.value)];
+                for (kind, pair) in matching {
+                    if let Some((input, made)) = pair
+                        && made == position
+                    {
+                        trace.role = Some(kind);
+                        trace.carried = true;
+                        let past = node.inputs.get(input).copied().flatten();
+                        trace.past = past.map(|id| origin(self.body, self.index, id));
+                    }
+                }
+                break;
+            }
+            if let Some(input) = carried(node, position) {
+                trace.carried |= position > 0 || node.bodies().next().is_some();
+                open.extend(node.inputs.get(input).copied().flatten());
+                continue;
+            }
+            self.refuse_unknown(number, position, output)?;
+            // A product mixes tensors, and a scale is made of a whole one: what lies behind them is not the cache but what
+            // the new entries are made of.
+            if product(node).is_some() || node.op_type == "DynamicQuantizeLinear" || node.op_type == "Softmax" {
+                continue;
+            }
+            open.extend(node.present_inputs());
         }
-        if let Some(input) = carried(node, position) {
-            open.extend(node.inputs.get(input).copied().flatten());
-            continue;
-        }
-        // A product mixes tensors, and a scale is made of a whole one: what lies behind them is not the cache but what the
-        // new entries are made of.
-        if product(node).is_some() || node.op_type == "DynamicQuantizeLinear" {
-            continue;
-        }
-        open.extend(node.present_inputs());
+        Ok(layer.map(|layer| Trace { layer, ..trace }))
     }
-    layer.map(|layer| Trace { layer, past, role })
+
+    /// A fused operator that gives a second tensor out and reads an input that nothing else reads keeps a cache.
+    fn refuse_unknown(&self, number: usize, position: usize, output: ValueId) -> Result<()> {
+        let node = &self.body.nodes[number];
+        let own_input = |id: ValueId| {
+            let id = origin(self.body, self.index, id);
+            self.body.inputs.contains(&id) && !self.index.is_initializer(id) && !self.shared.contains(&id)
+        };
+        if node.domain.is_empty() || position == 0 || !node.present_inputs().any(own_input) {
+            return Ok(());
+        }
+        Err(Error::unsupported(
+            node.describe(self.graph),
+            format!(
+                "it gives the cache `{}` out, and which of its inputs that continues is not known",
+                self.graph.name(output)
+            ),
+        )
+        .remedy("export the graph with an attention operator whose cache is known, or with attention not fused"))
+    }
 }
 
 /// The graph input behind casts and copies.

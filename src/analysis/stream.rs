@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use crate::base::{Error, Result};
 use crate::ir::{Body, Graph, GraphIndex, ValueId};
 
-use super::blocks;
+use super::{blocks, kinds, residual};
 
 /// Values in order from the source to the result, and which nodes lie between them.
 #[derive(Clone, Debug)]
@@ -16,38 +16,32 @@ pub struct Chain {
     pub values: Vec<ValueId>,
     /// For each node of the body: the chain position it follows, if it lies on a path from source to result.
     pub level: Vec<Option<usize>>,
+    /// For each node of the body: true when it reads the source or anything computed from it.
+    pub reached: Vec<bool>,
+    stream: HashSet<ValueId>,
+    /// True where the values are not those that every path passes, but those that sums carry on.
+    by_sums: bool,
 }
 
 impl Chain {
+    /// True for the values of the chain.
+    pub fn is_stream(&self, value: ValueId) -> bool {
+        self.stream.contains(&value)
+    }
+
     /// Nodes on a path between chain values `position` and `position + 1`, in execution order.
     pub fn segment(&self, position: usize) -> impl Iterator<Item = usize> + '_ {
         self.level.iter().enumerate().filter(move |(_, level)| **level == Some(position)).map(|(node, _)| node)
     }
 }
 
-/// The chain with the most residual blocks, over all sources.
+/// The chain with the most residual blocks that mix tokens, over all sources.
 ///
 /// Errors: `Error::Unsupported` when no source leads to a result through residual blocks.
 pub fn longest_chain(graph: &Graph, body: &Body) -> Result<Chain> {
     let index = GraphIndex::of_body(body);
     let result = result_of(graph, body, &index)?;
-    let mut best: Option<(usize, Chain)> = None;
-    for &source in &body.inputs {
-        if index.is_initializer(source) {
-            continue;
-        }
-        let Some(chain) = chain(graph, body, source, result) else { continue };
-        let blocks = blocks::residual_positions(body, &index, &chain).len();
-        let better = match &best {
-            // Of equal chains the longer one starts earlier (token ids before their embeddings).
-            Some((count, known)) => blocks > *count || (blocks == *count && chain.values.len() > known.values.len()),
-            None => true,
-        };
-        if better {
-            best = Some((blocks, chain));
-        }
-    }
-    match best {
+    match best(graph, body, &index, result, &|_| true) {
         Some((count, chain)) if count >= 2 => Ok(chain),
         Some((_, chain)) => Err(Error::unsupported(
             "the graph",
@@ -63,6 +57,38 @@ pub fn longest_chain(graph: &Graph, body: &Body) -> Result<Chain> {
             format!("no input leads to output `{}`", graph.name(result)),
         )),
     }
+}
+
+/// The chain to `result` with the most residual blocks that mix tokens, two blocks at least, of those that are `wanted`.
+pub fn longest_where(graph: &Graph, body: &Body, result: ValueId, wanted: &dyn Fn(&Chain) -> bool) -> Option<Chain> {
+    let found = best(graph, body, &GraphIndex::of_body(body), result, wanted);
+    found.filter(|(count, _)| *count >= 2).map(|(_, chain)| chain)
+}
+
+fn best(
+    graph: &Graph,
+    body: &Body,
+    index: &GraphIndex,
+    result: ValueId,
+    wanted: &dyn Fn(&Chain) -> bool,
+) -> Option<(usize, Chain)> {
+    let mut best = None;
+    for &source in &body.inputs {
+        if index.is_initializer(source) {
+            continue;
+        }
+        for chain in chains(graph, body, index, source, result).into_iter().filter(|chain| wanted(chain)) {
+            let positions = blocks::residual_positions(body, index, &chain);
+            let mixes = |position: usize| chain.segment(position).any(|node| kinds::can_mix(&body.nodes[node]));
+            let mixers = positions.iter().filter(|&&(position, _)| mixes(position)).count();
+            // Of equal chains the longer one starts earlier (token ids before their embeddings).
+            let rank = (mixers, !chain.by_sums, positions.len(), chain.values.len());
+            if best.as_ref().is_none_or(|(known, _)| rank > *known) {
+                best = Some((rank, chain));
+            }
+        }
+    }
+    best.map(|((_, _, blocks, _), chain)| (blocks, chain))
 }
 
 /// The output that the most nodes work for: logits or image features rather than a cache.
@@ -102,8 +128,28 @@ pub fn data_inputs(body: &Body, node: usize) -> Vec<ValueId> {
     inputs
 }
 
-/// Dominators of `result` seen from `source`; `None` when no data flows between them.
-fn chain(graph: &Graph, body: &Body, source: ValueId, result: ValueId) -> Option<Chain> {
+/// Chains from `source` to `result`; none when no data flows between them.
+///
+/// The dominators are one. Where the source is read from the side too, as when each layer takes a part of a projection of
+/// the embeddings or later layers read an earlier one's keys, they miss the stream; the sums that carry it on are the other.
+fn chains(graph: &Graph, body: &Body, index: &GraphIndex, source: ValueId, result: ValueId) -> Vec<Chain> {
+    let Some((dominators, reached)) = dominators(graph, body, source, result) else { return Vec::new() };
+    let mut lists = vec![dominators];
+    let sums = residual::walk(body, index, &reached, source, result);
+    if sums.len() > 1 && sums != lists[0] {
+        lists.push(sums);
+    }
+    let leads = leading(body, index, result);
+    let make = |(number, values): (usize, Vec<ValueId>)| {
+        let level = levels(graph, body, index, &values, &reached, &leads);
+        let stream = values.iter().copied().collect();
+        Chain { source, result, values, level, reached: reached.clone(), stream, by_sums: number > 0 }
+    };
+    lists.into_iter().enumerate().map(make).collect()
+}
+
+/// Values that every path from `source` to `result` passes, in order, and for each node whether `source` reaches it.
+fn dominators(graph: &Graph, body: &Body, source: ValueId, result: ValueId) -> Option<(Vec<ValueId>, Vec<bool>)> {
     // Vertices of the dominator tree: values by id, nodes behind them.
     let values = graph.values.len();
     let vertices = values + body.nodes.len();
@@ -161,10 +207,12 @@ fn chain(graph: &Graph, body: &Body, source: ValueId, result: ValueId) -> Option
     on_chain.push(vertex);
     on_chain.reverse();
     let ids = id_table(body);
-    let chain_values: Vec<ValueId> = on_chain.iter().filter_map(|&vertex| ids.get(&vertex).copied()).collect();
+    let chain = on_chain.iter().filter_map(|vertex| ids.get(vertex).copied()).collect();
+    Some((chain, reached.split_off(values)))
+}
 
-    // Nodes that lead to the result.
-    let index = GraphIndex::of_body(body);
+/// For each node: true when its content leads to `result`.
+fn leading(body: &Body, index: &GraphIndex, result: ValueId) -> Vec<bool> {
     let mut leads = vec![false; body.nodes.len()];
     let mut open = vec![result];
     while let Some(value) = open.pop() {
@@ -176,24 +224,49 @@ fn chain(graph: &Graph, body: &Body, source: ValueId, result: ValueId) -> Option
             open.extend(data_inputs(body, node));
         }
     }
-    let mut value_level: Vec<Option<usize>> = vec![None; values];
-    let mut position_of: Vec<Option<usize>> = vec![None; values];
-    for (position, id) in chain_values.iter().enumerate() {
+    leads
+}
+
+/// For each node: the chain position that it follows and whose next value it leads to.
+fn levels(
+    graph: &Graph,
+    body: &Body,
+    index: &GraphIndex,
+    chain: &[ValueId],
+    reached: &[bool],
+    leads: &[bool],
+) -> Vec<Option<usize>> {
+    let mut value_level: Vec<Option<usize>> = vec![None; graph.values.len()];
+    let mut position_of: Vec<Option<usize>> = vec![None; graph.values.len()];
+    for (position, id) in chain.iter().enumerate() {
         position_of[id.index()] = Some(position);
     }
-    value_level[source.index()] = Some(0);
-    let mut level = vec![None; body.nodes.len()];
+    if let Some(source) = chain.first() {
+        value_level[source.index()] = Some(0);
+    }
+    let mut highest = vec![None; body.nodes.len()];
     for (number, node) in body.nodes.iter().enumerate() {
-        if !reached[values + number] || !leads[number] {
+        if !reached[number] || !leads[number] {
             continue;
         }
-        let highest = data_inputs(body, number).iter().filter_map(|id| value_level[id.index()]).max();
-        level[number] = highest;
+        highest[number] = data_inputs(body, number).iter().filter_map(|id| value_level[id.index()]).max();
         for output in node.present_outputs() {
-            value_level[output.index()] = position_of[output.index()].or(highest);
+            value_level[output.index()] = position_of[output.index()].or(highest[number]);
         }
     }
-    Some(Chain { source, result, values: chain_values, level })
+    // What follows a position and passes the next value by works for later ones from the side.
+    let mut level = vec![None; body.nodes.len()];
+    for (position, &next) in chain.iter().skip(1).enumerate() {
+        let mut open = vec![next];
+        while let Some(value) = open.pop() {
+            let Some((node, _)) = index.node_of(value) else { continue };
+            if highest[node] == Some(position) && level[node].is_none() {
+                level[node] = highest[node];
+                open.extend(data_inputs(body, node));
+            }
+        }
+    }
+    level
 }
 
 /// Arena position to id, for the values of one body.

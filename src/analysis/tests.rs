@@ -175,3 +175,46 @@ fn products_in_few_bits_are_products() {
         assert_eq!(ports(&model), want, "{op_type}");
     }
 }
+
+/// Layers of one fused operator whose outputs are `(result, first cache, second cache)`.
+fn fused(domain: &str, op_type: &str, inputs: usize, past: [usize; 2]) -> Model {
+    let mut model = Model::default();
+    let graph = &mut model.graph;
+    let mut stream = value(graph, "inputs_embeds");
+    graph.body.inputs.push(stream);
+    for layer in 0..3 {
+        let caches = ["key", "value"].map(|part| value(graph, &format!("{part}_cache.{layer}")));
+        graph.body.inputs.extend(caches);
+        let [query, key, mixed] = [(); 3].map(|()| weight(graph));
+        let [query, key] = [query, key].map(|weight| node(graph, "MatMul", &[stream, weight], 1)[0]);
+        let made = node(graph, op_type, &[query], 3);
+        let attention = graph.body.nodes.last_mut().unwrap();
+        attention.domain = domain.into();
+        attention.inputs = vec![None; inputs];
+        (attention.inputs[0], attention.inputs[1], attention.inputs[2]) = (Some(query), Some(key), Some(key));
+        (attention.inputs[past[0]], attention.inputs[past[1]]) = (Some(caches[0]), Some(caches[1]));
+        graph.body.outputs.extend([made[1], made[2]]);
+        let out = node(graph, "MatMul", &[made[0], mixed], 1)[0];
+        stream = node(graph, "Add", &[stream, out], 1)[0];
+    }
+    graph.body.outputs.insert(0, stream);
+    model
+}
+
+#[test]
+fn fused_operators_with_a_cache_are_known_or_named() {
+    for (op_type, inputs, past) in [("GroupQueryAttention", 7, [3, 4]), ("PagedAttention", 10, [3, 4])] {
+        let found = analyse(&fused("com.microsoft", op_type, inputs, past)).unwrap();
+        for layer in &found.map.layers {
+            let past: Vec<&str> = layer.ports.iter().map(|port| found.model.graph.name(port.past.unwrap())).collect();
+            assert_eq!(
+                past,
+                [format!("key_cache.{}", layer.index), format!("value_cache.{}", layer.index)],
+                "{op_type}"
+            );
+            assert_eq!(layer.ports.iter().map(|port| port.role).collect::<Vec<_>>(), [PortRole::Key, PortRole::Value]);
+        }
+    }
+    let message = analyse(&fused("com.vendor", "CachedAttention", 5, [3, 4])).unwrap_err().to_string();
+    assert!(message.contains("com.vendor.CachedAttention") && message.contains("cache"), "{message}");
+}

@@ -78,6 +78,14 @@ impl Node {
         matches!(&self.kind, Kind::Scalar(Value::Bool(true)))
     }
 
+    /// A string.
+    pub fn as_str(&self) -> Option<&str> {
+        match &self.kind {
+            Kind::Scalar(value) => value.as_str(),
+            _ => None,
+        }
+    }
+
     /// True for `null`.
     pub fn is_null(&self) -> bool {
         matches!(&self.kind, Kind::Scalar(Value::Null))

@@ -26,7 +26,8 @@ pub(super) enum Rule {
     Period(&'static str, Phase),
     /// A position in the vision tower's hidden states, counted from the end if negative.
     HiddenState,
-    /// The last N layers share something with earlier ones: must be 0 when layers go.
+    /// The last N layers read what earlier ones of their kind compute: N becomes the number of those that stay, and the
+    /// earlier ones must stay.
     Sharing,
     /// Must be 0 or empty when layers go, for this reason.
     Refused(&'static str),

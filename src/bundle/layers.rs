@@ -7,6 +7,7 @@ use crate::base::{Error, Result};
 use super::config::{TEXT_SECTIONS, VISION_SECTIONS};
 use super::json::{Document, Edit, Kind, Node};
 use super::layer_keys::{OTHER_SECTIONS, Phase, ROWS, Row, Rule};
+use super::shared_layers;
 
 /// A stack of layers that can lose some.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, schemars::JsonSchema)]
@@ -221,7 +222,10 @@ impl Walk<'_> {
         match row.rule {
             Rule::Unrelated => Ok(()),
             Rule::Count => self.count(node, path),
-            Rule::PerLayer => self.per_layer(node, path),
+            Rule::PerLayer => {
+                self.last_kind(parent, row, path)?;
+                self.per_layer(node, path)
+            }
             Rule::Repeats => self.repeats(node, path),
             Rule::Indices | Rule::Taps => self.indices(node, row.rule, path),
             Rule::Prefix => {
@@ -247,17 +251,16 @@ impl Walk<'_> {
             }
             Rule::Period(list, phase) => self.period(parent, node, list, phase, path),
             Rule::HiddenState => self.hidden_state(node, path),
-            Rule::Sharing => match self.whole_number(node, path)? {
-                0 => Ok(()),
-                count => Err(self
-                    .unsupported(
-                        path,
-                        format!(
-                            "the last {count} layers use what earlier layers computed, so layers cannot be dropped"
-                        ),
-                    )
-                    .remedy("layers of this model cannot be dropped")),
-            },
+            Rule::Sharing => {
+                let count = self.whole_number(node, path)?;
+                let remaining = shared_layers::remaining(&self.edit.kept(), self.edit.total, count, &kinds_of(parent));
+                let remaining = remaining.map_err(|problem| {
+                    self.unsupported(path, problem)
+                        .remedy("keep the layers that others read, or drop their readers too")
+                })?;
+                self.replace(node, remaining.to_string());
+                Ok(())
+            }
             Rule::Refused(_) if node.as_i64() == Some(0) || node.elements().is_some_and(<[Node]>::is_empty) => Ok(()),
             Rule::Refused(why) => {
                 let name = self.edit.tower.name();
@@ -265,6 +268,22 @@ impl Walk<'_> {
                     .unsupported(path, why)
                     .remedy(format!("layers of this model's {name} tower cannot be dropped")))
             }
+        }
+    }
+
+    /// Some families take the last layer for full attention, whatever the list says.
+    fn last_kind(&self, section: &Node, row: &Row, path: &str) -> Result<()> {
+        let model_type = section.get("model_type").and_then(Node::as_str).unwrap_or_default();
+        match shared_layers::wrong_last(model_type, &self.edit.kept(), &kinds_of(section)) {
+            Some(last) if row.key == "layer_types" => Err(self
+                .unsupported(
+                    path,
+                    format!(
+                        "layer {last} would be the last, and `{model_type}` takes the last layer for full attention"
+                    ),
+                )
+                .remedy("keep a later layer of `full_attention`")),
+            _ => Ok(()),
         }
     }
 
@@ -441,6 +460,12 @@ impl Walk<'_> {
         let problem = format!("has {length} entries, expected one for each of the {} layers", self.edit.total);
         Err(self.error(path, problem).remedy("config and graph must be of the same model"))
     }
+}
+
+/// `layer_types` of a section, empty where it has none.
+fn kinds_of(section: &Node) -> Vec<&str> {
+    let kinds = section.get("layer_types").and_then(Node::elements).unwrap_or_default();
+    kinds.iter().map(|kind| kind.as_str().unwrap_or_default()).collect()
 }
 
 fn ends_with_path(path: &str, tail: &str) -> bool {

@@ -19,6 +19,10 @@ fn each_rule_follows_its_layers() {
             r#"{"model": {"decoder": {"num_hidden_layers": 4, "sliding_window": {"window_size": 128, "layers": [0, 2, 3]}}}}"#,
         ),
         (r#"{"num_layers": 6, "max_window_layers": 3}"#, r#"{"num_layers": 4, "max_window_layers": 2}"#),
+        (
+            r#"{"num_layers": 6, "num_kv_shared_layers": 3, "layer_types": ["b", "a", "a", "a", "a", "b"]}"#,
+            r#"{"num_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["b", "a", "a", "b"]}"#,
+        ),
         (r#"{"num_layers": 6, "max_window_layers": 28}"#, r#"{"num_layers": 4, "max_window_layers": 28}"#),
         (
             r#"{"num_layers": 6, "mlp_only_layers": [], "layer_types": null}"#,
@@ -95,9 +99,10 @@ fn what_cannot_follow_is_refused_by_name() {
             "`layer_magic` in `config.json`: has one entry for each",
         ),
         (r#"{"num_hidden_layers": 6, "sliding_window_pattern": 3}"#, "layer 2 would become layer 1"),
+        (r#"{"num_hidden_layers": 6, "num_kv_shared_layers": 4}"#, "layer 2 reads the keys and values of layer 1"),
         (
-            r#"{"num_hidden_layers": 6, "num_kv_shared_layers": 2}"#,
-            "the last 2 layers use what earlier layers computed",
+            r#"{"model_type": "gemma4_text", "num_layers": 6, "layer_types": ["s", "s", "s", "s", "full_attention", "s"]}"#,
+            "layer 5 would be the last, and `gemma4_text` takes the last layer for full attention",
         ),
         (r#"{"num_hidden_layers": 6, "full_attn_idxs": [7]}"#, "names layer 7, but there are 6"),
         (r#"{"num_hidden_layers": 6.5}"#, "is 6.5, expected a whole number"),

@@ -11,6 +11,7 @@ mod layers;
 mod layout;
 mod listing;
 mod record;
+mod shared_layers;
 mod write;
 
 pub use assets::{AssetKind, RECORD_FILE};

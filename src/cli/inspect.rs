@@ -7,7 +7,7 @@ use owo_colors::OwoColorize;
 
 use crate::base::{human_bytes, human_count};
 use crate::bundle::Bundle;
-use crate::pipeline::steps::{self, LayerInfo};
+use crate::pipeline::steps::{self, LayerInfo, TapInfo};
 
 use super::output::table;
 use super::{Context, Outcome};
@@ -60,13 +60,16 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         let inputs = if glue.inputs.is_empty() { String::new() } else { format!(" from {}", glue.inputs.join(", ")) };
         output.line(format!("  {place}: {}{inputs}", glue.operators.join(", ")))?;
     }
+    for line in tap_lines(&found.taps, found.num_layers) {
+        output.line(line)?;
+    }
     if let Some(vision) = &found.vision {
         output.line("")?;
         match &vision.problem {
             None => {
                 output.line(format!("vision encoder: {} layers", vision.num_layers).bold())?;
                 output.line(layer_table(&vision.layers))?;
-                for line in details(&vision.layers) {
+                for line in details(&vision.layers).into_iter().chain(tap_lines(&vision.taps, vision.num_layers)) {
                     output.line(line)?;
                 }
             }
@@ -126,6 +129,25 @@ fn details(layers: &[LayerInfo]) -> Vec<String> {
         format!("  {} {verb} from outside: {}{more}", ranges(&indices), names.join(", "))
     });
     ports.chain(shared).collect()
+}
+
+/// Where each tap reads the stream.
+fn tap_lines(taps: &[TapInfo], layers: usize) -> Vec<String> {
+    let line = |tap: &TapInfo| {
+        let mut places: Vec<String> = Vec::new();
+        let before: Vec<usize> = tap.before.iter().copied().filter(|&layer| layer < layers).collect();
+        if !before.is_empty() {
+            places.push(format!("the stream before {}", ranges(&before)));
+        }
+        if tap.before.contains(&layers) {
+            places.push("the stream behind the last layer".into());
+        }
+        if !tap.inside.is_empty() {
+            places.push(format!("the inside of {}", ranges(&tap.inside)));
+        }
+        format!("  output {} taps {}", tap.output, places.join(" and "))
+    };
+    taps.iter().map(line).collect()
 }
 
 /// A port's name with the layer's number as `N`, where the name has that number alone between other characters.

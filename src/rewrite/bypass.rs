@@ -30,7 +30,7 @@ pub struct Bypass {
     pub model: Model,
     /// True when the model has the inputs and outputs by which a run can begin at a later layer: with the stream before
     /// layer `i` given and the layers before `i` left out, it goes on as if they had run. A change to the stream between
-    /// layers (features added from outside) rules that out.
+    /// layers (features added from outside) rules that out, and so does a layer that reads what an earlier one computed.
     pub restarts: bool,
 }
 
@@ -155,6 +155,9 @@ fn defined(body: &Body, own: &mut HashSet<ValueId>) {
 /// Lets the stream before the first layer come from an input. False, and nothing changed, where a run cannot begin later.
 fn restart(build: &mut Builder, map: &LayerMap) -> bool {
     let Some(first) = map.layers.first() else { return false };
+    if map.layers.iter().any(|layer| !layer.beside.is_empty()) {
+        return false;
+    }
     let types: Vec<Option<&ValueType>> =
         map.layers.iter().map(|layer| build.model.graph.value(layer.input).ty.as_ref()).collect();
     let dtype = types[0].and_then(ValueType::dtype);

@@ -6,6 +6,7 @@ use crate::analysis::{Branch, LayerMap, Merged};
 use crate::base::{Error, Result};
 use crate::ir::{AttributeKind, Body, Model, ValueId};
 
+use super::hidden_states::Series;
 use super::{drop_layers::cut, renumber, tidy};
 
 /// The merged model without the given layers, before it is finished.
@@ -19,7 +20,8 @@ pub fn drop_in_branches(merged: &Merged, dropped: &[usize], kept: &[usize]) -> R
     let mut gone_inputs: HashSet<ValueId> = HashSet::new();
     let mut ports: Option<LayerMap> = None;
     for branch in &merged.branches {
-        let part = cut(&branch.model, &branch.map, dropped, kept)?;
+        let gone = gone_outputs(merged, branch, dropped);
+        let part = cut(&branch.model, &branch.map, dropped, kept, &gone)?;
         let left: HashSet<ValueId> = part.graph.body.outputs.iter().copied().collect();
         let mine: Vec<bool> = branch.model.graph.body.outputs.iter().map(|id| left.contains(id)).collect();
         if *stays.get_or_insert_with(|| mine.clone()) != mine {
@@ -47,8 +49,23 @@ pub fn drop_in_branches(merged: &Merged, dropped: &[usize], kept: &[usize]) -> R
     body.outputs.retain(|id| !gone_outputs.contains(id));
     body.inputs.retain(|id| !gone_inputs.contains(id));
     tidy::remove_dead_code(body);
+    tidy::remove_unread_inputs(&merged.original.graph.body, body);
     renumber::rename_ports(&mut model.graph, &ports, kept)?;
+    if let Some(series) = Series::of(&merged.original.graph, &ports) {
+        series.renumber(&mut model.graph, kept);
+    }
     Ok(model)
+}
+
+/// Outputs of a branch that are hidden states of dropped layers by the names that the whole model gives them.
+fn gone_outputs(merged: &Merged, branch: &Branch, dropped: &[usize]) -> Vec<ValueId> {
+    let mut outer = None;
+    let outputs = &merged.original.graph.body.nodes[merged.node].outputs;
+    merge_ports(&mut outer, branch, outputs);
+    let series = outer.and_then(|map| Series::of(&merged.original.graph, &map));
+    let gone = series.map(|series| series.outputs_of(dropped)).unwrap_or_default();
+    let pairs = branch.model.graph.body.outputs.iter().zip(outputs);
+    pairs.filter(|(_, outer)| outer.is_some_and(|outer| gone.contains(&outer))).map(|(inner, _)| *inner).collect()
 }
 
 fn model_subject(merged: &Merged) -> String {
@@ -69,6 +86,10 @@ fn merge_ports(ports: &mut Option<LayerMap>, branch: &Branch, outputs: &[Option<
     let mut mine = branch.map.clone();
     for port in mine.layers.iter_mut().flat_map(|layer| &mut layer.ports) {
         port.present = port.present.and_then(|id| outer.get(&id).copied());
+    }
+    mine.result = outer.get(&mine.result).copied().unwrap_or(mine.result);
+    for tap in &mut mine.taps {
+        tap.output = outer.get(&tap.output).copied().unwrap_or(tap.output);
     }
     let Some(known) = ports else {
         *ports = Some(mine);

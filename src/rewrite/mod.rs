@@ -8,6 +8,7 @@ mod drop_layers;
 mod fuse;
 mod fuse_attention;
 mod fuse_kernels;
+mod hidden_states;
 mod merged;
 mod renumber;
 mod tap;

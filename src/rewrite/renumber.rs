@@ -80,7 +80,7 @@ fn varying_number(names: &[&str]) -> Option<Vec<(usize, String, String)>> {
     None
 }
 
-fn digit_runs(name: &str) -> Vec<(usize, usize)> {
+pub fn digit_runs(name: &str) -> Vec<(usize, usize)> {
     let bytes = name.as_bytes();
     let mut runs = Vec::new();
     let mut start = None;

@@ -193,3 +193,69 @@ fn sixteen_bit_floats_become_f32() {
     assert_eq!(bytes(&wide), bytes(&model));
     assert!(widened(&zoo("llama/ts17-noname.onnx")).is_none());
 }
+
+/// The only output of an encoder is the last fused norm's, and keys for a decoder are computed from it.
+#[test]
+fn the_last_layer_goes_and_the_output_behind_it_stays() {
+    let mut model = biased_skip_norms();
+    let graph = &mut model.graph;
+    let states = graph.body.outputs[0];
+    graph.values[states.index()].name = "hidden_states".into();
+    for layer in 0..2 {
+        let weight = graph.add_value(Value { name: format!("cross.{layer}"), ..Value::default() });
+        graph.body.initializers.push((weight, Tensor::from_f32(&[10, 10], &[0.5; 100])));
+        let keys = graph.add_value(Value { name: format!("present_key_cross_{layer}"), ..Value::default() });
+        graph.body.nodes.push(Node {
+            op_type: "MatMul".into(),
+            inputs: vec![Some(states), Some(weight)],
+            outputs: vec![Some(keys)],
+            ..Node::default()
+        });
+        graph.body.outputs.push(keys);
+    }
+    let names = |model: &Model| -> Vec<String> {
+        model.graph.body.outputs.iter().map(|id| model.graph.name(*id).to_string()).collect()
+    };
+    let analysis = analyse(&model).unwrap();
+    assert!(analysis.map.layers.iter().all(|layer| layer.ports.is_empty()));
+    for drop in [vec![0], vec![3], vec![2, 3]] {
+        let pruned = drop_layers(&analysis, &drop).unwrap();
+        assert_eq!(names(&pruned), names(&model), "{drop:?}");
+        assert_eq!(analyse(&pruned).unwrap().map.layers.len(), 4 - drop.len(), "{drop:?}");
+    }
+}
+
+/// A norm of its own behind one layer could be that layer's, the next one's or neither's.
+#[test]
+fn weights_between_layers_that_are_not_behind_every_one_are_refused() {
+    let mut model = biased_skip_norms();
+    let graph = &mut model.graph;
+    // Behind layer 1, whose last sum and the norm of the next layer are one node.
+    let fused: Vec<usize> =
+        (0..graph.body.nodes.len()).filter(|&number| graph.body.nodes[number].op_type.starts_with("Skip")).collect();
+    let sum = graph.body.nodes[fused[3]].outputs[3].unwrap();
+    let scale = graph.body.initializers[0].0;
+    let normed = graph.add_value(Value { name: "normed stream".into(), ..Value::default() });
+    for node in &mut graph.body.nodes[fused[3] + 1..] {
+        node.inputs.iter_mut().flatten().filter(|id| **id == sum).for_each(|id| *id = normed);
+    }
+    let next = graph.body.nodes[fused[3]].outputs[0].unwrap();
+    graph.body.nodes[fused[3]].outputs[0] = Some(graph.add_value(Value { name: "unread".into(), ..Value::default() }));
+    let norm = |input, output| Node {
+        op_type: "LayerNormalization".into(),
+        inputs: vec![Some(input), Some(scale)],
+        outputs: vec![Some(output)],
+        ..Node::default()
+    };
+    graph.body.nodes.insert(fused[3] + 1, norm(sum, normed));
+    graph.body.nodes.insert(fused[3] + 2, norm(normed, next));
+    let analysis = analyse(&model).unwrap();
+    assert_eq!(analysis.map.layers.len(), 4);
+    for layer in [1, 2] {
+        let message = drop_layers(&analysis, &[layer]).unwrap_err().to_string();
+        assert!(message.contains(&format!("layer {layer}:")) && message.contains("LayerNormalization"), "{message}");
+    }
+    for layer in [0, 3] {
+        drop_layers(&analysis, &[layer]).unwrap();
+    }
+}

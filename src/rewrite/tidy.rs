@@ -62,6 +62,13 @@ pub fn remove_dead_code(body: &mut Body) {
     body.initializers.retain(|(id, _)| needed.contains(id) || body.inputs.contains(id));
 }
 
+/// Removes inputs that nodes read before and that nothing reads now.
+pub fn remove_unread_inputs(before: &Body, body: &mut Body) {
+    let (known, index) = (GraphIndex::of_body(before), GraphIndex::of_body(body));
+    let outputs = &body.outputs;
+    body.inputs.retain(|id| known.uses(*id).is_empty() || !index.uses(*id).is_empty() || outputs.contains(id));
+}
+
 /// For each node: whether an output needs its content, and not just the shape of what it makes.
 pub fn content_needed(body: &Body) -> Vec<bool> {
     let index = GraphIndex::of_body(body);

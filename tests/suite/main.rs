@@ -17,6 +17,7 @@ mod pictures;
 mod refusals;
 mod run;
 mod schemas;
+mod streams;
 mod text;
 mod training;
 mod verify;

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::analysis::{self, Analysis};
 use crate::base::{Error, Provenance, Result};
-use crate::bundle::{Bundle, Component, Record, Role, Tower};
+use crate::bundle::{Bundle, Component, Record, Role, Step, Tower};
 use crate::ir::{Graph, Model, ValueId};
 use crate::onnx;
 use crate::runtime::missing_deepstack;
@@ -31,6 +31,9 @@ pub struct Inspection {
     pub layers: Vec<LayerInfo>,
     /// What is done to the residual stream between decoder layers.
     pub between_layers: Vec<BetweenLayers>,
+    /// Outputs beside the result that read the stream and are no cache.
+    #[serde(default)]
+    pub taps: Vec<TapInfo>,
     /// Layers of the vision tower; absent without one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vision: Option<VisionInfo>,
@@ -110,12 +113,26 @@ pub struct BetweenLayers {
     pub inputs: Vec<String>,
 }
 
+/// An output computed from the residual stream that is no cache: a hidden state, features of some layers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TapInfo {
+    pub output: String,
+    /// Layers before which it reads the stream; the number of layers is behind the last one.
+    pub before: Vec<usize>,
+    /// Layers whose inside it reads.
+    pub inside: Vec<usize>,
+}
+
 /// Layers of the vision tower.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VisionInfo {
     pub num_layers: usize,
     pub layers: Vec<LayerInfo>,
+    /// Outputs of the tower that read the stream at some of its layers.
+    #[serde(default)]
+    pub taps: Vec<TapInfo>,
     /// Why no layers were found.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
@@ -173,19 +190,20 @@ pub fn inspect(bundle: &Bundle) -> Result<Inspection> {
             check_count(bundle, component, analysis.map.layers.len())?;
             warnings.extend(missing_deepstack(bundle, &model.graph));
             let layers = layers(&analysis, &Record::original_layers(&history, Tower::Text, analysis.map.layers.len())?);
-            found = Some((layers, between(&analysis)));
+            found = Some((layers, between(&analysis), taps(&analysis)));
+            if let Some(analysis) = analysis.into_vision() {
+                vision = Some(vision_info(&analysis, &history)?);
+            }
         } else if component.role == Role::VisionEncoder && vision.is_none() {
             vision = Some(match analysis::analyse(&model) {
-                Ok(analysis) => {
-                    let count = analysis.map.layers.len();
-                    let originals = Record::original_layers(&history, Tower::Vision, count)?;
-                    VisionInfo { num_layers: count, layers: layers(&analysis, &originals), problem: None }
+                Ok(analysis) => vision_info(&analysis, &history)?,
+                Err(error) => {
+                    VisionInfo { num_layers: 0, layers: Vec::new(), taps: Vec::new(), problem: Some(error.to_string()) }
                 }
-                Err(error) => VisionInfo { num_layers: 0, layers: Vec::new(), problem: Some(error.to_string()) },
             });
         }
     }
-    let (layers, between_layers) = found.unwrap_or_default();
+    let (layers, between_layers, taps) = found.unwrap_or_default();
     let inputs = BTreeMap::from([("model".to_string(), bundle.digest()?)]);
     Ok(Inspection {
         provenance: Provenance::new(LAYERS_SCHEMA_VERSION, inputs, &BTreeMap::<String, String>::new())?,
@@ -195,6 +213,7 @@ pub fn inspect(bundle: &Bundle) -> Result<Inspection> {
         num_layers: layers.len(),
         layers,
         between_layers,
+        taps,
         vision,
         warnings,
     })
@@ -253,6 +272,27 @@ fn between(analysis: &Analysis) -> Vec<BetweenLayers> {
         inputs: names(graph, &glue.inputs),
     });
     rows.collect()
+}
+
+fn vision_info(analysis: &Analysis, history: &[Step]) -> Result<VisionInfo> {
+    let count = analysis.map.layers.len();
+    let originals = Record::original_layers(history, Tower::Vision, count)?;
+    Ok(VisionInfo { num_layers: count, layers: layers(analysis, &originals), taps: taps(analysis), problem: None })
+}
+
+fn taps(analysis: &Analysis) -> Vec<TapInfo> {
+    let graph = &analysis.model.graph;
+    // Branches of an `If` name their outputs for themselves; the model's own names are those of the `If`.
+    let outer = |id: ValueId| {
+        let merged = analysis.merged.as_ref()?;
+        let position = graph.body.outputs.iter().position(|output| *output == id)?;
+        let outer = merged.original.graph.body.nodes[merged.node].outputs.get(position).copied().flatten()?;
+        Some(merged.original.graph.name(outer).to_string())
+    };
+    let name = |id: ValueId| outer(id).unwrap_or_else(|| graph.name(id).to_string());
+    let taps = analysis.map.taps.iter();
+    taps.map(|tap| TapInfo { output: name(tap.output), before: tap.places.clone(), inside: tap.inside.clone() })
+        .collect()
 }
 
 fn names(graph: &Graph, ids: &[ValueId]) -> Vec<String> {

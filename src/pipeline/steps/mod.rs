@@ -11,7 +11,7 @@ mod prune;
 pub use budget::{LayerCost, ModelCosts, Remaining, Target};
 pub use eval::{Engine, EvalSettings, TextSettings, eval, eval_text, retention, write_predictions};
 pub use finetune::{FINETUNE_REPORT, Finetune, default_work_folder, finetune};
-pub use inspect::{Inspection, LayerInfo, VisionInfo, decoder, decoder_analysis, inspect};
+pub use inspect::{Inspection, LayerInfo, TapInfo, VisionInfo, decoder, decoder_analysis, inspect};
 pub use needs::{NEEDS, Need, Work, check as check_needs};
 pub use plan::{HowMany, Losses, PlanSettings, PlannedModel, plan};
 pub use prune::{Drop, Pruned, PrunedComponent, prune};

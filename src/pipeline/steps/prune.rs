@@ -77,7 +77,7 @@ pub fn prune(bundle: &Bundle, drop: &Drop, deepstack: Deepstack, target: &Path) 
     };
     let loaded = components(bundle, tower)?
         .into_iter()
-        .map(|component| Ok((component, analysis::analyse(&onnx::load(&bundle.path_of(component))?)?)))
+        .map(|component| Ok((component, analysis_of(bundle, component, tower)?)))
         .collect::<Result<Vec<_>>>()?;
     let total = loaded.first().map_or(0, |(_, analysis)| analysis.map.layers.len());
     if let Some((other, analysis)) = loaded.iter().find(|(_, analysis)| analysis.map.layers.len() != total) {
@@ -176,13 +176,34 @@ fn write(
     Ok(written)
 }
 
-/// Every component that holds the tower's layers, all variants.
+/// The layers of a tower in a component. A graph can hold the language model and the vision tower.
+///
+/// Errors: as [`analysis::analyse`]; `Error::Invalid` when a decoder's graph has no vision tower in it.
+fn analysis_of(bundle: &Bundle, component: &Component, tower: Tower) -> Result<Analysis> {
+    let analysis = analysis::analyse(&onnx::load(&bundle.path_of(component))?)?;
+    if tower == Tower::Text || component.role == Role::VisionEncoder {
+        return Ok(analysis);
+    }
+    let source = analysis.model.graph.name(analysis.map.source).to_string();
+    analysis.into_vision().ok_or_else(|| {
+        let problem =
+            format!("has one tower, which begins at `{source}`, and the model has no vision encoder beside it");
+        Error::invalid(format!("`{}`", bundle.path_of(component).display()), problem)
+            .remedy("leave `--component` out to drop layers of the decoder")
+    })
+}
+
+/// Every component that holds the tower's layers, all variants: of a model without a vision encoder of its own, the decoders.
 fn components(bundle: &Bundle, tower: Tower) -> Result<Vec<&Component>> {
-    let holds = |role: Role| match tower {
-        Tower::Text => role.is_decoder(),
-        Tower::Vision => role == Role::VisionEncoder,
+    let all = bundle.components();
+    let of_role = |holds: &dyn Fn(Role) -> bool| all.iter().filter(|part| holds(part.role)).collect::<Vec<_>>();
+    let mut found = match tower {
+        Tower::Text => of_role(&Role::is_decoder),
+        Tower::Vision => of_role(&|role| role == Role::VisionEncoder),
     };
-    let found: Vec<&Component> = bundle.components().iter().filter(|component| holds(component.role)).collect();
+    if found.is_empty() && tower == Tower::Vision {
+        found = of_role(&Role::is_decoder);
+    }
     if found.is_empty() {
         bundle.require(if tower == Tower::Text { Role::Decoder } else { Role::VisionEncoder })?;
     }

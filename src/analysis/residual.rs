@@ -1,0 +1,174 @@
+//! Sums that carry a stream on: `x + f(x)`.
+
+use std::collections::{BTreeSet, HashSet};
+
+use crate::ir::{Body, GraphIndex, ValueId};
+
+use super::kinds::from_weights;
+use super::stream::data_inputs;
+
+/// Operators that hand a tensor on without computing with it.
+const HAND_ON: &[&str] = &["Cast", "Identity", "Dropout", "Reshape", "Squeeze", "Unsqueeze"];
+/// Sums under sums, and copies of copies, that are looked through.
+const DEPTH: usize = 8;
+/// More addends than these are no `x + f(x)`.
+const ADDENDS: usize = 16;
+
+/// What a node adds up.
+pub fn addends(body: &Body, node: usize) -> Option<Vec<ValueId>> {
+    let node = &body.nodes[node];
+    match (node.domain.as_str(), node.op_type.as_str()) {
+        ("", "Add" | "Sum") => Some(node.present_inputs().collect()),
+        // alpha * A * B + beta * C: the stream can come in as C.
+        ("", "Gemm") | ("com.microsoft", "FusedGemm") => Some(node.present_inputs().collect()),
+        _ => None,
+    }
+}
+
+/// The tensor that a node hands on unchanged, or scaled by weights alone.
+pub fn handed_on(body: &Body, index: &GraphIndex, node: usize) -> Option<ValueId> {
+    let inner = &body.nodes[node];
+    if !inner.domain.is_empty() {
+        return None;
+    }
+    let input = |number: usize| inner.inputs.get(number).copied().flatten();
+    match inner.op_type.as_str() {
+        name if HAND_ON.contains(&name) => input(0),
+        "Mul" | "Div" => {
+            let (left, right) = (input(0)?, input(1)?);
+            if from_weights(body, index, right) {
+                Some(left)
+            } else if inner.op_type == "Mul" && from_weights(body, index, left) {
+                Some(right)
+            } else {
+                None
+            }
+        }
+        _ => None,
+    }
+}
+
+/// From the result back to the source: over each sum to the addend that another one is computed from, and over what lies
+/// between sums to the nearest value that all of it comes from.
+///
+/// Source first; empty when the source is not met, or comes in through the `f` of `x + f(x)` and so is not the stream's.
+pub fn walk(body: &Body, index: &GraphIndex, reached: &[bool], source: ValueId, result: ValueId) -> Vec<ValueId> {
+    let mut values = vec![result];
+    let mut at = result;
+    while at != source {
+        if enters_by_branch(body, index, reached, source, at) {
+            return Vec::new();
+        }
+        let before = block_input(body, index, reached, source, at);
+        let Some(next) = before.or_else(|| gathered(body, index, reached, source, at)) else { return Vec::new() };
+        values.push(next);
+        at = next;
+    }
+    values.reverse();
+    values
+}
+
+fn depends_on_source(index: &GraphIndex, reached: &[bool], source: ValueId, value: ValueId) -> bool {
+    value == source || index.node_of(value).is_some_and(|(node, _)| reached[node])
+}
+
+/// True for `x + f(x)` whose `x` does not come from the source.
+fn enters_by_branch(body: &Body, index: &GraphIndex, reached: &[bool], source: ValueId, value: ValueId) -> bool {
+    let Some(operands) = index.node_of(value).and_then(|(node, _)| addends(body, node)) else { return false };
+    let (flowing, other): (Vec<ValueId>, Vec<ValueId>) =
+        operands.into_iter().take(ADDENDS).partition(|&id| depends_on_source(index, reached, source, id));
+    let other: HashSet<ValueId> = other.into_iter().filter(|&id| !from_weights(body, index, id)).collect();
+    !other.is_empty() && flowing.iter().any(|&id| !computed_from(body, index, id, &other).is_empty())
+}
+
+/// The `x` of `value = x + f(x)`.
+fn block_input(body: &Body, index: &GraphIndex, reached: &[bool], source: ValueId, value: ValueId) -> Option<ValueId> {
+    let (node, _) = index.node_of(value)?;
+    let flows = |id: &ValueId| depends_on_source(index, reached, source, *id);
+    let mut operands: Vec<ValueId> = addends(body, node)?.into_iter().filter(flows).collect();
+    for _ in 0..DEPTH {
+        if operands.len() < 2 || operands.len() > ADDENDS {
+            return None;
+        }
+        // Each addend, and what it is a copy or a multiple of.
+        let copies: Vec<Vec<ValueId>> = operands
+            .iter()
+            .map(|&operand| {
+                let inner =
+                    |id: &ValueId| index.node_of(*id).and_then(|(node, _)| handed_on(body, index, node)).filter(flows);
+                std::iter::successors(Some(operand), inner).take(DEPTH).collect()
+            })
+            .collect();
+        let known: HashSet<ValueId> = copies.iter().flatten().copied().collect();
+        let met: Vec<HashSet<ValueId>> =
+            operands.iter().map(|&operand| computed_from(body, index, operand, &known)).collect();
+        for (number, own) in copies.iter().enumerate() {
+            // An addend that is not computed from the stream comes from the side, so the sum is not the block's.
+            let others = || met.iter().enumerate().filter(|(other, _)| *other != number);
+            if let Some(&carried) = own.iter().find(|id| others().all(|(_, met)| met.contains(id))) {
+                return Some(carried);
+            }
+        }
+        // Sums of sums: `(x + f(x)) + g(x)`.
+        let mut wider: Vec<ValueId> = Vec::new();
+        for &operand in &operands {
+            let inner = index.node_of(operand).and_then(|(node, _)| addends(body, node));
+            for id in inner.map_or(vec![operand], |inner| inner.into_iter().filter(flows).collect()) {
+                if !wider.contains(&id) {
+                    wider.push(id);
+                }
+            }
+        }
+        if wider == operands {
+            return None;
+        }
+        operands = wider;
+    }
+    None
+}
+
+/// Those of `known` that `value` is or is computed from.
+fn computed_from(body: &Body, index: &GraphIndex, value: ValueId, known: &HashSet<ValueId>) -> HashSet<ValueId> {
+    let place = |id: &ValueId| index.node_of(*id).map_or(0, |(node, _)| node + 1);
+    // Nodes are in execution order: nothing before the first of them is computed from any.
+    let first = known.iter().map(place).min().unwrap_or(0);
+    let mut open = vec![value];
+    let mut seen = HashSet::new();
+    let mut met = HashSet::new();
+    while let Some(value) = open.pop() {
+        if known.contains(&value) {
+            met.insert(value);
+        }
+        if let Some((node, _)) = index.node_of(value)
+            && node + 1 > first
+            && !body.nodes[node].reads_shape_only()
+            && seen.insert(node)
+        {
+            open.extend(data_inputs(body, node));
+        }
+    }
+    met
+}
+
+/// The nearest value before `value` that all of it comes from, as far as it comes from the source, or else the nearest sum of
+/// a stream: what comes in there besides comes from the side.
+fn gathered(body: &Body, index: &GraphIndex, reached: &[bool], source: ValueId, value: ValueId) -> Option<ValueId> {
+    // Values by the node that makes them; the source is made by none.
+    let place = |id: ValueId| (index.node_of(id).map_or(0, |(node, _)| node + 1), id.index(), id);
+    let mut open = BTreeSet::from([place(value)]);
+    let mut first = true;
+    while first || open.len() > 1 {
+        first = false;
+        let (_, _, latest) = open.pop_last()?;
+        let (node, _) = index.node_of(latest)?;
+        if latest != value && block_input(body, index, reached, source, latest).is_some() {
+            return Some(latest);
+        }
+        if body.nodes[node].reads_shape_only() {
+            continue;
+        }
+        let inputs = data_inputs(body, node).into_iter();
+        open.extend(inputs.filter(|&id| depends_on_source(index, reached, source, id)).map(place));
+    }
+    open.first().map(|&(_, _, id)| id)
+}
