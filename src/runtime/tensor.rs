@@ -32,7 +32,7 @@ macro_rules! elements {
 }
 
 elements! {
-    f32 => Float, f64 => Double, f16 => Float16, bf16 => Bfloat16, i64 => Int64, i32 => Int32, i8 => Int8, u8 => Uint8, bool => Bool,
+    f32 => Float, f64 => Double, f16 => Float16, bf16 => Bfloat16, i64 => Int64, i32 => Int32, i16 => Int16, i8 => Int8, u8 => Uint8, bool => Bool,
 }
 
 const ELEMENT_TYPES: &[(DataType, TensorElementType)] = &[
@@ -137,6 +137,7 @@ impl Tensor {
             DataType::Bfloat16 => self.data::<bf16>()?.iter().flat_map(|x| x.to_le_bytes()).collect(),
             DataType::Int64 => self.data::<i64>()?.iter().flat_map(|x| x.to_le_bytes()).collect(),
             DataType::Int32 => self.data::<i32>()?.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            DataType::Int16 => self.data::<i16>()?.iter().flat_map(|x| x.to_le_bytes()).collect(),
             DataType::Int8 => self.data::<i8>()?.iter().flat_map(|x| x.to_le_bytes()).collect(),
             DataType::Uint8 => self.data::<u8>()?.to_vec(),
             DataType::Bool => self.data::<bool>()?.iter().map(|&x| u8::from(x)).collect(),
@@ -166,6 +167,7 @@ impl Tensor {
             DataType::Bfloat16 => copy!(bf16),
             DataType::Int64 => copy!(i64),
             DataType::Int32 => copy!(i32),
+            DataType::Int16 => copy!(i16),
             DataType::Int8 => copy!(i8),
             DataType::Uint8 => copy!(u8),
             DataType::Bool => Tensor::new(&shape, bytes.iter().map(|&byte| byte != 0).collect()),

@@ -2,12 +2,12 @@
 
 use std::collections::HashMap;
 
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::base::{Error, Result};
 
 use super::compile::{Slot, Step};
-use super::kernel::{Args, OpError, OpResult};
+use super::kernel::{Args, OpError, OpResult, axis_of};
 
 /// Brings a step's tensor to the device; the place where copies of constants are remembered.
 pub(super) type Mover<'a> = dyn FnMut(Slot, &Tensor) -> OpResult<Tensor> + 'a;
@@ -53,11 +53,24 @@ impl Step {
     }
 }
 
+/// Type and shape that a sub-graph says of an output.
+pub(super) struct Declared {
+    pub kind: Kind,
+    pub shape: Vec<i64>,
+}
+
+/// Where values enter and leave a sub-graph.
+pub(super) struct Ports {
+    pub inputs: Vec<Slot>,
+    pub outputs: Vec<Slot>,
+    /// One entry per output.
+    pub declared: Vec<Option<Declared>>,
+}
+
 /// A compiled sub-graph.
 pub struct Block {
     steps: Vec<Step>,
-    inputs: Vec<Slot>,
-    outputs: Vec<Slot>,
+    ports: Ports,
     constants: Vec<(Slot, Tensor)>,
     captures: Vec<(Slot, usize)>,
     /// After each step, what nobody reads any more.
@@ -68,8 +81,7 @@ pub struct Block {
 impl Block {
     pub(super) fn new(
         steps: Vec<Step>,
-        inputs: Vec<Slot>,
-        outputs: Vec<Slot>,
+        ports: Ports,
         constants: Vec<(Slot, Tensor)>,
         captures: Vec<(Slot, usize)>,
         device: Device,
@@ -82,26 +94,57 @@ impl Block {
         }
         let mut frees = vec![Vec::new(); steps.len()];
         for (slot, number) in last {
-            if !outputs.contains(&slot) {
+            if !ports.outputs.contains(&slot) {
                 frees[number].push(slot);
             }
         }
-        Block { steps, inputs, outputs, constants, captures, frees, device }
+        Block { steps, ports, constants, captures, frees, device }
     }
 
     /// Number of inputs of the body.
     pub fn input_count(&self) -> usize {
-        self.inputs.len()
+        self.ports.inputs.len()
     }
 
     /// Number of outputs of the body.
     pub fn output_count(&self) -> usize {
-        self.outputs.len()
+        self.ports.outputs.len()
+    }
+
+    /// A tensor without elements for output `index`, over whose steps `axis` runs, of a body that runs no time.
+    ///
+    /// Type and shape are those that the sub-graph says, as ONNX Runtime has it. Where it does not say them the body runs
+    /// once on `inputs`.
+    pub fn nothing(
+        &self,
+        args: &Args,
+        index: usize,
+        axis: i64,
+        inputs: impl FnOnce() -> OpResult<Vec<Tensor>>,
+    ) -> OpResult<Tensor> {
+        let (kind, mut shape) = match self.ports.declared.get(index) {
+            Some(Some(declared)) => (declared.kind, declared.shape.clone()),
+            _ => {
+                let untold = |e: OpError| {
+                    OpError::new(format!(
+                        "the body runs no time and does not say the type of its output {index}: {}",
+                        e.0
+                    ))
+                };
+                let outputs = inputs().and_then(|inputs| self.run(args, inputs)).map_err(untold)?;
+                let output =
+                    outputs.get(index).ok_or_else(|| OpError::new(format!("the body has no output {index}")))?;
+                (output.f_kind()?, output.size())
+            }
+        };
+        let axis = axis_of(axis, shape.len() + 1)?;
+        shape.insert(axis as usize, 0);
+        Ok(Tensor::f_zeros(&shape, (kind, Device::Cpu))?)
     }
 
     /// Runs the body: `inputs` are its own, `args` those of the node that carries it.
     pub fn run(&self, args: &Args, inputs: Vec<Tensor>) -> OpResult<Vec<Tensor>> {
-        let mut values: HashMap<Slot, Tensor> = self.inputs.iter().copied().zip(inputs).collect();
+        let mut values: HashMap<Slot, Tensor> = self.ports.inputs.iter().copied().zip(inputs).collect();
         values.extend(self.constants.iter().map(|(slot, tensor)| (*slot, tensor.shallow_clone())));
         for &(slot, position) in &self.captures {
             values.insert(slot, args.get(position)?.shallow_clone());
@@ -122,7 +165,8 @@ impl Block {
                 values.remove(slot);
             }
         }
-        self.outputs
+        self.ports
+            .outputs
             .iter()
             .map(|slot| {
                 values

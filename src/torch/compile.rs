@@ -5,11 +5,13 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use tch::{Device, Kind};
 
 use crate::base::{Error, Result};
-use crate::ir::{Attribute, AttributeKind, Body, Function, Graph, Model, Node, ValueId};
+use crate::ir::{
+    Attribute, AttributeKind, Body, DataType, Dim, Function, Graph, Model, Node, Tensor, ValueId, ValueType,
+};
 
 use super::attributes::Attributes;
-use super::block::Block;
-use super::convert::constant_from_ir;
+use super::block::{Block, Declared, Ports};
+use super::convert::{computed_kind, constant_from_ir, kind_of};
 use super::kernel::{Build, Kernel, OpError, OpResult};
 use super::table::{Row, find_row};
 
@@ -45,6 +47,10 @@ pub(super) struct Compiler<'m> {
     model: &'m Model,
     /// Names of all slots, those of inlined functions after the top-level ones.
     names: Vec<String>,
+    /// Element types that the graph says.
+    dtypes: HashMap<Slot, DataType>,
+    /// True when one of them has 4 bits.
+    has_4_bits: bool,
     autocast: Option<Kind>,
     device: Device,
     missing: Vec<Missing>,
@@ -86,7 +92,13 @@ impl BodyCompiler<'_> {
 impl<'m> Compiler<'m> {
     pub fn new(model: &'m Model, autocast: Option<Kind>, device: Device) -> Self {
         let names = model.graph.values.iter().map(|value| value.name.clone()).collect();
-        Compiler { model, names, autocast, device, missing: Vec::new(), unread: Vec::new(), depth: 0, calls: 0 }
+        let declared = model.graph.values.iter().enumerate();
+        let mut dtypes: HashMap<Slot, DataType> =
+            declared.filter_map(|(slot, value)| Some((slot, value.ty.as_ref()?.dtype()?))).collect();
+        dtypes.extend(model.graph.body.initializers.iter().map(|(id, tensor)| (id.index(), tensor.dtype)));
+        let has_4_bits = dtypes.values().any(|&dtype| is_4_bits(dtype));
+        let (missing, unread) = (Vec::new(), Vec::new());
+        Compiler { model, names, dtypes, has_4_bits, autocast, device, missing, unread, depth: 0, calls: 0 }
     }
 
     /// The name of every slot in use.
@@ -191,7 +203,12 @@ impl<'m> Compiler<'m> {
             node.outputs.iter().map(|id| id.filter(|id| scope.read.contains(id)).map(|id| scope.slot(id))).collect();
         let present_inputs: Vec<bool> = inputs.iter().map(Option::is_some).collect();
         let present_outputs: Vec<bool> = outputs.iter().map(Option::is_some).collect();
-        let autocast = self.autocast;
+        if let (Some(value), [Some(output)]) = (constant_of(row, list), &outputs[..]) {
+            self.constant_type(*output, value.dtype);
+        }
+        let dtypes: Vec<Option<DataType>> =
+            inputs.iter().map(|slot| self.dtypes.get(slot.as_ref()?).copied()).collect();
+        let (has_4_bits, autocast) = (self.has_4_bits, self.autocast);
         let mut failed = None;
         let built = {
             let mut compile = |body: &Body| match self.body(scope, body, &mut inputs) {
@@ -207,6 +224,8 @@ impl<'m> Compiler<'m> {
                 version,
                 inputs: &present_inputs,
                 outputs: &present_outputs,
+                dtypes: &dtypes,
+                has_4_bits,
                 autocast,
                 bodies: &mut bodies,
             };
@@ -230,12 +249,19 @@ impl<'m> Compiler<'m> {
         }
     }
 
+    /// Notes the element type of a constant.
+    fn constant_type(&mut self, slot: Slot, dtype: DataType) {
+        self.dtypes.insert(slot, dtype);
+        self.has_4_bits |= is_4_bits(dtype);
+    }
+
     /// Compiles a sub-graph and appends what it captures to the node's inputs.
     fn body(&mut self, scope: &Scope<'m>, body: &Body, node_inputs: &mut Vec<Option<Slot>>) -> Result<Block> {
         self.enter("a sub-graph")?;
         let mut constants = Vec::new();
         for (id, tensor) in &body.initializers {
             let value = constant_from_ir(scope.graph.name(*id), tensor)?;
+            self.constant_type(scope.slot(*id), tensor.dtype);
             constants.push((scope.slot(*id), value));
         }
         let mut steps = Vec::new();
@@ -265,7 +291,8 @@ impl<'m> Compiler<'m> {
         for &slot in &outputs {
             read(slot, &defined);
         }
-        Ok(Block::new(steps, inputs, outputs, constants, captures, self.device))
+        let declared = body.outputs.iter().map(|&id| declared(scope.graph.value(id).ty.as_ref())).collect();
+        Ok(Block::new(steps, Ports { inputs, outputs, declared }, constants, captures, self.device))
     }
 
     fn inline(
@@ -358,6 +385,23 @@ impl<'m> Compiler<'m> {
         }
         Ok(())
     }
+}
+
+fn is_4_bits(dtype: DataType) -> bool {
+    matches!(dtype, DataType::Uint4 | DataType::Int4)
+}
+
+/// The tensor that a `Constant` node holds.
+fn constant_of<'a>(row: &Row, attributes: &'a [(String, Attribute)]) -> Option<&'a Tensor> {
+    let constant = row.domain.is_empty() && row.op_type == "Constant";
+    attributes.iter().find(|(name, _)| constant && name == "value").and_then(|(_, attribute)| attribute.as_tensor())
+}
+
+/// What a sub-graph says of one of its outputs, if it says type and rank; an axis of unknown length has length 0.
+fn declared(ty: Option<&ValueType>) -> Option<Declared> {
+    let Some(ValueType::Tensor { dtype, shape: Some(shape) }) = ty else { return None };
+    let axis = |dim: &Dim| if let Dim::Known(size) = dim { (*size).max(0) } else { 0 };
+    Some(Declared { kind: kind_of(*dtype).map(computed_kind)?, shape: shape.iter().map(axis).collect() })
 }
 
 /// Every value that a body or one inside it reads or gives.

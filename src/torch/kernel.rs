@@ -2,6 +2,8 @@
 
 use tch::{Kind, TchError, Tensor};
 
+use crate::ir::DataType;
+
 use super::attributes::Attributes;
 use super::compile::BodyCompiler;
 
@@ -109,6 +111,10 @@ pub struct Build<'a> {
     pub inputs: &'a [bool],
     /// Which outputs are wanted.
     pub outputs: &'a [bool],
+    /// Element types of the inputs, where the graph says them.
+    pub(super) dtypes: &'a [Option<DataType>],
+    /// True when the graph has constants of 4 bits, which tensors hold in a byte each.
+    pub(super) has_4_bits: bool,
     /// Kind in which matrix products run, when not the tensors' own.
     pub autocast: Option<Kind>,
     /// Compiles sub-graphs for control flow.
@@ -124,6 +130,18 @@ impl Build<'_> {
     /// True when input `index` is connected.
     pub fn has(&self, index: usize) -> bool {
         self.inputs.get(index).copied().unwrap_or(false)
+    }
+
+    /// The element type of input `index` in the graph; `None` when the graph does not say it, and it is the tensor's.
+    ///
+    /// Errors: when the type is not said and may be of 4 bits, which a tensor's kind does not tell.
+    pub fn dtype(&self, index: usize) -> OpResult<Option<DataType>> {
+        match self.dtypes.get(index).copied().flatten() {
+            None if self.has_4_bits => Err(OpError::new(format!(
+                "the graph does not say the element type of input {index}, and has constants of 4 bits"
+            ))),
+            dtype => Ok(dtype),
+        }
     }
 
     /// Refuses wanted outputs from `first` on.

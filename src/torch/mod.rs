@@ -19,7 +19,7 @@
 //!
 //! A program can be entered and left at any value: [`Program::run`] takes tensors for any set of values and computes
 //! any other set from them, which is what gradient checkpointing and cutting off a frozen prefix need. What depends on
-//! shapes only (masks, reshape targets) is computed once per set of input shapes and kept.
+//! shapes only (masks, reshape targets) is computed once per set of input shapes and kept while there is room for it.
 
 mod attributes;
 mod block;

@@ -13,7 +13,7 @@ use super::compile::{Compiler, Slot, Step, values_read};
 use super::convert::{computed_kind, data_type_of, kind_of, tensor_from_ir};
 use super::kernel::{OpError, OpResult};
 use super::ops::lowered;
-use super::route::{Facts, Plan, Route, Signature, Turn};
+use super::route::{Facts, Plan, Plans, Route, Signature, Turn};
 use super::weights::{self, Fixed};
 
 /// What to compile, and for what.
@@ -83,6 +83,7 @@ struct State {
     /// Copies on the device of weights and constants that stay on the host.
     moved: HashMap<Slot, Tensor>,
     routes: Vec<Route>,
+    plans: Plans,
 }
 
 impl Program {
@@ -253,15 +254,15 @@ impl Program {
             values.insert(id.index(), tensor.map_err(engine)?);
         }
         let mut state = self.state.borrow_mut();
-        let State { fixed, moved, routes } = &mut *state;
-        let route = match routes.iter().position(|route| route.inputs == slots && route.outputs == wanted) {
-            Some(position) => &mut routes[position],
+        let State { fixed, moved, routes, plans } = &mut *state;
+        let number = match routes.iter().position(|route| route.inputs == slots && route.outputs == wanted) {
+            Some(position) => position,
             None => {
                 routes.push(self.route(slots, wanted)?);
-                let last = routes.len() - 1;
-                &mut routes[last]
+                routes.len() - 1
             }
         };
+        let route = &routes[number];
         for &slot in &route.weights {
             let (Some(tensor), None) = (self.frozen.get(&slot), fixed.get(slot, &route.lowered)) else { continue };
             let name = &self.names[slot];
@@ -288,7 +289,7 @@ impl Program {
             constants.into_iter().for_each(|(slot, tensor)| fixed.insert(slot, tensor, &route.lowered));
         }
         let fixed = |slot: Slot| trained.get(&slot).or_else(|| fixed.get(slot, &route.lowered));
-        match route.plans.of(&signature) {
+        match plans.of(number, &signature) {
             Some(plan) => {
                 for (&slot, tensor) in &plan.values {
                     values.insert(slot, tensor.shallow_clone());
@@ -296,7 +297,7 @@ impl Program {
                 self.execute(&route.lean, &mut values, &fixed, moved, &mut |_, _| Ok(()))?;
             }
             None => {
-                let mut plan = Plan { signature, values: HashMap::new() };
+                let mut plan = Plan { route: number, signature, values: HashMap::new() };
                 let kept = &route.static_kept;
                 let read_on_device = |slot: Slot| self.read_on_device(&route.lean, slot);
                 self.execute(&route.full, &mut values, &fixed, moved, &mut |slot, tensor| {
@@ -310,7 +311,7 @@ impl Program {
                     }
                     Ok(())
                 })?;
-                route.plans.keep(plan);
+                plans.keep(plan);
             }
         }
         let mut results = Vec::with_capacity(outputs.len());
@@ -324,11 +325,6 @@ impl Program {
             results.push(result.map_err(|e| Error::engine("LibTorch", format!("value `{}`", self.names[slot]), e))?);
         }
         Ok(results)
-    }
-
-    /// Forgets what was kept per set of input shapes; call it after a phase with many shapes to free memory.
-    pub fn forget_plans(&self) {
-        self.state.borrow_mut().routes.clear();
     }
 
     fn route(&self, inputs: Vec<Slot>, outputs: Vec<Slot>) -> Result<Route> {
@@ -473,4 +469,49 @@ fn value_ids(model: &Model) -> Vec<(usize, ValueId)> {
     let nodes = body.nodes.iter().flat_map(|node| node.present_inputs().chain(node.present_outputs()));
     let ids = body.inputs.iter().copied().chain(body.initializers.iter().map(|(id, _)| *id)).chain(nodes);
     ids.chain(body.outputs.iter().copied()).map(|id| (id.index(), id)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::route::MAX_PLANS_BYTES;
+    use super::*;
+
+    /// x times a square of ones as large as x is long: the square depends on shapes only.
+    fn squares() -> Model {
+        let mut model = Model { ir_version: 10, ..Default::default() };
+        model.opset_imports.insert(String::new(), 21);
+        let graph = &mut model.graph;
+        let mut value = |name: &str| graph.add_value(ir::Value { name: name.into(), ..Default::default() });
+        let [x, length, size, square, y] = ["x", "length", "size", "square", "y"].map(&mut value);
+        let node = |op: &str, inputs: &[ValueId], output: ValueId| {
+            let inputs = inputs.iter().map(|id| Some(*id)).collect();
+            ir::Node { op_type: op.into(), inputs, outputs: vec![Some(output)], ..Default::default() }
+        };
+        let mut join = node("Concat", &[length, length], size);
+        join.attributes.push(("axis".into(), ir::AttributeKind::Int(0).into()));
+        let mut fill = node("ConstantOfShape", &[size], square);
+        fill.attributes.push(("value".into(), ir::AttributeKind::Tensor(ir::Tensor::from_f32(&[1], &[1.0])).into()));
+        graph.body.nodes = vec![node("Shape", &[x], length), join, fill, node("MatMul", &[x, square], y)];
+        (graph.body.inputs, graph.body.outputs) = (vec![x], vec![y]);
+        model
+    }
+
+    #[test]
+    fn what_is_kept_for_many_shapes_has_a_bound() {
+        let program = Program::compile(&squares(), &Options::default()).expect("compile");
+        let run = |length: i64| {
+            let x = Tensor::ones([length], tch::kind::FLOAT_CPU);
+            let out = program.run(&[(program.inputs()[0], x)], program.outputs()).expect("run");
+            assert_eq!((out[0].size(), out[0].double_value(&[length - 1])), (vec![length], length as f64));
+            program.state.borrow().plans.size_bytes()
+        };
+        assert_eq!(run(3), 3 * 3 * 4);
+        // Each square takes about 4 MB: 40 of them are more than there is room for.
+        let kept = (1000..1040).map(run).max().expect("runs");
+        assert!((MAX_PLANS_BYTES / 2..=MAX_PLANS_BYTES).contains(&kept), "{kept} bytes");
+        // A square that has no room at all is computed each time.
+        let large = ((MAX_PLANS_BYTES / 4) as f64).sqrt() as i64 + 8;
+        let before = run(1039);
+        assert_eq!([run(large), run(large)], [before; 2]);
+    }
 }

@@ -26,34 +26,68 @@ pub(super) struct Turn {
 /// Shapes and kinds of the inputs of a run.
 pub(super) type Signature = Vec<(Vec<i64>, Kind)>;
 
-/// Values kept for one signature.
+/// Values kept for one signature of a route.
 pub(super) struct Plan {
+    /// The route's number.
+    pub route: usize,
     pub signature: Signature,
     pub values: HashMap<Slot, Tensor>,
 }
 
-/// How many signatures are kept per route, the least recently used one making room.
-const MAX_PLANS: usize = 64;
+impl Plan {
+    fn size_bytes(&self) -> usize {
+        self.values.values().map(spanned_bytes).sum()
+    }
+}
 
-/// The plans of a route, the most recently used last.
+/// The memory from a tensor's first element to its last: an axis that is repeated without a copy counts once.
+fn spanned_bytes(tensor: &Tensor) -> usize {
+    if tensor.numel() == 0 {
+        return 0;
+    }
+    let reach = |(size, stride): (&i64, &i64)| (size - 1).unsigned_abs().saturating_mul(stride.unsigned_abs());
+    let last: u64 = tensor.size().iter().zip(&tensor.stride()).map(reach).fold(0, u64::saturating_add);
+    let width = tensor.f_kind().map_or(8, |kind| kind.elt_size_in_bytes());
+    usize::try_from(last).map_or(usize::MAX, |last| last.saturating_add(1).saturating_mul(width))
+}
+
+/// How many plans a program keeps, and how much memory they may take; the least recently used ones make room.
+const MAX_PLANS: usize = 256;
+pub(super) const MAX_PLANS_BYTES: usize = 64 << 20;
+
+/// The plans of a program, the most recently used last.
 #[derive(Default)]
 pub(super) struct Plans(Vec<Plan>);
 
 impl Plans {
     /// The plan of a signature, moved to the most recent place.
-    pub fn of(&mut self, signature: &Signature) -> Option<&Plan> {
-        let position = self.0.iter().position(|plan| plan.signature == *signature)?;
+    pub fn of(&mut self, route: usize, signature: &Signature) -> Option<&Plan> {
+        let position = self.0.iter().position(|plan| plan.route == route && plan.signature == *signature)?;
         let plan = self.0.remove(position);
         self.0.push(plan);
         self.0.last()
     }
 
-    /// Keeps a plan.
+    /// Keeps a plan, unless it alone is more than all may take: what it holds is then computed in every run.
     pub fn keep(&mut self, plan: Plan) {
-        if self.0.len() >= MAX_PLANS {
-            self.0.remove(0);
+        if plan.size_bytes() > MAX_PLANS_BYTES {
+            return;
         }
         self.0.push(plan);
+        let mut total = 0usize;
+        // From the last: as many as there is room for.
+        let kept = self.0.iter().rev().take(MAX_PLANS).take_while(|plan| {
+            total = total.saturating_add(plan.size_bytes());
+            total <= MAX_PLANS_BYTES
+        });
+        let gone = self.0.len() - kept.count();
+        self.0.drain(..gone);
+    }
+
+    /// Memory of all plans.
+    #[cfg(test)]
+    pub fn size_bytes(&self) -> usize {
+        self.0.iter().map(Plan::size_bytes).sum()
     }
 }
 
@@ -75,7 +109,6 @@ pub(super) struct Route {
     pub weights: Vec<Slot>,
     /// Frozen weights and constants that are read in the autocast kind only.
     pub lowered: HashSet<Slot>,
-    pub plans: Plans,
 }
 
 /// What a route is made from.
@@ -157,8 +190,7 @@ impl Route {
             let fixed = frozen.chain(&constant_kept).copied();
             lowered.extend(fixed.filter(|slot| !exact.contains(slot) && !wanted.contains(slot)));
         }
-        let plans = Plans::default();
-        Ok(Route { inputs, outputs, constant, constant_kept, full, lean, static_kept, weights, lowered, plans })
+        Ok(Route { inputs, outputs, constant, constant_kept, full, lean, static_kept, weights, lowered })
     }
 }
 

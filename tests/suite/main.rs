@@ -1,6 +1,8 @@
 //! All integration tests in one binary, one module per capability.
 
+mod backend;
 mod cli;
+mod corners;
 mod docs;
 mod evaluation;
 mod exports;
@@ -14,6 +16,7 @@ mod metrics;
 mod mutations;
 mod operators;
 mod pictures;
+mod properties;
 mod refusals;
 mod run;
 mod schemas;

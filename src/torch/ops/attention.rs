@@ -36,6 +36,10 @@ pub(super) struct Spec {
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Scores {
     Raw,
+    /// After the soft cap.
+    Capped,
+    /// After the cap and the masks.
+    Masked,
     Probabilities,
 }
 
@@ -77,6 +81,7 @@ pub(super) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, spec: &Spec) -> OpResul
     } else if spec.cast.is_some() {
         logits = logits.f_to_kind(kind)?;
     }
+    let capped = logits.shallow_clone();
     let mut hidden = None;
     let causal = if spec.causal { Some(causal_mask(&q, &k)?) } else { None };
     for mask in spec.mask.iter().chain(&causal) {
@@ -89,6 +94,7 @@ pub(super) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, spec: &Spec) -> OpResul
         logits = logits.f_add(&bias)?;
     }
     let size = logits.size();
+    let masked = logits.shallow_clone();
     let probabilities = match &spec.sink {
         None => logits.f_softmax(-1, None)?,
         Some(sink) => {
@@ -109,7 +115,12 @@ pub(super) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, spec: &Spec) -> OpResul
     };
     let probabilities = probabilities.f_to_kind(v.f_kind()?)?;
     let out = probabilities.f_matmul(&v)?;
-    let scores = spec.scores.map(|which| if which == Scores::Raw { raw } else { probabilities });
+    let scores = spec.scores.map(|which| match which {
+        Scores::Raw => raw,
+        Scores::Capped => capped,
+        Scores::Masked => masked,
+        Scores::Probabilities => probabilities,
+    });
     Ok((out, scores))
 }
 
@@ -230,6 +241,8 @@ fn attention(b: &mut Build) -> OpResult<Kernel> {
     let scores = match (wants_scores, mode) {
         (false, _) => None,
         (true, 0) => Some(Scores::Raw),
+        (true, 1) => Some(Scores::Capped),
+        (true, 2) => Some(Scores::Masked),
         (true, 3) => Some(Scores::Probabilities),
         (true, mode) => return Err(OpError::new(format!("qk_matmul_output_mode {mode} is not supported"))),
     };

@@ -1,6 +1,6 @@
 //! Control flow: sub-graphs as blocks.
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use crate::torch::kernel::{Build, Kernel, OpError, OpResult, axis_of, host_ints, many};
 use crate::torch::table::{ALL, Row};
@@ -30,8 +30,10 @@ fn loop_body(b: &mut Build) -> OpResult<Kernel> {
     let body = b.bodies.compile(b.attributes.body("body")?)?;
     let carried_count =
         body.input_count().checked_sub(2).ok_or_else(|| OpError::new("the body has fewer than 2 inputs"))?;
-    let scanned_count =
-        b.outputs.len().checked_sub(carried_count).ok_or_else(|| OpError::new("outputs are missing"))?;
+    let scanned_count = body
+        .output_count()
+        .checked_sub(carried_count + 1)
+        .ok_or_else(|| OpError::new("the body gives too few outputs"))?;
     many(move |args| {
         let trips = args.int(0)?.unwrap_or(i64::MAX);
         let mut going = args.int(1)?.is_none_or(|condition| condition != 0);
@@ -40,11 +42,7 @@ fn loop_body(b: &mut Build) -> OpResult<Kernel> {
         let mut scanned: Vec<Vec<Tensor>> = (0..scanned_count).map(|_| Vec::new()).collect();
         let mut iteration = 0;
         while going && iteration < trips {
-            let mut inputs = vec![
-                int_vector(&[iteration])?.f_reshape([0i64; 0])?,
-                Tensor::f_from_slice(&[true])?.f_reshape([0i64; 0])?,
-            ];
-            inputs.append(&mut carried);
+            let inputs = turn(iteration, std::mem::take(&mut carried))?;
             let mut outputs = body.run(args, inputs)?.into_iter();
             let condition = outputs.next().ok_or_else(|| OpError::new("the body gives no condition"))?;
             going = host_ints(&condition)?.first() == Some(&1);
@@ -54,15 +52,25 @@ fn loop_body(b: &mut Build) -> OpResult<Kernel> {
             }
             iteration += 1;
         }
-        for list in scanned {
+        for (place, list) in scanned.into_iter().enumerate() {
             carried.push(if list.is_empty() {
-                Tensor::f_zeros([0i64], (Kind::Float, tch::Device::Cpu))?
+                let states = carried[..carried_count].iter().map(Tensor::shallow_clone).collect();
+                body.nothing(args, 1 + carried_count + place, 0, || turn(0, states))?
             } else {
                 Tensor::f_stack(&list, 0)?
             });
         }
         Ok(carried)
     })
+}
+
+/// What the body of a loop is given: the number of the iteration, a condition that holds, and the carried values.
+fn turn(iteration: i64, carried: Vec<Tensor>) -> OpResult<Vec<Tensor>> {
+    let scalar = [0i64; 0];
+    let mut inputs =
+        vec![int_vector(&[iteration])?.f_reshape(scalar)?, Tensor::f_from_slice(&[true])?.f_reshape(scalar)?];
+    inputs.extend(carried);
+    Ok(inputs)
 }
 
 /// Inputs: states, then tensors that are read slice by slice. The body takes (states, slices) and gives (states, slices);
@@ -109,8 +117,22 @@ fn scan(b: &mut Build) -> OpResult<Kernel> {
             if entry(&output_turns, place) == 1 {
                 stack.reverse();
             }
-            let first = stack.first().ok_or_else(|| OpError::new("nothing to scan: the inputs have no steps"))?;
-            let axis = axis_of(entry(&output_axes, place), first.dim() + 1)?;
+            let axis = entry(&output_axes, place);
+            let Some(first) = stack.first() else {
+                let blank = || -> OpResult<Vec<Tensor>> {
+                    let mut inputs: Vec<Tensor> = carried[..states].iter().map(Tensor::shallow_clone).collect();
+                    for (source, axis, _) in &sources {
+                        let mut size = source.size();
+                        size.remove(*axis as usize);
+                        inputs.push(Tensor::f_zeros(&size, (source.f_kind()?, source.device()))?);
+                    }
+                    Ok(inputs)
+                };
+                let empty = body.nothing(args, states + place, axis, blank)?;
+                carried.push(empty);
+                continue;
+            };
+            let axis = axis_of(axis, first.dim() + 1)?;
             carried.push(Tensor::f_stack(&stack, axis)?);
         }
         Ok(carried)

@@ -107,15 +107,16 @@ pub(super) fn pad_list(before: &[i64], after: &[i64]) -> Vec<i64> {
 fn convolution(b: &mut Build, transposed: bool) -> OpResult<Kernel> {
     let window = Window::read(b, true)?;
     let group = b.attributes.int("group", 1)?;
-    let output_padding = if transposed { b.attributes.ints("output_padding")? } else { None };
-    if transposed && (b.attributes.get("output_shape").is_some() || window.auto_pad != AutoPad::NotSet) {
-        return Err(OpError::new("`output_shape` and `auto_pad` are not supported for the transposed form"));
-    }
+    let given = |name: &str| if transposed { b.attributes.ints(name) } else { Ok(None) };
+    let (output_padding, output_shape) = (given("output_padding")?, given("output_shape")?);
     let cast = b.autocast;
     one(move |args| {
         let (x, weight) = (lowered(args.get(0)?, cast)?, lowered(args.get(1)?, cast)?);
         let bias = args.opt(2).map(|bias| lowered(bias, cast)).transpose()?;
-        convolve(&x, &weight, bias.as_ref(), &window, transposed, &output_padding, group)
+        if transposed {
+            return spread_out(&x, &weight, bias.as_ref(), &window, &output_padding, &output_shape, group);
+        }
+        convolve(&x, &weight, bias.as_ref(), &window, group)
     })
 }
 
@@ -140,41 +141,104 @@ fn convolution_of_integers(b: &mut Build) -> OpResult<Kernel> {
             zero.f_reshape(&shape)
         };
         let weight = centred(weight, args.opt(3).map(per_kernel).transpose()?.as_ref())?;
-        Ok(convolve(&x, &weight, None, &window, false, &None, group)?.f_to_kind(Kind::Int)?)
+        Ok(convolve(&x, &weight, None, &window, group)?.f_to_kind(Kind::Int)?)
     })
 }
 
-fn convolve(
-    x: &Tensor,
-    weight: &Tensor,
-    bias: Option<&Tensor>,
-    window: &Window,
-    transposed: bool,
-    output_padding: &Option<Vec<i64>>,
-    group: i64,
-) -> OpResult<Tensor> {
+/// The window of a convolution over its input.
+struct Placed {
+    size: Vec<i64>,
+    kernel: Vec<i64>,
+    strides: Vec<i64>,
+    dilations: Vec<i64>,
+}
+
+fn place(x: &Tensor, weight: &Tensor, window: &Window) -> OpResult<Placed> {
     let (size, kernel) = (x.size(), weight.size());
     if size.len() < 3 || size.len() != kernel.len() {
         return Err(OpError::new(format!("input {size:?} and weight {kernel:?} do not convolve")));
     }
-    let (size, kernel) = (&size[2..], &kernel[2..]);
-    let axes = size.len();
-    if window.kernel.as_ref().is_some_and(|declared| declared != kernel) {
+    let (size, kernel) = (size[2..].to_vec(), kernel[2..].to_vec());
+    if window.kernel.as_ref().is_some_and(|declared| *declared != kernel) {
         return Err(OpError::new(format!("kernel_shape differs from the weight's {kernel:?}")));
     }
-    let strides = Window::spread(&window.strides, axes, 1)?;
-    let dilations = Window::spread(&window.dilations, axes, 1)?;
-    let (before, after) = window.pads(size, kernel, &strides, &dilations)?;
-    let extra = Window::spread(output_padding, axes, 0)?;
+    let strides = Window::spread(&window.strides, size.len(), 1)?;
+    let dilations = Window::spread(&window.dilations, size.len(), 1)?;
+    Ok(Placed { size, kernel, strides, dilations })
+}
+
+fn convolve(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, window: &Window, group: i64) -> OpResult<Tensor> {
+    let Placed { size, kernel, strides, dilations } = place(x, weight, window)?;
+    let (before, after) = window.pads(&size, &kernel, &strides, &dilations)?;
+    let none = vec![0i64; size.len()];
     if before == after {
-        return Ok(x.f_convolution(weight, bias, &strides, &before, &dilations, transposed, &extra, group)?);
-    }
-    if transposed {
-        return Err(OpError::new("uneven pads are not supported for the transposed form"));
+        return Ok(x.f_convolution(weight, bias, &strides, &before, &dilations, false, &none, group)?);
     }
     let padded = x.f_constant_pad_nd(pad_list(&before, &after))?;
-    let none = vec![0i64; axes];
     Ok(padded.f_convolution(weight, bias, &strides, &none, &dilations, false, &none, group)?)
+}
+
+/// The transposed form: pads cut the result.
+///
+/// Source: ONNX ConvTranspose, its formulas of the pads that `auto_pad` and `output_shape` ask for.
+fn spread_out(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    window: &Window,
+    output_padding: &Option<Vec<i64>>,
+    output_shape: &Option<Vec<i64>>,
+    group: i64,
+) -> OpResult<Tensor> {
+    let Placed { size, kernel, strides, dilations } = place(x, weight, window)?;
+    let axes = size.len();
+    let whole = |axis: usize, extra: &[i64]| {
+        strides[axis] * (size[axis] - 1) + extra[axis] + dilations[axis] * (kernel[axis] - 1) + 1
+    };
+    let mut extra = Window::spread(output_padding, axes, 0)?;
+    let wanted = match (output_shape, window.auto_pad) {
+        // Batch and channels may be named too.
+        (Some(shape), _) if shape.len() == axes + 2 => Some(shape[2..].to_vec()),
+        (Some(_), _) => Some(Window::spread(output_shape, axes, 0)?),
+        (None, AutoPad::SameUpper | AutoPad::SameLower) => {
+            Some(size.iter().zip(&strides).map(|(size, stride)| size * stride).collect())
+        }
+        (None, AutoPad::NotSet | AutoPad::Valid) => None,
+    };
+    if let Some(wanted) = &wanted {
+        // A result that is asked to be larger than the product goes on behind it.
+        for axis in 0..axes {
+            extra[axis] = extra[axis].saturating_add((wanted[axis].saturating_sub(whole(axis, &extra))).max(0));
+        }
+    }
+    let (before, after): (Vec<i64>, Vec<i64>) = match wanted {
+        None => window.pads(&size, &kernel, &strides, &dilations)?,
+        Some(wanted) => {
+            let pads = |axis: usize| {
+                if wanted[axis] < 1 {
+                    let problem = format!("axis {axis} of {} cannot become {}", size[axis], wanted[axis]);
+                    return Err(OpError::new(problem));
+                }
+                let total = whole(axis, &extra) - wanted[axis];
+                let (small, large) = (total / 2, total - total / 2);
+                Ok(if window.auto_pad == AutoPad::SameUpper { (small, large) } else { (large, small) })
+            };
+            (0..axes).map(pads).collect::<OpResult<Vec<_>>>()?.into_iter().unzip()
+        }
+    };
+    if before == after {
+        return Ok(x.f_convolution(weight, bias, &strides, &before, &dilations, true, &extra, group)?);
+    }
+    let none = vec![0i64; axes];
+    let mut out = x.f_convolution(weight, bias, &strides, &none, &dilations, true, &extra, group)?;
+    for axis in 0..axes {
+        let left = whole(axis, &extra) - before[axis] - after[axis];
+        if left < 1 {
+            return Err(OpError::new(format!("pads of {} and {} leave nothing", before[axis], after[axis])));
+        }
+        out = out.f_narrow(axis as i64 + 2, before[axis], left)?;
+    }
+    Ok(out)
 }
 
 /// The kind that matrix products of integers run in: exact up to 2^53 and fast everywhere.

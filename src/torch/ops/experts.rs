@@ -150,11 +150,14 @@ fn run(args: &Args, s: &Settings) -> OpResult<Tensor> {
             tokens.size2()?.0
         )));
     }
-    let (mut shares, picked) = router.f_softmax(-1, None)?.f_topk(s.chosen, -1, true, true)?;
+    // Of experts with equal logits ONNX Runtime takes the last ones.
+    let (_, order) = router.f_flip([-1i64])?.f_sort_stable(true, -1, true)?;
+    let picked = order.f_narrow(-1, 0, s.chosen)?.f_neg()?.f_add_scalar(experts - 1)?;
     let mixing = if s.quantised.is_some() { args.opt(14) } else { None };
-    if let Some(mixing) = mixing {
-        shares = mixing.f_gather(-1, &picked, false)?;
-    }
+    let mut shares = match mixing {
+        Some(mixing) => mixing.f_gather(-1, &picked, false)?,
+        None => router.f_softmax(-1, None)?.f_gather(-1, &picked, false)?,
+    };
     // ONNX Runtime's quantised form takes the softmax over the chosen alone, whatever the attribute says.
     if s.normalise || s.quantised.is_some() && mixing.is_none() {
         shares = shares.f_div(&shares.f_sum_dim_intlist(&[-1i64][..], true, None)?)?;

@@ -9,7 +9,7 @@ pub(super) const ROWS: &[Row] = &[
     Row::new("", "ArgMax", 1, |b| arg(b, true)),
     Row::new("", "ArgMin", 1, |b| arg(b, false)),
     Row::new("", "Compress", 9, compress).host(0b10).grad(),
-    Row::new("", "CumSum", 11, cum_sum).grad(),
+    Row::new("", "CumSum", 11, cum_sum).host(0b10).grad(),
     Row::new("", "Gather", 1, gather).grad(),
     Row::new("", "GatherElements", 11, gather_elements).grad(),
     Row::new("", "GatherND", 11, gather_nd).grad(),
@@ -153,8 +153,11 @@ fn cum_sum(b: &mut Build) -> OpResult<Kernel> {
         let kind = x.f_kind()?;
         let directed = if reverse { x.f_flip([axis])? } else { x.shallow_clone() };
         let mut sum = directed.f_cumsum(axis, kind)?;
-        if exclusive {
-            sum = sum.f_sub(&directed)?;
+        let size = sum.size()[axis as usize];
+        if exclusive && size > 0 {
+            // Each sum moves on by one place: taking its own element off it would be inexact, and not a number for infinity.
+            let first = sum.f_narrow(axis, 0, 1)?.f_zeros_like()?;
+            sum = Tensor::f_cat(&[first, sum.f_narrow(axis, 0, size - 1)?], axis)?;
         }
         Ok(if reverse { sum.f_flip([axis])? } else { sum })
     })

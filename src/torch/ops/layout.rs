@@ -8,7 +8,7 @@ use crate::torch::table::{ALL, Row};
 pub(super) const ROWS: &[Row] = &[
     Row::new("", "Concat", 4, concat).grad(),
     Row::new("", "DepthToSpace", 1, depth_to_space).grad(),
-    Row::new("", "Dropout", 7, dropout).grad(),
+    Row::new("", "Dropout", 7, dropout).host(0b110).grad(),
     Row::new("", "Pad", 2, pad).host(ALL & !1).grad(),
     Row::new("", "Slice", 1, slice).host(ALL & !1).grad(),
     Row::new("", "SpaceToDepth", 1, space_to_depth).grad(),
@@ -35,11 +35,11 @@ fn concat(b: &mut Build) -> OpResult<Kernel> {
     })
 }
 
-/// Inference only: the input, and a mask of ones.
+/// Inference only: the input, and a mask.
 fn dropout(b: &mut Build) -> OpResult<Kernel> {
     b.attributes.ignore("ratio");
     b.attributes.ignore("seed");
-    let mask = b.wants(1);
+    let (mask, version) = (b.wants(1), b.version);
     many(move |args| {
         let x = args.get(0)?;
         if args.int(2)?.unwrap_or(0) != 0 {
@@ -47,7 +47,9 @@ fn dropout(b: &mut Build) -> OpResult<Kernel> {
         }
         let mut out = vec![x.shallow_clone()];
         if mask {
-            out.push(x.f_ones_like()?.f_to_kind(tch::Kind::Bool)?);
+            // Before version 12 the mask of an inference is not defined; ONNX Runtime gives zeros.
+            let kept = if version >= 12 { x.f_ones_like()? } else { x.f_zeros_like()? };
+            out.push(if version >= 10 { kept.f_to_kind(tch::Kind::Bool)? } else { kept });
         }
         Ok(out)
     })
@@ -156,6 +158,9 @@ fn slice(b: &mut Build) -> OpResult<Kernel> {
 
 fn slice_axis(x: &Tensor, axis: i64, start: i64, end: i64, step: i64) -> OpResult<Tensor> {
     let size = x.size()[axis as usize];
+    // ONNX Runtime takes the largest number as the end of the walk in either direction.
+    let to_the_end = step < 0 && (end == i64::MAX || end == i64::from(i32::MAX));
+    let end = if to_the_end { i64::MIN } else { end };
     let place = |position: i64| if position < 0 { position.saturating_add(size) } else { position };
     match step {
         0 => Err(OpError::new("a step is 0")),
@@ -167,8 +172,9 @@ fn slice_axis(x: &Tensor, axis: i64, start: i64, end: i64, step: i64) -> OpResul
             Ok(x.f_slice(axis, start, end.max(start), step)?)
         }
         _ => {
-            let (start, end) = (place(start).clamp(-1, size - 1), place(end).clamp(-1, size - 1));
-            let count = if start > end { (start - end - 1) / step.saturating_neg() + 1 } else { 0 };
+            // A start before the first element is that element; an end before it takes that element in.
+            let (start, end) = (place(start).clamp(0, (size - 1).max(0)), place(end).clamp(-1, size - 1));
+            let count = if size > 0 && start > end { (start - end - 1) / step.saturating_neg() + 1 } else { 0 };
             let index: Vec<i64> = (0..count).map(|i| start + i * step).collect();
             let index = Tensor::f_from_slice(&index)?.f_to_device(x.device())?;
             Ok(x.f_index_select(axis, &index)?)

@@ -18,6 +18,7 @@ mod pooling;
 mod quantized;
 mod recurrent;
 mod reduction;
+mod resize;
 mod rotary;
 mod scatter;
 mod shape;
@@ -49,6 +50,7 @@ pub(super) const FAMILIES: &[&[Row]] = &[
     quantized::ROWS,
     recurrent::ROWS,
     reduction::ROWS,
+    resize::ROWS,
     rotary::ROWS,
     scatter::ROWS,
     shape::ROWS,

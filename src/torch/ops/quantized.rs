@@ -2,6 +2,8 @@
 
 use tch::{Kind, Tensor};
 
+use crate::ir::DataType;
+use crate::torch::convert::data_type_of;
 use crate::torch::kernel::{Build, Kernel, LARGEST, OpError, OpResult, axis_of, many, one};
 use crate::torch::table::Row;
 
@@ -66,7 +68,7 @@ fn spread(parameter: &Tensor, x: &Tensor, axis: i64, block: i64) -> OpResult<Ten
     }
     let axis = axis_of(axis, x.dim())?;
     let size = x.size();
-    if parameter.dim() == 1 {
+    if parameter.dim() == 1 && block == 0 {
         let mut shape = vec![1i64; x.dim()];
         shape[axis as usize] = parameter.numel() as i64;
         return Ok(parameter.f_reshape(&shape)?);
@@ -95,6 +97,22 @@ fn dequantize(b: &mut Build) -> OpResult<Kernel> {
     })
 }
 
+/// The element type to quantise to, where the node says it: that of the zero point or, without one, `output_dtype`.
+fn quantized_type(b: &Build) -> OpResult<Option<DataType>> {
+    let number = b.attributes.int("output_dtype", 0)?;
+    let said = match i32::try_from(number).ok().and_then(DataType::from_number) {
+        None if number != 0 => return Err(OpError::new(format!("element type {number} is not known"))),
+        said => said,
+    };
+    let zero = if b.has(2) { b.dtype(2)? } else { None };
+    match (zero, said) {
+        (Some(zero), Some(said)) if zero != said => {
+            Err(OpError::new(format!("the zero point is of {zero}, and `output_dtype` says {said}")))
+        }
+        _ => Ok(zero.or(said)),
+    }
+}
+
 fn quantize(b: &mut Build) -> OpResult<Kernel> {
     let axis = b.attributes.int("axis", 1)?;
     let block = b.attributes.int("block_size", 0)?;
@@ -103,20 +121,20 @@ fn quantize(b: &mut Build) -> OpResult<Kernel> {
     if b.attributes.int("precision", 0)? != 0 {
         return Err(OpError::new("attribute `precision` is not supported"));
     }
-    let output = b.attributes.int("output_dtype", 0)?;
-    let output = if output == 0 { None } else { Some(kind_from_number(output)?) };
+    let target = quantized_type(b)?;
     one(move |args| {
         let (x, scale) = (args.get(0)?, args.get(1)?);
-        let kind = match (args.opt(2), output) {
-            (Some(zero), _) => zero.f_kind()?,
-            (None, Some(kind)) => kind,
-            (None, None) => Kind::Uint8,
+        let target = match (target, args.opt(2)) {
+            (None, Some(zero)) => data_type_of(zero.f_kind()?),
+            (target, _) => target,
         };
-        let (low, high) = match kind {
-            Kind::Uint8 => (0.0, 255.0),
-            Kind::Int8 => (-128.0, 127.0),
-            Kind::Int16 => (-32768.0, 32767.0),
-            other => return Err(OpError::new(format!("quantising to {other:?} is not supported"))),
+        let (kind, low, high) = match target {
+            None | Some(DataType::Uint8) => (Kind::Uint8, 0.0, 255.0),
+            Some(DataType::Int8) => (Kind::Int8, -128.0, 127.0),
+            Some(DataType::Int16) => (Kind::Int16, -32768.0, 32767.0),
+            Some(DataType::Uint4) => (Kind::Uint8, 0.0, 15.0),
+            Some(DataType::Int4) => (Kind::Int8, -8.0, 7.0),
+            Some(other) => return Err(OpError::new(format!("quantising to {other} is not supported"))),
         };
         let mut y = x.f_div(&spread(scale, x, axis, block)?)?.f_round()?;
         if let Some(zero) = args.opt(2) {
@@ -174,7 +192,7 @@ fn matmul_nbits(b: &mut Build) -> OpResult<Kernel> {
 
 /// Rows of a table in blocks of `block_size` numbers with their own scales, dequantised after they are picked.
 ///
-/// Shapes: data `[V, ..]` (bytes packed along the last axis, or one number per element), scales and zero points with
+/// Shapes: data `[V, ..]` (bytes packed along the last axis, or elements of 4 bits), scales and zero points with
 /// one entry per block along `quantize_axis`.
 /// Source: ONNX Runtime, com.microsoft GatherBlockQuantized-1.
 fn gather_block_quantized(b: &mut Build) -> OpResult<Kernel> {
@@ -184,6 +202,12 @@ fn gather_block_quantized(b: &mut Build) -> OpResult<Kernel> {
     if ![2, 4, 8].contains(&bits) || !(1..=LARGEST).contains(&block) {
         return Err(OpError::new(format!("{bits} bits in blocks of {block} are not supported")));
     }
+    // Bytes hold as many numbers as they have room for; tensors of 4 bits have come apart already.
+    let packed = match b.dtype(0)? {
+        None | Some(DataType::Uint8) => true,
+        Some(DataType::Uint4 | DataType::Int4) => false,
+        Some(other) => return Err(OpError::new(format!("data of {other} is not supported"))),
+    };
     one(move |args| {
         let (data, index, scales) = (args.get(0)?, args.get(1)?, args.get(2)?);
         let rank = data.dim();
@@ -192,18 +216,10 @@ fn gather_block_quantized(b: &mut Build) -> OpResult<Kernel> {
             return Err(OpError::new("gathering along the axis of the blocks is not supported"));
         }
         let (length, blocks) = (data.size()[quantize as usize], scales.size()[quantize as usize]);
-        let fits = |length: i64| (length + block - 1) / block == blocks;
-        let per_byte = if data.f_kind()? == Kind::Uint8 { 8 / bits } else { 1 };
-        let packed = match (fits(length * per_byte), fits(length)) {
-            (true, false) => true,
-            (true, true) if per_byte == 1 => data.f_kind()? == Kind::Uint8,
-            (false, true) => false,
-            _ => {
-                return Err(OpError::new(format!(
-                    "{blocks} blocks of {block} do not tell how {length} bytes are packed"
-                )));
-            }
-        };
+        let per_byte = if packed { 8 / bits } else { 1 };
+        if (length * per_byte + block - 1) / block != blocks {
+            return Err(OpError::new(format!("{blocks} blocks of {block} do not fit {} numbers", length * per_byte)));
+        }
         if packed && per_byte > 1 && quantize + 1 != rank as i64 {
             return Err(OpError::new("packed data is not supported along another axis than the last"));
         }
