@@ -133,6 +133,9 @@ impl Columns {
             if !images.is_empty() && !cells.is_empty() {
                 return Err("has pictures in both `image` and `images`".into());
             }
+            if *name == "image" && is_blank(&cells) {
+                continue;
+            }
             let bytes = match cells.as_struct_opt() {
                 Some(cells) => {
                     cells.column_by_name("bytes").cloned().ok_or(format!("`{name}` has no field `bytes`"))?
@@ -228,6 +231,11 @@ fn parts_of(parts: &ArrayRef) -> Result<Vec<Piece>, String> {
         });
     }
     Ok(pieces)
+}
+
+/// True for one picture without bytes and without a path, as a row without a picture may have it.
+fn is_blank(cell: &ArrayRef) -> bool {
+    cell.as_struct_opt().is_some_and(|cell| cell.columns().iter().all(|field| field.is_null(0)))
 }
 
 fn column<'a>(rows: &'a StructArray, name: &str) -> Result<&'a ArrayRef, String> {

@@ -1,7 +1,7 @@
 //! Sets of conversations about pictures and of running text, opened by what the path holds.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::base::{Error, Result, Sha256Digest, sha256_file, sha256_json};
 use crate::bundle::Bundle;
@@ -53,6 +53,8 @@ impl RowReader {
 /// A data set: parquet or JSON files of conversations, or a `.jsonl` file of running text.
 #[derive(Debug)]
 pub struct Dataset {
+    /// As the user names it.
+    path: PathBuf,
     /// By the name that is part of the digest.
     readers: Vec<(String, RowReader)>,
     /// One for each sample.
@@ -138,7 +140,12 @@ impl Dataset {
             };
             return Err(Error::invalid(subject(), problem).remedy("give data with at least one sample"));
         }
-        Ok(Dataset { readers, places, keys, options: options.clone() })
+        Ok(Dataset { path: path.to_path_buf(), readers, places, keys, options: options.clone() })
+    }
+
+    /// The file, folder or pattern.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// How it is read.

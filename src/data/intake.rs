@@ -63,6 +63,8 @@ fn context_tokens(bundle: &Bundle) -> Option<usize> {
 /// Reads and encodes samples, and counts those that are left out.
 #[derive(Debug)]
 pub struct Intake {
+    /// How errors name the data.
+    subject: String,
     strict: bool,
     /// The most tokens of a sample.
     max_tokens: usize,
@@ -74,7 +76,12 @@ impl Intake {
     /// unreadable row is an error.
     pub fn new(dataset: &Dataset, bundle: &Bundle, max_tokens: usize) -> Self {
         let max_tokens = context_tokens(bundle).map_or(max_tokens, |context| context.min(max_tokens));
-        Intake { strict: dataset.options().strict, max_tokens, left_out: Mutex::default() }
+        Intake {
+            subject: format!("data `{}`", dataset.path().display()),
+            strict: dataset.options().strict,
+            max_tokens,
+            left_out: Mutex::default(),
+        }
     }
 
     /// The samples with these indices that can be used, encoded. What it counts replaces what was counted before.
@@ -119,7 +126,7 @@ impl Intake {
         if left_out.unreadable as f64 > MOST_UNREADABLE * asked as f64 {
             let problem =
                 format!("more than 5% of {asked} samples cannot be read; the first: {}", left_out.reasons.join("; "));
-            return Err(Error::invalid("data", problem).remedy("repair the data, or leave these rows out of it"));
+            return Err(Error::invalid(&self.subject, problem).remedy("repair the data, or leave these rows out of it"));
         }
         Ok(())
     }

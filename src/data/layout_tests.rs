@@ -254,6 +254,13 @@ fn onevision_and_cauldron_columns_are_read() {
     );
     assert!(rows[1].as_ref().unwrap_err().to_string().contains("has no question and answer"));
 
+    let nothing: ArrayRef = Arc::new(BinaryArray::from_opt_vec(vec![None]));
+    let no_path: ArrayRef = Arc::new(StringArray::from(vec![None::<&str>]));
+    let said = fields(vec![("from", strings(&["human", "gpt"])), ("value", strings(&["q", "a"]))]);
+    let blank = fields(vec![("bytes", nothing), ("path", no_path)]);
+    write_parquet(&path, vec![("image", blank), ("conversations", list(said, &[2]))]);
+    assert!(opened(&path)[0].images.is_empty());
+
     let texts = fields(vec![("user", strings(&["q"])), ("assistant", strings(&["a"])), ("source", strings(&["vqa"]))]);
     write_parquet(&path, vec![("images", list(pictures(&[7, 8]), &[2])), ("texts", list(texts, &[1]))]);
     assert_eq!(opened(&path)[0].images.iter().map(shade).collect::<Vec<_>>(), [7, 8]);
@@ -395,6 +402,6 @@ mod intake {
         let strict = first(pass(1, true).0);
         assert!(strict.contains("row 0 of"), "{strict}");
         let many = first(pass(4, false).0);
-        assert!(many.contains("more than 5% of 60 samples cannot be read"), "{many}");
+        assert!(many.contains("x.jsonl`: more than 5% of 60 samples cannot be read"), "{many}");
     }
 }

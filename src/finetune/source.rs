@@ -62,3 +62,38 @@ impl Sample {
         Sample { id, prompt: encoded.into_prompt(), answer_mask }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::bundle::Bundle;
+    use crate::data::DataOptions;
+
+    #[test]
+    fn a_broken_picture_is_left_out_and_counted_in_every_pass() {
+        let bundle = Bundle::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model")).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("broken.jpg"), b"\xff\xd8\xff\xe0 ends early").unwrap();
+        let talk = r#""conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "ho"}]}"#;
+        let row = |number: usize| match number {
+            7 => format!("{{\"image\": \"broken.jpg\", {talk}"),
+            _ => format!("{{\"id\": {number}, {talk}"),
+        };
+        let path = folder.path().join("x.jsonl");
+        std::fs::write(&path, (0..20).map(row).collect::<Vec<_>>().join("\n")).unwrap();
+        let dataset = Dataset::open(&path, &DataOptions::default()).unwrap();
+        let processor = Processor::open(&bundle).unwrap();
+        let indices: Vec<usize> = (0..20).collect();
+        let intake = Intake::new(&dataset, &bundle, usize::MAX);
+        let source = Conversations { processor: &processor, dataset: &dataset, indices: &indices, intake };
+        for _ in 0..2 {
+            let ids: Vec<String> = source.samples().unwrap().map(|sample| sample.unwrap().id).collect();
+            assert_eq!((ids.len(), ids[7].as_str()), (19, "row 8 of `x.jsonl` (id `8`)"));
+            let left_out = source.left_out();
+            assert_eq!(left_out.unreadable, 1);
+            assert!(left_out.reasons[0].contains("`broken.jpg` of row 7 of `x.jsonl`"), "{left_out:?}");
+        }
+    }
+}

@@ -91,7 +91,8 @@ pub fn score(
     let left_out = intake.left_out();
     if samples.is_empty() {
         let problem = format!("no sample is left: {}", left_out.summary().unwrap_or_default());
-        return Err(Error::invalid("data", problem).remedy("look at the data, or raise `--max-tokens`"));
+        return Err(Error::invalid(format!("data `{}`", dataset.path().display()), problem)
+            .remedy("look at the data, or raise `--max-tokens`"));
     }
     let inputs = BTreeMap::from([("model".to_string(), bundle.digest()?), ("data".to_string(), dataset.digest()?)]);
     let recorded = Recorded { settings, data: dataset.options() };
