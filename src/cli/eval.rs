@@ -71,6 +71,9 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     if let Some(path) = &args.predictions {
         steps::write_predictions(path, &args.data, &report.model)?;
     }
+    if report.rows_without_picture > 0 {
+        context.output.warn(format!("{} rows have no picture and were not asked", report.rows_without_picture));
+    }
     if context.output.json {
         context.output.json(&report)?;
     } else {

@@ -2,74 +2,94 @@
 
 /// The items of a list such as `['a', "b", 3]`, each as Python's `str` writes it; `None` for a text that is no list.
 pub fn string_list(text: &str) -> Option<Vec<String>> {
-    let inner = text.trim().strip_prefix('[')?.strip_suffix(']')?;
+    let mut rest = text.trim().strip_prefix('[')?.strip_suffix(']')?.trim_start();
     let mut items = Vec::new();
-    let mut rest = inner.trim_start();
     while !rest.is_empty() {
-        let (item, after) = match rest.chars().next()? {
-            quote @ ('\'' | '"') => quoted(&rest[1..], quote)?,
-            _ => plain(rest)?,
-        };
-        items.push(item);
-        rest = after.trim_start();
-        if rest.is_empty() {
-            break;
+        let item;
+        if rest.starts_with(['\'', '"']) {
+            let mut value = String::new();
+            // Strings that follow each other are one.
+            while rest.starts_with(['\'', '"']) {
+                rest = parse_string(rest, &mut value)?.trim_start();
+            }
+            item = value;
+        } else {
+            let end = rest.find(',').unwrap_or(rest.len());
+            item = plain(rest[..end].trim())?.to_string();
+            rest = &rest[end..];
         }
-        rest = rest.strip_prefix(',')?.trim_start();
+        items.push(item);
+        rest = match rest.strip_prefix(',') {
+            Some(rest) => rest.trim_start(),
+            None if rest.is_empty() => rest,
+            None => return None,
+        };
     }
     Some(items)
 }
 
-/// A number or name up to the next comma.
-fn plain(text: &str) -> Option<(String, &str)> {
-    let end = text.find(',').unwrap_or(text.len());
-    let (item, after) = text.split_at(end);
-    let item = item.trim();
-    let item = match item {
-        "null" => "None",
-        "true" => "True",
-        "false" => "False",
-        other => other,
-    };
-    let is_name = ["None", "True", "False"].contains(&item) || item.parse::<f64>().is_ok();
-    is_name.then(|| (item.to_string(), after))
+/// A number, or one of Python's or JSON's constants.
+fn plain(item: &str) -> Option<&str> {
+    match item {
+        "null" | "None" => Some("None"),
+        "true" | "True" => Some("True"),
+        "false" | "False" => Some("False"),
+        number => number.parse::<f64>().ok().map(|_| number),
+    }
 }
 
-/// What is between the opening quote, which is behind us, and the next one like it.
-fn quoted(text: &str, quote: char) -> Option<(String, &str)> {
-    let mut out = String::new();
-    let mut chars = text.char_indices();
-    while let Some((place, char)) = chars.next() {
-        match char {
-            _ if char == quote => return Some((out, &text[place + char.len_utf8()..])),
-            '\\' => {
-                let (at, escaped) = chars.next()?;
-                let hex = |digits: usize| -> Option<char> {
-                    let start = at + 1;
-                    char::from_u32(u32::from_str_radix(text.get(start..start + digits)?, 16).ok()?)
-                };
-                let digits = match escaped {
-                    'x' => 2,
-                    'u' => 4,
-                    _ => 0,
-                };
-                match escaped {
-                    'n' => out.push('\n'),
-                    't' => out.push('\t'),
-                    'r' => out.push('\r'),
-                    '\\' | '\'' | '"' | '/' => out.push(escaped),
-                    'x' | 'u' => out.push(hex(digits)?),
-                    // Python keeps the backslash of an escape that it does not know.
-                    other => out.extend(['\\', other]),
-                }
-                for _ in 0..digits {
-                    chars.next();
-                }
-            }
-            _ => out.push(char),
+/// Appends a quoted string with Python's escapes; gives what follows it.
+fn parse_string<'a>(text: &'a str, value: &mut String) -> Option<&'a str> {
+    let quote = text.chars().next()?;
+    let mut rest = &text[quote.len_utf8()..];
+    loop {
+        let c = rest.chars().next()?;
+        rest = &rest[c.len_utf8()..];
+        match c {
+            '\\' => rest = parse_escape(rest, value)?,
+            '\n' => return None,
+            c if c == quote => return Some(rest),
+            c => value.push(c),
         }
     }
-    None
+}
+
+/// Appends what stands behind a backslash; gives what follows it.
+fn parse_escape<'a>(text: &'a str, value: &mut String) -> Option<&'a str> {
+    let c = text.chars().next()?;
+    let rest = &text[c.len_utf8()..];
+    let mut coded = |digits: &'a str, radix: u32| -> Option<()> {
+        value.push(char::from_u32(u32::from_str_radix(digits, radix).ok()?)?);
+        Some(())
+    };
+    let wide = match c {
+        'x' => 2,
+        'u' => 4,
+        'U' => 8,
+        _ => 0,
+    };
+    if wide > 0 {
+        coded(rest.get(..wide)?, 16)?;
+        return rest.get(wide..);
+    }
+    if c.is_digit(8) {
+        let length = text.chars().take(3).take_while(|c| c.is_digit(8)).count();
+        coded(&text[..length], 8)?;
+        return Some(&text[length..]);
+    }
+    match c {
+        'n' => value.push('\n'),
+        't' => value.push('\t'),
+        'r' => value.push('\r'),
+        'a' => value.push('\u{7}'),
+        'b' => value.push('\u{8}'),
+        'f' => value.push('\u{c}'),
+        'v' => value.push('\u{b}'),
+        '\n' => {}
+        '\\' | '\'' | '"' => value.push(c),
+        other => value.extend(['\\', other]),
+    }
+    Some(rest)
 }
 
 #[cfg(test)]
@@ -78,25 +98,23 @@ mod tests {
 
     #[test]
     fn lists_are_read_as_python_reads_them() {
-        let cases: [(&str, &[&str]); 9] = [
+        let cases: [(&str, &[&str]); 10] = [
             ("['a', 'b']", &["a", "b"]),
             (r#"["a, b", "it's"]"#, &["a, b", "it's"]),
-            (r"['it\'s', 'x\ny', '\u00e9\x41']", &["it's", "x\ny", "éA"]),
+            (r"['it\'s', 'x\ny', '\u00e9\x41']", &["it's", "x\ny", "\u{e9}A"]),
             (r"['\pi']", &[r"\pi"]),
-            ("[1, 2.5, None]", &["1", "2.5", "None"]),
+            ("[1, 2.5, None, true]", &["1", "2.5", "None", "True"]),
             ("[]", &[]),
             (" [ 'a' , ] ", &["a"]),
             ("['']", &[""]),
             ("['[a]']", &["[a]"]),
+            ("['a' \"b\"]", &["ab"]),
         ];
         for (text, want) in cases {
-            assert_eq!(
-                string_list(text).as_deref(),
-                Some(want.iter().map(|s| s.to_string()).collect::<Vec<_>>().as_slice()),
-                "{text}"
-            );
+            let want: Vec<String> = want.iter().map(|item| item.to_string()).collect();
+            assert_eq!(string_list(text), Some(want), "{text}");
         }
-        for text in ["a", "['a'", "[a b]", "['a' 'b']", "['a", "[\\", "['\\u12']", "", "[x]"] {
+        for text in ["a", "['a'", "[a b]", "['a", "[\\", r"['\u12']", "", "[x]", "['a' 3]"] {
             assert_eq!(string_list(text), None, "{text}");
         }
     }

@@ -169,7 +169,7 @@ impl Benchmark {
             let mut images = Vec::new();
             for (number, text) in listed(&subject, content)?.into_iter().enumerate() {
                 let subject = format!("image {number} of {subject}");
-                let text: String = text.chars().filter(|char| !char.is_ascii_whitespace()).collect();
+                let text: String = text.chars().filter(|char| !char.is_ascii_whitespace() && *char != '\\').collect();
                 let bytes =
                     STANDARD.decode(text).map_err(|e| Error::invalid(&subject, format!("is not base64: {e}")))?;
                 images.push(ImageBytes::held(subject, bytes));

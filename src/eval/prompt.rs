@@ -173,7 +173,7 @@ pub fn question_text(benchmark: &Benchmark, name: &str, row: &BenchRow, style: P
         benchmark: name.to_lowercase(),
         kind: metric_of(name).map_or(QuestionKind::Plain, |metric| metric.kind),
         question: benchmark.cell(row, "question").ok_or_else(|| missing(row, "question"))?,
-        hint: benchmark.cell(row, "hint"),
+        hint: benchmark.value(row, "hint"),
         options: benchmark.options(row),
     };
     let write = PROMPT_STYLES

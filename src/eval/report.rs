@@ -14,12 +14,19 @@ use super::stats::Interval;
 pub struct EvalReport {
     #[serde(flatten)]
     pub provenance: Provenance,
+    /// Rows of the benchmark that are not asked because they have no picture, as in VLMEvalKit.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub rows_without_picture: usize,
     pub model: ModelScores,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub baseline: Option<ModelScores>,
     /// What the model keeps of the baseline's scores.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retention: Option<Retention>,
+}
+
+fn is_zero(count: &usize) -> bool {
+    *count == 0
 }
 
 impl EvalReport {

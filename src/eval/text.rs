@@ -2,6 +2,8 @@
 //!
 //! Source of the rules: the VQA evaluation (Antol et al. 2015, arXiv:1505.00468) as VLMEvalKit applies it.
 
+use crate::data::string_list;
+
 /// Marks that the normalisation removes or turns into spaces.
 const PUNCTUATION: &[char] =
     &[';', '/', '[', ']', '"', '{', '}', '(', ')', '=', '+', '\\', '_', '-', '>', '<', '@', '`', ',', '?', '!'];
@@ -163,90 +165,7 @@ pub fn normalised_edit_distance(a: &str, b: &str) -> f64 {
 
 /// The answers in a cell: a list as Python writes it (`['4', 'four']`), or the cell itself.
 pub fn answers_of_cell(cell: &str) -> Vec<String> {
-    parse_list(cell.trim()).unwrap_or_else(|| vec![cell.to_string()])
-}
-
-fn parse_list(text: &str) -> Option<Vec<String>> {
-    let mut rest = text.strip_prefix('[')?.strip_suffix(']')?.trim_start();
-    let mut items = Vec::new();
-    while !rest.is_empty() {
-        let item;
-        if rest.starts_with(['\'', '"']) {
-            let mut value = String::new();
-            // Strings that follow each other are one.
-            while rest.starts_with(['\'', '"']) {
-                rest = parse_string(rest, &mut value)?.trim_start();
-            }
-            item = value;
-        } else {
-            let end = rest.find(',').unwrap_or(rest.len());
-            let number = rest[..end].trim();
-            number.parse::<f64>().ok()?;
-            item = number.to_string();
-            rest = &rest[end..];
-        }
-        items.push(item);
-        rest = match rest.strip_prefix(',') {
-            Some(rest) => rest.trim_start(),
-            None if rest.is_empty() => rest,
-            None => return None,
-        };
-    }
-    (!items.is_empty()).then_some(items)
-}
-
-/// Appends a quoted string with Python's escapes; gives what follows it.
-fn parse_string<'a>(text: &'a str, value: &mut String) -> Option<&'a str> {
-    let quote = text.chars().next()?;
-    let mut rest = &text[quote.len_utf8()..];
-    loop {
-        let c = rest.chars().next()?;
-        rest = &rest[c.len_utf8()..];
-        match c {
-            '\\' => rest = parse_escape(rest, value)?,
-            '\n' => return None,
-            c if c == quote => return Some(rest),
-            c => value.push(c),
-        }
-    }
-}
-
-/// Appends what stands behind a backslash; gives what follows it.
-fn parse_escape<'a>(text: &'a str, value: &mut String) -> Option<&'a str> {
-    let c = text.chars().next()?;
-    let rest = &text[c.len_utf8()..];
-    let mut coded = |digits: &'a str, radix: u32| -> Option<()> {
-        value.push(char::from_u32(u32::from_str_radix(digits, radix).ok()?)?);
-        Some(())
-    };
-    let wide = match c {
-        'x' => 2,
-        'u' => 4,
-        'U' => 8,
-        _ => 0,
-    };
-    if wide > 0 {
-        coded(rest.get(..wide)?, 16)?;
-        return rest.get(wide..);
-    }
-    if c.is_digit(8) {
-        let length = text.chars().take(3).take_while(|c| c.is_digit(8)).count();
-        coded(&text[..length], 8)?;
-        return Some(&text[length..]);
-    }
-    match c {
-        'n' => value.push('\n'),
-        't' => value.push('\t'),
-        'r' => value.push('\r'),
-        'a' => value.push('\u{7}'),
-        'b' => value.push('\u{8}'),
-        'f' => value.push('\u{c}'),
-        'v' => value.push('\u{b}'),
-        '\n' => {}
-        '\\' | '\'' | '"' => value.push(c),
-        other => value.extend(['\\', other]),
-    }
-    Some(rest)
+    string_list(cell).filter(|items| !items.is_empty()).unwrap_or_else(|| vec![cell.to_string()])
 }
 
 #[cfg(test)]

@@ -237,7 +237,16 @@ impl<'a> Stages<'a> {
                 let model = engine.answer(model, benchmark, path, settings, cancel)?;
                 let inputs = inputs.iter().map(|(name, digest)| (name.to_string(), digest.to_string())).collect();
                 let provenance = Provenance::new(EvalReport::SCHEMA_VERSION, inputs, settings)?;
-                write_json(target, &EvalReport { provenance, model, baseline: None, retention: None })
+                write_json(
+                    target,
+                    &EvalReport {
+                        provenance,
+                        rows_without_picture: benchmark.rows_without_picture(),
+                        model,
+                        baseline: None,
+                        retention: None,
+                    },
+                )
             })?;
             self.told(&step, &done);
             let report: EvalReport = read_json(&done.path, EvalReport::SCHEMA_VERSION)?;

@@ -103,7 +103,8 @@ pub fn eval(
     let scores = engine.answer(model, &benchmark, data, settings, cancel)?;
     let retention = base.as_ref().map(|base| compare(&scores, base, BOOTSTRAP_SEED)).transpose()?;
     let provenance = Provenance::new(EvalReport::SCHEMA_VERSION, inputs, settings)?;
-    Ok(EvalReport { provenance, model: scores, baseline: base, retention })
+    let rows_without_picture = benchmark.rows_without_picture();
+    Ok(EvalReport { provenance, rows_without_picture, model: scores, baseline: base, retention })
 }
 
 /// How perplexity is measured.
