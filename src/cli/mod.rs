@@ -8,6 +8,7 @@ mod data_args;
 mod eval;
 mod export;
 mod finetune;
+mod generate;
 mod inspect;
 mod output;
 mod plan;
@@ -53,6 +54,7 @@ enum Verb {
     Plan(plan::Args),
     Prune(prune::Args),
     Finetune(Box<finetune::Args>),
+    Generate(generate::Args),
     Eval(eval::Args),
     Bench(bench::Args),
     Verify(verify::Args),
@@ -122,6 +124,7 @@ impl Verb {
             Verb::Plan(_) => "making a plan",
             Verb::Prune(_) => "dropping layers",
             Verb::Finetune(_) => "finetuning",
+            Verb::Generate(_) => "answering",
             Verb::Eval(_) => "evaluating the model",
             Verb::Bench(_) | Verb::PeakMemory(_) => "measuring speed and memory",
             Verb::Verify(_) => "verifying the model",
@@ -156,6 +159,7 @@ fn run_verb(verb: Verb, context: &Context, torch: RunTorchVerb) -> anyhow::Resul
         Verb::Plan(args) => plan::run(args, context),
         Verb::Prune(args) => prune::run(args, context),
         Verb::Finetune(args) => torch(TorchVerb::Finetune(args), context),
+        Verb::Generate(args) => generate::run(args, context),
         Verb::Eval(args) => eval::run(args, context),
         Verb::Bench(args) => bench::run(args, context),
         Verb::Verify(args) => torch(TorchVerb::Verify(args), context),

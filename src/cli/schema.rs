@@ -7,7 +7,7 @@ use crate::eval::{BenchReport, EvalReport, TextReport, VerifyReport};
 use crate::export::triton::Export;
 use crate::finetune::Report;
 use crate::method::{Plan, Scores};
-use crate::pipeline::steps::{Inspection, Pruned};
+use crate::pipeline::steps::{Generations, Inspection, Pruned};
 use crate::pipeline::{Manifest, Recipe, State, Sweep, SweepTable, Table};
 
 /// Name and schema of every artifact; `schemas/` holds them under `NAME.schema.json`.
@@ -16,6 +16,7 @@ pub fn schemas() -> Vec<(&'static str, Schema)> {
         ("bench", schema_for!(BenchReport)),
         ("export", schema_for!(Export)),
         ("finetune", schema_for!(Report)),
+        ("generate", schema_for!(Generations)),
         ("interlace", schema_for!(Record)),
         ("layers", schema_for!(Inspection)),
         ("manifest", schema_for!(Manifest)),

@@ -1,4 +1,4 @@
-//! Greedy decoding over a KV cache.
+//! Decoding over a KV cache.
 
 use std::collections::BTreeMap;
 
@@ -6,6 +6,7 @@ use crate::base::{Cancel, Error, Result};
 use crate::prompt::Prompt;
 
 use super::decoder::KvCache;
+use super::sampling::Sampler;
 use super::step::{Embedded, Step};
 use super::tensor::Tensor;
 use super::vlm::{TokenTypes, VlmSession};
@@ -44,22 +45,48 @@ impl VlmSession {
         let mut answers = vec![Vec::new(); prompts.len()];
         for group in groups.values().flat_map(|group| group.chunks(largest)) {
             let rows: Vec<&Embedded> = group.iter().map(|&number| &embedded[number]).collect();
-            for (&number, answer) in group.iter().zip(self.generate_batch(&rows, max_new_tokens, cancel)?) {
+            let own = self.generate_batch(&rows, max_new_tokens, &mut Sampler::greedy(), cancel, &mut |_| Ok(()))?;
+            for (&number, answer) in group.iter().zip(own) {
                 answers[number] = answer;
             }
         }
         Ok(answers)
     }
 
-    fn generate_batch(&mut self, rows: &[&Embedded], max_new_tokens: usize, cancel: &Cancel) -> Result<Vec<Vec<i64>>> {
+    /// One answer, token by token: `on_token` is called with each token as it is chosen, but for the one that ends the
+    /// answer.
+    ///
+    /// Errors: as `generate`, and those of `on_token`, which end the answer.
+    pub fn stream(
+        &mut self,
+        prompt: &Prompt,
+        max_new_tokens: usize,
+        sampler: &mut Sampler,
+        cancel: &Cancel,
+        on_token: &mut dyn FnMut(i64) -> Result<()>,
+    ) -> Result<Vec<i64>> {
+        let embedded = self.embed(prompt)?;
+        let mut answers = self.generate_batch(&[&embedded], max_new_tokens, sampler, cancel, on_token)?;
+        Ok(answers.pop().unwrap_or_default())
+    }
+
+    fn generate_batch(
+        &mut self,
+        rows: &[&Embedded],
+        max_new_tokens: usize,
+        sampler: &mut Sampler,
+        cancel: &Cancel,
+        on_token: &mut dyn FnMut(i64) -> Result<()>,
+    ) -> Result<Vec<Vec<i64>>> {
         let mut answers = vec![Vec::new(); rows.len()];
         let mut ended = vec![max_new_tokens == 0; rows.len()];
-        let mut running = self.begin(rows)?;
+        let mut running = self.begin(rows, sampler)?;
         loop {
             for ((answer, ended), &token) in answers.iter_mut().zip(&mut ended).zip(&running.next_tokens) {
                 if !*ended && self.settings.eos_token_ids.contains(&token) {
                     *ended = true;
                 } else if !*ended {
+                    on_token(token)?;
                     answer.push(token);
                     *ended = answer.len() >= max_new_tokens;
                 }
@@ -68,11 +95,11 @@ impl VlmSession {
                 return Ok(answers);
             }
             cancel.check("no answer of this batch is kept")?;
-            running = self.decode(running)?;
+            running = self.decode(running, sampler)?;
         }
     }
 
-    fn begin(&mut self, rows: &[&Embedded]) -> Result<Running> {
+    fn begin(&mut self, rows: &[&Embedded], sampler: &mut Sampler) -> Result<Running> {
         let (logits, cache) = self.decoder.step(&Step::prefill(rows, true)?, None)?;
         let width = rows.iter().map(|row| row.len()).max().unwrap_or(0);
         let mask = |row: &&Embedded| [vec![0; width - row.len()], vec![1; row.len()]].concat();
@@ -80,17 +107,17 @@ impl VlmSession {
             cache,
             mask: rows.iter().map(mask).collect(),
             next_positions: rows.iter().map(|embedded| embedded.next_position).collect(),
-            next_tokens: argmax_last(&logits, rows.len())?,
+            next_tokens: sampler.choose(&logits, rows.len())?,
         })
     }
 
-    fn decode(&mut self, mut running: Running) -> Result<Running> {
+    fn decode(&mut self, mut running: Running, sampler: &mut Sampler) -> Result<Running> {
         let rows = self.next_rows(&running.next_tokens, &running.next_positions)?;
         let step = Step::behind(&rows.iter().collect::<Vec<_>>(), &running.mask, true)?;
         let (logits, cache) = self.decoder.step(&step, Some(running.cache))?;
         running.mask.iter_mut().for_each(|row| row.push(1));
         running.next_positions.iter_mut().for_each(|position| *position += 1);
-        Ok(Running { cache, next_tokens: argmax_last(&logits, rows.len())?, ..running })
+        Ok(Running { cache, next_tokens: sampler.choose(&logits, rows.len())?, ..running })
     }
 
     /// The next token of each row of a batch, at its position.
@@ -131,7 +158,7 @@ impl VlmSession {
 }
 
 /// Logits of the last position of every row, `[B, V]`.
-fn last_logits(logits: &Tensor, batch: usize) -> Result<Vec<f32>> {
+pub(super) fn last_logits(logits: &Tensor, batch: usize) -> Result<Vec<f32>> {
     let shape = logits.shape();
     let [rows, time, vocabulary] = shape[..] else {
         return Err(Error::invalid("logits", format!("have shape {shape:?}, expected [batch, positions, vocabulary]")));

@@ -8,6 +8,7 @@ mod evaluation;
 mod exports;
 mod folders;
 mod fusion;
+mod generate;
 mod generation;
 mod inspections;
 mod interpreter;

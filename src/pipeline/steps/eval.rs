@@ -56,6 +56,13 @@ impl Engine {
         Ok(Engine { runtime: Runtime::new(device)?, cache: FeatureCache::new(FEATURE_CACHE_BYTES) })
     }
 
+    /// Loads a model; image features are shared between models.
+    ///
+    /// Errors: as `LoadedModel::open`.
+    pub fn load(&self, model: &Path) -> Result<LoadedModel> {
+        LoadedModel::open(model, &self.runtime, &SessionOptions::default(), &self.cache)
+    }
+
     /// Answers a benchmark with one model.
     ///
     /// Errors: as `LoadedModel::open` and `evaluate`.
@@ -70,7 +77,7 @@ impl Engine {
         if settings.max_new_tokens != Some(1) {
             check_needs(&Bundle::open(model)?, Work::Answer)?;
         }
-        let mut loaded = LoadedModel::open(model, &self.runtime, &SessionOptions::default(), &self.cache)?;
+        let mut loaded = self.load(model)?;
         let EvalSettings { batch_size, max_new_tokens, limit, prompt_style } = *settings;
         let options = EvalOptions { batch_size, max_new_tokens, limit, prompt_style };
         evaluate(&mut loaded, benchmark, &benchmark_name(data), &options, cancel)
@@ -145,7 +152,7 @@ pub fn eval_text(
         let text = Dataset::open_for(data, &bundle, &options)?;
         inputs.insert(role.to_string(), bundle.digest()?);
         inputs.insert("data".to_string(), text.digest()?);
-        let mut loaded = LoadedModel::open(path, &engine.runtime, &SessionOptions::default(), &engine.cache)?;
+        let mut loaded = engine.load(path)?;
         perplexity(&mut loaded, &text, settings.limit, cancel)
     };
     let base = baseline.map(|path| measure("baseline", path)).transpose()?;

@@ -1,0 +1,101 @@
+//! `interlace generate`.
+
+use std::path::PathBuf;
+
+use crate::base::Device;
+use crate::pipeline::steps::{self, Decoding, Engine, Generation, Generations, Question};
+
+use super::args::positive;
+use super::data_args::DataArgs;
+use super::{Context, Outcome};
+
+/// Answer a question about pictures, or every question of a data set
+#[derive(clap::Args)]
+#[command(
+    after_help = "Example:\n  interlace generate healed/ --image photo.jpg --prompt \"What is this?\" --compare model/\n  \
+    interlace generate model/ --data train.parquet -o answers.jsonl"
+)]
+pub struct Args {
+    /// Model folder
+    model: PathBuf,
+    /// A picture; may be repeated
+    #[arg(long, value_name = "FILE", conflicts_with = "data")]
+    image: Vec<PathBuf>,
+    /// The question
+    #[arg(long, value_name = "TEXT", required_unless_present = "data", conflicts_with = "data")]
+    prompt: Option<String>,
+    /// What the model is told before the question
+    #[arg(long, value_name = "TEXT", conflicts_with = "data")]
+    system: Option<String>,
+    /// Longest answer in tokens [default: the model's own setting, or 256]
+    #[arg(long, value_name = "N", value_parser = positive)]
+    max_tokens: Option<usize>,
+    /// Temperature of the draw; 0 takes the likeliest token, always
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    temperature: f32,
+    /// Draw from the most likely tokens that make up this part of the probability
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    top_p: f32,
+    /// Seed of the draw
+    #[arg(long, default_value_t = 42)]
+    seed: u64,
+    /// Answer with this model too, and print both
+    #[arg(long, value_name = "MODEL", conflicts_with = "data")]
+    compare: Option<PathBuf>,
+    /// Answer the last question of each sample of this data set
+    #[arg(long, value_name = "DATA", requires = "output")]
+    data: Option<PathBuf>,
+    #[command(flatten)]
+    reading: DataArgs,
+    /// Samples answered together, at temperature 0
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = positive)]
+    batch_size: usize,
+    /// The answers to `--data`: JSON lines of `id` and `answer`
+    #[arg(short, long, value_name = "FILE", requires = "data")]
+    output: Option<PathBuf>,
+    /// Where to compute: cpu, cuda or cuda:N
+    #[arg(long, default_value = "cpu")]
+    device: Device,
+}
+
+pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
+    let decoding =
+        Decoding { max_tokens: args.max_tokens, temperature: args.temperature, top_p: args.top_p, seed: args.seed };
+    let models: Vec<&PathBuf> = std::iter::once(&args.model).chain(&args.compare).collect();
+    for model in &models {
+        steps::check_answers(model)?;
+    }
+    let engine = Engine::new(args.device)?;
+    if let (Some(data), Some(output)) = (&args.data, &args.output) {
+        let how = (&decoding, args.batch_size);
+        let options = args.reading.options();
+        let count = steps::generate_all(&engine, &args.model, (data, &options), output, how, &context.cancel)?;
+        context.output.line(format!("{count} answers in {}", output.display()))?;
+        return Ok(Outcome::Done);
+    }
+    let question = Question { images: args.image, system: args.system, prompt: args.prompt.unwrap_or_default() };
+    let mut answers = Vec::new();
+    for model in &models {
+        let json = context.output.json;
+        if models.len() > 1 && !json {
+            context.output.line(format!("{}:", model.display()))?;
+        }
+        let mut show = |text: &str| if json { Ok(()) } else { steps::print_text(text) };
+        let answer = steps::generate(&engine, model, &question, &decoding, &context.cancel, &mut show)?;
+        if !json {
+            context.output.line("")?;
+            context.output.note(figures(&answer));
+        }
+        answers.push(answer);
+    }
+    if context.output.json {
+        context.output.json(&Generations { answers })?;
+    }
+    Ok(Outcome::Done)
+}
+
+fn figures(answer: &Generation) -> String {
+    let first = answer.first_token_s.map(|seconds| format!(", first after {seconds:.3} s")).unwrap_or_default();
+    let rate = answer.tokens_per_s.map(|rate| format!(", then {rate:.1} tokens/s")).unwrap_or_default();
+    format!("{} prompt tokens, {} tokens{first}{rate}", answer.prompt_tokens, answer.tokens)
+}

@@ -1,0 +1,210 @@
+//! Answers to a question of the user's, or to every prompt of a data set.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::base::{AtomicFile, Cancel, Error, Progress, Result, ahead};
+use crate::bundle::Bundle;
+use crate::data::{DataOptions, Dataset, ImageBytes, Part, Sample, Turn};
+use crate::eval::LoadedModel;
+use crate::prompt::Prompt;
+use crate::runtime::Sampler;
+
+use super::eval::Engine;
+use super::needs::{Work, check};
+
+/// Longest answer where neither the user nor the model's config says anything.
+const DEFAULT_MAX_TOKENS: usize = 256;
+
+/// A question.
+#[derive(Clone, Debug)]
+pub struct Question {
+    pub images: Vec<PathBuf>,
+    pub system: Option<String>,
+    pub prompt: String,
+}
+
+/// How an answer is made.
+#[derive(Clone, Debug)]
+pub struct Decoding {
+    /// Longest answer in tokens; `None` takes the model's own setting.
+    pub max_tokens: Option<usize>,
+    /// 0 for the likeliest token, always.
+    pub temperature: f32,
+    /// The part of the probability that is drawn from.
+    pub top_p: f32,
+    pub seed: u64,
+}
+
+impl Decoding {
+    fn sampler(&self) -> Result<Sampler> {
+        Sampler::new(self.temperature, self.top_p, self.seed)
+    }
+}
+
+/// An answer with what it took.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Generation {
+    pub model: String,
+    pub answer: String,
+    /// Tokens of the prompt, images included.
+    pub prompt_tokens: usize,
+    /// Tokens of the answer.
+    pub tokens: usize,
+    /// Seconds from the question to the first token, pictures included; absent without a token.
+    pub first_token_s: Option<f64>,
+    /// Tokens behind the first one, per second; absent where there is none.
+    pub tokens_per_s: Option<f64>,
+}
+
+/// What `generate --json` prints.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Generations {
+    /// The model's answer, and behind it the one of the model that it is compared with.
+    pub answers: Vec<Generation>,
+}
+
+/// Answers a question with a model; `on_text` is given each piece of the answer as soon as it is known.
+///
+/// Errors: as `LoadedModel::open`; `Error::Invalid` when a picture does not decode or the model does not take the
+/// question; `Error::Engine` when a run fails; `Error::Interrupted` when the user asked to stop.
+pub fn generate(
+    engine: &Engine,
+    model: &Path,
+    question: &Question,
+    decoding: &Decoding,
+    cancel: &Cancel,
+    on_text: &mut dyn FnMut(&str) -> Result<()>,
+) -> Result<Generation> {
+    let mut sampler = decoding.sampler()?;
+    let LoadedModel { name, mut vlm, processor } = engine.load(model)?;
+    let picture = |path: &PathBuf| ImageBytes::file(format!("picture `{}`", path.display()), path.clone());
+    let mut user: Vec<Part> = (0..question.images.len()).map(Part::Image).collect();
+    user.push(Part::Text(question.prompt.clone()));
+    let sample = Sample {
+        index: 0,
+        id: "the question".to_string(),
+        images: question.images.iter().map(picture).collect(),
+        system: question.system.clone(),
+        turns: vec![Turn { user, assistant: String::new() }],
+        text: None,
+    };
+    let limit = decoding.max_tokens.or(vlm.settings().max_new_tokens).unwrap_or(DEFAULT_MAX_TOKENS);
+    let began = Instant::now();
+    let prompt = processor.encode_prompt(&sample)?.into_prompt();
+    let mut first = None;
+    let mut ids = Vec::new();
+    let mut shown = String::new();
+    let tokens = vlm.stream(&prompt, limit, &mut sampler, cancel, &mut |token| {
+        first.get_or_insert_with(Instant::now);
+        ids.push(token);
+        let text = processor.decode(&ids)?;
+        // A letter may take several tokens; until its last one the text ends in a replacement character.
+        if let Some(piece) = text.strip_prefix(&shown).filter(|_| !text.ends_with('\u{fffd}')) {
+            on_text(piece)?;
+            shown = text;
+        }
+        Ok(())
+    })?;
+    let answer = processor.decode(&tokens)?;
+    if let Some(rest) = answer.strip_prefix(&shown) {
+        on_text(rest)?;
+    }
+    let after_first = first.map(|first| first.elapsed().as_secs_f64());
+    Ok(Generation {
+        model: name,
+        answer: answer.trim().to_string(),
+        prompt_tokens: prompt.input_ids.len(),
+        tokens: tokens.len(),
+        first_token_s: first.map(|first| (first - began).as_secs_f64()),
+        tokens_per_s: after_first.filter(|_| tokens.len() > 1).map(|seconds| (tokens.len() - 1) as f64 / seconds),
+    })
+}
+
+/// One line of the file that [`generate_all`] writes.
+#[derive(Serialize)]
+struct Line<'a> {
+    id: &'a str,
+    answer: &'a str,
+}
+
+/// Answers the last question of every sample of a data set, as JSON lines of `id` and `answer`. At temperature 0 samples
+/// share batches; gives their number.
+///
+/// Errors: as `generate` and `Dataset::open_for`; the first sample that does not encode ends the work.
+pub fn generate_all(
+    engine: &Engine,
+    model: &Path,
+    data: (&Path, &DataOptions),
+    output: &Path,
+    (decoding, batch_size): (&Decoding, usize),
+    cancel: &Cancel,
+) -> Result<usize> {
+    let mut sampler = decoding.sampler()?;
+    let bundle = Bundle::open(model)?;
+    let dataset = Dataset::open_for(data.0, &bundle, data.1)?;
+    let LoadedModel { mut vlm, processor, .. } = engine.load(model)?;
+    let limit = decoding.max_tokens.or(vlm.settings().max_new_tokens).unwrap_or(DEFAULT_MAX_TOKENS);
+    let indices: Vec<usize> = (0..dataset.len()).collect();
+    let progress = Progress::new("generate", "answers", indices.len() as u64);
+    let mut file = AtomicFile::create(output)?;
+    let mut waiting: Vec<(String, Prompt)> = Vec::new();
+    let mut written = 0;
+    let mut answer = |batch: Vec<(String, Prompt)>| -> Result<()> {
+        cancel.check("no answers are written")?;
+        let (ids, prompts): (Vec<String>, Vec<Prompt>) = batch.into_iter().unzip();
+        let answers = if decoding.temperature == 0.0 {
+            vlm.generate(&prompts, limit, cancel)?
+        } else {
+            let mut one = |prompt: &Prompt| vlm.stream(prompt, limit, &mut sampler, cancel, &mut |_| Ok(()));
+            prompts.iter().map(&mut one).collect::<Result<_>>()?
+        };
+        for (id, tokens) in ids.iter().zip(answers) {
+            let text = processor.decode(&tokens)?;
+            let line = Line { id, answer: text.trim() };
+            let mut bytes = serde_json::to_vec(&line).map_err(|e| Error::invalid(id, e.to_string()))?;
+            bytes.push(b'\n');
+            file.write_all(&bytes)?;
+        }
+        written += ids.len();
+        progress.advance(ids.len() as u64);
+        Ok(())
+    };
+    let samples = || {
+        let read = dataset.read(&indices)?;
+        Ok(read.map(|sample| {
+            let encoded = processor.encode_prompt(&sample?)?;
+            Ok((encoded.id.clone(), encoded.into_prompt()))
+        }))
+    };
+    ahead(batch_size, samples, |mut all| {
+        all.try_for_each(|item: Result<(String, Prompt)>| {
+            waiting.push(item?);
+            if waiting.len() < batch_size { Ok(()) } else { answer(std::mem::take(&mut waiting)) }
+        })
+    })?;
+    if !waiting.is_empty() {
+        answer(waiting)?;
+    }
+    file.commit()?;
+    Ok(written)
+}
+
+/// Prints as it comes, for a person who watches.
+///
+/// Errors: `Error::Io` when standard output cannot be written.
+pub fn print_text(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(|e| Error::io("write", "standard output", e))
+}
+
+/// Checks that a model can answer questions, before anything is loaded.
+///
+/// Errors: as `steps::check_needs`.
+pub fn check_answers(model: &Path) -> Result<()> {
+    check(&Bundle::open(model)?, Work::Answer)
+}
