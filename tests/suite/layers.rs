@@ -132,6 +132,62 @@ fn imports_point_down() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
+/// Modules whose files do not import each other in circles.
+const WITHOUT_CIRCLES: &[&str] = &["data"];
+
+/// The names on a circle of imports, if there is one.
+fn circle(imports: &BTreeMap<String, Vec<String>>) -> Option<Vec<String>> {
+    fn visit(
+        name: &str,
+        imports: &BTreeMap<String, Vec<String>>,
+        path: &mut Vec<String>,
+        done: &mut Vec<String>,
+    ) -> bool {
+        if let Some(start) = path.iter().position(|other| other == name) {
+            path.drain(..start);
+            return true;
+        }
+        if done.iter().any(|other| other == name) {
+            return false;
+        }
+        path.push(name.to_string());
+        for next in imports.get(name).into_iter().flatten() {
+            if visit(next, imports, path, done) {
+                return true;
+            }
+        }
+        path.pop();
+        done.push(name.to_string());
+        false
+    }
+    let mut done = Vec::new();
+    imports.keys().find_map(|name| {
+        let mut path = Vec::new();
+        visit(name, imports, &mut path, &mut done).then_some(path)
+    })
+}
+
+#[test]
+fn files_of_a_module_do_not_import_in_circles() {
+    for module in WITHOUT_CIRCLES {
+        let mut imports: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for (_, path, code) in modules().into_iter().filter(|(name, ..)| name == module) {
+            let file = path.file_stem().expect("a name").to_string_lossy().into_owned();
+            let code = code.split("#[cfg(test)]").next().unwrap_or_default();
+            if !file.ends_with("tests") && file != "mod" && path.parent().is_some_and(|folder| folder.ends_with(module))
+            {
+                imports.insert(file, names_after(code, "use super::").into_iter().map(str::to_string).collect());
+            }
+        }
+        assert!(imports.len() > 5, "{module}: {} files found", imports.len());
+        let found = circle(&imports);
+        assert!(found.is_none(), "{module}: {} import in a circle", found.unwrap_or_default().join(" -> "));
+    }
+    let ring = [("a", vec!["b"]), ("b", vec!["c"]), ("c", vec!["b"])];
+    let ring = ring.map(|(name, all)| (name.to_string(), all.into_iter().map(str::to_string).collect()));
+    assert_eq!(circle(&ring.into()), Some(vec!["b".to_string(), "c".to_string()]));
+}
+
 #[test]
 fn heavy_dependencies_stay_with_their_owners() {
     let mut wrong = Vec::new();
