@@ -188,6 +188,30 @@ fn a_zero_point_of_4_bits_bounds_what_is_quantised() {
     }
 }
 
+/// A byte of a tensor does not say whether it is a number of 4 bits.
+#[test]
+fn a_zero_point_that_may_be_of_4_bits_is_refused() {
+    let refusal = |declared: bool| {
+        let mut b = Builder::new(OPSET);
+        b.input("x", DataType::Float, Some(&[3]));
+        b.constant("scale", encode(DataType::Float, &[], &[1.0]));
+        b.constant("zero", encode(DataType::Uint4, &[], &[7.0]));
+        let same = b.node("Identity", &["zero"], &["known"], Vec::new());
+        if declared {
+            b.typed("known", DataType::Uint4, Some(&[]));
+        }
+        let quantised = b.node("QuantizeLinear", &["x", "scale", "known"], &["y"], Vec::new());
+        b.push(same);
+        b.push(quantised);
+        b.output("y", DataType::Uint4);
+        let compiled = interlace::torch::Program::compile(&b.model, &interlace::torch::Options::default());
+        compiled.err().map(|error| error.to_string())
+    };
+    assert_eq!(refusal(true), None);
+    let text = refusal(false).expect("refused");
+    assert!(text.contains("does not say the element type of input 2"), "{text}");
+}
+
 #[test]
 fn blocks_of_a_vector_have_their_own_scales() {
     for name in ["QuantizeLinear", "DequantizeLinear"] {
