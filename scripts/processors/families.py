@@ -1,8 +1,9 @@
 """What Hugging Face's processors make of awkward pictures, family by family.
 
-Writes `families.json`: one tokenizer of bytes with the special tokens of all families, and for each family its processor files
-and cases. A case has messages, pictures (files in `awkward/`, written by `pictures.py`), the ids as runs `[id, times]`, and per back
-end the number of elements and the SHA-256 of each array. Pictures reach the processors upright, as `load_image` makes them, in the
+Writes `families.json`: one tokenizer of bytes, the special tokens of all families that follow its bytes, conversations, and for each
+family its processor files and cases. A case has the number of its conversation, pictures (files in `awkward/`, written by
+`pictures.py`), the ids as runs `[id, times]`, and per back end the number of elements and the first 32 digits of the SHA-256 of each
+array. Pictures reach the processors upright, as `load_image` makes them, in the
 mode they have. Run by hand with transformers 5.24, torch 2.11, torchvision 0.26 and pillow 13.0.0 on a CPU with AVX2.
 
 usage: families.py --out fixtures/processor [--only NAME ..]
@@ -37,6 +38,8 @@ Image.Image.resize = resize
 
 ALL = ["one.png", "wide.png", "tall.png", "rgba.png", "palette.png", "grey-16.png", "grey.png", "square.png", "page.png",
        "noise.png", "turned.jpeg", "cmyk.jpeg", "photo.jpeg"]
+# The conversations of all cases.
+TALKS = []
 
 
 def tokenizer():
@@ -106,7 +109,7 @@ def digest(array):
         array = array.astype(np.uint8)
     else:
         array = array.astype("<i8")
-    return {"len": int(array.size), "sha256": hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()}
+    return {"len": int(array.size), "sha256": hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:32]}
 
 
 def run(family, processor, names, messages, prompt, folder):
@@ -120,6 +123,9 @@ def run(family, processor, names, messages, prompt, folder):
         if bos is not None and text.startswith(bos):
             options["add_special_tokens"] = False
     pictures = [picture(folder, name) for name in names]
+    if family.get("rgb"):
+        # The class converts nothing itself; this is what `load_image` does.
+        pictures = [image.convert("RGB") for image in pictures]
     out = processor(text=[text], images=[pictures] if pictures else None, return_tensors="np" if not family.get("pt") else "pt", **options)
     arrays = {}
     for name, kind in family["arrays"].items():
@@ -137,7 +143,9 @@ def golden(family, shared, folder):
     processors = {back_end: build(family, back_end, shared) for back_end in family["back_ends"]}
     cases = []
     for names, messages, prompt in conversations(family):
-        case = {"pictures": names, "messages": messages, "add_generation_prompt": prompt, "arrays": {}}
+        if messages not in TALKS:
+            TALKS.append(messages)
+        case = {"pictures": names, "messages": TALKS.index(messages), "add_generation_prompt": prompt, "arrays": {}}
         for back_end, processor in processors.items():
             try:
                 case["input_ids"], arrays = run(family, processor, names, messages, prompt, folder)
@@ -183,7 +191,9 @@ def main():
     args = parser.parse_args()
     shared, done = tokenizer(), []
     path = args.out / "families.json"
-    old = {family["name"]: family for family in json.loads(path.read_text())["families"]} if path.exists() else {}
+    old = json.loads(path.read_text()) if args.only else {"families": [], "conversations": []}
+    TALKS.extend(old["conversations"])
+    old = {family["name"]: family for family in old["families"]}
     for family in FAMILIES:
         if args.only and family["name"] not in args.only:
             if family["name"] in old:
@@ -195,7 +205,9 @@ def main():
             entry["tiles"] = family["tiles"]
         done.append(entry)
         print(family["name"], len(cases), "cases", flush=True)
-    path.write_text(json.dumps({"tokenizer": json.loads(shared.to_str()), "families": done}, separators=(",", ":")) + "\n")
+    plain = {**json.loads(shared.to_str()), "added_tokens": []}
+    out = {"tokenizer": plain, "special": SPECIAL, "conversations": TALKS, "families": done}
+    path.write_text(json.dumps(out, separators=(",", ":")) + "\n")
     print(path, path.stat().st_size, "bytes")
 
 

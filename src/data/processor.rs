@@ -7,7 +7,7 @@ use crate::bundle::Bundle;
 use crate::prompt::Prompt;
 
 use super::images::{ImageInputs, ImageLayout, ImageProcessor, ImageSettings};
-use super::placeholders::Placeholder;
+use super::placeholders::{Place, Placeholder};
 use super::sample::{ImageBytes, Part};
 use super::template::{ChatTemplate, Content, ContentPart, Message};
 use super::tokenizer::Tokenizer;
@@ -275,7 +275,9 @@ impl Vision {
         let mut taken = 0;
         for piece in pieces {
             match layouts.get(taken) {
-                Some(layout) => out.push_str(&(self.placeholder.expand)(layout, layouts.len())),
+                Some(layout) => {
+                    out.push_str(&(self.placeholder.expand)(layout, Place { index: taken, count: layouts.len() }))
+                }
                 None => out.push_str(marker),
             }
             taken += 1;

@@ -5,11 +5,22 @@
 ///
 /// Source: `get_optimal_tiled_canvas` of transformers' GOT-OCR2, which InternVL, LFM2-VL and Ovis2 share.
 pub(super) fn nearest(original: [usize; 2], tile: [usize; 2], least: usize, most: usize) -> [usize; 2] {
+    nearest_within(original, tile, least, most, most)
+}
+
+/// As `nearest`, of the grids with at most `side` rows and columns.
+pub(super) fn nearest_within(
+    original: [usize; 2],
+    tile: [usize; 2],
+    least: usize,
+    most: usize,
+    side: usize,
+) -> [usize; 2] {
     let [height, width] = original;
     let aspect = width as f64 / height as f64;
     let area = width as f64 * height as f64;
     let (mut best, mut smallest) = ([1, 1], f64::INFINITY);
-    for [rows, columns] in grids(least, most) {
+    for [rows, columns] in grids(least, most).into_iter().filter(|grid| grid.iter().all(|edge| *edge <= side)) {
         let difference = (aspect - columns as f64 / rows as f64).abs();
         if difference < smallest {
             (best, smallest) = ([rows, columns], difference);

@@ -1,14 +1,19 @@
 //! Pictures to what a vision encoder reads, as the image processor's config says: one row per kind of processor.
 
 mod anyres;
+mod centred;
 mod fixed;
 mod gemma3;
+mod gemma4;
 mod got_ocr2;
+mod granite_docling;
 mod grid;
 mod idefics3;
 mod jpeg;
 mod levels;
 mod lfm2_vl;
+mod minicpm_v;
+mod ovis2;
 mod patches;
 mod picture;
 mod pixtral;
@@ -200,6 +205,48 @@ const ROWS: &[Row] = &[
         types: &["Lfm2VlImageProcessor"],
         processor: Some("Lfm2VlProcessor"),
         build: |settings| Ok(Box::new(lfm2_vl::Lfm2Vl::new(settings)?)),
+        ..TORCHVISION
+    },
+    Row {
+        types: &["Gemma4ImageProcessor"],
+        processor: Some("Gemma4Processor"),
+        build: |settings| Ok(Box::new(gemma4::Gemma4::new(settings)?)),
+        ..TORCHVISION
+    },
+    Row {
+        types: &["Ovis2ImageProcessor"],
+        processor: Some("Ovis2Processor"),
+        size: SizeForm::Square,
+        build: |settings| Ok(Box::new(ovis2::Ovis2::new(settings)?)),
+        ..TORCHVISION
+    },
+    Row {
+        types: &["GraniteDoclingImageProcessor"],
+        processor: Some("GraniteDoclingProcessor"),
+        size: SizeForm::Square,
+        build: |settings| Ok(Box::new(granite_docling::GraniteDocling::new(settings)?)),
+        ..TORCHVISION
+    },
+    Row {
+        types: &["MiniCPMV4_6ImageProcessor"],
+        processor: Some("MiniCPMV4_6Processor"),
+        build: |settings| Ok(Box::new(minicpm_v::MiniCpmV::new(settings)?)),
+        ..TORCHVISION
+    },
+    Row {
+        types: &["JanusImageProcessor"],
+        processor: Some("JanusProcessor"),
+        on_white: false,
+        size: SizeForm::Square,
+        build: |settings| Ok(Box::new(centred::Centred::new(settings)?)),
+        ..TORCHVISION
+    },
+    Row {
+        types: &["DeepseekVLImageProcessor"],
+        processor: Some("DeepseekVLProcessor"),
+        on_white: false,
+        size: SizeForm::Square,
+        build: |settings| Ok(Box::new(centred::Centred::new(settings)?)),
         ..TORCHVISION
     },
 ];

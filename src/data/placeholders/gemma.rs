@@ -1,4 +1,5 @@
-//! Gemma 3, Gemma 3n and PaliGemma: a fixed number of features, in Gemma 3 between tokens and empty lines.
+//! Gemma 3, Gemma 3n and PaliGemma: a fixed number of features, in Gemma 3 between tokens and empty lines. Gemma 4: as many as the
+//! picture has, between tokens.
 
 use crate::base::Result;
 
@@ -54,6 +55,19 @@ fn framed(files: &mut Files) -> Result<(Placeholder, String)> {
         format!("Here is the original image {whole} and here are some crops to help you see better {crops}")
     });
     Ok((placeholder, start))
+}
+
+pub(super) fn gemma4(files: &mut Files) -> Result<Placeholder> {
+    // The features of a picture follow from its size; this is the most.
+    files.settings.take("image_seq_length");
+    files.settings.take("audio_ms_per_token");
+    let token = files.feature("image_token", "<|image|>")?;
+    let start = files.token("boi_token", "<|image>")?;
+    let end = files.token("eoi_token", "<image|>")?;
+    let feature = token.clone();
+    Ok(Placeholder::new(&token, move |layout, _| {
+        format!("{start}{}{end}", feature.repeat(layout.features[0] * layout.features[1]))
+    }))
 }
 
 pub(super) fn paligemma(files: &mut Files) -> Result<Placeholder> {

@@ -1,4 +1,4 @@
-//! Idefics3 and SmolVLM: every tile has its row and column before its features, the whole view its own token.
+//! Idefics3, SmolVLM and Granite-Docling: every tile has its row and column before its features, the whole view its own token.
 
 use serde_json::Value;
 
@@ -26,6 +26,29 @@ pub(super) fn open(files: &mut Files) -> Result<Placeholder> {
             out.push('\n');
         }
         out.push_str(&format!("{fake}{global}{tile}{fake}"));
+        out
+    }))
+}
+
+/// Granite-Docling with its own model type: no whole view behind a single tile.
+pub(super) fn granite_docling(files: &mut Files) -> Result<Placeholder> {
+    let features = files.settings.size("image_seq_len", 64)?;
+    let fine = files.image.get("fine_route").and_then(Value::as_bool).unwrap_or(false);
+    let token = files.feature("image_token", "<image>")?;
+    let tile = token.repeat(if fine { features * 4 } else { features });
+    Ok(Placeholder::new(&token, move |layout, _| {
+        const FAKE: &str = "<fake_token_around_image>";
+        let [rows, columns] = layout.tiles;
+        let mut out = String::new();
+        for row in 1..=rows {
+            for column in 1..=columns {
+                out.push_str(&format!("{FAKE}<row_{row}_col_{column}>{tile}"));
+            }
+            out.push('\n');
+        }
+        if rows * columns > 1 {
+            out.push_str(&format!("\n{FAKE}<global-img>{tile}{FAKE}"));
+        }
         out
     }))
 }

@@ -19,11 +19,11 @@ pub(super) fn open(files: &mut Files) -> Result<Placeholder> {
         files.settings.contradiction(format!("`vision_aspect_ratio` is `{aspect}`, expected anyres_max_9 or its like"))
     })?;
     let feature = token.clone();
-    Ok(Placeholder::new(&token, move |layout, count| {
+    Ok(Placeholder::new(&token, move |layout, place| {
         let features = match layout.tiles {
             [0, 0] => base,
             // A newline behind each of several pictures.
-            _ if count > 1 => base + 1,
+            _ if place.count > 1 => base + 1,
             tiles => base + grid_features(layout, tiles, base.isqrt(), most),
         };
         feature.repeat(features.saturating_sub(less))

@@ -2,9 +2,11 @@
 
 mod gemma;
 mod idefics3;
+mod janus;
 mod lfm2_vl;
 mod llava;
 mod llava_onevision;
+mod minicpm_v;
 mod pixtral;
 mod run;
 mod tiles;
@@ -19,8 +21,15 @@ use crate::bundle::Bundle;
 use super::images::{self, BackEnd, ImageLayout, Settings};
 use super::tokenizer::Tokenizer;
 
-/// Builds what one picture takes in the text, from how it was cut up and how many pictures the conversation has.
-type Expand = Box<dyn Fn(&ImageLayout, usize) -> String + Send + Sync>;
+/// Builds what one picture takes in the text.
+type Expand = Box<dyn Fn(&ImageLayout, Place) -> String + Send + Sync>;
+
+/// Which of how many pictures of a conversation one is.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Place {
+    pub index: usize,
+    pub count: usize,
+}
 
 /// How pictures appear in a text.
 pub(super) struct Placeholder {
@@ -45,7 +54,7 @@ impl fmt::Debug for Placeholder {
 
 impl Placeholder {
     /// A picture is a token in the text, which is replaced by what `expand` makes of it.
-    fn new(token: &str, expand: impl Fn(&ImageLayout, usize) -> String + Send + Sync + 'static) -> Self {
+    fn new(token: &str, expand: impl Fn(&ImageLayout, Place) -> String + Send + Sync + 'static) -> Self {
         Placeholder {
             marker: token.to_string(),
             feature: token.to_string(),
@@ -166,6 +175,16 @@ const ROWS: &[Row] = &[
     Row { classes: &["PaliGemmaProcessor"], model_types: &["paligemma"], open: gemma::paligemma },
     Row { classes: &["PixtralProcessor"], model_types: &["pixtral", "mistral3", "lighton_ocr"], open: pixtral::open },
     Row { classes: &["Lfm2VlProcessor"], model_types: &["lfm2_vl"], open: lfm2_vl::open },
+    Row { classes: &["Gemma4Processor"], model_types: &["gemma4"], open: gemma::gemma4 },
+    Row { classes: &["Ovis2Processor"], model_types: &["ovis2"], open: tiles::ovis2 },
+    Row { classes: &["GraniteDoclingProcessor"], model_types: &["granite_docling"], open: idefics3::granite_docling },
+    Row {
+        classes: &["MiniCPMV4_6Processor", "MiniCPMV4_7Processor"],
+        model_types: &["minicpmv4_6", "minicpmv4_7"],
+        open: minicpm_v::open,
+    },
+    Row { classes: &["JanusProcessor"], model_types: &["janus", "multi_modality"], open: janus::janus },
+    Row { classes: &["DeepseekVLProcessor"], model_types: &["deepseek_vl"], open: janus::deepseek_vl },
 ];
 
 /// The row of the class that the processor's, the image processor's or the tokenizer's config names; else of the model's

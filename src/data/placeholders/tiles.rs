@@ -1,4 +1,4 @@
-//! Tiles one behind the other between a start and an end token. InternVL3, Aya Vision.
+//! Tiles one behind the other between a start and an end token. InternVL3, Aya Vision, Ovis2.
 
 use crate::base::Result;
 
@@ -33,5 +33,25 @@ pub(super) fn aya_vision(files: &mut Files) -> Result<Placeholder> {
     });
     placeholder.marker = marker;
     placeholder.image_settings.insert("crop_to_patches".into(), true.into());
+    Ok(placeholder)
+}
+
+pub(super) fn ovis2(files: &mut Files) -> Result<Placeholder> {
+    let features = files.settings.size("image_seq_length", 256)?;
+    let token = files.feature("image_atom_token", "<IMG_ATOM>")?;
+    // The class knows one marker, whatever its config says.
+    files.settings.take("image_token");
+    let tile = token.repeat(features);
+    let mut placeholder = Placeholder::new(&token, move |layout, _| {
+        let [rows, columns] = layout.tiles;
+        let grid = if rows * columns > 1 {
+            let row = vec![tile.as_str(); columns].join("<IMG_COL>");
+            vec![row; rows].join("<IMG_ROW>")
+        } else {
+            String::new()
+        };
+        format!("<IMG_START>{tile}<IMG_GRID>{grid}<IMG_END>")
+    });
+    placeholder.marker = "<image>".into();
     Ok(placeholder)
 }

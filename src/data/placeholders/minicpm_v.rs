@@ -1,0 +1,25 @@
+//! MiniCPM-V: the number of the picture, its whole view, then its slices row by row, each between tokens.
+
+use serde_json::Value;
+
+use crate::base::Result;
+
+use super::{Files, Placeholder};
+
+pub(super) fn open(files: &mut Files) -> Result<Placeholder> {
+    let token = files.feature("image_token", "<|image_pad|>")?;
+    let numbered = files.image.get("use_image_id").and_then(Value::as_bool).unwrap_or(true);
+    let [start, end] = [files.token("image_start_token", "<image>")?, files.token("image_end_token", "</image>")?];
+    let [slice, slice_end] =
+        [files.token("slice_start_token", "<slice>")?, files.token("slice_end_token", "</slice>")?];
+    let [id, id_end] =
+        [files.token("image_id_start_token", "<image_id>")?, files.token("image_id_end_token", "</image_id>")?];
+    let feature = token.clone();
+    Ok(Placeholder::new(&token, move |layout, place| {
+        let number = if numbered { format!("{id}{}{id_end}", place.index) } else { String::new() };
+        let [rows, columns] = layout.tiles;
+        let row = format!("{slice}{}{slice_end}", feature.repeat(layout.tile_features)).repeat(columns);
+        let slices = vec![row; rows].join("\n");
+        format!("{number}{start}{}{end}{slices}", feature.repeat(layout.features[1]))
+    }))
+}
