@@ -6,7 +6,7 @@ use crate::base::Device;
 use crate::pipeline::steps::{self, Decoding, Engine, Generation, Generations, Question};
 
 use super::args::positive;
-use super::data_args::DataArgs;
+use super::data_args::{DataArgs, warn_left_out};
 use super::{Context, Outcome};
 
 /// Answer a question about pictures, or every question of a data set
@@ -69,7 +69,9 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     if let (Some(data), Some(output)) = (&args.data, &args.output) {
         let how = (&decoding, args.batch_size);
         let options = args.reading.options();
-        let count = steps::generate_all(&engine, &args.model, (data, &options), output, how, &context.cancel)?;
+        let (count, left_out) =
+            steps::generate_all(&engine, &args.model, (data, &options), output, how, &context.cancel)?;
+        warn_left_out(&left_out, &context.output);
         context.output.line(format!("{count} answers in {}", output.display()))?;
         return Ok(Outcome::Done);
     }

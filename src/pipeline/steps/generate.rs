@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::{AtomicFile, Cancel, Error, Progress, Result, ahead};
 use crate::bundle::Bundle;
-use crate::data::{DataOptions, Dataset, ImageBytes, Part, Sample, Turn};
+use crate::data::{DataOptions, Dataset, ImageBytes, Intake, LeftOut, Part, Sample, Turn};
 use crate::eval::LoadedModel;
 use crate::prompt::Prompt;
 use crate::runtime::Sampler;
@@ -133,9 +133,9 @@ struct Line<'a> {
 }
 
 /// Answers the last question of every sample of a data set, as JSON lines of `id` and `answer`. At temperature 0 samples
-/// share batches; gives their number.
+/// share batches; gives their number, and the samples that were left out.
 ///
-/// Errors: as `generate` and `Dataset::open_for`; the first sample that does not encode ends the work.
+/// Errors: as `generate`, `Dataset::open_for` and `Intake::encoded`.
 pub fn generate_all(
     engine: &Engine,
     model: &Path,
@@ -143,7 +143,7 @@ pub fn generate_all(
     output: &Path,
     (decoding, batch_size): (&Decoding, usize),
     cancel: &Cancel,
-) -> Result<usize> {
+) -> Result<(usize, LeftOut)> {
     let mut sampler = decoding.sampler()?;
     let bundle = Bundle::open(model)?;
     let dataset = Dataset::open_for(data.0, &bundle, data.1)?;
@@ -174,12 +174,10 @@ pub fn generate_all(
         progress.advance(ids.len() as u64);
         Ok(())
     };
+    let intake = Intake::new(&dataset, &bundle, usize::MAX);
     let samples = || {
-        let read = dataset.read(&indices)?;
-        Ok(read.map(|sample| {
-            let encoded = processor.encode_prompt(&sample?)?;
-            Ok((encoded.id.clone(), encoded.into_prompt()))
-        }))
+        let read = intake.encoded(&dataset, &indices, |sample| processor.encode_prompt(sample))?;
+        Ok(read.map(|encoded| encoded.map(|encoded| (encoded.id.clone(), encoded.into_prompt()))))
     };
     ahead(batch_size, samples, |mut all| {
         all.try_for_each(|item: Result<(String, Prompt)>| {
@@ -191,7 +189,7 @@ pub fn generate_all(
         answer(waiting)?;
     }
     file.commit()?;
-    Ok(written)
+    Ok((written, intake.left_out()))
 }
 
 /// Prints as it comes, for a person who watches.
