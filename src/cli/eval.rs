@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use crate::base::{Device, write_json};
+use crate::bundle::Bundle;
 use crate::data::{Dataset, SEQUENCE_LENGTH};
 use crate::eval::{EvalReport, Interval, PromptStyle, TextReport};
 use crate::pipeline::steps::{self, Engine, EvalSettings, TextSettings};
@@ -93,6 +94,7 @@ fn text(args: &Args, context: &Context) -> anyhow::Result<Outcome> {
         limit: args.limit,
     };
     let engine = Engine::new(args.device)?;
+    steps::warnings(&Bundle::open(&args.model)?).iter().for_each(|warning| context.output.warn(warning));
     let report =
         steps::eval_text(&engine, &args.model, args.baseline.as_deref(), &args.data, &settings, &context.cancel)?;
     write_json(&args.output, &report)?;

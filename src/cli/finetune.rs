@@ -7,6 +7,7 @@ use anyhow::Context as _;
 use clap::ValueEnum;
 
 use crate::base::{Device, human_bytes, human_count, sha256_file};
+use crate::bundle::Bundle;
 use crate::data::{Amount, Subset};
 use crate::finetune::{DEFAULT_RECIPE, Precision, RECIPES, RecipeRow, Settings};
 use crate::method::Plan;
@@ -128,6 +129,8 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         features: &FeatureCache::new(256 << 20),
         teacher: args.teacher.as_deref(),
     };
+    let bundle = Bundle::open(&args.pruned)?;
+    steps::warnings(&bundle).iter().for_each(|warning| context.output.warn(warning));
     let report = steps::finetune(&request, &args.output, &context.cancel, &mut |_| ())?;
     let output = &context.output;
     warn_left_out(&report.left_out, output);

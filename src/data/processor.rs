@@ -54,6 +54,8 @@ pub struct Processor {
     /// As errors name the model.
     subject: String,
     vision: Option<Vision>,
+    /// Why the model's image processor is none that is known.
+    unknown_images: Option<String>,
     pub(super) eos: Vec<u32>,
 }
 
@@ -68,8 +70,10 @@ struct Vision {
 impl Processor {
     /// Reads a model's own processor files.
     ///
-    /// Errors: `Error::Invalid` when one is missing, malformed or contradicts another; `Error::Unsupported` for an
-    /// image processor that is not known or a setting that nobody reads.
+    /// With an image processor that is not known, or a setting of it that nothing reads, everything but pictures can be
+    /// encoded; see [`Processor::warning`].
+    ///
+    /// Errors: `Error::Invalid` when one is missing, malformed or contradicts another.
     pub fn open(bundle: &Bundle) -> Result<Self> {
         Self::open_with(bundle, &ImageSettings::default())
     }
@@ -80,7 +84,11 @@ impl Processor {
     pub fn open_with(bundle: &Bundle, settings: &ImageSettings) -> Result<Self> {
         let mut tokenizer = Tokenizer::open(bundle)?;
         let processor_config = bundle.read_json("processor_config.json")?.unwrap_or(Value::Null);
-        let vision = Vision::open(bundle, &processor_config, &tokenizer, settings)?;
+        let (vision, unknown_images) = match Vision::open(bundle, &processor_config, &tokenizer, settings) {
+            Ok(vision) => (vision, None),
+            Err(error @ Error::Unsupported { .. }) => (None, Some(error.to_string())),
+            Err(error) => return Err(error),
+        };
         let mut template = read_template(bundle, &processor_config, &tokenizer)?;
         if let Some(Vision { placeholder, .. }) = &vision {
             tokenizer.special_tokens = placeholder.special_tokens;
@@ -98,7 +106,21 @@ impl Processor {
         eos.sort_unstable();
         eos.dedup();
         let subject = format!("`{}`", bundle.root().display());
-        Ok(Processor { tokenizer, template, subject, vision, eos })
+        Ok(Processor { tokenizer, template, subject, vision, unknown_images, eos })
+    }
+
+    /// What a user should know of a model whose image processor is not known.
+    pub fn warning(&self) -> Option<String> {
+        let problem = self.unknown_images.as_ref()?;
+        Some(format!("{problem}; only text without pictures can be read"))
+    }
+
+    fn no_pictures(&self, id: &str) -> Error {
+        match &self.unknown_images {
+            Some(problem) => Error::unsupported(id, format!("has pictures: {problem}"))
+                .remedy("take samples without pictures, or running text"),
+            None => Error::invalid(id, "has pictures, but the model has no image processor"),
+        }
     }
 
     /// Ids at which generation ends.
@@ -148,7 +170,7 @@ impl Processor {
         };
         let parts: Vec<ContentPart> = parts.iter().map(part).collect();
         if self.vision.is_none() && parts.iter().any(|part| matches!(part, ContentPart::Image)) {
-            return Err(Error::invalid("data", "has pictures, but the model has no image processor"));
+            return Err(self.no_pictures("data"));
         }
         Ok(self.parts("user", parts))
     }
@@ -160,7 +182,11 @@ impl Processor {
 
     /// A message in the form that the template takes.
     pub(super) fn parts(&self, role: &'static str, parts: Vec<ContentPart>) -> Message {
-        if self.template.as_ref().is_some_and(|template| template.takes_parts(self.vision.is_some())) {
+        if self
+            .template
+            .as_ref()
+            .is_some_and(|template| template.takes_parts(self.vision.is_some() || self.unknown_images.is_some()))
+        {
             return Message { role, content: Content::Parts(parts) };
         }
         let mut text = String::new();
@@ -200,7 +226,7 @@ impl Processor {
         match &self.vision {
             _ if images.is_empty() => Ok(None),
             Some(vision) => vision.images.open(images).map(Some),
-            None => Err(Error::invalid(id, "has pictures, but the model has no image processor")),
+            None => Err(self.no_pictures(id)),
         }
     }
 

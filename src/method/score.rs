@@ -99,7 +99,7 @@ pub fn score(
     let provenance = Provenance::new(SCORES_SCHEMA_VERSION, inputs, &recorded)?;
     let scores = Scores::from_samples(provenance, num_layers, settings.include_last, samples)?;
     let additions = has_additions(&analysis.map).then_some(Side::Before);
-    let warnings = missing_deepstack(bundle, &decoder.graph).into_iter().collect();
+    let warnings = missing_deepstack(bundle, &decoder.graph).into_iter().chain(processor.warning()).collect();
     Ok(Scores { left_out, additions, warnings, ..scores })
 }
 

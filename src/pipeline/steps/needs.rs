@@ -3,6 +3,7 @@
 use crate::analysis::{self, Analysis};
 use crate::base::{Error, Result};
 use crate::bundle::{Bundle, Component, Role};
+use crate::data::Processor;
 use crate::onnx;
 
 /// Work on a model's decoder.
@@ -91,6 +92,11 @@ pub fn check(bundle: &Bundle, work: Work) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// What a user should know of a model before it reads data.
+pub fn warnings(bundle: &Bundle) -> Vec<String> {
+    Processor::open(bundle).ok().and_then(|processor| processor.warning()).into_iter().collect()
 }
 
 fn wanted(need: Need) -> &'static str {
