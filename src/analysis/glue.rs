@@ -2,12 +2,12 @@
 
 use std::collections::{HashMap, HashSet};
 
-use crate::ir::{Body, DataType, GraphIndex, ValueId};
+use crate::ir::{Body, DataType, Graph, GraphIndex, ValueId};
 
 use super::blocks::LayerBlocks;
 use super::kinds::from_weights;
 use super::map::Glue;
-use super::stream::{Chain, data_inputs};
+use super::stream::{Chain, data_inputs, part_of_rows};
 
 /// Operators that change nothing that a person would want to know of.
 const SILENT: &[&str] = &["Cast", "Identity"];
@@ -101,7 +101,7 @@ fn weights(body: &Body, index: &GraphIndex, nodes: &[usize]) -> Vec<ValueId> {
 }
 
 /// Everything between layers that belongs to none.
-pub fn between(body: &Body, chain: &Chain, layer_of_level: &HashMap<usize, usize>) -> Vec<Glue> {
+pub fn between(graph: &Graph, body: &Body, chain: &Chain, layer_of_level: &HashMap<usize, usize>) -> Vec<Glue> {
     let index = GraphIndex::of_body(body);
     let first = layer_of_level.keys().min().copied().unwrap_or(0);
     let last = layer_of_level.keys().max().copied().unwrap_or(0);
@@ -121,6 +121,11 @@ pub fn between(body: &Body, chain: &Chain, layer_of_level: &HashMap<usize, usize
         let inputs = nodes
             .iter()
             .flat_map(|&node| data_inputs(body, node))
+            .filter_map(|id| match index.node_of(id) {
+                None => Some(id),
+                Some((node, _)) if id != chain.source => part_of_rows(graph, body, &body.nodes[node]),
+                Some(_) => None,
+            })
             .filter(|id| body.inputs.contains(id) && *id != chain.source)
             .collect();
         let mut weights = weights(body, &index, &nodes);

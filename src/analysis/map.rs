@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 
-use crate::ir::{Body, GraphIndex, Node, ValueId};
+use crate::ir::{Body, Graph, GraphIndex, Node, ValueId};
 
 use super::blocks::LayerBlocks;
 use super::owners::{Owner, Owners};
@@ -12,7 +12,7 @@ use super::{glue, kinds};
 /// The layers of a transformer graph.
 #[derive(Clone, Debug)]
 pub struct LayerMap {
-    /// The graph input that the stream begins at.
+    /// The graph input that the stream begins at, or the part of its rows where other features are packed behind it.
     pub source: ValueId,
     /// The graph output that the stream ends in.
     pub result: ValueId,
@@ -127,7 +127,7 @@ pub struct Tap {
 }
 
 /// Puts the map together, ports aside.
-pub(super) fn build(body: &Body, chain: &Chain, grouped: Vec<LayerBlocks>) -> LayerMap {
+pub(super) fn build(graph: &Graph, body: &Body, chain: &Chain, grouped: Vec<LayerBlocks>) -> LayerMap {
     let index = GraphIndex::of_body(body);
     let mut layers = Vec::with_capacity(grouped.len());
     let mut classes: HashMap<u64, usize> = HashMap::new();
@@ -164,7 +164,7 @@ pub(super) fn build(body: &Body, chain: &Chain, grouped: Vec<LayerBlocks>) -> La
         fill_shared(body, &index, &owners, layer);
         layer.beside = read_beside(body, &index, layer, &streamed);
     }
-    let glue = glue::between(body, chain, &layer_of_level);
+    let glue = glue::between(graph, body, chain, &layer_of_level);
     LayerMap {
         source: chain.source,
         result: chain.result,

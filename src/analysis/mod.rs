@@ -91,7 +91,7 @@ fn towers_of(graph: &Graph, body: &Body) -> Result<(LayerMap, Option<LayerMap>)>
 
 fn layers_of(graph: &Graph, body: &Body, (chain, mut layers): towers::Tower) -> Result<LayerMap> {
     glue::settle(body, &GraphIndex::of_body(body), &chain, &mut layers);
-    let mut map = map::build(body, &chain, layers);
+    let mut map = map::build(graph, body, &chain, layers);
     ports::assign(graph, body, &chain, &mut map)?;
     names::confirm(graph, body, &map)?;
     Ok(map)

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use crate::base::{Error, Result};
-use crate::ir::{Body, Graph, GraphIndex, ValueId};
+use crate::ir::{Body, DataType, Graph, GraphIndex, Node, ValueId};
 
 use super::{blocks, kinds, residual};
 
@@ -73,7 +73,9 @@ fn best(
     wanted: &dyn Fn(&Chain) -> bool,
 ) -> Option<(usize, Chain)> {
     let mut best = None;
-    for &source in &body.inputs {
+    let parts = body.nodes.iter().filter(|node| part_of_rows(graph, body, node).is_some());
+    let sources = body.inputs.iter().copied().chain(parts.flat_map(|node| node.present_outputs()));
+    for source in sources.collect::<Vec<_>>() {
         if index.is_initializer(source) {
             continue;
         }
@@ -89,6 +91,15 @@ fn best(
         }
     }
     best.map(|((_, _, blocks, _), chain)| (blocks, chain))
+}
+
+/// The input of the graph that a node cuts a part out of: features that lie packed behind each row of the embeddings are
+/// cut off so.
+pub fn part_of_rows(graph: &Graph, body: &Body, node: &Node) -> Option<ValueId> {
+    let input = node.inputs.first().copied().flatten()?;
+    let ty = graph.value(input).ty.as_ref()?;
+    let rows = ty.dtype().is_some_and(DataType::is_float) && ty.shape().is_some_and(|shape| shape.len() == 3);
+    (rows && matches!(node.op_type.as_str(), "Slice" | "Split") && body.inputs.contains(&input)).then_some(input)
 }
 
 /// The output that the most nodes work for: logits or image features rather than a cache.

@@ -3,7 +3,7 @@
 use ndarray::{ArrayD, Axis, IxDyn};
 
 use crate::base::{Error, Result};
-use crate::prompt::{Array, IMAGE_GRID_HWS, ImageArrays, PIXEL_ATTENTION_MASK};
+use crate::prompt::{Array, IMAGE_GRID_HWS, ImageArrays, PIXEL_ATTENTION_MASK, PIXEL_VALUES};
 
 use super::port::Port;
 
@@ -75,12 +75,18 @@ fn nothing(port: &Port) -> Array {
     }
 }
 
-/// Tiles in a picture: the axis before channels; all patches of a picture count as one.
+/// Tiles in a picture, each of which gives as many rows of features. What is no plain tile (patches on a grid, pictures
+/// with sizes beside them) counts as one: it has a run of its own.
 pub fn tile_count(picture: &ImageArrays) -> usize {
     match *picture.pixel_values().map_or(&[][..], ArrayD::shape) {
-        [tiles, _, _, _] => tiles,
+        [tiles, _, _, _] if is_plain(picture) => tiles,
         _ => 1,
     }
+}
+
+/// True for pixels with nothing but a mask beside them.
+fn is_plain(picture: &ImageArrays) -> bool {
+    picture.iter().all(|(name, _)| name == PIXEL_VALUES || name == PIXEL_ATTENTION_MASK)
 }
 
 /// True when two pictures may share a run: tiles of one size, and nothing but a mask beside them.
@@ -89,10 +95,7 @@ pub fn share_a_run(a: &ImageArrays, b: &ImageArrays) -> bool {
         [_, channels, height, width] => Some([channels, height, width]),
         _ => None,
     };
-    let plain = |picture: &ImageArrays| {
-        picture.iter().all(|(name, _)| name == crate::prompt::PIXEL_VALUES || name == PIXEL_ATTENTION_MASK)
-    };
-    tile(a).is_some() && tile(a) == tile(b) && plain(a) && plain(b)
+    tile(a).is_some() && tile(a) == tile(b) && is_plain(a) && is_plain(b)
 }
 
 /// True when some of a picture's pixels are padding.
@@ -104,7 +107,7 @@ pub fn is_padded(picture: &ImageArrays) -> bool {
 mod tests {
     use super::*;
     use crate::ir::{DataType, Dim};
-    use crate::prompt::{IMAGE_GRID_THW, PIXEL_VALUES};
+    use crate::prompt::IMAGE_GRID_THW;
 
     fn port(name: &str, dtype: DataType, shape: &[i64]) -> Port {
         let dim = |&size: &i64| if size < 0 { Dim::Unknown } else { Dim::Known(size) };
@@ -154,6 +157,8 @@ mod tests {
         assert!(!share_a_run(&tiles(2), &picture(&[1, 3, 4, 8], None)));
         let patches = picture(&[8, 6], Some([1, 2, 4]));
         assert!(!share_a_run(&patches, &patches));
-        assert_eq!((tile_count(&tiles(2)), tile_count(&patches)), (2, 1));
+        // Patches may have the shape of tiles.
+        let square = picture(&[8, 3, 14, 14], Some([1, 2, 4]));
+        assert_eq!((tile_count(&tiles(2)), tile_count(&patches), tile_count(&square)), (2, 1, 1));
     }
 }
