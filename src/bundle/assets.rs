@@ -177,8 +177,9 @@ fn is_text(path: &Path) -> Result<bool> {
     Ok(!text.chars().any(|c| c.is_control() && !matches!(c, '\n' | '\r' | '\t' | '\u{c}' | '\u{1b}')))
 }
 
-/// The error for a file that may be a part of the network and that no component claims; `layout` is the folder's.
-pub(super) fn unclaimed(root: &Path, path: &str, layout: &str) -> Error {
+/// The error for a file that may be a part of the network and that no component claims; `layout` is the folder's,
+/// `unreadable` names a component that could not be asked for its weights.
+pub(super) fn unclaimed(root: &Path, path: &str, layout: &str, unreadable: Option<&str>) -> Error {
     let subject = format!("file `{path}` in `{}`", root.display());
     let name = path.rsplit('/').next().unwrap_or(path);
     if is_graph(path) && name.starts_with("encoder_model") {
@@ -188,7 +189,10 @@ pub(super) fn unclaimed(root: &Path, path: &str, layout: &str) -> Error {
              the like are none",
         );
     }
-    let problem = format!("nothing is known about it in a {layout} folder");
+    let mut problem = format!("nothing is known about it in a {layout} folder");
+    if let Some(unreadable) = unreadable {
+        problem.push_str(&format!(", and {unreadable}"));
+    }
     Error::invalid(subject, problem).remedy(remedy_for(path))
 }
 

@@ -141,6 +141,21 @@ pub(super) const LAYOUTS: &[Layout] = &[
 pub(super) const SINGLE_FILE: Layout =
     Layout { name: "single file", applies: |_| false, components: Components::Stems(&[]) };
 
-/// Precision variants, by the suffix that stands between stem and extension.
-pub(super) const VARIANTS: &[&str] =
-    &["", "fp16", "bf16", "q4", "q4f16", "q8", "quantized", "int8", "uint8", "bnb4", "optimized"];
+/// Precision variants, the most precise first, by the suffix between stem and extension.
+pub(super) const VARIANTS: &[&str] = &[
+    "",
+    "optimized",
+    "fp16",
+    "bf16",
+    "q8",
+    "quantized",
+    "int8",
+    "uint8",
+    "q4",
+    "q4f16",
+    "bnb4",
+    "q2",
+    "q2f16",
+    "q1",
+    "q1f16",
+];

@@ -25,7 +25,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::base::{Error, Result, Sha256Digest, list_preview, sha256_json, sha256_large_file};
@@ -49,6 +49,16 @@ pub struct Component {
     pub file: String,
     /// Paths of its external data below the folder.
     pub external: Vec<String>,
+}
+
+/// A precision variant that cannot be worked on, while a more precise one of the same component can.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SetAside {
+    /// Path below the folder.
+    pub file: String,
+    /// What is wrong with it.
+    pub problem: String,
 }
 
 /// A file that is no component.
@@ -128,10 +138,18 @@ impl Bundle {
         let claimed = |components: &[Component], file: &String| {
             components.iter().any(|c| c.file == *file || c.external.contains(file))
         };
+        let mut unreadable = None;
         // Names say which data belongs to which component; only where they do not are the graphs asked.
         if listing.files.iter().any(|file| !claimed(&components, file) && assets::named(file).is_none()) {
-            for component in &mut components {
-                let named = external_files(&root.join(&component.file))?;
+            let choices: Vec<bool> = components.iter().map(|c| is_most_precise(&components, c)).collect();
+            for (component, most_precise) in components.iter_mut().zip(choices) {
+                let named = match external_files(&root.join(&component.file)) {
+                    Err(error) if !most_precise => {
+                        unreadable.get_or_insert_with(|| format!("`{}` cannot be read: {error}", component.file));
+                        continue;
+                    }
+                    named => named?,
+                };
                 let folder = component.file.rsplit_once('/').map_or(String::new(), |(folder, _)| format!("{folder}/"));
                 component.external.extend(named.into_iter().map(|name| format!("{folder}{name}")));
                 component.external.sort();
@@ -142,7 +160,7 @@ impl Bundle {
         for file in listing.files.iter().filter(|file| !claimed(&components, file)) {
             match assets::classify(root, file)? {
                 Some(kind) => assets.push(Asset { file: file.clone(), kind }),
-                None => return Err(assets::unclaimed(root, file, layout.name)),
+                None => return Err(assets::unclaimed(root, file, layout.name, unreadable.as_deref())),
             }
         }
         let left_out = listing.left_out;
@@ -201,8 +219,14 @@ impl Bundle {
     /// Variants of a role, full precision first.
     pub fn variants(&self, role: Role) -> impl Iterator<Item = &Component> {
         let mut found: Vec<&Component> = self.components.iter().filter(|component| component.role == role).collect();
-        found.sort_by_key(|component| VARIANTS.iter().position(|variant| *variant == component.variant));
+        found.sort_by_key(|component| rank(component));
         found.into_iter()
+    }
+
+    /// True when no variant of the same component is more precise. Verbs that need one variant take this one, so it has
+    /// to be sound; other variants are set aside when they are not.
+    pub fn is_most_precise(&self, component: &Component) -> bool {
+        is_most_precise(&self.components, component)
     }
 
     /// The component of a role in its most precise variant.
@@ -292,6 +316,16 @@ impl Bundle {
     pub fn digest(&self) -> Result<Sha256Digest> {
         sha256_json(&self.file_digests()?)
     }
+}
+
+/// Place of a component's variant among all, the most precise first.
+fn rank(component: &Component) -> usize {
+    VARIANTS.iter().position(|variant| *variant == component.variant).unwrap_or(VARIANTS.len())
+}
+
+fn is_most_precise(components: &[Component], component: &Component) -> bool {
+    let same = |other: &&Component| other.role == component.role && other.stem == component.stem;
+    components.iter().filter(same).all(|other| rank(component) <= rank(other))
 }
 
 /// Reads a text of at most 64 MiB.

@@ -26,6 +26,8 @@ pub struct BundleWriter<'a> {
     texts: BTreeMap<String, String>,
     /// Components written anew: their path, and how many files of external data they have now.
     written: BTreeMap<String, usize>,
+    /// Components that the new folder does not have.
+    set_aside: BTreeSet<String>,
     steps: Vec<Step>,
 }
 
@@ -47,6 +49,7 @@ impl<'a> BundleWriter<'a> {
             staged: Staged(StagedDir::create(target)?),
             texts: BTreeMap::new(),
             written: BTreeMap::new(),
+            set_aside: BTreeSet::new(),
             steps: Vec::new(),
         })
     }
@@ -72,6 +75,11 @@ impl<'a> BundleWriter<'a> {
         let data = onnx::save_with(model, &path, &storage, metadata)?;
         self.written.insert(component.file.clone(), data.len());
         Ok(())
+    }
+
+    /// Leaves a component out of the new folder.
+    pub fn set_aside(&mut self, file: &str) {
+        self.set_aside.insert(file.to_string());
     }
 
     /// As many bytes to a file of external data as the first of several had.
@@ -187,7 +195,7 @@ impl<'a> BundleWriter<'a> {
         self.keep_chunk_counts_true()?;
         self.preface_cards(&record)?;
         for component in self.bundle.components() {
-            if !self.written.contains_key(&component.file) {
+            if !self.written.contains_key(&component.file) && !self.set_aside.contains(&component.file) {
                 for file in std::iter::once(&component.file).chain(&component.external) {
                     self.copy(file)?;
                 }

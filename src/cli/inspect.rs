@@ -25,6 +25,9 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     let found = steps::inspect(&bundle)?;
     let output = &context.output;
     found.warnings.iter().for_each(|warning| output.warn(warning));
+    for variant in &found.set_aside {
+        output.warn(format!("`{}` is set aside: {}", variant.file, variant.problem));
+    }
     if output.json {
         output.json(&found)?;
         return Ok(Outcome::Done);

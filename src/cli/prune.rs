@@ -72,6 +72,9 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     };
     let pruned = steps::prune(&bundle, &drop, deepstack, &args.output)?;
     let output = &context.output;
+    for variant in &pruned.set_aside {
+        output.warn(format!("`{}` is set aside: {}", variant.file, variant.problem));
+    }
     if output.json {
         output.json(&pruned)?;
         return Ok(Outcome::Done);

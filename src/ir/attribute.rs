@@ -31,11 +31,13 @@ pub enum AttributeKind {
 pub struct Attribute {
     pub kind: AttributeKind,
     pub doc_string: String,
+    /// What the file's message holds beyond this, carried over as it came.
+    pub extra: Opaque,
 }
 
 impl From<AttributeKind> for Attribute {
     fn from(kind: AttributeKind) -> Self {
-        Attribute { kind, doc_string: String::new() }
+        Attribute { kind, doc_string: String::new(), extra: Opaque::new() }
     }
 }
 

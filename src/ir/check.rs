@@ -1,6 +1,6 @@
 //! What must hold of every graph: checked after decoding and after every rewrite.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 
 use crate::base::{Error, Result};
 
@@ -9,20 +9,42 @@ use super::{Body, Graph, Model, ValueId};
 /// Checks a model's graph and functions.
 ///
 /// Holds: every value read is defined before (nodes in execution order), none is defined twice, names of values in
-/// use are distinct and not empty, every weight's byte count fits its type and shape, every output exists.
+/// use are distinct and not empty, every weight's byte count fits its type and shape, every output exists, and every
+/// node's domain has an opset version.
 ///
 /// Errors: `Error::Invalid` naming the node or value.
 pub fn check(model: &Model) -> Result<()> {
-    check_graph(&model.graph)?;
+    check_graph(&model.graph, &model.opset_imports)?;
     for function in &model.functions {
-        check_graph(&function.graph)?;
+        check_graph(&function.graph, &function.opset_imports)?;
     }
     Ok(())
 }
 
-fn check_graph(graph: &Graph) -> Result<()> {
+fn check_graph(graph: &Graph, opset_imports: &BTreeMap<String, i64>) -> Result<()> {
     let mut scope = Scope::default();
-    check_body(graph, &graph.body, &mut scope)
+    check_body(graph, &graph.body, &mut scope)?;
+    check_domains(graph, &graph.body, opset_imports)
+}
+
+fn check_domains(graph: &Graph, body: &Body, opset_imports: &BTreeMap<String, i64>) -> Result<()> {
+    for node in &body.nodes {
+        if !opset_imports.contains_key(&node.domain) {
+            let name = |domain: &str| if domain.is_empty() { "ai.onnx" } else { domain }.to_string();
+            let known: Vec<String> = opset_imports.keys().map(|domain| name(domain)).collect();
+            let problem = format!(
+                "is of domain `{}`, which no `opset_import` gives a version of; found {}",
+                name(&node.domain),
+                if known.is_empty() { "none".to_string() } else { known.join(", ") }
+            );
+            return Err(Error::invalid(node.describe(graph), problem)
+                .remedy("export the model again, or add the opset version that it was exported for"));
+        }
+        for inner in node.bodies() {
+            check_domains(graph, inner, opset_imports)?;
+        }
+    }
+    Ok(())
 }
 
 /// What is defined so far, outer bodies included.

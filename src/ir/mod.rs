@@ -80,6 +80,10 @@ pub struct Value {
     pub ty: Option<ValueType>,
     pub doc_string: String,
     pub metadata: Vec<(String, String)>,
+    /// The file's `quantization_annotation` of this value, without its name; empty where there is none.
+    pub quantization: Opaque,
+    /// Denotations and fields that this version does not know, carried over as they came.
+    pub extra: Opaque,
 }
 
 /// One operator call.

@@ -18,7 +18,7 @@ impl ValueId {
     }
 }
 
-/// Unknown fields of a message in wire format, carried over untouched.
+/// Fields of a message that the graph in memory has no place for, in wire format, carried over untouched.
 pub type Opaque = Vec<u8>;
 
 /// ONNX element types; the numbers are `TensorProto.DataType`.

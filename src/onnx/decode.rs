@@ -1,92 +1,135 @@
 //! Protobuf messages to the graph in memory.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::mem::take;
 use std::path::Path;
 
 use onnx_protobuf as pb;
 use pb::attribute_proto::AttributeType;
-use pb::type_proto;
-use protobuf::Message;
+use protobuf::{EnumOrUnknown, Message, SpecialFields};
 
 use crate::base::{Error, Result};
-use crate::ir::{
-    Attribute, AttributeKind, Body, DataType, Dim, Function, Graph, Model, Node, Tensor, TensorData, Value, ValueId,
-    ValueType,
-};
+use crate::ir::{Attribute, AttributeKind, Body, Function, Graph, Model, Node, Opaque, Value, ValueId};
 
 use super::external::Sources;
-use super::opaque;
+use super::tensor::{tensor, value_type};
 use super::wire::Scan;
+use super::{opaque, order};
+
+/// The other spelling of the default domain, `""`.
+pub const DEFAULT_DOMAIN: &str = "ai.onnx";
 
 /// A scanned file as a model.
 ///
-/// Errors: `Error::Invalid` for what no ONNX file may hold, `Error::Unsupported` for sparse and training parts.
+/// Errors: `Error::Invalid` for what no ONNX file may hold or leave out, `Error::Unsupported` for sparse and training
+/// parts.
 pub fn model(scan: &Scan, sources: &mut Sources, path: &Path) -> Result<Model> {
     let subject = || format!("`{}`", path.display());
-    let proto = pb::ModelProto::parse_from_bytes(&scan.skeleton)
+    let mut proto = pb::ModelProto::parse_from_bytes(&scan.skeleton)
         .map_err(|e| Error::invalid(subject(), format!("is no ONNX model: {e}")))?;
     if !proto.training_info.is_empty() {
         return Err(Error::unsupported(subject(), "holds a training graph").remedy("export the inference graph alone"));
     }
-    let graph = proto.graph.into_option().ok_or_else(|| Error::invalid(subject(), "holds no graph"))?;
-    let functions = proto.functions.into_iter().map(|item| function(item, sources)).collect::<Result<_>>()?;
+    if proto.ir_version < 1 {
+        let found = if proto.ir_version == 0 {
+            "has no `ir_version`".into()
+        } else {
+            format!("has `ir_version` {}", proto.ir_version)
+        };
+        return Err(Error::invalid(subject(), format!("{found}, so nothing says how to read it")).remedy(
+            "export the model again, or set `ir_version` to that of the exporter's version of ONNX (8 for opset 17)",
+        ));
+    }
+    let opset_imports = opsets(&proto.opset_import, &subject())?;
+    if opset_imports.is_empty() {
+        return Err(Error::invalid(subject(), "has no `opset_import`, so nothing says which operators its nodes mean")
+            .remedy("export the model again, or add the opset version that it was exported for"));
+    }
+    let graph = proto.graph.take().ok_or_else(|| Error::invalid(subject(), "holds no graph"))?;
+    let functions =
+        take(&mut proto.functions).into_iter().map(|item| function(item, sources)).collect::<Result<Vec<_>>>()?;
+    let mut known = HashSet::new();
+    for function in &functions {
+        if !known.insert((&function.domain, &function.name, &function.overload)) {
+            return Err(Error::invalid(format!("function `{}`", function.name), "is defined twice"));
+        }
+    }
     let mut arena = Arena::new(sources);
     arena.payloads = scan.payloads.iter().map(|range| range.clone().map(|r| (r.start, r.len()))).collect();
     let body = arena.body(graph, true)?;
     Ok(Model {
-        ir_version: proto.ir_version,
-        opset_imports: opsets(proto.opset_import),
-        producer_name: proto.producer_name,
-        producer_version: proto.producer_version,
-        domain: proto.domain,
-        model_version: proto.model_version,
-        doc_string: proto.doc_string,
-        metadata: pairs(proto.metadata_props),
+        ir_version: take(&mut proto.ir_version),
+        opset_imports,
+        producer_name: take(&mut proto.producer_name),
+        producer_version: take(&mut proto.producer_version),
+        domain: take(&mut proto.domain),
+        model_version: take(&mut proto.model_version),
+        doc_string: take(&mut proto.doc_string),
+        metadata: pairs(&mut proto.metadata_props),
         functions,
         graph: Graph { values: arena.values, body },
-        extra: opaque::take(proto.special_fields),
+        extra: opaque::rest(&proto),
     })
 }
 
-fn function(proto: pb::FunctionProto, sources: &mut Sources) -> Result<Function> {
+fn function(mut proto: pb::FunctionProto, sources: &mut Sources) -> Result<Function> {
     let mut arena = Arena::new(sources);
     arena.scopes.push(HashMap::new());
     let mut body = Body { name: proto.name.clone(), ..Body::default() };
-    for name in &proto.input {
-        let id = arena.define(name)?;
+    for name in take(&mut proto.input) {
+        let id = arena.define(&name)?;
         body.inputs.push(id);
     }
     let attribute_defaults =
-        proto.attribute_proto.into_iter().map(|item| arena.attribute(item)).collect::<Result<_>>()?;
-    body.nodes = proto.node.into_iter().map(|item| arena.node(item)).collect::<Result<_>>()?;
-    for name in &proto.output {
-        body.outputs.push(arena.lookup(name));
+        take(&mut proto.attribute_proto).into_iter().map(|item| arena.attribute(item)).collect::<Result<_>>()?;
+    let nodes = order::sorted(take(&mut proto.node))?;
+    body.nodes = nodes.into_iter().map(|item| arena.node(item)).collect::<Result<_>>()?;
+    for name in take(&mut proto.output) {
+        body.outputs.push(arena.lookup(&name));
     }
-    arena.value_infos(proto.value_info);
+    proto.value_info = arena.value_infos(take(&mut proto.value_info));
     Ok(Function {
-        name: proto.name,
-        domain: domain(proto.domain),
-        overload: proto.overload,
-        opset_imports: opsets(proto.opset_import),
-        attributes: proto.attribute,
+        opset_imports: opsets(&proto.opset_import, &format!("function `{}`", proto.name))?,
+        name: take(&mut proto.name),
+        domain: domain(&mut proto.domain),
+        overload: take(&mut proto.overload),
+        attributes: take(&mut proto.attribute),
         attribute_defaults,
-        doc_string: proto.doc_string,
-        metadata: pairs(proto.metadata_props),
+        doc_string: take(&mut proto.doc_string),
+        metadata: pairs(&mut proto.metadata_props),
         graph: Graph { values: arena.values, body },
-        extra: opaque::take(proto.special_fields),
+        extra: opaque::rest(&proto),
     })
 }
 
-fn domain(name: String) -> String {
-    if name == "ai.onnx" { String::new() } else { name }
+/// The domain as the graph in memory names it; the default domain's other spelling stays in the message.
+fn domain(name: &mut String) -> String {
+    if name == DEFAULT_DOMAIN { String::new() } else { take(name) }
 }
 
-fn opsets(imports: Vec<pb::OperatorSetIdProto>) -> BTreeMap<String, i64> {
-    imports.into_iter().map(|item| (domain(item.domain), item.version)).collect()
+/// Versions by domain. The entries stay in the message, so that their order and spelling are kept.
+fn opsets(imports: &[pb::OperatorSetIdProto], subject: &str) -> Result<BTreeMap<String, i64>> {
+    let mut versions = BTreeMap::new();
+    for import in imports {
+        let name = if import.domain.is_empty() { DEFAULT_DOMAIN } else { &import.domain };
+        if import.version < 1 {
+            let problem =
+                format!("imports version {} of the operators of `{name}`, expected 1 or more", import.version);
+            return Err(Error::invalid(subject, problem).remedy("export the model again"));
+        }
+        let key = if name == DEFAULT_DOMAIN { String::new() } else { name.to_string() };
+        if let Some(other) = versions.insert(key, import.version).filter(|&other| other != import.version) {
+            let problem = format!("imports versions {other} and {} of the operators of `{name}`", import.version);
+            return Err(Error::invalid(subject, problem).remedy("export the model again, or keep the right one"));
+        }
+    }
+    Ok(versions)
 }
 
-fn pairs(entries: Vec<pb::StringStringEntryProto>) -> Vec<(String, String)> {
-    entries.into_iter().map(|entry| (entry.key, entry.value)).collect()
+/// Keys and values; entries with fields that this version does not know stay in the message.
+pub fn pairs(entries: &mut Vec<pb::StringStringEntryProto>) -> Vec<(String, String)> {
+    let plain = |entry: &pb::StringStringEntryProto| entry.special_fields == SpecialFields::default();
+    entries.extract_if(.., |entry| plain(entry)).map(|entry| (entry.key, entry.value)).collect()
 }
 
 /// Values by name, innermost scope last.
@@ -106,7 +149,7 @@ impl<'a> Arena<'a> {
         self.scopes.iter().rev().find_map(|scope| scope.get(name)).copied()
     }
 
-    /// The value of this name; a name that nothing has defined yet gets a value that `ir::check` will miss.
+    /// The value of this name; an undefined name gets a placeholder, which `ir::check` reports.
     fn lookup(&mut self, name: &str) -> ValueId {
         match self.find(name) {
             Some(id) => id,
@@ -134,87 +177,143 @@ impl<'a> Arena<'a> {
         Ok(self.insert(name))
     }
 
-    fn body(&mut self, proto: pb::GraphProto, top: bool) -> Result<Body> {
+    fn body(&mut self, mut proto: pb::GraphProto, top: bool) -> Result<Body> {
         if let Some(sparse) = proto.sparse_initializer.first() {
             return Err(Error::unsupported(format!("initializer `{}`", sparse.values.name), "it is sparse")
                 .remedy("export the model with dense weights"));
         }
         self.scopes.push(HashMap::new());
         let mut body = Body {
-            name: proto.name.clone(),
-            doc_string: proto.doc_string.clone(),
-            metadata: pairs(proto.metadata_props),
+            name: take(&mut proto.name),
+            doc_string: take(&mut proto.doc_string),
+            metadata: pairs(&mut proto.metadata_props),
             ..Body::default()
         };
-        let kept = pb::GraphProto {
-            quantization_annotation: proto.quantization_annotation,
-            special_fields: proto.special_fields,
-            ..pb::GraphProto::default()
-        };
-        body.extra = kept.write_to_bytes().unwrap_or_default();
-        for info in proto.input {
+        for info in take(&mut proto.input) {
             let id = self.define(&info.name)?;
             self.describe(id, info);
             body.inputs.push(id);
         }
-        for (position, tensor) in proto.initializer.into_iter().enumerate() {
-            let known = self.scopes.last().and_then(|scope| scope.get(&tensor.name)).copied();
+        let inputs: HashSet<ValueId> = body.inputs.iter().copied().collect();
+        for (position, item) in take(&mut proto.initializer).into_iter().enumerate() {
+            let known = self.scopes.last().and_then(|scope| scope.get(&item.name)).copied();
             let id = match known {
-                Some(id) if body.inputs.contains(&id) => id,
-                _ => self.define(&tensor.name)?,
+                Some(id) if inputs.contains(&id) => id,
+                _ => self.define(&item.name)?,
             };
             let payload = if top { self.payloads.get(position).copied().flatten() } else { None };
-            let decoded = self.tensor(tensor, payload)?;
+            let decoded = tensor(item, payload, true, self.sources)?;
             body.initializers.push((id, decoded));
         }
-        for node in proto.node {
+        for node in order::sorted(take(&mut proto.node))? {
             let node = self.node(node)?;
             body.nodes.push(node);
         }
-        for info in proto.output {
+        for info in take(&mut proto.output) {
+            if info.name.is_empty() {
+                return Err(Error::invalid(format!("an output of graph `{}`", body.name), "has no name"));
+            }
             let id = self.lookup(&info.name);
             self.describe(id, info);
             body.outputs.push(id);
         }
-        self.value_infos(proto.value_info);
+        proto.value_info = self.value_infos(take(&mut proto.value_info));
+        self.annotations(&mut proto.quantization_annotation);
+        body.extra = opaque::rest(&proto);
         self.scopes.pop();
         Ok(body)
     }
 
-    /// Notes what the file says of values that exist; entries for names that nothing defines are dropped.
-    fn value_infos(&mut self, infos: Vec<pb::ValueInfoProto>) {
+    fn innermost(&self, name: &str) -> Option<ValueId> {
+        self.scopes.last().and_then(|scope| scope.get(name)).copied()
+    }
+
+    /// Notes what the file says of values that exist, and returns the entries of names that nothing here defines.
+    fn value_infos(&mut self, infos: Vec<pb::ValueInfoProto>) -> Vec<pb::ValueInfoProto> {
+        let mut others = Vec::new();
         for info in infos {
-            if let Some(id) = self.scopes.last().and_then(|scope| scope.get(&info.name)).copied() {
-                self.describe(id, info);
+            match self.innermost(&info.name) {
+                Some(id) => self.describe(id, info),
+                None => others.push(info),
+            }
+        }
+        others
+    }
+
+    /// Takes the annotations of values of this scope, one each, out of the list.
+    fn annotations(&mut self, list: &mut Vec<pb::TensorAnnotation>) {
+        for mut annotation in take(list) {
+            match self.innermost(&annotation.tensor_name) {
+                Some(id) if self.values[id.index()].quantization.is_empty() => {
+                    annotation.tensor_name.clear();
+                    self.values[id.index()].quantization = opaque::rest(&annotation);
+                }
+                _ => list.push(annotation),
             }
         }
     }
 
-    fn describe(&mut self, id: ValueId, info: pb::ValueInfoProto) {
+    /// Notes what the file says of a value. An input's or output's own entry counts before one of `value_info`.
+    fn describe(&mut self, id: ValueId, mut info: pb::ValueInfoProto) {
         let value = &mut self.values[id.index()];
-        value.ty = info.type_.into_option().map(value_type);
-        value.doc_string = info.doc_string;
-        value.metadata = pairs(info.metadata_props);
+        info.name.clear();
+        let doc_string = take(&mut info.doc_string);
+        let metadata = pairs(&mut info.metadata_props);
+        if value.ty.is_none() {
+            value.ty = info.type_.take().map(|ty| {
+                let (ty, rest) = value_type(ty);
+                info.type_ = rest.into();
+                ty
+            });
+            value.extra = opaque::rest(&info);
+        }
+        if value.doc_string.is_empty() {
+            value.doc_string = doc_string;
+        }
+        if value.metadata.is_empty() {
+            value.metadata = metadata;
+        }
     }
 
-    fn node(&mut self, proto: pb::NodeProto) -> Result<Node> {
-        let inputs = proto.input.iter().map(|name| (!name.is_empty()).then(|| self.lookup(name))).collect();
-        let attributes = proto.attribute.into_iter().map(|item| self.attribute(item)).collect::<Result<_>>()?;
+    fn node(&mut self, mut proto: pb::NodeProto) -> Result<Node> {
+        let subject = |proto: &pb::NodeProto| match proto.output.first() {
+            _ if !proto.name.is_empty() => format!("node `{}`", proto.name),
+            Some(output) => format!("node of `{output}`"),
+            None => "a node without a name".to_string(),
+        };
+        if proto.op_type.is_empty() {
+            return Err(Error::invalid(subject(&proto), "names no operator (`op_type` is empty)"));
+        }
+        let inputs = take(&mut proto.input);
+        let inputs = inputs.iter().map(|name| (!name.is_empty()).then(|| self.lookup(name))).collect();
+        let mut attributes: Vec<(String, Attribute)> = Vec::with_capacity(proto.attribute.len());
+        for item in take(&mut proto.attribute) {
+            let (name, attribute) = self.attribute(item)?;
+            if name.is_empty() || attributes.iter().any(|(known, _)| *known == name) {
+                let problem = if name.is_empty() {
+                    "has an attribute without a name".into()
+                } else {
+                    format!("gives attribute `{name}` twice")
+                };
+                return Err(Error::invalid(subject(&proto), problem));
+            }
+            attributes.push((name, attribute));
+        }
         let mut outputs = Vec::with_capacity(proto.output.len());
-        for name in &proto.output {
-            outputs.push(if name.is_empty() { None } else { Some(self.output(name)?) });
+        for name in take(&mut proto.output) {
+            outputs.push(if name.is_empty() { None } else { Some(self.output(&name)?) });
         }
         Ok(Node {
-            name: proto.name,
-            op_type: proto.op_type,
-            domain: domain(proto.domain),
-            overload: proto.overload,
+            name: take(&mut proto.name),
+            op_type: take(&mut proto.op_type),
+            domain: domain(&mut proto.domain),
+            overload: take(&mut proto.overload),
             inputs,
             outputs,
             attributes,
-            doc_string: proto.doc_string,
-            metadata: pairs(proto.metadata_props),
-            extra: opaque::take(proto.special_fields),
+            doc_string: take(&mut proto.doc_string),
+            metadata: pairs(&mut proto.metadata_props),
+            extra: opaque::rest(&proto),
         })
     }
 
@@ -226,138 +325,60 @@ impl<'a> Arena<'a> {
         }
     }
 
-    fn attribute(&mut self, proto: pb::AttributeProto) -> Result<(String, Attribute)> {
-        let subject = || format!("attribute `{}`", proto.name);
+    fn attribute(&mut self, mut proto: pb::AttributeProto) -> Result<(String, Attribute)> {
         let name = proto.name.clone();
-        let doc_string = proto.doc_string.clone();
+        let subject = || format!("attribute `{name}`");
         let number = proto.type_.value();
-        if !proto.ref_attr_name.is_empty() {
-            let kind = AttributeKind::Reference { name: proto.ref_attr_name, type_number: number };
-            return Ok((name, Attribute { kind, doc_string }));
+        let kind = if proto.ref_attr_name.is_empty() {
+            let declared = proto.type_.enum_value().map_err(|number| {
+                Error::invalid(subject(), format!("has type {number}, which ONNX does not define"))
+            })?;
+            self.attribute_kind(declared, &mut proto)?
+        } else {
+            AttributeKind::Reference { name: take(&mut proto.ref_attr_name), type_number: number }
+        };
+        if let AttributeKind::Other(_) = kind {
+            return Ok((name, Attribute { kind, doc_string: proto.doc_string, extra: Opaque::new() }));
         }
-        let declared = proto
-            .type_
-            .enum_value()
-            .map_err(|number| Error::invalid(subject(), format!("has type {number}, which ONNX does not define")))?;
-        let missing =
-            || Error::invalid(format!("attribute `{}`", proto.name), format!("says {declared:?} and holds none"));
-        let kind = match declared {
-            AttributeType::INT => AttributeKind::Int(proto.i),
-            AttributeType::FLOAT => AttributeKind::Float(proto.f),
-            AttributeType::STRING => AttributeKind::String(proto.s),
-            AttributeType::INTS => AttributeKind::Ints(proto.ints),
-            AttributeType::FLOATS => AttributeKind::Floats(proto.floats),
-            AttributeType::STRINGS => AttributeKind::Strings(proto.strings),
+        proto.name.clear();
+        proto.type_ = EnumOrUnknown::default();
+        let doc_string = take(&mut proto.doc_string);
+        Ok((name, Attribute { kind, doc_string, extra: opaque::rest(&proto) }))
+    }
+
+    /// Takes the content out of an attribute of this type.
+    fn attribute_kind(&mut self, declared: AttributeType, proto: &mut pb::AttributeProto) -> Result<AttributeKind> {
+        let subject = || format!("attribute `{}`", proto.name);
+        let missing = || Error::invalid(subject(), format!("says {declared:?} and holds none"));
+        Ok(match declared {
+            AttributeType::INT => AttributeKind::Int(take(&mut proto.i)),
+            AttributeType::FLOAT => AttributeKind::Float(take(&mut proto.f)),
+            AttributeType::STRING => AttributeKind::String(take(&mut proto.s)),
+            AttributeType::INTS => AttributeKind::Ints(take(&mut proto.ints)),
+            AttributeType::FLOATS => AttributeKind::Floats(take(&mut proto.floats)),
+            AttributeType::STRINGS => AttributeKind::Strings(take(&mut proto.strings)),
             AttributeType::TENSOR => {
-                let tensor = proto.t.clone().into_option().ok_or_else(missing)?;
-                AttributeKind::Tensor(self.tensor(tensor, None)?)
+                let Some(item) = proto.t.take() else { return Err(missing()) };
+                AttributeKind::Tensor(tensor(item, None, false, self.sources)?)
             }
-            AttributeType::TENSORS => AttributeKind::Tensors(
-                proto.tensors.into_iter().map(|item| self.tensor(item, None)).collect::<Result<_>>()?,
-            ),
+            AttributeType::TENSORS => {
+                let tensors = take(&mut proto.tensors).into_iter();
+                AttributeKind::Tensors(
+                    tensors.map(|item| tensor(item, None, false, self.sources)).collect::<Result<_>>()?,
+                )
+            }
             AttributeType::GRAPH => {
-                let graph = proto.g.clone().into_option().ok_or_else(missing)?;
+                let Some(graph) = proto.g.take() else { return Err(missing()) };
                 AttributeKind::Graph(self.body(graph, false)?)
             }
-            AttributeType::GRAPHS => AttributeKind::Graphs(
-                proto.graphs.into_iter().map(|item| self.body(item, false)).collect::<Result<_>>()?,
-            ),
+            AttributeType::GRAPHS => {
+                let graphs = take(&mut proto.graphs).into_iter();
+                AttributeKind::Graphs(graphs.map(|item| self.body(item, false)).collect::<Result<_>>()?)
+            }
             AttributeType::UNDEFINED => {
                 return Err(Error::invalid(subject(), "has no type").remedy("export with a current exporter"));
             }
-            _ => AttributeKind::Other(proto.write_to_bytes().unwrap_or_default()),
-        };
-        Ok((name, Attribute { kind, doc_string }))
-    }
-
-    fn tensor(&mut self, proto: pb::TensorProto, payload: Option<(usize, usize)>) -> Result<Tensor> {
-        let subject = || format!("tensor `{}`", proto.name);
-        let dtype = DataType::from_number(proto.data_type)
-            .ok_or_else(|| Error::unsupported(subject(), format!("element type number {}", proto.data_type)))?;
-        if proto.segment.is_some() {
-            return Err(Error::unsupported(subject(), "it is split into segments"));
-        }
-        let dims = proto
-            .dims
-            .iter()
-            .map(|&dim| u64::try_from(dim).map_err(|_| Error::invalid(subject(), format!("has a dimension of {dim}"))))
-            .collect::<Result<Vec<u64>>>()?;
-        let want = dims
-            .iter()
-            .try_fold(1u64, |count, &dim| count.checked_mul(dim))
-            .and_then(|count| dtype.byte_len(count))
-            .ok_or_else(|| Error::invalid(subject(), format!("shape {dims:?} overflows")))?;
-        let external = proto.data_location.value() == 1;
-        let data = if external {
-            let entries: Vec<(&str, &str)> =
-                proto.external_data.iter().map(|entry| (entry.key.as_str(), entry.value.as_str())).collect();
-            self.sources.external(&proto.name, &entries, want)?
-        } else if let Some((offset, length)) = payload {
-            self.sources.inside(offset, length)
-        } else if dtype == DataType::String {
-            TensorData::Strings(proto.string_data.into())
-        } else if !proto.raw_data.is_empty() || want == 0 {
-            TensorData::Bytes(proto.raw_data.into())
-        } else {
-            TensorData::Bytes(typed_bytes(&proto, dtype).into())
-        };
-        let tensor = Tensor {
-            dtype,
-            dims,
-            data,
-            doc_string: proto.doc_string,
-            metadata: pairs(proto.metadata_props),
-            extra: opaque::take(proto.special_fields),
-        };
-        if dtype != DataType::String && tensor.byte_len() != want {
-            return Err(Error::invalid(
-                format!("tensor `{}`", proto.name),
-                format!("holds {} bytes, {} of shape {:?} takes {want}", tensor.byte_len(), dtype, tensor.dims),
-            ));
-        }
-        Ok(tensor)
-    }
-}
-
-/// The typed fields of a tensor as raw bytes, as onnx.proto says which type lives in which field.
-fn typed_bytes(proto: &pb::TensorProto, dtype: DataType) -> Vec<u8> {
-    use DataType::*;
-    match dtype {
-        Float | Complex64 => proto.float_data.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        Double | Complex128 => proto.double_data.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        Int64 => proto.int64_data.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        Uint32 => proto.uint64_data.iter().flat_map(|&v| (v as u32).to_le_bytes()).collect(),
-        Uint64 => proto.uint64_data.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        Int32 => proto.int32_data.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        Int16 | Uint16 | Float16 | Bfloat16 => {
-            proto.int32_data.iter().flat_map(|&v| (v as u16).to_le_bytes()).collect()
-        }
-        // One byte of content per number, sub-byte types packed inside it.
-        _ => proto.int32_data.iter().map(|&v| v as u8).collect(),
-    }
-}
-
-fn value_type(proto: pb::TypeProto) -> ValueType {
-    match proto.value {
-        Some(type_proto::Value::TensorType(ref tensor)) if proto.denotation.is_empty() => {
-            let Some(dtype) = DataType::from_number(tensor.elem_type) else {
-                return ValueType::Other(proto.write_to_bytes().unwrap_or_default());
-            };
-            let shape = tensor.shape.as_ref().map(|shape| {
-                shape
-                    .dim
-                    .iter()
-                    .map(|dim| match &dim.value {
-                        Some(pb::tensor_shape_proto::dimension::Value::DimValue(size)) => Dim::Known(*size),
-                        Some(pb::tensor_shape_proto::dimension::Value::DimParam(name)) if !name.is_empty() => {
-                            Dim::Symbol(name.clone())
-                        }
-                        _ => Dim::Unknown,
-                    })
-                    .collect()
-            });
-            ValueType::Tensor { dtype, shape }
-        }
-        _ => ValueType::Other(proto.write_to_bytes().unwrap_or_default()),
+            _ => AttributeKind::Other(opaque::rest(proto)),
+        })
     }
 }

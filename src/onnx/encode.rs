@@ -1,15 +1,19 @@
 //! The graph in memory to protobuf messages. Large payloads are handed to a [`Placement`], which says where they go.
 
+use std::collections::{BTreeMap, HashSet};
+
 use onnx_protobuf as pb;
 use pb::attribute_proto::AttributeType;
 use pb::type_proto;
-use protobuf::{EnumOrUnknown, Message, MessageField};
+use protobuf::{EnumOrUnknown, MessageField};
 
-use crate::base::{Error, Result};
+use crate::base::Result;
 use crate::ir::{
-    Attribute, AttributeKind, Body, DataType, Dim, Function, Graph, Model, Node, Tensor, TensorData, Value, ValueType,
+    Attribute, AttributeKind, Body, DataType, Dim, Function, Graph, Model, Node, Tensor, TensorData, Value, ValueId,
+    ValueType,
 };
 
+use super::decode::DEFAULT_DOMAIN;
 use super::opaque;
 
 /// Where the content of an initializer went.
@@ -25,21 +29,18 @@ pub type Placement<'a> = dyn FnMut(&str, &Tensor) -> Result<Placed> + 'a;
 
 /// The whole message but for the initializers of the top-level graph.
 pub fn model_without_initializers(model: &Model, place: &mut Placement) -> Result<pb::ModelProto> {
-    let functions = model.functions.iter().map(function).collect::<Result<_>>()?;
-    Ok(pb::ModelProto {
-        ir_version: model.ir_version,
-        opset_import: opsets(&model.opset_imports),
-        producer_name: model.producer_name.clone(),
-        producer_version: model.producer_version.clone(),
-        domain: model.domain.clone(),
-        model_version: model.model_version,
-        doc_string: model.doc_string.clone(),
-        graph: MessageField::some(body(&model.graph, &model.graph.body, place, true)?),
-        metadata_props: pairs(&model.metadata),
-        functions,
-        special_fields: opaque::put(&model.extra),
-        ..pb::ModelProto::default()
-    })
+    let mut proto: pb::ModelProto = opaque::base(&model.extra);
+    proto.ir_version = model.ir_version;
+    set_opsets(&mut proto.opset_import, &model.opset_imports);
+    proto.producer_name = model.producer_name.clone();
+    proto.producer_version = model.producer_version.clone();
+    proto.domain = model.domain.clone();
+    proto.model_version = model.model_version;
+    proto.doc_string = model.doc_string.clone();
+    proto.graph = MessageField::some(body(&model.graph, &model.graph.body, place, true)?);
+    proto.metadata_props.extend(pairs(&model.metadata));
+    proto.functions = model.functions.iter().map(function).collect::<Result<_>>()?;
+    Ok(proto)
 }
 
 /// Sets metadata of the model, replacing values under the same keys.
@@ -50,15 +51,18 @@ pub fn set_metadata(model: &mut pb::ModelProto, entries: &[(String, String)]) {
 
 /// One initializer; the content of an inline one only if `with_content`.
 pub fn initializer(name: &str, tensor: &Tensor, placed: &Placed, with_content: bool) -> pb::TensorProto {
-    let mut proto = pb::TensorProto {
-        name: name.to_string(),
-        dims: tensor.dims.iter().map(|&dim| dim as i64).collect(),
-        data_type: tensor.dtype as i32,
-        doc_string: tensor.doc_string.clone(),
-        metadata_props: pairs(&tensor.metadata),
-        special_fields: opaque::put(&tensor.extra),
-        ..pb::TensorProto::default()
-    };
+    let mut proto = constant(tensor, placed, with_content);
+    proto.name = name.to_string();
+    proto
+}
+
+/// A tensor under the name that its file gave it, if any.
+fn constant(tensor: &Tensor, placed: &Placed, with_content: bool) -> pb::TensorProto {
+    let mut proto: pb::TensorProto = opaque::base(&tensor.extra);
+    proto.dims = tensor.dims.iter().map(|&dim| dim as i64).collect();
+    proto.data_type = tensor.dtype as i32;
+    proto.doc_string = tensor.doc_string.clone();
+    proto.metadata_props.extend(pairs(&tensor.metadata));
     match placed {
         Placed::External { location, offset, length } => {
             proto.data_location = EnumOrUnknown::from_i32(1);
@@ -83,35 +87,54 @@ fn pairs(entries: &[(String, String)]) -> Vec<pb::StringStringEntryProto> {
     entries.iter().map(|(key, value)| entry(key, value)).collect()
 }
 
-fn opsets(imports: &std::collections::BTreeMap<String, i64>) -> Vec<pb::OperatorSetIdProto> {
-    imports
-        .iter()
-        .map(|(domain, &version)| pb::OperatorSetIdProto { domain: domain.clone(), version, ..Default::default() })
-        .collect()
+/// Puts the versions into the file's own entries, adds new domains and removes those that are gone.
+fn set_opsets(entries: &mut Vec<pb::OperatorSetIdProto>, imports: &BTreeMap<String, i64>) {
+    let name = |entry: &pb::OperatorSetIdProto| match entry.domain.as_str() {
+        DEFAULT_DOMAIN => String::new(),
+        other => other.to_string(),
+    };
+    entries.retain(|entry| imports.contains_key(&name(entry)));
+    for (domain, &version) in imports {
+        let mut known = false;
+        for entry in entries.iter_mut().filter(|entry| name(entry) == *domain) {
+            entry.version = version;
+            known = true;
+        }
+        if !known {
+            entries.push(pb::OperatorSetIdProto { domain: domain.clone(), version, ..Default::default() });
+        }
+    }
+}
+
+/// Puts a domain in; the default domain keeps the spelling that the file has.
+fn set_domain(entry: &mut String, domain: &str) {
+    if !domain.is_empty() || entry != DEFAULT_DOMAIN {
+        *entry = domain.to_string();
+    }
 }
 
 fn function(function: &Function) -> Result<pb::FunctionProto> {
     let graph = &function.graph;
-    let name = |id: &crate::ir::ValueId| graph.name(*id).to_string();
-    Ok(pb::FunctionProto {
-        name: function.name.clone(),
-        input: graph.body.inputs.iter().map(name).collect(),
-        output: graph.body.outputs.iter().map(name).collect(),
-        attribute: function.attributes.clone(),
-        attribute_proto: function
-            .attribute_defaults
-            .iter()
-            .map(|(name, item)| attribute(graph, name, item, &mut inline))
-            .collect::<Result<_>>()?,
-        node: graph.body.nodes.iter().map(|item| node(graph, item, &mut inline)).collect::<Result<_>>()?,
-        doc_string: function.doc_string.clone(),
-        opset_import: opsets(&function.opset_imports),
-        domain: function.domain.clone(),
-        overload: function.overload.clone(),
-        value_info: infos(graph, produced(&graph.body)),
-        metadata_props: pairs(&function.metadata),
-        special_fields: opaque::put(&function.extra),
-    })
+    let name = |id: &ValueId| graph.name(*id).to_string();
+    let mut proto: pb::FunctionProto = opaque::base(&function.extra);
+    proto.name = function.name.clone();
+    proto.input = graph.body.inputs.iter().map(name).collect();
+    proto.output = graph.body.outputs.iter().map(name).collect();
+    proto.attribute = function.attributes.clone();
+    proto.attribute_proto = function
+        .attribute_defaults
+        .iter()
+        .map(|(name, item)| attribute(graph, name, item, &mut inline))
+        .collect::<Result<_>>()?;
+    proto.node = graph.body.nodes.iter().map(|item| node(graph, item, &mut inline)).collect::<Result<_>>()?;
+    proto.doc_string = function.doc_string.clone();
+    set_opsets(&mut proto.opset_import, &function.opset_imports);
+    set_domain(&mut proto.domain, &function.domain);
+    proto.overload = function.overload.clone();
+    let described = graph.body.inputs.iter().copied().chain(produced(&graph.body));
+    set_infos(&mut proto.value_info, graph, described);
+    proto.metadata_props.extend(pairs(&function.metadata));
+    Ok(proto)
 }
 
 fn inline(_: &str, _: &Tensor) -> Result<Placed> {
@@ -119,18 +142,25 @@ fn inline(_: &str, _: &Tensor) -> Result<Placed> {
 }
 
 fn body(graph: &Graph, body: &Body, place: &mut Placement, top: bool) -> Result<pb::GraphProto> {
-    let mut proto = pb::GraphProto::parse_from_bytes(&body.extra)
-        .map_err(|e| Error::invalid(format!("graph `{}`", body.name), format!("carried fields: {e}")))?;
-    let known: std::collections::HashSet<&str> =
-        body.initializers.iter().map(|(id, _)| *id).chain(produced(body)).map(|id| graph.name(id)).collect();
-    proto.quantization_annotation.retain(|item| known.contains(item.tensor_name.as_str()));
+    let mut proto: pb::GraphProto = opaque::base(&body.extra);
     proto.name = body.name.clone();
     proto.doc_string = body.doc_string.clone();
-    proto.metadata_props = pairs(&body.metadata);
+    proto.metadata_props.extend(pairs(&body.metadata));
     proto.input = body.inputs.iter().map(|&id| info(graph.value(id))).collect();
     proto.output = body.outputs.iter().map(|&id| info(graph.value(id))).collect();
-    let outputs: std::collections::HashSet<_> = body.outputs.iter().copied().collect();
-    proto.value_info = infos(graph, produced(body).filter(|id| !outputs.contains(id)));
+    let ports: HashSet<ValueId> = body.inputs.iter().chain(&body.outputs).copied().collect();
+    let weights = body.initializers.iter().map(|(id, _)| *id);
+    let inner: Vec<ValueId> = weights.chain(produced(body)).filter(|id| !ports.contains(id)).collect();
+    set_infos(&mut proto.value_info, graph, inner.iter().copied());
+    let mut annotated = HashSet::new();
+    for &id in body.inputs.iter().chain(&inner).chain(&body.outputs) {
+        let value = graph.value(id);
+        if !value.quantization.is_empty() && annotated.insert(id) {
+            let mut annotation: pb::TensorAnnotation = opaque::base(&value.quantization);
+            annotation.tensor_name = value.name.clone();
+            proto.quantization_annotation.push(annotation);
+        }
+    }
     if !top {
         for (id, tensor) in &body.initializers {
             let name = graph.name(*id);
@@ -142,81 +172,87 @@ fn body(graph: &Graph, body: &Body, place: &mut Placement, top: bool) -> Result<
     Ok(proto)
 }
 
-fn produced(body: &Body) -> impl Iterator<Item = crate::ir::ValueId> + '_ {
+fn produced(body: &Body) -> impl Iterator<Item = ValueId> + '_ {
     body.nodes.iter().flat_map(|node| node.outputs.iter().flatten().copied())
 }
 
-/// What the graph says of some values, where it says anything.
-fn infos(graph: &Graph, ids: impl Iterator<Item = crate::ir::ValueId>) -> Vec<pb::ValueInfoProto> {
-    ids.map(|id| graph.value(id))
-        .filter(|value| value.ty.is_some() || !value.metadata.is_empty() || !value.doc_string.is_empty())
-        .map(info)
-        .collect()
+/// Adds what the graph says of values to the file's entries of other names.
+fn set_infos(entries: &mut Vec<pb::ValueInfoProto>, graph: &Graph, values: impl Iterator<Item = ValueId>) {
+    let values: Vec<&Value> = values.map(|id| graph.value(id)).collect();
+    if !entries.is_empty() {
+        let names: HashSet<&str> = values.iter().map(|value| value.name.as_str()).collect();
+        entries.retain(|entry| !names.contains(entry.name.as_str()));
+    }
+    let told = |value: &&Value| {
+        value.ty.is_some() || !value.metadata.is_empty() || !value.doc_string.is_empty() || !value.extra.is_empty()
+    };
+    entries.extend(values.into_iter().filter(told).map(info));
 }
 
 fn info(value: &Value) -> pb::ValueInfoProto {
-    pb::ValueInfoProto {
-        name: value.name.clone(),
-        type_: value.ty.as_ref().map(value_type).into(),
-        doc_string: value.doc_string.clone(),
-        metadata_props: pairs(&value.metadata),
-        ..Default::default()
-    }
-}
-
-fn value_type(ty: &ValueType) -> pb::TypeProto {
-    match ty {
-        // The bytes were written by the decoder, so they parse.
-        ValueType::Other(bytes) => pb::TypeProto::parse_from_bytes(bytes).unwrap_or_default(),
-        ValueType::Tensor { dtype, shape } => {
-            let shape = shape
-                .as_ref()
-                .map(|dims| pb::TensorShapeProto { dim: dims.iter().map(dimension).collect(), ..Default::default() });
-            let tensor = type_proto::Tensor { elem_type: *dtype as i32, shape: shape.into(), ..Default::default() };
-            pb::TypeProto { value: Some(type_proto::Value::TensorType(tensor)), ..Default::default() }
+    let mut proto: pb::ValueInfoProto = opaque::base(&value.extra);
+    proto.name = value.name.clone();
+    proto.doc_string = value.doc_string.clone();
+    proto.metadata_props.extend(pairs(&value.metadata));
+    match &value.ty {
+        None => {}
+        Some(ValueType::Other(bytes)) => proto.type_ = MessageField::some(opaque::base(bytes)),
+        Some(ValueType::Tensor { dtype, shape }) => {
+            let ty = proto.type_.mut_or_insert_default();
+            let mut tensor = match ty.value.take() {
+                Some(type_proto::Value::TensorType(tensor)) => tensor,
+                _ => type_proto::Tensor::default(),
+            };
+            tensor.elem_type = *dtype as i32;
+            match shape {
+                None => tensor.shape = MessageField::none(),
+                Some(shape) => set_shape(tensor.shape.mut_or_insert_default(), shape),
+            }
+            ty.value = Some(type_proto::Value::TensorType(tensor));
         }
     }
+    proto
 }
 
-fn dimension(dim: &Dim) -> pb::tensor_shape_proto::Dimension {
+/// Puts sizes and names of axes in; denotations stay where the rank is as it was.
+fn set_shape(proto: &mut pb::TensorShapeProto, shape: &[Dim]) {
     use pb::tensor_shape_proto::dimension::Value::{DimParam, DimValue};
-    let value = match dim {
-        Dim::Known(size) => Some(DimValue(*size)),
-        Dim::Symbol(name) => Some(DimParam(name.clone())),
-        Dim::Unknown => None,
-    };
-    pb::tensor_shape_proto::Dimension { value, ..Default::default() }
+    if proto.dim.len() != shape.len() {
+        proto.dim = vec![Default::default(); shape.len()];
+    }
+    for (entry, dim) in proto.dim.iter_mut().zip(shape) {
+        entry.value = match dim {
+            Dim::Known(size) => Some(DimValue(*size)),
+            Dim::Symbol(name) => Some(DimParam(name.clone())),
+            Dim::Unknown => None,
+        };
+    }
 }
 
 fn node(graph: &Graph, node: &Node, place: &mut Placement) -> Result<pb::NodeProto> {
-    let names = |ids: &[Option<crate::ir::ValueId>]| {
+    let names = |ids: &[Option<ValueId>]| {
         ids.iter().map(|id| id.map_or(String::new(), |id| graph.name(id).to_string())).collect()
     };
-    Ok(pb::NodeProto {
-        input: names(&node.inputs),
-        output: names(&node.outputs),
-        name: node.name.clone(),
-        op_type: node.op_type.clone(),
-        domain: node.domain.clone(),
-        overload: node.overload.clone(),
-        attribute: node
-            .attributes
-            .iter()
-            .map(|(name, item)| attribute(graph, name, item, place))
-            .collect::<Result<_>>()?,
-        doc_string: node.doc_string.clone(),
-        metadata_props: pairs(&node.metadata),
-        special_fields: opaque::put(&node.extra),
-    })
+    let mut proto: pb::NodeProto = opaque::base(&node.extra);
+    proto.input = names(&node.inputs);
+    proto.output = names(&node.outputs);
+    proto.name = node.name.clone();
+    proto.op_type = node.op_type.clone();
+    set_domain(&mut proto.domain, &node.domain);
+    proto.overload = node.overload.clone();
+    proto.attribute =
+        node.attributes.iter().map(|(name, item)| attribute(graph, name, item, place)).collect::<Result<_>>()?;
+    proto.doc_string = node.doc_string.clone();
+    proto.metadata_props.extend(pairs(&node.metadata));
+    Ok(proto)
 }
 
 fn attribute(graph: &Graph, name: &str, item: &Attribute, place: &mut Placement) -> Result<pb::AttributeProto> {
-    let mut proto = pb::AttributeProto::default();
-    let tensor = |tensor: &Tensor| initializer("", tensor, &Placed::Inline, true);
+    let mut proto: pb::AttributeProto = opaque::base(&item.extra);
+    let tensor = |tensor: &Tensor| constant(tensor, &Placed::Inline, true);
     let ty = match &item.kind {
         AttributeKind::Other(bytes) => {
-            return pb::AttributeProto::parse_from_bytes(bytes)
-                .map_err(|e| Error::invalid(format!("attribute `{name}`"), e.to_string()));
+            return Ok(opaque::base(bytes));
         }
         AttributeKind::Reference { name, type_number } => {
             proto.ref_attr_name = name.clone();

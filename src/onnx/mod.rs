@@ -7,7 +7,9 @@ mod decode;
 mod encode;
 mod external;
 mod opaque;
+mod order;
 mod save;
+mod tensor;
 mod wire;
 
 pub use encode::Placed;
@@ -36,5 +38,7 @@ pub fn load(path: &Path) -> Result<ir::Model> {
     Ok(model)
 }
 
+#[cfg(test)]
+mod round_trip_tests;
 #[cfg(test)]
 mod tests;

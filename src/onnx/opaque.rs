@@ -1,19 +1,21 @@
-//! Unknown fields as bytes.
+//! What the graph in memory has no place for: kept as bytes and laid under the message that is written.
+//!
+//! The decoder takes out of a message what it understands; [`rest`] keeps all that is left, fields of later versions of
+//! the format included. The encoder starts from [`base`] and puts its own fields in. So a field is never lost because
+//! nobody thought of it.
 
-use protobuf::well_known_types::empty::Empty;
-use protobuf::{Message, SpecialFields};
+use protobuf::Message;
 
 use crate::ir::Opaque;
 
-/// The unknown fields of a message in wire format.
-pub fn take(fields: SpecialFields) -> Opaque {
-    let mut holder = Empty::new();
-    holder.special_fields = fields;
+/// A message, after its understood fields have been taken out, in wire format; empty when nothing is left.
+pub fn rest<M: Message>(message: &M) -> Opaque {
     // Writing into memory fails only for messages over 2 GiB, which a parsed file of that limit cannot hold.
-    holder.write_to_bytes().unwrap_or_default()
+    message.write_to_bytes().unwrap_or_default()
 }
 
-/// The unknown fields back as a message carries them.
-pub fn put(bytes: &Opaque) -> SpecialFields {
-    Empty::parse_from_bytes(bytes).map(|holder| holder.special_fields).unwrap_or_default()
+/// The message that [`rest`] kept.
+pub fn base<M: Message>(bytes: &Opaque) -> M {
+    // The bytes were written by `rest`, so they parse.
+    if bytes.is_empty() { M::new() } else { M::parse_from_bytes(bytes).unwrap_or_else(|_| M::new()) }
 }

@@ -1,6 +1,9 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
+use onnx_protobuf as pb;
+use protobuf::Message;
+
 use super::*;
 use crate::ir::{Model, TensorData};
 
@@ -123,4 +126,244 @@ fn external_data_stays_inside_the_folder() {
         let message = load(&path).unwrap_err().to_string();
         assert!(message.contains(want), "{message}");
     }
+}
+
+/// Name, operator, inputs and outputs of a node.
+type Row<'a> = (&'a str, &'a str, &'a [&'a str], &'a [&'a str]);
+
+fn graph(inputs: &[&str], rows: &[Row], outputs: &[&str]) -> pb::GraphProto {
+    let strings = |names: &[&str]| names.iter().map(ToString::to_string).collect();
+    let info = |name: &&str| pb::ValueInfoProto { name: name.to_string(), ..Default::default() };
+    let node = |&(name, op, inputs, outputs): &Row| pb::NodeProto {
+        name: name.into(),
+        op_type: op.into(),
+        input: strings(inputs),
+        output: strings(outputs),
+        ..Default::default()
+    };
+    pb::GraphProto {
+        name: "g".into(),
+        input: inputs.iter().map(info).collect(),
+        node: rows.iter().map(node).collect(),
+        output: outputs.iter().map(info).collect(),
+        ..Default::default()
+    }
+}
+
+fn opset(domain: &str, version: i64) -> pb::OperatorSetIdProto {
+    pb::OperatorSetIdProto { domain: domain.into(), version, ..Default::default() }
+}
+
+fn proto(rows: &[Row]) -> pb::ModelProto {
+    pb::ModelProto {
+        ir_version: 8,
+        opset_import: vec![opset("", 17)],
+        graph: Some(graph(&["x"], rows, &["y"])).into(),
+        ..Default::default()
+    }
+}
+
+fn read(proto: &pb::ModelProto) -> Result<Model> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("m.onnx");
+    std::fs::write(&path, proto.write_to_bytes().unwrap()).unwrap();
+    load(&path)
+}
+
+/// Reading the model after a change ends in an error with these words in it.
+fn refused(rows: &[Row], change: impl Fn(&mut pb::ModelProto), words: &[&str]) {
+    let mut proto = proto(rows);
+    read(&proto).unwrap();
+    change(&mut proto);
+    let message = read(&proto).unwrap_err().to_string();
+    assert!(words.iter().all(|word| message.contains(word)), "{message}: expected {words:?}");
+}
+
+const PLAIN: &[Row] = &[("a", "Relu", &["x"], &["y"])];
+
+#[test]
+fn versions_are_read_and_never_guessed() {
+    refused(PLAIN, |proto| proto.opset_import.clear(), &["m.onnx", "has no `opset_import`", "export"]);
+    refused(PLAIN, |proto| proto.ir_version = 0, &["m.onnx", "has no `ir_version`", "export"]);
+    refused(PLAIN, |proto| proto.ir_version = -4, &["`ir_version` -4"]);
+    refused(PLAIN, |proto| proto.opset_import[0].version = 0, &["version 0", "`ai.onnx`"]);
+    let other = |proto: &mut pb::ModelProto| proto.opset_import[0].domain = "com.microsoft".into();
+    refused(PLAIN, other, &["node `a` (Relu)", "`ai.onnx`", "found com.microsoft", "opset_import"]);
+    refused(PLAIN, |proto| proto.graph.as_mut().unwrap().node[0].domain = "z".into(), &["node `a` (z.Relu)", "`z`"]);
+    for domain in ["", "ai.onnx"] {
+        let add = |proto: &mut pb::ModelProto| proto.opset_import.push(opset(domain, 18));
+        refused(PLAIN, add, &["versions 17 and 18", "`ai.onnx`"]);
+        let mut proto = proto(PLAIN);
+        proto.opset_import.push(opset(domain, 17));
+        assert_eq!(read(&proto).unwrap().opset_imports.len(), 1);
+    }
+}
+
+#[test]
+fn versions_are_read_in_functions_and_branches_too() {
+    let call = |proto: &mut pb::ModelProto| {
+        proto.opset_import.push(opset("f", 1));
+        proto.functions.push(pb::FunctionProto {
+            name: "F".into(),
+            domain: "f".into(),
+            input: vec!["i".into()],
+            output: vec!["o".into()],
+            node: graph(&[], &[("inner", "Relu", &["i"], &["o"])], &[]).node,
+            opset_import: vec![opset("", 17)],
+            ..Default::default()
+        });
+    };
+    let mut sound = proto(PLAIN);
+    call(&mut sound);
+    read(&sound).unwrap();
+    let without = |proto: &mut pb::ModelProto| {
+        call(proto);
+        proto.functions[0].opset_import.clear();
+    };
+    refused(PLAIN, without, &["node `inner` (Relu)", "`ai.onnx`", "found none"]);
+    let twice = |proto: &mut pb::ModelProto| {
+        call(proto);
+        call(proto);
+    };
+    refused(PLAIN, twice, &["function `F`", "twice"]);
+    let mut branches = proto(BRANCHES);
+    add_branches(&mut branches, "x");
+    read(&branches).unwrap();
+    let inner = |proto: &mut pb::ModelProto| {
+        add_branches(proto, "x");
+        proto.graph.as_mut().unwrap().node[0].attribute[1].g.as_mut().unwrap().node[0].domain = "q".into();
+    };
+    refused(BRANCHES, inner, &["(q.Relu)", "`q`"]);
+}
+
+const BRANCHES: &[Row] = &[("if", "If", &["x"], &["y"])];
+
+/// Gives the first node two branches that read this value, their nodes in the wrong order.
+fn add_branches(proto: &mut pb::ModelProto, reads: &str) {
+    for name in ["then_branch", "else_branch"] {
+        let rows: &[Row] = &[("", "Relu", &["t"], &["u"]), ("", "Neg", &[reads], &["t"])];
+        proto.graph.as_mut().unwrap().node[0].attribute.push(pb::AttributeProto {
+            name: name.into(),
+            type_: pb::attribute_proto::AttributeType::GRAPH.into(),
+            g: Some(graph(&[], rows, &["u"])).into(),
+            ..Default::default()
+        });
+    }
+}
+
+#[test]
+fn what_the_format_asks_for_is_not_made_up() {
+    let node = |proto: &mut pb::ModelProto| std::mem::take(&mut proto.graph.as_mut().unwrap().node[0]);
+    let attribute = |name: &str, i| pb::AttributeProto {
+        name: name.into(),
+        type_: pb::attribute_proto::AttributeType::INT.into(),
+        i,
+        ..Default::default()
+    };
+    let with = |attributes: Vec<pb::AttributeProto>| {
+        move |proto: &mut pb::ModelProto| {
+            let changed = pb::NodeProto { attribute: attributes.clone(), ..node(proto) };
+            proto.graph.as_mut().unwrap().node[0] = changed;
+        }
+    };
+    refused(PLAIN, with(vec![attribute("axis", 1), attribute("axis", 2)]), &["node `a`", "`axis` twice"]);
+    refused(PLAIN, with(vec![attribute("", 1)]), &["node `a`", "without a name"]);
+    refused(PLAIN, |proto| proto.graph.as_mut().unwrap().node[0].op_type.clear(), &["node `a`", "no operator"]);
+    refused(PLAIN, |proto| proto.graph.as_mut().unwrap().output[0].name.clear(), &["output of graph `g`", "no name"]);
+    refused(PLAIN, |proto| proto.graph.as_mut().unwrap().input[0].name.clear(), &["no name"]);
+    let with = |tensor: pb::TensorProto| {
+        move |proto: &mut pb::ModelProto| proto.graph.as_mut().unwrap().initializer.push(tensor.clone())
+    };
+    let tensor = |data_type| pb::TensorProto { name: "w".into(), dims: vec![1], data_type, ..Default::default() };
+    let twice = pb::TensorProto { raw_data: vec![0; 4], float_data: vec![1.0], ..tensor(1) };
+    refused(PLAIN, with(twice), &["tensor `w`", "content twice"]);
+    let words = pb::TensorProto { string_data: vec![b"a".to_vec(), b"b".to_vec()], ..tensor(8) };
+    refused(PLAIN, with(words), &["tensor `w`", "2 strings", "takes 1"]);
+    refused(PLAIN, with(pb::TensorProto { raw_data: vec![0; 4], ..tensor(8) }), &["tensor `w`", "`string_data`"]);
+    let elsewhere = pb::TensorProto { data_location: protobuf::EnumOrUnknown::from_i32(7), ..tensor(1) };
+    refused(PLAIN, with(elsewhere), &["tensor `w`", "data location 7"]);
+}
+
+fn names(nodes: &[crate::ir::Node]) -> Vec<&str> {
+    nodes.iter().map(|node| node.name.as_str()).collect()
+}
+
+#[test]
+fn nodes_out_of_order_are_sorted_and_others_stay() {
+    let rows: &[Row] = &[
+        ("b", "Add", &["a.out", "cast.out"], &["b.out"]),
+        ("free", "Relu", &["x"], &["free.out"]),
+        ("c", "Add", &["b.out", "free.out"], &["y"]),
+        ("a", "Neg", &["x"], &["a.out"]),
+        ("cast", "Neg", &["x"], &["cast.out"]),
+    ];
+    let model = read(&proto(rows)).unwrap();
+    assert_eq!(names(&model.graph.body.nodes), ["a", "cast", "b", "free", "c"]);
+    let folder = tempfile::tempdir().unwrap();
+    save(&model, &folder.path().join("sorted.onnx"), &Storage::Inline).unwrap();
+    let model = load(&fixture(FILES[0])).unwrap();
+    let before = std::fs::read(fixture(FILES[0])).unwrap();
+    let before = pb::ModelProto::parse_from_bytes(&before).unwrap();
+    let before: Vec<&str> = before.graph.node.iter().map(|node| node.name.as_str()).collect();
+    assert_eq!(names(&model.graph.body.nodes), before);
+}
+
+#[test]
+fn branches_and_functions_are_sorted_and_read_what_comes_later() {
+    let rows: &[Row] = &[("if", "If", &["x"], &["y"]), ("late", "Neg", &["x"], &["late.out"])];
+    let mut branches = proto(rows);
+    add_branches(&mut branches, "late.out");
+    branches.functions.push(pb::FunctionProto {
+        name: "F".into(),
+        input: vec!["i".into()],
+        output: vec!["o".into()],
+        node: graph(&[], &[("2", "Relu", &["m"], &["o"]), ("1", "Neg", &["i"], &["m"])], &[]).node,
+        opset_import: vec![opset("", 17)],
+        ..Default::default()
+    });
+    let model = read(&branches).unwrap();
+    let nodes = &model.graph.body.nodes;
+    assert_eq!(names(nodes), ["late", "if"]);
+    assert_eq!(names(&model.functions[0].graph.body.nodes), ["1", "2"]);
+    let late = nodes[0].outputs[0];
+    for body in nodes[1].bodies() {
+        assert_eq!(body.nodes.iter().map(|node| node.op_type.as_str()).collect::<Vec<_>>(), ["Neg", "Relu"]);
+        assert_eq!(body.nodes[0].inputs, [late]);
+    }
+}
+
+#[test]
+fn nodes_in_a_circle_are_named() {
+    let rows: &[Row] = &[
+        ("start", "Relu", &["x"], &["s"]),
+        ("a", "Add", &["s", "c"], &["y"]),
+        ("b", "Neg", &["y"], &["b"]),
+        ("", "Neg", &["b"], &["c"]),
+    ];
+    let message = read(&proto(rows)).unwrap_err().to_string();
+    let circle = "nodes `a` (Add) <- node of `c` (Neg) <- `b` (Neg) <- `a` (Add)";
+    assert!(message.contains(circle) && message.contains("in a circle") && !message.contains("start"), "{message}");
+    let message = read(&proto(&[("self", "Add", &["x", "y"], &["y"])])).unwrap_err().to_string();
+    assert!(message.contains("`self` (Add) <- `self` (Add)"), "{message}");
+}
+
+/// The order that a conversion to half precision leaves, in a real graph.
+#[test]
+fn a_real_graph_with_its_first_nodes_at_the_end_is_read_as_before() {
+    let bytes = std::fs::read(fixture(FILES[0])).unwrap();
+    let mut proto = pb::ModelProto::parse_from_bytes(&bytes).unwrap();
+    let nodes = &mut proto.graph.as_mut().unwrap().node;
+    nodes.rotate_left(40);
+    nodes.reverse();
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::copy(fixture("smolvlm/weights.data"), folder.path().join("weights.data")).unwrap();
+    let path = folder.path().join("m.onnx");
+    std::fs::write(&path, proto.write_to_bytes().unwrap()).unwrap();
+    let (sorted, sound) = (load(&path).unwrap(), load(&fixture(FILES[0])).unwrap());
+    let sorted_names = |model: &Model| {
+        let mut found: Vec<String> = model.graph.body.nodes.iter().map(|node| node.name.clone()).collect();
+        found.sort();
+        found
+    };
+    assert_eq!(sorted_names(&sorted), sorted_names(&sound));
 }

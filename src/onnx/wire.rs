@@ -21,7 +21,7 @@ pub struct Scan {
 }
 
 #[derive(Clone, Copy, PartialEq)]
-enum Message {
+pub enum Message {
     Model,
     Graph,
     Node,
@@ -43,7 +43,7 @@ enum Message {
 }
 
 /// The message fields of each message of onnx.proto.
-fn child(parent: Message, field: u64) -> Option<Message> {
+pub fn child(parent: Message, field: u64) -> Option<Message> {
     use Message::*;
     Some(match (parent, field) {
         (Model, 7) => Graph,

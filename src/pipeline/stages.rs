@@ -172,10 +172,15 @@ impl<'a> Stages<'a> {
         let all: Vec<(&str, &str)> =
             std::iter::once(("model", self.dense.digest.as_str())).chain(inputs.iter().copied()).collect();
         let bundle = &self.bundle;
+        let mut set_aside = Vec::new();
         let pruned = self.store.step(step, step, &all, settings, |path| {
-            steps::prune(bundle, drop, settings.deepstack, path).map(|_| ())
+            set_aside = steps::prune(bundle, drop, settings.deepstack, path)?.set_aside;
+            Ok(())
         })?;
         self.told(step, &pruned);
+        for variant in set_aside {
+            (self.say)(&format!("warning: `{}` is set aside: {}", variant.file, variant.problem));
+        }
         Ok(pruned)
     }
 

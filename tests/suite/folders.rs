@@ -7,6 +7,8 @@ use interlace::base::Provenance;
 use interlace::bundle::{Bundle, BundleWriter, LayerEdit, Record, Role, Tower};
 use serde_json::Value;
 
+use super::cli::{interlace, stderr};
+
 fn zoo(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/zoo").join(path)
 }
@@ -99,4 +101,39 @@ fn the_exporter_s_cache_trees_lose_the_same_layers() {
         }
         assert_eq!(caches, 1, "{component} {key}");
     }
+}
+
+#[test]
+fn a_variant_that_cannot_be_read_is_set_aside() {
+    let root = tempfile::tempdir().unwrap();
+    let folder = with_shared_weights(root.path(), "llama/optimum-O2.onnx", "optimum");
+    let sound = std::fs::read(folder.join("model.onnx")).unwrap();
+    for variant in ["q2f16", "q1", "q1f16"] {
+        std::fs::write(folder.join(format!("model_{variant}.onnx")), &sound).unwrap();
+    }
+    std::fs::write(folder.join("model_q2.onnx"), &sound[..sound.len() / 2]).unwrap();
+    let inspected = interlace(root.path(), &["inspect", "optimum"]);
+    let pruned = interlace(root.path(), &["prune", "optimum", "--drop", "2,5", "-o", "out"]);
+    for output in [inspected, pruned] {
+        let message = stderr(&output);
+        assert_eq!(output.status.code(), Some(0), "{message}");
+        assert!(
+            message.contains("warning") && message.contains("`model_q2.onnx`") && message.contains("cut off"),
+            "{message}"
+        );
+    }
+    let out = root.path().join("out");
+    assert!(!out.join("model_q2.onnx").exists());
+    let written = Bundle::open(&out).unwrap();
+    let variants: Vec<&str> = written.variants(Role::Decoder).map(|component| component.variant.as_str()).collect();
+    assert_eq!(variants, ["", "q2f16", "q1", "q1f16"]);
+
+    // The variant that every verb takes has to be sound.
+    std::fs::rename(folder.join("model_q2.onnx"), folder.join("model.onnx")).unwrap();
+    for arguments in [&["inspect", "optimum"][..], &["prune", "optimum", "--drop", "2,5", "-o", "other"]] {
+        let output = interlace(root.path(), arguments);
+        assert_eq!(output.status.code(), Some(2));
+        assert!(stderr(&output).contains("model.onnx"), "{}", stderr(&output));
+    }
+    assert!(!root.path().join("other").exists());
 }

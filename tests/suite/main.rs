@@ -14,6 +14,7 @@ mod inspections;
 mod interpreter;
 mod layers;
 mod metrics;
+mod mutated_inputs;
 mod mutations;
 mod operators;
 mod pictures;

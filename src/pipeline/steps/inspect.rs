@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::analysis::{self, Analysis};
 use crate::base::{Error, Provenance, Result};
-use crate::bundle::{Bundle, Component, Record, Role, Step, Tower};
+use crate::bundle::{Bundle, Component, Record, Role, SetAside, Step, Tower};
 use crate::ir::{Graph, Model, ValueId};
 use crate::onnx;
 use crate::runtime::missing_deepstack;
@@ -26,6 +26,9 @@ pub struct Inspection {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model_type: Option<String>,
     pub components: Vec<ComponentInfo>,
+    /// Variants that cannot be read.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub set_aside: Vec<SetAside>,
     /// Decoder layers.
     pub num_layers: usize,
     pub layers: Vec<LayerInfo>,
@@ -173,17 +176,24 @@ fn check_count(bundle: &Bundle, component: &Component, found: usize) -> Result<(
 
 /// Looks at every component.
 ///
-/// Errors: `Error::Invalid` and `Error::Unsupported` when a file does not load, the decoder has no layers that are
+/// Errors: `Error::Invalid` and `Error::Unsupported` when the most precise variant of a component does not load, the decoder has no layers that are
 /// understood, or config and graph disagree. A vision tower that is not understood is told, not refused.
 pub fn inspect(bundle: &Bundle) -> Result<Inspection> {
     let history = bundle.record()?.map(|record| record.history).unwrap_or_default();
     let decoder = decoder(bundle)?;
     let mut components = Vec::new();
+    let mut set_aside = Vec::new();
     let mut found = None;
     let mut vision = None;
     let mut warnings = Vec::new();
     for component in bundle.components() {
-        let model = onnx::load(&bundle.path_of(component))?;
+        let model = match onnx::load(&bundle.path_of(component)) {
+            Err(error) if !bundle.is_most_precise(component) => {
+                set_aside.push(SetAside { file: component.file.clone(), problem: error.to_string() });
+                continue;
+            }
+            model => model?,
+        };
         components.push(component_info(bundle, component, &model)?);
         if component.file == decoder.file {
             let analysis = analysis::analyse(&model)?;
@@ -210,6 +220,7 @@ pub fn inspect(bundle: &Bundle) -> Result<Inspection> {
         layout: bundle.layout().name.to_string(),
         model_type: bundle.config().map(|config| config.model_type.clone()),
         components,
+        set_aside,
         num_layers: layers.len(),
         layers,
         between_layers,

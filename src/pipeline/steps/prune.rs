@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::analysis::{self, Analysis};
 use crate::base::{Error, Provenance, Result, Sha256Digest};
-use crate::bundle::{Bundle, BundleWriter, Component, Deepstack, LayerEdit, Record, Role, Tower};
+use crate::bundle::{Bundle, BundleWriter, Component, Deepstack, LayerEdit, Record, Role, SetAside, Tower};
 use crate::method::Plan;
 use crate::onnx;
 use crate::rewrite::{drop_layers, has_additions, shift_additions};
@@ -35,6 +35,9 @@ pub struct Pruned {
     /// Folders beside the model that hold nothing of it and were not written.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub left_out: Vec<String>,
+    /// Variants that cannot be read or understood; the new folder does not have them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub set_aside: Vec<SetAside>,
 }
 
 /// One rewritten component.
@@ -65,7 +68,8 @@ struct Settings<'a> {
 }
 
 /// Writes the model without these layers as a new folder in the same layout. `deepstack` says what becomes of features that
-/// are added between layers, where there are any.
+/// are added between layers, where there are any. A variant that cannot be read or understood is set aside, unless it is
+/// the most precise one of its component.
 ///
 /// Errors: `Error::Invalid` when a layer does not exist, none would stay, the plan is of another model, components
 /// disagree about the number of layers, or the target exists; `Error::Unsupported` when the layers are not understood.
@@ -75,10 +79,15 @@ pub fn prune(bundle: &Bundle, drop: &Drop, deepstack: Deepstack, target: &Path) 
         Drop::Layers { tower, layers } => (*tower, *layers),
         Drop::Plan { plan, .. } => (Tower::Text, plan.drop.as_slice()),
     };
-    let loaded = components(bundle, tower)?
-        .into_iter()
-        .map(|component| Ok((component, analysis_of(bundle, component, tower)?)))
-        .collect::<Result<Vec<_>>>()?;
+    let mut loaded = Vec::new();
+    let mut set_aside = Vec::new();
+    for component in components(bundle, tower)? {
+        match analysis_of(bundle, component, tower) {
+            Ok(analysis) => loaded.push((component, analysis)),
+            Err(error) if bundle.is_most_precise(component) => return Err(error),
+            Err(error) => set_aside.push(SetAside { file: component.file.clone(), problem: error.to_string() }),
+        }
+    }
     let total = loaded.first().map_or(0, |(_, analysis)| analysis.map.layers.len());
     if let Some((other, analysis)) = loaded.iter().find(|(_, analysis)| analysis.map.layers.len() != total) {
         return Err(Error::invalid(
@@ -108,6 +117,7 @@ pub fn prune(bundle: &Bundle, drop: &Drop, deepstack: Deepstack, target: &Path) 
     let deepstack = loaded.iter().any(|(_, analysis)| has_additions(&analysis.map)).then_some(deepstack);
     let mut writer = BundleWriter::create(bundle, target)?;
     writer.drop_layers(&edit, deepstack)?;
+    set_aside.iter().for_each(|variant| writer.set_aside(&variant.file));
     // The digest reads every byte of the input, and so does writing: one beside the other.
     let components = thread::scope(|scope| {
         let digest = scope.spawn(|| bundle.digest());
@@ -125,6 +135,7 @@ pub fn prune(bundle: &Bundle, drop: &Drop, deepstack: Deepstack, target: &Path) 
         components,
         carried: bundle.carried().map(str::to_string).collect(),
         left_out: bundle.left_out().to_vec(),
+        set_aside,
     })
 }
 
