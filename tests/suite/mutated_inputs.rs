@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 
 use interlace::base::{Error, Provenance, Result, sha256_file};
 use interlace::bundle::{Bundle, BundleWriter, LayerEdit, Record, Step, Tower};
-use interlace::data::{Benchmark, Dataset, ImageBytes, Part, Picture, Processor, SEQUENCE_LENGTH, Texts};
+use interlace::data::{Benchmark, Dataset, ImageBytes, Part, Picture, Processor, SEQUENCE_LENGTH, Texts, Transparency};
 use interlace::eval::{question_text, reference_of};
 use interlace::method::{MODALITIES, Plan, SCORES_SCHEMA_VERSION, SampleScores, Scores};
 use interlace::pipeline::steps::{self, HowMany, PlanSettings, PlannedModel};
@@ -174,7 +174,7 @@ fn conversations(_: &Path, file: &Path) -> Result<()> {
     let data = Dataset::open(file, Texts::Conversation)?;
     let wanted: Vec<usize> = (0..data.len().min(4)).collect();
     for sample in data.read(&wanted)? {
-        sample?.images.iter().try_for_each(|image| Picture::decode(image).map(drop))?;
+        sample?.images.iter().try_for_each(|image| Picture::decode(image, Transparency::OnWhite).map(drop))?;
     }
     Ok(())
 }
@@ -192,7 +192,7 @@ fn benchmark(_: &Path, file: &Path) -> Result<()> {
     for row in benchmark.rows().iter().take(4) {
         question_text(&benchmark, "bench", row)?;
         reference_of(&benchmark, row)?;
-        benchmark.images(row)?.iter().try_for_each(|image| Picture::decode(image).map(drop))?;
+        benchmark.images(row)?.iter().try_for_each(|image| Picture::decode(image, Transparency::OnWhite).map(drop))?;
     }
     Ok(())
 }
