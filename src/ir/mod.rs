@@ -80,6 +80,8 @@ pub struct Value {
     pub ty: Option<ValueType>,
     pub doc_string: String,
     pub metadata: Vec<(String, String)>,
+    /// The file's second entry about this value, as of an output that `value_info` describes too, without its name.
+    pub described_again: Opaque,
     /// The file's `quantization_annotation` of this value, without its name; empty where there is none.
     pub quantization: Opaque,
     /// Denotations and fields that this version does not know, carried over as they came.

@@ -228,12 +228,18 @@ impl<'a> Arena<'a> {
         self.scopes.last().and_then(|scope| scope.get(name)).copied()
     }
 
-    /// Notes what the file says of values that exist, and returns the entries of names that nothing here defines.
+    /// Notes what the file says of values that exist, and returns the entries of names that nothing here defines. An
+    /// entry of its own, as inputs and outputs have it, counts before one of `value_info`.
     fn value_infos(&mut self, infos: Vec<pb::ValueInfoProto>) -> Vec<pb::ValueInfoProto> {
         let mut others = Vec::new();
-        for info in infos {
+        for mut info in infos {
             match self.innermost(&info.name) {
-                Some(id) => self.describe(id, info),
+                Some(id) if self.values[id.index()].ty.is_none() => self.describe(id, info),
+                Some(id) if self.values[id.index()].described_again.is_empty() => {
+                    info.name.clear();
+                    self.values[id.index()].described_again = opaque::rest(&info);
+                }
+                Some(_) => {}
                 None => others.push(info),
             }
         }
@@ -253,7 +259,7 @@ impl<'a> Arena<'a> {
         }
     }
 
-    /// Notes what the file says of a value. An input's or output's own entry counts before one of `value_info`.
+    /// Notes what the file says of a value; of two entries the first counts.
     fn describe(&mut self, id: ValueId, mut info: pb::ValueInfoProto) {
         let value = &mut self.values[id.index()];
         info.name.clear();

@@ -1,6 +1,6 @@
 //! The graph in memory to protobuf messages. Large payloads are handed to a [`Placement`], which says where they go.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use onnx_protobuf as pb;
 use pb::attribute_proto::AttributeType;
@@ -148,10 +148,11 @@ fn body(graph: &Graph, body: &Body, place: &mut Placement, top: bool) -> Result<
     proto.metadata_props.extend(pairs(&body.metadata));
     proto.input = body.inputs.iter().map(|&id| info(graph.value(id))).collect();
     proto.output = body.outputs.iter().map(|&id| info(graph.value(id))).collect();
-    let ports: HashSet<ValueId> = body.inputs.iter().chain(&body.outputs).copied().collect();
+    let ports: BTreeSet<ValueId> = body.inputs.iter().chain(&body.outputs).copied().collect();
     let weights = body.initializers.iter().map(|(id, _)| *id);
     let inner: Vec<ValueId> = weights.chain(produced(body)).filter(|id| !ports.contains(id)).collect();
     set_infos(&mut proto.value_info, graph, inner.iter().copied());
+    proto.value_info.extend(ports.iter().filter_map(|&id| second_info(graph.value(id))));
     let mut annotated = HashSet::new();
     for &id in body.inputs.iter().chain(&inner).chain(&body.outputs) {
         let value = graph.value(id);
@@ -183,10 +184,27 @@ fn set_infos(entries: &mut Vec<pb::ValueInfoProto>, graph: &Graph, values: impl 
         let names: HashSet<&str> = values.iter().map(|value| value.name.as_str()).collect();
         entries.retain(|entry| !names.contains(entry.name.as_str()));
     }
-    let told = |value: &&Value| {
+    let told = |value: &&&Value| {
         value.ty.is_some() || !value.metadata.is_empty() || !value.doc_string.is_empty() || !value.extra.is_empty()
     };
-    entries.extend(values.into_iter().filter(told).map(info));
+    entries.extend(values.iter().filter(told).map(|value| info(value)));
+    entries.extend(values.iter().filter_map(|value| second_info(value)));
+}
+
+/// The second entry about a value, unless its type has changed since.
+fn second_info(value: &Value) -> Option<pb::ValueInfoProto> {
+    if value.described_again.is_empty() {
+        return None;
+    }
+    let mut proto: pb::ValueInfoProto = opaque::base(&value.described_again);
+    if let (Some(type_proto::Value::TensorType(tensor)), Some(dtype)) =
+        (&proto.type_.value, value.ty.as_ref().and_then(ValueType::dtype))
+        && tensor.elem_type != dtype as i32
+    {
+        return None;
+    }
+    proto.name = value.name.clone();
+    Some(proto)
 }
 
 fn info(value: &Value) -> pb::ValueInfoProto {

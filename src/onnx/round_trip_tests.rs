@@ -120,14 +120,9 @@ fn tree(message: Message, bytes: &[u8], without_content: bool) -> Tree {
         Message::Tensor if without_content => [9, 13, 14].iter().for_each(|field| drop(tree.remove(field))),
         // What is said of values by name has no order.
         Message::Graph | Message::Function => {
-            let ports = [tree.get(&11), tree.get(&12)].into_iter().flatten().flatten().cloned().collect::<Vec<_>>();
-            let (told, unordered) = if message == Message::Graph { (13, &[13, 14][..]) } else { (12, &[12][..]) };
+            let unordered = if message == Message::Graph { &[13, 14][..] } else { &[12] };
             for field in unordered {
-                let items = tree.entry(*field).or_default();
-                items.sort_by_key(|item| format!("{item:?}"));
-                // One exporter says the same twice, and of outputs again.
-                items.dedup();
-                items.retain(|item| *field != told || message != Message::Graph || !ports.contains(item));
+                tree.entry(*field).or_default().sort_by_key(|item| format!("{item:?}"));
             }
         }
         _ => {}

@@ -279,6 +279,20 @@ fn mutate_json(value: &mut Value, rng: &mut ChaCha8Rng) {
     }
 }
 
+/// A text with one or two of its words removed, doubled or exchanged for another.
+fn mutate_words(text: &str, rng: &mut ChaCha8Rng) -> String {
+    let mut words: Vec<&str> = text.split_inclusive(|letter: char| !letter.is_alphanumeric()).collect();
+    for _ in 0..rng.random_range(1..=2) {
+        let (at, other) = (rng.random_range(0..words.len()), rng.random_range(0..words.len()));
+        match rng.random_range(0..3) {
+            0 if words.len() > 1 => drop(words.remove(at)),
+            1 => words.insert(at, words[other]),
+            _ => words[at] = words[other],
+        }
+    }
+    words.concat()
+}
+
 fn run(kind: &Kind, count: usize, seed: u64) {
     let root = tempfile::tempdir().unwrap();
     let folder = root.path().join("given");
@@ -287,17 +301,19 @@ fn run(kind: &Kind, count: usize, seed: u64) {
     let sound = fs::read(&file).unwrap();
     (kind.work)(&folder, &file).unwrap_or_else(|error| panic!("{}: {error}", kind.name));
     let parsed: Option<Value> = serde_json::from_slice(&sound).ok();
+    let text = std::str::from_utf8(&sound).ok();
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut guard = Guard::new(MEMORY_LIMIT);
     let (mut accepted, mut refused) = (0, 0);
     for attempt in 0..count {
         let mut bytes = sound.clone();
-        match &parsed {
-            Some(value) if rng.random() => {
+        match (&parsed, text) {
+            (Some(value), _) if rng.random() => {
                 let mut value = value.clone();
                 mutate_json(&mut value, &mut rng);
                 bytes = serde_json::to_vec(&value).unwrap();
             }
+            (None, Some(text)) if rng.random() => bytes = mutate_words(text, &mut rng).into_bytes(),
             _ => mutate(&mut bytes, &mut rng),
         }
         fs::write(&file, &bytes).unwrap();
