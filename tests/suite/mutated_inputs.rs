@@ -101,6 +101,8 @@ fn record(folder: &Path) -> PathBuf {
     let record = Record {
         provenance: Provenance::new(Record::SCHEMA_VERSION, BTreeMap::new(), &()).unwrap(),
         history: vec![step],
+        carried: vec!["extra.txt".into()],
+        left_out: vec!["cache".into()],
     };
     written(folder, "interlace.json", &record)
 }
