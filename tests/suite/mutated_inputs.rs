@@ -8,8 +8,8 @@ use std::sync::OnceLock;
 
 use interlace::base::{Error, Provenance, Result, sha256_file};
 use interlace::bundle::{Bundle, BundleWriter, LayerEdit, Record, Step, Tower};
-use interlace::data::{Benchmark, Dataset, ImageBytes, Part, Picture, Processor, SEQUENCE_LENGTH, Texts, Transparency};
-use interlace::eval::{question_text, reference_of};
+use interlace::data::{Benchmark, DataOptions, Dataset, ImageBytes, Part, Picture, Processor, Transparency};
+use interlace::eval::{PromptStyle, question_text, reference_of};
 use interlace::method::{MODALITIES, Plan, SCORES_SCHEMA_VERSION, SampleScores, Scores};
 use interlace::pipeline::steps::{self, HowMany, PlanSettings, PlannedModel};
 use interlace::pipeline::{Recipe, Sweep};
@@ -97,7 +97,13 @@ fn exported(folder: &Path) -> PathBuf {
 
 fn record(folder: &Path) -> PathBuf {
     model(folder, "config.json");
-    let step = Step::Prune { tower: Tower::Text, layers_before: 18, dropped: vec![3, 5], dropped_original: vec![3, 5] };
+    let step = Step::Prune {
+        tower: Tower::Text,
+        layers_before: 18,
+        dropped: vec![3, 5],
+        dropped_original: vec![3, 5],
+        deepstack: None,
+    };
     let record = Record {
         provenance: Provenance::new(Record::SCHEMA_VERSION, BTreeMap::new(), &()).unwrap(),
         history: vec![step],
@@ -148,7 +154,7 @@ fn sound_scores() -> Scores {
 
 fn settings(strategy: &str) -> PlanSettings {
     let (how_many, seed) = (HowMany::DropRatio(0.25), 1);
-    PlanSettings { strategy: strategy.into(), how_many, seed, samples: None, modality_weights: None }
+    PlanSettings { strategy: strategy.into(), how_many, seed, samples: None, data: None, modality_weights: None }
 }
 
 fn scores(folder: &Path) -> PathBuf {
@@ -173,7 +179,7 @@ fn planned(_: &Path, file: &Path) -> Result<()> {
 }
 
 fn conversations(_: &Path, file: &Path) -> Result<()> {
-    let data = Dataset::open(file, Texts::Conversation)?;
+    let data = Dataset::open(file, &DataOptions { strict: true, ..DataOptions::default() })?;
     let wanted: Vec<usize> = (0..data.len().min(4)).collect();
     for sample in data.read(&wanted)? {
         sample?.images.iter().try_for_each(|image| Picture::decode(image, Transparency::OnWhite).map(drop))?;
@@ -184,7 +190,7 @@ fn conversations(_: &Path, file: &Path) -> Result<()> {
 fn running_text(_: &Path, file: &Path) -> Result<()> {
     static MODEL: OnceLock<Bundle> = OnceLock::new();
     let model = MODEL.get_or_init(|| Bundle::open(Path::new(&fixture("zoo/optimum/llama-with-past"))).unwrap());
-    let data = Dataset::open_for(file, model, SEQUENCE_LENGTH)?;
+    let data = Dataset::open_for(file, model, &DataOptions::default())?;
     let wanted: Vec<usize> = (0..data.len().min(4)).collect();
     data.read(&wanted)?.try_for_each(|sample| sample.map(drop))
 }
@@ -192,7 +198,7 @@ fn running_text(_: &Path, file: &Path) -> Result<()> {
 fn benchmark(_: &Path, file: &Path) -> Result<()> {
     let benchmark = Benchmark::open(file)?;
     for row in benchmark.rows().iter().take(4) {
-        question_text(&benchmark, "bench", row)?;
+        question_text(&benchmark, "bench", row, PromptStyle::default())?;
         reference_of(&benchmark, row)?;
         benchmark.images(row)?.iter().try_for_each(|image| Picture::decode(image, Transparency::OnWhite).map(drop))?;
     }
@@ -207,7 +213,7 @@ fn folder_of_a_model(folder: &Path, _: &Path) -> Result<()> {
     let (text, vision) = if folder.join("onnx").exists() { (16, 5) } else { (8, 8) };
     let mut writer = BundleWriter::create(&bundle, &folder.with_extension("out"))?;
     let towers = [(Tower::Text, text), (Tower::Vision, vision)];
-    towers.iter().try_for_each(|&(tower, total)| writer.drop_layers(&LayerEdit::new(tower, total, &[1])?))
+    towers.iter().try_for_each(|&(tower, total)| writer.drop_layers(&LayerEdit::new(tower, total, &[1])?, None))
 }
 
 /// A question with a picture through template, tokenizer and picture processor.
