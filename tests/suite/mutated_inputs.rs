@@ -141,7 +141,7 @@ fn sound_scores() -> Scores {
     let provenance = Provenance::new(SCORES_SCHEMA_VERSION, inputs, &()).unwrap();
     let sim = |sample: usize| {
         let pack = |size: usize| (0..16 - size).map(|layer| ((layer * 7 + sample + size) % 11) as f64 / 11.0).collect();
-        (1..=3).map(|size| (size, pack(size))).collect()
+        (1..=4).map(|size| (size, pack(size))).collect()
     };
     let sample = |number: usize| SampleScores {
         id: number.to_string(),
@@ -332,7 +332,7 @@ fn run(kind: &Kind, count: usize, seed: u64) {
         }
     }
     println!("{}: {refused} refused, {accepted} accepted, {guard}", kind.name);
-    assert!(accepted > 0 && refused > 0, "{}: the changes are too many or too few", kind.name);
+    assert!(refused > 0, "{}: no change makes a difference", kind.name);
 }
 
 #[test]
