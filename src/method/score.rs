@@ -126,7 +126,9 @@ fn score_one(model: &mut VlmSession, encoded: Encoded, packs: &[usize]) -> Resul
     let mut modalities: BTreeMap<Modality, SampleModality> = BTreeMap::new();
     for &pack in packs {
         // Shape [n, 1, T]: the mean over tokens is taken here, in double precision.
-        let values = outputs.get(&format!("{SIMILARITY_PREFIX}{pack}"))?.to_f32()?;
+        let found = outputs.get(&format!("{SIMILARITY_PREFIX}{pack}"))?;
+        one_stream(&found.shape(), tokens)?;
+        let values = found.to_f32()?;
         let rows: Vec<&[f32]> = values.chunks_exact(tokens.max(1)).collect();
         sim.insert(pack, rows.iter().filter_map(|row| mean_over(row, |_| true)).collect());
         for (modality, wanted) in [(Modality::Image, true), (Modality::Text, false)] {
@@ -140,6 +142,18 @@ fn score_one(model: &mut VlmSession, encoded: Encoded, packs: &[usize]) -> Resul
         }
     }
     Ok(SampleScores { id, tokens, sim, modalities })
+}
+
+/// Similarities of several streams side by side (Gemma 3n's) would be taken for those of more layers.
+fn one_stream(shape: &[usize], tokens: usize) -> Result<()> {
+    match shape {
+        [_, 1, length] if *length == tokens => Ok(()),
+        _ => Err(Error::unsupported(
+            "the residual stream",
+            format!("similarities of layers have shape {shape:?}, expected one for each layer and token, [layers, 1, {tokens}]"),
+        )
+        .remedy("name layers with `prune --drop`: layers of several streams side by side are not scored")),
+    }
 }
 
 /// The mean of the values at the positions that are wanted; `None` when there are none.
@@ -194,5 +208,14 @@ mod tests {
         assert_eq!(mean_over(&values, |at| at == 1 || at == 2), Some(0.625));
         assert_eq!(mean_over(&values, |at| at != 1), Some(0.75));
         assert_eq!(mean_over(&values, |_| false), None);
+    }
+
+    #[test]
+    fn several_streams_are_not_taken_for_more_layers() {
+        assert!(one_stream(&[5, 1, 7], 7).is_ok());
+        for shape in [&[5, 2, 1, 7][..], &[10, 1, 6], &[5, 2, 7], &[]] {
+            let message = one_stream(shape, 7).unwrap_err().to_string();
+            assert!(message.contains("[layers, 1, 7]"), "{message}");
+        }
     }
 }

@@ -10,7 +10,7 @@ use interlace::analysis::{Analysis, analyse};
 use interlace::base::Device;
 use interlace::ir::{DataType, Model};
 use interlace::onnx;
-use interlace::rewrite::drop_layers;
+use interlace::rewrite::{KEEP_INPUT, LOSS_OUTPUT, ROWS_INPUT, TARGETS_INPUT, bypass_layers, drop_layers};
 use interlace::runtime::{Runtime, SessionOptions, Tensor};
 
 use super::cli::{interlace, stderr, stdout};
@@ -229,4 +229,52 @@ fn taps_and_both_towers_are_shown_and_pruned_by_name() {
     );
     assert!(stderr(&output).contains("has one tower"), "{}", stderr(&output));
     assert!(!out.exists());
+}
+
+/// Layers left out by a flag give the losses of the network without them.
+#[test]
+fn layers_that_are_bypassed_are_as_if_deleted() {
+    let runtime = Runtime::new(Device::Cpu).unwrap();
+    for (name, prefixes) in
+        [("opt", ["drop_1", "drop_0_2"]), ("gemma4", ["drop_4", "drop_0_1"]), ("gemma3n", ["drop_1", "drop_0"])]
+    {
+        let (analysis, arrays) = network(name);
+        let bypass = bypass_layers(&analysis).unwrap();
+        // Their layers read each other beside the stream, so none of these runs can begin at a later layer.
+        assert!(!bypass.restarts, "{name}");
+        let mut session = runtime.session_of(&bypass.model, &SessionOptions::default()).unwrap();
+        for prefix in prefixes {
+            let drop: Vec<usize> = prefix.split('_').skip(1).map(|layer| layer.parse().unwrap()).collect();
+            let logits = arrays[&format!("{prefix}.logits")].squeeze_dim(0);
+            let (tokens, vocabulary) = logits.size2().unwrap();
+            let targets: Vec<i64> = (0..tokens).map(|token| token % vocabulary).collect();
+            let want = -logits.log_softmax(-1, tch::Kind::Float).gather(
+                1,
+                &tch::Tensor::from_slice(&targets).unsqueeze(1),
+                false,
+            );
+            let kept: Vec<i64> =
+                (0..analysis.map.layers.len()).map(|layer| i64::from(!drop.contains(&layer))).collect();
+            let rows: Vec<i64> = (0..tokens).flat_map(|token| [0, token]).collect();
+            let integers = |dtype, shape: &[usize], values| Tensor::from_i64(dtype, shape, values).unwrap();
+            let feeds: Vec<(String, Tensor)> = session
+                .inputs()
+                .iter()
+                .map(|port| {
+                    let tensor = match port.name.as_str() {
+                        KEEP_INPUT => integers(DataType::Bool, &[kept.len()], kept.clone()),
+                        ROWS_INPUT => integers(DataType::Int64, &[1, tokens as usize, 2], rows.clone()),
+                        TARGETS_INPUT => integers(DataType::Int64, &[1, tokens as usize, 1], targets.clone()),
+                        given => fed(&arrays[&format!("in.{given}")], port.dtype),
+                    };
+                    (port.name.clone(), tensor)
+                })
+                .collect();
+            let feeds: Vec<(&str, &Tensor)> = feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+            let outputs = session.run(&feeds, None).unwrap();
+            let found = outputs.get(LOSS_OUTPUT).unwrap().to_f32().unwrap();
+            let far = (tch::Tensor::from_slice(&found) - want.view([-1])).abs().max().double_value(&[]);
+            assert!(far <= 1e-4, "{name} {prefix}: {far:e}");
+        }
+    }
 }
