@@ -152,7 +152,6 @@ pub const METRICS: &[Metric] = &[
         },
         stratum: |reference| reference.category.clone(),
         score: |rows| mean_of_strata(rows, |own| (mean_score(own) + pairs_right(own)) / 2.0),
-        figures: nothing_more,
         ..MEAN
     },
     Metric {

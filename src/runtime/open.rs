@@ -53,7 +53,7 @@ impl VlmSession {
                     (encoder, _) => encoder,
                 };
                 Some(match encoder {
-                    Ok(encoder) => Vision::Known(encoder),
+                    Ok(encoder) => Vision::Known(Box::new(encoder)),
                     Err(error @ Error::Unsupported { .. }) => Vision::Unknown(error),
                     Err(error) => return Err(error),
                 })

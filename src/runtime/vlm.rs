@@ -42,7 +42,7 @@ pub struct VlmSettings {
 /// A model's vision encoder.
 #[derive(Debug)]
 pub enum Vision {
-    Known(VisionEncoder),
+    Known(Box<VisionEncoder>),
     /// Why it cannot be run; text without pictures needs none.
     Unknown(Error),
 }
