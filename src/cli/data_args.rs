@@ -1,6 +1,6 @@
 //! Flags for reading data sets, the same in every verb.
 
-use crate::data::{DataOptions, LeftOut, SEQUENCE_LENGTH, Turns};
+use crate::data::{BackEnd, DataOptions, ImageSettings, LeftOut, SEQUENCE_LENGTH, Turns};
 
 use super::args::positive;
 use super::output::Output;
@@ -24,6 +24,41 @@ pub struct DataArgs {
     /// Tokens in each sequence of running text
     #[arg(long, value_name = "N", default_value_t = SEQUENCE_LENGTH, value_parser = positive)]
     sequence_length: usize,
+    #[command(flatten)]
+    images: ImageArgs,
+}
+
+/// How pictures are scaled and cut up, in place of what the model's files say.
+#[derive(clap::Args)]
+pub struct ImageArgs {
+    /// The fewest pixels that a picture is scaled to [default: the model's own setting]
+    #[arg(long, value_name = "N", value_parser = positive)]
+    min_pixels: Option<usize>,
+    /// The most pixels that a picture is scaled to [default: the model's own setting]
+    #[arg(long, value_name = "N", value_parser = positive)]
+    max_pixels: Option<usize>,
+    /// The edge that pictures are scaled to, in pixels: of a square, or the longest one [default: the model's own setting]
+    #[arg(long, value_name = "N", value_parser = positive)]
+    image_size: Option<usize>,
+    /// Whether large pictures are cut into tiles [default: the model's own setting]
+    #[arg(long, value_name = "BOOL")]
+    image_tiles: Option<bool>,
+    /// Which library's pixels are meant: pil or torchvision [default: the one that transformers takes]
+    #[arg(long, value_name = "NAME")]
+    image_back_end: Option<BackEnd>,
+}
+
+impl ImageArgs {
+    /// The settings that the flags stand for.
+    pub fn settings(&self) -> ImageSettings {
+        ImageSettings {
+            min_pixels: self.min_pixels,
+            max_pixels: self.max_pixels,
+            image_size: self.image_size,
+            tiles: self.image_tiles,
+            back_end: self.image_back_end,
+        }
+    }
 }
 
 impl DataArgs {
@@ -35,6 +70,7 @@ impl DataArgs {
             ignore_keys: self.ignore_keys.clone(),
             strict: self.strict,
             sequence_length: self.sequence_length,
+            images: self.images.settings(),
         }
     }
 }

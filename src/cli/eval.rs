@@ -9,6 +9,7 @@ use crate::eval::{EvalReport, Interval, PromptStyle, TextReport};
 use crate::pipeline::steps::{self, Engine, EvalSettings, TextSettings};
 
 use super::args::{fraction, positive};
+use super::data_args::ImageArgs;
 use super::output::table;
 use super::{Context, Outcome};
 
@@ -45,6 +46,8 @@ pub struct Args {
     /// How questions are worded: vlmevalkit, qwen3-vl, smolvlm or internvl, as VLMEvalKit words them for these models
     #[arg(long, value_name = "STYLE", default_value = "vlmevalkit")]
     prompt_style: PromptStyle,
+    #[command(flatten)]
+    images: ImageArgs,
     /// Also write each answer beside its question: JSON lines, or VLMEvalKit's own layout if the name ends in .tsv
     #[arg(long, value_name = "FILE")]
     predictions: Option<PathBuf>,
@@ -65,6 +68,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         max_new_tokens: args.max_new_tokens,
         limit: args.limit,
         prompt_style: args.prompt_style,
+        images: args.images.settings(),
     };
     let engine = Engine::new(args.device)?;
     let report = steps::eval(&engine, &args.model, args.baseline.as_deref(), &args.data, &settings, &context.cancel)?;

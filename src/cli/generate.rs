@@ -75,7 +75,9 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         context.output.line(format!("{count} answers in {}", output.display()))?;
         return Ok(Outcome::Done);
     }
-    let question = Question { images: args.image, system: args.system, prompt: args.prompt.unwrap_or_default() };
+    let settings = args.reading.options().images;
+    let question =
+        Question { images: args.image, settings, system: args.system, prompt: args.prompt.unwrap_or_default() };
     let mut answers = Vec::new();
     for model in &models {
         let json = context.output.json;

@@ -43,7 +43,7 @@ fn folder(family: &Value, shared: &Value) -> tempfile::TempDir {
 
 fn settings(family: &Value, back_end: &str) -> ImageSettings {
     ImageSettings {
-        back_end: Some(BackEnd::from_name(back_end).unwrap()),
+        back_end: Some(back_end.parse().unwrap()),
         tiles: family["tiles"].as_bool(),
         ..ImageSettings::default()
     }
@@ -155,4 +155,39 @@ fn a_template_that_drops_the_content_is_refused() {
     fs::write(folder.path().join("chat_template.jinja"), template).unwrap();
     let encoded = open().encode_question("row 3", &question, &[]).unwrap();
     assert!(open().decode(&encoded.input_ids).unwrap().contains("What is it?"));
+}
+
+#[test]
+fn settings_of_the_user_come_last() {
+    let shared = json("families.json");
+    let open = |name: &str, settings: ImageSettings| {
+        let family = shared["families"].as_array().unwrap().iter().find(|family| family["name"] == name).unwrap();
+        let folder = folder(family, &shared);
+        Processor::open_with(&Bundle::open(folder.path()).unwrap(), &settings)
+    };
+    let features = |name: &str, settings: ImageSettings| {
+        let picture = ImageBytes::file("photo.jpeg", fixtures("awkward/photo.jpeg"));
+        let question = [Part::Image(0), Part::Text("What?".into())];
+        open(name, settings).unwrap().encode_question("row 1", &question, &[picture]).unwrap().image_positions.len()
+    };
+    let none = ImageSettings::default();
+    // 320 x 240 pixels.
+    assert_eq!(features("qwen2_vl", none), 11 * 9);
+    assert_eq!(features("qwen2_vl", ImageSettings { max_pixels: Some(28 * 28 * 12), ..none }), 4 * 3);
+    assert_eq!(features("qwen2_vl", ImageSettings { min_pixels: Some(28 * 28 * 200), ..none }), 17 * 13);
+    assert_eq!(features("llava", ImageSettings { image_size: Some(56), ..none }), 4 * 4);
+    assert_eq!(features("pixtral", ImageSettings { image_size: Some(64), ..none }), 4 * 3);
+    assert_eq!(features("internvl", none), (12 + 1) * 16);
+    assert_eq!(features("internvl", ImageSettings { tiles: Some(false), ..none }), 16);
+
+    let refusals = [
+        ("qwen2_vl", ImageSettings { image_size: Some(56), ..none }, "has no size of its own to set"),
+        ("qwen2_vl", ImageSettings { tiles: Some(true), ..none }, "cuts no picture into tiles"),
+        ("llava", ImageSettings { min_pixels: Some(56), ..none }, "nothing reads `min_pixels`"),
+        ("idefics3", ImageSettings { back_end: Some(BackEnd::Torchvision), ..none }, "has no Lanczos filter"),
+    ];
+    for (name, settings, want) in refusals {
+        let error = open(name, settings).unwrap_err().to_string();
+        assert!(error.contains(want), "{name}: {error}");
+    }
 }

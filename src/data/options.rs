@@ -7,6 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::Error;
 
+use super::images::ImageSettings;
+
 /// Tokens in a sequence of running text, unless the user sets another number.
 pub const SEQUENCE_LENGTH: usize = 512;
 
@@ -50,6 +52,9 @@ pub struct DataOptions {
     pub strict: bool,
     /// Tokens in each sequence of running text.
     pub sequence_length: usize,
+    /// How pictures are scaled and cut up, in place of what the model's files say.
+    #[serde(skip_serializing_if = "ImageSettings::is_default")]
+    pub images: ImageSettings,
 }
 
 impl Default for DataOptions {
@@ -60,6 +65,7 @@ impl Default for DataOptions {
             ignore_keys: Vec::new(),
             strict: false,
             sequence_length: SEQUENCE_LENGTH,
+            images: ImageSettings::default(),
         }
     }
 }

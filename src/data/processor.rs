@@ -86,7 +86,8 @@ impl Processor {
         let processor_config = bundle.read_json("processor_config.json")?.unwrap_or(Value::Null);
         let (vision, unknown_images) = match Vision::open(bundle, &processor_config, &tokenizer, settings) {
             Ok(vision) => (vision, None),
-            Err(error @ Error::Unsupported { .. }) => (None, Some(error.to_string())),
+            // What the user sets must be set, so its refusal is an error.
+            Err(error @ Error::Unsupported { .. }) if settings.is_default() => (None, Some(error.to_string())),
             Err(error) => return Err(error),
         };
         let mut template = read_template(bundle, &processor_config, &tokenizer)?;

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::{Cancel, Error, Progress, Provenance, Result, peak_memory_bytes};
 use crate::bundle::{Bundle, Role};
+use crate::data::ImageSettings;
 use crate::runtime::{Decoder, Embedded, FeatureCache, KvCache, Runtime, SessionOptions, Step, Tensor};
 
 use super::probe::{noise_text, picture_prompt, token_ids};
@@ -121,7 +122,13 @@ impl Engine {
             return Ok(Engine::Alone(Box::new(Decoder::open(runtime, bundle, settings)?)));
         }
         // A cache of no size keeps nothing, so that every round encodes its picture.
-        Ok(Engine::Whole(Box::new(LoadedModel::open(path, runtime, settings, &FeatureCache::new(0))?)))
+        Ok(Engine::Whole(Box::new(LoadedModel::open(
+            path,
+            runtime,
+            settings,
+            &FeatureCache::new(0),
+            &ImageSettings::default(),
+        )?)))
     }
 
     fn decoder(&mut self) -> &mut Decoder {

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use crate::base::{Cancel, Error, Progress, Result, ahead};
 use crate::bundle::Bundle;
-use crate::data::{BenchRow, Benchmark, Part, Processor};
+use crate::data::{BenchRow, Benchmark, ImageSettings, Part, Processor};
 use crate::prompt::Prompt;
 use crate::runtime::{FeatureCache, Runtime, SessionOptions, VlmSession};
 
@@ -32,15 +32,21 @@ pub struct LoadedModel {
 }
 
 impl LoadedModel {
-    /// Loads a model folder with its own processor, template and tokenizer.
+    /// Loads a model folder with its own processor, template and tokenizer; `images` are settings over the processor's own.
     ///
-    /// Errors: as `Bundle::open`, `VlmSession::open` and `Processor::open`.
-    pub fn open(path: &Path, runtime: &Runtime, options: &SessionOptions, cache: &Arc<FeatureCache>) -> Result<Self> {
+    /// Errors: as `Bundle::open`, `VlmSession::open` and `Processor::open_with`.
+    pub fn open(
+        path: &Path,
+        runtime: &Runtime,
+        options: &SessionOptions,
+        cache: &Arc<FeatureCache>,
+        images: &ImageSettings,
+    ) -> Result<Self> {
         let bundle = Bundle::open(path)?;
         Ok(LoadedModel {
             name: path.display().to_string(),
             vlm: VlmSession::open(runtime, &bundle, options, cache)?,
-            processor: Processor::open(&bundle)?,
+            processor: Processor::open_with(&bundle, images)?,
         })
     }
 }

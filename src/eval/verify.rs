@@ -6,7 +6,7 @@ use std::path::Path;
 
 use crate::base::{Cancel, Error, Progress, Provenance, Result, Sha256Digest, sha256_large_file};
 use crate::bundle::{Bundle, Component, Role};
-use crate::data::Processor;
+use crate::data::{ImageSettings, Processor};
 use crate::ir::{self, Model};
 use crate::runtime::{
     Decoder, Embedded, FeatureCache, InputFact, Runtime, Session, SessionOptions, Tensor, TokenEmbedding, TractOutcome,
@@ -190,11 +190,12 @@ fn whole(path: &Path, bundle: &Bundle, runtime: &Runtime, checks: &mut Checks) {
     let name = "picture and prompt";
     let subject = "processor, vision encoder, embeddings";
     let cache = FeatureCache::new(1 << 20);
-    let outcome = LoadedModel::open(path, runtime, &SessionOptions::default(), &cache).and_then(|mut model| {
-        let prompt = picture_prompt(&model.processor)?;
-        let tokens = prompt.input_ids.len();
-        model.vlm.embed(&prompt).map(|embedded| (tokens, embedded.hidden_size))
-    });
+    let outcome = LoadedModel::open(path, runtime, &SessionOptions::default(), &cache, &ImageSettings::default())
+        .and_then(|mut model| {
+            let prompt = picture_prompt(&model.processor)?;
+            let tokens = prompt.input_ids.len();
+            model.vlm.embed(&prompt).map(|embedded| (tokens, embedded.hidden_size))
+        });
     match outcome {
         Ok((tokens, hidden)) => {
             checks.add(name, subject, CheckStatus::Passed, format!("{tokens} tokens of width {hidden}"))

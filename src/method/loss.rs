@@ -55,7 +55,7 @@ impl LossMeter {
     /// Errors: as `Intake::encoded`, `VlmSession::open` and `rewrite::bypass_layers`; `Error::Invalid`
     /// without a single answer token.
     pub fn new(bundle: &Bundle, dataset: &Dataset, subset: Subset, device: Device, cancel: &Cancel) -> Result<Self> {
-        let processor = Processor::open(bundle)?;
+        let processor = Processor::open_with(bundle, &dataset.options().images)?;
         let runtime = Runtime::new(device)?;
         let indices = dataset.draw(subset)?;
         let component = bundle.require(Role::Decoder)?;

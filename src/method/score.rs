@@ -63,7 +63,7 @@ pub fn score(
     device: Device,
     cancel: &Cancel,
 ) -> Result<Scores> {
-    let processor = Processor::open(bundle)?;
+    let processor = Processor::open_with(bundle, &dataset.options().images)?;
     let indices = dataset.draw(Subset { amount: settings.amount, seed: settings.seed })?;
     let component = bundle.require(Role::Decoder)?;
     let decoder = onnx::load(&bundle.path_of(component))?;

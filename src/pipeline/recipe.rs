@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::{Device, Error, Result};
 use crate::bundle::Deepstack;
-use crate::data::{Amount, DataOptions, Turns};
+use crate::data::{Amount, DataOptions, ImageSettings, Turns};
 use crate::eval::BenchOptions;
 use crate::finetune::{self, DEFAULT_RECIPE, RecipeRow};
 use crate::method::select::Strategy;
@@ -58,6 +58,9 @@ pub struct Calibration {
     /// The first row that cannot be read ends the run.
     #[serde(default)]
     pub strict: bool,
+    /// How pictures are scaled and cut up, in place of what the model's files say.
+    #[serde(default, skip_serializing_if = "ImageSettings::is_default")]
+    pub images: ImageSettings,
     /// How many samples are drawn.
     #[serde(default)]
     pub samples: Option<usize>,
@@ -125,6 +128,9 @@ pub struct FinetuneSection {
     /// The first row that cannot be read ends the run.
     #[serde(default)]
     pub strict: bool,
+    /// How pictures are scaled and cut up, in place of what the model's files say.
+    #[serde(default, skip_serializing_if = "ImageSettings::is_default")]
+    pub images: ImageSettings,
     /// How many samples are drawn; all without it.
     #[serde(default)]
     pub samples: Option<usize>,
@@ -198,7 +204,14 @@ impl FinetuneSection {
     pub(super) fn data_options(&self) -> DataOptions {
         let min_ratings = self.min_ratings.clone();
         let ignore_keys = self.ignore_keys.clone();
-        DataOptions { turns: self.turns, min_ratings, ignore_keys, strict: self.strict, ..DataOptions::default() }
+        DataOptions {
+            turns: self.turns,
+            min_ratings,
+            ignore_keys,
+            strict: self.strict,
+            images: self.images,
+            ..DataOptions::default()
+        }
     }
 }
 
@@ -207,7 +220,14 @@ impl Calibration {
     pub(super) fn data_options(&self) -> DataOptions {
         let min_ratings = self.min_ratings.clone();
         let ignore_keys = self.ignore_keys.clone();
-        DataOptions { turns: self.turns, min_ratings, ignore_keys, strict: self.strict, ..DataOptions::default() }
+        DataOptions {
+            turns: self.turns,
+            min_ratings,
+            ignore_keys,
+            strict: self.strict,
+            images: self.images,
+            ..DataOptions::default()
+        }
     }
 
     /// How many samples are drawn.

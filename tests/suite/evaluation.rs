@@ -23,7 +23,8 @@ fn the_dense_model_sees_and_batches_change_no_answer() {
     let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
     let cache = FeatureCache::new(64 << 20);
     let mut model =
-        LoadedModel::open(&fixture("model"), &runtime, &SessionOptions::default(), &cache).expect("a model");
+        LoadedModel::open(&fixture("model"), &runtime, &SessionOptions::default(), &cache, &Default::default())
+            .expect("a model");
     let batched = scores(&mut model, &EvalOptions { batch_size: 8, ..EvalOptions::default() });
     assert!(batched.mean_of_questions >= 0.75, "{}: {:#?}", batched.mean_of_questions, batched.groups);
     let metrics: Vec<&str> = batched.answers.iter().map(|answer| answer.metric.as_str()).collect();

@@ -23,6 +23,8 @@ mod settings;
 use std::sync::Arc;
 
 use ndarray::{ArrayD, IxDyn};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::base::{Error, Result};
@@ -252,17 +254,23 @@ const ROWS: &[Row] = &[
 ];
 
 /// What a user may set over a model's own processor files.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
 pub struct ImageSettings {
     /// The fewest pixels that a picture is scaled to.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub min_pixels: Option<usize>,
     /// The most pixels that a picture is scaled to.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub max_pixels: Option<usize>,
     /// The edge of a square, or the longest edge, in pixels.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub image_size: Option<usize>,
     /// Whether large pictures are cut into tiles, for processors that can.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub tiles: Option<bool>,
-    /// Which library's arithmetic is meant; `None` for the one that transformers takes by default.
+    /// Which library's arithmetic is meant; without it the one that transformers takes by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub back_end: Option<BackEnd>,
 }
 
@@ -349,6 +357,11 @@ fn row(kind: &str) -> Option<&'static Row> {
 }
 
 impl ImageSettings {
+    /// True when the model's own files decide everything.
+    pub fn is_default(&self) -> bool {
+        *self == ImageSettings::default()
+    }
+
     fn apply(&self, row: &Row, kind: &str, map: &mut Map<String, Value>) -> Result<()> {
         let mut set = |key: &str, value: Option<Value>| {
             if let Some(value) = value {

@@ -7,6 +7,11 @@
 //! Torchvision's antialiased resize of byte tensors (LibTorch's `UpSampleKernel`) has the same windows and passes, but rounds the
 //! weights of a pass to as many bits as let the largest fit 16 bits.
 
+use std::str::FromStr;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
 use crate::base::{Error, Result};
 
 use super::picture::Picture;
@@ -22,7 +27,8 @@ pub enum Filter {
 }
 
 /// Which of the two image libraries under Hugging Face's processors is meant.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
 pub enum BackEnd {
     Pil,
     Torchvision,
@@ -36,10 +42,16 @@ impl BackEnd {
             BackEnd::Torchvision => "torchvision",
         }
     }
+}
 
-    /// From the name that transformers gives it.
-    pub fn from_name(name: &str) -> Option<Self> {
-        [BackEnd::Pil, BackEnd::Torchvision].into_iter().find(|back_end| back_end.name() == name)
+impl FromStr for BackEnd {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let found = [BackEnd::Pil, BackEnd::Torchvision].into_iter().find(|back_end| back_end.name() == text);
+        found.ok_or_else(|| {
+            Error::invalid(format!("image back end `{text}`"), "is not known").remedy("expected `pil` or `torchvision`")
+        })
     }
 }
 

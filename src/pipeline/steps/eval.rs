@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::{AtomicFile, Cancel, Device, Error, Provenance, Result};
 use crate::bundle::Bundle;
-use crate::data::{BenchRow, Benchmark, DataOptions, Dataset};
+use crate::data::{BenchRow, Benchmark, DataOptions, Dataset, ImageSettings};
 use crate::eval::{
     EvalOptions, EvalReport, LoadedModel, ModelScores, PromptStyle, TextReport, TextScores, benchmark_name, compare,
     evaluate, kept_perplexity, perplexity,
@@ -35,12 +35,15 @@ pub struct EvalSettings {
     pub limit: Option<usize>,
     /// How questions are worded.
     pub prompt_style: PromptStyle,
+    /// How pictures are scaled and cut up, in place of what the model's files say.
+    #[serde(skip_serializing_if = "ImageSettings::is_default")]
+    pub images: ImageSettings,
 }
 
 impl Default for EvalSettings {
     fn default() -> Self {
         let EvalOptions { batch_size, max_new_tokens, limit, prompt_style } = EvalOptions::default();
-        EvalSettings { batch_size, max_new_tokens, limit, prompt_style }
+        EvalSettings { batch_size, max_new_tokens, limit, prompt_style, images: ImageSettings::default() }
     }
 }
 
@@ -59,8 +62,8 @@ impl Engine {
     /// Loads a model; image features are shared between models.
     ///
     /// Errors: as `LoadedModel::open`.
-    pub fn load(&self, model: &Path) -> Result<LoadedModel> {
-        LoadedModel::open(model, &self.runtime, &SessionOptions::default(), &self.cache)
+    pub fn load(&self, model: &Path, images: &ImageSettings) -> Result<LoadedModel> {
+        LoadedModel::open(model, &self.runtime, &SessionOptions::default(), &self.cache, images)
     }
 
     /// Answers a benchmark with one model.
@@ -77,8 +80,8 @@ impl Engine {
         if settings.max_new_tokens != Some(1) {
             check_needs(&Bundle::open(model)?, Work::Answer)?;
         }
-        let mut loaded = self.load(model)?;
-        let EvalSettings { batch_size, max_new_tokens, limit, prompt_style } = *settings;
+        let mut loaded = self.load(model, &settings.images)?;
+        let EvalSettings { batch_size, max_new_tokens, limit, prompt_style, images: _ } = *settings;
         let options = EvalOptions { batch_size, max_new_tokens, limit, prompt_style };
         evaluate(&mut loaded, benchmark, &benchmark_name(data), &options, cancel)
     }
@@ -152,7 +155,7 @@ pub fn eval_text(
         let text = Dataset::open_for(data, &bundle, &options)?;
         inputs.insert(role.to_string(), bundle.digest()?);
         inputs.insert("data".to_string(), text.digest()?);
-        let mut loaded = engine.load(path)?;
+        let mut loaded = engine.load(path, &ImageSettings::default())?;
         perplexity(&mut loaded, &text, settings.limit, cancel)
     };
     let base = baseline.map(|path| measure("baseline", path)).transpose()?;

@@ -72,7 +72,7 @@ pub fn finetune(
     let work = if request.settings.looks_at_answers() { Work::FinetuneOnAnswers } else { Work::FinetuneOnStream };
     check_needs(&bundle, work)?;
     let dataset = Dataset::open_for(request.data, &bundle, request.options)?;
-    let processor = Processor::open(&bundle)?;
+    let processor = Processor::open_with(&bundle, &request.options.images)?;
     let mut indices = dataset.draw(request.subset)?;
     indices.truncate((request.settings.data_share * indices.len() as f64).ceil() as usize);
     let data = Conversations {

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::{AtomicFile, Cancel, Error, Progress, Result, ahead};
 use crate::bundle::Bundle;
-use crate::data::{DataOptions, Dataset, ImageBytes, Intake, LeftOut, Part, Sample, Turn};
+use crate::data::{DataOptions, Dataset, ImageBytes, ImageSettings, Intake, LeftOut, Part, Sample, Turn};
 use crate::eval::LoadedModel;
 use crate::prompt::Prompt;
 use crate::runtime::Sampler;
@@ -24,6 +24,8 @@ const DEFAULT_MAX_TOKENS: usize = 256;
 #[derive(Clone, Debug)]
 pub struct Question {
     pub images: Vec<PathBuf>,
+    /// How pictures are scaled and cut up.
+    pub settings: ImageSettings,
     pub system: Option<String>,
     pub prompt: String,
 }
@@ -81,7 +83,7 @@ pub fn generate(
     on_text: &mut dyn FnMut(&str) -> Result<()>,
 ) -> Result<Generation> {
     let mut sampler = decoding.sampler()?;
-    let LoadedModel { name, mut vlm, processor } = engine.load(model)?;
+    let LoadedModel { name, mut vlm, processor } = engine.load(model, &question.settings)?;
     let picture = |path: &PathBuf| ImageBytes::file(format!("picture `{}`", path.display()), path.clone());
     let mut user: Vec<Part> = (0..question.images.len()).map(Part::Image).collect();
     user.push(Part::Text(question.prompt.clone()));
@@ -147,7 +149,7 @@ pub fn generate_all(
     let mut sampler = decoding.sampler()?;
     let bundle = Bundle::open(model)?;
     let dataset = Dataset::open_for(data.0, &bundle, data.1)?;
-    let LoadedModel { mut vlm, processor, .. } = engine.load(model)?;
+    let LoadedModel { mut vlm, processor, .. } = engine.load(model, &data.1.images)?;
     let limit = decoding.max_tokens.or(vlm.settings().max_new_tokens).unwrap_or(DEFAULT_MAX_TOKENS);
     let indices: Vec<usize> = (0..dataset.len()).collect();
     let progress = Progress::new("generate", "answers", indices.len() as u64);

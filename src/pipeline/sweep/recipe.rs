@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::base::{Device, Error, Result};
-use crate::data::{DataOptions, Turns};
+use crate::data::{DataOptions, ImageSettings, Turns};
 use crate::finetune::{DEFAULT_RECIPE, RecipeRow, Settings};
 
 use super::super::recipe::{BenchSection, Calibration, PruneSection, check_strategies, read_file};
@@ -62,6 +62,9 @@ pub struct SweepFinetune {
     /// The first row that cannot be read ends the run.
     #[serde(default)]
     pub strict: bool,
+    /// How pictures are scaled and cut up, in place of what the model's files say.
+    #[serde(default, skip_serializing_if = "ImageSettings::is_default")]
+    pub images: ImageSettings,
     /// How many samples are drawn; all without it.
     #[serde(default)]
     pub samples: Option<usize>,
@@ -81,7 +84,14 @@ impl SweepFinetune {
     pub(super) fn data_options(&self) -> DataOptions {
         let min_ratings = self.min_ratings.clone();
         let ignore_keys = self.ignore_keys.clone();
-        DataOptions { turns: self.turns, min_ratings, ignore_keys, strict: self.strict, ..DataOptions::default() }
+        DataOptions {
+            turns: self.turns,
+            min_ratings,
+            ignore_keys,
+            strict: self.strict,
+            images: self.images,
+            ..DataOptions::default()
+        }
     }
 }
 
