@@ -128,7 +128,13 @@ fn a_variant_that_cannot_be_read_is_set_aside() {
     let variants: Vec<&str> = written.variants(Role::Decoder).map(|component| component.variant.as_str()).collect();
     assert_eq!(variants, ["", "q2f16", "q1", "q1f16"]);
 
-    // The variant that every verb takes has to be sound.
+    // A variant that is asked for has to be sound, and so has the one that every verb takes.
+    for (variant, status) in [("q1", 0), ("q2", 2)] {
+        let arguments = ["export", "optimum", "--to", "triton", "--variant", variant, "-o", variant];
+        let output = interlace(root.path(), &arguments);
+        assert_eq!(output.status.code(), Some(status), "{}", stderr(&output));
+        assert!(status == 0 || stderr(&output).contains("model_q2.onnx"), "{}", stderr(&output));
+    }
     std::fs::rename(folder.join("model_q2.onnx"), folder.join("model.onnx")).unwrap();
     for arguments in [&["inspect", "optimum"][..], &["prune", "optimum", "--drop", "2,5", "-o", "other"]] {
         let output = interlace(root.path(), arguments);
