@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::base::{Error, Result};
 use crate::ir::{self, DataType, Model};
-use crate::runtime::{Decoder, Embedded, Kind, Session, Step, Tensor};
+use crate::runtime::{Decoder, Embedded, Kind, Session, Step, Tensor, TokenTypes};
 use crate::torch;
 
 use super::probe::noise;
@@ -22,12 +22,16 @@ pub struct Probe(pub Embedded);
 impl Probe {
     /// The prompt, [`PROMPT_TOKENS`] long. For decoders that read DeepStack features or a mask of image tokens, some of its
     /// tokens are a picture's, with made-up features.
-    pub fn new(mut embedded: Embedded, decoder: &Decoder) -> Self {
+    pub fn new(mut embedded: Embedded, decoder: &Decoder, token_types: TokenTypes) -> Self {
         let levels = decoder.deepstack_levels();
         if levels.is_some() || decoder.takes(Kind::ImageMask) || decoder.takes(Kind::TokenTypes) {
             let side = &mut embedded.side;
             side.image = (0..PROMPT_TOKENS).map(|token| IMAGE_TOKENS.contains(&token)).collect();
-            side.types = side.image.iter().map(|&image| i64::from(image)).collect();
+            side.types = match token_types {
+                TokenTypes::Image => side.image.iter().map(|&image| i64::from(image)).collect(),
+                // The last token, which is decoded alone too, belongs to an answer, before which all see each other.
+                TokenTypes::Answer => (0..PROMPT_TOKENS).map(|token| i64::from(token + 1 == PROMPT_TOKENS)).collect(),
+            };
             let (count, width) = levels.unwrap_or((0, 0));
             side.deepstack = noise(count * IMAGE_TOKENS.len() * width)
                 .chunks_exact((IMAGE_TOKENS.len() * width).max(1))

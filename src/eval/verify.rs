@@ -9,8 +9,8 @@ use crate::bundle::{Bundle, Component, Role};
 use crate::data::{ImageSettings, Processor};
 use crate::ir::{self, Model};
 use crate::runtime::{
-    Decoder, Embedded, FeatureCache, InputFact, Runtime, Session, SessionOptions, Tensor, TokenEmbedding, TractOutcome,
-    VisionEncoder, VlmSession, VlmSettings, tract_check,
+    Decoder, Embedded, FeatureCache, InputFact, Runtime, Session, SessionOptions, Tensor, TokenEmbedding, TokenTypes,
+    TractOutcome, VisionEncoder, VlmSession, VlmSettings, tract_check,
 };
 use crate::{onnx, torch};
 
@@ -226,7 +226,8 @@ fn decoder_checks(
         }
         None => (noise_text(&decoder, &ids, 0)?, decoder),
     };
-    let probe = Probe::new(text, &decoder);
+    let token_types = bundle.config().map(TokenTypes::of).unwrap_or_default();
+    let probe = Probe::new(text, &decoder, token_types);
 
     let with_cache = !decoder.slots().is_empty();
     let step = probe.step(with_cache)?;

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use crate::base::{Error, Result};
-use crate::runtime::{Embedded, Side, Step};
+use crate::runtime::{Embedded, Input, Side, Step};
 
 use super::cache::Rows;
 use super::loss::TopK;
@@ -34,78 +34,88 @@ pub struct Example {
     pub types: Vec<i64>,
 }
 
-/// What a pass reads for each token besides the stream, kept as rows of numbers: by their widths.
+/// Widths of what a pass reads for each token besides the stream, kept as rows of numbers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SideRows {
+pub struct SideWidths {
+    /// The embeddings, where layers read them past the stream; 0 where none does.
+    #[serde(default)]
+    pub embeddings: usize,
     /// Levels of DeepStack features; 0 where the pass reads none.
     pub levels: usize,
     /// Width of a level; its numbers are 0 at text.
     pub level_width: usize,
-    /// Width of the tokens' second embedding; 0 where the pass reads none.
+    /// The tokens' second embedding; 0 where the pass reads none.
     pub per_layer: usize,
 }
 
-impl SideRows {
+impl SideWidths {
     /// Numbers in a row.
-    pub fn width(self) -> usize {
-        self.levels * self.level_width + self.per_layer
+    pub fn total(self) -> usize {
+        self.embeddings + self.levels * self.level_width + self.per_layer
     }
+}
 
+/// The inputs of a decoder whose numbers are kept for passes, with their widths.
+#[derive(Clone, Debug, Default)]
+pub struct SideInputs {
+    pub widths: SideWidths,
+    /// Those of DeepStack features, each level once, in ascending order.
+    pub deepstack: Vec<Input>,
+}
+
+impl SideInputs {
     /// A prompt's rows, one per token.
     ///
-    /// Errors: `Error::Invalid` when the prompt's side is of other widths.
-    pub fn of(self, embedded: &Embedded) -> Result<Vec<f32>> {
-        let (time, side) = (embedded.len(), &embedded.side);
-        let places = side.image.iter().filter(|&&image| image).count();
-        let fits = places == 0
-            || self.levels == 0
-            || side.deepstack.len() == self.levels
-                && side.deepstack.iter().all(|level| level.len() == places * self.level_width);
-        if !fits || (self.per_layer > 0 && side.per_layer.len() != time * self.per_layer) {
-            let problem = format!(
-                "takes {} levels of DeepStack features of width {} and a second embedding of width {}, the prompt has {} levels",
-                self.levels,
-                self.level_width,
-                self.per_layer,
-                side.deepstack.len()
-            );
+    /// Errors: `Error::Invalid` when the prompt does not hold what the inputs take.
+    pub fn rows(&self, embedded: &Embedded) -> Result<Vec<f32>> {
+        let (time, widths) = (embedded.len(), self.widths);
+        let step = Step::prefill(&[embedded], false)?;
+        let mut parts: Vec<(usize, Vec<f32>)> = Vec::new();
+        if widths.embeddings > 0 {
+            parts.push((widths.embeddings, step.embedding_rows(widths.embeddings)?));
+        }
+        for input in &self.deepstack {
+            let levels = step.deepstack_rows(input, widths.level_width)?;
+            parts.extend(levels.into_iter().map(|level| (widths.level_width, level)));
+        }
+        if widths.per_layer > 0 {
+            parts.push((widths.per_layer, embedded.side.per_layer.clone()));
+        }
+        let total: usize = parts.iter().map(|(width, _)| width).sum();
+        if total != widths.total() || parts.iter().any(|(width, data)| data.len() != width * time) {
+            let problem =
+                format!("takes {} numbers for each token besides the stream, a prompt has {total}", widths.total());
             return Err(Error::invalid("the trained part of the decoder", problem)
                 .remedy("check that the components belong to one model"));
         }
-        let mut rows = vec![0f32; time * self.width()];
-        let mut place = 0;
-        for (token, row) in rows.chunks_exact_mut(self.width().max(1)).enumerate() {
-            let (deep, per_layer) = row.split_at_mut(self.levels * self.level_width);
-            if side.image.get(token) == Some(&true) {
-                for (target, level) in deep.chunks_exact_mut(self.level_width.max(1)).zip(&side.deepstack) {
-                    target.copy_from_slice(&level[place * self.level_width..][..self.level_width]);
-                }
-                place += 1;
-            }
-            if self.per_layer > 0 {
-                per_layer.copy_from_slice(&side.per_layer[token * self.per_layer..][..self.per_layer]);
-            }
+        let mut rows = Vec::with_capacity(time * total);
+        for token in 0..time {
+            parts.iter().for_each(|(width, data)| rows.extend_from_slice(&data[token * width..][..*width]));
         }
         Ok(rows)
     }
+}
 
-    /// The other way round: a prompt's side from its rows and from where its image tokens are.
-    fn side(self, rows: &[f32], image: Vec<bool>, types: Vec<i64>) -> Side {
-        let mut side = Side { types, ..Side::default() };
+impl SideWidths {
+    /// The other way round: what a prompt holds, from its rows and from where its image tokens are.
+    fn prompt(self, rows: &[f32], positions: Vec<Vec<i64>>, image: Vec<bool>, types: Vec<i64>) -> Embedded {
+        let mut prompt = Embedded { positions, hidden_size: self.embeddings, ..Embedded::default() };
+        prompt.side.types = types;
         if image.contains(&true) {
-            side.deepstack = vec![Vec::new(); self.levels];
+            prompt.side.deepstack = vec![Vec::new(); self.levels];
         }
-        for (row, &image) in rows.chunks_exact(self.width().max(1)).zip(&image) {
-            let (deep, per_layer) = row.split_at(self.levels * self.level_width);
+        for (row, &image) in rows.chunks_exact(self.total().max(1)).zip(&image) {
+            let (embeddings, rest) = row.split_at(self.embeddings);
+            let (deep, per_layer) = rest.split_at(self.levels * self.level_width);
+            prompt.data.extend_from_slice(embeddings);
             if image {
-                for (level, own) in side.deepstack.iter_mut().zip(deep.chunks_exact(self.level_width.max(1))) {
-                    level.extend_from_slice(own);
-                }
+                let levels = deep.chunks_exact(self.level_width.max(1));
+                prompt.side.deepstack.iter_mut().zip(levels).for_each(|(level, own)| level.extend_from_slice(own));
             }
-            side.per_layer.extend_from_slice(per_layer);
+            prompt.side.per_layer.extend_from_slice(per_layer);
         }
-        side.image = image;
-        side
+        prompt.side.image = image;
+        prompt
     }
 }
 
@@ -165,7 +175,7 @@ pub struct TrainingSet {
     /// The residual stream where a pass begins, a row per token.
     stream: Stream,
     /// What passes read besides, a row per token.
-    side: Option<(SideRows, Rows)>,
+    side: Option<(SideWidths, Rows)>,
     pub targets: Targets,
 }
 
@@ -232,7 +242,7 @@ pub struct Batch {
 
 impl TrainingSet {
     /// Pairs examples with their rows, in the order in which the rows were written.
-    pub fn new(examples: Vec<Example>, hidden: Rows, side: Option<(SideRows, Rows)>) -> Self {
+    pub fn new(examples: Vec<Example>, hidden: Rows, side: Option<(SideWidths, Rows)>) -> Self {
         let answer_starts = running_sum(examples.iter().map(|example| example.targets.len()));
         let starts = running_sum(examples.iter().map(|example| example.length));
         let stream = Stream { rows: hidden, before: 0, wanted: None };
@@ -342,17 +352,17 @@ impl TrainingSet {
             if positions.len() < planes {
                 positions = positions.into_iter().cycle().take(planes).collect();
             }
-            let side = match &self.side {
+            let (image, types) = (example.image_mask(), example.types.clone());
+            prompts.push(match &self.side {
                 Some((widths, rows)) => {
                     let mut bytes = Vec::new();
                     rows.read(self.starts[sample], example.length, &mut bytes)?;
                     let numbers: Vec<f32> =
                         bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
-                    widths.side(&numbers, example.image_mask(), example.types.clone())
+                    widths.prompt(&numbers, positions, image, types)
                 }
-                None => Side { image: example.image_mask(), types: example.types.clone(), ..Side::default() },
-            };
-            prompts.push(Embedded { positions, side, ..Embedded::default() });
+                None => Embedded { positions, side: Side { image, types, ..Side::default() }, ..Embedded::default() },
+            });
         }
         Step::padded_right(&prompts.iter().collect::<Vec<_>>())
     }
@@ -404,21 +414,33 @@ mod tests {
 
     #[test]
     fn what_passes_read_of_pictures_comes_back_as_it_was() {
-        let widths = SideRows { levels: 2, level_width: 3, per_layer: 2 };
-        let mut prompt = Embedded::text(&[5, 6, 7, 8], 0, Vec::new(), 0, 1);
+        let port = |level: usize| crate::runtime::Port {
+            name: format!("deepstack_features_{level}"),
+            dtype: crate::ir::DataType::Float,
+            shape: vec![crate::ir::Dim::Unknown, crate::ir::Dim::Known(3)],
+        };
+        let deepstack = Input::all("graph", &[port(0), port(1)]).unwrap();
+        let widths = SideWidths { embeddings: 2, levels: 2, level_width: 3, per_layer: 2 };
+        let inputs = SideInputs { widths, deepstack };
+        let mut prompt = Embedded::text(&[5, 6, 7, 8], 2, (30..38).map(|n| n as f32).collect(), 0, 1);
         prompt.side.image = vec![false, true, true, false];
         prompt.side.types = vec![0, 1, 1, 0];
         prompt.side.deepstack = vec![(0..6).map(|n| n as f32).collect(), (6..12).map(|n| n as f32).collect()];
         prompt.side.per_layer = (20..28).map(|n| n as f32).collect();
-        let rows = widths.of(&prompt).unwrap();
-        assert_eq!(rows.len(), 4 * 8);
+        let rows = inputs.rows(&prompt).unwrap();
+        assert_eq!(rows.len(), 4 * 10);
         let mut example = Example::new("a".into(), &[5, 6, 7, 8], &[false, false, false, true]).unwrap();
         example.keep_side(&prompt.side);
         assert_eq!(example.image, [[1, 2]]);
-        assert_eq!(widths.side(&rows, example.image_mask(), example.types.clone()), prompt.side);
+        let found = widths.prompt(&rows, example.position_rows(), example.image_mask(), example.types.clone());
+        assert_eq!((&found.data, &found.positions, &found.side), (&prompt.data, &prompt.positions, &prompt.side));
+        // Levels that the encoder numbers otherwise are those at their place.
+        prompt.side.levels = vec![5, 11];
+        assert_eq!(inputs.rows(&prompt).unwrap(), rows);
         prompt.side.deepstack.pop();
-        assert!(widths.of(&prompt).unwrap_err().to_string().contains("takes 2 levels"));
-        let text = Embedded::text(&[5], 0, Vec::new(), 0, 1);
-        assert_eq!(SideRows { per_layer: 0, ..widths }.of(&text).unwrap(), [0.0; 6]);
+        assert!(inputs.rows(&prompt).unwrap_err().to_string().contains("takes 2 levels"));
+        let text = Embedded::text(&[5], 2, vec![1.0, 2.0], 0, 1);
+        let inputs = SideInputs { widths: SideWidths { per_layer: 0, ..widths }, ..inputs };
+        assert_eq!(inputs.rows(&text).unwrap(), [1.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
     }
 }

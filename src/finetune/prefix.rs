@@ -10,7 +10,7 @@ use crate::data::LeftOut;
 use crate::prompt::Prompt;
 use crate::runtime::{Embedded, Step, VlmSession};
 
-use super::batch::{Example, SideRows, TrainingSet, total_tokens};
+use super::batch::{Example, SideInputs, SideWidths, TrainingSet, total_tokens};
 use super::cache::{Element, Rows, RowsWriter};
 use super::source::{Sample, Source};
 
@@ -30,7 +30,7 @@ struct Index {
     width: usize,
     /// Widths of the rows that passes read besides; none where they read none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    side: Option<SideRows>,
+    side: Option<SideWidths>,
     left_out: LeftOut,
     examples: Vec<Example>,
 }
@@ -40,12 +40,12 @@ pub struct Store {
     index: PathBuf,
     rows: PathBuf,
     side_rows: PathBuf,
-    side: SideRows,
+    side: SideInputs,
 }
 
 impl Store {
     /// `key` is the digest of everything that decides the rows, `side` what passes read of each token besides the stream.
-    pub fn new(folder: &Path, key: &Sha256Digest, side: SideRows) -> Self {
+    pub fn new(folder: &Path, key: &Sha256Digest, side: SideInputs) -> Self {
         let name = |extension: &str| folder.join(format!("hidden-{}.{extension}", &key[..16.min(key.len())]));
         Store { index: name("json"), rows: name("f32"), side_rows: name("side.f32"), side }
     }
@@ -61,7 +61,7 @@ impl Store {
         let tokens = total_tokens(&examples);
         let rows = Rows::open(&self.rows, tokens, width, Element::F32)?;
         let side = match side {
-            Some(side) => Some((side, Rows::open(&self.side_rows, tokens, side.width(), Element::F32)?)),
+            Some(side) => Some((side, Rows::open(&self.side_rows, tokens, side.total(), Element::F32)?)),
             None => None,
         };
         Ok(Some((TrainingSet::new(examples, rows, side), left_out)))
@@ -82,7 +82,7 @@ impl Store {
         let mut filling = self.begin()?;
         let left_out = each_round(source, "frozen part", frozen, max_tokens, cancel, &mut |round, frozen| {
             let hidden = if embeds_only {
-                round.iter_mut().map(|sample| std::mem::take(&mut sample.embedded.data)).collect::<Vec<_>>()
+                round.iter().map(|sample| sample.embedded.data.clone()).collect::<Vec<_>>()
             } else {
                 outputs(round, frozen, usize::MAX, |_, outputs| Ok(outputs[0].to_vec()))?
             };
@@ -96,7 +96,8 @@ impl Store {
     /// Errors: `Error::Io`.
     pub fn begin(&self) -> Result<Filling<'_>> {
         let writer = RowsWriter::create(&self.rows, Element::F32)?;
-        let side = (self.side.width() > 0).then(|| RowsWriter::create(&self.side_rows, Element::F32)).transpose()?;
+        let side =
+            (self.side.widths.total() > 0).then(|| RowsWriter::create(&self.side_rows, Element::F32)).transpose()?;
         Ok(Filling { store: self, writer, side, examples: Vec::new() })
     }
 }
@@ -112,12 +113,12 @@ pub struct Filling<'a> {
 impl Filling<'_> {
     /// Takes a sample and the stream before the first trained layer, a row per token.
     ///
-    /// Errors: as `RowsWriter::push` and `SideRows::of`.
+    /// Errors: as `RowsWriter::push` and `SideInputs::rows`.
     pub fn push(&mut self, hidden: &[f32], sample: &Ready) -> Result<()> {
         let example = &sample.example;
         self.writer.push(hidden, example.length)?;
         if let Some(side) = &mut self.side {
-            side.push(&self.store.side.of(&sample.embedded)?, example.length)?;
+            side.push(&self.store.side.rows(&sample.embedded)?, example.length)?;
         }
         self.examples.push(example.clone());
         Ok(())
@@ -133,7 +134,7 @@ impl Filling<'_> {
             return Err(Error::invalid("training data", problem).remedy("look at the data, or raise `max_tokens`"));
         }
         let rows = writer.finish()?;
-        let side = side.map(|side| Ok::<_, Error>((store.side, side.finish()?))).transpose()?;
+        let side = side.map(|side| Ok::<_, Error>((store.side.widths, side.finish()?))).transpose()?;
         let widths = side.as_ref().map(|(widths, _)| *widths);
         let (schema_version, width) = (SCHEMA_VERSION, rows.width());
         let index = Index { schema_version, width, side: widths, left_out: left_out.clone(), examples };

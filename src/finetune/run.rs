@@ -30,7 +30,7 @@ use super::product::products_of;
 use super::search::{self, RateTrial, search};
 use super::settings::Settings;
 use super::source::Source;
-use super::student::{Student, side_rows, token_inputs};
+use super::student::{Student, side_inputs, token_inputs};
 use super::suffix::Suffix;
 use super::teacher::{Course, Lesson, Teacher, anchor_points};
 use super::trainer::{self, METRICS_FILE, Summary};
@@ -180,7 +180,7 @@ pub fn finetune_with_teacher(
         ("settings".to_string(), sha256_json(settings)?),
     ]);
     let key = sha256_json(&("hidden", &model_digest, &data_digest, cut.first, settings.max_tokens))?;
-    let store = Store::new(request.work, &key, side_rows(&cut.analysis.model.graph, &suffix)?);
+    let store = Store::new(request.work, &key, side_inputs(&cut.analysis.model.graph, &suffix)?);
     let course = teacher.zip(dense_digest).map(|(teacher, digest)| {
         let lesson = Lesson {
             teacher,

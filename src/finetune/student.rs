@@ -11,7 +11,7 @@ use crate::rewrite::fuse_kernels;
 use crate::runtime::{Input, Kind as InputKind, Port, Training};
 use crate::torch::{self, Options, Program};
 
-use super::batch::{Batch, SideRows};
+use super::batch::{Batch, SideInputs};
 use super::loss::LossKind;
 use super::settings::Precision;
 use super::suffix::Suffix;
@@ -30,19 +30,36 @@ pub fn token_inputs(graph: &Graph) -> Vec<ValueId> {
 /// What a pass reads for each token besides the stream.
 ///
 /// Errors: `Error::Unsupported` for an input that is not known, or whose width the graph leaves open.
-pub fn side_rows(graph: &Graph, suffix: &Suffix) -> Result<SideRows> {
+pub fn side_inputs(graph: &Graph, suffix: &Suffix) -> Result<SideInputs> {
     let inputs = inputs(graph, suffix)?;
-    let mut side = SideRows::default();
-    for (_, input) in &inputs {
-        let open = || Error::unsupported(format!("decoder input {}", input.port.described()), "leaves its width open");
+    let open = |input: &Input| {
+        Error::unsupported(format!("decoder input {}", input.port.described()), "leaves its width open")
+    };
+    let mut side = SideInputs::default();
+    for (_, input) in inputs {
         match input.kind() {
+            InputKind::InputsEmbeds if suffix.reads_tokens => {
+                side.widths.embeddings = input.port.width().ok_or_else(|| open(&input))?;
+            }
+            InputKind::InputIds if suffix.reads_tokens => {
+                let problem = "is read past the residual stream, so the frozen layers before it cannot be left out";
+                return Err(Error::unsupported(format!("decoder input {}", input.port.described()), problem));
+            }
             InputKind::Deepstack => {
-                let levels = if input.is_stacked() { input.port.fixed_size(0) } else { Some(input.count) };
-                (side.levels, side.level_width) = levels.zip(input.port.width()).ok_or_else(open)?;
+                let levels =
+                    if input.is_stacked() { input.port.fixed_size(0) } else { Some(input.levels.len().max(1)) };
+                (side.widths.levels, side.widths.level_width) =
+                    levels.zip(input.port.width()).ok_or_else(|| open(&input))?;
+                // Those that the suffix does not read are kept too, so that the others keep their places.
+                let all = |level: &usize| Input { number: Some(*level), ..input.clone() };
+                side.deepstack = match input.levels.is_empty() {
+                    true => vec![input],
+                    false => input.levels.iter().map(all).collect(),
+                };
             }
             InputKind::PerLayerInputs => {
                 let sizes = (2..input.port.rank()).map(|axis| input.port.fixed_size(axis));
-                side.per_layer = sizes.product::<Option<usize>>().ok_or_else(open)?;
+                side.widths.per_layer = sizes.product::<Option<usize>>().ok_or_else(|| open(&input))?;
             }
             _ => {}
         }
@@ -172,7 +189,7 @@ impl Student {
     pub fn side(&self, batch: &Batch) -> Result<Side> {
         let mut given = Vec::with_capacity(self.inputs.len() + self.suffix.side.len());
         for (id, input) in &self.inputs {
-            given.push((*id, feed(input, batch)?));
+            given.push((*id, feed(input, batch, self.suffix.reads_tokens)?));
         }
         // Some of it is as long as the first stream, which stands in the program as an input.
         let mut fed: Vec<(ValueId, Tensor)> = given.iter().map(|(id, tensor)| (*id, tensor.shallow_clone())).collect();
@@ -276,19 +293,19 @@ fn inputs(graph: &Graph, suffix: &Suffix) -> Result<Vec<(ValueId, Input)>> {
 }
 
 /// The tensor for one input.
-fn feed(input: &Input, batch: &Batch) -> Result<Tensor> {
+fn feed(input: &Input, batch: &Batch, reads_tokens: bool) -> Result<Tensor> {
     let failed = torch_error(format!("input `{}`", input.port.name));
     let kind = torch::kind_of(input.port.dtype).unwrap_or(Kind::Float);
     let device = batch.hidden.device();
     match input.row.training {
-        Training::ShapeOnly => shape_only(input, batch, (kind, device)).map_err(failed),
+        Training::ShapeOnly if !reads_tokens => shape_only(input, batch, (kind, device)).map_err(failed),
         Training::Empty => {
             let rank = input.port.rank();
             let rows = batch.step.batch() as i64;
             let sizes = input.port.shape.iter().enumerate().map(|(axis, dim)| past_size(dim, axis, rank, rows));
             Tensor::f_zeros(sizes.collect::<Vec<i64>>(), (kind, device)).map_err(failed)
         }
-        Training::Fed => {
+        Training::ShapeOnly | Training::Fed => {
             // Flags decide which nodes run, and are read on the host.
             let flag = matches!(input.kind(), InputKind::UseCacheBranch | InputKind::LogitsToKeep);
             let device = if flag { Device::Cpu } else { device };

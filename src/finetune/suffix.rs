@@ -19,6 +19,9 @@ pub struct Suffix {
     pub side: Vec<ValueId>,
     /// Inputs of the graph that any of it reads.
     pub inputs: Vec<ValueId>,
+    /// True when something computed from the tokens other than the stream is read: an embedding of each layer, features
+    /// packed behind the rows.
+    pub reads_tokens: bool,
     /// The trained initializers that each layer reads, in the order of the layers.
     pub trained: Vec<Vec<ValueId>>,
     /// The head's input, or the logits themselves where the head is no product with a constant.
@@ -33,7 +36,8 @@ impl Suffix {
     /// Cuts `graph` at `streams` (ascending). `tokens` are the inputs that hold the tokens themselves, `trained` the
     /// initializers to train.
     ///
-    /// Errors: `Error::Unsupported` when a piece reads something computed from the tokens other than the stream.
+    /// Errors: `Error::Unsupported` when a piece reads the inside of an earlier one; `Error::Invalid` when nothing reads one
+    /// of the trained initializers.
     pub fn find(
         graph: &Graph,
         streams: &[ValueId],
@@ -52,9 +56,18 @@ impl Suffix {
         let mut seen = HashSet::new();
         let mut read = HashSet::new();
         let mut trained_by_piece = Vec::new();
+        let mut reads_tokens = false;
         for (from, to) in pieces {
             let piece = needed_nodes(&index, nodes, from, to);
             let own: HashSet<ValueId> = piece.iter().flat_map(|&number| reads(&nodes[number])).collect();
+            let earlier = streams.iter().take_while(|&&stream| stream != from).find(|stream| own.contains(stream));
+            if let Some(&earlier) = earlier {
+                return Err(Error::unsupported(
+                    format!("the graph between `{}` and `{}`", graph.name(from), graph.name(to)),
+                    format!("reads what a layer behind `{}` computes inside, such as shared keys", graph.name(earlier)),
+                )
+                .remedy("finetune layers behind the last one that others read from"));
+            }
             trained_by_piece.push(
                 graph
                     .body
@@ -67,16 +80,12 @@ impl Suffix {
             read.extend(own);
             let flows = |sources: HashSet<ValueId>| reach(nodes, &piece, sources, false);
             let leaks = flows(tokens.iter().copied().filter(|&token| token != from).collect());
-            if leaks.contains(&to) {
-                return Err(Error::unsupported(
-                    format!("the graph between `{}` and `{}`", graph.name(from), graph.name(to)),
-                    "reads the tokens past the residual stream, so the frozen layers before it cannot be left out",
-                ));
-            }
+            reads_tokens |= leaks.contains(&to);
             // A mask cut to the length of a layer's own keys belongs to the layer, and the whole mask to all of them.
             let stream = reach(nodes, &piece, HashSet::from([from]), true);
             let weights = flows(trained.clone());
-            let content = flows(graph.body.inputs.iter().copied().filter(|id| !tokens.contains(id)).collect());
+            // What is computed from the tokens alone is computed once too.
+            let content = flows(graph.body.inputs.iter().copied().filter(|&id| id != from).collect());
             for &number in &piece {
                 let node = &nodes[number];
                 if !node.present_outputs().any(|id| stream.contains(&id)) {
@@ -98,7 +107,15 @@ impl Suffix {
             return Err(Error::invalid(format!("initializer `{}`", graph.name(id)), problem));
         }
         let inputs = graph.body.inputs.iter().copied().filter(|id| read.contains(id)).collect();
-        Ok(Suffix { streams: streams.to_vec(), side, inputs, trained: trained_by_piece, head_input, logits })
+        Ok(Suffix {
+            streams: streams.to_vec(),
+            side,
+            inputs,
+            reads_tokens,
+            trained: trained_by_piece,
+            head_input,
+            logits,
+        })
     }
 }
 
@@ -255,15 +272,28 @@ mod tests {
     }
 
     #[test]
-    fn a_layer_that_reads_the_tokens_past_the_stream_is_refused() {
+    fn a_layer_that_reads_the_tokens_past_the_stream_is_found() {
         let graph = Builder::new(&["inputs_embeds"])
             .node("h1", "Block", &["inputs_embeds", "w0"])
             .node("h2", "Block", &["h1", "inputs_embeds", "w1"])
             .node("logits", "MatMul", &["h2", "w_head"])
             .finish("logits");
-        let error = find(&graph, &["h1", "h2"], &["w1"]).unwrap_err().to_string();
-        assert!(error.contains("`h1` and `h2`") && error.contains("past the residual stream"), "{error}");
-        find(&graph, &["inputs_embeds", "h2"], &["w1"]).unwrap();
+        assert!(find(&graph, &["h1", "h2"], &["w1"]).unwrap().reads_tokens);
+        assert!(!find(&graph, &["inputs_embeds", "h2"], &["w1"]).unwrap().reads_tokens);
+    }
+
+    #[test]
+    fn keys_that_a_layer_shares_with_a_later_one_are_refused() {
+        let graph = Builder::new(&["inputs_embeds"])
+            .node("h1", "Block", &["inputs_embeds", "w0"])
+            .node("keys", "MatMul", &["h1", "w_k"])
+            .node("h2", "Block", &["h1", "keys", "w1"])
+            .node("h3", "Block", &["h2", "keys", "w2"])
+            .node("logits", "MatMul", &["h3", "w_head"])
+            .finish("logits");
+        let error = find(&graph, &["h1", "h2", "h3"], &["w1"]).unwrap_err().to_string();
+        assert!(error.contains("`h2` and `h3`") && error.contains("behind `h1`"), "{error}");
+        assert!(find(&graph, &["h2", "h3"], &["w2"]).unwrap().reads_tokens);
     }
 
     #[test]

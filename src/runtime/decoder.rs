@@ -129,7 +129,7 @@ impl Decoder {
     /// that leave either open.
     pub fn deepstack_levels(&self) -> Option<(usize, usize)> {
         let input = self.input(Kind::Deepstack)?;
-        let levels = if input.is_stacked() { input.port.fixed_size(0)? } else { input.count };
+        let levels = if input.is_stacked() { input.port.fixed_size(0)? } else { input.levels.len().max(1) };
         Some((levels, input.port.width().or(self.hidden_size())?))
     }
 

@@ -13,6 +13,8 @@ pub struct Features {
     pub data: Vec<f32>,
     /// DeepStack features by level, `[tokens, hidden_size]` each; none for encoders without.
     pub deepstack: Vec<Vec<f32>>,
+    /// The number of each level, as the encoder's outputs are numbered.
+    pub levels: Vec<usize>,
 }
 
 impl Features {
@@ -73,7 +75,7 @@ mod tests {
     use super::*;
 
     fn features(value: f32) -> Arc<Features> {
-        Arc::new(Features { hidden_size: 2, data: vec![value; 2], deepstack: vec![vec![value; 2]] })
+        Arc::new(Features { hidden_size: 2, data: vec![value; 2], deepstack: vec![vec![value; 2]], levels: vec![0] })
     }
 
     #[test]

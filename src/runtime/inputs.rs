@@ -82,10 +82,10 @@ pub struct InputRow {
 pub struct Input {
     pub port: Port,
     pub row: &'static InputRow,
-    /// The number in its name, for levels of DeepStack features: its place among the inputs of its kind.
-    pub place: usize,
-    /// Inputs of its kind in the graph.
-    pub count: usize,
+    /// The number in its name.
+    pub number: Option<usize>,
+    /// Numbers of all inputs of DeepStack features, ascending; empty for inputs of another kind.
+    pub levels: Vec<usize>,
 }
 
 const fn row(
@@ -221,21 +221,19 @@ impl Input {
     /// Errors: `Error::Unsupported` naming an input that no row knows.
     pub fn all<'a>(subject: &str, ports: impl IntoIterator<Item = &'a Port>) -> Result<Vec<Input>> {
         let mut inputs = Vec::new();
-        let mut numbers = Vec::new();
         for port in ports {
             let (row, number) = match row_of(port) {
                 Some(found) => found,
                 None if is_cache(&port.name) => (&CACHE, None),
                 None => return Err(unknown(subject, port)),
             };
-            inputs.push(Input { port: port.clone(), row, place: 0, count: 1 });
-            numbers.push(number);
+            inputs.push(Input { port: port.clone(), row, number, levels: Vec::new() });
         }
-        let levels: Vec<Option<usize>> =
-            (0..inputs.len()).filter(|&at| inputs[at].row.kind == Kind::Deepstack).map(|at| numbers[at]).collect();
-        for (input, number) in inputs.iter_mut().zip(numbers).filter(|(input, _)| input.row.kind == Kind::Deepstack) {
-            input.place = levels.iter().filter(|other| **other < number).count();
-            input.count = levels.len();
+        let deepstack = |input: &&Input| input.kind() == Kind::Deepstack;
+        let mut levels: Vec<usize> = inputs.iter().filter(deepstack).filter_map(|input| input.number).collect();
+        levels.sort_unstable();
+        for input in inputs.iter_mut().filter(|input| input.kind() == Kind::Deepstack) {
+            input.levels.clone_from(&levels);
         }
         Ok(inputs)
     }
@@ -247,8 +245,7 @@ impl Input {
 
     /// True for DeepStack features of all levels in one input.
     pub fn is_stacked(&self) -> bool {
-        let numbered = self.row.matches(&self.port.name) != Some(None);
-        self.kind() == Kind::Deepstack && !numbered && self.port.rank() > 2
+        self.kind() == Kind::Deepstack && self.number.is_none() && self.port.rank() > 2
     }
 
     /// Its array for a step.
@@ -261,7 +258,7 @@ impl Input {
 
 impl std::fmt::Debug for Input {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Input({}, {:?}, {} of {})", self.port.name, self.kind(), self.place, self.count)
+        write!(f, "Input({}, {:?})", self.port.name, self.kind())
     }
 }
 
@@ -292,11 +289,12 @@ mod tests {
     }
 
     #[test]
-    fn levels_are_counted_in_the_order_of_their_numbers() {
+    fn levels_are_known_by_their_numbers() {
         let ports = [port("deepstack_features_17", 2), port("input_ids", 2), port("deepstack_features.5", 2)];
         let inputs = Input::all("graph", &ports).unwrap();
-        let places: Vec<_> = inputs.iter().map(|input| (input.kind(), input.place, input.count)).collect();
-        assert_eq!(places, [(Kind::Deepstack, 1, 2), (Kind::InputIds, 0, 1), (Kind::Deepstack, 0, 2)]);
+        let found: Vec<_> = inputs.iter().map(|input| (input.kind(), input.number, input.levels.clone())).collect();
+        let deepstack = |number: usize| (Kind::Deepstack, Some(number), vec![5, 17]);
+        assert_eq!(found, [deepstack(17), (Kind::InputIds, None, vec![]), deepstack(5)]);
         assert!(!inputs[0].is_stacked());
         assert!(Input::all("graph", &[port("deepstack_visual_embeds", 3)]).unwrap()[0].is_stacked());
     }

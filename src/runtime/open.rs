@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use crate::base::{Error, Result, Sha256Digest, sha256_file, sha256_json};
-use crate::bundle::{Bundle, Component, Role};
+use crate::bundle::{Bundle, Component, ModelConfig, Role};
 
 use super::decoder::Decoder;
 use super::embedding::TokenEmbedding;
@@ -75,6 +75,16 @@ impl Decoder {
     }
 }
 
+impl TokenTypes {
+    /// What the model type means by them.
+    pub fn of(config: &ModelConfig) -> Self {
+        match config.model_type.as_str() {
+            "paligemma" => TokenTypes::Answer,
+            _ => TokenTypes::Image,
+        }
+    }
+}
+
 impl VlmSettings {
     /// What a folder's configs say about generation.
     ///
@@ -99,10 +109,7 @@ impl VlmSettings {
             eos_token_ids: config.eos_token_ids.clone(),
             spatial_merge_size: size(vision.and_then(|vision| vision.get("spatial_merge_size")), "spatial_merge_size")?,
             max_new_tokens: size(generation.get("max_new_tokens"), "max_new_tokens")?,
-            token_types: match config.raw.get("model_type").and_then(Value::as_str) {
-                Some("paligemma") => TokenTypes::Answer,
-                _ => TokenTypes::Image,
-            },
+            token_types: TokenTypes::of(config),
         })
     }
 }

@@ -35,6 +35,8 @@ pub struct Side {
     pub types: Vec<i64>,
     /// DeepStack features by level, each a row per image token.
     pub deepstack: Vec<Vec<f32>>,
+    /// The number of each level; empty where they are just those that the decoder takes, in order.
+    pub levels: Vec<usize>,
     /// `[T, W]`: the tokens' second embedding; empty where the model has none.
     pub per_layer: Vec<f32>,
     /// Image features, a row per image token, where the graph itself merges them in.
@@ -86,6 +88,7 @@ impl Embedded {
             side: Side {
                 types: part(&self.side.types),
                 deepstack: self.side.deepstack.iter().map(level).collect(),
+                levels: self.side.levels.clone(),
                 per_layer: cut(&self.side.per_layer),
                 features: level(&self.side.features),
                 pictures: if inside > 0 { self.side.pictures.clone() } else { Vec::new() },
@@ -126,6 +129,7 @@ pub struct Step {
     types: Vec<i64>,
     /// By level, a row per image token of the batch in order.
     deepstack: Vec<Vec<f32>>,
+    levels: Vec<usize>,
     /// `[B, T, W]`; empty where no token has any.
     per_layer: Vec<f32>,
     /// A row per image token of the batch in order.
@@ -180,6 +184,7 @@ impl Step {
             image: Vec::with_capacity(rows.len() * time),
             types: Vec::with_capacity(rows.len() * time),
             deepstack: Vec::new(),
+            levels: Vec::new(),
             per_layer: Vec::new(),
             features: Vec::new(),
             pictures: Vec::new(),
@@ -188,6 +193,8 @@ impl Step {
         let per_layer = rows.iter().map(|row| row.side.per_layer.len() / row.len().max(1)).max().unwrap_or(0);
         let levels = rows.iter().map(|row| row.side.deepstack.len()).max().unwrap_or(0);
         step.deepstack = vec![Vec::new(); levels];
+        let numbered = rows.iter().find(|row| !row.side.deepstack.is_empty());
+        step.levels = numbered.map(|row| row.side.levels.clone()).unwrap_or_default();
         for (number, row) in rows.iter().enumerate() {
             check(row, first, per_layer, levels)?;
             if let Some(past) = past {
@@ -288,6 +295,13 @@ impl Step {
         floats(&[self.batch, self.time, width], packed)
     }
 
+    /// The embeddings in rows of `width`, as [`super::inputs::Kind::InputsEmbeds`] says: `[B * T, width]`.
+    ///
+    /// Errors: `Error::Invalid` when the step holds no embeddings, or `width` is no multiple of theirs.
+    pub fn embedding_rows(&self, width: usize) -> Result<Vec<f32>> {
+        Ok(self.embeddings(Some(width))?.floats().map(|array| array.iter().copied().collect()).unwrap_or_default())
+    }
+
     pub(super) fn input_ids(&self) -> Result<Array> {
         if self.ids.len() != self.batch * self.time {
             return Err(Error::invalid("step", "holds embeddings, the graph takes token ids"));
@@ -333,30 +347,53 @@ impl Step {
     pub(super) fn deepstack(&self, input: &Input) -> Result<Array> {
         let width = input.port.width().unwrap_or(self.hidden_size);
         let places = self.image.iter().filter(|&&image| image).count();
-        let stacked = input.is_stacked();
-        let by_token = input.port.rank() - usize::from(stacked) == 3;
-        let levels = match stacked {
-            true => input.port.fixed_size(0).unwrap_or(self.deepstack.len()),
-            false => input.count,
-        };
-        if places > 0 && levels != self.deepstack.len() {
-            let problem = format!("takes {levels} levels of DeepStack features, there are {}", self.deepstack.len());
-            return Err(Error::invalid(format!("input {}", input.port.described()), problem)
-                .remedy("check that vision encoder and decoder belong to one model"));
-        }
-        let wanted = if stacked { 0..levels } else { input.place..input.place + 1 };
+        let by_token = input.port.rank() - usize::from(input.is_stacked()) == 3;
+        let wanted = self.levels_of(input)?;
         let mut data = Vec::new();
-        for level in wanted {
+        for &level in &wanted {
             match by_token {
                 true => data.extend(self.spread_level(level, width)?),
                 false => data.extend_from_slice(self.deepstack.get(level).map_or(&[], Vec::as_slice)),
             }
         }
         let mut shape = if by_token { vec![self.batch, self.time, width] } else { vec![places, width] };
-        if stacked {
-            shape.insert(0, levels);
+        if input.is_stacked() {
+            shape.insert(0, wanted.len());
         }
         floats(&shape, data)
+    }
+
+    /// The DeepStack features that an input takes, by level `[B * T, width]`, zeros where there is no image.
+    ///
+    /// Errors: `Error::Invalid` when there are no such levels, or of another width.
+    pub fn deepstack_rows(&self, input: &Input, width: usize) -> Result<Vec<Vec<f32>>> {
+        self.levels_of(input)?.into_iter().map(|level| self.spread_level(level, width)).collect()
+    }
+
+    /// Which of the step's levels an input takes: those of its number where the decoder's numbers are among the vision
+    /// encoder's, else those at its place.
+    fn levels_of(&self, input: &Input) -> Result<Vec<usize>> {
+        let pictured = self.image.contains(&true);
+        let stacked = input.port.fixed_size(0).unwrap_or(self.deepstack.len());
+        let found = match input.number {
+            None if input.is_stacked() && (!pictured || stacked == self.deepstack.len()) => {
+                Some((0..stacked).collect())
+            }
+            None if !input.is_stacked() && (!pictured || self.deepstack.len() == 1) => Some(vec![0]),
+            None => None,
+            Some(number) => {
+                let by_number = input.levels.iter().all(|level| self.levels.contains(level));
+                let list = if by_number { &self.levels } else { &input.levels };
+                let same = by_number || !pictured || input.levels.len() == self.deepstack.len();
+                list.iter().position(|&level| level == number).filter(|_| same).map(|level| vec![level])
+            }
+        };
+        found.ok_or_else(|| {
+            let taken = if input.is_stacked() { stacked } else { input.levels.len().max(1) };
+            let problem = format!("takes {taken} levels of DeepStack features, there are {}", self.deepstack.len());
+            Error::invalid(format!("input {}", input.port.described()), problem)
+                .remedy("check that vision encoder and decoder belong to one model")
+        })
     }
 
     /// A level's rows at their image tokens, zeros elsewhere: `[B * T, width]`.

@@ -31,8 +31,8 @@ pub struct VisionEncoder {
 /// The outputs that hold DeepStack features.
 #[derive(Clone, Debug, PartialEq)]
 enum Deepstack {
-    /// One for each level, ascending; none for encoders without.
-    Levels(Vec<String>),
+    /// One for each level with its number, ascending; none for encoders without.
+    Levels(Vec<(usize, String)>),
     /// All levels in one, the level as first axis.
     Stacked(String),
 }
@@ -159,7 +159,7 @@ impl VisionEncoder {
             .enumerate()
             .map(|(picture, data)| {
                 let deepstack = levels.iter().map(|level| level[picture].clone()).collect();
-                Features { hidden_size, data, deepstack }
+                Features { hidden_size, data, deepstack, levels: self.deepstack.numbers(levels.len()) }
             })
             .collect())
     }
@@ -199,7 +199,15 @@ impl Deepstack {
             Deepstack::Levels(names) => (&names[..], None),
             Deepstack::Stacked(name) => (&[][..], Some(name)),
         };
-        levels.iter().chain(stacked).map(String::as_str)
+        levels.iter().map(|(_, name)| name).chain(stacked).map(String::as_str)
+    }
+
+    /// The numbers of so many levels.
+    fn numbers(&self, count: usize) -> Vec<usize> {
+        match self {
+            Deepstack::Levels(names) => names.iter().map(|(number, _)| *number).collect(),
+            Deepstack::Stacked(_) => (0..count).collect(),
+        }
     }
 
     /// The rows of each picture, by level.
@@ -222,7 +230,7 @@ impl Deepstack {
         };
         match self {
             Deepstack::Levels(names) => {
-                let level = |name: &String| {
+                let level = |(_, name): &(usize, String)| {
                     let tensor = outputs.get(name)?;
                     split(tensor.shape(), &tensor.to_f32()?)
                 };
@@ -274,7 +282,10 @@ fn outputs(subject: &str, ports: &[Port]) -> Result<(String, Deepstack)> {
     levels.sort_by_key(|(number, _)| *number);
     let deepstack = match &levels[..] {
         [(None, only)] if only.rank() > 2 => Deepstack::Stacked(only.name.clone()),
-        levels => Deepstack::Levels(levels.iter().map(|(_, port)| port.name.clone()).collect()),
+        levels => {
+            let named = |(number, port): &(Option<usize>, &Port)| (number.unwrap_or(0), port.name.clone());
+            Deepstack::Levels(levels.iter().map(named).collect())
+        }
     };
     // By this name runtimes find it among others, which they leave alone.
     if let Some(features) = others.iter().find(|port| port.name == "image_features") {
@@ -346,7 +357,7 @@ mod tests {
         };
         let levels = ["deepstack_features_2", "image_features", "deepstack_features_0"].map(|name| port(name, 2));
         let (output, deepstack) = outputs("tower", &levels).expect("outputs");
-        let names = ["deepstack_features_0", "deepstack_features_2"].map(String::from).to_vec();
+        let names = [0, 2].map(|level| (level, format!("deepstack_features_{level}"))).to_vec();
         assert_eq!((output.as_str(), deepstack), ("image_features", Deepstack::Levels(names)));
         let stacked = outputs("tower", &[port("pooled_embeds", 2), port("deepstack_features", 3)]).expect("outputs");
         assert_eq!(stacked.1, Deepstack::Stacked("deepstack_features".into()));

@@ -200,7 +200,7 @@ impl VlmSession {
                 side.features = features.iter().flat_map(|item| item.data.iter().copied()).collect();
             }
             if self.decoder.takes(Kind::Deepstack) || self.packs_deepstack() {
-                side.deepstack = levels(features)?;
+                (side.deepstack, side.levels) = levels(features)?;
             }
             if self.vision.is_none() {
                 side.pictures = prompt.pictures.clone();
@@ -302,12 +302,12 @@ impl VlmSession {
     }
 }
 
-/// DeepStack features of all pictures by level; none where no picture has any.
-fn levels(features: &[Arc<Features>]) -> Result<Vec<Vec<f32>>> {
-    let count = features.first().map_or(0, |item| item.deepstack.len());
-    if features.iter().any(|item| item.deepstack.len() != count) {
-        return Err(Error::invalid("DeepStack features", "pictures have different numbers of levels"));
+/// DeepStack features of all pictures by level, and the levels' numbers; none where no picture has any.
+fn levels(features: &[Arc<Features>]) -> Result<(Vec<Vec<f32>>, Vec<usize>)> {
+    let numbers = features.first().map(|item| item.levels.clone()).unwrap_or_default();
+    if features.iter().any(|item| item.levels != numbers) {
+        return Err(Error::invalid("DeepStack features", "pictures have different levels"));
     }
     let level = |level: usize| features.iter().flat_map(|item| item.deepstack[level].iter().copied()).collect();
-    Ok((0..count).map(level).collect())
+    Ok(((0..numbers.len()).map(level).collect(), numbers))
 }
