@@ -29,9 +29,6 @@ pub struct Suffix {
     pub logits: ValueId,
 }
 
-/// Operators whose result depends on their input's shape alone.
-const SHAPE_ONLY: &[&str] = &["Shape", "Size"];
-
 impl Suffix {
     /// Cuts `graph` at `streams` (ascending). `tokens` are the inputs that hold the tokens themselves, `trained` the
     /// initializers to train.
@@ -60,8 +57,12 @@ impl Suffix {
         for (from, to) in pieces {
             let piece = needed_nodes(&index, nodes, from, to);
             let own: HashSet<ValueId> = piece.iter().flat_map(|&number| reads(&nodes[number])).collect();
-            let earlier = streams.iter().take_while(|&&stream| stream != from).find(|stream| own.contains(stream));
-            if let Some(&earlier) = earlier {
+            // The shape of an earlier stream is known without it, and an input of the graph is given to every piece.
+            let by_content = piece.iter().map(|&number| &nodes[number]).filter(|node| !node.reads_shape_only());
+            let by_content: HashSet<ValueId> = by_content.flat_map(reads).collect();
+            let earlier = streams.iter().take_while(|&&stream| stream != from);
+            let earlier = earlier.copied().find(|stream| by_content.contains(stream) && !inputs.contains(stream));
+            if let Some(earlier) = earlier {
                 return Err(Error::unsupported(
                     format!("the graph between `{}` and `{}`", graph.name(from), graph.name(to)),
                     format!("reads what a layer behind `{}` computes inside, such as shared keys", graph.name(earlier)),
@@ -147,7 +148,7 @@ fn needed_nodes(index: &GraphIndex, nodes: &[Node], from: ValueId, to: ValueId) 
 fn reach(nodes: &[Node], piece: &[usize], mut sources: HashSet<ValueId>, shapes: bool) -> HashSet<ValueId> {
     for &number in piece {
         let node = &nodes[number];
-        if (shapes || !SHAPE_ONLY.contains(&node.op_type.as_str())) && reads(node).any(|id| sources.contains(&id)) {
+        if (shapes || !node.reads_shape_only()) && reads(node).any(|id| sources.contains(&id)) {
             sources.extend(node.present_outputs());
         }
     }
