@@ -74,14 +74,14 @@ fn check_places(graph: &Graph, map: &LayerMap) -> Result<()> {
         let dtype = graph.value(**id).ty.as_ref().and_then(|ty| ty.dtype());
         dtype.is_some_and(DataType::is_float)
     };
-    for (number, (after, glue)) in additions(map).enumerate() {
-        let features = glue.inputs.iter().filter(float).count();
-        if after != number || features != 1 {
-            let problem =
-                format!("{features} are added behind layer {after}, expected one behind each of the first layers");
-            return Err(Error::unsupported("moving features to other layers", problem)
-                .remedy("prune the model that was never pruned, or use `--deepstack keep`"));
-        }
+    let places: Vec<usize> = additions(map)
+        .flat_map(|(after, glue)| std::iter::repeat_n(after, glue.inputs.iter().filter(float).count()))
+        .collect();
+    if places.iter().enumerate().any(|(number, &after)| after != number) {
+        let problem =
+            format!("features are added behind layers {places:?}, expected one behind each of the first layers");
+        return Err(Error::unsupported("moving features to other layers", problem)
+            .remedy("prune the model that was never pruned, or use `--deepstack keep`"));
     }
     Ok(())
 }

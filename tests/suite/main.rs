@@ -3,6 +3,7 @@
 mod backend;
 mod cli;
 mod corners;
+mod deepstack;
 mod docs;
 mod evaluation;
 mod exports;
