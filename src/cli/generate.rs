@@ -21,6 +21,9 @@ pub struct Args {
     /// A picture; may be repeated
     #[arg(long, value_name = "FILE", conflicts_with = "data")]
     image: Vec<PathBuf>,
+    /// A frame of a video with its time in seconds, for models that take videos; repeated in the order of time
+    #[arg(long, value_name = "SECONDS=FILE", conflicts_with = "data", value_parser = frame)]
+    video_frame: Vec<(f64, PathBuf)>,
     /// The question
     #[arg(long, value_name = "TEXT", required_unless_present = "data", conflicts_with = "data")]
     prompt: Option<String>,
@@ -76,8 +79,13 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         return Ok(Outcome::Done);
     }
     let settings = args.reading.options().images;
-    let question =
-        Question { images: args.image, settings, system: args.system, prompt: args.prompt.unwrap_or_default() };
+    let question = Question {
+        images: args.image,
+        video: args.video_frame,
+        settings,
+        system: args.system,
+        prompt: args.prompt.unwrap_or_default(),
+    };
     let mut answers = Vec::new();
     for model in &models {
         let json = context.output.json;
@@ -102,4 +110,13 @@ fn figures(answer: &Generation) -> String {
     let first = answer.first_token_s.map(|seconds| format!(", first after {seconds:.3} s")).unwrap_or_default();
     let rate = answer.tokens_per_s.map(|rate| format!(", then {rate:.1} tokens/s")).unwrap_or_default();
     format!("{} prompt tokens, {} tokens{first}{rate}", answer.prompt_tokens, answer.tokens)
+}
+
+/// `SECONDS=FILE`.
+fn frame(text: &str) -> Result<(f64, PathBuf), String> {
+    let parts = text.split_once('=').and_then(|(time, file)| Some((time.parse::<f64>().ok()?, file)));
+    match parts.filter(|(time, file)| time.is_finite() && *time >= 0.0 && !file.is_empty()) {
+        Some((time, file)) => Ok((time, PathBuf::from(file))),
+        None => Err(format!("`{text}` is no SECONDS=FILE, as in 0.5=frame.png")),
+    }
 }

@@ -79,7 +79,7 @@ impl Processor {
         let mut messages = Vec::with_capacity(2 * sample.turns.len() + 1);
         messages.extend(sample.system.as_deref().map(|text| self.message("system", text)));
         for (Turn { user, .. }, answer) in sample.turns.iter().zip(answers) {
-            messages.push(self.user(user)?);
+            messages.push(self.user(user, &sample.images)?);
             messages.push(self.message("assistant", answer));
         }
         Ok(messages)

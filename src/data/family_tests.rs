@@ -191,3 +191,49 @@ fn settings_of_the_user_come_last() {
         assert!(error.contains(want), "{name}: {error}");
     }
 }
+
+/// `fixtures/processor/video.json`, written by `scripts/processors/video.py`.
+#[test]
+fn a_video_is_its_frames_with_their_times() {
+    use base64::Engine;
+    let (shared, video) = (json("families.json"), json("video.json"));
+    let family = shared["families"].as_array().unwrap().iter().find(|family| family["name"] == "qwen3_vl").unwrap();
+    let frame = |place: &Value| {
+        let text = video["frames"][place.as_u64().unwrap() as usize].as_str().unwrap();
+        ImageBytes::held("frame", base64::engine::general_purpose::STANDARD.decode(text).unwrap())
+    };
+    for case in video["cases"].as_array().unwrap() {
+        let folder = folder(family, &shared);
+        fs::write(folder.path().join("chat_template.jinja"), video["template"].as_str().unwrap()).unwrap();
+        if !case["size"].is_null() {
+            let config = serde_json::json!({"video_processor_type": "Qwen3VLVideoProcessor", "size": case["size"]});
+            fs::write(folder.path().join("video_preprocessor_config.json"), config.to_string()).unwrap();
+        }
+        let processor = Processor::open(&Bundle::open(folder.path()).unwrap()).unwrap();
+        let frames = case["frames"].as_array().unwrap();
+        let time = |place: &Value| place.as_f64().unwrap() / case["fps"].as_f64().unwrap();
+        let clip = frames.iter().map(|place| (time(place), frame(place))).collect();
+        let clip = ImageBytes::frames("video", clip).unwrap();
+        let question = [Part::Image(0), Part::Text("What happens?".into())];
+        let encoded = processor.encode_question("case", &question, &[clip]).unwrap();
+        let special = shared["special"].as_array().unwrap();
+        let id = |token: &str| 256 + special.iter().position(|special| special == token).unwrap() as i64;
+        let want: Vec<(i64, usize)> = serde_json::from_value(case["input_ids"].clone()).unwrap();
+        let as_image = |(token, times)| (if token == id("<|video_pad|>") { id("<|image_pad|>") } else { token }, times);
+        assert_eq!(runs(&encoded.input_ids), want.into_iter().map(as_image).collect::<Vec<_>>(), "{}", case["frames"]);
+        let inputs = encoded.images.unwrap();
+        let grid: Vec<i64> = serde_json::from_value(case["grid"].clone()).unwrap();
+        assert_eq!(inputs.pictures.len() as i64, grid[0]);
+        assert!(inputs.pictures.iter().all(|moment| moment.grid_thw() == Some([1, grid[1], grid[2]])));
+        let pixels = inputs.joined("pixel_values").unwrap();
+        assert!(sha256_bytes(&bytes(&pixels)).starts_with(case["pixels"]["sha256"].as_str().unwrap()), "{case}");
+    }
+    let llava = shared["families"].as_array().unwrap().iter().find(|family| family["name"] == "llava").unwrap();
+    let folder = folder(llava, &shared);
+    let processor = Processor::open(&Bundle::open(folder.path()).unwrap()).unwrap();
+    let clip = ImageBytes::frames("video 0", vec![(0.0, frame(&0.into())), (0.5, frame(&1.into()))]).unwrap();
+    let error = processor.encode_question("case", &[Part::Image(0)], &[clip]).unwrap_err().to_string();
+    assert!(error.contains("is a video, which this model's processor does not take"), "{error}");
+    let back = ImageBytes::frames("video 0", vec![(1.0, frame(&0.into())), (0.5, frame(&1.into()))]);
+    assert!(back.unwrap_err().to_string().contains("do not go back"));
+}

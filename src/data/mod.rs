@@ -36,7 +36,9 @@ mod layout_tests;
 mod tests;
 
 pub use dataset::{Dataset, Samples};
-pub use images::{BackEnd, Filter, ImageInputs, ImageLayout, ImageSettings, Picture, Scaler, Transparency};
+pub use images::{
+    BackEnd, Filter, ImageInputs, ImageLayout, ImageSettings, Picture, Scaler, Shown, Transparency, VideoLayout,
+};
 pub use intake::{Intake, LeftOut};
 pub use options::{DataOptions, SEQUENCE_LENGTH, Turns};
 pub use processor::{Encoded, Processor};

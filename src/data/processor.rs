@@ -6,7 +6,7 @@ use crate::base::{Error, Result};
 use crate::bundle::Bundle;
 use crate::prompt::Prompt;
 
-use super::images::{ImageInputs, ImageLayout, ImageProcessor, ImageSettings};
+use super::images::{ImageInputs, ImageProcessor, ImageSettings, Shown};
 use super::placeholders::{Place, Placeholder};
 use super::sample::{ImageBytes, Part};
 use super::template::{ChatTemplate, Content, ContentPart, Message};
@@ -65,6 +65,8 @@ struct Vision {
     placeholder: Placeholder,
     /// The token that takes one row of image features.
     feature_id: u32,
+    /// The token that takes one row of a video's features, which is encoded as `feature_id`.
+    video_id: Option<u32>,
 }
 
 impl Processor {
@@ -146,7 +148,7 @@ impl Processor {
     /// Errors: `Error::Invalid` when a picture does not decode, the template refuses, or the text does not take the
     /// pictures one by one.
     pub fn encode_question(&self, id: &str, question: &[Part], images: &[ImageBytes]) -> Result<Encoded> {
-        self.encode_messages(id, &[self.user(question)?], images, true)
+        self.encode_messages(id, &[self.user(question, images)?], images, true)
     }
 
     /// Messages as they are, none of their tokens marked.
@@ -164,13 +166,17 @@ impl Processor {
         Ok(self.encoded(id, ids, answer_mask, images))
     }
 
-    pub(super) fn user(&self, parts: &[Part]) -> Result<Message> {
+    pub(super) fn user(&self, parts: &[Part], images: &[ImageBytes]) -> Result<Message> {
         let part = |part: &Part| match part {
+            Part::Image(place) if images.get(*place).is_some_and(|image| image.as_frames().is_some()) => {
+                ContentPart::Video
+            }
             Part::Image(_) => ContentPart::Image,
             Part::Text(text) => ContentPart::Text { text: text.clone() },
         };
         let parts: Vec<ContentPart> = parts.iter().map(part).collect();
-        if self.vision.is_none() && parts.iter().any(|part| matches!(part, ContentPart::Image)) {
+        let shown = |part: &ContentPart| !matches!(part, ContentPart::Text { .. });
+        if self.vision.is_none() && parts.iter().any(shown) {
             return Err(self.no_pictures("data"));
         }
         Ok(self.parts("user", parts))
@@ -198,7 +204,11 @@ impl Processor {
                     text.push_str(&vision.placeholder.marker);
                     text.push('\n');
                 }
-                (ContentPart::Image, None) => {}
+                (ContentPart::Video, Some(Vision { placeholder, .. })) => {
+                    text.push_str(placeholder.video.as_ref().map_or("", |video| &video.marker));
+                    text.push('\n');
+                }
+                (ContentPart::Image | ContentPart::Video, None) => {}
             }
         }
         Message { role, content: Content::Text(text) }
@@ -233,15 +243,15 @@ impl Processor {
 
     /// A rendered text with its image tokens expanded; with `all`, it must take every picture.
     pub(super) fn expand(&self, id: &str, text: &str, images: Option<&ImageInputs>, all: bool) -> Result<String> {
-        let layouts = images.map(|images| images.layouts.as_slice()).unwrap_or_default();
+        let shown = images.map(|images| images.shown.as_slice()).unwrap_or_default();
         let Some(vision) = &self.vision else { return Ok(text.to_string()) };
-        let (expanded, taken) = vision.expand(text, layouts);
-        let fits = if all { taken == layouts.len() } else { taken <= layouts.len() };
+        let (expanded, taken) = vision.expand(text, shown).map_err(|problem| Error::invalid(id, problem))?;
+        let fits = if all { taken == shown.len() } else { taken <= shown.len() };
         if !fits {
             let marker = &vision.placeholder.marker;
             return Err(Error::invalid(
                 id,
-                format!("its text holds `{marker}` {taken} times, but it has {} pictures", layouts.len()),
+                format!("its text holds `{marker}` {taken} times, but it has {} pictures", shown.len()),
             ));
         }
         Ok(expanded)
@@ -255,6 +265,10 @@ impl Processor {
         images: Option<ImageInputs>,
     ) -> Encoded {
         let image = self.vision.as_ref().map(|vision| vision.feature_id);
+        let video = self.vision.as_ref().and_then(|vision| vision.video_id);
+        // A row of features is the same to a graph whatever it was made from.
+        let ids = ids.into_iter().map(|token| image.filter(|_| video == Some(token)).unwrap_or(token));
+        let ids: Vec<u32> = ids.collect();
         let positions = ids.iter().enumerate().filter(|(_, token)| Some(**token) == image);
         Encoded {
             id: id.to_string(),
@@ -286,32 +300,58 @@ impl Vision {
         ImageProcessor::check_kind(&config, source)?;
         let mut placeholder = Placeholder::open(bundle, tokenizer, &config, processor_config)?;
         let forced = std::mem::take(&mut placeholder.image_settings);
-        let images = ImageProcessor::new(&config, source, forced, settings)?;
+        let mut images = ImageProcessor::new(&config, source, forced, settings)?;
+        if placeholder.video.is_some() {
+            images.read_video(&video_config(bundle, processor_config)?)?;
+        }
         let feature = &placeholder.feature;
         let feature_id = tokenizer
             .id(feature)
             .ok_or_else(|| Error::invalid("`tokenizer.json`", format!("has no image token `{feature}`")))?;
-        Ok(Some(Vision { images, placeholder, feature_id }))
+        let video_id = placeholder.video.as_ref().and_then(|video| tokenizer.id(&video.feature));
+        Ok(Some(Vision { images, placeholder, feature_id, video_id }))
     }
 
-    /// The text with each marker replaced by what its picture takes, and how many there were.
-    fn expand(&self, text: &str, layouts: &[ImageLayout]) -> (String, usize) {
-        let marker = self.placeholder.marker.as_str();
-        let mut pieces = text.split(marker);
-        let mut out = pieces.next().unwrap_or_default().to_string();
-        let mut taken = 0;
-        for piece in pieces {
-            match layouts.get(taken) {
-                Some(layout) => {
-                    out.push_str(&(self.placeholder.expand)(layout, Place { index: taken, count: layouts.len() }))
+    /// The text with each marker replaced by what its picture or video takes, and how many there were.
+    ///
+    /// Errors: what is wrong when a marker of one kind meets the other.
+    fn expand(&self, text: &str, shown: &[Shown]) -> Result<(String, usize), String> {
+        let Placeholder { marker, video, .. } = &self.placeholder;
+        let count = shown.iter().filter(|shown| matches!(shown, Shown::Picture(_))).count();
+        let (mut out, mut rest) = (String::new(), text);
+        let (mut taken, mut index) = (0, 0);
+        loop {
+            let image = rest.find(marker.as_str()).map(|place| (place, marker, false));
+            let clip = video.as_ref().and_then(|video| Some((rest.find(video.marker.as_str())?, &video.marker, true)));
+            let Some((place, found, is_video)) = [image, clip].into_iter().flatten().min_by_key(|next| next.0) else {
+                break;
+            };
+            let (before, after) = rest.split_at(place);
+            out.push_str(before);
+            match (shown.get(taken), video) {
+                (Some(Shown::Picture(layout)), _) if !is_video => {
+                    out.push_str(&(self.placeholder.expand)(layout, Place { index, count }));
+                    index += 1;
                 }
-                None => out.push_str(marker),
+                (Some(Shown::Video(layout)), Some(video)) if is_video => out.push_str(&(video.expand)(layout)),
+                (Some(_), _) => {
+                    return Err(format!("its text holds `{found}` in another order than its pictures and videos"));
+                }
+                (None, _) => out.push_str(found),
             }
             taken += 1;
-            out.push_str(piece);
+            rest = after.get(found.len()..).unwrap_or_default();
         }
-        (out, taken)
+        out.push_str(rest);
+        Ok((out, taken))
     }
+}
+
+/// The config of the video processor, from its own file or the processor's; an empty one without.
+fn video_config(bundle: &Bundle, processor_config: &Value) -> Result<Value> {
+    let nested = processor_config.get("video_processor").filter(|value| value.is_object());
+    let own = bundle.read_json("video_preprocessor_config.json")?;
+    Ok(nested.cloned().or(own).unwrap_or_else(|| Value::Object(serde_json::Map::new())))
 }
 
 /// Errors: `Error::Invalid` naming the first key on which the two copies of the image processor's config differ.

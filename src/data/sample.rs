@@ -10,7 +10,7 @@ const MAX_IMAGE_BYTES: u64 = 256 << 20;
 /// What stands for a picture in the text of a data set.
 pub(super) const MARKER: &str = "<image>";
 
-/// An encoded picture (PNG, JPEG, WebP, GIF, BMP or TIFF), decoded only when it is used.
+/// An encoded picture (PNG, JPEG, WebP, GIF, BMP or TIFF), or the frames of a video as such; decoded only when it is used.
 #[derive(Clone, Debug)]
 pub struct ImageBytes {
     /// How errors name it: ``image 0 of row 12 in `x.parquet` ``.
@@ -22,6 +22,8 @@ pub struct ImageBytes {
 enum Content {
     Held(Arc<[u8]>),
     File(PathBuf),
+    /// Seconds from the start, and the picture at that time.
+    Frames(Arc<[(f64, ImageBytes)]>),
 }
 
 impl ImageBytes {
@@ -35,9 +37,36 @@ impl ImageBytes {
         ImageBytes { subject: subject.into(), content: Content::File(path) }
     }
 
+    /// A video as frames that were taken from it, each with its time in seconds.
+    ///
+    /// Errors: `Error::Invalid` without frames, when times are negative or go back, or a frame is a video itself.
+    pub fn frames(subject: impl Into<String>, frames: Vec<(f64, ImageBytes)>) -> Result<Self> {
+        let subject = subject.into();
+        let times = || frames.iter().map(|(time, _)| *time);
+        if frames.is_empty() || frames.iter().any(|(_, frame)| frame.as_frames().is_some()) {
+            return Err(Error::invalid(subject, "expected at least one frame, each a picture"));
+        }
+        let ordered = times().zip(times().skip(1)).all(|(before, after)| before <= after);
+        if !ordered || times().any(|time| !time.is_finite() || time < 0.0) {
+            return Err(Error::invalid(
+                subject,
+                "expected the times of its frames as seconds from 0 that do not go back",
+            ));
+        }
+        Ok(ImageBytes { subject, content: Content::Frames(frames.into()) })
+    }
+
+    /// Times in seconds and pictures of a video; `None` for a picture.
+    pub fn as_frames(&self) -> Option<&[(f64, ImageBytes)]> {
+        match &self.content {
+            Content::Frames(frames) => Some(frames),
+            Content::Held(_) | Content::File(_) => None,
+        }
+    }
+
     /// The encoded bytes.
     ///
-    /// Errors: `Error::Io` when the file cannot be read; `Error::Invalid` when it is larger than 256 MiB.
+    /// Errors: `Error::Io` when the file cannot be read; `Error::Invalid` when it is larger than 256 MiB, or a video.
     pub fn read(&self) -> Result<Arc<[u8]>> {
         match &self.content {
             Content::Held(bytes) => Ok(bytes.clone()),
@@ -51,6 +80,7 @@ impl ImageBytes {
                 }
                 Ok(std::fs::read(path).map_err(|e| Error::io("read", path, e))?.into())
             }
+            Content::Frames(_) => Err(Error::invalid(&self.subject, "is a video, expected a picture")),
         }
     }
 }
@@ -58,7 +88,7 @@ impl ImageBytes {
 /// A piece of what the user says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Part {
-    /// The picture at this position of `Sample::images`.
+    /// The picture or video at this position of `Sample::images`.
     Image(usize),
     Text(String),
 }

@@ -33,7 +33,7 @@ impl Message {
                 .iter()
                 .filter_map(|part| match part {
                     ContentPart::Text { text } => Some(text.as_str()),
-                    ContentPart::Image => None,
+                    ContentPart::Image | ContentPart::Video => None,
                 })
                 .collect(),
         }
@@ -53,6 +53,7 @@ pub(super) enum Content {
 #[serde(tag = "type", rename_all = "snake_case")]
 pub(super) enum ContentPart {
     Image,
+    Video,
     Text { text: String },
 }
 

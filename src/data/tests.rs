@@ -58,11 +58,11 @@ fn pixel_values_equal_hugging_face_bit_for_bit() {
     for case in reference()["processors"].as_array().unwrap() {
         let size = sizes(&case["size"]);
         let processor = image_processor(&case["config"]).unwrap();
-        let inputs = processor.process(&[picture(size[0], size[1])]).unwrap();
+        let inputs = processor.process(&picture(size[0], size[1])).unwrap();
         let pixels = inputs.joined("pixel_values").unwrap();
         assert_eq!(pixels.shape(), sizes(&case["shape"]), "{case}");
         assert_eq!(sha_of_floats(pixels.floats().unwrap().iter()), case["sha256"].as_str().unwrap(), "{case}");
-        let layout = inputs.layouts[0];
+        let images::Shown::Picture(layout) = &inputs.shown[0] else { panic!("{case}") };
         if case["grid"].is_null() {
             let tiles = layout.tiles.map(|edge| Some(edge as u64));
             assert_eq!(tiles, [case["rows"].as_u64(), case["columns"].as_u64()]);

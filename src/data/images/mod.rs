@@ -44,10 +44,26 @@ const HALVES: ([f64; 3], [f64; 3]) = ([0.5; 3], [0.5; 3]);
 /// What an image processor made of the pictures of one prompt.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ImageInputs {
-    /// What the vision encoder reads for each picture.
+    /// What the vision encoder reads for each picture, and for each moment of a video.
     pub pictures: Vec<Arc<ImageArrays>>,
-    /// How each picture was cut up.
-    pub layouts: Vec<ImageLayout>,
+    /// How each picture and video was cut up.
+    pub shown: Vec<Shown>,
+}
+
+/// A picture or a video of a conversation.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Shown {
+    Picture(ImageLayout),
+    Video(VideoLayout),
+}
+
+/// How a video became moments of some frames each.
+#[derive(Clone, Debug, PartialEq)]
+pub struct VideoLayout {
+    /// The middle of each moment in seconds.
+    pub times: Vec<f64>,
+    /// Features of one moment.
+    pub features: usize,
 }
 
 impl ImageInputs {
@@ -279,6 +295,8 @@ pub struct ImageSettings {
 pub(super) struct ImageProcessor {
     rule: Box<dyn Rule>,
     transparency: Transparency,
+    /// How frames of videos are laid out, where the model takes videos.
+    video: Option<patches::Patches>,
 }
 
 impl ImageProcessor {
@@ -298,7 +316,7 @@ impl ImageProcessor {
         let rule = (row.build)(&mut settings)?;
         settings.finish()?;
         let transparency = if on_white { Transparency::OnWhite } else { Transparency::Dropped };
-        Ok(ImageProcessor { rule, transparency })
+        Ok(ImageProcessor { rule, transparency, video: None })
     }
 
     /// The class that a config names, and its row.
@@ -320,22 +338,57 @@ impl ImageProcessor {
         Ok((kind, row))
     }
 
-    /// Pictures of one conversation.
+    /// Takes videos too, as a video processor's config says.
     ///
-    /// Errors: `Error::Invalid` for a picture that does not decode or that the rule cannot take.
-    pub fn open(&self, images: &[ImageBytes]) -> Result<ImageInputs> {
-        let decode = |image| Picture::decode(image, self.transparency);
-        self.process(&images.iter().map(decode).collect::<Result<Vec<_>>>()?)
+    /// Errors: as `new`.
+    pub fn read_video(&mut self, config: &Value) -> Result<()> {
+        let map = config.as_object().cloned().unwrap_or_default();
+        let mut settings = Settings::new("the video processor's config", map, BackEnd::Torchvision, None);
+        self.video = Some(patches::Patches::qwen3_vl_video(&mut settings)?);
+        settings.finish()
     }
 
-    /// As `open`, for decoded pictures.
-    pub fn process(&self, pictures: &[Picture]) -> Result<ImageInputs> {
+    /// Pictures and videos of one conversation.
+    ///
+    /// Errors: `Error::Invalid` for a picture that does not decode or that the rule cannot take; `Error::Unsupported` for a
+    /// video where the model takes none.
+    pub fn open(&self, images: &[ImageBytes]) -> Result<ImageInputs> {
+        let count = images.iter().filter(|image| image.as_frames().is_none()).count();
         let mut inputs = ImageInputs::default();
-        for picture in pictures {
-            let (arrays, layout) = self.rule.process(picture, pictures.len())?;
-            inputs.pictures.push(Arc::new(ImageArrays::new(arrays)?));
-            inputs.layouts.push(layout);
+        for image in images {
+            match image.as_frames() {
+                None => self.picture(&Picture::decode(image, self.transparency)?, count, &mut inputs)?,
+                Some(frames) => {
+                    let video = self.video.as_ref().ok_or_else(|| {
+                        Error::unsupported(&image.subject, "is a video, which this model's processor does not take")
+                            .remedy("give its frames as pictures")
+                    })?;
+                    let decode = |(_, frame): &(f64, ImageBytes)| Picture::decode(frame, self.transparency);
+                    let pictures = frames.iter().map(decode).collect::<Result<Vec<_>>>()?;
+                    let times: Vec<f64> = frames.iter().map(|(time, _)| *time).collect();
+                    let (moments, layout) = video.video(&pictures, &times)?;
+                    for arrays in moments {
+                        inputs.pictures.push(Arc::new(ImageArrays::new(arrays)?));
+                    }
+                    inputs.shown.push(Shown::Video(layout));
+                }
+            }
         }
+        Ok(inputs)
+    }
+
+    fn picture(&self, picture: &Picture, count: usize, inputs: &mut ImageInputs) -> Result<()> {
+        let (arrays, layout) = self.rule.process(picture, count)?;
+        inputs.pictures.push(Arc::new(ImageArrays::new(arrays)?));
+        inputs.shown.push(Shown::Picture(layout));
+        Ok(())
+    }
+
+    /// A lone picture that is decoded already.
+    #[cfg(test)]
+    pub fn process(&self, picture: &Picture) -> Result<ImageInputs> {
+        let mut inputs = ImageInputs::default();
+        self.picture(picture, 1, &mut inputs)?;
         Ok(inputs)
     }
 }

@@ -1,16 +1,17 @@
 //! The picture keeps its aspect, both edges become whole patches, and the patches are laid out flat. Qwen2-VL to Qwen3.5,
 //! GLM-4.1V to GLM-4.6V and GLM-OCR, PaddleOCR-VL.
 //!
-//! Source: `Qwen2VLImageProcessor`, `Glm4vImageProcessor` and `PaddleOCRVLImageProcessor` of transformers 5.24.
+//! Source: `Qwen2VLImageProcessor`, `Glm4vImageProcessor`, `PaddleOCRVLImageProcessor` and `Qwen3VLVideoProcessor` of transformers
+//! 5.24.
 
 use crate::base::{Error, Result};
-use crate::prompt::{IMAGE_GRID_THW, PIXEL_VALUES};
+use crate::prompt::{Array, IMAGE_GRID_THW, PIXEL_VALUES};
 
 use super::levels::Levels;
 use super::picture::Picture;
 use super::resample::{Filter, Scaler};
 use super::settings::Settings;
-use super::{CLIP, ImageLayout, Processed, Rule, floats, int_row};
+use super::{CLIP, HALVES, ImageLayout, Processed, Rule, VideoLayout, floats, int_row};
 
 /// The most times that a still picture is repeated in time.
 const MAX_FRAMES: usize = 16;
@@ -28,6 +29,17 @@ pub(super) struct Patches {
     merge: usize,
     scaler: Scaler,
     levels: Levels,
+    /// The most features of a frame of a video, where they are bounded.
+    frame_cap: Option<usize>,
+}
+
+/// What a class takes where its config says nothing.
+struct Defaults {
+    /// The fewest and the most pixels.
+    pixels: (usize, usize),
+    frames: usize,
+    patch: usize,
+    levels: ([f64; 3], [f64; 3]),
 }
 
 /// What the families do differently.
@@ -39,6 +51,8 @@ enum Kind {
     Glm4v,
     /// Patches are small pictures in rows from the top; small pictures are enlarged first, one edge after the other.
     PaddleOcrVl,
+    /// Frames of a video: sizes as GLM-4.1V, over all frames.
+    Qwen3VlVideo,
 }
 
 impl Patches {
@@ -54,7 +68,69 @@ impl Patches {
         Self::new(settings, Kind::PaddleOcrVl, (384 * 384, 1536 * 1536), 1)
     }
 
-    fn new(settings: &mut Settings, kind: Kind, (least, most): (usize, usize), frames: usize) -> Result<Self> {
+    /// Errors: as the settings' readers.
+    pub fn qwen3_vl_video(settings: &mut Settings) -> Result<Self> {
+        // The frames are chosen already.
+        const SAMPLING: &[&str] = &[
+            "fps",
+            "num_frames",
+            "min_frames",
+            "max_frames",
+            "do_sample_frames",
+            "max_duration",
+            "max_image_size",
+            "return_metadata",
+            "video_metadata",
+            "do_convert_rgb",
+        ];
+        SAMPLING.iter().for_each(|key| drop(settings.take(key)));
+        let capped = settings.bool("cap_pixels_per_frame", false)?;
+        let cap = settings.size("max_video_tokens", 768)?;
+        let defaults = Defaults { pixels: (128 * 32 * 32, 768 * 32 * 32), frames: 2, patch: 16, levels: HALVES };
+        let video = Self::with_defaults(settings, Kind::Qwen3VlVideo, defaults)?;
+        Ok(Patches { frame_cap: capped.then_some(cap), ..video })
+    }
+
+    /// The moments of a video, each of as many frames as a patch has, and how they are written. The last frame is repeated to
+    /// fill the last moment.
+    ///
+    /// Errors: `Error::Invalid` when frames differ in size or are fewer than a patch has.
+    pub fn video(&self, frames: &[Picture], times: &[f64]) -> Result<(Vec<Vec<(&'static str, Array)>>, VideoLayout)> {
+        let (Some(first), Some(last)) = (frames.first(), times.last()) else {
+            return Err(Error::invalid("video", "has no frames"));
+        };
+        if frames.len() < self.frames {
+            return Err(Error::invalid(
+                "video",
+                format!("has {} frames, expected at least {}", frames.len(), self.frames),
+            ));
+        }
+        if frames.iter().any(|frame| (frame.width(), frame.height()) != (first.width(), first.height())) {
+            return Err(Error::invalid("video", "has frames of different sizes"));
+        }
+        let mut scaled = frames.iter().map(|frame| self.scaled(frame, frames.len())).collect::<Result<Vec<_>>>()?;
+        let mut times = times.to_vec();
+        while let Some(end) = scaled.last().filter(|_| !scaled.len().is_multiple_of(self.frames)) {
+            scaled.push(end.clone());
+            times.push(*last);
+        }
+        let mut moments = Vec::new();
+        let mut features = 0;
+        for moment in scaled.chunks_exact(self.frames) {
+            let (arrays, grid) = self.lay_out(&moment.iter().collect::<Vec<_>>())?;
+            features = grid[0] * grid[1];
+            moments.push(arrays);
+        }
+        let middle = |moment: &[f64]| (moment.first().unwrap_or(last) + moment.last().unwrap_or(last)) / 2.0;
+        Ok((moments, VideoLayout { times: times.chunks_exact(self.frames).map(middle).collect(), features }))
+    }
+
+    fn new(settings: &mut Settings, kind: Kind, pixels: (usize, usize), frames: usize) -> Result<Self> {
+        Self::with_defaults(settings, kind, Defaults { pixels, frames, patch: 14, levels: CLIP })
+    }
+
+    fn with_defaults(settings: &mut Settings, kind: Kind, defaults: Defaults) -> Result<Self> {
+        let (least, most) = defaults.pixels;
         let size = settings.edges("size", &["shortest_edge", "longest_edge", "min_pixels", "max_pixels"])?;
         let size = size.unwrap_or_else(|| vec![None; 4]);
         let edge = |place: usize| size.get(place).copied().flatten();
@@ -66,35 +142,37 @@ impl Patches {
                 format!("min_pixels {min_pixels} is 0 or above max_pixels {max_pixels}"),
             ));
         }
-        let frames = settings.size("temporal_patch_size", frames)?;
+        let frames = settings.size("temporal_patch_size", defaults.frames)?;
         if frames > MAX_FRAMES {
             return Err(Error::invalid("`temporal_patch_size`", format!("is {frames}, expected at most {MAX_FRAMES}")));
         }
         settings.bool("default_to_square", false)?;
-        let (mean, std) = CLIP;
+        let (mean, std) = defaults.levels;
         Ok(Patches {
             kind,
             resize: settings.bool("do_resize", true)?,
             min_pixels,
             max_pixels,
-            patch: settings.size("patch_size", 14)?,
+            patch: settings.size("patch_size", defaults.patch)?,
             frames,
             merge: settings.size("merge_size", 2)?,
             scaler: settings.scaler(Filter::Bicubic)?,
             levels: settings.levels(mean, std)?,
+            frame_cap: None,
         })
     }
 
     /// (width, height) in multiples of `unit`, with an area within the bounds and the aspect kept as well as that allows.
-    fn size(&self, picture: &Picture, unit: usize) -> Result<(usize, usize)> {
+    /// Pixels are counted over `frames` frames, for the kinds that do.
+    fn size(&self, picture: &Picture, unit: usize, frames: usize) -> Result<(usize, usize)> {
         let (mut w, mut h, u) = (picture.width() as f64, picture.height() as f64, unit as f64);
         match self.kind {
             Kind::Qwen2Vl => {}
-            Kind::Glm4v if w < u || h < u => {
+            Kind::Glm4v | Kind::Qwen3VlVideo if w < u || h < u => {
                 let grow = (u / h).max(u / w);
                 (w, h) = ((w * grow).trunc(), (h * grow).trunc());
             }
-            Kind::Glm4v => {}
+            Kind::Glm4v | Kind::Qwen3VlVideo => {}
             Kind::PaddleOcrVl => {
                 if h < u {
                     (w, h) = ((w * u / h).round_ties_even(), u);
@@ -114,15 +192,28 @@ impl Patches {
                 ),
             ));
         }
-        let frames = if self.kind == Kind::Glm4v { self.frames as f64 } else { 1.0 };
+        let (frames, whole) = match self.kind {
+            Kind::Qwen2Vl | Kind::PaddleOcrVl => (1.0, 1.0),
+            Kind::Glm4v | Kind::Qwen3VlVideo => {
+                let patch = self.frames as f64;
+                (frames as f64, (frames as f64 / patch).round_ties_even() * patch)
+            }
+        };
         // Python rounds halves to even.
         let round = |edge: f64| (edge / u).round_ties_even() * u;
         let (mut new_w, mut new_h) = (round(w), round(h));
-        let (least, most) = (self.min_pixels as f64, self.max_pixels as f64);
-        if frames * new_w * new_h > most {
+        let least = self.min_pixels as f64;
+        let most = match self.frame_cap {
+            None => self.max_pixels as f64,
+            Some(cap) => {
+                let even = (cap * unit * unit).min(self.max_pixels / (frames as usize).max(1)) as f64;
+                even.max((least * 1.05).trunc()) * frames
+            }
+        };
+        if whole * new_w * new_h > most {
             let shrink = (frames * h * w / most).sqrt();
             (new_h, new_w) = (u.max((h / shrink / u).floor() * u), u.max((w / shrink / u).floor() * u));
-        } else if frames * new_w * new_h < least {
+        } else if whole * new_w * new_h < least {
             let grow = (least / (frames * h * w)).sqrt();
             (new_h, new_w) = ((h * grow / u).ceil() * u, (w * grow / u).ceil() * u);
         }
@@ -149,11 +240,11 @@ impl Patches {
     }
 }
 
-impl Rule for Patches {
-    fn process(&self, picture: &Picture, _: usize) -> Result<Processed> {
+impl Patches {
+    fn scaled(&self, picture: &Picture, frames: usize) -> Result<Picture> {
         let unit = self.patch * self.merge;
         let scaled = if self.resize {
-            let (width, height) = self.size(picture, unit)?;
+            let (width, height) = self.size(picture, unit, frames)?;
             self.scaler.resize(picture, width, height)?
         } else {
             picture.clone()
@@ -165,27 +256,42 @@ impl Rule for Patches {
                 format!("is {width} x {height} pixels, expected multiples of {unit}"),
             ));
         }
-        let mut planes = Vec::with_capacity(width * height * 3);
-        self.levels.append_planes(&scaled, &mut planes);
+        Ok(scaled)
+    }
+
+    /// Patches of as many frames of one size as a patch has, and rows and columns of their features.
+    fn lay_out(&self, frames: &[&Picture]) -> Result<(Vec<(&'static str, Array)>, [usize; 2])> {
+        let (width, height) = frames.first().map_or((0, 0), |frame| (frame.width(), frame.height()));
         let (rows, columns, patch) = (height / self.patch, width / self.patch, self.patch);
-        let mut data = Vec::with_capacity(width * height * 3 * self.frames);
+        let mut planes = vec![Vec::with_capacity(width * height * 3); frames.len()];
+        for (frame, planes) in frames.iter().zip(&mut planes) {
+            self.levels.append_planes(frame, planes);
+        }
+        let mut data = Vec::with_capacity(width * height * 3 * frames.len());
         for (left, top) in self.corners(rows, columns) {
-            for plane in planes.chunks_exact(width * height) {
-                for _ in 0..self.frames {
+            for channel in 0..3 {
+                for plane in planes.iter().filter_map(|planes| planes.chunks_exact(width * height).nth(channel)) {
                     for y in top..top + patch {
                         data.extend_from_slice(plane.get(y * width + left..y * width + left + patch).unwrap_or(&[]));
                     }
                 }
             }
         }
-        let channels = 3 * self.frames;
+        let channels = 3 * frames.len();
         let shape = match self.kind {
             Kind::PaddleOcrVl => vec![rows * columns, channels, patch, patch],
             _ => vec![rows * columns, channels * patch * patch],
         };
-        let mut layout = ImageLayout::whole(picture, &scaled);
-        layout.features = [rows / self.merge, columns / self.merge];
         let grid = int_row(&[1, rows as i64, columns as i64]);
-        Ok((vec![(PIXEL_VALUES, floats(&shape, data)?), (IMAGE_GRID_THW, grid)], layout))
+        let arrays = vec![(PIXEL_VALUES, floats(&shape, data)?), (IMAGE_GRID_THW, grid)];
+        Ok((arrays, [rows / self.merge, columns / self.merge]))
+    }
+}
+
+impl Rule for Patches {
+    fn process(&self, picture: &Picture, _: usize) -> Result<Processed> {
+        let scaled = self.scaled(picture, self.frames)?;
+        let (arrays, features) = self.lay_out(&vec![&scaled; self.frames])?;
+        Ok((arrays, ImageLayout { features, ..ImageLayout::whole(picture, &scaled) }))
     }
 }

@@ -18,7 +18,7 @@ use serde_json::{Map, Value};
 use crate::base::{Error, Result};
 use crate::bundle::Bundle;
 
-use super::images::{self, BackEnd, ImageLayout, Settings};
+use super::images::{self, BackEnd, ImageLayout, Settings, VideoLayout};
 use super::tokenizer::Tokenizer;
 
 /// Builds what one picture takes in the text.
@@ -44,6 +44,17 @@ pub(super) struct Placeholder {
     pub special_tokens: bool,
     /// The chat template of a family that has none of its own.
     pub template: Option<&'static str>,
+    /// How videos appear, for families that take them.
+    pub video: Option<VideoPlaceholder>,
+}
+
+/// How videos appear in a text.
+pub(super) struct VideoPlaceholder {
+    /// What a rendered conversation holds for a video.
+    pub marker: String,
+    /// The token of which each occurrence takes one row of features.
+    pub feature: String,
+    pub expand: Box<dyn Fn(&VideoLayout) -> String + Send + Sync>,
 }
 
 impl fmt::Debug for Placeholder {
@@ -62,6 +73,7 @@ impl Placeholder {
             image_settings: Map::new(),
             special_tokens: true,
             template: None,
+            video: None,
         }
     }
 
@@ -148,9 +160,14 @@ const ROWS: &[Row] = &[
         open: idefics3::open,
     },
     Row {
-        classes: &["Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor", "Lfm3VlProcessor"],
-        model_types: &["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "lfm3_vl"],
+        classes: &["Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Lfm3VlProcessor"],
+        model_types: &["qwen2_vl", "qwen2_5_vl", "lfm3_vl"],
         open: |files| run::open(files, "<|image_pad|>"),
+    },
+    Row {
+        classes: &["Qwen3VLProcessor"],
+        model_types: &["qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"],
+        open: run::qwen3_vl,
     },
     Row {
         classes: &["Glm4vProcessor", "Glm46VProcessor"],

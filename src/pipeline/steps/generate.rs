@@ -24,6 +24,8 @@ const DEFAULT_MAX_TOKENS: usize = 256;
 #[derive(Clone, Debug)]
 pub struct Question {
     pub images: Vec<PathBuf>,
+    /// Frames of a video with their times in seconds; the video follows the pictures.
+    pub video: Vec<(f64, PathBuf)>,
     /// How pictures are scaled and cut up.
     pub settings: ImageSettings,
     pub system: Option<String>,
@@ -85,12 +87,17 @@ pub fn generate(
     let mut sampler = decoding.sampler()?;
     let LoadedModel { name, mut vlm, processor } = engine.load(model, &question.settings)?;
     let picture = |path: &PathBuf| ImageBytes::file(format!("picture `{}`", path.display()), path.clone());
-    let mut user: Vec<Part> = (0..question.images.len()).map(Part::Image).collect();
+    let mut images: Vec<ImageBytes> = question.images.iter().map(picture).collect();
+    if !question.video.is_empty() {
+        let frames = question.video.iter().map(|(time, path)| (*time, picture(path))).collect();
+        images.push(ImageBytes::frames("the video", frames)?);
+    }
+    let mut user: Vec<Part> = (0..images.len()).map(Part::Image).collect();
     user.push(Part::Text(question.prompt.clone()));
     let sample = Sample {
         index: 0,
         id: "the question".to_string(),
-        images: question.images.iter().map(picture).collect(),
+        images,
         system: question.system.clone(),
         turns: vec![Turn { user, assistant: String::new() }],
         text: None,
