@@ -237,3 +237,30 @@ fn a_video_is_its_frames_with_their_times() {
     let back = ImageBytes::frames("video 0", vec![(1.0, frame(&0.into())), (0.5, frame(&1.into()))]);
     assert!(back.unwrap_err().to_string().contains("do not go back"));
 }
+
+#[test]
+fn families_without_a_template_have_the_prompt_that_they_were_trained_with() {
+    let shared = json("families.json");
+    let llava = shared["families"].as_array().unwrap().iter().find(|family| family["name"] == "llava").unwrap();
+    let folder = folder(llava, &shared);
+    fs::remove_file(folder.path().join("chat_template.jinja")).unwrap();
+    fs::write(folder.path().join("config.json"), r#"{"num_hidden_layers": 1, "model_type": "moondream1"}"#).unwrap();
+    let processor = Processor::open(&Bundle::open(folder.path()).unwrap()).unwrap();
+    let picture = ImageBytes::file("photo.jpeg", fixtures("awkward/photo.jpeg"));
+    let pairs = vec![("What?".to_string(), "a cat".to_string())];
+    let sample = Sample {
+        index: 0,
+        id: "sample 0".into(),
+        images: vec![picture],
+        system: None,
+        turns: pairs
+            .into_iter()
+            .map(|(text, assistant)| Turn { user: vec![Part::Image(0), Part::Text(text)], assistant })
+            .collect(),
+        text: None,
+    };
+    let encoded = processor.encode_conversation(&sample).unwrap();
+    assert_eq!(processor.decode(&encoded.input_ids).unwrap(), "\n\nQuestion: What?\n\nAnswer: a cat");
+    let answer = encoded.input_ids.iter().zip(&encoded.answer_mask).filter(|(_, marked)| **marked).map(|(id, _)| *id);
+    assert_eq!(processor.decode(&answer.collect::<Vec<_>>()).unwrap(), " a cat");
+}

@@ -27,6 +27,11 @@ impl Fixed {
         Self::new(settings, Size::ShortestEdge(224), true, CLIP)
     }
 
+    pub fn llava(settings: &mut Settings) -> Result<Self> {
+        let square_first = settings.bool("do_pad", false)?;
+        Ok(Fixed { square_first, ..Self::clip(settings)? })
+    }
+
     pub fn siglip(settings: &mut Settings) -> Result<Self> {
         Self::new(settings, Size::Exact { height: 224, width: 224 }, false, HALVES)
     }
@@ -42,7 +47,7 @@ impl Fixed {
         let crop = settings.bool("do_center_crop", crop)?;
         let crop_size = settings.rectangle("crop_size", [224, 224])?;
         Ok(Fixed {
-            square_first: settings.bool("do_pad", false)?,
+            square_first: false,
             size: resize.then_some(size),
             crop: crop.then_some(crop_size),
             scaler: settings.scaler(Filter::Bicubic)?,

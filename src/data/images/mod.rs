@@ -106,8 +106,11 @@ impl ImageLayout {
     }
 }
 
-/// Arrays of one picture by the names of the vision encoder's inputs, and how it was cut up.
-type Processed = (Vec<(&'static str, Array)>, ImageLayout);
+/// Arrays of one picture by the names of the vision encoder's inputs.
+type Arrays = Vec<(&'static str, Array)>;
+
+/// Arrays of one picture, and how it was cut up.
+type Processed = (Arrays, ImageLayout);
 
 /// One way to make pixel values.
 trait Rule: std::fmt::Debug + Send + Sync {
@@ -141,13 +144,14 @@ pub(super) struct Row {
     build: fn(&mut Settings) -> Result<Box<dyn Rule>>,
 }
 
-const TORCHVISION: Row = Row {
+/// What most rows have; each has types and a rule of its own.
+const USUAL: Row = Row {
     types: &[],
     processor: None,
     back_end: BackEnd::Torchvision,
     on_white: true,
     size: SizeForm::None,
-    build: |_| Err(Error::unsupported("image processor", "row without a rule")),
+    build: |_| Err(Error::unsupported("image processor", "has no rule")),
 };
 
 const ROWS: &[Row] = &[
@@ -158,98 +162,105 @@ const ROWS: &[Row] = &[
         back_end: BackEnd::Pil,
         size: SizeForm::LongestEdge,
         build: |settings| Ok(Box::new(idefics3::Idefics3::new(settings)?)),
-        ..TORCHVISION
+        ..USUAL
     },
     Row {
         types: &["Qwen2VLImageProcessor", "Qwen2_5_VLImageProcessor"],
         processor: Some("Qwen2VLProcessor"),
         build: |settings| Ok(Box::new(patches::Patches::qwen2_vl(settings)?)),
-        ..TORCHVISION
+        ..USUAL
     },
     Row {
         types: &["Glm4vImageProcessor", "Glm46VImageProcessor"],
         processor: Some("Glm4vProcessor"),
         build: |settings| Ok(Box::new(patches::Patches::glm4v(settings)?)),
-        ..TORCHVISION
+        ..USUAL
     },
     Row {
         types: &["PaddleOCRVLImageProcessor"],
         processor: Some("PaddleOCRVLProcessor"),
         build: |settings| Ok(Box::new(patches::Patches::paddleocr_vl(settings)?)),
-        ..TORCHVISION
+        ..USUAL
     },
     Row {
-        types: &["CLIPImageProcessor", "LlavaImageProcessor"],
+        types: &["CLIPImageProcessor"],
         processor: Some("LlavaProcessor"),
         size: SizeForm::Square,
         build: |settings| Ok(Box::new(fixed::Fixed::clip(settings)?)),
-        ..TORCHVISION
+        ..USUAL
+    },
+    Row {
+        types: &["LlavaImageProcessor"],
+        processor: Some("LlavaProcessor"),
+        size: SizeForm::Square,
+        build: |settings| Ok(Box::new(fixed::Fixed::llava(settings)?)),
+        ..USUAL
     },
     Row {
         types: &["SiglipImageProcessor"],
         size: SizeForm::Square,
         build: |settings| Ok(Box::new(fixed::Fixed::siglip(settings)?)),
-        ..TORCHVISION
+        ..USUAL
     },
     Row {
         types: &["LlavaOnevisionImageProcessor"],
         processor: Some("LlavaOnevisionProcessor"),
         size: SizeForm::Square,
         build: |settings| Ok(Box::new(anyres::AnyRes::new(settings)?)),
-        ..TORCHVISION
+        ..USUAL
     },
     Row {
         types: &["GotOcr2ImageProcessor"],
         processor: Some("InternVLProcessor"),
         size: SizeForm::Square,
         build: |settings| Ok(Box::new(got_ocr2::GotOcr2::new(settings)?)),
-        ..TORCHVISION
+        ..USUAL
     },
     Row {
         types: &["Gemma3ImageProcessor"],
         processor: Some("Gemma3Processor"),
         size: SizeForm::Square,
         build: |settings| Ok(Box::new(gemma3::Gemma3::new(settings)?)),
-        ..TORCHVISION
+        ..USUAL
     },
     Row {
         types: &["PixtralImageProcessor"],
         processor: Some("PixtralProcessor"),
         size: SizeForm::LongestEdge,
         build: |settings| Ok(Box::new(pixtral::Pixtral::new(settings)?)),
-        ..TORCHVISION
+        ..USUAL
     },
     Row {
         types: &["Lfm2VlImageProcessor"],
         processor: Some("Lfm2VlProcessor"),
         build: |settings| Ok(Box::new(lfm2_vl::Lfm2Vl::new(settings)?)),
-        ..TORCHVISION
+        ..USUAL
     },
     Row {
         types: &["Gemma4ImageProcessor"],
         processor: Some("Gemma4Processor"),
         build: |settings| Ok(Box::new(gemma4::Gemma4::new(settings)?)),
-        ..TORCHVISION
+        ..USUAL
     },
     Row {
         types: &["Ovis2ImageProcessor"],
         processor: Some("Ovis2Processor"),
         size: SizeForm::Square,
         build: |settings| Ok(Box::new(ovis2::Ovis2::new(settings)?)),
-        ..TORCHVISION
+        ..USUAL
     },
     Row {
         types: &["GraniteDoclingImageProcessor"],
         processor: Some("GraniteDoclingProcessor"),
         size: SizeForm::Square,
         build: |settings| Ok(Box::new(granite_docling::GraniteDocling::new(settings)?)),
-        ..TORCHVISION
+        ..USUAL
     },
     Row {
         types: &["MiniCPMV4_6ImageProcessor"],
         processor: Some("MiniCPMV4_6Processor"),
         build: |settings| Ok(Box::new(minicpm_v::MiniCpmV::new(settings)?)),
-        ..TORCHVISION
+        ..USUAL
     },
     Row {
         types: &["JanusImageProcessor"],
@@ -257,7 +268,7 @@ const ROWS: &[Row] = &[
         on_white: false,
         size: SizeForm::Square,
         build: |settings| Ok(Box::new(centred::Centred::new(settings)?)),
-        ..TORCHVISION
+        ..USUAL
     },
     Row {
         types: &["DeepseekVLImageProcessor"],
@@ -265,7 +276,7 @@ const ROWS: &[Row] = &[
         on_white: false,
         size: SizeForm::Square,
         build: |settings| Ok(Box::new(centred::Centred::new(settings)?)),
-        ..TORCHVISION
+        ..USUAL
     },
 ];
 

@@ -5,13 +5,13 @@
 //! 5.24.
 
 use crate::base::{Error, Result};
-use crate::prompt::{Array, IMAGE_GRID_THW, PIXEL_VALUES};
+use crate::prompt::{IMAGE_GRID_THW, PIXEL_VALUES};
 
 use super::levels::Levels;
 use super::picture::Picture;
 use super::resample::{Filter, Scaler};
 use super::settings::Settings;
-use super::{CLIP, HALVES, ImageLayout, Processed, Rule, VideoLayout, floats, int_row};
+use super::{Arrays, CLIP, HALVES, ImageLayout, Processed, Rule, VideoLayout, floats, int_row};
 
 /// The most times that a still picture is repeated in time.
 const MAX_FRAMES: usize = 16;
@@ -95,7 +95,7 @@ impl Patches {
     /// fill the last moment.
     ///
     /// Errors: `Error::Invalid` when frames differ in size or are fewer than a patch has.
-    pub fn video(&self, frames: &[Picture], times: &[f64]) -> Result<(Vec<Vec<(&'static str, Array)>>, VideoLayout)> {
+    pub fn video(&self, frames: &[Picture], times: &[f64]) -> Result<(Vec<Arrays>, VideoLayout)> {
         let (Some(first), Some(last)) = (frames.first(), times.last()) else {
             return Err(Error::invalid("video", "has no frames"));
         };
@@ -260,7 +260,7 @@ impl Patches {
     }
 
     /// Patches of as many frames of one size as a patch has, and rows and columns of their features.
-    fn lay_out(&self, frames: &[&Picture]) -> Result<(Vec<(&'static str, Array)>, [usize; 2])> {
+    fn lay_out(&self, frames: &[&Picture]) -> Result<(Arrays, [usize; 2])> {
         let (width, height) = frames.first().map_or((0, 0), |frame| (frame.width(), frame.height()));
         let (rows, columns, patch) = (height / self.patch, width / self.patch, self.patch);
         let mut planes = vec![Vec::with_capacity(width * height * 3); frames.len()];

@@ -1,10 +1,24 @@
-//! LLaVA-1.5 and FastVLM: a run of as many features as the frame has patches, with the class token where the model keeps it.
+//! LLaVA-1.5, FastVLM and Moondream: a run of as many features as the frame has patches, with the class token where the model keeps it.
 
 use serde_json::Value;
 
 use crate::base::Result;
 
 use super::{Files, Placeholder};
+
+/// Questions and answers as Moondream was trained: it has no chat template.
+const MOONDREAM: &str = "\
+{%- for message in messages -%}
+{%- if message.role == 'assistant' -%}
+{%- for part in message.content -%}{{- ' ' + part.text -}}{%- endfor -%}
+{%- else -%}
+{%- if not loop.first -%}{{- '\\n\\n' -}}{%- endif -%}
+{%- for part in message.content if part.type == 'image' -%}{{- '<image>\\n\\n' -}}{%- endfor -%}
+{{- 'Question: ' -}}
+{%- for part in message.content if part.type == 'text' -%}{{- part.text -}}{%- endfor -%}
+{{- '\\n\\nAnswer:' -}}
+{%- endif -%}
+{%- endfor -%}";
 
 pub(super) fn open(files: &mut Files) -> Result<Placeholder> {
     let token = files.feature("image_token", "<image>")?;
@@ -29,8 +43,12 @@ pub(super) fn open(files: &mut Files) -> Result<Placeholder> {
         }
     };
     let feature = token.clone();
-    Ok(Placeholder::new(&token, move |layout, _| {
+    let mut placeholder = Placeholder::new(&token, move |layout, _| {
         let [height, width] = layout.frame;
         feature.repeat(((height / patch) * (width / patch) + additional).saturating_sub(less))
-    }))
+    });
+    if files.model.get("model_type").and_then(Value::as_str) == Some("moondream1") {
+        placeholder.template = Some(MOONDREAM);
+    }
+    Ok(placeholder)
 }

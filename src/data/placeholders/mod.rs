@@ -181,7 +181,7 @@ const ROWS: &[Row] = &[
     },
     Row {
         classes: &["LlavaProcessor"],
-        model_types: &["llava", "vipllava", "fast_vlm", "llava_qwen2"],
+        model_types: &["llava", "vipllava", "fast_vlm", "llava_qwen2", "moondream1"],
         open: llava::open,
     },
     Row { classes: &["LlavaOnevisionProcessor"], model_types: &["llava_onevision"], open: llava_onevision::open },
