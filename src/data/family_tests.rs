@@ -264,3 +264,26 @@ fn families_without_a_template_have_the_prompt_that_they_were_trained_with() {
     let answer = encoded.input_ids.iter().zip(&encoded.answer_mask).filter(|(_, marked)| **marked).map(|(id, _)| *id);
     assert_eq!(processor.decode(&answer.collect::<Vec<_>>()).unwrap(), " a cat");
 }
+
+/// A class that is named with its back end is meant.
+#[test]
+fn a_class_of_pillow_s_gives_pillow_s_pixels() {
+    let shared = json("families.json");
+    let family = shared["families"].as_array().unwrap().iter().find(|family| family["name"] == "qwen2_vl").unwrap();
+    let case = family["cases"].as_array().unwrap().iter().find(|case| case["pictures"][0] == "photo.jpeg").unwrap();
+    let folder = folder(family, &shared);
+    let talk = &shared["conversations"][case["messages"].as_u64().unwrap() as usize];
+    let path = folder.path().join("preprocessor_config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    for (class, back_end, other) in [
+        ("Qwen2VLImageProcessorPil", "pil", "torchvision"),
+        ("Qwen2VLImageProcessor", "torchvision", "pil"),
+        ("Qwen2VLImageProcessorFast", "torchvision", "pil"),
+    ] {
+        config["image_processor_type"] = class.into();
+        fs::write(&path, config.to_string()).unwrap();
+        let processor = Processor::open(&Bundle::open(folder.path()).unwrap()).unwrap();
+        assert_eq!(differences(&processor, case, talk, back_end), Vec::<String>::new(), "{class}");
+        assert_eq!(differences(&processor, case, talk, other).len(), 1, "{class}");
+    }
+}

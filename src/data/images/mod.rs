@@ -321,7 +321,9 @@ impl ImageProcessor {
         let mut map = config.as_object().cloned().unwrap_or_default();
         map.extend(forced);
         own.apply(row, kind, &mut map)?;
-        let back_end = own.back_end.unwrap_or(row.back_end);
+        // Processors are saved without the suffix of their back end, so one that stands there was set by hand.
+        let named = kind.ends_with("Pil").then_some(BackEnd::Pil);
+        let back_end = own.back_end.or(named).unwrap_or(row.back_end);
         let mut settings = Settings::new(source, map, back_end, own.tiles);
         let on_white = settings.bool("do_convert_rgb", row.on_white)?;
         let rule = (row.build)(&mut settings)?;
