@@ -1,5 +1,7 @@
 //! `interlace.json`: what was done to a model, so that later steps and readers know its layers' original places.
 
+use std::collections::BTreeSet;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -70,31 +72,36 @@ impl Record {
     ///
     /// Errors: `Error::Invalid` when the history does not add up to `count` layers.
     pub fn original_layers(history: &[Step], tower: Tower, count: usize) -> Result<Vec<usize>> {
-        let mut layers: Option<Vec<usize>> = None;
-        for step in history {
-            let Step::Prune { tower: of, layers_before, dropped, .. } = step else { continue };
-            if *of != tower {
-                continue;
-            }
-            let before = layers.unwrap_or_else(|| (0..*layers_before).collect());
-            if before.len() != *layers_before || dropped.iter().any(|layer| layer >= layers_before) {
-                return Err(Error::invalid("`interlace.json`", "its history contradicts itself")
+        let steps: Vec<(usize, &Vec<usize>)> = history
+            .iter()
+            .filter_map(|step| match step {
+                Step::Prune { tower: of, layers_before, dropped, .. } if *of == tower => {
+                    Some((*layers_before, dropped))
+                }
+                _ => None,
+            })
+            .collect();
+        // The numbers of layers follow from the graph's, so that one of the file decides no allocation.
+        let mut after = count;
+        for (before, dropped) in steps.iter().rev() {
+            let total = after.saturating_add(dropped.len());
+            let distinct: BTreeSet<&usize> = dropped.iter().filter(|layer| **layer < total).collect();
+            if total != *before || distinct.len() != dropped.len() {
+                let problem = format!(
+                    "its history drops {} of {before} layers of the {} tower, which leaves {after}",
+                    dropped.len(),
+                    tower.name()
+                );
+                return Err(Error::invalid("`interlace.json`", problem)
                     .remedy("remove the file to treat the model as never pruned"));
             }
-            let kept = before.iter().enumerate().filter(|(index, _)| !dropped.contains(index));
-            layers = Some(kept.map(|(_, &original)| original).collect());
+            after = total;
         }
-        let layers = layers.unwrap_or_else(|| (0..count).collect());
-        if layers.len() != count {
-            return Err(Error::invalid(
-                "`interlace.json`",
-                format!(
-                    "its history leaves {} layers in the {} tower, but the model has {count}",
-                    layers.len(),
-                    tower.name()
-                ),
-            )
-            .remedy("remove the file to treat the model as never pruned"));
+        let mut layers: Vec<usize> = (0..after).collect();
+        for (_, dropped) in steps {
+            let dropped: BTreeSet<usize> = dropped.iter().copied().collect();
+            let kept = layers.iter().enumerate().filter(|(index, _)| !dropped.contains(index));
+            layers = kept.map(|(_, &original)| original).collect();
         }
         Ok(layers)
     }

@@ -83,6 +83,23 @@ fn save(folder: &Path, name: &str, data: Option<&str>) {
 }
 
 #[test]
+fn a_history_that_does_not_fit_the_graph_is_refused_before_memory_is_taken() {
+    let step = |layers_before, dropped: &[usize]| {
+        let (dropped, dropped_original) = (dropped.to_vec(), dropped.to_vec());
+        Step::Prune { tower: Tower::Text, layers_before, dropped, dropped_original, deepstack: None }
+    };
+    let originals = |history: &[Step], count| Record::original_layers(history, Tower::Text, count);
+    assert_eq!(originals(&[step(6, &[1, 4]), step(4, &[0])], 3).unwrap(), [2, 3, 5]);
+    assert_eq!(originals(&[step(6, &[1, 4])], 0).unwrap_err().to_string().matches("6 layers").count(), 1);
+    for layers in [0, 5, 1 << 32, usize::MAX] {
+        assert!(originals(&[step(layers, &[1, 4])], 4).is_err(), "{layers}");
+    }
+    for dropped in [&[1, 1][..], &[1, 6], &[1, usize::MAX]] {
+        assert!(originals(&[step(6, dropped)], 4).is_err(), "{dropped:?}");
+    }
+}
+
+#[test]
 fn components_variants_and_figures_are_read() {
     let folder = transformers_js(&[]);
     let bundle = Bundle::open(folder.path()).unwrap();

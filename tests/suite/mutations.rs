@@ -99,12 +99,14 @@ pub struct Guard {
     before: u64,
     memory_limit: u64,
     slowest: Duration,
+    /// Which took longest.
+    slowest_at: String,
 }
 
 impl Guard {
     /// `memory_limit`: how many bytes the process may grow by.
     pub fn new(memory_limit: u64) -> Self {
-        Guard { before: peak_memory_bytes(), memory_limit, slowest: Duration::ZERO }
+        Guard { before: peak_memory_bytes(), memory_limit, slowest: Duration::ZERO, slowest_at: String::new() }
     }
 
     /// Does the work; `at` says which it is. A file of these bytes is kept when it panics or takes too much.
@@ -112,7 +114,10 @@ impl Guard {
         let start = Instant::now();
         let result = catch_unwind(AssertUnwindSafe(work));
         let took = start.elapsed();
-        self.slowest = self.slowest.max(took);
+        if took > self.slowest {
+            self.slowest = took;
+            self.slowest_at = at.to_string();
+        }
         let grown = peak_memory_bytes().saturating_sub(self.before);
         let problem = match &result {
             Err(_) => "panics".to_string(),
@@ -131,7 +136,7 @@ impl Guard {
 
 impl std::fmt::Display for Guard {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "slowest {:?}, peak {} MB", self.slowest, peak_memory_bytes() >> 20)
+        write!(f, "slowest {:?} ({}), peak {} MB", self.slowest, self.slowest_at, peak_memory_bytes() >> 20)
     }
 }
 
