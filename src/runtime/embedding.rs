@@ -43,6 +43,7 @@ impl TokenEmbedding {
                     | Kind::ImageFeatures
                     | Kind::AudioFeatures
                     | Kind::ImageMask
+                    | Kind::ImageTokens
                     | Kind::Image(_)
             )
         };

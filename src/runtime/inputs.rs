@@ -35,6 +35,8 @@ pub enum Kind {
     LogitsToKeep,
     /// `[B, T]`: true at image tokens.
     ImageMask,
+    /// `[B, pictures, tokens of each]`: true for every token of a picture.
+    ImageTokens,
     /// `[B, T]`: see [`super::TokenTypes`].
     TokenTypes,
     /// Features of the vision encoder's inner layers: `[N, D]` over the image tokens, `[B, T, D]` with zeros elsewhere, or
@@ -121,6 +123,7 @@ pub const INPUTS: &[InputRow] = &[
         &[2, 3],
         |step, input| Ok(step.image_mask(input.port.rank())),
     ),
+    row(Kind::ImageTokens, &["images_emb_mask"], &[3], |step, _| step.image_tokens()),
     row(Kind::TokenTypes, &["token_type_ids", "mm_token_type_ids"], &[2], |step, _| Ok(step.token_types())),
     row(
         Kind::Deepstack,

@@ -338,6 +338,18 @@ impl Step {
         Array::Bool(ArrayD::from_shape_fn(IxDyn(shape), |at| self.image[at[0] * self.time + at[1]]))
     }
 
+    /// `[1, N, K]`, true for each of the `K` tokens of each of `N` pictures.
+    pub(super) fn image_tokens(&self) -> Result<Array> {
+        let places = self.image.iter().filter(|&&image| image).count();
+        let pictures = self.pictures.len();
+        let each = places.checked_div(pictures).unwrap_or(0);
+        if self.batch != 1 || each * pictures != places {
+            let problem = format!("{places} image tokens of {} prompts belong to {pictures} pictures", self.batch);
+            return Err(Error::invalid("step", problem).remedy("feed one prompt at a time, with pictures of one size"));
+        }
+        Ok(Array::Bool(ArrayD::from_elem(IxDyn(&[1, pictures, each]), true)))
+    }
+
     pub(super) fn token_types(&self) -> Array {
         let shape = IxDyn(&[self.batch, self.time]);
         Array::Int(ArrayD::from_shape_fn(shape, |at| self.types[at[0] * self.time + at[1]]))

@@ -87,6 +87,21 @@ fn deepstack_features_stand_at_the_image_tokens() {
 }
 
 #[test]
+fn tokens_are_counted_by_picture() {
+    let pixels = Array::Float(ArrayD::zeros(IxDyn(&[1, 3, 2, 2])));
+    let picture = Arc::new(ImageArrays::new([(crate::prompt::PIXEL_VALUES, pixels)]).unwrap());
+    let mut two = prompt(&[5, 6, 7, 8, 9], &[0, 1, 3, 4], 0);
+    two.side.pictures = vec![Arc::clone(&picture), picture];
+    let step = Step::prefill(&[&two], true).unwrap();
+    let tokens = input("images_emb_mask", &[-1, -1, -1]).make(&step).unwrap();
+    assert!(matches!(&tokens, Array::Bool(mask) if mask.shape() == [1, 2, 2] && mask.iter().all(|&real| real)));
+    assert_eq!(input("pixel_values", &[-1, -1, 3, 2, 2]).make(&step).unwrap().shape(), [1, 2, 3, 2, 2]);
+    two.side.image[0] = false;
+    let step = Step::prefill(&[&two], true).unwrap();
+    assert!(input("images_emb_mask", &[-1, -1, -1]).make(&step).is_err());
+}
+
+#[test]
 fn a_text_has_no_deepstack_features() {
     let text = prompt(&[5, 6], &[], 0);
     let step = Step::prefill(&[&text], true).unwrap();
