@@ -74,14 +74,15 @@ class Family:
     one_by_one: bool = False
     # The first position, where positions do not begin at 0.
     first_position: int = 0
-    # Whether pictures are made RGB by the loader, because the processor takes nothing else.
-    loaded_rgb: bool = False
     # The prompt of a question about so many pictures, for a family without a chat template.
     written: object = None
     # Whether layers have something added between them by number, so that there are two ways to delete one.
     counts_layers: bool = False
     # Whether layers read something by number that stays theirs when another is deleted.
     keep_places: bool = False
+
+    # Layers that are dropped where a network is healed, if not `DROP`.
+    heal_drop: tuple = ()
 
     @property
     def image_token_id(self):

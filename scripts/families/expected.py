@@ -39,8 +39,6 @@ class Reference:
     def __init__(self, family):
         self.family, self.model, self.processor = family, family.model, family.processor
         self.pictures = {name: pictures.opened(content) for name, content in pictures.files().items()}
-        if family.loaded_rgb:
-            self.pictures = {name: image.convert("RGB") for name, image in self.pictures.items()}
 
     def render(self, messages, prompt):
         if self.family.written:
@@ -202,7 +200,7 @@ def with_torchvision(family):
         return None
     module = importlib.import_module(type(images).__module__.replace("_pil", ""))
     settings = family.preprocessor or family.processor_config["image_processor"]
-    settings = {key: value for key, value in settings.items() if key not in ("image_processor_type", "processor_class")}
+    settings = {k: v for k, v in settings.items() if k not in ("image_processor_type", "processor_class") and v is not None}
     made = getattr(module, name.removesuffix("Pil"))(**settings)
     other = copy.copy(family)
     other.processor = copy.copy(family.processor)
@@ -299,10 +297,15 @@ def write(row, folder):
         arrays |= {f"{case}.position_ids": positions} | {f"{case}.logits.{key}": value for key, value in logits.items()}
         if case == "photo":
             out["similarities"] = reference.similarities(inputs)
+    healing = {}
+    if family.heal_drop:
+        out["heal_drop"] = list(family.heal_drop)
+        healing["healing"] = base.without_layers(family.model, family.heal_drop, family.keep_places)
     conversations = [t for t in pictures.LEARNED if not family.written or (len(t) == 1 and t[0][0])]
     batch = [reference.learned(turns) for turns in conversations]
     learned = [{"input_ids": i["input_ids"][0].tolist(), "answers": m.nonzero().ravel().tolist()} for i, m in batch]
     out["learned"] = {"turns": conversations, "conversations": learned}
+    networks |= healing
     out["learned"]["loss"] = {key: reference.loss(batch, model) for key, model in networks.items()}
     other = with_torchvision(family)
     if other is not None:

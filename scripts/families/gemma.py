@@ -178,7 +178,6 @@ def paligemma(name="paligemma", two_way=False):
     tok = base.tokenizer(["<pad>", "<eos>", "<bos>", "<image>"], eos="<eos>", bos="<bos>", pad="<pad>", add_bos=True)
     size = 56
     settings = {
-        "do_convert_rgb": None,
         "do_normalize": True,
         "do_rescale": True,
         "do_resize": True,
@@ -211,7 +210,9 @@ def paligemma(name="paligemma", two_way=False):
         tie_word_embeddings=False,
     )
     model = base.fill(PaliGemmaForConditionalGeneration(config), 19)
-    preprocessor = settings | {"image_processor_type": "SiglipImageProcessor", "processor_class": "PaliGemmaProcessor"}
+    # Published files say `null`; with it the class takes RGB alone, without it, as here, what its default makes of a picture.
+    preprocessor = settings | {"do_convert_rgb": None, "image_processor_type": "SiglipImageProcessor"}
+    preprocessor |= {"processor_class": "PaliGemmaProcessor"}
     return base.Family(
         name,
         model,
@@ -223,7 +224,6 @@ def paligemma(name="paligemma", two_way=False):
         refused=set() if two_way else {"token_type_ids"},
         nested_images=True,
         first_position=1,
-        loaded_rgb=True,
         written=lambda question, pictures: "<image>" * pictures + question,
     )
 

@@ -69,8 +69,13 @@ pub fn noise_picture(subject: &str, inputs: &[Input]) -> Result<ImageArrays> {
         let size = port.fixed_size(axis).filter(|&size| size > 0);
         size.ok_or_else(|| Error::unsupported(subject, problem()).remedy(GIVE_INPUTS))
     };
+    let on_a_grid = inputs.iter().any(|input| input.kind() == Kind::Image(IMAGE_GRID_THW));
     // The axes of a tile `[C, H, W]` or a patch `[D]` are the last ones; how many patches there are may be open.
     let (shape, grid) = match rank {
+        4 if on_a_grid => {
+            let patches = port.fixed_size(0).filter(|&size| size > 0).unwrap_or(64);
+            (vec![patches, size(1)?, size(2)?, size(3)?], grid_of(patches))
+        }
         4 | 5 => (vec![1, size(rank - 3)?, size(rank - 2)?, size(rank - 1)?], [0, 0]),
         _ => {
             let patches = port.fixed_size(rank - 2).filter(|&size| size > 0).unwrap_or(64);

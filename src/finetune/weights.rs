@@ -1,6 +1,6 @@
 //! Which initializers of a layer are its weights, and putting trained ones back.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use crate::analysis::{Layer, LayerMap};
 use crate::base::{Error, Result, list_preview};
@@ -71,7 +71,8 @@ fn refuse_quantised(graph: &Graph, layer: &Layer) -> Result<()> {
     .remedy("finetune the float model, then quantise"))
 }
 
-/// Tables that every layer reads (rotary ones) stay as they are; anything else that is shared would move other layers.
+/// Tables (rotary ones) that every layer reads, or that meet the stream only by way of positions, stay as they are;
+/// anything else that is shared would move other layers.
 fn refuse_shared(graph: &Graph, map: &LayerMap, layer: &Layer) -> Result<()> {
     const PRODUCTS: &[&str] = &["MatMul", "Gemm", "FusedMatMul"];
     let shared: Vec<&str> = layer
@@ -84,7 +85,7 @@ fn refuse_shared(graph: &Graph, map: &LayerMap, layer: &Layer) -> Result<()> {
             let multiplied = layer.path.iter().filter_map(|&number| graph.body.nodes.get(number)).any(|node| {
                 PRODUCTS.contains(&node.op_type.as_str()) && node.present_inputs().any(|input| input == id)
             });
-            !everywhere || multiplied
+            multiplied || !everywhere && meets_stream(graph, layer, id)
         })
         .map(|id| graph.name(id))
         .collect();
@@ -94,6 +95,24 @@ fn refuse_shared(graph: &Graph, map: &LayerMap, layer: &Layer) -> Result<()> {
     let problem = format!("shares the weights {} with other layers, which must not move", list_preview(&shared, 4));
     Err(Error::unsupported(format!("layer {}", layer.index), problem)
         .remedy("export the model without merging equal weights, or choose another layer"))
+}
+
+/// Whether the layer's own nodes read an initializer, as it is or through nodes that read initializers alone.
+fn meets_stream(graph: &Graph, layer: &Layer, id: ValueId) -> bool {
+    let path: HashSet<usize> = layer.path.iter().copied().collect();
+    let mut forms = HashSet::from([id]);
+    for (number, node) in graph.body.nodes.iter().enumerate() {
+        if !node.present_inputs().any(|input| forms.contains(&input)) {
+            continue;
+        }
+        if path.contains(&number) {
+            return true;
+        }
+        if node.present_inputs().all(|input| forms.contains(&input) || graph.body.initializer(input).is_some()) {
+            forms.extend(node.present_outputs());
+        }
+    }
+    false
 }
 
 /// The model with these initializers in place of its own; everything else stays as it is.

@@ -7,6 +7,7 @@ mod deepstack;
 mod docs;
 mod evaluation;
 mod exports;
+mod families;
 mod folders;
 mod fusion;
 mod generate;

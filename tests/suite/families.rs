@@ -1,0 +1,428 @@
+//! Whole pipelines of model families against Hugging Face: prompts, pixels, positions, logits, answers, losses, layer
+//! similarities, of the whole network and of one without layers.
+//!
+//! `fixtures/families/NAME.tar.zst` holds tiny networks as real exporters write them, with the values of Hugging Face's
+//! processor and model (`scripts/families` makes both).
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use interlace::base::{Cancel, Device};
+use interlace::bundle::Bundle;
+use interlace::data::{
+    Amount, BackEnd, DataOptions, Dataset, Encoded, ImageBytes, ImageInputs, ImageSettings, Part, Processor, Sample,
+    Subset, Turn,
+};
+use interlace::method::LossMeter;
+use interlace::prompt::Array;
+use interlace::runtime::{FeatureCache, Runtime, SessionOptions, Step, VlmSession};
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+use super::cli::{interlace, stderr};
+
+const LOGITS: f64 = 1e-4;
+const LOSS: f64 = 1e-5;
+const SIMILARITY: f64 = 1e-5;
+
+pub fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/families")
+}
+
+/// One family's model folder, beside it what Hugging Face gives, in a folder of their own.
+pub struct Family {
+    folder: tempfile::TempDir,
+    name: String,
+    pub expected: Value,
+}
+
+impl Family {
+    /// Unpacks a family of an archive.
+    pub fn open(archive: &str, name: &str) -> Self {
+        let folder = tempfile::tempdir().expect("folder");
+        let file = File::open(fixtures().join(format!("{archive}.tar.zst"))).expect("archive");
+        tar::Archive::new(zstd::Decoder::new(file).expect("zstd")).unpack(folder.path()).expect("unpacks");
+        let expected = fs::read(folder.path().join(format!("{name}.json"))).expect("expected values");
+        let expected = serde_json::from_slice(&expected).expect("JSON");
+        Family { folder, name: name.to_string(), expected }
+    }
+
+    pub fn here(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Layers to drop: `drop`, or those for healing where they are others.
+    fn drop_list(&self, key: &str) -> String {
+        let drop = self.expected.get(key).unwrap_or(&self.expected["drop"]).as_array().expect("layers");
+        drop.iter().map(Value::to_string).collect::<Vec<_>>().join(",")
+    }
+
+    /// Losses and similarities with the back end of image processors that transformers takes by default.
+    fn by_default(&self, key: &str) -> &Value {
+        match (self.expected.get("torchvision"), key) {
+            (Some(other), _) => &other[key],
+            (None, "loss") => &self.expected["learned"]["loss"],
+            (None, _) => &self.expected[key],
+        }
+    }
+
+    /// Prompts that Hugging Face's classes take.
+    fn cases(&self) -> impl Iterator<Item = (&str, &Value)> {
+        let cases = self.expected["cases"].as_object().expect("cases").iter();
+        cases.map(|(name, case)| (name.as_str(), case)).filter(|(_, case)| case.get("refused").is_none())
+    }
+
+    /// Runs a verb in the family's folder.
+    pub fn run(&self, arguments: &[&str]) -> String {
+        let output = interlace(self.here(), arguments);
+        assert_eq!(output.status.code(), Some(0), "{} {arguments:?}: {}", self.name, stderr(&output));
+        String::from_utf8(output.stdout).expect("text")
+    }
+
+    /// Conversations in LLaVA's layout, with the pictures beside them.
+    fn dataset(&self, file: &str, conversations: &[&Value]) -> PathBuf {
+        for entry in fs::read_dir(fixtures().join("pictures")).expect("pictures") {
+            let path = entry.expect("entry").path();
+            fs::copy(&path, self.here().join(path.file_name().expect("name"))).expect("copy");
+        }
+        let entries: Vec<Value> = conversations.iter().map(|turns| entry_of(turns)).collect();
+        let path = self.here().join(file);
+        fs::write(&path, Value::Array(entries).to_string()).expect("data");
+        path
+    }
+}
+
+/// Turns `[pictures, question, answer]` as an entry of LLaVA's layout.
+fn entry_of(turns: &Value) -> Value {
+    let (mut images, mut messages) = (Vec::new(), Vec::new());
+    for turn in turns.as_array().expect("turns") {
+        let pictures = turn[0].as_array().expect("pictures");
+        images.extend(pictures.iter().cloned());
+        let question = format!("{}{}", "<image>".repeat(pictures.len()), text(&turn[1]));
+        messages.push(json!({"from": "human", "value": question}));
+        messages.push(json!({"from": "gpt", "value": turn[2].as_str().unwrap_or("x")}));
+    }
+    match images.is_empty() {
+        true => json!({"conversations": messages}),
+        false => json!({"image": images, "conversations": messages}),
+    }
+}
+
+fn text(value: &Value) -> &str {
+    value.as_str().expect("text")
+}
+
+fn integers(value: &Value) -> Vec<i64> {
+    value.as_array().expect("integers").iter().map(|x| x.as_i64().expect("an integer")).collect()
+}
+
+fn floats(value: &Value) -> Vec<f64> {
+    value.as_array().expect("numbers").iter().map(|x| x.as_f64().expect("a number")).collect()
+}
+
+/// Turns `[pictures, question, answer]` as the library has them.
+fn sample(turns: &Value) -> Sample {
+    let mut images = Vec::new();
+    let turn = |turn: &Value| {
+        let mut user = Vec::new();
+        for picture in turn[0].as_array().expect("pictures") {
+            user.push(Part::Image(images.len()));
+            images.push(ImageBytes::file(text(picture), fixtures().join("pictures").join(text(picture))));
+        }
+        user.push(Part::Text(text(&turn[1]).to_string()));
+        Turn { user, assistant: turn[2].as_str().unwrap_or_default().to_string() }
+    };
+    let turns = turns.as_array().expect("turns").iter().map(turn).collect();
+    Sample { index: 0, id: "sample".into(), images, system: None, turns, text: None }
+}
+
+/// A processor and a model, loaded.
+struct Pipeline {
+    processor: Processor,
+    model: VlmSession,
+}
+
+impl Pipeline {
+    fn open(folder: &Path, back_end: &str) -> Self {
+        let bundle = Bundle::open(folder).expect("a model folder");
+        let back_end = back_end.parse::<BackEnd>().expect("a back end");
+        let settings = ImageSettings { back_end: Some(back_end), ..ImageSettings::default() };
+        let processor = Processor::open_with(&bundle, &settings).expect("a processor");
+        let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
+        let cache = FeatureCache::new(64 << 20);
+        let model = VlmSession::open(&runtime, &bundle, &SessionOptions::default(), &cache).expect("a model");
+        Pipeline { processor, model }
+    }
+
+    /// Positions `[rows][T]` and logits `[T, V]` of a prompt.
+    fn logits(&mut self, encoded: Encoded) -> (Vec<Vec<i64>>, Vec<f32>) {
+        let prompt = encoded.into_prompt();
+        let embedded = self.model.embed(&prompt).expect("embeddings");
+        let step = Step::prefill(&[&embedded], false).expect("a step");
+        let (logits, _) = self.model.decoder_mut().step(&step, None).expect("logits");
+        (embedded.positions.clone(), logits.to_f32().expect("floats").into_owned())
+    }
+
+    fn answer(&mut self, encoded: Encoded, tokens: usize) -> Vec<i64> {
+        let prompt = encoded.into_prompt();
+        self.model.generate(&[prompt], tokens, &Cancel::default()).expect("an answer").remove(0)
+    }
+}
+
+/// The arrays of all pictures as one. Pictures of several sizes are padded to the largest on the right and below.
+fn whole(images: &ImageInputs, key: &str) -> interlace::base::Result<Array> {
+    // What a graph's input is called where Hugging Face's processor says otherwise.
+    let key = if key == "image_position_ids" { "pixel_position_ids" } else { key };
+    let pictures: Option<Vec<_>> = images.pictures.iter().map(|picture| picture.get(key)?.floats()).collect();
+    let Some(pictures) = pictures.filter(|all| key == "pixel_values" && all.iter().all(|one| one.ndim() == 4)) else {
+        return images.joined(key);
+    };
+    let largest = |axis: usize| pictures.iter().map(|one| one.shape()[axis]).max().unwrap_or(0);
+    let padded = pictures.iter().map(|one| {
+        let mut all = ndarray::Array4::<f32>::zeros((one.shape()[0], one.shape()[1], largest(2), largest(3)));
+        all.slice_mut(ndarray::s![.., .., ..one.shape()[2], ..one.shape()[3]]).assign(one);
+        Array::Float(all.into_dyn())
+    });
+    let padded: Vec<Array> = padded.collect();
+    Array::joined(&padded.iter().collect::<Vec<_>>())
+}
+
+/// Pixels and what goes with them, as Hugging Face's processor gives them for a whole prompt.
+///
+/// To the bit where its class computes with Pillow. Where it computes with torchvision, which rounds otherwise, within
+/// 2/255 of the range of normalised values.
+fn check_inputs(name: &str, expected: &Value, backend: &str, encoded: &Encoded) {
+    let Some(images) = &encoded.images else {
+        assert!(expected.get("pixel_values").is_none(), "{name}: has no pictures");
+        return;
+    };
+    for (key, want) in expected.as_object().expect("inputs") {
+        if ["token_type_ids", "mm_token_type_ids", "labels", "num_soft_tokens_per_image"].contains(&key.as_str()) {
+            continue;
+        }
+        let found = whole(images, key).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let size: i64 = integers(&want["shape"]).iter().product();
+        assert_eq!(found.len() as i64, size, "{name}: {key} has shape {:?}, not {}", found.shape(), want["shape"]);
+        match found {
+            Array::Float(array) => {
+                let values: Vec<f32> = array.iter().copied().collect();
+                let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+                if format!("{:x}", Sha256::digest(&bytes)) == text(&want["sha256"]) {
+                    continue;
+                }
+                let places = integers(&want["places"]);
+                let pairs =
+                    places.iter().zip(floats(&want["values"])).map(|(&p, want)| (f64::from(values[p as usize]), want));
+                let far = pairs.clone().filter(|(found, want)| (found - want).abs() > 2.0 / 255.0 / 0.2).count();
+                assert!(backend == "torchvision" && far == 0, "{name}: {key}: {:?}", pairs.collect::<Vec<_>>());
+            }
+            Array::Int(array) => check_integers(name, key, &array.iter().copied().collect::<Vec<_>>(), want),
+            Array::Bool(array) => {
+                check_integers(name, key, &array.iter().map(|&x| i64::from(x)).collect::<Vec<_>>(), want)
+            }
+        }
+    }
+}
+
+fn check_integers(name: &str, key: &str, found: &[i64], want: &Value) {
+    match want.get("values") {
+        Some(values) => assert_eq!(found, integers(values), "{name}: {key}"),
+        None => assert_eq!(found.iter().sum::<i64>(), want["sum"].as_i64().expect("a sum"), "{name}: {key}"),
+    }
+}
+
+/// The largest distance of the sampled logits.
+fn distance(found: &[f32], tokens: usize, vocabulary: &[i64], want: &Value) -> f64 {
+    let width = found.len() / tokens;
+    let mut worst: f64 = 0.0;
+    for (place, row) in integers(&want["places"]).into_iter().zip(want["values"].as_array().expect("rows")) {
+        for (&word, want) in vocabulary.iter().zip(floats(row)) {
+            worst = worst.max((f64::from(found[place as usize * width + word as usize]) - want).abs());
+        }
+    }
+    worst
+}
+
+/// Everything that one network gives for every prompt: `key` names the network in the expected values.
+fn check_prompts(family: &Family, folder: &Path, key: &str) {
+    let back_end = text(&family.expected["backend"]);
+    let mut pipeline = Pipeline::open(folder, back_end);
+    let by_default = Processor::open(&Bundle::open(folder).expect("a model folder")).expect("a processor");
+    let vocabulary = integers(&family.expected["vocabulary"]);
+    let mut checked = 0;
+    for (case, want) in family.cases() {
+        let name = format!("{} {key} {case}", family.name);
+        let sample = sample(&want["turns"]);
+        let encoded = pipeline.processor.encode_prompt(&sample).unwrap_or_else(|error| panic!("{name}: {error}"));
+        assert_eq!(encoded.input_ids, integers(&want["input_ids"]), "{name}");
+        if key == "dense" {
+            check_inputs(&name, &want["inputs"], back_end, &encoded);
+        }
+        if key == "dense"
+            && let Some(pixels) = family.expected.get("torchvision").and_then(|other| other["cases"].get(case))
+        {
+            let encoded = by_default.encode_prompt(&sample).expect("the same prompt");
+            check_inputs(&name, &json!({"pixel_values": pixels}), "torchvision", &encoded);
+        }
+        let tokens = encoded.input_ids.len();
+        let (positions, logits) = pipeline.logits(encoded.clone());
+        if let Some(rows) = want["position_ids"].as_array() {
+            assert_eq!(positions, rows.iter().map(integers).collect::<Vec<_>>(), "{name}");
+        }
+        let far = distance(&logits, tokens, &vocabulary, &want["logits"][key]);
+        assert!(far <= LOGITS, "{name}: logits are {far:e} apart");
+        let greedy = integers(&want["greedy"][key]);
+        assert_eq!(pipeline.answer(encoded, 8), greedy, "{name}");
+        checked += 1;
+    }
+    assert!(checked >= 12, "{}: {checked} prompts", family.name);
+}
+
+/// Learned tokens of each conversation, and the loss of all of them as one batch.
+fn check_losses(family: &Family, folder: &Path, key: &str) {
+    let processor = Processor::open(&Bundle::open(folder).expect("a model folder")).expect("a processor");
+    let learned = &family.expected["learned"];
+    let turns = learned["turns"].as_array().expect("conversations");
+    for (turns, want) in turns.iter().zip(learned["conversations"].as_array().expect("conversations")) {
+        let encoded = processor.encode_conversation(&sample(turns)).expect("a conversation");
+        assert_eq!(encoded.input_ids, integers(&want["input_ids"]), "{}", family.name);
+        let answers: Vec<i64> =
+            (0..).zip(&encoded.answer_mask).filter(|(_, learned)| **learned).map(|(at, _)| at).collect();
+        assert_eq!(answers, integers(&want["answers"]), "{} {turns}", family.name);
+    }
+    let data = family.dataset("learned.json", &turns.iter().collect::<Vec<_>>());
+    let dataset = Dataset::open(&data, &DataOptions::default()).expect("data");
+    let bundle = Bundle::open(folder).expect("a model folder");
+    let subset = Subset { amount: Amount::All, seed: 0 };
+    let mut meter = LossMeter::new(&bundle, &dataset, subset, Device::Cpu, &Cancel::default()).expect("a meter");
+    let found = meter.loss(&[]).expect("a loss");
+    let losses = family.by_default("loss")[key].as_array().expect("losses");
+    let sum = |field: &str| losses.iter().map(|loss| loss[field].as_f64().expect("a number")).sum::<f64>();
+    let want = sum("sum") / sum("tokens");
+    assert!((found - want).abs() <= LOSS * want, "{} {key}: loss {found}, Hugging Face {want}", family.name);
+}
+
+/// `score` against the reference's rule on the same prompt: the stream as each layer's module gives it.
+fn check_scores(family: &Family) {
+    let turns = &family.expected["cases"]["photo"]["turns"];
+    family.dataset("photo.json", &[turns]);
+    family.run(&["score", &family.name, "--data", "photo.json", "--samples", "1", "-o", "scores.json", "-q"]);
+    let scores: Value =
+        serde_json::from_slice(&fs::read(family.here().join("scores.json")).expect("scores")).expect("JSON");
+    for pack in ["1", "2", "3"] {
+        let found = floats(&scores["samples"][0]["sim"][pack]);
+        let want = floats(&family.by_default("similarities")["recorded"][pack]);
+        assert_eq!(found.len(), want.len(), "{} pack {pack}", family.name);
+        let far = found.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        assert!(far <= SIMILARITY, "{} pack {pack}: {found:?}, Hugging Face {want:?}", family.name);
+    }
+}
+
+/// Healing: the loss of its first step is that of Hugging Face's network without the same layers, whose expected values
+/// are those of `key`.
+fn check_healing(family: &Family, deepstack: &[&str], key: &str) {
+    let learned = &family.expected["learned"];
+    let data = family.dataset("heal.json", &[&learned["turns"][0]]);
+    let drop = family.drop_list("heal_drop");
+    let key = if family.expected.get("heal_drop").is_some() { "healing" } else { key };
+    family.run(&["plan", &family.name, "--drop", &drop, "-o", "plan.json", "-q"]);
+    family.run(&[&["prune", &family.name, "--plan", "plan.json", "-o", "planned", "-q"], deepstack].concat());
+    let settings = ["--recipe", "paper", "--learning-rate", "1e-3", "--batch-size", "1", "--accumulation-steps", "1"];
+    let mut arguments = vec!["finetune", "planned", "--plan", "plan.json", "--data", data.to_str().expect("path")];
+    arguments.extend(settings);
+    arguments.extend(["--epochs", "3", "-o", "healed", "--json", "-q"]);
+    let report: Value = serde_json::from_str(&family.run(&arguments)).expect("JSON");
+    let loss = |field: &str| family.by_default("loss")[key][0][field].as_f64().expect("a number");
+    let (found, want) = (report["first_loss"].as_f64().expect("a loss"), loss("sum") / loss("tokens"));
+    assert!((found - want).abs() <= LOSS * want, "{}: first loss {found}, Hugging Face {want}", family.name);
+    assert!(report["last_loss"].as_f64().expect("a loss") < found, "{}: {report}", family.name);
+    family.run(&["verify", "healed", "-q"]);
+}
+
+/// One network: its prompts and its losses.
+fn check_network(family: &Family, folder: &str, key: &str) {
+    let folder = family.here().join(folder);
+    check_prompts(family, &folder, key);
+    check_losses(family, &folder, key);
+}
+
+/// The whole pipeline of a family whose layers are simply left out.
+fn check(archive: &str, name: &str) {
+    let family = Family::open(archive, name);
+    family.run(&["inspect", name]);
+    check_network(&family, name, "dense");
+    family.run(&["prune", name, "--drop", &family.drop_list("drop"), "-o", "pruned", "-q"]);
+    check_network(&family, "pruned", "pruned");
+    check_scores(&family);
+    check_healing(&family, &[], "pruned");
+}
+
+/// The whole pipeline of a family with features between its first layers, which keep their place.
+fn check_deepstack_keep(archive: &str, name: &str) {
+    check_deepstack(archive, name, "keep", "pruned_keep");
+}
+
+/// The same with features that move on to the first layers that are left.
+fn check_deepstack_shift(archive: &str, name: &str) {
+    check_deepstack(archive, name, "shift", "pruned");
+}
+
+fn check_deepstack(archive: &str, name: &str, rule: &str, key: &str) {
+    let family = Family::open(archive, name);
+    family.run(&["inspect", name]);
+    check_network(&family, name, "dense");
+    family.run(&["prune", name, "--drop", &family.drop_list("drop"), "--deepstack", rule, "-o", rule, "-q"]);
+    check_network(&family, rule, key);
+    check_scores(&family);
+    check_healing(&family, &["--deepstack", rule], key);
+}
+
+macro_rules! families {
+    ($check:ident: $($test:ident = $archive:literal $name:literal),* $(,)?) => {
+        $(#[test] fn $test() { $check($archive, $name); })*
+    };
+}
+
+families! { check:
+    qwen2_vl = "qwen2_vl" "qwen2_vl",
+    qwen2_5_vl = "qwen2_5_vl" "qwen2_5_vl",
+    qwen2_5_vl_in_mobius_layout = "qwen2_5_vl" "qwen2_5_vl_mobius",
+    qwen2_5_vl_in_genai_layout = "qwen2_5_vl" "qwen2_5_vl_genai",
+    qwen3_vl_without_deepstack = "qwen3_vl" "qwen3_vl_plain",
+    smolvlm = "smolvlm" "smolvlm",
+    idefics3 = "idefics3" "idefics3",
+    llava = "llava" "llava",
+    llava_onevision = "llava_onevision" "llava_onevision",
+    fast_vlm = "fast_vlm" "fast_vlm",
+    moondream = "moondream" "moondream",
+    internvl = "internvl" "internvl",
+    gemma3 = "gemma3" "gemma3",
+    gemma3_two_way = "gemma3" "gemma3_two_way",
+    gemma4 = "gemma4" "gemma4",
+    paligemma = "paligemma" "paligemma",
+    paligemma_two_way = "paligemma" "paligemma_two_way",
+    mistral3 = "mistral3" "mistral3",
+    mistral3_one_picture_at_a_time = "mistral3" "mistral3_plain",
+    lfm2_vl = "lfm2_vl" "lfm2_vl",
+    glm4v = "glm4v" "glm4v",
+    glm_ocr = "glm_ocr" "glm_ocr",
+    paddleocr_vl = "paddleocr_vl" "paddleocr_vl",
+    aya_vision = "aya_vision" "aya_vision",
+    ovis2 = "ovis2" "ovis2",
+}
+
+families! { check_deepstack_keep:
+    qwen3_vl_keeps_features_in_place = "qwen3_vl" "qwen3_vl",
+    qwen3_vl_with_a_mask_keeps_features_in_place = "qwen3_vl" "qwen3_vl_masked",
+    qwen3_vl_packed_keeps_features_in_place = "qwen3_vl" "qwen3_vl_packed",
+    qwen3_vl_moe_keeps_features_in_place = "qwen3_vl_moe" "qwen3_vl_moe",
+    granite_docling_keeps_features_in_place = "granite_docling" "granite_docling",
+}
+
+families! { check_deepstack_shift:
+    qwen3_vl_shifts_features = "qwen3_vl" "qwen3_vl",
+    qwen3_vl_with_a_mask_shifts_features = "qwen3_vl" "qwen3_vl_masked",
+    qwen3_vl_packed_shifts_features = "qwen3_vl" "qwen3_vl_packed",
+    qwen3_vl_moe_shifts_features = "qwen3_vl_moe" "qwen3_vl_moe",
+    granite_docling_shifts_features = "granite_docling" "granite_docling",
+}
