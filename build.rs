@@ -15,13 +15,17 @@ fn main() -> Result<(), Box<dyn Error>> {
     let out = env::var("OUT_DIR")?;
     fs::write(Path::new(&out).join("model_config.bin"), compiler.encode_file_descriptor_set())?;
     prost_build::compile_fds(compiler.file_descriptor_set())?;
-    if let Ok(libtorch) = env::var("LIBTORCH") {
+    // A package has the libraries in `lib/` beside `bin/`, and no path of the machine that made it.
+    println!("cargo:rerun-if-env-changed=INTERLACE_RELOCATABLE");
+    println!("cargo:rustc-link-arg=-Wl,-rpath,$ORIGIN/../lib");
+    let relocatable = env::var_os("INTERLACE_RELOCATABLE").is_some();
+    if let (Ok(libtorch), false) = (env::var("LIBTORCH"), relocatable) {
         let lib = Path::new(&libtorch).join("lib");
         println!("cargo:rustc-link-arg=-Wl,-rpath,{}", lib.display());
     }
     // Code of LibTorch's wrapper that the library could call back would keep it linked: `interlace` offers none.
     println!("cargo:rustc-link-arg-bin=interlace=-Wl,--exclude-libs=ALL");
-    if let Ok(library) = env::var("ORT_DYLIB_PATH") {
+    if let (Ok(library), false) = (env::var("ORT_DYLIB_PATH"), relocatable) {
         println!("cargo:rustc-env=INTERLACE_ORT_DYLIB_PATH={library}");
     }
     Ok(())

@@ -67,6 +67,18 @@ impl fmt::Display for EngineRemedy<'_> {
 }
 
 impl Error {
+    /// The kind of error under a name that never changes, for programs: `--json` gives it as `error.code`.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Error::Io { .. } => "file",
+            Error::Invalid { .. } => "invalid",
+            Error::Unsupported { .. } => "unsupported",
+            Error::NotFinite { .. } => "not-finite",
+            Error::Engine { .. } => "engine",
+            Error::Interrupted { .. } => "interrupted",
+        }
+    }
+
     /// An `Invalid` error about `subject`, for instance ``node `/layers.3/Add` (Add)``.
     pub fn invalid(subject: impl Into<String>, problem: impl Into<String>) -> Self {
         Error::Invalid { subject: subject.into(), problem: problem.into(), remedy: None }

@@ -16,6 +16,7 @@ mod prune;
 mod run;
 mod schema;
 mod score;
+mod shell;
 mod strip;
 mod sweep;
 mod torch;
@@ -40,10 +41,10 @@ struct Cli {
     #[command(subcommand)]
     verb: Verb,
     /// Print the result as JSON
-    #[arg(long, global = true)]
+    #[arg(long, global = true, display_order = 1000)]
     json: bool,
     /// Print no progress
-    #[arg(long, short, global = true)]
+    #[arg(long, short, global = true, display_order = 1001)]
     quiet: bool,
 }
 
@@ -61,6 +62,8 @@ enum Verb {
     Export(export::Args),
     Run(run::Args),
     Sweep(sweep::Args),
+    Completions(shell::CompletionsArgs),
+    Man(shell::ManArgs),
     #[command(hide = true)]
     PeakMemory(bench::MemoryArgs),
 }
@@ -85,7 +88,7 @@ pub fn main(torch: RunTorchVerb) -> ! {
     // SAFETY: both programs call this first, and have started no thread.
     unsafe { crate::runtime::keep_telemetry_off() };
     let code = match Cli::try_parse() {
-        Ok(cli) => report(dispatch(cli, torch)),
+        Ok(cli) => report(cli.json, dispatch(cli, torch)),
         // Help and version are no errors; clap prints both kinds where they belong.
         Err(error) if error.print().is_ok() && !error.use_stderr() => 0,
         Err(_) => 2,
@@ -93,13 +96,13 @@ pub fn main(torch: RunTorchVerb) -> ! {
     end(code)
 }
 
-fn report(result: anyhow::Result<Outcome>) -> i32 {
+fn report(json: bool, result: anyhow::Result<Outcome>) -> i32 {
     match result {
         Ok(Outcome::Done) => 0,
         Ok(Outcome::GateFailed) => 1,
         Err(error) if output::is_closed_pipe(&error) => 0,
         Err(error) => {
-            output::print_error(&error);
+            output::print_error(&error, json);
             2
         }
     }
@@ -130,6 +133,8 @@ impl Verb {
             Verb::Verify(_) => "verifying the model",
             Verb::Export(_) => "exporting the model",
             Verb::Run(_) | Verb::Sweep(_) => "running the recipe",
+            Verb::Completions(_) => "printing completions",
+            Verb::Man(_) => "writing manual pages",
         }
     }
 }
@@ -166,6 +171,8 @@ fn run_verb(verb: Verb, context: &Context, torch: RunTorchVerb) -> anyhow::Resul
         Verb::Export(args) => export::run(args, context),
         Verb::Run(args) => torch(TorchVerb::Run(args), context),
         Verb::Sweep(args) => torch(TorchVerb::Sweep(args), context),
+        Verb::Completions(args) => shell::completions(args),
+        Verb::Man(args) => shell::man(args, context),
         Verb::PeakMemory(args) => bench::run_memory(args, context),
     }
 }

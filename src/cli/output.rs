@@ -6,6 +6,8 @@ use std::io::{self, Write};
 use owo_colors::OwoColorize;
 use serde::Serialize;
 
+use crate::base::Error;
+
 /// Where and how results are written.
 #[derive(Clone, Copy, Debug)]
 pub struct Output {
@@ -43,18 +45,44 @@ impl Output {
     }
 }
 
-/// Prints an error with what caused it, the outermost first.
-pub fn print_error(error: &anyhow::Error) {
-    let mut stream = anstream::stderr().lock();
-    let _ = writeln!(stream, "{} {error}", "error:".red().bold());
+/// What programs read in place of a result with `--json`.
+#[derive(Serialize)]
+struct Failure<'a> {
+    error: FailureText<'a>,
+}
+
+#[derive(Serialize)]
+struct FailureText<'a> {
+    /// As [`Error::code`] gives it; `other` for errors of other libraries.
+    code: &'a str,
+    message: String,
+    caused_by: &'a [String],
+}
+
+/// Prints an error with what caused it, the outermost first: on standard error, with `json` also on standard output as
+/// `{"error": {"code", "message", "caused_by"}}`.
+pub fn print_error(error: &anyhow::Error, json: bool) {
+    let mut causes = Vec::new();
     let mut said = error.to_string();
     for cause in error.chain().skip(1) {
         // An error whose own text ends with its cause has told it.
         let text = cause.to_string();
         if !said.ends_with(&text) {
-            let _ = writeln!(stream, "  caused by: {text}");
+            causes.push(text.clone());
         }
         said = text;
+    }
+    let mut stream = anstream::stderr().lock();
+    let _ = writeln!(stream, "{} {error}", "error:".red().bold());
+    for cause in &causes {
+        let _ = writeln!(stream, "  caused by: {cause}");
+    }
+    if json {
+        let code = error.chain().find_map(|cause| cause.downcast_ref::<Error>()).map_or("other", Error::code);
+        let text = FailureText { code, message: error.to_string(), caused_by: &causes };
+        if let Ok(text) = serde_json::to_string_pretty(&Failure { error: text }) {
+            let _ = writeln!(io::stdout().lock(), "{text}");
+        }
     }
 }
 

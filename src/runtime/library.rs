@@ -55,12 +55,17 @@ pub(super) fn environment() -> Result<Environment> {
     Ok(environment)
 }
 
-/// The library's path and where that path comes from.
+/// The library's path and where that path comes from: the variable, `../lib` beside the program as in a package, where it
+/// was at build time, the system.
 fn library_path() -> (PathBuf, String) {
     if let Some(path) = std::env::var_os(VARIABLE).filter(|path| !path.is_empty()) {
         return (path.into(), format!("from {VARIABLE}"));
     }
     let name = format!("{}onnxruntime{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX);
+    let packed = std::env::current_exe().ok().and_then(|own| Some(own.parent()?.parent()?.join("lib").join(&name)));
+    if let Some(path) = packed.filter(|path| path.is_file()) {
+        return (path, "beside this program".to_string());
+    }
     match option_env!("INTERLACE_ORT_DYLIB_PATH") {
         Some(path) if std::path::Path::new(path).exists() => (path.into(), "from the build".to_string()),
         _ => (name.clone().into(), format!("`{name}` from the system")),

@@ -73,6 +73,41 @@ fn usage_errors_exit_with_2_and_say_what_is_wrong() {
     }
 }
 
+#[test]
+fn with_json_an_error_is_json_with_a_code() {
+    let folder = tempfile::tempdir().expect("folder");
+    for (arguments, code) in [
+        (&["inspect", "nowhere", "--json"][..], "file"),
+        (&["prune", &fixture("model"), "--drop", "99", "-o", "out", "--json"], "invalid"),
+    ] {
+        let output = interlace(folder.path(), arguments);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}");
+        let found: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON alone");
+        assert_eq!(found["error"]["code"], code, "{found}");
+        let message = found["error"]["message"].as_str().expect("a message");
+        assert!(stderr(&output).contains(message), "{found}");
+    }
+}
+
+#[test]
+fn shells_and_man_know_every_verb() {
+    let folder = tempfile::tempdir().expect("folder");
+    let verbs = interlace::cli::verbs();
+    for shell in ["bash", "zsh", "fish"] {
+        let text = String::from_utf8(interlace(folder.path(), &["completions", shell]).stdout).expect("text");
+        assert!(verbs.iter().all(|(name, _)| text.contains(name.as_str())), "{shell}");
+    }
+    let output = interlace(folder.path(), &["man", "--output", "nowhere"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("mkdir"), "{}", stderr(&output));
+    let output = interlace(folder.path(), &["man", "--output", "."]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    for (name, _) in verbs.iter().filter(|(name, _)| name != "help") {
+        let page = fs::read_to_string(folder.path().join(format!("interlace-{name}.1"))).expect("a page");
+        assert!(page.contains("Example"), "{name}");
+    }
+}
+
 /// A file or folder of `fixtures/`.
 pub fn fixture(path: &str) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(path);

@@ -1,0 +1,46 @@
+//! `interlace completions` and `interlace man`: what a shell and `man` know of this program, made from its own arguments.
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use clap::CommandFactory;
+
+use crate::base::Error;
+
+use super::{Cli, Context, Outcome};
+
+/// Print the completions of a shell
+#[derive(clap::Args)]
+#[command(after_help = "Example:\n  interlace completions bash > ~/.local/share/bash-completion/completions/interlace")]
+pub struct CompletionsArgs {
+    /// Shell that reads them
+    shell: clap_complete::Shell,
+}
+
+pub fn completions(args: CompletionsArgs) -> anyhow::Result<Outcome> {
+    let mut text = Vec::new();
+    clap_complete::generate(args.shell, &mut Cli::command(), "interlace", &mut text);
+    std::io::stdout().lock().write_all(&text)?;
+    Ok(Outcome::Done)
+}
+
+/// Write the manual pages, one per verb
+#[derive(clap::Args)]
+#[command(after_help = "Example:\n  interlace man --output ~/.local/share/man/man1 && man interlace-prune")]
+pub struct ManArgs {
+    /// Existing folder for the pages; pages of the same names are replaced
+    #[arg(long, short, value_name = "FOLDER")]
+    output: PathBuf,
+}
+
+pub fn man(args: ManArgs, context: &Context) -> anyhow::Result<Outcome> {
+    if !args.output.is_dir() {
+        let problem = "is not a folder, and the pages are written into one";
+        return Err(Error::invalid(format!("`{}`", args.output.display()), problem)
+            .remedy("make it first, for instance with `mkdir -p`")
+            .into());
+    }
+    clap_mangen::generate_to(Cli::command(), &args.output).map_err(|e| Error::io("write into", &args.output, e))?;
+    context.output.note(format!("manual pages are in `{}`", args.output.display()));
+    Ok(Outcome::Done)
+}
