@@ -9,13 +9,15 @@ use tch::{Device, Tensor};
 
 use crate::base::{Error, Result, Sha256Digest, StagedDir, read_json, write_json};
 
-use super::fit::LayerFit;
-use super::search::RateTrial;
-use super::torch_error;
+use crate::finetune::error::torch_error;
+use crate::finetune::record::Totals;
 
 const SCHEMA_VERSION: u32 = 1;
 const STATE: &str = "state.json";
 const TENSORS: &str = "tensors.safetensors";
+const CHECKPOINT_FOLDER: &str = "checkpoints";
+/// What the names of cached outputs begin with.
+const CACHES: &[&str] = &["hidden-", "stream-", "streams-", "answers-"];
 
 /// What a run was made of and how far it came. The order of samples and the learning rate follow from the step.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -29,22 +31,6 @@ pub struct State {
     pub inputs: BTreeMap<String, Sha256Digest>,
     /// Sums that the final report needs, over the steps done.
     pub totals: Totals,
-}
-
-/// What was done before the first step, and running sums over the optimiser steps.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Totals {
-    #[serde(default)]
-    pub fitted: Vec<LayerFit>,
-    #[serde(default)]
-    pub fit_seconds: f64,
-    #[serde(default)]
-    pub trials: Vec<RateTrial>,
-    pub tokens: u64,
-    pub answer_tokens: u64,
-    pub first_loss: Option<f64>,
-    pub last_loss: Option<f64>,
-    pub train_seconds: f64,
 }
 
 impl State {
@@ -129,6 +115,37 @@ impl Checkpoints {
     }
 }
 
+/// The checkpoints in a work folder.
+///
+/// Errors: `Error::Io`.
+pub fn checkpoints(work: &Path) -> Result<Checkpoints> {
+    Checkpoints::open(&work.join(CHECKPOINT_FOLDER))
+}
+
+/// What the newest checkpoint in a work folder has behind it, if there is one.
+///
+/// Errors: as `Checkpoints::latest`.
+pub fn begun(work: &Path) -> Result<Option<Totals>> {
+    let newest = checkpoints(work)?.latest()?;
+    Ok(newest.map(|(state, _)| state.totals))
+}
+
+/// Removes what a run kept to go on from: checkpoints, the frozen part's outputs, the dense model's targets. Metrics
+/// stay. Call it once the run's result is written.
+///
+/// Errors: `Error::Io`.
+pub fn clear_work(work: &Path) -> Result<()> {
+    checkpoints(work)?.clear()?;
+    for entry in fs::read_dir(work).map_err(|e| Error::io("read", work, e))? {
+        let path = entry.map_err(|e| Error::io("read", work, e))?.path();
+        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        if CACHES.iter().any(|start| name.starts_with(start)) {
+            fs::remove_file(&path).map_err(|e| Error::io("remove", &path, e))?;
+        }
+    }
+    Ok(())
+}
+
 /// Refuses to go on from a checkpoint of another run.
 ///
 /// Errors: `Error::Invalid` naming what differs.
@@ -180,8 +197,8 @@ pub fn restore_some(folder: &Path, into: Vec<(String, Tensor)>) -> Result<Vec<St
 
 #[cfg(test)]
 mod tests {
-    use super::super::optimizer::{OptimizerKind, Parameter};
     use super::*;
+    use crate::finetune::optim::{OptimizerKind, Parameter};
 
     fn parameters() -> Vec<Parameter> {
         let mut parameter = Parameter::new(

@@ -7,7 +7,7 @@ use tch::{Kind, Reduction, Tensor};
 
 use crate::base::{Error, Result};
 
-use super::torch_error;
+use crate::finetune::error::torch_error;
 
 /// The name of a loss term.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]

@@ -1,6 +1,6 @@
 //! The whole of a finetuning run: cut, compute the frozen part, train, put the weights back.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::panic::resume_unwind;
 use std::path::Path;
 use std::sync::Arc;
@@ -10,35 +10,21 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::Device as TorchDevice;
 
-use crate::analysis::{Analysis, analyse};
 use crate::base::{Cancel, Device, Error, Provenance, Result, Sha256Digest, sha256_json};
 use crate::bundle::{Bundle, Role};
-use crate::ir::{Model, ValueId};
+use crate::data::LeftOut;
+use crate::finetune::checkpoint::begun;
+use crate::finetune::cut::{Cut, FitTarget, replaced, side_inputs};
+use crate::finetune::data::{Course, Lesson, Source, Store, Teacher, TrainingSet};
+use crate::finetune::loss;
+use crate::finetune::plan::anchor_points;
+use crate::finetune::record::{LayerFit, METRICS_FILE, RateTrial, StepMetrics, Totals, best};
+use crate::finetune::settings::Settings;
+use crate::finetune::student::Student;
+use crate::finetune::train::{Run, Summary, fit, search, train, worker_count};
+use crate::ir::Model;
 use crate::rewrite::extract;
 use crate::runtime::{Decoder, FeatureCache, Runtime, SessionOptions, VlmSession};
-
-use super::batch::TrainingSet;
-use super::checkpoint::Totals;
-use super::fit::{LayerFit, Target, fit};
-use super::loss;
-use super::metrics::StepMetrics;
-use super::part::Run;
-use crate::data::LeftOut;
-
-use super::prefix::Store;
-use super::product::products_of;
-use super::search::{self, RateTrial, search};
-use super::settings::Settings;
-use super::source::Source;
-use super::student::{Student, side_inputs, token_inputs};
-use super::suffix::Suffix;
-use super::teacher::{Course, Lesson, Teacher, anchor_points};
-use super::trainer::{self, METRICS_FILE, Summary};
-use super::weights::{replaced, trained_weights};
-use super::workers;
-
-/// What the names of cached outputs begin with.
-const CACHES: &[&str] = &["hidden-", "stream-", "streams-", "answers-"];
 
 /// What to finetune, on what, and how.
 pub struct Request<'a> {
@@ -111,16 +97,6 @@ pub struct Report {
 impl Report {
     /// Version of the report's schema.
     pub const SCHEMA_VERSION: u32 = 1;
-}
-
-/// The graph with everything that the cut needs to know.
-struct Cut {
-    analysis: Analysis,
-    trained: Vec<ValueId>,
-    /// The first trained layer.
-    first: usize,
-    /// The residual stream before the first trained layer and after it and each later one.
-    streams: Vec<ValueId>,
 }
 
 /// Finetunes the layers and gives the decoder with their new weights. Nothing of the bundle is changed.
@@ -211,17 +187,20 @@ pub fn finetune_with_teacher(
         dataset.targets = targets;
     }
     let mut students = vec![student];
-    while students.len() < workers::count(device) {
+    while students.len() < worker_count(device) {
         let mut twin = compile()?;
         twin.work_for(&students[0])?;
         students.push(twin);
     }
-    let targets =
-        if settings.fit || settings.layer_by_layer() { cut.targets(request.layers, settings)? } else { vec![] };
+    let targets = if settings.fit || settings.layer_by_layer() {
+        cut.targets(request.layers, !settings.trains())?
+    } else {
+        vec![]
+    };
     let (work, resume) = (request.work, request.resume);
     let run = Run { settings, device, first: cut.first, inputs: &inputs, work, resume, cancel };
-    let resumed = if request.resume { trainer::begun(request.work)? } else { None };
-    let begun = match resumed {
+    let resumed = if request.resume { begun(request.work)? } else { None };
+    let done = match resumed {
         Some(totals) => totals,
         None => begin(&run, &targets, &mut students, &mut dataset)?,
     };
@@ -229,10 +208,10 @@ pub fn finetune_with_teacher(
         // The fit alone wanted them; steps would read them for nothing.
         dataset.targets.streams.clear();
     }
-    let rate = search::best(&begun.trials).unwrap_or(settings.learning_rate);
+    let rate = best(&done.trials).unwrap_or(settings.learning_rate);
     let chosen = Settings { learning_rate: rate, ..settings.clone() };
     let run = Run { settings: &chosen, ..run };
-    let summary = search::train(run, &targets, &mut students, &mut dataset, begun, observer)?;
+    let summary = train(run, &targets, &mut students, &mut dataset, done, observer)?;
     let tensors = students[0].trained()?;
     let decoder = replaced(&decoder, tensors)?;
     let report = report(request, rate, inputs, &dataset, left_out, &summary)?;
@@ -241,7 +220,7 @@ pub fn finetune_with_teacher(
 
 /// What comes before the first step: the fit of all layers, where they are trained at once, and the choice of the learning
 /// rate.
-fn begin(run: &Run<'_>, targets: &[Target], students: &mut [Student], dataset: &mut TrainingSet) -> Result<Totals> {
+fn begin(run: &Run<'_>, targets: &[FitTarget], students: &mut [Student], dataset: &mut TrainingSet) -> Result<Totals> {
     let mut totals = Totals::default();
     if run.settings.fit && !run.settings.layer_by_layer() {
         let began = Instant::now();
@@ -252,70 +231,6 @@ fn begin(run: &Run<'_>, targets: &[Target], students: &mut [Student], dataset: &
         totals.trials = search(run, targets, students, dataset)?;
     }
     Ok(totals)
-}
-
-/// Removes what a run kept to go on from: checkpoints, the frozen part's outputs, the dense model's targets. Metrics
-/// stay. Call it once the run's result is written.
-///
-/// Errors: `Error::Io`.
-pub fn clear_work(work: &Path) -> Result<()> {
-    super::trainer::clear_checkpoints(work)?;
-    for entry in std::fs::read_dir(work).map_err(|e| Error::io("read", work, e))? {
-        let path = entry.map_err(|e| Error::io("read", work, e))?.path();
-        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        if CACHES.iter().any(|start| name.starts_with(start)) {
-            std::fs::remove_file(&path).map_err(|e| Error::io("remove", &path, e))?;
-        }
-    }
-    Ok(())
-}
-
-impl Cut {
-    fn new(decoder: &Model, layers: &[usize]) -> Result<Self> {
-        let analysis = analyse(decoder)?;
-        let trained = trained_weights(&analysis.model.graph, &analysis.map, layers)?;
-        let first = layers.iter().copied().min().unwrap_or(0);
-        let map = &analysis.map;
-        let streams = map.layers[first..]
-            .iter()
-            .map(|layer| layer.input)
-            .chain(map.layers.last().map(|layer| layer.output))
-            .collect();
-        Ok(Cut { trained, first, streams, analysis })
-    }
-
-    fn suffix(&self) -> Result<Suffix> {
-        let graph = &self.analysis.model.graph;
-        let trained: HashSet<ValueId> = self.trained.iter().copied().collect();
-        Suffix::find(graph, &self.streams, self.analysis.map.result, &token_inputs(graph), &trained)
-    }
-
-    /// The trained layers, ascending, with the products to fit in each.
-    ///
-    /// Errors: `Error::Unsupported` when nothing follows the fit and a layer has none.
-    fn targets(&self, layers: &[usize], settings: &Settings) -> Result<Vec<Target>> {
-        let graph = &self.analysis.model.graph;
-        let trained: HashSet<ValueId> = self.trained.iter().copied().collect();
-        let mut layers = layers.to_vec();
-        layers.sort_unstable();
-        layers.dedup();
-        let mut targets = Vec::with_capacity(layers.len());
-        for layer in layers {
-            let ends = &self.analysis.map.layers[layer];
-            let products = products_of(graph, ends.input, ends.output, &trained);
-            if let (Err(problem), false) = (&products, settings.trains()) {
-                return Err(Error::unsupported(format!("fitting layer {layer}"), problem.clone())
-                    .remedy("take a recipe with steps after the fit, `best` for instance"));
-            }
-            targets.push(Target { layer: layer - self.first, products });
-        }
-        Ok(targets)
-    }
-
-    /// True when the first trained layer reads the embeddings themselves, as they enter the graph.
-    fn begins_at_input(&self) -> bool {
-        self.analysis.model.graph.body.inputs.contains(&self.streams[0])
-    }
 }
 
 /// The stream before the first trained layer: from disk, from the dense model where that has it and is to be run anyway, or

@@ -5,67 +5,17 @@ use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
 use crate::base::{Error, Result};
-use crate::ir::{DataType, Dim, Graph, Model, ValueId};
+use crate::ir::{Dim, Model, ValueId};
 use crate::prompt::Array;
 use crate::rewrite::fuse_kernels;
-use crate::runtime::{Input, Kind as InputKind, Port, Training};
+use crate::runtime::{Input, Kind as InputKind, Training};
 use crate::torch::{self, Options, Program};
 
-use super::batch::{Batch, SideInputs};
-use super::loss::LossKind;
-use super::settings::Precision;
-use super::suffix::Suffix;
-use super::torch_error;
-
-/// The inputs of a decoder that hold its tokens.
-pub fn token_inputs(graph: &Graph) -> Vec<ValueId> {
-    let tokens = |id: &ValueId| {
-        let port = Port::of_value(graph, *id);
-        let input = port.and_then(|port| Input::all("", [&port]).ok()?.pop());
-        input.is_some_and(|input| input.row.training == Training::ShapeOnly)
-    };
-    graph.body.inputs.iter().copied().filter(tokens).collect()
-}
-
-/// What a pass reads for each token besides the stream.
-///
-/// Errors: `Error::Unsupported` for an input that is not known, or whose width the graph leaves open.
-pub fn side_inputs(graph: &Graph, suffix: &Suffix) -> Result<SideInputs> {
-    let inputs = inputs(graph, suffix)?;
-    let open = |input: &Input| {
-        Error::unsupported(format!("decoder input {}", input.port.described()), "leaves its width open")
-    };
-    let mut side = SideInputs::default();
-    for (_, input) in inputs {
-        match input.kind() {
-            InputKind::InputsEmbeds if suffix.reads_tokens => {
-                side.widths.embeddings = input.port.width().ok_or_else(|| open(&input))?;
-            }
-            InputKind::InputIds if suffix.reads_tokens => {
-                let problem = "is read past the residual stream, so the frozen layers before it cannot be left out";
-                return Err(Error::unsupported(format!("decoder input {}", input.port.described()), problem));
-            }
-            InputKind::Deepstack => {
-                let levels =
-                    if input.is_stacked() { input.port.fixed_size(0) } else { Some(input.levels.len().max(1)) };
-                (side.widths.levels, side.widths.level_width) =
-                    levels.zip(input.port.width()).ok_or_else(|| open(&input))?;
-                // Those that the suffix does not read are kept too, so that the others keep their places.
-                let all = |level: &usize| Input { number: Some(*level), ..input.clone() };
-                side.deepstack = match input.levels.is_empty() {
-                    true => vec![input],
-                    false => input.levels.iter().map(all).collect(),
-                };
-            }
-            InputKind::PerLayerInputs => {
-                let sizes = (2..input.port.rank()).map(|axis| input.port.fixed_size(axis));
-                side.widths.per_layer = sizes.product::<Option<usize>>().ok_or_else(|| open(&input))?;
-            }
-            _ => {}
-        }
-    }
-    Ok(side)
-}
+use crate::finetune::cut::{Suffix, inputs_of};
+use crate::finetune::data::Batch;
+use crate::finetune::error::torch_error;
+use crate::finetune::loss::LossKind;
+use crate::finetune::settings::Precision;
 
 /// The trained part of a decoder.
 pub struct Student {
@@ -108,7 +58,7 @@ impl Student {
             autocast: (precision == Precision::Bf16).then_some(Kind::BFloat16),
         };
         let program = Program::compile(&fuse_kernels(model).0, &options)?;
-        let inputs = inputs(graph, &suffix)?;
+        let inputs = inputs_of(graph, &suffix)?;
         let by_layer = suffix
             .trained
             .iter()
@@ -270,26 +220,6 @@ impl Student {
             Error::invalid(format!("value `{}`", names.join("`, `")), "was not computed")
         })
     }
-}
-
-/// The graph's inputs that the suffix reads.
-fn inputs(graph: &Graph, suffix: &Suffix) -> Result<Vec<(ValueId, Input)>> {
-    let mut known = Vec::new();
-    for &id in &graph.body.inputs {
-        let subject = || format!("decoder input `{}`", graph.name(id));
-        match Port::of_value(graph, id) {
-            Some(port) if torch::kind_of(port.dtype).is_some() && port.dtype != DataType::String => {
-                known.push((id, port));
-            }
-            _ if !suffix.inputs.contains(&id) => {}
-            Some(port) => return Err(Error::unsupported(subject(), format!("element type {}", port.dtype))),
-            None => return Err(Error::unsupported(subject(), "has no element type and shape")),
-        }
-    }
-    // Levels of features are counted among all inputs, also where the suffix reads the later ones alone.
-    let inputs = Input::all("the decoder", known.iter().map(|(_, port)| port))?;
-    let all = known.iter().map(|(id, _)| *id).zip(inputs);
-    Ok(all.filter(|(id, _)| suffix.inputs.contains(id)).collect())
 }
 
 /// The tensor for one input.

@@ -1,7 +1,7 @@
 //! Whole runs on the shipped model.
 
-#[path = "lesson_tests.rs"]
-mod lessons;
+#[path = "teacher_tests.rs"]
+mod teacher;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -188,6 +188,54 @@ fn files_of_a_module_do_not_import_in_circles() {
     assert_eq!(circle(&ring.into()), Some(vec!["b".to_string(), "c".to_string()]));
 }
 
+/// The rooms of large modules, from the top: each imports those below it alone, by `crate::MODULE::ROOM`.
+const ROOMS: &[(&str, &[&str])] = &[(
+    "finetune",
+    &["run", "train", "student", "checkpoint", "data", "plan", "cut", "settings", "optim", "record", "loss", "error"],
+)];
+
+#[test]
+fn rooms_of_large_modules_import_downwards() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut wrong = Vec::new();
+    for (module, rooms) in ROOMS {
+        let mut files: BTreeMap<&str, BTreeMap<String, Vec<String>>> = BTreeMap::new();
+        for (_, path, code) in modules().into_iter().filter(|(name, ..)| name == module) {
+            let relative = path.strip_prefix(root.join(module)).expect("below the module");
+            let first = relative.components().next().expect("a name").as_os_str().to_string_lossy().replace(".rs", "");
+            if first == "mod" || first.ends_with("tests") {
+                continue;
+            }
+            let Some(own) = rooms.iter().position(|room| *room == first) else {
+                wrong.push(format!("{}: `{first}` is no room of `{module}`", path.display()));
+                continue;
+            };
+            for name in names_after(&code, &format!("crate::{module}::")) {
+                match rooms.iter().position(|room| *room == name) {
+                    Some(other) if other >= own => {}
+                    _ => wrong.push(format!("{}: `{first}` imports `{name}`, which is not below it", path.display())),
+                }
+            }
+            let file = path.file_stem().expect("a name").to_string_lossy().into_owned();
+            let code = code.split("#[cfg(test)]").next().unwrap_or_default();
+            if relative.components().count() > 1 && file != "mod" && !file.ends_with("tests") {
+                if code.contains("super::super::") {
+                    wrong.push(format!("{}: climbs out of its room by `super::super`", path.display()));
+                }
+                let imports = names_after(code, "use super::").into_iter().map(str::to_string).collect();
+                files.entry(rooms[own]).or_default().insert(file, imports);
+            }
+        }
+        assert!(files.len() > 3, "{module}: {} rooms found", files.len());
+        for (room, imports) in files {
+            if let Some(found) = circle(&imports) {
+                wrong.push(format!("{module}/{room}: {} import in a circle", found.join(" -> ")));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
 #[test]
 fn heavy_dependencies_stay_with_their_owners() {
     let mut wrong = Vec::new();

@@ -11,13 +11,13 @@ use tch::{Device, Tensor};
 
 use crate::base::{Error, Result, thread_count};
 
-use super::batch::TrainingSet;
 use super::gradient::{self, Counts};
-use super::loss::LossKind;
-use super::optimizer::{Optimizer, Parameter};
-use super::settings::Settings;
-use super::student::Student;
-use super::torch_error;
+use crate::finetune::data::TrainingSet;
+use crate::finetune::error::torch_error;
+use crate::finetune::loss::LossKind;
+use crate::finetune::optim::{Optimizer, Parameter};
+use crate::finetune::settings::Settings;
+use crate::finetune::student::Student;
 
 /// Most tokens, padding included, that one forward pass on a processor takes, longer samples aside: enough to keep the
 /// matrix products busy, few enough that what is kept for the backward pass stays small.
@@ -234,8 +234,8 @@ pub fn optimize(
 
 #[cfg(test)]
 mod tests {
-    use super::super::optimizer::OptimizerKind;
     use super::*;
+    use crate::finetune::optim::OptimizerKind;
     use tch::Kind;
 
     #[test]
@@ -274,7 +274,7 @@ mod tests {
             |size: &[i64]| Tensor::arange(size.iter().product::<i64>(), (Kind::Float, Device::Cpu)).sin().view(size);
         let sizes: [&[i64]; 5] = [&[3], &[20, 50], &[1], &[7, 11], &[2, 9, 4]];
         for kind in [OptimizerKind::AdamW, OptimizerKind::Muon] {
-            let optimizer = Optimizer::new(&Settings { weight_decay: 0.1, ..Settings::default() });
+            let optimizer = Optimizer::new(Settings { weight_decay: 0.1, ..Settings::default() }.constants());
             let make = || -> Vec<Parameter> {
                 sizes.iter().map(|size| Parameter::new("w", values(size), kind).unwrap()).collect()
             };

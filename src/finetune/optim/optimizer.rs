@@ -8,8 +8,7 @@ use crate::base::{Error, Result};
 
 use super::adamw::{AdamW, Moments};
 use super::muon::Muon;
-use super::settings::Settings;
-use super::torch_error;
+use crate::finetune::error::torch_error;
 
 /// The name of an optimiser.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -91,7 +90,16 @@ impl Parameter {
     }
 }
 
-/// The optimisers' constants.
+/// What a user sets of the optimisers.
+#[derive(Clone, Copy, Debug)]
+pub struct Constants {
+    pub beta1: f64,
+    pub beta2: f64,
+    pub epsilon: f64,
+    pub weight_decay: f64,
+}
+
+/// Both optimisers, ready to take steps.
 #[derive(Clone, Copy, Debug)]
 pub struct Optimizer {
     adamw: AdamW,
@@ -99,9 +107,9 @@ pub struct Optimizer {
 }
 
 impl Optimizer {
-    /// With the constants of the settings.
-    pub fn new(settings: &Settings) -> Self {
-        let Settings { beta1, beta2, epsilon, weight_decay, .. } = *settings;
+    /// With these constants.
+    pub fn new(constants: Constants) -> Self {
+        let Constants { beta1, beta2, epsilon, weight_decay } = constants;
         Optimizer { adamw: AdamW { beta1, beta2, epsilon, weight_decay }, muon: Muon { momentum: beta1, weight_decay } }
     }
 

@@ -7,9 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::{Error, Result};
 
-use super::loss::{LossKind, Teacher};
-use super::optimizer::OptimizerKind;
-use super::schedule::Schedule;
+use crate::finetune::loss::{LossKind, Teacher};
+use crate::finetune::optim::{Constants, OptimizerKind, Schedule};
 
 /// Number format of the forward and backward pass; trained weights and the optimiser's state are always f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -263,6 +262,12 @@ impl Settings {
             *most = most.max(weight);
         }
         Settings { losses, stages: Vec::new(), ..self.clone() }
+    }
+
+    /// The optimisers' constants.
+    pub fn constants(&self) -> Constants {
+        let Settings { beta1, beta2, epsilon, weight_decay, .. } = *self;
+        Constants { beta1, beta2, epsilon, weight_decay }
     }
 
     /// Samples per optimiser step.

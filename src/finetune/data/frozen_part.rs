@@ -10,9 +10,10 @@ use crate::data::LeftOut;
 use crate::prompt::Prompt;
 use crate::runtime::{Embedded, Step, VlmSession};
 
-use super::batch::{Example, SideInputs, SideWidths, TrainingSet, total_tokens};
-use super::cache::{Element, Rows, RowsWriter};
+use super::batch::{Example, TrainingSet, total_tokens};
+use super::rows::{Element, Rows, RowsWriter};
 use super::source::{Sample, Source};
+use crate::finetune::cut::{SideInputs, SideWidths};
 
 const SCHEMA_VERSION: u32 = 1;
 /// Samples whose pictures are held at once, and go through the vision encoder together.

@@ -12,9 +12,9 @@ use tch::{Kind, Tensor};
 use crate::base::{Error, Result};
 use crate::torch;
 
-use super::optimizer::Parameter;
-use super::settings::Settings;
-use super::torch_error;
+use crate::finetune::error::torch_error;
+use crate::finetune::optim::Parameter;
+use crate::finetune::settings::Settings;
 
 /// The stream of the seeded generator that adapters draw from; the sampler's are counted from 0.
 const STREAM: u64 = u64::MAX;

@@ -6,11 +6,11 @@ use tch::{Kind, Tensor};
 
 use crate::base::{Error, Result};
 
-use super::batch::Batch;
-use super::loss::{self, Denominator, LossKind};
-use super::settings::Settings;
-use super::student::{Side, Student};
-use super::torch_error;
+use crate::finetune::data::Batch;
+use crate::finetune::error::torch_error;
+use crate::finetune::loss::{self, Denominator, LossKind};
+use crate::finetune::settings::Settings;
+use crate::finetune::student::{Side, Student};
 
 /// Tokens of a whole optimiser step, over which its sums become means.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -12,13 +12,14 @@ use crate::rewrite::extract;
 use crate::runtime::{Decoder, FeatureCache, Runtime, SessionOptions, VlmSession};
 
 use super::batch::{Example, StreamTarget, Targets, TrainingSet, total_tokens};
-use super::cache::{Element, Rows, RowsWriter};
-use super::loss::LossKind;
+use super::rows::{Element, Rows, RowsWriter};
 use crate::data::LeftOut;
+use crate::finetune::loss::LossKind;
+use crate::finetune::plan::{Point, points};
 
-use super::prefix::{self, Ready, Store, each_round};
-use super::settings::Settings;
+use super::frozen_part::{self, Ready, Store, each_round};
 use super::source::Source;
+use crate::finetune::settings::Settings;
 
 /// Bytes of logits that one run may give.
 const LOGIT_BYTES: usize = 256 << 20;
@@ -34,60 +35,6 @@ pub struct Teacher<'a> {
     pub kept: &'a [usize],
     /// The frozen layers that close a triplet, as the pruned model counts them.
     pub anchors: &'a [usize],
-}
-
-/// A point of the residual stream: before the student's layer of this number, and the dense layer before which the
-/// teacher's stream is to be matched; the number of layers stands for the end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Point {
-    student: usize,
-    dense: usize,
-}
-
-/// The points that the anchor term compares, ascending: behind every trained layer, which is before the anchor where it
-/// has one, and behind every anchor where the network is trained at once. So every trained layer has a target of its own.
-/// A layer that is healed by itself is not run through its anchor: that takes as long again and heals no better.
-pub fn anchor_points(anchors: &[usize], trained: &[usize], settings: &Settings) -> Vec<usize> {
-    let first = trained.iter().copied().min().unwrap_or(0);
-    let anchors = if settings.layer_by_layer() { &[] } else { anchors };
-    let behind = trained.iter().chain(anchors.iter().filter(|&&anchor| anchor > first));
-    let mut points: Vec<usize> = behind.map(|&layer| layer + 1).collect();
-    points.sort_unstable();
-    points.dedup();
-    points
-}
-
-/// The points that the stream terms compare, ascending.
-///
-/// A finetuned layer answers for what was dropped behind it, so the stream after it is matched with the dense stream
-/// before the next layer that was kept; the stream after a frozen layer with the dense stream after that same layer.
-fn points(
-    kept: &[usize],
-    anchors: &[usize],
-    trained: &[usize],
-    dense_layers: usize,
-    settings: &Settings,
-) -> Vec<Point> {
-    let layers = kept.len();
-    let first = trained.iter().copied().min().unwrap_or(0);
-    let dense_of = |student: usize| match student {
-        0 => 0,
-        _ if trained.contains(&(student - 1)) => kept.get(student).copied().unwrap_or(dense_layers),
-        _ => kept[student - 1] + 1,
-    };
-    let mut students: Vec<usize> = Vec::new();
-    if settings.weight(LossKind::Hidden) > 0.0 {
-        students.extend(first + 1..=layers);
-    }
-    if settings.weight(LossKind::Anchor) > 0.0 {
-        students.extend(anchor_points(anchors, trained, settings));
-    }
-    if settings.fit {
-        students.extend(trained.iter().map(|&layer| layer + 1));
-    }
-    students.sort_unstable();
-    students.dedup();
-    students.into_iter().map(|student| Point { student, dense: dense_of(student) }).collect()
 }
 
 /// What a run of the dense model is made of.
@@ -237,7 +184,7 @@ impl Course<'_> {
         let temperature = settings.kd_temperature;
         let max_tokens = settings.max_tokens as usize;
         let left_out = each_round(*source, "dense model", open, max_tokens, cancel, &mut |round, model| {
-            let kept = prefix::outputs(round, model, tokens_per_run, |sample, outputs| {
+            let kept = frozen_part::outputs(round, model, tokens_per_run, |sample, outputs| {
                 let example = &sample.example;
                 Ok(Kept {
                     streams: places.iter().map(|&place| outputs[place].to_vec()).collect(),
@@ -366,22 +313,5 @@ mod tests {
         for (found, want) in row.iter().zip(want) {
             assert!((f64::from(*found) - want).abs() < 1e-6, "{row:?}");
         }
-    }
-
-    /// Eight dense layers; 2 dropped and 3 trained with anchor 4, 6 dropped and 5 trained with anchor 7.
-    #[test]
-    fn points_of_the_stream_correspond() {
-        let kept = [0, 1, 3, 4, 5, 7];
-        let pairs = |kinds: &[LossKind], anchors: &[usize]| -> Vec<(usize, usize)> {
-            let losses = kinds.iter().map(|&kind| (kind, 1.0)).collect();
-            let points = points(&kept, anchors, &[2, 4], 8, &Settings { losses, ..Settings::default() });
-            points.iter().map(|point| (point.student, point.dense)).collect()
-        };
-        let all = [(3, 4), (4, 5), (5, 7), (6, 8)];
-        assert_eq!(pairs(&[LossKind::Ce, LossKind::Anchor], &[3, 5]), all);
-        assert_eq!(pairs(&[LossKind::Hidden], &[3, 5]), all);
-        assert_eq!(pairs(&[LossKind::Ce, LossKind::Anchor], &[]), [(3, 4), (5, 7)]);
-        // One layer after the other: nothing is looked at behind an anchor.
-        assert_eq!(pairs(&[LossKind::Anchor], &[3, 5]), [(3, 4), (5, 7)]);
     }
 }

@@ -1,30 +1,8 @@
-//! What decides a run besides the network and the samples, and how its steps fall into parts.
+//! How the steps of a run fall into parts.
 
-use std::collections::BTreeMap;
-use std::path::Path;
+use crate::finetune::settings::Settings;
 
-use tch::Device;
-
-use crate::base::{Cancel, Sha256Digest};
-
-use super::sampler;
-use super::settings::Settings;
-
-/// What decides a run besides the network and the samples.
-#[derive(Clone, Copy)]
-pub struct Run<'a> {
-    pub settings: &'a Settings,
-    pub device: Device,
-    /// The first trained layer, as the pruned model counts.
-    pub first: usize,
-    /// SHA-256 of what decides the result, by what it is; a checkpoint of other inputs is refused.
-    pub inputs: &'a BTreeMap<String, Sha256Digest>,
-    /// Folder for checkpoints and metrics.
-    pub work: &'a Path,
-    /// Goes on from the newest checkpoint in `work`, if there is one.
-    pub resume: bool,
-    pub cancel: &'a Cancel,
-}
+use super::order;
 
 /// The optimiser steps that belong together: all of a run, or those of one layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,7 +40,7 @@ impl Part {
 
 /// Optimiser steps that the settings ask for, over all layers at once.
 fn steps(settings: &Settings, samples: usize) -> u64 {
-    let all = || sampler::steps_per_epoch(settings, samples) * u64::from(settings.epochs);
+    let all = || order::steps_per_epoch(settings, samples) * u64::from(settings.epochs);
     if settings.trains() { settings.max_steps.unwrap_or_else(all) } else { 0 }
 }
 

@@ -11,16 +11,17 @@ use tch::{Device, Kind};
 
 use crate::base::{Error, Progress, Result};
 
-use super::batch::{Stream, TrainingSet};
-use super::cache::{Element, RowsWriter};
-use super::checkpoint::{Checkpoints, State, Totals, check_same_run, restore_some};
-use super::fit::{Target, fit};
-use super::metrics::StepMetrics;
-use super::part::{Part, Run};
-use super::student::Student;
-use super::torch_error;
-use super::trainer::{Summary, Trainer, all_weights, checkpoints, interrupted};
+use super::context::Run;
+use super::fit::fit;
+use super::trainer::{Summary, Trainer, all_weights, interrupted};
 use super::workers;
+use crate::finetune::checkpoint::{Checkpoints, State, check_same_run, checkpoints, restore_some};
+use crate::finetune::cut::FitTarget;
+use crate::finetune::data::{Element, RowsWriter, Stream, TrainingSet};
+use crate::finetune::error::torch_error;
+use crate::finetune::plan::Part;
+use crate::finetune::record::{StepMetrics, Totals};
+use crate::finetune::student::Student;
 
 /// Tokens whose stream is held at once between two layers, times the number of networks.
 const TOKENS_PER_ROUND: usize = 4096;
@@ -31,7 +32,7 @@ const TOKENS_PER_ROUND: usize = 4096;
 /// Errors: those of the fit and of the trainer; `Error::Interrupted` after leaving a checkpoint when the user asked to stop.
 pub fn heal(
     run: Run<'_>,
-    targets: &[Target],
+    targets: &[FitTarget],
     students: &mut [Student],
     dataset: &mut TrainingSet,
     begun: Totals,
@@ -50,7 +51,7 @@ pub fn heal(
 /// [`heal`], which leaves the stream that `dataset` began with in `first`.
 fn heal_each(
     run: Run<'_>,
-    targets: &[Target],
+    targets: &[FitTarget],
     students: &mut [Student],
     dataset: &mut TrainingSet,
     begun: Totals,
@@ -108,7 +109,7 @@ impl Progressed<'_> {
     /// The fit of a layer, unless it lies behind already.
     fn fit(
         &mut self,
-        target: &Target,
+        target: &FitTarget,
         students: &mut [Student],
         dataset: &TrainingSet,
         checkpoints: &Checkpoints,

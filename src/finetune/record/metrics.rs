@@ -10,6 +10,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::{Error, Result};
 
+/// Name of the file of metrics in a work folder.
+pub const METRICS_FILE: &str = "metrics.jsonl";
+
 /// One optimiser step.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct StepMetrics {

@@ -8,7 +8,7 @@ use tch::Tensor;
 use crate::base::Result;
 use crate::torch;
 
-use super::torch_error;
+use crate::finetune::error::torch_error;
 
 /// The running mean of a network's trained weights.
 pub struct Average {

@@ -1,6 +1,5 @@
 //! The loop: steps, accumulation, clipping, checkpoints and what is told on the way.
 
-use std::path::Path;
 use std::time::Instant;
 
 use tch::Tensor;
@@ -9,45 +8,18 @@ use crate::base::{Error, Progress, Result, list_preview, peak_memory_bytes};
 use crate::torch;
 
 use super::adapters::Adapters;
-use super::average::Average;
-use super::batch::TrainingSet;
-use super::checkpoint::{self, Checkpoints, State, Totals};
-use super::events::EventWriter;
-use super::metrics::{MetricsWriter, StepMetrics};
-use super::optimizer::{Optimizer, Parameter, clip_gradients};
-use super::part::{Part, Run};
-use super::sampler::{self, Step};
-use super::schedule::warmup_steps;
-use super::settings::Settings;
-use super::student::Student;
+use super::context::Run;
 use super::workers::{self, Sums};
+use crate::finetune::checkpoint::{self, Checkpoints, State, checkpoints};
+use crate::finetune::data::TrainingSet;
+use crate::finetune::optim::{Average, Optimizer, Parameter, clip_gradients, warmup_steps};
+use crate::finetune::plan::{Part, Step, order};
+use crate::finetune::record::{EventWriter, METRICS_FILE, MetricsWriter, StepMetrics, Totals};
+use crate::finetune::settings::Settings;
+use crate::finetune::student::Student;
 
-/// Where a run keeps what it writes while it goes.
-pub const METRICS_FILE: &str = "metrics.jsonl";
+/// Folder of TensorBoard event files in a work folder.
 const EVENT_FOLDER: &str = "events";
-const CHECKPOINT_FOLDER: &str = "checkpoints";
-
-/// The checkpoints in a work folder.
-///
-/// Errors: `Error::Io`.
-pub fn checkpoints(work: &Path) -> Result<Checkpoints> {
-    Checkpoints::open(&work.join(CHECKPOINT_FOLDER))
-}
-
-/// Removes the checkpoints in a work folder.
-///
-/// Errors: `Error::Io`.
-pub fn clear_checkpoints(work: &Path) -> Result<()> {
-    checkpoints(work)?.clear()
-}
-
-/// What the newest checkpoint in a work folder has behind it, if there is one.
-///
-/// Errors: as `Checkpoints::latest`.
-pub fn begun(work: &Path) -> Result<Option<Totals>> {
-    let newest = checkpoints(work)?.latest()?;
-    Ok(newest.map(|(state, _)| state.totals))
-}
 
 /// A run over a data set, or a part of one.
 pub struct Trainer<'a> {
@@ -102,10 +74,10 @@ impl<'a> Trainer<'a> {
         let Run { settings, work, cancel, .. } = self.run;
         let Part { before, steps: total, .. } = self.part;
         let lengths = self.dataset.lengths();
-        let per_epoch = sampler::steps_per_epoch(settings, lengths.len());
+        let per_epoch = order::steps_per_epoch(settings, lengths.len());
         let warmup = warmup_steps(settings.warmup_ratio, total);
         let stages = settings.by_stage(total);
-        let optimizer = Optimizer::new(settings);
+        let optimizer = Optimizer::new(settings.constants());
         let checkpoints = checkpoints(work)?;
         let (first, mut totals) = self.start(&checkpoints, begun)?;
         let mut metrics = MetricsWriter::open(&work.join(METRICS_FILE), before + first)?;
@@ -114,16 +86,16 @@ impl<'a> Trainer<'a> {
         let task = only.map_or("finetune".to_string(), |layer| format!("finetune layer {}", self.run.first + layer));
         let progress = Progress::new(&task, "steps", total);
         progress.set_position(first);
-        let mut order: Option<(u64, Vec<Step>)> = None;
+        let mut steps_of: Option<(u64, Vec<Step>)> = None;
         for done in first..total {
             if cancel.requested() {
                 return Err(interrupted(&self.save(&checkpoints, done, &totals)?, before + done, self.part.total));
             }
             let (epoch, position) = (done / per_epoch, (done % per_epoch) as usize);
-            if order.as_ref().is_none_or(|(of, _)| *of != epoch) {
-                order = Some((epoch, sampler::epoch(settings, &lengths, epoch)));
+            if steps_of.as_ref().is_none_or(|(of, _)| *of != epoch) {
+                steps_of = Some((epoch, order::epoch(settings, &lengths, epoch)));
             }
-            let Some(step) = order.as_ref().and_then(|(_, steps)| steps.get(position)) else { break };
+            let Some(step) = steps_of.as_ref().and_then(|(_, steps)| steps.get(position)) else { break };
             let began = Instant::now();
             let learning_rate = settings.learning_rate * settings.schedule.factor(done, warmup, total);
             let Some((_, stage)) = stages.iter().find(|(end, _)| done < *end) else { break };

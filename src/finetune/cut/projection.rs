@@ -7,7 +7,7 @@ use crate::ir::{Attribute, Graph, GraphIndex, Node, ValueId};
 
 /// `output = ... + operand @ weight`, the rest of it independent of the weight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Product {
+pub struct Projection {
     /// `[B, T, K]` or with rows joined, `[B * T, K]`.
     pub operand: ValueId,
     /// `[K, D]`, or `[D, K]` when `transposed`.
@@ -27,10 +27,10 @@ pub fn products_of(
     input: ValueId,
     output: ValueId,
     trained: &HashSet<ValueId>,
-) -> Result<Vec<Product>, String> {
+) -> Result<Vec<Projection>, String> {
     let index = GraphIndex::new(graph);
     let nodes = &graph.body.nodes;
-    let mut products: Vec<(usize, Product, bool)> = Vec::new();
+    let mut products: Vec<(usize, Projection, bool)> = Vec::new();
     let mut others: Vec<String> = Vec::new();
     // Each value with whether everything on its way to the output is read there alone.
     let mut pending = vec![(output, true)];
@@ -63,7 +63,7 @@ pub fn products_of(
     }
 }
 
-fn product(graph: &Graph, index: &GraphIndex, node: &Node, trained: &HashSet<ValueId>) -> Option<Product> {
+fn product(graph: &Graph, index: &GraphIndex, node: &Node, trained: &HashSet<ValueId>) -> Option<Projection> {
     let &[Some(operand), Some(right), ..] = node.inputs.as_slice() else { return None };
     let flag = |name: &str| node.attribute(name).map_or(Some(0), Attribute::as_int).map(|value| value != 0);
     let mut transposed = match node.op_type.as_str() {
@@ -89,7 +89,23 @@ fn product(graph: &Graph, index: &GraphIndex, node: &Node, trained: &HashSet<Val
     }
     let &[rows, columns] = graph.body.initializer(weight)?.dims.as_slice() else { return None };
     let width = usize::try_from(if transposed { columns } else { rows }).ok()?;
-    trained.contains(&weight).then_some(Product { operand, weight, transposed, width })
+    trained.contains(&weight).then_some(Projection { operand, weight, transposed, width })
+}
+
+/// A trained layer and the products to fit in it, or why there are none.
+#[derive(Clone)]
+pub struct FitTarget {
+    /// Counted from the first trained layer.
+    pub layer: usize,
+    pub products: Result<Vec<Projection>, String>,
+}
+
+impl FitTarget {
+    /// The layer with the last of its products alone.
+    pub fn last(&self) -> Self {
+        let last = |products: &Vec<Projection>| products.last().copied().into_iter().collect();
+        FitTarget { layer: self.layer, products: self.products.as_ref().map(last).map_err(Clone::clone) }
+    }
 }
 
 #[cfg(test)]
@@ -136,7 +152,7 @@ mod tests {
         let find =
             |trained: &[&str]| products_of(&graph, id("x"), id("y"), &trained.iter().map(|name| id(name)).collect());
         let product =
-            |operand, weight| Product { operand: id(operand), weight: id(weight), transposed: false, width: 2 };
+            |operand, weight| Projection { operand: id(operand), weight: id(weight), transposed: false, width: 2 };
         assert_eq!(find(&["w0", "w1"]), Ok(vec![product("x", "w0"), product("h", "w1")]));
         assert_eq!(find(&["w1"]), Ok(vec![product("h", "w1")]));
         assert!(find(&["w0"]).unwrap_err().contains("read by more"), "{:?}", find(&["w0"]));
@@ -155,6 +171,6 @@ mod tests {
         let (graph, id) =
             graph(&[("t", "Transpose", &["w1"]), ("p", "MatMul", &["x", "t"]), ("y", "Add", &["x", "p"])]);
         let found = products_of(&graph, id("x"), id("y"), &[id("w1")].into()).unwrap();
-        assert_eq!(found, [Product { operand: id("x"), weight: id("w1"), transposed: true, width: 2 }]);
+        assert_eq!(found, [Projection { operand: id("x"), weight: id("w1"), transposed: true, width: 2 }]);
     }
 }

@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 
 use crate::base::{Error, Result};
 
-use super::loss::LossKind;
-use super::optimizer::OptimizerKind;
-use super::schedule::Schedule;
-use super::settings::{Settings, Stage};
+use super::values::{Settings, Stage};
+use crate::finetune::loss::LossKind;
+use crate::finetune::optim::OptimizerKind;
+use crate::finetune::optim::Schedule;
 
 /// The recipe that is used when none is named.
 pub const DEFAULT_RECIPE: &str = "best";

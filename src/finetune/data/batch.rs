@@ -7,11 +7,12 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use crate::base::{Error, Result};
-use crate::runtime::{Embedded, Input, Side, Step};
+use crate::runtime::{Embedded, Side, Step};
 
-use super::cache::Rows;
-use super::loss::TopK;
-use super::torch_error;
+use super::rows::Rows;
+use crate::finetune::cut::SideWidths;
+use crate::finetune::error::torch_error;
+use crate::finetune::loss::TopK;
 
 /// One training sample without its numbers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -32,91 +33,6 @@ pub struct Example {
     /// `token_type_ids`; empty where all are 0 or nothing reads them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub types: Vec<i64>,
-}
-
-/// Widths of what a pass reads for each token besides the stream, kept as rows of numbers.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SideWidths {
-    /// The embeddings, where layers read them past the stream; 0 where none does.
-    #[serde(default)]
-    pub embeddings: usize,
-    /// Levels of DeepStack features; 0 where the pass reads none.
-    pub levels: usize,
-    /// Width of a level; its numbers are 0 at text.
-    pub level_width: usize,
-    /// The tokens' second embedding; 0 where the pass reads none.
-    pub per_layer: usize,
-}
-
-impl SideWidths {
-    /// Numbers in a row.
-    pub fn total(self) -> usize {
-        self.embeddings + self.levels * self.level_width + self.per_layer
-    }
-}
-
-/// The inputs of a decoder whose numbers are kept for passes, with their widths.
-#[derive(Clone, Debug, Default)]
-pub struct SideInputs {
-    pub widths: SideWidths,
-    /// Those of DeepStack features, each level once, in ascending order.
-    pub deepstack: Vec<Input>,
-}
-
-impl SideInputs {
-    /// A prompt's rows, one per token.
-    ///
-    /// Errors: `Error::Invalid` when the prompt does not hold what the inputs take.
-    pub fn rows(&self, embedded: &Embedded) -> Result<Vec<f32>> {
-        let (time, widths) = (embedded.len(), self.widths);
-        let step = Step::prefill(&[embedded], false)?;
-        let mut parts: Vec<(usize, Vec<f32>)> = Vec::new();
-        if widths.embeddings > 0 {
-            parts.push((widths.embeddings, step.embedding_rows(widths.embeddings)?));
-        }
-        for input in &self.deepstack {
-            let levels = step.deepstack_rows(input, widths.level_width)?;
-            parts.extend(levels.into_iter().map(|level| (widths.level_width, level)));
-        }
-        if widths.per_layer > 0 {
-            parts.push((widths.per_layer, embedded.side.per_layer.clone()));
-        }
-        let total: usize = parts.iter().map(|(width, _)| width).sum();
-        if total != widths.total() || parts.iter().any(|(width, data)| data.len() != width * time) {
-            let problem =
-                format!("takes {} numbers for each token besides the stream, a prompt has {total}", widths.total());
-            return Err(Error::invalid("the trained part of the decoder", problem)
-                .remedy("check that the components belong to one model"));
-        }
-        let mut rows = Vec::with_capacity(time * total);
-        for token in 0..time {
-            parts.iter().for_each(|(width, data)| rows.extend_from_slice(&data[token * width..][..*width]));
-        }
-        Ok(rows)
-    }
-}
-
-impl SideWidths {
-    /// The other way round: what a prompt holds, from its rows and from where its image tokens are.
-    fn prompt(self, rows: &[f32], positions: Vec<Vec<i64>>, image: Vec<bool>, types: Vec<i64>) -> Embedded {
-        let mut prompt = Embedded { positions, hidden_size: self.embeddings, ..Embedded::default() };
-        prompt.side.types = types;
-        if image.contains(&true) {
-            prompt.side.deepstack = vec![Vec::new(); self.levels];
-        }
-        for (row, &image) in rows.chunks_exact(self.total().max(1)).zip(&image) {
-            let (embeddings, rest) = row.split_at(self.embeddings);
-            let (deep, per_layer) = rest.split_at(self.levels * self.level_width);
-            prompt.data.extend_from_slice(embeddings);
-            if image {
-                let levels = deep.chunks_exact(self.level_width.max(1));
-                prompt.side.deepstack.iter_mut().zip(levels).for_each(|(level, own)| level.extend_from_slice(own));
-            }
-            prompt.side.per_layer.extend_from_slice(per_layer);
-        }
-        prompt.side.image = image;
-        prompt
-    }
 }
 
 impl Example {
@@ -378,7 +294,9 @@ fn matrix(bytes: &[u8], rows: &Rows) -> Result<Tensor, tch::TchError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::finetune::cache::{Element, RowsWriter};
+    use crate::finetune::cut::SideInputs;
+    use crate::finetune::data::rows::{Element, RowsWriter};
+    use crate::runtime::Input;
 
     fn training_set(folder: &std::path::Path) -> TrainingSet {
         let ids = [5i64, 6, 7, 8];

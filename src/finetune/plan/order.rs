@@ -5,7 +5,7 @@ use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
-use super::settings::Settings;
+use crate::finetune::settings::Settings;
 
 /// Optimiser steps' worth of samples that are sorted by length together when batches are grouped by length.
 const STEPS_PER_GROUP: usize = 16;

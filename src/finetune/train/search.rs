@@ -5,44 +5,29 @@
 //! after the pass, and their cross-entropy behind it is taken: rates that end as near to the dense stream as one another
 //! are not equally good at answering.
 
-use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
 use crate::base::{Error, Result, Sha256Digest, read_json, sha256_json, write_json};
 
-use super::batch::TrainingSet;
-use super::checkpoint::Totals;
-use super::fit::Target;
+use super::context::Run;
 use super::layered::heal;
-use super::loss::LossKind;
-use super::metrics::{StepMetrics, read_metrics};
-use super::part::{Part, Run};
-use super::run::clear_work;
-use super::sampler;
-use super::settings::Settings;
-use super::student::Student;
-use super::torch_error;
-use super::trainer::{METRICS_FILE, Summary, Trainer};
+use super::trainer::{Summary, Trainer};
 use super::workers;
+use crate::finetune::checkpoint::clear_work;
+use crate::finetune::cut::FitTarget;
+use crate::finetune::data::TrainingSet;
+use crate::finetune::error::torch_error;
+use crate::finetune::loss::LossKind;
+use crate::finetune::plan::{Part, order};
+use crate::finetune::record::{METRICS_FILE, RateTrial, StepMetrics, Totals, best, read_metrics};
+use crate::finetune::settings::Settings;
+use crate::finetune::student::Student;
 
 const SCHEMA_VERSION: u32 = 1;
 const TRIAL: &str = "trial.json";
 /// The part of a pass, at its end, over which the loss is taken.
 const JUDGED: f64 = 0.25;
-
-/// One candidate.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-pub struct RateTrial {
-    pub learning_rate: f64,
-    /// Absent where the pass diverged. Mean over the last quarter of the pass: of the cross-entropy where the recipe has it, of the whole loss otherwise.
-    /// Of a recipe that never looks at answers, their cross-entropy with the weights behind the pass.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub loss: Option<f64>,
-    /// What was no finite number, where the pass diverged.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub diverged: Option<String>,
-}
 
 /// What a finished trial leaves.
 #[derive(Serialize, Deserialize)]
@@ -50,12 +35,6 @@ struct Kept {
     schema_version: u32,
     key: Sha256Digest,
     trial: RateTrial,
-}
-
-/// The rate with the lowest loss, of equal ones the first; those that diverged are passed over.
-pub fn best(trials: &[RateTrial]) -> Option<f64> {
-    let judged = trials.iter().filter_map(|trial| Some((trial.learning_rate, trial.loss?)));
-    judged.min_by(|(_, a), (_, b)| a.total_cmp(b)).map(|(rate, _)| rate)
 }
 
 /// Tries each of the settings' `learning_rates`, with the fits of `targets` where layers are healed one after the other, and
@@ -67,7 +46,7 @@ pub fn best(trials: &[RateTrial]) -> Option<f64> {
 /// Errors: those of the runs; `Error::NotFinite` when all rates diverge; `Error::Interrupted` with a checkpoint of the trial left behind.
 pub fn search(
     run: &Run<'_>,
-    targets: &[Target],
+    targets: &[FitTarget],
     students: &mut [Student],
     dataset: &mut TrainingSet,
 ) -> Result<Vec<RateTrial>> {
@@ -83,7 +62,7 @@ pub fn search(
         })
         .collect();
     let before = copied.map_err(torch_error("the weights before the search"))?;
-    let pass = sampler::steps_per_epoch(settings, dataset.examples.len());
+    let pass = order::steps_per_epoch(settings, dataset.examples.len());
     let layers = if settings.layer_by_layer() { targets.len() as u64 } else { 1 };
     let mut trials = Vec::with_capacity(settings.learning_rates.len());
     for (number, &learning_rate) in settings.learning_rates.iter().enumerate() {
@@ -142,7 +121,7 @@ pub fn search(
 /// Errors: those of the trainer.
 pub fn train(
     run: Run<'_>,
-    targets: &[Target],
+    targets: &[FitTarget],
     students: &mut [Student],
     dataset: &mut TrainingSet,
     begun: Totals,
@@ -160,7 +139,7 @@ fn answers(settings: &Settings, students: &mut [Student], dataset: &mut Training
     let settings = Settings { losses: [(LossKind::Ce, 1.0)].into(), stages: Vec::new(), ..settings.clone() };
     dataset.want(0..0);
     let (mut sum, mut count) = (0.0, 0.0);
-    for step in sampler::epoch(&settings, &dataset.lengths(), 0) {
+    for step in order::epoch(&settings, &dataset.lengths(), 0) {
         let tokens: usize = step.iter().flatten().map(|&sample| dataset.examples[sample].targets.len()).sum();
         let sums = workers::run(students, dataset, &settings, &step, device)?;
         sum += sums.losses.get(&LossKind::Ce).copied().unwrap_or(0.0) * tokens as f64;

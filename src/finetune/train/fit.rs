@@ -15,19 +15,18 @@
 //! that stayed as it is, and set back where the layer then is farther from the dense stream than before. The layers are
 //! fitted from the first to the last, each on the stream that the fitted ones before it give.
 
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use crate::base::{Error, Progress, Result};
 
-use super::batch::TrainingSet;
-use super::part::Run;
-use super::product::Product;
-use super::sampler;
-use super::student::Student;
-use super::torch_error;
+use super::context::Run;
 use super::workers;
+use crate::finetune::cut::{FitTarget, Projection};
+use crate::finetune::data::TrainingSet;
+use crate::finetune::error::torch_error;
+use crate::finetune::plan::order;
+use crate::finetune::record::LayerFit;
+use crate::finetune::student::Student;
 
 /// Most tokens that a fit looks at: the stream of all of them is held.
 const MOST_TOKENS: usize = 1 << 17;
@@ -37,43 +36,6 @@ const RIDGES: [f64; 5] = [0.003, 0.01, 0.03, 0.3, 0.1];
 
 /// Every this many forward passes one is held out when the ridge is chosen.
 const HELD_OUT: usize = 4;
-
-/// What the fit of one layer did.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-pub struct LayerFit {
-    /// The layer, as the pruned model counts.
-    pub layer: usize,
-    /// The initializers that were fitted, in their order; none where the layer has no product to fit.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub weights: Vec<String>,
-    /// Why there is none.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub problem: Option<String>,
-    /// Mean over the tokens of the squared distance to the dense stream, relative to that stream's squared length.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub distance_before: Option<f64>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub distance_after: Option<f64>,
-    /// The ridge that was chosen for each of them.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub ridges: Vec<f64>,
-}
-
-/// A trained layer and the products to fit in it, or why there are none.
-#[derive(Clone)]
-pub struct Target {
-    /// Counted from the first trained layer.
-    pub layer: usize,
-    pub products: Result<Vec<Product>, String>,
-}
-
-impl Target {
-    /// The layer with the last of its products alone.
-    pub fn last(&self) -> Self {
-        let last = |products: &Vec<Product>| products.last().copied().into_iter().collect();
-        Target { layer: self.layer, products: self.products.as_ref().map(last).map_err(Clone::clone) }
-    }
-}
 
 /// Sums over the tokens.
 #[derive(Default)]
@@ -98,7 +60,7 @@ struct Pass {
 pub fn fit(
     run: &Run<'_>,
     students: &mut [Student],
-    targets: &[Target],
+    targets: &[FitTarget],
     dataset: &TrainingSet,
 ) -> Result<Vec<LayerFit>> {
     let _guard = tch::no_grad_guard();
@@ -114,7 +76,7 @@ pub fn fit(
 fn fit_each(
     run: &Run<'_>,
     students: &mut [Student],
-    targets: &[Target],
+    targets: &[FitTarget],
     dataset: &TrainingSet,
     done: &mut Vec<Fitted>,
 ) -> Result<Vec<LayerFit>> {
@@ -122,13 +84,13 @@ fn fit_each(
     let widths = targets.iter().flat_map(|target| &target.products).flatten().map(|product| product.width);
     let most = widths.max().unwrap_or(0).saturating_mul(settings.fit_tokens_per_feature as usize).min(MOST_TOKENS);
     let mut tokens = 0;
-    let order = sampler::epoch(settings, &dataset.lengths(), 0).concat().concat();
-    let count = order.iter().take_while(|&&sample| {
+    let drawn = order::epoch(settings, &dataset.lengths(), 0).concat().concat();
+    let count = drawn.iter().take_while(|&&sample| {
         tokens += dataset.examples[sample].length;
         tokens <= most
     });
-    let count = count.count().max(1).min(order.len());
-    let shares = workers::deal(dataset, order[..count].to_vec(), students.len()).into_iter();
+    let count = count.count().max(1).min(drawn.len());
+    let shares = workers::deal(dataset, drawn[..count].to_vec(), students.len()).into_iter();
     let pass = |(number, samples)| Pass { samples, held_out: number % HELD_OUT == HELD_OUT - 1, stream: None };
     let mut shares: Vec<Vec<Pass>> = shares.map(|share| share.into_iter().enumerate().map(pass).collect()).collect();
     let products = targets.iter().flat_map(|target| &target.products).map(Vec::len).sum::<usize>();
@@ -263,7 +225,7 @@ fn measure(
     pass: &mut Pass,
     from: usize,
     layer: usize,
-    product: &Product,
+    product: &Projection,
     device: Device,
 ) -> Result<Sums> {
     let batch = dataset.batch(&pass.samples, device)?;

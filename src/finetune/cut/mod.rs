@@ -1,0 +1,81 @@
+//! Where a decoder is cut for training: decided on the graph alone.
+
+mod inputs;
+mod projection;
+mod suffix;
+mod weights;
+
+use std::collections::HashSet;
+
+use crate::analysis::{Analysis, analyse};
+use crate::base::{Error, Result};
+use crate::ir::{Model, ValueId};
+
+pub use inputs::{SideInputs, SideWidths, inputs_of, side_inputs, token_inputs};
+pub use projection::{FitTarget, Projection, products_of};
+pub use suffix::Suffix;
+pub use weights::{replaced, trained_weights};
+
+/// The graph with everything that the cut needs to know.
+pub struct Cut {
+    pub analysis: Analysis,
+    pub trained: Vec<ValueId>,
+    /// The first trained layer.
+    pub first: usize,
+    /// The residual stream before the first trained layer and after it and each later one.
+    pub streams: Vec<ValueId>,
+}
+
+impl Cut {
+    /// Finds what is trained and where the graph is cut.
+    ///
+    /// Errors: `Error::Unsupported` and `Error::Invalid` for layers that cannot be trained.
+    pub fn new(decoder: &Model, layers: &[usize]) -> Result<Self> {
+        let analysis = analyse(decoder)?;
+        let trained = trained_weights(&analysis.model.graph, &analysis.map, layers)?;
+        let first = layers.iter().copied().min().unwrap_or(0);
+        let map = &analysis.map;
+        let streams = map.layers[first..]
+            .iter()
+            .map(|layer| layer.input)
+            .chain(map.layers.last().map(|layer| layer.output))
+            .collect();
+        Ok(Cut { trained, first, streams, analysis })
+    }
+
+    /// What training runs of the graph.
+    ///
+    /// Errors: as [`Suffix::find`].
+    pub fn suffix(&self) -> Result<Suffix> {
+        let graph = &self.analysis.model.graph;
+        let trained: HashSet<ValueId> = self.trained.iter().copied().collect();
+        Suffix::find(graph, &self.streams, self.analysis.map.result, &token_inputs(graph), &trained)
+    }
+
+    /// The trained layers, ascending, with the products to fit in each.
+    ///
+    /// Errors: `Error::Unsupported` when a layer has none and `must` have one.
+    pub fn targets(&self, layers: &[usize], must: bool) -> Result<Vec<FitTarget>> {
+        let graph = &self.analysis.model.graph;
+        let trained: HashSet<ValueId> = self.trained.iter().copied().collect();
+        let mut layers = layers.to_vec();
+        layers.sort_unstable();
+        layers.dedup();
+        let mut targets = Vec::with_capacity(layers.len());
+        for layer in layers {
+            let ends = &self.analysis.map.layers[layer];
+            let products = products_of(graph, ends.input, ends.output, &trained);
+            if let (Err(problem), true) = (&products, must) {
+                return Err(Error::unsupported(format!("fitting layer {layer}"), problem.clone())
+                    .remedy("take a recipe with steps after the fit, `best` for instance"));
+            }
+            targets.push(FitTarget { layer: layer - self.first, products });
+        }
+        Ok(targets)
+    }
+
+    /// True when the first trained layer reads the embeddings themselves, as they enter the graph.
+    pub fn begins_at_input(&self) -> bool {
+        self.analysis.model.graph.body.inputs.contains(&self.streams[0])
+    }
+}

@@ -1,0 +1,11 @@
+//! Optimisers, their state, and the schedule of the learning rate.
+
+mod adamw;
+mod average;
+mod muon;
+mod optimizer;
+mod schedule;
+
+pub use average::Average;
+pub use optimizer::{Constants, OPTIMIZERS, Optimizer, OptimizerKind, OptimizerRow, Parameter, clip_gradients};
+pub use schedule::{SCHEDULES, Schedule, ScheduleRow, warmup_steps};

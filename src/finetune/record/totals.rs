@@ -1,0 +1,60 @@
+//! What a run has done so far: the fits, the rates that were tried, and sums over its steps.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// What the fit of one layer did.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct LayerFit {
+    /// The layer, as the pruned model counts.
+    pub layer: usize,
+    /// The initializers that were fitted, in their order; none where the layer has no product to fit.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub weights: Vec<String>,
+    /// Why there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
+    /// Mean over the tokens of the squared distance to the dense stream, relative to that stream's squared length.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub distance_before: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub distance_after: Option<f64>,
+    /// The ridge that was chosen for each of them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ridges: Vec<f64>,
+}
+
+/// One candidate.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct RateTrial {
+    pub learning_rate: f64,
+    /// Absent where the pass diverged. Mean over the last quarter of the pass: of the cross-entropy where the recipe has it, of the whole loss otherwise.
+    /// Of a recipe that never looks at answers, their cross-entropy with the weights behind the pass.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss: Option<f64>,
+    /// What was no finite number, where the pass diverged.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub diverged: Option<String>,
+}
+
+/// The rate with the lowest loss, of equal ones the first; those that diverged are passed over.
+pub fn best(trials: &[RateTrial]) -> Option<f64> {
+    let judged = trials.iter().filter_map(|trial| Some((trial.learning_rate, trial.loss?)));
+    judged.min_by(|(_, a), (_, b)| a.total_cmp(b)).map(|(rate, _)| rate)
+}
+
+/// What was done before the first step, and running sums over the optimiser steps.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Totals {
+    #[serde(default)]
+    pub fitted: Vec<LayerFit>,
+    #[serde(default)]
+    pub fit_seconds: f64,
+    #[serde(default)]
+    pub trials: Vec<RateTrial>,
+    pub tokens: u64,
+    pub answer_tokens: u64,
+    pub first_loss: Option<f64>,
+    pub last_loss: Option<f64>,
+    pub train_seconds: f64,
+}

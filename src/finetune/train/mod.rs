@@ -1,0 +1,16 @@
+//! The training loop: passes, steps, the fit, the search of the learning rate.
+
+mod adapters;
+mod context;
+mod fit;
+mod gradient;
+mod layered;
+mod search;
+mod trainer;
+mod workers;
+
+pub use context::Run;
+pub use fit::fit;
+pub use search::{search, train};
+pub use trainer::Summary;
+pub use workers::count as worker_count;
