@@ -43,6 +43,34 @@ pub enum Teacher {
     Stream,
 }
 
+/// The points of the residual stream that a term compares.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Compared {
+    /// Behind each finetuned layer, and behind each frozen anchor where other terms have the whole network run.
+    TrainedAndAnchors,
+    /// Behind every layer from the first finetuned one on.
+    All,
+}
+
+/// What a term at the answer positions is computed from.
+pub struct Answers<'a> {
+    /// `[N, V]`.
+    pub logits: &'a Tensor,
+    /// i64 `[N]`.
+    pub targets: &'a Tensor,
+    pub top_k: Option<&'a TopK>,
+    /// Softmax temperature of the terms that have one.
+    pub temperature: f64,
+}
+
+/// How a term is computed: a sum over tokens, f32 `[]`.
+pub enum Compute {
+    /// From the logits at the answer positions.
+    Answers(fn(&Answers) -> Result<Tensor>),
+    /// From the student's and the dense model's stream at one point, `[M, D]` each.
+    Stream(Compared, fn(&Tensor, &Tensor) -> Result<Tensor>),
+}
+
 /// One loss term.
 pub struct LossRow {
     pub kind: LossKind,
@@ -50,6 +78,7 @@ pub struct LossRow {
     pub summary: &'static str,
     pub denominator: Denominator,
     pub teacher: Teacher,
+    pub compute: Compute,
 }
 
 /// Every loss term there is.
@@ -60,6 +89,7 @@ pub const LOSSES: &[LossRow] = &[
         summary: "cross-entropy of the answer tokens",
         denominator: Denominator::AnswerTokens,
         teacher: Teacher::Nothing,
+        compute: Compute::Answers(|answers| cross_entropy(answers.logits, answers.targets)),
     },
     LossRow {
         kind: LossKind::Kd,
@@ -67,6 +97,11 @@ pub const LOSSES: &[LossRow] = &[
         summary: "KL divergence from the dense model's distribution over answer tokens",
         denominator: Denominator::AnswerTokens,
         teacher: Teacher::Logits,
+        compute: Compute::Answers(|answers| {
+            let top_k =
+                answers.top_k.ok_or_else(|| Error::invalid("loss `kd`", "has no answers of the dense model"))?;
+            distillation(answers.logits, top_k, answers.temperature)
+        }),
     },
     LossRow {
         kind: LossKind::Anchor,
@@ -74,6 +109,7 @@ pub const LOSSES: &[LossRow] = &[
         summary: "distance from the dense model's residual stream behind each finetuned layer and each frozen anchor",
         denominator: Denominator::StreamTokens,
         teacher: Teacher::Stream,
+        compute: Compute::Stream(Compared::TrainedAndAnchors, stream_distance),
     },
     LossRow {
         kind: LossKind::Hidden,
@@ -81,6 +117,7 @@ pub const LOSSES: &[LossRow] = &[
         summary: "distance from the dense model's residual stream after every layer",
         denominator: Denominator::StreamTokens,
         teacher: Teacher::Stream,
+        compute: Compute::Stream(Compared::All, stream_distance),
     },
 ];
 
@@ -88,6 +125,11 @@ impl LossKind {
     /// This term's row.
     pub fn row(self) -> &'static LossRow {
         LOSSES.iter().find(|row| row.kind == self).unwrap_or(&LOSSES[0])
+    }
+
+    /// True for a term at the answer positions, for which everything up to the head must be run.
+    pub fn looks_at_answers(self) -> bool {
+        matches!(self.row().compute, Compute::Answers(_))
     }
 
     /// Name in settings and metrics.

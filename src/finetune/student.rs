@@ -14,7 +14,7 @@ use crate::torch::{self, Options, Program};
 use crate::finetune::cut::{Suffix, inputs_of};
 use crate::finetune::data::Batch;
 use crate::finetune::error::torch_error;
-use crate::finetune::loss::LossKind;
+use crate::finetune::loss::{Compared, Compute, LossKind};
 use crate::finetune::settings::Precision;
 
 /// The trained part of a decoder.
@@ -94,10 +94,10 @@ impl Student {
 
     /// True when a stream term compares at this point.
     pub fn compares(&self, kind: LossKind, point: usize) -> bool {
-        match kind {
-            LossKind::Anchor => self.anchor_points.contains(&point),
-            LossKind::Hidden => self.points.contains(&point),
-            LossKind::Ce | LossKind::Kd => false,
+        match kind.row().compute {
+            Compute::Stream(Compared::TrainedAndAnchors, _) => self.anchor_points.contains(&point),
+            Compute::Stream(Compared::All, _) => self.points.contains(&point),
+            Compute::Answers(_) => false,
         }
     }
 

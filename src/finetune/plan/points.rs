@@ -1,6 +1,6 @@
 //! The points of the residual stream that are compared with the dense model's.
 
-use crate::finetune::loss::LossKind;
+use crate::finetune::loss::{Compared, Compute, LOSSES};
 use crate::finetune::settings::Settings;
 
 /// A point of the residual stream: before the student's layer of this number, and the dense layer before which the
@@ -43,11 +43,14 @@ pub fn points(
         _ => kept[student - 1] + 1,
     };
     let mut students: Vec<usize> = Vec::new();
-    if settings.weight(LossKind::Hidden) > 0.0 {
-        students.extend(first + 1..=layers);
-    }
-    if settings.weight(LossKind::Anchor) > 0.0 {
-        students.extend(anchor_points(anchors, trained, settings));
+    for row in LOSSES.iter().filter(|row| settings.weight(row.kind) > 0.0) {
+        match row.compute {
+            Compute::Stream(Compared::All, _) => students.extend(first + 1..=layers),
+            Compute::Stream(Compared::TrainedAndAnchors, _) => {
+                students.extend(anchor_points(anchors, trained, settings));
+            }
+            Compute::Answers(_) => {}
+        }
     }
     if settings.fit {
         students.extend(trained.iter().map(|&layer| layer + 1));
@@ -60,6 +63,7 @@ pub fn points(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::finetune::loss::LossKind;
 
     /// Eight dense layers; 2 dropped and 3 trained with anchor 4, 6 dropped and 5 trained with anchor 7.
     #[test]

@@ -8,7 +8,7 @@ use crate::base::{Error, Result};
 
 use crate::finetune::data::Batch;
 use crate::finetune::error::torch_error;
-use crate::finetune::loss::{self, Denominator, LossKind};
+use crate::finetune::loss::{Answers, Compute, Denominator, LOSSES, LossKind, LossRow};
 use crate::finetune::settings::Settings;
 use crate::finetune::student::{Side, Student};
 
@@ -146,7 +146,12 @@ impl Step<'_> {
 
     /// True when a term looks at answers, so that everything up to the head must be run.
     fn wants_head(&self) -> bool {
-        self.settings.weight(LossKind::Ce) > 0.0 || self.settings.weight(LossKind::Kd) > 0.0
+        self.asked().any(|row| row.kind.looks_at_answers())
+    }
+
+    /// The terms that are asked for.
+    fn asked(&self) -> impl Iterator<Item = &'static LossRow> {
+        LOSSES.iter().filter(|row| self.settings.weight(row.kind) > 0.0)
     }
 
     fn points(&self) -> &[usize] {
@@ -156,37 +161,34 @@ impl Step<'_> {
     /// Terms at the answer positions.
     fn head_terms(&self, stream: &Tensor, terms: &mut Terms) -> Result<()> {
         let logits = self.student.head(stream, self.batch, &self.side)?;
-        if self.settings.weight(LossKind::Ce) > 0.0 {
-            let sum = loss::cross_entropy(&logits, &self.batch.targets)?;
-            terms.add(LossKind::Ce, self.mean(LossKind::Ce, &sum, 1)?)?;
-        }
-        if self.settings.weight(LossKind::Kd) > 0.0 {
-            let top_k = self.batch.top_k.as_ref();
-            let top_k = top_k.ok_or_else(|| Error::invalid("loss `kd`", "has no answers of the dense model"))?;
-            let sum = loss::distillation(&logits, top_k, self.settings.kd_temperature)?;
-            terms.add(LossKind::Kd, self.mean(LossKind::Kd, &sum, 1)?)?;
+        let (targets, top_k) = (&self.batch.targets, self.batch.top_k.as_ref());
+        let answers = Answers { logits: &logits, targets, top_k, temperature: self.settings.kd_temperature };
+        for row in self.asked() {
+            if let Compute::Answers(compute) = row.compute {
+                terms.add(row.kind, self.mean(row.kind, &compute(&answers)?, 1)?)?;
+            }
         }
         Ok(())
     }
 
     /// Terms at a point of the residual stream, if any compares there.
     fn stream_terms(&self, at: usize, stream: &Tensor, terms: &mut Terms) -> Result<()> {
-        let kinds = [LossKind::Anchor, LossKind::Hidden].into_iter();
-        let kinds: Vec<LossKind> =
-            kinds.filter(|&kind| self.settings.weight(kind) > 0.0 && self.student.compares(kind, at)).collect();
-        if kinds.is_empty() {
-            return Ok(());
-        }
-        let target = self.batch.streams.get(&at);
-        let target = target.ok_or_else(|| Error::invalid("the residual-stream loss", "has no target"))?;
-        let width = target.size().last().copied().unwrap_or(0);
-        let real = stream
-            .f_reshape([-1, width])
-            .and_then(|rows| rows.f_index_select(0, &self.batch.real_rows))
-            .map_err(torch_error("the residual-stream loss"))?;
-        let sum = loss::stream_distance(&real, target)?;
-        for kind in kinds {
-            terms.add(kind, self.mean(kind, &sum, self.points_compared(kind))?)?;
+        let mut own = None;
+        for row in self.asked().filter(|row| self.student.compares(row.kind, at)) {
+            let Compute::Stream(_, compute) = row.compute else { continue };
+            let target = self.batch.streams.get(&at);
+            let target = target.ok_or_else(|| Error::invalid("the residual-stream loss", "has no target"))?;
+            let real = match own.take() {
+                Some(real) => real,
+                None => {
+                    let width = target.size().last().copied().unwrap_or(0);
+                    let rows = stream.f_reshape([-1, width]);
+                    let rows = rows.and_then(|rows| rows.f_index_select(0, &self.batch.real_rows));
+                    rows.map_err(torch_error("the residual-stream loss"))?
+                }
+            };
+            terms.add(row.kind, self.mean(row.kind, &compute(&real, target)?, self.points_compared(row.kind))?)?;
+            own = Some(real);
         }
         Ok(())
     }
