@@ -1,5 +1,7 @@
 //! Prune, heal and ship vision-language models as ONNX graphs.
 
+#![warn(missing_docs)]
+
 pub mod analysis;
 pub mod base;
 pub mod bundle;
@@ -7,6 +9,7 @@ pub mod cli;
 pub mod data;
 pub mod eval;
 pub mod export;
+#[allow(missing_docs)]
 pub mod finetune;
 pub mod ir;
 pub mod method;

@@ -30,8 +30,11 @@ pub const PATCH_ATTENTION_MASK: &str = "patch_attention_mask";
 /// An array in the element type in which a processor makes it; a graph's input may take another.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Array {
+    /// Pixels and other real numbers.
     Float(ArrayD<f32>),
+    /// Ids, positions and sizes.
     Int(ArrayD<i64>),
+    /// Masks.
     Bool(ArrayD<bool>),
 }
 

@@ -19,7 +19,9 @@ const MICROSOFT: &str = "com.microsoft";
 
 /// One fusion: the operator, the plain norm in it, and where its optional bias stands.
 pub struct FusedNorm {
+    /// Operator of the domain `com.microsoft`.
     pub fused: &'static str,
+    /// Operator of the default domain that normalises the sum.
     pub plain: &'static str,
     /// The plain norm's name in the default domain from this opset on.
     pub standard: Option<(i64, &'static str)>,

@@ -16,6 +16,7 @@ pub struct LayerMap {
     pub source: ValueId,
     /// The graph output that the stream ends in.
     pub result: ValueId,
+    /// Layers in the order of the stream; the output of one is the input of the next, up to `glue`.
     pub layers: Vec<Layer>,
     /// What happens to the stream between layers (features added from outside).
     pub glue: Vec<Glue>,
@@ -30,6 +31,7 @@ pub struct LayerMap {
 /// One decoder or encoder layer: `output = layer(input)`.
 #[derive(Clone, Debug)]
 pub struct Layer {
+    /// Position in `LayerMap::layers`.
     pub index: usize,
     /// The stream before the layer, h_i.
     pub input: ValueId,
@@ -76,7 +78,9 @@ impl Layer {
 /// What a cached tensor holds; two layers' ports of the same role correspond.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum PortRole {
+    /// Attention keys.
     Key,
+    /// Attention values.
     Value,
     /// Recurrent and convolution states, in order of appearance.
     State(usize),
@@ -96,8 +100,11 @@ impl PortRole {
 /// A cached tensor of one layer: what comes in and what goes out. A prefill-only graph has no `past`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvPort {
+    /// Content of the tensor.
     pub role: PortRole,
+    /// Graph input with the state of earlier tokens.
     pub past: Option<ValueId>,
+    /// Graph output with that state and the new tokens' state.
     pub present: Option<ValueId>,
 }
 
@@ -106,7 +113,9 @@ pub struct KvPort {
 pub struct Glue {
     /// It stands behind this layer; `None` before the first.
     pub after: Option<usize>,
+    /// The stream before the change.
     pub from: ValueId,
+    /// The stream after the change.
     pub to: ValueId,
     /// Operators on the way.
     pub operators: Vec<String>,
@@ -119,6 +128,7 @@ pub struct Glue {
 /// An output computed from the stream that is no cache: a hidden state, features of some layers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tap {
+    /// The graph output.
     pub output: ValueId,
     /// Where it reads the stream: `i` is before layer `i`, the number of layers is behind the last one. In order.
     pub places: Vec<usize>,

@@ -13,6 +13,7 @@ pub struct Merged {
     pub original: Model,
     /// The `If` in its top-level body.
     pub node: usize,
+    /// One per branch of the `If`.
     pub branches: Vec<Branch>,
 }
 
@@ -22,7 +23,9 @@ pub struct Merged {
 pub struct Branch {
     /// Position among the attributes of the `If`.
     pub attribute: usize,
+    /// The branch as a model of its own.
     pub model: Model,
+    /// Layers of `model`.
     pub map: LayerMap,
 }
 

@@ -40,6 +40,7 @@ pub struct Analysis {
     ///
     /// Of a decoder given as the branches of an `If`, the branch that reads a cache, laid open.
     pub model: Model,
+    /// Layers of `model` with their inputs, outputs and cache ports.
     pub map: LayerMap,
     /// The layers of the vision tower, where one lies before the language model in the same graph.
     pub vision: Option<LayerMap>,

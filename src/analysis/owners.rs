@@ -10,6 +10,7 @@ use super::stream::{Chain, data_inputs};
 /// The layers, and whether anything outside them, that use a node or weight.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Owner {
+    /// Indices of the layers.
     pub layers: BTreeSet<usize>,
     /// True when something outside all layers uses it too.
     pub outside: bool,
@@ -34,7 +35,9 @@ impl Owner {
 
 /// Owners of everything in a body.
 pub struct Owners {
+    /// One per node of the body, in the same order.
     pub nodes: Vec<Owner>,
+    /// One per initializer of the body.
     pub weights: HashMap<ValueId, Owner>,
 }
 

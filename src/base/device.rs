@@ -8,6 +8,7 @@ use super::error::{Error, Result};
 /// A compute device, written `cpu`, `cuda` or `cuda:N`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Device {
+    /// The processor.
     #[default]
     Cpu,
     /// The CUDA device of this index.

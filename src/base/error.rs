@@ -12,22 +12,62 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub enum Error {
     /// The operating system refused something about a file.
     #[error("cannot {action} `{}`: {source}", path.display())]
-    Io { action: &'static str, path: PathBuf, source: io::Error },
+    Io {
+        /// Infinitive: `read`, `create`.
+        action: &'static str,
+        /// File or folder.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
     /// A file, an argument or a graph is not what it must be.
     #[error("{subject}: {problem}{}", Remedy(remedy))]
-    Invalid { subject: String, problem: String, remedy: Option<String> },
+    Invalid {
+        /// The file, argument, node or tensor.
+        subject: String,
+        /// What was found and what was expected.
+        problem: String,
+        /// What the user can do.
+        remedy: Option<String>,
+    },
     /// Well-formed, but something that interlace does not do.
     #[error("{subject}: not supported: {problem}{}", Remedy(remedy))]
-    Unsupported { subject: String, problem: String, remedy: Option<String> },
+    Unsupported {
+        /// The file, argument, node or tensor.
+        subject: String,
+        /// What was found and what is supported.
+        problem: String,
+        /// What the user can do.
+        remedy: Option<String>,
+    },
     /// A computation gave infinities or what is no number.
     #[error("{subject}: {problem}{}", Remedy(remedy))]
-    NotFinite { subject: String, problem: String, remedy: Option<String> },
+    NotFinite {
+        /// The tensor or computation.
+        subject: String,
+        /// Where the first such value is.
+        problem: String,
+        /// What the user can do.
+        remedy: Option<String>,
+    },
     /// ONNX Runtime, LibTorch or tract reported a failure.
     #[error("{}{engine} failed on {subject}: {message}{}", During(during), EngineRemedy(engine))]
-    Engine { engine: &'static str, subject: String, message: String, during: Option<String> },
+    Engine {
+        /// `ONNX Runtime`, `LibTorch` or `tract`.
+        engine: &'static str,
+        /// The graph, operator or tensor.
+        subject: String,
+        /// The engine's own message.
+        message: String,
+        /// The step of the work.
+        during: Option<String>,
+    },
     /// The user asked to stop; what was finished is kept.
     #[error("interrupted: {kept}")]
-    Interrupted { kept: String },
+    Interrupted {
+        /// The files that remain and how to continue.
+        kept: String,
+    },
 }
 
 struct Remedy<'a>(&'a Option<String>);

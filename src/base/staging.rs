@@ -125,6 +125,7 @@ impl ScratchDir {
         Ok(ScratchDir { folder, _lock: lock })
     }
 
+    /// The folder; it is removed with its content when this value is dropped.
     pub fn path(&self) -> &Path {
         self.folder.path()
     }

@@ -12,12 +12,17 @@ use super::Bundle;
 pub struct ModelConfig {
     /// The file that they come from.
     pub source: String,
+    /// Name of the architecture, such as `qwen2_vl`; empty where the file has none.
     pub model_type: String,
     /// Decoder layers.
     pub num_hidden_layers: Option<usize>,
+    /// Width of the residual stream.
     pub hidden_size: Option<usize>,
+    /// Query heads of one attention layer.
     pub num_attention_heads: Option<usize>,
+    /// Key-value heads of one attention layer; fewer than the query heads with grouped queries.
     pub num_key_value_heads: Option<usize>,
+    /// Width of one head's queries and keys.
     pub head_dim: Option<usize>,
     /// Key-value heads of layers of another kind (global attention among windows).
     pub other_key_value_heads: Vec<usize>,
@@ -25,12 +30,15 @@ pub struct ModelConfig {
     pub other_head_dims: Vec<usize>,
     /// Sizes of multi-head latent attention, where the model has it.
     pub latent_attention: Option<LatentAttention>,
+    /// Rows of the embedding table, padding included.
     pub vocab_size: Option<usize>,
     /// Layers of the vision tower.
     pub vision_num_layers: Option<usize>,
     /// The id that stands for one image feature.
     pub image_token_id: Option<i64>,
+    /// Id of the token that begins a sequence.
     pub bos_token_id: Option<i64>,
+    /// Id of the token that pads a batch.
     pub pad_token_id: Option<i64>,
     /// Generation ends at any of them.
     pub eos_token_ids: Vec<i64>,
@@ -42,9 +50,13 @@ pub struct ModelConfig {
 /// Sizes of multi-head latent attention, whose keys and values are computed from a latent that all heads share.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct LatentAttention {
+    /// Width of the shared latent.
     pub kv_lora_rank: usize,
+    /// Part of a head's query and key width without rotary embedding.
     pub qk_nope_head_dim: usize,
+    /// Part of a head's query and key width with rotary embedding.
     pub qk_rope_head_dim: usize,
+    /// Width of one head's values.
     pub v_head_dim: usize,
 }
 

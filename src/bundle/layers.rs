@@ -32,6 +32,7 @@ impl Tower {
 /// Layers that leave a tower.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LayerEdit {
+    /// The tower that they leave.
     pub tower: Tower,
     /// Layers before.
     pub total: usize,
@@ -60,6 +61,7 @@ impl LayerEdit {
         Ok(LayerEdit { tower, total, dropped: sorted })
     }
 
+    /// Indices of the layers that leave, ascending and unique.
     pub fn dropped(&self) -> &[usize] {
         &self.dropped
     }
@@ -74,6 +76,7 @@ impl LayerEdit {
         self.total - self.dropped.len()
     }
 
+    /// True when the layer of this index leaves.
     pub fn drops(&self, layer: usize) -> bool {
         self.dropped.binary_search(&layer).is_ok()
     }

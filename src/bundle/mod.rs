@@ -40,6 +40,7 @@ const MAX_JSON_BYTES: u64 = 64 << 20;
 /// One ONNX file of a folder with the files that hold its weights.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Component {
+    /// What it computes.
     pub role: Role,
     /// Path below the folder without variant and extension: `onnx/decoder_model_merged`.
     pub stem: String,
@@ -66,6 +67,7 @@ pub struct SetAside {
 pub struct Asset {
     /// Path below the folder.
     pub file: String,
+    /// What the file is for.
     pub kind: AssetKind,
 }
 
@@ -174,6 +176,7 @@ impl Bundle {
         &self.root
     }
 
+    /// The naming scheme of the folder's files.
     pub fn layout(&self) -> &'static Layout {
         self.layout
     }

@@ -16,6 +16,7 @@ use super::layers::Tower;
 pub enum Step {
     /// Layers were removed.
     Prune {
+        /// The tower that lost layers.
         tower: Tower,
         /// Layers just before this step.
         layers_before: usize,
@@ -52,6 +53,7 @@ pub enum Deepstack {
 /// The content of `interlace.json` in a model folder.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Record {
+    /// Tool version, schema version, input digests and settings of the last step.
     #[serde(flatten)]
     pub provenance: Provenance,
     /// Oldest first.

@@ -70,13 +70,16 @@ enum Verb {
 
 /// What every verb gets beside its arguments.
 pub struct Context {
+    /// Where and how results are printed.
     pub output: Output,
+    /// Set by Ctrl-C.
     pub cancel: Cancel,
 }
 
 /// How a verb that met no error ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
+    /// It ran, and every gate and check held.
     Done,
     /// A check or a gate did not hold; the verb has said which.
     GateFailed,

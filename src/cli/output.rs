@@ -13,6 +13,7 @@ use crate::base::Error;
 pub struct Output {
     /// JSON in place of text.
     pub json: bool,
+    /// Prints no progress.
     pub quiet: bool,
 }
 

@@ -17,9 +17,13 @@ const TORCH_PROGRAM: &str = "interlace-torch";
 
 /// A verb that computes in LibTorch.
 pub enum TorchVerb {
+    /// `interlace finetune`.
     Finetune(Box<finetune::Args>),
+    /// `interlace run`.
     Run(run::Args),
+    /// `interlace sweep`.
     Sweep(sweep::Args),
+    /// `interlace verify`.
     Verify(verify::Args),
 }
 

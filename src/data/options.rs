@@ -40,6 +40,7 @@ impl FromStr for Turns {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct DataOptions {
+    /// Whether the turns of a conversation make one sample or one each.
     pub turns: Turns,
     /// Rows are used only if these columns have at least these values; of a list, if each of its values is at least
     /// that. A row without a value is not used.

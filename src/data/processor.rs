@@ -17,6 +17,7 @@ use super::tokenizer::Tokenizer;
 pub struct Encoded {
     /// How errors name it.
     pub id: String,
+    /// Token ids, image placeholders expanded to one id per image feature.
     pub input_ids: Vec<i64>,
     /// For each id, true where it belongs to an answer (its end token included); all false in a prompt.
     pub answer_mask: Vec<bool>,

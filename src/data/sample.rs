@@ -90,13 +90,16 @@ impl ImageBytes {
 pub enum Part {
     /// The picture or video at this position of `Sample::images`.
     Image(usize),
+    /// Text, which may be empty.
     Text(String),
 }
 
 /// A question and its answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Turn {
+    /// Pictures and texts of the question, in order.
     pub user: Vec<Part>,
+    /// The answer that is learned.
     pub assistant: String,
 }
 
@@ -107,6 +110,7 @@ pub struct Sample {
     pub index: usize,
     /// How errors name it: ``row 12 in `x.parquet` ``.
     pub id: String,
+    /// Encoded pictures and videos, in the order of their first use.
     pub images: Vec<ImageBytes>,
     /// What the conversation is told before its first turn.
     pub system: Option<String>,

@@ -8,6 +8,7 @@ use crate::base::{Error, Result};
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Amount {
+    /// Every sample.
     All,
     /// A part in (0, 1], rounded to the nearest whole sample, at least one.
     Fraction(f64),
@@ -18,7 +19,9 @@ pub enum Amount {
 /// A seeded choice of samples.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct Subset {
+    /// Number or part of the samples.
     pub amount: Amount,
+    /// Samples of different seeds are drawn independently.
     pub seed: u64,
 }
 

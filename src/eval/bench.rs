@@ -42,15 +42,19 @@ impl Default for BenchOptions {
 /// The content of `bench.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct BenchReport {
+    /// Tool version, schema version, input digests and settings.
     #[serde(flatten)]
     pub provenance: Provenance,
     /// `cpu` or `cuda:N`.
     pub device: String,
     /// Processor cores that this process may use.
     pub cores: usize,
+    /// Figures of the model.
     pub model: ModelBench,
+    /// Figures of the model that it is compared with, measured in the same rounds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub baseline: Option<ModelBench>,
+    /// The two compared; absent without a baseline.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub speedup: Option<Speedup>,
 }
@@ -66,11 +70,13 @@ pub type MemoryProbe<'a> = dyn Fn(&Path) -> Result<u64> + 'a;
 /// One model's figures.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct ModelBench {
+    /// Path of the model as the user gave it.
     pub model: String,
     /// Decoder layers, where the config or the cache says how many.
     pub layers: Option<usize>,
     /// The components that were run, external data included.
     pub size_bytes: u64,
+    /// The decoder's part of `size_bytes`.
     pub decoder_size_bytes: u64,
     /// Loading all components, once.
     pub load_ms: f64,
@@ -87,8 +93,11 @@ pub struct ModelBench {
 /// The baseline's times over the model's, round by round: above 1 the model is faster.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Speedup {
+    /// Ratio of the times of one decoder prefill.
     pub decoder_ttft: Spread,
+    /// Ratio of the times from picture and question to the first token.
     pub pipeline_ttft: Option<Spread>,
+    /// Ratio of the times per generated token.
     pub decode: Spread,
     /// Layers of the baseline over layers of the model: what equal layers would give if nothing else took time.
     pub ideal: Option<f64>,

@@ -16,11 +16,14 @@ pub(super) const TOLERANCE: f64 = 1e-4;
 /// What `verify` prints as JSON.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct VerifyReport {
+    /// Tool version, schema version, input digests and settings.
     #[serde(flatten)]
     pub provenance: Provenance,
+    /// Path of the model as the user gave it.
     pub model: String,
     /// True when no check failed.
     pub passed: bool,
+    /// Every check, in the order in which they ran.
     pub checks: Vec<Check>,
 }
 
@@ -32,9 +35,11 @@ impl VerifyReport {
 /// One check.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Check {
+    /// Kind of the check, such as `load`.
     pub name: String,
     /// The file or figure that was checked.
     pub subject: String,
+    /// How it ended.
     pub status: CheckStatus,
     /// What was found.
     pub detail: String,
@@ -50,7 +55,9 @@ pub struct Check {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum CheckStatus {
+    /// The requirement holds.
     Passed,
+    /// The requirement does not hold; `verify` ends with exit code 1.
     Failed,
     /// It could not be made; `detail` says why. This is no failure of the model.
     Unavailable,

@@ -27,6 +27,7 @@ pub struct Judged {
 pub enum QuestionKind {
     /// Lettered options, or whatever the row holds.
     Choice,
+    /// The answer is yes or no.
     YesNo,
     /// A word or a phrase.
     Short,
@@ -36,11 +37,13 @@ pub enum QuestionKind {
 
 /// One metric.
 pub struct Metric {
+    /// As benchmarks and reports name it.
     pub name: &'static str,
     /// What it counts, for help texts.
     pub about: &'static str,
     /// Benchmarks that are judged by it: how their names begin, in lower case.
     pub benchmarks: &'static [&'static str],
+    /// How its questions are put.
     pub kind: QuestionKind,
     /// The score of one prediction, 0 to 1.
     pub judge: fn(&Reference, &str) -> f64,

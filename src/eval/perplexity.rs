@@ -14,9 +14,12 @@ use super::stats::{Interval, kept_likelihood};
 /// What `eval` writes for running text: the content of `report.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct TextReport {
+    /// Tool version, schema version, input digests and settings.
     #[serde(flatten)]
     pub provenance: Provenance,
+    /// Figures of the model.
     pub model: TextScores,
+    /// Figures of the model that it is compared with, on the same sequences.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub baseline: Option<TextScores>,
     /// The baseline's perplexity over the model's, with its 95% paired bootstrap interval over sequences: 1 where
@@ -33,6 +36,7 @@ impl TextReport {
 /// How well a model predicts running text.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct TextScores {
+    /// Path of the model as the user gave it.
     pub model: String,
     /// Exponential of `mean_loss`.
     pub perplexity: f64,
@@ -40,7 +44,9 @@ pub struct TextScores {
     pub mean_loss: f64,
     /// Tokens that were predicted: all but the first of each sequence.
     pub predicted_tokens: u64,
+    /// Wall-clock time of all sequences.
     pub seconds: f64,
+    /// One entry per sequence, in the order of the text.
     pub sequences: Vec<SequenceLoss>,
 }
 
@@ -49,6 +55,7 @@ pub struct TextScores {
 pub struct SequenceLoss {
     /// Sum of the negative log-likelihoods of its predicted tokens, in nats.
     pub loss: f64,
+    /// Tokens of the sequence but its first.
     pub predicted_tokens: u64,
 }
 

@@ -16,10 +16,13 @@ pub enum PromptStyle {
     #[default]
     #[serde(rename = "vlmevalkit")]
     VlmEvalKit,
+    /// Prompts of Qwen3-VL's class in VLMEvalKit.
     #[serde(rename = "qwen3-vl")]
     Qwen3Vl,
+    /// Prompts of SmolVLM's class in VLMEvalKit.
     #[serde(rename = "smolvlm")]
     SmolVlm,
+    /// Prompts of InternVL's class in VLMEvalKit.
     #[serde(rename = "internvl")]
     InternVl,
 }

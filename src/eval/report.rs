@@ -12,12 +12,15 @@ use super::stats::Interval;
 /// The content of `report.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct EvalReport {
+    /// Tool version, schema version, input digests and settings.
     #[serde(flatten)]
     pub provenance: Provenance,
     /// Rows of the benchmark that are not asked because they have no picture, as in VLMEvalKit.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub rows_without_picture: usize,
+    /// Scores of the model.
     pub model: ModelScores,
+    /// Scores of the model that it is compared with, on the same questions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub baseline: Option<ModelScores>,
     /// What the model keeps of the baseline's scores.
@@ -37,8 +40,11 @@ impl EvalReport {
 /// A model's scores on a benchmark. Scores are from 0 to 1.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct ModelScores {
+    /// Path of the model as the user gave it.
     pub model: String,
+    /// Name of the benchmark.
     pub benchmark: String,
+    /// Questions that were asked.
     pub questions: usize,
     /// The metric of a benchmark that is known by name; absent where each row says by itself how it is judged.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -57,14 +63,18 @@ pub struct ModelScores {
     pub mean_of_groups: f64,
     /// Mean over all questions: every question weighs the same.
     pub mean_of_questions: f64,
+    /// Time and tokens of all questions.
     pub timing: EvalTiming,
+    /// One entry per question, in the order of the benchmark.
     pub answers: Vec<Answer>,
 }
 
 /// The questions of one category.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct GroupScore {
+    /// The category's name.
     pub group: String,
+    /// Questions in it.
     pub questions: usize,
     /// What the metric makes of the group's answers, 0 to 1; the mean of their scores where several metrics judged them.
     pub score: f64,
@@ -80,8 +90,11 @@ pub struct GroupScore {
 pub struct Answer {
     /// The `index` column.
     pub index: String,
+    /// Category of the question; several are separated by commas.
     pub group: String,
+    /// Name of the metric that judged the answer.
     pub metric: String,
+    /// The model's text.
     pub prediction: String,
     /// What the answer's own rule gives, 0 to 1.
     pub score: f64,
@@ -117,15 +130,20 @@ impl Answer {
 /// What a run took.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct EvalTiming {
+    /// Wall-clock time of all questions, loading excluded.
     pub seconds: f64,
+    /// Questions over `seconds`.
     pub questions_per_second: f64,
+    /// Tokens of all prompts, image tokens included.
     pub prompt_tokens: u64,
+    /// Tokens of all answers.
     pub generated_tokens: u64,
 }
 
 /// Scores over the baseline's, with 95% paired bootstrap intervals.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Retention {
+    /// One entry per group, in the order of `ModelScores::groups`.
     pub groups: Vec<GroupRetention>,
     /// Of the headline score.
     pub score: Option<Interval>,
@@ -133,13 +151,17 @@ pub struct Retention {
     pub mean_of_groups: Option<Interval>,
     /// Of the mean over all questions.
     pub mean_of_questions: Option<Interval>,
+    /// Bootstrap draws behind each interval.
     pub resamples: usize,
+    /// Seed of the draws.
     pub seed: u64,
 }
 
 /// One group's retention; `null` where the baseline scores nothing.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct GroupRetention {
+    /// The category's name.
     pub group: String,
+    /// Score over the baseline's score.
     pub retention: Option<Interval>,
 }

@@ -27,7 +27,9 @@ const BATCHES_PER_WINDOW: usize = 8;
 pub struct LoadedModel {
     /// As reports show it.
     pub name: String,
+    /// Sessions of the vision encoder, the embedding and the decoder.
     pub vlm: VlmSession,
+    /// Tokenizer, chat template and image processor.
     pub processor: Processor,
 }
 

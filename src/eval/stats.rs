@@ -100,8 +100,11 @@ fn quantile(sorted: &[f64], q: f64) -> f64 {
 /// A robust summary of repeated measurements, in the unit of its field's name.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Spread {
+    /// Middle measurement; the mean of the middle two of an even number.
     pub median: f64,
+    /// Smallest measurement.
     pub min: f64,
+    /// Largest measurement.
     pub max: f64,
     /// Median absolute deviation from the median.
     pub mad: f64,

@@ -7,19 +7,31 @@ use super::types::Opaque;
 /// The content of an attribute.
 #[derive(Clone, Debug)]
 pub enum AttributeKind {
+    /// An integer; booleans are 0 or 1.
     Int(i64),
+    /// A single-precision number.
     Float(f32),
+    /// Bytes, UTF-8 for every operator of the standard domains.
     String(Vec<u8>),
+    /// A constant.
     Tensor(Tensor),
+    /// A body over the same arena as the body of the node: a branch of `If`, the body of `Loop` or `Scan`.
     Graph(Body),
+    /// Integers such as axes, pads or strides; may be empty.
     Ints(Vec<i64>),
+    /// Single-precision numbers; may be empty.
     Floats(Vec<f32>),
+    /// Byte strings; may be empty.
     Strings(Vec<Vec<u8>>),
+    /// Constants; may be empty.
     Tensors(Vec<Tensor>),
+    /// Bodies over the same arena; no standard operator has this kind.
     Graphs(Vec<Body>),
     /// Inside a function: the caller's attribute of this name, of this `AttributeProto.AttributeType` number.
     Reference {
+        /// Name of the attribute at the call.
         name: String,
+        /// Type of the attribute, an `AttributeProto.AttributeType`.
         type_number: i32,
     },
     /// Sparse tensors and type messages: the attribute message as it came.
@@ -29,7 +41,9 @@ pub enum AttributeKind {
 /// An attribute with its documentation.
 #[derive(Clone, Debug)]
 pub struct Attribute {
+    /// Type and content.
     pub kind: AttributeKind,
+    /// Free text of the author; may be empty.
     pub doc_string: String,
     /// What the file's message holds beyond this, carried over as it came.
     pub extra: Opaque,

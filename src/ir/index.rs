@@ -12,7 +12,12 @@ pub enum Producer {
     /// Initializer number of the body.
     Initializer(usize),
     /// Output number of a node.
-    Node { node: usize, output: usize },
+    Node {
+        /// Position in the body's `nodes`.
+        node: usize,
+        /// Position in the node's `outputs`.
+        output: usize,
+    },
 }
 
 /// One reader of a value.

@@ -20,16 +20,25 @@ use std::collections::BTreeMap;
 /// A whole ONNX model.
 #[derive(Clone, Debug, Default)]
 pub struct Model {
+    /// Version of the file format, `ModelProto.ir_version`.
     pub ir_version: i64,
     /// Domain (`""` for the default one) to version.
     pub opset_imports: BTreeMap<String, i64>,
+    /// Name of the program that wrote the file, such as `pytorch`; may be empty.
     pub producer_name: String,
+    /// Version of that program; may be empty.
     pub producer_version: String,
+    /// Namespace of the model in reverse-DNS form; may be empty.
     pub domain: String,
+    /// Version that the author gave the model; 0 where the file has none.
     pub model_version: i64,
+    /// Free text of the author; may be empty.
     pub doc_string: String,
+    /// Key-value pairs of `metadata_props`, in file order.
     pub metadata: Vec<(String, String)>,
+    /// Model-local functions, in file order.
     pub functions: Vec<Function>,
+    /// The main graph.
     pub graph: Graph,
     /// Fields that this version does not know, carried over as they came.
     pub extra: Opaque,
@@ -38,47 +47,68 @@ pub struct Model {
 /// A model-local function: an operator given as a body over its own arena.
 #[derive(Clone, Debug, Default)]
 pub struct Function {
+    /// Matches `Node::op_type` of a call.
     pub name: String,
+    /// Matches `Node::domain` of a call.
     pub domain: String,
+    /// Distinguishes functions of the same domain and name; `""` where there is one only.
     pub overload: String,
+    /// Domain to version for the nodes of the body.
     pub opset_imports: BTreeMap<String, i64>,
     /// Attribute names without a default.
     pub attributes: Vec<String>,
     /// Attributes with a default.
     pub attribute_defaults: Vec<(String, Attribute)>,
+    /// Free text of the author; may be empty.
     pub doc_string: String,
+    /// Key-value pairs of `metadata_props`, in file order.
     pub metadata: Vec<(String, String)>,
+    /// The body. A call binds its inputs and outputs by position.
     pub graph: Graph,
+    /// Unknown fields of the `FunctionProto`.
     pub extra: Opaque,
 }
 
 /// An arena of values and the body that defines them.
 #[derive(Clone, Debug, Default)]
 pub struct Graph {
+    /// The arena; a `ValueId` is a position in it.
     pub values: Vec<Value>,
+    /// The top-level body.
     pub body: Body,
 }
 
 /// Inputs, weights, nodes in execution order and outputs of one scope.
 #[derive(Clone, Debug, Default)]
 pub struct Body {
+    /// Name of the graph; exporters often leave a default such as `main_graph`.
     pub name: String,
+    /// Values that the caller supplies, in the order of the signature.
     pub inputs: Vec<ValueId>,
+    /// Values that the caller receives, in the order of the signature.
     pub outputs: Vec<ValueId>,
+    /// Constants of this scope with the values that they define.
     pub initializers: Vec<(ValueId, Tensor)>,
+    /// Nodes in topological order: each input is defined earlier or by an outer body.
     pub nodes: Vec<Node>,
+    /// Free text of the author; may be empty.
     pub doc_string: String,
+    /// Key-value pairs of `metadata_props`, in file order.
     pub metadata: Vec<(String, String)>,
+    /// Unknown fields of the `GraphProto`.
     pub extra: Opaque,
 }
 
 /// A named edge of the graph.
 #[derive(Clone, Debug, Default)]
 pub struct Value {
+    /// Unique within its body and the bodies around it.
     pub name: String,
     /// From `graph.input`, `graph.output` or `value_info`; `None` where the file says nothing.
     pub ty: Option<ValueType>,
+    /// Free text of the author; may be empty.
     pub doc_string: String,
+    /// Key-value pairs of `metadata_props`, in file order.
     pub metadata: Vec<(String, String)>,
     /// The file's second entry about this value, as of an output that `value_info` describes too, without its name.
     pub described_again: Opaque,
@@ -91,18 +121,25 @@ pub struct Value {
 /// One operator call.
 #[derive(Clone, Debug, Default)]
 pub struct Node {
+    /// For messages and profiles only; may be empty or repeated.
     pub name: String,
+    /// Name of the operator or of a model-local function, such as `MatMul`.
     pub op_type: String,
     /// `""` for the default domain (`ai.onnx` is read as it).
     pub domain: String,
+    /// Selects among functions of the same domain and name; `""` for operators.
     pub overload: String,
     /// `None` is an optional input left out.
     pub inputs: Vec<Option<ValueId>>,
     /// `None` is an optional output left out.
     pub outputs: Vec<Option<ValueId>>,
+    /// Attributes by name, in file order; names are unique.
     pub attributes: Vec<(String, Attribute)>,
+    /// Free text of the author; may be empty.
     pub doc_string: String,
+    /// Key-value pairs of `metadata_props`, in file order.
     pub metadata: Vec<(String, String)>,
+    /// Unknown fields of the `NodeProto`.
     pub extra: Opaque,
 }
 

@@ -12,11 +12,17 @@ pub type Bytes = Arc<[u8]>;
 /// A constant.
 #[derive(Clone, Debug)]
 pub struct Tensor {
+    /// Type of the elements.
     pub dtype: DataType,
+    /// Sizes of the axes; empty for a scalar.
     pub dims: Vec<u64>,
+    /// The elements in row-major order, little-endian; 4-bit and 2-bit elements packed from the low bits up.
     pub data: TensorData,
+    /// Free text of the author; may be empty.
     pub doc_string: String,
+    /// Key-value pairs of `metadata_props`, in file order.
     pub metadata: Vec<(String, String)>,
+    /// Unknown fields of the `TensorProto`.
     pub extra: Opaque,
 }
 
@@ -27,8 +33,11 @@ pub enum TensorData {
     Bytes(Bytes),
     /// A range of a mapped file: external data, or the inside of the `.onnx` file itself.
     Mapped {
+        /// The file, shared by all tensors in it.
         file: Arc<MappedFile>,
+        /// First byte of the range.
         offset: u64,
+        /// Bytes in the range.
         length: u64,
         /// True when the model file names another file for it (external data).
         external: bool,

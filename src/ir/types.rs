@@ -25,31 +25,57 @@ pub type Opaque = Vec<u8>;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(i32)]
 pub enum DataType {
+    /// `float`: IEEE 754 binary32.
     Float = 1,
+    /// `uint8`.
     Uint8 = 2,
+    /// `int8`.
     Int8 = 3,
+    /// `uint16`.
     Uint16 = 4,
+    /// `int16`.
     Int16 = 5,
+    /// `int32`.
     Int32 = 6,
+    /// `int64`.
     Int64 = 7,
+    /// `string`: variable length, so it has no size in bytes.
     String = 8,
+    /// `bool`: one byte, 0 or 1.
     Bool = 9,
+    /// `float16`: IEEE 754 binary16, 5 exponent and 10 mantissa bits.
     Float16 = 10,
+    /// `double`: IEEE 754 binary64.
     Double = 11,
+    /// `uint32`.
     Uint32 = 12,
+    /// `uint64`.
     Uint64 = 13,
+    /// `complex64`: two binary32 numbers, real part first.
     Complex64 = 14,
+    /// `complex128`: two binary64 numbers, real part first.
     Complex128 = 15,
+    /// `bfloat16`: the upper half of a binary32 number, 8 exponent and 7 mantissa bits.
     Bfloat16 = 16,
+    /// `float8e4m3fn`: 4 exponent and 3 mantissa bits, no infinities (arXiv:2209.05433).
     Float8E4M3Fn = 17,
+    /// `float8e4m3fnuz`: as above with no negative zero and a larger bias (arXiv:2206.02915).
     Float8E4M3Fnuz = 18,
+    /// `float8e5m2`: 5 exponent and 2 mantissa bits, with infinities (arXiv:2209.05433).
     Float8E5M2 = 19,
+    /// `float8e5m2fnuz`: as above, no infinities and no negative zero (arXiv:2206.02915).
     Float8E5M2Fnuz = 20,
+    /// `uint4`: two elements in a byte.
     Uint4 = 21,
+    /// `int4`: two elements in a byte.
     Int4 = 22,
+    /// `float4e2m1`: two elements in a byte, the element type of MXFP4.
     Float4E2M1 = 23,
+    /// `float8e8m0`: a power of two, the scale type of the MX formats.
     Float8E8M0 = 24,
+    /// `uint2`: four elements in a byte.
     Uint2 = 25,
+    /// `int2`: four elements in a byte.
     Int2 = 26,
 }
 
@@ -117,8 +143,11 @@ impl fmt::Display for DataType {
 /// One axis of a shape.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Dim {
+    /// A fixed size; negative in a malformed file.
     Known(i64),
+    /// A named size: the same name means the same size everywhere in the graph.
     Symbol(String),
+    /// Neither a size nor a name.
     Unknown,
 }
 
@@ -136,7 +165,12 @@ impl fmt::Display for Dim {
 #[derive(Clone, Debug, PartialEq)]
 pub enum ValueType {
     /// A dense tensor; `shape` is `None` when even the rank is unknown.
-    Tensor { dtype: DataType, shape: Option<Vec<Dim>> },
+    Tensor {
+        /// Type of the elements.
+        dtype: DataType,
+        /// Axes, outermost first.
+        shape: Option<Vec<Dim>>,
+    },
     /// Sequences, maps, optionals and sparse tensors: the type message as it came.
     Other(Opaque),
 }

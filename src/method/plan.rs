@@ -17,6 +17,7 @@ pub const PLAN_SCHEMA_VERSION: u32 = 1;
 /// `plan.json`: which decoder layers are dropped, which are finetuned, which stay frozen.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Plan {
+    /// Tool version, schema version, input digests and settings.
     #[serde(flatten)]
     pub provenance: Provenance,
     /// Name of the strategy that chose.
@@ -50,6 +51,7 @@ pub struct LayerPlan {
     /// Index in the pruned model; absent for a dropped layer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pruned_index: Option<usize>,
+    /// Whether it is dropped, finetuned, or frozen and why.
     pub role: Role,
 }
 

@@ -19,6 +19,7 @@ pub type Similarities = BTreeMap<usize, Vec<f64>>;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Modality {
+    /// Every token.
     All,
     /// Tokens that take one image feature each.
     Image,
@@ -48,6 +49,7 @@ pub type ModalityWeights = BTreeMap<Modality, f64>;
 /// Source: arXiv:2511.19676, section 3.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Scores {
+    /// Tool version, schema version, input digests and settings.
     #[serde(flatten)]
     pub provenance: Provenance,
     /// Decoder layers of the scored model.
@@ -121,7 +123,9 @@ pub struct SampleScores {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SampleModality {
+    /// Tokens that the means are over.
     pub tokens: usize,
+    /// Mean similarity per pack of layers.
     pub sim: Similarities,
 }
 

@@ -21,7 +21,14 @@ pub enum Placed {
     /// Put it into the message.
     Inline,
     /// It is in a file beside the model.
-    External { location: String, offset: u64, length: u64 },
+    External {
+        /// Path relative to the model's folder.
+        location: String,
+        /// First byte in that file.
+        offset: u64,
+        /// Bytes.
+        length: u64,
+    },
 }
 
 /// Decides where an initializer's content goes, and may write it there.

@@ -24,7 +24,12 @@ pub enum Storage {
     Inline,
     /// In files beside it: the first under this name, further ones (only when `chunk_bytes` is given and reached) with
     /// `_1`, `_2`, ... behind it.
-    External { file_name: String, chunk_bytes: Option<u64> },
+    External {
+        /// Name of the first file, in the model's folder.
+        file_name: String,
+        /// Size from which a further file begins; a larger tensor has a file of its own.
+        chunk_bytes: Option<u64>,
+    },
 }
 
 /// Metadata of a model: keys and values.

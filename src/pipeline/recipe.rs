@@ -28,14 +28,21 @@ pub struct Recipe {
     /// `cpu`, `cuda` or `cuda:N`.
     #[serde(default = "cpu")]
     pub device: String,
+    /// Data on which `score` measures the layers.
     pub calibration: Calibration,
+    /// Which layers are dropped and by which strategies.
     pub plan: PlanSection,
+    /// How the graph is rewritten.
     #[serde(default)]
     pub prune: PruneSection,
+    /// How the pruned models are finetuned.
     pub finetune: FinetuneSection,
+    /// Benchmark on which all models are compared.
     pub eval: EvalSection,
+    /// Whether and how speed is measured.
     #[serde(default)]
     pub bench: BenchSection,
+    /// Further formats that the finetuned models are written in.
     #[serde(default)]
     pub export: ExportSection,
 }

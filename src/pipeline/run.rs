@@ -28,6 +28,7 @@ pub const TABLE_FILE: &str = "table";
 /// `manifest.json`: every file that a run made, and what it was made from.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Manifest {
+    /// Tool version, schema version, input digests and settings.
     #[serde(flatten)]
     pub provenance: Provenance,
     /// SHA-256 of every file of the run's folder, by path.
@@ -36,7 +37,9 @@ pub struct Manifest {
 
 /// What a run came to.
 pub struct RunResult {
+    /// The run's output folder.
     pub folder: PathBuf,
+    /// The comparison of all models, also written to `table.json`.
     pub table: Table,
     /// False when less is kept than the recipe's `min_retention`.
     pub gate_held: bool,

@@ -18,6 +18,7 @@ const STATE_SCHEMA_VERSION: u32 = 1;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct State {
+    /// Version of the schema of `state.json`.
     pub schema_version: u32,
     /// Finished steps by name.
     pub steps: BTreeMap<String, StepState>,
@@ -49,7 +50,9 @@ pub struct Store {
 /// A step's output, made now or found.
 #[derive(Clone, Debug)]
 pub struct Finished {
+    /// File or folder that the step made.
     pub path: PathBuf,
+    /// SHA-256 of the file, or over the files of the folder.
     pub digest: Sha256Digest,
     /// True when an earlier run had made it.
     pub reused: bool,

@@ -9,6 +9,7 @@ use crate::eval::Interval;
 /// `table.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Table {
+    /// Tool version, schema version, input digests and settings.
     #[serde(flatten)]
     pub provenance: Provenance,
     /// The dense model first; then, per strategy, its model with layers dropped and the same finetuned.
@@ -19,7 +20,9 @@ pub struct Table {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Row {
+    /// Name in the table: `dense`, or the strategy and whether the model is finetuned.
     pub model: String,
+    /// Decoder layers that were dropped; 0 for the dense model.
     pub dropped_layers: usize,
     /// Name and mean score of each group of questions, 0 to 1.
     pub groups: Vec<(String, f64)>,

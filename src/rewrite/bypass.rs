@@ -27,6 +27,7 @@ pub const STREAM_OUTPUT_PREFIX: &str = "interlace.stream_";
 /// What [`bypass_layers`] makes.
 #[derive(Clone, Debug)]
 pub struct Bypass {
+    /// The rewritten decoder.
     pub model: Model,
     /// True when the model has the inputs and outputs by which a run can begin at a later layer: with the stream before
     /// layer `i` given and the layers before `i` left out, it goes on as if they had run. A change to the stream between

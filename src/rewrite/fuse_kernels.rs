@@ -13,7 +13,9 @@ pub const FUSED_SILU: &str = "FusedSilu";
 /// How many nodes were made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Fused {
+    /// Attentions, each a chain from the scaled product of queries and keys to the product with the values.
     pub attention: usize,
+    /// Products of a value with its own sigmoid.
     pub silu: usize,
 }
 

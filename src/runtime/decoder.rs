@@ -11,7 +11,9 @@ use super::tensor::Tensor;
 /// One cache slot.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CacheSlot {
+    /// Input with the state of earlier tokens.
     pub past: Port,
+    /// Output that becomes `past` of the next step.
     pub present: Port,
 }
 

@@ -8,6 +8,7 @@ use crate::base::Sha256Digest;
 /// What a picture becomes: one row per image token.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Features {
+    /// Width of a row.
     pub hidden_size: usize,
     /// `[tokens, hidden_size]` in row-major order.
     pub data: Vec<f32>,

@@ -82,7 +82,9 @@ pub struct InputRow {
 /// An input of a graph that the table knows.
 #[derive(Clone)]
 pub struct Input {
+    /// Name, type and shape in the graph.
     pub port: Port,
+    /// How its values are made.
     pub row: &'static InputRow,
     /// The number in its name.
     pub number: Option<usize>,

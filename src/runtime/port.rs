@@ -5,8 +5,11 @@ use crate::ir::{DataType, Dim, Graph, ValueId};
 /// An input or output of a graph.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Port {
+    /// Name in the graph's signature.
     pub name: String,
+    /// Type of the elements.
     pub dtype: DataType,
+    /// Axes, outermost first; empty for a scalar.
     pub shape: Vec<Dim>,
 }
 

@@ -43,6 +43,7 @@ pub enum Optimisation {
 pub struct SessionOptions {
     /// Threads inside one operator; `None` uses the pool of all cores that sessions share.
     pub threads: Option<usize>,
+    /// Which rewrites ONNX Runtime makes at load time.
     pub optimisation: Optimisation,
     /// Products as the graph says. Left to itself ONNX Runtime fuses a product with the `DequantizeLinear` that unpacks its
     /// 4-bit weights and rounds the other factor to 8 bits, and sums of 8-bit products saturate on some processors.

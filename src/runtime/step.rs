@@ -14,6 +14,7 @@ use super::port::Port;
 /// A prompt as the decoder takes it: `T` tokens with what was computed for them.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Embedded {
+    /// `[T]` token ids.
     pub input_ids: Vec<i64>,
     /// Width of `data`; 0 where the decoder embeds the ids itself.
     pub hidden_size: usize,
@@ -23,6 +24,7 @@ pub struct Embedded {
     pub positions: Vec<Vec<i64>>,
     /// The position of the first generated token.
     pub next_position: i64,
+    /// Further per-token inputs.
     pub side: Side,
 }
 

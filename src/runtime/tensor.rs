@@ -20,6 +20,7 @@ pub struct Tensor(DynTensor);
 
 /// Element types that can be put into a tensor and read back.
 pub trait Element: PrimitiveTensorElementType + std::fmt::Debug + Clone + 'static {
+    /// The ONNX type of `Self`.
     const DTYPE: DataType;
 }
 

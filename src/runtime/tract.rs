@@ -13,18 +13,30 @@ use crate::ir::DataType;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TractOutcome {
     /// It becomes a runnable plan of so many nodes.
-    Loads { nodes: usize },
+    Loads {
+        /// Nodes of the plan.
+        nodes: usize,
+    },
     /// These operators are not in tract.
-    Missing { operators: Vec<String> },
+    Missing {
+        /// Their names, sorted.
+        operators: Vec<String>,
+    },
     /// The operators are there, but the plan cannot be made.
-    Fails { problem: String },
+    Fails {
+        /// tract's message.
+        problem: String,
+    },
 }
 
 /// The type and shape that one input is fixed to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InputFact {
+    /// Name in the graph's signature.
     pub name: String,
+    /// Type of the elements.
     pub dtype: DataType,
+    /// Sizes of the axes, outermost first.
     pub shape: Vec<usize>,
 }
 

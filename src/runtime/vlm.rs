@@ -42,6 +42,7 @@ pub struct VlmSettings {
 /// A model's vision encoder.
 #[derive(Debug)]
 pub enum Vision {
+    /// It can be run.
     Known(Box<VisionEncoder>),
     /// Why it cannot be run; text without pictures needs none.
     Unknown(Error),

@@ -43,11 +43,13 @@ impl Default for Options {
 /// A trainable weight: a leaf tensor that requires gradients. An optimiser may write to it in place between runs.
 #[derive(Debug)]
 pub struct Parameter {
+    /// The initializer's value in the graph.
     pub id: ValueId,
     /// The initializer's name.
     pub name: String,
     /// Element type in the graph; the tensor itself is f32 or f64.
     pub dtype: DataType,
+    /// Current value, in the shape of the initializer.
     pub tensor: Tensor,
 }
 

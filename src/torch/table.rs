@@ -12,9 +12,11 @@ use super::ops;
 pub struct Row {
     /// `""` for the default domain.
     pub domain: &'static str,
+    /// Name of the operator.
     pub op_type: &'static str,
-    /// First and last version of the domain for which the row is right.
+    /// First version of the domain that the row implements.
     pub since: i64,
+    /// Last version of the domain that the row implements.
     pub until: i64,
     /// True when gradients flow from its outputs to its floating-point inputs.
     pub differentiable: bool,

@@ -53,7 +53,9 @@ pub struct ImageInputs {
 /// A picture or a video of a conversation.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Shown {
+    /// A still picture with the tokens that it takes.
     Picture(ImageLayout),
+    /// A video with the tokens that its frames take.
     Video(VideoLayout),
 }
 

@@ -50,14 +50,17 @@ impl Picture {
         })
     }
 
+    /// Pixels in a row, at least 1.
     pub fn width(&self) -> usize {
         self.width
     }
 
+    /// Rows, at least 1.
     pub fn height(&self) -> usize {
         self.height
     }
 
+    /// `[height, width, 3]` in row-major order, red first.
     pub fn rgb(&self) -> &[u8] {
         &self.rgb
     }

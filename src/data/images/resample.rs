@@ -19,10 +19,15 @@ use super::picture::Picture;
 /// A resampling filter with Pillow's number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Filter {
+    /// Windowed sinc with a support of 3 pixels; Pillow's 1.
     Lanczos,
+    /// Triangle with a support of 1 pixel; Pillow's 2.
     Bilinear,
+    /// Cubic with a = -0.5 and a support of 2 pixels; Pillow's 3.
     Bicubic,
+    /// Mean of the covered pixels; Pillow's 4.
     Box,
+    /// Hamming-windowed sinc with a support of 1 pixel; Pillow's 5.
     Hamming,
 }
 
@@ -30,7 +35,9 @@ pub enum Filter {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum BackEnd {
+    /// Pillow, which rounds each of the two passes to 8 bits.
     Pil,
+    /// torchvision on 8-bit tensors, which rounds the weights of a pass to 16 bits.
     Torchvision,
 }
 

@@ -54,6 +54,7 @@ impl Default for TritonSettings {
 /// `interlace-export.json`: what a repository was made from and what is in it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Export {
+    /// Tool version, schema version, input digests and settings.
     #[serde(flatten)]
     pub provenance: Provenance,
     /// `triton`.
@@ -72,8 +73,11 @@ pub struct ExportedModel {
     pub source: String,
     /// What the component computes.
     pub role: Role,
+    /// Number of inputs.
     pub inputs: usize,
+    /// Number of outputs.
     pub outputs: usize,
+    /// Bytes of the ONNX file and its external data.
     pub size_bytes: u64,
     /// Inputs and outputs that are scalars in the component and have one axis of size 1 here, as Triton has no scalars.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

@@ -62,6 +62,7 @@ pub struct Request<'a, 'm> {
 
 /// A row of the table of strategies.
 pub struct Strategy {
+    /// As `--strategy` takes it and plans record it.
     pub name: &'static str,
     /// One line for help texts and documents.
     pub summary: &'static str,

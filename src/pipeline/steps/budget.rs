@@ -22,14 +22,18 @@ pub struct ModelCosts {
 /// One layer's own weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LayerCost {
+    /// Elements of the weights.
     pub parameters: u64,
+    /// Bytes of the weights in the file's own element types.
     pub size_bytes: u64,
 }
 
 /// What is left of a model.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Remaining {
+    /// Elements of all weights.
     pub parameters: u64,
+    /// Bytes of all files of the model.
     pub size_bytes: u64,
     /// The decoder's ideal: all layers over those that stay.
     pub speedup: f64,

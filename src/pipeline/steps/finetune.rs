@@ -20,21 +20,27 @@ pub const FINETUNE_REPORT: &str = "finetune.json";
 
 /// What is finetuned, on what, and how.
 pub struct Finetune<'a> {
+    /// Folder of the pruned model.
     pub pruned: &'a Path,
+    /// The plan by which it was pruned; it names the layers to finetune.
     pub plan: &'a Plan,
     /// Digest of the plan's file.
     pub plan_digest: Sha256Digest,
+    /// Conversations or running text: a file, a folder or a pattern.
     pub data: &'a Path,
     /// How the data is read.
     pub options: &'a DataOptions,
     /// Which samples.
     pub subset: Subset,
+    /// Losses, optimiser, schedule and stages.
     pub settings: &'a Settings,
+    /// Device on which the trained layers are computed.
     pub device: Device,
     /// Folder for checkpoints, metrics and the report.
     pub work: &'a Path,
     /// Goes on from the newest checkpoint in `work`.
     pub resume: bool,
+    /// Vision features by picture, shared with other steps.
     pub features: &'a Arc<FeatureCache>,
     /// The dense model, for the losses that need it.
     pub teacher: Option<&'a Path>,

@@ -23,12 +23,15 @@ const DEFAULT_MAX_TOKENS: usize = 256;
 /// A question.
 #[derive(Clone, Debug)]
 pub struct Question {
+    /// Picture files, in the order in which the prompt refers to them.
     pub images: Vec<PathBuf>,
     /// Frames of a video with their times in seconds; the video follows the pictures.
     pub video: Vec<(f64, PathBuf)>,
     /// How pictures are scaled and cut up.
     pub settings: ImageSettings,
+    /// System message; `None` leaves it to the chat template.
     pub system: Option<String>,
+    /// Text of the user's message, without image placeholders.
     pub prompt: String,
 }
 
@@ -41,6 +44,7 @@ pub struct Decoding {
     pub temperature: f32,
     /// The part of the probability that is drawn from.
     pub top_p: f32,
+    /// Seed of the draws; unused at temperature 0.
     pub seed: u64,
 }
 
@@ -53,7 +57,9 @@ impl Decoding {
 /// An answer with what it took.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Generation {
+    /// Path of the model as the user gave it.
     pub model: String,
+    /// Generated text without special tokens.
     pub answer: String,
     /// Tokens of the prompt, images included.
     pub prompt_tokens: usize,

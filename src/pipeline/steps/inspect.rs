@@ -18,6 +18,7 @@ pub const LAYERS_SCHEMA_VERSION: u32 = 1;
 /// What `inspect --json` prints.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Inspection {
+    /// Tool version, schema version, input digests and settings.
     #[serde(flatten)]
     pub provenance: Provenance,
     /// How the files are laid out.
@@ -25,12 +26,14 @@ pub struct Inspection {
     /// `model_type` of the config.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model_type: Option<String>,
+    /// ONNX files of the folder, each with its figures.
     pub components: Vec<ComponentInfo>,
     /// Variants that cannot be read.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub set_aside: Vec<SetAside>,
     /// Decoder layers.
     pub num_layers: usize,
+    /// Decoder layers in order; empty where the layers are not understood.
     pub layers: Vec<LayerInfo>,
     /// What is done to the residual stream between decoder layers.
     pub between_layers: Vec<BetweenLayers>,
@@ -71,6 +74,7 @@ pub struct ComponentInfo {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LayerInfo {
+    /// Position in the decoder, from 0.
     pub index: usize,
     /// Index in the model that was never pruned.
     pub original_index: usize,
@@ -84,7 +88,9 @@ pub struct LayerInfo {
     pub output: String,
     /// Elements of the weights that only this layer reads.
     pub parameters: u64,
+    /// Bytes of those weights in the file's own element types.
     pub weight_bytes: u64,
+    /// Cache inputs and outputs of the layer; empty for a graph without a cache.
     pub kv_ports: Vec<PortInfo>,
     /// Weights that this layer and others read.
     pub shared_weights: Vec<String>,
@@ -120,6 +126,7 @@ pub struct BetweenLayers {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TapInfo {
+    /// Name of the graph output.
     pub output: String,
     /// Layers before which it reads the stream; the number of layers is behind the last one.
     pub before: Vec<usize>,
@@ -131,7 +138,9 @@ pub struct TapInfo {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VisionInfo {
+    /// Layers of the vision tower.
     pub num_layers: usize,
+    /// The layers in order.
     pub layers: Vec<LayerInfo>,
     /// Outputs of the tower that read the stream at some of its layers.
     #[serde(default)]

@@ -20,6 +20,7 @@ use super::inspect::decoder_analysis;
 pub enum HowMany {
     /// Part of the decoder's layers, rounded down.
     DropRatio(f64),
+    /// A number of layers, fewer than the decoder has.
     DropCount(usize),
     /// These layers, named by the user.
     Drop(Vec<usize>),
@@ -35,7 +36,9 @@ pub enum HowMany {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PlanSettings {
+    /// Name of a row of `STRATEGIES`.
     pub strategy: String,
+    /// Number of layers to drop, or the budget from which it is computed.
     pub how_many: HowMany,
     /// Seed of the `random` strategy and of the draw of samples.
     pub seed: u64,
@@ -52,17 +55,23 @@ pub struct PlanSettings {
 
 /// Losses for a strategy that measures them, with the digest of the data that they are measured on and the samples.
 pub struct Losses<'m> {
+    /// Digest of the calibration data.
     pub data: Sha256Digest,
     /// Ids of the samples.
     pub samples: Vec<String>,
+    /// Samples that were drawn and could not be used, by reason.
     pub left_out: LeftOut,
+    /// Computes the loss of a decoder without given layers.
     pub measure: &'m mut dyn MeasureLosses,
 }
 
 /// The model that a plan is for.
 pub struct PlannedModel {
+    /// Digest over the model's files.
     pub digest: Sha256Digest,
+    /// Decoder layers.
     pub num_layers: usize,
+    /// Parameters and bytes of each decoder layer and of the rest.
     pub costs: ModelCosts,
     /// Layers behind which the graph changes the residual stream, with the inputs that come in there (DeepStack).
     additions: Vec<(usize, Vec<String>)>,

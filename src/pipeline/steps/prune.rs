@@ -22,7 +22,9 @@ pub struct Pruned {
     pub tower: Tower,
     /// Dropped layers by their index before.
     pub dropped: Vec<usize>,
+    /// Layers of the tower before pruning.
     pub layers_before: usize,
+    /// Layers of the tower after pruning.
     pub layers_after: usize,
     /// What became of features that are added between layers; absent where none are.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -44,19 +46,34 @@ pub struct Pruned {
 #[derive(Clone, Debug, PartialEq, Serialize, serde::Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PrunedComponent {
+    /// Path below the new folder.
     pub file: String,
+    /// Nodes of the top-level graph before pruning.
     pub nodes_before: usize,
+    /// Nodes of the top-level graph after pruning.
     pub nodes_after: usize,
+    /// Bytes of the weights before pruning.
     pub weight_bytes_before: u64,
+    /// Bytes of the weights after pruning.
     pub weight_bytes_after: u64,
 }
 
 /// Which layers go, and who says so.
 pub enum Drop<'a> {
     /// The user names layers.
-    Layers { tower: Tower, layers: &'a [usize] },
+    Layers {
+        /// The tower that they belong to.
+        tower: Tower,
+        /// Their indices, in any order.
+        layers: &'a [usize],
+    },
     /// A plan with the digest of its file.
-    Plan { plan: &'a Plan, digest: Sha256Digest },
+    Plan {
+        /// The plan; its layers are the decoder's.
+        plan: &'a Plan,
+        /// Digest of the plan's file.
+        digest: Sha256Digest,
+    },
 }
 
 #[derive(Clone, Copy, Serialize)]

@@ -24,7 +24,9 @@ pub const SWEEP_FILE: &str = "sweep";
 
 /// What a sweep came to.
 pub struct SweepResult {
+    /// The sweep's output folder.
     pub folder: PathBuf,
+    /// The comparison of all combinations, also written to `sweep.json`.
     pub table: SweepTable,
 }
 

@@ -26,14 +26,19 @@ pub struct Sweep {
     pub device: String,
     /// Parts of the decoder's layers to drop, each rounded down to whole layers.
     pub drop_ratios: Vec<f64>,
+    /// Names of the strategies to compare.
     pub strategies: Vec<String>,
     /// Each decides the draw of the `random` strategy, and the draw and order of the finetuning samples.
     #[serde(default = "default_seeds")]
     pub seeds: Vec<u64>,
+    /// Data on which `score` measures the layers.
     pub calibration: Calibration,
+    /// How the graph is rewritten.
     #[serde(default)]
     pub prune: PruneSection,
+    /// How the models are finetuned.
     pub finetune: SweepFinetune,
+    /// Benchmark on which all models are compared.
     pub eval: SweepEval,
     /// Keeps every healed model; without it one is removed when its answers are in, and healed again when other questions
     /// are asked.

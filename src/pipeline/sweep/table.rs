@@ -10,10 +10,12 @@ use super::super::table::markdown_of;
 /// `sweep.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct SweepTable {
+    /// Tool version, schema version, input digests and settings.
     #[serde(flatten)]
     pub provenance: Provenance,
     /// The dense model's mean over the groups of questions.
     pub dense_average: f64,
+    /// Seeds of which each row is the mean.
     pub seeds: Vec<u64>,
     /// By drop ratio, strategy and recipe, in the order that the sweep names them.
     pub rows: Vec<SweepRow>,
@@ -23,9 +25,13 @@ pub struct SweepTable {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SweepRow {
+    /// Part of the decoder's layers to drop, as in the sweep's recipe.
     pub drop_ratio: f64,
+    /// Name of the strategy that chose the layers.
     pub strategy: String,
+    /// Name of the finetuning recipe.
     pub recipe: String,
+    /// Decoder layers that were dropped.
     pub dropped_layers: usize,
     /// The layers that went, by seed.
     pub dropped: Vec<Vec<usize>>,
@@ -47,9 +53,11 @@ pub struct SweepRow {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Spread {
+    /// Arithmetic mean over seeds.
     pub mean: f64,
     /// Sample standard deviation; 0 for one value.
     pub deviation: f64,
+    /// One value per seed, in the order of the sweep's seeds.
     pub values: Vec<f64>,
 }
 
