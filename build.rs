@@ -8,8 +8,30 @@ use std::path::Path;
 
 const TRITON_SCHEMA: &str = "src/export/model_config.proto";
 
+/// Process groups of LibTorch's c10d behind a C interface.
+const RANKS: &str = "src/torch/ranks";
+
+fn compile_ranks(include: &Path) {
+    cc::Build::new()
+        .cpp(true)
+        .std("c++17")
+        .warnings(false)
+        .define("USE_C10D_GLOO", None)
+        .define("USE_DISTRIBUTED", None)
+        .define("_GLIBCXX_USE_CXX11_ABI", "1")
+        .include(include)
+        .include(include.join("torch/csrc/api/include"))
+        .include(RANKS)
+        .file(format!("{RANKS}/c10d.cpp"))
+        .compile("interlace_c10d");
+}
+
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed={TRITON_SCHEMA}");
+    println!("cargo:rerun-if-changed={RANKS}");
+    if let Ok(libtorch) = env::var("LIBTORCH") {
+        compile_ranks(&Path::new(&libtorch).join("include"));
+    }
     let mut compiler = protox::Compiler::new(["src/export"])?;
     compiler.open_file(TRITON_SCHEMA)?;
     let out = env::var("OUT_DIR")?;

@@ -1,0 +1,325 @@
+//! The processes that work on one run together, as `torchrun` starts them: LibTorch's own c10d, over Gloo.
+//!
+//! Collective calls must come in the same order from all ranks. After any failure the group is of no more use: end the
+//! process with an error, the launcher starts all of them again.
+
+use std::env;
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::net::TcpListener;
+use std::os::fd::IntoRawFd;
+use std::ptr::NonNull;
+use std::time::Duration;
+
+use tch::{Device, Kind, Tensor};
+
+use crate::base::{Error, Result};
+
+/// How long a rank waits for another that is alive but does not come; a rank that has ended is seen at once.
+const TIMEOUT: Duration = Duration::from_secs(30 * 60);
+
+/// One of several processes of a run.
+#[derive(Debug)]
+pub struct Ranks {
+    rank: usize,
+    size: usize,
+    local_rank: usize,
+    group: Group,
+}
+
+/// Where a process stands among those of its run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Place {
+    rank: usize,
+    size: usize,
+    local_rank: usize,
+    /// Address and port of the store at which the ranks meet.
+    host: String,
+    port: u16,
+    /// The launcher serves the store itself.
+    served: bool,
+    /// What the store's keys begin with: each restart has its own.
+    prefix: String,
+}
+
+impl Place {
+    /// From the environment that `torchrun` sets; none where it sets no `WORLD_SIZE` or there is one process only.
+    ///
+    /// Errors: `Error::Invalid` for a variable that is missing or is no number in range.
+    fn of(variable: impl Fn(&str) -> Option<String>) -> Result<Option<Place>> {
+        let Some(size) = variable("WORLD_SIZE") else { return Ok(None) };
+        let wrong = |name: &str, found: &str, want: &str| {
+            Error::invalid(format!("environment variable {name}"), format!("is `{found}`, {want} is expected")).remedy(
+                "start with `torchrun --nproc-per-node N interlace-torch ...`, or unset WORLD_SIZE to run alone",
+            )
+        };
+        let required = |name: &str| variable(name).ok_or_else(|| wrong(name, "not set", "what torchrun sets"));
+        let number = |name: &str| -> Result<usize> {
+            let text = required(name)?;
+            text.parse().map_err(|_| wrong(name, &text, "a number"))
+        };
+        let size: usize = size.parse().map_err(|_| wrong("WORLD_SIZE", &size, "a number"))?;
+        if size == 0 {
+            return Err(wrong("WORLD_SIZE", "0", "a positive number"));
+        }
+        let rank = number("RANK")?;
+        if rank >= size {
+            return Err(wrong("RANK", &rank.to_string(), &format!("a number below WORLD_SIZE, which is {size},")));
+        }
+        let port = number("MASTER_PORT")?;
+        let port = u16::try_from(port).map_err(|_| wrong("MASTER_PORT", &port.to_string(), "a port"))?;
+        let host = required("MASTER_ADDR")?;
+        if size == 1 {
+            return Ok(None);
+        }
+        let restart = variable("TORCHELASTIC_RESTART_COUNT").unwrap_or_else(|| "0".to_string());
+        Ok(Some(Place {
+            rank,
+            size,
+            local_rank: number("LOCAL_RANK")?,
+            host,
+            port,
+            served: variable("TORCHELASTIC_USE_AGENT_STORE").is_some_and(|value| value.eq_ignore_ascii_case("true")),
+            prefix: format!("interlace/{restart}"),
+        }))
+    }
+}
+
+impl Ranks {
+    /// Meets the other processes of this run, where the environment says that there are some.
+    ///
+    /// Errors: `Error::Invalid` for an environment that says half of it; `Error::Engine` when they cannot be reached.
+    pub fn of_environment() -> Result<Option<Ranks>> {
+        Place::of(|name| env::var(name).ok().filter(|value| !value.is_empty()))?.map(Ranks::meet).transpose()
+    }
+
+    fn meet(place: Place) -> Result<Ranks> {
+        let Place { rank, size, local_rank, .. } = place;
+        let text = |text: &str| {
+            CString::new(text).map_err(|_| Error::invalid("MASTER_ADDR", "holds a zero byte, an address is expected"))
+        };
+        // Of its own accord the store would listen on every interface.
+        let listener = match place.rank == 0 && !place.served {
+            true => Some(TcpListener::bind((place.host.as_str(), place.port)).map_err(|e| {
+                Error::invalid(
+                    "MASTER_ADDR and MASTER_PORT",
+                    format!("cannot listen on {}:{}: {e}", place.host, place.port),
+                )
+                .remedy("name an address of this machine and a free port")
+            })?),
+            false => None,
+        };
+        let own = own_address(&place.host, place.port)?;
+        let (host, prefix, own) = (text(&place.host)?, text(&place.prefix)?, text(&own)?);
+        let listener = listener.map_or(-1, |listener| listener.into_raw_fd());
+        let timeout = i64::try_from(TIMEOUT.as_millis()).unwrap_or(i64::MAX);
+        let mut error = std::ptr::null_mut();
+        // SAFETY: the texts live until the call returns, the socket is given away.
+        let group = unsafe {
+            interlace_group_new(
+                host.as_ptr(),
+                place.port,
+                listener,
+                prefix.as_ptr(),
+                own.as_ptr(),
+                rank as c_int,
+                size as c_int,
+                timeout,
+                &mut error,
+            )
+        };
+        let group = NonNull::new(group).ok_or_else(|| failed(error, "meeting the other ranks"))?;
+        Ok(Ranks { rank, size, local_rank, group: Group(group) })
+    }
+
+    /// This process's number, from 0.
+    pub fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// How many processes there are, at least 2.
+    pub fn size(&self) -> usize {
+        self.size
+    }
+
+    /// This process's number on its machine: the device that it takes.
+    pub fn local_rank(&self) -> usize {
+        self.local_rank
+    }
+
+    /// Adds up the tensors of all ranks, in place and to the same bits everywhere. They have the same shapes on all, and
+    /// one element type; they may lie on a device.
+    ///
+    /// Errors: `Error::Engine` when a rank has ended or does not come.
+    pub fn sum(&self, tensors: &[Tensor]) -> Result<()> {
+        let mut by_kind: Vec<(Kind, Vec<&Tensor>)> = Vec::new();
+        for tensor in tensors {
+            match by_kind.iter_mut().find(|(kind, _)| *kind == tensor.kind()) {
+                Some((_, others)) => others.push(tensor),
+                None => by_kind.push((tensor.kind(), vec![tensor])),
+            }
+        }
+        by_kind.iter().try_for_each(|(_, tensors)| self.sum_of_kind(tensors))
+    }
+
+    fn sum_of_kind(&self, tensors: &[&Tensor]) -> Result<()> {
+        let problem = |e: tch::TchError| Error::engine("LibTorch", "the sum over ranks", e);
+        let _guard = tch::no_grad_guard();
+        let flat: Vec<Tensor> = tensors
+            .iter()
+            .map(|tensor| tensor.f_detach()?.f_reshape([-1]))
+            .collect::<Result<_, _>>()
+            .map_err(problem)?;
+        let whole = Tensor::f_cat(&flat, 0).and_then(|whole| whole.f_to_device(Device::Cpu)).map_err(problem)?;
+        self.call("the sum over ranks", |error| {
+            // SAFETY: the group and the tensor live until the call returns.
+            unsafe { interlace_group_sum(self.group.0.as_ptr(), whole.as_ptr().cast(), error) }
+        })?;
+        let mut start = 0;
+        for tensor in tensors {
+            let count = tensor.numel() as i64;
+            let own = whole.f_narrow(0, start, count).and_then(|own| own.f_reshape(tensor.size())).map_err(problem)?;
+            tensor.f_detach().and_then(|mut detached| detached.f_copy_(&own)).map_err(problem)?;
+            start += count;
+        }
+        Ok(())
+    }
+
+    /// The sum of a number over all ranks.
+    ///
+    /// Errors: as [`Ranks::sum`].
+    pub fn sum_of(&self, value: f64) -> Result<f64> {
+        let tensor = Tensor::from_slice(&[value]);
+        self.sum(std::slice::from_ref(&tensor))?;
+        Ok(tensor.double_value(&[0]))
+    }
+
+    /// Gives the bytes of rank 0 to all; what the others pass is not read.
+    ///
+    /// Errors: as [`Ranks::sum`].
+    pub fn from_first(&self, bytes: &[u8]) -> Result<Vec<u8>> {
+        let length = Tensor::from_slice(&[bytes.len() as i64]);
+        self.broadcast(&length, 0)?;
+        let length = usize::try_from(length.int64_value(&[0])).unwrap_or_default();
+        let content = match self.rank {
+            0 => Tensor::from_slice(bytes),
+            _ => Tensor::zeros([length as i64], (Kind::Uint8, Device::Cpu)),
+        };
+        if length > 0 {
+            self.broadcast(&content, 0)?;
+        }
+        Vec::<u8>::try_from(&content).map_err(|e| Error::engine("LibTorch", "what rank 0 sent", e))
+    }
+
+    /// The bytes of every rank, in their order.
+    ///
+    /// Errors: as [`Ranks::sum`].
+    pub fn of_all(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
+        let mut all = Vec::with_capacity(self.size);
+        for rank in 0..self.size {
+            let length = Tensor::from_slice(&[bytes.len() as i64]);
+            self.broadcast(&length, rank)?;
+            let length = usize::try_from(length.int64_value(&[0])).unwrap_or_default();
+            let content = match rank == self.rank {
+                true => Tensor::from_slice(bytes),
+                false => Tensor::zeros([length as i64], (Kind::Uint8, Device::Cpu)),
+            };
+            if length > 0 {
+                self.broadcast(&content, rank)?;
+            }
+            all.push(Vec::<u8>::try_from(&content).map_err(|e| Error::engine("LibTorch", "what a rank sent", e))?);
+        }
+        Ok(all)
+    }
+
+    /// Returns when all ranks have come here.
+    ///
+    /// Errors: as [`Ranks::sum`].
+    pub fn wait_for_all(&self) -> Result<()> {
+        self.sum_of(1.0).map(|_| ())
+    }
+
+    fn broadcast(&self, tensor: &Tensor, from: usize) -> Result<()> {
+        self.call("a broadcast", |error| {
+            // SAFETY: the group and the tensor live until the call returns.
+            unsafe { interlace_group_broadcast(self.group.0.as_ptr(), tensor.as_ptr().cast(), from as c_int, error) }
+        })
+    }
+
+    fn call(&self, subject: &str, work: impl FnOnce(*mut *mut c_char) -> bool) -> Result<()> {
+        let mut error = std::ptr::null_mut();
+        match work(&mut error) {
+            true => Ok(()),
+            false => Err(failed(error, &format!("{subject} of rank {} of {}", self.rank, self.size))),
+        }
+    }
+}
+
+/// The address of this machine from which the store is reached: the other ranks connect to it.
+fn own_address(host: &str, port: u16) -> Result<String> {
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0");
+    let address = socket.and_then(|socket| {
+        // Sends nothing: only chooses the way.
+        socket.connect((host, port))?;
+        socket.local_addr()
+    });
+    let address = address.map_err(|e| {
+        Error::invalid("MASTER_ADDR", format!("`{host}` cannot be reached: {e}")).remedy("name the machine of rank 0")
+    })?;
+    Ok(address.ip().to_string())
+}
+
+fn failed(error: *mut c_char, subject: &str) -> Error {
+    if error.is_null() {
+        return Error::engine("c10d", subject, "no reason is given");
+    }
+    // SAFETY: the text ends with a zero and is freed once, here.
+    let text = unsafe {
+        let text = CStr::from_ptr(error).to_string_lossy().into_owned();
+        interlace_text_free(error);
+        text
+    };
+    Error::engine("c10d", subject, text.lines().next().unwrap_or_default())
+}
+
+#[derive(Debug)]
+struct Group(NonNull<c_void>);
+
+// SAFETY: c10d's groups may be used from any thread, from one at a time; `Ranks` has no interior that changes besides.
+unsafe impl Send for Group {}
+// SAFETY: see above; collectives of two threads at once would mix up their order, not memory.
+unsafe impl Sync for Group {}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        // SAFETY: made by `interlace_group_new`, freed once.
+        unsafe { interlace_group_free(self.0.as_ptr()) }
+    }
+}
+
+unsafe extern "C" {
+    fn interlace_group_new(
+        host: *const c_char,
+        port: u16,
+        listener: c_int,
+        prefix: *const c_char,
+        own_address: *const c_char,
+        rank: c_int,
+        size: c_int,
+        timeout_ms: i64,
+        error: *mut *mut c_char,
+    ) -> *mut c_void;
+    fn interlace_group_free(group: *mut c_void);
+    fn interlace_group_sum(group: *mut c_void, tensor: *const c_void, error: *mut *mut c_char) -> bool;
+    fn interlace_group_broadcast(
+        group: *mut c_void,
+        tensor: *const c_void,
+        root: c_int,
+        error: *mut *mut c_char,
+    ) -> bool;
+    #[cfg(test)]
+    fn interlace_group_layout() -> usize;
+    fn interlace_text_free(text: *mut c_char);
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,138 @@
+//! Several processes on this machine: the test program starts itself, once per rank.
+
+use std::collections::HashMap;
+use std::process::{Child, Command, Stdio};
+use std::time::Instant;
+
+use super::*;
+
+#[test]
+fn the_class_of_this_libtorch_has_the_size_that_the_declarations_give() {
+    // SAFETY: takes nothing and reads nothing.
+    assert_eq!(
+        unsafe { interlace_group_layout() },
+        488,
+        "c10d has changed: check src/torch/ranks/gloo against its header"
+    );
+}
+
+fn place(variables: &[(&str, &str)]) -> Result<Option<Place>> {
+    let variables: HashMap<&str, &str> = variables.iter().copied().collect();
+    Place::of(|name| variables.get(name).map(ToString::to_string))
+}
+
+#[test]
+fn the_environment_of_torchrun_is_read_or_refused_by_name() {
+    assert_eq!(place(&[]).unwrap(), None);
+    let all = [
+        ("WORLD_SIZE", "2"),
+        ("RANK", "1"),
+        ("LOCAL_RANK", "1"),
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", "29500"),
+        ("TORCHELASTIC_USE_AGENT_STORE", "True"),
+        ("TORCHELASTIC_RESTART_COUNT", "3"),
+    ];
+    let found = place(&all).unwrap().unwrap();
+    assert_eq!((found.rank, found.size, found.served, found.prefix.as_str()), (1, 2, true, "interlace/3"));
+    for (name, value) in
+        [("RANK", "2"), ("RANK", "x"), ("MASTER_PORT", "99999"), ("WORLD_SIZE", "0"), ("LOCAL_RANK", "")]
+    {
+        let changed: Vec<_> = all.iter().map(|&(key, old)| (key, if key == name { value } else { old })).collect();
+        let error = place(&changed).unwrap_err().to_string();
+        assert!(error.contains(name) && error.contains("torchrun"), "{error}");
+    }
+    for missing in ["RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"] {
+        let without: Vec<_> = all.iter().copied().filter(|(key, _)| *key != missing).collect();
+        assert!(place(&without).unwrap_err().to_string().contains(missing), "{missing}");
+    }
+    let alone: Vec<_> = all
+        .iter()
+        .map(|&(key, old)| {
+            (
+                key,
+                if key == "WORLD_SIZE" {
+                    "1"
+                } else if key == "RANK" {
+                    "0"
+                } else {
+                    old
+                },
+            )
+        })
+        .collect();
+    assert_eq!(place(&alone).unwrap(), None);
+}
+
+/// Starts one process per rank on a free port; each runs the test `name` of this file.
+fn start(name: &str, size: usize) -> Vec<Child> {
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let own = std::env::current_exe().unwrap();
+    let rank = |rank: usize| {
+        Command::new(&own)
+            .args([&format!("torch::ranks::tests::{name}"), "--exact", "--ignored", "--nocapture", "--test-threads=1"])
+            .env("WORLD_SIZE", size.to_string())
+            .env("RANK", rank.to_string())
+            .env("LOCAL_RANK", rank.to_string())
+            .env("MASTER_ADDR", "127.0.0.1")
+            .env("MASTER_PORT", port.to_string())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap()
+    };
+    (0..size).map(rank).collect()
+}
+
+#[test]
+#[ignore = "one rank of several: started by the tests below"]
+fn as_a_rank_that_sums() {
+    let ranks = Ranks::of_environment().unwrap().unwrap();
+    let own = ranks.rank() as f64 + 1.0;
+    let total: f64 = (1..=ranks.size()).map(|n| n as f64).sum();
+    let weight = Tensor::ones([2, 3], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+    let float = &weight * own;
+    let double = Tensor::full([4], own, (Kind::Double, Device::Cpu));
+    ranks.sum(&[float.shallow_clone(), double.shallow_clone()]).unwrap();
+    assert_eq!(f64::try_from(float.sum(Kind::Double)).unwrap(), 6.0 * total);
+    assert_eq!(f64::try_from(double.sum(Kind::Double)).unwrap(), 4.0 * total);
+    assert_eq!(ranks.sum_of(own).unwrap(), total);
+    assert_eq!(ranks.from_first(format!("rank {}", ranks.rank()).as_bytes()).unwrap(), b"rank 0");
+    let all = ranks.of_all(&vec![ranks.rank() as u8; ranks.rank()]).unwrap();
+    let want: Vec<Vec<u8>> = (0..ranks.size()).map(|rank| vec![rank as u8; rank]).collect();
+    assert_eq!(all, want);
+    ranks.wait_for_all().unwrap();
+}
+
+#[test]
+fn two_and_three_processes_sum_and_send() {
+    for size in [2, 3] {
+        for (rank, child) in start("as_a_rank_that_sums", size).into_iter().enumerate() {
+            let output = child.wait_with_output().unwrap();
+            let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success() && text.contains("1 passed"), "rank {rank} of {size}: {text}");
+        }
+    }
+}
+
+#[test]
+#[ignore = "one rank of several: started by the test below"]
+fn as_a_rank_whose_neighbour_ends() {
+    let ranks = Ranks::of_environment().unwrap().unwrap();
+    ranks.wait_for_all().unwrap();
+    if ranks.rank() == 1 {
+        std::process::abort();
+    }
+    let error = ranks.wait_for_all().unwrap_err().to_string();
+    assert!(error.contains("c10d failed"), "{error}");
+}
+
+#[test]
+fn a_rank_that_ends_is_an_error_of_the_others_within_seconds() {
+    let began = Instant::now();
+    for (rank, child) in start("as_a_rank_whose_neighbour_ends", 3).into_iter().enumerate() {
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.success(), rank != 1, "rank {rank}: {}", String::from_utf8_lossy(&output.stdout));
+    }
+    assert!(began.elapsed() < TIMEOUT / 10, "the others waited for {:?}", began.elapsed());
+}
