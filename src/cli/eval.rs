@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use crate::base::{Device, write_json};
 use crate::bundle::Bundle;
 use crate::data::{Dataset, SEQUENCE_LENGTH};
-use crate::eval::{EvalReport, Interval, PromptStyle, TextReport};
+use crate::eval::{EvalReport, Interval, Likelihood, PromptStyle, TextReport};
 use crate::pipeline::steps::{self, Engine, EvalSettings, TextSettings};
 
 use super::args::{fraction, positive};
@@ -51,6 +51,9 @@ pub struct Args {
     /// Also write each answer beside its question: JSON lines, or VLMEvalKit's own layout if the name ends in .tsv
     #[arg(long, value_name = "FILE")]
     predictions: Option<PathBuf>,
+    /// Measure only how likely the right answers are, and let the model answer nothing
+    #[arg(long, conflicts_with_all = ["predictions", "max_new_tokens"])]
+    likelihood_only: bool,
     /// Where to compute: cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
     device: Device,
@@ -71,10 +74,16 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         images: args.images.settings(),
     };
     let engine = Engine::new(args.device)?;
+    if args.likelihood_only {
+        return likelihood(&args, &engine, &settings, context);
+    }
     let report = steps::eval(&engine, &args.model, args.baseline.as_deref(), &args.data, &settings, &context.cancel)?;
     write_json(&args.output, &report)?;
     if let Some(path) = &args.predictions {
         steps::write_predictions(path, &args.data, &report.model)?;
+    }
+    if let Some(reason) = &report.likelihood_not_measured {
+        context.output.warn(format!("how likely the right answers are was not measured: {reason}"));
     }
     if report.rows_without_picture > 0 {
         context.output.warn(format!("{} rows have no picture and were not asked", report.rows_without_picture));
@@ -83,12 +92,41 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         context.output.json(&report)?;
     } else {
         context.output.line(report_table(&report))?;
+        if let Some(own) = &report.model.likelihood {
+            let base = report.baseline.as_ref().and_then(|baseline| baseline.likelihood.as_ref());
+            let kept = report.retention.as_ref().and_then(|retention| retention.likelihood);
+            context.output.line(likelihood_line(own, base, kept))?;
+        }
         if report.baseline.is_some() {
             context.output.line("kept: score over the baseline's, with its 95% bootstrap interval")?;
         }
     }
     let kept = report.retention.as_ref().and_then(|retention| retention.score);
     gate(args.min_retention, kept, "score", context)
+}
+
+fn likelihood(args: &Args, engine: &Engine, settings: &EvalSettings, context: &Context) -> anyhow::Result<Outcome> {
+    let baseline = args.baseline.as_deref();
+    let report = steps::eval_likelihood(engine, &args.model, baseline, &args.data, settings, &context.cancel)?;
+    write_json(&args.output, &report)?;
+    if context.output.json {
+        context.output.json(&report)?;
+    } else {
+        context.output.line(likelihood_line(&report.model, report.baseline.as_ref(), report.retention))?;
+    }
+    gate(args.min_retention, report.retention, "likelihood per answer token", context)
+}
+
+/// What is measured of the right answers, beside the baseline's.
+fn likelihood_line(model: &Likelihood, baseline: Option<&Likelihood>, kept: Option<Interval>) -> String {
+    let mut text = format!(
+        "right answers: log-likelihood {:.4} nats per token over {} tokens",
+        model.mean_log_likelihood, model.answer_tokens
+    );
+    if let Some(baseline) = baseline {
+        text.push_str(&format!(", baseline {:.4}; likelihood kept {} %", baseline.mean_log_likelihood, interval(kept)));
+    }
+    text
 }
 
 fn text(args: &Args, context: &Context) -> anyhow::Result<Outcome> {

@@ -7,7 +7,7 @@ use crate::eval::{BenchReport, EvalReport, TextReport, VerifyReport};
 use crate::export::triton::Export;
 use crate::finetune::Report;
 use crate::method::{Plan, Scores};
-use crate::pipeline::steps::{Generations, Inspection, Pruned};
+use crate::pipeline::steps::{Generations, Inspection, LikelihoodReport, Pruned};
 use crate::pipeline::{Manifest, Recipe, State, Sweep, SweepTable, Table};
 
 /// Name and schema of every artifact; `schemas/` holds them under `NAME.schema.json`.
@@ -19,6 +19,7 @@ pub fn schemas() -> Vec<(&'static str, Schema)> {
         ("generate", schema_for!(Generations)),
         ("interlace", schema_for!(Record)),
         ("layers", schema_for!(Inspection)),
+        ("likelihood-report", schema_for!(LikelihoodReport)),
         ("manifest", schema_for!(Manifest)),
         ("plan", schema_for!(Plan)),
         ("pruned", schema_for!(Pruned)),

@@ -25,9 +25,11 @@ pub use checks::{Check, CheckStatus, VerifyReport};
 pub use judge::{Reference, says_yes};
 pub use metrics::{Judged, METRICS, Metric, QuestionKind, metric_for, metric_named, metric_of};
 pub use perplexity::{SequenceLoss, TextReport, TextScores, kept_perplexity, perplexity};
-pub use prompt::{PROMPT_STYLES, PromptStyle, question_text, reference_of};
-pub use report::{Answer, EvalReport, EvalTiming, GroupRetention, GroupScore, ModelScores, Retention};
+pub use prompt::{PROMPT_STYLES, PromptStyle, question_text, reference_of, right_answer};
+pub use report::{
+    Answer, EvalReport, EvalTiming, GroupRetention, GroupScore, Likelihood, ModelScores, QuestionLikelihood, Retention,
+};
 pub use run::{EvalOptions, LoadedModel, benchmark_name, evaluate, judge_predictions};
-pub use stats::{Interval, RESAMPLES, Spread};
+pub use stats::{Interval, RESAMPLES, Spread, kept_likelihood};
 pub use summary::compare;
 pub use verify::{verify, verify_on};

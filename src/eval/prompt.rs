@@ -8,6 +8,7 @@ use crate::data::{BenchRow, Benchmark};
 
 use super::judge::Reference;
 use super::metrics::{QuestionKind, metric_of};
+use super::text::answers_of_cell;
 
 /// How questions are worded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -201,6 +202,14 @@ pub fn reference_of(benchmark: &Benchmark, row: &BenchRow) -> Result<Reference> 
         cycle_category: cell("cycle_category"),
         image_path: cell("image_path"),
     })
+}
+
+/// The answer that a model is wanted to give: the letter of a choice, the first of several answers.
+pub fn right_answer(reference: &Reference) -> String {
+    match reference.options.is_empty() {
+        true => answers_of_cell(&reference.answer).into_iter().next().unwrap_or_default(),
+        false => reference.answer.trim().to_string(),
+    }
 }
 
 fn missing(row: &BenchRow, column: &str) -> Error {

@@ -23,6 +23,9 @@ pub struct EvalReport {
     /// Scores of the model that it is compared with, on the same questions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub baseline: Option<ModelScores>,
+    /// Why the likelihood of the right answers was not measured, where it was not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub likelihood_not_measured: Option<String>,
     /// What the model keeps of the baseline's scores.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retention: Option<Retention>,
@@ -65,8 +68,33 @@ pub struct ModelScores {
     pub mean_of_questions: f64,
     /// Time and tokens of all questions.
     pub timing: EvalTiming,
-    /// One entry per question, in the order of the benchmark.
+    /// How likely the right answers are; absent where it was not measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub likelihood: Option<Likelihood>,
+    /// One entry per question, in the order of the benchmark; empty where only the likelihood was asked for.
     pub answers: Vec<Answer>,
+}
+
+/// Log-likelihoods of the right answers, given the same prompts.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Likelihood {
+    /// Mean over all answer tokens, in nats, at most 0.
+    pub mean_log_likelihood: f64,
+    /// Answer tokens of all questions, those that close an answer among them.
+    pub answer_tokens: u64,
+    /// One entry per question, in the order of the benchmark.
+    pub answers: Vec<QuestionLikelihood>,
+}
+
+/// One question's part.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct QuestionLikelihood {
+    /// The `index` column.
+    pub index: String,
+    /// Sum over the answer's tokens, in nats.
+    pub log_likelihood: f64,
+    /// Tokens of the answer.
+    pub tokens: u64,
 }
 
 /// The questions of one category.
@@ -151,6 +179,9 @@ pub struct Retention {
     pub mean_of_groups: Option<Interval>,
     /// Of the mean over all questions.
     pub mean_of_questions: Option<Interval>,
+    /// Of the mean likelihood per answer token: `exp` of the difference of the mean log-likelihoods.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub likelihood: Option<Interval>,
     /// Bootstrap draws behind each interval.
     pub resamples: usize,
     /// Seed of the draws.

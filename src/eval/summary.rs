@@ -32,6 +32,7 @@ pub(super) fn summarise(model: String, benchmark: String, answers: Vec<Answer>, 
         benchmark,
         groups,
         timing,
+        likelihood: None,
         answers,
     }
 }
@@ -96,7 +97,7 @@ pub fn compare(model: &ModelScores, baseline: &ModelScores, seed: u64) -> Result
         None => mean_of_groups,
     };
     let mean_of_questions = retention(&[Stratum { score: mean_score, ..all }], seed);
-    Ok(Retention { groups, score, mean_of_groups, mean_of_questions, resamples: RESAMPLES, seed })
+    Ok(Retention { groups, score, mean_of_groups, mean_of_questions, likelihood: None, resamples: RESAMPLES, seed })
 }
 
 /// The answers, each as often as it has groups.

@@ -20,17 +20,21 @@ const MAX_TOKENS: usize = 8192;
 const TOKENS_PER_PASS: usize = 2048;
 
 /// A conversation ready for the decoder.
-struct Conversation {
-    answer_mask: Vec<bool>,
-    embedded: Embedded,
+pub(super) struct Conversation {
+    /// Its place among all conversations.
+    pub number: usize,
+    pub answer_mask: Vec<bool>,
+    pub embedded: Embedded,
 }
 
 /// Conversations of one length, run together, so that nothing is padded.
-struct Batch {
-    step: Step,
+pub(super) struct Batch {
+    pub step: Step,
     /// `[1, N, 2]` and `[1, N, 1]` as the graph takes them.
-    rows: Tensor,
-    targets: Tensor,
+    pub rows: Tensor,
+    pub targets: Tensor,
+    /// `[N]`: the conversation of each row.
+    pub owners: Vec<usize>,
 }
 
 /// Calibration conversations, embedded once, and one session of the decoder in which inputs say which layers run.
@@ -75,7 +79,7 @@ impl LossMeter {
             samples.push(encoded.id.clone());
             let answer_mask = encoded.answer_mask.clone();
             let embedded = model.embed(&encoded.into_prompt())?;
-            conversations.push(Conversation { answer_mask, embedded });
+            conversations.push(Conversation { number: conversations.len(), answer_mask, embedded });
             progress.advance(1);
         }
         drop(progress);
@@ -198,7 +202,7 @@ impl MeasureLosses for LossMeter {
     }
 }
 
-fn open(runtime: &Runtime, analysis: &Analysis, head_dim: Option<usize>) -> Result<Decoder> {
+pub(super) fn open(runtime: &Runtime, analysis: &Analysis, head_dim: Option<usize>) -> Result<Decoder> {
     let bypass = bypass_layers(analysis)?;
     Decoder::prefill_only(runtime.session_of(&bypass.model, &SessionOptions::default())?, head_dim)
 }
@@ -208,7 +212,7 @@ fn sum_of(outputs: &Outputs) -> Result<f64> {
 }
 
 /// Conversations with answers, those of one length together.
-fn batches(mut conversations: Vec<Conversation>, fixed_batch: Option<usize>) -> Result<Vec<Batch>> {
+pub(super) fn batches(mut conversations: Vec<Conversation>, fixed_batch: Option<usize>) -> Result<Vec<Batch>> {
     conversations.retain(|conversation| conversation.answer_mask.iter().skip(1).any(|&answer| answer));
     conversations.sort_by_key(|conversation| conversation.embedded.len());
     let mut batches = Vec::new();
@@ -223,12 +227,13 @@ fn batches(mut conversations: Vec<Conversation>, fixed_batch: Option<usize>) -> 
 }
 
 fn batch(group: &[Conversation]) -> Result<Batch> {
-    let (mut rows, mut targets) = (Vec::new(), Vec::new());
+    let (mut rows, mut targets, mut owners) = (Vec::new(), Vec::new(), Vec::new());
     for (number, conversation) in group.iter().enumerate() {
         let next = conversation.embedded.input_ids.iter().zip(&conversation.answer_mask).skip(1);
         for (position, (&target, _)) in next.enumerate().filter(|(_, (_, answer))| **answer) {
             rows.extend([number as i64, position as i64]);
             targets.push(target);
+            owners.push(conversation.number);
         }
     }
     let embedded: Vec<&Embedded> = group.iter().map(|conversation| &conversation.embedded).collect();
@@ -236,6 +241,7 @@ fn batch(group: &[Conversation]) -> Result<Batch> {
         step: Step::prefill(&embedded, false)?,
         rows: Tensor::new(&[1, targets.len(), 2], rows)?,
         targets: Tensor::new(&[1, targets.len(), 1], targets)?,
+        owners,
     })
 }
 
@@ -288,6 +294,7 @@ mod tests {
                 let ids: Vec<i64> = (0..time).map(|at| ((at * 5 + number * 3) % 23) as i64).collect();
                 let data = noise(time * hidden_size, number as u64);
                 Conversation {
+                    number,
                     answer_mask: (0..time).map(|at| at > 2 + number).collect(),
                     embedded: Embedded::text(&ids, hidden_size, data, 0, rows),
                 }
@@ -357,6 +364,7 @@ mod tests {
 
     fn conversations_again(said: &[Conversation]) -> Vec<Conversation> {
         let again = said.iter().map(|conversation| Conversation {
+            number: conversation.number,
             answer_mask: conversation.answer_mask.clone(),
             embedded: conversation.embedded.clone(),
         });

@@ -2,12 +2,14 @@
 //!
 //! Source: INTERLACE, arXiv:2511.19676.
 
+mod likelihood;
 mod loss;
 mod plan;
 mod score;
 mod scores;
 pub mod select;
 
+pub use likelihood::{AnswerLikelihood, answer_likelihoods};
 pub use loss::LossMeter;
 pub use plan::{LayerPlan, PLAN_SCHEMA_VERSION, Plan, Role, check_layers};
 pub use score::{ScoreSettings, score};

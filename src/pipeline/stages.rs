@@ -246,6 +246,7 @@ impl<'a> Stages<'a> {
                     target,
                     &EvalReport {
                         provenance,
+                        likelihood_not_measured: None,
                         rows_without_picture: benchmark.rows_without_picture(),
                         model,
                         baseline: None,
@@ -337,6 +338,7 @@ fn merged(parts: &[ModelScores]) -> ModelScores {
         mean_of_groups: 0.0,
         mean_of_questions: 0.0,
         timing: EvalTiming::default(),
+        likelihood: None,
         answers: Vec::new(),
     };
     for part in parts {

@@ -4,9 +4,13 @@ use std::path::{Path, PathBuf};
 
 use interlace::base::{Cancel, Device};
 use interlace::bundle::Bundle;
-use interlace::data::Benchmark;
-use interlace::eval::{BenchOptions, EvalOptions, LoadedModel, ModelScores, bench, benchmark_name, compare, evaluate};
-use interlace::runtime::{Decoder, Embedded, FeatureCache, Runtime, SessionOptions, Step};
+use interlace::data::{Benchmark, Part, Sample, Turn};
+use interlace::eval::{
+    BenchOptions, EvalOptions, LoadedModel, ModelScores, PromptStyle, bench, benchmark_name, compare, evaluate,
+    question_text,
+};
+use interlace::pipeline::steps::{Engine, EvalSettings};
+use interlace::runtime::{Decoder, Embedded, FeatureCache, Runtime, SessionOptions, Step, cross_entropy};
 
 fn fixture(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(path)
@@ -38,6 +42,49 @@ fn the_dense_model_sees_and_batches_change_no_answer() {
         kept.mean_of_groups.map(|interval| (interval.ratio, interval.low, interval.high)),
         Some((1.0, 1.0, 1.0))
     );
+}
+
+/// Log-likelihood of the answer tokens of a conversation, from the logits of every position.
+fn by_logits(model: &mut LoadedModel, sample: &Sample) -> (f64, u64) {
+    let encoded = model.processor.encode_conversation(sample).expect("a conversation");
+    let (ids, mask) = (encoded.input_ids.clone(), encoded.answer_mask.clone());
+    let embedded = model.vlm.embed(&encoded.into_prompt()).expect("embeddings");
+    let step = Step::prefill(&[&embedded], false).expect("a step");
+    let (logits, _) = model.vlm.decoder_mut().step(&step, None).expect("logits");
+    let width = *logits.shape().last().expect("a vocabulary");
+    let logits = logits.to_f32().expect("floats");
+    let next = ids.iter().zip(&mask).skip(1).zip(logits.chunks_exact(width));
+    let learned: Vec<f64> = next
+        .filter(|((_, answer), _)| **answer)
+        .map(|((&id, _), row)| -cross_entropy(row, id).expect("a loss"))
+        .collect();
+    (learned.iter().sum(), learned.len() as u64)
+}
+
+#[test]
+fn right_answers_are_as_likely_as_the_logits_say() {
+    let (model, data) = (fixture("model"), fixture("data/bench-small.tsv"));
+    let benchmark = Benchmark::open(&data).expect("a benchmark");
+    let engine = Engine::new(Device::Cpu).expect("ONNX Runtime");
+    let settings = EvalSettings { limit: Some(12), ..EvalSettings::default() };
+    let found = engine.likelihood(&model, &benchmark, &data, &settings, &Cancel::default()).expect("likelihoods");
+    let mut loaded = engine.load(&model, &Default::default()).expect("a model");
+    let (mut total, mut tokens) = (0.0, 0);
+    for (row, own) in benchmark.rows().iter().zip(&found.answers) {
+        let images = benchmark.images(row).expect("pictures");
+        let text = question_text(&benchmark, "bench-small", row, PromptStyle::default()).expect("a question");
+        let user = (0..images.len()).map(Part::Image).chain([Part::Text(text)]).collect();
+        let assistant = benchmark.cell(row, "answer").expect("an answer").to_string();
+        let turns = vec![Turn { user, assistant }];
+        let sample = Sample { index: 0, id: row.index.clone(), images, system: None, turns, text: None };
+        let (likelihood, count) = by_logits(&mut loaded, &sample);
+        assert!((own.log_likelihood - likelihood).abs() < 1e-4, "{}: {} {likelihood}", row.index, own.log_likelihood);
+        assert_eq!((own.index.as_str(), own.tokens), (row.index.as_str(), count));
+        total += likelihood;
+        tokens += count;
+    }
+    assert_eq!((found.answers.len(), found.answer_tokens), (12, tokens));
+    assert!((found.mean_log_likelihood - total / tokens as f64).abs() < 1e-5);
 }
 
 #[test]

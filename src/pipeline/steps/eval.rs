@@ -16,12 +16,13 @@ use crate::eval::{
 };
 use crate::runtime::{FeatureCache, Runtime, SessionOptions};
 
+use super::likelihood::compare_likelihoods;
 use super::needs::{Work, check as check_needs};
 
 /// Bytes of image features kept between models and questions.
 const FEATURE_CACHE_BYTES: usize = 256 << 20;
 /// Seed of the bootstrap.
-const BOOTSTRAP_SEED: u64 = 42;
+pub(super) const BOOTSTRAP_SEED: u64 = 42;
 
 /// How a benchmark is run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -49,8 +50,8 @@ impl Default for EvalSettings {
 
 /// ONNX Runtime on a device, and what its models share.
 pub struct Engine {
-    runtime: Runtime,
-    cache: Arc<FeatureCache>,
+    pub(super) runtime: Runtime,
+    pub(super) cache: Arc<FeatureCache>,
 }
 
 impl Engine {
@@ -103,18 +104,39 @@ pub fn eval(
         ("model".to_string(), Bundle::open(model)?.digest()?),
         ("data".to_string(), benchmark.digest()?),
     ]);
+    let mut likelihood_not_measured = None;
+    let mut answer = |path: &Path| -> Result<ModelScores> {
+        let mut scores = engine.answer(path, &benchmark, data, settings, cancel)?;
+        match engine.likelihood(path, &benchmark, data, settings, cancel) {
+            Ok(likelihood) => scores.likelihood = Some(likelihood),
+            Err(error @ Error::Unsupported { .. }) => likelihood_not_measured = Some(error.to_string()),
+            Err(error) => return Err(error),
+        }
+        Ok(scores)
+    };
     let base = match baseline {
         Some(path) => {
             inputs.insert("baseline".to_string(), Bundle::open(path)?.digest()?);
-            Some(engine.answer(path, &benchmark, data, settings, cancel)?)
+            Some(answer(path)?)
         }
         None => None,
     };
-    let scores = engine.answer(model, &benchmark, data, settings, cancel)?;
-    let retention = base.as_ref().map(|base| compare(&scores, base, BOOTSTRAP_SEED)).transpose()?;
+    let scores = answer(model)?;
+    let mut retention = base.as_ref().map(|base| compare(&scores, base, BOOTSTRAP_SEED)).transpose()?;
+    if let (Some(retention), Some(base)) = (&mut retention, &base) {
+        let likelihoods = scores.likelihood.as_ref().zip(base.likelihood.as_ref());
+        retention.likelihood = likelihoods.map(|(own, base)| compare_likelihoods(own, base)).transpose()?;
+    }
     let provenance = Provenance::new(EvalReport::SCHEMA_VERSION, inputs, settings)?;
     let rows_without_picture = benchmark.rows_without_picture();
-    Ok(EvalReport { provenance, rows_without_picture, model: scores, baseline: base, retention })
+    Ok(EvalReport {
+        provenance,
+        rows_without_picture,
+        model: scores,
+        baseline: base,
+        likelihood_not_measured,
+        retention,
+    })
 }
 
 /// How perplexity is measured.

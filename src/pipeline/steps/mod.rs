@@ -5,6 +5,7 @@ mod eval;
 mod finetune;
 mod generate;
 mod inspect;
+mod likelihood;
 mod needs;
 mod plan;
 mod prune;
@@ -14,6 +15,7 @@ pub use eval::{Engine, EvalSettings, TextSettings, eval, eval_text, retention, w
 pub use finetune::{FINETUNE_REPORT, Finetune, default_work_folder, finetune};
 pub use generate::{Decoding, Generation, Generations, Question, check_answers, generate, generate_all, print_text};
 pub use inspect::{Inspection, LayerInfo, TapInfo, VisionInfo, decoder, decoder_analysis, inspect};
+pub use likelihood::{LikelihoodReport, compare_likelihoods, eval_likelihood};
 pub use needs::{NEEDS, Need, Work, check as check_needs, warnings};
 pub use plan::{HowMany, Losses, PlanSettings, PlannedModel, plan};
 pub use prune::{Drop, Pruned, PrunedComponent, prune};

@@ -1,0 +1,132 @@
+//! How likely a model holds the right answers of a benchmark to be.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::base::{Cancel, Error, Provenance, Result};
+use crate::bundle::Bundle;
+use crate::data::{BenchRow, Benchmark, Part, Processor, Sample, Turn};
+use crate::eval::{
+    Interval, Likelihood, PromptStyle, QuestionLikelihood, benchmark_name, kept_likelihood, question_text,
+    reference_of, right_answer,
+};
+use crate::method::answer_likelihoods;
+
+use super::eval::{BOOTSTRAP_SEED, Engine, EvalSettings};
+
+/// What `eval --likelihood-only` writes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct LikelihoodReport {
+    /// Tool version, schema version, input digests and settings.
+    #[serde(flatten)]
+    pub provenance: Provenance,
+    /// Of the model.
+    pub model: Likelihood,
+    /// Of the model that it is compared with, on the same questions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub baseline: Option<Likelihood>,
+    /// `exp` of the difference of the mean log-likelihoods, with its 95% paired bootstrap interval over questions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retention: Option<Interval>,
+}
+
+impl LikelihoodReport {
+    /// Version of the schema.
+    pub const SCHEMA_VERSION: u32 = 1;
+}
+
+impl Engine {
+    /// Log-likelihood of every question's right answer, given the prompt that the model would answer.
+    ///
+    /// Errors: those of `Processor::encode_conversation` and `answer_likelihoods`; `Error::Invalid` naming a row without
+    /// question or answer.
+    pub fn likelihood(
+        &self,
+        model: &Path,
+        benchmark: &Benchmark,
+        data: &Path,
+        settings: &EvalSettings,
+        cancel: &Cancel,
+    ) -> Result<Likelihood> {
+        let bundle = Bundle::open(model)?;
+        let processor = Processor::open_with(&bundle, &settings.images)?;
+        let name = benchmark_name(data);
+        let rows = benchmark.rows();
+        let rows = &rows[..settings.limit.unwrap_or(rows.len()).min(rows.len())];
+        let conversations = rows
+            .iter()
+            .map(|row| processor.encode_conversation(&answered(benchmark, &name, row, settings.prompt_style)?));
+        let (runtime, features) = (&self.runtime, &self.cache);
+        let found = answer_likelihoods(&bundle, runtime, features, conversations, rows.len(), cancel)?;
+        let answers: Vec<QuestionLikelihood> = rows
+            .iter()
+            .zip(&found)
+            .map(|(row, answer)| QuestionLikelihood {
+                index: row.index.clone(),
+                log_likelihood: answer.log_likelihood,
+                tokens: answer.tokens,
+            })
+            .collect();
+        let answer_tokens = found.iter().map(|answer| answer.tokens).sum();
+        let total: f64 = found.iter().map(|answer| answer.log_likelihood).sum();
+        Ok(Likelihood { mean_log_likelihood: total / (answer_tokens as f64).max(1.0), answer_tokens, answers })
+    }
+}
+
+/// A question with its right answer.
+fn answered(benchmark: &Benchmark, name: &str, row: &BenchRow, style: PromptStyle) -> Result<Sample> {
+    let images = benchmark.images(row)?;
+    let mut user: Vec<Part> = (0..images.len()).map(Part::Image).collect();
+    user.push(Part::Text(question_text(benchmark, name, row, style)?));
+    let turn = Turn { user, assistant: right_answer(&reference_of(benchmark, row)?) };
+    let id = format!("row `{}` of benchmark `{name}`", row.index);
+    Ok(Sample { index: 0, id, images, system: None, turns: vec![turn], text: None })
+}
+
+/// What a model keeps of a baseline's likelihood per answer token.
+///
+/// Errors: `Error::Invalid` when the two did not read the same answers.
+pub fn compare_likelihoods(model: &Likelihood, baseline: &Likelihood) -> Result<Interval> {
+    let key = |likelihood: &Likelihood| -> Vec<(String, u64)> {
+        likelihood.answers.iter().map(|answer| (answer.index.clone(), answer.tokens)).collect()
+    };
+    if key(model) != key(baseline) {
+        return Err(Error::invalid("likelihood", "model and baseline did not read the same answers")
+            .remedy("compare models with one tokenizer on the same questions"));
+    }
+    let pairs = model.answers.iter().zip(&baseline.answers);
+    let rows: Vec<(f64, f64)> = pairs.map(|(a, b)| (a.log_likelihood - b.log_likelihood, a.tokens as f64)).collect();
+    Ok(kept_likelihood(&rows, BOOTSTRAP_SEED))
+}
+
+/// Likelihoods of a model and of a baseline, without an answer from either.
+///
+/// Errors: as [`Engine::likelihood`] and [`compare_likelihoods`].
+pub fn eval_likelihood(
+    engine: &Engine,
+    model: &Path,
+    baseline: Option<&Path>,
+    data: &Path,
+    settings: &EvalSettings,
+    cancel: &Cancel,
+) -> Result<LikelihoodReport> {
+    let benchmark = Benchmark::open(data)?;
+    let mut inputs = BTreeMap::from([
+        ("model".to_string(), Bundle::open(model)?.digest()?),
+        ("data".to_string(), benchmark.digest()?),
+    ]);
+    let base = match baseline {
+        Some(path) => {
+            inputs.insert("baseline".to_string(), Bundle::open(path)?.digest()?);
+            Some(engine.likelihood(path, &benchmark, data, settings, cancel)?)
+        }
+        None => None,
+    };
+    let found = engine.likelihood(model, &benchmark, data, settings, cancel)?;
+    let retention = base.as_ref().map(|base| compare_likelihoods(&found, base)).transpose()?;
+    let provenance = Provenance::new(LikelihoodReport::SCHEMA_VERSION, inputs, settings)?;
+    Ok(LikelihoodReport { provenance, model: found, baseline: base, retention })
+}
