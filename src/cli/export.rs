@@ -2,11 +2,9 @@
 
 use std::path::PathBuf;
 
-use clap::ValueEnum;
-
 use crate::base::human_bytes;
 use crate::bundle::Bundle;
-use crate::export::triton::{self, TritonSettings};
+use crate::export::{self, ExportSettings, ExportTarget, TARGETS, target_named};
 
 use super::output::table;
 use super::{Context, Outcome};
@@ -17,38 +15,36 @@ use super::{Context, Outcome};
 pub struct Args {
     /// Model folder, or one .onnx decoder
     model: PathBuf,
-    /// The layout to write
-    #[arg(long, value_enum)]
-    to: Target,
-    /// Largest batch of models whose inputs and outputs share a free first dimension; other models get 0
-    #[arg(long, value_name = "N", default_value_t = TritonSettings::default().max_batch_size)]
-    max_batch_size: u32,
+    /// The layout to write; see the list below
+    #[arg(long, value_name = "TARGET", value_parser = target_named, long_help = targets_help())]
+    to: &'static ExportTarget,
+    /// Largest batch of models whose inputs and outputs share a free first dimension; other models get 0 [default: 8]
+    #[arg(long, value_name = "N")]
+    max_batch_size: Option<u32>,
     /// Precision variant of each component, such as fp16 or q4 [default: the most precise one]
     #[arg(long, value_name = "NAME")]
     variant: Option<String>,
     /// Write newer ONNX files as this IR version, for servers that refuse newer ones
     #[arg(long, value_name = "N")]
     max_ir_version: Option<i64>,
-    /// New folder for the repository
+    /// New folder for what is written
     #[arg(short, long, value_name = "FOLDER")]
     output: PathBuf,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum Target {
-    /// A model repository of Triton Inference Server, one model per component
-    Triton,
+fn targets_help() -> String {
+    let rows = TARGETS.iter().map(|row| format!("  {:<16}{} (tried with {})", row.name, row.summary, row.consumer));
+    format!("The layout to write:\n{}", rows.collect::<Vec<_>>().join("\n"))
 }
 
 pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     let bundle = Bundle::open(&args.model)?;
-    let Target::Triton = args.to;
-    let settings = TritonSettings {
+    let settings = ExportSettings {
         max_batch_size: args.max_batch_size,
         variant: args.variant,
         max_ir_version: args.max_ir_version,
     };
-    let export = triton::export(&bundle, &settings, &args.output)?;
+    let export = export::export(&bundle, args.to, &settings, &args.output)?;
     let output = &context.output;
     if output.json {
         output.json(&export)?;
@@ -64,5 +60,6 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         ]);
     }
     output.line(table(&rows))?;
+    export.notes.iter().for_each(|note| output.warn(note));
     Ok(Outcome::Done)
 }

@@ -4,7 +4,7 @@ use schemars::{Schema, schema_for};
 
 use crate::bundle::Record;
 use crate::eval::{BenchReport, EvalReport, TextReport, VerifyReport};
-use crate::export::triton::Export;
+use crate::export::Export;
 use crate::finetune::Report;
 use crate::method::{Plan, Scores};
 use crate::pipeline::steps::{Generations, Inspection, LikelihoodReport, Pruned};

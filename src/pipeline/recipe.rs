@@ -11,6 +11,7 @@ use crate::base::{Device, Error, Result};
 use crate::bundle::Deepstack;
 use crate::data::{Amount, DataOptions, ImageSettings, Turns};
 use crate::eval::BenchOptions;
+use crate::export::target_named;
 use crate::finetune::{self, DEFAULT_RECIPE, RecipeRow};
 use crate::method::select::Strategy;
 use crate::method::{ModalityWeights, check_weights};
@@ -180,8 +181,8 @@ impl Default for BenchSection {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ExportSection {
-    /// Writes a Triton model repository.
-    pub triton: bool,
+    /// Names of targets, as `export --to` takes them.
+    pub targets: Vec<String>,
 }
 
 fn cpu() -> String {
@@ -307,6 +308,9 @@ impl Recipe {
     }
 
     fn check(&self) -> Result<()> {
+        for name in &self.export.targets {
+            target_named(name).map_err(|problem| Error::invalid("export.targets", problem))?;
+        }
         self.device.parse::<Device>()?;
         self.calibration.check()?;
         let plan = &self.plan;

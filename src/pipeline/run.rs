@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::base::{AtomicFile, Cancel, Provenance, Result, Sha256Digest, sha256_file, write_json};
+use crate::base::{AtomicFile, Cancel, Error, Provenance, Result, Sha256Digest, sha256_file, write_json};
 use crate::bundle::Bundle;
 use crate::data::Dataset;
 use crate::eval::ModelBench;
-use crate::export::triton::{self, TritonSettings};
+use crate::export::{ExportSettings, export, target_named};
 
 use super::recipe::{PlanSection, Recipe};
 use super::stages::{Healing, Stages, questions, size_bytes};
@@ -183,13 +183,16 @@ impl Run<'_> {
 
     /// The first strategy's finetuned model in other layouts.
     fn export(&mut self, variants: &[Variant]) -> Result<()> {
-        let Some(variant) = variants.get(2).filter(|_| self.recipe.export.triton) else { return Ok(()) };
-        let settings = TritonSettings::default();
-        let inputs = [("model", variant.digest.as_str())];
-        let done = self.stages.store.step("triton", "triton", &inputs, &settings, |path| {
-            triton::export(&Bundle::open(&variant.path)?, &settings, path).map(|_| ())
-        })?;
-        self.stages.told("triton", &done);
+        let Some(variant) = variants.get(2) else { return Ok(()) };
+        for name in &self.recipe.export.targets {
+            let target = target_named(name).map_err(|problem| Error::invalid("export.targets", problem))?;
+            let settings = ExportSettings::default();
+            let inputs = [("model", variant.digest.as_str())];
+            let done = self.stages.store.step(name, name, &inputs, &settings, |path| {
+                export(&Bundle::open(&variant.path)?, target, &settings, path).map(|_| ())
+            })?;
+            self.stages.told(name, &done);
+        }
         Ok(())
     }
 

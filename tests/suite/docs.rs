@@ -71,6 +71,9 @@ fn the_tables_are_those_of_the_code() {
     let recipes = interlace::finetune::RECIPES.iter();
     let rows = recipes.map(|row| (row.name.to_string(), row.summary.to_string()));
     check_table("docs/healing.md", "recipes", ["recipe", "what it does"], rows);
+    let targets = interlace::export::TARGETS.iter();
+    let rows = targets.map(|row| (row.name.to_string(), format!("{}; tried with {}", row.summary, row.consumer)));
+    check_table("docs/deploy.md", "targets", ["`--to`", "what it writes"], rows);
     check_section("docs/operators.md", "operators", &format!("\n{}\n", interlace::torch::support_table()));
     check_section("docs/cli.md", "cli", &interlace::cli::reference());
 }

@@ -4,10 +4,14 @@ use std::path::{Path, PathBuf};
 
 use interlace::base::Device;
 use interlace::bundle::Bundle;
-use interlace::export::triton::{TritonSettings, export};
+use interlace::export::{Export, ExportSettings, export, target_named};
 use interlace::ir::{DataType, Dim, Node, Value, ValueType};
 use interlace::onnx;
 use interlace::runtime::{Runtime, SessionOptions, Tensor};
+
+fn to_triton(bundle: &Bundle, out: &Path) -> Export {
+    export(bundle, target_named("triton").expect("a target"), &ExportSettings::default(), out).expect("export")
+}
 
 fn zoo(file: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/zoo").join(file)
@@ -47,7 +51,7 @@ fn scalars_are_exported_to_triton_with_an_axis_and_the_same_numbers() {
     let folder = tempfile::tempdir().expect("folder");
     let path = with_scalars(folder.path());
     let out = folder.path().join("repository");
-    let written = export(&Bundle::open(&path).expect("bundle"), &TritonSettings::default(), &out).expect("export");
+    let written = to_triton(&Bundle::open(&path).expect("bundle"), &out);
     assert_eq!(written.models["model"].reshaped, ["scale", "total"]);
     let config = std::fs::read_to_string(out.join("model/config.pbtxt")).expect("config");
     assert!(!config.contains("reshape") && config.contains("name: \"scale\""), "{config}");
@@ -90,4 +94,71 @@ fn scalars_are_exported_to_triton_with_an_axis_and_the_same_numbers() {
     assert_eq!((scalar, axis), (vec![], vec![1]));
     assert!(before == after && before[0] != 0.0, "{before:?} {after:?}");
     assert_eq!(logits.bytes(), exported.bytes());
+}
+
+fn to_transformers_js(model: &Path, out: &Path) -> interlace::base::Result<Export> {
+    let target = target_named("transformers-js").expect("a target");
+    export(&Bundle::open(model).expect("bundle"), target, &ExportSettings::default(), out)
+}
+
+fn json(path: PathBuf) -> serde_json::Value {
+    serde_json::from_slice(&std::fs::read(path).expect("a file")).expect("JSON")
+}
+
+#[test]
+fn a_folder_for_transformers_js_has_its_configs_where_they_are_looked_for() {
+    let folder = tempfile::tempdir().expect("folder");
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model");
+    let out = folder.path().join("out");
+    let written = to_transformers_js(&model, &out).expect("export");
+    assert_eq!(
+        written.models.keys().collect::<Vec<_>>(),
+        ["decoder_model_merged.onnx", "embed_tokens.onnx", "vision_encoder.onnx"]
+    );
+    let preprocessor = json(out.join("preprocessor_config.json"));
+    assert_eq!(preprocessor["processor_class"], "Idefics3Processor");
+    assert_eq!(preprocessor["image_processor_type"], "Idefics3ImageProcessor");
+    let tokenizer = json(out.join("tokenizer_config.json"));
+    let template = std::fs::read_to_string(model.join("chat_template.jinja")).expect("a template");
+    assert_eq!(tokenizer["chat_template"], template.as_str());
+    assert_eq!(tokenizer["tokenizer_class"], "PreTrainedTokenizerFast");
+    let chunks = json(out.join("config.json"))["transformers.js_config"]["use_external_data_format"].clone();
+    assert_eq!(chunks, serde_json::json!({"decoder_model_merged.onnx": 1}));
+    assert!(out.join("onnx/decoder_model_merged.onnx_data").is_file());
+    let again = Bundle::open(&out).expect("the folder is a model again");
+    assert_eq!(again.components().len(), 3);
+}
+
+#[test]
+fn a_model_that_transformers_js_cannot_run_is_refused_with_the_reason() {
+    let folder = tempfile::tempdir().expect("folder");
+    let model = |name: &str, change: &dyn Fn(&mut serde_json::Value)| {
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model");
+        let target = folder.path().join(name);
+        std::fs::create_dir_all(target.join("onnx")).expect("folder");
+        for file in ["onnx/decoder_model_merged.onnx", "onnx/decoder_model_merged.onnx_data", "onnx/embed_tokens.onnx"]
+            .into_iter()
+            .chain(["onnx/vision_encoder.onnx", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"])
+        {
+            std::fs::copy(source.join(file), target.join(file)).expect("copy");
+        }
+        let mut config = json(source.join("config.json"));
+        change(&mut config);
+        std::fs::write(target.join("config.json"), config.to_string()).expect("write");
+        target
+    };
+    let foreign = model("foreign", &|config| config["model_type"] = "pixel_poet".into());
+    let error = to_transformers_js(&foreign, &folder.path().join("a")).unwrap_err().to_string();
+    assert!(error.contains("pixel_poet") && error.contains("no class"), "{error}");
+
+    // Without `processor_config.json` the class is in the tokenizer's config; without that it is nowhere.
+    let nameless = model("nameless", &|_| ());
+    assert!(to_transformers_js(&nameless, &folder.path().join("b")).is_ok());
+    let tokenizer = nameless.join("tokenizer_config.json");
+    let mut object = json(tokenizer.clone());
+    object.as_object_mut().expect("an object").remove("processor_class");
+    std::fs::write(&tokenizer, object.to_string()).expect("write");
+    let error = to_transformers_js(&nameless, &folder.path().join("c")).unwrap_err().to_string();
+    assert!(error.contains("processor_class") && error.contains("preprocessor_config.json"), "{error}");
+    assert!(!folder.path().join("c").exists());
 }

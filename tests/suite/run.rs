@@ -15,7 +15,7 @@ fn recipe(learning_rate: &str) -> String {
         calibration = {{ data = "{data}", samples = 3, turns = "separate" }}
         plan = {{ drop_count = 2, strategies = ["interlace", "angular"] }}
         bench = {{ enabled = false }}
-        export = {{ triton = true }}
+        export = {{ targets = ["triton"] }}
         [finetune]
         data = "{data}"
         samples = 8

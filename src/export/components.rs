@@ -1,0 +1,102 @@
+//! The components that an export takes, and their files.
+
+use std::fs;
+use std::path::Path;
+
+use crate::base::{Error, Result, list_preview};
+use crate::bundle::{Bundle, Component};
+use crate::ir::{DataType, Model};
+
+/// One component per role and stem, in the wanted variant; the most precise one without it.
+///
+/// Errors: `Error::Invalid` when a component has no such variant.
+pub(super) fn chosen<'a>(bundle: &'a Bundle, variant: Option<&str>) -> Result<Vec<&'a Component>> {
+    let mut chosen: Vec<&Component> = Vec::new();
+    for component in bundle.components() {
+        if chosen.iter().any(|other| other.stem == component.stem) {
+            continue;
+        }
+        let variants: Vec<&Component> =
+            bundle.variants(component.role).filter(|other| other.stem == component.stem).collect();
+        let found = match variant {
+            None => variants.first(),
+            Some(wanted) => variants.iter().find(|other| other.variant == wanted),
+        };
+        let found = found.ok_or_else(|| {
+            let names: Vec<&str> = variants.iter().map(|other| other.file.as_str()).collect();
+            Error::invalid(
+                format!("variant `{}` of `{}`", variant.unwrap_or_default(), component.stem),
+                format!("is not there; found {}", list_preview(&names, 6)),
+            )
+            .remedy("name a variant that every component has, or leave `--variant` out")
+        })?;
+        chosen.push(found);
+    }
+    Ok(chosen)
+}
+
+/// Lowers a model's IR version to at most `version`.
+///
+/// Errors: `Error::Unsupported` when the model holds what came with a later version.
+pub(super) fn cap_ir_version(name: &str, model: &mut Model, version: i64) -> Result<()> {
+    if model.ir_version <= version {
+        return Ok(());
+    }
+    // Model-local functions came with version 8; the element types below with the version given.
+    let mut least = if model.functions.is_empty() { 4 } else { 8 };
+    for (_, tensor) in &model.graph.body.initializers {
+        least = least.max(match tensor.dtype {
+            DataType::Float4E2M1 => 11,
+            DataType::Float8E8M0 => 12,
+            DataType::Uint2 | DataType::Int2 => 13,
+            DataType::Uint4 | DataType::Int4 => 10,
+            DataType::Float8E4M3Fn | DataType::Float8E4M3Fnuz | DataType::Float8E5M2 | DataType::Float8E5M2Fnuz => 9,
+            _ => 4,
+        });
+    }
+    if version < least {
+        return Err(Error::unsupported(
+            format!("model `{name}` as IR version {version}"),
+            format!("it holds what came with version {least}"),
+        )
+        .remedy(format!("give `--max-ir-version {least}` or more, to a consumer that reads it")));
+    }
+    model.ir_version = version;
+    Ok(())
+}
+
+/// The size of the files of a folder, in bytes.
+///
+/// Errors: `Error::Io`.
+pub(super) fn size_of<'a>(folder: &Path, files: impl Iterator<Item = &'a str>) -> Result<u64> {
+    let mut size = 0;
+    for file in files {
+        let path = folder.join(file);
+        size += fs::metadata(&path).map_err(|e| Error::io("read", &path, e))?.len();
+    }
+    Ok(size)
+}
+
+pub(super) fn create(folder: &Path) -> Result<()> {
+    fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, e))
+}
+
+pub(super) fn write(path: &Path, text: &str) -> Result<()> {
+    fs::write(path, text).map_err(|e| Error::io("write", path, e))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_ir_version_is_lowered_only_where_the_file_allows_it() {
+        let mut model = Model { ir_version: 11, ..Model::default() };
+        cap_ir_version("m", &mut model, 10).unwrap();
+        assert_eq!(model.ir_version, 10);
+        cap_ir_version("m", &mut model, 12).unwrap();
+        assert_eq!(model.ir_version, 10);
+        model.functions.push(crate::ir::Function::default());
+        assert!(cap_ir_version("m", &mut model, 7).unwrap_err().to_string().contains("version 8"));
+    }
+}

@@ -1,0 +1,65 @@
+//! What an export was made from and what is in it.
+
+use std::collections::BTreeMap;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::base::{Provenance, Sha256Digest};
+use crate::bundle::Role;
+
+/// Version of the schema of an export's own record.
+pub const EXPORT_SCHEMA_VERSION: u32 = 1;
+/// Name of the record in the folder.
+pub const EXPORT_FILE: &str = "interlace-export.json";
+
+/// How an export is written. Each target says which of these it reads; another one that is set is an error.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct ExportSettings {
+    /// Largest batch of models in which all inputs and outputs share a free first dimension; others get 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_batch_size: Option<u32>,
+    /// Precision variant of each component (`fp16`, `q4`, ..).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub variant: Option<String>,
+    /// Writes files of a newer ONNX IR version as this one, for consumers that refuse newer ones.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_ir_version: Option<i64>,
+}
+
+/// `interlace-export.json`: what an export was made from and what is in it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Export {
+    /// Tool version, schema version, input digests and settings.
+    #[serde(flatten)]
+    pub provenance: Provenance,
+    /// Name of the target.
+    pub target: String,
+    /// Models by name.
+    pub models: BTreeMap<String, ExportedModel>,
+    /// SHA-256 of every other file, by path.
+    pub files: BTreeMap<String, Sha256Digest>,
+    /// What a user of the export should know.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
+}
+
+/// One model of an export.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ExportedModel {
+    /// The component's path in the bundle.
+    pub source: String,
+    /// What the component computes.
+    pub role: Role,
+    /// Number of inputs.
+    pub inputs: usize,
+    /// Number of outputs.
+    pub outputs: usize,
+    /// Bytes of the ONNX file and its external data.
+    pub size_bytes: u64,
+    /// Inputs and outputs that are scalars in the component and have one axis of size 1 here, as Triton has no scalars.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub reshaped: Vec<String>,
+}

@@ -1,0 +1,108 @@
+//! transformers.js: a folder as the hub's `onnx-community` has them.
+//!
+//! ```text
+//! FOLDER/
+//!   config.json                  with the number of data files of each ONNX file
+//!   preprocessor_config.json     flat, with `processor_class`
+//!   tokenizer_config.json        with the chat template
+//!   onnx/vision_encoder.onnx     the components under the names that it looks for, `_fp16`, `_q4` .. behind them
+//!   onnx/decoder_model_merged.onnx, onnx/decoder_model_merged.onnx_data
+//! ```
+//!
+//! Source of the names: transformers.js 4.3, `models/session_config.js`, `utils/dtypes.js` and `utils/model-loader.js`.
+
+mod configs;
+mod rules;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use crate::base::{Error, Provenance, Result, sha256_file};
+use crate::bundle::{AssetKind, Bundle, Component, Role};
+use crate::onnx::{self, Storage};
+
+use super::components::{cap_ir_version, chosen, create, size_of, write as write_text};
+use super::record::{EXPORT_SCHEMA_VERSION, Export, ExportSettings, ExportedModel};
+
+/// Bytes of one data file: browsers hold at most 2 GiB in one buffer.
+const CHUNK_BYTES: u64 = 2_000_000_000;
+/// Up to this size weights stay inside the ONNX file.
+const INLINE_BYTES: u64 = 256 << 20;
+
+/// Writes a folder for transformers.js below `root`. Every variant of a component is written, or the wanted one alone.
+///
+/// Errors: `Error::Unsupported` for a model type, component, input or output that transformers.js has no place for;
+/// `Error::Invalid` when a processor class, tokenizer or template is missing.
+pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> Result<Export> {
+    let kind = rules::kind_of(bundle)?;
+    let components: Vec<&Component> = match &settings.variant {
+        Some(variant) => chosen(bundle, Some(variant))?,
+        None => bundle.components().iter().collect(),
+    };
+    let folder = root.join("onnx");
+    create(&folder)?;
+    let mut models = BTreeMap::new();
+    let mut chunks = BTreeMap::new();
+    let mut notes = Vec::new();
+    for component in components {
+        // The variant that was asked for is the one that is found without a suffix.
+        let suffix = match (&settings.variant, component.variant.as_str()) {
+            (None, variant) if !variant.is_empty() => format!("_{variant}"),
+            _ => String::new(),
+        };
+        let file = format!("{}{suffix}.onnx", rules::stem_of(kind, component)?);
+        if models.contains_key(&file) {
+            return Err(Error::invalid(format!("`onnx/{file}`"), "stands for two components")
+                .remedy("export a folder with one of them"));
+        }
+        let mut model = onnx::load(&bundle.path_of(component))?;
+        rules::check_ports(component, &model, bundle.config(), &mut notes)?;
+        if let Some(version) = settings.max_ir_version {
+            cap_ir_version(&file, &mut model, version)?;
+        }
+        let inline = component.external.is_empty() && bundle.size_bytes(component)? <= INLINE_BYTES;
+        let storage = match inline {
+            true => Storage::Inline,
+            false => Storage::External { file_name: format!("{file}_data"), chunk_bytes: Some(CHUNK_BYTES) },
+        };
+        let data = onnx::save(&model, &folder.join(&file), &storage)?;
+        if !data.is_empty() {
+            chunks.insert(file.clone(), data.len());
+        }
+        let exported = ExportedModel {
+            source: component.file.clone(),
+            role: component.role,
+            inputs: model.graph.body.inputs.len(),
+            outputs: model.graph.body.outputs.len(),
+            size_bytes: size_of(&folder, data.iter().map(String::as_str).chain([file.as_str()]))?,
+            reshaped: Vec::new(),
+        };
+        models.insert(file, exported);
+    }
+    let has_vision = bundle.component(Role::VisionEncoder).is_some();
+    let texts = configs::rewritten(bundle, has_vision, &chunks)?;
+    let mut files = BTreeMap::new();
+    for (path, text) in &texts {
+        write_text(&root.join(path), text)?;
+        files.insert(path.clone(), sha256_file(&root.join(path))?);
+    }
+    for asset in bundle.assets() {
+        let carried = matches!(
+            asset.kind,
+            AssetKind::Config | AssetKind::Tokenizer | AssetKind::Documentation | AssetKind::Record
+        );
+        if !carried || texts.contains_key(&asset.file) || rules::is_foreign(&asset.file) {
+            continue;
+        }
+        let target = root.join(&asset.file);
+        create(target.parent().unwrap_or(root))?;
+        fs::copy(bundle.root().join(&asset.file), &target).map_err(|e| Error::io("write", &target, e))?;
+        files.insert(asset.file.clone(), sha256_file(&target)?);
+    }
+    notes.sort();
+    notes.dedup();
+    let inputs = BTreeMap::from([("model".to_string(), bundle.digest()?)]);
+    let provenance = Provenance::new(EXPORT_SCHEMA_VERSION, inputs, settings)?;
+    Ok(Export { provenance, target: "transformers-js".to_string(), models, files, notes })
+}

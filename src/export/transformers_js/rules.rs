@@ -1,0 +1,250 @@
+//! What transformers.js takes: model types, files, inputs and outputs.
+
+use crate::base::{Error, Result, list_preview};
+use crate::bundle::{Bundle, Component, ModelConfig, Role};
+use crate::ir::{DataType, Model, ValueId, ValueType};
+
+/// How transformers.js runs a model type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Pictures and text: `vision_encoder`, `embed_tokens`, `decoder_model_merged`.
+    ImageText,
+    /// Text alone: `model`.
+    Text,
+}
+
+/// Model types whose class reads pictures and text. Source: transformers.js 4.3, `models/registry.js`.
+const IMAGE_TEXT: &[&str] = &[
+    "gemma3",
+    "gemma3n",
+    "gemma4",
+    "glm_ocr",
+    "idefics3",
+    "lfm2_vl",
+    "lfm3_vl",
+    "lighton_ocr",
+    "llava",
+    "llava_onevision",
+    "llava_qwen2",
+    "mistral3",
+    "moondream1",
+    "paligemma",
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "smolvlm",
+];
+
+/// Model types whose class reads text alone. Source: as of [`IMAGE_TEXT`].
+const TEXT: &[&str] = &[
+    "afmoe",
+    "apertus",
+    "arcee",
+    "bloom",
+    "codegen",
+    "cohere",
+    "cohere2",
+    "deepseek_v3",
+    "deepseek_v4",
+    "ernie4_5",
+    "exaone",
+    "falcon",
+    "falcon_h1",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "glm",
+    "glm_moe_dsa",
+    "gpt2",
+    "gpt_bigcode",
+    "gpt_neo",
+    "gpt_neox",
+    "gpt_oss",
+    "gptj",
+    "granite",
+    "granitemoehybrid",
+    "helium",
+    "hrm_text",
+    "hunyuan_v1_dense",
+    "jais",
+    "lfm2",
+    "lfm2_moe",
+    "lfm3",
+    "llama",
+    "llama4_text",
+    "mbart",
+    "ministral",
+    "ministral3",
+    "mistral",
+    "mistral4",
+    "mobilellm",
+    "modernbert-decoder",
+    "mpt",
+    "nanochat",
+    "nemotron_h",
+    "olmo",
+    "olmo2",
+    "olmo3",
+    "olmo_hybrid",
+    "openelm",
+    "opt",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_5_text",
+    "qwen3_moe",
+    "qwen3_next",
+    "smollm3",
+    "solar_open",
+    "stablelm",
+    "starcoder2",
+    "vaultgemma",
+    "youtu",
+    "zaya",
+];
+
+/// What its generic path feeds a decoder, beside the cache. Source: `models/modeling_utils.js`.
+const DECODER_INPUTS: &[&str] =
+    &["input_ids", "inputs_embeds", "attention_mask", "position_ids", "num_logits_to_keep", "per_layer_inputs"];
+
+/// Beginnings of the names of caches that it carries from step to step.
+const CACHES: &[&str] = &["past_key_values.", "past_conv.", "past_ssm.", "past_recurrent."];
+
+/// Configs of other layouts, which would contradict what is written.
+const FOREIGN: &[&str] = &["genai_config.json", "export.json"];
+
+/// True for a file that belongs to another layout.
+pub(super) fn is_foreign(file: &str) -> bool {
+    FOREIGN.contains(&file)
+}
+
+/// How the bundle's model type is run.
+///
+/// Errors: `Error::Unsupported` when transformers.js has no class for it; `Error::Invalid` without a `config.json`.
+pub(super) fn kind_of(bundle: &Bundle) -> Result<Kind> {
+    let subject = format!("`{}`", bundle.root().display());
+    if bundle.asset_path("config.json").is_none() {
+        return Err(Error::invalid(subject, "has no `config.json`, by which transformers.js finds the model's class")
+            .remedy("put the Hugging Face config beside the ONNX files"));
+    }
+    let model_type = bundle.require_config()?.model_type.as_str();
+    if IMAGE_TEXT.contains(&model_type) {
+        return Ok(Kind::ImageText);
+    }
+    if TEXT.contains(&model_type) {
+        return Ok(Kind::Text);
+    }
+    Err(Error::unsupported(subject, format!("transformers.js 4.3 has no class for the model type `{model_type}`"))
+        .remedy("serve it from ONNX Runtime or Triton"))
+}
+
+/// The name that a component's file has there, without variant and extension.
+///
+/// Errors: `Error::Unsupported` for a component without a place.
+pub(super) fn stem_of(kind: Kind, component: &Component) -> Result<&'static str> {
+    match (kind, component.role) {
+        (Kind::ImageText, Role::VisionEncoder) => Ok("vision_encoder"),
+        (Kind::ImageText, Role::EmbedTokens) => Ok("embed_tokens"),
+        (Kind::ImageText, Role::Decoder) => Ok("decoder_model_merged"),
+        (Kind::ImageText, Role::AudioEncoder) => Ok("audio_encoder"),
+        (Kind::Text, Role::Decoder) => Ok("model"),
+        (_, role) => Err(Error::unsupported(
+            format!("`{}`", component.file),
+            format!("transformers.js has no place for a {} of its own", role.name()),
+        )
+        .remedy(
+            "export the model with one decoder that reads and gives the cache, and features in the decoder's width",
+        )),
+    }
+}
+
+/// The names and types of a component's inputs and outputs.
+///
+/// Errors: `Error::Unsupported` naming an input that transformers.js never feeds, or an output that it looks for and does
+/// not find.
+pub(super) fn check_ports(
+    component: &Component,
+    model: &Model,
+    config: Option<&ModelConfig>,
+    notes: &mut Vec<String>,
+) -> Result<()> {
+    let graph = &model.graph;
+    let names = |values: &[ValueId]| -> Vec<String> { values.iter().map(|&id| graph.name(id).to_string()).collect() };
+    let (inputs, outputs) = (names(&graph.body.inputs), names(&graph.body.outputs));
+    let subject = || format!("`{}`", component.file);
+    let wanted = match component.role {
+        Role::VisionEncoder => "image_features",
+        Role::EmbedTokens => "inputs_embeds",
+        Role::Decoder => "logits",
+        _ => return Ok(()),
+    };
+    if !outputs.iter().any(|name| name == wanted) {
+        let list: Vec<&str> = outputs.iter().map(String::as_str).collect();
+        let problem =
+            format!("has no output `{wanted}`, by which transformers.js finds it; it has {}", list_preview(&list, 6));
+        return Err(Error::unsupported(subject(), problem).remedy("rename the output in the exporter"));
+    }
+    if component.role == Role::Decoder {
+        let fed = |name: &str| DECODER_INPUTS.contains(&name) || CACHES.iter().any(|cache| name.starts_with(cache));
+        if let Some(name) = inputs.iter().find(|name| !fed(name)) {
+            let problem = format!("reads `{name}`, which transformers.js never feeds");
+            let remedy = match name.contains("deepstack") || name.contains("visual_pos") {
+                true => {
+                    "export the model with its DeepStack features packed into `inputs_embeds`, or serve it elsewhere"
+                }
+                false => "export the model without this input, or serve it elsewhere",
+            };
+            return Err(Error::unsupported(subject(), problem).remedy(remedy));
+        }
+    }
+    if matches!(component.role, Role::EmbedTokens) && inputs != ["input_ids"] {
+        let list: Vec<&str> = inputs.iter().map(String::as_str).collect();
+        let problem = format!(
+            "reads {}; transformers.js feeds `input_ids` alone and merges features itself",
+            list_preview(&list, 6)
+        );
+        return Err(
+            Error::unsupported(subject(), problem).remedy("export the embedding of the tokens as a graph of its own")
+        );
+    }
+    let half = |id: &&ValueId| {
+        matches!(
+            graph.values[id.index()].ty,
+            Some(ValueType::Tensor { dtype: DataType::Float16 | DataType::Bfloat16, .. })
+        )
+    };
+    let ports = graph.body.inputs.iter().chain(&graph.body.outputs);
+    if let Some(&id) = ports.filter(|id| !CACHES.iter().any(|cache| graph.name(**id).starts_with(cache))).find(half)
+        && !graph.name(id).starts_with("present")
+    {
+        let problem =
+            format!("has `{}` in half precision, and transformers.js feeds and reads float32 there", graph.name(id));
+        return Err(Error::unsupported(subject(), problem)
+            .remedy("keep inputs and outputs in float32 when you convert (`keep_io_types=True`)"));
+    }
+    if let (Role::Decoder, Some(config)) = (component.role, config) {
+        let stacked = config.raw.get("vision_config").and_then(|vision| vision.get("deepstack_visual_indexes"));
+        if stacked.is_some_and(|indexes| indexes.as_array().is_some_and(|list| !list.is_empty())) {
+            notes.push("the config has DeepStack, the graph that transformers.js runs has not".to_string());
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tables_are_sorted_and_say_nothing_twice() {
+        for table in [IMAGE_TEXT, TEXT] {
+            assert!(table.windows(2).all(|pair| pair[0] < pair[1]), "{table:?}");
+        }
+        assert!(IMAGE_TEXT.iter().all(|name| !TEXT.contains(name)));
+    }
+}
