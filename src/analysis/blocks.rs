@@ -177,7 +177,7 @@ pub fn group(graph: &Graph, body: &Body, chain: &Chain) -> Result<Vec<LayerBlock
                 graph.name(chain.source),
                 graph.name(chain.result)
             ),
-        ));
+        ).remedy("interlace works on transformer decoders and encoders; give the graph of one"));
     }
     move_leading(&mut layers, leading);
     trim_last(&mut layers);
@@ -192,7 +192,8 @@ pub fn group(graph: &Graph, body: &Body, chain: &Chain) -> Result<Vec<LayerBlock
         .remedy("interlace works on transformer decoders and encoders"));
     }
     if layers.len() < 2 {
-        return Err(Error::unsupported("the graph", "a single layer, so nothing is repeated"));
+        return Err(Error::unsupported("the graph", "a single layer, so nothing is repeated")
+            .remedy("interlace needs at least two layers of the same kind"));
     }
     Ok(layers)
 }

@@ -70,7 +70,8 @@ pub fn analyse_branches(model: &Model, node: usize) -> Result<Merged> {
         return Err(Error::unsupported(
             outer.nodes[node].describe(&model.graph),
             format!("its branches have {counts:?} layers, expected the same number in each"),
-        ));
+        )
+        .remedy("export prefill and decode from one model"));
     }
     Ok(Merged { original: model.clone(), node, branches })
 }

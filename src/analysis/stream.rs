@@ -55,7 +55,7 @@ pub fn longest_chain(graph: &Graph, body: &Body) -> Result<Chain> {
         None => Err(Error::unsupported(
             "the graph",
             format!("no input leads to output `{}`", graph.name(result)),
-        )),
+        ).remedy("give a graph whose first output is computed from its inputs")),
     }
 }
 
@@ -113,6 +113,7 @@ fn result_of(graph: &Graph, body: &Body, index: &GraphIndex) -> Result<ValueId> 
     }
     best.map(|(_, output)| output).ok_or_else(|| {
         Error::invalid(format!("graph `{}`", body.name), format!("has no outputs ({} values)", graph.values.len()))
+            .remedy("export the graph with its outputs")
     })
 }
 

@@ -153,6 +153,17 @@ impl Error {
         Error::Io { action, path: path.as_ref().to_path_buf(), source }
     }
 
+    /// Adds a remedy unless the error has one: for a caller that knows what a whole file or row is.
+    #[must_use]
+    pub fn or_remedy(self, text: &str) -> Self {
+        match self {
+            Error::Invalid { remedy: None, .. }
+            | Error::Unsupported { remedy: None, .. }
+            | Error::NotFinite { remedy: None, .. } => self.remedy(text),
+            error => error,
+        }
+    }
+
     /// Adds what the user can do about it.
     #[must_use]
     pub fn remedy(mut self, text: impl Into<String>) -> Self {

@@ -261,7 +261,7 @@ impl Scanner<'_> {
                     if members.iter().any(|(name, _)| *name == key) {
                         return Err(Error::invalid(
                             self.subject,
-                            format!("the key `{key}` stands twice in one object"),
+                            format!("the key `{key}` occurs twice in one object"),
                         )
                         .remedy("take one of them out"));
                     }
@@ -310,7 +310,7 @@ mod tests {
     #[test]
     fn a_key_given_twice_is_refused() {
         let error = Document::parse("config.json", "{\"a\": 1, \"a\": 2}".into()).unwrap_err();
-        assert!(error.to_string().contains("`a` stands twice"), "{error}");
+        assert!(error.to_string().contains("`a` occurs twice"), "{error}");
     }
 
     #[test]

@@ -41,7 +41,7 @@ pub struct LayerEdit {
 }
 
 impl LayerEdit {
-    /// Errors: `Error::Invalid` when an index is not below `total`, stands twice, or no layer would be left.
+    /// Errors: `Error::Invalid` when an index is not below `total`, occurs twice, or no layer would be left.
     pub fn new(tower: Tower, total: usize, dropped: &[usize]) -> Result<Self> {
         let subject = || format!("layers to drop from the {} tower", tower.name());
         let mut sorted = dropped.to_vec();
@@ -52,7 +52,7 @@ impl LayerEdit {
         }
         if let Some(pair) = sorted.windows(2).find(|pair| pair[0] == pair[1]) {
             return Err(
-                Error::invalid(subject(), format!("layer {} stands twice", pair[0])).remedy("name each layer once")
+                Error::invalid(subject(), format!("layer {} occurs twice", pair[0])).remedy("name each layer once")
             );
         }
         if sorted.len() == total {

@@ -112,7 +112,7 @@ fn what_cannot_follow_is_refused_by_name() {
         assert!(error.contains(want), "{error}");
     }
     let dropped =
-        [(vec![6], "layer 6 does not exist"), (vec![1, 1], "stands twice"), ((0..6).collect(), "all 6 layers")];
+        [(vec![6], "layer 6 does not exist"), (vec![1, 1], "occurs twice"), ((0..6).collect(), "all 6 layers")];
     for (layers, want) in dropped {
         let error = LayerEdit::new(Tower::Text, 6, &layers).unwrap_err().to_string();
         assert!(error.contains(want), "{error}");

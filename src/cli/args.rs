@@ -34,7 +34,7 @@ impl std::str::FromStr for Weights {
             let row = row.ok_or_else(|| format!("`{name}` is none of {}", names.join(", ")))?;
             let value = value.parse().map_err(|_| format!("`{value}` is no number"))?;
             if weights.insert(row.0, value).is_some() {
-                return Err(format!("`{name}` stands twice"));
+                return Err(format!("`{name}` occurs twice"));
             }
         }
         check_weights(&weights).map_err(|e| e.to_string())?;

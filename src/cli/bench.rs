@@ -15,41 +15,41 @@ use super::args::positive;
 use super::output::table;
 use super::{Context, Outcome};
 
-/// Measure time to first token, decoding rate, memory and size, beside a baseline
+/// Measure time to first token, decoding rate, memory and size, and compare with a baseline
 #[derive(clap::Args)]
 #[command(after_help = "Example:\n  interlace bench healed/ --baseline model/ -o bench.json")]
 pub struct Args {
     /// Model folder
     model: PathBuf,
-    /// Model folder to compare with, run in turn with the other
+    /// Compare with this model, measured in alternation with the first
     #[arg(long, value_name = "MODEL")]
     baseline: Option<PathBuf>,
-    /// End with status 1 when the decoder's first token comes less than this many times sooner
+    /// End with status 1 when the baseline's time to the decoder's first token over the model's is less than this
     #[arg(long, value_name = "X", requires = "baseline")]
     min_speedup: Option<f64>,
     #[command(flatten)]
     load: Load,
-    /// The report to write
+    /// Write the report to this JSON file
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
 }
 
-/// What is run.
+/// The workload.
 #[derive(clap::Args)]
 pub struct Load {
-    /// Tokens of the decoder's prompt
+    /// Prefill the decoder with this number of tokens
     #[arg(long, value_name = "N", value_parser = positive, default_value_t = BenchOptions::default().prompt_tokens)]
     prompt_tokens: usize,
-    /// Tokens decoded behind it
+    /// Decode this number of tokens after the prompt
     #[arg(long, value_name = "N", value_parser = positive, default_value_t = BenchOptions::default().new_tokens)]
     new_tokens: usize,
-    /// Measured rounds; in each, every model runs once
+    /// Measure this number of rounds; every model runs once in each
     #[arg(long, value_name = "N", value_parser = positive, default_value_t = BenchOptions::default().rounds)]
     rounds: usize,
-    /// Threads inside one operator [default: all cores]
+    /// Use this number of threads inside one operator [default: all cores]
     #[arg(long, value_name = "N", value_parser = positive)]
     threads: Option<usize>,
-    /// Where to compute: cpu, cuda or cuda:N
+    /// Compute on this device: cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
     device: Device,
 }

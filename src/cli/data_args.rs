@@ -8,48 +8,48 @@ use super::output::Output;
 /// How a data set is read.
 #[derive(clap::Args)]
 pub struct DataArgs {
-    /// What the turns of a conversation are: one sample with all its answers (conversation), or a sample each, without
-    /// the turns before it (separate)
+    /// Make one sample of a conversation with all its answers (conversation), or one sample of each turn without the turns
+    /// before it (separate)
     #[arg(long, value_name = "HOW", default_value = "conversation")]
     turns: Turns,
-    /// Use only rows with at least this value in a column of ratings, as in relevance_min=4; may be repeated
+    /// Use only rows with at least this value in this column of ratings, as in relevance_min=4; may be repeated
     #[arg(long, value_name = "COLUMN=VALUE", value_parser = rating)]
     min_rating: Vec<(String, f64)>,
-    /// Columns or keys to ignore, besides those that hold nothing of a conversation
+    /// Ignore these columns or keys, besides ids, sources and others without a part of the conversation
     #[arg(long, value_name = "KEYS", value_delimiter = ',')]
     ignore_keys: Vec<String>,
-    /// End at the first row that cannot be read, in place of leaving it out
+    /// Stop at the first row that cannot be read [default: leave such rows out]
     #[arg(long)]
     strict: bool,
-    /// Tokens in each sequence of running text
+    /// Split running text into sequences of this number of tokens
     #[arg(long, value_name = "N", default_value_t = SEQUENCE_LENGTH, value_parser = positive)]
     sequence_length: usize,
     #[command(flatten)]
     images: ImageArgs,
 }
 
-/// How pictures are scaled and cut up, in place of what the model's files say.
+/// Image settings that override the model's own files.
 #[derive(clap::Args)]
 pub struct ImageArgs {
-    /// The fewest pixels that a picture is scaled to [default: the model's own setting]
+    /// Scale pictures up to at least this number of pixels [default: the model's own setting]
     #[arg(long, value_name = "N", value_parser = positive)]
     min_pixels: Option<usize>,
-    /// The most pixels that a picture is scaled to [default: the model's own setting]
+    /// Scale pictures down to at most this number of pixels [default: the model's own setting]
     #[arg(long, value_name = "N", value_parser = positive)]
     max_pixels: Option<usize>,
-    /// The edge that pictures are scaled to, in pixels: of a square, or the longest one [default: the model's own setting]
+    /// Scale pictures to this edge in pixels: both edges of a square, or the longer one [default: the model's own setting]
     #[arg(long, value_name = "N", value_parser = positive)]
     image_size: Option<usize>,
-    /// Whether large pictures are cut into tiles [default: the model's own setting]
+    /// Cut large pictures into tiles: true or false [default: the model's own setting]
     #[arg(long, value_name = "BOOL")]
     image_tiles: Option<bool>,
-    /// Which library's pixels are meant: pil or torchvision [default: the one that transformers takes]
+    /// Resize pictures with the arithmetic of this library: pil or torchvision [default: the one that transformers uses]
     #[arg(long, value_name = "NAME")]
     image_back_end: Option<BackEnd>,
 }
 
 impl ImageArgs {
-    /// The settings that the flags stand for.
+    /// The flags as settings.
     pub fn settings(&self) -> ImageSettings {
         ImageSettings {
             min_pixels: self.min_pixels,
@@ -62,7 +62,7 @@ impl ImageArgs {
 }
 
 impl DataArgs {
-    /// The options that the flags stand for.
+    /// The flags as options.
     pub fn options(&self) -> DataOptions {
         DataOptions {
             turns: self.turns,

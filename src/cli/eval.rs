@@ -13,51 +13,52 @@ use super::data_args::ImageArgs;
 use super::output::table;
 use super::{Context, Outcome};
 
-/// Answer a benchmark, and say what is left of a baseline's scores
+/// Answer a benchmark, and compare the scores with a baseline's
 #[derive(clap::Args)]
 #[command(after_help = "Example:\n  interlace eval pruned/ --data benchmark.tsv --baseline model/ -o report.json")]
 pub struct Args {
     /// Model folder
     model: PathBuf,
-    /// Benchmark: VLMEvalKit's TSV; or running text, for perplexity: .jsonl with a `text` in each line
+    /// Read the benchmark: a TSV file of VLMEvalKit; or running text, for perplexity: .jsonl with a `text` in each line
     #[arg(long, value_name = "FILE")]
     data: PathBuf,
-    /// Model folder to compare with
+    /// Compare with this model, on the same questions
     #[arg(long, value_name = "MODEL")]
     baseline: Option<PathBuf>,
-    /// End with status 1 when less of the baseline's average (of its perplexity, for running text) is kept
+    /// End with status 1 when the model keeps a smaller fraction than this of the baseline's average score (of its perplexity,
+    /// for running text)
     #[arg(long, value_name = "R", value_parser = fraction, requires = "baseline")]
     min_retention: Option<f64>,
-    /// Take only the first questions or sequences
+    /// Take only this number of questions or sequences, from the first on [default: all]
     #[arg(long, value_name = "N", value_parser = positive)]
     limit: Option<usize>,
-    /// Questions answered together
+    /// Answer this number of questions in one batch
     #[arg(long, value_name = "N", value_parser = positive, default_value_t = EvalSettings::default().batch_size)]
     batch_size: usize,
-    /// Longest answer in tokens [default: the model's own setting]
+    /// Limit each answer to this number of tokens [default: the model's own setting]
     #[arg(long, value_name = "N", value_parser = positive)]
     max_new_tokens: Option<usize>,
-    /// Tokens in each sequence of running text
+    /// Split running text into sequences of this number of tokens
     #[arg(long, value_name = "N", default_value_t = SEQUENCE_LENGTH, value_parser = positive)]
     sequence_length: usize,
-    /// Keys of running text to ignore, besides those that hold nothing of it
+    /// Ignore these keys of running text, besides ids, sources and other keys without text
     #[arg(long, value_name = "KEYS", value_delimiter = ',')]
     ignore_keys: Vec<String>,
-    /// How questions are worded: vlmevalkit, qwen3-vl, smolvlm or internvl, as VLMEvalKit words them for these models
+    /// Word the questions as VLMEvalKit does for these models: vlmevalkit (its default), qwen3-vl, smolvlm or internvl
     #[arg(long, value_name = "STYLE", default_value = "vlmevalkit")]
     prompt_style: PromptStyle,
     #[command(flatten)]
     images: ImageArgs,
-    /// Also write each answer beside its question: JSON lines, or VLMEvalKit's own layout if the name ends in .tsv
+    /// Also write each question with its answer to this file: JSON lines, or VLMEvalKit's layout if the name ends in .tsv
     #[arg(long, value_name = "FILE")]
     predictions: Option<PathBuf>,
-    /// Measure only how likely the right answers are, and let the model answer nothing
+    /// Measure only the likelihood of the right answers, without generating answers [default: both]
     #[arg(long, conflicts_with_all = ["predictions", "max_new_tokens"])]
     likelihood_only: bool,
-    /// Where to compute: cpu, cuda or cuda:N
+    /// Compute on this device: cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
     device: Device,
-    /// The report to write
+    /// Write the report to this JSON file
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
 }
@@ -151,7 +152,7 @@ fn text(args: &Args, context: &Context) -> anyhow::Result<Outcome> {
     gate(args.min_retention, report.retention, "perplexity", context)
 }
 
-/// What a user-set gate says of what is kept.
+/// Whether the fraction of the baseline's score that is kept reaches the user's gate.
 fn gate(wanted: Option<f64>, kept: Option<Interval>, what: &str, context: &Context) -> anyhow::Result<Outcome> {
     match (wanted, kept) {
         (Some(wanted), Some(kept)) if kept.ratio < wanted => {
@@ -162,7 +163,9 @@ fn gate(wanted: Option<f64>, kept: Option<Interval>, what: &str, context: &Conte
             ));
             Ok(Outcome::GateFailed)
         }
-        (Some(_), None) => anyhow::bail!("the baseline scores nothing, so nothing can be said about what is kept"),
+        (Some(_), None) => anyhow::bail!(
+            "the baseline scores 0, so the fraction that the model keeps is undefined; leave `--min-retention` out"
+        ),
         _ => Ok(Outcome::Done),
     }
 }

@@ -9,25 +9,25 @@ use crate::export::{self, ExportSettings, ExportTarget, TARGETS, target_named};
 use super::output::table;
 use super::{Context, Outcome};
 
-/// Write the model in another layout, to serve it from
+/// Write the model in the layout of a server
 #[derive(clap::Args)]
 #[command(after_help = "Example:\n  interlace export model/ --to triton -o model_repository/")]
 pub struct Args {
     /// Model folder, or one .onnx decoder
     model: PathBuf,
-    /// The layout to write; see the list below
+    /// Write this layout; see the list below
     #[arg(long, value_name = "TARGET", value_parser = target_named, long_help = targets_help())]
     to: &'static ExportTarget,
-    /// Largest batch of models whose inputs and outputs share a free first dimension; other models get 0 [default: 8]
+    /// Set the largest batch of models whose inputs and outputs share a free first axis; other models get 0 [default: 8]
     #[arg(long, value_name = "N")]
     max_batch_size: Option<u32>,
-    /// Precision variant of each component, such as fp16 or q4 [default: the most precise one]
+    /// Export this precision variant of each component, such as fp16 or q4 [default: the most precise one]
     #[arg(long, value_name = "NAME")]
     variant: Option<String>,
-    /// Write newer ONNX files as this IR version, for servers that refuse newer ones
+    /// Lower the IR version of newer ONNX files to this, for servers that refuse newer ones [default: unchanged]
     #[arg(long, value_name = "N")]
     max_ir_version: Option<i64>,
-    /// New folder for what is written
+    /// Write the layout to this new folder
     #[arg(short, long, value_name = "FOLDER")]
     output: PathBuf,
 }

@@ -19,73 +19,75 @@ use super::args::{fraction, positive};
 use super::data_args::{DataArgs, warn_left_out};
 use super::{Context, Outcome};
 
-/// Train the layers beside those that were dropped
+/// Finetune the layers next to the dropped ones
 #[derive(clap::Args)]
 #[command(after_help = "Example:\n  interlace finetune pruned/ --plan plan.json --data train.parquet \
     --teacher model/ -o healed/\n  interlace finetune pruned/ --plan plan.json --data train.parquet --recipe paper \
-    --learning-rate 1e-3 -o healed/\n\nCtrl-C leaves a checkpoint; the same command with --resume goes on from it.")]
+    --learning-rate 1e-3 -o healed/\n\nCtrl-C leaves a checkpoint; the same command with --resume continues from it.")]
 pub struct Args {
-    /// Folder that `interlace prune --plan` wrote
+    /// Model folder that `interlace prune --plan` wrote
     pruned: PathBuf,
-    /// The plan that it was pruned with
+    /// Read the plan by which the model was pruned
     #[arg(long, value_name = "FILE")]
     plan: PathBuf,
-    /// Conversations in parquet or JSON (a file, a folder or a pattern), or .jsonl with a `text` in each line
+    /// Read training data: conversations in Parquet or JSON (a file, a folder or a glob pattern), or running text in .jsonl
+    /// with a `text` in each line
     #[arg(long, value_name = "DATA")]
     data: PathBuf,
     #[command(flatten)]
     reading: DataArgs,
-    /// Part of the samples to draw [default: all]
+    /// Draw this fraction of the samples, above 0 and at most 1 [default: all samples]
     #[arg(long, value_name = "F", value_parser = fraction, conflicts_with = "samples")]
     fraction: Option<f64>,
-    /// Number of samples to draw
+    /// Draw this number of samples [default: all samples]
     #[arg(long, value_name = "N", value_parser = positive)]
     samples: Option<usize>,
-    /// Seed of the draw and of the order
+    /// Seed the draw and the order of samples [default: the recipe's]
     #[arg(long)]
     seed: Option<u64>,
-    /// How to heal; see the list below
+    /// Finetune by this recipe; see the list below
     #[arg(long, value_name = "NAME", default_value = DEFAULT_RECIPE, long_help = recipes_help())]
     recipe: String,
-    /// TOML file with any of the settings, which win over the recipe's; the flags below win over it
+    /// Read settings from this TOML file; they override the recipe's, and the flags below override them
     #[arg(long, value_name = "FILE")]
     settings: Option<PathBuf>,
-    /// Peak learning rate; small networks need more than 1e-5. Of several, separated by commas, the one with the lowest
-    /// loss in a pass of its own is taken [default: the recipe's]
+    /// Set the peak learning rate, in the optimiser's units; of several, separated by commas, take the one that reaches
+    /// the lowest loss in a trial pass [default: the recipe's]
     #[arg(long, value_name = "LR", value_delimiter = ',')]
     learning_rate: Vec<f64>,
-    /// Samples in one forward pass [default: the recipe's]
+    /// Put this number of samples into one forward pass [default: the recipe's]
     #[arg(long, value_name = "N")]
     batch_size: Option<u32>,
-    /// Forward passes per optimiser step [default: the recipe's]
+    /// Run this number of forward passes per optimiser step [default: the recipe's]
     #[arg(long, value_name = "N")]
     accumulation_steps: Option<u32>,
-    /// Passes over the data [default: the recipe's]
+    /// Pass this number of times over the samples [default: the recipe's]
     #[arg(long, value_name = "N")]
     epochs: Option<u32>,
-    /// Stop after this many optimiser steps
+    /// Stop after this number of optimiser steps [default: the end of the last epoch]
     #[arg(long, value_name = "N")]
     max_steps: Option<u64>,
-    /// Number format of forward and backward pass; bf16 pays on GPUs and on processors with instructions for it
+    /// Compute matrix products in this number format; bf16 is faster on GPUs and on processors with bf16 instructions
     /// [default: f32]
     #[arg(long, value_enum)]
     precision: Option<PrecisionArg>,
-    /// Train low-rank adapters of this rank in place of the layers' weights; what is written is the sum of both
+    /// Train low-rank adapters of this rank in place of the layers' weights, and write the merged weights
+    /// [default: train the weights]
     #[arg(long, value_name = "R")]
     lora_rank: Option<u32>,
-    /// The model that was pruned, for the losses `kd`, `anchor` and `hidden` (the recipes fast and best)
+    /// Read the model before pruning, for the losses `kd`, `anchor` and `hidden` (the recipes fast and best)
     #[arg(long, value_name = "MODEL")]
     teacher: Option<PathBuf>,
-    /// Where to compute: cpu, cuda or cuda:N
+    /// Compute on this device: cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
     device: Device,
-    /// Go on from the newest checkpoint in the work folder
+    /// Continue from the newest checkpoint in the work folder
     #[arg(long)]
     resume: bool,
-    /// Folder for checkpoints, metrics and the report [default: OUT.work]
+    /// Keep checkpoints, metrics and the report in this folder [default: OUT.work]
     #[arg(long, value_name = "FOLDER")]
     work: Option<PathBuf>,
-    /// New folder for the finetuned model
+    /// Write the finetuned model to this new folder
     #[arg(short, long, value_name = "OUT")]
     output: PathBuf,
 }

@@ -18,31 +18,31 @@ use super::{Context, Outcome};
 pub struct Args {
     /// Model folder
     model: PathBuf,
-    /// A picture; may be repeated
+    /// Show this picture; may be repeated
     #[arg(long, value_name = "FILE", conflicts_with = "data")]
     image: Vec<PathBuf>,
-    /// A frame of a video with its time in seconds, for models that take videos; repeated in the order of time
+    /// Show this frame of a video at this time in seconds, for models that take videos; repeat in order of time
     #[arg(long, value_name = "SECONDS=FILE", conflicts_with = "data", value_parser = frame)]
     video_frame: Vec<(f64, PathBuf)>,
-    /// The question
+    /// Ask this question
     #[arg(long, value_name = "TEXT", required_unless_present = "data", conflicts_with = "data")]
     prompt: Option<String>,
-    /// What the model is told before the question
+    /// Send this system message before the question [default: none]
     #[arg(long, value_name = "TEXT", conflicts_with = "data")]
     system: Option<String>,
-    /// Longest answer in tokens [default: the model's own setting, or 256]
+    /// Limit the answer to this number of tokens [default: the model's own setting, or 256]
     #[arg(long, value_name = "N", value_parser = positive)]
     max_tokens: Option<usize>,
-    /// Temperature of the draw; 0 takes the likeliest token, always
+    /// Sample tokens at this temperature, 0 or more; 0 takes the most likely token at each step
     #[arg(long, value_name = "T", default_value_t = 0.0)]
     temperature: f32,
-    /// Draw from the most likely tokens that make up this part of the probability
+    /// Sample among the most likely tokens whose probabilities add up to this, above 0 and at most 1
     #[arg(long, value_name = "P", default_value_t = 1.0)]
     top_p: f32,
-    /// Seed of the draw
+    /// Seed the sampling
     #[arg(long, default_value_t = 42)]
     seed: u64,
-    /// Answer with this model too, and print both
+    /// Answer with this model too, and print both answers
     #[arg(long, value_name = "MODEL", conflicts_with = "data")]
     compare: Option<PathBuf>,
     /// Answer the last question of each sample of this data set
@@ -50,13 +50,13 @@ pub struct Args {
     data: Option<PathBuf>,
     #[command(flatten)]
     reading: DataArgs,
-    /// Samples answered together, at temperature 0
+    /// Answer this number of samples in one batch, at temperature 0
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = positive)]
     batch_size: usize,
-    /// The answers to `--data`: JSON lines of `id` and `answer`
+    /// Write the answers to `--data` to this file: JSON lines of `id` and `answer`
     #[arg(short, long, value_name = "FILE", requires = "data")]
     output: Option<PathBuf>,
-    /// Where to compute: cpu, cuda or cuda:N
+    /// Compute on this device: cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
     device: Device,
 }

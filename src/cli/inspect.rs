@@ -12,7 +12,7 @@ use crate::pipeline::steps::{self, LayerInfo, TapInfo};
 use super::output::table;
 use super::{Context, Outcome};
 
-/// Show components, layers, cache ports and what layers share
+/// Show components, layers, cache ports and shared weights
 #[derive(clap::Args)]
 #[command(after_help = "Example:\n  interlace inspect model/\n  interlace inspect decoder.onnx --json")]
 pub struct Args {

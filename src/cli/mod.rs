@@ -35,12 +35,12 @@ pub use torch::{RunTorchVerb, TorchVerb, hand_over, here};
 /// Prune, heal and ship vision-language models as ONNX graphs.
 #[derive(Parser)]
 #[command(name = "interlace", version, max_term_width = 100, arg_required_else_help = true)]
-#[command(after_help = "Start with `interlace inspect MODEL`, or let `interlace run recipe.toml` do everything.\n\
+#[command(after_help = "Start with `interlace inspect MODEL`, or run all steps with `interlace run recipe.toml`.\n\
     Exit codes: 0 done; 1 a check or a gate that you set did not hold; 2 an error.")]
 struct Cli {
     #[command(subcommand)]
     verb: Verb,
-    /// Print the result as JSON
+    /// Print the result as JSON [default: text]
     #[arg(long, global = true, display_order = 1000)]
     json: bool,
     /// Print no progress
@@ -68,7 +68,7 @@ enum Verb {
     PeakMemory(bench::MemoryArgs),
 }
 
-/// What every verb gets beside its arguments.
+/// Input of every verb besides its arguments.
 pub struct Context {
     /// Where and how results are printed.
     pub output: Output,
@@ -76,12 +76,12 @@ pub struct Context {
     pub cancel: Cancel,
 }
 
-/// How a verb that met no error ended.
+/// How a verb ended that met no error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// It ran, and every gate and check held.
     Done,
-    /// A check or a gate did not hold; the verb has said which.
+    /// A check or a gate did not hold; the verb has printed which.
     GateFailed,
 }
 

@@ -13,7 +13,7 @@ use super::args::{LayerList, Weights, amount, positive};
 use super::data_args::{DataArgs, warn_left_out};
 use super::{Context, Outcome, strip};
 
-/// The flags of which one says how many layers go.
+/// The flags that set the number of layers to drop; exactly one is given.
 const HOW_MANY: [&str; 6] = ["drop_ratio", "drop_count", "drop", "target_params", "target_size", "target_speedup"];
 
 /// Choose which layers to drop and which to finetune
@@ -25,48 +25,49 @@ const HOW_MANY: [&str; 6] = ["drop_ratio", "drop_count", "drop", "target_params"
 pub struct Args {
     /// Model folder, or one .onnx decoder
     model: PathBuf,
-    /// What `interlace score` wrote for this model
+    /// Read the scores that `interlace score` wrote for this model
     #[arg(long, value_name = "FILE")]
     scores: Option<PathBuf>,
-    /// How to choose; see the list below [default: interlace, or explicit with --drop]
+    /// Choose layers by this strategy; see the list below [default: interlace, or explicit with --drop]
     #[arg(long, value_name = "NAME", long_help = strategies_help())]
     strategy: Option<String>,
-    /// Part of the layers to drop, rounded down to whole layers
+    /// Drop this fraction of the decoder's layers, between 0 and 1, rounded down to whole layers
     #[arg(long, value_name = "RATIO")]
     drop_ratio: Option<f64>,
-    /// Number of layers to drop
+    /// Drop this number of decoder layers
     #[arg(long, value_name = "K", value_parser = positive)]
     drop_count: Option<usize>,
-    /// Drop as few layers as leave the model at most this many parameters, as in 1.5G or 800M
+    /// Drop the fewest layers that leave at most this number of parameters in the model, as in 1.5G or 800M
     #[arg(long, value_name = "N", value_parser = amount)]
     target_params: Option<u64>,
-    /// Drop as few layers as leave its ONNX files at most this many bytes, as in 1.5GB or 800MiB
+    /// Drop the fewest layers that leave at most this many bytes of ONNX files, as in 1.5GB or 800MiB
     #[arg(long, value_name = "BYTES", value_parser = amount)]
     target_size: Option<u64>,
-    /// Drop as few layers as give the decoder this ideal speed-up: all layers over those that stay
+    /// Drop the fewest layers that reach this ideal speed-up of the decoder: layers before over layers after
     #[arg(long, value_name = "X")]
     target_speedup: Option<f64>,
-    /// Drop these layers, as in 2,5
+    /// Drop the decoder layers with these indices from 0, as in 2,5
     #[arg(long, value_name = "LAYERS")]
     drop: Option<LayerList>,
-    /// How much similarities over image, text and all tokens count, as in image=0.7,text=0.3 [default: all=1]
+    /// Weigh the similarities over image, text and all tokens, each weight 0 or more, as in image=0.7,text=0.3
+    /// [default: all=1]
     #[arg(long, value_name = "WEIGHTS", requires = "scores")]
     modality_weights: Option<Weights>,
-    /// Calibration data for strategies that measure losses
+    /// Read calibration data, for strategies that measure losses
     #[arg(long, value_name = "DATA")]
     data: Option<PathBuf>,
-    /// Number of samples to draw from it
+    /// Draw this number of calibration samples
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = positive, requires = "data")]
     samples: usize,
     #[command(flatten)]
     reading: DataArgs,
-    /// Where to measure losses: cpu, cuda or cuda:N
+    /// Measure losses on this device: cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
     device: Device,
-    /// Seed of the random strategy and of the draw
+    /// Seed the random strategy and the draw of samples
     #[arg(long, default_value_t = 42)]
     seed: u64,
-    /// The plan to write
+    /// Write the plan to this JSON file
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
 }
@@ -90,7 +91,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     // The group of arguments demands one.
     let how_many = how_many.into_iter().flatten().next().unwrap_or(HowMany::DropCount(0));
     if matches!(how_many, HowMany::Drop(_)) != (strategy == "explicit") {
-        anyhow::bail!("--drop goes with the strategy `explicit`, found `{strategy}`; leave one of them out");
+        anyhow::bail!("--drop requires the strategy `explicit`, found `{strategy}`; leave one of the two flags out");
     }
     let bundle = Bundle::open(&args.model)?;
     let scores = args.scores.as_deref().map(Scores::read).transpose()?;

@@ -13,7 +13,7 @@ use super::args::LayerList;
 use super::output::table;
 use super::{Context, Outcome};
 
-/// Take layers out of the graph, its cache and its configs
+/// Remove layers from the graph, its cache and its configs
 #[derive(clap::Args)]
 #[command(after_help = "Example:\n  interlace prune model/ --plan plan.json -o pruned/\n  \
     interlace prune model/ --drop 2,5 -o pruned/")]
@@ -21,20 +21,20 @@ use super::{Context, Outcome};
 pub struct Args {
     /// Model folder, or one .onnx decoder
     model: PathBuf,
-    /// What `interlace plan` wrote for this model
+    /// Drop the layers of this plan, which `interlace plan` wrote for the model
     #[arg(long, value_name = "FILE")]
     plan: Option<PathBuf>,
-    /// Drop these layers, as in 2,5
+    /// Drop the layers with these indices from 0, as in 2,5
     #[arg(long, value_name = "LAYERS")]
     drop: Option<LayerList>,
-    /// Whose layers `--drop` names
+    /// Drop layers of this component
     #[arg(long, value_enum, default_value_t = Component::Decoder, conflicts_with = "plan")]
     component: Component,
-    /// Features that are added behind the first layers (DeepStack): keep their place, or shift to the first layers that
-    /// stay, as Hugging Face's network does
+    /// Choose what becomes of features that are added after the first layers (DeepStack): keep leaves them at their
+    /// original layers, shift moves them to the first layers that remain, as Hugging Face's class does
     #[arg(long, value_enum, default_value_t = DeepstackRule::Keep)]
     deepstack: DeepstackRule,
-    /// New folder for the pruned model
+    /// Write the pruned model to this new folder
     #[arg(short, long, value_name = "FOLDER")]
     output: PathBuf,
 }

@@ -9,16 +9,16 @@ use crate::pipeline::{self, MANIFEST_FILE, Recipe, TABLE_FILE};
 use super::output::table;
 use super::{Context, Outcome};
 
-/// Do all of it from one recipe: score, plan, prune, finetune, measure
+/// Run all steps from one recipe: score, plan, prune, finetune, measure
 #[derive(clap::Args)]
 #[command(
-    after_help = "Example:\n  interlace run recipe.toml\n\nSteps that an earlier run finished are kept; a run that \
-    was stopped goes on from there."
+    after_help = "Example:\n  interlace run recipe.toml\n\nSteps that an earlier run finished are kept; the same \
+    command continues a run that was stopped."
 )]
 pub struct Args {
-    /// TOML file; schemas/recipe.schema.json says what may stand in it
+    /// TOML file; schemas/recipe.schema.json describes its keys
     recipe: PathBuf,
-    /// Folder for everything that the run makes [default: the recipe's `output`]
+    /// Write everything to this folder [default: the recipe's `output`]
     #[arg(short, long, value_name = "FOLDER")]
     output: Option<PathBuf>,
 }

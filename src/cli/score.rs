@@ -17,36 +17,36 @@ use super::{Context, Outcome};
 #[derive(clap::Args)]
 #[command(after_help = "Example:\n  interlace score model/ --data train.parquet --samples 500 -o scores.json")]
 pub struct Args {
-    /// Model folder
+    /// Model folder to score
     model: PathBuf,
-    /// Calibration data: conversations in parquet or JSON (a file, a folder or a pattern), or .jsonl with a `text` in
-    /// each line
+    /// Read calibration data: conversations in Parquet or JSON (a file, a folder or a glob pattern), or running text in
+    /// .jsonl with a `text` in each line
     #[arg(long, value_name = "DATA")]
     data: PathBuf,
-    /// Part of the samples to draw [default: 0.1]
+    /// Draw this fraction of the samples, above 0 and at most 1 [default: 0.1]
     #[arg(long, value_name = "F", value_parser = fraction, conflicts_with = "samples")]
     fraction: Option<f64>,
-    /// Number of samples to draw
+    /// Draw this number of samples
     #[arg(long, value_name = "N", value_parser = positive)]
     samples: Option<usize>,
-    /// Seed of the draw
+    /// Seed the draw of samples
     #[arg(long, default_value_t = 42)]
     seed: u64,
-    /// Further pack sizes besides 1,2,3, for strategies that look at longer blocks
+    /// Score packs of these sizes, in layers, besides 1,2,3, for strategies that drop longer blocks [default: none]
     #[arg(long, value_name = "SIZES", value_delimiter = ',', value_parser = positive)]
     packs: Vec<usize>,
-    /// Score packs that hold the last layer too, so that it may be dropped
+    /// Score packs that contain the last layer too, so that it may be dropped [default: off]
     #[arg(long)]
     include_last: bool,
-    /// Longest prompt in tokens; samples with longer ones are left out
+    /// Leave out samples whose prompt is longer than this number of tokens
     #[arg(long, value_name = "N", default_value_t = 8192, value_parser = positive)]
     max_tokens: usize,
     #[command(flatten)]
     reading: DataArgs,
-    /// Where to compute: cpu, cuda or cuda:N
+    /// Compute on this device: cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
     device: Device,
-    /// The scores to write
+    /// Write the scores to this JSON file
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
 }

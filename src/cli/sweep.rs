@@ -11,12 +11,12 @@ use super::{Context, Outcome};
 #[derive(clap::Args)]
 #[command(
     after_help = "Example:\n  interlace sweep sweep.toml\n\nSteps that an earlier sweep finished are kept, and equal \
-    steps are done once. A sweep that was stopped goes on\nfrom there; its table has the rows that are done."
+    steps are done once. The same command\ncontinues a sweep that was stopped; its table has the finished rows."
 )]
 pub struct Args {
-    /// TOML file; schemas/sweep-recipe.schema.json says what may stand in it
+    /// TOML file; schemas/sweep-recipe.schema.json describes its keys
     sweep: PathBuf,
-    /// Folder for everything that the sweep makes [default: the file's `output`]
+    /// Write everything to this folder [default: the file's `output`]
     #[arg(short, long, value_name = "FOLDER")]
     output: Option<PathBuf>,
 }

@@ -12,7 +12,7 @@ use crate::base::Error;
 
 use super::{Context, Outcome, finetune, run, sweep, verify};
 
-/// The program that links LibTorch; it lies beside `interlace`.
+/// The program that links LibTorch, in the same folder as `interlace`.
 const TORCH_PROGRAM: &str = "interlace-torch";
 
 /// A verb that computes in LibTorch.
@@ -42,7 +42,7 @@ pub fn here(verb: TorchVerb, context: &Context) -> anyhow::Result<Outcome> {
 
 /// Becomes `interlace-torch`, with this process's arguments.
 ///
-/// Errors: that program does not lie beside this one, or does not start.
+/// Errors: when that program is not in the folder of this one, or does not start.
 pub fn hand_over(_: TorchVerb, _: &Context) -> anyhow::Result<Outcome> {
     let program = torch_program()?;
     let error = Command::new(&program).args(env::args_os().skip(1)).exec();
@@ -50,12 +50,12 @@ pub fn hand_over(_: TorchVerb, _: &Context) -> anyhow::Result<Outcome> {
 }
 
 fn torch_program() -> anyhow::Result<PathBuf> {
-    let own = env::current_exe().context("cannot tell where this program lies")?;
+    let own = env::current_exe().context("cannot find the folder of this program")?;
     let program = own.with_file_name(TORCH_PROGRAM);
     if !program.is_file() {
         return Err(Error::invalid(
             format!("`{}`", program.display()),
-            "is not there, and this verb computes in LibTorch",
+            "does not exist, and this verb computes in LibTorch",
         )
         .remedy(format!("keep `{TORCH_PROGRAM}` in the folder of `interlace`; `cargo build --release` makes both"))
         .into());

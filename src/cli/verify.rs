@@ -10,17 +10,17 @@ use crate::runtime::Runtime;
 
 use super::{Context, Outcome};
 
-/// Check that the files load, agree with each other and compute the same in ONNX Runtime and LibTorch
+/// Check that the files load, agree with each other and give equal results in ONNX Runtime and LibTorch
 #[derive(clap::Args)]
 #[command(after_help = "Example:\n  interlace verify healed/\n\nEnds with status 1 when a check fails.")]
 pub struct Args {
     /// Model folder, or one .onnx decoder
     model: PathBuf,
-    /// Compare the engines on these inputs (.npz, arrays named after the inputs of MODEL, one .onnx file of any kind)
-    /// instead of checking with made-up ones
+    /// Compare the engines on the inputs in this .npz file, arrays named after the inputs of MODEL, which is then one .onnx
+    /// file of any kind [default: made-up inputs]
     #[arg(long, value_name = "FILE")]
     inputs: Option<PathBuf>,
-    /// Where to compute: cpu, cuda or cuda:N
+    /// Compute on this device: cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
     device: Device,
 }

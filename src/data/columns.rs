@@ -66,7 +66,8 @@ impl Columns {
         })?;
         let images: Vec<&'static str> = IMAGE_COLUMNS.into_iter().filter(|name| names.contains(name)).collect();
         if let Some(missing) = options.min_ratings.keys().find(|name| !names.contains(&name.as_str())) {
-            return Err(Error::invalid(subject, format!("has no column `{missing}`, only {}", names.join(", "))));
+            return Err(Error::invalid(subject, format!("has no column `{missing}`, only {}", names.join(", ")))
+                .remedy("name one of these columns, or leave the rating out"));
         }
         let silent = |name: &&str| *name == layout.column || images.contains(name) || is_silent(name, options);
         let held: Vec<String> =

@@ -51,9 +51,10 @@ impl Processor {
                 Ok(self.expand(id, before, images.as_ref(), false)?.len())
             };
             let span = shift(span.start)?..shift(span.end)?;
-            let marked = self
-                .answer_tokens(&text, &tokens, &span)
-                .map_err(|problem| Error::invalid(id, format!("answer {number} {problem}")))?;
+            let marked = self.answer_tokens(&text, &tokens, &span).map_err(|problem| {
+                Error::invalid(id, format!("answer {number} {problem}"))
+                    .remedy("correct the answer, or remove the row from the data")
+            })?;
             answer_mask.iter_mut().take(marked.end).skip(marked.start).for_each(|mask| *mask = true);
         }
         let ids = tokens.into_iter().map(|(token, _)| token).collect();
@@ -63,7 +64,8 @@ impl Processor {
     fn running_text(&self, sample: &Sample, tokens: &[i64], answers: bool) -> Result<Encoded> {
         let image = self.image_token_id();
         if tokens.iter().any(|&token| Some(token) == image) {
-            return Err(Error::invalid(&sample.id, "holds the image token, but running text has no pictures"));
+            return Err(Error::invalid(&sample.id, "holds the image token, but running text has no pictures")
+                .remedy("remove the token from the text"));
         }
         Ok(Encoded {
             id: sample.id.clone(),

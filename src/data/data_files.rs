@@ -41,7 +41,10 @@ pub(super) fn data_files(path: &Path) -> Result<Vec<DataFile>> {
 
 fn matching(pattern: &str) -> Result<Vec<PathBuf>> {
     let subject = || format!("data `{pattern}`");
-    let found = glob::glob(pattern).map_err(|e| Error::invalid(subject(), format!("is no pattern: {e}")))?;
+    let found = glob::glob(pattern).map_err(|e| {
+        Error::invalid(subject(), format!("is no pattern: {e}"))
+            .remedy("escape `*`, `?` and `[` of a plain path as `[*]`, `[?]` and `[[]`")
+    })?;
     let mut paths = Vec::new();
     for path in found {
         let path = path.map_err(|e| {
@@ -53,7 +56,8 @@ fn matching(pattern: &str) -> Result<Vec<PathBuf>> {
         }
     }
     if paths.is_empty() {
-        return Err(Error::invalid(subject(), "matches no file"));
+        return Err(Error::invalid(subject(), "matches no file")
+            .remedy("correct the pattern; it is relative to the working folder"));
     }
     Ok(paths)
 }

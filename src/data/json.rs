@@ -99,10 +99,13 @@ impl JsonFile {
         let mut images = Vec::new();
         for name in &entry.images {
             let picture = format!("image `{name}` of {subject}");
-            let path = contained_path(folder, name).map_err(|error| Error::invalid(&picture, error.to_string()))?;
+            let path = contained_path(folder, name).map_err(|error| {
+                Error::invalid(&picture, error.to_string())
+                    .remedy("keep pictures in the folder of the JSON file and name them relative to it")
+            })?;
             images.push(ImageBytes::file(picture, path));
         }
         SourceRow::of_messages(subject.clone(), images, entry.messages)
-            .map_err(|problem| Error::invalid(subject, problem))
+            .map_err(|problem| Error::invalid(subject, problem).remedy("correct the row, or remove it from the file"))
     }
 }

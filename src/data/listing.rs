@@ -19,7 +19,9 @@ impl Listed {
     /// Errors: `Error::Invalid` when the source has more rows or turns than are counted.
     pub fn new(subject: &str, row: usize, turns: usize, key: u64) -> Result<Self> {
         let narrow = |value: usize| {
-            u32::try_from(value).map_err(|_| Error::invalid(subject, format!("has more than {} rows", u32::MAX)))
+            u32::try_from(value).map_err(|_| {
+                Error::invalid(subject, format!("has more than {} rows", u32::MAX)).remedy("split the file")
+            })
         };
         Ok(Listed { row: narrow(row)?, turns: narrow(turns)?, key })
     }

@@ -51,17 +51,20 @@ impl Shard {
             ArrowReaderMetadata::load(&file, ArrowReaderOptions::new().with_page_index(true))
                 .or_else(|_| ArrowReaderMetadata::load(&file, ArrowReaderOptions::new()))
         };
-        let metadata = guarded(load)
-            .and_then(|metadata| metadata.map_err(|e| e.to_string()))
-            .map_err(|problem| Error::invalid(&subject, format!("is no readable parquet file: {problem}")))?;
+        let metadata = guarded(load).and_then(|metadata| metadata.map_err(|e| e.to_string())).map_err(|problem| {
+            Error::invalid(&subject, format!("is no readable parquet file: {problem}"))
+                .remedy("download the file again, or write it again as Parquet")
+        })?;
         let columns =
             Columns::of(metadata.schema(), &subject, options, |column| holds_nothing(metadata.metadata(), column))?;
         let mut starts = vec![0usize];
         for group in metadata.metadata().row_groups() {
-            let rows = usize::try_from(group.num_rows())
-                .map_err(|_| Error::invalid(&subject, "a row group has a negative number of rows"))?;
+            let rows = usize::try_from(group.num_rows()).map_err(|_| {
+                Error::invalid(&subject, "a row group has a negative number of rows")
+                    .remedy("write the file again as Parquet")
+            })?;
             let total = starts.last().copied().unwrap_or(0).checked_add(rows);
-            starts.push(total.ok_or_else(|| Error::invalid(&subject, "has too many rows"))?);
+            starts.push(total.ok_or_else(|| Error::invalid(&subject, "has too many rows").remedy("split the file"))?);
         }
         let path = path.to_path_buf();
         let mut shard = Shard { path, name: name.to_string(), metadata, columns, starts, listed: Vec::new() };
@@ -109,7 +112,8 @@ impl Shard {
             }
         }
         if row != self.rows() {
-            return Err(Error::invalid(self.subject(), format!("has {row} rows, its footer says {}", self.rows())));
+            return Err(Error::invalid(self.subject(), format!("has {row} rows, its footer says {}", self.rows()))
+                .remedy("write the file again as Parquet"));
         }
         Ok(listed)
     }
@@ -146,10 +150,14 @@ impl Shard {
         };
         let mut numbers = rows.into_iter();
         let mut row = move |batch: &StructArray, place: usize| {
-            let number =
-                numbers.next().ok_or_else(|| Error::invalid(self.subject(), "has more rows than its footer says"))?;
+            let number = numbers.next().ok_or_else(|| {
+                Error::invalid(self.subject(), "has more rows than its footer says")
+                    .remedy("write the file again as Parquet")
+            })?;
             let row = guarded(|| self.row(batch, place, number)).and_then(|row| row);
-            row.map_err(|problem| Error::invalid(self.row_subject(number), problem))
+            row.map_err(|problem| {
+                Error::invalid(self.row_subject(number), problem).remedy("correct the row, or remove it from the file")
+            })
         };
         Box::new(reader.flat_map(move |batch| match batch {
             Ok(batch) => {
@@ -198,6 +206,7 @@ impl Shard {
 
     fn unreadable(&self, error: impl std::fmt::Display) -> Error {
         Error::invalid(self.subject(), format!("does not decode: {error}"))
+            .remedy("download the file again, or write it again as Parquet")
     }
 
     fn row(&self, batch: &StructArray, place: usize, number: usize) -> Result<SourceRow, String> {

@@ -123,7 +123,8 @@ impl Processor {
         match &self.unknown_images {
             Some(problem) => Error::unsupported(id, format!("has pictures: {problem}"))
                 .remedy("take samples without pictures, or running text"),
-            None => Error::invalid(id, "has pictures, but the model has no image processor"),
+            None => Error::invalid(id, "has pictures, but the model has no image processor")
+                .remedy("use samples without pictures, or put `preprocessor_config.json` beside the model"),
         }
     }
 
@@ -221,7 +222,10 @@ impl Processor {
                 "expected chat_template.jinja, or `chat_template` in tokenizer_config.json; running text needs none",
             )
         })?;
-        let text = template.render(messages, prompt).map_err(|error| Error::invalid(id, error.to_string()))?;
+        let text = template.render(messages, prompt).map_err(|error| {
+            Error::invalid(id, error.to_string())
+                .remedy("correct the roles and the order of the sample's turns, or remove it from the data")
+        })?;
         // Answers may be written otherwise: templates leave out what a model thought in earlier turns.
         let given = messages.iter().filter(|message| message.role != "assistant");
         match given.flat_map(Message::texts).find(|part| !text.contains(part.trim())) {
@@ -253,7 +257,8 @@ impl Processor {
             return Err(Error::invalid(
                 id,
                 format!("its text holds `{marker}` {taken} times, but it has {} pictures", shown.len()),
-            ));
+            )
+            .remedy("write one placeholder for each picture"));
         }
         Ok(expanded)
     }
@@ -306,9 +311,10 @@ impl Vision {
             images.read_video(&video_config(bundle, processor_config)?)?;
         }
         let feature = &placeholder.feature;
-        let feature_id = tokenizer
-            .id(feature)
-            .ok_or_else(|| Error::invalid("`tokenizer.json`", format!("has no image token `{feature}`")))?;
+        let feature_id = tokenizer.id(feature).ok_or_else(|| {
+            Error::invalid("`tokenizer.json`", format!("has no image token `{feature}`"))
+                .remedy("restore `tokenizer.json` and `processor_config.json` of the same model")
+        })?;
         let video_id = placeholder.video.as_ref().and_then(|video| tokenizer.id(&video.feature));
         Ok(Some(Vision { images, placeholder, feature_id, video_id }))
     }
@@ -363,7 +369,8 @@ fn agree(config: &Value, nested: Option<&Value>) -> Result<()> {
             return Err(Error::invalid(
                 "`processor_config.json`",
                 format!("`image_processor.{key}` is {other}, but preprocessor_config.json says {value}"),
-            ));
+            )
+            .remedy("keep the value that the model was trained with in both files"));
         }
     }
     Ok(())
@@ -400,6 +407,7 @@ fn read_template(bundle: &Bundle, processor_config: &Value, tokenizer: &Tokenize
                 format!("`chat_template` in `{file}`"),
                 "expected a template, or a list with one named default",
             )
+            .remedy("restore the file that belongs to the model")
         })?;
         return ChatTemplate::new(file, text, tokens).map(Some);
     }

@@ -44,14 +44,16 @@ impl ImageBytes {
         let subject = subject.into();
         let times = || frames.iter().map(|(time, _)| *time);
         if frames.is_empty() || frames.iter().any(|(_, frame)| frame.as_frames().is_some()) {
-            return Err(Error::invalid(subject, "expected at least one frame, each a picture"));
+            return Err(Error::invalid(subject, "expected at least one frame, each a picture")
+                .remedy("give each frame as a picture with its time"));
         }
         let ordered = times().zip(times().skip(1)).all(|(before, after)| before <= after);
         if !ordered || times().any(|time| !time.is_finite() || time < 0.0) {
             return Err(Error::invalid(
                 subject,
                 "expected the times of its frames as seconds from 0 that do not go back",
-            ));
+            )
+            .remedy("sort the frames by time"));
         }
         Ok(ImageBytes { subject, content: Content::Frames(frames.into()) })
     }
@@ -76,11 +78,15 @@ impl ImageBytes {
                     return Err(Error::invalid(
                         &self.subject,
                         format!("is {size} bytes long, expected at most {MAX_IMAGE_BYTES}"),
-                    ));
+                    )
+                    .remedy("resize the picture"));
                 }
                 Ok(std::fs::read(path).map_err(|e| Error::io("read", path, e))?.into())
             }
-            Content::Frames(_) => Err(Error::invalid(&self.subject, "is a video, expected a picture")),
+            Content::Frames(_) => {
+                Err(Error::invalid(&self.subject, "is a video, expected a picture")
+                    .remedy("give its frames as pictures"))
+            }
         }
     }
 }

@@ -42,7 +42,8 @@ impl Subset {
                 return Err(Error::invalid(
                     "fraction of the data",
                     format!("is {part}, expected more than 0 and at most 1"),
-                ));
+                )
+                .remedy("to use all samples leave it out"));
             }
             Amount::Samples(count) => count,
         };
@@ -50,7 +51,8 @@ impl Subset {
             return Err(Error::invalid("data", "no samples are chosen").remedy("ask for at least one of at least one"));
         }
         if count > len {
-            return Err(Error::invalid("data", format!("{count} samples are asked for, but there are {len}")));
+            return Err(Error::invalid("data", format!("{count} samples are asked for, but there are {len}"))
+                .remedy("ask for at most that many, or leave the number out to use all"));
         }
         let seed = mix(self.seed);
         let mut indices: Vec<usize> = (0..len).collect();

@@ -95,7 +95,8 @@ impl ChatTemplate {
             return Err(Error::invalid(
                 subject(),
                 format!("is {} bytes long, expected at most {MAX_TEMPLATE_BYTES}", template.len()),
-            ));
+            )
+            .remedy("restore the template that belongs to the model"));
         }
         let mut environment = Environment::new();
         environment.set_trim_blocks(true);
@@ -107,9 +108,9 @@ impl ChatTemplate {
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
         environment.add_filter("tojson", tojson);
-        environment
-            .add_template_owned(NAME, without_generation_tags(template))
-            .map_err(|e| Error::invalid(subject(), describe(&e)))?;
+        environment.add_template_owned(NAME, without_generation_tags(template)).map_err(|e| {
+            Error::invalid(subject(), describe(&e)).remedy("restore the template that belongs to the model")
+        })?;
         let mut template = ChatTemplate { source: source.to_string(), environment, tokens, forms: Forms::default() };
         template.forms = template.probe();
         Ok(template)
@@ -151,8 +152,10 @@ impl ChatTemplate {
         let mut out = Bounded(Vec::new());
         let template = self.environment.get_template(NAME).map_err(|e| error(&e))?;
         template.render_captured_to(context, &mut out).map_err(|e| error(&e))?;
-        String::from_utf8(out.0)
-            .map_err(|_| Error::invalid(format!("chat template in `{}`", self.source), "did not write UTF-8"))
+        String::from_utf8(out.0).map_err(|_| {
+            Error::invalid(format!("chat template in `{}`", self.source), "did not write UTF-8")
+                .remedy("restore the template that belongs to the model")
+        })
     }
 }
 

@@ -288,7 +288,7 @@ fn malformed_benchmarks_are_refused() {
         ("index\tquestion\n1\tq\n", "no column `image`"),
         ("image\tquestion\nx\tq\n", "no column `index`"),
         ("index\timage\tquestion\n1\t2\tq\n", "takes its picture from row `2`"),
-        ("index\timage\tquestion\n1\t\tq\n1\t\tq\n", "stands twice"),
+        ("index\timage\tquestion\n1\t\tq\n1\t\tq\n", "occurs twice"),
         ("index\timage\tquestion\n1\t\tq\n2\tnan\tq\n", "has no question with a picture"),
         ("index\timage\tquestion\n1\t\n", "does not decode"),
     ];

@@ -44,7 +44,8 @@ impl TextFile {
     pub fn open(path: &Path, bundle: &Bundle, options: &DataOptions) -> Result<Self> {
         let length = options.sequence_length;
         if length < 2 {
-            return Err(Error::invalid("sequence length", format!("is {length}, expected at least 2")));
+            return Err(Error::invalid("sequence length", format!("is {length}, expected at least 2"))
+                .remedy("give `--sequence-length` a larger number"));
         }
         let tokenizer = Tokenizer::open(bundle)?;
         let map = MappedFile::open(path)?;

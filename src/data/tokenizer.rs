@@ -33,7 +33,10 @@ impl Tokenizer {
         })?;
         let mut inner = guarded(|| tokenizers::Tokenizer::from_bytes(text.as_bytes()))
             .and_then(|inner| inner.map_err(|e| e.to_string()))
-            .map_err(|problem| Error::invalid(subject(), format!("is no tokenizer: {problem}")))?;
+            .map_err(|problem| {
+                Error::invalid(subject(), format!("is no tokenizer: {problem}"))
+                    .remedy("restore `tokenizer.json` of the model, in the format of the `tokenizers` library")
+            })?;
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|e| Error::invalid(subject(), e.to_string()))?;
         let added = inner.get_added_tokens_decoder();

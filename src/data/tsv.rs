@@ -78,7 +78,8 @@ impl Benchmark {
             let content = image.map(cell).filter(|cell| !MISSING.contains(cell)).unwrap_or_default();
             let holds = content.len() > MAX_REFERENCE_LENGTH;
             if positions.insert(name.clone(), holds.then(|| position.clone())).is_some() {
-                return Err(Error::invalid(subject(), format!("index `{name}` stands twice")));
+                return Err(Error::invalid(subject(), format!("index `{name}` occurs twice"))
+                    .remedy("give each row an index of its own"));
             }
             references.push((!holds && !content.is_empty()).then(|| content.to_string()));
             let keep = |column: usize| if Some(column) == image { String::new() } else { cell(column).to_string() };
@@ -103,12 +104,14 @@ impl Benchmark {
                     subject(),
                     format!("row `{}` takes its picture from row `{reference}`, which has none", row.index),
                 )
+                .remedy("point the row at a row that holds its picture in base64")
             })?);
         }
         let read = rows.len();
         rows.retain(|row| row.image_position.is_some() || row.image_path.is_some());
         if rows.is_empty() {
-            return Err(Error::invalid(subject(), "has no question with a picture"));
+            return Err(Error::invalid(subject(), "has no question with a picture")
+                .remedy("put pictures into the column `image` in base64, or their paths into `image_path`"));
         }
         let without_picture = read - rows.len();
         Ok(Benchmark { path: path.to_path_buf(), columns, rows, without_picture })
@@ -170,8 +173,10 @@ impl Benchmark {
             for (number, text) in listed(&subject, content)?.into_iter().enumerate() {
                 let subject = format!("image {number} of {subject}");
                 let text: String = text.chars().filter(|char| !char.is_ascii_whitespace() && *char != '\\').collect();
-                let bytes =
-                    STANDARD.decode(text).map_err(|e| Error::invalid(&subject, format!("is not base64: {e}")))?;
+                let bytes = STANDARD.decode(text).map_err(|e| {
+                    Error::invalid(&subject, format!("is not base64: {e}"))
+                        .remedy("encode the bytes of the picture file in base64")
+                })?;
                 images.push(ImageBytes::held(subject, bytes));
             }
             return Ok(images);
@@ -181,7 +186,10 @@ impl Benchmark {
         let names = row.image_path.as_deref().map(|names| listed(&subject, names)).transpose()?;
         for name in names.unwrap_or_default() {
             let picture = format!("image `{name}` of {subject}");
-            let path = contained_path(folder, &name).map_err(|error| Error::invalid(&picture, error.to_string()))?;
+            let path = contained_path(folder, &name).map_err(|error| {
+                Error::invalid(&picture, error.to_string())
+                    .remedy("keep pictures in the folder of the benchmark and name them relative to it")
+            })?;
             images.push(ImageBytes::file(picture, path));
         }
         Ok(images)

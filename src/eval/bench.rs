@@ -271,7 +271,7 @@ fn check(options: &BenchOptions) -> Result<()> {
         [("prompt_tokens", options.prompt_tokens), ("new_tokens", options.new_tokens), ("rounds", options.rounds)]
     {
         if value == 0 {
-            return Err(Error::invalid(format!("`{name}`"), "is 0, expected at least 1"));
+            return Err(Error::invalid(format!("`{name}`"), "is 0, expected at least 1").remedy("give a larger number"));
         }
     }
     Ok(())

@@ -79,7 +79,8 @@ pub fn perplexity(
         cancel.check("no report is written")?;
         let sample = sample?;
         if sample.text.is_none() {
-            return Err(Error::invalid(&sample.id, "is a conversation, perplexity is measured on running text"));
+            return Err(Error::invalid(&sample.id, "is a conversation, perplexity is measured on running text")
+                .remedy("give running text: a `.jsonl` file whose lines have `text`"));
         }
         let prompt = model.processor.encode_conversation(&sample)?.into_prompt();
         sequences.push(sequence_loss(model, &prompt)?);

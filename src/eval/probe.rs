@@ -62,7 +62,9 @@ pub fn picture_prompt(processor: &Processor) -> Result<Prompt> {
 /// Errors: `Error::Unsupported` when the graph leaves the size of a tile or of a patch open.
 pub fn noise_picture(subject: &str, inputs: &[Input]) -> Result<ImageArrays> {
     let port = inputs.iter().find(|input| input.kind() == Kind::Image(PIXEL_VALUES)).map(|input| &input.port);
-    let port = port.ok_or_else(|| Error::unsupported(subject, format!("has no input `{PIXEL_VALUES}`")))?;
+    let port = port.ok_or_else(|| {
+        Error::unsupported(subject, format!("has no input `{PIXEL_VALUES}`")).remedy("give inputs with `--inputs`")
+    })?;
     let rank = port.rank();
     let size = |axis: usize| {
         let problem = || format!("axis {axis} of input {} has no fixed size", port.described());
@@ -87,7 +89,10 @@ pub fn noise_picture(subject: &str, inputs: &[Input]) -> Result<ImageArrays> {
         }
     };
     let count = shape.iter().try_fold(1usize, |count, &dim| count.checked_mul(dim)).filter(|&count| count < 1 << 28);
-    let count = count.ok_or_else(|| Error::unsupported(subject, format!("input {} is too large", port.described())))?;
+    let count = count.ok_or_else(|| {
+        Error::unsupported(subject, format!("input {} is too large", port.described()))
+            .remedy("give inputs with `--inputs`")
+    })?;
     let ints = |shape: &[usize], values: Vec<i64>| {
         ArrayD::from_shape_vec(IxDyn(shape), values).map(Array::Int).map_err(|e| Error::invalid(subject, e.to_string()))
     };

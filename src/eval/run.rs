@@ -95,7 +95,9 @@ pub fn evaluate(
     cancel: &Cancel,
 ) -> Result<ModelScores> {
     if options.batch_size == 0 {
-        return Err(Error::invalid("batch size", "is 0, expected at least 1"));
+        return Err(
+            Error::invalid("batch size", "is 0, expected at least 1").remedy("give `--batch-size` a larger number")
+        );
     }
     let rows = benchmark.rows();
     let rows: Vec<&BenchRow> = rows.iter().take(options.limit.unwrap_or(rows.len())).collect();

@@ -93,12 +93,16 @@ impl Plan {
             for (layer, role) in members.chain(group.anchor.map(|layer| (layer, Role::Anchor))) {
                 match roles.get_mut(layer) {
                     Some(slot) if *slot == Role::Freeze => *slot = role,
-                    Some(_) => return Err(Error::invalid(format!("layer {layer}"), "is in two groups of the plan")),
+                    Some(_) => {
+                        return Err(Error::invalid(format!("layer {layer}"), "is in two groups of the plan")
+                            .remedy("make the plan again"));
+                    }
                     None => {
                         return Err(Error::invalid(
                             format!("layer {layer}"),
                             format!("the model has {num_layers} layers"),
-                        ));
+                        )
+                        .remedy("make the plan again for this model"));
                     }
                 }
             }
@@ -146,7 +150,8 @@ impl Plan {
             return Err(Error::invalid(
                 format!("`{}`", path.display()),
                 format!("lists {} layers, num_layers is {}", plan.layers.len(), plan.num_layers),
-            ));
+            )
+            .remedy("make the plan again; to choose layers by hand use `plan --drop`"));
         }
         let again = Plan::new(plan.provenance.clone(), &plan.strategy, plan.num_layers, plan.groups.clone())?;
         if again != plan {
@@ -173,17 +178,19 @@ pub fn check_layers(layers: &[usize], num_layers: usize) -> Result<Vec<usize>> {
             return Err(Error::invalid(
                 format!("layer {layer}"),
                 format!("the model has {num_layers} layers, 0 to {}", num_layers.saturating_sub(1)),
-            ));
+            )
+            .remedy("name layers that exist; `interlace inspect` lists them"));
         }
         if !set.insert(layer) {
-            return Err(Error::invalid(format!("layer {layer}"), "is named twice"));
+            return Err(Error::invalid(format!("layer {layer}"), "is named twice").remedy("name each layer once"));
         }
     }
     if set.is_empty() {
-        return Err(Error::invalid("list of layers", "is empty"));
+        return Err(Error::invalid("list of layers", "is empty").remedy("name at least one layer"));
     }
     if set.len() == num_layers {
-        return Err(Error::invalid("list of layers", format!("names all {num_layers} layers, at least one must stay")));
+        return Err(Error::invalid("list of layers", format!("names all {num_layers} layers, at least one must stay"))
+            .remedy("name fewer layers"));
     }
     Ok(set.into_iter().collect())
 }

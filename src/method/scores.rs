@@ -238,7 +238,8 @@ impl Scores {
                 return Err(Error::invalid(
                     format!("scores sim_{size}"),
                     format!("{} means, {} standard errors", pack.mean.len(), pack.standard_error.len()),
-                ));
+                )
+                .remedy("score again"));
             }
         }
         for (modality, scores) in &self.modalities {
@@ -269,10 +270,13 @@ pub fn check_weights(weights: &ModalityWeights) -> Result<()> {
         return Err(Error::invalid(
             format!("weight of modality `{}`", modality.name()),
             format!("is {weight}, must be 0 or more"),
-        ));
+        )
+        .remedy("give each modality a weight of 0 or more"));
     }
     if !weights.values().any(|&weight| weight > 0.0) {
-        return Err(Error::invalid("modality weights", "none is above 0"));
+        return Err(
+            Error::invalid("modality weights", "none is above 0").remedy("give at least one modality a weight above 0")
+        );
     }
     Ok(())
 }
@@ -303,7 +307,8 @@ fn check_pack(subject: &str, size: usize, scores: &Scores, values: &[f64]) -> Re
         return Err(Error::invalid(
             format!("scores {subject}"),
             format!("has {} values, {want} expected for {} layers", values.len(), scores.num_layers),
-        ));
+        )
+        .remedy("score again"));
     }
     match values.iter().position(|value| !(-1.001..=1.001).contains(value)) {
         None => Ok(()),

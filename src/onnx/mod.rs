@@ -21,6 +21,9 @@ use std::sync::Arc;
 use crate::base::{Error, MappedFile, Result};
 use crate::ir;
 
+/// Remedy for a file that breaks a rule of ONNX.
+const DAMAGED: &str = "the file is damaged, or its exporter breaks a rule of ONNX: download or export the model again";
+
 /// Reads a model; weights stay in their files, mapped.
 ///
 /// Errors: `Error::Io` when a file is missing or unreadable; `Error::Invalid` when the bytes are no ONNX model, when a
@@ -33,9 +36,8 @@ pub fn load(path: &Path) -> Result<ir::Model> {
     })?;
     let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut sources = external::Sources::new(folder, Arc::clone(&file));
-    let model = decode::model(&scan, &mut sources, path)?;
-    ir::check(&model)?;
-    Ok(model)
+    let model = decode::model(&scan, &mut sources, path).and_then(|model| ir::check(&model).map(|()| model));
+    model.map_err(|error| error.or_remedy(DAMAGED))
 }
 
 #[cfg(test)]

@@ -88,7 +88,10 @@ pub fn save_into(
     };
     let mut proto = encode::model_without_initializers(model, &mut place)?;
     let graph = proto.graph.take().unwrap_or_default();
-    let broken = |e: protobuf::Error| Error::invalid("the graph", format!("cannot be written: {e}"));
+    let broken = |e: protobuf::Error| {
+        Error::invalid("the graph", format!("cannot be written: {e}"))
+            .remedy("check the free space and the permissions of the target's folder")
+    };
     let graph_bytes = graph.write_to_bytes().map_err(broken)?;
 
     // Each initializer is its fields without content, then (inline numbers only) field 9 with the content.

@@ -292,8 +292,10 @@ impl Recipe {
     }
 
     fn parse(text: &str, folder: &Path) -> Result<Self> {
-        let mut recipe: Recipe =
-            toml::from_str(text).map_err(|e| Error::invalid("recipe", e.to_string().trim_end()))?;
+        let mut recipe: Recipe = toml::from_str(text).map_err(|e| {
+            Error::invalid("recipe", e.to_string().trim_end())
+                .remedy("correct the line; `interlace run --help` describes the keys")
+        })?;
         let table: toml::Table =
             toml::from_str(text).map_err(|e| Error::invalid("recipe", e.to_string().trim_end()))?;
         recipe.finetune.settings = finetune_settings(&recipe.finetune.recipe, table.get("finetune"))?;
@@ -335,7 +337,7 @@ impl Recipe {
     }
 }
 
-/// Errors: `Error::Invalid` when there is none, one is not known, stands twice, or cannot be used without a user.
+/// Errors: `Error::Invalid` when there is none, one is not known, occurs twice, or cannot be used without a user.
 pub(super) fn check_strategies(section: &str, names: &[String]) -> Result<()> {
     if names.is_empty() {
         return Err(Error::invalid(section, "`strategies` is empty").remedy("name at least one"));
@@ -343,7 +345,7 @@ pub(super) fn check_strategies(section: &str, names: &[String]) -> Result<()> {
     for (place, name) in names.iter().enumerate() {
         Strategy::named(name)?;
         if names[..place].contains(name) {
-            return Err(Error::invalid(section, format!("strategy `{name}` stands twice")).remedy("name it once"));
+            return Err(Error::invalid(section, format!("strategy `{name}` occurs twice")).remedy("name it once"));
         }
         if name == "explicit" {
             return Err(Error::invalid(
@@ -411,7 +413,7 @@ mod tests {
             ("drop_ratio = 0.25", "drop_ratio = 0.25\ntarget_speedup = 1.2", "found drop_ratio and target_speedup"),
             ("drop_ratio = 0.25", "", "found none"),
             ("\"random\"", "\"magic\"", "strategy `magic`"),
-            ("\"random\"", "\"interlace\"", "stands twice"),
+            ("\"random\"", "\"interlace\"", "occurs twice"),
             ("settings =", "recipe = \"worst\"\nsettings =", "recipe `worst`"),
             ("learning_rate = 1e-3", "learning_rate = -1.0", "`learning_rate`"),
             ("[\"data/bench.tsv\"]", "[]", "`benchmarks` is empty"),

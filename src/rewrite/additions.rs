@@ -63,9 +63,14 @@ pub fn shift_additions(analysis: &Analysis, dropped: &[usize]) -> Result<Analysi
     let moved = analyse(&model)?;
     if moved.map.layers.len() != map.layers.len() {
         let problem = format!("{} layers became {}", map.layers.len(), moved.map.layers.len());
-        return Err(Error::unsupported("moving features to other layers", problem));
+        return Err(not_moved(problem));
     }
     Ok(moved)
+}
+
+fn not_moved(problem: impl Into<String>) -> Error {
+    Error::unsupported("moving features to other layers", problem)
+        .remedy("prune the model that was never pruned, or use `--deepstack keep`")
 }
 
 /// Errors: `Error::Unsupported` unless one feature is added behind each of the first layers.
@@ -80,8 +85,7 @@ fn check_places(graph: &Graph, map: &LayerMap) -> Result<()> {
     if places.iter().enumerate().any(|(number, &after)| after != number) {
         let problem =
             format!("features are added behind layers {places:?}, expected one behind each of the first layers");
-        return Err(Error::unsupported("moving features to other layers", problem)
-            .remedy("prune the model that was never pruned, or use `--deepstack keep`"));
+        return Err(not_moved(problem));
     }
     Ok(())
 }
@@ -104,7 +108,7 @@ fn new_order(graph: &Graph, map: &LayerMap, kept: &[usize]) -> Result<Vec<Segmen
         let from = before.replace(output).unwrap_or(input);
         if input != from && uncast(body, &index, input) != uncast(body, &index, from) {
             let problem = format!("the stream is changed before `{}`, beside the features", graph.name(input));
-            return Err(Error::unsupported("moving features to other layers", problem));
+            return Err(not_moved(problem));
         }
         Ok(Segment { nodes: between(body, &index, from, output), input: from, output })
     };
@@ -119,7 +123,7 @@ fn new_order(graph: &Graph, map: &LayerMap, kept: &[usize]) -> Result<Vec<Segmen
         }
     }
     if map.glue.iter().any(|glue| glue.after.is_some() && glue.inputs.is_empty()) {
-        return Err(Error::unsupported("moving features to other layers", "the stream is changed between layers"));
+        return Err(not_moved("the stream is changed between layers"));
     }
     // The feature that stood behind the n-th layer stands behind the n-th of those that stay.
     let mut order = Vec::new();

@@ -88,7 +88,8 @@ fn optional_layer(build: &mut Builder, map: &LayerMap, layer: &Layer, keep: Valu
         return Err(Error::unsupported(
             format!("layer {}", layer.index),
             format!("its output `{}` and input `{}` are of different types", from.name, to.name),
-        ));
+        )
+        .remedy("keep this layer, or export the model in one float type"));
     }
     let ty = from.ty.clone();
     let (then_body, else_body) = (layer_body(build, map, layer), carry_body(build, layer));

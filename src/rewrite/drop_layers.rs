@@ -87,7 +87,8 @@ pub(super) fn cut(
                 return Err(Error::unsupported(
                     format!("layer {}", layer.index),
                     format!("`{}` in it and its input `{}` are of different types", from.name, to.name),
-                ));
+                )
+                .remedy("keep this layer, or export the model in one float type"));
             }
         }
         replacements.extend(layer.sums.iter().chain([&layer.output]).map(|&id| (id, layer.carried)));
@@ -120,7 +121,8 @@ fn validate(drop: &[usize], count: usize) -> Result<Vec<usize>> {
     let mut sorted = drop.to_vec();
     sorted.sort_unstable();
     if let Some(twice) = sorted.windows(2).find(|pair| pair[0] == pair[1]) {
-        return Err(Error::invalid("layers to drop", format!("layer {} is named twice", twice[0])));
+        return Err(Error::invalid("layers to drop", format!("layer {} is named twice", twice[0]))
+            .remedy("name each layer once"));
     }
     if let Some(&layer) = sorted.last()
         && layer >= count
@@ -132,7 +134,8 @@ fn validate(drop: &[usize], count: usize) -> Result<Vec<usize>> {
         return Err(Error::invalid(
             "layers to drop",
             format!("all {count} layers are named, so nothing would be left"),
-        ));
+        )
+        .remedy("keep at least one"));
     }
     Ok(sorted)
 }

@@ -25,7 +25,8 @@ pub fn drop_in_branches(merged: &Merged, dropped: &[usize], kept: &[usize]) -> R
         let left: HashSet<ValueId> = part.graph.body.outputs.iter().copied().collect();
         let mine: Vec<bool> = branch.model.graph.body.outputs.iter().map(|id| left.contains(id)).collect();
         if *stays.get_or_insert_with(|| mine.clone()) != mine {
-            return Err(Error::invalid(subject(), "its branches list their outputs in different order"));
+            return Err(Error::invalid(subject(), "its branches list their outputs in different order")
+                .remedy("export prefill and decode from one model"));
         }
         gone_inputs
             .extend(dropped.iter().flat_map(|&layer| &branch.map.layers[layer].ports).filter_map(|port| port.past));

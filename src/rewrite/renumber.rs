@@ -39,7 +39,8 @@ pub fn rename_ports(graph: &mut Graph, map: &LayerMap, kept: &[usize]) -> Result
                 return Err(Error::invalid(
                     format!("cache ports `{}` to `{}`", names[0], names[names.len() - 1]),
                     "are numbered neither by layer nor by count, so what their new numbers should be is not clear",
-                ));
+                )
+                .remedy("rename them in the graph, as in `past_key_values.0.key`"));
             }
             let mut count = 0;
             for ((layer, id), (_, before, after)) in all.iter().zip(&numbers) {

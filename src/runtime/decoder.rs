@@ -86,14 +86,18 @@ impl Decoder {
             return Err(Error::unsupported(
                 session.subject(),
                 "has neither `inputs_embeds` nor `input_ids` as an input",
-            ));
+            )
+            .remedy("give the decoder of a language model; `interlace inspect` lists a graph's inputs"));
         }
         let taken: Vec<&str> = slots.iter().map(|slot| slot.present.name.as_str()).collect();
         let others: Vec<&str> =
             session.outputs().iter().map(|port| port.name.as_str()).filter(|name| !taken.contains(name)).collect();
         let logits = match others.iter().find(|name| **name == "logits").or(others.first()) {
             Some(name) => name.to_string(),
-            None => return Err(Error::unsupported(session.subject(), "has no output besides its cache")),
+            None => {
+                return Err(Error::unsupported(session.subject(), "has no output besides its cache")
+                    .remedy("export the decoder with its logits"));
+            }
         };
         Ok(Decoder { session, inputs, slots, head_dim, logits })
     }
@@ -217,7 +221,8 @@ impl Decoder {
     pub fn feeds(&self, step: &Step) -> Result<Vec<(String, Tensor)>> {
         if step.has_cache() && self.slots.is_empty() {
             let problem = "has no cache inputs, so it cannot go on from a prefill";
-            return Err(Error::unsupported(self.session.subject(), problem));
+            return Err(Error::unsupported(self.session.subject(), problem)
+                .remedy("export the decoder with its cache to generate text"));
         }
         let mut fresh = Vec::with_capacity(self.inputs.len());
         for input in &self.inputs {
@@ -246,6 +251,7 @@ impl Decoder {
                 self.session.subject(),
                 format!("axis {axis} of input `{}` has no fixed size", port.name),
             )
+            .remedy("export the graph with a fixed number of heads and a fixed head size")
         };
         let rank = port.rank();
         let mut shape = Vec::with_capacity(rank);
@@ -254,7 +260,8 @@ impl Decoder {
                 (0, None) => batch,
                 (0, Some(size)) if size != batch => {
                     let problem = format!("input `{}` is made for a batch of {size}, got {batch}", port.name);
-                    return Err(Error::unsupported(self.session.subject(), problem));
+                    return Err(Error::unsupported(self.session.subject(), problem)
+                        .remedy(format!("use a batch size of {size}, or export the graph with a free first axis")));
                 }
                 (_, Some(size)) => size,
                 (2, None) if rank == 4 => 0,
@@ -299,5 +306,7 @@ fn not_replaced(session: &Session, port: &Port) -> Error {
         port.described(),
         list_preview(&outputs, 4)
     );
-    Error::unsupported(session.subject(), problem)
+    Error::unsupported(session.subject(), problem).remedy(
+        "export the decoder with an output for each cache input, as in `present.0.key` for `past_key_values.0.key`",
+    )
 }

@@ -49,18 +49,20 @@ impl TokenEmbedding {
         };
         if let Some(input) = inputs.iter().find(|input| !read(input.kind())) {
             let problem = format!("input {} is none of a token embedding's", input.port.described());
-            return Err(Error::unsupported(subject, problem));
+            return Err(Error::unsupported(subject, problem)
+                .remedy("export the token embedding with `input_ids`, and with image features if it merges them"));
         }
         if !inputs.iter().any(|input| input.kind() == Kind::InputIds) {
-            return Err(Error::unsupported(subject, "has no input `input_ids`"));
+            return Err(Error::unsupported(subject, "has no input `input_ids`")
+                .remedy("export the token embedding with `input_ids` as its input"));
         }
         let kind = |port| output_kind(port).map(|(kind, _)| kind);
         let per_layer = session.outputs().iter().find(|port| kind(port) == Some(Kind::PerLayerInputs));
         let others: Vec<_> = session.outputs().iter().filter(|port| kind(port) != Some(Kind::PerLayerInputs)).collect();
         let [output] = others[..] else {
             let names: Vec<String> = others.iter().map(|port| port.described()).collect();
-            let problem = format!("gives {}, one output of embeddings is known", names.join(" and "));
-            return Err(Error::unsupported(subject, problem));
+            let problem = format!("has outputs {}, expected one output of embeddings", names.join(" and "));
+            return Err(Error::unsupported(subject, problem).remedy("export the token embedding alone"));
         };
         let (output, per_layer) = (output.name.clone(), per_layer.map(|port| port.name.clone()));
         Ok(TokenEmbedding { session, inputs, output, per_layer })

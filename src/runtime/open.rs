@@ -93,14 +93,16 @@ impl VlmSettings {
         let config = bundle.require_config()?;
         let source = || format!("`{}` of `{}`", config.source, bundle.root().display());
         if config.eos_token_ids.is_empty() {
-            return Err(Error::invalid(source(), "names no `eos_token_id`, so no answer would end"));
+            return Err(Error::invalid(source(), "names no `eos_token_id`, so no answer would end")
+                .remedy("add it to `config.json` or `generation_config.json`"));
         }
         let generation = bundle.read_json("generation_config.json")?.unwrap_or(Value::Null);
         let size = |value: Option<&Value>, key: &str| match value {
             None | Some(Value::Null) => Ok(None),
             Some(value) => match value.as_u64().and_then(|size| usize::try_from(size).ok()) {
                 Some(size) => Ok(Some(size)),
-                None => Err(Error::invalid(source(), format!("`{key}` is {value}, expected a whole number"))),
+                None => Err(Error::invalid(source(), format!("`{key}` is {value}, expected a whole number"))
+                    .remedy("restore the file that belongs to the model")),
             },
         };
         let vision = config.raw.get("vision_config");

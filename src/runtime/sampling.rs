@@ -28,10 +28,12 @@ impl Sampler {
     /// Errors: `Error::Invalid` for a temperature below 0 or a `top_p` outside (0, 1].
     pub fn new(temperature: f32, top_p: f32, seed: u64) -> Result<Self> {
         if !(temperature.is_finite() && temperature >= 0.0) {
-            return Err(Error::invalid("temperature", format!("is {temperature}, expected a number of 0 or more")));
+            return Err(Error::invalid("temperature", format!("is {temperature}, expected a number of 0 or more"))
+                .remedy("give `--temperature` 0 for the most likely token at each step"));
         }
         if !(top_p > 0.0 && top_p <= 1.0) {
-            return Err(Error::invalid("top_p", format!("is {top_p}, expected a number above 0 and at most 1")));
+            return Err(Error::invalid("top_p", format!("is {top_p}, expected a number above 0 and at most 1"))
+                .remedy("give `--top-p` 1 to draw from all tokens"));
         }
         Ok(Sampler { temperature, top_p, rng: ChaCha8Rng::seed_from_u64(seed) })
     }

@@ -53,10 +53,12 @@ impl VisionEncoder {
         let inputs = Input::all(session.subject(), session.inputs())?;
         if let Some(input) = inputs.iter().find(|input| !matches!(input.kind(), Kind::Image(_))) {
             let problem = format!("input {} is none of a vision encoder's", input.port.described());
-            return Err(Error::unsupported(session.subject(), problem));
+            return Err(Error::unsupported(session.subject(), problem)
+                .remedy("export the vision encoder alone, with the arrays of the model's image processor as inputs"));
         }
         if session.input(PIXEL_VALUES).is_none() {
-            return Err(Error::unsupported(session.subject(), format!("has no input `{PIXEL_VALUES}`")));
+            return Err(Error::unsupported(session.subject(), format!("has no input `{PIXEL_VALUES}`"))
+                .remedy("export the vision encoder with `pixel_values` as its input"));
         }
         let (output, deepstack) = outputs(session.subject(), session.outputs())?;
         Ok(VisionEncoder { session, inputs, output, deepstack, projector: None, digest, cache })
@@ -69,8 +71,8 @@ impl VisionEncoder {
         let (input, output) = match (session.inputs(), session.outputs()) {
             ([input], [output]) => (input.clone(), output.name.clone()),
             (inputs, outputs) => {
-                let problem = format!("has {} inputs and {} outputs, known is one each", inputs.len(), outputs.len());
-                return Err(Error::unsupported(session.subject(), problem));
+                let problem = format!("has {} inputs and {} outputs, expected one each", inputs.len(), outputs.len());
+                return Err(Error::unsupported(session.subject(), problem).remedy("export the projector alone"));
             }
         };
         self.projector = Some(Projector { session, input, output });
@@ -139,7 +141,9 @@ impl VisionEncoder {
         let takes_mask = self.inputs.iter().any(|input| input.kind() == Kind::Image(PIXEL_ATTENTION_MASK));
         if !takes_mask && pictures.iter().any(|picture| is_padded(picture)) {
             let problem = format!("takes no `{PIXEL_ATTENTION_MASK}`, but a picture is padded");
-            return Err(Error::invalid(self.session.subject(), problem));
+            return Err(
+                Error::invalid(self.session.subject(), problem).remedy("export the vision encoder with this input")
+            );
         }
         let feeds = self.feeds(pictures)?;
         let feeds: Vec<(&str, &Tensor)> = feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();

@@ -74,10 +74,12 @@ impl VlmSession {
             return Err(Error::invalid(
                 subject,
                 "takes `inputs_embeds`, but the model has no token embedding component",
-            ));
+            )
+            .remedy("put the token embedding's graph (`embed_tokens.onnx`) beside the decoder"));
         }
         if vision.is_some() && !decoder.takes_embeds() && !decoder.takes(Kind::ImageFeatures) {
-            return Err(Error::invalid(subject, "takes token ids, so image features cannot be merged in"));
+            return Err(Error::invalid(subject, "takes token ids, so image features cannot be merged in")
+                .remedy("export the decoder with `inputs_embeds` in place of `input_ids`"));
         }
         Ok(VlmSession { vision, embed, decoder, settings, padding_works: None })
     }
@@ -137,7 +139,7 @@ impl VlmSession {
     /// Errors: as `embed`.
     pub fn embed_all(&mut self, prompts: &[Prompt]) -> Result<Vec<Embedded>> {
         if prompts.iter().any(|prompt| prompt.input_ids.is_empty()) {
-            return Err(Error::invalid("prompt", "has no tokens"));
+            return Err(Error::invalid("prompt", "has no tokens").remedy("give a prompt with at least one token"));
         }
         let pictures: Vec<&ImageArrays> =
             prompts.iter().flat_map(|prompt| prompt.pictures.iter().map(Arc::as_ref)).collect();
@@ -145,11 +147,13 @@ impl VlmSession {
             return Err(Error::invalid(
                 self.decoder.session().subject(),
                 "belongs to a model without a vision encoder, but the prompt has pictures",
-            ));
+            )
+            .remedy("use prompts without pictures, or put the vision encoder's graph beside the decoder"));
         }
         if !pictures.is_empty() && self.settings.image_token_id.is_none() {
             let problem = "belongs to a model whose config names no image token, but the prompt has pictures";
-            return Err(Error::invalid(self.decoder.session().subject(), problem));
+            return Err(Error::invalid(self.decoder.session().subject(), problem)
+                .remedy("add `image_token_id` to `config.json`"));
         }
         let features = match &mut self.vision {
             Some(Vision::Known(vision)) => vision.encode(&pictures)?,
@@ -263,7 +267,8 @@ impl VlmSession {
                     return Err(Error::invalid(
                         "image features",
                         format!("are {found} wide, token embeddings {hidden_size}"),
-                    ));
+                    )
+                    .remedy("use a vision encoder and a decoder of the same export"));
                 }
             }
         }
@@ -296,6 +301,7 @@ impl VlmSession {
         })?;
         let merge = self.settings.spatial_merge_size.ok_or_else(|| {
             Error::invalid(subject, "takes three rows of positions, but the config names no `spatial_merge_size`")
+                .remedy("add it to `vision_config` in `config.json`")
         })?;
         let image_token = self.settings.image_token_id.unwrap_or(-1);
         let (rows, next) = multimodal_positions(&prompt.input_ids, image_token, &grids, merge)?;

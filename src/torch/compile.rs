@@ -138,7 +138,8 @@ impl<'m> Compiler<'m> {
                 .remedy("use an export of the model with standard operators in float"));
         }
         if !self.unread.is_empty() {
-            return Err(Error::unsupported("the graph", self.unread.join("; ")));
+            return Err(Error::unsupported("the graph", self.unread.join("; "))
+                .remedy("use an export of the model with standard operators in float"));
         }
         Ok(())
     }
@@ -149,7 +150,8 @@ impl<'m> Compiler<'m> {
             return Err(Error::invalid(
                 "the graph",
                 format!("its functions expand to more than {MAX_CALLS} operator calls"),
-            ));
+            )
+            .remedy("inline or simplify the model's functions before the export"));
         }
         let label = || format!("{}{}", scope.label, node.describe(scope.graph));
         let Some(&version) = scope.opsets.get(&node.domain) else {
@@ -381,7 +383,8 @@ impl<'m> Compiler<'m> {
     fn enter(&mut self, subject: &str) -> Result<()> {
         self.depth += 1;
         if self.depth > MAX_DEPTH {
-            return Err(Error::invalid(subject, format!("functions or sub-graphs nest deeper than {MAX_DEPTH}")));
+            return Err(Error::invalid(subject, format!("functions or sub-graphs nest deeper than {MAX_DEPTH}"))
+                .remedy("inline the model's functions before the export"));
         }
         Ok(())
     }

@@ -113,12 +113,17 @@ pub fn tensor_to_ir(name: &str, tensor: &Tensor, dtype: DataType) -> Result<ir::
 /// Errors: `Error::Invalid` when the file cannot be read, or an array has an element type that ONNX lacks.
 pub fn read_npz(path: &Path) -> Result<Vec<(String, ir::Tensor)>> {
     let subject = || format!("`{}`", path.display());
-    let arrays = Tensor::read_npz(path).map_err(|e| Error::invalid(subject(), format!("is no .npz file: {e}")))?;
+    let arrays = Tensor::read_npz(path).map_err(|e| {
+        Error::invalid(subject(), format!("is no .npz file: {e}")).remedy("write the arrays with `numpy.savez`")
+    })?;
     arrays
         .into_iter()
         .map(|(name, tensor)| {
             let dtype = tensor.f_kind().ok().and_then(data_type_of);
-            let dtype = dtype.ok_or_else(|| Error::invalid(subject(), format!("array `{name}` has no ONNX type")))?;
+            let dtype = dtype.ok_or_else(|| {
+                Error::invalid(subject(), format!("array `{name}` has no ONNX type"))
+                    .remedy("store the array in an element type that ONNX has")
+            })?;
             let tensor = tensor_to_ir(&name, &tensor, dtype)?;
             Ok((name, tensor))
         })

@@ -416,7 +416,8 @@ impl Program {
         let castable = self.autocast.is_some() && float(found) && dtype.is_float()
             || kind_of(*dtype).is_some_and(|declared| computed_kind(declared) == kind);
         if found != Some(*dtype) && !castable {
-            return Err(Error::invalid(subject(), format!("is {kind:?}, the graph declares {dtype}")));
+            return Err(Error::invalid(subject(), format!("is {kind:?}, the graph declares {dtype}"))
+                .remedy("cast the array to that type"));
         }
         let size = tensor.size();
         if let Some(shape) = shape {

@@ -67,7 +67,8 @@ impl Gemma4 {
             return Err(Error::invalid(
                 "picture",
                 format!("is {width} x {height} pixels, which do not fit {} patches of {}", self.rows(), self.patch),
-            ));
+            )
+            .remedy("crop the picture to an aspect ratio closer to 1"));
         }
         Ok((w, h))
     }

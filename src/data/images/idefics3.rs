@@ -46,7 +46,8 @@ impl Idefics3 {
                 return Err(Error::invalid(
                     "`size` in the image processor's config",
                     "expected `longest_edge`, or `height` and `width`",
-                ));
+                )
+                .remedy("restore the config that belongs to the model"));
             }
         };
         let tile = match settings.edges("max_image_size", &["longest_edge"])?.as_deref() {
@@ -56,7 +57,8 @@ impl Idefics3 {
                 return Err(Error::invalid(
                     "`max_image_size` in the image processor's config",
                     format!("expected `longest_edge` of 1 to {MAX_EDGE}"),
-                ));
+                )
+                .remedy("restore the config that belongs to the model"));
             }
         };
         // All frames come out of the same size, so padding adds nothing to one sample and only makes the mask.
@@ -99,7 +101,8 @@ impl Idefics3 {
             return Err(Error::invalid(
                 "picture",
                 format!("makes {rows} x {columns} tiles, expected at most {MAX_TILES}"),
-            ));
+            )
+            .remedy("crop the picture to an aspect ratio closer to 1"));
         }
         for row in 0..rows {
             for column in 0..columns {

@@ -131,7 +131,8 @@ impl Rule for Lfm2Vl {
         let (rows, width) = (self.rows(), 3 * self.patch * self.patch);
         let patches = |frame: &Picture| (frame.height() / self.patch) * (frame.width() / self.patch);
         if let Some(most) = all.iter().map(patches).max().filter(|most| *most > rows) {
-            return Err(Error::invalid("picture", format!("makes {most} patches, expected at most {rows}")));
+            return Err(Error::invalid("picture", format!("makes {most} patches, expected at most {rows}"))
+                .remedy("lower `--max-pixels`"));
         }
         let mut data = Vec::with_capacity(all.len() * rows * width);
         let mut real = Vec::with_capacity(all.len() * rows);

@@ -339,16 +339,20 @@ impl ImageProcessor {
     /// Errors: `Error::Unsupported` for an unknown type; `Error::Invalid` when the config names none.
     pub fn check_kind<'a>(config: &'a Value, source: &str) -> Result<(&'a str, &'static Row)> {
         if !config.is_object() {
-            return Err(Error::invalid(format!("`{source}`"), "is no JSON object"));
+            return Err(Error::invalid(format!("`{source}`"), "is no JSON object")
+                .remedy("restore the config that belongs to the model"));
         }
-        let kind =
-            kind(config).ok_or_else(|| Error::invalid(format!("`{source}`"), "has no `image_processor_type`"))?;
+        let kind = kind(config).ok_or_else(|| {
+            Error::invalid(format!("`{source}`"), "has no `image_processor_type`")
+                .remedy("add the class name of the model's image processor, such as `Qwen2VLImageProcessor`")
+        })?;
         let row = row(kind).ok_or_else(|| {
             let known: Vec<&str> = ROWS.iter().flat_map(|row| row.types).copied().collect();
             Error::unsupported(
                 format!("`{source}`"),
                 format!("image processor `{kind}`; known are {}", known.join(", ")),
             )
+            .remedy("use samples without pictures, or a model with one of these processors")
         })?;
         Ok((kind, row))
     }

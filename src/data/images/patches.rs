@@ -97,16 +97,21 @@ impl Patches {
     /// Errors: `Error::Invalid` when frames differ in size or are fewer than a patch has.
     pub fn video(&self, frames: &[Picture], times: &[f64]) -> Result<(Vec<Arrays>, VideoLayout)> {
         let (Some(first), Some(last)) = (frames.first(), times.last()) else {
-            return Err(Error::invalid("video", "has no frames"));
+            return Err(
+                Error::invalid("video", "has no frames").remedy("give the frames of the video with `--video-frame`")
+            );
         };
         if frames.len() < self.frames {
             return Err(Error::invalid(
                 "video",
                 format!("has {} frames, expected at least {}", frames.len(), self.frames),
-            ));
+            )
+            .remedy("give more frames"));
         }
         if frames.iter().any(|frame| (frame.width(), frame.height()) != (first.width(), first.height())) {
-            return Err(Error::invalid("video", "has frames of different sizes"));
+            return Err(
+                Error::invalid("video", "has frames of different sizes").remedy("resize the frames to one size")
+            );
         }
         let mut scaled = frames.iter().map(|frame| self.scaled(frame, frames.len())).collect::<Result<Vec<_>>>()?;
         let mut times = times.to_vec();
@@ -140,7 +145,8 @@ impl Patches {
             return Err(Error::invalid(
                 "image processor's config",
                 format!("min_pixels {min_pixels} is 0 or above max_pixels {max_pixels}"),
-            ));
+            )
+            .remedy("set `min_pixels` to at least 1 and at most `max_pixels`"));
         }
         let frames = settings.size("temporal_patch_size", defaults.frames)?;
         if frames > MAX_FRAMES {
@@ -190,7 +196,8 @@ impl Patches {
                     picture.width(),
                     picture.height()
                 ),
-            ));
+            )
+            .remedy("crop the picture"));
         }
         let (frames, whole) = match self.kind {
             Kind::Qwen2Vl | Kind::PaddleOcrVl => (1.0, 1.0),

@@ -47,6 +47,7 @@ impl Picture {
         let pixels = width.checked_mul(height).filter(|pixels| (1..=MAX_PIXELS).contains(pixels));
         pixels.map(|_| ()).ok_or_else(|| {
             Error::invalid("picture", format!("is {width} x {height} pixels, expected 1 to {MAX_PIXELS} in all"))
+                .remedy("resize the picture")
         })
     }
 

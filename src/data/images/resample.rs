@@ -117,7 +117,8 @@ impl Filter {
                 return Err(Error::unsupported(
                     format!("`resample` {number}"),
                     "known are 1 lanczos, 2 bilinear, 3 bicubic, 4 box, 5 hamming",
-                ));
+                )
+                .remedy("set `resample` to one of these in the image processor's config"));
             }
         })
     }

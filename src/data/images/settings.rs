@@ -62,6 +62,7 @@ impl Settings {
     /// An error about one key.
     pub fn error(&self, key: &str, value: &Value, expected: &str) -> Error {
         Error::invalid(format!("`{key}` in `{}`", self.source), format!("is {value}, expected {expected}"))
+            .remedy("restore the config that belongs to the model")
     }
 
     /// An error about the settings together.
@@ -207,10 +208,12 @@ impl Settings {
         let mean = self.channels("image_mean", mean)?;
         let std = self.channels("image_std", std)?;
         if normalize && std.contains(&0.0) {
-            return Err(Error::invalid(format!("`image_std` in `{}`", self.source), "holds 0"));
+            return Err(Error::invalid(format!("`image_std` in `{}`", self.source), "holds 0")
+                .remedy("restore the config that belongs to the model"));
         }
         if rescale && factor == 0.0 {
-            return Err(Error::invalid(format!("`rescale_factor` in `{}`", self.source), "is 0"));
+            return Err(Error::invalid(format!("`rescale_factor` in `{}`", self.source), "is 0")
+                .remedy("restore the config that belongs to the model"));
         }
         Ok(Levels::new(rescale.then_some(factor), normalize.then_some((mean, std)), mean, self.back_end))
     }
@@ -228,7 +231,8 @@ impl Settings {
     /// Errors: `Error::Unsupported` naming the keys that nothing has read.
     pub fn finish(mut self) -> Result<()> {
         if self.tiles.is_some() {
-            return Err(Error::unsupported("image tiles", "this model's image processor cuts no picture into tiles"));
+            return Err(Error::unsupported("image tiles", "this model's image processor cuts no picture into tiles")
+                .remedy("leave `--image-tiles` out"));
         }
         for (key, accepted) in NEUTRAL {
             if let Some(value) = self.take(key)
@@ -238,7 +242,8 @@ impl Settings {
                 return Err(Error::unsupported(
                     format!("`{key}` in `{}`", self.source),
                     format!("is {value}, expected {accepted}"),
-                ));
+                )
+                .remedy("run the model with samples without pictures, or restore its config"));
             }
         }
         self.map.retain(|key, value| !SILENT.contains(&key.as_str()) && !value.is_null());

@@ -71,7 +71,8 @@ fn features_of_a_tile(config: &Value, processor_config: &Value) -> Result<usize>
             format!(
                 "`image_seq_len` is {said}, but the config's image_size, patch_size and scale_factor make {computed}"
             ),
-        )),
+        )
+        .remedy("restore both files of the model")),
         // 169 is what the processors of this class take when nothing is said.
         (said, computed) => Ok(said.or(computed).unwrap_or(169) as usize),
     }

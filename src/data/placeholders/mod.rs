@@ -137,10 +137,12 @@ impl Files<'_> {
             let token = u32::try_from(id).ok().and_then(|id| self.tokenizer.token(id));
             return token.ok_or_else(|| {
                 Error::invalid("`config.json`", format!("`image_token_id` is {id}, which the tokenizer does not have"))
+                    .remedy("restore `config.json` and `tokenizer.json` of the same model")
             });
         }
         if self.tokenizer.id(&said).is_none() {
-            return Err(Error::invalid("`tokenizer.json`", format!("has no image token `{said}`")));
+            return Err(Error::invalid("`tokenizer.json`", format!("has no image token `{said}`"))
+                .remedy("restore `tokenizer.json` and `processor_config.json` of the same model"));
         }
         Ok(said)
     }
@@ -224,5 +226,6 @@ fn row(bundle: &Bundle, image: &Value, config: &Value, model: &Value) -> Result<
             (None, None) => "a processor without `processor_class`".to_string(),
         };
         Error::unsupported("`processor_config.json`", format!("{found}; known are {}", known.join(", ")))
+            .remedy("use samples without pictures, or a model with one of these processors")
     })
 }

@@ -72,7 +72,8 @@ fn rounds(
         let losses = measure.losses(&removed, &layers, &progress)?;
         passes += layers.len() as u64 * measure.passes();
         if let Some((layer, loss)) = layers.iter().zip(&losses).find(|(_, loss)| loss.is_nan()) {
-            return Err(Error::invalid(format!("loss without layers {removed:?} and {layer}"), format!("is {loss}")));
+            return Err(Error::invalid(format!("loss without layers {removed:?} and {layer}"), format!("is {loss}"))
+                .remedy("check the model with `interlace verify`, or take other calibration samples"));
         }
         // `min_by` keeps the first of equals, which is the lower index.
         let best = layers.into_iter().zip(losses).min_by(|a, b| a.1.total_cmp(&b.1));

@@ -199,7 +199,8 @@ impl Strategy {
                 return Err(Error::invalid(
                     format!("sim_{size}"),
                     format!("has {} values, {want} needed for {} layers", values.len(), request.num_layers),
-                ));
+                )
+                .remedy("score again"));
             }
         }
         let groups = (self.select)(request)?;
@@ -224,7 +225,8 @@ impl Strategy {
 /// Errors: `Error::Invalid` unless 0 < ratio < 1, or when that is no layer at all.
 pub fn drop_count(ratio: f64, num_layers: usize) -> Result<usize> {
     if !(ratio > 0.0 && ratio < 1.0) {
-        return Err(Error::invalid(format!("drop ratio {ratio}"), "must lie between 0 and 1, both excluded"));
+        return Err(Error::invalid(format!("drop ratio {ratio}"), "must lie between 0 and 1, both excluded")
+            .remedy("to drop a number of layers use `--drop-count`"));
     }
     // 0.3 * 10 is 3.0000000000000004 one way and 2.9999999999999996 another: a ratio that means a whole number of
     // layers is taken as such.
@@ -233,7 +235,8 @@ pub fn drop_count(ratio: f64, num_layers: usize) -> Result<usize> {
         return Err(Error::invalid(
             format!("drop ratio {ratio}"),
             format!("of {num_layers} layers is less than one layer, the least is {:.4}", 1.0 / num_layers as f64),
-        ));
+        )
+        .remedy("raise the ratio to that, or use `--drop-count`"));
     }
     Ok(count)
 }
