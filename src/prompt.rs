@@ -1,5 +1,5 @@
-//! What a model is asked, as arrays: token ids, and for each picture what the vision encoder reads. Processors make it,
-//! sessions run it.
+//! A prompt as arrays: token ids, and for each picture the inputs of the vision encoder. Processors make prompts,
+//! sessions run them.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -140,7 +140,7 @@ impl ImageArrays {
         Ok(ImageArrays { key: sha256_bytes(&bytes), arrays })
     }
 
-    /// Which picture under which processing this is: equal keys have equal arrays.
+    /// Identifies the picture and its processing: equal keys have equal arrays.
     pub fn key(&self) -> &Sha256Digest {
         &self.key
     }

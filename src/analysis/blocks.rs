@@ -38,7 +38,7 @@ impl LayerBlocks {
         LayerBlocks { start, end, carried: blocks[0].carried, blocks }
     }
 
-    /// How the layer mixes tokens.
+    /// Mixing of tokens in the layer.
     pub fn mixing(&self) -> Mixing {
         self.blocks.iter().map(|block| block.mixing).find(|mixing| mixing.is_mixer()).unwrap_or(self.blocks[0].mixing)
     }

@@ -1,4 +1,4 @@
-//! What happens to the stream between layers: whose it is, and what is nobody's.
+//! Changes of the stream between layers: those that belong to a layer, and those that belong to none.
 
 use std::collections::{HashMap, HashSet};
 

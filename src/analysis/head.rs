@@ -1,4 +1,4 @@
-//! Where a decoder's head begins to look at each position by itself.
+//! Finds the value from which on a decoder's head computes each position independently.
 
 use std::collections::HashSet;
 

@@ -1,4 +1,4 @@
-//! What a block does: mixes tokens by attention, by a state or by convolution, or works on each token alone.
+//! Kinds of blocks: mixing of tokens by attention, by a state or by convolution, or work on each token alone.
 
 use std::collections::HashSet;
 
@@ -7,12 +7,12 @@ use crate::ir::{Body, GraphIndex, Node, ValueId};
 use super::products::product;
 use super::stream::Chain;
 
-/// How a block's branch moves information between tokens.
+/// Kind of mixing between tokens in a block's branch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mixing {
     /// Queries against keys of the same sequence. The window in tokens where the graph names one.
     Attention { window: Option<i64> },
-    /// A recurrent state that comes in and goes out, without attention.
+    /// A recurrent state with an input and an output, without attention.
     State,
     /// A convolution whose last inputs come in and go out as a state, and no recurrence.
     StatefulConvolution,
@@ -77,7 +77,7 @@ pub fn can_mix(node: &Node) -> bool {
     is_attention(node) || name == "Softmax" || RECURRENCES.contains(&name) || CONVOLUTIONS.contains(&name)
 }
 
-/// How many tokens up to its own a query sees, where the operator names a window.
+/// Number of tokens up to its own that a query attends to, where the operator names a window.
 pub fn window(node: &Node) -> Option<i64> {
     let int = |name: &str| node.attribute(name).and_then(crate::ir::Attribute::as_int);
     let named = int("local_window_size").filter(|&size| size > 0);
@@ -147,7 +147,7 @@ fn from_inside_a_layer(body: &Body, index: &GraphIndex, chain: &Chain, value: Va
     false
 }
 
-/// Where the two sides of the product before a softmax come from.
+/// Origin of the two operands of the product before a softmax.
 enum Source {
     /// Both from the stream: queries and keys.
     Both,

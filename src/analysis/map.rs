@@ -18,7 +18,7 @@ pub struct LayerMap {
     pub result: ValueId,
     /// Layers in the order of the stream; the output of one is the input of the next, up to `glue`.
     pub layers: Vec<Layer>,
-    /// What happens to the stream between layers (features added from outside).
+    /// Changes of the stream between layers, such as features added from outside.
     pub glue: Vec<Glue>,
     /// Outputs beside the result that are no cache and come from the stream.
     pub taps: Vec<Tap>,
@@ -35,7 +35,7 @@ pub struct Layer {
     pub index: usize,
     /// The stream before the layer, h_i.
     pub input: ValueId,
-    /// The value of the same type that takes `output`'s place when the layer goes: `input` or a cast of it to that type.
+    /// The value of the same type that replaces `output` when the layer is dropped: `input` or a cast of it to that type.
     pub carried: ValueId,
     /// The stream behind the layer.
     pub output: ValueId,
@@ -75,7 +75,7 @@ impl Layer {
     }
 }
 
-/// What a cached tensor holds; two layers' ports of the same role correspond.
+/// Content of a cached tensor; two layers' ports of the same role correspond.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum PortRole {
     /// Attention keys.
@@ -97,7 +97,7 @@ impl PortRole {
     }
 }
 
-/// A cached tensor of one layer: what comes in and what goes out. A prefill-only graph has no `past`.
+/// A cached tensor of one layer, as graph input and output. A prefill-only graph has no `past`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvPort {
     /// Content of the tensor.
@@ -111,7 +111,7 @@ pub struct KvPort {
 /// A change to the stream between two layers.
 #[derive(Clone, Debug)]
 pub struct Glue {
-    /// It stands behind this layer; `None` before the first.
+    /// Index of the layer before it; `None` before the first.
     pub after: Option<usize>,
     /// The stream before the change.
     pub from: ValueId,
@@ -130,7 +130,7 @@ pub struct Glue {
 pub struct Tap {
     /// The graph output.
     pub output: ValueId,
-    /// Where it reads the stream: `i` is before layer `i`, the number of layers is behind the last one. In order.
+    /// Places at which it reads the stream, ascending: `i` is before layer `i`, the number of layers is after the last one.
     pub places: Vec<usize>,
     /// Layers whose inside it reads. In order.
     pub inside: Vec<usize>,

@@ -42,7 +42,7 @@ pub struct Analysis {
     pub model: Model,
     /// Layers of `model` with their inputs, outputs and cache ports.
     pub map: LayerMap,
-    /// The layers of the vision tower, where one lies before the language model in the same graph.
+    /// The layers of the vision tower, where the same graph contains one before the language model.
     pub vision: Option<LayerMap>,
     /// True where `map` is such a vision tower.
     pub is_vision_beside_text: bool,

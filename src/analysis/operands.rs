@@ -1,4 +1,4 @@
-//! What a layer keeps for later tokens, told from what reads it.
+//! Content of a layer's cache (keys, values, states), determined from its readers.
 
 use std::collections::HashSet;
 

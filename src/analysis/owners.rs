@@ -1,4 +1,4 @@
-//! Which layers a node or weight works for.
+//! Assigns nodes and weights to the layers that use them.
 
 use std::collections::{BTreeSet, HashMap};
 

@@ -1,5 +1,5 @@
-//! Matches cache inputs with cache outputs through the graph, and both with their layer. Whatever else of the stream is an
-//! output is a tap.
+//! Matches cache inputs with cache outputs through the graph, and both with their layer. Every other output that reads the
+//! stream is a tap.
 
 use std::collections::{HashMap, HashSet};
 

@@ -1,4 +1,4 @@
-//! Whether a decoder's head gives logits for every position, or picks some out.
+//! Finds the positions for which a decoder's head computes logits: every one, or a selection.
 
 use std::collections::HashSet;
 

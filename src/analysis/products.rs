@@ -5,7 +5,7 @@ use crate::ir::{Node, ValueId};
 /// One operator.
 pub struct Product {
     op_type: &'static str,
-    /// Input that holds the second factor; the first stands in input 0.
+    /// Input with the second factor; the first is input 0.
     second: usize,
     /// True where each row of a first factor of any rank gives the same row of the result, unless it is transposed.
     by_row: bool,

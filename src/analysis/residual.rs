@@ -14,7 +14,7 @@ const DEPTH: usize = 8;
 /// More addends than these are no `x + f(x)`.
 const ADDENDS: usize = 16;
 
-/// What a node adds up.
+/// Operands of a sum.
 pub fn addends(body: &Body, node: usize) -> Option<Vec<ValueId>> {
     let node = &body.nodes[node];
     match (node.domain.as_str(), node.op_type.as_str()) {

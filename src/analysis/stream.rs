@@ -7,7 +7,7 @@ use crate::ir::{Body, DataType, Graph, GraphIndex, Node, ValueId};
 
 use super::{blocks, kinds, residual};
 
-/// Values in order from the source to the result, and which nodes lie between them.
+/// Values in order from the source to the result, and the nodes between them.
 #[derive(Clone, Debug)]
 pub struct Chain {
     pub source: ValueId,

@@ -7,7 +7,7 @@ use crate::ir::{Body, GraphIndex, ValueId};
 use super::map::{Layer, Tap};
 use super::stream::{Chain, data_inputs};
 
-/// Where an output reads the stream; `None` when it does not.
+/// Places at which an output reads the stream; `None` when it does not.
 pub fn tap(
     body: &Body,
     index: &GraphIndex,

@@ -1,4 +1,4 @@
-//! Work that is prepared on one thread while another is busy with what came before.
+//! Prepares items on one thread while another consumes the earlier ones.
 
 use std::sync::mpsc::{IntoIter, sync_channel};
 

@@ -1,4 +1,4 @@
-//! JSON artifacts: every one says which schema, which tool, which inputs and which settings made it.
+//! JSON artifacts: each records its schema, tool version, inputs and settings.
 
 use std::collections::BTreeMap;
 use std::path::Path;

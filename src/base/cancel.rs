@@ -1,4 +1,4 @@
-//! Ctrl-C as a flag that long loops look at.
+//! Ctrl-C as a flag that long loops poll.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

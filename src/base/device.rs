@@ -1,4 +1,4 @@
-//! Where to compute.
+//! Compute devices.
 
 use std::fmt;
 use std::str::FromStr;

@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// What every fallible function of the library returns.
+/// Result of every fallible function of the library.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Everything that can go wrong, by the kind of remedy it needs.
@@ -92,7 +92,7 @@ impl fmt::Display for During<'_> {
     }
 }
 
-/// What a user can do about an engine's failure whose reason only the engine knows.
+/// Remedy for an engine's failure whose reason only the engine knows.
 struct EngineRemedy<'a>(&'a str);
 
 impl fmt::Display for EngineRemedy<'_> {
@@ -139,7 +139,7 @@ impl Error {
         Error::Engine { engine, subject: subject.into(), message: message.to_string(), during: None }
     }
 
-    /// Says in an engine's error what was being done; the innermost word stays. Other errors say it themselves.
+    /// Adds the action to an engine's error unless it has one. Other errors are unchanged.
     #[must_use]
     pub fn during(mut self, work: impl Into<String>) -> Self {
         if let Error::Engine { during: during @ None, .. } = &mut self {
@@ -164,7 +164,7 @@ impl Error {
         }
     }
 
-    /// Adds what the user can do about it.
+    /// Sets the remedy: an action of the user.
     #[must_use]
     pub fn remedy(mut self, text: impl Into<String>) -> Self {
         if let Error::Invalid { remedy, .. } | Error::Unsupported { remedy, .. } | Error::NotFinite { remedy, .. } =

@@ -39,7 +39,7 @@ impl MappedFile {
         Ok(MappedFile { path: path.to_path_buf(), file, map })
     }
 
-    /// Where the file is.
+    /// Path of the file.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -166,7 +166,7 @@ pub fn contained_path(folder: &Path, relative: &str) -> Result<PathBuf> {
         && candidate.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
     if !plain {
         return Err(Error::invalid(subject(), "must be a relative path without `..`")
-            .remedy("files of a model lie in its own folder"));
+            .remedy("keep the files of a model in its own folder"));
     }
     let joined = folder.join(candidate);
     let root = fs::canonicalize(folder).map_err(|e| Error::io("open", folder, e))?;

@@ -12,9 +12,9 @@ use sha2::{Digest, Sha256};
 
 use super::error::{Error, Result};
 
-/// What one thread hashes at a time of a file that passes it.
+/// Bytes that one thread hashes at a time.
 const PIECE: u64 = 64 << 20;
-/// What is mapped of it at a time.
+/// Bytes that are mapped at a time.
 const WINDOW: usize = 4 << 20;
 
 /// A SHA-256 digest as 64 lower-case hexadecimal digits.

@@ -1,4 +1,4 @@
-//! What every other module stands on: errors, files, hashing, progress. Knows nothing of models.
+//! Foundations of every other module: errors, files, hashing, progress. Contains nothing about models.
 
 mod ahead;
 mod artifact;

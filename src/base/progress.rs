@@ -15,7 +15,7 @@ pub fn set_quiet(quiet: bool) {
 /// A line on standard error about something that was done beside the work, unless output is off.
 pub fn notice(text: impl std::fmt::Display) {
     if !QUIET.load(Ordering::Relaxed) {
-        // Nobody may be reading; the work goes on.
+        // A closed standard error must not end the work.
         let _ = writeln!(std::io::stderr().lock(), "{text}");
     }
 }

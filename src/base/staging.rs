@@ -1,4 +1,4 @@
-//! Outputs in the making: each carries its owner in its name, so that a later run can remove what a killed one left.
+//! Outputs under a temporary name, which names their process, so that a later run can remove those of a killed one.
 
 use std::collections::HashSet;
 use std::fs::{self, File};
@@ -12,7 +12,7 @@ use super::error::{Error, Result};
 use super::progress::notice;
 use super::text::{human_bytes, list_preview};
 
-/// What the names of staged folders begin with; `.NAME.OWNER.part` is a staged file's.
+/// Prefix of the names of staged folders; a staged file is called `.NAME.OWNER.part`.
 const FOLDER_PREFIX: &str = ".interlace-";
 const FILE_SUFFIX: &str = ".part";
 
@@ -86,7 +86,7 @@ pub(super) fn hold(file: &File) {
     lock(file);
 }
 
-/// Where a file is written before it gets the name `path`. What killed runs left in its folder is removed.
+/// Path of a file before it is renamed to `path`. Removes leftovers of killed runs in its folder.
 ///
 /// Errors: `Error::Invalid` when the path names no file.
 pub(super) fn temporary_of(path: &Path) -> Result<PathBuf> {

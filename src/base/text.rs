@@ -1,4 +1,4 @@
-//! Small pieces of text for people.
+//! Formatting of sizes, lists and names in messages.
 
 /// `1.38 MB`, `912 B`: decimal units, three significant digits.
 pub fn human_bytes(bytes: u64) -> String {

@@ -1,4 +1,4 @@
-//! How many threads to compute with.
+//! The number of threads to compute with.
 
 /// The processors that this process may use, or what `OMP_NUM_THREADS` says, which LibTorch obeys too; at least 1.
 pub fn thread_count() -> usize {

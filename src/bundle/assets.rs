@@ -1,4 +1,4 @@
-//! What files beside the components are for.
+//! Purposes of the files beside the components.
 
 use std::fs::File;
 use std::io::Read;
@@ -10,7 +10,7 @@ use crate::base::{Error, Result};
 
 use super::layout::VARIANTS;
 
-/// What a file other than a component is for.
+/// Purpose of a file other than a component.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum AssetKind {
@@ -22,7 +22,7 @@ pub enum AssetKind {
     Tooling,
     /// For people: carried over, not part of the digest.
     Documentation,
-    /// What interlace did so far.
+    /// Record of the steps that interlace has run.
     Record,
     /// Says nothing of the network (remote code, marks of a download, settings of other tools): carried over as it is,
     /// listed in the record, not part of the digest.
@@ -99,7 +99,7 @@ const TEXTS: &[&str] = &[
     ".tsv", ".xml", ".log",
 ];
 
-/// How much of a file says whether it is text.
+/// Bytes at the start of a file that decide whether it is text.
 const HEAD_BYTES: u64 = 64 << 10;
 
 /// What `path` (relative to `root`, with `/`) is for; `None` when it may be a graph or weights that no component claims.

@@ -1,4 +1,4 @@
-//! The model card of a changed model: the old one, with a preface that says what was done to the model.
+//! The model card of a changed model: the old one, with a preface about the changes.
 
 use std::fs;
 use std::path::{Component, Path};
@@ -6,7 +6,7 @@ use std::path::{Component, Path};
 use super::layers::Tower;
 use super::record::Step;
 
-/// What the preface stands between, so that the next step replaces it. The first is followed by the base model's name.
+/// Markers around the preface, so that the next step replaces it. The base model's name follows the first.
 const BEGIN: &str = "<!-- interlace: made from ";
 const BEGIN_END: &str = " -->\n";
 const END: &str = "<!-- interlace: end -->\n";
@@ -91,7 +91,7 @@ fn without_preface(card: &str) -> (Option<&str>, &str) {
     found.unwrap_or((None, card))
 }
 
-/// What a model is called: as in the hub where its folder is a snapshot in the hub's cache, the folder's name otherwise.
+/// Name of a model: that of the hub where its folder is a snapshot in the hub's cache, the folder's name otherwise.
 pub(super) fn name_of(root: &Path) -> String {
     let full = fs::canonicalize(root).unwrap_or_else(|_| root.to_path_buf());
     let names: Vec<&str> = full

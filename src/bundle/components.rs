@@ -1,4 +1,4 @@
-//! Which ONNX files of a folder are which components.
+//! Assigns the ONNX files of a folder to components.
 
 use std::path::Path;
 

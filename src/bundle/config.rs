@@ -1,4 +1,4 @@
-//! What a model's configs say, read once into plain fields.
+//! Figures of a model's configs, read once into plain fields.
 
 use serde::Serialize;
 use serde_json::Value;
@@ -34,7 +34,7 @@ pub struct ModelConfig {
     pub vocab_size: Option<usize>,
     /// Layers of the vision tower.
     pub vision_num_layers: Option<usize>,
-    /// The id that stands for one image feature.
+    /// Id of the placeholder token for one image feature.
     pub image_token_id: Option<i64>,
     /// Id of the token that begins a sequence.
     pub bos_token_id: Option<i64>,

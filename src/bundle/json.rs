@@ -1,4 +1,4 @@
-//! JSON texts edited in place: every byte outside an edit stays as it was, number formatting and key order included.
+//! Edits JSON texts and keeps every byte outside an edit, number formatting and key order included.
 
 use std::ops::Range;
 
@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::base::{Error, Result};
 
-/// How deep objects and arrays may nest.
+/// Largest nesting depth of objects and arrays.
 const MAX_DEPTH: usize = 128;
 
 /// A JSON text with the place of every value in it.
@@ -24,7 +24,7 @@ pub(super) struct Node {
     pub kind: Kind,
 }
 
-/// What a [`Node`] holds.
+/// Content of a [`Node`].
 #[derive(Debug)]
 pub(super) enum Kind {
     Object(Vec<(String, Node)>),

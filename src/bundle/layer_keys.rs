@@ -1,8 +1,8 @@
-//! Every key of a config that speaks of layers, and how it follows when layers go.
+//! Config keys that depend on layers, each with the rule by which it changes when layers are dropped.
 
 use super::layers::Tower;
 
-/// What a key says about layers.
+/// Rule by which the value of a key depends on layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Rule {
     /// The number of layers; must equal the graph's.
@@ -35,7 +35,7 @@ pub(super) enum Rule {
     Unrelated,
 }
 
-/// Which of every N layers a period means.
+/// The layer among every N that a period marks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
     /// Layers 0, N, 2N ..
@@ -46,7 +46,7 @@ pub(super) enum Phase {
     Key(&'static str),
 }
 
-/// One key. `scope` is the section in which it stands, `tower` the one whose layers it speaks of.
+/// One key. `scope` is the section that contains it, `tower` the one whose layers it describes.
 pub(super) struct Row {
     pub key: &'static str,
     pub scope: Tower,

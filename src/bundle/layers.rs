@@ -1,4 +1,4 @@
-//! Rewriting configs when layers go, by the table of the keys that speak of layers.
+//! Rewrites configs for a model with fewer layers, by the table of keys that depend on layers.
 
 use serde::{Deserialize, Serialize};
 
@@ -29,10 +29,10 @@ impl Tower {
     }
 }
 
-/// Layers that leave a tower.
+/// Layers to remove from a tower.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LayerEdit {
-    /// The tower that they leave.
+    /// The tower that loses them.
     pub tower: Tower,
     /// Layers before.
     pub total: usize,
@@ -61,7 +61,7 @@ impl LayerEdit {
         Ok(LayerEdit { tower, total, dropped: sorted })
     }
 
-    /// Indices of the layers that leave, ascending and unique.
+    /// Indices of the removed layers, ascending and unique.
     pub fn dropped(&self) -> &[usize] {
         &self.dropped
     }
@@ -71,17 +71,17 @@ impl LayerEdit {
         (0..self.total).filter(|layer| !self.drops(*layer)).collect()
     }
 
-    /// How many layers stay.
+    /// Number of layers that remain.
     pub fn remaining(&self) -> usize {
         self.total - self.dropped.len()
     }
 
-    /// True when the layer of this index leaves.
+    /// True when the layer of this index is removed.
     pub fn drops(&self, layer: usize) -> bool {
         self.dropped.binary_search(&layer).is_ok()
     }
 
-    /// How many layers below `layer` stay; the new index of a layer that stays.
+    /// Number of remaining layers below `layer`: the new index of a layer that remains.
     pub fn kept_below(&self, layer: usize) -> usize {
         let end = layer.min(self.total);
         end - self.dropped.iter().filter(|dropped| **dropped < end).count()

@@ -1,10 +1,10 @@
-//! Which files make a model folder: one row per layout, one row per kind of file.
+//! Layouts of model folders: one row per layout, one row per kind of file.
 
 use serde::{Deserialize, Serialize};
 
 use super::listing::Listing;
 
-/// What a component computes.
+/// Part of the model that a component computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Role {
@@ -55,7 +55,7 @@ impl Role {
     }
 }
 
-/// How a layout says which ONNX files are which.
+/// Rule by which a layout assigns ONNX files to components.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Components {
     /// By path without suffix and extension.

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use crate::base::{Error, Result};
 
-/// How deep component files may lie below the folder.
+/// Largest depth of component files below the folder.
 const MAX_DEPTH: usize = 8;
 /// Folders that tools leave in a model folder and that hold nothing of the model, beside those with a hidden name
 /// (version control, download caches).
@@ -54,7 +54,7 @@ impl Listing {
                     }
                     let link = fs::symlink_metadata(&path).is_ok_and(|m| m.file_type().is_symlink());
                     if link || depth >= MAX_DEPTH {
-                        let problem = if link { "is a link to a folder" } else { "lies too deep for a model folder" };
+                        let problem = if link { "is a link to a folder" } else { "is nested too deep for a model folder" };
                         return Err(Error::invalid(format!("`{}`", path.display()), problem)
                             .remedy("give the folder that holds the model's own files"));
                     }

@@ -1,4 +1,4 @@
-//! Model folders: which file is which component, what the configs say, and writing a changed folder.
+//! Model folders: components, configs, and writing a changed folder.
 
 mod assets;
 mod card;
@@ -40,7 +40,7 @@ const MAX_JSON_BYTES: u64 = 64 << 20;
 /// One ONNX file of a folder with the files that hold its weights.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Component {
-    /// What it computes.
+    /// Part of the model that it computes.
     pub role: Role,
     /// Path below the folder without variant and extension: `onnx/decoder_model_merged`.
     pub stem: String,
@@ -58,7 +58,7 @@ pub struct Component {
 pub struct SetAside {
     /// Path below the folder.
     pub file: String,
-    /// What is wrong with it.
+    /// Reason why it is unusable.
     pub problem: String,
 }
 
@@ -67,7 +67,7 @@ pub struct SetAside {
 pub struct Asset {
     /// Path below the folder.
     pub file: String,
-    /// What the file is for.
+    /// Purpose of the file.
     pub kind: AssetKind,
 }
 
@@ -204,12 +204,12 @@ impl Bundle {
         &self.left_out
     }
 
-    /// What the configs say; `None` for a lone `.onnx` and for folders without a config.
+    /// Figures of the configs; `None` for a lone `.onnx` and for folders without a config.
     pub fn config(&self) -> Option<&ModelConfig> {
         self.config.as_ref()
     }
 
-    /// What the configs say.
+    /// Figures of the configs.
     ///
     /// Errors: `Error::Invalid` when there is no config.
     pub fn require_config(&self) -> Result<&ModelConfig> {
@@ -251,12 +251,12 @@ impl Bundle {
         })
     }
 
-    /// Where a component's `.onnx` file is.
+    /// Path of a component's `.onnx` file.
     pub fn path_of(&self, component: &Component) -> PathBuf {
         self.root.join(&component.file)
     }
 
-    /// Where an asset is; `None` when the folder does not have it.
+    /// Path of an asset; `None` when the folder does not have it.
     pub fn asset_path(&self, file: &str) -> Option<PathBuf> {
         self.assets.iter().find(|asset| asset.file == file).map(|asset| self.root.join(&asset.file))
     }
@@ -280,7 +280,7 @@ impl Bundle {
         Ok(Some(value))
     }
 
-    /// What interlace did to this model before; `None` for a model that it did not write.
+    /// Steps that interlace has run on this model; `None` for a model that it did not write.
     ///
     /// Errors: as `base::read_json`.
     pub fn record(&self) -> Result<Option<Record>> {
@@ -362,7 +362,7 @@ fn external_files(path: &Path) -> Result<Vec<String>> {
     visit(&model.graph.body, &mut files);
     let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let root = fs::canonicalize(folder).map_err(|e| Error::io("open", folder, e))?;
-    // Data may be a link into a cache, so that its name here is another than where it lies.
+    // Data may be a link into a cache, so that its name here differs from its real path.
     let mut names_here = BTreeMap::new();
     for entry in fs::read_dir(folder).map_err(|e| Error::io("read", folder, e))? {
         let entry = entry.map_err(|e| Error::io("read", folder, e))?;
@@ -375,7 +375,7 @@ fn external_files(path: &Path) -> Result<Vec<String>> {
         let place = fs::canonicalize(&file).map_err(|e| Error::io("open", &file, e))?;
         let inside = || place.strip_prefix(&root).ok().and_then(Path::to_str).map(str::to_string);
         names.push(names_here.get(&place).cloned().or_else(inside).ok_or_else(|| {
-            let problem = format!("its weights lie in `{}`, outside its folder", file.display());
+            let problem = format!("its weights are in `{}`, outside its folder", file.display());
             Error::invalid(format!("`{}`", path.display()), problem).remedy("put the file of weights beside the graph")
         })?);
     }

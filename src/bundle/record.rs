@@ -1,4 +1,4 @@
-//! `interlace.json`: what was done to a model, so that later steps and readers know its layers' original places.
+//! `interlace.json`: the steps that changed a model, so that later steps and readers know the original index of each layer.
 
 use std::collections::BTreeSet;
 
@@ -24,7 +24,7 @@ pub enum Step {
         dropped: Vec<usize>,
         /// Indices in the model that was never pruned.
         dropped_original: Vec<usize>,
-        /// What became of features that are added between layers; absent where none are.
+        /// Treatment of features that are added between layers; absent where none are.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         deepstack: Option<Deepstack>,
     },
@@ -39,7 +39,7 @@ pub enum Step {
     },
 }
 
-/// What becomes of features that are added behind the first layers (DeepStack) when layers go.
+/// Treatment of features that are added after the first layers (DeepStack) when layers are dropped.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Deepstack {
@@ -108,7 +108,7 @@ impl Record {
         Ok(layers)
     }
 
-    /// The same facts for an ONNX file's `metadata_props`, so that a component alone tells them too.
+    /// The same facts for an ONNX file's `metadata_props`, so that a component without its folder keeps them.
     pub fn metadata_props(&self, tower: Tower, count: usize) -> Result<Vec<(String, String)>> {
         let layers = Self::original_layers(&self.history, tower, count)?;
         let layers: Vec<String> = layers.iter().map(usize::to_string).collect();

@@ -1,9 +1,9 @@
-//! What a config says of layers that read the keys and values of earlier ones (Gemma 3n, Gemma 4).
+//! Config of layers that share the keys and values of earlier ones (Gemma 3n, Gemma 4).
 
 /// Model types whose last layer is taken for full attention, whatever `layer_types` says of it.
 const LAST_IS_FULL: &[&str] = &["gemma4"];
 
-/// How many of the last `count` layers stay. Each of them reads what the last layer of its kind before them computes, so
+/// Number of the last `count` layers that remain. Each of them reads what the last layer of its kind before them computes, so
 /// that one must stay too. `kinds` has one entry for each of the `total` layers, or none where all are of one kind.
 ///
 /// Errors: the problem in words, naming the layers.

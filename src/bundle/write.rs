@@ -175,7 +175,7 @@ impl<'a> BundleWriter<'a> {
         self.steps.push(step);
     }
 
-    /// What the folder's `interlace.json` will say: the bundle's history and the steps noted here.
+    /// Content of the folder's `interlace.json`: the bundle's history and the steps noted here.
     ///
     /// Errors: as `Bundle::record`.
     pub fn record(&self, provenance: Provenance) -> Result<Record> {

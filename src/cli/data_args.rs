@@ -5,7 +5,7 @@ use crate::data::{BackEnd, DataOptions, ImageSettings, LeftOut, SEQUENCE_LENGTH,
 use super::args::positive;
 use super::output::Output;
 
-/// How a data set is read.
+/// Flags for reading a data set.
 #[derive(clap::Args)]
 pub struct DataArgs {
     /// Make one sample of a conversation with all its answers (conversation), or one sample of each turn without the turns

@@ -134,7 +134,7 @@ fn details(layers: &[LayerInfo]) -> Vec<String> {
     ports.chain(shared).collect()
 }
 
-/// Where each tap reads the stream.
+/// Places at which each tap reads the stream.
 fn tap_lines(taps: &[TapInfo], layers: usize) -> Vec<String> {
     let line = |tap: &TapInfo| {
         let mut places: Vec<String> = Vec::new();

@@ -70,7 +70,7 @@ enum Verb {
 
 /// Input of every verb besides its arguments.
 pub struct Context {
-    /// Where and how results are printed.
+    /// Form of the printed results.
     pub output: Output,
     /// Set by Ctrl-C.
     pub cancel: Cancel,
@@ -122,7 +122,7 @@ fn end(code: i32) -> ! {
 }
 
 impl Verb {
-    /// What the verb was doing when an engine failed.
+    /// The verb's action when an engine failed.
     fn doing(&self) -> &'static str {
         match self {
             Verb::Inspect(_) => "looking at the model",

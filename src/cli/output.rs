@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::base::Error;
 
-/// Where and how results are written.
+/// Form of the printed results.
 #[derive(Clone, Copy, Debug)]
 pub struct Output {
     /// JSON in place of text.
@@ -46,7 +46,7 @@ impl Output {
     }
 }
 
-/// What programs read in place of a result with `--json`.
+/// Output of a failed verb with `--json`.
 #[derive(Serialize)]
 struct Failure<'a> {
     error: FailureText<'a>,

@@ -1,4 +1,4 @@
-//! `interlace completions` and `interlace man`: what a shell and `man` know of this program, made from its own arguments.
+//! `interlace completions` and `interlace man`: shell completions and manual pages, made from the program's own arguments.
 
 use std::io::Write;
 use std::path::PathBuf;

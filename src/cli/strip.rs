@@ -19,7 +19,7 @@ pub fn strip(plan: &Plan) -> String {
     letters.collect()
 }
 
-/// What the letters mean.
+/// Meaning of the letters.
 pub fn legend() -> String {
     format!("{} dropped  {} finetuned  {} anchor (frozen)  . frozen", "D".red().bold(), "F".green().bold(), "A".blue())
 }

@@ -1,4 +1,4 @@
-//! Where the verbs that compute in LibTorch run. It takes 120 MB and up to a second to load, so only the program
+//! Runs the verbs that compute in LibTorch. The library takes 120 MB and up to a second to load, so only the program
 //! `interlace-torch` links it; `interlace` hands those verbs over to it, with the same arguments.
 
 use std::env;
@@ -27,7 +27,7 @@ pub enum TorchVerb {
     Verify(verify::Args),
 }
 
-/// How a program runs the verbs that compute in LibTorch.
+/// Function by which a program runs the verbs that compute in LibTorch.
 pub type RunTorchVerb = fn(TorchVerb, &Context) -> anyhow::Result<Outcome>;
 
 /// Runs the verb in this process. A program that names this function links LibTorch.

@@ -1,4 +1,4 @@
-//! The columns of a parquet file that hold conversations, and what their cells say.
+//! The columns of a Parquet file that hold conversations, and how to read their cells.
 
 use std::sync::Arc;
 

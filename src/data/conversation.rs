@@ -1,4 +1,4 @@
-//! Whole conversations to ids, and which of their tokens are answers.
+//! Encodes whole conversations as token ids and marks the tokens of answers.
 
 use std::ops::Range;
 

@@ -1,4 +1,4 @@
-//! The shipped model's processor against what transformers makes of the same conversations
+//! Compares the shipped model's processor with transformers on the same conversations
 //! (`fixtures/processor/conversations.json`), and which tokens of a conversation are answers.
 
 use std::fs;

@@ -1,4 +1,4 @@
-//! Sets of conversations about pictures and of running text, opened by what the path holds.
+//! Sets of conversations about pictures and of running text; the path's content decides the reader.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -59,12 +59,12 @@ pub struct Dataset {
     readers: Vec<(String, RowReader)>,
     /// One for each sample.
     places: Vec<Place>,
-    /// What each sample is drawn by.
+    /// Keys that determine each sample's rank in the draw.
     keys: Vec<u64>,
     options: DataOptions,
 }
 
-/// Where a sample is.
+/// Place of a sample.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Place {
     reader: u32,
@@ -148,7 +148,7 @@ impl Dataset {
         &self.path
     }
 
-    /// How it is read.
+    /// Options for reading it.
     pub fn options(&self) -> &DataOptions {
         &self.options
     }

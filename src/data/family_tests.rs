@@ -1,4 +1,4 @@
-//! Every kind of processor on pictures that processors trip over, against what Hugging Face's classes make of them
+//! Compares every kind of processor with Hugging Face's class on pictures of difficult sizes
 //! (`fixtures/processor/families.json`, written by `scripts/processors/families.py`).
 
 use std::fs;

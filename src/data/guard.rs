@@ -1,4 +1,4 @@
-//! Decoders of strangers' formats whose authors let some malformed input panic.
+//! Catches panics of third-party decoders on malformed input.
 
 use std::cell::Cell;
 use std::panic::{self, AssertUnwindSafe};

@@ -1,4 +1,4 @@
-//! Samples on their way into a step: rows that cannot be read and samples that are too long are left out and counted.
+//! Filters samples for a step: leaves out and counts unreadable rows and samples that are too long.
 
 use std::sync::Mutex;
 
@@ -63,7 +63,7 @@ fn context_tokens(bundle: &Bundle) -> Option<usize> {
 /// Reads and encodes samples, and counts those that are left out.
 #[derive(Debug)]
 pub struct Intake {
-    /// How errors name the data.
+    /// Name of the data in errors.
     subject: String,
     strict: bool,
     /// The most tokens of a sample.

@@ -18,7 +18,7 @@ use super::sample::ImageBytes;
 #[derive(Debug)]
 pub(super) struct JsonFile {
     path: PathBuf,
-    /// How ids name the file.
+    /// Name of the file in ids.
     name: String,
     options: DataOptions,
     rows: Vec<Range<u64>>,

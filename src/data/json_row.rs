@@ -1,4 +1,4 @@
-//! One row of a JSON file: its messages, the names of its pictures, and the keys that nobody reads.
+//! One row of a JSON file: its messages, the names of its pictures, and the keys that no reader knows.
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -1,4 +1,4 @@
-//! Where the rows of a JSON file are, found in one pass that holds one row at a time.
+//! Byte ranges of the rows of a JSON file, found in one pass that holds one row at a time.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};

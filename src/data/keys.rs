@@ -1,4 +1,4 @@
-//! Keys of data rows that hold nothing of the conversation, and the error for those that nobody reads.
+//! Keys of data rows without a part of the conversation, and the error for keys that no reader knows.
 
 use crate::base::{Error, list_preview};
 

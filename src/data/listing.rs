@@ -1,4 +1,4 @@
-//! The rows of a source that are used, as far as they are known before they are read.
+//! The index of a source's rows, made before the rows are read.
 
 use sha2::{Digest, Sha256};
 

@@ -1,4 +1,4 @@
-//! Conversations about pictures and running text, and what the networks read of them: data sets, benchmarks, image processors, chat
+//! Conversations about pictures and running text, and their encoding for the networks: data sets, benchmarks, image processors, chat
 //! templates, tokenizers.
 
 mod columns;

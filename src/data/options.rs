@@ -1,4 +1,4 @@
-//! Which rows of a data set are used, and what a sample is.
+//! Options for reading a data set: the rows to use and the extent of a sample.
 
 use std::collections::BTreeMap;
 use std::str::FromStr;
@@ -12,7 +12,7 @@ use super::images::ImageSettings;
 /// Tokens in a sequence of running text, unless the user sets another number.
 pub const SEQUENCE_LENGTH: usize = 512;
 
-/// What the turns of a conversation are.
+/// Extent of a sample in a conversation of several turns.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Turns {
@@ -36,11 +36,11 @@ impl FromStr for Turns {
     }
 }
 
-/// How a data set is read.
+/// Options for reading a data set.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct DataOptions {
-    /// Whether the turns of a conversation make one sample or one each.
+    /// Make one sample of a conversation, or one of each turn.
     pub turns: Turns,
     /// Rows are used only if these columns have at least these values; of a list, if each of its values is at least
     /// that. A row without a value is not used.
@@ -53,7 +53,7 @@ pub struct DataOptions {
     pub strict: bool,
     /// Tokens in each sequence of running text.
     pub sequence_length: usize,
-    /// How pictures are scaled and cut up, in place of what the model's files say.
+    /// Image settings that override the model's own files.
     #[serde(skip_serializing_if = "ImageSettings::is_default")]
     pub images: ImageSettings,
 }

@@ -29,7 +29,7 @@ const BATCH_BYTES: usize = 16 << 20;
 #[derive(Debug)]
 pub(super) struct Shard {
     path: PathBuf,
-    /// How ids name the file.
+    /// Name of the file in ids.
     name: String,
     metadata: ArrowReaderMetadata,
     columns: Columns,
@@ -219,7 +219,7 @@ impl Shard {
     }
 }
 
-/// What a row is drawn by: its id, speakers and texts.
+/// Content that determines a row's rank in the draw: its id, speakers and texts.
 fn key_of(id: Option<String>, messages: &[RawMessage]) -> u64 {
     let mut texts: Vec<String> = id.into_iter().collect();
     for message in messages {

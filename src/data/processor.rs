@@ -1,4 +1,4 @@
-//! Conversations about pictures to what the networks read: ids, pixel values, and which tokens are answers.
+//! Encodes conversations about pictures for the networks: token ids, pixel values and the mask of answer tokens.
 
 use serde_json::Value;
 
@@ -15,7 +15,7 @@ use super::tokenizer::Tokenizer;
 /// One conversation, encoded.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Encoded {
-    /// How errors name it.
+    /// Name in errors.
     pub id: String,
     /// Token ids, image placeholders expanded to one id per image feature.
     pub input_ids: Vec<i64>,
@@ -38,7 +38,7 @@ impl Encoded {
         self.input_ids.is_empty()
     }
 
-    /// What sessions read of it.
+    /// The part that sessions read.
     pub fn into_prompt(self) -> Prompt {
         let pictures = self.images.map(|images| images.pictures).unwrap_or_default();
         let question = self.answer_mask.iter().position(|&answer| answer);
@@ -46,7 +46,7 @@ impl Encoded {
     }
 }
 
-/// Everything that stands between people and the networks: image processor, chat template, tokenizer.
+/// Everything between text and pictures and the networks' inputs: image processor, chat template, tokenizer.
 #[derive(Debug)]
 pub struct Processor {
     pub(super) tokenizer: Tokenizer,
@@ -113,7 +113,7 @@ impl Processor {
         Ok(Processor { tokenizer, template, subject, vision, unknown_images, eos })
     }
 
-    /// What a user should know of a model whose image processor is not known.
+    /// Warning about a model whose image processor is not known.
     pub fn warning(&self) -> Option<String> {
         let problem = self.unknown_images.as_ref()?;
         Some(format!("{problem}; only text without pictures can be read"))

@@ -2,10 +2,10 @@
 
 use super::sample::{ImageBytes, MARKER, Part, Sample, Turn};
 
-/// What every layout's reader makes of a row.
+/// A row as every layout's reader yields it.
 #[derive(Debug)]
 pub(super) struct SourceRow {
-    /// How errors name it, and the id of the sample that it makes.
+    /// Name in errors, and id of its sample.
     pub subject: String,
     /// In the order in which the turns show them.
     pub images: Vec<ImageBytes>,
@@ -15,7 +15,7 @@ pub(super) struct SourceRow {
     pub text: Option<Vec<i64>>,
 }
 
-/// Who writes a message.
+/// Author of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Speaker {
     System,

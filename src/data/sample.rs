@@ -1,4 +1,4 @@
-//! What every reader yields: pictures (still encoded) and turns of a conversation, or running text.
+//! The sample that every reader yields: encoded pictures and the turns of a conversation, or running text.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -7,13 +7,13 @@ use crate::base::{Error, Result};
 
 /// The largest encoded picture that is read.
 const MAX_IMAGE_BYTES: u64 = 256 << 20;
-/// What stands for a picture in the text of a data set.
+/// Placeholder of a picture in the text of a data set.
 pub(super) const MARKER: &str = "<image>";
 
 /// An encoded picture (PNG, JPEG, WebP, GIF, BMP or TIFF), or the frames of a video as such; decoded only when it is used.
 #[derive(Clone, Debug)]
 pub struct ImageBytes {
-    /// How errors name it: ``image 0 of row 12 in `x.parquet` ``.
+    /// Name in errors: ``image 0 of row 12 in `x.parquet` ``.
     pub subject: String,
     content: Content,
 }
@@ -91,7 +91,7 @@ impl ImageBytes {
     }
 }
 
-/// A piece of what the user says.
+/// A piece of a user message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Part {
     /// The picture or video at this position of `Sample::images`.
@@ -114,11 +114,11 @@ pub struct Turn {
 pub struct Sample {
     /// Position in the data set.
     pub index: usize,
-    /// How errors name it: ``row 12 in `x.parquet` ``.
+    /// Name in errors: ``row 12 in `x.parquet` ``.
     pub id: String,
     /// Encoded pictures and videos, in the order of their first use.
     pub images: Vec<ImageBytes>,
-    /// What the conversation is told before its first turn.
+    /// System message before the first turn.
     pub system: Option<String>,
     /// At least one, unless it is running text.
     pub turns: Vec<Turn>,

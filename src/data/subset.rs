@@ -1,10 +1,10 @@
-//! Which samples of a data set a step uses.
+//! A seeded draw of samples from a data set.
 
 use serde::{Deserialize, Serialize};
 
 use crate::base::{Error, Result};
 
-/// How many samples.
+/// Number of samples.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Amount {

@@ -1,4 +1,4 @@
-//! Against what Pillow and Hugging Face transformers make of the same input (`fixtures/processor/operations.json`, written by
+//! Compares with the results of Pillow and Hugging Face transformers on the same input (`fixtures/processor/operations.json`, written by
 //! `scripts/fixture/operations.py`).
 
 use std::fs;

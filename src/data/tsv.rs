@@ -15,7 +15,7 @@ use super::string_list::string_list;
 /// An `image` of at most this many characters is the index of the row that has the picture.
 const MAX_REFERENCE_LENGTH: usize = 64;
 
-/// What `pandas.read_csv` reads as a missing value, beside the empty string.
+/// Texts that `pandas.read_csv` reads as a missing value, besides the empty string.
 const MISSING: &[&str] = &[
     "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA", "NULL",
     "NaN", "None", "n/a", "nan", "null",
@@ -36,7 +36,7 @@ pub struct Benchmark {
 pub struct BenchRow {
     /// The `index` column.
     pub index: String,
-    /// Where in the file the row with the picture begins.
+    /// Position in the file at which the row with the picture begins.
     image_position: Option<csv::Position>,
     image_path: Option<String>,
     /// One for each column; empty where the file has nothing.
@@ -122,7 +122,7 @@ impl Benchmark {
         &self.rows
     }
 
-    /// How many rows of the file are left out because they have no picture.
+    /// Number of rows that are left out because they have no picture.
     pub fn rows_without_picture(&self) -> usize {
         self.without_picture
     }

@@ -1,4 +1,4 @@
-//! Numbers of two computations of the same thing: prefill and cached step, interpreter and ONNX Runtime.
+//! Compares two computations of the same values: prefill with cached steps, interpreter with ONNX Runtime.
 
 use std::collections::BTreeMap;
 
@@ -129,7 +129,7 @@ pub fn interpreter_once(model: &Model, session: &mut Session, feeds: &[(String, 
     Ok(difference)
 }
 
-/// How far results lie from those computed in f32.
+/// Difference of results from those computed in f32.
 pub struct Rounding {
     pub difference: f64,
     /// The largest of the values in f32.

@@ -17,7 +17,7 @@ use super::probe::{noise_text, picture_prompt, token_ids};
 use super::run::LoadedModel;
 use super::stats::Spread;
 
-/// What is measured.
+/// Settings of a measurement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct BenchOptions {
@@ -118,7 +118,7 @@ struct Contestant {
     times: Vec<Times>,
 }
 
-/// What is run: a whole model, or a decoder without anything around it.
+/// The measured object: a whole model, or a decoder alone.
 enum Engine {
     Whole(Box<LoadedModel>),
     Alone(Box<Decoder>),
@@ -147,7 +147,7 @@ impl Engine {
         }
     }
 
-    /// What the decoder reads for these tokens, embedded by noise where nothing embeds them.
+    /// Decoder inputs for these tokens, embedded by noise where no component embeds them.
     fn embed(&mut self, ids: &[i64], first: i64) -> Result<Embedded> {
         match self {
             Engine::Whole(model) => model.vlm.embed_text(ids, first),
@@ -175,7 +175,7 @@ impl Engine {
     }
 }
 
-/// What one round takes, in milliseconds.
+/// Times of one round, in milliseconds.
 #[derive(Clone, Copy)]
 struct Times {
     prefill_ms: f64,

@@ -1,4 +1,4 @@
-//! The checks of `verify`, and how each ended.
+//! The checks of `verify` and their outcomes.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -13,7 +13,7 @@ use super::quantised::CHANGE;
 /// Largest difference of two f32 computations of the same values. Graphs of 16-bit floats are compared in f32 too.
 pub(super) const TOLERANCE: f64 = 1e-4;
 
-/// What `verify` prints as JSON.
+/// Output of `verify --json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct VerifyReport {
     /// Tool version, schema version, input digests and settings.
@@ -39,19 +39,19 @@ pub struct Check {
     pub name: String,
     /// The file or figure that was checked.
     pub subject: String,
-    /// How it ended.
+    /// Outcome.
     pub status: CheckStatus,
-    /// What was found.
+    /// The finding.
     pub detail: String,
     /// Largest absolute difference, for checks that compare numbers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub difference: Option<f64>,
-    /// What the difference may be at most.
+    /// Largest allowed difference.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tolerance: Option<f64>,
 }
 
-/// How a check ended.
+/// Outcome of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum CheckStatus {

@@ -1,4 +1,4 @@
-//! A graph as it is computed where nothing is rounded to fewer bits than f32 has.
+//! A graph with all computation in f32 or wider.
 
 use crate::base::Result;
 use crate::ir::{self, DataType, Model};

@@ -1,4 +1,4 @@
-//! What a config says of a decoder, against what its graph says.
+//! Compares the figures of a decoder's config with its graph.
 
 use std::collections::BTreeSet;
 

@@ -1,8 +1,8 @@
-//! How one answer is read and judged, by the rules of VLMEvalKit with exact matching: no language model is asked.
+//! Reads and judges one answer by the rules of VLMEvalKit with exact matching, without a language model as judge.
 
 use super::text::{self, answers_of_cell, normalise_answer, normalised_edit_distance, strip_punctuation};
 
-/// What a prediction is judged against: a row of the benchmark without its picture.
+/// Reference for judging a prediction: a row of the benchmark without its picture.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Reference {
     /// The `index` column.
@@ -34,10 +34,10 @@ const REFUSALS: &[&str] = &[
     "Cannot determine the answer",
 ];
 
-/// What VLMEvalKit's own API clients give when no answer came.
+/// Answer of VLMEvalKit's API clients after a failed request.
 const NO_ANSWER: &str = "Failed to obtain answer via API";
 
-/// The letter that stands for "none of the options".
+/// The letter of "none of the options".
 const NONE_OF_THEM: char = 'Z';
 
 fn hit(condition: bool) -> f64 {
@@ -134,7 +134,7 @@ pub(super) fn yes_no_any_case(reference: &Reference, prediction: &str) -> f64 {
     hit(says_yes(prediction).is_some_and(|yes| text::lower(&reference.answer) == if yes { "yes" } else { "no" }))
 }
 
-/// Whether a text says yes or no; `None` when it says neither or both.
+/// True for yes, false for no; `None` when the text contains neither or both.
 pub fn says_yes(text: &str) -> Option<bool> {
     let text = strip_punctuation(&text::lower(text));
     let has = |wanted: &str| text::words(&text).any(|word| word == wanted);

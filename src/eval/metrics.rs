@@ -1,4 +1,4 @@
-//! What a benchmark reports: one row of the table per metric, with the benchmarks that use it, the rule that judges one
+//! Metrics of benchmarks: one row of the table per metric, with the benchmarks that use it, the rule that judges one
 //! answer, and the function that makes a score of all judged answers.
 //!
 //! The rules are VLMEvalKit's with exact matching, that is without a language model as judge. Scores are from 0 to 1.
@@ -10,7 +10,7 @@ use super::judge::{self, Reference};
 /// One judged answer, as scores and their bootstrap see it.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Judged {
-    /// What the answer's own rule gives, 0 to 1.
+    /// Score of the answer alone, 0 to 1.
     pub score: f64,
     /// Number of the unit that the answer belongs to, see [`Metric::unit`].
     pub unit: usize,
@@ -22,7 +22,7 @@ pub struct Judged {
     pub said: bool,
 }
 
-/// How a question is put and what it expects; prompt styles differ by it.
+/// Kind of answer that a question expects; the wording of the question depends on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum QuestionKind {
     /// Lettered options, or whatever the row holds.
@@ -39,11 +39,11 @@ pub enum QuestionKind {
 pub struct Metric {
     /// As benchmarks and reports name it.
     pub name: &'static str,
-    /// What it counts, for help texts.
+    /// One line about the score, for help texts.
     pub about: &'static str,
     /// Benchmarks that are judged by it: how their names begin, in lower case.
     pub benchmarks: &'static [&'static str],
-    /// How its questions are put.
+    /// Kind of its questions.
     pub kind: QuestionKind,
     /// The score of one prediction, 0 to 1.
     pub judge: fn(&Reference, &str) -> f64,
@@ -68,7 +68,7 @@ fn nothing_more(_: &[Judged]) -> Vec<(&'static str, f64)> {
     Vec::new()
 }
 
-/// What most rows are: each answer by itself, the mean as the score.
+/// Default of a row: each answer is judged alone, and the score is their mean.
 const MEAN: Metric = Metric {
     name: "",
     about: "",

@@ -1,4 +1,4 @@
-//! Benchmarks, perplexity, what is left of a baseline, speed, and whether a model's files are what they claim.
+//! Benchmarks, perplexity, retention against a baseline, speed, and verification of a model's files.
 
 mod agreement;
 mod bench;

@@ -1,4 +1,4 @@
-//! Perplexity of running text, and what is left of a baseline's.
+//! Perplexity of running text, and its ratio to a baseline's.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -11,7 +11,7 @@ use crate::runtime::{Step, cross_entropy};
 use super::run::LoadedModel;
 use super::stats::{Interval, kept_likelihood};
 
-/// What `eval` writes for running text: the content of `report.json`.
+/// The content of `report.json` for running text.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct TextReport {
     /// Tool version, schema version, input digests and settings.
@@ -33,7 +33,7 @@ impl TextReport {
     pub const SCHEMA_VERSION: u32 = 1;
 }
 
-/// How well a model predicts running text.
+/// Perplexity of a model on running text.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct TextScores {
     /// Path of the model as the user gave it.
@@ -120,7 +120,7 @@ fn sequence_loss(model: &mut LoadedModel, prompt: &Prompt) -> Result<SequenceLos
     Ok(SequenceLoss { loss, predicted_tokens: rows as u64 - 1 })
 }
 
-/// What a model keeps of a baseline: the baseline's perplexity over the model's.
+/// Retention: the baseline's perplexity over the model's.
 ///
 /// Errors: `Error::Invalid` when the two did not read the same sequences.
 pub fn kept_perplexity(model: &TextScores, baseline: &TextScores, seed: u64) -> Result<Interval> {

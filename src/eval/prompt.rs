@@ -1,4 +1,4 @@
-//! Questions as VLMEvalKit puts them to a model.
+//! Questions in the wording of VLMEvalKit.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -10,7 +10,7 @@ use super::judge::Reference;
 use super::metrics::{QuestionKind, metric_of};
 use super::text::answers_of_cell;
 
-/// How questions are worded.
+/// Wording of the questions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum PromptStyle {
     /// VLMEvalKit's default, for models without a style of their own.
@@ -90,7 +90,7 @@ impl Question<'_> {
     }
 }
 
-/// What VLMEvalKit appends to open questions of the benchmarks that expect a word.
+/// Suffix of VLMEvalKit for open questions of benchmarks that expect a word.
 const SHORT_ANSWER: &str = "\nAnswer the question using a single word or phrase.";
 
 /// Rows of multiple-choice benchmarks, and rows with options of others: hint if there is one, question, one line per
@@ -187,7 +187,7 @@ pub fn question_text(benchmark: &Benchmark, name: &str, row: &BenchRow, style: P
     Ok(write(&question))
 }
 
-/// What the row's answer is judged against.
+/// Reference for judging the row's answer.
 ///
 /// Errors: `Error::Invalid` naming the row when it has no answer.
 pub fn reference_of(benchmark: &Benchmark, row: &BenchRow) -> Result<Reference> {

@@ -1,6 +1,6 @@
-//! How far a graph that rounds activations to few bits may lie from itself.
+//! Tolerance for graphs that round activations to few bits.
 //!
-//! Rounding is a step: where a value lies next to a boundary, its last bit decides on which side it falls, and what follows
+//! Rounding is a step: the last bit of a value next to a boundary decides to which side it is rounded, and the result then
 //! differs by a whole step. No two engines give the same last bits, so such graphs are compared with what the runtime shows
 //! by itself: its outputs before and after its inputs change by a relative 1e-6.
 

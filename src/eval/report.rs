@@ -1,4 +1,4 @@
-//! What `eval` writes: `report.json`.
+//! `report.json`, the result of `eval`.
 
 use std::collections::BTreeMap;
 
@@ -23,10 +23,10 @@ pub struct EvalReport {
     /// Scores of the model that it is compared with, on the same questions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub baseline: Option<ModelScores>,
-    /// Why the likelihood of the right answers was not measured, where it was not.
+    /// Reason why the likelihood of the right answers was not measured; absent where it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub likelihood_not_measured: Option<String>,
-    /// What the model keeps of the baseline's scores.
+    /// The model's scores over the baseline's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retention: Option<Retention>,
 }
@@ -49,12 +49,12 @@ pub struct ModelScores {
     pub benchmark: String,
     /// Questions that were asked.
     pub questions: usize,
-    /// The metric of a benchmark that is known by name; absent where each row says by itself how it is judged.
+    /// The metric of a benchmark that is known by name; absent where each row names its own metric.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub metric: Option<String>,
-    /// The headline: what the benchmark's metric makes of all answers, or the mean of the groups' scores.
+    /// The headline: the score that the benchmark's metric computes from all answers, or the mean of the groups' scores.
     pub score: f64,
-    /// What the metric reports beside its score, in the units that the names say.
+    /// Further figures of the metric; the names give the units.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub figures: BTreeMap<String, f64>,
     /// Questions by `category`.
@@ -104,11 +104,11 @@ pub struct GroupScore {
     pub group: String,
     /// Questions in it.
     pub questions: usize,
-    /// What the metric makes of the group's answers, 0 to 1; the mean of their scores where several metrics judged them.
+    /// The metric's score of the group's answers, 0 to 1; the mean of their scores where several metrics judged them.
     pub score: f64,
     /// Questions by the metric that judged them.
     pub metrics: BTreeMap<String, usize>,
-    /// What the group's metric reports beside its score; where several judged, that of the yes-or-no questions.
+    /// Further figures of the group's metric; where several judged, those of the yes-or-no questions.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub figures: BTreeMap<String, f64>,
 }
@@ -124,7 +124,7 @@ pub struct Answer {
     pub metric: String,
     /// The model's text.
     pub prediction: String,
-    /// What the answer's own rule gives, 0 to 1.
+    /// Score of the answer alone, 0 to 1.
     pub score: f64,
     /// The right answer is yes; absent where it is neither yes nor no.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -155,7 +155,7 @@ impl Answer {
     }
 }
 
-/// What a run took.
+/// Time and tokens of a run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct EvalTiming {
     /// Wall-clock time of all questions, loading excluded.

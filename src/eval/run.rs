@@ -53,7 +53,7 @@ impl LoadedModel {
     }
 }
 
-/// How a benchmark is run.
+/// Settings of a benchmark run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EvalOptions {
     /// Questions that are answered together.
@@ -62,7 +62,7 @@ pub struct EvalOptions {
     pub max_new_tokens: Option<usize>,
     /// Asks only the first questions.
     pub limit: Option<usize>,
-    /// How questions are worded.
+    /// Wording of the questions.
     pub prompt_style: PromptStyle,
 }
 
@@ -177,7 +177,7 @@ pub fn judge_predictions(benchmark: &Benchmark, name: &str, predictions: &[Strin
     Ok(score_answers(String::new(), benchmark, name, &rows, &judged, predictions, EvalTiming::default()))
 }
 
-/// What each row is judged against, and by which metric.
+/// Reference and metric of each row.
 fn references(benchmark: &Benchmark, name: &str, rows: &[&BenchRow]) -> Result<Vec<(Reference, &'static Metric)>> {
     let with_metric = |reference: Reference| {
         let metric = metric_for(name, &reference);

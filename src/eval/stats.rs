@@ -25,7 +25,7 @@ pub struct Interval {
 pub struct Stratum {
     /// The answers to one question, or to the questions that count together: the model's beside the baseline's.
     pub units: Vec<Vec<(Judged, Judged)>>,
-    /// What makes a score of answers.
+    /// Function from answers to a score.
     pub score: fn(&[Judged]) -> f64,
 }
 

@@ -1,4 +1,4 @@
-//! Judged answers to scores by group and as a whole, and what they keep of a baseline's.
+//! Scores of judged answers by group and as a whole, and their ratio to a baseline's.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -69,7 +69,7 @@ pub(super) fn groups_by(answers: &[Answer], groups: &[Option<&str>]) -> Vec<Grou
     names.iter().map(score).collect()
 }
 
-/// What a model keeps of a baseline's scores on the same questions.
+/// Retention: a model's scores over a baseline's on the same questions.
 ///
 /// Errors: `Error::Invalid` when the two did not answer the same questions.
 pub fn compare(model: &ModelScores, baseline: &ModelScores, seed: u64) -> Result<Retention> {

@@ -1,4 +1,4 @@
-//! Whether a model's files are what they claim: they load, the cache is consistent, configs and graphs agree, and the
+//! Verifies a model's files: they load, the cache is consistent, configs and graphs agree, and the
 //! interpreter computes what ONNX Runtime computes.
 
 use std::collections::BTreeMap;
@@ -312,7 +312,7 @@ fn interpreter(
     }
 }
 
-/// What the interpreter is compared with.
+/// Reference of the interpreter.
 fn compared_with(in_f32: bool) -> &'static str {
     if in_f32 {
         "every output against ONNX Runtime, which was asked to compute in f32"

@@ -45,7 +45,7 @@ pub struct Attribute {
     pub kind: AttributeKind,
     /// Free text of the author; may be empty.
     pub doc_string: String,
-    /// What the file's message holds beyond this, carried over as it came.
+    /// Further fields of the file's message, carried over unchanged.
     pub extra: Opaque,
 }
 

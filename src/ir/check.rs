@@ -1,4 +1,4 @@
-//! What must hold of every graph: checked after decoding and after every rewrite.
+//! Invariants of every graph, checked after decoding and after every rewrite.
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -47,7 +47,7 @@ fn check_domains(graph: &Graph, body: &Body, opset_imports: &BTreeMap<String, i6
     Ok(())
 }
 
-/// What is defined so far, outer bodies included.
+/// Values defined so far, outer bodies included.
 #[derive(Default)]
 struct Scope<'a> {
     ids: HashSet<ValueId>,

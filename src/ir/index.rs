@@ -1,10 +1,10 @@
-//! Who makes and who reads each value of a body.
+//! Producers and consumers of each value of a body.
 
 use std::collections::HashMap;
 
 use super::{Body, Graph, ValueId};
 
-/// Where a value of a body comes from.
+/// Producer of a value of a body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Producer {
     /// Input number of the body.
@@ -76,7 +76,7 @@ impl GraphIndex {
         index
     }
 
-    /// What makes the value; `None` when it comes from an outer body.
+    /// Producer of the value; `None` when an outer body defines it.
     pub fn producer(&self, id: ValueId) -> Option<Producer> {
         self.producers.get(&id).copied()
     }

@@ -222,7 +222,7 @@ impl Node {
         if self.domain.is_empty() { self.op_type.clone() } else { format!("{}.{}", self.domain, self.op_type) }
     }
 
-    /// How messages name this node: ``node `/layers.3/attn/Softmax` (Softmax)``.
+    /// Name of this node in messages: ``node `/layers.3/attn/Softmax` (Softmax)``.
     pub fn describe(&self, graph: &Graph) -> String {
         if !self.name.is_empty() {
             return format!("node `{}` ({})", self.name, self.op());

@@ -26,7 +26,7 @@ pub struct Tensor {
     pub extra: Opaque,
 }
 
-/// Where a constant's content is. Numbers are little-endian; sub-byte types are packed low bits first.
+/// Place of a constant's content. Numbers are little-endian; sub-byte types are packed low bits first.
 #[derive(Clone, Debug)]
 pub enum TensorData {
     /// Held in memory.
@@ -76,7 +76,7 @@ impl Tensor {
         match &self.data {
             TensorData::Bytes(bytes) => bytes,
             TensorData::Mapped { file, offset, length, .. } => {
-                // The decoder has checked that the range lies inside the file.
+                // The decoder has checked that the range is inside the file.
                 file.get(*offset as usize..(*offset + *length) as usize).unwrap_or(&[])
             }
             TensorData::Strings(_) => &[],

@@ -161,7 +161,7 @@ impl fmt::Display for Dim {
     }
 }
 
-/// What a file says about a value.
+/// Type of a value as the file declares it.
 #[derive(Clone, Debug, PartialEq)]
 pub enum ValueType {
     /// A dense tensor; `shape` is `None` when even the rank is unknown.

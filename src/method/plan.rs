@@ -42,7 +42,7 @@ pub struct Plan {
     pub left_out: LeftOut,
 }
 
-/// What happens to one layer.
+/// The plan for one layer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LayerPlan {
@@ -51,7 +51,7 @@ pub struct LayerPlan {
     /// Index in the pruned model; absent for a dropped layer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pruned_index: Option<usize>,
-    /// Whether it is dropped, finetuned, or frozen and why.
+    /// Dropped, finetuned, or frozen and why.
     pub role: Role,
 }
 

@@ -21,11 +21,11 @@ const FEATURE_CACHE_BYTES: usize = 64 << 20;
 /// Samples that are made ready before they are needed.
 const SAMPLES_AHEAD: usize = 8;
 
-/// What decides scores besides model and data.
+/// Settings of scoring.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ScoreSettings {
-    /// How many samples are drawn.
+    /// Number of samples to draw.
     pub amount: Amount,
     /// Seed of the draw.
     pub seed: u64,
@@ -44,7 +44,7 @@ impl Default for ScoreSettings {
     }
 }
 
-/// What decides scores, as it is recorded.
+/// Settings of scoring as the scores record them.
 #[derive(Serialize)]
 struct Recorded<'a> {
     #[serde(flatten)]

@@ -31,7 +31,7 @@ pub enum Modality {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Side {
-    /// What the layer gives, before anything is added: the hidden states that Hugging Face records.
+    /// The layer's output before anything is added: the hidden states that Hugging Face records.
     Before,
 }
 
@@ -39,7 +39,7 @@ pub enum Side {
 pub const MODALITIES: &[(Modality, &str)] =
     &[(Modality::All, "all"), (Modality::Image, "image"), (Modality::Text, "text")];
 
-/// How much each modality's similarities count.
+/// Weight of each modality's similarities, 0 or more.
 pub type ModalityWeights = BTreeMap<Modality, f64>;
 
 /// `scores.json`: how little each pack of consecutive layers turns the residual stream.
@@ -62,7 +62,7 @@ pub struct Scores {
     /// where nothing is added.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub additions: Option<Side>,
-    /// What a user should know before these scores are relied on.
+    /// Warnings about the reliability of these scores.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
     /// Single layers.
@@ -80,7 +80,7 @@ pub struct Scores {
     /// Samples that were drawn and not scored.
     #[serde(default, skip_serializing_if = "LeftOut::is_empty")]
     pub left_out: LeftOut,
-    /// What each sample gave.
+    /// Similarities of each sample.
     pub samples: Vec<SampleScores>,
 }
 

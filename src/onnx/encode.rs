@@ -1,4 +1,4 @@
-//! The graph in memory to protobuf messages. Large payloads are handed to a [`Placement`], which says where they go.
+//! The graph in memory to protobuf messages. A [`Placement`] decides where large payloads are written.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
@@ -16,7 +16,7 @@ use crate::ir::{
 use super::decode::DEFAULT_DOMAIN;
 use super::opaque;
 
-/// Where the content of an initializer went.
+/// Place of an initializer's content.
 pub enum Placed {
     /// Put it into the message.
     Inline,
@@ -31,7 +31,7 @@ pub enum Placed {
     },
 }
 
-/// Decides where an initializer's content goes, and may write it there.
+/// Decides where an initializer's content is written, and may write it there.
 pub type Placement<'a> = dyn FnMut(&str, &Tensor) -> Result<Placed> + 'a;
 
 /// The whole message but for the initializers of the top-level graph.

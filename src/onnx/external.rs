@@ -1,4 +1,4 @@
-//! External data: which files a model names, mapped once each, never outside the model's folder.
+//! External data: maps each file that a model names once, and refuses files outside the model's folder.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ pub struct Sources {
 }
 
 impl Sources {
-    /// `own` is the model file, `folder` where external data may lie.
+    /// `own` is the model file, `folder` the one that contains all external data.
     pub fn new(folder: &Path, own: Arc<MappedFile>) -> Self {
         Sources { folder: folder.to_path_buf(), own, files: HashMap::new() }
     }

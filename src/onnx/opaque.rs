@@ -1,8 +1,8 @@
-//! What the graph in memory has no place for: kept as bytes and laid under the message that is written.
+//! Unknown fields of messages: kept as bytes and merged into the message that is written.
 //!
 //! The decoder takes out of a message what it understands; [`rest`] keeps all that is left, fields of later versions of
-//! the format included. The encoder starts from [`base`] and puts its own fields in. So a field is never lost because
-//! nobody thought of it.
+//! the format included. The encoder starts from [`base`] and puts its own fields in. So no field is lost because
+//! this version does not know it.
 
 use protobuf::Message;
 

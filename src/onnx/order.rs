@@ -1,7 +1,7 @@
 //! Nodes in execution order.
 //!
 //! The format asks for it, but files exist whose conversion tool appended nodes at the end (casts around an f16 network
-//! that keeps f32 inputs and outputs), and ONNX Runtime reads them. Only nodes that wait for each other have no order.
+//! that keeps f32 inputs and outputs), and ONNX Runtime reads them. Only a cycle has no order.
 
 use std::collections::{HashMap, HashSet};
 

@@ -1,4 +1,4 @@
-//! Writing a model: a small message, and payloads streamed from where they lie.
+//! Writes a model: a small message, and payloads streamed from their files.
 
 use std::path::Path;
 
@@ -17,7 +17,7 @@ const PAGE_ALIGN_MIN: u64 = 1 << 20;
 /// Protobuf's own limit for one message.
 const MESSAGE_LIMIT: u64 = (1 << 31) - 1;
 
-/// Where the weights go.
+/// Place of the weights.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Storage {
     /// Inside the `.onnx` file; at most 2 GiB.
@@ -72,7 +72,7 @@ pub fn save_with(
     Ok(names)
 }
 
-/// Writes the message; `place` decides where each initializer's content goes, `metadata` adds to the model's own.
+/// Writes the message; `place` decides where each initializer's content is written, `metadata` adds to the model's own.
 /// It is asked for last.
 ///
 /// Errors: as [`save`].

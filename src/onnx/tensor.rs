@@ -1,4 +1,4 @@
-//! Constants and types of a message: content from wherever it is, and what the graph in memory has no place for.
+//! Constants and types of a message, with inline, mapped or external content.
 
 use std::mem::take;
 

@@ -1,6 +1,6 @@
-//! A walk over the wire format before anything is parsed.
+//! A scan of the wire format before anything is parsed.
 //!
-//! It bounds what the parser will see (no groups, bounded nesting, bounded message count, lengths inside the file), and
+//! It bounds the parser's input (no groups, bounded nesting, bounded message count, lengths inside the file), and
 //! takes the large payloads of the graph's initializers out, so that parsing costs memory for the structure alone.
 
 use std::ops::Range;
@@ -12,7 +12,7 @@ const MAX_DEPTH: usize = 64;
 /// Far above any exporter's graph, far below what would exhaust memory as parsed structures.
 const MAX_MESSAGES: usize = 8_000_000;
 
-/// What the walk found.
+/// Result of the scan.
 pub struct Scan {
     /// The model message without the large payloads.
     pub skeleton: Vec<u8>,

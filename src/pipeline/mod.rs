@@ -1,4 +1,4 @@
-//! The verbs in one go: a recipe or a sweep, steps that are done once, the table and the manifest.
+//! Whole pipelines: recipes and sweeps, cached steps, the result table and the manifest.
 
 mod recipe;
 mod run;

@@ -1,4 +1,4 @@
-//! The recipe of a run: a TOML file, every key known.
+//! The recipe of a run: a TOML file; an unknown key is an error.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -31,16 +31,16 @@ pub struct Recipe {
     pub device: String,
     /// Data on which `score` measures the layers.
     pub calibration: Calibration,
-    /// Which layers are dropped and by which strategies.
+    /// Number of layers to drop, and the strategies that choose them.
     pub plan: PlanSection,
-    /// How the graph is rewritten.
+    /// Settings of the graph rewrite.
     #[serde(default)]
     pub prune: PruneSection,
-    /// How the pruned models are finetuned.
+    /// Data and settings of finetuning.
     pub finetune: FinetuneSection,
     /// Benchmark on which all models are compared.
     pub eval: EvalSection,
-    /// Whether and how speed is measured.
+    /// Settings of the speed measurement.
     #[serde(default)]
     pub bench: BenchSection,
     /// Further formats that the finetuned models are written in.
@@ -48,13 +48,13 @@ pub struct Recipe {
     pub export: ExportSection,
 }
 
-/// What the scores are measured on.
+/// Calibration data of the scores.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Calibration {
     /// Conversations in parquet or JSON: a file, a folder or a pattern.
     pub data: PathBuf,
-    /// What the turns of a conversation are: one sample (`conversation`), or a sample each (`separate`).
+    /// Make one sample of a conversation (`conversation`), or one of each turn (`separate`).
     #[serde(default)]
     pub turns: Turns,
     /// The least values of columns of ratings; other rows are not used.
@@ -66,13 +66,13 @@ pub struct Calibration {
     /// The first row that cannot be read ends the run.
     #[serde(default)]
     pub strict: bool,
-    /// How pictures are scaled and cut up, in place of what the model's files say.
+    /// Image settings that override the model's own files.
     #[serde(default, skip_serializing_if = "ImageSettings::is_default")]
     pub images: ImageSettings,
-    /// How many samples are drawn.
+    /// Number of samples to draw.
     #[serde(default)]
     pub samples: Option<usize>,
-    /// Which part of the samples is drawn, in place of `samples`.
+    /// Fraction of the samples to draw, above 0 and at most 1, in place of `samples`.
     #[serde(default)]
     pub fraction: Option<f64>,
     /// Seed of the draw.
@@ -80,14 +80,14 @@ pub struct Calibration {
     pub seed: u64,
 }
 
-/// Which layers go.
+/// Layers to drop.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PlanSection {
     /// The part of the decoder's layers to drop, rounded down to whole layers.
     #[serde(default)]
     pub drop_ratio: Option<f64>,
-    /// How many layers to drop, in place of `drop_ratio`.
+    /// Number of layers to drop, in place of `drop_ratio`.
     #[serde(default)]
     pub drop_count: Option<usize>,
     /// As few layers as leave the model at most this many parameters.
@@ -105,26 +105,26 @@ pub struct PlanSection {
     /// Seed of the `random` strategy.
     #[serde(default = "default_seed")]
     pub seed: u64,
-    /// How much similarities over `image`, `text` and `all` tokens count; `all` alone without it.
+    /// Weights of the similarities over `image`, `text` and `all` tokens, each 0 or more; `all` alone by default.
     #[serde(default)]
     pub modality_weights: Option<ModalityWeights>,
 }
 
-/// How layers are taken out.
+/// Settings of the graph rewrite.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct PruneSection {
-    /// What becomes of features that are added behind the first layers (DeepStack): `keep` or `shift`.
+    /// Treatment of features that are added after the first layers (DeepStack): `keep` or `shift`.
     pub deepstack: Deepstack,
 }
 
-/// How the neighbours of what went are finetuned.
+/// Data and settings for finetuning the neighbours of dropped layers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct FinetuneSection {
     /// Conversations in parquet or JSON: a file, a folder or a pattern.
     pub data: PathBuf,
-    /// What the turns of a conversation are: one sample (`conversation`), or a sample each (`separate`).
+    /// Make one sample of a conversation (`conversation`), or one of each turn (`separate`).
     #[serde(default)]
     pub turns: Turns,
     /// The least values of columns of ratings; other rows are not used.
@@ -136,10 +136,10 @@ pub struct FinetuneSection {
     /// The first row that cannot be read ends the run.
     #[serde(default)]
     pub strict: bool,
-    /// How pictures are scaled and cut up, in place of what the model's files say.
+    /// Image settings that override the model's own files.
     #[serde(default, skip_serializing_if = "ImageSettings::is_default")]
     pub images: ImageSettings,
-    /// How many samples are drawn; all without it.
+    /// Number of samples to draw; all by default.
     #[serde(default)]
     pub samples: Option<usize>,
     /// A named recipe of healing; `settings` change it.
@@ -149,7 +149,7 @@ pub struct FinetuneSection {
     pub settings: finetune::Settings,
 }
 
-/// What the models are asked.
+/// Benchmarks that compare the models.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct EvalSection {
@@ -162,7 +162,7 @@ pub struct EvalSection {
     pub min_retention: Option<f64>,
 }
 
-/// How long the models take.
+/// Measurement of the models' speed.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct BenchSection {
@@ -201,14 +201,14 @@ fn default_healing() -> String {
     DEFAULT_RECIPE.to_string()
 }
 
-/// The settings that a table `[finetune]` stands for: those of its recipe, and its own in their place.
+/// The settings of a table `[finetune]`: those of its recipe, overridden by its own.
 pub(super) fn finetune_settings(recipe: &str, section: Option<&toml::Value>) -> Result<finetune::Settings> {
     let own = section.and_then(|section| section.get("settings")).and_then(toml::Value::as_table);
     RecipeRow::named(recipe)?.settings_with(own.cloned().unwrap_or_default())
 }
 
 impl FinetuneSection {
-    /// How the data is read; running text in sequences of the usual length.
+    /// Options for reading the data; running text in sequences of the default length.
     pub(super) fn data_options(&self) -> DataOptions {
         let min_ratings = self.min_ratings.clone();
         let ignore_keys = self.ignore_keys.clone();
@@ -224,7 +224,7 @@ impl FinetuneSection {
 }
 
 impl Calibration {
-    /// How the data is read; running text in sequences of the usual length.
+    /// Options for reading the data; running text in sequences of the default length.
     pub(super) fn data_options(&self) -> DataOptions {
         let min_ratings = self.min_ratings.clone();
         let ignore_keys = self.ignore_keys.clone();
@@ -238,7 +238,7 @@ impl Calibration {
         }
     }
 
-    /// How many samples are drawn.
+    /// Number of samples to draw.
     pub(super) fn amount(&self) -> Amount {
         match (self.samples, self.fraction) {
             (Some(samples), _) => Amount::Samples(samples),

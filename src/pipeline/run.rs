@@ -1,4 +1,4 @@
-//! A whole recipe: every verb in its order, each step once, then the table and the manifest.
+//! Runs a whole recipe: every verb in order, then writes the result table and the manifest.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -35,7 +35,7 @@ pub struct Manifest {
     pub files: BTreeMap<String, Sha256Digest>,
 }
 
-/// What a run came to.
+/// Result of a run.
 pub struct RunResult {
     /// The run's output folder.
     pub folder: PathBuf,

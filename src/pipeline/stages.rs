@@ -1,4 +1,4 @@
-//! What a run and a sweep are made of: the verbs as steps of a store, each done once.
+//! The verbs as steps of a store, each run once; a run and a sweep consist of them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};

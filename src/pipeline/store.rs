@@ -1,4 +1,4 @@
-//! Steps that are done once: each output is known by the SHA-256 of everything that made it.
+//! Cached steps: the SHA-256 over a step's inputs and settings identifies its output.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -24,7 +24,7 @@ pub struct State {
     pub steps: BTreeMap<String, StepState>,
 }
 
-/// What is remembered of a finished step.
+/// Record of a finished step.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct StepState {
@@ -34,7 +34,7 @@ pub struct StepState {
     pub output: String,
     /// SHA-256 of the file, or over the files of the folder.
     pub digest: Sha256Digest,
-    /// What the step took when it was done.
+    /// Wall-clock time of the step when it ran.
     pub seconds: f64,
     /// True when the output was removed after later steps had read it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]

@@ -1,4 +1,4 @@
-//! The table that a run ends with.
+//! The result table of a run.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -32,7 +32,7 @@ pub struct Row {
     pub kept: Option<Interval>,
     /// Bytes of all ONNX files.
     pub size_bytes: u64,
-    /// How long it takes; absent where it was not measured.
+    /// Measured times; absent where they were not measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub speed: Option<Speed>,
 }

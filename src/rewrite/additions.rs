@@ -8,7 +8,7 @@ use crate::ir::{Body, DataType, Graph, GraphIndex, Node, ValueId};
 
 use super::tidy;
 
-/// A part of the stream: what lies between two of its values.
+/// A part of the stream: the nodes between two of its values.
 struct Segment {
     nodes: HashSet<usize>,
     input: ValueId,

@@ -2,7 +2,7 @@
 
 use crate::ir::{Attribute, AttributeKind, Model, Node, Tensor, Value, ValueId, ValueType};
 
-/// What the names of inputs and outputs begin with that a rewrite adds.
+/// Prefix of the names of inputs and outputs that a rewrite adds.
 pub const ADDED_PREFIX: &str = "interlace.";
 
 /// Adds to a model; the values that it makes are named `interlace.STEM.NUMBER`.

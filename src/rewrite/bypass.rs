@@ -24,7 +24,7 @@ pub const STREAM_INPUT: &str = "interlace.stream";
 /// The stream before layer `i` is the output of this and `i`.
 pub const STREAM_OUTPUT_PREFIX: &str = "interlace.stream_";
 
-/// What [`bypass_layers`] makes.
+/// Result of [`bypass_layers`].
 #[derive(Clone, Debug)]
 pub struct Bypass {
     /// The rewritten decoder.

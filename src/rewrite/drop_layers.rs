@@ -243,7 +243,7 @@ fn refuse_glue(model: &Model, map: &LayerMap, dropped: &[usize]) -> Result<()> {
     Ok(())
 }
 
-/// What is computed inside a dropped layer must not be needed by what stays.
+/// Errors: `Error::Unsupported` when a remaining node reads a value from inside a dropped layer.
 fn refuse_leftovers(source: &Model, model: &Model, map: &LayerMap, dropped: &[usize]) -> Result<()> {
     let (before, body) = (&source.graph.body, &model.graph.body);
     let content = tidy::content_needed(body);

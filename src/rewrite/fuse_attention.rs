@@ -8,7 +8,7 @@ use crate::ir::{Attribute, AttributeKind, Graph, GraphIndex, Model, Node, ValueI
 
 use super::fuse_kernels::{INTERNAL_DOMAIN, standard};
 
-/// The node that stands for one attention.
+/// The node that replaces one attention.
 ///
 /// Inputs: q `[B, H, S, D]`; k `[B, G, T, D]`, or `[B, G, D, T]` where attribute `transposed` is 1; v `[B, G, T, E]`;
 /// what is added to the scores; then, where heads are grouped, the shapes that k was expanded and reshaped to, and
@@ -43,7 +43,7 @@ struct Scores {
     scale: f64,
 }
 
-/// What keys or values were before they were repeated, and the shapes that this went through.
+/// Keys or values before they were repeated, and the shapes in between.
 struct Repeated {
     source: ValueId,
     expand: ValueId,
@@ -169,7 +169,7 @@ impl Matcher<'_> {
         Some((reader.node, input(node, 1)?))
     }
 
-    /// What was repeated for groups of heads: `Reshape(Expand(Unsqueeze(x, 2), ..), ..)`.
+    /// The value that is repeated for groups of heads: `Reshape(Expand(Unsqueeze(x, 2), ..), ..)`.
     fn repeated(&self, id: ValueId) -> Option<Repeated> {
         let reshape = self.made_by(id, "Reshape")?;
         let expand = self.made_by(input(reshape, 0)?, "Expand")?;

@@ -1,4 +1,4 @@
-//! What exporters spell out and engines have whole kernels for.
+//! Fuses chains of nodes for which LibTorch has one kernel: attention and SiLU.
 
 use crate::ir::{GraphIndex, Model, Node};
 
@@ -10,7 +10,7 @@ pub const INTERNAL_DOMAIN: &str = "interlace";
 /// `x * sigmoid(x)`, one input.
 pub const FUSED_SILU: &str = "FusedSilu";
 
-/// How many nodes were made.
+/// Number of fused nodes by kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Fused {
     /// Attentions, each a chain from the scaled product of queries and keys to the product with the values.

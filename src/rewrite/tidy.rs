@@ -1,4 +1,4 @@
-//! What every rewrite ends with: dead code goes, nodes are put in order, unused values leave the arena.
+//! Final steps of every rewrite: removes dead code and unused values, and sorts the nodes.
 
 use std::collections::{BinaryHeap, HashMap, HashSet};
 
@@ -88,7 +88,7 @@ pub fn content_needed(body: &Body) -> Vec<bool> {
     needed
 }
 
-/// Puts nodes in execution order, otherwise as they stood.
+/// Sorts nodes into execution order, otherwise in their previous order.
 ///
 /// Errors: `Error::Invalid` naming a node when the nodes wait for each other.
 pub fn sort_nodes(graph: &mut Graph) -> Result<()> {

@@ -1,8 +1,8 @@
-//! Memory that a session's weights point into.
+//! Memory that holds the weights of a session.
 
 use crate::ir::TensorData;
 
-/// What a session's weights point into; held as long as the session.
+/// Memory of a session's weights; it must live as long as the session.
 #[allow(dead_code, reason = "the runtime reads it through pointers; the fields keep it alive")]
 pub(super) enum Backing {
     /// The tensor's own memory or map.

@@ -160,7 +160,7 @@ impl Decoder {
         ports.chain(self.slots.iter().map(|slot| &slot.past)).find_map(|port| port.fixed_size(0))
     }
 
-    /// True when padding on the left can be told to the graph: it has a mask, and positions that follow it.
+    /// True when the graph supports padding on the left: it has a mask, and positions that follow it.
     pub fn takes_padding(&self) -> bool {
         self.takes(Kind::AttentionMask) && self.takes(Kind::PositionIds)
     }

@@ -1,4 +1,4 @@
-//! DeepStack: features of the vision encoder's inner layers that go into the decoder's first layers.
+//! DeepStack: features of the vision encoder's inner layers that are added to the residual stream of the decoder's first layers.
 
 use serde_json::Value;
 

@@ -18,7 +18,7 @@ pub struct TokenEmbedding {
     per_layer: Option<String>,
 }
 
-/// What the component gives for some tokens.
+/// Output of the component for some tokens.
 #[derive(Debug)]
 pub struct TokenRows {
     pub hidden_size: usize,
@@ -68,7 +68,7 @@ impl TokenEmbedding {
         Ok(TokenEmbedding { session, inputs, output, per_layer })
     }
 
-    /// How messages name it.
+    /// Name in messages.
     pub fn subject(&self) -> &str {
         self.session.subject()
     }

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use crate::base::Sha256Digest;
 
-/// What a picture becomes: one row per image token.
+/// Output of a vision encoder for one picture: one row per image token.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Features {
     /// Width of a row.

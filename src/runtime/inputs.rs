@@ -1,4 +1,4 @@
-//! The table of what graphs read and give: one row per kind of input or output of a decoder, a token embedding or a
+//! The table of graph inputs and outputs: one row per kind of input or output of a decoder, a token embedding or a
 //! vision encoder, with its names and the function that makes its array from a step.
 //!
 //! Scoring, losses, healing, generation, evaluation, `verify` and `bench` all feed graphs through it.
@@ -16,7 +16,7 @@ use super::pictures;
 use super::port::Port;
 use super::step::Step;
 
-/// What an input or output holds.
+/// Content of an input or output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// `[B, T, D]`; wider than the token embeddings where DeepStack features stand behind them in each row.
@@ -31,7 +31,7 @@ pub enum Kind {
     CachePosition,
     /// True when the cache is read (decoders with two branches in an `If`).
     UseCacheBranch,
-    /// How many of the last positions get logits; 0 for all.
+    /// Number of last positions that get logits; 0 for all.
     LogitsToKeep,
     /// `[B, T]`: true at image tokens.
     ImageMask,
@@ -84,7 +84,7 @@ pub struct InputRow {
 pub struct Input {
     /// Name, type and shape in the graph.
     pub port: Port,
-    /// How its values are made.
+    /// The row of the table that makes its values.
     pub row: &'static InputRow,
     /// The number in its name.
     pub number: Option<usize>,
@@ -153,7 +153,7 @@ pub const INPUTS: &[InputRow] = &[
     row(Kind::Added, &[ADDED_PREFIX], &[], caller_gives),
 ];
 
-/// How the name of a cache input and of the output that takes its place begin.
+/// Prefixes of the names of a cache input and of the output that replaces it.
 pub const CACHES: &[(&str, &str)] = &[
     ("past_key_values.", "present."),
     ("past_key_values.", "present_key_values."),

@@ -10,7 +10,7 @@ use crate::base::{Error, Result};
 
 use super::ENGINE;
 
-/// What names the library at run time.
+/// Environment variable with the path of the library.
 const VARIABLE: &str = "ORT_DYLIB_PATH";
 
 static ENVIRONMENT: Mutex<Option<Environment>> = Mutex::new(None);

@@ -1,4 +1,4 @@
-//! How likely a decoder holds a token to be.
+//! Negative log-likelihood of a token under a decoder's logits.
 
 use crate::base::{Error, Result};
 

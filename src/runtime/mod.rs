@@ -52,5 +52,5 @@ pub use tract::{InputFact, TractOutcome, tract_check};
 pub use vision::VisionEncoder;
 pub use vlm::{TokenTypes, Vision, VlmSession, VlmSettings};
 
-/// How error messages name the engine.
+/// Name of the engine in error messages.
 const ENGINE: &str = "ONNX Runtime";

@@ -76,7 +76,7 @@ impl Decoder {
 }
 
 impl TokenTypes {
-    /// What the model type means by them.
+    /// Meaning of the ids, by model type.
     pub fn of(config: &ModelConfig) -> Self {
         match config.model_type.as_str() {
             "paligemma" => TokenTypes::Answer,
@@ -86,7 +86,7 @@ impl TokenTypes {
 }
 
 impl VlmSettings {
-    /// What a folder's configs say about generation.
+    /// Reads the settings from a folder's configs.
     ///
     /// Errors: `Error::Invalid` when there is no config, it names no end of an answer, or a figure is malformed.
     pub fn of(bundle: &Bundle) -> Result<Self> {

@@ -63,7 +63,7 @@ fn one(picture: &ImageArrays, name: &str, port: &Port) -> Result<Array> {
     })
 }
 
-/// What an input gets where there are no pictures.
+/// Value of an input for a prompt without pictures.
 fn nothing(port: &Port) -> Array {
     let empty = usize::from(port.rank() > 4);
     let shape: Vec<usize> =

@@ -1,4 +1,4 @@
-//! How the next token is chosen from logits.
+//! Choice of the next token from logits: greedy, or by temperature and nucleus.
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;

@@ -28,7 +28,7 @@ pub struct Runtime {
     device: Device,
 }
 
-/// How much ONNX Runtime may change a graph before it runs it.
+/// Graph optimisation at load time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Optimisation {
     /// The graph as it is.
@@ -43,7 +43,7 @@ pub enum Optimisation {
 pub struct SessionOptions {
     /// Threads inside one operator; `None` uses the pool of all cores that sessions share.
     pub threads: Option<usize>,
-    /// Which rewrites ONNX Runtime makes at load time.
+    /// Graph optimisation at load time.
     pub optimisation: Optimisation,
     /// Products as the graph says. Left to itself ONNX Runtime fuses a product with the `DequantizeLinear` that unpacks its
     /// 4-bit weights and rounds the other factor to 8 bits, and sums of 8-bit products saturate on some processors.
@@ -143,7 +143,7 @@ impl Session {
         Ok(Session { inner, device, subject, inputs, outputs, _backing: backing })
     }
 
-    /// How messages name this session.
+    /// Name of the session in messages.
     pub fn subject(&self) -> &str {
         &self.subject
     }

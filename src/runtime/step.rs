@@ -1,4 +1,4 @@
-//! What a decoder reads: prompts with their embeddings, and steps over batches of them.
+//! Decoder inputs: prompts with their embeddings, and steps over batches of them.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -28,7 +28,7 @@ pub struct Embedded {
     pub side: Side,
 }
 
-/// What some decoders read of the tokens besides their embeddings and positions.
+/// Further inputs of some decoders, per token.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Side {
     /// True at image tokens; empty where there are none.

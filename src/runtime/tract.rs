@@ -1,4 +1,4 @@
-//! Whether tract, a second engine that runs without ONNX Runtime, loads a graph.
+//! Loads a graph in tract, an inference engine in Rust, as an independent check.
 
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -9,7 +9,7 @@ use tract_onnx::prelude::*;
 use crate::base::{Error, Result};
 use crate::ir::DataType;
 
-/// What tract makes of a graph.
+/// Result of loading a graph in tract.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TractOutcome {
     /// It becomes a runnable plan of so many nodes.

@@ -169,7 +169,7 @@ impl VisionEncoder {
     }
 }
 
-/// How the rows of an output are shared among the pictures of a run.
+/// Numbers of tiles per picture, by which the rows of an output are split among the pictures of a run.
 struct Shares(Vec<usize>);
 
 impl Shares {
@@ -273,7 +273,7 @@ impl Projector {
     }
 }
 
-/// Which output holds image features and which DeepStack features.
+/// Finds the output with image features and those with DeepStack features.
 fn outputs(subject: &str, ports: &[Port]) -> Result<(String, Deepstack)> {
     let mut levels: Vec<(Option<usize>, &Port)> = Vec::new();
     let mut others: Vec<&Port> = Vec::new();

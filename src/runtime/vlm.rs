@@ -1,4 +1,4 @@
-//! A whole vision-language model: pictures and token ids in, what the decoder reads out.
+//! A whole vision-language model: pictures and token ids in, decoder inputs or generated tokens out.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use super::session::Outputs;
 use super::step::{Embedded, Side, Step};
 use super::vision::VisionEncoder;
 
-/// What `token_type_ids` tells apart.
+/// Tokens that `token_type_ids` distinguishes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum TokenTypes {
     /// 1 at image tokens, which see each other both ways (Gemma 3).
@@ -24,10 +24,10 @@ pub enum TokenTypes {
     Answer,
 }
 
-/// What the model's configs say about its inputs and about generation.
+/// Settings of the model's configs about its inputs and about generation.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct VlmSettings {
-    /// The token that stands for one row of image features.
+    /// Id of the placeholder token for one row of image features.
     pub image_token_id: Option<i64>,
     /// Tokens that end an answer.
     pub eos_token_ids: Vec<i64>,
@@ -35,7 +35,7 @@ pub struct VlmSettings {
     pub spatial_merge_size: Option<usize>,
     /// Longest answer, in tokens.
     pub max_new_tokens: Option<usize>,
-    /// What `token_type_ids` tells apart.
+    /// Tokens that `token_type_ids` distinguishes.
     pub token_types: TokenTypes,
 }
 
@@ -99,7 +99,7 @@ impl VlmSession {
         self.decoder
     }
 
-    /// What the configs say.
+    /// Settings of the configs.
     pub fn settings(&self) -> &VlmSettings {
         &self.settings
     }

@@ -59,7 +59,7 @@ pub(super) struct Declared {
     pub shape: Vec<i64>,
 }
 
-/// Where values enter and leave a sub-graph.
+/// Slots of the values that enter and leave a sub-graph.
 pub(super) struct Ports {
     pub inputs: Vec<Slot>,
     pub outputs: Vec<Slot>,

@@ -25,7 +25,7 @@ const MAX_CALLS: usize = 1 << 18;
 
 /// One compiled node.
 pub(super) struct Step {
-    /// How messages name the node.
+    /// Name of the node in messages.
     pub label: String,
     pub row: &'static Row,
     pub kernel: Kernel,
@@ -34,7 +34,7 @@ pub(super) struct Step {
     pub outputs: Vec<Option<Slot>>,
 }
 
-/// What one operator call lacks.
+/// Missing support for an operator call.
 struct Missing {
     op: String,
     reason: String,
@@ -59,7 +59,7 @@ pub(super) struct Compiler<'m> {
     calls: usize,
 }
 
-/// Where nodes live: the top-level graph, or an inlined function.
+/// Scope of nodes: the top-level graph, or an inlined function.
 pub(super) struct Scope<'m> {
     graph: &'m Graph,
     /// What some node reads or the scope gives; other outputs are not computed.

@@ -1,4 +1,4 @@
-//! What an operator is at run time: a closure from tensors to tensors.
+//! An operator at run time: a closure from tensors to tensors.
 
 use tch::{Kind, TchError, Tensor};
 
@@ -11,7 +11,7 @@ use super::compile::BodyCompiler;
 #[derive(Debug)]
 pub struct OpError(pub String);
 
-/// What building and running an operator returns.
+/// Result of building and running an operator.
 pub type OpResult<T> = Result<T, OpError>;
 
 impl OpError {
@@ -101,15 +101,15 @@ pub fn is_float(kind: Kind) -> bool {
     matches!(kind, Kind::Half | Kind::BFloat16 | Kind::Float | Kind::Double)
 }
 
-/// What a row's builder sees of the node.
+/// The node as a row's builder sees it.
 pub struct Build<'a> {
     /// The node's attributes; those left unread fail the compilation.
     pub attributes: &'a Attributes<'a>,
     /// Version of the operator's domain that the model (or function) imports.
     pub version: i64,
-    /// Which inputs are connected.
+    /// True for connected inputs.
     pub inputs: &'a [bool],
-    /// Which outputs are wanted.
+    /// True for outputs that are read.
     pub outputs: &'a [bool],
     /// Element types of the inputs, where the graph says them.
     pub(super) dtypes: &'a [Option<DataType>],

@@ -16,10 +16,10 @@ use super::ops::lowered;
 use super::route::{Facts, Plan, Plans, Route, Signature, Turn};
 use super::weights::{self, Fixed};
 
-/// What to compile, and for what.
+/// Options of compilation.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Where tensors live; for a GPU take it from [`super::cuda_device`].
+    /// Device of the tensors; for a GPU take it from [`super::cuda_device`].
     pub device: Device,
     /// Initializers that get gradients. They are copied to f32 (f64 stays f64), as are all weights of 16 bits; the rest
     /// stay as they are in the file and share its memory.
@@ -78,7 +78,7 @@ pub struct Program {
     state: RefCell<State>,
 }
 
-/// What runs leave behind.
+/// State that runs reuse.
 #[derive(Default)]
 struct State {
     fixed: Fixed,
@@ -211,7 +211,7 @@ impl Program {
         Ok(())
     }
 
-    /// Where the program runs.
+    /// Device of the program.
     pub fn device(&self) -> Device {
         self.device
     }

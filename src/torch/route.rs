@@ -6,7 +6,7 @@ use tch::{Kind, Tensor};
 
 use super::compile::{Slot, Step};
 
-/// How often a step has to run.
+/// Frequency at which a step must run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Class {
     /// Once per program: depends on frozen weights only.
@@ -51,7 +51,7 @@ fn spanned_bytes(tensor: &Tensor) -> usize {
     usize::try_from(last).map_or(usize::MAX, |last| last.saturating_add(1).saturating_mul(width))
 }
 
-/// How many plans a program keeps, and how much memory they may take; the least recently used ones make room.
+/// Bounds on the number and memory of a program's plans; the least recently used ones are evicted.
 const MAX_PLANS: usize = 256;
 pub(super) const MAX_PLANS_BYTES: usize = 64 << 20;
 
@@ -97,13 +97,13 @@ pub(super) struct Route {
     pub outputs: Vec<Slot>,
     /// Constant steps, to be run once per program.
     pub constant: Vec<Turn>,
-    /// What constant steps give to others.
+    /// Values of constant steps that others read.
     pub constant_kept: HashSet<Slot>,
     /// First run with a signature: static and dynamic steps.
     pub full: Vec<Turn>,
     /// Later runs: dynamic steps only.
     pub lean: Vec<Turn>,
-    /// What static steps give to dynamic ones or to the caller.
+    /// Values of static steps that dynamic ones or the caller read.
     pub static_kept: HashSet<Slot>,
     /// Weights that the steps or the caller read.
     pub weights: Vec<Slot>,
@@ -111,7 +111,7 @@ pub(super) struct Route {
     pub lowered: HashSet<Slot>,
 }
 
-/// What a route is made from.
+/// Input for making a route.
 pub(super) struct Facts<'a> {
     pub steps: &'a [Step],
     /// The step that makes a slot.
@@ -194,12 +194,12 @@ impl Route {
     }
 }
 
-/// What a step reads in no other kind than it has.
+/// Inputs of a step that must keep their own element type.
 fn exact_inputs(step: &Step) -> impl Iterator<Item = Slot> + '_ {
     step.inputs.iter().skip(if step.row.lowers { 2 } else { 0 }).flatten().copied()
 }
 
-/// What is known of a value before a run.
+/// Static knowledge about a value.
 #[derive(Clone, Copy)]
 struct Known {
     /// The content depends on frozen weights only.

@@ -1,4 +1,4 @@
-//! Which grid of tiles a picture is cut into, where several processors share a rule.
+//! Rules for the grid of tiles of a picture, shared by several processors.
 
 /// Rows and columns of the grid whose aspect is nearest to the picture's, of those with `least` to `most` tiles. Of grids
 /// equally near the one with more tiles, unless the picture has less than half of its area.

@@ -1,4 +1,4 @@
-//! Pictures to what a vision encoder reads, as the image processor's config says: one row per kind of processor.
+//! Image processors: pictures to the input arrays of a vision encoder, by the processor's config. One row per kind.
 
 mod anyres;
 mod centred;
@@ -41,12 +41,12 @@ const CLIP: ([f64; 3], [f64; 3]) = ([0.48145466, 0.4578275, 0.40821073], [0.2686
 /// Levels from -1 to 1.
 const HALVES: ([f64; 3], [f64; 3]) = ([0.5; 3], [0.5; 3]);
 
-/// What an image processor made of the pictures of one prompt.
+/// Output of an image processor for the pictures of one prompt.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ImageInputs {
-    /// What the vision encoder reads for each picture, and for each moment of a video.
+    /// Inputs of the vision encoder for each picture, and for each moment of a video.
     pub pictures: Vec<Arc<ImageArrays>>,
-    /// How each picture and video was cut up.
+    /// Layout of each picture and video.
     pub shown: Vec<Shown>,
 }
 
@@ -59,7 +59,7 @@ pub enum Shown {
     Video(VideoLayout),
 }
 
-/// How a video became moments of some frames each.
+/// Layout of a video: moments of some frames each.
 #[derive(Clone, Debug, PartialEq)]
 pub struct VideoLayout {
     /// The middle of each moment in seconds.
@@ -282,7 +282,7 @@ const ROWS: &[Row] = &[
     },
 ];
 
-/// What a user may set over a model's own processor files.
+/// Image settings that override the model's own files.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ImageSettings {
@@ -295,10 +295,10 @@ pub struct ImageSettings {
     /// The edge of a square, or the longest edge, in pixels.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub image_size: Option<usize>,
-    /// Whether large pictures are cut into tiles, for processors that can.
+    /// Cut large pictures into tiles, for processors that support it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tiles: Option<bool>,
-    /// Which library's arithmetic is meant; without it the one that transformers takes by default.
+    /// Library whose arithmetic is reproduced; by default the one that transformers uses.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub back_end: Option<BackEnd>,
 }

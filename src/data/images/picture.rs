@@ -16,7 +16,7 @@ const MAX_PIXELS: usize = 100_000_000;
 /// The most bytes that a decoder may allocate.
 const MAX_DECODER_BYTES: u64 = 1 << 30;
 
-/// What becomes of transparent pixels.
+/// Treatment of transparent pixels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Transparency {
     /// The picture is laid on white, as the image processors of transformers 5 do under `do_convert_rgb`.
@@ -77,7 +77,7 @@ impl Picture {
         })
     }
 
-    /// The part that starts at (`left`, `top`); what lies outside is left out.
+    /// The part that starts at (`left`, `top`), clipped to the picture.
     pub(super) fn crop(&self, left: usize, top: usize, width: usize, height: usize) -> Result<Self> {
         let right = left.saturating_add(width).min(self.width);
         let bottom = top.saturating_add(height).min(self.height);

@@ -31,7 +31,7 @@ pub enum Filter {
     Hamming,
 }
 
-/// Which of the two image libraries under Hugging Face's processors is meant.
+/// Image library whose arithmetic is reproduced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum BackEnd {

@@ -1,4 +1,4 @@
-//! What a picture takes in the text: one row per kind of processor, as transformers' `processor_class` names it.
+//! Placeholder tokens of a picture in the text: one row per kind of processor, named as in transformers' `processor_class`.
 
 mod gemma;
 mod idefics3;

@@ -7,7 +7,7 @@
 //!   vision_encoder/1/model.onnx  and its data file beside it
 //!   embed_tokens/...
 //!   decoder_model_merged/...
-//!   decoder_model_merged/processor/   tokenizer, processor and configs, for clients; the server passes over it
+//!   decoder_model_merged/processor/   tokenizer, processor and configs, for clients; the server ignores it
 //! ```
 
 mod config;
@@ -42,7 +42,7 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
     for component in chosen(bundle, settings.variant.as_deref())? {
         let name = file_name(&component.stem);
         if models.contains_key(&name) {
-            return Err(Error::invalid(format!("model `{name}`"), "stands for two components")
+            return Err(Error::invalid(format!("model `{name}`"), "names two components")
                 .remedy("export a folder with one of them"));
         }
         let mut model = onnx::load(&bundle.path_of(component))?;

@@ -1,4 +1,4 @@
-//! What Triton asks of a model's configuration, checked before it is written.
+//! Triton's rules for a model's configuration, checked before it is written.
 //!
 //! Source: `ValidateModelConfig` and `ValidateModelInput` in the server's core (`model_config_utils.cc`).
 

@@ -1,4 +1,4 @@
-//! Selection by measured loss: again and again the layer whose removal raises it least.
+//! Greedy selection by measured loss: repeatedly drops the layer whose removal raises the loss least.
 
 use crate::base::{Error, Progress, Result};
 

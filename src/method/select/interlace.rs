@@ -8,14 +8,14 @@ use crate::base::Result;
 
 use super::{Group, Request};
 
-/// Triplets, then pairs; of the first two layers the one with the higher `sim_1` goes.
+/// Triplets, then pairs; drops the one of the first two layers with the higher `sim_1`.
 pub(super) fn interlace(request: &mut Request) -> Result<Vec<Group>> {
     Ok(packs(request, |request, start| {
         if request.sim(1, start + 1) > request.sim(1, start) { (start + 1, start) } else { (start, start + 1) }
     }))
 }
 
-/// Triplets, then pairs; the first layer goes.
+/// Triplets, then pairs; drops the first layer.
 pub(super) fn order_as_is(request: &mut Request) -> Result<Vec<Group>> {
     Ok(packs(request, |_, start| (start, start + 1)))
 }

@@ -25,7 +25,7 @@ pub struct Group {
     /// The frozen layer that closes a triplet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub anchor: Option<usize>,
-    /// What the group was ranked by: a similarity, an angle over pi, or a loss; absent where nothing ranks.
+    /// Value by which the group was ranked: a similarity, an angle over pi, or a loss in nats; absent without a ranking.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub score: Option<f64>,
 }
@@ -42,7 +42,7 @@ pub trait MeasureLosses {
     fn losses(&mut self, removed: &[usize], candidates: &[usize], progress: &Progress) -> Result<Vec<f64>>;
 }
 
-/// What a strategy is asked.
+/// Input of a strategy.
 pub struct Request<'a, 'm> {
     /// Decoder layers of the dense model.
     pub num_layers: usize,
@@ -220,12 +220,12 @@ impl Strategy {
     }
 }
 
-/// `floor(ratio * num_layers)`, the number of layers that a drop ratio stands for.
+/// Number of layers of a drop ratio: `floor(ratio * num_layers)`.
 ///
 /// Errors: `Error::Invalid` unless 0 < ratio < 1, or when that is no layer at all.
 pub fn drop_count(ratio: f64, num_layers: usize) -> Result<usize> {
     if !(ratio > 0.0 && ratio < 1.0) {
-        return Err(Error::invalid(format!("drop ratio {ratio}"), "must lie between 0 and 1, both excluded")
+        return Err(Error::invalid(format!("drop ratio {ratio}"), "must be between 0 and 1, both excluded")
             .remedy("to drop a number of layers use `--drop-count`"));
     }
     // 0.3 * 10 is 3.0000000000000004 one way and 2.9999999999999996 another: a ratio that means a whole number of

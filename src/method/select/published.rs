@@ -1,5 +1,5 @@
-//! Selectors of other publications, and the user's own choice. They say only what to drop; the layers to finetune are
-//! the neighbours of what goes.
+//! Selectors of other publications, and the user's own choice. They choose only layers to drop; the layers to finetune are
+//! the neighbours of dropped ones.
 
 use std::f64::consts::PI;
 

@@ -1,7 +1,7 @@
-//! Which sets of dropped layers fit INTERLACE's structure, and which neighbours they take.
+//! Sets of dropped layers that fit INTERLACE's structure, with the neighbours to finetune.
 //!
 //! A stack of layers is laid out with pairs (dropped, finetuned) or (finetuned, dropped), anchors behind pairs, and
-//! layers that stay as they are; two dropped layers never touch.
+//! frozen layers; two dropped layers are never adjacent.
 
 use super::Group;
 
@@ -36,7 +36,7 @@ impl Piece {
     }
 }
 
-/// What a layout is chosen for, the more important first.
+/// Criteria by which a layout is chosen, the more important first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 struct Worth {
     drops: usize,

@@ -1,4 +1,4 @@
-//! Budgets: how many layers must go for a model to be small or fast enough.
+//! Budgets: the fewest layers to drop for a model to be small or fast enough.
 
 use std::collections::HashSet;
 
@@ -8,14 +8,14 @@ use crate::bundle::{Bundle, Role};
 use crate::ir::Body;
 use crate::onnx;
 
-/// What a model's parts weigh, each component in its most precise variant.
+/// Parameters and bytes of a model's parts, each component in its most precise variant.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ModelCosts {
     /// Elements of all weights; one that several nodes read counts once.
     pub parameters: u64,
     /// Bytes of the files.
     pub size_bytes: u64,
-    /// What goes with each decoder layer: weights that no other layer reads.
+    /// Cost of each decoder layer: the weights that no other layer reads.
     pub layers: Vec<LayerCost>,
 }
 
@@ -28,7 +28,7 @@ pub struct LayerCost {
     pub size_bytes: u64,
 }
 
-/// What is left of a model.
+/// Cost of a pruned model.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Remaining {
     /// Elements of all weights.
@@ -76,7 +76,7 @@ impl ModelCosts {
         Ok(costs)
     }
 
-    /// What stays when these layers go.
+    /// Cost of the model without these layers.
     pub fn without(&self, drop: &[usize]) -> Remaining {
         let gone = |weight: fn(&LayerCost) -> u64| -> u64 {
             drop.iter().filter_map(|&layer| self.layers.get(layer)).map(weight).sum()
@@ -137,7 +137,7 @@ impl Target {
         }
     }
 
-    /// What the bound is about, as messages say it.
+    /// Name of the bounded quantity in messages.
     fn of(self, remaining: Remaining) -> String {
         match self {
             Target::Params(_) => format!("{} parameters", human_count(remaining.parameters)),

@@ -1,4 +1,4 @@
-//! A model's answers to a benchmark, or its perplexity on running text, beside a baseline's.
+//! Evaluates a model on a benchmark, or its perplexity on running text, and compares it with a baseline.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -24,7 +24,7 @@ const FEATURE_CACHE_BYTES: usize = 256 << 20;
 /// Seed of the bootstrap.
 pub(super) const BOOTSTRAP_SEED: u64 = 42;
 
-/// How a benchmark is run.
+/// Settings of a benchmark run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct EvalSettings {
@@ -34,9 +34,9 @@ pub struct EvalSettings {
     pub max_new_tokens: Option<usize>,
     /// Asks only the first questions.
     pub limit: Option<usize>,
-    /// How questions are worded.
+    /// Wording of the questions.
     pub prompt_style: PromptStyle,
-    /// How pictures are scaled and cut up, in place of what the model's files say.
+    /// Image settings that override the model's own files.
     #[serde(skip_serializing_if = "ImageSettings::is_default")]
     pub images: ImageSettings,
 }
@@ -139,7 +139,7 @@ pub fn eval(
     })
 }
 
-/// How perplexity is measured.
+/// Settings of a perplexity measurement.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TextSettings {
@@ -225,7 +225,7 @@ pub fn write_predictions(path: &Path, data: &Path, scores: &ModelScores) -> Resu
     file.commit()
 }
 
-/// What a model keeps of a baseline, by the seed that all verbs use.
+/// Retention against a baseline, with the bootstrap seed of all verbs.
 ///
 /// Errors: as `eval::compare`.
 pub fn retention(model: &ModelScores, baseline: &ModelScores) -> Result<crate::eval::Retention> {

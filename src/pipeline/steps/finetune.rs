@@ -1,4 +1,4 @@
-//! The pruned model with its finetune layers trained, as a new folder.
+//! Finetunes a pruned model and writes it as a new folder.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ use super::needs::{Work, check as check_needs};
 /// Name of the report in the work folder.
 pub const FINETUNE_REPORT: &str = "finetune.json";
 
-/// What is finetuned, on what, and how.
+/// Input of a finetuning step.
 pub struct Finetune<'a> {
     /// Folder of the pruned model.
     pub pruned: &'a Path,
@@ -28,9 +28,9 @@ pub struct Finetune<'a> {
     pub plan_digest: Sha256Digest,
     /// Conversations or running text: a file, a folder or a pattern.
     pub data: &'a Path,
-    /// How the data is read.
+    /// Options for reading the data.
     pub options: &'a DataOptions,
-    /// Which samples.
+    /// Samples to draw.
     pub subset: Subset,
     /// Losses, optimiser, schedule and stages.
     pub settings: &'a Settings,
@@ -38,7 +38,7 @@ pub struct Finetune<'a> {
     pub device: Device,
     /// Folder for checkpoints, metrics and the report.
     pub work: &'a Path,
-    /// Goes on from the newest checkpoint in `work`.
+    /// Continues from the newest checkpoint in `work`.
     pub resume: bool,
     /// Vision features by picture, shared with other steps.
     pub features: &'a Arc<FeatureCache>,
@@ -54,7 +54,7 @@ struct Recorded<'a> {
     settings: &'a Settings,
 }
 
-/// Where a run keeps its checkpoints and metrics unless told otherwise: `OUT.work` beside `OUT`.
+/// Default folder of a run's checkpoints and metrics: `OUT.work` beside `OUT`.
 pub fn default_work_folder(target: &Path) -> PathBuf {
     let mut name = target.file_name().unwrap_or_default().to_os_string();
     name.push(".work");

@@ -1,4 +1,4 @@
-//! Answers to a question of the user's, or to every prompt of a data set.
+//! Answers a question of the user, or every prompt of a data set.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -27,7 +27,7 @@ pub struct Question {
     pub images: Vec<PathBuf>,
     /// Frames of a video with their times in seconds; the video follows the pictures.
     pub video: Vec<(f64, PathBuf)>,
-    /// How pictures are scaled and cut up.
+    /// Image settings that override the model's own files.
     pub settings: ImageSettings,
     /// System message; `None` leaves it to the chat template.
     pub system: Option<String>,
@@ -35,14 +35,14 @@ pub struct Question {
     pub prompt: String,
 }
 
-/// How an answer is made.
+/// Settings of decoding.
 #[derive(Clone, Debug)]
 pub struct Decoding {
     /// Longest answer in tokens; `None` takes the model's own setting.
     pub max_tokens: Option<usize>,
-    /// 0 for the likeliest token, always.
+    /// Sampling temperature, 0 or more; 0 takes the most likely token at each step.
     pub temperature: f32,
-    /// The part of the probability that is drawn from.
+    /// Nucleus: tokens are drawn among the most likely ones whose probabilities add up to this, above 0 and at most 1.
     pub top_p: f32,
     /// Seed of the draws; unused at temperature 0.
     pub seed: u64,
@@ -71,7 +71,7 @@ pub struct Generation {
     pub tokens_per_s: Option<f64>,
 }
 
-/// What `generate --json` prints.
+/// Output of `generate --json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Generations {
     /// The model's answer, and behind it the one of the model that it is compared with.

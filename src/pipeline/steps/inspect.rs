@@ -1,4 +1,4 @@
-//! What is in a model: components, layers, boundaries, cache ports, what layers share.
+//! Describes a model: components, layers, boundaries, cache ports and shared weights.
 
 use std::collections::BTreeMap;
 
@@ -15,13 +15,13 @@ use crate::runtime::missing_deepstack;
 /// Version of the schema of `inspect --json`.
 pub const LAYERS_SCHEMA_VERSION: u32 = 1;
 
-/// What `inspect --json` prints.
+/// Output of `inspect --json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Inspection {
     /// Tool version, schema version, input digests and settings.
     #[serde(flatten)]
     pub provenance: Provenance,
-    /// How the files are laid out.
+    /// Name of the folder's layout.
     pub layout: String,
     /// `model_type` of the config.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -35,7 +35,7 @@ pub struct Inspection {
     pub num_layers: usize,
     /// Decoder layers in order; empty where the layers are not understood.
     pub layers: Vec<LayerInfo>,
-    /// What is done to the residual stream between decoder layers.
+    /// Changes of the residual stream between decoder layers.
     pub between_layers: Vec<BetweenLayers>,
     /// Outputs beside the result that read the stream and are no cache.
     #[serde(default)]
@@ -43,7 +43,7 @@ pub struct Inspection {
     /// Layers of the vision tower; absent without one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vision: Option<VisionInfo>,
-    /// What a user should know before these graphs are used.
+    /// Warnings about these graphs.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
 }
@@ -78,7 +78,7 @@ pub struct LayerInfo {
     pub index: usize,
     /// Index in the model that was never pruned.
     pub original_index: usize,
-    /// What it does, as in `attention + mlp`.
+    /// Kinds of its blocks, as in `attention + mlp`.
     pub kind: String,
     /// Layers of the same number have the same operators in the same arrangement.
     pub class: usize,
@@ -186,7 +186,7 @@ fn check_count(bundle: &Bundle, component: &Component, found: usize) -> Result<(
 /// Looks at every component.
 ///
 /// Errors: `Error::Invalid` and `Error::Unsupported` when the most precise variant of a component does not load, the decoder has no layers that are
-/// understood, or config and graph disagree. A vision tower that is not understood is told, not refused.
+/// understood, or config and graph disagree. A vision tower that is not understood is reported, not refused.
 pub fn inspect(bundle: &Bundle) -> Result<Inspection> {
     let history = bundle.record()?.map(|record| record.history).unwrap_or_default();
     let decoder = decoder(bundle)?;

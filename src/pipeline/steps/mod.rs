@@ -1,4 +1,4 @@
-//! What each verb does, as functions that the command line and a run share.
+//! One function per verb, shared by the command line and by runs.
 
 mod budget;
 mod eval;

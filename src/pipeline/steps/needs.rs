@@ -1,4 +1,4 @@
-//! What each kind of work needs of a model's decoder, checked before the work begins.
+//! Requirements of each kind of work on a model's decoder, checked before the work begins.
 
 use crate::analysis::{self, Analysis};
 use crate::base::{Error, Result};
@@ -50,7 +50,7 @@ pub const NEEDS: &[(Work, &[Need])] = &[
 ];
 
 impl Work {
-    /// What is needed.
+    /// The requirement.
     pub fn needs(self) -> &'static [Need] {
         NEEDS.iter().find(|(work, _)| *work == self).map_or(&[], |(_, needs)| needs)
     }
@@ -94,7 +94,7 @@ pub fn check(bundle: &Bundle, work: Work) -> Result<()> {
     Ok(())
 }
 
-/// What a user should know of a model before it reads data.
+/// Warnings about a model before it reads data.
 pub fn warnings(bundle: &Bundle) -> Vec<String> {
     Processor::open(bundle).ok().and_then(|processor| processor.warning()).into_iter().collect()
 }
@@ -108,7 +108,7 @@ fn wanted(need: Need) -> &'static str {
     }
 }
 
-/// What is wrong, and what to do.
+/// Problem and remedy.
 fn lacks(analysis: &Analysis, need: Need) -> Option<(String, &'static str)> {
     match need {
         Need::EveryPosition => Some((

@@ -1,4 +1,4 @@
-//! Scores to a plan.
+//! Makes a plan from scores.
 
 use std::collections::BTreeMap;
 
@@ -14,7 +14,7 @@ use crate::method::{ModalityWeights, PLAN_SCHEMA_VERSION, Plan, Scores, Similari
 use super::budget::{ModelCosts, Target};
 use super::inspect::decoder_analysis;
 
-/// How many layers go.
+/// Number of layers to drop, or the budget that determines it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum HowMany {
@@ -32,7 +32,7 @@ pub enum HowMany {
     TargetSpeedup(f64),
 }
 
-/// What decides a plan besides model and scores.
+/// Settings of a plan.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PlanSettings {
@@ -45,10 +45,10 @@ pub struct PlanSettings {
     /// Calibration samples that losses are measured on, where the strategy measures them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub samples: Option<usize>,
-    /// How the data of the samples is read.
+    /// Options for reading the calibration data.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub data: Option<DataOptions>,
-    /// How much similarities over image tokens, text tokens and all tokens count; all tokens alone without it.
+    /// Weights of the similarities over image tokens, text tokens and all tokens; all tokens alone by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub modality_weights: Option<ModalityWeights>,
 }
@@ -93,7 +93,7 @@ impl PlannedModel {
         Ok(PlannedModel { digest: bundle.digest()?, num_layers: analysis.map.layers.len(), costs, additions })
     }
 
-    /// What a user should know before these layers go.
+    /// Warnings about dropping these layers.
     pub fn warnings(&self, drop: &[usize]) -> Vec<String> {
         let met = self.additions.iter().filter(|(layer, _)| drop.contains(layer));
         met.map(|(layer, inputs)| {

@@ -1,4 +1,4 @@
-//! Layers taken out of a model folder: every variant of the component, and the configs with it.
+//! Removes layers from every variant of a component and from the configs, as a new folder.
 
 use std::collections::BTreeMap;
 use std::panic::resume_unwind;
@@ -14,7 +14,7 @@ use crate::method::Plan;
 use crate::onnx;
 use crate::rewrite::{drop_layers, has_additions, shift_additions};
 
-/// What `prune --json` prints.
+/// Output of `prune --json`.
 #[derive(Clone, Debug, PartialEq, Serialize, serde::Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Pruned {
@@ -26,7 +26,7 @@ pub struct Pruned {
     pub layers_before: usize,
     /// Layers of the tower after pruning.
     pub layers_after: usize,
-    /// What became of features that are added between layers; absent where none are.
+    /// Treatment of features that are added between layers; absent where none are.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deepstack: Option<Deepstack>,
     /// Components that were written anew.
@@ -58,7 +58,7 @@ pub struct PrunedComponent {
     pub weight_bytes_after: u64,
 }
 
-/// Which layers go, and who says so.
+/// The layers to drop, and the source of the choice.
 pub enum Drop<'a> {
     /// The user names layers.
     Layers {

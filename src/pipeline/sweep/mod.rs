@@ -1,4 +1,4 @@
-//! A sweep: drop ratios, strategies and healing recipes against each other over several seeds, each step once.
+//! A sweep compares drop ratios, strategies and finetuning recipes over several seeds; equal steps run once.
 
 mod recipe;
 mod table;
@@ -22,7 +22,7 @@ use super::store::Finished;
 /// Name of the sweep's table in its folder, without extension.
 pub const SWEEP_FILE: &str = "sweep";
 
-/// What a sweep came to.
+/// Result of a sweep.
 pub struct SweepResult {
     /// The sweep's output folder.
     pub folder: PathBuf,
@@ -37,7 +37,7 @@ struct Setting<'s> {
     recipe: &'s str,
 }
 
-/// What one seed of a combination gave.
+/// Result of one seed of a combination.
 struct Cell {
     dropped: Vec<usize>,
     kept_dropped: f64,
@@ -176,7 +176,7 @@ impl Run<'_> {
         self.stages.heal(pruned, healing)
     }
 
-    /// What a model keeps of the dense one's average.
+    /// Average score over the dense model's.
     fn kept(&mut self, label: &str, model: &Finished) -> Result<f64> {
         let settings = &self.sweep.eval.settings;
         let scores = self.stages.answers(label, &model.path, &model.digest, &self.questions, settings)?;

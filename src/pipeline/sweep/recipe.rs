@@ -1,4 +1,4 @@
-//! What a sweep is told: a TOML file, every key known.
+//! The recipe of a sweep: a TOML file; an unknown key is an error.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -33,10 +33,10 @@ pub struct Sweep {
     pub seeds: Vec<u64>,
     /// Data on which `score` measures the layers.
     pub calibration: Calibration,
-    /// How the graph is rewritten.
+    /// Settings of the graph rewrite.
     #[serde(default)]
     pub prune: PruneSection,
-    /// How the models are finetuned.
+    /// Data and recipes of finetuning.
     pub finetune: SweepFinetune,
     /// Benchmark on which all models are compared.
     pub eval: SweepEval,
@@ -44,18 +44,18 @@ pub struct Sweep {
     /// are asked.
     #[serde(default)]
     pub keep_models: bool,
-    /// Measures each pruned model's speed; without it the ideal one stands in the table.
+    /// Measures each pruned model's speed; by default the table has the ideal speed-up.
     #[serde(default = "no_bench")]
     pub bench: BenchSection,
 }
 
-/// How the models are healed.
+/// Data and recipes of finetuning.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SweepFinetune {
     /// Conversations in parquet or JSON: a file, a folder or a pattern.
     pub data: PathBuf,
-    /// What the turns of a conversation are: one sample (`conversation`), or a sample each (`separate`).
+    /// Make one sample of a conversation (`conversation`), or one of each turn (`separate`).
     #[serde(default)]
     pub turns: Turns,
     /// The least values of columns of ratings; other rows are not used.
@@ -67,10 +67,10 @@ pub struct SweepFinetune {
     /// The first row that cannot be read ends the run.
     #[serde(default)]
     pub strict: bool,
-    /// How pictures are scaled and cut up, in place of what the model's files say.
+    /// Image settings that override the model's own files.
     #[serde(default, skip_serializing_if = "ImageSettings::is_default")]
     pub images: ImageSettings,
-    /// How many samples are drawn; all without it.
+    /// Number of samples to draw; all by default.
     #[serde(default)]
     pub samples: Option<usize>,
     /// Named recipes.
@@ -85,7 +85,7 @@ pub struct SweepFinetune {
 }
 
 impl SweepFinetune {
-    /// How the data is read; running text in sequences of the usual length.
+    /// Options for reading the data; running text in sequences of the default length.
     pub(super) fn data_options(&self) -> DataOptions {
         let min_ratings = self.min_ratings.clone();
         let ignore_keys = self.ignore_keys.clone();
@@ -100,7 +100,7 @@ impl SweepFinetune {
     }
 }
 
-/// What the models are asked.
+/// Benchmarks that compare the models.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SweepEval {
@@ -163,7 +163,7 @@ impl Sweep {
         distinct("seeds", &self.seeds)?;
         distinct("recipes", &self.finetune.recipes)?;
         if let Some(ratio) = self.drop_ratios.iter().find(|ratio| !(**ratio > 0.0 && **ratio < 1.0)) {
-            return Err(Error::invalid(format!("drop ratio {ratio}"), "must lie between 0 and 1, both excluded")
+            return Err(Error::invalid(format!("drop ratio {ratio}"), "must be between 0 and 1, both excluded")
                 .remedy("0.25 drops a quarter of the layers"));
         }
         if let Some(name) = self.finetune.recipe_settings.keys().find(|name| !self.finetune.recipes.contains(name)) {

@@ -1,4 +1,4 @@
-//! The table of a sweep: means and spreads over seeds, and which rows are worth having.
+//! The table of a sweep: means and spreads over seeds, and the Pareto-optimal rows.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

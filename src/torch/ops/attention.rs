@@ -14,7 +14,7 @@ pub(super) const ROWS: &[Row] = &[
     Row::new(super::MICROSOFT, "MultiHeadAttention", 1, multi_head).grad(),
 ];
 
-/// What one attention computes besides its three operands.
+/// Parameters of one attention besides its three operands.
 #[derive(Default)]
 pub(super) struct Spec {
     pub scale: f64,
@@ -32,7 +32,7 @@ pub(super) struct Spec {
     pub scores: Option<Scores>,
 }
 
-/// Which scores are asked for.
+/// Kind of scores that the node outputs.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Scores {
     Raw,
@@ -167,7 +167,7 @@ pub(super) fn visible(
     Ok(seen)
 }
 
-/// Key `j` lies at most `left` before and `right` behind query `i`'s place `start + i`.
+/// True where key `j` is at most `left` before and `right` after the position `start + i` of query `i`.
 ///
 /// Shapes: as [`visible`].
 fn within(
@@ -438,7 +438,7 @@ fn with_projection(b: &mut Build) -> OpResult<Kernel> {
     })
 }
 
-/// What `Attention` takes as a mask, as numbers to add to the scores.
+/// The mask of `Attention` as numbers to add to the scores.
 fn index_bias(mask: &Tensor, batch: i64, columns: i64, filter: f64, kind: Kind) -> OpResult<Tensor> {
     let size = mask.size();
     let shown = match size[..] {

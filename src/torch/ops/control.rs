@@ -64,7 +64,7 @@ fn loop_body(b: &mut Build) -> OpResult<Kernel> {
     })
 }
 
-/// What the body of a loop is given: the number of the iteration, a condition that holds, and the carried values.
+/// Inputs of a loop's body: the number of the iteration, a true condition, and the carried values.
 fn turn(iteration: i64, carried: Vec<Tensor>) -> OpResult<Vec<Tensor>> {
     let scalar = [0i64; 0];
     let mut inputs =

@@ -13,7 +13,7 @@ pub(super) const ROWS: &[Row] = &[
     Row::new("", "ConvTranspose", 1, |b| convolution(b, true)).grad(),
 ];
 
-/// How a window moves over the spatial axes.
+/// Geometry of a window over the spatial axes.
 pub(super) struct Window {
     pub kernel: Option<Vec<i64>>,
     pub strides: Option<Vec<i64>>,
@@ -122,7 +122,7 @@ fn convolution(b: &mut Build, transposed: bool) -> OpResult<Kernel> {
 
 /// Shapes: x `[N, C, ..]`, weight `[M, C / group, ..]`, zero point of x one, of the weight one or `[M]` -> `[N, M, ..]`.
 ///
-/// Padding stands for x's zero point.
+/// Padding has the value of x's zero point.
 fn convolution_of_integers(b: &mut Build) -> OpResult<Kernel> {
     let window = Window::read(b, true)?;
     let group = b.attributes.int("group", 1)?;

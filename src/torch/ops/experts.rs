@@ -12,7 +12,7 @@ use super::quantized::unpack;
 pub(super) const ROWS: &[Row] =
     &[Row::new(MICROSOFT, "MoE", 1, mixture).grad(), Row::new(MICROSOFT, "QMoE", 1, quantised_mixture)];
 
-/// What an expert does between its two products.
+/// Activation of an expert between its two products.
 #[derive(Clone, Copy)]
 enum Activation {
     Relu,
@@ -23,7 +23,7 @@ enum Activation {
     SwiGlu(Layout),
 }
 
-/// Where SwiGLU's two parts stand.
+/// Order of SwiGLU's two parts in the first product's output.
 #[derive(Clone, Copy)]
 enum Layout {
     /// The linear part is computed by a third weight.
@@ -45,7 +45,7 @@ struct Settings {
     quantised: Option<Quantised>,
 }
 
-/// How the experts' weights are stored when they are not floating point.
+/// Storage of quantised expert weights.
 #[derive(Clone, Copy)]
 struct Quantised {
     bits: i64,
@@ -61,7 +61,7 @@ enum Product {
     Third = 2,
 }
 
-/// Each token goes through the `k` experts with the highest softmax of its router logits, weighted by it.
+/// Each token is processed by the `k` experts with the highest softmax of its router logits, weighted by it.
 ///
 /// Inputs: x `[.., D]`, router logits `[N, E]`, the experts' weights `[E, F, D]`, `[E, D, I]` and optional `[E, I, D]`, each
 /// followed by its optional bias -> `[.., D]`. With fused SwiGLU F is 2 I. Without it the third weight's product is a

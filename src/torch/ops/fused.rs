@@ -1,4 +1,4 @@
-//! Nodes that stand for several of the file's, as `rewrite::fuse_kernels` makes them.
+//! Fused nodes that `rewrite::fuse_kernels` makes of several nodes of the file.
 
 use tch::Tensor;
 

@@ -32,7 +32,7 @@ struct Placed {
     before: Vec<i64>,
     /// The pads behind, without what a last window reaches beyond them.
     after: Vec<i64>,
-    /// How far a last window reaches beyond the pads behind.
+    /// Elements by which a last window extends beyond the end padding.
     beyond: Vec<i64>,
 }
 

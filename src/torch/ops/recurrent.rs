@@ -21,12 +21,12 @@ fn single_state(b: &Build) -> OpResult<()> {
     }
 }
 
-/// How one step changes the state.
+/// Update rule of the state.
 #[derive(Clone, Copy)]
 struct Rule {
     /// The state shrinks by an exponential first.
     decays: bool,
-    /// What the state already holds under a key is taken off its value.
+    /// Delta rule: the state's content under a key is subtracted from the value.
     corrects: bool,
 }
 

@@ -16,7 +16,7 @@ enum Coordinates {
     AlignCorners,
 }
 
-/// How sizes are read that would change the ratio of the axes.
+/// Policy for sizes that would change the aspect ratio.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Ratio {
     Stretch,
@@ -44,7 +44,7 @@ struct ResizeSettings {
     ratio: Ratio,
 }
 
-/// How one axis changes.
+/// Resizing of one axis.
 struct Change {
     axis: i64,
     size: i64,

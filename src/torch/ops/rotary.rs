@@ -64,7 +64,7 @@ pub(super) fn by_position(cache: &Tensor, positions: &Tensor) -> OpResult<Tensor
     Ok(cache.f_index_select(0, &index.f_reshape([-1i64])?)?.f_reshape(&size)?)
 }
 
-/// Which position stream each rotated pair follows.
+/// Position stream of each rotated pair.
 fn streams(sections: &[i64], interleaved_layout: bool) -> Vec<i64> {
     let half: i64 = sections.iter().sum();
     if !interleaved_layout {
