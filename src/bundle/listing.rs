@@ -54,7 +54,8 @@ impl Listing {
                     }
                     let link = fs::symlink_metadata(&path).is_ok_and(|m| m.file_type().is_symlink());
                     if link || depth >= MAX_DEPTH {
-                        let problem = if link { "is a link to a folder" } else { "is nested too deep for a model folder" };
+                        let problem =
+                            if link { "is a link to a folder" } else { "is nested too deep for a model folder" };
                         return Err(Error::invalid(format!("`{}`", path.display()), problem)
                             .remedy("give the folder that holds the model's own files"));
                     }

@@ -204,9 +204,12 @@ fn lists_of_layers_are_checked() {
     assert_eq!(check_layers(&[5, 2], 10).unwrap(), vec![2, 5]);
     let cases: [(&[usize], &str); 4] = [
         (&[], "list of layers: is empty; name at least one layer"),
-        (&[2, 2], "layer 2: is named twice"),
-        (&[10], "layer 10: the model has 10 layers, 0 to 9"),
-        (&[0, 1, 2, 3, 4, 5, 6, 7, 8, 9], "list of layers: names all 10 layers, at least one must stay"),
+        (&[2, 2], "layer 2: is named twice; name each layer once"),
+        (&[10], "layer 10: the model has 10 layers, 0 to 9; name layers that exist; `interlace inspect` lists them"),
+        (
+            &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9],
+            "list of layers: names all 10 layers, at least one must stay; name fewer layers",
+        ),
     ];
     for (layers, want) in cases {
         assert_eq!(check_layers(layers, 10).unwrap_err().to_string(), want);
