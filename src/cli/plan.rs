@@ -6,12 +6,12 @@ use crate::base::{Device, human_bytes, human_count, sha256_file, write_json};
 use crate::bundle::Bundle;
 use crate::data::{Amount, Dataset, Subset};
 use crate::method::select::{STRATEGIES, Strategy};
-use crate::method::{LossMeter, Scores};
+use crate::method::{LossMeter, Plan, Scores};
 use crate::pipeline::steps::{self, HowMany, PlanSettings, PlannedModel, Work, check_needs};
 
 use super::args::{LayerList, Weights, amount, positive};
 use super::data_args::{DataArgs, warn_left_out};
-use super::{Context, Outcome, strip};
+use super::{Context, Outcome, Output, strip};
 
 /// The flags that set the number of layers to drop; exactly one is given.
 const HOW_MANY: [&str; 6] = ["drop_ratio", "drop_count", "drop", "target_params", "target_size", "target_speedup"];
@@ -139,11 +139,16 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     let output = &context.output;
     warn_left_out(&plan.left_out, output);
     model.warnings(&plan.drop).iter().for_each(|warning| output.warn(warning));
-    if output.json {
-        output.json(&plan)?;
-        return Ok(Outcome::Done);
+    match output.json {
+        true => output.json(&plan)?,
+        false => print(&plan, &model, measured, output)?,
     }
-    output.line(strip::strip(&plan))?;
+    Ok(Outcome::Done)
+}
+
+/// Prints the strip, the chosen layers and the cost of the model before and after.
+fn print(plan: &Plan, model: &PlannedModel, measured: bool, output: &Output) -> anyhow::Result<()> {
+    output.line(strip::strip(plan))?;
     output.line(strip::legend())?;
     let list = |layers: &[usize]| layers.iter().map(usize::to_string).collect::<Vec<_>>().join(" ");
     output.line(format!("drop      {}", list(&plan.drop)))?;
@@ -151,7 +156,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     if measured {
         let steps =
             plan.groups.iter().map(|group| format!("{} ({:.4})", list(&group.drop), group.score.unwrap_or_default()));
-        output.line(format!("loss      {} as they went", steps.collect::<Vec<_>>().join(", ")))?;
+        output.line(format!("loss      {} after each removal", steps.collect::<Vec<_>>().join(", ")))?;
     }
     output.line(format!("kept      {} of {} layers", plan.num_layers - plan.drop.len(), plan.num_layers))?;
     let (before, after) = (model.costs.without(&[]), model.costs.without(&plan.drop));
@@ -163,5 +168,5 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         human_bytes(before.size_bytes)
     ))?;
     output.line(format!("decoder   {:.2} times as fast at best, all layers being alike", after.speedup))?;
-    Ok(Outcome::Done)
+    Ok(())
 }

@@ -3,15 +3,50 @@
 use std::collections::HashSet;
 
 use crate::analysis::{FUSED_MARK, FUSED_OUTPUTS, FusedNorm};
-use crate::ir::{Attribute, GraphIndex, Model, Node, Value, ValueId};
+use crate::ir::{Attribute, Body, GraphIndex, Model, Node, Value, ValueId};
 
-/// Joins every marked norm with the marked addition before it. A norm whose addition is gone (the first layer was
-/// dropped, so it stands on the embeddings) stays a plain norm.
+/// A marked norm joined with the addition before it.
+struct Joined {
+    /// Position of the norm among the nodes.
+    norm: usize,
+    /// Position of the addition among the nodes.
+    addition: usize,
+    /// The fused node.
+    node: Node,
+    /// Names of the fused node's outputs from the second on.
+    names: Vec<String>,
+}
+
+/// Joins every marked norm with the marked addition before it. A norm without an addition (the first layer was dropped,
+/// so it reads the embeddings) remains a plain norm.
 pub fn fuse_skip_norms(model: &mut Model) {
-    let body = &model.graph.body;
+    let mut gone = HashSet::new();
+    for Joined { norm, addition, mut node, names } in joined_norms(&model.graph.body) {
+        // Unread statistics get their names back.
+        for (position, name) in (1..).zip(names).take(2).filter(|(_, name)| !name.is_empty()) {
+            if node.outputs.len() <= position {
+                node.outputs.resize(position + 1, None);
+            }
+            node.outputs[position] = Some(model.graph.add_value(Value { name, ..Value::default() }));
+        }
+        model.graph.body.nodes[norm] = node;
+        gone.insert(addition);
+    }
+    let body = &mut model.graph.body;
+    let mut number = 0;
+    body.nodes.retain(|_| {
+        number += 1;
+        !gone.contains(&(number - 1))
+    });
+    for node in &mut body.nodes {
+        node.metadata = without_mark(node);
+    }
+}
+
+fn joined_norms(body: &Body) -> Vec<Joined> {
     let index = GraphIndex::of_body(body);
     let mut taken: HashSet<usize> = HashSet::new();
-    let mut replaced: Vec<(usize, usize, Node, Vec<String>)> = Vec::new();
+    let mut joined = Vec::new();
     for (number, norm) in body.nodes.iter().enumerate() {
         let Some(row) = mark(norm).filter(|_| norm.op_type != "Add") else { continue };
         let Some((adding, _)) = norm.inputs.first().copied().flatten().and_then(|sum| index.node_of(sum)) else {
@@ -21,28 +56,7 @@ pub fn fuse_skip_norms(model: &mut Model) {
         if add.op_type != "Add" || mark(add).is_none_or(|other| other.fused != row.fused) || !taken.insert(adding) {
             continue;
         }
-        let (Some(Some(left)), Some(Some(right))) = (add.inputs.first().copied(), add.inputs.get(1).copied()) else {
-            continue;
-        };
-        // With a bias the marked addition is the second of two.
-        let partial = index.node_of(left).filter(|&(node, _)| {
-            let node = &body.nodes[node];
-            node.op_type == "Add" && node.name.ends_with("/add") && index.uses(left).len() == 1
-        });
-        let (first, second, bias) = match partial {
-            // The sum under the bias is gone: what is left adds a bias to the stream, which no fused norm does.
-            None if add.name.ends_with("/add_bias") => continue,
-            Some((node, _)) if add.name.ends_with("/add_bias") => {
-                let inner = &body.nodes[node];
-                let (Some(a), Some(b)) =
-                    (inner.inputs.first().copied().flatten(), inner.inputs.get(1).copied().flatten())
-                else {
-                    continue;
-                };
-                (a, b, Some(right))
-            }
-            _ => (left, right, None),
-        };
+        let Some((first, second, bias)) = addends(body, &index, add) else { continue };
         let mut inputs = vec![Some(first), Some(second)];
         inputs.extend(norm.inputs.iter().skip(1).copied());
         if let Some(bias) = bias {
@@ -58,7 +72,7 @@ pub fn fuse_skip_norms(model: &mut Model) {
             Some(id) if had_sum || !only_reader(id) => vec![normed, None, None, Some(id)],
             _ => vec![normed],
         };
-        let fused = Node {
+        let node = Node {
             name: norm.name.clone(),
             op_type: row.fused.into(),
             domain: "com.microsoft".into(),
@@ -74,29 +88,26 @@ pub fn fuse_skip_norms(model: &mut Model) {
             metadata: without_mark(norm),
             ..Node::default()
         };
-        replaced.push((number, adding, fused, names));
+        joined.push(Joined { norm: number, addition: adding, node, names });
     }
-    let mut gone = HashSet::new();
-    for (norm, add, mut fused, names) in replaced {
-        // Statistics that nobody reads come back under their names.
-        for (position, name) in (1..).zip(names).take(2).filter(|(_, name)| !name.is_empty()) {
-            if fused.outputs.len() <= position {
-                fused.outputs.resize(position + 1, None);
-            }
-            fused.outputs[position] = Some(model.graph.add_value(Value { name, ..Value::default() }));
-        }
-        model.graph.body.nodes[norm] = fused;
-        gone.insert(add);
+    joined
+}
+
+/// The two addends of a fused norm and its bias; `None` where the sum under a bias is gone, since no fused norm adds a
+/// bias to the stream.
+fn addends(body: &Body, index: &GraphIndex, add: &Node) -> Option<(ValueId, ValueId, Option<ValueId>)> {
+    let input = |node: &Node, number: usize| node.inputs.get(number).copied().flatten();
+    let (left, right) = (input(add, 0)?, input(add, 1)?);
+    if !add.name.ends_with("/add_bias") {
+        return Some((left, right, None));
     }
-    let body = &mut model.graph.body;
-    let mut number = 0;
-    body.nodes.retain(|_| {
-        number += 1;
-        !gone.contains(&(number - 1))
-    });
-    for node in &mut body.nodes {
-        node.metadata = without_mark(node);
+    // With a bias the marked addition is the second of two.
+    let (number, _) = index.node_of(left)?;
+    let inner = &body.nodes[number];
+    if inner.op_type != "Add" || !inner.name.ends_with("/add") || index.uses(left).len() != 1 {
+        return None;
     }
+    Some((input(inner, 0)?, input(inner, 1)?, Some(right)))
 }
 
 fn mark(node: &Node) -> Option<&'static FusedNorm> {

@@ -81,6 +81,8 @@ fn positive() -> In {
     In::Vary(SHAPE, 0.4, 2.0)
 }
 
+// A table with one row per case.
+#[allow(clippy::too_many_lines)]
 fn cases() -> Vec<Case> {
     let mut all = Vec::new();
     for op in

@@ -244,17 +244,7 @@ impl Program {
     pub fn run(&self, inputs: &[(ValueId, Tensor)], outputs: &[ValueId]) -> Result<Vec<Tensor>> {
         let slots: Vec<Slot> = inputs.iter().map(|(id, _)| id.index()).collect();
         let wanted: Vec<Slot> = outputs.iter().map(|id| id.index()).collect();
-        let mut signature: Signature = Vec::with_capacity(inputs.len());
-        let mut values: HashMap<Slot, Tensor> = HashMap::with_capacity(64);
-        for (id, tensor) in inputs {
-            let engine = |e| Error::engine("LibTorch", format!("input `{}`", self.name(*id)), e);
-            let kind = tensor.f_kind().map_err(engine)?;
-            self.check_input(*id, tensor, kind)?;
-            let kind = if Some(kind) == self.autocast { kind } else { computed_kind(kind) };
-            signature.push((tensor.size(), kind));
-            let tensor = tensor.f_to_device(self.device).and_then(|tensor| tensor.f_to_kind(kind));
-            values.insert(id.index(), tensor.map_err(engine)?);
-        }
+        let (signature, mut values) = self.admit(inputs)?;
         let mut state = self.state.borrow_mut();
         let State { fixed, moved, routes, plans } = &mut *state;
         let number = match routes.iter().position(|route| route.inputs == slots && route.outputs == wanted) {
@@ -327,6 +317,22 @@ impl Program {
             results.push(result.map_err(|e| Error::engine("LibTorch", format!("value `{}`", self.names[slot]), e))?);
         }
         Ok(results)
+    }
+
+    /// Inputs on the program's device in the types in which it computes, with their sizes and types.
+    fn admit(&self, inputs: &[(ValueId, Tensor)]) -> Result<(Signature, HashMap<Slot, Tensor>)> {
+        let mut signature: Signature = Vec::with_capacity(inputs.len());
+        let mut values: HashMap<Slot, Tensor> = HashMap::with_capacity(64);
+        for (id, tensor) in inputs {
+            let engine = |e| Error::engine("LibTorch", format!("input `{}`", self.name(*id)), e);
+            let kind = tensor.f_kind().map_err(engine)?;
+            self.check_input(*id, tensor, kind)?;
+            let kind = if Some(kind) == self.autocast { kind } else { computed_kind(kind) };
+            signature.push((tensor.size(), kind));
+            let tensor = tensor.f_to_device(self.device).and_then(|tensor| tensor.f_to_kind(kind));
+            values.insert(id.index(), tensor.map_err(engine)?);
+        }
+        Ok((signature, values))
     }
 
     fn route(&self, inputs: Vec<Slot>, outputs: Vec<Slot>) -> Result<Route> {
