@@ -8,7 +8,7 @@ use ort::logging::LogLevel;
 
 use crate::base::{Error, Result};
 
-use super::ENGINE;
+use super::{ENGINE, cuda_libraries};
 
 /// Environment variable with the path of the library.
 const VARIABLE: &str = "ORT_DYLIB_PATH";
@@ -53,6 +53,11 @@ pub(super) fn environment() -> Result<Environment> {
     environment.set_log_level(LogLevel::Error);
     *slot = Some(environment.clone());
     Ok(environment)
+}
+
+/// Loads the CUDA libraries that lie beside ONNX Runtime's.
+pub(super) fn load_cuda() {
+    cuda_libraries::load_beside(&library_path().0);
 }
 
 /// The library's path and where that path comes from: the variable, `../lib` beside the program as in a package, where it

@@ -13,6 +13,7 @@
 //! ```
 
 mod backing;
+mod cuda_libraries;
 mod decoder;
 mod deepstack;
 mod embedding;

@@ -116,7 +116,13 @@ impl Runtime {
         }
         if let Device::Cuda(index) = self.device {
             let index = i32::try_from(index).map_err(|_| no_cuda(self.device, "the index is too large"))?;
-            let provider = ep::CUDA::default().with_device_id(index).build().error_on_failure();
+            library::load_cuda();
+            // Memory grows by what is asked for: the rest of the GPU is left to LibTorch.
+            let provider = ep::CUDA::default()
+                .with_device_id(index)
+                .with_arena_extend_strategy(ep::ArenaExtendStrategy::SameAsRequested)
+                .build()
+                .error_on_failure();
             builder = builder.with_execution_providers([provider]).map_err(|e| no_cuda(self.device, e))?;
         }
         Ok(builder)
@@ -124,11 +130,22 @@ impl Runtime {
 }
 
 fn no_cuda(device: Device, problem: impl std::fmt::Display) -> Error {
+    let problem = problem.to_string();
+    if problem.contains("libcuda.so") {
+        return Error::invalid(
+            format!("device `{device}`"),
+            "this machine has no NVIDIA driver: libcuda.so.1 is missing",
+        )
+        .remedy("install the driver of the GPU, or use `cpu`");
+    }
     Error::invalid(
         format!("device `{device}`"),
         format!("ONNX Runtime has no CUDA execution provider for it: {problem}"),
     )
-    .remedy("point ORT_DYLIB_PATH at the library of onnxruntime-gpu on a machine with a CUDA device, or use `cpu`")
+    .remedy(
+        "run `scripts/setup --cuda`, or point ORT_DYLIB_PATH at the library of onnxruntime-gpu 1.30, on a machine with a \
+         CUDA device; or use `cpu`",
+    )
 }
 
 impl Session {

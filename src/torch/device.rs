@@ -1,11 +1,18 @@
 //! CUDA, loaded only when a user asks for it.
 
-use std::ffi::{CStr, CString};
+use std::env;
+use std::ffi::{CStr, CString, OsStr};
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use tch::{Cuda, Device};
 
 use crate::base::{Error, Result};
+
+const CPU_LIBRARY: &str = "libtorch_cpu.so";
+const CUDA_LIBRARY: &str = "libtorch_cuda.so";
 
 static CUDA: OnceLock<Result<(), String>> = OnceLock::new();
 
@@ -25,11 +32,12 @@ pub fn cuda_device(index: usize) -> Result<Device> {
 
 /// Number of GPUs that LibTorch sees.
 ///
-/// Errors: `Error::Unsupported` when LibTorch's CUDA library cannot be loaded.
+/// Errors: `Error::Unsupported` when LibTorch's CUDA library is not there, is of another build, or does not load.
 pub fn cuda_device_count() -> Result<usize> {
-    CUDA.get_or_init(load).as_ref().map_err(|message| {
-        Error::unsupported("CUDA", format!("LibTorch's CUDA library does not load: {message}")).remedy(
-            "put libtorch_cuda.so of LibTorch 2.11.0 and the CUDA libraries on LD_LIBRARY_PATH, or use --device cpu",
+    CUDA.get_or_init(load).as_ref().map_err(|problem| {
+        Error::unsupported("LibTorch with CUDA", problem).remedy(
+            "run `scripts/setup --cuda`; or put the folder `lib` of a whole LibTorch 2.11.0 for CUDA 13, libtorch_cpu.so among \
+             it, on LD_LIBRARY_PATH; or use --device cpu",
         )
     })?;
     Ok(usize::try_from(Cuda::device_count()).unwrap_or(0))
@@ -45,9 +53,14 @@ pub fn cpu_lacks_bf16() -> bool {
     lacks
 }
 
+/// Loads the CUDA library of the build that this process has loaded already.
 fn load() -> Result<(), String> {
+    let maps = fs::read_to_string("/proc/self/maps").map_err(|e| format!("/proc/self/maps cannot be read: {e}"))?;
+    let loaded = mapped(&maps, CPU_LIBRARY).ok_or_else(|| format!("{CPU_LIBRARY} is not loaded"))?;
+    let search = env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
+    let path = cuda_library_of(&loaded, &search)?;
+    let name = CString::new(path.as_os_str().as_bytes()).map_err(|e| e.to_string())?;
     // LibTorch finds its CUDA back end through global symbols, hence RTLD_GLOBAL.
-    let name = CString::new("libtorch_cuda.so").map_err(|e| e.to_string())?;
     // SAFETY: the name is a terminated string; the library's initialisers are LibTorch's own.
     let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
     if !handle.is_null() {
@@ -56,8 +69,67 @@ fn load() -> Result<(), String> {
     // SAFETY: dlerror gives null or a terminated string that lives until the next call on this thread.
     let message = unsafe { libc::dlerror() };
     if message.is_null() {
-        return Err("no reason given".into());
+        return Err(format!("`{}` does not load, no reason is given", path.display()));
     }
     // SAFETY: checked not null above.
-    Err(unsafe { CStr::from_ptr(message) }.to_string_lossy().into_owned())
+    let message = unsafe { CStr::from_ptr(message) }.to_string_lossy();
+    Err(format!("`{}` does not load: {message}", path.display()))
+}
+
+/// The file from which a library is mapped, links resolved.
+fn mapped(maps: &str, library: &str) -> Option<PathBuf> {
+    let paths = maps.lines().filter_map(|line| line.find('/').map(|at| Path::new(&line[at..])));
+    paths.into_iter().find(|path| path.file_name() == Some(library.as_ref())).map(Path::to_path_buf)
+}
+
+/// The CUDA library beside the loaded library for processors: only two of one build work together.
+fn cuda_library_of(loaded: &Path, search: &OsStr) -> Result<PathBuf, String> {
+    let own = loaded.with_file_name(CUDA_LIBRARY);
+    if own.is_file() {
+        return Ok(own);
+    }
+    let other = env::split_paths(search).map(|folder| folder.join(CUDA_LIBRARY)).find(|path| path.is_file());
+    Err(match other {
+        Some(other) => format!(
+            "`{}` and the loaded `{}` are of two builds, which do not work together",
+            other.display(),
+            loaded.display()
+        ),
+        None => {
+            format!("there is no {CUDA_LIBRARY} beside `{}`: this LibTorch is for processors only", loaded.display())
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn libraries_of_two_builds_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let (cpu, gpu) = (folder.path().join("cpu"), folder.path().join("gpu"));
+        for path in [&cpu, &gpu] {
+            fs::create_dir(path).unwrap();
+        }
+        let loaded = cpu.join(CPU_LIBRARY);
+        let maps = format!("7f00-7f01 r-xp 00000000 fe:00 12   {}\n", loaded.display());
+        assert_eq!(mapped(&maps, CPU_LIBRARY), Some(loaded.clone()));
+        assert_eq!(mapped(&maps, CUDA_LIBRARY), None);
+        let error = cuda_library_of(&loaded, OsStr::new("")).unwrap_err();
+        assert!(error.contains("for processors only"), "{error}");
+        fs::write(gpu.join(CUDA_LIBRARY), "").unwrap();
+        let error = cuda_library_of(&loaded, gpu.as_os_str()).unwrap_err();
+        assert!(error.contains("two builds"), "{error}");
+        let own = cpu.join(CUDA_LIBRARY);
+        fs::write(&own, "").unwrap();
+        assert_eq!(cuda_library_of(&loaded, gpu.as_os_str()), Ok(own));
+    }
+
+    #[test]
+    fn a_missing_gpu_or_library_is_an_error_that_says_what_to_do() {
+        let Err(error) = cuda_device(0) else { return };
+        let error = error.to_string();
+        assert!(error.contains("--device cpu"), "{error}");
+    }
 }
