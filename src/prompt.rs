@@ -8,6 +8,10 @@ use ndarray::{ArrayD, Axis, concatenate};
 
 use crate::base::{Error, Result, Sha256Digest, sha256_bytes};
 
+mod given;
+
+pub use given::{GivenRow, TensorBatch};
+
 /// Pixels: tiles `[N, C, H, W]`, patches `[P, D]`, or tiles of patches `[N, P, D]`.
 pub const PIXEL_VALUES: &str = "pixel_values";
 /// True where a pixel or a patch is real and false where it is padding: `[N, H, W]` or `[N, P]`.
@@ -129,6 +133,13 @@ impl ImageArrays {
         if !arrays.contains_key(PIXEL_VALUES) {
             return Err(Error::invalid("picture", format!("has no array `{PIXEL_VALUES}`")));
         }
+        Self::of_arrays(arrays)
+    }
+
+    /// A picture, or several in one, of arrays by any names.
+    ///
+    /// Errors: `Error::Invalid` with an array without elements.
+    pub fn of_arrays(arrays: BTreeMap<String, Array>) -> Result<Self> {
         if let Some((name, array)) = arrays.iter().find(|(_, array)| array.is_empty()) {
             return Err(Error::invalid("picture", format!("array `{name}` of shape {:?} is empty", array.shape())));
         }
@@ -179,6 +190,8 @@ pub struct Prompt {
     pub pictures: Vec<Arc<ImageArrays>>,
     /// Tokens before the first answer; `None` where no answer follows.
     pub question: Option<usize>,
+    /// Where what the graphs read was made by another program; there are no `pictures` then.
+    pub given: Option<GivenRow>,
 }
 
 #[cfg(test)]

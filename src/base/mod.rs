@@ -10,6 +10,7 @@ mod hash;
 mod memory;
 mod progress;
 mod staging;
+mod stopwatch;
 mod text;
 mod threads;
 
@@ -23,5 +24,6 @@ pub use hash::{Sha256Digest, sha256_bytes, sha256_file, sha256_json, sha256_larg
 pub use memory::peak_memory_bytes;
 pub use progress::{Progress, notice, set_quiet};
 pub use staging::{ScratchDir, StagedDir};
+pub use stopwatch::Stopwatch;
 pub use text::{human_bytes, human_count, list_preview};
 pub use threads::thread_count;

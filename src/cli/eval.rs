@@ -4,13 +4,14 @@ use std::path::PathBuf;
 
 use crate::base::{Device, write_json};
 use crate::bundle::Bundle;
-use crate::data::{Dataset, SEQUENCE_LENGTH};
-use crate::eval::{EvalReport, Interval, Likelihood, PromptStyle, TextReport};
+use crate::data::{Benchmark, SEQUENCE_LENGTH};
+use crate::eval::{EvalReport, Interval, Judge, Likelihood, PromptStyle, TextReport};
 use crate::pipeline::steps::{self, Engine, EvalSettings, TextSettings};
+use crate::runtime::Profile;
 
 use super::args::{fraction, positive};
-use super::data_args::ImageArgs;
-use super::output::table;
+use super::data_args::{ImageArgs, warn_left_out};
+use super::output::{profile_table, table};
 use super::{Context, Outcome};
 
 /// Answer a benchmark, and compare the scores with a baseline's
@@ -19,8 +20,9 @@ use super::{Context, Outcome};
 pub struct Args {
     /// Model folder
     model: PathBuf,
-    /// Read the benchmark: a TSV file of VLMEvalKit; or running text, for perplexity: .jsonl with a `text` in each line
-    #[arg(long, value_name = "FILE")]
+    /// Read the benchmark: a TSV file of VLMEvalKit; or, for perplexity, running text (.jsonl with a `text` in each line),
+    /// conversations in Parquet or JSON, or ready tensors (.safetensors, .npz)
+    #[arg(long, value_name = "DATA")]
     data: PathBuf,
     /// Compare with this model, on the same questions
     #[arg(long, value_name = "MODEL")]
@@ -38,19 +40,33 @@ pub struct Args {
     /// Limit each answer to this number of tokens [default: the model's own setting]
     #[arg(long, value_name = "N", value_parser = positive)]
     max_new_tokens: Option<usize>,
+    /// Fail at the first row of conversations that cannot be read, instead of leaving it out
+    #[arg(long)]
+    strict: bool,
     /// Split running text into sequences of this number of tokens
     #[arg(long, value_name = "N", default_value_t = SEQUENCE_LENGTH, value_parser = positive)]
     sequence_length: usize,
-    /// Ignore these keys of running text, besides ids, sources and other keys without text
+    /// Ignore these keys of running text or conversations, besides ids, sources and other keys without text
     #[arg(long, value_name = "KEYS", value_delimiter = ',')]
     ignore_keys: Vec<String>,
     /// Word the questions as VLMEvalKit does for these models: vlmevalkit (its default), qwen3-vl, smolvlm or internvl
     #[arg(long, value_name = "STYLE", default_value = "vlmevalkit")]
     prompt_style: PromptStyle,
+    /// Address of a language model that judges answers, for MIA-Bench: one that speaks OpenAI's chat API, such as
+    /// https://api.openai.com/v1; the key is taken from the environment variable OPENAI_API_KEY
+    #[arg(long, value_name = "URL", requires = "judge_model")]
+    judge: Option<String>,
+    /// The model to ask there
+    #[arg(long, value_name = "NAME", requires = "judge")]
+    judge_model: Option<String>,
+    /// Also say where the time was spent: pictures, vision encoder, embedding, decoder, waiting
+    #[arg(long)]
+    profile: bool,
     #[command(flatten)]
     images: ImageArgs,
-    /// Also write each question with its answer to this file: JSON lines, or VLMEvalKit's layout if the name ends in .tsv
-    #[arg(long, value_name = "FILE")]
+    /// Also write each question with its answer to this file: JSON lines, or VLMEvalKit's layout if the name ends in .tsv;
+    /// in a folder the file gets VLMEvalKit's layout and name
+    #[arg(long, value_name = "PATH")]
     predictions: Option<PathBuf>,
     /// Measure only the likelihood of the right answers, without generating answers [default: both]
     #[arg(long, conflicts_with_all = ["predictions", "max_new_tokens"])]
@@ -64,10 +80,15 @@ pub struct Args {
 }
 
 pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
-    if Dataset::is_text(&args.data)? {
-        return text(&args, context);
+    if !Benchmark::is_one(&args.data) {
+        return predict(&args, context);
     }
+    let judge = match (&args.judge, &args.judge_model) {
+        (Some(url), Some(model)) => Some(Judge::new(url, model)?),
+        _ => None,
+    };
     let settings = EvalSettings {
+        judge,
         batch_size: args.batch_size,
         max_new_tokens: args.max_new_tokens,
         limit: args.limit,
@@ -102,6 +123,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
             context.output.line("kept: score over the baseline's, with its 95% bootstrap interval")?;
         }
     }
+    profiled(&args, report.model.timing.profile.as_ref(), context)?;
     let kept = report.retention.as_ref().and_then(|retention| retention.score);
     gate(args.min_retention, kept, "score", context)
 }
@@ -130,17 +152,20 @@ fn likelihood_line(model: &Likelihood, baseline: Option<&Likelihood>, kept: Opti
     text
 }
 
-fn text(args: &Args, context: &Context) -> anyhow::Result<Outcome> {
+fn predict(args: &Args, context: &Context) -> anyhow::Result<Outcome> {
     let settings = TextSettings {
         sequence_length: args.sequence_length,
         ignore_keys: args.ignore_keys.clone(),
         limit: args.limit,
+        strict: args.strict,
+        images: args.images.settings(),
     };
     let engine = Engine::new(args.device)?;
-    steps::warnings(&Bundle::open(&args.model)?).iter().for_each(|warning| context.output.warn(warning));
+    steps::warnings(&Bundle::open(&args.model)?, &args.data).iter().for_each(|warning| context.output.warn(warning));
     let report =
         steps::eval_text(&engine, &args.model, args.baseline.as_deref(), &args.data, &settings, &context.cancel)?;
     write_json(&args.output, &report)?;
+    warn_left_out(&report.model.left_out, &context.output);
     if context.output.json {
         context.output.json(&report)?;
     } else {
@@ -149,7 +174,15 @@ fn text(args: &Args, context: &Context) -> anyhow::Result<Outcome> {
             context.output.line("kept: the baseline's perplexity over the model's, with its 95% bootstrap interval")?;
         }
     }
+    profiled(args, report.model.profile.as_ref(), context)?;
     gate(args.min_retention, report.retention, "perplexity", context)
+}
+
+fn profiled(args: &Args, profile: Option<&Profile>, context: &Context) -> anyhow::Result<()> {
+    match profile.filter(|_| args.profile && !context.output.json) {
+        Some(profile) => Ok(context.output.line(profile_table(profile))?),
+        None => Ok(()),
+    }
 }
 
 /// Whether the fraction of the baseline's score that is kept reaches the user's gate.

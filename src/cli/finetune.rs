@@ -30,8 +30,8 @@ pub struct Args {
     /// Read the plan by which the model was pruned
     #[arg(long, value_name = "FILE")]
     plan: PathBuf,
-    /// Read training data: conversations in Parquet or JSON (a file, a folder or a glob pattern), or running text in .jsonl
-    /// with a `text` in each line
+    /// Read training data: conversations in Parquet or JSON (a file, a folder or a glob pattern), running text in .jsonl with
+    /// a `text` in each line, or ready tensors (.safetensors, .npz)
     #[arg(long, value_name = "DATA")]
     data: PathBuf,
     #[command(flatten)]
@@ -132,7 +132,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         teacher: args.teacher.as_deref(),
     };
     let bundle = Bundle::open(&args.pruned)?;
-    steps::warnings(&bundle).iter().for_each(|warning| context.output.warn(warning));
+    steps::warnings(&bundle, &args.data).iter().for_each(|warning| context.output.warn(warning));
     let report = steps::finetune(&request, &args.output, &context.cancel, &mut |_| ())?;
     let output = &context.output;
     warn_left_out(&report.left_out, output);

@@ -7,6 +7,7 @@ use owo_colors::OwoColorize;
 use serde::Serialize;
 
 use crate::base::Error;
+use crate::runtime::Profile;
 
 /// Form of the printed results.
 #[derive(Clone, Copy, Debug)]
@@ -44,6 +45,16 @@ impl Output {
     pub fn warn(&self, text: impl Display) {
         let _ = writeln!(anstream::stderr().lock(), "{} {text}", "warning:".yellow().bold());
     }
+}
+
+/// Where the time of a run was spent, in seconds and as a part of the whole.
+pub fn profile_table(profile: &Profile) -> String {
+    let mut rows = vec![["time", "seconds", "part"].map(String::from).to_vec()];
+    for (part, seconds) in profile.parts() {
+        let share = 100.0 * seconds / profile.total_s.max(f64::MIN_POSITIVE);
+        rows.push(vec![part.to_string(), format!("{seconds:.2}"), format!("{share:.1}%")]);
+    }
+    table(&rows)
 }
 
 /// Output of a failed verb with `--json`.

@@ -10,7 +10,7 @@ use crate::pipeline::steps::{Work, check_needs};
 
 use super::args::{fraction, positive};
 use super::data_args::{DataArgs, warn_left_out};
-use super::output::table;
+use super::output::{profile_table, table};
 use super::{Context, Outcome};
 
 /// Measure how little each pack of layers changes the residual stream
@@ -19,8 +19,8 @@ use super::{Context, Outcome};
 pub struct Args {
     /// Model folder to score
     model: PathBuf,
-    /// Read calibration data: conversations in Parquet or JSON (a file, a folder or a glob pattern), or running text in
-    /// .jsonl with a `text` in each line
+    /// Read calibration data: conversations in Parquet or JSON (a file, a folder or a glob pattern), running text in .jsonl
+    /// with a `text` in each line, or ready tensors (.safetensors, .npz)
     #[arg(long, value_name = "DATA")]
     data: PathBuf,
     /// Draw this fraction of the samples, above 0 and at most 1 [default: 0.1]
@@ -41,6 +41,9 @@ pub struct Args {
     /// Leave out samples whose prompt is longer than this number of tokens
     #[arg(long, value_name = "N", default_value_t = 8192, value_parser = positive)]
     max_tokens: usize,
+    /// Also say where the time was spent: pictures, vision encoder, embedding, decoder, waiting
+    #[arg(long)]
+    profile: bool,
     #[command(flatten)]
     reading: DataArgs,
     /// Compute on this device: cpu, cuda or cuda:N
@@ -62,6 +65,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         longer_packs: args.packs.into_iter().filter(|&size| size > 3).collect(),
         include_last: args.include_last,
         max_tokens: args.max_tokens,
+        profile: args.profile,
     };
     let bundle = Bundle::open(&args.model)?;
     check_needs(&bundle, Work::Score)?;
@@ -79,6 +83,9 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
             context
                 .output
                 .line("compared before features are added between layers, as Hugging Face records hidden states")?;
+        }
+        if let Some(profile) = &scores.profile {
+            context.output.line(profile_table(profile))?;
         }
     }
     Ok(Outcome::Done)

@@ -73,6 +73,7 @@ impl Processor {
             answer_mask: vec![answers; tokens.len()],
             image_positions: Vec::new(),
             images: None,
+            given: None,
         })
     }
 

@@ -12,9 +12,12 @@ pub(super) struct DataFile {
     pub name: String,
 }
 
+/// How files of each kind end; a folder's files are those of one kind.
+const KINDS: &[&[&str]] = &[&["parquet"], &["json", "jsonl"], &["safetensors", "npz"]];
+
 /// The files in the order of their names.
 ///
-/// Errors: `Error::Io`; `Error::Invalid` when there is none, or one is neither parquet nor JSON.
+/// Errors: `Error::Io`; `Error::Invalid` when there is none, or one is of no kind that is known.
 pub(super) fn data_files(path: &Path) -> Result<Vec<DataFile>> {
     let pattern = path.to_str().filter(|text| text.contains(['*', '?', '[']) && !path.exists());
     let paths = match pattern {
@@ -26,9 +29,10 @@ pub(super) fn data_files(path: &Path) -> Result<Vec<DataFile>> {
     };
     for file in &paths {
         let extension = file.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
-        if !["parquet", "json", "jsonl"].contains(&extension) {
+        if !KINDS.concat().contains(&extension) {
             return Err(Error::invalid(format!("data `{}`", file.display()), "is no data set that is known").remedy(
-                "expected a .parquet, .json or .jsonl file, a folder of them, or a pattern such as `data/*.parquet`",
+                "expected a .parquet, .json or .jsonl file, .safetensors or .npz for ready tensors, a folder of them, or a \
+                 pattern such as `data/*.parquet`",
             ));
         }
     }
@@ -62,25 +66,28 @@ fn matching(pattern: &str) -> Result<Vec<PathBuf>> {
     Ok(paths)
 }
 
-/// A folder's parquet files; where it has none, its JSON files.
+/// A folder's files of the only kind that it has.
 fn in_folder(path: &Path) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for entry in std::fs::read_dir(path).map_err(|e| Error::io("read", path, e))? {
         files.push(entry.map_err(|e| Error::io("read", path, e))?.path());
     }
-    let having = |extensions: &[&str]| -> Vec<PathBuf> {
+    let having = |extensions: &&[&str]| -> Vec<PathBuf> {
         let has = |file: &&PathBuf| file.extension().is_some_and(|own| extensions.iter().any(|name| own == *name));
         files.iter().filter(has).cloned().collect()
     };
-    let (parquet, json) = (having(&["parquet"]), having(&["json", "jsonl"]));
+    let mut found: Vec<(String, Vec<PathBuf>)> =
+        KINDS.iter().map(|kind| (format!(".{}", kind.join(" or .")), having(kind))).collect();
+    found.retain(|(_, files)| !files.is_empty());
     let subject = || format!("data `{}`", path.display());
-    match (parquet.is_empty(), json.is_empty()) {
-        (true, true) => Err(Error::invalid(subject(), "is a folder without .parquet, .json or .jsonl files")
+    match &mut found[..] {
+        [(_, files)] => Ok(std::mem::take(files)),
+        [] => Err(Error::invalid(subject(), "is a folder without .parquet, .json, .jsonl, .safetensors or .npz files")
             .remedy(format!("for files in folders below it give a pattern, such as `{}/*/*.parquet`", path.display()))),
-        (false, false) => Err(Error::invalid(subject(), "is a folder of .parquet and of .json or .jsonl files")
-            .remedy(format!("say which to read by a pattern, such as `{}/*.parquet`", path.display()))),
-        (false, true) => Ok(parquet),
-        (true, false) => Ok(json),
+        [(first, _), (second, _), ..] => {
+            Err(Error::invalid(subject(), format!("is a folder of {first} and of {second} files"))
+                .remedy(format!("say which to read by a pattern, such as `{}/*.parquet`", path.display())))
+        }
     }
 }
 

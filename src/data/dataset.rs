@@ -14,6 +14,7 @@ use super::parquet::Shard;
 use super::row::SourceRow;
 use super::sample::Sample;
 use super::subset::{Subset, mix};
+use super::tensors::{GraphInputs, TensorFile, is_tensor_file};
 use super::text::TextFile;
 
 /// Rows of one file.
@@ -22,6 +23,7 @@ enum RowReader {
     Parquet(Shard),
     Json(JsonFile),
     Text(TextFile),
+    Tensors(TensorFile),
 }
 
 impl RowReader {
@@ -30,6 +32,7 @@ impl RowReader {
             RowReader::Parquet(shard) => shard.path(),
             RowReader::Json(file) => file.path(),
             RowReader::Text(text) => text.path(),
+            RowReader::Tensors(file) => file.path(),
         }
     }
 
@@ -38,6 +41,7 @@ impl RowReader {
             RowReader::Parquet(shard) => shard.take_listed(),
             RowReader::Json(file) => file.take_listed(),
             RowReader::Text(text) => text.take_listed(),
+            RowReader::Tensors(file) => file.take_listed(),
         }
     }
 
@@ -46,11 +50,12 @@ impl RowReader {
             RowReader::Parquet(shard) => Box::new(shard.read(rows)),
             RowReader::Json(file) => Box::new(file.read(rows)),
             RowReader::Text(text) => Box::new(text.read(rows)),
+            RowReader::Tensors(file) => Box::new(file.read(rows)),
         }
     }
 }
 
-/// A data set: parquet or JSON files of conversations, or a `.jsonl` file of running text.
+/// A data set: parquet or JSON files of conversations, a `.jsonl` file of running text, or files of ready tensors.
 #[derive(Debug)]
 pub struct Dataset {
     /// As the user names it.
@@ -87,6 +92,10 @@ impl Dataset {
         }
         let mut readers = Vec::new();
         for DataFile { path, name } in data_files(path)? {
+            if is_tensor_file(&path) {
+                return Err(Error::invalid(format!("data `{}`", path.display()), "holds ready tensors")
+                    .remedy("expected conversations in parquet or JSON files"));
+            }
             let is_parquet = path.extension().is_some_and(|extension| extension == "parquet");
             let reader = match is_parquet {
                 true => RowReader::Parquet(Shard::open(&path, &name, options)?),
@@ -97,31 +106,50 @@ impl Dataset {
         Dataset::new(path, readers, options)
     }
 
-    /// Opens a set of any kind for a model: running text becomes sequences of tokens of the model's tokenizer; the last
-    /// one may be shorter.
+    /// Opens a set of any kind for a model: running text becomes sequences of tokens of the model's tokenizer, the last
+    /// one may be shorter; each row of ready tensors is a sample.
     ///
-    /// Errors: as `open`, and `Error::Invalid` for a line without text or a model without tokenizer.
+    /// Errors: as `open`, and `Error::Invalid` for a line without text, a model without tokenizer, or tensors that are
+    /// not what the model's graphs take.
     pub fn open_for(path: &Path, bundle: &Bundle, options: &DataOptions) -> Result<Self> {
         if TextFile::holds(path)? {
             let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
             let text = TextFile::open(path, bundle, options)?;
             return Dataset::new(path, vec![(name, RowReader::Text(text))], options);
         }
+        let files = data_files(path)?;
+        if files.iter().any(|file| is_tensor_file(&file.path)) {
+            if let Some(other) = files.iter().find(|file| !is_tensor_file(&file.path)) {
+                let problem = format!("holds ready tensors, and `{}`, which holds none", other.name);
+                return Err(Error::invalid(format!("data `{}`", path.display()), problem)
+                    .remedy("name the files of one kind by a pattern, such as `data/*.safetensors`"));
+            }
+            let graphs = GraphInputs::of(bundle)?;
+            let open = |file: DataFile| {
+                let reader = TensorFile::open(&file.path, &file.name, bundle, &graphs)?;
+                Ok((file.name, RowReader::Tensors(reader)))
+            };
+            return Dataset::new(path, files.into_iter().map(open).collect::<Result<_>>()?, options);
+        }
         Dataset::open(path, options)
     }
 
-    /// True for a file of running text.
-    ///
-    /// Errors: `Error::Io` when it cannot be read.
-    pub fn is_text(path: &Path) -> Result<bool> {
-        TextFile::holds(path)
+    /// True when its samples are rows of ready tensors.
+    pub fn holds_tensors(&self) -> bool {
+        self.readers.iter().any(|(_, reader)| matches!(reader, RowReader::Tensors(_)))
+    }
+
+    /// True when these are files of ready tensors.
+    pub fn is_tensors(path: &Path) -> bool {
+        data_files(path).is_ok_and(|files| files.iter().any(|file| is_tensor_file(&file.path)))
     }
 
     fn new(path: &Path, mut readers: Vec<(String, RowReader)>, options: &DataOptions) -> Result<Self> {
         let subject = || format!("data `{}`", path.display());
         let (mut places, mut keys) = (Vec::new(), Vec::new());
         for (number, (_, reader)) in (0u32..).zip(&mut readers) {
-            let separate = options.turns == Turns::Separate && !matches!(reader, RowReader::Text(_));
+            let separate =
+                options.turns == Turns::Separate && !matches!(reader, RowReader::Text(_) | RowReader::Tensors(_));
             for Listed { row, turns, key } in reader.take_listed() {
                 if separate {
                     places.extend((0..turns).map(|turn| Place { reader: number, row, turn: Some(turn) }));

@@ -258,6 +258,7 @@ fn families_without_a_template_have_the_prompt_that_they_were_trained_with() {
             .map(|(text, assistant)| Turn { user: vec![Part::Image(0), Part::Text(text)], assistant })
             .collect(),
         text: None,
+        tensors: None,
     };
     let encoded = processor.encode_conversation(&sample).unwrap();
     assert_eq!(processor.decode(&encoded.input_ids).unwrap(), "\n\nQuestion: What?\n\nAnswer: a cat");

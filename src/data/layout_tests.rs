@@ -366,6 +366,7 @@ mod intake {
             answer_mask: vec![true; tokens],
             image_positions: Vec::new(),
             images: None,
+            given: None,
         }
     }
 

@@ -5,6 +5,7 @@ mod columns;
 mod conversation;
 mod data_files;
 mod dataset;
+mod encoder;
 mod guard;
 mod images;
 mod intake;
@@ -22,6 +23,7 @@ mod sample;
 mod string_list;
 mod subset;
 mod template;
+mod tensors;
 mod text;
 mod tokenizer;
 mod tsv;
@@ -36,6 +38,7 @@ mod layout_tests;
 mod tests;
 
 pub use dataset::{Dataset, Samples};
+pub use encoder::Encoder;
 pub use images::{
     BackEnd, Filter, ImageInputs, ImageLayout, ImageSettings, Picture, Scaler, Shown, Transparency, VideoLayout,
 };
@@ -45,4 +48,5 @@ pub use processor::{Encoded, Processor};
 pub use sample::{ImageBytes, Part, Sample, Turn};
 pub use string_list::string_list;
 pub use subset::{Amount, Subset};
+pub use tensors::TensorRow;
 pub use tsv::{BenchRow, Benchmark};

@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use crate::base::{Error, Result};
 use crate::bundle::Bundle;
-use crate::prompt::Prompt;
+use crate::prompt::{GivenRow, Prompt};
 
 use super::images::{ImageInputs, ImageProcessor, ImageSettings, Shown};
 use super::placeholders::{Place, Placeholder};
@@ -25,6 +25,8 @@ pub struct Encoded {
     pub image_positions: Vec<usize>,
     /// `None` without pictures.
     pub images: Option<ImageInputs>,
+    /// Where what the graphs read was made by another program.
+    pub given: Option<GivenRow>,
 }
 
 impl Encoded {
@@ -42,7 +44,7 @@ impl Encoded {
     pub fn into_prompt(self) -> Prompt {
         let pictures = self.images.map(|images| images.pictures).unwrap_or_default();
         let question = self.answer_mask.iter().position(|&answer| answer);
-        Prompt { input_ids: self.input_ids, pictures, question }
+        Prompt { input_ids: self.input_ids, pictures, question, given: self.given }
     }
 }
 
@@ -282,6 +284,7 @@ impl Processor {
             input_ids: ids.into_iter().map(i64::from).collect(),
             answer_mask,
             images,
+            given: None,
         }
     }
 }

@@ -1,6 +1,9 @@
-//! One row of any data set: pictures and the turns of a conversation, or running text.
+//! One row of any data set: pictures and the turns of a conversation, running text, or ready tensors.
+
+use std::sync::Arc;
 
 use super::sample::{ImageBytes, MARKER, Part, Sample, Turn};
+use super::tensors::TensorRow;
 
 /// A row as every layout's reader yields it.
 #[derive(Debug)]
@@ -13,6 +16,8 @@ pub(super) struct SourceRow {
     pub turns: Vec<Turn>,
     /// Token ids of running text, which has nothing else.
     pub text: Option<Vec<i64>>,
+    /// What another program made ready, which has nothing else.
+    pub tensors: Option<Arc<TensorRow>>,
 }
 
 /// Author of a message.
@@ -60,7 +65,16 @@ impl RawMessage {
 impl SourceRow {
     /// Running text.
     pub fn of_text(subject: String, tokens: Vec<i64>) -> Self {
-        SourceRow { subject, images: Vec::new(), system: None, turns: Vec::new(), text: Some(tokens) }
+        SourceRow { text: Some(tokens), ..Self::empty(subject) }
+    }
+
+    /// Ready tensors.
+    pub fn of_tensors(subject: String, row: TensorRow) -> Self {
+        SourceRow { tensors: Some(Arc::new(row)), ..Self::empty(subject) }
+    }
+
+    fn empty(subject: String) -> Self {
+        SourceRow { subject, images: Vec::new(), system: None, turns: Vec::new(), text: None, tensors: None }
     }
 
     /// A conversation. Its pictures are where the users' messages show them; where none does, before the first
@@ -97,7 +111,7 @@ impl SourceRow {
         } else {
             in_order(images, &shown)?
         };
-        Ok(SourceRow { subject, images, system, turns, text: None })
+        Ok(SourceRow { images, system, turns, ..Self::empty(subject) })
     }
 
     /// The whole row as one sample.
@@ -109,6 +123,7 @@ impl SourceRow {
             system: self.system.clone(),
             turns: self.turns.clone(),
             text: self.text.clone(),
+            tensors: self.tensors.clone(),
         }
     }
 
@@ -128,6 +143,7 @@ impl SourceRow {
             system: self.system.clone(),
             turns: vec![Turn { user, assistant: own.assistant.clone() }],
             text: None,
+            tensors: None,
         })
     }
 }

@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use crate::base::{Error, Result};
 
+use super::tensors::TensorRow;
+
 /// The largest encoded picture that is read.
 const MAX_IMAGE_BYTES: u64 = 256 << 20;
 /// Placeholder of a picture in the text of a data set.
@@ -124,4 +126,6 @@ pub struct Sample {
     pub turns: Vec<Turn>,
     /// Token ids of running text, which has no pictures and no turns.
     pub text: Option<Vec<i64>>,
+    /// What another program made ready; there are no pictures and no turns.
+    pub tensors: Option<Arc<TensorRow>>,
 }

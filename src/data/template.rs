@@ -147,7 +147,10 @@ impl ChatTemplate {
     ///
     /// Errors: `Error::Invalid` when the template raises an exception, fails, or passes its bounds.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
-        let error = |e: &minijinja::Error| Error::invalid(format!("chat template in `{}`", self.source), describe(e));
+        let error = |e: &minijinja::Error| {
+            Error::invalid(format!("chat template in `{}`", self.source), describe(e))
+                .remedy("repair the template, or the row if it is one that the template does not take")
+        };
         let context = Context { messages, add_generation_prompt, tools: None, documents: None, tokens: &self.tokens };
         let mut out = Bounded(Vec::new());
         let template = self.environment.get_template(NAME).map_err(|e| error(&e))?;

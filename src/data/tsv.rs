@@ -44,6 +44,11 @@ pub struct BenchRow {
 }
 
 impl Benchmark {
+    /// True for a file that is named as a benchmark.
+    pub fn is_one(path: &Path) -> bool {
+        path.extension().is_some_and(|extension| extension == "tsv")
+    }
+
     /// Reads everything but the pictures. Rows without a picture are left out, as VLMEvalKit leaves them out.
     ///
     /// Errors: `Error::Io`; `Error::Invalid` naming the row for a missing column, a row of another width, an index

@@ -20,6 +20,8 @@ pub struct Judged {
     pub truth: bool,
     /// The prediction says yes, and does not say no.
     pub said: bool,
+    /// The judge's reply could not be read, so that the answer counts nowhere.
+    pub unjudged: bool,
 }
 
 /// Kind of answer that a question expects; the wording of the question depends on it.
@@ -80,6 +82,9 @@ const MEAN: Metric = Metric {
     score: mean_score,
     figures: nothing_more,
 };
+
+/// The metric of benchmarks that a language model judges.
+pub(super) const JUDGED: &str = "judge";
 
 /// All metrics. Benchmarks are looked up in this order.
 pub const METRICS: &[Metric] = &[
@@ -219,6 +224,14 @@ pub const METRICS: &[Metric] = &[
         ..MEAN
     },
     Metric {
+        name: JUDGED,
+        about: "the points that a language model gives, over the most that it may give (MIA-Bench)",
+        benchmarks: &["mia-bench", "mia", "miabench"],
+        judge: |_, _| 0.0,
+        figures: |rows| vec![("unread_replies", rows.iter().filter(|row| row.unjudged).count() as f64)],
+        ..MEAN
+    },
+    Metric {
         name: "yes_no",
         about: "1 if the prediction says yes where the answer is yes, or no where it is no",
         judge: judge::yes_no,
@@ -269,13 +282,14 @@ pub fn metric_of(benchmark: &str) -> Option<&'static Metric> {
 
 /// The benchmarks that only a language model can judge.
 pub fn needs_judge(benchmark: &str) -> bool {
-    let benchmark = benchmark.to_lowercase().replace('-', "");
-    benchmark.starts_with("miabench")
+    metric_of(benchmark).is_some_and(|metric| metric.name == JUDGED)
 }
 
 /// The mean of the answers' own scores; 0 for none.
 pub(super) fn mean_score(rows: &[Judged]) -> f64 {
-    if rows.is_empty() { 0.0 } else { rows.iter().map(|row| row.score).sum::<f64>() / rows.len() as f64 }
+    let judged = || rows.iter().filter(|row| !row.unjudged);
+    let count = judged().count();
+    if count == 0 { 0.0 } else { judged().map(|row| row.score).sum::<f64>() / count as f64 }
 }
 
 /// The share of keys all of whose answers are right.

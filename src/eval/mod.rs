@@ -2,11 +2,13 @@
 
 mod agreement;
 mod bench;
+mod chat;
 mod checks;
 mod exact;
 mod figures;
 mod judge;
 mod metrics;
+mod mia;
 mod perplexity;
 mod probe;
 mod prompt;
@@ -21,9 +23,10 @@ mod verify;
 pub use bench::{
     BenchOptions, BenchReport, MemoryProbe, ModelBench, Speedup, bench, peak_memory, peak_memory_of_child,
 };
+pub use chat::{ChatQuestion, JUDGE_KEY, Judge};
 pub use checks::{Check, CheckStatus, VerifyReport};
 pub use judge::{Reference, says_yes};
-pub use metrics::{Judged, METRICS, Metric, QuestionKind, metric_for, metric_named, metric_of};
+pub use metrics::{Judged, METRICS, Metric, QuestionKind, metric_for, metric_named, metric_of, needs_judge};
 pub use perplexity::{SequenceLoss, TextReport, TextScores, kept_perplexity, perplexity};
 pub use prompt::{PROMPT_STYLES, PromptStyle, question_text, reference_of, right_answer};
 pub use report::{

@@ -3,15 +3,17 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::base::{Cancel, Error, Progress, Provenance, Result};
-use crate::data::Dataset;
-use crate::prompt::Prompt;
-use crate::runtime::{Step, cross_entropy};
+use crate::base::{Cancel, Error, Progress, Provenance, Result, Stopwatch, ahead};
+use crate::bundle::Bundle;
+use crate::data::{Dataset, Encoded, Encoder, Intake, LeftOut};
+use crate::runtime::{Profile, Step, VlmSession, cross_entropy};
 
-use super::run::LoadedModel;
 use super::stats::{Interval, kept_likelihood};
 
-/// The content of `report.json` for running text.
+/// Samples that are made ready before they are needed.
+const SAMPLES_AHEAD: usize = 8;
+
+/// The content of `report.json` for running text, conversations and ready tensors.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct TextReport {
     /// Tool version, schema version, input digests and settings.
@@ -33,7 +35,7 @@ impl TextReport {
     pub const SCHEMA_VERSION: u32 = 1;
 }
 
-/// Perplexity of a model on running text.
+/// Perplexity of a model on running text or on answers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct TextScores {
     /// Path of the model as the user gave it.
@@ -42,10 +44,16 @@ pub struct TextScores {
     pub perplexity: f64,
     /// Mean negative log-likelihood in nats over all predicted tokens.
     pub mean_loss: f64,
-    /// Tokens that were predicted: all but the first of each sequence.
+    /// Tokens that were predicted: those of answers, or all but the first of each sequence of running text.
     pub predicted_tokens: u64,
     /// Wall-clock time of all sequences.
     pub seconds: f64,
+    /// Where the time was spent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub profile: Option<Profile>,
+    /// Samples that were not used.
+    #[serde(default, skip_serializing_if = "LeftOut::is_empty")]
+    pub left_out: LeftOut,
     /// One entry per sequence, in the order of the text.
     pub sequences: Vec<SequenceLoss>,
 }
@@ -59,65 +67,79 @@ pub struct SequenceLoss {
     pub predicted_tokens: u64,
 }
 
-/// Perplexity of a model on running text: each sequence goes through by itself, and every token but its first is
-/// predicted from those before it. `limit` takes the first sequences only.
+/// Perplexity of a model named `name` on running text, on the answers of conversations, or on the labels of ready
+/// tensors: each sample goes through by itself, and its tokens are predicted from those before them. `limit` takes the
+/// first samples only.
 ///
-/// Errors: `Error::Invalid` for conversations instead of text, or a token outside the logits; `Error::Engine` when the
-/// runtime fails; `Error::Interrupted` when the user asked to stop.
+/// Errors: as `Intake::encoded`; `Error::Invalid` when there is nothing to predict, or a token outside the logits;
+/// `Error::Engine` when the runtime fails; `Error::Interrupted` when the user asked to stop.
 pub fn perplexity(
-    model: &mut LoadedModel,
-    text: &Dataset,
+    name: &str,
+    vlm: &mut VlmSession,
+    (bundle, data): (&Bundle, &Dataset),
     limit: Option<usize>,
     cancel: &Cancel,
 ) -> Result<TextScores> {
     let began = std::time::Instant::now();
-    let count = limit.unwrap_or(text.len()).min(text.len());
+    let encoder = Encoder::open(bundle, data)?;
+    let count = limit.unwrap_or(data.len()).min(data.len());
     let indices: Vec<usize> = (0..count).collect();
     let progress = Progress::new("eval", "sequences", count as u64);
     let mut sequences = Vec::with_capacity(count);
-    for sample in text.read(&indices)? {
-        cancel.check("no report is written")?;
-        let sample = sample?;
-        if sample.text.is_none() {
-            return Err(Error::invalid(&sample.id, "is a conversation, perplexity is measured on running text")
-                .remedy("give running text: a `.jsonl` file whose lines have `text`"));
+    let intake = Intake::new(data, bundle, usize::MAX);
+    let (pictures, waiting, before) = (Stopwatch::default(), Stopwatch::default(), vlm.times());
+    let encoded = || Ok(pictures.over(intake.encoded(data, &indices, |sample| encoder.conversation(sample))?));
+    ahead(SAMPLES_AHEAD, encoded, |all| {
+        for encoded in waiting.over(all) {
+            cancel.check("no report is written")?;
+            sequences.push(sequence_loss(vlm, encoded?)?);
+            progress.advance(1);
         }
-        let prompt = model.processor.encode_conversation(&sample)?.into_prompt();
-        sequences.push(sequence_loss(model, &prompt)?);
-        progress.advance(1);
-    }
+        Ok(())
+    })?;
     let loss: f64 = sequences.iter().map(|sequence| sequence.loss).sum();
     let predicted_tokens: u64 = sequences.iter().map(|sequence| sequence.predicted_tokens).sum();
-    let mean_loss = loss / predicted_tokens.max(1) as f64;
+    if predicted_tokens == 0 {
+        return Err(Error::invalid(format!("data `{}`", data.path().display()), "has no token to predict")
+            .remedy("give running text, conversations with answers, or tensors with `labels`"));
+    }
+    let mean_loss = loss / predicted_tokens as f64;
     Ok(TextScores {
-        model: model.name.clone(),
+        model: name.to_string(),
         perplexity: mean_loss.exp(),
         mean_loss,
         predicted_tokens,
         seconds: began.elapsed().as_secs_f64(),
+        profile: Some(Profile::new(began.elapsed(), &pictures, &waiting, before, vlm.times())),
+        left_out: intake.left_out(),
         sequences,
     })
 }
 
-fn sequence_loss(model: &mut LoadedModel, prompt: &Prompt) -> Result<SequenceLoss> {
-    let embedded = model.vlm.embed(prompt)?;
+fn sequence_loss(vlm: &mut VlmSession, encoded: Encoded) -> Result<SequenceLoss> {
+    let answers = encoded.answer_mask.clone();
+    let prompt = encoded.into_prompt();
+    let embedded = vlm.embed(&prompt)?;
     let ids = &prompt.input_ids;
-    let decoder = model.vlm.decoder_mut();
-    let (logits, _) = decoder.step(&Step::prefill(&[&embedded], false)?, None)?;
+    let decoder = vlm.decoder_mut();
+    let name = decoder.logits_name().to_string();
+    let logits = decoder.prefill_added(&Step::prefill(&[&embedded], false)?, &[], Some(&[&name]))?.take(&name)?;
     let subject = decoder.session().subject();
-    let (width, rows) = match *logits.shape() {
-        [1, rows, width] if rows == ids.len() => (width, rows),
+    let width = match *logits.shape() {
+        [1, rows, width] if rows == ids.len() => width,
         _ => {
             let problem = format!("gave logits of shape {:?} for {} tokens", logits.shape(), ids.len());
             return Err(Error::unsupported(subject, problem).remedy("perplexity needs the logits of every position"));
         }
     };
     let logits = logits.to_f32()?;
-    let mut loss = 0.0;
-    for (row, &target) in logits.chunks_exact(width.max(1)).zip(ids.iter().skip(1)) {
+    let (mut loss, mut predicted_tokens) = (0.0, 0);
+    let next = ids.iter().zip(&answers).skip(1);
+    for (row, (&target, _)) in logits.chunks_exact(width.max(1)).zip(next).filter(|(_, (_, answer))| **answer) {
         loss += cross_entropy(row, target)?;
+        predicted_tokens += 1;
     }
-    Ok(SequenceLoss { loss, predicted_tokens: rows as u64 - 1 })
+    Ok(SequenceLoss { loss, predicted_tokens })
 }
 
 /// Retention: the baseline's perplexity over the model's.

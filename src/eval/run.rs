@@ -5,17 +5,19 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::base::{Cancel, Error, Progress, Result, ahead};
+use crate::base::{Cancel, Error, Progress, Result, Stopwatch, ahead};
 use crate::bundle::Bundle;
 use crate::data::{BenchRow, Benchmark, ImageSettings, Part, Processor};
 use crate::prompt::Prompt;
-use crate::runtime::{FeatureCache, Runtime, SessionOptions, VlmSession};
+use crate::runtime::{FeatureCache, Profile, Runtime, SessionOptions, VlmSession};
 
+use super::chat::{ChatQuestion, Judge};
 use super::judge::{Reference, says_yes};
 use super::metrics::{CIRCULAR, Metric, metric_for, needs_judge, rotation_of};
+use super::mia::{grading_question, read_grades};
 use super::prompt::{PromptStyle, question_text, reference_of};
 use super::report::{Answer, EvalTiming, ModelScores};
-use super::summary::{NO_GROUP, groups_by, summarise};
+use super::summary::{NO_GROUP, grades_by_type, groups_by, summarise};
 
 /// Longest answer where neither the user nor the model's config says anything.
 const DEFAULT_MAX_NEW_TOKENS: usize = 128;
@@ -54,7 +56,7 @@ impl LoadedModel {
 }
 
 /// Settings of a benchmark run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EvalOptions {
     /// Questions that are answered together.
     pub batch_size: usize,
@@ -64,11 +66,19 @@ pub struct EvalOptions {
     pub limit: Option<usize>,
     /// Wording of the questions.
     pub prompt_style: PromptStyle,
+    /// The language model that judges answers, for benchmarks that need one.
+    pub judge: Option<Judge>,
 }
 
 impl Default for EvalOptions {
     fn default() -> Self {
-        EvalOptions { batch_size: 16, max_new_tokens: None, limit: None, prompt_style: PromptStyle::default() }
+        EvalOptions {
+            batch_size: 16,
+            max_new_tokens: None,
+            limit: None,
+            prompt_style: PromptStyle::default(),
+            judge: None,
+        }
     }
 }
 
@@ -101,10 +111,17 @@ pub fn evaluate(
     }
     let rows = benchmark.rows();
     let rows: Vec<&BenchRow> = rows.iter().take(options.limit.unwrap_or(rows.len())).collect();
-    if needs_judge(name) {
-        return Err(Error::unsupported(format!("benchmark `{name}`"), "its answers are judged by a language model")
-            .remedy("answer it with `eval --predictions FILE.tsv` under another file name and judge the file with VLMEvalKit"));
-    }
+    let judge = match (&options.judge, needs_judge(name)) {
+        (Some(judge), true) => Some(judge),
+        (None, true) => {
+            return Err(Error::unsupported(
+                format!("benchmark `{name}`"),
+                "is left out: a language model judges its answers",
+            )
+            .remedy("name one with --judge URL and --judge-model NAME"));
+        }
+        (_, false) => None,
+    };
     // Everything that can be wrong with a row is looked at before the first answer is computed.
     let judged = references(benchmark, name, &rows)?;
     let (rows, judged) = scored(rows, judged);
@@ -117,9 +134,10 @@ pub fn evaluate(
     }
     let max_new_tokens =
         options.max_new_tokens.or(model.vlm.settings().max_new_tokens).unwrap_or(DEFAULT_MAX_NEW_TOKENS);
-    let began = Instant::now();
+    let (pictures, waited) = (Stopwatch::default(), Stopwatch::default());
     let progress = Progress::new("eval", "questions", rows.len() as u64);
     let LoadedModel { vlm, processor, name: model_name } = model;
+    let (began, before) = (Instant::now(), vlm.times());
     let processor = &*processor;
     let mut predictions: Vec<String> = vec![String::new(); rows.len()];
     let mut timing = EvalTiming::default();
@@ -141,21 +159,50 @@ pub fn evaluate(
     };
     let mut waiting = Vec::new();
     let prepared = || {
-        Ok(rows
+        let all = rows
             .iter()
             .enumerate()
-            .map(|(number, row)| prepare(processor, benchmark, name, options.prompt_style, (number, row))))
+            .map(|(number, row)| prepare(processor, benchmark, name, options.prompt_style, (number, row)));
+        Ok(pictures.over(all))
     };
-    ahead(window, prepared, |mut all| {
-        all.try_for_each(|item| {
+    ahead(window, prepared, |all| {
+        waited.over(all).try_for_each(|item| {
             waiting.push(item?);
             if waiting.len() < window { Ok(()) } else { answer(std::mem::take(&mut waiting)) }
         })
     })?;
     answer(waiting)?;
     timing.seconds = began.elapsed().as_secs_f64();
+    timing.profile = Some(Profile::new(began.elapsed(), &pictures, &waited, before, vlm.times()));
     timing.questions_per_second = rows.len() as f64 / timing.seconds.max(f64::MIN_POSITIVE);
-    Ok(score_answers(model_name.clone(), benchmark, name, &rows, &judged, predictions, timing))
+    let replies = judge.map(|judge| replies_of(judge, benchmark, &rows, &predictions, cancel)).transpose()?;
+    let answered = Answered { predictions, replies };
+    Ok(score_answers(model_name.clone(), benchmark, name, &rows, &judged, answered, timing))
+}
+
+/// What a judge says of each answer.
+fn replies_of(
+    judge: &Judge,
+    benchmark: &Benchmark,
+    rows: &[&BenchRow],
+    predictions: &[String],
+    cancel: &Cancel,
+) -> Result<Vec<String>> {
+    let question = |number: usize| {
+        let (row, prediction) = (rows[number], &predictions[number]);
+        let picture = benchmark.images(row)?.into_iter().next().map(|image| image.read()).transpose()?;
+        let picture = picture.map(|bytes| bytes.to_vec()).unwrap_or_default();
+        Ok(ChatQuestion { text: grading_question(benchmark, row, prediction)?, picture })
+    };
+    // What is wrong with a row is known before the first question costs anything.
+    (0..rows.len()).try_for_each(|number| grading_question(benchmark, rows[number], "").map(drop))?;
+    judge.ask_all(rows.len(), question, cancel)
+}
+
+/// Answers, and what a judge said of each.
+struct Answered {
+    predictions: Vec<String>,
+    replies: Option<Vec<String>>,
 }
 
 /// Judges answers that were made elsewhere: one prediction for each row of the benchmark, in its order.
@@ -174,7 +221,8 @@ pub fn judge_predictions(benchmark: &Benchmark, name: &str, predictions: &[Strin
     let judged = references(benchmark, name, &rows)?;
     let (rows, judged) = scored(rows, judged);
     let predictions = rows.iter().map(|row| of[row.index.as_str()].clone()).collect();
-    Ok(score_answers(String::new(), benchmark, name, &rows, &judged, predictions, EvalTiming::default()))
+    let answered = Answered { predictions, replies: None };
+    Ok(score_answers(String::new(), benchmark, name, &rows, &judged, answered, EvalTiming::default()))
 }
 
 /// Reference and metric of each row.
@@ -183,7 +231,12 @@ fn references(benchmark: &Benchmark, name: &str, rows: &[&BenchRow]) -> Result<V
         let metric = metric_for(name, &reference);
         (reference, metric)
     };
-    rows.iter().map(|row| reference_of(benchmark, row).map(with_metric)).collect()
+    let reference = |row: &&BenchRow| match needs_judge(name) {
+        // A judge compares with the picture, not with an answer.
+        true => Ok(Reference { index: row.index.clone(), ..Reference::default() }),
+        false => reference_of(benchmark, row),
+    };
+    rows.iter().map(|row| reference(row).map(with_metric)).collect()
 }
 
 /// Scores of the predictions of rows.
@@ -193,18 +246,30 @@ fn score_answers(
     name: &str,
     rows: &[&BenchRow],
     judged: &[(Reference, &'static Metric)],
-    predictions: Vec<String>,
+    answered: Answered,
     timing: EvalTiming,
 ) -> ModelScores {
-    let answers = rows.iter().zip(judged).zip(predictions).map(|((row, (reference, metric)), prediction)| Answer {
-        index: row.index.clone(),
-        group: benchmark.cell(row, "category").unwrap_or(NO_GROUP).to_string(),
-        metric: metric.name.to_string(),
-        score: (metric.judge)(reference, &prediction),
-        truth: says_yes(&reference.answer),
-        unit: (metric.unit)(reference),
-        stratum: (metric.stratum)(reference),
-        prediction,
+    let Answered { predictions, replies } = answered;
+    let types: Vec<&str> = rows.iter().map(|row| benchmark.cell(row, "component_type").unwrap_or_default()).collect();
+    let rated = rows.iter().zip(judged).zip(predictions).enumerate();
+    let answers = rated.map(|(number, ((row, (reference, metric)), prediction))| {
+        let reply = replies.as_ref().map(|replies| replies[number].clone());
+        let total = reply.as_ref().map(|reply| read_grades(types[number], reply).map(|grades| grades.total));
+        Answer {
+            index: row.index.clone(),
+            group: benchmark.cell(row, "category").unwrap_or(NO_GROUP).to_string(),
+            metric: metric.name.to_string(),
+            score: match total {
+                Some(total) => total.unwrap_or(0.0),
+                None => (metric.judge)(reference, &prediction),
+            },
+            unjudged: total == Some(None),
+            reply,
+            truth: says_yes(&reference.answer),
+            unit: (metric.unit)(reference),
+            stratum: (metric.stratum)(reference),
+            prediction,
+        }
     });
     let mut scores = summarise(model, name.to_string(), answers.collect(), timing);
     for column in ["l2-category", "split"] {
@@ -212,6 +277,9 @@ fn score_answers(
         if groups.iter().any(Option::is_some) {
             scores.by_column.insert(column.to_string(), groups_by(&scores.answers, &groups));
         }
+    }
+    if replies.is_some() {
+        scores.by_column.insert("component_type".to_string(), grades_by_type(&scores.answers, &types));
     }
     scores
 }

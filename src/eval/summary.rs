@@ -5,7 +5,8 @@ use std::collections::{BTreeMap, HashMap};
 use crate::base::{Error, Result};
 
 use super::judge::says_yes;
-use super::metrics::{Judged, Metric, mean_score, metric_named, metric_of};
+use super::metrics::{JUDGED, Judged, Metric, mean_score, metric_named, metric_of};
+use super::mia::read_grades;
 use super::report::{Answer, EvalTiming, GroupRetention, GroupScore, ModelScores, Retention};
 use super::stats::{RESAMPLES, Stratum, retention};
 
@@ -28,13 +29,35 @@ pub(super) fn summarise(model: String, benchmark: String, answers: Vec<Answer>, 
         figures: metric.map(|metric| figures(metric, &rows)).unwrap_or_default(),
         by_column: BTreeMap::new(),
         mean_of_groups,
-        mean_of_questions: mean(answers.iter().map(|answer| answer.score)),
+        mean_of_questions: mean(answers.iter().filter(|answer| !answer.unjudged).map(|answer| answer.score)),
         benchmark,
         groups,
         timing,
         likelihood: None,
         answers,
     }
+}
+
+/// Mean grades by the type of component, from the judge's replies; `types` are the cells of the answers' rows.
+pub(super) fn grades_by_type(answers: &[Answer], types: &[&str]) -> Vec<GroupScore> {
+    let mut groups: Vec<(String, Vec<f64>)> = Vec::new();
+    for (answer, types) in answers.iter().zip(types) {
+        let grades = answer.reply.as_deref().and_then(|reply| read_grades(types, reply));
+        for (kind, grade) in grades.map(|grades| grades.components).unwrap_or_default() {
+            match groups.iter_mut().find(|(known, _)| *known == kind) {
+                Some((_, own)) => own.push(grade),
+                None => groups.push((kind, vec![grade])),
+            }
+        }
+    }
+    let group = |(group, grades): (String, Vec<f64>)| GroupScore {
+        group,
+        questions: grades.len(),
+        score: mean(grades.iter().copied()),
+        metrics: BTreeMap::from([(JUDGED.to_string(), grades.len())]),
+        figures: BTreeMap::new(),
+    };
+    groups.into_iter().map(group).collect()
 }
 
 /// Scores of the answers that share a group; an answer whose group is a list with commas counts in each of them where
@@ -134,6 +157,7 @@ fn judged(answers: &[&Answer]) -> Vec<Judged> {
             stratum: answer.stratum.as_deref().map_or(usize::MAX, |name| *strata.entry(name).or_insert(next)),
             truth: answer.truth == Some(true),
             said: says_yes(&answer.prediction) == Some(true),
+            unjudged: answer.unjudged,
         });
     }
     rows

@@ -7,6 +7,8 @@ fn answer(index: &str, group: &str, metric: &str, prediction: &str, score: f64) 
         metric: metric.into(),
         prediction: prediction.into(),
         score,
+        reply: None,
+        unjudged: false,
         truth: None,
         unit: None,
         stratum: None,

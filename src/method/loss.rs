@@ -3,7 +3,7 @@
 use crate::analysis::{self, Analysis};
 use crate::base::{Cancel, Device, Error, Progress, Result};
 use crate::bundle::{Bundle, Role};
-use crate::data::{Dataset, Intake, LeftOut, Processor, Subset};
+use crate::data::{Dataset, Encoder, Intake, LeftOut, Subset};
 use crate::onnx;
 use crate::rewrite::{
     KEEP_INPUT, LOSS_OUTPUT, RESTART_INPUT, ROWS_INPUT, STREAM_INPUT, STREAM_OUTPUT_PREFIX, TARGETS_INPUT,
@@ -59,7 +59,7 @@ impl LossMeter {
     /// Errors: as `Intake::encoded`, `VlmSession::open` and `rewrite::bypass_layers`; `Error::Invalid`
     /// without a single answer token.
     pub fn new(bundle: &Bundle, dataset: &Dataset, subset: Subset, device: Device, cancel: &Cancel) -> Result<Self> {
-        let processor = Processor::open_with(bundle, &dataset.options().images)?;
+        let encoder = Encoder::open(bundle, dataset)?;
         let runtime = Runtime::new(device)?;
         let indices = dataset.draw(subset)?;
         let component = bundle.require(Role::Decoder)?;
@@ -73,7 +73,7 @@ impl LossMeter {
         let progress = Progress::new("embed", "samples", indices.len() as u64);
         let mut samples = Vec::with_capacity(indices.len());
         let intake = Intake::new(dataset, bundle, MAX_TOKENS);
-        for encoded in intake.encoded(dataset, &indices, |sample| processor.encode_conversation(sample))? {
+        for encoded in intake.encoded(dataset, &indices, |sample| encoder.conversation(sample))? {
             cancel.check("no plan is written")?;
             let encoded = encoded?;
             samples.push(encoded.id.clone());

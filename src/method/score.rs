@@ -1,17 +1,18 @@
 //! Measures similarities: one prefill of each sample's prompt through the graph with its taps.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Instant;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::analysis;
-use crate::base::{Cancel, Device, Error, Progress, Provenance, Result, ahead};
+use crate::base::{Cancel, Device, Error, Progress, Provenance, Result, Stopwatch, ahead};
 use crate::bundle::{Bundle, Role};
-use crate::data::{Amount, DataOptions, Dataset, Encoded, Intake, Processor, Subset};
+use crate::data::{Amount, DataOptions, Dataset, Encoded, Encoder, Intake, Subset};
 use crate::onnx;
 use crate::rewrite::{SIMILARITY_PREFIX, has_additions, tap_similarities};
-use crate::runtime::{Decoder, FeatureCache, Runtime, SessionOptions, VlmSession, missing_deepstack};
+use crate::runtime::{Decoder, FeatureCache, Profile, Runtime, SessionOptions, VlmSession, missing_deepstack};
 
 use super::scores::{Modality, SCORES_SCHEMA_VERSION, SampleModality, SampleScores, Scores, Side, Similarities};
 
@@ -35,12 +36,22 @@ pub struct ScoreSettings {
     pub include_last: bool,
     /// Samples with longer prompts are left out, so that one cannot exhaust the memory.
     pub max_tokens: usize,
+    /// Says where the time was spent.
+    #[serde(skip)]
+    pub profile: bool,
 }
 
 impl Default for ScoreSettings {
     fn default() -> Self {
         let amount = Amount::Fraction(0.1);
-        ScoreSettings { amount, seed: 42, longer_packs: BTreeSet::new(), include_last: false, max_tokens: 8192 }
+        ScoreSettings {
+            amount,
+            seed: 42,
+            longer_packs: BTreeSet::new(),
+            include_last: false,
+            max_tokens: 8192,
+            profile: false,
+        }
     }
 }
 
@@ -63,7 +74,7 @@ pub fn score(
     device: Device,
     cancel: &Cancel,
 ) -> Result<Scores> {
-    let processor = Processor::open_with(bundle, &dataset.options().images)?;
+    let encoder = Encoder::open(bundle, dataset)?;
     let indices = dataset.draw(Subset { amount: settings.amount, seed: settings.seed })?;
     let component = bundle.require(Role::Decoder)?;
     let decoder = onnx::load(&bundle.path_of(component))?;
@@ -75,11 +86,13 @@ pub fn score(
     let mut model = open(&runtime, bundle, &tapped)?;
     let progress = Progress::new("score", "samples", indices.len() as u64);
     let mut samples = Vec::with_capacity(indices.len());
+    let (pictures, waiting) = (Stopwatch::default(), Stopwatch::default());
+    let (began, before) = (Instant::now(), model.times());
     // The next pictures are decoded while these go through the network.
     let intake = Intake::new(dataset, bundle, settings.max_tokens);
-    let encoded = || intake.encoded(dataset, &indices, |sample| processor.encode_prompt(sample));
+    let encoded = || Ok(pictures.over(intake.encoded(dataset, &indices, |sample| encoder.prompt(sample))?));
     ahead(SAMPLES_AHEAD, encoded, |all| {
-        for encoded in all {
+        for encoded in waiting.over(all) {
             let encoded = encoded?;
             cancel.check("no scores are written")?;
             samples.push(score_one(&mut model, encoded, &packs)?);
@@ -87,6 +100,7 @@ pub fn score(
         }
         Ok(())
     })?;
+    let profile = Profile::new(began.elapsed(), &pictures, &waiting, before, model.times());
     drop(progress);
     let left_out = intake.left_out();
     if samples.is_empty() {
@@ -99,8 +113,8 @@ pub fn score(
     let provenance = Provenance::new(SCORES_SCHEMA_VERSION, inputs, &recorded)?;
     let scores = Scores::from_samples(provenance, num_layers, settings.include_last, samples)?;
     let additions = has_additions(&analysis.map).then_some(Side::Before);
-    let warnings = missing_deepstack(bundle, &decoder.graph).into_iter().chain(processor.warning()).collect();
-    Ok(Scores { left_out, additions, warnings, ..scores })
+    let warnings = missing_deepstack(bundle, &decoder.graph).into_iter().chain(encoder.warning()).collect();
+    Ok(Scores { left_out, additions, warnings, profile: settings.profile.then_some(profile), ..scores })
 }
 
 /// The model with the tapped graph in the place of its decoder.
@@ -115,6 +129,8 @@ fn score_one(model: &mut VlmSession, encoded: Encoded, packs: &[usize]) -> Resul
     let (id, image_positions) = (encoded.id.clone(), encoded.image_positions.clone());
     let prompt = encoded.into_prompt();
     let tokens = prompt.input_ids.len();
+    // Of embeddings that another program made nothing says which are a picture's.
+    let told_apart = prompt.given.as_ref().is_none_or(|given| given.batch.arrays.contains_key("input_ids"));
     let outputs = model.prefill(&prompt, true)?;
     let mut is_image = vec![false; tokens];
     for &position in &image_positions {
@@ -133,7 +149,7 @@ fn score_one(model: &mut VlmSession, encoded: Encoded, packs: &[usize]) -> Resul
         sim.insert(pack, rows.iter().filter_map(|row| mean_over(row, |_| true)).collect());
         for (modality, wanted) in [(Modality::Image, true), (Modality::Text, false)] {
             let count = is_image.iter().filter(|&&image| image == wanted).count();
-            if count > 0 {
+            if count > 0 && told_apart {
                 let means = rows.iter().filter_map(|row| mean_over(row, |at| is_image[at] == wanted)).collect();
                 let own = modalities.entry(modality).or_default();
                 own.tokens = count;

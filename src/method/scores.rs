@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::{Error, Provenance, Result, read_json};
 use crate::data::LeftOut;
+use crate::runtime::Profile;
 
 /// Version of `scores.json`.
 pub const SCORES_SCHEMA_VERSION: u32 = 1;
@@ -80,6 +81,9 @@ pub struct Scores {
     /// Samples that were drawn and not scored.
     #[serde(default, skip_serializing_if = "LeftOut::is_empty")]
     pub left_out: LeftOut,
+    /// Where the time was spent, where that was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub profile: Option<Profile>,
     /// Similarities of each sample.
     pub samples: Vec<SampleScores>,
 }
@@ -175,6 +179,7 @@ impl Scores {
             sim_3: take(3)?,
             longer: packs,
             modalities,
+            profile: None,
             left_out: LeftOut::default(),
             samples,
         };

@@ -2,7 +2,7 @@
 
 use crate::base::{Error, Result, list_preview};
 
-use super::inputs::{Input, Kind, presents_of};
+use super::inputs::{Input, Kind, presents_of, unknown};
 use super::port::Port;
 use super::session::{Outputs, Session};
 use super::step::Step;
@@ -62,9 +62,10 @@ impl Decoder {
         Self::understand(session, head_dim, false)
     }
 
-    /// A graph that only prefills, for [`Decoder::prefill_outputs`]: its cache inputs, if any, stay empty.
+    /// A graph that only prefills, for [`Decoder::prefill_outputs`]: its cache inputs, if any, stay empty. Inputs whose
+    /// meaning is not known take ready tensors; a step without them is an error.
     ///
-    /// Errors: `Error::Unsupported` naming an input whose meaning is not known.
+    /// Errors: `Error::Unsupported` for a graph without tokens or outputs.
     pub fn prefill_only(session: Session, head_dim: Option<usize>) -> Result<Self> {
         Self::understand(session, head_dim, true)
     }
@@ -72,7 +73,11 @@ impl Decoder {
     fn understand(session: Session, head_dim: Option<usize>, prefill_only: bool) -> Result<Self> {
         let mut slots = Vec::new();
         let mut inputs = Vec::new();
-        for input in Input::all(session.subject(), session.inputs())? {
+        let all = match prefill_only {
+            true => Input::all_or_given(session.inputs()),
+            false => Input::all(session.subject(), session.inputs())?,
+        };
+        for input in all {
             match input.kind() {
                 Kind::Past if !prefill_only => {
                     let present = presents_of(&input.port.name).find_map(|name| session.output(&name).cloned());
@@ -117,6 +122,11 @@ impl Decoder {
         self.input(kind).is_some()
     }
 
+    /// Its inputs but the caches of [`Decoder::slots`].
+    pub fn inputs(&self) -> &[Input] {
+        &self.inputs
+    }
+
     fn input(&self, kind: Kind) -> Option<&Input> {
         self.inputs.iter().find(|input| input.kind() == kind)
     }
@@ -155,6 +165,10 @@ impl Decoder {
 
     /// The batch that the graph is made for, where it takes no other.
     pub fn fixed_batch(&self) -> Option<usize> {
+        // Ready tensors of several rows have no known order.
+        if self.takes(Kind::Given) {
+            return Some(1);
+        }
         let tokens = |input: &&Input| matches!(input.kind(), Kind::InputsEmbeds | Kind::InputIds);
         let ports = self.inputs.iter().filter(tokens).map(|input| &input.port);
         ports.chain(self.slots.iter().map(|slot| &slot.past)).find_map(|port| port.fixed_size(0))
@@ -229,6 +243,9 @@ impl Decoder {
             let tensor = match input.kind() {
                 Kind::Added => continue,
                 Kind::Past => self.empty_past(&input.port, step.batch())?,
+                Kind::Given if step.given(&input.port.name).is_none() => {
+                    return Err(unknown(self.session.subject(), &input.port));
+                }
                 _ => Tensor::from_array(input.port.dtype, input.make(step)?)?,
             };
             fresh.push((input.port.name.clone(), tensor));

@@ -1,6 +1,8 @@
 //! The token embedding component: ids to the embeddings that the decoder takes, in some layouts with the image features
 //! merged in by the graph itself.
 
+use std::time::Duration;
+
 use crate::base::{Error, Result};
 
 use super::inputs::{Input, Kind, output_kind};
@@ -73,6 +75,11 @@ impl TokenEmbedding {
         self.session.subject()
     }
 
+    /// Time inside all runs so far.
+    pub fn elapsed(&self) -> Duration {
+        self.session.elapsed()
+    }
+
     /// Width of the embeddings, where the graph fixes it.
     pub fn width(&self) -> Option<usize> {
         self.session.output(&self.output).and_then(Port::width)
@@ -86,6 +93,11 @@ impl TokenEmbedding {
     /// True when the graph reads pixels, so that the vision encoder is inside it.
     pub fn takes_pictures(&self) -> bool {
         self.inputs.iter().any(|input| matches!(input.kind(), Kind::Image(_)))
+    }
+
+    /// Its inputs.
+    pub fn inputs(&self) -> &[Input] {
+        &self.inputs
     }
 
     /// The graph alone.

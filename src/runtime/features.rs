@@ -1,6 +1,7 @@
 //! Image features, and a cache of them: each picture goes through a vision encoder once.
 
 use std::collections::{HashMap, VecDeque};
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use crate::base::Sha256Digest;
@@ -22,6 +23,16 @@ impl Features {
     /// Number of image tokens.
     pub fn tokens(&self) -> usize {
         self.data.len().checked_div(self.hidden_size).unwrap_or(0)
+    }
+
+    /// Those of some of the image tokens.
+    pub fn part(&self, tokens: Range<usize>) -> Features {
+        let cut = |rows: &Vec<f32>| {
+            let range = tokens.start * self.hidden_size..tokens.end * self.hidden_size;
+            rows.get(range).unwrap_or_default().to_vec()
+        };
+        let deepstack = self.deepstack.iter().map(cut).collect();
+        Features { hidden_size: self.hidden_size, data: cut(&self.data), deepstack, levels: self.levels.clone() }
     }
 
     fn bytes(&self) -> usize {

@@ -54,6 +54,8 @@ pub enum Kind {
     Past,
     /// An input that a rewrite added; whoever rewrote the graph gives it.
     Added,
+    /// An input of a meaning that no row knows; only ready tensors hold it.
+    Given,
 }
 
 /// How a finetuning pass, which has no cache and begins inside the graph, feeds an input.
@@ -131,7 +133,7 @@ pub const INPUTS: &[InputRow] = &[
         Kind::Deepstack,
         &["deepstack_features*", "deepstack_visual_embeds*", "deepstack_embeds*", "deepstack*"],
         &[2, 3, 4],
-        |step, input| step.deepstack(input),
+        |step, input| input.deepstack(step),
     ),
     row(Kind::PerLayerInputs, &["per_layer_inputs"], &[3, 4], |step, input| step.per_layer_inputs(&input.port)),
     row(
@@ -169,6 +171,14 @@ pub const CACHES: &[(&str, &str)] = &[
 
 static CACHE: InputRow =
     InputRow { kind: Kind::Past, names: &[], ranks: &[], training: Training::Empty, make: caller_gives };
+
+/// The row of inputs that no other row knows.
+static GIVEN: InputRow =
+    InputRow { kind: Kind::Given, names: &[], ranks: &[], training: Training::Fed, make: only_given };
+
+fn only_given(_: &Step, input: &Input) -> Result<Array> {
+    Err(unknown("the graph", &input.port))
+}
 
 fn caller_gives(_: &Step, input: &Input) -> Result<Array> {
     Err(Error::invalid(format!("input {}", input.port.described()), "is given by the caller, not made from a step"))
@@ -225,12 +235,21 @@ impl Input {
     ///
     /// Errors: `Error::Unsupported` naming an input that no row knows.
     pub fn all<'a>(subject: &str, ports: impl IntoIterator<Item = &'a Port>) -> Result<Vec<Input>> {
+        let inputs = Input::all_or_given(ports);
+        match inputs.iter().find(|input| input.kind() == Kind::Given) {
+            Some(input) => Err(unknown(subject, &input.port)),
+            None => Ok(inputs),
+        }
+    }
+
+    /// The inputs of a graph that may be fed with ready tensors: those that no row knows are of [`Kind::Given`].
+    pub fn all_or_given<'a>(ports: impl IntoIterator<Item = &'a Port>) -> Vec<Input> {
         let mut inputs = Vec::new();
         for port in ports {
             let (row, number) = match row_of(port) {
                 Some(found) => found,
                 None if is_cache(&port.name) => (&CACHE, None),
-                None => return Err(unknown(subject, port)),
+                None => (&GIVEN, None),
             };
             inputs.push(Input { port: port.clone(), row, number, levels: Vec::new() });
         }
@@ -240,7 +259,7 @@ impl Input {
         for input in inputs.iter_mut().filter(|input| input.kind() == Kind::Deepstack) {
             input.levels.clone_from(&levels);
         }
-        Ok(inputs)
+        inputs
     }
 
     /// What it holds.
@@ -253,11 +272,66 @@ impl Input {
         self.kind() == Kind::Deepstack && self.number.is_none() && self.port.rank() > 2
     }
 
+    /// One level of DeepStack features, or all of them stacked, as [`Kind::Deepstack`] says.
+    fn deepstack(&self, step: &Step) -> Result<Array> {
+        let width = self.port.width().unwrap_or(step.hidden_size());
+        let by_token = self.port.rank() - usize::from(self.is_stacked()) == 3;
+        let wanted = self.levels_of(step)?;
+        let mut data = Vec::new();
+        for &level in &wanted {
+            match by_token {
+                true => data.extend(step.spread_level(level, width)?),
+                false => data.extend_from_slice(step.level(level)),
+            }
+        }
+        let mut shape = if by_token { vec![step.batch(), step.time(), width] } else { vec![step.image_count(), width] };
+        if self.is_stacked() {
+            shape.insert(0, wanted.len());
+        }
+        let array = ArrayD::from_shape_vec(IxDyn(&shape), data);
+        array.map(Array::Float).map_err(|e| Error::invalid("step", format!("shape {shape:?}: {e}")))
+    }
+
+    /// The DeepStack features that it takes of a step, by level `[B * T, width]`, zeros where there is no image.
+    ///
+    /// Errors: `Error::Invalid` when there are no such levels, or of another width.
+    pub fn deepstack_rows(&self, step: &Step, width: usize) -> Result<Vec<Vec<f32>>> {
+        self.levels_of(step)?.into_iter().map(|level| step.spread_level(level, width)).collect()
+    }
+
+    /// Which of a step's levels it takes: those of its number where the decoder's numbers are among the vision encoder's,
+    /// else those at its place.
+    fn levels_of(&self, step: &Step) -> Result<Vec<usize>> {
+        let pictured = step.image().contains(&true);
+        let (numbers, count) = step.levels();
+        let stacked = self.port.fixed_size(0).unwrap_or(count);
+        let found = match self.number {
+            None if self.is_stacked() && (!pictured || stacked == count) => Some((0..stacked).collect()),
+            None if !self.is_stacked() && (!pictured || count == 1) => Some(vec![0]),
+            None => None,
+            Some(number) => {
+                let by_number = self.levels.iter().all(|level| numbers.contains(level));
+                let list = if by_number { numbers } else { &self.levels };
+                let same = by_number || !pictured || self.levels.len() == count;
+                list.iter().position(|&level| level == number).filter(|_| same).map(|level| vec![level])
+            }
+        };
+        found.ok_or_else(|| {
+            let taken = if self.is_stacked() { stacked } else { self.levels.len().max(1) };
+            let problem = format!("takes {taken} levels of DeepStack features, there are {count}");
+            Error::invalid(format!("input {}", self.port.described()), problem)
+                .remedy("check that vision encoder and decoder belong to one model")
+        })
+    }
+
     /// Its array for a step.
     ///
     /// Errors: `Error::Invalid` when the step has nothing to make it from.
     pub fn make(&self, step: &Step) -> Result<Array> {
-        (self.row.make)(step, self)
+        match step.given(&self.port.name) {
+            Some(array) => Ok(array.clone()),
+            None => (self.row.make)(step, self),
+        }
     }
 }
 
@@ -268,7 +342,7 @@ impl std::fmt::Debug for Input {
 }
 
 /// The error for an input that no row knows.
-fn unknown(subject: &str, port: &Port) -> Error {
+pub(super) fn unknown(subject: &str, port: &Port) -> Error {
     let named = INPUTS.iter().find(|row| row.matches(&port.name).is_some());
     let problem = match named {
         Some(row) => {
@@ -279,7 +353,9 @@ fn unknown(subject: &str, port: &Port) -> Error {
     };
     let known: Vec<&str> = INPUTS.iter().flat_map(|row| row.names).map(|name| name.trim_end_matches('*')).collect();
     Error::unsupported(subject, problem).remedy(format!(
-        "if it is one of {} under another name, rename it in the graph; if it is always the same, make it an initializer",
+        "if it is one of {} under another name, rename it in the graph; if it is always the same, make it an initializer; \
+         else feed it as a ready tensor, by this name in a .safetensors or .npz file that `score`, `finetune` and `eval` take \
+         as `--data`",
         known.join(", ")
     ))
 }

@@ -25,11 +25,14 @@ impl VlmSession {
         options: &SessionOptions,
         cache: &Arc<FeatureCache>,
     ) -> Result<Self> {
+        bundle.require_config()?;
         let decoder = Decoder::open(runtime, bundle, options)?;
         VlmSession::with_decoder(runtime, bundle, decoder, options, cache)
     }
 
     /// Loads a folder's components with another decoder in place of its own (a part of it, or one not yet written).
+    ///
+    /// A folder without configs is read as far as its graphs go.
     ///
     /// Errors: as `open`.
     pub fn with_decoder(
@@ -39,7 +42,10 @@ impl VlmSession {
         options: &SessionOptions,
         cache: &Arc<FeatureCache>,
     ) -> Result<Self> {
-        let settings = VlmSettings::of(bundle)?;
+        let settings = match bundle.config() {
+            Some(_) => VlmSettings::of(bundle)?,
+            None => VlmSettings::default(),
+        };
         let session = |part: &Component| runtime.session(&bundle.path_of(part), options);
         let embed = bundle.component(Role::EmbedTokens);
         let embed = embed.map(|part| TokenEmbedding::new(session(part)?)).transpose()?;

@@ -1,6 +1,7 @@
 //! One graph in ONNX Runtime: named, typed tensors in and out.
 
 use std::path::Path;
+use std::time::Duration;
 
 use ort::ep;
 use ort::memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType};
@@ -8,7 +9,7 @@ use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::session::{OutputSelector, RunOptions};
 use ort::value::{Outlet, ValueType};
 
-use crate::base::{Device, Error, Result, list_preview};
+use crate::base::{Device, Error, Result, Stopwatch, list_preview};
 use crate::ir::Dim;
 
 use super::backing::Backing;
@@ -57,6 +58,8 @@ pub struct Session {
     subject: String,
     inputs: Vec<Port>,
     outputs: Vec<Port>,
+    /// Time of all runs.
+    clock: Stopwatch,
     /// After `inner`, so that it is dropped after it.
     _backing: Vec<Backing>,
 }
@@ -157,12 +160,17 @@ impl Session {
     ) -> Result<Self> {
         let inputs = inner.inputs().iter().map(|outlet| port(&subject, outlet)).collect::<Result<_>>()?;
         let outputs = inner.outputs().iter().map(|outlet| port(&subject, outlet)).collect::<Result<_>>()?;
-        Ok(Session { inner, device, subject, inputs, outputs, _backing: backing })
+        Ok(Session { inner, device, subject, inputs, outputs, clock: Stopwatch::default(), _backing: backing })
     }
 
     /// Name of the session in messages.
     pub fn subject(&self) -> &str {
         &self.subject
+    }
+
+    /// Time inside all runs so far.
+    pub fn elapsed(&self) -> Duration {
+        self.clock.elapsed()
     }
 
     /// Inputs in graph order.
@@ -208,7 +216,7 @@ impl Session {
             selector = selector.with(*name);
         }
         let options = RunOptions::new().map_err(failed)?.with_outputs(selector);
-        let mut outputs = self.inner.run_with_options(values, &options).map_err(failed)?;
+        let mut outputs = self.clock.time(|| self.inner.run_with_options(values, &options)).map_err(failed)?;
         let tensors = names
             .iter()
             .map(|name| match outputs.remove(*name) {
@@ -243,7 +251,7 @@ impl Session {
             let place = if stay(&port.name) { &on_device } else { &on_cpu };
             binding.bind_output_to_device(port.name.as_str(), place).map_err(failed)?;
         }
-        let mut outputs = self.inner.run_binding(&binding).map_err(failed)?;
+        let mut outputs = self.clock.time(|| self.inner.run_binding(&binding)).map_err(failed)?;
         let tensors = self
             .outputs
             .iter()

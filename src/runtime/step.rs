@@ -1,5 +1,6 @@
 //! Decoder inputs: prompts with their embeddings, and steps over batches of them.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -8,7 +9,6 @@ use ndarray::{ArrayD, IxDyn};
 use crate::base::{Error, Result};
 use crate::prompt::{Array, ImageArrays};
 
-use super::inputs::Input;
 use super::port::Port;
 
 /// A prompt as the decoder takes it: `T` tokens with what was computed for them.
@@ -45,6 +45,8 @@ pub struct Side {
     pub features: Vec<f32>,
     /// Pictures, where the decoder's own graph reads them.
     pub pictures: Vec<Arc<ImageArrays>>,
+    /// Ready tensors for inputs by name.
+    pub given: BTreeMap<String, Array>,
 }
 
 impl Embedded {
@@ -94,6 +96,7 @@ impl Embedded {
                 per_layer: cut(&self.side.per_layer),
                 features: level(&self.side.features),
                 pictures: if inside > 0 { self.side.pictures.clone() } else { Vec::new() },
+                given: self.side.given.clone(),
                 image,
             },
         }
@@ -137,6 +140,7 @@ pub struct Step {
     /// A row per image token of the batch in order.
     features: Vec<f32>,
     pictures: Vec<Arc<ImageArrays>>,
+    given: BTreeMap<String, Array>,
     last_only: bool,
 }
 
@@ -190,8 +194,13 @@ impl Step {
             per_layer: Vec::new(),
             features: Vec::new(),
             pictures: Vec::new(),
+            given: first.side.given.clone(),
             last_only,
         };
+        if let Some(name) = rows.iter().filter(|_| rows.len() > 1).find_map(|row| row.side.given.keys().next()) {
+            return Err(Error::invalid("step", format!("has several rows with ready tensors for `{name}`"))
+                .remedy("feed such rows one at a time"));
+        }
         let per_layer = rows.iter().map(|row| row.side.per_layer.len() / row.len().max(1)).max().unwrap_or(0);
         let levels = rows.iter().map(|row| row.side.deepstack.len()).max().unwrap_or(0);
         step.deepstack = vec![Vec::new(); levels];
@@ -239,6 +248,11 @@ impl Step {
         self.pictures.extend(row.side.pictures.iter().cloned());
     }
 
+    /// Width of the embeddings; 0 where there are none.
+    pub(super) fn hidden_size(&self) -> usize {
+        self.hidden_size
+    }
+
     /// Rows.
     pub fn batch(&self) -> usize {
         self.batch
@@ -269,6 +283,11 @@ impl Step {
         &self.image
     }
 
+    /// A ready tensor for an input.
+    pub(super) fn given(&self, name: &str) -> Option<&Array> {
+        self.given.get(name)
+    }
+
     pub(super) fn pictures(&self) -> impl Iterator<Item = &ImageArrays> {
         self.pictures.iter().map(Arc::as_ref)
     }
@@ -297,7 +316,7 @@ impl Step {
         floats(&[self.batch, self.time, width], packed)
     }
 
-    /// The embeddings in rows of `width`, as [`super::inputs::Kind::InputsEmbeds`] says: `[B * T, width]`.
+    /// The embeddings in rows of `width`, the DeepStack features behind each embedding where `width` is larger: `[B * T, width]`.
     ///
     /// Errors: `Error::Invalid` when the step holds no embeddings, or `width` is no multiple of theirs.
     pub fn embedding_rows(&self, width: usize) -> Result<Vec<f32>> {
@@ -357,61 +376,23 @@ impl Step {
         Array::Int(ArrayD::from_shape_fn(shape, |at| self.types[at[0] * self.time + at[1]]))
     }
 
-    /// One level, or all of them stacked, as [`super::inputs::Kind::Deepstack`] says.
-    pub(super) fn deepstack(&self, input: &Input) -> Result<Array> {
-        let width = input.port.width().unwrap_or(self.hidden_size);
-        let places = self.image.iter().filter(|&&image| image).count();
-        let by_token = input.port.rank() - usize::from(input.is_stacked()) == 3;
-        let wanted = self.levels_of(input)?;
-        let mut data = Vec::new();
-        for &level in &wanted {
-            match by_token {
-                true => data.extend(self.spread_level(level, width)?),
-                false => data.extend_from_slice(self.deepstack.get(level).map_or(&[], Vec::as_slice)),
-            }
-        }
-        let mut shape = if by_token { vec![self.batch, self.time, width] } else { vec![places, width] };
-        if input.is_stacked() {
-            shape.insert(0, wanted.len());
-        }
-        floats(&shape, data)
+    /// Image tokens of the batch.
+    pub(super) fn image_count(&self) -> usize {
+        self.image.iter().filter(|&&image| image).count()
     }
 
-    /// The DeepStack features that an input takes, by level `[B * T, width]`, zeros where there is no image.
-    ///
-    /// Errors: `Error::Invalid` when there are no such levels, or of another width.
-    pub fn deepstack_rows(&self, input: &Input, width: usize) -> Result<Vec<Vec<f32>>> {
-        self.levels_of(input)?.into_iter().map(|level| self.spread_level(level, width)).collect()
+    /// Numbers of the levels of DeepStack features, and how many levels there are.
+    pub(super) fn levels(&self) -> (&[usize], usize) {
+        (&self.levels, self.deepstack.len())
     }
 
-    /// Which of the step's levels an input takes: those of its number where the decoder's numbers are among the vision
-    /// encoder's, else those at its place.
-    fn levels_of(&self, input: &Input) -> Result<Vec<usize>> {
-        let pictured = self.image.contains(&true);
-        let stacked = input.port.fixed_size(0).unwrap_or(self.deepstack.len());
-        let found = match input.number {
-            None if input.is_stacked() && (!pictured || stacked == self.deepstack.len()) => {
-                Some((0..stacked).collect())
-            }
-            None if !input.is_stacked() && (!pictured || self.deepstack.len() == 1) => Some(vec![0]),
-            None => None,
-            Some(number) => {
-                let by_number = input.levels.iter().all(|level| self.levels.contains(level));
-                let list = if by_number { &self.levels } else { &input.levels };
-                let same = by_number || !pictured || input.levels.len() == self.deepstack.len();
-                list.iter().position(|&level| level == number).filter(|_| same).map(|level| vec![level])
-            }
-        };
-        found.ok_or_else(|| {
-            let taken = if input.is_stacked() { stacked } else { input.levels.len().max(1) };
-            let problem = format!("takes {taken} levels of DeepStack features, there are {}", self.deepstack.len());
-            Error::invalid(format!("input {}", input.port.described()), problem)
-                .remedy("check that vision encoder and decoder belong to one model")
-        })
+    /// A level's rows, one per image token.
+    pub(super) fn level(&self, level: usize) -> &[f32] {
+        self.deepstack.get(level).map_or(&[], Vec::as_slice)
     }
 
     /// A level's rows at their image tokens, zeros elsewhere: `[B * T, width]`.
-    fn spread_level(&self, level: usize, width: usize) -> Result<Vec<f32>> {
+    pub(super) fn spread_level(&self, level: usize, width: usize) -> Result<Vec<f32>> {
         let mut data = vec![0f32; self.batch * self.time * width];
         let places = self.image.iter().filter(|&&image| image).count();
         if places == 0 {

@@ -1,5 +1,6 @@
 use super::*;
 use crate::ir::{DataType, Dim};
+use crate::runtime::Input;
 
 fn prompt(ids: &[i64], image: &[usize], levels: usize) -> Embedded {
     let width = 2;

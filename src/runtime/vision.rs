@@ -2,12 +2,13 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::base::{Error, Result, Sha256Digest};
 use crate::prompt::{ImageArrays, PIXEL_ATTENTION_MASK, PIXEL_VALUES};
 
 use super::features::{FeatureCache, Features};
-use super::inputs::{Input, Kind, output_kind};
+use super::inputs::{Input, Kind, output_kind, unknown};
 use super::pictures::{array, is_padded, share_a_run, tile_count};
 use super::port::Port;
 use super::session::{Outputs, Session};
@@ -48,15 +49,17 @@ struct Projector {
 impl VisionEncoder {
     /// `digest` is over the encoder's files, a projector's included.
     ///
-    /// Errors: `Error::Unsupported` naming an input or output that has no known meaning.
+    /// Inputs whose meaning is not known take ready tensors alone.
+    ///
+    /// Errors: `Error::Unsupported` naming an input of another component, or an output that has no known meaning.
     pub fn new(session: Session, digest: Sha256Digest, cache: Arc<FeatureCache>) -> Result<Self> {
-        let inputs = Input::all(session.subject(), session.inputs())?;
-        if let Some(input) = inputs.iter().find(|input| !matches!(input.kind(), Kind::Image(_))) {
+        let inputs = Input::all_or_given(session.inputs());
+        if let Some(input) = inputs.iter().find(|input| !matches!(input.kind(), Kind::Image(_) | Kind::Given)) {
             let problem = format!("input {} is none of a vision encoder's", input.port.described());
             return Err(Error::unsupported(session.subject(), problem)
                 .remedy("export the vision encoder alone, with the arrays of the model's image processor as inputs"));
         }
-        if session.input(PIXEL_VALUES).is_none() {
+        if session.input(PIXEL_VALUES).is_none() && !inputs.iter().any(|input| input.kind() == Kind::Given) {
             return Err(Error::unsupported(session.subject(), format!("has no input `{PIXEL_VALUES}`"))
                 .remedy("export the vision encoder with `pixel_values` as its input"));
         }
@@ -87,6 +90,12 @@ impl VisionEncoder {
     /// The graph alone.
     pub fn into_session(self) -> Session {
         self.session
+    }
+
+    /// Time inside all runs so far, the projector's included.
+    pub fn elapsed(&self) -> Duration {
+        let projector = self.projector.as_ref().map_or(Duration::ZERO, |projector| projector.session.elapsed());
+        self.session.elapsed() + projector
     }
 
     /// Its inputs.
@@ -129,8 +138,13 @@ impl VisionEncoder {
     pub fn feeds(&self, pictures: &[&ImageArrays]) -> Result<Vec<(String, Tensor)>> {
         let mut feeds = Vec::with_capacity(self.inputs.len());
         for input in &self.inputs {
-            let Kind::Image(name) = input.kind() else { continue };
-            let array = array(pictures.iter().copied(), name, &input.port)?;
+            let array = match (input.kind(), pictures) {
+                (Kind::Image(name), _) => array(pictures.iter().copied(), name, &input.port)?,
+                (_, [only]) => {
+                    only.get(&input.port.name).cloned().ok_or_else(|| unknown(self.session.subject(), &input.port))?
+                }
+                _ => return Err(unknown(self.session.subject(), &input.port)),
+            };
             feeds.push((input.port.name.clone(), Tensor::from_array(input.port.dtype, array)?));
         }
         Ok(feeds)

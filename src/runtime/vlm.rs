@@ -1,15 +1,17 @@
 //! A whole vision-language model: pictures and token ids in, decoder inputs or generated tokens out.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::base::{Error, Result};
-use crate::prompt::{ImageArrays, Prompt};
+use crate::prompt::{ImageArrays, Prompt, TensorBatch};
 
 use super::decoder::Decoder;
 use super::embedding::TokenEmbedding;
 use super::features::Features;
-use super::inputs::Kind;
+use super::inputs::{Input, Kind};
 use super::positions::multimodal_positions;
+use super::profile::NetworkTimes;
 use super::session::Outputs;
 use super::step::{Embedded, Side, Step};
 use super::vision::VisionEncoder;
@@ -51,8 +53,10 @@ pub enum Vision {
 /// The loaded components of a model.
 #[derive(Debug)]
 pub struct VlmSession {
-    vision: Option<Vision>,
+    pub(super) vision: Option<Vision>,
     embed: Option<TokenEmbedding>,
+    /// Features of the batch of ready tensors that was used last.
+    pub(super) given_features: Option<(Arc<TensorBatch>, Arc<Features>)>,
     pub(super) decoder: Decoder,
     pub(super) settings: VlmSettings,
     pub(super) padding_works: Option<bool>,
@@ -61,8 +65,7 @@ pub struct VlmSession {
 impl VlmSession {
     /// Puts components together.
     ///
-    /// Errors: `Error::Invalid` when the decoder takes embeddings and there is nothing that makes them, or there is nowhere
-    /// that image features can go.
+    /// Errors: `Error::Invalid` when there is nowhere that image features can go.
     pub fn new(
         vision: Option<Vision>,
         embed: Option<TokenEmbedding>,
@@ -70,18 +73,11 @@ impl VlmSession {
         settings: VlmSettings,
     ) -> Result<Self> {
         let subject = decoder.session().subject().to_string();
-        if decoder.takes_embeds() && embed.is_none() {
-            return Err(Error::invalid(
-                subject,
-                "takes `inputs_embeds`, but the model has no token embedding component",
-            )
-            .remedy("put the token embedding's graph (`embed_tokens.onnx`) beside the decoder"));
-        }
         if vision.is_some() && !decoder.takes_embeds() && !decoder.takes(Kind::ImageFeatures) {
             return Err(Error::invalid(subject, "takes token ids, so image features cannot be merged in")
                 .remedy("export the decoder with `inputs_embeds` in place of `input_ids`"));
         }
-        Ok(VlmSession { vision, embed, decoder, settings, padding_works: None })
+        Ok(VlmSession { vision, embed, given_features: None, decoder, settings, padding_works: None })
     }
 
     /// The decoder.
@@ -97,6 +93,18 @@ impl VlmSession {
     /// The decoder alone.
     pub fn into_decoder(self) -> Decoder {
         self.decoder
+    }
+
+    /// Time inside the networks so far.
+    pub fn times(&self) -> NetworkTimes {
+        NetworkTimes {
+            vision_encoder: match &self.vision {
+                Some(Vision::Known(vision)) => vision.elapsed(),
+                _ => Duration::ZERO,
+            },
+            embedding: self.embed.as_ref().map_or(Duration::ZERO, TokenEmbedding::elapsed),
+            decoder: self.decoder.session().elapsed(),
+        }
     }
 
     /// Settings of the configs.
@@ -166,6 +174,10 @@ impl VlmSession {
         let mut features = features.as_slice();
         let mut embedded = Vec::with_capacity(prompts.len());
         for prompt in prompts {
+            if let Some(given) = &prompt.given {
+                embedded.push(self.embed_given(prompt, given)?);
+                continue;
+            }
             let count = if self.vision.is_some() { prompt.pictures.len() } else { 0 };
             let (own, rest) = features.split_at(count);
             features = rest;
@@ -195,27 +207,41 @@ impl VlmSession {
             )
             .remedy("check that the processor's settings and the vision encoder belong together"));
         }
-        let (positions, next_position) = self.positions(prompt)?;
-        let mut side = Side { types: self.token_types(prompt, &image), ..Side::default() };
-        if tokens > 0 {
+        let grids = prompt.pictures.iter().map(|picture| picture.grid_thw()).collect();
+        let (positions, next_position) = self.positions_of(ids, grids)?;
+        let side = Side { types: self.token_types(prompt, &image), ..Side::default() };
+        let mut embedded = Embedded { input_ids: ids.clone(), positions, next_position, side, ..Embedded::default() };
+        self.complete(&mut embedded, image, features, &prompt.pictures)?;
+        Ok(embedded)
+    }
+
+    /// Adds embeddings and what belongs to image tokens to a prompt of which ids, positions and types are known.
+    pub(super) fn complete(
+        &mut self,
+        embedded: &mut Embedded,
+        image: Vec<bool>,
+        features: &[Arc<Features>],
+        pictures: &[Arc<ImageArrays>],
+    ) -> Result<()> {
+        let side = &mut embedded.side;
+        if image.contains(&true) {
             side.image = image;
             let merging = self.decoder.takes(Kind::ImageFeatures)
                 || self.embed.as_ref().is_some_and(TokenEmbedding::takes_features);
-            if merging {
+            if merging && side.features.is_empty() {
                 side.features = features.iter().flat_map(|item| item.data.iter().copied()).collect();
             }
             if self.decoder.takes(Kind::Deepstack) || self.packs_deepstack() {
                 (side.deepstack, side.levels) = levels(features)?;
             }
             if self.vision.is_none() {
-                side.pictures = prompt.pictures.clone();
+                side.pictures = pictures.to_vec();
             }
         }
-        let mut embedded = Embedded { input_ids: ids.clone(), positions, next_position, side, ..Embedded::default() };
-        self.fill(&mut embedded)?;
+        self.fill(embedded)?;
         let merged_by_graph = self.vision.is_none() || !embedded.side.features.is_empty();
         if !merged_by_graph && embedded.hidden_size > 0 {
-            self.write_features(&mut embedded, features)?;
+            self.write_features(embedded, features)?;
         }
         // What the embedding component read is of no use to the decoder.
         if !self.decoder.takes(Kind::ImageFeatures) {
@@ -224,7 +250,7 @@ impl VlmSession {
         if !self.decoder.takes_pictures() {
             embedded.side.pictures = Vec::new();
         }
-        Ok(embedded)
+        Ok(())
     }
 
     /// Adds what the token embedding component makes.
@@ -233,8 +259,9 @@ impl VlmSession {
             return Ok(());
         }
         let Some(embed) = &mut self.embed else {
-            let problem = "is part of a model without token embeddings";
-            return Err(Error::invalid(self.decoder.session().subject(), problem));
+            let problem = "takes `inputs_embeds`, but the model has no token embedding component";
+            return Err(Error::invalid(self.decoder.session().subject(), problem)
+                .remedy("give `inputs_embeds` as ready tensors, or put the component beside the decoder"));
         };
         let rows = embed.run(embedded)?;
         (embedded.hidden_size, embedded.data) = (rows.hidden_size, rows.data);
@@ -275,7 +302,7 @@ impl VlmSession {
         Ok(())
     }
 
-    fn token_types(&self, prompt: &Prompt, image: &[bool]) -> Vec<i64> {
+    pub(super) fn token_types(&self, prompt: &Prompt, image: &[bool]) -> Vec<i64> {
         if !self.decoder.takes(Kind::TokenTypes) {
             return Vec::new();
         }
@@ -288,24 +315,31 @@ impl VlmSession {
         }
     }
 
-    fn positions(&self, prompt: &Prompt) -> Result<(Vec<Vec<i64>>, i64)> {
-        let length = prompt.input_ids.len() as i64;
-        if self.decoder.position_rows() == 1 || prompt.pictures.is_empty() {
+    /// Positions of ids, and the next one behind them. `grids` are those of the pictures, `None` for one without.
+    pub(super) fn positions_of(&self, ids: &[i64], grids: Vec<Option<[i64; 3]>>) -> Result<(Vec<Vec<i64>>, i64)> {
+        let length = ids.len() as i64;
+        if self.decoder.position_rows() == 1 || grids.is_empty() {
             let row: Vec<i64> = (0..length).collect();
             return Ok((vec![row; self.decoder.position_rows()], length));
         }
         let subject = self.decoder.session().subject();
-        let grids: Option<Vec<[i64; 3]>> = prompt.pictures.iter().map(|picture| picture.grid_thw()).collect();
+        let grids: Option<Vec<[i64; 3]>> = grids.into_iter().collect();
         let grids = grids.ok_or_else(|| {
             Error::invalid(subject, "takes three rows of positions, but a picture has no grid of patches")
+                .remedy("give `image_grid_thw` or `position_ids` where tensors are made by another program")
         })?;
         let merge = self.settings.spatial_merge_size.ok_or_else(|| {
             Error::invalid(subject, "takes three rows of positions, but the config names no `spatial_merge_size`")
                 .remedy("add it to `vision_config` in `config.json`")
         })?;
         let image_token = self.settings.image_token_id.unwrap_or(-1);
-        let (rows, next) = multimodal_positions(&prompt.input_ids, image_token, &grids, merge)?;
+        let (rows, next) = multimodal_positions(ids, image_token, &grids, merge)?;
         Ok((rows.into(), next))
+    }
+
+    /// Inputs of the token embedding component.
+    pub(super) fn embedding_inputs(&self) -> &[Input] {
+        self.embed.as_ref().map_or(&[], TokenEmbedding::inputs)
     }
 }
 

@@ -76,7 +76,7 @@ fn right_answers_are_as_likely_as_the_logits_say() {
         let user = (0..images.len()).map(Part::Image).chain([Part::Text(text)]).collect();
         let assistant = benchmark.cell(row, "answer").expect("an answer").to_string();
         let turns = vec![Turn { user, assistant }];
-        let sample = Sample { index: 0, id: row.index.clone(), images, system: None, turns, text: None };
+        let sample = Sample { index: 0, id: row.index.clone(), images, system: None, turns, text: None, tensors: None };
         let (likelihood, count) = by_logits(&mut loaded, &sample);
         assert!((own.log_likelihood - likelihood).abs() < 1e-4, "{}: {} {likelihood}", row.index, own.log_likelihood);
         assert_eq!((own.index.as_str(), own.tokens), (row.index.as_str(), count));
@@ -143,4 +143,46 @@ fn a_decoder_alone_is_measured_without_a_picture() {
         assert!(report.model.pipeline_ttft_ms.is_none() && report.speedup.is_none(), "{file}");
         assert!(report.model.decode_tokens_per_second.median > 0.0, "{file}");
     }
+}
+
+#[test]
+fn predictions_are_kept_as_vlmevalkit_keeps_them() {
+    let folder = tempfile::tempdir().expect("folder");
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let (model, data) = (root.join("fixtures/model"), root.join("fixtures/data/bench-small.tsv"));
+    let (model, data) = (model.to_str().expect("path"), data.to_str().expect("path"));
+    std::fs::create_dir(folder.path().join("kept")).expect("folder");
+    let run = |predictions: &str| {
+        let arguments = ["eval", model, "--data", data, "-o", "report.json", "--quiet", "--limit", "3"];
+        let more = ["--max-new-tokens", "3", "--predictions", predictions];
+        let output = super::cli::interlace(folder.path(), &[&arguments[..], &more].concat());
+        assert_eq!(output.status.code(), Some(0), "{}", super::cli::stderr(&output));
+    };
+    run("kept");
+    // `{model_name}_{dataset_name}.tsv` in its folder of results.
+    let text = std::fs::read_to_string(folder.path().join("kept/model_bench-small.tsv")).expect("predictions");
+    assert!(text.starts_with("\"index\"\t\""), "{text}");
+    let read = |text: &str| -> Vec<Vec<String>> {
+        let mut reader = csv::ReaderBuilder::new().delimiter(b'\t').has_headers(false).from_reader(text.as_bytes());
+        reader.records().map(|row| row.expect("row").iter().map(str::to_string).collect()).collect()
+    };
+    let (rows, asked) = (read(&text), read(&std::fs::read_to_string(data).expect("benchmark")));
+    assert_eq!(rows.len(), 4);
+    let mut columns: Vec<&str> = asked[0].iter().map(String::as_str).filter(|name| *name != "image").collect();
+    columns.push("prediction");
+    assert_eq!(rows[0], columns);
+    let place = |name: &str| asked[0].iter().position(|column| column == name).expect("a column");
+    for (row, asked) in rows[1..].iter().zip(&asked[1..]) {
+        assert_eq!(
+            row[columns.iter().position(|name| *name == "question").expect("a column")],
+            asked[place("question")]
+        );
+    }
+    run("kept.jsonl");
+    let lines = std::fs::read_to_string(folder.path().join("kept.jsonl")).expect("predictions");
+    let first: serde_json::Value = serde_json::from_str(lines.lines().next().expect("a line")).expect("JSON");
+    assert_eq!(
+        (lines.lines().count(), first["prediction"].as_str()),
+        (3, Some(rows[1].last().expect("a cell").as_str()))
+    );
 }

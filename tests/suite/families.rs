@@ -133,7 +133,7 @@ fn sample(turns: &Value) -> Sample {
         Turn { user, assistant: turn[2].as_str().unwrap_or_default().to_string() }
     };
     let turns = turns.as_array().expect("turns").iter().map(turn).collect();
-    Sample { index: 0, id: "sample".into(), images, system: None, turns, text: None }
+    Sample { index: 0, id: "sample".into(), images, system: None, turns, text: None, tensors: None }
 }
 
 /// A processor and a model, loaded.

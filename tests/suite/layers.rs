@@ -33,6 +33,9 @@ const OWNERS: &[(&str, &[&str])] = &[
     ("minijinja_contrib", &["data"]),
     ("parquet", &["data"]),
     ("arrow", &["data"]),
+    ("safetensors", &["data"]),
+    ("zip", &["data"]),
+    ("ureq", &["eval"]),
     ("image", &["data"]),
     ("mozjpeg_sys", &["data"]),
     ("prost", &["export"]),
@@ -132,8 +135,19 @@ fn imports_point_down() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// Modules whose files do not import each other in circles.
-const WITHOUT_CIRCLES: &[&str] = &["data"];
+/// Folders whose files do not import each other in circles; a folder's `mod.rs` counts as one of them, but for that of a
+/// whole module, which only names its parts.
+const WITHOUT_CIRCLES: &[&str] = &[
+    "base",
+    "data",
+    "data/images",
+    "data/placeholders",
+    "data/tensors",
+    "eval",
+    "method",
+    "pipeline/steps",
+    "runtime",
+];
 
 /// The names on a circle of imports, if there is one.
 fn circle(imports: &BTreeMap<String, Vec<String>>) -> Option<Vec<String>> {
@@ -167,21 +181,40 @@ fn circle(imports: &BTreeMap<String, Vec<String>>) -> Option<Vec<String>> {
     })
 }
 
+/// Which files of a folder each of its files imports.
+fn imports_in(folder: &str) -> BTreeMap<String, Vec<String>> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src").join(folder);
+    let own: Vec<(String, String)> = modules()
+        .into_iter()
+        .filter(|(_, path, _)| path.parent() == Some(root.as_path()))
+        .map(|(_, path, code)| (path.file_stem().expect("a name").to_string_lossy().into_owned(), code))
+        .filter(|(file, _)| !file.ends_with("tests") && (file != "mod" || folder.contains('/')))
+        .collect();
+    let names: Vec<String> = own.iter().map(|(file, _)| file.clone()).collect();
+    let imports = own.into_iter().map(|(file, code)| {
+        let code = code.split("#[cfg(test)]\nmod ").next().unwrap_or_default();
+        let imported = match file.as_str() {
+            "mod" => names.iter().filter(|name| code.contains(&format!("{name}::"))).cloned().collect(),
+            // What is no file is an item of `mod.rs`.
+            _ => names_after(code, "use super::")
+                .into_iter()
+                .filter(|name| *name != "super")
+                .map(|name| if names.iter().any(|file| file == name) { name } else { "mod" }.to_string())
+                .filter(|name| *name != file)
+                .collect(),
+        };
+        (file, imported)
+    });
+    imports.collect()
+}
+
 #[test]
-fn files_of_a_module_do_not_import_in_circles() {
-    for module in WITHOUT_CIRCLES {
-        let mut imports: BTreeMap<String, Vec<String>> = BTreeMap::new();
-        for (_, path, code) in modules().into_iter().filter(|(name, ..)| name == module) {
-            let file = path.file_stem().expect("a name").to_string_lossy().into_owned();
-            let code = code.split("#[cfg(test)]").next().unwrap_or_default();
-            if !file.ends_with("tests") && file != "mod" && path.parent().is_some_and(|folder| folder.ends_with(module))
-            {
-                imports.insert(file, names_after(code, "use super::").into_iter().map(str::to_string).collect());
-            }
-        }
-        assert!(imports.len() > 5, "{module}: {} files found", imports.len());
+fn files_of_a_folder_do_not_import_in_circles() {
+    for folder in WITHOUT_CIRCLES {
+        let imports = imports_in(folder);
+        assert!(imports.len() > 3, "{folder}: {} files found", imports.len());
         let found = circle(&imports);
-        assert!(found.is_none(), "{module}: {} import in a circle", found.unwrap_or_default().join(" -> "));
+        assert!(found.is_none(), "{folder}: {} import in a circle", found.unwrap_or_default().join(" -> "));
     }
     let ring = [("a", vec!["b"]), ("b", vec!["c"]), ("c", vec!["b"])];
     let ring = ring.map(|(name, all)| (name.to_string(), all.into_iter().map(str::to_string).collect()));

@@ -1,6 +1,7 @@
 //! All integration tests in one binary, one module per capability.
 
 mod backend;
+mod bad_inputs;
 mod cli;
 mod corners;
 mod deepstack;
@@ -14,6 +15,7 @@ mod generate;
 mod generation;
 mod inspections;
 mod interpreter;
+mod judge;
 mod layers;
 mod metrics;
 mod mutated_inputs;
@@ -24,7 +26,9 @@ mod properties;
 mod refusals;
 mod run;
 mod schemas;
+mod speed;
 mod streams;
+mod tensors;
 mod text;
 mod training;
 mod verify;

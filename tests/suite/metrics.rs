@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use interlace::data::Benchmark;
-use interlace::eval::judge_predictions;
+use interlace::eval::{PromptStyle, judge_predictions, question_text};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
@@ -68,4 +68,27 @@ fn scores_are_those_of_vlmevalkit() {
             assert!((found - value).abs() < 1e-9, "{name}, {figure}: {found} is not {value}");
         }
     }
+}
+
+/// `scripts/vlmevalkit/prompts.py` makes the texts.
+#[test]
+fn questions_are_worded_as_vlmevalkit_words_them() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/vlmevalkit/prompts.json");
+    let golden: Value = serde_json::from_slice(&std::fs::read(path).expect("golden")).expect("JSON");
+    let prompts = golden["prompts"].as_array().expect("prompts");
+    assert!(prompts.len() > 250);
+    let folder = tempfile::tempdir().expect("folder");
+    let mut wrong = Vec::new();
+    for prompt in prompts {
+        let name = prompt["benchmark"].as_str().expect("a name");
+        let mut row = prompt["row"].as_object().expect("a row").clone();
+        row.insert("index".into(), 1.into());
+        let benchmark = benchmark(folder.path(), name, &[row]);
+        let style: PromptStyle = prompt["style"].as_str().expect("a style").parse().expect("a style");
+        let found = question_text(&benchmark, name, &benchmark.rows()[0], style).expect("text");
+        if found != prompt["text"] {
+            wrong.push(format!("{name} {style:?}: {found:?} is not {}", prompt["text"]));
+        }
+    }
+    assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), prompts.len(), wrong[..wrong.len().min(6)].join("\n"));
 }

@@ -11,8 +11,8 @@ use crate::prompt::{IMAGE_SIZES, PIXEL_VALUES};
 use super::levels::Levels;
 use super::picture::Picture;
 use super::resample::{Filter, Scaler};
+use super::rule::{CLIP, ImageLayout, Processed, Rule, frames, int_row};
 use super::settings::Settings;
-use super::{CLIP, ImageLayout, Processed, Rule, frames, int_row};
 
 /// The most resolutions that a config may list.
 const MAX_RESOLUTIONS: usize = 1024;

@@ -9,8 +9,8 @@ use crate::prompt::PIXEL_VALUES;
 use super::levels::Levels;
 use super::picture::Picture;
 use super::resample::{Filter, Scaler};
+use super::rule::{CLIP, ImageLayout, Processed, Rule, frames};
 use super::settings::Settings;
-use super::{CLIP, ImageLayout, Processed, Rule, frames};
 
 #[derive(Debug)]
 pub(super) struct Centred {

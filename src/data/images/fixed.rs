@@ -9,8 +9,8 @@ use crate::prompt::PIXEL_VALUES;
 use super::levels::Levels;
 use super::picture::Picture;
 use super::resample::{BackEnd, Filter, Scaler};
+use super::rule::{CLIP, HALVES, ImageLayout, Processed, Rule, frames};
 use super::settings::{Settings, Size};
-use super::{CLIP, HALVES, ImageLayout, Processed, Rule, frames};
 
 #[derive(Debug)]
 pub(super) struct Fixed {

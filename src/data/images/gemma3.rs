@@ -8,8 +8,8 @@ use crate::prompt::PIXEL_VALUES;
 use super::levels::Levels;
 use super::picture::Picture;
 use super::resample::{Filter, Scaler};
+use super::rule::{HALVES, ImageLayout, Processed, Rule, frames};
 use super::settings::Settings;
-use super::{HALVES, ImageLayout, Processed, Rule, frames};
 
 #[derive(Debug)]
 pub(super) struct Gemma3 {

@@ -10,8 +10,8 @@ use crate::prompt::{Array, PIXEL_POSITION_IDS, PIXEL_VALUES};
 use super::levels::Levels;
 use super::picture::Picture;
 use super::resample::{Filter, Scaler};
+use super::rule::{ImageLayout, Processed, Rule, floats};
 use super::settings::Settings;
-use super::{ImageLayout, Processed, Rule, floats};
 
 /// The numbers of image features that the models were trained with.
 const SOFT_TOKENS: [usize; 5] = [70, 140, 280, 560, 1120];

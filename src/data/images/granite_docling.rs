@@ -8,11 +8,12 @@ use ndarray::{ArrayD, IxDyn};
 use crate::base::Result;
 use crate::prompt::{Array, PIXEL_ATTENTION_MASK, PIXEL_VALUES};
 
+use super::grid;
 use super::levels::Levels;
 use super::picture::Picture;
 use super::resample::{Filter, Scaler};
+use super::rule::{CLIP, ImageLayout, Processed, Rule, frames};
 use super::settings::Settings;
-use super::{CLIP, ImageLayout, Processed, Rule, frames, grid};
 
 /// The tokenizer has tokens for this many rows and columns.
 const MAX_SIDE: usize = 16;

@@ -11,8 +11,8 @@ use crate::prompt::{Array, PIXEL_ATTENTION_MASK, PIXEL_VALUES};
 use super::levels::Levels;
 use super::picture::Picture;
 use super::resample::{Filter, Scaler};
+use super::rule::{HALVES, ImageLayout, Processed, Rule, frames};
 use super::settings::Settings;
-use super::{HALVES, ImageLayout, Processed, Rule, frames};
 
 /// No edge is longer after the first resizing.
 const MAX_EDGE: usize = 4096;

@@ -8,11 +8,12 @@ use ndarray::{ArrayD, IxDyn};
 use crate::base::{Error, Result};
 use crate::prompt::{Array, PIXEL_ATTENTION_MASK, PIXEL_VALUES, SPATIAL_SHAPES};
 
+use super::grid;
 use super::levels::Levels;
 use super::picture::Picture;
 use super::resample::{Filter, Scaler};
+use super::rule::{HALVES, ImageLayout, Processed, Rule, floats};
 use super::settings::Settings;
-use super::{HALVES, ImageLayout, Processed, Rule, floats, grid};
 
 /// The most tiles that a config may allow.
 const MAX_TILES: usize = 256;

@@ -11,8 +11,8 @@ use crate::prompt::{Array, PIXEL_VALUES, TGT_SIZES};
 use super::levels::Levels;
 use super::picture::Picture;
 use super::resample::{Filter, Scaler};
+use super::rule::{HALVES, ImageLayout, Processed, Rule, floats};
 use super::settings::Settings;
-use super::{HALVES, ImageLayout, Processed, Rule, floats};
 
 /// The most slices that a config may allow.
 const MAX_SLICES: usize = 256;

@@ -5,11 +5,12 @@
 use crate::base::Result;
 use crate::prompt::PIXEL_VALUES;
 
+use super::grid;
 use super::levels::Levels;
 use super::picture::Picture;
 use super::resample::{Filter, Scaler};
+use super::rule::{CLIP, ImageLayout, Processed, Rule, frames};
 use super::settings::Settings;
-use super::{CLIP, ImageLayout, Processed, Rule, frames, grid};
 
 /// The most tiles that a config may allow.
 const MAX_TILES: usize = 256;

@@ -10,8 +10,8 @@ use crate::prompt::{IMAGE_GRID_THW, PIXEL_VALUES};
 use super::levels::Levels;
 use super::picture::Picture;
 use super::resample::{Filter, Scaler};
+use super::rule::{Arrays, CLIP, HALVES, ImageLayout, Processed, Rule, VideoLayout, floats, int_row};
 use super::settings::Settings;
-use super::{Arrays, CLIP, HALVES, ImageLayout, Processed, Rule, VideoLayout, floats, int_row};
 
 /// The most times that a still picture is repeated in time.
 const MAX_FRAMES: usize = 16;

@@ -8,8 +8,8 @@ use crate::prompt::{IMAGE_SIZES, PIXEL_VALUES};
 use super::levels::Levels;
 use super::picture::Picture;
 use super::resample::{Filter, Scaler};
+use super::rule::{CLIP, ImageLayout, Processed, Rule, frames, int_row};
 use super::settings::{Settings, Size};
-use super::{CLIP, ImageLayout, Processed, Rule, frames, int_row};
 
 #[derive(Debug)]
 pub(super) struct Pixtral {

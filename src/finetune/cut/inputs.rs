@@ -50,7 +50,7 @@ impl SideInputs {
             parts.push((widths.embeddings, step.embedding_rows(widths.embeddings)?));
         }
         for input in &self.deepstack {
-            let levels = step.deepstack_rows(input, widths.level_width)?;
+            let levels = input.deepstack_rows(&step, widths.level_width)?;
             parts.extend(levels.into_iter().map(|level| (widths.level_width, level)));
         }
         if widths.per_layer > 0 {

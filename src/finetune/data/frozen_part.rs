@@ -246,9 +246,10 @@ pub fn outputs<T>(
     order.sort_by_key(|&number| round[number].example.length);
     let mut results: Vec<(usize, T)> = Vec::with_capacity(round.len());
     let same_length = order.chunk_by(|&a, &b| round[a].example.length == round[b].example.length);
+    let most = model.decoder().fixed_batch().unwrap_or(usize::MAX);
     let groups = same_length.flat_map(|group| {
         let length = round[group[0]].example.length.max(1);
-        group.chunks((tokens_per_run / length).max(1))
+        group.chunks((tokens_per_run / length).clamp(1, most.max(1)))
     });
     for group in groups {
         let time = round[group[0]].example.length;

@@ -1,7 +1,7 @@
 //! Where training samples come from: conversations, tokenised and with their pictures processed, one after the other.
 
 use crate::base::{Result, Sha256Digest};
-use crate::data::{Dataset, Encoded, Intake, LeftOut, Processor};
+use crate::data::{Dataset, Encoded, Encoder, Intake, LeftOut};
 use crate::prompt::Prompt;
 
 /// A tokenised training sample with its pictures.
@@ -29,7 +29,7 @@ pub trait Source: Sync {
 
 /// Conversations of a data set, in ascending order of `indices`.
 pub struct Conversations<'a> {
-    pub processor: &'a Processor,
+    pub encoder: &'a Encoder,
     pub dataset: &'a Dataset,
     pub indices: &'a [usize],
     pub intake: Intake,
@@ -45,7 +45,7 @@ impl Source for Conversations<'_> {
     }
 
     fn samples(&self) -> Result<Box<dyn Iterator<Item = Result<Sample>> + '_>> {
-        let encode = |sample: &_| self.processor.encode_conversation(sample);
+        let encode = |sample: &_| self.encoder.conversation(sample);
         let samples = self.intake.encoded(self.dataset, self.indices, encode)?;
         Ok(Box::new(samples.map(|encoded| Ok(Sample::new(encoded?)))))
     }
@@ -84,10 +84,10 @@ mod tests {
         let path = folder.path().join("x.jsonl");
         std::fs::write(&path, (0..20).map(row).collect::<Vec<_>>().join("\n")).unwrap();
         let dataset = Dataset::open(&path, &DataOptions::default()).unwrap();
-        let processor = Processor::open(&bundle).unwrap();
+        let encoder = Encoder::open(&bundle, &dataset).unwrap();
         let indices: Vec<usize> = (0..20).collect();
         let intake = Intake::new(&dataset, &bundle, usize::MAX);
-        let source = Conversations { processor: &processor, dataset: &dataset, indices: &indices, intake };
+        let source = Conversations { encoder: &encoder, dataset: &dataset, indices: &indices, intake };
         for _ in 0..2 {
             let ids: Vec<String> = source.samples().unwrap().map(|sample| sample.unwrap().id).collect();
             assert_eq!((ids.len(), ids[7].as_str()), (19, "row 8 of `x.jsonl` (id `8`)"));

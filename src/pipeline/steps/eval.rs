@@ -8,13 +8,13 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::base::{AtomicFile, Cancel, Device, Error, Provenance, Result};
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, Role};
 use crate::data::{BenchRow, Benchmark, DataOptions, Dataset, ImageSettings};
 use crate::eval::{
-    EvalOptions, EvalReport, LoadedModel, ModelScores, PromptStyle, TextReport, TextScores, benchmark_name, compare,
-    evaluate, kept_perplexity, perplexity,
+    EvalOptions, EvalReport, Judge, LoadedModel, ModelScores, PromptStyle, TextReport, TextScores, benchmark_name,
+    compare, evaluate, kept_perplexity, perplexity,
 };
-use crate::runtime::{FeatureCache, Runtime, SessionOptions};
+use crate::runtime::{Decoder, FeatureCache, Runtime, SessionOptions, VlmSession};
 
 use super::likelihood::compare_likelihoods;
 use super::needs::{Work, check as check_needs};
@@ -36,6 +36,9 @@ pub struct EvalSettings {
     pub limit: Option<usize>,
     /// Wording of the questions.
     pub prompt_style: PromptStyle,
+    /// The language model that judges answers, for benchmarks that need one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub judge: Option<Judge>,
     /// Image settings that override the model's own files.
     #[serde(skip_serializing_if = "ImageSettings::is_default")]
     pub images: ImageSettings,
@@ -43,8 +46,8 @@ pub struct EvalSettings {
 
 impl Default for EvalSettings {
     fn default() -> Self {
-        let EvalOptions { batch_size, max_new_tokens, limit, prompt_style } = EvalOptions::default();
-        EvalSettings { batch_size, max_new_tokens, limit, prompt_style, images: ImageSettings::default() }
+        let EvalOptions { batch_size, max_new_tokens, limit, prompt_style, judge } = EvalOptions::default();
+        EvalSettings { batch_size, max_new_tokens, limit, prompt_style, judge, images: ImageSettings::default() }
     }
 }
 
@@ -67,6 +70,17 @@ impl Engine {
         LoadedModel::open(model, &self.runtime, &SessionOptions::default(), &self.cache, images)
     }
 
+    /// Loads a model that predicts what it is given, which may be ready tensors.
+    ///
+    /// Errors: as `VlmSession::open`.
+    pub fn load_to_predict(&self, bundle: &Bundle) -> Result<VlmSession> {
+        let options = SessionOptions::default();
+        let head_dim = bundle.config().and_then(|config| config.head_size());
+        let session = self.runtime.session(&bundle.path_of(bundle.require(Role::Decoder)?), &options)?;
+        let decoder = Decoder::prefill_only(session, head_dim)?;
+        VlmSession::with_decoder(&self.runtime, bundle, decoder, &options, &self.cache)
+    }
+
     /// Answers a benchmark with one model.
     ///
     /// Errors: as `LoadedModel::open` and `evaluate`.
@@ -82,8 +96,8 @@ impl Engine {
             check_needs(&Bundle::open(model)?, Work::Answer)?;
         }
         let mut loaded = self.load(model, &settings.images)?;
-        let EvalSettings { batch_size, max_new_tokens, limit, prompt_style, images: _ } = *settings;
-        let options = EvalOptions { batch_size, max_new_tokens, limit, prompt_style };
+        let EvalSettings { batch_size, max_new_tokens, limit, prompt_style, judge, images: _ } = settings.clone();
+        let options = EvalOptions { batch_size, max_new_tokens, limit, prompt_style, judge };
         evaluate(&mut loaded, benchmark, &benchmark_name(data), &options, cancel)
     }
 }
@@ -150,10 +164,16 @@ pub struct TextSettings {
     pub ignore_keys: Vec<String>,
     /// Reads only the first sequences.
     pub limit: Option<usize>,
+    /// The first row that cannot be read is an error.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub strict: bool,
+    /// How pictures are scaled and cut up, in place of what the model's files say.
+    #[serde(default, skip_serializing_if = "ImageSettings::is_default")]
+    pub images: ImageSettings,
 }
 
-/// Perplexity of a model on running text, and of a baseline to say what the model keeps of it. Each model cuts the text
-/// with its own tokenizer.
+/// Perplexity of a model on running text, answers or ready tensors, and of a baseline to say what the model keeps of it.
+/// Each model reads the data with its own tokenizer and processor.
 ///
 /// Errors: as `LoadedModel::open`, `Dataset::open_for` and `perplexity`; `Error::Invalid` when the two models' tokenizers
 /// cut the text differently.
@@ -168,6 +188,8 @@ pub fn eval_text(
     let options = DataOptions {
         sequence_length: settings.sequence_length,
         ignore_keys: settings.ignore_keys.clone(),
+        strict: settings.strict,
+        images: settings.images.clone(),
         ..DataOptions::default()
     };
     let mut inputs = BTreeMap::new();
@@ -177,8 +199,8 @@ pub fn eval_text(
         let text = Dataset::open_for(data, &bundle, &options)?;
         inputs.insert(role.to_string(), bundle.digest()?);
         inputs.insert("data".to_string(), text.digest()?);
-        let mut loaded = engine.load(path, &ImageSettings::default())?;
-        perplexity(&mut loaded, &text, settings.limit, cancel)
+        let mut vlm = engine.load_to_predict(&bundle)?;
+        perplexity(&path.display().to_string(), &mut vlm, (&bundle, &text), settings.limit, cancel)
     };
     let base = baseline.map(|path| measure("baseline", path)).transpose()?;
     let scores = measure("model", model)?;
@@ -188,10 +210,17 @@ pub fn eval_text(
 }
 
 /// Writes the answers of a report beside their questions: as JSON lines, or, where the file's name ends in `.tsv`, as
-/// VLMEvalKit keeps predictions, the benchmark's columns but for the picture and `prediction` behind them.
+/// VLMEvalKit keeps predictions, the benchmark's columns but for the picture and `prediction` behind them, every cell
+/// quoted. In a folder the file is `MODEL_BENCHMARK.tsv`, where VLMEvalKit looks for a model's predictions.
 ///
 /// Errors: those of reading the benchmark and of writing the file.
 pub fn write_predictions(path: &Path, data: &Path, scores: &ModelScores) -> Result<()> {
+    if path.is_dir() {
+        let model = Path::new(&scores.model);
+        let model = model.canonicalize().unwrap_or_else(|_| model.to_path_buf());
+        let name = model.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        return write_predictions(&path.join(format!("{name}_{}.tsv", scores.benchmark)), data, scores);
+    }
     let benchmark = Benchmark::open(data)?;
     let rows: BTreeMap<&str, &BenchRow> = benchmark.rows().iter().map(|row| (row.index.as_str(), row)).collect();
     let answered = scores.answers.iter().filter_map(|answer| Some((answer, *rows.get(answer.index.as_str())?)));
@@ -199,7 +228,8 @@ pub fn write_predictions(path: &Path, data: &Path, scores: &ModelScores) -> Resu
     if path.extension().is_some_and(|extension| extension == "tsv") {
         let columns: Vec<&str> =
             benchmark.columns().iter().map(String::as_str).filter(|name| *name != "image").collect();
-        let mut writer = csv::WriterBuilder::new().delimiter(b'\t').from_writer(&mut bytes);
+        let mut writer =
+            csv::WriterBuilder::new().delimiter(b'\t').quote_style(csv::QuoteStyle::Always).from_writer(&mut bytes);
         let wrong = |e: csv::Error| Error::invalid(format!("`{}`", path.display()), e.to_string());
         writer.write_record(columns.iter().copied().chain(["prediction"])).map_err(wrong)?;
         for (answer, row) in answered {

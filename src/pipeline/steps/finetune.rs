@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::base::{Cancel, Device, Error, Provenance, Result, Sha256Digest, write_json};
 use crate::bundle::{Bundle, BundleWriter, Record, Role, Step, Tower};
-use crate::data::{DataOptions, Dataset, Intake, Processor, Subset};
+use crate::data::{DataOptions, Dataset, Encoder, Intake, Subset};
 use crate::finetune::{Conversations, Report, Request, Settings, StepMetrics, Teacher, clear_work};
 use crate::method::{Plan, Role as LayerRole};
 use crate::runtime::FeatureCache;
@@ -78,11 +78,11 @@ pub fn finetune(
     let work = if request.settings.looks_at_answers() { Work::FinetuneOnAnswers } else { Work::FinetuneOnStream };
     check_needs(&bundle, work)?;
     let dataset = Dataset::open_for(request.data, &bundle, request.options)?;
-    let processor = Processor::open_with(&bundle, &request.options.images)?;
+    let encoder = Encoder::open(&bundle, &dataset)?;
     let mut indices = dataset.draw(request.subset)?;
     indices.truncate((request.settings.data_share * indices.len() as f64).ceil() as usize);
     let data = Conversations {
-        processor: &processor,
+        encoder: &encoder,
         dataset: &dataset,
         indices: &indices,
         intake: Intake::new(&dataset, &bundle, usize::MAX),

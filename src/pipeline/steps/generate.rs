@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::{AtomicFile, Cancel, Error, Progress, Result, ahead};
 use crate::bundle::Bundle;
-use crate::data::{DataOptions, Dataset, ImageBytes, ImageSettings, Intake, LeftOut, Part, Sample, Turn};
+use crate::data::{DataOptions, Dataset, Encoder, ImageBytes, ImageSettings, Intake, LeftOut, Part, Sample, Turn};
 use crate::eval::LoadedModel;
 use crate::prompt::Prompt;
 use crate::runtime::Sampler;
@@ -107,6 +107,7 @@ pub fn generate(
         system: question.system.clone(),
         turns: vec![Turn { user, assistant: String::new() }],
         text: None,
+        tensors: None,
     };
     let limit = decoding.max_tokens.or(vlm.settings().max_new_tokens).unwrap_or(DEFAULT_MAX_TOKENS);
     let began = Instant::now();
@@ -162,6 +163,7 @@ pub fn generate_all(
     let mut sampler = decoding.sampler()?;
     let bundle = Bundle::open(model)?;
     let dataset = Dataset::open_for(data.0, &bundle, data.1)?;
+    let encoder = Encoder::open(&bundle, &dataset)?;
     let LoadedModel { mut vlm, processor, .. } = engine.load(model, &data.1.images)?;
     let limit = decoding.max_tokens.or(vlm.settings().max_new_tokens).unwrap_or(DEFAULT_MAX_TOKENS);
     let indices: Vec<usize> = (0..dataset.len()).collect();
@@ -191,7 +193,7 @@ pub fn generate_all(
     };
     let intake = Intake::new(&dataset, &bundle, usize::MAX);
     let samples = || {
-        let read = intake.encoded(&dataset, &indices, |sample| processor.encode_prompt(sample))?;
+        let read = intake.encoded(&dataset, &indices, |sample| encoder.prompt(sample))?;
         Ok(read.map(|encoded| encoded.map(|encoded| (encoded.id.clone(), encoded.into_prompt()))))
     };
     ahead(batch_size, samples, |mut all| {

@@ -10,7 +10,7 @@ use crate::base::{Cancel, Error, Provenance, Result};
 use crate::bundle::Bundle;
 use crate::data::{BenchRow, Benchmark, Part, Processor, Sample, Turn};
 use crate::eval::{
-    Interval, Likelihood, PromptStyle, QuestionLikelihood, benchmark_name, kept_likelihood, question_text,
+    Interval, Likelihood, PromptStyle, QuestionLikelihood, benchmark_name, kept_likelihood, needs_judge, question_text,
     reference_of, right_answer,
 };
 use crate::method::answer_likelihoods;
@@ -41,7 +41,8 @@ impl LikelihoodReport {
 impl Engine {
     /// Log-likelihood of every question's right answer, given the prompt that the model would answer.
     ///
-    /// Errors: those of `Processor::encode_conversation` and `answer_likelihoods`; `Error::Invalid` naming a row without
+    /// Errors: those of `Processor::encode_conversation` and `answer_likelihoods`; `Error::Unsupported` for a benchmark
+    /// without right answers; `Error::Invalid` naming a row without
     /// question or answer.
     pub fn likelihood(
         &self,
@@ -51,9 +52,14 @@ impl Engine {
         settings: &EvalSettings,
         cancel: &Cancel,
     ) -> Result<Likelihood> {
+        let name = benchmark_name(data);
+        if needs_judge(&name) {
+            let problem = "has no right answers: a language model judges what is said";
+            return Err(Error::unsupported(format!("benchmark `{name}`"), problem)
+                .remedy("look at its scores, or take a benchmark with answers"));
+        }
         let bundle = Bundle::open(model)?;
         let processor = Processor::open_with(&bundle, &settings.images)?;
-        let name = benchmark_name(data);
         let rows = benchmark.rows();
         let rows = &rows[..settings.limit.unwrap_or(rows.len()).min(rows.len())];
         let conversations = rows
@@ -83,7 +89,7 @@ fn answered(benchmark: &Benchmark, name: &str, row: &BenchRow, style: PromptStyl
     user.push(Part::Text(question_text(benchmark, name, row, style)?));
     let turn = Turn { user, assistant: right_answer(&reference_of(benchmark, row)?) };
     let id = format!("row `{}` of benchmark `{name}`", row.index);
-    Ok(Sample { index: 0, id, images, system: None, turns: vec![turn], text: None })
+    Ok(Sample { index: 0, id, images, system: None, turns: vec![turn], text: None, tensors: None })
 }
 
 /// What a model keeps of a baseline's likelihood per answer token.

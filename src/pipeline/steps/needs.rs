@@ -1,9 +1,11 @@
 //! Requirements of each kind of work on a model's decoder, checked before the work begins.
 
+use std::path::Path;
+
 use crate::analysis::{self, Analysis};
 use crate::base::{Error, Result};
 use crate::bundle::{Bundle, Component, Role};
-use crate::data::Processor;
+use crate::data::{Dataset, Processor};
 use crate::onnx;
 
 /// Work on a model's decoder.
@@ -95,7 +97,10 @@ pub fn check(bundle: &Bundle, work: Work) -> Result<()> {
 }
 
 /// Warnings about a model before it reads data.
-pub fn warnings(bundle: &Bundle) -> Vec<String> {
+pub fn warnings(bundle: &Bundle, data: &Path) -> Vec<String> {
+    if Dataset::is_tensors(data) {
+        return Vec::new();
+    }
     Processor::open(bundle).ok().and_then(|processor| processor.warning()).into_iter().collect()
 }
 

@@ -1,0 +1,124 @@
+//! Models and data that are broken in ways that happen: one error each, with what to do, and exit status 2.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use super::cli::{interlace, stderr};
+
+fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures")
+}
+
+/// A copy of the shipped model.
+fn model(folder: &Path) -> PathBuf {
+    let copy = folder.join("model");
+    fs::create_dir_all(copy.join("onnx")).expect("folder");
+    for place in ["", "onnx"] {
+        for entry in fs::read_dir(fixtures().join("model").join(place)).expect("folder") {
+            let path = entry.expect("entry").path();
+            if path.is_file() {
+                fs::copy(&path, copy.join(place).join(path.file_name().expect("name"))).expect("copy");
+            }
+        }
+    }
+    copy
+}
+
+fn edit(path: &Path, change: impl FnOnce(&mut Value)) {
+    let mut value: Value = serde_json::from_slice(&fs::read(path).expect("file")).expect("JSON");
+    change(&mut value);
+    fs::write(path, value.to_string()).expect("write");
+}
+
+/// Runs a verb that must fail, and holds its message to these parts.
+fn refused(folder: &Path, arguments: &[&str], wanted: &[&str]) {
+    let output = interlace(folder, arguments);
+    let message = stderr(&output);
+    assert_eq!(output.status.code(), Some(2), "{arguments:?}: {message}");
+    assert_eq!(message.lines().filter(|line| line.starts_with("error:")).count(), 1, "{message}");
+    for part in wanted {
+        assert!(message.contains(part), "expected `{part}` in: {message}");
+    }
+    assert!(!folder.join("out.json").exists(), "{arguments:?} left its output");
+}
+
+fn score(folder: &Path, wanted: &[&str]) {
+    let data = fixtures().join("data/finetune-small.parquet");
+    let data = data.to_str().expect("path");
+    let arguments =
+        ["score", "model", "--data", data, "--turns", "separate", "--samples", "4", "-o", "out.json", "--quiet"];
+    refused(folder, &arguments, wanted);
+}
+
+#[test]
+fn a_template_that_fails_to_render() {
+    let folder = tempfile::tempdir().expect("folder");
+    let model = model(folder.path());
+    fs::write(model.join("chat_template.jinja"), "{{ raise_exception('roles must alternate') }}").expect("write");
+    score(folder.path(), &["chat template in `chat_template.jinja`", "roles must alternate", "repair the template"]);
+    fs::write(model.join("chat_template.jinja"), "{% for message in messages %}").expect("write");
+    score(folder.path(), &["chat template in `chat_template.jinja`", "line 1"]);
+}
+
+#[test]
+fn a_tokenizer_without_the_image_token() {
+    let folder = tempfile::tempdir().expect("folder");
+    let model = model(folder.path());
+    edit(&model.join("tokenizer.json"), |tokenizer| {
+        let added = tokenizer["added_tokens"].as_array_mut().expect("tokens");
+        added.retain(|token| token["content"] != "<image>");
+        tokenizer["model"]["vocab"].as_object_mut().expect("vocabulary").shift_remove("<image>");
+    });
+    score(folder.path(), &["`image_token_id` is 4", "the tokenizer does not have", "of one model"]);
+    edit(&model.join("config.json"), |config| drop(config.as_object_mut().expect("keys").shift_remove("image_token_id")));
+    score(folder.path(), &["has no image token `<image>`", "of one model"]);
+}
+
+#[test]
+fn a_count_of_image_tokens_that_does_not_fit() {
+    let folder = tempfile::tempdir().expect("folder");
+    let model = model(folder.path());
+    edit(&model.join("processor_config.json"), |config| config["image_seq_len"] = 4.into());
+    score(folder.path(), &["`image_seq_len` is 4", "make 16", "of one model"]);
+    edit(&model.join("config.json"), |config| config["scale_factor"] = 4.into());
+    score(folder.path(), &["has 4 image tokens", "16 rows of features", "belong together"]);
+}
+
+#[test]
+fn a_processor_setting_that_nobody_reads() {
+    let folder = tempfile::tempdir().expect("folder");
+    let model = model(folder.path());
+    edit(&model.join("preprocessor_config.json"), |config| config["do_sharpen"] = true.into());
+    edit(&model.join("processor_config.json"), |config| config["image_processor"]["do_sharpen"] = true.into());
+    score(folder.path(), &["do_sharpen", "without pictures"]);
+}
+
+#[test]
+fn a_truncated_parquet_file() {
+    let folder = tempfile::tempdir().expect("folder");
+    model(folder.path());
+    let bytes = fs::read(fixtures().join("data/finetune-small.parquet")).expect("file");
+    for length in [0, 7, bytes.len() / 2, bytes.len() - 1] {
+        fs::write(folder.path().join("cut.parquet"), &bytes[..length]).expect("write");
+        let arguments = ["score", "model", "--data", "cut.parquet", "--samples", "4", "-o", "out.json", "--quiet"];
+        refused(folder.path(), &arguments, &["cut.parquet", "no readable parquet file", "whole"]);
+    }
+}
+
+#[test]
+fn a_benchmark_without_questions() {
+    let folder = tempfile::tempdir().expect("folder");
+    model(folder.path());
+    let picture = "A".repeat(80);
+    for (text, wanted) in [
+        ("index\timage\tquestion\tanswer\n".to_string(), &["is empty", "at least one question"][..]),
+        (format!("index\timage\tanswer\n1\t{picture}\tyes\n"), &["has no column `question`", "tab-separated layout"]),
+        (format!("index\timage\tquestion\tanswer\n1\t{picture}\t\tyes\n"), &["row `1`", "has no `question`"]),
+        ("index\timage\tquestion\tanswer\n1\t\tWhy?\tyes\n".to_string(), &["picture"]),
+    ] {
+        fs::write(folder.path().join("bench.tsv"), &text).expect("write");
+        refused(folder.path(), &["eval", "model", "--data", "bench.tsv", "-o", "out.json", "--quiet"], wanted);
+    }
+}

@@ -1,0 +1,221 @@
+//! MIA-Bench with a language model as judge: a small server that speaks OpenAI's chat API.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+use interlace::base::Cancel;
+use interlace::eval::{ChatQuestion, Judge};
+use serde_json::{Value, json};
+
+use super::cli::{interlace, stderr};
+
+/// A request as the server sees it.
+struct Request {
+    line: String,
+    headers: Vec<String>,
+    body: Value,
+}
+
+/// Reads a request; `None` when the connection ends.
+fn request(stream: &TcpStream) -> Option<Request> {
+    let mut reader = BufReader::new(stream);
+    let mut line = String::new();
+    if reader.read_line(&mut line).ok()? == 0 {
+        return None;
+    }
+    let mut headers = Vec::new();
+    loop {
+        let mut header = String::new();
+        reader.read_line(&mut header).ok()?;
+        match header.trim() {
+            "" => break,
+            header => headers.push(header.to_lowercase()),
+        }
+    }
+    let length = headers.iter().find_map(|header| header.strip_prefix("content-length: ")?.parse::<usize>().ok());
+    let mut body = vec![0; length.expect("a length")];
+    reader.read_exact(&mut body).ok()?;
+    Some(Request { line: line.trim().to_string(), headers, body: serde_json::from_slice(&body).expect("JSON") })
+}
+
+/// A server that answers the request of each number with a status and a body; nothing at all for status 0.
+fn serve(answer: impl Fn(usize, &Request) -> (u16, String) + Send + 'static) -> (String, Receiver<Request>) {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = format!("http://{}/v1", listener.local_addr().expect("an address"));
+    let (sender, receiver) = channel();
+    std::thread::spawn(move || {
+        let mut silent = Vec::new();
+        for (number, stream) in listener.incoming().enumerate() {
+            let Ok(mut stream) = stream else { break };
+            let Some(request) = request(&stream) else { continue };
+            let (status, body) = answer(number, &request);
+            drop(sender.send(request));
+            if status == 0 {
+                silent.push(stream);
+                continue;
+            }
+            let head = format!("HTTP/1.1 {status} x\r\ncontent-length: {}\r\nconnection: close\r\n\r\n", body.len());
+            drop(stream.write_all((head + &body).as_bytes()));
+        }
+    });
+    (address, receiver)
+}
+
+fn said(text: &str) -> String {
+    json!({"choices": [{"message": {"role": "assistant", "content": text}}]}).to_string()
+}
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).to_path_buf()
+}
+
+/// Three rows in MIA-Bench's columns, with pictures of the small benchmark.
+fn benchmark(folder: &Path) {
+    let mut reader = csv::ReaderBuilder::new()
+        .delimiter(b'\t')
+        .from_path(root().join("fixtures/data/bench-small.tsv"))
+        .expect("file");
+    let image = reader.headers().expect("head").iter().position(|name| name == "image").expect("pictures");
+    let pictures = reader.records().map(|row| row.expect("row")[image].to_string());
+    let pictures: Vec<String> = pictures.filter(|cell| cell.len() > 64).take(3).collect();
+    let mut writer = csv::WriterBuilder::new().delimiter(b'\t').from_path(folder.join("MIA-Bench.tsv")).expect("file");
+    let columns =
+        ["index", "image", "question", "components", "component_weight", "component_type", "num_of_component"];
+    writer.write_record(columns).expect("row");
+    for (number, picture) in pictures.iter().enumerate() {
+        let index = number.to_string();
+        let row = [
+            &index,
+            picture,
+            "Describe it in one word.",
+            "['a description', 'one word']",
+            "[4, 6]",
+            "['describe', 'length']",
+            "2",
+        ];
+        writer.write_record(row).expect("row");
+    }
+    writer.flush().expect("file");
+}
+
+fn eval(folder: &Path, judge: &[&str]) -> std::process::Output {
+    let model = root().join("fixtures/model");
+    let mut arguments = vec![
+        "eval",
+        model.to_str().expect("path"),
+        "--data",
+        "MIA-Bench.tsv",
+        "-o",
+        "report.json",
+        "--max-new-tokens",
+        "4",
+    ];
+    arguments.extend(["--quiet"]);
+    arguments.extend(judge);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_interlace"));
+    command
+        .args(&arguments)
+        .current_dir(folder)
+        .env("OPENAI_API_KEY", "secret-key")
+        .output()
+        .expect("the binary starts")
+}
+
+#[test]
+fn a_language_model_judges_mia_bench() {
+    let folder = tempfile::tempdir().expect("folder");
+    benchmark(folder.path());
+    let output = eval(folder.path(), &[]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("is left out") && stderr(&output).contains("--judge"), "{}", stderr(&output));
+
+    let (address, seen) = serve(|number, _| match number {
+        0 => (503, "busy".into()),
+        1 => (200, said("score of component 1: 2/4, score of component 2: 6/6, total score: 8/10. Fine.")),
+        2 => (200, said("I would rather not say.")),
+        _ => (200, said("score of component 1: 0/4, score of component 2: 3/6, total score: 3/10. Poor.")),
+    });
+    let output = eval(folder.path(), &["--judge", &address, "--judge-model", "referee"]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let report = fs::read_to_string(folder.path().join("report.json")).expect("report");
+    assert!(!report.contains("secret-key"));
+    let report: Value = serde_json::from_str(&report).expect("JSON");
+    let close = |value: &Value, want: f64| (value.as_f64().expect("a number") - want).abs() < 1e-9;
+    assert!(close(&report["model"]["score"], 0.55), "{report}");
+    assert!(close(&report["model"]["figures"]["unread_replies"], 1.0));
+    let groups = report["model"]["by_column"]["component_type"].as_array().expect("groups");
+    let score = |name: &str| &groups.iter().find(|group| group["group"] == name).expect("a group")["score"];
+    assert!(close(score("describe"), 0.25) && close(score("length"), 0.75), "{groups:?}");
+    assert_eq!(report["settings"]["judge"]["model"], "referee");
+    let requests: Vec<Request> = seen.try_iter().collect();
+    assert_eq!(requests.len(), 4);
+    for request in &requests {
+        assert_eq!(request.line, "POST /v1/chat/completions HTTP/1.1");
+        assert!(request.headers.contains(&"authorization: bearer secret-key".to_string()), "{:?}", request.headers);
+        assert_eq!(request.body["model"], "referee");
+        let content = &request.body["messages"][0]["content"];
+        let text = content[0]["text"].as_str().expect("text");
+        assert!(text.contains("Describe it in one word.") && text.contains("2. (6 points) one word"), "{text}");
+        let url = content[1]["image_url"]["url"].as_str().expect("a picture");
+        assert!(url.starts_with("data:image/") && url.len() > 100, "{url}");
+    }
+}
+
+fn question(_: usize) -> interlace::base::Result<ChatQuestion> {
+    Ok(ChatQuestion { text: "q".into(), picture: vec![1] })
+}
+
+#[test]
+fn a_judge_that_fails_says_why() {
+    let judge = |address: &str| {
+        let mut judge = Judge::new(address, "m").expect("a judge");
+        (judge.timeout_s, judge.pause) = (1, Duration::from_millis(5));
+        judge
+    };
+    let message = |answer: fn(usize, &Request) -> (u16, String)| {
+        let (address, seen) = serve(answer);
+        let error = judge(&address).ask_all(1, question, &Cancel::default()).unwrap_err().to_string();
+        (error, seen.try_iter().count())
+    };
+    let (error, asked) = message(|_, _| (401, "no key".into()));
+    assert!(error.contains("refuses the key") && error.contains("OPENAI_API_KEY") && asked == 1, "{error}");
+    let (error, asked) = message(|_, _| (404, "no such model".into()));
+    assert!(error.contains("status 404") && error.contains("no such model") && asked == 1, "{error}");
+    let (error, asked) = message(|_, _| (500, "down".into()));
+    assert!(error.contains("in 4 attempts: status 500: down") && asked == 4, "{error}");
+    let (error, asked) = message(|_, _| (200, "{}".into()));
+    assert!(error.contains("choices[0].message.content") && asked == 4, "{error}");
+    let began = Instant::now();
+    let (error, asked) = message(|_, _| (0, String::new()));
+    assert!(error.contains("in 4 attempts") && asked == 4, "{error}");
+    assert!((4..30).contains(&began.elapsed().as_secs()), "{:?}", began.elapsed());
+    // Nobody listens.
+    let error = judge("http://127.0.0.1:9/v1").ask_all(1, question, &Cancel::default()).unwrap_err().to_string();
+    assert!(error.contains("127.0.0.1:9") && error.contains("check the address"), "{error}");
+}
+
+#[test]
+fn replies_keep_the_order_of_their_questions() {
+    let (address, _seen) =
+        serve(|_, request| (200, said(request.body["messages"][0]["content"][0]["text"].as_str().unwrap_or_default())));
+    let judge = Judge::new(&address, "m").expect("a judge");
+    let question = |number: usize| Ok(ChatQuestion { text: number.to_string(), picture: Vec::new() });
+    let replies = judge.ask_all(30, question, &Cancel::default()).expect("replies");
+    assert_eq!(replies, (0..30).map(|number| number.to_string()).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_judge_needs_its_model_and_an_address() {
+    let folder = tempfile::tempdir().expect("folder");
+    benchmark(folder.path());
+    let output = eval(folder.path(), &["--judge", "localhost:8000", "--judge-model", "m"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("http://localhost:8000/v1"), "{}", stderr(&output));
+    let output = interlace(folder.path(), &["eval", "m", "--data", "x.tsv", "-o", "r", "--judge", "http://x"]);
+    assert!(stderr(&output).contains("--judge-model"), "{}", stderr(&output));
+}

@@ -1,0 +1,94 @@
+//! How long work takes beside what it cannot do without. Run by `scripts/overhead`, on optimised programs.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use interlace::base::{Cancel, Device};
+use interlace::bundle::Bundle;
+use interlace::data::{Amount, DataOptions, Dataset, Processor, Subset};
+use interlace::method::{ScoreSettings, score};
+use interlace::prompt::Prompt;
+use interlace::runtime::{FeatureCache, Runtime, SessionOptions, VlmSession};
+
+use super::cli::{interlace, stderr, stdout};
+
+/// Scoring and bare prefills of the same prompts, in turn. `OVERHEAD_MODEL`, `OVERHEAD_DATA` and `OVERHEAD_SAMPLES` name
+/// other ones than the shipped model and its data.
+#[test]
+#[ignore = "measures time; run by scripts/overhead"]
+fn scoring_costs_little_more_than_the_bare_prefill() {
+    let fixture = |path: &str| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(path);
+    let model = std::env::var("OVERHEAD_MODEL").map_or_else(|_| fixture("model"), PathBuf::from);
+    let data = std::env::var("OVERHEAD_DATA").map_or_else(|_| fixture("data/finetune.parquet"), PathBuf::from);
+    let count = std::env::var("OVERHEAD_SAMPLES").map_or(200, |text| text.parse().expect("a number"));
+    let bundle = Bundle::open(&model).expect("model");
+    let dataset = Dataset::open_for(&data, &bundle, &DataOptions::default()).expect("data");
+    let amount = Amount::Samples(count.min(dataset.len()));
+    let subset = Subset { amount, seed: 42 };
+    let processor = Processor::open(&bundle).expect("processor");
+    let samples = dataset.read(&dataset.draw(subset).expect("samples")).expect("samples");
+    let prompts: Vec<Prompt> = samples
+        .map(|sample| processor.encode_prompt(&sample.expect("a sample")).expect("encoded").into_prompt())
+        .collect();
+    let runtime = Runtime::new(Device::Cpu).expect("runtime");
+    let bare = || {
+        let cache = FeatureCache::new(64 << 20);
+        let mut vlm = VlmSession::open(&runtime, &bundle, &SessionOptions::default(), &cache).expect("model");
+        let began = Instant::now();
+        for prompt in &prompts {
+            vlm.prefill(prompt, true).expect("prefill");
+        }
+        began.elapsed().as_secs_f64()
+    };
+    let settings = ScoreSettings { amount, profile: true, ..ScoreSettings::default() };
+    let scored = || {
+        let scores = score(&bundle, &dataset, &settings, Device::Cpu, &Cancel::default()).expect("scores");
+        scores.profile.expect("a profile")
+    };
+    let (mut of_bare, mut of_scored) = (Vec::new(), Vec::new());
+    for round in 0..7 {
+        let (bare, profile) = (bare(), scored());
+        println!("round {round}: bare prefill {bare:.3} s, scoring {:.3} s, {profile:?}", profile.total_s);
+        of_bare.push(bare);
+        of_scored.push(profile.total_s);
+        let waiting = profile.waiting_s / profile.total_s;
+        println!("waiting for data: {:.1}%", 100.0 * waiting);
+    }
+    let median = |mut times: Vec<f64>| {
+        times.sort_by(f64::total_cmp);
+        times[times.len() / 2]
+    };
+    let (bare, scored) = (median(of_bare), median(of_scored));
+    println!("medians: bare prefill {bare:.3} s, scoring {scored:.3} s, {:.3} times", scored / bare);
+}
+
+#[test]
+fn score_and_eval_say_where_the_time_was_spent() {
+    let folder = tempfile::tempdir().expect("folder");
+    let fixture = |path: &str| format!("{}/fixtures/{path}", env!("CARGO_MANIFEST_DIR"));
+    let (model, data, bench) = (fixture("model"), fixture("data/finetune-small.parquet"), fixture("data/bench-small.tsv"));
+    let run = |arguments: &[&str]| {
+        let output = interlace(folder.path(), arguments);
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        stdout(&output)
+    };
+    let score = ["score", &model, "--data", &data, "--samples", "3", "-o", "scores.json", "--quiet", "--profile"];
+    let text = run(&score);
+    for part in ["pictures", "vision encoder", "embedding", "decoder", "waiting for data", "in all"] {
+        assert!(text.contains(part), "expected `{part}` in: {text}");
+    }
+    let report: serde_json::Value = serde_json::from_str(&run(&[&score[..], &["--json"]].concat())).expect("JSON");
+    let part = |name: &str| report["profile"][name].as_f64().expect("seconds");
+    for name in ["pictures_s", "vision_encoder_s", "embedding_s", "decoder_s"] {
+        assert!(part(name) > 0.0, "{name}: {report}");
+    }
+    let inside = part("vision_encoder_s") + part("embedding_s") + part("decoder_s") + part("waiting_s");
+    assert!(inside <= part("total_s") * 1.001, "{}", report["profile"]);
+    // Without the flag the scores are the same at every run.
+    run(&score[..score.len() - 1]);
+    assert!(!std::fs::read_to_string(folder.path().join("scores.json")).expect("scores").contains("profile"));
+    let eval = ["eval", &model, "--data", &bench, "-o", "report.json", "--quiet", "--limit", "2", "--max-new-tokens", "2"];
+    assert!(run(&[&eval[..], &["--profile"]].concat()).contains("waiting for data"));
+    let report: serde_json::Value = serde_json::from_str(&run(&[&eval[..], &["--json"]].concat())).expect("JSON");
+    assert!(report["model"]["timing"]["profile"]["decoder_s"].as_f64().expect("seconds") > 0.0);
+}
