@@ -1,9 +1,9 @@
 //! Parquet files of conversations, read row group by row group.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use arrow::array::{Array, RecordBatch, StructArray};
-use bytes::Bytes;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{
     ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder, RowSelection,
@@ -11,7 +11,7 @@ use parquet::arrow::arrow_reader::{
 };
 use parquet::file::metadata::ParquetMetaData;
 
-use crate::base::{Error, MappedFile, Progress, Result};
+use crate::base::{Error, Progress, Result};
 
 use super::columns::Columns;
 use super::guard::guarded;
@@ -45,7 +45,7 @@ impl Shard {
     /// naming the columns that nobody reads.
     pub fn open(path: &Path, name: &str, options: &DataOptions) -> Result<Self> {
         let subject = format!("`{}`", path.display());
-        let file = mapped(path)?;
+        let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
         // The page index lets a reader skip to a page; files without one are read from the start of a row group.
         let load = || {
             ArrowReaderMetadata::load(&file, ArrowReaderOptions::new().with_page_index(true))
@@ -53,7 +53,7 @@ impl Shard {
         };
         let metadata = guarded(load).and_then(|metadata| metadata.map_err(|e| e.to_string())).map_err(|problem| {
             Error::invalid(&subject, format!("is no readable parquet file: {problem}"))
-                .remedy("check that the file is whole: download or write it again")
+                .remedy("check that the file is whole: download it again, or write it again as Parquet")
         })?;
         let columns =
             Columns::of(metadata.schema(), &subject, options, |column| holds_nothing(metadata.metadata(), column))?;
@@ -184,7 +184,7 @@ impl Shard {
         batch: usize,
     ) -> Result<Batches> {
         let schema = self.metadata.metadata().file_metadata().schema_descr();
-        let file = mapped(&self.path)?;
+        let file = File::open(&self.path).map_err(|e| Error::io("open", &self.path, e))?;
         let mut builder = ParquetRecordBatchReaderBuilder::new_with_metadata(file, self.metadata.clone())
             .with_row_groups(groups)
             .with_projection(ProjectionMask::columns(schema, columns.iter().copied()))
@@ -216,19 +216,6 @@ impl Shard {
         }
         let images = self.columns.pictures(batch, place, &subject)?;
         SourceRow::of_messages(subject, images, self.columns.messages(batch, place)?)
-    }
-}
-
-/// The bytes of a file, mapped: of a page that is not compressed only what is looked at is read.
-fn mapped(path: &Path) -> Result<Bytes> {
-    Ok(Bytes::from_owner(Mapped(MappedFile::open(path)?)))
-}
-
-struct Mapped(MappedFile);
-
-impl AsRef<[u8]> for Mapped {
-    fn as_ref(&self) -> &[u8] {
-        &self.0
     }
 }
 

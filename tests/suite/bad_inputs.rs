@@ -71,9 +71,11 @@ fn a_tokenizer_without_the_image_token() {
         added.retain(|token| token["content"] != "<image>");
         tokenizer["model"]["vocab"].as_object_mut().expect("vocabulary").shift_remove("<image>");
     });
-    score(folder.path(), &["`image_token_id` is 4", "the tokenizer does not have", "of one model"]);
-    edit(&model.join("config.json"), |config| drop(config.as_object_mut().expect("keys").shift_remove("image_token_id")));
-    score(folder.path(), &["has no image token `<image>`", "of one model"]);
+    score(folder.path(), &["`image_token_id` is 4", "the tokenizer does not have", "of the same model"]);
+    edit(&model.join("config.json"), |config| {
+        drop(config.as_object_mut().expect("keys").shift_remove("image_token_id"))
+    });
+    score(folder.path(), &["has no image token `<image>`", "of the same model"]);
 }
 
 #[test]
@@ -81,7 +83,7 @@ fn a_count_of_image_tokens_that_does_not_fit() {
     let folder = tempfile::tempdir().expect("folder");
     let model = model(folder.path());
     edit(&model.join("processor_config.json"), |config| config["image_seq_len"] = 4.into());
-    score(folder.path(), &["`image_seq_len` is 4", "make 16", "of one model"]);
+    score(folder.path(), &["`image_seq_len` is 4", "make 16"]);
     edit(&model.join("config.json"), |config| config["scale_factor"] = 4.into());
     score(folder.path(), &["has 4 image tokens", "16 rows of features", "belong together"]);
 }
@@ -121,4 +123,27 @@ fn a_benchmark_without_questions() {
         fs::write(folder.path().join("bench.tsv"), &text).expect("write");
         refused(folder.path(), &["eval", "model", "--data", "bench.tsv", "-o", "out.json", "--quiet"], wanted);
     }
+}
+
+/// Twenty-four rows of which one cannot be read: `generate` leaves it out, and `--strict` ends there.
+#[test]
+fn rows_that_cannot_be_read_are_left_out_of_a_batch_of_answers() {
+    let folder = tempfile::tempdir().expect("folder");
+    model(folder.path());
+    let row = |number: usize| {
+        match number {
+        5 => r#"{"image": "missing.png", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "a"}]}"#.to_string(),
+        _ => format!(r#"{{"id": {number}, "conversations": [{{"from": "human", "value": "Is it {number}?"}}, {{"from": "gpt", "value": "a"}}]}}"#),
+    }
+    };
+    fs::write(folder.path().join("x.jsonl"), (0..24).map(row).collect::<Vec<_>>().join("\n")).expect("data");
+    let arguments = ["generate", "model", "--data", "x.jsonl", "--max-tokens", "1", "-o", "out.json", "--quiet"];
+    let output = interlace(folder.path(), &arguments);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert!(stderr(&output).contains("1 unreadable") && stderr(&output).contains("missing.png"), "{}", stderr(&output));
+    let answers = fs::read_to_string(folder.path().join("out.json")).expect("answers");
+    assert_eq!(answers.lines().count(), 23);
+    assert!(answers.contains("(id `6`)"), "{answers}");
+    fs::remove_file(folder.path().join("out.json")).expect("removed");
+    refused(folder.path(), &[&arguments[..], &["--strict"]].concat(), &["missing.png", "row 5 of `x.jsonl`"]);
 }

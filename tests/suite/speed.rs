@@ -66,7 +66,8 @@ fn scoring_costs_little_more_than_the_bare_prefill() {
 fn score_and_eval_say_where_the_time_was_spent() {
     let folder = tempfile::tempdir().expect("folder");
     let fixture = |path: &str| format!("{}/fixtures/{path}", env!("CARGO_MANIFEST_DIR"));
-    let (model, data, bench) = (fixture("model"), fixture("data/finetune-small.parquet"), fixture("data/bench-small.tsv"));
+    let (model, data, bench) =
+        (fixture("model"), fixture("data/finetune-small.parquet"), fixture("data/bench-small.tsv"));
     let run = |arguments: &[&str]| {
         let output = interlace(folder.path(), arguments);
         assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
@@ -87,7 +88,8 @@ fn score_and_eval_say_where_the_time_was_spent() {
     // Without the flag the scores are the same at every run.
     run(&score[..score.len() - 1]);
     assert!(!std::fs::read_to_string(folder.path().join("scores.json")).expect("scores").contains("profile"));
-    let eval = ["eval", &model, "--data", &bench, "-o", "report.json", "--quiet", "--limit", "2", "--max-new-tokens", "2"];
+    let eval =
+        ["eval", &model, "--data", &bench, "-o", "report.json", "--quiet", "--limit", "2", "--max-new-tokens", "2"];
     assert!(run(&[&eval[..], &["--profile"]].concat()).contains("waiting for data"));
     let report: serde_json::Value = serde_json::from_str(&run(&[&eval[..], &["--json"]].concat())).expect("JSON");
     assert!(report["model"]["timing"]["profile"]["decoder_s"].as_f64().expect("seconds") > 0.0);
