@@ -69,7 +69,7 @@ pub fn retention(strata: &[Stratum], seed: u64) -> Option<Interval> {
 /// What is kept of a baseline's mean likelihood per token, `exp` of the summed differences of log-likelihood (model less
 /// baseline, in nats) over the summed tokens, with a bootstrap interval over the rows `(difference, tokens)`.
 ///
-/// Source of the interval: as of [`retention`].
+/// Source of the interval: as of `retention`.
 pub fn kept_likelihood(rows: &[(f64, f64)], seed: u64) -> Interval {
     let ratio = |rows: &mut dyn Iterator<Item = (f64, f64)>| {
         let (difference, tokens) = rows.fold((0.0, 0.0), |sum, row| (sum.0 + row.0, sum.1 + row.1));
