@@ -6,7 +6,7 @@ use crate::base::{Error, Result};
 
 use super::config::{TEXT_SECTIONS, VISION_SECTIONS};
 use super::json::{Document, Edit, Kind, Node};
-use super::layer_keys::{OTHER_SECTIONS, Phase, ROWS, Row, Rule};
+use super::layer_keys::{KeyRow, OTHER_SECTIONS, Phase, ROWS, Rule};
 use super::shared_layers;
 
 /// A stack of layers that can lose some.
@@ -221,7 +221,7 @@ impl Walk<'_> {
         }
     }
 
-    fn key(&mut self, parent: &Node, node: &Node, row: &Row, path: &str) -> Result<()> {
+    fn key(&mut self, parent: &Node, node: &Node, row: &KeyRow, path: &str) -> Result<()> {
         match row.rule {
             Rule::Unrelated => Ok(()),
             Rule::Count => self.count(node, path),
@@ -275,7 +275,7 @@ impl Walk<'_> {
     }
 
     /// Some families take the last layer for full attention, whatever the list says.
-    fn last_kind(&self, section: &Node, row: &Row, path: &str) -> Result<()> {
+    fn last_kind(&self, section: &Node, row: &KeyRow, path: &str) -> Result<()> {
         let model_type = section.get("model_type").and_then(Node::as_str).unwrap_or_default();
         match shared_layers::wrong_last(model_type, &self.edit.kept(), &kinds_of(section)) {
             Some(last) if row.key == "layer_types" => Err(self

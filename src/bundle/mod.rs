@@ -18,7 +18,7 @@ pub use assets::{AssetKind, RECORD_FILE};
 pub use config::{LatentAttention, ModelConfig};
 pub use layers::{LayerEdit, Tower};
 pub use layout::{Layout, Role};
-pub use record::{Deepstack, Record, Step};
+pub use record::{Deepstack, Record, RecordedStep};
 pub use write::BundleWriter;
 
 use std::collections::{BTreeMap, BTreeSet};

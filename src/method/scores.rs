@@ -31,7 +31,7 @@ pub enum Modality {
 /// A side of what is added to the stream between two layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
-pub enum Side {
+pub enum StreamSide {
     /// The layer's output before anything is added: the hidden states that Hugging Face records.
     Before,
 }
@@ -62,7 +62,7 @@ pub struct Scores {
     /// On which side of what is added to the stream between layers (DeepStack features) the stream was compared; absent
     /// where nothing is added.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub additions: Option<Side>,
+    pub additions: Option<StreamSide>,
     /// Warnings about the reliability of these scores.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,

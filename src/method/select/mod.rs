@@ -43,7 +43,7 @@ pub trait MeasureLosses {
 }
 
 /// Input of a strategy.
-pub struct Request<'a, 'm> {
+pub struct SelectionRequest<'a, 'm> {
     /// Decoder layers of the dense model.
     pub num_layers: usize,
     /// Layers to drop.
@@ -68,11 +68,11 @@ pub struct Strategy {
     pub summary: &'static str,
     /// Pack sizes whose similarities it reads, when `count` layers are to be dropped.
     pub packs: fn(count: usize) -> Vec<usize>,
-    /// True when it asks `Request::measure`.
+    /// True when it asks `SelectionRequest::measure`.
     pub measures_loss: bool,
-    /// True when it reads `Request::seed`.
+    /// True when it reads `SelectionRequest::seed`.
     pub seeded: bool,
-    select: fn(&mut Request) -> Result<Vec<Group>>,
+    select: fn(&mut SelectionRequest) -> Result<Vec<Group>>,
 }
 
 /// All strategies; the first one is the default.
@@ -178,7 +178,7 @@ impl Strategy {
     ///
     /// Errors: `Error::Invalid` when nothing or too much is to be dropped (naming the most that can be), when a
     /// similarity is missing or of the wrong length, or when losses are needed and cannot be measured.
-    pub fn select(&self, request: &mut Request) -> Result<Vec<Group>> {
+    pub fn select(&self, request: &mut SelectionRequest) -> Result<Vec<Group>> {
         if request.count == 0 {
             return Err(Error::invalid("number of layers to drop", "is 0")
                 .remedy(format!("ask for at least one of the {} layers", request.num_layers)));
@@ -211,7 +211,7 @@ impl Strategy {
         Ok(groups)
     }
 
-    fn too_many(&self, request: &Request, most: usize) -> Error {
+    fn too_many(&self, request: &SelectionRequest, most: usize) -> Error {
         Error::invalid(
             format!("strategy `{}`", self.name),
             format!("cannot drop {} of {} layers, {most} at most", request.count, request.num_layers),
@@ -241,7 +241,7 @@ pub fn drop_count(ratio: f64, num_layers: usize) -> Result<usize> {
     Ok(count)
 }
 
-impl Request<'_, '_> {
+impl SelectionRequest<'_, '_> {
     /// Layers that may be dropped or finetuned: `0..usable`.
     fn usable(&self) -> usize {
         self.num_layers.saturating_sub(usize::from(!self.include_last))

@@ -10,7 +10,7 @@ mod needs;
 mod plan;
 mod prune;
 
-pub use budget::{LayerCost, ModelCosts, Remaining, Target};
+pub use budget::{Budget, LayerCost, ModelCosts, Remaining};
 pub use eval::{Engine, EvalSettings, TextSettings, eval, eval_text, retention, write_predictions};
 pub use finetune::{FINETUNE_REPORT, Finetune, default_work_folder, finetune};
 pub use generate::{Decoding, Generation, Generations, Question, check_answers, generate, generate_all, print_text};
