@@ -3,8 +3,8 @@
 use std::fs;
 use std::path::{Component, Path};
 
-use super::layers::Tower;
 use super::record::RecordedStep;
+use super::tower::Tower;
 
 /// Markers around the preface, so that the next step replaces it. The base model's name follows the first.
 const BEGIN: &str = "<!-- interlace: made from ";

@@ -7,7 +7,8 @@ use serde_json::Value;
 use crate::base::{Error, Result};
 
 use super::json::{Document, Edit, Kind, Node};
-use super::layers::{LayerEdit, Tower};
+use super::layers::LayerEdit;
+use super::tower::Tower;
 
 /// The new text of `export.json` for a model that loses decoder layers; `None` when nothing in it changes.
 ///

@@ -1,6 +1,6 @@
 //! Config keys that depend on layers, each with the rule by which it changes when layers are dropped.
 
-use super::layers::Tower;
+use super::tower::Tower;
 
 /// Rule by which the value of a key depends on layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,26 +8,7 @@ use super::config::{TEXT_SECTIONS, VISION_SECTIONS};
 use super::json::{Document, Edit, Kind, Node};
 use super::layer_keys::{KeyRow, OTHER_SECTIONS, Phase, ROWS, Rule};
 use super::shared_layers;
-
-/// A stack of layers that can lose some.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, schemars::JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Tower {
-    /// The language model's decoder.
-    Text,
-    /// The vision encoder.
-    Vision,
-}
-
-impl Tower {
-    /// As messages and reports show it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Tower::Text => "text",
-            Tower::Vision => "vision",
-        }
-    }
-}
+use super::tower::Tower;
 
 /// Layers to remove from a tower.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::base::{Error, Provenance, Result};
 
-use super::layers::Tower;
+use super::tower::Tower;
 
 /// One thing that was done to a model.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]

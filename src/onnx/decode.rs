@@ -6,15 +6,16 @@ use std::path::Path;
 
 use onnx_protobuf as pb;
 use pb::attribute_proto::AttributeType;
-use protobuf::{EnumOrUnknown, Message, SpecialFields};
+use protobuf::{EnumOrUnknown, Message};
 
 use crate::base::{Error, Result};
 use crate::ir::{Attribute, AttributeKind, Body, Function, Graph, Model, Node, Opaque, Value, ValueId};
 
 use super::external::Sources;
+use super::opaque::{self, pairs};
+use super::order;
 use super::tensor::{tensor, value_type};
 use super::wire::Scan;
-use super::{opaque, order};
 
 /// The other spelling of the default domain, `""`.
 pub const DEFAULT_DOMAIN: &str = "ai.onnx";
@@ -124,12 +125,6 @@ fn opsets(imports: &[pb::OperatorSetIdProto], subject: &str) -> Result<BTreeMap<
         }
     }
     Ok(versions)
-}
-
-/// Keys and values; entries with fields that this version does not know stay in the message.
-pub fn pairs(entries: &mut Vec<pb::StringStringEntryProto>) -> Vec<(String, String)> {
-    let plain = |entry: &pb::StringStringEntryProto| entry.special_fields == SpecialFields::default();
-    entries.extract_if(.., |entry| plain(entry)).map(|entry| (entry.key, entry.value)).collect()
 }
 
 /// Values by name, innermost scope last.

@@ -1,4 +1,5 @@
 use super::*;
+use crate::runtime::{Tensor, argmax_last};
 
 #[test]
 fn the_first_of_equal_logits_wins_and_only_the_last_position_counts() {

@@ -5,7 +5,7 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::base::{Error, Result};
 
-use super::generate::{argmax_last, last_logits};
+use super::logits::{argmax_last, last_logits};
 use super::tensor::Tensor;
 
 /// Chooses tokens: the likeliest one at temperature 0, else one drawn from the most likely ones.

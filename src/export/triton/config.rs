@@ -12,13 +12,7 @@ use crate::base::{Error, Result};
 use crate::ir::{self, Dim, ValueId, ValueType};
 
 use super::rules;
-
-#[allow(missing_docs, clippy::all, reason = "generated from model_config.proto")]
-pub(super) mod schema {
-    include!(concat!(env!("OUT_DIR"), "/inference.rs"));
-}
-
-use schema::{DataType, ModelConfig, ModelInput, ModelOutput, ModelTensorReshape};
+use super::schema::{DataType, ModelConfig, ModelInput, ModelOutput, ModelTensorReshape};
 
 /// Name of the model file in every version folder.
 pub const MODEL_FILE: &str = "model.onnx";

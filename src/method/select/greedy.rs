@@ -2,8 +2,9 @@
 
 use crate::base::{Error, Progress, Result};
 
+use super::published;
+use super::request::{Group, MeasureLosses, SelectionRequest};
 use super::tiling::{Tiling, tile};
-use super::{Group, MeasureLosses, SelectionRequest, published};
 
 /// Any layer may go. Source: arXiv:2402.09025.
 pub(super) fn sleb(request: &mut SelectionRequest) -> Result<Vec<Group>> {

@@ -6,7 +6,7 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::base::Result;
 
-use super::{Group, SelectionRequest};
+use super::request::{Group, SelectionRequest};
 
 /// Triplets, then pairs; drops the one of the first two layers with the higher `sim_1`.
 pub(super) fn interlace(request: &mut SelectionRequest) -> Result<Vec<Group>> {

@@ -5,7 +5,7 @@ use std::f64::consts::PI;
 
 use crate::base::{Error, Result};
 
-use super::{Group, SelectionRequest};
+use super::request::{Group, SelectionRequest};
 
 /// The `count` layers with the highest `sim_1`. Source: arXiv:2403.03853, Block Influence.
 pub(super) fn shortgpt(request: &mut SelectionRequest) -> Result<Vec<Group>> {

@@ -4,6 +4,8 @@ use proptest::prelude::{Just, any, prop, prop_assert, prop_assert_eq, proptest};
 use proptest::strategy::Strategy as Values;
 
 use super::*;
+use crate::base::Progress;
+use crate::method::scores::Similarities;
 
 /// 10 layers, the last protected: sim_1 has 9 entries, sim_2 8, sim_3 7.
 fn example() -> Similarities {

@@ -14,7 +14,7 @@ use crate::eval::LoadedModel;
 use crate::prompt::Prompt;
 use crate::runtime::Sampler;
 
-use super::eval::Engine;
+use super::engine::Engine;
 use super::needs::{Work, check};
 
 /// Longest answer where neither the user nor the model's config says anything.
