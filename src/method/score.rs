@@ -19,7 +19,7 @@ use super::scores::{Modality, SCORES_SCHEMA_VERSION, SampleModality, SampleScore
 /// Bytes of image features that are kept, for data sets that ask several questions about one picture.
 const FEATURE_CACHE_BYTES: usize = 64 << 20;
 
-/// Samples that are made ready before they are needed.
+/// Samples that one thread prepares ahead of the runtime.
 const SAMPLES_AHEAD: usize = 8;
 
 /// Settings of scoring.

@@ -17,7 +17,7 @@ use super::recipe::{Calibration, PruneSection};
 use super::steps::{self, Drop, Engine, EvalSettings, Finetune, PlanSettings, PlannedModel, Work, check_needs};
 use super::store::{Finished, Store};
 
-/// Calibration samples on which strategies measure losses.
+/// Calibration samples on which strategies measure losses; the default of `plan --samples`.
 pub const LOSS_SAMPLES: usize = 32;
 
 /// The folder, the dense model and what the steps share.

@@ -81,7 +81,7 @@ enum SizeForm {
 pub(super) struct Row {
     /// Class names in transformers without `Fast` or `Pil` at the end.
     types: &'static [&'static str],
-    /// The class of processors around it, where the class of the image processor tells.
+    /// The class of processors around it, where the class of the image processor determines it.
     processor: Option<&'static str>,
     /// The back end that transformers takes by default.
     back_end: BackEnd,
@@ -362,7 +362,7 @@ pub(super) fn kind(config: &Value) -> Option<&str> {
     config.get("image_processor_type").or_else(|| config.get("feature_extractor_type")).and_then(Value::as_str)
 }
 
-/// The class of processors around an image processor, where its own class tells.
+/// The class of processors around an image processor, where its own class determines it.
 pub(super) fn processor_of(kind: &str) -> Option<&'static str> {
     row(kind).and_then(|row| row.processor)
 }
