@@ -85,7 +85,7 @@ pub(super) fn rewrite(document: &Document, edit: &LayerEdit) -> Result<Option<St
     };
     if walk.counts == 0 && expected {
         let name = edit.tower.name();
-        return Err(Error::invalid(document.subject(), format!("says nowhere how many layers the {name} tower has"))
+        return Err(Error::invalid(document.subject(), format!("does not say how many layers the {name} tower has"))
             .remedy(format!("write `\"num_hidden_layers\": {}` into its section", edit.total)));
     }
     if walk.edits.is_empty() {
@@ -418,7 +418,7 @@ impl Walk<'_> {
             let from_start = if index < 0 { index.saturating_add(total + 1) } else { index };
             let from_start = usize::try_from(from_start).ok().filter(|state| *state <= edit.total);
             let from_start = from_start.ok_or_else(|| {
-                self.error(path, format!("{index} is no hidden state of {} layers", edit.total))
+                self.error(path, format!("{index} is not a hidden state of {} layers", edit.total))
                     .remedy("config and graph must be of the same model")
             })?;
             let new = edit.kept_below(from_start);

@@ -109,7 +109,7 @@ impl Bundle {
         let subject = || format!("`{}`", root.display());
         let listing = Listing::read(root)?;
         let layout = LAYOUTS.iter().find(|layout| (layout.applies)(&listing)).ok_or_else(|| {
-            Error::invalid(subject(), format!("is no model folder: it holds {}", list_preview(&listing.files, 6)))
+            Error::invalid(subject(), format!("is not a model folder: it holds {}", list_preview(&listing.files, 6)))
                 .remedy(format!(
                     "expected .onnx files in one of the layouts {}",
                     LAYOUTS.iter().map(|layout| layout.name).collect::<Vec<_>>().join(", ")

@@ -328,7 +328,7 @@ fn layouts_are_told_apart() {
 fn wrong_folders_are_refused() {
     let escape = r#"{"model": {"decoder": {"filename": "../text.onnx"}}}"#;
     let cases: &[(&[(&str, &str)], &str)] = &[
-        (&[("a.txt", "")], "is no model folder"),
+        (&[("a.txt", "")], "is not a model folder"),
         (&[("genai_config.json", escape)], "without `..`"),
         (&[("genai_config.json", "{")], "not JSON"),
         (&[("genai_config.json", r#"{"model": {"decoder": {"filename": "x.onnx"}}}"#)], "cannot open"),

@@ -11,7 +11,8 @@ impl std::str::FromStr for LayerList {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let layers = text.split(',').map(|item| {
-            item.parse().map_err(|_| format!("`{item}` is no layer index; write indices from 0 with commas, as in 2,5"))
+            item.parse()
+                .map_err(|_| format!("`{item}` is not a layer index; write indices from 0 with commas, as in 2,5"))
         });
         layers.collect::<Result<_, String>>().map(LayerList)
     }
@@ -29,10 +30,10 @@ impl std::str::FromStr for Weights {
         let mut weights = ModalityWeights::new();
         for item in text.split(',') {
             let (name, value) =
-                item.split_once('=').ok_or_else(|| format!("`{item}` is no NAME=WEIGHT, as in image=0.7,text=0.3"))?;
+                item.split_once('=').ok_or_else(|| format!("`{item}` is not NAME=WEIGHT, as in image=0.7,text=0.3"))?;
             let row = MODALITIES.iter().find(|row| row.1 == name);
             let row = row.ok_or_else(|| format!("`{name}` is none of {}", names.join(", ")))?;
-            let value = value.parse().map_err(|_| format!("`{value}` is no number"))?;
+            let value = value.parse().map_err(|_| format!("`{value}` is not a number"))?;
             if weights.insert(row.0, value).is_some() {
                 return Err(format!("`{name}` occurs twice"));
             }

@@ -84,7 +84,7 @@ pub fn verify_on(path: &Path, inputs: &Path, runtime: &Runtime) -> Result<Verify
         feeds.push((port.name.clone(), Tensor::from_ir(&array)?));
     }
     if let Some(name) = arrays.keys().next() {
-        let problem = format!("array `{name}` is no input of `{}`", path.display());
+        let problem = format!("array `{name}` is not an input of `{}`", path.display());
         return Err(Error::invalid(format!("`{}`", inputs.display()), problem)
             .remedy("name the arrays after the graph's inputs"));
     }

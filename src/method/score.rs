@@ -65,7 +65,7 @@ struct Recorded<'a> {
 
 /// Scores a model's decoder on the prompts of a data set: the question with its pictures, up to where the answer begins.
 ///
-/// Errors: as `Intake::encoded`; `Error::Invalid` when no sample is left or a similarity is no number;
+/// Errors: as `Intake::encoded`; `Error::Invalid` when no sample is left or a similarity is not a number;
 /// `Error::Unsupported` when the decoder's layers are not understood; `Error::Interrupted` on Ctrl-C.
 pub fn score(
     bundle: &Bundle,

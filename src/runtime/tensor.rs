@@ -99,7 +99,7 @@ impl Tensor {
         value
             .downcast::<DynTensorValueType>()
             .map(Tensor)
-            .map_err(|e| Error::engine(ENGINE, "a value that is no tensor", e))
+            .map_err(|e| Error::engine(ENGINE, "a value that is not a tensor", e))
     }
 
     pub(super) fn value(&self) -> &DynTensor {

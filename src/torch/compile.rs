@@ -311,7 +311,7 @@ impl<'m> Compiler<'m> {
         let mut bindings: HashMap<String, Attribute> = function.attribute_defaults.iter().cloned().collect();
         for (name, attribute) in given {
             if !function.attributes.contains(name) && !function.attribute_defaults.iter().any(|d| d.0 == *name) {
-                return Err(Error::invalid(label, format!("attribute `{name}` is none of the function's")));
+                return Err(Error::invalid(label, format!("attribute `{name}` is not one of the function's")));
             }
             bindings.insert(name.clone(), attribute.clone());
         }

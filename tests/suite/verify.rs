@@ -166,7 +166,7 @@ fn any_graph_is_checked_on_given_inputs() {
     assert_eq!(report.provenance.inputs.len(), 2);
     for (arrays, problem) in [
         (vec![], "lacks an array for input `input_ids`"),
-        (vec![("input_ids", ids()), ("other", ids())], "`other` is no input"),
+        (vec![("input_ids", ids()), ("other", ids())], "`other` is not an input"),
         (vec![("input_ids", ids().to_kind(tch::Kind::Float))], "`input_ids` is of float"),
     ] {
         let error = given(&arrays).expect_err(problem).to_string();

@@ -284,7 +284,7 @@ impl ImageProcessor {
     /// Errors: `Error::Unsupported` for an unknown type; `Error::Invalid` when the config names none.
     pub fn check_kind<'a>(config: &'a Value, source: &str) -> Result<(&'a str, &'static Row)> {
         if !config.is_object() {
-            return Err(Error::invalid(format!("`{source}`"), "is no JSON object")
+            return Err(Error::invalid(format!("`{source}`"), "is not a JSON object")
                 .remedy("restore the config that belongs to the model"));
         }
         let kind = kind(config).ok_or_else(|| {

@@ -121,7 +121,7 @@ impl Strategy {
     pub fn named(name: &str) -> Result<&'static Strategy> {
         STRATEGIES.iter().find(|strategy| strategy.name == name).ok_or_else(|| {
             let names: Vec<_> = STRATEGIES.iter().map(|strategy| strategy.name).collect();
-            Error::invalid(format!("strategy `{name}`"), "there is none of that name")
+            Error::invalid(format!("strategy `{name}`"), "does not exist")
                 .remedy(format!("use one of {}", names.join(", ")))
         })
     }
