@@ -81,7 +81,7 @@ fn vision_keys_follow_the_vision_tower() {
 fn a_vision_tower_that_goes_by_a_default_must_be_written_out() {
     let error = rewritten(r#"{"vision_config": {"patch_size": 14}}"#, Tower::Vision, 4, &[1]).unwrap_err().to_string();
     assert!(
-        error.contains("nowhere how many layers the vision tower has; write `\"num_hidden_layers\": 4`"),
+        error.contains("does not say how many layers the vision tower has; write `\"num_hidden_layers\": 4`"),
         "{error}"
     );
     let genai = r#"{"model": {"vision": {"filename": "v.onnx"}}}"#;

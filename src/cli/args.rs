@@ -96,7 +96,7 @@ mod tests {
         assert_eq!("7".parse(), Ok(LayerList(vec![7])));
         for bad in ["", ",", "2,", ",2", "2;5", "2-5", "-1", "1.5", "two", "2,,5", "99999999999999999999999"] {
             let error = bad.parse::<LayerList>().expect_err(bad);
-            assert!(error.contains("no layer index"), "{bad}: {error}");
+            assert!(error.contains("not a layer index"), "{bad}: {error}");
         }
     }
 
@@ -107,7 +107,7 @@ mod tests {
         for (bad, want) in [
             ("image", "NAME=WEIGHT"),
             ("sound=1", "none of all, image, text"),
-            ("image=x", "no number"),
+            ("image=x", "not a number"),
             ("image=-1", "0 or more"),
             ("image=0", "none is above 0"),
             ("text=1,text=2", "twice"),

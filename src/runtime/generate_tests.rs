@@ -1,4 +1,3 @@
-use super::*;
 use crate::runtime::{Tensor, argmax_last};
 
 #[test]
