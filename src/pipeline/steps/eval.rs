@@ -127,7 +127,7 @@ pub fn eval_text(
         sequence_length: settings.sequence_length,
         ignore_keys: settings.ignore_keys.clone(),
         strict: settings.strict,
-        images: settings.images.clone(),
+        images: settings.images,
         ..DataOptions::default()
     };
     let mut inputs = BTreeMap::new();
