@@ -89,7 +89,7 @@ fn carries(body: &Body, index: &GraphIndex, value: ValueId, from: ValueId, depth
 /// Under sums, the addend that is `from` or a cast of it. A multiple of `from` is not what a layer that does nothing gives.
 fn carried_value(body: &Body, index: &GraphIndex, value: ValueId, from: ValueId) -> ValueId {
     let mut value = value;
-    // The last value under which nothing but casts and copies lie.
+    // The last value below which there are only casts and copies.
     let mut plain = value;
     while value != from {
         let Some((node, _)) = index.node_of(value) else { break };

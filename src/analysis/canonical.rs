@@ -17,7 +17,7 @@ pub const FUSED_OUTPUTS: &str = "interlace.skip_norm.outputs";
 
 const MICROSOFT: &str = "com.microsoft";
 
-/// One fusion: the operator, the plain norm in it, and where its optional bias stands.
+/// One fusion: the operator, the plain norm in it, and the input of its optional bias.
 pub struct FusedNorm {
     /// Operator of the domain `com.microsoft`.
     pub fused: &'static str,

@@ -20,8 +20,8 @@ struct Segment {
     weights: bool,
 }
 
-/// Gives each layer what stands behind every layer, the last one too, and reads weights: the norm of `norm(x + f(x))`, a
-/// scale of the stream. Where only what stands before every layer is alike, each layer gets that.
+/// Gives each layer the glue that follows every layer, the last one too, and reads weights: the norm of `norm(x + f(x))`, a
+/// scale of the stream. Where only the glue before every layer is alike, each layer gets that.
 pub fn settle(body: &Body, index: &GraphIndex, chain: &Chain, layers: &mut [LayerBlocks]) {
     let (Some(first), Some(last)) = (layers.first().map(|layer| layer.start), layers.last().map(|layer| layer.end))
     else {

@@ -103,9 +103,9 @@ pub fn mixing(body: &Body, index: &GraphIndex, chain: &Chain, nodes: &[usize], h
             attention = Some(window(node));
         } else if node.op_type == "Softmax" {
             match softmax_source(body, index, number, &on_path, &own) {
-                Some(Source::Both) => attention = attention.or(Some(None)),
-                Some(Source::Foreign) => return Mixing::Cross(number),
-                Some(Source::Weight) | None => {}
+                Some(Origin::Both) => attention = attention.or(Some(None)),
+                Some(Origin::Foreign) => return Mixing::Cross(number),
+                Some(Origin::Weight) | None => {}
             }
         }
     }
@@ -148,7 +148,7 @@ fn from_inside_a_layer(body: &Body, index: &GraphIndex, chain: &Chain, value: Va
 }
 
 /// Origin of the two operands of the product before a softmax.
-enum Source {
+enum Origin {
     /// Both from the stream: queries and keys.
     Both,
     /// One is a weight: a router.
@@ -163,7 +163,7 @@ fn softmax_source(
     softmax: usize,
     on_path: &dyn Fn(ValueId) -> bool,
     own: &dyn Fn(ValueId) -> bool,
-) -> Option<Source> {
+) -> Option<Origin> {
     // Back from the softmax through scaling, masking and concatenation to the product that made the scores.
     let mut open: Vec<ValueId> = body.nodes[softmax].inputs.first().copied().flatten().into_iter().collect();
     let mut seen = HashSet::new();
@@ -179,10 +179,10 @@ fn softmax_source(
             continue;
         };
         if factors.iter().all(|&id| own(id)) {
-            return Some(Source::Both);
+            return Some(Origin::Both);
         }
         let foreign = factors.iter().any(|&id| !own(id) && !from_weights(body, index, id));
-        found = Some(if foreign { Source::Foreign } else { Source::Weight });
+        found = Some(if foreign { Origin::Foreign } else { Origin::Weight });
     }
     found
 }

@@ -9,9 +9,9 @@ use super::stream::data_inputs;
 
 /// Operators that hand a tensor on without computing with it.
 const HAND_ON: &[&str] = &["Cast", "Identity", "Dropout", "Reshape", "Squeeze", "Unsqueeze"];
-/// Sums under sums, and copies of copies, that are looked through.
+/// Depth to which sums of sums and copies of copies are followed; bounds the search.
 const DEPTH: usize = 8;
-/// More addends than these are no `x + f(x)`.
+/// Most addends of one sum `x + f(x)`; bounds the search.
 const ADDENDS: usize = 16;
 
 /// Operands of a sum.
@@ -48,7 +48,7 @@ pub fn handed_on(body: &Body, index: &GraphIndex, node: usize) -> Option<ValueId
     }
 }
 
-/// From the result back to the source: over each sum to the addend that another one is computed from, and over what lies
+/// From the result back to the source: over each sum to the addend that another one is computed from, and over the nodes
 /// between sums to the nearest value that all of it comes from.
 ///
 /// Source first; empty when the source is not met, or comes in through the `f` of `x + f(x)` and so is not the stream's.

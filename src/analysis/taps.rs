@@ -17,7 +17,7 @@ pub fn tap(
     output: ValueId,
 ) -> Option<Tap> {
     let place_of: HashMap<ValueId, usize> = chain.values.iter().enumerate().map(|(place, id)| (*id, place)).collect();
-    // Chain positions of the layers' ends, to tell how many layers lie before a position.
+    // Chain positions of the layers' ends, to count the layers before a position.
     let ends: Vec<usize> = layers.iter().filter_map(|layer| place_of.get(&layer.output).copied()).collect();
     let starts: Vec<usize> = layers.iter().filter_map(|layer| place_of.get(&layer.input).copied()).collect();
     let mut places = BTreeSet::new();

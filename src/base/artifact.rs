@@ -70,7 +70,7 @@ pub fn read_json<T: DeserializeOwned>(path: &Path, schema_version: u32) -> Resul
                 .remedy("make the file again with this version of interlace"));
         }
         None => {
-            return Err(Error::invalid(subject(), "has no `schema_version`, so it is no file that interlace wrote")
+            return Err(Error::invalid(subject(), "has no `schema_version`, so interlace did not write it")
                 .remedy("name a file that interlace wrote"));
         }
     }

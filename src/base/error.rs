@@ -40,7 +40,7 @@ pub enum Error {
         /// What the user can do.
         remedy: Option<String>,
     },
-    /// A computation gave infinities or what is no number.
+    /// A computation gave infinities or what is not a number.
     #[error("{subject}: {problem}{}", Remedy(remedy))]
     NotFinite {
         /// The tensor or computation.

@@ -60,7 +60,7 @@ impl std::fmt::Debug for MappedFile {
 
 /// Copies `length` bytes from a mapped file to the end of `target` inside the kernel where that is possible.
 ///
-/// Errors: `Error::Io` naming the target, `ErrorKind::UnexpectedEof` when the source is shorter than said.
+/// Errors: `Error::Io` naming the target, `ErrorKind::UnexpectedEof` when the source is shorter than `length`.
 pub fn copy_range(source: &MappedFile, offset: u64, length: u64, target: &mut AtomicFile) -> Result<()> {
     let end = offset.checked_add(length).filter(|&end| end <= source.len() as u64);
     let Some(end) = end else {
@@ -144,7 +144,7 @@ impl Drop for AtomicFile {
     }
 }
 
-/// True for a file in `REPO/blobs` when `folder` is `REPO/snapshots/REVISION` or lies below it; both canonical.
+/// True for a file in `REPO/blobs` when `folder` is `REPO/snapshots/REVISION` or below it; both canonical.
 fn is_hub_blob(folder: &Path, file: &Path) -> bool {
     let snapshots =
         folder.ancestors().skip(1).find(|parent| parent.file_name().is_some_and(|name| name == "snapshots"));

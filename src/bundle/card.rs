@@ -3,8 +3,8 @@
 use std::fs;
 use std::path::{Component, Path};
 
-use super::layers::Tower;
-use super::record::Step;
+use super::record::RecordedStep;
+use super::tower::Tower;
 
 /// Markers around the preface, so that the next step replaces it. The base model's name follows the first.
 const BEGIN: &str = "<!-- interlace: made from ";
@@ -20,7 +20,7 @@ pub(super) fn is_card(file: &str) -> bool {
 
 /// The card with a preface about `history`, behind its YAML front matter if it has one. A preface that is there already
 /// is replaced; its base model stays, `base` is used otherwise.
-pub(super) fn with_preface(card: &str, base: &str, history: &[Step], tool: &str) -> String {
+pub(super) fn with_preface(card: &str, base: &str, history: &[RecordedStep], tool: &str) -> String {
     let (front, rest) = card.split_at(front_matter_length(card));
     let (old_base, rest) = without_preface(rest);
     let base = old_base.unwrap_or(base).replace(['<', '>', '`', '\n'], "_");
@@ -30,7 +30,7 @@ pub(super) fn with_preface(card: &str, base: &str, history: &[Step], tool: &str)
         lines.extend(removed(tower, history));
     }
     for step in history {
-        if let Step::Finetune { layers, samples, .. } = step {
+        if let RecordedStep::Finetune { layers, samples, .. } = step {
             lines.push(format!("- {} of the remaining layers trained on {samples} samples.", layers.len()));
         }
     }
@@ -41,11 +41,11 @@ pub(super) fn with_preface(card: &str, base: &str, history: &[Step], tool: &str)
 }
 
 /// One line about the layers that a tower has lost in all.
-fn removed(tower: Tower, history: &[Step]) -> Option<String> {
+fn removed(tower: Tower, history: &[RecordedStep]) -> Option<String> {
     let mut all = Vec::new();
     let mut total = None;
     for step in history {
-        if let Step::Prune { tower: of, layers_before, dropped_original, .. } = step
+        if let RecordedStep::Prune { tower: of, layers_before, dropped_original, .. } = step
             && *of == tower
         {
             total.get_or_insert(*layers_before);
@@ -114,9 +114,9 @@ pub(super) fn name_of(root: &Path) -> String {
 mod tests {
     use super::*;
 
-    fn prune(dropped: &[usize], before: usize) -> Step {
+    fn prune(dropped: &[usize], before: usize) -> RecordedStep {
         let (dropped, dropped_original) = (dropped.to_vec(), dropped.to_vec());
-        Step::Prune { tower: Tower::Text, layers_before: before, dropped, dropped_original, deepstack: None }
+        RecordedStep::Prune { tower: Tower::Text, layers_before: before, dropped, dropped_original, deepstack: None }
     }
 
     #[test]
@@ -127,7 +127,7 @@ mod tests {
         assert!(first.contains("> - 2 of 8 layers of the language model removed: layers 2, 5, counted from 0.\n"));
         assert!(first.ends_with("<!-- interlace: end -->\n\n# Model\n\n97.3 % accuracy\n"), "{first}");
         // A later step replaces the preface and keeps the first model's name.
-        let step = Step::Finetune { layers: vec![1, 2], samples: 40, settings: serde_json::Value::Null };
+        let step = RecordedStep::Finetune { layers: vec![1, 2], samples: 40, settings: serde_json::Value::Null };
         let second = with_preface(&first, "pruned", &[prune(&[2, 5], 8), step], "interlace 1");
         assert_eq!(second.matches("<!-- interlace: made from org/name -->").count(), 1, "{second}");
         assert!(second.contains("> - 2 of the remaining layers trained on 40 samples.\n"), "{second}");

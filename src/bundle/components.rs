@@ -6,9 +6,10 @@ use serde_json::Value;
 
 use crate::base::{Error, Result, contained_path};
 
-use super::layout::{Components, Layout, VARIANTS};
+use super::component::Component;
+use super::layout::{Components, Layout, Role, VARIANTS};
 use super::listing::Listing;
-use super::{Component, Role, read_text};
+use super::text::read_text;
 
 /// Sections of `genai_config.json` that name a graph, under `model`.
 const GENAI_SECTIONS: &[(&str, Role)] = &[

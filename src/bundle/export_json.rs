@@ -7,7 +7,8 @@ use serde_json::Value;
 use crate::base::{Error, Result};
 
 use super::json::{Document, Edit, Kind, Node};
-use super::layers::{LayerEdit, Tower};
+use super::layers::LayerEdit;
+use super::tower::Tower;
 
 /// The new text of `export.json` for a model that loses decoder layers; `None` when nothing in it changes.
 ///
@@ -24,7 +25,7 @@ pub(super) fn rewrite(document: &Document, edit: &LayerEdit) -> Result<Option<St
                     Error::invalid(format!("`components.{name}.metadata.{key}` in {}", document.subject()), what)
                         .remedy("export the model again: the file and the graphs do not belong together")
                 };
-                let mut tree: Value = serde_json::from_str(text).map_err(|e| problem(format!("is no JSON: {e}")))?;
+                let mut tree: Value = serde_json::from_str(text).map_err(|e| problem(format!("is not JSON: {e}")))?;
                 if caches(&mut tree, edit).map_err(problem)? {
                     edits.push(Edit { span: span.clone(), text: Value::from(tree.to_string()).to_string() });
                 }
@@ -45,7 +46,7 @@ fn caches(tree: &mut Value, edit: &LayerEdit) -> Result<bool, String> {
             }
             let context = map.get("context").and_then(Value::as_str).ok_or("a cache has no context")?;
             let mut context: Value =
-                serde_json::from_str(context).map_err(|e| format!("a cache's context is no JSON: {e}"))?;
+                serde_json::from_str(context).map_err(|e| format!("a cache's context is not JSON: {e}"))?;
             let layers =
                 context.pointer_mut("/s/layers").and_then(Value::as_array_mut).ok_or("a cache lists no layers")?;
             if layers.is_empty() {

@@ -1,6 +1,6 @@
 //! Config keys that depend on layers, each with the rule by which it changes when layers are dropped.
 
-use super::layers::Tower;
+use super::tower::Tower;
 
 /// Rule by which the value of a key depends on layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,30 +47,30 @@ pub(super) enum Phase {
 }
 
 /// One key. `scope` is the section that contains it, `tower` the one whose layers it describes.
-pub(super) struct Row {
+pub(super) struct KeyRow {
     pub key: &'static str,
     pub scope: Tower,
     pub tower: Tower,
     pub rule: Rule,
 }
 
-const fn text(key: &'static str, rule: Rule) -> Row {
-    Row { key, scope: Tower::Text, tower: Tower::Text, rule }
+const fn text(key: &'static str, rule: Rule) -> KeyRow {
+    KeyRow { key, scope: Tower::Text, tower: Tower::Text, rule }
 }
 
-const fn vision(key: &'static str, rule: Rule) -> Row {
-    Row { key, scope: Tower::Vision, tower: Tower::Vision, rule }
+const fn vision(key: &'static str, rule: Rule) -> KeyRow {
+    KeyRow { key, scope: Tower::Vision, tower: Tower::Vision, rule }
 }
 
 /// A key beside the language model's that speaks of the vision tower.
-const fn of_vision(key: &'static str, rule: Rule) -> Row {
-    Row { key, scope: Tower::Text, tower: Tower::Vision, rule }
+const fn of_vision(key: &'static str, rule: Rule) -> KeyRow {
+    KeyRow { key, scope: Tower::Text, tower: Tower::Vision, rule }
 }
 
 const TWO_TOWERS: &str = "pairs layers of the vision tower with layers of the language model";
 
 /// Keys may be paths (`sliding_window.layers`) relative to the section; a plain key is found at any depth of it.
-pub(super) const ROWS: &[Row] = &[
+pub(super) const ROWS: &[KeyRow] = &[
     text("num_hidden_layers", Rule::Count),
     text("n_layer", Rule::Count),
     text("n_layers", Rule::Count),

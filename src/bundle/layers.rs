@@ -6,28 +6,9 @@ use crate::base::{Error, Result};
 
 use super::config::{TEXT_SECTIONS, VISION_SECTIONS};
 use super::json::{Document, Edit, Kind, Node};
-use super::layer_keys::{OTHER_SECTIONS, Phase, ROWS, Row, Rule};
+use super::layer_keys::{KeyRow, OTHER_SECTIONS, Phase, ROWS, Rule};
 use super::shared_layers;
-
-/// A stack of layers that can lose some.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, schemars::JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Tower {
-    /// The language model's decoder.
-    Text,
-    /// The vision encoder.
-    Vision,
-}
-
-impl Tower {
-    /// As messages and reports show it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Tower::Text => "text",
-            Tower::Vision => "vision",
-        }
-    }
-}
+use super::tower::Tower;
 
 /// Layers to remove from a tower.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -104,7 +85,7 @@ pub(super) fn rewrite(document: &Document, edit: &LayerEdit) -> Result<Option<St
     };
     if walk.counts == 0 && expected {
         let name = edit.tower.name();
-        return Err(Error::invalid(document.subject(), format!("says nowhere how many layers the {name} tower has"))
+        return Err(Error::invalid(document.subject(), format!("does not say how many layers the {name} tower has"))
             .remedy(format!("write `\"num_hidden_layers\": {}` into its section", edit.total)));
     }
     if walk.edits.is_empty() {
@@ -221,7 +202,7 @@ impl Walk<'_> {
         }
     }
 
-    fn key(&mut self, parent: &Node, node: &Node, row: &Row, path: &str) -> Result<()> {
+    fn key(&mut self, parent: &Node, node: &Node, row: &KeyRow, path: &str) -> Result<()> {
         match row.rule {
             Rule::Unrelated => Ok(()),
             Rule::Count => self.count(node, path),
@@ -275,7 +256,7 @@ impl Walk<'_> {
     }
 
     /// Some families take the last layer for full attention, whatever the list says.
-    fn last_kind(&self, section: &Node, row: &Row, path: &str) -> Result<()> {
+    fn last_kind(&self, section: &Node, row: &KeyRow, path: &str) -> Result<()> {
         let model_type = section.get("model_type").and_then(Node::as_str).unwrap_or_default();
         match shared_layers::wrong_last(model_type, &self.edit.kept(), &kinds_of(section)) {
             Some(last) if row.key == "layer_types" => Err(self
@@ -437,7 +418,7 @@ impl Walk<'_> {
             let from_start = if index < 0 { index.saturating_add(total + 1) } else { index };
             let from_start = usize::try_from(from_start).ok().filter(|state| *state <= edit.total);
             let from_start = from_start.ok_or_else(|| {
-                self.error(path, format!("{index} is no hidden state of {} layers", edit.total))
+                self.error(path, format!("{index} is not a hidden state of {} layers", edit.total))
                     .remedy("config and graph must be of the same model")
             })?;
             let new = edit.kept_below(from_start);

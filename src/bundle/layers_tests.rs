@@ -81,7 +81,7 @@ fn vision_keys_follow_the_vision_tower() {
 fn a_vision_tower_that_goes_by_a_default_must_be_written_out() {
     let error = rewritten(r#"{"vision_config": {"patch_size": 14}}"#, Tower::Vision, 4, &[1]).unwrap_err().to_string();
     assert!(
-        error.contains("nowhere how many layers the vision tower has; write `\"num_hidden_layers\": 4`"),
+        error.contains("does not say how many layers the vision tower has; write `\"num_hidden_layers\": 4`"),
         "{error}"
     );
     let genai = r#"{"model": {"vision": {"filename": "v.onnx"}}}"#;
@@ -92,7 +92,7 @@ fn a_vision_tower_that_goes_by_a_default_must_be_written_out() {
 fn what_cannot_follow_is_refused_by_name() {
     let cases = [
         (r#"{"num_hidden_layers": 8, "vision_feature_layer": -3}"#, "is 8, but the text tower's graph has 6 layers"),
-        (r#"{"hidden_size": 8}"#, "says nowhere how many layers"),
+        (r#"{"hidden_size": 8}"#, "does not say how many layers"),
         (r#"{"num_hidden_layers": 6, "layer_types": ["a"]}"#, "has 1 entries, expected one for each of the 6 layers"),
         (
             r#"{"num_hidden_layers": 6, "layer_magic": [1, 2, 3, 4, 5, 6]}"#,

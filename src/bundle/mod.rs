@@ -2,6 +2,7 @@
 
 mod assets;
 mod card;
+mod component;
 mod components;
 mod config;
 mod export_json;
@@ -12,13 +13,17 @@ mod layout;
 mod listing;
 mod record;
 mod shared_layers;
+mod text;
+mod tower;
 mod write;
 
 pub use assets::{AssetKind, RECORD_FILE};
+pub use component::Component;
 pub use config::{LatentAttention, ModelConfig};
-pub use layers::{LayerEdit, Tower};
+pub use layers::LayerEdit;
 pub use layout::{Layout, Role};
-pub use record::{Deepstack, Record, Step};
+pub use record::{Deepstack, Record, RecordedStep};
+pub use tower::Tower;
 pub use write::BundleWriter;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -33,24 +38,7 @@ use crate::ir::{Body, TensorData};
 
 use layout::{LAYOUTS, SINGLE_FILE, VARIANTS};
 use listing::Listing;
-
-/// The largest JSON file that is read as a config.
-const MAX_JSON_BYTES: u64 = 64 << 20;
-
-/// One ONNX file of a folder with the files that hold its weights.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Component {
-    /// Part of the model that it computes.
-    pub role: Role,
-    /// Path below the folder without variant and extension: `onnx/decoder_model_merged`.
-    pub stem: String,
-    /// `""`, `fp16`, `q4` ..
-    pub variant: String,
-    /// Path of the `.onnx` file below the folder.
-    pub file: String,
-    /// Paths of its external data below the folder.
-    pub external: Vec<String>,
-}
+use text::read_text;
 
 /// A precision variant that cannot be worked on, while a more precise one of the same component can.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
@@ -121,7 +109,7 @@ impl Bundle {
         let subject = || format!("`{}`", root.display());
         let listing = Listing::read(root)?;
         let layout = LAYOUTS.iter().find(|layout| (layout.applies)(&listing)).ok_or_else(|| {
-            Error::invalid(subject(), format!("is no model folder: it holds {}", list_preview(&listing.files, 6)))
+            Error::invalid(subject(), format!("is not a model folder: it holds {}", list_preview(&listing.files, 6)))
                 .remedy(format!(
                     "expected .onnx files in one of the layouts {}",
                     LAYOUTS.iter().map(|layout| layout.name).collect::<Vec<_>>().join(", ")
@@ -329,22 +317,6 @@ fn rank(component: &Component) -> usize {
 fn is_most_precise(components: &[Component], component: &Component) -> bool {
     let same = |other: &&Component| other.role == component.role && other.stem == component.stem;
     components.iter().filter(same).all(|other| rank(component) <= rank(other))
-}
-
-/// Reads a text of at most 64 MiB.
-fn read_text(path: &Path) -> Result<String> {
-    let size = fs::metadata(path).map_err(|e| Error::io("read", path, e))?.len();
-    if size > MAX_JSON_BYTES {
-        return Err(Error::invalid(
-            format!("`{}`", path.display()),
-            format!("is {size} bytes long, expected at most {MAX_JSON_BYTES}"),
-        )
-        .remedy("no config is so large: move the file out of the folder"));
-    }
-    let bytes = fs::read(path).map_err(|e| Error::io("read", path, e))?;
-    String::from_utf8(bytes).map_err(|_| {
-        Error::invalid(format!("`{}`", path.display()), "is not UTF-8").remedy("save it as UTF-8, or move it away")
-    })
 }
 
 /// Files of external data that a graph reads, relative to its folder, sorted.

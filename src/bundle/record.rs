@@ -8,12 +8,12 @@ use serde_json::Value;
 
 use crate::base::{Error, Provenance, Result};
 
-use super::layers::Tower;
+use super::tower::Tower;
 
 /// One thing that was done to a model.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "step", rename_all = "snake_case")]
-pub enum Step {
+pub enum RecordedStep {
     /// Layers were removed.
     Prune {
         /// The tower that lost layers.
@@ -57,7 +57,7 @@ pub struct Record {
     #[serde(flatten)]
     pub provenance: Provenance,
     /// Oldest first.
-    pub history: Vec<Step>,
+    pub history: Vec<RecordedStep>,
     /// Files beside the model that say nothing of the network and were written as they were.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub carried: Vec<String>,
@@ -73,11 +73,11 @@ impl Record {
     /// For each layer that a model has now, its index in the model that was never pruned.
     ///
     /// Errors: `Error::Invalid` when the history does not add up to `count` layers.
-    pub fn original_layers(history: &[Step], tower: Tower, count: usize) -> Result<Vec<usize>> {
+    pub fn original_layers(history: &[RecordedStep], tower: Tower, count: usize) -> Result<Vec<usize>> {
         let steps: Vec<(usize, &Vec<usize>)> = history
             .iter()
             .filter_map(|step| match step {
-                Step::Prune { tower: of, layers_before, dropped, .. } if *of == tower => {
+                RecordedStep::Prune { tower: of, layers_before, dropped, .. } if *of == tower => {
                     Some((*layers_before, dropped))
                 }
                 _ => None,

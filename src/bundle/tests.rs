@@ -86,9 +86,9 @@ fn save(folder: &Path, name: &str, data: Option<&str>) {
 fn a_history_that_does_not_fit_the_graph_is_refused_before_memory_is_taken() {
     let step = |layers_before, dropped: &[usize]| {
         let (dropped, dropped_original) = (dropped.to_vec(), dropped.to_vec());
-        Step::Prune { tower: Tower::Text, layers_before, dropped, dropped_original, deepstack: None }
+        RecordedStep::Prune { tower: Tower::Text, layers_before, dropped, dropped_original, deepstack: None }
     };
-    let originals = |history: &[Step], count| Record::original_layers(history, Tower::Text, count);
+    let originals = |history: &[RecordedStep], count| Record::original_layers(history, Tower::Text, count);
     assert_eq!(originals(&[step(6, &[1, 4]), step(4, &[0])], 3).unwrap(), [2, 3, 5]);
     assert_eq!(originals(&[step(6, &[1, 4])], 0).unwrap_err().to_string().matches("6 layers").count(), 1);
     for layers in [0, 5, 1 << 32, usize::MAX] {
@@ -328,7 +328,7 @@ fn layouts_are_told_apart() {
 fn wrong_folders_are_refused() {
     let escape = r#"{"model": {"decoder": {"filename": "../text.onnx"}}}"#;
     let cases: &[(&[(&str, &str)], &str)] = &[
-        (&[("a.txt", "")], "is no model folder"),
+        (&[("a.txt", "")], "is not a model folder"),
         (&[("genai_config.json", escape)], "without `..`"),
         (&[("genai_config.json", "{")], "not JSON"),
         (&[("genai_config.json", r#"{"model": {"decoder": {"filename": "x.onnx"}}}"#)], "cannot open"),
@@ -384,7 +384,7 @@ fn a_written_folder_is_the_old_one_with_the_changes() {
     let mut writer = BundleWriter::create(&written, &again).unwrap();
     writer.drop_layers(&LayerEdit::new(Tower::Text, 3, &[1]).unwrap(), None).unwrap();
     let record = writer.record(provenance()).unwrap();
-    let Some(Step::Prune { dropped_original, .. }) = record.history.last() else { panic!("no step") };
+    let Some(RecordedStep::Prune { dropped_original, .. }) = record.history.last() else { panic!("no step") };
     assert_eq!(dropped_original, &[2]);
     let props = record.metadata_props(Tower::Text, 2).unwrap();
     assert!(props.contains(&("interlace.original_layers".into(), "0,3".into())), "{props:?}");

@@ -10,7 +10,7 @@ use crate::onnx::{self, Metadata, Storage};
 
 use super::json::{Document, Edit, Kind};
 use super::layers::{self, LayerEdit};
-use super::record::{Deepstack, Record, Step};
+use super::record::{Deepstack, Record, RecordedStep};
 use super::{AssetKind, Bundle, Component, RECORD_FILE, card, export_json, is_external_data_of, read_text};
 
 /// Configs of other tools whose keys the table of layer keys covers.
@@ -28,7 +28,7 @@ pub struct BundleWriter<'a> {
     written: BTreeMap<String, usize>,
     /// Components that the new folder does not have.
     set_aside: BTreeSet<String>,
-    steps: Vec<Step>,
+    steps: Vec<RecordedStep>,
 }
 
 struct Staged(StagedDir);
@@ -126,7 +126,7 @@ impl<'a> BundleWriter<'a> {
         let mut history = self.history()?;
         let before = Record::original_layers(&history, edit.tower, edit.total)?;
         let original = edit.dropped().iter().filter_map(|&layer| before.get(layer).copied()).collect();
-        let step = Step::Prune {
+        let step = RecordedStep::Prune {
             tower: edit.tower,
             layers_before: edit.total,
             dropped: edit.dropped().to_vec(),
@@ -171,7 +171,7 @@ impl<'a> BundleWriter<'a> {
     }
 
     /// Notes a step other than dropping layers.
-    pub fn push_step(&mut self, step: Step) {
+    pub fn push_step(&mut self, step: RecordedStep) {
         self.steps.push(step);
     }
 
@@ -217,7 +217,7 @@ impl<'a> BundleWriter<'a> {
         self.staged.0.commit()
     }
 
-    fn history(&self) -> Result<Vec<Step>> {
+    fn history(&self) -> Result<Vec<RecordedStep>> {
         let mut history = self.bundle.record()?.map(|record| record.history).unwrap_or_default();
         history.extend(self.steps.iter().cloned());
         Ok(history)

@@ -11,7 +11,8 @@ impl std::str::FromStr for LayerList {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let layers = text.split(',').map(|item| {
-            item.parse().map_err(|_| format!("`{item}` is no layer index; write indices from 0 with commas, as in 2,5"))
+            item.parse()
+                .map_err(|_| format!("`{item}` is not a layer index; write indices from 0 with commas, as in 2,5"))
         });
         layers.collect::<Result<_, String>>().map(LayerList)
     }
@@ -29,10 +30,10 @@ impl std::str::FromStr for Weights {
         let mut weights = ModalityWeights::new();
         for item in text.split(',') {
             let (name, value) =
-                item.split_once('=').ok_or_else(|| format!("`{item}` is no NAME=WEIGHT, as in image=0.7,text=0.3"))?;
+                item.split_once('=').ok_or_else(|| format!("`{item}` is not NAME=WEIGHT, as in image=0.7,text=0.3"))?;
             let row = MODALITIES.iter().find(|row| row.1 == name);
             let row = row.ok_or_else(|| format!("`{name}` is none of {}", names.join(", ")))?;
-            let value = value.parse().map_err(|_| format!("`{value}` is no number"))?;
+            let value = value.parse().map_err(|_| format!("`{value}` is not a number"))?;
             if weights.insert(row.0, value).is_some() {
                 return Err(format!("`{name}` occurs twice"));
             }
@@ -95,7 +96,7 @@ mod tests {
         assert_eq!("7".parse(), Ok(LayerList(vec![7])));
         for bad in ["", ",", "2,", ",2", "2;5", "2-5", "-1", "1.5", "two", "2,,5", "99999999999999999999999"] {
             let error = bad.parse::<LayerList>().expect_err(bad);
-            assert!(error.contains("no layer index"), "{bad}: {error}");
+            assert!(error.contains("not a layer index"), "{bad}: {error}");
         }
     }
 
@@ -106,7 +107,7 @@ mod tests {
         for (bad, want) in [
             ("image", "NAME=WEIGHT"),
             ("sound=1", "none of all, image, text"),
-            ("image=x", "no number"),
+            ("image=x", "not a number"),
             ("image=-1", "0 or more"),
             ("image=0", "none is above 0"),
             ("text=1,text=2", "twice"),

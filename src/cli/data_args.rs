@@ -85,10 +85,10 @@ pub fn warn_left_out(left_out: &LeftOut, output: &Output) {
 /// `COLUMN=VALUE`.
 fn rating(text: &str) -> Result<(String, f64), String> {
     let (column, value) =
-        text.split_once('=').ok_or_else(|| format!("`{text}` is no COLUMN=VALUE, as in relevance_min=4"))?;
-    let value: f64 = value.parse().map_err(|_| format!("`{value}` is no number"))?;
+        text.split_once('=').ok_or_else(|| format!("`{text}` is not COLUMN=VALUE, as in relevance_min=4"))?;
+    let value: f64 = value.parse().map_err(|_| format!("`{value}` is not a number"))?;
     if column.is_empty() || !value.is_finite() {
-        return Err(format!("`{text}` is no COLUMN=VALUE, as in relevance_min=4"));
+        return Err(format!("`{text}` is not COLUMN=VALUE, as in relevance_min=4"));
     }
     Ok((column.to_string(), value))
 }

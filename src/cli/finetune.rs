@@ -182,7 +182,7 @@ fn settings(args: &Args) -> anyhow::Result<Settings> {
             let text = fs::read_to_string(path).with_context(|| format!("cannot read `{}`", path.display()))?;
             // Read as settings too, for a message that shows the line.
             let _: Settings = toml::from_str(&text)
-                .with_context(|| format!("`{}` is no file of finetune settings", path.display()))?;
+                .with_context(|| format!("`{}` is not a file of finetune settings", path.display()))?;
             toml::from_str(&text)?
         }
         None => toml::Table::new(),

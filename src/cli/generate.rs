@@ -117,6 +117,6 @@ fn frame(text: &str) -> Result<(f64, PathBuf), String> {
     let parts = text.split_once('=').and_then(|(time, file)| Some((time.parse::<f64>().ok()?, file)));
     match parts.filter(|(time, file)| time.is_finite() && *time >= 0.0 && !file.is_empty()) {
         Some((time, file)) => Ok((time, PathBuf::from(file))),
-        None => Err(format!("`{text}` is no SECONDS=FILE, as in 0.5=frame.png")),
+        None => Err(format!("`{text}` is not SECONDS=FILE, as in 0.5=frame.png")),
     }
 }

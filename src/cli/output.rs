@@ -77,7 +77,7 @@ pub fn print_error(error: &anyhow::Error, json: bool) {
     let mut causes = Vec::new();
     let mut said = error.to_string();
     for cause in error.chain().skip(1) {
-        // An error whose own text ends with its cause has told it.
+        // An error whose own text ends with its cause contains it.
         let text = cause.to_string();
         if !said.ends_with(&text) {
             causes.push(text.clone());

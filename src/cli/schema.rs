@@ -8,7 +8,7 @@ use crate::export::Export;
 use crate::finetune::Report;
 use crate::method::{Plan, Scores};
 use crate::pipeline::steps::{Generations, Inspection, LikelihoodReport, Pruned};
-use crate::pipeline::{Manifest, Recipe, State, Sweep, SweepTable, Table};
+use crate::pipeline::{Manifest, Recipe, RunState, Sweep, SweepTable, Table};
 
 /// Name and schema of every artifact; `schemas/` holds them under `NAME.schema.json`.
 pub fn schemas() -> Vec<(&'static str, Schema)> {
@@ -26,7 +26,7 @@ pub fn schemas() -> Vec<(&'static str, Schema)> {
         ("recipe", schema_for!(Recipe)),
         ("report", schema_for!(EvalReport)),
         ("scores", schema_for!(Scores)),
-        ("state", schema_for!(State)),
+        ("state", schema_for!(RunState)),
         ("sweep", schema_for!(SweepTable)),
         ("sweep-recipe", schema_for!(Sweep)),
         ("table", schema_for!(Table)),

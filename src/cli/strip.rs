@@ -2,7 +2,7 @@
 
 use owo_colors::OwoColorize;
 
-use crate::method::{Plan, Role};
+use crate::method::{LayerRole, Plan};
 
 /// `0 ..DF A.. 15`: letters in groups of ten, each coloured by its role.
 pub fn strip(plan: &Plan) -> String {
@@ -10,10 +10,10 @@ pub fn strip(plan: &Plan) -> String {
         let letter = layer.role.letter();
         let gap = if layer.index > 0 && layer.index % 10 == 0 { " " } else { "" };
         match layer.role {
-            Role::Drop => format!("{gap}{}", letter.red().bold()),
-            Role::Finetune => format!("{gap}{}", letter.green().bold()),
-            Role::Anchor => format!("{gap}{}", letter.blue()),
-            Role::Freeze => format!("{gap}{}", letter.dimmed()),
+            LayerRole::Drop => format!("{gap}{}", letter.red().bold()),
+            LayerRole::Finetune => format!("{gap}{}", letter.green().bold()),
+            LayerRole::Anchor => format!("{gap}{}", letter.blue()),
+            LayerRole::Freeze => format!("{gap}{}", letter.dimmed()),
         }
     });
     letters.collect()

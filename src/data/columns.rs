@@ -156,7 +156,7 @@ impl Columns {
 
 /// A struct's fields by name; others than these hold nothing, or something that is silent.
 fn fields<'a, const N: usize>(cells: &'a ArrayRef, names: [&str; N]) -> Result<[&'a ArrayRef; N], String> {
-    let cells = cells.as_struct_opt().ok_or_else(|| format!("is no list of struct{{{}}}", names.join(", ")))?;
+    let cells = cells.as_struct_opt().ok_or_else(|| format!("is not a list of struct{{{}}}", names.join(", ")))?;
     let none = DataOptions::default();
     for (name, array) in cells.column_names().iter().zip(cells.columns()) {
         if !names.contains(name) && !is_silent(name, &none) && array.logical_null_count() < array.len() {
@@ -167,7 +167,7 @@ fn fields<'a, const N: usize>(cells: &'a ArrayRef, names: [&str; N]) -> Result<[
     for name in names {
         found.push(cells.column_by_name(name).ok_or_else(|| format!("has no field `{name}`"))?);
     }
-    found.try_into().map_err(|_| format!("is no list of struct{{{}}}", names.join(", ")))
+    found.try_into().map_err(|_| format!("is not a list of struct{{{}}}", names.join(", ")))
 }
 
 fn pairs(cells: &ArrayRef) -> Result<Vec<RawMessage>, String> {
@@ -203,7 +203,7 @@ fn said(cells: &ArrayRef, role: &str, content: &str) -> Result<Vec<RawMessage>, 
 
 /// `struct{type, text, index}` of each part of a message; `index` is the position of a picture in the row.
 fn parts_of(parts: &ArrayRef) -> Result<Vec<Piece>, String> {
-    let cells = parts.as_struct_opt().ok_or("`content` is no list of struct{type, text}")?;
+    let cells = parts.as_struct_opt().ok_or("`content` is not a list of struct{type, text}")?;
     let none = DataOptions::default();
     for (name, array) in cells.column_names().iter().zip(cells.columns()) {
         let known = ["type", "text", "index"].contains(name) || is_silent(name, &none);

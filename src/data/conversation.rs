@@ -165,7 +165,7 @@ fn answers(sample: &Sample) -> Vec<String> {
     sample.turns.iter().map(|turn| turn.assistant.clone()).collect()
 }
 
-/// A text that stands for an answer and is nowhere in the conversation.
+/// A placeholder of an answer that occurs nowhere in the conversation.
 fn marker(number: usize, whole: &str) -> String {
     let mut salt = 0usize;
     loop {

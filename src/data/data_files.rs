@@ -30,7 +30,7 @@ pub(super) fn data_files(path: &Path) -> Result<Vec<DataFile>> {
     for file in &paths {
         let extension = file.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
         if !KINDS.concat().contains(&extension) {
-            return Err(Error::invalid(format!("data `{}`", file.display()), "is no data set that is known").remedy(
+            return Err(Error::invalid(format!("data `{}`", file.display()), "is not a known data set").remedy(
                 "expected a .parquet, .json or .jsonl file, .safetensors or .npz for ready tensors, a folder of them, or a \
                  pattern such as `data/*.parquet`",
             ));
@@ -46,7 +46,7 @@ pub(super) fn data_files(path: &Path) -> Result<Vec<DataFile>> {
 fn matching(pattern: &str) -> Result<Vec<PathBuf>> {
     let subject = || format!("data `{pattern}`");
     let found = glob::glob(pattern).map_err(|e| {
-        Error::invalid(subject(), format!("is no pattern: {e}"))
+        Error::invalid(subject(), format!("is not a valid pattern: {e}"))
             .remedy("escape `*`, `?` and `[` of a plain path as `[*]`, `[?]` and `[[]`")
     })?;
     let mut paths = Vec::new();
@@ -123,7 +123,7 @@ mod tests {
         assert_eq!(names("."), ["one.json"]);
         for (path, want) in [
             ("a/*.json", "matches no file"),
-            ("a/*.txt", "is no data set that is known"),
+            ("a/*.txt", "is not a known data set"),
             ("both", "of .parquet and of .json"),
             ("none", "cannot open"),
         ] {

@@ -121,7 +121,7 @@ impl TextLine {
                 (_, Field::Other(Seen::Blank)) => {}
                 (_, Field::Names(names)) if names.is_empty() => {}
                 (_, Field::Messages(messages)) if messages.is_empty() => {}
-                _ if key == "text" => return Err(bad("has a `text` that is no string")),
+                _ if key == "text" => return Err(bad("has a `text` that is not a string")),
                 _ if is_silent(&key, options) => {}
                 _ => unread.push(key),
             }

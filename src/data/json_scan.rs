@@ -91,7 +91,7 @@ impl Scanner<'_> {
                 self.push(byte, place)?;
             }
             Form::Ended if byte.is_ascii_whitespace() => {}
-            Form::Ended => return Err(self.error("has text behind the end of its list")),
+            Form::Ended => return Err(self.error("has text after the end of its list")),
         }
         Ok(())
     }
@@ -162,7 +162,7 @@ mod tests {
 
     #[test]
     fn lists_that_do_not_end_are_refused() {
-        for (text, want) in [("[{", "ends before its list"), ("[{}] x", "behind the end"), ("[\"a", "ends before")] {
+        for (text, want) in [("[{", "ends before its list"), ("[{}] x", "after the end"), ("[\"a", "ends before")] {
             let error = rows(text).unwrap_err().to_string();
             assert!(error.contains(want), "{text}: {error}");
         }

@@ -350,7 +350,7 @@ fn rows_that_do_not_fit_are_named() {
     for length in [0, 10, file.len() / 2, file.len() - 1] {
         fs::write(&path, &file[..length]).unwrap();
         let error = Dataset::open(&path, &whole()).unwrap_err().to_string();
-        assert!(error.contains("is no readable parquet file"), "{error}");
+        assert!(error.contains("is not a readable Parquet file"), "{error}");
     }
     shard(&path, 0, true);
     assert!(Dataset::open(&path, &whole()).unwrap_err().to_string().contains("is empty"));

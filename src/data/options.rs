@@ -9,7 +9,7 @@ use crate::base::Error;
 
 use super::images::ImageSettings;
 
-/// Tokens in a sequence of running text, unless the user sets another number.
+/// Tokens in a sequence of running text by default.
 pub const SEQUENCE_LENGTH: usize = 512;
 
 /// Extent of a sample in a conversation of several turns.

@@ -52,7 +52,7 @@ impl Shard {
                 .or_else(|_| ArrowReaderMetadata::load(&file, ArrowReaderOptions::new()))
         };
         let metadata = guarded(load).and_then(|metadata| metadata.map_err(|e| e.to_string())).map_err(|problem| {
-            Error::invalid(&subject, format!("is no readable parquet file: {problem}"))
+            Error::invalid(&subject, format!("is not a readable Parquet file: {problem}"))
                 .remedy("check that the file is whole: download it again, or write it again as Parquet")
         })?;
         let columns =

@@ -131,6 +131,7 @@ impl Processor {
     }
 
     /// Ids at which generation ends.
+    #[cfg(test)]
     pub fn eos_ids(&self) -> Vec<i64> {
         self.eos.iter().map(|id| i64::from(*id)).collect()
     }

@@ -54,7 +54,7 @@ fn parse_string<'a>(text: &'a str, value: &mut String) -> Option<&'a str> {
     }
 }
 
-/// Appends what stands behind a backslash; gives what follows it.
+/// Appends the character of an escape sequence and returns the rest of the text.
 fn parse_escape<'a>(text: &'a str, value: &mut String) -> Option<&'a str> {
     let c = text.chars().next()?;
     let rest = &text[c.len_utf8()..];

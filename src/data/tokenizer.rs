@@ -34,7 +34,7 @@ impl Tokenizer {
         let mut inner = guarded(|| tokenizers::Tokenizer::from_bytes(text.as_bytes()))
             .and_then(|inner| inner.map_err(|e| e.to_string()))
             .map_err(|problem| {
-                Error::invalid(subject(), format!("is no tokenizer: {problem}"))
+                Error::invalid(subject(), format!("is not a tokenizer: {problem}"))
                     .remedy("restore `tokenizer.json` of the model, in the format of the `tokenizers` library")
             })?;
         inner.with_padding(None);
@@ -105,7 +105,7 @@ impl Tokenizer {
     pub fn decode(&self, ids: &[i64]) -> Result<String> {
         let ids: Result<Vec<u32>> = ids
             .iter()
-            .map(|id| u32::try_from(*id).map_err(|_| Error::invalid("tokenizer", format!("{id} is no token id"))))
+            .map(|id| u32::try_from(*id).map_err(|_| Error::invalid("tokenizer", format!("{id} is not a token id"))))
             .collect();
         let ids = ids?;
         let text = guarded(|| self.inner.decode(&ids, true)).and_then(|text| text.map_err(|e| e.to_string()));

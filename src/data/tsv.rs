@@ -156,6 +156,7 @@ impl Benchmark {
     }
 
     /// True when the two rows show the same pictures, so that what was made of them can be used twice.
+    #[cfg(test)]
     pub fn same_images(&self, a: &BenchRow, b: &BenchRow) -> bool {
         let byte = |row: &BenchRow| row.image_position.as_ref().map(csv::Position::byte);
         byte(a) == byte(b) && a.image_path == b.image_path

@@ -9,7 +9,7 @@ use crate::torch;
 
 use super::probe::noise;
 
-/// Tokens of the probing prompt; the last one is also decoded alone.
+/// Tokens of the probing prompt: enough for several positions, fast for any model. The last one is also decoded alone.
 pub const PROMPT_TOKENS: usize = 8;
 
 /// Tokens of the probing prompt that stand for a picture, where the decoder reads something of pictures.

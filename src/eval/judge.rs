@@ -170,7 +170,7 @@ fn read_choice(prediction: &str, options: &[(char, String)]) -> Option<char> {
     read_letter(prediction, options).or_else(|| read_text(prediction, options))
 }
 
-/// The letter that stands alone as a word, if exactly one does and it is among the last four words; else the one that
+/// The letter that is a word of its own, if exactly one is and it is among the last four words; else the one that
 /// "answer is" names.
 fn read_letter(prediction: &str, options: &[(char, String)]) -> Option<char> {
     if prediction.contains(NO_ANSWER) {

@@ -68,7 +68,7 @@ pub struct SequenceLoss {
 }
 
 /// Perplexity of a model named `name` on running text, on the answers of conversations, or on the labels of ready
-/// tensors: each sample goes through by itself, and its tokens are predicted from those before them. `limit` takes the
+/// tensors: each sample is a pass of its own, and its tokens are predicted from those before them. `limit` takes the
 /// first samples only.
 ///
 /// Errors: as `Intake::encoded`; `Error::Invalid` when there is nothing to predict, or a token outside the logits;

@@ -14,9 +14,9 @@ use crate::runtime::{Decoder, Runtime, Session, Tensor};
 use super::agreement::{Probe, decoder_outputs, outputs_apart, session_outputs};
 use super::exact::{EXACT, find_node};
 
-/// The relative change of the inputs.
+/// The relative change of the inputs: about 16 roundings of f32 (2^-24 each).
 pub const CHANGE: f32 = 1e-6;
-/// Changes that are tried, each of other signs.
+/// Number of changes that are tried, each with random signs.
 const TRIES: u64 = 8;
 
 /// Operators that round activations, by the beginnings of their names.

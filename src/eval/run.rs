@@ -19,9 +19,9 @@ use super::prompt::{PromptStyle, question_text, reference_of};
 use super::report::{Answer, EvalTiming, ModelScores};
 use super::summary::{NO_GROUP, grades_by_type, groups_by, summarise};
 
-/// Longest answer where neither the user nor the model's config says anything.
+/// Longest answer in tokens by default: benchmarks expect a letter, a word or a short phrase.
 const DEFAULT_MAX_NEW_TOKENS: usize = 128;
-/// Batches that are sorted by length together, so that little padding is needed.
+/// Batches whose prompts are sorted by length together, to reduce padding.
 const BATCHES_PER_WINDOW: usize = 8;
 
 /// A model that answers questions.

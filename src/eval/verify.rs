@@ -84,7 +84,7 @@ pub fn verify_on(path: &Path, inputs: &Path, runtime: &Runtime) -> Result<Verify
         feeds.push((port.name.clone(), Tensor::from_ir(&array)?));
     }
     if let Some(name) = arrays.keys().next() {
-        let problem = format!("array `{name}` is no input of `{}`", path.display());
+        let problem = format!("array `{name}` is not an input of `{}`", path.display());
         return Err(Error::invalid(format!("`{}`", inputs.display()), problem)
             .remedy("name the arrays after the graph's inputs"));
     }
@@ -214,7 +214,7 @@ fn decoder_checks(
 ) -> Result<()> {
     let embed = if decoder.takes_embeds() { bundle.component(Role::EmbedTokens) } else { None };
     let embed = embed.map(|part| runtime.session(&bundle.path_of(part), &SessionOptions::default())).transpose()?;
-    // One that is not understood is said so by itself; noise is as good a prompt.
+    // A processor that is not understood has a check of its own; noise serves as the prompt.
     let embed = embed.and_then(|session| TokenEmbedding::new(session).ok());
     let image_token_id = bundle.config().and_then(|config| config.image_token_id);
     let settings = VlmSettings { image_token_id, ..VlmSettings::default() };

@@ -73,11 +73,17 @@ pub enum Compute {
 
 /// One loss term.
 pub struct LossRow {
+    /// The loss.
     pub kind: LossKind,
+    /// Name in settings and reports.
     pub name: &'static str,
+    /// One line for help texts and documents.
     pub summary: &'static str,
+    /// Tokens over which the loss is averaged.
     pub denominator: Denominator,
+    /// Outputs of the dense model that the loss reads.
     pub teacher: Teacher,
+    /// Sum of the loss over the tokens of a pass.
     pub compute: Compute,
 }
 

@@ -32,8 +32,11 @@ pub struct Request<'a> {
     pub bundle: &'a Bundle,
     /// Decoder layers to train, as the pruned model counts them.
     pub layers: &'a [usize],
+    /// The samples.
     pub data: &'a dyn Source,
+    /// Losses, optimiser, schedule and stages.
     pub settings: &'a Settings,
+    /// Device on which the trained layers are computed.
     pub device: Device,
     /// Folder for the frozen part's outputs, checkpoints and metrics; kept between runs.
     pub work: &'a Path,
@@ -47,12 +50,14 @@ pub struct Request<'a> {
 pub struct Outcome {
     /// The decoder with its trained weights; all other initializers are the ones it had.
     pub decoder: Model,
+    /// Figures of the run.
     pub report: Report,
 }
 
 /// How a run went: the content of the report file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Report {
+    /// Tool version, schema version, input digests and settings.
     #[serde(flatten)]
     pub provenance: Provenance,
     /// Layers trained, as the pruned model counts them.
@@ -64,6 +69,7 @@ pub struct Report {
     /// Their ids.
     #[serde(default)]
     pub sample_ids: Vec<String>,
+    /// Samples that were drawn and not used, by reason.
     pub left_out: LeftOut,
     /// Optimiser steps.
     pub steps: u64,
@@ -72,9 +78,11 @@ pub struct Report {
     /// Tokens without padding, images included, over all epochs; those that each layer saw where layers are healed one after
     /// the other.
     pub tokens: u64,
+    /// Answer tokens over all epochs.
     pub answer_tokens: u64,
     /// The peak learning rate, chosen from the trials where there are any.
     pub learning_rate: f64,
+    /// Learning rates that were tried, in the order of the settings.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub trials: Vec<RateTrial>,
     /// What the fit before the first step did, layer by layer.
@@ -85,10 +93,13 @@ pub struct Report {
     pub fit_s: f64,
     /// None where the run ends with the fit.
     pub first_loss: Option<f64>,
+    /// Loss of the last step; absent where the run ends with the fit.
     pub last_loss: Option<f64>,
     /// Time in optimiser steps, over all resumptions.
     pub train_s: f64,
+    /// Tokens of all steps over the time of the steps.
     pub tokens_per_s: f64,
+    /// Largest resident set of the process.
     pub peak_memory_bytes: u64,
     /// Name of the JSONL file of metrics in the work folder.
     pub metrics_file: String,

@@ -98,6 +98,7 @@ impl Tensor {
     }
 
     /// True when the content lives in a file other than the model's own.
+    #[cfg(test)]
     pub fn is_external(&self) -> bool {
         matches!(self.data, TensorData::Mapped { external: true, .. })
     }

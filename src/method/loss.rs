@@ -13,10 +13,10 @@ use crate::runtime::{Decoder, Embedded, FeatureCache, Outputs, Runtime, SessionO
 
 use super::select::MeasureLosses;
 
-/// Samples with more tokens are left out.
+/// Samples with more tokens are left out; the default of `score --max-tokens`.
 const MAX_TOKENS: usize = 8192;
 
-/// Tokens that go through the decoder in one pass, unless one conversation is longer.
+/// Tokens of one decoder pass, unless one conversation is longer. Bounds memory; the result does not depend on it.
 const TOKENS_PER_PASS: usize = 2048;
 
 /// A conversation ready for the decoder.

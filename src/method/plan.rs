@@ -52,13 +52,13 @@ pub struct LayerPlan {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pruned_index: Option<usize>,
     /// Dropped, finetuned, or frozen and why.
-    pub role: Role,
+    pub role: LayerRole,
 }
 
 /// The role of a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
-pub enum Role {
+pub enum LayerRole {
     /// Taken out of the graph.
     Drop,
     /// Kept, and the only ones whose weights move.
@@ -69,14 +69,14 @@ pub enum Role {
     Freeze,
 }
 
-impl Role {
+impl LayerRole {
     /// One character for strips of layers.
     pub fn letter(self) -> char {
         match self {
-            Role::Drop => 'D',
-            Role::Finetune => 'F',
-            Role::Anchor => 'A',
-            Role::Freeze => '.',
+            LayerRole::Drop => 'D',
+            LayerRole::Finetune => 'F',
+            LayerRole::Anchor => 'A',
+            LayerRole::Freeze => '.',
         }
     }
 }
@@ -86,13 +86,13 @@ impl Plan {
     ///
     /// Errors: `Error::Invalid` when a layer is outside the model or in two roles, or when nothing or all is dropped.
     pub fn new(provenance: Provenance, strategy: &str, num_layers: usize, groups: Vec<Group>) -> Result<Self> {
-        let mut roles = vec![Role::Freeze; num_layers];
+        let mut roles = vec![LayerRole::Freeze; num_layers];
         for group in &groups {
-            let members = group.drop.iter().map(|&layer| (layer, Role::Drop));
-            let members = members.chain(group.finetune.iter().map(|&layer| (layer, Role::Finetune)));
-            for (layer, role) in members.chain(group.anchor.map(|layer| (layer, Role::Anchor))) {
+            let members = group.drop.iter().map(|&layer| (layer, LayerRole::Drop));
+            let members = members.chain(group.finetune.iter().map(|&layer| (layer, LayerRole::Finetune)));
+            for (layer, role) in members.chain(group.anchor.map(|layer| (layer, LayerRole::Anchor))) {
                 match roles.get_mut(layer) {
-                    Some(slot) if *slot == Role::Freeze => *slot = role,
+                    Some(slot) if *slot == LayerRole::Freeze => *slot = role,
                     Some(_) => {
                         return Err(Error::invalid(format!("layer {layer}"), "is in two groups of the plan")
                             .remedy("make the plan again"));
@@ -107,10 +107,10 @@ impl Plan {
                 }
             }
         }
-        let indices = |wanted: Role| -> Vec<usize> {
+        let indices = |wanted: LayerRole| -> Vec<usize> {
             roles.iter().enumerate().filter(|(_, role)| **role == wanted).map(|(index, _)| index).collect()
         };
-        let drop = indices(Role::Drop);
+        let drop = indices(LayerRole::Drop);
         if drop.is_empty() || drop.len() >= num_layers {
             return Err(Error::invalid("plan", format!("drops {} of {num_layers} layers", drop.len()))
                 .remedy("at least one layer must go and at least one must stay"));
@@ -120,18 +120,21 @@ impl Plan {
             .iter()
             .enumerate()
             .map(|(index, &role)| {
-                let pruned_index = (role != Role::Drop).then_some(kept);
-                kept += usize::from(role != Role::Drop);
+                let pruned_index = (role != LayerRole::Drop).then_some(kept);
+                kept += usize::from(role != LayerRole::Drop);
                 LayerPlan { index, pruned_index, role }
             })
             .collect();
-        let finetune_pruned =
-            layers.iter().filter(|layer| layer.role == Role::Finetune).filter_map(|layer| layer.pruned_index).collect();
+        let finetune_pruned = layers
+            .iter()
+            .filter(|layer| layer.role == LayerRole::Finetune)
+            .filter_map(|layer| layer.pruned_index)
+            .collect();
         Ok(Plan {
             provenance,
             strategy: strategy.to_string(),
             num_layers,
-            finetune: indices(Role::Finetune),
+            finetune: indices(LayerRole::Finetune),
             drop,
             finetune_pruned,
             groups,

@@ -14,12 +14,12 @@ use crate::onnx;
 use crate::rewrite::{SIMILARITY_PREFIX, has_additions, tap_similarities};
 use crate::runtime::{Decoder, FeatureCache, Profile, Runtime, SessionOptions, VlmSession, missing_deepstack};
 
-use super::scores::{Modality, SCORES_SCHEMA_VERSION, SampleModality, SampleScores, Scores, Side, Similarities};
+use super::scores::{Modality, SCORES_SCHEMA_VERSION, SampleModality, SampleScores, Scores, Similarities, StreamSide};
 
 /// Bytes of image features that are kept, for data sets that ask several questions about one picture.
 const FEATURE_CACHE_BYTES: usize = 64 << 20;
 
-/// Samples that are made ready before they are needed.
+/// Samples that one thread prepares ahead of the runtime.
 const SAMPLES_AHEAD: usize = 8;
 
 /// Settings of scoring.
@@ -65,7 +65,7 @@ struct Recorded<'a> {
 
 /// Scores a model's decoder on the prompts of a data set: the question with its pictures, up to where the answer begins.
 ///
-/// Errors: as `Intake::encoded`; `Error::Invalid` when no sample is left or a similarity is no number;
+/// Errors: as `Intake::encoded`; `Error::Invalid` when no sample is left or a similarity is not a number;
 /// `Error::Unsupported` when the decoder's layers are not understood; `Error::Interrupted` on Ctrl-C.
 pub fn score(
     bundle: &Bundle,
@@ -112,7 +112,7 @@ pub fn score(
     let recorded = Recorded { settings, data: dataset.options() };
     let provenance = Provenance::new(SCORES_SCHEMA_VERSION, inputs, &recorded)?;
     let scores = Scores::from_samples(provenance, num_layers, settings.include_last, samples)?;
-    let additions = has_additions(&analysis.map).then_some(Side::Before);
+    let additions = has_additions(&analysis.map).then_some(StreamSide::Before);
     let warnings = missing_deepstack(bundle, &decoder.graph).into_iter().chain(encoder.warning()).collect();
     Ok(Scores { left_out, additions, warnings, profile: settings.profile.then_some(profile), ..scores })
 }

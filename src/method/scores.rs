@@ -31,7 +31,7 @@ pub enum Modality {
 /// A side of what is added to the stream between two layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
-pub enum Side {
+pub enum StreamSide {
     /// The layer's output before anything is added: the hidden states that Hugging Face records.
     Before,
 }
@@ -62,7 +62,7 @@ pub struct Scores {
     /// On which side of what is added to the stream between layers (DeepStack features) the stream was compared; absent
     /// where nothing is added.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub additions: Option<Side>,
+    pub additions: Option<StreamSide>,
     /// Warnings about the reliability of these scores.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
@@ -203,7 +203,7 @@ impl Scores {
 
     /// The means by pack size over several modalities, each counted by its weight; the weights need not make 1.
     ///
-    /// Errors: `Error::Invalid` when no weight is above 0, one is no number of 0 or more, or the scores hold nothing of
+    /// Errors: `Error::Invalid` when no weight is above 0, one is not a number of 0 or more, or the scores hold nothing of
     /// a modality.
     pub fn weighted_similarities(&self, weights: &ModalityWeights) -> Result<Similarities> {
         check_weights(weights)?;
@@ -269,7 +269,7 @@ impl Modality {
     }
 }
 
-/// Errors: `Error::Invalid` when no weight is above 0 or one is no number of 0 or more.
+/// Errors: `Error::Invalid` when no weight is above 0 or one is not a number of 0 or more.
 pub fn check_weights(weights: &ModalityWeights) -> Result<()> {
     if let Some((modality, weight)) = weights.iter().find(|(_, weight)| !(weight.is_finite() && **weight >= 0.0)) {
         return Err(Error::invalid(
@@ -319,7 +319,7 @@ fn check_pack(subject: &str, size: usize, scores: &Scores, values: &[f64]) -> Re
         None => Ok(()),
         Some(layer) => Err(Error::invalid(
             format!("scores {subject} from layer {layer}"),
-            format!("{} is no cosine similarity", values[layer]),
+            format!("{} is not a cosine similarity", values[layer]),
         )
         .remedy(
             "the model's hidden states overflow or a sample is broken: score in float32, or leave that sample out",

@@ -6,15 +6,16 @@ use std::path::Path;
 
 use onnx_protobuf as pb;
 use pb::attribute_proto::AttributeType;
-use protobuf::{EnumOrUnknown, Message, SpecialFields};
+use protobuf::{EnumOrUnknown, Message};
 
 use crate::base::{Error, Result};
 use crate::ir::{Attribute, AttributeKind, Body, Function, Graph, Model, Node, Opaque, Value, ValueId};
 
 use super::external::Sources;
+use super::opaque::{self, pairs};
+use super::order;
 use super::tensor::{tensor, value_type};
 use super::wire::Scan;
-use super::{opaque, order};
 
 /// The other spelling of the default domain, `""`.
 pub const DEFAULT_DOMAIN: &str = "ai.onnx";
@@ -26,7 +27,7 @@ pub const DEFAULT_DOMAIN: &str = "ai.onnx";
 pub fn model(scan: &Scan, sources: &mut Sources, path: &Path) -> Result<Model> {
     let subject = || format!("`{}`", path.display());
     let mut proto = pb::ModelProto::parse_from_bytes(&scan.skeleton)
-        .map_err(|e| Error::invalid(subject(), format!("is no ONNX model: {e}")))?;
+        .map_err(|e| Error::invalid(subject(), format!("is not an ONNX model: {e}")))?;
     if !proto.training_info.is_empty() {
         return Err(Error::unsupported(subject(), "holds a training graph").remedy("export the inference graph alone"));
     }
@@ -36,13 +37,13 @@ pub fn model(scan: &Scan, sources: &mut Sources, path: &Path) -> Result<Model> {
         } else {
             format!("has `ir_version` {}", proto.ir_version)
         };
-        return Err(Error::invalid(subject(), format!("{found}, so nothing says how to read it")).remedy(
+        return Err(Error::invalid(subject(), format!("{found}, so its format version is unknown")).remedy(
             "export the model again, or set `ir_version` to that of the exporter's version of ONNX (8 for opset 17)",
         ));
     }
     let opset_imports = opsets(&proto.opset_import, &subject())?;
     if opset_imports.is_empty() {
-        return Err(Error::invalid(subject(), "has no `opset_import`, so nothing says which operators its nodes mean")
+        return Err(Error::invalid(subject(), "has no `opset_import`, so the versions of its operators are unknown")
             .remedy("export the model again, or add the opset version that it was exported for"));
     }
     let graph = proto.graph.take().ok_or_else(|| Error::invalid(subject(), "holds no graph"))?;
@@ -124,12 +125,6 @@ fn opsets(imports: &[pb::OperatorSetIdProto], subject: &str) -> Result<BTreeMap<
         }
     }
     Ok(versions)
-}
-
-/// Keys and values; entries with fields that this version does not know stay in the message.
-pub fn pairs(entries: &mut Vec<pb::StringStringEntryProto>) -> Vec<(String, String)> {
-    let plain = |entry: &pb::StringStringEntryProto| entry.special_fields == SpecialFields::default();
-    entries.extract_if(.., |entry| plain(entry)).map(|entry| (entry.key, entry.value)).collect()
 }
 
 /// Values by name, innermost scope last.
@@ -355,7 +350,7 @@ impl<'a> Arena<'a> {
     /// Takes the content out of an attribute of this type.
     fn attribute_kind(&mut self, declared: AttributeType, proto: &mut pb::AttributeProto) -> Result<AttributeKind> {
         let subject = || format!("attribute `{}`", proto.name);
-        let missing = || Error::invalid(subject(), format!("says {declared:?} and holds none"));
+        let missing = || Error::invalid(subject(), format!("declares {declared:?} and has no value"));
         Ok(match declared {
             AttributeType::INT => AttributeKind::Int(take(&mut proto.i)),
             AttributeType::FLOAT => AttributeKind::Float(take(&mut proto.f)),

@@ -4,7 +4,8 @@
 //! the format included. The encoder starts from [`base`] and puts its own fields in. So no field is lost because
 //! this version does not know it.
 
-use protobuf::Message;
+use onnx_protobuf as pb;
+use protobuf::{Message, SpecialFields};
 
 use crate::ir::Opaque;
 
@@ -18,4 +19,10 @@ pub fn rest<M: Message>(message: &M) -> Opaque {
 pub fn base<M: Message>(bytes: &Opaque) -> M {
     // The bytes were written by `rest`, so they parse.
     if bytes.is_empty() { M::new() } else { M::parse_from_bytes(bytes).unwrap_or_else(|_| M::new()) }
+}
+
+/// Keys and values; entries with fields that this version does not know stay in the message.
+pub fn pairs(entries: &mut Vec<pb::StringStringEntryProto>) -> Vec<(String, String)> {
+    let plain = |entry: &pb::StringStringEntryProto| entry.special_fields == SpecialFields::default();
+    entries.extract_if(.., |entry| plain(entry)).map(|entry| (entry.key, entry.value)).collect()
 }

@@ -9,9 +9,8 @@ use protobuf::EnumOrUnknown;
 use crate::base::{Error, Result};
 use crate::ir::{DataType, Dim, Tensor, TensorData, ValueType};
 
-use super::decode::pairs;
 use super::external::Sources;
-use super::opaque;
+use super::opaque::{self, pairs};
 
 /// A tensor; its name stays with it unless it is an initializer, which is named by its value.
 ///

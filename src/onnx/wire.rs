@@ -122,7 +122,7 @@ pub fn scan(bytes: &[u8]) -> Result<Scan, String> {
         }
     }
     if graphs == 0 {
-        return Err("no graph in it, so it is no ONNX model".into());
+        return Err("no graph in it, so it is not an ONNX model".into());
     }
     Ok(Scan { skeleton, payloads: walker.payloads })
 }

@@ -10,6 +10,6 @@ mod table;
 
 pub use recipe::Recipe;
 pub use run::{MANIFEST_FILE, Manifest, RunResult, TABLE_FILE, run};
-pub use store::{Finished, STATE_FILE, State, StepState, Store};
-pub use sweep::{SWEEP_FILE, Spread, Sweep, SweepResult, SweepRow, SweepTable, sweep};
-pub use table::{Row, Speed, Table};
+pub use store::{Finished, RunState, STATE_FILE, StepState, Store};
+pub use sweep::{SWEEP_FILE, SeedSpread, Sweep, SweepResult, SweepRow, SweepTable, sweep};
+pub use table::{Speed, Table, TableRow};

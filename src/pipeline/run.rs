@@ -16,7 +16,7 @@ use super::recipe::{PlanSection, Recipe};
 use super::stages::{Healing, Stages, questions, size_bytes};
 use super::steps::{self, Drop, HowMany, PlanSettings};
 use super::store::{Finished, file_digests};
-use super::table::{Row, Speed, Table};
+use super::table::{Speed, Table, TableRow};
 
 /// Version of the schema of `manifest.json`.
 pub const MANIFEST_SCHEMA_VERSION: u32 = 1;
@@ -53,18 +53,23 @@ struct Variant {
     dropped: usize,
 }
 
-struct Run<'a> {
+struct RecipeRun<'a> {
     recipe: &'a Recipe,
     stages: Stages<'a>,
 }
 
-/// Does what a recipe says, into `output` or the recipe's own folder. `say` is told each step.
+/// Runs a recipe, into `output` or the recipe's own folder. `on_step` receives a line per step.
 ///
-/// Errors: those of the steps; what finished steps made is kept, and the same call goes on from there.
-pub fn run(recipe: &Recipe, output: Option<&Path>, cancel: &Cancel, say: &mut dyn FnMut(&str)) -> Result<RunResult> {
+/// Errors: those of the steps; the outputs of finished steps are kept, and the same call continues after them.
+pub fn run(
+    recipe: &Recipe,
+    output: Option<&Path>,
+    cancel: &Cancel,
+    on_step: &mut dyn FnMut(&str),
+) -> Result<RunResult> {
     let folder = output.unwrap_or(&recipe.output);
-    let stages = Stages::open(folder, &recipe.model, recipe.device.parse()?, cancel, say)?;
-    let mut run = Run { recipe, stages };
+    let stages = Stages::open(folder, &recipe.model, recipe.device.parse()?, cancel, on_step)?;
+    let mut run = RecipeRun { recipe, stages };
     let count = how_many(&recipe.plan).count(&run.stages.dense)?;
     let scores = run.stages.scores(&recipe.calibration, &recipe.plan.strategies, &[count])?;
     let mut variants = vec![Variant {
@@ -90,7 +95,7 @@ pub fn run(recipe: &Recipe, output: Option<&Path>, cancel: &Cancel, say: &mut dy
     Ok(RunResult { folder, table, gate_held })
 }
 
-impl Run<'_> {
+impl RecipeRun<'_> {
     /// Plan, pruned model and finetuned model of one strategy.
     fn strategy(&mut self, scores: &Finished, name: &str, variants: &mut Vec<Variant>) -> Result<()> {
         let recipe = self.recipe;
@@ -142,7 +147,7 @@ impl Run<'_> {
             let settings = &recipe.eval.settings;
             let scores = self.stages.answers(&label, &variant.path, &variant.digest, &questions, settings)?;
             let dense = dense.get_or_insert_with(|| scores.clone());
-            rows.push(Row {
+            rows.push(TableRow {
                 model: variant.label.clone(),
                 dropped_layers: variant.dropped,
                 groups: scores.groups.iter().map(|group| (group.group.clone(), group.score)).collect(),
@@ -158,7 +163,7 @@ impl Run<'_> {
     }
 
     /// Times of every finetuned model, in turn with the dense one; the dense row takes those of the first.
-    fn bench(&mut self, variants: &[Variant], rows: &mut [Row]) -> Result<()> {
+    fn bench(&mut self, variants: &[Variant], rows: &mut [TableRow]) -> Result<()> {
         let section = &self.recipe.bench;
         let Some((_, others)) = variants.split_first().filter(|_| section.enabled) else { return Ok(()) };
         for (place, variant) in others.iter().enumerate().filter(|(place, _)| place % 2 == 1) {
@@ -191,7 +196,7 @@ impl Run<'_> {
             let done = self.stages.store.step(name, name, &inputs, &settings, |path| {
                 export(&Bundle::open(&variant.path)?, target, &settings, path).map(|_| ())
             })?;
-            self.stages.told(name, &done);
+            self.stages.report_step(name, &done);
         }
         Ok(())
     }

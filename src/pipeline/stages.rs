@@ -17,7 +17,7 @@ use super::recipe::{Calibration, PruneSection};
 use super::steps::{self, Drop, Engine, EvalSettings, Finetune, PlanSettings, PlannedModel, Work, check_needs};
 use super::store::{Finished, Store};
 
-/// Calibration samples on which strategies measure losses.
+/// Calibration samples on which strategies measure losses; the default of `plan --samples`.
 pub const LOSS_SAMPLES: usize = 32;
 
 /// The folder, the dense model and what the steps share.
@@ -28,7 +28,7 @@ pub struct Stages<'a> {
     pub dense: PlannedModel,
     pub device: Device,
     pub cancel: &'a Cancel,
-    say: &'a mut dyn FnMut(&str),
+    on_step: &'a mut dyn FnMut(&str),
     /// Image features of the finetuning data, which all variants share.
     features: Arc<FeatureCache>,
     engine: Option<Engine>,
@@ -66,30 +66,30 @@ impl<'a> Stages<'a> {
         model: &'a Path,
         device: Device,
         cancel: &'a Cancel,
-        say: &'a mut dyn FnMut(&str),
+        on_step: &'a mut dyn FnMut(&str),
     ) -> Result<Self> {
         let store = Store::open(folder)?;
         let bundle = Bundle::open(model)?;
         let dense = PlannedModel::of(&bundle)?;
         let features = FeatureCache::new(256 << 20);
-        Ok(Stages { store, model, bundle, dense, device, cancel, say, features, engine: None })
+        Ok(Stages { store, model, bundle, dense, device, cancel, on_step, features, engine: None })
     }
 
-    /// Tells the user something.
-    pub fn say(&mut self, text: &str) {
-        (self.say)(text);
+    /// Prints a line for the user.
+    pub fn note(&mut self, text: &str) {
+        (self.on_step)(text);
     }
 
-    /// Tells the user how a step ended.
-    pub fn told(&mut self, name: &str, done: &Finished) {
+    /// Prints the duration of a step, or that its output is reused.
+    pub fn report_step(&mut self, name: &str, done: &Finished) {
         let seconds = self.store.state().steps.get(name).map_or(0.0, |step| step.seconds);
         let how = if done.reused { "kept from before".to_string() } else { format!("{seconds:.1} s") };
-        (self.say)(&format!("{name}: {how}"));
+        (self.on_step)(&format!("{name}: {how}"));
     }
 
     fn warn_left_out(&mut self, left_out: &LeftOut) {
         if let Some(summary) = left_out.summary() {
-            (self.say)(&format!("warning: samples left out: {summary}"));
+            (self.on_step)(&format!("warning: samples left out: {summary}"));
         }
     }
 
@@ -110,7 +110,7 @@ impl<'a> Stages<'a> {
         let done = self.store.step("score", "scores.json", &inputs, &settings, |path| {
             write_json(path, &score(bundle, &dataset, &settings, device, cancel)?)
         })?;
-        self.told("score", &done);
+        self.report_step("score", &done);
         self.warn_left_out(&Scores::read(&done.path)?.left_out);
         Ok(done)
     }
@@ -150,11 +150,11 @@ impl<'a> Stages<'a> {
             });
             write_json(path, &steps::plan(dense, Some((&read, scores.digest.clone())), &settings, losses)?)
         })?;
-        self.told(step, &planned);
+        self.report_step(step, &planned);
         let plan = Plan::read(&planned.path)?;
         self.warn_left_out(&plan.left_out);
         for warning in self.dense.warnings(&plan.drop) {
-            (self.say)(&format!("warning: {warning}"));
+            (self.on_step)(&format!("warning: {warning}"));
         }
         Ok((plan, planned))
     }
@@ -177,9 +177,9 @@ impl<'a> Stages<'a> {
             set_aside = steps::prune(bundle, drop, settings.deepstack, path)?.set_aside;
             Ok(())
         })?;
-        self.told(step, &pruned);
+        self.report_step(step, &pruned);
         for variant in set_aside {
-            (self.say)(&format!("warning: `{}` is set aside: {}", variant.file, variant.problem));
+            (self.on_step)(&format!("warning: `{}` is set aside: {}", variant.file, variant.problem));
         }
         Ok(pruned)
     }
@@ -213,7 +213,7 @@ impl<'a> Stages<'a> {
             };
             steps::finetune(&request, path, cancel, &mut |_| ()).map(|report| left_out = report.left_out)
         })?;
-        self.told(healing.step, &healed);
+        self.report_step(healing.step, &healed);
         self.warn_left_out(&left_out);
         Ok(healed)
     }
@@ -254,7 +254,7 @@ impl<'a> Stages<'a> {
                     },
                 )
             })?;
-            self.told(&step, &done);
+            self.report_step(&step, &done);
             let report: EvalReport = read_json(&done.path, EvalReport::SCHEMA_VERSION)?;
             scores.push(report.model);
         }
@@ -291,7 +291,7 @@ impl<'a> Stages<'a> {
             let runtime = Runtime::new(device)?;
             write_json(target, &bench(model, Some(dense), &runtime, settings, None, cancel)?)
         })?;
-        self.told(&step, &done);
+        self.report_step(&step, &done);
         read_json(&done.path, BenchReport::SCHEMA_VERSION)
     }
 }
@@ -321,7 +321,7 @@ pub fn size_bytes(model: &Path) -> Result<u64> {
 }
 
 /// Several benchmarks as one. A benchmark that is known by name is a group with its own score; the groups of others are
-/// told apart by the benchmark where there is more than one.
+/// report_step apart by the benchmark where there is more than one.
 fn merged(parts: &[ModelScores]) -> ModelScores {
     if let [only] = parts {
         return only.clone();

@@ -17,7 +17,7 @@ const STATE_SCHEMA_VERSION: u32 = 1;
 /// `state.json`: the finished steps of a run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct State {
+pub struct RunState {
     /// Version of the schema of `state.json`.
     pub schema_version: u32,
     /// Finished steps by name.
@@ -44,7 +44,7 @@ pub struct StepState {
 /// A run's folder and its finished steps.
 pub struct Store {
     folder: PathBuf,
-    state: State,
+    state: RunState,
 }
 
 /// A step's output, made now or found.
@@ -84,7 +84,7 @@ impl Store {
                 )
                 .remedy("name a new folder"));
             }
-            let state = State { schema_version: STATE_SCHEMA_VERSION, steps: BTreeMap::new() };
+            let state = RunState { schema_version: STATE_SCHEMA_VERSION, steps: BTreeMap::new() };
             write_json(&path, &state)?;
             state
         };
@@ -97,7 +97,7 @@ impl Store {
     }
 
     /// The finished steps.
-    pub fn state(&self) -> &State {
+    pub fn state(&self) -> &RunState {
         &self.state
     }
 

@@ -13,13 +13,13 @@ pub struct Table {
     #[serde(flatten)]
     pub provenance: Provenance,
     /// The dense model first; then, per strategy, its model with layers dropped and the same finetuned.
-    pub rows: Vec<Row>,
+    pub rows: Vec<TableRow>,
 }
 
 /// One model.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct Row {
+pub struct TableRow {
     /// Name in the table: `dense`, or the strategy and whether the model is finetuned.
     pub model: String,
     /// Decoder layers that were dropped; 0 for the dense model.
@@ -56,8 +56,8 @@ impl Table {
     pub const SCHEMA_VERSION: u32 = 1;
 
     /// Errors: `Error::Invalid` when rows differ in their groups.
-    pub fn new(provenance: Provenance, rows: Vec<Row>) -> Result<Self> {
-        let groups = |row: &Row| row.groups.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
+    pub fn new(provenance: Provenance, rows: Vec<TableRow>) -> Result<Self> {
+        let groups = |row: &TableRow| row.groups.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
         if let Some(row) = rows.iter().find(|row| groups(row) != groups(&rows[0])) {
             return Err(Error::invalid(format!("row `{}`", row.model), "was asked other groups of questions")
                 .remedy("ask all models the same benchmarks"));
@@ -123,14 +123,14 @@ mod tests {
 
     use super::*;
 
-    fn row(model: &str, score: f64, ttft_ms: Option<f64>) -> Row {
+    fn row(model: &str, score: f64, ttft_ms: Option<f64>) -> TableRow {
         let speed = ttft_ms.map(|ttft_ms| Speed {
             ttft_ms,
             ttft_speedup: 10.0 / ttft_ms,
             decoder_ttft_speedup: 1.3,
             decode_tokens_per_s: 123.4,
         });
-        Row {
+        TableRow {
             model: model.into(),
             dropped_layers: 0,
             groups: vec![("General".into(), score), ("Text".into(), score)],

@@ -30,7 +30,7 @@ pub struct Bypass {
     /// The rewritten decoder.
     pub model: Model,
     /// True when the model has the inputs and outputs by which a run can begin at a later layer: with the stream before
-    /// layer `i` given and the layers before `i` left out, it goes on as if they had run. A change to the stream between
+    /// layer `i` given and the layers before `i` left out, it continues as if they had run. A change to the stream between
     /// layers (features added from outside) rules that out, and so does a layer that reads what an earlier one computed.
     pub restarts: bool,
 }

@@ -31,7 +31,7 @@ fn recorded_layers(model: &Model, key: &str, layers: usize) -> Vec<usize> {
 
 /// The model without the given layers. A dropped layer is the identity: its output's readers read its input instead, outputs
 /// that show the stream among them; its cache ports go, the others are renumbered without a gap; whatever nothing reads any
-/// more goes too, inputs that only dropped layers read among it. Every other input and output stays under its name, but for
+/// more is removed too, inputs that only dropped layers read among it. Every other input and output stays under its name, but for
 /// outputs that are the whole list of hidden states, which are numbered anew.
 ///
 /// Errors: `Error::Invalid` when a layer does not exist, is named twice, or none would be left; `Error::Unsupported` when what

@@ -6,7 +6,7 @@
 
 use crate::ir::{Attribute, AttributeKind, Graph, GraphIndex, Model, Node, ValueId};
 
-use super::fuse_kernels::{INTERNAL_DOMAIN, standard};
+use super::internal::{INTERNAL_DOMAIN, standard};
 
 /// The node that replaces one attention.
 ///

@@ -3,9 +3,7 @@
 use crate::ir::{GraphIndex, Model, Node};
 
 use super::fuse_attention::fuse_attention;
-
-/// Domain of nodes that stand for several of the file's; never written to a file.
-pub const INTERNAL_DOMAIN: &str = "interlace";
+use super::internal::{INTERNAL_DOMAIN, standard};
 
 /// `x * sigmoid(x)`, one input.
 pub const FUSED_SILU: &str = "FusedSilu";
@@ -64,9 +62,4 @@ fn fuse_silu(model: &Model, fused: &mut Model) -> usize {
         count += 1;
     }
     count
-}
-
-/// True for this operator of the default domain.
-pub(super) fn standard(node: &Node, op: &str) -> bool {
-    node.op_type == op && node.domain.is_empty()
 }

@@ -9,6 +9,7 @@ mod fuse;
 mod fuse_attention;
 mod fuse_kernels;
 mod hidden_states;
+mod internal;
 mod merged;
 mod renumber;
 mod tap;
@@ -24,7 +25,8 @@ pub use bypass::{
 pub use cut::extract;
 pub use drop_layers::{LAYERS_KEY, drop_layers, original_layers};
 pub use fuse_attention::FUSED_ATTENTION;
-pub use fuse_kernels::{FUSED_SILU, Fused, INTERNAL_DOMAIN, fuse_kernels};
+pub use fuse_kernels::{FUSED_SILU, Fused, fuse_kernels};
+pub use internal::INTERNAL_DOMAIN;
 pub use tap::{SIMILARITY_PREFIX, tap_similarities};
 pub use widen::widened;
 

@@ -7,6 +7,6 @@ use crate::ir::TensorData;
 pub(super) enum Backing {
     /// The tensor's own memory or map.
     Shared(TensorData),
-    /// A copy in words, where the original does not lie at a multiple of its element size.
+    /// An aligned copy, where the original is not aligned to its element size.
     Aligned(Vec<u64>),
 }

@@ -189,8 +189,7 @@ impl Decoder {
         let fresh = self.feeds(step)?;
         if cache.as_ref().map(KvCache::length) != step.past() {
             let found = cache.as_ref().map_or(0, KvCache::length);
-            let problem =
-                format!("the step goes on from {} positions, the cache holds {found}", step.past().unwrap_or(0));
+            let problem = format!("the step continues {} positions, the cache holds {found}", step.past().unwrap_or(0));
             return Err(Error::invalid(self.session.subject(), problem));
         }
         let cache = match cache {

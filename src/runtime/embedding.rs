@@ -50,7 +50,7 @@ impl TokenEmbedding {
             )
         };
         if let Some(input) = inputs.iter().find(|input| !read(input.kind())) {
-            let problem = format!("input {} is none of a token embedding's", input.port.described());
+            let problem = format!("input {} is not an input of a token embedding", input.port.described());
             return Err(Error::unsupported(subject, problem)
                 .remedy("export the token embedding with `input_ids`, and with image features if it merges them"));
         }

@@ -1,4 +1,4 @@
-//! Image features, and a cache of them: each picture goes through a vision encoder once.
+//! Image features, and a cache of them: a vision encoder runs once per picture.
 
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;

@@ -6,7 +6,8 @@ use crate::base::{Cancel, Result};
 use crate::prompt::Prompt;
 
 use super::decoder::KvCache;
-use super::sampling::{Sampler, last_logits};
+use super::logits::last_logits;
+use super::sampling::Sampler;
 use super::step::{Embedded, Step};
 use super::vlm::{TokenTypes, VlmSession};
 

@@ -323,7 +323,7 @@ impl Outputs {
 fn port(subject: &str, outlet: &Outlet) -> Result<Port> {
     let refuse = |what: String| Error::unsupported(format!("{subject}: `{}`", outlet.name()), what);
     let ValueType::Tensor { ty, shape, dimension_symbols } = outlet.dtype() else {
-        return Err(refuse(format!("is no tensor but {}", outlet.dtype())));
+        return Err(refuse(format!("is not a tensor but {}", outlet.dtype())));
     };
     let dtype = data_type(*ty).ok_or_else(|| refuse(format!("element type {ty}")))?;
     let shape = shape

@@ -216,7 +216,7 @@ impl Step {
         Ok(step)
     }
 
-    /// Appends a row. What stands at padding is masked out; a copy of a real token keeps the numbers ordinary.
+    /// Appends a row. Padding is masked out; it repeats a real token, so that its numbers are finite.
     fn push(&mut self, row: &Embedded, per_layer: usize, padding: Padding) {
         let pad = self.time - row.len();
         let pads = |at: Padding| if at == padding { pad } else { 0 };
@@ -263,12 +263,12 @@ impl Step {
         self.time
     }
 
-    /// Columns of the cache that it goes on from; `None` for a prefill.
+    /// Columns of the cache that it continues; `None` for a prefill.
     pub fn past(&self) -> Option<usize> {
         self.past
     }
 
-    /// True when it goes on from a cache.
+    /// True when it continues a cache.
     pub fn has_cache(&self) -> bool {
         self.past.is_some()
     }

@@ -99,7 +99,7 @@ impl Tensor {
         value
             .downcast::<DynTensorValueType>()
             .map(Tensor)
-            .map_err(|e| Error::engine(ENGINE, "a value that is no tensor", e))
+            .map_err(|e| Error::engine(ENGINE, "a value that is not a tensor", e))
     }
 
     pub(super) fn value(&self) -> &DynTensor {
@@ -176,7 +176,7 @@ impl Tensor {
         }
     }
 
-    /// The elements of any floating-point type as f32; those of f32 where they lie.
+    /// The elements of any floating-point type as f32; those of f32 are borrowed.
     ///
     /// Errors: `Error::Unsupported` for other types; `Error::Engine` when the tensor is not in CPU memory.
     pub fn to_f32(&self) -> Result<Cow<'_, [f32]>> {

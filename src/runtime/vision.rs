@@ -55,7 +55,7 @@ impl VisionEncoder {
     pub fn new(session: Session, digest: Sha256Digest, cache: Arc<FeatureCache>) -> Result<Self> {
         let inputs = Input::all_or_given(session.inputs());
         if let Some(input) = inputs.iter().find(|input| !matches!(input.kind(), Kind::Image(_) | Kind::Given)) {
-            let problem = format!("input {} is none of a vision encoder's", input.port.described());
+            let problem = format!("input {} is not an input of a vision encoder", input.port.described());
             return Err(Error::unsupported(session.subject(), problem)
                 .remedy("export the vision encoder alone, with the arrays of the model's image processor as inputs"));
         }

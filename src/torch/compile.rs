@@ -18,9 +18,9 @@ use super::table::{Row, find_row};
 /// A value's place in a program. The top-level graph's values come first, by their ids' positions.
 pub(super) type Slot = usize;
 
-/// Functions nested deeper than this, or sub-graphs, are refused.
+/// Largest nesting of functions and sub-graphs; bounds the stack on a malformed file.
 const MAX_DEPTH: usize = 64;
-/// Functions that multiply a graph beyond so many operator calls are refused.
+/// Most operator calls of a graph after its functions are expanded; bounds memory on a malformed file.
 const MAX_CALLS: usize = 1 << 18;
 
 /// One compiled node.
@@ -311,7 +311,7 @@ impl<'m> Compiler<'m> {
         let mut bindings: HashMap<String, Attribute> = function.attribute_defaults.iter().cloned().collect();
         for (name, attribute) in given {
             if !function.attributes.contains(name) && !function.attribute_defaults.iter().any(|d| d.0 == *name) {
-                return Err(Error::invalid(label, format!("attribute `{name}` is none of the function's")));
+                return Err(Error::invalid(label, format!("attribute `{name}` is not one of the function's")));
             }
             bindings.insert(name.clone(), attribute.clone());
         }

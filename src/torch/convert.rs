@@ -114,7 +114,7 @@ pub fn tensor_to_ir(name: &str, tensor: &Tensor, dtype: DataType) -> Result<ir::
 pub fn read_npz(path: &Path) -> Result<Vec<(String, ir::Tensor)>> {
     let subject = || format!("`{}`", path.display());
     let arrays = Tensor::read_npz(path).map_err(|e| {
-        Error::invalid(subject(), format!("is no .npz file: {e}")).remedy("write the arrays with `numpy.savez`")
+        Error::invalid(subject(), format!("is not an .npz file: {e}")).remedy("write the arrays with `numpy.savez`")
     })?;
     arrays
         .into_iter()

@@ -134,7 +134,7 @@ impl Build<'_> {
 
     /// The element type of input `index` in the graph; `None` when the graph does not say it, and it is the tensor's.
     ///
-    /// Errors: when the type is not said and may be of 4 bits, which a tensor's kind does not tell.
+    /// Errors: when the type is not declared and may be of 4 bits, which a tensor's kind does not show.
     pub fn dtype(&self, index: usize) -> OpResult<Option<DataType>> {
         match self.dtypes.get(index).copied().flatten() {
             None if self.has_4_bits => Err(OpError::new(format!(
@@ -163,7 +163,7 @@ pub fn many(run: impl Fn(&Args) -> OpResult<Vec<Tensor>> + Send + 'static) -> Op
     Ok(Box::new(run))
 }
 
-/// No size, stride or pad that is larger is meant: sums and products of two stay within i64.
+/// Largest valid size, stride or pad: products of two fit i64.
 pub const LARGEST: i64 = 1 << 31;
 
 /// An axis counted from the front.

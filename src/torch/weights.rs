@@ -12,9 +12,9 @@ use crate::ir::{self, TensorData};
 use super::compile::Slot;
 use super::convert::{computed, count_of, dims_of, kind_of, tensor_from_ir};
 
-/// Integer constants up to this many elements stay on the host: they feed shapes.
+/// Integer constants of at most this many elements remain on the host: they feed shapes.
 const HOST_INTEGERS: usize = 4096;
-/// Float constants up to this many elements stay on the host.
+/// Float constants of at most this many elements remain on the host: scales and thresholds.
 const HOST_FLOATS: usize = 16;
 
 /// What is the same in every run: frozen weights and constants. `lowers` says which of them a route reads in the autocast
@@ -36,8 +36,8 @@ impl Fixed {
     }
 }
 
-/// Files that LibTorch tensors point into. LibTorch has no hook that tells when the last such tensor (a view, or one
-/// saved for a backward pass) goes, so a file once shared stays mapped until the process ends.
+/// Files that LibTorch tensors point into. LibTorch has no hook for the end of the last such tensor (a view, or one
+/// saved for a backward pass), so a file once shared remains mapped until the process ends.
 static SHARED: Mutex<Vec<Arc<MappedFile>>> = Mutex::new(Vec::new());
 
 /// A frozen weight on its device.

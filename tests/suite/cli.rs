@@ -64,7 +64,7 @@ fn usage_errors_exit_with_2_and_say_what_is_wrong() {
         (&["polish"], "polish"),
         (&["plan"], "required"),
         (&["plan", "model", "-o", "p.json", "--drop-ratio", "0.25", "--drop-count", "4"], "cannot be used with"),
-        (&["plan", "model", "-o", "p.json", "--drop", "2,x"], "`x` is no layer index"),
+        (&["plan", "model", "-o", "p.json", "--drop", "2,x"], "`x` is not a layer index"),
         (&["plan", "model", "-o", "p.json", "--drop-count", "4", "--target-speedup", "1.2"], "cannot be used with"),
         (&["plan", "model", "-o", "p.json", "--target-size", "1.5 pounds"], "with k, M, G"),
     ] {
@@ -244,7 +244,7 @@ fn errors_are_one_message_with_status_2_and_leave_nothing_behind() {
         (truncated.display().to_string(), short.display().to_string(), foreign.display().to_string());
     let cases: &[(&[&str], &str)] = &[
         (&["inspect", "missing"], "missing"),
-        (&["inspect", "empty"], "is no model folder"),
+        (&["inspect", "empty"], "is not a model folder"),
         (&["inspect", &truncated], "decoder_model_merged.onnx"),
         (&["inspect", &foreign], "mystery.onnx"),
         (&["prune", &short, "--drop", "2", "-o", "out"], "decoder_model_merged"),

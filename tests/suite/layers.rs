@@ -137,7 +137,24 @@ fn imports_point_down() {
 
 /// Folders whose files do not import each other in circles; a folder's `mod.rs` counts as one of them, but for that of a
 /// whole module, which only names its parts.
-const WITHOUT_CIRCLES: &[&str] = &["base", "data", "data/images", "data/tensors", "eval", "method", "runtime"];
+const WITHOUT_CIRCLES: &[&str] = &[
+    "base",
+    "bundle",
+    "data",
+    "data/images",
+    "data/tensors",
+    "eval",
+    "export",
+    "export/triton",
+    "ir",
+    "method",
+    "method/select",
+    "onnx",
+    "pipeline",
+    "pipeline/steps",
+    "pipeline/sweep",
+    "runtime",
+];
 
 /// The names on a circle of imports, if there is one.
 fn circle(imports: &BTreeMap<String, Vec<String>>) -> Option<Vec<String>> {
@@ -202,7 +219,7 @@ fn imports_in(folder: &str) -> BTreeMap<String, Vec<String>> {
 fn files_of_a_folder_do_not_import_in_circles() {
     for folder in WITHOUT_CIRCLES {
         let imports = imports_in(folder);
-        assert!(imports.len() > 3, "{folder}: {} files found", imports.len());
+        assert!(imports.len() > 1, "{folder}: {} files found", imports.len());
         let found = circle(&imports);
         assert!(found.is_none(), "{folder}: {} import in a circle", found.unwrap_or_default().join(" -> "));
     }

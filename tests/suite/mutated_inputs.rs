@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use interlace::base::{Error, Provenance, Result, sha256_file};
-use interlace::bundle::{Bundle, BundleWriter, LayerEdit, Record, Step, Tower};
+use interlace::bundle::{Bundle, BundleWriter, LayerEdit, Record, RecordedStep, Tower};
 use interlace::data::{Benchmark, DataOptions, Dataset, ImageBytes, Part, Picture, Processor, Transparency};
 use interlace::eval::{PromptStyle, question_text, reference_of};
 use interlace::method::{MODALITIES, Plan, SCORES_SCHEMA_VERSION, SampleScores, Scores};
@@ -97,7 +97,7 @@ fn exported(folder: &Path) -> PathBuf {
 
 fn record(folder: &Path) -> PathBuf {
     model(folder, "config.json");
-    let step = Step::Prune {
+    let step = RecordedStep::Prune {
         tower: Tower::Text,
         layers_before: 18,
         dropped: vec![3, 5],

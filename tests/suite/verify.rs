@@ -166,7 +166,7 @@ fn any_graph_is_checked_on_given_inputs() {
     assert_eq!(report.provenance.inputs.len(), 2);
     for (arrays, problem) in [
         (vec![], "lacks an array for input `input_ids`"),
-        (vec![("input_ids", ids()), ("other", ids())], "`other` is no input"),
+        (vec![("input_ids", ids()), ("other", ids())], "`other` is not an input"),
         (vec![("input_ids", ids().to_kind(tch::Kind::Float))], "`input_ids` is of float"),
     ] {
         let error = given(&arrays).expect_err(problem).to_string();
@@ -175,7 +175,7 @@ fn any_graph_is_checked_on_given_inputs() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model");
     let error = verify_on(&folder, &graph, &runtime).expect_err("a folder").to_string();
     assert!(error.contains("several graphs"), "{error}");
-    assert!(verify_on(&graph, &graph, &runtime).expect_err("no npz").to_string().contains("no .npz file"));
+    assert!(verify_on(&graph, &graph, &runtime).expect_err("no npz").to_string().contains("not an .npz file"));
 }
 
 /// A product with a weight in 4 bits that `DequantizeLinear` unpacks.

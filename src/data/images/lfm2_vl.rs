@@ -68,7 +68,7 @@ impl Lfm2Vl {
         }
         if !rule.tile.is_multiple_of(rule.patch) {
             return Err(settings.contradiction(format!(
-                "`tile_size` {} is no multiple of `encoder_patch_size` {}",
+                "`tile_size` {} is not a multiple of `encoder_patch_size` {}",
                 rule.tile, rule.patch
             )));
         }

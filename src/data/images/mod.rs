@@ -81,7 +81,7 @@ enum SizeForm {
 pub(super) struct Row {
     /// Class names in transformers without `Fast` or `Pil` at the end.
     types: &'static [&'static str],
-    /// The class of processors around it, where the class of the image processor tells.
+    /// The class of processors around it, where the class of the image processor determines it.
     processor: Option<&'static str>,
     /// The back end that transformers takes by default.
     back_end: BackEnd,
@@ -284,7 +284,7 @@ impl ImageProcessor {
     /// Errors: `Error::Unsupported` for an unknown type; `Error::Invalid` when the config names none.
     pub fn check_kind<'a>(config: &'a Value, source: &str) -> Result<(&'a str, &'static Row)> {
         if !config.is_object() {
-            return Err(Error::invalid(format!("`{source}`"), "is no JSON object")
+            return Err(Error::invalid(format!("`{source}`"), "is not a JSON object")
                 .remedy("restore the config that belongs to the model"));
         }
         let kind = kind(config).ok_or_else(|| {
@@ -362,7 +362,7 @@ pub(super) fn kind(config: &Value) -> Option<&str> {
     config.get("image_processor_type").or_else(|| config.get("feature_extractor_type")).and_then(Value::as_str)
 }
 
-/// The class of processors around an image processor, where its own class tells.
+/// The class of processors around an image processor, where its own class determines it.
 pub(super) fn processor_of(kind: &str) -> Option<&'static str> {
     row(kind).and_then(|row| row.processor)
 }

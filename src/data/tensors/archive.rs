@@ -71,7 +71,7 @@ impl Archive {
         let read = || if zipped { npz_entries(&map) } else { safetensors_entries(&map) };
         let entries = guarded(read).and_then(|entries| entries).map_err(|problem| {
             let format = if zipped { ".npz" } else { ".safetensors" };
-            Error::invalid(format!("`{}`", path.display()), format!("is no readable {format} file: {problem}"))
+            Error::invalid(format!("`{}`", path.display()), format!("is not a readable {format} file: {problem}"))
                 .remedy("write it with `np.savez` or `safetensors.numpy.save_file`")
         })?;
         Ok(Archive { map, entries })

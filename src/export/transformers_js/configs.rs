@@ -31,7 +31,7 @@ pub(super) fn rewritten(
         match bundle.read_json(name)? {
             None => Ok(None),
             Some(Value::Object(object)) => Ok(Some(object)),
-            Some(_) => Err(Error::invalid(format!("`{name}`"), "is no JSON object")),
+            Some(_) => Err(Error::invalid(format!("`{name}`"), "is not a JSON object")),
         }
     };
     if let Some(mut config) = read("config.json")? {

@@ -53,7 +53,7 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
         };
         let file = format!("{}{suffix}.onnx", rules::stem_of(kind, component)?);
         if models.contains_key(&file) {
-            return Err(Error::invalid(format!("`onnx/{file}`"), "stands for two components")
+            return Err(Error::invalid(format!("`onnx/{file}`"), "names two components")
                 .remedy("export a folder with one of them"));
         }
         let mut model = onnx::load(&bundle.path_of(component))?;

@@ -12,13 +12,7 @@ use crate::base::{Error, Result};
 use crate::ir::{self, Dim, ValueId, ValueType};
 
 use super::rules;
-
-#[allow(missing_docs, clippy::all, reason = "generated from model_config.proto")]
-pub(super) mod schema {
-    include!(concat!(env!("OUT_DIR"), "/inference.rs"));
-}
-
-use schema::{DataType, ModelConfig, ModelInput, ModelOutput, ModelTensorReshape};
+use super::schema::{DataType, ModelConfig, ModelInput, ModelOutput, ModelTensorReshape};
 
 /// Name of the model file in every version folder.
 pub const MODEL_FILE: &str = "model.onnx";
@@ -75,13 +69,13 @@ fn model_config(name: &str, model: &ir::Model, max_batch_size: u32) -> Result<Mo
     })
 }
 
-struct Port<'a> {
+struct TritonPort<'a> {
     name: String,
     data_type: DataType,
     shape: &'a [Dim],
 }
 
-fn port(graph: &ir::Graph, id: ValueId) -> Result<Port<'_>> {
+fn port(graph: &ir::Graph, id: ValueId) -> Result<TritonPort<'_>> {
     let name = graph.name(id).to_string();
     let unsupported = |problem: String| Error::unsupported(format!("`{name}` in a Triton repository"), problem);
     let ty = graph.value(id).ty.as_ref();
@@ -92,7 +86,7 @@ fn port(graph: &ir::Graph, id: ValueId) -> Result<Port<'_>> {
     let data_type = triton_type(*dtype).ok_or_else(|| {
         unsupported(format!("Triton has no type for {dtype}")).remedy("convert it inside the graph with a `Cast`")
     })?;
-    Ok(Port { name, data_type, shape })
+    Ok(TritonPort { name, data_type, shape })
 }
 
 fn triton_type(dtype: ir::DataType) -> Option<DataType> {
@@ -116,7 +110,7 @@ fn triton_type(dtype: ir::DataType) -> Option<DataType> {
 }
 
 /// True when all first dimensions are one and the same symbol, so that one batch runs through the whole model.
-fn share_a_free_first_dimension<'a>(ports: impl Iterator<Item = &'a Port<'a>>) -> bool {
+fn share_a_free_first_dimension<'a>(ports: impl Iterator<Item = &'a TritonPort<'a>>) -> bool {
     let mut symbols = ports.map(|port| match port.shape.first() {
         Some(Dim::Symbol(name)) => Some(name),
         _ => None,

@@ -14,6 +14,8 @@ mod config;
 mod rules;
 mod scalars;
 
+mod schema;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;

@@ -6,7 +6,7 @@ use std::collections::HashSet;
 
 use crate::base::{Error, Result};
 
-use super::config::schema::{DataType, ModelConfig, ModelTensorReshape};
+use super::schema::{DataType, ModelConfig, ModelTensorReshape};
 
 const EDIT: &str = "change the graph's inputs and outputs, or export without this component";
 

@@ -7,7 +7,9 @@ use crate::prompt::Prompt;
 /// A tokenised training sample with its pictures.
 #[derive(Clone, Debug)]
 pub struct Sample {
+    /// Name in errors.
     pub id: String,
+    /// Token ids and the pictures' arrays.
     pub prompt: Prompt,
     /// True for each token of an answer, its end token included; as long as the prompt's ids.
     pub answer_mask: Vec<bool>,
@@ -29,9 +31,13 @@ pub trait Source: Sync {
 
 /// Conversations of a data set, in ascending order of `indices`.
 pub struct Conversations<'a> {
+    /// Encodes the samples.
     pub encoder: &'a Encoder,
+    /// The data set.
     pub dataset: &'a Dataset,
+    /// Positions of the drawn samples in the data set.
     pub indices: &'a [usize],
+    /// Leaves out and counts samples that cannot be used.
     pub intake: Intake,
 }
 

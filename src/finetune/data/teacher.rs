@@ -30,6 +30,7 @@ const ANSWERS: Element = Element::F32;
 
 /// The dense model and how its layers and the pruned model's correspond.
 pub struct Teacher<'a> {
+    /// The model before pruning.
     pub bundle: &'a Bundle,
     /// For each layer of the pruned model its index in the dense one.
     pub kept: &'a [usize],

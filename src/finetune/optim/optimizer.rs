@@ -23,6 +23,7 @@ pub enum OptimizerKind {
 
 /// One optimiser.
 pub struct OptimizerRow {
+    /// The optimiser.
     pub kind: OptimizerKind,
     /// Its name in settings.
     pub name: &'static str,

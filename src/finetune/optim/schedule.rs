@@ -20,7 +20,9 @@ pub enum Schedule {
 
 /// One schedule: its name in settings and its factor of the peak rate.
 pub struct ScheduleRow {
+    /// The schedule.
     pub schedule: Schedule,
+    /// Name in settings.
     pub name: &'static str,
     warms_up: bool,
     /// Factor after warm-up; the argument goes from 0 at its end to 1 at the last step.

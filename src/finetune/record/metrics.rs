@@ -22,6 +22,7 @@ pub struct StepMetrics {
     pub loss: f64,
     /// Each term before its weight.
     pub losses: BTreeMap<String, f64>,
+    /// Learning rate of the step.
     pub learning_rate: f64,
     /// Global L2 norm of the gradient before clipping.
     pub grad_norm: f64,

@@ -17,6 +17,7 @@ pub struct LayerFit {
     /// Mean over the tokens of the squared distance to the dense stream, relative to that stream's squared length.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub distance_before: Option<f64>,
+    /// The same distance after the fit; absent where it was not measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub distance_after: Option<f64>,
     /// The ridge that was chosen for each of them.
@@ -27,6 +28,7 @@ pub struct LayerFit {
 /// One candidate.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct RateTrial {
+    /// The peak learning rate that was tried.
     pub learning_rate: f64,
     /// Absent where the pass diverged. Mean over the last quarter of the pass: of the cross-entropy where the recipe has it, of the whole loss otherwise.
     /// Of a recipe that never looks at answers, their cross-entropy with the weights behind the pass.

@@ -16,11 +16,13 @@ pub const DEFAULT_RECIPE: &str = "best";
 pub struct StageRow {
     /// Part of the steps.
     pub share: f64,
+    /// Losses with their weights.
     pub losses: &'static [(LossKind, f64)],
 }
 
 /// One recipe.
 pub struct RecipeRow {
+    /// Name in recipes and for `--recipe`.
     pub name: &'static str,
     /// One line for help texts and documents.
     pub summary: &'static str,
@@ -30,9 +32,11 @@ pub struct RecipeRow {
     pub epochs: u32,
     /// Samples in one forward pass, and forward passes per optimiser step.
     pub batch: (u32, u32),
+    /// Update rule.
     pub optimizer: OptimizerKind,
     /// Peak learning rate, in the measure of the optimiser.
     pub learning_rate: f64,
+    /// Course of the learning rate.
     pub schedule: Schedule,
     /// Part of the steps, the last ones, whose mean is given.
     pub average_last: f64,

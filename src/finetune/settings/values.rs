@@ -14,8 +14,10 @@ use crate::finetune::optim::{Constants, OptimizerKind, Schedule};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
+    /// Single precision throughout.
     #[default]
     F32,
+    /// Matrix products in bf16, sums and weights in f32.
     Bf16,
 }
 
@@ -69,6 +71,7 @@ pub struct Settings {
     pub group_by_length: bool,
     /// Seed of the order of the samples.
     pub seed: u64,
+    /// Number format of matrix products.
     pub precision: Precision,
     /// Keeps only each layer's input and computes the layer again in the backward pass: less memory, more time.
     pub gradient_checkpointing: bool,

@@ -2,11 +2,12 @@
 
 use crate::base::{Error, Progress, Result};
 
+use super::published;
+use super::request::{Group, MeasureLosses, SelectionRequest};
 use super::tiling::{Tiling, tile};
-use super::{Group, MeasureLosses, Request, published};
 
 /// Any layer may go. Source: arXiv:2402.09025.
-pub(super) fn sleb(request: &mut Request) -> Result<Vec<Group>> {
+pub(super) fn sleb(request: &mut SelectionRequest) -> Result<Vec<Group>> {
     let usable = request.usable();
     let chosen = greedy(request, "sleb", &|removed| (0..usable).filter(|layer| !removed.contains(layer)).collect())?;
     let drop: Vec<usize> = chosen.iter().map(|&(layer, _)| layer).collect();
@@ -17,7 +18,7 @@ pub(super) fn sleb(request: &mut Request) -> Result<Vec<Group>> {
 /// Under the structure of INTERLACE: no two neighbours go, and each dropped layer has a neighbour of its own that stays
 /// and is finetuned, closed by a frozen layer where there is room. Source: arXiv:2511.19676, section 3, with the
 /// measured loss in place of similarities.
-pub(super) fn interlace_loss(request: &mut Request) -> Result<Vec<Group>> {
+pub(super) fn interlace_loss(request: &mut SelectionRequest) -> Result<Vec<Group>> {
     let usable = request.usable();
     let count = request.count;
     let most = |removed: &[usize]| tile(usable, removed, true).map_or(0, |tiling| tiling.drops());
@@ -42,7 +43,7 @@ pub(super) fn interlace_loss(request: &mut Request) -> Result<Vec<Group>> {
 
 /// Rounds of measuring; gives the layers in the order in which they went, each with the loss once it had gone.
 fn greedy(
-    request: &mut Request,
+    request: &mut SelectionRequest,
     strategy: &str,
     candidates: &dyn Fn(&[usize]) -> Vec<usize>,
 ) -> Result<Vec<(usize, f64)>> {

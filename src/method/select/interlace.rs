@@ -6,22 +6,22 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::base::Result;
 
-use super::{Group, Request};
+use super::request::{Group, SelectionRequest};
 
 /// Triplets, then pairs; drops the one of the first two layers with the higher `sim_1`.
-pub(super) fn interlace(request: &mut Request) -> Result<Vec<Group>> {
+pub(super) fn interlace(request: &mut SelectionRequest) -> Result<Vec<Group>> {
     Ok(packs(request, |request, start| {
         if request.sim(1, start + 1) > request.sim(1, start) { (start + 1, start) } else { (start, start + 1) }
     }))
 }
 
 /// Triplets, then pairs; drops the first layer.
-pub(super) fn order_as_is(request: &mut Request) -> Result<Vec<Group>> {
+pub(super) fn order_as_is(request: &mut SelectionRequest) -> Result<Vec<Group>> {
     Ok(packs(request, |_, start| (start, start + 1)))
 }
 
 /// `choose` gives (drop, finetune) out of the first two layers of a pack.
-fn packs(request: &Request, choose: impl Fn(&Request, usize) -> (usize, usize)) -> Vec<Group> {
+fn packs(request: &SelectionRequest, choose: impl Fn(&SelectionRequest, usize) -> (usize, usize)) -> Vec<Group> {
     let mut assigned = vec![false; request.num_layers];
     let mut groups = Vec::new();
     for size in [3, 2] {
@@ -47,7 +47,7 @@ fn packs(request: &Request, choose: impl Fn(&Request, usize) -> (usize, usize)) 
 }
 
 /// Single layers by `sim_1`, each with the next layer to finetune.
-pub(super) fn then_next(request: &mut Request) -> Result<Vec<Group>> {
+pub(super) fn then_next(request: &mut SelectionRequest) -> Result<Vec<Group>> {
     let mut assigned = vec![false; request.num_layers];
     let mut groups = Vec::new();
     for layer in request.ranked(1) {
@@ -69,7 +69,7 @@ pub(super) fn then_next(request: &mut Request) -> Result<Vec<Group>> {
 }
 
 /// One block of `count` layers from the best `sim_1` for which block and finetune layers both fit.
-pub(super) fn consecutive(request: &mut Request) -> Result<Vec<Group>> {
+pub(super) fn consecutive(request: &mut SelectionRequest) -> Result<Vec<Group>> {
     let count = request.count.min(request.usable() / 2);
     let fits = |start: &usize| start + 2 * count <= request.usable();
     Ok(request
@@ -87,7 +87,7 @@ pub(super) fn consecutive(request: &mut Request) -> Result<Vec<Group>> {
 }
 
 /// `count` layers to drop and `count` others to finetune, both drawn uniformly.
-pub(super) fn random(request: &mut Request) -> Result<Vec<Group>> {
+pub(super) fn random(request: &mut SelectionRequest) -> Result<Vec<Group>> {
     let mut layers: Vec<usize> = (0..request.usable()).collect();
     layers.shuffle(&mut ChaCha8Rng::seed_from_u64(request.seed));
     let (drop, rest) = layers.split_at(request.count.min(layers.len()));

@@ -3,62 +3,14 @@
 mod greedy;
 mod interlace;
 mod published;
+mod request;
 #[cfg(test)]
 mod tests;
 mod tiling;
 
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+pub use request::{Group, MeasureLosses, SelectionRequest};
 
-use crate::base::{Error, Progress, Result};
-
-use super::scores::Similarities;
-
-/// One choice of a strategy: layers that go, layers that make up for them, and the layer that closes the group.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Group {
-    /// Layers to drop, by their index in the dense model.
-    pub drop: Vec<usize>,
-    /// Layers to finetune.
-    pub finetune: Vec<usize>,
-    /// The frozen layer that closes a triplet.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub anchor: Option<usize>,
-    /// Value by which the group was ranked: a similarity, an angle over pi, or a loss in nats; absent without a ranking.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub score: Option<f64>,
-}
-
-/// Measures losses of the model without some layers, on calibration data.
-pub trait MeasureLosses {
-    /// Forward passes that one loss takes.
-    fn passes(&self) -> u64;
-
-    /// The loss without the layers of `removed` (ascending) and each of `candidates` in turn. `progress` is moved on by
-    /// [`MeasureLosses::passes`] for each of these.
-    ///
-    /// Errors: whatever a pass fails with; `Error::Interrupted` on Ctrl-C.
-    fn losses(&mut self, removed: &[usize], candidates: &[usize], progress: &Progress) -> Result<Vec<f64>>;
-}
-
-/// Input of a strategy.
-pub struct Request<'a, 'm> {
-    /// Decoder layers of the dense model.
-    pub num_layers: usize,
-    /// Layers to drop.
-    pub count: usize,
-    /// The last layer is left alone unless this is set.
-    pub include_last: bool,
-    /// Mean similarities by pack size; empty for strategies that need none.
-    pub similarities: &'a Similarities,
-    /// Seed of the `random` strategy.
-    pub seed: u64,
-    /// Layers that the user named, for `explicit`.
-    pub layers: &'a [usize],
-    /// Measures losses for strategies that need them.
-    pub measure: Option<&'m mut dyn MeasureLosses>,
-}
+use crate::base::{Error, Result};
 
 /// A row of the table of strategies.
 pub struct Strategy {
@@ -68,11 +20,11 @@ pub struct Strategy {
     pub summary: &'static str,
     /// Pack sizes whose similarities it reads, when `count` layers are to be dropped.
     pub packs: fn(count: usize) -> Vec<usize>,
-    /// True when it asks `Request::measure`.
+    /// True when it asks `SelectionRequest::measure`.
     pub measures_loss: bool,
-    /// True when it reads `Request::seed`.
+    /// True when it reads `SelectionRequest::seed`.
     pub seeded: bool,
-    select: fn(&mut Request) -> Result<Vec<Group>>,
+    select: fn(&mut SelectionRequest) -> Result<Vec<Group>>,
 }
 
 /// All strategies; the first one is the default.
@@ -169,7 +121,7 @@ impl Strategy {
     pub fn named(name: &str) -> Result<&'static Strategy> {
         STRATEGIES.iter().find(|strategy| strategy.name == name).ok_or_else(|| {
             let names: Vec<_> = STRATEGIES.iter().map(|strategy| strategy.name).collect();
-            Error::invalid(format!("strategy `{name}`"), "there is none of that name")
+            Error::invalid(format!("strategy `{name}`"), "does not exist")
                 .remedy(format!("use one of {}", names.join(", ")))
         })
     }
@@ -178,7 +130,7 @@ impl Strategy {
     ///
     /// Errors: `Error::Invalid` when nothing or too much is to be dropped (naming the most that can be), when a
     /// similarity is missing or of the wrong length, or when losses are needed and cannot be measured.
-    pub fn select(&self, request: &mut Request) -> Result<Vec<Group>> {
+    pub fn select(&self, request: &mut SelectionRequest) -> Result<Vec<Group>> {
         if request.count == 0 {
             return Err(Error::invalid("number of layers to drop", "is 0")
                 .remedy(format!("ask for at least one of the {} layers", request.num_layers)));
@@ -211,7 +163,7 @@ impl Strategy {
         Ok(groups)
     }
 
-    fn too_many(&self, request: &Request, most: usize) -> Error {
+    fn too_many(&self, request: &SelectionRequest, most: usize) -> Error {
         Error::invalid(
             format!("strategy `{}`", self.name),
             format!("cannot drop {} of {} layers, {most} at most", request.count, request.num_layers),
@@ -239,28 +191,4 @@ pub fn drop_count(ratio: f64, num_layers: usize) -> Result<usize> {
         .remedy("raise the ratio to that, or use `--drop-count`"));
     }
     Ok(count)
-}
-
-impl Request<'_, '_> {
-    /// Layers that may be dropped or finetuned: `0..usable`.
-    fn usable(&self) -> usize {
-        self.num_layers.saturating_sub(usize::from(!self.include_last))
-    }
-
-    /// Number of packs of `size` layers that hold only usable layers.
-    fn starts(&self, size: usize) -> usize {
-        (self.usable() + 1).saturating_sub(size)
-    }
-
-    /// Mean similarity of the pack of `size` layers from `start`; `select` has checked the lengths.
-    fn sim(&self, size: usize, start: usize) -> f64 {
-        self.similarities.get(&size).and_then(|values| values.get(start)).copied().unwrap_or(f64::NEG_INFINITY)
-    }
-
-    /// Starts of packs of `size` layers, the most similar first; the lower index first on ties.
-    fn ranked(&self, size: usize) -> Vec<usize> {
-        let mut starts: Vec<usize> = (0..self.starts(size)).collect();
-        starts.sort_by(|&a, &b| self.sim(size, b).total_cmp(&self.sim(size, a)));
-        starts
-    }
 }

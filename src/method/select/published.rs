@@ -5,16 +5,16 @@ use std::f64::consts::PI;
 
 use crate::base::{Error, Result};
 
-use super::{Group, Request};
+use super::request::{Group, SelectionRequest};
 
 /// The `count` layers with the highest `sim_1`. Source: arXiv:2403.03853, Block Influence.
-pub(super) fn shortgpt(request: &mut Request) -> Result<Vec<Group>> {
+pub(super) fn shortgpt(request: &mut SelectionRequest) -> Result<Vec<Group>> {
     let drop: Vec<usize> = request.ranked(1).into_iter().take(request.count).collect();
     Ok(with_neighbours(request, &drop, |layer| Some(1.0 - request.sim(1, layer))))
 }
 
 /// The block of `count` layers with the least `arccos(sim) / pi` across it. Source: arXiv:2403.17887, equation 5.
-pub(super) fn angular(request: &mut Request) -> Result<Vec<Group>> {
+pub(super) fn angular(request: &mut SelectionRequest) -> Result<Vec<Group>> {
     let Some(&start) = request.ranked(request.count).first() else { return Ok(Vec::new()) };
     let angle = request.sim(request.count, start).clamp(-1.0, 1.0).acos() / PI;
     let drop: Vec<usize> = (start..start + request.count).collect();
@@ -22,7 +22,7 @@ pub(super) fn angular(request: &mut Request) -> Result<Vec<Group>> {
 }
 
 /// The layers that the user named.
-pub(super) fn explicit(request: &mut Request) -> Result<Vec<Group>> {
+pub(super) fn explicit(request: &mut SelectionRequest) -> Result<Vec<Group>> {
     let drop = super::super::check_layers(request.layers, request.num_layers)?;
     if drop.len() != request.count {
         return Err(Error::invalid(
@@ -35,7 +35,11 @@ pub(super) fn explicit(request: &mut Request) -> Result<Vec<Group>> {
 
 /// One group per dropped layer, in the given order, with the layer to finetune for it: the nearest kept one after it
 /// that no other has, else the nearest before; none when all kept ones are taken.
-pub(super) fn with_neighbours(request: &Request, drop: &[usize], score: impl Fn(usize) -> Option<f64>) -> Vec<Group> {
+pub(super) fn with_neighbours(
+    request: &SelectionRequest,
+    drop: &[usize],
+    score: impl Fn(usize) -> Option<f64>,
+) -> Vec<Group> {
     let mut free: Vec<bool> = (0..request.usable()).map(|layer| !drop.contains(&layer)).collect();
     let mut groups: Vec<Group> = Vec::new();
     let mut ascending = drop.to_vec();

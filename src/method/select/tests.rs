@@ -4,6 +4,8 @@ use proptest::prelude::{Just, any, prop, prop_assert, prop_assert_eq, proptest};
 use proptest::strategy::Strategy as Values;
 
 use super::*;
+use crate::base::Progress;
+use crate::method::scores::Similarities;
 
 /// 10 layers, the last protected: sim_1 has 9 entries, sim_2 8, sim_3 7.
 fn example() -> Similarities {
@@ -15,8 +17,8 @@ fn example() -> Similarities {
     ])
 }
 
-fn request<'a>(similarities: &'a Similarities, count: usize) -> Request<'a, 'a> {
-    Request { num_layers: 10, count, include_last: false, similarities, seed: 42, layers: &[], measure: None }
+fn request<'a>(similarities: &'a Similarities, count: usize) -> SelectionRequest<'a, 'a> {
+    SelectionRequest { num_layers: 10, count, include_last: false, similarities, seed: 42, layers: &[], measure: None }
 }
 
 fn select(name: &str, count: usize) -> Result<Vec<Group>> {
@@ -147,7 +149,7 @@ fn costs(removed: &[usize]) -> f64 {
 fn sleb_measures_again_after_each_removal() {
     let similarities = Similarities::new();
     let mut measure = Formula { loss: costs, calls: 0 };
-    let mut asked = Request { measure: Some(&mut measure), ..request(&similarities, 2) };
+    let mut asked = SelectionRequest { measure: Some(&mut measure), ..request(&similarities, 2) };
     let groups = Strategy::named("sleb").unwrap().select(&mut asked).unwrap();
     assert_eq!(shape(&groups), vec![(vec![1], vec![2], None), (vec![4], vec![5], None)]);
     assert_eq!(groups[1].score, Some(0.4));
@@ -159,7 +161,7 @@ fn sleb_measures_again_after_each_removal() {
 fn interlace_loss_leaves_the_neighbours_of_what_went() {
     let similarities = Similarities::new();
     let mut measure = Formula { loss: costs, calls: 0 };
-    let mut asked = Request { measure: Some(&mut measure), ..request(&similarities, 3) };
+    let mut asked = SelectionRequest { measure: Some(&mut measure), ..request(&similarities, 3) };
     let groups = Strategy::named("interlace-loss").unwrap().select(&mut asked).unwrap();
     // 6, 7 and 8 cost the same: the lower index goes. Partners stand where every group has an anchor.
     let want = vec![(vec![1], vec![0], Some(2)), (vec![4], vec![3], Some(5)), (vec![6], vec![7], Some(8))];
@@ -175,11 +177,11 @@ fn interlace_loss_leaves_room_for_what_is_still_to_go() {
     let mut measure =
         Formula { loss: |removed: &[usize]| removed.iter().map(|&x| (x as f64 - 7.2).abs()).sum(), calls: 0 };
     let asked = request(&similarities, 7);
-    let mut asked = Request { num_layers: 16, measure: Some(&mut measure), ..asked };
+    let mut asked = SelectionRequest { num_layers: 16, measure: Some(&mut measure), ..asked };
     let groups = Strategy::named("interlace-loss").unwrap().select(&mut asked).unwrap();
     assert_eq!(groups.len(), 7);
     let mut measure = Formula { loss: costs, calls: 0 };
-    let mut asked = Request { num_layers: 10, measure: Some(&mut measure), ..request(&similarities, 5) };
+    let mut asked = SelectionRequest { num_layers: 10, measure: Some(&mut measure), ..request(&similarities, 5) };
     let error = Strategy::named("interlace-loss").unwrap().select(&mut asked).unwrap_err().to_string();
     assert!(error.contains("4 at most") && measure.calls == 0, "{error}");
 }
@@ -258,7 +260,7 @@ proptest! {
                 let loss = |removed: &[usize]| removed.iter().map(|&layer| (layer as f64).sin()).sum();
                 let mut measure = Formula { loss, calls: 0 };
                 let named: Vec<usize> = (0..count).map(|index| (index * 7 + seed as usize % 7) % num_layers).collect();
-                let mut request = Request {
+                let mut request = SelectionRequest {
                     num_layers, count, include_last: false, similarities: &similarities, seed,
                     layers: &named, measure: Some(&mut measure),
                 };
@@ -286,7 +288,7 @@ proptest! {
 
     #[test]
     fn indices_in_the_pruned_model_skip_what_goes((num_layers, count, similarities) in networks()) {
-        let mut request = Request {
+        let mut request = SelectionRequest {
             num_layers, count, include_last: false, similarities: &similarities, seed: 1, layers: &[], measure: None,
         };
         if let Ok(groups) = Strategy::named("random").unwrap().select(&mut request) {

@@ -3,7 +3,7 @@
 //! A stack of layers is laid out with pairs (dropped, finetuned) or (finetuned, dropped), anchors behind pairs, and
 //! frozen layers; two dropped layers are never adjacent.
 
-use super::Group;
+use super::request::Group;
 
 /// One piece of the layout, from its first layer on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -41,7 +41,7 @@ pub struct Remaining {
 
 /// A bound that the pruned model must keep.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Target {
+pub enum Budget {
     /// At most this many parameters.
     Params(u64),
     /// At most this many bytes.
@@ -99,13 +99,13 @@ fn parameters(body: &Body) -> u64 {
     once.map(|tensor| tensor.element_count()).sum()
 }
 
-impl Target {
+impl Budget {
     /// True when what remains keeps the bound.
     pub fn is_met(self, remaining: Remaining) -> bool {
         match self {
-            Target::Params(most) => remaining.parameters <= most,
-            Target::Size(most) => remaining.size_bytes <= most,
-            Target::Speedup(least) => remaining.speedup >= least - 1e-9,
+            Budget::Params(most) => remaining.parameters <= most,
+            Budget::Size(most) => remaining.size_bytes <= most,
+            Budget::Speedup(least) => remaining.speedup >= least - 1e-9,
         }
     }
 
@@ -116,7 +116,7 @@ impl Target {
         let mut heaviest: Vec<usize> = (0..costs.layers.len().saturating_sub(1)).collect();
         heaviest.sort_by_key(|&layer| {
             let LayerCost { parameters, size_bytes } = costs.layers[layer];
-            std::cmp::Reverse(if matches!(self, Target::Size(_)) { size_bytes } else { parameters })
+            std::cmp::Reverse(if matches!(self, Budget::Size(_)) { size_bytes } else { parameters })
         });
         let met = |count: usize| self.is_met(costs.without(&heaviest[..count]));
         match (0..=heaviest.len()).find(|&count| met(count)) {
@@ -140,19 +140,19 @@ impl Target {
     /// Name of the bounded quantity in messages.
     fn of(self, remaining: Remaining) -> String {
         match self {
-            Target::Params(_) => format!("{} parameters", human_count(remaining.parameters)),
-            Target::Size(_) => human_bytes(remaining.size_bytes),
-            Target::Speedup(_) => format!("an ideal decoder speed-up of {:.3}", remaining.speedup),
+            Budget::Params(_) => format!("{} parameters", human_count(remaining.parameters)),
+            Budget::Size(_) => human_bytes(remaining.size_bytes),
+            Budget::Speedup(_) => format!("an ideal decoder speed-up of {:.3}", remaining.speedup),
         }
     }
 }
 
-impl std::fmt::Display for Target {
+impl std::fmt::Display for Budget {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Target::Params(most) => write!(f, "target of {} parameters", human_count(*most)),
-            Target::Size(most) => write!(f, "target of {}", human_bytes(*most)),
-            Target::Speedup(least) => write!(f, "target speed-up of {least}"),
+            Budget::Params(most) => write!(f, "target of {} parameters", human_count(*most)),
+            Budget::Size(most) => write!(f, "target of {}", human_bytes(*most)),
+            Budget::Speedup(least) => write!(f, "target speed-up of {least}"),
         }
     }
 }
@@ -169,23 +169,23 @@ mod tests {
 
     #[test]
     fn the_fewest_layers_are_counted_from_what_each_weighs() {
-        let least = |target: Target| target.least_count(&costs());
-        assert_eq!(least(Target::Params(130)).unwrap(), 1);
-        assert_eq!(least(Target::Params(129)).unwrap(), 2);
-        assert_eq!(least(Target::Size(4 * 120)).unwrap(), 2);
-        assert_eq!(least(Target::Speedup(1.5)).unwrap(), 2);
-        assert_eq!(least(Target::Speedup(4.0 / 3.0)).unwrap(), 1);
-        assert_eq!(least(Target::Speedup(4.0)).unwrap(), 3);
-        assert!(!Target::Params(130).is_met(costs().without(&[0, 1])));
-        assert!(Target::Params(130).is_met(costs().without(&[2])));
+        let least = |target: Budget| target.least_count(&costs());
+        assert_eq!(least(Budget::Params(130)).unwrap(), 1);
+        assert_eq!(least(Budget::Params(129)).unwrap(), 2);
+        assert_eq!(least(Budget::Size(4 * 120)).unwrap(), 2);
+        assert_eq!(least(Budget::Speedup(1.5)).unwrap(), 2);
+        assert_eq!(least(Budget::Speedup(4.0 / 3.0)).unwrap(), 1);
+        assert_eq!(least(Budget::Speedup(4.0)).unwrap(), 3);
+        assert!(!Budget::Params(130).is_met(costs().without(&[0, 1])));
+        assert!(Budget::Params(130).is_met(costs().without(&[2])));
     }
 
     #[test]
     fn what_cannot_be_reached_says_what_can() {
-        let error = |target: Target| target.least_count(&costs()).unwrap_err().to_string();
-        assert!(error(Target::Params(109)).contains("would be 110 parameters"));
-        assert!(error(Target::Size(1)).contains("would be 440 B"));
-        assert!(error(Target::Speedup(4.1)).contains("ideal decoder speed-up of 4.000"));
-        assert!(error(Target::Params(170)).contains("has 170 parameters already"));
+        let error = |target: Budget| target.least_count(&costs()).unwrap_err().to_string();
+        assert!(error(Budget::Params(109)).contains("would be 110 parameters"));
+        assert!(error(Budget::Size(1)).contains("would be 440 B"));
+        assert!(error(Budget::Speedup(4.1)).contains("ideal decoder speed-up of 4.000"));
+        assert!(error(Budget::Params(170)).contains("has 170 parameters already"));
     }
 }

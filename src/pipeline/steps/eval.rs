@@ -2,85 +2,23 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::Arc;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::base::{AtomicFile, Cancel, Device, Error, Provenance, Result};
-use crate::bundle::{Bundle, Role};
+use crate::base::{AtomicFile, Cancel, Error, Provenance, Result};
+use crate::bundle::Bundle;
 use crate::data::{BenchRow, Benchmark, DataOptions, Dataset, ImageSettings};
 use crate::eval::{
-    EvalOptions, EvalReport, Judge, LoadedModel, ModelScores, PromptStyle, TextReport, TextScores, benchmark_name,
-    compare, evaluate, kept_perplexity, perplexity,
+    EvalOptions, EvalReport, ModelScores, TextReport, TextScores, benchmark_name, compare, evaluate, kept_perplexity,
+    perplexity,
 };
-use crate::runtime::{Decoder, FeatureCache, Runtime, SessionOptions, VlmSession};
 
+use super::engine::{BOOTSTRAP_SEED, Engine, EvalSettings};
 use super::likelihood::compare_likelihoods;
 use super::needs::{Work, check as check_needs};
 
-/// Bytes of image features kept between models and questions.
-const FEATURE_CACHE_BYTES: usize = 256 << 20;
-/// Seed of the bootstrap.
-pub(super) const BOOTSTRAP_SEED: u64 = 42;
-
-/// Settings of a benchmark run.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct EvalSettings {
-    /// Questions that are answered together.
-    pub batch_size: usize,
-    /// Longest answer in tokens; the model's own setting without it.
-    pub max_new_tokens: Option<usize>,
-    /// Asks only the first questions.
-    pub limit: Option<usize>,
-    /// Wording of the questions.
-    pub prompt_style: PromptStyle,
-    /// The language model that judges answers, for benchmarks that need one.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub judge: Option<Judge>,
-    /// Image settings that override the model's own files.
-    #[serde(skip_serializing_if = "ImageSettings::is_default")]
-    pub images: ImageSettings,
-}
-
-impl Default for EvalSettings {
-    fn default() -> Self {
-        let EvalOptions { batch_size, max_new_tokens, limit, prompt_style, judge } = EvalOptions::default();
-        EvalSettings { batch_size, max_new_tokens, limit, prompt_style, judge, images: ImageSettings::default() }
-    }
-}
-
-/// ONNX Runtime on a device, and what its models share.
-pub struct Engine {
-    pub(super) runtime: Runtime,
-    pub(super) cache: Arc<FeatureCache>,
-}
-
 impl Engine {
-    /// Errors: as `Runtime::new`.
-    pub fn new(device: Device) -> Result<Self> {
-        Ok(Engine { runtime: Runtime::new(device)?, cache: FeatureCache::new(FEATURE_CACHE_BYTES) })
-    }
-
-    /// Loads a model; image features are shared between models.
-    ///
-    /// Errors: as `LoadedModel::open`.
-    pub fn load(&self, model: &Path, images: &ImageSettings) -> Result<LoadedModel> {
-        LoadedModel::open(model, &self.runtime, &SessionOptions::default(), &self.cache, images)
-    }
-
-    /// Loads a model that predicts what it is given, which may be ready tensors.
-    ///
-    /// Errors: as `VlmSession::open`.
-    pub fn load_to_predict(&self, bundle: &Bundle) -> Result<VlmSession> {
-        let options = SessionOptions::default();
-        let head_dim = bundle.config().and_then(|config| config.head_size());
-        let session = self.runtime.session(&bundle.path_of(bundle.require(Role::Decoder)?), &options)?;
-        let decoder = Decoder::prefill_only(session, head_dim)?;
-        VlmSession::with_decoder(&self.runtime, bundle, decoder, &options, &self.cache)
-    }
-
     /// Answers a benchmark with one model.
     ///
     /// Errors: as `LoadedModel::open` and `evaluate`.

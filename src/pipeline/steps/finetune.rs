@@ -7,10 +7,10 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use crate::base::{Cancel, Device, Error, Provenance, Result, Sha256Digest, write_json};
-use crate::bundle::{Bundle, BundleWriter, Record, Role, Step, Tower};
+use crate::bundle::{Bundle, BundleWriter, Record, RecordedStep, Role, Tower};
 use crate::data::{DataOptions, Dataset, Encoder, Intake, Subset};
 use crate::finetune::{Conversations, Report, Request, Settings, StepMetrics, Teacher, clear_work};
-use crate::method::{Plan, Role as LayerRole};
+use crate::method::{LayerRole, Plan};
 use crate::runtime::FeatureCache;
 
 use super::needs::{Work, check as check_needs};
@@ -109,7 +109,7 @@ pub fn finetune(
     writer.save(&component, &outcome.decoder)?;
     let recorded = Recorded { subset: request.subset, data: request.options, settings: request.settings };
     let recorded = serde_json::to_value(recorded).map_err(|e| Error::invalid("finetune settings", e.to_string()))?;
-    writer.push_step(Step::Finetune {
+    writer.push_step(RecordedStep::Finetune {
         layers: request.plan.finetune_pruned.clone(),
         samples: outcome.report.samples,
         settings: recorded.clone(),
@@ -138,7 +138,7 @@ fn check_plan(bundle: &Bundle, plan: &Plan) -> Result<()> {
     let subject = || format!("`{}`", bundle.root().display());
     let history = bundle.record()?.map(|record| record.history).unwrap_or_default();
     let pruned = history.iter().rev().find_map(|step| match step {
-        Step::Prune { tower: Tower::Text, layers_before, dropped, .. } => Some((*layers_before, dropped)),
+        RecordedStep::Prune { tower: Tower::Text, layers_before, dropped, .. } => Some((*layers_before, dropped)),
         _ => None,
     });
     match pruned {

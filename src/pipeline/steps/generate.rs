@@ -14,10 +14,10 @@ use crate::eval::LoadedModel;
 use crate::prompt::Prompt;
 use crate::runtime::Sampler;
 
-use super::eval::Engine;
+use super::engine::Engine;
 use super::needs::{Work, check};
 
-/// Longest answer where neither the user nor the model's config says anything.
+/// Longest answer in tokens where neither the user nor the model's config sets one.
 const DEFAULT_MAX_TOKENS: usize = 256;
 
 /// A question.

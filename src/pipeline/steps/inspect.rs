@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::analysis::{self, Analysis};
 use crate::base::{Error, Provenance, Result};
-use crate::bundle::{Bundle, Component, Record, Role, SetAside, Step, Tower};
+use crate::bundle::{Bundle, Component, Record, RecordedStep, Role, SetAside, Tower};
 use crate::ir::{Graph, Model, ValueId};
 use crate::onnx;
 use crate::runtime::missing_deepstack;
@@ -294,7 +294,7 @@ fn between(analysis: &Analysis) -> Vec<BetweenLayers> {
     rows.collect()
 }
 
-fn vision_info(analysis: &Analysis, history: &[Step]) -> Result<VisionInfo> {
+fn vision_info(analysis: &Analysis, history: &[RecordedStep]) -> Result<VisionInfo> {
     let count = analysis.map.layers.len();
     let originals = Record::original_layers(history, Tower::Vision, count)?;
     Ok(VisionInfo { num_layers: count, layers: layers(analysis, &originals), taps: taps(analysis), problem: None })

@@ -15,7 +15,7 @@ use crate::eval::{
 };
 use crate::method::answer_likelihoods;
 
-use super::eval::{BOOTSTRAP_SEED, Engine, EvalSettings};
+use super::engine::{BOOTSTRAP_SEED, Engine, EvalSettings};
 
 /// What `eval --likelihood-only` writes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]

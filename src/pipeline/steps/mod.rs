@@ -1,6 +1,7 @@
 //! One function per verb, shared by the command line and by runs.
 
 mod budget;
+mod engine;
 mod eval;
 mod finetune;
 mod generate;
@@ -10,8 +11,9 @@ mod needs;
 mod plan;
 mod prune;
 
-pub use budget::{LayerCost, ModelCosts, Remaining, Target};
-pub use eval::{Engine, EvalSettings, TextSettings, eval, eval_text, retention, write_predictions};
+pub use budget::{Budget, LayerCost, ModelCosts, Remaining};
+pub use engine::{Engine, EvalSettings};
+pub use eval::{TextSettings, eval, eval_text, retention, write_predictions};
 pub use finetune::{FINETUNE_REPORT, Finetune, default_work_folder, finetune};
 pub use generate::{Decoding, Generation, Generations, Question, check_answers, generate, generate_all, print_text};
 pub use inspect::{Inspection, LayerInfo, TapInfo, VisionInfo, decoder, decoder_analysis, inspect};

@@ -34,7 +34,7 @@ pub enum Need {
     Layers,
     /// Logits for every position that is fed.
     EveryPosition,
-    /// Cache inputs, so that a step goes on from those before.
+    /// Cache inputs, so that a step continues the earlier ones.
     Cache,
     /// One decoder graph: others beside it would keep their old weights.
     OneDecoder,
@@ -81,7 +81,7 @@ pub fn check(bundle: &Bundle, work: Work) -> Result<()> {
     let analysis = match analysis {
         Ok(analysis) => analysis,
         Err(error) if work.needs().contains(&Need::Layers) => return Err(error),
-        // Without layers nothing more can be said of the graph; the engine will.
+        // Without layers no further requirement can be checked; the engine reports its own.
         Err(_) => return Ok(()),
     };
     for need in work.needs() {

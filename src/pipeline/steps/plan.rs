@@ -8,10 +8,10 @@ use serde::{Deserialize, Serialize};
 use crate::base::{Error, Provenance, Result, Sha256Digest};
 use crate::bundle::Bundle;
 use crate::data::{DataOptions, LeftOut};
-use crate::method::select::{MeasureLosses, Request, Strategy, drop_count};
+use crate::method::select::{MeasureLosses, SelectionRequest, Strategy, drop_count};
 use crate::method::{ModalityWeights, PLAN_SCHEMA_VERSION, Plan, Scores, Similarities};
 
-use super::budget::{ModelCosts, Target};
+use super::budget::{Budget, ModelCosts};
 use super::inspect::decoder_analysis;
 
 /// Number of layers to drop, or the budget that determines it.
@@ -110,18 +110,18 @@ impl PlannedModel {
 
 impl HowMany {
     /// The bound, where one is to be kept.
-    pub fn target(&self) -> Option<Target> {
+    pub fn target(&self) -> Option<Budget> {
         match *self {
-            HowMany::TargetParams(most) => Some(Target::Params(most)),
-            HowMany::TargetSize(most) => Some(Target::Size(most)),
-            HowMany::TargetSpeedup(least) => Some(Target::Speedup(least)),
+            HowMany::TargetParams(most) => Some(Budget::Params(most)),
+            HowMany::TargetSize(most) => Some(Budget::Size(most)),
+            HowMany::TargetSpeedup(least) => Some(Budget::Speedup(least)),
             HowMany::DropRatio(_) | HowMany::DropCount(_) | HowMany::Drop(_) => None,
         }
     }
 
     /// The number of layers to drop; for a bound, the fewest with which it can be kept.
     ///
-    /// Errors: as `select::drop_count` and `Target::least_count`.
+    /// Errors: as `select::drop_count` and `Budget::least_count`.
     pub fn count(&self, model: &PlannedModel) -> Result<usize> {
         match (self, self.target()) {
             (_, Some(target)) => target.least_count(&model.costs),
@@ -186,7 +186,7 @@ pub fn plan<'m>(
         };
         let seed = settings.seed;
         let mut request =
-            Request { num_layers, count, include_last, similarities: &similarities, seed, layers, measure };
+            SelectionRequest { num_layers, count, include_last, similarities: &similarities, seed, layers, measure };
         let groups = strategy.select(&mut request)?;
         let dropped: Vec<usize> = groups.iter().flat_map(|group| group.drop.iter().copied()).collect();
         if target.is_none_or(|target| target.is_met(model.costs.without(&dropped))) {

@@ -77,7 +77,7 @@ pub enum Drop<'a> {
 }
 
 #[derive(Clone, Copy, Serialize)]
-struct Settings<'a> {
+struct PruneSettings<'a> {
     tower: Tower,
     drop: &'a [usize],
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -180,7 +180,7 @@ fn write(
     loaded: &[(&Component, Analysis)],
     inputs: impl FnOnce() -> Result<BTreeMap<String, Sha256Digest>>,
 ) -> Result<Vec<PrunedComponent>> {
-    let settings = Settings { tower: edit.tower, drop: edit.dropped(), deepstack };
+    let settings = PruneSettings { tower: edit.tower, drop: edit.dropped(), deepstack };
     let mut inputs = Some(inputs);
     let mut record = writer.record(Provenance::new(Record::SCHEMA_VERSION, BTreeMap::new(), &settings)?)?;
     let mut written = Vec::with_capacity(loaded.len());

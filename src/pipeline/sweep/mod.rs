@@ -4,7 +4,7 @@ mod recipe;
 mod table;
 
 pub use recipe::Sweep;
-pub use table::{Spread, SweepRow, SweepTable};
+pub use table::{SeedSpread, SweepRow, SweepTable};
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use crate::base::{Cancel, Error, Provenance, Result, sha256_json, write_json};
 use crate::eval::ModelScores;
 use crate::method::select::Strategy;
-use crate::method::{Plan, Role};
+use crate::method::{LayerRole, Plan};
 
 use super::run::write_text;
 use super::stages::{Healing, Questions, Stages, questions, size_bytes};
@@ -47,7 +47,7 @@ struct Cell {
     size_bytes: u64,
 }
 
-struct Run<'a> {
+struct SweepRun<'a> {
     sweep: &'a Sweep,
     stages: Stages<'a>,
     questions: Vec<Questions>,
@@ -55,20 +55,25 @@ struct Run<'a> {
     dense: ModelScores,
 }
 
-/// Does what a sweep says, into `output` or the sweep's own folder. `say` is told each step and each cell. The table is
+/// Runs a sweep, into `output` or the sweep's own folder. `on_step` receives a line per step and per cell. The table is
 /// written anew after every row, so a stopped sweep leaves the rows that are done.
 ///
-/// Errors: those of the steps; what finished steps made is kept, and the same call goes on from there.
-pub fn sweep(sweep: &Sweep, output: Option<&Path>, cancel: &Cancel, say: &mut dyn FnMut(&str)) -> Result<SweepResult> {
+/// Errors: those of the steps; the outputs of finished steps are kept, and the same call continues after them.
+pub fn sweep(
+    sweep: &Sweep,
+    output: Option<&Path>,
+    cancel: &Cancel,
+    on_step: &mut dyn FnMut(&str),
+) -> Result<SweepResult> {
     let folder = output.unwrap_or(&sweep.output);
-    let mut stages = Stages::open(folder, &sweep.model, sweep.device.parse()?, cancel, say)?;
+    let mut stages = Stages::open(folder, &sweep.model, sweep.device.parse()?, cancel, on_step)?;
     let counts = sweep.drop_ratios.iter().map(|&ratio| HowMany::DropRatio(ratio).count(&stages.dense));
     let counts = counts.collect::<Result<Vec<_>>>()?;
     let scores = stages.scores(&sweep.calibration, &sweep.strategies, &counts)?;
     let questions = questions(&sweep.eval.benchmarks)?;
     let digest = stages.dense.digest.clone();
     let dense = stages.answers("dense", &sweep.model, &digest, &questions, &sweep.eval.settings)?;
-    let mut run = Run { sweep, stages, questions, scores, dense };
+    let mut run = SweepRun { sweep, stages, questions, scores, dense };
     let settings: Vec<Setting> = sweep
         .drop_ratios
         .iter()
@@ -81,7 +86,7 @@ pub fn sweep(sweep: &Sweep, output: Option<&Path>, cancel: &Cancel, say: &mut dy
     for setting in &settings {
         let cells = (0..sweep.seeds.len()).map(|place| {
             let number = rows.len() * sweep.seeds.len() + place + 1;
-            run.stages.cancel.check("the rows that are done are in the table, the same call goes on")?;
+            run.stages.cancel.check("the table has the finished rows; the same call continues after them")?;
             run.cell(setting, sweep.seeds[place], &format!("cell {number} of {}", settings.len() * sweep.seeds.len()))
         });
         let cells = cells.collect::<Result<Vec<Cell>>>()?;
@@ -92,7 +97,7 @@ pub fn sweep(sweep: &Sweep, output: Option<&Path>, cancel: &Cancel, say: &mut dy
     Ok(SweepResult { folder: run.stages.store.folder().to_path_buf(), table })
 }
 
-impl Run<'_> {
+impl SweepRun<'_> {
     fn cell(&mut self, setting: &Setting, seed: u64, place: &str) -> Result<Cell> {
         let sweep = self.sweep;
         let Setting { drop_ratio, strategy, recipe } = *setting;
@@ -147,7 +152,7 @@ impl Run<'_> {
             }
             false => None,
         };
-        self.stages.say(&format!(
+        self.stages.note(&format!(
             "{place}: {strategy} at {:.0}%, {recipe}, seed {seed}: {:.1}% kept, {:.1}% before healing",
             100.0 * drop_ratio,
             100.0 * kept,
@@ -202,7 +207,7 @@ fn row(setting: &Setting, cells: Vec<Cell>) -> Result<SweepRow> {
     let first = cells
         .first()
         .ok_or_else(|| Error::invalid("sweep", "has no seeds").remedy("write `seeds = [42]`, for instance"))?;
-    let spread = |value: fn(&Cell) -> f64| Spread::over(cells.iter().map(value).collect());
+    let spread = |value: fn(&Cell) -> f64| SeedSpread::over(cells.iter().map(value).collect());
     Ok(SweepRow {
         drop_ratio: setting.drop_ratio,
         strategy: setting.strategy.to_string(),
@@ -220,7 +225,7 @@ fn row(setting: &Setting, cells: Vec<Cell>) -> Result<SweepRow> {
 
 /// One digest of what each layer is for.
 fn roles(plan: &Plan) -> Result<String> {
-    sha256_json(&plan.layers.iter().map(|layer| layer.role).collect::<Vec<Role>>())
+    sha256_json(&plan.layers.iter().map(|layer| layer.role).collect::<Vec<LayerRole>>())
 }
 
 fn list(layers: &[usize]) -> String {

@@ -36,9 +36,9 @@ pub struct SweepRow {
     /// The layers that went, by seed.
     pub dropped: Vec<Vec<usize>>,
     /// Average over the dense model's before healing, over seeds.
-    pub kept_dropped: Spread,
+    pub kept_dropped: SeedSpread,
     /// The same after healing.
-    pub kept: Spread,
+    pub kept: SeedSpread,
     /// Decoder speed-up over the dense model.
     pub speedup: f64,
     /// True when it was measured; else it is the ideal, all layers over those that stay.
@@ -52,7 +52,7 @@ pub struct SweepRow {
 /// Values of several seeds.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct Spread {
+pub struct SeedSpread {
     /// Arithmetic mean over seeds.
     pub mean: f64,
     /// Sample standard deviation; 0 for one value.
@@ -61,14 +61,14 @@ pub struct Spread {
     pub values: Vec<f64>,
 }
 
-impl Spread {
+impl SeedSpread {
     /// Mean and deviation of values, of which there is at least one.
     pub fn over(values: Vec<f64>) -> Self {
         let count = values.len().max(1) as f64;
         let mean = values.iter().sum::<f64>() / count;
         let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
         let deviation = if values.len() > 1 { (squares / (count - 1.0)).sqrt() } else { 0.0 };
-        Spread { mean, deviation, values }
+        SeedSpread { mean, deviation, values }
     }
 
     fn percent(&self) -> String {
@@ -129,8 +129,8 @@ mod tests {
             recipe: "paper".into(),
             dropped_layers: 4,
             dropped: vec![vec![1, 3]; kept.len()],
-            kept_dropped: Spread::over(vec![0.5; kept.len()]),
-            kept: Spread::over(kept.to_vec()),
+            kept_dropped: SeedSpread::over(vec![0.5; kept.len()]),
+            kept: SeedSpread::over(kept.to_vec()),
             speedup,
             speedup_measured: false,
             size_bytes: 1_500_000,
@@ -141,10 +141,10 @@ mod tests {
     #[test]
     fn spreads_are_sample_deviations() {
         // 0.9, 1.0, 1.1: the squares make 0.02, over two.
-        let spread = Spread::over(vec![0.9, 1.0, 1.1]);
+        let spread = SeedSpread::over(vec![0.9, 1.0, 1.1]);
         assert!((spread.mean - 1.0).abs() < 1e-12 && (spread.deviation - 0.1).abs() < 1e-12);
         assert_eq!(spread.percent(), "100.0 ± 10.0");
-        assert_eq!(Spread::over(vec![0.5]).percent(), "50.0");
+        assert_eq!(SeedSpread::over(vec![0.5]).percent(), "50.0");
     }
 
     #[test]

@@ -206,7 +206,7 @@ fn spread_out(
         (None, AutoPad::NotSet | AutoPad::Valid) => None,
     };
     if let Some(wanted) = &wanted {
-        // A result that is asked to be larger than the product goes on behind it.
+        // A requested result that is larger than the product is padded at the end.
         for axis in 0..axes {
             extra[axis] = extra[axis].saturating_add((wanted[axis].saturating_sub(whole(axis, &extra))).max(0));
         }

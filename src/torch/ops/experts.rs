@@ -34,7 +34,7 @@ enum Layout {
     Halves,
 }
 
-struct Settings {
+struct ExpertSettings {
     chosen: i64,
     normalise: bool,
     activation: Activation,
@@ -55,7 +55,7 @@ struct Quantised {
 
 /// The products of an expert, by their place among the inputs.
 #[derive(Clone, Copy)]
-enum Product {
+enum ExpertProduct {
     First = 0,
     Second = 1,
     Third = 2,
@@ -101,7 +101,7 @@ fn quantised_mixture(b: &mut Build) -> OpResult<Kernel> {
     one(move |args| run(args, &settings))
 }
 
-fn settings(b: &Build, third: bool, quantised: Option<Quantised>) -> OpResult<Settings> {
+fn settings(b: &Build, third: bool, quantised: Option<Quantised>) -> OpResult<ExpertSettings> {
     let a = b.attributes;
     if a.flag("use_sparse_mixer", false)? {
         return Err(OpError::new("attribute `use_sparse_mixer` is not supported"));
@@ -125,7 +125,7 @@ fn settings(b: &Build, third: bool, quantised: Option<Quantised>) -> OpResult<Se
     if !(1..=LARGEST).contains(&chosen) {
         return Err(OpError::new(format!("attribute `k` is {chosen}")));
     }
-    Ok(Settings {
+    Ok(ExpertSettings {
         chosen,
         normalise: a.flag("normalize_routing_weights", false)?,
         activation,
@@ -137,7 +137,7 @@ fn settings(b: &Build, third: bool, quantised: Option<Quantised>) -> OpResult<Se
     })
 }
 
-fn run(args: &Args, s: &Settings) -> OpResult<Tensor> {
+fn run(args: &Args, s: &ExpertSettings) -> OpResult<Tensor> {
     let (x, router) = (args.get(0)?, args.get(1)?);
     let size = x.size();
     let width = size.last().copied().unwrap_or(1);
@@ -178,7 +178,7 @@ fn run(args: &Args, s: &Settings) -> OpResult<Tensor> {
 }
 
 /// One product of an expert with its bias: `[n, K]` -> `[n, N]`; `None` when the weight is left out.
-fn linear(args: &Args, s: &Settings, x: &Tensor, which: Product, expert: i64) -> OpResult<Option<Tensor>> {
+fn linear(args: &Args, s: &ExpertSettings, x: &Tensor, which: ExpertProduct, expert: i64) -> OpResult<Option<Tensor>> {
     let place = which as usize;
     let (weight, bias) = match s.quantised {
         None => (args.opt(2 + 2 * place), args.opt(3 + 2 * place)),
@@ -225,12 +225,13 @@ fn opened(packed: &Tensor, scales: &Tensor, zero: Option<&Tensor>, q: Quantised,
 }
 
 /// One expert: `[n, D]` -> `[n, D]`.
-fn through(args: &Args, s: &Settings, x: &Tensor, expert: i64) -> OpResult<Tensor> {
+fn through(args: &Args, s: &ExpertSettings, x: &Tensor, expert: i64) -> OpResult<Tensor> {
     let first =
-        linear(args, s, x, Product::First, expert)?.ok_or_else(|| OpError::new("the first weight is missing"))?;
-    let third = linear(args, s, x, Product::Third, expert)?;
+        linear(args, s, x, ExpertProduct::First, expert)?.ok_or_else(|| OpError::new("the first weight is missing"))?;
+    let third = linear(args, s, x, ExpertProduct::Third, expert)?;
     let last = |made: &Tensor| {
-        linear(args, s, made, Product::Second, expert)?.ok_or_else(|| OpError::new("the second weight is missing"))
+        linear(args, s, made, ExpertProduct::Second, expert)?
+            .ok_or_else(|| OpError::new("the second weight is missing"))
     };
     let plain = match s.activation {
         Activation::Relu => first.f_relu()?,

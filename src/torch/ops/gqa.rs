@@ -11,7 +11,7 @@ use super::rotary::{by_position, rotate};
 
 pub(super) const ROWS: &[Row] = &[Row::new(MICROSOFT, "GroupQueryAttention", 1, build).host(0b110_0000).grad()];
 
-struct Settings {
+struct GqaSettings {
     heads: i64,
     groups: i64,
     scale: Option<f64>,
@@ -39,7 +39,7 @@ fn build(b: &mut Build) -> OpResult<Kernel> {
     if a.int("qk_output", 0)? != 0 || b.wants(3) {
         return Err(OpError::new("output 3 (qk) is not computed here"));
     }
-    let settings = Settings {
+    let settings = GqaSettings {
         heads: a.int_required("num_heads")?,
         groups: a.int_required("kv_num_heads")?,
         scale: a.float_opt("scale")?.filter(|scale| *scale != 0.0),
@@ -67,7 +67,7 @@ fn build(b: &mut Build) -> OpResult<Kernel> {
 /// Shapes: query `[B, S, H * D]`, key and value `[B, S, G * D]`, caches `[B, G, P, D]` -> `[B, S, H * D]` and caches
 /// `[B, G, max(P, total), D]`.
 /// Source: ONNX Runtime, com.microsoft GroupQueryAttention-1.
-fn run(args: &Args, s: &Settings) -> OpResult<Vec<Tensor>> {
+fn run(args: &Args, s: &GqaSettings) -> OpResult<Vec<Tensor>> {
     let (mut q, mut k, v) = operands(args, s)?;
     let (batch, rows, _, width) = q.size4()?;
     let totals: Vec<i64> = args.ints_required(5)?.iter().map(|last| last.saturating_add(1)).collect();
@@ -143,7 +143,7 @@ fn run(args: &Args, s: &Settings) -> OpResult<Vec<Tensor>> {
 }
 
 /// Query, key and value as `[B, S, heads, D]`.
-fn operands(args: &Args, s: &Settings) -> OpResult<(Tensor, Tensor, Tensor)> {
+fn operands(args: &Args, s: &GqaSettings) -> OpResult<(Tensor, Tensor, Tensor)> {
     let query = args.get(0)?;
     let (batch, steps, width) = query.size3()?;
     match (args.opt(1), args.opt(2)) {

@@ -44,7 +44,7 @@ struct Place {
 impl Place {
     /// From the environment that `torchrun` sets; none where it sets no `WORLD_SIZE` or there is one process only.
     ///
-    /// Errors: `Error::Invalid` for a variable that is missing or is no number in range.
+    /// Errors: `Error::Invalid` for a variable that is missing or is not a number in range.
     fn of(variable: impl Fn(&str) -> Option<String>) -> Result<Option<Place>> {
         let Some(size) = variable("WORLD_SIZE") else { return Ok(None) };
         let wrong = |name: &str, found: &str, want: &str| {
