@@ -9,7 +9,7 @@ use crate::ir::{Dim, Model, ValueId};
 use crate::prompt::Array;
 use crate::rewrite::fuse_kernels;
 use crate::runtime::{Input, Kind as InputKind, Training};
-use crate::torch::{self, Options, Program};
+use crate::torch::{self, Hold, Options, Program};
 
 use crate::finetune::cut::{Suffix, inputs_of};
 use crate::finetune::data::Batch;
@@ -45,6 +45,7 @@ impl Student {
         suffix: Suffix,
         trained: &[ValueId],
         precision: Precision,
+        hold: Hold,
         device: Device,
     ) -> Result<Self> {
         let graph = &model.graph;
@@ -56,6 +57,7 @@ impl Student {
             inputs: Some(given),
             outputs: Some(vec![suffix.logits]),
             autocast: (precision == Precision::Bf16).then_some(Kind::BFloat16),
+            hold,
         };
         let program = Program::compile(&fuse_kernels(model).0, &options)?;
         let inputs = inputs_of(graph, &suffix)?;
@@ -72,7 +74,7 @@ impl Student {
     ///
     /// Errors: `Error::Invalid` when the two do not train the same weights.
     pub fn work_for(&mut self, first: &Student) -> Result<()> {
-        self.program.share_parameters(&first.program)?;
+        self.program.share_weights(&first.program)?;
         self.points.clone_from(&first.points);
         self.anchor_points.clone_from(&first.anchor_points);
         Ok(())

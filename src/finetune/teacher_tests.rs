@@ -18,6 +18,7 @@ fn losses_that_need_the_dense_model_are_refused_without_it() {
         device: Device::Cpu,
         work: work.path(),
         resume: false,
+        limits: Limits::default(),
         features: &FeatureCache::new(1 << 20),
     };
     let message = finetune(&request, &Cancel::default(), &mut |_| {}).err().unwrap().to_string();
@@ -40,6 +41,7 @@ fn a_model_that_is_its_own_teacher_has_nothing_to_learn() {
         device: Device::Cpu,
         work: work.path(),
         resume: false,
+        limits: Limits::default(),
         features: &FeatureCache::new(1 << 20),
     };
     let teacher = Teacher { bundle: &bundle, kept: &kept, anchors: &[5, 9] };
@@ -89,6 +91,7 @@ fn the_frozen_part_is_taken_from_the_dense_model_where_that_has_it() {
             device: Device::Cpu,
             work: &folder.path().join("work"),
             resume: false,
+            limits: Limits::default(),
             features: &FeatureCache::new(1 << 20),
         };
         let kept: Vec<usize> = (0..16).filter(|layer| !dropped.contains(layer)).collect();
@@ -124,7 +127,7 @@ fn the_dense_model_teaches_with_and_without_gradient_checkpointing() {
         report.last_loss
     );
     assert!(report.provenance.inputs.contains_key("teacher"));
-    let checkpointed = Settings { gradient_checkpointing: true, ..settings };
+    let checkpointed = Settings { gradient_checkpointing: Some(true), ..settings };
     let checkpointed = run(&checkpointed, &[2, 4], work.path(), false, None);
     checkpointed.outcome.unwrap();
     for (a, b) in plain.steps.iter().zip(&checkpointed.steps) {

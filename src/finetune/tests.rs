@@ -105,6 +105,7 @@ fn run(settings: &Settings, layers: &[usize], work: &Path, resume: bool, stop_af
         device: Device::Cpu,
         work,
         resume,
+        limits: Limits::default(),
         features: &features,
     };
     let cancel = Cancel::default();
@@ -153,7 +154,7 @@ fn loss_and_gradients_are_those_of_the_reference() {
     let reference: Reference = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
     assert_eq!((reference.dropped, reference.trained), (DROPPED.to_vec(), vec![2, 4]));
     let work = tempfile::tempdir().unwrap();
-    for gradient_checkpointing in [false, true] {
+    for gradient_checkpointing in [None, Some(true)] {
         let settings = Settings { gradient_checkpointing, ..settings() };
         let run = run(&settings, &[2, 4], work.path(), false, None);
         run.outcome.unwrap();
@@ -454,6 +455,7 @@ fn a_model_in_half_precision_is_healed_and_stays_one() {
             device: Device::Cpu,
             work: folder,
             resume: false,
+            limits: Limits::default(),
             features: &FeatureCache::new(1 << 20),
         };
         (before, finetune(&request, &Cancel::default(), &mut |_| {}).unwrap())

@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 
 use tch::{Device, Kind, Tensor};
 
@@ -10,19 +11,29 @@ use crate::ir::{self, DataType, Dim, GraphIndex, Model, ValueId, ValueType};
 
 use super::block::store;
 use super::compile::{Compiler, Slot, Step, values_read};
-use super::convert::{computed_kind, data_type_of, kind_of, tensor_from_ir};
+use super::convert::{computed, computed_kind, data_type_of, kind_of, tensor_from_ir};
 use super::kernel::{OpError, OpResult};
 use super::ops::lowered;
 use super::route::{Facts, Plan, Plans, Route, Signature, Turn};
-use super::weights::{self, Fixed};
+use super::weights::{self, Fixed, Shared};
+
+/// How frozen weights of 16 bits and quantised ones are held.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Hold {
+    /// In f32, widened and dequantised once: fast, and twice to eight times as large as the file.
+    #[default]
+    Widened,
+    /// As they are in the file, on a processor without a copy; each operator that reads one widens it for itself.
+    Stored,
+}
 
 /// Options of compilation.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// Device of the tensors; for a GPU take it from [`super::cuda_device`].
     pub device: Device,
-    /// Initializers that get gradients. They are copied to f32 (f64 stays f64), as are all weights of 16 bits; the rest
-    /// stay as they are in the file and share its memory.
+    /// Initializers that get gradients. They are copied to f32 (f64 stays f64). Frozen weights share the file's memory,
+    /// but those that `hold` has widened.
     pub trainable: Vec<ValueId>,
     /// The values that runs will be given: `None` for the graph's inputs. Any value may be one; what lies before it is
     /// then not compiled.
@@ -32,11 +43,14 @@ pub struct Options {
     pub outputs: Option<Vec<ValueId>>,
     /// Runs matrix products in this kind (bf16, say) and everything else as the tensors are.
     pub autocast: Option<Kind>,
+    /// How frozen weights are held.
+    pub hold: Hold,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { device: Device::Cpu, trainable: Vec::new(), inputs: None, outputs: None, autocast: None }
+        let (device, hold) = (Device::Cpu, Hold::default());
+        Options { device, trainable: Vec::new(), inputs: None, outputs: None, autocast: None, hold }
     }
 }
 
@@ -75,6 +89,9 @@ pub struct Program {
     trainable: HashMap<Slot, usize>,
     device: Device,
     autocast: Option<Kind>,
+    hold: Hold,
+    /// Frozen weights and constants, the same tensors in all programs that share them.
+    shared: Arc<Shared>,
     state: RefCell<State>,
 }
 
@@ -174,6 +191,8 @@ impl Program {
             trainable,
             device: options.device,
             autocast: options.autocast,
+            hold: options.hold,
+            shared: Arc::default(),
             state: RefCell::default(),
         })
     }
@@ -193,11 +212,18 @@ impl Program {
         &self.parameters
     }
 
-    /// Takes another program's trainable weights in place of its own: leaves of this program's gradients over the same
-    /// memory, so that what an optimiser writes to them is seen by both.
+    /// Takes another program's weights in place of its own. The trainable ones are leaves of this program's gradients over
+    /// the same memory, so that what an optimiser writes to them is seen by both; of frozen weights and constants there is
+    /// one tensor, whichever program reads it first.
     ///
-    /// Errors: `Error::Invalid` unless both train the same initializers.
-    pub fn share_parameters(&mut self, other: &Program) -> Result<()> {
+    /// Errors: `Error::Invalid` unless both are compiled from one graph and train the same initializers.
+    pub fn share_weights(&mut self, other: &Program) -> Result<()> {
+        let alike = (&self.names, self.device, self.autocast, self.hold)
+            == (&other.names, other.device, other.autocast, other.hold);
+        if !alike {
+            return Err(Error::invalid("the program", "is of another graph than the one that it is to share with"));
+        }
+        self.shared = other.shared.clone();
         if !self.parameters.iter().map(|own| own.id).eq(other.parameters.iter().map(|theirs| theirs.id)) {
             return Err(Error::invalid("the program", "trains other weights than the one that it is to share with"));
         }
@@ -257,10 +283,13 @@ impl Program {
         let route = &routes[number];
         for &slot in &route.weights {
             let (Some(tensor), None) = (self.frozen.get(&slot), fixed.get(slot, &route.lowered)) else { continue };
-            let name = &self.names[slot];
-            let weight = self.as_read(slot, &weights::frozen(name, tensor, self.device)?, &route.lowered);
-            let named = |e: OpError| Error::engine("LibTorch", format!("tensor `{name}`"), e.0);
-            fixed.insert(slot, weight.map_err(named)?, &route.lowered);
+            let weight = self.shared.weight((slot, route.lowered.contains(&slot)), || {
+                let name = &self.names[slot];
+                let weight = weights::frozen(name, tensor, self.device, self.hold)?;
+                let named = |e: OpError| Error::engine("LibTorch", format!("tensor `{name}`"), e.0);
+                self.as_read(slot, &weight, &route.lowered).map_err(named)
+            })?;
+            fixed.insert(slot, weight, &route.lowered);
         }
         let mut trained: HashMap<Slot, Tensor> = HashMap::new();
         for &slot in &route.weights {
@@ -270,13 +299,18 @@ impl Program {
         }
         if !route.constant_kept.iter().all(|&slot| fixed.get(slot, &route.lowered).is_some()) {
             let _guard = tch::no_grad_guard();
-            let (mut made, mut constants) = (HashMap::new(), Vec::new());
-            let weights = |slot: Slot| fixed.get(slot, &route.lowered);
-            self.execute(&route.constant, &mut made, &weights, moved, &mut |slot, tensor| {
-                if route.constant_kept.contains(&slot) {
-                    constants.push((slot, self.as_read(slot, tensor, &route.lowered)?));
-                }
-                Ok(())
+            let constants = self.shared.constants(&route.constant_kept, &route.lowered, || {
+                let (mut made, mut constants) = (HashMap::new(), Vec::new());
+                let weights = |slot: Slot| fixed.get(slot, &route.lowered);
+                self.execute(&route.constant, &mut made, &weights, &route.lowered, moved, &mut |slot, tensor| {
+                    if route.constant_kept.contains(&slot) {
+                        let constant = self.as_read(slot, tensor, &route.lowered)?;
+                        let narrowed = self.hold == Hold::Stored && !route.lowered.contains(&slot);
+                        constants.push((slot, if narrowed { weights::narrowed(constant)? } else { constant }));
+                    }
+                    Ok(())
+                })?;
+                Ok(constants)
             })?;
             constants.into_iter().for_each(|(slot, tensor)| fixed.insert(slot, tensor, &route.lowered));
         }
@@ -286,13 +320,13 @@ impl Program {
                 for (&slot, tensor) in &plan.values {
                     values.insert(slot, tensor.shallow_clone());
                 }
-                self.execute(&route.lean, &mut values, &fixed, moved, &mut |_, _| Ok(()))?;
+                self.execute(&route.lean, &mut values, &fixed, &route.lowered, moved, &mut |_, _| Ok(()))?;
             }
             None => {
                 let mut plan = Plan { route: number, signature, values: HashMap::new() };
                 let kept = &route.static_kept;
                 let read_on_device = |slot: Slot| self.read_on_device(&route.lean, slot);
-                self.execute(&route.full, &mut values, &fixed, moved, &mut |slot, tensor| {
+                self.execute(&route.full, &mut values, &fixed, &route.lowered, moved, &mut |slot, tensor| {
                     if kept.contains(&slot) {
                         let tensor = if read_on_device(slot) {
                             tensor.f_to_device(self.device)?
@@ -313,7 +347,7 @@ impl Program {
                 .or_else(|| fixed(slot))
                 .ok_or_else(|| Error::invalid(format!("value `{}`", self.names[slot]), "was not computed"))?;
             let shared = own.is_none() || route.static_kept.contains(&slot);
-            let result = if shared { copied(tensor) } else { Ok(tensor.shallow_clone()) };
+            let result = if shared { copied(tensor, self.hold) } else { Ok(tensor.shallow_clone()) };
             results.push(result.map_err(|e| Error::engine("LibTorch", format!("value `{}`", self.names[slot]), e))?);
         }
         Ok(results)
@@ -342,6 +376,7 @@ impl Program {
             frozen: &|slot| self.frozen.contains_key(&slot),
             trainable: &|slot| self.trainable.contains_key(&slot),
             autocast: self.autocast.is_some(),
+            keeps_quantised: self.hold == Hold::Stored,
         };
         Route::new(&facts, inputs, outputs).map_err(|lacking| {
             let names: Vec<&str> = lacking.iter().map(|&slot| self.names[slot].as_str()).collect();
@@ -372,17 +407,20 @@ impl Program {
         turns: &[Turn],
         values: &mut HashMap<Slot, Tensor>,
         fixed: &dyn Fn(Slot) -> Option<&'v Tensor>,
+        lowers: &HashSet<Slot>,
         moved: &mut HashMap<Slot, Tensor>,
         made: &mut dyn FnMut(Slot, &Tensor) -> OpResult<()>,
     ) -> Result<()> {
         for turn in turns {
             let step = &self.steps[turn.step];
             let outputs = {
-                let inputs: Vec<Option<&Tensor>> = step
+                let mut inputs: Vec<Option<&Tensor>> = step
                     .inputs
                     .iter()
                     .map(|slot| slot.and_then(|slot| values.get(&slot).or_else(|| fixed(slot))))
                     .collect();
+                let widened = self.widened(step, &inputs, values, lowers)?;
+                widened.iter().for_each(|(index, tensor)| inputs[*index] = Some(tensor));
                 let mut mover = |slot: Slot, tensor: &Tensor| {
                     if values.contains_key(&slot) {
                         return Ok(tensor.f_to_device(self.device)?);
@@ -414,6 +452,28 @@ impl Program {
         Ok(())
     }
 
+    /// The inputs of a step that are held in 16 bits, as the step computes with them.
+    fn widened(
+        &self,
+        step: &Step,
+        inputs: &[Option<&Tensor>],
+        values: &HashMap<Slot, Tensor>,
+        lowers: &HashSet<Slot>,
+    ) -> Result<Vec<(usize, Tensor)>> {
+        let mut widened = Vec::new();
+        if self.hold == Hold::Widened || step.row.shape_only {
+            return Ok(widened);
+        }
+        for (index, (slot, tensor)) in step.inputs.iter().zip(inputs).enumerate() {
+            let (Some(slot), Some(tensor)) = (slot, tensor) else { continue };
+            if !values.contains_key(slot) && !lowers.contains(slot) {
+                let wide = computed(&self.names[*slot], tensor.shallow_clone())?;
+                widened.push((index, wide));
+            }
+        }
+        Ok(widened)
+    }
+
     fn check_input(&self, id: ValueId, tensor: &Tensor, kind: Kind) -> Result<()> {
         let Some(ValueType::Tensor { dtype, shape }) = self.types.get(&id.index()) else { return Ok(()) };
         let subject = || format!("input `{}`", self.name(id));
@@ -443,10 +503,10 @@ impl Program {
 }
 
 /// A tensor with memory of its own.
-fn copied(tensor: &Tensor) -> std::result::Result<Tensor, tch::TchError> {
+fn copied(tensor: &Tensor, hold: Hold) -> std::result::Result<Tensor, tch::TchError> {
     let mut copy = tensor.f_zeros_like()?;
     copy.f_copy_(tensor)?;
-    Ok(copy)
+    if hold == Hold::Stored { copy.f_to_kind(computed_kind(tensor.f_kind()?)) } else { Ok(copy) }
 }
 
 /// For each node, whether the outputs need it when the inputs are given.
@@ -503,6 +563,58 @@ mod tests {
         graph.body.nodes = vec![node("Shape", &[x], length), join, fill, node("MatMul", &[x, square], y)];
         (graph.body.inputs, graph.body.outputs) = (vec![x], vec![y]);
         model
+    }
+
+    /// x times a 2 x 2 weight in f16 that is turned first.
+    fn product() -> Model {
+        let mut model = Model { ir_version: 10, ..Default::default() };
+        model.opset_imports.insert(String::new(), 21);
+        let graph = &mut model.graph;
+        let mut value = |name: &str| graph.add_value(ir::Value { name: name.into(), ..Default::default() });
+        let [x, w, u, turned, y, z] = ["x", "w", "u", "turned", "y", "z"].map(&mut value);
+        let node = |op: &str, inputs: &[ValueId], output: ValueId| {
+            let inputs = inputs.iter().map(|id| Some(*id)).collect();
+            ir::Node { op_type: op.into(), inputs, outputs: vec![Some(output)], ..Default::default() }
+        };
+        let halves = |numbers: &[f32]| -> Vec<u8> {
+            numbers.iter().flat_map(|&number| half::f16::from_f32(number).to_le_bytes()).collect()
+        };
+        let side = 80i64;
+        let numbers: Vec<f32> = (0..side * side).map(|n| (n as f32 * 0.37).sin()).collect();
+        let weight = |data| ir::Tensor::from_bytes(DataType::Float16, &[side as u64, side as u64], data);
+        graph.body.initializers = vec![(w, weight(halves(&numbers))), (u, weight(halves(&numbers[..])))];
+        graph.body.nodes =
+            vec![node("Transpose", &[w], turned), node("MatMul", &[x, turned], y), node("MatMul", &[y, u], z)];
+        (graph.body.inputs, graph.body.outputs) = (vec![x], vec![z]);
+        model
+    }
+
+    #[test]
+    fn programs_share_one_copy_of_frozen_weights_and_keep_16_bits_where_asked() {
+        let x = Tensor::arange(240, tch::kind::FLOAT_CPU).cos().view([3, 80]).set_requires_grad(true);
+        let mut results: Vec<[Tensor; 2]> = Vec::new();
+        for (hold, kind) in [(Hold::Widened, Kind::Float), (Hold::Stored, Kind::Half)] {
+            let options = Options { hold, ..Options::default() };
+            let first = Program::compile(&product(), &options).expect("compile");
+            let mut second = Program::compile(&product(), &options).expect("compile");
+            second.share_weights(&first).expect("share");
+            let mut places = Vec::new();
+            for program in [&first, &second] {
+                let out = program.run(&[(program.inputs()[0], x.shallow_clone())], program.outputs()).expect("run");
+                let gradient = Tensor::run_backward(&[out[0].square().sum(Kind::Float)], &[&x], false, false);
+                results.push([out[0].detach(), gradient[0].shallow_clone()]);
+                let state = program.state.borrow();
+                let none = HashSet::new();
+                for name in ["turned", "u"] {
+                    let slot = program.value(name).expect("a value").index();
+                    let tensor = state.fixed.get(slot, &none).expect("a fixed tensor");
+                    assert_eq!(tensor.kind(), kind, "{name}");
+                    places.push(tensor.data_ptr().addr());
+                }
+            }
+            assert_eq!(places[..2], places[2..]);
+        }
+        assert!(results.iter().all(|result| result.iter().zip(&results[0]).all(|(a, b)| a.equal(b))));
     }
 
     #[test]

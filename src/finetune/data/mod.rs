@@ -10,4 +10,4 @@ pub use batch::{Batch, Stream, TrainingSet};
 pub use frozen_part::Store;
 pub use rows::{Element, RowsWriter};
 pub use source::{Conversations, Sample, Source};
-pub use teacher::{Course, Lesson, Teacher};
+pub use teacher::{Course, Dense, Lesson, Teacher};

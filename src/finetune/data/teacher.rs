@@ -78,20 +78,43 @@ pub enum Frozen {
     Value(ValueId),
 }
 
-impl<'a> Lesson<'a> {
-    /// Looks at the dense model, whose SHA-256 is `digest`, and says what it is to give.
-    ///
+/// The dense model's decoder, looked at.
+pub struct Dense {
+    analysis: Analysis,
+}
+
+impl Dense {
     /// Errors: `Error::Invalid` when dense and pruned model do not belong together.
-    pub fn prepare(self, digest: Sha256Digest) -> Result<Course<'a>> {
-        let path = self.teacher.bundle.path_of(self.teacher.bundle.require(Role::Decoder)?);
+    pub fn open(teacher: &Teacher<'_>) -> Result<Self> {
+        let path = teacher.bundle.path_of(teacher.bundle.require(Role::Decoder)?);
         let analysis = analyse(&crate::onnx::load(&path)?)?;
         let layers = &analysis.map.layers;
-        if self.teacher.kept.iter().any(|&layer| layer >= layers.len()) {
-            let problem = format!("has {} layers, the pruned model kept layers {:?}", layers.len(), self.teacher.kept);
+        if teacher.kept.iter().any(|&layer| layer >= layers.len()) {
+            let problem = format!("has {} layers, the pruned model kept layers {:?}", layers.len(), teacher.kept);
             return Err(Error::invalid(format!("teacher `{}`", path.display()), problem)
                 .remedy("name the model that was pruned as teacher"));
         }
-        let points = points(self.teacher.kept, self.teacher.anchors, self.trained, layers.len(), self.settings);
+        Ok(Dense { analysis })
+    }
+
+    /// The points of its stream that a run compares.
+    pub fn points(&self, teacher: &Teacher<'_>, trained: &[usize], settings: &Settings) -> Vec<Point> {
+        points(teacher.kept, teacher.anchors, trained, self.analysis.map.layers.len(), settings)
+    }
+
+    /// Bytes of its weights.
+    pub fn weight_bytes(&self) -> u64 {
+        self.analysis.model.graph.body.initializers.iter().map(|(_, tensor)| tensor.byte_len()).sum()
+    }
+}
+
+impl<'a> Lesson<'a> {
+    /// Says what the dense model, whose SHA-256 is `digest`, is to give.
+    ///
+    /// Errors: `Error::Invalid` when the settings cannot be hashed.
+    pub fn prepare(self, dense: Dense, digest: Sha256Digest) -> Result<Course<'a>> {
+        let points = dense.points(self.teacher, self.trained, self.settings);
+        let Dense { analysis } = dense;
         let vocabulary = last_size(&analysis, analysis.map.result);
         let k = (self.settings.kd_top_k as usize).min(vocabulary.unwrap_or(usize::MAX));
         let max_tokens = self.settings.max_tokens;

@@ -42,6 +42,16 @@ impl OptimizerKind {
     }
 }
 
+/// Bytes of the moments of weights with these shapes.
+pub fn state_bytes(optimizer: OptimizerKind, shapes: &[Vec<u64>]) -> u64 {
+    let bytes = |shape: &Vec<u64>| {
+        let signed: Vec<i64> = shape.iter().map(|&size| i64::try_from(size).unwrap_or(i64::MAX)).collect();
+        let moments = if (optimizer.row().takes)(&signed) { 1 } else { 2 };
+        4 * moments * shape.iter().product::<u64>()
+    };
+    shapes.iter().map(bytes).sum()
+}
+
 /// One tensor that is trained: an f32 leaf with its moments.
 pub struct Parameter {
     /// The initializer's name in the graph.

@@ -70,8 +70,10 @@ pub struct Settings {
     /// Seed of the order of the samples.
     pub seed: u64,
     pub precision: Precision,
-    /// Keeps only each layer's input and computes the layer again in the backward pass: less memory, more time.
-    pub gradient_checkpointing: bool,
+    /// Keeps only each layer's input and computes the layer again in the backward pass: less memory, more time. Unset, the
+    /// run's plan decides: where frozen weights are widened in each product, or a memory limit asks for it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gradient_checkpointing: Option<bool>,
     /// Trains low-rank adapters of this rank beside the weights of the layers, in place of these weights; 0 trains the
     /// weights. What is written holds the sum of both.
     #[serde(skip_serializing_if = "none")]
@@ -130,7 +132,7 @@ impl Default for Settings {
             group_by_length: false,
             seed: 42,
             precision: Precision::F32,
-            gradient_checkpointing: false,
+            gradient_checkpointing: None,
             lora_rank: 0,
             lora_alpha: 16.0,
             average_last: 0.0,

@@ -13,6 +13,8 @@ use crate::finetune::settings::Settings;
 pub struct Run<'a> {
     pub settings: &'a Settings,
     pub device: Device,
+    /// Most tokens of one forward pass, padding included, longer samples aside.
+    pub batch_tokens: usize,
     /// The first trained layer, as the pruned model counts.
     pub first: usize,
     /// SHA-256 of what decides the result, by what it is; a checkpoint of other inputs is refused.

@@ -24,12 +24,9 @@ use super::workers;
 use crate::finetune::cut::{FitTarget, Projection};
 use crate::finetune::data::TrainingSet;
 use crate::finetune::error::torch_error;
-use crate::finetune::plan::order;
+use crate::finetune::plan::{FIT_TOKENS, order};
 use crate::finetune::record::LayerFit;
 use crate::finetune::student::Student;
-
-/// Most tokens that a fit looks at: the stream of all of them is held.
-const MOST_TOKENS: usize = 1 << 17;
 
 /// Ridges to choose from, the last one where there are too few passes to choose by.
 const RIDGES: [f64; 5] = [0.003, 0.01, 0.03, 0.3, 0.1];
@@ -82,7 +79,8 @@ fn fit_each(
 ) -> Result<Vec<LayerFit>> {
     let Run { settings, device, cancel, first, .. } = *run;
     let widths = targets.iter().flat_map(|target| &target.products).flatten().map(|product| product.width);
-    let most = widths.max().unwrap_or(0).saturating_mul(settings.fit_tokens_per_feature as usize).min(MOST_TOKENS);
+    let most =
+        widths.max().unwrap_or(0).saturating_mul(settings.fit_tokens_per_feature as usize).min(FIT_TOKENS as usize);
     let mut tokens = 0;
     let drawn = order::epoch(settings, &dataset.lengths(), 0).concat().concat();
     let count = drawn.iter().take_while(|&&sample| {
@@ -90,7 +88,7 @@ fn fit_each(
         tokens <= most
     });
     let count = count.count().max(1).min(drawn.len());
-    let shares = workers::deal(dataset, drawn[..count].to_vec(), students.len()).into_iter();
+    let shares = workers::deal(dataset, drawn[..count].to_vec(), students.len(), run.batch_tokens).into_iter();
     let pass = |(number, samples)| Pass { samples, held_out: number % HELD_OUT == HELD_OUT - 1, stream: None };
     let mut shares: Vec<Vec<Pass>> = shares.map(|share| share.into_iter().enumerate().map(pass).collect()).collect();
     let products = targets.iter().flat_map(|target| &target.products).map(Vec::len).sum::<usize>();

@@ -13,4 +13,3 @@ pub use context::Run;
 pub use fit::fit;
 pub use search::{search, train};
 pub use trainer::Summary;
-pub use workers::count as worker_count;

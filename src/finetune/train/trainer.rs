@@ -188,8 +188,7 @@ impl<'a> Trainer<'a> {
             samples().map(|example| example.targets.len() as u64).sum(),
             samples().map(|example| example.length as u64).sum(),
         );
-        let Sums { losses, mut gradients } =
-            workers::run(self.students, self.dataset, settings, step, self.run.device)?;
+        let Sums { losses, mut gradients } = workers::run(self.students, self.dataset, settings, step, &self.run)?;
         if let Some(adapters) = self.adapters.as_ref().filter(|_| !gradients.is_empty()) {
             gradients = adapters.gradients(&gradients, &self.parameters)?;
         }

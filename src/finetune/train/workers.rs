@@ -11,6 +11,7 @@ use tch::{Device, Tensor};
 
 use crate::base::{Error, Result, thread_count};
 
+use super::context::Run;
 use super::gradient::{self, Counts};
 use crate::finetune::data::TrainingSet;
 use crate::finetune::error::torch_error;
@@ -18,15 +19,6 @@ use crate::finetune::loss::LossKind;
 use crate::finetune::optim::{Optimizer, Parameter};
 use crate::finetune::settings::Settings;
 use crate::finetune::student::Student;
-
-/// Most tokens, padding included, that one forward pass on a processor takes, longer samples aside: enough to keep the
-/// matrix products busy, few enough that what is kept for the backward pass stays small.
-const TOKENS_PER_PASS: usize = 512;
-
-/// How many networks work side by side on a device.
-pub fn count(device: Device) -> usize {
-    if device == Device::Cpu { thread_count() } else { 1 }
-}
 
 /// Sums over a step.
 #[derive(Debug, Default)]
@@ -45,17 +37,15 @@ pub fn run(
     dataset: &TrainingSet,
     settings: &Settings,
     step: &[Vec<usize>],
-    device: Device,
+    run: &Run<'_>,
 ) -> Result<Sums> {
+    let device = run.device;
     let samples = || step.iter().flatten().map(|&sample| &dataset.examples[sample]);
     let counts = Counts {
         answer_tokens: samples().map(|example| example.targets.len() as u64).sum(),
         tokens: samples().map(|example| example.length as u64).sum(),
     };
-    let mut shares = match device {
-        Device::Cpu => deal(dataset, step.concat(), students.len()),
-        _ => vec![step.to_vec()],
-    };
+    let mut shares = deal(dataset, step.concat(), students.len(), run.batch_tokens);
     let results = side_by_side(students, &mut shares, device, |student, share| {
         passes(student, dataset, settings, share, counts, device)
     })?;
@@ -150,18 +140,23 @@ impl Sums {
     }
 }
 
-/// Cuts samples into forward passes and deals these out to at most `workers` networks.
-pub fn deal(dataset: &TrainingSet, samples: Vec<usize>, workers: usize) -> Vec<Vec<Vec<usize>>> {
-    shares(samples, |sample| dataset.examples[sample].length, workers)
+/// Cuts samples into forward passes of about `batch_tokens` tokens and deals these out to at most `workers` networks.
+pub fn deal(dataset: &TrainingSet, samples: Vec<usize>, workers: usize, batch_tokens: usize) -> Vec<Vec<Vec<usize>>> {
+    shares(samples, |sample| dataset.examples[sample].length, workers, batch_tokens)
 }
 
 /// Cuts samples into forward passes, and deals these out so that each of at most `workers` has about the same work.
-fn shares(mut samples: Vec<usize>, length: impl Fn(usize) -> usize, workers: usize) -> Vec<Vec<Vec<usize>>> {
+fn shares(
+    mut samples: Vec<usize>,
+    length: impl Fn(usize) -> usize,
+    workers: usize,
+    batch_tokens: usize,
+) -> Vec<Vec<Vec<usize>>> {
     samples.sort_by_key(|&sample| std::cmp::Reverse(length(sample)));
     let lengths: Vec<usize> = samples.iter().map(|&sample| length(sample).max(1)).collect();
     let total: usize = lengths.iter().sum();
     let workers = workers.clamp(1, samples.len().max(1));
-    let count = workers * total.div_ceil(workers * TOKENS_PER_PASS).max(1);
+    let count = workers * total.div_ceil(workers.saturating_mul(batch_tokens).max(1)).max(1);
     // The smallest size of a pass, padding included, with which `count` passes are enough.
     let longest = lengths.first().copied().unwrap_or(1);
     let (mut low, mut high) = (longest, longest * lengths.len().max(1));
@@ -215,7 +210,7 @@ pub fn optimize(
         return pairs.try_for_each(|(parameter, gradient)| optimizer.step(parameter, &gradient, step, learning_rate));
     }
     pairs.sort_by_key(|(parameter, _)| std::cmp::Reverse(parameter.work()));
-    let mut groups: Vec<(usize, Vec<_>)> = (0..count(device)).map(|_| (0, Vec::new())).collect();
+    let mut groups: Vec<(usize, Vec<_>)> = (0..thread_count()).map(|_| (0, Vec::new())).collect();
     for pair in pairs {
         if let Some((work, group)) = groups.iter_mut().min_by_key(|(work, _)| *work) {
             *work += pair.0.work();
@@ -242,7 +237,7 @@ mod tests {
     fn every_sample_is_in_one_pass_of_one_worker() {
         let lengths: Vec<usize> = (0..37).map(|i| 1 + (i * 29) % 71).collect();
         for workers in 1..6 {
-            let shares = shares((0..37).collect(), |sample| lengths[sample], workers);
+            let shares = shares((0..37).collect(), |sample| lengths[sample], workers, 512);
             assert_eq!(shares.len(), workers);
             let mut seen: Vec<usize> = shares.concat().concat();
             seen.sort_unstable();
@@ -257,15 +252,15 @@ mod tests {
 
     #[test]
     fn long_steps_are_cut_into_passes_of_a_bounded_size() {
-        let shares = shares((0..64).collect(), |_| 256, 2);
+        let shares = shares((0..64).collect(), |_| 256, 2, 512);
         assert_eq!(shares.iter().map(Vec::len).collect::<Vec<_>>(), [16, 16]);
-        assert!(shares.concat().iter().all(|pass| pass.len() * 256 == TOKENS_PER_PASS));
+        assert!(shares.concat().iter().all(|pass| pass.len() * 256 == 512));
     }
 
     #[test]
     fn fewer_samples_than_workers_leave_workers_idle() {
-        assert_eq!(shares(vec![7], |_| 5000, 4), [[[7]]]);
-        assert!(shares(Vec::new(), |_| 1, 4).is_empty());
+        assert_eq!(shares(vec![7], |_| 5000, 4, 512), [[[7]]]);
+        assert!(shares(Vec::new(), |_| 1, 4, 512).is_empty());
     }
 
     #[test]
