@@ -141,7 +141,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         device: args.device,
         work: &args.work.unwrap_or_else(|| default_work_folder(&args.output)),
         resume: args.resume,
-        limits: Limits { memory: args.memory, batch_tokens: args.batch_tokens },
+        limits: Limits { memory: args.memory, batch_tokens: args.batch_tokens, workers: None },
         features: &FeatureCache::new(256 << 20),
         teacher: args.teacher.as_deref(),
     };

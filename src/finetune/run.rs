@@ -21,7 +21,7 @@ use crate::finetune::plan::{Facts, Limits, PlannedData, Point, RunPlan, Sizes, a
 use crate::finetune::record::{LayerFit, METRICS_FILE, RateTrial, StepMetrics, Totals, best};
 use crate::finetune::settings::Settings;
 use crate::finetune::student::Student;
-use crate::finetune::train::{Run, Summary, fit, search, train};
+use crate::finetune::train::{DenseStream, Run, Summary, fit, search, train};
 use crate::ir::Model;
 use crate::rewrite::extract;
 use crate::runtime::{Decoder, FeatureCache, Runtime, SessionOptions, VlmSession};
@@ -162,7 +162,8 @@ pub fn finetune_with_teacher(
         ("layers".to_string(), sha256_json(&request.layers)?),
         ("settings".to_string(), sha256_json(settings)?),
     ]);
-    let key = sha256_json(&("hidden", &model_digest, &data_digest, cut.first, settings.max_tokens))?;
+    let key =
+        sha256_json(&("stream with sample numbers", &model_digest, &data_digest, cut.first, settings.max_tokens))?;
     let store = Store::new(request.work, &key, side_inputs(&cut.analysis.model.graph, &suffix)?);
     let course = teacher.zip(dense).zip(dense_digest).map(|((teacher, dense), digest)| {
         let lesson = Lesson {
@@ -193,7 +194,7 @@ pub fn finetune_with_teacher(
     let compile =
         || Student::compile(&cut.analysis.model, suffix.clone(), &cut.trained, settings.precision, hold, device);
     let mut student = compile()?;
-    if let (Some(teacher), Some(course)) = (teacher, course) {
+    if let (Some(teacher), Some(course)) = (teacher, &course) {
         inputs.insert("teacher".to_string(), course.digest.clone());
         if !course.kept() {
             course.fill(None, cancel)?;
@@ -213,16 +214,17 @@ pub fn finetune_with_teacher(
     let (work, resume, batch_tokens) = (request.work, request.resume, plan.batch_tokens as usize);
     let asked_settings = settings;
     let settings = &Settings { gradient_checkpointing: Some(plan.gradient_checkpointing), ..asked_settings.clone() };
-    let run = Run { settings, device, batch_tokens, first: cut.first, inputs: &inputs, work, resume, cancel };
+    let numbers: Vec<u64> = dataset.examples.iter().map(|example| example.number).collect();
+    let live = course.as_ref().map(|course| Live { course, numbers, cancel });
+    let dense = live.as_ref().map(|live| live as &dyn DenseStream);
+    let threads = plan.threads as usize;
+    let run =
+        Run { settings, device, batch_tokens, threads, dense, first: cut.first, inputs: &inputs, work, resume, cancel };
     let resumed = if request.resume { begun(request.work)? } else { None };
     let done = match resumed {
         Some(totals) => totals,
         None => begin(&run, &targets, &mut students, &mut dataset)?,
     };
-    if !asked().any(|kind| kind.row().teacher == loss::Teacher::Stream) {
-        // The fit alone wanted them; steps would read them for nothing.
-        dataset.targets.streams.clear();
-    }
     let rate = best(&done.trials).unwrap_or(settings.learning_rate);
     let chosen = Settings { learning_rate: rate, ..settings.clone() };
     let run = Run { settings: &chosen, ..run };
@@ -324,6 +326,26 @@ pub fn plan_run(request: &Request<'_>, teacher: Option<&Teacher<'_>>) -> Result<
         layer_count: opened.cut.analysis.map.layers.len(),
     };
     resolve(request, &parts, estimated(request.data)?)
+}
+
+/// The dense model for fits, by places in the data set.
+struct Live<'a> {
+    course: &'a Course<'a>,
+    /// Of each sample, which one of its source it is.
+    numbers: Vec<u64>,
+    cancel: &'a Cancel,
+}
+
+impl DenseStream for Live<'_> {
+    fn behind(&self, layers: &[usize], samples: &[usize]) -> Result<Vec<BTreeMap<usize, Vec<u8>>>> {
+        let numbers: Vec<u64> = samples.iter().map(|&sample| self.numbers[sample]).collect();
+        let mut found = self.course.behind(layers, &numbers, self.cancel)?;
+        let by_place = found.iter_mut().map(|rows| {
+            let own = samples.iter().zip(&numbers);
+            own.filter_map(|(&sample, number)| Some((sample, rows.remove(number)?))).collect()
+        });
+        Ok(by_place.collect())
+    }
 }
 
 /// What comes before the first step: the fit of all layers, where they are trained at once, and the choice of the learning

@@ -318,3 +318,25 @@ fn stages_change_the_losses_and_survive_being_stopped_at_any_of_them() {
         assert!(weights(&resumed.decoder) == want, "stopped after step {stop}");
     }
 }
+
+/// Ridges, weights and distances, on one network and on several; nothing of the dense model's stream is on disk.
+#[test]
+fn the_fit_does_not_depend_on_the_number_of_workers_and_writes_no_target() {
+    let settings = Settings { losses: BTreeMap::new(), fit: true, fit_tokens_per_feature: 1000, ..settings() };
+    let runs = [1, 2, 3].map(|workers| {
+        let work = tempfile::tempdir().unwrap();
+        let outcome = run_with(&settings, &[4, 5], work.path(), Limits { workers: Some(workers), ..Limits::default() });
+        let names = std::fs::read_dir(work.path()).unwrap().map(|entry| entry.unwrap().file_name());
+        let streams: Vec<_> = names.filter(|name| name.to_string_lossy().starts_with("streams-")).collect();
+        assert!(streams.is_empty(), "{streams:?}");
+        outcome
+    });
+    let (first, rest) = runs.split_first().unwrap();
+    let fitted = &first.report.fitted;
+    // 76 tokens of 8 samples.
+    assert!(fitted.iter().all(|fit| fit.tokens == 76 && (14..=24).contains(&fit.held_out_tokens)), "{fitted:?}");
+    for other in rest {
+        assert_eq!(&other.report.fitted, fitted);
+        assert_eq!(changed(&first.decoder, &other.decoder), Vec::<String>::new());
+    }
+}

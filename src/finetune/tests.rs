@@ -35,7 +35,12 @@ impl Source for Texts {
             let length = 6 + i;
             let input_ids = (0..length).map(|t| (7 * i * i + 31 * t * t + 11 * t + 5 * i) % self.vocabulary).collect();
             let answer_mask = (0..length).map(|t| t >= length / 2).collect();
-            Ok(Sample { id: format!("text {i}"), prompt: Prompt { input_ids, ..Prompt::default() }, answer_mask })
+            Ok(Sample {
+                id: format!("text {i}"),
+                number: i as u64,
+                prompt: Prompt { input_ids, ..Prompt::default() },
+                answer_mask,
+            })
         })))
     }
 }
@@ -90,6 +95,21 @@ struct Run {
 }
 
 fn run(settings: &Settings, layers: &[usize], work: &Path, resume: bool, stop_after: Option<u64>) -> Run {
+    run_within(settings, layers, work, resume, stop_after, Limits::default())
+}
+
+fn run_with(settings: &Settings, layers: &[usize], work: &Path, limits: Limits) -> Outcome {
+    run_within(settings, layers, work, false, None, limits).outcome.unwrap()
+}
+
+fn run_within(
+    settings: &Settings,
+    layers: &[usize],
+    work: &Path,
+    resume: bool,
+    stop_after: Option<u64>,
+    limits: Limits,
+) -> Run {
     let dense = Bundle::open(&model()).unwrap();
     let pruned_folder = tempfile::tempdir().unwrap();
     let bundle = Bundle::open(&pruned(&dense, pruned_folder.path())).unwrap();
@@ -105,7 +125,7 @@ fn run(settings: &Settings, layers: &[usize], work: &Path, resume: bool, stop_af
         device: Device::Cpu,
         work,
         resume,
-        limits: Limits::default(),
+        limits,
         features: &features,
     };
     let cancel = Cancel::default();

@@ -7,4 +7,6 @@ pub struct Limits {
     pub memory: Option<u64>,
     /// Tokens of one forward pass, padding included, longer samples aside.
     pub batch_tokens: Option<u64>,
+    /// Networks that work side by side on a processor; None for one per core, and one on all cores for large models.
+    pub workers: Option<u64>,
 }

@@ -134,6 +134,8 @@ pub struct RunPlan {
     pub targets: Vec<PlannedTarget>,
     /// Networks that work side by side.
     pub workers: u64,
+    /// Threads of each.
+    pub threads: u64,
     /// Most tokens of one forward pass, padding included, longer samples aside.
     pub batch_tokens: u64,
     /// Every layer is computed again in the backward pass.
@@ -203,7 +205,8 @@ impl RunPlan {
             stages: facts.stages(),
             data: data.clone(),
             targets: facts.targets(),
-            workers: if one { 1 } else { facts.cores },
+            workers: if one { 1 } else { limits.workers.unwrap_or(facts.cores) },
+            threads: if one { facts.cores } else { 1 },
             batch_tokens: asked.max(longest),
             gradient_checkpointing: settings.gradient_checkpointing.unwrap_or(stored),
             frozen_as_stored: stored,

@@ -189,7 +189,7 @@ fn streams(
 ) -> Result<Vec<Vec<f32>>> {
     let device = run.device;
     let mut shares = workers::deal(dataset, samples.to_vec(), students.len(), run.batch_tokens);
-    let parts = workers::side_by_side(students, &mut shares, device, |student, passes| {
+    let parts = workers::side_by_side(students, &mut shares, run, |student, passes| {
         let _guard = tch::no_grad_guard();
         let mut found: Vec<(usize, Vec<f32>)> = Vec::new();
         for samples in passes.iter() {

@@ -4,15 +4,14 @@
 //! more so on a busy machine. Here they meet once per step.
 
 use std::collections::BTreeMap;
-use std::sync::OnceLock;
 
-use rayon::{ThreadPool, ThreadPoolBuilder};
 use tch::{Device, Tensor};
 
-use crate::base::{Error, Result, thread_count};
+use crate::base::{Result, thread_count};
 
 use super::context::Run;
 use super::gradient::{self, Counts};
+use super::pool::on_pool;
 use crate::finetune::data::TrainingSet;
 use crate::finetune::error::torch_error;
 use crate::finetune::loss::LossKind;
@@ -46,7 +45,7 @@ pub fn run(
         tokens: samples().map(|example| example.length as u64).sum(),
     };
     let mut shares = deal(dataset, step.concat(), students.len(), run.batch_tokens);
-    let results = side_by_side(students, &mut shares, device, |student, share| {
+    let results = side_by_side(students, &mut shares, run, |student, share| {
         passes(student, dataset, settings, share, counts, device)
     })?;
     let mut total = Sums::default();
@@ -63,41 +62,15 @@ pub fn run(
 pub fn side_by_side<S: Send, R: Send>(
     students: &mut [Student],
     shares: &mut [S],
-    device: Device,
+    run: &Run<'_>,
     work: impl Fn(&Student, &mut S) -> Result<R> + Sync,
 ) -> Result<Vec<R>> {
-    if device != Device::Cpu {
+    if run.device != Device::Cpu {
         return students.iter().zip(shares).map(|(student, share)| work(student, share)).collect();
     }
-    let threads = (thread_count() / shares.len().max(1)).max(1) as i32;
     let work = &work;
-    let tasks = students.iter_mut().zip(shares).map(|(student, share)| {
-        move || {
-            tch::set_num_threads(threads);
-            work(student, share)
-        }
-    });
-    on_pool(tasks)
-}
-
-/// Runs the tasks on the pool's threads and collects what they give in their order; a panic goes on here.
-///
-/// The threads stay: a new one would begin every step with cold caches, in the allocator and in LibTorch.
-fn on_pool<R: Send>(tasks: impl Iterator<Item = impl FnOnce() -> Result<R> + Send>) -> Result<Vec<R>> {
-    static POOL: OnceLock<Result<ThreadPool, String>> = OnceLock::new();
-    let pool = POOL.get_or_init(|| {
-        let built = ThreadPoolBuilder::new().num_threads(thread_count()).build();
-        built.map_err(|error| error.to_string())
-    });
-    let pool = pool.as_ref().map_err(|problem| Error::engine("rayon", "the threads of a step", problem))?;
-    let tasks: Vec<_> = tasks.collect();
-    let mut results: Vec<Option<Result<R>>> = tasks.iter().map(|_| None).collect();
-    pool.in_place_scope(|scope| {
-        for (task, result) in tasks.into_iter().zip(&mut results) {
-            scope.spawn(move |_| *result = Some(task()));
-        }
-    });
-    results.into_iter().flatten().collect()
+    let tasks = students.iter_mut().zip(shares).map(|(student, share)| move || work(student, share));
+    on_pool(run.threads, tasks)
 }
 
 fn passes(
@@ -177,6 +150,19 @@ fn shares(
     shares.into_iter().map(|share| share.1).filter(|passes| !passes.is_empty()).collect()
 }
 
+/// Cuts samples into passes of at most `tokens` tokens, padding included, longest first; longer samples are alone.
+pub fn passes_of(dataset: &TrainingSet, mut samples: Vec<usize>, tokens: usize) -> Vec<Vec<usize>> {
+    samples.sort_by_key(|&sample| std::cmp::Reverse(dataset.examples[sample].length));
+    let lengths: Vec<usize> = samples.iter().map(|&sample| dataset.examples[sample].length.max(1)).collect();
+    let mut rest = samples.as_slice();
+    let passes = cuts(&lengths, tokens).into_iter().map(|size| {
+        let (own, after) = rest.split_at(size);
+        rest = after;
+        own.to_vec()
+    });
+    passes.collect()
+}
+
 /// Sizes of the runs of samples, longest first, that stay within `limit` tokens when padded to the first of each.
 fn cuts(lengths: &[usize], limit: usize) -> Vec<usize> {
     let mut sizes: Vec<usize> = Vec::new();
@@ -219,12 +205,11 @@ pub fn optimize(
     }
     let tasks = groups.into_iter().map(|(_, group)| {
         move || {
-            tch::set_num_threads(1);
             let mut group = group.into_iter();
             group.try_for_each(|(parameter, gradient)| optimizer.step(parameter, &gradient, step, learning_rate))
         }
     });
-    on_pool(tasks).map(|_| ())
+    on_pool(1, tasks).map(|_| ())
 }
 
 #[cfg(test)]
