@@ -9,7 +9,9 @@ use clap::ValueEnum;
 use crate::base::{Device, human_bytes, human_count, sha256_file};
 use crate::bundle::Bundle;
 use crate::data::{Amount, Subset};
-use crate::finetune::{DEFAULT_RECIPE, Limits, PlannedBytes, Precision, RECIPES, RecipeRow, RunPlan, Settings};
+use crate::finetune::{
+    DEFAULT_RECIPE, Limits, LoraLayers, PlannedBytes, Precision, RECIPES, RecipeRow, RunPlan, Settings,
+};
 use crate::method::Plan;
 use crate::pipeline::steps::{self, Finetune, default_work_folder};
 use crate::runtime::FeatureCache;
@@ -75,6 +77,9 @@ pub struct Args {
     /// [default: train the weights]
     #[arg(long, value_name = "R")]
     lora_rank: Option<u32>,
+    /// Beside which layers' weights adapters are: those that the plan names, or all that are left [default: trained]
+    #[arg(long, value_enum)]
+    lora_layers: Option<LoraLayersArg>,
     /// Compute every layer again in the backward pass: less memory, more time [default: where the plan needs it]
     #[arg(long)]
     gradient_checkpointing: bool,
@@ -108,6 +113,12 @@ pub struct Args {
 fn recipes_help() -> String {
     let rows = RECIPES.iter().map(|row| format!("  {:<8}{}", row.name, row.summary));
     format!("How to heal:\n{}", rows.collect::<Vec<_>>().join("\n"))
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum LoraLayersArg {
+    Trained,
+    All,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -251,6 +262,11 @@ fn settings(args: &Args) -> anyhow::Result<Settings> {
         &[rate] => (settings.learning_rate, settings.learning_rates) = (rate, Vec::new()),
         rates => settings.learning_rates = rates.to_vec(),
     }
+    settings.lora_layers = match args.lora_layers {
+        Some(LoraLayersArg::Trained) => LoraLayers::Trained,
+        Some(LoraLayersArg::All) => LoraLayers::All,
+        None => settings.lora_layers,
+    };
     if args.gradient_checkpointing {
         settings.gradient_checkpointing = Some(true);
     }

@@ -19,7 +19,7 @@ use crate::finetune::data::{Course, Dense, Lesson, Source, Store, Teacher, Train
 use crate::finetune::loss;
 use crate::finetune::plan::{Facts, Limits, PlannedData, Point, RunPlan, Sizes, anchor_points};
 use crate::finetune::record::{LayerFit, METRICS_FILE, RateTrial, StepMetrics, Totals, best};
-use crate::finetune::settings::Settings;
+use crate::finetune::settings::{Lora, LoraLayers, Settings};
 use crate::finetune::student::Student;
 use crate::finetune::train::{DenseStream, Run, Summary, fit, search, train};
 use crate::ir::Model;
@@ -148,8 +148,8 @@ pub fn finetune_with_teacher(
     std::fs::create_dir_all(request.work).map_err(|e| Error::io("create", request.work, e))?;
     let teacher_bytes = dense.as_ref().map_or(0, Dense::weight_bytes);
     let planned = |data: PlannedData| {
-        let layer_count = cut.analysis.map.layers.len();
-        let parts = Parts { sizes: &sizes, targets: &targets, points: &points, teacher_bytes, layer_count };
+        let (layer_count, first) = (cut.analysis.map.layers.len(), cut.first);
+        let parts = Parts { sizes: &sizes, targets: &targets, points: &points, teacher_bytes, layer_count, first };
         resolve(request, &parts, data)
     };
     if request.limits.memory.is_some() {
@@ -169,6 +169,7 @@ pub fn finetune_with_teacher(
         let lesson = Lesson {
             teacher,
             trained: request.layers,
+            first: cut.first,
             source: request.data,
             data_digest: &data_digest,
             settings: &all_stages,
@@ -191,8 +192,7 @@ pub fn finetune_with_teacher(
     plan.check()?;
     notice(plan.line());
     let hold = if plan.frozen_as_stored { Hold::Stored } else { Hold::Widened };
-    let compile =
-        || Student::compile(&cut.analysis.model, suffix.clone(), &cut.trained, settings.precision, hold, device);
+    let compile = || Student::compile(&cut, suffix.clone(), settings.precision, hold, device);
     let mut student = compile()?;
     if let (Some(teacher), Some(course)) = (teacher, &course) {
         inputs.insert("teacher".to_string(), course.digest.clone());
@@ -229,7 +229,7 @@ pub fn finetune_with_teacher(
     let chosen = Settings { learning_rate: rate, ..settings.clone() };
     let run = Run { settings: &chosen, ..run };
     let summary = train(run, &targets, &mut students, &mut dataset, done, observer)?;
-    let tensors = students[0].trained()?;
+    let tensors = students[0].changed(&cut, settings.lora().map_or(1.0, Lora::scale))?;
     let decoder = replaced(&decoder, tensors)?;
     let report = report(request, rate, inputs, &dataset, left_out, &summary)?;
     Ok(Outcome { decoder, report })
@@ -251,14 +251,25 @@ impl Opened {
     fn new(request: &Request<'_>, teacher: Option<&Teacher<'_>>) -> Result<Self> {
         let settings = request.settings;
         let decoder = crate::onnx::load(&request.bundle.path_of(request.bundle.require(Role::Decoder)?))?;
-        let cut = Cut::new(&decoder, request.layers)?;
-        let suffix = cut.suffix()?;
-        let sizes = Sizes::of(&cut, &suffix);
+        let mut cut = Cut::new(&decoder, request.layers)?;
         let fits = settings.fit || settings.layer_by_layer();
-        let targets = if fits { cut.targets(request.layers, !settings.trains())? } else { Vec::new() };
+        let mut targets = if fits { cut.targets(request.layers, !settings.trains())? } else { Vec::new() };
+        if let Some(lora) = settings.lora() {
+            if settings.lora_layers == LoraLayers::All {
+                let all: Vec<usize> = (0..cut.analysis.map.layers.len()).collect();
+                let after = cut.first;
+                cut = Cut::new(&decoder, &all)?;
+                targets.iter_mut().for_each(|target| target.layer += after);
+            }
+            let written: &[FitTarget] = if settings.fit { &targets } else { &[] };
+            cut.adapt(lora, written)?;
+        }
+        let (suffix, first) = (cut.suffix()?, cut.first);
+        let sizes = Sizes::of(&cut, &suffix);
         let dense = teacher.map(Dense::open).transpose()?;
         let points = dense.as_ref().zip(teacher);
-        let points = points.map(|(dense, teacher)| dense.points(teacher, request.layers, &settings.of_all_stages()));
+        let points =
+            points.map(|(dense, teacher)| dense.points(teacher, request.layers, first, &settings.of_all_stages()));
         Ok(Opened { decoder, cut, suffix, sizes, targets, points: points.unwrap_or_default(), dense })
     }
 }
@@ -270,6 +281,7 @@ struct Parts<'a> {
     points: &'a [Point],
     teacher_bytes: u64,
     layer_count: usize,
+    first: usize,
 }
 
 fn resolve(request: &Request<'_>, parts: &Parts<'_>, data: PlannedData) -> Result<RunPlan> {
@@ -282,6 +294,7 @@ fn resolve(request: &Request<'_>, parts: &Parts<'_>, data: PlannedData) -> Resul
         settings: request.settings,
         layers: request.layers,
         layer_count: parts.layer_count,
+        first: parts.first,
         sizes: parts.sizes,
         fitted: parts.targets,
         points: parts.points,
@@ -324,6 +337,7 @@ pub fn plan_run(request: &Request<'_>, teacher: Option<&Teacher<'_>>) -> Result<
         points: &opened.points,
         teacher_bytes: opened.dense.as_ref().map_or(0, Dense::weight_bytes),
         layer_count: opened.cut.analysis.map.layers.len(),
+        first: opened.cut.first,
     };
     resolve(request, &parts, estimated(request.data)?)
 }

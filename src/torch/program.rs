@@ -35,6 +35,8 @@ pub struct Options {
     /// Initializers that get gradients. They are copied to f32 (f64 stays f64). Frozen weights share the file's memory,
     /// but those that `hold` has widened.
     pub trainable: Vec<ValueId>,
+    /// Initializers that are written to and get no gradient; copied as the trainable ones are.
+    pub writable: Vec<ValueId>,
     /// The values that runs will be given: `None` for the graph's inputs. Any value may be one; what lies before it is
     /// then not compiled.
     pub inputs: Option<Vec<ValueId>>,
@@ -50,7 +52,15 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         let (device, hold) = (Device::Cpu, Hold::default());
-        Options { device, trainable: Vec::new(), inputs: None, outputs: None, autocast: None, hold }
+        Options {
+            device,
+            trainable: Vec::new(),
+            writable: Vec::new(),
+            inputs: None,
+            outputs: None,
+            autocast: None,
+            hold,
+        }
     }
 }
 
@@ -149,7 +159,8 @@ impl Program {
         }
         let mut parameters = Vec::new();
         let mut trainable = HashMap::new();
-        for &id in &options.trainable {
+        let leaves = options.trainable.iter().map(|id| (*id, true));
+        for (id, gradient) in leaves.chain(options.writable.iter().map(|id| (*id, false))) {
             let name = graph.name(id);
             let Some(tensor) = frozen.remove(&id.index()) else {
                 return Err(Error::invalid(
@@ -168,7 +179,7 @@ impl Program {
             let leaf = tensor_from_ir(name, &tensor)?
                 .f_to_device(options.device)
                 .and_then(|t| t.f_to_kind(kind))
-                .and_then(|t| t.detach().f_set_requires_grad(true))
+                .and_then(|t| t.detach().f_set_requires_grad(gradient))
                 .map_err(|e| Error::engine("LibTorch", format!("initializer `{name}`"), e))?;
             trainable.insert(id.index(), parameters.len());
             parameters.push(Parameter { id, name: name.to_string(), dtype: tensor.dtype, tensor: leaf });
@@ -207,7 +218,7 @@ impl Program {
         &self.outputs
     }
 
-    /// The trainable weights, in the order in which they were named.
+    /// The trainable weights, then those that are only written to, in the order in which they were named.
     pub fn parameters(&self) -> &[Parameter] {
         &self.parameters
     }
@@ -231,7 +242,7 @@ impl Program {
             own.tensor = theirs
                 .tensor
                 .f_detach()
-                .and_then(|alias| alias.f_set_requires_grad(true))
+                .and_then(|alias| alias.f_set_requires_grad(theirs.tensor.requires_grad()))
                 .map_err(|e| Error::engine("LibTorch", format!("initializer `{}`", own.name), e))?;
         }
         Ok(())

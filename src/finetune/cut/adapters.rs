@@ -11,25 +11,11 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::base::{Error, Result};
+use crate::finetune::settings::Lora;
 use crate::ir::{Attribute, Graph, GraphIndex, Node, Tensor, Value, ValueId};
 
 /// The stream of the seeded generator that adapters draw from; the sampler's are counted from 0.
 const STREAM: u64 = u64::MAX;
-
-/// Rank, scale and seed of adapters.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Lora {
-    pub rank: u32,
-    pub alpha: f64,
-    pub seed: u64,
-}
-
-impl Lora {
-    /// Factor of `A B`.
-    pub fn scale(self) -> f64 {
-        self.alpha / f64::from(self.rank.max(1))
-    }
-}
 
 /// A weight with an adapter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,7 +32,10 @@ pub struct Adapted {
 /// How a weight is read.
 enum Reads {
     /// By products alone: the numbers of their nodes.
-    Products { nodes: Vec<usize>, transposed: bool },
+    Products {
+        nodes: Vec<usize>,
+        transposed: bool,
+    },
     Otherwise,
 }
 
@@ -96,8 +85,11 @@ pub fn adapt(graph: &mut Graph, weights: &[ValueId], lora: Lora) -> Result<Vec<A
         adapted.push(Adapted { weight, a, b, transposed });
     }
     if adapted.is_empty() {
-        return Err(Error::invalid("finetune setting `lora_rank`", format!("is {rank}, and no weight has larger sides"))
-            .remedy("take a smaller rank, or 0 to train the weights themselves"));
+        return Err(Error::invalid(
+            "finetune setting `lora_rank`",
+            format!("is {rank}, and no weight has larger sides"),
+        )
+        .remedy("take a smaller rank, or 0 to train the weights themselves"));
     }
     let nodes = std::mem::take(&mut graph.body.nodes);
     for (number, node) in nodes.into_iter().enumerate() {
@@ -223,4 +215,87 @@ fn summed(
         node("Add", name("lora_sum"), &[weight, scaled], sum),
     ];
     (first, nodes)
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::{Device, Kind, Tensor as Torch};
+
+    use super::*;
+    use crate::ir::{AttributeKind, Model};
+    use crate::torch::{Options, Program, tensor_to_ir};
+
+    /// `z = (x w0) w1^T`, `s = x3 w2` with a stack, and a vector that has no adapter.
+    fn network() -> (Model, Vec<ValueId>) {
+        tch::manual_seed(3);
+        let mut model = Model { ir_version: 10, ..Default::default() };
+        model.opset_imports.insert(String::new(), 21);
+        let graph = &mut model.graph;
+        let mut value = |name: &str| graph.add_value(Value { name: name.into(), ..Value::default() });
+        let [x, stack, y, t, z, s, w0, w1, w2, w3] =
+            ["x", "stack", "y", "t", "z", "s", "w0", "w1", "w2", "w3"].map(&mut value);
+        let sizes: [(ValueId, &[i64]); 4] = [(w0, &[7, 5]), (w1, &[6, 5]), (w2, &[2, 7, 5]), (w3, &[6])];
+        for (id, size) in sizes {
+            let numbers = Torch::randn(size, (Kind::Float, Device::Cpu));
+            graph.body.initializers.push((id, tensor_to_ir("w", &numbers, crate::ir::DataType::Float).unwrap()));
+        }
+        let mut gemm = node("Gemm", "gemm".into(), &[y, w1, w3], t);
+        gemm.attributes.push(("transB".into(), AttributeKind::Int(1).into()));
+        graph.body.nodes = vec![
+            node("MatMul", "first".into(), &[x, w0], y),
+            gemm,
+            node("Relu", "relu".into(), &[t], z),
+            node("MatMul", "experts".into(), &[stack, w2], s),
+        ];
+        (graph.body.inputs, graph.body.outputs) = (vec![x, stack], vec![z, s]);
+        (model, vec![w0, w1, w2, w3])
+    }
+
+    fn run(model: &Model, inputs: &[Torch; 2]) -> Vec<Torch> {
+        let program = Program::compile(model, &Options::default()).unwrap();
+        let given: Vec<_> = program.inputs().iter().zip(inputs).map(|(id, x)| (*id, x.shallow_clone())).collect();
+        program.run(&given, program.outputs()).unwrap()
+    }
+
+    /// The network with adapters is the network whose weights have them added.
+    #[test]
+    fn adapters_are_added_to_the_weights() {
+        let (mut model, weights) = network();
+        let inputs =
+            [Torch::randn([4, 7], (Kind::Float, Device::Cpu)), Torch::randn([2, 3, 7], (Kind::Float, Device::Cpu))];
+        let plain = run(&model, &inputs);
+        let lora = Lora { rank: 3, alpha: 6.0, seed: 1 };
+        let adapted = adapt(&mut model.graph, &weights, lora).unwrap();
+        assert_eq!(
+            adapted.iter().map(|one| (one.weight, one.transposed)).collect::<Vec<_>>(),
+            [(weights[0], false), (weights[1], true), (weights[2], false)]
+        );
+        crate::ir::check(&model).unwrap();
+        let begun = run(&model, &inputs);
+        assert!(begun.iter().zip(&plain).all(|(a, b)| a.equal(b)));
+        // Some `B`, and the sums of both as weights of the plain network.
+        let (mut merged, _) = network();
+        for one in &adapted {
+            let tensor =
+                |id: ValueId| crate::torch::tensor_from_ir("w", model.graph.body.initializer(id).unwrap()).unwrap();
+            let b = Torch::randn(tensor(one.b).size(), (Kind::Float, Device::Cpu));
+            let change = tensor(one.a).matmul(&b) * lora.scale();
+            let sum = tensor(one.weight) + if one.transposed { change.tr() } else { change };
+            for (graph, id, new) in [(&mut model.graph, one.b, b), (&mut merged.graph, one.weight, sum)] {
+                let place = graph.body.initializers.iter_mut().find(|(other, _)| *other == id).unwrap();
+                place.1 = tensor_to_ir("w", &new, crate::ir::DataType::Float).unwrap();
+            }
+        }
+        let (found, want) = (run(&model, &inputs), run(&merged, &inputs));
+        assert!(found.iter().zip(&want).all(|(a, b)| a.allclose(b, 1e-5, 1e-5, false)), "{found:?}, {want:?}");
+        assert!(!found[0].allclose(&plain[0], 1e-2, 1e-2, false));
+    }
+
+    #[test]
+    fn a_rank_that_no_weight_exceeds_is_refused() {
+        let (mut model, weights) = network();
+        let lora = Lora { rank: 5, alpha: 1.0, seed: 1 };
+        let error = adapt(&mut model.graph, &weights, lora).unwrap_err().to_string();
+        assert!(error.contains("`lora_rank`") && error.contains("is 5"), "{error}");
+    }
 }

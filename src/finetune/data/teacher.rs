@@ -42,6 +42,8 @@ pub struct Teacher<'a> {
 pub struct Lesson<'a> {
     pub teacher: &'a Teacher<'a>,
     pub trained: &'a [usize],
+    /// The layer before which training begins.
+    pub first: usize,
     pub source: &'a dyn Source,
     pub data_digest: &'a Sha256Digest,
     pub settings: &'a Settings,
@@ -101,8 +103,8 @@ impl Dense {
     }
 
     /// The points of its stream that a run compares.
-    pub fn points(&self, teacher: &Teacher<'_>, trained: &[usize], settings: &Settings) -> Vec<Point> {
-        points(teacher.kept, teacher.anchors, trained, self.analysis.map.layers.len(), settings)
+    pub fn points(&self, teacher: &Teacher<'_>, trained: &[usize], first: usize, settings: &Settings) -> Vec<Point> {
+        points(teacher.kept, teacher.anchors, trained, first, self.analysis.map.layers.len(), settings)
     }
 
     /// Bytes of its weights.
@@ -116,9 +118,9 @@ impl<'a> Lesson<'a> {
     ///
     /// Errors: `Error::Invalid` when the settings cannot be hashed.
     pub fn prepare(self, dense: Dense, digest: Sha256Digest) -> Result<Course<'a>> {
-        let all = dense.points(self.teacher, self.trained, self.settings);
+        let all = dense.points(self.teacher, self.trained, self.first, self.settings);
         let by_terms = Settings { fit: false, ..self.settings.clone() };
-        let points = dense.points(self.teacher, self.trained, &by_terms);
+        let points = dense.points(self.teacher, self.trained, self.first, &by_terms);
         let fit_points = all.into_iter().filter(|point| !points.contains(point)).collect();
         let Dense { analysis } = dense;
         let vocabulary = last_size(&analysis, analysis.map.result);
@@ -154,8 +156,8 @@ impl Course<'_> {
     ///
     /// Errors: `Error::Io` when a file cannot be read.
     pub fn frozen(&self, pruned: &Bundle, prefix: Option<&Model>) -> Result<Option<Frozen>> {
-        let Lesson { teacher, trained, .. } = &self.lesson;
-        let first = trained.iter().copied().min().unwrap_or(0);
+        let Lesson { teacher, first, .. } = &self.lesson;
+        let first = *first;
         let whole = teacher.kept.iter().take(first).copied().eq(0..first);
         let record = pruned.record()?;
         let parent = record.as_ref().and_then(|record| record.provenance.inputs.get("model"));
@@ -257,7 +259,7 @@ impl Course<'_> {
     ///
     /// Errors: whatever a sample or a run fails with; `Error::Interrupted`.
     pub fn behind(&self, layers: &[usize], numbers: &[u64], cancel: &Cancel) -> Result<Vec<BTreeMap<u64, Vec<u8>>>> {
-        let first = self.lesson.trained.iter().copied().min().unwrap_or(0);
+        let first = self.lesson.first;
         let all = || self.points.iter().chain(&self.fit_points);
         let mut outputs: Vec<ValueId> = Vec::new();
         let mut places = Vec::with_capacity(layers.len());
@@ -299,7 +301,7 @@ impl Course<'_> {
             return Err(Error::invalid(format!("teacher `{path}`"), problem)
                 .remedy("name the model that was pruned as teacher"));
         }
-        let first = self.lesson.trained.iter().copied().min().unwrap_or(0);
+        let first = self.lesson.first;
         let streams = self.points.iter().zip(&self.streams).map(|(point, path)| {
             let rows = Rows::open(path, total_tokens(examples), hidden_size, STREAMS)?;
             Ok(StreamTarget { rows, point: point.student - first })

@@ -2,6 +2,7 @@
 
 mod adamw;
 mod average;
+mod eight_bit;
 mod muon;
 mod optimizer;
 mod schedule;

@@ -161,6 +161,8 @@ pub struct Facts<'a> {
     pub settings: &'a Settings,
     pub layers: &'a [usize],
     pub layer_count: usize,
+    /// The layer before which training begins.
+    pub first: usize,
     pub sizes: &'a Sizes,
     pub fitted: &'a [FitTarget],
     /// Points of the dense model's stream, and the bytes of its weights.
@@ -179,7 +181,7 @@ impl RunPlan {
     /// Errors: `Error::Invalid` when the longest sample alone does not fit the memory limit.
     pub fn resolve(facts: &Facts<'_>) -> Result<Self> {
         let Facts { settings, sizes, limits, data, .. } = facts;
-        let first = facts.layers.iter().copied().min().unwrap_or(0);
+        let first = facts.first;
         let stored = sizes.widened_bytes.saturating_sub(sizes.frozen_bytes) > MOST_WIDENED_BYTES;
         let trained = sizes.trained_elements();
         let one = facts.on_gpu || stored || 4 * trained > MOST_GRADIENT_BYTES;
@@ -334,7 +336,7 @@ impl Facts<'_> {
         let all = self.settings.of_all_stages();
         let width = self.sizes.hidden_size;
         let PlannedData { tokens, answer_tokens, .. } = self.data;
-        let first = self.layers.iter().copied().min().unwrap_or(0);
+        let first = self.first;
         let mut targets = vec![PlannedTarget {
             what: format!("stream before layer {first}"),
             read_by: vec!["steps".to_string()],
@@ -401,6 +403,13 @@ fn items(plan: &RunPlan, facts: &Facts<'_>) -> Vec<PlannedBytes> {
         }
         add(phase, Place::Memory, "frozen weights", frozen, form.to_string());
         add(phase, Place::Memory, "trained weights", 4 * elements, format!("4 x {elements}"));
+        add(
+            phase,
+            Place::Memory,
+            "fitted weights",
+            4 * sizes.written,
+            format!("4 x {}, which no step moves", sizes.written),
+        );
         if plan.frozen_as_stored {
             let (copies, head) = (sizes.layer_widened_bytes, sizes.head_widened_bytes);
             let formula = "f32 copies of one layer's weights, or of the head's".to_string();
@@ -435,7 +444,11 @@ fn items(plan: &RunPlan, facts: &Facts<'_>) -> Vec<PlannedBytes> {
         add(Phase::Steps, Place::Memory, "mean of the weights", mean, format!("4 x {now}"));
         let (bytes, formula) = activations(plan, facts);
         add(Phase::Steps, Place::Memory, "activations", workers * bytes, formula);
-        let checkpoint = 4 * now + state + mean + if plan.order == Order::LayerByLayer { 4 * elements } else { 0 };
+        let checkpoint = 4 * now
+            + state
+            + mean
+            + 4 * sizes.written
+            + if plan.order == Order::LayerByLayer { 4 * elements } else { 0 };
         add(
             Phase::Steps,
             Place::Disk,
@@ -469,4 +482,107 @@ fn activations(plan: &RunPlan, facts: &Facts<'_>) -> (u64, String) {
     let formula =
         format!("{width} x {tokens} tokens x {kept} numbers, and 16 x {answers} answers x {}", sizes.vocabulary);
     (width * tokens * kept + logits, formula)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::finetune::loss::LossKind;
+
+    /// Qwen3-VL-8B with 27 of 36 layers in bf16: width 4096, MLP 12288, 8 heads of 128 for keys and values.
+    fn eight_billion(lora: bool) -> Sizes {
+        let (width, mlp, keys) = (4096u64, 12288, 1024);
+        let matrices = [
+            vec![width, width],
+            vec![width, keys],
+            vec![width, keys],
+            vec![width, width],
+            vec![width, mlp],
+            vec![width, mlp],
+            vec![mlp, width],
+        ];
+        let layer: u64 = matrices.iter().map(|dims| dims.iter().product::<u64>()).sum();
+        let sides: u64 = matrices.iter().flatten().sum();
+        let (head, vocabulary) = (151_936 * width, 151_936);
+        let adapters = |layers: usize| -> Vec<Vec<u64>> {
+            let thin = matrices.iter().flat_map(|dims| [vec![dims[0], 16], vec![16, dims[1]]]).collect::<Vec<_>>();
+            (0..layers).flat_map(|_| thin.clone()).collect()
+        };
+        let written = 9 * (width * width + mlp * width);
+        let frozen = 27 * layer + head - if lora { written } else { 9 * layer };
+        Sizes {
+            frozen_bytes: 2 * frozen,
+            widened_bytes: 4 * frozen,
+            layer_widened_bytes: 4 * layer,
+            head_widened_bytes: 4 * head,
+            trained: if lora { adapters(27) } else { (0..9).flat_map(|_| matrices.clone()).collect() },
+            written: if lora { written } else { 0 },
+            layer_activations: vec![sides * 5 / 4; 27],
+            hidden_size: width,
+            vocabulary,
+            ..Sizes::default()
+        }
+    }
+
+    fn plan(settings: &Settings, sizes: &Sizes, memory: Option<u64>) -> RunPlan {
+        let layers: Vec<usize> = (0..9).map(|layer| 3 * layer).collect();
+        let data = PlannedData {
+            samples: 2400,
+            tokens: 2_400_000,
+            answer_tokens: 240_000,
+            longest_tokens: 1500,
+            estimated: true,
+        };
+        let facts = Facts {
+            device: "cuda:0".to_string(),
+            on_gpu: true,
+            cores: 16,
+            heads: 32,
+            settings,
+            layers: &layers,
+            layer_count: 27,
+            first: 0,
+            sizes,
+            fitted: &[],
+            points: &[],
+            teacher_bytes: 0,
+            data,
+            limits: Limits { memory, ..Limits::default() },
+        };
+        RunPlan::resolve(&facts).unwrap()
+    }
+
+    #[test]
+    fn eight_billion_parameters_heal_with_adapters_in_22_gb_and_not_without() {
+        let losses = BTreeMap::from([(LossKind::Ce, 1.0), (LossKind::Kd, 1.0)]);
+        let best = Settings { losses, average_last: 0.5, precision: Precision::Bf16, ..Settings::default() };
+        let wide = Settings { lora_rank: 16, ..best.clone() };
+        let plan_of = |settings: &Settings, lora: bool| plan(settings, &eight_billion(lora), Some(22_000_000_000));
+        let lora = plan_of(&wide, true);
+        assert_eq!((lora.fits, lora.gradient_checkpointing, lora.frozen_as_stored), (Some(true), true, true));
+        lora.check().unwrap();
+        let full = plan_of(&best, false);
+        assert_eq!(full.fits, Some(false));
+        let message = full.check().unwrap_err().to_string();
+        assert!(message.contains("the limit is") && message.contains("lora_rank"), "{message}");
+        // 9 layers of 192.9 M: weight, gradient, two moments and the mean, 4 bytes each.
+        let trained: u64 = full
+            .bytes
+            .iter()
+            .filter(|item| item.formula.contains(&format!("{}", full.trained_parameters)))
+            .map(|item| item.bytes)
+            .sum();
+        assert_eq!(trained, 12 * full.trained_parameters);
+        assert!(full.memory_bytes > 20 * full.trained_parameters);
+    }
+
+    #[test]
+    fn a_limit_makes_passes_smaller_and_keeps_the_step() {
+        let settings = Settings { lora_rank: 16, ..Settings::default() };
+        let free = plan(&settings, &eight_billion(true), None);
+        let tight = plan(&settings, &eight_billion(true), Some(24_000_000_000));
+        assert_eq!((free.fits, tight.fits), (None, Some(true)));
+        assert!(tight.batch_tokens < free.batch_tokens && tight.batch_tokens >= 1500);
+        assert_eq!(tight.stages, free.stages);
+    }
 }

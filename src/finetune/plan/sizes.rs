@@ -20,6 +20,8 @@ pub struct Sizes {
     pub prefix_bytes: u64,
     /// Elements of each trained weight.
     pub trained: Vec<Vec<u64>>,
+    /// Elements of weights that a fit writes and no step moves.
+    pub written: u64,
     /// Numbers that one layer keeps of each token for its backward pass, by layer from the first trained one on.
     pub layer_activations: Vec<u64>,
     pub hidden_size: u64,
@@ -34,10 +36,12 @@ impl Sizes {
     /// Of a decoder that is cut like this.
     pub fn of(cut: &Cut, suffix: &Suffix) -> Self {
         let graph = &cut.analysis.model.graph;
-        let trained: HashSet<ValueId> = cut.trained.iter().copied().collect();
+        let trained: HashSet<ValueId> = cut.trained.iter().chain(&cut.written).copied().collect();
         let map = &cut.analysis.map;
         let mut sizes = Sizes { vocabulary: last_axis(graph, suffix.logits), ..Sizes::default() };
         sizes.trained = cut.trained.iter().filter_map(|&id| Some(graph.body.initializer(id)?.dims.clone())).collect();
+        let written = cut.written.iter().filter_map(|&id| graph.body.initializer(id));
+        sizes.written = written.map(crate::ir::Tensor::element_count).sum();
         let before: HashSet<ValueId> =
             map.layers[..cut.first].iter().flat_map(|layer| layer.weights.iter().copied()).collect();
         let read = &suffix.weights;

@@ -1,6 +1,5 @@
 //! The training loop: passes, steps, the fit, the search of the learning rate.
 
-mod adapters;
 mod context;
 mod dense;
 mod fit;

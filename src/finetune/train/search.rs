@@ -52,7 +52,7 @@ pub fn search(
 ) -> Result<Vec<RateTrial>> {
     let Run { settings, inputs, work, resume, .. } = *run;
     let Some(first) = students.first() else { return Ok(Vec::new()) };
-    let mut weights: Vec<Tensor> = first.weights().iter().map(|weight| weight.tensor.shallow_clone()).collect();
+    let mut weights: Vec<Tensor> = first.written().iter().map(|weight| weight.tensor.shallow_clone()).collect();
     let copied: Result<Vec<Tensor>, tch::TchError> = weights
         .iter()
         .map(|weight| {
