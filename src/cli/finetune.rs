@@ -77,20 +77,22 @@ pub struct Args {
     /// [default: train the weights]
     #[arg(long, value_name = "R")]
     lora_rank: Option<u32>,
-    /// Beside which layers' weights adapters are: those that the plan names, or all that are left [default: trained]
+    /// Put adapters beside the weights of these layers: those that the plan names, or all that are left
+    /// [default: trained]
     #[arg(long, value_enum)]
     lora_layers: Option<LoraLayersArg>,
     /// Compute every layer again in the backward pass: less memory, more time [default: where the plan needs it]
     #[arg(long)]
     gradient_checkpointing: bool,
-    /// Most memory of the training device, such as 22GB; passes are made smaller until they fit
+    /// Use at most this many bytes of the training device's memory, as in 22GB: passes are made smaller until they fit
+    /// [default: no limit]
     #[arg(long, value_name = "BYTES", value_parser = amount)]
     memory: Option<u64>,
-    /// Tokens of one forward pass, padding included, longer samples aside; no result depends on it but for rounding
-    /// [default: 512 on a processor]
+    /// Run at most this many tokens in one forward pass, padding included, longer samples aside; it changes results by
+    /// rounding only [default: 512 on a CPU, a batch of the longest samples on a GPU]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     batch_tokens: Option<u64>,
-    /// Print what the run would train, in which order, and what memory and disk it takes, and end
+    /// Print what the run trains, in which order, and the memory and disk that it takes; then stop
     #[arg(long)]
     dry_run: bool,
     /// Read the model before pruning, for the losses `kd`, `anchor` and `hidden` (the recipes fast and best)

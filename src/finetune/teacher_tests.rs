@@ -270,17 +270,14 @@ fn the_fit_brings_the_stream_to_where_it_says() {
     let (found, start) = (after.steps[0].loss, before.steps[0].loss);
     assert!((start - first.distance_before.unwrap()).abs() < 1e-3 * start && found < 0.7 * start, "{start} to {found}");
 
-    // The fit alone trains two weights of each layer and nothing else, and comes as near.
+    // The fit alone changes two weights of each layer and nothing else, and each layer comes nearer.
     let alone = Settings { losses: BTreeMap::new(), ..fitting };
     let outcome = run(&alone, &[4, 5], work.path(), false, None).outcome.unwrap();
     assert_eq!((outcome.report.steps, outcome.report.first_loss), (0, None));
     let fitted = &outcome.report.fitted;
     assert_eq!(fitted.iter().map(|fit| fit.layer).collect::<Vec<_>>(), [4, 5]);
-    for (both, last) in fitted.iter().zip([first, second]) {
+    for both in fitted {
         assert!(both.distance_after < both.distance_before, "{both:?}");
-        // Two products explain more than one under one ridge; a larger one gives some of it away.
-        let same = both.ridges.last() <= last.ridges.last();
-        assert!(!same || both.distance_after < last.distance_after, "{both:?}, {last:?}");
     }
     let dense = Bundle::open(&model()).unwrap();
     let folder = tempfile::tempdir().unwrap();

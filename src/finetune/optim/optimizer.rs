@@ -318,7 +318,7 @@ pub mod tests {
         let (full, eight) = (train(OptimizerKind::AdamW), train(OptimizerKind::AdamW8Bit));
         let begun = distance(&Tensor::zeros_like(&want), &want);
         let (left, left_8) = (distance(&full, &want), distance(&eight, &want));
-        assert!(left < 0.5 * begun && left_8 < 1.05 * left, "{begun}: {left} in 32 bits, {left_8} in 8");
+        assert!(left < 0.7 * begun && left_8 < 1.01 * left, "{begun}: {left} in 32 bits, {left_8} in 8");
         assert!(distance(&full, &eight) < 0.1 * begun, "{}", distance(&full, &eight));
         let bytes = |kind| state_bytes(kind, &[vec![96, 64]]);
         assert_eq!((bytes(OptimizerKind::AdamW), bytes(OptimizerKind::AdamW8Bit)), (49152, 12480));
