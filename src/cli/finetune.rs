@@ -9,15 +9,17 @@ use clap::ValueEnum;
 use crate::base::{Device, human_bytes, human_count, sha256_file};
 use crate::bundle::Bundle;
 use crate::data::{Amount, Subset};
-use crate::finetune::{DEFAULT_RECIPE, Precision, RECIPES, RecipeRow, Settings};
+use crate::finetune::{
+    DEFAULT_RECIPE, Limits, LoraLayers, PlannedBytes, Precision, RECIPES, RecipeRow, RunPlan, Settings,
+};
 use crate::method::Plan;
 use crate::pipeline::steps::{self, Finetune, default_work_folder};
 use crate::runtime::FeatureCache;
 use crate::torch::cpu_lacks_bf16;
 
-use super::args::{fraction, positive};
+use super::args::{amount, fraction, positive};
 use super::data_args::{DataArgs, warn_left_out};
-use super::{Context, Outcome};
+use super::{Context, Outcome, output};
 
 /// Finetune the layers next to the dropped ones
 #[derive(clap::Args)]
@@ -75,6 +77,24 @@ pub struct Args {
     /// [default: train the weights]
     #[arg(long, value_name = "R")]
     lora_rank: Option<u32>,
+    /// Put adapters beside the weights of these layers: those that the plan names, or all that are left
+    /// [default: trained]
+    #[arg(long, value_enum)]
+    lora_layers: Option<LoraLayersArg>,
+    /// Compute every layer again in the backward pass: less memory, more time [default: where the plan needs it]
+    #[arg(long)]
+    gradient_checkpointing: bool,
+    /// Use at most this many bytes of the training device's memory, as in 22GB: passes are made smaller until they fit
+    /// [default: no limit]
+    #[arg(long, value_name = "BYTES", value_parser = amount)]
+    memory: Option<u64>,
+    /// Run at most this many tokens in one forward pass, padding included, longer samples aside; it changes results by
+    /// rounding only [default: 512 on a CPU, a batch of the longest samples on a GPU]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    batch_tokens: Option<u64>,
+    /// Print what the run trains, in which order, and the memory and disk that it takes; then stop
+    #[arg(long)]
+    dry_run: bool,
     /// Read the model before pruning, for the losses `kd`, `anchor` and `hidden` (the recipes fast and best)
     #[arg(long, value_name = "MODEL")]
     teacher: Option<PathBuf>,
@@ -95,6 +115,12 @@ pub struct Args {
 fn recipes_help() -> String {
     let rows = RECIPES.iter().map(|row| format!("  {:<8}{}", row.name, row.summary));
     format!("How to heal:\n{}", rows.collect::<Vec<_>>().join("\n"))
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum LoraLayersArg {
+    Trained,
+    All,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -128,11 +154,16 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         device: args.device,
         work: &args.work.unwrap_or_else(|| default_work_folder(&args.output)),
         resume: args.resume,
+        limits: Limits { memory: args.memory, batch_tokens: args.batch_tokens, workers: None },
         features: &FeatureCache::new(256 << 20),
         teacher: args.teacher.as_deref(),
     };
     let bundle = Bundle::open(&args.pruned)?;
     steps::warnings(&bundle, &args.data).iter().for_each(|warning| context.output.warn(warning));
+    if args.dry_run {
+        let plan = steps::plan_finetune(&request)?;
+        return dry_run(&plan, context);
+    }
     let report = steps::finetune(&request, &args.output, &context.cancel, &mut |_| ())?;
     let output = &context.output;
     warn_left_out(&report.left_out, output);
@@ -176,6 +207,41 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     Ok(Outcome::Done)
 }
 
+/// Prints a plan; a run that does not fit its limit ends with 1.
+fn dry_run(plan: &RunPlan, context: &Context) -> anyhow::Result<Outcome> {
+    let output = &context.output;
+    let done = if plan.fits == Some(false) { Outcome::GateFailed } else { Outcome::Done };
+    if output.json {
+        output.json(plan)?;
+        return Ok(done);
+    }
+    output.line(plan.line())?;
+    let head = ["what", "when", "where", "bytes", "from"].map(str::to_string);
+    let word = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_string();
+    let row = |item: &PlannedBytes| -> anyhow::Result<Vec<String>> {
+        let (phase, place) = (serde_json::to_value(item.phase)?, serde_json::to_value(item.place)?);
+        Ok(vec![item.what.clone(), word(&phase), word(&place), human_bytes(item.bytes), item.formula.clone()])
+    };
+    let mut rows = vec![head.to_vec()];
+    for item in &plan.bytes {
+        rows.push(row(item)?);
+    }
+    output.line(output::table(&rows))?;
+    let data = &plan.data;
+    output.line(format!(
+        "{} samples of {} tokens{}, longest {}",
+        data.samples,
+        data.tokens.checked_div(data.samples).unwrap_or(0),
+        if data.estimated { " (estimated)" } else { "" },
+        data.longest_tokens
+    ))?;
+    for target in &plan.targets {
+        let kept = if target.written { "written" } else { "made when it is read" };
+        output.line(format!("{}: {} tokens for {}, {kept}", target.what, target.tokens, target.read_by.join(", ")))?;
+    }
+    Ok(done)
+}
+
 fn settings(args: &Args) -> anyhow::Result<Settings> {
     let table: toml::Table = match &args.settings {
         Some(path) => {
@@ -197,6 +263,14 @@ fn settings(args: &Args) -> anyhow::Result<Settings> {
         [] => {}
         &[rate] => (settings.learning_rate, settings.learning_rates) = (rate, Vec::new()),
         rates => settings.learning_rates = rates.to_vec(),
+    }
+    settings.lora_layers = match args.lora_layers {
+        Some(LoraLayersArg::Trained) => LoraLayers::Trained,
+        Some(LoraLayersArg::All) => LoraLayers::All,
+        None => settings.lora_layers,
+    };
+    if args.gradient_checkpointing {
+        settings.gradient_checkpointing = Some(true);
     }
     settings.seed = args.seed.unwrap_or(settings.seed);
     settings.max_steps = args.max_steps.or(settings.max_steps);

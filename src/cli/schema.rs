@@ -5,7 +5,7 @@ use schemars::{Schema, schema_for};
 use crate::bundle::Record;
 use crate::eval::{BenchReport, EvalReport, TextReport, VerifyReport};
 use crate::export::Export;
-use crate::finetune::Report;
+use crate::finetune::{Report, RunPlan};
 use crate::method::{Plan, Scores};
 use crate::pipeline::steps::{Generations, Inspection, LikelihoodReport, Pruned};
 use crate::pipeline::{Manifest, Recipe, RunState, Sweep, SweepTable, Table};
@@ -25,6 +25,7 @@ pub fn schemas() -> Vec<(&'static str, Schema)> {
         ("pruned", schema_for!(Pruned)),
         ("recipe", schema_for!(Recipe)),
         ("report", schema_for!(EvalReport)),
+        ("run-plan", schema_for!(RunPlan)),
         ("scores", schema_for!(Scores)),
         ("state", schema_for!(RunState)),
         ("sweep", schema_for!(SweepTable)),

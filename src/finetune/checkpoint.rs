@@ -201,14 +201,19 @@ mod tests {
     use crate::finetune::optim::{OptimizerKind, Parameter};
 
     fn parameters() -> Vec<Parameter> {
-        let mut parameter = Parameter::new(
+        let parameter = Parameter::new(
             "/layers.3/w:0",
             Tensor::from_slice(&[0.1f32, -7.25, 3e-30]).view([3, 1]),
             OptimizerKind::AdamW,
         )
         .unwrap();
-        let _ = parameter.exp_avg.fill_(0.3);
-        let _ = parameter.exp_avg_sq.as_mut().unwrap().fill_(1e-20);
+        for (name, mut tensor) in parameter.tensors() {
+            match name.split('/').next() {
+                Some("exp_avg") => drop(tensor.fill_(0.3)),
+                Some("exp_avg_sq") => drop(tensor.fill_(1e-20)),
+                _ => {}
+            }
+        }
         vec![parameter]
     }
 

@@ -21,9 +21,10 @@ pub use checkpoint::clear_work;
 pub use data::{Conversations, Sample, Source, Teacher};
 pub use loss::{LOSSES, LossKind, LossRow};
 pub use optim::{OPTIMIZERS, OptimizerKind, OptimizerRow, SCHEDULES, Schedule, ScheduleRow};
+pub use plan::{Limits, PlannedBytes, RunPlan};
 pub use record::{LayerFit, RateTrial, StepMetrics};
-pub use run::{Outcome, Report, Request, finetune, finetune_with_teacher};
-pub use settings::{DEFAULT_RECIPE, Precision, RECIPES, RecipeRow, Settings, Stage, StageRow};
+pub use run::{Outcome, Report, Request, finetune, finetune_with_teacher, plan_run};
+pub use settings::{DEFAULT_RECIPE, LoraLayers, Precision, RECIPES, RecipeRow, Settings, Stage, StageRow};
 
 #[cfg(test)]
 mod tests;

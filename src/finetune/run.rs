@@ -10,21 +10,22 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::Device as TorchDevice;
 
-use crate::base::{Cancel, Device, Error, Provenance, Result, Sha256Digest, sha256_json};
+use crate::base::{Cancel, Device, Error, Provenance, Result, Sha256Digest, notice, sha256_json, thread_count};
 use crate::bundle::{Bundle, Role};
 use crate::data::LeftOut;
 use crate::finetune::checkpoint::begun;
-use crate::finetune::cut::{Cut, FitTarget, replaced, side_inputs};
-use crate::finetune::data::{Course, Lesson, Source, Store, Teacher, TrainingSet};
+use crate::finetune::cut::{Cut, FitTarget, Suffix, replaced, side_inputs};
+use crate::finetune::data::{Course, Dense, Lesson, Source, Store, Teacher, TrainingSet};
 use crate::finetune::loss;
-use crate::finetune::plan::anchor_points;
+use crate::finetune::plan::{Facts, Limits, PlannedData, Point, RunPlan, Sizes, anchor_points};
 use crate::finetune::record::{LayerFit, METRICS_FILE, RateTrial, StepMetrics, Totals, best};
-use crate::finetune::settings::Settings;
+use crate::finetune::settings::{Lora, LoraLayers, Settings};
 use crate::finetune::student::Student;
-use crate::finetune::train::{Run, Summary, fit, search, train, worker_count};
+use crate::finetune::train::{DenseStream, Run, Summary, fit, search, train};
 use crate::ir::Model;
 use crate::rewrite::extract;
 use crate::runtime::{Decoder, FeatureCache, Runtime, SessionOptions, VlmSession};
+use crate::torch::Hold;
 
 /// What to finetune, on what, and how.
 pub struct Request<'a> {
@@ -42,6 +43,8 @@ pub struct Request<'a> {
     pub work: &'a Path,
     /// Goes on from the newest checkpoint in `work`, if there is one.
     pub resume: bool,
+    /// What the run may take of the machine.
+    pub limits: Limits,
     /// Image features of models with the same vision encoder.
     pub features: &'a Arc<FeatureCache>,
 }
@@ -139,26 +142,30 @@ pub fn finetune_with_teacher(
         // busy the machine is.
         tch::set_num_threads(1);
     }
-    let path = request.bundle.path_of(request.bundle.require(Role::Decoder)?);
     let wanted = settings.fit || asked().any(|kind| kind.row().teacher != loss::Teacher::Nothing);
     let teacher = teacher.filter(|_| wanted);
-    // Files are hashed while the graph is looked at.
-    let (digests, cut) = std::thread::scope(|scope| {
+    // Files are hashed while the graphs are looked at.
+    let (digests, opened) = std::thread::scope(|scope| {
         let (bundle, data) = (request.bundle, request.data);
         let hashing = scope.spawn(move || {
             let dense = teacher.map(|teacher| teacher.bundle.digest()).transpose()?;
             Ok::<_, Error>((bundle.digest()?, data.digest()?, dense))
         });
-        let cut = crate::onnx::load(&path).and_then(|decoder| {
-            let cut = Cut::new(&decoder, request.layers)?;
-            let suffix = cut.suffix()?;
-            Ok((decoder, cut, suffix))
-        });
-        (hashing.join().unwrap_or_else(|panic| resume_unwind(panic)), cut)
+        let opened = Opened::new(request, teacher);
+        (hashing.join().unwrap_or_else(|panic| resume_unwind(panic)), opened)
     });
-    let (decoder, cut, suffix) = cut?;
+    let Opened { decoder, cut, suffix, sizes, targets, points, dense } = opened?;
     let (model_digest, data_digest, dense_digest) = digests?;
     std::fs::create_dir_all(request.work).map_err(|e| Error::io("create", request.work, e))?;
+    let teacher_bytes = dense.as_ref().map_or(0, Dense::weight_bytes);
+    let planned = |data: PlannedData| {
+        let (layer_count, first) = (cut.analysis.map.layers.len(), cut.first);
+        let parts = Parts { sizes: &sizes, targets: &targets, points: &points, teacher_bytes, layer_count, first };
+        resolve(request, &parts, data)
+    };
+    if request.limits.memory.is_some() {
+        planned(estimated(request.data)?)?.check()?;
+    }
 
     let mut inputs = BTreeMap::from([
         ("model".to_string(), model_digest.clone()),
@@ -166,12 +173,14 @@ pub fn finetune_with_teacher(
         ("layers".to_string(), sha256_json(&request.layers)?),
         ("settings".to_string(), sha256_json(settings)?),
     ]);
-    let key = sha256_json(&("hidden", &model_digest, &data_digest, cut.first, settings.max_tokens))?;
+    let key =
+        sha256_json(&("stream with sample numbers", &model_digest, &data_digest, cut.first, settings.max_tokens))?;
     let store = Store::new(request.work, &key, side_inputs(&cut.analysis.model.graph, &suffix)?);
-    let course = teacher.zip(dense_digest).map(|(teacher, digest)| {
+    let course = teacher.zip(dense).zip(dense_digest).map(|((teacher, dense), digest)| {
         let lesson = Lesson {
             teacher,
             trained: request.layers,
+            first: cut.first,
             source: request.data,
             data_digest: &data_digest,
             settings: &all_stages,
@@ -179,14 +188,24 @@ pub fn finetune_with_teacher(
             work: request.work,
             features: request.features,
         };
-        lesson.prepare(digest)
+        lesson.prepare(dense, digest)
     });
     let course = course.transpose()?;
     let (mut dataset, left_out) = frozen_part(request, &cut, &store, course.as_ref(), cancel)?;
 
-    let compile = || Student::compile(&cut.analysis.model, suffix.clone(), &cut.trained, settings.precision, device);
+    let plan = planned(PlannedData {
+        samples: dataset.examples.len() as u64,
+        tokens: dataset.examples.iter().map(|example| example.length as u64).sum(),
+        answer_tokens: dataset.examples.iter().map(|example| example.targets.len() as u64).sum(),
+        longest_tokens: dataset.examples.iter().map(|example| example.length as u64).max().unwrap_or(0),
+        estimated: false,
+    })?;
+    plan.check()?;
+    notice(plan.line());
+    let hold = if plan.frozen_as_stored { Hold::Stored } else { Hold::Widened };
+    let compile = || Student::compile(&cut, suffix.clone(), settings.precision, hold, device);
     let mut student = compile()?;
-    if let (Some(teacher), Some(course)) = (teacher, course) {
+    if let (Some(teacher), Some(course)) = (teacher, &course) {
         inputs.insert("teacher".to_string(), course.digest.clone());
         if !course.kept() {
             course.fill(None, cancel)?;
@@ -198,35 +217,160 @@ pub fn finetune_with_teacher(
         dataset.targets = targets;
     }
     let mut students = vec![student];
-    while students.len() < worker_count(device) {
+    while (students.len() as u64) < plan.workers {
         let mut twin = compile()?;
         twin.work_for(&students[0])?;
         students.push(twin);
     }
-    let targets = if settings.fit || settings.layer_by_layer() {
-        cut.targets(request.layers, !settings.trains())?
-    } else {
-        vec![]
-    };
-    let (work, resume) = (request.work, request.resume);
-    let run = Run { settings, device, first: cut.first, inputs: &inputs, work, resume, cancel };
+    let (work, resume, batch_tokens) = (request.work, request.resume, plan.batch_tokens as usize);
+    let asked_settings = settings;
+    let settings = &Settings { gradient_checkpointing: Some(plan.gradient_checkpointing), ..asked_settings.clone() };
+    let numbers: Vec<u64> = dataset.examples.iter().map(|example| example.number).collect();
+    let live = course.as_ref().map(|course| Live { course, numbers, cancel });
+    let dense = live.as_ref().map(|live| live as &dyn DenseStream);
+    let threads = plan.threads as usize;
+    let run =
+        Run { settings, device, batch_tokens, threads, dense, first: cut.first, inputs: &inputs, work, resume, cancel };
     let resumed = if request.resume { begun(request.work)? } else { None };
     let done = match resumed {
         Some(totals) => totals,
         None => begin(&run, &targets, &mut students, &mut dataset)?,
     };
-    if !asked().any(|kind| kind.row().teacher == loss::Teacher::Stream) {
-        // The fit alone wanted them; steps would read them for nothing.
-        dataset.targets.streams.clear();
-    }
     let rate = best(&done.trials).unwrap_or(settings.learning_rate);
     let chosen = Settings { learning_rate: rate, ..settings.clone() };
     let run = Run { settings: &chosen, ..run };
     let summary = train(run, &targets, &mut students, &mut dataset, done, observer)?;
-    let tensors = students[0].trained()?;
+    let tensors = students[0].changed(&cut, settings.lora().map_or(1.0, Lora::scale))?;
     let decoder = replaced(&decoder, tensors)?;
     let report = report(request, rate, inputs, &dataset, left_out, &summary)?;
     Ok(Outcome { decoder, report })
+}
+
+/// The graphs, with what follows from them alone.
+struct Opened {
+    decoder: Model,
+    cut: Cut,
+    suffix: Suffix,
+    sizes: Sizes,
+    /// Products to fit in each trained layer.
+    targets: Vec<FitTarget>,
+    points: Vec<Point>,
+    dense: Option<Dense>,
+}
+
+impl Opened {
+    fn new(request: &Request<'_>, teacher: Option<&Teacher<'_>>) -> Result<Self> {
+        let settings = request.settings;
+        let decoder = crate::onnx::load(&request.bundle.path_of(request.bundle.require(Role::Decoder)?))?;
+        let mut cut = Cut::new(&decoder, request.layers)?;
+        let fits = settings.fit || settings.layer_by_layer();
+        let mut targets = if fits { cut.targets(request.layers, !settings.trains())? } else { Vec::new() };
+        if let Some(lora) = settings.lora() {
+            if settings.lora_layers == LoraLayers::All {
+                let all: Vec<usize> = (0..cut.analysis.map.layers.len()).collect();
+                let after = cut.first;
+                cut = Cut::new(&decoder, &all)?;
+                targets.iter_mut().for_each(|target| target.layer += after);
+            }
+            let written: &[FitTarget] = if settings.fit { &targets } else { &[] };
+            cut.adapt(lora, written)?;
+        }
+        let (suffix, first) = (cut.suffix()?, cut.first);
+        let sizes = Sizes::of(&cut, &suffix);
+        let dense = teacher.map(Dense::open).transpose()?;
+        let points = dense.as_ref().zip(teacher);
+        let points =
+            points.map(|(dense, teacher)| dense.points(teacher, request.layers, first, &settings.of_all_stages()));
+        Ok(Opened { decoder, cut, suffix, sizes, targets, points: points.unwrap_or_default(), dense })
+    }
+}
+
+/// What a plan needs of the graphs.
+struct Parts<'a> {
+    sizes: &'a Sizes,
+    targets: &'a [FitTarget],
+    points: &'a [Point],
+    teacher_bytes: u64,
+    layer_count: usize,
+    first: usize,
+}
+
+fn resolve(request: &Request<'_>, parts: &Parts<'_>, data: PlannedData) -> Result<RunPlan> {
+    let heads = request.bundle.config().and_then(|config| config.num_attention_heads).unwrap_or(0);
+    RunPlan::resolve(&Facts {
+        device: request.device.to_string(),
+        on_gpu: request.device != Device::Cpu,
+        cores: thread_count() as u64,
+        heads: heads as u64,
+        settings: request.settings,
+        layers: request.layers,
+        layer_count: parts.layer_count,
+        first: parts.first,
+        sizes: parts.sizes,
+        fitted: parts.targets,
+        points: parts.points,
+        teacher_bytes: parts.teacher_bytes,
+        data,
+        limits: request.limits,
+    })
+}
+
+/// Samples that a plan looks at before the data has been read.
+const ESTIMATED_FROM: usize = 64;
+
+/// What the first samples say of all of them.
+fn estimated(source: &dyn Source) -> Result<PlannedData> {
+    let (mut seen, mut tokens, mut answers, mut longest) = (0u64, 0u64, 0u64, 0u64);
+    for sample in source.samples()?.take(ESTIMATED_FROM) {
+        let sample = sample?;
+        let length = sample.prompt.input_ids.len() as u64;
+        (seen, tokens, longest) = (seen + 1, tokens + length, longest.max(length));
+        answers += sample.answer_mask.iter().filter(|answer| **answer).count() as u64;
+    }
+    let samples = source.count();
+    let all = |some: u64| (u128::from(some) * u128::from(samples) / u128::from(seen.max(1))) as u64;
+    let (tokens, answer_tokens) = (all(tokens), all(answers));
+    Ok(PlannedData { samples, tokens, answer_tokens, longest_tokens: longest, estimated: true })
+}
+
+/// Decides a run and does nothing: what is trained, in which order, on what, and what it takes.
+///
+/// Errors: as [`finetune`], for what does not need the data to be read.
+pub fn plan_run(request: &Request<'_>, teacher: Option<&Teacher<'_>>) -> Result<RunPlan> {
+    request.settings.check()?;
+    let all = request.settings.of_all_stages();
+    let asked = || all.losses.iter().filter(|(_, weight)| **weight > 0.0).map(|(kind, _)| *kind);
+    loss::check_teacher(asked(), request.settings.fit, teacher.is_some())?;
+    let opened = Opened::new(request, teacher)?;
+    let parts = Parts {
+        sizes: &opened.sizes,
+        targets: &opened.targets,
+        points: &opened.points,
+        teacher_bytes: opened.dense.as_ref().map_or(0, Dense::weight_bytes),
+        layer_count: opened.cut.analysis.map.layers.len(),
+        first: opened.cut.first,
+    };
+    resolve(request, &parts, estimated(request.data)?)
+}
+
+/// The dense model for fits, by places in the data set.
+struct Live<'a> {
+    course: &'a Course<'a>,
+    /// Of each sample, which one of its source it is.
+    numbers: Vec<u64>,
+    cancel: &'a Cancel,
+}
+
+impl DenseStream for Live<'_> {
+    fn behind(&self, layers: &[usize], samples: &[usize]) -> Result<Vec<BTreeMap<usize, Vec<u8>>>> {
+        let numbers: Vec<u64> = samples.iter().map(|&sample| self.numbers[sample]).collect();
+        let mut found = self.course.behind(layers, &numbers, self.cancel)?;
+        let by_place = found.iter_mut().map(|rows| {
+            let own = samples.iter().zip(&numbers);
+            own.filter_map(|(&sample, number)| Some((sample, rows.remove(number)?))).collect()
+        });
+        Ok(by_place.collect())
+    }
 }
 
 /// What comes before the first step: the fit of all layers, where they are trained at once, and the choice of the learning

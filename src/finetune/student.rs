@@ -5,13 +5,13 @@ use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
 use crate::base::{Error, Result};
-use crate::ir::{Dim, Model, ValueId};
+use crate::ir::{Dim, ValueId};
 use crate::prompt::Array;
 use crate::rewrite::fuse_kernels;
 use crate::runtime::{Input, Kind as InputKind, Training};
-use crate::torch::{self, Options, Program};
+use crate::torch::{self, Hold, Options, Program};
 
-use crate::finetune::cut::{Suffix, inputs_of};
+use crate::finetune::cut::{Cut, Suffix, inputs_of};
 use crate::finetune::data::Batch;
 use crate::finetune::error::torch_error;
 use crate::finetune::loss::{Compared, Compute, LossKind};
@@ -20,6 +20,8 @@ use crate::finetune::settings::Precision;
 /// The trained part of a decoder.
 pub struct Student {
     program: Program,
+    /// Number of weights with gradients; those after them are only written to.
+    trained: usize,
     suffix: Suffix,
     inputs: Vec<(ValueId, Input)>,
     /// Positions in `weights()` of what each layer trains.
@@ -40,22 +42,19 @@ impl Student {
     ///
     /// Errors: `Error::Unsupported` for operators and inputs that are not known, `Error::Invalid` for weights that
     /// cannot be trained.
-    pub fn compile(
-        model: &Model,
-        suffix: Suffix,
-        trained: &[ValueId],
-        precision: Precision,
-        device: Device,
-    ) -> Result<Self> {
+    pub fn compile(cut: &Cut, suffix: Suffix, precision: Precision, hold: Hold, device: Device) -> Result<Self> {
+        let model = &cut.analysis.model;
         let graph = &model.graph;
         let mut given = graph.body.inputs.clone();
         given.push(suffix.streams[0]);
         let options = Options {
             device,
-            trainable: trained.to_vec(),
+            trainable: cut.trained.clone(),
+            writable: cut.written.clone(),
             inputs: Some(given),
             outputs: Some(vec![suffix.logits]),
             autocast: (precision == Precision::Bf16).then_some(Kind::BFloat16),
+            hold,
         };
         let program = Program::compile(&fuse_kernels(model).0, &options)?;
         let inputs = inputs_of(graph, &suffix)?;
@@ -64,7 +63,17 @@ impl Student {
             .iter()
             .map(|ids| ids.iter().filter_map(|id| program.parameters().iter().position(|p| p.id == *id)).collect())
             .collect();
-        Ok(Student { program, suffix, inputs, by_layer, points: Vec::new(), anchor_points: Vec::new(), only: None })
+        let trained = cut.trained.len();
+        Ok(Student {
+            program,
+            trained,
+            suffix,
+            inputs,
+            by_layer,
+            points: Vec::new(),
+            anchor_points: Vec::new(),
+            only: None,
+        })
     }
 
     /// Makes this network, compiled from the same graph, a second worker of `first`: it reads and differentiates the
@@ -72,7 +81,7 @@ impl Student {
     ///
     /// Errors: `Error::Invalid` when the two do not train the same weights.
     pub fn work_for(&mut self, first: &Student) -> Result<()> {
-        self.program.share_parameters(&first.program)?;
+        self.program.share_weights(&first.program)?;
         self.points.clone_from(&first.points);
         self.anchor_points.clone_from(&first.anchor_points);
         Ok(())
@@ -80,14 +89,19 @@ impl Student {
 
     /// The trained weights, leaves of the gradient.
     pub fn weights(&self) -> &[torch::Parameter] {
+        &self.program.parameters()[..self.trained]
+    }
+
+    /// Everything that training or a fit writes to: the trained weights, then the others.
+    pub fn written(&self) -> &[torch::Parameter] {
         self.program.parameters()
     }
 
-    /// The name of a trained initializer and the leaf that stands for it.
+    /// The name of a written initializer and its tensor.
     ///
-    /// Errors: `Error::Invalid` when it is not trained.
+    /// Errors: `Error::Invalid` when it is not written to.
     pub fn weight_of(&self, id: ValueId) -> Result<(String, Tensor)> {
-        let weight = self.weights().iter().find(|weight| weight.id == id);
+        let weight = self.written().iter().find(|weight| weight.id == id);
         let weight = weight.ok_or_else(|| Error::invalid(format!("`{}`", self.program.name(id)), "is not trained"))?;
         Ok((weight.name.clone(), weight.tensor.shallow_clone()))
     }
@@ -125,12 +139,35 @@ impl Student {
         layer..self.points.iter().copied().filter(|&point| point <= next).max().unwrap_or(layer)
     }
 
-    /// The trained initializers with their values, in the graph's own type.
+    /// The initializers that have changed with their values, in the graph's own type: adapters are added to their weights.
     ///
     /// Errors: `Error::Engine` when a tensor cannot be read back.
-    pub fn trained(&self) -> Result<Vec<(ValueId, crate::ir::Tensor)>> {
-        let parameters = self.program.parameters().iter();
-        parameters.map(|p| Ok((p.id, crate::torch::tensor_to_ir(&p.name, &p.tensor, p.dtype)?))).collect()
+    pub fn changed(&self, cut: &Cut, scale: f64) -> Result<Vec<(ValueId, crate::ir::Tensor)>> {
+        let graph = &cut.analysis.model.graph;
+        let mut changed = Vec::new();
+        let thin = |id: ValueId| cut.adapted.iter().any(|adapted| [adapted.a, adapted.b].contains(&id));
+        for weight in self.written().iter().filter(|weight| !thin(weight.id)) {
+            if cut.adapted.iter().all(|adapted| adapted.weight != weight.id) {
+                changed.push((weight.id, torch::tensor_to_ir(&weight.name, &weight.tensor, weight.dtype)?));
+            }
+        }
+        for adapted in &cut.adapted {
+            let name = graph.name(adapted.weight);
+            let Some(stored) = graph.body.initializer(adapted.weight) else { continue };
+            let (a, b) = (self.weight_of(adapted.a)?.1, self.weight_of(adapted.b)?.1);
+            let base = match self.weight_of(adapted.weight) {
+                Ok((_, tensor)) => tensor,
+                Err(_) => torch::tensor_from_ir(name, stored)?,
+            };
+            let merged = || -> Result<Tensor, tch::TchError> {
+                let change = a.f_detach()?.f_matmul(&b.f_detach()?)?.f_mul_scalar(scale)?.f_to_device(Device::Cpu)?;
+                let change = if adapted.transposed { change.f_tr()? } else { change };
+                base.f_detach()?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?.f_add(&change)
+            };
+            let merged = merged().map_err(torch_error(format!("the adapter of `{name}`")))?;
+            changed.push((adapted.weight, torch::tensor_to_ir(name, &merged, stored.dtype)?));
+        }
+        Ok(changed)
     }
 
     /// Computes once what all layers read besides the stream.

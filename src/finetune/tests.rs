@@ -35,7 +35,12 @@ impl Source for Texts {
             let length = 6 + i;
             let input_ids = (0..length).map(|t| (7 * i * i + 31 * t * t + 11 * t + 5 * i) % self.vocabulary).collect();
             let answer_mask = (0..length).map(|t| t >= length / 2).collect();
-            Ok(Sample { id: format!("text {i}"), prompt: Prompt { input_ids, ..Prompt::default() }, answer_mask })
+            Ok(Sample {
+                id: format!("text {i}"),
+                number: i as u64,
+                prompt: Prompt { input_ids, ..Prompt::default() },
+                answer_mask,
+            })
         })))
     }
 }
@@ -90,6 +95,21 @@ struct Run {
 }
 
 fn run(settings: &Settings, layers: &[usize], work: &Path, resume: bool, stop_after: Option<u64>) -> Run {
+    run_within(settings, layers, work, resume, stop_after, Limits::default())
+}
+
+fn run_with(settings: &Settings, layers: &[usize], work: &Path, limits: Limits) -> Outcome {
+    run_within(settings, layers, work, false, None, limits).outcome.unwrap()
+}
+
+fn run_within(
+    settings: &Settings,
+    layers: &[usize],
+    work: &Path,
+    resume: bool,
+    stop_after: Option<u64>,
+    limits: Limits,
+) -> Run {
     let dense = Bundle::open(&model()).unwrap();
     let pruned_folder = tempfile::tempdir().unwrap();
     let bundle = Bundle::open(&pruned(&dense, pruned_folder.path())).unwrap();
@@ -105,6 +125,7 @@ fn run(settings: &Settings, layers: &[usize], work: &Path, resume: bool, stop_af
         device: Device::Cpu,
         work,
         resume,
+        limits,
         features: &features,
     };
     let cancel = Cancel::default();
@@ -153,7 +174,7 @@ fn loss_and_gradients_are_those_of_the_reference() {
     let reference: Reference = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
     assert_eq!((reference.dropped, reference.trained), (DROPPED.to_vec(), vec![2, 4]));
     let work = tempfile::tempdir().unwrap();
-    for gradient_checkpointing in [false, true] {
+    for gradient_checkpointing in [None, Some(true)] {
         let settings = Settings { gradient_checkpointing, ..settings() };
         let run = run(&settings, &[2, 4], work.path(), false, None);
         run.outcome.unwrap();
@@ -454,6 +475,7 @@ fn a_model_in_half_precision_is_healed_and_stays_one() {
             device: Device::Cpu,
             work: folder,
             resume: false,
+            limits: Limits::default(),
             features: &FeatureCache::new(1 << 20),
         };
         (before, finetune(&request, &Cancel::default(), &mut |_| {}).unwrap())

@@ -208,6 +208,7 @@ impl<'a> Stages<'a> {
                 device,
                 work: &work,
                 resume: true,
+                limits: finetune::Limits::default(),
                 features,
                 teacher: Some(teacher),
             };

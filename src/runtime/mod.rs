@@ -49,7 +49,7 @@ pub use logits::argmax_last;
 pub use port::Port;
 pub use positions::multimodal_positions;
 pub use profile::{NetworkTimes, Profile};
-pub use sampling::{Sampler, argmax_last};
+pub use sampling::Sampler;
 pub use session::{Optimisation, Outputs, Runtime, Session, SessionOptions};
 pub use step::{Embedded, Side, Step};
 pub use tensor::{Element, Tensor};

@@ -36,7 +36,7 @@ mod weights;
 
 pub use convert::{data_type_of, kind_of, read_npz, tensor_from_ir, tensor_to_ir};
 pub use device::{cpu_lacks_bf16, cuda_device, cuda_device_count};
-pub use program::{Options, Parameter, Program};
+pub use program::{Hold, Options, Parameter, Program};
 pub use ranks::Ranks;
 pub use table::{Row, find_row, rows, support_table};
 

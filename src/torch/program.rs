@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 
 use tch::{Device, Kind, Tensor};
 
@@ -10,20 +11,32 @@ use crate::ir::{self, DataType, Dim, GraphIndex, Model, ValueId, ValueType};
 
 use super::block::store;
 use super::compile::{Compiler, Slot, Step, values_read};
-use super::convert::{computed_kind, data_type_of, kind_of, tensor_from_ir};
+use super::convert::{computed, computed_kind, data_type_of, kind_of, tensor_from_ir};
 use super::kernel::{OpError, OpResult};
 use super::ops::lowered;
 use super::route::{Facts, Plan, Plans, Route, Signature, Turn};
-use super::weights::{self, Fixed};
+use super::weights::{self, Fixed, Shared};
+
+/// How frozen weights of 16 bits and quantised ones are held.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Hold {
+    /// In f32, widened and dequantised once: fast, and twice to eight times as large as the file.
+    #[default]
+    Widened,
+    /// As they are in the file, on a processor without a copy; each operator that reads one widens it for itself.
+    Stored,
+}
 
 /// Options of compilation.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// Device of the tensors; for a GPU take it from [`super::cuda_device`].
     pub device: Device,
-    /// Initializers that get gradients. They are copied to f32 (f64 stays f64), as are all weights of 16 bits; the rest
-    /// stay as they are in the file and share its memory.
+    /// Initializers that get gradients. They are copied to f32 (f64 stays f64). Frozen weights share the file's memory,
+    /// but those that `hold` has widened.
     pub trainable: Vec<ValueId>,
+    /// Initializers that are written to and get no gradient; copied as the trainable ones are.
+    pub writable: Vec<ValueId>,
     /// The values that runs will be given: `None` for the graph's inputs. Any value may be one; what lies before it is
     /// then not compiled.
     pub inputs: Option<Vec<ValueId>>,
@@ -32,11 +45,22 @@ pub struct Options {
     pub outputs: Option<Vec<ValueId>>,
     /// Runs matrix products in this kind (bf16, say) and everything else as the tensors are.
     pub autocast: Option<Kind>,
+    /// How frozen weights are held.
+    pub hold: Hold,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { device: Device::Cpu, trainable: Vec::new(), inputs: None, outputs: None, autocast: None }
+        let (device, hold) = (Device::Cpu, Hold::default());
+        Options {
+            device,
+            trainable: Vec::new(),
+            writable: Vec::new(),
+            inputs: None,
+            outputs: None,
+            autocast: None,
+            hold,
+        }
     }
 }
 
@@ -75,6 +99,9 @@ pub struct Program {
     trainable: HashMap<Slot, usize>,
     device: Device,
     autocast: Option<Kind>,
+    hold: Hold,
+    /// Frozen weights and constants, the same tensors in all programs that share them.
+    shared: Arc<Shared>,
     state: RefCell<State>,
 }
 
@@ -132,7 +159,8 @@ impl Program {
         }
         let mut parameters = Vec::new();
         let mut trainable = HashMap::new();
-        for &id in &options.trainable {
+        let leaves = options.trainable.iter().map(|id| (*id, true));
+        for (id, gradient) in leaves.chain(options.writable.iter().map(|id| (*id, false))) {
             let name = graph.name(id);
             let Some(tensor) = frozen.remove(&id.index()) else {
                 return Err(Error::invalid(
@@ -151,7 +179,7 @@ impl Program {
             let leaf = tensor_from_ir(name, &tensor)?
                 .f_to_device(options.device)
                 .and_then(|t| t.f_to_kind(kind))
-                .and_then(|t| t.detach().f_set_requires_grad(true))
+                .and_then(|t| t.detach().f_set_requires_grad(gradient))
                 .map_err(|e| Error::engine("LibTorch", format!("initializer `{name}`"), e))?;
             trainable.insert(id.index(), parameters.len());
             parameters.push(Parameter { id, name: name.to_string(), dtype: tensor.dtype, tensor: leaf });
@@ -174,6 +202,8 @@ impl Program {
             trainable,
             device: options.device,
             autocast: options.autocast,
+            hold: options.hold,
+            shared: Arc::default(),
             state: RefCell::default(),
         })
     }
@@ -188,16 +218,23 @@ impl Program {
         &self.outputs
     }
 
-    /// The trainable weights, in the order in which they were named.
+    /// The trainable weights, then those that are only written to, in the order in which they were named.
     pub fn parameters(&self) -> &[Parameter] {
         &self.parameters
     }
 
-    /// Takes another program's trainable weights in place of its own: leaves of this program's gradients over the same
-    /// memory, so that what an optimiser writes to them is seen by both.
+    /// Takes another program's weights in place of its own. The trainable ones are leaves of this program's gradients over
+    /// the same memory, so that what an optimiser writes to them is seen by both; of frozen weights and constants there is
+    /// one tensor, whichever program reads it first.
     ///
-    /// Errors: `Error::Invalid` unless both train the same initializers.
-    pub fn share_parameters(&mut self, other: &Program) -> Result<()> {
+    /// Errors: `Error::Invalid` unless both are compiled from one graph and train the same initializers.
+    pub fn share_weights(&mut self, other: &Program) -> Result<()> {
+        let alike = (&self.names, self.device, self.autocast, self.hold)
+            == (&other.names, other.device, other.autocast, other.hold);
+        if !alike {
+            return Err(Error::invalid("the program", "is of another graph than the one that it is to share with"));
+        }
+        self.shared = other.shared.clone();
         if !self.parameters.iter().map(|own| own.id).eq(other.parameters.iter().map(|theirs| theirs.id)) {
             return Err(Error::invalid("the program", "trains other weights than the one that it is to share with"));
         }
@@ -205,7 +242,7 @@ impl Program {
             own.tensor = theirs
                 .tensor
                 .f_detach()
-                .and_then(|alias| alias.f_set_requires_grad(true))
+                .and_then(|alias| alias.f_set_requires_grad(theirs.tensor.requires_grad()))
                 .map_err(|e| Error::engine("LibTorch", format!("initializer `{}`", own.name), e))?;
         }
         Ok(())
@@ -257,10 +294,13 @@ impl Program {
         let route = &routes[number];
         for &slot in &route.weights {
             let (Some(tensor), None) = (self.frozen.get(&slot), fixed.get(slot, &route.lowered)) else { continue };
-            let name = &self.names[slot];
-            let weight = self.as_read(slot, &weights::frozen(name, tensor, self.device)?, &route.lowered);
-            let named = |e: OpError| Error::engine("LibTorch", format!("tensor `{name}`"), e.0);
-            fixed.insert(slot, weight.map_err(named)?, &route.lowered);
+            let weight = self.shared.weight((slot, route.lowered.contains(&slot)), || {
+                let name = &self.names[slot];
+                let weight = weights::frozen(name, tensor, self.device, self.hold)?;
+                let named = |e: OpError| Error::engine("LibTorch", format!("tensor `{name}`"), e.0);
+                self.as_read(slot, &weight, &route.lowered).map_err(named)
+            })?;
+            fixed.insert(slot, weight, &route.lowered);
         }
         let mut trained: HashMap<Slot, Tensor> = HashMap::new();
         for &slot in &route.weights {
@@ -270,13 +310,18 @@ impl Program {
         }
         if !route.constant_kept.iter().all(|&slot| fixed.get(slot, &route.lowered).is_some()) {
             let _guard = tch::no_grad_guard();
-            let (mut made, mut constants) = (HashMap::new(), Vec::new());
-            let weights = |slot: Slot| fixed.get(slot, &route.lowered);
-            self.execute(&route.constant, &mut made, &weights, moved, &mut |slot, tensor| {
-                if route.constant_kept.contains(&slot) {
-                    constants.push((slot, self.as_read(slot, tensor, &route.lowered)?));
-                }
-                Ok(())
+            let constants = self.shared.constants(&route.constant_kept, &route.lowered, || {
+                let (mut made, mut constants) = (HashMap::new(), Vec::new());
+                let weights = |slot: Slot| fixed.get(slot, &route.lowered);
+                self.execute(&route.constant, &mut made, &weights, &route.lowered, moved, &mut |slot, tensor| {
+                    if route.constant_kept.contains(&slot) {
+                        let constant = self.as_read(slot, tensor, &route.lowered)?;
+                        let narrowed = self.hold == Hold::Stored && !route.lowered.contains(&slot);
+                        constants.push((slot, if narrowed { weights::narrowed(constant)? } else { constant }));
+                    }
+                    Ok(())
+                })?;
+                Ok(constants)
             })?;
             constants.into_iter().for_each(|(slot, tensor)| fixed.insert(slot, tensor, &route.lowered));
         }
@@ -286,13 +331,13 @@ impl Program {
                 for (&slot, tensor) in &plan.values {
                     values.insert(slot, tensor.shallow_clone());
                 }
-                self.execute(&route.lean, &mut values, &fixed, moved, &mut |_, _| Ok(()))?;
+                self.execute(&route.lean, &mut values, &fixed, &route.lowered, moved, &mut |_, _| Ok(()))?;
             }
             None => {
                 let mut plan = Plan { route: number, signature, values: HashMap::new() };
                 let kept = &route.static_kept;
                 let read_on_device = |slot: Slot| self.read_on_device(&route.lean, slot);
-                self.execute(&route.full, &mut values, &fixed, moved, &mut |slot, tensor| {
+                self.execute(&route.full, &mut values, &fixed, &route.lowered, moved, &mut |slot, tensor| {
                     if kept.contains(&slot) {
                         let tensor = if read_on_device(slot) {
                             tensor.f_to_device(self.device)?
@@ -313,7 +358,7 @@ impl Program {
                 .or_else(|| fixed(slot))
                 .ok_or_else(|| Error::invalid(format!("value `{}`", self.names[slot]), "was not computed"))?;
             let shared = own.is_none() || route.static_kept.contains(&slot);
-            let result = if shared { copied(tensor) } else { Ok(tensor.shallow_clone()) };
+            let result = if shared { copied(tensor, self.hold) } else { Ok(tensor.shallow_clone()) };
             results.push(result.map_err(|e| Error::engine("LibTorch", format!("value `{}`", self.names[slot]), e))?);
         }
         Ok(results)
@@ -342,6 +387,7 @@ impl Program {
             frozen: &|slot| self.frozen.contains_key(&slot),
             trainable: &|slot| self.trainable.contains_key(&slot),
             autocast: self.autocast.is_some(),
+            keeps_quantised: self.hold == Hold::Stored,
         };
         Route::new(&facts, inputs, outputs).map_err(|lacking| {
             let names: Vec<&str> = lacking.iter().map(|&slot| self.names[slot].as_str()).collect();
@@ -372,17 +418,20 @@ impl Program {
         turns: &[Turn],
         values: &mut HashMap<Slot, Tensor>,
         fixed: &dyn Fn(Slot) -> Option<&'v Tensor>,
+        lowers: &HashSet<Slot>,
         moved: &mut HashMap<Slot, Tensor>,
         made: &mut dyn FnMut(Slot, &Tensor) -> OpResult<()>,
     ) -> Result<()> {
         for turn in turns {
             let step = &self.steps[turn.step];
             let outputs = {
-                let inputs: Vec<Option<&Tensor>> = step
+                let mut inputs: Vec<Option<&Tensor>> = step
                     .inputs
                     .iter()
                     .map(|slot| slot.and_then(|slot| values.get(&slot).or_else(|| fixed(slot))))
                     .collect();
+                let widened = self.widened(step, &inputs, values, lowers)?;
+                widened.iter().for_each(|(index, tensor)| inputs[*index] = Some(tensor));
                 let mut mover = |slot: Slot, tensor: &Tensor| {
                     if values.contains_key(&slot) {
                         return Ok(tensor.f_to_device(self.device)?);
@@ -414,6 +463,28 @@ impl Program {
         Ok(())
     }
 
+    /// The inputs of a step that are held in 16 bits, as the step computes with them.
+    fn widened(
+        &self,
+        step: &Step,
+        inputs: &[Option<&Tensor>],
+        values: &HashMap<Slot, Tensor>,
+        lowers: &HashSet<Slot>,
+    ) -> Result<Vec<(usize, Tensor)>> {
+        let mut widened = Vec::new();
+        if self.hold == Hold::Widened || step.row.shape_only {
+            return Ok(widened);
+        }
+        for (index, (slot, tensor)) in step.inputs.iter().zip(inputs).enumerate() {
+            let (Some(slot), Some(tensor)) = (slot, tensor) else { continue };
+            if !values.contains_key(slot) && !lowers.contains(slot) {
+                let wide = computed(&self.names[*slot], tensor.shallow_clone())?;
+                widened.push((index, wide));
+            }
+        }
+        Ok(widened)
+    }
+
     fn check_input(&self, id: ValueId, tensor: &Tensor, kind: Kind) -> Result<()> {
         let Some(ValueType::Tensor { dtype, shape }) = self.types.get(&id.index()) else { return Ok(()) };
         let subject = || format!("input `{}`", self.name(id));
@@ -443,10 +514,10 @@ impl Program {
 }
 
 /// A tensor with memory of its own.
-fn copied(tensor: &Tensor) -> std::result::Result<Tensor, tch::TchError> {
+fn copied(tensor: &Tensor, hold: Hold) -> std::result::Result<Tensor, tch::TchError> {
     let mut copy = tensor.f_zeros_like()?;
     copy.f_copy_(tensor)?;
-    Ok(copy)
+    if hold == Hold::Stored { copy.f_to_kind(computed_kind(tensor.f_kind()?)) } else { Ok(copy) }
 }
 
 /// For each node, whether the outputs need it when the inputs are given.
@@ -481,46 +552,5 @@ fn value_ids(model: &Model) -> Vec<(usize, ValueId)> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::route::MAX_PLANS_BYTES;
-    use super::*;
-
-    /// x times a square of ones as large as x is long: the square depends on shapes only.
-    fn squares() -> Model {
-        let mut model = Model { ir_version: 10, ..Default::default() };
-        model.opset_imports.insert(String::new(), 21);
-        let graph = &mut model.graph;
-        let mut value = |name: &str| graph.add_value(ir::Value { name: name.into(), ..Default::default() });
-        let [x, length, size, square, y] = ["x", "length", "size", "square", "y"].map(&mut value);
-        let node = |op: &str, inputs: &[ValueId], output: ValueId| {
-            let inputs = inputs.iter().map(|id| Some(*id)).collect();
-            ir::Node { op_type: op.into(), inputs, outputs: vec![Some(output)], ..Default::default() }
-        };
-        let mut join = node("Concat", &[length, length], size);
-        join.attributes.push(("axis".into(), ir::AttributeKind::Int(0).into()));
-        let mut fill = node("ConstantOfShape", &[size], square);
-        fill.attributes.push(("value".into(), ir::AttributeKind::Tensor(ir::Tensor::from_f32(&[1], &[1.0])).into()));
-        graph.body.nodes = vec![node("Shape", &[x], length), join, fill, node("MatMul", &[x, square], y)];
-        (graph.body.inputs, graph.body.outputs) = (vec![x], vec![y]);
-        model
-    }
-
-    #[test]
-    fn what_is_kept_for_many_shapes_has_a_bound() {
-        let program = Program::compile(&squares(), &Options::default()).expect("compile");
-        let run = |length: i64| {
-            let x = Tensor::ones([length], tch::kind::FLOAT_CPU);
-            let out = program.run(&[(program.inputs()[0], x)], program.outputs()).expect("run");
-            assert_eq!((out[0].size(), out[0].double_value(&[length - 1])), (vec![length], length as f64));
-            program.state.borrow().plans.size_bytes()
-        };
-        assert_eq!(run(3), 3 * 3 * 4);
-        // Each square takes about 4 MB: 40 of them are more than there is room for.
-        let kept = (1000..1040).map(run).max().expect("runs");
-        assert!((MAX_PLANS_BYTES / 2..=MAX_PLANS_BYTES).contains(&kept), "{kept} bytes");
-        // A square that has no room at all is computed each time.
-        let large = ((MAX_PLANS_BYTES / 4) as f64).sqrt() as i64 + 8;
-        let before = run(1039);
-        assert_eq!([run(large), run(large)], [before; 2]);
-    }
-}
+#[path = "program_tests.rs"]
+mod tests;

@@ -120,6 +120,8 @@ pub(super) struct Facts<'a> {
     pub trainable: &'a dyn Fn(Slot) -> bool,
     /// True when matrix products run in another kind than their operands have.
     pub autocast: bool,
+    /// True when what expands quantised weights is done in every run and not once.
+    pub keeps_quantised: bool,
 }
 
 impl Route {
@@ -233,6 +235,9 @@ fn classify(facts: &Facts, given: &HashSet<Slot>, order: &[usize]) -> HashMap<us
             all.constant &= input.constant;
             all.content &= input.content;
             shape &= input.shape && (input.content || !step.row.reads_on_host(index));
+        }
+        if step.row.expands && facts.keeps_quantised {
+            (all.constant, all.content) = (false, false);
         }
         let content = if step.row.shape_only { shape } else { all.content };
         let class = match (all.constant, content) {

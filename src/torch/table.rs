@@ -26,6 +26,8 @@ pub struct Row {
     pub(super) shape_only: bool,
     /// True when inputs 0 and 1 are read in the autocast kind, where there is one.
     pub(super) lowers: bool,
+    /// True when the output is larger in memory than the input: quantised weights as floats.
+    pub(super) expands: bool,
     pub(super) build: fn(&mut Build) -> OpResult<Kernel>,
 }
 
@@ -37,8 +39,8 @@ impl Row {
         build: fn(&mut Build) -> OpResult<Kernel>,
     ) -> Self {
         let until = if domain.is_empty() { LATEST_OPSET } else { 1 };
-        let (differentiable, host_inputs, shape_only, lowers) = (false, 0, false, false);
-        Row { domain, op_type, since, until, differentiable, host_inputs, shape_only, lowers, build }
+        let (differentiable, host_inputs, shape_only, lowers, expands) = (false, 0, false, false, false);
+        Row { domain, op_type, since, until, differentiable, host_inputs, shape_only, lowers, expands, build }
     }
 
     pub(super) const fn until(mut self, version: i64) -> Self {
@@ -63,6 +65,11 @@ impl Row {
 
     pub(super) const fn lowers(mut self) -> Self {
         self.lowers = true;
+        self
+    }
+
+    pub(super) const fn expands(mut self) -> Self {
+        self.expands = true;
         self
     }
 

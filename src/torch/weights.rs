@@ -1,16 +1,18 @@
-//! Weights as tensors: frozen ones share memory with the mapped file, but 16-bit floats, which are copied to f32;
-//! trainable ones are copies.
+//! Weights as tensors: frozen ones share memory with the mapped file, but for those that are widened; trainable ones are
+//! copies.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::base::{Error, MappedFile, Result};
 use crate::ir::{self, TensorData};
 
 use super::compile::Slot;
 use super::convert::{computed, count_of, dims_of, kind_of, tensor_from_ir};
+use super::kernel::OpResult;
+use super::program::Hold;
 
 /// Integer constants of at most this many elements remain on the host: they feed shapes.
 const HOST_INTEGERS: usize = 4096;
@@ -36,6 +38,63 @@ impl Fixed {
     }
 }
 
+/// Frozen weights and constants of several programs of one graph, by slot and by whether they are in the autocast kind.
+#[derive(Default)]
+pub(super) struct Shared(Mutex<HashMap<(Slot, bool), Tensor>>);
+
+impl Shared {
+    /// The tensor of a weight, made where no program has it yet.
+    ///
+    /// Errors: those of `make`.
+    pub fn weight(&self, key: (Slot, bool), make: impl FnOnce() -> Result<Tensor>) -> Result<Tensor> {
+        let mut known = self.lock();
+        if let Some(tensor) = known.get(&key) {
+            return Ok(tensor.shallow_clone());
+        }
+        let tensor = make()?;
+        known.insert(key, tensor.shallow_clone());
+        Ok(tensor)
+    }
+
+    /// The tensors of all constants of a route, made together where one is not known yet.
+    ///
+    /// Errors: those of `make`.
+    pub fn constants(
+        &self,
+        slots: &HashSet<Slot>,
+        lowers: &HashSet<Slot>,
+        make: impl FnOnce() -> Result<Vec<(Slot, Tensor)>>,
+    ) -> Result<Vec<(Slot, Tensor)>> {
+        let mut known = self.lock();
+        let key = |slot: Slot| (slot, lowers.contains(&slot));
+        let found = slots.iter().map(|&slot| Some((slot, known.get(&key(slot))?.shallow_clone())));
+        if let Some(all) = found.collect() {
+            return Ok(all);
+        }
+        let made = make()?;
+        known.extend(made.iter().map(|(slot, tensor)| (key(*slot), tensor.shallow_clone())));
+        Ok(made)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<(Slot, bool), Tensor>> {
+        self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+/// A constant in 16 bits where that loses nothing: a weight of 16 bits that was turned or cut is one again.
+pub(super) fn narrowed(tensor: Tensor) -> OpResult<Tensor> {
+    if tensor.f_kind()? != Kind::Float || tensor.numel() <= HOST_INTEGERS {
+        return Ok(tensor);
+    }
+    for kind in [Kind::Half, Kind::BFloat16] {
+        let narrow = tensor.f_to_kind(kind)?;
+        if narrow.f_to_kind(Kind::Float)?.f_equal(&tensor)? {
+            return Ok(narrow);
+        }
+    }
+    Ok(tensor)
+}
+
 /// Files that LibTorch tensors point into. LibTorch has no hook for the end of the last such tensor (a view, or one
 /// saved for a backward pass), so a file once shared remains mapped until the process ends.
 static SHARED: Mutex<Vec<Arc<MappedFile>>> = Mutex::new(Vec::new());
@@ -43,12 +102,12 @@ static SHARED: Mutex<Vec<Arc<MappedFile>>> = Mutex::new(Vec::new());
 /// A frozen weight on its device.
 ///
 /// Errors: `Error::Unsupported` for element types without a LibTorch kind, `Error::Invalid` for a wrong byte count.
-pub(super) fn frozen(name: &str, tensor: &ir::Tensor, device: Device) -> Result<Tensor> {
+pub(super) fn frozen(name: &str, tensor: &ir::Tensor, device: Device, hold: Hold) -> Result<Tensor> {
     let host = match share(name, tensor)? {
         Some(shared) => shared,
         None => tensor_from_ir(name, tensor)?,
     };
-    let host = computed(name, host)?;
+    let host = if hold == Hold::Stored { host } else { computed(name, host)? };
     let small = if tensor.dtype.is_float() { HOST_FLOATS } else { HOST_INTEGERS };
     if device == Device::Cpu || host.numel() <= small {
         return Ok(host);

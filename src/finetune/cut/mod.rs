@@ -1,5 +1,6 @@
 //! Where a decoder is cut for training: decided on the graph alone.
 
+mod adapters;
 mod inputs;
 mod projection;
 mod suffix;
@@ -9,8 +10,10 @@ use std::collections::HashSet;
 
 use crate::analysis::{Analysis, analyse};
 use crate::base::{Error, Result};
+use crate::finetune::settings::Lora;
 use crate::ir::{Model, ValueId};
 
+pub use adapters::Adapted;
 pub use inputs::{SideInputs, SideWidths, inputs_of, side_inputs, token_inputs};
 pub use projection::{FitTarget, Projection, products_of};
 pub use suffix::Suffix;
@@ -19,7 +22,12 @@ pub use weights::{replaced, trained_weights};
 /// The graph with everything that the cut needs to know.
 pub struct Cut {
     pub analysis: Analysis,
+    /// What is trained: weights of the layers, or adapters beside them.
     pub trained: Vec<ValueId>,
+    /// Weights with adapters.
+    pub adapted: Vec<Adapted>,
+    /// Weights that a fit writes and no step moves.
+    pub written: Vec<ValueId>,
     /// The first trained layer.
     pub first: usize,
     /// The residual stream before the first trained layer and after it and each later one.
@@ -40,7 +48,19 @@ impl Cut {
             .map(|layer| layer.input)
             .chain(map.layers.last().map(|layer| layer.output))
             .collect();
-        Ok(Cut { trained, first, streams, analysis })
+        Ok(Cut { trained, adapted: Vec::new(), written: Vec::new(), first, streams, analysis })
+    }
+
+    /// Puts adapters beside the weights, to be trained in their place; those of `targets` are still written to.
+    ///
+    /// Errors: `Error::Invalid` when no weight has sides above the rank.
+    pub fn adapt(&mut self, lora: Lora, targets: &[FitTarget]) -> Result<()> {
+        let adapted = adapters::adapt(&mut self.analysis.model.graph, &self.trained, lora)?;
+        self.trained = adapted.iter().flat_map(|adapted| [adapted.a, adapted.b]).collect();
+        let fitted = targets.iter().flat_map(|target| target.products.iter().flatten()).map(|product| product.weight);
+        self.written = fitted.collect();
+        self.adapted = adapted;
+        Ok(())
     }
 
     /// What training runs of the graph.

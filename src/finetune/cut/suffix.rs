@@ -19,6 +19,8 @@ pub struct Suffix {
     pub side: Vec<ValueId>,
     /// Inputs of the graph that any of it reads.
     pub inputs: Vec<ValueId>,
+    /// Initializers that any of it reads.
+    pub weights: HashSet<ValueId>,
     /// True when something computed from the tokens other than the stream is read: an embedding of each layer, features
     /// packed behind the rows.
     pub reads_tokens: bool,
@@ -108,10 +110,13 @@ impl Suffix {
             return Err(Error::invalid(format!("initializer `{}`", graph.name(id)), problem));
         }
         let inputs = graph.body.inputs.iter().copied().filter(|id| read.contains(id)).collect();
+        let initializers = graph.body.initializers.iter().map(|(id, _)| *id);
+        let weights = initializers.filter(|id| read.contains(id)).collect();
         Ok(Suffix {
             streams: streams.to_vec(),
             side,
             inputs,
+            weights,
             reads_tokens,
             trained: trained_by_piece,
             head_input,

@@ -18,6 +18,8 @@ use crate::finetune::loss::TopK;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Example {
     pub id: String,
+    /// Which sample of the source it is.
+    pub number: u64,
     /// Tokens, image tokens included.
     pub length: usize,
     /// Positions whose logits predict an answer token, ascending.
@@ -47,7 +49,7 @@ impl Example {
         let answers = (1..input_ids.len()).filter(|&at| answer_mask[at]);
         let (positions, targets) = answers.map(|at| (at as u32 - 1, input_ids[at])).unzip();
         let (length, rotary) = (input_ids.len(), Vec::new());
-        Ok(Example { id, length, positions, targets, rotary, image: Vec::new(), types: Vec::new() })
+        Ok(Example { id, number: 0, length, positions, targets, rotary, image: Vec::new(), types: Vec::new() })
     }
 
     /// Keeps where image tokens are and of what types tokens are.
@@ -194,6 +196,25 @@ impl TrainingSet {
     ///
     /// Errors: `Error::Io` when rows cannot be read; `Error::Engine` when LibTorch cannot make the tensors.
     pub fn batch(&self, samples: &[usize], device: Device) -> Result<Batch> {
+        self.batch_with(samples, self.stream.wanted.clone(), true, device)
+    }
+
+    /// True when the dense model's stream behind the layer is on disk.
+    pub fn has_target(&self, layer: usize) -> bool {
+        self.targets.streams.iter().any(|target| target.point == layer + 1)
+    }
+
+    /// The batch of these samples, with the dense model's stream behind the layers `wanted`, None for all, and with its
+    /// answers or without. What is not asked for is not read.
+    ///
+    /// Errors: as [`TrainingSet::batch`].
+    pub fn batch_with(
+        &self,
+        samples: &[usize],
+        wanted: Option<Range<usize>>,
+        answers: bool,
+        device: Device,
+    ) -> Result<Batch> {
         let time = samples.iter().map(|&sample| self.examples[sample].length).max().unwrap_or(0);
         let (rows, width) = (samples.len(), self.stream.rows.width());
         let stride = time * width * 4;
@@ -211,8 +232,8 @@ impl TrainingSet {
             real_rows.extend(first..first + example.length as i64);
         }
         let step = self.step(samples)?;
-        let streams = self.streams(samples, device)?;
-        let top_k = self.top_k(samples, device)?;
+        let streams = self.streams(samples, wanted.as_ref(), device)?;
+        let top_k = if answers { self.top_k(samples, device)? } else { None };
         let make = move || -> Result<Batch, tch::TchError> {
             let (b, t) = (rows as i64, time as i64);
             Ok(Batch {
@@ -229,8 +250,13 @@ impl TrainingSet {
         make().map_err(torch_error("a batch"))
     }
 
-    fn streams(&self, samples: &[usize], device: Device) -> Result<BTreeMap<usize, Tensor>> {
-        let wanted = |point: usize| self.stream.wanted.as_ref().is_none_or(|layers| layers.contains(&(point - 1)));
+    fn streams(
+        &self,
+        samples: &[usize],
+        wanted: Option<&Range<usize>>,
+        device: Device,
+    ) -> Result<BTreeMap<usize, Tensor>> {
+        let wanted = |point: usize| wanted.is_none_or(|layers| layers.contains(&(point - 1)));
         let mut streams = BTreeMap::new();
         for StreamTarget { rows, point } in self.targets.streams.iter().filter(|target| wanted(target.point)) {
             let mut bytes = Vec::new();
@@ -282,6 +308,15 @@ impl TrainingSet {
         }
         Step::padded_right(&prompts.iter().collect::<Vec<_>>())
     }
+}
+
+/// Rows of bf16 numbers, little-endian, as a matrix.
+///
+/// Errors: `Error::Engine` when LibTorch cannot make it.
+pub fn bf16_matrix(bytes: &[u8], width: usize) -> Result<Tensor> {
+    let count = bytes.len() / (2 * width).max(1);
+    let matrix = Tensor::f_from_data_size(bytes, &[count as i64, width as i64], Kind::BFloat16);
+    matrix.map_err(torch_error("the dense model's stream"))
 }
 
 /// Bytes of `rows` as a matrix.

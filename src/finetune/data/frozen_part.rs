@@ -178,7 +178,8 @@ pub fn each_round(
                 let sample = sample?;
                 cancel.check(&format!("nothing of the {task} is kept"))?;
                 progress.advance(1);
-                let example = Example::new(sample.id.clone(), &sample.prompt.input_ids, &sample.answer_mask)?;
+                let mut example = Example::new(sample.id.clone(), &sample.prompt.input_ids, &sample.answer_mask)?;
+                example.number = sample.number;
                 if example.length > max_tokens {
                     left_out.too_long += 1;
                     continue;

@@ -6,8 +6,8 @@ mod rows;
 mod source;
 mod teacher;
 
-pub use batch::{Batch, Stream, TrainingSet};
+pub use batch::{Batch, Stream, TrainingSet, bf16_matrix};
 pub use frozen_part::Store;
 pub use rows::{Element, RowsWriter};
 pub use source::{Conversations, Sample, Source};
-pub use teacher::{Course, Lesson, Teacher};
+pub use teacher::{Course, Dense, Lesson, Teacher};

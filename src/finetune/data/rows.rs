@@ -33,6 +33,16 @@ impl Element {
         }
     }
 
+    /// The bytes of numbers, little-endian.
+    pub fn bytes_of(self, numbers: &[f32]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        match self {
+            Element::F32 => append(&mut bytes, numbers, f32::to_le_bytes),
+            Element::Bf16 => append(&mut bytes, numbers, |number| bf16::from_f32(number).to_le_bytes()),
+        }
+        bytes
+    }
+
     /// Ending of files of such rows.
     pub fn extension(self) -> &'static str {
         match self {
@@ -122,10 +132,7 @@ impl RowsWriter {
             let problem = format!("got {} numbers, {count} rows of {width} were expected", numbers.len());
             return Err(Error::invalid(format!("cache `{}`", self.path.display()), problem));
         }
-        match self.element {
-            Element::F32 => append(&mut self.buffer, numbers, f32::to_le_bytes),
-            Element::Bf16 => append(&mut self.buffer, numbers, |number| bf16::from_f32(number).to_le_bytes()),
-        }
+        self.buffer.extend(self.element.bytes_of(numbers));
         self.rows += count as u64;
         if self.buffer.len() >= 1 << 20 {
             self.flush()?;

@@ -1,5 +1,8 @@
 //! Where training samples come from: conversations, tokenised and with their pictures processed, one after the other.
 
+use std::cell::Cell;
+use std::rc::Rc;
+
 use crate::base::{Result, Sha256Digest};
 use crate::data::{Dataset, Encoded, Encoder, Intake, LeftOut};
 use crate::prompt::Prompt;
@@ -9,6 +12,8 @@ use crate::prompt::Prompt;
 pub struct Sample {
     /// Name in errors.
     pub id: String,
+    /// Which sample of its source it is; ascending.
+    pub number: u64,
     /// Token ids and the pictures' arrays.
     pub prompt: Prompt,
     /// True for each token of an answer, its end token included; as long as the prompt's ids.
@@ -23,6 +28,12 @@ pub trait Source: Sync {
     fn count(&self) -> u64;
     /// The samples that can be used, in a fixed order.
     fn samples(&self) -> Result<Box<dyn Iterator<Item = Result<Sample>> + '_>>;
+    /// The samples of these numbers, ascending.
+    fn some(&self, numbers: &[u64]) -> Result<Box<dyn Iterator<Item = Result<Sample>> + '_>> {
+        let wanted = numbers.to_vec();
+        let chosen = move |sample: &Result<Sample>| sample.as_ref().map_or(true, |own| wanted.contains(&own.number));
+        Ok(Box::new(self.samples()?.filter(chosen)))
+    }
     /// What the last pass over the samples left out.
     fn left_out(&self) -> LeftOut {
         LeftOut::default()
@@ -51,9 +62,24 @@ impl Source for Conversations<'_> {
     }
 
     fn samples(&self) -> Result<Box<dyn Iterator<Item = Result<Sample>> + '_>> {
-        let encode = |sample: &_| self.encoder.conversation(sample);
+        // Samples are encoded one after the other, each when it is asked for: the last one read is the one that is given.
+        let number = Rc::new(Cell::new(0));
+        let read = number.clone();
+        let encode = move |sample: &crate::data::Sample| {
+            read.set(sample.index as u64);
+            self.encoder.conversation(sample)
+        };
         let samples = self.intake.encoded(self.dataset, self.indices, encode)?;
-        Ok(Box::new(samples.map(|encoded| Ok(Sample::new(encoded?)))))
+        Ok(Box::new(samples.map(move |encoded| Ok(Sample::new(encoded?, number.get())))))
+    }
+
+    fn some(&self, numbers: &[u64]) -> Result<Box<dyn Iterator<Item = Result<Sample>> + '_>> {
+        let indices: Vec<usize> = numbers.iter().map(|&number| number as usize).collect();
+        let samples = self.dataset.read(&indices)?;
+        Ok(Box::new(samples.map(|sample| {
+            let sample = sample?;
+            Ok(Sample::new(self.encoder.conversation(&sample)?, sample.index as u64))
+        })))
     }
 
     fn left_out(&self) -> LeftOut {
@@ -63,9 +89,9 @@ impl Source for Conversations<'_> {
 
 impl Sample {
     /// Takes an encoded conversation apart into what the runtime reads.
-    pub fn new(encoded: Encoded) -> Self {
+    pub fn new(encoded: Encoded, number: u64) -> Self {
         let (id, answer_mask) = (encoded.id.clone(), encoded.answer_mask.clone());
-        Sample { id, prompt: encoded.into_prompt(), answer_mask }
+        Sample { id, number, prompt: encoded.into_prompt(), answer_mask }
     }
 }
 
@@ -95,7 +121,11 @@ mod tests {
         let intake = Intake::new(&dataset, &bundle, usize::MAX);
         let source = Conversations { encoder: &encoder, dataset: &dataset, indices: &indices, intake };
         for _ in 0..2 {
-            let ids: Vec<String> = source.samples().unwrap().map(|sample| sample.unwrap().id).collect();
+            let samples: Vec<Sample> = source.samples().unwrap().map(Result::unwrap).collect();
+            let numbers: Vec<u64> = samples.iter().map(|sample| sample.number).collect();
+            let again = source.some(&numbers[5..9]).unwrap().map(|sample| sample.unwrap().id);
+            assert!(again.eq(samples[5..9].iter().map(|sample| sample.id.clone())));
+            let ids: Vec<String> = samples.into_iter().map(|sample| sample.id).collect();
             assert_eq!((ids.len(), ids[7].as_str()), (19, "row 8 of `x.jsonl` (id `8`)"));
             let left_out = source.left_out();
             assert_eq!(left_out.unreadable, 1);

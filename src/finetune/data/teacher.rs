@@ -1,5 +1,6 @@
 //! The dense model as teacher: its residual stream and its answers, computed once in ONNX Runtime and kept on disk.
 
+use std::collections::BTreeMap;
 use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,7 +19,7 @@ use crate::finetune::loss::LossKind;
 use crate::finetune::plan::{Point, points};
 
 use super::frozen_part::{self, Ready, Store, each_round};
-use super::source::Source;
+use super::source::{Sample, Source};
 use crate::finetune::settings::Settings;
 
 /// Bytes of logits that one run may give.
@@ -42,6 +43,8 @@ pub struct Teacher<'a> {
 pub struct Lesson<'a> {
     pub teacher: &'a Teacher<'a>,
     pub trained: &'a [usize],
+    /// The layer before which training begins.
+    pub first: usize,
     pub source: &'a dyn Source,
     pub data_digest: &'a Sha256Digest,
     pub settings: &'a Settings,
@@ -57,6 +60,8 @@ pub struct Course<'a> {
     pub digest: Sha256Digest,
     analysis: Analysis,
     points: Vec<Point>,
+    /// Further points that only a fit looks at.
+    fit_points: Vec<Point>,
     /// A file for each of the points.
     streams: Vec<PathBuf>,
     /// With the number of likeliest tokens that are kept of each answer.
@@ -79,20 +84,46 @@ pub enum Frozen {
     Value(ValueId),
 }
 
-impl<'a> Lesson<'a> {
-    /// Looks at the dense model, whose SHA-256 is `digest`, and says what it is to give.
-    ///
+/// The dense model's decoder, looked at.
+pub struct Dense {
+    analysis: Analysis,
+}
+
+impl Dense {
     /// Errors: `Error::Invalid` when dense and pruned model do not belong together.
-    pub fn prepare(self, digest: Sha256Digest) -> Result<Course<'a>> {
-        let path = self.teacher.bundle.path_of(self.teacher.bundle.require(Role::Decoder)?);
+    pub fn open(teacher: &Teacher<'_>) -> Result<Self> {
+        let path = teacher.bundle.path_of(teacher.bundle.require(Role::Decoder)?);
         let analysis = analyse(&crate::onnx::load(&path)?)?;
         let layers = &analysis.map.layers;
-        if self.teacher.kept.iter().any(|&layer| layer >= layers.len()) {
-            let problem = format!("has {} layers, the pruned model kept layers {:?}", layers.len(), self.teacher.kept);
+        if teacher.kept.iter().any(|&layer| layer >= layers.len()) {
+            let problem = format!("has {} layers, the pruned model kept layers {:?}", layers.len(), teacher.kept);
             return Err(Error::invalid(format!("teacher `{}`", path.display()), problem)
                 .remedy("name the model that was pruned as teacher"));
         }
-        let points = points(self.teacher.kept, self.teacher.anchors, self.trained, layers.len(), self.settings);
+        Ok(Dense { analysis })
+    }
+
+    /// The points of its stream that a run compares.
+    pub fn points(&self, teacher: &Teacher<'_>, trained: &[usize], first: usize, settings: &Settings) -> Vec<Point> {
+        points(teacher.kept, teacher.anchors, trained, first, self.analysis.map.layers.len(), settings)
+    }
+
+    /// Bytes of its weights.
+    pub fn weight_bytes(&self) -> u64 {
+        self.analysis.model.graph.body.initializers.iter().map(|(_, tensor)| tensor.byte_len()).sum()
+    }
+}
+
+impl<'a> Lesson<'a> {
+    /// Says what the dense model, whose SHA-256 is `digest`, is to give.
+    ///
+    /// Errors: `Error::Invalid` when the settings cannot be hashed.
+    pub fn prepare(self, dense: Dense, digest: Sha256Digest) -> Result<Course<'a>> {
+        let all = dense.points(self.teacher, self.trained, self.first, self.settings);
+        let by_terms = Settings { fit: false, ..self.settings.clone() };
+        let points = dense.points(self.teacher, self.trained, self.first, &by_terms);
+        let fit_points = all.into_iter().filter(|point| !points.contains(point)).collect();
+        let Dense { analysis } = dense;
         let vocabulary = last_size(&analysis, analysis.map.result);
         let k = (self.settings.kd_top_k as usize).min(vocabulary.unwrap_or(usize::MAX));
         let max_tokens = self.settings.max_tokens;
@@ -110,12 +141,12 @@ impl<'a> Lesson<'a> {
             key.map(|key| (file("answers", key, ANSWERS), k))
         });
         let answers = answers.transpose()?;
-        Ok(Course { lesson: self, digest, analysis, points, streams, answers, vocabulary })
+        Ok(Course { lesson: self, digest, analysis, points, fit_points, streams, answers, vocabulary })
     }
 }
 
 impl Course<'_> {
-    /// True when an earlier run left everything on disk.
+    /// True when nothing is left to write: an earlier run did, or no loss term reads any of it.
     pub fn kept(&self) -> bool {
         self.streams.iter().chain(self.answers.iter().map(|(path, _)| path)).all(|path| path.exists())
     }
@@ -126,8 +157,8 @@ impl Course<'_> {
     ///
     /// Errors: `Error::Io` when a file cannot be read.
     pub fn frozen(&self, pruned: &Bundle, prefix: Option<&Model>) -> Result<Option<Frozen>> {
-        let Lesson { teacher, trained, .. } = &self.lesson;
-        let first = trained.iter().copied().min().unwrap_or(0);
+        let Lesson { teacher, first, .. } = &self.lesson;
+        let first = *first;
         let whole = teacher.kept.iter().take(first).copied().eq(0..first);
         let record = pruned.record()?;
         let parent = record.as_ref().and_then(|record| record.provenance.inputs.get("model"));
@@ -144,8 +175,7 @@ impl Course<'_> {
     ///
     /// Errors: whatever a sample or a run fails with; `Error::Interrupted`; nothing is kept then.
     pub fn fill(&self, frozen: Option<(Frozen, &Store)>, cancel: &Cancel) -> Result<Option<(TrainingSet, LeftOut)>> {
-        let Lesson { teacher, source, settings, device, features, .. } = &self.lesson;
-        let layers = &self.analysis.map.layers;
+        let Lesson { source, settings, .. } = &self.lesson;
         // One value may be wanted at two points; a graph gives it once.
         let mut outputs: Vec<ValueId> = Vec::new();
         let mut place_of = |id: ValueId| {
@@ -154,9 +184,7 @@ impl Course<'_> {
                 outputs.len() - 1
             })
         };
-        let stream_before =
-            |point: &Point| layers.get(point.dense).map_or(layers[layers.len() - 1].output, |l| l.input);
-        let places: Vec<usize> = self.points.iter().map(|point| place_of(stream_before(point))).collect();
+        let places: Vec<usize> = self.points.iter().map(|point| place_of(self.stream_before(point))).collect();
         let frozen_place = match frozen {
             Some((Frozen::Value(id), _)) => Some(place_of(id)),
             _ => None,
@@ -164,14 +192,7 @@ impl Course<'_> {
         if self.answers.is_some() {
             outputs.push(self.analysis.map.result);
         }
-        let part = extract(&self.analysis.model, &[], &outputs)?;
-        let open = || {
-            let runtime = Runtime::new(*device)?;
-            let options = SessionOptions::default();
-            let head_dim = teacher.bundle.config().and_then(|config| config.head_size());
-            let decoder = Decoder::prefill_only(runtime.session_of(&part, &options)?, head_dim)?;
-            VlmSession::with_decoder(&runtime, teacher.bundle, decoder, &options, features)
-        };
+        let open = || self.session(&outputs);
         let mut filling = frozen.map(|(_, store)| store.begin()).transpose()?;
         let writers = self.streams.iter().map(|path| RowsWriter::create(path, STREAMS));
         let mut streams = writers.collect::<Result<Vec<_>>>()?;
@@ -218,6 +239,59 @@ impl Course<'_> {
         Ok(filled)
     }
 
+    fn stream_before(&self, point: &Point) -> ValueId {
+        let layers = &self.analysis.map.layers;
+        layers.get(point.dense).map_or(layers[layers.len() - 1].output, |layer| layer.input)
+    }
+
+    /// The dense model as far as these values need it.
+    fn session(&self, outputs: &[ValueId]) -> Result<VlmSession> {
+        let Lesson { teacher, device, features, .. } = &self.lesson;
+        let part = extract(&self.analysis.model, &[], outputs)?;
+        let runtime = Runtime::new(*device)?;
+        let options = SessionOptions::default();
+        let head_dim = teacher.bundle.config().and_then(|config| config.head_size());
+        let decoder = Decoder::prefill_only(runtime.session_of(&part, &options)?, head_dim)?;
+        VlmSession::with_decoder(&runtime, teacher.bundle, decoder, &options, features)
+    }
+
+    /// The dense stream that the student's stream behind each of `layers` is compared with, counted from its first trained
+    /// one, for these samples: by layer and sample number, rows in bf16. Nothing is written.
+    ///
+    /// Errors: whatever a sample or a run fails with; `Error::Interrupted`.
+    pub fn behind(&self, layers: &[usize], numbers: &[u64], cancel: &Cancel) -> Result<Vec<BTreeMap<u64, Vec<u8>>>> {
+        let first = self.lesson.first;
+        let all = || self.points.iter().chain(&self.fit_points);
+        let mut outputs: Vec<ValueId> = Vec::new();
+        let mut places = Vec::with_capacity(layers.len());
+        for layer in layers {
+            let point = all().find(|point| point.student == first + layer + 1);
+            let point =
+                point.ok_or_else(|| Error::invalid("the fit", format!("has no target behind layer {layer}")))?;
+            let value = self.stream_before(point);
+            places.push(outputs.iter().position(|&other| other == value).unwrap_or(outputs.len()));
+            if !outputs.contains(&value) {
+                outputs.push(value);
+            }
+        }
+        let mut numbers = numbers.to_vec();
+        numbers.sort_unstable();
+        let chosen = Chosen { source: self.lesson.source, numbers };
+        let mut found: Vec<BTreeMap<u64, Vec<u8>>> = layers.iter().map(|_| BTreeMap::new()).collect();
+        each_round(&chosen, "dense model", || self.session(&outputs), usize::MAX, cancel, &mut |round, model| {
+            let kept = frozen_part::outputs(round, model, usize::MAX, |_, outputs| {
+                Ok(places.iter().map(|&place| STREAMS.bytes_of(outputs[place])).collect::<Vec<_>>())
+            })?;
+            for (streams, sample) in kept.into_iter().zip(round.drain(..)) {
+                for (by_sample, stream) in found.iter_mut().zip(streams) {
+                    by_sample.insert(sample.example.number, stream);
+                }
+            }
+            Ok(())
+        })?;
+        Ok(found)
+    }
+
     /// What was kept, for these examples.
     ///
     /// Errors: `Error::Invalid` when the stream's width is not the pruned model's, or a file is damaged.
@@ -228,7 +302,7 @@ impl Course<'_> {
             return Err(Error::invalid(format!("teacher `{path}`"), problem)
                 .remedy("name the model that was pruned as teacher"));
         }
-        let first = self.lesson.trained.iter().copied().min().unwrap_or(0);
+        let first = self.lesson.first;
         let streams = self.points.iter().zip(&self.streams).map(|(point, path)| {
             let rows = Rows::open(path, total_tokens(examples), hidden_size, STREAMS)?;
             Ok(StreamTarget { rows, point: point.student - first })
@@ -238,6 +312,26 @@ impl Course<'_> {
             Rows::open(path, count, 2 * k, ANSWERS)
         });
         Ok(Targets { streams: streams.collect::<Result<_>>()?, answers: answers.transpose()? })
+    }
+}
+
+/// Some samples of a source.
+struct Chosen<'a> {
+    source: &'a dyn Source,
+    numbers: Vec<u64>,
+}
+
+impl Source for Chosen<'_> {
+    fn digest(&self) -> Result<Sha256Digest> {
+        sha256_json(&(self.source.digest()?, &self.numbers))
+    }
+
+    fn count(&self) -> u64 {
+        self.numbers.len() as u64
+    }
+
+    fn samples(&self) -> Result<Box<dyn Iterator<Item = Result<Sample>> + '_>> {
+        self.source.some(&self.numbers)
     }
 }
 

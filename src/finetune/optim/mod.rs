@@ -2,10 +2,13 @@
 
 mod adamw;
 mod average;
+mod eight_bit;
 mod muon;
 mod optimizer;
 mod schedule;
 
 pub use average::Average;
-pub use optimizer::{Constants, OPTIMIZERS, Optimizer, OptimizerKind, OptimizerRow, Parameter, clip_gradients};
+pub use optimizer::{
+    Constants, OPTIMIZERS, Optimizer, OptimizerKind, OptimizerRow, Parameter, clip_gradients, state_bytes,
+};
 pub use schedule::{SCHEDULES, Schedule, ScheduleRow, warmup_steps};

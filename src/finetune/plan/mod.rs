@@ -1,9 +1,18 @@
 //! What a run is made of, decided before it begins.
 
+mod limits;
 pub mod order;
 mod part;
 mod points;
+mod run_plan;
+mod sizes;
 
+pub use limits::Limits;
 pub use order::Step;
 pub use part::Part;
 pub use points::{Point, anchor_points, points};
+pub use run_plan::{Facts, PlannedBytes, PlannedData, RunPlan};
+pub use sizes::Sizes;
+
+/// Most tokens that a fit looks at.
+pub const FIT_TOKENS: u64 = 1 << 17;

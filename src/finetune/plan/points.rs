@@ -24,7 +24,7 @@ pub fn anchor_points(anchors: &[usize], trained: &[usize], settings: &Settings) 
     points
 }
 
-/// The points that the stream terms compare, ascending.
+/// The points that the stream terms compare, ascending, from layer `first` on, where training begins.
 ///
 /// A finetuned layer answers for what was dropped behind it, so the stream after it is matched with the dense stream
 /// before the next layer that was kept; the stream after a frozen layer with the dense stream after that same layer.
@@ -32,11 +32,11 @@ pub fn points(
     kept: &[usize],
     anchors: &[usize],
     trained: &[usize],
+    first: usize,
     dense_layers: usize,
     settings: &Settings,
 ) -> Vec<Point> {
     let layers = kept.len();
-    let first = trained.iter().copied().min().unwrap_or(0);
     let dense_of = |student: usize| match student {
         0 => 0,
         _ if trained.contains(&(student - 1)) => kept.get(student).copied().unwrap_or(dense_layers),
@@ -71,7 +71,7 @@ mod tests {
         let kept = [0, 1, 3, 4, 5, 7];
         let pairs = |kinds: &[LossKind], anchors: &[usize]| -> Vec<(usize, usize)> {
             let losses = kinds.iter().map(|&kind| (kind, 1.0)).collect();
-            let points = points(&kept, anchors, &[2, 4], 8, &Settings { losses, ..Settings::default() });
+            let points = points(&kept, anchors, &[2, 4], 2, 8, &Settings { losses, ..Settings::default() });
             points.iter().map(|point| (point.student, point.dense)).collect()
         };
         let all = [(3, 4), (4, 5), (5, 7), (6, 8)];

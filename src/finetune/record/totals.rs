@@ -23,6 +23,12 @@ pub struct LayerFit {
     /// The ridge that was chosen for each of them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ridges: Vec<f64>,
+    /// Tokens that were looked at.
+    #[serde(default)]
+    pub tokens: u64,
+    /// Those of the samples that the ridge was chosen on; 0 where there were too few samples, and a fixed ridge was taken.
+    #[serde(default)]
+    pub held_out_tokens: u64,
 }
 
 /// One candidate.

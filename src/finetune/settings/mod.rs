@@ -4,4 +4,4 @@ mod recipe;
 mod values;
 
 pub use recipe::{DEFAULT_RECIPE, RECIPES, RecipeRow, StageRow};
-pub use values::{Precision, Settings, Stage};
+pub use values::{Lora, LoraLayers, Precision, Settings, Stage};

@@ -21,6 +21,38 @@ pub enum Precision {
     Bf16,
 }
 
+/// Rank, scale and seed of adapters.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Lora {
+    pub rank: u32,
+    pub alpha: f64,
+    pub seed: u64,
+}
+
+impl Lora {
+    /// Factor of `A B`.
+    pub fn scale(self) -> f64 {
+        self.alpha / f64::from(self.rank.max(1))
+    }
+}
+
+/// Layers with adapters.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum LoraLayers {
+    /// Those that the plan names.
+    #[default]
+    Trained,
+    /// Every layer that is left.
+    All,
+}
+
+impl LoraLayers {
+    fn is_trained(&self) -> bool {
+        *self == LoraLayers::Trained
+    }
+}
+
 /// A part of a run with loss terms of its own.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -73,14 +105,19 @@ pub struct Settings {
     pub seed: u64,
     /// Number format of matrix products.
     pub precision: Precision,
-    /// Keeps only each layer's input and computes the layer again in the backward pass: less memory, more time.
-    pub gradient_checkpointing: bool,
+    /// Keeps only each layer's input and computes the layer again in the backward pass: less memory, more time. Unset, the
+    /// run's plan decides: where frozen weights are widened in each product, or a memory limit asks for it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gradient_checkpointing: Option<bool>,
     /// Trains low-rank adapters of this rank beside the weights of the layers, in place of these weights; 0 trains the
     /// weights. What is written holds the sum of both.
     #[serde(skip_serializing_if = "none")]
     pub lora_rank: u32,
     /// Factor of the adapters, before it is divided by the rank.
     pub lora_alpha: f64,
+    /// Beside which layers' weights adapters are: `trained` or `all` of the decoder.
+    #[serde(skip_serializing_if = "LoraLayers::is_trained")]
+    pub lora_layers: LoraLayers,
     /// Gives the mean of the weights behind this part of the steps, the last ones, in place of the weights behind the last
     /// step; 0 gives these. It wants a schedule that keeps the learning rate up.
     pub average_last: f64,
@@ -133,9 +170,10 @@ impl Default for Settings {
             group_by_length: false,
             seed: 42,
             precision: Precision::F32,
-            gradient_checkpointing: false,
+            gradient_checkpointing: None,
             lora_rank: 0,
             lora_alpha: 16.0,
+            lora_layers: LoraLayers::Trained,
             average_last: 0.0,
             data_share: 1.0,
             fit: false,
@@ -175,6 +213,11 @@ impl Settings {
         float("data_share", self.data_share, self.data_share > 0.0 && self.data_share <= 1.0, "above 0 and at most 1")?;
         if self.trains() {
             self.check_losses()?;
+        }
+        if self.lora_layers == LoraLayers::All && (self.lora_rank == 0 || self.layer_by_layer() || !self.trains()) {
+            let problem = "is `all`, which wants a `lora_rank` and a loss term that looks at answers";
+            return Err(Error::invalid("finetune setting `lora_layers`", problem)
+                .remedy("for instance `--recipe best --lora-rank 16 --lora-layers all`"));
         }
         let counts = [
             ("batch_size", u64::from(self.batch_size)),
@@ -271,6 +314,12 @@ impl Settings {
     pub fn constants(&self) -> Constants {
         let Settings { beta1, beta2, epsilon, weight_decay, .. } = *self;
         Constants { beta1, beta2, epsilon, weight_decay }
+    }
+
+    /// Rank, scale and seed of the adapters, where there are any.
+    pub fn lora(&self) -> Option<Lora> {
+        let Settings { lora_rank: rank, lora_alpha: alpha, seed, .. } = *self;
+        (rank > 0 && self.trains()).then_some(Lora { rank, alpha, seed })
     }
 
     /// Samples per optimiser step.

@@ -43,7 +43,7 @@ pub struct Pass {
 pub fn pass(student: &Student, batch: &Batch, settings: &Settings, counts: Counts) -> Result<Pass> {
     let side = student.side(batch)?;
     let step = Step { student, batch, settings, counts, side };
-    if settings.gradient_checkpointing && step.wants_head() { step.checkpointed() } else { step.plain() }
+    if settings.gradient_checkpointing == Some(true) && step.wants_head() { step.checkpointed() } else { step.plain() }
 }
 
 struct Step<'a> {

@@ -168,7 +168,7 @@ fn advance(students: &mut [Student], dataset: &mut TrainingSet, to: usize, run: 
             continue;
         }
         run.cancel.check("the stream is not kept")?;
-        for (numbers, sample) in streams(students, dataset, &round, from..to, run.device)?.iter().zip(&round) {
+        for (numbers, sample) in streams(students, dataset, &round, from..to, run)?.iter().zip(&round) {
             writer.push(numbers, dataset.examples[*sample].length)?;
         }
         progress.advance(round.len() as u64);
@@ -185,10 +185,11 @@ fn streams(
     dataset: &TrainingSet,
     samples: &[usize],
     layers: std::ops::Range<usize>,
-    device: Device,
+    run: &Run<'_>,
 ) -> Result<Vec<Vec<f32>>> {
-    let mut shares = workers::deal(dataset, samples.to_vec(), students.len());
-    let parts = workers::side_by_side(students, &mut shares, device, |student, passes| {
+    let device = run.device;
+    let mut shares = workers::deal(dataset, samples.to_vec(), students.len(), run.batch_tokens);
+    let parts = workers::side_by_side(students, &mut shares, run, |student, passes| {
         let _guard = tch::no_grad_guard();
         let mut found: Vec<(usize, Vec<f32>)> = Vec::new();
         for samples in passes.iter() {

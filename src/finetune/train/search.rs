@@ -6,7 +6,7 @@
 //! are not equally good at answering.
 
 use serde::{Deserialize, Serialize};
-use tch::{Device, Tensor};
+use tch::Tensor;
 
 use crate::base::{Error, Result, Sha256Digest, read_json, sha256_json, write_json};
 
@@ -50,9 +50,9 @@ pub fn search(
     students: &mut [Student],
     dataset: &mut TrainingSet,
 ) -> Result<Vec<RateTrial>> {
-    let Run { settings, device, inputs, work, resume, .. } = *run;
+    let Run { settings, inputs, work, resume, .. } = *run;
     let Some(first) = students.first() else { return Ok(Vec::new()) };
-    let mut weights: Vec<Tensor> = first.weights().iter().map(|weight| weight.tensor.shallow_clone()).collect();
+    let mut weights: Vec<Tensor> = first.written().iter().map(|weight| weight.tensor.shallow_clone()).collect();
     let copied: Result<Vec<Tensor>, tch::TchError> = weights
         .iter()
         .map(|weight| {
@@ -90,7 +90,7 @@ pub fn search(
         let run = Run { settings: &own, inputs: &inputs, work: &folder, ..*run };
         let loss = train(run, targets, students, dataset, Totals::default(), &mut |_| ()).and_then(|_| {
             if settings.layer_by_layer() {
-                return answers(&own, students, dataset, device);
+                return answers(&own, students, dataset, &run);
             }
             Ok(judged(&read_metrics(&folder.join(METRICS_FILE))?))
         });
@@ -135,13 +135,13 @@ pub fn train(
 }
 
 /// Mean cross-entropy of all answer tokens.
-fn answers(settings: &Settings, students: &mut [Student], dataset: &mut TrainingSet, device: Device) -> Result<f64> {
+fn answers(settings: &Settings, students: &mut [Student], dataset: &mut TrainingSet, run: &Run<'_>) -> Result<f64> {
     let settings = Settings { losses: [(LossKind::Ce, 1.0)].into(), stages: Vec::new(), ..settings.clone() };
     dataset.want(0..0);
     let (mut sum, mut count) = (0.0, 0.0);
     for step in order::epoch(&settings, &dataset.lengths(), 0) {
         let tokens: usize = step.iter().flatten().map(|&sample| dataset.examples[sample].targets.len()).sum();
-        let sums = workers::run(students, dataset, &settings, &step, device)?;
+        let sums = workers::run(students, dataset, &settings, &step, run)?;
         sum += sums.losses.get(&LossKind::Ce).copied().unwrap_or(0.0) * tokens as f64;
         count += tokens as f64;
     }

@@ -7,7 +7,6 @@ use tch::Tensor;
 use crate::base::{Error, Progress, Result, list_preview, peak_memory_bytes};
 use crate::torch;
 
-use super::adapters::Adapters;
 use super::context::Run;
 use super::workers::{self, Sums};
 use crate::finetune::checkpoint::{self, Checkpoints, State, checkpoints};
@@ -27,9 +26,8 @@ pub struct Trainer<'a> {
     part: Part,
     /// The network, once per worker; all over the weights of the first.
     students: &'a mut [Student],
-    /// What is trained: the weights of the first, or the adapters beside them.
+    /// What is trained: the weights of the first.
     parameters: Vec<Parameter>,
-    adapters: Option<Adapters>,
     average: Option<Average>,
     dataset: &'a TrainingSet,
 }
@@ -52,17 +50,12 @@ impl<'a> Trainer<'a> {
     pub fn new(run: Run<'a>, part: Part, students: &'a mut [Student], dataset: &'a TrainingSet) -> Result<Self> {
         let first = students.first().ok_or_else(|| Error::invalid("finetune", "has no network to train"))?;
         let weights: Vec<torch::Parameter> = first.weights_now().map(torch::Parameter::shared).collect();
-        let (adapters, parameters) = if run.settings.lora_rank > 0 && run.settings.trains() {
-            let (adapters, parameters) = Adapters::new(&weights, run.settings)?;
-            (Some(adapters), parameters)
-        } else {
-            let parameters = weights.iter().map(|weight| {
-                Parameter::new(weight.name.clone(), weight.tensor.shallow_clone(), run.settings.optimizer)
-            });
-            (None, parameters.collect::<Result<_>>()?)
-        };
+        let parameters = weights
+            .iter()
+            .map(|weight| Parameter::new(weight.name.clone(), weight.tensor.shallow_clone(), run.settings.optimizer));
+        let parameters = parameters.collect::<Result<_>>()?;
         let average = Average::new(&weights, run.settings.average_last, part.steps)?;
-        Ok(Trainer { run, part, students, parameters, adapters, average, dataset })
+        Ok(Trainer { run, part, students, parameters, average, dataset })
     }
 
     /// Trains to the last step of the part. A run that resumes goes on from the newest checkpoint if there is one of this
@@ -135,16 +128,13 @@ impl<'a> Trainer<'a> {
     /// Steps of the part that are done, and the totals.
     fn start(&mut self, checkpoints: &Checkpoints, begun: Totals) -> Result<(u64, Totals)> {
         let Part { before, .. } = self.part;
-        let alone = self.rest().is_none();
+        let alone = self.alone();
         if self.run.resume
             && let Some((state, folder)) = checkpoints.latest()?
             && (alone || (before + 1..self.part.end()).contains(&state.step))
         {
             checkpoint::check_same_run(&state, &folder, self.run.inputs)?;
             checkpoint::restore(&folder, self.tensors())?;
-            if let Some(adapters) = &mut self.adapters {
-                adapters.apply(&self.parameters)?;
-            }
             return Ok((state.step - before, state.totals));
         }
         if alone {
@@ -162,15 +152,20 @@ impl<'a> Trainer<'a> {
     /// What a checkpoint holds, by name; the tensors themselves, not copies.
     fn tensors(&self) -> Vec<(String, Tensor)> {
         let parameters = self.parameters.iter().flat_map(Parameter::tensors);
-        let adapters = self.adapters.iter().flat_map(Adapters::tensors);
         let average = self.average.iter().flat_map(Average::tensors);
-        parameters.chain(adapters).chain(average).chain(self.rest().into_iter().flatten()).collect()
+        parameters.chain(average).chain(self.rest()).collect()
     }
 
-    /// The weights of all layers, where they are trained one after the other.
-    fn rest(&self) -> Option<Vec<(String, Tensor)>> {
-        let first = self.students.first().filter(|first| first.only.is_some())?;
-        Some(all_weights(first))
+    /// What else a run goes on from: the weights of all layers where they are trained one after the other, else those that
+    /// only a fit writes.
+    fn rest(&self) -> Vec<(String, Tensor)> {
+        let Some(first) = self.students.first() else { return Vec::new() };
+        let all = all_weights(first);
+        if first.only.is_some() { all } else { all.into_iter().skip(first.weights().len()).collect() }
+    }
+
+    fn alone(&self) -> bool {
+        self.students.first().is_none_or(|first| first.only.is_none())
     }
 
     /// The step behind the first `done` ones of the part.
@@ -188,11 +183,7 @@ impl<'a> Trainer<'a> {
             samples().map(|example| example.targets.len() as u64).sum(),
             samples().map(|example| example.length as u64).sum(),
         );
-        let Sums { losses, mut gradients } =
-            workers::run(self.students, self.dataset, settings, step, self.run.device)?;
-        if let Some(adapters) = self.adapters.as_ref().filter(|_| !gradients.is_empty()) {
-            gradients = adapters.gradients(&gradients, &self.parameters)?;
-        }
+        let Sums { losses, mut gradients } = workers::run(self.students, self.dataset, settings, step, &self.run)?;
         let loss: f64 = losses.iter().map(|(kind, value)| settings.weight(*kind) * value).sum();
         let grad_norm = clip_gradients(&mut gradients, settings.max_grad_norm)?;
         if !loss.is_finite() || !grad_norm.is_finite() {
@@ -200,9 +191,6 @@ impl<'a> Trainer<'a> {
         }
         if !gradients.is_empty() {
             workers::optimize(optimizer, &mut self.parameters, gradients, done + 1, learning_rate, self.run.device)?;
-            if let Some(adapters) = &mut self.adapters {
-                adapters.apply(&self.parameters)?;
-            }
         }
         let metrics = StepMetrics {
             step: number,
@@ -242,7 +230,7 @@ impl<'a> Trainer<'a> {
 
 /// The weights of every trained layer as a checkpoint names them; the tensors themselves, not copies.
 pub fn all_weights(student: &Student) -> Vec<(String, Tensor)> {
-    let weights = student.weights().iter();
+    let weights = student.written().iter();
     weights.map(|weight| (format!("weight/{}", weight.name), weight.tensor.shallow_clone())).collect()
 }
 

@@ -4,29 +4,20 @@
 //! more so on a busy machine. Here they meet once per step.
 
 use std::collections::BTreeMap;
-use std::sync::OnceLock;
 
-use rayon::{ThreadPool, ThreadPoolBuilder};
 use tch::{Device, Tensor};
 
-use crate::base::{Error, Result, thread_count};
+use crate::base::{Result, thread_count};
 
+use super::context::Run;
 use super::gradient::{self, Counts};
+use super::pool::on_pool;
 use crate::finetune::data::TrainingSet;
 use crate::finetune::error::torch_error;
 use crate::finetune::loss::LossKind;
 use crate::finetune::optim::{Optimizer, Parameter};
 use crate::finetune::settings::Settings;
 use crate::finetune::student::Student;
-
-/// Most tokens, padding included, that one forward pass on a processor takes, longer samples aside: enough to keep the
-/// matrix products busy, few enough that what is kept for the backward pass stays small.
-const TOKENS_PER_PASS: usize = 512;
-
-/// How many networks work side by side on a device.
-pub fn count(device: Device) -> usize {
-    if device == Device::Cpu { thread_count() } else { 1 }
-}
 
 /// Sums over a step.
 #[derive(Debug, Default)]
@@ -45,18 +36,16 @@ pub fn run(
     dataset: &TrainingSet,
     settings: &Settings,
     step: &[Vec<usize>],
-    device: Device,
+    run: &Run<'_>,
 ) -> Result<Sums> {
+    let device = run.device;
     let samples = || step.iter().flatten().map(|&sample| &dataset.examples[sample]);
     let counts = Counts {
         answer_tokens: samples().map(|example| example.targets.len() as u64).sum(),
         tokens: samples().map(|example| example.length as u64).sum(),
     };
-    let mut shares = match device {
-        Device::Cpu => deal(dataset, step.concat(), students.len()),
-        _ => vec![step.to_vec()],
-    };
-    let results = side_by_side(students, &mut shares, device, |student, share| {
+    let mut shares = deal(dataset, step.concat(), students.len(), run.batch_tokens);
+    let results = side_by_side(students, &mut shares, run, |student, share| {
         passes(student, dataset, settings, share, counts, device)
     })?;
     let mut total = Sums::default();
@@ -73,41 +62,15 @@ pub fn run(
 pub fn side_by_side<S: Send, R: Send>(
     students: &mut [Student],
     shares: &mut [S],
-    device: Device,
+    run: &Run<'_>,
     work: impl Fn(&Student, &mut S) -> Result<R> + Sync,
 ) -> Result<Vec<R>> {
-    if device != Device::Cpu {
+    if run.device != Device::Cpu {
         return students.iter().zip(shares).map(|(student, share)| work(student, share)).collect();
     }
-    let threads = (thread_count() / shares.len().max(1)).max(1) as i32;
     let work = &work;
-    let tasks = students.iter_mut().zip(shares).map(|(student, share)| {
-        move || {
-            tch::set_num_threads(threads);
-            work(student, share)
-        }
-    });
-    on_pool(tasks)
-}
-
-/// Runs the tasks on the pool's threads and collects what they give in their order; a panic goes on here.
-///
-/// The threads stay: a new one would begin every step with cold caches, in the allocator and in LibTorch.
-fn on_pool<R: Send>(tasks: impl Iterator<Item = impl FnOnce() -> Result<R> + Send>) -> Result<Vec<R>> {
-    static POOL: OnceLock<Result<ThreadPool, String>> = OnceLock::new();
-    let pool = POOL.get_or_init(|| {
-        let built = ThreadPoolBuilder::new().num_threads(thread_count()).build();
-        built.map_err(|error| error.to_string())
-    });
-    let pool = pool.as_ref().map_err(|problem| Error::engine("rayon", "the threads of a step", problem))?;
-    let tasks: Vec<_> = tasks.collect();
-    let mut results: Vec<Option<Result<R>>> = tasks.iter().map(|_| None).collect();
-    pool.in_place_scope(|scope| {
-        for (task, result) in tasks.into_iter().zip(&mut results) {
-            scope.spawn(move |_| *result = Some(task()));
-        }
-    });
-    results.into_iter().flatten().collect()
+    let tasks = students.iter_mut().zip(shares).map(|(student, share)| move || work(student, share));
+    on_pool(run.threads, tasks)
 }
 
 fn passes(
@@ -150,18 +113,23 @@ impl Sums {
     }
 }
 
-/// Cuts samples into forward passes and deals these out to at most `workers` networks.
-pub fn deal(dataset: &TrainingSet, samples: Vec<usize>, workers: usize) -> Vec<Vec<Vec<usize>>> {
-    shares(samples, |sample| dataset.examples[sample].length, workers)
+/// Cuts samples into forward passes of about `batch_tokens` tokens and deals these out to at most `workers` networks.
+pub fn deal(dataset: &TrainingSet, samples: Vec<usize>, workers: usize, batch_tokens: usize) -> Vec<Vec<Vec<usize>>> {
+    shares(samples, |sample| dataset.examples[sample].length, workers, batch_tokens)
 }
 
 /// Cuts samples into forward passes, and deals these out so that each of at most `workers` has about the same work.
-fn shares(mut samples: Vec<usize>, length: impl Fn(usize) -> usize, workers: usize) -> Vec<Vec<Vec<usize>>> {
+fn shares(
+    mut samples: Vec<usize>,
+    length: impl Fn(usize) -> usize,
+    workers: usize,
+    batch_tokens: usize,
+) -> Vec<Vec<Vec<usize>>> {
     samples.sort_by_key(|&sample| std::cmp::Reverse(length(sample)));
     let lengths: Vec<usize> = samples.iter().map(|&sample| length(sample).max(1)).collect();
     let total: usize = lengths.iter().sum();
     let workers = workers.clamp(1, samples.len().max(1));
-    let count = workers * total.div_ceil(workers * TOKENS_PER_PASS).max(1);
+    let count = workers * total.div_ceil(workers.saturating_mul(batch_tokens).max(1)).max(1);
     // The smallest size of a pass, padding included, with which `count` passes are enough.
     let longest = lengths.first().copied().unwrap_or(1);
     let (mut low, mut high) = (longest, longest * lengths.len().max(1));
@@ -180,6 +148,19 @@ fn shares(mut samples: Vec<usize>, length: impl Fn(usize) -> usize, workers: usi
         start += size;
     }
     shares.into_iter().map(|share| share.1).filter(|passes| !passes.is_empty()).collect()
+}
+
+/// Cuts samples into passes of at most `tokens` tokens, padding included, longest first; longer samples are alone.
+pub fn passes_of(dataset: &TrainingSet, mut samples: Vec<usize>, tokens: usize) -> Vec<Vec<usize>> {
+    samples.sort_by_key(|&sample| std::cmp::Reverse(dataset.examples[sample].length));
+    let lengths: Vec<usize> = samples.iter().map(|&sample| dataset.examples[sample].length.max(1)).collect();
+    let mut rest = samples.as_slice();
+    let passes = cuts(&lengths, tokens).into_iter().map(|size| {
+        let (own, after) = rest.split_at(size);
+        rest = after;
+        own.to_vec()
+    });
+    passes.collect()
 }
 
 /// Sizes of the runs of samples, longest first, that stay within `limit` tokens when padded to the first of each.
@@ -215,7 +196,7 @@ pub fn optimize(
         return pairs.try_for_each(|(parameter, gradient)| optimizer.step(parameter, &gradient, step, learning_rate));
     }
     pairs.sort_by_key(|(parameter, _)| std::cmp::Reverse(parameter.work()));
-    let mut groups: Vec<(usize, Vec<_>)> = (0..count(device)).map(|_| (0, Vec::new())).collect();
+    let mut groups: Vec<(usize, Vec<_>)> = (0..thread_count()).map(|_| (0, Vec::new())).collect();
     for pair in pairs {
         if let Some((work, group)) = groups.iter_mut().min_by_key(|(work, _)| *work) {
             *work += pair.0.work();
@@ -224,12 +205,11 @@ pub fn optimize(
     }
     let tasks = groups.into_iter().map(|(_, group)| {
         move || {
-            tch::set_num_threads(1);
             let mut group = group.into_iter();
             group.try_for_each(|(parameter, gradient)| optimizer.step(parameter, &gradient, step, learning_rate))
         }
     });
-    on_pool(tasks).map(|_| ())
+    on_pool(1, tasks).map(|_| ())
 }
 
 #[cfg(test)]
@@ -242,7 +222,7 @@ mod tests {
     fn every_sample_is_in_one_pass_of_one_worker() {
         let lengths: Vec<usize> = (0..37).map(|i| 1 + (i * 29) % 71).collect();
         for workers in 1..6 {
-            let shares = shares((0..37).collect(), |sample| lengths[sample], workers);
+            let shares = shares((0..37).collect(), |sample| lengths[sample], workers, 512);
             assert_eq!(shares.len(), workers);
             let mut seen: Vec<usize> = shares.concat().concat();
             seen.sort_unstable();
@@ -257,15 +237,15 @@ mod tests {
 
     #[test]
     fn long_steps_are_cut_into_passes_of_a_bounded_size() {
-        let shares = shares((0..64).collect(), |_| 256, 2);
+        let shares = shares((0..64).collect(), |_| 256, 2, 512);
         assert_eq!(shares.iter().map(Vec::len).collect::<Vec<_>>(), [16, 16]);
-        assert!(shares.concat().iter().all(|pass| pass.len() * 256 == TOKENS_PER_PASS));
+        assert!(shares.concat().iter().all(|pass| pass.len() * 256 == 512));
     }
 
     #[test]
     fn fewer_samples_than_workers_leave_workers_idle() {
-        assert_eq!(shares(vec![7], |_| 5000, 4), [[[7]]]);
-        assert!(shares(Vec::new(), |_| 1, 4).is_empty());
+        assert_eq!(shares(vec![7], |_| 5000, 4, 512), [[[7]]]);
+        assert!(shares(Vec::new(), |_| 1, 4, 512).is_empty());
     }
 
     #[test]

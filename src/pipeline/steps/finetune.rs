@@ -9,7 +9,9 @@ use serde::Serialize;
 use crate::base::{Cancel, Device, Error, Provenance, Result, Sha256Digest, write_json};
 use crate::bundle::{Bundle, BundleWriter, Record, RecordedStep, Role, Tower};
 use crate::data::{DataOptions, Dataset, Encoder, Intake, Subset};
-use crate::finetune::{Conversations, Report, Request, Settings, StepMetrics, Teacher, clear_work};
+use crate::finetune::{
+    Conversations, Limits, Report, Request, RunPlan, Settings, StepMetrics, Teacher, clear_work, plan_run,
+};
 use crate::method::{LayerRole, Plan};
 use crate::runtime::FeatureCache;
 
@@ -40,6 +42,8 @@ pub struct Finetune<'a> {
     pub work: &'a Path,
     /// Continues from the newest checkpoint in `work`.
     pub resume: bool,
+    /// What the run may take of the machine.
+    pub limits: Limits,
     /// Vision features by picture, shared with other steps.
     pub features: &'a Arc<FeatureCache>,
     /// The dense model, for the losses that need it.
@@ -61,6 +65,44 @@ pub fn default_work_folder(target: &Path) -> PathBuf {
     target.with_file_name(name)
 }
 
+/// Decides a run and does nothing.
+///
+/// Errors: as [`finetune`], for what does not need all data to be read.
+pub fn plan_finetune(request: &Finetune) -> Result<RunPlan> {
+    let bundle = Bundle::open(request.pruned)?;
+    check_plan(&bundle, request.plan)?;
+    let dataset = Dataset::open_for(request.data, &bundle, request.options)?;
+    let encoder = Encoder::open(&bundle, &dataset)?;
+    let indices = drawn(request, &dataset)?;
+    let intake = Intake::new(&dataset, &bundle, usize::MAX);
+    let data = Conversations { encoder: &encoder, dataset: &dataset, indices: &indices, intake };
+    let dense = request.teacher.map(Bundle::open).transpose()?;
+    let (kept, anchors) = correspondence(request.plan);
+    let teacher = dense.as_ref().map(|bundle| Teacher { bundle, kept: &kept, anchors: &anchors });
+    plan_run(&training(request, &bundle, &data), teacher.as_ref())
+}
+
+/// The samples that are trained on.
+fn drawn(request: &Finetune, dataset: &Dataset) -> Result<Vec<usize>> {
+    let mut indices = dataset.draw(request.subset)?;
+    indices.truncate((request.settings.data_share * indices.len() as f64).ceil() as usize);
+    Ok(indices)
+}
+
+fn training<'a>(request: &'a Finetune, bundle: &'a Bundle, data: &'a Conversations) -> Request<'a> {
+    Request {
+        bundle,
+        layers: &request.plan.finetune_pruned,
+        data,
+        settings: request.settings,
+        device: request.device,
+        work: request.work,
+        resume: request.resume,
+        limits: request.limits,
+        features: request.features,
+    }
+}
+
 /// Trains the plan's finetune layers of the pruned model and writes the result as a new folder.
 ///
 /// Errors: `Error::Invalid` when the model was not pruned with this plan, the data holds nothing to learn from, or the
@@ -79,8 +121,7 @@ pub fn finetune(
     check_needs(&bundle, work)?;
     let dataset = Dataset::open_for(request.data, &bundle, request.options)?;
     let encoder = Encoder::open(&bundle, &dataset)?;
-    let mut indices = dataset.draw(request.subset)?;
-    indices.truncate((request.settings.data_share * indices.len() as f64).ceil() as usize);
+    let indices = drawn(request, &dataset)?;
     let data = Conversations {
         encoder: &encoder,
         dataset: &dataset,
@@ -91,21 +132,8 @@ pub fn finetune(
     let dense = request.teacher.map(Bundle::open).transpose()?;
     let (kept, anchors) = correspondence(request.plan);
     let teacher = dense.as_ref().map(|bundle| Teacher { bundle, kept: &kept, anchors: &anchors });
-    let outcome = crate::finetune::finetune_with_teacher(
-        &Request {
-            bundle: &bundle,
-            layers: &request.plan.finetune_pruned,
-            data: &data,
-            settings: request.settings,
-            device: request.device,
-            work: request.work,
-            resume: request.resume,
-            features: request.features,
-        },
-        teacher.as_ref(),
-        cancel,
-        observer,
-    )?;
+    let outcome =
+        crate::finetune::finetune_with_teacher(&training(request, &bundle, &data), teacher.as_ref(), cancel, observer)?;
     writer.save(&component, &outcome.decoder)?;
     let recorded = Recorded { subset: request.subset, data: request.options, settings: request.settings };
     let recorded = serde_json::to_value(recorded).map_err(|e| Error::invalid("finetune settings", e.to_string()))?;

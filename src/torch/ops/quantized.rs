@@ -14,7 +14,7 @@ use super::index::wrap;
 use super::linear::product;
 
 pub(super) const ROWS: &[Row] = &[
-    Row::new("", "DequantizeLinear", 10, dequantize),
+    Row::new("", "DequantizeLinear", 10, dequantize).expands(),
     Row::new("", "DynamicQuantizeLinear", 11, |_| many(|args| dynamic_quantize(args.get(0)?))),
     Row::new("", "MatMulInteger", 10, |_| {
         one(|args| {
@@ -25,7 +25,7 @@ pub(super) const ROWS: &[Row] = &[
         })
     }),
     Row::new("", "QuantizeLinear", 10, quantize),
-    Row::new(MICROSOFT, "DequantizeLinear", 1, dequantize),
+    Row::new(MICROSOFT, "DequantizeLinear", 1, dequantize).expands(),
     Row::new(MICROSOFT, "GatherBlockQuantized", 1, gather_block_quantized),
     Row::new(MICROSOFT, "MatMulNBits", 1, matmul_nbits),
     Row::new(MICROSOFT, "QuantizeLinear", 1, quantize),

@@ -1,0 +1,301 @@
+//! Low-rank adapters: nodes beside the products of frozen weights.
+//!
+//! A product `y = x W` becomes `y = x W + alpha / r * (x A) B`, `A` `[K, r]`, `B` `[r, D]`; `A` begins at random and `B` at 0,
+//! so the network begins as it was (Hu et al. 2021, arXiv:2106.09685, section 4.1). `W` stays as it is in the file and
+//! has no gradient. A weight that some other operator reads, a stack of experts for instance, is read as
+//! `W + alpha / r * A B` instead. What is written is that sum in either case.
+
+use std::collections::{BTreeMap, HashSet};
+
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::base::{Error, Result};
+use crate::finetune::settings::Lora;
+use crate::ir::{Attribute, Graph, GraphIndex, Node, Tensor, Value, ValueId};
+
+/// The stream of the seeded generator that adapters draw from; the sampler's are counted from 0.
+const STREAM: u64 = u64::MAX;
+
+/// A weight with an adapter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Adapted {
+    pub weight: ValueId,
+    /// `[.., K, r]`.
+    pub a: ValueId,
+    /// `[.., r, D]`.
+    pub b: ValueId,
+    /// True where the weight is kept as `[D, K]`.
+    pub transposed: bool,
+}
+
+/// How a weight is read.
+enum Reads {
+    /// By products alone: the numbers of their nodes.
+    Products {
+        nodes: Vec<usize>,
+        transposed: bool,
+    },
+    Otherwise,
+}
+
+/// Puts adapters beside all of `weights` that are matrices, or stacks of them, with both sides above the rank. The others
+/// stay as they are.
+///
+/// Errors: `Error::Invalid` when no weight is large enough.
+pub fn adapt(graph: &mut Graph, weights: &[ValueId], lora: Lora) -> Result<Vec<Adapted>> {
+    let rank = u64::from(lora.rank);
+    let mut rng = ChaCha8Rng::seed_from_u64(lora.seed);
+    rng.set_stream(STREAM);
+    let mut adapted = Vec::new();
+    let mut after: BTreeMap<usize, Vec<Node>> = BTreeMap::new();
+    let mut before: BTreeMap<usize, Vec<Node>> = BTreeMap::new();
+    let scale = add(graph, "lora.scale".to_string(), Tensor::from_f32(&[], &[lora.scale() as f32]));
+    let index = GraphIndex::new(graph);
+    let reads: Vec<Reads> = weights.iter().map(|&weight| how_read(graph, &index, weight)).collect();
+    for (&weight, reads) in weights.iter().zip(reads) {
+        let Some(tensor) = graph.body.initializer(weight) else { continue };
+        let dims = tensor.dims.clone();
+        let [stack @ .., rows, columns] = dims.as_slice() else { continue };
+        if (*rows).min(*columns) <= rank {
+            continue;
+        }
+        let transposed = matches!(reads, Reads::Products { transposed: true, .. });
+        let (k, d) = if transposed { (*columns, *rows) } else { (*rows, *columns) };
+        let thin = |last: [u64; 2]| [stack, &last].concat();
+        let bound = 1.0 / (k as f32).sqrt();
+        let count: u64 = thin([k, rank]).iter().product();
+        let numbers: Vec<f32> = (0..count).map(|_| rng.random_range(-bound..bound)).collect();
+        let name = graph.name(weight).to_string();
+        let a = add(graph, format!("{name}.lora_A"), Tensor::from_f32(&thin([k, rank]), &numbers));
+        let zeros = vec![0.0; thin([rank, d]).iter().product::<u64>() as usize];
+        let b = add(graph, format!("{name}.lora_B"), Tensor::from_f32(&thin([rank, d]), &zeros));
+        match reads {
+            Reads::Products { nodes, .. } => {
+                for number in nodes {
+                    let own = beside(graph, number, &name, (a, b, scale));
+                    after.entry(number).or_default().extend(own);
+                }
+            }
+            Reads::Otherwise => {
+                let (number, own) = summed(graph, weight, &name, (a, b, scale));
+                before.entry(number).or_default().extend(own);
+            }
+        }
+        adapted.push(Adapted { weight, a, b, transposed });
+    }
+    if adapted.is_empty() {
+        return Err(Error::invalid(
+            "finetune setting `lora_rank`",
+            format!("is {rank}, and no weight has larger sides"),
+        )
+        .remedy("take a smaller rank, or 0 to train the weights themselves"));
+    }
+    let nodes = std::mem::take(&mut graph.body.nodes);
+    for (number, node) in nodes.into_iter().enumerate() {
+        graph.body.nodes.extend(before.remove(&number).unwrap_or_default());
+        graph.body.nodes.push(node);
+        graph.body.nodes.extend(after.remove(&number).unwrap_or_default());
+    }
+    Ok(adapted)
+}
+
+fn add(graph: &mut Graph, name: String, tensor: Tensor) -> ValueId {
+    let name = graph.fresh_name(&name);
+    let id = graph.add_value(Value { name, ..Value::default() });
+    graph.body.initializers.push((id, tensor));
+    id
+}
+
+fn node(op_type: &str, name: String, inputs: &[ValueId], output: ValueId) -> Node {
+    let inputs = inputs.iter().map(|id| Some(*id)).collect();
+    Node { name, op_type: op_type.to_string(), inputs, outputs: vec![Some(output)], ..Node::default() }
+}
+
+fn how_read(graph: &Graph, index: &GraphIndex, weight: ValueId) -> Reads {
+    let nodes = &graph.body.nodes;
+    let readers = |id: ValueId| -> Vec<usize> {
+        let all = nodes.iter().enumerate().filter(|(_, node)| node.present_inputs().any(|input| input == id));
+        all.map(|(number, _)| number).collect()
+    };
+    let matrix = graph.body.initializer(weight).is_some_and(|tensor| tensor.dims.len() == 2);
+    let captured: HashSet<ValueId> =
+        nodes.iter().flat_map(|node| node.bodies().flat_map(crate::ir::captured)).collect();
+    if !matrix || captured.contains(&weight) {
+        return Reads::Otherwise;
+    }
+    let mut products = Vec::new();
+    let mut turns = HashSet::new();
+    for number in readers(weight) {
+        let reader = &nodes[number];
+        let turned = reader.op_type == "Transpose"
+            && reader.attribute("perm").is_none_or(|perm| perm.as_ints() == Some(&[1, 0]));
+        let ends: Vec<(usize, ValueId, bool)> = match (turned, reader.outputs.first().copied().flatten()) {
+            (true, Some(output)) if index.output_position(output).is_none() && !captured.contains(&output) => {
+                readers(output).into_iter().map(|number| (number, output, true)).collect()
+            }
+            _ => vec![(number, weight, false)],
+        };
+        for (number, right, turned) in ends {
+            let Some(own) = product_turn(&nodes[number], right) else { return Reads::Otherwise };
+            turns.insert(own != turned);
+            products.push(number);
+        }
+    }
+    match (products.is_empty(), turns.len()) {
+        (false, 1) => Reads::Products { nodes: products, transposed: turns.contains(&true) },
+        _ => Reads::Otherwise,
+    }
+}
+
+/// Whether a product turns its right operand, which is `right` and read nowhere else in the node.
+fn product_turn(node: &Node, right: ValueId) -> Option<bool> {
+    let flag = |name: &str| node.attribute(name).map_or(Some(0), Attribute::as_int).map(|value| value != 0);
+    let &[Some(left), Some(own), ..] = node.inputs.as_slice() else { return None };
+    if own != right || left == right || node.inputs.iter().skip(2).any(|input| *input == Some(right)) {
+        return None;
+    }
+    match node.op_type.as_str() {
+        "MatMul" if node.domain.is_empty() => Some(false),
+        "Gemm" => {
+            let alpha = node.attribute("alpha").map_or(Some(1.0), Attribute::as_float)?;
+            if alpha != 1.0 || flag("transA")? {
+                return None;
+            }
+            flag("transB")
+        }
+        _ => None,
+    }
+}
+
+/// The adapter behind a product, which gives its result to the adapter's sum.
+fn beside(graph: &mut Graph, number: usize, name: &str, (a, b, scale): (ValueId, ValueId, ValueId)) -> Vec<Node> {
+    let product = &graph.body.nodes[number];
+    let (Some(Some(x)), Some(Some(y))) = (product.inputs.first().copied(), product.outputs.first().copied()) else {
+        return Vec::new();
+    };
+    let mut value = |end: &str| {
+        let name = graph.fresh_name(&format!("{name}.{end}"));
+        graph.add_value(Value { name, ..Value::default() })
+    };
+    let [thin, wide, scaled, frozen] = ["lora_thin", "lora_wide", "lora_scaled", "frozen"].map(&mut value);
+    graph.body.nodes[number].outputs[0] = Some(frozen);
+    let name = |end: &str| format!("{name}.{end}");
+    vec![
+        node("MatMul", name("lora_A"), &[x, a], thin),
+        node("MatMul", name("lora_B"), &[thin, b], wide),
+        node("Mul", name("lora_scale"), &[wide, scale], scaled),
+        node("Add", name("lora_sum"), &[frozen, scaled], y),
+    ]
+}
+
+/// The sum of a weight and its adapter, before the first node that reads the weight; all of them then read the sum.
+fn summed(
+    graph: &mut Graph,
+    weight: ValueId,
+    name: &str,
+    (a, b, scale): (ValueId, ValueId, ValueId),
+) -> (usize, Vec<Node>) {
+    let mut value = |end: &str| {
+        let name = graph.fresh_name(&format!("{name}.{end}"));
+        graph.add_value(Value { name, ..Value::default() })
+    };
+    let [product, scaled, sum] = ["lora_product", "lora_scaled", "lora_sum"].map(&mut value);
+    let reads = |node: &Node| node.present_inputs().any(|input| input == weight);
+    let first = graph.body.nodes.iter().position(reads).unwrap_or(0);
+    for node in &mut graph.body.nodes {
+        for input in node.inputs.iter_mut().filter(|input| **input == Some(weight)) {
+            *input = Some(sum);
+        }
+    }
+    let name = |end: &str| format!("{name}.{end}");
+    let nodes = vec![
+        node("MatMul", name("lora_product"), &[a, b], product),
+        node("Mul", name("lora_scale"), &[product, scale], scaled),
+        node("Add", name("lora_sum"), &[weight, scaled], sum),
+    ];
+    (first, nodes)
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::{Device, Kind, Tensor as Torch};
+
+    use super::*;
+    use crate::ir::{AttributeKind, Model};
+    use crate::torch::{Options, Program, tensor_to_ir};
+
+    /// `z = (x w0) w1^T`, `s = x3 w2` with a stack, and a vector that has no adapter.
+    fn network() -> (Model, Vec<ValueId>) {
+        tch::manual_seed(3);
+        let mut model = Model { ir_version: 10, ..Default::default() };
+        model.opset_imports.insert(String::new(), 21);
+        let graph = &mut model.graph;
+        let mut value = |name: &str| graph.add_value(Value { name: name.into(), ..Value::default() });
+        let [x, stack, y, t, z, s, w0, w1, w2, w3] =
+            ["x", "stack", "y", "t", "z", "s", "w0", "w1", "w2", "w3"].map(&mut value);
+        let sizes: [(ValueId, &[i64]); 4] = [(w0, &[7, 5]), (w1, &[6, 5]), (w2, &[2, 7, 5]), (w3, &[6])];
+        for (id, size) in sizes {
+            let numbers = Torch::randn(size, (Kind::Float, Device::Cpu));
+            graph.body.initializers.push((id, tensor_to_ir("w", &numbers, crate::ir::DataType::Float).unwrap()));
+        }
+        let mut gemm = node("Gemm", "gemm".into(), &[y, w1, w3], t);
+        gemm.attributes.push(("transB".into(), AttributeKind::Int(1).into()));
+        graph.body.nodes = vec![
+            node("MatMul", "first".into(), &[x, w0], y),
+            gemm,
+            node("Relu", "relu".into(), &[t], z),
+            node("MatMul", "experts".into(), &[stack, w2], s),
+        ];
+        (graph.body.inputs, graph.body.outputs) = (vec![x, stack], vec![z, s]);
+        (model, vec![w0, w1, w2, w3])
+    }
+
+    fn run(model: &Model, inputs: &[Torch; 2]) -> Vec<Torch> {
+        let program = Program::compile(model, &Options::default()).unwrap();
+        let given: Vec<_> = program.inputs().iter().zip(inputs).map(|(id, x)| (*id, x.shallow_clone())).collect();
+        program.run(&given, program.outputs()).unwrap()
+    }
+
+    /// The network with adapters is the network whose weights have them added.
+    #[test]
+    fn adapters_are_added_to_the_weights() {
+        let (mut model, weights) = network();
+        let inputs =
+            [Torch::randn([4, 7], (Kind::Float, Device::Cpu)), Torch::randn([2, 3, 7], (Kind::Float, Device::Cpu))];
+        let plain = run(&model, &inputs);
+        let lora = Lora { rank: 3, alpha: 6.0, seed: 1 };
+        let adapted = adapt(&mut model.graph, &weights, lora).unwrap();
+        assert_eq!(
+            adapted.iter().map(|one| (one.weight, one.transposed)).collect::<Vec<_>>(),
+            [(weights[0], false), (weights[1], true), (weights[2], false)]
+        );
+        crate::ir::check(&model).unwrap();
+        let begun = run(&model, &inputs);
+        assert!(begun.iter().zip(&plain).all(|(a, b)| a.equal(b)));
+        // Some `B`, and the sums of both as weights of the plain network.
+        let (mut merged, _) = network();
+        for one in &adapted {
+            let tensor =
+                |id: ValueId| crate::torch::tensor_from_ir("w", model.graph.body.initializer(id).unwrap()).unwrap();
+            let b = Torch::randn(tensor(one.b).size(), (Kind::Float, Device::Cpu));
+            let change = tensor(one.a).matmul(&b) * lora.scale();
+            let sum = tensor(one.weight) + if one.transposed { change.tr() } else { change };
+            for (graph, id, new) in [(&mut model.graph, one.b, b), (&mut merged.graph, one.weight, sum)] {
+                let place = graph.body.initializers.iter_mut().find(|(other, _)| *other == id).unwrap();
+                place.1 = tensor_to_ir("w", &new, crate::ir::DataType::Float).unwrap();
+            }
+        }
+        let (found, want) = (run(&model, &inputs), run(&merged, &inputs));
+        assert!(found.iter().zip(&want).all(|(a, b)| a.allclose(b, 1e-5, 1e-5, false)), "{found:?}, {want:?}");
+        assert!(!found[0].allclose(&plain[0], 1e-2, 1e-2, false));
+    }
+
+    #[test]
+    fn a_rank_that_no_weight_exceeds_is_refused() {
+        let (mut model, weights) = network();
+        let lora = Lora { rank: 5, alpha: 1.0, seed: 1 };
+        let error = adapt(&mut model.graph, &weights, lora).unwrap_err().to_string();
+        assert!(error.contains("`lora_rank`") && error.contains("is 5"), "{error}");
+    }
+}

@@ -1,0 +1,12 @@
+//! What a run may take of the machine; it decides no result.
+
+/// What a run may take of the machine.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// Bytes of the training device's memory; passes are made smaller until they fit.
+    pub memory: Option<u64>,
+    /// Tokens of one forward pass, padding included, longer samples aside.
+    pub batch_tokens: Option<u64>,
+    /// Networks that work side by side on a processor; None for one per core, and one on all cores for large models.
+    pub workers: Option<u64>,
+}

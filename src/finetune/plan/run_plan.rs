@@ -1,0 +1,588 @@
+//! A run decided once: what is frozen, what is fitted, the stages, the targets, and the bytes of each.
+
+use std::collections::BTreeMap;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::base::{Error, Result, human_bytes, human_count};
+use crate::finetune::cut::FitTarget;
+use crate::finetune::loss::{LOSSES, Teacher};
+use crate::finetune::optim::state_bytes;
+use crate::finetune::settings::{Precision, Settings};
+
+use super::limits::Limits;
+use super::part::Part;
+use super::points::Point;
+use super::sizes::Sizes;
+
+/// Widened copies of frozen weights above this size are not kept: each product makes its own and lets go of it.
+const MOST_WIDENED_BYTES: u64 = 256 << 20;
+/// With more trained bytes than this one network trains on all cores, and not one network a core with gradients of its own.
+const MOST_GRADIENT_BYTES: u64 = 256 << 20;
+/// Tokens of one forward pass on a processor, longer samples aside: enough to keep matrix products busy, few enough that
+/// what is kept for the backward pass stays small.
+const CPU_BATCH_TOKENS: u64 = 512;
+/// What a process takes with nothing loaded: code, the graph, buffers of files.
+const PROCESS_BYTES: u64 = 250 << 20;
+/// f32 copies of the logits that cross-entropy and its backward pass hold.
+const LOGIT_COPIES: u64 = 4;
+
+/// In which order layers are trained.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Order {
+    /// All trained layers at once.
+    Together,
+    /// One after the other, each on the stream that those before it give in the end.
+    LayerByLayer,
+    /// The run ends with the fit.
+    FitOnly,
+}
+
+/// One stage of the steps.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct PlannedStage {
+    /// Optimiser steps.
+    pub steps: u64,
+    /// Loss terms and their weights.
+    pub losses: BTreeMap<String, f64>,
+}
+
+/// The fit before the steps.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct PlannedFit {
+    pub layers: u64,
+    /// Products that are fitted.
+    pub products: u64,
+    /// Columns of the widest normal matrix.
+    pub widest: u64,
+    /// Most tokens that it looks at.
+    pub tokens: u64,
+}
+
+/// What the dense model or the frozen layers are to give.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct PlannedTarget {
+    pub what: String,
+    /// Loss terms, or `fit`, or `steps`, that read it.
+    pub read_by: Vec<String>,
+    pub tokens: u64,
+    pub bytes: u64,
+    /// True where it is written to the work folder; else it is made when it is read.
+    pub written: bool,
+}
+
+/// The samples; tokens are estimated from the first ones before the data has been read.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct PlannedData {
+    pub samples: u64,
+    pub tokens: u64,
+    pub answer_tokens: u64,
+    pub longest_tokens: u64,
+    pub estimated: bool,
+}
+
+/// Where bytes lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Place {
+    /// Memory of the device that trains.
+    Memory,
+    /// The work folder.
+    Disk,
+}
+
+/// When bytes are held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// ONNX Runtime runs the frozen layers or the dense model.
+    Teacher,
+    Fit,
+    Steps,
+}
+
+/// One item of memory or disk.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct PlannedBytes {
+    pub what: String,
+    pub phase: Phase,
+    pub place: Place,
+    pub bytes: u64,
+    /// How the figure comes about.
+    pub formula: String,
+}
+
+/// A run, decided before it begins.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct RunPlan {
+    pub schema_version: u32,
+    pub device: String,
+    pub precision: Precision,
+    /// Layers to train, as the pruned model counts them.
+    pub trained: Vec<u64>,
+    /// Layers before the first trained one, which ONNX Runtime runs.
+    pub frozen_before: u64,
+    /// Layers from the first trained one on.
+    pub layers_run: u64,
+    pub trained_parameters: u64,
+    pub order: Order,
+    pub fit: Option<PlannedFit>,
+    pub stages: Vec<PlannedStage>,
+    pub data: PlannedData,
+    pub targets: Vec<PlannedTarget>,
+    /// Networks that work side by side.
+    pub workers: u64,
+    /// Threads of each.
+    pub threads: u64,
+    /// Most tokens of one forward pass, padding included, longer samples aside.
+    pub batch_tokens: u64,
+    /// Every layer is computed again in the backward pass.
+    pub gradient_checkpointing: bool,
+    /// Frozen weights stay as they are in the file, and each product widens its own.
+    pub frozen_as_stored: bool,
+    pub bytes: Vec<PlannedBytes>,
+    /// The most that a phase holds.
+    pub memory_bytes: u64,
+    pub disk_bytes: u64,
+    /// The limit that was set, and whether the run stays within it.
+    pub memory_limit_bytes: Option<u64>,
+    pub fits: Option<bool>,
+}
+
+/// What a plan is made from.
+pub struct Facts<'a> {
+    pub device: String,
+    pub on_gpu: bool,
+    pub cores: u64,
+    /// Attention heads, for the scores that attention keeps.
+    pub heads: u64,
+    pub settings: &'a Settings,
+    pub layers: &'a [usize],
+    pub layer_count: usize,
+    /// The layer before which training begins.
+    pub first: usize,
+    pub sizes: &'a Sizes,
+    pub fitted: &'a [FitTarget],
+    /// Points of the dense model's stream, and the bytes of its weights.
+    pub points: &'a [Point],
+    pub teacher_bytes: u64,
+    pub data: PlannedData,
+    pub limits: Limits,
+}
+
+impl RunPlan {
+    /// Version of the plan's schema.
+    pub const SCHEMA_VERSION: u32 = 1;
+
+    /// Decides everything.
+    ///
+    /// Errors: `Error::Invalid` when the longest sample alone does not fit the memory limit.
+    pub fn resolve(facts: &Facts<'_>) -> Result<Self> {
+        let Facts { settings, sizes, limits, data, .. } = facts;
+        let first = facts.first;
+        let stored = sizes.widened_bytes.saturating_sub(sizes.frozen_bytes) > MOST_WIDENED_BYTES;
+        let trained = sizes.trained_elements();
+        let one = facts.on_gpu || stored || 4 * trained > MOST_GRADIENT_BYTES;
+        let longest = data.longest_tokens.max(1);
+        let asked = limits.batch_tokens.unwrap_or(match facts.on_gpu {
+            true => u64::from(settings.batch_size) * longest,
+            false => CPU_BATCH_TOKENS,
+        });
+        let mut plan = RunPlan {
+            schema_version: Self::SCHEMA_VERSION,
+            device: facts.device.clone(),
+            precision: settings.precision,
+            trained: facts.layers.iter().map(|&layer| layer as u64).collect(),
+            frozen_before: first as u64,
+            layers_run: (facts.layer_count - first) as u64,
+            trained_parameters: trained,
+            order: match (settings.trains(), settings.layer_by_layer()) {
+                (false, _) => Order::FitOnly,
+                (true, true) => Order::LayerByLayer,
+                (true, false) => Order::Together,
+            },
+            fit: facts.fit(),
+            stages: facts.stages(),
+            data: data.clone(),
+            targets: facts.targets(),
+            workers: if one { 1 } else { limits.workers.unwrap_or(facts.cores) },
+            threads: if one { facts.cores } else { 1 },
+            batch_tokens: asked.max(longest),
+            gradient_checkpointing: settings.gradient_checkpointing.unwrap_or(stored),
+            frozen_as_stored: stored,
+            bytes: Vec::new(),
+            memory_bytes: 0,
+            disk_bytes: 0,
+            memory_limit_bytes: limits.memory,
+            fits: None,
+        };
+        plan.measure(facts);
+        if let Some(limit) = limits.memory {
+            plan.shrink(facts, limit, longest);
+            plan.fits = Some(plan.memory_bytes <= limit);
+        }
+        Ok(plan)
+    }
+
+    /// Makes passes smaller until they fit: first by computing layers again, then by fewer tokens.
+    fn shrink(&mut self, facts: &Facts<'_>, limit: u64, longest: u64) {
+        let fits = |plan: &mut Self| {
+            plan.measure(facts);
+            plan.memory_bytes <= limit
+        };
+        if fits(self) {
+            return;
+        }
+        if facts.settings.gradient_checkpointing.is_none() {
+            self.gradient_checkpointing = true;
+        }
+        while !fits(self) && self.batch_tokens > longest && facts.limits.batch_tokens.is_none() {
+            self.batch_tokens = (self.batch_tokens / 2).max(longest);
+        }
+        while !fits(self) && self.workers > 1 {
+            self.workers /= 2;
+        }
+    }
+
+    /// Errors: `Error::Invalid` when the plan is above the limit that the user set.
+    pub fn check(&self) -> Result<()> {
+        match (self.fits, self.memory_limit_bytes) {
+            (Some(false), Some(limit)) => {
+                let largest =
+                    self.bytes.iter().filter(|item| item.place == Place::Memory).max_by_key(|item| item.bytes);
+                let largest = largest.map(|item| format!("{} {}", item.what, human_bytes(item.bytes)));
+                let problem = format!(
+                    "takes {} and the limit is {}; the largest part: {}",
+                    human_bytes(self.memory_bytes),
+                    human_bytes(limit),
+                    largest.unwrap_or_default()
+                );
+                Err(Error::invalid("this run", problem).remedy(
+                    "set `lora_rank`, train fewer layers, or allow more with `--memory`; `--dry-run` lists the parts",
+                ))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// One line for every run.
+    pub fn line(&self) -> String {
+        let limit = match (self.fits, self.memory_limit_bytes) {
+            (Some(true), Some(limit)) => format!(" of {}", human_bytes(limit)),
+            (Some(false), Some(limit)) => format!(", more than the limit of {}", human_bytes(limit)),
+            _ => String::new(),
+        };
+        format!(
+            "plan: {} trained parameters in {} of {} layers run, {} steps, {} tokens a pass on {} networks{}, memory {}{limit}, disk {}",
+            human_count(self.trained_parameters),
+            self.trained.len(),
+            self.layers_run,
+            self.stages.iter().map(|stage| stage.steps).sum::<u64>(),
+            self.batch_tokens,
+            self.workers,
+            if self.gradient_checkpointing { " with gradient checkpointing" } else { "" },
+            human_bytes(self.memory_bytes),
+            human_bytes(self.disk_bytes)
+        )
+    }
+
+    fn measure(&mut self, facts: &Facts<'_>) {
+        self.bytes = items(self, facts);
+        let of = |phase: Phase| -> u64 {
+            let own = self.bytes.iter().filter(|item| item.place == Place::Memory && item.phase == phase);
+            own.map(|item| item.bytes).sum()
+        };
+        self.memory_bytes = [Phase::Teacher, Phase::Fit, Phase::Steps].map(of).into_iter().max().unwrap_or(0);
+        let disk = self.bytes.iter().filter(|item| item.place == Place::Disk);
+        self.disk_bytes = disk.map(|item| item.bytes).sum();
+    }
+}
+
+impl Facts<'_> {
+    fn fit(&self) -> Option<PlannedFit> {
+        if !self.settings.fit {
+            return None;
+        }
+        let products: Vec<u64> =
+            self.fitted.iter().flat_map(|target| &target.products).flatten().map(|p| p.width as u64).collect();
+        let widest = products.iter().copied().max().unwrap_or(0);
+        let most = widest.saturating_mul(u64::from(self.settings.fit_tokens_per_feature)).min(super::FIT_TOKENS);
+        let layers = self.fitted.len() as u64;
+        Some(PlannedFit { layers, products: products.len() as u64, widest, tokens: most.min(self.data.tokens) })
+    }
+
+    fn stages(&self) -> Vec<PlannedStage> {
+        if !self.settings.trains() {
+            return Vec::new();
+        }
+        let samples = self.data.samples as usize;
+        let total = match self.settings.layer_by_layer() {
+            true => Part::each(self.settings, samples, self.layers.len()).last().map_or(0, Part::end),
+            false => Part::whole(self.settings, samples).steps,
+        };
+        let mut before = 0;
+        let stages = self.settings.by_stage(total).into_iter().map(|(end, stage)| {
+            let steps = end - before;
+            before = end;
+            let losses = stage.losses.iter().map(|(kind, weight)| (kind.name().to_string(), *weight)).collect();
+            PlannedStage { steps, losses }
+        });
+        stages.collect()
+    }
+
+    fn targets(&self) -> Vec<PlannedTarget> {
+        let all = self.settings.of_all_stages();
+        let width = self.sizes.hidden_size;
+        let PlannedData { tokens, answer_tokens, .. } = self.data;
+        let first = self.first;
+        let mut targets = vec![PlannedTarget {
+            what: format!("stream before layer {first}"),
+            read_by: vec!["steps".to_string()],
+            tokens,
+            bytes: 4 * tokens * width,
+            written: true,
+        }];
+        let by_terms = |wanted: Teacher| -> Vec<String> {
+            let asked = LOSSES.iter().filter(|row| all.weight(row.kind) > 0.0 && row.teacher == wanted);
+            asked.map(|row| row.name.to_string()).collect()
+        };
+        for point in self.points {
+            let behind_trained = self.layers.contains(&(point.student - 1));
+            let mut read_by = by_terms(Teacher::Stream);
+            let kept = !read_by.is_empty();
+            if self.settings.fit && behind_trained {
+                read_by.push("fit".to_string());
+            }
+            let tokens = if kept { tokens } else { self.fit().map_or(0, |fit| fit.tokens) };
+            let (what, bytes) = (format!("dense stream before layer {}", point.dense), 2 * tokens * width);
+            targets.push(PlannedTarget { what, read_by, tokens, bytes, written: kept });
+        }
+        let read_by = by_terms(Teacher::Logits);
+        if !read_by.is_empty() {
+            let bytes = 8 * u64::from(self.settings.kd_top_k) * answer_tokens;
+            let what = "dense model's answers".to_string();
+            targets.push(PlannedTarget { what, read_by, tokens: answer_tokens, bytes, written: true });
+        }
+        targets
+    }
+}
+
+/// Every item of memory and disk.
+fn items(plan: &RunPlan, facts: &Facts<'_>) -> Vec<PlannedBytes> {
+    let Facts { settings, sizes, .. } = facts;
+    let mut items = Vec::new();
+    let mut add = |phase: Phase, place: Place, what: &str, bytes: u64, formula: String| {
+        if bytes > 0 {
+            items.push(PlannedBytes { what: what.to_string(), phase, place, bytes, formula });
+        }
+    };
+    let frozen = if plan.frozen_as_stored { sizes.frozen_bytes } else { sizes.widened_bytes };
+    let form = if plan.frozen_as_stored { "as in the file, once" } else { "in f32, once" };
+    let elements = sizes.trained_elements();
+    let (tokens, workers) = (plan.batch_tokens, plan.workers);
+    let now = match plan.order {
+        // One layer's state at a time.
+        Order::LayerByLayer => elements.div_ceil(facts.layers.len().max(1) as u64),
+        _ => elements,
+    };
+    if plan.frozen_before > 0 || facts.teacher_bytes > 0 {
+        let bytes = sizes.prefix_bytes.max(facts.teacher_bytes);
+        add(
+            Phase::Teacher,
+            Place::Memory,
+            "ONNX Runtime's weights",
+            bytes,
+            "frozen layers before, or the dense model".into(),
+        );
+    }
+    for phase in [Phase::Fit, Phase::Steps] {
+        if phase == Phase::Fit && plan.fit.is_none() || phase == Phase::Steps && plan.stages.is_empty() {
+            continue;
+        }
+        add(phase, Place::Memory, "frozen weights", frozen, form.to_string());
+        add(phase, Place::Memory, "trained weights", 4 * elements, format!("4 x {elements}"));
+        add(
+            phase,
+            Place::Memory,
+            "fitted weights",
+            4 * sizes.written,
+            format!("4 x {}, which no step moves", sizes.written),
+        );
+        if plan.frozen_as_stored {
+            let (copies, head) = (sizes.layer_widened_bytes, sizes.head_widened_bytes);
+            let formula = "f32 copies of one layer's weights, or of the head's".to_string();
+            add(phase, Place::Memory, "weights in use", workers * copies.max(head), formula);
+        }
+        add(phase, Place::Memory, "process", PROCESS_BYTES, "code, graph, file buffers".into());
+    }
+    if let Some(fit) = &plan.fit {
+        let normal = 4 * fit.widest * (fit.widest + sizes.hidden_size);
+        add(
+            Phase::Fit,
+            Place::Memory,
+            "normal matrices",
+            2 * normal,
+            format!("8 x {0} x ({0} + {1})", fit.widest, sizes.hidden_size),
+        );
+        add(Phase::Fit, Place::Memory, "solver", 16 * fit.widest * fit.widest, format!("16 x {0} x {0}", fit.widest));
+        let held = 6 * fit.tokens * sizes.hidden_size;
+        add(
+            Phase::Fit,
+            Place::Memory,
+            "streams of the fit",
+            held,
+            format!("6 x {} x {}", fit.tokens, sizes.hidden_size),
+        );
+    }
+    if !plan.stages.is_empty() {
+        add(Phase::Steps, Place::Memory, "gradients", 4 * now * workers, format!("4 x {now} x {workers} networks"));
+        let state = state_bytes(settings.optimizer, &sizes.trained) * now / elements.max(1);
+        add(Phase::Steps, Place::Memory, "optimiser state", state, "moments of each trained number".into());
+        let mean = if settings.average_last > 0.0 { 4 * now } else { 0 };
+        add(Phase::Steps, Place::Memory, "mean of the weights", mean, format!("4 x {now}"));
+        let (bytes, formula) = activations(plan, facts);
+        add(Phase::Steps, Place::Memory, "activations", workers * bytes, formula);
+        let checkpoint = 4 * now
+            + state
+            + mean
+            + 4 * sizes.written
+            + if plan.order == Order::LayerByLayer { 4 * elements } else { 0 };
+        add(
+            Phase::Steps,
+            Place::Disk,
+            "checkpoint",
+            checkpoint,
+            format!("weights and state; {tokens} tokens a pass do not count"),
+        );
+    }
+    for target in plan.targets.iter().filter(|target| target.written) {
+        add(Phase::Teacher, Place::Disk, &target.what, target.bytes, format!("{} tokens", target.tokens));
+    }
+    items
+}
+
+/// What a pass keeps for its backward pass.
+fn activations(plan: &RunPlan, facts: &Facts<'_>) -> (u64, String) {
+    let sizes = facts.sizes;
+    let tokens = plan.batch_tokens;
+    let width: u64 = if plan.precision == Precision::Bf16 && facts.on_gpu { 2 } else { 4 };
+    let scores = 2 * facts.heads * plan.data.longest_tokens.min(tokens);
+    let layers = sizes.layer_activations.iter().map(|own| own + scores);
+    let (sum, most) = (layers.clone().sum::<u64>(), layers.max().unwrap_or(0));
+    let kept = match (plan.order, plan.gradient_checkpointing) {
+        (Order::LayerByLayer, _) => most,
+        (_, true) => most + (plan.layers_run + 2) * sizes.hidden_size,
+        (_, false) => sum,
+    };
+    let answers = (tokens * plan.data.answer_tokens).checked_div(plan.data.tokens.max(1)).unwrap_or(tokens);
+    let looks = facts.settings.looks_at_answers();
+    let logits = if looks { 4 * LOGIT_COPIES * answers * sizes.vocabulary } else { 0 };
+    let formula =
+        format!("{width} x {tokens} tokens x {kept} numbers, and 16 x {answers} answers x {}", sizes.vocabulary);
+    (width * tokens * kept + logits, formula)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::finetune::loss::LossKind;
+
+    /// Qwen3-VL-8B with 27 of 36 layers in bf16: width 4096, MLP 12288, 8 heads of 128 for keys and values.
+    fn eight_billion(lora: bool) -> Sizes {
+        let (width, mlp, keys) = (4096u64, 12288, 1024);
+        let matrices = [
+            vec![width, width],
+            vec![width, keys],
+            vec![width, keys],
+            vec![width, width],
+            vec![width, mlp],
+            vec![width, mlp],
+            vec![mlp, width],
+        ];
+        let layer: u64 = matrices.iter().map(|dims| dims.iter().product::<u64>()).sum();
+        let sides: u64 = matrices.iter().flatten().sum();
+        let (head, vocabulary) = (151_936 * width, 151_936);
+        let adapters = |layers: usize| -> Vec<Vec<u64>> {
+            let thin = matrices.iter().flat_map(|dims| [vec![dims[0], 16], vec![16, dims[1]]]).collect::<Vec<_>>();
+            (0..layers).flat_map(|_| thin.clone()).collect()
+        };
+        let written = 9 * (width * width + mlp * width);
+        let frozen = 27 * layer + head - if lora { written } else { 9 * layer };
+        Sizes {
+            frozen_bytes: 2 * frozen,
+            widened_bytes: 4 * frozen,
+            layer_widened_bytes: 4 * layer,
+            head_widened_bytes: 4 * head,
+            trained: if lora { adapters(27) } else { (0..9).flat_map(|_| matrices.clone()).collect() },
+            written: if lora { written } else { 0 },
+            layer_activations: vec![sides * 5 / 4; 27],
+            hidden_size: width,
+            vocabulary,
+            ..Sizes::default()
+        }
+    }
+
+    fn plan(settings: &Settings, sizes: &Sizes, memory: Option<u64>) -> RunPlan {
+        let layers: Vec<usize> = (0..9).map(|layer| 3 * layer).collect();
+        let data = PlannedData {
+            samples: 2400,
+            tokens: 2_400_000,
+            answer_tokens: 240_000,
+            longest_tokens: 1500,
+            estimated: true,
+        };
+        let facts = Facts {
+            device: "cuda:0".to_string(),
+            on_gpu: true,
+            cores: 16,
+            heads: 32,
+            settings,
+            layers: &layers,
+            layer_count: 27,
+            first: 0,
+            sizes,
+            fitted: &[],
+            points: &[],
+            teacher_bytes: 0,
+            data,
+            limits: Limits { memory, ..Limits::default() },
+        };
+        RunPlan::resolve(&facts).unwrap()
+    }
+
+    #[test]
+    fn eight_billion_parameters_heal_with_adapters_in_22_gb_and_not_without() {
+        let losses = BTreeMap::from([(LossKind::Ce, 1.0), (LossKind::Kd, 1.0)]);
+        let best = Settings { losses, average_last: 0.5, precision: Precision::Bf16, ..Settings::default() };
+        let wide = Settings { lora_rank: 16, ..best.clone() };
+        let plan_of = |settings: &Settings, lora: bool| plan(settings, &eight_billion(lora), Some(22_000_000_000));
+        let lora = plan_of(&wide, true);
+        assert_eq!((lora.fits, lora.gradient_checkpointing, lora.frozen_as_stored), (Some(true), true, true));
+        lora.check().unwrap();
+        let full = plan_of(&best, false);
+        assert_eq!(full.fits, Some(false));
+        let message = full.check().unwrap_err().to_string();
+        assert!(message.contains("the limit is") && message.contains("lora_rank"), "{message}");
+        // 9 layers of 192.9 M: weight, gradient, two moments and the mean, 4 bytes each.
+        let trained: u64 = full
+            .bytes
+            .iter()
+            .filter(|item| item.formula.contains(&format!("{}", full.trained_parameters)))
+            .map(|item| item.bytes)
+            .sum();
+        assert_eq!(trained, 12 * full.trained_parameters);
+        assert!(full.memory_bytes > 20 * full.trained_parameters);
+    }
+
+    #[test]
+    fn a_limit_makes_passes_smaller_and_keeps_the_step() {
+        let settings = Settings { lora_rank: 16, ..Settings::default() };
+        let free = plan(&settings, &eight_billion(true), None);
+        let tight = plan(&settings, &eight_billion(true), Some(24_000_000_000));
+        assert_eq!((free.fits, tight.fits), (None, Some(true)));
+        assert!(tight.batch_tokens < free.batch_tokens && tight.batch_tokens >= 1500);
+        assert_eq!(tight.stages, free.stages);
+    }
+}

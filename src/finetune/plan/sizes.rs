@@ -1,0 +1,123 @@
+//! Sizes of the parts of a decoder, from its graph alone.
+
+use std::collections::HashSet;
+
+use crate::finetune::cut::{Cut, Suffix};
+use crate::ir::{DataType, Graph, Tensor, ValueId};
+
+/// Bytes and widths of what a run holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Sizes {
+    /// Frozen weights from the first trained layer to the head, as in the file.
+    pub frozen_bytes: u64,
+    /// The same with every weight of 16 bits or less as f32.
+    pub widened_bytes: u64,
+    /// The f32 copies that one layer's products make of its weights of 16 bits or less, in the layer with the most.
+    pub layer_widened_bytes: u64,
+    /// The same of the head.
+    pub head_widened_bytes: u64,
+    /// Weights before the first trained layer, as in the file.
+    pub prefix_bytes: u64,
+    /// Elements of each trained weight.
+    pub trained: Vec<Vec<u64>>,
+    /// Elements of weights that a fit writes and no step moves.
+    pub written: u64,
+    /// Numbers that one layer keeps of each token for its backward pass, by layer from the first trained one on.
+    pub layer_activations: Vec<u64>,
+    pub hidden_size: u64,
+    pub vocabulary: u64,
+}
+
+/// The part of a layer's kept numbers that its products' operands and results are: gates, norms and rotations add to them.
+/// Measured on decoders of the Llama shape.
+const ACTIVATIONS_PER_PRODUCT_WIDTH: f64 = 1.25;
+
+impl Sizes {
+    /// Of a decoder that is cut like this.
+    pub fn of(cut: &Cut, suffix: &Suffix) -> Self {
+        let graph = &cut.analysis.model.graph;
+        let trained: HashSet<ValueId> = cut.trained.iter().chain(&cut.written).copied().collect();
+        let map = &cut.analysis.map;
+        let mut sizes = Sizes { vocabulary: last_axis(graph, suffix.logits), ..Sizes::default() };
+        sizes.trained = cut.trained.iter().filter_map(|&id| Some(graph.body.initializer(id)?.dims.clone())).collect();
+        let written = cut.written.iter().filter_map(|&id| graph.body.initializer(id));
+        sizes.written = written.map(crate::ir::Tensor::element_count).sum();
+        let before: HashSet<ValueId> =
+            map.layers[..cut.first].iter().flat_map(|layer| layer.weights.iter().copied()).collect();
+        let read = &suffix.weights;
+        for (id, tensor) in &graph.body.initializers {
+            if before.contains(id) && !read.contains(id) {
+                sizes.prefix_bytes += tensor.byte_len();
+            }
+            if read.contains(id) && !trained.contains(id) {
+                sizes.frozen_bytes += tensor.byte_len();
+                sizes.widened_bytes += widened(tensor);
+            }
+        }
+        let copies = |ids: &mut dyn Iterator<Item = ValueId>| -> u64 {
+            let tensors = ids.filter(|id| read.contains(id) && !trained.contains(id));
+            let tensors = tensors.filter_map(|id| graph.body.initializer(id)).filter(|tensor| is_narrow(tensor));
+            tensors.map(widened).sum()
+        };
+        let mut in_layers: HashSet<ValueId> = before;
+        for layer in &map.layers[cut.first..] {
+            sizes.layer_widened_bytes = sizes.layer_widened_bytes.max(copies(&mut layer.weights.iter().copied()));
+            in_layers.extend(layer.weights.iter().copied());
+            let sides = layer.weights.iter().filter_map(|&id| graph.body.initializer(id)).map(product_sides);
+            let sides: u64 = sides.sum();
+            sizes.layer_activations.push((sides as f64 * ACTIVATIONS_PER_PRODUCT_WIDTH) as u64);
+        }
+        let head = graph.body.initializers.iter().map(|(id, _)| *id).filter(|id| !in_layers.contains(id));
+        sizes.head_widened_bytes = copies(&mut head.into_iter());
+        let width = suffix.streams.iter().map(|&stream| last_axis(graph, stream)).max().unwrap_or(0);
+        sizes.hidden_size = if width > 0 { width } else { narrowest_side(graph, &cut.trained) };
+        sizes
+    }
+
+    /// Elements of all trained weights.
+    pub fn trained_elements(&self) -> u64 {
+        self.trained.iter().map(|dims| dims.iter().product::<u64>()).sum()
+    }
+}
+
+/// True for weights that operators compute with in a wider type than they are stored in.
+fn is_narrow(tensor: &Tensor) -> bool {
+    let bits = tensor.dtype.bits();
+    tensor.element_count() > 4096 && bits <= 16 && tensor.dtype != DataType::Bool
+}
+
+/// Bytes as f32; packed bytes of 4-bit weights hold two numbers each.
+fn widened(tensor: &Tensor) -> u64 {
+    if !is_narrow(tensor) {
+        return tensor.byte_len();
+    }
+    let packed = tensor.dtype == DataType::Uint8 && tensor.dims.len() == 3;
+    tensor.element_count() * if packed { 8 } else { 4 }
+}
+
+/// Both sides of a matrix, which are the widths of what its product reads and gives.
+fn product_sides(tensor: &Tensor) -> u64 {
+    match tensor.dims.as_slice() {
+        [rows, columns] if *rows > 1 && *columns > 1 => rows + columns,
+        // `[N, blocks, block bytes]` of 4-bit weights.
+        [rows, blocks, bytes] if tensor.dtype == DataType::Uint8 => rows + 2 * blocks * bytes,
+        _ => 0,
+    }
+}
+
+/// The shorter side that most trained matrices have: the width of the stream, where the graph does not say it.
+fn narrowest_side(graph: &Graph, trained: &[ValueId]) -> u64 {
+    let vectors = trained.iter().filter_map(|&id| graph.body.initializer(id));
+    let vector = vectors.clone().find_map(|tensor| (tensor.dims.len() == 1).then(|| tensor.dims[0]));
+    let matrix = || vectors.filter(|tensor| tensor.dims.len() == 2).map(|tensor| tensor.dims[0].min(tensor.dims[1]));
+    vector.or_else(|| matrix().max()).unwrap_or(0)
+}
+
+/// The last axis of a value, where the graph says it; else 0.
+fn last_axis(graph: &Graph, id: ValueId) -> u64 {
+    let shape = graph.value(id).ty.as_ref().and_then(|ty| ty.shape().map(<[_]>::to_vec));
+    match shape.as_deref().and_then(<[_]>::last) {
+        Some(crate::ir::Dim::Known(size)) => u64::try_from(*size).unwrap_or(0),
+        _ => 0,
+    }
+}

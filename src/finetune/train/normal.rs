@@ -1,0 +1,263 @@
+//! Normal equations of a ridge regression: their sums over tokens, and their solution on all cores.
+//!
+//! Work is cut into tiles of a fixed size, each computed by one thread and added in the order of the tokens, so that no
+//! number depends on how many threads there are.
+
+use tch::{Device, Kind, Tensor};
+
+use crate::base::{Error, Result};
+use crate::finetune::error::torch_error;
+
+use super::pool::on_pool;
+
+/// Rows and columns of a tile.
+const TILE: i64 = 512;
+
+/// What one forward pass adds to the sums.
+pub struct Rows {
+    /// What the product reads, times each token's weight: f32 `[M, K]`.
+    pub operand: Tensor,
+    /// What is left to explain, times the same: f32 `[M, D]`.
+    pub rest: Tensor,
+}
+
+/// Sums over tokens: `A = h^T h`, `B = h^T e`, `|e|^2`, and their number.
+pub struct Normal {
+    /// f32 `[K, K]`.
+    pub a: Tensor,
+    /// f32 `[K, D]`.
+    pub b: Tensor,
+    pub distance: f64,
+    pub tokens: f64,
+}
+
+/// The change of the weight, f32 `[K, D]`, and the sum of squared distances that is left with it.
+pub struct Solved {
+    pub change: Tensor,
+    pub distance: f64,
+}
+
+/// Starts and lengths of the tiles of an axis.
+fn tiles(size: i64) -> impl Iterator<Item = (i64, i64)> {
+    (0..size).step_by(TILE as usize).map(move |start| (start, TILE.min(size - start)))
+}
+
+fn failed() -> impl FnOnce(tch::TchError) -> Error {
+    torch_error("the fit")
+}
+
+impl Normal {
+    /// No token yet, for `[K, D]` weights.
+    ///
+    /// Errors: `Error::Engine` when there is no memory.
+    pub fn new(k: i64, d: i64, device: Device) -> Result<Self> {
+        let zeros = |size: [i64; 2]| Tensor::f_zeros(size, (Kind::Float, device)).map_err(failed());
+        Ok(Normal { a: zeros([k, k])?, b: zeros([k, d])?, distance: 0.0, tokens: 0.0 })
+    }
+
+    /// Adds the rows of some passes, in their order.
+    ///
+    /// Errors: `Error::Engine` from LibTorch.
+    pub fn add(&mut self, passes: &[Rows]) -> Result<()> {
+        let _guard = tch::no_grad_guard();
+        for Rows { rest, .. } in passes {
+            let sum = rest.f_square().and_then(|squares| squares.f_sum(Kind::Double)?.f_double_value(&[]));
+            self.distance += sum.map_err(failed())?;
+            self.tokens += rest.size()[0] as f64;
+        }
+        let tasks = tiles(self.a.size()[0]).map(|(start, length)| {
+            let shared = |tensor: &Tensor| tensor.shallow_clone();
+            let rows: Vec<(Tensor, Tensor)> = passes.iter().map(|p| (shared(&p.operand), shared(&p.rest))).collect();
+            let (a, b) = (self.a.narrow(0, start, length), self.b.narrow(0, start, length));
+            move || {
+                let _guard = tch::no_grad_guard();
+                let (mut a, mut b) = (a, b);
+                for (operand, rest) in rows {
+                    let mut add = || -> Result<(), tch::TchError> {
+                        let turned = operand.f_narrow(1, start, length)?.f_tr()?;
+                        let _ = a.f_addmm_(&turned, &operand)?;
+                        let _ = b.f_addmm_(&turned, &rest)?;
+                        Ok(())
+                    };
+                    add().map_err(failed())?;
+                }
+                Ok(())
+            }
+        });
+        on_pool(1, tasks).map(|_| ())
+    }
+
+    /// Adds another's sums.
+    ///
+    /// Errors: `Error::Engine` from LibTorch.
+    pub fn absorb(&mut self, other: &Normal) -> Result<()> {
+        self.distance += other.distance;
+        self.tokens += other.tokens;
+        let _ = self.a.f_add_(&other.a).and_then(|_| self.b.f_add_(&other.b)).map_err(failed())?;
+        Ok(())
+    }
+
+    /// The weight's change with a ridge, relative to the mean square of what the product reads.
+    ///
+    /// Errors: `Error::NotFinite` when a sum is not finite.
+    pub fn solve(&self, ridge: f64) -> Result<Solved> {
+        if !self.distance.is_finite() {
+            return Err(Error::not_finite("the fit", "the stream or the dense model's stream is not finite")
+                .remedy("take a lower learning rate, or look at the samples with `interlace score`"));
+        }
+        let damped = || -> Result<Tensor, tch::TchError> {
+            let a = self.a.f_to_kind(Kind::Double)?;
+            let added = a.f_diag(0)?.f_mean(Kind::Double)?.f_mul_scalar(ridge)?.f_clamp_min(f64::MIN_POSITIVE)?;
+            let _ = a.f_diagonal(0, 0, 1)?.f_add_(&added)?;
+            Ok(a)
+        };
+        let factor = cholesky(damped().map_err(failed())?)?;
+        let tasks = tiles(self.b.size()[1]).map(|(start, length)| {
+            let (factor, b) = (factor.shallow_clone(), self.b.narrow(1, start, length));
+            move || {
+                let solved = || b.f_to_kind(Kind::Double)?.f_cholesky_solve(&factor, false)?.f_to_kind(Kind::Float);
+                solved().map_err(failed())
+            }
+        });
+        let columns = on_pool(1, tasks)?;
+        let change = Tensor::f_cat(&columns, 1).map_err(failed())?;
+        let distance = self.distance_with(&change)?;
+        Ok(Solved { change, distance })
+    }
+
+    /// The sum of squared distances with a change of the weight: `|e - h D|^2 = |e|^2 - 2 <D, B> + <D, A D>`.
+    ///
+    /// Errors: `Error::Engine` from LibTorch.
+    pub fn distance_with(&self, change: &Tensor) -> Result<f64> {
+        let tasks = tiles(self.b.size()[1]).map(|(start, length)| {
+            let a = self.a.shallow_clone();
+            let (b, d) = (self.b.narrow(1, start, length), change.narrow(1, start, length));
+            move || {
+                let sum = || -> Result<f64, tch::TchError> {
+                    let (b, d) = (b.f_to_kind(Kind::Double)?, d.f_to_kind(Kind::Double)?);
+                    let mut sum = 0.0;
+                    // Rows of A tile by tile: the whole of it in f64 is as large again as the matrix.
+                    for (row, rows) in tiles(a.size()[0]) {
+                        let moved = a.f_narrow(0, row, rows)?.f_to_kind(Kind::Double)?.f_matmul(&d)?;
+                        let own = b.f_narrow(0, row, rows)?;
+                        let moved = moved.f_sub(&own)?.f_sub(&own)?;
+                        sum += d.f_narrow(0, row, rows)?.f_mul(&moved)?.f_sum(Kind::Double)?.f_double_value(&[])?;
+                    }
+                    Ok(sum)
+                };
+                sum().map_err(failed())
+            }
+        });
+        Ok(self.distance + on_pool(1, tasks)?.into_iter().sum::<f64>())
+    }
+}
+
+/// The lower factor `L` of a positive definite matrix `L L^T`, in its place, from tiles: the factor of each tile on the
+/// diagonal, the column under it, and what these take from the rest (Golub and Van Loan, section 4.2.5).
+fn cholesky(matrix: Tensor) -> Result<Tensor> {
+    let size = matrix.size()[0];
+    let tile = |(row, rows): (i64, i64), (column, columns): (i64, i64)| {
+        matrix.f_narrow(0, row, rows).and_then(|rows| rows.f_narrow(1, column, columns)).map_err(failed())
+    };
+    for (number, own) in tiles(size).enumerate() {
+        let mut diagonal = tile(own, own)?;
+        let lower = diagonal.f_linalg_cholesky(false).map_err(failed())?;
+        diagonal.f_copy_(&lower).map_err(failed())?;
+        let below: Vec<(i64, i64)> = tiles(size).skip(number + 1).collect();
+        let mut columns = Vec::with_capacity(below.len());
+        for &rows in &below {
+            columns.push(tile(rows, own)?);
+        }
+        let panels = columns.iter().map(|column| {
+            let (mut column, lower) = (column.shallow_clone(), lower.shallow_clone());
+            move || {
+                let solved =
+                    lower.f_tr().and_then(|upper| upper.f_linalg_solve_triangular(&column, true, false, false));
+                solved.and_then(|solved| column.f_copy_(&solved)).map_err(failed())
+            }
+        });
+        on_pool(1, panels)?;
+        let mut rest = Vec::new();
+        for (left, &rows) in below.iter().enumerate() {
+            for (right, &across) in below[..=left].iter().enumerate() {
+                rest.push((tile(rows, across)?, columns[left].shallow_clone(), columns[right].shallow_clone()));
+            }
+        }
+        let updates = rest.into_iter().map(|(mut own, left, right)| {
+            move || {
+                let product = right.f_tr().and_then(|right| left.f_matmul(&right));
+                product.and_then(|product| own.f_sub_(&product)).map(|_| ()).map_err(failed())
+            }
+        });
+        on_pool(1, updates)?;
+    }
+    matrix.f_tril(0).map_err(failed())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn random(size: [i64; 2]) -> Tensor {
+        Tensor::randn(size, (Kind::Float, Device::Cpu))
+    }
+
+    fn sums(h: &Tensor, rest: &Tensor) -> Normal {
+        let mut normal = Normal::new(h.size()[1], rest.size()[1], Device::Cpu).unwrap();
+        normal.add(&[Rows { operand: h.shallow_clone(), rest: rest.shallow_clone() }]).unwrap();
+        normal
+    }
+
+    /// Rows made by a known weight are explained by it, and the distance left is 0.
+    #[test]
+    fn a_weight_that_explains_the_rest_is_found() {
+        tch::manual_seed(7);
+        let (h, want) = (random([64, 5]), random([5, 3]));
+        let sums = sums(&h, &h.matmul(&want));
+        let solved = sums.solve(1e-9).unwrap();
+        assert!((&solved.change - &want).abs().max().double_value(&[]) < 1e-4);
+        assert!(solved.distance.abs() < 1e-4 * sums.distance, "{}", solved.distance);
+        // With an ever larger ridge the weight stays as it is.
+        let still = sums.solve(1e9).unwrap();
+        assert!(still.change.abs().max().double_value(&[]) < 1e-6);
+        assert!((still.distance / sums.distance - 1.0).abs() < 1e-6);
+    }
+
+    /// One feature, by hand: `(a + ridge * a) d = b`.
+    #[test]
+    fn the_ridge_is_relative_to_the_mean_square() {
+        let scalar = |value: f32| Tensor::from_slice(&[value]).view([1, 1]);
+        let sums = Normal { a: scalar(4.0), b: scalar(6.0), distance: 10.0, tokens: 1.0 };
+        let solved = sums.solve(0.5).unwrap();
+        assert!((solved.change.double_value(&[0, 0]) - 1.0).abs() < 1e-6);
+        assert!((solved.distance - (10.0 - 2.0 * 6.0 + 4.0)).abs() < 1e-6);
+        let broken = Normal { distance: f64::NAN, ..sums };
+        assert!(broken.solve(0.5).is_err());
+    }
+
+    /// More than one tile: against LibTorch's own factor and sums, in one piece.
+    #[test]
+    fn tiles_give_what_the_whole_gives() {
+        tch::manual_seed(5);
+        let (h, rest) = (random([1500, 1100]), random([1500, 530]));
+        let whole = h.to_kind(Kind::Double);
+        let normal = sums(&h, &rest);
+        let close = |found: &Tensor, want: &Tensor, off: f64| {
+            let (found, want) = (found.to_kind(Kind::Double), want.to_kind(Kind::Double));
+            let (apart, size) = ((&found - &want).abs().max(), want.abs().max());
+            assert!(apart.double_value(&[]) < off * size.double_value(&[]), "{apart} of {size}");
+        };
+        close(&normal.a, &whole.tr().matmul(&whole), 1e-5);
+        let damped = normal.a.to_kind(Kind::Double) + Tensor::eye(1100, (Kind::Double, Device::Cpu)) * 10.0;
+        close(&cholesky(damped.copy()).unwrap(), &damped.linalg_cholesky(false), 1e-12);
+        let solved = normal.solve(0.1).unwrap();
+        let left = (&rest - h.matmul(&solved.change)).square().sum(Kind::Double).double_value(&[]);
+        assert!((left / solved.distance - 1.0).abs() < 1e-4, "{left}, {}", solved.distance);
+        let mut parts = Normal::new(1100, 530, Device::Cpu).unwrap();
+        for start in [0, 700] {
+            let part = |x: &Tensor| x.narrow(0, start, 700 + (start > 0) as i64 * 100);
+            parts.absorb(&sums(&part(&h), &part(&rest))).unwrap();
+        }
+        close(&parts.b, &normal.b, 1e-5);
+    }
+}

@@ -1,0 +1,95 @@
+//! Programs: what they keep between runs and share.
+
+use super::super::route::MAX_PLANS_BYTES;
+use super::*;
+
+/// x times a square of ones as large as x is long: the square depends on shapes only.
+fn squares() -> Model {
+    let mut model = Model { ir_version: 10, ..Default::default() };
+    model.opset_imports.insert(String::new(), 21);
+    let graph = &mut model.graph;
+    let mut value = |name: &str| graph.add_value(ir::Value { name: name.into(), ..Default::default() });
+    let [x, length, size, square, y] = ["x", "length", "size", "square", "y"].map(&mut value);
+    let node = |op: &str, inputs: &[ValueId], output: ValueId| {
+        let inputs = inputs.iter().map(|id| Some(*id)).collect();
+        ir::Node { op_type: op.into(), inputs, outputs: vec![Some(output)], ..Default::default() }
+    };
+    let mut join = node("Concat", &[length, length], size);
+    join.attributes.push(("axis".into(), ir::AttributeKind::Int(0).into()));
+    let mut fill = node("ConstantOfShape", &[size], square);
+    fill.attributes.push(("value".into(), ir::AttributeKind::Tensor(ir::Tensor::from_f32(&[1], &[1.0])).into()));
+    graph.body.nodes = vec![node("Shape", &[x], length), join, fill, node("MatMul", &[x, square], y)];
+    (graph.body.inputs, graph.body.outputs) = (vec![x], vec![y]);
+    model
+}
+
+/// x times a 2 x 2 weight in f16 that is turned first.
+fn product() -> Model {
+    let mut model = Model { ir_version: 10, ..Default::default() };
+    model.opset_imports.insert(String::new(), 21);
+    let graph = &mut model.graph;
+    let mut value = |name: &str| graph.add_value(ir::Value { name: name.into(), ..Default::default() });
+    let [x, w, u, turned, y, z] = ["x", "w", "u", "turned", "y", "z"].map(&mut value);
+    let node = |op: &str, inputs: &[ValueId], output: ValueId| {
+        let inputs = inputs.iter().map(|id| Some(*id)).collect();
+        ir::Node { op_type: op.into(), inputs, outputs: vec![Some(output)], ..Default::default() }
+    };
+    let halves = |numbers: &[f32]| -> Vec<u8> {
+        numbers.iter().flat_map(|&number| half::f16::from_f32(number).to_le_bytes()).collect()
+    };
+    let side = 80i64;
+    let numbers: Vec<f32> = (0..side * side).map(|n| (n as f32 * 0.37).sin()).collect();
+    let weight = |data| ir::Tensor::from_bytes(DataType::Float16, &[side as u64, side as u64], data);
+    graph.body.initializers = vec![(w, weight(halves(&numbers))), (u, weight(halves(&numbers[..])))];
+    graph.body.nodes =
+        vec![node("Transpose", &[w], turned), node("MatMul", &[x, turned], y), node("MatMul", &[y, u], z)];
+    (graph.body.inputs, graph.body.outputs) = (vec![x], vec![z]);
+    model
+}
+
+#[test]
+fn programs_share_one_copy_of_frozen_weights_and_keep_16_bits_where_asked() {
+    let x = Tensor::arange(240, tch::kind::FLOAT_CPU).cos().view([3, 80]).set_requires_grad(true);
+    let mut results: Vec<[Tensor; 2]> = Vec::new();
+    for (hold, kind) in [(Hold::Widened, Kind::Float), (Hold::Stored, Kind::Half)] {
+        let options = Options { hold, ..Options::default() };
+        let first = Program::compile(&product(), &options).expect("compile");
+        let mut second = Program::compile(&product(), &options).expect("compile");
+        second.share_weights(&first).expect("share");
+        let mut places = Vec::new();
+        for program in [&first, &second] {
+            let out = program.run(&[(program.inputs()[0], x.shallow_clone())], program.outputs()).expect("run");
+            let gradient = Tensor::run_backward(&[out[0].square().sum(Kind::Float)], &[&x], false, false);
+            results.push([out[0].detach(), gradient[0].shallow_clone()]);
+            let state = program.state.borrow();
+            let none = HashSet::new();
+            for name in ["turned", "u"] {
+                let slot = program.value(name).expect("a value").index();
+                let tensor = state.fixed.get(slot, &none).expect("a fixed tensor");
+                assert_eq!(tensor.kind(), kind, "{name}");
+                places.push(tensor.data_ptr().addr());
+            }
+        }
+        assert_eq!(places[..2], places[2..]);
+    }
+    assert!(results.iter().all(|result| result.iter().zip(&results[0]).all(|(a, b)| a.equal(b))));
+}
+
+#[test]
+fn what_is_kept_for_many_shapes_has_a_bound() {
+    let program = Program::compile(&squares(), &Options::default()).expect("compile");
+    let run = |length: i64| {
+        let x = Tensor::ones([length], tch::kind::FLOAT_CPU);
+        let out = program.run(&[(program.inputs()[0], x)], program.outputs()).expect("run");
+        assert_eq!((out[0].size(), out[0].double_value(&[length - 1])), (vec![length], length as f64));
+        program.state.borrow().plans.size_bytes()
+    };
+    assert_eq!(run(3), 3 * 3 * 4);
+    // Each square takes about 4 MB: 40 of them are more than there is room for.
+    let kept = (1000..1040).map(run).max().expect("runs");
+    assert!((MAX_PLANS_BYTES / 2..=MAX_PLANS_BYTES).contains(&kept), "{kept} bytes");
+    // A square that has no room at all is computed each time.
+    let large = ((MAX_PLANS_BYTES / 4) as f64).sqrt() as i64 + 8;
+    let before = run(1039);
+    assert_eq!([run(large), run(large)], [before; 2]);
+}
