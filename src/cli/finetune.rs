@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::Context as _;
 use clap::ValueEnum;
 
-use crate::base::{Device, human_bytes, human_count, sha256_file};
+use crate::base::{Device, human_bytes, human_count, set_quiet, sha256_file};
 use crate::bundle::Bundle;
 use crate::data::{Amount, Subset};
 use crate::finetune::{
@@ -15,7 +15,7 @@ use crate::finetune::{
 use crate::method::Plan;
 use crate::pipeline::steps::{self, Finetune, default_work_folder};
 use crate::runtime::FeatureCache;
-use crate::torch::cpu_lacks_bf16;
+use crate::torch::{Ranks, cpu_lacks_bf16};
 
 use super::args::{amount, fraction, positive};
 use super::data_args::{DataArgs, warn_left_out};
@@ -142,6 +142,15 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
             .output
             .warn("this processor has no instructions for bf16: f32 is several times as fast and takes no more memory");
     }
+    let ranks = Ranks::of_environment()?;
+    let mut device = args.device;
+    if let Some(ranks) = &ranks {
+        // One process speaks for all of them; each has the GPU of its own number.
+        set_quiet(context.output.quiet || ranks.rank() > 0);
+        if let Device::Cuda(index) = &mut device {
+            *index += u32::try_from(ranks.local_rank())?;
+        }
+    }
     let plan = Plan::read(&args.plan)?;
     let request = Finetune {
         pruned: &args.pruned,
@@ -151,10 +160,11 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         options: &args.reading.options(),
         subset: Subset { amount, seed: settings.seed },
         settings: &settings,
-        device: args.device,
+        device,
         work: &args.work.unwrap_or_else(|| default_work_folder(&args.output)),
         resume: args.resume,
         limits: Limits { memory: args.memory, batch_tokens: args.batch_tokens, workers: None },
+        ranks: ranks.as_ref(),
         features: &FeatureCache::new(256 << 20),
         teacher: args.teacher.as_deref(),
     };
@@ -165,6 +175,9 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         return dry_run(&plan, context);
     }
     let report = steps::finetune(&request, &args.output, &context.cancel, &mut |_| ())?;
+    if ranks.as_ref().is_some_and(|ranks| ranks.rank() > 0) {
+        return Ok(Outcome::Done);
+    }
     let output = &context.output;
     warn_left_out(&report.left_out, output);
     if output.json {

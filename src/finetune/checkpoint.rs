@@ -43,13 +43,16 @@ impl State {
 /// The checkpoints of one run: folders `step-00000042` inside one folder.
 pub struct Checkpoints {
     folder: PathBuf,
+    writes: bool,
 }
 
 impl Checkpoints {
+    /// Of several processes on one folder, one `writes`; the others read, and their `save` and `clear` do nothing.
+    ///
     /// Errors: `Error::Io` when the folder cannot be made.
-    pub fn open(folder: &Path) -> Result<Self> {
+    pub fn open(folder: &Path, writes: bool) -> Result<Self> {
         fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, e))?;
-        Ok(Checkpoints { folder: folder.to_path_buf() })
+        Ok(Checkpoints { folder: folder.to_path_buf(), writes })
     }
 
     /// Writes a checkpoint and then removes the ones before it.
@@ -57,6 +60,9 @@ impl Checkpoints {
     /// Errors: `Error::Io`, `Error::Engine`; the checkpoints before it are still there then.
     pub fn save(&self, state: &State, tensors: Vec<(String, Tensor)>) -> Result<PathBuf> {
         let target = self.folder.join(format!("step-{:08}", state.step));
+        if !self.writes {
+            return Ok(target);
+        }
         if target.exists() {
             fs::remove_dir_all(&target).map_err(|e| Error::io("replace", &target, e))?;
         }
@@ -92,6 +98,9 @@ impl Checkpoints {
     ///
     /// Errors: `Error::Io`.
     pub fn clear(&self) -> Result<()> {
+        if !self.writes {
+            return Ok(());
+        }
         for (_, folder) in self.list()? {
             fs::remove_dir_all(&folder).map_err(|e| Error::io("remove", &folder, e))?;
         }
@@ -118,15 +127,15 @@ impl Checkpoints {
 /// The checkpoints in a work folder.
 ///
 /// Errors: `Error::Io`.
-pub fn checkpoints(work: &Path) -> Result<Checkpoints> {
-    Checkpoints::open(&work.join(CHECKPOINT_FOLDER))
+pub fn checkpoints(work: &Path, writes: bool) -> Result<Checkpoints> {
+    Checkpoints::open(&work.join(CHECKPOINT_FOLDER), writes)
 }
 
 /// What the newest checkpoint in a work folder has behind it, if there is one.
 ///
 /// Errors: as `Checkpoints::latest`.
 pub fn begun(work: &Path) -> Result<Option<Totals>> {
-    let newest = checkpoints(work)?.latest()?;
+    let newest = checkpoints(work, false)?.latest()?;
     Ok(newest.map(|(state, _)| state.totals))
 }
 
@@ -135,7 +144,7 @@ pub fn begun(work: &Path) -> Result<Option<Totals>> {
 ///
 /// Errors: `Error::Io`.
 pub fn clear_work(work: &Path) -> Result<()> {
-    checkpoints(work)?.clear()?;
+    checkpoints(work, true)?.clear()?;
     for entry in fs::read_dir(work).map_err(|e| Error::io("read", work, e))? {
         let path = entry.map_err(|e| Error::io("read", work, e))?.path();
         let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
@@ -232,7 +241,7 @@ mod tests {
     #[test]
     fn tensors_come_back_bit_for_bit_and_older_checkpoints_go() {
         let folder = tempfile::tempdir().unwrap();
-        let checkpoints = Checkpoints::open(folder.path()).unwrap();
+        let checkpoints = Checkpoints::open(folder.path(), true).unwrap();
         assert!(checkpoints.latest().unwrap().is_none());
         let saved = parameters();
         checkpoints.save(&state(3), tensors(&saved)).unwrap();
@@ -263,7 +272,7 @@ mod tests {
     #[test]
     fn a_checkpoint_of_other_tensors_is_refused() {
         let folder = tempfile::tempdir().unwrap();
-        let checkpoints = Checkpoints::open(folder.path()).unwrap();
+        let checkpoints = Checkpoints::open(folder.path(), true).unwrap();
         let path = checkpoints.save(&state(1), tensors(&parameters())).unwrap();
         let with = |name: &str, count: i64| {
             vec![

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::panic::resume_unwind;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -25,7 +25,7 @@ use crate::finetune::train::{DenseStream, Run, Summary, fit, search, train};
 use crate::ir::Model;
 use crate::rewrite::extract;
 use crate::runtime::{Decoder, FeatureCache, Runtime, SessionOptions, VlmSession};
-use crate::torch::Hold;
+use crate::torch::{Hold, Ranks};
 
 /// What to finetune, on what, and how.
 pub struct Request<'a> {
@@ -45,8 +45,20 @@ pub struct Request<'a> {
     pub resume: bool,
     /// What the run may take of the machine.
     pub limits: Limits,
+    /// The processes that share the samples of every step; all of them see `work`.
+    pub ranks: Option<&'a Ranks>,
     /// Image features of models with the same vision encoder.
     pub features: &'a Arc<FeatureCache>,
+}
+
+impl Request<'_> {
+    /// Where this process keeps what the others do not read: a folder of its own in `work` for all but the first.
+    pub fn own_work(&self) -> PathBuf {
+        match self.ranks {
+            Some(ranks) if ranks.rank() > 0 => self.work.join(format!("rank-{}", ranks.rank())),
+            _ => self.work.to_path_buf(),
+        }
+    }
 }
 
 /// What a run gives.
@@ -156,7 +168,8 @@ pub fn finetune_with_teacher(
     });
     let Opened { decoder, cut, suffix, sizes, targets, points, dense } = opened?;
     let (model_digest, data_digest, dense_digest) = digests?;
-    std::fs::create_dir_all(request.work).map_err(|e| Error::io("create", request.work, e))?;
+    let own = request.own_work();
+    std::fs::create_dir_all(&own).map_err(|e| Error::io("create", &own, e))?;
     let teacher_bytes = dense.as_ref().map_or(0, Dense::weight_bytes);
     let planned = |data: PlannedData| {
         let (layer_count, first) = (cut.analysis.map.layers.len(), cut.first);
@@ -175,7 +188,7 @@ pub fn finetune_with_teacher(
     ]);
     let key =
         sha256_json(&("stream with sample numbers", &model_digest, &data_digest, cut.first, settings.max_tokens))?;
-    let store = Store::new(request.work, &key, side_inputs(&cut.analysis.model.graph, &suffix)?);
+    let store = Store::new(&own, &key, side_inputs(&cut.analysis.model.graph, &suffix)?);
     let course = teacher.zip(dense).zip(dense_digest).map(|((teacher, dense), digest)| {
         let lesson = Lesson {
             teacher,
@@ -185,7 +198,7 @@ pub fn finetune_with_teacher(
             data_digest: &data_digest,
             settings: &all_stages,
             device: request.device,
-            work: request.work,
+            work: &own,
             features: request.features,
         };
         lesson.prepare(dense, digest)
@@ -222,15 +235,28 @@ pub fn finetune_with_teacher(
         twin.work_for(&students[0])?;
         students.push(twin);
     }
-    let (work, resume, batch_tokens) = (request.work, request.resume, plan.batch_tokens as usize);
+    let (work, resume, batch_tokens) = (own.as_path(), request.resume, plan.batch_tokens as usize);
+    let (shared, ranks) = (request.work, request.ranks);
     let asked_settings = settings;
     let settings = &Settings { gradient_checkpointing: Some(plan.gradient_checkpointing), ..asked_settings.clone() };
     let numbers: Vec<u64> = dataset.examples.iter().map(|example| example.number).collect();
     let live = course.as_ref().map(|course| Live { course, numbers, cancel });
     let dense = live.as_ref().map(|live| live as &dyn DenseStream);
     let threads = plan.threads as usize;
-    let run =
-        Run { settings, device, batch_tokens, threads, dense, first: cut.first, inputs: &inputs, work, resume, cancel };
+    let run = Run {
+        settings,
+        device,
+        batch_tokens,
+        threads,
+        dense,
+        first: cut.first,
+        inputs: &inputs,
+        work,
+        shared,
+        ranks,
+        resume,
+        cancel,
+    };
     let resumed = if request.resume { begun(request.work)? } else { None };
     let done = match resumed {
         Some(totals) => totals,

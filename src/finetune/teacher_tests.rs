@@ -19,6 +19,7 @@ fn losses_that_need_the_dense_model_are_refused_without_it() {
         work: work.path(),
         resume: false,
         limits: Limits::default(),
+        ranks: None,
         features: &FeatureCache::new(1 << 20),
     };
     let message = finetune(&request, &Cancel::default(), &mut |_| {}).err().unwrap().to_string();
@@ -42,6 +43,7 @@ fn a_model_that_is_its_own_teacher_has_nothing_to_learn() {
         work: work.path(),
         resume: false,
         limits: Limits::default(),
+        ranks: None,
         features: &FeatureCache::new(1 << 20),
     };
     let teacher = Teacher { bundle: &bundle, kept: &kept, anchors: &[5, 9] };
@@ -92,6 +94,7 @@ fn the_frozen_part_is_taken_from_the_dense_model_where_that_has_it() {
             work: &folder.path().join("work"),
             resume: false,
             limits: Limits::default(),
+            ranks: None,
             features: &FeatureCache::new(1 << 20),
         };
         let kept: Vec<usize> = (0..16).filter(|layer| !dropped.contains(layer)).collect();

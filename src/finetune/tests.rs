@@ -126,6 +126,7 @@ fn run_within(
         work,
         resume,
         limits,
+        ranks: None,
         features: &features,
     };
     let cancel = Cancel::default();
@@ -476,6 +477,7 @@ fn a_model_in_half_precision_is_healed_and_stays_one() {
             work: folder,
             resume: false,
             limits: Limits::default(),
+            ranks: None,
             features: &FeatureCache::new(1 << 20),
         };
         (before, finetune(&request, &Cancel::default(), &mut |_| {}).unwrap())

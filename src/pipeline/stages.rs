@@ -209,6 +209,7 @@ impl<'a> Stages<'a> {
                 work: &work,
                 resume: true,
                 limits: finetune::Limits::default(),
+                ranks: None,
                 features,
                 teacher: Some(teacher),
             };

@@ -23,6 +23,7 @@ mod mutations;
 mod operators;
 mod pictures;
 mod properties;
+mod ranks;
 mod refusals;
 mod run;
 mod schemas;

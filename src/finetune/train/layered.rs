@@ -15,7 +15,7 @@ use super::context::Run;
 use super::fit::fit;
 use super::trainer::{Summary, Trainer, all_weights, interrupted};
 use super::workers;
-use crate::finetune::checkpoint::{Checkpoints, State, check_same_run, checkpoints, restore_some};
+use crate::finetune::checkpoint::{Checkpoints, State, check_same_run, restore_some};
 use crate::finetune::cut::FitTarget;
 use crate::finetune::data::{Element, RowsWriter, Stream, TrainingSet};
 use crate::finetune::error::torch_error;
@@ -60,7 +60,7 @@ fn heal_each(
 ) -> Result<Summary> {
     let parts = Part::each(run.settings, dataset.examples.len(), targets.len());
     let mut progress = Progressed { run, step: 0, total: parts.last().map_or(0, Part::end), totals: begun };
-    let checkpoints = checkpoints(run.work)?;
+    let checkpoints = run.checkpoints()?;
     let mut resumed_from = 0;
     match checkpoints.latest()?.filter(|_| run.resume) {
         Some((state, folder)) => {

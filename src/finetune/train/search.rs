@@ -50,7 +50,7 @@ pub fn search(
     students: &mut [Student],
     dataset: &mut TrainingSet,
 ) -> Result<Vec<RateTrial>> {
-    let Run { settings, inputs, work, resume, .. } = *run;
+    let Run { settings, inputs, work, shared, resume, .. } = *run;
     let Some(first) = students.first() else { return Ok(Vec::new()) };
     let mut weights: Vec<Tensor> = first.written().iter().map(|weight| weight.tensor.shallow_clone()).collect();
     let copied: Result<Vec<Tensor>, tch::TchError> = weights
@@ -75,10 +75,11 @@ pub fn search(
             ..settings.clone()
         };
         let folder = work.join(format!("search-{number}"));
+        let shared = shared.join(format!("search-{number}"));
         let mut inputs = inputs.clone();
         inputs.insert("settings".to_string(), sha256_json(&own)?);
         let key = sha256_json(&inputs)?;
-        let file = folder.join(TRIAL);
+        let file = shared.join(TRIAL);
         if resume && file.exists() {
             let kept: Kept = read_json(&file, SCHEMA_VERSION)?;
             if kept.key == key {
@@ -87,7 +88,7 @@ pub fn search(
             }
         }
         std::fs::create_dir_all(&folder).map_err(|e| Error::io("create", &folder, e))?;
-        let run = Run { settings: &own, inputs: &inputs, work: &folder, ..*run };
+        let run = Run { settings: &own, inputs: &inputs, work: &folder, shared: &shared, ..*run };
         let loss = train(run, targets, students, dataset, Totals::default(), &mut |_| ()).and_then(|_| {
             if settings.layer_by_layer() {
                 return answers(&own, students, dataset, &run);
@@ -102,7 +103,9 @@ pub fn search(
         };
         let trial = RateTrial { learning_rate, loss, diverged };
         clear_work(&folder)?;
-        write_json(&file, &Kept { schema_version: SCHEMA_VERSION, key, trial: trial.clone() })?;
+        if run.writes() {
+            write_json(&file, &Kept { schema_version: SCHEMA_VERSION, key, trial: trial.clone() })?;
+        }
         trials.push(trial);
         let _guard = tch::no_grad_guard();
         for (weight, before) in weights.iter_mut().zip(&before) {

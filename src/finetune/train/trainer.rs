@@ -9,7 +9,7 @@ use crate::torch;
 
 use super::context::Run;
 use super::workers::{self, Sums};
-use crate::finetune::checkpoint::{self, Checkpoints, State, checkpoints};
+use crate::finetune::checkpoint::{self, Checkpoints, State};
 use crate::finetune::data::TrainingSet;
 use crate::finetune::optim::{Average, Optimizer, Parameter, clip_gradients, warmup_steps};
 use crate::finetune::plan::{Part, Step, order};
@@ -64,14 +64,14 @@ impl<'a> Trainer<'a> {
     /// Errors: `Error::Interrupted` after leaving a checkpoint when the user asked to stop; `Error::NotFinite` naming step,
     /// samples and weight when a loss or gradient is not finite.
     pub fn run(&mut self, begun: Totals, observer: &mut dyn FnMut(&StepMetrics)) -> Result<Summary> {
-        let Run { settings, work, cancel, .. } = self.run;
+        let Run { settings, work, .. } = self.run;
         let Part { before, steps: total, .. } = self.part;
         let lengths = self.dataset.lengths();
         let per_epoch = order::steps_per_epoch(settings, lengths.len());
         let warmup = warmup_steps(settings.warmup_ratio, total);
         let stages = settings.by_stage(total);
         let optimizer = Optimizer::new(settings.constants());
-        let checkpoints = checkpoints(work)?;
+        let checkpoints = self.run.checkpoints()?;
         let (first, mut totals) = self.start(&checkpoints, begun)?;
         let mut metrics = MetricsWriter::open(&work.join(METRICS_FILE), before + first)?;
         let mut events = EventWriter::create(&work.join(EVENT_FOLDER))?;
@@ -81,7 +81,7 @@ impl<'a> Trainer<'a> {
         progress.set_position(first);
         let mut steps_of: Option<(u64, Vec<Step>)> = None;
         for done in first..total {
-            if cancel.requested() {
+            if self.run.stops()? {
                 return Err(interrupted(&self.save(&checkpoints, done, &totals)?, before + done, self.part.total));
             }
             let (epoch, position) = (done / per_epoch, (done % per_epoch) as usize);

@@ -14,10 +14,11 @@ use super::gradient::{self, Counts};
 use super::pool::on_pool;
 use crate::finetune::data::TrainingSet;
 use crate::finetune::error::torch_error;
-use crate::finetune::loss::LossKind;
+use crate::finetune::loss::{LOSSES, LossKind};
 use crate::finetune::optim::{Optimizer, Parameter};
 use crate::finetune::settings::Settings;
 use crate::finetune::student::Student;
+use crate::torch::Ranks;
 
 /// Sums over a step.
 #[derive(Debug, Default)]
@@ -44,7 +45,11 @@ pub fn run(
         answer_tokens: samples().map(|example| example.targets.len() as u64).sum(),
         tokens: samples().map(|example| example.length as u64).sum(),
     };
-    let mut shares = deal(dataset, step.concat(), students.len(), run.batch_tokens);
+    let own = match run.ranks {
+        Some(ranks) => part_of(step.concat(), |sample| dataset.examples[sample].length, ranks.rank(), ranks.size()),
+        None => step.concat(),
+    };
+    let mut shares = deal(dataset, own, students.len(), run.batch_tokens);
     let results = side_by_side(students, &mut shares, run, |student, share| {
         passes(student, dataset, settings, share, counts, device)
     })?;
@@ -52,7 +57,25 @@ pub fn run(
     for sums in results {
         total.absorb(sums)?;
     }
+    if let (Some(ranks), Some(first)) = (run.ranks, students.first()) {
+        total.sum_over(ranks, first)?;
+    }
     Ok(total)
+}
+
+/// The samples of a step that one of several processes computes: about as many tokens as the others have.
+fn part_of(mut samples: Vec<usize>, length: impl Fn(usize) -> usize, rank: usize, size: usize) -> Vec<usize> {
+    samples.sort_by_key(|&sample| std::cmp::Reverse(length(sample)));
+    let mut tokens = vec![0; size];
+    let mut own = Vec::new();
+    for sample in samples {
+        let least = (0..size).min_by_key(|&rank| tokens[rank]).unwrap_or(0);
+        tokens[least] += length(sample).max(1);
+        if least == rank {
+            own.push(sample);
+        }
+    }
+    own
 }
 
 /// Gives each of the networks its share, each on a thread of its own, and collects what `work` gives in their order. On a
@@ -98,6 +121,29 @@ fn passes(
 }
 
 impl Sums {
+    /// Adds what the other processes have. One without an answer of its own adds nothing.
+    fn sum_over(&mut self, ranks: &Ranks, student: &Student) -> Result<()> {
+        let kinds: Vec<LossKind> = LOSSES.iter().map(|row| row.kind).collect();
+        let mut numbers: Vec<f64> = vec![f64::from(u8::from(!self.gradients.is_empty()))];
+        for kind in &kinds {
+            let value = self.losses.get(kind);
+            numbers.extend([f64::from(u8::from(value.is_some())), value.copied().unwrap_or(0.0)]);
+        }
+        let numbers = Tensor::from_slice(&numbers);
+        ranks.sum(std::slice::from_ref(&numbers))?;
+        let numbers = Vec::<f64>::try_from(&numbers).map_err(torch_error("the losses of all ranks"))?;
+        let pairs = kinds.iter().zip(numbers[1..].chunks_exact(2));
+        self.losses = pairs.filter(|(_, pair)| pair[0] > 0.0).map(|(&kind, pair)| (kind, pair[1])).collect();
+        if numbers[0] == 0.0 {
+            return Ok(());
+        }
+        if self.gradients.is_empty() {
+            let zeros = student.weights_now().map(|weight| weight.tensor.f_detach()?.f_zeros_like());
+            self.gradients = zeros.collect::<Result<_, _>>().map_err(torch_error("the gradients of all ranks"))?;
+        }
+        ranks.sum(&self.gradients)
+    }
+
     fn absorb(&mut self, other: Sums) -> Result<()> {
         for (kind, value) in other.losses {
             *self.losses.entry(kind).or_default() += value;
@@ -233,6 +279,21 @@ mod tests {
             let most = shares.iter().map(work).max().unwrap();
             assert!(most * workers < 2 * lengths.iter().sum::<usize>(), "{workers} workers: {most}");
         }
+    }
+
+    #[test]
+    fn processes_share_the_samples_of_a_step() {
+        let lengths: Vec<usize> = (0..37).map(|i| 1 + (i * 29) % 71).collect();
+        for size in 1..5 {
+            let parts: Vec<Vec<usize>> =
+                (0..size).map(|rank| part_of((0..37).collect(), |sample| lengths[sample], rank, size)).collect();
+            let mut seen = parts.concat();
+            seen.sort_unstable();
+            assert_eq!(seen, (0..37).collect::<Vec<_>>());
+            let tokens: Vec<usize> = parts.iter().map(|part| part.iter().map(|&s| lengths[s]).sum()).collect();
+            assert!(tokens.iter().max().unwrap() - tokens.iter().min().unwrap() <= 71, "{tokens:?}");
+        }
+        assert!(part_of(vec![7], |_| 5, 1, 2).is_empty());
     }
 
     #[test]

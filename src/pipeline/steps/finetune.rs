@@ -1,6 +1,7 @@
 //! Finetunes a pruned model and writes it as a new folder.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -14,6 +15,7 @@ use crate::finetune::{
 };
 use crate::method::{LayerRole, Plan};
 use crate::runtime::FeatureCache;
+use crate::torch::Ranks;
 
 use super::needs::{Work, check as check_needs};
 
@@ -42,6 +44,8 @@ pub struct Finetune<'a> {
     pub work: &'a Path,
     /// Continues from the newest checkpoint in `work`.
     pub resume: bool,
+    /// The processes that share the samples of every step; all of them see `work`.
+    pub ranks: Option<&'a Ranks>,
     /// What the run may take of the machine.
     pub limits: Limits,
     /// Vision features by picture, shared with other steps.
@@ -99,6 +103,7 @@ fn training<'a>(request: &'a Finetune, bundle: &'a Bundle, data: &'a Conversatio
         work: request.work,
         resume: request.resume,
         limits: request.limits,
+        ranks: request.ranks,
         features: request.features,
     }
 }
@@ -128,12 +133,19 @@ pub fn finetune(
         indices: &indices,
         intake: Intake::new(&dataset, &bundle, usize::MAX),
     };
-    let mut writer = BundleWriter::create(&bundle, target)?;
+    let writes = request.ranks.is_none_or(|ranks| ranks.rank() == 0);
+    let writer = if writes { Some(BundleWriter::create(&bundle, target)?) } else { None };
     let dense = request.teacher.map(Bundle::open).transpose()?;
     let (kept, anchors) = correspondence(request.plan);
     let teacher = dense.as_ref().map(|bundle| Teacher { bundle, kept: &kept, anchors: &anchors });
-    let outcome =
-        crate::finetune::finetune_with_teacher(&training(request, &bundle, &data), teacher.as_ref(), cancel, observer)?;
+    let training = training(request, &bundle, &data);
+    let outcome = crate::finetune::finetune_with_teacher(&training, teacher.as_ref(), cancel, observer)?;
+    let Some(mut writer) = writer else {
+        // The first process writes the model; all have the same.
+        let own = training.own_work();
+        fs::remove_dir_all(&own).map_err(|e| Error::io("remove", &own, e))?;
+        return Ok(outcome.report);
+    };
     writer.save(&component, &outcome.decoder)?;
     let recorded = Recorded { subset: request.subset, data: request.options, settings: request.settings };
     let recorded = serde_json::to_value(recorded).map_err(|e| Error::invalid("finetune settings", e.to_string()))?;

@@ -1,0 +1,129 @@
+//! Finetuning over several processes: the same losses as of one, one writer, and an end for all when one ends.
+
+use std::fs;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use super::cli::{fixture, interlace, stderr};
+
+/// A pruned model with its plan in a folder of its own.
+struct Pruned {
+    folder: tempfile::TempDir,
+}
+
+impl Pruned {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().expect("folder");
+        for arguments in [
+            &["plan", &fixture("model"), "--drop", "3,9", "-o", "plan.json"][..],
+            &["prune", &fixture("model"), "--plan", "plan.json", "-o", "pruned"],
+        ] {
+            let output = interlace(folder.path(), arguments);
+            assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        }
+        Pruned { folder }
+    }
+
+    fn here(&self) -> &Path {
+        self.folder.path()
+    }
+
+    fn command(&self, recipe: &[&str], out: &str) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_interlace-torch"));
+        command.current_dir(self.here()).args(["finetune", "pruned", "--plan", "plan.json", "--data"]);
+        command.arg(fixture("data/finetune.parquet")).args(["--teacher", &fixture("model"), "-o", out, "--quiet"]);
+        command.args(recipe).env("OMP_NUM_THREADS", "1");
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    /// Starts a process for each rank.
+    fn start(&self, recipe: &[&str], out: &str, size: usize) -> Vec<Child> {
+        let port = TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("its number").port();
+        let rank = |rank: usize| {
+            let mut command = self.command(recipe, out);
+            command.env("WORLD_SIZE", size.to_string()).env("MASTER_ADDR", "127.0.0.1");
+            command.env("RANK", rank.to_string()).env("LOCAL_RANK", rank.to_string());
+            command.env("MASTER_PORT", port.to_string()).spawn().expect("a process")
+        };
+        (0..size).map(rank).collect()
+    }
+
+    fn losses(&self, out: &str) -> Vec<f64> {
+        let text = fs::read_to_string(self.work(out).join("metrics.jsonl")).expect("metrics");
+        let line = |line: &str| serde_json::from_str::<serde_json::Value>(line).expect("JSON")["loss"].as_f64();
+        text.lines().map(|text| line(text).expect("a loss")).collect()
+    }
+
+    fn work(&self, out: &str) -> PathBuf {
+        self.here().join(format!("{out}.work"))
+    }
+}
+
+fn ended(children: Vec<Child>) -> Vec<Output> {
+    children.into_iter().map(|child| child.wait_with_output().expect("an end")).collect()
+}
+
+fn close(a: &[f64], b: &[f64]) {
+    assert_eq!(a.len(), b.len());
+    for (step, (a, b)) in a.iter().zip(b).enumerate() {
+        assert!((a - b).abs() <= 1e-6 * b.abs().max(1e-3), "step {step}: {a} and {b}");
+    }
+}
+
+#[test]
+fn two_and_four_processes_have_the_losses_of_one() {
+    let pruned = Pruned::new();
+    for (name, recipe) in [
+        ("paper", &["--recipe", "paper", "--learning-rate", "1e-3", "--max-steps", "6"][..]),
+        ("best", &["--recipe", "best", "--learning-rate", "1e-3", "--max-steps", "6"]),
+    ] {
+        let alone = pruned.command(recipe, name).output().expect("a process");
+        assert!(alone.status.success(), "{}", stderr(&alone));
+        for size in [2, 4] {
+            let out = format!("{name}-{size}");
+            for (rank, output) in ended(pruned.start(recipe, &out, size)).iter().enumerate() {
+                assert!(output.status.success(), "rank {rank} of {size}: {}", stderr(output));
+                assert!(rank == 0 || output.stdout.is_empty(), "rank {rank} prints results");
+            }
+            close(&pruned.losses(&out), &pruned.losses(name));
+            assert!(pruned.here().join(&out).join("interlace.json").is_file());
+            let left = fs::read_dir(pruned.work(&out)).expect("the work folder").flatten();
+            let left: Vec<_> = left.filter(|entry| entry.file_name().to_string_lossy().starts_with("rank-")).collect();
+            assert!(left.is_empty(), "{left:?}");
+        }
+    }
+}
+
+#[test]
+fn a_killed_process_ends_the_others_and_all_go_on_from_the_checkpoint() {
+    let pruned = Pruned::new();
+    fs::write(pruned.here().join("often.toml"), "checkpoint_every = 2\n").expect("write");
+    let recipe = ["--recipe", "paper", "--learning-rate", "1e-3", "--max-steps", "12", "--settings", "often.toml"];
+    let whole = ended(pruned.start(&recipe, "whole", 2));
+    assert!(whole.iter().all(|output| output.status.success()), "{}", stderr(&whole[0]));
+
+    let mut children = pruned.start(&recipe, "killed", 2);
+    let metrics = pruned.work("killed").join("metrics.jsonl");
+    let begun = Instant::now();
+    while fs::read_to_string(&metrics).map_or(0, |text| text.lines().count()) < 5 {
+        assert!(begun.elapsed() < Duration::from_secs(300), "no step was made");
+        assert!(children[0].try_wait().expect("a state").is_none(), "the run ended before it could be killed");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    children[1].kill().expect("killed");
+    for output in ended(children) {
+        assert!(!output.status.success());
+    }
+    assert!(!pruned.here().join("killed").exists());
+
+    let again: Vec<&str> = recipe.iter().copied().chain(["--resume"]).collect();
+    let resumed = ended(pruned.start(&again, "killed", 2));
+    assert!(resumed.iter().all(|output| output.status.success()), "{}", stderr(&resumed[0]));
+    close(&pruned.losses("killed"), &pruned.losses("whole"));
+    let decoder =
+        |out: &str| fs::read(pruned.here().join(out).join("onnx/decoder_model_merged.onnx_data")).expect("weights");
+    assert!(decoder("killed") == decoder("whole"), "the resumed run has other weights");
+}
