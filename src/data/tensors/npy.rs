@@ -100,7 +100,8 @@ mod tests {
             ("{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (2,), }", "named fields"),
             ("{'descr': '<f4', 'fortran_order': False, 'shape': (-2,), }", "malformed"),
             ("{'descr': '<f4', 'shape': (2,), }", "malformed"),
-            ("", "malformed"),
+            ("", "ends inside its header"),
+            ("                ", "malformed"),
         ] {
             let error = npy_header(&file(text)).unwrap_err();
             assert!(error.contains(want), "{text}: {error}");

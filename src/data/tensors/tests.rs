@@ -140,7 +140,7 @@ fn tensors_that_do_not_fit_the_graphs_are_named() {
     let cases: Vec<(Vec<Tensor>, &[&str])> = vec![
         (
             vec![ints("tokens", &[1, 3], &[1, 2, 3])],
-            &["neither `input_ids` nor `inputs_embeds`", "only tokens", "inspect"],
+            &["neither `input_ids` nor `inputs_embeds`", "only `tokens`", "inspect"],
         ),
         (
             vec![embeds(), zeros("hidden", &[1, 3])],
