@@ -116,7 +116,14 @@ mod tests {
 
     fn prune(dropped: &[usize], before: usize) -> Step {
         let (dropped, dropped_original) = (dropped.to_vec(), dropped.to_vec());
-        Step::Prune { tower: Tower::Text, layers_before: before, dropped, dropped_original, deepstack: None }
+        Step::Prune {
+            tower: Tower::Text,
+            layers_before: before,
+            dropped,
+            dropped_original,
+            deepstack: None,
+            taps: Vec::new(),
+        }
     }
 
     #[test]

@@ -15,10 +15,10 @@ mod shared_layers;
 mod write;
 
 pub use assets::{AssetKind, RECORD_FILE};
-pub use config::{LatentAttention, ModelConfig};
+pub use config::{LatentAttention, ModelConfig, flag, image_token_entry, whole_number};
 pub use layers::{LayerEdit, Tower};
 pub use layout::{Layout, Role};
-pub use record::{Deepstack, Record, Step};
+pub use record::{Deepstack, Record, Step, TapChange};
 pub use write::BundleWriter;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -72,7 +72,7 @@ pub struct Asset {
 }
 
 /// A model folder (or one `.onnx` file) with every file accounted for.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Bundle {
     root: PathBuf,
     layout: &'static Layout,

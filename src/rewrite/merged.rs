@@ -69,6 +69,15 @@ fn gone_outputs(merged: &Merged, branch: &Branch, dropped: &[usize]) -> Vec<Valu
     pairs.filter(|(_, outer)| outer.is_some_and(|outer| gone.contains(&outer))).map(|(inner, _)| *inner).collect()
 }
 
+/// The layers with ports and taps as the whole model names them; `None` without branches.
+pub fn outer_map(merged: &Merged) -> Option<LayerMap> {
+    let mut outer = None;
+    for branch in &merged.branches {
+        merge_ports(&mut outer, branch, &merged.original.graph.body.nodes[merged.node].outputs);
+    }
+    outer
+}
+
 fn model_subject(merged: &Merged) -> String {
     merged.original.graph.body.nodes[merged.node].describe(&merged.original.graph)
 }

@@ -50,6 +50,8 @@ pub struct Request<'a, 'm> {
     pub count: usize,
     /// The last layer is left alone unless this is set.
     pub include_last: bool,
+    /// Why these layers cannot be dropped together; `None` where they can.
+    pub refusal: &'a dyn Fn(&[usize]) -> Option<String>,
     /// Mean similarities by pack size; empty for strategies that need none.
     pub similarities: &'a Similarities,
     /// Seed of the `random` strategy.
@@ -174,10 +176,11 @@ impl Strategy {
         })
     }
 
-    /// Chooses `request.count` layers to drop and the layers to finetune.
+    /// Chooses `request.count` layers to drop and the layers to finetune. Only the user's own choice may name a layer that
+    /// cannot be dropped by itself.
     ///
-    /// Errors: `Error::Invalid` when nothing or too much is to be dropped (naming the most that can be), when a
-    /// similarity is missing or of the wrong length, or when losses are needed and cannot be measured.
+    /// Errors: `Error::Invalid` when nothing or too much is to be dropped (naming the most that can be, and layers that
+    /// cannot be dropped), when a similarity is missing or of the wrong length, or when losses are needed and cannot be measured.
     pub fn select(&self, request: &mut Request) -> Result<Vec<Group>> {
         if request.count == 0 {
             return Err(Error::invalid("number of layers to drop", "is 0")
@@ -212,11 +215,15 @@ impl Strategy {
     }
 
     fn too_many(&self, request: &Request, most: usize) -> Error {
-        Error::invalid(
-            format!("strategy `{}`", self.name),
-            format!("cannot drop {} of {} layers, {most} at most", request.count, request.num_layers),
-        )
-        .remedy("ask for fewer, or choose another strategy")
+        let mut problem = format!("cannot drop {} of {} layers, {most} at most", request.count, request.num_layers);
+        let refused = (0..request.usable()).filter_map(|layer| Some((layer, (request.refusal)(&[layer])?)));
+        let (layers, reasons): (Vec<usize>, Vec<String>) = refused.unzip();
+        if let Some(reason) = reasons.first() {
+            let list: Vec<String> = layers.iter().map(usize::to_string).collect();
+            let noun = if layers.len() == 1 { "layer" } else { "layers" };
+            problem += &format!(" ({noun} {} cannot be dropped: {reason})", list.join(", "));
+        }
+        Error::invalid(format!("strategy `{}`", self.name), problem).remedy("ask for fewer, or choose another strategy")
     }
 }
 
@@ -245,6 +252,11 @@ impl Request<'_, '_> {
     /// Layers that may be dropped or finetuned: `0..usable`.
     fn usable(&self) -> usize {
         self.num_layers.saturating_sub(usize::from(!self.include_last))
+    }
+
+    /// True where these layers can be dropped together.
+    fn may_go(&self, layers: &[usize]) -> bool {
+        (self.refusal)(layers).is_none()
     }
 
     /// Number of packs of `size` layers that hold only usable layers.

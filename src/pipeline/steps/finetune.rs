@@ -9,7 +9,7 @@ use serde::Serialize;
 use crate::base::{Cancel, Device, Error, Provenance, Result, Sha256Digest, write_json};
 use crate::bundle::{Bundle, BundleWriter, Record, Role, Step, Tower};
 use crate::data::{DataOptions, Dataset, Encoder, Intake, Subset};
-use crate::finetune::{Conversations, Report, Request, Settings, StepMetrics, Teacher, clear_work};
+use crate::finetune::{Conversations, Report, Request, Settings, StepMetrics, Teacher, clear_work, remove_unbegun};
 use crate::method::{Plan, Role as LayerRole};
 use crate::runtime::FeatureCache;
 
@@ -91,6 +91,7 @@ pub fn finetune(
     let dense = request.teacher.map(Bundle::open).transpose()?;
     let (kept, anchors) = correspondence(request.plan);
     let teacher = dense.as_ref().map(|bundle| Teacher { bundle, kept: &kept, anchors: &anchors });
+    let is_new = !request.work.exists();
     let outcome = crate::finetune::finetune_with_teacher(
         &Request {
             bundle: &bundle,
@@ -105,7 +106,15 @@ pub fn finetune(
         teacher.as_ref(),
         cancel,
         observer,
-    )?;
+    );
+    // What was refused has nothing to go on from.
+    if let Err(Error::Invalid { .. } | Error::Unsupported { .. }) = &outcome
+        && is_new
+        && request.work.exists()
+    {
+        remove_unbegun(request.work)?;
+    }
+    let outcome = outcome?;
     writer.save(&component, &outcome.decoder)?;
     let recorded = Recorded { subset: request.subset, data: request.options, settings: request.settings };
     let recorded = serde_json::to_value(recorded).map_err(|e| Error::invalid("finetune settings", e.to_string()))?;
