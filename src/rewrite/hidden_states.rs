@@ -109,6 +109,7 @@ fn shown(map: &LayerMap) -> impl Iterator<Item = (ValueId, usize)> + '_ {
 /// An output that shows the residual stream and that dropped layers change.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MovedTap {
+    /// Its name before.
     pub output: String,
     /// Its name now; `None` where the entry of a dropped layer went from a list with one for every layer.
     pub output_now: Option<String>,
