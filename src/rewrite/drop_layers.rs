@@ -44,13 +44,11 @@ pub fn drop_layers(analysis: &Analysis, drop: &[usize]) -> Result<Model> {
     let mut model = match &analysis.merged {
         Some(merged) => merged::drop_in_branches(merged, &dropped, &kept)?,
         None => {
-            let series = Series::of(&analysis.model.graph, map);
-            let gone = series.as_ref().map(|series| series.outputs_of(&dropped)).unwrap_or_default();
+            let lists = Series::all(&analysis.model.graph, map);
+            let gone: Vec<ValueId> = lists.iter().flat_map(|list| list.outputs_of(&dropped)).collect();
             let mut model = cut(&analysis.model, map, &dropped, &kept, &gone)?;
             renumber::rename_ports(&mut model.graph, map, &kept)?;
-            if let Some(series) = series {
-                series.renumber(&mut model.graph, &kept);
-            }
+            lists.iter().for_each(|list| list.renumber(&mut model.graph, &kept));
             model
         }
     };

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use crate::analysis::{LayerMap, Tap};
 use crate::ir::{Graph, ValueId};
 
-use super::renumber::digit_runs;
+use super::renumber::{digit_runs, padded_width};
 
 /// Outputs whose names are numbered without a gap, with one for the stream before, or behind, each layer: all of
 /// transformers' `output_hidden_states`, or that list without its first or last entry.
@@ -17,6 +17,8 @@ pub struct Series {
     entries: Vec<Entry>,
     /// The number in the first entry's name.
     first: usize,
+    /// Digits that numbers are padded to with zeros.
+    width: usize,
     /// Text of the names before and behind the number.
     before: String,
     after: String,
@@ -29,27 +31,30 @@ struct Entry {
     layer: Option<usize>,
 }
 
-/// The numbers of a list's entries, by where its first entry reads the stream and how far numbers are behind places.
-type Numbered = BTreeMap<usize, ValueId>;
+/// Outputs by the place that they show, and the digits that their numbers are padded to.
+type Numbered = (BTreeMap<usize, ValueId>, usize);
 
 impl Series {
-    /// The list among a graph's outputs, if there is one. `map` names the outputs as `graph` does.
-    pub fn of(graph: &Graph, map: &LayerMap) -> Option<Series> {
+    /// The lists among a graph's outputs. `map` names the outputs as `graph` does.
+    pub fn all(graph: &Graph, map: &LayerMap) -> Vec<Series> {
         let count = map.layers.len();
         // By frame, and by whether names carry the place that is shown or the number of the layer before it.
         let mut frames: BTreeMap<(String, String, bool), Numbered> = BTreeMap::new();
         for (output, place) in shown(map) {
             let name = graph.name(output);
             for (start, end) in digit_runs(name) {
-                let number = name.get(start..end).and_then(|number| number.parse::<usize>().ok());
+                let digits = &name[start..end];
+                let number = digits.parse::<usize>().ok();
                 let by_layer = number.and_then(|number| number.checked_add(1)) == Some(place);
                 if number == Some(place) || by_layer {
-                    let frame = (name.get(..start)?.to_string(), name.get(end..)?.to_string(), by_layer);
-                    frames.entry(frame).or_default().insert(place, output);
+                    let frame = (name[..start].to_string(), name[end..].to_string(), by_layer);
+                    let (places, width) = frames.entry(frame).or_default();
+                    places.insert(place, output);
+                    *width = (*width).max(padded_width(digits));
                 }
             }
         }
-        frames.into_iter().find_map(|((before, after, by_layer), places)| {
+        let listed = frames.into_iter().filter_map(|((before, after, by_layer), (places, width))| {
             let (&start, &end) = (places.keys().next()?, places.keys().next_back()?);
             let whole = places.len() == end - start + 1 && places.len() >= count && count > 1;
             // From the embeddings on, an entry is that of the layer behind it.
@@ -58,8 +63,18 @@ impl Series {
                 .into_iter()
                 .map(|(place, output)| Entry { output, layer: layer(place).filter(|&layer| layer < count) });
             let first = start - usize::from(by_layer);
-            whole.then(|| Series { entries: entries.collect(), first, before, after })
-        })
+            whole.then(|| Series { entries: entries.collect(), first, width, before, after })
+        });
+        let mut lists: Vec<Series> = Vec::new();
+        for list in listed {
+            // Of two numbers in the same names the first is taken.
+            let is_known =
+                |entry: &Entry| lists.iter().flat_map(|list| &list.entries).any(|known| known.output == entry.output);
+            if !list.entries.iter().any(is_known) {
+                lists.push(list);
+            }
+        }
+        lists
     }
 
     /// The outputs that belong to these layers.
@@ -70,11 +85,11 @@ impl Series {
 
     /// The new name of each output when these layers stay; `None` for those that go.
     fn names(&self, kept: &[usize]) -> Vec<(ValueId, Option<String>)> {
-        let mut number = self.first;
+        let (mut number, width) = (self.first, self.width);
         let mut names = Vec::with_capacity(self.entries.len());
         for entry in &self.entries {
             let stays = entry.layer.is_none_or(|layer| kept.contains(&layer));
-            names.push((entry.output, stays.then(|| format!("{}{number}{}", self.before, self.after))));
+            names.push((entry.output, stays.then(|| format!("{}{number:0width$}{}", self.before, self.after))));
             number += usize::from(stays);
         }
         names
@@ -123,7 +138,7 @@ pub struct MovedTap {
 /// before which they read it. Behind the last layer stays behind the last layer. `map` names the outputs as `graph` does.
 pub fn moved_taps(graph: &Graph, map: &LayerMap, kept: &[usize]) -> Vec<MovedTap> {
     let names: Vec<(ValueId, Option<String>)> =
-        Series::of(graph, map).map(|series| series.names(kept)).unwrap_or_default();
+        Series::all(graph, map).iter().flat_map(|list| list.names(kept)).collect();
     let behind_last = Tap { output: map.result, places: vec![map.layers.len()], inside: Vec::new() };
     let listed = |output: ValueId| names.iter().find(|(id, _)| *id == output).map(|(_, name)| name.clone());
     let result = Some(behind_last).filter(|tap| listed(tap.output).is_some());

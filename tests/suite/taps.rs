@@ -76,6 +76,9 @@ fn lists_with_an_output_for_every_layer_are_those_of_the_smaller_network() {
     hold(&pruned(&[(1, "b/0"), (2, "b/1"), (3, "b/2"), (4, "b/3")]), &[("b/0", 1), ("b/1", 2), ("b/2", 3)]);
     hold(&pruned(&[(4, "h.4"), (3, "h.3"), (1, "h.1"), (2, "h.2")]), &[("h.3", 3), ("h.2", 2), ("h.1", 1)]);
 
+    // With zeros before the number.
+    hold(&pruned(&[(0, "h00"), (1, "h01"), (2, "h02"), (3, "h03")]), &[("h00", 0), ("h01", 1), ("h02", 2)]);
+
     let analysis = analyse(&showing(&[(1, "b/0"), (2, "b/1"), (3, "b/2"), (4, "b/3")])).unwrap();
     let want: [Change; 3] =
         [("b/1", None, &[2], &[]), ("b/2", Some("b/1"), &[3], &[2]), ("b/3", Some("b/2"), &[4], &[3])];
