@@ -91,9 +91,11 @@ impl ModelConfig {
         };
         let id = |key: &str| Ok::<_, Error>(ids("config.json", key, either(key))?.first().copied());
         let generated = |key: &str| ids(GENERATION, key, generation.get(key));
-        let said = |value: &Option<&Value>| value.is_some_and(|value| !value.is_null());
-        let eos = [(GENERATION, generation), ("config.json", &raw), ("config.json", text)]
-            .map(|(source, values)| (source, values.get("eos_token_id")));
+        let eos = [
+            generated("eos_token_id")?,
+            ids("config.json", "eos_token_id", raw.get("eos_token_id"))?,
+            ids("config.json", "eos_token_id", text.get("eos_token_id"))?,
+        ];
         let config = ModelConfig {
             source: "config.json".into(),
             model_type: text_of("config.json", "model_type", raw.get("model_type").or_else(|| text.get("model_type")))?,
@@ -119,14 +121,8 @@ impl ModelConfig {
             })?,
             image_token_id: image_token(&raw)?,
             bos_token_id: id("bos_token_id")?,
-            pad_token_id: match generated("pad_token_id")?.first() {
-                Some(&pad) => Some(pad),
-                None => id("pad_token_id")?,
-            },
-            eos_token_ids: match eos.into_iter().find(|(_, value)| said(value)) {
-                Some((source, value)) => ids(source, "eos_token_id", value)?,
-                None => Vec::new(),
-            },
+            pad_token_id: generated("pad_token_id")?.first().copied().or(id("pad_token_id")?),
+            eos_token_ids: eos.into_iter().find(|ids| !ids.is_empty()).unwrap_or_default(),
             context_tokens: context(text)?.map_or_else(|| context(&raw), |found| Ok(Some(found)))?,
             raw: Value::Null,
         };
