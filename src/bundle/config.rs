@@ -241,8 +241,9 @@ const IMAGE_TOKENS: &[&str] = &["image_token_id", "image_token_index", "image_to
 /// The key of the image token with its value, where a config has one. `image_token` may be a token's text, which
 /// the tokenizer knows.
 pub fn image_token_entry(config: &Value) -> Option<(&'static str, &Value)> {
-    let entries = IMAGE_TOKENS.iter().filter_map(|&key| Some((key, config.get(key)?)));
-    entries.into_iter().find(|(key, value)| !value.is_null() && !(*key == "image_token" && value.is_string()))
+    let mut entries = IMAGE_TOKENS.iter().filter_map(|&key| Some((key, config.get(key)?)));
+    let is_text = |key: &str, value: &Value| key == "image_token" && value.is_string();
+    entries.find(|(key, value)| !value.is_null() && !is_text(key, value))
 }
 
 fn image_token(config: &Value) -> Result<Option<i64>> {

@@ -63,7 +63,7 @@ fn layers_that_cannot_be_dropped_are_never_chosen() {
     for strategy in STRATEGIES.iter().filter(|strategy| strategy.name != "explicit") {
         for count in 1..=4 {
             for seed in 0..8 {
-                let loss = |removed: &[usize]| removed.iter().map(|&layer| layer as f64).sum::<f64>() * -1.0;
+                let loss = |removed: &[usize]| -removed.iter().map(|&layer| layer as f64).sum::<f64>();
                 let mut measure = Formula { loss, calls: 0 };
                 let asked = request(&similarities, count);
                 let mut asked = Request { refusal: &without_three, seed, measure: Some(&mut measure), ..asked };
