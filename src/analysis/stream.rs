@@ -41,8 +41,17 @@ impl Chain {
 pub fn longest_chain(graph: &Graph, body: &Body) -> Result<Chain> {
     let index = GraphIndex::of_body(body);
     let result = result_of(graph, body, &index)?;
-    match best(graph, body, &index, result, &|_| true) {
-        Some((count, chain)) if count >= 2 => Ok(chain),
+    let mut found = best(graph, body, &index, result, &|_| true);
+    // What several outputs are made of alike, as keys and values for another graph are of an encoder's states, is the
+    // result where the same blocks lead to it.
+    if let Some(origin) = common_origin(body, &index, result)
+        && let Some(other) = best(graph, body, &index, origin, &|_| true)
+        && found.as_ref().is_none_or(|(rank, _)| other.0.mixers >= rank.mixers)
+    {
+        found = Some(other);
+    }
+    match found {
+        Some((rank, chain)) if rank.blocks >= 2 => Ok(chain),
         Some((_, chain)) => Err(Error::unsupported(
             "the graph",
             format!(
@@ -62,7 +71,19 @@ pub fn longest_chain(graph: &Graph, body: &Body) -> Result<Chain> {
 /// The chain to `result` with the most residual blocks that mix tokens, two blocks at least, of those that are `wanted`.
 pub fn longest_where(graph: &Graph, body: &Body, result: ValueId, wanted: &dyn Fn(&Chain) -> bool) -> Option<Chain> {
     let found = best(graph, body, &GraphIndex::of_body(body), result, wanted);
-    found.filter(|(count, _)| *count >= 2).map(|(_, chain)| chain)
+    found.filter(|(rank, _)| rank.blocks >= 2).map(|(_, chain)| chain)
+}
+
+/// What one chain is preferred to another for, the more important first.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Rank {
+    /// Residual blocks that mix tokens.
+    mixers: usize,
+    by_dominators: bool,
+    /// Residual blocks.
+    blocks: usize,
+    /// Of equal chains the longer one starts earlier (token ids before their embeddings).
+    values: usize,
 }
 
 fn best(
@@ -71,8 +92,8 @@ fn best(
     index: &GraphIndex,
     result: ValueId,
     wanted: &dyn Fn(&Chain) -> bool,
-) -> Option<(usize, Chain)> {
-    let mut best = None;
+) -> Option<(Rank, Chain)> {
+    let mut best: Option<(Rank, Chain)> = None;
     let parts = body.nodes.iter().filter(|node| part_of_rows(graph, body, node).is_some());
     let sources = body.inputs.iter().copied().chain(parts.flat_map(|node| node.present_outputs()));
     for source in sources.collect::<Vec<_>>() {
@@ -83,14 +104,14 @@ fn best(
             let positions = blocks::residual_positions(body, index, &chain);
             let mixes = |position: usize| chain.segment(position).any(|node| kinds::can_mix(&body.nodes[node]));
             let mixers = positions.iter().filter(|&&(position, _)| mixes(position)).count();
-            // Of equal chains the longer one starts earlier (token ids before their embeddings).
-            let rank = (mixers, !chain.by_sums, positions.len(), chain.values.len());
+            let (by_dominators, blocks, values) = (!chain.by_sums, positions.len(), chain.values.len());
+            let rank = Rank { mixers, by_dominators, blocks, values };
             if best.as_ref().is_none_or(|(known, _)| rank > *known) {
                 best = Some((rank, chain));
             }
         }
     }
-    best.map(|((_, _, blocks, _), chain)| (blocks, chain))
+    best
 }
 
 /// The input of the graph that a node cuts a part out of: features that lie packed behind each row of the embeddings are
@@ -106,7 +127,7 @@ pub fn part_of_rows(graph: &Graph, body: &Body, node: &Node) -> Option<ValueId> 
 fn result_of(graph: &Graph, body: &Body, index: &GraphIndex) -> Result<ValueId> {
     let mut best: Option<(usize, ValueId)> = None;
     for &output in &body.outputs {
-        let count = ancestors(body, index, output);
+        let count = ancestors(body, index, output).len();
         if best.is_none_or(|(most, _)| count > most) {
             best = Some((count, output));
         }
@@ -117,7 +138,23 @@ fn result_of(graph: &Graph, body: &Body, index: &GraphIndex) -> Result<ValueId> 
     })
 }
 
-fn ancestors(body: &Body, index: &GraphIndex, output: ValueId) -> usize {
+/// Where as many nodes work for other outputs as for `result`, the output that all of these are computed from, if there is
+/// one: of several the last.
+fn common_origin(body: &Body, index: &GraphIndex, result: ValueId) -> Option<ValueId> {
+    let behind: Vec<(ValueId, HashSet<usize>)> =
+        body.outputs.iter().map(|&output| (output, ancestors(body, index, output))).collect();
+    let most = behind.iter().find(|(output, _)| *output == result)?.1.len();
+    let (alike, others): (Vec<_>, Vec<_>) = behind.iter().partition(|(_, nodes)| nodes.len() == most);
+    let leads = |output: ValueId| {
+        let made_by = index.node_of(output).map(|(node, _)| node);
+        made_by.is_some_and(|node| alike.iter().all(|(_, nodes)| nodes.contains(&node)))
+    };
+    let origins = others.into_iter().filter(|(output, _)| alike.len() > 1 && leads(*output));
+    origins.max_by_key(|(_, nodes)| nodes.len()).map(|&(output, _)| output)
+}
+
+/// The nodes that an output is computed from.
+fn ancestors(body: &Body, index: &GraphIndex, output: ValueId) -> HashSet<usize> {
     let mut seen = HashSet::new();
     let mut open = vec![output];
     while let Some(value) = open.pop() {
@@ -127,7 +164,7 @@ fn ancestors(body: &Body, index: &GraphIndex, output: ValueId) -> usize {
             open.extend(data_inputs(body, node));
         }
     }
-    seen.len()
+    seen
 }
 
 /// The inputs of a node, those that bodies inside it capture included.

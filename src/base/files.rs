@@ -166,7 +166,7 @@ pub fn contained_path(folder: &Path, relative: &str) -> Result<PathBuf> {
         && candidate.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
     if !plain {
         return Err(Error::invalid(subject(), "must be a relative path without `..`")
-            .remedy("keep the files of a model in its own folder"));
+            .remedy("name the file by its path below that folder"));
     }
     let joined = folder.join(candidate);
     let root = fs::canonicalize(folder).map_err(|e| Error::io("open", folder, e))?;

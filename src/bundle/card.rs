@@ -116,7 +116,14 @@ mod tests {
 
     fn prune(dropped: &[usize], before: usize) -> RecordedStep {
         let (dropped, dropped_original) = (dropped.to_vec(), dropped.to_vec());
-        RecordedStep::Prune { tower: Tower::Text, layers_before: before, dropped, dropped_original, deepstack: None }
+        RecordedStep::Prune {
+            tower: Tower::Text,
+            layers_before: before,
+            dropped,
+            dropped_original,
+            deepstack: None,
+            taps: Vec::new(),
+        }
     }
 
     #[test]

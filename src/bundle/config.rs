@@ -36,6 +36,8 @@ pub struct ModelConfig {
     pub vision_num_layers: Option<usize>,
     /// Id of the placeholder token for one image feature.
     pub image_token_id: Option<i64>,
+    /// Positions that the model was made for.
+    pub context_tokens: Option<usize>,
     /// Id of the token that begins a sequence.
     pub bos_token_id: Option<i64>,
     /// Id of the token that pads a batch.
@@ -59,6 +61,9 @@ pub struct LatentAttention {
     /// Width of one head's values.
     pub v_head_dim: usize,
 }
+
+const GENAI: &str = "genai_config.json";
+const GENERATION: &str = "generation_config.json";
 
 /// Keys under which configs hold the language model.
 pub(super) const TEXT_SECTIONS: &[&str] = &["text_config", "llm_config", "language_config", "thinker_config"];
@@ -84,11 +89,16 @@ impl ModelConfig {
             let found = keys.iter().map(|key| size(&[*key])).collect::<Result<Vec<_>>>()?;
             Ok(found.into_iter().flatten().collect())
         };
-        let id = |key: &str| either(key).and_then(Value::as_i64);
-        let eos = [generation.get("eos_token_id"), raw.get("eos_token_id"), text.get("eos_token_id")];
+        let id = |key: &str| Ok::<_, Error>(ids("config.json", key, either(key))?.first().copied());
+        let generated = |key: &str| ids(GENERATION, key, generation.get(key));
+        let eos = [
+            generated("eos_token_id")?,
+            ids("config.json", "eos_token_id", raw.get("eos_token_id"))?,
+            ids("config.json", "eos_token_id", text.get("eos_token_id"))?,
+        ];
         let config = ModelConfig {
             source: "config.json".into(),
-            model_type: either_str(&raw, text, "model_type"),
+            model_type: text_of("config.json", "model_type", raw.get("model_type").or_else(|| text.get("model_type")))?,
             num_hidden_layers: size(&["num_hidden_layers", "n_layer", "n_layers", "num_layers"])?,
             hidden_size: size(&["hidden_size", "n_embd", "d_model"])?,
             num_attention_heads: size(&["num_attention_heads", "n_head", "num_heads"])?,
@@ -107,16 +117,13 @@ impl ModelConfig {
             },
             vocab_size: size(&["vocab_size"])?,
             vision_num_layers: first(&["num_hidden_layers", "depth", "num_layers", "layers"], |key| {
-                usize_of("config.json", key, vision.get(key).filter(|value| !value.is_null()))
+                usize_of("config.json", key, vision.get(key))
             })?,
-            image_token_id: raw
-                .get("image_token_id")
-                .or_else(|| raw.get("image_token_index"))
-                .or_else(|| raw.get("image_token"))
-                .and_then(Value::as_i64),
-            bos_token_id: id("bos_token_id"),
-            pad_token_id: generation.get("pad_token_id").and_then(Value::as_i64).or_else(|| id("pad_token_id")),
-            eos_token_ids: eos.into_iter().flatten().find_map(ids).unwrap_or_default(),
+            image_token_id: image_token(&raw)?,
+            bos_token_id: id("bos_token_id")?,
+            pad_token_id: generated("pad_token_id")?.first().copied().or(id("pad_token_id")?),
+            eos_token_ids: eos.into_iter().find(|ids| !ids.is_empty()).unwrap_or_default(),
+            context_tokens: context(text)?.map_or_else(|| context(&raw), |found| Ok(Some(found)))?,
             raw: Value::Null,
         };
         Ok(ModelConfig { raw, ..config })
@@ -125,10 +132,11 @@ impl ModelConfig {
     fn from_genai(raw: Value) -> Result<Self> {
         let model = raw.get("model").unwrap_or(&Value::Null);
         let decoder = model.get("decoder").unwrap_or(&Value::Null);
-        let size = |key: &str| usize_of("genai_config.json", key, decoder.get(key));
+        let size = |key: &str| usize_of(GENAI, key, decoder.get(key));
+        let id = |key: &str| ids(GENAI, key, model.get(key));
         let config = ModelConfig {
-            source: "genai_config.json".into(),
-            model_type: either_str(model, &Value::Null, "type"),
+            source: GENAI.into(),
+            model_type: text_of(GENAI, "type", model.get("type"))?,
             num_hidden_layers: size("num_hidden_layers")?,
             hidden_size: size("hidden_size")?,
             num_attention_heads: size("num_attention_heads")?,
@@ -137,12 +145,13 @@ impl ModelConfig {
             other_key_value_heads: Vec::new(),
             other_head_dims: Vec::new(),
             latent_attention: None,
-            vocab_size: usize_of("genai_config.json", "vocab_size", model.get("vocab_size"))?,
+            vocab_size: usize_of(GENAI, "vocab_size", model.get("vocab_size"))?,
             vision_num_layers: None,
-            image_token_id: model.get("image_token_id").and_then(Value::as_i64),
-            bos_token_id: model.get("bos_token_id").and_then(Value::as_i64),
-            pad_token_id: model.get("pad_token_id").and_then(Value::as_i64),
-            eos_token_ids: model.get("eos_token_id").and_then(ids).unwrap_or_default(),
+            image_token_id: image_token(model)?,
+            bos_token_id: id("bos_token_id")?.first().copied(),
+            pad_token_id: id("pad_token_id")?.first().copied(),
+            eos_token_ids: id("eos_token_id")?,
+            context_tokens: usize_of(GENAI, "context_length", model.get("context_length"))?.filter(|&size| size > 0),
             raw: Value::Null,
         };
         Ok(ModelConfig { raw, ..config })
@@ -170,8 +179,12 @@ fn section<'a>(raw: &'a Value, names: &[&str]) -> Option<&'a Value> {
     Some(names.iter().find_map(|name| found.get(name).filter(|value| value.is_object())).unwrap_or(found))
 }
 
-fn either_str(a: &Value, b: &Value, key: &str) -> String {
-    a.get(key).or_else(|| b.get(key)).and_then(Value::as_str).unwrap_or_default().to_string()
+fn text_of(source: &str, key: &str, value: Option<&Value>) -> Result<String> {
+    match value {
+        None | Some(Value::Null) => Ok(String::new()),
+        Some(Value::String(text)) => Ok(text.clone()),
+        Some(value) => Err(unexpected(source, key, value, "a text")),
+    }
 }
 
 fn first<T>(keys: &[&str], read: impl Fn(&str) -> Result<Option<T>>) -> Result<Option<T>> {
@@ -186,20 +199,67 @@ fn first<T>(keys: &[&str], read: impl Fn(&str) -> Result<Option<T>>) -> Result<O
 /// A size; lists (one entry per layer) count as not there.
 fn usize_of(source: &str, key: &str, value: Option<&Value>) -> Result<Option<usize>> {
     match value {
-        None | Some(Value::Array(_)) => Ok(None),
-        Some(value) => {
-            let size = value.as_u64().and_then(|size| usize::try_from(size).ok());
-            size.map(Some).ok_or_else(|| {
-                Error::invalid(format!("`{source}`"), format!("`{key}` is {value}, expected a whole number"))
-                    .remedy("correct the config")
-            })
-        }
+        Some(Value::Array(_)) => Ok(None),
+        value => whole_number(source, key, value),
     }
 }
 
-fn ids(value: &Value) -> Option<Vec<i64>> {
-    match value {
-        Value::Array(items) => Some(items.iter().filter_map(Value::as_i64).collect()),
-        _ => value.as_i64().map(|id| vec![id]),
-    }
+/// A whole number of a config; `None` where the key is absent or null.
+///
+/// Errors: `Error::Invalid` naming file and key for every other value.
+pub fn whole_number(source: &str, key: &str, value: Option<&Value>) -> Result<Option<usize>> {
+    let Some(value) = value.filter(|value| !value.is_null()) else { return Ok(None) };
+    let number = value.as_u64().and_then(|number| usize::try_from(number).ok());
+    number.map(Some).ok_or_else(|| unexpected(source, key, value, "a whole number"))
+}
+
+/// True or false of a config; `None` where the key is absent or null.
+///
+/// Errors: `Error::Invalid` naming file and key for every other value.
+pub fn flag(source: &str, key: &str, value: Option<&Value>) -> Result<Option<bool>> {
+    let Some(value) = value.filter(|value| !value.is_null()) else { return Ok(None) };
+    value.as_bool().map(Some).ok_or_else(|| unexpected(source, key, value, "true or false"))
+}
+
+fn unexpected(source: &str, key: &str, value: &Value, expected: &str) -> Error {
+    Error::invalid(format!("`{source}`"), format!("`{key}` is {value}, expected {expected}"))
+        .remedy("correct the config")
+}
+
+/// Ids of tokens: one, or a list. A negative number stands for no token.
+fn ids(source: &str, key: &str, value: Option<&Value>) -> Result<Vec<i64>> {
+    let Some(value) = value.filter(|value| !value.is_null()) else { return Ok(Vec::new()) };
+    let list = value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice);
+    let found: Option<Vec<i64>> = list.iter().map(Value::as_i64).collect();
+    let found = found.ok_or_else(|| unexpected(source, key, value, "the id of a token or a list of ids"))?;
+    Ok(found.into_iter().filter(|id| *id >= 0).collect())
+}
+
+/// Keys of the id that stands for one image feature, the first that is there being the one.
+const IMAGE_TOKENS: &[&str] = &["image_token_id", "image_token_index", "image_token"];
+
+/// The key of the image token with its value, where a config has one. `image_token` may be a token's text, which
+/// the tokenizer knows.
+pub fn image_token_entry(config: &Value) -> Option<(&'static str, &Value)> {
+    let mut entries = IMAGE_TOKENS.iter().filter_map(|&key| Some((key, config.get(key)?)));
+    let is_text = |key: &str, value: &Value| key == "image_token" && value.is_string();
+    entries.find(|(key, value)| !value.is_null() && !is_text(key, value))
+}
+
+fn image_token(config: &Value) -> Result<Option<i64>> {
+    let Some((key, value)) = image_token_entry(config) else { return Ok(None) };
+    value.as_i64().map(Some).ok_or_else(|| unexpected("config.json", key, value, "the id of a token"))
+}
+
+/// Positions: `max_position_embeddings`, or as many as its rotary embedding is stretched to.
+fn context(section: &Value) -> Result<Option<usize>> {
+    let number = |key: &str| whole_number("config.json", key, section.get(key));
+    let Some(most) = first(&["max_position_embeddings", "n_positions"], number)?.filter(|&most| most > 0) else {
+        return Ok(None);
+    };
+    let rope =
+        ["rope_scaling", "rope_parameters"].iter().find_map(|key| section.get(key).filter(|rope| rope.is_object()));
+    let of = |key: &str| rope.and_then(|rope| rope.get(key)).and_then(Value::as_f64);
+    let stretched = of("factor").map(|factor| of("original_max_position_embeddings").unwrap_or(most as f64) * factor);
+    Ok(Some(stretched.map_or(most, |stretched| most.max(stretched as usize))))
 }

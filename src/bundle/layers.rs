@@ -147,6 +147,9 @@ fn layers_beyond(root: &Node, edit: &LayerEdit) -> usize {
     }
 }
 
+/// Keys that may give each layer's kind as a letter of one text.
+const LETTERS: &[&str] = &["hybrid_override_pattern", "sliding_window_pattern"];
+
 struct Walk<'a> {
     document: &'a Document,
     edit: &'a LayerEdit,
@@ -285,6 +288,10 @@ impl Walk<'_> {
 
     fn per_layer(&mut self, node: &Node, path: &str) -> Result<()> {
         if let Kind::Scalar(serde_json::Value::String(letters)) = &node.kind {
+            if !LETTERS.iter().any(|key| ends_with_path(path, key)) {
+                let problem = format!("is \"{letters}\", expected a list with one entry per layer");
+                return Err(self.error(path, problem).remedy("correct the config"));
+            }
             let letters: Vec<char> = letters.chars().collect();
             self.expect_length(letters.len(), path)?;
             let kept: String = self.edit.kept().iter().filter_map(|&layer| letters.get(layer)).collect();

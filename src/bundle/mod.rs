@@ -19,10 +19,10 @@ mod write;
 
 pub use assets::{AssetKind, RECORD_FILE};
 pub use component::Component;
-pub use config::{LatentAttention, ModelConfig};
+pub use config::{LatentAttention, ModelConfig, flag, image_token_entry, whole_number};
 pub use layers::LayerEdit;
 pub use layout::{Layout, Role};
-pub use record::{Deepstack, Record, RecordedStep};
+pub use record::{Deepstack, Record, RecordedStep, TapChange};
 pub use tower::Tower;
 pub use write::BundleWriter;
 
@@ -60,7 +60,7 @@ pub struct Asset {
 }
 
 /// A model folder (or one `.onnx` file) with every file accounted for.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Bundle {
     root: PathBuf,
     layout: &'static Layout,

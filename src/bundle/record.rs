@@ -27,6 +27,9 @@ pub enum RecordedStep {
         /// Treatment of features that are added between layers; absent where none are.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         deepstack: Option<Deepstack>,
+        /// Outputs that show the residual stream and were renamed, or show it elsewhere now.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        taps: Vec<TapChange>,
     },
     /// Layers were trained.
     Finetune {
@@ -37,6 +40,21 @@ pub enum RecordedStep {
         /// Optimiser, loss and schedule, as the verb understood them.
         settings: Value,
     },
+}
+
+/// What dropped layers changed of an output that shows the residual stream.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TapChange {
+    /// Its name before.
+    pub output: String,
+    /// Its name now; absent where it went with its layer from a list with one output for every layer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub output_now: Option<String>,
+    /// Layers before which it read the stream; the number of layers is behind the last one.
+    pub before: Vec<usize>,
+    /// The same now, in the new numbers of the layers.
+    pub before_now: Vec<usize>,
 }
 
 /// Treatment of features that are added after the first layers (DeepStack) when layers are dropped.

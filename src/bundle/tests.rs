@@ -86,7 +86,7 @@ fn save(folder: &Path, name: &str, data: Option<&str>) {
 fn a_history_that_does_not_fit_the_graph_is_refused_before_memory_is_taken() {
     let step = |layers_before, dropped: &[usize]| {
         let (dropped, dropped_original) = (dropped.to_vec(), dropped.to_vec());
-        RecordedStep::Prune { tower: Tower::Text, layers_before, dropped, dropped_original, deepstack: None }
+        RecordedStep::Prune { tower: Tower::Text, layers_before, dropped, dropped_original, deepstack: None, taps: Vec::new() }
     };
     let originals = |history: &[RecordedStep], count| Record::original_layers(history, Tower::Text, count);
     assert_eq!(originals(&[step(6, &[1, 4]), step(4, &[0])], 3).unwrap(), [2, 3, 5]);
@@ -214,7 +214,7 @@ fn files_that_say_nothing_of_the_network_are_carried_along_and_listed() {
     }
     let out = plain.path().join("out");
     let mut writer = BundleWriter::create(&bundle, &out).unwrap();
-    writer.drop_layers(&LayerEdit::new(Tower::Text, 4, &[1]).unwrap(), None).unwrap();
+    writer.drop_layers(&LayerEdit::new(Tower::Text, 4, &[1]).unwrap(), None, Vec::new()).unwrap();
     writer.commit(provenance()).unwrap();
     for file in carried.iter().chain(&known) {
         assert_eq!(fs::read(out.join(file)).unwrap(), fs::read(folder.path().join(file)).unwrap(), "{file}");
@@ -237,7 +237,7 @@ fn other_tools_configs_that_count_the_layers_follow_or_are_refused() {
         let bundle = Bundle::open(folder.path()).unwrap();
         let out = folder.path().join("out");
         let mut writer = BundleWriter::create(&bundle, &out)?;
-        writer.drop_layers(&LayerEdit::new(Tower::Text, 4, &[1])?, None)?;
+        writer.drop_layers(&LayerEdit::new(Tower::Text, 4, &[1])?, None, Vec::new())?;
         writer.commit(provenance())?;
         Ok::<_, Error>(fs::read_to_string(out.join(file)).unwrap())
     };
@@ -258,7 +258,7 @@ fn a_card_says_what_was_done_to_the_model() {
     let bundle = Bundle::open(folder.path()).unwrap();
     let out = folder.path().join("out");
     let mut writer = BundleWriter::create(&bundle, &out).unwrap();
-    writer.drop_layers(&LayerEdit::new(Tower::Text, 4, &[1, 2]).unwrap(), None).unwrap();
+    writer.drop_layers(&LayerEdit::new(Tower::Text, 4, &[1, 2]).unwrap(), None, Vec::new()).unwrap();
     writer.commit(provenance()).unwrap();
     let written = fs::read_to_string(out.join("README.md")).unwrap();
     assert!(written.starts_with("---\nlicense: mit\n---\n"), "{written}");
@@ -362,7 +362,7 @@ fn a_written_folder_is_the_old_one_with_the_changes() {
     for component in bundle.components().iter().filter(|c| c.role.is_decoder()) {
         writer.save(component, &model(600)).unwrap();
     }
-    writer.drop_layers(&LayerEdit::new(Tower::Text, 4, &[1]).unwrap(), None).unwrap();
+    writer.drop_layers(&LayerEdit::new(Tower::Text, 4, &[1]).unwrap(), None, Vec::new()).unwrap();
     writer.commit(provenance()).unwrap();
 
     let written = Bundle::open(&out).unwrap();
@@ -382,7 +382,7 @@ fn a_written_folder_is_the_old_one_with_the_changes() {
     let again =
         folder.path().join("../").join(format!("{}-again", folder.path().file_name().unwrap().to_string_lossy()));
     let mut writer = BundleWriter::create(&written, &again).unwrap();
-    writer.drop_layers(&LayerEdit::new(Tower::Text, 3, &[1]).unwrap(), None).unwrap();
+    writer.drop_layers(&LayerEdit::new(Tower::Text, 3, &[1]).unwrap(), None, Vec::new()).unwrap();
     let record = writer.record(provenance()).unwrap();
     let Some(RecordedStep::Prune { dropped_original, .. }) = record.history.last() else { panic!("no step") };
     assert_eq!(dropped_original, &[2]);

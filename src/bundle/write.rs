@@ -10,7 +10,7 @@ use crate::onnx::{self, Metadata, Storage};
 
 use super::json::{Document, Edit, Kind};
 use super::layers::{self, LayerEdit};
-use super::record::{Deepstack, Record, RecordedStep};
+use super::record::{Deepstack, Record, RecordedStep, TapChange};
 use super::{AssetKind, Bundle, Component, RECORD_FILE, card, export_json, is_external_data_of, read_text};
 
 /// Configs of other tools whose keys the table of layer keys covers.
@@ -102,27 +102,12 @@ impl<'a> BundleWriter<'a> {
         }
     }
 
-    /// Rewrites every config for layers that go, and notes the step.
+    /// Rewrites every config for layers that go, and notes the step with what it changed of outputs.
     ///
     /// Errors: `Error::Invalid` and `Error::Unsupported` as the table of layer keys says, naming file and key.
-    pub fn drop_layers(&mut self, edit: &LayerEdit, deepstack: Option<Deepstack>) -> Result<()> {
-        for asset in self.bundle.assets() {
-            let document = match asset.kind {
-                AssetKind::Config => Document::parse(self.subject(&asset.file), self.text_of(&asset.file)?)?,
-                AssetKind::Other if asset.file.ends_with(".json") => match self.foreign_config(&asset.file, edit)? {
-                    Some(document) => document,
-                    None => continue,
-                },
-                _ => continue,
-            };
-            let rewritten = match asset.file.as_str() {
-                "export.json" => export_json::rewrite(&document, edit)?,
-                _ => layers::rewrite(&document, edit)?,
-            };
-            if let Some(text) = rewritten {
-                self.texts.insert(asset.file.clone(), text);
-            }
-        }
+    pub fn drop_layers(&mut self, edit: &LayerEdit, deepstack: Option<Deepstack>, taps: Vec<TapChange>) -> Result<()> {
+        let rewritten = rewritten_configs(self.bundle, &self.texts, edit)?;
+        self.texts.extend(rewritten);
         let mut history = self.history()?;
         let before = Record::original_layers(&history, edit.tower, edit.total)?;
         let original = edit.dropped().iter().filter_map(|&layer| before.get(layer).copied()).collect();
@@ -132,26 +117,11 @@ impl<'a> BundleWriter<'a> {
             dropped: edit.dropped().to_vec(),
             dropped_original: original,
             deepstack,
+            taps,
         };
         history.push(step.clone());
         self.steps.push(step);
         Ok(())
-    }
-
-    /// A carried JSON file that counts as many layers as the tower has, so that it would be wrong about the new model.
-    ///
-    /// Errors: `Error::Invalid` when its other keys are not known to be covered by the table of layer keys.
-    fn foreign_config(&self, file: &str, edit: &LayerEdit) -> Result<Option<Document>> {
-        // What cannot be read as JSON, whatever its name, is no config.
-        let document = self.text_of(file).and_then(|text| Document::parse(self.subject(file), text));
-        let Ok(document) = document else { return Ok(None) };
-        let Some(key) = layers::counting_key(&document, edit) else { return Ok(None) };
-        if FOREIGN_CONFIGS.contains(&file) {
-            return Ok(Some(document));
-        }
-        let problem = format!("says `{key}` is {}, and nothing is known about the file", edit.total);
-        Err(Error::invalid(self.subject(file), problem)
-            .remedy("it would be wrong about the new model: move it out of the folder"))
     }
 
     /// Puts what was done to the model at the top of its cards, which describe the model before.
@@ -223,17 +193,6 @@ impl<'a> BundleWriter<'a> {
         Ok(history)
     }
 
-    fn subject(&self, file: &str) -> String {
-        format!("`{}`", self.bundle.root().join(file).display())
-    }
-
-    fn text_of(&self, file: &str) -> Result<String> {
-        match self.texts.get(file) {
-            Some(text) => Ok(text.clone()),
-            None => read_text(&self.bundle.root().join(file)),
-        }
-    }
-
     fn target(&self, file: &str) -> Result<PathBuf> {
         let path = self.staged.0.path().join(file);
         if let Some(parent) = path.parent() {
@@ -262,7 +221,7 @@ impl<'a> BundleWriter<'a> {
         if self.bundle.asset_path("config.json").is_none() {
             return Ok(());
         }
-        let document = Document::parse(self.subject("config.json"), self.text_of("config.json")?)?;
+        let document = document(self.bundle, &self.texts, "config.json")?;
         let node = document.root().get("transformers.js_config").and_then(|js| js.get("use_external_data_format"));
         let Some(node) = node else { return Ok(()) };
         let chunks =
@@ -306,6 +265,72 @@ impl<'a> BundleWriter<'a> {
             self.texts.insert("config.json".into(), text);
         }
         Ok(())
+    }
+}
+
+/// A folder's file as JSON, or its new text where it has one.
+fn document(bundle: &Bundle, texts: &BTreeMap<String, String>, file: &str) -> Result<Document> {
+    let path = bundle.root().join(file);
+    let text = match texts.get(file) {
+        Some(text) => text.clone(),
+        None => read_text(&path)?,
+    };
+    Document::parse(format!("`{}`", path.display()), text)
+}
+
+/// New texts of the configs, by path, of a model that loses layers; those in `texts` stand for the folder's own.
+fn rewritten_configs(
+    bundle: &Bundle,
+    texts: &BTreeMap<String, String>,
+    edit: &LayerEdit,
+) -> Result<BTreeMap<String, String>> {
+    let mut rewritten = BTreeMap::new();
+    for asset in bundle.assets() {
+        let document = match asset.kind {
+            AssetKind::Config => document(bundle, texts, &asset.file)?,
+            AssetKind::Other if asset.file.ends_with(".json") => {
+                match foreign_config(bundle, texts, &asset.file, edit)? {
+                    Some(document) => document,
+                    None => continue,
+                }
+            }
+            _ => continue,
+        };
+        let text = match asset.file.as_str() {
+            "export.json" => export_json::rewrite(&document, edit)?,
+            _ => layers::rewrite(&document, edit)?,
+        };
+        rewritten.extend(text.map(|text| (asset.file.clone(), text)));
+    }
+    Ok(rewritten)
+}
+
+/// A carried JSON file that counts as many layers as the tower has, so that it would be wrong about the new model.
+///
+/// Errors: `Error::Invalid` when its other keys are not known to be covered by the table of layer keys.
+fn foreign_config(
+    bundle: &Bundle,
+    texts: &BTreeMap<String, String>,
+    file: &str,
+    edit: &LayerEdit,
+) -> Result<Option<Document>> {
+    // What cannot be read as JSON, whatever its name, is no config.
+    let Ok(document) = document(bundle, texts, file) else { return Ok(None) };
+    let Some(key) = layers::counting_key(&document, edit) else { return Ok(None) };
+    if FOREIGN_CONFIGS.contains(&file) {
+        return Ok(Some(document));
+    }
+    let problem = format!("says `{key}` is {}, and nothing is known about the file", edit.total);
+    Err(Error::invalid(document.subject(), problem)
+        .remedy("it would be wrong about the new model: move it out of the folder"))
+}
+
+impl Bundle {
+    /// Asks whether the configs can follow layers that go, as [`BundleWriter::drop_layers`] does.
+    ///
+    /// Errors: as there.
+    pub fn check_drop(&self, edit: &LayerEdit) -> Result<()> {
+        rewritten_configs(self, &BTreeMap::new(), edit).map(drop)
     }
 }
 

@@ -66,6 +66,9 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     for line in tap_lines(&found.taps, found.num_layers) {
         output.line(line)?;
     }
+    if let (false, Some(result)) = (found.taps.is_empty(), &found.result) {
+        output.line(format!("  output {result} is what the layers lead to"))?;
+    }
     if let Some(vision) = &found.vision {
         output.line("")?;
         match &vision.problem {
@@ -101,7 +104,7 @@ fn layer_table(layers: &[LayerInfo]) -> String {
     table(&rows)
 }
 
-/// Cache ports by role, and what layers share, each on one line.
+/// Cache ports by role, what layers share, and layers that cannot be dropped, each on one line.
 fn details(layers: &[LayerInfo]) -> Vec<String> {
     let mut ports: Vec<(String, Vec<usize>)> = Vec::new();
     let mut shared: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
@@ -124,6 +127,10 @@ fn details(layers: &[LayerInfo]) -> Vec<String> {
         groups.entry(readers).or_default().push(name);
     }
     const SHOWN: usize = 4;
+    let refusals = layers.iter().filter_map(|layer| {
+        let reason = layer.refusal.as_ref()?;
+        Some(format!("  layer {} cannot be dropped by itself: {reason}", layer.index))
+    });
     let ports = ports.into_iter().map(|(text, indices)| format!("  {}: {text}", ranges(&indices)));
     let shared = groups.into_iter().map(|(indices, names)| {
         let more = if names.len() > SHOWN { format!(" and {} more", names.len() - SHOWN) } else { String::new() };
@@ -131,7 +138,7 @@ fn details(layers: &[LayerInfo]) -> Vec<String> {
         let verb = if indices.len() == 1 { "reads" } else { "read" };
         format!("  {} {verb} from outside: {}{more}", ranges(&indices), names.join(", "))
     });
-    ports.chain(shared).collect()
+    ports.chain(shared).chain(refusals).collect()
 }
 
 /// Places at which each tap reads the stream.

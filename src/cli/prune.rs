@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use clap::ValueEnum;
 
 use crate::base::{human_bytes, list_preview, sha256_file};
-use crate::bundle::{Bundle, Deepstack, Tower};
+use crate::bundle::{Bundle, Deepstack, TapChange, Tower};
 use crate::method::Plan;
-use crate::pipeline::steps::{self, Drop};
+use crate::pipeline::steps::{self, Drop, Pruned};
 
 use super::args::LayerList;
 use super::output::table;
@@ -86,6 +86,9 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         Some(Deepstack::Shift) => output.line("features between layers move to the first layers that stay")?,
         None => {}
     }
+    for tap in &pruned.taps {
+        output.line(tap_line(tap, &pruned))?;
+    }
     let mut rows = vec![["component", "nodes", "now", "weights", "now"].map(String::from).to_vec()];
     for part in &pruned.components {
         rows.push(vec![
@@ -103,4 +106,23 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         }
     }
     Ok(Outcome::Done)
+}
+
+/// What became of an output that shows the residual stream.
+fn tap_line(tap: &TapChange, pruned: &Pruned) -> String {
+    let Some(now) = &tap.output_now else {
+        return format!("output {} went with its layer", tap.output);
+    };
+    let places = |places: &[usize], layers: usize| {
+        let place = |&place: &usize| match place == layers {
+            true => "behind the last layer".to_string(),
+            false => format!("before layer {place}"),
+        };
+        places.iter().map(place).collect::<Vec<_>>().join(" and ")
+    };
+    let (before, after) = (places(&tap.before, pruned.layers_before), places(&tap.before_now, pruned.layers_after));
+    let name = if *now == tap.output { "keeps its name".to_string() } else { format!("is now {now}") };
+    let moved =
+        if before == after { String::new() } else { format!(": the stream {before}, which it shows, is now {after}") };
+    format!("output {} {name}{moved}", tap.output)
 }

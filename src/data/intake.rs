@@ -52,14 +52,6 @@ impl LeftOut {
     }
 }
 
-/// Positions that the model's config allows.
-fn context_tokens(bundle: &Bundle) -> Option<usize> {
-    let raw = &bundle.config()?.raw;
-    let of = |config: &serde_json::Value| config.get("max_position_embeddings").and_then(serde_json::Value::as_u64);
-    let tokens = raw.get("text_config").and_then(of).or_else(|| of(raw))?;
-    usize::try_from(tokens).ok().filter(|&tokens| tokens > 0)
-}
-
 /// Reads and encodes samples, and counts those that are left out.
 #[derive(Debug)]
 pub struct Intake {
@@ -75,7 +67,10 @@ impl Intake {
     /// For samples of at most `max_tokens` tokens that the model's context takes. With `DataOptions::strict` the first
     /// unreadable row is an error.
     pub fn new(dataset: &Dataset, bundle: &Bundle, max_tokens: usize) -> Self {
-        let max_tokens = context_tokens(bundle).map_or(max_tokens, |context| context.min(max_tokens));
+        let max_tokens = bundle
+            .config()
+            .and_then(|config| config.context_tokens)
+            .map_or(max_tokens, |context| context.min(max_tokens));
         Intake {
             subject: format!("data `{}`", dataset.path().display()),
             strict: dataset.options().strict,

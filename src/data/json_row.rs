@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::Deserialize;
-use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::value::SeqAccessDeserializer;
+use serde::de::{Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 use super::keys::is_silent;
 use super::options::DataOptions;
@@ -189,11 +190,31 @@ struct Message {
     rest: BTreeMap<String, Seen>,
 }
 
-#[derive(Deserialize)]
-#[serde(untagged)]
 enum Content {
     Text(String),
     Parts(Vec<ContentPart>),
+}
+
+impl<'de> Deserialize<'de> for Content {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Value;
+        impl<'de> Visitor<'de> for Value {
+            type Value = Content;
+
+            fn expecting(&self, out: &mut fmt::Formatter) -> fmt::Result {
+                out.write_str("a text or a list of parts")
+            }
+
+            fn visit_str<E>(self, text: &str) -> Result<Content, E> {
+                Ok(Content::Text(text.to_string()))
+            }
+
+            fn visit_seq<S: SeqAccess<'de>>(self, list: S) -> Result<Content, S::Error> {
+                Deserialize::deserialize(SeqAccessDeserializer::new(list)).map(Content::Parts)
+            }
+        }
+        deserializer.deserialize_any(Value)
+    }
 }
 
 #[derive(Deserialize)]
@@ -213,11 +234,32 @@ struct ContentPart {
 }
 
 /// Names of pictures: one, or a list.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Names {
-    One(String),
-    Many(Vec<String>),
+struct Names(Vec<String>);
+
+impl<'de> Deserialize<'de> for Names {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Value;
+        impl<'de> Visitor<'de> for Value {
+            type Value = Names;
+
+            fn expecting(&self, out: &mut fmt::Formatter) -> fmt::Result {
+                out.write_str("the name of a picture or a list of names")
+            }
+
+            fn visit_unit<E>(self) -> Result<Names, E> {
+                Ok(Names(Vec::new()))
+            }
+
+            fn visit_str<E>(self, name: &str) -> Result<Names, E> {
+                Ok(Names(Some(name.to_string()).filter(|name| !name.is_empty()).into_iter().collect()))
+            }
+
+            fn visit_seq<S: SeqAccess<'de>>(self, list: S) -> Result<Names, S::Error> {
+                Deserialize::deserialize(SeqAccessDeserializer::new(list)).map(Names)
+            }
+        }
+        deserializer.deserialize_any(Value)
+    }
 }
 
 /// What a value that nobody reads holds.
@@ -253,13 +295,14 @@ impl<'de> Deserialize<'de> for Fields {
                 let mut fields = Vec::new();
                 while let Some(key) = map.next_key::<String>()? {
                     let field = match key.as_str() {
-                        "image" | "images" => Field::Names(match map.next_value::<Option<Names>>()? {
-                            Some(Names::One(name)) if !name.is_empty() => vec![name],
-                            Some(Names::Many(names)) => names,
-                            _ => Vec::new(),
-                        }),
+                        "image" | "images" => {
+                            let names = map.next_value::<Names>();
+                            Field::Names(names.map_err(|e| M::Error::custom(format!("`{key}`: {e}")))?.0)
+                        }
                         "conversations" | "messages" => {
-                            Field::Messages(map.next_value::<Option<Vec<Message>>>()?.unwrap_or_default())
+                            let messages = map.next_value::<Option<Vec<Message>>>();
+                            let messages = messages.map_err(|e| M::Error::custom(format!("`{key}`: {e}")))?;
+                            Field::Messages(messages.unwrap_or_default())
                         }
                         _ => Field::Other(map.next_value()?),
                     };

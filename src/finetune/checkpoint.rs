@@ -155,6 +155,19 @@ pub fn clear_work(work: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Removes a work folder that holds nothing but what was computed before the first step.
+///
+/// Errors: `Error::Io`.
+pub fn remove_unbegun(work: &Path) -> Result<()> {
+    for entry in fs::read_dir(work).map_err(|e| Error::io("read", work, e))? {
+        let name = entry.map_err(|e| Error::io("read", work, e))?.file_name();
+        if !CACHES.iter().any(|start| name.to_string_lossy().starts_with(start)) {
+            return Ok(());
+        }
+    }
+    fs::remove_dir_all(work).map_err(|e| Error::io("remove", work, e))
+}
+
 /// Refuses to go on from a checkpoint of another run.
 ///
 /// Errors: `Error::Invalid` naming what differs.

@@ -65,7 +65,7 @@ fn pruned_from(dense: &Bundle, folder: &Path, dropped: &[usize], parent: Sha256D
     let decoder = crate::onnx::load(&dense.path_of(component)).unwrap();
     let analysis = crate::analysis::analyse(&decoder).unwrap();
     let mut writer = BundleWriter::create(dense, &target).unwrap();
-    writer.drop_layers(&LayerEdit::new(Tower::Text, 16, dropped).unwrap(), None).unwrap();
+    writer.drop_layers(&LayerEdit::new(Tower::Text, 16, dropped).unwrap(), None, Vec::new()).unwrap();
     writer.save(component, &crate::rewrite::drop_layers(&analysis, dropped).unwrap()).unwrap();
     let inputs = BTreeMap::from([("model".to_string(), parent)]);
     writer.commit(Provenance::new(Record::SCHEMA_VERSION, inputs, &()).unwrap()).unwrap();

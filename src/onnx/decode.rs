@@ -20,10 +20,18 @@ use super::wire::Scan;
 /// The other spelling of the default domain, `""`.
 pub const DEFAULT_DOMAIN: &str = "ai.onnx";
 
+/// The newest version of the file format, and of the operators of each domain, whose meaning is known. Other domains may
+/// have any version.
+///
+/// Source: the versions table of ONNX 1.23; ONNX Runtime's own operators have one version.
+const NEWEST_FORMAT: i64 = 14;
+const NEWEST_OPSETS: &[(&str, i64)] =
+    &[(DEFAULT_DOMAIN, 28), ("ai.onnx.ml", 5), ("ai.onnx.preview.training", 1), ("com.microsoft", 1)];
+
 /// A scanned file as a model.
 ///
 /// Errors: `Error::Invalid` for what no ONNX file may hold or leave out, `Error::Unsupported` for sparse and training
-/// parts.
+/// parts and for versions that are not known.
 pub fn model(scan: &Scan, sources: &mut Sources, path: &Path) -> Result<Model> {
     let subject = || format!("`{}`", path.display());
     let mut proto = pb::ModelProto::parse_from_bytes(&scan.skeleton)
@@ -40,6 +48,11 @@ pub fn model(scan: &Scan, sources: &mut Sources, path: &Path) -> Result<Model> {
         return Err(Error::invalid(subject(), format!("{found}, so its format version is unknown")).remedy(
             "export the model again, or set `ir_version` to that of the exporter's version of ONNX (8 for opset 17)",
         ));
+    }
+    if proto.ir_version > NEWEST_FORMAT {
+        let problem = format!("has `ir_version` {}, and versions up to {NEWEST_FORMAT} are known", proto.ir_version);
+        return Err(Error::unsupported(subject(), problem)
+            .remedy("export the model again with a released version of ONNX, or correct the number"));
     }
     let opset_imports = opsets(&proto.opset_import, &subject())?;
     if opset_imports.is_empty() {
@@ -108,7 +121,7 @@ fn domain(name: &mut String) -> String {
     if name == DEFAULT_DOMAIN { String::new() } else { take(name) }
 }
 
-/// Versions by domain. The entries stay in the message, so that their order and spelling are kept.
+/// Versions by domain, each known and none contradicted. The entries stay in the message, so that their order and spelling are kept.
 fn opsets(imports: &[pb::OperatorSetIdProto], subject: &str) -> Result<BTreeMap<String, i64>> {
     let mut versions = BTreeMap::new();
     for import in imports {
@@ -117,6 +130,16 @@ fn opsets(imports: &[pb::OperatorSetIdProto], subject: &str) -> Result<BTreeMap<
             let problem =
                 format!("imports version {} of the operators of `{name}`, expected 1 or more", import.version);
             return Err(Error::invalid(subject, problem).remedy("export the model again"));
+        }
+        let newest = NEWEST_OPSETS.iter().find(|&&(domain, _)| domain == name).map(|&(_, newest)| newest);
+        if let Some(newest) = newest.filter(|&newest| import.version > newest) {
+            let problem = format!(
+                "imports version {} of the operators of `{name}`, and versions up to {newest} are known",
+                import.version
+            );
+            return Err(Error::unsupported(subject, problem).remedy(format!(
+                "export the model again with `{name}` of version {newest} or older, or correct the number"
+            )));
         }
         let key = if name == DEFAULT_DOMAIN { String::new() } else { name.to_string() };
         if let Some(other) = versions.insert(key, import.version).filter(|&other| other != import.version) {

@@ -187,7 +187,8 @@ fn versions_are_read_and_never_guessed() {
     refused(PLAIN, |proto| proto.ir_version = 0, &["m.onnx", "has no `ir_version`", "export"]);
     refused(PLAIN, |proto| proto.ir_version = -4, &["`ir_version` -4"]);
     refused(PLAIN, |proto| proto.opset_import[0].version = 0, &["version 0", "`ai.onnx`"]);
-    let other = |proto: &mut pb::ModelProto| proto.opset_import[0].domain = "com.microsoft".into();
+    refused(PLAIN, |proto| proto.opset_import[0].version = -3, &["version -3", "`ai.onnx`", "1 or more"]);
+    let other = |proto: &mut pb::ModelProto| proto.opset_import = vec![opset("com.microsoft", 1)];
     refused(PLAIN, other, &["node `a` (Relu)", "`ai.onnx`", "found com.microsoft", "opset_import"]);
     refused(PLAIN, |proto| proto.graph.as_mut().unwrap().node[0].domain = "z".into(), &["node `a` (z.Relu)", "`z`"]);
     for domain in ["", "ai.onnx"] {
@@ -197,6 +198,24 @@ fn versions_are_read_and_never_guessed() {
         proto.opset_import.push(opset(domain, 17));
         assert_eq!(read(&proto).unwrap().opset_imports.len(), 1);
     }
+}
+
+#[test]
+fn versions_that_are_not_known_are_refused() {
+    refused(PLAIN, |proto| proto.ir_version = 50, &["m.onnx", "`ir_version` 50", "up to 14", "export"]);
+    for (domain, version) in [("", 99), ("ai.onnx", 99), ("ai.onnx.ml", 40), ("com.microsoft", 2)] {
+        let name = if domain.is_empty() { "ai.onnx" } else { domain };
+        let add = |proto: &mut pb::ModelProto| {
+            proto.opset_import.retain(|import| domain != "ai.onnx" && import.domain != domain);
+            proto.opset_import.push(opset(domain, version));
+        };
+        let version = format!("version {version} of the operators of `{name}`");
+        refused(PLAIN, add, &["m.onnx", &version, "versions up to", "are known", "export"]);
+    }
+    // What the operators of other domains mean is theirs to say.
+    let mut proto = proto(PLAIN);
+    proto.opset_import.push(opset("somebody.else", 99));
+    read(&proto).unwrap();
 }
 
 #[test]
@@ -221,6 +240,17 @@ fn versions_are_read_in_functions_and_branches_too() {
         proto.functions[0].opset_import.clear();
     };
     refused(PLAIN, without, &["node `inner` (Relu)", "`ai.onnx`", "found none"]);
+    for (imports, words) in [
+        (vec![opset("", 0)], ["function `F`", "version 0"]),
+        (vec![opset("", 99)], ["function `F`", "version 99"]),
+        (vec![opset("", 17), opset("ai.onnx", 18)], ["function `F`", "versions 17 and 18"]),
+    ] {
+        let contradicts = |proto: &mut pb::ModelProto| {
+            call(proto);
+            proto.functions[0].opset_import.clone_from(&imports);
+        };
+        refused(PLAIN, contradicts, &words);
+    }
     let twice = |proto: &mut pb::ModelProto| {
         call(proto);
         call(proto);

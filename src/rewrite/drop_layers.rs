@@ -6,7 +6,7 @@ use crate::analysis::{Analysis, Layer, LayerMap};
 use crate::base::{Error, Result};
 use crate::ir::{Body, Model, Node, ValueId, captured};
 
-use super::hidden_states::Series;
+use super::hidden_states::{MovedTap, Series, moved_taps};
 use super::{fuse, merged, renumber, tidy};
 
 /// The metadata key that holds the original index of every layer of a pruned graph, joined by commas.
@@ -32,7 +32,7 @@ fn recorded_layers(model: &Model, key: &str, layers: usize) -> Vec<usize> {
 /// The model without the given layers. A dropped layer is the identity: its output's readers read its input instead, outputs
 /// that show the stream among them; its cache ports go, the others are renumbered without a gap; whatever nothing reads any
 /// more is removed too, inputs that only dropped layers read among it. Every other input and output stays under its name, but for
-/// outputs that are the whole list of hidden states, which are numbered anew.
+/// outputs that are a list of hidden states with one for every layer, which are numbered anew; [`tap_changes`] tells of them.
 ///
 /// Errors: `Error::Invalid` when a layer does not exist, is named twice, or none would be left; `Error::Unsupported` when what
 /// stays needs the inside of a dropped layer, or nodes with weights beside it could belong to it or not.
@@ -44,13 +44,11 @@ pub fn drop_layers(analysis: &Analysis, drop: &[usize]) -> Result<Model> {
     let mut model = match &analysis.merged {
         Some(merged) => merged::drop_in_branches(merged, &dropped, &kept)?,
         None => {
-            let series = Series::of(&analysis.model.graph, map);
-            let gone = series.as_ref().map(|series| series.outputs_of(&dropped)).unwrap_or_default();
+            let lists = Series::all(&analysis.model.graph, map);
+            let gone: Vec<ValueId> = lists.iter().flat_map(|list| list.outputs_of(&dropped)).collect();
             let mut model = cut(&analysis.model, map, &dropped, &kept, &gone)?;
             renumber::rename_ports(&mut model.graph, map, &kept)?;
-            if let Some(series) = series {
-                series.renumber(&mut model.graph, &kept);
-            }
+            lists.iter().for_each(|list| list.renumber(&mut model.graph, &kept));
             model
         }
     };
@@ -61,6 +59,17 @@ pub fn drop_layers(analysis: &Analysis, drop: &[usize]) -> Result<Model> {
     model.metadata.push((key.to_string(), list.join(",")));
     tidy::finish(&mut model)?;
     Ok(model)
+}
+
+/// What [`drop_layers`] changes of the outputs that show the residual stream, in the order of the outputs.
+pub fn tap_changes(analysis: &Analysis, drop: &[usize]) -> Vec<MovedTap> {
+    let kept: Vec<usize> = (0..analysis.map.layers.len()).filter(|layer| !drop.contains(layer)).collect();
+    match &analysis.merged {
+        Some(merged) => {
+            merged::outer_map(merged).map(|map| moved_taps(&merged.original.graph, &map, &kept)).unwrap_or_default()
+        }
+        None => moved_taps(&analysis.model.graph, &analysis.map, &kept),
+    }
 }
 
 /// A graph without the given layers: boundaries redirected, ports and `gone_outputs` gone, dead code removed, fusions put

@@ -52,9 +52,8 @@ pub fn drop_in_branches(merged: &Merged, dropped: &[usize], kept: &[usize]) -> R
     tidy::remove_dead_code(body);
     tidy::remove_unread_inputs(&merged.original.graph.body, body);
     renumber::rename_ports(&mut model.graph, &ports, kept)?;
-    if let Some(series) = Series::of(&merged.original.graph, &ports) {
-        series.renumber(&mut model.graph, kept);
-    }
+    let lists = Series::all(&merged.original.graph, &ports);
+    lists.iter().for_each(|list| list.renumber(&mut model.graph, kept));
     Ok(model)
 }
 
@@ -63,10 +62,19 @@ fn gone_outputs(merged: &Merged, branch: &Branch, dropped: &[usize]) -> Vec<Valu
     let mut outer = None;
     let outputs = &merged.original.graph.body.nodes[merged.node].outputs;
     merge_ports(&mut outer, branch, outputs);
-    let series = outer.and_then(|map| Series::of(&merged.original.graph, &map));
-    let gone = series.map(|series| series.outputs_of(dropped)).unwrap_or_default();
+    let lists = outer.map(|map| Series::all(&merged.original.graph, &map)).unwrap_or_default();
+    let gone: Vec<ValueId> = lists.iter().flat_map(|list| list.outputs_of(dropped)).collect();
     let pairs = branch.model.graph.body.outputs.iter().zip(outputs);
     pairs.filter(|(_, outer)| outer.is_some_and(|outer| gone.contains(&outer))).map(|(inner, _)| *inner).collect()
+}
+
+/// The layers with ports and taps as the whole model names them; `None` without branches.
+pub fn outer_map(merged: &Merged) -> Option<LayerMap> {
+    let mut outer = None;
+    for branch in &merged.branches {
+        merge_ports(&mut outer, branch, &merged.original.graph.body.nodes[merged.node].outputs);
+    }
+    outer
 }
 
 fn model_subject(merged: &Merged) -> String {

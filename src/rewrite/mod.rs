@@ -23,10 +23,11 @@ pub use bypass::{
     bypass_layers,
 };
 pub use cut::extract;
-pub use drop_layers::{LAYERS_KEY, drop_layers, original_layers};
+pub use drop_layers::{LAYERS_KEY, drop_layers, original_layers, tap_changes};
 pub use fuse_attention::FUSED_ATTENTION;
 pub use fuse_kernels::{FUSED_SILU, Fused, fuse_kernels};
 pub use internal::INTERNAL_DOMAIN;
+pub use hidden_states::MovedTap;
 pub use tap::{SIMILARITY_PREFIX, tap_similarities};
 pub use widen::widened;
 

@@ -42,11 +42,15 @@ pub fn rename_ports(graph: &mut Graph, map: &LayerMap, kept: &[usize]) -> Result
                 )
                 .remedy("rename them in the graph, as in `past_key_values.0.key`"));
             }
+            let digits =
+                |name: &str, before: &str, after: &str| padded_width(&name[before.len()..name.len() - after.len()]);
+            let widths = names.iter().zip(&numbers).map(|(name, (_, before, after))| digits(name, before, after));
+            let width = widths.max().unwrap_or(0);
             let mut count = 0;
             for ((layer, id), (_, before, after)) in all.iter().zip(&numbers) {
                 if let Some(new_layer) = kept.iter().position(|old| old == layer) {
                     let number = if by_layer { new_layer } else { count };
-                    renames.push((*id, format!("{before}{number}{after}")));
+                    renames.push((*id, format!("{before}{number:0width$}{after}")));
                     count += 1;
                 }
             }
@@ -81,6 +85,12 @@ fn varying_number(names: &[&str]) -> Option<Vec<(usize, String, String)>> {
     None
 }
 
+/// The digits that a number is padded to with zeros; 0 where it is not.
+pub fn padded_width(digits: &str) -> usize {
+    if digits.len() > 1 && digits.starts_with('0') { digits.len() } else { 0 }
+}
+
+/// Start and end of every run of digits in a name.
 pub fn digit_runs(name: &str) -> Vec<(usize, usize)> {
     let bytes = name.as_bytes();
     let mut runs = Vec::new();
@@ -102,6 +112,11 @@ pub fn digit_runs(name: &str) -> Vec<(usize, usize)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn zeros_before_a_number_are_counted() {
+        assert_eq!(["7", "0", "07", "000", "10"].map(padded_width), [0, 0, 2, 3, 0]);
+    }
 
     #[test]
     fn the_layer_number_is_found_among_other_digits() {

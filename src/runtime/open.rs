@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 use crate::base::{Error, Result, Sha256Digest, sha256_file, sha256_json};
-use crate::bundle::{Bundle, Component, ModelConfig, Role};
+use crate::bundle::{Bundle, Component, ModelConfig, Role, image_token_entry, whole_number};
 
 use super::decoder::Decoder;
 use super::embedding::TokenEmbedding;
@@ -103,20 +103,22 @@ impl VlmSettings {
                 .remedy("add it to `config.json` or `generation_config.json`"));
         }
         let generation = bundle.read_json("generation_config.json")?.unwrap_or(Value::Null);
-        let size = |value: Option<&Value>, key: &str| match value {
-            None | Some(Value::Null) => Ok(None),
-            Some(value) => match value.as_u64().and_then(|size| usize::try_from(size).ok()) {
-                Some(size) => Ok(Some(size)),
-                None => Err(Error::invalid(source(), format!("`{key}` is {value}, expected a whole number"))
-                    .remedy("restore the file that belongs to the model")),
-            },
-        };
+        if let Some(id) = config.image_token_id.filter(|&id| id < 0) {
+            let key = image_token_entry(&config.raw).map_or("image_token_id", |(key, _)| key);
+            return Err(Error::invalid(source(), format!("`{key}` is {id}, expected the id of a token"))
+                .remedy("give the id that the tokenizer has for a picture's features"));
+        }
         let vision = config.raw.get("vision_config");
         Ok(VlmSettings {
             image_token_id: config.image_token_id,
             eos_token_ids: config.eos_token_ids.clone(),
-            spatial_merge_size: size(vision.and_then(|vision| vision.get("spatial_merge_size")), "spatial_merge_size")?,
-            max_new_tokens: size(generation.get("max_new_tokens"), "max_new_tokens")?,
+            spatial_merge_size: whole_number(
+                &config.source,
+                "spatial_merge_size",
+                vision.and_then(|vision| vision.get("spatial_merge_size")),
+            )?,
+            max_new_tokens: whole_number("generation_config.json", "max_new_tokens", generation.get("max_new_tokens"))?,
+            context_tokens: config.context_tokens,
             token_types: TokenTypes::of(config),
         })
     }

@@ -11,6 +11,7 @@ use ort::value::{Outlet, ValueType};
 
 use crate::base::{Device, Error, Result, Stopwatch, list_preview};
 use crate::ir::Dim;
+use crate::onnx;
 
 use super::backing::Backing;
 use super::port::Port;
@@ -88,12 +89,17 @@ impl Runtime {
 
     /// Loads a graph from its file; external data is looked for beside it.
     ///
-    /// Errors: `Error::Io` when there is no such file; `Error::Engine` when ONNX Runtime refuses it.
+    /// Errors: `Error::Io` when there is no such file; as `onnx::load` where ONNX Runtime refuses what is no sound file,
+    /// and `Error::Engine` where it refuses a sound one.
     pub fn session(&self, path: &Path, options: &SessionOptions) -> Result<Session> {
         std::fs::metadata(path).map_err(|e| Error::io("open", path, e))?;
         let subject = format!("`{}`", path.display());
         let mut builder = self.builder(options)?;
-        let inner = builder.commit_from_file(path).map_err(|e| Error::engine(ENGINE, subject.clone(), e))?;
+        let refused = |e| match onnx::load(path) {
+            Err(unsound) => unsound,
+            Ok(_) => Error::engine(ENGINE, subject.clone(), e),
+        };
+        let inner = builder.commit_from_file(path).map_err(refused)?;
         Session::new(inner, self.device, subject, Vec::new())
     }
 

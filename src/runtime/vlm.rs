@@ -37,6 +37,8 @@ pub struct VlmSettings {
     pub spatial_merge_size: Option<usize>,
     /// Longest answer, in tokens.
     pub max_new_tokens: Option<usize>,
+    /// Positions that the model was made for, questions and answers together.
+    pub context_tokens: Option<usize>,
     /// Tokens that `token_type_ids` distinguishes.
     pub token_types: TokenTypes,
 }

@@ -320,18 +320,41 @@ fn a_transposed_convolution_is_padded_to_the_size_asked_for() {
     agrees(|| of().ints("pads", &[1, 0, 0, 1]));
 }
 
+/// Scales with which the place lies within the last bits of f32 of a whole number or of the middle between two.
 #[test]
-fn a_symmetric_resize_finds_its_centre_in_f64() {
-    agrees(|| {
-        op("Resize")
-            .input(counted(DataType::Float, &[3, 2]))
-            .absent()
-            .input(float_list(&[0.6, 0.75]))
-            .text("mode", "nearest")
-            .text("coordinate_transformation_mode", "half_pixel_symmetric")
-            .text("nearest_mode", "round_prefer_ceil")
-            .output(DataType::Float)
-    });
+fn a_symmetric_resize_takes_the_pixels_of_onnx_runtime() {
+    for (size, scale) in [(2, 0.75), (3, 0.6), (7, 0.6), (12, 1.7), (12, 2.7), (7, 2.333_333_3), (12, 0.9), (10, 1.1)] {
+        for nearest in ["round_prefer_floor", "round_prefer_ceil", "floor", "ceil"] {
+            agrees(|| {
+                op("Resize")
+                    .input(counted(DataType::Float, &[1, 1, 1, size]))
+                    .absent()
+                    .input(float_list(&[1.0, 1.0, 1.0, scale]))
+                    .text("mode", "nearest")
+                    .text("coordinate_transformation_mode", "half_pixel_symmetric")
+                    .text("nearest_mode", nearest)
+                    .output(DataType::Float)
+            });
+        }
+    }
+}
+
+#[test]
+fn a_place_within_a_millionth_of_the_middle_is_in_the_middle() {
+    for nearest in ["round_prefer_floor", "round_prefer_ceil"] {
+        for off in [0.0, 5e-7, -5e-7, 2e-6, -2e-6, 1e-4, -1e-4] {
+            agrees(|| {
+                op("Resize")
+                    .input(counted(DataType::Float, &[1, 1, 1, 12]))
+                    .absent()
+                    .input(float_list(&[1.0, 1.0, 1.0, (3.0 / (1.5 + off)) as f32]))
+                    .text("mode", "nearest")
+                    .text("coordinate_transformation_mode", "asymmetric")
+                    .text("nearest_mode", nearest)
+                    .output(DataType::Float)
+            });
+        }
+    }
 }
 
 #[test]
@@ -388,7 +411,16 @@ fn departures_of_onnx_runtime_are_still_there() {
         .unwanted()
         .unwanted()
         .output(DataType::Float);
+    // ONNX: 9 places of a scale of 1.1 read the input at 0.136 and so on. ONNX Runtime copies what keeps its size.
+    let copied = op("Resize")
+        .input(counted(DataType::Float, &[1, 1, 1, 9]))
+        .absent()
+        .input(float_list(&[1.0, 1.0, 1.0, 1.1]))
+        .text("mode", "nearest")
+        .text("nearest_mode", "floor")
+        .output(DataType::Float);
     let known = [
+        (copied, "output 0: 1e0 at 1, in ONNX Runtime 2e0"),
         (attention, "output 1: -inf at 1, in ONNX Runtime -3.4028234663852886e38"),
         (pool, "output 0: Float[1, 1, 3], in ONNX Runtime float32[1, 1, 2]"),
         (apart, "output 0: 1e0 at 0, in ONNX Runtime 2e0"),

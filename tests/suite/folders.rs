@@ -20,7 +20,7 @@ fn without_two_layers(folder: &Path, out: &Path) {
     for component in bundle.components().iter().filter(|component| component.role.is_decoder()) {
         writer.save(component, &interlace::onnx::load(&bundle.path_of(component)).unwrap()).unwrap();
     }
-    writer.drop_layers(&LayerEdit::new(Tower::Text, 8, &[2, 5]).unwrap(), None).unwrap();
+    writer.drop_layers(&LayerEdit::new(Tower::Text, 8, &[2, 5]).unwrap(), None, Vec::new()).unwrap();
     writer.commit(Provenance::new(Record::SCHEMA_VERSION, BTreeMap::new(), &()).unwrap()).unwrap();
 }
 

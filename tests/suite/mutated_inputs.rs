@@ -103,6 +103,7 @@ fn record(folder: &Path) -> PathBuf {
         dropped: vec![3, 5],
         dropped_original: vec![3, 5],
         deepstack: None,
+        taps: Vec::new(),
     };
     let record = Record {
         provenance: Provenance::new(Record::SCHEMA_VERSION, BTreeMap::new(), &()).unwrap(),
@@ -213,7 +214,9 @@ fn folder_of_a_model(folder: &Path, _: &Path) -> Result<()> {
     let (text, vision) = if folder.join("onnx").exists() { (16, 5) } else { (8, 8) };
     let mut writer = BundleWriter::create(&bundle, &folder.with_extension("out"))?;
     let towers = [(Tower::Text, text), (Tower::Vision, vision)];
-    towers.iter().try_for_each(|&(tower, total)| writer.drop_layers(&LayerEdit::new(tower, total, &[1])?, None))
+    towers
+        .iter()
+        .try_for_each(|&(tower, total)| writer.drop_layers(&LayerEdit::new(tower, total, &[1])?, None, Vec::new()))
 }
 
 /// A question with a picture through template, tokenizer and picture processor.

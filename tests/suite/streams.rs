@@ -17,18 +17,18 @@ use super::cli::{interlace, stderr, stdout};
 
 type Arrays = HashMap<String, tch::Tensor>;
 
-fn folder() -> std::path::PathBuf {
+pub fn folder() -> std::path::PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/streams")
 }
 
-fn network(name: &str) -> (Analysis, Arrays) {
+pub fn network(name: &str) -> (Analysis, Arrays) {
     let model = onnx::load(&folder().join(format!("{name}.onnx"))).unwrap();
     let arrays = tch::Tensor::read_npz(folder().join(format!("{name}.npz"))).unwrap();
     let analysis = analyse(&model).unwrap_or_else(|error| panic!("{name}: {error}"));
     (analysis, arrays.into_iter().collect())
 }
 
-fn fed(tensor: &tch::Tensor, dtype: DataType) -> Tensor {
+pub fn fed(tensor: &tch::Tensor, dtype: DataType) -> Tensor {
     let shape: Vec<usize> = tensor.size().iter().map(|&dim| dim as usize).collect();
     let flat = tensor.contiguous().view([-1]);
     match dtype {

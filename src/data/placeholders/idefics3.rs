@@ -3,6 +3,7 @@
 use serde_json::Value;
 
 use crate::base::{Error, Result};
+use crate::bundle::{flag, whole_number};
 
 use super::{Files, Placeholder};
 
@@ -33,7 +34,7 @@ pub(super) fn open(files: &mut Files) -> Result<Placeholder> {
 /// Granite-Docling with its own model type: no whole view behind a single tile.
 pub(super) fn granite_docling(files: &mut Files) -> Result<Placeholder> {
     let features = files.settings.size("image_seq_len", 64)?;
-    let fine = files.image.get("fine_route").and_then(Value::as_bool).unwrap_or(false);
+    let fine = flag("preprocessor_config.json", "fine_route", files.image.get("fine_route"))?.unwrap_or(false);
     let token = files.feature("image_token", "<image>")?;
     let tile = token.repeat(if fine { features * 4 } else { features });
     Ok(Placeholder::new(&token, move |layout, _| {
@@ -55,13 +56,22 @@ pub(super) fn granite_docling(files: &mut Files) -> Result<Placeholder> {
 
 /// `image_seq_len` of the processor, checked against `(image_size / patch_size)^2 / scale_factor^2` of the config.
 fn features_of_a_tile(config: &Value, processor_config: &Value) -> Result<usize> {
-    const MAX: u64 = 65536;
-    let said = processor_config.get("image_seq_len").and_then(Value::as_u64).filter(|n| (1..=MAX).contains(n));
+    const MAX: usize = 65536;
+    let bounded = |source: &str, key: &str, value: Option<&Value>| -> Result<Option<usize>> {
+        let number = whole_number(source, key, value)?;
+        match number.filter(|number| !(1..=MAX).contains(number)) {
+            Some(number) => Err(Error::invalid(
+                format!("`{source}`"),
+                format!("`{key}` is {number}, expected a whole number from 1 to {MAX}"),
+            )),
+            None => Ok(number),
+        }
+    };
+    let said = bounded("processor_config.json", "image_seq_len", processor_config.get("image_seq_len"))?;
     let vision = config.get("vision_config");
-    let size =
-        |key: &str| vision.and_then(|vision| vision.get(key)).and_then(Value::as_u64).filter(|n| (1..=MAX).contains(n));
-    let scale = config.get("scale_factor").and_then(Value::as_u64).filter(|n| (1..=MAX).contains(n));
-    let computed = match (size("image_size"), size("patch_size"), scale) {
+    let size = |key: &str| bounded("config.json", key, vision.and_then(|vision| vision.get(key)));
+    let scale = bounded("config.json", "scale_factor", config.get("scale_factor"))?;
+    let computed = match (size("image_size")?, size("patch_size")?, scale) {
         (Some(image), Some(patch), Some(scale)) => Some((image / patch).pow(2) / scale.pow(2)),
         _ => None,
     };
@@ -74,6 +84,6 @@ fn features_of_a_tile(config: &Value, processor_config: &Value) -> Result<usize>
         )
         .remedy("restore both files of the model")),
         // 169 is what the processors of this class take when nothing is said.
-        (said, computed) => Ok(said.or(computed).unwrap_or(169) as usize),
+        (said, computed) => Ok(said.or(computed).unwrap_or(169)),
     }
 }

@@ -1,14 +1,13 @@
 //! MiniCPM-V: the number of the picture, its whole view, then its slices row by row, each between tokens.
 
-use serde_json::Value;
-
 use crate::base::Result;
+use crate::bundle::flag;
 
 use super::{Files, Placeholder};
 
 pub(super) fn open(files: &mut Files) -> Result<Placeholder> {
     let token = files.feature("image_token", "<|image_pad|>")?;
-    let numbered = files.image.get("use_image_id").and_then(Value::as_bool).unwrap_or(true);
+    let numbered = flag("preprocessor_config.json", "use_image_id", files.image.get("use_image_id"))?.unwrap_or(true);
     let [start, end] = [files.token("image_start_token", "<image>")?, files.token("image_end_token", "</image>")?];
     let [slice, slice_end] =
         [files.token("slice_start_token", "<slice>")?, files.token("slice_end_token", "</slice>")?];

@@ -16,7 +16,7 @@ use std::fmt;
 use serde_json::{Map, Value};
 
 use crate::base::{Error, Result};
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, image_token_entry};
 
 use super::images::{self, BackEnd, ImageLayout, Settings, VideoLayout};
 use super::tokenizer::Tokenizer;
@@ -132,11 +132,10 @@ impl Files<'_> {
     /// Errors: `Error::Invalid` when the tokenizer does not have it.
     fn feature(&mut self, name: &str, default: &str) -> Result<String> {
         let said = self.token(name, default)?;
-        let ids = ["image_token_id", "image_token_index", "image_token"].map(|key| self.model.get(key));
-        if let Some(id) = ids.into_iter().flatten().find_map(Value::as_i64) {
-            let token = u32::try_from(id).ok().and_then(|id| self.tokenizer.token(id));
+        if let Some((key, id)) = image_token_entry(self.model) {
+            let token = id.as_u64().and_then(|id| u32::try_from(id).ok()).and_then(|id| self.tokenizer.token(id));
             return token.ok_or_else(|| {
-                Error::invalid("`config.json`", format!("`image_token_id` is {id}, which the tokenizer does not have"))
+                Error::invalid("`config.json`", format!("`{key}` is {id}, which the tokenizer does not have"))
                     .remedy("restore `config.json` and `tokenizer.json` of the same model")
             });
         }

@@ -6,10 +6,16 @@ use super::published;
 use super::request::{Group, MeasureLosses, SelectionRequest};
 use super::tiling::{Tiling, tile};
 
-/// Any layer may go. Source: arXiv:2402.09025.
+/// Any layer may go that can be dropped after those before it. Source: arXiv:2402.09025.
 pub(super) fn sleb(request: &mut SelectionRequest) -> Result<Vec<Group>> {
-    let usable = request.usable();
-    let chosen = greedy(request, "sleb", &|removed| (0..usable).filter(|layer| !removed.contains(layer)).collect())?;
+    let (usable, refusal) = (request.usable(), request.refusal);
+    let chosen = greedy(request, "sleb", &|removed| {
+        let may_go = |layer: &usize| {
+            let all: Vec<usize> = removed.iter().copied().chain([*layer]).collect();
+            refusal(&all).is_none()
+        };
+        (0..usable).filter(|layer| !removed.contains(layer)).filter(may_go).collect()
+    })?;
     let drop: Vec<usize> = chosen.iter().map(|&(layer, _)| layer).collect();
     let loss = |layer| chosen.iter().find(|&&(other, _)| other == layer).map(|&(_, loss)| loss);
     Ok(published::with_neighbours(request, &drop, loss))
@@ -21,9 +27,10 @@ pub(super) fn sleb(request: &mut SelectionRequest) -> Result<Vec<Group>> {
 pub(super) fn interlace_loss(request: &mut SelectionRequest) -> Result<Vec<Group>> {
     let usable = request.usable();
     let count = request.count;
-    let most = |removed: &[usize]| tile(usable, removed, true).map_or(0, |tiling| tiling.drops());
+    let free: Vec<bool> = (0..usable).map(|layer| request.may_go(&[layer])).collect();
+    let most = |removed: &[usize]| tile(&free, removed, true).map_or(0, |tiling| tiling.drops());
     if most(&[]) < count {
-        return Ok(tile(usable, &[], true).map(Tiling::into_groups).unwrap_or_default());
+        return Ok(tile(&free, &[], true).map(Tiling::into_groups).unwrap_or_default());
     }
     let chosen = greedy(request, "interlace-loss", &|removed| {
         let fits = |&layer: &usize| {
@@ -33,7 +40,7 @@ pub(super) fn interlace_loss(request: &mut SelectionRequest) -> Result<Vec<Group
         (0..usable).filter(fits).collect()
     })?;
     let drop: Vec<usize> = chosen.iter().map(|&(layer, _)| layer).collect();
-    let mut groups = tile(usable, &drop, false).map(Tiling::into_groups).unwrap_or_default();
+    let mut groups = tile(&free, &drop, false).map(Tiling::into_groups).unwrap_or_default();
     groups.sort_by_key(|group| drop.iter().position(|layer| group.drop.contains(layer)));
     for (group, &(_, loss)) in groups.iter_mut().zip(&chosen) {
         group.score = Some(loss);
@@ -70,6 +77,9 @@ fn rounds(
         removed.sort_unstable();
         let layers = candidates(&removed);
         progress.set_total(passes + (layers.len() * (count - chosen.len())) as u64 * measure.passes());
+        if layers.is_empty() {
+            break;
+        }
         let losses = measure.losses(&removed, &layers, &progress)?;
         passes += layers.len() as u64 * measure.passes();
         if let Some((layer, loss)) = layers.iter().zip(&losses).find(|(_, loss)| loss.is_nan()) {

@@ -8,10 +8,12 @@ use crate::base::Result;
 
 use super::request::{Group, SelectionRequest};
 
-/// Triplets, then pairs; drops the one of the first two layers with the higher `sim_1`.
+/// Triplets, then pairs; drops the one of the first two layers with the higher `sim_1`, or else the one that can be dropped.
 pub(super) fn interlace(request: &mut SelectionRequest) -> Result<Vec<Group>> {
     Ok(packs(request, |request, start| {
-        if request.sim(1, start + 1) > request.sim(1, start) { (start + 1, start) } else { (start, start + 1) }
+        let (better, other) =
+            if request.sim(1, start + 1) > request.sim(1, start) { (start + 1, start) } else { (start, start + 1) };
+        if request.may_go(&[better]) { (better, other) } else { (other, better) }
     }))
 }
 
@@ -30,11 +32,11 @@ fn packs(request: &SelectionRequest, choose: impl Fn(&SelectionRequest, usize) -
                 return groups;
             }
             let pack = &mut assigned[start..start + size];
-            if pack.contains(&true) {
+            let (drop, finetune) = choose(request, start);
+            if pack.contains(&true) || !request.may_go(&[drop]) {
                 continue;
             }
             pack.fill(true);
-            let (drop, finetune) = choose(request, start);
             groups.push(Group {
                 drop: vec![drop],
                 finetune: vec![finetune],
@@ -54,7 +56,8 @@ pub(super) fn then_next(request: &mut SelectionRequest) -> Result<Vec<Group>> {
         if groups.len() == request.count {
             break;
         }
-        if layer + 1 >= request.usable() || assigned[layer] || assigned[layer + 1] {
+        let taken = layer + 1 >= request.usable() || assigned[layer] || assigned[layer + 1];
+        if taken || !request.may_go(&[layer]) {
             continue;
         }
         assigned[layer..=layer + 1].fill(true);
@@ -71,13 +74,14 @@ pub(super) fn then_next(request: &mut SelectionRequest) -> Result<Vec<Group>> {
 /// One block of `count` layers from the best `sim_1` for which block and finetune layers both fit.
 pub(super) fn consecutive(request: &mut SelectionRequest) -> Result<Vec<Group>> {
     let count = request.count.min(request.usable() / 2);
-    let fits = |start: &usize| start + 2 * count <= request.usable();
+    let block = |start: usize| (start..start + count).collect::<Vec<usize>>();
+    let fits = |start: &usize| start + 2 * count <= request.usable() && request.may_go(&block(*start));
     Ok(request
         .ranked(1)
         .into_iter()
         .find(fits)
         .map(|start| Group {
-            drop: (start..start + count).collect(),
+            drop: block(start),
             finetune: (start + count..start + 2 * count).collect(),
             anchor: None,
             score: Some(request.sim(1, start)),
@@ -86,16 +90,18 @@ pub(super) fn consecutive(request: &mut SelectionRequest) -> Result<Vec<Group>> 
         .collect())
 }
 
-/// `count` layers to drop and `count` others to finetune, both drawn uniformly.
+/// `count` layers to drop, of those that can be, and `count` others to finetune, both drawn uniformly.
 pub(super) fn random(request: &mut SelectionRequest) -> Result<Vec<Group>> {
     let mut layers: Vec<usize> = (0..request.usable()).collect();
     layers.shuffle(&mut ChaCha8Rng::seed_from_u64(request.seed));
-    let (drop, rest) = layers.split_at(request.count.min(layers.len()));
+    let drop: Vec<usize> =
+        layers.iter().copied().filter(|&layer| request.may_go(&[layer])).take(request.count).collect();
+    let rest: Vec<usize> = layers.into_iter().filter(|layer| !drop.contains(layer)).collect();
     let sorted = |layers: &[usize]| {
         let mut layers = layers.to_vec();
         layers.sort_unstable();
         layers
     };
     let finetune = sorted(&rest[..request.count.min(rest.len())]);
-    Ok(vec![Group { drop: sorted(drop), finetune, anchor: None, score: None }])
+    Ok(vec![Group { drop: sorted(&drop), finetune, anchor: None, score: None }])
 }

@@ -126,10 +126,11 @@ impl Strategy {
         })
     }
 
-    /// Chooses `request.count` layers to drop and the layers to finetune.
+    /// Chooses `request.count` layers to drop and the layers to finetune. Only the user's own choice may name a layer that
+    /// cannot be dropped by itself.
     ///
-    /// Errors: `Error::Invalid` when nothing or too much is to be dropped (naming the most that can be), when a
-    /// similarity is missing or of the wrong length, or when losses are needed and cannot be measured.
+    /// Errors: `Error::Invalid` when nothing or too much is to be dropped (naming the most that can be, and layers that
+    /// cannot be dropped), when a similarity is missing or of the wrong length, or when losses are needed and cannot be measured.
     pub fn select(&self, request: &mut SelectionRequest) -> Result<Vec<Group>> {
         if request.count == 0 {
             return Err(Error::invalid("number of layers to drop", "is 0")
@@ -164,11 +165,15 @@ impl Strategy {
     }
 
     fn too_many(&self, request: &SelectionRequest, most: usize) -> Error {
-        Error::invalid(
-            format!("strategy `{}`", self.name),
-            format!("cannot drop {} of {} layers, {most} at most", request.count, request.num_layers),
-        )
-        .remedy("ask for fewer, or choose another strategy")
+        let mut problem = format!("cannot drop {} of {} layers, {most} at most", request.count, request.num_layers);
+        let refused = (0..request.usable()).filter_map(|layer| Some((layer, (request.refusal)(&[layer])?)));
+        let (layers, reasons): (Vec<usize>, Vec<String>) = refused.unzip();
+        if let Some(reason) = reasons.first() {
+            let list: Vec<String> = layers.iter().map(usize::to_string).collect();
+            let noun = if layers.len() == 1 { "layer" } else { "layers" };
+            problem += &format!(" ({noun} {} cannot be dropped: {reason})", list.join(", "));
+        }
+        Error::invalid(format!("strategy `{}`", self.name), problem).remedy("ask for fewer, or choose another strategy")
     }
 }
 

@@ -42,6 +42,8 @@ pub struct SelectionRequest<'a, 'm> {
     pub count: usize,
     /// The last layer is left alone unless this is set.
     pub include_last: bool,
+    /// Why these layers cannot be dropped together; `None` where they can.
+    pub refusal: &'a dyn Fn(&[usize]) -> Option<String>,
     /// Mean similarities by pack size; empty for strategies that need none.
     pub similarities: &'a Similarities,
     /// Seed of the `random` strategy.
@@ -56,6 +58,11 @@ impl SelectionRequest<'_, '_> {
     /// Layers that may be dropped or finetuned: `0..usable`.
     pub(super) fn usable(&self) -> usize {
         self.num_layers.saturating_sub(usize::from(!self.include_last))
+    }
+
+    /// True where these layers can be dropped together.
+    pub(super) fn may_go(&self, layers: &[usize]) -> bool {
+        (self.refusal)(layers).is_none()
     }
 
     /// Number of packs of `size` layers that hold only usable layers.

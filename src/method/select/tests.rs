@@ -18,7 +18,21 @@ fn example() -> Similarities {
 }
 
 fn request<'a>(similarities: &'a Similarities, count: usize) -> SelectionRequest<'a, 'a> {
-    SelectionRequest { num_layers: 10, count, include_last: false, similarities, seed: 42, layers: &[], measure: None }
+    let (seed, layers) = (42, &[]);
+    SelectionRequest {
+        num_layers: 10,
+        count,
+        include_last: false,
+        refusal: &all_may_go,
+        similarities,
+        seed,
+        layers,
+        measure: None,
+    }
+}
+
+fn all_may_go(_: &[usize]) -> Option<String> {
+    None
 }
 
 fn select(name: &str, count: usize) -> Result<Vec<Group>> {
@@ -37,6 +51,40 @@ fn interlace_takes_the_best_triplets_that_do_not_overlap() {
     let want = vec![(vec![3], vec![4], Some(5)), (vec![7], vec![6], Some(8)), (vec![1], vec![0], Some(2))];
     assert_eq!(shape(&select("interlace", 3).unwrap()), want);
     assert_eq!(shape(&select("interlace", 2).unwrap()), want[..2]);
+}
+
+/// Layers 3 and 7 cannot be dropped by themselves; 7 can once 8 is gone.
+fn without_three(layers: &[usize]) -> Option<String> {
+    let refused = |layer: usize| layers.contains(&layer) && !(layer == 7 && layers.contains(&8));
+    (refused(3) || refused(7)).then(|| "layer 3: its keys are read by layer 9".to_string())
+}
+
+#[test]
+fn layers_that_cannot_be_dropped_are_never_chosen() {
+    let similarities = example();
+    for strategy in STRATEGIES.iter().filter(|strategy| strategy.name != "explicit") {
+        for count in 1..=4 {
+            for seed in 0..8 {
+                let loss = |removed: &[usize]| -removed.iter().map(|&layer| layer as f64).sum::<f64>();
+                let mut measure = Formula { loss, calls: 0 };
+                let asked = request(&similarities, count);
+                let mut asked = Request { refusal: &without_three, seed, measure: Some(&mut measure), ..asked };
+                let Ok(groups) = strategy.select(&mut asked) else { continue };
+                let mut drop: Vec<usize> = groups.iter().flat_map(|group| group.drop.iter().copied()).collect();
+                drop.sort_unstable();
+                assert_eq!(drop.len(), count, "{}", strategy.name);
+                assert_eq!(without_three(&drop), None, "{}: {drop:?}", strategy.name);
+            }
+        }
+    }
+    // The triplet at 3 drops 4 instead, the one at 6 drops 6.
+    let mut asked = Request { refusal: &without_three, ..request(&similarities, 3) };
+    let groups = Strategy::named("interlace").unwrap().select(&mut asked).unwrap();
+    let want = vec![(vec![4], vec![3], Some(5)), (vec![6], vec![7], Some(8)), (vec![1], vec![0], Some(2))];
+    assert_eq!(shape(&groups), want);
+    let mut asked = Request { refusal: &without_three, ..request(&similarities, 8) };
+    let error = Strategy::named("shortgpt").unwrap().select(&mut asked).unwrap_err().to_string();
+    assert!(error.contains("7 at most (layers 3, 7 cannot be dropped: layer 3: its keys"), "{error}");
 }
 
 /// After those three triplets only the protected layer 9 is left.
@@ -261,7 +309,7 @@ proptest! {
                 let mut measure = Formula { loss, calls: 0 };
                 let named: Vec<usize> = (0..count).map(|index| (index * 7 + seed as usize % 7) % num_layers).collect();
                 let mut request = SelectionRequest {
-                    num_layers, count, include_last: false, similarities: &similarities, seed,
+                    num_layers, count, include_last: false, refusal: &all_may_go, similarities: &similarities, seed,
                     layers: &named, measure: Some(&mut measure),
                 };
                 strategy.select(&mut request).ok()
@@ -289,7 +337,8 @@ proptest! {
     #[test]
     fn indices_in_the_pruned_model_skip_what_goes((num_layers, count, similarities) in networks()) {
         let mut request = SelectionRequest {
-            num_layers, count, include_last: false, similarities: &similarities, seed: 1, layers: &[], measure: None,
+            num_layers, count, include_last: false, refusal: &all_may_go, similarities: &similarities, seed: 1,
+            layers: &[], measure: None,
         };
         if let Ok(groups) = Strategy::named("random").unwrap().select(&mut request) {
             let head = crate::base::Provenance::new(1, BTreeMap::new(), &()).unwrap();

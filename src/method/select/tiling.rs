@@ -78,9 +78,10 @@ impl Tiling {
     }
 }
 
-/// The best layout of `layers` layers in which all of `dropped` go: with `more`, one that drops as many as can go
-/// besides; without, exactly these, with as many anchors as there is room for. `None` when there is no such layout.
-pub(super) fn tile(layers: usize, dropped: &[usize], more: bool) -> Option<Tiling> {
+/// The best layout of as many layers as `free` has in which all of `dropped` go: with `more`, one that drops as many as can
+/// go besides, of those that `free` says may; without, exactly these, with as many anchors as there is room for. `None` when there is no such layout.
+pub(super) fn tile(free: &[bool], dropped: &[usize], more: bool) -> Option<Tiling> {
+    let layers = free.len();
     // For each number of layers laid out, the best layout that ends in each piece.
     let mut best: Vec<Vec<Tiling>> = vec![Vec::new(); layers + 1];
     best[0].push(Tiling::default());
@@ -91,7 +92,7 @@ pub(super) fn tile(layers: usize, dropped: &[usize], more: bool) -> Option<Tilin
                 let fits = start + size <= layers
                     && piece.follows(layout.pieces.last().map(|&(_, piece)| piece))
                     && (0..size).all(|place| match drop == Some(place) {
-                        true => more || dropped.contains(&(start + place)),
+                        true => (more && free[start + place]) || dropped.contains(&(start + place)),
                         false => !dropped.contains(&(start + place)),
                     });
                 if !fits {
@@ -123,7 +124,7 @@ mod tests {
     type Shape = Vec<(usize, usize, Option<usize>)>;
 
     fn groups(layers: usize, dropped: &[usize]) -> Option<Shape> {
-        let groups = tile(layers, dropped, false)?.into_groups();
+        let groups = tile(&vec![true; layers], dropped, false)?.into_groups();
         Some(groups.iter().map(|group| (group.drop[0], group.finetune[0], group.anchor)).collect())
     }
 
@@ -141,12 +142,16 @@ mod tests {
 
     #[test]
     fn the_most_that_can_go_counts_what_is_gone() {
-        let most = |layers, dropped: &[usize]| tile(layers, dropped, true).map(|tiling| tiling.drops());
+        let most = |layers, dropped: &[usize]| tile(&vec![true; layers], dropped, true).map(|tiling| tiling.drops());
         assert_eq!(most(15, &[]), Some(7));
         assert_eq!(most(15, &[4]), Some(7));
         // Pairs on both sides of a single frozen layer.
         assert_eq!(most(5, &[2]), Some(2));
         assert_eq!(most(4, &[1, 2]), None);
+        // Of 0 to 4, where only 1 and 4 may go.
+        let free = [false, true, false, false, true];
+        assert_eq!(tile(&free, &[], true).map(|tiling| tiling.drops()), Some(2));
+        assert_eq!(tile(&free[..4], &[], true).map(|tiling| tiling.drops()), Some(1));
     }
 
     /// Every set of dropped layers of up to ten, against the definition tried out in full.

@@ -12,6 +12,7 @@ use crate::bundle::{Bundle, BundleWriter, Record, RecordedStep, Role, Tower};
 use crate::data::{DataOptions, Dataset, Encoder, Intake, Subset};
 use crate::finetune::{
     Conversations, Limits, Report, Request, RunPlan, Settings, StepMetrics, Teacher, clear_work, plan_run,
+    remove_unbegun,
 };
 use crate::method::{LayerRole, Plan};
 use crate::runtime::FeatureCache;
@@ -139,7 +140,16 @@ pub fn finetune(
     let (kept, anchors) = correspondence(request.plan);
     let teacher = dense.as_ref().map(|bundle| Teacher { bundle, kept: &kept, anchors: &anchors });
     let training = training(request, &bundle, &data);
-    let outcome = crate::finetune::finetune_with_teacher(&training, teacher.as_ref(), cancel, observer)?;
+    let is_new = !request.work.exists();
+    let outcome = crate::finetune::finetune_with_teacher(&training, teacher.as_ref(), cancel, observer);
+    // What was refused has nothing to go on from.
+    if let Err(Error::Invalid { .. } | Error::Unsupported { .. }) = &outcome
+        && is_new
+        && request.work.exists()
+    {
+        remove_unbegun(request.work)?;
+    }
+    let outcome = outcome?;
     let Some(mut writer) = writer else {
         // The first process writes the model; all have the same.
         let own = training.own_work();

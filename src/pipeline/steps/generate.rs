@@ -12,7 +12,7 @@ use crate::bundle::Bundle;
 use crate::data::{DataOptions, Dataset, Encoder, ImageBytes, ImageSettings, Intake, LeftOut, Part, Sample, Turn};
 use crate::eval::LoadedModel;
 use crate::prompt::Prompt;
-use crate::runtime::Sampler;
+use crate::runtime::{Sampler, VlmSettings};
 
 use super::engine::Engine;
 use super::needs::{Work, check};
@@ -51,6 +51,28 @@ pub struct Decoding {
 impl Decoding {
     fn sampler(&self) -> Result<Sampler> {
         Sampler::new(self.temperature, self.top_p, self.seed)
+    }
+
+    /// The longest answer, in tokens, to a prompt of so many.
+    ///
+    /// Errors: `Error::Invalid` naming the prompt when it, or what the user asked for behind it, is longer than the model's
+    /// positions. The model's own setting, or the default, is cut to them.
+    fn limit(&self, settings: &VlmSettings, id: &str, prompt: usize) -> Result<usize> {
+        let own = settings.max_new_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
+        let Some(positions) = settings.context_tokens else { return Ok(self.max_tokens.unwrap_or(own)) };
+        let room = positions.saturating_sub(prompt);
+        let problem = |what: String| {
+            Error::invalid(id, format!("has {prompt} tokens{what}, and the model was made for {positions} positions"))
+        };
+        match self.max_tokens {
+            _ if room == 0 => Err(problem(String::new()).remedy("ask something shorter")),
+            Some(most) if most > room => {
+                let problem = problem(format!(", its answer may have {most}"));
+                Err(problem.remedy(format!("allow at most {room} tokens with `--max-tokens`")))
+            }
+            Some(most) => Ok(most),
+            None => Ok(own.min(room)),
+        }
     }
 }
 
@@ -109,9 +131,9 @@ pub fn generate(
         text: None,
         tensors: None,
     };
-    let limit = decoding.max_tokens.or(vlm.settings().max_new_tokens).unwrap_or(DEFAULT_MAX_TOKENS);
     let began = Instant::now();
     let prompt = processor.encode_prompt(&sample)?.into_prompt();
+    let limit = decoding.limit(vlm.settings(), &sample.id, prompt.input_ids.len())?;
     let mut first = None;
     let mut ids = Vec::new();
     let mut shown = String::new();
@@ -165,7 +187,7 @@ pub fn generate_all(
     let dataset = Dataset::open_for(data.0, &bundle, data.1)?;
     let encoder = Encoder::open(&bundle, &dataset)?;
     let LoadedModel { mut vlm, processor, .. } = engine.load(model, &data.1.images)?;
-    let limit = decoding.max_tokens.or(vlm.settings().max_new_tokens).unwrap_or(DEFAULT_MAX_TOKENS);
+    let settings = vlm.settings().clone();
     let indices: Vec<usize> = (0..dataset.len()).collect();
     let progress = Progress::new("generate", "answers", indices.len() as u64);
     let mut file = AtomicFile::create(output)?;
@@ -173,6 +195,9 @@ pub fn generate_all(
     let mut written = 0;
     let mut answer = |batch: Vec<(String, Prompt)>| -> Result<()> {
         cancel.check("no answers are written")?;
+        let limits = batch.iter().map(|(id, prompt)| decoding.limit(&settings, id, prompt.input_ids.len()));
+        let limits = limits.collect::<Result<Vec<usize>>>()?;
+        let limit = limits.into_iter().min().unwrap_or(0);
         let (ids, prompts): (Vec<String>, Vec<Prompt>) = batch.into_iter().unzip();
         let answers = if decoding.temperature == 0.0 {
             vlm.generate(&prompts, limit, cancel)?

@@ -12,6 +12,8 @@ use crate::ir::{Graph, Model, ValueId};
 use crate::onnx;
 use crate::runtime::missing_deepstack;
 
+use super::prune::drop_refusal;
+
 /// Version of the schema of `inspect --json`.
 pub const LAYERS_SCHEMA_VERSION: u32 = 1;
 
@@ -31,6 +33,9 @@ pub struct Inspection {
     /// Variants that cannot be read.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub set_aside: Vec<SetAside>,
+    /// Output of the decoder that the residual stream ends in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub result: Option<String>,
     /// Decoder layers.
     pub num_layers: usize,
     /// Decoder layers in order; empty where the layers are not understood.
@@ -96,6 +101,9 @@ pub struct LayerInfo {
     pub shared_weights: Vec<String>,
     /// Values from outside the layer that it reads: masks, rotary tables, shapes.
     pub shared_values: Vec<String>,
+    /// Why the layer cannot be dropped by itself; absent where it can.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refusal: Option<String>,
 }
 
 /// A cached tensor of a layer.
@@ -193,6 +201,7 @@ pub fn inspect(bundle: &Bundle) -> Result<Inspection> {
     let mut components = Vec::new();
     let mut set_aside = Vec::new();
     let mut found = None;
+    let mut result = None;
     let mut vision = None;
     let mut warnings = Vec::new();
     for component in bundle.components() {
@@ -208,14 +217,16 @@ pub fn inspect(bundle: &Bundle) -> Result<Inspection> {
             let analysis = analysis::analyse(&model)?;
             check_count(bundle, component, analysis.map.layers.len())?;
             warnings.extend(missing_deepstack(bundle, &model.graph));
-            let layers = layers(&analysis, &Record::original_layers(&history, Tower::Text, analysis.map.layers.len())?);
+            let originals = Record::original_layers(&history, Tower::Text, analysis.map.layers.len())?;
+            let layers = layers(bundle, &analysis, Tower::Text, &originals);
+            result = Some(outer_name(&analysis, analysis.map.result));
             found = Some((layers, between(&analysis), taps(&analysis)));
             if let Some(analysis) = analysis.into_vision() {
-                vision = Some(vision_info(&analysis, &history)?);
+                vision = Some(vision_info(bundle, &analysis, &history)?);
             }
         } else if component.role == Role::VisionEncoder && vision.is_none() {
             vision = Some(match analysis::analyse(&model) {
-                Ok(analysis) => vision_info(&analysis, &history)?,
+                Ok(analysis) => vision_info(bundle, &analysis, &history)?,
                 Err(error) => {
                     VisionInfo { num_layers: 0, layers: Vec::new(), taps: Vec::new(), problem: Some(error.to_string()) }
                 }
@@ -230,6 +241,7 @@ pub fn inspect(bundle: &Bundle) -> Result<Inspection> {
         model_type: bundle.config().map(|config| config.model_type.clone()),
         components,
         set_aside,
+        result,
         num_layers: layers.len(),
         layers,
         between_layers,
@@ -257,7 +269,7 @@ fn component_info(bundle: &Bundle, component: &Component, model: &Model) -> Resu
     })
 }
 
-fn layers(analysis: &Analysis, originals: &[usize]) -> Vec<LayerInfo> {
+fn layers(bundle: &Bundle, analysis: &Analysis, tower: Tower, originals: &[usize]) -> Vec<LayerInfo> {
     let graph = &analysis.model.graph;
     let rows = analysis.map.layers.iter().zip(originals);
     rows.map(|(layer, &original_index)| LayerInfo {
@@ -280,6 +292,7 @@ fn layers(analysis: &Analysis, originals: &[usize]) -> Vec<LayerInfo> {
             .collect(),
         shared_weights: names(graph, &layer.shared_weights),
         shared_values: names(graph, &layer.shared_values),
+        refusal: drop_refusal(bundle, analysis, tower, &[layer.index]).map(|error| error.to_string()),
     })
     .collect()
 }
@@ -294,25 +307,37 @@ fn between(analysis: &Analysis) -> Vec<BetweenLayers> {
     rows.collect()
 }
 
-fn vision_info(analysis: &Analysis, history: &[RecordedStep]) -> Result<VisionInfo> {
+fn vision_info(bundle: &Bundle, analysis: &Analysis, history: &[RecordedStep]) -> Result<VisionInfo> {
     let count = analysis.map.layers.len();
     let originals = Record::original_layers(history, Tower::Vision, count)?;
-    Ok(VisionInfo { num_layers: count, layers: layers(analysis, &originals), taps: taps(analysis), problem: None })
+    Ok(VisionInfo {
+        num_layers: count,
+        layers: layers(bundle, analysis, Tower::Vision, &originals),
+        taps: taps(analysis),
+        problem: None,
+    })
 }
 
 fn taps(analysis: &Analysis) -> Vec<TapInfo> {
+    let taps = analysis.map.taps.iter();
+    taps.map(|tap| TapInfo {
+        output: outer_name(analysis, tap.output),
+        before: tap.places.clone(),
+        inside: tap.inside.clone(),
+    })
+    .collect()
+}
+
+/// An output's name. Branches of an `If` name their outputs for themselves; the model's own names are those of the `If`.
+fn outer_name(analysis: &Analysis, output: ValueId) -> String {
     let graph = &analysis.model.graph;
-    // Branches of an `If` name their outputs for themselves; the model's own names are those of the `If`.
-    let outer = |id: ValueId| {
+    let outer = || {
         let merged = analysis.merged.as_ref()?;
-        let position = graph.body.outputs.iter().position(|output| *output == id)?;
+        let position = graph.body.outputs.iter().position(|id| *id == output)?;
         let outer = merged.original.graph.body.nodes[merged.node].outputs.get(position).copied().flatten()?;
         Some(merged.original.graph.name(outer).to_string())
     };
-    let name = |id: ValueId| outer(id).unwrap_or_else(|| graph.name(id).to_string());
-    let taps = analysis.map.taps.iter();
-    taps.map(|tap| TapInfo { output: name(tap.output), before: tap.places.clone(), inside: tap.inside.clone() })
-        .collect()
+    outer().unwrap_or_else(|| graph.name(output).to_string())
 }
 
 fn names(graph: &Graph, ids: &[ValueId]) -> Vec<String> {

@@ -1,18 +1,21 @@
 //! Makes a plan from scores.
 
 use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::analysis::Analysis;
 use crate::base::{Error, Provenance, Result, Sha256Digest};
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, Tower};
 use crate::data::{DataOptions, LeftOut};
 use crate::method::select::{MeasureLosses, SelectionRequest, Strategy, drop_count};
 use crate::method::{ModalityWeights, PLAN_SCHEMA_VERSION, Plan, Scores, Similarities};
 
 use super::budget::{Budget, ModelCosts};
 use super::inspect::decoder_analysis;
+use super::prune::drop_refusal;
 
 /// Number of layers to drop, or the budget that determines it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -73,6 +76,10 @@ pub struct PlannedModel {
     pub num_layers: usize,
     /// Parameters and bytes of each decoder layer and of the rest.
     pub costs: ModelCosts,
+    bundle: Bundle,
+    analysis: Analysis,
+    /// Sets of layers that were asked for, and why they cannot be dropped.
+    refusals: Mutex<BTreeMap<Vec<usize>, Option<String>>>,
     /// Layers behind which the graph changes the residual stream, with the inputs that come in there (DeepStack).
     additions: Vec<(usize, Vec<String>)>,
 }
@@ -90,7 +97,22 @@ impl PlannedModel {
             Some((glue.after?, inputs))
         });
         let additions = additions.collect();
-        Ok(PlannedModel { digest: bundle.digest()?, num_layers: analysis.map.layers.len(), costs, additions })
+        let (digest, num_layers) = (bundle.digest()?, analysis.map.layers.len());
+        let (bundle, refusals) = (bundle.clone(), Mutex::default());
+        Ok(PlannedModel { digest, num_layers, costs, bundle, analysis, refusals, additions })
+    }
+
+    /// Why `prune` would refuse to drop these layers; `None` where it would not.
+    fn refusal(&self, layers: &[usize]) -> Option<Error> {
+        drop_refusal(&self.bundle, &self.analysis, Tower::Text, layers)
+    }
+
+    /// The same as text, kept for the next time.
+    fn known_refusal(&self, layers: &[usize]) -> Option<String> {
+        let mut layers = layers.to_vec();
+        layers.sort_unstable();
+        let mut known = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
+        known.entry(layers).or_insert_with_key(|layers| self.refusal(layers).map(|error| error.to_string())).clone()
     }
 
     /// Warnings about dropping these layers.
@@ -133,10 +155,10 @@ impl HowMany {
     }
 }
 
-/// Chooses layers by a strategy. `scores` come with the digest of their file.
+/// Chooses layers by a strategy, of those that `prune` can drop. `scores` come with the digest of their file.
 ///
 /// Errors: `Error::Invalid` when the scores are of another model, the strategy needs scores or losses that are not
-/// there, or it cannot drop that many layers.
+/// there, or it cannot drop that many layers; as `prune`, of the layers that the user names.
 pub fn plan<'m>(
     model: &PlannedModel,
     scores: Option<(&Scores, Sha256Digest)>,
@@ -185,8 +207,9 @@ pub fn plan<'m>(
             None => None,
         };
         let seed = settings.seed;
+        let refusal = &|layers: &[usize]| model.known_refusal(layers);
         let mut request =
-            SelectionRequest { num_layers, count, include_last, similarities: &similarities, seed, layers, measure };
+            SelectionRequest { num_layers, count, include_last, refusal, similarities: &similarities, seed, layers, measure };
         let groups = strategy.select(&mut request)?;
         let dropped: Vec<usize> = groups.iter().flat_map(|group| group.drop.iter().copied()).collect();
         if target.is_none_or(|target| target.is_met(model.costs.without(&dropped))) {
@@ -194,6 +217,10 @@ pub fn plan<'m>(
         }
         count += 1;
     };
+    let dropped: Vec<usize> = groups.iter().flat_map(|group| group.drop.iter().copied()).collect();
+    if let Some(error) = model.refusal(&dropped) {
+        return Err(error);
+    }
     let provenance = Provenance::new(PLAN_SCHEMA_VERSION, inputs, settings)?;
     let plan = Plan::new(provenance, strategy.name, num_layers, groups)?;
     Ok(Plan { samples, left_out, ..plan })

@@ -9,10 +9,10 @@ use serde::Serialize;
 
 use crate::analysis::{self, Analysis};
 use crate::base::{Error, Provenance, Result, Sha256Digest};
-use crate::bundle::{Bundle, BundleWriter, Component, Deepstack, LayerEdit, Record, Role, SetAside, Tower};
+use crate::bundle::{Bundle, BundleWriter, Component, Deepstack, LayerEdit, Record, Role, SetAside, TapChange, Tower};
 use crate::method::Plan;
 use crate::onnx;
-use crate::rewrite::{drop_layers, has_additions, shift_additions};
+use crate::rewrite::{MovedTap, drop_layers, has_additions, shift_additions, tap_changes};
 
 /// Output of `prune --json`.
 #[derive(Clone, Debug, PartialEq, Serialize, serde::Deserialize, schemars::JsonSchema)]
@@ -29,6 +29,9 @@ pub struct Pruned {
     /// Treatment of features that are added between layers; absent where none are.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deepstack: Option<Deepstack>,
+    /// Outputs that show the residual stream and were renamed, or show it elsewhere now.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub taps: Vec<TapChange>,
     /// Components that were written anew.
     pub components: Vec<PrunedComponent>,
     /// Files beside the model that say nothing of the network, and graphs that no verb runs: written as they were.
@@ -85,8 +88,8 @@ struct PruneSettings<'a> {
 }
 
 /// Writes the model without these layers as a new folder in the same layout. `deepstack` says what becomes of features that
-/// are added between layers, where there are any. A variant that cannot be read or understood is set aside, unless it is
-/// the most precise one of its component.
+/// are added between layers, where there are any. A variant of any component that cannot be read, or not understood where it
+/// would lose layers, is set aside, unless it is the most precise one of its component.
 ///
 /// Errors: `Error::Invalid` when a layer does not exist, none would stay, the plan is of another model, components
 /// disagree about the number of layers, or the target exists; `Error::Unsupported` when the layers are not understood.
@@ -103,6 +106,18 @@ pub fn prune(bundle: &Bundle, drop: &Drop, deepstack: Deepstack, target: &Path) 
             Ok(analysis) => loaded.push((component, analysis)),
             Err(error) if bundle.is_most_precise(component) => return Err(error),
             Err(error) => set_aside.push(SetAside { file: component.file.clone(), problem: error.to_string() }),
+        }
+    }
+    // What is written as it was has to be sound too.
+    for component in bundle.components() {
+        let is_loaded = loaded.iter().any(|(other, _)| other.file == component.file);
+        if is_loaded || set_aside.iter().any(|variant| variant.file == component.file) {
+            continue;
+        }
+        match onnx::load(&bundle.path_of(component)) {
+            Err(error) if bundle.is_most_precise(component) => return Err(error),
+            Err(error) => set_aside.push(SetAside { file: component.file.clone(), problem: error.to_string() }),
+            Ok(_) => {}
         }
     }
     let total = loaded.first().map_or(0, |(_, analysis)| analysis.map.layers.len());
@@ -132,8 +147,17 @@ pub fn prune(bundle: &Bundle, drop: &Drop, deepstack: Deepstack, target: &Path) 
             .collect::<Result<Vec<_>>>()?,
     };
     let deepstack = loaded.iter().any(|(_, analysis)| has_additions(&analysis.map)).then_some(deepstack);
+    let mut taps: Vec<TapChange> = Vec::new();
+    for tap in loaded.iter().flat_map(|(_, analysis)| tap_changes(analysis, edit.dropped())) {
+        let MovedTap { output, output_now, before, before_now } = tap;
+        let change = TapChange { output, output_now, before, before_now };
+        // Variants of a component have the same outputs.
+        if !taps.contains(&change) {
+            taps.push(change);
+        }
+    }
     let mut writer = BundleWriter::create(bundle, target)?;
-    writer.drop_layers(&edit, deepstack)?;
+    writer.drop_layers(&edit, deepstack, taps.clone())?;
     set_aside.iter().for_each(|variant| writer.set_aside(&variant.file));
     // The digest reads every byte of the input, and so does writing: one beside the other.
     let components = thread::scope(|scope| {
@@ -149,11 +173,22 @@ pub fn prune(bundle: &Bundle, drop: &Drop, deepstack: Deepstack, target: &Path) 
         layers_before: total,
         layers_after: edit.remaining(),
         deepstack,
+        taps,
         components,
         carried: bundle.carried().map(str::to_string).collect(),
         left_out: bundle.left_out().to_vec(),
         set_aside,
     })
+}
+
+/// Why [`prune`] refuses to drop these layers, as far as the graph that was analysed and the configs say; `None` where they
+/// do not. This is what plans and `inspect` ask, too.
+pub fn drop_refusal(bundle: &Bundle, analysis: &Analysis, tower: Tower, layers: &[usize]) -> Option<Error> {
+    let edit = match LayerEdit::new(tower, analysis.map.layers.len(), layers) {
+        Ok(edit) => edit,
+        Err(error) => return Some(error),
+    };
+    drop_layers(analysis, layers).map(drop).and_then(|()| bundle.check_drop(&edit)).err()
 }
 
 /// Digests of what the result is made of.

@@ -195,15 +195,20 @@ fn source_of(place: i64, size: i64, target: i64, scale: f32, coordinates: Coordi
     match coordinates {
         Coordinates::HalfPixel => half_pixel(),
         Coordinates::HalfPixelSymmetric => {
-            let (scale, size) = (f64::from(scale), size as f64);
-            let offset = size / 2.0 * (1.0 - target as f64 / (scale * size));
-            f64::from((offset + (place as f64 + 0.5) / scale - 0.5) as f32)
+            let adjustment = target as f32 / (scale * size as f32);
+            let offset = size as f32 / 2.0 * (1.0 - adjustment);
+            f64::from((f64::from(offset) + (f64::from(at) + 0.5) / f64::from(scale) - 0.5) as f32)
         }
         Coordinates::PytorchHalfPixel | Coordinates::AlignCorners if target <= 1 => 0.0,
         Coordinates::PytorchHalfPixel => half_pixel(),
         Coordinates::Asymmetric => f64::from(at / scale),
         Coordinates::AlignCorners => f64::from(at * (size - 1) as f32 / (target - 1) as f32),
     }
+}
+
+/// True for a place in the middle between two inputs, as near as 1e-6, which is how ONNX Runtime asks.
+fn is_half_way(source: f64) -> bool {
+    (source - source.floor() - 0.5).abs() < 1e-6
 }
 
 /// For each output place, the input places and their weights.
@@ -213,8 +218,9 @@ fn weights(size: i64, target: i64, scale: f32, s: &ResizeSettings) -> OpResult<V
             let source = source_of(place, size, target, scale, s.coordinates);
             if s.interpolation == Interpolation::Nearest {
                 let nearest = match s.nearest.as_str() {
-                    "round_prefer_floor" => (source - 0.5).ceil(),
-                    "round_prefer_ceil" => (source + 0.5).floor(),
+                    "round_prefer_floor" if is_half_way(source) => source.floor(),
+                    "round_prefer_ceil" if is_half_way(source) => source.ceil(),
+                    "round_prefer_floor" | "round_prefer_ceil" => source.round(),
                     "floor" => source.floor(),
                     "ceil" => source.ceil(),
                     other => return Err(OpError::new(format!("nearest_mode `{other}` is not known"))),

@@ -13,13 +13,18 @@ pub struct Source {
     op: &'static str,
     /// Version of the default domain.
     pub version: i64,
+    /// True where floats of any type are bfloat16.
+    ///
+    /// ONNX Runtime's CPU has kernels of bfloat16 for casts and for operators that move data; cases of others have no
+    /// reference.
+    pub in_bfloat16: bool,
 }
 
 pub const INTEGERS: &[DataType] = &[DataType::Int64, DataType::Int32, DataType::Int8, DataType::Uint8, DataType::Int16];
 
 impl Source {
     pub fn new(domain: &'static str, op: &'static str, version: i64, seed: u64) -> Self {
-        Source { rng: ChaCha8Rng::seed_from_u64(seed), domain, op, version }
+        Source { rng: ChaCha8Rng::seed_from_u64(seed), domain, op, version, in_bfloat16: false }
     }
 
     /// The row's operator, to be filled.
@@ -106,14 +111,9 @@ impl Source {
     }
 
     pub fn float_type(&mut self) -> DataType {
-        self.pick(&[
-            DataType::Float,
-            DataType::Float,
-            DataType::Float,
-            DataType::Float,
-            DataType::Double,
-            DataType::Float16,
-        ])
+        use DataType::{Bfloat16, Double, Float, Float16};
+        let picked = self.pick(&[Float, Float, Float, Float, Double, Float16]);
+        if self.in_bfloat16 { Bfloat16 } else { picked }
     }
 
     pub fn number_type(&mut self) -> DataType {

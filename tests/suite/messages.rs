@@ -1,0 +1,143 @@
+//! Inputs that are wrong in one place: the message names the place, what was found and what was expected, and nothing is
+//! left behind.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use super::cli::{fixture, interlace, stderr};
+
+/// The shipped model as `m`, with a picture beside it.
+fn model(root: &Path) {
+    let source = fixture("model");
+    let source = Path::new(&source);
+    let target = root.join("m");
+    let _ = fs::remove_dir_all(&target);
+    for folder in ["", "onnx"] {
+        fs::create_dir_all(target.join(folder)).unwrap();
+        for entry in fs::read_dir(source.join(folder)).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_file() {
+                fs::copy(&path, target.join(folder).join(path.file_name().unwrap())).unwrap();
+            }
+        }
+    }
+    fs::copy(fixture("processor/pictures/square-rgb-64.png"), root.join("p.png")).unwrap();
+}
+
+/// The message of a command that fails.
+fn refusal(root: &Path, arguments: &[&str]) -> String {
+    let output = interlace(root, arguments);
+    assert_eq!(output.status.code(), Some(2), "{arguments:?}: {}", stderr(&output));
+    stderr(&output)
+}
+
+fn holds(message: &str, words: &[&str]) {
+    assert!(words.iter().all(|word| message.contains(word)), "{message}: expected {words:?}");
+    for raw in ["untagged", "did not match any variant", "onnxruntime_src", "panicked"] {
+        assert!(!message.contains(raw), "{message}");
+    }
+}
+
+const ASK: &[&str] = &["generate", "m", "--image", "p.png", "--prompt", "What?", "--max-tokens", "2"];
+
+#[test]
+fn a_component_that_is_cut_off_is_named() {
+    let work = tempfile::tempdir().unwrap();
+    for cut in [0, 400] {
+        model(work.path());
+        let path = work.path().join("m/onnx/vision_encoder.onnx");
+        let bytes = fs::read(&path).unwrap();
+        fs::write(&path, &bytes[..cut]).unwrap();
+        for arguments in [ASK, &["prune", "m", "--drop", "1", "-o", "out"], &["inspect", "m"]] {
+            holds(&refusal(work.path(), arguments), &["vision_encoder.onnx"]);
+            assert!(!work.path().join("out").exists());
+        }
+    }
+}
+
+#[test]
+fn rows_of_the_wrong_types_say_which_key_and_what_is_expected() {
+    let work = tempfile::tempdir().unwrap();
+    model(work.path());
+    let talk = json!([{"from": "human", "value": "<image>x"}, {"from": "gpt", "value": "y"}]);
+    let part = |content: Value| json!([{"role": "user", "content": content}, {"role": "assistant", "content": "y"}]);
+    for (row, words) in [
+        (json!({"image": 5, "conversations": talk}), ["`image`", "`5`", "the name of a picture or a list of names"]),
+        (json!({"images": {"a": 1}, "conversations": talk}), ["`images`", "map", "the name of a picture or a list"]),
+        (json!({"images": ["p.png", 3], "conversations": talk}), ["`images`", "`3`", "string"]),
+        (json!({"messages": part(json!(7))}), ["`messages`", "`7`", "a text or a list of parts"]),
+        (json!({"messages": part(json!(null))}), ["`messages`", "null", "a text or a list of parts"]),
+        (json!({"messages": part(json!([{"text": "x"}]))}), ["`messages`", "missing field", "`type`"]),
+        (json!({"conversations": "x"}), ["`conversations`", "\"x\"", "a sequence"]),
+        (
+            json!({"image": "../p.png", "conversations": talk}),
+            ["../p.png", "without `..`", "name the file by its path below that folder"],
+        ),
+    ] {
+        fs::write(work.path().join("rows.json"), json!([row]).to_string()).unwrap();
+        let score = ["score", "m", "--data", "rows.json", "--samples", "1", "-o", "scores.json"];
+        holds(&refusal(work.path(), &score), &words);
+        assert!(!work.path().join("scores.json").exists());
+    }
+}
+
+#[test]
+fn configs_of_the_wrong_types_say_which_key_and_what_is_expected() {
+    let work = tempfile::tempdir().unwrap();
+    for (file, key, value, words) in [
+        ("config.json", "image_token_id", json!(-5), ["config.json", "`image_token_id` is -5", "id of a token"]),
+        ("config.json", "image_token_id", json!("x"), ["config.json", "`image_token_id` is \"x\"", "id of a token"]),
+        ("config.json", "model_type", json!(5), ["config.json", "`model_type` is 5", "a text"]),
+        ("config.json", "pad_token_id", json!("x"), ["config.json", "`pad_token_id` is \"x\"", "id of a token"]),
+        ("config.json", "scale_factor", json!("x"), ["config.json", "`scale_factor` is \"x\"", "a whole number"]),
+        ("config.json", "max_position_embeddings", json!(-1), ["config.json", "`max_position_embeddings` is -1", "a"]),
+        (
+            "generation_config.json",
+            "max_new_tokens",
+            json!(-5),
+            ["`generation_config.json`", "is -5", "a whole number"],
+        ),
+        ("generation_config.json", "eos_token_id", json!("a"), ["`generation_config.json`", "is \"a\"", "list of ids"]),
+        ("generation_config.json", "eos_token_id", json!([2, "x"]), ["`generation_config.json`", "[2,\"x\"]", "ids"]),
+        ("generation_config.json", "pad_token_id", json!([[]]), ["`generation_config.json`", "`pad_token_id`", "ids"]),
+    ] {
+        model(work.path());
+        let path = work.path().join("m").join(file);
+        let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        let inner = config.get("text_config").is_some_and(|text| text.get(key).is_some());
+        let section = if inner { &mut config["text_config"] } else { &mut config };
+        section[key] = value;
+        fs::write(&path, config.to_string()).unwrap();
+        holds(&refusal(work.path(), ASK), &words);
+    }
+    for (key, value, words) in [
+        ("layer_types", json!("full"), ["layer_types", "is \"full\"", "a list with one entry per layer"]),
+        ("layer_types", json!(["full_attention"]), ["layer_types", "has 1 entries", "16 layers"]),
+    ] {
+        model(work.path());
+        let path = work.path().join("m/config.json");
+        let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        config["text_config"][key] = value;
+        fs::write(&path, config.to_string()).unwrap();
+        holds(&refusal(work.path(), &["prune", "m", "--drop", "1", "-o", "out"]), &words);
+    }
+}
+
+#[test]
+fn an_answer_longer_than_the_positions_is_refused_before_it_begins() {
+    let work = tempfile::tempdir().unwrap();
+    model(work.path());
+    let ask = ["generate", "m", "--prompt", "What?", "--max-tokens", "999999"];
+    holds(&refusal(work.path(), &ask), &["999999", "positions", "allow at most", "`--max-tokens`"]);
+    fs::write(
+        work.path().join("rows.json"),
+        json!([{"id": "one", "conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}])
+            .to_string(),
+    )
+    .unwrap();
+    let all = ["generate", "m", "--data", "rows.json", "--max-tokens", "999999", "-o", "answers.jsonl"];
+    holds(&refusal(work.path(), &all), &["one", "999999", "positions"]);
+    assert!(!work.path().join("answers.jsonl").exists());
+}
