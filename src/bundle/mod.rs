@@ -17,7 +17,7 @@ mod write;
 pub use assets::{AssetKind, RECORD_FILE};
 pub use config::{LatentAttention, ModelConfig};
 pub use layers::{LayerEdit, Tower};
-pub use layout::{Layout, Role};
+pub use layout::{LAYOUTS, Layout, Role, SINGLE_FILE};
 pub use record::{Deepstack, Record, Step};
 pub use write::BundleWriter;
 
@@ -31,7 +31,7 @@ use serde_json::Value;
 use crate::base::{Error, Result, Sha256Digest, list_preview, sha256_json, sha256_large_file};
 use crate::ir::{Body, TensorData};
 
-use layout::{LAYOUTS, SINGLE_FILE, VARIANTS};
+use layout::VARIANTS;
 use listing::Listing;
 
 /// The largest JSON file that is read as a config.

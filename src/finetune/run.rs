@@ -24,7 +24,7 @@ use crate::finetune::student::Student;
 use crate::finetune::train::{Run, Summary, fit, search, train, worker_count};
 use crate::ir::Model;
 use crate::rewrite::extract;
-use crate::runtime::{Decoder, FeatureCache, Runtime, SessionOptions, VlmSession};
+use crate::runtime::{Decoder, FeatureCache, Runtime, SessionOptions, VlmSession, headed};
 
 /// What to finetune, on what, and how.
 pub struct Request<'a> {
@@ -139,7 +139,7 @@ pub fn finetune_with_teacher(
             Ok::<_, Error>((bundle.digest()?, data.digest()?, dense))
         });
         let cut = crate::onnx::load(&path).and_then(|decoder| {
-            let cut = Cut::new(&decoder, request.layers)?;
+            let cut = Cut::new(&headed(request.bundle, decoder.clone())?, request.layers)?;
             let suffix = cut.suffix()?;
             Ok((decoder, cut, suffix))
         });

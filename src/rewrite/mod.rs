@@ -8,6 +8,7 @@ mod drop_layers;
 mod fuse;
 mod fuse_attention;
 mod fuse_kernels;
+mod head;
 mod hidden_states;
 mod merged;
 mod renumber;
@@ -24,6 +25,7 @@ pub use bypass::{
 pub use cut::extract;
 pub use drop_layers::{LAYERS_KEY, drop_layers, original_layers};
 pub use fuse_attention::FUSED_ATTENTION;
+pub use head::with_head;
 pub use fuse_kernels::{FUSED_SILU, Fused, INTERNAL_DOMAIN, fuse_kernels};
 pub use tap::{SIMILARITY_PREFIX, tap_similarities};
 pub use widen::widened;

@@ -45,6 +45,7 @@ pub use generate::argmax_last;
 pub use inputs::{Input, Kind, Training};
 pub use library::keep_telemetry_off;
 pub use likelihood::cross_entropy;
+pub use open::headed;
 pub use port::Port;
 pub use positions::multimodal_positions;
 pub use profile::{NetworkTimes, Profile};

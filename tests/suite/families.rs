@@ -170,13 +170,19 @@ impl Pipeline {
 }
 
 /// The arrays of all pictures as one. Pictures of several sizes are padded to the largest on the right and below.
-fn whole(images: &ImageInputs, key: &str) -> interlace::base::Result<Array> {
+fn whole(images: &ImageInputs, key: &str, shape: &[i64]) -> interlace::base::Result<Array> {
     // What a graph's input is called where Hugging Face's processor says otherwise.
     let key = if key == "image_position_ids" { "pixel_position_ids" } else { key };
     let pictures: Option<Vec<_>> = images.pictures.iter().map(|picture| picture.get(key)?.floats()).collect();
     let Some(pictures) = pictures.filter(|all| key == "pixel_values" && all.iter().all(|one| one.ndim() == 4)) else {
         return images.joined(key);
     };
+    // Patches side by side, of all pictures in one row.
+    let widths: usize = pictures.iter().map(|one| one.shape()[3]).sum();
+    if shape[0] == 1 && shape[3] == widths as i64 {
+        let views: Vec<_> = pictures.iter().map(|one| one.view()).collect();
+        return Ok(Array::Float(ndarray::concatenate(ndarray::Axis(3), &views).expect("one row")));
+    }
     let largest = |axis: usize| pictures.iter().map(|one| one.shape()[axis]).max().unwrap_or(0);
     let padded = pictures.iter().map(|one| {
         let mut all = ndarray::Array4::<f32>::zeros((one.shape()[0], one.shape()[1], largest(2), largest(3)));
@@ -200,7 +206,7 @@ fn check_inputs(name: &str, expected: &Value, backend: &str, encoded: &Encoded) 
         if ["token_type_ids", "mm_token_type_ids", "labels", "num_soft_tokens_per_image"].contains(&key.as_str()) {
             continue;
         }
-        let found = whole(images, key).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let found = whole(images, key, &integers(&want["shape"])).unwrap_or_else(|error| panic!("{name}: {error}"));
         let size: i64 = integers(&want["shape"]).iter().product();
         assert_eq!(found.len() as i64, size, "{name}: {key} has shape {:?}, not {}", found.shape(), want["shape"]);
         match found {
@@ -336,7 +342,11 @@ fn check_healing(family: &Family, deepstack: &[&str], key: &str) {
     let (found, want) = (report["first_loss"].as_f64().expect("a loss"), loss("sum") / loss("tokens"));
     assert!((found - want).abs() <= LOSS * want, "{}: first loss {found}, Hugging Face {want}", family.name);
     assert!(report["last_loss"].as_f64().expect("a loss") < found, "{}: {report}", family.name);
-    family.run(&["verify", "healed", "-q"]);
+    let verified: Value = serde_json::from_str(&family.run(&["--json", "verify", "healed", "-q"])).expect("JSON");
+    let checks = verified["checks"].as_array().expect("checks");
+    let status = |name: &str| checks.iter().find(|check| check["name"] == name).map(|check| check["status"].clone());
+    let sees = family.here().join(&family.name).join("onnx/vision_encoder.onnx").exists();
+    assert!(!sees || status("picture and prompt") == Some("passed".into()), "{}: {verified}", family.name);
 }
 
 /// One network: its prompts and its losses.
@@ -377,6 +387,97 @@ fn check_deepstack(archive: &str, name: &str, rule: &str, key: &str) {
     check_healing(&family, &["--deepstack", rule], key);
 }
 
+/// What `generate` prints for a prompt of which the ids of the answer are known.
+fn check_generate(family: &Family, answer: &Value, arguments: &[&str]) {
+    let folder = family.here().join(&family.name);
+    let processor = Processor::open(&Bundle::open(&folder).expect("a model folder")).expect("a processor");
+    let common = ["--json", "generate", &family.name, "--max-tokens", "8", "--image-back-end", "pil"];
+    let found: Value = serde_json::from_str(&family.run(&[&common, arguments].concat())).expect("JSON");
+    let want = processor.decode(&integers(answer)).expect("text");
+    assert_eq!(found["answers"][0]["answer"], want, "{} {arguments:?}", family.name);
+}
+
+#[test]
+fn qwen3_vl_answers_about_two_pictures() {
+    let family = Family::open("qwen3_vl", "qwen3_vl");
+    family.dataset("pictures.json", &[]);
+    let case = &family.expected["cases"]["two"];
+    let [first, second] = [0, 1].map(|place| text(&case["turns"][0][0][place]));
+    let question = text(&case["turns"][0][1]);
+    check_generate(&family, &case["greedy"]["dense"], &["--image", first, "--image", second, "--prompt", question]);
+}
+
+#[test]
+fn qwen3_vl_reads_a_video() {
+    let family = Family::open("qwen3_vl", "qwen3_vl");
+    family.dataset("pictures.json", &[]);
+    let want = &family.expected["video"];
+    let frames = want["frames"].as_array().expect("frames");
+    let path = |frame: &Value| family.here().join(text(&frame[1]));
+    let frame = |frame: &Value| (frame[0].as_f64().expect("a time"), ImageBytes::file("frame", path(frame)));
+    let clip = ImageBytes::frames("video", frames.iter().map(frame).collect()).expect("a video");
+    let question = text(&want["question"]);
+    let mut pipeline = Pipeline::open(&family.here().join("qwen3_vl"), "pil");
+    let parts = [Part::Image(0), Part::Text(question.into())];
+    let encoded = pipeline.processor.encode_question("video", &parts, &[clip]).expect("a prompt");
+    // A row of a video's features has the image token in the ids.
+    let special = fs::read(family.here().join("qwen3_vl/config.json")).expect("a config");
+    let config: Value = serde_json::from_slice(&special).expect("JSON");
+    let (image, video) = (config["image_token_id"].as_i64(), config["video_token_id"].as_i64());
+    let as_image = |id: i64| if Some(id) == video { image.expect("an id") } else { id };
+    let ids: Vec<i64> = integers(&want["input_ids"]).into_iter().map(as_image).collect();
+    assert_eq!(encoded.input_ids, ids);
+    let pixels = encoded.images.as_ref().expect("moments").joined("pixel_values").expect("pixels");
+    let bytes: Vec<u8> = pixels.floats().expect("floats").iter().flat_map(|x| x.to_le_bytes()).collect();
+    assert_eq!(format!("{:x}", Sha256::digest(&bytes)), text(&want["pixels"]));
+    let (positions, logits) = pipeline.logits(encoded.clone());
+    let rows = want["position_ids"].as_array().expect("positions");
+    assert_eq!(positions, rows.iter().map(integers).collect::<Vec<_>>());
+    let vocabulary = integers(&family.expected["vocabulary"]);
+    let far = distance(&logits, ids.len(), &vocabulary, &want["logits"]);
+    assert!(far <= LOGITS, "logits are {far:e} apart");
+    assert_eq!(pipeline.answer(encoded, 8), integers(&want["greedy"]));
+    let frames: Vec<String> = frames.iter().map(|frame| format!("{}={}", frame[0], text(&frame[1]))).collect();
+    let flags = frames.iter().flat_map(|frame| ["--video-frame", frame]).collect::<Vec<_>>();
+    check_generate(&family, &want["greedy"], &[&flags[..], &["--prompt", question]].concat());
+}
+
+/// The graph lacks what the config says the network has.
+#[test]
+fn a_graph_without_deepstack_is_warned_about() {
+    let family = Family::open("qwen3_vl", "qwen3_vl_plain");
+    family.dataset("photo.json", &[&family.expected["cases"]["photo"]["turns"]]);
+    for (arguments, warned) in [
+        (&["inspect", "qwen3_vl_plain"][..], true),
+        (&["score", "qwen3_vl_plain", "--data", "photo.json", "-o", "plain.json"], true),
+        (&["verify", "qwen3_vl_plain"], true),
+        (&["inspect", "qwen3_vl"], false),
+        (&["score", "qwen3_vl", "--data", "photo.json", "-o", "whole.json"], false),
+        (&["inspect", "qwen3_vl_packed"], false),
+        (&["inspect", "qwen3_vl_masked"], false),
+    ] {
+        let output = interlace(family.here(), arguments);
+        let said = stderr(&output) + &String::from_utf8_lossy(&output.stdout);
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}: {said}");
+        assert_eq!(said.contains("deepstack_visual_indexes"), warned, "{arguments:?}: {said}");
+    }
+}
+
+/// Gemma 3n, whose residual stream is four streams side by side: everything but scores.
+#[test]
+fn gemma3n() {
+    let family = Family::open("gemma3n", "gemma3n");
+    family.run(&["inspect", "gemma3n"]);
+    check_network(&family, "gemma3n", "dense");
+    family.run(&["prune", "gemma3n", "--drop", &family.drop_list("drop"), "-o", "pruned", "-q"]);
+    check_network(&family, "pruned", "pruned");
+    family.dataset("photo.json", &[&family.expected["cases"]["photo"]["turns"]]);
+    let output = interlace(family.here(), &["score", "gemma3n", "--data", "photo.json", "-o", "scores.json", "-q"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("prune --drop"), "{}", stderr(&output));
+    check_healing(&family, &[], "pruned");
+}
+
 macro_rules! families {
     ($check:ident: $($test:ident = $archive:literal $name:literal),* $(,)?) => {
         $(#[test] fn $test() { $check($archive, $name); })*
@@ -392,6 +493,8 @@ families! { check:
     smolvlm = "smolvlm" "smolvlm",
     idefics3 = "idefics3" "idefics3",
     llava = "llava" "llava",
+    llava_with_a_projector_of_its_own = "llava" "llava_projector",
+    llava_in_one_graph = "llava" "llava_single",
     llava_onevision = "llava_onevision" "llava_onevision",
     fast_vlm = "fast_vlm" "fast_vlm",
     moondream = "moondream" "moondream",
@@ -399,6 +502,8 @@ families! { check:
     gemma3 = "gemma3" "gemma3",
     gemma3_two_way = "gemma3" "gemma3_two_way",
     gemma4 = "gemma4" "gemma4",
+    minicpm_v = "minicpm_v" "minicpm_v",
+    janus = "janus" "janus",
     paligemma = "paligemma" "paligemma",
     paligemma_two_way = "paligemma" "paligemma_two_way",
     mistral3 = "mistral3" "mistral3",

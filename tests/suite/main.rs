@@ -23,6 +23,7 @@ mod mutations;
 mod operators;
 mod pictures;
 mod properties;
+mod published;
 mod refusals;
 mod run;
 mod schemas;

@@ -9,7 +9,7 @@ use crate::base::{Cancel, Device, Error, Result, Sha256Digest, sha256_json, thre
 use crate::bundle::{Bundle, Role};
 use crate::ir::{Dim, Graph, Model, ValueId};
 use crate::rewrite::extract;
-use crate::runtime::{Decoder, FeatureCache, Runtime, SessionOptions, VlmSession};
+use crate::runtime::{Decoder, FeatureCache, Runtime, SessionOptions, VlmSession, headed};
 
 use super::batch::{Example, StreamTarget, Targets, TrainingSet, total_tokens};
 use super::rows::{Element, Rows, RowsWriter};
@@ -84,7 +84,7 @@ impl<'a> Lesson<'a> {
     /// Errors: `Error::Invalid` when dense and pruned model do not belong together.
     pub fn prepare(self, digest: Sha256Digest) -> Result<Course<'a>> {
         let path = self.teacher.bundle.path_of(self.teacher.bundle.require(Role::Decoder)?);
-        let analysis = analyse(&crate::onnx::load(&path)?)?;
+        let analysis = analyse(&headed(self.teacher.bundle, crate::onnx::load(&path)?)?)?;
         let layers = &analysis.map.layers;
         if self.teacher.kept.iter().any(|&layer| layer >= layers.len()) {
             let problem = format!("has {} layers, the pruned model kept layers {:?}", layers.len(), self.teacher.kept);
