@@ -152,8 +152,12 @@ pub const LAYOUTS: &[Layout] = &[
 ];
 
 /// A lone `.onnx` file; everything else beside it is left alone.
-pub const SINGLE_FILE: Layout =
-    Layout { name: "single file", summary: "one `.onnx` file alone", applies: |_| false, components: Components::Stems(&[]) };
+pub const SINGLE_FILE: Layout = Layout {
+    name: "single file",
+    summary: "one `.onnx` file alone",
+    applies: |_| false,
+    components: Components::Stems(&[]),
+};
 
 /// Precision variants, the most precise first, by the suffix between stem and extension.
 pub(super) const VARIANTS: &[&str] = &[

@@ -211,7 +211,8 @@ mod tests {
         let found = picture(&[("pixel_values", &[64, 6]), ("grid_thw", &[-1, 3])]).expect("a picture");
         assert_eq!(found.grid_thw(), Some([1, 8, 8]));
         // Positions are looked up in a table as large as a side, not as the whole.
-        let found = picture(&[("pixel_values", &[-1, 630, 6]), ("pixel_position_ids", &[-1, 630, 2])]).expect("a picture");
+        let found =
+            picture(&[("pixel_values", &[-1, 630, 6]), ("pixel_position_ids", &[-1, 630, 2])]).expect("a picture");
         let places = found.get("pixel_position_ids").and_then(Array::ints).expect("places");
         assert_eq!(places.iter().max(), Some(&29));
         let found = picture(&[("pixel_values", &[-1, 24, 6]), ("spatial_shapes", &[-1, 2])]).expect("a picture");

@@ -79,9 +79,8 @@ mod tests {
             let shape = Some(shape.iter().map(|&size| Dim::Known(size)).collect());
             Some(ValueType::Tensor { dtype: DataType::Float, shape })
         };
-        let mut value = |name: &str, shape: &[i64]| {
-            graph.add_value(Value { name: name.into(), ty: ty(shape), ..Value::default() })
-        };
+        let mut value =
+            |name: &str, shape: &[i64]| graph.add_value(Value { name: name.into(), ty: ty(shape), ..Value::default() });
         let (input, weight, output) = (value(from, &[1, 2]), value("weight", &[2, 2]), value(to, &[1, 2]));
         graph.body.inputs.push(input);
         graph.body.outputs.push(output);

@@ -25,8 +25,8 @@ pub use bypass::{
 pub use cut::extract;
 pub use drop_layers::{LAYERS_KEY, drop_layers, original_layers};
 pub use fuse_attention::FUSED_ATTENTION;
-pub use head::with_head;
 pub use fuse_kernels::{FUSED_SILU, Fused, INTERNAL_DOMAIN, fuse_kernels};
+pub use head::with_head;
 pub use tap::{SIMILARITY_PREFIX, tap_similarities};
 pub use widen::widened;
 

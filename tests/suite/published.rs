@@ -78,10 +78,12 @@ impl Published {
         assert!(said.contains(why), "{}: {said}", self.name);
         self.run(&["plan", self.name, "--scores", "s.json", "--drop-count", "1", "-o", "plan.json"]);
         self.run(&["prune", self.name, "--plan", "plan.json", "-o", "pruned"]);
-        let finetune = ["finetune", "pruned", "--plan", "plan.json", "--data", data, "--recipe", "paper", "-o", "healed"];
+        let finetune =
+            ["finetune", "pruned", "--plan", "plan.json", "--data", data, "--recipe", "paper", "-o", "healed"];
         self.run(&[&finetune[..], &["--batch-size", "1", "--accumulation-steps", "1"], cut].concat());
         let bench = concat!(env!("CARGO_MANIFEST_DIR"), "/fixtures/data/bench-small.tsv");
-        let eval = ["eval", "healed", "-o", "report.json", "--limit", "1", "--data", if pictures { bench } else { data }];
+        let eval =
+            ["eval", "healed", "-o", "report.json", "--limit", "1", "--data", if pictures { bench } else { data }];
         let more = if pictures { &["--max-new-tokens", "2"][..] } else { cut };
         self.run(&[&eval[..], more].concat());
         let shown = if pictures { &["--image", "photo.jpeg"][..] } else { &[] };
@@ -91,7 +93,12 @@ impl Published {
     fn carried(&self) -> Vec<String> {
         let record = fs::read(self.family.here().join("pruned/interlace.json")).expect("a record");
         let record: Value = serde_json::from_slice(&record).expect("JSON");
-        record["carried"].as_array().map_or(&[][..], Vec::as_slice).iter().map(|file| file.as_str().expect("a name").into()).collect()
+        record["carried"]
+            .as_array()
+            .map_or(&[][..], Vec::as_slice)
+            .iter()
+            .map(|file| file.as_str().expect("a name").into())
+            .collect()
     }
 }
 
