@@ -479,7 +479,18 @@ fn gemma3n() {
     for (arguments, why) in [
         (&["score", "gemma3n", "--data", "photo.json", "-o", "scores.json"][..], "prune --drop"),
         (
-            &["finetune", "planned", "--plan", "plan.json", "--data", "photo.json", "-o", "healed"],
+            &[
+                "finetune",
+                "planned",
+                "--plan",
+                "plan.json",
+                "--data",
+                "photo.json",
+                "--recipe",
+                "paper",
+                "-o",
+                "healed",
+            ],
             "streams side by side",
         ),
     ] {
