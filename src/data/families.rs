@@ -85,25 +85,16 @@ pub const FAMILIES: &[Family] = &[
         &["qwen3_vl"],
         "Qwen3VLProcessor",
         Proof::Pipeline(&[
-            "qwen3_vl_keeps_features_in_place",
-            "qwen3_vl_shifts_features",
-            "qwen3_vl_with_a_mask_keeps_features_in_place",
-            "qwen3_vl_with_a_mask_shifts_features",
-            "qwen3_vl_packed_keeps_features_in_place",
-            "qwen3_vl_packed_shifts_features",
+            "qwen3_vl",
+            "qwen3_vl_with_a_mask",
+            "qwen3_vl_packed",
             "qwen3_vl_without_deepstack",
             "qwen3_vl_reads_a_video",
         ]),
         "DeepStack features as inputs, with a mask, or packed into `inputs_embeds`; videos as frames with times; a warning \
          where the graph lacks DeepStack",
     ),
-    row(
-        "Qwen3-VL-MoE",
-        &["qwen3_vl_moe"],
-        "Qwen3VLProcessor",
-        Proof::Pipeline(&["qwen3_vl_moe_keeps_features_in_place", "qwen3_vl_moe_shifts_features"]),
-        "",
-    ),
+    row("Qwen3-VL-MoE", &["qwen3_vl_moe"], "Qwen3VLProcessor", Proof::Pipeline(&["qwen3_vl_moe"]), ""),
     row(
         "Qwen3.5",
         &["qwen3_5", "qwen3_5_moe"],
@@ -118,7 +109,7 @@ pub const FAMILIES: &[Family] = &[
         "Granite-Docling",
         &["granite_docling"],
         "GraniteDoclingProcessor",
-        Proof::Pipeline(&["granite_docling_keeps_features_in_place", "granite_docling_shifts_features"]),
+        Proof::Pipeline(&["granite_docling"]),
         "DeepStack",
     ),
     row(
