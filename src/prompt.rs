@@ -27,7 +27,7 @@ pub const SPATIAL_SHAPES: &str = "spatial_shapes";
 /// Column and row of each patch, -1 at padding: `[1, P, 2]`.
 pub const PIXEL_POSITION_IDS: &str = "pixel_position_ids";
 /// Patches in height and width of each slice: `[N, 2]`.
-pub const TGT_SIZES: &str = "tgt_sizes";
+pub const TARGET_SIZES: &str = "target_sizes";
 /// True where a patch is real: `[N, 1, P]` or `[N, P]`.
 pub const PATCH_ATTENTION_MASK: &str = "patch_attention_mask";
 

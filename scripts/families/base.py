@@ -80,9 +80,14 @@ class Family:
     counts_layers: bool = False
     # Whether layers read something by number that stays theirs when another is deleted.
     keep_places: bool = False
-
     # Layers that are dropped where a network is healed, if not `DROP`.
     heal_drop: tuple = ()
+    # Whether a video is among the cases.
+    shows_video: bool = False
+    # The graph behind the text part, where it gives no logits itself.
+    head: nn.Module | None = None
+    # The graph behind the vision part that brings features to the decoder's width: a `towers.Tower`.
+    projector: object = None
 
     @property
     def image_token_id(self):
@@ -179,7 +184,7 @@ def without_layers(model, drop, keep_places=False):
     kinds = getattr(text.config, "layer_types", None)
     if kinds and not keep_places:
         text.config.layer_types = [kind for index, kind in enumerate(kinds) if index not in drop]
-    text.config.num_hidden_layers = len(kept) if not keep_places else LAYERS
+    text.config.num_hidden_layers = len(kept) if not keep_places else len(text.layers)
     return pruned
 
 

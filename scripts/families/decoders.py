@@ -113,6 +113,28 @@ class MaskedDeepStack(Decoder):
         }
 
 
+class Whole(Decoder):
+    """A whole network in one graph: input_ids `[B, T]` in the place of embeddings, and pixel_values of all pictures."""
+
+    reads = "input_ids"
+
+    def __init__(self, family):
+        super().__init__(family)
+        self.tower, self.image_token = family.tower.module, family.image_token_id
+
+    def arguments(self, extras, inputs_embeds, attention_mask, position_ids):
+        embeds = self.lm.get_input_embeddings()(inputs_embeds)
+        width = embeds.shape[-1]
+        pixels = extras["pixel_values"]
+        # A blank picture before the others: its first feature is what text points at, and so is there without pictures.
+        features = self.tower(torch.cat([torch.zeros_like(pixels[:1].sum(0, keepdim=True)), pixels]))
+        each = features.shape[1]
+        image = (inputs_embeds == self.image_token).reshape(-1)
+        number = torch.cumsum(image.to(torch.int64), 0) * image.to(torch.int64) + (each - 1) * image.to(torch.int64)
+        merged = torch.where(image[:, None], features.reshape(-1, width)[number], embeds.reshape(-1, width))
+        return super().arguments(extras, merged.reshape(embeds.shape), attention_mask, position_ids)
+
+
 def takes(module, name):
     """Whether a module's forward names an argument."""
     return name in inspect.signature(module.forward).parameters

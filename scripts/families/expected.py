@@ -170,7 +170,8 @@ class Reference:
         `recorded` takes what each layer module gives, as Hugging Face records it; `entering` takes what each layer
         reads. They differ where something is added between layers.
         """
-        states = self.model(**self.arguments(inputs), output_hidden_states=True).hidden_states[: base.LAYERS]
+        layers = len(base.text_model(self.model).layers)
+        states = self.model(**self.arguments(inputs), output_hidden_states=True).hidden_states[:layers]
         read = []
         hooks = [
             layer.register_forward_pre_hook(lambda _, args, kwargs: read.append((args or [kwargs["hidden_states"]])[0]), with_kwargs=True)
@@ -181,7 +182,7 @@ class Reference:
             hook.remove()
         near = lambda rows, k: [
             float(torch.nn.functional.cosine_similarity(rows[i].double(), rows[i + k].double(), dim=-1).mean())
-            for i in range(base.LAYERS - k)
+            for i in range(layers - k)
         ]
         out = {}
         for name, rows in (("recorded", states), ("entering", read)):
@@ -270,6 +271,31 @@ def described_case(reference, networks, turns, chosen):
     return entry, {"inputs": inputs, "positions": positions, "logits": logits}
 
 
+def described_video(reference, chosen):
+    """A question about a video given as frames with their times."""
+    from transformers.video_utils import VideoMetadata
+
+    names, fps = ["palette.png", "grey.png", "palette.png"], 2.0
+    frames = [reference.pictures[name].convert("RGB") for name in names]
+    content = [{"type": "video"}, {"type": "text", "text": "What happens?"}]
+    text = reference.render([{"role": "user", "content": content}], True)
+    metadata = VideoMetadata(total_num_frames=len(names), fps=fps, frames_indices=list(range(len(names))))
+    inputs = reference.processor(
+        text=[text], videos=[frames], video_metadata=[metadata], do_sample_frames=False, return_tensors="pt"
+    )
+    wanted = ("input_ids", "mm_token_type_ids", "video_grid_thw", "attention_mask")
+    positions = reference.model.model.get_rope_index(**{name: inputs[name] for name in wanted})[0].numpy()
+    return {
+        "frames": [[number / fps, name] for number, name in enumerate(names)],
+        "question": content[-1]["text"],
+        "input_ids": inputs["input_ids"][0].tolist(),
+        "position_ids": positions[:, 0].tolist(),
+        "pixels": sha(inputs["pixel_values_videos"].numpy()),
+        "logits": sampled(reference.logits(inputs), chosen),
+        "greedy": reference.greedy(inputs),
+    }
+
+
 def write(row, folder):
     family = row()
     export.eager(family.model)
@@ -297,6 +323,8 @@ def write(row, folder):
         arrays |= {f"{case}.position_ids": positions} | {f"{case}.logits.{key}": value for key, value in logits.items()}
         if case == "photo":
             out["similarities"] = reference.similarities(inputs)
+    if family.shows_video:
+        out["video"] = described_video(reference, chosen)
     healing = {}
     if family.heal_drop:
         out["heal_drop"] = list(family.heal_drop)

@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 import base
 import decoders
 
-MODULES = ["qwen", "llava", "idefics", "internvl", "gemma", "pixtral", "lfm2", "glm", "paddle", "tiles", "gemma4"]
+MODULES = ["qwen", "llava", "idefics", "internvl", "gemma", "pixtral", "lfm2", "glm", "paddle", "tiles", "gemma4", "gemma3n", "minicpm", "janus"]
 KEPT_METADATA = {"namespace", "pkg.torch.onnx.name_scopes"}
 
 
@@ -117,19 +117,24 @@ def decoder(family, path):
     extras = [extra.example for extra in family.extras]
     tokens = {0: "batch_size", 1: "sequence_length"}
     rows = {places.ndim - 2: "batch_size", places.ndim - 1: "sequence_length"}
-    axes = {"inputs_embeds": tokens, "attention_mask": {0: "batch_size", 1: "total_sequence_length"}}
-    axes |= {"position_ids": rows, "logits": tokens} | {extra.name: extra.axes for extra in family.extras}
+    axes = {"inputs_embeds": tokens, "input_ids": tokens, "attention_mask": {0: "batch_size", 1: "total_sequence_length"}}
+    result = getattr(module, "result", "logits")
+    axes |= {"position_ids": rows, result: tokens} | {extra.name: extra.axes for extra in family.extras}
     names = module.state_names()
     for name, state in zip(names, states):
         past = {0: "batch_size"} | ({2: "past_sequence_length"} if name.endswith(("key", "value")) else {})
         total = {0: "batch_size"} | ({2: "total_sequence_length"} if name.endswith(("key", "value")) else {})
         axes |= {past_name(name): past, present_name(name): total}
+    reads = getattr(module, "reads", "inputs_embeds")
+    first = torch.randn(2, 3, hidden)
+    if reads == "input_ids":
+        first = torch.tensor([[family.image_token_id] * 2 + [1]] * 2)
     write(
         module,
-        [torch.randn(2, 3, hidden), torch.ones(2, 8, dtype=torch.long), places.contiguous(), [*extras, *states]],
+        [first, torch.ones(2, 8, dtype=torch.long), places.contiguous(), [*extras, *states]],
         path,
-        ["inputs_embeds", "attention_mask", "position_ids", *(e.name for e in family.extras), *map(past_name, names)],
-        ["logits", *map(present_name, names)],
+        [reads, "attention_mask", "position_ids", *(e.name for e in family.extras), *map(past_name, names)],
+        [result, *map(present_name, names)],
         axes,
         family.decoder_exporter,
     )
@@ -144,7 +149,7 @@ def present_name(name):
 
 
 def embed(family, path):
-    merging = family.layout != "transformers.js"
+    merging = family.layout in ("mobius", "genai")
     module = family.embed or (MergingEmbed if merging else Embed)(family.model)
     outputs = getattr(module, "outputs", ["inputs_embeds"])
     axes = {name: {0: "batch_size", 1: "sequence_length"} for name in ("input_ids", *outputs)}
@@ -156,6 +161,13 @@ def embed(family, path):
         names.append("image_features")
         axes["image_features"] = {0: "num_image_tokens"}
     write(module, arguments, path, names, outputs, axes, "ts17")
+
+
+def head(family, path):
+    """The graph that brings the last hidden state to logits, where it is a file of its own."""
+    tokens = {0: "batch_size", 1: "sequence_length"}
+    hidden = torch.randn(2, 3, base.text_model(family.model).config.hidden_size)
+    write(family.head, [hidden], path, ["hidden_states"], ["logits"], {"hidden_states": tokens, "logits": tokens}, "ts17")
 
 
 def write_json(path, value):
@@ -242,6 +254,25 @@ FILES = {
         "decoder": "decoder/model.onnx",
     },
     "genai": {"vision_encoder": "vision.onnx", "embed_tokens": "embedding.onnx", "decoder": "model.onnx"},
+    "prepare_inputs_embeds": {
+        "embed_tokens": "onnx/prepare_inputs_embeds.onnx",
+        "decoder": "onnx/language_model.onnx",
+        "head": "onnx/lm_head.onnx",
+    },
+    "transformers-exporter": {
+        "vision_encoder": "image_encoder.onnx",
+        "projector": "multi_modal_projector.onnx",
+        "embed_tokens": "embed_tokens.onnx",
+        "decoder": "decoder.onnx",
+    },
+    "single": {"decoder": "model.onnx"},
+}
+# Components of `export.json` by what they are here.
+NAMED = {
+    "vision_encoder": "image_encoder",
+    "projector": "multi_modal_projector",
+    "embed_tokens": "embed_tokens",
+    "decoder": "decoder",
 }
 
 
@@ -254,20 +285,27 @@ def export(row, out):
     configs(family, out)
     if family.layout == "genai":
         write_json(out / "genai_config.json", genai_config(family, files))
+    if family.layout == "transformers-exporter":
+        write_json(out / "export.json", {"components": {NAMED[key]: {"file": file} for key, file in files.items()}})
     eager(family.model)
     with torch.no_grad():
-        tower = family.tower
-        write(
-            tower.module,
-            list(tower.inputs.values()),
-            out / files["vision_encoder"],
-            list(tower.inputs),
-            tower.outputs,
-            tower.axes,
-            tower.exporter,
-        )
-        embed(family, out / files["embed_tokens"])
+        if "vision_encoder" in files:
+            part(family.tower, out / files["vision_encoder"])
+        if "projector" in files:
+            part(family.projector, out / files["projector"])
+        if family.layout == "prepare_inputs_embeds":
+            part(family.tower, out / files["embed_tokens"])
+            head(family, out / files["head"])
+        elif "embed_tokens" in files:
+            embed(family, out / files["embed_tokens"])
         decoder(family, out / files["decoder"])
+
+
+def part(tower, path):
+    """A graph with the inputs and outputs that a tower names."""
+    write(
+        tower.module, list(tower.inputs.values()), path, list(tower.inputs), tower.outputs, tower.axes, tower.exporter
+    )
 
 
 def main():

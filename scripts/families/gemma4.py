@@ -10,7 +10,7 @@ import base
 import decoders
 import towers
 
-SHARED, PER_LAYER, PATCHES = 2, 8, 70 * 9
+LAYERS, SHARED, PER_LAYER, PATCHES = 8, 4, 8, 70 * 9
 TEMPLATE = """{{- bos_token -}}
 {%- for message in messages -%}
 {{ '<|turn>' + ('model' if message.role == 'assistant' else message.role) + '\\n' }}
@@ -85,7 +85,8 @@ def gemma4(name="gemma4"):
     text = base.TEXT | {
         "head_dim": 16,
         "global_head_dim": 32,
-        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "num_hidden_layers": LAYERS,
+        "layer_types": ["sliding_attention", "full_attention"] * 4,
         "sliding_window": 24,
         "num_kv_shared_layers": SHARED,
         "use_double_wide_mlp": True,
@@ -159,13 +160,13 @@ def gemma4(name="gemma4"):
         None,
         towers.Tower(PositionTower(model.model), inputs, axes),
         processor_config={"image_processor": images, "image_seq_length": 70, "processor_class": "Gemma4Processor"},
-        extras=[decoders.Extra("per_layer_inputs", tokens, torch.randn(2, 3, base.LAYERS, PER_LAYER))],
+        extras=[decoders.Extra("per_layer_inputs", tokens, torch.randn(2, 3, LAYERS, PER_LAYER))],
         decoder=SharedDecoder,
         embed=PerLayerEmbeddings(model),
         nested_images=True,
         keep_places=True,
-        # Healing moves no layer from which others read keys.
-        heal_drop=(4,),
+        # Healing moves no layer from which others read keys: here it moves layer 5.
+        heal_drop=(6,),
     )
 
 

@@ -7,6 +7,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.llava_onevision.video_processing_llava_onevision import LlavaOnevisionVideoProcessor
 
 import base
+import decoders
 import towers
 
 SIZE, PATCH = 56, 14
@@ -36,7 +37,18 @@ TEMPLATE = """{%- for message in messages -%}
 {%- endif -%}"""
 
 
-def llava(name="llava"):
+class Selected(torch.nn.Module):
+    """What one layer of a tower gives, the class token left out."""
+
+    def __init__(self, tower, layer):
+        super().__init__()
+        self.tower, self.layer = tower, layer
+
+    def forward(self, pixel_values):
+        return self.tower(pixel_values, output_hidden_states=True).hidden_states[self.layer][:, 1:]
+
+
+def llava(name="llava", layout="transformers.js"):
     """LLaVA-1.5: the last layer but one of a CLIP tower without its class token; answers end without a token."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -72,9 +84,30 @@ def llava(name="llava"):
     inner = model.model
     tower = towers.tile_tower(towers.TileTower(inner.vision_tower, inner.multi_modal_projector, -2, 1), SIZE)
     preprocessor = settings | {"image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor"}
+    more = {}
+    if layout == "transformers-exporter":
+        tower = towers.tile_tower(Selected(inner.vision_tower, -2), SIZE)
+        axes = {"image_features": {0: "num_tiles"}, "projected_features": {0: "num_tiles"}}
+        example = {"image_features": torch.randn(2, (SIZE // PATCH) ** 2, CLIP_VISION["hidden_size"])}
+        more["projector"] = towers.Tower(inner.multi_modal_projector, example, axes, ["projected_features"])
+    if layout == "single":
+        pixels = {0: "num_tiles"}
+        more["extras"] = [decoders.Extra("pixel_values", pixels, torch.randn(1, 3, SIZE, SIZE))]
+        more["decoder"] = decoders.Whole
+    processor_config = whole | {"processor_class": "LlavaProcessor"}
     return base.Family(
-        name, model, processor, preprocessor, tower, processor_config=whole | {"processor_class": "LlavaProcessor"}
+        name, model, processor, preprocessor, tower, processor_config=processor_config, layout=layout, **more
     )
+
+
+def llava_projector():
+    """The projector as a graph of its own, as the exporter of transformers writes it."""
+    return llava("llava_projector", "transformers-exporter")
+
+
+def llava_single():
+    """The whole network in one graph, which reads ids and pixels."""
+    return llava("llava_single", "single")
 
 
 ONEVISION_TEMPLATE = """{%- for message in messages -%}
@@ -319,4 +352,4 @@ def moondream(name="moondream"):
     )
 
 
-ROWS = [llava, llava_onevision, fast_vlm, moondream]
+ROWS = [llava, llava_projector, llava_single, llava_onevision, fast_vlm, moondream]

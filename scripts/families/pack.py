@@ -13,6 +13,7 @@ import pictures
 
 # Families that differ in one graph lie in one archive, where equal files take no room.
 GROUPS = {
+    "llava": ["llava", "llava_projector", "llava_single"],
     "qwen3_vl": ["qwen3_vl", "qwen3_vl_masked", "qwen3_vl_packed", "qwen3_vl_plain"],
     "gemma3": ["gemma3", "gemma3_two_way"],
     "paligemma": ["paligemma", "paligemma_two_way"],

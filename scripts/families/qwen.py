@@ -189,7 +189,9 @@ def dense_features():
 
 def qwen3_vl(name="qwen3_vl", seed=9, **more):
     """Features of three tower layers, inputs of the decoder, `[B, T, D]` with zeros where there is text."""
-    return qwen3_row(name, seed, extras=dense_features(), decoder=decoders.DeepStack, counts_layers=True, **more)
+    made = qwen3_row(name, seed, extras=dense_features(), decoder=decoders.DeepStack, counts_layers=True, **more)
+    made.shows_video = name == "qwen3_vl"
+    return made
 
 
 def qwen3_vl_masked():

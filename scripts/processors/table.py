@@ -162,7 +162,7 @@ FAMILIES = [
      "tokens": {"eos_token": "<end_of_utterance>", "pad_token": "<pad>", "image_token": "<image>"}, "template": SMOLVLM, "padded": True},
     {"name": "minicpmv4_6", "image_class": ("minicpmv4_6", "MiniCPMV4_6ImageProcessor"), "processor_class": ("minicpmv4_6", "MiniCPMV4_6Processor"),
      "video": ("minicpmv4_6", "MiniCPMV4_6VideoProcessor"), "image": {"max_slice_nums": 9, "scale_resolution": 112, "patch_size": 14, **HALVES}, "processor": {},
-     "back_ends": BOTH, "feature": "<|image_pad|>", "arrays": {**PIXELS, "target_sizes": "int"}, "rename": {"target_sizes": "tgt_sizes"}, "padded": True, "pt": True,
+     "back_ends": BOTH, "feature": "<|image_pad|>", "arrays": {**PIXELS, "target_sizes": "int"}, "padded": True, "pt": True,
      "tokens": {"eos_token": "<|im_end|>", "pad_token": "<pad>", "image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "image_start_token": "<image>",
                 "image_end_token": "</image>", "slice_start_token": "<slice>", "slice_end_token": "</slice>", "image_id_start_token": "<image_id>",
                 "image_id_end_token": "</image_id>"}, "template": CHATML("<|image_pad|>"), "layout": "nested"},

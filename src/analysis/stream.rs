@@ -97,7 +97,7 @@ fn best(
     let parts = body.nodes.iter().filter(|node| part_of_rows(graph, body, node).is_some());
     let sources = body.inputs.iter().copied().chain(parts.flat_map(|node| node.present_outputs()));
     for source in sources.collect::<Vec<_>>() {
-        if index.is_initializer(source) {
+        if index.is_initializer(source) || grows_into_an_output(body, index, source) {
             continue;
         }
         for chain in chains(graph, body, index, source, result).into_iter().filter(|chain| wanted(chain)) {
@@ -112,6 +112,13 @@ fn best(
         }
     }
     best
+}
+
+/// True for a cache: what an output is made of by adding new entries behind it.
+fn grows_into_an_output(body: &Body, index: &GraphIndex, source: ValueId) -> bool {
+    let grown = |node: &Node| node.domain.is_empty() && node.op_type == "Concat" && node.inputs.len() > 1;
+    let nodes = index.uses(source).iter().filter_map(|used| body.nodes.get(used.node));
+    nodes.filter(|node| grown(node)).flat_map(Node::present_outputs).any(|output| body.outputs.contains(&output))
 }
 
 /// The input of the graph that a node cuts a part out of: features that lie packed behind each row of the embeddings are

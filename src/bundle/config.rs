@@ -104,8 +104,16 @@ impl ModelConfig {
             num_attention_heads: size(&["num_attention_heads", "n_head", "num_heads"])?,
             num_key_value_heads: size(&["num_key_value_heads"])?,
             head_dim: size(&["head_dim"])?,
-            other_key_value_heads: sizes(&["num_global_key_value_heads", "swa_num_key_value_heads"])?,
-            other_head_dims: sizes(&["v_head_dim", "global_head_dim", "swa_head_dim", "swa_v_head_dim"])?,
+            other_key_value_heads: [
+                sizes(&["num_global_key_value_heads", "swa_num_key_value_heads"])?,
+                of_layers(text, "num_key_value_heads"),
+            ]
+            .concat(),
+            other_head_dims: [
+                sizes(&["v_head_dim", "global_head_dim", "swa_head_dim", "swa_v_head_dim"])?,
+                of_layers(text, "head_dim"),
+            ]
+            .concat(),
             latent_attention: match sizes(&["kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"])? {
                 sizes if sizes.len() == 4 => Some(LatentAttention {
                     kv_lora_rank: sizes[0],
@@ -177,6 +185,14 @@ fn section<'a>(raw: &'a Value, names: &[&str]) -> Option<&'a Value> {
     let found = names.iter().find_map(|name| raw.get(name).filter(|value| value.is_object()))?;
     // Audio-capable families nest the language model one level deeper.
     Some(names.iter().find_map(|name| found.get(name).filter(|value| value.is_object())).unwrap_or(found))
+}
+
+/// A figure that some layers have for themselves, as `per_layer_config` says by their index.
+fn of_layers(text: &Value, key: &str) -> Vec<usize> {
+    let layers = text.get("per_layer_config").and_then(Value::as_object).into_iter().flat_map(|layers| layers.values());
+    let figures = layers.filter_map(|layer| layer.get(key)?.as_u64().and_then(|figure| usize::try_from(figure).ok()));
+    let distinct: std::collections::BTreeSet<usize> = figures.collect();
+    distinct.into_iter().collect()
 }
 
 fn text_of(source: &str, key: &str, value: Option<&Value>) -> Result<String> {

@@ -9,6 +9,8 @@ pub(super) enum Rule {
     Count,
     /// One entry or letter per layer: those of dropped layers go. A plain number holds for all layers and stays.
     PerLayer,
+    /// `{"1": {..}, "3": {..}}`: settings of layers by their index. Those of dropped layers go, the rest are renumbered.
+    ByIndex,
     /// `[[["global", "local"], 4]]`: kinds with how often they repeat, over all layers.
     Repeats,
     /// Indices of layers, or one: dropped ones go, the rest are renumbered.
@@ -94,6 +96,7 @@ pub(super) const ROWS: &[KeyRow] = &[
     text("intermediate_size", Rule::PerLayer),
     text("ffn_multipliers", Rule::PerLayer),
     text("activation_sparsity_pattern", Rule::PerLayer),
+    text("per_layer_config", Rule::ByIndex),
     text("attention_types", Rule::Repeats),
     text("sliding_window.layers", Rule::Indices),
     text("mlp_only_layers", Rule::Indices),

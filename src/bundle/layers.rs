@@ -213,6 +213,7 @@ impl Walk<'_> {
                 self.last_kind(parent, row, path)?;
                 self.per_layer(node, path)
             }
+            Rule::ByIndex => self.by_index(node, path),
             Rule::Repeats => self.repeats(node, path),
             Rule::Indices | Rule::Taps => self.indices(node, row.rule, path),
             Rule::Prefix => {
@@ -302,6 +303,26 @@ impl Walk<'_> {
         self.expect_length(elements.len(), path)?;
         let kept: Vec<_> = self.edit.kept().into_iter().map(|layer| (layer, None)).collect();
         self.replace(node, self.document.array_with(node, &kept));
+        Ok(())
+    }
+
+    /// Settings of layers by index, written anew with those of the kept layers.
+    fn by_index(&mut self, node: &Node, path: &str) -> Result<()> {
+        let Kind::Object(members) = &node.kind else {
+            return Err(self.error(path, "expected settings by the index of their layer"));
+        };
+        let mut kept = Vec::new();
+        for (name, member) in members {
+            let layer = name.parse::<usize>().ok().filter(|&layer| layer < self.edit.total).ok_or_else(|| {
+                self.error(path, format!("names layer `{name}`, but there are {}", self.edit.total))
+                    .remedy("config and graph must be of the same model")
+            })?;
+            if !self.edit.dropped().contains(&layer) {
+                let text = self.document.text().get(member.span.clone()).unwrap_or_default();
+                kept.push(format!("\"{}\": {text}", self.edit.kept_below(layer)));
+            }
+        }
+        self.replace(node, format!("{{{}}}", kept.join(", ")));
         Ok(())
     }
 

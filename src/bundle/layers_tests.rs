@@ -25,6 +25,10 @@ fn each_rule_follows_its_layers() {
         ),
         (r#"{"num_layers": 6, "max_window_layers": 28}"#, r#"{"num_layers": 4, "max_window_layers": 28}"#),
         (
+            r#"{"num_layers": 6, "per_layer_config": {"1": {"head_dim": 4}, "3": {"head_dim": 8}, "5": {}}}"#,
+            r#"{"num_layers": 4, "per_layer_config": {"2": {"head_dim": 8}, "3": {}}}"#,
+        ),
+        (
             r#"{"num_layers": 6, "mlp_only_layers": [], "layer_types": null}"#,
             r#"{"num_layers": 4, "mlp_only_layers": [], "layer_types": null}"#,
         ),
@@ -105,6 +109,8 @@ fn what_cannot_follow_is_refused_by_name() {
             "layer 5 would be the last, and `gemma4_text` takes the last layer for full attention",
         ),
         (r#"{"num_hidden_layers": 6, "full_attn_idxs": [7]}"#, "names layer 7, but there are 6"),
+        (r#"{"num_hidden_layers": 6, "per_layer_config": {"6": {}}}"#, "names layer `6`, but there are 6"),
+        (r#"{"num_hidden_layers": 6, "per_layer_config": {"last": {}}}"#, "names layer `last`"),
         (r#"{"num_hidden_layers": 6.5}"#, "is 6.5, expected a whole number"),
     ];
     for (config, want) in cases {

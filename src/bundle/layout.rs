@@ -71,20 +71,30 @@ pub(super) enum Components {
 pub struct Layout {
     /// As messages and reports show it.
     pub name: &'static str,
+    /// Who writes it, and how its files say which graph is which.
+    pub summary: &'static str,
     pub(super) applies: fn(&Listing) -> bool,
     pub(super) components: Components,
 }
 
 /// All layouts, the first that applies wins.
-pub(super) const LAYOUTS: &[Layout] = &[
-    Layout { name: "genai", applies: |listing| listing.has("genai_config.json"), components: Components::GenaiConfig },
+pub const LAYOUTS: &[Layout] = &[
+    Layout {
+        name: "genai",
+        summary: "ONNX Runtime GenAI: `genai_config.json` names the graphs of `model.decoder`, `vision`, `embedding` and `speech`",
+        applies: |listing| listing.has("genai_config.json"),
+        components: Components::GenaiConfig,
+    },
     Layout {
         name: "transformers-exporter",
+        summary: "the exporter of transformers: `export.json` names the components, a projector or a head of its own among them",
         applies: |listing| listing.has("export.json"),
         components: Components::ExportJson,
     },
     Layout {
         name: "transformers.js",
+        summary: "onnx-community: `onnx/decoder_model_merged.onnx` or `model.onnx`, `vision_encoder.onnx`, `embed_tokens.onnx` or \
+                  `prepare_inputs_embeds.onnx`, each with precision variants",
         applies: |listing| listing.any(|path| path.starts_with("onnx/") && path.ends_with(".onnx")),
         components: Components::Stems(&[
             ("onnx/vision_encoder", Role::VisionEncoder),
@@ -95,6 +105,7 @@ pub(super) const LAYOUTS: &[Layout] = &[
             ("onnx/decoder_with_past_model", Role::DecoderWithPast),
             ("onnx/model", Role::Decoder),
             ("onnx/language_model", Role::Decoder),
+            ("onnx/multi_modal_projector", Role::Projector),
             ("onnx/lm_head", Role::LmHead),
             ("onnx/audio_encoder", Role::AudioEncoder),
             ("onnx/gen_head", Role::ImageGenerator),
@@ -104,6 +115,7 @@ pub(super) const LAYOUTS: &[Layout] = &[
     },
     Layout {
         name: "mobius",
+        summary: "Mobius: a folder for each graph, as in `decoder/model.onnx`, `vision_encoder/model.onnx`, `embedding/model.onnx`",
         applies: |listing| listing.has("decoder/model.onnx") || listing.has("model/model.onnx"),
         components: Components::Stems(&[
             ("vision/model", Role::VisionEncoder),
@@ -118,6 +130,7 @@ pub(super) const LAYOUTS: &[Layout] = &[
     },
     Layout {
         name: "optimum",
+        summary: "Optimum, and lone graphs beside their configs: the names of onnx-community in the folder itself",
         applies: |listing| listing.any(|path| !path.contains('/') && path.ends_with(".onnx")),
         components: Components::Stems(&[
             ("vision_encoder", Role::VisionEncoder),
@@ -128,6 +141,7 @@ pub(super) const LAYOUTS: &[Layout] = &[
             ("decoder_with_past_model", Role::DecoderWithPast),
             ("model", Role::Decoder),
             ("language_model", Role::Decoder),
+            ("multi_modal_projector", Role::Projector),
             ("lm_head", Role::LmHead),
             ("audio_encoder", Role::AudioEncoder),
             ("gen_head", Role::ImageGenerator),
@@ -138,8 +152,12 @@ pub(super) const LAYOUTS: &[Layout] = &[
 ];
 
 /// A lone `.onnx` file; everything else beside it is left alone.
-pub(super) const SINGLE_FILE: Layout =
-    Layout { name: "single file", applies: |_| false, components: Components::Stems(&[]) };
+pub const SINGLE_FILE: Layout = Layout {
+    name: "single file",
+    summary: "one `.onnx` file alone",
+    applies: |_| false,
+    components: Components::Stems(&[]),
+};
 
 /// Precision variants, the most precise first, by the suffix between stem and extension.
 pub(super) const VARIANTS: &[&str] = &[

@@ -21,7 +21,7 @@ pub use assets::{AssetKind, RECORD_FILE};
 pub use component::Component;
 pub use config::{LatentAttention, ModelConfig, flag, image_token_entry, whole_number};
 pub use layers::LayerEdit;
-pub use layout::{Layout, Role};
+pub use layout::{LAYOUTS, Layout, Role, SINGLE_FILE};
 pub use record::{Deepstack, Record, RecordedStep, TapChange};
 pub use tower::Tower;
 pub use write::BundleWriter;
@@ -36,7 +36,7 @@ use serde_json::Value;
 use crate::base::{Error, Result, Sha256Digest, list_preview, sha256_json, sha256_large_file};
 use crate::ir::{Body, TensorData};
 
-use layout::{LAYOUTS, SINGLE_FILE, VARIANTS};
+use layout::VARIANTS;
 use listing::Listing;
 use text::read_text;
 

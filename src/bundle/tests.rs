@@ -86,7 +86,14 @@ fn save(folder: &Path, name: &str, data: Option<&str>) {
 fn a_history_that_does_not_fit_the_graph_is_refused_before_memory_is_taken() {
     let step = |layers_before, dropped: &[usize]| {
         let (dropped, dropped_original) = (dropped.to_vec(), dropped.to_vec());
-        RecordedStep::Prune { tower: Tower::Text, layers_before, dropped, dropped_original, deepstack: None, taps: Vec::new() }
+        RecordedStep::Prune {
+            tower: Tower::Text,
+            layers_before,
+            dropped,
+            dropped_original,
+            deepstack: None,
+            taps: Vec::new(),
+        }
     };
     let originals = |history: &[RecordedStep], count| Record::original_layers(history, Tower::Text, count);
     assert_eq!(originals(&[step(6, &[1, 4]), step(4, &[0])], 3).unwrap(), [2, 3, 5]);

@@ -6,6 +6,7 @@ mod conversation;
 mod data_files;
 mod dataset;
 mod encoder;
+mod families;
 mod guard;
 mod images;
 mod intake;
@@ -39,6 +40,7 @@ mod tests;
 
 pub use dataset::{Dataset, Samples};
 pub use encoder::Encoder;
+pub use families::{FAMILIES, Family, Proof, Reach, VERBS, family_table};
 pub use images::{
     BackEnd, Filter, ImageInputs, ImageLayout, ImageSettings, Picture, Scaler, Shown, Transparency, VideoLayout,
 };

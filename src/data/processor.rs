@@ -6,6 +6,7 @@ use crate::base::{Error, Result};
 use crate::bundle::Bundle;
 use crate::prompt::{GivenRow, Prompt};
 
+use super::families::family_of;
 use super::images::{ImageInputs, ImageProcessor, ImageSettings, Shown};
 use super::placeholders::{Place, Placeholder};
 use super::sample::{ImageBytes, Part};
@@ -307,6 +308,11 @@ impl Vision {
             (None, Some(nested)) => (nested.clone(), "processor_config.json"),
             (None, None) => return Ok(None),
         };
+        let model_type = bundle.config().map(|config| config.model_type.as_str()).unwrap_or_default();
+        if let Some(family) = family_of(model_type).filter(|family| family.class.is_none()) {
+            let problem = format!("belongs to {} (`{model_type}`): {}", family.name, family.note);
+            return Err(Error::unsupported(format!("`{source}`"), problem));
+        }
         ImageProcessor::check_kind(&config, source)?;
         let mut placeholder = Placeholder::open(bundle, tokenizer, &config, processor_config)?;
         let forced = std::mem::take(&mut placeholder.image_settings);

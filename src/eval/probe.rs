@@ -8,7 +8,7 @@ use crate::base::{Error, Result};
 use crate::data::{ImageBytes, Part, Processor};
 use crate::prompt::{
     Array, IMAGE_GRID_HWS, IMAGE_GRID_THW, IMAGE_SIZES, ImageArrays, PATCH_ATTENTION_MASK, PIXEL_ATTENTION_MASK,
-    PIXEL_POSITION_IDS, PIXEL_VALUES, Prompt, SPATIAL_SHAPES, TGT_SIZES,
+    PIXEL_POSITION_IDS, PIXEL_VALUES, Prompt, SPATIAL_SHAPES, TARGET_SIZES,
 };
 use crate::runtime::{Decoder, Embedded, Input, Kind};
 
@@ -85,7 +85,8 @@ pub fn noise_picture(subject: &str, inputs: &[Input]) -> Result<ImageArrays> {
             if rank == 3 {
                 shape.insert(0, 1);
             }
-            (shape, grid_of(patches))
+            let by_position = inputs.iter().any(|input| input.kind() == Kind::Image(PIXEL_POSITION_IDS));
+            (shape, if by_position { nearest_square(patches) } else { grid_of(patches) })
         }
     };
     let count = shape.iter().try_fold(1usize, |count, &dim| count.checked_mul(dim)).filter(|&count| count < 1 << 28);
@@ -107,7 +108,7 @@ pub fn noise_picture(subject: &str, inputs: &[Input]) -> Result<ImageArrays> {
         let Kind::Image(name) = input.kind() else { continue };
         let array = match name {
             IMAGE_GRID_THW => ints(&[1, 3], vec![1, rows, columns])?,
-            IMAGE_GRID_HWS | SPATIAL_SHAPES | TGT_SIZES => ints(&[1, 2], vec![rows, columns])?,
+            IMAGE_GRID_HWS | SPATIAL_SHAPES | TARGET_SIZES => ints(&[1, 2], vec![rows, columns])?,
             IMAGE_SIZES => ints(&[1, 2], shape[shape.len() - 2..].iter().map(|&size| size as i64).collect())?,
             PIXEL_POSITION_IDS => {
                 let places = (0..rows * columns).flat_map(|at| [at % columns, at / columns]).collect();
@@ -133,6 +134,12 @@ fn grid_of(patches: usize) -> [usize; 2] {
         .filter(|rows| patches.is_multiple_of(2 * rows))
         .last();
     let rows = rows.unwrap_or(1);
+    [rows, patches / rows]
+}
+
+/// Rows and columns of a grid of so many patches, as square as it can be.
+fn nearest_square(patches: usize) -> [usize; 2] {
+    let rows = (1..=patches.isqrt()).rev().find(|&rows| patches.is_multiple_of(rows)).unwrap_or(1);
     [rows, patches / rows]
 }
 
@@ -203,6 +210,11 @@ mod tests {
     fn patches_stand_on_a_grid() {
         let found = picture(&[("pixel_values", &[64, 6]), ("grid_thw", &[-1, 3])]).expect("a picture");
         assert_eq!(found.grid_thw(), Some([1, 8, 8]));
+        // Positions are looked up in a table as large as a side, not as the whole.
+        let found =
+            picture(&[("pixel_values", &[-1, 630, 6]), ("pixel_position_ids", &[-1, 630, 2])]).expect("a picture");
+        let places = found.get("pixel_position_ids").and_then(Array::ints).expect("places");
+        assert_eq!(places.iter().max(), Some(&29));
         let found = picture(&[("pixel_values", &[-1, 24, 6]), ("spatial_shapes", &[-1, 2])]).expect("a picture");
         assert_eq!(found.pixel_values().expect("pixels").shape(), [1, 24, 6]);
         assert_eq!(found.get("spatial_shapes").and_then(Array::ints).expect("grid").as_slice(), Some(&[4, 6][..]));

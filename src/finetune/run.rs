@@ -24,7 +24,7 @@ use crate::finetune::student::Student;
 use crate::finetune::train::{DenseStream, Run, Summary, fit, search, train};
 use crate::ir::Model;
 use crate::rewrite::extract;
-use crate::runtime::{Decoder, FeatureCache, Runtime, SessionOptions, VlmSession};
+use crate::runtime::{Decoder, FeatureCache, Runtime, SessionOptions, VlmSession, headed};
 use crate::torch::{Hold, Ranks};
 
 /// What to finetune, on what, and how.
@@ -288,14 +288,15 @@ impl Opened {
     fn new(request: &Request<'_>, teacher: Option<&Teacher<'_>>) -> Result<Self> {
         let settings = request.settings;
         let decoder = crate::onnx::load(&request.bundle.path_of(request.bundle.require(Role::Decoder)?))?;
-        let mut cut = Cut::new(&decoder, request.layers)?;
+        let whole = headed(request.bundle, decoder.clone())?;
+        let mut cut = Cut::new(&whole, request.layers)?;
         let fits = settings.fit || settings.layer_by_layer();
         let mut targets = if fits { cut.targets(request.layers, !settings.trains())? } else { Vec::new() };
         if let Some(lora) = settings.lora() {
             if settings.lora_layers == LoraLayers::All {
                 let all: Vec<usize> = (0..cut.analysis.map.layers.len()).collect();
                 let after = cut.first;
-                cut = Cut::new(&decoder, &all)?;
+                cut = Cut::new(&whole, &all)?;
                 targets.iter_mut().for_each(|target| target.layer += after);
             }
             let written: &[FitTarget] = if settings.fit { &targets } else { &[] };

@@ -9,7 +9,9 @@ use crate::rewrite::{
     KEEP_INPUT, LOSS_OUTPUT, RESTART_INPUT, ROWS_INPUT, STREAM_INPUT, STREAM_OUTPUT_PREFIX, TARGETS_INPUT,
     bypass_layers,
 };
-use crate::runtime::{Decoder, Embedded, FeatureCache, Outputs, Runtime, SessionOptions, Step, Tensor, VlmSession};
+use crate::runtime::{
+    Decoder, Embedded, FeatureCache, Outputs, Runtime, SessionOptions, Step, Tensor, VlmSession, headed,
+};
 
 use super::select::MeasureLosses;
 
@@ -63,7 +65,7 @@ impl LossMeter {
         let runtime = Runtime::new(device)?;
         let indices = dataset.draw(subset)?;
         let component = bundle.require(Role::Decoder)?;
-        let analysis = analysis::analyse(&onnx::load(&bundle.path_of(component))?)?;
+        let analysis = analysis::analyse(&headed(bundle, onnx::load(&bundle.path_of(component))?)?)?;
         let head_dim = bundle.config().and_then(|config| config.head_size());
         let decoder = open(&runtime, &analysis, head_dim)?;
         let options = SessionOptions::default();

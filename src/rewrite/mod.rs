@@ -8,6 +8,7 @@ mod drop_layers;
 mod fuse;
 mod fuse_attention;
 mod fuse_kernels;
+mod head;
 mod hidden_states;
 mod internal;
 mod merged;
@@ -26,8 +27,9 @@ pub use cut::extract;
 pub use drop_layers::{LAYERS_KEY, drop_layers, original_layers, tap_changes};
 pub use fuse_attention::FUSED_ATTENTION;
 pub use fuse_kernels::{FUSED_SILU, Fused, fuse_kernels};
-pub use internal::INTERNAL_DOMAIN;
+pub use head::with_head;
 pub use hidden_states::MovedTap;
+pub use internal::INTERNAL_DOMAIN;
 pub use tap::{SIMILARITY_PREFIX, tap_similarities};
 pub use widen::widened;
 

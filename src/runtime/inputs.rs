@@ -8,7 +8,7 @@ use ndarray::{ArrayD, IxDyn};
 use crate::base::{Error, Result};
 use crate::prompt::{
     Array, IMAGE_GRID_HWS, IMAGE_GRID_THW, IMAGE_SIZES, PATCH_ATTENTION_MASK, PIXEL_ATTENTION_MASK, PIXEL_POSITION_IDS,
-    PIXEL_VALUES, SPATIAL_SHAPES, TGT_SIZES,
+    PIXEL_VALUES, SPATIAL_SHAPES, TARGET_SIZES,
 };
 use crate::rewrite::ADDED_PREFIX;
 
@@ -127,7 +127,7 @@ pub const INPUTS: &[InputRow] = &[
         &[2, 3],
         |step, input| Ok(step.image_mask(input.port.rank())),
     ),
-    row(Kind::ImageTokens, &["images_emb_mask"], &[3], |step, _| step.image_tokens()),
+    row(Kind::ImageTokens, &["images_emb_mask"], &[3], |step, input| step.image_tokens(&input.port)),
     row(Kind::TokenTypes, &["token_type_ids", "mm_token_type_ids"], &[2], |step, _| Ok(step.token_types())),
     row(
         Kind::Deepstack,
@@ -150,7 +150,7 @@ pub const INPUTS: &[InputRow] = &[
     image(IMAGE_SIZES, &["image_sizes"], &[2]),
     image(SPATIAL_SHAPES, &["spatial_shapes"], &[2]),
     image(PIXEL_POSITION_IDS, &["pixel_position_ids", "image_position_ids"], &[2, 3]),
-    image(TGT_SIZES, &["tgt_sizes"], &[2, 3]),
+    image(TARGET_SIZES, &["target_sizes", "tgt_sizes"], &[2, 3]),
     image(PATCH_ATTENTION_MASK, &["patch_attention_mask"], &[2, 3, 4]),
     row(Kind::Added, &[ADDED_PREFIX], &[], caller_gives),
 ];

@@ -1,15 +1,20 @@
 //! From a model folder to a loaded model.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use serde_json::Value;
 
 use crate::base::{Error, Result, Sha256Digest, sha256_file, sha256_json};
 use crate::bundle::{Bundle, Component, ModelConfig, Role, image_token_entry, whole_number};
+use crate::ir::Model;
+use crate::onnx;
+use crate::rewrite::with_head;
 
 use super::decoder::Decoder;
 use super::embedding::TokenEmbedding;
 use super::features::FeatureCache;
+use super::inputs::presents_of;
 use super::session::{Runtime, SessionOptions};
 use super::vision::VisionEncoder;
 use super::vlm::{TokenTypes, Vision, VlmSession, VlmSettings};
@@ -77,8 +82,26 @@ impl Decoder {
     pub fn open(runtime: &Runtime, bundle: &Bundle, options: &SessionOptions) -> Result<Self> {
         let part = bundle.require(Role::Decoder)?;
         let head_dim = bundle.config().and_then(|config| config.head_size());
-        Decoder::new(runtime.session(&bundle.path_of(part), options)?, head_dim)
+        let session = match bundle.component(Role::LmHead) {
+            None => runtime.session(&bundle.path_of(part), options)?,
+            Some(_) => runtime.session_of(&headed(bundle, onnx::load(&bundle.path_of(part))?)?, options)?,
+        };
+        Decoder::new(session, head_dim)
     }
+}
+
+/// A folder's decoder with its head behind it, where the head is a component of its own; any other decoder as it is.
+///
+/// Errors: as `onnx::load` and `rewrite::with_head`; `Error::Invalid` when the decoder gives nothing but caches.
+pub fn headed(bundle: &Bundle, decoder: Model) -> Result<Model> {
+    let Some(part) = bundle.component(Role::LmHead) else { return Ok(decoder) };
+    let graph = &decoder.graph;
+    let caches: HashSet<String> = graph.body.inputs.iter().flat_map(|&id| presents_of(graph.name(id))).collect();
+    let hidden = graph.body.outputs.iter().copied().find(|&id| !caches.contains(graph.name(id)));
+    let hidden = hidden.ok_or_else(|| {
+        Error::invalid(format!("graph `{}`", graph.body.name), "gives nothing that its head could read")
+    })?;
+    with_head(&decoder, hidden, &onnx::load(&bundle.path_of(part))?)
 }
 
 impl TokenTypes {
@@ -108,7 +131,8 @@ impl VlmSettings {
             return Err(Error::invalid(source(), format!("`{key}` is {id}, expected the id of a token"))
                 .remedy("give the id that the tokenizer has for a picture's features"));
         }
-        let vision = config.raw.get("vision_config");
+        // GenAI's config has it under `model`.
+        let vision = config.raw.get("vision_config").or_else(|| config.raw.pointer("/model/vision"));
         Ok(VlmSettings {
             image_token_id: config.image_token_id,
             eos_token_ids: config.eos_token_ids.clone(),

@@ -360,10 +360,10 @@ impl Step {
     }
 
     /// `[1, N, K]`, true for each of the `K` tokens of each of `N` pictures.
-    pub(super) fn image_tokens(&self) -> Result<Array> {
+    pub(super) fn image_tokens(&self, port: &Port) -> Result<Array> {
         let places = self.image.iter().filter(|&&image| image).count();
         let pictures = self.pictures.len();
-        let each = places.checked_div(pictures).unwrap_or(0);
+        let each = places.checked_div(pictures).unwrap_or_else(|| port.fixed_size(2).unwrap_or(0));
         if self.batch != 1 || each * pictures != places {
             let problem = format!("{places} image tokens of {} prompts belong to {pictures} pictures", self.batch);
             return Err(Error::invalid("step", problem).remedy("feed one prompt at a time, with pictures of one size"));

@@ -74,8 +74,41 @@ fn the_tables_are_those_of_the_code() {
     let targets = interlace::export::TARGETS.iter();
     let rows = targets.map(|row| (row.name.to_string(), format!("{}; tried with {}", row.summary, row.consumer)));
     check_table("docs/deploy.md", "targets", ["`--to`", "what it writes"], rows);
+    check_section("docs/families.md", "families", &format!("\n{}\n", interlace::data::family_table()));
+    let layouts = interlace::bundle::LAYOUTS.iter().chain([&interlace::bundle::SINGLE_FILE]);
+    let rows = layouts.map(|layout| (layout.name.to_string(), layout.summary.to_string()));
+    check_table("docs/families.md", "layouts", ["layout", "what it is"], rows);
     check_section("docs/operators.md", "operators", &format!("\n{}\n", interlace::torch::support_table()));
     check_section("docs/cli.md", "cli", &interlace::cli::reference());
+}
+
+/// The table of families names tests and fixtures that there are.
+#[test]
+fn what_shows_a_family_is_there() {
+    use interlace::data::{FAMILIES, Proof};
+
+    let pipelines = read(Path::new("tests/suite/families.rs"));
+    let all: String = ["tests/suite", "src/bundle"]
+        .into_iter()
+        .flat_map(|folder| fs::read_dir(root().join(folder)).expect("tests"))
+        .map(|entry| fs::read_to_string(entry.expect("entry").path()).unwrap_or_default())
+        .collect();
+    let processors = read(Path::new("fixtures/processor/families.json"));
+    let processors: serde_json::Value = serde_json::from_str(&processors).expect("JSON");
+    for family in FAMILIES {
+        let shown = match family.proof {
+            Proof::Pipeline(tests) => tests.iter().all(|test| {
+                pipelines.contains(&format!("    {test} = \"")) || pipelines.contains(&format!("fn {test}()"))
+            }),
+            Proof::Processor(name) => {
+                let all = processors["families"].as_array().expect("families");
+                all.iter().any(|family| family["name"] == name)
+            }
+            Proof::Shared(other) => FAMILIES.iter().any(|family| family.name == other && family.class.is_some()),
+            Proof::Test(test) => all.contains(&format!("fn {test}()")),
+        };
+        assert!(shown, "{}: {:?}", family.name, family.proof);
+    }
 }
 
 /// One heading per artifact, its description, and its fields with theirs.

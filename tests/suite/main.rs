@@ -24,6 +24,7 @@ mod mutations;
 mod operators;
 mod pictures;
 mod properties;
+mod published;
 mod ranks;
 mod refusals;
 mod run;

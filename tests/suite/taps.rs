@@ -4,7 +4,7 @@ use std::path::Path;
 
 use interlace::analysis::{Analysis, analyse};
 use interlace::base::Device;
-use interlace::bundle::{Bundle, Record, Step, Tower};
+use interlace::bundle::{Bundle, Record, RecordedStep, Tower};
 use interlace::ir::{Graph, Model, Node, Tensor as Weight, Value, ValueId};
 use interlace::onnx::{self, Storage};
 use interlace::pipeline::steps::{self, Drop, HowMany, PlanSettings, PlannedModel};
@@ -125,7 +125,7 @@ fn prune_tells_which_outputs_moved() {
     assert_eq!(found["taps"], want);
     let record = std::fs::read(work.path().join("out/interlace.json")).unwrap();
     let record: Record = serde_json::from_slice(&record).unwrap();
-    let Some(Step::Prune { taps, .. }) = record.history.last() else { panic!("no step") };
+    let Some(RecordedStep::Prune { taps, .. }) = record.history.last() else { panic!("no step") };
     assert_eq!(serde_json::to_value(taps).unwrap(), want);
 }
 

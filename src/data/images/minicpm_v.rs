@@ -6,7 +6,7 @@
 use ndarray::{ArrayD, IxDyn};
 
 use crate::base::{Error, Result};
-use crate::prompt::{Array, PIXEL_VALUES, TGT_SIZES};
+use crate::prompt::{Array, PIXEL_VALUES, TARGET_SIZES};
 
 use super::levels::Levels;
 use super::picture::Picture;
@@ -147,6 +147,6 @@ impl Rule for MiniCpmV {
         let sizes = ArrayD::from_shape_vec(IxDyn(&[all.len(), 2]), sizes);
         let sizes = sizes.map_err(|e| Error::invalid("picture", e.to_string()))?;
         let pixels = floats(&[1, 3, self.patch, length], data)?;
-        Ok((vec![(PIXEL_VALUES, pixels), (TGT_SIZES, Array::Int(sizes))], layout))
+        Ok((vec![(PIXEL_VALUES, pixels), (TARGET_SIZES, Array::Int(sizes))], layout))
     }
 }

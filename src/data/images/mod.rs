@@ -281,14 +281,14 @@ impl ImageProcessor {
 
     /// The class that a config names, and its row.
     ///
-    /// Errors: `Error::Unsupported` for an unknown type; `Error::Invalid` when the config names none.
+    /// Errors: `Error::Unsupported` for an unknown type, or none; `Error::Invalid` when the config is no object.
     pub fn check_kind<'a>(config: &'a Value, source: &str) -> Result<(&'a str, &'static Row)> {
         if !config.is_object() {
             return Err(Error::invalid(format!("`{source}`"), "is not a JSON object")
                 .remedy("restore the config that belongs to the model"));
         }
         let kind = kind(config).ok_or_else(|| {
-            Error::invalid(format!("`{source}`"), "has no `image_processor_type`")
+            Error::unsupported(format!("`{source}`"), "names no `image_processor_type`")
                 .remedy("add the class name of the model's image processor, such as `Qwen2VLImageProcessor`")
         })?;
         let row = row(kind).ok_or_else(|| {

@@ -18,6 +18,7 @@ use serde_json::{Map, Value};
 use crate::base::{Error, Result};
 use crate::bundle::{Bundle, image_token_entry};
 
+use super::families::family_of;
 use super::images::{self, BackEnd, ImageLayout, Settings, VideoLayout};
 use super::tokenizer::Tokenizer;
 
@@ -149,60 +150,34 @@ impl Files<'_> {
 
 struct Row {
     classes: &'static [&'static str],
-    /// `model_type` of models whose files name no class.
-    model_types: &'static [&'static str],
     open: fn(&mut Files) -> Result<Placeholder>,
 }
 
+/// Processors by class; `families::FAMILIES` says which model types have which.
 const ROWS: &[Row] = &[
-    Row {
-        classes: &["Idefics3Processor", "SmolVLMProcessor"],
-        model_types: &["idefics3", "smolvlm"],
-        open: idefics3::open,
-    },
+    Row { classes: &["Idefics3Processor", "SmolVLMProcessor"], open: idefics3::open },
     Row {
         classes: &["Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Lfm3VlProcessor"],
-        model_types: &["qwen2_vl", "qwen2_5_vl", "lfm3_vl"],
         open: |files| run::open(files, "<|image_pad|>"),
     },
-    Row {
-        classes: &["Qwen3VLProcessor"],
-        model_types: &["qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"],
-        open: run::qwen3_vl,
-    },
-    Row {
-        classes: &["Glm4vProcessor", "Glm46VProcessor"],
-        model_types: &["glm4v", "glm4v_moe", "glm46v", "glm_ocr"],
-        open: |files| run::open(files, "<|image|>"),
-    },
-    Row {
-        classes: &["PaddleOCRVLProcessor"],
-        model_types: &["paddleocr_vl"],
-        open: |files| run::open(files, "<|IMAGE_PLACEHOLDER|>"),
-    },
-    Row {
-        classes: &["LlavaProcessor"],
-        model_types: &["llava", "vipllava", "fast_vlm", "llava_qwen2", "moondream1"],
-        open: llava::open,
-    },
-    Row { classes: &["LlavaOnevisionProcessor"], model_types: &["llava_onevision"], open: llava_onevision::open },
-    Row { classes: &["InternVLProcessor"], model_types: &["internvl"], open: tiles::internvl },
-    Row { classes: &["AyaVisionProcessor"], model_types: &["aya_vision"], open: tiles::aya_vision },
-    Row { classes: &["Gemma3Processor"], model_types: &["gemma3"], open: gemma::gemma3 },
-    Row { classes: &["Gemma3nProcessor"], model_types: &["gemma3n"], open: gemma::gemma3n },
-    Row { classes: &["PaliGemmaProcessor"], model_types: &["paligemma"], open: gemma::paligemma },
-    Row { classes: &["PixtralProcessor"], model_types: &["pixtral", "mistral3", "lighton_ocr"], open: pixtral::open },
-    Row { classes: &["Lfm2VlProcessor"], model_types: &["lfm2_vl"], open: lfm2_vl::open },
-    Row { classes: &["Gemma4Processor"], model_types: &["gemma4"], open: gemma::gemma4 },
-    Row { classes: &["Ovis2Processor"], model_types: &["ovis2"], open: tiles::ovis2 },
-    Row { classes: &["GraniteDoclingProcessor"], model_types: &["granite_docling"], open: idefics3::granite_docling },
-    Row {
-        classes: &["MiniCPMV4_6Processor", "MiniCPMV4_7Processor"],
-        model_types: &["minicpmv4_6", "minicpmv4_7"],
-        open: minicpm_v::open,
-    },
-    Row { classes: &["JanusProcessor"], model_types: &["janus", "multi_modality"], open: janus::janus },
-    Row { classes: &["DeepseekVLProcessor"], model_types: &["deepseek_vl"], open: janus::deepseek_vl },
+    Row { classes: &["Qwen3VLProcessor"], open: run::qwen3_vl },
+    Row { classes: &["Glm4vProcessor", "Glm46VProcessor"], open: |files| run::open(files, "<|image|>") },
+    Row { classes: &["PaddleOCRVLProcessor"], open: |files| run::open(files, "<|IMAGE_PLACEHOLDER|>") },
+    Row { classes: &["LlavaProcessor"], open: llava::open },
+    Row { classes: &["LlavaOnevisionProcessor"], open: llava_onevision::open },
+    Row { classes: &["InternVLProcessor"], open: tiles::internvl },
+    Row { classes: &["AyaVisionProcessor"], open: tiles::aya_vision },
+    Row { classes: &["Gemma3Processor"], open: gemma::gemma3 },
+    Row { classes: &["Gemma3nProcessor"], open: gemma::gemma3n },
+    Row { classes: &["PaliGemmaProcessor"], open: gemma::paligemma },
+    Row { classes: &["PixtralProcessor"], open: pixtral::open },
+    Row { classes: &["Lfm2VlProcessor"], open: lfm2_vl::open },
+    Row { classes: &["Gemma4Processor"], open: gemma::gemma4 },
+    Row { classes: &["Ovis2Processor"], open: tiles::ovis2 },
+    Row { classes: &["GraniteDoclingProcessor"], open: idefics3::granite_docling },
+    Row { classes: &["MiniCPMV4_6Processor", "MiniCPMV4_7Processor"], open: minicpm_v::open },
+    Row { classes: &["JanusProcessor"], open: janus::janus },
+    Row { classes: &["DeepseekVLProcessor"], open: janus::deepseek_vl },
 ];
 
 /// The row of the class that the processor's, the image processor's or the tokenizer's config names; else of the model's
@@ -215,7 +190,7 @@ fn row(bundle: &Bundle, image: &Value, config: &Value, model: &Value) -> Result<
     let named = named.into_iter().flatten().next();
     let row = named
         .and_then(of_class)
-        .or_else(|| ROWS.iter().find(|row| model_type.is_some_and(|kind| row.model_types.contains(&kind))))
+        .or_else(|| of_class(family_of(model_type?)?.class?))
         .or_else(|| of_class(images::processor_of(images::kind(image)?)?));
     row.ok_or_else(|| {
         let known: Vec<&str> = ROWS.iter().flat_map(|row| row.classes).copied().collect();
@@ -227,4 +202,17 @@ fn row(bundle: &Bundle, image: &Value, config: &Value, model: &Value) -> Result<
         Error::unsupported("`processor_config.json`", format!("{found}; known are {}", known.join(", ")))
             .remedy("use samples without pictures, or a model with one of these processors")
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::families::FAMILIES;
+
+    #[test]
+    fn every_family_s_class_has_a_row() {
+        for class in FAMILIES.iter().filter_map(|family| family.class) {
+            assert!(ROWS.iter().any(|row| row.classes.contains(&class)), "{class}");
+        }
+    }
 }

@@ -259,6 +259,11 @@ pub fn outputs<T>(
         let outputs = model.decoder_mut().prefill_outputs(&step)?;
         let mut values = Vec::new();
         for (name, tensor) in outputs.iter() {
+            if tensor.shape().len() > 3 {
+                let problem = format!("has shape {:?}, expected [samples, tokens, width]", tensor.shape());
+                return Err(Error::unsupported(format!("the residual stream `{name}`"), problem)
+                    .remedy("layers of several streams side by side are dropped, not healed"));
+            }
             let numbers = tensor.to_f32()?;
             let each = numbers.len() / group.len();
             if each == 0 || each * group.len() != numbers.len() || !each.is_multiple_of(time) {

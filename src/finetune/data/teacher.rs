@@ -10,7 +10,7 @@ use crate::base::{Cancel, Device, Error, Result, Sha256Digest, sha256_json, thre
 use crate::bundle::{Bundle, Role};
 use crate::ir::{Dim, Graph, Model, ValueId};
 use crate::rewrite::extract;
-use crate::runtime::{Decoder, FeatureCache, Runtime, SessionOptions, VlmSession};
+use crate::runtime::{Decoder, FeatureCache, Runtime, SessionOptions, VlmSession, headed};
 
 use super::batch::{Example, StreamTarget, Targets, TrainingSet, total_tokens};
 use super::rows::{Element, Rows, RowsWriter};
@@ -93,7 +93,7 @@ impl Dense {
     /// Errors: `Error::Invalid` when dense and pruned model do not belong together.
     pub fn open(teacher: &Teacher<'_>) -> Result<Self> {
         let path = teacher.bundle.path_of(teacher.bundle.require(Role::Decoder)?);
-        let analysis = analyse(&crate::onnx::load(&path)?)?;
+        let analysis = analyse(&headed(teacher.bundle, crate::onnx::load(&path)?)?)?;
         let layers = &analysis.map.layers;
         if teacher.kept.iter().any(|&layer| layer >= layers.len()) {
             let problem = format!("has {} layers, the pruned model kept layers {:?}", layers.len(), teacher.kept);

@@ -68,7 +68,8 @@ fn layers_that_cannot_be_dropped_are_never_chosen() {
                 let loss = |removed: &[usize]| -removed.iter().map(|&layer| layer as f64).sum::<f64>();
                 let mut measure = Formula { loss, calls: 0 };
                 let asked = request(&similarities, count);
-                let mut asked = Request { refusal: &without_three, seed, measure: Some(&mut measure), ..asked };
+                let mut asked =
+                    SelectionRequest { refusal: &without_three, seed, measure: Some(&mut measure), ..asked };
                 let Ok(groups) = strategy.select(&mut asked) else { continue };
                 let mut drop: Vec<usize> = groups.iter().flat_map(|group| group.drop.iter().copied()).collect();
                 drop.sort_unstable();
@@ -78,11 +79,11 @@ fn layers_that_cannot_be_dropped_are_never_chosen() {
         }
     }
     // The triplet at 3 drops 4 instead, the one at 6 drops 6.
-    let mut asked = Request { refusal: &without_three, ..request(&similarities, 3) };
+    let mut asked = SelectionRequest { refusal: &without_three, ..request(&similarities, 3) };
     let groups = Strategy::named("interlace").unwrap().select(&mut asked).unwrap();
     let want = vec![(vec![4], vec![3], Some(5)), (vec![6], vec![7], Some(8)), (vec![1], vec![0], Some(2))];
     assert_eq!(shape(&groups), want);
-    let mut asked = Request { refusal: &without_three, ..request(&similarities, 8) };
+    let mut asked = SelectionRequest { refusal: &without_three, ..request(&similarities, 8) };
     let error = Strategy::named("shortgpt").unwrap().select(&mut asked).unwrap_err().to_string();
     assert!(error.contains("7 at most (layers 3, 7 cannot be dropped: layer 3: its keys"), "{error}");
 }

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::analysis::{self, Analysis};
 use crate::base::{Error, Provenance, Result};
 use crate::bundle::{Bundle, Component, Record, RecordedStep, Role, SetAside, Tower};
+use crate::data::Processor;
 use crate::ir::{Graph, Model, ValueId};
 use crate::onnx;
 use crate::runtime::missing_deepstack;
@@ -233,6 +234,7 @@ pub fn inspect(bundle: &Bundle) -> Result<Inspection> {
             });
         }
     }
+    warnings.extend(Processor::open(bundle).ok().and_then(|processor| processor.warning()));
     let (layers, between_layers, taps) = found.unwrap_or_default();
     let inputs = BTreeMap::from([("model".to_string(), bundle.digest()?)]);
     Ok(Inspection {

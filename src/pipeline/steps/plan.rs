@@ -208,8 +208,16 @@ pub fn plan<'m>(
         };
         let seed = settings.seed;
         let refusal = &|layers: &[usize]| model.known_refusal(layers);
-        let mut request =
-            SelectionRequest { num_layers, count, include_last, refusal, similarities: &similarities, seed, layers, measure };
+        let mut request = SelectionRequest {
+            num_layers,
+            count,
+            include_last,
+            refusal,
+            similarities: &similarities,
+            seed,
+            layers,
+            measure,
+        };
         let groups = strategy.select(&mut request)?;
         let dropped: Vec<usize> = groups.iter().flat_map(|group| group.drop.iter().copied()).collect();
         if target.is_none_or(|target| target.is_met(model.costs.without(&dropped))) {

@@ -1,0 +1,116 @@
+//! A decoder with its head behind it, where the head is a graph of its own.
+
+use std::collections::HashSet;
+
+use crate::base::{Error, Result};
+use crate::ir::{Body, Model, Value, ValueId};
+
+/// The decoder whose output `hidden` is given to `head`, and which gives the head's output in its place. The decoder's
+/// own values keep their ids and names; those of the head come behind them.
+///
+/// Errors: `Error::Unsupported` when the head does not take one input and give one output, or the two graphs are of
+/// different operator sets.
+pub fn with_head(decoder: &Model, hidden: ValueId, head: &Model) -> Result<Model> {
+    let subject = || format!("graph `{}`", head.graph.body.name);
+    let weights: HashSet<ValueId> = head.graph.body.initializers.iter().map(|(id, _)| *id).collect();
+    let inputs: Vec<ValueId> = head.graph.body.inputs.iter().copied().filter(|id| !weights.contains(id)).collect();
+    let (&[input], &[output]) = (&inputs[..], &head.graph.body.outputs[..]) else {
+        let outputs = head.graph.body.outputs.len();
+        let problem = format!("has {} inputs and {outputs} outputs, a head has one each", inputs.len());
+        return Err(Error::unsupported(subject(), problem));
+    };
+    let mut joined = decoder.clone();
+    for (domain, &version) in &head.opset_imports {
+        let own = *joined.opset_imports.entry(domain.clone()).or_insert(version);
+        if own != version {
+            let problem = format!("is of opset {version} (`{domain}`), the decoder of opset {own}");
+            return Err(Error::unsupported(subject(), problem).remedy("convert both graphs to one opset"));
+        }
+    }
+    let same = |a: &crate::ir::Function, b: &crate::ir::Function| {
+        (&a.domain, &a.name, &a.overload) == (&b.domain, &b.name, &b.overload)
+    };
+    if let Some(both) = head.functions.iter().find(|new| decoder.functions.iter().any(|old| same(new, old))) {
+        let problem = format!("defines the function `{}`, and so does the decoder", both.name);
+        return Err(Error::unsupported(subject(), problem).remedy("inline the functions of both graphs"));
+    }
+    joined.functions.extend(head.functions.iter().cloned());
+    joined.ir_version = joined.ir_version.max(head.ir_version);
+
+    let taken: HashSet<String> = joined.graph.values.iter().map(|value| value.name.clone()).collect();
+    let mut ids = Vec::with_capacity(head.graph.values.len());
+    for value in &head.graph.values {
+        let mut name = value.name.clone();
+        while !name.is_empty() && taken.contains(&name) {
+            name.insert_str(0, "head.");
+        }
+        ids.push(joined.graph.add_value(Value { name, ..value.clone() }));
+    }
+    ids[input.index()] = hidden;
+    let moved = |id: ValueId| ids[id.index()];
+    let mut body = head.graph.body.clone();
+    renumber(&mut body, &moved);
+    joined.graph.body.initializers.extend(body.initializers);
+    joined.graph.body.nodes.extend(body.nodes);
+    for id in joined.graph.body.outputs.iter_mut().filter(|id| **id == hidden) {
+        *id = moved(output);
+    }
+    crate::ir::check(&joined)?;
+    Ok(joined)
+}
+
+fn renumber(body: &mut Body, moved: &impl Fn(ValueId) -> ValueId) {
+    let ids = body.inputs.iter_mut().chain(&mut body.outputs).chain(body.initializers.iter_mut().map(|(id, _)| id));
+    ids.for_each(|id| *id = moved(*id));
+    for node in &mut body.nodes {
+        node.inputs.iter_mut().chain(&mut node.outputs).flatten().for_each(|id| *id = moved(*id));
+        node.bodies_mut().for_each(|body| renumber(body, moved));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ir::{DataType, Dim, Graph, Node, Tensor, ValueType};
+
+    fn product(from: &str, to: &str, opset: i64) -> Model {
+        let mut graph = Graph::default();
+        let ty = |shape: &[i64]| {
+            let shape = Some(shape.iter().map(|&size| Dim::Known(size)).collect());
+            Some(ValueType::Tensor { dtype: DataType::Float, shape })
+        };
+        let mut value =
+            |name: &str, shape: &[i64]| graph.add_value(Value { name: name.into(), ty: ty(shape), ..Value::default() });
+        let (input, weight, output) = (value(from, &[1, 2]), value("weight", &[2, 2]), value(to, &[1, 2]));
+        graph.body.inputs.push(input);
+        graph.body.outputs.push(output);
+        graph.body.initializers.push((weight, Tensor::from_f32(&[2, 2], &[1.0, 2.0, 3.0, 4.0])));
+        graph.body.nodes.push(Node {
+            op_type: "MatMul".into(),
+            inputs: vec![Some(input), Some(weight)],
+            outputs: vec![Some(output)],
+            ..Node::default()
+        });
+        Model { ir_version: 8, opset_imports: [(String::new(), opset)].into(), graph, ..Model::default() }
+    }
+
+    #[test]
+    fn the_head_reads_what_the_decoder_gives() {
+        let decoder = product("x", "hidden", 17);
+        let hidden = decoder.graph.output("hidden").expect("an output");
+        let joined = with_head(&decoder, hidden, &product("hidden", "logits", 17)).expect("a graph");
+        let graph = &joined.graph;
+        assert_eq!(graph.body.outputs.iter().map(|&id| graph.name(id)).collect::<Vec<_>>(), ["logits"]);
+        assert_eq!(graph.body.nodes[1].inputs[0], Some(hidden));
+        let weights: Vec<&str> = graph.body.initializers.iter().map(|(id, _)| graph.name(*id)).collect();
+        assert_eq!(weights, ["weight", "head.weight"]);
+    }
+
+    #[test]
+    fn a_head_of_another_opset_is_refused() {
+        let decoder = product("x", "hidden", 17);
+        let hidden = decoder.graph.output("hidden").expect("an output");
+        let error = with_head(&decoder, hidden, &product("h", "logits", 18)).expect_err("two opsets").to_string();
+        assert!(error.contains("opset 18") && error.contains("opset 17"), "{error}");
+    }
+}
