@@ -91,6 +91,8 @@ impl ModelConfig {
         };
         let id = |key: &str| Ok::<_, Error>(ids("config.json", key, either(key))?.first().copied());
         let generated = |key: &str| ids(GENERATION, key, generation.get(key));
+        let named = |section: &Value| text_of("config.json", "model_type", section.get("model_type"));
+        let model_types = [named(&raw)?, named(text)?];
         let eos = [
             generated("eos_token_id")?,
             ids("config.json", "eos_token_id", raw.get("eos_token_id"))?,
@@ -98,7 +100,7 @@ impl ModelConfig {
         ];
         let config = ModelConfig {
             source: "config.json".into(),
-            model_type: text_of("config.json", "model_type", raw.get("model_type").or_else(|| text.get("model_type")))?,
+            model_type: model_types.into_iter().find(|name| !name.is_empty()).unwrap_or_default(),
             num_hidden_layers: size(&["num_hidden_layers", "n_layer", "n_layers", "num_layers"])?,
             hidden_size: size(&["hidden_size", "n_embd", "d_model"])?,
             num_attention_heads: size(&["num_attention_heads", "n_head", "num_heads"])?,
