@@ -10,7 +10,7 @@ use crate::base::{Device, human_bytes, human_count, set_quiet, sha256_file};
 use crate::bundle::Bundle;
 use crate::data::{Amount, Subset};
 use crate::finetune::{
-    DEFAULT_RECIPE, Limits, LoraLayers, PlannedBytes, Precision, RECIPES, RecipeRow, RunPlan, Settings,
+    DEFAULT_RECIPE, Limits, LoraLayers, PlannedBytes, Precision, RECIPES, RecipeRow, Report, RunPlan, Settings,
 };
 use crate::method::Plan;
 use crate::pipeline::steps::{self, Finetune, default_work_folder};
@@ -184,6 +184,11 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         output.json(&report)?;
         return Ok(Outcome::Done);
     }
+    print_report(&report, output)
+}
+
+/// What a run did, line by line.
+fn print_report(report: &Report, output: &output::Output) -> anyhow::Result<Outcome> {
     output.line(format!(
         "{} steps on {} samples, {} trained parameters in layers {:?}",
         report.steps,

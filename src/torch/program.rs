@@ -115,6 +115,42 @@ struct State {
     plans: Plans,
 }
 
+/// Tensors of the weights that are trained or written to, taken out of `frozen`, and the place of each by its slot.
+fn parameters_of(
+    graph: &ir::Graph,
+    options: &Options,
+    frozen: &mut HashMap<Slot, ir::Tensor>,
+) -> Result<(Vec<Parameter>, HashMap<Slot, usize>)> {
+    let mut parameters = Vec::new();
+    let mut trainable = HashMap::new();
+    let leaves = options.trainable.iter().map(|id| (*id, true));
+    for (id, gradient) in leaves.chain(options.writable.iter().map(|id| (*id, false))) {
+        let name = graph.name(id);
+        let Some(tensor) = frozen.remove(&id.index()) else {
+            return Err(Error::invalid(
+                format!("value `{name}`"),
+                "is to be trained and is not an initializer, or is named twice",
+            ));
+        };
+        if !tensor.dtype.is_float() {
+            return Err(Error::invalid(
+                format!("initializer `{name}`"),
+                format!("is to be trained and has type {}", tensor.dtype),
+            )
+            .remedy("finetune the float model"));
+        }
+        let kind = if tensor.dtype == DataType::Double { Kind::Double } else { Kind::Float };
+        let leaf = tensor_from_ir(name, &tensor)?
+            .f_to_device(options.device)
+            .and_then(|t| t.f_to_kind(kind))
+            .and_then(|t| t.detach().f_set_requires_grad(gradient))
+            .map_err(|e| Error::engine("LibTorch", format!("initializer `{name}`"), e))?;
+        trainable.insert(id.index(), parameters.len());
+        parameters.push(Parameter { id, name: name.to_string(), dtype: tensor.dtype, tensor: leaf });
+    }
+    Ok((parameters, trainable))
+}
+
 impl Program {
     /// Compiles a graph, or the part of it between `options.inputs` and `options.outputs`.
     ///
@@ -157,33 +193,7 @@ impl Program {
         for (id, tensor) in &body.initializers {
             frozen.insert(id.index(), tensor.clone());
         }
-        let mut parameters = Vec::new();
-        let mut trainable = HashMap::new();
-        let leaves = options.trainable.iter().map(|id| (*id, true));
-        for (id, gradient) in leaves.chain(options.writable.iter().map(|id| (*id, false))) {
-            let name = graph.name(id);
-            let Some(tensor) = frozen.remove(&id.index()) else {
-                return Err(Error::invalid(
-                    format!("value `{name}`"),
-                    "is to be trained and is not an initializer, or is named twice",
-                ));
-            };
-            if !tensor.dtype.is_float() {
-                return Err(Error::invalid(
-                    format!("initializer `{name}`"),
-                    format!("is to be trained and has type {}", tensor.dtype),
-                )
-                .remedy("finetune the float model"));
-            }
-            let kind = if tensor.dtype == DataType::Double { Kind::Double } else { Kind::Float };
-            let leaf = tensor_from_ir(name, &tensor)?
-                .f_to_device(options.device)
-                .and_then(|t| t.f_to_kind(kind))
-                .and_then(|t| t.detach().f_set_requires_grad(gradient))
-                .map_err(|e| Error::engine("LibTorch", format!("initializer `{name}`"), e))?;
-            trainable.insert(id.index(), parameters.len());
-            parameters.push(Parameter { id, name: name.to_string(), dtype: tensor.dtype, tensor: leaf });
-        }
+        let (parameters, trainable) = parameters_of(graph, options, &mut frozen)?;
         // The first value of a name counts; names in use are distinct.
         let mut by_name = HashMap::new();
         for (index, id) in value_ids(model) {
@@ -351,7 +361,17 @@ impl Program {
                 plans.keep(plan);
             }
         }
-        let mut results = Vec::with_capacity(outputs.len());
+        self.results(route, &values, &fixed)
+    }
+
+    /// The route's outputs, none of them over the memory of a weight.
+    fn results<'a>(
+        &self,
+        route: &Route,
+        values: &'a HashMap<Slot, Tensor>,
+        fixed: &impl Fn(Slot) -> Option<&'a Tensor>,
+    ) -> Result<Vec<Tensor>> {
+        let mut results = Vec::with_capacity(route.outputs.len());
         for &slot in &route.outputs {
             let own = values.get(&slot);
             let tensor = own
