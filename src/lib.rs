@@ -10,7 +10,7 @@ pub mod cli;
 pub mod data;
 pub mod eval;
 pub mod export;
-#[allow(missing_docs, clippy::too_many_lines)]
+#[allow(clippy::too_many_lines)]
 pub mod finetune;
 pub mod ir;
 pub mod method;

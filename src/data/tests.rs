@@ -145,7 +145,7 @@ fn settings_that_nobody_reads_are_refused_by_name() {
         (r#"{"image_processor_type": "Idefics3ImageProcessor", "image_std": [0.5, 0, 1]}"#, "holds 0"),
         (r#"{"image_processor_type": "Idefics3ImageProcessor", "resample": 0}"#, "`resample` 0"),
         (r#"{"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 0}"#, "a size of 1 to 65536"),
-        (r#"{}"#, "has no `image_processor_type`"),
+        (r#"{}"#, "names no `image_processor_type`"),
         ("[]", "is not a JSON object"),
     ];
     for (config, want) in cases {

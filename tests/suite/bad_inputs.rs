@@ -105,7 +105,7 @@ fn a_truncated_parquet_file() {
     for length in [0, 7, bytes.len() / 2, bytes.len() - 1] {
         fs::write(folder.path().join("cut.parquet"), &bytes[..length]).expect("write");
         let arguments = ["score", "model", "--data", "cut.parquet", "--samples", "4", "-o", "out.json", "--quiet"];
-        refused(folder.path(), &arguments, &["cut.parquet", "no readable parquet file", "whole"]);
+        refused(folder.path(), &arguments, &["cut.parquet", "is not a readable Parquet file", "whole"]);
     }
 }
 

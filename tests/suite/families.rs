@@ -460,7 +460,7 @@ fn a_graph_without_deepstack_is_warned_about() {
         let output = interlace(family.here(), arguments);
         let said = stderr(&output) + &String::from_utf8_lossy(&output.stdout);
         assert_eq!(output.status.code(), Some(0), "{arguments:?}: {said}");
-        assert_eq!(said.contains("deepstack_visual_indexes"), warned, "{arguments:?}: {said}");
+        assert_eq!(said.contains("layers whose features go into the decoder"), warned, "{arguments:?}: {said}");
     }
 }
 

@@ -64,10 +64,13 @@ pub struct PlannedFit {
 /// What the dense model or the frozen layers are to give.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct PlannedTarget {
+    /// Its name: a stream, answers, or the frozen layers' output.
     pub what: String,
     /// Loss terms, or `fit`, or `steps`, that read it.
     pub read_by: Vec<String>,
+    /// Tokens that it is made for.
     pub tokens: u64,
+    /// Bytes of all of it.
     pub bytes: u64,
     /// True where it is written to the work folder; else it is made when it is read.
     pub written: bool,
@@ -76,10 +79,15 @@ pub struct PlannedTarget {
 /// The samples; tokens are estimated from the first ones before the data has been read.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct PlannedData {
+    /// Samples that are trained on.
     pub samples: u64,
+    /// Tokens of all samples, image tokens included.
     pub tokens: u64,
+    /// Tokens that losses on answers count.
     pub answer_tokens: u64,
+    /// Tokens of the longest sample.
     pub longest_tokens: u64,
+    /// True where the figures come from the first samples alone.
     pub estimated: bool,
 }
 
@@ -99,16 +107,22 @@ pub enum Place {
 pub enum Phase {
     /// ONNX Runtime runs the frozen layers or the dense model.
     Teacher,
+    /// The closed-form fit before the steps.
     Fit,
+    /// Optimiser steps.
     Steps,
 }
 
 /// One item of memory or disk.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct PlannedBytes {
+    /// What takes them.
     pub what: String,
+    /// When they are held.
     pub phase: Phase,
+    /// Where they lie.
     pub place: Place,
+    /// Bytes of the item.
     pub bytes: u64,
     /// How the figure comes about.
     pub formula: String,
@@ -117,8 +131,11 @@ pub struct PlannedBytes {
 /// A run, decided before it begins.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct RunPlan {
+    /// Version of the schema.
     pub schema_version: u32,
+    /// `cpu` or `cuda:N`.
     pub device: String,
+    /// Number format of forward and backward pass.
     pub precision: Precision,
     /// Layers to train, as the pruned model counts them.
     pub trained: Vec<u64>,
@@ -126,11 +143,17 @@ pub struct RunPlan {
     pub frozen_before: u64,
     /// Layers from the first trained one on.
     pub layers_run: u64,
+    /// Elements of the trained weights, or of the adapters.
     pub trained_parameters: u64,
+    /// All layers at once, or one after the other.
     pub order: Order,
+    /// The fit before the steps; absent where there is none.
     pub fit: Option<PlannedFit>,
+    /// Stages of the steps, each with its losses.
     pub stages: Vec<PlannedStage>,
+    /// The samples.
     pub data: PlannedData,
+    /// What the dense model and the frozen layers give.
     pub targets: Vec<PlannedTarget>,
     /// Networks that work side by side.
     pub workers: u64,
@@ -142,33 +165,47 @@ pub struct RunPlan {
     pub gradient_checkpointing: bool,
     /// Frozen weights stay as they are in the file, and each product widens its own.
     pub frozen_as_stored: bool,
+    /// Every item of memory and disk.
     pub bytes: Vec<PlannedBytes>,
     /// The most that a phase holds.
     pub memory_bytes: u64,
+    /// Bytes in the work folder.
     pub disk_bytes: u64,
     /// The limit that was set, and whether the run stays within it.
     pub memory_limit_bytes: Option<u64>,
+    /// False where the run does not fit the limit; absent without a limit.
     pub fits: Option<bool>,
 }
 
 /// What a plan is made from.
 pub struct Facts<'a> {
+    /// `cpu` or `cuda:N`.
     pub device: String,
+    /// True for a GPU.
     pub on_gpu: bool,
+    /// Cores of the processor.
     pub cores: u64,
     /// Attention heads, for the scores that attention keeps.
     pub heads: u64,
+    /// Settings of the run.
     pub settings: &'a Settings,
+    /// Layers to train, as the pruned model counts them.
     pub layers: &'a [usize],
+    /// Decoder layers of the pruned model.
     pub layer_count: usize,
     /// The layer before which training begins.
     pub first: usize,
+    /// Sizes of the graph's parts.
     pub sizes: &'a Sizes,
+    /// Products to fit in each trained layer.
     pub fitted: &'a [FitTarget],
     /// Points of the dense model's stream, and the bytes of its weights.
     pub points: &'a [Point],
+    /// Bytes of the dense model's weights.
     pub teacher_bytes: u64,
+    /// The samples.
     pub data: PlannedData,
+    /// Limits that the user set.
     pub limits: Limits,
 }
 

@@ -29,7 +29,7 @@ pub struct Sizes {
 }
 
 /// The part of a layer's kept numbers that its products' operands and results are: gates, norms and rotations add to them.
-/// Measured on decoders of the Llama shape.
+/// An estimate for decoders of the Llama shape, not measured.
 const ACTIVATIONS_PER_PRODUCT_WIDTH: f64 = 1.25;
 
 impl Sizes {
