@@ -163,7 +163,7 @@ fn what_does_not_fit_the_graph_is_refused() {
     let text = Embedded::text(&[1, 2], 0, Vec::new(), 0, 1);
     let behind = Step::behind(&[&text], &[vec![1]], true).expect("a step");
     let error = ids.step(&behind, None).expect_err("no cache").to_string();
-    assert!(error.contains("goes on from 1 positions, the cache holds 0"), "{error}");
+    assert!(error.contains("continues 1 positions, the cache holds 0"), "{error}");
     let mut embeds = decoder("smolvlm/ts17.onnx");
     let error = embeds.step(&Step::prefill(&[&text], true).expect("a step"), None).expect_err("ids").to_string();
     assert!(error.contains("holds token ids, the graph takes `inputs_embeds`"), "{error}");
