@@ -77,8 +77,8 @@ fn close(a: &[f64], b: &[f64]) {
 fn two_and_four_processes_have_the_losses_of_one() {
     let pruned = Pruned::new();
     for (name, recipe) in [
-        ("paper", &["--recipe", "paper", "--learning-rate", "1e-3", "--max-steps", "6"][..]),
-        ("best", &["--recipe", "best", "--learning-rate", "1e-3", "--max-steps", "6"]),
+        ("paper", &["--recipe", "paper", "--learning-rate", "1e-3", "--max-steps", "4"][..]),
+        ("best", &["--recipe", "best", "--learning-rate", "1e-3", "--max-steps", "4"]),
     ] {
         let alone = pruned.command(recipe, name).output().expect("a process");
         assert!(alone.status.success(), "{}", stderr(&alone));
