@@ -3,6 +3,7 @@
 mod limits;
 pub mod order;
 mod part;
+mod planned;
 mod points;
 mod run_plan;
 mod sizes;
@@ -10,8 +11,9 @@ mod sizes;
 pub use limits::Limits;
 pub use order::Step;
 pub use part::Part;
+pub use planned::{PlannedBytes, PlannedData};
 pub use points::{Point, anchor_points, points};
-pub use run_plan::{Facts, PlannedBytes, PlannedData, RunPlan};
+pub use run_plan::{Facts, RunPlan};
 pub use sizes::Sizes;
 
 /// Most tokens that a fit looks at.

@@ -1,14 +1,15 @@
 //! ONNX Runtime for evaluation, and the settings of a benchmark run.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::base::{Device, Result};
+use crate::base::{Device, Result, Sha256Digest};
 use crate::bundle::{Bundle, Role};
-use crate::data::ImageSettings;
+use crate::data::{Benchmark, ImageSettings};
 use crate::eval::{EvalOptions, Judge, LoadedModel, PromptStyle};
 use crate::runtime::{Decoder, FeatureCache, Runtime, SessionOptions, VlmSession};
 
@@ -73,4 +74,22 @@ impl Engine {
         let decoder = Decoder::prefill_only(session, head_dim)?;
         VlmSession::with_decoder(&self.runtime, bundle, decoder, &options, &self.cache)
     }
+}
+
+/// Digests of the models and of the benchmark, as a report's provenance names them.
+///
+/// Errors: as `Bundle::open` and `Benchmark::digest`.
+pub(super) fn digests(
+    model: &Path,
+    baseline: Option<&Path>,
+    benchmark: &Benchmark,
+) -> Result<BTreeMap<String, Sha256Digest>> {
+    let mut inputs = BTreeMap::from([
+        ("model".to_string(), Bundle::open(model)?.digest()?),
+        ("data".to_string(), benchmark.digest()?),
+    ]);
+    if let Some(path) = baseline {
+        inputs.insert("baseline".to_string(), Bundle::open(path)?.digest()?);
+    }
+    Ok(inputs)
 }

@@ -14,7 +14,7 @@ use crate::eval::{
     perplexity,
 };
 
-use super::engine::{BOOTSTRAP_SEED, Engine, EvalSettings};
+use super::engine::{BOOTSTRAP_SEED, Engine, EvalSettings, digests};
 use super::likelihood::compare_likelihoods;
 use super::needs::{Work, check as check_needs};
 
@@ -52,10 +52,7 @@ pub fn eval(
     cancel: &Cancel,
 ) -> Result<EvalReport> {
     let benchmark = Benchmark::open(data)?;
-    let mut inputs = BTreeMap::from([
-        ("model".to_string(), Bundle::open(model)?.digest()?),
-        ("data".to_string(), benchmark.digest()?),
-    ]);
+    let inputs = digests(model, baseline, &benchmark)?;
     let mut likelihood_not_measured = None;
     let mut answer = |path: &Path| -> Result<ModelScores> {
         let mut scores = engine.answer(path, &benchmark, data, settings, cancel)?;
@@ -66,13 +63,7 @@ pub fn eval(
         }
         Ok(scores)
     };
-    let base = match baseline {
-        Some(path) => {
-            inputs.insert("baseline".to_string(), Bundle::open(path)?.digest()?);
-            Some(answer(path)?)
-        }
-        None => None,
-    };
+    let base = baseline.map(&mut answer).transpose()?;
     let scores = answer(model)?;
     let mut retention = base.as_ref().map(|base| compare(&scores, base, BOOTSTRAP_SEED)).transpose()?;
     if let (Some(retention), Some(base)) = (&mut retention, &base) {

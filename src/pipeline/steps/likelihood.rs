@@ -1,6 +1,5 @@
 //! How likely a model holds the right answers of a benchmark to be.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
 use schemars::JsonSchema;
@@ -15,7 +14,7 @@ use crate::eval::{
 };
 use crate::method::answer_likelihoods;
 
-use super::engine::{BOOTSTRAP_SEED, Engine, EvalSettings};
+use super::engine::{BOOTSTRAP_SEED, Engine, EvalSettings, digests};
 
 /// What `eval --likelihood-only` writes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -120,18 +119,10 @@ pub fn eval_likelihood(
     cancel: &Cancel,
 ) -> Result<LikelihoodReport> {
     let benchmark = Benchmark::open(data)?;
-    let mut inputs = BTreeMap::from([
-        ("model".to_string(), Bundle::open(model)?.digest()?),
-        ("data".to_string(), benchmark.digest()?),
-    ]);
-    let base = match baseline {
-        Some(path) => {
-            inputs.insert("baseline".to_string(), Bundle::open(path)?.digest()?);
-            Some(engine.likelihood(path, &benchmark, data, settings, cancel)?)
-        }
-        None => None,
-    };
-    let found = engine.likelihood(model, &benchmark, data, settings, cancel)?;
+    let inputs = digests(model, baseline, &benchmark)?;
+    let likelihood = |path: &Path| engine.likelihood(path, &benchmark, data, settings, cancel);
+    let base = baseline.map(likelihood).transpose()?;
+    let found = likelihood(model)?;
     let retention = base.as_ref().map(|base| compare_likelihoods(&found, base)).transpose()?;
     let provenance = Provenance::new(LikelihoodReport::SCHEMA_VERSION, inputs, settings)?;
     Ok(LikelihoodReport { provenance, model: found, baseline: base, retention })
