@@ -70,7 +70,7 @@ def main():
         folder = args.keep or Path(temporary) / "cases"
         for case in load_model_tests(kind="node"):
             write(case, folder / case.name)
-        command = ["cargo", "test", "--release", "--test", "suite", "onnx_backend_tests", "--", "--ignored", "--nocapture"]
+        command = ["cargo", "test", "--profile", "quick", "--test", "suite", "onnx_backend_tests", "--", "--ignored", "--nocapture"]
         environment = {**os.environ, "INTERLACE_BACKEND_TESTS": str(folder.resolve()), "RUST_BACKTRACE": "0"}
         run = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     outcomes = dict(line.split("\t", 1) for line in run.stdout.splitlines() if line.startswith("test_") and "\t" in line)

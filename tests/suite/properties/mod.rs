@@ -1,7 +1,7 @@
 //! Every row of the operator table against ONNX Runtime, on generated inputs, shapes, types, attributes and versions.
 //!
 //! A case is decided by its row and its number, so a message that names both is enough to run it again:
-//! `INTERLACE_PROPERTY_ROW=Resize INTERLACE_PROPERTY_CASES=1000 cargo test --release --test suite properties`.
+//! `INTERLACE_PROPERTY_ROW=Resize INTERLACE_PROPERTY_CASES=1000 cargo test --profile quick --test suite properties`.
 
 mod attention;
 pub mod case;
