@@ -5,9 +5,10 @@ use std::collections::{HashMap, HashSet};
 use crate::base::{Error, Result};
 use crate::ir::{Attribute, Body, Graph, GraphIndex, ValueId, ValueType};
 
+use super::chain::Chain;
+use super::dataflow::data_inputs;
 use super::kinds::{self, Mixing};
 use super::residual::{addends, handed_on};
-use super::stream::{Chain, data_inputs};
 
 /// `x + f(x)` between two neighbouring values of the stream.
 #[derive(Clone, Debug)]

@@ -5,9 +5,9 @@ use std::collections::{HashMap, HashSet};
 use crate::ir::{Body, DataType, Graph, GraphIndex, ValueId};
 
 use super::blocks::LayerBlocks;
-use super::kinds::from_weights;
-use super::map::Glue;
-use super::stream::{Chain, data_inputs, part_of_rows};
+use super::chain::Chain;
+use super::dataflow::{data_inputs, from_weights, part_of_rows};
+use super::layer::Glue;
 
 /// Operators that change nothing that a person would want to know of.
 const SILENT: &[&str] = &["Cast", "Identity"];

@@ -4,8 +4,9 @@ use std::collections::HashSet;
 
 use crate::ir::{Body, GraphIndex, Node, ValueId};
 
+use super::chain::Chain;
+use super::dataflow::from_weights;
 use super::products::product;
-use super::stream::Chain;
 
 /// Kind of mixing between tokens in a block's branch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -147,6 +148,9 @@ fn from_inside_a_layer(body: &Body, index: &GraphIndex, chain: &Chain, value: Va
     false
 }
 
+/// Nodes that are looked through from a softmax back to the product of its scores: masks and scales are some twenty.
+const SCORE_NODES: usize = 200;
+
 /// Origin of the two operands of the product before a softmax.
 enum Origin {
     /// Both from the stream: queries and keys.
@@ -170,7 +174,7 @@ fn softmax_source(
     let mut found = None;
     while let Some(value) = open.pop() {
         let Some((number, _)) = index.node_of(value).filter(|_| on_path(value)) else { continue };
-        if !seen.insert(number) || seen.len() > 200 {
+        if !seen.insert(number) || seen.len() > SCORE_NODES {
             continue;
         }
         let node = &body.nodes[number];
@@ -185,22 +189,4 @@ fn softmax_source(
         found = Some(if foreign { Origin::Foreign } else { Origin::Weight });
     }
     found
-}
-
-/// True when a value is computed from initializers alone.
-pub fn from_weights(body: &Body, index: &GraphIndex, value: ValueId) -> bool {
-    let mut open = vec![value];
-    let mut seen = HashSet::new();
-    while let Some(value) = open.pop() {
-        match index.node_of(value) {
-            Some((node, _)) => {
-                if seen.insert(node) {
-                    open.extend(body.nodes[node].present_inputs());
-                }
-            }
-            None if index.is_initializer(value) => {}
-            None => return false,
-        }
-    }
-    true
 }

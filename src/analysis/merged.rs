@@ -3,7 +3,7 @@
 use crate::base::{Error, Result};
 use crate::ir::{AttributeKind, Body, Graph, GraphIndex, Model};
 
-use super::map::LayerMap;
+use super::layer::LayerMap;
 use super::{canonical, layers};
 
 /// A model whose outputs all come from one `If`.

@@ -7,13 +7,17 @@
 
 mod blocks;
 mod canonical;
+mod chain;
+mod dataflow;
 mod glue;
 mod head;
 mod kinds;
+mod layer;
 mod map;
 mod merged;
 mod names;
 mod operands;
+mod owner;
 mod owners;
 mod ports;
 mod positions;
@@ -25,9 +29,10 @@ mod towers;
 
 pub use canonical::{FUSED_MARK, FUSED_OUTPUTS, FusedNorm, unfuse_skip_norms};
 pub use head::head_input;
-pub use map::{Glue, KvPort, Layer, LayerMap, PortRole, Tap};
+pub use layer::{Glue, KvPort, Layer, LayerMap, PortRole, Tap};
 pub use merged::{Branch, Merged};
-pub use owners::{Owner, Owners};
+pub use owner::Owner;
+pub use owners::Owners;
 
 use crate::base::Result;
 use crate::ir::{Body, Graph, GraphIndex, Model};

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use crate::base::{Error, Result};
 use crate::ir::{Body, Graph};
 
-use super::map::LayerMap;
+use super::layer::LayerMap;
 
 /// Words that exporters put before a layer's number.
 const LAYER_WORDS: &[&str] = &["layers", "layer", "blocks", "block", "h"];

@@ -6,11 +6,12 @@ use std::collections::{HashMap, HashSet};
 use crate::base::{Error, Result};
 use crate::ir::{Attribute, Body, Graph, GraphIndex, Node, ValueId};
 
+use super::chain::Chain;
+use super::dataflow::data_inputs;
 use super::kinds::is_attention;
-use super::map::{KvPort, LayerMap, PortRole};
-use super::owners::Owner;
+use super::layer::{KvPort, LayerMap, PortRole};
+use super::owner::Owner;
 use super::products::product;
-use super::stream::{Chain, data_inputs};
 use super::{operands, taps};
 
 /// For operators that hold a whole attention: (past input, present output) for key and value.

@@ -4,8 +4,7 @@ use std::collections::{BTreeSet, HashSet};
 
 use crate::ir::{Body, GraphIndex, ValueId};
 
-use super::kinds::from_weights;
-use super::stream::data_inputs;
+use super::dataflow::{data_inputs, from_weights};
 
 /// Operators that hand a tensor on without computing with it.
 const HAND_ON: &[&str] = &["Cast", "Identity", "Dropout", "Reshape", "Squeeze", "Unsqueeze"];

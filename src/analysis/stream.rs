@@ -3,37 +3,11 @@
 use std::collections::HashSet;
 
 use crate::base::{Error, Result};
-use crate::ir::{Body, DataType, Graph, GraphIndex, Node, ValueId};
+use crate::ir::{Body, Graph, GraphIndex, Node, ValueId};
 
+use super::chain::Chain;
+use super::dataflow::{data_inputs, part_of_rows};
 use super::{blocks, kinds, residual};
-
-/// Values in order from the source to the result, and the nodes between them.
-#[derive(Clone, Debug)]
-pub struct Chain {
-    pub source: ValueId,
-    pub result: ValueId,
-    /// `values[0]` is the source, the last one the result.
-    pub values: Vec<ValueId>,
-    /// For each node of the body: the chain position it follows, if it lies on a path from source to result.
-    pub level: Vec<Option<usize>>,
-    /// For each node of the body: true when it reads the source or anything computed from it.
-    pub reached: Vec<bool>,
-    stream: HashSet<ValueId>,
-    /// True where the values are not those that every path passes, but those that sums carry on.
-    by_sums: bool,
-}
-
-impl Chain {
-    /// True for the values of the chain.
-    pub fn is_stream(&self, value: ValueId) -> bool {
-        self.stream.contains(&value)
-    }
-
-    /// Nodes on a path between chain values `position` and `position + 1`, in execution order.
-    pub fn segment(&self, position: usize) -> impl Iterator<Item = usize> + '_ {
-        self.level.iter().enumerate().filter(move |(_, level)| **level == Some(position)).map(|(node, _)| node)
-    }
-}
 
 /// The chain with the most residual blocks that mix tokens, over all sources.
 ///
@@ -121,15 +95,6 @@ fn grows_into_an_output(body: &Body, index: &GraphIndex, source: ValueId) -> boo
     nodes.filter(|node| grown(node)).flat_map(Node::present_outputs).any(|output| body.outputs.contains(&output))
 }
 
-/// The input of the graph that a node cuts a part out of: features that lie packed behind each row of the embeddings are
-/// cut off so.
-pub fn part_of_rows(graph: &Graph, body: &Body, node: &Node) -> Option<ValueId> {
-    let input = node.inputs.first().copied().flatten()?;
-    let ty = graph.value(input).ty.as_ref()?;
-    let rows = ty.dtype().is_some_and(DataType::is_float) && ty.shape().is_some_and(|shape| shape.len() == 3);
-    (rows && matches!(node.op_type.as_str(), "Slice" | "Split") && body.inputs.contains(&input)).then_some(input)
-}
-
 /// The output that the most nodes work for: logits or image features rather than a cache.
 fn result_of(graph: &Graph, body: &Body, index: &GraphIndex) -> Result<ValueId> {
     let mut best: Option<(usize, ValueId)> = None;
@@ -172,16 +137,6 @@ fn ancestors(body: &Body, index: &GraphIndex, output: ValueId) -> HashSet<usize>
         }
     }
     seen
-}
-
-/// The inputs of a node, those that bodies inside it capture included.
-pub fn data_inputs(body: &Body, node: usize) -> Vec<ValueId> {
-    let node = &body.nodes[node];
-    let mut inputs: Vec<ValueId> = node.present_inputs().collect();
-    for inner in node.bodies() {
-        inputs.extend(crate::ir::captured(inner));
-    }
-    inputs
 }
 
 /// Chains from `source` to `result`; none when no data flows between them.

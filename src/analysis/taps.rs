@@ -4,8 +4,9 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 
 use crate::ir::{Body, GraphIndex, ValueId};
 
-use super::map::{Layer, Tap};
-use super::stream::{Chain, data_inputs};
+use super::chain::Chain;
+use super::dataflow::data_inputs;
+use super::layer::{Layer, Tap};
 
 /// Places at which an output reads the stream; `None` when it does not.
 pub fn tap(

@@ -4,9 +4,10 @@ use crate::base::Result;
 use crate::ir::{Body, Graph, GraphIndex};
 
 use super::blocks::{self, LayerBlocks};
-use super::kinds::from_weights;
+use super::chain::Chain;
+use super::dataflow::from_weights;
 use super::products::product;
-use super::stream::{self, Chain};
+use super::stream;
 
 /// A stream and its layers.
 pub type Tower = (Chain, Vec<LayerBlocks>);

@@ -12,8 +12,8 @@ use crate::pipeline::steps::{Work, check_needs};
 use crate::runtime::Runtime;
 
 use super::args::positive;
+use super::context::{Context, Outcome};
 use super::output::table;
-use super::{Context, Outcome};
 
 /// Measure time to first token, decoding rate, memory and size, and compare with a baseline
 #[derive(clap::Args)]

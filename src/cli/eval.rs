@@ -10,9 +10,9 @@ use crate::pipeline::steps::{self, Engine, EvalSettings, TextSettings};
 use crate::runtime::Profile;
 
 use super::args::{fraction, positive};
+use super::context::{Context, Outcome};
 use super::data_args::{ImageArgs, warn_left_out};
 use super::output::{profile_table, table};
-use super::{Context, Outcome};
 
 /// Answer a benchmark, and compare the scores with a baseline's
 #[derive(clap::Args)]

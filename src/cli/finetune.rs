@@ -18,8 +18,9 @@ use crate::runtime::FeatureCache;
 use crate::torch::{Ranks, cpu_lacks_bf16};
 
 use super::args::{amount, fraction, positive};
+use super::context::{Context, Outcome};
 use super::data_args::{DataArgs, warn_left_out};
-use super::{Context, Outcome, output};
+use super::output;
 
 /// Finetune the layers next to the dropped ones
 #[derive(clap::Args)]

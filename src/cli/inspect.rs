@@ -9,8 +9,8 @@ use crate::base::{human_bytes, human_count};
 use crate::bundle::Bundle;
 use crate::pipeline::steps::{self, LayerInfo, TapInfo};
 
+use super::context::{Context, Outcome};
 use super::output::table;
-use super::{Context, Outcome};
 
 /// Show components, layers, cache ports and shared weights
 #[derive(clap::Args)]

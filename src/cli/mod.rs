@@ -4,6 +4,7 @@
 
 mod args;
 mod bench;
+mod context;
 mod data_args;
 mod eval;
 mod export;
@@ -26,8 +27,9 @@ use std::io::Write;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
-use crate::base::{Cancel, Error, install_ctrl_c, set_quiet};
+use crate::base::{Error, install_ctrl_c, set_quiet};
 
+pub use context::{Context, Outcome};
 pub use output::Output;
 pub use schema::schemas;
 pub use torch::{RunTorchVerb, TorchVerb, hand_over, here};
@@ -66,23 +68,6 @@ enum Verb {
     Man(shell::ManArgs),
     #[command(hide = true)]
     PeakMemory(bench::MemoryArgs),
-}
-
-/// Input of every verb besides its arguments.
-pub struct Context {
-    /// Form of the printed results.
-    pub output: Output,
-    /// Set by Ctrl-C.
-    pub cancel: Cancel,
-}
-
-/// How a verb ended that met no error.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// It ran, and every gate and check held.
-    Done,
-    /// A check or a gate did not hold; the verb has printed which.
-    GateFailed,
 }
 
 /// Parses the process's arguments, runs the verb, reports and ends the process; `torch` runs the verbs that compute in
@@ -174,8 +159,8 @@ fn run_verb(verb: Verb, context: &Context, torch: RunTorchVerb) -> anyhow::Resul
         Verb::Export(args) => export::run(args, context),
         Verb::Run(args) => torch(TorchVerb::Run(args), context),
         Verb::Sweep(args) => torch(TorchVerb::Sweep(args), context),
-        Verb::Completions(args) => shell::completions(args),
-        Verb::Man(args) => shell::man(args, context),
+        Verb::Completions(args) => shell::completions(args, Cli::command()),
+        Verb::Man(args) => shell::man(args, Cli::command(), context),
         Verb::PeakMemory(args) => bench::run_memory(args, context),
     }
 }

@@ -10,8 +10,10 @@ use crate::method::{LossMeter, Plan, Scores};
 use crate::pipeline::steps::{self, HowMany, PlanSettings, PlannedModel, Work, check_needs};
 
 use super::args::{LayerList, Weights, amount, positive};
+use super::context::{Context, Outcome};
 use super::data_args::{DataArgs, warn_left_out};
-use super::{Context, Outcome, Output, strip};
+use super::output::Output;
+use super::strip;
 
 /// The flags that set the number of layers to drop; exactly one is given.
 const HOW_MANY: [&str; 6] = ["drop_ratio", "drop_count", "drop", "target_params", "target_size", "target_speedup"];

@@ -10,8 +10,8 @@ use crate::method::Plan;
 use crate::pipeline::steps::{self, Drop, Pruned};
 
 use super::args::LayerList;
+use super::context::{Context, Outcome};
 use super::output::table;
-use super::{Context, Outcome};
 
 /// Remove layers from the graph, its cache and its configs
 #[derive(clap::Args)]

@@ -10,7 +10,8 @@ use anyhow::Context as _;
 
 use crate::base::Error;
 
-use super::{Context, Outcome, finetune, run, sweep, verify};
+use super::context::{Context, Outcome};
+use super::{finetune, run, sweep, verify};
 
 /// The program that links LibTorch, in the same folder as `interlace`.
 const TORCH_PROGRAM: &str = "interlace-torch";

@@ -7,7 +7,8 @@ use crate::base::{Error, Result};
 use crate::ir::{AttributeKind, Body, Model, ValueId};
 
 use super::hidden_states::Series;
-use super::{drop_layers::cut, renumber, tidy};
+use super::removal::without_layers;
+use super::{renumber, tidy};
 
 /// The merged model without the given layers, before it is finished.
 ///
@@ -21,7 +22,7 @@ pub fn drop_in_branches(merged: &Merged, dropped: &[usize], kept: &[usize]) -> R
     let mut ports: Option<LayerMap> = None;
     for branch in &merged.branches {
         let gone = gone_outputs(merged, branch, dropped);
-        let part = cut(&branch.model, &branch.map, dropped, kept, &gone)?;
+        let part = without_layers(&branch.model, &branch.map, dropped, kept, &gone)?;
         let left: HashSet<ValueId> = part.graph.body.outputs.iter().copied().collect();
         let mine: Vec<bool> = branch.model.graph.body.outputs.iter().map(|id| left.contains(id)).collect();
         if *stays.get_or_insert_with(|| mine.clone()) != mine {

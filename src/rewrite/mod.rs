@@ -12,6 +12,7 @@ mod head;
 mod hidden_states;
 mod internal;
 mod merged;
+mod removal;
 mod renumber;
 mod tap;
 mod tidy;

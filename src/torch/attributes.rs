@@ -4,7 +4,7 @@ use std::cell::Cell;
 
 use crate::ir::{self, Attribute, AttributeKind};
 
-use super::kernel::{OpError, OpResult};
+use super::op_error::{OpError, OpResult};
 
 /// The attributes of one node and which of them were read.
 pub struct Attributes<'a> {

@@ -12,27 +12,15 @@ use crate::ir::{
 use super::attributes::Attributes;
 use super::block::{Block, Declared, Ports};
 use super::convert::{computed_kind, constant_from_ir, kind_of};
-use super::kernel::{Build, Kernel, OpError, OpResult};
-use super::table::{Row, find_row};
-
-/// A value's place in a program. The top-level graph's values come first, by their ids' positions.
-pub(super) type Slot = usize;
+use super::kernel::{BodyCompiler, Build, OpError, OpResult, SubGraph};
+use super::operator::Operator;
+use super::step::{CompiledNode, Slot};
+use super::table::find_operator;
 
 /// Largest nesting of functions and sub-graphs; bounds the stack on a malformed file.
 const MAX_DEPTH: usize = 64;
 /// Most operator calls of a graph after its functions are expanded; bounds memory on a malformed file.
 const MAX_CALLS: usize = 1 << 18;
-
-/// One compiled node.
-pub(super) struct Step {
-    /// Name of the node in messages.
-    pub label: String,
-    pub row: &'static Row,
-    pub kernel: Kernel,
-    /// The node's inputs, then what its sub-graphs capture.
-    pub inputs: Vec<Option<Slot>>,
-    pub outputs: Vec<Option<Slot>>,
-}
 
 /// Missing support for an operator call.
 struct Missing {
@@ -78,14 +66,13 @@ impl Scope<'_> {
 }
 
 /// Compiles the bodies that one node carries.
-pub struct BodyCompiler<'a> {
+struct Bodies<'a> {
     compile: &'a mut dyn FnMut(&Body) -> OpResult<Block>,
 }
 
-impl BodyCompiler<'_> {
-    /// A block that runs `body`; what it captures arrives after the node's own inputs.
-    pub(super) fn compile(&mut self, body: &Body) -> OpResult<Block> {
-        (self.compile)(body)
+impl BodyCompiler for Bodies<'_> {
+    fn compile(&mut self, body: &Body) -> OpResult<Box<dyn SubGraph>> {
+        Ok(Box::new((self.compile)(body)?))
     }
 }
 
@@ -109,7 +96,11 @@ impl<'m> Compiler<'m> {
     /// Steps for the chosen nodes of the top-level graph, all problems collected.
     ///
     /// `wanted` are values to be computed although no node reads them.
-    pub fn top_level(&mut self, nodes: impl Iterator<Item = &'m Node>, wanted: &[ValueId]) -> Result<Vec<Step>> {
+    pub fn top_level(
+        &mut self,
+        nodes: impl Iterator<Item = &'m Node>,
+        wanted: &[ValueId],
+    ) -> Result<Vec<CompiledNode>> {
         let scope = Scope {
             graph: &self.model.graph,
             read: values_read(&self.model.graph.body).into_iter().chain(wanted.iter().copied()).collect(),
@@ -144,7 +135,7 @@ impl<'m> Compiler<'m> {
         Ok(())
     }
 
-    fn node(&mut self, scope: &Scope<'m>, node: &Node, steps: &mut Vec<Step>) -> Result<()> {
+    fn node(&mut self, scope: &Scope<'m>, node: &Node, steps: &mut Vec<CompiledNode>) -> Result<()> {
         self.calls += 1;
         if self.calls > MAX_CALLS {
             return Err(Error::invalid(
@@ -158,7 +149,7 @@ impl<'m> Compiler<'m> {
             self.lacks(node, "?", format!("the model imports no version of domain `{}`", node.domain), label());
             return Ok(());
         };
-        match find_row(&node.domain, &node.op_type, version) {
+        match find_operator(&node.domain, &node.op_type, version) {
             Ok(row) => {
                 let resolved = scope.bindings.as_ref().map(|bindings| resolve(&node.attributes, bindings));
                 let attributes = resolved.as_deref().unwrap_or(&node.attributes);
@@ -194,11 +185,11 @@ impl<'m> Compiler<'m> {
         &mut self,
         scope: &Scope<'m>,
         node: &Node,
-        row: &'static Row,
+        row: &'static Operator,
         version: i64,
         list: &[(String, Attribute)],
         label: String,
-    ) -> Result<Option<Step>> {
+    ) -> Result<Option<CompiledNode>> {
         let attributes = Attributes::new(list);
         let mut inputs: Vec<Option<Slot>> = node.inputs.iter().map(|id| id.map(|id| scope.slot(id))).collect();
         let outputs: Vec<Option<Slot>> =
@@ -220,7 +211,7 @@ impl<'m> Compiler<'m> {
                     Err(OpError::new("a sub-graph does not compile"))
                 }
             };
-            let mut bodies = BodyCompiler { compile: &mut compile };
+            let mut bodies = Bodies { compile: &mut compile };
             let mut build = Build {
                 attributes: &attributes,
                 version,
@@ -242,7 +233,7 @@ impl<'m> Compiler<'m> {
                 if !unread.is_empty() {
                     self.unread.push(format!("{label}: attribute `{}` is not known", unread.join("`, `")));
                 }
-                Ok(Some(Step { label, row, kernel, inputs, outputs }))
+                Ok(Some(CompiledNode { label, row, kernel, inputs, outputs }))
             }
             Err(OpError(reason)) => {
                 self.lacks(node, &version.to_string(), reason, label);
@@ -303,7 +294,7 @@ impl<'m> Compiler<'m> {
         node: &Node,
         function: &'m Function,
         label: String,
-        steps: &mut Vec<Step>,
+        steps: &mut Vec<CompiledNode>,
     ) -> Result<()> {
         self.enter(&label)?;
         let own = scope.bindings.as_ref().map(|bindings| resolve(&node.attributes, bindings));
@@ -367,8 +358,8 @@ impl<'m> Compiler<'m> {
             }
         }
         for (from, to) in copies {
-            let row = find_row("", "Identity", 1).map_err(|reason| Error::unsupported(label.clone(), reason))?;
-            steps.push(Step {
+            let row = find_operator("", "Identity", 1).map_err(|reason| Error::unsupported(label.clone(), reason))?;
+            steps.push(CompiledNode {
                 label: label.clone(),
                 row,
                 kernel: Box::new(|args| Ok(vec![args.get(0)?.shallow_clone()])),
@@ -395,7 +386,7 @@ fn is_4_bits(dtype: DataType) -> bool {
 }
 
 /// The tensor that a `Constant` node holds.
-fn constant_of<'a>(row: &Row, attributes: &'a [(String, Attribute)]) -> Option<&'a Tensor> {
+fn constant_of<'a>(row: &Operator, attributes: &'a [(String, Attribute)]) -> Option<&'a Tensor> {
     let constant = row.domain.is_empty() && row.op_type == "Constant";
     attributes.iter().find(|(name, _)| constant && name == "value").and_then(|(_, attribute)| attribute.as_tensor())
 }

@@ -1,36 +1,11 @@
 //! An operator at run time: a closure from tensors to tensors.
 
-use tch::{Kind, TchError, Tensor};
+use tch::{Device, Kind, Tensor};
 
-use crate::ir::DataType;
+use crate::ir::{Body, DataType};
 
 use super::attributes::Attributes;
-use super::compile::BodyCompiler;
-
-/// Why an operator could not be built or run, without the node's name, which the caller adds.
-#[derive(Debug)]
-pub struct OpError(pub String);
-
-/// Result of building and running an operator.
-pub type OpResult<T> = Result<T, OpError>;
-
-impl OpError {
-    /// With a message: lower case, no full stop.
-    pub fn new(message: impl Into<String>) -> Self {
-        OpError(message.into())
-    }
-}
-
-impl From<TchError> for OpError {
-    fn from(error: TchError) -> Self {
-        let text = match error {
-            TchError::Torch(text) => text,
-            other => other.to_string(),
-        };
-        // LibTorch appends its own stack to the first line.
-        OpError(format!("LibTorch: {}", text.lines().next().unwrap_or("no reason given").trim()))
-    }
-}
+pub use super::op_error::{OpError, OpResult};
 
 /// A compiled operator.
 pub type Kernel = Box<dyn Fn(&Args) -> OpResult<Vec<Tensor>> + Send>;
@@ -118,7 +93,63 @@ pub struct Build<'a> {
     /// Kind in which matrix products run, when not the tensors' own.
     pub autocast: Option<Kind>,
     /// Compiles sub-graphs for control flow.
-    pub bodies: &'a mut BodyCompiler<'a>,
+    pub bodies: &'a mut dyn BodyCompiler,
+}
+
+/// Compiles the sub-graphs that a node carries.
+pub trait BodyCompiler {
+    /// What runs `body`; the values that it captures arrive after the node's own inputs.
+    ///
+    /// Errors: when an operator of the body is unknown.
+    fn compile(&mut self, body: &Body) -> OpResult<Box<dyn SubGraph>>;
+}
+
+/// A compiled sub-graph of a control-flow operator.
+pub trait SubGraph: Send {
+    /// Number of inputs of the body.
+    fn input_count(&self) -> usize;
+
+    /// Number of outputs of the body.
+    fn output_count(&self) -> usize;
+
+    /// Runs the body: `inputs` are its own, `args` those of the node that carries it.
+    fn run(&self, args: &Args, inputs: Vec<Tensor>) -> OpResult<Vec<Tensor>>;
+
+    /// Type and shape that the body says of output `index`, where it says them.
+    fn declared(&self, index: usize) -> Option<(Kind, Vec<i64>)>;
+}
+
+impl dyn SubGraph {
+    /// A tensor without elements for output `index`, over whose steps `axis` runs, of a body that runs no time.
+    ///
+    /// Type and shape are those that the sub-graph says, as ONNX Runtime has it. Where it does not say them the body runs
+    /// once on `inputs`.
+    pub fn nothing(
+        &self,
+        args: &Args,
+        index: usize,
+        axis: i64,
+        inputs: impl FnOnce() -> OpResult<Vec<Tensor>>,
+    ) -> OpResult<Tensor> {
+        let (kind, mut shape) = match self.declared(index) {
+            Some(declared) => declared,
+            None => {
+                let untold = |e: OpError| {
+                    OpError::new(format!(
+                        "the body runs no time and does not say the type of its output {index}: {}",
+                        e.0
+                    ))
+                };
+                let outputs = inputs().and_then(|inputs| self.run(args, inputs)).map_err(untold)?;
+                let output =
+                    outputs.get(index).ok_or_else(|| OpError::new(format!("the body has no output {index}")))?;
+                (output.f_kind()?, output.size())
+            }
+        };
+        let axis = axis_of(axis, shape.len() + 1)?;
+        shape.insert(axis as usize, 0);
+        Ok(Tensor::f_zeros(&shape, (kind, Device::Cpu))?)
+    }
 }
 
 impl Build<'_> {

@@ -27,18 +27,24 @@ mod compile;
 mod convert;
 mod device;
 mod kernel;
+mod op_error;
+mod operator;
 mod ops;
+mod products;
 mod program;
 mod ranks;
-mod route;
+mod schedule;
+mod step;
 mod table;
 mod weights;
 
 pub use convert::{data_type_of, kind_of, read_npz, tensor_from_ir, tensor_to_ir};
 pub use device::{cpu_lacks_bf16, cuda_device, cuda_device_count};
-pub use program::{Hold, Options, Parameter, Program};
+pub use operator::Operator;
+pub use program::{Options, Parameter, Program};
 pub use ranks::Ranks;
-pub use table::{Row, find_row, rows, support_table};
+pub use table::{find_operator, operators, support_table};
+pub use weights::Hold;
 
 #[cfg(test)]
 mod gradient_tests;

@@ -9,23 +9,13 @@ use tch::{Device, Kind, Tensor};
 use crate::base::{Error, Result, list_preview};
 use crate::ir::{self, DataType, Dim, GraphIndex, Model, ValueId, ValueType};
 
-use super::block::store;
-use super::compile::{Compiler, Slot, Step, values_read};
+use super::compile::{Compiler, values_read};
 use super::convert::{computed, computed_kind, data_type_of, kind_of, tensor_from_ir};
-use super::kernel::{OpError, OpResult};
-use super::ops::lowered;
-use super::route::{Facts, Plan, Plans, Route, Signature, Turn};
-use super::weights::{self, Fixed, Shared};
-
-/// How frozen weights of 16 bits and quantised ones are held.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Hold {
-    /// In f32, widened and dequantised once: fast, and twice to eight times as large as the file.
-    #[default]
-    Widened,
-    /// As they are in the file, on a processor without a copy; each operator that reads one widens it for itself.
-    Stored,
-}
+use super::op_error::{OpError, OpResult};
+use super::products::lowered;
+use super::schedule::{Facts, Schedule, ScheduledNode, ShapeCache, ShapeCaches, Signature};
+use super::step::{CompiledNode, Slot, store};
+use super::weights::{self, Fixed, Hold, Shared};
 
 /// Options of compilation.
 #[derive(Clone, Debug)]
@@ -87,7 +77,7 @@ impl Parameter {
 
 /// A compiled graph. It can be sent to another thread and is used by one at a time.
 pub struct Program {
-    steps: Vec<Step>,
+    steps: Vec<CompiledNode>,
     producers: HashMap<Slot, usize>,
     names: Vec<String>,
     types: HashMap<Slot, ValueType>,
@@ -111,8 +101,8 @@ struct State {
     fixed: Fixed,
     /// Copies on the device of weights and constants that stay on the host.
     moved: HashMap<Slot, Tensor>,
-    routes: Vec<Route>,
-    plans: Plans,
+    schedules: Vec<Schedule>,
+    caches: ShapeCaches,
 }
 
 /// Tensors of the weights that are trained or written to, taken out of `frozen`, and the place of each by its slot.
@@ -293,91 +283,99 @@ impl Program {
         let wanted: Vec<Slot> = outputs.iter().map(|id| id.index()).collect();
         let (signature, mut values) = self.admit(inputs)?;
         let mut state = self.state.borrow_mut();
-        let State { fixed, moved, routes, plans } = &mut *state;
-        let number = match routes.iter().position(|route| route.inputs == slots && route.outputs == wanted) {
+        let State { fixed, moved, schedules, caches } = &mut *state;
+        let number = match schedules.iter().position(|schedule| schedule.inputs == slots && schedule.outputs == wanted)
+        {
             Some(position) => position,
             None => {
-                routes.push(self.route(slots, wanted)?);
-                routes.len() - 1
+                schedules.push(self.schedule(slots, wanted)?);
+                schedules.len() - 1
             }
         };
-        let route = &routes[number];
-        for &slot in &route.weights {
-            let (Some(tensor), None) = (self.frozen.get(&slot), fixed.get(slot, &route.lowered)) else { continue };
-            let weight = self.shared.weight((slot, route.lowered.contains(&slot)), || {
+        let schedule = &schedules[number];
+        for &slot in &schedule.weights {
+            let (Some(tensor), None) = (self.frozen.get(&slot), fixed.get(slot, &schedule.lowered)) else { continue };
+            let weight = self.shared.weight((slot, schedule.lowered.contains(&slot)), || {
                 let name = &self.names[slot];
                 let weight = weights::frozen(name, tensor, self.device, self.hold)?;
                 let named = |e: OpError| Error::engine("LibTorch", format!("tensor `{name}`"), e.0);
-                self.as_read(slot, &weight, &route.lowered).map_err(named)
+                self.as_read(slot, &weight, &schedule.lowered).map_err(named)
             })?;
-            fixed.insert(slot, weight, &route.lowered);
+            fixed.insert(slot, weight, &schedule.lowered);
         }
         let mut trained: HashMap<Slot, Tensor> = HashMap::new();
-        for &slot in &route.weights {
+        for &slot in &schedule.weights {
             if let Some(&number) = self.trainable.get(&slot) {
                 trained.insert(slot, self.parameters[number].tensor.shallow_clone());
             }
         }
-        if !route.constant_kept.iter().all(|&slot| fixed.get(slot, &route.lowered).is_some()) {
+        if !schedule.constant_kept.iter().all(|&slot| fixed.get(slot, &schedule.lowered).is_some()) {
             let _guard = tch::no_grad_guard();
-            let constants = self.shared.constants(&route.constant_kept, &route.lowered, || {
+            let constants = self.shared.constants(&schedule.constant_kept, &schedule.lowered, || {
                 let (mut made, mut constants) = (HashMap::new(), Vec::new());
-                let weights = |slot: Slot| fixed.get(slot, &route.lowered);
-                self.execute(&route.constant, &mut made, &weights, &route.lowered, moved, &mut |slot, tensor| {
-                    if route.constant_kept.contains(&slot) {
-                        let constant = self.as_read(slot, tensor, &route.lowered)?;
-                        let narrowed = self.hold == Hold::Stored && !route.lowered.contains(&slot);
-                        constants.push((slot, if narrowed { weights::narrowed(constant)? } else { constant }));
-                    }
-                    Ok(())
-                })?;
+                let weights = |slot: Slot| fixed.get(slot, &schedule.lowered);
+                self.execute(
+                    &schedule.constant,
+                    &mut made,
+                    &weights,
+                    &schedule.lowered,
+                    moved,
+                    &mut |slot, tensor| {
+                        if schedule.constant_kept.contains(&slot) {
+                            let constant = self.as_read(slot, tensor, &schedule.lowered)?;
+                            let narrowed = self.hold == Hold::Stored && !schedule.lowered.contains(&slot);
+                            constants.push((slot, if narrowed { weights::narrowed(constant)? } else { constant }));
+                        }
+                        Ok(())
+                    },
+                )?;
                 Ok(constants)
             })?;
-            constants.into_iter().for_each(|(slot, tensor)| fixed.insert(slot, tensor, &route.lowered));
+            constants.into_iter().for_each(|(slot, tensor)| fixed.insert(slot, tensor, &schedule.lowered));
         }
-        let fixed = |slot: Slot| trained.get(&slot).or_else(|| fixed.get(slot, &route.lowered));
-        match plans.of(number, &signature) {
-            Some(plan) => {
-                for (&slot, tensor) in &plan.values {
+        let fixed = |slot: Slot| trained.get(&slot).or_else(|| fixed.get(slot, &schedule.lowered));
+        match caches.of(number, &signature) {
+            Some(cache) => {
+                for (&slot, tensor) in &cache.values {
                     values.insert(slot, tensor.shallow_clone());
                 }
-                self.execute(&route.lean, &mut values, &fixed, &route.lowered, moved, &mut |_, _| Ok(()))?;
+                self.execute(&schedule.lean, &mut values, &fixed, &schedule.lowered, moved, &mut |_, _| Ok(()))?;
             }
             None => {
-                let mut plan = Plan { route: number, signature, values: HashMap::new() };
-                let kept = &route.static_kept;
-                let read_on_device = |slot: Slot| self.read_on_device(&route.lean, slot);
-                self.execute(&route.full, &mut values, &fixed, &route.lowered, moved, &mut |slot, tensor| {
+                let mut cache = ShapeCache { schedule: number, signature, values: HashMap::new() };
+                let kept = &schedule.static_kept;
+                let read_on_device = |slot: Slot| self.read_on_device(&schedule.lean, slot);
+                self.execute(&schedule.full, &mut values, &fixed, &schedule.lowered, moved, &mut |slot, tensor| {
                     if kept.contains(&slot) {
                         let tensor = if read_on_device(slot) {
                             tensor.f_to_device(self.device)?
                         } else {
                             tensor.shallow_clone()
                         };
-                        plan.values.insert(slot, tensor.detach());
+                        cache.values.insert(slot, tensor.detach());
                     }
                     Ok(())
                 })?;
-                plans.keep(plan);
+                caches.keep(cache);
             }
         }
-        self.results(route, &values, &fixed)
+        self.results(schedule, &values, &fixed)
     }
 
-    /// The route's outputs, none of them over the memory of a weight.
+    /// The schedule's outputs, none of them over the memory of a weight.
     fn results<'a>(
         &self,
-        route: &Route,
+        schedule: &Schedule,
         values: &'a HashMap<Slot, Tensor>,
         fixed: &impl Fn(Slot) -> Option<&'a Tensor>,
     ) -> Result<Vec<Tensor>> {
-        let mut results = Vec::with_capacity(route.outputs.len());
-        for &slot in &route.outputs {
+        let mut results = Vec::with_capacity(schedule.outputs.len());
+        for &slot in &schedule.outputs {
             let own = values.get(&slot);
             let tensor = own
                 .or_else(|| fixed(slot))
                 .ok_or_else(|| Error::invalid(format!("value `{}`", self.names[slot]), "was not computed"))?;
-            let shared = own.is_none() || route.static_kept.contains(&slot);
+            let shared = own.is_none() || schedule.static_kept.contains(&slot);
             let result = if shared { copied(tensor, self.hold) } else { Ok(tensor.shallow_clone()) };
             results.push(result.map_err(|e| Error::engine("LibTorch", format!("value `{}`", self.names[slot]), e))?);
         }
@@ -400,7 +398,7 @@ impl Program {
         Ok((signature, values))
     }
 
-    fn route(&self, inputs: Vec<Slot>, outputs: Vec<Slot>) -> Result<Route> {
+    fn schedule(&self, inputs: Vec<Slot>, outputs: Vec<Slot>) -> Result<Schedule> {
         let facts = Facts {
             steps: &self.steps,
             producers: &self.producers,
@@ -409,14 +407,14 @@ impl Program {
             autocast: self.autocast.is_some(),
             keeps_quantised: self.hold == Hold::Stored,
         };
-        Route::new(&facts, inputs, outputs).map_err(|lacking| {
+        Schedule::new(&facts, inputs, outputs).map_err(|lacking| {
             let names: Vec<&str> = lacking.iter().map(|&slot| self.names[slot].as_str()).collect();
             Error::invalid("the run", format!("no value for {}", list_preview(&names, 8)))
                 .remedy("give these inputs, or compile the part of the graph that makes them")
         })
     }
 
-    /// A frozen weight or a constant as a route reads it: those that it lowers on the device and in the autocast kind.
+    /// A frozen weight or a constant as a schedule reads it: those that it lowers on the device and in the autocast kind.
     fn as_read(&self, slot: Slot, tensor: &Tensor, lowers: &HashSet<Slot>) -> OpResult<Tensor> {
         if lowers.contains(&slot) {
             return lowered(&tensor.f_to_device(self.device)?, self.autocast);
@@ -425,9 +423,9 @@ impl Program {
     }
 
     /// True when a later run reads the slot where it would have to be moved to the device first.
-    fn read_on_device(&self, turns: &[Turn], slot: Slot) -> bool {
+    fn read_on_device(&self, nodes: &[ScheduledNode], slot: Slot) -> bool {
         self.device != Device::Cpu
-            && turns.iter().map(|turn| &self.steps[turn.step]).all(|step| {
+            && nodes.iter().map(|node| &self.steps[node.step]).all(|step| {
                 let mut reads = step.inputs.iter().enumerate().filter(|(_, input)| **input == Some(slot));
                 reads.all(|(index, _)| !step.row.reads_on_host(index))
             })
@@ -435,15 +433,15 @@ impl Program {
 
     fn execute<'v>(
         &self,
-        turns: &[Turn],
+        nodes: &[ScheduledNode],
         values: &mut HashMap<Slot, Tensor>,
         fixed: &dyn Fn(Slot) -> Option<&'v Tensor>,
         lowers: &HashSet<Slot>,
         moved: &mut HashMap<Slot, Tensor>,
         made: &mut dyn FnMut(Slot, &Tensor) -> OpResult<()>,
     ) -> Result<()> {
-        for turn in turns {
-            let step = &self.steps[turn.step];
+        for node in nodes {
+            let step = &self.steps[node.step];
             let outputs = {
                 let mut inputs: Vec<Option<&Tensor>> = step
                     .inputs
@@ -476,7 +474,7 @@ impl Program {
             if let Some(error) = failed {
                 return Err(step.error(error, &[]));
             }
-            for slot in &turn.frees {
+            for slot in &node.frees {
                 values.remove(slot);
             }
         }
@@ -486,7 +484,7 @@ impl Program {
     /// The inputs of a step that are held in 16 bits, as the step computes with them.
     fn widened(
         &self,
-        step: &Step,
+        step: &CompiledNode,
         inputs: &[Option<&Tensor>],
         values: &HashMap<Slot, Tensor>,
         lowers: &HashSet<Slot>,

@@ -467,14 +467,14 @@ fn frozen_weights_keep_their_precision_outside_of_matrix_products() {
 #[test]
 fn the_support_table_has_a_line_per_row() {
     let table = support_table();
-    let of_files = rows().iter().filter(|row| row.domain != crate::rewrite::INTERNAL_DOMAIN);
+    let of_files = operators().iter().filter(|row| row.domain != crate::rewrite::INTERNAL_DOMAIN);
     assert_eq!(table.lines().count(), of_files.count() + 2);
     assert!(table.contains("| com.microsoft | GroupQueryAttention | 1 | yes |"), "{table}");
 }
 
 #[test]
 fn rows_of_one_operator_do_not_overlap() {
-    for pair in rows().windows(2) {
+    for pair in operators().windows(2) {
         if (pair[0].domain, pair[0].op_type) == (pair[1].domain, pair[1].op_type) {
             assert!(pair[0].until < pair[1].since, "{} twice", pair[0].op_type);
         }

@@ -9,10 +9,19 @@ use tch::{Device, Kind, Tensor};
 use crate::base::{Error, MappedFile, Result};
 use crate::ir::{self, TensorData};
 
-use super::compile::Slot;
 use super::convert::{computed, count_of, dims_of, kind_of, tensor_from_ir};
-use super::kernel::OpResult;
-use super::program::Hold;
+use super::op_error::OpResult;
+use super::step::Slot;
+
+/// How frozen weights of 16 bits and quantised ones are held.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Hold {
+    /// In f32, widened and dequantised once: fast, and twice to eight times as large as the file.
+    #[default]
+    Widened,
+    /// As they are in the file, on a processor without a copy; each operator that reads one widens it for itself.
+    Stored,
+}
 
 /// Integer constants of at most this many elements remain on the host: they feed shapes.
 const HOST_INTEGERS: usize = 4096;

@@ -3,15 +3,15 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::torch::kernel::{Args, Build, Kernel, LARGEST, OpError, OpResult, many};
-use crate::torch::table::Row;
+use crate::torch::operator::{MICROSOFT, Operator};
+use crate::torch::products::{lowered, product};
 
 use super::cast::kind_from_number;
-use super::linear::{lowered, product};
 
-pub(super) const ROWS: &[Row] = &[
-    Row::new("", "Attention", 23, attention).host(0b100_0000).grad(),
-    Row::new(super::MICROSOFT, "Attention", 1, with_projection).grad(),
-    Row::new(super::MICROSOFT, "MultiHeadAttention", 1, multi_head).grad(),
+pub(super) const ROWS: &[Operator] = &[
+    Operator::new("", "Attention", 23, attention).host(0b100_0000).grad(),
+    Operator::new(MICROSOFT, "Attention", 1, with_projection).grad(),
+    Operator::new(MICROSOFT, "MultiHeadAttention", 1, multi_head).grad(),
 ];
 
 /// Parameters of one attention besides its three operands.

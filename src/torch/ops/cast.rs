@@ -5,11 +5,11 @@ use tch::{Kind, Tensor};
 use crate::ir::DataType;
 use crate::torch::convert::{computed_kind, kind_of};
 use crate::torch::kernel::{Build, Kernel, OpError, OpResult, is_float, one};
-use crate::torch::table::Row;
+use crate::torch::operator::Operator;
 
-pub(super) const ROWS: &[Row] = &[
-    Row::new("", "Cast", 6, cast).grad(),
-    Row::new("", "CastLike", 15, |b| {
+pub(super) const ROWS: &[Operator] = &[
+    Operator::new("", "Cast", 6, cast).grad(),
+    Operator::new("", "CastLike", 15, |b| {
         ignore_float8_options(b)?;
         one(|args| convert(args.get(0)?, args.get(1)?.f_kind()?))
     })

@@ -3,14 +3,14 @@
 use tch::Tensor;
 
 use crate::torch::kernel::{Build, Kernel, OpError, OpResult, axis_of, host_ints, many};
-use crate::torch::table::{ALL, Row};
+use crate::torch::operator::{ALL, Operator};
 
 use super::shape::int_vector;
 
-pub(super) const ROWS: &[Row] = &[
-    Row::new("", "If", 1, if_else).host(ALL).grad(),
-    Row::new("", "Loop", 11, loop_body).host(ALL).grad(),
-    Row::new("", "Scan", 9, scan).host(ALL).grad(),
+pub(super) const ROWS: &[Operator] = &[
+    Operator::new("", "If", 1, if_else).host(ALL).grad(),
+    Operator::new("", "Loop", 11, loop_body).host(ALL).grad(),
+    Operator::new("", "Scan", 9, scan).host(ALL).grad(),
 ];
 
 fn if_else(b: &mut Build) -> OpResult<Kernel> {

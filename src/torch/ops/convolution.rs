@@ -3,14 +3,13 @@
 use tch::{Kind, Tensor};
 
 use crate::torch::kernel::{Build, Kernel, LARGEST, OpError, OpResult, one};
-use crate::torch::table::Row;
+use crate::torch::operator::Operator;
+use crate::torch::products::lowered;
 
-use super::linear::lowered;
-
-pub(super) const ROWS: &[Row] = &[
-    Row::new("", "Conv", 1, |b| convolution(b, false)).grad(),
-    Row::new("", "ConvInteger", 10, convolution_of_integers),
-    Row::new("", "ConvTranspose", 1, |b| convolution(b, true)).grad(),
+pub(super) const ROWS: &[Operator] = &[
+    Operator::new("", "Conv", 1, |b| convolution(b, false)).grad(),
+    Operator::new("", "ConvInteger", 10, convolution_of_integers),
+    Operator::new("", "ConvTranspose", 1, |b| convolution(b, true)).grad(),
 ];
 
 /// Geometry of a window over the spatial axes.

@@ -3,14 +3,13 @@
 use tch::{Kind, Tensor};
 
 use crate::torch::kernel::{Args, Build, Kernel, LARGEST, OpError, OpResult, one};
-use crate::torch::table::Row;
+use crate::torch::operator::{MICROSOFT, Operator};
+use crate::torch::products::product;
 
-use super::MICROSOFT;
-use super::linear::product;
 use super::quantized::unpack;
 
-pub(super) const ROWS: &[Row] =
-    &[Row::new(MICROSOFT, "MoE", 1, mixture).grad(), Row::new(MICROSOFT, "QMoE", 1, quantised_mixture)];
+pub(super) const ROWS: &[Operator] =
+    &[Operator::new(MICROSOFT, "MoE", 1, mixture).grad(), Operator::new(MICROSOFT, "QMoE", 1, quantised_mixture)];
 
 /// Activation of an expert between its two products.
 #[derive(Clone, Copy)]

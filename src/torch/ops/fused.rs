@@ -4,14 +4,14 @@ use tch::Tensor;
 
 use crate::rewrite::{FUSED_ATTENTION, FUSED_SILU, INTERNAL_DOMAIN};
 use crate::torch::kernel::{Args, Build, Kernel, OpError, OpResult, one};
-use crate::torch::table::Row;
+use crate::torch::operator::Operator;
+use crate::torch::products::product;
 
 use super::attention::{Spec, attend};
-use super::linear::product;
 
-pub(super) const ROWS: &[Row] = &[
-    Row::new(INTERNAL_DOMAIN, FUSED_ATTENTION, 1, attention).host(0b1111_0000).grad(),
-    Row::new(INTERNAL_DOMAIN, FUSED_SILU, 1, |_| one(|args| Ok(args.get(0)?.f_silu()?))).grad(),
+pub(super) const ROWS: &[Operator] = &[
+    Operator::new(INTERNAL_DOMAIN, FUSED_ATTENTION, 1, attention).host(0b1111_0000).grad(),
+    Operator::new(INTERNAL_DOMAIN, FUSED_SILU, 1, |_| one(|args| Ok(args.get(0)?.f_silu()?))).grad(),
 ];
 
 /// LibTorch's kernel keeps no scores, so memory grows with the length and not with its square. On a processor it takes

@@ -3,13 +3,13 @@
 use tch::{Kind, Tensor};
 
 use crate::torch::kernel::{Args, Build, Kernel, LARGEST, OpError, OpResult, many};
-use crate::torch::table::Row;
+use crate::torch::operator::{MICROSOFT, Operator};
 
-use super::MICROSOFT;
 use super::attention::{Spec, attend, heads_last, to_bias, visible};
 use super::rotary::{by_position, rotate};
 
-pub(super) const ROWS: &[Row] = &[Row::new(MICROSOFT, "GroupQueryAttention", 1, build).host(0b110_0000).grad()];
+pub(super) const ROWS: &[Operator] =
+    &[Operator::new(MICROSOFT, "GroupQueryAttention", 1, build).host(0b110_0000).grad()];
 
 struct GqaSettings {
     heads: i64,

@@ -3,19 +3,19 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::torch::kernel::{Args, Build, Kernel, OpError, OpResult, axis_of, host_ints, many, one};
-use crate::torch::table::Row;
+use crate::torch::operator::Operator;
 
-pub(super) const ROWS: &[Row] = &[
-    Row::new("", "ArgMax", 1, |b| arg(b, true)),
-    Row::new("", "ArgMin", 1, |b| arg(b, false)),
-    Row::new("", "Compress", 9, compress).host(0b10).grad(),
-    Row::new("", "CumSum", 11, cum_sum).host(0b10).grad(),
-    Row::new("", "Gather", 1, gather).grad(),
-    Row::new("", "GatherElements", 11, gather_elements).grad(),
-    Row::new("", "GatherND", 11, gather_nd).grad(),
-    Row::new("", "NonZero", 9, |_| one(|args| Ok(args.get(0)?.f_nonzero()?.f_transpose(0, 1)?))).host(1),
-    Row::new("", "OneHot", 9, one_hot).host(0b10),
-    Row::new("", "TopK", 10, top_k).host(0b10).grad(),
+pub(super) const ROWS: &[Operator] = &[
+    Operator::new("", "ArgMax", 1, |b| arg(b, true)),
+    Operator::new("", "ArgMin", 1, |b| arg(b, false)),
+    Operator::new("", "Compress", 9, compress).host(0b10).grad(),
+    Operator::new("", "CumSum", 11, cum_sum).host(0b10).grad(),
+    Operator::new("", "Gather", 1, gather).grad(),
+    Operator::new("", "GatherElements", 11, gather_elements).grad(),
+    Operator::new("", "GatherND", 11, gather_nd).grad(),
+    Operator::new("", "NonZero", 9, |_| one(|args| Ok(args.get(0)?.f_nonzero()?.f_transpose(0, 1)?))).host(1),
+    Operator::new("", "OneHot", 9, one_hot).host(0b10),
+    Operator::new("", "TopK", 10, top_k).host(0b10).grad(),
 ];
 
 /// Indices into an axis of `size` with negative ones counted from the back.

@@ -3,18 +3,18 @@
 use tch::Tensor;
 
 use crate::torch::kernel::{Args, Build, Kernel, LARGEST, OpError, OpResult, axis_of, many, one};
-use crate::torch::table::{ALL, Row};
+use crate::torch::operator::{ALL, Operator};
 
-pub(super) const ROWS: &[Row] = &[
-    Row::new("", "Concat", 4, concat).grad(),
-    Row::new("", "DepthToSpace", 1, depth_to_space).grad(),
-    Row::new("", "Dropout", 7, dropout).host(0b110).grad(),
-    Row::new("", "Pad", 2, pad).host(ALL & !1).grad(),
-    Row::new("", "Slice", 1, slice).host(ALL & !1).grad(),
-    Row::new("", "SpaceToDepth", 1, space_to_depth).grad(),
-    Row::new("", "Split", 2, split).host(0b10).grad(),
-    Row::new("", "Tile", 6, |_| one(tile)).host(0b10).grad(),
-    Row::new("", "Trilu", 14, trilu).host(0b10).grad(),
+pub(super) const ROWS: &[Operator] = &[
+    Operator::new("", "Concat", 4, concat).grad(),
+    Operator::new("", "DepthToSpace", 1, depth_to_space).grad(),
+    Operator::new("", "Dropout", 7, dropout).host(0b110).grad(),
+    Operator::new("", "Pad", 2, pad).host(ALL & !1).grad(),
+    Operator::new("", "Slice", 1, slice).host(ALL & !1).grad(),
+    Operator::new("", "SpaceToDepth", 1, space_to_depth).grad(),
+    Operator::new("", "Split", 2, split).host(0b10).grad(),
+    Operator::new("", "Tile", 6, |_| one(tile)).host(0b10).grad(),
+    Operator::new("", "Trilu", 14, trilu).host(0b10).grad(),
 ];
 
 fn concat(b: &mut Build) -> OpResult<Kernel> {

@@ -3,23 +3,22 @@
 use tch::{Kind, Tensor};
 
 use crate::torch::kernel::{Args, Build, Kernel, OpError, OpResult, axis_of, is_float, many, one};
-use crate::torch::table::Row;
+use crate::torch::operator::{MICROSOFT, Operator};
 
-use super::MICROSOFT;
 use super::cast::kind_from_number;
 
-pub(super) const ROWS: &[Row] = &[
-    Row::new("", "BatchNormalization", 9, batch_normalization).grad(),
-    Row::new("", "GroupNormalization", 18, group_normalization).grad(),
-    Row::new("", "InstanceNormalization", 6, instance_normalization).grad(),
-    Row::new("", "LayerNormalization", 17, layer_normalization).grad(),
-    Row::new("", "LpNormalization", 1, lp_normalization).grad(),
-    Row::new("", "RMSNormalization", 23, simplified).grad(),
+pub(super) const ROWS: &[Operator] = &[
+    Operator::new("", "BatchNormalization", 9, batch_normalization).grad(),
+    Operator::new("", "GroupNormalization", 18, group_normalization).grad(),
+    Operator::new("", "InstanceNormalization", 6, instance_normalization).grad(),
+    Operator::new("", "LayerNormalization", 17, layer_normalization).grad(),
+    Operator::new("", "LpNormalization", 1, lp_normalization).grad(),
+    Operator::new("", "RMSNormalization", 23, simplified).grad(),
     // ONNX Runtime writes it without a domain of its own.
-    Row::new("", "SimplifiedLayerNormalization", 1, simplified).grad(),
-    Row::new(MICROSOFT, "SimplifiedLayerNormalization", 1, simplified).grad(),
-    Row::new(MICROSOFT, "SkipLayerNormalization", 1, |b| skip(b, false)).grad(),
-    Row::new(MICROSOFT, "SkipSimplifiedLayerNormalization", 1, |b| skip(b, true)).grad(),
+    Operator::new("", "SimplifiedLayerNormalization", 1, simplified).grad(),
+    Operator::new(MICROSOFT, "SimplifiedLayerNormalization", 1, simplified).grad(),
+    Operator::new(MICROSOFT, "SkipLayerNormalization", 1, |b| skip(b, false)).grad(),
+    Operator::new(MICROSOFT, "SkipSimplifiedLayerNormalization", 1, |b| skip(b, true)).grad(),
 ];
 
 /// The kind in which statistics are taken: the input's, or the stash type when that is wider.

@@ -3,16 +3,16 @@
 use tch::{Kind, Tensor};
 
 use crate::torch::kernel::{Build, Kernel, OpError, OpResult, is_float, one};
-use crate::torch::table::Row;
+use crate::torch::operator::Operator;
 
 use super::convolution::{Window, pad_list};
 
-pub(super) const ROWS: &[Row] = &[
-    Row::new("", "AveragePool", 7, average_pool).grad(),
-    Row::new("", "GlobalAveragePool", 1, |_| global(|x, axes| Ok(x.f_mean_dim(axes, true, None)?))).grad(),
-    Row::new("", "GlobalMaxPool", 1, |_| global(|x, axes| Ok(x.f_amax(axes, true)?))).grad(),
-    Row::new("", "GridSample", 16, grid_sample).grad(),
-    Row::new("", "MaxPool", 8, max_pool).grad(),
+pub(super) const ROWS: &[Operator] = &[
+    Operator::new("", "AveragePool", 7, average_pool).grad(),
+    Operator::new("", "GlobalAveragePool", 1, |_| global(|x, axes| Ok(x.f_mean_dim(axes, true, None)?))).grad(),
+    Operator::new("", "GlobalMaxPool", 1, |_| global(|x, axes| Ok(x.f_amax(axes, true)?))).grad(),
+    Operator::new("", "GridSample", 16, grid_sample).grad(),
+    Operator::new("", "MaxPool", 8, max_pool).grad(),
 ];
 
 fn global(f: fn(&Tensor, &[i64]) -> OpResult<Tensor>) -> OpResult<Kernel> {

@@ -5,18 +5,17 @@ use tch::{Kind, Tensor};
 use crate::ir::DataType;
 use crate::torch::convert::data_type_of;
 use crate::torch::kernel::{Build, Kernel, LARGEST, OpError, OpResult, axis_of, many, one};
-use crate::torch::table::Row;
+use crate::torch::operator::{MICROSOFT, Operator};
+use crate::torch::products::product;
 
-use super::MICROSOFT;
 use super::cast::kind_from_number;
 use super::convolution::{EXACT, centred};
 use super::index::wrap;
-use super::linear::product;
 
-pub(super) const ROWS: &[Row] = &[
-    Row::new("", "DequantizeLinear", 10, dequantize).expands(),
-    Row::new("", "DynamicQuantizeLinear", 11, |_| many(|args| dynamic_quantize(args.get(0)?))),
-    Row::new("", "MatMulInteger", 10, |_| {
+pub(super) const ROWS: &[Operator] = &[
+    Operator::new("", "DequantizeLinear", 10, dequantize).expands(),
+    Operator::new("", "DynamicQuantizeLinear", 11, |_| many(|args| dynamic_quantize(args.get(0)?))),
+    Operator::new("", "MatMulInteger", 10, |_| {
         one(|args| {
             let (a, b) = (args.get(0)?, args.get(1)?);
             let left = centred(a, args.opt(2).map(|zero| per_row(zero, a)).transpose()?.as_ref())?;
@@ -24,11 +23,11 @@ pub(super) const ROWS: &[Row] = &[
             Ok(left.f_matmul(&right)?.f_to_kind(Kind::Int)?)
         })
     }),
-    Row::new("", "QuantizeLinear", 10, quantize),
-    Row::new(MICROSOFT, "DequantizeLinear", 1, dequantize).expands(),
-    Row::new(MICROSOFT, "GatherBlockQuantized", 1, gather_block_quantized),
-    Row::new(MICROSOFT, "MatMulNBits", 1, matmul_nbits),
-    Row::new(MICROSOFT, "QuantizeLinear", 1, quantize),
+    Operator::new("", "QuantizeLinear", 10, quantize),
+    Operator::new(MICROSOFT, "DequantizeLinear", 1, dequantize).expands(),
+    Operator::new(MICROSOFT, "GatherBlockQuantized", 1, gather_block_quantized),
+    Operator::new(MICROSOFT, "MatMulNBits", 1, matmul_nbits),
+    Operator::new(MICROSOFT, "QuantizeLinear", 1, quantize),
 ];
 
 /// One zero point per row of the left operand, or one for all.

@@ -3,14 +3,12 @@
 use tch::Tensor;
 
 use crate::torch::kernel::{Args, Build, Kernel, LARGEST, OpError, OpResult, many};
-use crate::torch::table::Row;
+use crate::torch::operator::{MICROSOFT, Operator};
+use crate::torch::products::lowered;
 
-use super::MICROSOFT;
-use super::linear::lowered;
-
-pub(super) const ROWS: &[Row] = &[
-    Row::new(MICROSOFT, "CausalConvWithState", 1, causal_convolution).grad(),
-    Row::new(MICROSOFT, "LinearAttention", 1, linear_attention).grad(),
+pub(super) const ROWS: &[Operator] = &[
+    Operator::new(MICROSOFT, "CausalConvWithState", 1, causal_convolution).grad(),
+    Operator::new(MICROSOFT, "LinearAttention", 1, linear_attention).grad(),
 ];
 
 /// Refuses a state that keeps several steps.

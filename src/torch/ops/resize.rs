@@ -3,9 +3,9 @@
 use tch::{Kind, Tensor};
 
 use crate::torch::kernel::{Args, Build, Kernel, OpError, OpResult, axis_of, is_float, one};
-use crate::torch::table::{ALL, Row};
+use crate::torch::operator::{ALL, Operator};
 
-pub(super) const ROWS: &[Row] = &[Row::new("", "Resize", 11, resize).host(ALL & !1).grad()];
+pub(super) const ROWS: &[Operator] = &[Operator::new("", "Resize", 11, resize).host(ALL & !1).grad()];
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Coordinates {

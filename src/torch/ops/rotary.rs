@@ -3,15 +3,14 @@
 use tch::{Kind, Tensor};
 
 use crate::torch::kernel::{Build, Kernel, OpError, OpResult, one};
-use crate::torch::table::Row;
+use crate::torch::operator::{MICROSOFT, Operator};
 
-use super::MICROSOFT;
 use super::index::wrap;
 
-pub(super) const ROWS: &[Row] = &[
-    Row::new("", "RotaryEmbedding", 23, |b| rotary(b, Form::Standard)).grad(),
-    Row::new(MICROSOFT, "MRotaryEmbedding", 1, |b| rotary(b, Form::Sections)).grad(),
-    Row::new(MICROSOFT, "RotaryEmbedding", 1, |b| rotary(b, Form::Microsoft)).grad(),
+pub(super) const ROWS: &[Operator] = &[
+    Operator::new("", "RotaryEmbedding", 23, |b| rotary(b, Form::Standard)).grad(),
+    Operator::new(MICROSOFT, "MRotaryEmbedding", 1, |b| rotary(b, Form::Sections)).grad(),
+    Operator::new(MICROSOFT, "RotaryEmbedding", 1, |b| rotary(b, Form::Microsoft)).grad(),
 ];
 
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -3,15 +3,15 @@
 use tch::{Kind, Tensor};
 
 use crate::torch::kernel::{Build, Kernel, OpError, OpResult, axis_of, one};
-use crate::torch::table::Row;
+use crate::torch::operator::Operator;
 
 use super::index::{flat_index, wrap};
 
-pub(super) const ROWS: &[Row] = &[
-    Row::new("", "Scatter", 9, scatter_elements).until(10).grad(),
-    Row::new("", "ScatterElements", 11, scatter_elements).grad(),
-    Row::new("", "ScatterND", 11, scatter_nd).grad(),
-    Row::new("", "TensorScatter", 24, tensor_scatter).grad(),
+pub(super) const ROWS: &[Operator] = &[
+    Operator::new("", "Scatter", 9, scatter_elements).until(10).grad(),
+    Operator::new("", "ScatterElements", 11, scatter_elements).grad(),
+    Operator::new("", "ScatterND", 11, scatter_nd).grad(),
+    Operator::new("", "TensorScatter", 24, tensor_scatter).grad(),
 ];
 
 #[derive(Clone, Copy)]

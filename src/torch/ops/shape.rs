@@ -5,27 +5,27 @@ use tch::{Device, Kind, Tensor};
 use crate::ir;
 use crate::torch::convert::constant_from_ir;
 use crate::torch::kernel::{Args, Build, Kernel, OpError, OpResult, axes_of, axis_of, is_float, many, one};
-use crate::torch::table::{ALL, Row};
+use crate::torch::operator::{ALL, Operator};
 
 use super::cast::kind_from_number;
 
-pub(super) const ROWS: &[Row] = &[
-    Row::new("", "Constant", 1, constant),
-    Row::new("", "ConstantOfShape", 9, constant_of_shape).host(ALL),
-    Row::new("", "EyeLike", 9, eye_like).shape_only(),
-    Row::new("", "Expand", 8, |_| one(expand)).host(0b10).grad(),
-    Row::new("", "Flatten", 1, flatten).grad(),
-    Row::new("", "Identity", 1, |_| one(|args| Ok(args.get(0)?.shallow_clone()))).grad(),
-    Row::new("", "Range", 11, |_| one(range)).host(ALL),
-    Row::new("", "Reshape", 5, reshape).host(0b10).grad(),
-    Row::new("", "Shape", 1, shape).shape_only(),
-    Row::new("", "Size", 1, |_| {
+pub(super) const ROWS: &[Operator] = &[
+    Operator::new("", "Constant", 1, constant),
+    Operator::new("", "ConstantOfShape", 9, constant_of_shape).host(ALL),
+    Operator::new("", "EyeLike", 9, eye_like).shape_only(),
+    Operator::new("", "Expand", 8, |_| one(expand)).host(0b10).grad(),
+    Operator::new("", "Flatten", 1, flatten).grad(),
+    Operator::new("", "Identity", 1, |_| one(|args| Ok(args.get(0)?.shallow_clone()))).grad(),
+    Operator::new("", "Range", 11, |_| one(range)).host(ALL),
+    Operator::new("", "Reshape", 5, reshape).host(0b10).grad(),
+    Operator::new("", "Shape", 1, shape).shape_only(),
+    Operator::new("", "Size", 1, |_| {
         one(|args| int_vector(&[args.get(0)?.numel() as i64])?.f_reshape([0i64; 0]).map_err(Into::into))
     })
     .shape_only(),
-    Row::new("", "Squeeze", 1, squeeze).host(0b10).grad(),
-    Row::new("", "Transpose", 1, transpose).grad(),
-    Row::new("", "Unsqueeze", 1, unsqueeze).host(0b10).grad(),
+    Operator::new("", "Squeeze", 1, squeeze).host(0b10).grad(),
+    Operator::new("", "Transpose", 1, transpose).grad(),
+    Operator::new("", "Unsqueeze", 1, unsqueeze).host(0b10).grad(),
 ];
 
 /// A 1-D int64 tensor on the host.
