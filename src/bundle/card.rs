@@ -33,6 +33,9 @@ pub(super) fn with_preface(card: &str, base: &str, history: &[RecordedStep], too
         if let RecordedStep::Finetune { layers, samples, .. } = step {
             lines.push(format!("- {} of the remaining layers trained on {samples} samples.", layers.len()));
         }
+        if let RecordedStep::Graft { tensors } = step {
+            lines.push(format!("- {tensors} tensors of a finetuned checkpoint written into the graphs."));
+        }
     }
     lines.push("Figures, sizes and claims below are those of the model before these changes.".into());
     let quoted: String = lines.iter().map(|line| format!("> {line}\n")).collect();

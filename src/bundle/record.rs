@@ -40,6 +40,11 @@ pub enum RecordedStep {
         /// Optimiser, loss and schedule, as the verb understood them.
         settings: Value,
     },
+    /// Finetuned weights of a checkpoint were written into the graphs.
+    Graft {
+        /// Tensors of the checkpoint that changed something.
+        tensors: u64,
+    },
 }
 
 /// What dropped layers changed of an output that shows the residual stream.

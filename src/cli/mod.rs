@@ -10,6 +10,7 @@ mod eval;
 mod export;
 mod finetune;
 mod generate;
+mod graft;
 mod inspect;
 mod output;
 mod plan;
@@ -62,6 +63,7 @@ enum Verb {
     Bench(bench::Args),
     Verify(verify::Args),
     Export(export::Args),
+    Graft(graft::Args),
     Run(run::Args),
     Sweep(sweep::Args),
     Completions(shell::CompletionsArgs),
@@ -120,6 +122,7 @@ impl Verb {
             Verb::Bench(_) | Verb::PeakMemory(_) => "measuring speed and memory",
             Verb::Verify(_) => "verifying the model",
             Verb::Export(_) => "exporting the model",
+            Verb::Graft(_) => "writing weights into the graphs",
             Verb::Run(_) | Verb::Sweep(_) => "running the recipe",
             Verb::Completions(_) => "printing completions",
             Verb::Man(_) => "writing manual pages",
@@ -157,6 +160,7 @@ fn run_verb(verb: Verb, context: &Context, torch: RunTorchVerb) -> anyhow::Resul
         Verb::Bench(args) => bench::run(args, context),
         Verb::Verify(args) => torch(TorchVerb::Verify(args), context),
         Verb::Export(args) => export::run(args, context),
+        Verb::Graft(args) => graft::run(args, context),
         Verb::Run(args) => torch(TorchVerb::Run(args), context),
         Verb::Sweep(args) => torch(TorchVerb::Sweep(args), context),
         Verb::Completions(args) => shell::completions(args, Cli::command()),

@@ -6,6 +6,7 @@ use crate::bundle::Record;
 use crate::eval::{BenchReport, EvalReport, TextReport, VerifyReport};
 use crate::export::Export;
 use crate::finetune::{Report, RunPlan};
+use crate::graft::GraftTable;
 use crate::method::{Plan, Scores};
 use crate::pipeline::steps::{Generations, Inspection, LikelihoodReport, Pruned};
 use crate::pipeline::{Manifest, Recipe, RunState, Sweep, SweepTable, Table};
@@ -17,6 +18,7 @@ pub fn schemas() -> Vec<(&'static str, Schema)> {
         ("export", schema_for!(Export)),
         ("finetune", schema_for!(Report)),
         ("generate", schema_for!(Generations)),
+        ("graft", schema_for!(GraftTable)),
         ("interlace", schema_for!(Record)),
         ("layers", schema_for!(Inspection)),
         ("likelihood-report", schema_for!(LikelihoodReport)),
