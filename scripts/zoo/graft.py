@@ -2,8 +2,8 @@
 
 Takes the weights of `llama` and `qwen3_vl` out of the GenAI exporter's graphs (f32, one name for each matrix), gives them
 their names in Hugging Face's checkpoints, and checks the network against the zoo's own logits. The twin has every weight
-changed by a rule that any language computes to the same bits. Writes `NAME.tuned.npz` (inputs and PyTorch's logits of the
-twin), and with `--lora` an adapter made by `peft` with the logits of the adapted network.
+changed by a rule that any language computes to the same bits. Writes `NAME.tuned.npz`: inputs and PyTorch's outputs of the
+twin, as expected.py does. With `--lora` it writes an adapter of random numbers made by `peft`, and `NAME.lora.npz`.
 
 usage: graft.py ZOO [--checkpoints FOLDER]      e.g. graft.py fixtures/zoo
 """
@@ -15,6 +15,7 @@ import onnx
 import torch
 from onnx import numpy_helper
 
+import expected
 import networks
 import wrappers
 
@@ -83,6 +84,7 @@ def logits(model, given):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("zoo", type=Path)
+    parser.add_argument("--lora", type=Path, help="write an adapter for `llama` into this folder")
     parser.add_argument("--checkpoints", type=Path, help="write base, twin and adapter as checkpoints below this folder")
     args = parser.parse_args()
     for name in NETWORKS:
@@ -98,10 +100,9 @@ def main():
         assert np.abs(logits(model, given) - given["exp.logits"]).max() < 1e-4
         tuned = twin(base)
         model.load_state_dict(tuned, strict=False)
-        expected = logits(model, given)
-        print(name, "twin moves the logits by", np.abs(expected - given["exp.logits"]).max())
-        arrays = {key: value for key, value in given.items() if key.startswith("in.")}
-        np.savez(args.zoo / "expected" / f"{name}.tuned.npz", **arrays, **{"exp.logits": expected})
+        arrays = {key: value.numpy() for key, value in expected.decoder(model).items()}
+        print(name, "twin moves the logits by", np.abs(logits(model, given) - given["exp.logits"]).max())
+        np.savez(args.zoo / "expected" / f"{name}.tuned.npz", **arrays)
         if args.checkpoints:
             from safetensors.torch import save_file
 
@@ -109,6 +110,26 @@ def main():
                 folder = args.checkpoints / name / kind
                 folder.mkdir(parents=True, exist_ok=True)
                 save_file(tensors, folder / "model.safetensors")
+        if args.lora and name == "llama":
+            model.load_state_dict(base, strict=False)
+            adapter(model, args.lora, args.zoo / "expected" / f"{name}.lora.npz")
+
+
+def adapter(model, folder, golden):
+    """Rank 4 beside every product of the layers, twice as strong in one kind of them, and a norm trained whole."""
+    from peft import LoraConfig, get_peft_model
+
+    products = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=products, alpha_pattern={"up_proj": 12}, modules_to_save=["norm"])
+    adapted = get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for key, value in adapted.named_parameters():
+            if "lora_" in key or "modules_to_save" in key:
+                value.add_(torch.randn(value.shape, generator=generator) * 0.05)
+    adapted.save_pretrained(folder)
+    arrays = {key: value.numpy() for key, value in expected.decoder(adapted.merge_and_unload()).items()}
+    np.savez(golden, **arrays)
 
 
 if __name__ == "__main__":

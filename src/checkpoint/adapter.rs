@@ -23,7 +23,13 @@ const PLAIN: &[(&str, &[&str])] = &[
     ("lora_bias", &["false", "null"]),
     ("alora_invocation_tokens", &["null"]),
     ("target_parameters", &["null", "[]"]),
-    ("megatron_config", &["null"]),
+    ("trainable_token_indices", &["null"]),
+    ("use_qalora", &["false", "null"]),
+    ("use_bdlora", &["false", "null"]),
+    ("arrow_config", &["null"]),
+    ("monteclora_config", &["null"]),
+    ("velora_config", &["null"]),
+    ("kasa_config", &["null"]),
     ("layer_replication", &["null"]),
 ];
 

@@ -24,6 +24,9 @@ pub struct Args {
     /// Finetuned checkpoint with the same tensors, or a folder with a LoRA adapter of `peft`
     #[arg(long, value_name = "CHECKPOINT")]
     tuned: PathBuf,
+    /// Leave out finetuned tensors whose names begin so, because these graphs do not have them; may be repeated
+    #[arg(long, value_name = "NAME")]
+    leave_out: Vec<String>,
     /// Print what would be written and stop; exit code 1 when a finetuned tensor has no place
     #[arg(long)]
     dry_run: bool,
@@ -36,7 +39,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     let bundle = Bundle::open(&args.model)?;
     let base = Checkpoint::open(&args.base)?;
     let tuned = Tuned::open(&args.tuned, &base)?;
-    let request = Graft { bundle: &bundle, base: &base, tuned: &tuned };
+    let request = Graft { bundle: &bundle, base: &base, tuned: &tuned, leave_out: &args.leave_out };
     let found = match &args.output {
         Some(target) if !args.dry_run => graft(&request, target, &context.cancel)?,
         _ => plan_graft(&request, &context.cancel)?,
@@ -51,18 +54,20 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
 
 fn print(found: &GraftTable, all: bool, output: &Output) -> anyhow::Result<()> {
     if all {
-        let mut rows = vec![["weight", "shape", "how", "tensors"].map(String::from).to_vec()];
+        let mut rows = vec![["weight", "shape", "how"].map(String::from).to_vec()];
         for weight in &found.weights {
             let shape = weight.shape.iter().map(u64::to_string).collect::<Vec<_>>().join("x");
-            let mark = if weight.changed { "" } else { " (unchanged)" };
-            rows.push(vec![
-                weight.initializer.clone(),
-                shape,
-                weight.how.clone(),
-                format!("{}{mark}", list_preview(&weight.tensors, 3)),
-            ]);
+            rows.push(vec![weight.initializer.clone(), shape, weight.how.clone()]);
         }
-        output.line(table(&rows))?;
+        let printed = table(&rows);
+        let mut lines = printed.lines();
+        for head in lines.by_ref().take(2) {
+            output.line(head)?;
+        }
+        for (line, weight) in lines.zip(&found.weights) {
+            let mark = if weight.changed { "" } else { " (unchanged)" };
+            output.line(format!("{line}  {}{mark}", weight.tensors.join(", ")))?;
+        }
         for weight in &found.kept {
             let reason = weight.reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default();
             output.line(format!("kept      {}{reason}", weight.described()))?;
@@ -71,8 +76,10 @@ fn print(found: &GraftTable, all: bool, output: &Output) -> anyhow::Result<()> {
     for tensor in &found.homeless {
         output.line(format!("no place  {}", tensor.described()))?;
     }
-    if !found.pruned.is_empty() {
-        output.line(format!("tensors of pruned layers left out: {}", list_preview(&found.pruned, 4)))?;
+    for (what, names) in [("tensors of pruned layers left out", &found.pruned), ("left out", &found.left_out)] {
+        if !names.is_empty() {
+            output.line(format!("{what}: {}", list_preview(names, 4)))?;
+        }
     }
     let changed = found.weights.iter().filter(|weight| weight.changed).count();
     output.line(format!("{changed} of {} weights get finetuned values", found.weights.len() + found.kept.len()))?;

@@ -80,6 +80,40 @@ impl<'a> Matcher<'a> {
         Ok(None)
     }
 
+    /// The tensors whose rows, one behind the other, are within half a step of these: those that were quantised to them.
+    ///
+    /// `steps` are the distances between two quantised numbers; an end of the range may be a whole step off.
+    ///
+    /// Errors: as [`floats`], for tensors of the checkpoint.
+    pub fn find_near(&self, values: &[f32], steps: &[f32], length: usize) -> Result<Option<Match>> {
+        let mut pieces = Vec::new();
+        let mut at = 0;
+        while at < values.len() {
+            let mut best: Option<Piece> = None;
+            for (number, tensor) in self.tensors.iter().enumerate() {
+                let count = tensor.element_count() as usize;
+                let longest = best.as_ref().map_or(0, |best| best.rows * best.length);
+                if count > values.len() - at || count < longest || tensor.dims.len() < 2 || !has_rows_of(tensor, length)
+                {
+                    continue;
+                }
+                let near = |((value, step), base): ((&f32, &f32), &f32)| (value - base).abs() <= step * 1.01;
+                if !values[at..].iter().zip(&steps[at..]).zip(&floats(tensor)?).all(near) {
+                    continue;
+                }
+                let place = Place { tensor: number, row: 0 };
+                match &mut best {
+                    Some(best) if best.rows * best.length == count => best.places.push(place),
+                    _ => best = Some(Piece { rows: count / length, length, change: Change::None, places: vec![place] }),
+                }
+            }
+            let Some(piece) = best else { return Ok(None) };
+            at += piece.rows * length;
+            pieces.push(piece);
+        }
+        Ok(Some(Match { layout: Layout::Rows, pieces }))
+    }
+
     /// Runs of rows; `None` when a row is nowhere.
     fn pieces(
         &mut self,

@@ -1,6 +1,7 @@
 //! Writes finetuned weights into an ONNX graph that exists: each weight of the graph is matched by content to tensors of the
 //! checkpoint that it was exported from, and gets their finetuned values.
 
+mod blocks;
 mod compose;
 mod covered;
 mod index;
@@ -24,6 +25,7 @@ pub use index::{Change, Place};
 pub use matching::{Match, Matcher, Piece};
 pub use view::Layout;
 
+use blocks::{Blocks, Scheme, quantised};
 use covered::Covered;
 use place::{Position, chosen, is_vision, layer_of};
 
@@ -39,8 +41,17 @@ pub struct Part<'a> {
     pub layers: HashMap<String, usize>,
 }
 
+/// What of the checkpoint the graphs do not have.
+#[derive(Clone, Debug, Default)]
+pub struct Absent {
+    /// Dropped layers of the language model, counted as in the model that was never pruned.
+    pub layers: BTreeSet<usize>,
+    /// Beginnings of names of tensors that the user leaves out.
+    pub names: Vec<String>,
+}
+
 /// A weight that is made of tensors of the checkpoint.
-#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
+#[derive(Clone, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct MatchedWeight {
     /// Path of the component below the model's folder.
@@ -60,12 +71,22 @@ pub struct MatchedWeight {
     plan: Plan,
 }
 
-#[derive(Clone, Debug, PartialEq)]
+/// Where the finetuned values of a weight come from and go to.
+#[derive(Clone)]
 struct Plan {
     part: usize,
-    id: ValueId,
+    target: Target,
     found: Match,
     places: Vec<Place>,
+}
+
+/// What a weight is in the graph.
+#[derive(Clone)]
+enum Target {
+    /// One initializer of floating-point numbers.
+    Floats(ValueId),
+    /// Initializers of a quantised matrix.
+    Blocks(Blocks, &'static Scheme),
 }
 
 /// A weight that is not made of the checkpoint's tensors, or a finetuned tensor that no weight is made of.
@@ -98,7 +119,7 @@ pub struct Nearest {
 }
 
 /// What a graft would do.
-#[derive(Clone, Debug, Default, Serialize, JsonSchema)]
+#[derive(Clone, Default, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct GraftTable {
     /// Weights that are made of the checkpoint's tensors.
@@ -109,71 +130,46 @@ pub struct GraftTable {
     pub homeless: Vec<Unmatched>,
     /// Finetuned tensors of layers that were pruned, which are left out.
     pub pruned: Vec<String>,
+    /// Finetuned tensors that have no place and that the user leaves out.
+    pub left_out: Vec<String>,
 }
 
 impl GraftTable {
     /// Finds the place of every finetuned tensor.
     ///
-    /// `dropped` says whether a layer of the language model, counted as in the model that was never pruned, is gone.
-    ///
-    /// Errors: `Error::Invalid` when no matrix of the graphs is in the base, so that it is not the graphs' checkpoint;
+    /// Errors: `Error::Invalid` when a name to leave out is none of the base's, and when no matrix of the graphs is in the base, so that it is not the graphs' checkpoint;
     /// `Error::Interrupted` on Ctrl-C.
-    pub fn find(
-        parts: &[Part],
-        base: &Checkpoint,
-        tuned: &Tuned,
-        dropped: &dyn Fn(usize) -> bool,
-        cancel: &Cancel,
-    ) -> Result<Self> {
+    pub fn find(parts: &[Part], base: &Checkpoint, tuned: &Tuned, absent: &Absent, cancel: &Cancel) -> Result<Self> {
         let names: Vec<&str> = base.tensors().keys().map(String::as_str).collect();
+        let values = Values { base, tuned, names: &names, last: None };
+        let (matcher, covered) = (Matcher::new(base), Covered::new(base));
+        if let Some(unknown) =
+            absent.names.iter().find(|prefix| !names.iter().any(|name| name.starts_with(prefix.as_str())))
+        {
+            return Err(Error::invalid(format!("`{unknown}`"), "begins the name of no tensor of the base")
+                .remedy("leave out names as `--dry-run` prints them"));
+        }
         let changed = tuned.changed(base)?;
-        let mut matcher = Matcher::new(base);
-        let mut values = Values { base, tuned, names: &names, last: None };
-        let mut covered = Covered::new(base);
-        let mut table = GraftTable::default();
+        let mut finder = Finder { matcher, values, covered, changed, table: GraftTable::default() };
         let total: usize = parts.iter().map(|part| weights_of(&part.model.graph.body).len()).sum();
         let progress = Progress::new("matching weights", "weights", total as u64);
         for (number, part) in parts.iter().enumerate() {
+            let matrices = quantised(&part.model.graph.body);
+            for matrix in &matrices {
+                finder.blocks(number, part, matrix)?;
+            }
+            let inside =
+                |id: ValueId| matrices.iter().any(|m| id == m.numbers || id == m.scales || m.zeros == Some(id));
             for (id, weight) in weights_of(&part.model.graph.body) {
                 cancel.check("nothing was written")?;
                 progress.advance(1);
-                let name = part.model.graph.name(id);
-                let position = Position { name, layer: part.layers.get(name).copied(), vision: part.vision };
-                let kept = |reason: Option<String>| Unmatched {
-                    component: Some(part.file.to_string()),
-                    name: name.to_string(),
-                    shape: weight.dims.clone(),
-                    nearest: None,
-                    reason,
-                };
-                let Some(found) = matcher.find(weight)? else {
-                    if weight.dtype.is_float() && weight.element_count() > 1 {
-                        table.kept.push(kept(None));
-                    }
-                    continue;
-                };
-                let same = |piece: &Piece, a: Place, b: Place| values.same(piece, a, b);
-                let places = match chosen(&found, &position, base, same)? {
-                    Ok(places) => places,
-                    Err(reason) => {
-                        table.kept.push(kept(Some(reason)));
-                        continue;
-                    }
-                };
-                covered.add(&found, &places, |piece, a, b| values.same(piece, a, b))?;
-                let tensors = tensors_of(&places, &names);
-                table.weights.push(MatchedWeight {
-                    component: part.file.to_string(),
-                    initializer: name.to_string(),
-                    shape: weight.dims.clone(),
-                    how: how(&found, &tensors),
-                    changed: tensors.iter().any(|tensor| changed.contains(tensor)),
-                    tensors,
-                    plan: Plan { part: number, id, found, places },
-                });
+                if weight.dtype.is_float() && weight.element_count() > 1 && !inside(id) {
+                    finder.floats(number, part, id, weight)?;
+                }
             }
         }
         drop(progress);
+        let Finder { mut values, covered, changed, mut table, .. } = finder;
         if !table.weights.iter().any(|weight| weight.shape.iter().filter(|&&size| size > 1).count() > 1) {
             return Err(Error::invalid(
                 format!("`{}`", base.path().display()),
@@ -181,7 +177,7 @@ impl GraftTable {
             )
             .remedy("give as base the checkpoint that the ONNX files were exported from"));
         }
-        table.lost(&changed, &covered, &mut values, dropped)?;
+        table.lost(&changed, &covered, &mut values, absent)?;
         nearest::fill(&mut table, parts, base)?;
         Ok(table)
     }
@@ -192,7 +188,7 @@ impl GraftTable {
         changed: &BTreeSet<String>,
         covered: &Covered,
         values: &mut Values,
-        dropped: &dyn Fn(usize) -> bool,
+        absent: &Absent,
     ) -> Result<()> {
         for name in changed {
             let Some(number) = values.names.iter().position(|other| other == name) else { continue };
@@ -207,8 +203,12 @@ impl GraftTable {
             if !moved {
                 continue;
             }
-            if !is_vision(name) && layer_of(name).is_some_and(dropped) {
+            if !is_vision(name) && layer_of(name).is_some_and(|layer| absent.layers.contains(&layer)) {
                 self.pruned.push(name.clone());
+                continue;
+            }
+            if absent.names.iter().any(|prefix| name.starts_with(prefix.as_str())) {
+                self.left_out.push(name.clone());
                 continue;
             }
             self.homeless.push(Unmatched {
@@ -240,7 +240,8 @@ impl GraftTable {
         }
         Err(Error::invalid("graft", problem).remedy(
             "check with `--dry-run` that the base is the checkpoint that the graphs were exported from; weights that an \
-             exporter folded into others cannot be taken apart: export the finetuned model anew",
+             exporter folded into others cannot be taken apart: export the finetuned model anew; leave tensors out that \
+             these files do not have (`--leave-out NAME`)",
         ))
     }
 
@@ -257,18 +258,127 @@ impl GraftTable {
         let names: Vec<&str> = base.tensors().keys().map(String::as_str).collect();
         let mut values = Values { base, tuned, names: &names, last: None };
         let progress = Progress::new("writing weights", "weights", self.weights.len() as u64);
-        let by_part: Vec<HashMap<ValueId, &Tensor>> =
-            parts.iter().map(|part| weights_of(&part.model.graph.body).into_iter().collect()).collect();
         for weight in &self.weights {
             progress.advance(1);
             if !weight.changed {
                 continue;
             }
-            let Plan { part, id, found, places } = &weight.plan;
-            let Some(tensor) = by_part.get(*part).and_then(|weights| weights.get(id)) else { continue };
-            put(*part, *id, composed(tensor, found, places, |number| values.of(number))?)?;
+            let Plan { part, target, found, places } = &weight.plan;
+            let body = &parts[*part].model.graph.body;
+            match target {
+                Target::Floats(id) => {
+                    let Some((_, tensor)) = weights_of(body).into_iter().find(|(other, _)| other == id) else {
+                        continue;
+                    };
+                    put(*part, *id, composed(tensor, found, places, |number| values.of(number))?)?;
+                }
+                Target::Blocks(blocks, scheme) => {
+                    let matrix = blocks.shape();
+                    let bytes = composed(&matrix, found, places, |number| values.of(number))?;
+                    let numbers = floats(&Tensor::from_bytes(matrix.dtype, &matrix.dims, bytes))?;
+                    let packed = blocks.quantise(&numbers, scheme, body)?;
+                    put(*part, blocks.numbers, packed.numbers)?;
+                    put(*part, blocks.scales, packed.scales)?;
+                    if let (Some(id), Some(bytes)) = (blocks.zeros, packed.zeros) {
+                        put(*part, id, bytes)?;
+                    }
+                }
+            }
         }
         Ok(())
+    }
+}
+
+/// What is found while the weights of all parts are looked at.
+struct Finder<'a> {
+    matcher: Matcher<'a>,
+    values: Values<'a>,
+    covered: Covered,
+    changed: BTreeSet<String>,
+    table: GraftTable,
+}
+
+impl Finder<'_> {
+    fn floats(&mut self, number: usize, part: &Part, id: ValueId, weight: &Tensor) -> Result<()> {
+        match self.matcher.find(weight)? {
+            Some(found) => self.matched(number, part, Target::Floats(id), &weight.dims, found),
+            None => {
+                self.keep(part, id, &weight.dims, None);
+                Ok(())
+            }
+        }
+    }
+
+    fn blocks(&mut self, number: usize, part: &Part, blocks: &Blocks) -> Result<()> {
+        let body = &part.model.graph.body;
+        let dims = blocks.shape().dims;
+        let (values, steps) = blocks.dequantised(body)?;
+        let Some(found) = self.matcher.find_near(&values, &steps, blocks.columns)? else {
+            self.keep(part, blocks.numbers, &dims, None);
+            return Ok(());
+        };
+        let first: Vec<Place> = found.pieces.iter().map(|piece| piece.places[0]).collect();
+        let base = self.values.base;
+        let original = |number: usize| Ok(Rc::new(floats(&base.tensors()[self.values.names[number]])?));
+        let matrix = blocks.shape();
+        let bytes = composed(&matrix, &found, &first, original)?;
+        let original = floats(&Tensor::from_bytes(matrix.dtype, &dims, bytes))?;
+        match blocks.scheme(&original, body)? {
+            Some(scheme) => self.matched(number, part, Target::Blocks(blocks.clone(), scheme), &dims, found),
+            None => {
+                let schemes: Vec<&str> = blocks::SCHEMES.iter().map(|scheme| scheme.name).collect();
+                let reason = format!(
+                    "it is made of `{}`, but no known rounding ({}) gives its bytes",
+                    self.values.names[first[0].tensor],
+                    list_preview(&schemes, 4)
+                );
+                self.keep(part, blocks.numbers, &dims, Some(reason));
+                Ok(())
+            }
+        }
+    }
+
+    fn matched(&mut self, number: usize, part: &Part, target: Target, dims: &[u64], found: Match) -> Result<()> {
+        let id = match &target {
+            Target::Floats(id) => *id,
+            Target::Blocks(blocks, _) => blocks.numbers,
+        };
+        let name = part.model.graph.name(id);
+        let position = Position { name, layer: part.layers.get(name).copied(), vision: part.vision };
+        let values = &mut self.values;
+        let places = match chosen(&found, &position, values.base, |piece, a, b| values.same(piece, a, b))? {
+            Ok(places) => places,
+            Err(reason) => {
+                self.keep(part, id, dims, Some(reason));
+                return Ok(());
+            }
+        };
+        self.covered.add(&found, &places, |piece, a, b| values.same(piece, a, b))?;
+        let tensors = tensors_of(&places, values.names);
+        let mut how = how(&found, &tensors);
+        if let Target::Blocks(blocks, scheme) = &target {
+            how += &format!(", {} bits {}", blocks.bits, scheme.name);
+        }
+        self.table.weights.push(MatchedWeight {
+            component: part.file.to_string(),
+            initializer: name.to_string(),
+            shape: dims.to_vec(),
+            how,
+            changed: tensors.iter().any(|tensor| self.changed.contains(tensor)),
+            tensors,
+            plan: Plan { part: number, target, found, places },
+        });
+        Ok(())
+    }
+
+    fn keep(&mut self, part: &Part, id: ValueId, dims: &[u64], reason: Option<String>) {
+        self.table.kept.push(Unmatched {
+            component: Some(part.file.to_string()),
+            name: part.model.graph.name(id).to_string(),
+            shape: dims.to_vec(),
+            nearest: None,
+            reason,
+        });
     }
 }
 

@@ -21,7 +21,7 @@ pub fn fill(table: &mut GraftTable, parts: &[Part], base: &Checkpoint) -> Result
     };
     for kept in &mut table.kept {
         let found = kept.component.as_deref().and_then(|component| weight(component, &kept.name));
-        let Some(tensor) = found else { continue };
+        let Some(tensor) = found.filter(|tensor| tensor.dtype.is_float()) else { continue };
         kept.nearest = nearest(tensor, base.tensors().iter().map(|(name, other)| (name.as_str(), other)))?;
     }
     let matched = |name: &str| table.weights.iter().any(|weight| weight.initializer == name);

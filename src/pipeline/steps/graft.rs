@@ -12,7 +12,7 @@ use crate::analysis;
 use crate::base::{Cancel, Error, MappedFile, Provenance, Result, ScratchDir};
 use crate::bundle::{Bundle, BundleWriter, Component, Record, RecordedStep, Role, Tower};
 use crate::checkpoint::{Checkpoint, Tuned};
-use crate::graft::{GraftTable, Part};
+use crate::graft::{Absent, GraftTable, Part};
 use crate::ir::{Body, Model, TensorData, ValueId};
 use crate::onnx;
 
@@ -24,6 +24,8 @@ pub struct Graft<'a> {
     pub base: &'a Checkpoint,
     /// The finetuned weights.
     pub tuned: &'a Tuned,
+    /// Beginnings of names of tensors that these graphs do not have.
+    pub leave_out: &'a [String],
 }
 
 /// A loaded component.
@@ -150,7 +152,7 @@ fn parts<'a>(loaded: &'a [Loaded]) -> Vec<Part<'a>> {
 
 fn find(request: &Graft, loaded: &[Loaded], cancel: &Cancel) -> Result<GraftTable> {
     let record = request.bundle.record()?;
-    let dropped: BTreeSet<usize> = record
+    let layers: BTreeSet<usize> = record
         .iter()
         .flat_map(|record| &record.history)
         .filter_map(|step| match step {
@@ -160,5 +162,6 @@ fn find(request: &Graft, loaded: &[Loaded], cancel: &Cancel) -> Result<GraftTabl
         .flatten()
         .copied()
         .collect();
-    GraftTable::find(&parts(loaded), request.base, request.tuned, &|layer| dropped.contains(&layer), cancel)
+    let absent = Absent { layers, names: request.leave_out.to_vec() };
+    GraftTable::find(&parts(loaded), request.base, request.tuned, &absent, cancel)
 }
