@@ -104,7 +104,7 @@ pub fn assign(graph: &Graph, body: &Body, chain: &Chain, map: &mut LayerMap) -> 
         {
             return Err(Error::invalid(
                 format!("cache input `{}`", graph.name(past)),
-                format!("leads to `{}` and to another output, so which belongs to it is not clear", graph.name(output)),
+                format!("leads to `{}` and to another output, so the matching output is ambiguous", graph.name(output)),
             )
             .remedy("export the graph without the output that is not the cache"));
         }
@@ -248,7 +248,7 @@ impl Tracer<'_> {
         Err(Error::unsupported(
             node.describe(self.graph),
             format!(
-                "it gives the cache `{}` out, and which of its inputs that continues is not known",
+                "it outputs the cache `{}`, and the input that this cache continues is unknown",
                 self.graph.name(output)
             ),
         )

@@ -424,7 +424,7 @@ impl Walk<'_> {
         let every = kinds.len();
         let remedy = match list {
             "" => "drop whole periods".to_string(),
-            list => format!("write the kind of each layer as `{list}` beside it, or drop whole periods"),
+            list => format!("write the kind of each layer as `{list}` into the same section, or drop whole periods"),
         };
         Err(self
             .unsupported(

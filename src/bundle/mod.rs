@@ -348,7 +348,8 @@ fn external_files(path: &Path) -> Result<Vec<String>> {
         let inside = || place.strip_prefix(&root).ok().and_then(Path::to_str).map(str::to_string);
         names.push(names_here.get(&place).cloned().or_else(inside).ok_or_else(|| {
             let problem = format!("its weights are in `{}`, outside its folder", file.display());
-            Error::invalid(format!("`{}`", path.display()), problem).remedy("put the file of weights beside the graph")
+            Error::invalid(format!("`{}`", path.display()), problem)
+                .remedy("put the weight file into the graph's folder")
         })?);
     }
     names.sort();

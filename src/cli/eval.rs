@@ -108,7 +108,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         context.output.warn(format!("how likely the right answers are was not measured: {reason}"));
     }
     if report.rows_without_picture > 0 {
-        context.output.warn(format!("{} rows have no picture and were not asked", report.rows_without_picture));
+        context.output.warn(format!("{} rows have no picture and were left out", report.rows_without_picture));
     }
     if context.output.json {
         context.output.json(&report)?;

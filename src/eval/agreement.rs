@@ -71,8 +71,9 @@ pub fn cached_step(decoder: &mut Decoder, probe: &Probe) -> Result<f64> {
     let (one, _) = decoder.step(&probe.last()?, Some(cache))?;
     let (whole, one) = (whole.to_f32()?, one.to_f32()?);
     let tail = whole.len().checked_sub(one.len()).and_then(|start| whole.get(start..));
-    let tail = tail
-        .ok_or_else(|| Error::invalid(decoder.session().subject(), "gives more logits for one token than for eight"))?;
+    let tail = tail.ok_or_else(|| {
+        Error::invalid(decoder.session().subject(), "returns more logits for one token than for eight")
+    })?;
     Ok(largest_difference(tail.iter().map(|&x| f64::from(x)), one.iter().map(|&x| f64::from(x))))
 }
 

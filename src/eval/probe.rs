@@ -33,7 +33,7 @@ pub fn token_ids(count: usize, vocabulary: usize, avoid: Option<i64>) -> Vec<i64
 /// Errors: `Error::Unsupported` when the graph does not fix a width.
 pub fn noise_text(decoder: &Decoder, ids: &[i64], first: i64) -> Result<Embedded> {
     let open = |what: &str| {
-        Error::unsupported(decoder.session().subject(), format!("leaves the width of `{what}` open"))
+        Error::unsupported(decoder.session().subject(), format!("does not fix the width of `{what}`"))
             .remedy("give the model's whole folder")
     };
     let hidden_size = match decoder.takes_embeds() {

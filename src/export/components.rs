@@ -57,7 +57,7 @@ pub(super) fn cap_ir_version(name: &str, model: &mut Model, version: i64) -> Res
     if version < least {
         return Err(Error::unsupported(
             format!("model `{name}` as IR version {version}"),
-            format!("it holds what came with version {least}"),
+            format!("it uses a feature of version {least}"),
         )
         .remedy(format!("give `--max-ir-version {least}` or more, to a consumer that reads it")));
     }

@@ -59,7 +59,7 @@ impl Table {
     pub fn new(provenance: Provenance, rows: Vec<TableRow>) -> Result<Self> {
         let groups = |row: &TableRow| row.groups.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
         if let Some(row) = rows.iter().find(|row| groups(row) != groups(&rows[0])) {
-            return Err(Error::invalid(format!("row `{}`", row.model), "was asked other groups of questions")
+            return Err(Error::invalid(format!("row `{}`", row.model), "has other groups of questions")
                 .remedy("ask all models the same benchmarks"));
         }
         Ok(Table { provenance, rows })

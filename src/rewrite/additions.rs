@@ -107,7 +107,7 @@ fn new_order(graph: &Graph, map: &LayerMap, kept: &[usize]) -> Result<Vec<Segmen
     let mut segment = |input: ValueId, output: ValueId| {
         let from = before.replace(output).unwrap_or(input);
         if input != from && uncast(body, &index, input) != uncast(body, &index, from) {
-            let problem = format!("the stream is changed before `{}`, beside the features", graph.name(input));
+            let problem = format!("the stream has another change than the features, before `{}`", graph.name(input));
             return Err(not_moved(problem));
         }
         Ok(Segment { nodes: between(body, &index, from, output), input: from, output })

@@ -157,8 +157,8 @@ fn refuse_glue(model: &Model, map: &LayerMap, dropped: &[usize]) -> Result<()> {
             return Err(Error::unsupported(
                 format!("layer {layer}"),
                 format!(
-                    "{place} the stream passes {} with weight `{}`, which not every layer has, so whether that goes with \
-                     the layer is not known",
+                    "{place} the stream passes {} with weight `{}`, which not every layer has, so it is unclear whether it \
+                     belongs to the layer",
                     glue.operators.join(", "),
                     model.graph.name(weight)
                 ),
@@ -191,7 +191,7 @@ fn refuse_leftovers(source: &Model, model: &Model, map: &LayerMap, dropped: &[us
         {
             return Err(Error::unsupported(
                 format!("layer {}", layer.index),
-                format!("its weight `{}` is still needed by what stays", model.graph.name(weight)),
+                format!("the remaining graph still needs its weight `{}`", model.graph.name(weight)),
             )
             .remedy("the graph reads this layer's inside from elsewhere; export it again without such sharing"));
         }
@@ -224,7 +224,7 @@ fn leftover(source: &Model, model: &Model, map: &LayerMap, layer: &Layer, node: 
             outputs.join(", "),
             format!("keep layer {}, or export the graph without {}", layer.index, outputs.join(", ")),
         ),
-        (true, true) => ("what stays".to_string(), format!("keep layer {}", layer.index)),
+        (true, true) => ("the remaining graph".to_string(), format!("keep layer {}", layer.index)),
     };
     Error::unsupported(
         format!("layer {}", layer.index),

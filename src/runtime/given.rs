@@ -254,8 +254,10 @@ impl Row<'_> {
         if first.is_some() && first == named(0) {
             array = array.part(0, row..row + 1);
         } else if count > 1 {
-            let problem =
-                format!("is {}: which part of it is for which of {count} rows is not known", port.described());
+            let problem = format!(
+                "is {}: its axis names do not show which part belongs to which of {count} rows",
+                port.described()
+            );
             return Err(self.wrong(port, problem).remedy("write a file for each row"));
         }
         let time = self.given.batch.time;
@@ -265,7 +267,8 @@ impl Row<'_> {
             if Some(dim) == named(1) {
                 array = array.part(axis, self.given.tokens.clone());
             } else if cut && matches!(dim, Dim::Unknown) && array.shape().get(axis) == Some(&time) {
-                let problem = format!("is {}: whether axis {axis} counts tokens is not known", port.described());
+                let problem =
+                    format!("is {}: its axis names do not show whether axis {axis} counts tokens", port.described());
                 return Err(self
                     .wrong(port, problem)
                     .remedy("name the graph's axes, or give rows without padding, and without labels to `score`"));

@@ -181,7 +181,10 @@ fn only_given(_: &Step, input: &Input) -> Result<Array> {
 }
 
 fn caller_gives(_: &Step, input: &Input) -> Result<Array> {
-    Err(Error::invalid(format!("input {}", input.port.described()), "is given by the caller, not made from a step"))
+    Err(Error::invalid(
+        format!("input {}", input.port.described()),
+        "must be set by the caller; a step has no data for it",
+    ))
 }
 
 fn image_array(step: &Step, input: &Input) -> Result<Array> {

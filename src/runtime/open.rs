@@ -100,7 +100,7 @@ pub fn headed(bundle: &Bundle, decoder: Model) -> Result<Model> {
     let caches: HashSet<String> = graph.body.inputs.iter().flat_map(|&id| presents_of(graph.name(id))).collect();
     let hidden = graph.body.outputs.iter().copied().find(|&id| !caches.contains(graph.name(id)));
     let hidden = hidden.ok_or_else(|| {
-        Error::invalid(format!("graph `{}`", graph.body.name), "gives nothing that its head could read")
+        Error::invalid(format!("graph `{}`", graph.body.name), "has no output that its head could read")
     })?;
     with_head(&decoder, hidden, &onnx::load(&bundle.path_of(part))?)
 }

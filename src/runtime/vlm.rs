@@ -159,7 +159,7 @@ impl VlmSession {
                 self.decoder.session().subject(),
                 "belongs to a model without a vision encoder, but the prompt has pictures",
             )
-            .remedy("use prompts without pictures, or put the vision encoder's graph beside the decoder"));
+            .remedy("use prompts without pictures, or put the vision encoder's graph into the decoder's folder"));
         }
         if !pictures.is_empty() && self.settings.image_token_id.is_none() {
             let problem = "belongs to a model whose config names no image token, but the prompt has pictures";
@@ -264,7 +264,7 @@ impl VlmSession {
         let Some(embed) = &mut self.embed else {
             let problem = "takes `inputs_embeds`, but the model has no token embedding component";
             return Err(Error::invalid(self.decoder.session().subject(), problem)
-                .remedy("give `inputs_embeds` as ready tensors, or put the component beside the decoder"));
+                .remedy("give `inputs_embeds` as ready tensors, or put the component into the decoder's folder"));
         };
         let rows = embed.run(embedded)?;
         (embedded.hidden_size, embedded.data) = (rows.hidden_size, rows.data);

@@ -97,7 +97,7 @@ fn cuda_library_of(loaded: &Path, search: &OsStr) -> Result<PathBuf, String> {
             loaded.display()
         ),
         None => {
-            format!("there is no {CUDA_LIBRARY} beside `{}`: this LibTorch is for processors only", loaded.display())
+            format!("there is no {CUDA_LIBRARY} next to `{}`: this LibTorch is for processors only", loaded.display())
         }
     })
 }

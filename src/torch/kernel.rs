@@ -136,7 +136,7 @@ impl dyn SubGraph {
             None => {
                 let untold = |e: OpError| {
                     OpError::new(format!(
-                        "the body runs no time and does not say the type of its output {index}: {}",
+                        "the body runs zero times and does not declare the type of its output {index}: {}",
                         e.0
                     ))
                 };

@@ -130,7 +130,7 @@ pub(super) fn kind_of(bundle: &Bundle) -> Result<Kind> {
     let subject = format!("`{}`", bundle.root().display());
     if bundle.asset_path("config.json").is_none() {
         return Err(Error::invalid(subject, "has no `config.json`, by which transformers.js finds the model's class")
-            .remedy("put the Hugging Face config beside the ONNX files"));
+            .remedy("put the Hugging Face config into the folder of the ONNX files"));
     }
     let model_type = bundle.require_config()?.model_type.as_str();
     if IMAGE_TEXT.contains(&model_type) {
@@ -155,7 +155,7 @@ pub(super) fn stem_of(kind: Kind, component: &Component) -> Result<&'static str>
         (Kind::Text, Role::Decoder) => Ok("model"),
         (_, role) => Err(Error::unsupported(
             format!("`{}`", component.file),
-            format!("transformers.js has no place for a {} of its own", role.name()),
+            format!("transformers.js does not support a separate {}", role.name()),
         )
         .remedy(
             "export the model with one decoder that reads and gives the cache, and features in the decoder's width",
@@ -208,9 +208,7 @@ pub(super) fn check_ports(
             "reads {}; transformers.js feeds `input_ids` alone and merges features itself",
             list_preview(&list, 6)
         );
-        return Err(
-            Error::unsupported(subject(), problem).remedy("export the embedding of the tokens as a graph of its own")
-        );
+        return Err(Error::unsupported(subject(), problem).remedy("export the token embedding as a separate graph"));
     }
     let half = |id: &&ValueId| {
         matches!(

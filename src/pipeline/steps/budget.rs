@@ -135,7 +135,7 @@ impl Budget {
                     self.of(costs.without(&heaviest))
                 ),
             )
-            .remedy("ask for less; what is beside the decoder's layers stays")),
+            .remedy("set a weaker limit: only decoder layers can be dropped")),
         }
     }
 

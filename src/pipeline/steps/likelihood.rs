@@ -52,7 +52,7 @@ impl Engine {
     ) -> Result<Likelihood> {
         let name = benchmark_name(data);
         if needs_judge(&name) {
-            let problem = "has no right answers: a language model judges what is said";
+            let problem = "has no right answers: a language model judges its answers";
             return Err(Error::unsupported(format!("benchmark `{name}`"), problem)
                 .remedy("look at its scores, or take a benchmark with answers"));
         }

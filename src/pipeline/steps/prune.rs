@@ -250,7 +250,7 @@ fn analysis_of(bundle: &Bundle, component: &Component, tower: Tower) -> Result<A
     let source = analysis.model.graph.name(analysis.map.source).to_string();
     analysis.into_vision().ok_or_else(|| {
         let problem =
-            format!("has one tower, which begins at `{source}`, and the model has no vision encoder beside it");
+            format!("has one tower, which begins at `{source}`, and the model has no separate vision encoder");
         Error::invalid(format!("`{}`", bundle.path_of(component).display()), problem)
             .remedy("leave `--component` out to drop layers of the decoder")
     })
