@@ -52,7 +52,7 @@ pub fn residual_positions(body: &Body, index: &GraphIndex, chain: &Chain) -> Vec
         let (from, to) = (chain.values[position], chain.values[position + 1]);
         let Some((node, _)) = index.node_of(to) else { continue };
         let Some(operands) = addends(body, node) else { continue };
-        // One addend is the stream itself; another is computed from it on a path of its own.
+        // One addend is the stream itself; another is computed from it.
         let carried = operands.iter().copied().find(|&value| carries(body, index, value, from, 0));
         let Some(carried) = carried else { continue };
         let computed = chain.segment(position).filter(|&inner| inner != node).count();

@@ -1,4 +1,4 @@
-//! The layers of a transformer graph: boundaries, ports, weights and what they share.
+//! The layers of a transformer graph: boundaries, ports, weights and shared values.
 
 use std::collections::{HashMap, HashSet};
 

@@ -20,12 +20,12 @@ pub enum Error {
         /// The system's reason.
         source: io::Error,
     },
-    /// A file, an argument or a graph is not what it must be.
+    /// A file, an argument or a graph breaks a rule.
     #[error("{subject}: {problem}{}", Remedy(remedy))]
     Invalid {
         /// The file, argument, node or tensor.
         subject: String,
-        /// What was found and what was expected.
+        /// The value found and the value expected.
         problem: String,
         /// What the user can do.
         remedy: Option<String>,
@@ -35,7 +35,7 @@ pub enum Error {
     Unsupported {
         /// The file, argument, node or tensor.
         subject: String,
-        /// What was found and what is supported.
+        /// The feature found and the supported ones.
         problem: String,
         /// What the user can do.
         remedy: Option<String>,

@@ -312,7 +312,7 @@ fn foreign_config(
     file: &str,
     edit: &LayerEdit,
 ) -> Result<Option<Document>> {
-    // A file that is not JSON is not a config, whatever its name.
+    // A file that is not JSON is not a config, even if its name suggests one.
     let Ok(document) = document(bundle, texts, file) else { return Ok(None) };
     let Some(key) = layers::counting_key(&document, edit) else { return Ok(None) };
     if FOREIGN_CONFIGS.contains(&file) {

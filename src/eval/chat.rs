@@ -1,4 +1,4 @@
-//! A client for language models behind OpenAI's chat API.
+//! A client of OpenAI's chat API for judges.
 //!
 //! Source: OpenAI's API reference, `POST /chat/completions`; vLLM, llama.cpp and others implement the same API.
 

@@ -104,7 +104,7 @@ pub struct Body {
 pub struct Value {
     /// Unique within its body and the bodies around it.
     pub name: String,
-    /// From `graph.input`, `graph.output` or `value_info`; `None` where the file says nothing.
+    /// From `graph.input`, `graph.output` or `value_info`; `None` when the file does not declare it.
     pub ty: Option<ValueType>,
     /// Free text of the author; may be empty.
     pub doc_string: String,

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use crate::base::{Error, MappedFile, Result, contained_path};
 use crate::ir::TensorData;
 
-/// The files behind a model's tensors.
+/// The files with the contents of a model's tensors.
 pub struct Sources {
     folder: PathBuf,
     own: Arc<MappedFile>,

@@ -73,7 +73,7 @@ fn not_moved(problem: impl Into<String>) -> Error {
         .remedy("prune the model that was never pruned, or use `--deepstack keep`")
 }
 
-/// Errors: `Error::Unsupported` unless one feature is added behind each of the first layers.
+/// Errors: `Error::Unsupported` unless one feature is added after each of the first layers.
 fn check_places(graph: &Graph, map: &LayerMap) -> Result<()> {
     let float = |id: &&ValueId| {
         let dtype = graph.value(**id).ty.as_ref().and_then(|ty| ty.dtype());

@@ -19,7 +19,7 @@ pub struct Series {
     first: usize,
     /// Width to which numbers are padded with zeros.
     width: usize,
-    /// Text of the names before and behind the number.
+    /// Text before and after the number in the names.
     before: String,
     after: String,
 }

@@ -5,7 +5,7 @@
 //!   config.json                  with the number of data files of each ONNX file
 //!   preprocessor_config.json     flat, with `processor_class`
 //!   tokenizer_config.json        with the chat template
-//!   onnx/vision_encoder.onnx     the components under the names that it looks for, `_fp16`, `_q4` .. behind them
+//!   onnx/vision_encoder.onnx     the components under the expected names, with `_fp16`, `_q4` .. appended
 //!   onnx/decoder_model_merged.onnx, onnx/decoder_model_merged.onnx_data
 //! ```
 //!

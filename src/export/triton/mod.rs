@@ -2,9 +2,9 @@
 //!
 //! ```text
 //! REPOSITORY/
-//!   interlace-export.json        what was exported, with digests
+//!   interlace-export.json        the record of the export, with digests
 //!   vision_encoder/config.pbtxt
-//!   vision_encoder/1/model.onnx  and its data file beside it
+//!   vision_encoder/1/model.onnx  and its data file
 //!   embed_tokens/...
 //!   decoder_model_merged/...
 //!   decoder_model_merged/processor/   tokenizer, processor and configs, for clients; the server ignores it

@@ -125,7 +125,7 @@ fn pad_axis(x: &Tensor, axis: i64, before: i64, after: i64, mode: &str, value: f
     Ok(cut.f_index_select(axis, &index)?)
 }
 
-/// Negative starts and ends count from the end and are clamped; a negative step goes backwards.
+/// Negative starts and ends count from the end and are clamped; a negative step reverses the direction.
 fn slice(b: &mut Build) -> OpResult<Kernel> {
     let fixed = if b.version < 10 {
         let read = |name: &str| b.attributes.ints(name);
