@@ -303,7 +303,7 @@ impl Input {
     }
 
     /// The step's levels for this input: the level with the same number if the vision encoder uses the decoder's
-    /// numbers, otherwise the level with the same rank.
+    /// numbers, otherwise the level at the same position.
     fn levels_of(&self, step: &Step) -> Result<Vec<usize>> {
         let pictured = step.image().contains(&true);
         let (numbers, count) = step.levels();
