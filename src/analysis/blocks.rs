@@ -151,8 +151,8 @@ fn inner_branch(
 
 /// Groups residual blocks into layers.
 ///
-/// Errors: `Error::Unsupported` for the decoder of an encoder-decoder, for layers that all attend to another sequence, and
-/// for blocks without any token mixing.
+/// Errors: `Error::Unsupported` for the decoder of an encoder-decoder, for layers that all attend to another sequence,
+/// and for blocks without token mixing.
 pub fn group(graph: &Graph, body: &Body, chain: &Chain) -> Result<Vec<LayerBlocks>> {
     let index = GraphIndex::of_body(body);
     let ports = port_levels(body, &index, chain);
@@ -235,8 +235,8 @@ fn refuse_other_sequences(graph: &Graph, body: &Body, layers: &[LayerBlocks]) ->
     Ok(())
 }
 
-/// The chain position after a block's sum and after its bias, which a fused norm leaves as a separate addition of a
-/// weight.
+/// The chain position after a block's sum and after its bias, which a fused norm leaves as a
+/// separate addition of a weight.
 fn end_of(body: &Body, index: &GraphIndex, chain: &Chain, position: usize) -> usize {
     let mut end = position + 1;
     while end + 1 < chain.values.len() {

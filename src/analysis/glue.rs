@@ -20,9 +20,9 @@ struct Segment {
     weights: bool,
 }
 
-/// Assigns glue with weights to the layers: the norm of `norm(x + f(x))`, or a scale of the stream. It belongs to the
-/// layer before it when it follows every layer including the last; otherwise to the layer after it when it precedes
-/// every layer.
+/// Assigns glue with weights to the layers: the norm of `norm(x + f(x))`, or a scale of the stream. It
+/// belongs to the layer before it when it follows every layer including the last; otherwise to the layer
+/// after it when it precedes every layer.
 pub fn settle(body: &Body, index: &GraphIndex, chain: &Chain, layers: &mut [LayerBlocks]) {
     let (Some(first), Some(last)) = (layers.first().map(|layer| layer.start), layers.last().map(|layer| layer.end))
     else {

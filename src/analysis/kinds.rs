@@ -85,8 +85,8 @@ pub fn window(node: &Node) -> Option<i64> {
     named.or_else(|| int("left_window_size").filter(|&places| places >= 0).map(|places| places.saturating_add(1)))
 }
 
-/// Classifies the nodes between two values of the stream. `has_state` is true when a cache or state belongs to these
-/// nodes alone.
+/// Classifies the nodes between two values of the stream. `has_state` is true when a cache or state
+/// belongs to these nodes alone.
 pub fn mixing(body: &Body, index: &GraphIndex, chain: &Chain, nodes: &[usize], has_state: bool) -> Mixing {
     let path: HashSet<usize> = nodes.iter().copied().collect();
     let on_path = |value: ValueId| index.node_of(value).is_some_and(|(node, _)| path.contains(&node));

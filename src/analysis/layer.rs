@@ -33,7 +33,7 @@ pub struct Layer {
     pub index: usize,
     /// The stream before the layer, h_i.
     pub input: ValueId,
-    /// The value of the same type that replaces `output` when the layer is dropped: `input` or a cast of it to that type.
+    /// The value that replaces `output` when the layer is dropped: `input`, or a cast of it to the type of `output`.
     pub carried: ValueId,
     /// The stream after the layer.
     pub output: ValueId,

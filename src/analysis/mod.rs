@@ -57,8 +57,8 @@ pub struct Analysis {
 }
 
 impl Analysis {
-    /// The analysis with the vision tower's layers as `map` in place of the language model's; `None` when the graph has
-    /// no tower.
+    /// The analysis with the vision tower's layers as `map` in place of the language model's; `None`
+    /// when the graph has no tower.
     pub fn into_vision(self) -> Option<Analysis> {
         let map = self.vision?;
         Some(Analysis { model: self.model, map, vision: None, is_vision_beside_text: true, merged: None })

@@ -234,8 +234,8 @@ impl Tracer<'_> {
         Ok(layer.map(|layer| Trace { layer, ..trace }))
     }
 
-    /// Rejects an unknown fused operator with a second output that reads an input which nothing else reads: it keeps a
-    /// cache.
+    /// Rejects an unknown fused operator with a second output that reads an input which nothing
+    /// else reads: it keeps a cache.
     fn refuse_unknown(&self, number: usize, position: usize, output: ValueId) -> Result<()> {
         let node = &self.body.nodes[number];
         let own_input = |id: ValueId| {

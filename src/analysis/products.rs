@@ -7,8 +7,8 @@ pub struct Product {
     op_type: &'static str,
     /// Number of the input that is the second factor; the first factor is input 0.
     second: usize,
-    /// True when each row of the first factor determines the same row of the result, for any rank, unless the factor is
-    /// transposed.
+    /// True when each row of the first factor determines the same row of the result, for any rank, unless
+    /// the factor is transposed.
     by_row: bool,
 }
 

@@ -57,8 +57,8 @@ struct Rank {
     by_dominators: bool,
     /// Residual blocks.
     blocks: usize,
-    /// Number of values: of otherwise equal chains the longer one starts earlier (at token ids, not at their
-    /// embeddings).
+    /// Number of values: of otherwise equal chains the longer one starts earlier (at token ids,
+    /// not at their embeddings).
     values: usize,
 }
 

@@ -126,8 +126,8 @@ impl AtomicFile {
         self.commit_unflushed()
     }
 
-    /// Gives the file its final name without flushing it: a power failure within about half a minute can lose its
-    /// content.
+    /// Gives the file its final name without flushing it: a power failure within about half a
+    /// minute can lose its content.
     ///
     /// Errors: `Error::Io`; the temporary file is removed then.
     pub fn commit_unflushed(mut self) -> Result<()> {

@@ -1,5 +1,5 @@
-//! `interlace` with LibTorch linked. `interlace` executes it, with the same arguments, for the verbs that compute in
-//! LibTorch.
+//! `interlace` with LibTorch linked. `interlace` executes it, with the same arguments, for the verbs
+//! that compute in LibTorch.
 
 use std::ffi::CStr;
 

@@ -1,5 +1,5 @@
-//! `export.json` of transformers' own exporter: it describes the flattened cache as a tree with an entry for every
-//! layer.
+//! `export.json` of transformers' own exporter: it describes the flattened cache as a tree with
+//! an entry for every layer.
 
 use std::collections::BTreeMap;
 

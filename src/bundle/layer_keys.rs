@@ -7,8 +7,8 @@ use super::tower::Tower;
 pub(super) enum Rule {
     /// The number of layers; must equal the graph's.
     Count,
-    /// One entry or letter per layer: entries of dropped layers are removed. A plain number applies to all layers and
-    /// stays.
+    /// One entry or letter per layer: entries of dropped layers are removed. A plain number
+    /// applies to all layers and stays.
     PerLayer,
     /// `{"1": {..}, "3": {..}}`: settings by layer index. Entries of dropped layers are removed, the others renumbered.
     ByIndex,
@@ -72,8 +72,8 @@ const fn of_vision(key: &'static str, rule: Rule) -> KeyRow {
 
 const TWO_TOWERS: &str = "pairs layers of the vision tower with layers of the language model";
 
-/// Keys may be paths (`sliding_window.layers`) relative to the section. A plain key matches at any depth of the
-/// section.
+/// Keys may be paths (`sliding_window.layers`) relative to the section. A plain key matches at
+/// any depth of the section.
 pub(super) const ROWS: &[KeyRow] = &[
     text("num_hidden_layers", Rule::Count),
     text("n_layer", Rule::Count),

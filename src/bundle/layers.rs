@@ -77,8 +77,8 @@ pub(super) fn rewrite(document: &Document, edit: &LayerEdit) -> Result<Option<St
     let beyond = layers_beyond(document.root(), edit);
     let mut walk = Walk { document, edit, beyond, edits: Vec::new(), counts: 0 };
     walk.object(document.root(), Tower::Text, "")?;
-    // genai_config.json has no section for the vision tower's layers, so only files with such a section must have the
-    // count.
+    // genai_config.json has no section for the vision tower's layers, so only files with such a
+    // section must have the count.
     let sections = VISION_SECTIONS.iter().filter(|section| **section != "vision");
     let expected = match edit.tower {
         Tower::Text => true,

@@ -179,8 +179,8 @@ impl Bundle {
         &self.assets
     }
 
-    /// Files unrelated to the network, and graphs that no verb runs. They are copied unchanged and listed in the
-    /// record.
+    /// Files unrelated to the network, and graphs that no verb runs. They are copied unchanged
+    /// and listed in the record.
     pub fn carried(&self) -> impl Iterator<Item = &str> {
         let graphs = self.components.iter().filter(|component| component.role.is_carried());
         let files = self.assets.iter().filter(|asset| asset.kind == AssetKind::Other);
@@ -287,8 +287,8 @@ impl Bundle {
         Ok(total)
     }
 
-    /// SHA-256 of each file on which the computation depends, by path. Documentation and interlace's own record are
-    /// left out.
+    /// SHA-256 of each file on which the computation depends, by path. Documentation and
+    /// interlace's own record are left out.
     ///
     /// Errors: `Error::Io` when a file cannot be read.
     fn file_digests(&self) -> Result<BTreeMap<String, Sha256Digest>> {

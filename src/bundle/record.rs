@@ -1,4 +1,5 @@
-//! `interlace.json`: the steps that changed a model, so that later steps and readers know the original index of each layer.
+//! `interlace.json`: the steps that changed a model. Later steps and readers derive the original
+//! index of each layer from it.
 
 use std::collections::BTreeSet;
 

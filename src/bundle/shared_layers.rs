@@ -3,9 +3,9 @@
 /// Model types whose last layer uses full attention regardless of `layer_types`.
 const LAST_IS_FULL: &[&str] = &["gemma4"];
 
-/// Number of kept layers among the last `count`. Each of these reads the keys and values of the last earlier layer of
-/// its kind, which must be kept too. `kinds` has one entry per layer (`total`), or none when all layers are of one
-/// kind.
+/// Number of kept layers among the last `count`. Each of these reads the keys and values of the last
+/// earlier layer of its kind, which must be kept too. `kinds` has one entry per layer (`total`), or none
+/// when all layers are of one kind.
 ///
 /// Errors: a message that names the layers.
 pub fn remaining(kept: &[usize], total: usize, count: usize, kinds: &[&str]) -> Result<usize, String> {

@@ -1,5 +1,5 @@
-//! The command line: one file per verb. Results are printed on standard output, progress and messages on standard
-//! error.
+//! The command line: one file per verb. Results are printed on standard output, progress and
+//! messages on standard error.
 //!
 //! Exit codes: 0: success. 1: the verb ran, but a gate of the user or a check failed. 2: an error.
 

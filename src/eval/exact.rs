@@ -8,8 +8,8 @@ use crate::runtime::{Optimisation, Session, SessionOptions, Tensor};
 /// `accuracy_level` of `MatMulNBits` for products in f32, as in the interpreter. The default, 0, also means f32.
 const F32_ACCURACY_LEVEL: i64 = 1;
 
-/// Session options for comparisons with the interpreter: activations are not rounded when the graph leaves this to the
-/// engine.
+/// Session options for comparisons with the interpreter: activations are not rounded when the graph
+/// leaves this to the engine.
 pub const EXACT: SessionOptions =
     SessionOptions { threads: None, optimisation: Optimisation::All, exact_products: true };
 
@@ -25,8 +25,8 @@ pub fn in_f32(model: &Model) -> Option<Model> {
     Some(exact)
 }
 
-/// The largest relative error of rounding one operator's result to the graph's 16-bit floats; `None` when it has no
-/// such floats.
+/// The largest relative error of rounding one operator's result to the graph's 16-bit floats; `None`
+/// when it has no such floats.
 pub fn unit_roundoff(model: &Model) -> Option<f64> {
     let values = model.graph.values.iter().filter_map(|value| value.ty.as_ref()?.dtype());
     let weights = model.graph.body.initializers.iter().map(|(_, tensor)| tensor.dtype);

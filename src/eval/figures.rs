@@ -58,8 +58,8 @@ pub fn config_and_graph(bundle: &Bundle, part: &Component, model: &Model, decode
     among(&named("head_dim"), config.head_size(), &config.other_head_dims, sizes(3), checks);
 }
 
-/// A size that a config states for all layers, with the sizes that it states for keys, values or layers of another
-/// kind.
+/// A size that a config states for all layers, with the sizes that it states for keys, values
+/// or layers of another kind.
 fn among(subject: &str, figure: Option<usize>, others: &[usize], found: Option<BTreeSet<usize>>, checks: &mut Checks) {
     match (figure, found.as_ref().map(BTreeSet::len), &found) {
         (Some(figure), Some(2..), Some(found)) => {

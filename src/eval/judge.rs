@@ -50,8 +50,8 @@ pub(super) fn exact_match(reference: &Reference, prediction: &str) -> f64 {
     hit(answers_of_cell(&reference.answer).iter().any(|answer| normalise_answer(answer) == prediction))
 }
 
-/// The fraction of the answers that equal the prediction, ignoring case and surrounding spaces; with `any`, 1 if one
-/// does.
+/// The fraction of the answers that equal the prediction, ignoring case and surrounding spaces;
+/// with `any`, 1 if one does.
 pub(super) fn equal_text(reference: &Reference, prediction: &str, any: bool) -> f64 {
     let clean = |text: &str| text::lower(text::strip(text));
     let prediction = clean(prediction);
@@ -90,9 +90,9 @@ pub(super) fn relaxed_accuracy(reference: &Reference, prediction: &str) -> f64 {
     hit(answers_of_cell(&reference.answer).iter().any(matches))
 }
 
-/// Agreement with the annotators: the mean of `min(1, other annotators that agree / 3)` over all annotators, each left
-/// out in turn. A single answer has no other annotators, so it must equal the prediction (VLMEvalKit gives 0 in that
-/// case).
+/// Agreement with the annotators: the mean of `min(1, other annotators that agree / 3)` over all annotators,
+/// each left out in turn. A single answer has no other annotators, so it must equal the prediction
+/// (VLMEvalKit gives 0 in that case).
 ///
 /// Source: Antol et al. 2015, arXiv:1505.00468.
 pub(super) fn vqa_score(reference: &Reference, prediction: &str) -> f64 {
@@ -210,8 +210,8 @@ fn skip_spaces(text: &str) -> Option<&str> {
     (rest.len() < text.len()).then_some(rest)
 }
 
-/// The option whose text occurs in the prediction, if there is exactly one and the prediction is not much longer than
-/// the options.
+/// The option whose text occurs in the prediction, if there is exactly one and the prediction is not
+/// much longer than the options.
 fn read_text(prediction: &str, options: &[(char, String)]) -> Option<char> {
     let prediction = text::lower(prediction);
     let total: usize = options.iter().map(|(_, text)| text.chars().count()).sum();

@@ -49,8 +49,8 @@ pub struct Metric {
     pub kind: QuestionKind,
     /// The score of one prediction, 0 to 1.
     pub judge: fn(&Reference, &str) -> f64,
-    /// Answers of one unit are scored together and drawn together in the bootstrap; `None`: the answer is a unit of its
-    /// own.
+    /// Answers of one unit are scored together and drawn together in the bootstrap; `None`: the
+    /// answer is a unit of its own.
     pub unit: fn(&Reference) -> Option<String>,
     /// Answers are averaged within each stratum first, then over strata; `None`: the metric has no strata.
     pub stratum: fn(&Reference) -> Option<String>,

@@ -194,8 +194,8 @@ const SMOLVLM_MMBENCH: &[&str] = &[
 /// Benchmarks for which SmolVLM's prompt requests a letter.
 const SMOLVLM_LETTER: &[&str] = &["mmstar", "seedbench_img", "ai2d_test", "scienceqa_val", "scienceqa_test"];
 
-/// Source: VLMEvalKit's prompts for SmolVLM. For MMMU, VLMEvalKit places the pictures inside the text; here they come
-/// first.
+/// Source: VLMEvalKit's prompts for SmolVLM. For MMMU, VLMEvalKit places the pictures inside the
+/// text; here they come first.
 fn smolvlm(question: &Question) -> String {
     let whole = vlmevalkit(question);
     let text = strip(&whole);

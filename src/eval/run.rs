@@ -36,8 +36,8 @@ pub struct LoadedModel {
 }
 
 impl LoadedModel {
-    /// Loads a model folder with its own processor, template and tokenizer. `images` overrides the processor's
-    /// settings.
+    /// Loads a model folder with its own processor, template and tokenizer. `images` overrides
+    /// the processor's settings.
     ///
     /// Errors: as `Bundle::open`, `VlmSession::open` and `Processor::open_with`.
     pub fn open(
@@ -286,8 +286,8 @@ fn score_answers(
     scores
 }
 
-/// The rows that count. In circular benchmarks a rotation counts only when its original question is present, as in
-/// VLMEvalKit.
+/// The rows that count. In circular benchmarks a rotation counts only when its original question is
+/// present, as in VLMEvalKit.
 fn scored<'a>(
     rows: Vec<&'a BenchRow>,
     judged: Vec<(Reference, &'static Metric)>,

@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use super::metrics::Judged;
 
-/// Number of resamples for every interval; percentile intervals need 1,000 or more (Efron & Tibshirani 1993, chapter
-/// 19).
+/// Number of resamples for every interval; percentile intervals need 1,000 or more (Efron &
+/// Tibshirani 1993, chapter 19).
 pub const RESAMPLES: usize = 2000;
 
 /// A ratio with its 95% interval.

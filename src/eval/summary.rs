@@ -142,8 +142,8 @@ fn figures(metric: &Metric, rows: &[Judged]) -> BTreeMap<String, f64> {
     (metric.figures)(rows).into_iter().map(|(name, value)| (name.to_string(), value)).collect()
 }
 
-/// Answers in the form of metric inputs: units and strata become numbers; an answer without a unit is a unit of its
-/// own.
+/// Answers in the form of metric inputs: units and strata become numbers; an answer without a
+/// unit is a unit of its own.
 fn judged(answers: &[&Answer]) -> Vec<Judged> {
     let mut units: HashMap<&str, usize> = HashMap::new();
     let mut strata: HashMap<&str, usize> = HashMap::new();

@@ -139,8 +139,8 @@ fn contraction(word: &str) -> Option<&'static str> {
     })
 }
 
-/// Edit distance of two texts in lower case with runs of spaces collapsed, divided by the length of the longer original
-/// text.
+/// Edit distance of two texts in lower case with runs of spaces collapsed, divided by the length of
+/// the longer original text.
 ///
 /// Source: Biten et al. 2019, arXiv:1905.13648 (ANLS is 1 minus it, 0 below a threshold).
 pub fn normalised_edit_distance(a: &str, b: &str) -> f64 {

@@ -63,9 +63,9 @@ pub fn target_named(name: &str) -> Result<&'static ExportTarget, String> {
 
 /// Writes a model for a target as a new folder, with a record of the export.
 ///
-/// Errors: `Error::Invalid` when the folder exists or the target does not read a given setting; `Error::Unsupported`,
-/// with the reason, when the target cannot serve the model; `Error::Io` when writing fails. On an error no folder
-/// remains.
+/// Errors: `Error::Invalid` when the folder exists or the target does not read a given setting;
+/// `Error::Unsupported`, with the reason, when the target cannot serve the model; `Error::Io` when writing fails. On
+/// an error no folder remains.
 pub fn export(bundle: &Bundle, target: &ExportTarget, settings: &ExportSettings, folder: &Path) -> Result<Export> {
     let read = |name: &str| target.settings.iter().any(|(own, _)| *own == name);
     if let Some((name, _)) = SETTINGS.iter().find(|(name, is_set)| is_set(settings) && !read(name)) {

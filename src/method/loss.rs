@@ -18,8 +18,8 @@ use super::select::MeasureLosses;
 /// Samples with more tokens are left out; also the default of `score --max-tokens`.
 const MAX_TOKENS: usize = 8192;
 
-/// Limit on the tokens of one decoder pass; a longer conversation runs alone. Bounds memory and does not affect the
-/// result.
+/// Limit on the tokens of one decoder pass; a longer conversation runs alone. Bounds memory and
+/// does not affect the result.
 const TOKENS_PER_PASS: usize = 2048;
 
 /// An embedded conversation.

@@ -1,5 +1,5 @@
-//! The pruning method: scores layers by the similarity of the residual stream, and selects layers to drop and to
-//! finetune.
+//! The pruning method: scores layers by the similarity of the residual stream, and selects
+//! layers to drop and to finetune.
 //!
 //! Source: INTERLACE, arXiv:2511.19676.
 

@@ -173,8 +173,8 @@ impl Plan {
 
 /// Checks the layers that a user listed against the model.
 ///
-/// Returns them ascending. Errors: `Error::Invalid` for an empty list, a duplicate, a layer outside the model, or all
-/// layers.
+/// Returns them ascending. Errors: `Error::Invalid` for an empty list, a duplicate, a layer outside
+/// the model, or all layers.
 pub fn check_layers(layers: &[usize], num_layers: usize) -> Result<Vec<usize>> {
     let mut set = BTreeSet::new();
     for &layer in layers {

@@ -63,8 +63,8 @@ struct Recorded<'a> {
     data: &'a DataOptions,
 }
 
-/// Scores a model's decoder on the prompts of a data set: the question with its pictures, up to the start of the
-/// answer.
+/// Scores a model's decoder on the prompts of a data set: the question with its pictures, up
+/// to the start of the answer.
 ///
 /// Errors: as `Intake::encoded`; `Error::Invalid` when no sample is left or a similarity is NaN; `Error::Unsupported`
 /// when the decoder's layers cannot be found; `Error::Interrupted` on Ctrl-C.

@@ -189,8 +189,8 @@ impl Scores {
 
     /// Reads and checks `scores.json`.
     ///
-    /// Errors: those of `base::read_json`; `Error::Invalid` when lengths do not match `num_layers` or a value is not a
-    /// cosine.
+    /// Errors: those of `base::read_json`; `Error::Invalid` when lengths do not match `num_layers`
+    /// or a value is not a cosine.
     pub fn read(path: &Path) -> Result<Self> {
         let scores: Scores = read_json(path, SCORES_SCHEMA_VERSION)?;
         scores.check()?;
@@ -204,8 +204,8 @@ impl Scores {
 
     /// The weighted means over modalities, by pack size. The weights need not sum to 1.
     ///
-    /// Errors: `Error::Invalid` when no weight is above 0, a weight is negative or not a number, or the scores lack a
-    /// modality.
+    /// Errors: `Error::Invalid` when no weight is above 0, a weight is negative or not a number, or
+    /// the scores lack a modality.
     pub fn weighted_similarities(&self, weights: &ModalityWeights) -> Result<Similarities> {
         check_weights(weights)?;
         let sum: f64 = weights.values().sum();

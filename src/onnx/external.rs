@@ -30,8 +30,8 @@ impl Sources {
         }
     }
 
-    /// A payload that the model names by location, offset and length. `want` is the number of bytes that type and shape
-    /// need.
+    /// A payload that the model names by location, offset and length. `want` is the number of bytes
+    /// that type and shape need.
     ///
     /// Errors: `Error::Invalid` when the entries are malformed, leave the folder or exceed the file.
     pub fn external(&mut self, tensor: &str, entries: &[(&str, &str)], want: u64) -> Result<TensorData> {

@@ -36,7 +36,8 @@ pub type Metadata = Vec<(String, String)>;
 
 /// Writes a model under its final name. On an error no file remains there. Returns the names of the data files.
 ///
-/// Errors: `Error::Io` when writing fails; `Error::Invalid` when an inline model would pass 2 GiB or the graph is broken.
+/// Errors: `Error::Io` when writing fails; `Error::Invalid` when an inline model would
+/// exceed 2 GiB or the graph is broken.
 pub fn save(model: &Model, path: &Path, storage: &Storage) -> Result<Vec<String>> {
     save_with(model, path, storage, || Ok(Metadata::new()))
 }

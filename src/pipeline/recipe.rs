@@ -269,8 +269,8 @@ impl PlanSection {
     }
 }
 
-/// Reads a file of settings with `parse`, whose arguments are the text and the folder for relative paths. Errors name
-/// the file.
+/// Reads a file of settings with `parse`, whose arguments are the text and the folder for relative
+/// paths. Errors name the file.
 pub(super) fn read_file<T>(path: &Path, parse: impl FnOnce(&str, &Path) -> Result<T>) -> Result<T> {
     let text = fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
     let folder = path.parent().unwrap_or(Path::new(""));

@@ -27,8 +27,8 @@ fn additions(map: &LayerMap) -> impl Iterator<Item = (usize, &Glue)> {
 /// Moves the additions so that, once `dropped` are removed, the first addition follows the first kept layer, the second
 /// follows the second, and so on. Additions without a remaining layer are removed.
 ///
-/// Hugging Face's Qwen3-VL adds the features in its loop over the list of layers, so this equals deleting layers from
-/// that list.
+/// Hugging Face's Qwen3-VL adds the features in its loop over the list of layers, so this equals
+/// deleting layers from that list.
 ///
 /// Errors: `Error::Unsupported` when the additions do not follow the first layers one by one, or another change of the
 /// stream between layers prevents the move.

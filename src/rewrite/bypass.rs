@@ -17,8 +17,8 @@ pub const ROWS_INPUT: &str = "interlace.rows";
 pub const TARGETS_INPUT: &str = "interlace.targets";
 /// float32 `[1, N, 1]`: cross-entropy of each row in nats.
 pub const LOSS_OUTPUT: &str = "interlace.loss";
-/// bool `[1]`: true reads the stream before the first layer from [`STREAM_INPUT`] instead of computing it from the
-/// tokens.
+/// bool `[1]`: true reads the stream before the first layer from [`STREAM_INPUT`] instead of
+/// computing it from the tokens.
 pub const RESTART_INPUT: &str = "interlace.restart";
 /// `[B, T, D]`: read when [`RESTART_INPUT`] is true; otherwise empty.
 pub const STREAM_INPUT: &str = "interlace.stream";
@@ -36,8 +36,8 @@ pub struct Bypass {
     pub restarts: bool,
 }
 
-/// Puts each layer inside an `If` of its own and makes the losses of selected tokens an output. Cache outputs are
-/// removed.
+/// Puts each layer inside an `If` of its own and makes the losses of selected tokens an output.
+/// Cache outputs are removed.
 ///
 /// Errors: `Error::Unsupported` below opset 11, or when a layer's input and output have different types.
 pub fn bypass_layers(analysis: &Analysis) -> Result<Bypass> {
@@ -155,8 +155,8 @@ fn defined(body: &Body, own: &mut HashSet<ValueId>) {
     }
 }
 
-/// Makes the stream before the first layer an input. Returns false, without a change, when a run cannot begin at a
-/// later layer.
+/// Makes the stream before the first layer an input. Returns false, without a change, when a run
+/// cannot begin at a later layer.
 fn restart(build: &mut Builder, map: &LayerMap) -> bool {
     let Some(first) = map.layers.first() else { return false };
     if map.layers.iter().any(|layer| !layer.beside.is_empty()) {

@@ -7,8 +7,8 @@ use crate::ir::{GraphIndex, Model, ValueId};
 
 use super::tidy;
 
-/// The part of a model that computes `outputs` from `inputs` and from the other model inputs that it needs. Values keep
-/// their names.
+/// The part of a model that computes `outputs` from `inputs` and from the other model inputs that it
+/// needs. Values keep their names.
 ///
 /// Errors: `Error::Invalid` when an output cannot be computed or is listed twice.
 pub fn extract(model: &Model, inputs: &[ValueId], outputs: &[ValueId]) -> Result<Model> {

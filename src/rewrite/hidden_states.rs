@@ -38,8 +38,8 @@ impl Series {
     /// The lists among a graph's outputs. `map` refers to the outputs by the same ids as `graph`.
     pub fn all(graph: &Graph, map: &LayerMap) -> Vec<Series> {
         let count = map.layers.len();
-        // Grouped by the text around the number, and by the meaning of the number: the place, or the layer before the
-        // place.
+        // Grouped by the text around the number, and by the meaning of the number: the place, or
+        // the layer before the place.
         let mut frames: BTreeMap<(String, String, bool), Numbered> = BTreeMap::new();
         for (output, place) in shown(map) {
             let name = graph.name(output);
@@ -129,8 +129,8 @@ pub struct MovedTap {
     pub output: String,
     /// Name of the output now; `None` when it belonged to a dropped layer and was removed from its list.
     pub output_now: Option<String>,
-    /// Places at which it read the stream: `i` is before layer `i`, the number of layers is after the last one.
-    /// Ascending.
+    /// Places at which it read the stream: `i` is before layer `i`, the number of layers is
+    /// after the last one. Ascending.
     pub before: Vec<usize>,
     /// The places now, in the new numbers of the layers.
     pub before_now: Vec<usize>,

@@ -146,8 +146,8 @@ fn read_outside(body: &Body, layer: &Layer, value: ValueId) -> bool {
         || body.nodes.iter().enumerate().any(|(number, node)| layer.path.binary_search(&number).is_err() && reads(node))
 }
 
-/// Rejects nodes with weights between layers: they could belong to the layer before them, to the layer after them, or
-/// to neither.
+/// Rejects nodes with weights between layers: they could belong to the layer before them, to the layer
+/// after them, or to neither.
 fn refuse_glue(model: &Model, map: &LayerMap, dropped: &[usize]) -> Result<()> {
     for glue in &map.glue {
         let Some(&weight) = glue.weights.first() else { continue };

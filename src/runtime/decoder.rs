@@ -57,8 +57,8 @@ impl KvCache {
 impl Decoder {
     /// Finds the meaning of a graph's inputs. `head_dim` is used when the graph does not fix that axis of its cache.
     ///
-    /// Errors: `Error::Unsupported` naming an input without a known meaning, or a cache input without a matching
-    /// output.
+    /// Errors: `Error::Unsupported` naming an input without a known meaning, or a cache input
+    /// without a matching output.
     pub fn new(session: Session, head_dim: Option<usize>) -> Result<Self> {
         Self::understand(session, head_dim, false)
     }
@@ -261,8 +261,8 @@ impl Decoder {
         Ok(KvCache { tensors, length: 0 })
     }
 
-    /// The empty cache of a prefill: the batch axis is `batch`, the position axis is 0, heads and head size are the
-    /// graph's.
+    /// The empty cache of a prefill: the batch axis is `batch`, the position axis is 0, heads and
+    /// head size are the graph's.
     fn empty_past(&self, port: &Port, batch: usize) -> Result<Tensor> {
         let open = |axis: usize| {
             Error::unsupported(

@@ -1,5 +1,5 @@
-//! DeepStack: features of the vision encoder's inner layers, added to the residual stream of the decoder's first
-//! layers.
+//! DeepStack: features of the vision encoder's inner layers, added to the residual stream of
+//! the decoder's first layers.
 
 use serde_json::Value;
 

@@ -316,8 +316,8 @@ impl Row<'_> {
     }
 }
 
-/// Positions of the image tokens in each row of a batch, without padding: from the file's mask, or otherwise from the
-/// ids.
+/// Positions of the image tokens in each row of a batch, without padding: from the file's mask,
+/// or otherwise from the ids.
 fn image_tokens(inputs: &[Input], batch: &TensorBatch, image_token: Option<i64>) -> Vec<Vec<bool>> {
     let mask =
         inputs.iter().find(|input| input.kind() == Kind::ImageMask && batch.arrays.contains_key(&input.port.name));

@@ -35,8 +35,8 @@ impl VlmSession {
         VlmSession::with_decoder(runtime, bundle, decoder, options, cache)
     }
 
-    /// Loads a folder's components with another decoder in place of its own (a part of it, or one that is not written
-    /// yet).
+    /// Loads a folder's components with another decoder in place of its own (a part of it, or one
+    /// that is not written yet).
     ///
     /// A folder may lack configs; the missing settings stay unset.
     ///

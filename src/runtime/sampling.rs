@@ -22,8 +22,8 @@ impl Sampler {
         Sampler { temperature: 0.0, top_p: 1.0, rng: ChaCha8Rng::seed_from_u64(0) }
     }
 
-    /// Samples from the softmax of `logits / temperature`, restricted to the fewest tokens whose probabilities reach
-    /// `top_p`.
+    /// Samples from the softmax of `logits / temperature`, restricted to the fewest tokens whose
+    /// probabilities reach `top_p`.
     ///
     /// Source: Holtzman et al. 2020, arXiv:1904.09751 (nucleus sampling).
     /// Errors: `Error::Invalid` for a temperature below 0 or a `top_p` outside (0, 1].

@@ -47,9 +47,9 @@ pub struct SessionOptions {
     pub threads: Option<usize>,
     /// Graph optimisation at load time.
     pub optimisation: Optimisation,
-    /// Computes products exactly as in the graph. By default ONNX Runtime fuses a product with the `DequantizeLinear`
-    /// of its 4-bit weights and rounds the other factor to 8 bits, and sums of 8-bit products saturate on some
-    /// processors.
+    /// Computes products exactly as in the graph. By default ONNX Runtime fuses a product with the
+    /// `DequantizeLinear` of its 4-bit weights and rounds the other factor to 8 bits, and sums of 8-bit products
+    /// saturate on some processors.
     pub exact_products: bool,
 }
 

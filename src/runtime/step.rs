@@ -315,8 +315,8 @@ impl Step {
         floats(&[self.batch, self.time, width], packed)
     }
 
-    /// The embeddings as rows: `[B * T, width]`. If `width` is larger than theirs, the DeepStack features follow each
-    /// embedding.
+    /// The embeddings as rows: `[B * T, width]`. If `width` is larger than theirs, the DeepStack
+    /// features follow each embedding.
     ///
     /// Errors: `Error::Invalid` when the step has no embeddings, or `width` is not a multiple of their width.
     pub fn embedding_rows(&self, width: usize) -> Result<Vec<f32>> {

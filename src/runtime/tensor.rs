@@ -128,8 +128,8 @@ impl Tensor {
 
     /// A copy as a constant of the graph.
     ///
-    /// Errors: `Error::Unsupported` for element types that cannot be copied; `Error::Engine` when the tensor is not in
-    /// CPU memory.
+    /// Errors: `Error::Unsupported` for element types that cannot be copied; `Error::Engine` when the
+    /// tensor is not in CPU memory.
     pub fn to_ir(&self) -> Result<crate::ir::Tensor> {
         let bytes: Vec<u8> = match self.dtype()? {
             DataType::Float => self.data::<f32>()?.iter().flat_map(|x| x.to_le_bytes()).collect(),
@@ -191,8 +191,8 @@ impl Tensor {
 
     /// An array's elements converted to an input's type.
     ///
-    /// Errors: `Error::Unsupported` when this conversion is not possible; `Error::Invalid` when an element is out of
-    /// range.
+    /// Errors: `Error::Unsupported` when this conversion is not possible; `Error::Invalid` when
+    /// an element is out of range.
     pub fn from_array(dtype: DataType, array: Array) -> Result<Self> {
         let shape = array.shape().to_vec();
         match array {

@@ -318,8 +318,8 @@ impl VlmSession {
         }
     }
 
-    /// Positions of the ids, and the next position. `grids` are those of the pictures, `None` for a picture without
-    /// one.
+    /// Positions of the ids, and the next position. `grids` are those of the pictures, `None`
+    /// for a picture without one.
     pub(super) fn positions_of(&self, ids: &[i64], grids: Vec<Option<[i64; 3]>>) -> Result<(Vec<Vec<i64>>, i64)> {
         let length = ids.len() as i64;
         if self.decoder.position_rows() == 1 || grids.is_empty() {

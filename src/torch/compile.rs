@@ -391,8 +391,8 @@ fn constant_of<'a>(row: &Operator, attributes: &'a [(String, Attribute)]) -> Opt
     attributes.iter().find(|(name, _)| constant && name == "value").and_then(|(_, attribute)| attribute.as_tensor())
 }
 
-/// The declared type and shape of a sub-graph's output, if type and rank are declared. An axis of unknown length gets
-/// length 0.
+/// The declared type and shape of a sub-graph's output, if type and rank are declared. An axis of
+/// unknown length gets length 0.
 fn declared(ty: Option<&ValueType>) -> Option<Declared> {
     let Some(ValueType::Tensor { dtype, shape: Some(shape) }) = ty else { return None };
     let axis = |dim: &Dim| if let Dim::Known(size) = dim { (*size).max(0) } else { 0 };

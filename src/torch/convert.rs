@@ -7,8 +7,8 @@ use tch::{Kind, Tensor};
 use crate::base::{Error, Result};
 use crate::ir::{self, DataType};
 
-/// The LibTorch kind of an ONNX element type; `None` for types that LibTorch lacks (strings, sub-byte and wide unsigned
-/// types).
+/// The LibTorch kind of an ONNX element type; `None` for types that LibTorch lacks (strings, sub-byte
+/// and wide unsigned types).
 pub fn kind_of(dtype: DataType) -> Option<Kind> {
     Some(match dtype {
         DataType::Float => Kind::Float,

@@ -18,8 +18,8 @@ static CUDA: OnceLock<Result<(), String>> = OnceLock::new();
 
 /// The CUDA device `index`, after loading LibTorch's CUDA library.
 ///
-/// Errors: `Error::Unsupported` when the library does not load or there is no such GPU. There is no fall-back to the
-/// CPU.
+/// Errors: `Error::Unsupported` when the library does not load or there is no such GPU. There
+/// is no fall-back to the CPU.
 pub fn cuda_device(index: usize) -> Result<Device> {
     let subject = format!("device cuda:{index}");
     let count = cuda_device_count()?;

@@ -163,8 +163,8 @@ impl Build<'_> {
         self.inputs.get(index).copied().unwrap_or(false)
     }
 
-    /// The declared element type of input `index`; `None` when the graph does not declare it and the tensor's kind
-    /// decides.
+    /// The declared element type of input `index`; `None` when the graph does not declare it and
+    /// the tensor's kind decides.
     ///
     /// Errors: when the type is not declared and may be a 4-bit type, which the tensor's kind does not show.
     pub fn dtype(&self, index: usize) -> OpResult<Option<DataType>> {

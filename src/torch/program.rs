@@ -381,8 +381,8 @@ impl Program {
         Ok(results)
     }
 
-    /// Moves inputs to the program's device, converts them to the computed kinds, and returns their shapes and kinds
-    /// too.
+    /// Moves inputs to the program's device, converts them to the computed kinds, and returns
+    /// their shapes and kinds too.
     fn admit(&self, inputs: &[(ValueId, Tensor)]) -> Result<(Signature, HashMap<Slot, Tensor>)> {
         let mut signature: Signature = Vec::with_capacity(inputs.len());
         let mut values: HashMap<Slot, Tensor> = HashMap::with_capacity(64);

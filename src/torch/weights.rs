@@ -1,5 +1,5 @@
-//! Weights as tensors: frozen ones share memory with the mapped file unless they are widened; trainable ones are
-//! copies.
+//! Weights as tensors: frozen ones share memory with the mapped file unless they are widened;
+//! trainable ones are copies.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};

@@ -12,8 +12,8 @@ const TOKENIZER_CLASSES: (&str, &str) = ("TokenizersBackend", "PreTrainedTokeniz
 
 type Object = Map<String, Value>;
 
-/// The configs in the form that transformers.js requires, by file name. `chunks` is the number of data files of each
-/// ONNX file.
+/// The configs in the form that transformers.js requires, by file name. `chunks` is the number of
+/// data files of each ONNX file.
 ///
 /// Errors: `Error::Invalid` naming the missing entry and the files searched.
 pub(super) fn rewritten(

@@ -30,8 +30,8 @@ const CHUNK_BYTES: u64 = 2_000_000_000;
 /// Weights of up to this many bytes stay inside the ONNX file.
 const INLINE_BYTES: u64 = 256 << 20;
 
-/// Writes a folder for transformers.js into `root`. Without a requested variant all variants of a component are
-/// written.
+/// Writes a folder for transformers.js into `root`. Without a requested variant all variants
+/// of a component are written.
 ///
 /// Errors: `Error::Unsupported` for a model type, component, input or output that transformers.js does not support;
 /// `Error::Invalid` when a processor class, tokenizer or template is missing.

@@ -165,8 +165,8 @@ pub(super) fn stem_of(kind: Kind, component: &Component) -> Result<&'static str>
 
 /// Checks the names and types of a component's inputs and outputs.
 ///
-/// Errors: `Error::Unsupported` naming an input that transformers.js never passes, or a missing output that it
-/// requires.
+/// Errors: `Error::Unsupported` naming an input that transformers.js never passes, or a
+/// missing output that it requires.
 pub(super) fn check_ports(
     component: &Component,
     model: &Model,

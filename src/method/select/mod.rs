@@ -186,8 +186,8 @@ pub fn drop_count(ratio: f64, num_layers: usize) -> Result<usize> {
         return Err(Error::invalid(format!("drop ratio {ratio}"), "must be between 0 and 1, both excluded")
             .remedy("to drop a number of layers use `--drop-count`"));
     }
-    // Rounding errors (0.3 * 10 may give 2.9999999999999996) must not reduce a ratio that means a whole number of
-    // layers.
+    // Rounding errors (0.3 * 10 may give 2.9999999999999996) must not reduce a ratio that means
+    // a whole number of layers.
     let count = (ratio * num_layers as f64 + 1e-9).floor() as usize;
     if count == 0 {
         return Err(Error::invalid(

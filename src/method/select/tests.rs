@@ -205,16 +205,16 @@ fn sleb_measures_again_after_each_removal() {
     assert_eq!(measure.calls, 9 + 8);
 }
 
-/// Costs ascend as 1 (0.1), 2 (0.2), 4 (0.3), 3 (0.5). Dropping 1 excludes its neighbours 0 and 2; dropping 4 excludes
-/// 3 and 5.
+/// Costs ascend as 1 (0.1), 2 (0.2), 4 (0.3), 3 (0.5). Dropping 1 excludes its neighbours 0 and 2;
+/// dropping 4 excludes 3 and 5.
 #[test]
 fn interlace_loss_leaves_the_neighbours_of_what_went() {
     let similarities = Similarities::new();
     let mut measure = Formula { loss: costs, calls: 0 };
     let mut asked = SelectionRequest { measure: Some(&mut measure), ..request(&similarities, 3) };
     let groups = Strategy::named("interlace-loss").unwrap().select(&mut asked).unwrap();
-    // 6, 7 and 8 have equal costs, so the lower index is dropped. The finetuned layers are on the sides that leave room
-    // for anchors.
+    // 6, 7 and 8 have equal costs, so the lower index is dropped. The finetuned layers are on the sides
+    // that leave room for anchors.
     let want = vec![(vec![1], vec![0], Some(2)), (vec![4], vec![3], Some(5)), (vec![6], vec![7], Some(8))];
     assert_eq!(shape(&groups), want);
     assert_eq!(groups[1].score, Some(0.4));

@@ -331,8 +331,8 @@ fn taps(analysis: &Analysis) -> Vec<TapInfo> {
     .collect()
 }
 
-/// An output's name. The branches of an `If` have names of their own; the model's names are those of the `If`'s
-/// outputs.
+/// An output's name. The branches of an `If` have names of their own; the model's names are
+/// those of the `If`'s outputs.
 fn outer_name(analysis: &Analysis, output: ValueId) -> String {
     let graph = &analysis.model.graph;
     let outer = || {

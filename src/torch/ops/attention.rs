@@ -371,9 +371,9 @@ fn unpack(args: &Args, heads: i64) -> OpResult<(Tensor, Tensor, Tensor)> {
 
 /// Attention with one weight for the projections of query, key and value.
 ///
-/// Inputs: x `[B, S, I]`, weight `[I, 2 * H * D + H * E]`, bias, mask, the past keys and values `[2, B, H, P, D]`, and a
-/// bias of the scores. The mask is `[B]` lengths, `[2 B]` ends then starts, or `[B, T]` or `[B, S, T]` of 0 and 1
-/// -> `[B, S, H * E]` and keys and values `[2, B, H, P + S, D]`.
+/// Inputs: x `[B, S, I]`, weight `[I, 2 * H * D + H * E]`, bias, mask, the past keys and values `[2, B, H, P, D]`, and
+/// a bias of the scores -> `[B, S, H * E]` and keys and values `[2, B, H, P + S, D]`. The mask is `[B]` lengths,
+/// `[2 B]` ends followed by starts, or `[B, T]` or `[B, S, T]` of 0 and 1.
 /// Source: ONNX Runtime, com.microsoft Attention-1.
 fn with_projection(b: &mut Build) -> OpResult<Kernel> {
     let a = b.attributes;

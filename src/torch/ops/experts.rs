@@ -60,12 +60,12 @@ enum ExpertProduct {
     Third = 2,
 }
 
-/// Each token is processed by the `k` experts with the largest softmax of the router logits; the softmax weights their
-/// sum.
+/// Each token is processed by the `k` experts with the largest softmax of the router logits; the
+/// softmax weights their sum.
 ///
-/// Inputs: x `[.., D]`, router logits `[N, E]`, the experts' weights `[E, F, D]`, `[E, D, I]` and optional `[E, I, D]`, each
-/// followed by its optional bias -> `[.., D]`. With fused SwiGLU F is 2 I. Otherwise the activated first product is
-/// multiplied with the third one.
+/// Inputs: x `[.., D]`, router logits `[N, E]`, the experts' weights `[E, F, D]`, `[E, D, I]` and optional
+/// `[E, I, D]`, each followed by its optional bias -> `[.., D]`. With fused SwiGLU F is 2 I. Otherwise the
+/// activated first product is multiplied with the third one.
 /// Source: ONNX Runtime, com.microsoft MoE-1.
 fn mixture(b: &mut Build) -> OpResult<Kernel> {
     let settings = settings(b, b.has(6), None)?;
@@ -77,8 +77,8 @@ fn mixture(b: &mut Build) -> OpResult<Kernel> {
 /// Inputs: x, router logits, for each of the three products its weight `[E, N, K * bits / 8]`, scales `[E, N]` or
 /// `[E, N, K / block]` and optional bias `[E, N]`; their zero points `[E, N * bits / 8]` or
 /// `[E, N, K / block * bits / 8]`, by default 2^(bits - 1); and separate weights for the mixing of the selected experts
-/// (optional). A weight is `(number - zero point) * scale`. Layouts that only one provider supports are rejected when the
-/// file names them; when the file leaves the layout to the provider, the layout of the CPU provider is used.
+/// (optional). A weight is `(number - zero point) * scale`. Layouts that only one provider supports are rejected when
+/// the file names them; when the file leaves the layout to the provider, the layout of the CPU provider is used.
 /// Source: ONNX Runtime, com.microsoft QMoE-1.
 fn quantised_mixture(b: &mut Build) -> OpResult<Kernel> {
     let a = b.attributes;

@@ -114,8 +114,8 @@ fn layer(
 
 /// The sum of input, skip and bias, normalised over the last axis.
 ///
-/// Inputs: input, skip, gamma, then beta (layer form only) and bias. Outputs: the result, mean (layer form only), inverse
-/// deviation, and the sum.
+/// Inputs: input, skip, gamma, then beta (layer form only) and bias.
+/// Outputs: the result, mean (layer form only), inverse deviation, and the sum.
 fn skip(b: &mut Build, simplified: bool) -> OpResult<Kernel> {
     let epsilon = b.attributes.float("epsilon", 1e-12)?;
     if simplified && b.wants(1) {

@@ -60,8 +60,8 @@ fn dynamic_quantize(x: &Tensor) -> OpResult<Vec<Tensor>> {
     Ok(vec![y.f_to_kind(Kind::Uint8)?, scale, zero.f_to_kind(Kind::Uint8)?])
 }
 
-/// Scale or zero point in a shape that broadcasts over `x`: a scalar, one entry per position of `axis`, or one per
-/// block.
+/// Scale or zero point in a shape that broadcasts over `x`: a scalar, one entry per position of
+/// `axis`, or one per block.
 fn spread(parameter: &Tensor, x: &Tensor, axis: i64, block: i64) -> OpResult<Tensor> {
     if parameter.numel() == 1 {
         return Ok(parameter.f_reshape([0i64; 0])?);
@@ -191,8 +191,8 @@ fn matmul_nbits(b: &mut Build) -> OpResult<Kernel> {
     })
 }
 
-/// Rows of a table that is quantised in blocks of `block_size` elements with a scale each. The selected rows are
-/// dequantised.
+/// Rows of a table that is quantised in blocks of `block_size` elements with a scale each. The
+/// selected rows are dequantised.
 ///
 /// Shapes: data `[V, ..]` (bytes packed along the last axis, or elements of 4 bits), scales and zero points with
 /// one entry per block along `quantize_axis`.

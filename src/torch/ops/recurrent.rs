@@ -116,7 +116,8 @@ fn recur(args: &Args, q_heads: i64, heads: i64, scale: f64, rule: Rule) -> OpRes
 
 /// A depthwise causal convolution over the past and new inputs; also returns the inputs that the next call needs.
 ///
-/// Shapes: x `[B, C, T]`, weight `[C, 1, K]`, bias `[C]`, state `[B, C, (K - 1) * dilation]` -> `[B, C, T]` and the state.
+/// Shapes: x `[B, C, T]`, weight `[C, 1, K]`, bias `[C]`, state `[B, C, (K - 1) * dilation]` ->
+/// `[B, C, T]` and the state.
 /// Source: ONNX CausalConvWithState-27; ONNX Runtime, com.microsoft CausalConvWithState-1.
 fn causal_convolution(b: &mut Build) -> OpResult<Kernel> {
     single_state(b)?;

@@ -42,8 +42,8 @@ pub(super) const ROWS: &[Operator] = &[
     .grad(),
 ];
 
-/// `plain` reductions return the input unchanged when no axis is reduced; for the others ONNX does not define this
-/// case.
+/// `plain` reductions return the input unchanged when no axis is reduced; for the others ONNX
+/// does not define this case.
 fn reduce(b: &mut Build, axes_input_since: i64, plain: bool, f: Reduce) -> OpResult<Kernel> {
     let keep = b.attributes.flag("keepdims", true)?;
     let by_input = b.version >= axes_input_since;

@@ -187,8 +187,8 @@ fn to_integers(mixed: &Tensor, kind: Kind, antialias: bool) -> OpResult<Tensor> 
     Ok(whole.f_clamp(low, high)?.f_to_kind(kind)?)
 }
 
-/// The input coordinate of an output position, computed in f32 as in ONNX Runtime: small differences decide ties of
-/// `nearest`.
+/// The input coordinate of an output position, computed in f32 as in ONNX Runtime: small differences
+/// decide ties of `nearest`.
 fn source_of(place: i64, size: i64, target: i64, scale: f32, coordinates: Coordinates) -> f64 {
     let at = place as f32;
     let half_pixel = || f64::from((at + 0.5) / scale - 0.5);

@@ -87,8 +87,8 @@ impl Place {
 impl Ranks {
     /// Connects to the other processes of this run, if the environment describes any.
     ///
-    /// Errors: `Error::Invalid` for an incomplete environment; `Error::Engine` when the other processes cannot be
-    /// reached.
+    /// Errors: `Error::Invalid` for an incomplete environment; `Error::Engine` when the other
+    /// processes cannot be reached.
     pub fn of_environment() -> Result<Option<Ranks>> {
         Place::of(|name| env::var(name).ok().filter(|value| !value.is_empty()))?.map(Ranks::meet).transpose()
     }
