@@ -1,4 +1,4 @@
-//! The schema of every JSON artifact, derived from its type. One row each.
+//! The schemas of all JSON artifacts, derived from their types. One row each.
 
 use schemars::{Schema, schema_for};
 
@@ -11,7 +11,7 @@ use crate::method::{Plan, Scores};
 use crate::pipeline::steps::{Generations, Inspection, LikelihoodReport, Pruned};
 use crate::pipeline::{Manifest, Recipe, RunState, Sweep, SweepTable, Table};
 
-/// Name and schema of every artifact; `schemas/` holds them under `NAME.schema.json`.
+/// Name and schema of every artifact; the folder `schemas/` has them as `NAME.schema.json`.
 pub fn schemas() -> Vec<(&'static str, Schema)> {
     vec![
         ("bench", schema_for!(BenchReport)),

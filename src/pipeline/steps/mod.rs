@@ -1,4 +1,4 @@
-//! One function per verb, shared by the command line and by runs.
+//! One function per verb, used by the command line and by runs.
 
 mod budget;
 mod engine;
