@@ -148,6 +148,7 @@ const WITHOUT_CIRCLES: &[&str] = &[
     "eval",
     "export",
     "export/triton",
+    "graft",
     "ir",
     "method",
     "method/select",
