@@ -46,7 +46,7 @@ pub struct SelectionRequest<'a, 'm> {
     pub refusal: &'a dyn Fn(&[usize]) -> Option<String>,
     /// Mean similarities by pack size; empty for strategies that need none.
     pub similarities: &'a Similarities,
-    /// Seed of the `random` strategy.
+    /// Seed, for strategies that draw at random.
     pub seed: u64,
     /// Layers that the user named, for `explicit`.
     pub layers: &'a [usize],
