@@ -41,7 +41,7 @@ pub enum QuestionKind {
 pub struct Metric {
     /// As benchmarks and reports name it.
     pub name: &'static str,
-    /// One line about the score, for help texts.
+    /// One line about the score, for documents.
     pub about: &'static str,
     /// Benchmarks that are judged by it: how their names begin, in lower case.
     pub benchmarks: &'static [&'static str],
