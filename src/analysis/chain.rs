@@ -11,12 +11,12 @@ pub struct Chain {
     pub result: ValueId,
     /// `values[0]` is the source, the last one the result.
     pub values: Vec<ValueId>,
-    /// For each node of the body: the chain position it follows, if it lies on a path from source to result.
+    /// For each node of the body: the chain position that it follows, if it is on a path from source to result.
     pub level: Vec<Option<usize>>,
     /// For each node of the body: true when it reads the source or anything computed from it.
     pub reached: Vec<bool>,
     pub(super) stream: HashSet<ValueId>,
-    /// True where the values are not those that every path passes, but those that sums carry on.
+    /// True when the chain consists of the sums that carry the stream, and not of the values that every path passes.
     pub(super) by_sums: bool,
 }
 

@@ -1,10 +1,10 @@
-//! What nodes read, and what values are computed from.
+//! Data dependencies: inputs of nodes, and values computed from weights alone.
 
 use std::collections::HashSet;
 
 use crate::ir::{Body, DataType, Graph, GraphIndex, Node, ValueId};
 
-/// The inputs of a node, those that bodies inside it capture included.
+/// The inputs of a node, including those that bodies inside it capture.
 pub fn data_inputs(body: &Body, node: usize) -> Vec<ValueId> {
     let node = &body.nodes[node];
     let mut inputs: Vec<ValueId> = node.present_inputs().collect();
@@ -32,8 +32,8 @@ pub fn from_weights(body: &Body, index: &GraphIndex, value: ValueId) -> bool {
     true
 }
 
-/// The input of the graph that a node cuts a part out of: features that lie packed behind each row of the embeddings are
-/// cut off so.
+/// The graph input of which a `Slice` or `Split` takes a part of each row: an exporter that packs features behind the
+/// embeddings in one tensor separates them in this way.
 pub fn part_of_rows(graph: &Graph, body: &Body, node: &Node) -> Option<ValueId> {
     let input = node.inputs.first().copied().flatten()?;
     let ty = graph.value(input).ty.as_ref()?;

@@ -1,4 +1,4 @@
-//! The layers of a transformer graph: boundaries, ports, weights and what they share.
+//! The layers of a transformer graph: boundaries, ports, weights and shared values.
 
 use std::collections::{HashMap, HashSet};
 
@@ -9,19 +9,20 @@ use super::owner::Owner;
 /// The layers of a transformer graph.
 #[derive(Clone, Debug)]
 pub struct LayerMap {
-    /// The graph input that the stream begins at, or the part of its rows where other features are packed behind it.
+    /// The graph input at which the stream begins, or the part of its rows that holds the embeddings when other
+    /// features are packed behind them.
     pub source: ValueId,
-    /// The graph output that the stream ends in.
+    /// The graph output at which the stream ends.
     pub result: ValueId,
     /// Layers in the order of the stream; the output of one is the input of the next, up to `glue`.
     pub layers: Vec<Layer>,
     /// Changes of the stream between layers, such as features added from outside.
     pub glue: Vec<Glue>,
-    /// Outputs beside the result that are no cache and come from the stream.
+    /// Outputs other than the result that are computed from the stream and are not caches.
     pub taps: Vec<Tap>,
-    /// For each node of the body: which layers it works for.
+    /// For each node of the body: the layers that use it.
     pub node_owners: Vec<Owner>,
-    /// For each initializer, by value: which layers read it.
+    /// For each initializer: the layers that read it.
     pub weight_owners: HashMap<ValueId, Owner>,
 }
 
@@ -32,27 +33,27 @@ pub struct Layer {
     pub index: usize,
     /// The stream before the layer, h_i.
     pub input: ValueId,
-    /// The value of the same type that replaces `output` when the layer is dropped: `input` or a cast of it to that type.
+    /// The value that replaces `output` when the layer is dropped: `input`, or a cast of it to the type of `output`.
     pub carried: ValueId,
-    /// The stream behind the layer.
+    /// The stream after the layer.
     pub output: ValueId,
     /// The stream between the layer's blocks.
     pub sums: Vec<ValueId>,
-    /// For people: `attention + mlp`, `sliding attention + moe`.
+    /// The kinds of its blocks for messages: `attention + mlp`, `sliding attention + moe`.
     pub kind: String,
-    /// Same number, same operators in the same arrangement (attributes and sizes aside).
+    /// Layers with the same number have the same operators in the same arrangement; attributes and sizes may differ.
     pub class: usize,
     /// Nodes on the way from `input` to `output`, in execution order.
     pub path: Vec<usize>,
     /// Initializers that only this layer reads, in file order.
     pub weights: Vec<ValueId>,
-    /// Initializers of more than one element that this layer reads and others too.
+    /// Initializers of more than one element that this layer shares with other readers.
     pub shared_weights: Vec<ValueId>,
     /// Values computed outside the layer and read inside it, other than the stream, weights and ports: masks, rotary
     /// tables, shapes.
     pub shared_values: Vec<ValueId>,
-    /// Values read inside the layer that are computed from the stream and reach it beside it: an earlier layer's keys, a
-    /// projection of the embeddings.
+    /// Values computed from the stream that the layer reads besides its input: an earlier layer's keys, a projection of
+    /// the embeddings.
     pub beside: Vec<ValueId>,
     /// Cached tensors, keys before values.
     pub ports: Vec<KvPort>,
@@ -72,7 +73,7 @@ impl Layer {
     }
 }
 
-/// Content of a cached tensor; two layers' ports of the same role correspond.
+/// Content of a cached tensor. Ports of the same role in two layers correspond to each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum PortRole {
     /// Attention keys.
@@ -99,9 +100,9 @@ impl PortRole {
 pub struct KvPort {
     /// Content of the tensor.
     pub role: PortRole,
-    /// Graph input with the state of earlier tokens.
+    /// Graph input with the state of the earlier tokens.
     pub past: Option<ValueId>,
-    /// Graph output with that state and the new tokens' state.
+    /// Graph output with the state of the earlier and the new tokens.
     pub present: Option<ValueId>,
 }
 
@@ -114,21 +115,23 @@ pub struct Glue {
     pub from: ValueId,
     /// The stream after the change.
     pub to: ValueId,
-    /// Operators on the way.
+    /// Operators between `from` and `to`.
     pub operators: Vec<String>,
-    /// Graph inputs that come in here and nowhere before (DeepStack features).
+    /// Graph inputs that are first read here (DeepStack features).
     pub inputs: Vec<ValueId>,
-    /// Weights of more than one element that take part. Whether the layer before or behind owns them is not known.
+    /// Weights of more than one element that are read here. The graph does not show whether they belong to the layer
+    /// before or after.
     pub weights: Vec<ValueId>,
 }
 
-/// An output computed from the stream that is no cache: a hidden state, features of some layers.
+/// An output that is computed from the stream and is not a cache: a hidden state, or features of some layers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tap {
     /// The graph output.
     pub output: ValueId,
-    /// Places at which it reads the stream, ascending: `i` is before layer `i`, the number of layers is after the last one.
+    /// Places at which the output reads the stream, ascending: `i` is before layer `i`; the number of layers is after
+    /// the last one.
     pub places: Vec<usize>,
-    /// Layers whose inside it reads. In order.
+    /// Layers inside which the output reads values, ascending.
     pub inside: Vec<usize>,
 }

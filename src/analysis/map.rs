@@ -1,4 +1,4 @@
-//! The result of the analysis: layers, their boundaries, ports, weights and what they share.
+//! Builds the result of the analysis: layers, their boundaries, ports, weights and shared values.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 
@@ -12,7 +12,7 @@ use super::owner::Owner;
 use super::owners::Owners;
 use super::{glue, kinds};
 
-/// Puts the map together, ports aside.
+/// Builds the map without the ports.
 pub(super) fn build(graph: &Graph, body: &Body, chain: &Chain, grouped: Vec<LayerBlocks>) -> LayerMap {
     let index = GraphIndex::of_body(body);
     let mut layers = Vec::with_capacity(grouped.len());
@@ -74,7 +74,7 @@ fn read_beside(body: &Body, index: &GraphIndex, layer: &Layer, streamed: &HashSe
     found
 }
 
-/// Everything that is computed from the content of a value.
+/// All values computed from the content of a value.
 fn computed_from(body: &Body, value: ValueId) -> HashSet<ValueId> {
     let mut found = HashSet::from([value]);
     for (number, node) in body.nodes.iter().enumerate() {
@@ -85,7 +85,7 @@ fn computed_from(body: &Body, value: ValueId) -> HashSet<ValueId> {
     found
 }
 
-/// Products of a layer with attention alone: query, key, value, scores, the weighted sum and the output.
+/// Products of a layer that has attention alone: query, key, value, scores, the weighted sum and the output.
 const SERIAL_PRODUCTS: usize = 6;
 
 fn kind(body: &Body, blocks: &LayerBlocks, path: &[usize]) -> String {
@@ -96,7 +96,7 @@ fn kind(body: &Body, blocks: &LayerBlocks, path: &[usize]) -> String {
         }
     }
     if blocks.blocks.len() == 1 && blocks.blocks[0].mixing.is_mixer() {
-        // Attention and feed-forward side by side on one norm, or a layer without a feed-forward part.
+        // Attention and feed-forward in parallel on one norm, or a layer without a feed-forward part.
         let products = path.iter().filter(|&&node| body.nodes[node].op_type.contains("MatMul")).count();
         if products > SERIAL_PRODUCTS {
             words.push("parallel mlp");
@@ -105,8 +105,8 @@ fn kind(body: &Body, blocks: &LayerBlocks, path: &[usize]) -> String {
     words.join(" + ")
 }
 
-/// A hash of the operators between a layer's input and output and how they are connected; what comes in from the side
-/// (weights, masks, shapes) counts as one thing.
+/// A hash of the operators between a layer's input and output and of their connections. Every value from outside the
+/// path (weights, masks, shapes) has the same hash.
 fn signature(body: &Body, index: &GraphIndex, path: &[usize], input: ValueId) -> u64 {
     use std::hash::{DefaultHasher, Hash, Hasher};
     let on_path: HashSet<usize> = path.iter().copied().collect();
@@ -137,7 +137,7 @@ fn signature(body: &Body, index: &GraphIndex, path: &[usize], input: ValueId) ->
     last
 }
 
-/// One name for operators that compute the same.
+/// One name for all operators that compute the same function.
 fn operator_name(node: &Node) -> String {
     match node.op_type.as_str() {
         "SimplifiedLayerNormalization" | "RMSNormalization" => "RMSNormalization".into(),

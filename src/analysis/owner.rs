@@ -1,8 +1,8 @@
-//! Which layers a node or a weight works for.
+//! The layers that use a node or a weight.
 
 use std::collections::BTreeSet;
 
-/// The layers, and whether anything outside them, that use a node or weight.
+/// The users of a node or weight: layers, and anything outside the layers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Owner {
     /// Indices of the layers.
@@ -12,7 +12,7 @@ pub struct Owner {
 }
 
 impl Owner {
-    /// The one layer that uses it, if it is one alone.
+    /// The layer, when exactly one layer and nothing else uses it.
     pub fn only(&self) -> Option<usize> {
         if self.outside || self.layers.len() != 1 { None } else { self.layers.first().copied() }
     }
@@ -22,7 +22,7 @@ impl Owner {
         self.layers.contains(&layer)
     }
 
-    /// Adds the users that `other` has.
+    /// Adds the users of `other`.
     pub(super) fn merge(&mut self, other: &Owner) {
         self.layers.extend(&other.layers);
         self.outside |= other.outside;

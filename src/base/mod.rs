@@ -1,4 +1,4 @@
-//! Foundations of every other module: errors, files, hashing, progress. Contains nothing about models.
+//! Foundations of every other module: errors, files, hashing, progress. Nothing here knows about models.
 
 mod ahead;
 mod artifact;

@@ -1,4 +1,4 @@
-//! `interlace bench`, and the hidden verb with which it measures memory in a process of its own.
+//! `interlace bench`, and the hidden verb that measures memory in a separate process.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -1,4 +1,4 @@
-//! What every verb is given, and how it ends.
+//! The input of every verb besides its arguments, and its outcome.
 
 use crate::base::Cancel;
 
@@ -12,11 +12,11 @@ pub struct Context {
     pub cancel: Cancel,
 }
 
-/// How a verb ended that met no error.
+/// Outcome of a verb that ended without an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// It ran, and every gate and check held.
+    /// Every gate and check was satisfied.
     Done,
-    /// A check or a gate did not hold; the verb has printed which.
+    /// A check failed or a gate was not satisfied; the verb has printed which one.
     GateFailed,
 }

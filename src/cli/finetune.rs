@@ -157,7 +157,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     let ranks = Ranks::of_environment()?;
     let mut device = args.device;
     if let Some(ranks) = &ranks {
-        // One process speaks for all of them; each has the GPU of its own number.
+        // Only the process of rank 0 prints progress. Each process uses the GPU with its local rank.
         set_quiet(context.output.quiet || ranks.rank() > 0);
         if let Device::Cuda(index) = &mut device {
             *index += u32::try_from(ranks.local_rank())?;
@@ -199,7 +199,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     print_report(&report, output)
 }
 
-/// What a run did, line by line.
+/// Prints the report of a run.
 fn print_report(report: &Report, output: &output::Output) -> anyhow::Result<Outcome> {
     output.line(format!(
         "{} steps on {} samples, {} trained parameters in layers {:?}",
@@ -237,7 +237,7 @@ fn print_report(report: &Report, output: &output::Output) -> anyhow::Result<Outc
     Ok(Outcome::Done)
 }
 
-/// Prints a plan; a run that does not fit its limit ends with 1.
+/// Prints a plan. Exit code 1 if the run exceeds its memory limit.
 fn dry_run(plan: &RunPlan, context: &Context) -> anyhow::Result<Outcome> {
     let output = &context.output;
     let done = if plan.fits == Some(false) { Outcome::GateFailed } else { Outcome::Done };
@@ -276,7 +276,7 @@ fn settings(args: &Args) -> anyhow::Result<Settings> {
     let table: toml::Table = match &args.settings {
         Some(path) => {
             let text = fs::read_to_string(path).with_context(|| format!("cannot read `{}`", path.display()))?;
-            // Read as settings too, for a message that shows the line.
+            // Parsed as settings as well, for an error message that shows the line.
             let _: Settings = toml::from_str(&text)
                 .with_context(|| format!("`{}` is not a file of finetune settings", path.display()))?;
             toml::from_str(&text)?

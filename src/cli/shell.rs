@@ -1,4 +1,4 @@
-//! `interlace completions` and `interlace man`: shell completions and manual pages, made from the program's own arguments.
+//! `interlace completions` and `interlace man`: shell completions and manual pages, generated from clap's definitions.
 
 use std::io::Write;
 use std::path::PathBuf;

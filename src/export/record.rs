@@ -1,4 +1,4 @@
-//! What an export was made from and what is in it.
+//! The record of an export: its source and its content.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use crate::ir::Model;
 
 /// Version of the schema of an export's own record.
 pub const EXPORT_SCHEMA_VERSION: u32 = 1;
-/// Name of the record in the folder.
+/// File name of the record.
 pub const EXPORT_FILE: &str = "interlace-export.json";
 
 /// How an export is written. Each target says which of these it reads; another one that is set is an error.

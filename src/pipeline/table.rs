@@ -55,17 +55,17 @@ impl Table {
     /// Version of the schema of `table.json`.
     pub const SCHEMA_VERSION: u32 = 1;
 
-    /// Errors: `Error::Invalid` when rows differ in their groups.
+    /// Errors: `Error::Invalid` when rows have different groups.
     pub fn new(provenance: Provenance, rows: Vec<TableRow>) -> Result<Self> {
         let groups = |row: &TableRow| row.groups.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
         if let Some(row) = rows.iter().find(|row| groups(row) != groups(&rows[0])) {
-            return Err(Error::invalid(format!("row `{}`", row.model), "was asked other groups of questions")
+            return Err(Error::invalid(format!("row `{}`", row.model), "has other groups of questions")
                 .remedy("ask all models the same benchmarks"));
         }
         Ok(Table { provenance, rows })
     }
 
-    /// Head and rows as text, scores in percent.
+    /// Header and rows as text, scores in percent.
     pub fn cells(&self) -> Vec<Vec<String>> {
         let percent = |value: f64| format!("{:.1}", 100.0 * value);
         let timed = self.rows.iter().any(|row| row.speed.is_some());
@@ -105,7 +105,7 @@ impl Table {
     }
 }
 
-/// Cells as a Markdown table: the first row is its head, columns after the first are aligned to the right.
+/// Cells as a Markdown table: the first row is the header; columns after the first are right-aligned.
 pub(super) fn markdown_of(cells: &[Vec<String>]) -> String {
     let mut text = String::new();
     for (number, row) in cells.iter().enumerate() {

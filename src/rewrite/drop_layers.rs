@@ -1,4 +1,4 @@
-//! Takes whole layers out of a graph.
+//! Removes whole layers from a graph.
 
 use crate::analysis::Analysis;
 use crate::base::{Error, Result};
@@ -11,10 +11,10 @@ use super::{merged, renumber, tidy};
 /// The metadata key that holds the original index of every layer of a pruned graph, joined by commas.
 pub const LAYERS_KEY: &str = "interlace.layers";
 
-/// The same for the vision tower of a graph that holds the language model too.
+/// The same for the vision tower of a graph that also holds the language model.
 const VISION_LAYERS_KEY: &str = "interlace.layers.vision";
 
-/// For each layer of the graph, its index in the graph it was pruned from; the identity where nothing was recorded.
+/// For each layer of the graph, its index in the original graph, from the metadata; without metadata, its own index.
 pub fn original_layers(model: &Model, layers: usize) -> Vec<usize> {
     recorded_layers(model, LAYERS_KEY, layers)
 }
@@ -28,13 +28,15 @@ fn recorded_layers(model: &Model, key: &str, layers: usize) -> Vec<usize> {
     recorded.filter(|list| list.len() == layers).unwrap_or_else(|| (0..layers).collect())
 }
 
-/// The model without the given layers. A dropped layer is the identity: its output's readers read its input instead, outputs
-/// that show the stream among them; its cache ports go, the others are renumbered without a gap; whatever nothing reads any
-/// more is removed too, inputs that only dropped layers read among it. Every other input and output stays under its name, but for
-/// outputs that are a list of hidden states with one for every layer, which are numbered anew; [`tap_changes`] tells of them.
+/// The model without the given layers. A dropped layer becomes the identity: readers of its output read its input,
+/// including graph outputs that show the stream. Its cache ports are removed and the other ports are renumbered without
+/// a gap. Everything that is no longer read is removed, including inputs that only dropped layers read. All other
+/// inputs and outputs keep their names, except lists of hidden states with one output per layer, which are renumbered;
+/// [`tap_changes`] lists these changes.
 ///
-/// Errors: `Error::Invalid` when a layer does not exist, is named twice, or none would be left; `Error::Unsupported` when what
-/// stays needs the inside of a dropped layer, or nodes with weights beside it could belong to it or not.
+/// Errors: `Error::Invalid` when a layer does not exist or is listed twice, or when no layer would be left;
+/// `Error::Unsupported` when a remaining node needs a value inside a dropped layer, or when it is unclear whether nodes
+/// with weights next to the layer belong to it.
 pub fn drop_layers(analysis: &Analysis, drop: &[usize]) -> Result<Model> {
     let map = &analysis.map;
     let count = map.layers.len();
@@ -60,7 +62,7 @@ pub fn drop_layers(analysis: &Analysis, drop: &[usize]) -> Result<Model> {
     Ok(model)
 }
 
-/// What [`drop_layers`] changes of the outputs that show the residual stream, in the order of the outputs.
+/// The changes that [`drop_layers`] makes to outputs that show the residual stream, in the order of the outputs.
 pub fn tap_changes(analysis: &Analysis, drop: &[usize]) -> Vec<MovedTap> {
     let kept: Vec<usize> = (0..analysis.map.layers.len()).filter(|layer| !drop.contains(layer)).collect();
     match &analysis.merged {

@@ -1,4 +1,4 @@
-//! Layer removal in both branches of a merged decoder.
+//! Removes layers from both branches of a merged decoder.
 
 use std::collections::{HashMap, HashSet};
 
@@ -10,9 +10,9 @@ use super::hidden_states::Series;
 use super::removal::without_layers;
 use super::{renumber, tidy};
 
-/// The merged model without the given layers, before it is finished.
+/// The merged model without the given layers, before `tidy::finish`.
 ///
-/// Errors: as `drop_layers`; `Error::Invalid` when the branches lose different outputs.
+/// Errors: as `drop_layers`; `Error::Invalid` when different outputs would be removed from the branches.
 pub fn drop_in_branches(merged: &Merged, dropped: &[usize], kept: &[usize]) -> Result<Model> {
     let mut model = merged.original.clone();
     let known = model.graph.values.len();
@@ -58,7 +58,7 @@ pub fn drop_in_branches(merged: &Merged, dropped: &[usize], kept: &[usize]) -> R
     Ok(model)
 }
 
-/// Outputs of a branch that are hidden states of dropped layers by the names that the whole model gives them.
+/// Outputs of a branch that are hidden states of dropped layers, according to the whole model's output names.
 fn gone_outputs(merged: &Merged, branch: &Branch, dropped: &[usize]) -> Vec<ValueId> {
     let mut outer = None;
     let outputs = &merged.original.graph.body.nodes[merged.node].outputs;
@@ -69,7 +69,7 @@ fn gone_outputs(merged: &Merged, branch: &Branch, dropped: &[usize]) -> Vec<Valu
     pairs.filter(|(_, outer)| outer.is_some_and(|outer| gone.contains(&outer))).map(|(inner, _)| *inner).collect()
 }
 
-/// The layers with ports and taps as the whole model names them; `None` without branches.
+/// The layers with the ports and taps of the whole model; `None` without branches.
 pub fn outer_map(merged: &Merged) -> Option<LayerMap> {
     let mut outer = None;
     for branch in &merged.branches {
@@ -82,7 +82,7 @@ fn model_subject(merged: &Merged) -> String {
     merged.original.graph.body.nodes[merged.node].describe(&merged.original.graph)
 }
 
-/// The ports as the whole model names them: inputs from whichever branch reads them, outputs of the `If`.
+/// Replaces a branch's ports by those of the whole model: inputs from the branch that reads them, outputs of the `If`.
 fn merge_ports(ports: &mut Option<LayerMap>, branch: &Branch, outputs: &[Option<ValueId>]) {
     let outer: HashMap<ValueId, ValueId> = branch
         .model
@@ -115,7 +115,7 @@ fn merge_ports(ports: &mut Option<LayerMap>, branch: &Branch, outputs: &[Option<
     }
 }
 
-/// Puts a branch back under its `If`; values that the cut made get ids in the whole model's arena.
+/// Puts a branch back into its `If`. Values that the removal created get ids in the whole model's arena.
 fn put_back(model: &mut Model, node: usize, attribute: usize, mut part: Model, known: usize) {
     let mut new_ids: HashMap<ValueId, ValueId> = HashMap::new();
     let values = std::mem::take(&mut part.graph.values);

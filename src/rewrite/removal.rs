@@ -1,4 +1,4 @@
-//! Takes layers out of one graph: boundaries, ports, and what must not stay behind.
+//! Removes layers from one graph: boundaries, ports, and checks that no remaining node needs them.
 
 use std::collections::{HashMap, HashSet};
 
@@ -8,11 +8,11 @@ use crate::ir::{Body, Model, Node, ValueId, captured};
 
 use super::{fuse, tidy};
 
-/// Constants of at most this many elements are shapes, axes and scales, which exporters share between layers.
+/// Constants with at most this many elements are shapes, axes and scales, which exporters share between layers.
 const SHAPE_ELEMENTS: u64 = 64;
 
-/// A graph without the given layers: boundaries redirected, ports and `gone_outputs` gone, dead code removed, fusions put
-/// back. Ports keep their names and nodes may be out of order.
+/// A graph without the given layers: boundaries redirected, their ports and `gone_outputs` removed, dead code removed,
+/// fusions restored. Ports keep their names; nodes may be out of order.
 pub fn without_layers(
     source: &Model,
     map: &LayerMap,
@@ -65,7 +65,7 @@ pub fn without_layers(
     Ok(model)
 }
 
-/// The cache input of the same role of the nearest layer that stays, the same kind of layer first.
+/// The cache input of the same role of the nearest kept layer; layers of the same kind have priority.
 fn surviving_past(map: &LayerMap, from: usize, role: PortRole, kept: &[usize]) -> Option<ValueId> {
     let class = map.layers[from].class;
     kept.iter()
@@ -78,7 +78,7 @@ fn surviving_past(map: &LayerMap, from: usize, role: PortRole, kept: &[usize]) -
         .map(|(_, _, past)| past)
 }
 
-/// Where a dropped layer's output is an output of the graph, a copy takes over its name.
+/// When a dropped layer's output is a graph output, an `Identity` node keeps its name.
 fn keep_output_names(body: &mut Body, replacements: &mut HashMap<ValueId, ValueId>) {
     let outputs: Vec<ValueId> = body.outputs.iter().copied().filter(|id| replacements.contains_key(id)).collect();
     for output in outputs {
@@ -108,8 +108,8 @@ fn keep_output_names(body: &mut Body, replacements: &mut HashMap<ValueId, ValueI
     }
 }
 
-/// Nodes that stay only for the shape of something inside a dropped layer (an exporter that computed a shape once for
-/// all layers) read the same place of the first layer that stays.
+/// Redirects nodes that need only the shape of a value inside a dropped layer (an exporter computed a shape once for
+/// all layers) to the corresponding value of the first kept layer.
 fn repoint_shape_readers(before: &Body, body: &mut Body, map: &LayerMap, dropped: &[usize], kept: &[usize]) {
     let mut twin: HashMap<ValueId, ValueId> = HashMap::new();
     for &layer in dropped {
@@ -139,14 +139,15 @@ fn repoint_shape_readers(before: &Body, body: &mut Body, map: &LayerMap, dropped
     }
 }
 
-/// True when something outside the layer reads a value of it.
+/// True when a node outside the layer or a graph output reads a value of the layer.
 fn read_outside(body: &Body, layer: &Layer, value: ValueId) -> bool {
     let reads = |node: &Node| node.present_inputs().chain(node.bodies().flat_map(captured)).any(|id| id == value);
     body.outputs.contains(&value)
         || body.nodes.iter().enumerate().any(|(number, node)| layer.path.binary_search(&number).is_err() && reads(node))
 }
 
-/// Nodes between layers that read weights could be part of the layer before them, of the one behind, or of neither.
+/// Rejects nodes with weights between layers: they could belong to the layer before them, to the layer
+/// after them, or to neither.
 fn refuse_glue(model: &Model, map: &LayerMap, dropped: &[usize]) -> Result<()> {
     for glue in &map.glue {
         let Some(&weight) = glue.weights.first() else { continue };
@@ -156,8 +157,8 @@ fn refuse_glue(model: &Model, map: &LayerMap, dropped: &[usize]) -> Result<()> {
             return Err(Error::unsupported(
                 format!("layer {layer}"),
                 format!(
-                    "{place} the stream passes {} with weight `{}`, which not every layer has, so whether that goes with \
-                     the layer is not known",
+                    "{place} the stream passes {} with weight `{}`, which not every layer has, so it is unclear whether it \
+                     belongs to the layer",
                     glue.operators.join(", "),
                     model.graph.name(weight)
                 ),
@@ -190,7 +191,7 @@ fn refuse_leftovers(source: &Model, model: &Model, map: &LayerMap, dropped: &[us
         {
             return Err(Error::unsupported(
                 format!("layer {}", layer.index),
-                format!("its weight `{}` is still needed by what stays", model.graph.name(weight)),
+                format!("the remaining graph still needs its weight `{}`", model.graph.name(weight)),
             )
             .remedy("the graph reads this layer's inside from elsewhere; export it again without such sharing"));
         }
@@ -198,7 +199,7 @@ fn refuse_leftovers(source: &Model, model: &Model, map: &LayerMap, dropped: &[us
     Ok(())
 }
 
-/// Names who needs `node` of a dropped layer: layers that stay, or else outputs.
+/// Names the readers of `node`, which is inside a dropped layer: kept layers, or otherwise outputs.
 fn leftover(source: &Model, model: &Model, map: &LayerMap, layer: &Layer, node: &Node) -> Error {
     let before = &source.graph.body;
     let mut reached: HashSet<ValueId> = node.present_outputs().collect();
@@ -223,7 +224,7 @@ fn leftover(source: &Model, model: &Model, map: &LayerMap, layer: &Layer, node: 
             outputs.join(", "),
             format!("keep layer {}, or export the graph without {}", layer.index, outputs.join(", ")),
         ),
-        (true, true) => ("what stays".to_string(), format!("keep layer {}", layer.index)),
+        (true, true) => ("the remaining graph".to_string(), format!("keep layer {}", layer.index)),
     };
     Error::unsupported(
         format!("layer {}", layer.index),

@@ -1,4 +1,4 @@
-//! The bodies of control-flow operators.
+//! Compiled sub-graphs of control-flow operators.
 
 use std::collections::HashMap;
 
@@ -7,13 +7,13 @@ use tch::{Device, Kind, Tensor};
 use super::kernel::{Args, OpError, OpResult, SubGraph};
 use super::step::{CompiledNode, Slot, store};
 
-/// Type and shape that a sub-graph says of an output.
+/// Declared type and shape of a sub-graph's output.
 pub(super) struct Declared {
     pub kind: Kind,
     pub shape: Vec<i64>,
 }
 
-/// Slots of the values that enter and leave a sub-graph.
+/// Slots of a sub-graph's inputs and outputs.
 pub(super) struct Ports {
     pub inputs: Vec<Slot>,
     pub outputs: Vec<Slot>,
@@ -27,7 +27,7 @@ pub struct Block {
     ports: Ports,
     constants: Vec<(Slot, Tensor)>,
     captures: Vec<(Slot, usize)>,
-    /// After each step, what nobody reads any more.
+    /// For each step, the slots that no later step reads.
     frees: Vec<Vec<Slot>>,
     device: Device,
 }

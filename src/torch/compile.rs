@@ -1,4 +1,4 @@
-//! From graph nodes to compiled steps: operator look-up, function inlining, sub-graphs.
+//! Compiles graph nodes to steps: looks up operators, inlines functions, compiles sub-graphs.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -17,12 +17,12 @@ use super::operator::Operator;
 use super::step::{CompiledNode, Slot};
 use super::table::find_operator;
 
-/// Largest nesting of functions and sub-graphs; bounds the stack on a malformed file.
+/// Limit on nested functions and sub-graphs; bounds the stack on a malformed file.
 const MAX_DEPTH: usize = 64;
-/// Most operator calls of a graph after its functions are expanded; bounds memory on a malformed file.
+/// Limit on the operator calls of a graph after inlining its functions; bounds memory on a malformed file.
 const MAX_CALLS: usize = 1 << 18;
 
-/// Missing support for an operator call.
+/// An unsupported operator call.
 struct Missing {
     op: String,
     reason: String,
@@ -30,14 +30,14 @@ struct Missing {
     count: usize,
 }
 
-/// Turns nodes into steps; one for a whole program.
+/// Compiles nodes to steps; one compiler per program.
 pub(super) struct Compiler<'m> {
     model: &'m Model,
-    /// Names of all slots, those of inlined functions after the top-level ones.
+    /// Names of all slots: the top-level ones first, then those of inlined functions.
     names: Vec<String>,
-    /// Element types that the graph says.
+    /// Element types that the graph declares.
     dtypes: HashMap<Slot, DataType>,
-    /// True when one of them has 4 bits.
+    /// True when a constant has a 4-bit type.
     has_4_bits: bool,
     autocast: Option<Kind>,
     device: Device,
@@ -50,7 +50,7 @@ pub(super) struct Compiler<'m> {
 /// Scope of nodes: the top-level graph, or an inlined function.
 pub(super) struct Scope<'m> {
     graph: &'m Graph,
-    /// What some node reads or the scope gives; other outputs are not computed.
+    /// Values that a node reads or that are outputs of the scope. Other node outputs are not computed.
     read: HashSet<ValueId>,
     opsets: &'m BTreeMap<String, i64>,
     offset: Slot,
@@ -65,7 +65,7 @@ impl Scope<'_> {
     }
 }
 
-/// Compiles the bodies that one node carries.
+/// Compiles the sub-graphs of one node.
 struct Bodies<'a> {
     compile: &'a mut dyn FnMut(&Body) -> OpResult<Block>,
 }
@@ -88,14 +88,14 @@ impl<'m> Compiler<'m> {
         Compiler { model, names, dtypes, has_4_bits, autocast, device, missing, unread, depth: 0, calls: 0 }
     }
 
-    /// The name of every slot in use.
+    /// The names of all slots.
     pub fn into_names(self) -> Vec<String> {
         self.names
     }
 
-    /// Steps for the chosen nodes of the top-level graph, all problems collected.
+    /// Steps for the selected nodes of the top-level graph. Problems are collected and reported together.
     ///
-    /// `wanted` are values to be computed although no node reads them.
+    /// `wanted` are values to compute even if no node reads them.
     pub fn top_level(
         &mut self,
         nodes: impl Iterator<Item = &'m Node>,
@@ -242,13 +242,13 @@ impl<'m> Compiler<'m> {
         }
     }
 
-    /// Notes the element type of a constant.
+    /// Records the element type of a constant.
     fn constant_type(&mut self, slot: Slot, dtype: DataType) {
         self.dtypes.insert(slot, dtype);
         self.has_4_bits |= is_4_bits(dtype);
     }
 
-    /// Compiles a sub-graph and appends what it captures to the node's inputs.
+    /// Compiles a sub-graph and appends its captured values to the node's inputs.
     fn body(&mut self, scope: &Scope<'m>, body: &Body, node_inputs: &mut Vec<Option<Slot>>) -> Result<Block> {
         self.enter("a sub-graph")?;
         let mut constants = Vec::new();
@@ -385,20 +385,21 @@ fn is_4_bits(dtype: DataType) -> bool {
     matches!(dtype, DataType::Uint4 | DataType::Int4)
 }
 
-/// The tensor that a `Constant` node holds.
+/// The tensor of a `Constant` node.
 fn constant_of<'a>(row: &Operator, attributes: &'a [(String, Attribute)]) -> Option<&'a Tensor> {
     let constant = row.domain.is_empty() && row.op_type == "Constant";
     attributes.iter().find(|(name, _)| constant && name == "value").and_then(|(_, attribute)| attribute.as_tensor())
 }
 
-/// What a sub-graph says of one of its outputs, if it says type and rank; an axis of unknown length has length 0.
+/// The declared type and shape of a sub-graph's output, if type and rank are declared. An axis of
+/// unknown length gets length 0.
 fn declared(ty: Option<&ValueType>) -> Option<Declared> {
     let Some(ValueType::Tensor { dtype, shape: Some(shape) }) = ty else { return None };
     let axis = |dim: &Dim| if let Dim::Known(size) = dim { (*size).max(0) } else { 0 };
     Some(Declared { kind: kind_of(*dtype).map(computed_kind)?, shape: shape.iter().map(axis).collect() })
 }
 
-/// Every value that a body or one inside it reads or gives.
+/// Every value that a body or a nested body reads or outputs.
 pub(super) fn values_read(body: &Body) -> Vec<ValueId> {
     let mut read = body.outputs.clone();
     for node in &body.nodes {
@@ -408,7 +409,7 @@ pub(super) fn values_read(body: &Body) -> Vec<ValueId> {
     read
 }
 
-/// Attributes with references replaced by what the caller gave; a reference to nothing is left out.
+/// Attributes with references replaced by the caller's values. A reference without a value is omitted.
 fn resolve(attributes: &[(String, Attribute)], bindings: &HashMap<String, Attribute>) -> Vec<(String, Attribute)> {
     attributes
         .iter()

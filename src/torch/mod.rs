@@ -1,4 +1,4 @@
-//! The ONNX interpreter on LibTorch: a graph becomes a program of tensor operations through which gradients flow.
+//! The ONNX interpreter on LibTorch: compiles a graph to a program of differentiable tensor operations.
 //!
 //! ```no_run
 //! use interlace::{ir, torch};
@@ -17,9 +17,9 @@
 //! # }
 //! ```
 //!
-//! A program can be entered and left at any value: [`Program::run`] takes tensors for any set of values and computes
-//! any other set from them, which is what gradient checkpointing and cutting off a frozen prefix need. What depends on
-//! shapes only (masks, reshape targets) is computed once per set of input shapes and kept while there is room for it.
+//! A run can start and end at any value: [`Program::run`] takes tensors for any set of values and computes any other
+//! set from them. Gradient checkpointing and the removal of a frozen prefix use this. Values that depend on shapes only
+//! (masks, reshape targets) are computed once per set of input shapes and cached within a memory limit.
 
 mod attributes;
 mod block;

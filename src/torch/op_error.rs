@@ -1,8 +1,8 @@
-//! Why an operator could not be built or run.
+//! Errors of building or running an operator.
 
 use tch::TchError;
 
-/// Why an operator could not be built or run, without the node's name, which the caller adds.
+/// An error of building or running an operator. It lacks the node's name, which the caller adds.
 #[derive(Debug)]
 pub struct OpError(pub String);
 
@@ -10,7 +10,7 @@ pub struct OpError(pub String);
 pub type OpResult<T> = Result<T, OpError>;
 
 impl OpError {
-    /// With a message: lower case, no full stop.
+    /// An error with this message: lower case, no full stop.
     pub fn new(message: impl Into<String>) -> Self {
         OpError(message.into())
     }
@@ -22,7 +22,7 @@ impl From<TchError> for OpError {
             TchError::Torch(text) => text,
             other => other.to_string(),
         };
-        // LibTorch appends its own stack to the first line.
+        // LibTorch appends its stack after the first line.
         OpError(format!("LibTorch: {}", text.lines().next().unwrap_or("no reason given").trim()))
     }
 }

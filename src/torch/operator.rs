@@ -14,13 +14,13 @@ pub struct Operator {
     pub until: i64,
     /// True when gradients flow from its outputs to its floating-point inputs.
     pub differentiable: bool,
-    /// Bit `i`: the content of input `i` is read on the host and decides the shape of the outputs.
+    /// Bit `i` is set when the content of input `i` is read on the host and determines the shape of the outputs.
     pub(super) host_inputs: u32,
     /// True when only the shape of input 0 is read.
     pub(super) shape_only: bool,
-    /// True when inputs 0 and 1 are read in the autocast kind, where there is one.
+    /// True when inputs 0 and 1 are converted to the autocast kind, if there is one.
     pub(super) lowers: bool,
-    /// True when the output is larger in memory than the input: quantised weights as floats.
+    /// True when the output needs more memory than the input: quantised weights as floats.
     pub(super) expands: bool,
     pub(super) build: fn(&mut Build) -> OpResult<Kernel>,
 }
@@ -73,10 +73,10 @@ impl Operator {
     }
 }
 
-/// Every input decides the shape of the outputs.
+/// Every input determines the shape of the outputs.
 pub(super) const ALL: u32 = u32::MAX;
 
-/// The last version of the default domain that the rows were checked against.
+/// The latest version of the default domain against which the rows were checked.
 pub(super) const LATEST_OPSET: i64 = 26;
 
 /// Domain of ONNX Runtime's own operators.

@@ -1,4 +1,4 @@
-//! Matrix products, and which library computes them on the processor that is there.
+//! Matrix products, and the choice of the library that computes them.
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::__cpuid;
@@ -9,7 +9,7 @@ use tch::{Device, Kind, Tensor};
 use super::kernel::is_float;
 use super::op_error::OpResult;
 
-/// The operand in the autocast kind, if it is floating point.
+/// The operand in the autocast kind, if it is a float.
 pub fn lowered(x: &Tensor, cast: Option<Kind>) -> OpResult<Tensor> {
     match cast {
         Some(kind) if is_float(x.f_kind()?) => Ok(x.f_to_kind(kind)?),
@@ -17,15 +17,15 @@ pub fn lowered(x: &Tensor, cast: Option<Kind>) -> OpResult<Tensor> {
     }
 }
 
-/// The product of stacks of matrices, as NumPy's `matmul`.
+/// Batched matrix product, as NumPy's `matmul`.
 pub fn product(a: &Tensor, b: &Tensor, cast: Option<Kind>) -> OpResult<Tensor> {
     let (a, b) = (lowered(a, cast)?, lowered(b, cast)?);
     if *ONEDNN_IS_FASTER && suits_onednn(&a, &b)? { onednn(&a, &b) } else { Ok(a.f_matmul(&b)?) }
 }
 
-/// True on processors whose widest vectors MKL, which LibTorch multiplies f32 matrices with, leaves unused: those of AMD
-/// from Zen 5 on compute 512 bits at once, and MKL's kernel for AMD has 256. There oneDNN needed 0.46 of MKL's time, copies
-/// in and out of its own form included; on Zen 4, which halves the wide vectors, it needed 1.3 times as long.
+/// True on AMD processors from Zen 5 on. They compute 512-bit vectors at once, while MKL, which LibTorch uses for
+/// f32 products, runs 256-bit kernels on AMD. There oneDNN needed 0.46 of MKL's time, including its layout copies; on
+/// Zen 4, which splits 512-bit vectors, it needed 1.3 times MKL's time.
 static ONEDNN_IS_FASTER: LazyLock<bool> = LazyLock::new(|| {
     #[cfg(target_arch = "x86_64")]
     {
@@ -43,17 +43,17 @@ static ONEDNN_IS_FASTER: LazyLock<bool> = LazyLock::new(|| {
 #[cfg(target_arch = "x86_64")]
 const ZEN_5: u32 = 0x1a;
 
-/// A processor's family from what `cpuid` gives for leaf 1; AMD, APM volume 3, appendix E.3.2.
+/// A processor's family from `cpuid` leaf 1. Source: AMD, APM volume 3, appendix E.3.2.
 #[cfg(target_arch = "x86_64")]
 fn family(version: u32) -> u32 {
     let (base, extended) = (version >> 8 & 0xf, version >> 20 & 0xff);
     if base == 0xf { base + extended } else { base }
 }
 
-/// Multiplications below which the product is left to LibTorch: copying in and out of oneDNN's form would show.
+/// Smallest number of multiplications for oneDNN; below it, the layout copies take a noticeable share of the time.
 const ONEDNN_FROM: i64 = 1 << 20;
 
-/// True for f32 products of rows with a matrix on a processor.
+/// True for f32 products of rows with a matrix on a CPU.
 fn suits_onednn(a: &Tensor, b: &Tensor) -> OpResult<bool> {
     let floats = a.f_kind()? == Kind::Float && b.f_kind()? == Kind::Float;
     if !floats || a.device() != Device::Cpu || b.dim() != 2 || a.dim() < 2 || !tch::utils::has_mkldnn() {
@@ -64,10 +64,10 @@ fn suits_onednn(a: &Tensor, b: &Tensor) -> OpResult<bool> {
     Ok(a.size().last() == Some(&size[0]) && size[0] > 0 && work.is_none_or(|work| work >= ONEDNN_FROM))
 }
 
-/// `[.., K]` by `[K, N]` through oneDNN's own product, which has gradients and computes in f32 as MKL does.
+/// `[.., K]` by `[K, N]` with oneDNN, with gradients; computed in f32 as in MKL.
 ///
-/// oneDNN compiles a product for every number of rows and keeps a thousand of them, some 200 KB each. Rows of zeros make
-/// the number a round one, so that few are compiled.
+/// oneDNN compiles a kernel for every number of rows and caches a thousand of them, about 200 KB each. Rows of zeros
+/// are added up to a round number, so that few kernels are compiled.
 fn onednn(a: &Tensor, b: &Tensor) -> OpResult<Tensor> {
     let mut size = a.size();
     let (depth, columns) = (b.size()[0], b.size()[1]);
@@ -84,7 +84,7 @@ fn onednn(a: &Tensor, b: &Tensor) -> OpResult<Tensor> {
     Ok(out.f_reshape(&size)?)
 }
 
-/// The next number with at most five significant bits, and a multiple of 32.
+/// The next number with at most five significant bits that is also a multiple of 32.
 fn round_count(count: i64) -> i64 {
     let step = count.checked_ilog2().map_or(1, |bits| 1u64 << bits.saturating_sub(4)).max(32);
     let round = count.unsigned_abs().checked_next_multiple_of(step);
@@ -110,7 +110,7 @@ mod tests {
         assert_eq!([0x00b0_0f21, 0x00a1_0f11, 0x0008_06f8].map(family), [0x1a, 0x19, 0x6]);
     }
 
-    /// Values and gradients are as near to those of double precision as LibTorch's own product is.
+    /// Values and gradients are as close to those of double precision as LibTorch's own product.
     #[test]
     fn large_products_lose_no_precision() {
         let fill = |size: &[i64], step: f64| {

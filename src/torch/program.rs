@@ -1,4 +1,4 @@
-//! Programs: compiled graphs that run.
+//! Programs: compiled graphs.
 
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
@@ -20,22 +20,22 @@ use super::weights::{self, Fixed, Hold, Shared};
 /// Options of compilation.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Device of the tensors; for a GPU take it from [`super::cuda_device`].
+    /// Device of the tensors; for a GPU use [`super::cuda_device`].
     pub device: Device,
-    /// Initializers that get gradients. They are copied to f32 (f64 stays f64). Frozen weights share the file's memory,
-    /// but those that `hold` has widened.
+    /// Initializers with gradients. They are copied to f32 (f64 stays f64). Frozen weights share the file's memory
+    /// unless `hold` widens them.
     pub trainable: Vec<ValueId>,
-    /// Initializers that are written to and get no gradient; copied as the trainable ones are.
+    /// Initializers that are written to without gradients; copied like the trainable ones.
     pub writable: Vec<ValueId>,
-    /// The values that runs will be given: `None` for the graph's inputs. Any value may be one; what lies before it is
-    /// then not compiled.
+    /// The values that runs receive; `None` for the graph's inputs. Any value is allowed; nodes that only lead to it
+    /// are not compiled.
     pub inputs: Option<Vec<ValueId>>,
-    /// The values that runs will ask for: `None` for the graph's outputs. What none of them needs is not compiled,
-    /// except when both are `None`: then every node must be known.
+    /// The values that runs compute; `None` for the graph's outputs. Nodes on which none of them depends are not
+    /// compiled. When `inputs` and `outputs` are both `None`, every node is compiled and must be supported.
     pub outputs: Option<Vec<ValueId>>,
-    /// Runs matrix products in this kind (bf16, say) and everything else as the tensors are.
+    /// Kind of matrix products (such as bf16); all other operations use the kinds of the tensors.
     pub autocast: Option<Kind>,
-    /// How frozen weights are held.
+    /// Storage of frozen weights.
     pub hold: Hold,
 }
 
@@ -54,7 +54,7 @@ impl Default for Options {
     }
 }
 
-/// A trainable weight: a leaf tensor that requires gradients. An optimiser may write to it in place between runs.
+/// A trainable weight: a leaf tensor with gradients. An optimiser may write to it in place between runs.
 #[derive(Debug)]
 pub struct Parameter {
     /// The initializer's value in the graph.
@@ -68,14 +68,14 @@ pub struct Parameter {
 }
 
 impl Parameter {
-    /// Another handle of the same weight.
+    /// Another handle to the same weight.
     pub fn shared(&self) -> Self {
         let Parameter { id, name, dtype, tensor } = self;
         Parameter { id: *id, name: name.clone(), dtype: *dtype, tensor: tensor.shallow_clone() }
     }
 }
 
-/// A compiled graph. It can be sent to another thread and is used by one at a time.
+/// A compiled graph. It can be sent to another thread; one thread at a time can use it.
 pub struct Program {
     steps: Vec<CompiledNode>,
     producers: HashMap<Slot, usize>,
@@ -90,22 +90,22 @@ pub struct Program {
     device: Device,
     autocast: Option<Kind>,
     hold: Hold,
-    /// Frozen weights and constants, the same tensors in all programs that share them.
+    /// Frozen weights and constants; programs that share weights hold the same tensors.
     shared: Arc<Shared>,
     state: RefCell<State>,
 }
 
-/// State that runs reuse.
+/// State that is kept between runs.
 #[derive(Default)]
 struct State {
     fixed: Fixed,
-    /// Copies on the device of weights and constants that stay on the host.
+    /// Device copies of weights and constants that are stored on the host.
     moved: HashMap<Slot, Tensor>,
     schedules: Vec<Schedule>,
     caches: ShapeCaches,
 }
 
-/// Tensors of the weights that are trained or written to, taken out of `frozen`, and the place of each by its slot.
+/// Moves the tensors of trainable and writable weights out of `frozen`. Also returns their positions by slot.
 fn parameters_of(
     graph: &ir::Graph,
     options: &Options,
@@ -144,9 +144,8 @@ fn parameters_of(
 impl Program {
     /// Compiles a graph, or the part of it between `options.inputs` and `options.outputs`.
     ///
-    /// Errors: `Error::Unsupported` with the full list of operators that are missing (domain, operator, version, reason)
-    /// or of attributes that an operator does not know; `Error::Invalid` when a trainable value is not a floating-point
-    /// initializer.
+    /// Errors: `Error::Unsupported` with the full list of unsupported operators (domain, operator, version, reason) or
+    /// of unknown attributes; `Error::Invalid` when a trainable value is not a floating-point initializer.
     pub fn compile(model: &Model, options: &Options) -> Result<Program> {
         let graph = &model.graph;
         let body = &graph.body;
@@ -184,7 +183,7 @@ impl Program {
             frozen.insert(id.index(), tensor.clone());
         }
         let (parameters, trainable) = parameters_of(graph, options, &mut frozen)?;
-        // The first value of a name counts; names in use are distinct.
+        // The first value of a name counts. Names in use are distinct.
         let mut by_name = HashMap::new();
         for (index, id) in value_ids(model) {
             by_name.entry(names[index].clone()).or_insert(id);
@@ -208,26 +207,26 @@ impl Program {
         })
     }
 
-    /// The values that [`Options`] named as given, or the graph's inputs without default.
+    /// The inputs from [`Options`], or the graph's inputs without a default.
     pub fn inputs(&self) -> &[ValueId] {
         &self.inputs
     }
 
-    /// The values that [`Options`] named as wanted, or the graph's outputs.
+    /// The outputs from [`Options`], or the graph's outputs.
     pub fn outputs(&self) -> &[ValueId] {
         &self.outputs
     }
 
-    /// The trainable weights, then those that are only written to, in the order in which they were named.
+    /// The trainable weights, then the writable ones, each in the order of the options.
     pub fn parameters(&self) -> &[Parameter] {
         &self.parameters
     }
 
-    /// Takes another program's weights in place of its own. The trainable ones are leaves of this program's gradients over
-    /// the same memory, so that what an optimiser writes to them is seen by both; of frozen weights and constants there is
-    /// one tensor, whichever program reads it first.
+    /// Replaces this program's weights by those of another program. Trainable weights are this program's own gradient
+    /// leaves over the same memory, so both programs see an optimiser's updates. Each frozen weight and constant is one
+    /// tensor, created by the first program that reads it.
     ///
-    /// Errors: `Error::Invalid` unless both are compiled from one graph and train the same initializers.
+    /// Errors: `Error::Invalid` unless both are compiled from the same graph and train the same initializers.
     pub fn share_weights(&mut self, other: &Program) -> Result<()> {
         let alike = (&self.names, self.device, self.autocast, self.hold)
             == (&other.names, other.device, other.autocast, other.hold);
@@ -258,9 +257,9 @@ impl Program {
         self.names.get(id.index()).map_or("", String::as_str)
     }
 
-    /// The value of a name.
+    /// The value with this name.
     ///
-    /// Errors: `Error::Invalid` when the graph has none of that name.
+    /// Errors: `Error::Invalid` when the graph has no such value.
     pub fn value(&self, name: &str) -> Result<ValueId> {
         self.by_name
             .get(name)
@@ -269,14 +268,14 @@ impl Program {
             .ok_or_else(|| Error::invalid("the graph", format!("has no value `{name}`")))
     }
 
-    /// Computes `outputs` from `inputs`, each any value of the compiled part. A value that is given is not computed, so
-    /// a program can be run in pieces. Gradients are tracked as LibTorch's mode says: wrap in `tch::no_grad` for none.
+    /// Computes `outputs` from `inputs`; both may be any values of the compiled part. A value among the inputs is not
+    /// computed, so a program can be run in pieces. Gradients are tracked unless the call is inside `tch::no_grad`.
     ///
-    /// Tensors may come on any device and leave on the program's, except small shape values, which stay on the host.
-    /// Where the graph has 16-bit floats they may come as such or in f32, and leave in f32.
-    /// Results may share memory with inputs, never with weights.
+    /// Inputs may be on any device. Outputs are on the program's device, except small shape values, which stay on the
+    /// host. For the graph's 16-bit floats, inputs may be 16-bit or f32, and outputs are f32. Outputs may share memory
+    /// with inputs, but not with weights.
     ///
-    /// Errors: `Error::Invalid` when an input is missing or does not fit its declared type, or when an operator refuses
+    /// Errors: `Error::Invalid` when an input is missing or does not match its declared type; when an operator rejects
     /// its tensors, naming the node.
     pub fn run(&self, inputs: &[(ValueId, Tensor)], outputs: &[ValueId]) -> Result<Vec<Tensor>> {
         let slots: Vec<Slot> = inputs.iter().map(|(id, _)| id.index()).collect();
@@ -362,7 +361,7 @@ impl Program {
         self.results(schedule, &values, &fixed)
     }
 
-    /// The schedule's outputs, none of them over the memory of a weight.
+    /// The schedule's outputs; those that share memory with a weight are copied.
     fn results<'a>(
         &self,
         schedule: &Schedule,
@@ -382,7 +381,8 @@ impl Program {
         Ok(results)
     }
 
-    /// Inputs on the program's device in the types in which it computes, with their sizes and types.
+    /// Moves inputs to the program's device, converts them to the computed kinds, and returns
+    /// their shapes and kinds too.
     fn admit(&self, inputs: &[(ValueId, Tensor)]) -> Result<(Signature, HashMap<Slot, Tensor>)> {
         let mut signature: Signature = Vec::with_capacity(inputs.len());
         let mut values: HashMap<Slot, Tensor> = HashMap::with_capacity(64);
@@ -414,7 +414,8 @@ impl Program {
         })
     }
 
-    /// A frozen weight or a constant as a schedule reads it: those that it lowers on the device and in the autocast kind.
+    /// A frozen weight or a constant in the form that a schedule reads: for a lowered one, on the device and in the
+    /// autocast kind.
     fn as_read(&self, slot: Slot, tensor: &Tensor, lowers: &HashSet<Slot>) -> OpResult<Tensor> {
         if lowers.contains(&slot) {
             return lowered(&tensor.f_to_device(self.device)?, self.autocast);
@@ -422,7 +423,7 @@ impl Program {
         Ok(tensor.shallow_clone())
     }
 
-    /// True when a later run reads the slot where it would have to be moved to the device first.
+    /// True when later runs read the slot only on the device, so that it would have to be moved there first.
     fn read_on_device(&self, nodes: &[ScheduledNode], slot: Slot) -> bool {
         self.device != Device::Cpu
             && nodes.iter().map(|node| &self.steps[node.step]).all(|step| {
@@ -468,7 +469,7 @@ impl Program {
                 if let Err(error) = made(slot, &tensor) {
                     failed = Some(error);
                 }
-                // A value that the caller gave stays, when another output of its step was needed.
+                // A value from the caller is not replaced by the step's result.
                 values.entry(slot).or_insert(tensor);
             })?;
             if let Some(error) = failed {
@@ -481,7 +482,7 @@ impl Program {
         Ok(())
     }
 
-    /// The inputs of a step that are held in 16 bits, as the step computes with them.
+    /// The inputs of a step that are stored in 16 bits, widened to the kind in which the step computes.
     fn widened(
         &self,
         step: &CompiledNode,
@@ -531,14 +532,14 @@ impl Program {
     }
 }
 
-/// A tensor with memory of its own.
+/// A copy of a tensor with its own memory.
 fn copied(tensor: &Tensor, hold: Hold) -> std::result::Result<Tensor, tch::TchError> {
     let mut copy = tensor.f_zeros_like()?;
     copy.f_copy_(tensor)?;
     if hold == Hold::Stored { copy.f_to_kind(computed_kind(tensor.f_kind()?)) } else { Ok(copy) }
 }
 
-/// For each node, whether the outputs need it when the inputs are given.
+/// For each node: true when the outputs depend on it, given the inputs.
 fn needed_nodes(model: &Model, inputs: &[ValueId], outputs: &[ValueId]) -> Vec<bool> {
     let body = &model.graph.body;
     let index = GraphIndex::new(&model.graph);
@@ -561,7 +562,7 @@ fn needed_nodes(model: &Model, inputs: &[ValueId], outputs: &[ValueId]) -> Vec<b
     needed
 }
 
-/// Every top-level value id with its position.
+/// The ids of all top-level values with their positions.
 fn value_ids(model: &Model) -> Vec<(usize, ValueId)> {
     let body = &model.graph.body;
     let nodes = body.nodes.iter().flat_map(|node| node.present_inputs().chain(node.present_outputs()));

@@ -1,4 +1,4 @@
-//! The order of work from one set of given values to one set of wanted ones, and what of it can be kept between runs.
+//! The order of the steps from a set of inputs to a set of outputs, and which results are cached between runs.
 
 use std::collections::{HashMap, HashSet};
 
@@ -13,11 +13,11 @@ enum Class {
     Constant,
     /// Once per set of input shapes.
     Static,
-    /// Every time.
+    /// In every run.
     Dynamic,
 }
 
-/// A step number and what nobody reads after it.
+/// A step number, and the slots that no later step reads.
 pub(super) struct ScheduledNode {
     pub step: usize,
     pub frees: Vec<Slot>,
@@ -26,7 +26,7 @@ pub(super) struct ScheduledNode {
 /// Shapes and kinds of the inputs of a run.
 pub(super) type Signature = Vec<(Vec<i64>, Kind)>;
 
-/// Values kept for one signature of a schedule.
+/// Cached values for one signature of a schedule.
 pub(super) struct ShapeCache {
     /// The schedule's number.
     pub schedule: usize,
@@ -40,7 +40,7 @@ impl ShapeCache {
     }
 }
 
-/// The memory from a tensor's first element to its last: an axis that is repeated without a copy counts once.
+/// Bytes from a tensor's first element to its last; an axis that is expanded without a copy counts once.
 fn spanned_bytes(tensor: &Tensor) -> usize {
     if tensor.numel() == 0 {
         return 0;
@@ -60,7 +60,7 @@ pub(super) const MAX_CACHES_BYTES: usize = 64 << 20;
 pub(super) struct ShapeCaches(Vec<ShapeCache>);
 
 impl ShapeCaches {
-    /// The cache of a signature, moved to the most recent place.
+    /// The cache for a signature, which becomes the most recently used one.
     pub fn of(&mut self, schedule: usize, signature: &Signature) -> Option<&ShapeCache> {
         let position = self.0.iter().position(|cache| cache.schedule == schedule && cache.signature == *signature)?;
         let cache = self.0.remove(position);
@@ -68,14 +68,14 @@ impl ShapeCaches {
         self.0.last()
     }
 
-    /// Keeps a cache, unless it alone is more than all may take: what it holds is then computed in every run.
+    /// Adds a cache. One that alone exceeds the memory limit is not kept; its values are computed in every run.
     pub fn keep(&mut self, cache: ShapeCache) {
         if cache.size_bytes() > MAX_CACHES_BYTES {
             return;
         }
         self.0.push(cache);
         let mut total = 0usize;
-        // From the last: as many as there is room for.
+        // From the most recent one, as many as the limits allow.
         let kept = self.0.iter().rev().take(MAX_CACHES).take_while(|cache| {
             total = total.saturating_add(cache.size_bytes());
             total <= MAX_CACHES_BYTES
@@ -91,41 +91,41 @@ impl ShapeCaches {
     }
 }
 
-/// The work from given to wanted values.
+/// The steps from a set of inputs to a set of outputs.
 pub(super) struct Schedule {
     pub inputs: Vec<Slot>,
     pub outputs: Vec<Slot>,
-    /// Constant steps, to be run once per program.
+    /// Constant steps, which run once per program.
     pub constant: Vec<ScheduledNode>,
-    /// Values of constant steps that others read.
+    /// Results of constant steps that other steps read.
     pub constant_kept: HashSet<Slot>,
-    /// First run with a signature: static and dynamic steps.
+    /// Steps of the first run with a signature: static and dynamic ones.
     pub full: Vec<ScheduledNode>,
-    /// Later runs: dynamic steps only.
+    /// Steps of later runs: dynamic ones only.
     pub lean: Vec<ScheduledNode>,
-    /// Values of static steps that dynamic ones or the caller read.
+    /// Results of static steps that dynamic steps or the caller read.
     pub static_kept: HashSet<Slot>,
     /// Weights that the steps or the caller read.
     pub weights: Vec<Slot>,
-    /// Frozen weights and constants that are read in the autocast kind only.
+    /// Frozen weights and constants that are only read in the autocast kind.
     pub lowered: HashSet<Slot>,
 }
 
-/// Input for making a schedule.
+/// Input for computing a schedule.
 pub(super) struct Facts<'a> {
     pub steps: &'a [CompiledNode],
-    /// The step that makes a slot.
+    /// The step that produces each slot.
     pub producers: &'a HashMap<Slot, usize>,
     pub frozen: &'a dyn Fn(Slot) -> bool,
     pub trainable: &'a dyn Fn(Slot) -> bool,
-    /// True when matrix products run in another kind than their operands have.
+    /// True when matrix products run in another kind than that of their operands.
     pub autocast: bool,
-    /// True when what expands quantised weights is done in every run and not once.
+    /// True when quantised weights are dequantised in every run and not once.
     pub keeps_quantised: bool,
 }
 
 impl Schedule {
-    /// Works out the schedule, or names the slots that have no value.
+    /// Computes the schedule. Errors: the slots that have no value.
     pub fn new(facts: &Facts, inputs: Vec<Slot>, outputs: Vec<Slot>) -> Result<Schedule, Vec<Slot>> {
         let given: HashSet<Slot> = inputs.iter().copied().collect();
         let mut needed = vec![false; facts.steps.len()];

@@ -1,4 +1,4 @@
-//! One compiled node: its operator, and where its inputs and outputs are.
+//! One compiled node: its operator and the slots of its inputs and outputs.
 
 use tch::{Device, Tensor};
 
@@ -7,7 +7,7 @@ use crate::base::{Error, Result};
 use super::kernel::{Args, Kernel, OpError, OpResult};
 use super::operator::Operator;
 
-/// A value's place in a program. The top-level graph's values come first, by their ids' positions.
+/// Index of a value in a program. The top-level graph's values come first, in the order of their ids.
 pub(super) type Slot = usize;
 
 /// One compiled node.
@@ -16,16 +16,16 @@ pub(super) struct CompiledNode {
     pub label: String,
     pub row: &'static Operator,
     pub kernel: Kernel,
-    /// The node's inputs, then what its sub-graphs capture.
+    /// Slots of the node's inputs, then of its captured values.
     pub inputs: Vec<Option<Slot>>,
     pub outputs: Vec<Option<Slot>>,
 }
 
-/// Brings a step's tensor to the device; the place where copies of constants are remembered.
+/// Moves a step's tensor to the device and caches the copies of constants.
 pub(super) type Mover<'a> = dyn FnMut(Slot, &Tensor) -> OpResult<Tensor> + 'a;
 
 impl CompiledNode {
-    /// Runs the operator. Where the program's device is a GPU and any input is there, the others are moved to it,
+    /// Runs the operator. When the program's device is a GPU and any input is on it, the other inputs are moved to it,
     /// except those that the operator reads on the host.
     pub fn call(&self, inputs: &[Option<&Tensor>], device: Device, mover: &mut Mover) -> OpResult<Vec<Tensor>> {
         if device == Device::Cpu {
@@ -65,9 +65,9 @@ impl CompiledNode {
     }
 }
 
-/// Hands a step's results to `put`.
+/// Passes a step's results to `put`.
 ///
-/// Errors: `Error::Invalid` when the operator gave fewer results than the node wants.
+/// Errors: `Error::Invalid` when the operator returned fewer results than the node has connected outputs.
 pub(super) fn store(step: &CompiledNode, outputs: Vec<Tensor>, mut put: impl FnMut(Slot, Tensor)) -> Result<()> {
     let given = outputs.len();
     let mut outputs = outputs.into_iter();

@@ -1,4 +1,4 @@
-//! The operator table: one row per operator, from which the interpreter, the support table and the tests are made.
+//! The operator table, one row per operator. The interpreter, the support table and the tests use it.
 
 use std::fmt::Write;
 use std::sync::OnceLock;
@@ -20,7 +20,7 @@ pub fn operators() -> &'static [&'static Operator] {
 
 /// The row for an operator at a version of its domain.
 ///
-/// Errors: the reason as text, when there is none.
+/// Errors: the reason as text, when there is no row.
 pub fn find_operator(domain: &str, op_type: &str, version: i64) -> Result<&'static Operator, String> {
     let all = operators();
     let first = all.partition_point(|row| (row.domain, row.op_type) < (domain, op_type));
@@ -38,7 +38,7 @@ pub fn find_operator(domain: &str, op_type: &str, version: i64) -> Result<&'stat
     Err(format!("versions {low} to {high} are there"))
 }
 
-/// The table of supported operators in Markdown; nodes that only rewrites make are none of a file's.
+/// The table of supported operators in Markdown. Nodes that only rewrites create are left out.
 pub fn support_table() -> String {
     let mut text = String::from("| domain | operator | opset | gradient |\n|---|---|---|---|\n");
     for row in operators().iter().filter(|row| row.domain != INTERNAL_DOMAIN) {

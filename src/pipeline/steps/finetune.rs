@@ -27,7 +27,7 @@ pub const FINETUNE_REPORT: &str = "finetune.json";
 pub struct Finetune<'a> {
     /// Folder of the pruned model.
     pub pruned: &'a Path,
-    /// The plan by which it was pruned; it names the layers to finetune.
+    /// The plan of the pruning; it lists the layers to finetune.
     pub plan: &'a Plan,
     /// Digest of the plan's file.
     pub plan_digest: Sha256Digest,
@@ -39,15 +39,15 @@ pub struct Finetune<'a> {
     pub subset: Subset,
     /// Losses, optimiser, schedule and stages.
     pub settings: &'a Settings,
-    /// Device on which the trained layers are computed.
+    /// Device of the trained layers.
     pub device: Device,
     /// Folder for checkpoints, metrics and the report.
     pub work: &'a Path,
     /// Continues from the newest checkpoint in `work`.
     pub resume: bool,
-    /// The processes that share the samples of every step; all of them see `work`.
+    /// The processes that share the samples of every step. All of them can read and write `work`.
     pub ranks: Option<&'a Ranks>,
-    /// What the run may take of the machine.
+    /// Limits on memory and pass size.
     pub limits: Limits,
     /// Vision features by picture, shared with other steps.
     pub features: &'a Arc<FeatureCache>,
@@ -63,16 +63,16 @@ struct Recorded<'a> {
     settings: &'a Settings,
 }
 
-/// Default folder of a run's checkpoints and metrics: `OUT.work` beside `OUT`.
+/// Default folder of a run's checkpoints and metrics: `OUT.work` next to `OUT`.
 pub fn default_work_folder(target: &Path) -> PathBuf {
     let mut name = target.file_name().unwrap_or_default().to_os_string();
     name.push(".work");
     target.with_file_name(name)
 }
 
-/// Decides a run and does nothing.
+/// Computes the plan of a run without running it.
 ///
-/// Errors: as [`finetune`], for what does not need all data to be read.
+/// Errors: as [`finetune`], except those that require reading all data.
 pub fn plan_finetune(request: &Finetune) -> Result<RunPlan> {
     let bundle = Bundle::open(request.pruned)?;
     check_plan(&bundle, request.plan)?;
@@ -87,7 +87,7 @@ pub fn plan_finetune(request: &Finetune) -> Result<RunPlan> {
     plan_run(&training(request, &bundle, &data), teacher.as_ref())
 }
 
-/// The samples that are trained on.
+/// Indices of the training samples.
 fn drawn(request: &Finetune, dataset: &Dataset) -> Result<Vec<usize>> {
     let mut indices = dataset.draw(request.subset)?;
     indices.truncate((request.settings.data_share * indices.len() as f64).ceil() as usize);
@@ -111,9 +111,9 @@ fn training<'a>(request: &'a Finetune, bundle: &'a Bundle, data: &'a Conversatio
 
 /// Trains the plan's finetune layers of the pruned model and writes the result as a new folder.
 ///
-/// Errors: `Error::Invalid` when the model was not pruned with this plan, the data holds nothing to learn from, or the
+/// Errors: `Error::Invalid` when the model was not pruned with this plan, no sample has tokens to train on, or the
 /// target exists; `Error::Unsupported` when other precision variants of the decoder would keep their old weights;
-/// `Error::Interrupted` on Ctrl-C, a checkpoint left in the work folder. Nothing is left under the target's name then.
+/// `Error::Interrupted` on Ctrl-C, with a checkpoint in the work folder. On an error the target does not exist.
 pub fn finetune(
     request: &Finetune,
     target: &Path,
@@ -142,7 +142,7 @@ pub fn finetune(
     let training = training(request, &bundle, &data);
     let is_new = !request.work.exists();
     let outcome = crate::finetune::finetune_with_teacher(&training, teacher.as_ref(), cancel, observer);
-    // What was refused has nothing to go on from.
+    // A rejected run has no state from which to continue.
     if let Err(Error::Invalid { .. } | Error::Unsupported { .. }) = &outcome
         && is_new
         && request.work.exists()
@@ -151,7 +151,7 @@ pub fn finetune(
     }
     let outcome = outcome?;
     let Some(mut writer) = writer else {
-        // The first process writes the model; all have the same.
+        // The first process writes the model, since all have the same weights.
         let own = training.own_work();
         fs::remove_dir_all(&own).map_err(|e| Error::io("remove", &own, e))?;
         return Ok(outcome.report);
@@ -176,14 +176,14 @@ pub fn finetune(
     Ok(outcome.report)
 }
 
-/// The dense model's index of each layer that was kept, and the frozen anchors as the pruned model counts them.
+/// The dense model's index of each kept layer, and the pruned model's indices of the frozen anchors.
 fn correspondence(plan: &Plan) -> (Vec<usize>, Vec<usize>) {
     let kept = plan.layers.iter().filter(|layer| layer.pruned_index.is_some()).map(|layer| layer.index);
     let anchors = plan.layers.iter().filter(|layer| layer.role == LayerRole::Anchor);
     (kept.collect(), anchors.filter_map(|layer| layer.pruned_index).collect())
 }
 
-/// The folder's own record must say that it was pruned as the plan says.
+/// Checks that the folder's record agrees with the plan.
 fn check_plan(bundle: &Bundle, plan: &Plan) -> Result<()> {
     let subject = || format!("`{}`", bundle.root().display());
     let history = bundle.record()?.map(|record| record.history).unwrap_or_default();

@@ -1,4 +1,4 @@
-//! The recipe of a sweep: a TOML file; an unknown key is an error.
+//! The recipe of a sweep: a TOML file. An unknown key is an error.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -85,7 +85,7 @@ pub struct SweepFinetune {
 }
 
 impl SweepFinetune {
-    /// Options for reading the data; running text in sequences of the default length.
+    /// Options for reading the data; running text is split into sequences of the default length.
     pub(super) fn data_options(&self) -> DataOptions {
         let min_ratings = self.min_ratings.clone();
         let ignore_keys = self.ignore_keys.clone();
@@ -127,7 +127,7 @@ fn no_bench() -> BenchSection {
 }
 
 impl Sweep {
-    /// Reads a sweep; its paths come out relative to the working folder.
+    /// Reads a sweep. Its paths become relative to the working folder.
     ///
     /// Errors: as `Recipe::read`.
     pub fn read(path: &Path) -> Result<Self> {
@@ -176,9 +176,9 @@ impl Sweep {
         self.finetune.recipes.iter().try_for_each(|recipe| self.settings_of(recipe, 0)?.check())
     }
 
-    /// A recipe's settings for one seed: its own, then those of all recipes, then those for it.
+    /// A recipe's settings for one seed: its own, overridden by those for all recipes, then by those for this recipe.
     ///
-    /// Errors: `Error::Invalid` for a recipe or setting that is not known.
+    /// Errors: `Error::Invalid` for an unknown recipe or setting.
     pub fn settings_of(&self, recipe: &str, seed: u64) -> Result<Settings> {
         let own = self.finetune.recipe_settings.get(recipe);
         let mut all = self.finetune.settings.clone();

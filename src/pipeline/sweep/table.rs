@@ -62,7 +62,7 @@ pub struct SeedSpread {
 }
 
 impl SeedSpread {
-    /// Mean and deviation of values, of which there is at least one.
+    /// Mean and deviation of at least one value.
     pub fn over(values: Vec<f64>) -> Self {
         let count = values.len().max(1) as f64;
         let mean = values.iter().sum::<f64>() / count;
@@ -81,7 +81,7 @@ impl SweepTable {
     /// Version of the schema of `sweep.json`.
     pub const SCHEMA_VERSION: u32 = 1;
 
-    /// Marks the rows on the Pareto front of what is kept against speed.
+    /// Creates the table and marks the rows on the Pareto front of retention and speed.
     pub fn new(provenance: Provenance, dense_average: f64, seeds: Vec<u64>, mut rows: Vec<SweepRow>) -> Self {
         let points: Vec<(f64, f64)> = rows.iter().map(|row| (row.kept.mean, row.speedup)).collect();
         for (row, &(kept, speed)) in rows.iter_mut().zip(&points) {
@@ -90,7 +90,7 @@ impl SweepTable {
         SweepTable { provenance, dense_average, seeds, rows }
     }
 
-    /// Head and rows as text.
+    /// Header and rows as text.
     pub fn cells(&self) -> Vec<Vec<String>> {
         let measured = self.rows.iter().any(|row| row.speedup_measured);
         let speed = if measured { "decoder speed-up" } else { "ideal decoder speed-up" };
@@ -140,7 +140,7 @@ mod tests {
 
     #[test]
     fn spreads_are_sample_deviations() {
-        // 0.9, 1.0, 1.1: the squares make 0.02, over two.
+        // 0.9, 1.0, 1.1: the squared deviations sum to 0.02, divided by two.
         let spread = SeedSpread::over(vec![0.9, 1.0, 1.1]);
         assert!((spread.mean - 1.0).abs() < 1e-12 && (spread.deviation - 0.1).abs() < 1e-12);
         assert_eq!(spread.percent(), "100.0 ± 10.0");

@@ -113,7 +113,7 @@ pub(super) const ROWS: &[Operator] = &[
     Operator::new(MICROSOFT, "QuickGelu", 1, |b| swish(b.attributes.float("alpha", 1.702)?)).grad(),
 ];
 
-/// Since version 13 over one axis (the last by default); before, over all axes from `axis` on (1 by default) as one.
+/// Since version 13 over one axis (default: the last); before, over the flattened axes from `axis` on (default: 1).
 fn softmax(b: &mut Build, f: fn(&Tensor, i64) -> Result<Tensor, TchError>) -> OpResult<Kernel> {
     if b.version >= 13 {
         let axis = b.attributes.int("axis", -1)?;

@@ -1,4 +1,4 @@
-//! Arithmetic element by element, with NumPy broadcasting.
+//! Element-wise arithmetic with NumPy broadcasting.
 
 use tch::{TchError, Tensor};
 
@@ -65,7 +65,7 @@ pub(super) const ROWS: &[Operator] = &[
     Operator::new(MICROSOFT, "BiasAdd", 1, |_| many(bias_add)).grad(),
 ];
 
-/// Integers divide towards zero, as ONNX Runtime does.
+/// Integer division truncates towards zero, as in ONNX Runtime.
 fn divide(a: &Tensor, b: &Tensor) -> Result<Tensor, TchError> {
     if is_float(a.f_kind()?) || is_float(b.f_kind()?) { a.f_div(b) } else { a.f_div_tensor_mode(b, "trunc") }
 }
@@ -112,7 +112,7 @@ fn clip(b: &mut Build) -> OpResult<Kernel> {
         let x = args.get(0)?;
         match (args.opt(1), args.opt(2)) {
             (None, None) => Ok(x.shallow_clone()),
-            // Where the bounds cross, the upper one holds.
+            // When the bounds cross, the upper one applies.
             (low, high) => Ok(x.f_clamp_tensor(low, high)?),
         }
     })

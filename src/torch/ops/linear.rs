@@ -29,7 +29,7 @@ fn einsum(b: &mut Build) -> OpResult<Kernel> {
     })
 }
 
-/// alpha * A' * B' + beta * C, C broadcast to the product; with an activation in its fused form.
+/// alpha * A' * B' + beta * C, with C broadcast to the product; the fused form adds an activation.
 fn gemm(b: &mut Build, fused: bool) -> OpResult<Kernel> {
     let (alpha, beta) = (b.attributes.float("alpha", 1.0)?, b.attributes.float("beta", 1.0)?);
     let (left, right) = (b.attributes.flag("transA", false)?, b.attributes.flag("transB", false)?);

@@ -59,7 +59,7 @@ fn is_inf(b: &mut Build) -> OpResult<Kernel> {
     })
 }
 
-/// Unsigned operands only, as ONNX has it; wider ones than 8 bits have no LibTorch kind.
+/// ONNX allows unsigned operands only; LibTorch has no kind for those wider than 8 bits.
 fn bit_shift(b: &mut Build) -> OpResult<Kernel> {
     let left = match b.attributes.text("direction")? {
         Some("LEFT") => true,

@@ -1,4 +1,4 @@
-//! The operators, one row each, by family.
+//! The operators by family, one row each.
 
 mod activation;
 mod attention;

@@ -42,7 +42,8 @@ pub(super) const ROWS: &[Operator] = &[
     .grad(),
 ];
 
-/// `plain` reductions leave an element alone when no axis is reduced; for the others ONNX does not say.
+/// `plain` reductions return the input unchanged when no axis is reduced; for the others ONNX
+/// does not define this case.
 fn reduce(b: &mut Build, axes_input_since: i64, plain: bool, f: Reduce) -> OpResult<Kernel> {
     let keep = b.attributes.flag("keepdims", true)?;
     let by_input = b.version >= axes_input_since;
@@ -77,7 +78,7 @@ fn extreme(x: &Tensor, axes: &[i64], keep: bool, largest: bool) -> OpResult<Tens
     Ok(if largest { x.f_amax(axes, keep)? } else { x.f_amin(axes, keep)? })
 }
 
-/// The extreme of nothing: the far end of the type's range.
+/// The extreme of an empty set: minus infinity or false for a maximum, infinity or true for a minimum.
 fn empty_extreme(x: &Tensor, axes: &[i64], keep: bool, largest: bool) -> OpResult<Tensor> {
     let kind = x.f_kind()?;
     if !is_float(kind) && kind != Kind::Bool {

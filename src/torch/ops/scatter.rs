@@ -1,4 +1,4 @@
-//! Writing by index into a copy.
+//! Writes by index into a copy of the data.
 
 use tch::{Kind, Tensor};
 
@@ -55,7 +55,7 @@ fn scatter_elements(b: &mut Build) -> OpResult<Kernel> {
     })
 }
 
-/// Each index tuple names a slice of the data; the updates hold one slice per tuple.
+/// Each index tuple selects a slice of the data; the updates hold one slice per tuple.
 fn scatter_nd(b: &mut Build) -> OpResult<Kernel> {
     let reduction = reduction(b, 16)?;
     one(move |args| {
@@ -73,7 +73,7 @@ fn scatter_nd(b: &mut Build) -> OpResult<Kernel> {
     })
 }
 
-/// Writes a block of steps into a cache, at each sample's own place along `axis`.
+/// Writes a block of steps into a cache, for each sample at its own index along `axis`.
 ///
 /// Shapes: past `[B, .., S, ..]`, update `[B, .., T, ..]`, write_indices `[B]` -> past's.
 fn tensor_scatter(b: &mut Build) -> OpResult<Kernel> {

@@ -71,7 +71,7 @@ fn constant_of_shape(b: &mut Build) -> OpResult<Kernel> {
     })
 }
 
-/// Refuses negative axes and sizes that overflow.
+/// Rejects negative sizes and sizes whose product overflows.
 pub(super) fn check_size(size: &[i64]) -> OpResult<()> {
     let count = size.iter().try_fold(1i64, |count, &dim| if dim < 0 { None } else { count.checked_mul(dim) });
     count.map(|_| ()).ok_or_else(|| OpError::new(format!("shape {size:?} is not possible")))
@@ -167,7 +167,7 @@ fn reshape(b: &mut Build) -> OpResult<Kernel> {
             }
         }
         if target.contains(&-1) && target.contains(&0) {
-            // LibTorch finds -1 ambiguous beside 0; ONNX gives it the size of what is left.
+            // LibTorch rejects -1 next to a 0; ONNX derives it from the remaining size.
             let known = target.iter().filter(|&&dim| dim > 0).fold(1i64, |count, &dim| count.saturating_mul(dim));
             let size = x.size();
             let own: i64 = size.iter().filter(|&&dim| dim > 0).product();
@@ -181,7 +181,7 @@ fn reshape(b: &mut Build) -> OpResult<Kernel> {
     })
 }
 
-/// `start` and `end` (since version 15) count from the back when negative, and are clamped.
+/// `start` and `end` (since version 15) count from the end when negative, and are clamped.
 fn shape(b: &mut Build) -> OpResult<Kernel> {
     let start = b.attributes.int("start", 0)?;
     let end = b.attributes.int_opt("end")?;
