@@ -29,7 +29,7 @@ use std::io::Write;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
-use crate::base::{Error, install_ctrl_c, set_quiet};
+use crate::base::{Error, install_ctrl_c, on_runaway, set_quiet};
 
 pub use context::{Context, Outcome};
 pub use output::Output;
@@ -79,7 +79,14 @@ pub fn main(torch: RunTorchVerb) -> ! {
     // SAFETY: both programs call this first and have not started a thread.
     unsafe { crate::runtime::keep_telemetry_off() };
     let code = match Cli::try_parse() {
-        Ok(cli) => report(cli.json, dispatch(cli, torch)),
+        Ok(cli) => {
+            let json = cli.json;
+            on_runaway(move |error| {
+                output::print_error(&error.into(), json);
+                end(2)
+            });
+            report(json, dispatch(cli, torch))
+        }
         // Help and version are not errors; clap prints them to standard output.
         Err(error) if error.print().is_ok() && !error.use_stderr() => 0,
         Err(_) => 2,
