@@ -24,6 +24,8 @@ pub struct Strategy {
     pub measures_loss: bool,
     /// True when it uses `SelectionRequest::seed`.
     pub seeded: bool,
+    /// Chooses groups that drop `count` layers in all, or fewer where it finds no more, which `Strategy::select` makes an
+    /// error. A layer has one role; only layers below `usable` whose removal is not refused are dropped.
     select: fn(&mut SelectionRequest) -> Result<Vec<Group>>,
 }
 
