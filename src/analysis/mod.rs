@@ -24,7 +24,7 @@ mod taps;
 mod towers;
 
 pub use canonical::{FUSED_MARK, FUSED_OUTPUTS, FusedNorm, unfuse_skip_norms};
-pub use head::head_input;
+pub use head::{head_input, head_weight};
 pub use map::{Glue, KvPort, Layer, LayerMap, PortRole, Tap};
 pub use merged::{Branch, Merged};
 pub use owners::{Owner, Owners};

@@ -1,6 +1,6 @@
 //! Flags for reading data sets, the same in every verb.
 
-use crate::data::{BackEnd, DataOptions, ImageSettings, LeftOut, SEQUENCE_LENGTH, Turns};
+use crate::data::{BackEnd, DataOptions, DataPart, ImageSettings, LeftOut, SEQUENCE_LENGTH, Turns};
 
 use super::args::positive;
 use super::output::Output;
@@ -69,6 +69,7 @@ impl DataArgs {
             min_ratings: self.min_rating.iter().cloned().collect(),
             ignore_keys: self.ignore_keys.clone(),
             strict: self.strict,
+            part: DataPart::All,
             sequence_length: self.sequence_length,
             images: self.images.settings(),
         }

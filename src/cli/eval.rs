@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use crate::base::{Device, write_json};
 use crate::bundle::Bundle;
 use crate::data::{Benchmark, SEQUENCE_LENGTH};
-use crate::eval::{EvalReport, Interval, Judge, Likelihood, PromptStyle, TextReport};
+use crate::eval::{Difference, EvalReport, Interval, Judge, Likelihood, PromptStyle, TextReport};
 use crate::pipeline::steps::{self, Engine, EvalSettings, TextSettings};
 use crate::runtime::Profile;
 
@@ -159,6 +159,7 @@ fn predict(args: &Args, context: &Context) -> anyhow::Result<Outcome> {
         limit: args.limit,
         strict: args.strict,
         images: args.images.settings(),
+        ..TextSettings::default()
     };
     let engine = Engine::new(args.device)?;
     steps::warnings(&Bundle::open(&args.model)?, &args.data).iter().for_each(|warning| context.output.warn(warning));
@@ -210,6 +211,16 @@ fn interval(kept: Option<Interval>) -> String {
     }
 }
 
+/// A difference in percentage points.
+fn points(difference: Option<Difference>) -> String {
+    match difference {
+        Some(Difference { difference, low, high }) => {
+            format!("{:+.1} [{:+.1}, {:+.1}]", 100.0 * difference, 100.0 * low, 100.0 * high)
+        }
+        None => "-".to_string(),
+    }
+}
+
 fn text_table(report: &TextReport) -> String {
     let mut rows = vec![["model", "tokens", "loss", "perplexity", "kept %"].map(String::from).to_vec()];
     let kept = report.baseline.is_some().then_some(report.retention);
@@ -229,21 +240,23 @@ fn report_table(report: &EvalReport) -> String {
     let percent = |value: f64| format!("{:.1}", 100.0 * value);
     let mut head = vec!["group".to_string(), "questions".to_string(), "score %".to_string()];
     if report.baseline.is_some() {
-        head.extend(["baseline %".to_string(), "kept %".to_string()]);
+        head.extend(["baseline %", "kept %", "difference"].map(String::from));
     }
     let mut rows = vec![head];
     for (place, group) in report.model.groups.iter().enumerate() {
         let mut row = vec![group.group.clone(), group.questions.to_string(), percent(group.score)];
         if let (Some(baseline), Some(retention)) = (&report.baseline, &report.retention) {
             row.push(baseline.groups.get(place).map_or(String::new(), |group| percent(group.score)));
-            row.push(interval(retention.groups.get(place).and_then(|group| group.retention)));
+            let group = retention.groups.get(place);
+            row.push(interval(group.and_then(|group| group.retention)));
+            row.push(points(group.and_then(|group| group.difference)));
         }
         rows.push(row);
     }
     let name = report.model.metric.clone().unwrap_or_else(|| "average".to_string());
     let mut last = vec![name, report.model.questions.to_string(), percent(report.model.score)];
     if let (Some(baseline), Some(retention)) = (&report.baseline, &report.retention) {
-        last.extend([percent(baseline.score), interval(retention.score)]);
+        last.extend([percent(baseline.score), interval(retention.score), points(retention.difference)]);
     }
     rows.push(last);
     table(&rows)

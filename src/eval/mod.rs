@@ -33,6 +33,6 @@ pub use report::{
     Answer, EvalReport, EvalTiming, GroupRetention, GroupScore, Likelihood, ModelScores, QuestionLikelihood, Retention,
 };
 pub use run::{EvalOptions, LoadedModel, benchmark_name, evaluate, judge_predictions};
-pub use stats::{Interval, RESAMPLES, Spread, kept_likelihood};
-pub use summary::compare;
+pub use stats::{Compared, Difference, Interval, RESAMPLES, Spread, kept_likelihood};
+pub use summary::{compare, compare_over};
 pub use verify::{verify, verify_on};

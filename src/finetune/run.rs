@@ -290,6 +290,9 @@ impl Opened {
         let decoder = crate::onnx::load(&request.bundle.path_of(request.bundle.require(Role::Decoder)?))?;
         let whole = headed(request.bundle, decoder.clone())?;
         let mut cut = Cut::new(&whole, request.layers)?;
+        if settings.train_head {
+            cut.train_head()?;
+        }
         let fits = settings.fit || settings.layer_by_layer();
         let mut targets = if fits { cut.targets(request.layers, !settings.trains())? } else { Vec::new() };
         if let Some(lora) = settings.lora() {
@@ -297,6 +300,9 @@ impl Opened {
                 let all: Vec<usize> = (0..cut.analysis.map.layers.len()).collect();
                 let after = cut.first;
                 cut = Cut::new(&whole, &all)?;
+                if settings.train_head {
+                    cut.train_head()?;
+                }
                 targets.iter_mut().for_each(|target| target.layer += after);
             }
             let written: &[FitTarget] = if settings.fit { &targets } else { &[] };

@@ -11,7 +11,7 @@ pub mod select;
 
 pub use likelihood::{AnswerLikelihood, answer_likelihoods};
 pub use loss::LossMeter;
-pub use plan::{LayerPlan, LayerRole, PLAN_SCHEMA_VERSION, Plan, check_layers};
+pub use plan::{LayerPlan, LayerRole, PLAN_SCHEMA_VERSION, Plan, check_layers, named_layers};
 pub use score::{ScoreSettings, score};
 pub use scores::{
     MODALITIES, Modality, ModalityScores, ModalityWeights, PackScores, SCORES_SCHEMA_VERSION, SampleModality,

@@ -171,10 +171,22 @@ impl Plan {
     }
 }
 
+/// Checks layers that a user named for dropping against the model.
+///
+/// Returns them ascending. Errors: as [`named_layers`], and `Error::Invalid` for all of them.
+pub fn check_layers(layers: &[usize], num_layers: usize) -> Result<Vec<usize>> {
+    let named = named_layers(layers, num_layers)?;
+    if named.len() == num_layers {
+        return Err(Error::invalid("list of layers", format!("names all {num_layers} layers, at least one must stay"))
+            .remedy("name fewer layers"));
+    }
+    Ok(named)
+}
+
 /// Checks layers that a user named against the model.
 ///
-/// Returns them ascending. Errors: `Error::Invalid` for none, a duplicate, one outside the model, or all of them.
-pub fn check_layers(layers: &[usize], num_layers: usize) -> Result<Vec<usize>> {
+/// Returns them ascending. Errors: `Error::Invalid` for none, a duplicate, or one outside the model.
+pub fn named_layers(layers: &[usize], num_layers: usize) -> Result<Vec<usize>> {
     let mut set = BTreeSet::new();
     for &layer in layers {
         if layer >= num_layers {
@@ -190,10 +202,6 @@ pub fn check_layers(layers: &[usize], num_layers: usize) -> Result<Vec<usize>> {
     }
     if set.is_empty() {
         return Err(Error::invalid("list of layers", "is empty").remedy("name at least one layer"));
-    }
-    if set.len() == num_layers {
-        return Err(Error::invalid("list of layers", format!("names all {num_layers} layers, at least one must stay"))
-            .remedy("name fewer layers"));
     }
     Ok(set.into_iter().collect())
 }

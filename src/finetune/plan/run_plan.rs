@@ -244,7 +244,7 @@ impl Facts<'_> {
         let products: Vec<u64> =
             self.fitted.iter().flat_map(|target| &target.products).flatten().map(|p| p.width as u64).collect();
         let widest = products.iter().copied().max().unwrap_or(0);
-        let most = widest.saturating_mul(u64::from(self.settings.fit_tokens_per_feature)).min(super::FIT_TOKENS);
+        let most = self.settings.fit_budget(widest).min(super::FIT_TOKENS);
         let layers = self.fitted.len() as u64;
         Some(PlannedFit { layers, products: products.len() as u64, widest, tokens: most.min(self.data.tokens) })
     }

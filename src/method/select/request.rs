@@ -42,6 +42,10 @@ pub struct SelectionRequest<'a, 'm> {
     pub count: usize,
     /// The last layer is left alone unless this is set.
     pub include_last: bool,
+    /// Lets `interlace-tn`, `random` and `consecutive` choose the last layer too, as the authors' released code does.
+    pub as_released: bool,
+    /// Goes on where a strategy's packs run out: pairs for `interlace-oa`, then single frozen layers.
+    pub beyond_structure: bool,
     /// Why these layers cannot be dropped together; `None` where they can.
     pub refusal: &'a dyn Fn(&[usize]) -> Option<String>,
     /// Mean similarities by pack size; empty for strategies that need none.
@@ -58,6 +62,11 @@ impl SelectionRequest<'_, '_> {
     /// Layers that may be dropped or finetuned: `0..usable`.
     pub(super) fn usable(&self) -> usize {
         self.num_layers.saturating_sub(usize::from(!self.include_last))
+    }
+
+    /// Layers that the ablations may choose: all of them in the released code, where only triplets spare the last one.
+    pub(super) fn reach(&self) -> usize {
+        if self.as_released { self.num_layers } else { self.usable() }
     }
 
     /// True where these layers can be dropped together.
