@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::Context as _;
 use clap::ValueEnum;
 
-use crate::base::{Device, human_bytes, human_count, set_quiet, sha256_file};
+use crate::base::{Device, human_bytes, human_count, sha256_file};
 use crate::bundle::Bundle;
 use crate::data::{Amount, Subset};
 use crate::finetune::{
@@ -15,10 +15,11 @@ use crate::finetune::{
 use crate::method::Plan;
 use crate::pipeline::steps::{self, Finetune, Trained, default_work_folder};
 use crate::runtime::FeatureCache;
-use crate::torch::{Ranks, cpu_lacks_bf16};
+use crate::torch::cpu_lacks_bf16;
 
 use super::args::{TrainedLayers, amount, fraction, positive};
 use super::data_args::{DataArgs, warn_left_out};
+use super::torch::meet_others;
 use super::{Context, Outcome, output};
 
 /// Finetune the layers next to the dropped ones, or layers of a whole model
@@ -149,15 +150,8 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
             .output
             .warn("this processor has no instructions for bf16: f32 is several times as fast and takes no more memory");
     }
-    let ranks = Ranks::of_environment()?;
     let mut device = args.device;
-    if let Some(ranks) = &ranks {
-        // One process speaks for all of them; each has the GPU of its own number.
-        set_quiet(context.output.quiet || ranks.rank() > 0);
-        if let Device::Cuda(index) = &mut device {
-            *index += u32::try_from(ranks.local_rank())?;
-        }
-    }
+    let ranks = meet_others(&mut device, context)?;
     let plan = args.plan.as_ref().map(|path| anyhow::Ok((Plan::read(path)?, sha256_file(path)?))).transpose()?;
     let trained = match (&plan, &args.layers) {
         (Some((plan, digest)), _) => Trained::Plan { plan, digest },

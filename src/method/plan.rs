@@ -157,6 +157,8 @@ impl Plan {
             .remedy("make the plan again; to choose layers by hand use `plan --drop`"));
         }
         let again = Plan::new(plan.provenance.clone(), &plan.strategy, plan.num_layers, plan.groups.clone())?;
+        let (samples, left_out) = (plan.samples.clone(), plan.left_out.clone());
+        let again = Plan { samples, left_out, ..again };
         if again != plan {
             let subject = format!("`{}`", path.display());
             return Err(Error::invalid(subject, "its lists of layers and its groups disagree")

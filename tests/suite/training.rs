@@ -149,6 +149,10 @@ fn layers_train_without_a_plan() {
     done(finetune("pruned", &[&["--layers", &named][..], &best].concat(), "by-layers"));
     assert!(weights(&here.join("by-plan")) == weights(&here.join("by-layers")));
 
+    let planned = finetune(&model, &["--layers", "all", "--recipe", "paper", "--dry-run", "--json"], "whole");
+    let plan: serde_json::Value = serde_json::from_slice(&planned.stdout).expect("a plan");
+    assert_eq!((plan["trained"].as_array().map(Vec::len), plan["frozen_before"].as_u64()), (Some(16), Some(0)));
+    assert!(!here.join("whole").exists());
     done(finetune(&model, &["--layers", "all", "--recipe", "paper"], "whole"));
     done(finetune(&model, &[&["--layers", "3,9"][..], &best].concat(), "partly"));
     let record = |out: &str| -> serde_json::Value {
@@ -208,4 +212,23 @@ fn a_budget_of_tokens_takes_the_first_of_the_draw() {
     let fewer = report("step_tokens = 400", "fewer");
     assert!(count(&fewer) < count(&some) && ids(&fewer).iter().all(|id| ids(&some).contains(id)));
     assert_eq!(count(&report("step_tokens = 1000000000", "all")), count(&whole));
+
+    // What is held back is trained on by nobody, and `eval` reads that and nothing else.
+    let run = |arguments: &[&str]| {
+        let output = interlace(here, arguments);
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    };
+    let finetune = ["finetune", &model, "--layers", "9", "--data", &data, "--turns", "separate", "--recipe", "paper"];
+    run(&[&finetune[..], &["--max-steps", "1", "-o", "rest", "--quiet", "--held-back", "0.4"]].concat());
+    let text = fs::read(here.join("rest.work/finetune.json")).expect("report");
+    let rest: serde_json::Value = serde_json::from_slice(&text).expect("JSON");
+    run(&["eval", &model, "--data", &data, "--held-back", "0.4", "-o", "apart.json", "--quiet"]);
+    run(&["eval", &model, "--data", &data, "-o", "all.json", "--quiet"]);
+    let sequences = |name: &str| {
+        let report: serde_json::Value = serde_json::from_slice(&fs::read(here.join(name)).expect(name)).expect("JSON");
+        report["model"]["sequences"].as_array().expect("sequences").len()
+    };
+    // `eval` reads a conversation as one sample, and turns of one row are on one side.
+    assert!(count(&rest) > 0 && count(&rest) < count(&whole));
+    assert!(sequences("apart.json") > 0 && sequences("apart.json") < sequences("all.json"));
 }

@@ -11,7 +11,7 @@ use crate::bundle::Bundle;
 use crate::data::{BenchRow, Benchmark, DataOptions, DataPart, Dataset, ImageSettings, Turns};
 use crate::eval::{
     Compared, EvalOptions, EvalReport, ModelScores, TextReport, TextScores, benchmark_name, compare, compare_over,
-    evaluate, kept_perplexity, perplexity,
+    evaluate_among, kept_perplexity, perplexity,
 };
 
 use super::engine::{BOOTSTRAP_SEED, Engine, EvalSettings, digests};
@@ -36,7 +36,7 @@ impl Engine {
         let mut loaded = self.load(model, &settings.images)?;
         let EvalSettings { batch_size, max_new_tokens, limit, prompt_style, judge, images: _ } = settings.clone();
         let options = EvalOptions { batch_size, max_new_tokens, limit, prompt_style, judge };
-        evaluate(&mut loaded, benchmark, &benchmark_name(data), &options, cancel)
+        evaluate_among(self.peers(), &mut loaded, benchmark, &benchmark_name(data), &options, cancel)
     }
 }
 
@@ -156,7 +156,7 @@ pub fn eval_text(
         inputs.insert(role.to_string(), bundle.digest()?);
         inputs.insert("data".to_string(), text.digest()?);
         let mut vlm = engine.load_to_predict(&bundle)?;
-        perplexity(&path.display().to_string(), &mut vlm, (&bundle, &text), settings.limit, cancel)
+        perplexity(&path.display().to_string(), &mut vlm, (&bundle, &text), settings.limit, engine.peers(), cancel)
     };
     let base = baseline.map(|path| measure("baseline", path)).transpose()?;
     let scores = measure("model", model)?;

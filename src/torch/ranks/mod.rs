@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use tch::{Device, Kind, Tensor};
 
-use crate::base::{Error, Result};
+use crate::base::{Error, Peers, Result};
 
 /// How long a rank waits for another that is alive but does not come; a rank that has ended is seen at once.
 const TIMEOUT: Duration = Duration::from_secs(30 * 60);
@@ -251,6 +251,20 @@ impl Ranks {
             true => Ok(()),
             false => Err(failed(error, &format!("{subject} of rank {} of {}", self.rank, self.size))),
         }
+    }
+}
+
+impl Peers for Ranks {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn size(&self) -> usize {
+        self.size
+    }
+
+    fn of_all(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
+        Ranks::of_all(self, bytes)
     }
 }
 
