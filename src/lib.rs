@@ -6,12 +6,14 @@
 pub mod analysis;
 pub mod base;
 pub mod bundle;
+pub mod checkpoint;
 pub mod cli;
 pub mod data;
 pub mod eval;
 pub mod export;
 #[allow(clippy::too_many_lines)]
 pub mod finetune;
+pub mod graft;
 pub mod ir;
 pub mod method;
 pub mod onnx;

@@ -1,5 +1,4 @@
-//! The `interlace` command: every verb but those that compute in LibTorch, which it hands over to
-//! `interlace-torch`.
+//! The `interlace` command. It passes the verbs that compute in LibTorch on to `interlace-torch`.
 
 fn main() {
     interlace::cli::main(interlace::cli::hand_over)

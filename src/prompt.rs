@@ -1,4 +1,4 @@
-//! A prompt as arrays: token ids, and for each picture the inputs of the vision encoder. Processors make prompts,
+//! Prompts as arrays: token ids and, for each picture, the inputs of the vision encoder. Processors create prompts;
 //! sessions run them.
 
 use std::collections::BTreeMap;
@@ -14,24 +14,24 @@ pub use given::{GivenRow, TensorBatch};
 
 /// Pixels: tiles `[N, C, H, W]`, patches `[P, D]`, or tiles of patches `[N, P, D]`.
 pub const PIXEL_VALUES: &str = "pixel_values";
-/// True where a pixel or a patch is real and false where it is padding: `[N, H, W]` or `[N, P]`.
+/// True at real pixels or patches, false at padding: `[N, H, W]` or `[N, P]`.
 pub const PIXEL_ATTENTION_MASK: &str = "pixel_attention_mask";
-/// Patches in time, height and width: `[1, 3]`.
+/// Number of patches in time, height and width: `[1, 3]`.
 pub const IMAGE_GRID_THW: &str = "image_grid_thw";
-/// Patches in height and width: `[1, 2]`.
+/// Number of patches in height and width: `[1, 2]`.
 pub const IMAGE_GRID_HWS: &str = "image_grid_hws";
-/// Height and width in pixels, before or after resizing as the family has it: `[1, 2]`.
+/// Height and width in pixels, before or after resizing, depending on the family: `[1, 2]`.
 pub const IMAGE_SIZES: &str = "image_sizes";
-/// Patches in height and width of each tile of patches: `[N, 2]`.
+/// Number of patches in height and width, for each tile of patches: `[N, 2]`.
 pub const SPATIAL_SHAPES: &str = "spatial_shapes";
 /// Column and row of each patch, -1 at padding: `[1, P, 2]`.
 pub const PIXEL_POSITION_IDS: &str = "pixel_position_ids";
-/// Patches in height and width of each slice: `[N, 2]`.
+/// Number of patches in height and width, for each slice: `[N, 2]`.
 pub const TARGET_SIZES: &str = "target_sizes";
-/// True where a patch is real: `[N, 1, P]` or `[N, P]`.
+/// True at real patches: `[N, 1, P]` or `[N, P]`.
 pub const PATCH_ATTENTION_MASK: &str = "patch_attention_mask";
 
-/// An array in the element type in which a processor makes it; a graph's input may take another.
+/// An array with the element type of its processor; a graph's input may need another type.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Array {
     /// Pixels and other real numbers.
@@ -62,7 +62,7 @@ impl Array {
         self.len() == 0
     }
 
-    /// The floats of an array of floats.
+    /// The elements, if the array has floats.
     pub fn floats(&self) -> Option<&ArrayD<f32>> {
         match self {
             Array::Float(array) => Some(array),
@@ -70,7 +70,7 @@ impl Array {
         }
     }
 
-    /// The integers of an array of integers.
+    /// The elements, if the array has integers.
     pub fn ints(&self) -> Option<&ArrayD<i64>> {
         match self {
             Array::Int(array) => Some(array),
@@ -78,9 +78,9 @@ impl Array {
         }
     }
 
-    /// Several arrays behind each other along their first axis.
+    /// Several arrays, concatenated along their first axis.
     ///
-    /// Errors: `Error::Invalid` when there are none, or element types or other axes differ.
+    /// Errors: `Error::Invalid` when the list is empty, or when element types or other axes differ.
     pub fn joined(arrays: &[&Array]) -> Result<Array> {
         macro_rules! join {
             ($kind:ident) => {{
@@ -114,9 +114,9 @@ impl Array {
     }
 }
 
-/// One picture as the vision encoder reads it: arrays by the name that Hugging Face's processor gives them. The first
-/// axis of each counts what the picture has several of (tiles, patches) or is 1, so that joining the arrays of several
-/// pictures along it gives the arrays of a prompt.
+/// One picture as arrays for the vision encoder, with the names that Hugging Face's processors use. The first axis of
+/// each array counts the picture's tiles or patches, or is 1, so that the arrays of several pictures can be
+/// concatenated along it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ImageArrays {
     key: Sha256Digest,
@@ -124,9 +124,9 @@ pub struct ImageArrays {
 }
 
 impl ImageArrays {
-    /// A picture of these arrays.
+    /// A picture with these arrays.
     ///
-    /// Errors: `Error::Invalid` without pixels, or with an array without elements.
+    /// Errors: `Error::Invalid` when the pixels are missing or an array is empty.
     pub fn new(arrays: impl IntoIterator<Item = (&'static str, Array)>) -> Result<Self> {
         let arrays: BTreeMap<String, Array> =
             arrays.into_iter().map(|(name, array)| (name.to_string(), array)).collect();
@@ -136,9 +136,9 @@ impl ImageArrays {
         Self::of_arrays(arrays)
     }
 
-    /// A picture, or several in one, of arrays by any names.
+    /// A picture, or several in one, with arrays of any names.
     ///
-    /// Errors: `Error::Invalid` with an array without elements.
+    /// Errors: `Error::Invalid` when an array is empty.
     pub fn of_arrays(arrays: BTreeMap<String, Array>) -> Result<Self> {
         if let Some((name, array)) = arrays.iter().find(|(_, array)| array.is_empty()) {
             return Err(Error::invalid("picture", format!("array `{name}` of shape {:?} is empty", array.shape())));
@@ -151,7 +151,7 @@ impl ImageArrays {
         Ok(ImageArrays { key: sha256_bytes(&bytes), arrays })
     }
 
-    /// Identifies the picture and its processing: equal keys have equal arrays.
+    /// Digest of the arrays: pictures with equal keys have equal arrays.
     pub fn key(&self) -> &Sha256Digest {
         &self.key
     }
@@ -168,13 +168,13 @@ impl ImageArrays {
 
     /// The pixels.
     ///
-    /// Errors: `Error::Invalid` when they are no floats.
+    /// Errors: `Error::Invalid` when they are not floats.
     pub fn pixel_values(&self) -> Result<&ArrayD<f32>> {
         let found = self.get(PIXEL_VALUES).and_then(Array::floats);
         found.ok_or_else(|| Error::invalid("picture", format!("`{PIXEL_VALUES}` holds no floats")))
     }
 
-    /// Patches in time, height and width, of a picture that is cut into patches on a grid.
+    /// Number of patches in time, height and width, for a picture divided into patches on a grid.
     pub fn grid_thw(&self) -> Option<[i64; 3]> {
         let grid = self.get(IMAGE_GRID_THW)?.ints()?;
         grid.iter().copied().collect::<Vec<_>>().try_into().ok()
@@ -184,13 +184,13 @@ impl ImageArrays {
 /// A tokenised question with its pictures.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Prompt {
-    /// Token ids, an image token for every row of image features.
+    /// Token ids, with one image token per row of image features.
     pub input_ids: Vec<i64>,
     /// Pictures in the order of their tokens.
     pub pictures: Vec<Arc<ImageArrays>>,
-    /// Tokens before the first answer; `None` where no answer follows.
+    /// Number of tokens before the first answer; `None` when the prompt has no answer.
     pub question: Option<usize>,
-    /// Where what the graphs read was made by another program; there are no `pictures` then.
+    /// Inputs from another program; then `pictures` is empty.
     pub given: Option<GivenRow>,
 }
 

@@ -1,4 +1,4 @@
-// Answers the questions of a benchmark with transformers.js and prints one JSON line for each.
+// Answers the questions of a benchmark with transformers.js and prints one JSON line per question.
 //
 //   node transformers_js.mjs FOLDER BENCHMARK.tsv [QUESTIONS]
 import fs from 'node:fs';

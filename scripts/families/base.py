@@ -1,4 +1,4 @@
-"""What every family shares: the row that describes one, its sizes, weights, tokenizer and the removal of layers."""
+"""Common code of the families: the row type of a family, sizes, weights, tokenizer and the removal of layers."""
 import copy
 import dataclasses
 import inspect

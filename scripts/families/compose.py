@@ -1,4 +1,4 @@
-"""The exported parts put together in ONNX Runtime as a caller would, to check an export before it is used."""
+"""Runs the exported parts together in ONNX Runtime, as an application would, to check an export before its use."""
 import numpy as np
 import onnxruntime as ort
 import torch

@@ -1,4 +1,4 @@
-"""The text part as it is exported: caches as plain tensors in and out, and the inputs that families add."""
+"""The exported form of the text part: caches as plain input and output tensors, and the families' additional inputs."""
 import dataclasses
 import inspect
 

@@ -1,9 +1,9 @@
-"""What Hugging Face gives for each family: prompts, pixels, positions, logits, losses, answers and layer similarities.
+"""Hugging Face's results for each family: prompts, pixels, positions, logits, losses, answers and layer similarities.
 
-Writes OUT_DIR/_expected/NAME.json, and NAME.npz with the whole arrays. The exported parts are put together in ONNX
-Runtime too and must give the same logits.
+Writes OUT_DIR/_expected/NAME.json, and NAME.npz with the whole arrays. The exported parts also run together in
+ONNX Runtime and must compute the same logits.
 
-usage: expected.py OUT_DIR [NAME...]      OUT_DIR is what export.py wrote
+usage: expected.py OUT_DIR [NAME...]      OUT_DIR is the output folder of export.py
 """
 import argparse
 import copy

@@ -1,6 +1,6 @@
-"""Writes a tiny network of each family in the layout and with the names that onnx-community publishes.
+"""Writes a tiny network of each family with onnx-community's layout and file names.
 
-usage: export.py OUT_DIR [NAME...]        all families when none is named
+usage: export.py OUT_DIR [NAME...]        default: all families
 """
 import argparse
 import importlib

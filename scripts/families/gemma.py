@@ -1,4 +1,4 @@
-"""Gemma 3 and PaliGemma 2: one square picture, decoders with or without attention both ways."""
+"""Gemma 3 and PaliGemma 2: one square picture, decoders with or without bidirectional attention."""
 import torch
 from transformers import Gemma3Processor
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil

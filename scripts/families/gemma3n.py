@@ -1,4 +1,4 @@
-"""Gemma 3n: four residual streams side by side, embeddings for every layer, layers that share keys and values."""
+"""Gemma 3n: four parallel residual streams, embeddings for every layer, layers that share keys and values."""
 import torch
 from torch import nn
 from transformers import Gemma3nProcessor

@@ -1,4 +1,4 @@
-"""SmolVLM2 and Idefics3: pictures cut into tiles that are named by row and column, and the whole picture last."""
+"""SmolVLM2 and Idefics3: pictures split into tiles that are labelled by row and column, with the whole picture last."""
 from transformers import Idefics3Processor, SmolVLMProcessor
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil

@@ -1,4 +1,4 @@
-"""Janus: token embeddings that read pixels (`prepare_inputs_embeds`), the head of the language model a graph of its own."""
+"""Janus: a token embedding graph with pixel inputs (`prepare_inputs_embeds`), and a separate graph for the language model's head."""
 import torch
 from torch import nn
 from transformers import JanusProcessor

@@ -1,4 +1,4 @@
-"""MiniCPM-V 4.6: the whole picture and slices of it, packed side by side as patches, features merged twice."""
+"""MiniCPM-V 4.6: the whole picture and slices of it, packed as patches in one row; features are merged twice."""
 import torch
 from torch import nn
 from transformers import MiniCPMV4_6Processor

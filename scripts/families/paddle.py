@@ -1,4 +1,4 @@
-"""PaddleOCR-VL: patches in plain row order, merged two by two behind the tower."""
+"""PaddleOCR-VL: patches in plain row order, merged two by two after the tower."""
 import torch
 from transformers import PaddleOCRVLProcessor
 from transformers.models.paddleocr_vl.image_processing_pil_paddleocr_vl import PaddleOCRVLImageProcessorPil

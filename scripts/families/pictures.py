@@ -1,4 +1,4 @@
-"""Awkward pictures, the same for every family, made from formulas.
+"""Unusual pictures, the same for every family, generated from formulas.
 
 usage: pictures.py OUT_DIR
 """

@@ -1,4 +1,4 @@
-"""Mistral 3: pictures of any size padded to one, their sizes beside them, a token at the end of each row."""
+"""Mistral 3: pictures of any size padded to one size, with their own sizes as an input; a token at the end of each row."""
 import torch
 from torch import nn
 from transformers import PixtralProcessor

@@ -1,4 +1,4 @@
-"""Aya-Vision, Ovis2 and Granite-Docling: InternVL's grid of tiles under other tokens and towers."""
+"""Aya-Vision, Ovis2 and Granite-Docling: InternVL's grid of tiles with other tokens and towers."""
 import torch
 from torch import nn
 from transformers import AyaVisionProcessor, GraniteDoclingProcessor, Ovis2Processor

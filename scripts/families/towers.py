@@ -1,4 +1,4 @@
-"""Vision parts as they are exported, each with an example input and its dynamic axes."""
+"""The exported form of the vision parts, each with an example input and its dynamic axes."""
 import dataclasses
 
 import torch

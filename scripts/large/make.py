@@ -1,7 +1,7 @@
 """Write a synthetic decoder of the Llama shape in fp16 with its weights in one external file, for timing `prune`.
 
-The graph is a real one (it loads and runs); the weights are pseudo-random. Weights are written as they are made, so
-memory stays small. usage: make.py OUT.onnx [--layers 18] [--hidden 2048] [--width 11264] [--vocabulary 32000] [--heads 16]
+The graph is valid (it loads and runs); the weights are pseudo-random. Each weight is written when it is generated, so
+little memory is needed. usage: make.py OUT.onnx [--layers 18] [--hidden 2048] [--width 11264] [--vocabulary 32000] [--heads 16]
 """
 import argparse
 import os

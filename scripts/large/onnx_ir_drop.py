@@ -1,4 +1,4 @@
-"""The same removal by hand with onnx-ir, for graphs of make.py only: usage: onnx_ir_drop.py IN.onnx OUT.onnx LAYER..."""
+"""The same removal with onnx-ir, written by hand for the graphs of make.py: usage: onnx_ir_drop.py IN.onnx OUT.onnx LAYER..."""
 import sys
 
 import onnx_ir as ir

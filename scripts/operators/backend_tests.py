@@ -1,8 +1,8 @@
 """Runs the node tests of the ONNX package through the interpreter and compares the results with the expected outputs.
 
-The package makes the cases itself (`onnx.backend.test`, onnx 1.23). Cases with an operator that the table lacks are
-counted only. Every other one must pass or be listed in `backend_tests.txt` under its reason; a listed case that passes is
-an error too. Run by hand, with the environment that the tests need (see scripts/setup).
+The package generates the cases (`onnx.backend.test`, onnx 1.23). Cases with an operator that the table lacks are only
+counted. Every other case must pass or be listed in `backend_tests.txt` under its reason; a listed case that passes is also an
+error. Run by hand in the environment of the tests (see scripts/setup).
 
 usage: backend_tests.py [--keep FOLDER]
 """

@@ -1,10 +1,9 @@
-"""What Hugging Face's processors make of awkward pictures, family by family.
+"""Outputs of Hugging Face's processors for unusual pictures, by family.
 
-Writes `families.json`: one tokenizer of bytes, the special tokens of all families that follow its bytes, conversations, and for each
-family its processor files and cases. A case has the number of its conversation, pictures (files in `awkward/`, written by
-`pictures.py`), the ids as runs `[id, times]`, and per back end the number of elements and the first 32 digits of the SHA-256 of each
-array. Pictures reach the processors upright, as `load_image` makes them, in the
-mode they have. Run by hand with transformers 5.24, torch 2.11, torchvision 0.26 and pillow 13.0.0 on a CPU with AVX2.
+Writes `families.json`: a byte tokenizer, the special tokens of all families (their ids follow the bytes), conversations, and for
+each family its processor files and cases. A case has the number of its conversation, its pictures (files in `awkward/`, written by
+`pictures.py`), the ids as runs `[id, times]`, and for each back end the number of elements and the first 32 digits of the SHA-256 of
+each array. The processors receive the pictures upright, as from `load_image`, in their original mode. Run by hand with transformers 5.24, torch 2.11, torchvision 0.26 and pillow 13.0.0 on a CPU with AVX2.
 
 usage: families.py --out fixtures/processor [--only NAME ..]
 """

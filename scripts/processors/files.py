@@ -1,8 +1,8 @@
-"""Small pictures in many encodings and what Pillow decodes them to.
+"""Small pictures in many encodings, with Pillow's decoded pixels.
 
 Writes `files.json`: for each file its bytes, the size of the upright picture, and the SHA-256 of its RGB bytes with
-transparency laid on white (`convert_to_rgb` of transformers) and left out (`convert("RGB")`). `refusal` is how the error
-begins where Pillow refuses too, and for CMYK outside JPEG.
+transparency composited on white (`convert_to_rgb` of transformers) and ignored (`convert("RGB")`). `refusal` is the beginning
+of the error message for files that Pillow rejects too, and for CMYK outside JPEG.
 Run by hand with pillow 13.0.0 and transformers 5.24.
 
 usage: files.py --out fixtures/processor

@@ -1,6 +1,6 @@
-"""Pictures that processors trip over, as small files.
+"""Pictures that processors often handle wrongly, as small files.
 
-Run by hand with pillow 13.0.0; `families.py` reads what it writes.
+Run by hand with pillow 13.0.0; `families.py` reads its output.
 
 usage: pictures.py --out fixtures/processor/awkward
 """

@@ -1,4 +1,4 @@
-"""The families of `families.py`: classes, settings in the form that each publishes, templates in its form."""
+"""The families of `families.py`: classes, settings and templates in each family's published form."""
 
 BOTH = ["pil", "torchvision"]
 PIXELS = {"pixel_values": "float"}

@@ -1,8 +1,8 @@
-"""What Hugging Face's Qwen3-VL processor makes of a video given as frames.
+"""Outputs of Hugging Face's Qwen3-VL processor for a video given as frames.
 
-Writes `video.json`: frames as PNG, and for some choices of them their indices at so many frames per second, the ids as runs
+Writes `video.json`: frames as PNG and, for some selections of frames, their indices and frame rate, the ids as runs
 `[id, times]`, the grid and the SHA-256 of the pixels. The tokenizer, template and settings are those of `qwen3_vl` in
-`families.json`. Run by hand as `families.py`.
+`families.json`. Run by hand, like `families.py`.
 
 usage: video.py --out fixtures/processor
 """

@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
-"""Finetunes one pruned model with `interlace finetune` and with the Hugging Face Trainer, in turns, and prints both.
+"""Finetunes one pruned model alternately with `interlace finetune` and with the Hugging Face Trainer, and prints both results.
 
-Both see the same plan, samples, order, batches, learning rate and number of steps, in float32, with the same number of
-threads and without gradient checkpointing. The Trainer gets its samples as merged embeddings, made beforehand, so it
-pays nothing for pictures; `interlace` prepares its own inside the run, and its rate is printed with and without that.
+Both use the same plan, samples, order, batches, learning rate and number of steps, in float32, with the same number of
+threads and without gradient checkpointing. The Trainer's samples are precomputed merged embeddings, so its time excludes the
+pictures; `interlace` prepares its samples inside the run, and its rate is printed with and without this work.
 
     python3 scripts/reference/compare.py --interlace target/release/interlace --model fixtures/model \
         --data fixtures/data/finetune.parquet --bench fixtures/data/bench.tsv --work /tmp/compare
 
-Printed: the loss of every step side by side, tokens per second and peak memory of each round, tokens per second of
-processor time, which a busy machine changes little, and the scores of both results by `interlace eval`. Needs numpy, onnx, onnxruntime, pillow, pyarrow, torch, transformers and accelerate.
+Output: the losses of every step, tokens per second and peak memory of each round, tokens per second of processor time (which
+depends little on other load of the machine), and the scores of both results by `interlace eval`. Needs numpy, onnx,
+onnxruntime, pillow, pyarrow, torch, transformers and accelerate.
 """
 
 import argparse

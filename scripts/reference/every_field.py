@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""A model in which every field of onnx.proto is set at least once: what reading and writing is tested with.
+"""Creates a model in which every field of onnx.proto is set at least once, for tests of reading and writing.
 
     python3 scripts/reference/every_field.py fixtures/onnx/every-field.onnx
 
-Run by hand when the format gets new fields. Fails when a field of the installed onnx package is not set, but for those
-that interlace refuses (training, sparse initializers, segments) and external data, which the zoo's graphs have. Needs
+Run by hand when the format gets new fields. Fails when a field of the installed onnx package is not set, except those
+that interlace rejects (training, sparse initializers, segments) and external data, which the zoo's graphs have. Needs
 onnx and numpy.
 """
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Finetunes the fixture decoder in PyTorch, pruned and whole, as the reference that the trainer is tested against.
+"""Finetunes the fixture decoder in PyTorch, pruned and whole, as the reference for tests of the trainer.
 
 Builds the decoder with transformers' own Llama classes, fills it with the weights of the exported graph, deletes
 decoder layers, and trains some of the others for a few steps with torch.optim.AdamW and transformers' cosine schedule
-in float32; the same with no layer deleted and all of them trained (`whole` in
-the output), and with the head's weight trained besides the layers (`with_head`). Every step sees the same eight texts, so that the order of samples does not matter.
+in float32; the same with no layer deleted and all layers trained (`whole` in the output), and with the head's weight
+trained besides the layers (`with_head`). Every step uses the same eight texts, so that the order of samples does not matter.
 
     python3 scripts/reference/finetune.py fixtures/model fixtures/expected/finetune.json
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Perplexity of running text in PyTorch with layers deleted, as JSON: what `interlace eval` is tested against.
+"""Perplexity of running text in PyTorch with layers deleted, as JSON, for tests of `interlace eval`.
 
 Builds the decoder with transformers' own Llama classes from the config of an Optimum folder and fills it with the
-weights of its graph. Lines are tokenised one by one, joined and cut into sequences; transformers gives the mean loss
-over all tokens of a sequence but the first.
+weights of its graph. Lines are tokenised one by one, joined and split into sequences; transformers computes the mean
+loss over all tokens of a sequence except the first.
 
     python3 scripts/reference/perplexity.py fixtures/zoo/optimum/llama-with-past fixtures/zoo/text/text.jsonl 32 \
         > fixtures/zoo/text/perplexity.json

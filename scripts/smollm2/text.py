@@ -1,6 +1,6 @@
 """Text of The Debian Administrator's Handbook as JSON lines `{"text": ..}`, one line per page of HTML.
 
-usage: text.py PACKAGE OUT      PACKAGE: where the package debian-handbook is unpacked
+usage: text.py PACKAGE OUT      PACKAGE: folder of the unpacked package debian-handbook
 
 Paragraphs, titles, list items and listings are kept, separated by blank lines; tables, contents lists and navigation
 are not. Some chapters are for training (`train.jsonl`), others are held out (`held-out.jsonl`).

@@ -1,10 +1,10 @@
-"""Scores that VLMEvalKit's own code gives to predictions at the edges of its rules; run by hand.
+"""Scores of VLMEvalKit's own code for predictions at the edges of its rules. Run by hand.
 
     python scripts/vlmevalkit/golden.py CHECKOUT OUT
 
-CHECKOUT is a checkout of open-compass/VLMEvalKit, OUT the file for the rows of each benchmark with their predictions, and
-the scores. The functions that judge are taken from the checkout; only what they import of the
-package around them (logging, file formats) is replaced. Needs numpy and pandas.
+CHECKOUT is a checkout of open-compass/VLMEvalKit, OUT the file for the rows of each benchmark with their predictions and
+scores. The judging functions are those of the checkout; only their imports from the rest of the package (logging, file formats)
+are replaced. Needs numpy and pandas.
 """
 import ast
 import json

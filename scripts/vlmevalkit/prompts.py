@@ -1,10 +1,10 @@
-"""Questions as VLMEvalKit's own code words them for some models, and how it reads a judge's replies; run by hand.
+"""Questions with the wording of VLMEvalKit's own code for some models, and its parsing of a judge's replies. Run by hand.
 
     python scripts/vlmevalkit/prompts.py CHECKOUT OUT
 
-CHECKOUT is a checkout of open-compass/VLMEvalKit, OUT the file for the rows with their texts. The functions are taken from
-the checkout; only what they import of the package around them (files of pictures, lists of benchmarks) is replaced. Needs
-numpy and pandas.
+CHECKOUT is a checkout of open-compass/VLMEvalKit, OUT the file for the rows with their texts. The functions are those of
+the checkout; only their imports from the rest of the package (files of pictures, lists of benchmarks) are replaced. Needs numpy
+and pandas.
 """
 import ast
 import json

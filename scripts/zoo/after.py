@@ -1,4 +1,4 @@
-"""Graphs after treatment: slimmed, optimised, quantised, in half precision, with weights moved to other files.
+"""Transforms graphs: slimmed, optimised, quantised, in half precision, with weights moved to other files.
 
 usage: after.py OUT_DIR GRAPH.onnx TREATMENT...      writes OUT_DIR/GRAPH__TREATMENT.onnx (or a folder of that name)
 """

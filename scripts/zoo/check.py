@@ -1,11 +1,11 @@
 """Prunes graphs with interlace and compares them with PyTorch; one table row for each graph.
 
-The expected values are those of the network a graph is named after (`gemma3.dyn18__slim.onnx` -> `gemma3`). With
-`--twins DIR` they are what the same exporter made of the smaller network: `DIR/DROP/GRAPH` for each drop set that is
-there, whose outputs must be the same numbers and whose weights the same bytes; that is for quantised graphs. Kept weights
-must be the dense graph's, byte for byte, in any case.
-With `--interpret` the dense graph and the first pruned one also go through `interlace verify --inputs`, which runs the
-LibTorch interpreter on the same inputs and compares every output with ONNX Runtime's.
+The expected values are those of the network in the graph's name (`gemma3.dyn18__slim.onnx` -> `gemma3`). With `--twins DIR`,
+for quantised graphs, they are those of the same exporter's graph of the smaller network: `DIR/DROP/GRAPH` for each set of
+dropped layers in DIR, with equal outputs and equal bytes of the weights. In any case the kept weights must equal the dense
+graph's byte for byte.
+With `--interpret`, `interlace verify --inputs` also runs the dense graph and the first pruned one in the LibTorch interpreter
+on the same inputs and compares every output with ONNX Runtime's.
 
 usage: check.py --interlace BINARY --expected DIR [--twins DIR] [--tolerance T] [--interpret] GRAPH.onnx...
 """

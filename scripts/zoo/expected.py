@@ -1,4 +1,4 @@
-"""What PyTorch gives with layers deleted, as `EXPECTED/NAME.drop_A_B.npz` and `EXPECTED/NAME.nodrop.npz`.
+"""PyTorch's outputs with layers deleted, as `EXPECTED/NAME.drop_A_B.npz` and `EXPECTED/NAME.nodrop.npz`.
 
 An npz holds `in.NAME` (prefill inputs), `exp.NAME` (prefill outputs), `in2.NAME` (inputs of one cached step, whose past
 comes from the graph's own prefill) and `exp2.logits`. Vision networks: `in.pixel_values` and `exp.image_features`.

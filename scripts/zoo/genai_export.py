@@ -1,6 +1,6 @@
 """onnxruntime-genai's model builder, in an environment with onnxruntime-genai.
 
-A variant is a precision and options behind it: `fp32`, `fp32-embeds`, `fp16`, `int4`, `int4-qdq`, `int4-gather` (the
+A variant is a precision with options appended: `fp32`, `fp32-embeds`, `fp16`, `int4`, `int4-qdq`, `int4-gather` (the
 embeddings quantised too), `int4-shared` (one quantised table for embeddings and head, of a network that ties them),
 `int8`.
 

@@ -1,4 +1,4 @@
-"""Transformers' own ONNX exporter: every component that it makes of a network, as OUT/NAME-KIND/COMPONENT.onnx.
+"""Transformers' own ONNX exporter: all components of a network, as OUT/NAME-KIND/COMPONENT.onnx.
 
 KIND is `plain`, or the provider whose fusions are applied: `cpu`, `cuda`, `webgpu`.
 

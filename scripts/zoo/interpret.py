@@ -1,8 +1,8 @@
-"""The LibTorch interpreter beside ONNX Runtime on every graph: decoders, prefills, vision encoders, embeddings.
+"""Compares the LibTorch interpreter with ONNX Runtime on every graph: decoders, prefills, vision encoders, embeddings.
 
-Inputs are made up from what a graph declares: ids, masks of ones, positions that count, noise for features. Graphs with
-a cache run a prefill, and one step with the cache that it left. Prints one row for each graph: `ok` with the largest
-difference over all outputs, `BAD`, `few bits` for quantised graphs, or why ONNX Runtime does not run the graph itself.
+Inputs are synthetic, according to the graph's declarations: ids, masks of ones, ascending positions, noise for features. Graphs
+with a cache run a prefill and one step with the resulting cache. Prints one row per graph: `ok` with the largest difference over
+all outputs, `BAD`, `few bits` for quantised graphs, or the reason why ONNX Runtime does not run the graph.
 
 usage: interpret.py --interlace BINARY PATH...      a PATH is a graph or a folder that is searched for graphs
 """

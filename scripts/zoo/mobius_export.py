@@ -1,6 +1,6 @@
 """Mobius's exports, in an environment with mobius-onnx.
 
-A variant is an execution provider (`default`, `cpu`, `webgpu`, `openvino`, `cuda`), a type behind it (`cuda-f16`) or
+A variant is an execution provider (`default`, `cpu`, `webgpu`, `openvino`, `cuda`), a type appended to it (`cuda-f16`) or
 `static` for a cache of fixed size.
 
 usage: mobius_export.py OUT_DIR WEIGHTS_DIR VARIANT...      WEIGHTS_DIR comes from save_weights.py

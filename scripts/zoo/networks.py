@@ -1,7 +1,7 @@
 """Small random-weight networks: width 64, 8 layers, vocabulary 640, seeds fixed.
 
-Each row of `TEXT` and `VISION` builds one network. Weights are scaled so that deleting one layer moves the logits by
-about 1, so that a comparison tells a right removal from a wrong one.
+Each row of `TEXT` and `VISION` builds one network. Weights are scaled so that deleting one layer changes the
+logits by about 1 and a comparison detects a wrong removal.
 """
 import copy
 

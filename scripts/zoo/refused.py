@@ -1,7 +1,7 @@
-"""Exports networks that have no layers to drop, and shows how `inspect` and `prune` refuse them.
+"""Exports networks that have no layers to drop, and shows the errors of `inspect` and `prune`.
 
 Whisper's decoder, with and without cache, and its encoder and decoder in one graph; T5 likewise; a ResNet; a perceptron.
-Whisper's encoder alone is a plain stack of layers and is taken.
+Whisper's encoder alone is a plain stack of layers and is accepted.
 
 usage: refused.py OUT_DIR --interlace BINARY
 """

@@ -1,4 +1,4 @@
-"""Saves networks as transformers folders, for exporters that read those.
+"""Saves networks as transformers folders, for exporters that read such folders.
 
 usage: save_weights.py OUT_DIR NAME... [--drop 2,5]
 """

@@ -1,8 +1,8 @@
-"""Tiny networks whose residual streams are out of the ordinary, and what PyTorch gives with layers deleted.
+"""Tiny networks with unusual residual streams, and PyTorch's outputs with layers deleted.
 
 Writes NAME.onnx and NAME.npz into `fixtures/streams`; run by hand, in the base environment of the README here.
-An npz holds `in.NAME`, and for each set of deleted layers `drop_A_B.OUTPUT` (`nodrop.OUTPUT`: none deleted). Of a graph
-with two towers, `vision_drop_A_B.OUTPUT` is without layers of its vision tower.
+An npz holds `in.NAME`, and for each set of deleted layers `drop_A_B.OUTPUT` (`nodrop.OUTPUT`: none deleted). For a
+graph with two towers, `vision_drop_A_B.OUTPUT` is without layers of its vision tower.
 
 usage: streams.py OUT_DIR [NAME...]
 """

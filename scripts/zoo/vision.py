@@ -1,7 +1,7 @@
 """Prunes the vision encoder of an exported package, one layer at a time, and compares it with PyTorch.
 
-For packages of which `expected.py` has no values: the network is read from the folder that the exporter read. With two
-outputs or more (DeepStack) the first is compared, the image features.
+For packages without values from `expected.py`: the network is read from the exporter's input folder. With two or more outputs
+(DeepStack) the first one, the image features, is compared.
 
 usage: vision.py --interlace BINARY WEIGHTS_DIR PACKAGE/vision_encoder/model.onnx
 """

@@ -1,4 +1,4 @@
-"""The modules that are exported: caches as plain tensors in and out, and inputs to run them with."""
+"""The exported modules: caches as plain input and output tensors, with example inputs."""
 import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionLayer

@@ -1,34 +1,35 @@
-//! Residual blocks between the values of the stream, and layers out of blocks.
+//! Residual blocks between the values of the stream, and their grouping into layers.
 
 use std::collections::{HashMap, HashSet};
 
 use crate::base::{Error, Result};
 use crate::ir::{Attribute, Body, Graph, GraphIndex, ValueId, ValueType};
 
+use super::chain::Chain;
+use super::dataflow::data_inputs;
 use super::kinds::{self, Mixing};
 use super::residual::{addends, handed_on};
-use super::stream::{Chain, data_inputs};
 
 /// `x + f(x)` between two neighbouring values of the stream.
 #[derive(Clone, Debug)]
 pub struct Block {
     /// The chain position of `x`.
     pub position: usize,
-    /// The chain position of the sum, a bias added behind it included.
+    /// The chain position of the sum, or of the sum with the bias added after it.
     pub end: usize,
-    /// The addend that carries `x` on: `x` itself, or a cast of it.
+    /// The addend that carries the stream: `x` itself, or a cast of it.
     pub carried: ValueId,
     pub mixing: Mixing,
 }
 
-/// The blocks of one layer in order: one that mixes tokens, and those around it that do not.
+/// The blocks of one layer in order: one that mixes tokens, and the blocks before and after it that do not.
 #[derive(Clone, Debug)]
 pub struct LayerBlocks {
     pub blocks: Vec<Block>,
-    /// Chain positions of the layer's input and output: those of its blocks, and of what belongs to it around them.
+    /// Chain positions of the layer's input and output, including the norms and scales that belong to the layer.
     pub start: usize,
     pub end: usize,
-    /// The addend that carries the input on: the input itself, or a cast of it.
+    /// The addend that carries the layer's input: the input itself, or a cast of it.
     pub carried: ValueId,
 }
 
@@ -38,20 +39,20 @@ impl LayerBlocks {
         LayerBlocks { start, end, carried: blocks[0].carried, blocks }
     }
 
-    /// Mixing of tokens in the layer.
+    /// Kind of token mixing in the layer.
     pub fn mixing(&self) -> Mixing {
         self.blocks.iter().map(|block| block.mixing).find(|mixing| mixing.is_mixer()).unwrap_or(self.blocks[0].mixing)
     }
 }
 
-/// Chain positions whose segment is a residual block, with the addend that carries the stream on.
+/// Chain positions whose segment is a residual block, each with the addend that carries the stream.
 pub fn residual_positions(body: &Body, index: &GraphIndex, chain: &Chain) -> Vec<(usize, ValueId)> {
     let mut found = Vec::new();
     for position in 0..chain.values.len().saturating_sub(1) {
         let (from, to) = (chain.values[position], chain.values[position + 1]);
         let Some((node, _)) = index.node_of(to) else { continue };
         let Some(operands) = addends(body, node) else { continue };
-        // One addend is the stream itself, another one is computed from it on its own path.
+        // One addend is the stream itself; another is computed from it.
         let carried = operands.iter().copied().find(|&value| carries(body, index, value, from, 0));
         let Some(carried) = carried else { continue };
         let computed = chain.segment(position).filter(|&inner| inner != node).count();
@@ -86,10 +87,11 @@ fn carries(body: &Body, index: &GraphIndex, value: ValueId, from: ValueId, depth
     }
 }
 
-/// Under sums, the addend that is `from` or a cast of it. A multiple of `from` is not what a layer that does nothing gives.
+/// The addend below sums that is `from` or a cast of it. A multiple of `from` is not accepted: a dropped layer must be
+/// the identity.
 fn carried_value(body: &Body, index: &GraphIndex, value: ValueId, from: ValueId) -> ValueId {
     let mut value = value;
-    // The last value below which there are only casts and copies.
+    // The lowest value reached so far below all sums and products; only casts and copies follow it.
     let mut plain = value;
     while value != from {
         let Some((node, _)) = index.node_of(value) else { break };
@@ -108,7 +110,7 @@ fn carried_value(body: &Body, index: &GraphIndex, value: ValueId, from: ValueId)
     plain
 }
 
-/// `from` itself where `carried` is a cast of it to a narrower type and back: the next layer rounds the stream for itself.
+/// `from` itself when `carried` is a cast of it to a narrower type and back: the next layer rounds the stream itself.
 fn unrounded(graph: &Graph, body: &Body, index: &GraphIndex, carried: ValueId, from: ValueId) -> ValueId {
     let Some(own) = graph.value(from).ty.as_ref().and_then(ValueType::dtype) else { return carried };
     let mut types = Vec::new();
@@ -128,7 +130,7 @@ fn unrounded(graph: &Graph, body: &Body, index: &GraphIndex, carried: ValueId, f
     if types.first().is_some_and(is_own) && !types.iter().all(is_own) { from } else { carried }
 }
 
-/// True when the carrying addend is itself a sum with a computed addend: `(x + f(x)) + bias`.
+/// True when the addend that carries the stream is itself a sum with a computed addend: `(x + f(x)) + bias`.
 fn inner_branch(
     body: &Body,
     index: &GraphIndex,
@@ -149,8 +151,8 @@ fn inner_branch(
 
 /// Groups residual blocks into layers.
 ///
-/// Errors: `Error::Unsupported` for the decoder of an encoder-decoder, for layers that all attend to another sequence, and
-/// for blocks without any token mixing.
+/// Errors: `Error::Unsupported` for the decoder of an encoder-decoder, for layers that all attend to another sequence,
+/// and for blocks without token mixing.
 pub fn group(graph: &Graph, body: &Body, chain: &Chain) -> Result<Vec<LayerBlocks>> {
     let index = GraphIndex::of_body(body);
     let ports = port_levels(body, &index, chain);
@@ -198,7 +200,8 @@ pub fn group(graph: &Graph, body: &Body, chain: &Chain) -> Result<Vec<LayerBlock
     Ok(layers)
 }
 
-/// Cross-attention is a layer of its own kind between layers of self-attention. In an encoder-decoder every layer has both.
+/// Rejects encoder-decoders: every layer has cross-attention, alone or after its own self-attention. Cross-attention
+/// layers between layers of self-attention are accepted.
 fn refuse_other_sequences(graph: &Graph, body: &Body, layers: &[LayerBlocks]) -> Result<()> {
     let crosses: Vec<(usize, usize)> = layers
         .iter()
@@ -219,7 +222,7 @@ fn refuse_other_sequences(graph: &Graph, body: &Body, layers: &[LayerBlocks]) ->
         )
         .remedy("interlace works on decoders and encoders whose layers attend to their own sequence"));
     }
-    // Attention without a feed-forward part of its own, and cross-attention behind it.
+    // A layer with self-attention and no feed-forward block, followed by cross-attention.
     let half = |number: usize| number > 0 && layers[number - 1].blocks.len() == 1;
     if let Some(&(_, node)) = crosses.iter().find(|(number, _)| half(*number)) {
         return Err(Error::unsupported(
@@ -232,7 +235,8 @@ fn refuse_other_sequences(graph: &Graph, body: &Body, layers: &[LayerBlocks]) ->
     Ok(())
 }
 
-/// Behind a block's sum, past the bias of its last product: an addition of a weight, as a fused norm leaves it.
+/// The chain position after a block's sum and after its bias, which a fused norm leaves as a
+/// separate addition of a weight.
 fn end_of(body: &Body, index: &GraphIndex, chain: &Chain, position: usize) -> usize {
     let mut end = position + 1;
     while end + 1 < chain.values.len() {
@@ -248,8 +252,8 @@ fn end_of(body: &Body, index: &GraphIndex, chain: &Chain, position: usize) -> us
     end
 }
 
-/// Blocks before the first mixer begin the first layer where the last layer ends as many blocks earlier than the others: each
-/// layer begins with such blocks. Otherwise they are a residual adapter before the layers.
+/// Moves the blocks before the first mixer. When the last layer lacks as many blocks at its end as there are leading
+/// blocks, every layer begins with such blocks. Otherwise the leading blocks are a residual adapter before the layers.
 fn move_leading(layers: &mut [LayerBlocks], leading: Vec<Block>) {
     let count = leading.len();
     let Some((last, others)) = layers.split_last().filter(|_| count > 0) else { return };
@@ -259,14 +263,14 @@ fn move_leading(layers: &mut [LayerBlocks], leading: Vec<Block>) {
     }
     let mut front = leading;
     for layer in layers {
-        // The last layer has nothing to hand on.
+        // The last layer has no blocks to pass to a next layer.
         let next = layer.blocks.split_off(layer.blocks.len().min(usual - count));
         front.append(&mut layer.blocks);
         layer.blocks = std::mem::replace(&mut front, next);
     }
 }
 
-/// A residual adapter behind the last layer is not part of it: no layer has more blocks than most layers have.
+/// Removes a residual adapter from the last layer: a layer has at most as many blocks as most layers have.
 fn trim_last(layers: &mut [LayerBlocks]) {
     let mut counts: HashMap<usize, usize> = HashMap::new();
     for layer in layers.iter() {
@@ -280,7 +284,7 @@ fn trim_last(layers: &mut [LayerBlocks]) {
     }
 }
 
-/// Chain positions whose segment reads an input and computes an output that no other segment has to do with: a state.
+/// Chain positions whose segment is the only reader of an input and the only producer of an output: a recurrent state.
 fn port_levels(body: &Body, index: &GraphIndex, chain: &Chain) -> HashSet<usize> {
     let mut readers: HashMap<ValueId, HashSet<usize>> = HashMap::new();
     for (number, level) in chain.level.iter().enumerate() {
@@ -303,7 +307,7 @@ fn port_levels(body: &Body, index: &GraphIndex, chain: &Chain) -> HashSet<usize>
         }
         let mut value = output;
         for _ in 0..8 {
-            // The stream itself is no state.
+            // The stream itself is not a state.
             if chain.is_stream(value) {
                 break;
             }

@@ -1,8 +1,8 @@
-//! Takes skip-norm fusions apart: the sum becomes a value of its own, the norm a node of its own.
+//! Splits fused skip-norms: the sum becomes a value and the norm a node.
 //!
 //! `SkipLayerNormalization` and `SkipSimplifiedLayerNormalization` (com.microsoft) add two tensors and normalise the
-//! sum; a layer's last addition then lives in the next layer's first node. Taken apart, the boundary is one value. The
-//! nodes remember the fusion, so that it can be put back after a rewrite.
+//! sum, so that a layer's last addition is inside the next layer's first node. After the split each layer boundary is
+//! one value. Metadata on the nodes records the fusion, so that a rewrite can restore it.
 
 use std::collections::HashSet;
 
@@ -11,8 +11,8 @@ use crate::ir::{Attribute, AttributeKind, DataType, Model, Node, Value, ValueId}
 /// The metadata key on the addition and the norm that came from one fused node.
 pub const FUSED_MARK: &str = "interlace.skip_norm";
 
-/// The metadata key on the norm that holds the names of the fused node's outputs from the second on, one a line and empty
-/// where left out. A function that stands in for the operator can demand all of them.
+/// The metadata key on the norm that holds the names of the fused node's outputs from the second on, one per line,
+/// empty for an omitted output. A model-local function with the operator's name may require all of them.
 pub const FUSED_OUTPUTS: &str = "interlace.skip_norm.outputs";
 
 const MICROSOFT: &str = "com.microsoft";
@@ -63,7 +63,7 @@ const FUSED_NORMS: &[FusedNorm] = &[
     },
 ];
 
-/// Takes every skip-norm of the top-level body apart whose statistics nobody reads. Returns how many.
+/// Splits every skip-norm of the top-level body whose mean and variance outputs are unread. Returns their number.
 pub fn unfuse_skip_norms(model: &mut Model) -> usize {
     let opset = model.opset_imports.get("").copied().unwrap_or(1);
     let graph = &mut model.graph;

@@ -1,27 +1,28 @@
-//! Changes of the stream between layers: those that belong to a layer, and those that belong to none.
+//! Changes of the stream between layers: some belong to a layer, others to none.
 
 use std::collections::{HashMap, HashSet};
 
 use crate::ir::{Body, DataType, Graph, GraphIndex, ValueId};
 
 use super::blocks::LayerBlocks;
-use super::kinds::from_weights;
-use super::map::Glue;
-use super::stream::{Chain, data_inputs, part_of_rows};
+use super::chain::Chain;
+use super::dataflow::{data_inputs, from_weights, part_of_rows};
+use super::layer::Glue;
 
-/// Operators that change nothing that a person would want to know of.
+/// Operators left out of the description of a change, because they do not affect its meaning.
 const SILENT: &[&str] = &["Cast", "Identity"];
 
 /// The nodes between two neighbouring values of the stream.
 #[derive(PartialEq)]
 struct Segment {
     operators: Vec<String>,
-    /// True where a tensor of numbers takes part: a norm's weight, a scale.
+    /// True when the segment reads a weight, such as that of a norm or a scale.
     weights: bool,
 }
 
-/// Gives each layer the glue that follows every layer, the last one too, and reads weights: the norm of `norm(x + f(x))`, a
-/// scale of the stream. Where only the glue before every layer is alike, each layer gets that.
+/// Assigns glue with weights to the layers: the norm of `norm(x + f(x))`, or a scale of the stream. It
+/// belongs to the layer before it when it follows every layer including the last; otherwise to the layer
+/// after it when it precedes every layer.
 pub fn settle(body: &Body, index: &GraphIndex, chain: &Chain, layers: &mut [LayerBlocks]) {
     let (Some(first), Some(last)) = (layers.first().map(|layer| layer.start), layers.last().map(|layer| layer.end))
     else {
@@ -45,7 +46,7 @@ pub fn settle(body: &Body, index: &GraphIndex, chain: &Chain, layers: &mut [Laye
         return;
     }
 
-    // Counted from the layer backwards.
+    // Numbered from the layer backwards.
     let head = segments(first.saturating_sub(shortest), first);
     let from_end = |list: &[Segment], number: usize| list.len().checked_sub(number + 1);
     let alike = |number: usize| {
@@ -71,7 +72,7 @@ fn segment(body: &Body, index: &GraphIndex, chain: &Chain, position: usize) -> S
     Segment { operators, weights: !weights(body, index, &nodes).is_empty() }
 }
 
-/// Constants of numbers, not shapes or places, that nodes read: weights and what is computed from them.
+/// Numeric constants that the nodes read, without shapes and positions: weights and values computed from them.
 fn weights(body: &Body, index: &GraphIndex, nodes: &[usize]) -> Vec<ValueId> {
     let numbers = |dtype: DataType| {
         use DataType::{Bfloat16, Double, Float, Float16};
@@ -100,7 +101,7 @@ fn weights(body: &Body, index: &GraphIndex, nodes: &[usize]) -> Vec<ValueId> {
     found
 }
 
-/// Everything between layers that belongs to none.
+/// All changes of the stream that belong to no layer.
 pub fn between(graph: &Graph, body: &Body, chain: &Chain, layer_of_level: &HashMap<usize, usize>) -> Vec<Glue> {
     let index = GraphIndex::of_body(body);
     let first = layer_of_level.keys().min().copied().unwrap_or(0);

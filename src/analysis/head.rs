@@ -1,4 +1,4 @@
-//! Finds the value from which on a decoder's head computes each position independently.
+//! Finds the value from which a decoder's head computes each position independently.
 
 use std::collections::HashSet;
 
@@ -6,11 +6,11 @@ use crate::ir::{Body, Graph, GraphIndex, Node, ValueId, captured};
 
 use super::products::product;
 
-/// Operators that look at each position by itself when their other inputs are constants.
+/// Operators that treat each position independently when their other inputs are constants.
 const POSITION_WISE: &[&str] = &["Cast", "Identity", "Add", "Sub", "Mul", "Div", "Tanh", "Clip"];
 
-/// The value behind which the logits come from a product with a constant and position-wise operators alone, so that it
-/// need only be run at the positions that are asked for; the logits themselves where the head is no such product.
+/// The input of the head: from this value, the logits follow by a product with a constant and position-wise operators
+/// alone, so the head can run at selected positions only. Returns the logits themselves when the head has another form.
 pub fn head_input(graph: &Graph, logits: ValueId) -> ValueId {
     let index = GraphIndex::new(graph);
     let constants = constants(&graph.body);

@@ -1,36 +1,37 @@
-//! Kinds of blocks: mixing of tokens by attention, by a state or by convolution, or work on each token alone.
+//! Kinds of blocks: token mixing by attention, by a state or by convolution, or work on each token separately.
 
 use std::collections::HashSet;
 
 use crate::ir::{Body, GraphIndex, Node, ValueId};
 
+use super::chain::Chain;
+use super::dataflow::from_weights;
 use super::products::product;
-use super::stream::Chain;
 
-/// Kind of mixing between tokens in a block's branch.
+/// Kind of token mixing in a block's branch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mixing {
-    /// Queries against keys of the same sequence. The window in tokens where the graph names one.
+    /// Queries and keys of the same sequence. `window` is in tokens, where the graph states one.
     Attention { window: Option<i64> },
     /// A recurrent state with an input and an output, without attention.
     State,
-    /// A convolution whose last inputs come in and go out as a state, and no recurrence.
+    /// A convolution whose last inputs are kept as a state between calls, without a recurrence.
     StatefulConvolution,
     /// A convolution, without attention or a state.
     Convolution,
-    /// Keys from elsewhere; the node that shows it.
+    /// Cross-attention: keys of another sequence. Holds the node that computes the attention.
     Cross(usize),
-    /// Each token alone, through one set of weights or through chosen experts.
+    /// Each token separately, through one set of weights or through selected experts.
     None { experts: bool },
 }
 
 impl Mixing {
-    /// True for everything that makes a block begin a layer.
+    /// True for kinds that mix tokens. Each such block begins a layer.
     pub fn is_mixer(self) -> bool {
         !matches!(self, Mixing::None { .. })
     }
 
-    /// One or two words for people.
+    /// One or two words for messages and tables.
     pub fn label(self) -> &'static str {
         match self {
             Mixing::Attention { window: None } => "attention",
@@ -45,7 +46,7 @@ impl Mixing {
     }
 }
 
-/// Operators that hold a whole attention; their keys come from inputs 1 and on.
+/// Operators that compute a whole attention; their keys are inputs 1 and later.
 const ATTENTION: &[(&str, &str)] = &[
     ("", "Attention"),
     ("com.microsoft", "Attention"),
@@ -66,36 +67,36 @@ const CONVOLUTIONS: &[&str] =
 /// Operators that carry a state from step to step.
 const RECURRENCES: &[&str] = &["LinearAttention", "Scan", "Loop"];
 
-/// True for operators that hold a whole attention.
+/// True for operators that compute a whole attention.
 pub fn is_attention(node: &Node) -> bool {
     ATTENTION.contains(&(node.domain.as_str(), node.op_type.as_str()))
 }
 
-/// True for operators that a block which mixes tokens is made with.
+/// True for operators that occur in blocks with token mixing.
 pub fn can_mix(node: &Node) -> bool {
     let name = node.op_type.as_str();
     is_attention(node) || name == "Softmax" || RECURRENCES.contains(&name) || CONVOLUTIONS.contains(&name)
 }
 
-/// Number of tokens up to its own that a query attends to, where the operator names a window.
+/// Attention window in tokens, the query's own token included, where the operator states one.
 pub fn window(node: &Node) -> Option<i64> {
     let int = |name: &str| node.attribute(name).and_then(crate::ir::Attribute::as_int);
     let named = int("local_window_size").filter(|&size| size > 0);
     named.or_else(|| int("left_window_size").filter(|&places| places >= 0).map(|places| places.saturating_add(1)))
 }
 
-/// Classifies the nodes between two values of the stream; `has_state` tells that a cache or state of its own belongs
-/// to them.
+/// Classifies the nodes between two values of the stream. `has_state` is true when a cache or state
+/// belongs to these nodes alone.
 pub fn mixing(body: &Body, index: &GraphIndex, chain: &Chain, nodes: &[usize], has_state: bool) -> Mixing {
     let path: HashSet<usize> = nodes.iter().copied().collect();
     let on_path = |value: ValueId| index.node_of(value).is_some_and(|(node, _)| path.contains(&node));
-    // Keys that an earlier layer computed for itself are keys of this sequence too.
+    // Keys computed inside an earlier layer belong to this sequence too.
     let own = |value: ValueId| on_path(value) || from_inside_a_layer(body, index, chain, value);
     let mut attention = None;
     for &number in nodes {
         let node = &body.nodes[number];
         if is_attention(node) {
-            // Of com.microsoft's Attention input 1 is a weight.
+            // Input 1 of com.microsoft's `Attention` is a weight.
             let key = node.inputs.get(1).copied().flatten();
             if key.is_some_and(|key| !own(key) && !from_weights(body, index, key)) {
                 return Mixing::Cross(number);
@@ -131,7 +132,7 @@ pub fn mixing(body: &Body, index: &GraphIndex, chain: &Chain, nodes: &[usize], h
     Mixing::None { experts: nodes.iter().any(|&number| is(EXPERTS, &body.nodes[number])) }
 }
 
-/// True when a value comes from the inside of a block, not from the stream alone.
+/// True when a value is computed inside a block, and not from the stream alone.
 fn from_inside_a_layer(body: &Body, index: &GraphIndex, chain: &Chain, value: ValueId) -> bool {
     let mut open = vec![value];
     let mut seen = HashSet::new();
@@ -146,6 +147,9 @@ fn from_inside_a_layer(body: &Body, index: &GraphIndex, chain: &Chain, value: Va
     }
     false
 }
+
+/// Limit on the nodes searched between a softmax and the product of its scores; masks and scales need about twenty.
+const SCORE_NODES: usize = 200;
 
 /// Origin of the two operands of the product before a softmax.
 enum Origin {
@@ -170,7 +174,7 @@ fn softmax_source(
     let mut found = None;
     while let Some(value) = open.pop() {
         let Some((number, _)) = index.node_of(value).filter(|_| on_path(value)) else { continue };
-        if !seen.insert(number) || seen.len() > 200 {
+        if !seen.insert(number) || seen.len() > SCORE_NODES {
             continue;
         }
         let node = &body.nodes[number];
@@ -185,22 +189,4 @@ fn softmax_source(
         found = Some(if foreign { Origin::Foreign } else { Origin::Weight });
     }
     found
-}
-
-/// True when a value is computed from initializers alone.
-pub fn from_weights(body: &Body, index: &GraphIndex, value: ValueId) -> bool {
-    let mut open = vec![value];
-    let mut seen = HashSet::new();
-    while let Some(value) = open.pop() {
-        match index.node_of(value) {
-            Some((node, _)) => {
-                if seen.insert(node) {
-                    open.extend(body.nodes[node].present_inputs());
-                }
-            }
-            None if index.is_initializer(value) => {}
-            None => return false,
-        }
-    }
-    true
 }

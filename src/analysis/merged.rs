@@ -1,15 +1,15 @@
-//! Decoders given as the branches of one `If`: one branch with a cache, one without, over the same weights.
+//! Merged decoders: two branches of one `If`, one with a cache and one without, over the same weights.
 
 use crate::base::{Error, Result};
 use crate::ir::{AttributeKind, Body, Graph, GraphIndex, Model};
 
-use super::map::LayerMap;
+use super::layer::LayerMap;
 use super::{canonical, layers};
 
 /// A model whose outputs all come from one `If`.
 #[derive(Clone, Debug)]
 pub struct Merged {
-    /// The model as it came.
+    /// The unchanged model.
     pub original: Model,
     /// The `If` in its top-level body.
     pub node: usize,
@@ -17,8 +17,8 @@ pub struct Merged {
     pub branches: Vec<Branch>,
 }
 
-/// One branch laid open: a graph of its own over the model's inputs and weights. Ids below the original arena's length
-/// mean the same values as there.
+/// One branch as a graph of its own over the model's inputs and weights. Ids below the length of the original arena
+/// denote the same values in both.
 #[derive(Clone, Debug)]
 pub struct Branch {
     /// Position among the attributes of the `If`.
@@ -29,7 +29,7 @@ pub struct Branch {
     pub map: LayerMap,
 }
 
-/// The `If` that makes every output, if there is one.
+/// The `If` that produces every output, if the graph has one.
 pub fn merging_node(model: &Model) -> Option<usize> {
     let body = &model.graph.body;
     let index = GraphIndex::of_body(body);
@@ -43,7 +43,7 @@ pub fn merging_node(model: &Model) -> Option<usize> {
     node
 }
 
-/// Lays the branches open and finds the layers of each.
+/// Turns each branch into a model and finds its layers.
 ///
 /// Errors: as `analyse`; `Error::Unsupported` when the branches do not have the same number of layers.
 pub fn analyse_branches(model: &Model, node: usize) -> Result<Merged> {

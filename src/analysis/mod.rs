@@ -1,19 +1,24 @@
 //! Finds the layers of a transformer in its graph, by structure.
 //!
-//! The residual stream is the chain of values that every path from the embeddings to the result passes (dominators), or,
-//! where layers read each other beside it, the chain of sums that carries it on. Between two of its values lies either glue
-//! (a cast, a feature added from outside) or a residual block: `x + f(x)`. A block that mixes tokens makes a layer, together
-//! with the blocks around it that do not; a norm or a scale behind every layer is part of it. Names only confirm.
+//! The residual stream is the chain of values on every path from the embeddings to the result (dominators). Where
+//! layers read values of other layers besides the stream, it is the chain of sums that carries the stream. Between two
+//! values of the chain is either glue (a cast, a feature added from outside) or a residual block `x + f(x)`. A block
+//! that mixes tokens and the neighbouring blocks that do not form a layer; a norm or scale after every layer is part of
+//! it. Names are only used to confirm the result.
 
 mod blocks;
 mod canonical;
+mod chain;
+mod dataflow;
 mod glue;
 mod head;
 mod kinds;
+mod layer;
 mod map;
 mod merged;
 mod names;
 mod operands;
+mod owner;
 mod owners;
 mod ports;
 mod positions;
@@ -25,33 +30,35 @@ mod towers;
 
 pub use canonical::{FUSED_MARK, FUSED_OUTPUTS, FusedNorm, unfuse_skip_norms};
 pub use head::{head_input, head_weight};
-pub use map::{Glue, KvPort, Layer, LayerMap, PortRole, Tap};
+pub use layer::{Glue, KvPort, Layer, LayerMap, PortRole, Tap};
 pub use merged::{Branch, Merged};
-pub use owners::{Owner, Owners};
+pub use owner::Owner;
+pub use owners::Owners;
 
 use crate::base::Result;
 use crate::ir::{Body, Graph, GraphIndex, Model};
 
-/// A model in the form that layers are found in, with its layers.
+/// A model in the form in which layers are found, with its layers.
 #[derive(Clone, Debug)]
 pub struct Analysis {
-    /// The model with skip-norm fusions taken apart, so that the residual stream is a value at every layer boundary.
-    /// Weights are shared with the model that it came from.
+    /// The model with skip-norm fusions split, so that the residual stream is a value at every layer boundary. It
+    /// shares its weights with the original model.
     ///
-    /// Of a decoder given as the branches of an `If`, the branch that reads a cache, laid open.
+    /// For a merged decoder (two branches of an `If`), the branch with a cache as a model of its own.
     pub model: Model,
     /// Layers of `model` with their inputs, outputs and cache ports.
     pub map: LayerMap,
-    /// The layers of the vision tower, where the same graph contains one before the language model.
+    /// The layers of the vision tower, when the same graph contains one before the language model.
     pub vision: Option<LayerMap>,
-    /// True where `map` is such a vision tower.
+    /// True when `map` describes that vision tower.
     pub is_vision_beside_text: bool,
-    /// The branches, where the model is such a decoder.
+    /// The branches, when the model is a merged decoder.
     pub merged: Option<Merged>,
 }
 
 impl Analysis {
-    /// The same with the layers of the vision tower in the graph in place of the language model's; `None` without one.
+    /// The analysis with the vision tower's layers as `map` in place of the language model's; `None`
+    /// when the graph has no tower.
     pub fn into_vision(self) -> Option<Analysis> {
         let map = self.vision?;
         Some(Analysis { model: self.model, map, vision: None, is_vision_beside_text: true, merged: None })
@@ -60,8 +67,8 @@ impl Analysis {
 
 /// Finds the layers of the model's graph.
 ///
-/// Errors: `Error::Unsupported` when the graph carries no residual stream of attention layers, is an encoder-decoder,
-/// or its names contradict its structure; the message says what was found.
+/// Errors: `Error::Unsupported` when the graph has no residual stream of attention layers, is an encoder-decoder, or
+/// its names contradict its structure.
 pub fn analyse(model: &Model) -> Result<Analysis> {
     if let Some(node) = merged::merging_node(model) {
         let merged = merged::analyse_branches(model, node)?;
@@ -76,7 +83,7 @@ pub fn analyse(model: &Model) -> Result<Analysis> {
     Ok(Analysis { model, map, vision, is_vision_beside_text: false, merged: None })
 }
 
-/// The layers of a graph's top-level body, skip-norm fusions taken apart before.
+/// The layers of a graph's top-level body. Skip-norm fusions must have been split before.
 ///
 /// Errors: as [`analyse`].
 pub fn layers(graph: &Graph) -> Result<LayerMap> {

@@ -1,13 +1,13 @@
-//! Names confirm what the structure says: where they number the layers, the numbers must rise with them.
+//! Confirms the structure by names: numbers of layers in names must ascend with the layers.
 
 use std::collections::HashMap;
 
 use crate::base::{Error, Result};
 use crate::ir::{Body, Graph};
 
-use super::map::LayerMap;
+use super::layer::LayerMap;
 
-/// Words that exporters put before a layer's number.
+/// Words that exporters write before a layer's number.
 const LAYER_WORDS: &[&str] = &["layers", "layer", "blocks", "block", "h"];
 
 /// Compares the layer numbers in node names and metadata with the order found.
@@ -28,7 +28,7 @@ pub fn confirm(graph: &Graph, body: &Body, map: &LayerMap) -> Result<()> {
             }
         }
         let Some((&winner, &count)) = votes.iter().max_by_key(|&(_, count)| *count) else { continue };
-        // A few stray names (shared constants, fused leftovers) decide nothing.
+        // A few names that do not fit (shared constants, leftovers of fusions) are not evidence.
         if count * 2 <= named || named * 4 < layer.path.len() {
             continue;
         }
@@ -46,7 +46,7 @@ pub fn confirm(graph: &Graph, body: &Body, map: &LayerMap) -> Result<()> {
     Ok(())
 }
 
-/// The number behind a layer word in a name like `/model/layers.3/mlp/Mul` or `model.layers.3.mlp`.
+/// The number after a layer word in a name such as `/model/layers.3/mlp/Mul` or `model.layers.3.mlp`.
 pub fn layer_number(name: &str) -> Option<usize> {
     let mut parts = name.split(['/', '.', ':', '[', ']', ' ', ',', '\'', '"']).peekable();
     while let Some(part) = parts.next() {

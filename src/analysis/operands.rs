@@ -7,7 +7,7 @@ use crate::ir::{Body, GraphIndex, ValueId};
 use super::kinds::is_attention;
 use super::products::product;
 
-/// Operators between a key, a value or a convolution's last inputs and the operator that reads them.
+/// Operators between a key, a value or the last inputs of a convolution and the operator that reads them.
 const MOVES: &[&str] = &[
     "Cast",
     "Identity",
@@ -26,7 +26,7 @@ const MOVES: &[&str] = &[
 ];
 const CONVOLUTIONS: &[&str] = &["Conv", "QLinearConv", "ConvInteger", "FusedConv", "NhwcFusedConv"];
 
-/// Values among `path`'s that hold the keys or values of its attention, or the inputs of its convolution.
+/// Outputs of nodes on `path` that hold keys or values of its attention, or the inputs of its convolution.
 pub fn cached(body: &Body, index: &GraphIndex, path: &[usize]) -> HashSet<ValueId> {
     let mut open: Vec<ValueId> = Vec::new();
     for &number in path {
@@ -63,7 +63,7 @@ fn on_path(index: &GraphIndex, path: &[usize], value: ValueId) -> Option<usize> 
     index.node_of(value).map(|(node, _)| node).filter(|node| path.binary_search(node).is_ok())
 }
 
-/// The second factors of the products before a softmax.
+/// The second operands of the products before a softmax.
 fn score_keys(body: &Body, index: &GraphIndex, path: &[usize], softmax: usize) -> Vec<ValueId> {
     let mut open: Vec<ValueId> = body.nodes[softmax].inputs.first().copied().flatten().into_iter().collect();
     let mut seen = HashSet::new();
@@ -78,7 +78,7 @@ fn score_keys(body: &Body, index: &GraphIndex, path: &[usize], softmax: usize) -
     found
 }
 
-/// True when `value` is made of a softmax's result by operators other than products.
+/// True when `value` is computed from a softmax's result without another product.
 fn comes_from_softmax(body: &Body, index: &GraphIndex, path: &[usize], value: ValueId) -> bool {
     let mut open = vec![value];
     let mut seen = HashSet::new();

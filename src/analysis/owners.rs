@@ -4,36 +4,12 @@ use std::collections::{BTreeSet, HashMap};
 
 use crate::ir::{Body, ValueId};
 
-use super::map::Layer;
-use super::stream::{Chain, data_inputs};
+use super::chain::Chain;
+use super::dataflow::data_inputs;
+use super::layer::Layer;
+use super::owner::Owner;
 
-/// The layers, and whether anything outside them, that use a node or weight.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Owner {
-    /// Indices of the layers.
-    pub layers: BTreeSet<usize>,
-    /// True when something outside all layers uses it too.
-    pub outside: bool,
-}
-
-impl Owner {
-    /// The one layer that uses it, if it is one alone.
-    pub fn only(&self) -> Option<usize> {
-        if self.outside || self.layers.len() != 1 { None } else { self.layers.first().copied() }
-    }
-
-    /// True when this layer uses it.
-    pub fn contains(&self, layer: usize) -> bool {
-        self.layers.contains(&layer)
-    }
-
-    fn merge(&mut self, other: &Owner) {
-        self.layers.extend(&other.layers);
-        self.outside |= other.outside;
-    }
-}
-
-/// Owners of everything in a body.
+/// Owners of all nodes and weights of a body.
 pub struct Owners {
     /// One per node of the body, in the same order.
     pub nodes: Vec<Owner>,
@@ -42,9 +18,9 @@ pub struct Owners {
 }
 
 impl Owners {
-    /// A node on a layer's path belongs to that layer; any other node belongs to whom its readers belong to. A node
-    /// that only makes outputs (a cache's last cast) belongs to whom its inputs belong to.
-    /// The stream's own nodes before, between and behind the layers belong to no layer.
+    /// A node on a layer's path belongs to that layer. Any other node belongs to the owners of its readers. A node
+    /// whose outputs are only graph outputs (such as the last cast of a cache) belongs to the owners of its inputs. The
+    /// stream's own nodes before, between and after the layers belong to no layer.
     pub fn new(body: &Body, chain: &Chain, layers: &[Layer]) -> Self {
         let mut fixed: HashMap<usize, usize> = HashMap::new();
         for layer in layers {
@@ -83,7 +59,7 @@ impl Owners {
     }
 }
 
-/// The layer that feeds a node which nobody reads, or the outside.
+/// The layer whose values an unread node reads, or outside.
 fn inputs_owner(body: &Body, number: usize, fixed: &HashMap<usize, usize>) -> Owner {
     let mut owner = Owner::default();
     let inputs: BTreeSet<ValueId> = data_inputs(body, number).into_iter().collect();

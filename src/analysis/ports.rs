@@ -1,19 +1,20 @@
-//! Matches cache inputs with cache outputs through the graph, and both with their layer. Every other output that reads the
-//! stream is a tap.
+//! Matches cache inputs with cache outputs through the graph, and both with their layer. Every other output that reads
+//! the stream becomes a tap.
 
 use std::collections::{HashMap, HashSet};
 
 use crate::base::{Error, Result};
 use crate::ir::{Attribute, Body, Graph, GraphIndex, Node, ValueId};
 
+use super::chain::Chain;
+use super::dataflow::data_inputs;
 use super::kinds::is_attention;
-use super::map::{KvPort, LayerMap, PortRole};
-use super::owners::Owner;
+use super::layer::{KvPort, LayerMap, PortRole};
+use super::owner::Owner;
 use super::products::product;
-use super::stream::{Chain, data_inputs};
 use super::{operands, taps};
 
-/// For operators that hold a whole attention: (past input, present output) for key and value.
+/// Cache ports of operators that compute a whole attention: (past input, present output) for key and value.
 struct FusedPorts {
     domain: &'static str,
     op_type: &'static str,
@@ -34,13 +35,13 @@ const FUSED_PORTS: &[FusedPorts] = &[
     FusedPorts { domain: "com.microsoft", op_type: "SparseAttention", key: (3, 1), value: Some((4, 2)) },
     FusedPorts { domain: "com.microsoft", op_type: "PagedAttention", key: (3, 1), value: Some((4, 2)) },
     FusedPorts { domain: "com.microsoft", op_type: "DecoderAttention", key: (6, 1), value: Some((7, 2)) },
-    // Key and value stacked in one tensor.
+    // Key and value are stacked in one tensor.
     FusedPorts { domain: "com.microsoft", op_type: "Attention", key: (4, 1), value: None },
     FusedPorts { domain: "com.microsoft", op_type: "DecoderMaskedSelfAttention", key: (4, 1), value: None },
     FusedPorts { domain: "com.microsoft", op_type: "QAttention", key: (8, 1), value: None },
 ];
 
-/// The input that an output with a state continues: of a recurrence, a short convolution or control flow.
+/// The input whose state an output continues: in a recurrence, a short convolution or control flow.
 fn carried(node: &Node, output: usize) -> Option<usize> {
     match (node.domain.as_str(), node.op_type.as_str()) {
         ("" | "com.microsoft", "LinearAttention" | "CausalConvWithState") => (output == 1).then_some(3),
@@ -50,7 +51,7 @@ fn carried(node: &Node, output: usize) -> Option<usize> {
             (output < states).then_some(output)
         }
         ("", "Loop") => output.checked_add(2).filter(|&input| input < node.inputs.len()),
-        // A cache of fixed size that new entries are written into.
+        // A cache of fixed size into which new entries are written.
         ("", "TensorScatter" | "ScatterND" | "ScatterElements" | "Scatter") => Some(0),
         _ => None,
     }
@@ -59,7 +60,7 @@ fn carried(node: &Node, output: usize) -> Option<usize> {
 /// Operators between a cache port and its concatenation or attention.
 const HAND_ON: &[&str] = &["Cast", "Identity", "Transpose", "Reshape"];
 
-/// True for nodes that change nothing but type or layout; a concatenation of one tensor is such a one.
+/// True for nodes that change only type or layout, including a concatenation of one tensor.
 fn hands_on(node: &Node) -> bool {
     HAND_ON.contains(&node.op_type.as_str()) || (node.op_type == "Concat" && node.inputs.len() == 1)
 }
@@ -70,11 +71,11 @@ fn fused(node: &Node) -> Option<&'static FusedPorts> {
 
 /// Fills `ports` of every layer, and `taps`.
 ///
-/// A port is an output that continues a cache input. Where a graph has no cache inputs, the keys, values and states that
-/// its layers compute are ports too.
+/// A port is an output that continues a cache input. In a graph without cache inputs, outputs with the keys, values and
+/// states that its layers compute are ports.
 ///
-/// Errors: `Error::Invalid` when a cache input can be matched with two outputs; `Error::Unsupported` when an operator that
-/// is not known gives a layer's cache out.
+/// Errors: `Error::Invalid` when a cache input matches two outputs; `Error::Unsupported` when an unknown operator
+/// produces a layer's cache.
 pub fn assign(graph: &Graph, body: &Body, chain: &Chain, map: &mut LayerMap) -> Result<()> {
     let index = GraphIndex::of_body(body);
     let layer_of: HashMap<usize, usize> =
@@ -103,7 +104,7 @@ pub fn assign(graph: &Graph, body: &Body, chain: &Chain, map: &mut LayerMap) -> 
         {
             return Err(Error::invalid(
                 format!("cache input `{}`", graph.name(past)),
-                format!("leads to `{}` and to another output, so which belongs to it is not clear", graph.name(output)),
+                format!("leads to `{}` and to another output, so the matching output is ambiguous", graph.name(output)),
             )
             .remedy("export the graph without the output that is not the cache"));
         }
@@ -122,7 +123,7 @@ pub fn assign(graph: &Graph, body: &Body, chain: &Chain, map: &mut LayerMap) -> 
     Ok(())
 }
 
-/// The value, and those that it is a copy of in another type or layout.
+/// The value and the values of which it is a copy in another type or layout.
 fn copies(body: &Body, index: &GraphIndex, value: ValueId) -> Vec<ValueId> {
     let mut found = vec![value];
     let mut value = value;
@@ -152,7 +153,7 @@ struct Trace {
     layer: usize,
     past: Option<ValueId>,
     role: Option<PortRole>,
-    /// True where an operator that carries a state gives it out.
+    /// True when an operator with a state (attention with a cache, recurrence, loop) produces the output.
     carried: bool,
 }
 
@@ -167,17 +168,17 @@ struct Tracer<'a> {
 }
 
 impl Tracer<'_> {
-    /// From an output back to the layer inside which it is made and the input that it continues; `None` for what comes from
-    /// the stream between layers.
+    /// Searches backwards from an output for the layer that produces it and for the cache input that it continues.
+    /// `None` for an output computed between layers.
     ///
-    /// Errors: `Error::Unsupported` for an operator of another domain that gives out more than its result.
+    /// Errors: `Error::Unsupported` for an unknown operator of another domain whose second or later output is a cache.
     fn back_from(&self, output: ValueId) -> Result<Option<Trace>> {
         let mut layer = None;
         let mut trace = Trace { layer: 0, past: None, role: None, carried: false };
         let mut open = vec![output];
         let mut seen = HashSet::new();
         while let Some(value) = open.pop() {
-            // The stream is no cache, and what came before it is none of this output.
+            // The stream is not a cache, so the search does not continue before it.
             if self.chain.is_stream(value) {
                 continue;
             }
@@ -198,7 +199,7 @@ impl Tracer<'_> {
             {
                 continue;
             }
-            // What other layers use too (rotary tables, masks) is not this layer's cache.
+            // Values that other layers use too (rotary tables, masks) are not this layer's cache.
             if layer.is_some() && owner.is_none() && self.owners[number].only() != layer && !hands_on(node) {
                 continue;
             }
@@ -223,8 +224,8 @@ impl Tracer<'_> {
                 continue;
             }
             self.refuse_unknown(number, position, output)?;
-            // A product mixes tensors, and a scale is made of a whole one: what lies behind them is not the cache but what
-            // the new entries are made of.
+            // A product mixes tensors and a quantisation scale depends on a whole tensor: their inputs are the source
+            // of new entries, not the cache.
             if product(node).is_some() || node.op_type == "DynamicQuantizeLinear" || node.op_type == "Softmax" {
                 continue;
             }
@@ -233,7 +234,8 @@ impl Tracer<'_> {
         Ok(layer.map(|layer| Trace { layer, ..trace }))
     }
 
-    /// A fused operator that gives a second tensor out and reads an input that nothing else reads keeps a cache.
+    /// Rejects an unknown fused operator with a second output that reads an input which nothing
+    /// else reads: it keeps a cache.
     fn refuse_unknown(&self, number: usize, position: usize, output: ValueId) -> Result<()> {
         let node = &self.body.nodes[number];
         let own_input = |id: ValueId| {
@@ -246,7 +248,7 @@ impl Tracer<'_> {
         Err(Error::unsupported(
             node.describe(self.graph),
             format!(
-                "it gives the cache `{}` out, and which of its inputs that continues is not known",
+                "it outputs the cache `{}`, and the input that this cache continues is unknown",
                 self.graph.name(output)
             ),
         )
@@ -254,7 +256,7 @@ impl Tracer<'_> {
     }
 }
 
-/// The graph input behind casts and copies.
+/// The graph input from which casts and copies lead to the value.
 fn origin(body: &Body, index: &GraphIndex, value: ValueId) -> ValueId {
     let mut value = value;
     while let Some((node, _)) = index.node_of(value) {
@@ -267,7 +269,8 @@ fn origin(body: &Body, index: &GraphIndex, value: ValueId) -> ValueId {
     value
 }
 
-/// Tells keys from values where the cache is joined outside the attention: what leads to the scores is a key.
+/// Distinguishes keys from values when the cache is concatenated outside the attention: the port that leads to the
+/// scores holds keys.
 fn settle_roles(body: &Body, index: &GraphIndex, ports: &mut [KvPort], path: &[usize]) {
     let undecided: Vec<usize> =
         (0..ports.len()).filter(|&number| matches!(ports[number].role, PortRole::State(_))).collect();

@@ -1,4 +1,4 @@
-//! Finds the positions for which a decoder's head computes logits: every one, or a selection.
+//! Finds the positions for which a decoder computes logits: all, or a selection.
 
 use std::collections::HashSet;
 
@@ -6,14 +6,14 @@ use crate::ir::{Dim, Graph, GraphIndex, Node, ValueId, captured};
 
 use super::Analysis;
 
-/// Inputs by which the caller asks for fewer positions than all.
+/// Inputs with which the caller requests fewer positions.
 const ASKED_BY: &[&str] = &["num_logits_to_keep", "logits_to_keep"];
 /// The axis of positions in a stream `[batch, positions, width]`.
 const POSITIONS: i64 = 1;
 
 impl Analysis {
-    /// What makes the graph give logits for some positions only (a node, or the shape that the logits declare); `None`
-    /// where every position has its logits, or the caller may say which.
+    /// The reason why the graph computes logits for some positions only: a node, or the declared shape of the logits.
+    /// `None` when every position has logits, or when an input lets the caller choose.
     pub fn picks_positions(&self) -> Option<String> {
         let graph = &self.model.graph;
         let last = self.map.layers.last()?.output;
@@ -32,7 +32,7 @@ impl Analysis {
         if let Some(node) = graph.body.nodes.iter().find(picks) {
             return Some(format!("node `{}` ({}) picks positions out", node.name, node.op()));
         }
-        // The caller's word may be what the declared shape leaves out.
+        // The declared shape may describe a selection that the caller's input makes.
         if !asked.is_empty() {
             return None;
         }
@@ -47,7 +47,7 @@ impl Analysis {
     }
 }
 
-/// True for an operator that takes a part of the stream's positions.
+/// True for an operator that selects some of the stream's positions.
 fn picks_on_positions(graph: &Graph, node: &Node) -> bool {
     let constant = |place: usize| {
         let id = node.inputs.get(place).copied().flatten()?;
@@ -67,7 +67,7 @@ fn picks_on_positions(graph: &Graph, node: &Node) -> bool {
             let count = starts.as_ref().map_or(1, Vec::len);
             let axes = axes.unwrap_or_else(|| (0..count as i64).collect());
             let place = axes.iter().position(|axis| *axis == POSITIONS || *axis == POSITIONS - 3);
-            // A slice from the first position to the end is all of them.
+            // A slice from the first position to the end selects all of them.
             place.is_some_and(|place| {
                 let at = |list: &Option<Vec<i64>>| list.as_ref().and_then(|list| list.get(place).copied());
                 at(&starts) != Some(0) || at(&ends).is_none_or(|end| end < i64::from(i32::MAX))
@@ -81,7 +81,7 @@ fn ints(node: &Node, name: &str) -> Option<Vec<i64>> {
     node.attribute(name).and_then(|attribute| attribute.as_ints()).map(<[i64]>::to_vec)
 }
 
-/// The numbers of an initializer or of a `Constant`.
+/// The integers of an initializer or a `Constant` node.
 fn constant_of(graph: &Graph, id: ValueId) -> Option<Vec<i64>> {
     if let Some((_, tensor)) = graph.body.initializers.iter().find(|(other, _)| *other == id) {
         return tensor.to_i64s();
@@ -91,7 +91,7 @@ fn constant_of(graph: &Graph, id: ValueId) -> Option<Vec<i64>> {
     node.attribute("value").and_then(|value| value.as_tensor()).and_then(|tensor| tensor.to_i64s())
 }
 
-/// Values that are computed from these, through more than their shapes.
+/// Values computed from the content of these.
 fn descendants(graph: &Graph, from: &[ValueId]) -> HashSet<ValueId> {
     let mut found: HashSet<ValueId> = from.iter().copied().collect();
     for node in graph.body.nodes.iter().filter(|node| !node.reads_shape_only()) {
@@ -103,7 +103,7 @@ fn descendants(graph: &Graph, from: &[ValueId]) -> HashSet<ValueId> {
     found
 }
 
-/// Values that this one is computed from, itself included.
+/// Values from which this one is computed, itself included.
 fn ancestors(graph: &Graph, of: ValueId) -> HashSet<ValueId> {
     let mut found = HashSet::from([of]);
     for node in graph.body.nodes.iter().rev() {
@@ -127,7 +127,7 @@ mod tests {
         crate::onnx::load(&path).unwrap()
     }
 
-    /// The decoder with a node before its head: operator, attribute `axis` if any, int64 inputs behind the stream.
+    /// The decoder with a node before its head: operator, attribute `axis` if any, int64 inputs after the stream.
     fn with_node(op: &str, axis: Option<i64>, others: &[&[i64]]) -> Option<String> {
         let mut model = llama();
         let result = analyse(&model).unwrap().map.result;

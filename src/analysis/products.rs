@@ -5,9 +5,10 @@ use crate::ir::{Node, ValueId};
 /// One operator.
 pub struct Product {
     op_type: &'static str,
-    /// Input with the second factor; the first is input 0.
+    /// Number of the input that is the second factor; the first factor is input 0.
     second: usize,
-    /// True where each row of a first factor of any rank gives the same row of the result, unless it is transposed.
+    /// True when each row of the first factor determines the same row of the result, for any rank, unless
+    /// the factor is transposed.
     by_row: bool,
 }
 
@@ -15,7 +16,7 @@ const fn row(op_type: &'static str, second: usize, by_row: bool) -> Product {
     Product { op_type, second, by_row }
 }
 
-/// Every such operator there is.
+/// All operators that multiply matrices.
 const PRODUCTS: &[Product] = &[
     row("MatMul", 1, true),
     row("FusedMatMul", 1, true),
@@ -31,19 +32,19 @@ const PRODUCTS: &[Product] = &[
     row("Einsum", 1, false),
 ];
 
-/// The row of a node that is a product.
+/// The row of a node, if it multiplies matrices.
 pub fn product(node: &Node) -> Option<&'static Product> {
     PRODUCTS.iter().find(|row| row.op_type == node.op_type)
 }
 
 impl Product {
-    /// True when `node` looks at each row of its first factor by itself.
+    /// True when `node` treats each row of its first factor independently.
     pub fn by_row(&self, node: &Node) -> bool {
         let turned = |name: &str| node.attribute(name).and_then(crate::ir::Attribute::as_int).unwrap_or(0) != 0;
         self.by_row && !turned("transA") && !turned("transBatchA")
     }
 
-    /// The factors of `node`; None where one is missing.
+    /// The factors of `node`; `None` when one is missing.
     pub fn factors(&self, node: &Node) -> Option<[ValueId; 2]> {
         let input = |number: usize| node.inputs.get(number).copied().flatten();
         Some([input(0)?, input(self.second)?])

@@ -1,17 +1,16 @@
-//! Sums that carry a stream on: `x + f(x)`.
+//! Sums that carry the stream: `x + f(x)`.
 
 use std::collections::{BTreeSet, HashSet};
 
 use crate::ir::{Body, GraphIndex, ValueId};
 
-use super::kinds::from_weights;
-use super::stream::data_inputs;
+use super::dataflow::{data_inputs, from_weights};
 
-/// Operators that hand a tensor on without computing with it.
+/// Operators that pass a tensor on without arithmetic.
 const HAND_ON: &[&str] = &["Cast", "Identity", "Dropout", "Reshape", "Squeeze", "Unsqueeze"];
-/// Depth to which sums of sums and copies of copies are followed; bounds the search.
+/// Limit on nested sums and chained copies; bounds the search.
 const DEPTH: usize = 8;
-/// Most addends of one sum `x + f(x)`; bounds the search.
+/// Limit on the addends of one sum `x + f(x)`; bounds the search.
 const ADDENDS: usize = 16;
 
 /// Operands of a sum.
@@ -19,13 +18,13 @@ pub fn addends(body: &Body, node: usize) -> Option<Vec<ValueId>> {
     let node = &body.nodes[node];
     match (node.domain.as_str(), node.op_type.as_str()) {
         ("", "Add" | "Sum") => Some(node.present_inputs().collect()),
-        // alpha * A * B + beta * C: the stream can come in as C.
+        // alpha * A * B + beta * C: the stream may be C.
         ("", "Gemm") | ("com.microsoft", "FusedGemm") => Some(node.present_inputs().collect()),
         _ => None,
     }
 }
 
-/// The tensor that a node hands on unchanged, or scaled by weights alone.
+/// The tensor that a node passes on unchanged, or scaled by weights alone.
 pub fn handed_on(body: &Body, index: &GraphIndex, node: usize) -> Option<ValueId> {
     let inner = &body.nodes[node];
     if !inner.domain.is_empty() {
@@ -48,10 +47,11 @@ pub fn handed_on(body: &Body, index: &GraphIndex, node: usize) -> Option<ValueId
     }
 }
 
-/// From the result back to the source: over each sum to the addend that another one is computed from, and over the nodes
-/// between sums to the nearest value that all of it comes from.
+/// Follows the stream from the result back to the source. At a sum it continues with the addend from which another
+/// addend is computed; between sums, with the nearest value on which everything depends.
 ///
-/// Source first; empty when the source is not met, or comes in through the `f` of `x + f(x)` and so is not the stream's.
+/// Returns the values from the source on. Empty when the search does not reach the source, or reaches it only through
+/// the `f` of a block `x + f(x)`, so that the source is not the stream's.
 pub fn walk(body: &Body, index: &GraphIndex, reached: &[bool], source: ValueId, result: ValueId) -> Vec<ValueId> {
     let mut values = vec![result];
     let mut at = result;
@@ -72,7 +72,7 @@ fn depends_on_source(index: &GraphIndex, reached: &[bool], source: ValueId, valu
     value == source || index.node_of(value).is_some_and(|(node, _)| reached[node])
 }
 
-/// True for `x + f(x)` whose `x` does not come from the source.
+/// True for `x + f(x)` whose `x` is not computed from the source.
 fn enters_by_branch(body: &Body, index: &GraphIndex, reached: &[bool], source: ValueId, value: ValueId) -> bool {
     let Some(operands) = index.node_of(value).and_then(|(node, _)| addends(body, node)) else { return false };
     let (flowing, other): (Vec<ValueId>, Vec<ValueId>) =
@@ -90,7 +90,7 @@ fn block_input(body: &Body, index: &GraphIndex, reached: &[bool], source: ValueI
         if operands.len() < 2 || operands.len() > ADDENDS {
             return None;
         }
-        // Each addend, and what it is a copy or a multiple of.
+        // Each addend, and the values of which it is a copy or a multiple.
         let copies: Vec<Vec<ValueId>> = operands
             .iter()
             .map(|&operand| {
@@ -103,7 +103,7 @@ fn block_input(body: &Body, index: &GraphIndex, reached: &[bool], source: ValueI
         let met: Vec<HashSet<ValueId>> =
             operands.iter().map(|&operand| computed_from(body, index, operand, &known)).collect();
         for (number, own) in copies.iter().enumerate() {
-            // An addend that is not computed from the stream comes from the side, so the sum is not the block's.
+            // When no addend is computed from another one, the sum adds a value from outside and is not a block.
             let others = || met.iter().enumerate().filter(|(other, _)| *other != number);
             if let Some(&carried) = own.iter().find(|id| others().all(|(_, met)| met.contains(id))) {
                 return Some(carried);
@@ -127,10 +127,10 @@ fn block_input(body: &Body, index: &GraphIndex, reached: &[bool], source: ValueI
     None
 }
 
-/// Those of `known` that `value` is or is computed from.
+/// The values of `known` from which `value` is computed, `value` itself included.
 fn computed_from(body: &Body, index: &GraphIndex, value: ValueId, known: &HashSet<ValueId>) -> HashSet<ValueId> {
     let place = |id: &ValueId| index.node_of(*id).map_or(0, |(node, _)| node + 1);
-    // Nodes are in execution order: nothing before the first of them is computed from any.
+    // Nodes are in execution order: no node before the first known value depends on one.
     let first = known.iter().map(place).min().unwrap_or(0);
     let mut open = vec![value];
     let mut seen = HashSet::new();
@@ -150,10 +150,10 @@ fn computed_from(body: &Body, index: &GraphIndex, value: ValueId, known: &HashSe
     met
 }
 
-/// The nearest value before `value` that all of it comes from, as far as it comes from the source, or else the nearest sum of
-/// a stream: what comes in there besides comes from the side.
+/// The nearest value before `value` through which every dependency on the source passes, or else the nearest sum of a
+/// stream; other inputs of the nodes in between count as coming from outside.
 fn gathered(body: &Body, index: &GraphIndex, reached: &[bool], source: ValueId, value: ValueId) -> Option<ValueId> {
-    // Values by the node that makes them; the source is made by none.
+    // Values ordered by the node that produces them; the source has no node.
     let place = |id: ValueId| (index.node_of(id).map_or(0, |(node, _)| node + 1), id.index(), id);
     let mut open = BTreeSet::from([place(value)]);
     let mut first = true;

@@ -1,39 +1,13 @@
-//! The residual stream: the values that every path from a source to the result passes.
+//! Finds the residual stream: the values on every path from a source to the result.
 
 use std::collections::HashSet;
 
 use crate::base::{Error, Result};
-use crate::ir::{Body, DataType, Graph, GraphIndex, Node, ValueId};
+use crate::ir::{Body, Graph, GraphIndex, Node, ValueId};
 
+use super::chain::Chain;
+use super::dataflow::{data_inputs, part_of_rows};
 use super::{blocks, kinds, residual};
-
-/// Values in order from the source to the result, and the nodes between them.
-#[derive(Clone, Debug)]
-pub struct Chain {
-    pub source: ValueId,
-    pub result: ValueId,
-    /// `values[0]` is the source, the last one the result.
-    pub values: Vec<ValueId>,
-    /// For each node of the body: the chain position it follows, if it lies on a path from source to result.
-    pub level: Vec<Option<usize>>,
-    /// For each node of the body: true when it reads the source or anything computed from it.
-    pub reached: Vec<bool>,
-    stream: HashSet<ValueId>,
-    /// True where the values are not those that every path passes, but those that sums carry on.
-    by_sums: bool,
-}
-
-impl Chain {
-    /// True for the values of the chain.
-    pub fn is_stream(&self, value: ValueId) -> bool {
-        self.stream.contains(&value)
-    }
-
-    /// Nodes on a path between chain values `position` and `position + 1`, in execution order.
-    pub fn segment(&self, position: usize) -> impl Iterator<Item = usize> + '_ {
-        self.level.iter().enumerate().filter(move |(_, level)| **level == Some(position)).map(|(node, _)| node)
-    }
-}
 
 /// The chain with the most residual blocks that mix tokens, over all sources.
 ///
@@ -42,8 +16,8 @@ pub fn longest_chain(graph: &Graph, body: &Body) -> Result<Chain> {
     let index = GraphIndex::of_body(body);
     let result = result_of(graph, body, &index)?;
     let mut found = best(graph, body, &index, result, &|_| true);
-    // What several outputs are made of alike, as keys and values for another graph are of an encoder's states, is the
-    // result where the same blocks lead to it.
+    // Several outputs can be computed from one value, as keys and values for another graph are from an encoder's
+    // states. That value becomes the result when it has as many mixing blocks.
     if let Some(origin) = common_origin(body, &index, result)
         && let Some(other) = best(graph, body, &index, origin, &|_| true)
         && found.as_ref().is_none_or(|(rank, _)| other.0.mixers >= rank.mixers)
@@ -68,13 +42,14 @@ pub fn longest_chain(graph: &Graph, body: &Body) -> Result<Chain> {
     }
 }
 
-/// The chain to `result` with the most residual blocks that mix tokens, two blocks at least, of those that are `wanted`.
+/// The chain to `result` with the most residual blocks that mix tokens, among chains with at least two blocks for which
+/// `wanted` is true.
 pub fn longest_where(graph: &Graph, body: &Body, result: ValueId, wanted: &dyn Fn(&Chain) -> bool) -> Option<Chain> {
     let found = best(graph, body, &GraphIndex::of_body(body), result, wanted);
     found.filter(|(rank, _)| rank.blocks >= 2).map(|(_, chain)| chain)
 }
 
-/// What one chain is preferred to another for, the more important first.
+/// Criteria for the choice between chains, the most important first.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Rank {
     /// Residual blocks that mix tokens.
@@ -82,7 +57,8 @@ struct Rank {
     by_dominators: bool,
     /// Residual blocks.
     blocks: usize,
-    /// Of equal chains the longer one starts earlier (token ids before their embeddings).
+    /// Number of values: of otherwise equal chains the longer one starts earlier (at token ids,
+    /// not at their embeddings).
     values: usize,
 }
 
@@ -114,23 +90,14 @@ fn best(
     best
 }
 
-/// True for a cache: what an output is made of by adding new entries behind it.
+/// True for a cache input: an output is this input with new entries appended.
 fn grows_into_an_output(body: &Body, index: &GraphIndex, source: ValueId) -> bool {
     let grown = |node: &Node| node.domain.is_empty() && node.op_type == "Concat" && node.inputs.len() > 1;
     let nodes = index.uses(source).iter().filter_map(|used| body.nodes.get(used.node));
     nodes.filter(|node| grown(node)).flat_map(Node::present_outputs).any(|output| body.outputs.contains(&output))
 }
 
-/// The input of the graph that a node cuts a part out of: features that lie packed behind each row of the embeddings are
-/// cut off so.
-pub fn part_of_rows(graph: &Graph, body: &Body, node: &Node) -> Option<ValueId> {
-    let input = node.inputs.first().copied().flatten()?;
-    let ty = graph.value(input).ty.as_ref()?;
-    let rows = ty.dtype().is_some_and(DataType::is_float) && ty.shape().is_some_and(|shape| shape.len() == 3);
-    (rows && matches!(node.op_type.as_str(), "Slice" | "Split") && body.inputs.contains(&input)).then_some(input)
-}
-
-/// The output that the most nodes work for: logits or image features rather than a cache.
+/// The output that depends on the most nodes: logits or image features rather than a cache.
 fn result_of(graph: &Graph, body: &Body, index: &GraphIndex) -> Result<ValueId> {
     let mut best: Option<(usize, ValueId)> = None;
     for &output in &body.outputs {
@@ -145,8 +112,8 @@ fn result_of(graph: &Graph, body: &Body, index: &GraphIndex) -> Result<ValueId> 
     })
 }
 
-/// Where as many nodes work for other outputs as for `result`, the output that all of these are computed from, if there is
-/// one: of several the last.
+/// When other outputs depend on as many nodes as `result`: the output from which all of them are computed, if there is
+/// one (the last of several).
 fn common_origin(body: &Body, index: &GraphIndex, result: ValueId) -> Option<ValueId> {
     let behind: Vec<(ValueId, HashSet<usize>)> =
         body.outputs.iter().map(|&output| (output, ancestors(body, index, output))).collect();
@@ -160,7 +127,7 @@ fn common_origin(body: &Body, index: &GraphIndex, result: ValueId) -> Option<Val
     origins.max_by_key(|(_, nodes)| nodes.len()).map(|&(output, _)| output)
 }
 
-/// The nodes that an output is computed from.
+/// The nodes on which an output depends.
 fn ancestors(body: &Body, index: &GraphIndex, output: ValueId) -> HashSet<usize> {
     let mut seen = HashSet::new();
     let mut open = vec![output];
@@ -174,20 +141,11 @@ fn ancestors(body: &Body, index: &GraphIndex, output: ValueId) -> HashSet<usize>
     seen
 }
 
-/// The inputs of a node, those that bodies inside it capture included.
-pub fn data_inputs(body: &Body, node: usize) -> Vec<ValueId> {
-    let node = &body.nodes[node];
-    let mut inputs: Vec<ValueId> = node.present_inputs().collect();
-    for inner in node.bodies() {
-        inputs.extend(crate::ir::captured(inner));
-    }
-    inputs
-}
-
-/// Chains from `source` to `result`; none when no data flows between them.
+/// Candidate chains from `source` to `result`; none when `result` does not depend on `source`.
 ///
-/// The dominators are one. Where the source is read from the side too, as when each layer takes a part of a projection of
-/// the embeddings or later layers read an earlier one's keys, they miss the stream; the sums that carry it on are the other.
+/// One candidate is the chain of dominators. It misses the stream when nodes outside it read the source or a layer's
+/// inside, as when each layer takes a part of a projection of the embeddings or later layers read an earlier layer's
+/// keys. The other candidate is the chain of sums that carry the stream.
 fn chains(graph: &Graph, body: &Body, index: &GraphIndex, source: ValueId, result: ValueId) -> Vec<Chain> {
     let Some((dominators, reached)) = dominators(graph, body, source, result) else { return Vec::new() };
     let mut lists = vec![dominators];
@@ -204,9 +162,9 @@ fn chains(graph: &Graph, body: &Body, index: &GraphIndex, source: ValueId, resul
     lists.into_iter().enumerate().map(make).collect()
 }
 
-/// Values that every path from `source` to `result` passes, in order, and for each node whether `source` reaches it.
+/// Values on every path from `source` to `result`, in order, and for each node whether it depends on `source`.
 fn dominators(graph: &Graph, body: &Body, source: ValueId, result: ValueId) -> Option<(Vec<ValueId>, Vec<bool>)> {
-    // Vertices of the dominator tree: values by id, nodes behind them.
+    // Vertices of the dominator tree: first the values by id, then the nodes.
     let values = graph.values.len();
     let vertices = values + body.nodes.len();
     const NONE: u32 = u32::MAX;
@@ -267,7 +225,7 @@ fn dominators(graph: &Graph, body: &Body, source: ValueId, result: ValueId) -> O
     Some((chain, reached.split_off(values)))
 }
 
-/// For each node: true when its content leads to `result`.
+/// For each node: true when `result` depends on its content.
 fn leading(body: &Body, index: &GraphIndex, result: ValueId) -> Vec<bool> {
     let mut leads = vec![false; body.nodes.len()];
     let mut open = vec![result];
@@ -283,7 +241,7 @@ fn leading(body: &Body, index: &GraphIndex, result: ValueId) -> Vec<bool> {
     leads
 }
 
-/// For each node: the chain position that it follows and whose next value it leads to.
+/// For each node: the chain position that it follows, if the next chain value depends on it.
 fn levels(
     graph: &Graph,
     body: &Body,
@@ -310,7 +268,7 @@ fn levels(
             value_level[output.index()] = position_of[output.index()].or(highest[number]);
         }
     }
-    // What follows a position and passes the next value by works for later ones from the side.
+    // A node after a position on which only later chain values depend is outside the chain.
     let mut level = vec![None; body.nodes.len()];
     for (position, &next) in chain.iter().skip(1).enumerate() {
         let mut open = vec![next];
@@ -325,7 +283,7 @@ fn levels(
     level
 }
 
-/// Arena position to id, for the values of one body.
+/// Map from arena position to id, for the values of one body.
 fn id_table(body: &Body) -> std::collections::HashMap<usize, ValueId> {
     let inputs = body.inputs.iter().copied();
     inputs.chain(body.nodes.iter().flat_map(|node| node.present_outputs())).map(|id| (id.index(), id)).collect()

@@ -1,11 +1,12 @@
-//! Outputs that read the stream and are no cache.
+//! Outputs that read the stream and are not caches.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 
 use crate::ir::{Body, GraphIndex, ValueId};
 
-use super::map::{Layer, Tap};
-use super::stream::{Chain, data_inputs};
+use super::chain::Chain;
+use super::dataflow::data_inputs;
+use super::layer::{Layer, Tap};
 
 /// Places at which an output reads the stream; `None` when it does not.
 pub fn tap(
@@ -17,7 +18,7 @@ pub fn tap(
     output: ValueId,
 ) -> Option<Tap> {
     let place_of: HashMap<ValueId, usize> = chain.values.iter().enumerate().map(|(place, id)| (*id, place)).collect();
-    // Chain positions of the layers' ends, to count the layers before a position.
+    // Chain positions of the layers' outputs, used to count the layers before a position.
     let ends: Vec<usize> = layers.iter().filter_map(|layer| place_of.get(&layer.output).copied()).collect();
     let starts: Vec<usize> = layers.iter().filter_map(|layer| place_of.get(&layer.input).copied()).collect();
     let mut places = BTreeSet::new();

@@ -56,7 +56,7 @@ fn every_exporter_s_eight_layers_are_found() {
     }
 }
 
-/// Layers of a short convolution with a state, or of a gated outer-product recurrence, as hybrids have them.
+/// Layers of a short convolution with a state, or of a gated outer-product recurrence, as in hybrid models.
 fn hybrid(recurrent: bool) -> Model {
     let mut model = Model::default();
     let graph = &mut model.graph;
@@ -130,8 +130,7 @@ fn states_of_one_layer_are_told_apart() {
     }
 }
 
-/// Quantisers put other operators in place of the products; caches are told from what their entries are made of all the
-/// same.
+/// Quantisers replace the products by other operators; the caches are still recognised by the source of their entries.
 #[test]
 fn products_in_few_bits_are_products() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model/onnx/decoder_model_merged.onnx");

@@ -1,21 +1,22 @@
-//! A vision tower and the language model behind it in one graph.
+//! Splits a graph that contains a vision tower and the language model after it.
 
 use crate::base::Result;
 use crate::ir::{Body, Graph, GraphIndex};
 
 use super::blocks::{self, LayerBlocks};
-use super::kinds::from_weights;
+use super::chain::Chain;
+use super::dataflow::from_weights;
 use super::products::product;
-use super::stream::{self, Chain};
+use super::stream;
 
 /// A stream and its layers.
 pub type Tower = (Chain, Vec<LayerBlocks>);
 
-/// The language model's stream and layers, and those of the tower before it where the graph has one.
+/// The language model's stream and layers, and those of a vision tower before it if the graph has one.
 ///
-/// The stream of a graph with both leads from the pictures through the tower, a projection and the language model. There
-/// are two towers where it passes a product with weights between layers, and another input leads to the layers behind that
-/// alone: the tokens.
+/// In a graph with both, the stream leads from the pictures through the tower, a projection and the language model. The
+/// graph has two towers when the stream passes a product with weights between two layers and another input, the tokens,
+/// leads only to the layers after that product.
 ///
 /// Errors: as `blocks::group`.
 pub fn split(graph: &Graph, body: &Body, chain: Chain) -> Result<(Tower, Option<Tower>)> {

@@ -4,10 +4,11 @@ use std::sync::mpsc::{IntoIter, sync_channel};
 
 use super::Result;
 
-/// Hands what `items` makes to `take`, in order, and gives what that gives. They are made on a thread of their own, at most
-/// `window` of them ahead, and from the moment when `take` begins, whatever it does first.
+/// Produces `items` on a second thread and passes them, in order, to `take`; returns the result of `take`. The second
+/// thread starts before `take` does and is at most `window` items ahead of it.
 ///
-/// Errors: those of `take`, which sees those of `items`; nothing more is made when it returns.
+/// Errors: those of `take`, which receives the errors of `items`. The first error ends the production, and so does the
+/// return of `take`.
 pub fn ahead<T: Send, I: Iterator<Item = Result<T>>, R>(
     window: usize,
     items: impl FnOnce() -> Result<I> + Send,
@@ -19,7 +20,7 @@ pub fn ahead<T: Send, I: Iterator<Item = Result<T>>, R>(
             Ok(items) => {
                 for item in items {
                     let failed = item.is_err();
-                    // The other end is gone when taking has failed.
+                    // Sending fails when `take` has returned.
                     if sender.send(item).is_err() || failed {
                         break;
                     }

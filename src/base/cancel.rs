@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::error::{Error, Result};
 
-/// A shared flag, set once by Ctrl-C; cheap to clone and to ask.
+/// A shared flag that Ctrl-C sets once. Cloning and reading it are cheap.
 #[derive(Clone, Debug, Default)]
 pub struct Cancel(Arc<AtomicBool>);
 
@@ -20,7 +20,7 @@ impl Cancel {
         self.0.store(true, Ordering::Relaxed);
     }
 
-    /// Errors: `Error::Interrupted` once the user has asked to stop; `kept` says what remains usable.
+    /// Errors: `Error::Interrupted` once the user has asked to stop; `kept` names the files that remain usable.
     pub fn check(&self, kept: &str) -> Result<()> {
         if self.requested() {
             return Err(Error::Interrupted { kept: kept.to_string() });
@@ -29,7 +29,7 @@ impl Cancel {
     }
 }
 
-/// Installs the handler: the first Ctrl-C sets the flag, the second one ends the process at once with status 130.
+/// Installs the handler: the first Ctrl-C sets the flag, the second one ends the process with status 130.
 ///
 /// Errors: `Error::Invalid` when a handler is installed already.
 pub fn install_ctrl_c() -> Result<Cancel> {

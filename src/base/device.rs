@@ -8,7 +8,7 @@ use super::error::{Error, Result};
 /// A compute device, written `cpu`, `cuda` or `cuda:N`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Device {
-    /// The processor.
+    /// The CPU.
     #[default]
     Cpu,
     /// The CUDA device of this index.

@@ -1,4 +1,4 @@
-//! The library's error type: lower case, no full stop, with subject, problem and remedy.
+//! The library's error type. Messages are lower case without a full stop and have a subject, a problem and a remedy.
 
 use std::fmt;
 use std::io;
@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 /// Result of every fallible function of the library.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Everything that can go wrong, by the kind of remedy it needs.
+/// All errors of the library, grouped by the kind of remedy that they need.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The operating system refused something about a file.
+    /// The operating system refused to read, write or change a file.
     #[error("cannot {action} `{}`: {source}", path.display())]
     Io {
         /// Infinitive: `read`, `create`.
@@ -20,32 +20,32 @@ pub enum Error {
         /// The system's reason.
         source: io::Error,
     },
-    /// A file, an argument or a graph is not what it must be.
+    /// A file, an argument or a graph breaks a rule.
     #[error("{subject}: {problem}{}", Remedy(remedy))]
     Invalid {
         /// The file, argument, node or tensor.
         subject: String,
-        /// What was found and what was expected.
+        /// The value found and the value expected.
         problem: String,
         /// What the user can do.
         remedy: Option<String>,
     },
-    /// Well-formed, but something that interlace does not do.
+    /// Well-formed input that needs a feature which interlace does not have.
     #[error("{subject}: not supported: {problem}{}", Remedy(remedy))]
     Unsupported {
         /// The file, argument, node or tensor.
         subject: String,
-        /// What was found and what is supported.
+        /// The feature found and the supported ones.
         problem: String,
         /// What the user can do.
         remedy: Option<String>,
     },
-    /// A computation gave infinities or what is not a number.
+    /// A computation produced an infinity or NaN.
     #[error("{subject}: {problem}{}", Remedy(remedy))]
     NotFinite {
         /// The tensor or computation.
         subject: String,
-        /// Where the first such value is.
+        /// Position of the first such value.
         problem: String,
         /// What the user can do.
         remedy: Option<String>,
@@ -59,10 +59,10 @@ pub enum Error {
         subject: String,
         /// The engine's own message.
         message: String,
-        /// The step of the work.
+        /// The action during which the engine failed.
         during: Option<String>,
     },
-    /// The user asked to stop; what was finished is kept.
+    /// The user asked to stop. Finished work is kept.
     #[error("interrupted: {kept}")]
     Interrupted {
         /// The files that remain and how to continue.
@@ -92,7 +92,7 @@ impl fmt::Display for During<'_> {
     }
 }
 
-/// Remedy for an engine's failure whose reason only the engine knows.
+/// Remedy for a failure inside an engine.
 struct EngineRemedy<'a>(&'a str);
 
 impl fmt::Display for EngineRemedy<'_> {
@@ -107,7 +107,7 @@ impl fmt::Display for EngineRemedy<'_> {
 }
 
 impl Error {
-    /// The kind of error under a name that never changes, for programs: `--json` gives it as `error.code`.
+    /// A stable name of the error's kind, for programs: `--json` prints it as `error.code`.
     pub fn code(&self) -> &'static str {
         match self {
             Error::Io { .. } => "file",
@@ -134,7 +134,7 @@ impl Error {
         Error::NotFinite { subject: subject.into(), problem: problem.into(), remedy: None }
     }
 
-    /// An `Engine` error: `engine` is the library's name, `subject` what it was given.
+    /// An `Engine` error: `engine` is the library's name, `subject` the graph, operator or tensor that it worked on.
     pub fn engine(engine: &'static str, subject: impl Into<String>, message: impl fmt::Display) -> Self {
         Error::Engine { engine, subject: subject.into(), message: message.to_string(), during: None }
     }
@@ -153,7 +153,7 @@ impl Error {
         Error::Io { action, path: path.as_ref().to_path_buf(), source }
     }
 
-    /// Adds a remedy unless the error has one: for a caller that knows what a whole file or row is.
+    /// Adds a remedy unless the error has one; for callers that know the whole file or row.
     #[must_use]
     pub fn or_remedy(self, text: &str) -> Self {
         match self {

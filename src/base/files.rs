@@ -1,4 +1,4 @@
-//! Files: memory maps, write-beside-then-rename, and paths that stay inside a folder.
+//! Files: memory maps, atomic writes (temporary file, then rename), and paths that stay inside a folder.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -19,9 +19,9 @@ pub struct MappedFile {
 }
 
 impl MappedFile {
-    /// Maps `path`; an empty file is an empty slice.
+    /// Maps `path`. An empty file gives an empty slice.
     ///
-    /// Errors: `Error::Io` when it cannot be opened or mapped, `Error::Invalid` when it is not a plain file.
+    /// Errors: `Error::Io` when the file cannot be opened or mapped, `Error::Invalid` when it is not a regular file.
     pub fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
         let metadata = file.metadata().map_err(|e| Error::io("read", path, e))?;
@@ -32,8 +32,8 @@ impl MappedFile {
         let map = if metadata.len() == 0 {
             None
         } else {
-            // SAFETY: the map is read-only and the file is never written by this process; that another process
-            // truncates it meanwhile is the known hazard of every memory map.
+            // SAFETY: the map is read-only and this process never writes the file. Another process could truncate it, a
+            // hazard of every memory map.
             Some(unsafe { Mmap::map(&file) }.map_err(|e| Error::io("map", path, e))?)
         };
         Ok(MappedFile { path: path.to_path_buf(), file, map })
@@ -58,7 +58,7 @@ impl std::fmt::Debug for MappedFile {
     }
 }
 
-/// Copies `length` bytes from a mapped file to the end of `target` inside the kernel where that is possible.
+/// Appends `length` bytes of a mapped file to `target`, inside the kernel where the file system supports that.
 ///
 /// Errors: `Error::Io` naming the target, `ErrorKind::UnexpectedEof` when the source is shorter than `length`.
 pub fn copy_range(source: &MappedFile, offset: u64, length: u64, target: &mut AtomicFile) -> Result<()> {
@@ -95,8 +95,8 @@ pub fn copy_range(source: &MappedFile, offset: u64, length: u64, target: &mut At
     Ok(())
 }
 
-/// A file written beside its final name and renamed onto it by `commit`; removed when dropped without, and by a later run
-/// in the same folder when the process is killed.
+/// A file that is written under a temporary name in the folder of its final name. `commit` renames it. Dropped without
+/// `commit`, it is removed; when the process is killed, a later run in the same folder removes it.
 pub struct AtomicFile {
     path: PathBuf,
     temporary: PathBuf,
@@ -126,7 +126,8 @@ impl AtomicFile {
         self.commit_unflushed()
     }
 
-    /// Gives the file its final name; a power cut within the next half minute may still take its content.
+    /// Gives the file its final name without flushing it: a power failure within about half a
+    /// minute can lose its content.
     ///
     /// Errors: `Error::Io`; the temporary file is removed then.
     pub fn commit_unflushed(mut self) -> Result<()> {
@@ -144,7 +145,7 @@ impl Drop for AtomicFile {
     }
 }
 
-/// True for a file in `REPO/blobs` when `folder` is `REPO/snapshots/REVISION` or below it; both canonical.
+/// True for a file in `REPO/blobs` when `folder` is `REPO/snapshots/REVISION` or below it. Both paths are canonical.
 fn is_hub_blob(folder: &Path, file: &Path) -> bool {
     let snapshots =
         folder.ancestors().skip(1).find(|parent| parent.file_name().is_some_and(|name| name == "snapshots"));
@@ -152,9 +153,10 @@ fn is_hub_blob(folder: &Path, file: &Path) -> bool {
     blobs.is_some_and(|blobs| file.parent() == Some(&blobs))
 }
 
-/// Resolves a path that a file from a stranger names, relative to `folder`.
+/// Resolves a path from an untrusted file, relative to `folder`.
 ///
-/// A link may lead out only as the Hugging Face cache has it: from `REPO/snapshots/REVISION` into `REPO/blobs`.
+/// A symbolic link may leave the folder only in the layout of the Hugging Face cache: from `REPO/snapshots/REVISION`
+/// into `REPO/blobs`.
 ///
 /// Errors: `Error::Invalid` for an absolute path, a `..` component or another link that leaves the folder; `Error::Io`
 /// when the file does not exist.

@@ -12,9 +12,9 @@ use sha2::{Digest, Sha256};
 
 use super::error::{Error, Result};
 
-/// Bytes that one thread hashes at a time.
+/// Bytes that a thread hashes as one piece.
 const PIECE: u64 = 64 << 20;
-/// Bytes that are mapped at a time.
+/// Bytes mapped at a time.
 const WINDOW: usize = 4 << 20;
 
 /// A SHA-256 digest as 64 lower-case hexadecimal digits.
@@ -41,10 +41,10 @@ pub fn sha256_file(path: &Path) -> Result<Sha256Digest> {
     }
 }
 
-/// Digest of a file of any size, by all cores at once: that of its content up to 64 MiB; beyond that, the digest of its
-/// length (8 bytes, little-endian) and the digests of its pieces of 64 MiB, in order.
+/// Digest of a file of any size, computed on all cores. Up to 64 MiB it is the digest of the content; above, the digest
+/// of the file's length (8 bytes, little-endian) followed by the digests of its 64 MiB pieces in order.
 ///
-/// Errors: `Error::Io` when the file cannot be opened or read, or becomes shorter meanwhile.
+/// Errors: `Error::Io` when the file cannot be opened or read, or is truncated during the read.
 pub fn sha256_large_file(path: &Path) -> Result<Sha256Digest> {
     let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
     let length = file.metadata().map_err(|e| Error::io("read", path, e))?.len();
@@ -64,8 +64,8 @@ pub fn sha256_large_file(path: &Path) -> Result<Sha256Digest> {
             let mut hasher = Sha256::new();
             while at < end {
                 let count = WINDOW.min((end - at) as usize);
-                // SAFETY: the map is read-only and the file is never written by this process; that another process
-                // truncates it meanwhile is the known hazard of every memory map.
+                // SAFETY: the map is read-only and this process never writes the file. Another process could truncate
+                // it, a hazard of every memory map.
                 let part = unsafe { MmapOptions::new().offset(at).len(count).populate().map(&file) };
                 hasher.update(&*part.map_err(|e| Error::io("map", path, e))?);
                 at += count as u64;
@@ -89,7 +89,7 @@ pub fn sha256_large_file(path: &Path) -> Result<Sha256Digest> {
     Ok(hex(&hasher.finalize()))
 }
 
-/// Digest of a value's compact JSON form; field order is part of it.
+/// Digest of a value's compact JSON form. The order of the fields changes it.
 ///
 /// Errors: `Error::Invalid` when the value cannot be written as JSON.
 pub fn sha256_json<T: Serialize>(value: &T) -> Result<Sha256Digest> {

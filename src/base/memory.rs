@@ -1,6 +1,6 @@
 //! The process's own memory.
 
-/// The largest resident set of this process so far, in bytes (`VmHWM`); 0 where the system does not tell.
+/// The largest resident set of this process so far, in bytes (`VmHWM`); 0 where the system does not report it.
 pub fn peak_memory_bytes() -> u64 {
     std::fs::read_to_string("/proc/self/status")
         .ok()

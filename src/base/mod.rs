@@ -1,4 +1,4 @@
-//! Foundations of every other module: errors, files, hashing, progress. Contains nothing about models.
+//! Foundations of every other module: errors, files, hashing, progress. Nothing here knows about models.
 
 mod ahead;
 mod artifact;
@@ -10,6 +10,7 @@ mod hash;
 mod memory;
 mod peers;
 mod progress;
+mod runaway;
 mod staging;
 mod stopwatch;
 mod text;
@@ -25,6 +26,7 @@ pub use hash::{Sha256Digest, sha256_bytes, sha256_file, sha256_json, sha256_larg
 pub use memory::peak_memory_bytes;
 pub use peers::{Peers, gathered, is_first, is_own, own_part};
 pub use progress::{Progress, notice, set_quiet};
+pub use runaway::{on_runaway, watched};
 pub use staging::{ScratchDir, StagedDir};
 pub use stopwatch::Stopwatch;
 pub use text::{human_bytes, human_count, list_preview};

@@ -1,4 +1,4 @@
-//! Progress on standard error: a bar with rate and time left on terminals, nothing elsewhere.
+//! Progress on standard error: a bar with rate and remaining time on terminals, nothing elsewhere.
 
 use std::io::{IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,7 +12,7 @@ pub fn set_quiet(quiet: bool) {
     QUIET.store(quiet, Ordering::Relaxed);
 }
 
-/// A line on standard error about something that was done beside the work, unless output is off.
+/// Prints a line about a side effect on standard error, unless output is off.
 pub fn notice(text: impl std::fmt::Display) {
     if !QUIET.load(Ordering::Relaxed) {
         // A closed standard error must not end the work.
@@ -36,17 +36,17 @@ impl Progress {
         Progress(bar)
     }
 
-    /// Moves the bar on by `count` items.
+    /// Advances the bar by `count` items.
     pub fn advance(&self, count: u64) {
         self.0.inc(count);
     }
 
-    /// Sets the position outright (when resuming).
+    /// Sets the position directly, for example on resume.
     pub fn set_position(&self, position: u64) {
         self.0.set_position(position);
     }
 
-    /// Sets how many items there are, when that is known better than at the beginning.
+    /// Replaces the total, for example when the exact count becomes known.
     pub fn set_total(&self, total: u64) {
         self.0.set_length(total);
     }

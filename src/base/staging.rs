@@ -1,4 +1,5 @@
-//! Outputs under a temporary name, which names their process, so that a later run can remove those of a killed one.
+//! Outputs under a temporary name that contains the id of their process, so that a later run can remove the leftovers
+//! of a killed one.
 
 use std::collections::HashSet;
 use std::fs::{self, File};
@@ -16,13 +17,13 @@ use super::text::{human_bytes, list_preview};
 const FOLDER_PREFIX: &str = ".interlace-";
 const FILE_SUFFIX: &str = ".part";
 
-/// A process: its id, when it started and which set of process ids that id is of, as `PID-START-PLACE`.
+/// A process, written `PID-START-PLACE`: its id, its start time, and the machine boot and PID namespace of the id.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Owner {
     process: u32,
-    /// Clock ticks between the machine's start and the process's.
+    /// Start time in clock ticks since boot.
     start: u64,
-    /// Of the machine's start and the namespace of process ids (one per container).
+    /// Hash of the boot id and the PID namespace (one namespace per container).
     place: u32,
 }
 
@@ -48,8 +49,8 @@ impl Owner {
         parts.next().is_none().then_some(Owner { process, start, place })
     }
 
-    /// True when no process is this one any more. A process of another place cannot be seen from here; it is gone when
-    /// nobody holds its lock.
+    /// True when this process has ended. A process in another PID namespace is not visible; it counts as ended when its
+    /// lock on `path` is free.
     fn is_gone(&self, path: &Path) -> bool {
         if self.place == Self::current().place {
             return start_of(self.process) != Some(self.start);
@@ -58,10 +59,10 @@ impl Owner {
     }
 }
 
-/// When a process started; `None` when there is no such process.
+/// Start time of a process in clock ticks since boot; `None` when there is no such process.
 fn start_of(process: u32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
-    // The second field is the program's name in brackets and may hold anything; the 22nd is the start.
+    // The second field is the program's name in brackets and may contain spaces; field 22 is the start time.
     let (_, rest) = stat.rsplit_once(')')?;
     rest.split_whitespace().nth(19)?.parse().ok()
 }
@@ -74,15 +75,15 @@ fn place() -> u32 {
     text.bytes().fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
 }
 
-/// Locks a file or folder for as long as it is open; false when somebody else has it, or its file system has no locks.
+/// Locks a file or folder while it is open. False when another process has locked it or the file system has no locks.
 fn lock(file: &File) -> bool {
     // SAFETY: the descriptor is open.
     unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) == 0 }
 }
 
-/// Holds a file in the making, so that runs that cannot see this process leave it alone.
+/// Locks a file during its creation, so that processes in other PID namespaces do not remove it.
 pub(super) fn hold(file: &File) {
-    // Without locks the owner in its name is all that protects it.
+    // On a file system without locks only the owner in the file's name protects it.
     lock(file);
 }
 
@@ -105,14 +106,14 @@ fn folder_of(path: &Path) -> &Path {
     }
 }
 
-/// A folder that is removed when dropped, and by a later run when this one is killed.
+/// A folder that is removed when dropped. When this process is killed, a later run removes it.
 pub struct ScratchDir {
     folder: tempfile::TempDir,
     _lock: Option<File>,
 }
 
 impl ScratchDir {
-    /// Makes one in `parent`, after what killed runs left there is removed.
+    /// Creates a folder in `parent`, after removing the leftovers of killed runs there.
     ///
     /// Errors: `Error::Io` when `parent` cannot be written.
     pub fn create_in(parent: &Path) -> Result<Self> {
@@ -138,9 +139,10 @@ pub struct StagedDir {
 }
 
 impl StagedDir {
-    /// Begins a folder that will become `target`. What killed runs left beside it is removed.
+    /// Begins a folder that `commit` renames to `target`. Removes the leftovers of killed runs in the same parent.
     ///
-    /// Errors: `Error::Invalid` when `target` exists already and is not an empty folder; `Error::Io` when its parent cannot be made.
+    /// Errors: `Error::Invalid` when `target` exists already and is not an empty folder; `Error::Io` when its parent
+    /// cannot be created.
     pub fn create(target: &Path) -> Result<Self> {
         match fs::symlink_metadata(target) {
             Ok(metadata) => {
@@ -177,10 +179,10 @@ impl StagedDir {
     }
 }
 
-/// Temporary folders are private to the user; a finished one gets what the umask allows.
+/// A temporary folder is private to the user; the finished one gets the permissions of the umask.
 fn set_default_permissions(path: &Path) -> Result<()> {
     use std::os::unix::fs::PermissionsExt;
-    // SAFETY: umask only swaps a process-wide integer, and the old value is put back at once.
+    // SAFETY: umask only swaps a process-wide integer, and the next line restores the old value.
     let mask = unsafe {
         let mask = libc::umask(0o022);
         libc::umask(mask);
@@ -190,7 +192,7 @@ fn set_default_permissions(path: &Path) -> Result<()> {
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(|e| Error::io("set permissions of", path, e))
 }
 
-/// Removes what killed runs left in a folder, once in a process, and says so.
+/// Removes the leftovers of killed runs in a folder, once per process, and prints a notice.
 fn sweep(folder: &Path) {
     static SWEPT: LazyLock<Mutex<HashSet<PathBuf>>> = LazyLock::new(Mutex::default);
     let Ok(place) = fs::canonicalize(folder) else { return };
@@ -204,9 +206,9 @@ fn sweep(folder: &Path) {
     }
 }
 
-/// Names and bytes of what was removed.
+/// Removes the leftovers. Returns their names and total bytes.
 fn remove_orphans(folder: &Path) -> (Vec<String>, u64) {
-    // SAFETY: reads an integer of the process.
+    // SAFETY: geteuid only reads an integer of the process.
     let user = unsafe { libc::geteuid() };
     let mut removed = (Vec::new(), 0);
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
@@ -219,7 +221,7 @@ fn remove_orphans(folder: &Path) -> (Vec<String>, u64) {
         }
         let size = size_of(&path);
         let gone = if metadata.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
-        // Another run may be removing it too.
+        // Another run may have removed it at the same time.
         if gone.is_ok() {
             removed.0.push(name);
             removed.1 += size;
@@ -269,7 +271,7 @@ mod tests {
         let here = folder.path();
         let staged = format!(".interlace-{}-Ab3", owner.tag());
         let part = format!(".scores.json.{}.part", owner.tag());
-        // The id of a process that lives, with another start: it was given to somebody else since.
+        // The id of a live process with another start time: the system has reused the id.
         let reused = Owner { start: 1, ..Owner::current().clone() };
         let reused = format!(".interlace-{}-xyz", reused.tag());
         fs::create_dir(here.join(&staged)).unwrap();

@@ -1,4 +1,4 @@
-//! Time that adds up over many calls, on any thread.
+//! A stopwatch that sums durations over many calls, on any thread.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -10,7 +10,7 @@ pub struct Stopwatch {
 }
 
 impl Stopwatch {
-    /// Runs something and adds the time that it takes.
+    /// Runs `work` and adds its duration.
     pub fn time<T>(&self, work: impl FnOnce() -> T) -> T {
         let began = Instant::now();
         let result = work();
@@ -18,7 +18,7 @@ impl Stopwatch {
         result
     }
 
-    /// The items of an iterator; the time that each takes to come is added.
+    /// Wraps an iterator and adds the duration of each `next`.
     pub fn over<I: Iterator>(&self, items: I) -> impl Iterator<Item = I::Item> {
         let mut items = items;
         std::iter::from_fn(move || self.time(|| items.next()))

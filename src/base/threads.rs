@@ -1,6 +1,6 @@
 //! The number of threads to compute with.
 
-/// The processors that this process may use, or what `OMP_NUM_THREADS` says, which LibTorch obeys too; at least 1.
+/// The number of processors that this process may use, or `OMP_NUM_THREADS`, which LibTorch reads too; at least 1.
 pub fn thread_count() -> usize {
     let asked = std::env::var("OMP_NUM_THREADS").ok();
     let asked = asked.and_then(|text| text.split(',').next()?.trim().parse().ok()).filter(|&count| count > 0);

@@ -1,23 +1,23 @@
-//! `interlace` with LibTorch in it. `interlace` starts it for the verbs that compute there; it takes the
-//! same arguments.
+//! `interlace` with LibTorch linked. `interlace` executes it, with the same arguments, for the verbs
+//! that compute in LibTorch.
 
 use std::ffi::CStr;
 
 use tikv_jemallocator::Jemalloc;
 
-/// Tensors of ever other sizes come and go at each step. The C library's allocator leaves gaps between them that fit no
-/// later one, and the process grows by half of what it needs; this one is LibTorch's too.
+/// Every step allocates tensors of different sizes, which fragments glibc malloc: the process grows by half. jemalloc
+/// does not. LibTorch uses this allocator too.
 #[global_allocator]
 static ALLOCATOR: Jemalloc = Jemalloc;
 
-/// Freed pages go back to the system within about a second, from a thread that does nothing else: sooner, the next steps
-/// pay for them again; later, they add up.
-// SAFETY: the name and the type are those that the allocator reads its settings from.
+/// A background thread returns freed pages to the system after about a second. A shorter delay makes the next steps
+/// allocate them again; a longer one lets them accumulate.
+// SAFETY: jemalloc reads its settings from a variable of this name and type.
 #[unsafe(no_mangle)]
 #[allow(non_upper_case_globals)]
 pub static malloc_conf: Option<&'static std::ffi::c_char> = {
     const SETTINGS: &CStr = c"background_thread:true,dirty_decay_ms:1000,muzzy_decay_ms:0";
-    // SAFETY: the first byte of a string that lives forever.
+    // SAFETY: the first byte of a string with static lifetime.
     Some(unsafe { &*SETTINGS.as_ptr() })
 };
 

@@ -1,4 +1,4 @@
-//! Purposes of the files beside the components.
+//! Purposes of the files that are not components.
 
 use std::fs::File;
 use std::io::Read;
@@ -14,22 +14,22 @@ use super::layout::VARIANTS;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum AssetKind {
-    /// Read and, for dropped layers, rewritten.
+    /// Read, and rewritten when layers are dropped.
     Config,
-    /// Tokenizer, processor and template: carried over as they are.
+    /// Tokenizer, processor and template: copied unchanged.
     Tokenizer,
-    /// Settings of the exporter or quantiser: carried over as they are.
+    /// Settings of the exporter or quantiser: copied unchanged.
     Tooling,
-    /// For people: carried over, not part of the digest.
+    /// Documentation: copied, not part of the digest.
     Documentation,
     /// Record of the steps that interlace has run.
     Record,
-    /// Says nothing of the network (remote code, marks of a download, settings of other tools): carried over as it is,
-    /// listed in the record, not part of the digest.
+    /// Unrelated to the network (remote code, marks of a download, settings of other tools): copied unchanged, listed
+    /// in the record, not part of the digest.
     Other,
 }
 
-/// The name of the file that holds what interlace did.
+/// Name of the file with the record of interlace's steps.
 pub const RECORD_FILE: &str = "interlace.json";
 
 /// Files by exact name, in the folder itself.
@@ -67,7 +67,7 @@ const NAMES: &[(&str, AssetKind)] = &[
     (RECORD_FILE, AssetKind::Record),
 ];
 
-/// Endings of weights in formats that no component reads, and of graphs.
+/// Extensions of graphs and of weights in formats that no component reads.
 const WEIGHTS: &[&str] = &[
     ".safetensors",
     ".bin",
@@ -93,18 +93,19 @@ const WEIGHTS: &[&str] = &[
     ".weights",
 ];
 
-/// Endings of texts. A graph's data may have any name, but none of these.
+/// Extensions of text files. External data of a graph may have any name except these.
 const TEXTS: &[&str] = &[
     ".txt", ".json", ".jsonl", ".yaml", ".yml", ".toml", ".jinja", ".cfg", ".ini", ".sh", ".py", ".lock", ".csv",
     ".tsv", ".xml", ".log",
 ];
 
-/// Bytes at the start of a file that decide whether it is text.
+/// Number of leading bytes that decide whether a file is text.
 const HEAD_BYTES: u64 = 64 << 10;
 
-/// What `path` (relative to `root`, with `/`) is for; `None` when it may be a graph or weights that no component claims.
+/// The purpose of `path` (relative to `root`, with `/`); `None` when the file may be a graph or weights that no
+/// component claims.
 ///
-/// A file of an unknown name is read for its first bytes: text says nothing of the network, other bytes may be weights.
+/// For an unknown name the first bytes decide: text is unrelated to the network, binary content may be weights.
 ///
 /// Errors: `Error::Io` when such a file cannot be read.
 pub(super) fn classify(root: &Path, path: &str) -> Result<Option<AssetKind>> {
@@ -115,7 +116,7 @@ pub(super) fn classify(root: &Path, path: &str) -> Result<Option<AssetKind>> {
     }
 }
 
-/// What the name alone says of a file; `None` when it says nothing.
+/// The purpose according to the name alone; `None` for unknown names.
 pub(super) fn named(path: &str) -> Option<AssetKind> {
     if let Some((_, kind)) = NAMES.iter().find(|(name, _)| *name == path) {
         return Some(*kind);
@@ -125,7 +126,7 @@ pub(super) fn named(path: &str) -> Option<AssetKind> {
     }
     let name = path.rsplit('/').next().unwrap_or(path);
     let template = path.starts_with("additional_chat_templates/") && name.ends_with(".jinja");
-    // `tokenizer.model.v3` is what Mistral's releases have.
+    // `tokenizer.model.v3` occurs in Mistral's releases.
     if template || path.starts_with("tokenizer.model") || name.ends_with(".tiktoken") {
         return Some(AssetKind::Tokenizer);
     }
@@ -161,14 +162,14 @@ fn is_weights(path: &str) -> bool {
     data || WEIGHTS.iter().any(|extension| lower.ends_with(extension))
 }
 
-/// True when the first bytes are UTF-8 without control characters that texts do not have.
+/// True when the first bytes are UTF-8 without control characters that texts do not contain.
 fn is_text(path: &Path) -> Result<bool> {
     let failed = |e| Error::io("read", path, e);
     let mut head = Vec::new();
     File::open(path).map_err(failed)?.take(HEAD_BYTES).read_to_end(&mut head).map_err(failed)?;
     let text = match std::str::from_utf8(&head) {
         Ok(text) => text,
-        // A character may be cut off at the end of what was read.
+        // A character may be cut off at the end of the bytes read.
         Err(error) if error.error_len().is_none() => {
             std::str::from_utf8(&head[..error.valid_up_to()]).unwrap_or_default()
         }
@@ -177,8 +178,8 @@ fn is_text(path: &Path) -> Result<bool> {
     Ok(!text.chars().any(|c| c.is_control() && !matches!(c, '\n' | '\r' | '\t' | '\u{c}' | '\u{1b}')))
 }
 
-/// The error for a file that may be a part of the network and that no component claims; `layout` is the folder's,
-/// `unreadable` names a component that could not be asked for its weights.
+/// The error for a file that may be part of the network and that no component claims. `layout` is the folder's layout;
+/// `unreadable` names a component whose list of weights could not be read.
 pub(super) fn unclaimed(root: &Path, path: &str, layout: &str, unreadable: Option<&str>) -> Error {
     let subject = format!("file `{path}` in `{}`", root.display());
     let name = path.rsplit('/').next().unwrap_or(path);
@@ -196,7 +197,7 @@ pub(super) fn unclaimed(root: &Path, path: &str, layout: &str, unreadable: Optio
     Error::invalid(subject, problem).remedy(remedy_for(path))
 }
 
-/// Why a file that nobody claims is often there, and what to do about it.
+/// The likely reason for such a file, and the remedy.
 fn remedy_for(path: &str) -> String {
     if is_graph(path) {
         return format!(

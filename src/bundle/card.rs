@@ -1,4 +1,4 @@
-//! The model card of a changed model: the old one, with a preface about the changes.
+//! The model card of a changed model: the old card with a preface about the changes.
 
 use std::fs;
 use std::path::{Component, Path};
@@ -6,20 +6,20 @@ use std::path::{Component, Path};
 use super::record::RecordedStep;
 use super::tower::Tower;
 
-/// Markers around the preface, so that the next step replaces it. The base model's name follows the first.
+/// Markers around the preface, which let a later step replace it. The first marker also holds the base model's name.
 const BEGIN: &str = "<!-- interlace: made from ";
 const BEGIN_END: &str = " -->\n";
 const END: &str = "<!-- interlace: end -->\n";
 
-/// True for files that describe the model to people.
+/// True for model cards.
 pub(super) fn is_card(file: &str) -> bool {
     let upper = file.to_ascii_uppercase();
     let stems = ["README", "MODEL_CARD", "MODELCARD"];
     !file.contains('/') && upper.ends_with(".MD") && stems.iter().any(|stem| upper.starts_with(stem))
 }
 
-/// The card with a preface about `history`, behind its YAML front matter if it has one. A preface that is there already
-/// is replaced; its base model stays, `base` is used otherwise.
+/// The card with a preface about `history`, after its YAML front matter if it has one. An existing preface is replaced
+/// and its base model kept; otherwise the base model is `base`.
 pub(super) fn with_preface(card: &str, base: &str, history: &[RecordedStep], tool: &str) -> String {
     let (front, rest) = card.split_at(front_matter_length(card));
     let (old_base, rest) = without_preface(rest);
@@ -35,6 +35,9 @@ pub(super) fn with_preface(card: &str, base: &str, history: &[RecordedStep], too
             let of = if pruned { "remaining layers" } else { "layers of the language model" };
             lines.push(format!("- {} of the {of} trained on {samples} samples.", layers.len()));
         }
+        if let RecordedStep::Graft { tensors } = step {
+            lines.push(format!("- {tensors} tensors of a finetuned checkpoint written into the graphs."));
+        }
     }
     lines.push("Figures, sizes and claims below are those of the model before these changes.".into());
     let quoted: String = lines.iter().map(|line| format!("> {line}\n")).collect();
@@ -42,7 +45,7 @@ pub(super) fn with_preface(card: &str, base: &str, history: &[RecordedStep], too
     format!("{front}{gap}{BEGIN}{base}{BEGIN_END}{quoted}{END}\n{}", rest.trim_start_matches(['\r', '\n']))
 }
 
-/// One line about the layers that a tower has lost in all.
+/// One line about all layers removed from a tower.
 fn removed(tower: Tower, history: &[RecordedStep]) -> Option<String> {
     let mut all = Vec::new();
     let mut total = None;
@@ -67,7 +70,7 @@ fn removed(tower: Tower, history: &[RecordedStep]) -> Option<String> {
     Some(format!("- {} of {total} layers of the {name} removed: {noun} {list}, counted from 0.", all.len()))
 }
 
-/// Bytes of the block between two lines `---` at a card's beginning, both included.
+/// Bytes of the block between two lines `---` at the beginning of a card, both lines included.
 fn front_matter_length(card: &str) -> usize {
     let mut length = 0;
     for (number, line) in card.split_inclusive('\n').enumerate() {
@@ -83,7 +86,7 @@ fn front_matter_length(card: &str) -> usize {
     0
 }
 
-/// The base model that an old preface names, and the card without it.
+/// The base model named by an old preface, and the card without that preface.
 fn without_preface(card: &str) -> (Option<&str>, &str) {
     let found = card.trim_start_matches(['\r', '\n']).strip_prefix(BEGIN).and_then(|rest| {
         let (base, rest) = rest.split_once(BEGIN_END)?;
@@ -93,7 +96,7 @@ fn without_preface(card: &str) -> (Option<&str>, &str) {
     found.unwrap_or((None, card))
 }
 
-/// Name of a model: that of the hub where its folder is a snapshot in the hub's cache, the folder's name otherwise.
+/// Name of a model: its name on the hub when the folder is a snapshot in the hub's cache, otherwise the folder's name.
 pub(super) fn name_of(root: &Path) -> String {
     let full = fs::canonicalize(root).unwrap_or_else(|_| root.to_path_buf());
     let names: Vec<&str> = full

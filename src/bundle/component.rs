@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use super::layout::Role;
 
-/// One ONNX file of a folder with the files that hold its weights.
+/// One ONNX file of a folder, with the files of its weights.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Component {
     /// Part of the model that it computes.

@@ -39,10 +39,10 @@ const EXPORT_COMPONENTS: &[(&str, Role)] = &[
     ("audio_tower", Role::AudioEncoder),
 ];
 
-/// The folder's components as its layout names them, without their external data.
+/// The folder's components according to its layout, without their external data.
 ///
-/// Errors: `Error::Io` and `Error::Invalid` when the file that names them cannot be read, or names one that is not
-/// there; `Error::Unsupported` for components that interlace does not know.
+/// Errors: `Error::Io` and `Error::Invalid` when the file that lists them cannot be read or lists a missing file;
+/// `Error::Unsupported` for unknown components.
 pub(super) fn find(layout: &Layout, root: &Path, listing: &Listing) -> Result<Vec<Component>> {
     match layout.components {
         Components::Stems(rows) => Ok(components_by_stem(listing, rows)),

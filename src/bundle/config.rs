@@ -1,4 +1,4 @@
-//! Figures of a model's configs, read once into plain fields.
+//! Values from a model's configs, parsed once.
 
 use serde::Serialize;
 use serde_json::Value;
@@ -7,10 +7,10 @@ use crate::base::{Error, Result};
 
 use super::Bundle;
 
-/// The figures that the rest of interlace reads from `config.json`, `generation_config.json` or `genai_config.json`.
+/// The values that interlace reads from `config.json`, `generation_config.json` or `genai_config.json`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct ModelConfig {
-    /// The file that they come from.
+    /// The file that contains them.
     pub source: String,
     /// Name of the architecture, such as `qwen2_vl`; empty where the file has none.
     pub model_type: String,
@@ -24,11 +24,11 @@ pub struct ModelConfig {
     pub num_key_value_heads: Option<usize>,
     /// Width of one head's queries and keys.
     pub head_dim: Option<usize>,
-    /// Key-value heads of layers of another kind (global attention among windows).
+    /// Key-value heads of layers of another kind (such as global attention between sliding windows).
     pub other_key_value_heads: Vec<usize>,
-    /// Head sizes of values, and of layers of another kind.
+    /// Head sizes of values, and head sizes of layers of another kind.
     pub other_head_dims: Vec<usize>,
-    /// Sizes of multi-head latent attention, where the model has it.
+    /// Sizes of multi-head latent attention, if the model uses it.
     pub latent_attention: Option<LatentAttention>,
     /// Rows of the embedding table, padding included.
     pub vocab_size: Option<usize>,
@@ -36,13 +36,13 @@ pub struct ModelConfig {
     pub vision_num_layers: Option<usize>,
     /// Id of the placeholder token for one image feature.
     pub image_token_id: Option<i64>,
-    /// Positions that the model was made for.
+    /// Maximum context of the model in tokens.
     pub context_tokens: Option<usize>,
     /// Id of the token that begins a sequence.
     pub bos_token_id: Option<i64>,
     /// Id of the token that pads a batch.
     pub pad_token_id: Option<i64>,
-    /// Generation ends at any of them.
+    /// Ids of the tokens at which generation ends.
     pub eos_token_ids: Vec<i64>,
     /// The whole config.
     #[serde(skip)]
@@ -167,9 +167,9 @@ impl ModelConfig {
         Ok(ModelConfig { raw, ..config })
     }
 
-    /// A figure that a step cannot do without.
+    /// A required value.
     ///
-    /// Errors: `Error::Invalid` naming the key when it is not there.
+    /// Errors: `Error::Invalid` naming the key when it is missing.
     pub fn require<T>(&self, key: &str, value: Option<T>) -> Result<T> {
         value.ok_or_else(|| {
             Error::invalid(format!("`{}`", self.source), format!("has no `{key}`"))
@@ -189,7 +189,7 @@ fn section<'a>(raw: &'a Value, names: &[&str]) -> Option<&'a Value> {
     Some(names.iter().find_map(|name| found.get(name).filter(|value| value.is_object())).unwrap_or(found))
 }
 
-/// A figure that some layers have for themselves, as `per_layer_config` says by their index.
+/// Values of single layers, from `per_layer_config`, which lists them by layer index.
 fn of_layers(text: &Value, key: &str) -> Vec<usize> {
     let layers = text.get("per_layer_config").and_then(Value::as_object).into_iter().flat_map(|layers| layers.values());
     let figures = layers.filter_map(|layer| layer.get(key)?.as_u64().and_then(|figure| usize::try_from(figure).ok()));
@@ -214,7 +214,7 @@ fn first<T>(keys: &[&str], read: impl Fn(&str) -> Result<Option<T>>) -> Result<O
     Ok(None)
 }
 
-/// A size; lists (one entry per layer) count as not there.
+/// A size; a list (one entry per layer) counts as absent.
 fn usize_of(source: &str, key: &str, value: Option<&Value>) -> Result<Option<usize>> {
     match value {
         Some(Value::Array(_)) => Ok(None),
@@ -222,7 +222,7 @@ fn usize_of(source: &str, key: &str, value: Option<&Value>) -> Result<Option<usi
     }
 }
 
-/// A whole number of a config; `None` where the key is absent or null.
+/// An integer of a config that is not negative; `None` when the key is absent or null.
 ///
 /// Errors: `Error::Invalid` naming file and key for every other value.
 pub fn whole_number(source: &str, key: &str, value: Option<&Value>) -> Result<Option<usize>> {
@@ -231,7 +231,7 @@ pub fn whole_number(source: &str, key: &str, value: Option<&Value>) -> Result<Op
     number.map(Some).ok_or_else(|| unexpected(source, key, value, "a whole number"))
 }
 
-/// True or false of a config; `None` where the key is absent or null.
+/// A boolean of a config; `None` when the key is absent or null.
 ///
 /// Errors: `Error::Invalid` naming file and key for every other value.
 pub fn flag(source: &str, key: &str, value: Option<&Value>) -> Result<Option<bool>> {
@@ -244,7 +244,7 @@ fn unexpected(source: &str, key: &str, value: &Value, expected: &str) -> Error {
         .remedy("correct the config")
 }
 
-/// Ids of tokens: one, or a list. A negative number stands for no token.
+/// Token ids: one id or a list. A negative number means no token.
 fn ids(source: &str, key: &str, value: Option<&Value>) -> Result<Vec<i64>> {
     let Some(value) = value.filter(|value| !value.is_null()) else { return Ok(Vec::new()) };
     let list = value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice);
@@ -253,11 +253,11 @@ fn ids(source: &str, key: &str, value: Option<&Value>) -> Result<Vec<i64>> {
     Ok(found.into_iter().filter(|id| *id >= 0).collect())
 }
 
-/// Keys of the id that stands for one image feature, the first that is there being the one.
+/// Keys of the placeholder's id for one image feature, in order of precedence.
 const IMAGE_TOKENS: &[&str] = &["image_token_id", "image_token_index", "image_token"];
 
-/// The key of the image token with its value, where a config has one. `image_token` may be a token's text, which
-/// the tokenizer knows.
+/// The key and value of the image token, if the config has one. The value of `image_token` may be a token's text, which
+/// the tokenizer converts.
 pub fn image_token_entry(config: &Value) -> Option<(&'static str, &Value)> {
     let mut entries = IMAGE_TOKENS.iter().filter_map(|&key| Some((key, config.get(key)?)));
     let is_text = |key: &str, value: &Value| key == "image_token" && value.is_string();
@@ -269,7 +269,7 @@ fn image_token(config: &Value) -> Result<Option<i64>> {
     value.as_i64().map(Some).ok_or_else(|| unexpected("config.json", key, value, "the id of a token"))
 }
 
-/// Positions: `max_position_embeddings`, or as many as its rotary embedding is stretched to.
+/// Context length: `max_position_embeddings`, or the length to which rotary scaling extends it.
 fn context(section: &Value) -> Result<Option<usize>> {
     let number = |key: &str| whole_number("config.json", key, section.get(key));
     let Some(most) = first(&["max_position_embeddings", "n_positions"], number)?.filter(|&most| most > 0) else {

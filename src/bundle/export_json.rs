@@ -1,4 +1,5 @@
-//! `export.json` of transformers' own exporter: the trees that say how a cache is flattened list every layer.
+//! `export.json` of transformers' own exporter: it describes the flattened cache as a tree with
+//! an entry for every layer.
 
 use std::collections::BTreeMap;
 
@@ -10,9 +11,9 @@ use super::json::{Document, Edit, Kind, Node};
 use super::layers::LayerEdit;
 use super::tower::Tower;
 
-/// The new text of `export.json` for a model that loses decoder layers; `None` when nothing in it changes.
+/// The new text of `export.json` for a model that loses decoder layers; `None` when it does not change.
 ///
-/// Errors: `Error::Invalid` when a cache lists another number of layers, or is written in a form that is not known.
+/// Errors: `Error::Invalid` when a cache has another number of layers or an unknown form.
 pub(super) fn rewrite(document: &Document, edit: &LayerEdit) -> Result<Option<String>> {
     let mut edits = Vec::new();
     let components = document.root().get("components").map(|node| &node.kind);
@@ -35,7 +36,7 @@ pub(super) fn rewrite(document: &Document, edit: &LayerEdit) -> Result<Option<St
     if edits.is_empty() { Ok(None) } else { document.apply(edits).map(Some) }
 }
 
-/// Shortens every cache in a tree; true when there was one.
+/// Removes the dropped layers from every cache in a tree. Returns true if there was a cache.
 fn caches(tree: &mut Value, edit: &LayerEdit) -> Result<bool, String> {
     match tree {
         Value::Array(items) => items.iter_mut().try_fold(false, |found, item| Ok(caches(item, edit)? | found)),
@@ -82,7 +83,7 @@ fn caches(tree: &mut Value, edit: &LayerEdit) -> Result<bool, String> {
     }
 }
 
-/// Renumbers `{"_t": "tensor", "i": n}` in the order in which they stand.
+/// Renumbers `{"_t": "tensor", "i": n}` in order of appearance.
 fn tensors(value: &mut Value, number: &mut impl FnMut(&u64) -> u64) {
     match value {
         Value::Array(items) => items.iter_mut().for_each(|item| tensors(item, number)),

@@ -1,4 +1,4 @@
-//! Edits JSON texts and keeps every byte outside an edit, number formatting and key order included.
+//! Edits JSON texts and preserves every byte outside the edits, including number formats and the order of keys.
 
 use std::ops::Range;
 
@@ -9,7 +9,7 @@ use crate::base::{Error, Result};
 /// Largest nesting depth of objects and arrays.
 const MAX_DEPTH: usize = 128;
 
-/// A JSON text with the place of every value in it.
+/// A JSON text with the position of every value.
 #[derive(Debug)]
 pub(super) struct Document {
     subject: String,
@@ -56,12 +56,12 @@ impl Node {
         }
     }
 
-    /// A number without sign or fraction.
+    /// An integer that is not negative.
     pub fn as_usize(&self) -> Option<usize> {
         self.as_i64().and_then(|number| usize::try_from(number).ok())
     }
 
-    /// A number without fraction.
+    /// An integer.
     pub fn as_i64(&self) -> Option<i64> {
         match &self.kind {
             Kind::Scalar(value) => value.as_i64(),
@@ -93,7 +93,7 @@ impl Node {
 }
 
 impl Document {
-    /// Parses `text`; `subject` is how errors name it.
+    /// Parses `text`. Errors name it `subject`.
     ///
     /// Errors: `Error::Invalid` when it is not JSON, or an object has a key twice.
     pub fn parse(subject: impl Into<String>, text: String) -> Result<Self> {
@@ -119,7 +119,7 @@ impl Document {
         &self.subject
     }
 
-    /// The text with all edits made.
+    /// The text after all edits.
     ///
     /// Errors: `Error::Invalid` when edits overlap.
     pub fn apply(&self, mut edits: Vec<Edit>) -> Result<String> {
@@ -137,7 +137,7 @@ impl Document {
         Ok(out)
     }
 
-    /// The text of an array with only `kept` elements, each replaced by `Some(text)` or left as it is; white space
+    /// The text of an array that has only the elements `kept`, each unchanged or replaced by `Some(text)`. White space
     /// between elements follows the original.
     pub fn array_with(&self, node: &Node, kept: &[(usize, Option<String>)]) -> String {
         let elements = node.elements().unwrap_or(&[]);
@@ -168,7 +168,7 @@ impl Document {
     }
 }
 
-/// Finds the spans in a text that is known to be JSON.
+/// Finds the spans of values in a text that is valid JSON.
 struct Scanner<'a> {
     text: &'a str,
     position: usize,

@@ -1,54 +1,55 @@
-//! Config keys that depend on layers, each with the rule by which it changes when layers are dropped.
+//! Config keys that depend on layers, each with the rule for its change when layers are dropped.
 
 use super::tower::Tower;
 
-/// Rule by which the value of a key depends on layers.
+/// Rule for the change of a key's value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Rule {
     /// The number of layers; must equal the graph's.
     Count,
-    /// One entry or letter per layer: those of dropped layers go. A plain number holds for all layers and stays.
+    /// One entry or letter per layer: entries of dropped layers are removed. A plain number
+    /// applies to all layers and stays.
     PerLayer,
-    /// `{"1": {..}, "3": {..}}`: settings of layers by their index. Those of dropped layers go, the rest are renumbered.
+    /// `{"1": {..}, "3": {..}}`: settings by layer index. Entries of dropped layers are removed, the others renumbered.
     ByIndex,
-    /// `[[["global", "local"], 4]]`: kinds with how often they repeat, over all layers.
+    /// `[[["global", "local"], 4]]`: kinds of layers with a repeat count, over all layers.
     Repeats,
-    /// Indices of layers, or one: dropped ones go, the rest are renumbered.
+    /// One layer index or a list: dropped layers are removed, the others renumbered.
     Indices,
-    /// Indices of layers whose outputs are read, or one, where a dropped layer is the identity: the last kept layer at
-    /// or below it takes its place.
+    /// One layer index or a list, of layers whose outputs are read. A dropped layer is the identity, so its index
+    /// becomes that of the last kept layer before it.
     Taps,
-    /// The first N layers are of one kind: N becomes the number of those that stay.
+    /// The first N layers are of one kind: N becomes the number of those that are kept.
     Prefix,
-    /// The index of the last layer of a kind; -1 is the last of all.
+    /// The index of the last layer of a kind; -1 means the last layer.
     Last,
-    /// Every Nth layer is of one kind, at the given phase: a number, letters such as `"LLLG"`, or a list, all of which
-    /// repeat over the layers. It stays if the layers left still follow it, or if the list named here, beside it, gives
-    /// each layer's kind and so decides.
+    /// Every Nth layer is of one kind, at the given phase. The value is a number, letters such as `"LLLG"`, or a list,
+    /// repeated over the layers. It stays if the kept layers still follow it, or if the list named here, in the same
+    /// section, gives each layer's kind and takes precedence.
     Period(&'static str, Phase),
-    /// A position in the vision tower's hidden states, counted from the end if negative.
+    /// A position in the vision tower's hidden states; negative positions count from the end.
     HiddenState,
-    /// The last N layers read what earlier ones of their kind compute: N becomes the number of those that stay, and the
-    /// earlier ones must stay.
+    /// The last N layers read keys and values that earlier layers of their kind compute: N becomes the number of kept
+    /// ones. The earlier layers must be kept.
     Sharing,
-    /// Must be 0 or empty when layers go, for this reason.
+    /// Must be 0 or empty when layers are dropped. The text is the reason.
     Refused(&'static str),
-    /// A list that has nothing to do with layers, whatever its length.
+    /// A list of any length that is unrelated to layers.
     Unrelated,
 }
 
-/// The layer among every N that a period marks.
+/// The layer in each group of N to which a period refers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
     /// Layers 0, N, 2N ..
     First,
     /// Layers N - 1, 2N - 1 ..
     Last,
-    /// Layers whose index leaves this remainder, given by another key of the section.
+    /// Layers whose index modulo N equals the value of this key in the same section.
     Key(&'static str),
 }
 
-/// One key. `scope` is the section that contains it, `tower` the one whose layers it describes.
+/// One key. `scope` is the section that contains it, `tower` the tower whose layers it describes.
 pub(super) struct KeyRow {
     pub key: &'static str,
     pub scope: Tower,
@@ -64,14 +65,15 @@ const fn vision(key: &'static str, rule: Rule) -> KeyRow {
     KeyRow { key, scope: Tower::Vision, tower: Tower::Vision, rule }
 }
 
-/// A key beside the language model's that speaks of the vision tower.
+/// A key in the language model's section that describes the vision tower.
 const fn of_vision(key: &'static str, rule: Rule) -> KeyRow {
     KeyRow { key, scope: Tower::Text, tower: Tower::Vision, rule }
 }
 
 const TWO_TOWERS: &str = "pairs layers of the vision tower with layers of the language model";
 
-/// Keys may be paths (`sliding_window.layers`) relative to the section; a plain key is found at any depth of it.
+/// Keys may be paths (`sliding_window.layers`) relative to the section. A plain key matches at
+/// any depth of the section.
 pub(super) const ROWS: &[KeyRow] = &[
     text("num_hidden_layers", Rule::Count),
     text("n_layer", Rule::Count),
@@ -173,7 +175,7 @@ pub(super) const ROWS: &[KeyRow] = &[
     of_vision("deepstack_layer_map", Rule::Refused(TWO_TOWERS)),
 ];
 
-/// Sections whose keys speak of neither tower.
+/// Sections whose keys describe neither tower.
 pub(super) const OTHER_SECTIONS: &[&str] = &[
     "audio_config",
     "audio_encoder",

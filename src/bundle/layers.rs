@@ -1,4 +1,4 @@
-//! Rewrites configs for a model with fewer layers, by the table of keys that depend on layers.
+//! Rewrites configs for a model with fewer layers, according to the table of layer keys.
 
 use serde::{Deserialize, Serialize};
 
@@ -13,9 +13,9 @@ use super::tower::Tower;
 /// Layers to remove from a tower.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LayerEdit {
-    /// The tower that loses them.
+    /// The tower from which they are removed.
     pub tower: Tower,
-    /// Layers before.
+    /// Number of layers before the removal.
     pub total: usize,
     /// Sorted indices below `total`, each once.
     dropped: Vec<usize>,
@@ -47,7 +47,7 @@ impl LayerEdit {
         &self.dropped
     }
 
-    /// Indices that stay, in order; the position in this list is the new index.
+    /// Indices of the kept layers, ascending. A layer's position in this list is its new index.
     pub fn kept(&self) -> Vec<usize> {
         (0..self.total).filter(|layer| !self.drops(*layer)).collect()
     }
@@ -62,22 +62,23 @@ impl LayerEdit {
         self.dropped.binary_search(&layer).is_ok()
     }
 
-    /// Number of remaining layers below `layer`: the new index of a layer that remains.
+    /// Number of kept layers below `layer`, which is the new index of a kept layer.
     pub fn kept_below(&self, layer: usize) -> usize {
         let end = layer.min(self.total);
         end - self.dropped.iter().filter(|dropped| **dropped < end).count()
     }
 }
 
-/// The new text of a config whose model loses layers; `None` when nothing in it changes.
+/// The new text of a config whose model loses layers; `None` when it does not change.
 ///
-/// Errors: `Error::Invalid` when a count or a list disagrees with `edit.total`, or when a list that no row names has
-/// one entry per layer; `Error::Unsupported` when a key cannot follow, such as a period that would break.
+/// Errors: `Error::Invalid` when a count or a list disagrees with `edit.total`, or when a list without a row in the
+/// table has one entry per layer; `Error::Unsupported` when a key cannot be adapted, such as a period that would break.
 pub(super) fn rewrite(document: &Document, edit: &LayerEdit) -> Result<Option<String>> {
     let beyond = layers_beyond(document.root(), edit);
     let mut walk = Walk { document, edit, beyond, edits: Vec::new(), counts: 0 };
     walk.object(document.root(), Tower::Text, "")?;
-    // genai_config.json says nothing of the vision tower's layers, so only a section that could is held to it.
+    // genai_config.json has no section for the vision tower's layers, so only files with such a
+    // section must have the count.
     let sections = VISION_SECTIONS.iter().filter(|section| **section != "vision");
     let expected = match edit.tower {
         Tower::Text => true,
@@ -94,7 +95,7 @@ pub(super) fn rewrite(document: &Document, edit: &LayerEdit) -> Result<Option<St
     document.apply(walk.edits).map(Some)
 }
 
-/// The path of a key that counts exactly the tower's layers; `None` where a text has none.
+/// The path of a key whose value is the number of the tower's layers; `None` without such a key.
 pub(super) fn counting_key(document: &Document, edit: &LayerEdit) -> Option<String> {
     fn find(object: &Node, scope: Tower, path: &str, edit: &LayerEdit) -> Option<String> {
         let Kind::Object(members) = &object.kind else { return None };
@@ -112,7 +113,7 @@ pub(super) fn counting_key(document: &Document, edit: &LayerEdit) -> Option<Stri
     find(document.root(), Tower::Text, "", edit)
 }
 
-/// The tower that the members of an object under this key speak of.
+/// The tower that the members of an object under this key describe.
 fn section(key: &str, scope: Tower) -> Tower {
     match key {
         _ if TEXT_SECTIONS.contains(&key) => Tower::Text,
@@ -121,8 +122,9 @@ fn section(key: &str, scope: Tower) -> Tower {
     }
 }
 
-/// How many layers at the vision tower's end the config counts and the graph lacks: those behind the last state that is
-/// read. -2 reads the state before the last layer, which an exporter then leaves out.
+/// Number of layers at the end of the vision tower that the config counts and the graph lacks, because they follow the
+/// last hidden state that is read. For example, -2 reads the state before the last layer, and an exporter then omits
+/// the last layer.
 fn layers_beyond(root: &Node, edit: &LayerEdit) -> usize {
     let read = |node: &Node| -> Option<usize> {
         let positions = node.elements().unwrap_or(std::slice::from_ref(node));
@@ -147,13 +149,13 @@ fn layers_beyond(root: &Node, edit: &LayerEdit) -> usize {
     }
 }
 
-/// Keys that may give each layer's kind as a letter of one text.
+/// Keys whose value can be a text with one letter per layer.
 const LETTERS: &[&str] = &["hybrid_override_pattern", "sliding_window_pattern"];
 
 struct Walk<'a> {
     document: &'a Document,
     edit: &'a LayerEdit,
-    /// Layers behind the graph's last one that the config counts.
+    /// Layers after the graph's last one that the config counts.
     beyond: usize,
     edits: Vec<Edit>,
     counts: usize,
@@ -218,7 +220,7 @@ impl Walk<'_> {
             Rule::Indices | Rule::Taps => self.indices(node, row.rule, path),
             Rule::Prefix => {
                 let first = self.whole_number(node, path)?;
-                // A figure beyond the last layer means "all of them" and still does.
+                // A number above the number of layers means all layers, and still does after the change.
                 if first <= self.edit.total {
                     self.replace(node, self.edit.kept_below(first).to_string());
                 }
@@ -259,7 +261,7 @@ impl Walk<'_> {
         }
     }
 
-    /// Some families take the last layer for full attention, whatever the list says.
+    /// In some families the last layer uses full attention regardless of the list.
     fn last_kind(&self, section: &Node, row: &KeyRow, path: &str) -> Result<()> {
         let model_type = section.get("model_type").and_then(Node::as_str).unwrap_or_default();
         match shared_layers::wrong_last(model_type, &self.edit.kept(), &kinds_of(section)) {
@@ -306,7 +308,7 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// Settings of layers by index, written anew with those of the kept layers.
+    /// Settings by layer index, rewritten with those of the kept layers.
     fn by_index(&mut self, node: &Node, path: &str) -> Result<()> {
         let Kind::Object(members) = &node.kind else {
             return Err(self.error(path, "expected settings by the index of their layer"));
@@ -326,7 +328,7 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// `[[["a", "b"], 2]]`: `a b a b`. Written anew with every kept layer's kind once.
+    /// `[[["a", "b"], 2]]` means `a b a b`. Rewritten with the kind of each kept layer, repeated once.
     fn repeats(&mut self, node: &Node, path: &str) -> Result<()> {
         let expected = || self.error(path, "expected a list of [kinds, how often]");
         let mut kinds = Vec::new();
@@ -345,7 +347,7 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// A list of layer indices, or one index.
+    /// One layer index or a list.
     fn indices(&mut self, node: &Node, rule: Rule, path: &str) -> Result<()> {
         let single = std::slice::from_ref(node);
         let is_list = node.elements().is_some();
@@ -382,7 +384,7 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// A number N, letters (`"LLLG"`) or a list that repeats over the layers, or a list with one entry per layer.
+    /// A number N, letters (`"LLLG"`) or a list that is repeated over the layers, or a list with one entry per layer.
     fn period(&mut self, parent: &Node, node: &Node, list: &str, phase: Phase, path: &str) -> Result<()> {
         let total = self.edit.total;
         let kinds: Vec<String> = match (&node.kind, node.elements()) {
@@ -411,7 +413,7 @@ impl Walk<'_> {
                 (0..period).map(|place| (Some(place) == marked).to_string()).collect()
             }
         };
-        // Nothing repeats, or the list beside it decides.
+        // Without repetition, or when the list in the same section takes precedence.
         let listed = parent.get(list).and_then(Node::elements).is_some_and(|list| !list.is_empty());
         if kinds.len() < 2 || listed {
             return Ok(());
@@ -422,7 +424,7 @@ impl Walk<'_> {
         let every = kinds.len();
         let remedy = match list {
             "" => "drop whole periods".to_string(),
-            list => format!("write the kind of each layer as `{list}` beside it, or drop whole periods"),
+            list => format!("write the kind of each layer as `{list}` into the same section, or drop whole periods"),
         };
         Err(self
             .unsupported(

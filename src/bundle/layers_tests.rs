@@ -66,7 +66,7 @@ fn vision_keys_follow_the_vision_tower() {
             r#"{"vision_feature_layer": [1, 3], "vision_config": {"layers": 4, "fullatt_block_indexes": [1, 3]}}"#,
             r#"{"vision_feature_layer": [1, 2], "vision_config": {"layers": 3, "fullatt_block_indexes": [2]}}"#,
         ),
-        // The graph lacks the last layer, which nothing reads.
+        // The graph lacks the last layer, whose output is not read.
         (
             r#"{"vision_feature_layer": -2, "vision_config": {"num_hidden_layers": 5}}"#,
             r#"{"vision_feature_layer": -2, "vision_config": {"num_hidden_layers": 4}}"#,
@@ -125,7 +125,7 @@ fn what_cannot_follow_is_refused_by_name() {
     }
 }
 
-/// Keys that configs in the wild write as a number, letters or a list, and keys that another one beside them overrules.
+/// Keys that published configs write as a number, letters or a list, and keys over which another key has precedence.
 #[test]
 fn keys_of_several_types_follow_their_layers() {
     let kinds = r#""layer_types": ["a","b","c","d","e","f"]"#;
@@ -147,7 +147,7 @@ fn keys_of_several_types_follow_their_layers() {
             format!(r#"{{"num_layers": 4, {want}, {left}}}"#)
         );
     }
-    // Without a list each is followed by itself, or not at all.
+    // Without the list each key is either adapted or rejected.
     for (key, dropped, want) in [
         (r#""sliding_window_pattern": "LLG""#, &[0, 1, 2][..], Ok("")),
         (r#""sliding_window_pattern": "LLLLLL""#, &[1], Ok(r#""sliding_window_pattern": "LLLLL""#)),

@@ -34,12 +34,12 @@ impl Role {
         matches!(self, Role::Decoder | Role::DecoderPrefill | Role::DecoderWithPast)
     }
 
-    /// True when no verb runs the component: it is written as it is.
+    /// True when no verb runs the component. It is copied unchanged.
     pub fn is_carried(self) -> bool {
         matches!(self, Role::AudioEncoder | Role::ImageGenerator)
     }
 
-    /// As messages and reports show it.
+    /// Name in messages and reports.
     pub fn name(self) -> &'static str {
         match self {
             Role::VisionEncoder => "vision_encoder",
@@ -58,9 +58,9 @@ impl Role {
 /// Rule by which a layout assigns ONNX files to components.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Components {
-    /// By path without suffix and extension.
+    /// By path without variant suffix and extension.
     Stems(&'static [(&'static str, Role)]),
-    /// By `model.decoder.filename` and its sisters in `genai_config.json`.
+    /// By `model.decoder.filename` and the corresponding keys of `genai_config.json`.
     GenaiConfig,
     /// By `components` in `export.json`.
     ExportJson,
@@ -69,15 +69,15 @@ pub(super) enum Components {
 /// One kind of model folder.
 #[derive(Debug)]
 pub struct Layout {
-    /// As messages and reports show it.
+    /// Name in messages and reports.
     pub name: &'static str,
-    /// Who writes it, and how its files say which graph is which.
+    /// The tool that writes it, and how its files identify the graphs.
     pub summary: &'static str,
     pub(super) applies: fn(&Listing) -> bool,
     pub(super) components: Components,
 }
 
-/// All layouts, the first that applies wins.
+/// All layouts. The first one that matches is used.
 pub const LAYOUTS: &[Layout] = &[
     Layout {
         name: "genai",
@@ -151,7 +151,7 @@ pub const LAYOUTS: &[Layout] = &[
     },
 ];
 
-/// A lone `.onnx` file; everything else beside it is left alone.
+/// A single `.onnx` file. Other files of its folder are ignored.
 pub const SINGLE_FILE: Layout = Layout {
     name: "single file",
     summary: "one `.onnx` file alone",

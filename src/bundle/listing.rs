@@ -7,15 +7,15 @@ use crate::base::{Error, Result};
 
 /// Largest depth of component files below the folder.
 const MAX_DEPTH: usize = 8;
-/// Folders that tools leave in a model folder and that hold nothing of the model, beside those with a hidden name
-/// (version control, download caches).
+/// Folders that tools leave in a model folder and that hold no part of the model. Hidden folders (version control,
+/// download caches) are ignored as well.
 const LEFT_OUT: &[&str] = &["__pycache__", "__MACOSX"];
 
-/// Paths below a folder, sorted, with `/`.
+/// Paths below a folder, sorted, with `/` as the separator.
 #[derive(Debug, Default)]
 pub(super) struct Listing {
     pub files: Vec<String>,
-    /// Folders that hold nothing of the model, with a `/` at the end; nothing in them is listed.
+    /// Ignored folders, with a `/` at the end. Their content is not listed.
     pub left_out: Vec<String>,
 }
 
@@ -28,10 +28,10 @@ impl Listing {
         self.files.iter().any(|file| test(file))
     }
 
-    /// Lists plain files.
+    /// Lists the regular files of a folder.
     ///
     /// Errors: `Error::Io` when a folder cannot be read; `Error::Invalid` for names that are not UTF-8, links to
-    /// folders, folders that are too deep, and what is neither a file nor a folder.
+    /// folders, folders that are too deep, and entries that are neither a file nor a folder.
     pub fn read(root: &Path) -> Result<Self> {
         let mut listing = Listing::default();
         let mut folders = vec![(root.to_path_buf(), String::new(), 0)];

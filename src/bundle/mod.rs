@@ -50,7 +50,7 @@ pub struct SetAside {
     pub problem: String,
 }
 
-/// A file that is no component.
+/// A file that is not a component.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Asset {
     /// Path below the folder.
@@ -59,7 +59,7 @@ pub struct Asset {
     pub kind: AssetKind,
 }
 
-/// A model folder (or one `.onnx` file) with every file accounted for.
+/// A model folder (or one `.onnx` file) in which every file has a known purpose.
 #[derive(Clone, Debug)]
 pub struct Bundle {
     root: PathBuf,
@@ -73,8 +73,8 @@ pub struct Bundle {
 impl Bundle {
     /// Opens a model folder, or one `.onnx` file.
     ///
-    /// Errors: `Error::Io` when it cannot be read; `Error::Invalid` when no layout applies, a file is claimed by
-    /// nobody, a component that a config names is missing, or a config cannot be read; for a lone file, as
+    /// Errors: `Error::Io` when it cannot be read; `Error::Invalid` when no layout matches, a file has no known
+    /// purpose, a component named by a config is missing, or a config cannot be read; for a single file, as
     /// `onnx::load`.
     pub fn open(path: &Path) -> Result<Self> {
         let metadata = fs::metadata(path).map_err(|e| Error::io("open", path, e))?;
@@ -129,7 +129,7 @@ impl Bundle {
             components.iter().any(|c| c.file == *file || c.external.contains(file))
         };
         let mut unreadable = None;
-        // Names say which data belongs to which component; only where they do not are the graphs asked.
+        // Names usually show which data belongs to which component. Only when they do not, the graphs are read.
         if listing.files.iter().any(|file| !claimed(&components, file) && assets::named(file).is_none()) {
             let choices: Vec<bool> = components.iter().map(|c| is_most_precise(&components, c)).collect();
             for (component, most_precise) in components.iter_mut().zip(choices) {
@@ -169,35 +169,35 @@ impl Bundle {
         self.layout
     }
 
-    /// Every ONNX file, by role, then by path.
+    /// Every ONNX file, ordered by role, then by path.
     pub fn components(&self) -> &[Component] {
         &self.components
     }
 
-    /// Every file that is no component.
+    /// Every file that is not a component.
     pub fn assets(&self) -> &[Asset] {
         &self.assets
     }
 
-    /// Files that say nothing of the network, and graphs that no verb runs: written as they are and listed in the
-    /// record.
+    /// Files unrelated to the network, and graphs that no verb runs. They are copied unchanged
+    /// and listed in the record.
     pub fn carried(&self) -> impl Iterator<Item = &str> {
         let graphs = self.components.iter().filter(|component| component.role.is_carried());
         let files = self.assets.iter().filter(|asset| asset.kind == AssetKind::Other);
         graphs.map(|component| component.file.as_str()).chain(files.map(|asset| asset.file.as_str()))
     }
 
-    /// Folders that hold nothing of the model (version control, download caches) and are not written.
+    /// Folders without a part of the model (version control, download caches), which are not copied.
     pub fn left_out(&self) -> &[String] {
         &self.left_out
     }
 
-    /// Figures of the configs; `None` for a lone `.onnx` and for folders without a config.
+    /// Values from the configs; `None` for a single `.onnx` file and for folders without a config.
     pub fn config(&self) -> Option<&ModelConfig> {
         self.config.as_ref()
     }
 
-    /// Figures of the configs.
+    /// Values from the configs.
     ///
     /// Errors: `Error::Invalid` when there is no config.
     pub fn require_config(&self) -> Result<&ModelConfig> {
@@ -214,8 +214,8 @@ impl Bundle {
         found.into_iter()
     }
 
-    /// True when no variant of the same component is more precise. Verbs that need one variant take this one, so it has
-    /// to be sound; other variants are set aside when they are not.
+    /// True when no variant of the same component is more precise. Verbs that need one variant use this one, so it must
+    /// be usable; other variants are set aside when they are not.
     pub fn is_most_precise(&self, component: &Component) -> bool {
         is_most_precise(&self.components, component)
     }
@@ -225,7 +225,7 @@ impl Bundle {
         self.variants(role).next()
     }
 
-    /// The component of a role in its most precise variant.
+    /// The component of a role in its most precise variant, which must exist.
     ///
     /// Errors: `Error::Invalid` naming the role when the folder has none.
     pub fn require(&self, role: Role) -> Result<&Component> {
@@ -244,19 +244,19 @@ impl Bundle {
         self.root.join(&component.file)
     }
 
-    /// Path of an asset; `None` when the folder does not have it.
+    /// Path of an asset; `None` when the folder lacks it.
     pub fn asset_path(&self, file: &str) -> Option<PathBuf> {
         self.assets.iter().find(|asset| asset.file == file).map(|asset| self.root.join(&asset.file))
     }
 
-    /// The text of an asset; `None` when the folder does not have it.
+    /// The text of an asset; `None` when the folder lacks it.
     ///
     /// Errors: `Error::Io` when unreadable; `Error::Invalid` when larger than 64 MiB or not UTF-8.
     pub fn read_text(&self, file: &str) -> Result<Option<String>> {
         self.asset_path(file).map(|path| read_text(&path)).transpose()
     }
 
-    /// A JSON asset; `None` when the folder does not have it.
+    /// A JSON asset; `None` when the folder lacks it.
     ///
     /// Errors: as `read_text`, and `Error::Invalid` when it is not JSON.
     pub fn read_json(&self, file: &str) -> Result<Option<Value>> {
@@ -277,7 +277,7 @@ impl Bundle {
 
     /// Bytes of a component, external data included.
     ///
-    /// Errors: `Error::Io` when a file has gone.
+    /// Errors: `Error::Io` when a file is missing.
     pub fn size_bytes(&self, component: &Component) -> Result<u64> {
         let mut total = 0u64;
         for file in std::iter::once(&component.file).chain(&component.external) {
@@ -287,8 +287,8 @@ impl Bundle {
         Ok(total)
     }
 
-    /// SHA-256 of each file that decides what the model computes, by path; documentation and interlace's own record
-    /// are not among them.
+    /// SHA-256 of each file on which the computation depends, by path. Documentation and
+    /// interlace's own record are left out.
     ///
     /// Errors: `Error::Io` when a file cannot be read.
     fn file_digests(&self) -> Result<BTreeMap<String, Sha256Digest>> {
@@ -309,7 +309,7 @@ impl Bundle {
     }
 }
 
-/// Place of a component's variant among all, the most precise first.
+/// Rank of a component's variant by precision; 0 is the most precise.
 fn rank(component: &Component) -> usize {
     VARIANTS.iter().position(|variant| *variant == component.variant).unwrap_or(VARIANTS.len())
 }
@@ -334,7 +334,7 @@ fn external_files(path: &Path) -> Result<Vec<String>> {
     visit(&model.graph.body, &mut files);
     let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let root = fs::canonicalize(folder).map_err(|e| Error::io("open", folder, e))?;
-    // Data may be a link into a cache, so that its name here differs from its real path.
+    // Data may be a link into a cache, so its name in the folder differs from its real path.
     let mut names_here = BTreeMap::new();
     for entry in fs::read_dir(folder).map_err(|e| Error::io("read", folder, e))? {
         let entry = entry.map_err(|e| Error::io("read", folder, e))?;
@@ -348,7 +348,8 @@ fn external_files(path: &Path) -> Result<Vec<String>> {
         let inside = || place.strip_prefix(&root).ok().and_then(Path::to_str).map(str::to_string);
         names.push(names_here.get(&place).cloned().or_else(inside).ok_or_else(|| {
             let problem = format!("its weights are in `{}`, outside its folder", file.display());
-            Error::invalid(format!("`{}`", path.display()), problem).remedy("put the file of weights beside the graph")
+            Error::invalid(format!("`{}`", path.display()), problem)
+                .remedy("put the weight file into the graph's folder")
         })?);
     }
     names.sort();

@@ -1,4 +1,5 @@
-//! `interlace.json`: the steps that changed a model, so that later steps and readers know the original index of each layer.
+//! `interlace.json`: the steps that changed a model. Later steps and readers derive the original
+//! index of each layer from it.
 
 use std::collections::BTreeSet;
 
@@ -39,6 +40,11 @@ pub enum RecordedStep {
         samples: u64,
         /// Optimiser, loss and schedule, as the verb understood them.
         settings: Value,
+    },
+    /// Finetuned weights of a checkpoint were written into the graphs.
+    Graft {
+        /// Tensors of the checkpoint that changed something.
+        tensors: u64,
     },
 }
 
@@ -88,9 +94,9 @@ impl Record {
     /// Version of the schema of `interlace.json`.
     pub const SCHEMA_VERSION: u32 = 1;
 
-    /// For each layer that a model has now, its index in the model that was never pruned.
+    /// For each current layer of a model, its index in the unpruned model.
     ///
-    /// Errors: `Error::Invalid` when the history does not add up to `count` layers.
+    /// Errors: `Error::Invalid` when the history does not lead to `count` layers.
     pub fn original_layers(history: &[RecordedStep], tower: Tower, count: usize) -> Result<Vec<usize>> {
         let steps: Vec<(usize, &Vec<usize>)> = history
             .iter()
@@ -101,7 +107,7 @@ impl Record {
                 _ => None,
             })
             .collect();
-        // The numbers of layers follow from the graph's, so that one of the file decides no allocation.
+        // The counts are derived from the graph's, so that a count in the file cannot cause a large allocation.
         let mut after = count;
         for (before, dropped) in steps.iter().rev() {
             let total = after.saturating_add(dropped.len());
@@ -126,7 +132,7 @@ impl Record {
         Ok(layers)
     }
 
-    /// The same facts for an ONNX file's `metadata_props`, so that a component without its folder keeps them.
+    /// The record as an ONNX file's `metadata_props`, so that a component without its folder keeps it.
     pub fn metadata_props(&self, tower: Tower, count: usize) -> Result<Vec<(String, String)>> {
         let layers = Self::original_layers(&self.history, tower, count)?;
         let layers: Vec<String> = layers.iter().map(usize::to_string).collect();

@@ -1,12 +1,13 @@
 //! Config of layers that share the keys and values of earlier ones (Gemma 3n, Gemma 4).
 
-/// Model types whose last layer is taken for full attention, whatever `layer_types` says of it.
+/// Model types whose last layer uses full attention regardless of `layer_types`.
 const LAST_IS_FULL: &[&str] = &["gemma4"];
 
-/// Number of the last `count` layers that remain. Each of them reads what the last layer of its kind before them computes, so
-/// that one must stay too. `kinds` has one entry for each of the `total` layers, or none where all are of one kind.
+/// Number of kept layers among the last `count`. Each of these reads the keys and values of the last
+/// earlier layer of its kind, which must be kept too. `kinds` has one entry per layer (`total`), or none
+/// when all layers are of one kind.
 ///
-/// Errors: the problem in words, naming the layers.
+/// Errors: a message that names the layers.
 pub fn remaining(kept: &[usize], total: usize, count: usize, kinds: &[&str]) -> Result<usize, String> {
     let first = total.checked_sub(count).ok_or_else(|| format!("is {count}, but there are {total} layers"))?;
     let kind = |layer: usize| kinds.get(layer).copied().unwrap_or_default();
@@ -26,7 +27,7 @@ pub fn remaining(kept: &[usize], total: usize, count: usize, kinds: &[&str]) -> 
     Ok(readers.count())
 }
 
-/// The last layer that stays, where the family takes it for full attention and it is of another kind.
+/// The last kept layer, when the family requires full attention for it and it is of another kind.
 pub fn wrong_last(model_type: &str, kept: &[usize], kinds: &[&str]) -> Option<usize> {
     let last = kept.last().copied()?;
     let wrong = kinds.get(last).is_some_and(|kind| *kind != "full_attention");

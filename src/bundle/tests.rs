@@ -177,7 +177,7 @@ fn a_file_that_nobody_claims_is_refused_by_name() {
     }
 }
 
-/// What tools that people get models with leave beside a model.
+/// Files that download and version-control tools leave in a model folder.
 #[test]
 fn files_that_say_nothing_of_the_network_are_carried_along_and_listed() {
     let carried = [
@@ -208,7 +208,7 @@ fn files_that_say_nothing_of_the_network_are_carried_along_and_listed() {
     let hidden = [".cache/huggingface/download/x.metadata", ".git/config", "__pycache__/handler.pyc"];
     let files: Vec<(&str, &str)> = carried.iter().chain(&known).chain(&hidden).map(|file| (*file, "{}\n")).collect();
     let folder = transformers_js(&files);
-    // Marks of a download are no text.
+    // Marks of a download are not text.
     fs::write(folder.path().join(".msc"), [0x80, 4, 0, 0xff]).unwrap();
     for name in ["vision_encoder", "embed_tokens", "decoder_model_merged", "decoder_model_merged_q4"] {
         save(folder.path(), &format!("onnx/{name}.onnx"), None);
@@ -230,7 +230,7 @@ fn files_that_say_nothing_of_the_network_are_carried_along_and_listed() {
     assert_eq!(record.carried, carried);
     assert_eq!(record.left_out, [".cache/", ".git/", "__pycache__/"]);
     assert!(!out.join(".cache").exists());
-    // They change nothing of what the model computes.
+    // These files do not affect the computation.
     for file in carried {
         fs::remove_file(folder.path().join(file)).unwrap();
     }
@@ -251,7 +251,7 @@ fn other_tools_configs_that_count_the_layers_follow_or_are_refused() {
     let params = r#"{"dim": 64, "n_layers": 4, "vision_encoder": {"num_hidden_layers": 4}}"#;
     let want = r#"{"dim": 64, "n_layers": 3, "vision_encoder": {"num_hidden_layers": 4}}"#;
     assert_eq!(drop("params.json", params).unwrap(), want);
-    // Another network's count is left alone.
+    // A count for another network stays unchanged.
     let other = r#"{"n_layers": 9, "list": [1, 2, 3, 4]}"#;
     assert_eq!(drop("draft.json", other).unwrap(), other);
     let error = drop("mlc-chat-config.json", r#"{"model_config": {"num_hidden_layers": 4}}"#).unwrap_err().to_string();
@@ -274,7 +274,7 @@ fn a_card_says_what_was_done_to_the_model() {
     assert!(said < written.find("# Dense").unwrap() && written.contains(&format!("made from `{name}`")), "{written}");
     assert!(fs::read_to_string(out.join("README_zh.md")).unwrap().contains("2 of 4 layers"));
     assert_eq!(fs::read_to_string(out.join("LICENSE.md")).unwrap(), "free");
-    // A folder that is only copied keeps its card.
+    // A copy without a change of the model keeps its card.
     let copy = folder.path().join("copy");
     BundleWriter::create(&bundle, &copy).unwrap().commit(provenance()).unwrap();
     assert_eq!(fs::read_to_string(copy.join("README.md")).unwrap(), card);
@@ -385,7 +385,7 @@ fn a_written_folder_is_the_old_one_with_the_changes() {
     assert_eq!(Record::original_layers(&history, Tower::Text, 3).unwrap(), [0, 2, 3]);
     assert_ne!(written.digest().unwrap(), bundle.digest().unwrap());
 
-    // A second round keeps counting from the first model.
+    // A second step still refers to the first model.
     let again =
         folder.path().join("../").join(format!("{}-again", folder.path().file_name().unwrap().to_string_lossy()));
     let mut writer = BundleWriter::create(&written, &again).unwrap();

@@ -1,11 +1,11 @@
-//! Texts of a model folder, bounded in size.
+//! Text files of a model folder, limited in size.
 
 use std::fs;
 use std::path::Path;
 
 use crate::base::{Error, Result};
 
-/// The largest JSON file that is read as a config.
+/// The largest text file that is read, in bytes.
 const MAX_JSON_BYTES: u64 = 64 << 20;
 
 /// Reads a text of at most 64 MiB.

@@ -13,7 +13,7 @@ pub enum Tower {
 }
 
 impl Tower {
-    /// As messages and reports show it.
+    /// Name in messages and reports.
     pub fn name(self) -> &'static str {
         match self {
             Tower::Text => "text",

@@ -1,4 +1,4 @@
-//! Writing a changed folder: components that changed, configs rewritten, everything else carried over.
+//! Writes a changed folder: changed components, rewritten configs, and copies of everything else.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -13,20 +13,19 @@ use super::layers::{self, LayerEdit};
 use super::record::{Deepstack, Record, RecordedStep, TapChange};
 use super::{AssetKind, Bundle, Component, RECORD_FILE, card, export_json, is_external_data_of, read_text};
 
-/// Configs of other tools whose keys the table of layer keys covers.
+/// Configs of other tools whose layer keys are in the table.
 const FOREIGN_CONFIGS: &[&str] = &["params.json"];
 
-/// A folder in the making, in the same layout as the bundle that it starts from. Dropped without `commit`, it leaves
-/// nothing behind.
+/// A new folder in the same layout as its source bundle, not yet complete. Dropped without `commit`, it is removed.
 #[derive(Debug)]
 pub struct BundleWriter<'a> {
     bundle: &'a Bundle,
     staged: Staged,
-    /// Configs with new content, by path.
+    /// New content of configs, by path.
     texts: BTreeMap<String, String>,
-    /// Components written anew: their path, and how many files of external data they have now.
+    /// Rewritten components: path, and the number of external data files now.
     written: BTreeMap<String, usize>,
-    /// Components that the new folder does not have.
+    /// Components that are left out of the new folder.
     set_aside: BTreeSet<String>,
     steps: Vec<RecordedStep>,
 }
@@ -54,14 +53,14 @@ impl<'a> BundleWriter<'a> {
         })
     }
 
-    /// Writes a component that changed, its weights inside or beside the file as they were.
+    /// Writes a changed component. Weights stay inline or external as in the source.
     ///
     /// Errors: as `onnx::save`.
     pub fn save(&mut self, component: &Component, model: &Model) -> Result<()> {
         self.save_with(component, model, || Ok(Metadata::new()))
     }
 
-    /// As [`BundleWriter::save`], with more metadata, as `onnx::save_with` takes it.
+    /// As [`BundleWriter::save`], with additional metadata as in `onnx::save_with`.
     ///
     /// Errors: as `onnx::save_with`.
     pub fn save_with(
@@ -82,7 +81,7 @@ impl<'a> BundleWriter<'a> {
         self.set_aside.insert(file.to_string());
     }
 
-    /// As many bytes to a file of external data as the first of several had.
+    /// Limits each external data file to the size of the source's first file, when the source has several.
     fn storage(&self, component: &Component) -> Result<Storage> {
         let Some(first) = component.external.first() else { return Ok(Storage::Inline) };
         let path = self.bundle.root().join(first);
@@ -92,8 +91,7 @@ impl<'a> BundleWriter<'a> {
         Ok(Storage::External { file_name: Self::external_name(component), chunk_bytes: chunked.then_some(size.max(1)) })
     }
 
-    /// The name of the file beside the component's that takes its external data: as it was, else `X.onnx_data`, which
-    /// is what transformers.js looks for.
+    /// File name for a component's external data: the source's name, or `X.onnx_data`, which transformers.js expects.
     pub fn external_name(component: &Component) -> String {
         let file_name = |path: &str| path.rsplit('/').next().unwrap_or(path).to_string();
         match component.external.as_slice() {
@@ -102,9 +100,9 @@ impl<'a> BundleWriter<'a> {
         }
     }
 
-    /// Rewrites every config for layers that go, and notes the step with what it changed of outputs.
+    /// Rewrites every config for removed layers and records the step, with its changes to outputs.
     ///
-    /// Errors: `Error::Invalid` and `Error::Unsupported` as the table of layer keys says, naming file and key.
+    /// Errors: `Error::Invalid` and `Error::Unsupported` from the table of layer keys, naming file and key.
     pub fn drop_layers(&mut self, edit: &LayerEdit, deepstack: Option<Deepstack>, taps: Vec<TapChange>) -> Result<()> {
         let rewritten = rewritten_configs(self.bundle, &self.texts, edit)?;
         self.texts.extend(rewritten);
@@ -124,7 +122,7 @@ impl<'a> BundleWriter<'a> {
         Ok(())
     }
 
-    /// Puts what was done to the model at the top of its cards, which describe the model before.
+    /// Adds a preface about the changes to the model cards, which describe the unchanged model.
     ///
     /// Errors: `Error::Io` and `Error::Invalid` when a card cannot be read as text.
     fn preface_cards(&mut self, record: &Record) -> Result<()> {
@@ -140,12 +138,12 @@ impl<'a> BundleWriter<'a> {
         Ok(())
     }
 
-    /// Notes a step other than dropping layers.
+    /// Records a step other than dropping layers.
     pub fn push_step(&mut self, step: RecordedStep) {
         self.steps.push(step);
     }
 
-    /// Content of the folder's `interlace.json`: the bundle's history and the steps noted here.
+    /// Content of the new `interlace.json`: the bundle's history and the steps recorded here.
     ///
     /// Errors: as `Bundle::record`.
     pub fn record(&self, provenance: Provenance) -> Result<Record> {
@@ -157,9 +155,9 @@ impl<'a> BundleWriter<'a> {
         })
     }
 
-    /// Copies what did not change, writes configs and `interlace.json`, and gives the folder its name.
+    /// Copies unchanged files, writes configs and `interlace.json`, and gives the folder its final name.
     ///
-    /// Errors: `Error::Io` when a file cannot be written; nothing is left then.
+    /// Errors: `Error::Io` when a file cannot be written; the partial folder is removed.
     pub fn commit(mut self, provenance: Provenance) -> Result<()> {
         let record = self.record(provenance)?;
         self.keep_chunk_counts_true()?;
@@ -215,8 +213,8 @@ impl<'a> BundleWriter<'a> {
         Ok(())
     }
 
-    /// Sets `transformers.js_config.use_external_data_format` (how many files of external data each component has,
-    /// keyed by file name or stem, or one value for all) to what is now true.
+    /// Updates `transformers.js_config.use_external_data_format`, the number of external data files of each component
+    /// (by file name or stem, or one value for all).
     fn keep_chunk_counts_true(&mut self) -> Result<()> {
         if self.bundle.asset_path("config.json").is_none() {
             return Ok(());
@@ -239,7 +237,7 @@ impl<'a> BundleWriter<'a> {
                         Some(component) => [chunks(component)].into(),
                         None => by_stem.map(chunks).collect(),
                     };
-                    // A stem speaks for all its variants; transformers.js asks for the most files that any of them has.
+                    // A stem covers all variants, and transformers.js requests the largest number of files among them.
                     if let Some(&count) = counts.last() {
                         push_count(&document, &mut edits, value, count);
                     }
@@ -268,7 +266,7 @@ impl<'a> BundleWriter<'a> {
     }
 }
 
-/// A folder's file as JSON, or its new text where it has one.
+/// A file of the folder as JSON, or its new text if it has one.
 fn document(bundle: &Bundle, texts: &BTreeMap<String, String>, file: &str) -> Result<Document> {
     let path = bundle.root().join(file);
     let text = match texts.get(file) {
@@ -278,7 +276,7 @@ fn document(bundle: &Bundle, texts: &BTreeMap<String, String>, file: &str) -> Re
     Document::parse(format!("`{}`", path.display()), text)
 }
 
-/// New texts of the configs, by path, of a model that loses layers; those in `texts` stand for the folder's own.
+/// New texts, by path, of the configs of a model that loses layers. Texts in `texts` replace those of the folder.
 fn rewritten_configs(
     bundle: &Bundle,
     texts: &BTreeMap<String, String>,
@@ -305,16 +303,16 @@ fn rewritten_configs(
     Ok(rewritten)
 }
 
-/// A carried JSON file that counts as many layers as the tower has, so that it would be wrong about the new model.
+/// A JSON file of another tool that counts the tower's layers and must be rewritten; `None` when it counts no layers.
 ///
-/// Errors: `Error::Invalid` when its other keys are not known to be covered by the table of layer keys.
+/// Errors: `Error::Invalid` when the table of layer keys does not cover the file, so that a copy would be wrong.
 fn foreign_config(
     bundle: &Bundle,
     texts: &BTreeMap<String, String>,
     file: &str,
     edit: &LayerEdit,
 ) -> Result<Option<Document>> {
-    // What cannot be read as JSON, whatever its name, is no config.
+    // A file that is not JSON is not a config, even if its name suggests one.
     let Ok(document) = document(bundle, texts, file) else { return Ok(None) };
     let Some(key) = layers::counting_key(&document, edit) else { return Ok(None) };
     if FOREIGN_CONFIGS.contains(&file) {
@@ -326,7 +324,7 @@ fn foreign_config(
 }
 
 impl Bundle {
-    /// Asks whether the configs can follow layers that go, as [`BundleWriter::drop_layers`] does.
+    /// Checks whether the configs can be adapted, as [`BundleWriter::drop_layers`] does.
     ///
     /// Errors: as there.
     pub fn check_drop(&self, edit: &LayerEdit) -> Result<()> {
@@ -334,7 +332,7 @@ impl Bundle {
     }
 }
 
-/// `false` is no file, `true` is one, a number is that many: leaves the value as it is where it is true already.
+/// Adds an edit for a number of data files (`false` is 0, `true` is 1) unless the value is already right.
 fn push_count(document: &Document, edits: &mut Vec<Edit>, node: &super::json::Node, count: usize) {
     let old = document.text().get(node.span.clone()).unwrap_or_default();
     let holds = old == count.to_string() || (count == 0 && old == "false") || (count == 1 && old == "true");

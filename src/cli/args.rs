@@ -1,4 +1,4 @@
-//! Argument values that several verbs share.
+//! Types of argument values that several verbs use.
 
 use crate::method::{MODALITIES, ModalityWeights, check_weights};
 
@@ -71,7 +71,7 @@ pub fn fraction(text: &str) -> Result<f64, String> {
     }
 }
 
-/// Units behind a number, the longer ones first.
+/// Units of numbers, the longer ones first.
 const UNITS: &[(&str, f64)] = &[
     ("KiB", 1024.0),
     ("MiB", 1024.0 * 1024.0),
@@ -86,7 +86,7 @@ const UNITS: &[(&str, f64)] = &[
     ("B", 1.0),
 ];
 
-/// A whole number above 0, perhaps with a unit: `1500000`, `1.5M`, `800MiB`.
+/// A positive integer, optionally with a unit: `1500000`, `1.5M`, `800MiB`.
 pub fn amount(text: &str) -> Result<u64, String> {
     let unit = UNITS.iter().find_map(|(name, factor)| Some((text.strip_suffix(name)?, *factor)));
     let (number, factor) = unit.unwrap_or((text, 1.0));
@@ -98,7 +98,7 @@ pub fn amount(text: &str) -> Result<u64, String> {
     }
 }
 
-/// A whole number above 0.
+/// A positive integer.
 pub fn positive(text: &str) -> Result<usize, String> {
     match text.parse::<usize>() {
         Ok(value) if value > 0 => Ok(value),

@@ -1,4 +1,4 @@
-//! `interlace bench`, and the hidden verb with which it measures memory in a process of its own.
+//! `interlace bench`, and the hidden verb that measures memory in a separate process.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -12,8 +12,8 @@ use crate::pipeline::steps::{Work, check_needs};
 use crate::runtime::Runtime;
 
 use super::args::positive;
+use super::context::{Context, Outcome};
 use super::output::table;
-use super::{Context, Outcome};
 
 /// Measure time to first token, decoding rate, memory and size, and compare with a baseline
 #[derive(clap::Args)]

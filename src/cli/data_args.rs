@@ -1,4 +1,4 @@
-//! Flags for reading data sets, the same in every verb.
+//! Flags for reading data sets, equal in every verb.
 
 use crate::data::{BackEnd, DataOptions, DataPart, ImageSettings, LeftOut, SEQUENCE_LENGTH, Turns};
 
@@ -53,7 +53,7 @@ pub struct ImageArgs {
 }
 
 impl ImageArgs {
-    /// The flags as settings.
+    /// The settings that the flags select.
     pub fn settings(&self) -> ImageSettings {
         ImageSettings {
             min_pixels: self.min_pixels,
@@ -66,7 +66,7 @@ impl ImageArgs {
 }
 
 impl DataArgs {
-    /// The flags as options.
+    /// The options that the flags select.
     pub fn options(&self) -> DataOptions {
         DataOptions {
             turns: self.turns,
@@ -80,7 +80,7 @@ impl DataArgs {
     }
 }
 
-/// Warns of samples that were left out.
+/// Prints a warning about samples that were left out.
 pub fn warn_left_out(left_out: &LeftOut, output: &Output) {
     if let Some(summary) = left_out.summary() {
         output.warn(format!("samples left out: {summary}"));

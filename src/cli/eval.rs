@@ -10,9 +10,9 @@ use crate::pipeline::steps::{self, Engine, EvalSettings, TextSettings};
 use crate::runtime::Profile;
 
 use super::args::{fraction, positive};
+use super::context::{Context, Outcome};
 use super::data_args::{ImageArgs, warn_left_out};
 use super::output::{profile_table, table};
-use super::{Context, Outcome};
 
 /// Answer a benchmark, and compare the scores with a baseline's
 #[derive(clap::Args)]
@@ -118,7 +118,7 @@ pub fn run(args: Args, context: &Context, peers: Option<Box<dyn Peers + Send>>) 
         context.output.warn(format!("how likely the right answers are was not measured: {reason}"));
     }
     if report.rows_without_picture > 0 {
-        context.output.warn(format!("{} rows have no picture and were not asked", report.rows_without_picture));
+        context.output.warn(format!("{} rows have no picture and were left out", report.rows_without_picture));
     }
     if context.output.json {
         context.output.json(&report)?;
@@ -156,7 +156,7 @@ fn likelihood(args: &Args, engine: &Engine, settings: &EvalSettings, context: &C
     gate(args.min_retention, report.retention, "likelihood per answer token", context)
 }
 
-/// What is measured of the right answers, beside the baseline's.
+/// The likelihood of the right answers as a line of text, with the baseline's.
 fn likelihood_line(model: &Likelihood, baseline: Option<&Likelihood>, kept: Option<Interval>) -> String {
     let mut text = format!(
         "right answers: log-likelihood {:.4} nats per token over {} tokens",
@@ -208,7 +208,7 @@ fn profiled(args: &Args, profile: Option<&Profile>, context: &Context) -> anyhow
     }
 }
 
-/// Whether the fraction of the baseline's score that is kept reaches the user's gate.
+/// Checks the retained fraction of the baseline's score against the user's gate.
 fn gate(wanted: Option<f64>, kept: Option<Interval>, what: &str, context: &Context) -> anyhow::Result<Outcome> {
     match (wanted, kept) {
         (Some(wanted), Some(kept)) if kept.ratio < wanted => {

@@ -6,8 +6,8 @@ use crate::base::human_bytes;
 use crate::bundle::Bundle;
 use crate::export::{self, ExportSettings, ExportTarget, TARGETS, target_named};
 
+use super::context::{Context, Outcome};
 use super::output::table;
-use super::{Context, Outcome};
 
 /// Write the model in the layout of a server
 #[derive(clap::Args)]

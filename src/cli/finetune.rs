@@ -18,9 +18,10 @@ use crate::runtime::FeatureCache;
 use crate::torch::cpu_lacks_bf16;
 
 use super::args::{TrainedLayers, amount, fraction, positive};
+use super::context::{Context, Outcome};
 use super::data_args::{DataArgs, warn_left_out};
+use super::output;
 use super::torch::meet_others;
-use super::{Context, Outcome, output};
 
 /// Finetune the layers next to the dropped ones, or layers of a whole model
 #[derive(clap::Args)]
@@ -192,7 +193,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     print_report(&report, output)
 }
 
-/// What a run did, line by line.
+/// Prints the report of a run.
 fn print_report(report: &Report, output: &output::Output) -> anyhow::Result<Outcome> {
     output.line(format!(
         "{} steps on {} samples, {} trained parameters in layers {:?}",
@@ -230,7 +231,7 @@ fn print_report(report: &Report, output: &output::Output) -> anyhow::Result<Outc
     Ok(Outcome::Done)
 }
 
-/// Prints a plan; a run that does not fit its limit ends with 1.
+/// Prints a plan. Exit code 1 if the run exceeds its memory limit.
 fn dry_run(plan: &RunPlan, context: &Context) -> anyhow::Result<Outcome> {
     let output = &context.output;
     let done = if plan.fits == Some(false) { Outcome::GateFailed } else { Outcome::Done };
@@ -269,7 +270,7 @@ fn settings(args: &Args) -> anyhow::Result<Settings> {
     let table: toml::Table = match &args.settings {
         Some(path) => {
             let text = fs::read_to_string(path).with_context(|| format!("cannot read `{}`", path.display()))?;
-            // Read as settings too, for a message that shows the line.
+            // Parsed as settings as well, for an error message that shows the line.
             let _: Settings = toml::from_str(&text)
                 .with_context(|| format!("`{}` is not a file of finetune settings", path.display()))?;
             toml::from_str(&text)?

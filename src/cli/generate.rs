@@ -6,8 +6,8 @@ use crate::base::Device;
 use crate::pipeline::steps::{self, Decoding, Engine, Generation, Generations, Question};
 
 use super::args::positive;
+use super::context::{Context, Outcome};
 use super::data_args::{DataArgs, warn_left_out};
-use super::{Context, Outcome};
 
 /// Answer a question about pictures, or every question of a data set
 #[derive(clap::Args)]

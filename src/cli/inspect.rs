@@ -9,8 +9,8 @@ use crate::base::{human_bytes, human_count};
 use crate::bundle::Bundle;
 use crate::pipeline::steps::{self, LayerInfo, TapInfo};
 
+use super::context::{Context, Outcome};
 use super::output::table;
-use super::{Context, Outcome};
 
 /// Show components, layers, cache ports and shared weights
 #[derive(clap::Args)]
@@ -104,7 +104,7 @@ fn layer_table(layers: &[LayerInfo]) -> String {
     table(&rows)
 }
 
-/// Cache ports by role, what layers share, and layers that cannot be dropped, each on one line.
+/// Cache ports by role, shared weights and values, and layers that cannot be dropped, one line each.
 fn details(layers: &[LayerInfo]) -> Vec<String> {
     let mut ports: Vec<(String, Vec<usize>)> = Vec::new();
     let mut shared: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
@@ -160,7 +160,7 @@ fn tap_lines(taps: &[TapInfo], layers: usize) -> Vec<String> {
     taps.iter().map(line).collect()
 }
 
-/// A port's name with the layer's number as `N`, where the name has that number alone between other characters.
+/// A port's name with the layer's number replaced by `N`, if exactly one part of the name is that number.
 fn numbered(name: &str, layer: usize) -> String {
     let digits = layer.to_string();
     let parts: Vec<&str> = name.split('.').collect();

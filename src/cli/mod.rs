@@ -1,14 +1,17 @@
-//! The command line: one file per verb. Results go to standard output, progress and messages to standard error.
+//! The command line: one file per verb. Results are printed on standard output, progress and
+//! messages on standard error.
 //!
-//! Exit codes: 0 done; 1 it ran, but a gate that the user set or a check did not hold; 2 an error.
+//! Exit codes: 0: success. 1: the verb ran, but a gate of the user or a check failed. 2: an error.
 
 mod args;
 mod bench;
+mod context;
 mod data_args;
 mod eval;
 mod export;
 mod finetune;
 mod generate;
+mod graft;
 mod inspect;
 mod output;
 mod plan;
@@ -26,8 +29,9 @@ use std::io::Write;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
-use crate::base::{Cancel, Error, install_ctrl_c, set_quiet};
+use crate::base::{Error, install_ctrl_c, on_runaway, set_quiet};
 
+pub use context::{Context, Outcome};
 pub use output::Output;
 pub use schema::schemas;
 pub use torch::{RunTorchVerb, TorchVerb, hand_over, here};
@@ -60,6 +64,7 @@ enum Verb {
     Bench(bench::Args),
     Verify(verify::Args),
     Export(export::Args),
+    Graft(graft::Args),
     Run(run::Args),
     Sweep(sweep::Args),
     Completions(shell::CompletionsArgs),
@@ -68,31 +73,21 @@ enum Verb {
     PeakMemory(bench::MemoryArgs),
 }
 
-/// Input of every verb besides its arguments.
-pub struct Context {
-    /// Form of the printed results.
-    pub output: Output,
-    /// Set by Ctrl-C.
-    pub cancel: Cancel,
-}
-
-/// How a verb ended that met no error.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// It ran, and every gate and check held.
-    Done,
-    /// A check or a gate did not hold; the verb has printed which.
-    GateFailed,
-}
-
-/// Parses the process's arguments, runs the verb, reports and ends the process; `torch` runs the verbs that compute in
-/// LibTorch. Nothing else may run in the process yet.
+/// Parses the process's arguments, runs the verb, reports the result and ends the process. `torch` runs the verbs that
+/// compute in LibTorch. The process must not have started any thread.
 pub fn main(torch: RunTorchVerb) -> ! {
-    // SAFETY: both programs call this first, and have started no thread.
+    // SAFETY: both programs call this first and have not started a thread.
     unsafe { crate::runtime::keep_telemetry_off() };
     let code = match Cli::try_parse() {
-        Ok(cli) => report(cli.json, dispatch(cli, torch)),
-        // Help and version are no errors; clap prints both kinds where they belong.
+        Ok(cli) => {
+            let json = cli.json;
+            on_runaway(move |error| {
+                output::print_error(&error.into(), json);
+                end(2)
+            });
+            report(json, dispatch(cli, torch))
+        }
+        // Help and version are not errors; clap prints them to standard output.
         Err(error) if error.print().is_ok() && !error.use_stderr() => 0,
         Err(_) => 2,
     };
@@ -111,18 +106,18 @@ fn report(json: bool, result: anyhow::Result<Outcome>) -> i32 {
     }
 }
 
-/// Ends the process without the engines' own clearing up, which takes LibTorch close to a tenth of a second and frees what
-/// the system frees anyway. Every file is complete by now.
+/// Ends the process without the engines' cleanup, which takes LibTorch almost a tenth of a second and only frees memory
+/// that the system frees anyway. Every file is complete at this point.
 fn end(code: i32) -> ! {
-    // What cannot be printed any more is nobody's concern: the reader has gone.
+    // Write errors are ignored: the pipe is closed.
     let _ = std::io::stdout().flush();
     let _ = std::io::stderr().flush();
-    // SAFETY: ends the process, whatever its threads do.
+    // SAFETY: ends the process, regardless of its threads.
     unsafe { libc::_exit(code) }
 }
 
 impl Verb {
-    /// The verb's action when an engine failed.
+    /// Description of the verb's work, for errors of an engine.
     fn doing(&self) -> &'static str {
         match self {
             Verb::Inspect(_) => "looking at the model",
@@ -135,6 +130,7 @@ impl Verb {
             Verb::Bench(_) | Verb::PeakMemory(_) => "measuring speed and memory",
             Verb::Verify(_) => "verifying the model",
             Verb::Export(_) => "exporting the model",
+            Verb::Graft(_) => "writing weights into the graphs",
             Verb::Run(_) | Verb::Sweep(_) => "running the recipe",
             Verb::Completions(_) => "printing completions",
             Verb::Man(_) => "writing manual pages",
@@ -142,7 +138,7 @@ impl Verb {
     }
 }
 
-/// An engine's error with what was being done.
+/// Adds a description of the work to an engine's error.
 fn explained(error: anyhow::Error, doing: &'static str) -> anyhow::Error {
     match error.downcast_ref::<Error>() {
         Some(Error::Engine { .. }) => match error.downcast::<Error>() {
@@ -174,10 +170,11 @@ fn run_verb(verb: Verb, context: &Context, run_torch: RunTorchVerb) -> anyhow::R
         Verb::Bench(args) => bench::run(args, context),
         Verb::Verify(args) => run_torch(TorchVerb::Verify(args), context),
         Verb::Export(args) => export::run(args, context),
+        Verb::Graft(args) => graft::run(args, context),
         Verb::Run(args) => run_torch(TorchVerb::Run(args), context),
         Verb::Sweep(args) => run_torch(TorchVerb::Sweep(args), context),
-        Verb::Completions(args) => shell::completions(args),
-        Verb::Man(args) => shell::man(args, context),
+        Verb::Completions(args) => shell::completions(args, Cli::command()),
+        Verb::Man(args) => shell::man(args, Cli::command(), context),
         Verb::PeakMemory(args) => bench::run_memory(args, context),
     }
 }
@@ -196,7 +193,7 @@ pub fn reference() -> String {
     text
 }
 
-/// Name and first line of help of every verb, for tests and documents.
+/// Name and first help line of every verb, for tests and documents.
 pub fn verbs() -> Vec<(String, String)> {
     let command = Cli::command();
     let visible = command.get_subcommands().filter(|verb| !verb.is_hide_set());

@@ -1,4 +1,4 @@
-//! Writing results and errors.
+//! Prints results and errors.
 
 use std::fmt::Display;
 use std::io::{self, Write};
@@ -19,14 +19,14 @@ pub struct Output {
 }
 
 impl Output {
-    /// A line of the result on standard output; colours are kept on terminals only.
+    /// Prints a line of the result on standard output; colours are kept on terminals only.
     ///
     /// Errors: when standard output cannot be written.
     pub fn line(&self, text: impl Display) -> io::Result<()> {
         writeln!(anstream::stdout().lock(), "{text}")
     }
 
-    /// The whole result as indented JSON on standard output.
+    /// Prints the whole result as indented JSON on standard output.
     ///
     /// Errors: when it cannot be written.
     pub fn json<T: Serialize>(&self, value: &T) -> anyhow::Result<()> {
@@ -34,20 +34,20 @@ impl Output {
         Ok(writeln!(io::stdout().lock(), "{text}")?)
     }
 
-    /// A message about the work on standard error, unless `--quiet`.
+    /// Prints a message on standard error, unless `--quiet`.
     pub fn note(&self, text: impl Display) {
         if !self.quiet {
             let _ = writeln!(anstream::stderr().lock(), "{text}");
         }
     }
 
-    /// A warning on standard error, `--quiet` or not.
+    /// Prints a warning on standard error, even with `--quiet`.
     pub fn warn(&self, text: impl Display) {
         let _ = writeln!(anstream::stderr().lock(), "{} {text}", "warning:".yellow().bold());
     }
 }
 
-/// Where the time of a run was spent, in seconds and as a part of the whole.
+/// The time profile of a run: seconds and fraction of the total for each part.
 pub fn profile_table(profile: &Profile) -> String {
     let mut rows = vec![["time", "seconds", "part"].map(String::from).to_vec()];
     for (part, seconds) in profile.parts() {
@@ -65,19 +65,19 @@ struct Failure<'a> {
 
 #[derive(Serialize)]
 struct FailureText<'a> {
-    /// As [`Error::code`] gives it; `other` for errors of other libraries.
+    /// The value of [`Error::code`]; `other` for errors of other libraries.
     code: &'a str,
     message: String,
     caused_by: &'a [String],
 }
 
-/// Prints an error with what caused it, the outermost first: on standard error, with `json` also on standard output as
+/// Prints an error and its causes, the outermost first, on standard error; with `json` also on standard output as
 /// `{"error": {"code", "message", "caused_by"}}`.
 pub fn print_error(error: &anyhow::Error, json: bool) {
     let mut causes = Vec::new();
     let mut said = error.to_string();
     for cause in error.chain().skip(1) {
-        // An error whose own text ends with its cause contains it.
+        // An error whose text ends with its cause already contains it.
         let text = cause.to_string();
         if !said.ends_with(&text) {
             causes.push(text.clone());
@@ -98,13 +98,13 @@ pub fn print_error(error: &anyhow::Error, json: bool) {
     }
 }
 
-/// True when the reader of standard output has gone, as in `interlace inspect MODEL | head`.
+/// True when the reader of standard output has closed the pipe, as in `interlace inspect MODEL | head`.
 pub fn is_closed_pipe(error: &anyhow::Error) -> bool {
     let closed = |error: &io::Error| error.kind() == io::ErrorKind::BrokenPipe;
     error.chain().any(|cause| cause.downcast_ref::<io::Error>().is_some_and(closed))
 }
 
-/// A table with right-aligned columns after the first; the first row is its head.
+/// A table whose first row is the header; columns after the first are right-aligned.
 pub fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| {

@@ -10,10 +10,12 @@ use crate::method::{LossMeter, Plan, Scores};
 use crate::pipeline::steps::{self, HowMany, PlanSettings, PlannedModel, Work, check_needs};
 
 use super::args::{LayerList, Weights, amount, positive};
+use super::context::{Context, Outcome};
 use super::data_args::{DataArgs, warn_left_out};
-use super::{Context, Outcome, Output, strip};
+use super::output::Output;
+use super::strip;
 
-/// The flags that set the number of layers to drop; exactly one is given.
+/// The flags that set the number of layers to drop; exactly one is required.
 const HOW_MANY: [&str; 6] = ["drop_ratio", "drop_count", "drop", "target_params", "target_size", "target_speedup"];
 
 /// Choose which layers to drop and which to finetune
@@ -95,7 +97,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         args.target_size.map(HowMany::TargetSize),
         args.target_speedup.map(HowMany::TargetSpeedup),
     ];
-    // The group of arguments demands one.
+    // clap requires one flag of the group.
     let how_many = how_many.into_iter().flatten().next().unwrap_or(HowMany::DropCount(0));
     if matches!(how_many, HowMany::Drop(_)) != (strategy == "explicit") {
         anyhow::bail!("--drop requires the strategy `explicit`, found `{strategy}`; leave one of the two flags out");
@@ -155,7 +157,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-/// Prints the strip, the chosen layers and the cost of the model before and after.
+/// Prints the strip, the selected layers, and the cost of the model before and after.
 fn print(plan: &Plan, model: &PlannedModel, measured: bool, output: &Output) -> anyhow::Result<()> {
     output.line(strip::strip(plan))?;
     output.line(strip::legend())?;

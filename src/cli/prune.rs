@@ -10,8 +10,8 @@ use crate::method::Plan;
 use crate::pipeline::steps::{self, Drop, Pruned};
 
 use super::args::LayerList;
+use super::context::{Context, Outcome};
 use super::output::table;
-use super::{Context, Outcome};
 
 /// Remove layers from the graph, its cache and its configs
 #[derive(clap::Args)]
@@ -108,7 +108,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-/// What became of an output that shows the residual stream.
+/// Describes the change of an output that shows the residual stream.
 fn tap_line(tap: &TapChange, pruned: &Pruned) -> String {
     let Some(now) = &tap.output_now else {
         return format!("output {} went with its layer", tap.output);

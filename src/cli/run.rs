@@ -6,8 +6,8 @@ use std::time::Instant;
 use crate::base::{human_bytes, peak_memory_bytes};
 use crate::pipeline::{self, MANIFEST_FILE, Recipe, TABLE_FILE};
 
+use super::context::{Context, Outcome};
 use super::output::table;
-use super::{Context, Outcome};
 
 /// Run all steps from one recipe: score, plan, prune, finetune, measure
 #[derive(clap::Args)]

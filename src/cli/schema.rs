@@ -1,4 +1,4 @@
-//! The schema of every JSON artifact, derived from its type. One row each.
+//! The schemas of all JSON artifacts, derived from their types. One row each.
 
 use schemars::{Schema, schema_for};
 
@@ -6,17 +6,19 @@ use crate::bundle::Record;
 use crate::eval::{BenchReport, EvalReport, TextReport, VerifyReport};
 use crate::export::Export;
 use crate::finetune::{Report, RunPlan};
+use crate::graft::GraftTable;
 use crate::method::{Plan, Scores};
 use crate::pipeline::steps::{Generations, Inspection, LikelihoodReport, Pruned};
 use crate::pipeline::{Manifest, Recipe, RunState, Sweep, SweepTable, Table};
 
-/// Name and schema of every artifact; `schemas/` holds them under `NAME.schema.json`.
+/// Name and schema of every artifact; the folder `schemas/` has them as `NAME.schema.json`.
 pub fn schemas() -> Vec<(&'static str, Schema)> {
     vec![
         ("bench", schema_for!(BenchReport)),
         ("export", schema_for!(Export)),
         ("finetune", schema_for!(Report)),
         ("generate", schema_for!(Generations)),
+        ("graft", schema_for!(GraftTable)),
         ("interlace", schema_for!(Record)),
         ("layers", schema_for!(Inspection)),
         ("likelihood-report", schema_for!(LikelihoodReport)),

@@ -9,9 +9,9 @@ use crate::method::{ScoreSettings, Scores, score_among};
 use crate::pipeline::steps::{Work, check_needs};
 
 use super::args::{fraction, positive};
+use super::context::{Context, Outcome};
 use super::data_args::{DataArgs, warn_left_out};
 use super::output::{profile_table, table};
-use super::{Context, Outcome};
 
 /// Measure how little each pack of layers changes the residual stream
 #[derive(clap::Args)]

@@ -1,13 +1,13 @@
-//! `interlace completions` and `interlace man`: shell completions and manual pages, made from the program's own arguments.
+//! `interlace completions` and `interlace man`: shell completions and manual pages, generated from clap's definitions.
 
 use std::io::Write;
 use std::path::PathBuf;
 
-use clap::CommandFactory;
+use clap::Command;
 
 use crate::base::Error;
 
-use super::{Cli, Context, Outcome};
+use super::context::{Context, Outcome};
 
 /// Print the completions of a shell
 #[derive(clap::Args)]
@@ -17,9 +17,9 @@ pub struct CompletionsArgs {
     shell: clap_complete::Shell,
 }
 
-pub fn completions(args: CompletionsArgs) -> anyhow::Result<Outcome> {
+pub fn completions(args: CompletionsArgs, mut command: Command) -> anyhow::Result<Outcome> {
     let mut text = Vec::new();
-    clap_complete::generate(args.shell, &mut Cli::command(), "interlace", &mut text);
+    clap_complete::generate(args.shell, &mut command, "interlace", &mut text);
     std::io::stdout().lock().write_all(&text)?;
     Ok(Outcome::Done)
 }
@@ -33,14 +33,14 @@ pub struct ManArgs {
     output: PathBuf,
 }
 
-pub fn man(args: ManArgs, context: &Context) -> anyhow::Result<Outcome> {
+pub fn man(args: ManArgs, command: Command, context: &Context) -> anyhow::Result<Outcome> {
     if !args.output.is_dir() {
         let problem = "is not a folder, and the pages are written into one";
         return Err(Error::invalid(format!("`{}`", args.output.display()), problem)
             .remedy("make it first, for instance with `mkdir -p`")
             .into());
     }
-    clap_mangen::generate_to(Cli::command(), &args.output).map_err(|e| Error::io("write into", &args.output, e))?;
+    clap_mangen::generate_to(command, &args.output).map_err(|e| Error::io("write into", &args.output, e))?;
     context.output.note(format!("manual pages are in `{}`", args.output.display()));
     Ok(Outcome::Done)
 }

@@ -4,7 +4,7 @@ use owo_colors::OwoColorize;
 
 use crate::method::{LayerRole, Plan};
 
-/// `0 ..DF A.. 15`: letters in groups of ten, each coloured by its role.
+/// `0 ..DF A.. 15`: letters in groups of ten, coloured by role.
 pub fn strip(plan: &Plan) -> String {
     let letters = plan.layers.iter().map(|layer| {
         let letter = layer.role.letter();

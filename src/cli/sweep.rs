@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use crate::pipeline::{self, SWEEP_FILE, Sweep};
 
+use super::context::{Context, Outcome};
 use super::output::table;
-use super::{Context, Outcome};
 
 /// Compare drop ratios, strategies and healing recipes over several seeds
 #[derive(clap::Args)]

@@ -1,5 +1,5 @@
-//! Runs the verbs that compute in LibTorch. The library takes 120 MB and up to a second to load, so only the program
-//! `interlace-torch` links it; `interlace` hands those verbs over to it, with the same arguments.
+//! Runs the verbs that compute in LibTorch. The library has 120 MB and takes up to a second to load, so only the
+//! program `interlace-torch` links it. For those verbs `interlace` executes that program with the same arguments.
 
 use std::env;
 use std::os::unix::process::CommandExt;
@@ -11,7 +11,8 @@ use anyhow::Context as _;
 use crate::base::{Device, Error, Peers, set_quiet};
 use crate::torch::Ranks;
 
-use super::{Context, Outcome, eval, finetune, run, score, sweep, verify};
+use super::context::{Context, Outcome};
+use super::{eval, finetune, run, score, sweep, verify};
 
 /// The program that links LibTorch, in the same folder as `interlace`.
 const TORCH_PROGRAM: &str = "interlace-torch";
@@ -52,10 +53,10 @@ pub fn meet_others(device: &mut Device, context: &Context) -> anyhow::Result<Opt
     Ok(ranks)
 }
 
-/// Function by which a program runs the verbs that compute in LibTorch.
+/// The function with which a program runs the verbs that compute in LibTorch.
 pub type RunTorchVerb = fn(TorchVerb, &Context) -> anyhow::Result<Outcome>;
 
-/// Runs the verb in this process. A program that names this function links LibTorch.
+/// Runs the verb in this process. A program that refers to this function links LibTorch.
 pub fn here(verb: TorchVerb, context: &Context) -> anyhow::Result<Outcome> {
     match verb {
         TorchVerb::Finetune(args) => finetune::run(*args, context),
@@ -73,7 +74,7 @@ pub fn here(verb: TorchVerb, context: &Context) -> anyhow::Result<Outcome> {
     }
 }
 
-/// Becomes `interlace-torch`, with this process's arguments.
+/// Replaces this process by `interlace-torch`, with the same arguments.
 ///
 /// Errors: when that program is not in the folder of this one, or does not start.
 pub fn hand_over(_: TorchVerb, _: &Context) -> anyhow::Result<Outcome> {

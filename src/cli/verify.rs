@@ -8,7 +8,7 @@ use crate::base::Device;
 use crate::eval::{self, CheckStatus};
 use crate::runtime::Runtime;
 
-use super::{Context, Outcome};
+use super::context::{Context, Outcome};
 
 /// Check that the files load, agree with each other and give equal results in ONNX Runtime and LibTorch
 #[derive(clap::Args)]

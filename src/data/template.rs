@@ -7,7 +7,7 @@ use minijinja::{Environment, ErrorKind, Value as Jinja};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use crate::base::{Error, Result};
+use crate::base::{Error, Result, watched};
 
 /// Instructions that one rendering may take.
 const FUEL: u64 = 5_000_000;
@@ -154,7 +154,11 @@ impl ChatTemplate {
         let context = Context { messages, add_generation_prompt, tools: None, documents: None, tokens: &self.tokens };
         let mut out = Bounded(Vec::new());
         let template = self.environment.get_template(NAME).map_err(|e| error(&e))?;
-        template.render_captured_to(context, &mut out).map_err(|e| error(&e))?;
+        let runs_away = || {
+            Error::invalid(format!("chat template in `{}`", self.source), "takes more than 1 GB of memory to render")
+                .remedy("restore the template that belongs to the model")
+        };
+        watched(runs_away, || template.render_captured_to(context, &mut out)).map_err(|e| error(&e))?;
         String::from_utf8(out.0).map_err(|_| {
             Error::invalid(format!("chat template in `{}`", self.source), "did not write UTF-8")
                 .remedy("restore the template that belongs to the model")

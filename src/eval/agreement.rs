@@ -1,4 +1,4 @@
-//! Compares two computations of the same values: prefill with cached steps, interpreter with ONNX Runtime.
+//! Compares two computations of the same values: one prefill with cached steps, or the interpreter with ONNX Runtime.
 
 use std::collections::BTreeMap;
 
@@ -9,19 +9,19 @@ use crate::torch;
 
 use super::probe::noise;
 
-/// Tokens of the probing prompt: enough for several positions, fast for any model. The last one is also decoded alone.
+/// Tokens of the test prompt: enough for several positions, and fast for any model. The last one is also decoded alone.
 pub const PROMPT_TOKENS: usize = 8;
 
-/// Tokens of the probing prompt that stand for a picture, where the decoder reads something of pictures.
+/// Image tokens of the test prompt, for decoders that read data of image tokens.
 pub const IMAGE_TOKENS: std::ops::Range<usize> = 2..5;
 
-/// A made-up prompt as a decoder takes it.
+/// A synthetic prompt in the form of decoder inputs.
 #[derive(Clone)]
 pub struct Probe(pub Embedded);
 
 impl Probe {
-    /// The prompt, [`PROMPT_TOKENS`] long. For decoders that read DeepStack features or a mask of image tokens, some of its
-    /// tokens are a picture's, with made-up features.
+    /// The prompt, [`PROMPT_TOKENS`] long. If the decoder reads DeepStack features or a mask of image tokens, some of
+    /// the tokens are image tokens with synthetic features.
     pub fn new(mut embedded: Embedded, decoder: &Decoder, token_types: TokenTypes) -> Self {
         let levels = decoder.deepstack_levels();
         if levels.is_some() || decoder.takes(Kind::ImageMask) || decoder.takes(Kind::TokenTypes) {
@@ -29,7 +29,8 @@ impl Probe {
             side.image = (0..PROMPT_TOKENS).map(|token| IMAGE_TOKENS.contains(&token)).collect();
             side.types = match token_types {
                 TokenTypes::Image => side.image.iter().map(|&image| i64::from(image)).collect(),
-                // The last token, which is decoded alone too, belongs to an answer, before which all see each other.
+                // The last token, which is also decoded alone, belongs to the answer; the tokens before it attend in
+                // both directions.
                 TokenTypes::Answer => (0..PROMPT_TOKENS).map(|token| i64::from(token + 1 == PROMPT_TOKENS)).collect(),
             };
             let (count, width) = levels.unwrap_or((0, 0));
@@ -46,32 +47,33 @@ impl Probe {
         Step::prefill(&[&self.0], false)
     }
 
-    /// All tokens but the last, in one prefill.
+    /// All tokens except the last, in one prefill.
     fn beginning(&self) -> Result<Step> {
         Step::prefill(&[&self.0.slice(0..PROMPT_TOKENS - 1)], false)
     }
 
-    /// The last token behind the others.
+    /// The last token, after the others.
     pub fn last(&self) -> Result<Step> {
         let last = self.0.slice(PROMPT_TOKENS - 1..PROMPT_TOKENS);
         Step::behind(&[&last], &[vec![1; PROMPT_TOKENS - 1]], false)
     }
 
-    /// The last token behind the others for a graph with a cache, else all of them.
+    /// The last token after the others for a graph with a cache, otherwise all tokens.
     pub fn step(&self, with_cache: bool) -> Result<Step> {
         if with_cache { self.last() } else { self.whole() }
     }
 }
 
-/// Largest difference between the last token's logits decoded with a cache and computed in one prefill.
+/// Largest difference between the last token's logits from a cached step and from one prefill.
 pub fn cached_step(decoder: &mut Decoder, probe: &Probe) -> Result<f64> {
     let (whole, _) = decoder.step(&probe.whole()?, None)?;
     let (_, cache) = decoder.step(&probe.beginning()?, None)?;
     let (one, _) = decoder.step(&probe.last()?, Some(cache))?;
     let (whole, one) = (whole.to_f32()?, one.to_f32()?);
     let tail = whole.len().checked_sub(one.len()).and_then(|start| whole.get(start..));
-    let tail = tail
-        .ok_or_else(|| Error::invalid(decoder.session().subject(), "gives more logits for one token than for eight"))?;
+    let tail = tail.ok_or_else(|| {
+        Error::invalid(decoder.session().subject(), "returns more logits for one token than for eight")
+    })?;
     Ok(largest_difference(tail.iter().map(|&x| f64::from(x)), one.iter().map(|&x| f64::from(x))))
 }
 
@@ -136,14 +138,14 @@ pub struct Rounding {
     pub largest: f64,
 }
 
-/// The logits of one prefill, as the graph is and in f32.
+/// The logits of one prefill, from the original graph and from its f32 form.
 pub fn rounding_step(decoder: &mut Decoder, reference: &mut Decoder, probe: &Probe) -> Result<Rounding> {
     let (mine, _) = decoder.step(&probe.whole()?, None)?;
     let (exact, _) = reference.step(&probe.whole()?, None)?;
     rounding([(&mine, &exact)])
 }
 
-/// All floating-point outputs of one run, as the graph is and in f32.
+/// All floating-point outputs of one run, from the original graph and from its f32 form.
 pub fn rounding_once(
     (session, feeds): (&mut Session, &[(String, Tensor)]),
     (reference, wide): (&mut Session, &[(String, Tensor)]),
@@ -170,7 +172,7 @@ pub fn session_outputs(session: &mut Session, feeds: &[(String, Tensor)]) -> Res
     session.run(&borrowed(feeds), None)?.iter().map(|(_, tensor)| tensor.to_ir()).collect()
 }
 
-/// Largest difference between the same outputs of two computations.
+/// Largest difference between the outputs of two computations.
 pub fn outputs_apart(a: &[ir::Tensor], b: &[ir::Tensor]) -> f64 {
     a.iter().zip(b).fold(0.0, |largest, (a, b)| worse(largest, tensors_differ(a, b)))
 }
@@ -214,7 +216,7 @@ fn tensors_differ(mine: &ir::Tensor, theirs: &ir::Tensor) -> f64 {
     }
 }
 
-/// The largest absolute difference; not a number if one of them is none.
+/// The largest absolute difference; NaN if an operand is NaN.
 fn largest_difference(a: impl Iterator<Item = f64>, b: impl Iterator<Item = f64>) -> f64 {
     a.zip(b).fold(0.0, |largest, (a, b)| worse(largest, if a == b { 0.0 } else { (a - b).abs() }))
 }

@@ -1,4 +1,4 @@
-//! Speed, memory and size, against a baseline in alternating runs of one process.
+//! Measures speed, memory and size, and compares with a baseline in alternating runs of one process.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -64,7 +64,7 @@ impl BenchReport {
     pub const SCHEMA_VERSION: u32 = 1;
 }
 
-/// Gives the peak memory of a model in bytes, from a process of its own.
+/// Returns the peak memory of a model in bytes, measured in a separate process.
 pub type MemoryProbe<'a> = dyn Fn(&Path) -> Result<u64> + 'a;
 
 /// One model's figures.
@@ -105,7 +105,7 @@ pub struct Speedup {
     pub decoder_ttft_of_ideal: Option<f64>,
 }
 
-/// A model with its inputs, between rounds.
+/// A model with its inputs, kept between rounds.
 struct Contestant {
     name: String,
     engine: Engine,
@@ -113,24 +113,24 @@ struct Contestant {
     size_bytes: u64,
     decoder_size_bytes: u64,
     load_ms: f64,
-    /// A text of the wanted length for the decoder alone.
+    /// A text of the requested length, for the decoder alone.
     prompt: Embedded,
     times: Vec<Times>,
 }
 
-/// The measured object: a whole model, or a decoder alone.
+/// The measured object: a whole model or a decoder alone.
 enum Engine {
     Whole(Box<LoadedModel>),
     Alone(Box<Decoder>),
 }
 
 impl Engine {
-    /// Errors: as `LoadedModel::open`; as `Decoder::open` where there is no config.
+    /// Errors: as `LoadedModel::open`, and as `Decoder::open` for a folder without a config.
     fn open(path: &Path, bundle: &Bundle, runtime: &Runtime, settings: &SessionOptions) -> Result<Self> {
         if bundle.config().is_none() {
             return Ok(Engine::Alone(Box::new(Decoder::open(runtime, bundle, settings)?)));
         }
-        // A cache of no size keeps nothing, so that every round encodes its picture.
+        // A cache of size 0 keeps nothing, so every round encodes its picture.
         Ok(Engine::Whole(Box::new(LoadedModel::open(
             path,
             runtime,
@@ -147,7 +147,7 @@ impl Engine {
         }
     }
 
-    /// Decoder inputs for these tokens, embedded by noise where no component embeds them.
+    /// Decoder inputs for these tokens; noise replaces the embeddings when the model has no embedding component.
     fn embed(&mut self, ids: &[i64], first: i64) -> Result<Embedded> {
         match self {
             Engine::Whole(model) => model.vlm.embed_text(ids, first),
@@ -162,7 +162,7 @@ impl Engine {
         }
     }
 
-    /// A picture and a question to the first token; `None` for models without a vision encoder.
+    /// Runs from a picture and a question to the first token; `None` for models without a vision encoder.
     fn answer_picture(&mut self, cancel: &Cancel) -> Result<Option<f64>> {
         let Engine::Whole(model) = self else { return Ok(None) };
         if !model.vlm.reads_pictures() {
@@ -183,10 +183,10 @@ struct Times {
     pipeline_ms: Option<f64>,
 }
 
-/// Measures a model, and a baseline in turn with it. `memory` gives a model's peak memory from a process of its own,
-/// see [`peak_memory`]; without it no such figure is reported.
+/// Measures a model and, in alternation, a baseline. `memory` returns a model's peak memory, measured in a separate
+/// process (see [`peak_memory`]); without it the report has no such figure.
 ///
-/// Errors: `Error::Invalid` when nothing is to be measured or a model does not load; `Error::Engine` when a run fails;
+/// Errors: `Error::Invalid` when a count is zero or a model does not load; `Error::Engine` when a run fails;
 /// `Error::Interrupted` when the user asked to stop.
 pub fn bench(
     model: &Path,
@@ -201,7 +201,7 @@ pub fn bench(
     let mut contestants = vec![Contestant::open(model, runtime, options)?];
     if let Some(path) = baseline {
         inputs.insert("baseline".to_string(), Bundle::open(path)?.digest()?);
-        // The baseline goes first in every round.
+        // The baseline is first in every round.
         contestants.insert(0, Contestant::open(path, runtime, options)?);
     }
     let total = options.warm_up + options.rounds;
@@ -237,8 +237,8 @@ pub fn bench(
     })
 }
 
-/// Loads a model, reads the prompt, decodes behind it, and returns the largest resident set of this process in bytes.
-/// To be called in a process that does nothing else.
+/// Loads a model, prefills the prompt, decodes after it, and returns the largest resident set of this process in bytes.
+/// The process should do nothing else.
 ///
 /// Errors: as `bench`.
 pub fn peak_memory(model: &Path, runtime: &Runtime, options: &BenchOptions) -> Result<u64> {
@@ -252,7 +252,7 @@ pub fn peak_memory(model: &Path, runtime: &Runtime, options: &BenchOptions) -> R
 
 /// Runs a command that prints one number, the bytes of [`peak_memory`].
 ///
-/// Errors: `Error::Io` when it does not start; `Error::Engine` when it fails or prints anything else.
+/// Errors: `Error::Io` when it does not start; `Error::Engine` when it fails or prints anything else than a number.
 pub fn peak_memory_of_child(command: &mut Command) -> Result<u64> {
     let program = command.get_program().to_os_string();
     let output = command.stdin(Stdio::null()).output().map_err(|e| Error::io("run", &program, e))?;
@@ -370,7 +370,7 @@ fn made_up_prompt(engine: &mut Engine, count: usize) -> Result<Embedded> {
     engine.embed(&ids, 0)
 }
 
-/// The likeliest token at the last position.
+/// The most probable token at the last position.
 fn likeliest(logits: &Tensor) -> Result<i64> {
     crate::runtime::argmax_last(logits, 1)?.first().copied().ok_or_else(|| Error::invalid("logits", "are empty"))
 }

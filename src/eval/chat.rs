@@ -1,6 +1,6 @@
-//! A language model behind OpenAI's chat API, asked over HTTP.
+//! A client of OpenAI's chat API for judges.
 //!
-//! Source: OpenAI's API reference, `POST /chat/completions`; vLLM, llama.cpp and others speak the same.
+//! Source: OpenAI's API reference, `POST /chat/completions`; vLLM, llama.cpp and others implement the same API.
 
 use std::sync::mpsc::channel;
 use std::time::Duration;
@@ -13,13 +13,13 @@ use serde_json::{Value, json};
 
 use crate::base::{Cancel, Error, Progress, Result};
 
-/// The variable of the environment that holds the key.
+/// Environment variable with the API key.
 pub const JUDGE_KEY: &str = "OPENAI_API_KEY";
-/// How often a question is asked before it fails.
+/// Number of attempts per question.
 const ATTEMPTS: u32 = 4;
-/// Questions that are open at once.
+/// Number of concurrent questions.
 const AT_ONCE: usize = 4;
-/// Bytes of a reply that are read.
+/// Limit on the size of a reply, in bytes.
 const REPLY_BYTES: u64 = 4 << 20;
 
 /// A judge and how it is reached.
@@ -48,24 +48,23 @@ fn default_pause() -> Duration {
 
 /// A question with a picture.
 pub struct ChatQuestion {
-    /// What is asked.
+    /// Text of the question.
     pub text: String,
     /// An encoded picture.
     pub picture: Vec<u8>,
 }
 
-/// Why a question failed.
+/// Reason for a failed question.
 enum Failure {
-    /// The same question may succeed later.
+    /// A temporary failure; another attempt may succeed.
     Passing(String),
     Final(Error),
 }
 
 impl Judge {
     /// A judge with the default time-out.
-    ///
-    /// Errors: `Error::Invalid` for an address that is none of http or https; `Error::Unsupported` for https in a build
-    /// without the feature `https`.
+    /// Errors: `Error::Invalid` for an address that is neither http nor https; `Error::Unsupported` for https in a
+    /// build without the feature `https`.
     pub fn new(url: &str, model: &str) -> Result<Self> {
         if !url.starts_with("http://") && !url.starts_with("https://") {
             return Err(Error::invalid(format!("judge `{url}`"), "is no address")
@@ -79,10 +78,10 @@ impl Judge {
         Ok(Judge { url, model, timeout_s: default_timeout(), pause: default_pause() })
     }
 
-    /// The replies to questions that `question` makes for the numbers below `count`, in their order. Several are open at
-    /// once; one that fails is asked again.
+    /// The replies to `count` questions, which `question` builds by number, in order. Several questions are sent
+    /// concurrently; failed ones are repeated.
     ///
-    /// Errors: those of `question`; `Error::Invalid` when the judge refuses, or fails for the last time;
+    /// Errors: those of `question`; `Error::Invalid` when the judge rejects a question or its last attempt fails;
     /// `Error::Interrupted`.
     pub fn ask_all(
         &self,
@@ -113,7 +112,7 @@ impl Judge {
                             .check("no report is written")
                             .and_then(|()| question(number))
                             .and_then(|question| self.ask(agent, key, &question, cancel));
-                        // The other end is gone when another question has failed.
+                        // Sending fails when another question has failed for good.
                         if sender.send((number, reply)).is_err() {
                             break;
                         }

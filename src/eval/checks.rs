@@ -10,8 +10,8 @@ use crate::ir::Model;
 use super::agreement::Rounding;
 use super::quantised::CHANGE;
 
-/// Largest difference of two f32 computations of the same logits: the rounding errors of about 1,700 f32 operations
-/// (2^-24 each) on values near 1. Graphs of 16-bit floats are compared in f32 too.
+/// Largest allowed difference between two f32 computations of the same logits: the rounding errors of about 1,700 f32
+/// operations (2^-24 each) on values near 1. Graphs with 16-bit floats are also compared in f32.
 pub(super) const TOLERANCE: f64 = 1e-4;
 
 /// Output of `verify --json`.
@@ -66,7 +66,7 @@ pub enum CheckStatus {
     Warning,
 }
 
-/// Collects checks.
+/// Collects the results of checks.
 pub(super) struct Checks(pub Vec<Check>);
 
 impl Checks {
@@ -76,7 +76,7 @@ impl Checks {
     }
 
     pub fn compared(&mut self, name: &str, subject: &str, difference: f64, tolerance: f64, detail: impl Into<String>) {
-        // A difference that is not a number is no agreement.
+        // A difference of NaN means no agreement.
         let status = if difference <= tolerance { CheckStatus::Passed } else { CheckStatus::Failed };
         self.add(name, subject, status, detail);
         if let Some(check) = self.0.last_mut() {
@@ -85,9 +85,9 @@ impl Checks {
         }
     }
 
-    /// Compares what two engines computed of a graph. Where `operator` rounds activations to few bits, and they are further
-    /// apart than `TOLERANCE`, twice the difference that the runtime shows by itself is allowed: each of the two may be that
-    /// far from the exact result.
+    /// Compares the results of two engines on one graph. If `operator` rounds activations to few bits and the results
+    /// differ by more than `TOLERANCE`, the limit is twice the runtime's own spread, since each result may be that far
+    /// from the exact one.
     pub fn engines(
         &mut self,
         (name, subject): (&str, &str),
@@ -112,7 +112,7 @@ impl Checks {
         }
     }
 
-    /// An error is a failure, but for what is not supported, which leaves the check unmade.
+    /// Records an error: an unsupported feature makes the check unavailable, any other error is a failure.
     pub fn error(&mut self, name: &str, subject: &str, error: &Error) {
         let status = match error {
             Error::Unsupported { .. } => CheckStatus::Unavailable,
@@ -121,8 +121,9 @@ impl Checks {
         self.add(name, subject, status, error.to_string());
     }
 
-    /// What 16-bit floats cost in ONNX Runtime. Each operator rounds its result by at most `unit` of it, and n independent
-    /// errors add up to about the square root of n of one (Higham & Mary 2019, doi:10.1137/18M1226312).
+    /// Checks the rounding errors of 16-bit floats in ONNX Runtime. Each operator has a relative rounding error of at
+    /// most `unit`, and n independent errors sum to about sqrt(n) times one of them (Higham & Mary 2019,
+    /// doi:10.1137/18M1226312).
     pub fn rounded(&mut self, part: &Component, model: &Model, unit: f64, found: Result<Rounding>) {
         let name = "rounding to 16 bits";
         match found {

@@ -1,19 +1,20 @@
-//! A graph with all computation in f32 or wider.
+//! Converts a graph so that it computes everything in f32 or wider.
 
 use crate::base::Result;
 use crate::ir::{self, DataType, Model};
 use crate::rewrite::widened;
 use crate::runtime::{Optimisation, Session, SessionOptions, Tensor};
 
-/// `accuracy_level` of `MatMulNBits` for products in f32, as the interpreter makes them; 0, the default, is that too.
+/// `accuracy_level` of `MatMulNBits` for products in f32, as in the interpreter. The default, 0, also means f32.
 const F32_ACCURACY_LEVEL: i64 = 1;
 
-/// Sessions that are compared with the interpreter do not round activations where the graph leaves it open.
+/// Session options for comparisons with the interpreter: activations are not rounded when the graph
+/// leaves this to the engine.
 pub const EXACT: SessionOptions =
     SessionOptions { threads: None, optimisation: Optimisation::All, exact_products: true };
 
-/// The graph with f32 in place of 16-bit floats and of activations that products round; `None` where it is that already.
-/// The interpreter computes so; ONNX Runtime is given this graph to be compared with it.
+/// The graph with f32 in place of 16-bit floats and of rounded activations in products; `None` when it already has this
+/// form. The interpreter computes in this form, so ONNX Runtime runs this graph in comparisons.
 pub fn in_f32(model: &Model) -> Option<Model> {
     let wide = widened(model);
     if find_node(&model.graph.body, &rounds_activations).is_none() {
@@ -24,8 +25,8 @@ pub fn in_f32(model: &Model) -> Option<Model> {
     Some(exact)
 }
 
-/// What one operator's rounding to the graph's 16-bit floats costs at most, relative to its result; `None` where it has
-/// no such floats.
+/// The largest relative error of rounding one operator's result to the graph's 16-bit floats; `None`
+/// when it has no such floats.
 pub fn unit_roundoff(model: &Model) -> Option<f64> {
     let values = model.graph.values.iter().filter_map(|value| value.ty.as_ref()?.dtype());
     let weights = model.graph.body.initializers.iter().map(|(_, tensor)| tensor.dtype);
@@ -37,7 +38,7 @@ pub fn unit_roundoff(model: &Model) -> Option<f64> {
     bits.min().map(|bits| f64::powi(2.0, -bits))
 }
 
-/// The tensors in the types that a session declares, floats among each other converted.
+/// The tensors converted to the session's declared types, for floats only.
 pub fn in_types_of(session: &Session, feeds: &[(String, Tensor)]) -> Result<Vec<(String, Tensor)>> {
     let mut converted = Vec::with_capacity(feeds.len());
     for (name, tensor) in feeds {
@@ -52,7 +53,7 @@ pub fn in_types_of(session: &Session, feeds: &[(String, Tensor)]) -> Result<Vec<
     Ok(converted)
 }
 
-/// True when ONNX Runtime rounds the activations of a product, to 8 bits at level 4, which the interpreter does not.
+/// True when ONNX Runtime rounds the activations of a product (to 8 bits at level 4) and the interpreter does not.
 fn rounds_activations(node: &ir::Node) -> bool {
     let level = node.attribute("accuracy_level").and_then(ir::Attribute::as_int);
     node.op_type == "MatMulNBits" && level.is_some_and(|level| level > F32_ACCURACY_LEVEL)
@@ -69,7 +70,7 @@ fn level_body(body: &mut ir::Body) {
     }
 }
 
-/// The first node for which the test holds, those inside others included.
+/// The first node for which the test is true, nested bodies included.
 pub fn find_node<'a>(body: &'a ir::Body, test: &dyn Fn(&ir::Node) -> bool) -> Option<&'a ir::Node> {
     body.nodes.iter().find_map(|node| {
         if test(node) {

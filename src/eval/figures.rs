@@ -1,4 +1,4 @@
-//! Compares the figures of a decoder's config with its graph.
+//! Compares the sizes in a decoder's config with its graph.
 
 use std::collections::BTreeSet;
 
@@ -11,7 +11,7 @@ use super::checks::{CheckStatus, Checks};
 
 const NAME: &str = "config and graph";
 
-/// Counts and sizes that both say.
+/// Checks the counts and sizes that both contain.
 pub fn config_and_graph(bundle: &Bundle, part: &Component, model: &Model, decoder: &Decoder, checks: &mut Checks) {
     let Some(config) = bundle.config() else {
         checks.add(NAME, &part.file, CheckStatus::Unavailable, "there is no config");
@@ -29,11 +29,11 @@ pub fn config_and_graph(bundle: &Bundle, part: &Component, model: &Model, decode
     };
     let named = |what: &str| format!("{what} of {}", part.file);
     checks.equal(&named("num_hidden_layers"), config.num_hidden_layers, layers);
-    // A decoder whose head is a component of its own gives hidden states.
+    // If the head is a component of its own, the decoder's output is hidden states.
     let vocabulary = decoder.vocabulary().filter(|_| bundle.component(Role::LmHead).is_none());
     checks.equal(&named("vocab_size"), config.vocab_size, vocabulary);
     if decoder.takes_embeds() {
-        // Behind each row the DeepStack features of all levels may stand.
+        // The DeepStack features of all levels may be packed after each row.
         let levels = config.raw.get("vision_config").and_then(|vision| vision.get("deepstack_visual_indexes"));
         let rows = 1 + levels.and_then(|levels| levels.as_array()).map_or(0, Vec::len);
         let width = decoder.hidden_size().map(|width| match config.hidden_size {
@@ -58,7 +58,8 @@ pub fn config_and_graph(bundle: &Bundle, part: &Component, model: &Model, decode
     among(&named("head_dim"), config.head_size(), &config.other_head_dims, sizes(3), checks);
 }
 
-/// A figure that a config gives for all layers, with those that it gives for keys, values or layers of another kind.
+/// A size that a config states for all layers, with the sizes that it states for keys, values
+/// or layers of another kind.
 fn among(subject: &str, figure: Option<usize>, others: &[usize], found: Option<BTreeSet<usize>>, checks: &mut Checks) {
     match (figure, found.as_ref().map(BTreeSet::len), &found) {
         (Some(figure), Some(2..), Some(found)) => {
@@ -78,8 +79,8 @@ fn among(subject: &str, figure: Option<usize>, others: &[usize], found: Option<B
     }
 }
 
-/// The cache of multi-head latent attention: keys and values of their own sizes for each head, or the latent and the
-/// rotated part of the key, which all heads share.
+/// The cache of multi-head latent attention: either keys and values of each head, with their own sizes, or the latent
+/// and the rotary part of the key, which all heads share.
 ///
 /// Source: DeepSeek-V2, arXiv:2405.04434, section 2.1.
 fn latent_cache(
@@ -109,9 +110,9 @@ fn latent_cache(
     checks.add(NAME, subject, CheckStatus::Failed, detail);
 }
 
-/// Programs that run a folder find the logits by name.
+/// Programs that run a model folder find the logits by name.
 pub fn logits_name(bundle: &Bundle, part: &Component, decoder: &Decoder, checks: &mut Checks) {
-    // There the decoder gives hidden states.
+    // In this layout the decoder's output is hidden states.
     if bundle.component(Role::LmHead).is_some() {
         return;
     }
@@ -119,7 +120,7 @@ pub fn logits_name(bundle: &Bundle, part: &Component, decoder: &Decoder, checks:
     let named = bundle.config().and_then(|config| config.raw.pointer("/model/decoder/outputs/logits")?.as_str());
     let by_name = matches!(bundle.layout().name, "genai" | "transformers.js" | "mobius" | "optimum");
     let wanted = named.unwrap_or("logits");
-    // A lone file's readers are not known, but nobody names logits so on purpose.
+    // The consumers of a single file are unknown, but the name must at least look like logits.
     if !by_name && !found.starts_with("logits") {
         return;
     }

@@ -1,4 +1,4 @@
-//! Reads and judges one answer by the rules of VLMEvalKit with exact matching, without a language model as judge.
+//! Extracts and judges one answer by VLMEvalKit's rules for exact matching, without a language model as judge.
 
 use super::text::{self, answers_of_cell, normalise_answer, normalised_edit_distance, strip_punctuation};
 
@@ -7,7 +7,7 @@ use super::text::{self, answers_of_cell, normalise_answer, normalised_edit_dista
 pub struct Reference {
     /// The `index` column.
     pub index: String,
-    /// The answer as the benchmark writes it: text, a letter, or a list in Python's notation.
+    /// The answer in the benchmark's form: text, a letter, or a list in Python's notation.
     pub answer: String,
     /// Letter and text of each choice; empty for open questions.
     pub options: Vec<(char, String)>,
@@ -15,18 +15,18 @@ pub struct Reference {
     pub category: Option<String>,
     /// The `l2-category` column.
     pub l2_category: Option<String>,
-    /// The `g_index` column: the question that this one is a rotation of.
+    /// The `g_index` column: the question of which this one is a rotation.
     pub g_index: Option<String>,
-    /// The `cycle_category` column: how often the options were rotated.
+    /// The `cycle_category` column: number of rotations of the options.
     pub cycle_category: Option<String>,
     /// The `image_path` column.
     pub image_path: Option<String>,
 }
 
-/// OCRBench's category whose answers are compared without spaces and with their case.
+/// OCRBench's category with case-sensitive comparison without spaces.
 const FORMULAS: &str = "Handwritten Mathematical Expression Recognition";
 
-/// Answers that VLMEvalKit counts as a refusal, which is final.
+/// Answers that VLMEvalKit counts as a refusal; a refusal ends the extraction.
 const REFUSALS: &[&str] = &[
     "Sorry, I can't help with images of people yet.",
     "I can't process this file.",
@@ -34,7 +34,7 @@ const REFUSALS: &[&str] = &[
     "Cannot determine the answer",
 ];
 
-/// Answer of VLMEvalKit's API clients after a failed request.
+/// The text that VLMEvalKit's API clients return after a failed request.
 const NO_ANSWER: &str = "Failed to obtain answer via API";
 
 /// The letter of "none of the options".
@@ -44,14 +44,14 @@ fn hit(condition: bool) -> f64 {
     f64::from(u8::from(condition))
 }
 
-/// 1 if prediction and one of the answers are equal in the VQA normal form.
+/// 1 if the prediction equals one of the answers in the VQA normal form.
 pub(super) fn exact_match(reference: &Reference, prediction: &str) -> f64 {
     let prediction = normalise_answer(prediction);
     hit(answers_of_cell(&reference.answer).iter().any(|answer| normalise_answer(answer) == prediction))
 }
 
-/// The share of the answers that the prediction equals but for case and surrounding space; 1 if it equals any with
-/// `any`.
+/// The fraction of the answers that equal the prediction, ignoring case and surrounding spaces;
+/// with `any`, 1 if one does.
 pub(super) fn equal_text(reference: &Reference, prediction: &str, any: bool) -> f64 {
     let clean = |text: &str| text::lower(text::strip(text));
     let prediction = clean(prediction);
@@ -74,7 +74,7 @@ pub(super) fn ocr_contains(reference: &Reference, prediction: &str) -> f64 {
     hit(answers_of_cell(&reference.answer).iter().any(|answer| prediction.contains(&clean(answer))))
 }
 
-/// 1 if a number is within 5% of one of the answers, or a text equals it but for case.
+/// 1 if a number is within 5% of one of the answers, or a text equals one ignoring case.
 ///
 /// Source: Masry et al. 2022, arXiv:2203.10244, section 5.1.
 pub(super) fn relaxed_accuracy(reference: &Reference, prediction: &str) -> f64 {
@@ -90,8 +90,9 @@ pub(super) fn relaxed_accuracy(reference: &Reference, prediction: &str) -> f64 {
     hit(answers_of_cell(&reference.answer).iter().any(matches))
 }
 
-/// Agreement with the annotators: the mean over each of them left out of `min(1, others that agree / 3)`. A lone answer
-/// has no others to agree with, so it must be met itself (VLMEvalKit gives 0 there).
+/// Agreement with the annotators: the mean of `min(1, other annotators that agree / 3)` over all annotators,
+/// each left out in turn. A single answer has no other annotators, so it must equal the prediction
+/// (VLMEvalKit gives 0 in that case).
 ///
 /// Source: Antol et al. 2015, arXiv:1505.00468.
 pub(super) fn vqa_score(reference: &Reference, prediction: &str) -> f64 {
@@ -109,7 +110,7 @@ pub(super) fn vqa_score(reference: &Reference, prediction: &str) -> f64 {
     scores.sum::<f64>() / answers.len() as f64
 }
 
-/// 1 minus the least normalised edit distance to an answer; 0 below 0.5.
+/// 1 minus the smallest normalised edit distance to an answer; 0 below 0.5.
 ///
 /// Source: Biten et al. 2019, arXiv:1905.13648.
 pub(super) fn anls(reference: &Reference, prediction: &str) -> f64 {
@@ -119,17 +120,17 @@ pub(super) fn anls(reference: &Reference, prediction: &str) -> f64 {
     if similarity < 0.5 { 0.0 } else { similarity }
 }
 
-/// 1 if the prediction says yes where the answer does, or no where it does.
+/// 1 if prediction and answer are both yes or both no.
 pub(super) fn yes_no(reference: &Reference, prediction: &str) -> f64 {
     hit(says_yes(prediction).is_some_and(|yes| says_yes(&reference.answer) == Some(yes)))
 }
 
-/// As [`yes_no`] for benchmarks whose answers are `Yes` and `No`, written so.
+/// As [`yes_no`], for benchmarks whose answers are spelled `Yes` and `No`.
 pub(super) fn yes_no_as_written(reference: &Reference, prediction: &str) -> f64 {
     hit(says_yes(prediction).is_some_and(|yes| reference.answer == if yes { "Yes" } else { "No" }))
 }
 
-/// As [`yes_no`], the answer being `yes` or `no` in any case.
+/// As [`yes_no`], with answers `yes` and `no` in any case.
 pub(super) fn yes_no_any_case(reference: &Reference, prediction: &str) -> f64 {
     hit(says_yes(prediction).is_some_and(|yes| text::lower(&reference.answer) == if yes { "yes" } else { "no" }))
 }
@@ -145,12 +146,12 @@ pub fn says_yes(text: &str) -> Option<bool> {
     }
 }
 
-/// 1 if the right letter, or else the right option's text, can be read from the prediction.
+/// 1 if the right letter, or otherwise the right option's text, is found in the prediction.
 pub(super) fn multiple_choice(reference: &Reference, prediction: &str) -> f64 {
     hit(read_choice(prediction, &reference.options).is_some_and(|letter| reference.answer.chars().eq([letter])))
 }
 
-/// As [`multiple_choice`] for MMMU, whose open questions become a choice between the answer, A, and anything else.
+/// As [`multiple_choice`] for MMMU: an open question becomes a choice between A, the answer, and anything else.
 pub(super) fn choice_or_open(reference: &Reference, prediction: &str) -> f64 {
     let mut options = reference.options.clone();
     if !options.iter().any(|(letter, _)| *letter == 'A') {
@@ -165,13 +166,13 @@ pub(super) fn choice_or_open(reference: &Reference, prediction: &str) -> f64 {
     hit(read_choice(prediction, &options) == Some(right))
 }
 
-/// The choice that a prediction makes: a letter that is read, a refusal (`Z`), or the option whose text occurs.
+/// The selected option: a letter, a refusal (`Z`), or the option whose text occurs in the prediction.
 fn read_choice(prediction: &str, options: &[(char, String)]) -> Option<char> {
     read_letter(prediction, options).or_else(|| read_text(prediction, options))
 }
 
-/// The letter that is a word of its own, if exactly one is and it is among the last four words; else the one that
-/// "answer is" names.
+/// The letter that is a separate word, if there is exactly one and it is among the last four words; otherwise the
+/// letter after "answer is".
 fn read_letter(prediction: &str, options: &[(char, String)]) -> Option<char> {
     if prediction.contains(NO_ANSWER) {
         return None;
@@ -191,9 +192,9 @@ fn read_letter(prediction: &str, options: &[(char, String)]) -> Option<char> {
     named_letter(prediction).filter(|letter| options.iter().any(|(known, _)| known == letter))
 }
 
-/// The letter A to D behind the first "answer is", whatever its case and with asterisks before it or not.
+/// The letter A to D after the first "answer is", case-insensitive, with or without asterisks before it.
 fn named_letter(prediction: &str) -> Option<char> {
-    // Each place where the three words and the letter fit is tried in turn, as a search for the pattern does.
+    // Tries each occurrence of the words in turn, as a regular-expression search does.
     let lower = prediction.to_ascii_lowercase();
     lower.match_indices("answer").find_map(|(at, word)| {
         let rest = skip_spaces(&lower[at + word.len()..])?;
@@ -203,13 +204,14 @@ fn named_letter(prediction: &str) -> Option<char> {
     })
 }
 
-/// The text behind one space or more.
+/// The text after one or more spaces.
 fn skip_spaces(text: &str) -> Option<&str> {
     let rest = text.trim_start_matches(text::is_space);
     (rest.len() < text.len()).then_some(rest)
 }
 
-/// The option whose text occurs in the prediction, if exactly one does and the prediction is not much longer than all.
+/// The option whose text occurs in the prediction, if there is exactly one and the prediction is not
+/// much longer than the options.
 fn read_text(prediction: &str, options: &[(char, String)]) -> Option<char> {
     let prediction = text::lower(prediction);
     let total: usize = options.iter().map(|(_, text)| text.chars().count()).sum();

@@ -1,33 +1,33 @@
-//! Metrics of benchmarks: one row of the table per metric, with the benchmarks that use it, the rule that judges one
-//! answer, and the function that makes a score of all judged answers.
+//! Metrics of benchmarks, one row per metric: the benchmarks that use it, the rule for a single answer, and the
+//! function that computes a score from all judged answers.
 //!
-//! The rules are VLMEvalKit's with exact matching, that is without a language model as judge. Scores are from 0 to 1.
+//! The rules are VLMEvalKit's for exact matching, without a language model as judge. Scores range from 0 to 1.
 
 use std::collections::BTreeMap;
 
 use super::judge::{self, Reference};
 
-/// One judged answer, as scores and their bootstrap see it.
+/// One judged answer, the input of scores and of their bootstrap.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Judged {
     /// Score of the answer alone, 0 to 1.
     pub score: f64,
-    /// Number of the unit that the answer belongs to, see [`Metric::unit`].
+    /// Number of the answer's unit, see [`Metric::unit`].
     pub unit: usize,
-    /// Number of the stratum that the answer belongs to, see [`Metric::stratum`].
+    /// Number of the answer's stratum, see [`Metric::stratum`].
     pub stratum: usize,
     /// The right answer is yes.
     pub truth: bool,
-    /// The prediction says yes, and does not say no.
+    /// The prediction contains yes and does not contain no.
     pub said: bool,
-    /// The judge's reply could not be read, so that the answer counts nowhere.
+    /// The judge's reply could not be parsed, so the answer is left out of all scores.
     pub unjudged: bool,
 }
 
 /// Kind of answer that a question expects; the wording of the question depends on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum QuestionKind {
-    /// Lettered options, or whatever the row holds.
+    /// Lettered options, or any other form in the row.
     Choice,
     /// The answer is yes or no.
     YesNo,
@@ -39,27 +39,28 @@ pub enum QuestionKind {
 
 /// One metric.
 pub struct Metric {
-    /// As benchmarks and reports name it.
+    /// Name in benchmarks and reports.
     pub name: &'static str,
     /// One line about the score, for help texts.
     pub about: &'static str,
-    /// Benchmarks that are judged by it: how their names begin, in lower case.
+    /// Benchmarks that use the metric, as lower-case prefixes of their names.
     pub benchmarks: &'static [&'static str],
-    /// Kind of its questions.
+    /// Kind of the questions.
     pub kind: QuestionKind,
     /// The score of one prediction, 0 to 1.
     pub judge: fn(&Reference, &str) -> f64,
-    /// Answers of one unit count together and are drawn together in the bootstrap; None for an answer by itself.
+    /// Answers of one unit are scored together and drawn together in the bootstrap; `None`: the
+    /// answer is a unit of its own.
     pub unit: fn(&Reference) -> Option<String>,
-    /// Answers of one stratum are averaged before the strata are; None where the metric has no strata.
+    /// Answers are averaged within each stratum first, then over strata; `None`: the metric has no strata.
     pub stratum: fn(&Reference) -> Option<String>,
     /// The score of a set of answers.
     pub score: fn(&[Judged]) -> f64,
-    /// Other figures that are reported beside it, in the units that their names say.
+    /// Further figures for the report; their names state the units.
     pub figures: fn(&[Judged]) -> Vec<(&'static str, f64)>,
 }
 
-/// The metric of benchmarks whose options are rotated.
+/// The metric of benchmarks with rotated options.
 pub(super) const CIRCULAR: &str = "circular";
 
 fn alone(_: &Reference) -> Option<String> {
@@ -70,7 +71,7 @@ fn nothing_more(_: &[Judged]) -> Vec<(&'static str, f64)> {
     Vec::new()
 }
 
-/// Default of a row: each answer is judged alone, and the score is their mean.
+/// Defaults of a row: each answer is judged separately, and the score is their mean.
 const MEAN: Metric = Metric {
     name: "",
     about: "",
@@ -83,10 +84,10 @@ const MEAN: Metric = Metric {
     figures: nothing_more,
 };
 
-/// The metric of benchmarks that a language model judges.
+/// The metric of benchmarks with a language model as judge.
 pub(super) const JUDGED: &str = "judge";
 
-/// All metrics. Benchmarks are looked up in this order.
+/// All metrics. Benchmarks are matched in this order.
 pub const METRICS: &[Metric] = &[
     Metric {
         name: "ocr_contains",
@@ -246,13 +247,13 @@ pub const METRICS: &[Metric] = &[
     },
 ];
 
-/// The metric of a name in the table.
+/// The metric with this name.
 pub fn metric_named(name: &str) -> Option<&'static Metric> {
     METRICS.iter().find(|metric| metric.name == name)
 }
 
-/// The metric of a question: its benchmark's if the table knows it by name; else by what the row holds: options,
-/// a yes or no as the answer, anything else.
+/// The metric of a question: that of its benchmark, if the table lists it; otherwise by the row's content: options, a
+/// yes or no as the answer, or any other answer.
 pub fn metric_for(benchmark: &str, reference: &Reference) -> &'static Metric {
     let by_row = || {
         let answer = reference.answer.trim().to_lowercase();
@@ -265,22 +266,22 @@ pub fn metric_for(benchmark: &str, reference: &Reference) -> &'static Metric {
     metric_of(benchmark).or_else(by_row).unwrap_or(&METRICS[METRICS.len() - 1])
 }
 
-/// The metric of a benchmark that the table knows by name: `ChartQA_TEST` and `HRBench4K` are known, `commerce` is not.
-/// A name with `circular` in it is judged over rotations.
+/// The metric of a benchmark that the table lists: `ChartQA_TEST` and `HRBench4K` are listed, `commerce` is not. A
+/// benchmark with `circular` in its name is judged over rotations.
 pub fn metric_of(benchmark: &str) -> Option<&'static Metric> {
     let benchmark = benchmark.to_lowercase();
     if benchmark.contains("circular") {
         return metric_named(CIRCULAR);
     }
     let named = |known: &str| match benchmark.strip_prefix(known) {
-        // `VStarBench` is `VStar` in some commands.
+        // `VStarBench` is called `VStar` in some commands.
         Some(rest) => rest == "bench" || !rest.starts_with(char::is_alphabetic),
         None => false,
     };
     METRICS.iter().find(|metric| metric.benchmarks.iter().any(|known| named(known)))
 }
 
-/// The benchmarks that only a language model can judge.
+/// True for benchmarks that only a language model can judge.
 pub fn needs_judge(benchmark: &str) -> bool {
     metric_of(benchmark).is_some_and(|metric| metric.name == JUDGED)
 }
@@ -292,7 +293,7 @@ pub(super) fn mean_score(rows: &[Judged]) -> f64 {
     if count == 0 { 0.0 } else { judged().map(|row| row.score).sum::<f64>() / count as f64 }
 }
 
-/// The share of keys all of whose answers are right.
+/// The fraction of keys for which all answers are right.
 fn all_right(rows: &[Judged], key: impl Fn(&Judged) -> usize) -> f64 {
     let mut units: BTreeMap<usize, bool> = BTreeMap::new();
     for row in rows {
@@ -311,7 +312,7 @@ fn pairs_right(rows: &[Judged]) -> f64 {
     right / units.len().max(1) as f64
 }
 
-/// The mean over strata of what a function makes of each.
+/// The mean of `score` over strata.
 fn mean_of_strata(rows: &[Judged], score: impl Fn(&[Judged]) -> f64) -> f64 {
     let mut strata: BTreeMap<usize, Vec<Judged>> = BTreeMap::new();
     for row in rows {
@@ -320,7 +321,7 @@ fn mean_of_strata(rows: &[Judged], score: impl Fn(&[Judged]) -> f64) -> f64 {
     strata.values().map(|own| score(own)).sum::<f64>() / strata.len().max(1) as f64
 }
 
-/// The figures of yes-or-no questions with yes as the positive class; an answer that says neither counts as no.
+/// Figures of yes-or-no questions, with yes as the positive class; an answer with neither counts as no.
 struct YesNo {
     precision: f64,
     recall: f64,
@@ -350,7 +351,7 @@ fn yes_no_figures(rows: &[Judged]) -> Vec<(&'static str, f64)> {
     ]
 }
 
-/// The question that a row is a rotation of: its `g_index`, else its index modulo a million.
+/// The question of which a row is a rotation: its `g_index`, or otherwise its index modulo a million.
 pub(super) fn rotation_of(reference: &Reference) -> String {
     match (&reference.g_index, reference.index.parse::<u64>()) {
         (Some(group), _) => group.clone(),
@@ -366,7 +367,7 @@ fn hallusion_key(reference: &Reference, part: usize) -> Option<String> {
     Some(format!("{}_{set}_{own}", reference.l2_category.as_deref().unwrap_or_default()))
 }
 
-/// AMBER's types of question by category.
+/// AMBER's type of question for a category.
 fn amber_type(category: &str) -> &str {
     match category {
         "discriminative-attribute-state" | "discriminative-attribute-number" | "discriminative-attribute-action" => {

@@ -1,6 +1,6 @@
-//! MIA-Bench: a language model grades how an answer follows each component of its instruction.
+//! MIA-Bench: a language model grades how well an answer follows each component of its instruction.
 //!
-//! The question to the judge is worded here; the form of its reply, and how that is read, are VLMEvalKit's.
+//! The question to the judge has our own wording; the form of the reply and its parsing are VLMEvalKit's.
 
 use crate::base::{Error, Result};
 use crate::data::{BenchRow, Benchmark, string_list};
@@ -13,9 +13,9 @@ pub struct Grades {
     pub total: f64,
 }
 
-/// What the judge is asked about an answer.
+/// The question to the judge about an answer.
 ///
-/// Errors: `Error::Invalid` naming the row when it lacks a component or its weight.
+/// Errors: `Error::Invalid` naming the row when a component or its weight is missing.
 pub fn grading_question(benchmark: &Benchmark, row: &BenchRow, answer: &str) -> Result<String> {
     let subject = || format!("row `{}` of the benchmark", row.index);
     let cell = |column: &str| {
@@ -56,8 +56,8 @@ pub fn grading_question(benchmark: &Benchmark, row: &BenchRow, answer: &str) -> 
     ))
 }
 
-/// Reads a judge's reply: the first sentence is a list with commas, its last item the total. `types` is the cell
-/// `component_type`. `None` for a reply of another form, which counts nowhere.
+/// Parses a judge's reply: the first sentence is a comma-separated list whose last item is the total. `types` is the
+/// cell `component_type`. `None` for a reply of another form, which is left out of all scores.
 pub fn read_grades(types: &str, reply: &str) -> Option<Grades> {
     let types: Vec<char> = types.chars().collect();
     let types: String = types.get(2..types.len().saturating_sub(2)).unwrap_or_default().iter().collect();
@@ -68,7 +68,7 @@ pub fn read_grades(types: &str, reply: &str) -> Option<Grades> {
     for (number, item) in first.iter().enumerate() {
         let (kind, grade) = (types.get(number)?.to_string(), grade(item)?);
         match components.iter_mut().find(|(known, _)| *known == kind) {
-            // The later of two components of one type counts.
+            // Of two components of one type the later one counts.
             Some((_, known)) => *known = grade,
             None => components.push((kind, grade)),
         }
@@ -76,7 +76,7 @@ pub fn read_grades(types: &str, reply: &str) -> Option<Grades> {
     Some(Grades { components, total: grade(last)? })
 }
 
-/// The share in `name: 3/4`: what is behind the first colon and one character more.
+/// The fraction in `name: 3/4`: the text after the first colon and one more character.
 fn grade(item: &str) -> Option<f64> {
     let text = item.split(':').nth(1)?;
     let rest: String = text.chars().skip(1).collect();
@@ -85,7 +85,7 @@ fn grade(item: &str) -> Option<f64> {
     (most != 0.0).then_some(points / most)
 }
 
-/// A whole number as Python's `int` reads it from a text.
+/// An integer by the rules of Python's `int`.
 fn whole(text: &str) -> Option<f64> {
     let text = text.trim_matches(|c: char| c.is_whitespace() || ('\x1c'..='\x1f').contains(&c));
     let digits = text.strip_prefix(['+', '-']).unwrap_or(text);
@@ -115,7 +115,7 @@ mod tests {
         total: Option<f64>,
     }
 
-    /// `scripts/vlmevalkit/prompts.py` makes the values.
+    /// `scripts/vlmevalkit/prompts.py` computes the values.
     #[test]
     fn replies_are_read_as_vlmevalkit_reads_them() {
         let text = std::fs::read_to_string("fixtures/vlmevalkit/prompts.json").unwrap();

@@ -10,7 +10,7 @@ use crate::runtime::{Profile, Step, VlmSession, cross_entropy};
 
 use super::stats::{Interval, kept_likelihood};
 
-/// Samples that are made ready before they are needed.
+/// Number of samples prepared ahead of the runtime.
 const SAMPLES_AHEAD: usize = 8;
 
 /// The content of `report.json` for running text, conversations and ready tensors.
@@ -68,10 +68,10 @@ pub struct SequenceLoss {
 }
 
 /// Perplexity of a model named `name` on running text, on the answers of conversations, or on the labels of ready
-/// tensors: each sample is a pass of its own, and its tokens are predicted from those before them. `limit` takes the
-/// first samples only; with `peers` each process reads its part of them, and all have the figures of the whole.
+/// tensors. Each sample is a pass of its own; each token is predicted from the tokens before it. `limit` restricts the
+/// run to the first samples.
 ///
-/// Errors: as `Intake::encoded`; `Error::Invalid` when there is nothing to predict, or a token outside the logits;
+/// Errors: as `Intake::encoded`; `Error::Invalid` when there is nothing to predict or a token is outside the logits;
 /// `Error::Engine` when the runtime fails; `Error::Interrupted` when the user asked to stop.
 pub fn perplexity(
     name: &str,
@@ -148,7 +148,7 @@ fn sequence_loss(vlm: &mut VlmSession, encoded: Encoded) -> Result<SequenceLoss>
 
 /// Retention: the baseline's perplexity over the model's.
 ///
-/// Errors: `Error::Invalid` when the two did not read the same sequences.
+/// Errors: `Error::Invalid` when the two have different sequences.
 pub fn kept_perplexity(model: &TextScores, baseline: &TextScores, seed: u64) -> Result<Interval> {
     let same = model.sequences.len() == baseline.sequences.len()
         && model.sequences.iter().zip(&baseline.sequences).all(|(a, b)| a.predicted_tokens == b.predicted_tokens);

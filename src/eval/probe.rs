@@ -1,4 +1,4 @@
-//! Inputs made up for measuring and checking: token ids, a picture, pixel values.
+//! Synthetic inputs for measurements and checks: token ids, a picture, pixel values.
 
 use ndarray::{ArrayD, IxDyn};
 use rand::{Rng, SeedableRng};
@@ -13,10 +13,10 @@ use crate::prompt::{
 use crate::runtime::{Decoder, Embedded, Input, Kind};
 
 const GIVE_INPUTS: &str = "give inputs of your own with `verify --inputs`";
-/// Side of the made-up picture, in pixels.
+/// Side of the synthetic picture, in pixels.
 const PICTURE_SIDE: u32 = 512;
 
-/// Token ids spread over the vocabulary; `avoid` (the image token) is not among them.
+/// Token ids spread over the vocabulary, except `avoid` (the image token).
 pub fn token_ids(count: usize, vocabulary: usize, avoid: Option<i64>) -> Vec<i64> {
     let vocabulary = vocabulary.max(2) as i64;
     (0..count as i64)
@@ -27,13 +27,13 @@ pub fn token_ids(count: usize, vocabulary: usize, avoid: Option<i64>) -> Vec<i64
         .collect()
 }
 
-/// A text of these ids at positions counted from `first`, with noise in place of embeddings, for a decoder without an
+/// A text of these ids with positions from `first` on and noise in place of embeddings, for a decoder without an
 /// embedding component.
 ///
-/// Errors: `Error::Unsupported` when the graph leaves a width open.
+/// Errors: `Error::Unsupported` when the graph does not fix a width.
 pub fn noise_text(decoder: &Decoder, ids: &[i64], first: i64) -> Result<Embedded> {
     let open = |what: &str| {
-        Error::unsupported(decoder.session().subject(), format!("leaves the width of `{what}` open"))
+        Error::unsupported(decoder.session().subject(), format!("does not fix the width of `{what}`"))
             .remedy("give the model's whole folder")
     };
     let hidden_size = match decoder.takes_embeds() {
@@ -57,9 +57,9 @@ pub fn picture_prompt(processor: &Processor) -> Result<Prompt> {
     Ok(processor.encode_question("the made-up question", &parts, &[image])?.into_prompt())
 }
 
-/// A made-up picture for a vision encoder's inputs: one tile, or patches on a grid.
+/// A synthetic picture for a vision encoder's inputs: one tile, or patches on a grid.
 ///
-/// Errors: `Error::Unsupported` when the graph leaves the size of a tile or of a patch open.
+/// Errors: `Error::Unsupported` when the graph does not fix the size of a tile or patch.
 pub fn noise_picture(subject: &str, inputs: &[Input]) -> Result<ImageArrays> {
     let port = inputs.iter().find(|input| input.kind() == Kind::Image(PIXEL_VALUES)).map(|input| &input.port);
     let port = port.ok_or_else(|| {
@@ -72,7 +72,7 @@ pub fn noise_picture(subject: &str, inputs: &[Input]) -> Result<ImageArrays> {
         size.ok_or_else(|| Error::unsupported(subject, problem()).remedy(GIVE_INPUTS))
     };
     let on_a_grid = inputs.iter().any(|input| input.kind() == Kind::Image(IMAGE_GRID_THW));
-    // The axes of a tile `[C, H, W]` or a patch `[D]` are the last ones; how many patches there are may be open.
+    // The last axes are those of a tile `[C, H, W]` or a patch `[D]`; the graph may leave the number of patches open.
     let (shape, grid) = match rank {
         4 if on_a_grid => {
             let patches = port.fixed_size(0).filter(|&size| size > 0).unwrap_or(64);
@@ -126,7 +126,7 @@ pub fn noise_picture(subject: &str, inputs: &[Input]) -> Result<ImageArrays> {
     ImageArrays::new(arrays)
 }
 
-/// Rows and columns of a grid of so many patches, as square as it can be in steps of two.
+/// Rows and columns of a grid with this number of patches, as square as possible in steps of two.
 fn grid_of(patches: usize) -> [usize; 2] {
     let rows = (1..=patches / 2)
         .map(|half| 2 * half)
@@ -137,19 +137,19 @@ fn grid_of(patches: usize) -> [usize; 2] {
     [rows, patches / rows]
 }
 
-/// Rows and columns of a grid of so many patches, as square as it can be.
+/// Rows and columns of a grid with this number of patches, as square as possible.
 fn nearest_square(patches: usize) -> [usize; 2] {
     let rows = (1..=patches.isqrt()).rev().find(|&rows| patches.is_multiple_of(rows)).unwrap_or(1);
     [rows, patches / rows]
 }
 
-/// Numbers between -1 and 1.
+/// Pseudo-random numbers between -1 and 1.
 pub fn noise(count: usize) -> Vec<f32> {
     let mut rng = ChaCha8Rng::seed_from_u64(0);
     (0..count).map(|_| rng.random_range(-1.0..1.0)).collect()
 }
 
-/// A BMP file, 24 bits per pixel, without compression.
+/// An uncompressed BMP file with 24 bits per pixel.
 fn noise_bitmap(width: u32, height: u32) -> Vec<u8> {
     const HEADERS: u32 = 54;
     let row = (width * 3).next_multiple_of(4);
@@ -210,7 +210,7 @@ mod tests {
     fn patches_stand_on_a_grid() {
         let found = picture(&[("pixel_values", &[64, 6]), ("grid_thw", &[-1, 3])]).expect("a picture");
         assert_eq!(found.grid_thw(), Some([1, 8, 8]));
-        // Positions are looked up in a table as large as a side, not as the whole.
+        // The table of positions has as many rows as one side of the picture, not as many as the whole.
         let found =
             picture(&[("pixel_values", &[-1, 630, 6]), ("pixel_position_ids", &[-1, 630, 2])]).expect("a picture");
         let places = found.get("pixel_position_ids").and_then(Array::ints).expect("places");

@@ -1,4 +1,4 @@
-//! Questions in the wording of VLMEvalKit.
+//! Questions with VLMEvalKit's wording.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -36,7 +36,7 @@ pub struct PromptStyleRow {
     write: fn(&Question) -> String,
 }
 
-/// Every style there is.
+/// All styles.
 pub const PROMPT_STYLES: &[PromptStyleRow] = &[
     PromptStyleRow {
         style: PromptStyle::VlmEvalKit,
@@ -69,7 +69,7 @@ impl std::str::FromStr for PromptStyle {
     }
 }
 
-/// A row as the styles word it.
+/// A row of a benchmark, the input of the styles.
 struct Question<'a> {
     /// The benchmark's name in lower case.
     benchmark: String,
@@ -80,12 +80,12 @@ struct Question<'a> {
 }
 
 impl Question<'_> {
-    /// True for one of these benchmarks.
+    /// True when the benchmark is one of these.
     fn is(&self, names: &[&str]) -> bool {
         names.contains(&self.benchmark.as_str())
     }
 
-    /// True when one of these is in the benchmark's name.
+    /// True when the benchmark's name contains one of these.
     fn names(&self, names: &[&str]) -> bool {
         names.iter().any(|name| self.benchmark.contains(name))
     }
@@ -95,11 +95,11 @@ impl Question<'_> {
     }
 }
 
-/// Suffix of VLMEvalKit for open questions of benchmarks that expect a word.
+/// VLMEvalKit's suffix for open questions of benchmarks that expect a word.
 const SHORT_ANSWER: &str = "\nAnswer the question using a single word or phrase.";
 
-/// Rows of multiple-choice benchmarks, and rows with options of others: hint if there is one, question, one line per
-/// option, a last line that asks to select. Others: the question itself with the instruction of its benchmark.
+/// Multiple-choice benchmarks, and other rows with options: the hint if there is one, the question, one line per
+/// option, and an instruction to select. Other rows: the question with the instruction of its benchmark.
 fn vlmevalkit(question: &Question) -> String {
     if question.kind != QuestionKind::Choice && question.options.is_empty() {
         return format!("{}{}", question.question, open_instruction(question));
@@ -136,7 +136,7 @@ fn qwen3_vl(question: &Question) -> String {
     }
 }
 
-/// What SmolVLM is told before questions of a benchmark, and the benchmark's names.
+/// SmolVLM's instructions before questions, with the benchmarks' names.
 const SMOLVLM_RULES: &[(&[&str], &str)] = &[
     (
         &["chartqa_test"],
@@ -172,10 +172,10 @@ const SMOLVLM_RULES: &[(&[&str], &str)] = &[
     ),
 ];
 
-/// Benchmarks that SmolVLM is asked to answer very briefly.
+/// Benchmarks for which SmolVLM's prompt requests a very brief answer.
 const SMOLVLM_BRIEF: &[&str] =
     &["mme", "mmvet", "ocrvqa_test", "ocrvqa_testcore", "infovqa_val", "infovqa_test", "ocrbench"];
-/// Benchmarks in which SmolVLM gets the question before the hint.
+/// Benchmarks for which SmolVLM's prompt has the question before the hint.
 const SMOLVLM_MMBENCH: &[&str] = &[
     "mmbench_dev_en",
     "mmbench_test_en",
@@ -191,10 +191,11 @@ const SMOLVLM_MMBENCH: &[&str] = &[
     "mmbench_cn_v11",
     "ccbench",
 ];
-/// Benchmarks in which SmolVLM answers with a letter.
+/// Benchmarks for which SmolVLM's prompt requests a letter.
 const SMOLVLM_LETTER: &[&str] = &["mmstar", "seedbench_img", "ai2d_test", "scienceqa_val", "scienceqa_test"];
 
-/// Source: VLMEvalKit's prompts for SmolVLM. MMMU's pictures stand inside its text there, in front of it here.
+/// Source: VLMEvalKit's prompts for SmolVLM. For MMMU, VLMEvalKit places the pictures inside the
+/// text; here they come first.
 fn smolvlm(question: &Question) -> String {
     let whole = vlmevalkit(question);
     let text = strip(&whole);
@@ -224,9 +225,9 @@ fn smolvlm(question: &Question) -> String {
     }
 }
 
-/// Benchmarks for which VLMEvalKit's InternVL has no words of its own.
+/// Benchmarks for which VLMEvalKit's InternVL class has no prompt of its own.
 const INTERNVL_NONE: &[&str] = &["mmdu", "mme-realworld", "wemath_cot", "mmalignbench", "chartqapro", "chartmuseum"];
-/// Benchmarks whose questions InternVL gets as they are.
+/// Benchmarks whose questions InternVL receives unchanged.
 const INTERNVL_PLAIN: &[&str] = &[
     "mathvista",
     "mathvision",
@@ -314,7 +315,7 @@ pub fn reference_of(benchmark: &Benchmark, row: &BenchRow) -> Result<Reference> 
     })
 }
 
-/// The answer that a model is wanted to give: the letter of a choice, the first of several answers.
+/// The reference answer for a model: the letter of a choice, or the first of several answers.
 pub fn right_answer(reference: &Reference) -> String {
     match reference.options.is_empty() {
         true => answers_of_cell(&reference.answer).into_iter().next().unwrap_or_default(),

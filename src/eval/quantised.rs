@@ -1,8 +1,8 @@
 //! Tolerance for graphs that round activations to few bits.
 //!
-//! Rounding is a step: the last bit of a value next to a boundary decides to which side it is rounded, and the result then
-//! differs by a whole step. No two engines give the same last bits, so such graphs are compared with what the runtime shows
-//! by itself: its outputs before and after its inputs change by a relative 1e-6.
+//! Rounding is a step function: the last bit of a value near a boundary decides the direction, and the results differ
+//! by a whole step. Two engines never agree in all last bits, so for such graphs the tolerance is derived from the
+//! runtime's own spread: the change of its outputs when its inputs change by a relative 1e-6.
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -16,10 +16,10 @@ use super::exact::{EXACT, find_node};
 
 /// The relative change of the inputs: about 16 roundings of f32 (2^-24 each).
 pub const CHANGE: f32 = 1e-6;
-/// Number of changes that are tried, each with random signs.
+/// Number of tested changes, each with random signs.
 const TRIES: u64 = 8;
 
-/// Operators that round activations, by the beginnings of their names.
+/// Operators that round activations, as prefixes of their names.
 const ROUNDING: &[&str] =
     &["DynamicQuantize", "QuantizeLinear", "QLinear", "QGemm", "QAttention", "MatMulIntegerToFloat"];
 
@@ -29,8 +29,8 @@ pub fn rounding_operator(model: &Model) -> Option<&str> {
         .map(|node| node.op_type.as_str())
 }
 
-/// The largest difference between the runtime's outputs before and after changes of a decoder's embeddings, or of the
-/// graph's f32 weights where it takes ids.
+/// The largest difference between the runtime's outputs before and after changes to a decoder's embeddings, or to the
+/// graph's f32 weights when it takes ids.
 ///
 /// Errors: as `Decoder::step`.
 pub fn spread_of_decoder(
@@ -56,7 +56,7 @@ pub fn spread_of_decoder(
     Ok(largest)
 }
 
-/// As [`spread_of_decoder`], of a graph that one run exercises.
+/// As [`spread_of_decoder`], for a graph that needs only one run.
 ///
 /// Errors: as `Session::run`.
 pub fn spread_of_session(
@@ -98,7 +98,7 @@ fn change(data: &mut [f32], seed: u64) {
     data.iter_mut().for_each(|value| *value *= 1.0 + if rng.random() { CHANGE } else { -CHANGE });
 }
 
-/// The graph with every f32 weight changed.
+/// The graph with a change to every f32 weight.
 fn changed_weights(model: &Model, seed: u64) -> Model {
     let mut changed = model.clone();
     for (number, (_, tensor)) in changed.graph.body.initializers.iter_mut().enumerate() {
@@ -119,7 +119,7 @@ mod tests {
     use crate::eval::checks::{CheckStatus, Checks, TOLERANCE};
     use crate::ir::{Dim, Node, Value, ValueType};
 
-    /// `DynamicQuantizeLinear` and its codes as floats.
+    /// `DynamicQuantizeLinear`, with its result as floats.
     fn rounded() -> Model {
         let mut model = Model { ir_version: 8, opset_imports: [(String::new(), 17)].into(), ..Model::default() };
         let graph = &mut model.graph;

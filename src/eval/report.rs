@@ -146,18 +146,18 @@ pub struct Answer {
 }
 
 impl Answer {
-    /// The groups that the answer counts in: POPE's questions belong to every category of a list with commas.
+    /// The groups in which the answer counts. POPE's questions count in every category of a comma-separated list.
     pub fn groups(&self) -> impl Iterator<Item = &str> {
         self.groups_of(&self.group)
     }
 
-    /// The groups that a cell of a column names for this answer.
+    /// The groups in a cell of a column, for this answer.
     pub(super) fn groups_of<'a>(&self, cell: &'a str) -> impl Iterator<Item = &'a str> + use<'a> {
         let listed = self.metric == "yes_no_f1";
         cell.split(move |c| listed && c == ',')
     }
 
-    /// Puts the answer into one group, in which it counts as often as it counted in all of its own.
+    /// Moves the answer to one group, in which it counts as many times as it had groups.
     pub fn regroup(&mut self, group: &str) {
         self.group = vec![group; self.groups().count()].join(",");
     }

@@ -1,4 +1,4 @@
-//! Benchmarks through a model: pictures and prompts are prepared in one thread while the runtime answers in another.
+//! Runs benchmarks: one thread prepares pictures and prompts while another runs the model.
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
@@ -21,13 +21,13 @@ use super::summary::{NO_GROUP, grades_by_type, groups_by, summarise};
 
 /// Longest answer in tokens by default: benchmarks expect a letter, a word or a short phrase.
 const DEFAULT_MAX_NEW_TOKENS: usize = 128;
-/// Batches whose prompts are sorted by length together, to reduce padding.
+/// Number of batches whose prompts are sorted by length together, to reduce padding.
 const BATCHES_PER_WINDOW: usize = 8;
 
-/// A model that answers questions.
+/// A loaded model that can answer questions.
 #[derive(Debug)]
 pub struct LoadedModel {
-    /// As reports show it.
+    /// Name in reports.
     pub name: String,
     /// Sessions of the vision encoder, the embedding and the decoder.
     pub vlm: VlmSession,
@@ -36,7 +36,8 @@ pub struct LoadedModel {
 }
 
 impl LoadedModel {
-    /// Loads a model folder with its own processor, template and tokenizer; `images` are settings over the processor's own.
+    /// Loads a model folder with its own processor, template and tokenizer. `images` overrides
+    /// the processor's settings.
     ///
     /// Errors: as `Bundle::open`, `VlmSession::open` and `Processor::open_with`.
     pub fn open(
@@ -58,11 +59,11 @@ impl LoadedModel {
 /// Settings of a benchmark run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EvalOptions {
-    /// Questions that are answered together.
+    /// Number of questions per batch.
     pub batch_size: usize,
-    /// Longest answer in tokens; `None` takes the model's own setting.
+    /// Longest answer in tokens; `None` uses the model's own setting.
     pub max_new_tokens: Option<usize>,
-    /// Asks only the first questions.
+    /// Number of questions, from the first on; `None` means all.
     pub limit: Option<usize>,
     /// Wording of the questions.
     pub prompt_style: PromptStyle,
@@ -82,20 +83,21 @@ impl Default for EvalOptions {
     }
 }
 
-/// A question ready for the runtime.
+/// A question prepared for the runtime.
 struct Prepared {
     number: usize,
     prompt: Prompt,
 }
 
-/// The name under which a benchmark is known: its file's, without extension.
+/// The name of a benchmark: the file name without extension.
 pub fn benchmark_name(path: &Path) -> String {
     path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
-/// Answers every question greedily and judges the answers. `name` is the benchmark's, see [`benchmark_name`].
+/// Answers every question with greedy decoding and judges the answers. `name` is the benchmark's, see
+/// [`benchmark_name`].
 ///
-/// Errors: `Error::Invalid` naming the row when a picture does not decode or there is no answer to compare with;
+/// Errors: `Error::Invalid` naming the row when a picture cannot be decoded or there is no reference answer;
 /// `Error::Engine` when the runtime fails; `Error::Interrupted` when the user asked to stop.
 pub fn evaluate(
     model: &mut LoadedModel,
@@ -244,20 +246,20 @@ fn replies_of(
         let picture = picture.map(|bytes| bytes.to_vec()).unwrap_or_default();
         Ok(ChatQuestion { text: grading_question(benchmark, row, prediction)?, picture })
     };
-    // What is wrong with a row is known before the first question costs anything.
+    // All rows are checked before the first question is sent.
     (0..rows.len()).try_for_each(|number| grading_question(benchmark, rows[number], "").map(drop))?;
     judge.ask_all(rows.len(), question, cancel)
 }
 
-/// Answers, and what a judge said of each.
+/// Answers, with a judge's replies.
 struct Answered {
     predictions: Vec<String>,
     replies: Option<Vec<String>>,
 }
 
-/// Judges answers that were made elsewhere: one prediction for each row of the benchmark, in its order.
+/// Judges answers from elsewhere: one prediction for each row of the benchmark, in order.
 ///
-/// Errors: `Error::Invalid` when there are more or fewer predictions than rows, or a row has no answer.
+/// Errors: `Error::Invalid` when the numbers of predictions and rows differ, or a row has no answer.
 pub fn judge_predictions(benchmark: &Benchmark, name: &str, predictions: &[String]) -> Result<ModelScores> {
     let rows: Vec<&BenchRow> = benchmark.rows().iter().collect();
     if rows.len() != predictions.len() {
@@ -282,7 +284,7 @@ fn references(benchmark: &Benchmark, name: &str, rows: &[&BenchRow]) -> Result<V
         (reference, metric)
     };
     let reference = |row: &&BenchRow| match needs_judge(name) {
-        // A judge compares with the picture, not with an answer.
+        // A judge compares with the picture, not with a reference answer.
         true => Ok(Reference { index: row.index.clone(), ..Reference::default() }),
         false => reference_of(benchmark, row),
     };
@@ -334,7 +336,8 @@ fn score_answers(
     scores
 }
 
-/// The rows that count: of circular benchmarks those whose question is there too, as VLMEvalKit has it.
+/// The rows that count. In circular benchmarks a rotation counts only when its original question is
+/// present, as in VLMEvalKit.
 fn scored<'a>(
     rows: Vec<&'a BenchRow>,
     judged: Vec<(Reference, &'static Metric)>,

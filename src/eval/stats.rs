@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use super::metrics::Judged;
 
-/// Resamples behind every interval; percentile intervals need 1,000 or more (Efron & Tibshirani 1993, chapter 19).
+/// Number of resamples for every interval; percentile intervals need 1,000 or more (Efron &
+/// Tibshirani 1993, chapter 19).
 pub const RESAMPLES: usize = 2000;
 
 /// A ratio with its 95% interval.
@@ -43,18 +44,18 @@ pub struct Compared {
 
 /// Answers to the same questions by a model and by its baseline, as a bootstrap draws them.
 pub struct Stratum {
-    /// The answers to one question, or to the questions that count together: the model's beside the baseline's.
+    /// Units of answers, each with pairs of (model, baseline). The answers of one unit are drawn together.
     pub units: Vec<Vec<(Judged, Judged)>>,
     /// Function from answers to a score.
     pub score: fn(&[Judged]) -> f64,
 }
 
 impl Stratum {
-    /// The scores of the model and of the baseline over units, in the order in which they are drawn.
+    /// The scores of the model and of the baseline over units, in the order of the draw.
     fn scores<'a>(&self, units: impl Iterator<Item = &'a Vec<(Judged, Judged)>>) -> (f64, f64) {
         let (mut model, mut baseline) = (Vec::new(), Vec::new());
         for (number, unit) in units.enumerate() {
-            // A unit that is drawn twice counts as two.
+            // A unit that is drawn twice counts as two units.
             model.extend(unit.iter().map(|pair| Judged { unit: number, ..pair.0 }));
             baseline.extend(unit.iter().map(|pair| Judged { unit: number, ..pair.1 }));
         }
@@ -116,10 +117,10 @@ impl Draws {
     }
 }
 
-/// What is kept of a baseline's mean likelihood per token, `exp` of the summed differences of log-likelihood (model less
+/// Retention of a baseline's mean likelihood per token: `exp` of the summed differences of log-likelihood (model minus
 /// baseline, in nats) over the summed tokens, with a bootstrap interval over the rows `(difference, tokens)`.
 ///
-/// Source of the interval: as of `retention`.
+/// Source of the interval: as for `retention`.
 pub fn kept_likelihood(rows: &[(f64, f64)], seed: u64) -> Interval {
     let ratio = |rows: &mut dyn Iterator<Item = (f64, f64)>| {
         let (difference, tokens) = rows.fold((0.0, 0.0), |sum, row| (sum.0 + row.0, sum.1 + row.1));
@@ -173,7 +174,7 @@ pub struct Spread {
 }
 
 impl Spread {
-    /// Summarises measurements; all zero for none.
+    /// Summarises measurements; all fields are 0 for an empty list.
     pub fn of(values: &[f64]) -> Self {
         let mut sorted = values.to_vec();
         sorted.sort_by(f64::total_cmp);
@@ -195,7 +196,7 @@ mod tests {
     use super::super::metrics::mean_score;
     use super::*;
 
-    /// Questions that count one by one.
+    /// Questions that form one unit each.
     fn stratum(pairs: impl Iterator<Item = (f64, f64)>) -> Stratum {
         let judged = |score| Judged { score, ..Judged::default() };
         Stratum { units: pairs.map(|(a, b)| vec![(judged(a), judged(b))]).collect(), score: mean_score }
@@ -222,8 +223,8 @@ mod tests {
 
     #[test]
     fn the_interval_is_that_of_a_binomial_share() {
-        // The baseline is right on all 400, the model on 300: the ratio is a share with standard error
-        // sqrt(0.75 * 0.25 / 400) = 0.02165, so the interval is 0.75 +- 0.0424.
+        // The baseline is right on all 400, the model on 300: the ratio is a proportion with standard error sqrt(0.75 *
+        // 0.25 / 400) = 0.02165, so the interval is 0.75 +- 0.0424.
         let pairs = (0..400).map(|i| (f64::from(u8::from(i % 4 != 0)), 1.0));
         let interval = retention(&[stratum(pairs)], 1).expect("a ratio");
         assert_eq!(interval.ratio, 0.75);

@@ -1,4 +1,4 @@
-//! Scores of judged answers by group and as a whole, and their ratio to a baseline's.
+//! Scores of judged answers per group and overall, and their ratios to a baseline's.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -13,7 +13,7 @@ use super::stats::{Compared, RESAMPLES, Stratum, compared, compared_over};
 /// The group of questions without a category.
 pub(super) const NO_GROUP: &str = "all";
 
-/// Scores of a benchmark, its groups in the order of their first question.
+/// Scores of a benchmark, with its groups in the order of their first question.
 pub(super) fn summarise(model: String, benchmark: String, answers: Vec<Answer>, timing: EvalTiming) -> ModelScores {
     let metric = metric_of(&benchmark);
     let groups: Vec<Option<&str>> = answers.iter().map(|answer| Some(answer.group.as_str())).collect();
@@ -38,7 +38,7 @@ pub(super) fn summarise(model: String, benchmark: String, answers: Vec<Answer>, 
     }
 }
 
-/// Mean grades by the type of component, from the judge's replies; `types` are the cells of the answers' rows.
+/// Mean grades by component type, from the judge's replies. `types` are the cells of the answers' rows.
 pub(super) fn grades_by_type(answers: &[Answer], types: &[&str]) -> Vec<GroupScore> {
     let mut groups: Vec<(String, Vec<f64>)> = Vec::new();
     for (answer, types) in answers.iter().zip(types) {
@@ -60,8 +60,8 @@ pub(super) fn grades_by_type(answers: &[Answer], types: &[&str]) -> Vec<GroupSco
     groups.into_iter().map(group).collect()
 }
 
-/// Scores of the answers that share a group; an answer whose group is a list with commas counts in each of them where
-/// its metric says so, one without a group in none.
+/// Scores of the answers of each group. If the metric allows several groups, an answer with a comma-separated list
+/// counts in each of them; an answer without a group counts in none.
 pub(super) fn groups_by(answers: &[Answer], groups: &[Option<&str>]) -> Vec<GroupScore> {
     let mut names: Vec<&str> = Vec::new();
     let mut members: HashMap<&str, Vec<&Answer>> = HashMap::new();
@@ -129,7 +129,7 @@ pub fn compare_over(runs: &[(&ModelScores, &ModelScores)], seed: u64) -> Result<
 
 /// Retention: a model's scores over a baseline's on the same questions.
 ///
-/// Errors: `Error::Invalid` when the two did not answer the same questions.
+/// Errors: `Error::Invalid` when the two have answers to different questions.
 pub fn compare(model: &ModelScores, baseline: &ModelScores, seed: u64) -> Result<Retention> {
     check_same(model, baseline)?;
     let pairs: Vec<(&Answer, &Answer)> = model.answers.iter().zip(&baseline.answers).collect();
@@ -164,12 +164,12 @@ pub fn compare(model: &ModelScores, baseline: &ModelScores, seed: u64) -> Result
     })
 }
 
-/// The answers, each as often as it has groups.
+/// The answers, each repeated once per group.
 fn exploded(answers: &[Answer]) -> impl Iterator<Item = &Answer> {
     answers.iter().flat_map(|answer| answer.groups().map(move |_| answer))
 }
 
-/// The metric of answers that are all judged by the same one.
+/// The metric of the answers, if all have the same one.
 fn metric_of_all(answers: &[&Answer]) -> Option<&'static Metric> {
     let first = &answers.first()?.metric;
     answers.iter().all(|answer| answer.metric == *first).then(|| metric_named(first)).flatten()
@@ -183,13 +183,14 @@ fn figures(metric: &Metric, rows: &[Judged]) -> BTreeMap<String, f64> {
     (metric.figures)(rows).into_iter().map(|(name, value)| (name.to_string(), value)).collect()
 }
 
-/// Answers as metrics see them: units and strata by number, an answer without a unit being one by itself.
+/// Answers in the form of metric inputs: units and strata become numbers; an answer without a
+/// unit is a unit of its own.
 fn judged(answers: &[&Answer]) -> Vec<Judged> {
     let mut units: HashMap<&str, usize> = HashMap::new();
     let mut strata: HashMap<&str, usize> = HashMap::new();
     let mut rows = Vec::with_capacity(answers.len());
     for (number, answer) in answers.iter().enumerate() {
-        // Numbers of named units begin behind those of answers by themselves.
+        // Numbers of named units follow those of answers without a unit.
         let named = answers.len() + units.len();
         let next = strata.len();
         rows.push(Judged {
@@ -204,8 +205,8 @@ fn judged(answers: &[&Answer]) -> Vec<Judged> {
     rows
 }
 
-/// Pairs of answers as the bootstrap draws them: the answers of one unit together, each as often as it counts in the
-/// group of that name, or in any.
+/// Pairs of answers for the bootstrap, grouped by unit. Each counts as many times as it is in the group `name`, or in
+/// any group if `name` is `None`.
 fn stratum(pairs: &[(&Answer, &Answer)], name: Option<&str>) -> Stratum {
     let models: Vec<&Answer> = pairs.iter().map(|pair| pair.0).collect();
     let baselines: Vec<&Answer> = pairs.iter().map(|pair| pair.1).collect();

@@ -1,18 +1,18 @@
-//! Text normalisation of the VQA metric and the small string measures that benchmarks share.
+//! Text normalisation of the VQA metric, and string measures that several benchmarks use.
 //!
-//! Source of the rules: the VQA evaluation (Antol et al. 2015, arXiv:1505.00468) as VLMEvalKit applies it.
+//! Source of the rules: the VQA evaluation (Antol et al. 2015, arXiv:1505.00468) in VLMEvalKit's implementation.
 
 use crate::data::string_list;
 
-/// Marks that the normalisation removes or turns into spaces.
+/// Marks that the normalisation removes or replaces by spaces.
 const PUNCTUATION: &[char] =
     &[';', '/', '[', ']', '"', '{', '}', '(', ')', '=', '+', '\\', '_', '-', '>', '<', '@', '`', ',', '?', '!'];
 
-/// Full stops that one call removes at most. VLMEvalKit passes Python's `re.UNICODE`, whose value is 32, where the
-/// greatest number of replacements belongs.
+/// Largest number of full stops that one call removes. VLMEvalKit passes Python's `re.UNICODE`, whose value is 32, as
+/// the maximum number of replacements.
 const MAX_STOPS: usize = 32;
 
-/// The first digit of each run of ten that Python's `\d` and `float` accept, within the basic plane.
+/// The first digit of each run of ten digits that Python's `\d` and `float` accept, within the basic plane.
 const DIGITS: &[u32] = &[
     0x30, 0x660, 0x6F0, 0x7C0, 0x966, 0x9E6, 0xA66, 0xAE6, 0xB66, 0xBE6, 0xC66, 0xCE6, 0xD66, 0xDE6, 0xE50, 0xED0,
     0xF20, 0x1040, 0x1090, 0x17E0, 0x1810, 0x1946, 0x19D0, 0x1A80, 0x1A90, 0x1B50, 0x1BB0, 0x1C40, 0x1C50, 0xA620,
@@ -24,27 +24,27 @@ fn digit_value(c: char) -> Option<u32> {
     DIGITS.iter().find_map(|&zero| u32::from(c).checked_sub(zero).filter(|value| *value < 10))
 }
 
-/// True for what Python's `str.split` and `str.strip` take for white space.
+/// True for white space by the rules of Python's `str.split` and `str.strip`.
 pub fn is_space(c: char) -> bool {
     c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c)
 }
 
-/// The words between white space, as Python's `str.split` gives them.
+/// The words between white space, as in Python's `str.split`.
 pub fn words(text: &str) -> impl Iterator<Item = &str> {
     text.split(is_space).filter(|word| !word.is_empty())
 }
 
-/// The text without white space at its ends, as Python's `str.strip` gives it.
+/// The text without white space at its ends, as in Python's `str.strip`.
 pub fn strip(text: &str) -> &str {
     text.trim_matches(is_space)
 }
 
-/// Lower case, as Python's `str.lower` gives it.
+/// Lower case, as in Python's `str.lower`.
 pub fn lower(text: &str) -> String {
     text.to_lowercase()
 }
 
-/// A number as Python's `float` reads it: white space around it, digits of any script, `_` between two digits.
+/// A number by the rules of Python's `float`: white space around it, digits of any script, `_` between two digits.
 pub fn parse_float(text: &str) -> Option<f64> {
     let text: Vec<char> = strip(text).chars().collect();
     let digit = |at: Option<usize>| at.and_then(|at| text.get(at)).is_some_and(|c| digit_value(*c).is_some());
@@ -59,7 +59,7 @@ pub fn parse_float(text: &str) -> Option<f64> {
     plain.parse().ok()
 }
 
-/// Number words and what they are written as.
+/// Number words and their digits.
 const NUMBERS: &[(&str, &str)] = &[
     ("none", "0"),
     ("zero", "0"),
@@ -75,7 +75,7 @@ const NUMBERS: &[(&str, &str)] = &[
     ("ten", "10"),
 ];
 
-/// Contractions; a word that lacks exactly one apostrophe of one of them is spelled with it.
+/// Contractions; a word that lacks exactly one apostrophe of a contraction is replaced by it.
 const CONTRACTIONS: &str = "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've \
     hasn't haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've \
     mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've \
@@ -85,7 +85,7 @@ const CONTRACTIONS: &str = "ain't aren't can't could've couldn't couldn't've did
     who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll \
     you're you've";
 
-/// Removes punctuation: a mark next to a space vanishes, one between letters becomes a space.
+/// Removes punctuation: a mark next to a space is deleted, one between letters becomes a space.
 pub fn strip_punctuation(text: &str) -> String {
     let chars: Vec<char> = text.chars().collect();
     let digit = |at: usize| chars.get(at).is_some_and(|c| digit_value(*c).is_some());
@@ -111,8 +111,8 @@ pub fn strip_punctuation(text: &str) -> String {
     kept
 }
 
-/// The normal form in which VQA answers are compared: lower case, no punctuation, no articles, digits for number
-/// words, contractions with their apostrophes.
+/// The normal form for the comparison of VQA answers: lower case, no punctuation, no articles, digits for number words,
+/// contractions with their apostrophes.
 pub fn normalise_answer(text: &str) -> String {
     let text = text.replace(['\n', '\t'], " ");
     let text = lower(&strip_punctuation(strip(&text)));
@@ -127,7 +127,7 @@ pub fn normalise_answer(text: &str) -> String {
 }
 
 fn contraction(word: &str) -> Option<&'static str> {
-    // The one contraction that the rules take apart.
+    // The only contraction that the rules split.
     if word == "somebody'd" {
         return Some("somebodyd");
     }
@@ -139,8 +139,8 @@ fn contraction(word: &str) -> Option<&'static str> {
     })
 }
 
-/// Edit distance of two texts, lower-cased and with runs of spaces joined, over the length of the longer one as it is
-/// written.
+/// Edit distance of two texts in lower case with runs of spaces collapsed, divided by the length of
+/// the longer original text.
 ///
 /// Source: Biten et al. 2019, arXiv:1905.13648 (ANLS is 1 minus it, 0 below a threshold).
 pub fn normalised_edit_distance(a: &str, b: &str) -> f64 {
@@ -163,7 +163,7 @@ pub fn normalised_edit_distance(a: &str, b: &str) -> f64 {
     row[b.len()] as f64 / longest as f64
 }
 
-/// The answers in a cell: a list as Python writes it (`['4', 'four']`), or the cell itself.
+/// The answers in a cell: a list in Python's notation (`['4', 'four']`), or the cell itself.
 pub fn answers_of_cell(cell: &str) -> Vec<String> {
     string_list(cell).filter(|items| !items.is_empty()).unwrap_or_else(|| vec![cell.to_string()])
 }
@@ -200,7 +200,7 @@ mod tests {
     fn edit_distances_by_hand() {
         assert_eq!(normalised_edit_distance("kitten", "sitting"), 3.0 / 7.0);
         assert_eq!(normalised_edit_distance(" Hello  World ", "hello world"), 0.0);
-        // The length is the one as written, so spaces make a wrong letter cheaper.
+        // The length is that of the original text, so extra spaces reduce the distance.
         assert_eq!(normalised_edit_distance("ab   ", "ac"), 0.2);
         assert_eq!(normalised_edit_distance("", ""), 0.0);
         assert_eq!(normalised_edit_distance("abc", ""), 1.0);

@@ -1,5 +1,5 @@
-//! Verifies a model's files: they load, the cache is consistent, configs and graphs agree, and the
-//! interpreter computes what ONNX Runtime computes.
+//! Verifies a model's files: they load, the cache is consistent, configs and graphs agree, and the interpreter and ONNX
+//! Runtime compute the same results.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -24,15 +24,15 @@ use super::probe::{noise, noise_picture, noise_text, picture_prompt, token_ids};
 use super::quantised::{rounding_operator, spread_of_decoder, spread_of_session};
 use super::run::LoadedModel;
 
-/// Largest component that tract is given: it holds all weights in memory.
+/// Largest component for tract, in bytes: tract holds all weights in memory.
 const TRACT_LIMIT_BYTES: u64 = 2 << 30;
-/// Operators that quantise activations over a whole run, so that a cached step cannot equal a longer prefill.
+/// Operators that quantise activations over a whole run, so that a cached step differs from a longer prefill.
 const DYNAMIC_QUANTISERS: &[&str] =
     &["DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "DynamicQuantizeLSTM"];
 
-/// Makes every check that the model's files allow.
+/// Runs every check that applies to the model's files.
 ///
-/// Errors: as `Bundle::open`, and `Error::Interrupted`; what a check finds wrong is in the report, not an error.
+/// Errors: as `Bundle::open`, and `Error::Interrupted`. Failed checks are in the report and are not errors.
 pub fn verify(path: &Path, runtime: &Runtime, cancel: &Cancel) -> Result<VerifyReport> {
     let bundle = Bundle::open(path)?;
     let mut checks = Checks(Vec::new());
@@ -57,10 +57,10 @@ pub fn verify(path: &Path, runtime: &Runtime, cancel: &Cancel) -> Result<VerifyR
     })
 }
 
-/// Checks one graph, of whatever kind, on given inputs: arrays of an `.npz` file, named after the graph's inputs.
+/// Checks one graph of any kind on inputs from an `.npz` file, whose arrays have the names of the graph's inputs.
 ///
-/// Errors: as `onnx::load` and `torch::read_npz`; `Error::Invalid` when an input has no array, or one of another type,
-/// or an array is no input. What the comparison finds is in the report, not an error.
+/// Errors: as `onnx::load` and `torch::read_npz`; `Error::Invalid` when an input has no array or one of another type,
+/// or an array is not an input. The result of the comparison is in the report and is not an error.
 pub fn verify_on(path: &Path, inputs: &Path, runtime: &Runtime) -> Result<VerifyReport> {
     let bundle = Bundle::open(path)?;
     let [part] = bundle.components() else {
@@ -136,7 +136,7 @@ fn component(bundle: &Bundle, part: &Component, runtime: &Runtime, checks: &mut 
             tract(bundle, part, &facts_of(&feeds)?, checks)?;
             interpreter(part, &model, &mut embedding.into_session(), &feeds, runtime, checks);
         }
-        // Weights without layers: that they load is all there is to say of them alone.
+        // Weights without layers: loading is the only check that applies to them alone.
         Role::Projector | Role::LmHead | Role::AudioEncoder | Role::ImageGenerator => {}
         Role::Decoder | Role::DecoderPrefill | Role::DecoderWithPast => {
             let head_dim = bundle.config().and_then(|config| config.head_size());
@@ -149,9 +149,9 @@ fn component(bundle: &Bundle, part: &Component, runtime: &Runtime, checks: &mut 
     Ok(())
 }
 
-/// The vision encoder's inputs for a picture: one that the model's own processor made, else made-up numbers.
+/// The vision encoder's inputs for a picture: from the model's own processor if possible, otherwise synthetic.
 ///
-/// Errors: `Error::Unsupported` naming an input that is not known, or whose size is open.
+/// Errors: `Error::Unsupported` naming an unknown input, or one whose size the graph does not fix.
 fn pixel_feeds(bundle: &Bundle, session: Session) -> Result<(Session, Vec<(String, Tensor)>)> {
     let encoder = VisionEncoder::new(session, Sha256Digest::new(), FeatureCache::new(0))?;
     let made = noise_picture(encoder.session().subject(), encoder.inputs()).and_then(|made| encoder.feeds(&[&made]));
@@ -168,7 +168,7 @@ fn pixel_feeds(bundle: &Bundle, session: Session) -> Result<(Session, Vec<(Strin
     Ok((encoder.into_session(), feeds))
 }
 
-/// A made-up prompt for a token embedding; a picture is in it where the graph merges features in.
+/// A synthetic prompt for a token embedding; it contains a picture if the graph merges features.
 fn embedding_prompt(bundle: &Bundle, embedding: &TokenEmbedding) -> Embedded {
     let config = bundle.config();
     let image_token = config.and_then(|config| config.image_token_id);
@@ -182,7 +182,7 @@ fn embedding_prompt(bundle: &Bundle, embedding: &TokenEmbedding) -> Embedded {
     prompt
 }
 
-/// Everything together: the model's own processor encodes a picture, and its features fit the prompt.
+/// Checks the whole model: its own processor encodes a picture, and the picture's features fit the prompt.
 fn whole(path: &Path, bundle: &Bundle, runtime: &Runtime, checks: &mut Checks) {
     if bundle.component(Role::VisionEncoder).is_none() {
         return;
@@ -214,7 +214,7 @@ fn decoder_checks(
 ) -> Result<()> {
     let embed = if decoder.takes_embeds() { bundle.component(Role::EmbedTokens) } else { None };
     let embed = embed.map(|part| runtime.session(&bundle.path_of(part), &SessionOptions::default())).transpose()?;
-    // A processor that is not understood has a check of its own; noise serves as the prompt.
+    // An unsupported processor has a check of its own; here noise replaces the prompt.
     let embed = embed.and_then(|session| TokenEmbedding::new(session).ok());
     let image_token_id = bundle.config().and_then(|config| config.image_token_id);
     let settings = VlmSettings { image_token_id, ..VlmSettings::default() };
@@ -282,7 +282,7 @@ fn decoder_checks(
     Ok(())
 }
 
-/// The interpreter check of a graph that one run exercises, and what 16-bit floats cost there.
+/// The interpreter check of a graph that needs only one run, and the check of 16-bit rounding errors.
 fn interpreter(
     part: &Component,
     model: &Model,
@@ -312,7 +312,7 @@ fn interpreter(
     }
 }
 
-/// Reference of the interpreter.
+/// The form of the graph in ONNX Runtime with which the interpreter is compared, for messages.
 fn compared_with(in_f32: bool) -> &'static str {
     if in_f32 {
         "every output against ONNX Runtime, which was asked to compute in f32"

@@ -1,4 +1,4 @@
-//! The components that an export takes, and their files.
+//! Selects the components of an export.
 
 use std::fs;
 use std::path::Path;
@@ -7,7 +7,7 @@ use crate::base::{Error, Result, list_preview};
 use crate::bundle::{Bundle, Component};
 use crate::ir::{DataType, Model};
 
-/// One component per role and stem, in the wanted variant; the most precise one without it.
+/// One component per role and stem, in the requested variant or, without a request, the most precise one.
 ///
 /// Errors: `Error::Invalid` when a component has no such variant.
 pub(super) fn chosen<'a>(bundle: &'a Bundle, variant: Option<&str>) -> Result<Vec<&'a Component>> {
@@ -37,12 +37,12 @@ pub(super) fn chosen<'a>(bundle: &'a Bundle, variant: Option<&str>) -> Result<Ve
 
 /// Lowers a model's IR version to at most `version`.
 ///
-/// Errors: `Error::Unsupported` when the model holds what came with a later version.
+/// Errors: `Error::Unsupported` when the model uses a feature of a later version.
 pub(super) fn cap_ir_version(name: &str, model: &mut Model, version: i64) -> Result<()> {
     if model.ir_version <= version {
         return Ok(());
     }
-    // Model-local functions came with version 8; the element types below with the version given.
+    // Model-local functions need version 8; each element type below needs the version next to it.
     let mut least = if model.functions.is_empty() { 4 } else { 8 };
     for (_, tensor) in &model.graph.body.initializers {
         least = least.max(match tensor.dtype {
@@ -57,7 +57,7 @@ pub(super) fn cap_ir_version(name: &str, model: &mut Model, version: i64) -> Res
     if version < least {
         return Err(Error::unsupported(
             format!("model `{name}` as IR version {version}"),
-            format!("it holds what came with version {least}"),
+            format!("it uses a feature of version {least}"),
         )
         .remedy(format!("give `--max-ir-version {least}` or more, to a consumer that reads it")));
     }
@@ -65,9 +65,9 @@ pub(super) fn cap_ir_version(name: &str, model: &mut Model, version: i64) -> Res
     Ok(())
 }
 
-/// The size of the files of a folder, in bytes.
+/// Total size of a folder's files, in bytes.
 ///
-/// Errors: `Error::Io`.
+/// Errors: `Error::Io` when a file cannot be read.
 pub(super) fn size_of<'a>(folder: &Path, files: impl Iterator<Item = &'a str>) -> Result<u64> {
     let mut size = 0;
     for file in files {

@@ -1,4 +1,4 @@
-//! Layouts to serve a model from. A target is a row of [`TARGETS`] that carries its function.
+//! Export targets: layouts for serving a model. A target is a row of [`TARGETS`] that carries its function.
 
 mod components;
 mod record;
@@ -12,7 +12,7 @@ use crate::bundle::Bundle;
 
 pub use record::{EXPORT_FILE, EXPORT_SCHEMA_VERSION, Export, ExportSettings, ExportedModel};
 
-/// A setting that some targets read.
+/// A setting that only some targets read: its name, and a function that is true when it is set.
 type Setting = (&'static str, fn(&ExportSettings) -> bool);
 
 const MAX_BATCH_SIZE: Setting = ("--max-batch-size", |settings| settings.max_batch_size.is_some());
@@ -23,18 +23,18 @@ const SETTINGS: &[Setting] = &[MAX_BATCH_SIZE, VARIANT, MAX_IR_VERSION];
 /// A layout that `export` writes.
 #[derive(Clone, Copy, Debug)]
 pub struct ExportTarget {
-    /// As `--to` takes it.
+    /// Value of `--to`.
     pub name: &'static str,
-    /// What it is, in one line.
+    /// One-line description.
     pub summary: &'static str,
-    /// The program that its output was tried with.
+    /// The program with which its output was tested.
     pub consumer: &'static str,
     settings: &'static [Setting],
-    /// Writes the files below a folder that exists, and says what they are.
+    /// Writes the files into an existing folder and returns their description.
     write: fn(&Bundle, &ExportSettings, &Path) -> Result<Export>,
 }
 
-/// Every target there is.
+/// All targets.
 pub const TARGETS: &[ExportTarget] = &[
     ExportTarget {
         name: "triton",
@@ -52,19 +52,20 @@ pub const TARGETS: &[ExportTarget] = &[
     },
 ];
 
-/// The target of a name.
+/// The target with this name.
 ///
-/// Errors: the names there are.
+/// Errors: a message with the known names.
 pub fn target_named(name: &str) -> Result<&'static ExportTarget, String> {
     let names: Vec<&str> = TARGETS.iter().map(|target| target.name).collect();
     let found = TARGETS.iter().find(|target| target.name == name);
     found.ok_or_else(|| format!("`{name}` is none of {}", names.join(", ")))
 }
 
-/// Writes a model for a target as a new folder, with a record of what was written.
+/// Writes a model for a target as a new folder, with a record of the export.
 ///
-/// Errors: `Error::Invalid` when the folder exists or a setting is given that the target does not read; `Error::Unsupported`
-/// for what the target cannot take, with the reason; `Error::Io`. Nothing is left under the folder's name then.
+/// Errors: `Error::Invalid` when the folder exists or the target does not read a given setting;
+/// `Error::Unsupported`, with the reason, when the target cannot serve the model; `Error::Io` when writing fails. On
+/// an error no folder remains.
 pub fn export(bundle: &Bundle, target: &ExportTarget, settings: &ExportSettings, folder: &Path) -> Result<Export> {
     let read = |name: &str| target.settings.iter().any(|(own, _)| *own == name);
     if let Some((name, _)) = SETTINGS.iter().find(|(name, is_set)| is_set(settings) && !read(name)) {

@@ -1,4 +1,4 @@
-//! What an export was made from and what is in it.
+//! The record of an export: its source and its content.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +10,7 @@ use crate::bundle::Role;
 
 /// Version of the schema of an export's own record.
 pub const EXPORT_SCHEMA_VERSION: u32 = 1;
-/// Name of the record in the folder.
+/// File name of the record.
 pub const EXPORT_FILE: &str = "interlace-export.json";
 
 /// How an export is written. Each target says which of these it reads; another one that is set is an error.

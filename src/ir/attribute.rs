@@ -27,14 +27,14 @@ pub enum AttributeKind {
     Tensors(Vec<Tensor>),
     /// Bodies over the same arena; no standard operator has this kind.
     Graphs(Vec<Body>),
-    /// Inside a function: the caller's attribute of this name, of this `AttributeProto.AttributeType` number.
+    /// Inside a function: a reference to the caller's attribute of this name and type.
     Reference {
         /// Name of the attribute at the call.
         name: String,
-        /// Type of the attribute, an `AttributeProto.AttributeType`.
+        /// Type of the attribute, the number of an `AttributeProto.AttributeType`.
         type_number: i32,
     },
-    /// Sparse tensors and type messages: the attribute message as it came.
+    /// Sparse tensors and type messages: the attribute message, unchanged.
     Other(Opaque),
 }
 
@@ -56,37 +56,37 @@ impl From<AttributeKind> for Attribute {
 }
 
 impl Attribute {
-    /// The integer, if it is one.
+    /// The integer, if the attribute is one.
     pub fn as_int(&self) -> Option<i64> {
         if let AttributeKind::Int(value) = self.kind { Some(value) } else { None }
     }
 
-    /// The float, if it is one.
+    /// The float, if the attribute is one.
     pub fn as_float(&self) -> Option<f32> {
         if let AttributeKind::Float(value) = self.kind { Some(value) } else { None }
     }
 
-    /// The integers, if it is a list of them.
+    /// The integers, if the attribute is a list of integers.
     pub fn as_ints(&self) -> Option<&[i64]> {
         if let AttributeKind::Ints(values) = &self.kind { Some(values) } else { None }
     }
 
-    /// The floats, if it is a list of them.
+    /// The floats, if the attribute is a list of floats.
     pub fn as_floats(&self) -> Option<&[f32]> {
         if let AttributeKind::Floats(values) = &self.kind { Some(values) } else { None }
     }
 
-    /// The text, if it is one in UTF-8.
+    /// The text, if the attribute is a string in UTF-8.
     pub fn as_str(&self) -> Option<&str> {
         if let AttributeKind::String(bytes) = &self.kind { std::str::from_utf8(bytes).ok() } else { None }
     }
 
-    /// The tensor, if it is one.
+    /// The tensor, if the attribute is one.
     pub fn as_tensor(&self) -> Option<&Tensor> {
         if let AttributeKind::Tensor(tensor) = &self.kind { Some(tensor) } else { None }
     }
 
-    /// Bodies inside.
+    /// Bodies inside the attribute.
     pub fn bodies(&self) -> impl Iterator<Item = &Body> {
         let slice = match &self.kind {
             AttributeKind::Graph(body) => std::slice::from_ref(body),
@@ -96,7 +96,7 @@ impl Attribute {
         slice.iter()
     }
 
-    /// Mutable bodies inside.
+    /// Mutable bodies inside the attribute.
     pub fn bodies_mut(&mut self) -> impl Iterator<Item = &mut Body> {
         let slice = match &mut self.kind {
             AttributeKind::Graph(body) => std::slice::from_mut(body),

@@ -8,9 +8,9 @@ use super::{Body, Graph, Model, ValueId};
 
 /// Checks a model's graph and functions.
 ///
-/// Holds: every value read is defined before (nodes in execution order), none is defined twice, names of values in
-/// use are distinct and not empty, every weight's byte count fits its type and shape, every output exists, and every
-/// node's domain has an opset version.
+/// Invariants: every value is defined before it is read (nodes in execution order) and defined once; names of values in
+/// use are distinct and not empty; every weight's byte count fits its type and shape; every output exists; every node's
+/// domain has an opset version.
 ///
 /// Errors: `Error::Invalid` naming the node or value.
 pub fn check(model: &Model) -> Result<()> {

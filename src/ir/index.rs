@@ -29,7 +29,7 @@ pub struct Use {
     pub input: Option<usize>,
 }
 
-/// Producers and readers of one body's values; a snapshot that a change to the body makes stale.
+/// Producers and readers of one body's values. A snapshot: any change to the body makes it stale.
 #[derive(Debug, Default)]
 pub struct GraphIndex {
     producers: HashMap<ValueId, Producer>,
@@ -81,7 +81,7 @@ impl GraphIndex {
         self.producers.get(&id).copied()
     }
 
-    /// The node and output number that make the value.
+    /// The node and output number that produce the value.
     pub fn node_of(&self, id: ValueId) -> Option<(usize, usize)> {
         match self.producers.get(&id) {
             Some(Producer::Node { node, output }) => Some((*node, *output)),

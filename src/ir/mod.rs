@@ -1,7 +1,7 @@
-//! The graph in memory. Knows no wire format: values are arena ids, weights are ranges of mapped files.
+//! The graph in memory. It knows no wire format: values are arena ids, weights are ranges of mapped files.
 //!
 //! One [`Graph`] owns one arena of [`Value`]s. The bodies of `If`, `Loop` and `Scan` nodes are [`Body`]s over the same
-//! arena, so a captured outer value is simply an id that the outer body defines.
+//! arena, so a captured outer value is an id that the outer body defines.
 
 mod attribute;
 mod check;
@@ -40,7 +40,7 @@ pub struct Model {
     pub functions: Vec<Function>,
     /// The main graph.
     pub graph: Graph,
-    /// Fields that this version does not know, carried over as they came.
+    /// Fields that this version does not know, written back unchanged.
     pub extra: Opaque,
 }
 
@@ -104,17 +104,17 @@ pub struct Body {
 pub struct Value {
     /// Unique within its body and the bodies around it.
     pub name: String,
-    /// From `graph.input`, `graph.output` or `value_info`; `None` where the file says nothing.
+    /// From `graph.input`, `graph.output` or `value_info`; `None` when the file does not declare it.
     pub ty: Option<ValueType>,
     /// Free text of the author; may be empty.
     pub doc_string: String,
     /// Key-value pairs of `metadata_props`, in file order.
     pub metadata: Vec<(String, String)>,
-    /// The file's second entry about this value, as of an output that `value_info` describes too, without its name.
+    /// The file's second entry about this value, without its name; for example an output that `value_info` lists too.
     pub described_again: Opaque,
     /// The file's `quantization_annotation` of this value, without its name; empty where there is none.
     pub quantization: Opaque,
-    /// Denotations and fields that this version does not know, carried over as they came.
+    /// Denotations and fields that this version does not know, written back unchanged.
     pub extra: Opaque,
 }
 
@@ -129,9 +129,9 @@ pub struct Node {
     pub domain: String,
     /// Selects among functions of the same domain and name; `""` for operators.
     pub overload: String,
-    /// `None` is an optional input left out.
+    /// `None` is an omitted optional input.
     pub inputs: Vec<Option<ValueId>>,
-    /// `None` is an optional output left out.
+    /// `None` is an omitted optional output.
     pub outputs: Vec<Option<ValueId>>,
     /// Attributes by name, in file order; names are unique.
     pub attributes: Vec<(String, Attribute)>,
@@ -144,12 +144,12 @@ pub struct Node {
 }
 
 impl Graph {
-    /// The value behind an id. Ids are only ever made by this graph's own arena.
+    /// The value of an id. Only this graph's arena creates its ids.
     pub fn value(&self, id: ValueId) -> &Value {
         &self.values[id.index()]
     }
 
-    /// The name of a value, as the file has it.
+    /// The name of a value in the file.
     pub fn name(&self, id: ValueId) -> &str {
         &self.values[id.index()].name
     }
@@ -171,7 +171,7 @@ impl Graph {
         self.body.outputs.iter().copied().find(|&id| self.name(id) == name)
     }
 
-    /// A name not yet in the arena, made from `stem`.
+    /// A name based on `stem` that is not yet in the arena.
     pub fn fresh_name(&self, stem: &str) -> String {
         let taken: std::collections::HashSet<&str> = self.values.iter().map(|value| value.name.as_str()).collect();
         let mut name = stem.to_string();
@@ -202,17 +202,17 @@ impl Node {
         self.attributes.iter().find(|(key, _)| key == name).map(|(_, value)| value)
     }
 
-    /// Bodies that this node carries (`If`, `Loop`, `Scan`).
+    /// Bodies in the attributes of this node (`If`, `Loop`, `Scan`).
     pub fn bodies(&self) -> impl Iterator<Item = &Body> {
         self.attributes.iter().flat_map(|(_, attribute)| attribute.bodies())
     }
 
-    /// Mutable bodies that this node carries.
+    /// Mutable bodies in the attributes of this node.
     pub fn bodies_mut(&mut self) -> impl Iterator<Item = &mut Body> {
         self.attributes.iter_mut().flat_map(|(_, attribute)| attribute.bodies_mut())
     }
 
-    /// True when the outputs tell of the inputs' shapes and not of their content.
+    /// True when the outputs depend on the shapes of the inputs alone, not on their content.
     pub fn reads_shape_only(&self) -> bool {
         self.domain.is_empty() && ["Shape", "Size"].contains(&self.op_type.as_str())
     }
@@ -233,12 +233,12 @@ impl Node {
         }
     }
 
-    /// Ids of the inputs that are there.
+    /// Ids of the inputs that are not omitted.
     pub fn present_inputs(&self) -> impl Iterator<Item = ValueId> + '_ {
         self.inputs.iter().flatten().copied()
     }
 
-    /// Ids of the outputs that are there.
+    /// Ids of the outputs that are not omitted.
     pub fn present_outputs(&self) -> impl Iterator<Item = ValueId> + '_ {
         self.outputs.iter().flatten().copied()
     }

@@ -1,4 +1,4 @@
-//! Constant tensors: bytes held here, or a range of a mapped file.
+//! Constant tensors: bytes in memory, or a range of a mapped file.
 
 use std::sync::Arc;
 
@@ -31,7 +31,7 @@ pub struct Tensor {
 pub enum TensorData {
     /// Held in memory.
     Bytes(Bytes),
-    /// A range of a mapped file: external data, or the inside of the `.onnx` file itself.
+    /// A range of a mapped file: an external data file or the `.onnx` file itself.
     Mapped {
         /// The file, shared by all tensors in it.
         file: Arc<MappedFile>,
@@ -39,7 +39,7 @@ pub enum TensorData {
         offset: u64,
         /// Bytes in the range.
         length: u64,
-        /// True when the model file names another file for it (external data).
+        /// True when the range is in another file than the model's own (external data).
         external: bool,
     },
     /// Elements of a string tensor.
@@ -97,7 +97,7 @@ impl Tensor {
         }
     }
 
-    /// True when the content lives in a file other than the model's own.
+    /// True when the content is in a file other than the model's own.
     #[cfg(test)]
     pub fn is_external(&self) -> bool {
         matches!(self.data, TensorData::Mapped { external: true, .. })

@@ -8,7 +8,7 @@ pub struct ValueId(u32);
 
 impl ValueId {
     pub(super) fn new(index: usize) -> Self {
-        // An arena of 2^32 values cannot come from a file: names alone would pass the size limit of the wire format.
+        // No file can define 2^32 values: their names alone would exceed the size limit of the wire format.
         ValueId(u32::try_from(index).unwrap_or(u32::MAX))
     }
 
@@ -18,7 +18,7 @@ impl ValueId {
     }
 }
 
-/// Fields of a message that the graph in memory has no place for, in wire format, carried over untouched.
+/// Fields of a message without a counterpart in the graph in memory; in wire format, written back unchanged.
 pub type Opaque = Vec<u8>;
 
 /// ONNX element types; the numbers are `TensorProto.DataType`.
@@ -171,7 +171,7 @@ pub enum ValueType {
         /// Axes, outermost first.
         shape: Option<Vec<Dim>>,
     },
-    /// Sequences, maps, optionals and sparse tensors: the type message as it came.
+    /// Sequences, maps, optionals and sparse tensors: the type message, unchanged.
     Other(Opaque),
 }
 

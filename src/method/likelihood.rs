@@ -1,4 +1,4 @@
-//! How likely a model holds the right answers to be: teacher-forced, one pass of the decoder for each batch.
+//! Log-likelihood of the reference answers: teacher-forced, one decoder pass per batch.
 
 use std::sync::Arc;
 
@@ -22,17 +22,17 @@ const WINDOW_BYTES: usize = 64 << 20;
 /// The answers of one conversation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct AnswerLikelihood {
-    /// Sum of the log-likelihoods of the answer tokens, in nats, at most 0.
+    /// Sum over the answer tokens, in nats, at most 0.
     pub log_likelihood: f64,
-    /// Answer tokens, those that close an answer among them.
+    /// Number of answer tokens, including those that end an answer.
     pub tokens: u64,
 }
 
-/// The log-likelihood of each conversation's answers, in the order of `conversations`. `count` of them are expected, for the
-/// progress alone. Logits are computed at answer positions only and never leave the runtime.
+/// The log-likelihood of each conversation's answers, in the order of `conversations`. `count` is their expected
+/// number, used for the progress bar only. Logits are computed at answer positions only and stay inside the runtime.
 ///
-/// Errors: those of `conversations`; `Error::Unsupported` when the decoder has an opset below 11; `Error::Engine` when a run
-/// fails; `Error::Interrupted` when the user asked to stop.
+/// Errors: those of `conversations`; `Error::Unsupported` when the decoder has an opset below 11; `Error::Engine` when
+/// a run fails; `Error::Interrupted` when the user asked to stop.
 pub fn answer_likelihoods(
     bundle: &Bundle,
     runtime: &Runtime,

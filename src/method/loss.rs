@@ -1,4 +1,4 @@
-//! The loss of a decoder without some of its layers, for strategies that measure.
+//! Measures the loss of a decoder without some of its layers, for strategies that select by loss.
 
 use crate::analysis::{self, Analysis};
 use crate::base::{Cancel, Device, Error, Progress, Result};
@@ -15,31 +15,32 @@ use crate::runtime::{
 
 use super::select::MeasureLosses;
 
-/// Samples with more tokens are left out; the default of `score --max-tokens`.
+/// Samples with more tokens are left out; also the default of `score --max-tokens`.
 const MAX_TOKENS: usize = 8192;
 
-/// Tokens of one decoder pass, unless one conversation is longer. Bounds memory; the result does not depend on it.
+/// Limit on the tokens of one decoder pass; a longer conversation runs alone. Bounds memory and
+/// does not affect the result.
 const TOKENS_PER_PASS: usize = 2048;
 
-/// A conversation ready for the decoder.
+/// An embedded conversation.
 pub(super) struct Conversation {
-    /// Its place among all conversations.
+    /// Its index among all conversations.
     pub number: usize,
     pub answer_mask: Vec<bool>,
     pub embedded: Embedded,
 }
 
-/// Conversations of one length, run together, so that nothing is padded.
+/// Conversations of one length, which run together without padding.
 pub(super) struct Batch {
     pub step: Step,
-    /// `[1, N, 2]` and `[1, N, 1]` as the graph takes them.
+    /// `[1, N, 2]`, the graph's input of row positions; `targets` is `[1, N, 1]`.
     pub rows: Tensor,
     pub targets: Tensor,
-    /// `[N]`: the conversation of each row.
+    /// `[N]`: index of the conversation of each row.
     pub owners: Vec<usize>,
 }
 
-/// Calibration conversations, embedded once, and one session of the decoder in which inputs say which layers run.
+/// Calibration conversations, embedded once, and one decoder session with an input that switches layers off.
 pub struct LossMeter {
     decoder: Decoder,
     num_layers: usize,
@@ -48,7 +49,7 @@ pub struct LossMeter {
     /// See `rewrite::Bypass::restarts`.
     restarts: bool,
     batches: Vec<Batch>,
-    /// Their ids.
+    /// Ids of the samples used.
     samples: Vec<String>,
     left_out: LeftOut,
     answer_tokens: usize,
@@ -56,10 +57,10 @@ pub struct LossMeter {
 }
 
 impl LossMeter {
-    /// Embeds the drawn conversations, pictures included, and loads the decoder.
+    /// Embeds the drawn conversations with their pictures, and loads the decoder.
     ///
-    /// Errors: as `Intake::encoded`, `VlmSession::open` and `rewrite::bypass_layers`; `Error::Invalid`
-    /// without a single answer token.
+    /// Errors: as `Intake::encoded`, `VlmSession::open` and `rewrite::bypass_layers`; `Error::Invalid` when there is no
+    /// answer token.
     pub fn new(bundle: &Bundle, dataset: &Dataset, subset: Subset, device: Device, cancel: &Cancel) -> Result<Self> {
         let encoder = Encoder::open(bundle, dataset)?;
         let runtime = Runtime::new(device)?;
@@ -112,17 +113,17 @@ impl LossMeter {
         })
     }
 
-    /// Ids of the samples that losses are measured on.
+    /// Ids of the samples on which losses are measured.
     pub fn samples(&self) -> &[String] {
         &self.samples
     }
 
-    /// Samples that were drawn and not used.
+    /// Samples that were drawn but not used.
     pub fn left_out(&self) -> &LeftOut {
         &self.left_out
     }
 
-    /// Answer tokens that a loss is the mean over.
+    /// Number of answer tokens over which a loss is averaged.
     pub fn answer_tokens(&self) -> usize {
         self.answer_tokens
     }
@@ -138,7 +139,7 @@ impl LossMeter {
         Ok(sum / self.answer_tokens as f64)
     }
 
-    /// One forward pass. `restart` is a layer and the stream before it.
+    /// One forward pass. `restart` is the layer from which it runs and the stream before that layer.
     fn pass(
         &mut self,
         number: usize,
@@ -172,7 +173,7 @@ impl MeasureLosses for LossMeter {
         self.batches.len() as u64
     }
 
-    /// Each batch runs once for the stream before every candidate, and then from each candidate on.
+    /// Each batch runs once to record the stream before every candidate, and then from each candidate on.
     fn losses(&mut self, removed: &[usize], candidates: &[usize], progress: &Progress) -> Result<Vec<f64>> {
         let mut sums = vec![0.0; candidates.len()];
         let names: Vec<String> = candidates
@@ -213,7 +214,7 @@ fn sum_of(outputs: &Outputs) -> Result<f64> {
     Ok(outputs.get(LOSS_OUTPUT)?.data::<f32>()?.iter().map(|&loss| f64::from(loss)).sum())
 }
 
-/// Conversations with answers, those of one length together.
+/// Groups conversations with answers into batches of one length.
 pub(super) fn batches(mut conversations: Vec<Conversation>, fixed_batch: Option<usize>) -> Result<Vec<Batch>> {
     conversations.retain(|conversation| conversation.answer_mask.iter().skip(1).any(|&answer| answer));
     conversations.sort_by_key(|conversation| conversation.embedded.len());
@@ -254,7 +255,7 @@ mod tests {
     use super::*;
     use crate::rewrite::drop_layers;
 
-    /// Width of a head in the zoo's networks, which some of its graphs leave open.
+    /// Head width of the zoo's networks; some of its graphs do not fix it.
     const HEAD_DIM: Option<usize> = Some(16);
 
     fn fixtures() -> PathBuf {
@@ -275,7 +276,7 @@ mod tests {
         assert!((cross_entropy(&[0.0, 3f32.ln()], 0) - 4f64.ln()).abs() < 1e-6);
     }
 
-    /// Numbers that look random, the same on every machine.
+    /// Deterministic pseudo-random numbers, equal on every machine.
     fn noise(count: usize, seed: u64) -> Vec<f32> {
         let mut state = seed;
         let next = |_| {
@@ -304,7 +305,7 @@ mod tests {
             .collect()
     }
 
-    /// The mean loss through the graph that really lacks the layers, one conversation at a time.
+    /// The mean loss of the graph whose layers were removed, one conversation at a time.
     fn pruned_loss(runtime: &Runtime, analysis: &Analysis, removed: &[usize], conversations: &[Conversation]) -> f64 {
         let model = drop_layers(analysis, removed).unwrap();
         let mut decoder =
@@ -332,10 +333,10 @@ mod tests {
         for line in table.lines() {
             let mut fields = line.split('\t');
             let file = fields.next().unwrap();
-            // Half precision, and activations that are rounded to int8, jump where sums are taken in another order.
+            // Half precision, and activations rounded to int8, change noticeably with the order of summation.
             let coarse = fields.nth(1).is_some_and(|tolerance| tolerance != "1e-4");
             let analysis = analysis::analyse(&onnx::load(&fixtures().join("zoo").join(file)).unwrap()).unwrap();
-            // Graphs with inputs of their own kind (DeepStack features) are not fed by this decoder at all.
+            // `Decoder::new` rejects the zoo's graphs that have inputs without a known meaning.
             let whole = drop_layers(&analysis, &[]).unwrap();
             let session = runtime.session_of(&whole, &SessionOptions::default()).unwrap();
             if Decoder::new(session, HEAD_DIM).is_err() {

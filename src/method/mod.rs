@@ -1,4 +1,5 @@
-//! The pruning method: score layers by the similarity of the residual stream, select what to drop and what to finetune.
+//! The pruning method: scores layers by the similarity of the residual stream, and selects
+//! layers to drop and to finetune.
 //!
 //! Source: INTERLACE, arXiv:2511.19676.
 

@@ -82,9 +82,9 @@ impl LayerRole {
 }
 
 impl Plan {
-    /// Gives every layer its role from the groups that a strategy chose.
+    /// Derives the role of every layer from the groups that a strategy selected.
     ///
-    /// Errors: `Error::Invalid` when a layer is outside the model or in two roles, or when nothing or all is dropped.
+    /// Errors: `Error::Invalid` when a layer is outside the model or has two roles, or when none or all are dropped.
     pub fn new(provenance: Provenance, strategy: &str, num_layers: usize, groups: Vec<Group>) -> Result<Self> {
         let mut roles = vec![LayerRole::Freeze; num_layers];
         for group in &groups {
@@ -144,7 +144,7 @@ impl Plan {
         })
     }
 
-    /// Reads `plan.json` and checks that its parts say the same.
+    /// Reads `plan.json` and checks that its parts agree.
     ///
     /// Errors: those of `base::read_json`; `Error::Invalid` when groups and layers disagree.
     pub fn read(path: &Path) -> Result<Self> {

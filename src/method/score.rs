@@ -1,4 +1,4 @@
-//! Measures similarities: one prefill of each sample's prompt through the graph with its taps.
+//! Measures similarities: one prefill of each sample's prompt through the decoder with similarity outputs.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
@@ -16,10 +16,10 @@ use crate::runtime::{Decoder, FeatureCache, Profile, Runtime, SessionOptions, Vl
 
 use super::scores::{Modality, SCORES_SCHEMA_VERSION, SampleModality, SampleScores, Scores, Similarities, StreamSide};
 
-/// Bytes of image features that are kept, for data sets that ask several questions about one picture.
+/// Limit in bytes on cached image features, for data sets with several questions about one picture.
 const FEATURE_CACHE_BYTES: usize = 64 << 20;
 
-/// Samples that one thread prepares ahead of the runtime.
+/// Number of samples that a second thread prepares ahead of the runtime.
 const SAMPLES_AHEAD: usize = 8;
 
 /// Settings of scoring.
@@ -55,7 +55,7 @@ impl Default for ScoreSettings {
     }
 }
 
-/// Settings of scoring as the scores record them.
+/// Settings of scoring in the form recorded with the scores.
 #[derive(Serialize)]
 struct Recorded<'a> {
     #[serde(flatten)]
@@ -63,10 +63,11 @@ struct Recorded<'a> {
     data: &'a DataOptions,
 }
 
-/// Scores a model's decoder on the prompts of a data set: the question with its pictures, up to where the answer begins.
+/// Scores a model's decoder on the prompts of a data set: the question with its pictures, up
+/// to the start of the answer.
 ///
-/// Errors: as `Intake::encoded`; `Error::Invalid` when no sample is left or a similarity is not a number;
-/// `Error::Unsupported` when the decoder's layers are not understood; `Error::Interrupted` on Ctrl-C.
+/// Errors: as `Intake::encoded`; `Error::Invalid` when no sample is left or a similarity is NaN; `Error::Unsupported`
+/// when the decoder's layers cannot be found; `Error::Interrupted` on Ctrl-C.
 pub fn score(
     bundle: &Bundle,
     dataset: &Dataset,
@@ -106,7 +107,7 @@ pub fn score_among(
     let mut samples = Vec::with_capacity(indices.len());
     let (pictures, waiting) = (Stopwatch::default(), Stopwatch::default());
     let (began, before) = (Instant::now(), model.times());
-    // The next pictures are decoded while these go through the network.
+    // A second thread decodes the next pictures while the network runs.
     let intake = Intake::new(dataset, bundle, settings.max_tokens);
     let encoded = || Ok(pictures.over(intake.encoded_of(dataset, indices, asked, |sample| encoder.prompt(sample))?));
     ahead(SAMPLES_AHEAD, encoded, |all| {
@@ -136,7 +137,7 @@ pub fn score_among(
     Ok(Scores { left_out, additions, warnings, profile: settings.profile.then_some(profile), ..scores })
 }
 
-/// The model with the tapped graph in the place of its decoder.
+/// The model, with the rewritten decoder in place of its own.
 fn open(runtime: &Runtime, bundle: &Bundle, tapped: &crate::ir::Model) -> Result<VlmSession> {
     let options = SessionOptions::default();
     let head_dim = bundle.config().and_then(|config| config.head_size());
@@ -148,7 +149,7 @@ fn score_one(model: &mut VlmSession, encoded: Encoded, packs: &[usize]) -> Resul
     let (id, image_positions) = (encoded.id.clone(), encoded.image_positions.clone());
     let prompt = encoded.into_prompt();
     let tokens = prompt.input_ids.len();
-    // Of embeddings that another program made nothing says which are a picture's.
+    // Embeddings from another program do not show which tokens are image tokens.
     let told_apart = prompt.given.as_ref().is_none_or(|given| given.batch.arrays.contains_key("input_ids"));
     let outputs = model.prefill(&prompt, true)?;
     let mut is_image = vec![false; tokens];
@@ -160,7 +161,7 @@ fn score_one(model: &mut VlmSession, encoded: Encoded, packs: &[usize]) -> Resul
     let mut sim = Similarities::new();
     let mut modalities: BTreeMap<Modality, SampleModality> = BTreeMap::new();
     for &pack in packs {
-        // Shape [n, 1, T]: the mean over tokens is taken here, in double precision.
+        // Shape [n, 1, T]; the mean over tokens is computed in double precision.
         let found = outputs.get(&format!("{SIMILARITY_PREFIX}{pack}"))?;
         one_stream(&found.shape(), tokens)?;
         let values = found.to_f32()?;
@@ -179,7 +180,7 @@ fn score_one(model: &mut VlmSession, encoded: Encoded, packs: &[usize]) -> Resul
     Ok(SampleScores { id, tokens, sim, modalities })
 }
 
-/// Similarities of several streams side by side (Gemma 3n's) would be taken for those of more layers.
+/// Rejects several parallel streams (as in Gemma 3n), whose similarities would look like those of more layers.
 fn one_stream(shape: &[usize], tokens: usize) -> Result<()> {
     match shape {
         [_, 1, length] if *length == tokens => Ok(()),
@@ -191,7 +192,7 @@ fn one_stream(shape: &[usize], tokens: usize) -> Result<()> {
     }
 }
 
-/// The mean of the values at the positions that are wanted; `None` when there are none.
+/// The mean of the values at positions for which `wanted` is true; `None` when there are none.
 fn mean_over(values: &[f32], wanted: impl Fn(usize) -> bool) -> Option<f64> {
     let (mut sum, mut count) = (0.0, 0usize);
     for (at, &value) in values.iter().enumerate() {

@@ -136,8 +136,8 @@ pub struct SampleModality {
 impl Scores {
     /// Mean and standard error over samples.
     ///
-    /// Errors: `Error::Invalid` without samples, when samples differ in their packs, when a pack of size 1, 2 or 3 is
-    /// missing or has the wrong length, or when a value is no cosine (NaN among them).
+    /// Errors: `Error::Invalid` without samples, when samples have different packs, when a pack of size 1, 2 or 3 is
+    /// missing or has the wrong length, or when a value is not a cosine (such as NaN).
     pub fn from_samples(
         provenance: Provenance,
         num_layers: usize,
@@ -189,22 +189,23 @@ impl Scores {
 
     /// Reads and checks `scores.json`.
     ///
-    /// Errors: those of `base::read_json`; `Error::Invalid` when lengths do not fit `num_layers` or a value is no cosine.
+    /// Errors: those of `base::read_json`; `Error::Invalid` when lengths do not match `num_layers`
+    /// or a value is not a cosine.
     pub fn read(path: &Path) -> Result<Self> {
         let scores: Scores = read_json(path, SCORES_SCHEMA_VERSION)?;
         scores.check()?;
         Ok(scores)
     }
 
-    /// The means by pack size, which is what strategies select by.
+    /// The means by pack size, which strategies use.
     pub fn similarities(&self) -> Similarities {
         self.packs().map(|(size, pack)| (size, pack.mean.clone())).collect()
     }
 
-    /// The means by pack size over several modalities, each counted by its weight; the weights need not make 1.
+    /// The weighted means over modalities, by pack size. The weights need not sum to 1.
     ///
-    /// Errors: `Error::Invalid` when no weight is above 0, one is not a number of 0 or more, or the scores hold nothing of
-    /// a modality.
+    /// Errors: `Error::Invalid` when no weight is above 0, a weight is negative or not a number, or
+    /// the scores lack a modality.
     pub fn weighted_similarities(&self, weights: &ModalityWeights) -> Result<Similarities> {
         check_weights(weights)?;
         let sum: f64 = weights.values().sum();
@@ -269,7 +270,7 @@ impl Modality {
     }
 }
 
-/// Errors: `Error::Invalid` when no weight is above 0 or one is not a number of 0 or more.
+/// Errors: `Error::Invalid` when no weight is above 0, or a weight is negative or not a number.
 pub fn check_weights(weights: &ModalityWeights) -> Result<()> {
     if let Some((modality, weight)) = weights.iter().find(|(_, weight)| !(weight.is_finite() && **weight >= 0.0)) {
         return Err(Error::invalid(
@@ -286,7 +287,7 @@ pub fn check_weights(weights: &ModalityWeights) -> Result<()> {
     Ok(())
 }
 
-/// Mean and standard error of each pack size over samples, named by their ids.
+/// Mean and standard error over samples for each pack size. The ids name the samples in messages.
 fn mean_packs(samples: &[(&str, &Similarities)]) -> Result<BTreeMap<usize, PackScores>> {
     let Some((first, sim)) = samples.first() else { return Ok(BTreeMap::new()) };
     let mut packs = BTreeMap::new();

@@ -1,4 +1,4 @@
-//! Protobuf messages to the graph in memory.
+//! Converts protobuf messages to the graph in memory.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::mem::take;
@@ -20,7 +20,7 @@ use super::wire::Scan;
 /// The other spelling of the default domain, `""`.
 pub const DEFAULT_DOMAIN: &str = "ai.onnx";
 
-/// The newest version of the file format, and of the operators of each domain, whose meaning is known. Other domains may
+/// The newest version of the file format, and of each domain's operators, that this version supports. Other domains may
 /// have any version.
 ///
 /// Source: the versions table of ONNX 1.23; ONNX Runtime's own operators have one version.
@@ -28,10 +28,10 @@ const NEWEST_FORMAT: i64 = 14;
 const NEWEST_OPSETS: &[(&str, i64)] =
     &[(DEFAULT_DOMAIN, 28), ("ai.onnx.ml", 5), ("ai.onnx.preview.training", 1), ("com.microsoft", 1)];
 
-/// A scanned file as a model.
+/// Converts a scanned file to a model.
 ///
-/// Errors: `Error::Invalid` for what no ONNX file may hold or leave out, `Error::Unsupported` for sparse and training
-/// parts and for versions that are not known.
+/// Errors: `Error::Invalid` when the file breaks a rule of ONNX, `Error::Unsupported` for sparse and training parts and
+/// for unknown versions.
 pub fn model(scan: &Scan, sources: &mut Sources, path: &Path) -> Result<Model> {
     let subject = || format!("`{}`", path.display());
     let mut proto = pb::ModelProto::parse_from_bytes(&scan.skeleton)
@@ -116,12 +116,12 @@ fn function(mut proto: pb::FunctionProto, sources: &mut Sources) -> Result<Funct
     })
 }
 
-/// The domain as the graph in memory names it; the default domain's other spelling stays in the message.
+/// The domain's name in the graph in memory. For the default domain the file's spelling stays in the message.
 fn domain(name: &mut String) -> String {
     if name == DEFAULT_DOMAIN { String::new() } else { take(name) }
 }
 
-/// Versions by domain, each known and none contradicted. The entries stay in the message, so that their order and spelling are kept.
+/// Versions by domain. The entries stay in the message, which preserves their order and spelling.
 fn opsets(imports: &[pb::OperatorSetIdProto], subject: &str) -> Result<BTreeMap<String, i64>> {
     let mut versions = BTreeMap::new();
     for import in imports {
@@ -246,8 +246,8 @@ impl<'a> Arena<'a> {
         self.scopes.last().and_then(|scope| scope.get(name)).copied()
     }
 
-    /// Notes what the file says of values that exist, and returns the entries of names that nothing here defines. An
-    /// entry of its own, as inputs and outputs have it, counts before one of `value_info`.
+    /// Records the file's entries about existing values, and returns the entries whose names this scope does not
+    /// define. The entry of an input or output takes precedence over one of `value_info`.
     fn value_infos(&mut self, infos: Vec<pb::ValueInfoProto>) -> Vec<pb::ValueInfoProto> {
         let mut others = Vec::new();
         for mut info in infos {
@@ -264,7 +264,7 @@ impl<'a> Arena<'a> {
         others
     }
 
-    /// Takes the annotations of values of this scope, one each, out of the list.
+    /// Moves the annotations of this scope's values out of the list, one per value.
     fn annotations(&mut self, list: &mut Vec<pb::TensorAnnotation>) {
         for mut annotation in take(list) {
             match self.innermost(&annotation.tensor_name) {
@@ -277,7 +277,7 @@ impl<'a> Arena<'a> {
         }
     }
 
-    /// Notes what the file says of a value; of two entries the first counts.
+    /// Records the file's entry about a value. Of two entries the first counts.
     fn describe(&mut self, id: ValueId, mut info: pb::ValueInfoProto) {
         let value = &mut self.values[id.index()];
         info.name.clear();
@@ -341,7 +341,7 @@ impl<'a> Arena<'a> {
         })
     }
 
-    /// A node output defines its name in the innermost scope, unless a reader met the name there before.
+    /// Defines the name of a node's output in the innermost scope, unless an earlier read has created it there.
     fn output(&mut self, name: &str) -> Result<ValueId> {
         match self.scopes.last().and_then(|scope| scope.get(name)).copied() {
             Some(id) => Ok(id),
@@ -370,7 +370,7 @@ impl<'a> Arena<'a> {
         Ok((name, Attribute { kind, doc_string, extra: opaque::rest(&proto) }))
     }
 
-    /// Takes the content out of an attribute of this type.
+    /// Moves the content out of an attribute of this type.
     fn attribute_kind(&mut self, declared: AttributeType, proto: &mut pb::AttributeProto) -> Result<AttributeKind> {
         let subject = || format!("attribute `{}`", proto.name);
         let missing = || Error::invalid(subject(), format!("declares {declared:?} and has no value"));

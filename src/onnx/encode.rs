@@ -1,4 +1,4 @@
-//! The graph in memory to protobuf messages. A [`Placement`] decides where large payloads are written.
+//! Converts the graph in memory to protobuf messages. A [`Placement`] decides where large payloads are written.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
@@ -18,9 +18,9 @@ use super::opaque;
 
 /// Place of an initializer's content.
 pub enum Placed {
-    /// Put it into the message.
+    /// Inside the message.
     Inline,
-    /// It is in a file beside the model.
+    /// In a file next to the model.
     External {
         /// Path relative to the model's folder.
         location: String,
@@ -34,7 +34,7 @@ pub enum Placed {
 /// Decides where an initializer's content is written, and may write it there.
 pub type Placement<'a> = dyn FnMut(&str, &Tensor) -> Result<Placed> + 'a;
 
-/// The whole message but for the initializers of the top-level graph.
+/// The whole message except the initializers of the top-level graph.
 pub fn model_without_initializers(model: &Model, place: &mut Placement) -> Result<pb::ModelProto> {
     let mut proto: pb::ModelProto = opaque::base(&model.extra);
     proto.ir_version = model.ir_version;
@@ -50,20 +50,20 @@ pub fn model_without_initializers(model: &Model, place: &mut Placement) -> Resul
     Ok(proto)
 }
 
-/// Sets metadata of the model, replacing values under the same keys.
+/// Sets metadata of the model. Existing values under the same keys are replaced.
 pub fn set_metadata(model: &mut pb::ModelProto, entries: &[(String, String)]) {
     model.metadata_props.retain(|prop| !entries.iter().any(|(key, _)| key == &prop.key));
     model.metadata_props.extend(pairs(entries));
 }
 
-/// One initializer; the content of an inline one only if `with_content`.
+/// One initializer. The content of an inline one is included only if `with_content`.
 pub fn initializer(name: &str, tensor: &Tensor, placed: &Placed, with_content: bool) -> pb::TensorProto {
     let mut proto = constant(tensor, placed, with_content);
     proto.name = name.to_string();
     proto
 }
 
-/// A tensor under the name that its file gave it, if any.
+/// A tensor under its name in the file, if it has one.
 fn constant(tensor: &Tensor, placed: &Placed, with_content: bool) -> pb::TensorProto {
     let mut proto: pb::TensorProto = opaque::base(&tensor.extra);
     proto.dims = tensor.dims.iter().map(|&dim| dim as i64).collect();
@@ -94,7 +94,7 @@ fn pairs(entries: &[(String, String)]) -> Vec<pb::StringStringEntryProto> {
     entries.iter().map(|(key, value)| entry(key, value)).collect()
 }
 
-/// Puts the versions into the file's own entries, adds new domains and removes those that are gone.
+/// Updates the versions in the file's own entries, adds new domains and removes unused ones.
 fn set_opsets(entries: &mut Vec<pb::OperatorSetIdProto>, imports: &BTreeMap<String, i64>) {
     let name = |entry: &pb::OperatorSetIdProto| match entry.domain.as_str() {
         DEFAULT_DOMAIN => String::new(),
@@ -113,7 +113,7 @@ fn set_opsets(entries: &mut Vec<pb::OperatorSetIdProto>, imports: &BTreeMap<Stri
     }
 }
 
-/// Puts a domain in; the default domain keeps the spelling that the file has.
+/// Sets a domain. The default domain keeps the file's spelling.
 fn set_domain(entry: &mut String, domain: &str) {
     if !domain.is_empty() || entry != DEFAULT_DOMAIN {
         *entry = domain.to_string();
@@ -184,7 +184,7 @@ fn produced(body: &Body) -> impl Iterator<Item = ValueId> + '_ {
     body.nodes.iter().flat_map(|node| node.outputs.iter().flatten().copied())
 }
 
-/// Adds what the graph says of values to the file's entries of other names.
+/// Replaces the file's entries about these values by the graph's; entries of other names stay.
 fn set_infos(entries: &mut Vec<pb::ValueInfoProto>, graph: &Graph, values: impl Iterator<Item = ValueId>) {
     let values: Vec<&Value> = values.map(|id| graph.value(id)).collect();
     if !entries.is_empty() {
@@ -198,7 +198,7 @@ fn set_infos(entries: &mut Vec<pb::ValueInfoProto>, graph: &Graph, values: impl 
     entries.extend(values.iter().filter_map(|value| second_info(value)));
 }
 
-/// The second entry about a value, unless its type has changed since.
+/// The file's second entry about a value; `None` when the value's type has changed since.
 fn second_info(value: &Value) -> Option<pb::ValueInfoProto> {
     if value.described_again.is_empty() {
         return None;
@@ -239,7 +239,7 @@ fn info(value: &Value) -> pb::ValueInfoProto {
     proto
 }
 
-/// Puts sizes and names of axes in; denotations stay where the rank is as it was.
+/// Sets sizes and names of the axes. Denotations stay when the rank is unchanged.
 fn set_shape(proto: &mut pb::TensorShapeProto, shape: &[Dim]) {
     use pb::tensor_shape_proto::dimension::Value::{DimParam, DimValue};
     if proto.dim.len() != shape.len() {
@@ -333,7 +333,7 @@ fn attribute(graph: &Graph, name: &str, item: &Attribute, place: &mut Placement)
     Ok(proto)
 }
 
-/// True where the content is numbers, so that it may live outside the message.
+/// True when the content is numeric, so that it may be written outside the message.
 pub fn is_numeric(tensor: &Tensor) -> bool {
     tensor.dtype != DataType::String
 }

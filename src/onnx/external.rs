@@ -1,4 +1,4 @@
-//! External data: maps each file that a model names once, and refuses files outside the model's folder.
+//! External data: maps each file named by a model once, and refuses files outside the model's folder.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -7,7 +7,7 @@ use std::sync::Arc;
 use crate::base::{Error, MappedFile, Result, contained_path};
 use crate::ir::TensorData;
 
-/// The files behind a model's tensors.
+/// The files with the contents of a model's tensors.
 pub struct Sources {
     folder: PathBuf,
     own: Arc<MappedFile>,
@@ -15,7 +15,7 @@ pub struct Sources {
 }
 
 impl Sources {
-    /// `own` is the model file, `folder` the one that contains all external data.
+    /// `own` is the model file, `folder` the folder that contains all external data.
     pub fn new(folder: &Path, own: Arc<MappedFile>) -> Self {
         Sources { folder: folder.to_path_buf(), own, files: HashMap::new() }
     }
@@ -30,9 +30,10 @@ impl Sources {
         }
     }
 
-    /// A payload that the model names by location, offset and length. `want` is what type and shape take.
+    /// A payload that the model names by location, offset and length. `want` is the number of bytes
+    /// that type and shape need.
     ///
-    /// Errors: `Error::Invalid` when the entries are malformed, leave the folder or reach past the file's end.
+    /// Errors: `Error::Invalid` when the entries are malformed, leave the folder or exceed the file.
     pub fn external(&mut self, tensor: &str, entries: &[(&str, &str)], want: u64) -> Result<TensorData> {
         let subject = || format!("external data of `{tensor}`");
         let mut location = None;
@@ -48,7 +49,7 @@ impl Sources {
                 "location" => location = Some(value),
                 "offset" => offset = number()?,
                 "length" => length = Some(number()?),
-                // Checksums are of the whole file and optional; a rewritten file has another one.
+                // Checksums cover the whole file and are optional. A rewritten file has another checksum.
                 "checksum" => {}
                 _ => return Err(Error::invalid(subject(), format!("has an entry `{key}` that ONNX does not define"))),
             }

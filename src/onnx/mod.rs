@@ -1,7 +1,7 @@
-//! ONNX files to [`ir::Model`] and back; the only module that knows protobuf.
+//! Reads ONNX files into [`ir::Model`] and writes them; the only module that knows protobuf.
 //!
 //! Reading never copies a weight: payloads inside the `.onnx` file and external data are both ranges of memory maps.
-//! Writing copies payloads file to file inside the kernel.
+//! Writing copies payloads from file to file inside the kernel.
 
 mod decode;
 mod encode;
@@ -24,10 +24,10 @@ use crate::ir;
 /// Remedy for a file that breaks a rule of ONNX.
 const DAMAGED: &str = "the file is damaged, or its exporter breaks a rule of ONNX: download or export the model again";
 
-/// Reads a model; weights stay in their files, mapped.
+/// Reads a model. Weights stay in their files and are mapped.
 ///
-/// Errors: `Error::Io` when a file is missing or unreadable; `Error::Invalid` when the bytes are no ONNX model, when a
-/// graph reads what nothing defines, or when external data leaves the folder; `Error::Unsupported` for sparse
+/// Errors: `Error::Io` when a file is missing or unreadable; `Error::Invalid` when the bytes are not an ONNX model,
+/// when a graph reads an undefined value, or when external data is outside the folder; `Error::Unsupported` for sparse
 /// initializers and training graphs.
 pub fn load(path: &Path) -> Result<ir::Model> {
     let file = Arc::new(MappedFile::open(path)?);

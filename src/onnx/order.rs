@@ -1,7 +1,7 @@
-//! Nodes in execution order.
+//! Sorts nodes into execution order.
 //!
-//! The format asks for it, but files exist whose conversion tool appended nodes at the end (casts around an f16 network
-//! that keeps f32 inputs and outputs), and ONNX Runtime reads them. Only a cycle has no order.
+//! The format requires that order, but some conversion tools append nodes at the end (casts around an f16 network that
+//! keeps f32 inputs and outputs), and ONNX Runtime reads such files. Only a cycle has no order.
 
 use std::collections::{HashMap, HashSet};
 
@@ -9,10 +9,10 @@ use onnx_protobuf as pb;
 
 use crate::base::{Error, Result};
 
-/// The nodes of one scope, each after those whose outputs it reads, subgraphs' reads included. Nodes that are in order
-/// stay as they are; a node that comes too late moves to its first reader.
+/// The nodes of one scope, each after the nodes whose outputs it or its subgraphs read. Nodes already in order keep
+/// their places; a node that comes too late moves before its first reader.
 ///
-/// Errors: `Error::Invalid` naming the nodes of a circle.
+/// Errors: `Error::Invalid` naming the nodes of a cycle.
 pub fn sorted(nodes: Vec<pb::NodeProto>) -> Result<Vec<pb::NodeProto>> {
     let mut producers: HashMap<&str, usize> = HashMap::new();
     for (number, node) in nodes.iter().enumerate() {
@@ -32,9 +32,9 @@ pub fn sorted(nodes: Vec<pb::NodeProto>) -> Result<Vec<pb::NodeProto>> {
     Ok(order.into_iter().filter_map(|number| nodes[number].take()).collect())
 }
 
-/// Numbers in their order, each after those that it needs.
+/// Numbers in their given order, each after the numbers that it depends on.
 ///
-/// Errors: numbers that need each other, the first again at the end.
+/// Errors: the numbers of a cycle, the first repeated at the end.
 fn depth_first(needs: &[Vec<usize>]) -> std::result::Result<Vec<usize>, Vec<usize>> {
     #[derive(Clone, Copy, PartialEq)]
     enum Mark {
@@ -45,7 +45,7 @@ fn depth_first(needs: &[Vec<usize>]) -> std::result::Result<Vec<usize>, Vec<usiz
     let mut marks = vec![Mark::New; needs.len()];
     let mut order = Vec::with_capacity(needs.len());
     for start in 0..needs.len() {
-        // Open numbers, each with how many of its needs have been looked at.
+        // Open numbers, each with the count of its dependencies visited so far.
         let mut open: Vec<(usize, usize)> = Vec::new();
         if marks[start] == Mark::New {
             marks[start] = Mark::Open;
@@ -97,7 +97,7 @@ fn in_a_circle(nodes: &[pb::NodeProto], circle: &[usize]) -> Error {
     .remedy("export the model again")
 }
 
-/// Names that a node reads: its inputs, and what its subgraphs read from outside.
+/// Names that a node reads: its inputs, and the outer names that its subgraphs read.
 fn reads(node: &pb::NodeProto) -> Vec<&str> {
     let mut names: Vec<&str> = node.input.iter().map(String::as_str).filter(|name| !name.is_empty()).collect();
     for attribute in &node.attribute {

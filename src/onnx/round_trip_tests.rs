@@ -1,5 +1,5 @@
-//! Decode, then encode, gives the same message. Both are compared in wire format, field by field, so that a field that
-//! nobody here has heard of counts as well.
+//! Decoding and then encoding a file gives the same message. The messages are compared in wire format, field by field,
+//! so that unknown fields count as well.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -23,18 +23,18 @@ enum Item {
 /// The fields of a message by number.
 type Tree = BTreeMap<u64, Vec<Item>>;
 
-/// Repeated fields that hold no messages. Of all others a default value is as good as none.
+/// Repeated fields that hold no messages. In any other field a default value equals an absent one.
 const REPEATED: &[(Message, &[u64])] = &[
     (Message::Node, &[1, 2]),
     (Message::Attribute, &[7, 8, 9]),
     (Message::Tensor, &[1, 4, 5, 6, 7, 10, 11]),
     (Message::SparseTensor, &[3]),
     (Message::Function, &[4, 5, 6]),
-    // A choice of two: a size of 0 is not the same as no size.
+    // A oneof: a size of 0 differs from an absent size.
     (Message::Dimension, &[1, 2]),
 ];
 
-/// Repeated numbers, which may be packed: bytes of each, 0 for base-128.
+/// Repeated numbers, which may be packed: bytes per number, 0 for base-128.
 fn packed(message: Message, field: u64) -> Option<usize> {
     match (message, field) {
         (Message::Attribute, 7) | (Message::Tensor, 4) => Some(4),
@@ -63,7 +63,7 @@ fn fixed<const N: usize>(bytes: &mut &[u8]) -> [u8; N] {
     head.try_into().unwrap()
 }
 
-/// A tensor's typed fields as `raw_data`, which is how content is written.
+/// A tensor with its typed fields moved to `raw_data`, the form in which content is written.
 fn with_raw_data(bytes: &[u8]) -> Vec<u8> {
     let mut proto = pb::TensorProto::parse_from_bytes(bytes).unwrap();
     if let Some(dtype) = DataType::from_number(proto.data_type)
@@ -118,7 +118,7 @@ fn tree(message: Message, bytes: &[u8], without_content: bool) -> Tree {
     tree.retain(|field, items| repeated.contains(field) || !items.iter().all(default));
     match message {
         Message::Tensor if without_content => [9, 13, 14].iter().for_each(|field| drop(tree.remove(field))),
-        // What is said of values by name has no order.
+        // Entries about values by name have no order.
         Message::Graph | Message::Function => {
             let unordered = if message == Message::Graph { &[13, 14][..] } else { &[12] };
             for field in unordered {
@@ -196,13 +196,13 @@ fn a_model_with_every_field_set_keeps_them() {
     let before = std::fs::read(&path).unwrap();
     let found = difference("model", &tree(Message::Model, &before, false), &tree(Message::Model, &again(&path), false));
     assert_eq!(found, None);
-    // The default domain in its other spelling is the default domain.
+    // `ai.onnx` and the empty name are the same domain.
     let model = load(&path).unwrap();
     assert_eq!(model.opset_imports.get(""), Some(&21));
     assert!(model.graph.body.nodes.iter().any(|node| node.op() == "Identity"));
 }
 
-/// The message with a field of number 2000 at its end and at the end of each message inside.
+/// The message with an unknown field (number 2000) appended to it and to every nested message.
 fn with_unknown_fields(message: Message, bytes: &[u8], count: &mut usize) -> Vec<u8> {
     let mut out = Vec::new();
     let mut rest = bytes;

@@ -1,4 +1,4 @@
-//! Writes a model: a small message, and payloads streamed from their files.
+//! Writes a model: a small message, with payloads streamed from their files.
 
 use std::path::Path;
 
@@ -12,7 +12,7 @@ use super::wire::put_varint;
 
 /// Initializers below this many bytes stay inside the `.onnx` file: ONNX Runtime reads shapes and axes at load time.
 pub const INLINE_LIMIT: u64 = 1024;
-/// Tensors of at least this size begin on a page, so that runtimes can map them.
+/// Tensors of at least this size start at a page boundary, so that runtimes can map them.
 const PAGE_ALIGN_MIN: u64 = 1 << 20;
 /// Protobuf's own limit for one message.
 const MESSAGE_LIMIT: u64 = (1 << 31) - 1;
@@ -22,12 +22,11 @@ const MESSAGE_LIMIT: u64 = (1 << 31) - 1;
 pub enum Storage {
     /// Inside the `.onnx` file; at most 2 GiB.
     Inline,
-    /// In files beside it: the first under this name, further ones (only when `chunk_bytes` is given and reached) with
-    /// `_1`, `_2`, ... behind it.
+    /// In files next to it. The first has this name; with `chunk_bytes`, further ones have `_1`, `_2`, ... appended.
     External {
         /// Name of the first file, in the model's folder.
         file_name: String,
-        /// Size from which a further file begins; a larger tensor has a file of its own.
+        /// Size in bytes above which a new file begins. A tensor larger than this gets a file of its own.
         chunk_bytes: Option<u64>,
     },
 }
@@ -35,15 +34,16 @@ pub enum Storage {
 /// Metadata of a model: keys and values.
 pub type Metadata = Vec<(String, String)>;
 
-/// Writes a model under its final name; nothing is left there on an error. Returns the names of the data files.
+/// Writes a model under its final name. On an error no file remains there. Returns the names of the data files.
 ///
-/// Errors: `Error::Io` when writing fails; `Error::Invalid` when an inline model would pass 2 GiB or the graph is broken.
+/// Errors: `Error::Io` when writing fails; `Error::Invalid` when an inline model would
+/// exceed 2 GiB or the graph is broken.
 pub fn save(model: &Model, path: &Path, storage: &Storage) -> Result<Vec<String>> {
     save_with(model, path, storage, || Ok(Metadata::new()))
 }
 
-/// As [`save`], with more metadata, which is asked for when the external data is written: what takes as long as writing
-/// it can be computed meanwhile.
+/// As [`save`], with additional metadata. `metadata` is called after the external data is written, so a caller can
+/// compute it on another thread meanwhile.
 ///
 /// Errors: as [`save`] and those of `metadata`.
 pub fn save_with(
@@ -72,8 +72,8 @@ pub fn save_with(
     Ok(names)
 }
 
-/// Writes the message; `place` decides where each initializer's content is written, `metadata` adds to the model's own.
-/// It is asked for last.
+/// Writes the message. `place` decides where each initializer's content is written; `metadata` is called last and adds
+/// to the model's own metadata.
 ///
 /// Errors: as [`save`].
 pub fn save_into(
@@ -94,7 +94,7 @@ pub fn save_into(
     };
     let graph_bytes = graph.write_to_bytes().map_err(broken)?;
 
-    // Each initializer is its fields without content, then (inline numbers only) field 9 with the content.
+    // Each initializer is its fields without content and then, for inline numbers only, field 9 with the content.
     let mut heads = Vec::with_capacity(model.graph.body.initializers.len());
     let mut graph_length = graph_bytes.len() as u64;
     for (id, tensor) in &model.graph.body.initializers {
@@ -147,7 +147,7 @@ fn write_content(tensor: &Tensor, file: &mut AtomicFile) -> Result<()> {
     }
 }
 
-/// Data files being filled one after the other.
+/// Data files, filled one after the other.
 struct DataFiles<'a> {
     folder: &'a Path,
     stem: &'a str,
@@ -155,7 +155,7 @@ struct DataFiles<'a> {
     done: Vec<AtomicFile>,
     names: Vec<String>,
     length: u64,
-    /// Some content does not come from a file.
+    /// True when some content was computed and is not a copy of a file's range.
     computed: bool,
 }
 
@@ -189,8 +189,8 @@ impl<'a> DataFiles<'a> {
         Ok(Placed::External { location: location.clone(), offset, length })
     }
 
-    /// Data that was computed is flushed to the disk first. Data that only repeats the input's is not waited for: the
-    /// system writes it in its own time, and the same command makes it again should power fail before.
+    /// Flushes computed data to the disk before the rename. Data copied from the input is not flushed: the system
+    /// writes it later, and the same command can recreate it after a power failure.
     fn commit(self) -> Result<Vec<String>> {
         for file in self.done {
             if self.computed { file.commit()? } else { file.commit_unflushed()? }

@@ -12,7 +12,7 @@ use crate::ir::{DataType, Dim, Tensor, TensorData, ValueType};
 use super::external::Sources;
 use super::opaque::{self, pairs};
 
-/// A tensor; its name stays with it unless it is an initializer, which is named by its value.
+/// Converts a tensor. An initializer's name belongs to its value; any other tensor keeps its own name.
 ///
 /// Errors: `Error::Invalid` when type, shape and content disagree; `Error::Unsupported` for unknown element types and
 /// segments; those of `Sources::external`.
@@ -64,7 +64,7 @@ pub fn tensor(
     Ok(tensor)
 }
 
-/// Takes the content out of a tensor: from another file, from its place in this file (`payload`), or inline.
+/// Moves the content out of a tensor: from another file, from its range in this file (`payload`), or inline.
 fn tensor_data(
     proto: &mut pb::TensorProto,
     name: &str,
@@ -106,7 +106,7 @@ fn tensor_data(
     })
 }
 
-/// Takes the typed field of a tensor as raw bytes, as onnx.proto says which type lives in which field.
+/// Moves the typed field of a tensor out as raw bytes. Source: onnx.proto, which assigns each type a field.
 pub fn typed_bytes(proto: &mut pb::TensorProto, dtype: DataType) -> Vec<u8> {
     use DataType::*;
     match dtype {
@@ -120,12 +120,12 @@ pub fn typed_bytes(proto: &mut pb::TensorProto, dtype: DataType) -> Vec<u8> {
             take(&mut proto.int32_data).iter().flat_map(|&v| (v as u16).to_le_bytes()).collect()
         }
         String => Vec::new(),
-        // One byte of content per number, sub-byte types packed inside it.
+        // One byte of content per number; sub-byte types are packed inside it.
         _ => take(&mut proto.int32_data).iter().map(|&v| v as u8).collect(),
     }
 }
 
-/// A type, and what of its message the graph in memory has no place for (denotations).
+/// A type, and the fields of its message without a counterpart in the graph in memory (denotations).
 pub fn value_type(mut proto: pb::TypeProto) -> (ValueType, Option<pb::TypeProto>) {
     let Some(type_proto::Value::TensorType(tensor)) = &mut proto.value else {
         return (ValueType::Other(opaque::rest(&proto)), None);
@@ -150,7 +150,7 @@ pub fn value_type(mut proto: pb::TypeProto) -> (ValueType, Option<pb::TypeProto>
     (ValueType::Tensor { dtype, shape }, rest)
 }
 
-/// Takes the size or name out of an axis.
+/// Moves the size or name out of an axis.
 fn dimension(proto: &mut pb::tensor_shape_proto::Dimension) -> Dim {
     use pb::tensor_shape_proto::dimension::Value::{DimParam, DimValue};
     match proto.value.take() {

@@ -170,7 +170,7 @@ fn read(proto: &pb::ModelProto) -> Result<Model> {
     load(&path)
 }
 
-/// Reading the model after a change ends in an error with these words in it.
+/// Asserts that reading the changed model fails with an error that contains these words.
 fn refused(rows: &[Row], change: impl Fn(&mut pb::ModelProto), words: &[&str]) {
     let mut proto = proto(rows);
     read(&proto).unwrap();
@@ -212,7 +212,7 @@ fn versions_that_are_not_known_are_refused() {
         let version = format!("version {version} of the operators of `{name}`");
         refused(PLAIN, add, &["m.onnx", &version, "versions up to", "are known", "export"]);
     }
-    // What the operators of other domains mean is theirs to say.
+    // Domains that this version does not know may have any version.
     let mut proto = proto(PLAIN);
     proto.opset_import.push(opset("somebody.else", 99));
     read(&proto).unwrap();
@@ -268,7 +268,7 @@ fn versions_are_read_in_functions_and_branches_too() {
 
 const BRANCHES: &[Row] = &[("if", "If", &["x"], &["y"])];
 
-/// Gives the first node two branches that read this value, their nodes in the wrong order.
+/// Gives the first node two branches that read this value, with nodes in the wrong order.
 fn add_branches(proto: &mut pb::ModelProto, reads: &str) {
     for name in ["then_branch", "else_branch"] {
         let rows: &[Row] = &[("", "Relu", &["t"], &["u"]), ("", "Neg", &[reads], &["t"])];
@@ -377,7 +377,7 @@ fn nodes_in_a_circle_are_named() {
     assert!(message.contains("`self` (Add) <- `self` (Add)"), "{message}");
 }
 
-/// The order that a conversion to half precision leaves, in a real graph.
+/// The order that a conversion to half precision produces, in a real graph.
 #[test]
 fn a_real_graph_with_its_first_nodes_at_the_end_is_read_as_before() {
     let bytes = std::fs::read(fixture(FILES[0])).unwrap();

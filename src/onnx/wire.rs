@@ -1,22 +1,22 @@
-//! A scan of the wire format before anything is parsed.
+//! Scans the wire format before the parser runs.
 //!
-//! It bounds the parser's input (no groups, bounded nesting, bounded message count, lengths inside the file), and
-//! takes the large payloads of the graph's initializers out, so that parsing costs memory for the structure alone.
+//! The scan bounds the parser's input (no groups, limited nesting, limited message count, lengths inside the file) and
+//! removes the large payloads of the graph's initializers, so that parsing needs memory for the structure alone.
 
 use std::ops::Range;
 
-/// Payloads of at least this many bytes are taken out of the message.
+/// Payloads of at least this many bytes are removed from the message.
 const PAYLOAD_MIN: usize = 1024;
-/// Messages inside messages: a function or branch of a branch stays far below.
+/// Limit on nested messages; functions and nested branches stay far below.
 const MAX_DEPTH: usize = 64;
-/// Far above any exporter's graph, far below what would exhaust memory as parsed structures.
+/// Limit on the number of messages: far more than any exporter writes, far fewer than would exhaust memory.
 const MAX_MESSAGES: usize = 8_000_000;
 
 /// Result of the scan.
 pub struct Scan {
     /// The model message without the large payloads.
     pub skeleton: Vec<u8>,
-    /// For each initializer of the top-level graph in order: the payload's place in the file, if it was taken out.
+    /// For each initializer of the top-level graph, in order: the payload's range in the file, if it was removed.
     pub payloads: Vec<Option<Range<usize>>>,
 }
 
@@ -94,9 +94,9 @@ struct Field {
     content: Option<Range<usize>>,
 }
 
-/// Walks a model file.
+/// Scans a model file.
 ///
-/// Errors: what is wrong, with the byte offset, for the caller to put the file's name to.
+/// Errors: the problem with its byte offset. The caller adds the file's name.
 pub fn scan(bytes: &[u8]) -> Result<Scan, String> {
     if bytes.is_empty() {
         return Err("the file is empty".into());
@@ -193,7 +193,7 @@ impl Walker<'_> {
         Ok(())
     }
 
-    /// Checks a message and all inside it.
+    /// Checks a message and all nested messages.
     fn check(&mut self, message: Message, range: Range<usize>, depth: usize) -> Result<(), String> {
         if depth > MAX_DEPTH {
             return Err(format!("nested deeper than {MAX_DEPTH} messages at byte {}", range.start));

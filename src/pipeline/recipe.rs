@@ -1,4 +1,4 @@
-//! The recipe of a run: a TOML file; an unknown key is an error.
+//! The recipe of a run: a TOML file. An unknown key is an error.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -220,7 +220,7 @@ fn default_healing() -> String {
     DEFAULT_RECIPE.to_string()
 }
 
-/// The settings of a table `[finetune]`: those of its recipe, overridden by its own.
+/// The settings of a table `[finetune]`: those of its recipe, overridden by its own keys.
 pub(super) fn finetune_settings(recipe: &str, section: Option<&toml::Value>) -> Result<finetune::Settings> {
     let own = section.and_then(|section| section.get("settings")).and_then(toml::Value::as_table);
     RecipeRow::named(recipe)?.settings_with(own.cloned().unwrap_or_default())
@@ -289,7 +289,7 @@ impl Calibration {
 }
 
 impl PlanSection {
-    /// Every way to say how many layers go, by its key.
+    /// All keys that set the number of layers to drop, with their values.
     pub(super) fn amounts(&self) -> [Option<(&'static str, HowMany)>; 5] {
         [
             self.drop_ratio.map(|ratio| ("drop_ratio", HowMany::DropRatio(ratio))),
@@ -301,8 +301,8 @@ impl PlanSection {
     }
 }
 
-/// Reads a file of settings by `parse`, which gets its text and the folder that its paths are relative to; errors name
-/// the file.
+/// Reads a file of settings with `parse`, whose arguments are the text and the folder for relative
+/// paths. Errors name the file.
 pub(super) fn read_file<T>(path: &Path, parse: impl FnOnce(&str, &Path) -> Result<T>) -> Result<T> {
     let text = fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
     let folder = path.parent().unwrap_or(Path::new(""));
@@ -315,10 +315,10 @@ pub(super) fn read_file<T>(path: &Path, parse: impl FnOnce(&str, &Path) -> Resul
 }
 
 impl Recipe {
-    /// Reads a recipe; its paths come out relative to the working folder.
+    /// Reads a recipe. Its paths become relative to the working folder.
     ///
-    /// Errors: `Error::Io` when unreadable; `Error::Invalid` for text that is no TOML, an unknown or missing key, a value
-    /// out of range, or two values of which only one may be given.
+    /// Errors: `Error::Io` when unreadable; `Error::Invalid` for text that is not TOML, an unknown or missing key, a
+    /// value out of range, or two values that exclude each other.
     pub fn read(path: &Path) -> Result<Self> {
         read_file(path, Self::parse)
     }
@@ -373,7 +373,7 @@ impl Recipe {
     }
 }
 
-/// Errors: `Error::Invalid` when there is none, one is not known, occurs twice, or cannot be used without a user.
+/// Errors: `Error::Invalid` when the list is empty, or a strategy is unknown, repeated, or needs layers from the user.
 pub(super) fn check_strategies(section: &str, names: &[String]) -> Result<()> {
     if names.is_empty() {
         return Err(Error::invalid(section, "`strategies` is empty").remedy("name at least one"));

@@ -44,7 +44,7 @@ pub struct RunResult {
     pub folder: PathBuf,
     /// The comparison of all models, also written to `table.json`.
     pub table: Table,
-    /// False when less is kept than the recipe's `min_retention`.
+    /// False when the retention is below the recipe's `min_retention`.
     pub gate_held: bool,
 }
 
@@ -77,10 +77,9 @@ struct RecipeRun<'a> {
     stages: Stages<'a>,
 }
 
-/// Runs a recipe, into `output` or the recipe's own folder. `on_step` receives a line per step. The benchmarks are read when
-/// all models are made.
+/// Runs a recipe into `output`, or into the recipe's own folder. Calls `on_step` with a line per step.
 ///
-/// Errors: those of the steps; the outputs of finished steps are kept, and the same call continues after them.
+/// Errors: those of the steps. The outputs of finished steps are kept, and the same call continues after them.
 pub fn run(
     recipe: &Recipe,
     output: Option<&Path>,
@@ -199,7 +198,7 @@ impl RecipeRun<'_> {
         Ok(())
     }
 
-    /// Answers and timings of every model, and the table of them.
+    /// Answers and timings of every model, and their table.
     fn measure(&mut self, variants: &[Variant]) -> Result<Table> {
         let recipe = self.recipe;
         let held_back = self.held_back_losses(variants)?;
@@ -321,18 +320,18 @@ impl RecipeRun<'_> {
 }
 
 fn how_many(plan: &PlanSection) -> HowMany {
-    // `Recipe::read` has made sure that there is one.
+    // `Recipe::read` has checked that there is one.
     plan.amounts().into_iter().flatten().next().map_or(HowMany::DropCount(0), |(_, amount)| amount)
 }
 
-/// A label as part of a file name.
+/// A label in a form that is valid in file names.
 fn slug(label: &str) -> String {
     label.replace(", ", "-").replace(['(', ')'], "").replace(' ', "-")
 }
 
-/// Writes text under its final name in one step.
+/// Writes text under its final name atomically.
 ///
-/// Errors: `Error::Io`; nothing is left then.
+/// Errors: `Error::Io`; then no file remains.
 pub(super) fn write_text(path: &Path, text: &str) -> Result<()> {
     let mut file = AtomicFile::create(path)?;
     file.write_all(text.as_bytes())?;

@@ -1,4 +1,4 @@
-//! The verbs as steps of a store, each run once; a run and a sweep consist of them.
+//! The verbs as cached steps. Runs and sweeps consist of them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -23,10 +23,10 @@ use super::steps::{
 };
 use super::store::{Finished, Store};
 
-/// Calibration samples on which strategies measure losses; the default of `plan --samples`.
+/// Number of calibration samples for measuring losses; also the default of `plan --samples`.
 pub const LOSS_SAMPLES: usize = 32;
 
-/// The folder, the dense model and what the steps share.
+/// The run's folder, the dense model, and data shared by the steps.
 pub struct Stages<'a> {
     pub store: Store,
     pub model: &'a Path,
@@ -37,7 +37,7 @@ pub struct Stages<'a> {
     /// The part of all data that models are scored and trained on.
     pub part: DataPart,
     on_step: &'a mut dyn FnMut(&str),
-    /// Image features of the finetuning data, which all variants share.
+    /// Image features of the finetuning data, shared by all variants.
     features: Arc<FeatureCache>,
     engine: Option<Engine>,
 }
@@ -49,11 +49,11 @@ pub struct Questions {
     digest: Sha256Digest,
 }
 
-/// A finetuning step besides the model.
+/// Settings of a finetuning step, without its model.
 pub struct Healing<'a> {
     /// Name of the step and of its folder.
     pub step: &'a str,
-    /// Folder for checkpoints and metrics, in the run's own.
+    /// Folder for checkpoints and metrics, inside the run's folder.
     pub work: &'a str,
     pub trained: Trained<'a>,
     /// What the step is known by besides model and data: `plan` with its digest, for instance.
@@ -101,7 +101,7 @@ impl<'a> Stages<'a> {
         }
     }
 
-    /// Scores with all packs that the strategies read when these numbers of layers go.
+    /// Scores with all pack sizes that the strategies read for these numbers of dropped layers.
     ///
     /// Errors: as `method::score`.
     pub fn scores(&mut self, calibration: &Calibration, strategies: &[String], counts: &[usize]) -> Result<Finished> {
@@ -123,7 +123,7 @@ impl<'a> Stages<'a> {
         Ok(done)
     }
 
-    /// A plan, with losses measured where its strategy wants them.
+    /// A plan. Losses are measured if its strategy uses them.
     ///
     /// Errors: as `steps::plan`.
     pub fn plan(
@@ -168,7 +168,7 @@ impl<'a> Stages<'a> {
         Ok((plan, planned))
     }
 
-    /// The dense model without layers. `inputs` says what the step is known by besides the model.
+    /// The dense model without layers. `inputs` are further parts of the step's cache key.
     ///
     /// Errors: as `steps::prune`.
     pub fn prune(
@@ -233,7 +233,7 @@ impl<'a> Stages<'a> {
         Ok(healed)
     }
 
-    /// A model's answers to all benchmarks as one; `label` goes into the steps' names.
+    /// A model's answers to all benchmarks, merged; `label` is part of the steps' names.
     ///
     /// Errors: as `Engine::answer`.
     pub fn answers(
@@ -273,7 +273,7 @@ impl<'a> Stages<'a> {
         Ok(merged(&scores))
     }
 
-    /// True when `answers` would ask the model nothing.
+    /// True when `answers` would find all answers in the cache.
     ///
     /// Errors: as `Store::is_done`.
     pub fn answered(
@@ -419,16 +419,16 @@ pub fn questions(paths: &[PathBuf]) -> Result<Vec<Questions>> {
     paths.iter().map(open).collect()
 }
 
-/// Bytes of all ONNX files of a model.
+/// Total size of a model's ONNX files, in bytes.
 ///
-/// Errors: those of looking at the files.
+/// Errors: those of reading the files.
 pub fn size_bytes(model: &Path) -> Result<u64> {
     let bundle = Bundle::open(model)?;
     bundle.components().iter().map(|component| bundle.size_bytes(component)).sum()
 }
 
-/// Several benchmarks as one. A benchmark that is known by name is a group with its own score; the groups of others are
-/// report_step apart by the benchmark where there is more than one.
+/// Merges several benchmarks. A benchmark with a metric of its own becomes one group with its score; the groups of
+/// other benchmarks get the benchmark's name as a prefix.
 fn merged(parts: &[ModelScores]) -> ModelScores {
     if let [only] = parts {
         return only.clone();

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::{Error, Result, Sha256Digest, read_json, sha256_file, sha256_json, write_json};
 
-/// Name of the file that remembers finished steps.
+/// Name of the file with the record of finished steps.
 pub const STATE_FILE: &str = "state.json";
 const STATE_SCHEMA_VERSION: u32 = 1;
 
@@ -47,14 +47,14 @@ pub struct Store {
     state: RunState,
 }
 
-/// A step's output, made now or found.
+/// A step's output, new or from an earlier run.
 #[derive(Clone, Debug)]
 pub struct Finished {
     /// File or folder that the step made.
     pub path: PathBuf,
     /// SHA-256 of the file, or over the files of the folder.
     pub digest: Sha256Digest,
-    /// True when an earlier run had made it.
+    /// True when it is from an earlier run.
     pub reused: bool,
 }
 
@@ -67,9 +67,9 @@ struct Key<'a, S> {
 }
 
 impl Store {
-    /// Opens the folder of a run, new or begun before.
+    /// Opens the folder of a run; it may be new or hold an earlier run.
     ///
-    /// Errors: `Error::Io` when it cannot be made; `Error::Invalid` when it holds other things than a run.
+    /// Errors: `Error::Io` when it cannot be created; `Error::Invalid` when it holds anything else than a run.
     pub fn open(folder: &Path) -> Result<Self> {
         fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, e))?;
         let path = folder.join(STATE_FILE);
@@ -101,14 +101,14 @@ impl Store {
         &self.state
     }
 
-    /// Does a step unless its output is there, made from the same inputs with the same settings and unchanged since, or
-    /// was removed by [`Store::remove`].
+    /// Runs a step unless its output exists unchanged, from the same inputs and settings, or was removed by
+    /// [`Store::remove`].
     ///
-    /// `output` is the name of the file or folder that `work` must make; `inputs` are the digests of what it reads. An
-    /// output that an earlier run made from other inputs is replaced.
+    /// `output` is the name of the file or folder that `work` must create; `inputs` are the digests of the files that
+    /// it reads. An output of an earlier run from other inputs is replaced.
     ///
-    /// Errors: those of `work`; `Error::Invalid` when `work` made nothing, or when something is in the place of the
-    /// output that no run made.
+    /// Errors: those of `work`; `Error::Invalid` when `work` creates no output, or when the output's path holds
+    /// something that no run created.
     pub fn step<S: Serialize>(
         &mut self,
         name: &str,
@@ -142,7 +142,7 @@ impl Store {
         Ok(Finished { path, digest, reused: false })
     }
 
-    /// True when [`Store::step`] would not do the step again.
+    /// True when [`Store::step`] would not run the step again.
     ///
     /// Errors: `Error::Io` when the output cannot be read.
     pub fn is_done<S: Serialize>(&self, name: &str, inputs: &[(&str, &str)], settings: &S) -> Result<bool> {
@@ -150,7 +150,7 @@ impl Store {
         done.is(&key_of(name, inputs, settings)?, &self.folder.join(&done.output))
     }
 
-    /// Removes a finished step's output and remembers that it was made: what was made from it stays good.
+    /// Removes a finished step's output and records the removal; later steps that used the output remain valid.
     ///
     /// Errors: `Error::Io`.
     pub fn remove(&mut self, name: &str) -> Result<()> {
@@ -179,7 +179,7 @@ impl Store {
 }
 
 impl StepState {
-    /// True when this is what the step with that key made at `path`, there and unchanged or removed on purpose.
+    /// True when this record matches the key, and the output at `path` is unchanged or was removed on purpose.
     fn is(&self, key: &str, path: &Path) -> Result<bool> {
         if self.key != *key {
             return Ok(false);
@@ -200,9 +200,9 @@ fn remove(path: &Path) -> Result<()> {
     }
 }
 
-/// SHA-256 of every file below a folder by its path there, or of the one file by its name.
+/// SHA-256 of every file below a folder by its relative path, or of a single file by its name.
 ///
-/// Errors: `Error::Io` when something cannot be read.
+/// Errors: `Error::Io` when a file cannot be read.
 pub fn file_digests(path: &Path) -> Result<BTreeMap<String, Sha256Digest>> {
     let mut digests = BTreeMap::new();
     let mut pending = vec![path.to_path_buf()];
@@ -222,7 +222,7 @@ pub fn file_digests(path: &Path) -> Result<BTreeMap<String, Sha256Digest>> {
 
 /// One digest of a file, or over all files of a folder.
 ///
-/// Errors: `Error::Io` when something cannot be read.
+/// Errors: `Error::Io` when a file cannot be read.
 pub fn digest_of(path: &Path) -> Result<Sha256Digest> {
     if path.is_dir() { sha256_json(&file_digests(path)?) } else { sha256_file(path) }
 }
@@ -276,7 +276,7 @@ mod tests {
         store.forget("s").unwrap();
         assert!(!store.step("s", "o", &[("model", "a")], &1, write("1")).unwrap().reused);
         assert!(first.path.exists());
-        // What somebody else put in the place of a removed output is not taken for it, and is left alone.
+        // A foreign file in the place of a removed output is not used and not touched.
         store.remove("s").unwrap();
         fs::write(&first.path, "mine").unwrap();
         assert!(store.step("s", "o", &[("model", "a")], &1, never).is_err());

@@ -72,17 +72,17 @@ impl Table {
     /// Version of the schema of `table.json`.
     pub const SCHEMA_VERSION: u32 = 2;
 
-    /// Errors: `Error::Invalid` when rows differ in their groups.
+    /// Errors: `Error::Invalid` when rows have different groups.
     pub fn new(provenance: Provenance, rows: Vec<TableRow>) -> Result<Self> {
         let groups = |row: &TableRow| row.groups.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
         if let Some(row) = rows.iter().find(|row| groups(row) != groups(&rows[0])) {
-            return Err(Error::invalid(format!("row `{}`", row.model), "was asked other groups of questions")
+            return Err(Error::invalid(format!("row `{}`", row.model), "has other groups of questions")
                 .remedy("ask all models the same benchmarks"));
         }
         Ok(Table { provenance, rows })
     }
 
-    /// Head and rows as text, scores in percent, differences in percentage points.
+    /// Header and rows as text, scores in percent.
     pub fn cells(&self) -> Vec<Vec<String>> {
         let timed = self.rows.iter().any(|row| row.speed.is_some());
         let finetuned = self.rows.iter().any(|row| row.kept_of_finetuned.is_some());

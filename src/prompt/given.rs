@@ -1,4 +1,4 @@
-//! Batches that another program made ready: arrays by the name of the graph's input that takes each.
+//! Batches of ready tensors from another program: arrays with the names of the graphs' inputs.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -11,13 +11,13 @@ use super::{Array, Axis};
 /// A batch of `B` rows with up to `T` tokens each.
 #[derive(Debug, PartialEq)]
 pub struct TensorBatch {
-    /// How errors name it.
+    /// Name in errors.
     pub subject: String,
-    /// Every array of the file but `labels`.
+    /// Every array of the file except `labels`.
     pub arrays: BTreeMap<String, Array>,
-    /// `T`.
+    /// Number of tokens per row, `T`.
     pub time: usize,
-    /// The tokens of each row that are no padding.
+    /// For each row, the tokens that are not padding.
     pub real: Vec<Range<usize>>,
 }
 
@@ -26,14 +26,14 @@ pub struct TensorBatch {
 pub struct GivenRow {
     /// The batch.
     pub batch: Arc<TensorBatch>,
-    /// Its number in the batch.
+    /// Index of the row in the batch.
     pub row: usize,
     /// The part of `T` that is used.
     pub tokens: Range<usize>,
 }
 
 impl Array {
-    /// The part of an axis; none of it where the range is outside.
+    /// A range of an axis; empty when the range is outside the axis.
     pub fn part(&self, axis: usize, range: Range<usize>) -> Array {
         let size = self.shape().get(axis).copied().unwrap_or(0);
         let range = Slice::from(range.start.min(size)..range.end.min(size));
@@ -44,7 +44,7 @@ impl Array {
         }
     }
 
-    /// Without its first axis, which is 1.
+    /// The array without its first axis, whose size is 1.
     pub fn without_front(&self) -> Array {
         match self {
             Array::Float(array) => Array::Float(array.index_axis(Axis(0), 0).to_owned()),

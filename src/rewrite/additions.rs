@@ -1,4 +1,4 @@
-//! Features that come into the residual stream behind the first layers (DeepStack), moved to other layers.
+//! Moves features that are added to the residual stream after the first layers (DeepStack) to other layers.
 
 use std::collections::HashSet;
 
@@ -8,14 +8,14 @@ use crate::ir::{Body, DataType, Graph, GraphIndex, Node, ValueId};
 
 use super::tidy;
 
-/// A part of the stream: the nodes between two of its values.
+/// A part of the stream: its nodes, the stream before and the stream after them.
 struct Segment {
     nodes: HashSet<usize>,
     input: ValueId,
     output: ValueId,
 }
 
-/// True when features from outside are added to the stream behind one of the layers.
+/// True when features from outside are added to the stream after one of the layers.
 pub fn has_additions(map: &LayerMap) -> bool {
     additions(map).next().is_some()
 }
@@ -24,14 +24,14 @@ fn additions(map: &LayerMap) -> impl Iterator<Item = (usize, &Glue)> {
     map.glue.iter().filter(|glue| !glue.inputs.is_empty()).filter_map(|glue| Some((glue.after?, glue)))
 }
 
-/// The same graph with its additions moved so that, once `dropped` are gone, the first of them stands behind the first
-/// layer that stays, the second behind the second, and so on. Those for which no layer is left go.
+/// Moves the additions so that, once `dropped` are removed, the first addition follows the first kept layer, the second
+/// follows the second, and so on. Additions without a remaining layer are removed.
 ///
-/// Hugging Face's Qwen3-VL adds the features in its loop over whatever layers there are, so this is what it computes with
-/// layers deleted from its list.
+/// Hugging Face's Qwen3-VL adds the features in its loop over the list of layers, so this equals
+/// deleting layers from that list.
 ///
-/// Errors: `Error::Unsupported` when the additions do not stand behind the first layers in turn, or the stream is changed
-/// between layers in another way too.
+/// Errors: `Error::Unsupported` when the additions do not follow the first layers one by one, or another change of the
+/// stream between layers prevents the move.
 pub fn shift_additions(analysis: &Analysis, dropped: &[usize]) -> Result<Analysis> {
     let map = &analysis.map;
     if analysis.merged.is_some() {
@@ -73,7 +73,7 @@ fn not_moved(problem: impl Into<String>) -> Error {
         .remedy("prune the model that was never pruned, or use `--deepstack keep`")
 }
 
-/// Errors: `Error::Unsupported` unless one feature is added behind each of the first layers.
+/// Errors: `Error::Unsupported` unless one feature is added after each of the first layers.
 fn check_places(graph: &Graph, map: &LayerMap) -> Result<()> {
     let float = |id: &&ValueId| {
         let dtype = graph.value(**id).ty.as_ref().and_then(|ty| ty.dtype());
@@ -90,16 +90,16 @@ fn check_places(graph: &Graph, map: &LayerMap) -> Result<()> {
     Ok(())
 }
 
-/// The value of the stream behind the last layer and what is added there.
+/// The stream after the last layer and its addition.
 fn stream_end(map: &LayerMap) -> ValueId {
     let last = map.layers.len() - 1;
     let behind = map.glue.iter().find(|glue| glue.after == Some(last)).map(|glue| glue.to);
     behind.unwrap_or(map.layers[last].output)
 }
 
-/// All layers, each with the addition that is to stand behind it.
+/// All layers, each followed by its new addition.
 ///
-/// Errors: `Error::Unsupported` when a segment does not begin where the one before it ends, casts aside.
+/// Errors: `Error::Unsupported` when a segment does not begin where the previous one ends (casts are ignored).
 fn new_order(graph: &Graph, map: &LayerMap, kept: &[usize]) -> Result<Vec<Segment>> {
     let body = &graph.body;
     let index = GraphIndex::of_body(body);
@@ -107,7 +107,7 @@ fn new_order(graph: &Graph, map: &LayerMap, kept: &[usize]) -> Result<Vec<Segmen
     let mut segment = |input: ValueId, output: ValueId| {
         let from = before.replace(output).unwrap_or(input);
         if input != from && uncast(body, &index, input) != uncast(body, &index, from) {
-            let problem = format!("the stream is changed before `{}`, beside the features", graph.name(input));
+            let problem = format!("the stream has another change than the features, before `{}`", graph.name(input));
             return Err(not_moved(problem));
         }
         Ok(Segment { nodes: between(body, &index, from, output), input: from, output })
@@ -125,7 +125,7 @@ fn new_order(graph: &Graph, map: &LayerMap, kept: &[usize]) -> Result<Vec<Segmen
     if map.glue.iter().any(|glue| glue.after.is_some() && glue.inputs.is_empty()) {
         return Err(not_moved("the stream is changed between layers"));
     }
-    // The feature that stood behind the n-th layer stands behind the n-th of those that stay.
+    // The n-th addition follows the n-th kept layer.
     let mut order = Vec::new();
     let mut features = features.into_iter();
     for (number, layer) in layers.into_iter().enumerate() {
@@ -137,7 +137,7 @@ fn new_order(graph: &Graph, map: &LayerMap, kept: &[usize]) -> Result<Vec<Segmen
     Ok(order)
 }
 
-/// The value that this one is a cast of.
+/// The value of which this one is a cast, or the value itself.
 fn uncast(body: &Body, index: &GraphIndex, mut value: ValueId) -> ValueId {
     while let Some((number, _)) = index.node_of(value)
         && let node = &body.nodes[number]
@@ -149,7 +149,7 @@ fn uncast(body: &Body, index: &GraphIndex, mut value: ValueId) -> ValueId {
     value
 }
 
-/// Numbers of the nodes that `to` needs when `from` is given.
+/// Numbers of the nodes that compute `to` from `from`.
 fn between(body: &Body, index: &GraphIndex, from: ValueId, to: ValueId) -> HashSet<usize> {
     let mut found = HashSet::new();
     let mut open = vec![to];

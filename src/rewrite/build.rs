@@ -1,11 +1,11 @@
-//! Nodes and constants added to a model's top-level body.
+//! Adds nodes and constants to a model's top-level body.
 
 use crate::ir::{Attribute, AttributeKind, Model, Node, Tensor, Value, ValueId, ValueType};
 
 /// Prefix of the names of inputs and outputs that a rewrite adds.
 pub const ADDED_PREFIX: &str = "interlace.";
 
-/// Adds to a model; the values that it makes are named `interlace.STEM.NUMBER`.
+/// Adds nodes, inputs and constants to a model. New values are named `interlace.STEM.NUMBER`.
 pub struct Builder<'a> {
     pub model: &'a mut Model,
     stem: &'static str,
@@ -21,21 +21,21 @@ impl<'a> Builder<'a> {
         self.model.opset_imports.get("").copied().unwrap_or(1)
     }
 
-    /// A value without a type.
+    /// Adds a value without a type.
     pub fn value(&mut self) -> ValueId {
         let graph = &mut self.model.graph;
         let name = format!("{ADDED_PREFIX}{}.{}", self.stem, graph.values.len());
         graph.add_value(Value { name, ..Value::default() })
     }
 
-    /// An input of the graph.
+    /// Adds a graph input.
     pub fn input(&mut self, name: &str, ty: ValueType) -> ValueId {
         let id = self.model.graph.add_value(Value { name: name.into(), ty: Some(ty), ..Value::default() });
         self.model.graph.body.inputs.push(id);
         id
     }
 
-    /// A node of the default domain with one output.
+    /// Adds a node of the default domain with one output and returns the output.
     pub fn node(&mut self, op_type: &str, inputs: &[ValueId], attributes: &[(&str, AttributeKind)]) -> ValueId {
         let output = self.value();
         let node = operator(op_type, inputs, output, attributes);
@@ -43,7 +43,7 @@ impl<'a> Builder<'a> {
         output
     }
 
-    /// An initializer.
+    /// Adds an initializer.
     pub fn constant(&mut self, name: &str, tensor: Tensor) -> ValueId {
         let name = format!("{ADDED_PREFIX}{}.{name}", self.stem);
         let id = self.model.graph.add_value(Value { name, ..Value::default() });

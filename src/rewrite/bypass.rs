@@ -1,4 +1,4 @@
-//! A decoder in which inputs say which layers run, and whose outputs are the losses of chosen tokens.
+//! A decoder with inputs that switch layers off and with the losses of selected tokens as output.
 
 use std::collections::{HashMap, HashSet};
 
@@ -9,19 +9,20 @@ use crate::ir::{AttributeKind, Body, DataType, Dim, GraphIndex, Model, Tensor, V
 use super::build::{Builder, operator};
 use super::tidy;
 
-/// bool `[L]`: false leaves a layer out, and none of its nodes runs.
+/// bool `[L]`: false skips a layer; none of its nodes runs.
 pub const KEEP_INPUT: &str = "interlace.keep";
-/// int64 `[1, N, 2]`: batch row and position of each logit row whose loss is wanted.
+/// int64 `[1, N, 2]`: batch row and position of each selected row of the logits.
 pub const ROWS_INPUT: &str = "interlace.rows";
-/// int64 `[1, N, 1]`: the token that each of these rows should give.
+/// int64 `[1, N, 1]`: the target token of each selected row.
 pub const TARGETS_INPUT: &str = "interlace.targets";
 /// float32 `[1, N, 1]`: cross-entropy of each row in nats.
 pub const LOSS_OUTPUT: &str = "interlace.loss";
-/// bool `[1]`: true takes the stream before the first layer from [`STREAM_INPUT`] and not from the tokens.
+/// bool `[1]`: true reads the stream before the first layer from [`STREAM_INPUT`] instead of
+/// computing it from the tokens.
 pub const RESTART_INPUT: &str = "interlace.restart";
-/// `[B, T, D]`: read when [`RESTART_INPUT`] is true, and empty otherwise.
+/// `[B, T, D]`: read when [`RESTART_INPUT`] is true; otherwise empty.
 pub const STREAM_INPUT: &str = "interlace.stream";
-/// The stream before layer `i` is the output of this and `i`.
+/// Prefix of the outputs with the stream: this and `i` name the stream before layer `i`.
 pub const STREAM_OUTPUT_PREFIX: &str = "interlace.stream_";
 
 /// Result of [`bypass_layers`].
@@ -29,16 +30,16 @@ pub const STREAM_OUTPUT_PREFIX: &str = "interlace.stream_";
 pub struct Bypass {
     /// The rewritten decoder.
     pub model: Model,
-    /// True when the model has the inputs and outputs by which a run can begin at a later layer: with the stream before
-    /// layer `i` given and the layers before `i` left out, it continues as if they had run. A change to the stream between
-    /// layers (features added from outside) rules that out, and so does a layer that reads what an earlier one computed.
+    /// True when a run can begin at a later layer. The caller passes the stream before layer `i` and switches the
+    /// layers before `i` off; the run then continues as if they had run. This is impossible when the stream changes
+    /// between layers (features added from outside) or when a layer reads a value computed inside an earlier layer.
     pub restarts: bool,
 }
 
-/// The model with each layer inside an `If` of its own, and the losses of chosen tokens as output; caches are no longer
-/// given out.
+/// Puts each layer inside an `If` of its own and makes the losses of selected tokens an output.
+/// Cache outputs are removed.
 ///
-/// Errors: `Error::Unsupported` below opset 11, or when a layer's input and output are of different types.
+/// Errors: `Error::Unsupported` below opset 11, or when a layer's input and output have different types.
 pub fn bypass_layers(analysis: &Analysis) -> Result<Bypass> {
     let mut model = analysis.model.clone();
     let map = &analysis.map;
@@ -78,7 +79,7 @@ fn tensor_type(dtype: DataType, shape: Vec<Dim>) -> ValueType {
     ValueType::Tensor { dtype, shape: Some(shape) }
 }
 
-/// `If(keep[i], layer, carried)`. What the layer computes and others read too is computed outside once more.
+/// Adds `If(keep[i], layer, carried)`. Values of the layer that other nodes read are also computed outside the `If`.
 fn optional_layer(build: &mut Builder, map: &LayerMap, layer: &Layer, keep: ValueId) -> Result<ValueId> {
     let graph = &build.model.graph;
     let (from, to) = (graph.value(layer.output), graph.value(layer.carried));
@@ -107,7 +108,7 @@ fn carry_body(build: &mut Builder, layer: &Layer) -> Body {
     Body { name: format!("without_layer_{}", layer.index), nodes, outputs: vec![output], ..Body::default() }
 }
 
-/// A copy of the layer's nodes, and of those that work for it alone, with values of its own.
+/// A copy of the layer's nodes and of the nodes that only this layer uses, with new values.
 fn layer_body(build: &mut Builder, map: &LayerMap, layer: &Layer) -> Body {
     let graph = &mut build.model.graph;
     let on_path: HashSet<usize> = layer.path.iter().copied().collect();
@@ -116,7 +117,7 @@ fn layer_body(build: &mut Builder, map: &LayerMap, layer: &Layer) -> Body {
     let mut open = vec![layer.output];
     while let Some(value) = open.pop() {
         let Some((number, _)) = index.node_of(value) else { continue };
-        // Nodes added by earlier layers' rewrites stand behind the owners' list.
+        // Nodes added for earlier layers have numbers past the end of the owners' list.
         let own = map.node_owners.get(number).is_some_and(|owner| owner.only() == Some(layer.index));
         if (own || on_path.contains(&number)) && numbers.insert(number) {
             let node = &graph.body.nodes[number];
@@ -144,7 +145,7 @@ fn layer_body(build: &mut Builder, map: &LayerMap, layer: &Layer) -> Body {
     body
 }
 
-/// Every value that a body or one inside it defines.
+/// Collects every value that a body or a nested body defines.
 fn defined(body: &Body, own: &mut HashSet<ValueId>) {
     own.extend(body.inputs.iter().copied());
     own.extend(body.initializers.iter().map(|(id, _)| *id));
@@ -154,7 +155,8 @@ fn defined(body: &Body, own: &mut HashSet<ValueId>) {
     }
 }
 
-/// Lets the stream before the first layer come from an input. False, and nothing changed, where a run cannot begin later.
+/// Makes the stream before the first layer an input. Returns false, without a change, when a run
+/// cannot begin at a later layer.
 fn restart(build: &mut Builder, map: &LayerMap) -> bool {
     let Some(first) = map.layers.first() else { return false };
     if map.layers.iter().any(|layer| !layer.beside.is_empty()) {
@@ -182,7 +184,7 @@ fn restart(build: &mut Builder, map: &LayerMap) -> bool {
     true
 }
 
-/// The head at the chosen rows alone: `[1, N, V]`.
+/// The head at the selected rows alone: `[1, N, V]`.
 fn chosen_logits(build: &mut Builder, logits: ValueId) -> ValueId {
     let shape = |last: i64| vec![Dim::Known(1), Dim::Unknown, Dim::Known(last)];
     let rows = build.input(ROWS_INPUT, tensor_type(DataType::Int64, shape(2)));
@@ -194,7 +196,7 @@ fn chosen_logits(build: &mut Builder, logits: ValueId) -> ValueId {
     let own = build.model.graph.body.nodes.pop();
     tidy::replace_uses(&mut build.model.graph.body, &HashMap::from([(all, chosen)]));
     build.model.graph.body.nodes.extend(own);
-    // The declared shapes behind it are those of all positions.
+    // The declared shapes of the values after it are those of all positions.
     let graph = &mut build.model.graph;
     let mut behind = HashSet::from([chosen]);
     for node in &graph.body.nodes {

@@ -1,4 +1,4 @@
-//! Cuts a part out of a graph.
+//! Extracts a part of a graph.
 
 use std::collections::HashSet;
 
@@ -7,10 +7,10 @@ use crate::ir::{GraphIndex, Model, ValueId};
 
 use super::tidy;
 
-/// The part of a model that computes `outputs` from `inputs` (and from whatever of the model's own inputs it needs
-/// besides). Values keep their names.
+/// The part of a model that computes `outputs` from `inputs` and from the other model inputs that it
+/// needs. Values keep their names.
 ///
-/// Errors: `Error::Invalid` when an output cannot be computed or is given twice.
+/// Errors: `Error::Invalid` when an output cannot be computed or is listed twice.
 pub fn extract(model: &Model, inputs: &[ValueId], outputs: &[ValueId]) -> Result<Model> {
     let mut part = model.clone();
     let body = &mut part.graph.body;

@@ -1,11 +1,11 @@
-//! Puts skip-norm fusions back that the analysis took apart.
+//! Restores the skip-norm fusions that the analysis split.
 
 use std::collections::HashSet;
 
 use crate::analysis::{FUSED_MARK, FUSED_OUTPUTS, FusedNorm};
 use crate::ir::{Attribute, Body, GraphIndex, Model, Node, Value, ValueId};
 
-/// A marked norm joined with the addition before it.
+/// A marked norm merged with the addition before it.
 struct Joined {
     /// Position of the norm among the nodes.
     norm: usize,
@@ -17,12 +17,12 @@ struct Joined {
     names: Vec<String>,
 }
 
-/// Joins every marked norm with the marked addition before it. A norm without an addition (the first layer was dropped,
-/// so it reads the embeddings) remains a plain norm.
+/// Merges every marked norm with the marked addition before it. A norm without an addition stays a plain norm; this
+/// happens when the first layer was dropped and the norm reads the embeddings.
 pub fn fuse_skip_norms(model: &mut Model) {
     let mut gone = HashSet::new();
     for Joined { norm, addition, mut node, names } in joined_norms(&model.graph.body) {
-        // Unread statistics get their names back.
+        // Unread statistics keep the names that they had.
         for (position, name) in (1..).zip(names).take(2).filter(|(_, name)| !name.is_empty()) {
             if node.outputs.len() <= position {
                 node.outputs.resize(position + 1, None);
@@ -93,15 +93,15 @@ fn joined_norms(body: &Body) -> Vec<Joined> {
     joined
 }
 
-/// The two addends of a fused norm and its bias; `None` where the sum under a bias is gone, since no fused norm adds a
-/// bias to the stream.
+/// The two addends of a fused norm and its bias. `None` when a dropped layer removed the sum to which the bias was
+/// added: no fused norm adds a bias to the stream.
 fn addends(body: &Body, index: &GraphIndex, add: &Node) -> Option<(ValueId, ValueId, Option<ValueId>)> {
     let input = |node: &Node, number: usize| node.inputs.get(number).copied().flatten();
     let (left, right) = (input(add, 0)?, input(add, 1)?);
     if !add.name.ends_with("/add_bias") {
         return Some((left, right, None));
     }
-    // With a bias the marked addition is the second of two.
+    // With a bias the marked addition is the second of two additions.
     let (number, _) = index.node_of(left)?;
     let inner = &body.nodes[number];
     if inner.op_type != "Add" || !inner.name.ends_with("/add") || index.uses(left).len() != 1 {
@@ -119,7 +119,7 @@ fn without_mark(node: &Node) -> Vec<(String, String)> {
     node.metadata.iter().filter(|(key, _)| key != FUSED_MARK && key != FUSED_OUTPUTS).cloned().collect()
 }
 
-/// Names of the fused node's outputs from the second on, as the analysis kept them.
+/// Names of the fused node's outputs from the second on, as recorded by the analysis.
 fn output_names(norm: &Node) -> Vec<String> {
     let kept = norm.metadata.iter().find(|(key, _)| key == FUSED_OUTPUTS);
     kept.map(|(_, names)| names.lines().map(str::to_string).collect()).unwrap_or_default()

@@ -1,8 +1,8 @@
-//! Attention that an exporter spelled out becomes one node, so that an engine can run it as a whole.
+//! Replaces an attention of single operators by one node, which an engine can run as one kernel.
 //!
-//! Recognised is `MatMul(q, k')`, scaled before or after by constants, plus a mask, `Softmax`, with or without a guard
-//! against rows of NaN, `MatMul` with `v`; and keys and values repeated for groups of heads by `Unsqueeze`, `Expand` and
-//! `Reshape`. Anything else in between, or a second reader of a step, and the nodes stay as they are.
+//! The pattern is `MatMul(q, k')`, scaled before or after by constants, plus a mask, `Softmax` with or without a guard
+//! against rows of NaN, and `MatMul` with `v`. Keys and values may be repeated for groups of heads by `Unsqueeze`,
+//! `Expand` and `Reshape`. With any other node in between, or a second reader of a step, the nodes stay unchanged.
 
 use crate::ir::{Attribute, AttributeKind, Graph, GraphIndex, Model, Node, ValueId};
 
@@ -10,12 +10,12 @@ use super::internal::{INTERNAL_DOMAIN, standard};
 
 /// The node that replaces one attention.
 ///
-/// Inputs: q `[B, H, S, D]`; k `[B, G, T, D]`, or `[B, G, D, T]` where attribute `transposed` is 1; v `[B, G, T, E]`;
-/// what is added to the scores; then, where heads are grouped, the shapes that k was expanded and reshaped to, and
-/// those of v. Attribute `scale` multiplies the scores before the mask.
+/// Inputs: q `[B, H, S, D]`; k `[B, G, T, D]`, or `[B, G, D, T]` when attribute `transposed` is 1; v `[B, G, T, E]`;
+/// the mask, which is added to the scores; then, for grouped heads, the shapes to which k was expanded and reshaped,
+/// and those of v. Attribute `scale` multiplies the scores before the mask.
 pub const FUSED_ATTENTION: &str = "FusedAttention";
 
-/// Puts a node into `fused` for every attention of `model`, whose nodes it has. Returns how many.
+/// Adds a node to `fused`, a copy of `model`, for every attention of `model`. Returns their number.
 pub(super) fn fuse_attention(model: &Model, fused: &mut Model) -> usize {
     let matcher = Matcher { graph: &model.graph, index: GraphIndex::new(&model.graph) };
     let opset = model.opset_imports.get("").copied().unwrap_or(1);
@@ -36,14 +36,14 @@ struct Matcher<'g> {
     index: GraphIndex,
 }
 
-/// A product of q and k' with its constant factors taken out.
+/// A product of q and k' without its constant factors.
 struct Scores {
     q: ValueId,
     k: ValueId,
     scale: f64,
 }
 
-/// Keys or values before they were repeated, and the shapes in between.
+/// Keys or values before the repetition for groups of heads, and the two shapes of the repetition.
 struct Repeated {
     source: ValueId,
     expand: ValueId,
@@ -51,7 +51,7 @@ struct Repeated {
 }
 
 impl Matcher<'_> {
-    /// The node for the attention around a softmax, and the number of the node that it takes the place of.
+    /// The fused node for the attention around a softmax, and the number of the node that it replaces.
     fn attention(&self, softmax: usize, opset: i64) -> Option<(usize, Node)> {
         let node = self.node(softmax)?;
         let axis = node.attribute("axis").map(|axis| axis.as_int());
@@ -69,7 +69,7 @@ impl Matcher<'_> {
             Some(turn) => (input(turn, 0)?, false),
             None => (scores.k, true),
         };
-        // Both or none: attention takes one number of groups.
+        // Both or neither: attention has one number of groups.
         let repeated = if transposed { None } else { self.repeated(k).zip(self.repeated(v)) };
         let (k, v, shapes) = match repeated {
             Some((of_k, of_v)) => {
@@ -96,7 +96,7 @@ impl Matcher<'_> {
         Some((product, made))
     }
 
-    /// Scores with or without a mask added.
+    /// Scores, with the mask if one is added.
     fn masked(&self, id: ValueId) -> Option<(Scores, Option<ValueId>)> {
         if let Some(add) = self.made_by(id, "Add").filter(|_| self.read_once(id)) {
             let (left, right) = (input(add, 0)?, input(add, 1)?);
@@ -118,11 +118,11 @@ impl Matcher<'_> {
         let (q, of_q) = self.unscaled(input(node, 0)?);
         let (k, of_k) = self.unscaled(input(node, 1)?);
         let scale = outer * of_q * of_k;
-        // The scale is kept in f32, as the factors are.
+        // The scale is stored in f32, like its factors.
         (scale.is_finite() && scale != 0.0).then_some(Scores { q, k, scale })
     }
 
-    /// A value without the constant that it is multiplied with or divided by.
+    /// A value without its constant factor or divisor.
     fn unscaled(&self, id: ValueId) -> (ValueId, f64) {
         let scaled = || -> Option<(ValueId, f64)> {
             if let Some(node) = self.made_by(id, "Mul") {
@@ -139,7 +139,7 @@ impl Matcher<'_> {
         scaled().unwrap_or((id, 1.0))
     }
 
-    /// The product that alone reads the probabilities, and what it multiplies them with.
+    /// The product that is the only reader of the probabilities, and its other factor.
     fn product(&self, probabilities: ValueId) -> Option<(usize, ValueId)> {
         let readers = self.index.uses(probabilities);
         if self.index.output_position(probabilities).is_some() {
@@ -148,7 +148,7 @@ impl Matcher<'_> {
         if readers.len() == 1 {
             return self.product_of(probabilities);
         }
-        // Where(IsNaN(p), 0, p): a row that sees nothing gives nothing.
+        // Where(IsNaN(p), 0, p): a fully masked row gives zeros.
         let reader = |op: &str| {
             let mut nodes = readers.iter().filter_map(|reader| self.node(reader.node));
             nodes.find(|node| standard(node, op)).filter(|_| readers.len() == 2)
@@ -162,14 +162,14 @@ impl Matcher<'_> {
         if fits { self.product_of(output(choice)?) } else { None }
     }
 
-    /// The product that alone reads this value, on its left, and what is on its right.
+    /// The product that is the only reader of this value, as its left factor, and the right factor.
     fn product_of(&self, left: ValueId) -> Option<(usize, ValueId)> {
         let reader = self.index.uses(left).first().filter(|reader| reader.input == Some(0) && self.read_once(left))?;
         let node = self.node(reader.node).filter(|node| standard(node, "MatMul"))?;
         Some((reader.node, input(node, 1)?))
     }
 
-    /// The value that is repeated for groups of heads: `Reshape(Expand(Unsqueeze(x, 2), ..), ..)`.
+    /// The value that is repeated for groups of heads by `Reshape(Expand(Unsqueeze(x, 2), ..), ..)`.
     fn repeated(&self, id: ValueId) -> Option<Repeated> {
         let reshape = self.made_by(id, "Reshape")?;
         let expand = self.made_by(input(reshape, 0)?, "Expand")?;
@@ -186,13 +186,13 @@ impl Matcher<'_> {
         self.graph.body.nodes.get(number)
     }
 
-    /// The node of this standard operator that makes the value.
+    /// The node that produces the value, if it has this operator of the default domain.
     fn made_by(&self, id: ValueId, op: &str) -> Option<&Node> {
         let node = self.node(self.index.node_of(id)?.0)?;
         standard(node, op).then_some(node)
     }
 
-    /// True when one node input reads the value and nothing else does.
+    /// True when the value has exactly one reader, a node input.
     fn read_once(&self, id: ValueId) -> bool {
         matches!(self.index.uses(id), [only] if only.input.is_some()) && self.index.output_position(id).is_none()
     }
@@ -204,7 +204,7 @@ impl Matcher<'_> {
     }
 
     fn constant(&self, id: ValueId) -> Option<&crate::ir::Tensor> {
-        // An initializer that is also an input is only a default.
+        // An initializer that is also an input is a default value, not a constant.
         if self.graph.body.inputs.contains(&id) {
             return None;
         }

@@ -11,17 +11,17 @@ pub const FUSED_SILU: &str = "FusedSilu";
 /// Number of fused nodes by kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Fused {
-    /// Attentions, each a chain from the scaled product of queries and keys to the product with the values.
+    /// Attentions, each from the scaled product of queries and keys to the product with the values.
     pub attention: usize,
     /// Products of a value with its own sigmoid.
     pub silu: usize,
 }
 
-/// The model with every recognised attention and SiLU as one node. Values keep their ids; what the new nodes no longer
-/// read stays in the graph.
+/// The model with one node for each recognised attention and SiLU. Values keep their ids; nodes that are no longer read
+/// stay in the graph.
 ///
-/// Normalisation is left as it is: LibTorch computes its RMS norm on a processor by the same chain of operations, forward
-/// and backward, in the same time.
+/// Normalisation is not fused: on a CPU, LibTorch computes its RMS norm with the same chain of operations, forward and
+/// backward, in the same time.
 pub fn fuse_kernels(model: &Model) -> (Model, Fused) {
     let mut fused = model.clone();
     let count = Fused { attention: fuse_attention(model, &mut fused), silu: fuse_silu(model, &mut fused) };
@@ -31,7 +31,7 @@ pub fn fuse_kernels(model: &Model) -> (Model, Fused) {
     (fused, count)
 }
 
-/// `Mul(x, Sigmoid(x))`, where nothing else reads the sigmoid.
+/// `Mul(x, Sigmoid(x))` with no other reader of the sigmoid.
 fn fuse_silu(model: &Model, fused: &mut Model) -> usize {
     let nodes = &model.graph.body.nodes;
     let index = GraphIndex::new(&model.graph);

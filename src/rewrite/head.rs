@@ -1,15 +1,15 @@
-//! A decoder with its head behind it, where the head is a graph of its own.
+//! Joins a decoder with its head when the head is a graph of its own.
 
 use std::collections::HashSet;
 
 use crate::base::{Error, Result};
 use crate::ir::{Body, Model, Value, ValueId};
 
-/// The decoder whose output `hidden` is given to `head`, and which gives the head's output in its place. The decoder's
-/// own values keep their ids and names; those of the head come behind them.
+/// Appends `head` to the decoder: the head reads `hidden`, and its output replaces that output of the decoder. The
+/// decoder's values keep their ids and names; those of the head follow.
 ///
-/// Errors: `Error::Unsupported` when the head does not take one input and give one output, or the two graphs are of
-/// different operator sets.
+/// Errors: `Error::Unsupported` when the head does not have one input and one output, or when the graphs use different
+/// operator sets.
 pub fn with_head(decoder: &Model, hidden: ValueId, head: &Model) -> Result<Model> {
     let subject = || format!("graph `{}`", head.graph.body.name);
     let weights: HashSet<ValueId> = head.graph.body.initializers.iter().map(|(id, _)| *id).collect();

@@ -1,4 +1,4 @@
-//! Outputs that show the residual stream: lists with one of them for every layer, and what dropped layers change of each.
+//! Outputs that show the residual stream: lists with one output per layer, and their changes when layers are dropped.
 
 use std::collections::BTreeMap;
 
@@ -7,19 +7,19 @@ use crate::ir::{Graph, ValueId};
 
 use super::renumber::{digit_runs, padded_width};
 
-/// Outputs whose names are numbered without a gap, with one for the stream before, or behind, each layer: all of
-/// transformers' `output_hidden_states`, or that list without its first or last entry.
+/// A list of outputs with consecutive numbers in their names, one for the stream before (or after) each layer: the
+/// `output_hidden_states` of transformers, with or without its first or last entry.
 ///
-/// The list of a network of fewer layers is shorter: without a layer its entry is not in the list, and the others are
-/// numbered anew. A graph that shows the stream at some places only has no list, and all its outputs stay.
+/// When a layer is dropped, its entry is removed and the others are renumbered. Outputs at some places only are not a
+/// list, and all of them stay.
 #[derive(Debug)]
 pub struct Series {
     entries: Vec<Entry>,
     /// The number in the first entry's name.
     first: usize,
-    /// Digits that numbers are padded to with zeros.
+    /// Width to which numbers are padded with zeros.
     width: usize,
-    /// Text of the names before and behind the number.
+    /// Text before and after the number in the names.
     before: String,
     after: String,
 }
@@ -27,18 +27,19 @@ pub struct Series {
 #[derive(Debug)]
 struct Entry {
     output: ValueId,
-    /// The layer that it belongs to; the stream at the other end of the network belongs to none.
+    /// The layer of the entry; `None` for the stream at the other end of the network.
     layer: Option<usize>,
 }
 
-/// Outputs by the place that they show, and the digits that their numbers are padded to.
+/// Outputs by their place in the stream, and the width to which their numbers are padded.
 type Numbered = (BTreeMap<usize, ValueId>, usize);
 
 impl Series {
-    /// The lists among a graph's outputs. `map` names the outputs as `graph` does.
+    /// The lists among a graph's outputs. `map` refers to the outputs by the same ids as `graph`.
     pub fn all(graph: &Graph, map: &LayerMap) -> Vec<Series> {
         let count = map.layers.len();
-        // By frame, and by whether names carry the place that is shown or the number of the layer before it.
+        // Grouped by the text around the number, and by the meaning of the number: the place, or
+        // the layer before the place.
         let mut frames: BTreeMap<(String, String, bool), Numbered> = BTreeMap::new();
         for (output, place) in shown(map) {
             let name = graph.name(output);
@@ -57,7 +58,7 @@ impl Series {
         let listed = frames.into_iter().filter_map(|((before, after, by_layer), (places, width))| {
             let (&start, &end) = (places.keys().next()?, places.keys().next_back()?);
             let whole = places.len() == end - start + 1 && places.len() >= count && count > 1;
-            // From the embeddings on, an entry is that of the layer behind it.
+            // In a list that begins with the embeddings, an entry belongs to the layer after it.
             let layer = |place: usize| if start == 0 { Some(place) } else { place.checked_sub(1) };
             let entries = places
                 .into_iter()
@@ -67,7 +68,7 @@ impl Series {
         });
         let mut lists: Vec<Series> = Vec::new();
         for list in listed {
-            // Of two numbers in the same names the first is taken.
+            // When two numbers in the names would fit, the first one counts.
             let is_known =
                 |entry: &Entry| lists.iter().flat_map(|list| &list.entries).any(|known| known.output == entry.output);
             if !list.entries.iter().any(is_known) {
@@ -83,7 +84,7 @@ impl Series {
         gone.map(|entry| entry.output).collect()
     }
 
-    /// The new name of each output when these layers stay; `None` for those that go.
+    /// The new name of each output when these layers stay; `None` for removed ones.
     fn names(&self, kept: &[usize]) -> Vec<(ValueId, Option<String>)> {
         let (mut number, width) = (self.first, self.width);
         let mut names = Vec::with_capacity(self.entries.len());
@@ -95,10 +96,10 @@ impl Series {
         names
     }
 
-    /// Gives the outputs that stay their new numbers.
+    /// Renumbers the outputs that stay.
     pub fn renumber(&self, graph: &mut Graph, kept: &[usize]) {
         let names = self.names(kept);
-        // A value that is no output any more can still be read inside the graph.
+        // A removed output can still be read inside the graph.
         for &(output, _) in names.iter().filter(|(_, name)| name.is_none()) {
             let name = graph.fresh_name(&format!("{}.inner", graph.name(output)));
             graph.values[output.index()].name = name;
@@ -111,7 +112,7 @@ impl Series {
     }
 }
 
-/// Outputs that show the stream at one place and nothing else, the result among them.
+/// Outputs that show the stream at exactly one place, including the result.
 fn shown(map: &LayerMap) -> impl Iterator<Item = (ValueId, usize)> + '_ {
     let taps = map.taps.iter().filter(|tap| tap.inside.is_empty());
     let places = taps.filter_map(|tap| match tap.places[..] {
@@ -121,21 +122,22 @@ fn shown(map: &LayerMap) -> impl Iterator<Item = (ValueId, usize)> + '_ {
     places.chain([(map.result, map.layers.len())])
 }
 
-/// An output that shows the residual stream and that dropped layers change.
+/// A change to an output that shows the residual stream.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MovedTap {
-    /// Its name before.
+    /// Name of the output before.
     pub output: String,
-    /// Its name now; `None` where the entry of a dropped layer went from a list with one for every layer.
+    /// Name of the output now; `None` when it belonged to a dropped layer and was removed from its list.
     pub output_now: Option<String>,
-    /// Where it read the stream: `i` is before layer `i`, the number of layers is behind the last one. In order.
+    /// Places at which it read the stream: `i` is before layer `i`, the number of layers is
+    /// after the last one. Ascending.
     pub before: Vec<usize>,
-    /// The same now, in the numbers of the layers that stay.
+    /// The places now, in the new numbers of the layers.
     pub before_now: Vec<usize>,
 }
 
-/// What dropping all but the `kept` layers changes of the outputs that show the stream: names, or the numbers of the layers
-/// before which they read it. Behind the last layer stays behind the last layer. `map` names the outputs as `graph` does.
+/// The changes to outputs that show the stream when only the `kept` layers stay: names, or places. The place after the
+/// last layer remains the place after the last layer. `map` refers to the outputs by the same ids as `graph`.
 pub fn moved_taps(graph: &Graph, map: &LayerMap, kept: &[usize]) -> Vec<MovedTap> {
     let names: Vec<(ValueId, Option<String>)> =
         Series::all(graph, map).iter().flat_map(|list| list.names(kept)).collect();

@@ -2,10 +2,10 @@
 
 use crate::ir::Node;
 
-/// Domain of nodes that replace several of the file's; never written to a file.
+/// Domain of the nodes that fusions create in memory; never written to a file.
 pub const INTERNAL_DOMAIN: &str = "interlace";
 
-/// True for this operator of the default domain.
+/// True when the node has this operator of the default domain.
 pub(super) fn standard(node: &Node, op: &str) -> bool {
     node.op_type == op && node.domain.is_empty()
 }

@@ -1,4 +1,4 @@
-//! Layer removal in both branches of a merged decoder.
+//! Removes layers from both branches of a merged decoder.
 
 use std::collections::{HashMap, HashSet};
 
@@ -7,11 +7,12 @@ use crate::base::{Error, Result};
 use crate::ir::{AttributeKind, Body, Model, ValueId};
 
 use super::hidden_states::Series;
-use super::{drop_layers::cut, renumber, tidy};
+use super::removal::without_layers;
+use super::{renumber, tidy};
 
-/// The merged model without the given layers, before it is finished.
+/// The merged model without the given layers, before `tidy::finish`.
 ///
-/// Errors: as `drop_layers`; `Error::Invalid` when the branches lose different outputs.
+/// Errors: as `drop_layers`; `Error::Invalid` when different outputs would be removed from the branches.
 pub fn drop_in_branches(merged: &Merged, dropped: &[usize], kept: &[usize]) -> Result<Model> {
     let mut model = merged.original.clone();
     let known = model.graph.values.len();
@@ -21,7 +22,7 @@ pub fn drop_in_branches(merged: &Merged, dropped: &[usize], kept: &[usize]) -> R
     let mut ports: Option<LayerMap> = None;
     for branch in &merged.branches {
         let gone = gone_outputs(merged, branch, dropped);
-        let part = cut(&branch.model, &branch.map, dropped, kept, &gone)?;
+        let part = without_layers(&branch.model, &branch.map, dropped, kept, &gone)?;
         let left: HashSet<ValueId> = part.graph.body.outputs.iter().copied().collect();
         let mine: Vec<bool> = branch.model.graph.body.outputs.iter().map(|id| left.contains(id)).collect();
         if *stays.get_or_insert_with(|| mine.clone()) != mine {
@@ -57,7 +58,7 @@ pub fn drop_in_branches(merged: &Merged, dropped: &[usize], kept: &[usize]) -> R
     Ok(model)
 }
 
-/// Outputs of a branch that are hidden states of dropped layers by the names that the whole model gives them.
+/// Outputs of a branch that are hidden states of dropped layers, according to the whole model's output names.
 fn gone_outputs(merged: &Merged, branch: &Branch, dropped: &[usize]) -> Vec<ValueId> {
     let mut outer = None;
     let outputs = &merged.original.graph.body.nodes[merged.node].outputs;
@@ -68,7 +69,7 @@ fn gone_outputs(merged: &Merged, branch: &Branch, dropped: &[usize]) -> Vec<Valu
     pairs.filter(|(_, outer)| outer.is_some_and(|outer| gone.contains(&outer))).map(|(inner, _)| *inner).collect()
 }
 
-/// The layers with ports and taps as the whole model names them; `None` without branches.
+/// The layers with the ports and taps of the whole model; `None` without branches.
 pub fn outer_map(merged: &Merged) -> Option<LayerMap> {
     let mut outer = None;
     for branch in &merged.branches {
@@ -81,7 +82,7 @@ fn model_subject(merged: &Merged) -> String {
     merged.original.graph.body.nodes[merged.node].describe(&merged.original.graph)
 }
 
-/// The ports as the whole model names them: inputs from whichever branch reads them, outputs of the `If`.
+/// Replaces a branch's ports by those of the whole model: inputs from the branch that reads them, outputs of the `If`.
 fn merge_ports(ports: &mut Option<LayerMap>, branch: &Branch, outputs: &[Option<ValueId>]) {
     let outer: HashMap<ValueId, ValueId> = branch
         .model
@@ -114,7 +115,7 @@ fn merge_ports(ports: &mut Option<LayerMap>, branch: &Branch, outputs: &[Option<
     }
 }
 
-/// Puts a branch back under its `If`; values that the cut made get ids in the whole model's arena.
+/// Puts a branch back into its `If`. Values that the removal created get ids in the whole model's arena.
 fn put_back(model: &mut Model, node: usize, attribute: usize, mut part: Model, known: usize) {
     let mut new_ids: HashMap<ValueId, ValueId> = HashMap::new();
     let values = std::mem::take(&mut part.graph.values);

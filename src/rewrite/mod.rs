@@ -1,4 +1,4 @@
-//! Rewrites of a graph. Each takes a model by reference and gives a new one; weights are shared, nothing is copied.
+//! Rewrites of a graph. Each takes a model by reference and returns a new one that shares the weights.
 
 mod additions;
 mod build;
@@ -12,6 +12,7 @@ mod head;
 mod hidden_states;
 mod internal;
 mod merged;
+mod removal;
 mod renumber;
 mod tap;
 mod tidy;

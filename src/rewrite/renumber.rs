@@ -1,15 +1,15 @@
-//! New names for the cache ports of the layers that stay, in the file's own pattern and without a gap.
+//! Renames the cache ports of the kept layers by the file's own pattern, without gaps.
 
 use crate::analysis::{KvPort, LayerMap, PortRole};
 use crate::base::{Error, Result};
 use crate::ir::{Graph, ValueId};
 
-/// Renames the ports of kept layers. `kept` holds the old indices in order.
+/// Renames the ports of kept layers. `kept` holds their old indices in ascending order.
 ///
-/// Where the number in the ports' names is the layer's index, it becomes the new index; where it counts the layers
-/// that have such a port, it becomes the new count; where names carry no number, they stay.
+/// When the number in the ports' names is the layer's index, it becomes the new index; when it counts the layers with
+/// such a port, it becomes the new count; names without a number stay.
 ///
-/// Errors: `Error::Invalid` when the numbers follow neither rule, or a new name is taken by something else.
+/// Errors: `Error::Invalid` when the numbers follow neither rule, or when another value has the new name.
 pub fn rename_ports(graph: &mut Graph, map: &LayerMap, kept: &[usize]) -> Result<()> {
     let mut renames: Vec<(ValueId, String)> = Vec::new();
     let mut roles: Vec<PortRole> =
@@ -62,7 +62,7 @@ pub fn rename_ports(graph: &mut Graph, map: &LayerMap, kept: &[usize]) -> Result
     Ok(())
 }
 
-/// The one number in which the names differ: its value, and the text before and behind it.
+/// The one number in which the names differ: its value, and the text before and after it.
 fn varying_number(names: &[&str]) -> Option<Vec<(usize, String, String)>> {
     let split: Vec<Vec<(usize, usize)>> = names.iter().map(|name| digit_runs(name)).collect();
     let columns = split.first()?.len();
@@ -85,7 +85,7 @@ fn varying_number(names: &[&str]) -> Option<Vec<(usize, String, String)>> {
     None
 }
 
-/// The digits that a number is padded to with zeros; 0 where it is not.
+/// Width to which a number is padded with zeros; 0 without padding.
 pub fn padded_width(digits: &str) -> usize {
     if digits.len() > 1 && digits.starts_with('0') { digits.len() } else { 0 }
 }

@@ -1,4 +1,4 @@
-//! Similarities of the residual stream with itself some layers on, as small outputs of the graph itself.
+//! Adds the cosine similarities of the stream before and after packs of layers as small outputs of the graph.
 
 use crate::analysis::Analysis;
 use crate::base::{Error, Result};
@@ -7,19 +7,19 @@ use crate::ir::{AttributeKind, DataType, Dim, Model, Tensor, ValueId, ValueType}
 use super::build::Builder;
 use super::tidy;
 
-/// Output names are this and the pack size: `interlace.sim_1`.
+/// Prefix of the output names; the pack size follows: `interlace.sim_1`.
 pub const SIMILARITY_PREFIX: &str = "interlace.sim_";
 
 /// A model whose only outputs are the cosine similarities of the stream before layer `i` with the stream before layer
 /// `i + k`, for each pack size `k`: `interlace.sim_k` of shape `[n, B, T]` in float32, one row for each `i`.
 ///
-/// The stream before layer `i` is what layer `i - 1` gives, and before layer 0 what that layer takes: where features are
-/// added between layers (DeepStack), they are not in it yet, as in the hidden states that Hugging Face records.
+/// The stream before layer `i` is the output of layer `i - 1`, and before layer 0 the input of layer 0. Features added
+/// between layers (DeepStack) are not in it yet, as in the hidden states that Hugging Face records.
 ///
-/// `n` is `L - k`, the last layer being in no pack; with `include_last` the stream behind the last layer counts too
+/// `n` is `L - k`, since the last layer is in no pack; with `include_last` the stream after the last layer counts too
 /// and `n` is `L - k + 1`. Source: INTERLACE, arXiv 2511.19676, section 3; cos(a, b) = a.b / max(|a||b|, 1e-8).
 ///
-/// Errors: `Error::Invalid` when a pack is zero or larger than the layers allow.
+/// Errors: `Error::Invalid` when a pack is zero or exceeds the number of layers.
 pub fn tap_similarities(analysis: &Analysis, packs: &[usize], include_last: bool) -> Result<Model> {
     let mut model = analysis.model.clone();
     let layers = &analysis.map.layers;

@@ -89,7 +89,7 @@ fn skip_norms_come_back_with_every_output_they_had() {
     assert!(pruned.iter().all(|names| names.len() == 4 && !names.contains(&String::new())));
 }
 
-/// Layers whose last product's bias is added inside the next layer's first norm, by a fused skip norm.
+/// Layers whose last product has a bias that a fused skip norm adds inside the next layer's first norm.
 fn biased_skip_norms() -> Model {
     fn value(graph: &mut Graph, name: String) -> ValueId {
         graph.add_value(Value { name, ..Value::default() })
@@ -168,7 +168,7 @@ fn a_bias_that_the_next_norm_adds_goes_with_its_layer() {
     }
 }
 
-/// Half precision in weights, constants and casts becomes f32, and the weights' bytes stay.
+/// Half precision in weights, constants and casts becomes f32; the bytes of the weights stay unchanged.
 #[test]
 fn sixteen_bit_floats_become_f32() {
     let model = zoo("post/qwen3_vl-ts17__fp16.onnx");
@@ -194,7 +194,7 @@ fn sixteen_bit_floats_become_f32() {
     assert!(widened(&zoo("llama/ts17-noname.onnx")).is_none());
 }
 
-/// The only output of an encoder is the last fused norm's, and keys for a decoder are computed from it.
+/// The encoder's only output comes from the last fused norm, and keys for a decoder are computed from it.
 #[test]
 fn the_last_layer_goes_and_the_output_behind_it_stays() {
     let mut model = biased_skip_norms();
@@ -225,12 +225,12 @@ fn the_last_layer_goes_and_the_output_behind_it_stays() {
     }
 }
 
-/// A norm of its own behind one layer could be that layer's, the next one's or neither's.
+/// A norm after only one layer could belong to that layer, to the next one or to neither.
 #[test]
 fn weights_between_layers_that_are_not_behind_every_one_are_refused() {
     let mut model = biased_skip_norms();
     let graph = &mut model.graph;
-    // Behind layer 1, whose last sum and the norm of the next layer are one node.
+    // After layer 1, whose last sum and the next layer's norm are one node.
     let fused: Vec<usize> =
         (0..graph.body.nodes.len()).filter(|&number| graph.body.nodes[number].op_type.starts_with("Skip")).collect();
     let sum = graph.body.nodes[fused[3]].outputs[3].unwrap();

@@ -5,14 +5,14 @@ use std::collections::{BinaryHeap, HashMap, HashSet};
 use crate::base::{Error, Result};
 use crate::ir::{self, Body, Graph, GraphIndex, Model, Value, ValueId};
 
-/// Replaces readers' values by a map (chains of replacements followed), outputs of the body included.
+/// Replaces values in all readers, body outputs included. Chains of replacements are followed.
 pub fn replace_uses(body: &mut Body, map: &HashMap<ValueId, ValueId>) {
     if map.is_empty() {
         return;
     }
     let resolve = |id: ValueId| {
         let mut id = id;
-        // A chain is at most as long as the map; a cycle cannot come from boundaries that follow each other.
+        // A chain is at most as long as the map. Boundaries follow each other in order, so there is no cycle.
         for _ in 0..=map.len() {
             match map.get(&id) {
                 Some(&next) if next != id => id = next,
@@ -38,7 +38,7 @@ fn replace_in(body: &mut Body, resolve: &dyn Fn(ValueId) -> ValueId) {
     }
 }
 
-/// Removes nodes and initializers that no output needs.
+/// Removes nodes and initializers on which no output depends.
 pub fn remove_dead_code(body: &mut Body) {
     let index = GraphIndex::of_body(body);
     let mut live = vec![false; body.nodes.len()];
@@ -62,14 +62,14 @@ pub fn remove_dead_code(body: &mut Body) {
     body.initializers.retain(|(id, _)| needed.contains(id) || body.inputs.contains(id));
 }
 
-/// Removes inputs that nodes read before and that nothing reads now.
+/// Removes inputs that lost their last reader.
 pub fn remove_unread_inputs(before: &Body, body: &mut Body) {
     let (known, index) = (GraphIndex::of_body(before), GraphIndex::of_body(body));
     let outputs = &body.outputs;
     body.inputs.retain(|id| known.uses(*id).is_empty() || !index.uses(*id).is_empty() || outputs.contains(id));
 }
 
-/// For each node: whether an output needs its content, and not just the shape of what it makes.
+/// For each node: true when an output needs the content of its results, and not only their shapes.
 pub fn content_needed(body: &Body) -> Vec<bool> {
     let index = GraphIndex::of_body(body);
     let mut needed = vec![false; body.nodes.len()];
@@ -88,9 +88,9 @@ pub fn content_needed(body: &Body) -> Vec<bool> {
     needed
 }
 
-/// Sorts nodes into execution order, otherwise in their previous order.
+/// Sorts nodes into execution order and otherwise keeps their previous order.
 ///
-/// Errors: `Error::Invalid` naming a node when the nodes wait for each other.
+/// Errors: `Error::Invalid` naming a node of a cycle.
 pub fn sort_nodes(graph: &mut Graph) -> Result<()> {
     let index = GraphIndex::of_body(&graph.body);
     let body = &mut graph.body;
@@ -129,9 +129,9 @@ pub fn sort_nodes(graph: &mut Graph) -> Result<()> {
     Ok(())
 }
 
-/// Drops values that nothing mentions from the arena, and checks the result.
+/// Removes unused values from the arena, then checks the graph.
 ///
-/// Errors: `Error::Invalid` when the graph is broken or two values carry the same name.
+/// Errors: `Error::Invalid` when the graph is broken or two values have the same name.
 pub fn finish(model: &mut Model) -> Result<()> {
     sort_nodes(&mut model.graph)?;
     compact(&mut model.graph);
@@ -152,7 +152,7 @@ fn compact(graph: &mut Graph) {
     graph.values = compacted.values;
 }
 
-/// Shows every id of a body to `renew`, definitions before their readers where the body has them so.
+/// Calls `renew` on every id of a body, definitions before their readers when the nodes are in execution order.
 pub fn renew_body(body: &mut Body, renew: &mut dyn FnMut(&mut ValueId)) {
     body.inputs.iter_mut().for_each(&mut *renew);
     body.initializers.iter_mut().for_each(|(id, _)| renew(id));

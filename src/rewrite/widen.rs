@@ -1,14 +1,14 @@
-//! The same graph with f32 in place of 16-bit floats.
+//! Replaces 16-bit floats by f32.
 
 use crate::ir::{Attribute, AttributeKind, Body, DataType, Graph, Model, Tensor, Value, ValueType};
 
 use super::build::{ADDED_PREFIX, operator};
 
-/// Attributes that hold an element type, of all operators.
+/// Attributes that hold an element type, over all operators.
 const TYPE_ATTRIBUTES: &[&str] = &["to", "dtype", "output_dtype", "output_datatype", "softmax_precision", "stash_type"];
 
-/// The model with f32 wherever it has f16 or bf16, which differs by what rounding costs. Weights stay as they are in the
-/// file, each with a cast behind it. `None` where the model has no such floats.
+/// The model with f32 in place of f16 and bf16; its results differ by rounding only. Weights stay in the file's type,
+/// each followed by a cast. `None` when the model has no 16-bit floats.
 pub fn widened(model: &Model) -> Option<Model> {
     let mut wide = model.clone();
     let mut found = widen_graph(&mut wide.graph);
@@ -50,7 +50,7 @@ fn widen_body(graph: &mut Graph, body: &mut Body) -> bool {
         }
         found = true;
         if body.inputs.contains(id) {
-            // An input's default is of the input's type.
+            // The default value of an input has the type of the input.
             widen_tensor(tensor);
             continue;
         }

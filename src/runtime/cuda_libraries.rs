@@ -1,4 +1,4 @@
-//! The CUDA libraries that ONNX Runtime's CUDA provider needs, where they lie beside it.
+//! The CUDA libraries for ONNX Runtime's CUDA provider, loaded from the folders next to it.
 
 use std::ffi::CString;
 use std::fs;
@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Once;
 
-/// In the order in which they need each other. Source: the provider of ONNX Runtime 1.30 for CUDA 13.
+/// In order of their dependencies. Source: the provider of ONNX Runtime 1.30 for CUDA 13.
 const LIBRARIES: &[&str] = &[
     "libcudart.so.13",
     "libnvrtc.so.13",
@@ -17,8 +17,8 @@ const LIBRARIES: &[&str] = &[
     "libcudnn.so.9",
 ];
 
-/// Loads them from the folders beside ONNX Runtime's library, once per process. Those that are not there are left to the
-/// system's own search, whose error names them.
+/// Loads the libraries from the folders next to ONNX Runtime's library, once per process. For a missing library the
+/// system's own search applies; its error names the library.
 pub(super) fn load_beside(library: &Path) {
     static LOADED: Once = Once::new();
     LOADED.call_once(|| {
@@ -28,14 +28,14 @@ pub(super) fn load_beside(library: &Path) {
                 continue;
             };
             let Ok(path) = CString::new(path.as_os_str().as_bytes()) else { continue };
-            // SAFETY: the path is a terminated string; the initialisers are those of CUDA's own libraries. The handle is
-            // kept for good, as the provider uses it until the process ends.
+            // SAFETY: the path is a terminated string, and the initialisers are those of CUDA's own libraries. The
+            // handle is never closed, as the provider uses the library until the process ends.
             unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
         }
     });
 }
 
-/// The library's own folder, and those of NVIDIA's packages as Python's wheels lay them out.
+/// The library's own folder, and the folders of NVIDIA's packages in the layout of Python wheels.
 fn folders(library: &Path) -> Vec<PathBuf> {
     let real = fs::canonicalize(library).unwrap_or_else(|_| library.to_path_buf());
     let mut folders: Vec<PathBuf> = real.parent().map(Path::to_path_buf).into_iter().collect();

@@ -1,4 +1,4 @@
-//! A language decoder: one step of prefill or decoding, with its KV cache.
+//! A language decoder with its KV cache: runs one step of prefill or decoding.
 
 use crate::base::{Error, Result, list_preview};
 
@@ -11,31 +11,31 @@ use super::tensor::Tensor;
 /// One cache slot.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CacheSlot {
-    /// Input with the state of earlier tokens.
+    /// Input with the state of the earlier tokens.
     pub past: Port,
-    /// Output that becomes `past` of the next step.
+    /// Output that is `past` of the next step.
     pub present: Port,
 }
 
 impl CacheSlot {
-    /// The size of an axis of the cache, where the graph fixes it.
+    /// The size of an axis of the cache, if the graph fixes it.
     pub fn fixed_size(&self, axis: usize) -> Option<usize> {
         self.past.fixed_size(axis).or_else(|| self.present.fixed_size(axis))
     }
 }
 
-/// A decoder graph with every input understood.
+/// A decoder graph whose inputs all have a known meaning.
 #[derive(Debug)]
 pub struct Decoder {
     session: Session,
-    /// All but the caches of `slots`.
+    /// All inputs except the caches of `slots`.
     inputs: Vec<Input>,
     slots: Vec<CacheSlot>,
     head_dim: Option<usize>,
     logits: String,
 }
 
-/// Keys and values of the positions seen so far, as the graph gave them.
+/// Keys and values of the positions seen so far, in the graph's own layout.
 #[derive(Debug)]
 pub struct KvCache {
     tensors: Vec<Tensor>,
@@ -43,7 +43,7 @@ pub struct KvCache {
 }
 
 impl KvCache {
-    /// Positions in it, padding included.
+    /// Number of positions, padding included.
     pub fn length(&self) -> usize {
         self.length
     }
@@ -55,15 +55,16 @@ impl KvCache {
 }
 
 impl Decoder {
-    /// Understands a graph's inputs. `head_dim` is used where the graph leaves that axis of its cache open.
+    /// Finds the meaning of a graph's inputs. `head_dim` is used when the graph does not fix that axis of its cache.
     ///
-    /// Errors: `Error::Unsupported` naming an input whose meaning is not known, or a cache input that no output replaces.
+    /// Errors: `Error::Unsupported` naming an input without a known meaning, or a cache input
+    /// without a matching output.
     pub fn new(session: Session, head_dim: Option<usize>) -> Result<Self> {
         Self::understand(session, head_dim, false)
     }
 
-    /// A graph that only prefills, for [`Decoder::prefill_outputs`]: its cache inputs, if any, stay empty. Inputs whose
-    /// meaning is not known take ready tensors; a step without them is an error.
+    /// A graph for prefill only, for [`Decoder::prefill_outputs`]. Its cache inputs, if any, stay empty. Inputs without
+    /// a known meaning take ready tensors; a step without such a tensor is an error.
     ///
     /// Errors: `Error::Unsupported` for a graph without tokens or outputs.
     pub fn prefill_only(session: Session, head_dim: Option<usize>) -> Result<Self> {
@@ -107,7 +108,7 @@ impl Decoder {
         Ok(Decoder { session, inputs, slots, head_dim, logits })
     }
 
-    /// The session behind it.
+    /// The session that runs the graph.
     pub fn session(&self) -> &Session {
         &self.session
     }
@@ -117,12 +118,12 @@ impl Decoder {
         &self.slots
     }
 
-    /// True when one of its inputs is of this kind.
+    /// True when an input is of this kind.
     pub fn takes(&self, kind: Kind) -> bool {
         self.input(kind).is_some()
     }
 
-    /// Its inputs but the caches of [`Decoder::slots`].
+    /// All inputs except the caches of [`Decoder::slots`].
     pub fn inputs(&self) -> &[Input] {
         &self.inputs
     }
@@ -136,20 +137,20 @@ impl Decoder {
         self.takes(Kind::InputsEmbeds)
     }
 
-    /// True when the graph itself reads pixels or image features.
+    /// True when the graph itself reads pixels.
     pub fn takes_pictures(&self) -> bool {
         self.inputs.iter().any(|input| matches!(input.kind(), Kind::Image(_)))
     }
 
-    /// Levels of DeepStack features that it takes as inputs of their own, and their width; `None` for graphs without, or
-    /// that leave either open.
+    /// Number of levels and width of DeepStack features that are inputs of their own; `None` when there are none or the
+    /// graph does not fix both.
     pub fn deepstack_levels(&self) -> Option<(usize, usize)> {
         let input = self.input(Kind::Deepstack)?;
         let levels = if input.is_stacked() { input.port.fixed_size(0)? } else { input.levels.len().max(1) };
         Some((levels, input.port.width().or(self.hidden_size())?))
     }
 
-    /// Numbers of each token's second embedding, where the graph fixes how many.
+    /// Elements of each token's second embedding, if the graph fixes the number.
     pub fn per_layer_width(&self) -> Option<usize> {
         let port = &self.input(Kind::PerLayerInputs)?.port;
         (2..port.rank()).map(|axis| port.fixed_size(axis)).product()
@@ -163,9 +164,9 @@ impl Decoder {
         }
     }
 
-    /// The batch that the graph is made for, where it takes no other.
+    /// The batch size, if the graph supports only one.
     pub fn fixed_batch(&self) -> Option<usize> {
-        // Ready tensors of several rows have no known order.
+        // The row order of ready tensors is unknown, so only one row is possible.
         if self.takes(Kind::Given) {
             return Some(1);
         }
@@ -174,17 +175,17 @@ impl Decoder {
         ports.chain(self.slots.iter().map(|slot| &slot.past)).find_map(|port| port.fixed_size(0))
     }
 
-    /// True when the graph supports padding on the left: it has a mask, and positions that follow it.
+    /// True when the graph supports left padding: it has a mask and position ids.
     pub fn takes_padding(&self) -> bool {
         self.takes(Kind::AttentionMask) && self.takes(Kind::PositionIds)
     }
 
-    /// Runs one step. `cache` is what the step before gave, `None` for prefill.
+    /// Runs one step. `cache` is the result of the previous step, `None` for prefill.
     ///
     /// Returns logits of shape `[B, T, V]` (or `[B, 1, V]`) in CPU memory and the longer cache.
     ///
-    /// Errors: `Error::Invalid` when step and cache or the graph disagree; `Error::Unsupported` when a graph without cache
-    /// inputs is to go on from a prefill; `Error::Engine` when ONNX Runtime fails.
+    /// Errors: `Error::Invalid` when the step, the cache and the graph do not match; `Error::Unsupported` for a step
+    /// after prefill when the graph has no cache inputs; `Error::Engine` when ONNX Runtime fails.
     pub fn step(&mut self, step: &Step, cache: Option<KvCache>) -> Result<(Tensor, KvCache)> {
         let fresh = self.feeds(step)?;
         if cache.as_ref().map(KvCache::length) != step.past() {
@@ -204,14 +205,14 @@ impl Decoder {
         Ok((outputs.take(&self.logits)?, KvCache { tensors, length }))
     }
 
-    /// Runs one prefill for all outputs of the graph, whatever they are; caches begin empty and none is handed on.
+    /// Runs one prefill and returns all outputs of the graph. Caches begin empty and are not kept.
     ///
     /// Errors: as `step`.
     pub fn prefill_outputs(&mut self, step: &Step) -> Result<Outputs> {
         self.prefill_added(step, &[], None)
     }
 
-    /// [`Decoder::prefill_outputs`] for the `wanted` outputs, of a graph with inputs that a rewrite added.
+    /// [`Decoder::prefill_outputs`] for the `wanted` outputs of a graph with inputs that a rewrite added.
     ///
     /// Errors: as `step`.
     pub fn prefill_added(
@@ -227,10 +228,10 @@ impl Decoder {
         self.session.run(&feeds, wanted)
     }
 
-    /// Every input of a step but the cache and what a rewrite added.
+    /// All inputs of a step except the cache and inputs that a rewrite added.
     ///
-    /// Errors: `Error::Invalid` when the step does not hold what an input takes; `Error::Unsupported` when a graph without
-    /// cache inputs is to go on from one.
+    /// Errors: `Error::Invalid` when the step lacks data for an input; `Error::Unsupported` when the step continues a
+    /// cache and the graph has no cache inputs.
     pub fn feeds(&self, step: &Step) -> Result<Vec<(String, Tensor)>> {
         if step.has_cache() && self.slots.is_empty() {
             let problem = "has no cache inputs, so it cannot go on from a prefill";
@@ -254,13 +255,14 @@ impl Decoder {
 
     /// The cache before the first token.
     ///
-    /// Errors: `Error::Unsupported` when the graph leaves open how large a cache input is.
+    /// Errors: `Error::Unsupported` when the graph does not fix the size of a cache input.
     pub fn empty_cache(&self, batch: usize) -> Result<KvCache> {
         let tensors = self.slots.iter().map(|slot| self.empty_past(&slot.past, batch)).collect::<Result<_>>()?;
         Ok(KvCache { tensors, length: 0 })
     }
 
-    /// The empty cache of prefill: the batch axis is set, the position axis is 0, heads and head size are the graph's.
+    /// The empty cache of a prefill: the batch axis is `batch`, the position axis is 0, heads and
+    /// head size are the graph's.
     fn empty_past(&self, port: &Port, batch: usize) -> Result<Tensor> {
         let open = |axis: usize| {
             Error::unsupported(
@@ -288,28 +290,28 @@ impl Decoder {
         if shape.contains(&0) {
             return Tensor::empty(port.dtype, &shape);
         }
-        // A state of fixed size (convolution, recurrence) begins as zeros.
+        // A state of fixed size (convolution, recurrence) starts as zeros.
         let count = shape.iter().try_fold(1usize, |count, &dim| count.checked_mul(dim)).ok_or_else(|| open(0))?;
         Tensor::from_f32(port.dtype, &shape, vec![0.0; count])
     }
 
-    /// The output that holds the logits.
+    /// Name of the output with the logits.
     pub fn logits_name(&self) -> &str {
         &self.logits
     }
 
-    /// The size of the hidden state that `inputs_embeds` names, where it is fixed.
+    /// Width of `inputs_embeds`, if the graph fixes it.
     pub fn hidden_size(&self) -> Option<usize> {
         self.input(Kind::InputsEmbeds).and_then(|input| input.port.width())
     }
 
-    /// The vocabulary that the logits name, where it is fixed.
+    /// Width of the logits, if the graph fixes it.
     pub fn vocabulary(&self) -> Option<usize> {
         self.session.output(&self.logits).and_then(Port::width)
     }
 }
 
-/// All inputs of a step: the fresh ones and the cache.
+/// All inputs of a step: the new ones and the cache.
 fn joined<'a>(fresh: &'a [(String, Tensor)], slots: &'a [CacheSlot], cache: &'a KvCache) -> Vec<(&'a str, &'a Tensor)> {
     let fresh = fresh.iter().map(|(name, tensor)| (name.as_str(), tensor));
     fresh.chain(slots.iter().map(|slot| slot.past.name.as_str()).zip(&cache.tensors)).collect()

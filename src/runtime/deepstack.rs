@@ -1,4 +1,5 @@
-//! DeepStack: features of the vision encoder's inner layers that are added to the residual stream of the decoder's first layers.
+//! DeepStack: features of the vision encoder's inner layers, added to the residual stream of
+//! the decoder's first layers.
 
 use serde_json::Value;
 
@@ -8,8 +9,7 @@ use crate::ir::Graph;
 use super::inputs::{Input, Kind};
 use super::port::Port;
 
-/// What a user should know of a decoder that takes no DeepStack features although its config says that the network has
-/// them; `None` for any other.
+/// A warning for a decoder without inputs for DeepStack features although its config lists them; otherwise `None`.
 pub fn missing_deepstack(bundle: &Bundle, decoder: &Graph) -> Option<String> {
     let config = bundle.config()?;
     let levels = config.raw.get("vision_config")?.get("deepstack_visual_indexes").and_then(Value::as_array)?;
@@ -18,7 +18,7 @@ pub fn missing_deepstack(bundle: &Bundle, decoder: &Graph) -> Option<String> {
     }
     let takes = |port: &Port| match Input::all("", [port]).ok().and_then(|mut inputs| inputs.pop()) {
         Some(input) if input.kind() == Kind::Deepstack => true,
-        // Packed behind each row of the embeddings.
+        // Packed after each row of the embeddings.
         Some(input) if input.kind() == Kind::InputsEmbeds => {
             port.width().zip(config.hidden_size).is_some_and(|(width, hidden)| width > hidden)
         }

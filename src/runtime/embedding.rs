@@ -1,5 +1,5 @@
-//! The token embedding component: ids to the embeddings that the decoder takes, in some layouts with the image features
-//! merged in by the graph itself.
+//! The token embedding component: token ids to the decoder's embeddings. In some layouts its graph also merges the
+//! image features into them.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use super::session::Session;
 use super::step::{Embedded, Step};
 use super::tensor::Tensor;
 
-/// A token embedding graph with every input and output understood.
+/// A token embedding graph whose inputs and outputs all have a known meaning.
 #[derive(Debug)]
 pub struct TokenEmbedding {
     session: Session,
@@ -20,20 +20,20 @@ pub struct TokenEmbedding {
     per_layer: Option<String>,
 }
 
-/// Output of the component for some tokens.
+/// The component's output for some tokens.
 #[derive(Debug)]
 pub struct TokenRows {
     pub hidden_size: usize,
     /// `[tokens, hidden_size]`.
     pub data: Vec<f32>,
-    /// `[tokens, W]`, a second embedding of each token; empty where there is none.
+    /// `[tokens, W]`, a second embedding of each token; empty when the model has none.
     pub per_layer: Vec<f32>,
 }
 
 impl TokenEmbedding {
-    /// Understands a graph's inputs and outputs.
+    /// Finds the meaning of a graph's inputs and outputs.
     ///
-    /// Errors: `Error::Unsupported` naming an input or output that has no known meaning.
+    /// Errors: `Error::Unsupported` naming an input or output without a known meaning.
     pub fn new(session: Session) -> Result<Self> {
         let subject = session.subject();
         let inputs = Input::all(subject, session.inputs())?;
@@ -80,12 +80,12 @@ impl TokenEmbedding {
         self.session.elapsed()
     }
 
-    /// Width of the embeddings, where the graph fixes it.
+    /// Width of the embeddings, if the graph fixes it.
     pub fn width(&self) -> Option<usize> {
         self.session.output(&self.output).and_then(Port::width)
     }
 
-    /// True when the graph merges image features in itself.
+    /// True when the graph merges image features itself.
     pub fn takes_features(&self) -> bool {
         self.inputs.iter().any(|input| input.kind() == Kind::ImageFeatures)
     }
@@ -95,24 +95,24 @@ impl TokenEmbedding {
         self.inputs.iter().any(|input| matches!(input.kind(), Kind::Image(_)))
     }
 
-    /// Its inputs.
+    /// The graph's inputs.
     pub fn inputs(&self) -> &[Input] {
         &self.inputs
     }
 
-    /// The graph alone.
+    /// Returns the session.
     pub fn into_session(self) -> Session {
         self.session
     }
 
-    /// Width of the image features that the graph merges in; `None` where it merges none or leaves it open.
+    /// Width of the image features that the graph merges; `None` when it merges none or does not fix the width.
     pub fn feature_width(&self) -> Option<usize> {
         self.inputs.iter().find(|input| input.kind() == Kind::ImageFeatures).and_then(|input| input.port.width())
     }
 
-    /// Every input for one prompt, of which the ids, and the side that the graph reads, are known.
+    /// All inputs for one prompt. The prompt's ids must be set, and the `side` data that the graph reads.
     ///
-    /// Errors: `Error::Invalid` when the prompt does not hold what an input takes.
+    /// Errors: `Error::Invalid` when the prompt lacks data for an input.
     pub fn feeds(&self, prompt: &Embedded) -> Result<Vec<(String, Tensor)>> {
         let step = Step::prefill(&[prompt], false)?;
         let feed =
@@ -120,9 +120,9 @@ impl TokenEmbedding {
         self.inputs.iter().map(feed).collect()
     }
 
-    /// Embeds one prompt, of which the ids, and the side that the graph reads, are known.
+    /// Embeds one prompt. The prompt's ids must be set, and the `side` data that the graph reads.
     ///
-    /// Errors: `Error::Invalid` when the graph gives another number of rows; `Error::Engine` when the run fails.
+    /// Errors: `Error::Invalid` when the graph returns another number of rows; `Error::Engine` when the run fails.
     pub fn run(&mut self, prompt: &Embedded) -> Result<TokenRows> {
         let feeds = self.feeds(prompt)?;
         let feeds: Vec<(&str, &Tensor)> = feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();

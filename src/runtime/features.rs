@@ -1,4 +1,4 @@
-//! Image features, and a cache of them: a vision encoder runs once per picture.
+//! Image features and their cache, which lets a vision encoder run once per picture.
 
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
@@ -13,9 +13,9 @@ pub struct Features {
     pub hidden_size: usize,
     /// `[tokens, hidden_size]` in row-major order.
     pub data: Vec<f32>,
-    /// DeepStack features by level, `[tokens, hidden_size]` each; none for encoders without.
+    /// DeepStack features by level, `[tokens, hidden_size]` each; empty for encoders without.
     pub deepstack: Vec<Vec<f32>>,
-    /// The number of each level, as the encoder's outputs are numbered.
+    /// The number of each level in the encoder's output names.
     pub levels: Vec<usize>,
 }
 
@@ -25,7 +25,7 @@ impl Features {
         self.data.len().checked_div(self.hidden_size).unwrap_or(0)
     }
 
-    /// Those of some of the image tokens.
+    /// The features of a range of image tokens.
     pub fn part(&self, tokens: Range<usize>) -> Features {
         let cut = |rows: &Vec<f32>| {
             let range = tokens.start * self.hidden_size..tokens.end * self.hidden_size;
@@ -41,7 +41,7 @@ impl Features {
     }
 }
 
-/// Features of pictures seen before, shared by all models whose vision encoders have the same bytes.
+/// Features of known pictures. Models share a cache if their vision encoders have the same bytes.
 #[derive(Debug)]
 pub struct FeatureCache {
     limit_bytes: usize,
@@ -56,7 +56,7 @@ struct CacheState {
 }
 
 impl FeatureCache {
-    /// A cache that forgets the oldest features beyond `limit_bytes`.
+    /// A cache that evicts the oldest features beyond `limit_bytes`.
     pub fn new(limit_bytes: usize) -> Arc<Self> {
         Arc::new(FeatureCache { limit_bytes, state: Mutex::default() })
     }

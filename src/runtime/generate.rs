@@ -1,4 +1,4 @@
-//! Decoding over a KV cache.
+//! Token generation with a KV cache.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use super::sampling::Sampler;
 use super::step::{Embedded, Step};
 use super::vlm::{TokenTypes, VlmSession};
 
-/// Largest difference of logits that still counts as the same answer when padding is tried out.
+/// Largest relative difference of logits at which left padding still counts as supported.
 const PADDING_TOLERANCE: f32 = 1e-2;
 
 /// A batch after prefill.
@@ -24,10 +24,10 @@ struct Running {
 }
 
 impl VlmSession {
-    /// Answers by greedy decoding: at most `max_new_tokens` tokens each, without the token that ends them.
+    /// Answers by greedy decoding: at most `max_new_tokens` tokens each, without the end token.
     ///
-    /// Prompts of one call form one batch, padded on the left; where the graph does not understand padding, prompts
-    /// of equal length do; where it is made for a batch of one, each prompt is one.
+    /// The prompts of one call form one batch, padded on the left. If the graph does not support padding, only prompts
+    /// of equal length form a batch; if its batch size is fixed at one, each prompt runs alone.
     ///
     /// Errors: `Error::Invalid` for a prompt that does not fit the model; `Error::Engine` when a run fails;
     /// `Error::Interrupted` when the user asked to stop.
@@ -53,10 +53,9 @@ impl VlmSession {
         Ok(answers)
     }
 
-    /// One answer, token by token: `on_token` is called with each token as it is chosen, but for the one that ends the
-    /// answer.
+    /// Generates one answer and calls `on_token` with each token, except the end token.
     ///
-    /// Errors: as `generate`, and those of `on_token`, which end the answer.
+    /// Errors: as `generate`, and those of `on_token`, which stop the generation.
     pub fn stream(
         &mut self,
         prompt: &Prompt,
@@ -120,7 +119,7 @@ impl VlmSession {
         Ok(Running { cache, next_tokens: sampler.choose(&logits, rows.len())?, ..running })
     }
 
-    /// The next token of each row of a batch, at its position.
+    /// The decoder's rows for the next tokens of a batch, each at its position.
     ///
     /// Errors: `Error::Engine` when the tokens cannot be embedded.
     pub fn next_rows(&mut self, tokens: &[i64], positions: &[i64]) -> Result<Vec<Embedded>> {
@@ -136,7 +135,7 @@ impl VlmSession {
         Ok(positions.iter().take(tokens.len()).enumerate().map(row).collect())
     }
 
-    /// Tries out once whether the graph understands padding on the left: the logits of a short prompt must not change.
+    /// Tests once whether the graph supports left padding: it must not change the logits of a short prompt.
     fn padding_works(&mut self) -> Result<bool> {
         if let Some(works) = self.padding_works {
             return Ok(works);

@@ -1,5 +1,5 @@
-//! Rows of ready tensors as the decoder takes them: what the file gives is used as it is, the rest is made by the
-//! model's own components.
+//! Converts rows of ready tensors to decoder inputs. Tensors from the file are used unchanged; the model's own
+//! components compute the missing ones.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -15,20 +15,20 @@ use super::port::Port;
 use super::step::{Embedded, Side};
 use super::vlm::{Vision, VlmSession};
 
-/// A row with what is known of its batch.
+/// A row, with facts about its batch.
 struct Row<'a> {
     given: &'a GivenRow,
     /// True at image tokens of each row of the batch, padding included.
     image: Vec<Vec<bool>>,
-    /// The decoder's input for tokens, whose axes say what batch and tokens are called.
+    /// The decoder's input for tokens; its axis names identify the axes of batch and tokens.
     tokens: Option<&'a Port>,
 }
 
 impl VlmSession {
-    /// A row of ready tensors. Positions, types of tokens and features that the file does not have are made as for any
+    /// Embeds a row of ready tensors. Positions, token types and features that the file lacks are computed as for any
     /// other prompt.
     ///
-    /// Errors: `Error::Invalid` naming the tensor that cannot be split into rows or does not fit the others; as
+    /// Errors: `Error::Invalid` naming the tensor that cannot be split into rows or does not match the others; as
     /// [`VlmSession::embed`].
     pub(super) fn embed_given(&mut self, prompt: &Prompt, given: &GivenRow) -> Result<Embedded> {
         let inputs: Vec<Input> = self.decoder.inputs().to_vec();
@@ -61,13 +61,13 @@ impl VlmSession {
             return Ok(embedded);
         }
         self.complete(&mut embedded, own_image, &features, &pictures)?;
-        // What the file gives wins over what the components made.
+        // Tensors from the file have precedence over computed ones.
         row.overlay(&inputs, &mut embedded.side)?;
         embedded.side.given.retain(|name, _| inputs.iter().any(|input| input.port.name == *name));
         Ok(embedded)
     }
 
-    /// Features of the row's image tokens, by the vision encoder over all pictures of the batch.
+    /// Features of the row's image tokens, from one run of the vision encoder over all pictures of the batch.
     fn given_features(&mut self, row: &Row) -> Result<Vec<Arc<Features>>> {
         let (before, own, all) = row.image_counts();
         let Some(vision) = &mut self.vision else { return Ok(Vec::new()) };
@@ -113,7 +113,7 @@ impl VlmSession {
         Ok(if own == 0 { Vec::new() } else { vec![Arc::new(features.part(before..before + own))] })
     }
 
-    /// Positions that the file gives, else those that the model's config says.
+    /// Positions from the file, or otherwise computed by the rules of the model's config.
     fn given_positions(&self, prompt: &Prompt, row: &Row) -> Result<(Vec<Vec<i64>>, i64)> {
         let given = self.decoder.inputs().iter().find(|input| input.kind() == Kind::PositionIds);
         if let Some(input) = given.filter(|input| row.given.array(input).is_some()) {
@@ -127,7 +127,7 @@ impl VlmSession {
         self.positions_of(&prompt.input_ids, row.grids(self.picture_inputs(), self.settings.spatial_merge_size))
     }
 
-    /// Inputs of all graphs that read pictures.
+    /// Inputs of all graphs that take pictures.
     fn picture_inputs(&self) -> Vec<Input> {
         let vision = match &self.vision {
             Some(Vision::Known(vision)) => vision.inputs(),
@@ -139,12 +139,12 @@ impl VlmSession {
 }
 
 impl Row<'_> {
-    /// True at the row's image tokens.
+    /// True at image tokens of this row.
     fn own_image(&self) -> Vec<bool> {
         self.image.get(self.given.row).and_then(|row| row.get(self.given.tokens.clone())).unwrap_or_default().to_vec()
     }
 
-    /// Image tokens before the row's own, its own, and those of the batch.
+    /// Numbers of image tokens: before this row, in this row, in the whole batch.
     fn image_counts(&self) -> (usize, usize, usize) {
         let count = |row: &[bool]| row.iter().filter(|&&image| image).count();
         let counts: Vec<usize> = self.image.iter().map(|row| count(row)).collect();
@@ -159,7 +159,7 @@ impl Row<'_> {
         Error::invalid(format!("tensor `{}` of {}", port.name, self.given.batch.subject), problem)
     }
 
-    /// The row's part of an array with these axes for rows and tokens.
+    /// The row's part of an array with axes for rows and tokens.
     fn cut(&self, port: &Port, rows: usize, tokens: usize) -> Result<Array> {
         let array = self.array(port)?;
         let row = self.given.row;
@@ -174,7 +174,7 @@ impl Row<'_> {
         Ok(part)
     }
 
-    /// The row's part of an array with a row for each image token of the batch along an axis.
+    /// The row's part of an array in which one axis counts the image tokens of the batch.
     fn cut_features(&self, port: &Port, axis: usize) -> Result<Array> {
         let (before, own, all) = self.image_counts();
         let array = self.array(port)?;
@@ -185,7 +185,7 @@ impl Row<'_> {
         Ok(array.part(axis, before..before + own))
     }
 
-    /// Writes what the file gives of the decoder's inputs that are not embeddings, ids, masks or positions.
+    /// Copies the file's tensors for decoder inputs other than embeddings, ids, masks and positions.
     fn overlay(&self, inputs: &[Input], side: &mut Side) -> Result<()> {
         let mut levels: Vec<(usize, Vec<f32>)> = Vec::new();
         for input in inputs.iter().filter(|input| self.given.array(input).is_some()) {
@@ -232,7 +232,7 @@ impl Row<'_> {
         places.flat_map(|(at, _)| array.part(1, at..at + 1).to_floats()).collect()
     }
 
-    /// What the token embedding graph reads besides ids, features and pictures, where the file has it.
+    /// The file's tensors for other inputs of the token embedding graph than ids, features and pictures.
     fn others(&self, inputs: &[Input]) -> Result<BTreeMap<String, Array>> {
         let read = |input: &&Input| {
             matches!(input.kind(), Kind::ImageTokens | Kind::AudioFeatures | Kind::Given)
@@ -241,7 +241,7 @@ impl Row<'_> {
         inputs.iter().filter(read).map(|input| Ok((input.port.name.clone(), self.other(input)?))).collect()
     }
 
-    /// The row's part of an input of any meaning: axes are told apart by what the graph calls them.
+    /// The row's part of an input of any meaning. The axis names of the graph identify the axes.
     fn other(&self, input: &Input) -> Result<Array> {
         let port = &input.port;
         let named = |axis: usize| match self.tokens.and_then(|tokens| tokens.shape.get(axis)) {
@@ -254,8 +254,10 @@ impl Row<'_> {
         if first.is_some() && first == named(0) {
             array = array.part(0, row..row + 1);
         } else if count > 1 {
-            let problem =
-                format!("is {}: which part of it is for which of {count} rows is not known", port.described());
+            let problem = format!(
+                "is {}: its axis names do not show which part belongs to which of {count} rows",
+                port.described()
+            );
             return Err(self.wrong(port, problem).remedy("write a file for each row"));
         }
         let time = self.given.batch.time;
@@ -265,7 +267,8 @@ impl Row<'_> {
             if Some(dim) == named(1) {
                 array = array.part(axis, self.given.tokens.clone());
             } else if cut && matches!(dim, Dim::Unknown) && array.shape().get(axis) == Some(&time) {
-                let problem = format!("is {}: whether axis {axis} counts tokens is not known", port.described());
+                let problem =
+                    format!("is {}: its axis names do not show whether axis {axis} counts tokens", port.described());
                 return Err(self
                     .wrong(port, problem)
                     .remedy("name the graph's axes, or give rows without padding, and without labels to `score`"));
@@ -274,7 +277,7 @@ impl Row<'_> {
         Ok(array)
     }
 
-    /// Pictures of the row for graphs that read them beside the tokens.
+    /// Pictures of the row, for graphs that take them together with the tokens.
     fn pictures(&self, inputs: Vec<Input>) -> Result<Vec<Arc<ImageArrays>>> {
         let rows = self.given.batch.real.len();
         let mut arrays = BTreeMap::new();
@@ -295,7 +298,7 @@ impl Row<'_> {
         Ok(if arrays.is_empty() { Vec::new() } else { vec![Arc::new(ImageArrays::of_arrays(arrays)?)] })
     }
 
-    /// Grids of the row's own pictures: those whose tokens come behind the tokens of the rows before.
+    /// Grids of the row's own pictures: those after the image tokens of the earlier rows.
     fn grids(&self, inputs: Vec<Input>, merge: Option<usize>) -> Vec<Option<[i64; 3]>> {
         let (before, own, _) = self.image_counts();
         let grid = |input: &&Input| input.kind() == Kind::Image(crate::prompt::IMAGE_GRID_THW);
@@ -313,7 +316,8 @@ impl Row<'_> {
     }
 }
 
-/// Where the image tokens of each row of a batch are, padding left out: by a mask that the file has, else by their id.
+/// Positions of the image tokens in each row of a batch, without padding: from the file's mask,
+/// or otherwise from the ids.
 fn image_tokens(inputs: &[Input], batch: &TensorBatch, image_token: Option<i64>) -> Vec<Vec<bool>> {
     let mask =
         inputs.iter().find(|input| input.kind() == Kind::ImageMask && batch.arrays.contains_key(&input.port.name));
@@ -338,7 +342,7 @@ fn image_tokens(inputs: &[Input], batch: &TensorBatch, image_token: Option<i64>)
 }
 
 trait Named {
-    /// The array that the batch has for an input.
+    /// The batch's array for an input.
     fn array(&self, input: &Input) -> Option<&Array>;
 }
 

@@ -1,7 +1,7 @@
-//! The table of graph inputs and outputs: one row per kind of input or output of a decoder, a token embedding or a
-//! vision encoder, with its names and the function that makes its array from a step.
+//! The table of graph inputs and outputs. One row per kind of input or output of a decoder, a token embedding or a
+//! vision encoder, with its names and the function that builds its array from a step.
 //!
-//! Scoring, losses, healing, generation, evaluation, `verify` and `bench` all feed graphs through it.
+//! Scoring, losses, healing, generation, evaluation, `verify` and `bench` all build their inputs with it.
 
 use ndarray::{ArrayD, IxDyn};
 
@@ -19,7 +19,7 @@ use super::step::Step;
 /// Content of an input or output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// `[B, T, D]`; wider than the token embeddings where DeepStack features stand behind them in each row.
+    /// `[B, T, D]`; wider than the token embeddings when DeepStack features are packed after them in each row.
     InputsEmbeds,
     /// `[B, T]`.
     InputIds,
@@ -29,9 +29,9 @@ pub enum Kind {
     PositionIds,
     /// `[T]`: columns of the cache that the step writes.
     CachePosition,
-    /// True when the cache is read (decoders with two branches in an `If`).
+    /// True to read the cache (decoders with two branches in an `If`).
     UseCacheBranch,
-    /// Number of last positions that get logits; 0 for all.
+    /// Number of last positions that get logits; 0 means all.
     LogitsToKeep,
     /// `[B, T]`: true at image tokens.
     ImageMask,
@@ -39,54 +39,54 @@ pub enum Kind {
     ImageTokens,
     /// `[B, T]`: see [`super::TokenTypes`].
     TokenTypes,
-    /// Features of the vision encoder's inner layers: `[N, D]` over the image tokens, `[B, T, D]` with zeros elsewhere, or
-    /// all levels stacked in front.
+    /// Features of the vision encoder's inner layers: `[N, D]` over the image tokens, `[B, T, D]` with zeros elsewhere,
+    /// or all levels stacked along a first axis.
     Deepstack,
-    /// `[B, T, L, P]`: a second embedding of each token, for every layer.
+    /// `[B, T, L, P]`: a second embedding of each token for every layer.
     PerLayerInputs,
     /// `[N, D]`: the vision encoder's output, one row per image token.
     ImageFeatures,
-    /// `[N, D]`: features of sounds, of which there are none.
+    /// `[N, D]`: features of sounds; always empty.
     AudioFeatures,
-    /// An array of the pictures, by the name that processors give it.
+    /// An array of the pictures, with the name that processors use.
     Image(&'static str),
     /// A cache or a recurrent state.
     Past,
-    /// An input that a rewrite added; whoever rewrote the graph gives it.
+    /// An input that a rewrite added; the code that uses the rewritten graph sets it.
     Added,
-    /// An input of a meaning that no row knows; only ready tensors hold it.
+    /// An input without a known meaning; only ready tensors can set it.
     Given,
 }
 
-/// How a finetuning pass, which has no cache and begins inside the graph, feeds an input.
+/// How a finetuning pass, which has no cache and starts inside the graph, sets an input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Training {
-    /// As any other run does.
+    /// Like any other run.
     Fed,
-    /// Only the shape is read past the point where the pass begins: zeros stand for the content.
+    /// With zeros: after the start of the pass only the shape is read.
     ShapeOnly,
-    /// Empty, or a recurrent state at its beginning.
+    /// Empty, or the initial value of a recurrent state.
     Empty,
 }
 
 /// One row of the table.
 pub struct InputRow {
     pub kind: Kind,
-    /// Names that exporters write. A `*` at the end stands for a number behind the name, with or without a `.` or `_`
-    /// between them; `.` at the end for anything.
+    /// Names in exported graphs. A `*` at the end matches a number, with or without a `.` or `_` before it; a `.` at
+    /// the end matches any suffix.
     pub names: &'static [&'static str],
-    /// Ranks in which it is known; none for any.
+    /// Ranks for which the row applies; empty for any rank.
     pub ranks: &'static [usize],
     pub training: Training,
     make: fn(&Step, &Input) -> Result<Array>,
 }
 
-/// An input of a graph that the table knows.
+/// An input of a graph, with its row in the table.
 #[derive(Clone)]
 pub struct Input {
     /// Name, type and shape in the graph.
     pub port: Port,
-    /// The row of the table that makes its values.
+    /// The row of the table, which builds its array.
     pub row: &'static InputRow,
     /// The number in its name.
     pub number: Option<usize>,
@@ -107,7 +107,7 @@ const fn image(array: &'static str, names: &'static [&'static str], ranks: &'sta
     row(Kind::Image(array), names, ranks, image_array)
 }
 
-/// All inputs and outputs but caches, which [`CACHES`] lists.
+/// All kinds of inputs and outputs except caches, which [`CACHES`] lists.
 pub const INPUTS: &[InputRow] = &[
     InputRow {
         training: Training::ShapeOnly,
@@ -155,7 +155,7 @@ pub const INPUTS: &[InputRow] = &[
     row(Kind::Added, &[ADDED_PREFIX], &[], caller_gives),
 ];
 
-/// Prefixes of the names of a cache input and of the output that replaces it.
+/// Prefixes of the names of a cache input and of the matching output.
 pub const CACHES: &[(&str, &str)] = &[
     ("past_key_values.", "present."),
     ("past_key_values.", "present_key_values."),
@@ -172,7 +172,7 @@ pub const CACHES: &[(&str, &str)] = &[
 static CACHE: InputRow =
     InputRow { kind: Kind::Past, names: &[], ranks: &[], training: Training::Empty, make: caller_gives };
 
-/// The row of inputs that no other row knows.
+/// The row for inputs without a known meaning.
 static GIVEN: InputRow =
     InputRow { kind: Kind::Given, names: &[], ranks: &[], training: Training::Fed, make: only_given };
 
@@ -181,7 +181,10 @@ fn only_given(_: &Step, input: &Input) -> Result<Array> {
 }
 
 fn caller_gives(_: &Step, input: &Input) -> Result<Array> {
-    Err(Error::invalid(format!("input {}", input.port.described()), "is given by the caller, not made from a step"))
+    Err(Error::invalid(
+        format!("input {}", input.port.described()),
+        "must be set by the caller; a step has no data for it",
+    ))
 }
 
 fn image_array(step: &Step, input: &Input) -> Result<Array> {
@@ -189,13 +192,13 @@ fn image_array(step: &Step, input: &Input) -> Result<Array> {
     pictures::array(step.pictures(), name, &input.port)
 }
 
-/// A number for each axis of size 1 that the input has.
+/// The value with as many axes of size 1 as the input has.
 fn flag(input: &Input, value: i64) -> Array {
     Array::Int(ArrayD::from_elem(IxDyn(&vec![1; input.port.rank()]), value))
 }
 
 impl InputRow {
-    /// The number behind a name of this row; `Some(None)` for a name without one, `None` for a name of no row.
+    /// The number after a name of this row; `Some(None)` for a name without a number, `None` for other names.
     fn matches(&self, name: &str) -> Option<Option<usize>> {
         self.names.iter().find_map(|pattern| {
             if let Some(start) = pattern.strip_suffix('*') {
@@ -215,7 +218,7 @@ fn row_of(port: &Port) -> Option<(&'static InputRow, Option<usize>)> {
     row.filter(|(row, _)| row.ranks.is_empty() || row.ranks.contains(&port.rank()))
 }
 
-/// What an output of a vision encoder or of token embeddings holds, and the number in its name.
+/// The content of an output of a vision encoder or token embedding, and the number in its name.
 pub fn output_kind(port: &Port) -> Option<(Kind, Option<usize>)> {
     row_of(port).map(|(row, number)| (row.kind, number))
 }
@@ -225,15 +228,15 @@ pub fn is_cache(name: &str) -> bool {
     CACHES.iter().any(|(past, _)| name.starts_with(past))
 }
 
-/// The names that an output may have which takes the place of a cache input.
+/// Possible names of the output that matches a cache input.
 pub fn presents_of(name: &str) -> impl Iterator<Item = String> + '_ {
     CACHES.iter().filter_map(move |(past, present)| Some(format!("{present}{}", name.strip_prefix(past)?)))
 }
 
 impl Input {
-    /// The inputs of a graph, in its order; `subject` names it in messages.
+    /// The inputs of a graph in order; `subject` names the graph in messages.
     ///
-    /// Errors: `Error::Unsupported` naming an input that no row knows.
+    /// Errors: `Error::Unsupported` naming an input without a known meaning.
     pub fn all<'a>(subject: &str, ports: impl IntoIterator<Item = &'a Port>) -> Result<Vec<Input>> {
         let inputs = Input::all_or_given(ports);
         match inputs.iter().find(|input| input.kind() == Kind::Given) {
@@ -242,7 +245,7 @@ impl Input {
         }
     }
 
-    /// The inputs of a graph that may be fed with ready tensors: those that no row knows are of [`Kind::Given`].
+    /// The inputs of a graph that may take ready tensors: inputs without a known meaning become [`Kind::Given`].
     pub fn all_or_given<'a>(ports: impl IntoIterator<Item = &'a Port>) -> Vec<Input> {
         let mut inputs = Vec::new();
         for port in ports {
@@ -262,17 +265,17 @@ impl Input {
         inputs
     }
 
-    /// What it holds.
+    /// Content of the input.
     pub fn kind(&self) -> Kind {
         self.row.kind
     }
 
-    /// True for DeepStack features of all levels in one input.
+    /// True when one input takes DeepStack features of all levels.
     pub fn is_stacked(&self) -> bool {
         self.kind() == Kind::Deepstack && self.number.is_none() && self.port.rank() > 2
     }
 
-    /// One level of DeepStack features, or all of them stacked, as [`Kind::Deepstack`] says.
+    /// One level of DeepStack features, or all of them stacked; see [`Kind::Deepstack`].
     fn deepstack(&self, step: &Step) -> Result<Array> {
         let width = self.port.width().unwrap_or(step.hidden_size());
         let by_token = self.port.rank() - usize::from(self.is_stacked()) == 3;
@@ -292,15 +295,15 @@ impl Input {
         array.map(Array::Float).map_err(|e| Error::invalid("step", format!("shape {shape:?}: {e}")))
     }
 
-    /// The DeepStack features that it takes of a step, by level `[B * T, width]`, zeros where there is no image.
+    /// A step's DeepStack features for this input, by level: `[B * T, width]`, with zeros at other tokens.
     ///
-    /// Errors: `Error::Invalid` when there are no such levels, or of another width.
+    /// Errors: `Error::Invalid` when the step lacks these levels or they have another width.
     pub fn deepstack_rows(&self, step: &Step, width: usize) -> Result<Vec<Vec<f32>>> {
         self.levels_of(step)?.into_iter().map(|level| step.spread_level(level, width)).collect()
     }
 
-    /// Which of a step's levels it takes: those of its number where the decoder's numbers are among the vision encoder's,
-    /// else those at its place.
+    /// The step's levels for this input: the level with the same number if the vision encoder uses the decoder's
+    /// numbers, otherwise the level at the same position.
     fn levels_of(&self, step: &Step) -> Result<Vec<usize>> {
         let pictured = step.image().contains(&true);
         let (numbers, count) = step.levels();
@@ -324,9 +327,9 @@ impl Input {
         })
     }
 
-    /// Its array for a step.
+    /// The input's array for a step.
     ///
-    /// Errors: `Error::Invalid` when the step has nothing to make it from.
+    /// Errors: `Error::Invalid` when the step lacks the data for it.
     pub fn make(&self, step: &Step) -> Result<Array> {
         match step.given(&self.port.name) {
             Some(array) => Ok(array.clone()),
@@ -341,7 +344,7 @@ impl std::fmt::Debug for Input {
     }
 }
 
-/// The error for an input that no row knows.
+/// The error for an input without a known meaning.
 pub(super) fn unknown(subject: &str, port: &Port) -> Error {
     let named = INPUTS.iter().find(|row| row.matches(&port.name).is_some());
     let problem = match named {

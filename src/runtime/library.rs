@@ -1,4 +1,4 @@
-//! The ONNX Runtime library: found, loaded and checked once per process.
+//! The ONNX Runtime library: located, loaded and checked once per process.
 
 use std::path::PathBuf;
 use std::sync::Mutex;
@@ -15,17 +15,18 @@ const VARIABLE: &str = "ORT_DYLIB_PATH";
 
 static ENVIRONMENT: Mutex<Option<Environment>> = Mutex::new(None);
 
-/// What keeps the library from collecting anything. Told later that it is not to, it has already made a device's number, a
-/// data base and a log, in the user's cache and the folder for temporary files.
+/// Environment variable that turns telemetry off before the library loads. The library's own function for this comes
+/// too late: by then it has created a device id, a database and a log in the user's cache and in the folder for
+/// temporary files.
 const NO_TELEMETRY: &str = "ORT_DISABLE_TELEMETRY";
 
-/// Lets ONNX Runtime keep nothing and send nothing about its use.
+/// Prevents ONNX Runtime from storing or sending usage data.
 ///
 /// # Safety
 ///
-/// The process has no other threads: one of them could read the environment meanwhile.
+/// The process must have no other threads, because one of them could read the environment at the same time.
 pub unsafe fn keep_telemetry_off() {
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe { std::env::set_var(NO_TELEMETRY, "1") };
 }
 
@@ -55,13 +56,13 @@ pub(super) fn environment() -> Result<Environment> {
     Ok(environment)
 }
 
-/// Loads the CUDA libraries that lie beside ONNX Runtime's.
+/// Loads the CUDA libraries next to ONNX Runtime's library.
 pub(super) fn load_cuda() {
     cuda_libraries::load_beside(&library_path().0);
 }
 
-/// The library's path and where that path comes from: the variable, `../lib` beside the program as in a package, where it
-/// was at build time, the system.
+/// The library's path and its origin: the variable, `../lib` relative to the program as in a package, its location at
+/// build time, or the system.
 fn library_path() -> (PathBuf, String) {
     if let Some(path) = std::env::var_os(VARIABLE).filter(|path| !path.is_empty()) {
         return (path.into(), format!("from {VARIABLE}"));

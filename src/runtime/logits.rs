@@ -1,4 +1,4 @@
-//! Logits of the last position: read from a decoder's output, and their maximum.
+//! Logits of the last position, from a decoder's output, and their maximum.
 
 use crate::base::{Error, Result};
 
@@ -18,9 +18,9 @@ pub(super) fn last_logits(logits: &Tensor, batch: usize) -> Result<Vec<f32>> {
     Ok(last.copied().collect())
 }
 
-/// The likeliest token of each row at its last position; the first one on ties.
+/// The most probable token of each row at its last position; the first one on ties.
 ///
-/// Errors: `Error::Invalid` unless `logits` has shape `[batch, T, V]` and numbers in it.
+/// Errors: `Error::Invalid` unless `logits` has shape `[batch, T, V]` and is not empty.
 pub fn argmax_last(logits: &Tensor, batch: usize) -> Result<Vec<i64>> {
     let last = last_logits(logits, batch)?;
     let vocabulary = last.len() / batch.max(1);

@@ -1,4 +1,4 @@
-//! A session of a graph in memory: the small graph is written out, the weights stay where they are.
+//! Sessions of graphs in memory: the graph is written to a temporary file without its weights, which stay mapped.
 
 use std::collections::HashSet;
 
@@ -16,14 +16,14 @@ use super::backing::Backing;
 use super::session::{Runtime, Session, SessionOptions};
 use super::tensor::element_type;
 
-/// The name under which the written graph says that its weights are elsewhere.
+/// The external-data location in the written graph; the weights are passed to the session separately.
 const ELSEWHERE: &str = "weights";
 
 impl Runtime {
     /// Loads a graph in memory. Weights of 1 KB and more are read through their memory maps, not copied.
     ///
     /// Errors: `Error::Invalid` when the graph is broken; `Error::Io` when no temporary file can be written;
-    /// `Error::Engine` when ONNX Runtime refuses it.
+    /// `Error::Engine` when ONNX Runtime rejects it.
     pub fn session_of(&self, model: &Model, options: &SessionOptions) -> Result<Session> {
         crate::ir::check(model)?;
         let folder = ScratchDir::create_in(&std::env::temp_dir())?;
@@ -85,8 +85,8 @@ fn give_weight(
     let failed = |e: ort::Error| Error::engine(ENGINE, format!("weight `{name}`"), e);
     let info = MemoryInfo::default();
     let mut value = std::ptr::null_mut();
-    // SAFETY: `data` is readable for `bytes.len()` bytes and stays so while `backing` is held, which the session does
-    // for longer than its graph; ONNX Runtime does not write to weights.
+    // SAFETY: `data` is readable for `bytes.len()` bytes while `backing` is held, and the session holds it longer than
+    // its graph. ONNX Runtime does not write to weights.
     let status = unsafe {
         (ort::api().CreateTensorWithDataAsOrtValue)(
             info.ptr(),
@@ -98,12 +98,12 @@ fn give_weight(
             &mut value,
         )
     };
-    // SAFETY: the status comes from the call above and is looked at once.
+    // SAFETY: the status comes from the call above and is read once.
     unsafe { ort::Error::result_from_status(status) }.map_err(failed)?;
     let Some(value) = std::ptr::NonNull::new(value) else {
         return Err(Error::engine(ENGINE, format!("weight `{name}`"), "no tensor came back"));
     };
-    // SAFETY: a fresh CPU tensor; dropping it releases the handle and not the memory, which it does not own.
+    // SAFETY: a new CPU tensor. Dropping it releases the handle, but not the memory, which it does not own.
     let value: DynValue = unsafe { Value::<DynValueTypeMarker>::from_ptr(value, Some(&Allocator::default())) };
     builder.with_external_initializer(name, value).map_err(|e| failed(e.into()))
 }

@@ -1,4 +1,4 @@
-//! From a model folder to a loaded model.
+//! Loads a model from its folder.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -20,10 +20,10 @@ use super::vision::VisionEncoder;
 use super::vlm::{TokenTypes, Vision, VlmSession, VlmSettings};
 
 impl VlmSession {
-    /// Loads a folder's components, each in its most precise variant. `cache` may be shared between models.
+    /// Loads a folder's components, each in its most precise variant. Several models may share `cache`.
     ///
-    /// Errors: `Error::Invalid` when the folder has no decoder, no config or components that do not fit together;
-    /// `Error::Engine` when ONNX Runtime refuses a file.
+    /// Errors: `Error::Invalid` when the folder lacks a decoder or a config, or its components do not fit together;
+    /// `Error::Engine` when ONNX Runtime rejects a file.
     pub fn open(
         runtime: &Runtime,
         bundle: &Bundle,
@@ -35,9 +35,10 @@ impl VlmSession {
         VlmSession::with_decoder(runtime, bundle, decoder, options, cache)
     }
 
-    /// Loads a folder's components with another decoder in place of its own (a part of it, or one not yet written).
+    /// Loads a folder's components with another decoder in place of its own (a part of it, or one
+    /// that is not written yet).
     ///
-    /// A folder without configs is read as far as its graphs go.
+    /// A folder may lack configs; the missing settings stay unset.
     ///
     /// Errors: as `open`.
     pub fn with_decoder(
@@ -90,16 +91,16 @@ impl Decoder {
     }
 }
 
-/// A folder's decoder with its head behind it, where the head is a component of its own; any other decoder as it is.
+/// A folder's decoder, joined with its head when the head is a component of its own; any other decoder unchanged.
 ///
-/// Errors: as `onnx::load` and `rewrite::with_head`; `Error::Invalid` when the decoder gives nothing but caches.
+/// Errors: as `onnx::load` and `rewrite::with_head`; `Error::Invalid` when all outputs of the decoder are caches.
 pub fn headed(bundle: &Bundle, decoder: Model) -> Result<Model> {
     let Some(part) = bundle.component(Role::LmHead) else { return Ok(decoder) };
     let graph = &decoder.graph;
     let caches: HashSet<String> = graph.body.inputs.iter().flat_map(|&id| presents_of(graph.name(id))).collect();
     let hidden = graph.body.outputs.iter().copied().find(|&id| !caches.contains(graph.name(id)));
     let hidden = hidden.ok_or_else(|| {
-        Error::invalid(format!("graph `{}`", graph.body.name), "gives nothing that its head could read")
+        Error::invalid(format!("graph `{}`", graph.body.name), "has no output that its head could read")
     })?;
     with_head(&decoder, hidden, &onnx::load(&bundle.path_of(part))?)
 }
@@ -117,7 +118,7 @@ impl TokenTypes {
 impl VlmSettings {
     /// Reads the settings from a folder's configs.
     ///
-    /// Errors: `Error::Invalid` when there is no config, it names no end of an answer, or a figure is malformed.
+    /// Errors: `Error::Invalid` when there is no config, it has no end token, or a value is malformed.
     pub fn of(bundle: &Bundle) -> Result<Self> {
         let config = bundle.require_config()?;
         let source = || format!("`{}` of `{}`", config.source, bundle.root().display());
@@ -148,7 +149,7 @@ impl VlmSettings {
     }
 }
 
-/// One digest over the bytes of components' files, whatever they are called.
+/// One digest over the bytes of components' files, independent of file names.
 fn content_digest<'a>(bundle: &Bundle, parts: impl IntoIterator<Item = &'a Component>) -> Result<Sha256Digest> {
     let files = parts.into_iter().flat_map(|part| std::iter::once(&part.file).chain(&part.external));
     let digests = files.map(|file| sha256_file(&bundle.root().join(file))).collect::<Result<Vec<_>>>()?;

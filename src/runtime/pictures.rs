@@ -1,4 +1,4 @@
-//! Arrays of pictures, as the inputs of a graph take them.
+//! Arrays of pictures in the form of a graph's inputs.
 
 use ndarray::{ArrayD, Axis, IxDyn};
 
@@ -7,12 +7,12 @@ use crate::prompt::{Array, IMAGE_GRID_HWS, ImageArrays, PIXEL_ATTENTION_MASK, PI
 
 use super::port::Port;
 
-/// The array `name` of all pictures behind each other; without pictures one without elements.
+/// The array `name` of all pictures, concatenated; without pictures an empty array.
 ///
-/// An input of one axis more gets an axis of 1 in front. A mask that the processor left out has no padding, and grids of
-/// rows and columns are those of `image_grid_thw`.
+/// If the input has one axis more, an axis of size 1 is added in front. A missing mask means no padding. Grids of rows
+/// and columns are taken from `image_grid_thw`.
 ///
-/// Errors: `Error::Invalid` when a picture has no such array, or its axes are not the input's.
+/// Errors: `Error::Invalid` when a picture lacks the array, or its axes differ from the input's.
 pub fn array<'a>(pictures: impl IntoIterator<Item = &'a ImageArrays>, name: &str, port: &Port) -> Result<Array> {
     let arrays = pictures.into_iter().map(|picture| one(picture, name, port)).collect::<Result<Vec<Array>>>()?;
     if arrays.is_empty() {
@@ -63,7 +63,7 @@ fn one(picture: &ImageArrays, name: &str, port: &Port) -> Result<Array> {
     })
 }
 
-/// Value of an input for a prompt without pictures.
+/// The value of an input for a prompt without pictures.
 fn nothing(port: &Port) -> Array {
     let empty = usize::from(port.rank() > 4);
     let shape: Vec<usize> =
@@ -75,8 +75,8 @@ fn nothing(port: &Port) -> Array {
     }
 }
 
-/// Tiles in a picture, each of which gives as many rows of features. What is no plain tile (patches on a grid, pictures
-/// with sizes beside them) counts as one: it has a run of its own.
+/// Number of tiles of a picture; each tile gives the same number of feature rows. Other pictures (patches on a grid,
+/// pictures with sizes) count as one, because each needs a run of its own.
 pub fn tile_count(picture: &ImageArrays) -> usize {
     match *picture.pixel_values().map_or(&[][..], ArrayD::shape) {
         [tiles, _, _, _] if is_plain(picture) => tiles,
@@ -84,12 +84,12 @@ pub fn tile_count(picture: &ImageArrays) -> usize {
     }
 }
 
-/// True for pixels with nothing but a mask beside them.
+/// True when the picture has only pixels and, optionally, a mask.
 fn is_plain(picture: &ImageArrays) -> bool {
     picture.iter().all(|(name, _)| name == PIXEL_VALUES || name == PIXEL_ATTENTION_MASK)
 }
 
-/// True when two pictures may share a run: tiles of one size, and nothing but a mask beside them.
+/// True when two pictures can share a run: plain tiles of one size.
 pub fn share_a_run(a: &ImageArrays, b: &ImageArrays) -> bool {
     let tile = |picture: &ImageArrays| match *picture.pixel_values().map_or(&[][..], ArrayD::shape) {
         [_, channels, height, width] => Some([channels, height, width]),
@@ -98,7 +98,7 @@ pub fn share_a_run(a: &ImageArrays, b: &ImageArrays) -> bool {
     tile(a).is_some() && tile(a) == tile(b) && is_plain(a) && is_plain(b)
 }
 
-/// True when some of a picture's pixels are padding.
+/// True when a picture has padded pixels.
 pub fn is_padded(picture: &ImageArrays) -> bool {
     matches!(picture.get(PIXEL_ATTENTION_MASK), Some(Array::Bool(mask)) if mask.iter().any(|&real| !real))
 }
@@ -157,7 +157,7 @@ mod tests {
         assert!(!share_a_run(&tiles(2), &picture(&[1, 3, 4, 8], None)));
         let patches = picture(&[8, 6], Some([1, 2, 4]));
         assert!(!share_a_run(&patches, &patches));
-        // Patches may have the shape of tiles.
+        // Patches can have the shape of tiles.
         let square = picture(&[8, 3, 14, 14], Some([1, 2, 4]));
         assert_eq!((tile_count(&tiles(2)), tile_count(&patches), tile_count(&square)), (2, 1, 1));
     }

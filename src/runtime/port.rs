@@ -1,4 +1,4 @@
-//! Inputs and outputs of a graph, as it declares them.
+//! Inputs and outputs of a graph, according to its declarations.
 
 use crate::ir::{DataType, Dim, Graph, ValueId};
 
@@ -14,7 +14,7 @@ pub struct Port {
 }
 
 impl Port {
-    /// An input or output of a graph in memory; `None` where the graph says nothing of its type or its rank.
+    /// An input or output of a graph in memory; `None` when the graph does not declare its type or rank.
     pub fn of_value(graph: &Graph, id: ValueId) -> Option<Self> {
         let ty = graph.value(id).ty.as_ref()?;
         Some(Port { name: graph.name(id).to_string(), dtype: ty.dtype()?, shape: ty.shape()?.to_vec() })
@@ -25,12 +25,12 @@ impl Port {
         self.shape.len()
     }
 
-    /// The size of an axis, where the graph fixes it.
+    /// The size of an axis, if the graph fixes it.
     pub fn fixed_size(&self, axis: usize) -> Option<usize> {
         self.shape.get(axis).and_then(known_size)
     }
 
-    /// The size of the last axis, where the graph fixes it.
+    /// The size of the last axis, if the graph fixes it.
     pub fn width(&self) -> Option<usize> {
         self.rank().checked_sub(1).and_then(|axis| self.fixed_size(axis))
     }
@@ -42,7 +42,7 @@ impl Port {
     }
 }
 
-/// The size of an axis: a number, or a symbol that spells one (some exporters write `"16"` as a name).
+/// The size of an axis: a number, or a symbol that is a number (some exporters write `"16"` as a name).
 fn known_size(dim: &Dim) -> Option<usize> {
     match dim {
         Dim::Known(size) => usize::try_from(*size).ok(),

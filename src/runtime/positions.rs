@@ -4,11 +4,11 @@ use crate::base::{Error, Result};
 
 /// Temporal, height and width positions of one prompt, and the first position after it.
 ///
-/// Text advances all three together. A picture of `grid` patches `(t, h, w)`, merged `merge` by `merge` into tokens,
-/// counts its own frames, rows and columns from the position where it begins; the next token follows the largest of
+/// Text increments all three together. A picture of `grid` patches `(t, h, w)`, of which `merge` by `merge` form a
+/// token, counts its frames, rows and columns from the position where it begins; the next token follows the largest of
 /// them. Source: Qwen2-VL, arXiv:2409.12191, section 2.1 (M-RoPE).
 ///
-/// Errors: `Error::Invalid` when the pictures' grids do not account for the image tokens.
+/// Errors: `Error::Invalid` when the pictures' grids do not match the number of image tokens.
 pub fn multimodal_positions(
     input_ids: &[i64],
     image_token: i64,

@@ -1,4 +1,4 @@
-//! Where the time of a run was spent.
+//! Time profile of a run.
 
 use std::time::Duration;
 
@@ -25,7 +25,7 @@ pub struct Profile {
     pub total_s: f64,
 }
 
-/// Time inside a model's networks so far.
+/// Accumulated time in each of a model's networks.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct NetworkTimes {
     /// Inside the vision encoder and its projector.
@@ -37,7 +37,7 @@ pub struct NetworkTimes {
 }
 
 impl Profile {
-    /// Of a run that took `total`, with what its networks had taken before it and after it.
+    /// The profile of a run that took `total`, from its networks' times before and after it.
     pub fn new(
         total: Duration,
         pictures: &Stopwatch,
@@ -56,7 +56,7 @@ impl Profile {
         }
     }
 
-    /// Names and seconds of the parts, for a table.
+    /// Names and seconds of the parts, for tables.
     pub fn parts(&self) -> [(&'static str, f64); 6] {
         [
             ("pictures and text, ahead on another thread", self.pictures_s),

@@ -1,4 +1,4 @@
-//! Choice of the next token from logits: greedy, or by temperature and nucleus.
+//! Selects the next token from logits: greedily, or by temperature and nucleus sampling.
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -8,7 +8,7 @@ use crate::base::{Error, Result};
 use super::logits::{argmax_last, last_logits};
 use super::tensor::Tensor;
 
-/// Chooses tokens: the likeliest one at temperature 0, else one drawn from the most likely ones.
+/// Selects tokens: the most probable one at temperature 0, otherwise a random one from the nucleus.
 #[derive(Clone, Debug)]
 pub struct Sampler {
     temperature: f32,
@@ -17,12 +17,13 @@ pub struct Sampler {
 }
 
 impl Sampler {
-    /// The likeliest token, always.
+    /// Always selects the most probable token.
     pub fn greedy() -> Self {
         Sampler { temperature: 0.0, top_p: 1.0, rng: ChaCha8Rng::seed_from_u64(0) }
     }
 
-    /// Draws from the softmax of `logits / temperature`, cut to the fewest tokens whose probabilities reach `top_p`.
+    /// Samples from the softmax of `logits / temperature`, restricted to the fewest tokens whose
+    /// probabilities reach `top_p`.
     ///
     /// Source: Holtzman et al. 2020, arXiv:1904.09751 (nucleus sampling).
     /// Errors: `Error::Invalid` for a temperature below 0 or a `top_p` outside (0, 1].
@@ -99,7 +100,7 @@ mod tests {
             }
             counts
         };
-        // Four standard errors of a share over 4,000 draws are at most 0.032.
+        // Four standard errors of a proportion over 4,000 draws are at most 0.032.
         let close = |found: [f64; 3], want: [f64; 3]| found.iter().zip(want).all(|(a, b)| (a - b).abs() < 0.032);
         assert!(close(shares(1.0, 1.0), [0.6, 0.1, 0.3]), "{:?}", shares(1.0, 1.0));
         assert!(close(shares(0.85, 1.0), [0.6667, 0.0, 0.3333]), "{:?}", shares(0.85, 1.0));

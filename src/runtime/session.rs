@@ -1,4 +1,4 @@
-//! One graph in ONNX Runtime: named, typed tensors in and out.
+//! One graph in ONNX Runtime, with named and typed tensors as inputs and outputs.
 
 use std::path::Path;
 use std::time::Duration;
@@ -18,13 +18,13 @@ use super::port::Port;
 use super::tensor::{Tensor, data_type};
 use super::{ENGINE, library};
 
-/// 1 makes products of 8-bit integers exact. Without it processors that lack VNNI add pairs of products of unsigned and
-/// signed 8 bits in 16 bits, where sums saturate.
+/// Value 1 makes products of 8-bit integers exact. Without it, processors that lack VNNI add pairs of products of
+/// unsigned and signed 8-bit integers in 16 bits, and the sums saturate.
 const EXACT_INTEGERS_KEY: &str = "session.x64quantprecision";
-/// `accuracy_level` of the `MatMulNBits` that ONNX Runtime fuses; 1 is f32.
+/// `accuracy_level` of the `MatMulNBits` nodes that ONNX Runtime creates by fusion; 1 is f32.
 const QDQ_ACCURACY_KEY: &str = "session.qdq_matmulnbits_accuracy_level";
 
-/// ONNX Runtime on one device; makes sessions.
+/// ONNX Runtime on one device; creates sessions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Runtime {
     device: Device,
@@ -33,9 +33,9 @@ pub struct Runtime {
 /// Graph optimisation at load time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Optimisation {
-    /// The graph as it is.
+    /// The unchanged graph.
     None,
-    /// Everything that this machine allows.
+    /// All optimisations for this machine.
     #[default]
     All,
 }
@@ -47,8 +47,9 @@ pub struct SessionOptions {
     pub threads: Option<usize>,
     /// Graph optimisation at load time.
     pub optimisation: Optimisation,
-    /// Products as the graph says. Left to itself ONNX Runtime fuses a product with the `DequantizeLinear` that unpacks its
-    /// 4-bit weights and rounds the other factor to 8 bits, and sums of 8-bit products saturate on some processors.
+    /// Computes products exactly as in the graph. By default ONNX Runtime fuses a product with the
+    /// `DequantizeLinear` of its 4-bit weights and rounds the other factor to 8 bits, and sums of 8-bit products
+    /// saturate on some processors.
     pub exact_products: bool,
 }
 
@@ -59,9 +60,9 @@ pub struct Session {
     subject: String,
     inputs: Vec<Port>,
     outputs: Vec<Port>,
-    /// Time of all runs.
+    /// Total time of all runs.
     clock: Stopwatch,
-    /// After `inner`, so that it is dropped after it.
+    /// Declared after `inner`, so that it is dropped later.
     _backing: Vec<Backing>,
 }
 
@@ -82,15 +83,15 @@ impl Runtime {
         Ok(runtime)
     }
 
-    /// The device that sessions run on.
+    /// The device of its sessions.
     pub fn device(&self) -> Device {
         self.device
     }
 
-    /// Loads a graph from its file; external data is looked for beside it.
+    /// Loads a graph from its file; external data is in the same folder.
     ///
-    /// Errors: `Error::Io` when there is no such file; as `onnx::load` where ONNX Runtime refuses what is no sound file,
-    /// and `Error::Engine` where it refuses a sound one.
+    /// Errors: `Error::Io` when there is no such file; as `onnx::load` when the file is damaged; `Error::Engine` when
+    /// ONNX Runtime rejects a sound file.
     pub fn session(&self, path: &Path, options: &SessionOptions) -> Result<Session> {
         std::fs::metadata(path).map_err(|e| Error::io("open", path, e))?;
         let subject = format!("`{}`", path.display());
@@ -116,7 +117,7 @@ impl Runtime {
             Optimisation::All => GraphOptimizationLevel::All,
         };
         builder = builder.with_optimization_level(level).map_err(|e| failed(e.into()))?;
-        // Lengths differ from call to call, so a plan of buffers per shape would only pile up.
+        // Lengths differ from call to call, so cached buffer plans per shape would only accumulate.
         builder = builder.with_memory_pattern(false).map_err(|e| failed(e.into()))?;
         if options.exact_products {
             for key in [QDQ_ACCURACY_KEY, EXACT_INTEGERS_KEY] {
@@ -126,7 +127,7 @@ impl Runtime {
         if let Device::Cuda(index) = self.device {
             let index = i32::try_from(index).map_err(|_| no_cuda(self.device, "the index is too large"))?;
             library::load_cuda();
-            // Memory grows by what is asked for: the rest of the GPU is left to LibTorch.
+            // Memory grows by the requested size only, which leaves the rest of the GPU to LibTorch.
             let provider = ep::CUDA::default()
                 .with_device_id(index)
                 .with_arena_extend_strategy(ep::ArenaExtendStrategy::SameAsRequested)
@@ -199,10 +200,10 @@ impl Session {
         self.outputs.iter().find(|port| port.name == name)
     }
 
-    /// Runs the graph; `wanted` names the outputs to compute, `None` means all. Results are in CPU memory.
+    /// Runs the graph. `wanted` names the outputs to compute; `None` means all. Results are in CPU memory.
     ///
-    /// Errors: `Error::Invalid` when an input is missing, not of the graph or of another type, or an output is not
-    /// of the graph; `Error::Engine` when the run fails.
+    /// Errors: `Error::Invalid` when an input is missing, unknown to the graph or of another type, or when the graph
+    /// has no such output; `Error::Engine` when the run fails.
     pub fn run(&mut self, feeds: &[(&str, &Tensor)], wanted: Option<&[&str]>) -> Result<Outputs> {
         self.check(feeds)?;
         let values: Vec<(&str, ort::session::SessionInputValue<'_>)> =
@@ -233,8 +234,8 @@ impl Session {
         Ok(Outputs { subject: self.subject.clone(), tensors })
     }
 
-    /// Runs the graph for all outputs; those for which `stay` holds are left on the session's device, to be fed back
-    /// into the next call without a copy. On the CPU this is `run`.
+    /// Runs the graph for all outputs. Outputs for which `stay` is true remain on the session's device, so that the
+    /// next call can use them without a copy. On the CPU this equals `run`.
     ///
     /// Errors: as `run`.
     pub fn run_keeping(&mut self, feeds: &[(&str, &Tensor)], stay: impl Fn(&str) -> bool) -> Result<Outputs> {
@@ -302,13 +303,13 @@ impl std::fmt::Debug for Session {
 }
 
 impl Outputs {
-    /// A result by name. Errors: `Error::Invalid` when the run gave none of this name.
+    /// A result by name. Errors: `Error::Invalid` when the run has no such output.
     pub fn get(&self, name: &str) -> Result<&Tensor> {
         let found = self.tensors.iter().find(|(key, _)| key == name).map(|(_, tensor)| tensor);
         found.ok_or_else(|| self.missing(name))
     }
 
-    /// Takes a result out. Errors: `Error::Invalid` when the run gave none of this name.
+    /// Removes and returns a result. Errors: `Error::Invalid` when the run has no such output.
     pub fn take(&mut self, name: &str) -> Result<Tensor> {
         match self.tensors.iter().position(|(key, _)| key == name) {
             Some(position) => Ok(self.tensors.swap_remove(position).1),
@@ -316,7 +317,7 @@ impl Outputs {
         }
     }
 
-    /// All results in the order asked for.
+    /// All results in the requested order.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Tensor)> {
         self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor))
     }

@@ -1,4 +1,4 @@
-//! Decoder inputs: prompts with their embeddings, and steps over batches of them.
+//! Decoder inputs: embedded prompts, and steps over batches of them.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -11,14 +11,14 @@ use crate::prompt::{Array, ImageArrays};
 
 use super::port::Port;
 
-/// A prompt as the decoder takes it: `T` tokens with what was computed for them.
+/// A prompt in the form of decoder inputs: `T` tokens with the values computed for them.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Embedded {
     /// `[T]` token ids.
     pub input_ids: Vec<i64>,
-    /// Width of `data`; 0 where the decoder embeds the ids itself.
+    /// Width of `data`; 0 when the decoder embeds the ids itself.
     pub hidden_size: usize,
-    /// `[T, hidden_size]` in row-major order, image features merged in.
+    /// `[T, hidden_size]` in row-major order, with the image features merged in.
     pub data: Vec<f32>,
     /// One row of positions, or three for multimodal rotary embedding.
     pub positions: Vec<Vec<i64>>,
@@ -31,19 +31,19 @@ pub struct Embedded {
 /// Further inputs of some decoders, per token.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Side {
-    /// True at image tokens; empty where there are none.
+    /// True at image tokens; empty when there are none.
     pub image: Vec<bool>,
-    /// `token_type_ids`; empty where all are 0.
+    /// `token_type_ids`; empty when all are 0.
     pub types: Vec<i64>,
-    /// DeepStack features by level, each a row per image token.
+    /// DeepStack features by level, one row per image token.
     pub deepstack: Vec<Vec<f32>>,
-    /// The number of each level; empty where they are just those that the decoder takes, in order.
+    /// The number of each level; empty when the levels are the decoder's, in order.
     pub levels: Vec<usize>,
-    /// `[T, W]`: the tokens' second embedding; empty where the model has none.
+    /// `[T, W]`: the tokens' second embedding; empty when the model has none.
     pub per_layer: Vec<f32>,
-    /// Image features, a row per image token, where the graph itself merges them in.
+    /// Image features, one row per image token, when the decoder's graph merges them.
     pub features: Vec<f32>,
-    /// Pictures, where the decoder's own graph reads them.
+    /// Pictures, when the decoder's graph takes them.
     pub pictures: Vec<Arc<ImageArrays>>,
     /// Ready tensors for inputs by name.
     pub given: BTreeMap<String, Array>,
@@ -60,14 +60,14 @@ impl Embedded {
         self.len() == 0
     }
 
-    /// A text of these ids at positions counted from `first`, in `rows` equal rows.
+    /// Text tokens with positions from `first` on, in `rows` equal rows of positions.
     pub fn text(input_ids: &[i64], hidden_size: usize, data: Vec<f32>, first: i64, rows: usize) -> Self {
         let next_position = first + input_ids.len() as i64;
         let positions = vec![(first..next_position).collect(); rows.max(1)];
         Embedded { input_ids: input_ids.to_vec(), hidden_size, data, positions, next_position, side: Side::default() }
     }
 
-    /// Some of the tokens.
+    /// A range of the tokens.
     pub fn slice(&self, tokens: Range<usize>) -> Embedded {
         let time = self.len();
         let cut = |data: &[f32]| {
@@ -103,12 +103,12 @@ impl Embedded {
     }
 }
 
-/// On which side rows shorter than the longest are filled up.
+/// Side on which shorter rows are padded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Padding {
-    /// Where rows go on being decoded.
+    /// For rows that decoding continues.
     Left,
-    /// Where only what is there is computed; positions go on counting there.
+    /// For prefill only; positions continue in the padding.
     Right,
 }
 
@@ -117,7 +117,7 @@ pub enum Padding {
 pub struct Step {
     batch: usize,
     time: usize,
-    /// Columns of the cache before, padding included; `None` for a prefill.
+    /// Columns of the cache before this step, padding included; `None` for a prefill.
     past: Option<usize>,
     /// `[B, T]`.
     ids: Vec<i64>,
@@ -126,18 +126,18 @@ pub struct Step {
     data: Vec<f32>,
     /// `[B, past + T]`.
     mask: Vec<i64>,
-    /// By row of positions, `[B, T]` each.
+    /// One entry per row of positions, `[B, T]` each.
     positions: Vec<Vec<i64>>,
     /// `[B, T]`.
     image: Vec<bool>,
     /// `[B, T]`.
     types: Vec<i64>,
-    /// By level, a row per image token of the batch in order.
+    /// By level, one row per image token of the batch in order.
     deepstack: Vec<Vec<f32>>,
     levels: Vec<usize>,
-    /// `[B, T, W]`; empty where no token has any.
+    /// `[B, T, W]`; empty when the model has no second embeddings.
     per_layer: Vec<f32>,
-    /// A row per image token of the batch in order.
+    /// One row per image token of the batch in order.
     features: Vec<f32>,
     pictures: Vec<Arc<ImageArrays>>,
     given: BTreeMap<String, Array>,
@@ -145,24 +145,24 @@ pub struct Step {
 }
 
 impl Step {
-    /// A prefill of whole prompts. `last_only` asks for the logits of the last position alone, where the graph lets a
-    /// caller say so.
+    /// A prefill of whole prompts. `last_only` requests the logits of the last position alone, if the graph has an
+    /// input for this.
     ///
-    /// Errors: `Error::Invalid` when there are no tokens, or rows hold different things.
+    /// Errors: `Error::Invalid` when there are no tokens, or when rows have different kinds of data.
     pub fn prefill(rows: &[&Embedded], last_only: bool) -> Result<Self> {
         Step::new(rows, None, Padding::Left, last_only)
     }
 
-    /// [`Step::prefill`] with shorter rows filled up on the right.
+    /// [`Step::prefill`] with shorter rows padded on the right.
     ///
     /// Errors: as `prefill`.
     pub fn padded_right(rows: &[&Embedded]) -> Result<Self> {
         Step::new(rows, None, Padding::Right, false)
     }
 
-    /// A step behind a cache. `past` is the mask of each row's columns of the cache: 0 where it was padded.
+    /// A step after a cache. `past` is the mask of each row's cache columns: 0 at padding.
     ///
-    /// Errors: as `prefill`, and when masks and rows are not as many.
+    /// Errors: as `prefill`, and when the numbers of masks and rows differ.
     pub fn behind(rows: &[&Embedded], past: &[Vec<i64>], last_only: bool) -> Result<Self> {
         Step::new(rows, Some(past), Padding::Left, last_only)
     }
@@ -216,7 +216,7 @@ impl Step {
         Ok(step)
     }
 
-    /// Appends a row. Padding is masked out; it repeats a real token, so that its numbers are finite.
+    /// Appends a row. Padding is masked out; it repeats a real token, so that its values are finite.
     fn push(&mut self, row: &Embedded, per_layer: usize, padding: Padding) {
         let pad = self.time - row.len();
         let pads = |at: Padding| if at == padding { pad } else { 0 };
@@ -248,22 +248,22 @@ impl Step {
         self.pictures.extend(row.side.pictures.iter().cloned());
     }
 
-    /// Width of the embeddings; 0 where there are none.
+    /// Width of the embeddings; 0 when there are none.
     pub(super) fn hidden_size(&self) -> usize {
         self.hidden_size
     }
 
-    /// Rows.
+    /// Number of rows.
     pub fn batch(&self) -> usize {
         self.batch
     }
 
-    /// New positions per row.
+    /// Number of new positions per row.
     pub fn time(&self) -> usize {
         self.time
     }
 
-    /// Columns of the cache that it continues; `None` for a prefill.
+    /// Number of cache columns that it continues; `None` for a prefill.
     pub fn past(&self) -> Option<usize> {
         self.past
     }
@@ -273,17 +273,17 @@ impl Step {
         self.past.is_some()
     }
 
-    /// True when only the last position's logits are wanted.
+    /// True when only the last position's logits are requested.
     pub fn last_only(&self) -> bool {
         self.last_only
     }
 
-    /// True for each position that is an image token, `[B, T]`.
+    /// True at image tokens, `[B, T]`.
     pub fn image(&self) -> &[bool] {
         &self.image
     }
 
-    /// A ready tensor for an input.
+    /// A ready tensor for the input of this name.
     pub(super) fn given(&self, name: &str) -> Option<&Array> {
         self.given.get(name)
     }
@@ -292,8 +292,7 @@ impl Step {
         self.pictures.iter().map(Arc::as_ref)
     }
 
-    /// `[B, T, D]`, where `width` is wider than that with the DeepStack features behind each row, zeros where there are
-    /// none.
+    /// `[B, T, D]`. A larger `width` adds the DeepStack features after each row, zeros at other tokens.
     pub(super) fn embeddings(&self, width: Option<usize>) -> Result<Array> {
         let hidden = self.hidden_size;
         if hidden == 0 || self.data.len() != self.batch * self.time * hidden {
@@ -316,9 +315,10 @@ impl Step {
         floats(&[self.batch, self.time, width], packed)
     }
 
-    /// The embeddings in rows of `width`, the DeepStack features behind each embedding where `width` is larger: `[B * T, width]`.
+    /// The embeddings as rows: `[B * T, width]`. If `width` is larger than theirs, the DeepStack
+    /// features follow each embedding.
     ///
-    /// Errors: `Error::Invalid` when the step holds no embeddings, or `width` is no multiple of theirs.
+    /// Errors: `Error::Invalid` when the step has no embeddings, or `width` is not a multiple of their width.
     pub fn embedding_rows(&self, width: usize) -> Result<Vec<f32>> {
         Ok(self.embeddings(Some(width))?.floats().map(|array| array.iter().copied().collect()).unwrap_or_default())
     }
@@ -359,7 +359,7 @@ impl Step {
         Array::Bool(ArrayD::from_shape_fn(IxDyn(shape), |at| self.image[at[0] * self.time + at[1]]))
     }
 
-    /// `[1, N, K]`, true for each of the `K` tokens of each of `N` pictures.
+    /// `[1, N, K]`: true for each of the `K` tokens of each of `N` pictures.
     pub(super) fn image_tokens(&self, port: &Port) -> Result<Array> {
         let places = self.image.iter().filter(|&&image| image).count();
         let pictures = self.pictures.len();
@@ -376,22 +376,22 @@ impl Step {
         Array::Int(ArrayD::from_shape_fn(shape, |at| self.types[at[0] * self.time + at[1]]))
     }
 
-    /// Image tokens of the batch.
+    /// Number of image tokens in the batch.
     pub(super) fn image_count(&self) -> usize {
         self.image.iter().filter(|&&image| image).count()
     }
 
-    /// Numbers of the levels of DeepStack features, and how many levels there are.
+    /// Numbers of the DeepStack levels, and how many levels there are.
     pub(super) fn levels(&self) -> (&[usize], usize) {
         (&self.levels, self.deepstack.len())
     }
 
-    /// A level's rows, one per image token.
+    /// The rows of a level, one per image token.
     pub(super) fn level(&self, level: usize) -> &[f32] {
         self.deepstack.get(level).map_or(&[], Vec::as_slice)
     }
 
-    /// A level's rows at their image tokens, zeros elsewhere: `[B * T, width]`.
+    /// The rows of a level at their image tokens, zeros at other tokens: `[B * T, width]`.
     pub(super) fn spread_level(&self, level: usize, width: usize) -> Result<Vec<f32>> {
         let mut data = vec![0f32; self.batch * self.time * width];
         let places = self.image.iter().filter(|&&image| image).count();
@@ -453,7 +453,7 @@ impl Step {
         floats(&shape[usize::from(port.rank() == 2)..], self.features.clone())
     }
 
-    /// No rows: prompts hold no sounds.
+    /// An array without rows, because prompts contain no sounds.
     pub(super) fn audio_features(&self, port: &Port) -> Result<Array> {
         let width = port.width().unwrap_or(self.hidden_size);
         let shape = [1, 0, width];
@@ -483,7 +483,8 @@ fn check(row: &Embedded, first: &Embedded, per_layer: usize, levels: usize) -> R
     Err(Error::invalid("step", problem))
 }
 
-/// Appends rows of `width` with copies of the first before and of the last behind them; nothing of an empty row.
+/// Appends rows of `width` with `left` copies of the first row before and `right` copies of the last row after them.
+/// Appends nothing for an empty row.
 fn spread<T: Copy>(all: &mut Vec<T>, own: &[T], width: usize, left: usize, right: usize) {
     if own.is_empty() || width == 0 {
         return;
@@ -493,7 +494,7 @@ fn spread<T: Copy>(all: &mut Vec<T>, own: &[T], width: usize, left: usize, right
     (0..right).for_each(|_| all.extend_from_slice(&own[own.len() - width..]));
 }
 
-/// Appends `own` with `value` before and behind it.
+/// Appends `own` with `left` copies of `value` before and `right` copies after it.
 fn fill<T: Copy>(all: &mut Vec<T>, own: &[T], value: T, left: usize, right: usize) {
     all.resize(all.len() + left, value);
     all.extend_from_slice(own);

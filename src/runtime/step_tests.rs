@@ -80,7 +80,7 @@ fn deepstack_features_stand_at_the_image_tokens() {
     let by_token = input("deepstack_features", &[2, -1, -1, 2]).make(&step).unwrap();
     assert_eq!(by_token.shape(), [2, 2, 3, 2]);
     assert_eq!(numbers(&by_token)[..6], [0., 0., 11., 11., 12., 12.]);
-    // Behind each row of the embeddings.
+    // Packed after each row of the embeddings.
     let packed = step.embeddings(Some(6)).unwrap();
     assert_eq!(numbers(&packed)[..12], [5., -5., 0., 0., 0., 0., 6., -6., 11., 11., 21., 21.]);
     let error = input("deepstack_features", &[3, -1, 2]).make(&step).unwrap_err().to_string();

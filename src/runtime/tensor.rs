@@ -1,4 +1,4 @@
-//! Tensors that ONNX Runtime reads and makes.
+//! Tensors in ONNX Runtime.
 
 use std::borrow::Cow;
 
@@ -14,11 +14,11 @@ use crate::prompt::Array;
 
 use super::ENGINE;
 
-/// A dense tensor owned by ONNX Runtime, on the CPU or on a device; moved between calls without copying.
+/// A dense tensor owned by ONNX Runtime, on the CPU or on a device. Passing it between calls does not copy it.
 #[derive(Debug)]
 pub struct Tensor(DynTensor);
 
-/// Element types that can be put into a tensor and read back.
+/// Rust types of tensor elements.
 pub trait Element: PrimitiveTensorElementType + std::fmt::Debug + Clone + 'static {
     /// The ONNX type of `Self`.
     const DTYPE: DataType;
@@ -53,12 +53,12 @@ const ELEMENT_TYPES: &[(DataType, TensorElementType)] = &[
     (DataType::String, TensorElementType::String),
 ];
 
-/// Our name of one of ONNX Runtime's element types; `None` for those that interlace feeds nowhere.
+/// The element type of an ONNX Runtime type; `None` for types that interlace does not use.
 pub(super) fn data_type(ty: TensorElementType) -> Option<DataType> {
     ELEMENT_TYPES.iter().find(|row| row.1 == ty).map(|row| row.0)
 }
 
-/// ONNX Runtime's name of an element type.
+/// The ONNX Runtime type of an element type.
 pub(super) fn element_type(dtype: DataType) -> Result<TensorElementType> {
     let row = ELEMENT_TYPES.iter().find(|row| row.0 == dtype);
     row.map(|row| row.1)
@@ -68,7 +68,7 @@ pub(super) fn element_type(dtype: DataType) -> Result<TensorElementType> {
 impl Tensor {
     /// A tensor of `shape` over `data` in row-major order.
     ///
-    /// Errors: `Error::Invalid` when the shape does not hold exactly `data.len()` elements.
+    /// Errors: `Error::Invalid` when the shape does not have exactly `data.len()` elements.
     pub fn new<T: Element>(shape: &[usize], data: Vec<T>) -> Result<Self> {
         let count = shape.iter().try_fold(1usize, |count, &dim| count.checked_mul(dim));
         if count != Some(data.len()) {
@@ -108,7 +108,7 @@ impl Tensor {
 
     /// Element type.
     ///
-    /// Errors: `Error::Unsupported` for types that interlace does not know.
+    /// Errors: `Error::Unsupported` for unknown types.
     pub fn dtype(&self) -> Result<DataType> {
         let ty = *self.0.data_type();
         data_type(ty).ok_or_else(|| Error::unsupported("tensor", format!("element type {ty}")))
@@ -121,15 +121,15 @@ impl Tensor {
 
     /// The elements in row-major order.
     ///
-    /// Errors: `Error::Engine` when the element type is another one or the tensor is not in CPU memory.
+    /// Errors: `Error::Engine` when the element type differs or the tensor is not in CPU memory.
     pub fn data<T: Element>(&self) -> Result<&[T]> {
         self.0.try_extract_tensor::<T>().map(|(_, data)| data).map_err(|e| Error::engine(ENGINE, "a tensor", e))
     }
 
     /// A copy as a constant of the graph.
     ///
-    /// Errors: `Error::Unsupported` for element types that cannot be copied; `Error::Engine` when the tensor is not in
-    /// CPU memory.
+    /// Errors: `Error::Unsupported` for element types that cannot be copied; `Error::Engine` when the
+    /// tensor is not in CPU memory.
     pub fn to_ir(&self) -> Result<crate::ir::Tensor> {
         let bytes: Vec<u8> = match self.dtype()? {
             DataType::Float => self.data::<f32>()?.iter().flat_map(|x| x.to_le_bytes()).collect(),
@@ -150,8 +150,8 @@ impl Tensor {
 
     /// A copy of a constant of the graph.
     ///
-    /// Errors: `Error::Unsupported` for element types that cannot be copied; `Error::Invalid` when the bytes do not fill
-    /// the shape.
+    /// Errors: `Error::Unsupported` for element types that cannot be copied; `Error::Invalid` when the number of bytes
+    /// does not match the shape.
     pub fn from_ir(tensor: &crate::ir::Tensor) -> Result<Self> {
         let shape: Option<Vec<usize>> = tensor.dims.iter().map(|&dim| usize::try_from(dim).ok()).collect();
         let shape = shape.ok_or_else(|| Error::invalid("tensor", format!("shape {:?} is too large", tensor.dims)))?;
@@ -176,7 +176,7 @@ impl Tensor {
         }
     }
 
-    /// The elements of any floating-point type as f32; those of f32 are borrowed.
+    /// The elements of any floating-point type as f32; f32 elements are borrowed.
     ///
     /// Errors: `Error::Unsupported` for other types; `Error::Engine` when the tensor is not in CPU memory.
     pub fn to_f32(&self) -> Result<Cow<'_, [f32]>> {
@@ -189,9 +189,10 @@ impl Tensor {
         })
     }
 
-    /// An array's elements in the type that an input takes.
+    /// An array's elements converted to an input's type.
     ///
-    /// Errors: `Error::Unsupported` when they cannot be of this type; `Error::Invalid` when one does not fit.
+    /// Errors: `Error::Unsupported` when this conversion is not possible; `Error::Invalid` when
+    /// an element is out of range.
     pub fn from_array(dtype: DataType, array: Array) -> Result<Self> {
         let shape = array.shape().to_vec();
         match array {
@@ -201,7 +202,7 @@ impl Tensor {
         }
     }
 
-    /// A floating-point tensor of the wanted type from f32 elements.
+    /// A floating-point tensor of type `dtype` from f32 elements.
     ///
     /// Errors: `Error::Unsupported` when `dtype` is not floating-point.
     pub fn from_f32(dtype: DataType, shape: &[usize], data: Vec<f32>) -> Result<Self> {
@@ -214,9 +215,9 @@ impl Tensor {
         }
     }
 
-    /// An integer or bool tensor of the wanted type from i64 elements.
+    /// An integer or bool tensor of type `dtype` from i64 elements.
     ///
-    /// Errors: `Error::Unsupported` for other types; `Error::Invalid` when an element does not fit.
+    /// Errors: `Error::Unsupported` for other types; `Error::Invalid` when an element is out of range.
     pub fn from_i64(dtype: DataType, shape: &[usize], data: Vec<i64>) -> Result<Self> {
         match dtype {
             DataType::Int64 => Tensor::new(shape, data),
@@ -233,7 +234,7 @@ impl Tensor {
     }
 }
 
-/// The elements in row-major order, without a copy where they are stored so.
+/// The elements in row-major order, without a copy if they are stored in that order.
 fn elements<T: Clone>(array: ArrayD<T>) -> Vec<T> {
     if !array.is_standard_layout() {
         return array.iter().cloned().collect();

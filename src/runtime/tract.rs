@@ -12,24 +12,24 @@ use crate::ir::DataType;
 /// Result of loading a graph in tract.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TractOutcome {
-    /// It becomes a runnable plan of so many nodes.
+    /// tract builds a runnable plan.
     Loads {
         /// Nodes of the plan.
         nodes: usize,
     },
-    /// These operators are not in tract.
+    /// tract lacks these operators.
     Missing {
         /// Their names, sorted.
         operators: Vec<String>,
     },
-    /// The operators are there, but the plan cannot be made.
+    /// tract has the operators, but cannot build the plan.
     Fails {
         /// tract's message.
         problem: String,
     },
 }
 
-/// The type and shape that one input is fixed to.
+/// The fixed type and shape of one input.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InputFact {
     /// Name in the graph's signature.
@@ -40,14 +40,14 @@ pub struct InputFact {
     pub shape: Vec<usize>,
 }
 
-/// Loads a graph in tract with every input fixed to a type and shape; decoders with a cache cannot be analysed with
+/// Loads a graph in tract with a fixed type and shape for every input. tract cannot analyse decoders with a cache with
 /// symbolic sizes.
 ///
-/// Errors: `Error::Io` when there is no such file; `Error::Invalid` when an input of the graph has no fact;
-/// `Error::Unsupported` for an element type that tract does not have.
+/// Errors: `Error::Io` when there is no such file; `Error::Invalid` when `facts` lacks an input of the graph;
+/// `Error::Unsupported` for an element type that tract lacks.
 pub fn tract_check(path: &Path, facts: &[InputFact]) -> Result<TractOutcome> {
     std::fs::metadata(path).map_err(|e| Error::io("open", path, e))?;
-    // tract is written for trusted models and may panic on others; its plan is dropped either way.
+    // tract expects trusted models and may panic on others. Its plan is dropped in either case.
     let outcome = catch_unwind(AssertUnwindSafe(|| load(path, facts)));
     outcome.unwrap_or_else(|_| Ok(TractOutcome::Fails { problem: "it panicked".into() }))
 }

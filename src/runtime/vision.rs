@@ -1,4 +1,4 @@
-//! The vision encoder: pictures to image features.
+//! The vision encoder: computes image features from pictures.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -14,10 +14,10 @@ use super::port::Port;
 use super::session::{Outputs, Session};
 use super::tensor::Tensor;
 
-/// Tiles that go through the encoder in one run.
+/// Largest number of tiles in one run of the encoder.
 const TILES_PER_RUN: usize = 32;
 
-/// A vision encoder graph with every input and output understood.
+/// A vision encoder graph whose outputs all have a known meaning.
 #[derive(Debug)]
 pub struct VisionEncoder {
     session: Session,
@@ -29,16 +29,16 @@ pub struct VisionEncoder {
     cache: Arc<FeatureCache>,
 }
 
-/// The outputs that hold DeepStack features.
+/// The outputs with DeepStack features.
 #[derive(Clone, Debug, PartialEq)]
 enum Deepstack {
-    /// One for each level with its number, ascending; none for encoders without.
+    /// One output per level with its number, ascending; empty for encoders without.
     Levels(Vec<(usize, String)>),
-    /// All levels in one, the level as first axis.
+    /// One output with all levels; the level is the first axis.
     Stacked(String),
 }
 
-/// The graph that brings an encoder's output to the decoder's width, where it is a file of its own.
+/// The graph that projects the encoder's output to the decoder's width, when it is a file of its own.
 #[derive(Debug)]
 struct Projector {
     session: Session,
@@ -47,11 +47,11 @@ struct Projector {
 }
 
 impl VisionEncoder {
-    /// `digest` is over the encoder's files, a projector's included.
+    /// `digest` is over the encoder's files and those of its projector.
     ///
-    /// Inputs whose meaning is not known take ready tensors alone.
+    /// Inputs without a known meaning take ready tensors only.
     ///
-    /// Errors: `Error::Unsupported` naming an input of another component, or an output that has no known meaning.
+    /// Errors: `Error::Unsupported` naming an input of another component, or an output without a known meaning.
     pub fn new(session: Session, digest: Sha256Digest, cache: Arc<FeatureCache>) -> Result<Self> {
         let inputs = Input::all_or_given(session.inputs());
         if let Some(input) = inputs.iter().find(|input| !matches!(input.kind(), Kind::Image(_) | Kind::Given)) {
@@ -67,7 +67,7 @@ impl VisionEncoder {
         Ok(VisionEncoder { session, inputs, output, deepstack, projector: None, digest, cache })
     }
 
-    /// With a graph of its own behind it that takes its features and gives those of the decoder's width.
+    /// Adds a projector: a graph that projects the features to the decoder's width.
     ///
     /// Errors: `Error::Unsupported` unless that graph has one input and one output.
     pub fn with_projector(mut self, session: Session) -> Result<Self> {
@@ -82,12 +82,12 @@ impl VisionEncoder {
         Ok(self)
     }
 
-    /// The session behind it.
+    /// The session that runs the graph.
     pub fn session(&self) -> &Session {
         &self.session
     }
 
-    /// The graph alone.
+    /// Returns the session.
     pub fn into_session(self) -> Session {
         self.session
     }
@@ -98,14 +98,14 @@ impl VisionEncoder {
         self.session.elapsed() + projector
     }
 
-    /// Its inputs.
+    /// The graph's inputs.
     pub fn inputs(&self) -> &[Input] {
         &self.inputs
     }
 
-    /// Features of each picture, from the cache where they are known. Tiles of several pictures share a run.
+    /// Features of each picture, from the cache if it has them. Tiles of several pictures share a run.
     ///
-    /// Errors: `Error::Invalid` when a picture does not fit the graph's inputs; `Error::Engine` when the run fails.
+    /// Errors: `Error::Invalid` when a picture does not match the graph's inputs; `Error::Engine` when the run fails.
     pub fn encode(&mut self, pictures: &[&ImageArrays]) -> Result<Vec<Arc<Features>>> {
         let mut found: HashMap<&str, Arc<Features>> = HashMap::new();
         let mut missing: Vec<&ImageArrays> = Vec::new();
@@ -132,9 +132,9 @@ impl VisionEncoder {
             .ok_or_else(|| Error::invalid(self.session.subject(), "a picture was left out"))
     }
 
-    /// Every input for pictures that may share a run.
+    /// All inputs for pictures that can share a run.
     ///
-    /// Errors: `Error::Invalid` when a picture does not hold what an input takes.
+    /// Errors: `Error::Invalid` when a picture lacks data for an input.
     pub fn feeds(&self, pictures: &[&ImageArrays]) -> Result<Vec<(String, Tensor)>> {
         let mut feeds = Vec::with_capacity(self.inputs.len());
         for input in &self.inputs {
@@ -150,7 +150,7 @@ impl VisionEncoder {
         Ok(feeds)
     }
 
-    /// One run over pictures that may share it.
+    /// One run over pictures that can share it.
     fn run(&mut self, pictures: &[&ImageArrays]) -> Result<Vec<Features>> {
         let takes_mask = self.inputs.iter().any(|input| input.kind() == Kind::Image(PIXEL_ATTENTION_MASK));
         if !takes_mask && pictures.iter().any(|picture| is_padded(picture)) {
@@ -183,7 +183,7 @@ impl VisionEncoder {
     }
 }
 
-/// Numbers of tiles per picture, by which the rows of an output are split among the pictures of a run.
+/// Number of tiles per picture. The rows of an output are divided among the pictures of a run in these proportions.
 struct Shares(Vec<usize>);
 
 impl Shares {
@@ -191,7 +191,7 @@ impl Shares {
         Shares(pictures.iter().map(|picture| tile_count(picture)).collect())
     }
 
-    /// The width of an output's rows, and the rows of each picture; every tile has as many.
+    /// The width of an output's rows, and the rows of each picture; every tile has equally many.
     fn split(&self, subject: &str, shape: Vec<usize>, data: &[f32]) -> Result<(usize, Vec<Vec<f32>>)> {
         let width = shape.last().copied().unwrap_or(0);
         let rows = data.len().checked_div(width).unwrap_or(0);
@@ -220,7 +220,7 @@ impl Deepstack {
         levels.iter().map(|(_, name)| name).chain(stacked).map(String::as_str)
     }
 
-    /// The numbers of so many levels.
+    /// The numbers of `count` levels.
     fn numbers(&self, count: usize) -> Vec<usize> {
         match self {
             Deepstack::Levels(names) => names.iter().map(|(number, _)| *number).collect(),
@@ -267,7 +267,7 @@ impl Deepstack {
 }
 
 impl Projector {
-    /// Features in the decoder's width. An input of one axis less takes all rows behind each other.
+    /// Projects features to the decoder's width. If the input has one axis less, all rows are concatenated.
     fn run(&mut self, features: &Tensor) -> Result<Tensor> {
         let shape = features.shape();
         let (rank, width) = (shape.len(), shape.last().copied().unwrap_or(0));
@@ -305,7 +305,7 @@ fn outputs(subject: &str, ports: &[Port]) -> Result<(String, Deepstack)> {
             Deepstack::Levels(levels.iter().map(named).collect())
         }
     };
-    // By this name runtimes find it among others, which they leave alone.
+    // Runtimes find the features by this name and ignore the other outputs.
     if let Some(features) = others.iter().find(|port| port.name == "image_features") {
         return Ok((features.name.clone(), deepstack));
     }
@@ -323,7 +323,7 @@ fn outputs(subject: &str, ports: &[Port]) -> Result<(String, Deepstack)> {
     }
 }
 
-/// Pictures in groups that share a run, at most [`TILES_PER_RUN`] tiles each.
+/// Divides pictures into groups that share a run, with at most [`TILES_PER_RUN`] tiles each.
 fn runs<'a, 'b>(pictures: &'b [&'a ImageArrays]) -> Vec<&'b [&'a ImageArrays]> {
     let mut groups = Vec::new();
     let mut start = 0;

@@ -1,4 +1,4 @@
-//! A whole vision-language model: pictures and token ids in, decoder inputs or generated tokens out.
+//! A whole vision-language model: computes decoder inputs or generated tokens from pictures and token ids.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,17 +16,17 @@ use super::session::Outputs;
 use super::step::{Embedded, Side, Step};
 use super::vision::VisionEncoder;
 
-/// Tokens that `token_type_ids` distinguishes.
+/// Meaning of `token_type_ids`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum TokenTypes {
-    /// 1 at image tokens, which see each other both ways (Gemma 3).
+    /// 1 at image tokens, which attend to each other in both directions (Gemma 3).
     #[default]
     Image,
-    /// 1 at answers, before which all tokens see each other both ways (PaliGemma).
+    /// 1 at answer tokens; all tokens before them attend to each other in both directions (PaliGemma).
     Answer,
 }
 
-/// Settings of the model's configs about its inputs and about generation.
+/// Settings from the model's configs for inputs and generation.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct VlmSettings {
     /// Id of the placeholder token for one row of image features.
@@ -37,18 +37,18 @@ pub struct VlmSettings {
     pub spatial_merge_size: Option<usize>,
     /// Longest answer, in tokens.
     pub max_new_tokens: Option<usize>,
-    /// Positions that the model was made for, questions and answers together.
+    /// Maximum context in tokens, prompt and answer together.
     pub context_tokens: Option<usize>,
-    /// Tokens that `token_type_ids` distinguishes.
+    /// Meaning of `token_type_ids`.
     pub token_types: TokenTypes,
 }
 
 /// A model's vision encoder.
 #[derive(Debug)]
 pub enum Vision {
-    /// It can be run.
+    /// An encoder that can run.
     Known(Box<VisionEncoder>),
-    /// Why it cannot be run; text without pictures needs none.
+    /// The reason why it cannot run. Prompts without pictures do not need it.
     Unknown(Error),
 }
 
@@ -57,7 +57,7 @@ pub enum Vision {
 pub struct VlmSession {
     pub(super) vision: Option<Vision>,
     embed: Option<TokenEmbedding>,
-    /// Features of the batch of ready tensors that was used last.
+    /// Features of the most recently used batch of ready tensors.
     pub(super) given_features: Option<(Arc<TensorBatch>, Arc<Features>)>,
     pub(super) decoder: Decoder,
     pub(super) settings: VlmSettings,
@@ -65,9 +65,9 @@ pub struct VlmSession {
 }
 
 impl VlmSession {
-    /// Puts components together.
+    /// Assembles a model from its components.
     ///
-    /// Errors: `Error::Invalid` when there is nowhere that image features can go.
+    /// Errors: `Error::Invalid` when the model has a vision encoder and no graph that takes its features.
     pub fn new(
         vision: Option<Vision>,
         embed: Option<TokenEmbedding>,
@@ -87,17 +87,17 @@ impl VlmSession {
         &self.decoder
     }
 
-    /// The decoder, to run steps on.
+    /// The decoder, for running steps.
     pub fn decoder_mut(&mut self) -> &mut Decoder {
         &mut self.decoder
     }
 
-    /// The decoder alone.
+    /// Returns the decoder.
     pub fn into_decoder(self) -> Decoder {
         self.decoder
     }
 
-    /// Time inside the networks so far.
+    /// Accumulated time in the networks.
     pub fn times(&self) -> NetworkTimes {
         NetworkTimes {
             vision_encoder: match &self.vision {
@@ -114,20 +114,20 @@ impl VlmSession {
         &self.settings
     }
 
-    /// True for a model that reads pictures: in a vision encoder, or inside one of its other graphs.
+    /// True for a model that takes pictures, through a vision encoder or one of its other graphs.
     pub fn reads_pictures(&self) -> bool {
         self.vision.is_some()
             || self.embed.as_ref().is_some_and(TokenEmbedding::takes_pictures)
             || self.decoder.takes_pictures()
     }
 
-    /// True when the decoder takes wider rows than one embedding.
+    /// True when the decoder's rows are wider than one embedding.
     fn packs_deepstack(&self) -> bool {
         let own = self.embed.as_ref().and_then(TokenEmbedding::width);
         own.zip(self.decoder.hidden_size()).is_some_and(|(own, width)| width > own)
     }
 
-    /// A text at positions counted from `first`, with what the model's own components make of it.
+    /// Embeds a text at positions from `first` on.
     ///
     /// Errors: `Error::Engine` when a run fails.
     pub fn embed_text(&mut self, input_ids: &[i64], first: i64) -> Result<Embedded> {
@@ -136,15 +136,16 @@ impl VlmSession {
         Ok(embedded)
     }
 
-    /// A prompt with its pictures' features at the image tokens.
+    /// Embeds a prompt, with its pictures' features at the image tokens.
     ///
-    /// Errors: `Error::Invalid` when the features' rows are not as many as the image tokens, or as wide as the embeddings.
+    /// Errors: `Error::Invalid` when the number of feature rows differs from that of image tokens, or their width from
+    /// that of the embeddings.
     pub fn embed(&mut self, prompt: &Prompt) -> Result<Embedded> {
         let mut embedded = self.embed_all(std::slice::from_ref(prompt))?;
         embedded.pop().ok_or_else(|| Error::invalid("prompt", "is empty"))
     }
 
-    /// [`VlmSession::embed`] of several prompts; new pictures share runs of the vision encoder.
+    /// [`VlmSession::embed`] for several prompts. New pictures share runs of the vision encoder.
     ///
     /// Errors: as `embed`.
     pub fn embed_all(&mut self, prompts: &[Prompt]) -> Result<Vec<Embedded>> {
@@ -158,7 +159,7 @@ impl VlmSession {
                 self.decoder.session().subject(),
                 "belongs to a model without a vision encoder, but the prompt has pictures",
             )
-            .remedy("use prompts without pictures, or put the vision encoder's graph beside the decoder"));
+            .remedy("use prompts without pictures, or put the vision encoder's graph into the decoder's folder"));
         }
         if !pictures.is_empty() && self.settings.image_token_id.is_none() {
             let problem = "belongs to a model whose config names no image token, but the prompt has pictures";
@@ -188,7 +189,7 @@ impl VlmSession {
         Ok(embedded)
     }
 
-    /// One prefill of the decoder for all its outputs, whatever they are.
+    /// Runs one prefill of the decoder and returns all its outputs.
     ///
     /// Errors: as `embed` and `Decoder::prefill_outputs`.
     pub fn prefill(&mut self, prompt: &Prompt, last_only: bool) -> Result<Outputs> {
@@ -217,7 +218,7 @@ impl VlmSession {
         Ok(embedded)
     }
 
-    /// Adds embeddings and what belongs to image tokens to a prompt of which ids, positions and types are known.
+    /// Adds embeddings and image data to a prompt with known ids, positions and types.
     pub(super) fn complete(
         &mut self,
         embedded: &mut Embedded,
@@ -245,7 +246,7 @@ impl VlmSession {
         if !merged_by_graph && embedded.hidden_size > 0 {
             self.write_features(embedded, features)?;
         }
-        // What the embedding component read is of no use to the decoder.
+        // The decoder does not read the data for the embedding component.
         if !self.decoder.takes(Kind::ImageFeatures) {
             embedded.side.features = Vec::new();
         }
@@ -255,7 +256,7 @@ impl VlmSession {
         Ok(())
     }
 
-    /// Adds what the token embedding component makes.
+    /// Adds the output of the token embedding component.
     fn fill(&mut self, embedded: &mut Embedded) -> Result<()> {
         if !self.decoder.takes_embeds() {
             return Ok(());
@@ -263,7 +264,7 @@ impl VlmSession {
         let Some(embed) = &mut self.embed else {
             let problem = "takes `inputs_embeds`, but the model has no token embedding component";
             return Err(Error::invalid(self.decoder.session().subject(), problem)
-                .remedy("give `inputs_embeds` as ready tensors, or put the component beside the decoder"));
+                .remedy("give `inputs_embeds` as ready tensors, or put the component into the decoder's folder"));
         };
         let rows = embed.run(embedded)?;
         (embedded.hidden_size, embedded.data) = (rows.hidden_size, rows.data);
@@ -273,7 +274,7 @@ impl VlmSession {
         Ok(())
     }
 
-    /// Writes the features over the embeddings of the image tokens. Rows as wide as the decoder takes them hold the
+    /// Writes the features over the embeddings of the image tokens. Features as wide as the decoder's rows contain the
     /// DeepStack features already.
     fn write_features(&self, embedded: &mut Embedded, features: &[Arc<Features>]) -> Result<()> {
         let width = features.first().map_or(embedded.hidden_size, |item| item.hidden_size);
@@ -317,7 +318,8 @@ impl VlmSession {
         }
     }
 
-    /// Positions of ids, and the next one behind them. `grids` are those of the pictures, `None` for one without.
+    /// Positions of the ids, and the next position. `grids` are those of the pictures, `None`
+    /// for a picture without one.
     pub(super) fn positions_of(&self, ids: &[i64], grids: Vec<Option<[i64; 3]>>) -> Result<(Vec<Vec<i64>>, i64)> {
         let length = ids.len() as i64;
         if self.decoder.position_rows() == 1 || grids.is_empty() {
@@ -345,7 +347,7 @@ impl VlmSession {
     }
 }
 
-/// DeepStack features of all pictures by level, and the levels' numbers; none where no picture has any.
+/// DeepStack features of all pictures by level, and the levels' numbers; empty when the pictures have none.
 fn levels(features: &[Arc<Features>]) -> Result<(Vec<Vec<f32>>, Vec<usize>)> {
     let numbers = features.first().map(|item| item.levels.clone()).unwrap_or_default();
     if features.iter().any(|item| item.levels != numbers) {

@@ -1,12 +1,12 @@
-//! Reading attributes, with a record of what was read: an attribute that a row does not know is an error.
+//! Reads attributes and records the reads: an attribute that the operator's row does not know is an error.
 
 use std::cell::Cell;
 
 use crate::ir::{self, Attribute, AttributeKind};
 
-use super::kernel::{OpError, OpResult};
+use super::op_error::{OpError, OpResult};
 
-/// The attributes of one node and which of them were read.
+/// The attributes of one node, and which of them have been read.
 pub struct Attributes<'a> {
     items: Vec<(&'a str, &'a Attribute, Cell<bool>)>,
 }
@@ -25,17 +25,17 @@ impl<'a> Attributes<'a> {
         Some(attribute)
     }
 
-    /// The attribute, without counting as read.
+    /// The attribute, without marking it as read.
     pub fn peek(&self, name: &str) -> Option<&'a Attribute> {
         self.items.iter().find(|item| item.0 == name).map(|item| item.1)
     }
 
-    /// Marks an attribute as known although it changes nothing that is computed here.
+    /// Marks an attribute as known although it does not affect the computation here.
     pub fn ignore(&self, name: &str) {
         self.get(name);
     }
 
-    /// Names of attributes that nobody read.
+    /// Names of attributes that have not been read.
     pub(super) fn unread(&self) -> Vec<&'a str> {
         self.items.iter().filter(|item| !item.2.get()).map(|item| item.0).collect()
     }
@@ -50,7 +50,7 @@ impl<'a> Attributes<'a> {
         }
     }
 
-    /// An integer, if given.
+    /// An integer, if present.
     pub fn int_opt(&self, name: &str) -> OpResult<Option<i64>> {
         self.typed(name, "an integer", Attribute::as_int)
     }
@@ -60,7 +60,7 @@ impl<'a> Attributes<'a> {
         Ok(self.int_opt(name)?.unwrap_or(default))
     }
 
-    /// An integer that must be there.
+    /// A required integer.
     pub fn int_required(&self, name: &str) -> OpResult<i64> {
         self.int_opt(name)?.ok_or_else(|| OpError::new(format!("attribute `{name}` is missing")))
     }
@@ -70,31 +70,31 @@ impl<'a> Attributes<'a> {
         Ok(self.int(name, i64::from(default))? != 0)
     }
 
-    /// A float, if given.
+    /// A float, if present.
     pub fn float_opt(&self, name: &str) -> OpResult<Option<f64>> {
         self.typed(name, "a float", |attribute| attribute.as_float().map(f64::from))
     }
 
-    /// A float with a default, which is rounded to f32 as a stored one would be.
+    /// A float with a default, which is rounded to f32 like a stored value.
     pub fn float(&self, name: &str, default: f32) -> OpResult<f64> {
         Ok(self.float_opt(name)?.unwrap_or(f64::from(default)))
     }
 
-    /// A list of integers, if given.
+    /// A list of integers, if present.
     pub fn ints(&self, name: &str) -> OpResult<Option<Vec<i64>>> {
-        // An empty list may have lost its type on the way through a file.
+        // An empty list may have lost its element type in the file.
         self.typed(name, "a list of integers", |attribute| match &attribute.kind {
             AttributeKind::Floats(list) if list.is_empty() => Some(Vec::new()),
             _ => attribute.as_ints().map(<[i64]>::to_vec),
         })
     }
 
-    /// A list of floats, if given.
+    /// A list of floats, if present.
     pub fn floats(&self, name: &str) -> OpResult<Option<Vec<f32>>> {
         self.typed(name, "a list of floats", |attribute| attribute.as_floats().map(<[f32]>::to_vec))
     }
 
-    /// A string, if given.
+    /// A string, if present.
     pub fn text(&self, name: &str) -> OpResult<Option<&'a str>> {
         self.typed(name, "a string", Attribute::as_str)
     }
@@ -104,12 +104,12 @@ impl<'a> Attributes<'a> {
         Ok(self.text(name)?.unwrap_or(default))
     }
 
-    /// A tensor, if given.
+    /// A tensor, if present.
     pub fn tensor(&self, name: &str) -> OpResult<Option<&'a ir::Tensor>> {
         self.typed(name, "a tensor", Attribute::as_tensor)
     }
 
-    /// A sub-graph that must be there.
+    /// A required sub-graph.
     pub fn body(&self, name: &str) -> OpResult<&'a ir::Body> {
         let read = |attribute: &'a Attribute| match &attribute.kind {
             AttributeKind::Graph(body) => Some(body),

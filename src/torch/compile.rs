@@ -1,4 +1,4 @@
-//! From graph nodes to compiled steps: operator look-up, function inlining, sub-graphs.
+//! Compiles graph nodes to steps: looks up operators, inlines functions, compiles sub-graphs.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -12,29 +12,17 @@ use crate::ir::{
 use super::attributes::Attributes;
 use super::block::{Block, Declared, Ports};
 use super::convert::{computed_kind, constant_from_ir, kind_of};
-use super::kernel::{Build, Kernel, OpError, OpResult};
-use super::table::{Row, find_row};
+use super::kernel::{BodyCompiler, Build, OpError, OpResult, SubGraph};
+use super::operator::Operator;
+use super::step::{CompiledNode, Slot};
+use super::table::find_operator;
 
-/// A value's place in a program. The top-level graph's values come first, by their ids' positions.
-pub(super) type Slot = usize;
-
-/// Largest nesting of functions and sub-graphs; bounds the stack on a malformed file.
+/// Limit on nested functions and sub-graphs; bounds the stack on a malformed file.
 const MAX_DEPTH: usize = 64;
-/// Most operator calls of a graph after its functions are expanded; bounds memory on a malformed file.
+/// Limit on the operator calls of a graph after inlining its functions; bounds memory on a malformed file.
 const MAX_CALLS: usize = 1 << 18;
 
-/// One compiled node.
-pub(super) struct Step {
-    /// Name of the node in messages.
-    pub label: String,
-    pub row: &'static Row,
-    pub kernel: Kernel,
-    /// The node's inputs, then what its sub-graphs capture.
-    pub inputs: Vec<Option<Slot>>,
-    pub outputs: Vec<Option<Slot>>,
-}
-
-/// Missing support for an operator call.
+/// An unsupported operator call.
 struct Missing {
     op: String,
     reason: String,
@@ -42,14 +30,14 @@ struct Missing {
     count: usize,
 }
 
-/// Turns nodes into steps; one for a whole program.
+/// Compiles nodes to steps; one compiler per program.
 pub(super) struct Compiler<'m> {
     model: &'m Model,
-    /// Names of all slots, those of inlined functions after the top-level ones.
+    /// Names of all slots: the top-level ones first, then those of inlined functions.
     names: Vec<String>,
-    /// Element types that the graph says.
+    /// Element types that the graph declares.
     dtypes: HashMap<Slot, DataType>,
-    /// True when one of them has 4 bits.
+    /// True when a constant has a 4-bit type.
     has_4_bits: bool,
     autocast: Option<Kind>,
     device: Device,
@@ -62,7 +50,7 @@ pub(super) struct Compiler<'m> {
 /// Scope of nodes: the top-level graph, or an inlined function.
 pub(super) struct Scope<'m> {
     graph: &'m Graph,
-    /// What some node reads or the scope gives; other outputs are not computed.
+    /// Values that a node reads or that are outputs of the scope. Other node outputs are not computed.
     read: HashSet<ValueId>,
     opsets: &'m BTreeMap<String, i64>,
     offset: Slot,
@@ -77,15 +65,14 @@ impl Scope<'_> {
     }
 }
 
-/// Compiles the bodies that one node carries.
-pub struct BodyCompiler<'a> {
+/// Compiles the sub-graphs of one node.
+struct Bodies<'a> {
     compile: &'a mut dyn FnMut(&Body) -> OpResult<Block>,
 }
 
-impl BodyCompiler<'_> {
-    /// A block that runs `body`; what it captures arrives after the node's own inputs.
-    pub(super) fn compile(&mut self, body: &Body) -> OpResult<Block> {
-        (self.compile)(body)
+impl BodyCompiler for Bodies<'_> {
+    fn compile(&mut self, body: &Body) -> OpResult<Box<dyn SubGraph>> {
+        Ok(Box::new((self.compile)(body)?))
     }
 }
 
@@ -101,15 +88,19 @@ impl<'m> Compiler<'m> {
         Compiler { model, names, dtypes, has_4_bits, autocast, device, missing, unread, depth: 0, calls: 0 }
     }
 
-    /// The name of every slot in use.
+    /// The names of all slots.
     pub fn into_names(self) -> Vec<String> {
         self.names
     }
 
-    /// Steps for the chosen nodes of the top-level graph, all problems collected.
+    /// Steps for the selected nodes of the top-level graph. Problems are collected and reported together.
     ///
-    /// `wanted` are values to be computed although no node reads them.
-    pub fn top_level(&mut self, nodes: impl Iterator<Item = &'m Node>, wanted: &[ValueId]) -> Result<Vec<Step>> {
+    /// `wanted` are values to compute even if no node reads them.
+    pub fn top_level(
+        &mut self,
+        nodes: impl Iterator<Item = &'m Node>,
+        wanted: &[ValueId],
+    ) -> Result<Vec<CompiledNode>> {
         let scope = Scope {
             graph: &self.model.graph,
             read: values_read(&self.model.graph.body).into_iter().chain(wanted.iter().copied()).collect(),
@@ -144,7 +135,7 @@ impl<'m> Compiler<'m> {
         Ok(())
     }
 
-    fn node(&mut self, scope: &Scope<'m>, node: &Node, steps: &mut Vec<Step>) -> Result<()> {
+    fn node(&mut self, scope: &Scope<'m>, node: &Node, steps: &mut Vec<CompiledNode>) -> Result<()> {
         self.calls += 1;
         if self.calls > MAX_CALLS {
             return Err(Error::invalid(
@@ -158,7 +149,7 @@ impl<'m> Compiler<'m> {
             self.lacks(node, "?", format!("the model imports no version of domain `{}`", node.domain), label());
             return Ok(());
         };
-        match find_row(&node.domain, &node.op_type, version) {
+        match find_operator(&node.domain, &node.op_type, version) {
             Ok(row) => {
                 let resolved = scope.bindings.as_ref().map(|bindings| resolve(&node.attributes, bindings));
                 let attributes = resolved.as_deref().unwrap_or(&node.attributes);
@@ -194,11 +185,11 @@ impl<'m> Compiler<'m> {
         &mut self,
         scope: &Scope<'m>,
         node: &Node,
-        row: &'static Row,
+        row: &'static Operator,
         version: i64,
         list: &[(String, Attribute)],
         label: String,
-    ) -> Result<Option<Step>> {
+    ) -> Result<Option<CompiledNode>> {
         let attributes = Attributes::new(list);
         let mut inputs: Vec<Option<Slot>> = node.inputs.iter().map(|id| id.map(|id| scope.slot(id))).collect();
         let outputs: Vec<Option<Slot>> =
@@ -220,7 +211,7 @@ impl<'m> Compiler<'m> {
                     Err(OpError::new("a sub-graph does not compile"))
                 }
             };
-            let mut bodies = BodyCompiler { compile: &mut compile };
+            let mut bodies = Bodies { compile: &mut compile };
             let mut build = Build {
                 attributes: &attributes,
                 version,
@@ -242,7 +233,7 @@ impl<'m> Compiler<'m> {
                 if !unread.is_empty() {
                     self.unread.push(format!("{label}: attribute `{}` is not known", unread.join("`, `")));
                 }
-                Ok(Some(Step { label, row, kernel, inputs, outputs }))
+                Ok(Some(CompiledNode { label, row, kernel, inputs, outputs }))
             }
             Err(OpError(reason)) => {
                 self.lacks(node, &version.to_string(), reason, label);
@@ -251,13 +242,13 @@ impl<'m> Compiler<'m> {
         }
     }
 
-    /// Notes the element type of a constant.
+    /// Records the element type of a constant.
     fn constant_type(&mut self, slot: Slot, dtype: DataType) {
         self.dtypes.insert(slot, dtype);
         self.has_4_bits |= is_4_bits(dtype);
     }
 
-    /// Compiles a sub-graph and appends what it captures to the node's inputs.
+    /// Compiles a sub-graph and appends its captured values to the node's inputs.
     fn body(&mut self, scope: &Scope<'m>, body: &Body, node_inputs: &mut Vec<Option<Slot>>) -> Result<Block> {
         self.enter("a sub-graph")?;
         let mut constants = Vec::new();
@@ -303,7 +294,7 @@ impl<'m> Compiler<'m> {
         node: &Node,
         function: &'m Function,
         label: String,
-        steps: &mut Vec<Step>,
+        steps: &mut Vec<CompiledNode>,
     ) -> Result<()> {
         self.enter(&label)?;
         let own = scope.bindings.as_ref().map(|bindings| resolve(&node.attributes, bindings));
@@ -367,8 +358,8 @@ impl<'m> Compiler<'m> {
             }
         }
         for (from, to) in copies {
-            let row = find_row("", "Identity", 1).map_err(|reason| Error::unsupported(label.clone(), reason))?;
-            steps.push(Step {
+            let row = find_operator("", "Identity", 1).map_err(|reason| Error::unsupported(label.clone(), reason))?;
+            steps.push(CompiledNode {
                 label: label.clone(),
                 row,
                 kernel: Box::new(|args| Ok(vec![args.get(0)?.shallow_clone()])),
@@ -394,20 +385,21 @@ fn is_4_bits(dtype: DataType) -> bool {
     matches!(dtype, DataType::Uint4 | DataType::Int4)
 }
 
-/// The tensor that a `Constant` node holds.
-fn constant_of<'a>(row: &Row, attributes: &'a [(String, Attribute)]) -> Option<&'a Tensor> {
+/// The tensor of a `Constant` node.
+fn constant_of<'a>(row: &Operator, attributes: &'a [(String, Attribute)]) -> Option<&'a Tensor> {
     let constant = row.domain.is_empty() && row.op_type == "Constant";
     attributes.iter().find(|(name, _)| constant && name == "value").and_then(|(_, attribute)| attribute.as_tensor())
 }
 
-/// What a sub-graph says of one of its outputs, if it says type and rank; an axis of unknown length has length 0.
+/// The declared type and shape of a sub-graph's output, if type and rank are declared. An axis of
+/// unknown length gets length 0.
 fn declared(ty: Option<&ValueType>) -> Option<Declared> {
     let Some(ValueType::Tensor { dtype, shape: Some(shape) }) = ty else { return None };
     let axis = |dim: &Dim| if let Dim::Known(size) = dim { (*size).max(0) } else { 0 };
     Some(Declared { kind: kind_of(*dtype).map(computed_kind)?, shape: shape.iter().map(axis).collect() })
 }
 
-/// Every value that a body or one inside it reads or gives.
+/// Every value that a body or a nested body reads or outputs.
 pub(super) fn values_read(body: &Body) -> Vec<ValueId> {
     let mut read = body.outputs.clone();
     for node in &body.nodes {
@@ -417,7 +409,7 @@ pub(super) fn values_read(body: &Body) -> Vec<ValueId> {
     read
 }
 
-/// Attributes with references replaced by what the caller gave; a reference to nothing is left out.
+/// Attributes with references replaced by the caller's values. A reference without a value is omitted.
 fn resolve(attributes: &[(String, Attribute)], bindings: &HashMap<String, Attribute>) -> Vec<(String, Attribute)> {
     attributes
         .iter()

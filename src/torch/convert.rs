@@ -1,4 +1,4 @@
-//! Between the graph's tensors and LibTorch's.
+//! Converts between the graph's tensors and LibTorch's.
 
 use std::path::Path;
 
@@ -7,7 +7,8 @@ use tch::{Kind, Tensor};
 use crate::base::{Error, Result};
 use crate::ir::{self, DataType};
 
-/// The LibTorch kind of an ONNX element type; `None` where LibTorch has none (strings, sub-byte and wide unsigned types).
+/// The LibTorch kind of an ONNX element type; `None` for types that LibTorch lacks (strings, sub-byte
+/// and wide unsigned types).
 pub fn kind_of(dtype: DataType) -> Option<Kind> {
     Some(match dtype {
         DataType::Float => Kind::Float,
@@ -24,8 +25,8 @@ pub fn kind_of(dtype: DataType) -> Option<Kind> {
     })
 }
 
-/// The kind in which the interpreter computes with tensors of a kind: 16-bit floats become f32. That is what ONNX Runtime
-/// does on a processor too; LibTorch multiplies matrices in f16 there eighty times slower, and gradients in f16 vanish.
+/// The kind in which the interpreter computes with tensors of a kind: 16-bit floats become f32. ONNX Runtime does the
+/// same on a CPU; LibTorch multiplies f16 matrices there eighty times slower, and gradients in f16 underflow.
 pub(super) fn computed_kind(kind: Kind) -> Kind {
     match kind {
         Kind::Half | Kind::BFloat16 => Kind::Float,
@@ -33,20 +34,20 @@ pub(super) fn computed_kind(kind: Kind) -> Kind {
     }
 }
 
-/// A constant in the kind in which the interpreter computes with it.
+/// A constant in the kind of [`computed_kind`].
 ///
 /// Errors: as [`tensor_from_ir`].
 pub(super) fn constant_from_ir(name: &str, tensor: &ir::Tensor) -> Result<Tensor> {
     computed(name, tensor_from_ir(name, tensor)?)
 }
 
-/// The tensor in the kind in which the interpreter computes with it.
+/// The tensor in the kind of [`computed_kind`].
 pub(super) fn computed(name: &str, tensor: Tensor) -> Result<Tensor> {
     let widened = tensor.f_kind().and_then(|kind| tensor.f_to_kind(computed_kind(kind)));
     widened.map_err(|e| Error::engine("LibTorch", format!("tensor `{name}`"), e))
 }
 
-/// The ONNX element type of a LibTorch kind; `None` where ONNX has none.
+/// The ONNX element type of a LibTorch kind; `None` for kinds that ONNX lacks.
 pub fn data_type_of(kind: Kind) -> Option<DataType> {
     Some(match kind {
         Kind::Float => DataType::Float,
@@ -65,8 +66,8 @@ pub fn data_type_of(kind: Kind) -> Option<DataType> {
 
 /// A copy of a constant as a CPU tensor. 4-bit types become one byte per element.
 ///
-/// Errors: `Error::Unsupported` for element types without a LibTorch kind, `Error::Invalid` when the bytes do not fill
-/// the shape.
+/// Errors: `Error::Unsupported` for element types without a LibTorch kind, `Error::Invalid` when the number of bytes
+/// does not match the shape.
 pub fn tensor_from_ir(name: &str, tensor: &ir::Tensor) -> Result<Tensor> {
     let subject = || format!("tensor `{name}`");
     let dims = dims_of(name, tensor)?;
@@ -92,9 +93,9 @@ pub fn tensor_from_ir(name: &str, tensor: &ir::Tensor) -> Result<Tensor> {
     Tensor::f_from_data_size(bytes, &dims, kind).map_err(|e| Error::engine("LibTorch", subject(), e))
 }
 
-/// The content of a tensor as a constant of the graph, converted to `dtype`.
+/// A tensor as a constant of the graph, converted to `dtype`.
 ///
-/// Errors: `Error::Unsupported` when LibTorch has no such element type, `Error::Engine` when the copy fails.
+/// Errors: `Error::Unsupported` when LibTorch lacks the element type, `Error::Engine` when the copy fails.
 pub fn tensor_to_ir(name: &str, tensor: &Tensor, dtype: DataType) -> Result<ir::Tensor> {
     let subject = || format!("tensor `{name}`");
     let kind = kind_of(dtype)
@@ -108,9 +109,9 @@ pub fn tensor_to_ir(name: &str, tensor: &Tensor, dtype: DataType) -> Result<ir::
     Ok(ir::Tensor::from_bytes(dtype, &dims, bytes))
 }
 
-/// The arrays of an `.npz` file, by name, in its order.
+/// The arrays of an `.npz` file by name, in file order.
 ///
-/// Errors: `Error::Invalid` when the file cannot be read, or an array has an element type that ONNX lacks.
+/// Errors: `Error::Invalid` when the file cannot be read or an array has an element type that ONNX lacks.
 pub fn read_npz(path: &Path) -> Result<Vec<(String, ir::Tensor)>> {
     let subject = || format!("`{}`", path.display());
     let arrays = Tensor::read_npz(path).map_err(|e| {

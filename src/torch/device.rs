@@ -1,4 +1,4 @@
-//! CUDA, loaded only when a user asks for it.
+//! CUDA, loaded on demand.
 
 use std::env;
 use std::ffi::{CStr, CString, OsStr};
@@ -18,7 +18,8 @@ static CUDA: OnceLock<Result<(), String>> = OnceLock::new();
 
 /// The CUDA device `index`, after loading LibTorch's CUDA library.
 ///
-/// Errors: `Error::Unsupported` when the library does not load or there is no such GPU; never falls back to the CPU.
+/// Errors: `Error::Unsupported` when the library does not load or there is no such GPU. There
+/// is no fall-back to the CPU.
 pub fn cuda_device(index: usize) -> Result<Device> {
     let subject = format!("device cuda:{index}");
     let count = cuda_device_count()?;
@@ -32,7 +33,7 @@ pub fn cuda_device(index: usize) -> Result<Device> {
 
 /// Number of GPUs that LibTorch sees.
 ///
-/// Errors: `Error::Unsupported` when LibTorch's CUDA library is not there, is of another build, or does not load.
+/// Errors: `Error::Unsupported` when LibTorch's CUDA library is missing, belongs to another build, or does not load.
 pub fn cuda_device_count() -> Result<usize> {
     CUDA.get_or_init(load).as_ref().map_err(|problem| {
         Error::unsupported("LibTorch with CUDA", problem).remedy(
@@ -43,8 +44,8 @@ pub fn cuda_device_count() -> Result<usize> {
     Ok(usize::try_from(Cuda::device_count()).unwrap_or(0))
 }
 
-/// True on x86-64 processors without instructions for bf16, where a training step in bf16 took 3.3 times as long as one in
-/// f32 and as much memory.
+/// True on x86-64 processors without bf16 instructions. There, a training step in bf16 took 3.3 times as long as one in
+/// f32 and used as much memory.
 pub fn cpu_lacks_bf16() -> bool {
     #[cfg(target_arch = "x86_64")]
     let lacks = !is_x86_feature_detected!("avx512bf16");
@@ -53,7 +54,7 @@ pub fn cpu_lacks_bf16() -> bool {
     lacks
 }
 
-/// Loads the CUDA library of the build that this process has loaded already.
+/// Loads the CUDA library of the build whose CPU library is already loaded.
 fn load() -> Result<(), String> {
     let maps = fs::read_to_string("/proc/self/maps").map_err(|e| format!("/proc/self/maps cannot be read: {e}"))?;
     let loaded = mapped(&maps, CPU_LIBRARY).ok_or_else(|| format!("{CPU_LIBRARY} is not loaded"))?;
@@ -76,13 +77,13 @@ fn load() -> Result<(), String> {
     Err(format!("`{}` does not load: {message}", path.display()))
 }
 
-/// The file from which a library is mapped, links resolved.
+/// The file from which a library is mapped, with links resolved.
 fn mapped(maps: &str, library: &str) -> Option<PathBuf> {
     let paths = maps.lines().filter_map(|line| line.find('/').map(|at| Path::new(&line[at..])));
     paths.into_iter().find(|path| path.file_name() == Some(library.as_ref())).map(Path::to_path_buf)
 }
 
-/// The CUDA library beside the loaded library for processors: only two of one build work together.
+/// The CUDA library next to the loaded CPU library. Libraries of two builds do not work together.
 fn cuda_library_of(loaded: &Path, search: &OsStr) -> Result<PathBuf, String> {
     let own = loaded.with_file_name(CUDA_LIBRARY);
     if own.is_file() {
@@ -96,7 +97,7 @@ fn cuda_library_of(loaded: &Path, search: &OsStr) -> Result<PathBuf, String> {
             loaded.display()
         ),
         None => {
-            format!("there is no {CUDA_LIBRARY} beside `{}`: this LibTorch is for processors only", loaded.display())
+            format!("there is no {CUDA_LIBRARY} next to `{}`: this LibTorch is for processors only", loaded.display())
         }
     })
 }

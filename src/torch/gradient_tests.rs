@@ -1,4 +1,4 @@
-//! Every differentiable row against central differences in f64. A row without a case fails.
+//! Checks every differentiable row against central differences in f64. A row without a case fails.
 
 use std::collections::HashSet;
 
@@ -7,14 +7,15 @@ use tch::{Kind, Tensor};
 use crate::ir::{self, AttributeKind, Node, Value, ValueId};
 use crate::rewrite::{FUSED_ATTENTION, FUSED_SILU, INTERNAL_DOMAIN};
 
+use super::operator::LATEST_OPSET;
 use super::program::{Options, Program};
-use super::table::{LATEST_OPSET, rows};
+use super::table::operators;
 
 /// One input of a case.
 enum In {
     /// Random f64 numbers in a range, whose gradient is checked.
     Vary(&'static [i64], f64, f64),
-    /// Random f64 numbers that are not varied (masks, statistics).
+    /// Random f64 numbers whose gradient is not checked (masks, statistics).
     Fixed(&'static [i64], f64, f64),
     /// An integer constant.
     Ints(&'static [u64], &'static [i64]),
@@ -22,7 +23,7 @@ enum In {
     Int32s(&'static [u64], &'static [i32]),
     /// A bool constant.
     Bools(&'static [u64], &'static [u8]),
-    /// Left out.
+    /// An omitted input.
     Absent,
 }
 
@@ -388,7 +389,7 @@ fn cases() -> Vec<Case> {
     all
 }
 
-/// Numbers that look random and are the same every time; far enough apart that no kink lies within a difference step.
+/// Deterministic pseudo-random numbers, spaced so that no kink falls inside a difference step.
 fn numbers(count: usize, low: f64, high: f64, seed: usize) -> Vec<f64> {
     (0..count)
         .map(|i| low + (high - low) * (((i * 7919 + seed * 104_729 + 37) as f64 * 0.618_033_988_749_895).fract()))
@@ -448,7 +449,7 @@ fn model(case: &Case) -> (ir::Model, Vec<ValueId>, Vec<ValueId>) {
     (model, varied, outputs)
 }
 
-/// A weighted sum of all floating-point outputs, so that every element counts differently.
+/// A weighted sum of all floating-point outputs, with a different weight for every element.
 fn loss(program: &Program, feeds: &[(ValueId, Tensor)], outputs: &[ValueId]) -> Tensor {
     let mut total = Tensor::zeros([], (Kind::Double, tch::Device::Cpu));
     for (number, output) in program.run(feeds, outputs).expect("run").iter().enumerate() {
@@ -514,10 +515,10 @@ fn gradients_agree_with_central_differences() {
 
 #[test]
 fn every_differentiable_row_has_a_case() {
-    // Control flow is checked on whole graphs.
+    // Other tests check control flow on whole graphs.
     let elsewhere = [("", "If"), ("", "Loop"), ("", "Scan")];
     let covered: HashSet<(&str, &str)> = cases().iter().map(|case| (case.domain, case.op)).chain(elsewhere).collect();
-    let bare: Vec<String> = rows()
+    let bare: Vec<String> = operators()
         .iter()
         .filter(|row| row.differentiable && !covered.contains(&(row.domain, row.op_type)))
         .map(|row| format!("{}.{}", row.domain, row.op_type))

@@ -1,72 +1,47 @@
 //! An operator at run time: a closure from tensors to tensors.
 
-use tch::{Kind, TchError, Tensor};
+use tch::{Device, Kind, Tensor};
 
-use crate::ir::DataType;
+use crate::ir::{Body, DataType};
 
 use super::attributes::Attributes;
-use super::compile::BodyCompiler;
-
-/// Why an operator could not be built or run, without the node's name, which the caller adds.
-#[derive(Debug)]
-pub struct OpError(pub String);
-
-/// Result of building and running an operator.
-pub type OpResult<T> = Result<T, OpError>;
-
-impl OpError {
-    /// With a message: lower case, no full stop.
-    pub fn new(message: impl Into<String>) -> Self {
-        OpError(message.into())
-    }
-}
-
-impl From<TchError> for OpError {
-    fn from(error: TchError) -> Self {
-        let text = match error {
-            TchError::Torch(text) => text,
-            other => other.to_string(),
-        };
-        // LibTorch appends its own stack to the first line.
-        OpError(format!("LibTorch: {}", text.lines().next().unwrap_or("no reason given").trim()))
-    }
-}
+pub use super::op_error::{OpError, OpResult};
 
 /// A compiled operator.
 pub type Kernel = Box<dyn Fn(&Args) -> OpResult<Vec<Tensor>> + Send>;
 
-/// The tensors of one call, in the node's order; `None` is an optional input left out.
+/// The tensors of one call, in the node's order; `None` is an omitted optional input.
 pub struct Args<'a> {
     pub(super) inputs: &'a [Option<&'a Tensor>],
 }
 
 impl<'a> Args<'a> {
-    /// Input `index`, which must be there.
+    /// Input `index`, which is required.
     pub fn get(&self, index: usize) -> OpResult<&'a Tensor> {
         self.opt(index).ok_or_else(|| OpError::new(format!("input {index} is missing")))
     }
 
-    /// Input `index`, if there.
+    /// Input `index`, if present.
     pub fn opt(&self, index: usize) -> Option<&'a Tensor> {
         self.inputs.get(index).copied().flatten()
     }
 
-    /// All inputs that are there.
+    /// All inputs that are present.
     pub fn all(&self) -> impl Iterator<Item = &'a Tensor> + '_ {
         self.inputs.iter().flatten().copied()
     }
 
-    /// An integer tensor's elements, if the input is there.
+    /// The elements of an integer tensor, if the input is present.
     pub fn ints(&self, index: usize) -> OpResult<Option<Vec<i64>>> {
         self.opt(index).map(host_ints).transpose()
     }
 
-    /// An integer tensor's elements.
+    /// The elements of an integer tensor.
     pub fn ints_required(&self, index: usize) -> OpResult<Vec<i64>> {
         host_ints(self.get(index)?)
     }
 
-    /// The one integer of an input, if it is there.
+    /// The single integer of an input, if present.
     pub fn int(&self, index: usize) -> OpResult<Option<i64>> {
         match self.ints(index)?.as_deref() {
             None => Ok(None),
@@ -75,7 +50,7 @@ impl<'a> Args<'a> {
         }
     }
 
-    /// The one number of an input as f64, if it is there.
+    /// The single number of an input as f64, if present.
     pub fn float(&self, index: usize) -> OpResult<Option<f64>> {
         let Some(tensor) = self.opt(index) else { return Ok(None) };
         if tensor.numel() != 1 {
@@ -96,29 +71,85 @@ pub fn host_ints(tensor: &Tensor) -> OpResult<Vec<i64>> {
     Ok(Vec::<i64>::try_from(&flat)?)
 }
 
-/// True for the floating-point kinds that arithmetic runs on.
+/// True for the floating-point kinds that support arithmetic.
 pub fn is_float(kind: Kind) -> bool {
     matches!(kind, Kind::Half | Kind::BFloat16 | Kind::Float | Kind::Double)
 }
 
-/// The node as a row's builder sees it.
+/// Information about a node for the function that builds its kernel.
 pub struct Build<'a> {
-    /// The node's attributes; those left unread fail the compilation.
+    /// The node's attributes. Compilation fails if one remains unread.
     pub attributes: &'a Attributes<'a>,
-    /// Version of the operator's domain that the model (or function) imports.
+    /// Version of the operator's domain in the model's (or function's) imports.
     pub version: i64,
     /// True for connected inputs.
     pub inputs: &'a [bool],
     /// True for outputs that are read.
     pub outputs: &'a [bool],
-    /// Element types of the inputs, where the graph says them.
+    /// Element types of the inputs, where the graph declares them.
     pub(super) dtypes: &'a [Option<DataType>],
-    /// True when the graph has constants of 4 bits, which tensors hold in a byte each.
+    /// True when the graph has 4-bit constants, which tensors hold as one byte per element.
     pub(super) has_4_bits: bool,
-    /// Kind in which matrix products run, when not the tensors' own.
+    /// Kind of matrix products, if it differs from that of the tensors.
     pub autocast: Option<Kind>,
     /// Compiles sub-graphs for control flow.
-    pub bodies: &'a mut BodyCompiler<'a>,
+    pub bodies: &'a mut dyn BodyCompiler,
+}
+
+/// Compiles the sub-graphs of a node.
+pub trait BodyCompiler {
+    /// Compiles `body`. At run time its captured values follow the node's own inputs.
+    ///
+    /// Errors: when an operator of the body is unknown.
+    fn compile(&mut self, body: &Body) -> OpResult<Box<dyn SubGraph>>;
+}
+
+/// A compiled sub-graph of a control-flow operator.
+pub trait SubGraph: Send {
+    /// Number of inputs of the body.
+    fn input_count(&self) -> usize;
+
+    /// Number of outputs of the body.
+    fn output_count(&self) -> usize;
+
+    /// Runs the body. `inputs` are the body's inputs, `args` those of the node, including captured values.
+    fn run(&self, args: &Args, inputs: Vec<Tensor>) -> OpResult<Vec<Tensor>>;
+
+    /// Declared kind and shape of output `index`, if the body declares both.
+    fn declared(&self, index: usize) -> Option<(Kind, Vec<i64>)>;
+}
+
+impl dyn SubGraph {
+    /// An empty tensor for output `index` of a body that runs zero times; `axis` is the axis of the iterations.
+    ///
+    /// Type and shape are the declared ones, as in ONNX Runtime. Without a declaration the body runs once on `inputs`
+    /// to find them.
+    pub fn nothing(
+        &self,
+        args: &Args,
+        index: usize,
+        axis: i64,
+        inputs: impl FnOnce() -> OpResult<Vec<Tensor>>,
+    ) -> OpResult<Tensor> {
+        let (kind, mut shape) = match self.declared(index) {
+            Some(declared) => declared,
+            None => {
+                let untold = |e: OpError| {
+                    OpError::new(format!(
+                        "the body runs zero times and does not declare the type of its output {index}: {}",
+                        e.0
+                    ))
+                };
+                let outputs = inputs().and_then(|inputs| self.run(args, inputs)).map_err(untold)?;
+                let output =
+                    outputs.get(index).ok_or_else(|| OpError::new(format!("the body has no output {index}")))?;
+                (output.f_kind()?, output.size())
+            }
+        };
+        let axis = axis_of(axis, shape.len() + 1)?;
+        shape.insert(axis as usize, 0);
+        Ok(Tensor::f_zeros(&shape, (kind, Device::Cpu))?)
+    }
 }
 
 impl Build<'_> {
@@ -132,9 +163,10 @@ impl Build<'_> {
         self.inputs.get(index).copied().unwrap_or(false)
     }
 
-    /// The element type of input `index` in the graph; `None` when the graph does not say it, and it is the tensor's.
+    /// The declared element type of input `index`; `None` when the graph does not declare it and
+    /// the tensor's kind decides.
     ///
-    /// Errors: when the type is not declared and may be of 4 bits, which a tensor's kind does not show.
+    /// Errors: when the type is not declared and may be a 4-bit type, which the tensor's kind does not show.
     pub fn dtype(&self, index: usize) -> OpResult<Option<DataType>> {
         match self.dtypes.get(index).copied().flatten() {
             None if self.has_4_bits => Err(OpError::new(format!(
@@ -144,7 +176,7 @@ impl Build<'_> {
         }
     }
 
-    /// Refuses wanted outputs from `first` on.
+    /// Rejects connected outputs from number `first` on.
     pub fn only_outputs(&self, first: usize) -> OpResult<()> {
         match (first..self.outputs.len()).find(|&index| self.outputs[index]) {
             Some(index) => Err(OpError::new(format!("output {index} is not computed here"))),
@@ -153,17 +185,17 @@ impl Build<'_> {
     }
 }
 
-/// A kernel from a closure of one result.
+/// A kernel from a closure with one result.
 pub fn one(run: impl Fn(&Args) -> OpResult<Tensor> + Send + 'static) -> OpResult<Kernel> {
     Ok(Box::new(move |args| Ok(vec![run(args)?])))
 }
 
-/// A kernel from a closure of several results.
+/// A kernel from a closure with several results.
 pub fn many(run: impl Fn(&Args) -> OpResult<Vec<Tensor>> + Send + 'static) -> OpResult<Kernel> {
     Ok(Box::new(run))
 }
 
-/// Largest valid size, stride or pad: products of two fit i64.
+/// Largest valid size, stride or pad; the product of two fits i64.
 pub const LARGEST: i64 = 1 << 31;
 
 /// An axis counted from the front.

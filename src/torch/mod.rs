@@ -1,4 +1,4 @@
-//! The ONNX interpreter on LibTorch: a graph becomes a program of tensor operations through which gradients flow.
+//! The ONNX interpreter on LibTorch: compiles a graph to a program of differentiable tensor operations.
 //!
 //! ```no_run
 //! use interlace::{ir, torch};
@@ -17,9 +17,9 @@
 //! # }
 //! ```
 //!
-//! A program can be entered and left at any value: [`Program::run`] takes tensors for any set of values and computes
-//! any other set from them, which is what gradient checkpointing and cutting off a frozen prefix need. What depends on
-//! shapes only (masks, reshape targets) is computed once per set of input shapes and kept while there is room for it.
+//! A run can start and end at any value: [`Program::run`] takes tensors for any set of values and computes any other
+//! set from them. Gradient checkpointing and the removal of a frozen prefix use this. Values that depend on shapes only
+//! (masks, reshape targets) are computed once per set of input shapes and cached within a memory limit.
 
 mod attributes;
 mod block;
@@ -27,18 +27,24 @@ mod compile;
 mod convert;
 mod device;
 mod kernel;
+mod op_error;
+mod operator;
 mod ops;
+mod products;
 mod program;
 mod ranks;
-mod route;
+mod schedule;
+mod step;
 mod table;
 mod weights;
 
 pub use convert::{data_type_of, kind_of, read_npz, tensor_from_ir, tensor_to_ir};
 pub use device::{cpu_lacks_bf16, cuda_device, cuda_device_count};
-pub use program::{Hold, Options, Parameter, Program};
+pub use operator::Operator;
+pub use program::{Options, Parameter, Program};
 pub use ranks::Ranks;
-pub use table::{Row, find_row, rows, support_table};
+pub use table::{find_operator, operators, support_table};
+pub use weights::Hold;
 
 #[cfg(test)]
 mod gradient_tests;

@@ -1,4 +1,4 @@
-//! Programs: compiled graphs that run.
+//! Programs: compiled graphs.
 
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
@@ -9,43 +9,33 @@ use tch::{Device, Kind, Tensor};
 use crate::base::{Error, Result, list_preview};
 use crate::ir::{self, DataType, Dim, GraphIndex, Model, ValueId, ValueType};
 
-use super::block::store;
-use super::compile::{Compiler, Slot, Step, values_read};
+use super::compile::{Compiler, values_read};
 use super::convert::{computed, computed_kind, data_type_of, kind_of, tensor_from_ir};
-use super::kernel::{OpError, OpResult};
-use super::ops::lowered;
-use super::route::{Facts, Plan, Plans, Route, Signature, Turn};
-use super::weights::{self, Fixed, Shared};
-
-/// How frozen weights of 16 bits and quantised ones are held.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Hold {
-    /// In f32, widened and dequantised once: fast, and twice to eight times as large as the file.
-    #[default]
-    Widened,
-    /// As they are in the file, on a processor without a copy; each operator that reads one widens it for itself.
-    Stored,
-}
+use super::op_error::{OpError, OpResult};
+use super::products::lowered;
+use super::schedule::{Facts, Schedule, ScheduledNode, ShapeCache, ShapeCaches, Signature};
+use super::step::{CompiledNode, Slot, store};
+use super::weights::{self, Fixed, Hold, Shared};
 
 /// Options of compilation.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Device of the tensors; for a GPU take it from [`super::cuda_device`].
+    /// Device of the tensors; for a GPU use [`super::cuda_device`].
     pub device: Device,
-    /// Initializers that get gradients. They are copied to f32 (f64 stays f64). Frozen weights share the file's memory,
-    /// but those that `hold` has widened.
+    /// Initializers with gradients. They are copied to f32 (f64 stays f64). Frozen weights share the file's memory
+    /// unless `hold` widens them.
     pub trainable: Vec<ValueId>,
-    /// Initializers that are written to and get no gradient; copied as the trainable ones are.
+    /// Initializers that are written to without gradients; copied like the trainable ones.
     pub writable: Vec<ValueId>,
-    /// The values that runs will be given: `None` for the graph's inputs. Any value may be one; what lies before it is
-    /// then not compiled.
+    /// The values that runs receive; `None` for the graph's inputs. Any value is allowed; nodes that only lead to it
+    /// are not compiled.
     pub inputs: Option<Vec<ValueId>>,
-    /// The values that runs will ask for: `None` for the graph's outputs. What none of them needs is not compiled,
-    /// except when both are `None`: then every node must be known.
+    /// The values that runs compute; `None` for the graph's outputs. Nodes on which none of them depends are not
+    /// compiled. When `inputs` and `outputs` are both `None`, every node is compiled and must be supported.
     pub outputs: Option<Vec<ValueId>>,
-    /// Runs matrix products in this kind (bf16, say) and everything else as the tensors are.
+    /// Kind of matrix products (such as bf16); all other operations use the kinds of the tensors.
     pub autocast: Option<Kind>,
-    /// How frozen weights are held.
+    /// Storage of frozen weights.
     pub hold: Hold,
 }
 
@@ -64,7 +54,7 @@ impl Default for Options {
     }
 }
 
-/// A trainable weight: a leaf tensor that requires gradients. An optimiser may write to it in place between runs.
+/// A trainable weight: a leaf tensor with gradients. An optimiser may write to it in place between runs.
 #[derive(Debug)]
 pub struct Parameter {
     /// The initializer's value in the graph.
@@ -78,16 +68,16 @@ pub struct Parameter {
 }
 
 impl Parameter {
-    /// Another handle of the same weight.
+    /// Another handle to the same weight.
     pub fn shared(&self) -> Self {
         let Parameter { id, name, dtype, tensor } = self;
         Parameter { id: *id, name: name.clone(), dtype: *dtype, tensor: tensor.shallow_clone() }
     }
 }
 
-/// A compiled graph. It can be sent to another thread and is used by one at a time.
+/// A compiled graph. It can be sent to another thread; one thread at a time can use it.
 pub struct Program {
-    steps: Vec<Step>,
+    steps: Vec<CompiledNode>,
     producers: HashMap<Slot, usize>,
     names: Vec<String>,
     types: HashMap<Slot, ValueType>,
@@ -100,22 +90,22 @@ pub struct Program {
     device: Device,
     autocast: Option<Kind>,
     hold: Hold,
-    /// Frozen weights and constants, the same tensors in all programs that share them.
+    /// Frozen weights and constants; programs that share weights hold the same tensors.
     shared: Arc<Shared>,
     state: RefCell<State>,
 }
 
-/// State that runs reuse.
+/// State that is kept between runs.
 #[derive(Default)]
 struct State {
     fixed: Fixed,
-    /// Copies on the device of weights and constants that stay on the host.
+    /// Device copies of weights and constants that are stored on the host.
     moved: HashMap<Slot, Tensor>,
-    routes: Vec<Route>,
-    plans: Plans,
+    schedules: Vec<Schedule>,
+    caches: ShapeCaches,
 }
 
-/// Tensors of the weights that are trained or written to, taken out of `frozen`, and the place of each by its slot.
+/// Moves the tensors of trainable and writable weights out of `frozen`. Also returns their positions by slot.
 fn parameters_of(
     graph: &ir::Graph,
     options: &Options,
@@ -154,9 +144,8 @@ fn parameters_of(
 impl Program {
     /// Compiles a graph, or the part of it between `options.inputs` and `options.outputs`.
     ///
-    /// Errors: `Error::Unsupported` with the full list of operators that are missing (domain, operator, version, reason)
-    /// or of attributes that an operator does not know; `Error::Invalid` when a trainable value is not a floating-point
-    /// initializer.
+    /// Errors: `Error::Unsupported` with the full list of unsupported operators (domain, operator, version, reason) or
+    /// of unknown attributes; `Error::Invalid` when a trainable value is not a floating-point initializer.
     pub fn compile(model: &Model, options: &Options) -> Result<Program> {
         let graph = &model.graph;
         let body = &graph.body;
@@ -194,7 +183,7 @@ impl Program {
             frozen.insert(id.index(), tensor.clone());
         }
         let (parameters, trainable) = parameters_of(graph, options, &mut frozen)?;
-        // The first value of a name counts; names in use are distinct.
+        // The first value of a name counts. Names in use are distinct.
         let mut by_name = HashMap::new();
         for (index, id) in value_ids(model) {
             by_name.entry(names[index].clone()).or_insert(id);
@@ -218,26 +207,26 @@ impl Program {
         })
     }
 
-    /// The values that [`Options`] named as given, or the graph's inputs without default.
+    /// The inputs from [`Options`], or the graph's inputs without a default.
     pub fn inputs(&self) -> &[ValueId] {
         &self.inputs
     }
 
-    /// The values that [`Options`] named as wanted, or the graph's outputs.
+    /// The outputs from [`Options`], or the graph's outputs.
     pub fn outputs(&self) -> &[ValueId] {
         &self.outputs
     }
 
-    /// The trainable weights, then those that are only written to, in the order in which they were named.
+    /// The trainable weights, then the writable ones, each in the order of the options.
     pub fn parameters(&self) -> &[Parameter] {
         &self.parameters
     }
 
-    /// Takes another program's weights in place of its own. The trainable ones are leaves of this program's gradients over
-    /// the same memory, so that what an optimiser writes to them is seen by both; of frozen weights and constants there is
-    /// one tensor, whichever program reads it first.
+    /// Replaces this program's weights by those of another program. Trainable weights are this program's own gradient
+    /// leaves over the same memory, so both programs see an optimiser's updates. Each frozen weight and constant is one
+    /// tensor, created by the first program that reads it.
     ///
-    /// Errors: `Error::Invalid` unless both are compiled from one graph and train the same initializers.
+    /// Errors: `Error::Invalid` unless both are compiled from the same graph and train the same initializers.
     pub fn share_weights(&mut self, other: &Program) -> Result<()> {
         let alike = (&self.names, self.device, self.autocast, self.hold)
             == (&other.names, other.device, other.autocast, other.hold);
@@ -268,9 +257,9 @@ impl Program {
         self.names.get(id.index()).map_or("", String::as_str)
     }
 
-    /// The value of a name.
+    /// The value with this name.
     ///
-    /// Errors: `Error::Invalid` when the graph has none of that name.
+    /// Errors: `Error::Invalid` when the graph has no such value.
     pub fn value(&self, name: &str) -> Result<ValueId> {
         self.by_name
             .get(name)
@@ -279,112 +268,121 @@ impl Program {
             .ok_or_else(|| Error::invalid("the graph", format!("has no value `{name}`")))
     }
 
-    /// Computes `outputs` from `inputs`, each any value of the compiled part. A value that is given is not computed, so
-    /// a program can be run in pieces. Gradients are tracked as LibTorch's mode says: wrap in `tch::no_grad` for none.
+    /// Computes `outputs` from `inputs`; both may be any values of the compiled part. A value among the inputs is not
+    /// computed, so a program can be run in pieces. Gradients are tracked unless the call is inside `tch::no_grad`.
     ///
-    /// Tensors may come on any device and leave on the program's, except small shape values, which stay on the host.
-    /// Where the graph has 16-bit floats they may come as such or in f32, and leave in f32.
-    /// Results may share memory with inputs, never with weights.
+    /// Inputs may be on any device. Outputs are on the program's device, except small shape values, which stay on the
+    /// host. For the graph's 16-bit floats, inputs may be 16-bit or f32, and outputs are f32. Outputs may share memory
+    /// with inputs, but not with weights.
     ///
-    /// Errors: `Error::Invalid` when an input is missing or does not fit its declared type, or when an operator refuses
+    /// Errors: `Error::Invalid` when an input is missing or does not match its declared type; when an operator rejects
     /// its tensors, naming the node.
     pub fn run(&self, inputs: &[(ValueId, Tensor)], outputs: &[ValueId]) -> Result<Vec<Tensor>> {
         let slots: Vec<Slot> = inputs.iter().map(|(id, _)| id.index()).collect();
         let wanted: Vec<Slot> = outputs.iter().map(|id| id.index()).collect();
         let (signature, mut values) = self.admit(inputs)?;
         let mut state = self.state.borrow_mut();
-        let State { fixed, moved, routes, plans } = &mut *state;
-        let number = match routes.iter().position(|route| route.inputs == slots && route.outputs == wanted) {
+        let State { fixed, moved, schedules, caches } = &mut *state;
+        let number = match schedules.iter().position(|schedule| schedule.inputs == slots && schedule.outputs == wanted)
+        {
             Some(position) => position,
             None => {
-                routes.push(self.route(slots, wanted)?);
-                routes.len() - 1
+                schedules.push(self.schedule(slots, wanted)?);
+                schedules.len() - 1
             }
         };
-        let route = &routes[number];
-        for &slot in &route.weights {
-            let (Some(tensor), None) = (self.frozen.get(&slot), fixed.get(slot, &route.lowered)) else { continue };
-            let weight = self.shared.weight((slot, route.lowered.contains(&slot)), || {
+        let schedule = &schedules[number];
+        for &slot in &schedule.weights {
+            let (Some(tensor), None) = (self.frozen.get(&slot), fixed.get(slot, &schedule.lowered)) else { continue };
+            let weight = self.shared.weight((slot, schedule.lowered.contains(&slot)), || {
                 let name = &self.names[slot];
                 let weight = weights::frozen(name, tensor, self.device, self.hold)?;
                 let named = |e: OpError| Error::engine("LibTorch", format!("tensor `{name}`"), e.0);
-                self.as_read(slot, &weight, &route.lowered).map_err(named)
+                self.as_read(slot, &weight, &schedule.lowered).map_err(named)
             })?;
-            fixed.insert(slot, weight, &route.lowered);
+            fixed.insert(slot, weight, &schedule.lowered);
         }
         let mut trained: HashMap<Slot, Tensor> = HashMap::new();
-        for &slot in &route.weights {
+        for &slot in &schedule.weights {
             if let Some(&number) = self.trainable.get(&slot) {
                 trained.insert(slot, self.parameters[number].tensor.shallow_clone());
             }
         }
-        if !route.constant_kept.iter().all(|&slot| fixed.get(slot, &route.lowered).is_some()) {
+        if !schedule.constant_kept.iter().all(|&slot| fixed.get(slot, &schedule.lowered).is_some()) {
             let _guard = tch::no_grad_guard();
-            let constants = self.shared.constants(&route.constant_kept, &route.lowered, || {
+            let constants = self.shared.constants(&schedule.constant_kept, &schedule.lowered, || {
                 let (mut made, mut constants) = (HashMap::new(), Vec::new());
-                let weights = |slot: Slot| fixed.get(slot, &route.lowered);
-                self.execute(&route.constant, &mut made, &weights, &route.lowered, moved, &mut |slot, tensor| {
-                    if route.constant_kept.contains(&slot) {
-                        let constant = self.as_read(slot, tensor, &route.lowered)?;
-                        let narrowed = self.hold == Hold::Stored && !route.lowered.contains(&slot);
-                        constants.push((slot, if narrowed { weights::narrowed(constant)? } else { constant }));
-                    }
-                    Ok(())
-                })?;
+                let weights = |slot: Slot| fixed.get(slot, &schedule.lowered);
+                self.execute(
+                    &schedule.constant,
+                    &mut made,
+                    &weights,
+                    &schedule.lowered,
+                    moved,
+                    &mut |slot, tensor| {
+                        if schedule.constant_kept.contains(&slot) {
+                            let constant = self.as_read(slot, tensor, &schedule.lowered)?;
+                            let narrowed = self.hold == Hold::Stored && !schedule.lowered.contains(&slot);
+                            constants.push((slot, if narrowed { weights::narrowed(constant)? } else { constant }));
+                        }
+                        Ok(())
+                    },
+                )?;
                 Ok(constants)
             })?;
-            constants.into_iter().for_each(|(slot, tensor)| fixed.insert(slot, tensor, &route.lowered));
+            constants.into_iter().for_each(|(slot, tensor)| fixed.insert(slot, tensor, &schedule.lowered));
         }
-        let fixed = |slot: Slot| trained.get(&slot).or_else(|| fixed.get(slot, &route.lowered));
-        match plans.of(number, &signature) {
-            Some(plan) => {
-                for (&slot, tensor) in &plan.values {
+        let fixed = |slot: Slot| trained.get(&slot).or_else(|| fixed.get(slot, &schedule.lowered));
+        match caches.of(number, &signature) {
+            Some(cache) => {
+                for (&slot, tensor) in &cache.values {
                     values.insert(slot, tensor.shallow_clone());
                 }
-                self.execute(&route.lean, &mut values, &fixed, &route.lowered, moved, &mut |_, _| Ok(()))?;
+                self.execute(&schedule.lean, &mut values, &fixed, &schedule.lowered, moved, &mut |_, _| Ok(()))?;
             }
             None => {
-                let mut plan = Plan { route: number, signature, values: HashMap::new() };
-                let kept = &route.static_kept;
-                let read_on_device = |slot: Slot| self.read_on_device(&route.lean, slot);
-                self.execute(&route.full, &mut values, &fixed, &route.lowered, moved, &mut |slot, tensor| {
+                let mut cache = ShapeCache { schedule: number, signature, values: HashMap::new() };
+                let kept = &schedule.static_kept;
+                let read_on_device = |slot: Slot| self.read_on_device(&schedule.lean, slot);
+                self.execute(&schedule.full, &mut values, &fixed, &schedule.lowered, moved, &mut |slot, tensor| {
                     if kept.contains(&slot) {
                         let tensor = if read_on_device(slot) {
                             tensor.f_to_device(self.device)?
                         } else {
                             tensor.shallow_clone()
                         };
-                        plan.values.insert(slot, tensor.detach());
+                        cache.values.insert(slot, tensor.detach());
                     }
                     Ok(())
                 })?;
-                plans.keep(plan);
+                caches.keep(cache);
             }
         }
-        self.results(route, &values, &fixed)
+        self.results(schedule, &values, &fixed)
     }
 
-    /// The route's outputs, none of them over the memory of a weight.
+    /// The schedule's outputs; those that share memory with a weight are copied.
     fn results<'a>(
         &self,
-        route: &Route,
+        schedule: &Schedule,
         values: &'a HashMap<Slot, Tensor>,
         fixed: &impl Fn(Slot) -> Option<&'a Tensor>,
     ) -> Result<Vec<Tensor>> {
-        let mut results = Vec::with_capacity(route.outputs.len());
-        for &slot in &route.outputs {
+        let mut results = Vec::with_capacity(schedule.outputs.len());
+        for &slot in &schedule.outputs {
             let own = values.get(&slot);
             let tensor = own
                 .or_else(|| fixed(slot))
                 .ok_or_else(|| Error::invalid(format!("value `{}`", self.names[slot]), "was not computed"))?;
-            let shared = own.is_none() || route.static_kept.contains(&slot);
+            let shared = own.is_none() || schedule.static_kept.contains(&slot);
             let result = if shared { copied(tensor, self.hold) } else { Ok(tensor.shallow_clone()) };
             results.push(result.map_err(|e| Error::engine("LibTorch", format!("value `{}`", self.names[slot]), e))?);
         }
         Ok(results)
     }
 
-    /// Inputs on the program's device in the types in which it computes, with their sizes and types.
+    /// Moves inputs to the program's device, converts them to the computed kinds, and returns
+    /// their shapes and kinds too.
     fn admit(&self, inputs: &[(ValueId, Tensor)]) -> Result<(Signature, HashMap<Slot, Tensor>)> {
         let mut signature: Signature = Vec::with_capacity(inputs.len());
         let mut values: HashMap<Slot, Tensor> = HashMap::with_capacity(64);
@@ -400,7 +398,7 @@ impl Program {
         Ok((signature, values))
     }
 
-    fn route(&self, inputs: Vec<Slot>, outputs: Vec<Slot>) -> Result<Route> {
+    fn schedule(&self, inputs: Vec<Slot>, outputs: Vec<Slot>) -> Result<Schedule> {
         let facts = Facts {
             steps: &self.steps,
             producers: &self.producers,
@@ -409,14 +407,15 @@ impl Program {
             autocast: self.autocast.is_some(),
             keeps_quantised: self.hold == Hold::Stored,
         };
-        Route::new(&facts, inputs, outputs).map_err(|lacking| {
+        Schedule::new(&facts, inputs, outputs).map_err(|lacking| {
             let names: Vec<&str> = lacking.iter().map(|&slot| self.names[slot].as_str()).collect();
             Error::invalid("the run", format!("no value for {}", list_preview(&names, 8)))
                 .remedy("give these inputs, or compile the part of the graph that makes them")
         })
     }
 
-    /// A frozen weight or a constant as a route reads it: those that it lowers on the device and in the autocast kind.
+    /// A frozen weight or a constant in the form that a schedule reads: for a lowered one, on the device and in the
+    /// autocast kind.
     fn as_read(&self, slot: Slot, tensor: &Tensor, lowers: &HashSet<Slot>) -> OpResult<Tensor> {
         if lowers.contains(&slot) {
             return lowered(&tensor.f_to_device(self.device)?, self.autocast);
@@ -424,10 +423,10 @@ impl Program {
         Ok(tensor.shallow_clone())
     }
 
-    /// True when a later run reads the slot where it would have to be moved to the device first.
-    fn read_on_device(&self, turns: &[Turn], slot: Slot) -> bool {
+    /// True when later runs read the slot only on the device, so that it would have to be moved there first.
+    fn read_on_device(&self, nodes: &[ScheduledNode], slot: Slot) -> bool {
         self.device != Device::Cpu
-            && turns.iter().map(|turn| &self.steps[turn.step]).all(|step| {
+            && nodes.iter().map(|node| &self.steps[node.step]).all(|step| {
                 let mut reads = step.inputs.iter().enumerate().filter(|(_, input)| **input == Some(slot));
                 reads.all(|(index, _)| !step.row.reads_on_host(index))
             })
@@ -435,15 +434,15 @@ impl Program {
 
     fn execute<'v>(
         &self,
-        turns: &[Turn],
+        nodes: &[ScheduledNode],
         values: &mut HashMap<Slot, Tensor>,
         fixed: &dyn Fn(Slot) -> Option<&'v Tensor>,
         lowers: &HashSet<Slot>,
         moved: &mut HashMap<Slot, Tensor>,
         made: &mut dyn FnMut(Slot, &Tensor) -> OpResult<()>,
     ) -> Result<()> {
-        for turn in turns {
-            let step = &self.steps[turn.step];
+        for node in nodes {
+            let step = &self.steps[node.step];
             let outputs = {
                 let mut inputs: Vec<Option<&Tensor>> = step
                     .inputs
@@ -470,23 +469,23 @@ impl Program {
                 if let Err(error) = made(slot, &tensor) {
                     failed = Some(error);
                 }
-                // A value that the caller gave stays, when another output of its step was needed.
+                // A value from the caller is not replaced by the step's result.
                 values.entry(slot).or_insert(tensor);
             })?;
             if let Some(error) = failed {
                 return Err(step.error(error, &[]));
             }
-            for slot in &turn.frees {
+            for slot in &node.frees {
                 values.remove(slot);
             }
         }
         Ok(())
     }
 
-    /// The inputs of a step that are held in 16 bits, as the step computes with them.
+    /// The inputs of a step that are stored in 16 bits, widened to the kind in which the step computes.
     fn widened(
         &self,
-        step: &Step,
+        step: &CompiledNode,
         inputs: &[Option<&Tensor>],
         values: &HashMap<Slot, Tensor>,
         lowers: &HashSet<Slot>,
@@ -533,14 +532,14 @@ impl Program {
     }
 }
 
-/// A tensor with memory of its own.
+/// A copy of a tensor with its own memory.
 fn copied(tensor: &Tensor, hold: Hold) -> std::result::Result<Tensor, tch::TchError> {
     let mut copy = tensor.f_zeros_like()?;
     copy.f_copy_(tensor)?;
     if hold == Hold::Stored { copy.f_to_kind(computed_kind(tensor.f_kind()?)) } else { Ok(copy) }
 }
 
-/// For each node, whether the outputs need it when the inputs are given.
+/// For each node: true when the outputs depend on it, given the inputs.
 fn needed_nodes(model: &Model, inputs: &[ValueId], outputs: &[ValueId]) -> Vec<bool> {
     let body = &model.graph.body;
     let index = GraphIndex::new(&model.graph);
@@ -563,7 +562,7 @@ fn needed_nodes(model: &Model, inputs: &[ValueId], outputs: &[ValueId]) -> Vec<b
     needed
 }
 
-/// Every top-level value id with its position.
+/// The ids of all top-level values with their positions.
 fn value_ids(model: &Model) -> Vec<(usize, ValueId)> {
     let body = &model.graph.body;
     let nodes = body.nodes.iter().flat_map(|node| node.present_inputs().chain(node.present_outputs()));

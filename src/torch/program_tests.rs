@@ -1,9 +1,9 @@
-//! Programs: what they keep between runs and share.
+//! State of programs between runs, and sharing.
 
-use super::super::route::MAX_PLANS_BYTES;
+use super::super::schedule::MAX_CACHES_BYTES;
 use super::*;
 
-/// x times a square of ones as large as x is long: the square depends on shapes only.
+/// x times a square matrix of ones with the length of x: the matrix depends on shapes only.
 fn squares() -> Model {
     let mut model = Model { ir_version: 10, ..Default::default() };
     model.opset_imports.insert(String::new(), 21);
@@ -23,7 +23,7 @@ fn squares() -> Model {
     model
 }
 
-/// x times a 2 x 2 weight in f16 that is turned first.
+/// x times a transposed 2 x 2 weight in f16.
 fn product() -> Model {
     let mut model = Model { ir_version: 10, ..Default::default() };
     model.opset_imports.insert(String::new(), 21);
@@ -82,14 +82,14 @@ fn what_is_kept_for_many_shapes_has_a_bound() {
         let x = Tensor::ones([length], tch::kind::FLOAT_CPU);
         let out = program.run(&[(program.inputs()[0], x)], program.outputs()).expect("run");
         assert_eq!((out[0].size(), out[0].double_value(&[length - 1])), (vec![length], length as f64));
-        program.state.borrow().plans.size_bytes()
+        program.state.borrow().caches.size_bytes()
     };
     assert_eq!(run(3), 3 * 3 * 4);
-    // Each square takes about 4 MB: 40 of them are more than there is room for.
+    // Each matrix takes about 4 MB, so 40 of them exceed the limit.
     let kept = (1000..1040).map(run).max().expect("runs");
-    assert!((MAX_PLANS_BYTES / 2..=MAX_PLANS_BYTES).contains(&kept), "{kept} bytes");
-    // A square that has no room at all is computed each time.
-    let large = ((MAX_PLANS_BYTES / 4) as f64).sqrt() as i64 + 8;
+    assert!((MAX_CACHES_BYTES / 2..=MAX_CACHES_BYTES).contains(&kept), "{kept} bytes");
+    // A matrix larger than the limit is computed in each run.
+    let large = ((MAX_CACHES_BYTES / 4) as f64).sqrt() as i64 + 8;
     let before = run(1039);
     assert_eq!([run(large), run(large)], [before; 2]);
 }

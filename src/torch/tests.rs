@@ -1,4 +1,4 @@
-//! Compiling and running hand-made graphs.
+//! Compiles and runs hand-made graphs.
 
 use tch::{Kind, Tensor};
 
@@ -6,7 +6,7 @@ use crate::ir::{self, Attribute, AttributeKind, Body, DataType, Function, Model,
 
 use super::*;
 
-/// Builds graphs by name: an unknown name becomes a new value.
+/// Builds graphs by name; an unknown name creates a value.
 #[derive(Default)]
 struct Builder {
     model: Model,
@@ -93,7 +93,7 @@ fn run(model: &Model, feeds: &[(&str, Tensor)]) -> crate::base::Result<Vec<Tenso
     program.run(&feeds, program.outputs())
 }
 
-/// x * w + x, in two nodes, w trainable.
+/// x * w + x in two nodes, with w trainable.
 fn line() -> Builder {
     Builder::new()
         .input("x", DataType::Float)
@@ -170,7 +170,7 @@ fn gradients_reach_trainable_weights_only() {
     z[0].sum(Kind::Float).backward();
     let [parameter] = program.parameters() else { panic!("one parameter expected") };
     assert_eq!((parameter.name.as_str(), floats(&parameter.tensor.grad())), ("w", vec![5.0, 10.0]));
-    // An optimiser writes in place, and the next run sees it.
+    // An in-place update by an optimiser is visible in the next run.
     let mut leaf = parameter.tensor.shallow_clone();
     tch::no_grad(|| leaf.copy_(&vector(&[0.0, 0.0])));
     assert_eq!(floats(&program.run(&feeds, program.outputs()).expect("run")[0]), [5.0, 10.0]);
@@ -204,7 +204,7 @@ fn half_precision_runs_and_trains_in_f32() {
     z.sum(Kind::Float).backward();
     let leaf = &program.parameters()[0].tensor;
     assert_eq!((leaf.kind(), floats(&leaf.grad())), (Kind::Float, vec![1.0, 2.0]));
-    // More digits than f16 has, and more than it can hold.
+    // More digits than f16 has, and a number beyond its range.
     assert_eq!(floats(&run(vector(&[1.0001, 1e6]))), [0.5 * 1.0001, 0.25e6]);
 }
 
@@ -225,7 +225,7 @@ fn pieces_give_what_the_whole_gives() {
 
 #[test]
 fn what_is_kept_per_shape_fits_every_shape() {
-    // y = x reshaped by its own shape's first axis, plus a range of that length: all of it shape arithmetic.
+    // y = x reshaped by its own first dimension, plus a range of that length; everything else is shape arithmetic.
     let model = Builder::new()
         .input("x", DataType::Float)
         .ints("zero", &[0])
@@ -352,7 +352,7 @@ fn loops_carry_and_collect() {
         node_of(graph, "Add", &["carried", "x"], &["next"]),
         node_of(graph, "Neg", &["next"], &["seen"]),
     ];
-    // A name is found among a graph's own nodes only, so the body's values are put in by hand.
+    // The builder finds names among a graph's own nodes only, so the test sets the body's values directly.
     nodes[0].inputs = vec![Some(inputs[1])];
     nodes[1].inputs[0] = Some(inputs[2]);
     nodes[2].inputs = vec![nodes[1].outputs[0]];
@@ -421,7 +421,7 @@ fn matrix_products_run_in_the_autocast_kind() {
     assert_eq!(program.parameters()[0].tensor.grad().kind(), Kind::Float);
 }
 
-/// A frozen weight is brought to the autocast kind once, and is still itself to whoever reads it otherwise.
+/// A frozen weight is converted to the autocast kind once and keeps its precision for other readers.
 #[test]
 fn frozen_weights_keep_their_precision_outside_of_matrix_products() {
     let values = [1.001, 2.002, 3.003, 4.004];
@@ -447,7 +447,7 @@ fn frozen_weights_keep_their_precision_outside_of_matrix_products() {
         ("t", exact.tr()),
     ];
     assert!(low(&exact).to_kind(Kind::Float) != exact, "the values must not be exact in bf16");
-    // Routes that read the weight in one kind, in the other and in both, in either order.
+    // Schedules that read the weight in one kind, in the other and in both, in either order.
     for order in [[0, 1, 2, 3, 4], [4, 3, 2, 1, 0]] {
         let program = Program::compile(&model, &options).expect("compile");
         let feeds = [(program.value("x").expect("x"), x.shallow_clone())];
@@ -467,14 +467,14 @@ fn frozen_weights_keep_their_precision_outside_of_matrix_products() {
 #[test]
 fn the_support_table_has_a_line_per_row() {
     let table = support_table();
-    let of_files = rows().iter().filter(|row| row.domain != crate::rewrite::INTERNAL_DOMAIN);
+    let of_files = operators().iter().filter(|row| row.domain != crate::rewrite::INTERNAL_DOMAIN);
     assert_eq!(table.lines().count(), of_files.count() + 2);
     assert!(table.contains("| com.microsoft | GroupQueryAttention | 1 | yes |"), "{table}");
 }
 
 #[test]
 fn rows_of_one_operator_do_not_overlap() {
-    for pair in rows().windows(2) {
+    for pair in operators().windows(2) {
         if (pair[0].domain, pair[0].op_type) == (pair[1].domain, pair[1].op_type) {
             assert!(pair[0].until < pair[1].since, "{} twice", pair[0].op_type);
         }
@@ -507,7 +507,7 @@ fn short_weights_and_unknown_types_are_refused() {
     }
 }
 
-/// Attributes and operands that overflow, divide by zero or ask for absurd memory.
+/// Attributes and operands that overflow, divide by zero or request absurd amounts of memory.
 #[test]
 fn absurd_numbers_are_errors() {
     let int = |value: i64| AttributeKind::Int(value);

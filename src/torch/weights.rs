@@ -1,5 +1,5 @@
-//! Weights as tensors: frozen ones share memory with the mapped file, but for those that are widened; trainable ones are
-//! copies.
+//! Weights as tensors: frozen ones share memory with the mapped file unless they are widened;
+//! trainable ones are copies.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};
@@ -9,18 +9,27 @@ use tch::{Device, Kind, Tensor};
 use crate::base::{Error, MappedFile, Result};
 use crate::ir::{self, TensorData};
 
-use super::compile::Slot;
 use super::convert::{computed, count_of, dims_of, kind_of, tensor_from_ir};
-use super::kernel::OpResult;
-use super::program::Hold;
+use super::op_error::OpResult;
+use super::step::Slot;
 
-/// Integer constants of at most this many elements remain on the host: they feed shapes.
+/// Storage of frozen weights that are quantised or have 16 bits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Hold {
+    /// In f32, widened and dequantised once: fast, but two to eight times as large as the file.
+    #[default]
+    Widened,
+    /// In the file's type, on a CPU without a copy. Each operator that reads one converts it in every run.
+    Stored,
+}
+
+/// Integer constants of at most this many elements stay on the host, because they feed shapes.
 const HOST_INTEGERS: usize = 4096;
-/// Float constants of at most this many elements remain on the host: scales and thresholds.
+/// Float constants of at most this many elements stay on the host: scales and thresholds.
 const HOST_FLOATS: usize = 16;
 
-/// What is the same in every run: frozen weights and constants. `lowers` says which of them a route reads in the autocast
-/// kind alone.
+/// Values that are equal in every run: frozen weights and constants. `lowers` contains those that a schedule reads in
+/// the autocast kind only.
 #[derive(Default)]
 pub(super) struct Fixed {
     exact: HashMap<Slot, Tensor>,
@@ -38,12 +47,12 @@ impl Fixed {
     }
 }
 
-/// Frozen weights and constants of several programs of one graph, by slot and by whether they are in the autocast kind.
+/// Frozen weights and constants of several programs of one graph. Keys: the slot, and true for the autocast kind.
 #[derive(Default)]
 pub(super) struct Shared(Mutex<HashMap<(Slot, bool), Tensor>>);
 
 impl Shared {
-    /// The tensor of a weight, made where no program has it yet.
+    /// The tensor of a weight, created by `make` if no program has it yet.
     ///
     /// Errors: those of `make`.
     pub fn weight(&self, key: (Slot, bool), make: impl FnOnce() -> Result<Tensor>) -> Result<Tensor> {
@@ -56,7 +65,7 @@ impl Shared {
         Ok(tensor)
     }
 
-    /// The tensors of all constants of a route, made together where one is not known yet.
+    /// The tensors of all constants of a schedule, created together by `make` if one is missing.
     ///
     /// Errors: those of `make`.
     pub fn constants(
@@ -81,7 +90,7 @@ impl Shared {
     }
 }
 
-/// A constant in 16 bits where that loses nothing: a weight of 16 bits that was turned or cut is one again.
+/// A constant in 16 bits if that is lossless, as for a transposed or sliced 16-bit weight.
 pub(super) fn narrowed(tensor: Tensor) -> OpResult<Tensor> {
     if tensor.f_kind()? != Kind::Float || tensor.numel() <= HOST_INTEGERS {
         return Ok(tensor);
@@ -95,8 +104,8 @@ pub(super) fn narrowed(tensor: Tensor) -> OpResult<Tensor> {
     Ok(tensor)
 }
 
-/// Files that LibTorch tensors point into. LibTorch has no hook for the end of the last such tensor (a view, or one
-/// saved for a backward pass), so a file once shared remains mapped until the process ends.
+/// Files into which LibTorch tensors point. LibTorch has no hook for the end of the last such tensor (it may be a view,
+/// or saved for a backward pass), so a shared file stays mapped until the process ends.
 static SHARED: Mutex<Vec<Arc<MappedFile>>> = Mutex::new(Vec::new());
 
 /// A frozen weight on its device.
@@ -115,7 +124,7 @@ pub(super) fn frozen(name: &str, tensor: &ir::Tensor, device: Device, hold: Hold
     host.f_to_device(device).map_err(|e| Error::engine("LibTorch", format!("tensor `{name}`"), e))
 }
 
-/// A tensor over the mapped bytes, where they are mapped, aligned and of a kind that LibTorch has.
+/// A tensor over the mapped bytes, if they are mapped, aligned and of a kind that LibTorch supports.
 fn share(name: &str, tensor: &ir::Tensor) -> Result<Option<Tensor>> {
     let (TensorData::Mapped { file, .. }, Some(kind)) = (&tensor.data, kind_of(tensor.dtype)) else {
         return Ok(None);

@@ -41,7 +41,7 @@ fn run(case: &Path) -> Result<(), String> {
         *version = (*version).min(LATEST);
     }
     let known = |node: &ir::Node| {
-        torch::rows().iter().any(|row| (row.domain, row.op_type) == (node.domain.as_str(), node.op_type.as_str()))
+        torch::operators().iter().any(|row| (row.domain, row.op_type) == (node.domain.as_str(), node.op_type.as_str()))
     };
     if !model.graph.body.nodes.iter().all(known) {
         return Err("no row".into());

@@ -13,6 +13,8 @@ mod folders;
 mod fusion;
 mod generate;
 mod generation;
+mod graft;
+mod hostile;
 mod inspections;
 mod interpreter;
 mod judge;

@@ -22,7 +22,7 @@ struct Case {
     tolerance: f32,
 }
 
-fn root() -> PathBuf {
+pub(super) fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/zoo")
 }
 
@@ -38,7 +38,7 @@ fn cases() -> Vec<Case> {
     table.lines().map(parse).collect()
 }
 
-type Arrays = HashMap<String, tch::Tensor>;
+pub(super) type Arrays = HashMap<String, tch::Tensor>;
 
 fn expected(case: &Case, drop: &[usize]) -> Option<Arrays> {
     let numbers: Vec<String> = drop.iter().map(usize::to_string).collect();
@@ -112,7 +112,7 @@ fn distance(found: &Tensor, want: &tch::Tensor) -> f32 {
 }
 
 /// Distances of prefill and of one cached step.
-fn distances(model: &Model, data: &Arrays, given: &dyn Fn(&str) -> String) -> (f32, f32, LayerMap) {
+pub(super) fn distances(model: &Model, data: &Arrays, given: &dyn Fn(&str) -> String) -> (f32, f32, LayerMap) {
     let found = analyse(model).unwrap();
     let graph = &found.model.graph;
     let head_dim = data["exp.present.0.key"].size()[3] as usize;

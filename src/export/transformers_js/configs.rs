@@ -1,4 +1,4 @@
-//! Configs where transformers.js looks for them: transformers 5 saves some elsewhere.
+//! Moves configs to the files where transformers.js looks for them; transformers 5 saves some elsewhere.
 
 use std::collections::BTreeMap;
 
@@ -7,14 +7,15 @@ use serde_json::{Map, Value};
 use crate::base::{Error, Result};
 use crate::bundle::Bundle;
 
-/// The class of tokenizers that transformers 5 writes and nothing else knows; the one that reads the same file.
+/// The tokenizer class that only transformers 5 knows, and the class that reads the same file elsewhere.
 const TOKENIZER_CLASSES: (&str, &str) = ("TokenizersBackend", "PreTrainedTokenizerFast");
 
 type Object = Map<String, Value>;
 
-/// Configs with what transformers.js wants, by file name. `chunks` is the number of data files of each ONNX file.
+/// The configs in the form that transformers.js requires, by file name. `chunks` is the number of
+/// data files of each ONNX file.
 ///
-/// Errors: `Error::Invalid` naming what is missing, and where it was looked for.
+/// Errors: `Error::Invalid` naming the missing entry and the files searched.
 pub(super) fn rewritten(
     bundle: &Bundle,
     has_vision: bool,
@@ -78,7 +79,7 @@ pub(super) fn rewritten(
     Ok(texts)
 }
 
-/// The image processor's settings in one flat object, with the class that takes pictures and text together.
+/// The image processor's settings as one flat object, with the class of the combined processor.
 fn preprocessor(flat: Option<Object>, processor: Option<&Object>, tokenizer: Option<&Object>) -> Result<Object> {
     let nested = || processor?.get("image_processor")?.as_object().cloned();
     let mut object = flat.or_else(nested).ok_or_else(|| {
@@ -102,7 +103,7 @@ fn preprocessor(flat: Option<Object>, processor: Option<&Object>, tokenizer: Opt
     Ok(object)
 }
 
-/// The chat template from the files in which transformers keeps it beside `tokenizer_config.json`.
+/// The chat template, from the files next to `tokenizer_config.json` in which transformers may store it.
 fn template(bundle: &Bundle, processor: Option<&Object>) -> Result<Option<Value>> {
     if let Some(text) = bundle.read_text("chat_template.jinja")? {
         return Ok(Some(text.into()));

@@ -1,11 +1,11 @@
-//! transformers.js: a folder as the hub's `onnx-community` has them.
+//! transformers.js: a folder in the layout of the hub's `onnx-community` models.
 //!
 //! ```text
 //! FOLDER/
 //!   config.json                  with the number of data files of each ONNX file
 //!   preprocessor_config.json     flat, with `processor_class`
 //!   tokenizer_config.json        with the chat template
-//!   onnx/vision_encoder.onnx     the components under the names that it looks for, `_fp16`, `_q4` .. behind them
+//!   onnx/vision_encoder.onnx     the components under the expected names, with `_fp16`, `_q4` .. appended
 //!   onnx/decoder_model_merged.onnx, onnx/decoder_model_merged.onnx_data
 //! ```
 //!
@@ -25,14 +25,15 @@ use crate::onnx::{self, Storage};
 use super::components::{cap_ir_version, chosen, create, size_of, write as write_text};
 use super::record::{EXPORT_SCHEMA_VERSION, Export, ExportSettings, ExportedModel};
 
-/// Bytes of one data file: browsers hold at most 2 GiB in one buffer.
+/// Largest data file in bytes: browsers hold at most 2 GiB in one buffer.
 const CHUNK_BYTES: u64 = 2_000_000_000;
-/// Up to this size weights stay inside the ONNX file.
+/// Weights of up to this many bytes stay inside the ONNX file.
 const INLINE_BYTES: u64 = 256 << 20;
 
-/// Writes a folder for transformers.js below `root`. Every variant of a component is written, or the wanted one alone.
+/// Writes a folder for transformers.js into `root`. Without a requested variant all variants
+/// of a component are written.
 ///
-/// Errors: `Error::Unsupported` for a model type, component, input or output that transformers.js has no place for;
+/// Errors: `Error::Unsupported` for a model type, component, input or output that transformers.js does not support;
 /// `Error::Invalid` when a processor class, tokenizer or template is missing.
 pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> Result<Export> {
     let kind = rules::kind_of(bundle)?;
@@ -46,7 +47,7 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
     let mut chunks = BTreeMap::new();
     let mut notes = Vec::new();
     for component in components {
-        // The variant that was asked for is the one that is found without a suffix.
+        // The requested variant is written without a suffix.
         let suffix = match (&settings.variant, component.variant.as_str()) {
             (None, variant) if !variant.is_empty() => format!("_{variant}"),
             _ => String::new(),

@@ -1,10 +1,10 @@
-//! What transformers.js takes: model types, files, inputs and outputs.
+//! Requirements of transformers.js: model types, files, inputs and outputs.
 
 use crate::base::{Error, Result, list_preview};
 use crate::bundle::{Bundle, Component, ModelConfig, Role};
 use crate::ir::{DataType, Model, ValueId, ValueType};
 
-/// How transformers.js runs a model type.
+/// Kind of class with which transformers.js runs a model type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     /// Pictures and text: `vision_encoder`, `embed_tokens`, `decoder_model_merged`.
@@ -13,7 +13,7 @@ pub(super) enum Kind {
     Text,
 }
 
-/// Model types whose class reads pictures and text. Source: transformers.js 4.3, `models/registry.js`.
+/// Model types whose class takes pictures and text. Source: transformers.js 4.3, `models/registry.js`.
 const IMAGE_TEXT: &[&str] = &[
     "gemma3",
     "gemma3n",
@@ -38,7 +38,7 @@ const IMAGE_TEXT: &[&str] = &[
     "smolvlm",
 ];
 
-/// Model types whose class reads text alone. Source: as of [`IMAGE_TEXT`].
+/// Model types whose class takes text alone. Source: as for [`IMAGE_TEXT`].
 const TEXT: &[&str] = &[
     "afmoe",
     "apertus",
@@ -108,29 +108,29 @@ const TEXT: &[&str] = &[
     "zaya",
 ];
 
-/// What its generic path feeds a decoder, beside the cache. Source: `models/modeling_utils.js`.
+/// Inputs that its generic code passes to a decoder, besides the cache. Source: `models/modeling_utils.js`.
 const DECODER_INPUTS: &[&str] =
     &["input_ids", "inputs_embeds", "attention_mask", "position_ids", "num_logits_to_keep", "per_layer_inputs"];
 
-/// Beginnings of the names of caches that it carries from step to step.
+/// Prefixes of the caches that it passes from step to step.
 const CACHES: &[&str] = &["past_key_values.", "past_conv.", "past_ssm.", "past_recurrent."];
 
-/// Configs of other layouts, which would contradict what is written.
+/// Configs of other layouts, which would contradict the exported ones.
 const FOREIGN: &[&str] = &["genai_config.json", "export.json"];
 
-/// True for a file that belongs to another layout.
+/// True for a config of another layout.
 pub(super) fn is_foreign(file: &str) -> bool {
     FOREIGN.contains(&file)
 }
 
-/// How the bundle's model type is run.
+/// The kind of the bundle's model type.
 ///
 /// Errors: `Error::Unsupported` when transformers.js has no class for it; `Error::Invalid` without a `config.json`.
 pub(super) fn kind_of(bundle: &Bundle) -> Result<Kind> {
     let subject = format!("`{}`", bundle.root().display());
     if bundle.asset_path("config.json").is_none() {
         return Err(Error::invalid(subject, "has no `config.json`, by which transformers.js finds the model's class")
-            .remedy("put the Hugging Face config beside the ONNX files"));
+            .remedy("put the Hugging Face config into the folder of the ONNX files"));
     }
     let model_type = bundle.require_config()?.model_type.as_str();
     if IMAGE_TEXT.contains(&model_type) {
@@ -143,9 +143,9 @@ pub(super) fn kind_of(bundle: &Bundle) -> Result<Kind> {
         .remedy("serve it from ONNX Runtime or Triton"))
 }
 
-/// The name that a component's file has there, without variant and extension.
+/// The file stem (no variant, no extension) under which transformers.js looks for a component.
 ///
-/// Errors: `Error::Unsupported` for a component without a place.
+/// Errors: `Error::Unsupported` for a component that it does not use.
 pub(super) fn stem_of(kind: Kind, component: &Component) -> Result<&'static str> {
     match (kind, component.role) {
         (Kind::ImageText, Role::VisionEncoder) => Ok("vision_encoder"),
@@ -155,7 +155,7 @@ pub(super) fn stem_of(kind: Kind, component: &Component) -> Result<&'static str>
         (Kind::Text, Role::Decoder) => Ok("model"),
         (_, role) => Err(Error::unsupported(
             format!("`{}`", component.file),
-            format!("transformers.js has no place for a {} of its own", role.name()),
+            format!("transformers.js does not support a separate {}", role.name()),
         )
         .remedy(
             "export the model with one decoder that reads and gives the cache, and features in the decoder's width",
@@ -163,10 +163,10 @@ pub(super) fn stem_of(kind: Kind, component: &Component) -> Result<&'static str>
     }
 }
 
-/// The names and types of a component's inputs and outputs.
+/// Checks the names and types of a component's inputs and outputs.
 ///
-/// Errors: `Error::Unsupported` naming an input that transformers.js never feeds, or an output that it looks for and does
-/// not find.
+/// Errors: `Error::Unsupported` naming an input that transformers.js never passes, or a
+/// missing output that it requires.
 pub(super) fn check_ports(
     component: &Component,
     model: &Model,
@@ -208,9 +208,7 @@ pub(super) fn check_ports(
             "reads {}; transformers.js feeds `input_ids` alone and merges features itself",
             list_preview(&list, 6)
         );
-        return Err(
-            Error::unsupported(subject(), problem).remedy("export the embedding of the tokens as a graph of its own")
-        );
+        return Err(Error::unsupported(subject(), problem).remedy("export the token embedding as a separate graph"));
     }
     let half = |id: &&ValueId| {
         matches!(

@@ -1,4 +1,4 @@
-//! `config.pbtxt` from typed messages.
+//! Builds `config.pbtxt` from typed messages.
 //!
 //! Source: Triton's model configuration, `ModelConfig` in its public `model_config.proto`.
 
@@ -19,10 +19,10 @@ pub const MODEL_FILE: &str = "model.onnx";
 
 /// The text of `config.pbtxt` for one model.
 ///
-/// `max_batch_size` is used where every input and output has the same free first dimension; elsewhere the model gets 0,
+/// `max_batch_size` applies when every input and output has the same free first dimension. Otherwise the model gets 0,
 /// which leaves batching to the client.
 ///
-/// Errors: `Error::Unsupported` for an input or output that Triton has no type for, or of unknown rank, and as
+/// Errors: `Error::Unsupported` for an input or output of unknown rank or of a type that Triton lacks, and as
 /// `rules::check`.
 pub fn config_text(name: &str, model: &ir::Model, max_batch_size: u32) -> Result<String> {
     let config = model_config(name, model, max_batch_size)?;
@@ -42,7 +42,7 @@ pub fn config_text(name: &str, model: &ir::Model, max_batch_size: u32) -> Result
 fn model_config(name: &str, model: &ir::Model, max_batch_size: u32) -> Result<ModelConfig> {
     let graph = &model.graph;
     let weights: HashSet<ValueId> = graph.body.initializers.iter().map(|(id, _)| *id).collect();
-    // Before IR version 4 weights are listed among the inputs too, and no client feeds them.
+    // Before IR version 4 weights are also listed as inputs; clients do not send them.
     let inputs = graph.body.inputs.iter().copied().filter(|id| !weights.contains(id));
     let inputs = inputs.map(|id| port(graph, id)).collect::<Result<Vec<_>>>()?;
     let outputs = graph.body.outputs.iter().map(|&id| port(graph, id)).collect::<Result<Vec<_>>>()?;
@@ -109,7 +109,7 @@ fn triton_type(dtype: ir::DataType) -> Option<DataType> {
     })
 }
 
-/// True when all first dimensions are one and the same symbol, so that one batch runs through the whole model.
+/// True when all first dimensions are the same symbol, so that one batch dimension applies to the whole model.
 fn share_a_free_first_dimension<'a>(ports: impl Iterator<Item = &'a TritonPort<'a>>) -> bool {
     let mut symbols = ports.map(|port| match port.shape.first() {
         Some(Dim::Symbol(name)) => Some(name),
@@ -119,7 +119,7 @@ fn share_a_free_first_dimension<'a>(ports: impl Iterator<Item = &'a TritonPort<'
     first.is_some() && symbols.all(|symbol| symbol == first)
 }
 
-/// Triton's `dims`, -1 where free; a shape without any left behind the batch is given as `[1]` reshaped to it.
+/// Triton's `dims`, -1 for free ones. A shape without dimensions after the batch becomes `[1]` with a reshape.
 fn dims(shape: &[Dim], batched: bool) -> (Vec<i64>, Option<ModelTensorReshape>) {
     let own = &shape[usize::from(batched).min(shape.len())..];
     let dims = own.iter().map(|dim| match dim {

@@ -2,9 +2,9 @@
 //!
 //! ```text
 //! REPOSITORY/
-//!   interlace-export.json        what was exported, with digests
+//!   interlace-export.json        the record of the export, with digests
 //!   vision_encoder/config.pbtxt
-//!   vision_encoder/1/model.onnx  and its data file beside it
+//!   vision_encoder/1/model.onnx  and its data file
 //!   embed_tokens/...
 //!   decoder_model_merged/...
 //!   decoder_model_merged/processor/   tokenizer, processor and configs, for clients; the server ignores it
@@ -29,13 +29,14 @@ use super::record::{EXPORT_SCHEMA_VERSION, Export, ExportSettings, ExportedModel
 
 pub use config::{MODEL_FILE, config_text};
 
-/// Largest batch where nothing is said.
+/// Default for the largest batch.
 pub const MAX_BATCH_SIZE: u32 = 8;
 
 /// Writes a model repository into the folder `root`.
 ///
-/// Errors: `Error::Invalid` when the bundle has no such variant or two components would share a name; `Error::Unsupported`
-/// for inputs that Triton has no type for and weights that the IR version lacks; `Error::Io` when the disk refuses.
+/// Errors: `Error::Invalid` when the bundle lacks the requested variant or two components would get the same name;
+/// `Error::Unsupported` for inputs of a type that Triton lacks and for weights that the IR version lacks; `Error::Io`
+/// when writing fails.
 pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> Result<Export> {
     let settings =
         ExportSettings { max_batch_size: Some(settings.max_batch_size.unwrap_or(MAX_BATCH_SIZE)), ..settings.clone() };
@@ -92,7 +93,7 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
 
 fn file_name(stem: &str) -> String {
     match stem.rsplit_once('/') {
-        // Layouts with one folder per component call every file `model`.
+        // Layouts with one folder per component name every file `model`.
         Some((folder, "model")) if folder != "onnx" => folder.rsplit('/').next().unwrap_or(folder).to_string(),
         Some((_, name)) => name.to_string(),
         None => stem.to_string(),

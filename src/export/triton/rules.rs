@@ -1,4 +1,4 @@
-//! Triton's rules for a model's configuration, checked before it is written.
+//! Triton's rules for a model's configuration, checked before writing.
 //!
 //! Source: `ValidateModelConfig` and `ValidateModelInput` in the server's core (`model_config_utils.cc`).
 
@@ -10,7 +10,7 @@ use super::schema::{DataType, ModelConfig, ModelTensorReshape};
 
 const EDIT: &str = "change the graph's inputs and outputs, or export without this component";
 
-/// Refuses a configuration that the server would refuse.
+/// Rejects a configuration that the server would reject.
 ///
 /// Errors: `Error::Unsupported` naming the model or the tensor and the rule.
 pub(super) fn check(config: &ModelConfig) -> Result<()> {

@@ -1,12 +1,12 @@
-//! Inputs and outputs without axes, which Triton does not have for models that it does not batch.
+//! Reshapes scalar inputs and outputs, which Triton does not support for models without batching.
 
 use crate::base::{Error, Result};
 use crate::ir::{DataType, Dim, Model, Node, Tensor, Value, ValueId, ValueType};
 
-/// Gives every scalar input and output one axis of size 1, with a `Reshape` inside the graph; names and all other shapes
-/// stay. Returns the names.
+/// Gives every scalar input and output one axis of size 1 through a `Reshape` inside the graph. Names and other shapes
+/// stay. Returns the names of the changed ones.
 ///
-/// Errors: `Error::Unsupported` for a scalar that is input and output at once.
+/// Errors: `Error::Unsupported` for a scalar that is both input and output.
 pub(super) fn with_an_axis(model: &mut Model) -> Result<Vec<String>> {
     let graph = &model.graph;
     let weights: Vec<ValueId> = graph.body.initializers.iter().map(|(id, _)| *id).collect();
@@ -43,7 +43,7 @@ fn is_scalar(model: &Model, id: ValueId) -> bool {
     matches!(ty, Some(ValueType::Tensor { shape: Some(shape), .. }) if shape.is_empty())
 }
 
-/// A value of shape `[1]` that takes the scalar's name; the scalar gets another.
+/// Adds a value of shape `[1]` that takes over the scalar's name; the scalar gets a new name.
 fn with_axis_of(model: &mut Model, scalar: ValueId) -> ValueId {
     let graph = &mut model.graph;
     let value = graph.value(scalar).clone();
@@ -79,7 +79,7 @@ mod tests {
     use super::*;
     use crate::ir::Graph;
 
-    /// `y = x + x` and `x` of no axes, with `x` as an output too where asked.
+    /// `y = x + x` with scalar `x`; with `passes`, `x` is an output too.
     fn doubled(passes: bool) -> Model {
         let mut graph = Graph::default();
         let ty = Some(ValueType::Tensor { dtype: DataType::Float, shape: Some(Vec::new()) });

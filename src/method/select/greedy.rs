@@ -6,7 +6,7 @@ use super::published;
 use super::request::{Group, MeasureLosses, SelectionRequest};
 use super::tiling::{Tiling, tile};
 
-/// Any layer may go that can be dropped after those before it. Source: arXiv:2402.09025.
+/// Every layer is a candidate if it can be dropped together with those already selected. Source: arXiv:2402.09025.
 pub(super) fn sleb(request: &mut SelectionRequest) -> Result<Vec<Group>> {
     let (usable, refusal) = (request.usable(), request.refusal);
     let chosen = greedy(request, "sleb", &|removed| {
@@ -21,8 +21,8 @@ pub(super) fn sleb(request: &mut SelectionRequest) -> Result<Vec<Group>> {
     Ok(published::with_neighbours(request, &drop, loss))
 }
 
-/// Under the structure of INTERLACE: no two neighbours go, and each dropped layer has a neighbour of its own that stays
-/// and is finetuned, closed by a frozen layer where there is room. Source: arXiv:2511.19676, section 3, with the
+/// Keeps the structure of INTERLACE: no two adjacent layers are dropped, and each dropped layer has a kept neighbour of
+/// its own to finetune, followed by a frozen layer if there is room. Source: arXiv:2511.19676, section 3, with the
 /// measured loss in place of similarities.
 pub(super) fn interlace_loss(request: &mut SelectionRequest) -> Result<Vec<Group>> {
     let usable = request.usable();
@@ -48,7 +48,7 @@ pub(super) fn interlace_loss(request: &mut SelectionRequest) -> Result<Vec<Group
     Ok(groups)
 }
 
-/// Rounds of measuring; gives the layers in the order in which they went, each with the loss once it had gone.
+/// Runs rounds of measurements. Returns the layers in the order of their removal, each with the loss after it.
 fn greedy(
     request: &mut SelectionRequest,
     strategy: &str,
@@ -86,7 +86,7 @@ fn rounds(
             return Err(Error::invalid(format!("loss without layers {removed:?} and {layer}"), format!("is {loss}"))
                 .remedy("check the model with `interlace verify`, or take other calibration samples"));
         }
-        // `min_by` keeps the first of equals, which is the lower index.
+        // `min_by` returns the first of equal values, which is the lower index.
         let best = layers.into_iter().zip(losses).min_by(|a, b| a.1.total_cmp(&b.1));
         let Some(best) = best else { break };
         progress.note(format!("loss {:.4} without {} layers", best.1, chosen.len() + 1));

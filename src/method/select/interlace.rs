@@ -8,7 +8,8 @@ use crate::base::Result;
 
 use super::request::{Group, SelectionRequest};
 
-/// Triplets, then pairs; drops the one of the first two layers with the higher `sim_1`, or else the one that can be dropped.
+/// Triplets, then pairs. Of the first two layers of a pack, drops the one with the higher `sim_1`, or the one that can
+/// be dropped if only one can.
 pub(super) fn interlace(request: &mut SelectionRequest) -> Result<Vec<Group>> {
     Ok(packs(request, &[3, 2], |request, start| {
         let (better, other) =
@@ -17,7 +18,7 @@ pub(super) fn interlace(request: &mut SelectionRequest) -> Result<Vec<Group>> {
     }))
 }
 
-/// Triplets; drops the first layer. Pairs follow only beyond the structure.
+/// Triplets, then pairs. Drops the first layer of each.
 pub(super) fn order_as_is(request: &mut SelectionRequest) -> Result<Vec<Group>> {
     let sizes: &[usize] = if request.beyond_structure { &[3, 2] } else { &[3] };
     Ok(packs(request, sizes, |_, start| (start, start + 1)))
@@ -101,7 +102,7 @@ pub(super) fn then_next(request: &mut SelectionRequest) -> Result<Vec<Group>> {
     Ok(groups)
 }
 
-/// One block of `count` layers from the best `sim_1` for which block and finetune layers both fit.
+/// One block of `count` layers with the best `sim_1` among the starts where block and finetuned layers both fit.
 pub(super) fn consecutive(request: &mut SelectionRequest) -> Result<Vec<Group>> {
     let count = request.count.min(request.reach() / 2);
     let block = |start: usize| (start..start + count).collect::<Vec<usize>>();
@@ -120,7 +121,7 @@ pub(super) fn consecutive(request: &mut SelectionRequest) -> Result<Vec<Group>> 
         .collect())
 }
 
-/// `count` layers to drop, of those that can be, and `count` others to finetune, both drawn uniformly.
+/// `count` droppable layers to drop and `count` others to finetune, both drawn uniformly.
 pub(super) fn random(request: &mut SelectionRequest) -> Result<Vec<Group>> {
     let mut layers: Vec<usize> = (0..request.reach()).collect();
     layers.shuffle(&mut ChaCha8Rng::seed_from_u64(request.seed));

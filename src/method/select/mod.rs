@@ -1,4 +1,4 @@
-//! Strategies: which layers to drop and which of their neighbours to finetune. One row of [`STRATEGIES`] each.
+//! Strategies: they select the layers to drop and the neighbours to finetune. One row of [`STRATEGIES`] each.
 
 mod greedy;
 mod interlace;
@@ -14,15 +14,15 @@ use crate::base::{Error, Result};
 
 /// A row of the table of strategies.
 pub struct Strategy {
-    /// As `--strategy` takes it and plans record it.
+    /// Value of `--strategy`, recorded in plans.
     pub name: &'static str,
     /// One line for help texts and documents.
     pub summary: &'static str,
-    /// Pack sizes whose similarities it reads, when `count` layers are to be dropped.
+    /// Pack sizes whose similarities it reads when it drops `count` layers.
     pub packs: fn(count: usize) -> Vec<usize>,
-    /// True when it asks `SelectionRequest::measure`.
+    /// True when it uses `SelectionRequest::measure`.
     pub measures_loss: bool,
-    /// True when it reads `SelectionRequest::seed`.
+    /// True when it uses `SelectionRequest::seed`.
     pub seeded: bool,
     /// True when it reads `SelectionRequest::as_released`.
     pub released_differs: bool,
@@ -139,9 +139,9 @@ pub const STRATEGIES: &[Strategy] = &[
 ];
 
 impl Strategy {
-    /// The row of a name.
+    /// The row with this name.
     ///
-    /// Errors: `Error::Invalid` that lists the names there are.
+    /// Errors: `Error::Invalid` listing the known names.
     pub fn named(name: &str) -> Result<&'static Strategy> {
         STRATEGIES.iter().find(|strategy| strategy.name == name).ok_or_else(|| {
             let names: Vec<_> = STRATEGIES.iter().map(|strategy| strategy.name).collect();
@@ -150,11 +150,12 @@ impl Strategy {
         })
     }
 
-    /// Chooses `request.count` layers to drop and the layers to finetune. Only the user's own choice may name a layer that
-    /// cannot be dropped by itself.
+    /// Selects `request.count` layers to drop and the layers to finetune. Only the user's own list may contain a layer
+    /// that cannot be dropped alone.
     ///
-    /// Errors: `Error::Invalid` when nothing or too much is to be dropped (naming the most that can be, and layers that
-    /// cannot be dropped), when a similarity is missing or of the wrong length, or when losses are needed and cannot be measured.
+    /// Errors: `Error::Invalid` when the count is zero or too large (naming the largest possible count and the layers
+    /// that cannot be dropped), when a similarity is missing or has the wrong length, or when the strategy needs losses
+    /// and they cannot be measured.
     pub fn select(&self, request: &mut SelectionRequest) -> Result<Vec<Group>> {
         if request.count == 0 {
             return Err(Error::invalid("number of layers to drop", "is 0")
@@ -225,16 +226,16 @@ impl Strategy {
     }
 }
 
-/// Number of layers of a drop ratio: `floor(ratio * num_layers)`.
+/// The number of layers for a drop ratio: `floor(ratio * num_layers)`.
 ///
-/// Errors: `Error::Invalid` unless 0 < ratio < 1, or when that is no layer at all.
+/// Errors: `Error::Invalid` unless 0 < ratio < 1, or when the result is 0.
 pub fn drop_count(ratio: f64, num_layers: usize) -> Result<usize> {
     if !(ratio > 0.0 && ratio < 1.0) {
         return Err(Error::invalid(format!("drop ratio {ratio}"), "must be between 0 and 1, both excluded")
             .remedy("to drop a number of layers use `--drop-count`"));
     }
-    // 0.3 * 10 is 3.0000000000000004 one way and 2.9999999999999996 another: a ratio that means a whole number of
-    // layers is taken as such.
+    // Rounding errors (0.3 * 10 may give 2.9999999999999996) must not reduce a ratio that means
+    // a whole number of layers.
     let count = (ratio * num_layers as f64 + 1e-9).floor() as usize;
     if count == 0 {
         return Err(Error::invalid(

@@ -1,5 +1,5 @@
-//! Selectors of other publications, and the user's own choice. They choose only layers to drop; the layers to finetune are
-//! the neighbours of dropped ones.
+//! Selectors from other publications, and the user's own list. They select only the layers to drop; the neighbours of
+//! those are finetuned.
 
 use std::f64::consts::PI;
 
@@ -7,14 +7,14 @@ use crate::base::{Error, Result};
 
 use super::request::{Group, SelectionRequest};
 
-/// The `count` layers with the highest `sim_1`, of those that can be dropped. Source: arXiv:2403.03853, Block Influence.
+/// The `count` droppable layers with the highest `sim_1`. Source: arXiv:2403.03853, Block Influence.
 pub(super) fn shortgpt(request: &mut SelectionRequest) -> Result<Vec<Group>> {
     let drop: Vec<usize> =
         request.ranked(1).into_iter().filter(|&layer| request.may_go(&[layer])).take(request.count).collect();
     Ok(with_neighbours(request, &drop, |layer| Some(1.0 - request.sim(1, layer))))
 }
 
-/// The block of `count` layers with the least `arccos(sim) / pi` across it. Source: arXiv:2403.17887, equation 5.
+/// The block of `count` layers with the smallest `arccos(sim) / pi` across it. Source: arXiv:2403.17887, equation 5.
 pub(super) fn angular(request: &mut SelectionRequest) -> Result<Vec<Group>> {
     let block = |start: usize| (start..start + request.count).collect::<Vec<usize>>();
     let best = request.ranked(request.count).into_iter().find(|&start| request.may_go(&block(start)));
@@ -24,7 +24,7 @@ pub(super) fn angular(request: &mut SelectionRequest) -> Result<Vec<Group>> {
     Ok(with_neighbours(request, &drop, |layer| (layer == start).then_some(angle)))
 }
 
-/// The layers that the user named.
+/// The layers that the user listed.
 pub(super) fn explicit(request: &mut SelectionRequest) -> Result<Vec<Group>> {
     let drop = super::super::check_layers(request.layers, request.num_layers)?;
     if drop.len() != request.count {
@@ -36,8 +36,8 @@ pub(super) fn explicit(request: &mut SelectionRequest) -> Result<Vec<Group>> {
     Ok(with_neighbours(request, &drop, |_| None))
 }
 
-/// One group per dropped layer, in the given order, with the layer to finetune for it: the nearest kept one after it
-/// that no other has, else the nearest before; none when all kept ones are taken.
+/// One group per dropped layer, in the given order, with a layer to finetune: the nearest kept layer after it that is
+/// in no other group, otherwise the nearest before it; none if all kept layers are in other groups.
 pub(super) fn with_neighbours(
     request: &SelectionRequest,
     drop: &[usize],

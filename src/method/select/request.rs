@@ -22,15 +22,15 @@ pub struct Group {
     pub score: Option<f64>,
 }
 
-/// Measures losses of the model without some layers, on calibration data.
+/// Measures losses on calibration data for models without some layers.
 pub trait MeasureLosses {
-    /// Forward passes that one loss takes.
+    /// Number of forward passes for one loss.
     fn passes(&self) -> u64;
 
-    /// The loss without the layers of `removed` (ascending) and each of `candidates` in turn. `progress` is moved on by
-    /// [`MeasureLosses::passes`] for each of these.
+    /// The losses without `removed` (ascending) and each of `candidates` in turn. `progress` advances by
+    /// [`MeasureLosses::passes`] for each candidate.
     ///
-    /// Errors: whatever a pass fails with; `Error::Interrupted` on Ctrl-C.
+    /// Errors: those of a pass; `Error::Interrupted` on Ctrl-C.
     fn losses(&mut self, removed: &[usize], candidates: &[usize], progress: &Progress) -> Result<Vec<f64>>;
 }
 
@@ -40,7 +40,7 @@ pub struct SelectionRequest<'a, 'm> {
     pub num_layers: usize,
     /// Layers to drop.
     pub count: usize,
-    /// The last layer is left alone unless this is set.
+    /// Allows the last layer to be dropped or finetuned.
     pub include_last: bool,
     /// Lets `interlace-tn`, `random` and `consecutive` choose the last layer too, as the authors' released code does.
     pub as_released: bool,
@@ -48,13 +48,13 @@ pub struct SelectionRequest<'a, 'm> {
     pub beyond_structure: bool,
     /// Why these layers cannot be dropped together; `None` where they can.
     pub refusal: &'a dyn Fn(&[usize]) -> Option<String>,
-    /// Mean similarities by pack size; empty for strategies that need none.
+    /// Mean similarities by pack size; empty for strategies that do not use them.
     pub similarities: &'a Similarities,
     /// Seed of the `random` strategy.
     pub seed: u64,
-    /// Layers that the user named, for `explicit`.
+    /// The layers that the user listed, for `explicit`.
     pub layers: &'a [usize],
-    /// Measures losses for strategies that need them.
+    /// Measures losses, for strategies that use them.
     pub measure: Option<&'m mut dyn MeasureLosses>,
 }
 
@@ -74,12 +74,12 @@ impl SelectionRequest<'_, '_> {
         (self.refusal)(layers).is_none()
     }
 
-    /// Number of packs of `size` layers that hold only usable layers.
+    /// Number of packs of `size` layers that contain only usable layers.
     pub(super) fn starts(&self, size: usize) -> usize {
         (self.usable() + 1).saturating_sub(size)
     }
 
-    /// Mean similarity of the pack of `size` layers from `start`; `select` has checked the lengths.
+    /// Mean similarity of the pack of `size` layers from `start` on; `select` has checked the lengths.
     pub(super) fn sim(&self, size: usize, start: usize) -> f64 {
         self.similarities.get(&size).and_then(|values| values.get(start)).copied().unwrap_or(f64::NEG_INFINITY)
     }

@@ -55,7 +55,7 @@ fn interlace_takes_the_best_triplets_that_do_not_overlap() {
     assert_eq!(shape(&select("interlace", 2).unwrap()), want[..2]);
 }
 
-/// Layers 3 and 7 cannot be dropped by themselves; 7 can once 8 is gone.
+/// Layer 3 cannot be dropped alone, nor 7 without 8.
 fn without_three(layers: &[usize]) -> Option<String> {
     let refused = |layer: usize| layers.contains(&layer) && !(layer == 7 && layers.contains(&8));
     (refused(3) || refused(7)).then(|| "layer 3: its keys are read by layer 9".to_string())
@@ -80,7 +80,7 @@ fn layers_that_cannot_be_dropped_are_never_chosen() {
             }
         }
     }
-    // The triplet at 3 drops 4 instead, the one at 6 drops 6.
+    // The triplet at 3 drops 4 instead of 3, the one at 6 drops 6.
     let mut asked = SelectionRequest { refusal: &without_three, ..request(&similarities, 3) };
     let groups = Strategy::named("interlace").unwrap().select(&mut asked).unwrap();
     let want = vec![(vec![4], vec![3], Some(5)), (vec![6], vec![7], Some(8)), (vec![1], vec![0], Some(2))];
@@ -213,7 +213,7 @@ fn consecutive_takes_one_block_that_fits() {
     assert!(select("consecutive", 5).unwrap_err().to_string().contains("4 at most"));
 }
 
-/// sim_1 in order: 5, 2, 7, 1. Partners: 1 has 3 (2 goes), 2 has 4, 5 has 6, 7 has 8.
+/// sim_1 in order: 5, 2, 7, 1. Finetuned layers: 3 for 1 (2 is dropped), 4 for 2, 6 for 5, 8 for 7.
 #[test]
 fn shortgpt_drops_the_least_influential_layers() {
     let groups = select("shortgpt", 4).unwrap();
@@ -256,7 +256,7 @@ impl<F: Fn(&[usize]) -> f64> MeasureLosses for Formula<F> {
     }
 }
 
-/// The sum of the layers' costs, plus 1 when both 1 and 2 are gone.
+/// The sum of the layers' costs, plus 1 when both 1 and 2 are removed.
 fn costs(removed: &[usize]) -> f64 {
     let costs = [0.9, 0.1, 0.2, 0.5, 0.3, 0.9, 0.9, 0.9, 0.9, 0.0];
     let both = removed.contains(&1) && removed.contains(&2);
@@ -274,21 +274,23 @@ fn sleb_measures_again_after_each_removal() {
     assert_eq!(measure.calls, 9 + 8);
 }
 
-/// Costs ascend as 1 (0.1), 2 (0.2), 4 (0.3), 3 (0.5). After 1 its neighbours 0 and 2 are out; after 4 also 3 and 5.
+/// Costs ascend as 1 (0.1), 2 (0.2), 4 (0.3), 3 (0.5). Dropping 1 excludes its neighbours 0 and 2;
+/// dropping 4 excludes 3 and 5.
 #[test]
 fn interlace_loss_leaves_the_neighbours_of_what_went() {
     let similarities = Similarities::new();
     let mut measure = Formula { loss: costs, calls: 0 };
     let mut asked = SelectionRequest { measure: Some(&mut measure), ..request(&similarities, 3) };
     let groups = Strategy::named("interlace-loss").unwrap().select(&mut asked).unwrap();
-    // 6, 7 and 8 cost the same: the lower index goes. Partners stand where every group has an anchor.
+    // 6, 7 and 8 have equal costs, so the lower index is dropped. The finetuned layers are on the sides
+    // that leave room for anchors.
     let want = vec![(vec![1], vec![0], Some(2)), (vec![4], vec![3], Some(5)), (vec![6], vec![7], Some(8))];
     assert_eq!(shape(&groups), want);
     assert_eq!(groups[1].score, Some(0.4));
     assert_eq!(measure.calls, 9 + 6 + 3);
 }
 
-/// Seven of the first fifteen layers fit only as pairs and one layer besides, so no choice may use room up.
+/// Seven dropped layers fit into fifteen only as adjacent pairs with one layer left, so no choice may waste a layer.
 #[test]
 fn interlace_loss_leaves_room_for_what_is_still_to_go() {
     let similarities = Similarities::new();
@@ -389,7 +391,7 @@ proptest! {
             let Some(groups) = groups else { continue };
             let drop: Vec<usize> = groups.iter().flat_map(|group| group.drop.clone()).collect();
             prop_assert_eq!(drop.len(), count, "{}", strategy.name);
-            // `Plan::new` refuses a layer in two roles or outside the model.
+            // `Plan::new` rejects a layer with two roles or outside the model.
             let head = crate::base::Provenance::new(1, BTreeMap::new(), &()).unwrap();
             let plan = crate::method::Plan::new(head, strategy.name, num_layers, groups.clone()).unwrap();
             prop_assert_eq!(plan.drop.len(), count);

@@ -1,15 +1,15 @@
-//! Sets of dropped layers that fit INTERLACE's structure, with the neighbours to finetune.
+//! Sets of dropped layers that follow INTERLACE's structure, with the neighbours to finetune.
 //!
-//! A stack of layers is laid out with pairs (dropped, finetuned) or (finetuned, dropped), anchors behind pairs, and
-//! frozen layers; two dropped layers are never adjacent.
+//! A stack of layers is tiled with pairs (dropped, finetuned) or (finetuned, dropped), anchors after pairs, and frozen
+//! layers. Two dropped layers are never adjacent.
 
 use super::request::Group;
 
-/// One piece of the layout, from its first layer on.
+/// One piece of a tiling.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Piece {
     Frozen,
-    /// A frozen layer behind a pair.
+    /// A frozen layer after a pair.
     Anchor,
     /// Dropped, then finetuned.
     DropFirst,
@@ -17,7 +17,7 @@ enum Piece {
     DropSecond,
 }
 
-/// Every piece, its number of layers, and the place of its dropped one.
+/// Every piece, its number of layers, and the index of the dropped layer in it.
 const PIECES: &[(Piece, usize, Option<usize>)] = &[
     (Piece::Frozen, 1, None),
     (Piece::Anchor, 1, None),
@@ -26,7 +26,7 @@ const PIECES: &[(Piece, usize, Option<usize>)] = &[
 ];
 
 impl Piece {
-    /// True when this piece may stand behind that one.
+    /// True when this piece may follow `before`.
     fn follows(self, before: Option<Piece>) -> bool {
         match self {
             Piece::Anchor => matches!(before, Some(Piece::DropFirst | Piece::DropSecond)),
@@ -36,7 +36,7 @@ impl Piece {
     }
 }
 
-/// Criteria by which a layout is chosen, the more important first.
+/// Criteria for the choice of a tiling, the most important first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 struct Worth {
     drops: usize,
@@ -44,7 +44,7 @@ struct Worth {
     drop_first: usize,
 }
 
-/// A layout of layers.
+/// A tiling of layers.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Tiling {
     /// Pieces with their first layer, ascending.
@@ -57,7 +57,7 @@ impl Tiling {
         self.worth.drops
     }
 
-    /// A group for each pair, ascending.
+    /// One group per pair, ascending.
     pub(super) fn into_groups(self) -> Vec<Group> {
         let mut groups: Vec<Group> = Vec::new();
         for (start, piece) in self.pieces {
@@ -78,11 +78,12 @@ impl Tiling {
     }
 }
 
-/// The best layout of as many layers as `free` has in which all of `dropped` go: with `more`, one that drops as many as can
-/// go besides, of those that `free` says may; without, exactly these, with as many anchors as there is room for. `None` when there is no such layout.
+/// The best tiling of `free.len()` layers that drops all of `dropped`; `None` if there is none. With `more`, the tiling
+/// also drops as many layers as possible among those for which `free` is true; without it, the tiling drops exactly
+/// `dropped` and has as many anchors as possible.
 pub(super) fn tile(free: &[bool], dropped: &[usize], more: bool) -> Option<Tiling> {
     let layers = free.len();
-    // For each number of layers laid out, the best layout that ends in each piece.
+    // For each number of tiled layers, the best tiling that ends with each piece.
     let mut best: Vec<Vec<Tiling>> = vec![Vec::new(); layers + 1];
     best[0].push(Tiling::default());
     for start in 0..layers {
@@ -131,9 +132,9 @@ mod tests {
     #[test]
     fn partners_stand_behind_what_goes_and_anchors_behind_both_where_there_is_room() {
         assert_eq!(groups(9, &[1, 5]).unwrap(), [(1, 2, Some(3)), (5, 6, Some(7))]);
-        // 3 and 5: (3 4) leaves no anchor before 5; (2 3) lets 4 be one.
+        // Dropped 3 and 5: the pair (3 4) leaves no anchor before 5; the pair (2 3) lets 4 be an anchor.
         assert_eq!(groups(9, &[3, 5]).unwrap(), [(3, 2, Some(4)), (5, 6, Some(7))]);
-        // The last layer has only the one before it.
+        // The last layer has a neighbour on one side only.
         assert_eq!(groups(4, &[0, 3]).unwrap(), [(0, 1, None), (3, 2, None)]);
         assert_eq!(groups(5, &[0, 2, 4]), None);
         assert_eq!(groups(6, &[0, 2, 4]).unwrap(), [(0, 1, None), (2, 3, None), (4, 5, None)]);
@@ -148,13 +149,13 @@ mod tests {
         // Pairs on both sides of a single frozen layer.
         assert_eq!(most(5, &[2]), Some(2));
         assert_eq!(most(4, &[1, 2]), None);
-        // Of 0 to 4, where only 1 and 4 may go.
+        // Layers 0 to 4, of which only 1 and 4 are droppable.
         let free = [false, true, false, false, true];
         assert_eq!(tile(&free, &[], true).map(|tiling| tiling.drops()), Some(2));
         assert_eq!(tile(&free[..4], &[], true).map(|tiling| tiling.drops()), Some(1));
     }
 
-    /// Every set of dropped layers of up to ten, against the definition tried out in full.
+    /// Every set of dropped layers in stacks of up to ten, compared with an exhaustive search by the definition.
     #[test]
     fn sets_fit_when_neighbours_can_be_given_out() {
         for layers in 2..=10usize {

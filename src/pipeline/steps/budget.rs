@@ -1,4 +1,4 @@
-//! Budgets: the fewest layers to drop for a model to be small or fast enough.
+//! Budgets: the smallest number of dropped layers for a model that is small or fast enough.
 
 use std::collections::HashSet;
 
@@ -11,11 +11,11 @@ use crate::onnx;
 /// Parameters and bytes of a model's parts, each component in its most precise variant.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ModelCosts {
-    /// Elements of all weights; one that several nodes read counts once.
+    /// Elements of all weights; a weight with several readers counts once.
     pub parameters: u64,
     /// Bytes of the files.
     pub size_bytes: u64,
-    /// Cost of each decoder layer: the weights that no other layer reads.
+    /// Cost of each decoder layer: the weights that only this layer reads.
     pub layers: Vec<LayerCost>,
 }
 
@@ -35,11 +35,11 @@ pub struct Remaining {
     pub parameters: u64,
     /// Bytes of all files of the model.
     pub size_bytes: u64,
-    /// The decoder's ideal: all layers over those that stay.
+    /// Ideal decoder speed-up: all layers over the kept ones.
     pub speedup: f64,
 }
 
-/// A bound that the pruned model must keep.
+/// A limit for the pruned model.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Budget {
     /// At most this many parameters.
@@ -51,7 +51,7 @@ pub enum Budget {
 }
 
 impl ModelCosts {
-    /// Weighs the decoder that was analysed and the components beside it.
+    /// The costs of the analysed decoder and of the other components.
     ///
     /// Errors: those of reading the files.
     pub fn of(bundle: &Bundle, analysis: &Analysis) -> Result<Self> {
@@ -100,7 +100,7 @@ fn parameters(body: &Body) -> u64 {
 }
 
 impl Budget {
-    /// True when what remains keeps the bound.
+    /// True when the remaining model is within the limit.
     pub fn is_met(self, remaining: Remaining) -> bool {
         match self {
             Budget::Params(most) => remaining.parameters <= most,
@@ -109,9 +109,11 @@ impl Budget {
         }
     }
 
-    /// The fewest layers with which the bound can be kept: those that weigh most. The last layer stays.
+    /// The smallest number of layers that can satisfy the limit, when the most expensive ones are dropped. The last
+    /// layer is kept.
     ///
-    /// Errors: `Error::Invalid` when the model keeps it as it is, or cannot keep it, with the most that can be reached.
+    /// Errors: `Error::Invalid` when the model is within the limit already, or when the limit cannot be reached (naming
+    /// the best possible value).
     pub fn least_count(self, costs: &ModelCosts) -> Result<usize> {
         let mut heaviest: Vec<usize> = (0..costs.layers.len().saturating_sub(1)).collect();
         heaviest.sort_by_key(|&layer| {
@@ -133,11 +135,11 @@ impl Budget {
                     self.of(costs.without(&heaviest))
                 ),
             )
-            .remedy("ask for less; what is beside the decoder's layers stays")),
+            .remedy("set a weaker limit: only decoder layers can be dropped")),
         }
     }
 
-    /// Name of the bounded quantity in messages.
+    /// The limited quantity of the remaining model, for messages.
     fn of(self, remaining: Remaining) -> String {
         match self {
             Budget::Params(_) => format!("{} parameters", human_count(remaining.parameters)),
@@ -161,7 +163,7 @@ impl std::fmt::Display for Budget {
 mod tests {
     use super::*;
 
-    /// Embeddings and head of 100 parameters, layers of 10, 10, 40 and 10, four bytes each.
+    /// Embeddings and head of 100 parameters; layers of 10, 10, 40 and 10; four bytes each.
     fn costs() -> ModelCosts {
         let layers = [10, 10, 40, 10].map(|parameters| LayerCost { parameters, size_bytes: 4 * parameters });
         ModelCosts { parameters: 170, size_bytes: 680, layers: layers.to_vec() }

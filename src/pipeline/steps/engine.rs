@@ -13,9 +13,9 @@ use crate::data::{Benchmark, ImageSettings};
 use crate::eval::{EvalOptions, Judge, LoadedModel, PromptStyle};
 use crate::runtime::{Decoder, FeatureCache, Runtime, SessionOptions, VlmSession};
 
-/// Bytes of image features kept between models and questions: those of 256 pictures with 256 tokens of width 1,024.
+/// Limit in bytes on image features that models and questions share: 256 pictures with 256 tokens of width 1,024.
 const FEATURE_CACHE_BYTES: usize = 256 << 20;
-/// Seed of the bootstrap, the same in all verbs, so that reports agree.
+/// Seed of the bootstrap, equal in all verbs, so that reports agree.
 pub(super) const BOOTSTRAP_SEED: u64 = 42;
 
 /// Settings of a benchmark run.
@@ -45,7 +45,7 @@ impl Default for EvalSettings {
     }
 }
 
-/// ONNX Runtime on a device, and what its models share.
+/// ONNX Runtime on a device, and the cache that its models share.
 pub struct Engine {
     pub(super) runtime: Runtime,
     pub(super) cache: Arc<FeatureCache>,
@@ -70,14 +70,14 @@ impl Engine {
         self.peers.as_deref().map(|peers| peers as &dyn Peers)
     }
 
-    /// Loads a model; image features are shared between models.
+    /// Loads a model. Models share image features.
     ///
     /// Errors: as `LoadedModel::open`.
     pub fn load(&self, model: &Path, images: &ImageSettings) -> Result<LoadedModel> {
         LoadedModel::open(model, &self.runtime, &SessionOptions::default(), &self.cache, images)
     }
 
-    /// Loads a model that predicts what it is given, which may be ready tensors.
+    /// Loads a model for perplexity; its inputs may be ready tensors.
     ///
     /// Errors: as `VlmSession::open`.
     pub fn load_to_predict(&self, bundle: &Bundle) -> Result<VlmSession> {
@@ -89,7 +89,7 @@ impl Engine {
     }
 }
 
-/// Digests of the models and of the benchmark, as a report's provenance names them.
+/// Digests of the models and of the benchmark, in the form of a report's provenance.
 ///
 /// Errors: as `Bundle::open` and `Benchmark::digest`.
 pub(super) fn digests(

@@ -1,4 +1,4 @@
-//! Evaluates a model on a benchmark, or its perplexity on running text, and compares it with a baseline.
+//! Evaluates a model on a benchmark or its perplexity on running text, and compares it with a baseline.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -40,7 +40,7 @@ impl Engine {
     }
 }
 
-/// Answers a benchmark with a model, and with a baseline to say what the model keeps of it.
+/// Answers a benchmark with a model and, optionally, with a baseline for the retention.
 ///
 /// Errors: as `Engine::answer`.
 pub fn eval(
@@ -137,8 +137,8 @@ impl TextSettings {
 /// Perplexity of a model on running text, answers or ready tensors, and of a baseline to say what the model keeps of it.
 /// Each model reads the data with its own tokenizer and processor.
 ///
-/// Errors: as `LoadedModel::open`, `Dataset::open_for` and `perplexity`; `Error::Invalid` when the two models' tokenizers
-/// cut the text differently.
+/// Errors: as `LoadedModel::open`, `Dataset::open_for` and `perplexity`; `Error::Invalid` when the two models'
+/// tokenizers split the text differently.
 pub fn eval_text(
     engine: &Engine,
     model: &Path,
@@ -165,9 +165,9 @@ pub fn eval_text(
     Ok(TextReport { provenance, model: scores, baseline: base, retention })
 }
 
-/// Writes the answers of a report beside their questions: as JSON lines, or, where the file's name ends in `.tsv`, as
-/// VLMEvalKit keeps predictions, the benchmark's columns but for the picture and `prediction` behind them, every cell
-/// quoted. In a folder the file is `MODEL_BENCHMARK.tsv`, where VLMEvalKit looks for a model's predictions.
+/// Writes the answers of a report with their questions. The format is JSON lines or, for a file name with `.tsv`, that
+/// of VLMEvalKit's predictions: the benchmark's columns without the picture, then `prediction`, with every cell quoted.
+/// In a folder the file is `MODEL_BENCHMARK.tsv`, where VLMEvalKit looks for a model's predictions.
 ///
 /// Errors: those of reading the benchmark and of writing the file.
 pub fn write_predictions(path: &Path, data: &Path, scores: &ModelScores) -> Result<()> {

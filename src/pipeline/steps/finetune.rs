@@ -52,15 +52,15 @@ pub struct Finetune<'a> {
     pub subset: Subset,
     /// Losses, optimiser, schedule and stages.
     pub settings: &'a Settings,
-    /// Device on which the trained layers are computed.
+    /// Device of the trained layers.
     pub device: Device,
     /// Folder for checkpoints, metrics and the report.
     pub work: &'a Path,
     /// Continues from the newest checkpoint in `work`.
     pub resume: bool,
-    /// The processes that share the samples of every step; all of them see `work`.
+    /// The processes that share the samples of every step. All of them can read and write `work`.
     pub ranks: Option<&'a Ranks>,
-    /// What the run may take of the machine.
+    /// Limits on memory and pass size.
     pub limits: Limits,
     /// Vision features by picture, shared with other steps.
     pub features: &'a Arc<FeatureCache>,
@@ -76,16 +76,16 @@ struct Recorded<'a> {
     settings: &'a Settings,
 }
 
-/// Default folder of a run's checkpoints and metrics: `OUT.work` beside `OUT`.
+/// Default folder of a run's checkpoints and metrics: `OUT.work` next to `OUT`.
 pub fn default_work_folder(target: &Path) -> PathBuf {
     let mut name = target.file_name().unwrap_or_default().to_os_string();
     name.push(".work");
     target.with_file_name(name)
 }
 
-/// Decides a run and does nothing.
+/// Computes the plan of a run without running it.
 ///
-/// Errors: as [`finetune`], for what does not need all data to be read.
+/// Errors: as [`finetune`], except those that require reading all data.
 pub fn plan_finetune(request: &Finetune) -> Result<RunPlan> {
     let bundle = Bundle::open(request.model)?;
     let roles = Roles::of(&bundle, request)?;
@@ -148,9 +148,9 @@ fn training<'a>(request: &'a Finetune, roles: &'a Roles, bundle: &'a Bundle, dat
 
 /// Trains layers of the model and writes the result as a new folder.
 ///
-/// Errors: `Error::Invalid` when the model was not pruned with this plan, a layer does not exist, no loss teaches a whole
-/// model anything, the data holds nothing to learn from, or the target exists; `Error::Unsupported` when other precision variants of the decoder would keep their old weights;
-/// `Error::Interrupted` on Ctrl-C, a checkpoint left in the work folder. Nothing is left under the target's name then.
+/// Errors: `Error::Invalid` when the model was not pruned with this plan, no sample has tokens to train on, or the
+/// target exists; `Error::Unsupported` when other precision variants of the decoder would keep their old weights;
+/// `Error::Interrupted` on Ctrl-C, with a checkpoint in the work folder. On an error the target does not exist.
 pub fn finetune(
     request: &Finetune,
     target: &Path,
@@ -178,7 +178,7 @@ pub fn finetune(
     let training = training(request, &roles, &bundle, &data);
     let is_new = !request.work.exists();
     let outcome = crate::finetune::finetune_with_teacher(&training, teacher.as_ref(), cancel, observer);
-    // What was refused has nothing to go on from.
+    // A rejected run has no state from which to continue.
     if let Err(Error::Invalid { .. } | Error::Unsupported { .. }) = &outcome
         && is_new
         && request.work.exists()
@@ -187,7 +187,7 @@ pub fn finetune(
     }
     let outcome = outcome?;
     let Some(mut writer) = writer else {
-        // The first process writes the model; all have the same.
+        // The first process writes the model, since all have the same weights.
         let own = training.own_work();
         fs::remove_dir_all(&own).map_err(|e| Error::io("remove", &own, e))?;
         return Ok(outcome.report);
@@ -288,7 +288,7 @@ fn of_whole_model(settings: Settings) -> Result<Settings> {
         .remedy("take a recipe with a loss on the answers, as `--recipe paper`"))
 }
 
-/// The folder's own record must say that it was pruned as the plan says.
+/// Checks that the folder's record agrees with the plan.
 fn check_plan(bundle: &Bundle, plan: &Plan) -> Result<()> {
     let subject = || format!("`{}`", bundle.root().display());
     let history = bundle.record()?.map(|record| record.history).unwrap_or_default();

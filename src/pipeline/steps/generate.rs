@@ -1,4 +1,4 @@
-//! Answers a question of the user, or every prompt of a data set.
+//! Answers a user's question, or every prompt of a data set.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ use crate::runtime::{Sampler, VlmSettings};
 use super::engine::Engine;
 use super::needs::{Work, check};
 
-/// Longest answer in tokens where neither the user nor the model's config sets one.
+/// Longest answer in tokens when neither the user nor the model's config sets one.
 const DEFAULT_MAX_TOKENS: usize = 256;
 
 /// A question.
@@ -38,13 +38,13 @@ pub struct Question {
 /// Settings of decoding.
 #[derive(Clone, Debug)]
 pub struct Decoding {
-    /// Longest answer in tokens; `None` takes the model's own setting.
+    /// Longest answer in tokens; `None` uses the model's own setting.
     pub max_tokens: Option<usize>,
-    /// Sampling temperature, 0 or more; 0 takes the most likely token at each step.
+    /// Sampling temperature, 0 or more; 0 selects the most probable token at each step.
     pub temperature: f32,
-    /// Nucleus: tokens are drawn among the most likely ones whose probabilities add up to this, above 0 and at most 1.
+    /// Nucleus: tokens are sampled among the most probable ones whose probabilities sum to this, above 0 and at most 1.
     pub top_p: f32,
-    /// Seed of the draws; unused at temperature 0.
+    /// Seed of the sampling; unused at temperature 0.
     pub seed: u64,
 }
 
@@ -53,10 +53,11 @@ impl Decoding {
         Sampler::new(self.temperature, self.top_p, self.seed)
     }
 
-    /// The longest answer, in tokens, to a prompt of so many.
+    /// The longest answer, in tokens, to a prompt of `prompt` tokens. The model's own setting or the default is reduced
+    /// to the remaining context.
     ///
-    /// Errors: `Error::Invalid` naming the prompt when it, or what the user asked for behind it, is longer than the model's
-    /// positions. The model's own setting, or the default, is cut to them.
+    /// Errors: `Error::Invalid` naming the prompt when the prompt, alone or with the requested answer length, exceeds
+    /// the model's context.
     fn limit(&self, settings: &VlmSettings, id: &str, prompt: usize) -> Result<usize> {
         let own = settings.max_new_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
         let Some(positions) = settings.context_tokens else { return Ok(self.max_tokens.unwrap_or(own)) };
@@ -100,9 +101,9 @@ pub struct Generations {
     pub answers: Vec<Generation>,
 }
 
-/// Answers a question with a model; `on_text` is given each piece of the answer as soon as it is known.
+/// Answers a question with a model. Calls `on_text` with each piece of the answer as soon as it is complete.
 ///
-/// Errors: as `LoadedModel::open`; `Error::Invalid` when a picture does not decode or the model does not take the
+/// Errors: as `LoadedModel::open`; `Error::Invalid` when a picture cannot be decoded or the model does not support the
 /// question; `Error::Engine` when a run fails; `Error::Interrupted` when the user asked to stop.
 pub fn generate(
     engine: &Engine,
@@ -141,7 +142,7 @@ pub fn generate(
         first.get_or_insert_with(Instant::now);
         ids.push(token);
         let text = processor.decode(&ids)?;
-        // A letter may take several tokens; until its last one the text ends in a replacement character.
+        // A letter may consist of several tokens; until the last one the text ends with a replacement character.
         if let Some(piece) = text.strip_prefix(&shown).filter(|_| !text.ends_with('\u{fffd}')) {
             on_text(piece)?;
             shown = text;
@@ -170,8 +171,8 @@ struct Line<'a> {
     answer: &'a str,
 }
 
-/// Answers the last question of every sample of a data set, as JSON lines of `id` and `answer`. At temperature 0 samples
-/// share batches; gives their number, and the samples that were left out.
+/// Answers the last question of every sample of a data set and writes JSON lines of `id` and `answer`. At temperature
+/// 0, samples share batches. Returns the number of answers and the samples that were left out.
 ///
 /// Errors: as `generate`, `Dataset::open_for` and `Intake::encoded`.
 pub fn generate_all(
@@ -234,7 +235,7 @@ pub fn generate_all(
     Ok((written, intake.left_out()))
 }
 
-/// Prints as it comes, for a person who watches.
+/// Prints text immediately, without waiting for the end of the line.
 ///
 /// Errors: `Error::Io` when standard output cannot be written.
 pub fn print_text(text: &str) -> Result<()> {
@@ -242,7 +243,7 @@ pub fn print_text(text: &str) -> Result<()> {
     out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(|e| Error::io("write", "standard output", e))
 }
 
-/// Checks that a model can answer questions, before anything is loaded.
+/// Checks that a model can answer questions, before it is loaded.
 ///
 /// Errors: as `steps::check_needs`.
 pub fn check_answers(model: &Path) -> Result<()> {

@@ -159,7 +159,7 @@ pub struct VisionInfo {
     pub problem: Option<String>,
 }
 
-/// The decoder component that layers are counted in: prefill and decode in one graph, or else the prefill graph.
+/// The decoder component in which layers are counted: prefill and decode in one graph, or otherwise the prefill graph.
 ///
 /// Errors: `Error::Invalid` when the model has no decoder.
 pub fn decoder(bundle: &Bundle) -> Result<&Component> {
@@ -171,8 +171,8 @@ pub fn decoder(bundle: &Bundle) -> Result<&Component> {
 
 /// Layers of the decoder's graph, checked against the config.
 ///
-/// Errors: `Error::Unsupported` when the graph has no layers that are understood; `Error::Invalid` when the config says
-/// another number of them.
+/// Errors: `Error::Unsupported` when no layers are found in the graph; `Error::Invalid` when the config has another
+/// number of layers.
 pub fn decoder_analysis(bundle: &Bundle) -> Result<Analysis> {
     let component = decoder(bundle)?;
     let analysis = analysis::analyse(&onnx::load(&bundle.path_of(component))?)?;
@@ -192,10 +192,11 @@ fn check_count(bundle: &Bundle, component: &Component, found: usize) -> Result<(
     }
 }
 
-/// Looks at every component.
+/// Describes every component.
 ///
-/// Errors: `Error::Invalid` and `Error::Unsupported` when the most precise variant of a component does not load, the decoder has no layers that are
-/// understood, or config and graph disagree. A vision tower that is not understood is reported, not refused.
+/// Errors: `Error::Invalid` and `Error::Unsupported` when the most precise variant of a component does not load, no
+/// layers are found in the decoder, or config and graph disagree. A vision tower without recognised layers is reported
+/// and is not an error.
 pub fn inspect(bundle: &Bundle) -> Result<Inspection> {
     let history = bundle.record()?.map(|record| record.history).unwrap_or_default();
     let decoder = decoder(bundle)?;
@@ -330,7 +331,8 @@ fn taps(analysis: &Analysis) -> Vec<TapInfo> {
     .collect()
 }
 
-/// An output's name. Branches of an `If` name their outputs for themselves; the model's own names are those of the `If`.
+/// An output's name. The branches of an `If` have names of their own; the model's names are
+/// those of the `If`'s outputs.
 fn outer_name(analysis: &Analysis, output: ValueId) -> String {
     let graph = &analysis.model.graph;
     let outer = || {

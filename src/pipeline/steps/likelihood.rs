@@ -1,4 +1,4 @@
-//! How likely a model holds the right answers of a benchmark to be.
+//! Likelihood of a benchmark's right answers under a model.
 
 use std::path::Path;
 
@@ -38,11 +38,10 @@ impl LikelihoodReport {
 }
 
 impl Engine {
-    /// Log-likelihood of every question's right answer, given the prompt that the model would answer.
+    /// Log-likelihood of every question's right answer, given the prompt of `eval`.
     ///
     /// Errors: those of `Processor::encode_conversation` and `answer_likelihoods`; `Error::Unsupported` for a benchmark
-    /// without right answers; `Error::Invalid` naming a row without
-    /// question or answer.
+    /// without right answers; `Error::Invalid` naming a row without a question or answer.
     pub fn likelihood(
         &self,
         model: &Path,
@@ -53,7 +52,7 @@ impl Engine {
     ) -> Result<Likelihood> {
         let name = benchmark_name(data);
         if needs_judge(&name) {
-            let problem = "has no right answers: a language model judges what is said";
+            let problem = "has no right answers: a language model judges its answers";
             return Err(Error::unsupported(format!("benchmark `{name}`"), problem)
                 .remedy("look at its scores, or take a benchmark with answers"));
         }
@@ -103,9 +102,9 @@ fn answered(benchmark: &Benchmark, name: &str, row: &BenchRow, style: PromptStyl
     Ok(Sample { index: 0, id, images, system: None, turns: vec![turn], text: None, tensors: None })
 }
 
-/// What a model keeps of a baseline's likelihood per answer token.
+/// Retention of a baseline's likelihood per answer token.
 ///
-/// Errors: `Error::Invalid` when the two did not read the same answers.
+/// Errors: `Error::Invalid` when the two have different answers.
 pub fn compare_likelihoods(model: &Likelihood, baseline: &Likelihood) -> Result<Interval> {
     let key = |likelihood: &Likelihood| -> Vec<(String, u64)> {
         likelihood.answers.iter().map(|answer| (answer.index.clone(), answer.tokens)).collect()
@@ -119,7 +118,7 @@ pub fn compare_likelihoods(model: &Likelihood, baseline: &Likelihood) -> Result<
     Ok(kept_likelihood(&rows, BOOTSTRAP_SEED))
 }
 
-/// Likelihoods of a model and of a baseline, without an answer from either.
+/// Likelihoods of a model and of a baseline, without generating answers.
 ///
 /// Errors: as [`Engine::likelihood`] and [`compare_likelihoods`].
 pub fn eval_likelihood(

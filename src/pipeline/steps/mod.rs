@@ -1,10 +1,11 @@
-//! One function per verb, shared by the command line and by runs.
+//! One function per verb, used by the command line and by runs.
 
 mod budget;
 mod engine;
 mod eval;
 mod finetune;
 mod generate;
+mod graft;
 mod inspect;
 mod likelihood;
 mod needs;
@@ -16,6 +17,7 @@ pub use engine::{Engine, EvalSettings};
 pub use eval::{TextSettings, compared, eval, eval_text, write_predictions};
 pub use finetune::{FINETUNE_REPORT, Finetune, Trained, default_work_folder, finetune, plan_finetune};
 pub use generate::{Decoding, Generation, Generations, Question, check_answers, generate, generate_all, print_text};
+pub use graft::{Graft, graft, plan_graft};
 pub use inspect::{Inspection, LayerInfo, TapInfo, VisionInfo, decoder, decoder_analysis, inspect};
 pub use likelihood::{LikelihoodReport, compare_likelihoods, eval_likelihood};
 pub use needs::{NEEDS, Need, Work, check as check_needs, warnings};

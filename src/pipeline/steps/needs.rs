@@ -1,4 +1,4 @@
-//! Requirements of each kind of work on a model's decoder, checked before the work begins.
+//! Requirements of each verb on a model's decoder, checked before the work begins.
 
 use std::path::Path;
 
@@ -8,16 +8,16 @@ use crate::bundle::{Bundle, Component, Role};
 use crate::data::{Dataset, Processor};
 use crate::onnx;
 
-/// Work on a model's decoder.
+/// Kind of work with a model's decoder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Work {
     /// Similarities of layers.
     Score,
-    /// Losses without layers, for strategies that measure them.
+    /// Losses without layers, for strategies that select by loss.
     MeasureLosses,
-    /// Training on losses that look at answers.
+    /// Training with losses on answers.
     FinetuneOnAnswers,
-    /// Training on the dense model's stream alone.
+    /// Training with losses on the dense model's stream alone.
     FinetuneOnStream,
     /// Answers to questions.
     Answer,
@@ -32,15 +32,15 @@ pub enum Work {
 pub enum Need {
     /// A residual stream with layers.
     Layers,
-    /// Logits for every position that is fed.
+    /// Logits for every input position.
     EveryPosition,
-    /// Cache inputs, so that a step continues the earlier ones.
+    /// Cache inputs, so that a step can continue the earlier ones.
     Cache,
-    /// One decoder graph: others beside it would keep their old weights.
+    /// A single decoder graph: a second one would keep its old weights.
     OneDecoder,
 }
 
-/// The table.
+/// Requirements by kind of work.
 pub const NEEDS: &[(Work, &[Need])] = &[
     (Work::Score, &[Need::Layers]),
     (Work::MeasureLosses, &[Need::Layers, Need::EveryPosition]),
@@ -52,7 +52,7 @@ pub const NEEDS: &[(Work, &[Need])] = &[
 ];
 
 impl Work {
-    /// The requirement.
+    /// The requirements of this work.
     pub fn needs(self) -> &'static [Need] {
         NEEDS.iter().find(|(work, _)| *work == self).map_or(&[], |(_, needs)| needs)
     }
@@ -69,9 +69,9 @@ impl Work {
     }
 }
 
-/// Refuses a model that lacks what the work needs.
+/// Rejects a model that does not meet the requirements of the work.
 ///
-/// Errors: `Error::Unsupported` naming the component, what was found and what is needed; as `onnx::load`.
+/// Errors: `Error::Unsupported` naming the component, its property and the requirement; as `onnx::load`.
 pub fn check(bundle: &Bundle, work: Work) -> Result<()> {
     let component = bundle.require(Role::Decoder)?;
     if work.needs().contains(&Need::OneDecoder) {
@@ -96,7 +96,7 @@ pub fn check(bundle: &Bundle, work: Work) -> Result<()> {
     Ok(())
 }
 
-/// Warnings about a model before it reads data.
+/// Warnings about a model, before it reads data.
 pub fn warnings(bundle: &Bundle, data: &Path) -> Vec<String> {
     if Dataset::is_tensors(data) {
         return Vec::new();
@@ -113,7 +113,7 @@ fn wanted(need: Need) -> &'static str {
     }
 }
 
-/// Problem and remedy.
+/// Problem and remedy, when the decoder does not meet the requirement.
 fn lacks(analysis: &Analysis, need: Need) -> Option<(String, &'static str)> {
     match need {
         Need::EveryPosition => Some((

@@ -1,4 +1,4 @@
-//! Makes a plan from scores.
+//! Creates a plan from scores.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
@@ -62,19 +62,19 @@ pub struct PlanSettings {
     pub beyond_structure: bool,
 }
 
-/// Losses for a strategy that measures them, with the digest of the data that they are measured on and the samples.
+/// Losses for a strategy that uses them, with their samples and the digest of their data.
 pub struct Losses<'m> {
     /// Digest of the calibration data.
     pub data: Sha256Digest,
     /// Ids of the samples.
     pub samples: Vec<String>,
-    /// Samples that were drawn and could not be used, by reason.
+    /// Samples that were drawn but could not be used, by reason.
     pub left_out: LeftOut,
     /// Computes the loss of a decoder without given layers.
     pub measure: &'m mut dyn MeasureLosses,
 }
 
-/// The model that a plan is for.
+/// The model of a plan.
 pub struct PlannedModel {
     /// Digest over the model's files.
     pub digest: Sha256Digest,
@@ -84,14 +84,14 @@ pub struct PlannedModel {
     pub costs: ModelCosts,
     bundle: Bundle,
     analysis: Analysis,
-    /// Sets of layers that were asked for, and why they cannot be dropped.
+    /// Sets of layers checked so far, with the reason why they cannot be dropped, if any.
     refusals: Mutex<BTreeMap<Vec<usize>, Option<String>>>,
-    /// Layers behind which the graph changes the residual stream, with the inputs that come in there (DeepStack).
+    /// Layers after which the graph changes the residual stream, with the graph inputs that are read there (DeepStack).
     additions: Vec<(usize, Vec<String>)>,
 }
 
 impl PlannedModel {
-    /// Looks at a model's decoder and weighs its components.
+    /// Analyses a model's decoder and computes the costs of its components.
     ///
     /// Errors: as `decoder_analysis`, and those of reading the files.
     pub fn of(bundle: &Bundle) -> Result<Self> {
@@ -108,12 +108,12 @@ impl PlannedModel {
         Ok(PlannedModel { digest, num_layers, costs, bundle, analysis, refusals, additions })
     }
 
-    /// Why `prune` would refuse to drop these layers; `None` where it would not.
+    /// The error with which `prune` would refuse to drop these layers; `None` if it would accept them.
     fn refusal(&self, layers: &[usize]) -> Option<Error> {
         drop_refusal(&self.bundle, &self.analysis, Tower::Text, layers)
     }
 
-    /// The same as text, kept for the next time.
+    /// The same as text, cached.
     fn known_refusal(&self, layers: &[usize]) -> Option<String> {
         let mut layers = layers.to_vec();
         layers.sort_unstable();
@@ -137,7 +137,7 @@ impl PlannedModel {
 }
 
 impl HowMany {
-    /// The bound, where one is to be kept.
+    /// The limit, if there is one.
     pub fn target(&self) -> Option<Budget> {
         match *self {
             HowMany::TargetParams(most) => Some(Budget::Params(most)),
@@ -147,7 +147,7 @@ impl HowMany {
         }
     }
 
-    /// The number of layers to drop; for a bound, the fewest with which it can be kept.
+    /// The number of layers to drop; for a limit, the smallest number that can satisfy it.
     ///
     /// Errors: as `select::drop_count` and `Budget::least_count`.
     pub fn count(&self, model: &PlannedModel) -> Result<usize> {
@@ -161,10 +161,10 @@ impl HowMany {
     }
 }
 
-/// Chooses layers by a strategy, of those that `prune` can drop. `scores` come with the digest of their file.
+/// Selects layers with a strategy, among those that `prune` can drop. `scores` includes the digest of their file.
 ///
-/// Errors: `Error::Invalid` when the scores are of another model, the strategy needs scores or losses that are not
-/// there, or it cannot drop that many layers; as `prune`, of the layers that the user names.
+/// Errors: `Error::Invalid` when the scores are of another model, the strategy needs scores or losses that are missing,
+/// or it cannot drop this number of layers; as `prune` for layers that the user listed.
 pub fn plan<'m>(
     model: &PlannedModel,
     scores: Option<(&Scores, Sha256Digest)>,
@@ -206,7 +206,7 @@ pub fn plan<'m>(
         (None, None) => Similarities::new(),
     };
     let include_last = scores.is_some_and(|scores| scores.last_layer_included);
-    // Layers need not weigh the same, so a strategy's choice may miss a bound that other layers would keep.
+    // Layers can have different costs, so a strategy's selection may miss a limit that other layers would satisfy.
     let groups = loop {
         let measure: Option<&mut dyn MeasureLosses> = match &mut measure {
             Some(measure) => Some(&mut **measure),
@@ -266,7 +266,7 @@ mod tests {
         }
     }
 
-    /// The decoder's layers are alike, so each bound is met by exactly as many as its arithmetic says, and by no fewer.
+    /// The decoder's layers are equal, so each limit has an exact smallest number of dropped layers.
     #[test]
     fn budgets_are_kept_with_as_few_layers_as_can_be() {
         let model = model("model");

@@ -61,11 +61,11 @@ pub struct PrunedComponent {
     pub weight_bytes_after: u64,
 }
 
-/// The layers to drop, and the source of the choice.
+/// The layers to drop, and their origin.
 pub enum Drop<'a> {
-    /// The user names layers.
+    /// Layers that the user listed.
     Layers {
-        /// The tower that they belong to.
+        /// Their tower.
         tower: Tower,
         /// Their indices, in any order.
         layers: &'a [usize],
@@ -87,13 +87,13 @@ struct PruneSettings<'a> {
     deepstack: Option<Deepstack>,
 }
 
-/// Writes the model without these layers as a new folder in the same layout. `deepstack` says what becomes of features that
-/// are added between layers, where there are any. A variant of any component that cannot be read, or not understood where it
-/// would lose layers, is set aside, unless it is the most precise one of its component.
+/// Writes the model without these layers as a new folder in the same layout. `deepstack` is the treatment of features
+/// that are added between layers. A variant of a component is set aside when it cannot be read, or when it would lose
+/// layers that cannot be found in it, unless it is the most precise variant.
 ///
-/// Errors: `Error::Invalid` when a layer does not exist, none would stay, the plan is of another model, components
-/// disagree about the number of layers, or the target exists; `Error::Unsupported` when the layers are not understood.
-/// Nothing is left under the target's name then.
+/// Errors: `Error::Invalid` when a layer does not exist, no layer would remain, the plan is of another model,
+/// components have different numbers of layers, or the target exists; `Error::Unsupported` when the layers cannot be
+/// found. On an error the target does not exist.
 pub fn prune(bundle: &Bundle, drop: &Drop, deepstack: Deepstack, target: &Path) -> Result<Pruned> {
     let (tower, layers) = match drop {
         Drop::Layers { tower, layers } => (*tower, *layers),
@@ -108,7 +108,7 @@ pub fn prune(bundle: &Bundle, drop: &Drop, deepstack: Deepstack, target: &Path) 
             Err(error) => set_aside.push(SetAside { file: component.file.clone(), problem: error.to_string() }),
         }
     }
-    // What is written as it was has to be sound too.
+    // Components that are only copied must be sound too.
     for component in bundle.components() {
         let is_loaded = loaded.iter().any(|(other, _)| other.file == component.file);
         if is_loaded || set_aside.iter().any(|variant| variant.file == component.file) {
@@ -133,7 +133,7 @@ pub fn prune(bundle: &Bundle, drop: &Drop, deepstack: Deepstack, target: &Path) 
             return Err(Error::invalid("list of layers", "is empty").remedy("name at least one, as in `--drop 2,5`"));
         }
         Ok(edit) => edit,
-        // A plan of another model is the likelier reason.
+        // A plan of another model is the more likely reason.
         Err(error) => return Err(inputs(bundle.digest()?, drop).err().unwrap_or(error)),
     };
     let loaded = match deepstack {
@@ -159,7 +159,7 @@ pub fn prune(bundle: &Bundle, drop: &Drop, deepstack: Deepstack, target: &Path) 
     let mut writer = BundleWriter::create(bundle, target)?;
     writer.drop_layers(&edit, deepstack, taps.clone())?;
     set_aside.iter().for_each(|variant| writer.set_aside(&variant.file));
-    // The digest reads every byte of the input, and so does writing: one beside the other.
+    // The digest reads every byte of the input, and so does writing, so they run in parallel.
     let components = thread::scope(|scope| {
         let digest = scope.spawn(|| bundle.digest());
         write(writer, &edit, deepstack, &loaded, || match digest.join() {
@@ -181,8 +181,8 @@ pub fn prune(bundle: &Bundle, drop: &Drop, deepstack: Deepstack, target: &Path) 
     })
 }
 
-/// Why [`prune`] refuses to drop these layers, as far as the graph that was analysed and the configs say; `None` where they
-/// do not. This is what plans and `inspect` ask, too.
+/// The error with which [`prune`] would refuse to drop these layers, judged by the analysed graph and the configs;
+/// `None` if both allow it. Plans and `inspect` use it too.
 pub fn drop_refusal(bundle: &Bundle, analysis: &Analysis, tower: Tower, layers: &[usize]) -> Option<Error> {
     let edit = match LayerEdit::new(tower, analysis.map.layers.len(), layers) {
         Ok(edit) => edit,
@@ -191,7 +191,7 @@ pub fn drop_refusal(bundle: &Bundle, analysis: &Analysis, tower: Tower, layers: 
     drop_layers(analysis, layers).map(drop).and_then(|()| bundle.check_drop(&edit)).err()
 }
 
-/// Digests of what the result is made of.
+/// Digests of the inputs of the result.
 ///
 /// Errors: `Error::Invalid` when a plan is of another model.
 fn inputs(model: Sha256Digest, drop: &Drop) -> Result<BTreeMap<String, Sha256Digest>> {
@@ -207,7 +207,7 @@ fn inputs(model: Sha256Digest, drop: &Drop) -> Result<BTreeMap<String, Sha256Dig
     Ok(inputs)
 }
 
-/// Fills the folder and gives it its name; `inputs` is asked for as late as can be.
+/// Writes the folder and gives it its final name. `inputs` is called as late as possible.
 fn write(
     mut writer: BundleWriter,
     edit: &LayerEdit,
@@ -239,9 +239,9 @@ fn write(
     Ok(written)
 }
 
-/// The layers of a tower in a component. A graph can hold the language model and the vision tower.
+/// The layers of a tower in a component. One graph can hold the language model and the vision tower.
 ///
-/// Errors: as [`analysis::analyse`]; `Error::Invalid` when a decoder's graph has no vision tower in it.
+/// Errors: as [`analysis::analyse`]; `Error::Invalid` when a decoder's graph contains no vision tower.
 fn analysis_of(bundle: &Bundle, component: &Component, tower: Tower) -> Result<Analysis> {
     let analysis = analysis::analyse(&onnx::load(&bundle.path_of(component))?)?;
     if tower == Tower::Text || component.role == Role::VisionEncoder {
@@ -250,13 +250,14 @@ fn analysis_of(bundle: &Bundle, component: &Component, tower: Tower) -> Result<A
     let source = analysis.model.graph.name(analysis.map.source).to_string();
     analysis.into_vision().ok_or_else(|| {
         let problem =
-            format!("has one tower, which begins at `{source}`, and the model has no vision encoder beside it");
+            format!("has one tower, which begins at `{source}`, and the model has no separate vision encoder");
         Error::invalid(format!("`{}`", bundle.path_of(component).display()), problem)
             .remedy("leave `--component` out to drop layers of the decoder")
     })
 }
 
-/// Every component that holds the tower's layers, all variants: of a model without a vision encoder of its own, the decoders.
+/// All variants of every component with the tower's layers. For the vision tower of a model without a vision encoder,
+/// these are the decoders.
 fn components(bundle: &Bundle, tower: Tower) -> Result<Vec<&Component>> {
     let all = bundle.components();
     let of_role = |holds: &dyn Fn(Role) -> bool| all.iter().filter(|part| holds(part.role)).collect::<Vec<_>>();

@@ -32,7 +32,7 @@ pub struct SweepResult {
     pub table: SweepTable,
 }
 
-/// A combination of which the table has a row.
+/// One combination, a row of the table.
 struct Setting<'s> {
     drop_ratio: f64,
     strategy: &'s str,
@@ -67,10 +67,10 @@ struct SweepRun<'a> {
     dense_rows: Vec<SweepDense>,
 }
 
-/// Runs a sweep, into `output` or the sweep's own folder. `on_step` receives a line per step and per cell. The table is
-/// written anew after every row, so a stopped sweep leaves the rows that are done.
+/// Runs a sweep into `output`, or into the sweep's own folder. Calls `on_step` with a line per step and per cell. The
+/// table is rewritten after every row, so a stopped sweep keeps its finished rows.
 ///
-/// Errors: those of the steps; the outputs of finished steps are kept, and the same call continues after them.
+/// Errors: those of the steps. The outputs of finished steps are kept, and the same call continues after them.
 pub fn sweep(
     sweep: &Sweep,
     output: Option<&Path>,
@@ -163,7 +163,7 @@ impl SweepRun<'_> {
         };
         let (plan, planned) = self.stages.plan(&step, &sweep.calibration, &self.scores, settings)?;
 
-        // What a model is pruned and healed to follows from the layers' roles alone, whichever strategy gave them.
+        // Pruning and healing depend on the roles of the layers only, so strategies with equal roles share their steps.
         let drop = list(&plan.drop);
         let pruned_step = format!("pruned-{drop}");
         let layers = Drop::Layers { tower: crate::bundle::Tower::Text, layers: &plan.drop };
@@ -195,7 +195,7 @@ impl SweepRun<'_> {
             healed,
             speedup: measured.unwrap_or(ideal),
             speedup_measured: measured.is_some(),
-            // Healing puts other numbers in the place of the weights' and nothing more.
+            // Healing changes the values of the weights, but not their size.
             size_bytes: size_bytes(&pruned.path)?,
             plan,
         })
@@ -394,7 +394,7 @@ fn held_back<'m>(models: impl Iterator<Item = &'m Measured>) -> Option<SeedSprea
     losses.filter(|losses| !losses.is_empty()).map(SeedSpread::over)
 }
 
-/// One digest of what each layer is for.
+/// A digest of the roles of all layers.
 fn roles(plan: &Plan) -> Result<String> {
     sha256_json(&plan.layers.iter().map(|layer| layer.role).collect::<Vec<LayerRole>>())
 }

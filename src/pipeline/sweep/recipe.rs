@@ -1,4 +1,4 @@
-//! The recipe of a sweep: a TOML file; an unknown key is an error.
+//! The recipe of a sweep: a TOML file. An unknown key is an error.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -146,7 +146,7 @@ fn no_bench() -> BenchSection {
 }
 
 impl Sweep {
-    /// Reads a sweep; its paths come out relative to the working folder.
+    /// Reads a sweep. Its paths become relative to the working folder.
     ///
     /// Errors: as `Recipe::read`.
     pub fn read(path: &Path) -> Result<Self> {
@@ -211,9 +211,9 @@ impl Sweep {
         dense.enabled.then(|| dense.beside(recipe, &settings, with)).transpose()
     }
 
-    /// A recipe's settings for one seed: its own, then those of all recipes, then those for it.
+    /// A recipe's settings for one seed: its own, overridden by those for all recipes, then by those for this recipe.
     ///
-    /// Errors: `Error::Invalid` for a recipe or setting that is not known.
+    /// Errors: `Error::Invalid` for an unknown recipe or setting.
     pub fn settings_of(&self, recipe: &str, seed: u64) -> Result<Settings> {
         let own = self.finetune.recipe_settings.get(recipe);
         let mut all = self.finetune.settings.clone();

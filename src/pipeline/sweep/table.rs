@@ -137,7 +137,7 @@ pub struct SeedSpread {
 }
 
 impl SeedSpread {
-    /// Mean and deviation of values, of which there is at least one.
+    /// Mean and deviation of at least one value.
     pub fn over(values: Vec<f64>) -> Self {
         let count = values.len().max(1) as f64;
         let mean = values.iter().sum::<f64>() / count;
@@ -203,7 +203,7 @@ impl SweepTable {
         SweepTable { provenance, dense, dense_finetuned, seeds, rows }
     }
 
-    /// Head and rows as text.
+    /// Header and rows as text.
     pub fn cells(&self) -> Vec<Vec<String>> {
         let columns =
             Columns { finetuned: !self.dense_finetuned.is_empty(), held_back: self.dense.held_back_loss.is_some() };
@@ -333,7 +333,7 @@ mod tests {
 
     #[test]
     fn spreads_are_sample_deviations() {
-        // 0.9, 1.0, 1.1: the squares make 0.02, over two.
+        // 0.9, 1.0, 1.1: the squared deviations sum to 0.02, divided by two.
         let spread = SeedSpread::over(vec![0.9, 1.0, 1.1]);
         assert!((spread.mean - 1.0).abs() < 1e-12 && (spread.deviation - 0.1).abs() < 1e-12);
         assert_eq!(spread.percent(), "100.0 ± 10.0");

@@ -3,9 +3,7 @@
 use tch::{TchError, Tensor};
 
 use crate::torch::kernel::{Build, Kernel, OpError, OpResult, axis_of, one};
-use crate::torch::table::Row;
-
-use super::MICROSOFT;
+use crate::torch::operator::{MICROSOFT, Operator};
 
 type Unary = fn(&Tensor) -> Result<Tensor, TchError>;
 
@@ -24,8 +22,8 @@ fn swish(alpha: f64) -> OpResult<Kernel> {
     })
 }
 
-pub(super) const ROWS: &[Row] = &[
-    Row::new("", "Celu", 12, |b| {
+pub(super) const ROWS: &[Operator] = &[
+    Operator::new("", "Celu", 12, |b| {
         let alpha = b.attributes.float("alpha", 1.0)?;
         one(move |args| {
             let x = args.get(0)?;
@@ -34,7 +32,7 @@ pub(super) const ROWS: &[Row] = &[
         })
     })
     .grad(),
-    Row::new("", "Elu", 6, |b| {
+    Operator::new("", "Elu", 6, |b| {
         let alpha = b.attributes.float("alpha", 1.0)?;
         one(move |args| {
             let x = args.get(0)?;
@@ -42,7 +40,7 @@ pub(super) const ROWS: &[Row] = &[
         })
     })
     .grad(),
-    Row::new("", "Gelu", 20, |b| {
+    Operator::new("", "Gelu", 20, |b| {
         let approximate = match b.attributes.text_or("approximate", "none")? {
             "none" => "none",
             "tanh" => "tanh",
@@ -51,13 +49,13 @@ pub(super) const ROWS: &[Row] = &[
         one(move |args| Ok(args.get(0)?.f_gelu(approximate)?))
     })
     .grad(),
-    Row::new("", "HardSigmoid", 6, |b| {
+    Operator::new("", "HardSigmoid", 6, |b| {
         let (alpha, beta) = (b.attributes.float("alpha", 0.2)?, b.attributes.float("beta", 0.5)?);
         one(move |args| Ok(args.get(0)?.f_mul_scalar(alpha)?.f_add_scalar(beta)?.f_clamp(0.0, 1.0)?))
     })
     .grad(),
-    Row::new("", "HardSwish", 14, |_| unary(|x| x.f_hardswish())).grad(),
-    Row::new("", "LeakyRelu", 6, |b| {
+    Operator::new("", "HardSwish", 14, |_| unary(|x| x.f_hardswish())).grad(),
+    Operator::new("", "LeakyRelu", 6, |b| {
         let alpha = b.attributes.float("alpha", 0.01)?;
         one(move |args| {
             let x = args.get(0)?;
@@ -65,17 +63,17 @@ pub(super) const ROWS: &[Row] = &[
         })
     })
     .grad(),
-    Row::new("", "LogSoftmax", 1, |b| softmax(b, |x, axis| x.f_log_softmax(axis, None))).grad(),
-    Row::new("", "Mish", 18, |_| unary(|x| x.f_mish())).grad(),
-    Row::new("", "PRelu", 7, |_| {
+    Operator::new("", "LogSoftmax", 1, |b| softmax(b, |x, axis| x.f_log_softmax(axis, None))).grad(),
+    Operator::new("", "Mish", 18, |_| unary(|x| x.f_mish())).grad(),
+    Operator::new("", "PRelu", 7, |_| {
         one(|args| {
             let x = args.get(0)?;
             Ok(x.f_relu()?.f_add(&x.f_clamp_max(0.0)?.f_mul(args.get(1)?)?)?)
         })
     })
     .grad(),
-    Row::new("", "Relu", 6, |_| unary(|x| x.f_relu())).grad(),
-    Row::new("", "Selu", 6, |b| {
+    Operator::new("", "Relu", 6, |_| unary(|x| x.f_relu())).grad(),
+    Operator::new("", "Selu", 6, |b| {
         let alpha = b.attributes.float("alpha", 1.673_263_2)?;
         let gamma = b.attributes.float("gamma", 1.050_701)?;
         one(move |args| {
@@ -85,13 +83,13 @@ pub(super) const ROWS: &[Row] = &[
         })
     })
     .grad(),
-    Row::new("", "Sigmoid", 6, |_| unary(|x| x.f_sigmoid())).grad(),
-    Row::new("", "Softmax", 1, |b| softmax(b, |x, axis| x.f_softmax(axis, None))).grad(),
-    Row::new("", "Softplus", 1, |_| unary(|x| x.f_softplus())).grad(),
-    Row::new("", "Softsign", 1, |_| unary(|x| x.f_div(&x.f_abs()?.f_add_scalar(1.0)?))).grad(),
-    Row::new("", "Swish", 24, |b| swish(b.attributes.float("alpha", 1.0)?)).grad(),
-    Row::new("", "Tanh", 6, |_| unary(|x| x.f_tanh())).grad(),
-    Row::new("", "ThresholdedRelu", 10, |b| {
+    Operator::new("", "Sigmoid", 6, |_| unary(|x| x.f_sigmoid())).grad(),
+    Operator::new("", "Softmax", 1, |b| softmax(b, |x, axis| x.f_softmax(axis, None))).grad(),
+    Operator::new("", "Softplus", 1, |_| unary(|x| x.f_softplus())).grad(),
+    Operator::new("", "Softsign", 1, |_| unary(|x| x.f_div(&x.f_abs()?.f_add_scalar(1.0)?))).grad(),
+    Operator::new("", "Swish", 24, |b| swish(b.attributes.float("alpha", 1.0)?)).grad(),
+    Operator::new("", "Tanh", 6, |_| unary(|x| x.f_tanh())).grad(),
+    Operator::new("", "ThresholdedRelu", 10, |b| {
         let alpha = b.attributes.float("alpha", 1.0)?;
         one(move |args| {
             let x = args.get(0)?;
@@ -99,8 +97,9 @@ pub(super) const ROWS: &[Row] = &[
         })
     })
     .grad(),
-    Row::new(MICROSOFT, "BiasGelu", 1, |_| one(|args| Ok(args.get(0)?.f_add(args.get(1)?)?.f_gelu("none")?))).grad(),
-    Row::new(MICROSOFT, "FastGelu", 1, |_| {
+    Operator::new(MICROSOFT, "BiasGelu", 1, |_| one(|args| Ok(args.get(0)?.f_add(args.get(1)?)?.f_gelu("none")?)))
+        .grad(),
+    Operator::new(MICROSOFT, "FastGelu", 1, |_| {
         one(|args| {
             let x = args.get(0)?;
             match args.opt(1) {
@@ -110,11 +109,11 @@ pub(super) const ROWS: &[Row] = &[
         })
     })
     .grad(),
-    Row::new(MICROSOFT, "Gelu", 1, |_| unary(|x| x.f_gelu("none"))).grad(),
-    Row::new(MICROSOFT, "QuickGelu", 1, |b| swish(b.attributes.float("alpha", 1.702)?)).grad(),
+    Operator::new(MICROSOFT, "Gelu", 1, |_| unary(|x| x.f_gelu("none"))).grad(),
+    Operator::new(MICROSOFT, "QuickGelu", 1, |b| swish(b.attributes.float("alpha", 1.702)?)).grad(),
 ];
 
-/// Since version 13 over one axis (the last by default); before, over all axes from `axis` on (1 by default) as one.
+/// Since version 13 over one axis (default: the last); before, over the flattened axes from `axis` on (default: 1).
 fn softmax(b: &mut Build, f: fn(&Tensor, i64) -> Result<Tensor, TchError>) -> OpResult<Kernel> {
     if b.version >= 13 {
         let axis = b.attributes.int("axis", -1)?;

@@ -3,32 +3,32 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::torch::kernel::{Args, Build, Kernel, LARGEST, OpError, OpResult, many};
-use crate::torch::table::Row;
+use crate::torch::operator::{MICROSOFT, Operator};
+use crate::torch::products::{lowered, product};
 
 use super::cast::kind_from_number;
-use super::linear::{lowered, product};
 
-pub(super) const ROWS: &[Row] = &[
-    Row::new("", "Attention", 23, attention).host(0b100_0000).grad(),
-    Row::new(super::MICROSOFT, "Attention", 1, with_projection).grad(),
-    Row::new(super::MICROSOFT, "MultiHeadAttention", 1, multi_head).grad(),
+pub(super) const ROWS: &[Operator] = &[
+    Operator::new("", "Attention", 23, attention).host(0b100_0000).grad(),
+    Operator::new(MICROSOFT, "Attention", 1, with_projection).grad(),
+    Operator::new(MICROSOFT, "MultiHeadAttention", 1, multi_head).grad(),
 ];
 
-/// Parameters of one attention besides its three operands.
+/// Parameters of one attention besides q, k and v.
 #[derive(Default)]
 pub(super) struct Spec {
     pub scale: f64,
-    /// Scores become cap * tanh(scores / cap) before the mask; 0 is off.
+    /// Soft cap: scores become cap * tanh(scores / cap) before the mask; 0 means no cap.
     pub softcap: f64,
-    /// Query `i` sees key `j` when `j <= i`; only for equal lengths and without a mask.
+    /// Query `i` attends to key `j` when `j <= i`. Valid only for equal lengths and without a mask.
     pub causal: bool,
-    /// Bool (true takes part) or float (added), broadcasting to `[B, H, S, T]`.
+    /// Bool (true: attend) or float (added), broadcast to `[B, H, S, T]`.
     pub mask: Option<Tensor>,
-    /// One logit per head that takes part in the softmax and contributes nothing, `[H]`.
+    /// Attention sink, `[H]`: one logit per head that is part of the softmax and has no value.
     pub sink: Option<Tensor>,
     pub softmax: Option<Kind>,
     pub cast: Option<Kind>,
-    /// Asks for the scores too.
+    /// Requests the scores as a second result.
     pub scores: Option<Scores>,
 }
 
@@ -44,7 +44,7 @@ pub(super) enum Scores {
 }
 
 /// Attention over heads: q `[B, H, S, D]`, k `[B, G, T, D]`, v `[B, G, T, E]` with G dividing H -> `[B, H, S, E]`, and
-/// the scores `[B, H, S, T]` when asked for. A query that may see no key gives zeros.
+/// the scores `[B, H, S, T]` if requested. A query without a visible key gives zeros.
 pub(super) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, spec: &Spec) -> OpResult<(Tensor, Option<Tensor>)> {
     let kind = q.f_kind()?;
     let (q, k, v) = (lowered(q, spec.cast)?, lowered(k, spec.cast)?, lowered(v, spec.cast)?);
@@ -106,7 +106,7 @@ pub(super) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, spec: &Spec) -> OpResul
         }
     };
     let probabilities = match hidden {
-        // A row without a visible key is 0 / 0.
+        // A row without a visible key would be 0 / 0.
         Some(blocked) => {
             let all = blocked.f_all_dim(-1, true)?;
             probabilities.f_masked_fill(&all, 0.0)?
@@ -129,12 +129,12 @@ fn causal_mask(q: &Tensor, k: &Tensor) -> OpResult<Tensor> {
     Ok(Tensor::f_ones([rows, columns], (Kind::Bool, q.device()))?.f_tril(0)?)
 }
 
-/// A float mask in the operands' kind; a bool mask as it is.
+/// A float mask in the operands' kind; a bool mask unchanged.
 fn additive_in(mask: &Tensor, kind: Kind) -> OpResult<Tensor> {
     Ok(if mask.f_kind()? == Kind::Bool { mask.shallow_clone() } else { mask.f_to_kind(kind)? })
 }
 
-/// A mask as numbers to add: 0 where a bool one is true, minus infinity where it is false.
+/// A mask as a bias: 0 where a bool mask is true, minus infinity where it is false.
 pub(super) fn to_bias(mask: &Tensor, kind: Kind) -> OpResult<Tensor> {
     if mask.f_kind()? != Kind::Bool {
         return Ok(mask.f_to_kind(kind)?);
@@ -167,7 +167,8 @@ pub(super) fn visible(
     Ok(seen)
 }
 
-/// True where key `j` is at most `left` before and `right` after the position `start + i` of query `i`.
+/// True where key `j` is at most `left` positions before and at most `right` positions after `start + i`, the position
+/// of query `i`.
 ///
 /// Shapes: as [`visible`].
 fn within(
@@ -189,7 +190,7 @@ fn within(
     }
 }
 
-/// Cuts `[B, S, H * D]` into `[B, H, S, D]`; a 4-D tensor is taken as it is.
+/// Splits `[B, S, H * D]` into `[B, H, S, D]`; a 4-D tensor is returned unchanged.
 pub(super) fn heads_first(x: &Tensor, heads: i64) -> OpResult<Tensor> {
     if x.dim() == 4 {
         return Ok(x.shallow_clone());
@@ -201,13 +202,13 @@ pub(super) fn heads_first(x: &Tensor, heads: i64) -> OpResult<Tensor> {
     Ok(x.f_reshape([batch, steps, heads, width / heads])?.f_transpose(1, 2)?)
 }
 
-/// `[B, H, S, D]` back to `[B, S, H * D]`.
+/// Joins `[B, H, S, D]` to `[B, S, H * D]`.
 pub(super) fn heads_last(x: &Tensor) -> OpResult<Tensor> {
     let (batch, heads, steps, width) = x.size4()?;
     Ok(x.f_transpose(1, 2)?.f_reshape([batch, steps, heads * width])?)
 }
 
-/// The keys or values so far followed by the new ones, along the steps.
+/// The past keys or values followed by the new ones, along the axis of steps.
 pub(super) fn append(past: Option<&Tensor>, new: Tensor) -> OpResult<Tensor> {
     match past {
         Some(past) if past.size4()?.2 > 0 => Ok(Tensor::f_cat(&[past, &new.f_to_kind(past.f_kind()?)?], 2)?),
@@ -218,7 +219,7 @@ pub(super) fn append(past: Option<&Tensor>, new: Tensor) -> OpResult<Tensor> {
 /// Shapes: Q `[B, Hq, S, D]` or `[B, S, Hq * D]`, K and V likewise -> Y in Q's layout, and the caches
 /// `[B, Hkv, past + L, D]`. Causal masking is aligned to the end of the past.
 ///
-/// A window bounds how far before and behind its own place a query sees; -1 is no bound.
+/// `left` and `right` window sizes limit the keys before and after a query's position; -1 means no limit.
 ///
 /// Source: ONNX Attention-23 to -25 with their errata.
 fn attention(b: &mut Build) -> OpResult<Kernel> {
@@ -283,7 +284,7 @@ fn attention(b: &mut Build) -> OpResult<Kernel> {
     })
 }
 
-/// Both masks at once: the first may be a bias, the second is bool.
+/// Combines two masks: the first may be a bias, the second is bool.
 fn both(mask: Option<Tensor>, more: Tensor) -> OpResult<Tensor> {
     match mask {
         None => Ok(more),
@@ -292,7 +293,7 @@ fn both(mask: Option<Tensor>, more: Tensor) -> OpResult<Tensor> {
     }
 }
 
-/// A mask that is shorter than the keys hides the rest.
+/// Extends a mask that is shorter than the keys: the remaining keys are hidden.
 fn pad_mask(mask: &Tensor, columns: i64) -> OpResult<Tensor> {
     let own = mask.size().last().copied().unwrap_or(1);
     if own >= columns || own == 1 && columns != 1 {
@@ -368,11 +369,11 @@ fn unpack(args: &Args, heads: i64) -> OpResult<(Tensor, Tensor, Tensor)> {
     }
 }
 
-/// Attention with the projection of query, key and value in one weight.
+/// Attention with one weight for the projections of query, key and value.
 ///
-/// Inputs: x `[B, S, I]`, weight `[I, 2 * H * D + H * E]`, bias, mask, the past keys and values `[2, B, H, P, D]`, and a
-/// bias of the scores. The mask is `[B]` lengths, `[2 B]` ends then starts, or `[B, T]` or `[B, S, T]` of 0 and 1
-/// -> `[B, S, H * E]` and keys and values `[2, B, H, P + S, D]`.
+/// Inputs: x `[B, S, I]`, weight `[I, 2 * H * D + H * E]`, bias, mask, the past keys and values `[2, B, H, P, D]`, and
+/// a bias of the scores -> `[B, S, H * E]` and keys and values `[2, B, H, P + S, D]`. The mask is `[B]` lengths,
+/// `[2 B]` ends followed by starts, or `[B, T]` or `[B, S, T]` of 0 and 1.
 /// Source: ONNX Runtime, com.microsoft Attention-1.
 fn with_projection(b: &mut Build) -> OpResult<Kernel> {
     let a = b.attributes;
@@ -387,7 +388,7 @@ fn with_projection(b: &mut Build) -> OpResult<Kernel> {
     if a.flag("do_rotary", false)? {
         return Err(OpError::new("attribute `do_rotary` is not supported"));
     }
-    // Without the rotation it says nothing.
+    // The attribute has no effect without the rotation.
     a.ignore("rotary_embedding_dim");
     if a.flag("past_present_share_buffer", false)? || b.has(6) {
         return Err(OpError::new("shared cache buffers are not supported"));
@@ -438,7 +439,7 @@ fn with_projection(b: &mut Build) -> OpResult<Kernel> {
     })
 }
 
-/// The mask of `Attention` as numbers to add to the scores.
+/// The mask of `Attention` as a bias for the scores.
 fn index_bias(mask: &Tensor, batch: i64, columns: i64, filter: f64, kind: Kind) -> OpResult<Tensor> {
     let size = mask.size();
     let shown = match size[..] {
@@ -456,7 +457,7 @@ fn index_bias(mask: &Tensor, batch: i64, columns: i64, filter: f64, kind: Kind) 
     Ok(shown.f_logical_not()?.f_to_kind(kind)?.f_mul_scalar(filter)?)
 }
 
-/// `[B]` lengths, `[B, T]` or `[B, S, T]` of 0 and 1, as numbers to add to the scores.
+/// A padding mask (`[B]` lengths, or `[B, T]` or `[B, S, T]` of 0 and 1) as a bias for the scores.
 fn padding_bias(padding: &Tensor, columns: i64, filter: f64, kind: Kind) -> OpResult<Tensor> {
     let size = padding.size();
     let shown = match size.len() {

@@ -5,18 +5,18 @@ use tch::{Kind, Tensor};
 use crate::ir::DataType;
 use crate::torch::convert::{computed_kind, kind_of};
 use crate::torch::kernel::{Build, Kernel, OpError, OpResult, is_float, one};
-use crate::torch::table::Row;
+use crate::torch::operator::Operator;
 
-pub(super) const ROWS: &[Row] = &[
-    Row::new("", "Cast", 6, cast).grad(),
-    Row::new("", "CastLike", 15, |b| {
+pub(super) const ROWS: &[Operator] = &[
+    Operator::new("", "Cast", 6, cast).grad(),
+    Operator::new("", "CastLike", 15, |b| {
         ignore_float8_options(b)?;
         one(|args| convert(args.get(0)?, args.get(1)?.f_kind()?))
     })
     .grad(),
 ];
 
-/// The LibTorch kind in which to compute with an element type, from an attribute that holds `TensorProto.DataType`.
+/// The LibTorch kind in which to compute with an element type. `number` is a `TensorProto.DataType`.
 pub(super) fn kind_from_number(number: i64) -> OpResult<Kind> {
     let dtype = i32::try_from(number).ok().and_then(DataType::from_number);
     let Some(dtype) = dtype else {
@@ -25,7 +25,7 @@ pub(super) fn kind_from_number(number: i64) -> OpResult<Kind> {
     kind_of(dtype).map(computed_kind).ok_or_else(|| OpError::new(format!("element type {dtype} is not supported")))
 }
 
-/// `saturate` and `round_mode` speak of 8-bit floats, which are refused as a target.
+/// `saturate` and `round_mode` apply to 8-bit floats only, which are rejected as a target.
 fn ignore_float8_options(b: &Build) -> OpResult<()> {
     b.attributes.ignore("saturate");
     b.attributes.ignore("round_mode");
@@ -38,14 +38,14 @@ fn cast(b: &mut Build) -> OpResult<Kernel> {
     one(move |args| convert(args.get(0)?, kind))
 }
 
-/// Floats to integers truncate towards zero; integers to narrower ones keep the low bits; to bool, not equal to zero.
+/// Floats to integers truncate towards zero; integers to narrower ones keep the low bits; to bool: not equal to zero.
 pub(super) fn convert(tensor: &Tensor, kind: Kind) -> OpResult<Tensor> {
     let from = tensor.f_kind()?;
     if from == kind {
         return Ok(tensor.shallow_clone());
     }
     if is_float(from) && matches!(kind, Kind::Uint8 | Kind::Int8 | Kind::Int16) {
-        // By way of int64, so that the low bits are defined on every machine.
+        // Through int64, so that the low bits are defined on every machine.
         return Ok(tensor.f_to_kind(Kind::Int64)?.f_to_kind(kind)?);
     }
     Ok(tensor.f_to_kind(kind)?)

@@ -3,14 +3,14 @@
 use tch::Tensor;
 
 use crate::torch::kernel::{Build, Kernel, OpError, OpResult, axis_of, host_ints, many};
-use crate::torch::table::{ALL, Row};
+use crate::torch::operator::{ALL, Operator};
 
 use super::shape::int_vector;
 
-pub(super) const ROWS: &[Row] = &[
-    Row::new("", "If", 1, if_else).host(ALL).grad(),
-    Row::new("", "Loop", 11, loop_body).host(ALL).grad(),
-    Row::new("", "Scan", 9, scan).host(ALL).grad(),
+pub(super) const ROWS: &[Operator] = &[
+    Operator::new("", "If", 1, if_else).host(ALL).grad(),
+    Operator::new("", "Loop", 11, loop_body).host(ALL).grad(),
+    Operator::new("", "Scan", 9, scan).host(ALL).grad(),
 ];
 
 fn if_else(b: &mut Build) -> OpResult<Kernel> {
@@ -24,8 +24,8 @@ fn if_else(b: &mut Build) -> OpResult<Kernel> {
     })
 }
 
-/// Inputs: trip count (optional), condition (optional), carried values. The body takes (iteration, condition, carried)
-/// and gives (condition, carried, scanned); scanned values are stacked along a new first axis.
+/// Inputs: trip count (optional), condition (optional), loop-carried values. The body maps (iteration, condition,
+/// carried) to (condition, carried, scanned); scanned values are stacked along a new first axis.
 fn loop_body(b: &mut Build) -> OpResult<Kernel> {
     let body = b.bodies.compile(b.attributes.body("body")?)?;
     let carried_count =
@@ -64,7 +64,7 @@ fn loop_body(b: &mut Build) -> OpResult<Kernel> {
     })
 }
 
-/// Inputs of a loop's body: the number of the iteration, a true condition, and the carried values.
+/// Inputs of a loop's body: the iteration number, a true condition, and the loop-carried values.
 fn turn(iteration: i64, carried: Vec<Tensor>) -> OpResult<Vec<Tensor>> {
     let scalar = [0i64; 0];
     let mut inputs =
@@ -73,8 +73,8 @@ fn turn(iteration: i64, carried: Vec<Tensor>) -> OpResult<Vec<Tensor>> {
     Ok(inputs)
 }
 
-/// Inputs: states, then tensors that are read slice by slice. The body takes (states, slices) and gives (states, slices);
-/// its slices are stacked along the axis that the node names.
+/// Inputs: states, then tensors that are read slice by slice. The body maps (states, slices) to (states, slices); its
+/// slices are stacked along the axis in the node's attributes.
 fn scan(b: &mut Build) -> OpResult<Kernel> {
     let a = b.attributes;
     let lists = ["scan_input_axes", "scan_input_directions", "scan_output_axes", "scan_output_directions"];

@@ -3,14 +3,13 @@
 use tch::{Kind, Tensor};
 
 use crate::torch::kernel::{Build, Kernel, LARGEST, OpError, OpResult, one};
-use crate::torch::table::Row;
+use crate::torch::operator::Operator;
+use crate::torch::products::lowered;
 
-use super::linear::lowered;
-
-pub(super) const ROWS: &[Row] = &[
-    Row::new("", "Conv", 1, |b| convolution(b, false)).grad(),
-    Row::new("", "ConvInteger", 10, convolution_of_integers),
-    Row::new("", "ConvTranspose", 1, |b| convolution(b, true)).grad(),
+pub(super) const ROWS: &[Operator] = &[
+    Operator::new("", "Conv", 1, |b| convolution(b, false)).grad(),
+    Operator::new("", "ConvInteger", 10, convolution_of_integers),
+    Operator::new("", "ConvTranspose", 1, |b| convolution(b, true)).grad(),
 ];
 
 /// Geometry of a window over the spatial axes.
@@ -120,9 +119,10 @@ fn convolution(b: &mut Build, transposed: bool) -> OpResult<Kernel> {
     })
 }
 
-/// Shapes: x `[N, C, ..]`, weight `[M, C / group, ..]`, zero point of x one, of the weight one or `[M]` -> `[N, M, ..]`.
+/// Shapes: x `[N, C, ..]`, weight `[M, C / group, ..]`, zero point of x a scalar, zero point of the weight a scalar or
+/// `[M]` -> `[N, M, ..]`.
 ///
-/// Padding has the value of x's zero point.
+/// Padding uses the value of x's zero point.
 fn convolution_of_integers(b: &mut Build) -> OpResult<Kernel> {
     let window = Window::read(b, true)?;
     let group = b.attributes.int("group", 1)?;
@@ -145,7 +145,7 @@ fn convolution_of_integers(b: &mut Build) -> OpResult<Kernel> {
     })
 }
 
-/// The window of a convolution over its input.
+/// The window of a convolution, resolved for an input's size.
 struct Placed {
     size: Vec<i64>,
     kernel: Vec<i64>,
@@ -178,9 +178,9 @@ fn convolve(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, window: &Window,
     Ok(padded.f_convolution(weight, bias, &strides, &none, &dilations, false, &none, group)?)
 }
 
-/// The transposed form: pads cut the result.
+/// The transposed form, in which pads crop the result.
 ///
-/// Source: ONNX ConvTranspose, its formulas of the pads that `auto_pad` and `output_shape` ask for.
+/// Source: ONNX ConvTranspose, its formulas for the pads of `auto_pad` and `output_shape`.
 fn spread_out(
     x: &Tensor,
     weight: &Tensor,
@@ -197,7 +197,7 @@ fn spread_out(
     };
     let mut extra = Window::spread(output_padding, axes, 0)?;
     let wanted = match (output_shape, window.auto_pad) {
-        // Batch and channels may be named too.
+        // Batch and channels may be included.
         (Some(shape), _) if shape.len() == axes + 2 => Some(shape[2..].to_vec()),
         (Some(_), _) => Some(Window::spread(output_shape, axes, 0)?),
         (None, AutoPad::SameUpper | AutoPad::SameLower) => {
@@ -206,7 +206,7 @@ fn spread_out(
         (None, AutoPad::NotSet | AutoPad::Valid) => None,
     };
     if let Some(wanted) = &wanted {
-        // A requested result that is larger than the product is padded at the end.
+        // A requested result larger than the computed one is padded at the end.
         for axis in 0..axes {
             extra[axis] = extra[axis].saturating_add((wanted[axis].saturating_sub(whole(axis, &extra))).max(0));
         }
@@ -241,10 +241,10 @@ fn spread_out(
     Ok(out)
 }
 
-/// The kind that matrix products of integers run in: exact up to 2^53 and fast everywhere.
+/// The kind for matrix products of integers: exact up to 2^53 and fast on every machine.
 pub(super) const EXACT: Kind = Kind::Double;
 
-/// A tensor minus its zero point, exactly, in [`EXACT`].
+/// A tensor minus its zero point, computed exactly in [`EXACT`].
 pub(super) fn centred(x: &Tensor, zero: Option<&Tensor>) -> OpResult<Tensor> {
     let wide = x.f_to_kind(EXACT)?;
     Ok(match zero {

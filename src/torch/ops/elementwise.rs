@@ -1,9 +1,9 @@
-//! Arithmetic element by element, with NumPy broadcasting.
+//! Element-wise arithmetic with NumPy broadcasting.
 
 use tch::{TchError, Tensor};
 
 use crate::torch::kernel::{Args, Build, Kernel, OpError, OpResult, is_float, many, one};
-use crate::torch::table::Row;
+use crate::torch::operator::{MICROSOFT, Operator};
 
 type Unary = fn(&Tensor) -> Result<Tensor, TchError>;
 type Binary = fn(&Tensor, &Tensor) -> Result<Tensor, TchError>;
@@ -28,44 +28,44 @@ fn fold_all(args: &Args, f: Binary) -> OpResult<Tensor> {
     Ok(result)
 }
 
-pub(super) const ROWS: &[Row] = &[
-    Row::new("", "Abs", 6, |_| unary(|x| x.f_abs())).grad(),
-    Row::new("", "Acos", 7, |_| unary(|x| x.f_acos())).grad(),
-    Row::new("", "Acosh", 9, |_| unary(|x| x.f_acosh())).grad(),
-    Row::new("", "Add", 7, |_| binary(|a, b| a.f_add(b))).grad(),
-    Row::new("", "Asin", 7, |_| unary(|x| x.f_asin())).grad(),
-    Row::new("", "Asinh", 9, |_| unary(|x| x.f_asinh())).grad(),
-    Row::new("", "Atan", 7, |_| unary(|x| x.f_atan())).grad(),
-    Row::new("", "Atanh", 9, |_| unary(|x| x.f_atanh())).grad(),
-    Row::new("", "Ceil", 6, |_| unary(|x| x.f_ceil())),
-    Row::new("", "Clip", 6, clip).grad(),
-    Row::new("", "Cos", 7, |_| unary(|x| x.f_cos())).grad(),
-    Row::new("", "Cosh", 9, |_| unary(|x| x.f_cosh())).grad(),
-    Row::new("", "Div", 7, |_| binary(divide)).grad(),
-    Row::new("", "Erf", 9, |_| unary(|x| x.f_erf())).grad(),
-    Row::new("", "Exp", 6, |_| unary(|x| x.f_exp())).grad(),
-    Row::new("", "Floor", 6, |_| unary(|x| x.f_floor())),
-    Row::new("", "Log", 6, |_| unary(|x| x.f_log())).grad(),
-    Row::new("", "Max", 8, |_| fold(|a, b| a.f_maximum(b))).grad(),
-    Row::new("", "Mean", 8, |_| one(mean)).grad(),
-    Row::new("", "Min", 8, |_| fold(|a, b| a.f_minimum(b))).grad(),
-    Row::new("", "Mod", 10, modulo),
-    Row::new("", "Mul", 7, |_| binary(|a, b| a.f_mul(b))).grad(),
-    Row::new("", "Neg", 6, |_| unary(|x| x.f_neg())).grad(),
-    Row::new("", "Pow", 7, |_| one(power)).grad(),
-    Row::new("", "Reciprocal", 6, |_| unary(|x| x.f_reciprocal())).grad(),
-    Row::new("", "Round", 11, |_| unary(|x| x.f_round())),
-    Row::new("", "Sign", 9, |_| unary(|x| x.f_sign())),
-    Row::new("", "Sin", 7, |_| unary(|x| x.f_sin())).grad(),
-    Row::new("", "Sinh", 9, |_| unary(|x| x.f_sinh())).grad(),
-    Row::new("", "Sqrt", 6, |_| unary(|x| x.f_sqrt())).grad(),
-    Row::new("", "Sub", 7, |_| binary(|a, b| a.f_sub(b))).grad(),
-    Row::new("", "Sum", 8, |_| fold(|a, b| a.f_add(b))).grad(),
-    Row::new("", "Tan", 7, |_| unary(|x| x.f_tan())).grad(),
-    Row::new(super::MICROSOFT, "BiasAdd", 1, |_| many(bias_add)).grad(),
+pub(super) const ROWS: &[Operator] = &[
+    Operator::new("", "Abs", 6, |_| unary(|x| x.f_abs())).grad(),
+    Operator::new("", "Acos", 7, |_| unary(|x| x.f_acos())).grad(),
+    Operator::new("", "Acosh", 9, |_| unary(|x| x.f_acosh())).grad(),
+    Operator::new("", "Add", 7, |_| binary(|a, b| a.f_add(b))).grad(),
+    Operator::new("", "Asin", 7, |_| unary(|x| x.f_asin())).grad(),
+    Operator::new("", "Asinh", 9, |_| unary(|x| x.f_asinh())).grad(),
+    Operator::new("", "Atan", 7, |_| unary(|x| x.f_atan())).grad(),
+    Operator::new("", "Atanh", 9, |_| unary(|x| x.f_atanh())).grad(),
+    Operator::new("", "Ceil", 6, |_| unary(|x| x.f_ceil())),
+    Operator::new("", "Clip", 6, clip).grad(),
+    Operator::new("", "Cos", 7, |_| unary(|x| x.f_cos())).grad(),
+    Operator::new("", "Cosh", 9, |_| unary(|x| x.f_cosh())).grad(),
+    Operator::new("", "Div", 7, |_| binary(divide)).grad(),
+    Operator::new("", "Erf", 9, |_| unary(|x| x.f_erf())).grad(),
+    Operator::new("", "Exp", 6, |_| unary(|x| x.f_exp())).grad(),
+    Operator::new("", "Floor", 6, |_| unary(|x| x.f_floor())),
+    Operator::new("", "Log", 6, |_| unary(|x| x.f_log())).grad(),
+    Operator::new("", "Max", 8, |_| fold(|a, b| a.f_maximum(b))).grad(),
+    Operator::new("", "Mean", 8, |_| one(mean)).grad(),
+    Operator::new("", "Min", 8, |_| fold(|a, b| a.f_minimum(b))).grad(),
+    Operator::new("", "Mod", 10, modulo),
+    Operator::new("", "Mul", 7, |_| binary(|a, b| a.f_mul(b))).grad(),
+    Operator::new("", "Neg", 6, |_| unary(|x| x.f_neg())).grad(),
+    Operator::new("", "Pow", 7, |_| one(power)).grad(),
+    Operator::new("", "Reciprocal", 6, |_| unary(|x| x.f_reciprocal())).grad(),
+    Operator::new("", "Round", 11, |_| unary(|x| x.f_round())),
+    Operator::new("", "Sign", 9, |_| unary(|x| x.f_sign())),
+    Operator::new("", "Sin", 7, |_| unary(|x| x.f_sin())).grad(),
+    Operator::new("", "Sinh", 9, |_| unary(|x| x.f_sinh())).grad(),
+    Operator::new("", "Sqrt", 6, |_| unary(|x| x.f_sqrt())).grad(),
+    Operator::new("", "Sub", 7, |_| binary(|a, b| a.f_sub(b))).grad(),
+    Operator::new("", "Sum", 8, |_| fold(|a, b| a.f_add(b))).grad(),
+    Operator::new("", "Tan", 7, |_| unary(|x| x.f_tan())).grad(),
+    Operator::new(MICROSOFT, "BiasAdd", 1, |_| many(bias_add)).grad(),
 ];
 
-/// Integers divide towards zero, as ONNX Runtime does.
+/// Integer division truncates towards zero, as in ONNX Runtime.
 fn divide(a: &Tensor, b: &Tensor) -> Result<Tensor, TchError> {
     if is_float(a.f_kind()?) || is_float(b.f_kind()?) { a.f_div(b) } else { a.f_div_tensor_mode(b, "trunc") }
 }
@@ -112,7 +112,7 @@ fn clip(b: &mut Build) -> OpResult<Kernel> {
         let x = args.get(0)?;
         match (args.opt(1), args.opt(2)) {
             (None, None) => Ok(x.shallow_clone()),
-            // Where the bounds cross, the upper one holds.
+            // When the bounds cross, the upper one applies.
             (low, high) => Ok(x.f_clamp_tensor(low, high)?),
         }
     })

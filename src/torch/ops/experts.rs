@@ -3,16 +3,15 @@
 use tch::{Kind, Tensor};
 
 use crate::torch::kernel::{Args, Build, Kernel, LARGEST, OpError, OpResult, one};
-use crate::torch::table::Row;
+use crate::torch::operator::{MICROSOFT, Operator};
+use crate::torch::products::product;
 
-use super::MICROSOFT;
-use super::linear::product;
 use super::quantized::unpack;
 
-pub(super) const ROWS: &[Row] =
-    &[Row::new(MICROSOFT, "MoE", 1, mixture).grad(), Row::new(MICROSOFT, "QMoE", 1, quantised_mixture)];
+pub(super) const ROWS: &[Operator] =
+    &[Operator::new(MICROSOFT, "MoE", 1, mixture).grad(), Operator::new(MICROSOFT, "QMoE", 1, quantised_mixture)];
 
-/// Activation of an expert between its two products.
+/// Activation of an expert between its products.
 #[derive(Clone, Copy)]
 enum Activation {
     Relu,
@@ -26,11 +25,11 @@ enum Activation {
 /// Order of SwiGLU's two parts in the first product's output.
 #[derive(Clone, Copy)]
 enum Layout {
-    /// The linear part is computed by a third weight.
+    /// A third weight computes the linear part.
     Apart,
-    /// Numbers in turn: gate, linear, gate, ...
+    /// Alternating: gate, linear, gate, ...
     Interleaved,
-    /// First all of the gate, then all of the linear part.
+    /// The whole gate first, then the whole linear part.
     Halves,
 }
 
@@ -49,11 +48,11 @@ struct ExpertSettings {
 #[derive(Clone, Copy)]
 struct Quantised {
     bits: i64,
-    /// Numbers along the input axis that share a scale; `None` for the whole axis.
+    /// Elements along the input axis that share a scale; `None`: the whole axis shares one.
     block: Option<i64>,
 }
 
-/// The products of an expert, by their place among the inputs.
+/// The products of an expert; their inputs follow each other in this order.
 #[derive(Clone, Copy)]
 enum ExpertProduct {
     First = 0,
@@ -61,11 +60,12 @@ enum ExpertProduct {
     Third = 2,
 }
 
-/// Each token is processed by the `k` experts with the highest softmax of its router logits, weighted by it.
+/// Each token is processed by the `k` experts with the largest softmax of the router logits; the
+/// softmax weights their sum.
 ///
-/// Inputs: x `[.., D]`, router logits `[N, E]`, the experts' weights `[E, F, D]`, `[E, D, I]` and optional `[E, I, D]`, each
-/// followed by its optional bias -> `[.., D]`. With fused SwiGLU F is 2 I. Without it the third weight's product is a
-/// factor of the activated first one.
+/// Inputs: x `[.., D]`, router logits `[N, E]`, the experts' weights `[E, F, D]`, `[E, D, I]` and optional
+/// `[E, I, D]`, each followed by its optional bias -> `[.., D]`. With fused SwiGLU F is 2 I. Otherwise the
+/// activated first product is multiplied with the third one.
 /// Source: ONNX Runtime, com.microsoft MoE-1.
 fn mixture(b: &mut Build) -> OpResult<Kernel> {
     let settings = settings(b, b.has(6), None)?;
@@ -76,9 +76,9 @@ fn mixture(b: &mut Build) -> OpResult<Kernel> {
 ///
 /// Inputs: x, router logits, for each of the three products its weight `[E, N, K * bits / 8]`, scales `[E, N]` or
 /// `[E, N, K / block]` and optional bias `[E, N]`; their zero points `[E, N * bits / 8]` or
-/// `[E, N, K / block * bits / 8]`, in whose place 2^(bits - 1) stands; and weights for the mixing when they are not to be
-/// those of the choice. A weight is `(number - zero point) * scale`. Layouts that only one provider reads are refused
-/// where the file names them; where it leaves the choice to the provider, that of the CPU provider is read.
+/// `[E, N, K / block * bits / 8]`, by default 2^(bits - 1); and separate weights for the mixing of the selected experts
+/// (optional). A weight is `(number - zero point) * scale`. Layouts that only one provider supports are rejected when
+/// the file names them; when the file leaves the layout to the provider, the layout of the CPU provider is used.
 /// Source: ONNX Runtime, com.microsoft QMoE-1.
 fn quantised_mixture(b: &mut Build) -> OpResult<Kernel> {
     let a = b.attributes;
@@ -114,7 +114,7 @@ fn settings(b: &Build, third: bool, quantised: Option<Quantised>) -> OpResult<Ex
         "identity" => Activation::Identity,
         "swiglu" => Activation::SwiGlu(match (fusion, third) {
             (0, true) => Layout::Apart,
-            // Written before the attribute was there: ONNX Runtime takes it as interleaved too.
+            // Files from before this attribute: ONNX Runtime also reads them as interleaved.
             (0 | 1, false) => Layout::Interleaved,
             (2, false) => Layout::Halves,
             _ => return Err(OpError::new(format!("`swiglu_fusion` is {fusion} with a third weight"))),
@@ -150,7 +150,7 @@ fn run(args: &Args, s: &ExpertSettings) -> OpResult<Tensor> {
             tokens.size2()?.0
         )));
     }
-    // Of experts with equal logits ONNX Runtime takes the last ones.
+    // Among experts with equal logits ONNX Runtime selects the last ones.
     let (_, order) = router.f_flip([-1i64])?.f_sort_stable(true, -1, true)?;
     let picked = order.f_narrow(-1, 0, s.chosen)?.f_neg()?.f_add_scalar(experts - 1)?;
     let mixing = if s.quantised.is_some() { args.opt(14) } else { None };
@@ -158,7 +158,7 @@ fn run(args: &Args, s: &ExpertSettings) -> OpResult<Tensor> {
         Some(mixing) => mixing.f_gather(-1, &picked, false)?,
         None => router.f_softmax(-1, None)?.f_gather(-1, &picked, false)?,
     };
-    // ONNX Runtime's quantised form takes the softmax over the chosen alone, whatever the attribute says.
+    // ONNX Runtime's quantised form computes the softmax over the selected experts only, regardless of the attribute.
     if s.normalise || s.quantised.is_some() && mixing.is_none() {
         shares = shares.f_div(&shares.f_sum_dim_intlist(&[-1i64][..], true, None)?)?;
     }
@@ -177,7 +177,7 @@ fn run(args: &Args, s: &ExpertSettings) -> OpResult<Tensor> {
     Ok(out.f_reshape(&size)?)
 }
 
-/// One product of an expert with its bias: `[n, K]` -> `[n, N]`; `None` when the weight is left out.
+/// One product of an expert with its bias: `[n, K]` -> `[n, N]`; `None` when the weight is omitted.
 fn linear(args: &Args, s: &ExpertSettings, x: &Tensor, which: ExpertProduct, expert: i64) -> OpResult<Option<Tensor>> {
     let place = which as usize;
     let (weight, bias) = match s.quantised {
@@ -198,7 +198,7 @@ fn linear(args: &Args, s: &ExpertSettings, x: &Tensor, which: ExpertProduct, exp
     }))
 }
 
-/// A packed weight `[N, K * bits / 8]` as numbers `[N, K]`.
+/// Dequantises a packed weight: `[N, K * bits / 8]` -> `[N, K]`.
 fn opened(packed: &Tensor, scales: &Tensor, zero: Option<&Tensor>, q: Quantised, kind: Kind) -> OpResult<Tensor> {
     let numbers = unpack(packed, q.bits)?;
     let (rows, columns) = numbers.size2()?;
@@ -214,7 +214,7 @@ fn opened(packed: &Tensor, scales: &Tensor, zero: Option<&Tensor>, q: Quantised,
     let centred = match zero {
         None => numbers.f_sub_scalar((1i64 << (q.bits - 1)) as f64)?,
         Some(zero) => {
-            // Packed along the last axis: over the blocks of a row or, where a row has one scale, over the rows.
+            // Packed along the last axis: over the blocks of a row, or over the rows when a row has one scale.
             let zero = unpack(zero, q.bits)?;
             let zero = if q.block.is_some() { zero.f_narrow(1, 0, blocks)? } else { zero.f_narrow(0, 0, rows)? };
             numbers.f_sub(&zero.f_reshape([rows, blocks, 1])?.f_to_kind(kind)?)?
@@ -235,7 +235,7 @@ fn through(args: &Args, s: &ExpertSettings, x: &Tensor, expert: i64) -> OpResult
     };
     let plain = match s.activation {
         Activation::Relu => first.f_relu()?,
-        // The tanh form, as ONNX Runtime computes it here.
+        // ONNX Runtime uses the tanh approximation here.
         Activation::Gelu => first.f_gelu("tanh")?,
         Activation::Silu => first.f_silu()?,
         Activation::Identity => first,

@@ -1,22 +1,22 @@
-//! Fused nodes that `rewrite::fuse_kernels` makes of several nodes of the file.
+//! Kernels of the fused nodes that `rewrite::fuse_kernels` creates.
 
 use tch::Tensor;
 
 use crate::rewrite::{FUSED_ATTENTION, FUSED_SILU, INTERNAL_DOMAIN};
 use crate::torch::kernel::{Args, Build, Kernel, OpError, OpResult, one};
-use crate::torch::table::Row;
+use crate::torch::operator::Operator;
+use crate::torch::products::product;
 
 use super::attention::{Spec, attend};
-use super::linear::product;
 
-pub(super) const ROWS: &[Row] = &[
-    Row::new(INTERNAL_DOMAIN, FUSED_ATTENTION, 1, attention).host(0b1111_0000).grad(),
-    Row::new(INTERNAL_DOMAIN, FUSED_SILU, 1, |_| one(|args| Ok(args.get(0)?.f_silu()?))).grad(),
+pub(super) const ROWS: &[Operator] = &[
+    Operator::new(INTERNAL_DOMAIN, FUSED_ATTENTION, 1, attention).host(0b1111_0000).grad(),
+    Operator::new(INTERNAL_DOMAIN, FUSED_SILU, 1, |_| one(|args| Ok(args.get(0)?.f_silu()?))).grad(),
 ];
 
-/// LibTorch's kernel keeps no scores, so memory grows with the length and not with its square. On a processor it takes
-/// the time of separate products (one thread of an EPYC, 16 samples, forward and backward: 2.9 ms and 3.3 ms at 64
-/// tokens, 437 ms and 438 ms at 512), with a mask as without, and reads grouped heads without repeating them.
+/// LibTorch's kernel does not store the scores, so memory grows linearly with the length, not quadratically. On a CPU
+/// it takes as long as separate products (one thread of an EPYC, 16 samples, forward and backward: 2.9 ms and 3.3 ms at
+/// 64 tokens, 437 ms and 438 ms at 512), with and without a mask, and reads grouped heads without repeating them.
 fn attention(b: &mut Build) -> OpResult<Kernel> {
     let scale = b.attributes.float("scale", 1.0)?;
     let transposed = b.attributes.flag("transposed", false)?;
@@ -43,8 +43,8 @@ fn attention(b: &mut Build) -> OpResult<Kernel> {
     })
 }
 
-/// Refuses shapes, at inputs `first` and `first + 1`, that do something else than repeat each head of `x` in its place
-/// until there are `heads`.
+/// Rejects shapes (inputs `first` and `first + 1`) that do anything else than repeat each head of `x` in place until
+/// there are `heads`.
 fn check_repeat(args: &Args, x: &Tensor, first: usize, heads: i64) -> OpResult<()> {
     let (batch, groups, steps, width) = x.size4()?;
     let (expand, reshape) = (args.ints_required(first)?, args.ints_required(first + 1)?);
@@ -52,7 +52,8 @@ fn check_repeat(args: &Args, x: &Tensor, first: usize, heads: i64) -> OpResult<(
     let fits = |own: &[i64], want: &[i64], open: &[i64]| {
         own.len() == want.len() && own.iter().zip(want).all(|(own, want)| own == want || open.contains(own))
     };
-    // In an expansion 1 leaves an axis as it is; in a reshape -1 is the rest and 0 what was there, which it is in front.
+    // In an expansion, 1 leaves an axis unchanged. In a reshape, -1 is the remaining size and 0 copies the input's
+    // axis, which is valid for the first axes.
     let expanded = fits(&expand, &[batch, groups, copies, steps, width], &[1]) && expand.get(2) == Some(&copies);
     let reshaped = fits(&reshape, &[batch, heads, steps, width], &[-1])
         || reshape.first() == Some(&0) && fits(&reshape[1..], &[heads, steps, width], &[-1]);

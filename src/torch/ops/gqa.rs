@@ -3,13 +3,13 @@
 use tch::{Kind, Tensor};
 
 use crate::torch::kernel::{Args, Build, Kernel, LARGEST, OpError, OpResult, many};
-use crate::torch::table::Row;
+use crate::torch::operator::{MICROSOFT, Operator};
 
-use super::MICROSOFT;
 use super::attention::{Spec, attend, heads_last, to_bias, visible};
 use super::rotary::{by_position, rotate};
 
-pub(super) const ROWS: &[Row] = &[Row::new(MICROSOFT, "GroupQueryAttention", 1, build).host(0b110_0000).grad()];
+pub(super) const ROWS: &[Operator] =
+    &[Operator::new(MICROSOFT, "GroupQueryAttention", 1, build).host(0b110_0000).grad()];
 
 struct GqaSettings {
     heads: i64,
@@ -75,7 +75,7 @@ fn run(args: &Args, s: &GqaSettings) -> OpResult<Vec<Tensor>> {
     if totals.len() as i64 != batch {
         return Err(OpError::new(format!("seqlens_k has {} entries for a batch of {batch}", totals.len())));
     }
-    // A first prompt has no past, whatever its padding.
+    // A first prompt has no past, regardless of its padding.
     let starts: Vec<i64> = totals.iter().map(|own| if rows == total { 0 } else { own.saturating_sub(rows) }).collect();
     if let Some(start) = starts.iter().find(|start| **start < 0) {
         return Err(OpError::new(format!("a sample's past has length {start}")));
@@ -173,7 +173,7 @@ fn operands(args: &Args, s: &GqaSettings) -> OpResult<(Tensor, Tensor, Tensor)> 
     }
 }
 
-/// The cache with the new steps written after each sample's past, `[B, G, max(P, total), D]`; unused places are 0.
+/// The cache with the new steps written after each sample's past, `[B, G, max(P, total), D]`; unused steps are 0.
 fn extend(past: Option<&Tensor>, new: &Tensor, starts: &[i64], total: i64) -> OpResult<Tensor> {
     let (batch, groups, steps, width) = new.size4()?;
     let room = past.map_or(Ok(0), |past| past.size4().map(|size| size.2))?;

@@ -3,24 +3,24 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::torch::kernel::{Args, Build, Kernel, OpError, OpResult, axis_of, host_ints, many, one};
-use crate::torch::table::Row;
+use crate::torch::operator::Operator;
 
-pub(super) const ROWS: &[Row] = &[
-    Row::new("", "ArgMax", 1, |b| arg(b, true)),
-    Row::new("", "ArgMin", 1, |b| arg(b, false)),
-    Row::new("", "Compress", 9, compress).host(0b10).grad(),
-    Row::new("", "CumSum", 11, cum_sum).host(0b10).grad(),
-    Row::new("", "Gather", 1, gather).grad(),
-    Row::new("", "GatherElements", 11, gather_elements).grad(),
-    Row::new("", "GatherND", 11, gather_nd).grad(),
-    Row::new("", "NonZero", 9, |_| one(|args| Ok(args.get(0)?.f_nonzero()?.f_transpose(0, 1)?))).host(1),
-    Row::new("", "OneHot", 9, one_hot).host(0b10),
-    Row::new("", "TopK", 10, top_k).host(0b10).grad(),
+pub(super) const ROWS: &[Operator] = &[
+    Operator::new("", "ArgMax", 1, |b| arg(b, true)),
+    Operator::new("", "ArgMin", 1, |b| arg(b, false)),
+    Operator::new("", "Compress", 9, compress).host(0b10).grad(),
+    Operator::new("", "CumSum", 11, cum_sum).host(0b10).grad(),
+    Operator::new("", "Gather", 1, gather).grad(),
+    Operator::new("", "GatherElements", 11, gather_elements).grad(),
+    Operator::new("", "GatherND", 11, gather_nd).grad(),
+    Operator::new("", "NonZero", 9, |_| one(|args| Ok(args.get(0)?.f_nonzero()?.f_transpose(0, 1)?))).host(1),
+    Operator::new("", "OneHot", 9, one_hot).host(0b10),
+    Operator::new("", "TopK", 10, top_k).host(0b10).grad(),
 ];
 
-/// Indices into an axis of `size` with negative ones counted from the back.
+/// Indices into an axis of length `size`, with negative ones counted from the end.
 ///
-/// Errors: an index outside the axis, for indices on the host; on a GPU LibTorch checks.
+/// Errors: an index outside the axis, for indices on the host. On a GPU LibTorch performs the check.
 pub(super) fn wrap(index: &Tensor, size: i64) -> OpResult<Tensor> {
     let index = index.f_to_kind(Kind::Int64)?;
     if index.numel() == 0 {
@@ -119,7 +119,7 @@ fn gather_nd(b: &mut Build) -> OpResult<Kernel> {
         let rest: Vec<i64> = size[batch + depth..].to_vec();
         let batches: i64 = size[..batch].iter().product();
         let width: i64 = rest.iter().product();
-        // Batches follow each other, so one offset per batch makes the indices global.
+        // Batches follow each other in memory, so one offset per batch makes the indices global.
         let offsets = Tensor::f_arange(batches, (Kind::Int64, flat.device()))?.f_mul_scalar(extent)?;
         let rows = flat.f_add(&offsets.f_unsqueeze(1)?)?.f_reshape([-1i64])?;
         let picked = x.f_reshape([batches * extent, width])?.f_index_select(0, &rows)?;
@@ -155,7 +155,7 @@ fn cum_sum(b: &mut Build) -> OpResult<Kernel> {
         let mut sum = directed.f_cumsum(axis, kind)?;
         let size = sum.size()[axis as usize];
         if exclusive && size > 0 {
-            // Each sum moves on by one place: taking its own element off it would be inexact, and not a number for infinity.
+            // Shift each sum by one position: subtracting the element itself would be inexact, and NaN for an infinity.
             let first = sum.f_narrow(axis, 0, 1)?.f_zeros_like()?;
             sum = Tensor::f_cat(&[first, sum.f_narrow(axis, 0, size - 1)?], axis)?;
         }
@@ -163,7 +163,7 @@ fn cum_sum(b: &mut Build) -> OpResult<Kernel> {
     })
 }
 
-/// `depth` entries along a new axis; an index outside the range gives a row of off values.
+/// `depth` entries along a new axis. An index out of range gives a row of the off value.
 fn one_hot(b: &mut Build) -> OpResult<Kernel> {
     let axis = b.attributes.int("axis", -1)?;
     one(move |args| {
@@ -188,7 +188,7 @@ fn top_k(b: &mut Build) -> OpResult<Kernel> {
     let axis = b.attributes.int("axis", -1)?;
     let largest = b.version < 11 || b.attributes.flag("largest", true)?;
     if b.version >= 11 {
-        // Sorted results are right where any order is.
+        // Sorted results are also valid when any order is allowed.
         b.attributes.ignore("sorted");
     }
     many(move |args| {
@@ -198,7 +198,7 @@ fn top_k(b: &mut Build) -> OpResult<Kernel> {
         if !(0..=x.size()[axis as usize]).contains(&count) {
             return Err(OpError::new(format!("k {count} is outside an axis of {}", x.size()[axis as usize])));
         }
-        // A stable sort gives ties to the lower index, as ONNX has it.
+        // A stable sort orders ties by index, as ONNX requires.
         let (values, order) = x.f_sort_stable(true, axis, largest)?;
         Ok(vec![values.f_narrow(axis, 0, count)?, order.f_narrow(axis, 0, count)?])
     })

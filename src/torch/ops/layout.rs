@@ -1,20 +1,20 @@
-//! Joining, cutting, padding and repeating.
+//! Concatenation, slicing, padding and repetition.
 
 use tch::Tensor;
 
 use crate::torch::kernel::{Args, Build, Kernel, LARGEST, OpError, OpResult, axis_of, many, one};
-use crate::torch::table::{ALL, Row};
+use crate::torch::operator::{ALL, Operator};
 
-pub(super) const ROWS: &[Row] = &[
-    Row::new("", "Concat", 4, concat).grad(),
-    Row::new("", "DepthToSpace", 1, depth_to_space).grad(),
-    Row::new("", "Dropout", 7, dropout).host(0b110).grad(),
-    Row::new("", "Pad", 2, pad).host(ALL & !1).grad(),
-    Row::new("", "Slice", 1, slice).host(ALL & !1).grad(),
-    Row::new("", "SpaceToDepth", 1, space_to_depth).grad(),
-    Row::new("", "Split", 2, split).host(0b10).grad(),
-    Row::new("", "Tile", 6, |_| one(tile)).host(0b10).grad(),
-    Row::new("", "Trilu", 14, trilu).host(0b10).grad(),
+pub(super) const ROWS: &[Operator] = &[
+    Operator::new("", "Concat", 4, concat).grad(),
+    Operator::new("", "DepthToSpace", 1, depth_to_space).grad(),
+    Operator::new("", "Dropout", 7, dropout).host(0b110).grad(),
+    Operator::new("", "Pad", 2, pad).host(ALL & !1).grad(),
+    Operator::new("", "Slice", 1, slice).host(ALL & !1).grad(),
+    Operator::new("", "SpaceToDepth", 1, space_to_depth).grad(),
+    Operator::new("", "Split", 2, split).host(0b10).grad(),
+    Operator::new("", "Tile", 6, |_| one(tile)).host(0b10).grad(),
+    Operator::new("", "Trilu", 14, trilu).host(0b10).grad(),
 ];
 
 fn concat(b: &mut Build) -> OpResult<Kernel> {
@@ -26,7 +26,7 @@ fn concat(b: &mut Build) -> OpResult<Kernel> {
         if let Some(other) = parts.iter().find(|part| part.dim() != first.dim()) {
             return Err(OpError::new(format!("ranks {} and {} do not join", first.dim(), other.dim())));
         }
-        // An empty cache joins to nothing, so that a first pass copies nothing.
+        // Empty caches are skipped, so that a first pass copies nothing.
         let mut filled = parts.iter().filter(|part| part.size().get(axis as usize) != Some(&0));
         if let (Some(only), None) = (filled.next(), filled.next()) {
             return Ok(only.shallow_clone());
@@ -35,7 +35,7 @@ fn concat(b: &mut Build) -> OpResult<Kernel> {
     })
 }
 
-/// Inference only: the input, and a mask.
+/// Inference only: the unchanged input and a mask.
 fn dropout(b: &mut Build) -> OpResult<Kernel> {
     b.attributes.ignore("ratio");
     b.attributes.ignore("seed");
@@ -47,7 +47,7 @@ fn dropout(b: &mut Build) -> OpResult<Kernel> {
         }
         let mut out = vec![x.shallow_clone()];
         if mask {
-            // Before version 12 the mask of an inference is not defined; ONNX Runtime gives zeros.
+            // Before version 12 the mask is undefined for inference; ONNX Runtime gives zeros.
             let kept = if version >= 12 { x.f_ones_like()? } else { x.f_zeros_like()? };
             out.push(if version >= 10 { kept.f_to_kind(tch::Kind::Bool)? } else { kept });
         }
@@ -55,7 +55,7 @@ fn dropout(b: &mut Build) -> OpResult<Kernel> {
     })
 }
 
-/// For each axis, the pads before and after; negative ones cut.
+/// Pads before and after each axis; negative pads crop.
 fn pad(b: &mut Build) -> OpResult<Kernel> {
     let mode = b.attributes.text_or("mode", "constant")?.to_string();
     if !["constant", "reflect", "edge", "wrap"].contains(&mode.as_str()) {
@@ -125,7 +125,7 @@ fn pad_axis(x: &Tensor, axis: i64, before: i64, after: i64, mode: &str, value: f
     Ok(cut.f_index_select(axis, &index)?)
 }
 
-/// Starts and ends count from the back when negative and are clamped; negative steps walk backwards.
+/// Negative starts and ends count from the end and are clamped; a negative step reverses the direction.
 fn slice(b: &mut Build) -> OpResult<Kernel> {
     let fixed = if b.version < 10 {
         let read = |name: &str| b.attributes.ints(name);
@@ -158,7 +158,7 @@ fn slice(b: &mut Build) -> OpResult<Kernel> {
 
 fn slice_axis(x: &Tensor, axis: i64, start: i64, end: i64, step: i64) -> OpResult<Tensor> {
     let size = x.size()[axis as usize];
-    // ONNX Runtime takes the largest number as the end of the walk in either direction.
+    // ONNX Runtime treats the largest integer as the end in either direction.
     let to_the_end = step < 0 && (end == i64::MAX || end == i64::from(i32::MAX));
     let end = if to_the_end { i64::MIN } else { end };
     let place = |position: i64| if position < 0 { position.saturating_add(size) } else { position };
@@ -172,7 +172,7 @@ fn slice_axis(x: &Tensor, axis: i64, start: i64, end: i64, step: i64) -> OpResul
             Ok(x.f_slice(axis, start, end.max(start), step)?)
         }
         _ => {
-            // A start before the first element is that element; an end before it takes that element in.
+            // A start before the first element is clamped to it; an end before the first element includes it.
             let (start, end) = (place(start).clamp(0, (size - 1).max(0)), place(end).clamp(-1, size - 1));
             let count = if size > 0 && start > end { (start - end - 1) / step.saturating_neg() + 1 } else { 0 };
             let index: Vec<i64> = (0..count).map(|i| start + i * step).collect();
@@ -182,7 +182,8 @@ fn slice_axis(x: &Tensor, axis: i64, start: i64, end: i64, step: i64) -> OpResul
     }
 }
 
-/// Sizes from the attribute (before version 13) or input 1; else equal parts, the last smaller with `num_outputs`.
+/// Sizes from the attribute (before version 13) or from input 1; otherwise equal parts, with a smaller last one for
+/// `num_outputs`.
 fn split(b: &mut Build) -> OpResult<Kernel> {
     let axis = b.attributes.int("axis", 0)?;
     let by_input = b.version >= 13;

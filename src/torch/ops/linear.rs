@@ -1,113 +1,23 @@
 //! Matrix products.
 
-#[cfg(target_arch = "x86_64")]
-use std::arch::x86_64::__cpuid;
-use std::sync::LazyLock;
-
-use tch::{Device, Kind, Tensor};
+use tch::Tensor;
 
 use crate::torch::kernel::{Args, Build, Kernel, OpError, OpResult, is_float, one};
-use crate::torch::table::Row;
+use crate::torch::operator::{MICROSOFT, Operator};
+use crate::torch::products::{lowered, product};
 
-use super::MICROSOFT;
-
-pub(super) const ROWS: &[Row] = &[
-    Row::new("", "Einsum", 12, einsum).grad().lowers(),
-    Row::new("", "Gemm", 7, |b| gemm(b, false)).grad().lowers(),
-    Row::new("", "MatMul", 1, |b| {
+pub(super) const ROWS: &[Operator] = &[
+    Operator::new("", "Einsum", 12, einsum).grad().lowers(),
+    Operator::new("", "Gemm", 7, |b| gemm(b, false)).grad().lowers(),
+    Operator::new("", "MatMul", 1, |b| {
         let cast = b.autocast;
         one(move |args| product(args.get(0)?, args.get(1)?, cast))
     })
     .grad()
     .lowers(),
-    Row::new(MICROSOFT, "FusedGemm", 1, |b| gemm(b, true)).grad().lowers(),
-    Row::new(MICROSOFT, "FusedMatMul", 1, fused_matmul).grad().lowers(),
+    Operator::new(MICROSOFT, "FusedGemm", 1, |b| gemm(b, true)).grad().lowers(),
+    Operator::new(MICROSOFT, "FusedMatMul", 1, fused_matmul).grad().lowers(),
 ];
-
-/// The operand in the autocast kind, if it is floating point.
-pub(in crate::torch) fn lowered(x: &Tensor, cast: Option<Kind>) -> OpResult<Tensor> {
-    match cast {
-        Some(kind) if is_float(x.f_kind()?) => Ok(x.f_to_kind(kind)?),
-        _ => Ok(x.shallow_clone()),
-    }
-}
-
-/// The product of stacks of matrices, as NumPy's `matmul`.
-pub(super) fn product(a: &Tensor, b: &Tensor, cast: Option<Kind>) -> OpResult<Tensor> {
-    let (a, b) = (lowered(a, cast)?, lowered(b, cast)?);
-    if onednn_is_faster() && suits_onednn(&a, &b)? { onednn(&a, &b) } else { Ok(a.f_matmul(&b)?) }
-}
-
-/// True on processors whose widest vectors MKL, which LibTorch multiplies f32 matrices with, leaves unused: those of AMD
-/// from Zen 5 on compute 512 bits at once, and MKL's kernel for AMD has 256. There oneDNN needed 0.46 of MKL's time, copies
-/// in and out of its own form included; on Zen 4, which halves the wide vectors, it needed 1.3 times as long.
-fn onednn_is_faster() -> bool {
-    static ANSWER: LazyLock<bool> = LazyLock::new(|| {
-        #[cfg(target_arch = "x86_64")]
-        {
-            // SAFETY: every x86-64 processor has `cpuid` and both leaves. Newer compilers know that it is safe.
-            #[allow(unused_unsafe)]
-            let (maker, version) = unsafe { (__cpuid(0), __cpuid(1).eax) };
-            let amd = [maker.ebx, maker.edx, maker.ecx].map(u32::to_le_bytes).concat() == *b"AuthenticAMD";
-            amd && family(version) >= ZEN_5 && is_x86_feature_detected!("avx512f")
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        false
-    });
-    *ANSWER
-}
-
-/// The family of AMD's Zen 5.
-#[cfg(target_arch = "x86_64")]
-const ZEN_5: u32 = 0x1a;
-
-/// A processor's family from what `cpuid` gives for leaf 1; AMD, APM volume 3, appendix E.3.2.
-#[cfg(target_arch = "x86_64")]
-fn family(version: u32) -> u32 {
-    let (base, extended) = (version >> 8 & 0xf, version >> 20 & 0xff);
-    if base == 0xf { base + extended } else { base }
-}
-
-/// Multiplications below which the product is left to LibTorch: copying in and out of oneDNN's form would show.
-const ONEDNN_FROM: i64 = 1 << 20;
-
-/// True for f32 products of rows with a matrix on a processor.
-fn suits_onednn(a: &Tensor, b: &Tensor) -> OpResult<bool> {
-    let floats = a.f_kind()? == Kind::Float && b.f_kind()? == Kind::Float;
-    if !floats || a.device() != Device::Cpu || b.dim() != 2 || a.dim() < 2 || !tch::utils::has_mkldnn() {
-        return Ok(false);
-    }
-    let (size, columns) = (b.size(), b.size()[1]);
-    let work = (a.numel() as i64).checked_mul(columns);
-    Ok(a.size().last() == Some(&size[0]) && size[0] > 0 && work.is_none_or(|work| work >= ONEDNN_FROM))
-}
-
-/// `[.., K]` by `[K, N]` through oneDNN's own product, which has gradients and computes in f32 as MKL does.
-///
-/// oneDNN compiles a product for every number of rows and keeps a thousand of them, some 200 KB each. Rows of zeros make
-/// the number a round one, so that few are compiled.
-fn onednn(a: &Tensor, b: &Tensor) -> OpResult<Tensor> {
-    let mut size = a.size();
-    let (depth, columns) = (b.size()[0], b.size()[1]);
-    let rows = a.f_reshape([-1, depth])?.f_contiguous()?;
-    let count = rows.size()[0];
-    let lacking = round_count(count) - count;
-    let rows = if lacking == 0 { rows } else { rows.f_constant_pad_nd([0, 0, 0, lacking])? };
-    let rows = rows.f_to_mkldnn(None)?;
-    let out = rows.f_mkldnn_linear(&b.f_transpose(0, 1)?, None::<&Tensor>)?.f_to_dense(None, false)?;
-    let out = if lacking == 0 { out } else { out.f_narrow(0, 0, count)? };
-    if let Some(last) = size.last_mut() {
-        *last = columns;
-    }
-    Ok(out.f_reshape(&size)?)
-}
-
-/// The next number with at most five significant bits, and a multiple of 32.
-fn round_count(count: i64) -> i64 {
-    let step = count.checked_ilog2().map_or(1, |bits| 1u64 << bits.saturating_sub(4)).max(32);
-    let round = count.unsigned_abs().checked_next_multiple_of(step);
-    round.and_then(|round| i64::try_from(round).ok()).unwrap_or(count)
-}
 
 fn einsum(b: &mut Build) -> OpResult<Kernel> {
     let equation = b.attributes.text("equation")?.ok_or_else(|| OpError::new("attribute `equation` is missing"))?;
@@ -119,7 +29,7 @@ fn einsum(b: &mut Build) -> OpResult<Kernel> {
     })
 }
 
-/// alpha * A' * B' + beta * C, C broadcast to the product; with an activation in its fused form.
+/// alpha * A' * B' + beta * C, with C broadcast to the product; the fused form adds an activation.
 fn gemm(b: &mut Build, fused: bool) -> OpResult<Kernel> {
     let (alpha, beta) = (b.attributes.float("alpha", 1.0)?, b.attributes.float("beta", 1.0)?);
     let (left, right) = (b.attributes.flag("transA", false)?, b.attributes.flag("transB", false)?);
@@ -192,58 +102,4 @@ fn fused_matmul(b: &mut Build) -> OpResult<Kernel> {
         let out = product(&a, &w, cast)?;
         Ok(if alpha == 1.0 { out } else { out.f_mul_scalar(alpha)? })
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn few_numbers_of_rows_are_round() {
-        let counts: Vec<i64> = [1, 32, 33, 392, 511, 512, 513, 1000, 5000].map(round_count).to_vec();
-        assert_eq!(counts, [32, 32, 64, 416, 512, 512, 544, 1024, 5120]);
-        let distinct: std::collections::BTreeSet<i64> = (1..=8192).map(round_count).collect();
-        assert!(distinct.len() < 100, "{}", distinct.len());
-    }
-
-    /// A Zen 5, a Zen 4 and an Intel processor (Sapphire Rapids).
-    #[test]
-    #[cfg(target_arch = "x86_64")]
-    fn the_family_is_read_from_both_of_its_fields() {
-        assert_eq!([0x00b0_0f21, 0x00a1_0f11, 0x0008_06f8].map(family), [0x1a, 0x19, 0x6]);
-    }
-
-    /// Values and gradients are as near to those of double precision as LibTorch's own product is.
-    #[test]
-    fn large_products_lose_no_precision() {
-        let fill = |size: &[i64], step: f64| {
-            let count: i64 = size.iter().product();
-            let place = Tensor::arange(count, (Kind::Double, Device::Cpu));
-            (place * step).sin().reshape(size).to_kind(Kind::Float)
-        };
-        let turned = fill(&[4, 80, 96], 0.37).transpose(1, 2);
-        for a in [fill(&[3, 90, 80], 0.37), fill(&[300, 80], 0.11), turned] {
-            let b = fill(&[80, 60], 0.73);
-            assert!(suits_onednn(&a, &b).unwrap());
-            let weight = fill(&[1, 60], 0.29);
-            let run = |kind: Kind, product: &dyn Fn(&Tensor, &Tensor) -> Tensor| -> Vec<Tensor> {
-                let a = a.to_kind(kind).detach().set_requires_grad(true);
-                let b = b.to_kind(kind).detach().set_requires_grad(true);
-                let out = product(&a, &b);
-                let loss = (&out * weight.to_kind(kind)).sum(kind);
-                let mut all = Tensor::run_backward(&[loss], &[&a, &b], false, false);
-                all.push(out);
-                all
-            };
-            let exact = run(Kind::Double, &|a, b| a.matmul(b));
-            let plain = run(Kind::Float, &|a, b| a.matmul(b));
-            let own = run(Kind::Float, &|a, b| onednn(a, b).unwrap());
-            for ((exact, plain), own) in exact.iter().zip(plain).zip(own) {
-                assert_eq!(own.size(), exact.size());
-                let off = |found: Tensor| (found.to_kind(Kind::Double) - exact).abs().max().double_value(&[]);
-                let (plain, own) = (off(plain), off(own));
-                assert!(own <= 2.0 * plain, "{own:e}, LibTorch's own {plain:e}");
-            }
-        }
-    }
 }

@@ -3,7 +3,7 @@
 use tch::{Kind, TchError, Tensor};
 
 use crate::torch::kernel::{Build, Kernel, OpError, OpResult, one};
-use crate::torch::table::Row;
+use crate::torch::operator::Operator;
 
 type Unary = fn(&Tensor) -> Result<Tensor, TchError>;
 type Binary = fn(&Tensor, &Tensor) -> Result<Tensor, TchError>;
@@ -16,23 +16,23 @@ fn binary(f: Binary) -> OpResult<Kernel> {
     one(move |args| Ok(f(args.get(0)?, args.get(1)?)?))
 }
 
-pub(super) const ROWS: &[Row] = &[
-    Row::new("", "And", 7, |_| binary(|a, b| a.f_logical_and(b))),
-    Row::new("", "BitShift", 11, bit_shift),
-    Row::new("", "BitwiseAnd", 18, |_| binary(|a, b| a.f_bitwise_and_tensor(b))),
-    Row::new("", "BitwiseNot", 18, |_| unary(|x| x.f_bitwise_not())),
-    Row::new("", "BitwiseOr", 18, |_| binary(|a, b| a.f_bitwise_or_tensor(b))),
-    Row::new("", "BitwiseXor", 18, |_| binary(|a, b| a.f_bitwise_xor_tensor(b))),
-    Row::new("", "Equal", 7, |_| binary(|a, b| a.f_eq_tensor(b))),
-    Row::new("", "Greater", 7, |_| binary(|a, b| a.f_gt_tensor(b))),
-    Row::new("", "GreaterOrEqual", 12, |_| binary(|a, b| a.f_ge_tensor(b))),
-    Row::new("", "IsInf", 10, is_inf),
-    Row::new("", "IsNaN", 9, |_| unary(|x| x.f_isnan())),
-    Row::new("", "Less", 7, |_| binary(|a, b| a.f_lt_tensor(b))),
-    Row::new("", "LessOrEqual", 12, |_| binary(|a, b| a.f_le_tensor(b))),
-    Row::new("", "Not", 1, |_| unary(|x| x.f_logical_not())),
-    Row::new("", "Or", 7, |_| binary(|a, b| a.f_logical_or(b))),
-    Row::new("", "Where", 9, |_| {
+pub(super) const ROWS: &[Operator] = &[
+    Operator::new("", "And", 7, |_| binary(|a, b| a.f_logical_and(b))),
+    Operator::new("", "BitShift", 11, bit_shift),
+    Operator::new("", "BitwiseAnd", 18, |_| binary(|a, b| a.f_bitwise_and_tensor(b))),
+    Operator::new("", "BitwiseNot", 18, |_| unary(|x| x.f_bitwise_not())),
+    Operator::new("", "BitwiseOr", 18, |_| binary(|a, b| a.f_bitwise_or_tensor(b))),
+    Operator::new("", "BitwiseXor", 18, |_| binary(|a, b| a.f_bitwise_xor_tensor(b))),
+    Operator::new("", "Equal", 7, |_| binary(|a, b| a.f_eq_tensor(b))),
+    Operator::new("", "Greater", 7, |_| binary(|a, b| a.f_gt_tensor(b))),
+    Operator::new("", "GreaterOrEqual", 12, |_| binary(|a, b| a.f_ge_tensor(b))),
+    Operator::new("", "IsInf", 10, is_inf),
+    Operator::new("", "IsNaN", 9, |_| unary(|x| x.f_isnan())),
+    Operator::new("", "Less", 7, |_| binary(|a, b| a.f_lt_tensor(b))),
+    Operator::new("", "LessOrEqual", 12, |_| binary(|a, b| a.f_le_tensor(b))),
+    Operator::new("", "Not", 1, |_| unary(|x| x.f_logical_not())),
+    Operator::new("", "Or", 7, |_| binary(|a, b| a.f_logical_or(b))),
+    Operator::new("", "Where", 9, |_| {
         one(|args| {
             let condition = args.get(0)?;
             if condition.f_kind()? != Kind::Bool {
@@ -42,7 +42,7 @@ pub(super) const ROWS: &[Row] = &[
         })
     })
     .grad(),
-    Row::new("", "Xor", 7, |_| binary(|a, b| a.f_logical_xor(b))),
+    Operator::new("", "Xor", 7, |_| binary(|a, b| a.f_logical_xor(b))),
 ];
 
 fn is_inf(b: &mut Build) -> OpResult<Kernel> {
@@ -59,7 +59,7 @@ fn is_inf(b: &mut Build) -> OpResult<Kernel> {
     })
 }
 
-/// Unsigned operands only, as ONNX has it; wider ones than 8 bits have no LibTorch kind.
+/// ONNX allows unsigned operands only; LibTorch has no kind for those wider than 8 bits.
 fn bit_shift(b: &mut Build) -> OpResult<Kernel> {
     let left = match b.attributes.text("direction")? {
         Some("LEFT") => true,

@@ -1,4 +1,4 @@
-//! The operators, one row each, by family.
+//! The operators by family, one row each.
 
 mod activation;
 mod attention;
@@ -23,15 +23,10 @@ mod rotary;
 mod scatter;
 mod shape;
 
-use super::table::Row;
-
-pub(super) use linear::lowered;
-
-/// Domain of ONNX Runtime's own operators.
-const MICROSOFT: &str = "com.microsoft";
+use super::operator::Operator;
 
 /// All rows.
-pub(super) const FAMILIES: &[&[Row]] = &[
+pub(super) const FAMILIES: &[&[Operator]] = &[
     activation::ROWS,
     attention::ROWS,
     cast::ROWS,

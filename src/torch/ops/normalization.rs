@@ -3,26 +3,25 @@
 use tch::{Kind, Tensor};
 
 use crate::torch::kernel::{Args, Build, Kernel, OpError, OpResult, axis_of, is_float, many, one};
-use crate::torch::table::Row;
+use crate::torch::operator::{MICROSOFT, Operator};
 
-use super::MICROSOFT;
 use super::cast::kind_from_number;
 
-pub(super) const ROWS: &[Row] = &[
-    Row::new("", "BatchNormalization", 9, batch_normalization).grad(),
-    Row::new("", "GroupNormalization", 18, group_normalization).grad(),
-    Row::new("", "InstanceNormalization", 6, instance_normalization).grad(),
-    Row::new("", "LayerNormalization", 17, layer_normalization).grad(),
-    Row::new("", "LpNormalization", 1, lp_normalization).grad(),
-    Row::new("", "RMSNormalization", 23, simplified).grad(),
-    // ONNX Runtime writes it without a domain of its own.
-    Row::new("", "SimplifiedLayerNormalization", 1, simplified).grad(),
-    Row::new(MICROSOFT, "SimplifiedLayerNormalization", 1, simplified).grad(),
-    Row::new(MICROSOFT, "SkipLayerNormalization", 1, |b| skip(b, false)).grad(),
-    Row::new(MICROSOFT, "SkipSimplifiedLayerNormalization", 1, |b| skip(b, true)).grad(),
+pub(super) const ROWS: &[Operator] = &[
+    Operator::new("", "BatchNormalization", 9, batch_normalization).grad(),
+    Operator::new("", "GroupNormalization", 18, group_normalization).grad(),
+    Operator::new("", "InstanceNormalization", 6, instance_normalization).grad(),
+    Operator::new("", "LayerNormalization", 17, layer_normalization).grad(),
+    Operator::new("", "LpNormalization", 1, lp_normalization).grad(),
+    Operator::new("", "RMSNormalization", 23, simplified).grad(),
+    // ONNX Runtime writes it into the default domain.
+    Operator::new("", "SimplifiedLayerNormalization", 1, simplified).grad(),
+    Operator::new(MICROSOFT, "SimplifiedLayerNormalization", 1, simplified).grad(),
+    Operator::new(MICROSOFT, "SkipLayerNormalization", 1, |b| skip(b, false)).grad(),
+    Operator::new(MICROSOFT, "SkipSimplifiedLayerNormalization", 1, |b| skip(b, true)).grad(),
 ];
 
-/// The kind in which statistics are taken: the input's, or the stash type when that is wider.
+/// The kind in which statistics are computed: the input's, or the stash type if it is wider.
 fn statistics_kind(x: &Tensor, stash: Option<Kind>) -> OpResult<Kind> {
     let own = x.f_kind()?;
     Ok(match (own, stash) {
@@ -115,8 +114,8 @@ fn layer(
 
 /// The sum of input, skip and bias, normalised over the last axis.
 ///
-/// Inputs: input, skip, gamma, then beta (layer form only) and bias. Outputs: the result, mean (layer form only), inverse
-/// deviation, and the sum.
+/// Inputs: input, skip, gamma, then beta (layer form only) and bias.
+/// Outputs: the result, mean (layer form only), inverse deviation, and the sum.
 fn skip(b: &mut Build, simplified: bool) -> OpResult<Kernel> {
     let epsilon = b.attributes.float("epsilon", 1e-12)?;
     if simplified && b.wants(1) {
@@ -150,7 +149,7 @@ fn channels(parameter: &Tensor, rank: usize) -> OpResult<Tensor> {
     Ok(parameter.f_reshape(&shape)?)
 }
 
-/// With the stored statistics; training is refused.
+/// Normalisation with the stored statistics. Training mode is rejected.
 fn batch_normalization(b: &mut Build) -> OpResult<Kernel> {
     let epsilon = b.attributes.float("epsilon", 1e-5)?;
     b.attributes.ignore("momentum");
@@ -180,7 +179,7 @@ fn instance_normalization(b: &mut Build) -> OpResult<Kernel> {
     })
 }
 
-/// Scale and bias are per group before version 21, per channel since.
+/// Scale and bias are per group before version 21 and per channel since then.
 fn group_normalization(b: &mut Build) -> OpResult<Kernel> {
     let epsilon = b.attributes.float("epsilon", 1e-5)?;
     let groups = b.attributes.int_required("num_groups")?;
@@ -222,7 +221,7 @@ fn lp_normalization(b: &mut Build) -> OpResult<Kernel> {
         } else {
             x.f_square()?.f_sum_dim_intlist(&axis[..], true, None)?.f_sqrt()?
         };
-        // A vector of zeros stays one.
+        // A zero vector stays zero.
         Ok(x.f_div(&norm)?.f_masked_fill(&norm.f_eq(0.0)?, 0.0)?)
     })
 }

@@ -1,18 +1,18 @@
-//! Pooling, and sampling at the places of a grid.
+//! Pooling, and sampling at the points of a grid.
 
 use tch::{Kind, Tensor};
 
 use crate::torch::kernel::{Build, Kernel, OpError, OpResult, is_float, one};
-use crate::torch::table::Row;
+use crate::torch::operator::Operator;
 
 use super::convolution::{Window, pad_list};
 
-pub(super) const ROWS: &[Row] = &[
-    Row::new("", "AveragePool", 7, average_pool).grad(),
-    Row::new("", "GlobalAveragePool", 1, |_| global(|x, axes| Ok(x.f_mean_dim(axes, true, None)?))).grad(),
-    Row::new("", "GlobalMaxPool", 1, |_| global(|x, axes| Ok(x.f_amax(axes, true)?))).grad(),
-    Row::new("", "GridSample", 16, grid_sample).grad(),
-    Row::new("", "MaxPool", 8, max_pool).grad(),
+pub(super) const ROWS: &[Operator] = &[
+    Operator::new("", "AveragePool", 7, average_pool).grad(),
+    Operator::new("", "GlobalAveragePool", 1, |_| global(|x, axes| Ok(x.f_mean_dim(axes, true, None)?))).grad(),
+    Operator::new("", "GlobalMaxPool", 1, |_| global(|x, axes| Ok(x.f_amax(axes, true)?))).grad(),
+    Operator::new("", "GridSample", 16, grid_sample).grad(),
+    Operator::new("", "MaxPool", 8, max_pool).grad(),
 ];
 
 fn global(f: fn(&Tensor, &[i64]) -> OpResult<Tensor>) -> OpResult<Kernel> {
@@ -23,21 +23,21 @@ fn global(f: fn(&Tensor, &[i64]) -> OpResult<Tensor>) -> OpResult<Kernel> {
     })
 }
 
-/// The input with its pads, and the plain window over it.
+/// The padded input, and the window resolved for its size.
 struct Placed {
     padded: Tensor,
     kernel: Vec<i64>,
     strides: Vec<i64>,
     dilations: Vec<i64>,
     before: Vec<i64>,
-    /// The pads behind, without what a last window reaches beyond them.
+    /// End pads, without the part of a last window beyond them.
     after: Vec<i64>,
-    /// Elements by which a last window extends beyond the end padding.
+    /// Elements by which the last window extends past the end pads.
     beyond: Vec<i64>,
 }
 
 impl Placed {
-    /// True when windows cover nothing but the input.
+    /// True when all windows are inside the input.
     fn bare(&self) -> bool {
         self.before.iter().chain(&self.after).chain(&self.beyond).all(|&pad| pad == 0)
     }
@@ -56,7 +56,7 @@ fn place(x: &Tensor, window: &Window, fill: f64, ceil: bool) -> OpResult<Placed>
     let (before, after) = window.pads(size, &kernel, &strides, &dilations)?;
     let mut beyond = vec![0; axes];
     if ceil {
-        // The last window may reach beyond the pads, when it begins inside the input or the pad before it.
+        // The last window may extend past the end pads if it starts inside the input or its leading pads.
         for axis in 0..axes {
             let extent = dilations[axis] * (kernel[axis] - 1) + 1;
             let span = size[axis] + before[axis] + after[axis] - extent;
@@ -85,7 +85,7 @@ fn average_pool(b: &mut Build) -> OpResult<Kernel> {
         if placed.bare() {
             return Ok(mean);
         }
-        // What a window covers that counts: the input, and its pads if they are to count.
+        // Fraction of each window that counts: the input, and the pads with `count_include_pad`.
         let ones = x.f_ones_like()?;
         let inside = f64::from(u8::from(with_pads));
         let counted = ones.f_pad(pad_list(&placed.before, &placed.after), "constant", inside)?;
@@ -95,12 +95,12 @@ fn average_pool(b: &mut Build) -> OpResult<Kernel> {
     })
 }
 
-/// The mean over each window of an input with its pads.
+/// The mean over each window of a padded input.
 fn mean_of_windows(x: &Tensor, placed: &Placed) -> OpResult<Tensor> {
     let (kernel, strides) = (&placed.kernel, &placed.strides);
     let none = vec![0i64; kernel.len()];
     if placed.dilations.iter().any(|&dilation| dilation != 1) {
-        // Every channel by itself, with equal weights.
+        // Each channel separately, with equal weights.
         let size = x.size();
         let alone = x.f_reshape([&[size[0] * size[1], 1], &size[2..]].concat())?;
         let count: i64 = kernel.iter().product();
@@ -126,7 +126,7 @@ fn max_pool(b: &mut Build) -> OpResult<Kernel> {
     one(move |args| {
         let x = args.get(0)?;
         let kind = x.f_kind()?;
-        // Integers have no minus infinity for the pads; f32 holds those of 8 bits exactly.
+        // Integers have no minus infinity for the pads; f32 represents 8-bit integers exactly.
         let floats = match kind {
             kind if is_float(kind) => x.shallow_clone(),
             Kind::Uint8 | Kind::Int8 => x.f_to_kind(Kind::Float)?,
@@ -143,13 +143,14 @@ fn max_pool(b: &mut Build) -> OpResult<Kernel> {
     })
 }
 
-/// The input at the places of a grid, whose coordinates run from -1 to 1 and name the last axis first.
+/// The input at the points of a grid. Coordinates range from -1 to 1, the last axis first.
 ///
-/// Shapes: x `[N, C, H, W]`, grid `[N, P, Q, 2]` -> `[N, C, P, Q]`; with a depth before the height, and 3, likewise.
+/// Shapes: x `[N, C, H, W]`, grid `[N, P, Q, 2]` -> `[N, C, P, Q]`; in 3-D, x has a depth before the height and the
+/// grid 3 coordinates.
 /// Source: ONNX GridSample-16 to -22, whose modes are those of PyTorch's `grid_sample`.
 fn grid_sample(b: &mut Build) -> OpResult<Kernel> {
     let a = b.attributes;
-    // PyTorch's numbers of the modes.
+    // PyTorch's numbers for the modes.
     let interpolation = match a.text_or("mode", "linear")? {
         "linear" | "bilinear" => 0,
         "nearest" => 1,
@@ -176,8 +177,8 @@ fn grid_sample(b: &mut Build) -> OpResult<Kernel> {
     })
 }
 
-/// Places moved to the nearest pixel, half-way ones to an even one. ONNX does so before it reflects a place, PyTorch after,
-/// which takes another pixel where the reflection turns an even number into an odd one.
+/// Rounds points to the nearest pixel, ties to even. ONNX rounds before it reflects a point, PyTorch after, which
+/// selects another pixel when the reflection turns an even number into an odd one.
 fn at_pixels(grid: &Tensor, size: &[i64]) -> OpResult<Tensor> {
     let lengths: Vec<f64> = size.iter().rev().map(|&length| length as f64).collect();
     let lengths = Tensor::f_from_slice(&lengths)?.f_to_kind(grid.f_kind()?)?.f_to_device(grid.device())?;

@@ -1,22 +1,21 @@
-//! Quantised operators, forward only: finetuning needs float weights.
+//! Quantised operators, forward only; finetuning requires float weights.
 
 use tch::{Kind, Tensor};
 
 use crate::ir::DataType;
 use crate::torch::convert::data_type_of;
 use crate::torch::kernel::{Build, Kernel, LARGEST, OpError, OpResult, axis_of, many, one};
-use crate::torch::table::Row;
+use crate::torch::operator::{MICROSOFT, Operator};
+use crate::torch::products::product;
 
-use super::MICROSOFT;
 use super::cast::kind_from_number;
 use super::convolution::{EXACT, centred};
 use super::index::wrap;
-use super::linear::product;
 
-pub(super) const ROWS: &[Row] = &[
-    Row::new("", "DequantizeLinear", 10, dequantize).expands(),
-    Row::new("", "DynamicQuantizeLinear", 11, |_| many(|args| dynamic_quantize(args.get(0)?))),
-    Row::new("", "MatMulInteger", 10, |_| {
+pub(super) const ROWS: &[Operator] = &[
+    Operator::new("", "DequantizeLinear", 10, dequantize).expands(),
+    Operator::new("", "DynamicQuantizeLinear", 11, |_| many(|args| dynamic_quantize(args.get(0)?))),
+    Operator::new("", "MatMulInteger", 10, |_| {
         one(|args| {
             let (a, b) = (args.get(0)?, args.get(1)?);
             let left = centred(a, args.opt(2).map(|zero| per_row(zero, a)).transpose()?.as_ref())?;
@@ -24,11 +23,11 @@ pub(super) const ROWS: &[Row] = &[
             Ok(left.f_matmul(&right)?.f_to_kind(Kind::Int)?)
         })
     }),
-    Row::new("", "QuantizeLinear", 10, quantize),
-    Row::new(MICROSOFT, "DequantizeLinear", 1, dequantize).expands(),
-    Row::new(MICROSOFT, "GatherBlockQuantized", 1, gather_block_quantized),
-    Row::new(MICROSOFT, "MatMulNBits", 1, matmul_nbits),
-    Row::new(MICROSOFT, "QuantizeLinear", 1, quantize),
+    Operator::new("", "QuantizeLinear", 10, quantize),
+    Operator::new(MICROSOFT, "DequantizeLinear", 1, dequantize).expands(),
+    Operator::new(MICROSOFT, "GatherBlockQuantized", 1, gather_block_quantized),
+    Operator::new(MICROSOFT, "MatMulNBits", 1, matmul_nbits),
+    Operator::new(MICROSOFT, "QuantizeLinear", 1, quantize),
 ];
 
 /// One zero point per row of the left operand, or one for all.
@@ -47,21 +46,22 @@ fn per_column(zero: &Tensor, b: &Tensor) -> OpResult<Tensor> {
     Ok(if zero.dim() == b.dim() { zero.shallow_clone() } else { zero.f_unsqueeze(-2)? })
 }
 
-/// To uint8 by the tensor's own range, which always holds 0.
+/// Quantises to uint8 by the tensor's own range, which always includes 0.
 ///
 /// Outputs: the numbers, the scale and the zero point.
 fn dynamic_quantize(x: &Tensor) -> OpResult<Vec<Tensor>> {
     let low = x.f_min()?.f_clamp_max(0.0)?;
     let high = x.f_max()?.f_clamp_min(0.0)?;
     let scale = high.f_sub(&low)?.f_div_scalar(255.0)?;
-    // A tensor of zeros has no range: any scale is right, and 1 divides.
+    // An all-zero tensor has no range; any scale is right, and 1 avoids a division by zero.
     let scale = scale.f_where_self(&scale.f_gt(0.0)?, &scale.f_ones_like()?)?;
     let zero = low.f_neg()?.f_div(&scale)?.f_clamp(0.0, 255.0)?.f_round()?;
     let y = x.f_div(&scale)?.f_round()?.f_add(&zero)?.f_clamp(0.0, 255.0)?;
     Ok(vec![y.f_to_kind(Kind::Uint8)?, scale, zero.f_to_kind(Kind::Uint8)?])
 }
 
-/// Scale or zero point in a shape that broadcasts over `x`: one for all, one per place of `axis`, or one per block.
+/// Scale or zero point in a shape that broadcasts over `x`: a scalar, one entry per position of
+/// `axis`, or one per block.
 fn spread(parameter: &Tensor, x: &Tensor, axis: i64, block: i64) -> OpResult<Tensor> {
     if parameter.numel() == 1 {
         return Ok(parameter.f_reshape([0i64; 0])?);
@@ -97,7 +97,7 @@ fn dequantize(b: &mut Build) -> OpResult<Kernel> {
     })
 }
 
-/// The element type to quantise to, where the node says it: that of the zero point or, without one, `output_dtype`.
+/// The declared target type: that of the zero point or, without one, `output_dtype`.
 fn quantized_type(b: &Build) -> OpResult<Option<DataType>> {
     let number = b.attributes.int("output_dtype", 0)?;
     let said = match i32::try_from(number).ok().and_then(DataType::from_number) {
@@ -116,7 +116,7 @@ fn quantized_type(b: &Build) -> OpResult<Option<DataType>> {
 fn quantize(b: &mut Build) -> OpResult<Kernel> {
     let axis = b.attributes.int("axis", 1)?;
     let block = b.attributes.int("block_size", 0)?;
-    // Saturation concerns 8-bit floats, which are refused as a target.
+    // `saturate` applies to 8-bit floats only, which are rejected as a target.
     b.attributes.ignore("saturate");
     if b.attributes.int("precision", 0)? != 0 {
         return Err(OpError::new("attribute `precision` is not supported"));
@@ -144,7 +144,8 @@ fn quantize(b: &mut Build) -> OpResult<Kernel> {
     })
 }
 
-/// A times the transpose of a weight in blocks of `block_size` numbers of 2, 4 or 8 bits with their own scales.
+/// A times the transpose of a weight, which is quantised in blocks of `block_size` elements of 2, 4 or 8 bits, each
+/// block with its own scale.
 ///
 /// Shapes: A `[.., K]`, B `[N, blocks, block_size * bits / 8]`, scales `[N, blocks]`, zero points packed
 /// `[N, ceil(blocks * bits / 8)]` or one per block in A's type -> `[.., N]`.
@@ -153,7 +154,7 @@ fn matmul_nbits(b: &mut Build) -> OpResult<Kernel> {
     let a = b.attributes;
     let (width, height) = (a.int_required("K")?, a.int_required("N")?);
     let (bits, block) = (a.int("bits", 4)?, a.int_required("block_size")?);
-    // How precisely A is taken is left to the engine; here it is exact.
+    // The attribute lets the engine choose A's precision; here A is exact.
     a.ignore("accuracy_level");
     if a.int("weight_prepacked", 0)? != 0 {
         return Err(OpError::new("prepacked weights are not supported"));
@@ -190,7 +191,8 @@ fn matmul_nbits(b: &mut Build) -> OpResult<Kernel> {
     })
 }
 
-/// Rows of a table in blocks of `block_size` numbers with their own scales, dequantised after they are picked.
+/// Rows of a table that is quantised in blocks of `block_size` elements with a scale each. The
+/// selected rows are dequantised.
 ///
 /// Shapes: data `[V, ..]` (bytes packed along the last axis, or elements of 4 bits), scales and zero points with
 /// one entry per block along `quantize_axis`.
@@ -202,7 +204,7 @@ fn gather_block_quantized(b: &mut Build) -> OpResult<Kernel> {
     if ![2, 4, 8].contains(&bits) || !(1..=LARGEST).contains(&block) {
         return Err(OpError::new(format!("{bits} bits in blocks of {block} are not supported")));
     }
-    // Bytes hold as many numbers as they have room for; tensors of 4 bits have come apart already.
+    // Bytes hold several elements; 4-bit tensors are already unpacked to one byte per element.
     let packed = match b.dtype(0)? {
         None | Some(DataType::Uint8) => true,
         Some(DataType::Uint4 | DataType::Int4) => false,
@@ -246,7 +248,7 @@ fn gather_block_quantized(b: &mut Build) -> OpResult<Kernel> {
     })
 }
 
-/// Bytes to numbers of `bits` each along the last axis, low bits first.
+/// Unpacks bytes to elements of `bits` bits along the last axis, low bits first.
 pub(super) fn unpack(packed: &Tensor, bits: i64) -> OpResult<Tensor> {
     if bits == 8 {
         return Ok(packed.shallow_clone());

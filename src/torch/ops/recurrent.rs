@@ -3,17 +3,15 @@
 use tch::Tensor;
 
 use crate::torch::kernel::{Args, Build, Kernel, LARGEST, OpError, OpResult, many};
-use crate::torch::table::Row;
+use crate::torch::operator::{MICROSOFT, Operator};
+use crate::torch::products::lowered;
 
-use super::MICROSOFT;
-use super::linear::lowered;
-
-pub(super) const ROWS: &[Row] = &[
-    Row::new(MICROSOFT, "CausalConvWithState", 1, causal_convolution).grad(),
-    Row::new(MICROSOFT, "LinearAttention", 1, linear_attention).grad(),
+pub(super) const ROWS: &[Operator] = &[
+    Operator::new(MICROSOFT, "CausalConvWithState", 1, causal_convolution).grad(),
+    Operator::new(MICROSOFT, "LinearAttention", 1, linear_attention).grad(),
 ];
 
-/// Refuses a state that keeps several steps.
+/// Rejects a state that keeps several steps.
 fn single_state(b: &Build) -> OpResult<()> {
     match b.attributes.int("state_window", 0)? {
         0 => Ok(()),
@@ -24,23 +22,23 @@ fn single_state(b: &Build) -> OpResult<()> {
 /// Update rule of the state.
 #[derive(Clone, Copy)]
 struct Rule {
-    /// The state shrinks by an exponential first.
+    /// The state first decays by an exponential.
     decays: bool,
-    /// Delta rule: the state's content under a key is subtracted from the value.
+    /// Delta rule: the value that the state holds for a key is subtracted from the new value.
     corrects: bool,
 }
 
-/// For each step `t`: `S = exp(g_t) S + k_t (x) beta_t (v_t - S^T k_t)`, `o_t = scale S^T q_t`, without `g` or without
-/// `beta` and the correction as the rule says.
+/// For each step `t`: `S = exp(g_t) S + k_t (x) beta_t (v_t - S^T k_t)`, `o_t = scale S^T q_t`. The rule decides
+/// whether `g`, `beta` and the correction `S^T k_t` are used.
 ///
 /// Shapes: q `[B, T, Hq * D]`, k `[B, T, Hk * D]`, v `[B, T, H * E]`, state `[B, H, D, E]`, decay `[B, T, H * D]` or
-/// `[B, T, H]`, beta `[B, T, H]` or `[B, T, 1]` -> `[B, T, max(Hq, H) * E]` and the state. Fewer heads than the others
-/// have are each read by as many in turn.
+/// `[B, T, H]`, beta `[B, T, H]` or `[B, T, 1]` -> `[B, T, max(Hq, H) * E]` and the state. When one operand has fewer
+/// heads, each of its heads serves a group of consecutive heads of the others.
 /// Source: ONNX LinearAttention-27; ONNX Runtime, com.microsoft LinearAttention-1.
 fn linear_attention(b: &mut Build) -> OpResult<Kernel> {
     single_state(b)?;
     let a = b.attributes;
-    // A hint for engines that work on many steps at once.
+    // A hint for engines that process many steps at once.
     a.ignore("chunk_size");
     let (q_heads, heads) = (a.int_required("q_num_heads")?, a.int_required("kv_num_heads")?);
     if ![q_heads, heads].iter().all(|count| (1..=LARGEST).contains(count)) {
@@ -116,9 +114,10 @@ fn recur(args: &Args, q_heads: i64, heads: i64, scale: f64, rule: Rule) -> OpRes
     Ok(vec![output, state])
 }
 
-/// A convolution of each channel with its own kernel over the inputs so far, and the inputs that the next call needs.
+/// A depthwise causal convolution over the past and new inputs; also returns the inputs that the next call needs.
 ///
-/// Shapes: x `[B, C, T]`, weight `[C, 1, K]`, bias `[C]`, state `[B, C, (K - 1) * dilation]` -> `[B, C, T]` and the state.
+/// Shapes: x `[B, C, T]`, weight `[C, 1, K]`, bias `[C]`, state `[B, C, (K - 1) * dilation]` ->
+/// `[B, C, T]` and the state.
 /// Source: ONNX CausalConvWithState-27; ONNX Runtime, com.microsoft CausalConvWithState-1.
 fn causal_convolution(b: &mut Build) -> OpResult<Kernel> {
     single_state(b)?;

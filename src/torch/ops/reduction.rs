@@ -3,44 +3,47 @@
 use tch::{Kind, Tensor};
 
 use crate::torch::kernel::{Build, Kernel, OpError, OpResult, axes_of, is_float, one};
-use crate::torch::table::Row;
+use crate::torch::operator::Operator;
 
 use super::shape::axes_reader;
 
 type Reduce = fn(&Tensor, &[i64], bool) -> OpResult<Tensor>;
 
-pub(super) const ROWS: &[Row] = &[
-    Row::new("", "ReduceL1", 1, |b| reduce(b, 18, false, |x, axes, keep| total(&x.f_abs()?, axes, keep)))
+pub(super) const ROWS: &[Operator] = &[
+    Operator::new("", "ReduceL1", 1, |b| reduce(b, 18, false, |x, axes, keep| total(&x.f_abs()?, axes, keep)))
         .host(0b10)
         .grad(),
-    Row::new("", "ReduceL2", 1, |b| {
+    Operator::new("", "ReduceL2", 1, |b| {
         reduce(b, 18, false, |x, axes, keep| Ok(total(&x.f_square()?, axes, keep)?.f_sqrt()?))
     })
     .host(0b10)
     .grad(),
-    Row::new("", "ReduceLogSum", 1, |b| reduce(b, 18, false, |x, axes, keep| Ok(total(x, axes, keep)?.f_log()?)))
+    Operator::new("", "ReduceLogSum", 1, |b| reduce(b, 18, false, |x, axes, keep| Ok(total(x, axes, keep)?.f_log()?)))
         .host(0b10)
         .grad(),
-    Row::new("", "ReduceLogSumExp", 1, |b| reduce(b, 18, false, |x, axes, keep| Ok(x.f_logsumexp(axes, keep)?)))
+    Operator::new("", "ReduceLogSumExp", 1, |b| reduce(b, 18, false, |x, axes, keep| Ok(x.f_logsumexp(axes, keep)?)))
         .host(0b10)
         .grad(),
-    Row::new("", "ReduceMax", 1, |b| reduce(b, 18, true, |x, axes, keep| extreme(x, axes, keep, true)))
+    Operator::new("", "ReduceMax", 1, |b| reduce(b, 18, true, |x, axes, keep| extreme(x, axes, keep, true)))
         .host(0b10)
         .grad(),
-    Row::new("", "ReduceMean", 1, |b| reduce(b, 18, true, |x, axes, keep| Ok(x.f_mean_dim(axes, keep, None)?)))
+    Operator::new("", "ReduceMean", 1, |b| reduce(b, 18, true, |x, axes, keep| Ok(x.f_mean_dim(axes, keep, None)?)))
         .host(0b10)
         .grad(),
-    Row::new("", "ReduceMin", 1, |b| reduce(b, 18, true, |x, axes, keep| extreme(x, axes, keep, false)))
+    Operator::new("", "ReduceMin", 1, |b| reduce(b, 18, true, |x, axes, keep| extreme(x, axes, keep, false)))
         .host(0b10)
         .grad(),
-    Row::new("", "ReduceProd", 1, |b| reduce(b, 18, true, product)).host(0b10).grad(),
-    Row::new("", "ReduceSum", 1, |b| reduce(b, 13, true, total)).host(0b10).grad(),
-    Row::new("", "ReduceSumSquare", 1, |b| reduce(b, 18, false, |x, axes, keep| total(&x.f_square()?, axes, keep)))
-        .host(0b10)
-        .grad(),
+    Operator::new("", "ReduceProd", 1, |b| reduce(b, 18, true, product)).host(0b10).grad(),
+    Operator::new("", "ReduceSum", 1, |b| reduce(b, 13, true, total)).host(0b10).grad(),
+    Operator::new("", "ReduceSumSquare", 1, |b| {
+        reduce(b, 18, false, |x, axes, keep| total(&x.f_square()?, axes, keep))
+    })
+    .host(0b10)
+    .grad(),
 ];
 
-/// `plain` reductions leave an element alone when no axis is reduced; for the others ONNX does not say.
+/// `plain` reductions return the input unchanged when no axis is reduced; for the others ONNX
+/// does not define this case.
 fn reduce(b: &mut Build, axes_input_since: i64, plain: bool, f: Reduce) -> OpResult<Kernel> {
     let keep = b.attributes.flag("keepdims", true)?;
     let by_input = b.version >= axes_input_since;
@@ -75,7 +78,7 @@ fn extreme(x: &Tensor, axes: &[i64], keep: bool, largest: bool) -> OpResult<Tens
     Ok(if largest { x.f_amax(axes, keep)? } else { x.f_amin(axes, keep)? })
 }
 
-/// The extreme of nothing: the far end of the type's range.
+/// The extreme of an empty set: minus infinity or false for a maximum, infinity or true for a minimum.
 fn empty_extreme(x: &Tensor, axes: &[i64], keep: bool, largest: bool) -> OpResult<Tensor> {
     let kind = x.f_kind()?;
     if !is_float(kind) && kind != Kind::Bool {

@@ -3,9 +3,9 @@
 use tch::{Kind, Tensor};
 
 use crate::torch::kernel::{Args, Build, Kernel, OpError, OpResult, axis_of, is_float, one};
-use crate::torch::table::{ALL, Row};
+use crate::torch::operator::{ALL, Operator};
 
-pub(super) const ROWS: &[Row] = &[Row::new("", "Resize", 11, resize).host(ALL & !1).grad()];
+pub(super) const ROWS: &[Operator] = &[Operator::new("", "Resize", 11, resize).host(ALL & !1).grad()];
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Coordinates {
@@ -20,9 +20,9 @@ enum Coordinates {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Ratio {
     Stretch,
-    /// One factor for all axes, the smallest.
+    /// The smallest factor for all axes.
     NotLarger,
-    /// One factor for all axes, the largest.
+    /// The largest factor for all axes.
     NotSmaller,
 }
 
@@ -52,8 +52,8 @@ struct Change {
     scale: f32,
 }
 
-/// Inputs: X, region (unused by the supported modes), scales, sizes. Each axis is resized by a matrix of weights, so any
-/// rank works and gradients flow.
+/// Inputs: X, region (not used by the supported modes), scales, sizes. Each axis is resized by a matrix of weights, so
+/// any rank works and gradients flow.
 fn resize(b: &mut Build) -> OpResult<Kernel> {
     let a = b.attributes;
     let coordinates = match a.text_or("coordinate_transformation_mode", "half_pixel")? {
@@ -96,7 +96,7 @@ fn resize(b: &mut Build) -> OpResult<Kernel> {
 fn run_resize(args: &Args, s: &ResizeSettings) -> OpResult<Tensor> {
     let x = args.get(0)?;
     let kind = x.f_kind()?;
-    // Weights are fractions, so integers are mixed in f32.
+    // Weights are fractions, so integers are interpolated in f32.
     let mixed = is_float(kind) || s.interpolation == Interpolation::Nearest;
     let mut out = if mixed { x.shallow_clone() } else { x.f_to_kind(Kind::Float)? };
     let mut changed = false;
@@ -132,9 +132,9 @@ fn run_resize(args: &Args, s: &ResizeSettings) -> OpResult<Tensor> {
     if mixed || !changed { Ok(out.f_to_kind(kind)?) } else { to_integers(&out, kind, s.antialias) }
 }
 
-/// Sizes and scales of the axes that the node names.
+/// Sizes and scales of the axes in the node's `axes`.
 ///
-/// Sizes are computed in f32, as ONNX Runtime does: 3 times 2.3333333 is 7 there and less than 7 in f64.
+/// Sizes are computed in f32, as in ONNX Runtime: 3 times 2.3333333 is 7 in f32 and less than 7 in f64.
 fn changes(args: &Args, s: &ResizeSettings) -> OpResult<Vec<Change>> {
     let size = args.get(0)?.size();
     let axes: Vec<i64> = match &s.axes {
@@ -174,7 +174,7 @@ fn changes(args: &Args, s: &ResizeSettings) -> OpResult<Vec<Change>> {
     Ok(changes)
 }
 
-/// Mixtures of integers as integers again: ONNX Runtime cuts the fraction off, and rounds where it antialiases.
+/// Converts interpolated integers back: ONNX Runtime truncates, and rounds with antialiasing.
 fn to_integers(mixed: &Tensor, kind: Kind, antialias: bool) -> OpResult<Tensor> {
     let (low, high) = match kind {
         Kind::Uint8 => (0.0, 255.0),
@@ -187,8 +187,8 @@ fn to_integers(mixed: &Tensor, kind: Kind, antialias: bool) -> OpResult<Tensor> 
     Ok(whole.f_clamp(low, high)?.f_to_kind(kind)?)
 }
 
-/// The place in the input of one place of the output, in f32 as ONNX Runtime computes it: whether it lies half-way
-/// between two inputs decides what `nearest` takes.
+/// The input coordinate of an output position, computed in f32 as in ONNX Runtime: small differences
+/// decide ties of `nearest`.
 fn source_of(place: i64, size: i64, target: i64, scale: f32, coordinates: Coordinates) -> f64 {
     let at = place as f32;
     let half_pixel = || f64::from((at + 0.5) / scale - 0.5);
@@ -206,12 +206,12 @@ fn source_of(place: i64, size: i64, target: i64, scale: f32, coordinates: Coordi
     }
 }
 
-/// True for a place in the middle between two inputs, as near as 1e-6, which is how ONNX Runtime asks.
+/// True for a coordinate half-way between two inputs, with ONNX Runtime's tolerance of 1e-6.
 fn is_half_way(source: f64) -> bool {
     (source - source.floor() - 0.5).abs() < 1e-6
 }
 
-/// For each output place, the input places and their weights.
+/// For each output position, the input positions and their weights.
 fn weights(size: i64, target: i64, scale: f32, s: &ResizeSettings) -> OpResult<Vec<Vec<(i64, f64)>>> {
     (0..target)
         .map(|place| {
@@ -227,7 +227,7 @@ fn weights(size: i64, target: i64, scale: f32, s: &ResizeSettings) -> OpResult<V
                 };
                 return Ok(vec![((nearest as i64).clamp(0, size - 1), 1.0)]);
             }
-            // Antialiasing widens the filter by the factor of the reduction.
+            // Antialiasing widens the filter by the reduction factor.
             let stretch = if s.antialias && scale < 1.0 { f64::from(scale) } else { 1.0 };
             let reach = (if s.interpolation == Interpolation::Linear { 1.0 } else { 2.0 }) / stretch;
             let (first, last) = ((source - reach).floor() as i64 + 1, (source + reach).ceil() as i64 - 1);

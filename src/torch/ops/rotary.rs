@@ -3,20 +3,19 @@
 use tch::{Kind, Tensor};
 
 use crate::torch::kernel::{Build, Kernel, OpError, OpResult, one};
-use crate::torch::table::Row;
+use crate::torch::operator::{MICROSOFT, Operator};
 
-use super::MICROSOFT;
 use super::index::wrap;
 
-pub(super) const ROWS: &[Row] = &[
-    Row::new("", "RotaryEmbedding", 23, |b| rotary(b, Form::Standard)).grad(),
-    Row::new(MICROSOFT, "MRotaryEmbedding", 1, |b| rotary(b, Form::Sections)).grad(),
-    Row::new(MICROSOFT, "RotaryEmbedding", 1, |b| rotary(b, Form::Microsoft)).grad(),
+pub(super) const ROWS: &[Operator] = &[
+    Operator::new("", "RotaryEmbedding", 23, |b| rotary(b, Form::Standard)).grad(),
+    Operator::new(MICROSOFT, "MRotaryEmbedding", 1, |b| rotary(b, Form::Sections)).grad(),
+    Operator::new(MICROSOFT, "RotaryEmbedding", 1, |b| rotary(b, Form::Microsoft)).grad(),
 ];
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Form {
-    /// Inputs: X, cos, sin, position_ids (optional: the caches are then per token).
+    /// Inputs: X, cos, sin, position_ids (optional; without them the caches are per token).
     Standard,
     /// Inputs: input, position_ids, cos, sin.
     Microsoft,
@@ -55,7 +54,7 @@ pub(super) fn rotate(x: &Tensor, cos: &Tensor, sin: &Tensor, interleaved: bool) 
     Ok(Tensor::f_cat(&[turned, x.f_narrow(-1, 2 * half, width - 2 * half)?], -1)?)
 }
 
-/// Rows of a cache `[M, R]` by position, shape of the positions with `R` appended.
+/// Rows of a cache `[M, R]` by position; the result has the shape of the positions with `R` appended.
 pub(super) fn by_position(cache: &Tensor, positions: &Tensor) -> OpResult<Tensor> {
     let (rows, width) = cache.size2()?;
     let index = wrap(positions, rows)?;
@@ -64,7 +63,7 @@ pub(super) fn by_position(cache: &Tensor, positions: &Tensor) -> OpResult<Tensor
     Ok(cache.f_index_select(0, &index.f_reshape([-1i64])?)?.f_reshape(&size)?)
 }
 
-/// Position stream of each rotated pair.
+/// Position stream (time, height or width) of each rotated pair.
 fn streams(sections: &[i64], interleaved_layout: bool) -> Vec<i64> {
     let half: i64 = sections.iter().sum();
     if !interleaved_layout {
@@ -89,7 +88,7 @@ fn rotary(b: &mut Build, form: Form) -> OpResult<Kernel> {
     let num_heads = a.int("num_heads", 0)?;
     let dim = a.int("rotary_embedding_dim", 0)?;
     if form != Form::Standard {
-        // Ragged batches come with a shape that is checked below.
+        // Ragged batches have a shape that is checked below.
         a.ignore("is_packed_batching");
         if a.float("scale", 1.0)? != 1.0 {
             return Err(OpError::new("attribute `scale` other than 1 is not supported"));

@@ -1,17 +1,17 @@
-//! Writing by index into a copy.
+//! Writes by index into a copy of the data.
 
 use tch::{Kind, Tensor};
 
 use crate::torch::kernel::{Build, Kernel, OpError, OpResult, axis_of, one};
-use crate::torch::table::Row;
+use crate::torch::operator::Operator;
 
 use super::index::{flat_index, wrap};
 
-pub(super) const ROWS: &[Row] = &[
-    Row::new("", "Scatter", 9, scatter_elements).until(10).grad(),
-    Row::new("", "ScatterElements", 11, scatter_elements).grad(),
-    Row::new("", "ScatterND", 11, scatter_nd).grad(),
-    Row::new("", "TensorScatter", 24, tensor_scatter).grad(),
+pub(super) const ROWS: &[Operator] = &[
+    Operator::new("", "Scatter", 9, scatter_elements).until(10).grad(),
+    Operator::new("", "ScatterElements", 11, scatter_elements).grad(),
+    Operator::new("", "ScatterND", 11, scatter_nd).grad(),
+    Operator::new("", "TensorScatter", 24, tensor_scatter).grad(),
 ];
 
 #[derive(Clone, Copy)]
@@ -55,7 +55,7 @@ fn scatter_elements(b: &mut Build) -> OpResult<Kernel> {
     })
 }
 
-/// Each index tuple names a slice of the data; the updates hold one slice per tuple.
+/// Each index tuple selects a slice of the data; the updates hold one slice per tuple.
 fn scatter_nd(b: &mut Build) -> OpResult<Kernel> {
     let reduction = reduction(b, 16)?;
     one(move |args| {
@@ -73,7 +73,7 @@ fn scatter_nd(b: &mut Build) -> OpResult<Kernel> {
     })
 }
 
-/// Writes a block of steps into a cache, at each sample's own place along `axis`.
+/// Writes a block of steps into a cache, for each sample at its own index along `axis`.
 ///
 /// Shapes: past `[B, .., S, ..]`, update `[B, .., T, ..]`, write_indices `[B]` -> past's.
 fn tensor_scatter(b: &mut Build) -> OpResult<Kernel> {

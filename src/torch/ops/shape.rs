@@ -5,27 +5,27 @@ use tch::{Device, Kind, Tensor};
 use crate::ir;
 use crate::torch::convert::constant_from_ir;
 use crate::torch::kernel::{Args, Build, Kernel, OpError, OpResult, axes_of, axis_of, is_float, many, one};
-use crate::torch::table::{ALL, Row};
+use crate::torch::operator::{ALL, Operator};
 
 use super::cast::kind_from_number;
 
-pub(super) const ROWS: &[Row] = &[
-    Row::new("", "Constant", 1, constant),
-    Row::new("", "ConstantOfShape", 9, constant_of_shape).host(ALL),
-    Row::new("", "EyeLike", 9, eye_like).shape_only(),
-    Row::new("", "Expand", 8, |_| one(expand)).host(0b10).grad(),
-    Row::new("", "Flatten", 1, flatten).grad(),
-    Row::new("", "Identity", 1, |_| one(|args| Ok(args.get(0)?.shallow_clone()))).grad(),
-    Row::new("", "Range", 11, |_| one(range)).host(ALL),
-    Row::new("", "Reshape", 5, reshape).host(0b10).grad(),
-    Row::new("", "Shape", 1, shape).shape_only(),
-    Row::new("", "Size", 1, |_| {
+pub(super) const ROWS: &[Operator] = &[
+    Operator::new("", "Constant", 1, constant),
+    Operator::new("", "ConstantOfShape", 9, constant_of_shape).host(ALL),
+    Operator::new("", "EyeLike", 9, eye_like).shape_only(),
+    Operator::new("", "Expand", 8, |_| one(expand)).host(0b10).grad(),
+    Operator::new("", "Flatten", 1, flatten).grad(),
+    Operator::new("", "Identity", 1, |_| one(|args| Ok(args.get(0)?.shallow_clone()))).grad(),
+    Operator::new("", "Range", 11, |_| one(range)).host(ALL),
+    Operator::new("", "Reshape", 5, reshape).host(0b10).grad(),
+    Operator::new("", "Shape", 1, shape).shape_only(),
+    Operator::new("", "Size", 1, |_| {
         one(|args| int_vector(&[args.get(0)?.numel() as i64])?.f_reshape([0i64; 0]).map_err(Into::into))
     })
     .shape_only(),
-    Row::new("", "Squeeze", 1, squeeze).host(0b10).grad(),
-    Row::new("", "Transpose", 1, transpose).grad(),
-    Row::new("", "Unsqueeze", 1, unsqueeze).host(0b10).grad(),
+    Operator::new("", "Squeeze", 1, squeeze).host(0b10).grad(),
+    Operator::new("", "Transpose", 1, transpose).grad(),
+    Operator::new("", "Unsqueeze", 1, unsqueeze).host(0b10).grad(),
 ];
 
 /// A 1-D int64 tensor on the host.
@@ -71,7 +71,7 @@ fn constant_of_shape(b: &mut Build) -> OpResult<Kernel> {
     })
 }
 
-/// Refuses negative axes and sizes that overflow.
+/// Rejects negative sizes and sizes whose product overflows.
 pub(super) fn check_size(size: &[i64]) -> OpResult<()> {
     let count = size.iter().try_fold(1i64, |count, &dim| if dim < 0 { None } else { count.checked_mul(dim) });
     count.map(|_| ()).ok_or_else(|| OpError::new(format!("shape {size:?} is not possible")))
@@ -167,7 +167,7 @@ fn reshape(b: &mut Build) -> OpResult<Kernel> {
             }
         }
         if target.contains(&-1) && target.contains(&0) {
-            // LibTorch finds -1 ambiguous beside 0; ONNX gives it the size of what is left.
+            // LibTorch rejects -1 next to a 0; ONNX derives it from the remaining size.
             let known = target.iter().filter(|&&dim| dim > 0).fold(1i64, |count, &dim| count.saturating_mul(dim));
             let size = x.size();
             let own: i64 = size.iter().filter(|&&dim| dim > 0).product();
@@ -181,7 +181,7 @@ fn reshape(b: &mut Build) -> OpResult<Kernel> {
     })
 }
 
-/// `start` and `end` (since version 15) count from the back when negative, and are clamped.
+/// `start` and `end` (since version 15) count from the end when negative, and are clamped.
 fn shape(b: &mut Build) -> OpResult<Kernel> {
     let start = b.attributes.int("start", 0)?;
     let end = b.attributes.int_opt("end")?;

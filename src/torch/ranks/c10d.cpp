@@ -1,5 +1,5 @@
-// c10d's Gloo process group behind a C interface. Every function that can fail gives null or false and sets `error` to a
-// text that `interlace_text_free` frees.
+// A C interface to c10d's Gloo process group. Every function that can fail returns null or false and sets `error` to a text;
+// free it with `interlace_text_free`.
 
 #include <chrono>
 #include <cstdint>
@@ -25,7 +25,7 @@ auto caught(char** error, F work) -> decltype(work()) {
   try {
     return work();
   } catch (const std::exception& e) {
-    // c10's own class is not named: its type would keep libc10 linked to programs that never come here.
+    // Does not name c10's own class: its type would link libc10 to programs that never call this function.
     *error = strdup(e.what());
   } catch (...) {
     *error = strdup("an exception of unknown kind");
@@ -33,14 +33,14 @@ auto caught(char** error, F work) -> decltype(work()) {
   return {};
 }
 
-// The same storage without a history, which collectives refuse to write to.
+// The same storage without autograd history; collectives refuse to write to tensors with one.
 std::vector<at::Tensor> storage(const torch::Tensor* tensor) { return {tensor->detach()}; }
 
 }  // namespace
 
 extern "C" {
 
-// `listener` is a bound socket that this process serves the store on, or -1 where another does.
+// `listener` is a bound socket on which this process serves the store, or -1 when another process serves it.
 Group* interlace_group_new(const char* host, uint16_t port, int listener, const char* prefix, const char* own_address,
                            int rank, int size, int64_t timeout_ms, char** error) {
   return caught(error, [&]() -> Group* {
@@ -80,7 +80,7 @@ bool interlace_group_broadcast(Group* group, const torch::Tensor* tensor, int ro
   });
 }
 
-// The size that the declarations of Gloo in this folder give c10d's class.
+// The size of c10d's class according to the declarations of Gloo in this folder.
 size_t interlace_group_layout() { return sizeof(c10d::ProcessGroupGloo); }
 
 void interlace_text_free(char* text) { free(text); }

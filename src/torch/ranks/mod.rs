@@ -1,7 +1,7 @@
-//! The processes that work on one run together, as `torchrun` starts them: LibTorch's own c10d, over Gloo.
+//! The processes of a distributed run, started by `torchrun`; uses LibTorch's c10d over Gloo.
 //!
-//! Collective calls must come in the same order from all ranks. After any failure the group is of no more use: end the
-//! process with an error, the launcher starts all of them again.
+//! All ranks must make collective calls in the same order. After a failure the group cannot be used any more: end the
+//! process with an error, so that the launcher restarts all of them.
 
 use std::env;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
@@ -14,10 +14,10 @@ use tch::{Device, Kind, Tensor};
 
 use crate::base::{Error, Peers, Result};
 
-/// How long a rank waits for another that is alive but does not come; a rank that has ended is seen at once.
+/// Time limit for waiting for a rank that runs but does not call. A rank that has ended is noticed at once.
 const TIMEOUT: Duration = Duration::from_secs(30 * 60);
 
-/// One of several processes of a run.
+/// One of the processes of a run.
 #[derive(Debug)]
 pub struct Ranks {
     rank: usize,
@@ -26,25 +26,25 @@ pub struct Ranks {
     group: Group,
 }
 
-/// Where a process stands among those of its run.
+/// A process's position among the processes of its run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Place {
     rank: usize,
     size: usize,
     local_rank: usize,
-    /// Address and port of the store at which the ranks meet.
+    /// Address of the store through which the ranks connect.
     host: String,
     port: u16,
-    /// The launcher serves the store itself.
+    /// True when the launcher serves the store.
     served: bool,
-    /// What the store's keys begin with: each restart has its own.
+    /// Prefix of the store's keys, different for each restart.
     prefix: String,
 }
 
 impl Place {
-    /// From the environment that `torchrun` sets; none where it sets no `WORLD_SIZE` or there is one process only.
+    /// Reads the environment that `torchrun` sets; `None` without `WORLD_SIZE` or with a single process.
     ///
-    /// Errors: `Error::Invalid` for a variable that is missing or is not a number in range.
+    /// Errors: `Error::Invalid` for a variable that is missing or is not a number in its range.
     fn of(variable: impl Fn(&str) -> Option<String>) -> Result<Option<Place>> {
         let Some(size) = variable("WORLD_SIZE") else { return Ok(None) };
         let wrong = |name: &str, found: &str, want: &str| {
@@ -85,9 +85,10 @@ impl Place {
 }
 
 impl Ranks {
-    /// Meets the other processes of this run, where the environment says that there are some.
+    /// Connects to the other processes of this run, if the environment describes any.
     ///
-    /// Errors: `Error::Invalid` for an environment that says half of it; `Error::Engine` when they cannot be reached.
+    /// Errors: `Error::Invalid` for an incomplete environment; `Error::Engine` when the other
+    /// processes cannot be reached.
     pub fn of_environment() -> Result<Option<Ranks>> {
         Place::of(|name| env::var(name).ok().filter(|value| !value.is_empty()))?.map(Ranks::meet).transpose()
     }
@@ -97,7 +98,7 @@ impl Ranks {
         let text = |text: &str| {
             CString::new(text).map_err(|_| Error::invalid("MASTER_ADDR", "holds a zero byte, an address is expected"))
         };
-        // Of its own accord the store would listen on every interface.
+        // By default the store would listen on every interface.
         let listener = match place.rank == 0 && !place.served {
             true => Some(TcpListener::bind((place.host.as_str(), place.port)).map_err(|e| {
                 Error::invalid(
@@ -113,7 +114,7 @@ impl Ranks {
         let listener = listener.map_or(-1, |listener| listener.into_raw_fd());
         let timeout = i64::try_from(TIMEOUT.as_millis()).unwrap_or(i64::MAX);
         let mut error = std::ptr::null_mut();
-        // SAFETY: the texts live until the call returns, the socket is given away.
+        // SAFETY: the texts live until the call returns, and the socket's ownership moves to the group.
         let group = unsafe {
             interlace_group_new(
                 host.as_ptr(),
@@ -131,25 +132,25 @@ impl Ranks {
         Ok(Ranks { rank, size, local_rank, group: Group(group) })
     }
 
-    /// This process's number, from 0.
+    /// This process's rank, from 0.
     pub fn rank(&self) -> usize {
         self.rank
     }
 
-    /// How many processes there are, at least 2.
+    /// Number of processes, at least 2.
     pub fn size(&self) -> usize {
         self.size
     }
 
-    /// This process's number on its machine: the device that it takes.
+    /// This process's rank on its machine, which selects its device.
     pub fn local_rank(&self) -> usize {
         self.local_rank
     }
 
-    /// Adds up the tensors of all ranks, in place and to the same bits everywhere. They have the same shapes on all, and
-    /// one element type; they may lie on a device.
+    /// Sums the tensors over all ranks in place, with bitwise equal results on all of them. Shapes must be equal on all
+    /// ranks and all tensors must have one element type; they may be on a device.
     ///
-    /// Errors: `Error::Engine` when a rank has ended or does not come.
+    /// Errors: `Error::Engine` when a rank has ended or does not make the call in time.
     pub fn sum(&self, tensors: &[Tensor]) -> Result<()> {
         let mut by_kind: Vec<(Kind, Vec<&Tensor>)> = Vec::new();
         for tensor in tensors {
@@ -193,7 +194,7 @@ impl Ranks {
         Ok(tensor.double_value(&[0]))
     }
 
-    /// Gives the bytes of rank 0 to all; what the others pass is not read.
+    /// Sends the bytes of rank 0 to all ranks; the argument of other ranks is ignored.
     ///
     /// Errors: as [`Ranks::sum`].
     pub fn from_first(&self, bytes: &[u8]) -> Result<Vec<u8>> {
@@ -210,7 +211,7 @@ impl Ranks {
         Vec::<u8>::try_from(&content).map_err(|e| Error::engine("LibTorch", "what rank 0 sent", e))
     }
 
-    /// The bytes of every rank, in their order.
+    /// The bytes of every rank, in the order of the ranks.
     ///
     /// Errors: as [`Ranks::sum`].
     pub fn of_all(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
@@ -231,7 +232,7 @@ impl Ranks {
         Ok(all)
     }
 
-    /// Returns when all ranks have come here.
+    /// Returns when all ranks have made this call.
     ///
     /// Errors: as [`Ranks::sum`].
     pub fn wait_for_all(&self) -> Result<()> {
@@ -272,7 +273,7 @@ impl Peers for Ranks {
 fn own_address(host: &str, port: u16) -> Result<String> {
     let socket = std::net::UdpSocket::bind("0.0.0.0:0");
     let address = socket.and_then(|socket| {
-        // Sends nothing: only chooses the way.
+        // Connecting a UDP socket sends nothing; it only selects the interface.
         socket.connect((host, port))?;
         socket.local_addr()
     });
@@ -286,7 +287,7 @@ fn failed(error: *mut c_char, subject: &str) -> Error {
     if error.is_null() {
         return Error::engine("c10d", subject, "no reason is given");
     }
-    // SAFETY: the text ends with a zero and is freed once, here.
+    // SAFETY: the text is zero-terminated and freed once, here.
     let text = unsafe {
         let text = CStr::from_ptr(error).to_string_lossy().into_owned();
         interlace_text_free(error);
@@ -298,14 +299,14 @@ fn failed(error: *mut c_char, subject: &str) -> Error {
 #[derive(Debug)]
 struct Group(NonNull<c_void>);
 
-// SAFETY: c10d's groups may be used from any thread, from one at a time; `Ranks` has no interior that changes besides.
+// SAFETY: c10d's groups may be used from any thread, one at a time; `Ranks` has no other mutable state.
 unsafe impl Send for Group {}
-// SAFETY: see above; collectives of two threads at once would mix up their order, not memory.
+// SAFETY: see above; concurrent collectives of two threads could mix up their order, but not corrupt memory.
 unsafe impl Sync for Group {}
 
 impl Drop for Group {
     fn drop(&mut self) {
-        // SAFETY: made by `interlace_group_new`, freed once.
+        // SAFETY: created by `interlace_group_new`, freed once.
         unsafe { interlace_group_free(self.0.as_ptr()) }
     }
 }

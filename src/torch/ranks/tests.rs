@@ -1,4 +1,4 @@
-//! Several processes on this machine: the test program starts itself, once per rank.
+//! Several processes on this machine: the test program starts itself once per rank.
 
 use std::collections::HashMap;
 use std::process::{Child, Command, Stdio};
@@ -8,7 +8,7 @@ use super::*;
 
 #[test]
 fn the_class_of_this_libtorch_has_the_size_that_the_declarations_give() {
-    // SAFETY: takes nothing and reads nothing.
+    // SAFETY: the function has no arguments and reads no memory.
     assert_eq!(
         unsafe { interlace_group_layout() },
         488,

@@ -18,7 +18,7 @@ use std::collections::HashSet;
 
 use interlace::base::Device;
 use interlace::runtime::Runtime;
-use interlace::torch::{Row, rows};
+use interlace::torch::{Operator, operators};
 
 use case::{Case, Outcome};
 use source::Source;
@@ -55,7 +55,7 @@ const RECORDED: &[(&str, &[u64])] = &[
 ];
 
 /// The seed of a case.
-fn seed(row: &Row, number: u64) -> u64 {
+fn seed(row: &Operator, number: u64) -> u64 {
     // FNV-1a.
     let name = format!("{}:{}:{}", row.domain, row.op_type, row.since);
     let hash = name
@@ -64,7 +64,7 @@ fn seed(row: &Row, number: u64) -> u64 {
     hash.wrapping_add(number)
 }
 
-fn make(row: &'static Row, generator: fn(&mut Source) -> Case, number: u64) -> Case {
+fn make(row: &'static Operator, generator: fn(&mut Source) -> Case, number: u64) -> Case {
     let seed = seed(row, number);
     let (first, last) = if row.domain.is_empty() { (row.since.max(7), row.until.min(LATEST)) } else { (7, LATEST) };
     // Most models have a version near the last; each version is met.
@@ -87,7 +87,7 @@ struct Tally {
     failed: Vec<String>,
 }
 
-fn run_row(runtime: &Runtime, row: &'static Row, generator: fn(&mut Source) -> Case, cases: u64) -> Tally {
+fn run_row(runtime: &Runtime, row: &'static Operator, generator: fn(&mut Source) -> Case, cases: u64) -> Tally {
     let mut tally = Tally::default();
     let recorded =
         RECORDED.iter().filter(|(op, _)| *op == row.op_type).flat_map(|(_, numbers)| numbers.iter().copied());
@@ -115,7 +115,7 @@ fn check(family: &[Generator]) {
         if only.as_ref().is_some_and(|only| only != op) {
             continue;
         }
-        for row in rows().iter().filter(|row| (row.domain, row.op_type) == (domain, op)) {
+        for row in operators().iter().filter(|row| (row.domain, row.op_type) == (domain, op)) {
             let Tally { agreed, without, failed } = run_row(&runtime, row, generator, cases);
             println!(
                 "{domain}:{op}-{}: {agreed} agree, {} without reference, {} fail",
@@ -142,7 +142,7 @@ fn check(family: &[Generator]) {
 fn every_row_has_a_generator() {
     let known: HashSet<(&str, &str)> =
         FAMILIES.iter().flat_map(|family| family.iter()).map(|row| (row.0, row.1)).collect();
-    let all: HashSet<(&str, &str)> = rows().iter().map(|row| (row.domain, row.op_type)).collect();
+    let all: HashSet<(&str, &str)> = operators().iter().map(|row| (row.domain, row.op_type)).collect();
     let mut lacking: Vec<_> = all.difference(&known).collect();
     lacking.sort();
     assert!(lacking.is_empty(), "no generator for {lacking:?}");

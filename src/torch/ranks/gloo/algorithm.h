@@ -1,2 +1,2 @@
-// Declarations that c10d's header of its Gloo back end names. LibTorch holds Gloo itself, without its headers.
+// Declarations for c10d's header of its Gloo back end. LibTorch contains Gloo, but not its headers.
 #pragma once

@@ -1,2 +1,2 @@
-// Named by c10d's header; nothing of it is used.
+// Included by c10d's header, which uses no declaration of it.
 #pragma once

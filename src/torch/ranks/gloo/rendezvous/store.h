@@ -1,4 +1,4 @@
-// The base of a class of c10d's header that is not made here.
+// The base of a class in c10d's header; no object of it is created here.
 #pragma once
 #include <chrono>
 #include <string>

@@ -1,4 +1,4 @@
-// Held behind pointers by c10d's header.
+// c10d's header uses only pointers to this.
 #pragma once
 namespace gloo::transport {
 class Device;

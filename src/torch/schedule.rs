@@ -1,10 +1,10 @@
-//! The order of work from one set of given values to one set of wanted ones, and what of it can be kept between runs.
+//! The order of the steps from a set of inputs to a set of outputs, and which results are cached between runs.
 
 use std::collections::{HashMap, HashSet};
 
 use tch::{Kind, Tensor};
 
-use super::compile::{Slot, Step};
+use super::step::{CompiledNode, Slot};
 
 /// Frequency at which a step must run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,12 +13,12 @@ enum Class {
     Constant,
     /// Once per set of input shapes.
     Static,
-    /// Every time.
+    /// In every run.
     Dynamic,
 }
 
-/// A step number and what nobody reads after it.
-pub(super) struct Turn {
+/// A step number, and the slots that no later step reads.
+pub(super) struct ScheduledNode {
     pub step: usize,
     pub frees: Vec<Slot>,
 }
@@ -26,21 +26,21 @@ pub(super) struct Turn {
 /// Shapes and kinds of the inputs of a run.
 pub(super) type Signature = Vec<(Vec<i64>, Kind)>;
 
-/// Values kept for one signature of a route.
-pub(super) struct Plan {
-    /// The route's number.
-    pub route: usize,
+/// Cached values for one signature of a schedule.
+pub(super) struct ShapeCache {
+    /// The schedule's number.
+    pub schedule: usize,
     pub signature: Signature,
     pub values: HashMap<Slot, Tensor>,
 }
 
-impl Plan {
+impl ShapeCache {
     fn size_bytes(&self) -> usize {
         self.values.values().map(spanned_bytes).sum()
     }
 }
 
-/// The memory from a tensor's first element to its last: an axis that is repeated without a copy counts once.
+/// Bytes from a tensor's first element to its last; an axis that is expanded without a copy counts once.
 fn spanned_bytes(tensor: &Tensor) -> usize {
     if tensor.numel() == 0 {
         return 0;
@@ -51,82 +51,82 @@ fn spanned_bytes(tensor: &Tensor) -> usize {
     usize::try_from(last).map_or(usize::MAX, |last| last.saturating_add(1).saturating_mul(width))
 }
 
-/// Bounds on the number and memory of a program's plans; the least recently used ones are evicted.
-const MAX_PLANS: usize = 256;
-pub(super) const MAX_PLANS_BYTES: usize = 64 << 20;
+/// Bounds on the number and memory of a program's caches; the least recently used ones are evicted.
+const MAX_CACHES: usize = 256;
+pub(super) const MAX_CACHES_BYTES: usize = 64 << 20;
 
-/// The plans of a program, the most recently used last.
+/// The caches of a program, the most recently used last.
 #[derive(Default)]
-pub(super) struct Plans(Vec<Plan>);
+pub(super) struct ShapeCaches(Vec<ShapeCache>);
 
-impl Plans {
-    /// The plan of a signature, moved to the most recent place.
-    pub fn of(&mut self, route: usize, signature: &Signature) -> Option<&Plan> {
-        let position = self.0.iter().position(|plan| plan.route == route && plan.signature == *signature)?;
-        let plan = self.0.remove(position);
-        self.0.push(plan);
+impl ShapeCaches {
+    /// The cache for a signature, which becomes the most recently used one.
+    pub fn of(&mut self, schedule: usize, signature: &Signature) -> Option<&ShapeCache> {
+        let position = self.0.iter().position(|cache| cache.schedule == schedule && cache.signature == *signature)?;
+        let cache = self.0.remove(position);
+        self.0.push(cache);
         self.0.last()
     }
 
-    /// Keeps a plan, unless it alone is more than all may take: what it holds is then computed in every run.
-    pub fn keep(&mut self, plan: Plan) {
-        if plan.size_bytes() > MAX_PLANS_BYTES {
+    /// Adds a cache. One that alone exceeds the memory limit is not kept; its values are computed in every run.
+    pub fn keep(&mut self, cache: ShapeCache) {
+        if cache.size_bytes() > MAX_CACHES_BYTES {
             return;
         }
-        self.0.push(plan);
+        self.0.push(cache);
         let mut total = 0usize;
-        // From the last: as many as there is room for.
-        let kept = self.0.iter().rev().take(MAX_PLANS).take_while(|plan| {
-            total = total.saturating_add(plan.size_bytes());
-            total <= MAX_PLANS_BYTES
+        // From the most recent one, as many as the limits allow.
+        let kept = self.0.iter().rev().take(MAX_CACHES).take_while(|cache| {
+            total = total.saturating_add(cache.size_bytes());
+            total <= MAX_CACHES_BYTES
         });
         let gone = self.0.len() - kept.count();
         self.0.drain(..gone);
     }
 
-    /// Memory of all plans.
+    /// Memory of all caches.
     #[cfg(test)]
     pub fn size_bytes(&self) -> usize {
-        self.0.iter().map(Plan::size_bytes).sum()
+        self.0.iter().map(ShapeCache::size_bytes).sum()
     }
 }
 
-/// The work from given to wanted values.
-pub(super) struct Route {
+/// The steps from a set of inputs to a set of outputs.
+pub(super) struct Schedule {
     pub inputs: Vec<Slot>,
     pub outputs: Vec<Slot>,
-    /// Constant steps, to be run once per program.
-    pub constant: Vec<Turn>,
-    /// Values of constant steps that others read.
+    /// Constant steps, which run once per program.
+    pub constant: Vec<ScheduledNode>,
+    /// Results of constant steps that other steps read.
     pub constant_kept: HashSet<Slot>,
-    /// First run with a signature: static and dynamic steps.
-    pub full: Vec<Turn>,
-    /// Later runs: dynamic steps only.
-    pub lean: Vec<Turn>,
-    /// Values of static steps that dynamic ones or the caller read.
+    /// Steps of the first run with a signature: static and dynamic ones.
+    pub full: Vec<ScheduledNode>,
+    /// Steps of later runs: dynamic ones only.
+    pub lean: Vec<ScheduledNode>,
+    /// Results of static steps that dynamic steps or the caller read.
     pub static_kept: HashSet<Slot>,
     /// Weights that the steps or the caller read.
     pub weights: Vec<Slot>,
-    /// Frozen weights and constants that are read in the autocast kind only.
+    /// Frozen weights and constants that are only read in the autocast kind.
     pub lowered: HashSet<Slot>,
 }
 
-/// Input for making a route.
+/// Input for computing a schedule.
 pub(super) struct Facts<'a> {
-    pub steps: &'a [Step],
-    /// The step that makes a slot.
+    pub steps: &'a [CompiledNode],
+    /// The step that produces each slot.
     pub producers: &'a HashMap<Slot, usize>,
     pub frozen: &'a dyn Fn(Slot) -> bool,
     pub trainable: &'a dyn Fn(Slot) -> bool,
-    /// True when matrix products run in another kind than their operands have.
+    /// True when matrix products run in another kind than that of their operands.
     pub autocast: bool,
-    /// True when what expands quantised weights is done in every run and not once.
+    /// True when quantised weights are dequantised in every run and not once.
     pub keeps_quantised: bool,
 }
 
-impl Route {
-    /// Works out the route, or names the slots that have no value.
-    pub fn new(facts: &Facts, inputs: Vec<Slot>, outputs: Vec<Slot>) -> Result<Route, Vec<Slot>> {
+impl Schedule {
+    /// Computes the schedule. Errors: the slots that have no value.
+    pub fn new(facts: &Facts, inputs: Vec<Slot>, outputs: Vec<Slot>) -> Result<Schedule, Vec<Slot>> {
         let given: HashSet<Slot> = inputs.iter().copied().collect();
         let mut needed = vec![false; facts.steps.len()];
         let mut seen = HashSet::new();
@@ -165,25 +165,26 @@ impl Route {
                 .flat_map(|&step| facts.steps[step].inputs.iter().flatten().copied());
             read.chain(outputs.iter().copied()).filter(|slot| made.contains(slot)).collect()
         };
-        let turns = |keep: &dyn Fn(Class) -> bool| -> Vec<Turn> {
+        let nodes = |keep: &dyn Fn(Class) -> bool| -> Vec<ScheduledNode> {
             let chosen: Vec<usize> = order.iter().copied().filter(|step| keep(classes[step])).collect();
             let mut last: HashMap<Slot, usize> = HashMap::new();
-            for (turn, &step) in chosen.iter().enumerate() {
+            for (node, &step) in chosen.iter().enumerate() {
                 for &slot in facts.steps[step].inputs.iter().chain(&facts.steps[step].outputs).flatten() {
-                    last.insert(slot, turn);
+                    last.insert(slot, node);
                 }
             }
-            let mut turns: Vec<Turn> = chosen.into_iter().map(|step| Turn { step, frees: Vec::new() }).collect();
-            for (slot, turn) in last {
+            let mut nodes: Vec<ScheduledNode> =
+                chosen.into_iter().map(|step| ScheduledNode { step, frees: Vec::new() }).collect();
+            for (slot, node) in last {
                 if !wanted.contains(&slot) {
-                    turns[turn].frees.push(slot);
+                    nodes[node].frees.push(slot);
                 }
             }
-            turns
+            nodes
         };
-        let constant = turns(&|class| class == Class::Constant);
-        let full = turns(&|class| class != Class::Constant);
-        let lean = turns(&|class| class == Class::Dynamic);
+        let constant = nodes(&|class| class == Class::Constant);
+        let full = nodes(&|class| class != Class::Constant);
+        let lean = nodes(&|class| class == Class::Dynamic);
         let (constant_kept, static_kept) = (kept(Class::Constant), kept(Class::Static));
         let mut lowered = HashSet::new();
         if facts.autocast {
@@ -192,12 +193,12 @@ impl Route {
             let fixed = frozen.chain(&constant_kept).copied();
             lowered.extend(fixed.filter(|slot| !exact.contains(slot) && !wanted.contains(slot)));
         }
-        Ok(Route { inputs, outputs, constant, constant_kept, full, lean, static_kept, weights, lowered })
+        Ok(Schedule { inputs, outputs, constant, constant_kept, full, lean, static_kept, weights, lowered })
     }
 }
 
 /// Inputs of a step that must keep their own element type.
-fn exact_inputs(step: &Step) -> impl Iterator<Item = Slot> + '_ {
+fn exact_inputs(step: &CompiledNode) -> impl Iterator<Item = Slot> + '_ {
     step.inputs.iter().skip(if step.row.lowers { 2 } else { 0 }).flatten().copied()
 }
 

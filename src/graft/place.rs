@@ -1,0 +1,97 @@
+//! Chooses between tensors of a checkpoint that hold the same numbers.
+
+use crate::base::{Result, list_preview};
+use crate::checkpoint::Checkpoint;
+
+use super::index::Place;
+use super::matching::{Match, Piece};
+
+/// What is known of a weight besides its content.
+pub struct Position<'a> {
+    /// Name of the initializer.
+    pub name: &'a str,
+    /// The layer that alone reads it, counted as in the model that was never pruned.
+    pub layer: Option<usize>,
+    /// True for weights of a vision encoder.
+    pub vision: bool,
+}
+
+/// One place for each piece of a match; `Err` with the reason when several differ in what they were finetuned to.
+///
+/// `same` compares two places of a piece in the finetuned weights.
+pub fn chosen(
+    found: &Match,
+    position: &Position,
+    base: &Checkpoint,
+    mut same: impl FnMut(&Piece, Place, Place) -> Result<bool>,
+) -> Result<Result<Vec<Place>, String>> {
+    let names: Vec<&str> = base.tensors().keys().map(String::as_str).collect();
+    let mut places = Vec::with_capacity(found.pieces.len());
+    for piece in &found.pieces {
+        let mut left = piece.places.clone();
+        if left.len() > 1 {
+            left = by_name(left, position, &names);
+        }
+        if left.len() > 1 {
+            left = by_tower(left, position, &names);
+        }
+        let Some(&first) = left.first() else { return Ok(Err("it has no place in the base".into())) };
+        for &other in &left[1..] {
+            if !same(piece, first, other)? {
+                let mut tensors: Vec<&str> = left.iter().map(|place| names[place.tensor]).collect();
+                tensors.dedup();
+                return Ok(Err(format!(
+                    "the base has the same numbers in {}, and they were finetuned to different ones",
+                    list_preview(&tensors, 4)
+                )));
+            }
+        }
+        places.push(first);
+    }
+    Ok(Ok(places))
+}
+
+/// The places whose tensor shares the longest end of its name with the initializer, from two parts on.
+fn by_name(places: Vec<Place>, position: &Position, names: &[&str]) -> Vec<Place> {
+    let shared = |place: &Place| {
+        let (own, other) = (position.name.rsplit(['.', '/']), names[place.tensor].rsplit('.'));
+        own.zip(other).take_while(|(own, other)| own == other).count()
+    };
+    let most = places.iter().map(shared).max().unwrap_or(0);
+    if most < 2 { places } else { places.into_iter().filter(|place| shared(place) == most).collect() }
+}
+
+/// The places in the weight's own layer and tower, where there are any.
+fn by_tower(places: Vec<Place>, position: &Position, names: &[&str]) -> Vec<Place> {
+    let fits = |place: &Place| {
+        let name = names[place.tensor];
+        is_vision(name) == position.vision && (position.layer.is_none() || layer_of(name) == position.layer)
+    };
+    let own: Vec<Place> = places.iter().copied().filter(fits).collect();
+    if own.is_empty() { places } else { own }
+}
+
+/// The first number in a tensor's name, which counts its layer.
+pub fn layer_of(name: &str) -> Option<usize> {
+    name.split('.').find_map(|part| part.parse().ok())
+}
+
+/// True for names of tensors of a vision encoder.
+pub fn is_vision(name: &str) -> bool {
+    name.split('.').any(|part| part.starts_with("vision") || part.starts_with("visual"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_tell_layer_and_tower() {
+        assert_eq!(layer_of("model.layers.12.self_attn.q_proj.weight"), Some(12));
+        assert_eq!(layer_of("lm_head.weight"), None);
+        assert!(
+            is_vision("model.vision_model.encoder.layers.0.norm1.weight") && is_vision("visual.blocks.0.norm1.weight")
+        );
+        assert!(!is_vision("model.layers.0.input_layernorm.weight"));
+    }
+}

@@ -1,0 +1,108 @@
+//! A weight of the graph as rows, in each of the ways in which exporters lay a matrix out.
+
+use crate::ir::Tensor;
+
+/// How the elements of a weight are read as rows of the checkpoint's matrices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// All elements are one row: vectors.
+    Flat,
+    /// Rows along the last axis.
+    Rows,
+    /// The first axis counts rows: convolutions.
+    Leading,
+    /// Columns of each matrix of the last two axes: products that read `[input, output]`.
+    Columns,
+}
+
+impl Layout {
+    /// The layouts that a weight of this shape can have, without those that are the same.
+    pub fn of(dims: &[u64]) -> Vec<Layout> {
+        let mut layouts = vec![Layout::Flat];
+        if dims.iter().filter(|&&size| size != 1).count() > 1 {
+            layouts.push(Layout::Rows);
+            if dims.len() > 2 {
+                layouts.push(Layout::Leading);
+            }
+            layouts.push(Layout::Columns);
+        }
+        layouts
+    }
+
+    /// Numbers in a row.
+    pub fn row_length(self, dims: &[u64]) -> usize {
+        let all: u64 = dims.iter().product();
+        let length = match self {
+            Layout::Flat => all,
+            Layout::Rows => dims.last().copied().unwrap_or(1),
+            Layout::Leading => all / dims.first().copied().unwrap_or(1).max(1),
+            Layout::Columns => dims.iter().rev().nth(1).copied().unwrap_or(1),
+        };
+        length as usize
+    }
+
+    /// The elements row by row.
+    pub fn rows(self, tensor: &Tensor) -> Vec<u8> {
+        let bytes = tensor.bytes();
+        match self {
+            Layout::Columns => transposed(bytes, &tensor.dims, tensor.dtype.bits() / 8),
+            _ => bytes.to_vec(),
+        }
+    }
+
+    /// The elements in the weight's own order, from those row by row.
+    pub fn elements(self, rows: &[u8], dims: &[u64], width: usize) -> Vec<u8> {
+        match self {
+            Layout::Columns => {
+                let mut turned = dims.to_vec();
+                let last = turned.len() - 1;
+                turned.swap(last, last - 1);
+                transposed(rows, &turned, width)
+            }
+            _ => rows.to_vec(),
+        }
+    }
+}
+
+/// The last two axes exchanged; `width` bytes an element.
+fn transposed(bytes: &[u8], dims: &[u64], width: usize) -> Vec<u8> {
+    let (Some(&columns), Some(&rows)) = (dims.last(), dims.iter().rev().nth(1)) else { return bytes.to_vec() };
+    let (rows, columns) = (rows as usize, columns as usize);
+    let mut out = Vec::with_capacity(bytes.len());
+    if rows * columns == 0 {
+        return out;
+    }
+    for matrix in bytes.chunks_exact(rows * columns * width) {
+        for column in 0..columns {
+            for row in 0..rows {
+                let at = (row * columns + column) * width;
+                out.extend_from_slice(&matrix[at..at + width]);
+            }
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_are_read_and_put_back_matrix_by_matrix() {
+        let dims = [2, 2, 3];
+        let tensor = Tensor::from_f32(&dims, &(0..12).map(|n| n as f32).collect::<Vec<_>>());
+        let rows = Layout::Columns.rows(&tensor);
+        let numbers: Vec<f32> = rows.as_chunks().0.iter().map(|chunk| f32::from_le_bytes(*chunk)).collect();
+        assert_eq!(numbers, [0.0, 3.0, 1.0, 4.0, 2.0, 5.0, 6.0, 9.0, 7.0, 10.0, 8.0, 11.0]);
+        assert_eq!(Layout::Columns.row_length(&dims), 2);
+        assert_eq!(Layout::Columns.elements(&rows, &dims, 4), tensor.bytes());
+    }
+
+    #[test]
+    fn a_vector_is_one_row_and_a_convolution_has_a_row_for_each_filter() {
+        assert_eq!(Layout::of(&[1, 1, 8]), [Layout::Flat]);
+        assert_eq!(Layout::Flat.row_length(&[1, 1, 8]), 8);
+        assert!(Layout::of(&[4, 3, 2, 2]).contains(&Layout::Leading));
+        assert_eq!(Layout::Leading.row_length(&[4, 3, 2, 2]), 12);
+    }
+}

@@ -1,0 +1,86 @@
+//! One compiled node: its operator and the slots of its inputs and outputs.
+
+use tch::{Device, Tensor};
+
+use crate::base::{Error, Result};
+
+use super::kernel::{Args, Kernel, OpError, OpResult};
+use super::operator::Operator;
+
+/// Index of a value in a program. The top-level graph's values come first, in the order of their ids.
+pub(super) type Slot = usize;
+
+/// One compiled node.
+pub(super) struct CompiledNode {
+    /// Name of the node in messages.
+    pub label: String,
+    pub row: &'static Operator,
+    pub kernel: Kernel,
+    /// Slots of the node's inputs, then of its captured values.
+    pub inputs: Vec<Option<Slot>>,
+    pub outputs: Vec<Option<Slot>>,
+}
+
+/// Moves a step's tensor to the device and caches the copies of constants.
+pub(super) type Mover<'a> = dyn FnMut(Slot, &Tensor) -> OpResult<Tensor> + 'a;
+
+impl CompiledNode {
+    /// Runs the operator. When the program's device is a GPU and any input is on it, the other inputs are moved to it,
+    /// except those that the operator reads on the host.
+    pub fn call(&self, inputs: &[Option<&Tensor>], device: Device, mover: &mut Mover) -> OpResult<Vec<Tensor>> {
+        if device == Device::Cpu {
+            return (self.kernel)(&Args { inputs });
+        }
+        let on_device = |tensor: &Tensor| tensor.device() != Device::Cpu;
+        let placed = |index: usize| !self.row.reads_on_host(index) && !self.row.shape_only;
+        let any = inputs.iter().enumerate().any(|(index, input)| placed(index) && input.is_some_and(on_device));
+        if !any {
+            return (self.kernel)(&Args { inputs });
+        }
+        let mut moved: Vec<Option<Tensor>> = Vec::with_capacity(inputs.len());
+        for (index, input) in inputs.iter().enumerate() {
+            moved.push(match (input, self.inputs[index]) {
+                (Some(tensor), Some(slot)) if placed(index) && !on_device(tensor) => Some(mover(slot, tensor)?),
+                _ => None,
+            });
+        }
+        let inputs: Vec<Option<&Tensor>> =
+            inputs.iter().zip(&moved).map(|(input, moved)| moved.as_ref().or(*input)).collect();
+        (self.kernel)(&Args { inputs: &inputs })
+    }
+
+    /// The error for a failure of this step.
+    pub fn error(&self, error: OpError, inputs: &[Option<&Tensor>]) -> Error {
+        let shapes: Vec<String> = inputs
+            .iter()
+            .map(|input| match input {
+                Some(tensor) => match tensor.f_kind() {
+                    Ok(kind) => format!("{kind:?}{:?}", tensor.size()),
+                    Err(_) => format!("{:?}", tensor.size()),
+                },
+                None => "-".into(),
+            })
+            .collect();
+        Error::invalid(self.label.clone(), format!("{} (inputs: {})", error.0, shapes.join(", ")))
+    }
+}
+
+/// Passes a step's results to `put`.
+///
+/// Errors: `Error::Invalid` when the operator returned fewer results than the node has connected outputs.
+pub(super) fn store(step: &CompiledNode, outputs: Vec<Tensor>, mut put: impl FnMut(Slot, Tensor)) -> Result<()> {
+    let given = outputs.len();
+    let mut outputs = outputs.into_iter();
+    for (position, slot) in step.outputs.iter().enumerate() {
+        let tensor = outputs.next().filter(Tensor::defined);
+        match (slot, tensor) {
+            (Some(slot), Some(tensor)) => put(*slot, tensor),
+            (None, _) => {}
+            (Some(_), None) => {
+                let problem = format!("output {position} is wanted, {given} are computed");
+                return Err(Error::invalid(step.label.clone(), problem));
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,300 @@
+//! Finetuned weights written into the graphs of many exporters, against the same network in PyTorch.
+//!
+//! The base is taken out of the GenAI exporter's graph, which names every matrix; `scripts/zoo/graft.py` takes it out in
+//! the same way, checks it against the zoo's logits, and makes the twin's logits.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use interlace::ir::{DataType, Tensor};
+use interlace::onnx;
+use safetensors::tensor::{Dtype, TensorView};
+use serde_json::Value;
+
+use super::cli::{interlace, stderr};
+use super::zoo::{Arrays, distances, root};
+
+type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
+
+fn floats(tensor: &Tensor) -> Vec<f32> {
+    tensor.to_f64s().expect("floats").into_iter().map(|number| number as f32).collect()
+}
+
+fn transposed(rows: usize, columns: usize, numbers: &[f32]) -> Vec<f32> {
+    (0..columns).flat_map(|column| (0..rows).map(move |row| numbers[row * columns + column])).collect()
+}
+
+/// The text model and its head under Hugging Face's names.
+fn base(name: &str) -> Tensors {
+    let (prefix, embeddings) = match name {
+        "llama" => ("model.", Some("llama/dyn18-ids.onnx")),
+        _ => ("model.language_model.", None),
+    };
+    let model = onnx::load(&root().join(format!("genai/{name}-fp32-embeds/model.onnx"))).expect("graph");
+    let mut tensors = Tensors::new();
+    for (id, tensor) in &model.graph.body.initializers {
+        let name = model.graph.name(*id);
+        if !name.starts_with("model.") && !name.starts_with("lm_head") {
+            continue;
+        }
+        let name = name
+            .replace("model.layers.8.final_norm_layernorm", "model.norm")
+            .replace(".MatMul", "")
+            .replace(".attn.", ".self_attn.")
+            .replace("_norm.layernorm.", "_norm.");
+        let name = name.strip_prefix("model.").map_or(name.clone(), |rest| format!("{prefix}{rest}"));
+        let numbers = floats(tensor);
+        let [rows, columns] = tensor.dims[..] else {
+            tensors.insert(name, (vec![numbers.len()], numbers));
+            continue;
+        };
+        let (rows, columns) = (rows as usize, columns as usize);
+        let numbers = transposed(rows, columns, &numbers);
+        if name.contains("qkv_proj") {
+            let parts = [("q_proj", 0, 64), ("k_proj", 64, 96), ("v_proj", 96, 128)];
+            for (part, from, to) in parts {
+                let numbers = numbers[from * rows..to * rows].to_vec();
+                tensors.insert(name.replace("qkv_proj", part), (vec![to - from, rows], numbers));
+            }
+        } else {
+            tensors.insert(name, (vec![columns, rows], numbers));
+        }
+    }
+    if let Some(file) = embeddings {
+        let model = onnx::load(&root().join(file)).expect("graph");
+        let table =
+            model.graph.body.initializers.iter().find(|(id, _)| model.graph.name(*id).ends_with("embed_tokens.weight"));
+        let (_, table) = table.expect("embeddings");
+        tensors.insert(format!("{prefix}embed_tokens.weight"), (vec![640, 64], floats(table)));
+    }
+    tensors
+}
+
+/// The rule of `scripts/zoo/graft.py`.
+fn twin(base: &Tensors) -> Tensors {
+    let step = |place: usize| ((place * 7919 % 17) as f32 - 8.0) / 512.0;
+    let moved = |numbers: &[f32]| numbers.iter().enumerate().map(|(place, number)| number + step(place)).collect();
+    base.iter().map(|(name, (shape, numbers))| (name.clone(), (shape.clone(), moved(numbers)))).collect()
+}
+
+fn save(path: &Path, tensors: &Tensors) {
+    fs::create_dir_all(path.parent().expect("folder")).expect("folder");
+    let bytes: BTreeMap<&String, (Vec<usize>, Vec<u8>)> = tensors
+        .iter()
+        .map(|(name, (shape, numbers))| (name, (shape.clone(), numbers.iter().flat_map(|n| n.to_le_bytes()).collect())))
+        .collect();
+    let views = bytes
+        .iter()
+        .map(|(name, (shape, bytes))| (name, TensorView::new(Dtype::F32, shape.clone(), bytes).expect("view")));
+    safetensors::serialize_to_file(views, &None, path).expect("save");
+}
+
+/// A folder with `base/` and `tuned/` of a network.
+fn checkpoints(folder: &Path, name: &str) -> Tensors {
+    let base = base(name);
+    save(&folder.join("base/model.safetensors"), &base);
+    save(&folder.join("tuned/model.safetensors"), &twin(&base));
+    base
+}
+
+fn golden(name: &str) -> Arrays {
+    let path = root().join("expected").join(name);
+    tch::Tensor::read_npz(path).expect("golden values").into_iter().collect()
+}
+
+/// The one file of a network in a folder, or the file itself.
+fn graph_of(path: &Path) -> PathBuf {
+    if path.is_file() {
+        return path.to_path_buf();
+    }
+    ["model.onnx", "decode.onnx"].map(|file| path.join(file)).into_iter().find(|file| file.exists()).expect("a graph")
+}
+
+/// Grafts, and returns how far prefill and a cached step are from PyTorch.
+fn grafted(folder: &Path, file: &str, tuned: &str, golden: &Arrays, given: &dyn Fn(&str) -> String) -> (f32, f32) {
+    let source = root().join(file);
+    let out = folder.join("out");
+    let _ = fs::remove_dir_all(&out);
+    let source = source.to_str().expect("path");
+    let mut arguments = vec!["graft", source, "--base", "base", "--tuned", tuned, "-o", "out", "--quiet"];
+    // Graphs that read embeddings have no table.
+    arguments.extend(
+        ["--leave-out", "model.embed_tokens"].into_iter().filter(|_| file.contains("embeds") && file.contains("llama")),
+    );
+    let output = interlace(folder, &arguments);
+    assert_eq!(output.status.code(), Some(0), "{file}: {}", stderr(&output));
+    let name = Path::new(file).file_name().expect("name");
+    let model = onnx::load(&if out.join(name).is_file() { out.join(name) } else { graph_of(&out) }).expect("result");
+    let (prefill, decode, _) = distances(&model, golden, given);
+    (prefill, decode)
+}
+
+#[test]
+fn a_finetuned_twin_through_the_graft_equals_pytorch() {
+    let cases: &[(&str, &[(&str, f32)])] = &[
+        (
+            "llama",
+            &[
+                ("llama/dyn18-ids.onnx", 1e-4),
+                ("llama/optimum-O2.onnx", 1e-4),
+                ("llama/ts17-noname.onnx", 1e-4),
+                ("optimum/llama-with-past", 1e-4),
+                ("genai/llama-fp32-embeds", 1e-4),
+            ],
+        ),
+        (
+            "qwen3_vl",
+            &[
+                ("qwen3_vl/dyn23.onnx", 1e-4),
+                ("qwen3_vl/ts17.onnx", 1e-4),
+                ("qwen3_vl/mobius.onnx", 1e-4),
+                ("genai/qwen3_vl-fp32-embeds", 1e-4),
+            ],
+        ),
+    ];
+    for (network, files) in cases {
+        let folder = tempfile::tempdir().expect("folder");
+        checkpoints(folder.path(), network);
+        let golden = golden(&format!("{network}.tuned.npz"));
+        for (file, tolerance) in *files {
+            let (prefill, decode) = grafted(folder.path(), file, "tuned", &golden, &str::to_string);
+            println!("{file}: prefill {prefill:.2e}, cached step {decode:.2e}");
+            assert!(prefill < *tolerance && decode < *tolerance, "{file}: {prefill} {decode}");
+        }
+    }
+}
+
+#[test]
+fn an_adapter_of_peft_through_the_graft_equals_pytorch() {
+    let folder = tempfile::tempdir().expect("folder");
+    checkpoints(folder.path(), "llama");
+    let adapter = root().join("llama/adapter");
+    let golden = golden("llama.lora.npz");
+    for file in ["llama/dyn18-ids.onnx", "optimum/llama-with-past"] {
+        let (prefill, decode) = grafted(folder.path(), file, adapter.to_str().expect("path"), &golden, &str::to_string);
+        assert!(prefill < 1e-4 && decode < 1e-4, "{file}: {prefill} {decode}");
+    }
+}
+
+/// Every weight of a graph in half precision is the twin's, rounded once.
+#[test]
+fn a_graph_in_half_precision_gets_rounded_weights() {
+    let folder = tempfile::tempdir().expect("folder");
+    let tuned = twin(&checkpoints(folder.path(), "qwen3_vl"));
+    let source = root().join("post/qwen3_vl-ts17__fp16.onnx");
+    let source = source.to_str().expect("path");
+    let arguments = ["graft", source, "--base", "base", "--tuned", "tuned", "-o", "out", "--quiet", "--json"];
+    let output = interlace(folder.path(), &arguments);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let table: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let model = onnx::load(&folder.path().join("out/qwen3_vl-ts17__fp16.onnx")).expect("result");
+    let mut compared = 0;
+    for weight in table["weights"].as_array().expect("weights") {
+        let (name, how) = (weight["initializer"].as_str().expect("name"), weight["how"].as_str().expect("how"));
+        let (shape, numbers) = &tuned[weight["tensors"][0].as_str().expect("tensor")];
+        let (_, found) =
+            model.graph.body.initializers.iter().find(|(id, _)| model.graph.name(*id) == name).expect(name);
+        let wanted = if how == "transposed" { transposed(shape[0], shape[1], numbers) } else { numbers.clone() };
+        let bytes: Vec<u8> = wanted.iter().flat_map(|&number| half::f16::from_f32(number).to_le_bytes()).collect();
+        let exact: Vec<u8> = wanted.iter().flat_map(|number| number.to_le_bytes()).collect();
+        let wanted = if found.dtype == DataType::Float16 { bytes } else { exact };
+        assert_eq!(found.bytes(), wanted, "{name}");
+        compared += usize::from(found.dtype == DataType::Float16);
+    }
+    assert!(compared > 50, "{compared} weights in half precision");
+}
+
+/// The int4 graph gets the bytes that ONNX Runtime's quantiser would give the twin: the same rule gives the graph's own
+/// bytes for the base, which the verb checks for every matrix.
+#[test]
+fn a_quantised_graph_is_quantised_anew_by_its_own_rule() {
+    let folder = tempfile::tempdir().expect("folder");
+    let base = checkpoints(folder.path(), "qwen3_vl");
+    let source = root().join("genai/qwen3_vl-int4-embeds");
+    let arguments = [
+        "graft",
+        source.to_str().expect("path"),
+        "--base",
+        "base",
+        "--tuned",
+        "tuned",
+        "-o",
+        "out",
+        "--quiet",
+        "--json",
+    ];
+    let output = interlace(folder.path(), &arguments);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let table: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let weights = table["weights"].as_array().expect("weights");
+    let quantised = |weight: &&Value| weight["how"].as_str().is_some_and(|how| how.contains("4 bits symmetric"));
+    assert_eq!(weights.iter().filter(quantised).count(), 57);
+    let model = onnx::load(&folder.path().join("out/model.onnx")).expect("result");
+    let tensor = |name: &str| {
+        let (_, tensor) =
+            model.graph.body.initializers.iter().find(|(id, _)| model.graph.name(*id) == name).expect(name);
+        tensor.clone()
+    };
+    let numbers = tensor("model.layers.3.mlp.down_proj.MatMul.weight_Q4");
+    let scales = floats(&tensor("model.layers.3.mlp.down_proj.MatMul.weight_scales"));
+    let (shape, wanted) = &twin(&base)["model.language_model.layers.3.mlp.down_proj.weight"];
+    assert_eq!(numbers.dtype, DataType::Uint8);
+    for (place, wanted) in wanted.iter().enumerate() {
+        let (row, column) = (place / shape[1], place % shape[1]);
+        let scale = scales[row * shape[1] / 32 + column / 32];
+        let byte = numbers.bytes()[(row * shape[1] + column) / 2];
+        let found = (f32::from(byte >> (4 * (column % 2)) & 15) - 8.0) * scale;
+        // The greatest number on the other side of the range is cut off at 7 of 8 steps.
+        assert!((found - wanted).abs() <= scale.abs() * 1.001, "{place}: {found} {wanted}");
+    }
+}
+
+#[test]
+fn what_is_not_the_graph_s_is_refused() {
+    let folder = tempfile::tempdir().expect("folder");
+    let base = checkpoints(folder.path(), "llama");
+    let source = root().join("llama/ts17-noname.onnx");
+    let source = source.to_str().expect("path");
+    let refused = |base: &str, tuned: &str, wanted: &[&str]| {
+        let arguments = ["graft", source, "--base", base, "--tuned", tuned, "-o", "out", "--quiet"];
+        let output = interlace(folder.path(), &arguments);
+        let message = stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{message}");
+        for part in wanted {
+            assert!(message.contains(part), "expected `{part}` in: {message}");
+        }
+        assert!(!folder.path().join("out").exists());
+    };
+    // Another model of the same shapes.
+    let other: Tensors = base
+        .iter()
+        .map(|(name, (shape, n))| (name.clone(), (shape.clone(), n.iter().map(|n| n + 0.5).collect())))
+        .collect();
+    save(&folder.path().join("other/model.safetensors"), &other);
+    refused("other", "tuned", &["none of the matrices", "exported from"]);
+    // Another size, another architecture.
+    let mut changed = base.clone();
+    changed.insert("model.norm.weight".into(), (vec![32], vec![1.0; 32]));
+    save(&folder.path().join("size/model.safetensors"), &changed);
+    refused("base", "size", &["model.norm.weight", "[32]", "[64]"]);
+    let mut changed = base.clone();
+    changed.insert("model.layers.0.mlp.experts.0.weight".into(), (vec![4, 4], vec![1.0; 16]));
+    save(&folder.path().join("names/model.safetensors"), &changed);
+    refused("base", "names", &["does not have", "experts"]);
+    // Nothing was finetuned.
+    refused("base", "base", &["are those of the base", "--tuned"]);
+    // A tensor that the graph does not have.
+    let mut more = base.clone();
+    more.insert("model.visual.patch.weight".into(), (vec![8, 64], (0..512).map(|n| n as f32).collect()));
+    save(&folder.path().join("more/model.safetensors"), &more);
+    save(&folder.path().join("more-tuned/model.safetensors"), &twin(&more));
+    refused("more", "more-tuned", &["model.visual.patch.weight", "--leave-out"]);
+    let arguments = ["graft", source, "--base", "more", "--tuned", "more-tuned", "--dry-run", "--quiet"];
+    assert_eq!(interlace(folder.path(), &arguments).status.code(), Some(1));
+    let left: HashMap<&str, i32> = HashMap::from([("model.visual", 0), ("model.nothing", 2)]);
+    for (name, code) in left {
+        let output = interlace(folder.path(), &[&arguments[..], &["--leave-out", name]].concat());
+        assert_eq!(output.status.code(), Some(code), "{name}: {}", stderr(&output));
+    }
+}
