@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Finetunes the pruned fixture decoder in PyTorch, as the reference for tests of the trainer.
+"""Finetunes the fixture decoder in PyTorch, pruned and whole, as the reference for tests of the trainer.
 
 Builds the decoder with transformers' own Llama classes, fills it with the weights of the exported graph, deletes
 decoder layers, and trains some of the others for a few steps with torch.optim.AdamW and transformers' cosine schedule
-in float32. Every step uses the same eight texts, so that the order of samples does not matter.
+in float32; the same with no layer deleted and all layers trained (`whole` in the output), and with the head's weight
+trained besides the layers (`with_head`). Every step uses the same eight texts, so that the order of samples does not matter.
 
     python3 scripts/reference/finetune.py fixtures/model fixtures/expected/finetune.json
 
@@ -91,26 +92,26 @@ def check_against_onnx(root, net, table):
     assert difference < 1e-4, f"logits differ by {difference}"
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=pathlib.Path)
-    parser.add_argument("output", type=pathlib.Path)
-    arguments = parser.parse_args()
-    net, table = network(arguments.model)
-    check_against_onnx(arguments.model, net, table)
-    kept = [layer for number, layer in enumerate(net.model.layers) if number not in DROPPED]
+def train(root, dropped, trained, steps_to_take, head=False):
+    """Loss, gradient norm and learning rate of every step, with `dropped` layers deleted and `trained` of the rest trained,
+    and the head's weight where `head` is set."""
+    net, table = network(root)
+    check_against_onnx(root, net, table)
+    kept = [layer for number, layer in enumerate(net.model.layers) if number not in dropped]
     net.model.layers = torch.nn.ModuleList(kept)
     for number, layer in enumerate(kept):
         layer.self_attn.layer_idx = number
     net.config.num_hidden_layers = len(kept)
     net.requires_grad_(False)
-    parameters = [p for number in TRAINED for p in net.model.layers[number].requires_grad_(True).parameters()]
+    parameters = [p for number in trained for p in net.model.layers[number].requires_grad_(True).parameters()]
+    if head:
+        parameters.append(net.lm_head.weight.requires_grad_(True))
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(WARMUP_RATIO * STEPS), STEPS)
+    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(WARMUP_RATIO * steps_to_take), steps_to_take)
     samples = list(texts(len(table)))
     answers = sum(sum(mask[1:]) for _, mask in samples)
     steps = []
-    for _ in range(STEPS):
+    for _ in range(steps_to_take):
         optimizer.zero_grad()
         loss = 0
         for ids, mask in samples:
@@ -126,8 +127,19 @@ def main():
         })
         optimizer.step()
         schedule.step()
+    return {"dropped": dropped, "trained": trained, "steps": steps}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=pathlib.Path)
+    parser.add_argument("output", type=pathlib.Path)
+    arguments = parser.parse_args()
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    result = {"dropped": DROPPED, "trained": TRAINED, "steps": steps}
+    result = train(arguments.model, DROPPED, TRAINED, STEPS)
+    layers = len(network(arguments.model)[0].model.layers)
+    result["whole"] = train(arguments.model, [], list(range(layers)), STEPS)
+    result["with_head"] = train(arguments.model, DROPPED, TRAINED, STEPS, head=True)
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")
 
 

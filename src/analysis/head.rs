@@ -34,7 +34,30 @@ pub fn head_input(graph: &Graph, logits: ValueId) -> ValueId {
     }
 }
 
-/// Initializers and values computed from initializers alone.
+/// The weight of the product that gives the logits, as it is or transposed or cast before the product; `None` where the head
+/// is no product with such a weight.
+pub fn head_weight(graph: &Graph, logits: ValueId) -> Option<ValueId> {
+    let index = GraphIndex::new(graph);
+    let node = |id: ValueId| index.node_of(id).and_then(|(number, _)| graph.body.nodes.get(number));
+    let input = head_input(graph, logits);
+    let mut product = None;
+    let mut at = logits;
+    while at != input && product.is_none() {
+        let last = node(at)?;
+        let reads_input = last.present_inputs().any(|id| id == input);
+        let constants = constants(&graph.body);
+        at = last.present_inputs().find(|id| !constants.contains(id))?;
+        product = reads_input.then_some(last);
+    }
+    let mut weight = product?.present_inputs().find(|id| *id != input)?;
+    while graph.body.initializer(weight).is_none() {
+        let before = node(weight).filter(|node| matches!(node.op_type.as_str(), "Transpose" | "Cast" | "Identity"))?;
+        weight = before.present_inputs().next()?;
+    }
+    Some(weight)
+}
+
+/// Initializers and what is computed from nothing else.
 fn constants(body: &Body) -> HashSet<ValueId> {
     let inputs: HashSet<ValueId> = body.inputs.iter().copied().collect();
     let mut constants: HashSet<ValueId> =

@@ -29,9 +29,11 @@ pub(super) fn with_preface(card: &str, base: &str, history: &[RecordedStep], too
     for tower in [Tower::Text, Tower::Vision] {
         lines.extend(removed(tower, history));
     }
+    let pruned = lines.len() > 1;
     for step in history {
         if let RecordedStep::Finetune { layers, samples, .. } = step {
-            lines.push(format!("- {} of the remaining layers trained on {samples} samples.", layers.len()));
+            let of = if pruned { "remaining layers" } else { "layers of the language model" };
+            lines.push(format!("- {} of the {of} trained on {samples} samples.", layers.len()));
         }
         if let RecordedStep::Graft { tensors } = step {
             lines.push(format!("- {tensors} tensors of a finetuned checkpoint written into the graphs."));
@@ -142,6 +144,9 @@ mod tests {
         assert_eq!(second.matches("<!-- interlace: made from org/name -->").count(), 1, "{second}");
         assert!(second.contains("> - 2 of the remaining layers trained on 40 samples.\n"), "{second}");
         assert!(!second.contains("pruned"), "{second}");
+        let step = RecordedStep::Finetune { layers: vec![0, 1], samples: 40, settings: serde_json::Value::Null };
+        let whole = with_preface("# Model\n", "name", &[step], "interlace 1");
+        assert!(whole.contains("> - 2 of the layers of the language model trained on 40 samples.\n"), "{whole}");
         let bare = with_preface("# Model\n", "name", &[prune(&[1], 8)], "interlace 1");
         assert!(bare.starts_with("<!-- interlace: made from name -->\n> **This is not the model"), "{bare}");
         assert!(bare.contains("removed: layer 1,"), "{bare}");

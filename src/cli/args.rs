@@ -18,6 +18,26 @@ impl std::str::FromStr for LayerList {
     }
 }
 
+/// Layers to train: `all`, or a list.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TrainedLayers {
+    /// Every decoder layer.
+    All,
+    /// These.
+    These(LayerList),
+}
+
+impl std::str::FromStr for TrainedLayers {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "all" => Ok(TrainedLayers::All),
+            list => list.parse().map(TrainedLayers::These).map_err(|problem: String| format!("{problem}, or `all`")),
+        }
+    }
+}
+
 /// Weights of modalities, `image=0.7,text=0.3`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Weights(pub ModalityWeights);
@@ -98,6 +118,13 @@ mod tests {
             let error = bad.parse::<LayerList>().expect_err(bad);
             assert!(error.contains("not a layer index"), "{bad}: {error}");
         }
+    }
+
+    #[test]
+    fn layers_to_train_are_all_or_a_list() {
+        assert_eq!("all".parse(), Ok(TrainedLayers::All));
+        assert_eq!("2,5".parse(), Ok(TrainedLayers::These(LayerList(vec![2, 5]))));
+        assert!("most".parse::<TrainedLayers>().unwrap_err().contains("as in 2,5, or `all`"));
     }
 
     #[test]

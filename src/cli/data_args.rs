@@ -1,8 +1,8 @@
 //! Flags for reading data sets, equal in every verb.
 
-use crate::data::{BackEnd, DataOptions, ImageSettings, LeftOut, SEQUENCE_LENGTH, Turns};
+use crate::data::{BackEnd, DataOptions, DataPart, ImageSettings, LeftOut, SEQUENCE_LENGTH, Turns};
 
-use super::args::positive;
+use super::args::{fraction, positive};
 use super::output::Output;
 
 /// Flags for reading a data set.
@@ -21,6 +21,10 @@ pub struct DataArgs {
     /// Stop at the first row that cannot be read [default: leave such rows out]
     #[arg(long)]
     strict: bool,
+    /// Leave out this fraction of the rows, which `eval --held-back` with the same fraction reads: choose settings on them
+    /// [default: leave out none]
+    #[arg(long, value_name = "F", value_parser = fraction)]
+    held_back: Option<f64>,
     /// Split running text into sequences of this number of tokens
     #[arg(long, value_name = "N", default_value_t = SEQUENCE_LENGTH, value_parser = positive)]
     sequence_length: usize,
@@ -69,6 +73,7 @@ impl DataArgs {
             min_ratings: self.min_rating.iter().cloned().collect(),
             ignore_keys: self.ignore_keys.clone(),
             strict: self.strict,
+            part: self.held_back.map_or(DataPart::All, DataPart::Train),
             sequence_length: self.sequence_length,
             images: self.images.settings(),
         }

@@ -2,10 +2,10 @@
 
 use std::path::PathBuf;
 
-use crate::base::{Device, write_json};
+use crate::base::{Device, Peers, is_first, write_json};
 use crate::bundle::Bundle;
-use crate::data::{Benchmark, SEQUENCE_LENGTH};
-use crate::eval::{EvalReport, Interval, Judge, Likelihood, PromptStyle, TextReport};
+use crate::data::{Benchmark, DataPart, SEQUENCE_LENGTH};
+use crate::eval::{Difference, EvalReport, Interval, Judge, Likelihood, PromptStyle, TextReport};
 use crate::pipeline::steps::{self, Engine, EvalSettings, TextSettings};
 use crate::runtime::Profile;
 
@@ -46,6 +46,9 @@ pub struct Args {
     /// Split running text into sequences of this number of tokens
     #[arg(long, value_name = "N", default_value_t = SEQUENCE_LENGTH, value_parser = positive)]
     sequence_length: usize,
+    /// Read the fraction of the rows that `finetune`, `score` and `plan` leave out with --held-back [default: all rows]
+    #[arg(long, value_name = "F", value_parser = fraction)]
+    held_back: Option<f64>,
     /// Ignore these keys of running text or conversations, besides ids, sources and other keys without text
     #[arg(long, value_name = "KEYS", value_delimiter = ',')]
     ignore_keys: Vec<String>,
@@ -73,15 +76,19 @@ pub struct Args {
     likelihood_only: bool,
     /// Compute on this device: cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
-    device: Device,
+    pub(super) device: Device,
     /// Write the report to this JSON file
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
 }
 
-pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
+/// Evaluates; with `peers` as one of several processes, of which the first prints and writes.
+pub fn run(args: Args, context: &Context, peers: Option<Box<dyn Peers + Send>>) -> anyhow::Result<Outcome> {
     if !Benchmark::is_one(&args.data) {
-        return predict(&args, context);
+        return predict(&args, context, peers);
+    }
+    if args.held_back.is_some() {
+        anyhow::bail!("--held-back takes a part of training data, and `{}` is a benchmark", args.data.display());
     }
     let judge = match (&args.judge, &args.judge_model) {
         (Some(url), Some(model)) => Some(Judge::new(url, model)?),
@@ -95,11 +102,14 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         prompt_style: args.prompt_style,
         images: args.images.settings(),
     };
-    let engine = Engine::new(args.device)?;
+    let engine = Engine::among(peers, args.device)?;
     if args.likelihood_only {
         return likelihood(&args, &engine, &settings, context);
     }
     let report = steps::eval(&engine, &args.model, args.baseline.as_deref(), &args.data, &settings, &context.cancel)?;
+    if !is_first(engine.peers()) {
+        return Ok(Outcome::Done);
+    }
     write_json(&args.output, &report)?;
     if let Some(path) = &args.predictions {
         steps::write_predictions(path, &args.data, &report.model)?;
@@ -120,7 +130,10 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
             context.output.line(likelihood_line(own, base, kept))?;
         }
         if report.baseline.is_some() {
-            context.output.line("kept: score over the baseline's, with its 95% bootstrap interval")?;
+            context.output.line(
+                "kept: score over the baseline's; difference: score less the baseline's, in percentage points; both with \
+                 95% paired bootstrap intervals",
+            )?;
         }
     }
     profiled(&args, report.model.timing.profile.as_ref(), context)?;
@@ -131,6 +144,9 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
 fn likelihood(args: &Args, engine: &Engine, settings: &EvalSettings, context: &Context) -> anyhow::Result<Outcome> {
     let baseline = args.baseline.as_deref();
     let report = steps::eval_likelihood(engine, &args.model, baseline, &args.data, settings, &context.cancel)?;
+    if !is_first(engine.peers()) {
+        return Ok(Outcome::Done);
+    }
     write_json(&args.output, &report)?;
     if context.output.json {
         context.output.json(&report)?;
@@ -152,18 +168,25 @@ fn likelihood_line(model: &Likelihood, baseline: Option<&Likelihood>, kept: Opti
     text
 }
 
-fn predict(args: &Args, context: &Context) -> anyhow::Result<Outcome> {
+fn predict(args: &Args, context: &Context, peers: Option<Box<dyn Peers + Send>>) -> anyhow::Result<Outcome> {
     let settings = TextSettings {
         sequence_length: args.sequence_length,
         ignore_keys: args.ignore_keys.clone(),
         limit: args.limit,
         strict: args.strict,
         images: args.images.settings(),
+        part: args.held_back.map_or(DataPart::All, DataPart::HeldBack),
+        ..TextSettings::default()
     };
-    let engine = Engine::new(args.device)?;
-    steps::warnings(&Bundle::open(&args.model)?, &args.data).iter().for_each(|warning| context.output.warn(warning));
+    let engine = Engine::among(peers, args.device)?;
+    let first = is_first(engine.peers());
+    let warnings = steps::warnings(&Bundle::open(&args.model)?, &args.data);
+    warnings.iter().filter(|_| first).for_each(|warning| context.output.warn(warning));
     let report =
         steps::eval_text(&engine, &args.model, args.baseline.as_deref(), &args.data, &settings, &context.cancel)?;
+    if !first {
+        return Ok(Outcome::Done);
+    }
     write_json(&args.output, &report)?;
     warn_left_out(&report.model.left_out, &context.output);
     if context.output.json {
@@ -210,6 +233,16 @@ fn interval(kept: Option<Interval>) -> String {
     }
 }
 
+/// A difference in percentage points.
+fn points(difference: Option<Difference>) -> String {
+    match difference {
+        Some(Difference { difference, low, high }) => {
+            format!("{:+.1} [{:+.1}, {:+.1}]", 100.0 * difference, 100.0 * low, 100.0 * high)
+        }
+        None => "-".to_string(),
+    }
+}
+
 fn text_table(report: &TextReport) -> String {
     let mut rows = vec![["model", "tokens", "loss", "perplexity", "kept %"].map(String::from).to_vec()];
     let kept = report.baseline.is_some().then_some(report.retention);
@@ -229,21 +262,23 @@ fn report_table(report: &EvalReport) -> String {
     let percent = |value: f64| format!("{:.1}", 100.0 * value);
     let mut head = vec!["group".to_string(), "questions".to_string(), "score %".to_string()];
     if report.baseline.is_some() {
-        head.extend(["baseline %".to_string(), "kept %".to_string()]);
+        head.extend(["baseline %", "kept %", "difference"].map(String::from));
     }
     let mut rows = vec![head];
     for (place, group) in report.model.groups.iter().enumerate() {
         let mut row = vec![group.group.clone(), group.questions.to_string(), percent(group.score)];
         if let (Some(baseline), Some(retention)) = (&report.baseline, &report.retention) {
             row.push(baseline.groups.get(place).map_or(String::new(), |group| percent(group.score)));
-            row.push(interval(retention.groups.get(place).and_then(|group| group.retention)));
+            let group = retention.groups.get(place);
+            row.push(interval(group.and_then(|group| group.retention)));
+            row.push(points(group.and_then(|group| group.difference)));
         }
         rows.push(row);
     }
     let name = report.model.metric.clone().unwrap_or_else(|| "average".to_string());
     let mut last = vec![name, report.model.questions.to_string(), percent(report.model.score)];
     if let (Some(baseline), Some(retention)) = (&report.baseline, &report.retention) {
-        last.extend([percent(baseline.score), interval(retention.score)]);
+        last.extend([percent(baseline.score), interval(retention.score), points(retention.difference)]);
     }
     rows.push(last);
     table(&rows)

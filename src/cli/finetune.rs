@@ -6,33 +6,38 @@ use std::path::PathBuf;
 use anyhow::Context as _;
 use clap::ValueEnum;
 
-use crate::base::{Device, human_bytes, human_count, set_quiet, sha256_file};
+use crate::base::{Device, human_bytes, human_count, sha256_file};
 use crate::bundle::Bundle;
 use crate::data::{Amount, Subset};
 use crate::finetune::{
     DEFAULT_RECIPE, LOSSES, Limits, LoraLayers, PlannedBytes, Precision, RECIPES, RecipeRow, Report, RunPlan, Settings,
 };
 use crate::method::Plan;
-use crate::pipeline::steps::{self, Finetune, default_work_folder};
+use crate::pipeline::steps::{self, Finetune, Trained, default_work_folder};
 use crate::runtime::FeatureCache;
-use crate::torch::{Ranks, cpu_lacks_bf16};
+use crate::torch::cpu_lacks_bf16;
 
-use super::args::{amount, fraction, positive};
+use super::args::{TrainedLayers, amount, fraction, positive};
 use super::context::{Context, Outcome};
 use super::data_args::{DataArgs, warn_left_out};
 use super::output;
+use super::torch::meet_others;
 
-/// Finetune the layers next to the dropped ones
+/// Finetune the layers next to the dropped ones, or layers of a whole model
 #[derive(clap::Args)]
-#[command(after_help = "Example:\n  interlace finetune pruned/ --plan plan.json --data train.parquet \
+#[command(after_help = "Examples:\n  interlace finetune pruned/ --plan plan.json --data train.parquet \
     --teacher model/ -o healed/\n  interlace finetune pruned/ --plan plan.json --data train.parquet --recipe paper \
-    --learning-rate 1e-3 -o healed/\n\nCtrl-C leaves a checkpoint; the same command with --resume continues from it.")]
+    --learning-rate 1e-3 -o healed/\n  interlace finetune model/ --layers all --data train.parquet --recipe paper \
+    -o finetuned/\n\nCtrl-C leaves a checkpoint; the same command with --resume continues from it.")]
 pub struct Args {
-    /// Model folder that `interlace prune --plan` wrote
-    pruned: PathBuf,
-    /// Read the plan by which the model was pruned
-    #[arg(long, value_name = "FILE")]
-    plan: PathBuf,
+    /// Model folder: with --plan the one that `interlace prune --plan` wrote
+    model: PathBuf,
+    /// Train the finetune layers of the plan by which the model was pruned
+    #[arg(long, value_name = "FILE", required_unless_present = "layers", conflicts_with = "layers")]
+    plan: Option<PathBuf>,
+    /// Train these layers of the model as it is, which need not be pruned: `all`, or indices from 0 with commas, as in 2,5
+    #[arg(long, value_name = "LAYERS")]
+    layers: Option<TrainedLayers>,
     /// Read training data: conversations in Parquet or JSON (a file, a folder or a glob pattern), running text in .jsonl with
     /// a `text` in each line, or ready tensors (.safetensors, .npz)
     #[arg(long, value_name = "DATA")]
@@ -82,6 +87,9 @@ pub struct Args {
     /// [default: trained]
     #[arg(long, value_enum)]
     lora_layers: Option<LoraLayersArg>,
+    /// Train the weight of the head too, as the authors' released code does where it is not tied to the embeddings
+    #[arg(long)]
+    train_head: bool,
     /// Compute every layer again in the backward pass: less memory, more time [default: where the plan needs it]
     #[arg(long)]
     gradient_checkpointing: bool,
@@ -154,20 +162,17 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
             .output
             .warn("this processor has no instructions for bf16: f32 is several times as fast and takes no more memory");
     }
-    let ranks = Ranks::of_environment()?;
     let mut device = args.device;
-    if let Some(ranks) = &ranks {
-        // Only the process of rank 0 prints progress. Each process uses the GPU with its local rank.
-        set_quiet(context.output.quiet || ranks.rank() > 0);
-        if let Device::Cuda(index) = &mut device {
-            *index += u32::try_from(ranks.local_rank())?;
-        }
-    }
-    let plan = Plan::read(&args.plan)?;
+    let ranks = meet_others(&mut device, context)?;
+    let plan = args.plan.as_ref().map(|path| anyhow::Ok((Plan::read(path)?, sha256_file(path)?))).transpose()?;
+    let trained = match (&plan, &args.layers) {
+        (Some((plan, digest)), _) => Trained::Plan { plan, digest },
+        (None, Some(TrainedLayers::These(layers))) => Trained::Layers(Some(&layers.0)),
+        (None, _) => Trained::Layers(None),
+    };
     let request = Finetune {
-        pruned: &args.pruned,
-        plan: &plan,
-        plan_digest: sha256_file(&args.plan)?,
+        model: &args.model,
+        trained,
         data: &args.data,
         options: &args.reading.options(),
         subset: Subset { amount, seed: settings.seed },
@@ -180,7 +185,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         features: &FeatureCache::new(256 << 20),
         teacher: args.teacher.as_deref(),
     };
-    let bundle = Bundle::open(&args.pruned)?;
+    let bundle = Bundle::open(&args.model)?;
     steps::warnings(&bundle, &args.data).iter().for_each(|warning| context.output.warn(warning));
     if args.dry_run {
         let plan = steps::plan_finetune(&request)?;
@@ -299,6 +304,7 @@ fn settings(args: &Args) -> anyhow::Result<Settings> {
         Some(LoraLayersArg::All) => LoraLayers::All,
         None => settings.lora_layers,
     };
+    settings.train_head |= args.train_head;
     if args.gradient_checkpointing {
         settings.gradient_checkpointing = Some(true);
     }

@@ -156,21 +156,23 @@ fn dispatch(cli: Cli, torch: RunTorchVerb) -> anyhow::Result<Outcome> {
     run_verb(cli.verb, &context, torch).map_err(|error| explained(error, doing))
 }
 
-fn run_verb(verb: Verb, context: &Context, torch: RunTorchVerb) -> anyhow::Result<Outcome> {
+fn run_verb(verb: Verb, context: &Context, run_torch: RunTorchVerb) -> anyhow::Result<Outcome> {
     match verb {
         Verb::Inspect(args) => inspect::run(args, context),
-        Verb::Score(args) => score::run(args, context),
+        Verb::Score(args) if torch::among_others() => run_torch(TorchVerb::Score(Box::new(args)), context),
+        Verb::Score(args) => score::run(args, context, None),
         Verb::Plan(args) => plan::run(args, context),
         Verb::Prune(args) => prune::run(args, context),
-        Verb::Finetune(args) => torch(TorchVerb::Finetune(args), context),
+        Verb::Finetune(args) => run_torch(TorchVerb::Finetune(args), context),
         Verb::Generate(args) => generate::run(args, context),
-        Verb::Eval(args) => eval::run(args, context),
+        Verb::Eval(args) if torch::among_others() => run_torch(TorchVerb::Eval(Box::new(args)), context),
+        Verb::Eval(args) => eval::run(args, context, None),
         Verb::Bench(args) => bench::run(args, context),
-        Verb::Verify(args) => torch(TorchVerb::Verify(args), context),
+        Verb::Verify(args) => run_torch(TorchVerb::Verify(args), context),
         Verb::Export(args) => export::run(args, context),
         Verb::Graft(args) => graft::run(args, context),
-        Verb::Run(args) => torch(TorchVerb::Run(args), context),
-        Verb::Sweep(args) => torch(TorchVerb::Sweep(args), context),
+        Verb::Run(args) => run_torch(TorchVerb::Run(args), context),
+        Verb::Sweep(args) => run_torch(TorchVerb::Sweep(args), context),
         Verb::Completions(args) => shell::completions(args, Cli::command()),
         Verb::Man(args) => shell::man(args, Cli::command(), context),
         Verb::PeakMemory(args) => bench::run_memory(args, context),

@@ -55,6 +55,13 @@ pub struct Args {
     /// [default: all=1]
     #[arg(long, value_name = "WEIGHTS", requires = "scores")]
     modality_weights: Option<Weights>,
+    /// Go on where the packs of interlace, interlace-oa and interlace-tn run out: with pairs for interlace-oa, then with single
+    /// frozen layers, the most similar first
+    #[arg(long)]
+    beyond_structure: bool,
+    /// Let interlace-tn, random and consecutive choose the last layer too, as the authors' released code does
+    #[arg(long)]
+    as_released: bool,
     /// Read calibration data, for strategies that measure losses
     #[arg(long, value_name = "DATA")]
     data: Option<PathBuf>,
@@ -107,6 +114,8 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         samples,
         data: args.data.is_some().then(|| args.reading.options()),
         modality_weights: args.modality_weights.map(|weights| weights.0),
+        as_released: args.as_released,
+        beyond_structure: args.beyond_structure,
     };
     let subset = Subset { amount: Amount::Samples(args.samples), seed: args.seed };
     let mut meter = match &args.data {

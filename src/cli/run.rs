@@ -32,7 +32,10 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         output.json(&result.table)?;
     } else {
         output.line(table(&result.table.cells()))?;
-        output.line("kept: average over the dense model's, with its 95% bootstrap interval")?;
+        output.line(
+            "kept: average over the dense model's, finetuned on the same samples or as it came; difference in percentage \
+             points; both with 95% paired bootstrap intervals",
+        )?;
     }
     output.note(format!(
         "table: {0}/{TABLE_FILE}.json and {TABLE_FILE}.md; digests: {0}/{MANIFEST_FILE}",
@@ -46,6 +49,6 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     if result.gate_held {
         return Ok(Outcome::Done);
     }
-    output.warn("less of the dense average is kept than the recipe's `min_retention`");
+    output.warn("less of the dense model's average is kept than the recipe's `min_retention`");
     Ok(Outcome::GateFailed)
 }

@@ -2,10 +2,10 @@
 
 use std::path::PathBuf;
 
-use crate::base::{Device, write_json};
+use crate::base::{Device, Peers, is_first, write_json};
 use crate::bundle::Bundle;
 use crate::data::{Amount, Dataset};
-use crate::method::{ScoreSettings, Scores, score};
+use crate::method::{ScoreSettings, Scores, score_among};
 use crate::pipeline::steps::{Work, check_needs};
 
 use super::args::{fraction, positive};
@@ -48,13 +48,14 @@ pub struct Args {
     reading: DataArgs,
     /// Compute on this device: cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
-    device: Device,
+    pub(super) device: Device,
     /// Write the scores to this JSON file
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
 }
 
-pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
+/// Scores; with `peers` as one of several processes, of which the first prints and writes.
+pub fn run(args: Args, context: &Context, peers: Option<&dyn Peers>) -> anyhow::Result<Outcome> {
     let amount = match (args.samples, args.fraction) {
         (Some(count), _) => Amount::Samples(count),
         (None, part) => Amount::Fraction(part.unwrap_or(0.1)),
@@ -70,7 +71,10 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     let bundle = Bundle::open(&args.model)?;
     check_needs(&bundle, Work::Score)?;
     let dataset = Dataset::open_for(&args.data, &bundle, &args.reading.options())?;
-    let scores = score(&bundle, &dataset, &settings, args.device, &context.cancel)?;
+    let scores = score_among(peers, &bundle, &dataset, &settings, args.device, &context.cancel)?;
+    if !is_first(peers) {
+        return Ok(Outcome::Done);
+    }
     write_json(&args.output, &scores)?;
     scores.warnings.iter().for_each(|warning| context.output.warn(warning));
     warn_left_out(&scores.left_out, &context.output);

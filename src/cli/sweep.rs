@@ -29,8 +29,11 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         output.json(&result.table)?;
     } else {
         output.line(table(&result.table.cells()))?;
-        output.line("kept: average over the dense model's; ± one standard deviation over seeds")?;
-        output.line("Pareto: no other row keeps as much and is as fast, and one of them more")?;
+        output.line(
+            "kept: average over the dense model's, finetuned on the same samples or as it came; ± one standard deviation \
+             over seeds; difference in percentage points with its 95% paired bootstrap interval",
+        )?;
+        output.line("Pareto: no other row keeps as much of the dense model and is as fast, and one of them more")?;
     }
     output.note(format!("table: {0}/{SWEEP_FILE}.json and {SWEEP_FILE}.md", result.folder.display()));
     Ok(Outcome::Done)

@@ -8,10 +8,11 @@ use std::process::Command;
 
 use anyhow::Context as _;
 
-use crate::base::Error;
+use crate::base::{Device, Error, Peers, set_quiet};
+use crate::torch::Ranks;
 
 use super::context::{Context, Outcome};
-use super::{finetune, run, sweep, verify};
+use super::{eval, finetune, run, score, sweep, verify};
 
 /// The program that links LibTorch, in the same folder as `interlace`.
 const TORCH_PROGRAM: &str = "interlace-torch";
@@ -26,6 +27,30 @@ pub enum TorchVerb {
     Sweep(sweep::Args),
     /// `interlace verify`.
     Verify(verify::Args),
+    /// `interlace score` by several processes, which find one another through LibTorch.
+    Score(Box<score::Args>),
+    /// `interlace eval` by several processes.
+    Eval(Box<eval::Args>),
+}
+
+/// True where the environment is that of one of several processes, as torchrun sets it.
+pub fn among_others() -> bool {
+    env::var("WORLD_SIZE").is_ok_and(|size| !size.is_empty() && size != "1")
+}
+
+/// The processes that share this one's work, where the environment says that there are some. One of them speaks for all, and
+/// each takes the GPU of its own number.
+///
+/// Errors: as `Ranks::of_environment`.
+pub fn meet_others(device: &mut Device, context: &Context) -> anyhow::Result<Option<Ranks>> {
+    let ranks = Ranks::of_environment()?;
+    if let Some(ranks) = &ranks {
+        set_quiet(context.output.quiet || ranks.rank() > 0);
+        if let Device::Cuda(index) = device {
+            *index += u32::try_from(ranks.local_rank())?;
+        }
+    }
+    Ok(ranks)
 }
 
 /// The function with which a program runs the verbs that compute in LibTorch.
@@ -38,6 +63,14 @@ pub fn here(verb: TorchVerb, context: &Context) -> anyhow::Result<Outcome> {
         TorchVerb::Run(args) => run::run(args, context),
         TorchVerb::Sweep(args) => sweep::run(args, context),
         TorchVerb::Verify(args) => verify::run(args, context),
+        TorchVerb::Score(mut args) => {
+            let ranks = meet_others(&mut args.device, context)?;
+            score::run(*args, context, ranks.as_ref().map(|ranks| ranks as &dyn Peers))
+        }
+        TorchVerb::Eval(mut args) => {
+            let ranks = meet_others(&mut args.device, context)?;
+            eval::run(*args, context, ranks.map(|ranks| Box::new(ranks) as Box<dyn Peers + Send>))
+        }
     }
 }
 

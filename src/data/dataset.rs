@@ -9,13 +9,16 @@ use crate::bundle::Bundle;
 use super::data_files::{DataFile, data_files};
 use super::json::JsonFile;
 use super::listing::Listed;
-use super::options::{DataOptions, Turns};
+use super::options::{DataOptions, DataPart, Turns};
 use super::parquet::Shard;
 use super::row::SourceRow;
 use super::sample::Sample;
 use super::subset::{Subset, mix};
 use super::tensors::{GraphInputs, TensorFile, is_tensor_file};
 use super::text::TextFile;
+
+/// Tells the hash that parts a data set from the one that draws samples.
+const PART_SALT: u64 = 0x6865_6c64_5f62_616b;
 
 /// Rows of one file.
 #[derive(Debug)]
@@ -151,6 +154,10 @@ impl Dataset {
             let separate =
                 options.turns == Turns::Separate && !matches!(reader, RowReader::Text(_) | RowReader::Tensors(_));
             for Listed { row, turns, key } in reader.take_listed() {
+                // With bits of its own: those of the draw would make the parts differ in what is drawn from them.
+                if !options.part.has(mix(key ^ PART_SALT)) {
+                    continue;
+                }
                 if separate {
                     places.extend((0..turns).map(|turn| Place { reader: number, row, turn: Some(turn) }));
                     keys.extend((0..turns).map(|turn| mix(key ^ mix(u64::from(turn)))));
@@ -162,9 +169,11 @@ impl Dataset {
         }
         tell_apart(&mut keys);
         if places.is_empty() {
-            let problem = match options.min_ratings.is_empty() {
-                true => "is empty",
-                false => "has no row that reaches the ratings",
+            let problem = match (options.min_ratings.is_empty(), options.part) {
+                (true, DataPart::All) => "is empty",
+                (false, DataPart::All) => "has no row that reaches the ratings",
+                (_, DataPart::Train(_)) => "has no row that is not held back",
+                (_, DataPart::HeldBack(_)) => "has no row that is held back",
             };
             return Err(Error::invalid(subject(), problem).remedy("give data with at least one sample"));
         }
@@ -240,7 +249,10 @@ impl Dataset {
                 },
             );
         }
-        sha256_json(&digests)
+        match self.options.part {
+            DataPart::All => sha256_json(&digests),
+            part => sha256_json(&(digests, part)),
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::base::{Error, Result};
+use crate::base::{Error, Peers, Result, gathered};
 use crate::bundle::Bundle;
 
 use super::dataset::Dataset;
@@ -89,8 +89,20 @@ impl Intake {
         indices: &[usize],
         encode: impl Fn(&Sample) -> Result<Encoded> + 'a,
     ) -> Result<impl Iterator<Item = Result<Encoded>> + 'a> {
+        self.encoded_of(dataset, indices, indices.len(), encode)
+    }
+
+    /// [`Intake::encoded`] where these are one process's part of `asked` samples.
+    ///
+    /// Errors: as `encoded`.
+    pub fn encoded_of<'a>(
+        &'a self,
+        dataset: &'a Dataset,
+        indices: &[usize],
+        asked: usize,
+        encode: impl Fn(&Sample) -> Result<Encoded> + 'a,
+    ) -> Result<impl Iterator<Item = Result<Encoded>> + 'a> {
         *self.lock() = LeftOut::default();
-        let asked = indices.len();
         let samples = dataset.read(indices)?;
         Ok(samples.filter_map(move |sample| match sample.and_then(|sample| encode(&sample)) {
             Ok(encoded) if encoded.len() > self.max_tokens => {
@@ -107,6 +119,32 @@ impl Intake {
         self.lock().clone()
     }
 
+    /// The counts of all processes that share `asked` samples.
+    ///
+    /// Errors: as `encoded`, for the samples of all of them; as `Peers::of_all`.
+    pub fn left_out_by_all(&self, peers: Option<&dyn Peers>, asked: usize) -> Result<LeftOut> {
+        let mut all = LeftOut::default();
+        for own in gathered(peers, self.left_out())? {
+            all.unreadable += own.unreadable;
+            all.too_long += own.too_long;
+            all.without_answer += own.without_answer;
+            all.reasons.extend(own.reasons);
+        }
+        all.reasons.truncate(REASONS);
+        self.check(&all, asked)?;
+        Ok(all)
+    }
+
+    /// Errors: `Error::Invalid` when more than 5% of the samples cannot be read.
+    fn check(&self, left_out: &LeftOut, asked: usize) -> Result<()> {
+        if left_out.unreadable as f64 <= MOST_UNREADABLE * asked as f64 {
+            return Ok(());
+        }
+        let problem =
+            format!("more than 5% of {asked} samples cannot be read; the first: {}", left_out.reasons.join("; "));
+        Err(Error::invalid(&self.subject, problem).remedy("repair the data, or leave these rows out of it"))
+    }
+
     /// Errors: the error itself, unless it is that of a single row which may be left out.
     fn refuse(&self, error: Error, asked: usize) -> Result<()> {
         let of_a_row = matches!(error, Error::Invalid { .. } | Error::Io { .. });
@@ -118,12 +156,7 @@ impl Intake {
         if left_out.reasons.len() < REASONS {
             left_out.reasons.push(error.to_string());
         }
-        if left_out.unreadable as f64 > MOST_UNREADABLE * asked as f64 {
-            let problem =
-                format!("more than 5% of {asked} samples cannot be read; the first: {}", left_out.reasons.join("; "));
-            return Err(Error::invalid(&self.subject, problem).remedy("repair the data, or leave these rows out of it"));
-        }
-        Ok(())
+        self.check(&left_out, asked)
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, LeftOut> {

@@ -406,3 +406,44 @@ mod intake {
         assert!(many.contains("x.jsonl`: more than 5% of 60 samples cannot be read"), "{many}");
     }
 }
+
+/// Rows with one text are on one side in every file; the two parts share no row and have all of them.
+#[test]
+fn a_part_is_held_back_by_text() {
+    let folder = tempfile::tempdir().unwrap();
+    let row = |number: usize| {
+        format!(
+            "{{\"conversations\": [{{\"from\": \"human\", \"value\": \"Say {number}\"}}, {{\"from\": \"gpt\", \"value\": \"{number}\"}}, \
+             {{\"from\": \"human\", \"value\": \"And?\"}}, {{\"from\": \"gpt\", \"value\": \"no\"}}]}}"
+        )
+    };
+    let file = |name: &str, rows: &mut dyn Iterator<Item = usize>| {
+        let path = folder.path().join(name);
+        fs::write(&path, rows.map(row).collect::<Vec<_>>().join("\n")).unwrap();
+        path
+    };
+    let (first, second) = (file("first.jsonl", &mut (0..400)), file("second.jsonl", &mut (200..600).rev()));
+    let texts = |path: &Path, part: DataPart| -> Vec<String> {
+        let data = Dataset::open(path, &DataOptions { part, ..separate() }).unwrap();
+        let samples = all(&data).into_iter().map(Result::unwrap);
+        samples.map(|sample| format!("{:?}", sample.turns[0])).filter(|text| text.contains("Say")).collect()
+    };
+    let (train, held_back) = (DataPart::Train(0.2), DataPart::HeldBack(0.2));
+    let (rest, apart) = (texts(&first, train), texts(&first, held_back));
+    assert_eq!(rest.len() + apart.len(), 400);
+    // 400 draws at 0.2: 80 with a standard deviation of 8.
+    assert!((48..=112).contains(&apart.len()), "{}", apart.len());
+    assert!(texts(&second, train).iter().all(|text| !apart.contains(text)));
+    assert!(texts(&second, held_back).iter().all(|text| !rest.contains(text)));
+    assert!(texts(&second, held_back).iter().any(|text| apart.contains(text)));
+    let all_of_it = Dataset::open(&first, &separate()).unwrap();
+    let digests = [DataPart::All, train, held_back]
+        .map(|part| Dataset::open(&first, &DataOptions { part, ..separate() }).unwrap().digest().unwrap());
+    assert_eq!(all_of_it.digest().unwrap(), digests[0]);
+    assert!(digests[0] != digests[1] && digests[1] != digests[2]);
+    // Both turns of a row are on the same side.
+    let turns = |part| Dataset::open(&first, &DataOptions { part, ..separate() }).unwrap().len();
+    assert_eq!((turns(train), turns(held_back)), (2 * rest.len(), 2 * apart.len()));
+    let none = Dataset::open(&first, &DataOptions { part: DataPart::HeldBack(1e-9), ..whole() }).unwrap_err();
+    assert!(none.to_string().contains("has no row that is held back"), "{none}");
+}

@@ -45,7 +45,7 @@ pub use images::{
     BackEnd, Filter, ImageInputs, ImageLayout, ImageSettings, Picture, Scaler, Shown, Transparency, VideoLayout,
 };
 pub use intake::{Intake, LeftOut};
-pub use options::{DataOptions, SEQUENCE_LENGTH, Turns};
+pub use options::{DataOptions, DataPart, SEQUENCE_LENGTH, Turns};
 pub use processor::{Encoded, Processor};
 pub use sample::{ImageBytes, Part, Sample, Turn};
 pub use string_list::string_list;

@@ -36,6 +36,38 @@ impl FromStr for Turns {
     }
 }
 
+/// The part of a data set that is read. Rows are told apart by a hash of their text, so that one row is on the same side in
+/// every file that has it, whatever is drawn later and with whichever seed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum DataPart {
+    /// All of it.
+    #[default]
+    All,
+    /// What is left when this fraction of the rows is held back.
+    Train(f64),
+    /// The rows that are held back, this fraction of all.
+    HeldBack(f64),
+}
+
+impl DataPart {
+    /// True when everything is read.
+    pub fn is_all(&self) -> bool {
+        *self == DataPart::All
+    }
+
+    /// True when a row is in this part; `hash` is of its text.
+    pub(super) fn has(self, hash: u64) -> bool {
+        // The upper 53 bits, which a f64 holds exactly.
+        let place = (hash >> 11) as f64 / (1u64 << 53) as f64;
+        match self {
+            DataPart::All => true,
+            DataPart::Train(fraction) => place >= fraction,
+            DataPart::HeldBack(fraction) => place < fraction,
+        }
+    }
+}
+
 /// Options for reading a data set.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -51,6 +83,9 @@ pub struct DataOptions {
     pub ignore_keys: Vec<String>,
     /// The first row that cannot be read is an error.
     pub strict: bool,
+    /// The part of the rows that is read.
+    #[serde(skip_serializing_if = "DataPart::is_all")]
+    pub part: DataPart,
     /// Tokens in each sequence of running text.
     pub sequence_length: usize,
     /// Image settings that override the model's own files.
@@ -65,6 +100,7 @@ impl Default for DataOptions {
             min_ratings: BTreeMap::new(),
             ignore_keys: Vec::new(),
             strict: false,
+            part: DataPart::All,
             sequence_length: SEQUENCE_LENGTH,
             images: ImageSettings::default(),
         }

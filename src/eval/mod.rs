@@ -32,7 +32,7 @@ pub use prompt::{PROMPT_STYLES, PromptStyle, question_text, reference_of, right_
 pub use report::{
     Answer, EvalReport, EvalTiming, GroupRetention, GroupScore, Likelihood, ModelScores, QuestionLikelihood, Retention,
 };
-pub use run::{EvalOptions, LoadedModel, benchmark_name, evaluate, judge_predictions};
-pub use stats::{Interval, RESAMPLES, Spread, kept_likelihood};
-pub use summary::compare;
+pub use run::{EvalOptions, LoadedModel, benchmark_name, evaluate, evaluate_among, judge_predictions};
+pub use stats::{Compared, Difference, Interval, RESAMPLES, Spread, kept_likelihood};
+pub use summary::{compare, compare_over};
 pub use verify::{verify, verify_on};

@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::base::{Cancel, Error, Progress, Provenance, Result, Stopwatch, ahead};
+use crate::base::{Cancel, Error, Peers, Progress, Provenance, Result, Stopwatch, ahead, gathered, own_part};
 use crate::bundle::Bundle;
 use crate::data::{Dataset, Encoded, Encoder, Intake, LeftOut};
 use crate::runtime::{Profile, Step, VlmSession, cross_entropy};
@@ -78,17 +78,19 @@ pub fn perplexity(
     vlm: &mut VlmSession,
     (bundle, data): (&Bundle, &Dataset),
     limit: Option<usize>,
+    peers: Option<&dyn Peers>,
     cancel: &Cancel,
 ) -> Result<TextScores> {
     let began = std::time::Instant::now();
     let encoder = Encoder::open(bundle, data)?;
     let count = limit.unwrap_or(data.len()).min(data.len());
-    let indices: Vec<usize> = (0..count).collect();
-    let progress = Progress::new("eval", "sequences", count as u64);
+    let all: Vec<usize> = (0..count).collect();
+    let indices = own_part(peers, &all);
+    let progress = Progress::new("eval", "sequences", indices.len() as u64);
     let mut sequences = Vec::with_capacity(count);
     let intake = Intake::new(data, bundle, usize::MAX);
     let (pictures, waiting, before) = (Stopwatch::default(), Stopwatch::default(), vlm.times());
-    let encoded = || Ok(pictures.over(intake.encoded(data, &indices, |sample| encoder.conversation(sample))?));
+    let encoded = || Ok(pictures.over(intake.encoded_of(data, indices, count, |sample| encoder.conversation(sample))?));
     ahead(SAMPLES_AHEAD, encoded, |all| {
         for encoded in waiting.over(all) {
             cancel.check("no report is written")?;
@@ -97,6 +99,8 @@ pub fn perplexity(
         }
         Ok(())
     })?;
+    let left_out = intake.left_out_by_all(peers, count)?;
+    let sequences = gathered(peers, sequences)?.concat();
     let loss: f64 = sequences.iter().map(|sequence| sequence.loss).sum();
     let predicted_tokens: u64 = sequences.iter().map(|sequence| sequence.predicted_tokens).sum();
     if predicted_tokens == 0 {
@@ -111,7 +115,7 @@ pub fn perplexity(
         predicted_tokens,
         seconds: began.elapsed().as_secs_f64(),
         profile: Some(Profile::new(began.elapsed(), &pictures, &waiting, before, vlm.times())),
-        left_out: intake.left_out(),
+        left_out,
         sequences,
     })
 }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::base::Provenance;
 use crate::runtime::Profile;
 
-use super::stats::Interval;
+use super::stats::{Difference, Interval};
 
 /// The content of `report.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -27,7 +27,7 @@ pub struct EvalReport {
     /// Reason why the likelihood of the right answers was not measured; absent where it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub likelihood_not_measured: Option<String>,
-    /// The model's scores over the baseline's.
+    /// The model's scores against the baseline's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retention: Option<Retention>,
 }
@@ -179,13 +179,16 @@ pub struct EvalTiming {
     pub profile: Option<Profile>,
 }
 
-/// Scores over the baseline's, with 95% paired bootstrap intervals.
+/// Scores against the baseline's, with 95% paired bootstrap intervals.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Retention {
     /// One entry per group, in the order of `ModelScores::groups`.
     pub groups: Vec<GroupRetention>,
     /// Of the headline score.
     pub score: Option<Interval>,
+    /// The headline score less the baseline's, from the same draws.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub difference: Option<Difference>,
     /// Of the mean of the groups' scores; questions are drawn within each group.
     pub mean_of_groups: Option<Interval>,
     /// Of the mean over all questions.
@@ -206,4 +209,7 @@ pub struct GroupRetention {
     pub group: String,
     /// Score over the baseline's score.
     pub retention: Option<Interval>,
+    /// Score less the baseline's, from the same draws.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub difference: Option<Difference>,
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::base::{Cancel, Error, Progress, Result, Stopwatch, ahead};
+use crate::base::{Cancel, Error, Peers, Progress, Result, Stopwatch, ahead, gathered, is_first, is_own};
 use crate::bundle::Bundle;
 use crate::data::{BenchRow, Benchmark, ImageSettings, Part, Processor};
 use crate::prompt::Prompt;
@@ -106,6 +106,21 @@ pub fn evaluate(
     options: &EvalOptions,
     cancel: &Cancel,
 ) -> Result<ModelScores> {
+    evaluate_among(None, model, benchmark, name, options, cancel)
+}
+
+/// [`evaluate`] by several processes, each on its part of the questions. Which questions are answered in one batch does not
+/// depend on how many there are, and all have the same scores then; only the first one asks a judge.
+///
+/// Errors: as `evaluate` and `Peers::of_all`.
+pub fn evaluate_among(
+    peers: Option<&dyn Peers>,
+    model: &mut LoadedModel,
+    benchmark: &Benchmark,
+    name: &str,
+    options: &EvalOptions,
+    cancel: &Cancel,
+) -> Result<ModelScores> {
     if options.batch_size == 0 {
         return Err(
             Error::invalid("batch size", "is 0, expected at least 1").remedy("give `--batch-size` a larger number")
@@ -113,18 +128,8 @@ pub fn evaluate(
     }
     let rows = benchmark.rows();
     let rows: Vec<&BenchRow> = rows.iter().take(options.limit.unwrap_or(rows.len())).collect();
-    let judge = match (&options.judge, needs_judge(name)) {
-        (Some(judge), true) => Some(judge),
-        (None, true) => {
-            return Err(Error::unsupported(
-                format!("benchmark `{name}`"),
-                "is left out: a language model judges its answers",
-            )
-            .remedy("name one with --judge URL and --judge-model NAME"));
-        }
-        (_, false) => None,
-    };
-    // All rows are checked before the first answer is computed.
+    let judge = judge_for(options, name)?;
+    // Everything that can be wrong with a row is looked at before the first answer is computed.
     let judged = references(benchmark, name, &rows)?;
     let (rows, judged) = scored(rows, judged);
     if rows.is_empty() {
@@ -164,6 +169,7 @@ pub fn evaluate(
         let all = rows
             .iter()
             .enumerate()
+            .filter(|(number, _)| is_own(peers, number / window))
             .map(|(number, row)| prepare(processor, benchmark, name, options.prompt_style, (number, row)));
         Ok(pictures.over(all))
     };
@@ -174,15 +180,59 @@ pub fn evaluate(
         })
     })?;
     answer(waiting)?;
+    answers_of_all(peers, window, &mut predictions, &mut timing)?;
     timing.seconds = began.elapsed().as_secs_f64();
     timing.profile = Some(Profile::new(began.elapsed(), &pictures, &waited, before, vlm.times()));
     timing.questions_per_second = rows.len() as f64 / timing.seconds.max(f64::MIN_POSITIVE);
-    let replies = judge.map(|judge| replies_of(judge, benchmark, &rows, &predictions, cancel)).transpose()?;
+    let replies = judge
+        .filter(|_| is_first(peers))
+        .map(|judge| replies_of(judge, benchmark, &rows, &predictions, cancel))
+        .transpose()?;
     let answered = Answered { predictions, replies };
     Ok(score_answers(model_name.clone(), benchmark, name, &rows, &judged, answered, timing))
 }
 
-/// A judge's reply to each answer.
+/// The language model that judges a benchmark, where it needs one.
+///
+/// Errors: `Error::Unsupported` when it needs one and none is named.
+fn judge_for<'a>(options: &'a EvalOptions, name: &str) -> Result<Option<&'a Judge>> {
+    match (&options.judge, needs_judge(name)) {
+        (Some(judge), true) => Ok(Some(judge)),
+        (None, true) => {
+            Err(Error::unsupported(format!("benchmark `{name}`"), "is left out: a language model judges its answers")
+                .remedy("name one with --judge URL and --judge-model NAME"))
+        }
+        (_, false) => Ok(None),
+    }
+}
+
+/// Brings together what every process has answered of its windows of questions.
+fn answers_of_all(
+    peers: Option<&dyn Peers>,
+    window: usize,
+    predictions: &mut [String],
+    timing: &mut EvalTiming,
+) -> Result<()> {
+    if peers.is_none() {
+        return Ok(());
+    }
+    let own = (0..predictions.len()).filter(|number| is_own(peers, number / window));
+    let own: Vec<(usize, String)> = own.map(|number| (number, std::mem::take(&mut predictions[number]))).collect();
+    let tokens = (timing.prompt_tokens, timing.generated_tokens);
+    (timing.prompt_tokens, timing.generated_tokens) = (0, 0);
+    for (answers, (prompts, generated)) in gathered(peers, (own, tokens))? {
+        for (number, prediction) in answers {
+            if let Some(slot) = predictions.get_mut(number) {
+                *slot = prediction;
+            }
+        }
+        timing.prompt_tokens += prompts;
+        timing.generated_tokens += generated;
+    }
+    Ok(())
+}
+
+/// What a judge says of each answer.
 fn replies_of(
     judge: &Judge,
     benchmark: &Benchmark,

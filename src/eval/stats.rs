@@ -22,7 +22,27 @@ pub struct Interval {
     pub high: f64,
 }
 
-/// Answers to the same questions by a model and its baseline, the input of the bootstrap.
+/// A difference of scores, from 0 to 1 each, with its 95% interval.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Difference {
+    /// The model's score less the baseline's.
+    pub difference: f64,
+    /// Lower end of the 95% paired bootstrap interval.
+    pub low: f64,
+    /// Upper end of the 95% paired bootstrap interval.
+    pub high: f64,
+}
+
+/// Two models' scores on the same questions: their ratio, where the baseline scores anything, and their difference.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Compared {
+    /// Model over baseline; absent where the baseline scores nothing.
+    pub ratio: Option<Interval>,
+    /// Model less baseline.
+    pub difference: Difference,
+}
+
+/// Answers to the same questions by a model and by its baseline, as a bootstrap draws them.
 pub struct Stratum {
     /// Units of answers, each with pairs of (model, baseline). The answers of one unit are drawn together.
     pub units: Vec<Vec<(Judged, Judged)>>,
@@ -43,28 +63,58 @@ impl Stratum {
     }
 }
 
-/// Retention over strata: the mean of the strata's scores, model over baseline, with a paired bootstrap interval (units
-/// are drawn with replacement within each stratum, both models' answers together).
+/// Compares over strata: the mean of the strata's scores, model over baseline and model less baseline, with paired
+/// bootstrap intervals (units are drawn with replacement within each stratum, both models' answers together; ratio and
+/// difference are of the same draws).
 ///
-/// `None` when the baseline's score is 0 or a stratum is empty.
-/// Source of the interval: Efron & Tibshirani 1993, percentile method.
-pub fn retention(strata: &[Stratum], seed: u64) -> Option<Interval> {
-    if strata.is_empty() || strata.iter().any(|stratum| stratum.units.is_empty()) {
-        return None;
-    }
-    let ratio = ratio_of(strata.iter().map(|stratum| stratum.scores(stratum.units.iter())))?;
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let mut ratios = Vec::with_capacity(RESAMPLES);
-    for _ in 0..RESAMPLES {
-        let drawn = strata.iter().map(|stratum| {
-            let units = &stratum.units;
-            stratum.scores((0..units.len()).map(|_| &units[rng.random_range(0..units.len())]))
+/// `None` when there is no stratum or one is empty.
+/// Source of the intervals: Efron & Tibshirani 1993, percentile method.
+pub fn compared(strata: &[Stratum], seed: u64) -> Option<Compared> {
+    compared_over(&[strata], seed)
+}
+
+/// [`compared`] for models that were made several times, from other random seeds: ratio and difference are means over
+/// these runs, and every draw takes the same questions from all of them.
+pub fn compared_over(runs: &[&[Stratum]], seed: u64) -> Option<Compared> {
+    let draws: Vec<Draws> = runs.iter().map(|strata| Draws::of(strata, seed)).collect::<Option<_>>()?;
+    let mean = |values: &dyn Fn(&Draws) -> Option<f64>| -> Option<f64> {
+        let values: Vec<f64> = draws.iter().map(values).collect::<Option<_>>()?;
+        (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
+    };
+    let difference = mean(&|run| Some(run.whole.0 - run.whole.1))?;
+    let differences = (0..RESAMPLES).filter_map(|draw| mean(&|run| Some(run.drawn[draw].0 - run.drawn[draw].1)));
+    let (low, high) = ends(differences.collect());
+    let difference = Difference { difference, low, high };
+    let ratio = mean(&|run| ratio_of(run.whole)).map(|ratio| {
+        // A draw in which a baseline scores nothing has no ratio.
+        let ratios = (0..RESAMPLES).filter_map(|draw| mean(&|run| ratio_of(run.drawn[draw])));
+        let (low, high) = ends(ratios.collect());
+        Interval { ratio, low, high }
+    });
+    Some(Compared { ratio, difference })
+}
+
+/// Mean scores over strata of model and baseline: of all units, and of each draw.
+struct Draws {
+    whole: (f64, f64),
+    drawn: Vec<(f64, f64)>,
+}
+
+impl Draws {
+    fn of(strata: &[Stratum], seed: u64) -> Option<Self> {
+        if strata.is_empty() || strata.iter().any(|stratum| stratum.units.is_empty()) {
+            return None;
+        }
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let drawn = (0..RESAMPLES).map(|_| {
+            mean_of(strata.iter().map(|stratum| {
+                let units = &stratum.units;
+                stratum.scores((0..units.len()).map(|_| &units[rng.random_range(0..units.len())]))
+            }))
         });
-        // A draw in which the baseline's score is 0 has no ratio.
-        ratios.extend(ratio_of(drawn));
+        let drawn = drawn.collect();
+        Some(Draws { whole: mean_of(strata.iter().map(|stratum| stratum.scores(stratum.units.iter()))), drawn })
     }
-    ratios.sort_by(f64::total_cmp);
-    Some(Interval { ratio, low: quantile(&ratios, 0.025), high: quantile(&ratios, 0.975) })
 }
 
 /// Retention of a baseline's mean likelihood per token: `exp` of the summed differences of log-likelihood (model minus
@@ -77,16 +127,26 @@ pub fn kept_likelihood(rows: &[(f64, f64)], seed: u64) -> Interval {
         (difference / tokens).exp()
     };
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let mut ratios: Vec<f64> =
+    let ratios =
         (0..RESAMPLES).map(|_| ratio(&mut (0..rows.len()).map(|_| rows[rng.random_range(0..rows.len())]))).collect();
-    ratios.sort_by(f64::total_cmp);
-    let ratio = ratio(&mut rows.iter().copied());
-    Interval { ratio, low: quantile(&ratios, 0.025), high: quantile(&ratios, 0.975) }
+    let (low, high) = ends(ratios);
+    Interval { ratio: ratio(&mut rows.iter().copied()), low, high }
 }
 
-fn ratio_of(means: impl Iterator<Item = (f64, f64)>) -> Option<f64> {
-    let (a, b) = means.fold((0.0, 0.0), |sum, pair| (sum.0 + pair.0, sum.1 + pair.1));
-    (b > 0.0).then(|| a / b)
+fn mean_of(scores: impl ExactSizeIterator<Item = (f64, f64)>) -> (f64, f64) {
+    let count = scores.len() as f64;
+    let (model, baseline) = scores.fold((0.0, 0.0), |sum, pair| (sum.0 + pair.0, sum.1 + pair.1));
+    (model / count, baseline / count)
+}
+
+fn ratio_of((model, baseline): (f64, f64)) -> Option<f64> {
+    (baseline > 0.0).then(|| model / baseline)
+}
+
+/// The 2.5% and 97.5% quantiles.
+fn ends(mut values: Vec<f64>) -> (f64, f64) {
+    values.sort_by(f64::total_cmp);
+    (quantile(&values, 0.025), quantile(&values, 0.975))
 }
 
 /// Linear interpolation between the sorted values; 0 for none.
@@ -142,6 +202,10 @@ mod tests {
         Stratum { units: pairs.map(|(a, b)| vec![(judged(a), judged(b))]).collect(), score: mean_score }
     }
 
+    fn retention(strata: &[Stratum], seed: u64) -> Option<Interval> {
+        compared(strata, seed).and_then(|compared| compared.ratio)
+    }
+
     #[test]
     fn spreads_by_hand() {
         let spread = Spread::of(&[4.0, 1.0, 2.0, 10.0]);
@@ -152,7 +216,9 @@ mod tests {
     #[test]
     fn equal_scores_retain_everything_exactly() {
         let pairs = (0..50).map(|i| (f64::from(i % 2), f64::from(i % 2)));
-        assert_eq!(retention(&[stratum(pairs)], 7), Some(Interval { ratio: 1.0, low: 1.0, high: 1.0 }));
+        let difference = Difference { difference: 0.0, low: 0.0, high: 0.0 };
+        let ratio = Some(Interval { ratio: 1.0, low: 1.0, high: 1.0 });
+        assert_eq!(compared(&[stratum(pairs)], 7), Some(Compared { ratio, difference }));
     }
 
     #[test]
@@ -174,6 +240,18 @@ mod tests {
         assert_eq!(kept_likelihood(&[(0.0, 9.0); 5], 1), Interval { ratio: 1.0, low: 1.0, high: 1.0 });
     }
 
+    /// One run beats the baseline on the questions on which the other loses: nothing is left of either, in any draw.
+    #[test]
+    fn runs_are_compared_on_the_same_draws() {
+        let run = |even: f64| vec![stratum((0..40).map(|i| if i % 2 == 0 { (even, 0.5) } else { (1.0 - even, 0.5) }))];
+        let (first, second) = (run(1.0), run(0.0));
+        let found = compared_over(&[first.as_slice(), second.as_slice()], 3).expect("scores");
+        let Difference { difference, low, high } = found.difference;
+        assert!([difference, low, high].iter().all(|value| value.abs() < 1e-12), "{found:?}");
+        let alone = compared(&first, 3).expect("scores").difference;
+        assert!(alone.low < -0.05 && alone.high > 0.05, "{alone:?}");
+    }
+
     #[test]
     fn groups_weigh_the_same_however_large() {
         let strata = [stratum(vec![(1.0, 1.0); 90].into_iter()), stratum(vec![(0.0, 1.0); 10].into_iter())];
@@ -182,7 +260,47 @@ mod tests {
 
     #[test]
     fn no_ratio_where_the_baseline_scores_nothing() {
-        assert_eq!(retention(&[stratum([(1.0, 0.0)].into_iter())], 1), None);
-        assert_eq!(retention(&[stratum(std::iter::empty())], 1), None);
+        let found = compared(&[stratum([(1.0, 0.0)].into_iter())], 1).expect("a difference");
+        assert_eq!((found.ratio, found.difference.difference), (None, 1.0));
+        assert_eq!(compared(&[stratum(std::iter::empty())], 1), None);
+    }
+
+    /// What `scripts/reference/bootstrap.py` wrote: scores by question, and numpy's percentile intervals.
+    #[derive(serde::Deserialize)]
+    struct Reference {
+        /// By stratum: the model's scores and the baseline's.
+        strata: Vec<(Vec<f64>, Vec<f64>)>,
+        ratio: [f64; 3],
+        difference: [f64; 3],
+        /// By question: the difference of log-likelihoods and the tokens.
+        likelihood: Vec<(f64, f64)>,
+        kept_likelihood: [f64; 3],
+    }
+
+    /// Both sides draw at random: ends of 2,000 draws agree with those of numpy's 200,000 to a seventh of the interval's
+    /// half width (the quantile's standard error is 0.03 of it), the figures themselves to rounding.
+    #[test]
+    fn intervals_are_those_of_numpy_on_stored_scores() {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/expected/bootstrap.json");
+        let reference: Reference = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        let close = |[found, low, high]: [f64; 3], want: [f64; 3]| {
+            let near = (want[2] - want[1]) / 14.0;
+            assert!((found - want[0]).abs() < 1e-12, "{found}, numpy has {}", want[0]);
+            assert!(
+                (low - want[1]).abs() < near && (high - want[2]).abs() < near,
+                "{low} to {high}, numpy has {want:?}"
+            );
+        };
+        let strata = reference
+            .strata
+            .iter()
+            .map(|(model, baseline)| stratum(model.iter().copied().zip(baseline.iter().copied())));
+        let found = compared(&strata.collect::<Vec<_>>(), 42).expect("scores");
+        let ratio = found.ratio.expect("a ratio");
+        close([ratio.ratio, ratio.low, ratio.high], reference.ratio);
+        let Difference { difference, low, high } = found.difference;
+        close([difference, low, high], reference.difference);
+        let kept = kept_likelihood(&reference.likelihood, 42);
+        close([kept.ratio, kept.low, kept.high], reference.kept_likelihood);
     }
 }

@@ -8,7 +8,7 @@ use super::judge::says_yes;
 use super::metrics::{JUDGED, Judged, Metric, mean_score, metric_named, metric_of};
 use super::mia::read_grades;
 use super::report::{Answer, EvalTiming, GroupRetention, GroupScore, ModelScores, Retention};
-use super::stats::{RESAMPLES, Stratum, retention};
+use super::stats::{Compared, RESAMPLES, Stratum, compared, compared_over};
 
 /// The group of questions without a category.
 pub(super) const NO_GROUP: &str = "all";
@@ -92,35 +92,76 @@ pub(super) fn groups_by(answers: &[Answer], groups: &[Option<&str>]) -> Vec<Grou
     names.iter().map(score).collect()
 }
 
+/// Errors: `Error::Invalid` when the two did not answer the same questions.
+fn check_same(model: &ModelScores, baseline: &ModelScores) -> Result<()> {
+    let same = model.answers.len() == baseline.answers.len()
+        && model.answers.iter().zip(&baseline.answers).all(|(a, b)| a.index == b.index && a.group == b.group);
+    if same {
+        return Ok(());
+    }
+    Err(Error::invalid("retention", "model and baseline did not answer the same questions")
+        .remedy("compare two reports of one benchmark file, with the same --limit"))
+}
+
+/// The answers of each group, or all of them where the benchmark's metric scores all at once.
+fn headline(model: &ModelScores, baseline: &ModelScores) -> Vec<Stratum> {
+    let pairs: Vec<(&Answer, &Answer)> = model.answers.iter().zip(&baseline.answers).collect();
+    match &model.metric {
+        Some(_) => vec![stratum(&pairs, None)],
+        None => model.groups.iter().map(|group| stratum(&of_group(&pairs, &group.group), Some(&group.group))).collect(),
+    }
+}
+
+fn of_group<'a>(pairs: &[(&'a Answer, &'a Answer)], name: &str) -> Vec<(&'a Answer, &'a Answer)> {
+    pairs.iter().copied().filter(|(answer, _)| answer.groups().any(|group| group == name)).collect()
+}
+
+/// The headline scores of models over and less their baselines', as means over several runs of one experiment. `None` where
+/// there is nothing to compare.
+///
+/// Errors: `Error::Invalid` when a model and its baseline did not answer the same questions.
+pub fn compare_over(runs: &[(&ModelScores, &ModelScores)], seed: u64) -> Result<Option<Compared>> {
+    runs.iter().try_for_each(|(model, baseline)| check_same(model, baseline))?;
+    let strata: Vec<Vec<Stratum>> = runs.iter().map(|(model, baseline)| headline(model, baseline)).collect();
+    let strata: Vec<&[Stratum]> = strata.iter().map(Vec::as_slice).collect();
+    Ok(compared_over(&strata, seed))
+}
+
 /// Retention: a model's scores over a baseline's on the same questions.
 ///
 /// Errors: `Error::Invalid` when the two have answers to different questions.
 pub fn compare(model: &ModelScores, baseline: &ModelScores, seed: u64) -> Result<Retention> {
-    let same = model.answers.len() == baseline.answers.len()
-        && model.answers.iter().zip(&baseline.answers).all(|(a, b)| a.index == b.index && a.group == b.group);
-    if !same {
-        return Err(Error::invalid("retention", "model and baseline did not answer the same questions")
-            .remedy("compare two reports of one benchmark file, with the same --limit"));
-    }
+    check_same(model, baseline)?;
     let pairs: Vec<(&Answer, &Answer)> = model.answers.iter().zip(&baseline.answers).collect();
     let names: Vec<&str> = model.groups.iter().map(|group| group.group.as_str()).collect();
-    let own = |name: &str| -> Vec<(&Answer, &Answer)> {
-        pairs.iter().copied().filter(|(answer, _)| answer.groups().any(|group| group == name)).collect()
-    };
-    let strata: Vec<Stratum> = names.iter().map(|name| stratum(&own(name), Some(name))).collect();
-    let groups = names.iter().zip(&strata).map(|(name, stratum)| GroupRetention {
-        group: name.to_string(),
-        retention: retention(std::slice::from_ref(stratum), seed),
+    let strata: Vec<Stratum> = names.iter().map(|name| stratum(&of_group(&pairs, name), Some(name))).collect();
+    let groups = names.iter().zip(&strata).map(|(name, stratum)| {
+        let found = compared(std::slice::from_ref(stratum), seed);
+        GroupRetention {
+            group: name.to_string(),
+            retention: found.and_then(|found| found.ratio),
+            difference: found.map(|found| found.difference),
+        }
     });
     let groups = groups.collect();
-    let mean_of_groups = retention(&strata, seed);
+    let of_groups = compared(&strata, seed);
     let all = stratum(&pairs, None);
     let score = match &model.metric {
-        Some(_) => retention(std::slice::from_ref(&all), seed),
-        None => mean_of_groups,
+        Some(_) => compared(std::slice::from_ref(&all), seed),
+        None => of_groups,
     };
-    let mean_of_questions = retention(&[Stratum { score: mean_score, ..all }], seed);
-    Ok(Retention { groups, score, mean_of_groups, mean_of_questions, likelihood: None, resamples: RESAMPLES, seed })
+    let of_questions = compared(&[Stratum { score: mean_score, ..all }], seed);
+    let ratio = |found: Option<Compared>| found.and_then(|found| found.ratio);
+    Ok(Retention {
+        groups,
+        score: ratio(score),
+        difference: score.map(|found| found.difference),
+        mean_of_groups: ratio(of_groups),
+        mean_of_questions: ratio(of_questions),
+        likelihood: None,
+        resamples: RESAMPLES,
+        seed,
+    })
 }
 
 /// The answers, each repeated once per group.

@@ -206,7 +206,7 @@ pub fn finetune_with_teacher(
     let course = course.transpose()?;
     let (mut dataset, left_out) = frozen_part(request, &cut, &store, course.as_ref(), cancel)?;
 
-    let plan = planned(PlannedData {
+    let mut plan = planned(PlannedData {
         samples: dataset.examples.len() as u64,
         tokens: dataset.examples.iter().map(|example| example.length as u64).sum(),
         answer_tokens: dataset.examples.iter().map(|example| example.targets.len() as u64).sum(),
@@ -214,6 +214,11 @@ pub fn finetune_with_teacher(
         estimated: false,
     })?;
     plan.check()?;
+    if let Some(ranks) = request.ranks {
+        // A step is cut into as many passes as one process wants, so all must know the same number of cores.
+        let first = ranks.from_first(&plan.workers.to_le_bytes())?;
+        plan.workers = first.try_into().map_or(plan.workers, u64::from_le_bytes);
+    }
     notice(plan.line());
     let hold = if plan.frozen_as_stored { Hold::Stored } else { Hold::Widened };
     let compile = || Student::compile(&cut, suffix.clone(), settings.precision, hold, device);
@@ -290,6 +295,9 @@ impl Opened {
         let decoder = crate::onnx::load(&request.bundle.path_of(request.bundle.require(Role::Decoder)?))?;
         let whole = headed(request.bundle, decoder.clone())?;
         let mut cut = Cut::new(&whole, request.layers)?;
+        if settings.train_head {
+            cut.train_head()?;
+        }
         let fits = settings.fit || settings.layer_by_layer();
         let mut targets = if fits { cut.targets(request.layers, !settings.trains())? } else { Vec::new() };
         if let Some(lora) = settings.lora() {
@@ -297,6 +305,9 @@ impl Opened {
                 let all: Vec<usize> = (0..cut.analysis.map.layers.len()).collect();
                 let after = cut.first;
                 cut = Cut::new(&whole, &all)?;
+                if settings.train_head {
+                    cut.train_head()?;
+                }
                 targets.iter_mut().for_each(|target| target.layer += after);
             }
             let written: &[FitTarget] = if settings.fit { &targets } else { &[] };

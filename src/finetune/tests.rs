@@ -2,6 +2,8 @@
 
 #[path = "teacher_tests.rs"]
 mod teacher;
+#[path = "whole_tests.rs"]
+mod whole;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

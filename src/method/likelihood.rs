@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use crate::analysis;
 use crate::base::{Cancel, Error, Progress, Result};
 use crate::bundle::{Bundle, Role};
@@ -12,11 +14,13 @@ use crate::runtime::{FeatureCache, Runtime, SessionOptions, Tensor, VlmSession};
 
 use super::loss::{Batch, Conversation, batches, open};
 
-/// Limit in bytes on embedded conversations that wait for a batch.
+/// Conversations that are looked at together at most: the processes of a run take blocks of so many.
+pub const LIKELIHOOD_BLOCK: usize = 256;
+/// Bytes of embedded conversations that wait for their batch.
 const WINDOW_BYTES: usize = 64 << 20;
 
-/// Log-likelihood of one conversation's answers.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+/// The answers of one conversation.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct AnswerLikelihood {
     /// Sum over the answer tokens, in nats, at most 0.
     pub log_likelihood: f64,
@@ -54,7 +58,7 @@ pub fn answer_likelihoods(
         bytes += size_of_val(embedded.data.as_slice());
         waiting.push(Conversation { number: found.len(), answer_mask, embedded });
         found.push(AnswerLikelihood::default());
-        if bytes >= WINDOW_BYTES {
+        if bytes >= WINDOW_BYTES || found.len() % LIKELIHOOD_BLOCK == 0 {
             measure(&mut model, layers, std::mem::take(&mut waiting), &mut found, &progress)?;
             bytes = 0;
         }

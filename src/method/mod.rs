@@ -10,10 +10,10 @@ mod score;
 mod scores;
 pub mod select;
 
-pub use likelihood::{AnswerLikelihood, answer_likelihoods};
+pub use likelihood::{AnswerLikelihood, LIKELIHOOD_BLOCK, answer_likelihoods};
 pub use loss::LossMeter;
-pub use plan::{LayerPlan, LayerRole, PLAN_SCHEMA_VERSION, Plan, check_layers};
-pub use score::{ScoreSettings, score};
+pub use plan::{LayerPlan, LayerRole, PLAN_SCHEMA_VERSION, Plan, check_layers, named_layers};
+pub use score::{ScoreSettings, score, score_among};
 pub use scores::{
     MODALITIES, Modality, ModalityScores, ModalityWeights, PackScores, SCORES_SCHEMA_VERSION, SampleModality,
     SampleScores, Scores, Similarities, check_weights,

@@ -157,6 +157,8 @@ impl Plan {
             .remedy("make the plan again; to choose layers by hand use `plan --drop`"));
         }
         let again = Plan::new(plan.provenance.clone(), &plan.strategy, plan.num_layers, plan.groups.clone())?;
+        let (samples, left_out) = (plan.samples.clone(), plan.left_out.clone());
+        let again = Plan { samples, left_out, ..again };
         if again != plan {
             let subject = format!("`{}`", path.display());
             return Err(Error::invalid(subject, "its lists of layers and its groups disagree")
@@ -171,11 +173,22 @@ impl Plan {
     }
 }
 
-/// Checks the layers that a user listed against the model.
+/// Checks layers that a user named for dropping against the model.
 ///
-/// Returns them ascending. Errors: `Error::Invalid` for an empty list, a duplicate, a layer outside
-/// the model, or all layers.
+/// Returns them ascending. Errors: as [`named_layers`], and `Error::Invalid` for all of them.
 pub fn check_layers(layers: &[usize], num_layers: usize) -> Result<Vec<usize>> {
+    let named = named_layers(layers, num_layers)?;
+    if named.len() == num_layers {
+        return Err(Error::invalid("list of layers", format!("names all {num_layers} layers, at least one must stay"))
+            .remedy("name fewer layers"));
+    }
+    Ok(named)
+}
+
+/// Checks layers that a user named against the model.
+///
+/// Returns them ascending. Errors: `Error::Invalid` for none, a duplicate, or one outside the model.
+pub fn named_layers(layers: &[usize], num_layers: usize) -> Result<Vec<usize>> {
     let mut set = BTreeSet::new();
     for &layer in layers {
         if layer >= num_layers {
@@ -191,10 +204,6 @@ pub fn check_layers(layers: &[usize], num_layers: usize) -> Result<Vec<usize>> {
     }
     if set.is_empty() {
         return Err(Error::invalid("list of layers", "is empty").remedy("name at least one layer"));
-    }
-    if set.len() == num_layers {
-        return Err(Error::invalid("list of layers", format!("names all {num_layers} layers, at least one must stay"))
-            .remedy("name fewer layers"));
     }
     Ok(set.into_iter().collect())
 }

@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::analysis;
-use crate::base::{Cancel, Device, Error, Progress, Provenance, Result, Stopwatch, ahead};
+use crate::base::{Cancel, Device, Error, Peers, Progress, Provenance, Result, Stopwatch, ahead, gathered, own_part};
 use crate::bundle::{Bundle, Role};
 use crate::data::{Amount, DataOptions, Dataset, Encoded, Encoder, Intake, Subset};
 use crate::onnx;
@@ -75,8 +75,26 @@ pub fn score(
     device: Device,
     cancel: &Cancel,
 ) -> Result<Scores> {
+    score_among(None, bundle, dataset, settings, device, cancel)
+}
+
+/// [`score`] by several processes, each on its part of the samples; all of them have the same scores then, those that one
+/// process alone would have.
+///
+/// Errors: as `score` and `Peers::of_all`.
+pub fn score_among(
+    peers: Option<&dyn Peers>,
+    bundle: &Bundle,
+    dataset: &Dataset,
+    settings: &ScoreSettings,
+    device: Device,
+    cancel: &Cancel,
+) -> Result<Scores> {
     let encoder = Encoder::open(bundle, dataset)?;
-    let indices = dataset.draw(Subset { amount: settings.amount, seed: settings.seed })?;
+    let mut drawn = dataset.draw(Subset { amount: settings.amount, seed: settings.seed })?;
+    // As they are read, so that the parts of all processes are in the order of one.
+    drawn.sort_unstable();
+    let (asked, indices) = (drawn.len(), own_part(peers, &drawn));
     let component = bundle.require(Role::Decoder)?;
     let decoder = onnx::load(&bundle.path_of(component))?;
     let analysis = analysis::analyse(&decoder)?;
@@ -91,7 +109,7 @@ pub fn score(
     let (began, before) = (Instant::now(), model.times());
     // A second thread decodes the next pictures while the network runs.
     let intake = Intake::new(dataset, bundle, settings.max_tokens);
-    let encoded = || Ok(pictures.over(intake.encoded(dataset, &indices, |sample| encoder.prompt(sample))?));
+    let encoded = || Ok(pictures.over(intake.encoded_of(dataset, indices, asked, |sample| encoder.prompt(sample))?));
     ahead(SAMPLES_AHEAD, encoded, |all| {
         for encoded in waiting.over(all) {
             let encoded = encoded?;
@@ -103,7 +121,8 @@ pub fn score(
     })?;
     let profile = Profile::new(began.elapsed(), &pictures, &waiting, before, model.times());
     drop(progress);
-    let left_out = intake.left_out();
+    let left_out = intake.left_out_by_all(peers, asked)?;
+    let samples = gathered(peers, samples)?.concat();
     if samples.is_empty() {
         let problem = format!("no sample is left: {}", left_out.summary().unwrap_or_default());
         return Err(Error::invalid(format!("data `{}`", dataset.path().display()), problem)

@@ -1,5 +1,6 @@
 //! Whole pipelines: recipes and sweeps, cached steps, the result table and the manifest.
 
+mod comparison;
 mod recipe;
 mod run;
 mod stages;
@@ -8,8 +9,11 @@ mod store;
 mod sweep;
 mod table;
 
+pub use comparison::{DenseSection, Measure, OtherData, OtherScore};
 pub use recipe::Recipe;
 pub use run::{MANIFEST_FILE, Manifest, RunResult, TABLE_FILE, run};
 pub use store::{Finished, RunState, STATE_FILE, StepState, Store};
-pub use sweep::{SWEEP_FILE, SeedSpread, Sweep, SweepResult, SweepRow, SweepTable, sweep};
+pub use sweep::{
+    DenseFigures, SWEEP_FILE, SeedSpread, Sweep, SweepDense, SweepOther, SweepResult, SweepRow, SweepTable, sweep,
+};
 pub use table::{Speed, Table, TableRow};

@@ -9,13 +9,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::{Device, Error, Result};
 use crate::bundle::Deepstack;
-use crate::data::{Amount, DataOptions, ImageSettings, Turns};
+use crate::data::{Amount, DataOptions, DataPart, ImageSettings, Turns};
 use crate::eval::BenchOptions;
 use crate::export::target_named;
 use crate::finetune::{self, DEFAULT_RECIPE, RecipeRow};
 use crate::method::select::Strategy;
 use crate::method::{ModalityWeights, check_weights};
 
+use super::comparison::{DenseRecipe, DenseSection, OtherData, check_names, parts};
 use super::steps::{EvalSettings, HowMany};
 
 /// `recipe.toml`. Paths are relative to the recipe's own folder.
@@ -108,6 +109,13 @@ pub struct PlanSection {
     /// Weights of the similarities over `image`, `text` and `all` tokens, each 0 or more; `all` alone by default.
     #[serde(default)]
     pub modality_weights: Option<ModalityWeights>,
+    /// Let `interlace-tn`, `random` and `consecutive` choose the last layer too, as the authors' released code does.
+    #[serde(default)]
+    pub as_released: bool,
+    /// Go on where the packs of `interlace`, `interlace-oa` and `interlace-tn` run out: with pairs for `interlace-oa`, then
+    /// with single frozen layers.
+    #[serde(default)]
+    pub beyond_structure: bool,
 }
 
 /// Settings of the graph rewrite.
@@ -147,17 +155,28 @@ pub struct FinetuneSection {
     pub recipe: String,
     #[serde(default)]
     pub settings: finetune::Settings,
+    /// The dense model, finetuned on the same samples.
+    #[serde(default)]
+    pub dense: DenseSection,
+    /// Hold back this fraction of the rows, at least 0 and below 1: no model is scored, trained or fitted on them, and the
+    /// table has every model's loss on them.
+    #[serde(default)]
+    pub held_back: f64,
 }
 
 /// Benchmarks that compare the models.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct EvalSection {
-    /// VLMEvalKit TSV files.
+    /// VLMEvalKit TSV files; they are first read when all models are made.
     pub benchmarks: Vec<PathBuf>,
     #[serde(default)]
     pub settings: EvalSettings,
-    /// The run ends with status 1 when the first strategy's finetuned model retains less of the dense average.
+    /// Data of other kinds than the models are healed on, a column each.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub other: Vec<OtherData>,
+    /// The run ends with status 1 when the first strategy's finetuned model retains less of the average of the dense model
+    /// finetuned on the same samples; of the dense model as it came, where there is no such row.
     #[serde(default)]
     pub min_retention: Option<f64>,
 }
@@ -208,8 +227,8 @@ pub(super) fn finetune_settings(recipe: &str, section: Option<&toml::Value>) -> 
 }
 
 impl FinetuneSection {
-    /// Options for reading the data; running text is split into sequences of the default length.
-    pub(super) fn data_options(&self) -> DataOptions {
+    /// Options for reading this part of the data; running text in sequences of the default length.
+    pub(super) fn data_options(&self, part: DataPart) -> DataOptions {
         let min_ratings = self.min_ratings.clone();
         let ignore_keys = self.ignore_keys.clone();
         DataOptions {
@@ -218,14 +237,26 @@ impl FinetuneSection {
             ignore_keys,
             strict: self.strict,
             images: self.images,
+            part,
             ..DataOptions::default()
         }
+    }
+
+    /// How the dense model is finetuned beside healing, where it is.
+    ///
+    /// Errors: as `DenseSection::beside`.
+    pub(super) fn dense_recipe(&self) -> Result<Option<DenseRecipe>> {
+        let with = |name: &str| match name == self.recipe {
+            true => Ok(self.settings.clone()),
+            false => Ok(RecipeRow::named(name)?.settings()),
+        };
+        self.dense.enabled.then(|| self.dense.beside(&self.recipe, &self.settings, with)).transpose()
     }
 }
 
 impl Calibration {
-    /// Options for reading the data; running text is split into sequences of the default length.
-    pub(super) fn data_options(&self) -> DataOptions {
+    /// Options for reading this part of the data; running text in sequences of the default length.
+    pub(super) fn data_options(&self, part: DataPart) -> DataOptions {
         let min_ratings = self.min_ratings.clone();
         let ignore_keys = self.ignore_keys.clone();
         DataOptions {
@@ -234,6 +265,7 @@ impl Calibration {
             ignore_keys,
             strict: self.strict,
             images: self.images,
+            part,
             ..DataOptions::default()
         }
     }
@@ -306,6 +338,7 @@ impl Recipe {
         resolve(&mut recipe.calibration.data);
         resolve(&mut recipe.finetune.data);
         recipe.eval.benchmarks.iter_mut().for_each(resolve);
+        recipe.eval.other.iter_mut().for_each(|other| resolve(&mut other.data));
         Ok(recipe)
     }
 
@@ -333,7 +366,10 @@ impl Recipe {
         if self.eval.benchmarks.is_empty() {
             return Err(Error::invalid("eval", "`benchmarks` is empty").remedy("name at least one file"));
         }
-        self.finetune.settings.check()
+        check_names(&self.eval.benchmarks, &self.eval.other)?;
+        parts(self.finetune.held_back)?;
+        self.finetune.settings.check()?;
+        self.finetune.dense_recipe().map(|_| ())
     }
 }
 
@@ -404,6 +440,26 @@ mod tests {
         assert_eq!((section.recipe.as_str(), section.settings.losses.len()), (DEFAULT_RECIPE, 2));
     }
 
+    /// The dense model takes the recipe of healing without its fit; one without answers has nothing for it.
+    #[test]
+    fn the_dense_model_is_finetuned_on_answers_with_the_same_budget() {
+        let dense = |text: &str| {
+            let recipe = Recipe::parse(&RECIPE.replace("settings =", text), Path::new("")).unwrap();
+            (recipe.finetune.dense_recipe().unwrap(), recipe.finetune)
+        };
+        let (found, section) = dense("recipe = \"best\"\nsettings =");
+        let found = found.unwrap();
+        assert_eq!(found.settings, finetune::Settings { fit: false, ..section.settings.clone() });
+        assert_eq!(found.label("best", Some(4)), "dense, finetuned (4 layers)");
+        let (found, section) = dense("recipe = \"fast\"\nsettings =");
+        let found = found.unwrap();
+        assert_eq!(found.label("fast", None), "dense, finetuned by paper");
+        let paper = RecipeRow::named("paper").unwrap().settings();
+        let finetune::Settings { data_share, step_tokens, .. } = section.settings;
+        assert_eq!(found.settings, finetune::Settings { data_share, step_tokens, ..paper });
+        assert_eq!(dense("dense = { enabled = false }\nsettings =").0, None);
+    }
+
     #[test]
     fn what_is_wrong_is_named() {
         let cases = [
@@ -417,6 +473,9 @@ mod tests {
             ("settings =", "recipe = \"worst\"\nsettings =", "recipe `worst`"),
             ("learning_rate = 1e-3", "learning_rate = -1.0", "`learning_rate`"),
             ("[\"data/bench.tsv\"]", "[]", "`benchmarks` is empty"),
+            ("settings =", "held_back = 1.0\nsettings =", "finetune.held_back: is 1"),
+            ("settings =", "dense = { recipe = \"fast\" }\nsettings =", "no loss on answers"),
+            ("[\"data/bench.tsv\"]", "[\"data/bench.tsv\"]\nother = [{ data = \"x/bench.tsv\" }]", "called `bench`"),
             ("model = \"model\"", "model = \"model\"\ndevice = \"tpu\"", "tpu"),
         ];
         for (from, to, want) in cases {

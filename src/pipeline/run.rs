@@ -9,12 +9,15 @@ use serde::{Deserialize, Serialize};
 use crate::base::{AtomicFile, Cancel, Error, Provenance, Result, Sha256Digest, sha256_file, write_json};
 use crate::bundle::Bundle;
 use crate::data::Dataset;
-use crate::eval::ModelBench;
+use crate::eval::{Compared, ModelBench, ModelScores};
 use crate::export::{ExportSettings, export, target_named};
+use crate::method::Plan;
+use crate::method::select::Strategy;
 
+use super::comparison::{DenseRecipe, check_there, parts};
 use super::recipe::{PlanSection, Recipe};
 use super::stages::{Healing, Stages, questions, size_bytes};
-use super::steps::{self, Drop, HowMany, PlanSettings};
+use super::steps::{self, Drop, HowMany, PlanSettings, TextSettings, Trained};
 use super::store::{Finished, file_digests};
 use super::table::{Speed, Table, TableRow};
 
@@ -45,8 +48,24 @@ pub struct RunResult {
     pub gate_held: bool,
 }
 
+/// What a model of the table is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// The dense model as it came.
+    Dense,
+    /// The dense model finetuned, all layers.
+    DenseFinetuned,
+    /// The dense model with some layers finetuned.
+    DensePartly,
+    /// Layers dropped.
+    Dropped,
+    /// Layers dropped and others finetuned.
+    Healed,
+}
+
 /// One model of the table.
 struct Variant {
+    kind: Kind,
     label: String,
     path: PathBuf,
     digest: Sha256Digest,
@@ -68,21 +87,29 @@ pub fn run(
     on_step: &mut dyn FnMut(&str),
 ) -> Result<RunResult> {
     let folder = output.unwrap_or(&recipe.output);
-    let stages = Stages::open(folder, &recipe.model, recipe.device.parse()?, cancel, on_step)?;
+    let (part, _) = parts(recipe.finetune.held_back)?;
+    check_there(&recipe.eval.benchmarks, &recipe.eval.other)?;
+    let stages = Stages::open(folder, &recipe.model, recipe.device.parse()?, part, cancel, on_step)?;
     let mut run = RecipeRun { recipe, stages };
     let count = how_many(&recipe.plan).count(&run.stages.dense)?;
     let scores = run.stages.scores(&recipe.calibration, &recipe.plan.strategies, &[count])?;
-    let mut variants = vec![Variant {
-        label: "dense".to_string(),
-        path: recipe.model.clone(),
-        digest: run.stages.dense.digest.clone(),
-        dropped: 0,
-    }];
+    let mut plans = Vec::new();
     for name in &recipe.plan.strategies {
-        run.strategy(&scores, name, &mut variants)?;
+        plans.push(run.plan(&scores, name)?);
+    }
+    let dense = run.stages.dense_as_made();
+    let mut variants = vec![variant(Kind::Dense, "dense".to_string(), dense, 0)];
+    if let (Some(dense), Some((plan, _))) = (recipe.finetune.dense_recipe()?, plans.first()) {
+        run.dense(&dense, plan, &mut variants)?;
+    }
+    for (name, (plan, planned)) in recipe.plan.strategies.iter().zip(&plans) {
+        run.strategy(name, plan, planned, &mut variants)?;
     }
     let table = run.measure(&variants)?;
-    let gate_held = match (recipe.eval.min_retention, table.rows.get(2).and_then(|row| row.kept)) {
+    let healed =
+        variants.iter().position(|variant| variant.kind == Kind::Healed).and_then(|place| table.rows.get(place));
+    let kept = healed.and_then(|row| row.kept_of_finetuned.or(row.kept_of_dense));
+    let gate_held = match (recipe.eval.min_retention, kept) {
         (Some(wanted), Some(kept)) => kept.ratio >= wanted,
         (Some(_), None) => false,
         (None, _) => true,
@@ -95,10 +122,14 @@ pub fn run(
     Ok(RunResult { folder, table, gate_held })
 }
 
+fn variant(kind: Kind, label: String, made: Finished, dropped: usize) -> Variant {
+    Variant { kind, label, path: made.path, digest: made.digest, dropped }
+}
+
 impl RecipeRun<'_> {
-    /// Plan, pruned model and finetuned model of one strategy.
-    fn strategy(&mut self, scores: &Finished, name: &str, variants: &mut Vec<Variant>) -> Result<()> {
-        let recipe = self.recipe;
+    /// The plan of one strategy.
+    fn plan(&mut self, scores: &Finished, name: &str) -> Result<(Plan, Finished)> {
+        let (recipe, row) = (self.recipe, Strategy::named(name)?);
         let settings = PlanSettings {
             strategy: name.to_string(),
             how_many: how_many(&recipe.plan),
@@ -106,9 +137,46 @@ impl RecipeRun<'_> {
             samples: None,
             data: None,
             modality_weights: recipe.plan.modality_weights.clone(),
+            as_released: recipe.plan.as_released && row.released_differs,
+            beyond_structure: recipe.plan.beyond_structure && row.goes_beyond,
         };
-        let (plan, planned) = self.stages.plan(&format!("plan-{name}"), &recipe.calibration, scores, settings)?;
-        let drop = Drop::Plan { plan: &plan, digest: planned.digest.clone() };
+        self.stages.plan(&format!("plan-{name}"), &recipe.calibration, scores, settings)
+    }
+
+    /// The dense model finetuned on the samples of healing: all its layers, and as many as the plan finetunes.
+    fn dense(&mut self, dense: &DenseRecipe, plan: &Plan, variants: &mut Vec<Variant>) -> Result<()> {
+        let recipe = self.recipe;
+        let whole = self.stages.dense_as_made();
+        let part = plan.finetune.as_slice();
+        let list = part.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
+        let rows = [
+            (Kind::DenseFinetuned, "dense-finetuned", None, "all"),
+            (Kind::DensePartly, "dense-finetuned-partly", Some(part), list.as_str()),
+        ];
+        for (kind, step, layers, key) in rows {
+            let finetuned = self.stages.heal(
+                &whole,
+                &Healing {
+                    step,
+                    work: step,
+                    trained: Trained::Layers(layers),
+                    key: ("layers", key),
+                    data: &recipe.finetune.data,
+                    options: &recipe.finetune.data_options(self.stages.part),
+                    samples: recipe.finetune.samples,
+                    settings: &dense.settings,
+                },
+            )?;
+            let label = dense.label(&recipe.finetune.recipe, layers.map(<[usize]>::len));
+            variants.push(variant(kind, label, finetuned, 0));
+        }
+        Ok(())
+    }
+
+    /// Pruned model and finetuned model of one strategy.
+    fn strategy(&mut self, name: &str, plan: &Plan, planned: &Finished, variants: &mut Vec<Variant>) -> Result<()> {
+        let recipe = self.recipe;
+        let drop = Drop::Plan { plan, digest: planned.digest.clone() };
         let pruned =
             self.stages.prune(&format!("pruned-{name}"), &drop, &recipe.prune, &[("plan", &planned.digest)])?;
         let healed = self.stages.heal(
@@ -116,43 +184,53 @@ impl RecipeRun<'_> {
             &Healing {
                 step: &format!("healed-{name}"),
                 work: name,
-                plan: &plan,
-                plan_digest: &planned.digest,
-                plan_key: &planned.digest,
+                trained: Trained::Plan { plan, digest: &planned.digest },
+                key: ("plan", &planned.digest),
                 data: &recipe.finetune.data,
-                options: &recipe.finetune.data_options(),
+                options: &recipe.finetune.data_options(self.stages.part),
                 samples: recipe.finetune.samples,
                 settings: &recipe.finetune.settings,
             },
         )?;
         let dropped = plan.drop.len();
-        variants.push(Variant { label: format!("{name}, dropped"), path: pruned.path, digest: pruned.digest, dropped });
-        variants.push(Variant {
-            label: format!("{name}, finetuned"),
-            path: healed.path,
-            digest: healed.digest,
-            dropped,
-        });
+        variants.push(variant(Kind::Dropped, format!("{name}, dropped"), pruned, dropped));
+        variants.push(variant(Kind::Healed, format!("{name}, finetuned"), healed, dropped));
         Ok(())
     }
 
     /// Answers and timings of every model, and their table.
     fn measure(&mut self, variants: &[Variant]) -> Result<Table> {
         let recipe = self.recipe;
+        let held_back = self.held_back_losses(variants)?;
         let questions = questions(&recipe.eval.benchmarks)?;
-        let mut rows = Vec::new();
-        let mut dense = None;
+        let settings = &recipe.eval.settings;
+        let mut scores = Vec::new();
         for variant in variants {
             let label = slug(&variant.label);
-            let settings = &recipe.eval.settings;
-            let scores = self.stages.answers(&label, &variant.path, &variant.digest, &questions, settings)?;
-            let dense = dense.get_or_insert_with(|| scores.clone());
+            scores.push(self.stages.answers(&label, &variant.path, &variant.digest, &questions, settings)?);
+        }
+        let of = |kind: Kind| variants.iter().position(|variant| variant.kind == kind).map(|place| &scores[place]);
+        let (dense, finetuned) = (of(Kind::Dense), of(Kind::DenseFinetuned));
+        let against = |own: &ModelScores, other: Option<&ModelScores>| -> Result<Option<Compared>> {
+            other.map_or(Ok(None), |other| steps::compared(&[(own, other)]))
+        };
+        let mut rows: Vec<TableRow> = Vec::new();
+        for ((variant, own), held_back_loss) in variants.iter().zip(&scores).zip(held_back) {
+            let label = slug(&variant.label);
+            let other = self.stages.other(&label, (&variant.path, &variant.digest), &recipe.eval.other, settings)?;
+            let base: Vec<f64> = rows.first().map_or(&other, |row| &row.other).iter().map(|own| own.value).collect();
+            let (by_dense, by_finetuned) = (against(own, dense)?, against(own, finetuned)?);
             rows.push(TableRow {
                 model: variant.label.clone(),
                 dropped_layers: variant.dropped,
-                groups: scores.groups.iter().map(|group| (group.group.clone(), group.score)).collect(),
-                average: scores.score,
-                kept: steps::retention(&scores, dense)?.score,
+                groups: own.groups.iter().map(|group| (group.group.clone(), group.score)).collect(),
+                average: own.score,
+                kept_of_finetuned: by_finetuned.and_then(|found| found.ratio),
+                difference_from_finetuned: by_finetuned.map(|found| found.difference),
+                kept_of_dense: by_dense.and_then(|found| found.ratio),
+                difference_from_dense: by_dense.map(|found| found.difference),
+                held_back_loss,
+                other: other.into_iter().zip(base).map(|(own, base)| own.against(base)).collect(),
                 size_bytes: size_bytes(&variant.path)?,
                 speed: None,
             });
@@ -162,12 +240,27 @@ impl RecipeRun<'_> {
         Table::new(Provenance::new(Table::SCHEMA_VERSION, inputs, recipe)?, rows)
     }
 
-    /// Times of every finetuned model, in alternation with the dense one. The dense model's row has the times of the
-    /// first comparison.
+    /// Every model's loss on what was held back, where something was.
+    fn held_back_losses(&mut self, variants: &[Variant]) -> Result<Vec<Option<f64>>> {
+        let section = &self.recipe.finetune;
+        let (_, Some(part)) = parts(section.held_back)? else { return Ok(vec![None; variants.len()]) };
+        let settings = TextSettings::of(&section.data_options(part), None);
+        let mut losses = Vec::with_capacity(variants.len());
+        for variant in variants {
+            let (label, model) = (slug(&variant.label), (variant.path.as_path(), variant.digest.as_str()));
+            let scores = self.stages.perplexity(("held-back", &label), model, &section.data, &settings)?;
+            losses.push(Some(scores.mean_loss));
+        }
+        Ok(losses)
+    }
+
+    /// Times of every finetuned model, in turn with the dense one; the dense row takes those of the first.
     fn bench(&mut self, variants: &[Variant], rows: &mut [TableRow]) -> Result<()> {
         let section = &self.recipe.bench;
-        let Some((_, others)) = variants.split_first().filter(|_| section.enabled) else { return Ok(()) };
-        for (place, variant) in others.iter().enumerate().filter(|(place, _)| place % 2 == 1) {
+        if !section.enabled {
+            return Ok(());
+        }
+        for (place, variant) in variants.iter().enumerate().filter(|(_, variant)| variant.kind == Kind::Healed) {
             let report = self.stages.bench(&slug(&variant.label), &variant.path, &variant.digest, &section.settings)?;
             let (Some(baseline), Some(speedup)) = (&report.baseline, &report.speedup) else { continue };
             let speed = |model: &ModelBench, ttft_speedup: f64, decoder_ttft_speedup: f64| Speed {
@@ -177,7 +270,7 @@ impl RecipeRun<'_> {
                 decode_tokens_per_s: model.decode_tokens_per_second.median,
             };
             let whole = speedup.pipeline_ttft.as_ref().unwrap_or(&speedup.decoder_ttft).median;
-            if let Some(row) = rows.get_mut(place + 1) {
+            if let Some(row) = rows.get_mut(place) {
                 row.speed = Some(speed(&report.model, whole, speedup.decoder_ttft.median));
             }
             if let Some(row) = rows.first_mut() {
@@ -189,7 +282,7 @@ impl RecipeRun<'_> {
 
     /// The first strategy's finetuned model in other layouts.
     fn export(&mut self, variants: &[Variant]) -> Result<()> {
-        let Some(variant) = variants.get(2) else { return Ok(()) };
+        let Some(variant) = variants.iter().find(|variant| variant.kind == Kind::Healed) else { return Ok(()) };
         for name in &self.recipe.export.targets {
             let target = target_named(name).map_err(|problem| Error::invalid("export.targets", problem))?;
             let settings = ExportSettings::default();
@@ -208,15 +301,18 @@ impl RecipeRun<'_> {
         let mut files = file_digests(store.folder())?;
         files.remove(MANIFEST_FILE);
         let mut inputs = BTreeMap::from([("model".to_string(), self.stages.dense.digest.clone())]);
-        let (calibration, finetune) = (&self.recipe.calibration, &self.recipe.finetune);
+        let (calibration, finetune, part) = (&self.recipe.calibration, &self.recipe.finetune, self.stages.part);
         for (data, options) in
-            [(&calibration.data, calibration.data_options()), (&finetune.data, finetune.data_options())]
+            [(&calibration.data, calibration.data_options(part)), (&finetune.data, finetune.data_options(part))]
         {
             let dataset = Dataset::open_for(data, &self.stages.bundle, &options)?;
             inputs.insert(format!("data {}", data.display()), dataset.digest()?);
         }
         for benchmark in &self.recipe.eval.benchmarks {
             inputs.insert(format!("benchmark {}", benchmark.display()), sha256_file(benchmark)?);
+        }
+        for other in self.recipe.eval.other.iter().filter(|other| other.data.is_file()) {
+            inputs.insert(format!("data {}", other.data.display()), sha256_file(&other.data)?);
         }
         let provenance = Provenance::new(MANIFEST_SCHEMA_VERSION, inputs, self.recipe)?;
         write_json(&path, &Manifest { provenance, files })
@@ -230,7 +326,7 @@ fn how_many(plan: &PlanSection) -> HowMany {
 
 /// A label in a form that is valid in file names.
 fn slug(label: &str) -> String {
-    label.replace(", ", "-")
+    label.replace(", ", "-").replace(['(', ')'], "").replace(' ', "-")
 }
 
 /// Writes text under its final name atomically.

@@ -6,15 +6,21 @@ use std::sync::Arc;
 
 use crate::base::{Cancel, Device, Provenance, Result, Sha256Digest, read_json, write_json};
 use crate::bundle::Bundle;
-use crate::data::{Amount, Benchmark, DataOptions, Dataset, LeftOut, Subset};
-use crate::eval::{BenchOptions, BenchReport, EvalReport, EvalTiming, GroupScore, ModelScores, bench, benchmark_name};
+use crate::data::{Amount, Benchmark, DataOptions, DataPart, Dataset, LeftOut, Subset};
+use crate::eval::{
+    BenchOptions, BenchReport, EvalReport, EvalTiming, GroupScore, ModelScores, TextReport, TextScores, bench,
+    benchmark_name,
+};
 use crate::finetune;
 use crate::method::select::Strategy;
 use crate::method::{LossMeter, Plan, ScoreSettings, Scores, score};
 use crate::runtime::{FeatureCache, Runtime};
 
+use super::comparison::{Measure, OtherData, OtherScore};
 use super::recipe::{Calibration, PruneSection};
-use super::steps::{self, Drop, Engine, EvalSettings, Finetune, PlanSettings, PlannedModel, Work, check_needs};
+use super::steps::{
+    self, Drop, Engine, EvalSettings, Finetune, PlanSettings, PlannedModel, TextSettings, Trained, Work, check_needs,
+};
 use super::store::{Finished, Store};
 
 /// Number of calibration samples for measuring losses; also the default of `plan --samples`.
@@ -28,6 +34,8 @@ pub struct Stages<'a> {
     pub dense: PlannedModel,
     pub device: Device,
     pub cancel: &'a Cancel,
+    /// The part of all data that models are scored and trained on.
+    pub part: DataPart,
     on_step: &'a mut dyn FnMut(&str),
     /// Image features of the finetuning data, shared by all variants.
     features: Arc<FeatureCache>,
@@ -47,10 +55,9 @@ pub struct Healing<'a> {
     pub step: &'a str,
     /// Folder for checkpoints and metrics, inside the run's folder.
     pub work: &'a str,
-    pub plan: &'a Plan,
-    pub plan_digest: &'a Sha256Digest,
-    /// Replaces the plan's digest in the step's cache key.
-    pub plan_key: &'a str,
+    pub trained: Trained<'a>,
+    /// What the step is known by besides model and data: `plan` with its digest, for instance.
+    pub key: (&'a str, &'a str),
     pub data: &'a Path,
     pub options: &'a DataOptions,
     pub samples: Option<usize>,
@@ -65,6 +72,7 @@ impl<'a> Stages<'a> {
         folder: &Path,
         model: &'a Path,
         device: Device,
+        part: DataPart,
         cancel: &'a Cancel,
         on_step: &'a mut dyn FnMut(&str),
     ) -> Result<Self> {
@@ -72,7 +80,7 @@ impl<'a> Stages<'a> {
         let bundle = Bundle::open(model)?;
         let dense = PlannedModel::of(&bundle)?;
         let features = FeatureCache::new(256 << 20);
-        Ok(Stages { store, model, bundle, dense, device, cancel, on_step, features, engine: None })
+        Ok(Stages { store, model, bundle, dense, device, cancel, part, on_step, features, engine: None })
     }
 
     /// Prints a line for the user.
@@ -104,7 +112,7 @@ impl<'a> Stages<'a> {
         }
         let settings =
             ScoreSettings { amount: calibration.amount(), seed: calibration.seed, longer_packs, ..Default::default() };
-        let dataset = Dataset::open_for(&calibration.data, &self.bundle, &calibration.data_options())?;
+        let dataset = Dataset::open_for(&calibration.data, &self.bundle, &calibration.data_options(self.part))?;
         let inputs = [("model", self.dense.digest.as_str()), ("data", &dataset.digest()?)];
         let (bundle, device, cancel) = (&self.bundle, self.device, self.cancel);
         let done = self.store.step("score", "scores.json", &inputs, &settings, |path| {
@@ -127,15 +135,16 @@ impl<'a> Stages<'a> {
     ) -> Result<(Plan, Finished)> {
         let measures_loss = Strategy::named(&settings.strategy)?.measures_loss;
         settings.samples = measures_loss.then_some(LOSS_SAMPLES);
-        settings.data = measures_loss.then(|| calibration.data_options());
+        settings.data = measures_loss.then(|| calibration.data_options(self.part));
         let inputs = [("model", self.dense.digest.as_str()), ("scores", &scores.digest)];
         let (bundle, dense, device, cancel) = (&self.bundle, &self.dense, self.device, self.cancel);
+        let options = calibration.data_options(self.part);
         let planned = self.store.step(step, &format!("{step}.json"), &inputs, &settings, |path| {
             let read = Scores::read(&scores.path)?;
             let mut meter = match measures_loss {
                 true => {
                     check_needs(bundle, Work::MeasureLosses)?;
-                    let data = Dataset::open_for(&calibration.data, bundle, &calibration.data_options())?;
+                    let data = Dataset::open_for(&calibration.data, bundle, &options)?;
                     let amount = Amount::Samples(LOSS_SAMPLES.min(data.len()));
                     let subset = Subset { amount, seed: calibration.seed };
                     Some((LossMeter::new(bundle, &data, subset, device, cancel)?, data.digest()?))
@@ -184,7 +193,12 @@ impl<'a> Stages<'a> {
         Ok(pruned)
     }
 
-    /// A pruned model, finetuned.
+    /// The dense model as if a step had made it.
+    pub fn dense_as_made(&self) -> Finished {
+        Finished { path: self.model.to_path_buf(), digest: self.dense.digest.clone(), reused: true }
+    }
+
+    /// A pruned model, or the dense one, finetuned.
     ///
     /// Errors: as `steps::finetune`.
     pub fn heal(&mut self, pruned: &Finished, healing: &Healing) -> Result<Finished> {
@@ -192,15 +206,14 @@ impl<'a> Stages<'a> {
         let amount = healing.samples.map_or(Amount::All, Amount::Samples);
         let subset = Subset { amount, seed: settings.seed };
         let data_digest = Dataset::open_for(healing.data, &self.bundle, healing.options)?.digest()?;
-        let inputs = [("model", pruned.digest.as_str()), ("plan", healing.plan_key), ("data", &data_digest)];
+        let inputs = [("model", pruned.digest.as_str()), healing.key, ("data", &data_digest)];
         let work = self.store.folder().join("work").join(healing.work);
         let (features, device, cancel, teacher) = (&self.features, self.device, self.cancel, self.model);
         let mut left_out = LeftOut::default();
         let healed = self.store.step(healing.step, healing.step, &inputs, &(subset, settings), |path| {
             let request = Finetune {
-                pruned: &pruned.path,
-                plan: healing.plan,
-                plan_digest: healing.plan_digest.clone(),
+                model: &pruned.path,
+                trained: healing.trained,
                 data: healing.data,
                 options: healing.options,
                 subset,
@@ -237,10 +250,7 @@ impl<'a> Stages<'a> {
             let inputs = [("model", digest), ("data", data)];
             let (device, cancel, engine) = (self.device, self.cancel, &mut self.engine);
             let done = self.store.step(&step, &format!("{step}.json"), &inputs, settings, |target| {
-                let engine = match engine {
-                    Some(engine) => engine,
-                    slot => slot.insert(Engine::new(device)?),
-                };
+                let engine = opened(engine, device)?;
                 let model = engine.answer(model, benchmark, path, settings, cancel)?;
                 let inputs = inputs.iter().map(|(name, digest)| (name.to_string(), digest.to_string())).collect();
                 let provenance = Provenance::new(EvalReport::SCHEMA_VERSION, inputs, settings)?;
@@ -282,7 +292,94 @@ impl<'a> Stages<'a> {
         Ok(true)
     }
 
-    /// A model's times, measured in alternation with the dense model's.
+    /// A model's perplexity on data, as the report of step `NAME-LABEL`.
+    ///
+    /// Errors: as `steps::eval_text`.
+    pub fn perplexity(
+        &mut self,
+        (name, label): (&str, &str),
+        (model, digest): (&Path, &str),
+        data: &Path,
+        settings: &TextSettings,
+    ) -> Result<TextScores> {
+        let step = format!("{name}-{label}");
+        let data_digest = Dataset::open_for(data, &self.bundle, &settings.data_options())?.digest()?;
+        let inputs = [("model", digest), ("data", data_digest.as_str())];
+        let (device, cancel, engine) = (self.device, self.cancel, &mut self.engine);
+        let done = self.store.step(&step, &format!("{step}.json"), &inputs, settings, |target| {
+            write_json(target, &steps::eval_text(opened(engine, device)?, model, None, data, settings, cancel)?)
+        })?;
+        self.report_step(&step, &done);
+        let report: TextReport = read_json(&done.path, TextReport::SCHEMA_VERSION)?;
+        Ok(report.model)
+    }
+
+    /// True when `perplexity` would read nothing with the model.
+    ///
+    /// Errors: as `Store::is_done`.
+    pub fn read(
+        &self,
+        (name, label): (&str, &str),
+        digest: &str,
+        data: &Path,
+        settings: &TextSettings,
+    ) -> Result<bool> {
+        let data_digest = Dataset::open_for(data, &self.bundle, &settings.data_options())?.digest()?;
+        let inputs = [("model", digest), ("data", data_digest.as_str())];
+        self.store.is_done(&format!("{name}-{label}"), &inputs, settings)
+    }
+
+    /// A model's figures on data of other kinds.
+    ///
+    /// Errors: as `answers` and `perplexity`.
+    pub fn other(
+        &mut self,
+        label: &str,
+        (model, digest): (&Path, &str),
+        other: &[OtherData],
+        settings: &EvalSettings,
+    ) -> Result<Vec<OtherScore>> {
+        let mut scores = Vec::with_capacity(other.len());
+        for data in other {
+            let measure = data.measure();
+            let value = match measure {
+                Measure::Score => {
+                    let asked = questions(std::slice::from_ref(&data.data))?;
+                    self.answers(label, model, digest, &asked, &data.eval_settings(settings))?.score
+                }
+                Measure::Perplexity => {
+                    let name = format!("text-{}", data.name());
+                    self.perplexity((&name, label), (model, digest), &data.data, &data.text_settings())?.perplexity
+                }
+            };
+            scores.push(OtherScore { name: data.name(), measure, value, kept: None });
+        }
+        Ok(scores)
+    }
+
+    /// True when `other` would do nothing with the model.
+    ///
+    /// Errors: as `answered` and `read`.
+    pub fn other_done(&self, label: &str, digest: &str, other: &[OtherData], settings: &EvalSettings) -> Result<bool> {
+        for data in other {
+            let done = match data.measure() {
+                Measure::Score => {
+                    let asked = questions(std::slice::from_ref(&data.data))?;
+                    self.answered(label, digest, &asked, &data.eval_settings(settings))?
+                }
+                Measure::Perplexity => {
+                    let name = format!("text-{}", data.name());
+                    self.read((&name, label), digest, &data.data, &data.text_settings())?
+                }
+            };
+            if !done {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// A model's times in turn with the dense one's.
     ///
     /// Errors: as `eval::bench`.
     pub fn bench(&mut self, label: &str, model: &Path, digest: &str, settings: &BenchOptions) -> Result<BenchReport> {
@@ -296,6 +393,14 @@ impl<'a> Stages<'a> {
         self.report_step(&step, &done);
         read_json(&done.path, BenchReport::SCHEMA_VERSION)
     }
+}
+
+/// The engine, opened where it is first needed.
+fn opened(engine: &mut Option<Engine>, device: Device) -> Result<&mut Engine> {
+    Ok(match engine {
+        Some(engine) => engine,
+        slot => slot.insert(Engine::new(device)?),
+    })
 }
 
 fn eval_step(benchmark: &Path, label: &str) -> String {

@@ -155,7 +155,16 @@ fn sound_scores() -> Scores {
 
 fn settings(strategy: &str) -> PlanSettings {
     let (how_many, seed) = (HowMany::DropRatio(0.25), 1);
-    PlanSettings { strategy: strategy.into(), how_many, seed, samples: None, data: None, modality_weights: None }
+    PlanSettings {
+        strategy: strategy.into(),
+        how_many,
+        seed,
+        samples: None,
+        data: None,
+        modality_weights: None,
+        as_released: false,
+        beyond_structure: false,
+    }
 }
 
 fn scores(folder: &Path) -> PathBuf {

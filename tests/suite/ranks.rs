@@ -47,14 +47,7 @@ impl Pruned {
 
     /// Starts a process for each rank.
     fn start(&self, recipe: &[&str], out: &str, size: usize) -> Vec<Child> {
-        let port = TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("its number").port();
-        let rank = |rank: usize| {
-            let mut command = self.command(recipe, out);
-            command.env("WORLD_SIZE", size.to_string()).env("MASTER_ADDR", "127.0.0.1");
-            command.env("RANK", rank.to_string()).env("LOCAL_RANK", rank.to_string());
-            command.env("MASTER_PORT", port.to_string()).spawn().expect("a process")
-        };
-        (0..size).map(rank).collect()
+        start(size, &|| self.command(recipe, out))
     }
 
     fn losses(&self, out: &str) -> Vec<f64> {
@@ -66,6 +59,18 @@ impl Pruned {
     fn work(&self, out: &str) -> PathBuf {
         self.here().join(format!("{out}.work"))
     }
+}
+
+/// Starts a process for each rank, with the environment that torchrun sets.
+fn start(size: usize, command: &dyn Fn() -> Command) -> Vec<Child> {
+    let port = TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("its number").port();
+    let rank = |rank: usize| {
+        let mut command = command();
+        command.env("WORLD_SIZE", size.to_string()).env("MASTER_ADDR", "127.0.0.1");
+        command.env("RANK", rank.to_string()).env("LOCAL_RANK", rank.to_string());
+        command.env("MASTER_PORT", port.to_string()).spawn().expect("a process")
+    };
+    (0..size).map(rank).collect()
 }
 
 fn ended(children: Vec<Child>) -> Vec<Output> {
@@ -85,6 +90,7 @@ fn two_and_four_processes_have_the_losses_of_one() {
     for (name, recipe) in [
         ("paper", &["--recipe", "paper", "--learning-rate", "1e-5", "--max-steps", "3"][..]),
         ("best", &["--recipe", "best", "--learning-rate", "1e-5", "--max-steps", "3"]),
+        ("fast", &["--recipe", "fast", "--learning-rate", "1e-4", "--max-steps", "4", "--batch-size", "8"]),
     ] {
         let alone = pruned.command(recipe, name).output().expect("a process");
         assert!(alone.status.success(), "{}", stderr(&alone));
@@ -132,4 +138,68 @@ fn a_killed_process_ends_the_others_and_all_go_on_from_the_checkpoint() {
     let decoder =
         |out: &str| fs::read(pruned.here().join(out).join("onnx/decoder_model_merged.onnx_data")).expect("weights");
     assert!(decoder("killed") == decoder("whole"), "the resumed run has other weights");
+}
+
+/// Runs `interlace` with these arguments in `folder`, alone or as so many processes. It hands the work over to the program that
+/// links LibTorch by itself. All must succeed, and the first alone prints.
+fn measure(folder: &Path, arguments: &[&str], out: &str, size: usize) -> serde_json::Value {
+    let command = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_interlace"));
+        command.current_dir(folder).args(arguments).args(["-o", out, "--quiet"]).env("OMP_NUM_THREADS", "1");
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    };
+    let outputs = match size {
+        1 => vec![command().output().expect("a process")],
+        _ => ended(start(size, &command)),
+    };
+    for (rank, output) in outputs.iter().enumerate() {
+        assert!(output.status.success(), "rank {rank} of {size}: {}", stderr(output));
+        assert_eq!(output.stdout.is_empty(), rank > 0, "rank {rank} of {size}");
+    }
+    serde_json::from_slice(&fs::read(folder.join(out)).expect("a report")).expect("JSON")
+}
+
+/// The report without the times that were measured.
+fn untimed(mut report: serde_json::Value) -> serde_json::Value {
+    for figures in ["/model", "/model/timing", "/baseline", "/baseline/timing"] {
+        let Some(figures) = report.pointer_mut(figures).and_then(serde_json::Value::as_object_mut) else { continue };
+        for key in ["seconds", "questions_per_second", "profile"] {
+            figures.remove(key);
+        }
+    }
+    report
+}
+
+#[test]
+fn scores_and_reports_of_several_processes_are_those_of_one() {
+    let pruned = Pruned::new();
+    let here = pruned.here();
+    // A row that cannot be read, in the second half: it is left out and counted once.
+    let talk = |number: usize| {
+        format!(
+            "\"conversations\": [{{\"from\": \"human\", \"value\": \"Say {number}\"}}, {{\"from\": \"gpt\", \"value\": \"{number}\"}}]}}"
+        )
+    };
+    let row = |number: usize| match number {
+        21 => format!("{{\"image\": \"none.png\", {}", talk(number)),
+        _ => format!("{{{}", talk(number)),
+    };
+    fs::write(here.join("talk.jsonl"), (0..30).map(row).collect::<Vec<_>>().join("\n")).expect("write");
+    let (model, data, bench) =
+        (fixture("model"), fixture("data/finetune-small.parquet"), fixture("data/bench-small.tsv"));
+    let eval = ["eval", "pruned", "--data", &bench, "--baseline", &model, "--limit", "20", "--batch-size", "1"];
+    for (name, arguments) in [
+        ("scores", &["score", &model, "--data", &data, "--turns", "separate", "--samples", "7"][..]),
+        ("talk", &["score", &model, "--data", "talk.jsonl", "--fraction", "1"]),
+        ("eval", &eval),
+        ("likelihood", &["eval", "pruned", "--data", &bench, "--baseline", &model, "--likelihood-only"]),
+        ("text", &["eval", "pruned", "--data", "talk.jsonl", "--baseline", &model]),
+    ] {
+        let alone = untimed(measure(here, arguments, &format!("{name}.json"), 1));
+        for size in [2, 3] {
+            let found = untimed(measure(here, arguments, &format!("{name}-{size}.json"), size));
+            assert!(found == alone, "{name} of {size} processes: {found} is not {alone}");
+        }
+    }
 }

@@ -5,6 +5,9 @@ use std::path::Path;
 
 use super::cli::{fixture, interlace, stderr, stdout};
 
+/// Text of another kind than the questions.
+const WORDS: &str = "{\"text\": \"the quick brown fox jumps over the lazy dog and then it sleeps for a while\"}\n";
+
 fn recipe(learning_rate: &str) -> String {
     let (model, data, bench) =
         (fixture("model"), fixture("data/finetune-small.parquet"), fixture("data/bench-small.tsv"));
@@ -20,10 +23,14 @@ fn recipe(learning_rate: &str) -> String {
         data = "{data}"
         samples = 8
         turns = "separate"
+        held_back = 0.25
         settings = {{ learning_rate = {learning_rate}, batch_size = 4, accumulation_steps = 1 }}
         [eval]
         benchmarks = ["{bench}"]
         settings = {{ limit = 6 }}
+        [[eval.other]]
+        data = "words.jsonl"
+        sequence_length = 32
         "#
     )
 }
@@ -36,14 +43,28 @@ fn read(path: &Path) -> serde_json::Value {
 fn a_recipe_runs_once_and_then_only_what_changed() {
     let folder = tempfile::tempdir().expect("folder");
     let here = folder.path();
+    fs::write(here.join("words.jsonl"), WORDS).expect("text");
     fs::write(here.join("recipe.toml"), recipe("1e-3")).expect("recipe");
     let output = interlace(here, &["run", "recipe.toml"]);
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
     let text = stdout(&output);
-    for row in ["dense", "interlace, dropped", "interlace, finetuned", "angular, dropped", "angular, finetuned"] {
+    for row in [
+        "dense",
+        "dense, finetuned",
+        "dense, finetuned (2 layers)",
+        "interlace, dropped",
+        "interlace, finetuned",
+        "angular, dropped",
+        "angular, finetuned",
+    ] {
         assert!(text.contains(row), "{text}");
     }
     let out = here.join("out");
+    check_table(&read(&out.join("table.json")), &out);
+    let whole = read(&out.join("dense-finetuned/interlace.json"))["history"].clone();
+    assert_eq!((whole.as_array().map(Vec::len), whole[0]["layers"].as_array().map(Vec::len)), (Some(1), Some(16)));
+    let part = read(&out.join("dense-finetuned-partly/interlace.json"))["history"].clone();
+    assert_eq!(part[0]["layers"], read(&out.join("plan-interlace.json"))["finetune"]);
     assert_eq!(read(&out.join("plan-interlace.json"))["drop"].as_array().map(Vec::len), Some(2));
     let history = read(&out.join("healed-interlace/interlace.json"))["history"].clone();
     assert_eq!(history[0]["step"], "prune");
@@ -67,6 +88,38 @@ fn a_recipe_runs_once_and_then_only_what_changed() {
     assert!(third.contains("score: kept from before") && third.contains("pruned-angular: kept from before"), "{third}");
     assert!(!third.contains("healed-interlace: kept from before"), "{third}");
     assert!(third.contains("eval-bench-small-dense: kept from before"), "{third}");
+}
+
+/// Every row against both dense models: the ratios and differences are those of the averages.
+fn check_table(table: &serde_json::Value, out: &Path) {
+    let rows = table["rows"].as_array().expect("rows");
+    let names: Vec<&str> = rows.iter().filter_map(|row| row["model"].as_str()).collect();
+    assert_eq!(names[..3], ["dense", "dense, finetuned", "dense, finetuned (2 layers)"]);
+    assert_eq!(names.len(), 7);
+    let average = |row: &serde_json::Value| row["average"].as_f64().expect("a score");
+    for row in rows {
+        for (kept, difference, base) in [
+            ("kept_of_dense", "difference_from_dense", &rows[0]),
+            ("kept_of_finetuned", "difference_from_finetuned", &rows[1]),
+        ] {
+            let (own, base) = (average(row), average(base));
+            let ratio = row[kept]["ratio"].as_f64().expect("a ratio");
+            let less = &row[difference];
+            assert!((ratio - own / base).abs() < 1e-12, "{row}");
+            assert!((less["difference"].as_f64().expect("a difference") - (own - base)).abs() < 1e-12, "{row}");
+            assert!(less["low"].as_f64() <= less["high"].as_f64(), "{row}");
+        }
+        assert!(row["held_back_loss"].as_f64().expect("a loss") > 0.0);
+        let other = &row["other"][0];
+        assert_eq!((other["name"].as_str(), other["measure"].as_str()), (Some("words"), Some("perplexity")));
+        assert!(other["value"].as_f64().expect("a perplexity") > 1.0);
+    }
+    assert_eq!(rows[0]["other"][0]["kept"].as_f64(), Some(1.0));
+    // What is held back is trained on nowhere: the healed models saw at most the other rows.
+    let work = fs::read_dir(out.join("work")).expect("work").flatten();
+    let seen: Vec<serde_json::Value> = work.map(|entry| read(&entry.path().join("finetune.json"))).collect();
+    assert_eq!(seen.len(), 4);
+    assert!(seen.iter().all(|report| report["sample_ids"] == seen[0]["sample_ids"]));
 }
 
 fn sweep_file(recipes: &str) -> String {
@@ -107,10 +160,10 @@ fn a_sweep_does_equal_steps_once_and_goes_on_where_it_was() {
     let rows = table["rows"].as_array().expect("rows");
     assert_eq!(rows.len(), 4);
     for row in rows {
-        let values = row["kept"]["values"].as_array().expect("values");
+        let values = row["kept_of_finetuned"]["values"].as_array().expect("values");
         assert_eq!(values.len(), 2);
         let mean = values.iter().filter_map(serde_json::Value::as_f64).sum::<f64>() / 2.0;
-        assert!((row["kept"]["mean"].as_f64().expect("mean") - mean).abs() < 1e-12);
+        assert!((row["kept_of_finetuned"]["mean"].as_f64().expect("mean") - mean).abs() < 1e-12);
     }
     assert!(said.contains("cell 8 of 8"), "{said}");
     // One layer of 16 goes: both strategies drop the same and finetune the next, so they share a pruned model and one
@@ -148,4 +201,39 @@ fn a_sweep_does_equal_steps_once_and_goes_on_where_it_was() {
     for (name, step) in steps() {
         assert_eq!(step["digest"], before[&name]["digest"], "{name}");
     }
+}
+
+/// The benchmark is read when all models are made: one that cannot be read before that changes nothing about them.
+#[test]
+fn nothing_is_chosen_with_the_test_file() {
+    let folder = tempfile::tempdir().expect("folder");
+    let here = folder.path();
+    fs::write(here.join("words.jsonl"), WORDS).expect("text");
+    let bench = fs::read(fixture("data/bench-small.tsv")).expect("benchmark");
+    let chosen = recipe("1e-3")
+        .replace("learning_rate = 1e-3", "learning_rates = [1e-4, 1e-3]")
+        .replace("\"angular\"", "\"sleb\"")
+        .replace(&fixture("data/bench-small.tsv"), "test.tsv");
+    assert!(chosen.contains("learning_rates") && chosen.contains("sleb") && chosen.contains("\"test.tsv\""));
+    fs::write(here.join("recipe.toml"), &chosen).expect("recipe");
+
+    let missing = interlace(here, &["run", "recipe.toml"]);
+    assert_eq!(missing.status.code(), Some(2), "{}", stderr(&missing));
+    assert!(stderr(&missing).contains("test.tsv") && !here.join("out").exists(), "{}", stderr(&missing));
+
+    fs::write(here.join("test.tsv"), b"\xff\xfe no benchmark").expect("write");
+    let broken = interlace(here, &["run", "recipe.toml"]);
+    assert_eq!(broken.status.code(), Some(2), "{}", stderr(&broken));
+    let steps = || read(&here.join("out/state.json"))["steps"].as_object().expect("steps").clone();
+    let made = steps();
+    for name in ["dense-finetuned", "dense-finetuned-partly", "healed-interlace", "healed-sleb"] {
+        assert!(made.contains_key(name), "{name} is not made: {}", stderr(&broken));
+    }
+    assert!(made.keys().all(|name| !name.starts_with("eval-")), "{:?}", made.keys());
+
+    fs::write(here.join("test.tsv"), bench).expect("write");
+    let whole = interlace(here, &["run", "recipe.toml"]);
+    assert_eq!(whole.status.code(), Some(0), "{}", stderr(&whole));
+    let after = steps();
+    assert!(made.iter().all(|(name, step)| after[name] == *step), "a step was done again");
 }

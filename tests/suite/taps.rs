@@ -176,7 +176,16 @@ fn keys_made_of_an_encoders_states_are_all_shown() {
 }
 
 fn settings(strategy: &str, how_many: HowMany, seed: u64) -> PlanSettings {
-    PlanSettings { strategy: strategy.into(), how_many, seed, samples: None, data: None, modality_weights: None }
+    PlanSettings {
+        strategy: strategy.into(),
+        how_many,
+        seed,
+        samples: None,
+        data: None,
+        modality_weights: None,
+        as_released: false,
+        beyond_structure: false,
+    }
 }
 
 /// Layers that others read, or that an output shows the inside of, are no candidates of a plan, and `prune` takes every plan.

@@ -113,3 +113,122 @@ fn a_run_that_breaks_keeps_its_last_good_checkpoint() {
     assert_eq!(checkpoints, ["step-00000001"]);
     assert!(!here.join("healed").exists());
 }
+
+/// Layers by their index train as the plan that names them does; a whole model trains too, with the losses that have
+/// something for it.
+#[test]
+fn layers_train_without_a_plan() {
+    let folder = tempfile::tempdir().expect("folder");
+    let here = folder.path();
+    let model = fixture("model");
+    let data = fixture("data/finetune-small.parquet");
+    let run = |arguments: &[&str]| interlace(here, arguments);
+    let succeed = |arguments: &[&str]| {
+        let output = run(arguments);
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}: {}", stderr(&output));
+    };
+    succeed(&["plan", &model, "--drop", "2,9", "-o", "plan.json"]);
+    succeed(&["prune", &model, "--plan", "plan.json", "-o", "pruned"]);
+    let plan: serde_json::Value =
+        serde_json::from_slice(&fs::read(here.join("plan.json")).expect("plan")).expect("JSON");
+    let named = plan["finetune_pruned"].as_array().expect("layers");
+    let named: Vec<String> = named.iter().map(ToString::to_string).collect();
+    let named = named.join(",");
+    let common =
+        ["--data", &data, "--samples", "4", "--batch-size", "4", "--max-steps", "2", "--learning-rate", "1e-3"];
+    let finetune = |from: &str, more: &[&str], out: &str| {
+        let mut all = vec!["finetune", from, "-o", out, "--quiet"];
+        all.extend(common);
+        all.extend(more);
+        run(&all)
+    };
+    let done = |output: std::process::Output| assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    // `best` matches the dense model's answers: layers correspond by the folder's own record.
+    let best = ["--recipe", "best", "--teacher", &model, "--accumulation-steps", "1"];
+    done(finetune("pruned", &[&["--plan", "plan.json"][..], &best].concat(), "by-plan"));
+    done(finetune("pruned", &[&["--layers", &named][..], &best].concat(), "by-layers"));
+    assert!(weights(&here.join("by-plan")) == weights(&here.join("by-layers")));
+
+    let planned = finetune(&model, &["--layers", "all", "--recipe", "paper", "--dry-run", "--json"], "whole");
+    let plan: serde_json::Value = serde_json::from_slice(&planned.stdout).expect("a plan");
+    assert_eq!((plan["trained"].as_array().map(Vec::len), plan["frozen_before"].as_u64()), (Some(16), Some(0)));
+    assert!(!here.join("whole").exists());
+    done(finetune(&model, &["--layers", "all", "--recipe", "paper"], "whole"));
+    done(finetune(&model, &[&["--layers", "3,9"][..], &best].concat(), "partly"));
+    let record = |out: &str| -> serde_json::Value {
+        serde_json::from_slice(&fs::read(here.join(out).join("interlace.json")).expect("record")).expect("JSON")
+    };
+    assert_eq!(record("whole")["history"][0]["layers"].as_array().map(Vec::len), Some(16));
+    assert_eq!(record("partly")["history"][0]["layers"], serde_json::json!([3, 9]));
+    // Nothing was dropped, so nothing is fitted, and the record says so.
+    assert_eq!(record("partly")["history"][0]["settings"]["fit"], serde_json::Value::Null);
+    assert_eq!(record("whole")["inputs"]["plan"], serde_json::Value::Null);
+    succeed(&["verify", "whole"]);
+
+    for (from, more, want) in [
+        (model.as_str(), &["--layers", "all", "--recipe", "fast", "--teacher", &model][..], "lost no layer"),
+        (&model, &["--layers", "2,16", "--recipe", "paper"], "layer 16"),
+        (&model, &["--layers", "2,2", "--recipe", "paper"], "is named twice"),
+        (&model, &["--layers", "all", "--recipe", "best"], "needs the dense model as teacher"),
+        (&model, &["--plan", "plan.json", "--recipe", "paper"], "was not pruned by interlace"),
+        (&model, &["--layers", "most", "--recipe", "paper"], "or `all`"),
+        (&model, &["--recipe", "paper"], "--plan"),
+        (&model, &["--layers", "all", "--recipe", "paper", "--train-head"], "ties the head to the embeddings"),
+        (&model, &["--plan", "plan.json", "--layers", "all", "--recipe", "paper"], "cannot be used with"),
+    ] {
+        let output = finetune(from, more, "refused");
+        let message = stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{more:?}: {message}");
+        assert!(message.contains(want), "{more:?}: {message}");
+        assert!(!here.join("refused").exists() && !here.join("refused.work").exists(), "{more:?}");
+    }
+}
+
+/// A budget of tokens takes the first samples of the draw that hold it, and no more.
+#[test]
+fn a_budget_of_tokens_takes_the_first_of_the_draw() {
+    let folder = tempfile::tempdir().expect("folder");
+    let here = folder.path();
+    let model = fixture("model");
+    let data = fixture("data/finetune-small.parquet");
+    let report = |budget: &str, out: &str| -> serde_json::Value {
+        fs::write(here.join("settings.toml"), budget).expect("settings");
+        let all = ["finetune", &model, "--layers", "9", "--data", &data, "--turns", "separate", "--recipe", "paper"];
+        let more = ["--settings", "settings.toml", "--max-steps", "1", "-o", out, "--quiet"];
+        let output = interlace(here, &[&all[..], &more].concat());
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        serde_json::from_slice(&fs::read(here.join(format!("{out}.work/finetune.json"))).expect("report"))
+            .expect("JSON")
+    };
+    let whole = report("", "whole");
+    let count = |report: &serde_json::Value| report["samples"].as_u64().expect("samples");
+    let one = report("step_tokens = 1", "one");
+    assert_eq!(count(&one), 1);
+    let ids = |report: &serde_json::Value| report["sample_ids"].as_array().expect("ids").clone();
+    let some = report("step_tokens = 500", "some");
+    assert!(count(&some) > 1 && count(&some) < count(&whole), "{} of {}", count(&some), count(&whole));
+    assert!(ids(&some).contains(&ids(&one)[0]) && ids(&some).iter().all(|id| ids(&whole).contains(id)));
+    // All samples of this set are about as long: a budget that one sample more would reach is reached.
+    let fewer = report("step_tokens = 400", "fewer");
+    assert!(count(&fewer) < count(&some) && ids(&fewer).iter().all(|id| ids(&some).contains(id)));
+    assert_eq!(count(&report("step_tokens = 1000000000", "all")), count(&whole));
+
+    // What is held back is trained on by nobody, and `eval` reads that and nothing else.
+    let run = |arguments: &[&str]| {
+        let output = interlace(here, arguments);
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    };
+    let finetune = ["finetune", &model, "--layers", "9", "--data", &data, "--turns", "separate", "--recipe", "paper"];
+    run(&[&finetune[..], &["--max-steps", "1", "-o", "rest", "--quiet", "--held-back", "0.4"]].concat());
+    let text = fs::read(here.join("rest.work/finetune.json")).expect("report");
+    let rest: serde_json::Value = serde_json::from_slice(&text).expect("JSON");
+    run(&["eval", &model, "--data", &data, "--held-back", "0.4", "-o", "apart.json", "--quiet"]);
+    run(&["eval", &model, "--data", &data, "-o", "all.json", "--quiet"]);
+    let sequences = |name: &str| {
+        let report: serde_json::Value = serde_json::from_slice(&fs::read(here.join(name)).expect(name)).expect("JSON");
+        report["model"]["sequences"].as_array().expect("sequences").len()
+    };
+    // `eval` reads a conversation as one sample, and turns of one row are on one side.
+    assert!(count(&rest) > 0 && count(&rest) < count(&whole));
+    assert!(sequences("apart.json") > 0 && sequences("apart.json") < sequences("all.json"));
+}

@@ -8,7 +8,7 @@ mod weights;
 
 use std::collections::HashSet;
 
-use crate::analysis::{Analysis, analyse};
+use crate::analysis::{Analysis, analyse, head_weight};
 use crate::base::{Error, Result};
 use crate::finetune::settings::Lora;
 use crate::ir::{Model, ValueId};
@@ -49,6 +49,28 @@ impl Cut {
             .chain(map.layers.last().map(|layer| layer.output))
             .collect();
         Ok(Cut { trained, adapted: Vec::new(), written: Vec::new(), first, streams, analysis })
+    }
+
+    /// Trains the weight of the head's product too.
+    ///
+    /// Errors: `Error::Unsupported` when there is no such weight, or something else reads it.
+    pub fn train_head(&mut self) -> Result<()> {
+        let graph = &self.analysis.model.graph;
+        let refused = |problem: String| {
+            Err(Error::unsupported("the head", problem).remedy("leave `train_head` out, or export the float model"))
+        };
+        let Some(weight) = head_weight(graph, self.analysis.map.result) else {
+            return refused("is no product with a weight of its own".to_string());
+        };
+        let name = graph.name(weight);
+        let float = graph.body.initializer(weight).is_some_and(|tensor| tensor.dtype.is_float());
+        let readers = graph.body.nodes.iter().filter(|node| node.present_inputs().any(|id| id == weight)).count();
+        if !float || readers != 1 {
+            let what = if float { "is read in other places too" } else { "is no floating-point tensor" };
+            return refused(format!("its weight `{name}` {what}"));
+        }
+        self.trained.push(weight);
+        Ok(())
     }
 
     /// Puts adapters beside the weights, to be trained in their place; those of `targets` are still written to.

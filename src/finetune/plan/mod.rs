@@ -18,3 +18,12 @@ pub use sizes::Sizes;
 
 /// Most tokens that a fit looks at.
 pub const FIT_TOKENS: u64 = 1 << 17;
+
+/// Normal matrices with more numbers than this are kept in f32.
+const MOST_DOUBLE: u64 = 1 << 24;
+
+/// Bytes of each number of the normal matrices of a product that reads `k` numbers and gives `d`: 8, with which the sums do not
+/// depend on how passes are dealt out to processes, unless that takes much memory.
+pub fn sum_bytes(k: u64, d: u64) -> u64 {
+    if k * (k + d) <= MOST_DOUBLE { 8 } else { 4 }
+}

@@ -244,7 +244,7 @@ impl Facts<'_> {
         let products: Vec<u64> =
             self.fitted.iter().flat_map(|target| &target.products).flatten().map(|p| p.width as u64).collect();
         let widest = products.iter().copied().max().unwrap_or(0);
-        let most = widest.saturating_mul(u64::from(self.settings.fit_tokens_per_feature)).min(super::FIT_TOKENS);
+        let most = self.settings.fit_budget(widest).min(super::FIT_TOKENS);
         let layers = self.fitted.len() as u64;
         Some(PlannedFit { layers, products: products.len() as u64, widest, tokens: most.min(self.data.tokens) })
     }
@@ -354,13 +354,14 @@ fn items(plan: &RunPlan, facts: &Facts<'_>) -> Vec<PlannedBytes> {
         add(phase, Place::Memory, "process", PROCESS_BYTES, "code, graph, file buffers".into());
     }
     if let Some(fit) = &plan.fit {
-        let normal = 4 * fit.widest * (fit.widest + sizes.hidden_size);
+        let each = super::sum_bytes(fit.widest, sizes.hidden_size);
+        let normal = each * fit.widest * (fit.widest + sizes.hidden_size);
         add(
             Phase::Fit,
             Place::Memory,
             "normal matrices",
             2 * normal,
-            format!("8 x {0} x ({0} + {1})", fit.widest, sizes.hidden_size),
+            format!("{0} x {1} x ({1} + {2})", 2 * each, fit.widest, sizes.hidden_size),
         );
         add(Phase::Fit, Place::Memory, "solver", 16 * fit.widest * fit.widest, format!("16 x {0} x {0}", fit.widest));
         let held = 6 * fit.tokens * sizes.hidden_size;

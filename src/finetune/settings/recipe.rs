@@ -20,14 +20,23 @@ pub struct StageRow {
     pub losses: &'static [(LossKind, f64)],
 }
 
+/// Most tokens of a fit.
+#[derive(Clone, Copy)]
+pub enum FitTokens {
+    /// This many.
+    All(u64),
+    /// This many for each number that a product reads.
+    PerFeature(u32),
+}
+
 /// One recipe.
 pub struct RecipeRow {
     /// Name in recipes and for `--recipe`.
     pub name: &'static str,
     /// One line for help texts and documents.
     pub summary: &'static str,
-    /// Part of the drawn samples that is trained on.
-    pub data_share: f64,
+    /// Tokens of the drawn samples that are trained on; None for all.
+    pub step_tokens: Option<u64>,
     /// Passes over them.
     pub epochs: u32,
     /// Samples in one forward pass, and forward passes per optimiser step.
@@ -40,8 +49,8 @@ pub struct RecipeRow {
     pub schedule: Schedule,
     /// Part of the steps, the last ones, whose mean is given.
     pub average_last: f64,
-    /// Most tokens of a fit before the first step, for each number that a product reads; None for no fit.
-    pub fit: Option<u32>,
+    /// How many tokens a fit before the first step looks at; None for no fit.
+    pub fit: Option<FitTokens>,
     /// None for a recipe that ends with the fit.
     pub stages: &'static [StageRow],
 }
@@ -51,7 +60,7 @@ pub const RECIPES: &[RecipeRow] = &[
     RecipeRow {
         name: "paper",
         summary: "cross-entropy of the answers alone, with all defaults (arXiv:2511.19676)",
-        data_share: 1.0,
+        step_tokens: None,
         epochs: 1,
         batch: (16, 2),
         optimizer: OptimizerKind::AdamW,
@@ -63,30 +72,30 @@ pub const RECIPES: &[RecipeRow] = &[
     },
     RecipeRow {
         name: "fast",
-        summary: "one finetuned layer after the other, on 5.7 % of the samples: its last product fitted to the dense model's stream \
-                  by least squares, then a pass of Muon's steps on the distance to that stream",
-        data_share: 0.057,
+        summary: "one finetuned layer after the other, on 16,384 tokens: its last product fitted to the dense model's stream by \
+                  least squares, then a pass of Muon's steps on the distance to that stream",
+        step_tokens: Some(16 << 10),
         epochs: 1,
         batch: (24, 1),
         optimizer: OptimizerKind::Muon,
         learning_rate: 1e-2,
         schedule: Schedule::ConstantWithWarmup,
         average_last: 0.0,
-        fit: Some(12),
+        fit: Some(FitTokens::All(16 << 10)),
         stages: &[StageRow { share: 1.0, losses: &[(LossKind::Anchor, 1.0)] }],
     },
     RecipeRow {
         name: "best",
         summary: "the last products of attention and MLP of each finetuned layer fitted as in `fast`, on all samples, then two passes of cross-entropy and the dense model's answers in \
                   equal parts at one rate; what it gives is the mean of the weights over the second",
-        data_share: 1.0,
+        step_tokens: None,
         epochs: 2,
         batch: (16, 2),
         optimizer: OptimizerKind::AdamW,
         learning_rate: 1e-5,
         schedule: Schedule::ConstantWithWarmup,
         average_last: 0.5,
-        fit: Some(128),
+        fit: Some(FitTokens::PerFeature(128)),
         stages: &[StageRow { share: 1.0, losses: &[(LossKind::Ce, 1.0), (LossKind::Kd, 1.0)] }],
     },
 ];
@@ -122,7 +131,7 @@ impl RecipeRow {
             }
         };
         Settings {
-            data_share: self.data_share,
+            step_tokens: self.step_tokens,
             epochs: self.epochs,
             batch_size: self.batch.0,
             accumulation_steps: self.batch.1,
@@ -131,7 +140,14 @@ impl RecipeRow {
             schedule: self.schedule,
             average_last: self.average_last,
             fit: self.fit.is_some(),
-            fit_tokens_per_feature: self.fit.unwrap_or(defaults.fit_tokens_per_feature),
+            fit_tokens_per_feature: match self.fit {
+                Some(FitTokens::PerFeature(tokens)) => tokens,
+                _ => defaults.fit_tokens_per_feature,
+            },
+            fit_tokens: match self.fit {
+                Some(FitTokens::All(tokens)) => Some(tokens),
+                _ => None,
+            },
             losses,
             stages,
             ..defaults

@@ -118,11 +118,18 @@ pub struct Settings {
     /// Beside which layers' weights adapters are: `trained` or `all` of the decoder.
     #[serde(skip_serializing_if = "LoraLayers::is_trained")]
     pub lora_layers: LoraLayers,
+    /// Trains the weight of the head besides the layers. The authors' released code does so for models whose head is not tied
+    /// to the embeddings.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub train_head: bool,
     /// Gives the mean of the weights behind this part of the steps, the last ones, in place of the weights behind the last
     /// step; 0 gives these. It wants a schedule that keeps the learning rate up.
     pub average_last: f64,
     /// Part of the drawn samples that is trained on.
     pub data_share: f64,
+    /// Trains on as many of these, in the order of the draw, as hold this many tokens, images included; on all by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub step_tokens: Option<u64>,
     /// Before the first step, fits the products that each trained layer's output is a sum of to the dense model's stream
     /// by least squares; where layers are healed one after the other, the last product of each before its own first step.
     /// With no loss term the run ends there.
@@ -130,6 +137,9 @@ pub struct Settings {
     pub fit: bool,
     /// Most tokens that the fit looks at, for each number that a product reads.
     pub fit_tokens_per_feature: u32,
+    /// Most tokens that the fit looks at, in place of `fit_tokens_per_feature`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fit_tokens: Option<u64>,
     /// Loss terms and their weights. With terms that read the residual stream alone, such as `anchor` and `hidden`, each
     /// trained layer is healed by itself, one after the other, on the stream that those before it give in the end; every
     /// layer takes all `epochs`.
@@ -175,10 +185,13 @@ impl Default for Settings {
             lora_rank: 0,
             lora_alpha: 16.0,
             lora_layers: LoraLayers::Trained,
+            train_head: false,
             average_last: 0.0,
             data_share: 1.0,
+            step_tokens: None,
             fit: false,
             fit_tokens_per_feature: 128,
+            fit_tokens: None,
             losses: BTreeMap::from([(LossKind::Ce, 1.0)]),
             stages: Vec::new(),
             kd_temperature: 2.0,
@@ -220,6 +233,11 @@ impl Settings {
             return Err(Error::invalid("finetune setting `lora_layers`", problem)
                 .remedy("for instance `--recipe best --lora-rank 16 --lora-layers all`"));
         }
+        if self.train_head && (self.layer_by_layer() || !self.trains()) {
+            let problem = "is set, and no loss term looks at answers, which alone move the head";
+            return Err(Error::invalid("finetune setting `train_head`", problem)
+                .remedy("take a recipe with `ce`, such as `paper`, or leave it out"));
+        }
         let counts = [
             ("batch_size", u64::from(self.batch_size)),
             ("accumulation_steps", u64::from(self.accumulation_steps)),
@@ -228,6 +246,8 @@ impl Settings {
             ("max_tokens", u64::from(self.max_tokens)),
             ("kd_top_k", u64::from(self.kd_top_k)),
             ("fit_tokens_per_feature", u64::from(self.fit_tokens_per_feature)),
+            ("fit_tokens", self.fit_tokens.unwrap_or(1)),
+            ("step_tokens", self.step_tokens.unwrap_or(1)),
         ];
         for (name, value) in counts {
             if value == 0 {
@@ -309,6 +329,11 @@ impl Settings {
             *most = most.max(weight);
         }
         Settings { losses, stages: Vec::new(), ..self.clone() }
+    }
+
+    /// Most tokens that a fit looks at whose widest product reads `widest` numbers.
+    pub fn fit_budget(&self, widest: u64) -> u64 {
+        self.fit_tokens.unwrap_or(widest.saturating_mul(u64::from(self.fit_tokens_per_feature)))
     }
 
     /// The optimisers' constants.

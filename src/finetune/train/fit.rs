@@ -50,13 +50,19 @@ struct Pass {
     stream: Option<Tensor>,
 }
 
-/// The samples that a fit looks at, in passes.
+/// The samples that a fit looks at, in passes: those of this process, the tokens of all of them.
 struct Drawn {
     fitted: Vec<Pass>,
     held_out: Vec<Pass>,
-    samples: Vec<usize>,
     tokens: u64,
     held_out_tokens: u64,
+}
+
+impl Drawn {
+    /// The samples of this process.
+    fn samples(&self) -> Vec<usize> {
+        self.fitted.iter().chain(&self.held_out).flat_map(|pass| pass.samples.iter().copied()).collect()
+    }
 }
 
 /// Fits the layers in place, each weight of `students` that a target names.
@@ -78,12 +84,12 @@ pub fn fit(
     result
 }
 
-/// Draws the samples: as many as the widest product wants tokens, every fourth token's sample held out.
+/// Draws the samples: as many as the widest product wants tokens, every fourth token's sample held out. Passes are dealt out
+/// to the ranks one by one; which samples share one does not depend on how many ranks there are.
 fn draw(run: &Run<'_>, targets: &[FitTarget], dataset: &TrainingSet) -> Drawn {
     let settings = run.settings;
     let widths = targets.iter().flat_map(|target| &target.products).flatten().map(|product| product.width);
-    let wanted = widths.max().unwrap_or(0).saturating_mul(settings.fit_tokens_per_feature as usize);
-    let most = wanted.min(FIT_TOKENS as usize);
+    let most = settings.fit_budget(widths.max().unwrap_or(0) as u64).min(FIT_TOKENS) as usize;
     let mut tokens = 0;
     let drawn = order::epoch(settings, &dataset.lengths(), 0).concat().concat();
     let count = drawn.iter().take_while(|&&sample| {
@@ -95,11 +101,12 @@ fn draw(run: &Run<'_>, targets: &[FitTarget], dataset: &TrainingSet) -> Drawn {
     let (fitted, held_out) = held_out(&samples, |sample| dataset.examples[sample].length);
     let length = |samples: &[usize]| samples.iter().map(|&sample| dataset.examples[sample].length as u64).sum::<u64>();
     let (all, apart) = (length(&samples), length(&held_out));
+    let (rank, size) = run.ranks.map_or((0, 1), |ranks| (ranks.rank(), ranks.size()));
     let passes = |samples: Vec<usize>| -> Vec<Pass> {
         let passes = workers::passes_of(dataset, samples, PASS_TOKENS).into_iter();
-        passes.map(|samples| Pass { samples, stream: None }).collect()
+        passes.skip(rank).step_by(size).map(|samples| Pass { samples, stream: None }).collect()
     };
-    Drawn { fitted: passes(fitted), held_out: passes(held_out), samples, tokens: all, held_out_tokens: apart }
+    Drawn { fitted: passes(fitted), held_out: passes(held_out), tokens: all, held_out_tokens: apart }
 }
 
 /// Parts samples so that those held out have a quarter of the tokens, to within half a sample.
@@ -133,7 +140,7 @@ impl Targets<'_> {
     fn reach(&mut self, layers: &[usize]) -> Result<()> {
         let Some(&first) = layers.first() else { return Ok(()) };
         self.held.retain(|layer, _| *layer >= first);
-        if self.dataset.has_target(first) || self.held.contains_key(&first) {
+        if self.dataset.has_target(first) || self.held.contains_key(&first) || self.samples.is_empty() {
             return Ok(());
         }
         let source = self.source.ok_or_else(|| Error::invalid("the fit", "has no dense model"))?;
@@ -168,9 +175,10 @@ fn fit_each(
     let Run { first, .. } = *run;
     let mut drawn = draw(run, targets, dataset);
     let (tokens, held_out_tokens) = (drawn.tokens, drawn.held_out_tokens);
-    let samples = drawn.samples.clone();
+    let samples = drawn.samples();
     let held = BTreeMap::new();
-    let mut streams = Targets { dataset, source: run.dense, samples: &samples, tokens, held };
+    let own_tokens = samples.iter().map(|&sample| dataset.examples[sample].length as u64).sum();
+    let mut streams = Targets { dataset, source: run.dense, samples: &samples, tokens: own_tokens, held };
     let products = targets.iter().flat_map(|target| &target.products).map(Vec::len).sum::<usize>();
     let progress = Progress::new("fit", "samples", (products * samples.len()) as u64);
     let mut results = Vec::with_capacity(targets.len());
@@ -276,6 +284,9 @@ fn measure(
                 rows(student, targets, pass, from, (layer, product), run.device)
             })?;
             sums.add(&rows)?;
+        }
+        if let Some(ranks) = run.ranks {
+            sums.sum_over(ranks)?;
         }
         Ok(sums)
     };

@@ -7,8 +7,10 @@ use tch::{Device, Kind, Tensor};
 
 use crate::base::{Error, Result};
 use crate::finetune::error::torch_error;
+use crate::torch::Ranks;
 
 use super::pool::on_pool;
+use crate::finetune::plan::sum_bytes;
 
 /// Rows and columns of a tile.
 const TILE: i64 = 512;
@@ -21,11 +23,11 @@ pub struct Rows {
     pub rest: Tensor,
 }
 
-/// Sums over tokens: `A = h^T h`, `B = h^T e`, `|e|^2`, and their number.
+/// Sums over tokens: `A = h^T h`, `B = h^T e`, `|e|^2`, and their number. The matrices are f64 where [`sum_bytes`] says so.
 pub struct Normal {
-    /// f32 `[K, K]`.
+    /// `[K, K]`.
     pub a: Tensor,
-    /// f32 `[K, D]`.
+    /// `[K, D]`.
     pub b: Tensor,
     pub distance: f64,
     pub tokens: f64,
@@ -51,7 +53,8 @@ impl Normal {
     ///
     /// Errors: `Error::Engine` when there is no memory.
     pub fn new(k: i64, d: i64, device: Device) -> Result<Self> {
-        let zeros = |size: [i64; 2]| Tensor::f_zeros(size, (Kind::Float, device)).map_err(failed());
+        let kind = if sum_bytes(k as u64, d as u64) == 8 { Kind::Double } else { Kind::Float };
+        let zeros = |size: [i64; 2]| Tensor::f_zeros(size, (kind, device)).map_err(failed());
         Ok(Normal { a: zeros([k, k])?, b: zeros([k, d])?, distance: 0.0, tokens: 0.0 })
     }
 
@@ -75,8 +78,14 @@ impl Normal {
                 for (operand, rest) in rows {
                     let mut add = || -> Result<(), tch::TchError> {
                         let turned = operand.f_narrow(1, start, length)?.f_tr()?;
-                        let _ = a.f_addmm_(&turned, &operand)?;
-                        let _ = b.f_addmm_(&turned, &rest)?;
+                        if a.kind() == Kind::Double {
+                            // Products in f32, which are the same whoever makes them; their sum in f64.
+                            let _ = a.f_add_(&turned.f_matmul(&operand)?)?;
+                            let _ = b.f_add_(&turned.f_matmul(&rest)?)?;
+                        } else {
+                            let _ = a.f_addmm_(&turned, &operand)?;
+                            let _ = b.f_addmm_(&turned, &rest)?;
+                        }
                         Ok(())
                     };
                     add().map_err(failed())?;
@@ -97,6 +106,18 @@ impl Normal {
         Ok(())
     }
 
+    /// Adds up the sums of all ranks, to the same bits on each.
+    ///
+    /// Errors: as `Ranks::sum`.
+    pub fn sum_over(&mut self, ranks: &Ranks) -> Result<()> {
+        ranks.sum(&[self.a.shallow_clone()])?;
+        ranks.sum(&[self.b.shallow_clone()])?;
+        let numbers = Tensor::from_slice(&[self.distance, self.tokens]);
+        ranks.sum(std::slice::from_ref(&numbers))?;
+        (self.distance, self.tokens) = (numbers.double_value(&[0]), numbers.double_value(&[1]));
+        Ok(())
+    }
+
     /// The weight's change with a ridge, relative to the mean square of what the product reads.
     ///
     /// Errors: `Error::NotFinite` when a sum is not finite.
@@ -106,7 +127,7 @@ impl Normal {
                 .remedy("take a lower learning rate, or look at the samples with `interlace score`"));
         }
         let damped = || -> Result<Tensor, tch::TchError> {
-            let a = self.a.f_to_kind(Kind::Double)?;
+            let a = self.a.f_to_dtype(Kind::Double, false, true)?;
             let added = a.f_diag(0)?.f_mean(Kind::Double)?.f_mul_scalar(ridge)?.f_clamp_min(f64::MIN_POSITIVE)?;
             let _ = a.f_diagonal(0, 0, 1)?.f_add_(&added)?;
             Ok(a)

@@ -45,11 +45,13 @@ pub fn run(
         answer_tokens: samples().map(|example| example.targets.len() as u64).sum(),
         tokens: samples().map(|example| example.length as u64).sum(),
     };
-    let own = match run.ranks {
-        Some(ranks) => part_of(step.concat(), |sample| dataset.examples[sample].length, ranks.rank(), ranks.size()),
-        None => step.concat(),
-    };
-    let mut shares = deal(dataset, own, students.len(), run.batch_tokens);
+    let length = |sample: usize| dataset.examples[sample].length;
+    let mut passes_of_step = cut(step.concat(), length, students.len(), run.batch_tokens);
+    if let Some(ranks) = run.ranks {
+        let mut parts = dealt(passes_of_step, length, ranks.size());
+        passes_of_step = parts.get_mut(ranks.rank()).map(std::mem::take).unwrap_or_default();
+    }
+    let mut shares = dealt(passes_of_step, length, students.len());
     let results = side_by_side(students, &mut shares, run, |student, share| {
         passes(student, dataset, settings, share, counts, device)
     })?;
@@ -61,21 +63,6 @@ pub fn run(
         total.sum_over(ranks, first)?;
     }
     Ok(total)
-}
-
-/// The samples of a step that one of several processes computes: about as many tokens as the others have.
-fn part_of(mut samples: Vec<usize>, length: impl Fn(usize) -> usize, rank: usize, size: usize) -> Vec<usize> {
-    samples.sort_by_key(|&sample| std::cmp::Reverse(length(sample)));
-    let mut tokens = vec![0; size];
-    let mut own = Vec::new();
-    for sample in samples {
-        let least = (0..size).min_by_key(|&rank| tokens[rank]).unwrap_or(0);
-        tokens[least] += length(sample).max(1);
-        if least == rank {
-            own.push(sample);
-        }
-    }
-    own
 }
 
 /// Gives each of the networks its share, each on a thread of its own, and collects what `work` gives in their order. On a
@@ -161,16 +148,18 @@ impl Sums {
 
 /// Cuts samples into forward passes of about `batch_tokens` tokens and deals these out to at most `workers` networks.
 pub fn deal(dataset: &TrainingSet, samples: Vec<usize>, workers: usize, batch_tokens: usize) -> Vec<Vec<Vec<usize>>> {
-    shares(samples, |sample| dataset.examples[sample].length, workers, batch_tokens)
+    let length = |sample: usize| dataset.examples[sample].length;
+    dealt(cut(samples, length, workers, batch_tokens), length, workers)
 }
 
-/// Cuts samples into forward passes, and deals these out so that each of at most `workers` has about the same work.
-fn shares(
+/// Cuts samples into forward passes, longest first, as many as `workers` networks of one process want. Several processes cut a
+/// step in the same way and deal out the passes, so that no pass depends on how many processes there are.
+fn cut(
     mut samples: Vec<usize>,
     length: impl Fn(usize) -> usize,
     workers: usize,
     batch_tokens: usize,
-) -> Vec<Vec<Vec<usize>>> {
+) -> Vec<Vec<usize>> {
     samples.sort_by_key(|&sample| std::cmp::Reverse(length(sample)));
     let lengths: Vec<usize> = samples.iter().map(|&sample| length(sample).max(1)).collect();
     let total: usize = lengths.iter().sum();
@@ -183,15 +172,25 @@ fn shares(
         let middle = low + (high - low) / 2;
         if cuts(&lengths, middle).len() <= count { high = middle } else { low = middle + 1 }
     }
-    let mut shares: Vec<(usize, Vec<Vec<usize>>)> = vec![(0, Vec::new()); workers];
-    let mut start = 0;
-    for size in cuts(&lengths, low) {
-        let work = lengths[start] * size;
+    let mut rest = samples.as_slice();
+    let passes = cuts(&lengths, low).into_iter().map(|size| {
+        let (own, after) = rest.split_at(size);
+        rest = after;
+        own.to_vec()
+    });
+    passes.collect()
+}
+
+/// Deals passes out, longest first, so that each of at most `workers` has about the same work; those without any are left out at
+/// the end.
+fn dealt(passes: Vec<Vec<usize>>, length: impl Fn(usize) -> usize, workers: usize) -> Vec<Vec<Vec<usize>>> {
+    let mut shares: Vec<(usize, Vec<Vec<usize>>)> = vec![(0, Vec::new()); workers.max(1)];
+    for pass in passes {
+        let longest = pass.iter().map(|&sample| length(sample).max(1)).max().unwrap_or(1);
         if let Some(share) = shares.iter_mut().min_by_key(|share| share.0) {
-            share.0 += work;
-            share.1.push(samples[start..start + size].to_vec());
+            share.0 += longest * pass.len();
+            share.1.push(pass);
         }
-        start += size;
     }
     shares.into_iter().map(|share| share.1).filter(|passes| !passes.is_empty()).collect()
 }
@@ -268,7 +267,8 @@ mod tests {
     fn every_sample_is_in_one_pass_of_one_worker() {
         let lengths: Vec<usize> = (0..37).map(|i| 1 + (i * 29) % 71).collect();
         for workers in 1..6 {
-            let shares = shares((0..37).collect(), |sample| lengths[sample], workers, 512);
+            let length = |sample: usize| lengths[sample];
+            let shares = dealt(cut((0..37).collect(), length, workers, 512), length, workers);
             assert_eq!(shares.len(), workers);
             let mut seen: Vec<usize> = shares.concat().concat();
             seen.sort_unstable();
@@ -281,32 +281,35 @@ mod tests {
         }
     }
 
+    /// Whatever the number of processes, the passes are those of one, and each is in one place.
     #[test]
-    fn processes_share_the_samples_of_a_step() {
+    fn processes_share_the_passes_of_a_step() {
         let lengths: Vec<usize> = (0..37).map(|i| 1 + (i * 29) % 71).collect();
+        let length = |sample: usize| lengths[sample];
+        let passes = cut((0..37).collect(), length, 2, 128);
+        let work = |passes: &[Vec<usize>]| -> usize { passes.iter().map(|pass| pass.len() * length(pass[0])).sum() };
         for size in 1..5 {
-            let parts: Vec<Vec<usize>> =
-                (0..size).map(|rank| part_of((0..37).collect(), |sample| lengths[sample], rank, size)).collect();
+            let parts = dealt(passes.clone(), length, size);
             let mut seen = parts.concat();
-            seen.sort_unstable();
-            assert_eq!(seen, (0..37).collect::<Vec<_>>());
-            let tokens: Vec<usize> = parts.iter().map(|part| part.iter().map(|&s| lengths[s]).sum()).collect();
-            assert!(tokens.iter().max().unwrap() - tokens.iter().min().unwrap() <= 71, "{tokens:?}");
+            seen.sort_by_key(|pass| passes.iter().position(|other| other == pass));
+            assert_eq!(seen, passes);
+            let tokens: Vec<usize> = parts.iter().map(|part| work(part)).collect();
+            assert!(tokens.iter().max().unwrap() - tokens.iter().min().unwrap() <= 128, "{tokens:?}");
         }
-        assert!(part_of(vec![7], |_| 5, 1, 2).is_empty());
+        assert_eq!(dealt(vec![vec![7]], |_| 5, 2).len(), 1);
     }
 
     #[test]
     fn long_steps_are_cut_into_passes_of_a_bounded_size() {
-        let shares = shares((0..64).collect(), |_| 256, 2, 512);
+        let shares = dealt(cut((0..64).collect(), |_| 256, 2, 512), |_| 256, 2);
         assert_eq!(shares.iter().map(Vec::len).collect::<Vec<_>>(), [16, 16]);
         assert!(shares.concat().iter().all(|pass| pass.len() * 256 == 512));
     }
 
     #[test]
     fn fewer_samples_than_workers_leave_workers_idle() {
-        assert_eq!(shares(vec![7], |_| 5000, 4, 512), [[[7]]]);
-        assert!(shares(Vec::new(), |_| 1, 4, 512).is_empty());
+        assert_eq!(dealt(cut(vec![7], |_| 5000, 4, 512), |_| 5000, 4), [[[7]]]);
+        assert!(dealt(cut(Vec::new(), |_| 1, 4, 512), |_| 1, 4).is_empty());
     }
 
     #[test]

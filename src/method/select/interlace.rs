@@ -11,7 +11,7 @@ use super::request::{Group, SelectionRequest};
 /// Triplets, then pairs. Of the first two layers of a pack, drops the one with the higher `sim_1`, or the one that can
 /// be dropped if only one can.
 pub(super) fn interlace(request: &mut SelectionRequest) -> Result<Vec<Group>> {
-    Ok(packs(request, |request, start| {
+    Ok(packs(request, &[3, 2], |request, start| {
         let (better, other) =
             if request.sim(1, start + 1) > request.sim(1, start) { (start + 1, start) } else { (start, start + 1) };
         if request.may_go(&[better]) { (better, other) } else { (other, better) }
@@ -20,14 +20,19 @@ pub(super) fn interlace(request: &mut SelectionRequest) -> Result<Vec<Group>> {
 
 /// Triplets, then pairs. Drops the first layer of each.
 pub(super) fn order_as_is(request: &mut SelectionRequest) -> Result<Vec<Group>> {
-    Ok(packs(request, |_, start| (start, start + 1)))
+    let sizes: &[usize] = if request.beyond_structure { &[3, 2] } else { &[3] };
+    Ok(packs(request, sizes, |_, start| (start, start + 1)))
 }
 
-/// `choose` returns (drop, finetune) for the first two layers of a pack.
-fn packs(request: &SelectionRequest, choose: impl Fn(&SelectionRequest, usize) -> (usize, usize)) -> Vec<Group> {
+/// Packs of `sizes`, one size after the other. `choose` gives (drop, finetune) out of the first two layers of a pack.
+fn packs(
+    request: &SelectionRequest,
+    sizes: &[usize],
+    choose: impl Fn(&SelectionRequest, usize) -> (usize, usize),
+) -> Vec<Group> {
     let mut assigned = vec![false; request.num_layers];
     let mut groups = Vec::new();
-    for size in [3, 2] {
+    for &size in sizes {
         for start in request.ranked(size) {
             if groups.len() == request.count {
                 return groups;
@@ -46,10 +51,34 @@ fn packs(request: &SelectionRequest, choose: impl Fn(&SelectionRequest, usize) -
             });
         }
     }
+    beyond(request, &mut groups);
     groups
 }
 
-/// Single layers in the order of `sim_1`, each with the next layer to finetune.
+/// Where packs have run out and the user lets the strategy go on: frozen layers by `sim_1`, anchors among them, each as a
+/// group without a layer to finetune.
+fn beyond(request: &SelectionRequest, groups: &mut Vec<Group>) {
+    if !request.beyond_structure {
+        return;
+    }
+    for layer in request.ranked(1) {
+        if groups.len() >= request.count {
+            return;
+        }
+        let dropped: Vec<usize> = groups.iter().flat_map(|group| group.drop.iter().copied()).chain([layer]).collect();
+        let taken = groups.iter().any(|group| group.drop.contains(&layer) || group.finetune.contains(&layer));
+        if taken || !request.may_go(&dropped) {
+            continue;
+        }
+        for group in groups.iter_mut().filter(|group| group.anchor == Some(layer)) {
+            group.anchor = None;
+        }
+        let score = Some(request.sim(1, layer));
+        groups.push(Group { drop: vec![layer], finetune: Vec::new(), anchor: None, score });
+    }
+}
+
+/// Single layers by `sim_1`, each with the next layer to finetune.
 pub(super) fn then_next(request: &mut SelectionRequest) -> Result<Vec<Group>> {
     let mut assigned = vec![false; request.num_layers];
     let mut groups = Vec::new();
@@ -57,7 +86,7 @@ pub(super) fn then_next(request: &mut SelectionRequest) -> Result<Vec<Group>> {
         if groups.len() == request.count {
             break;
         }
-        let taken = layer + 1 >= request.usable() || assigned[layer] || assigned[layer + 1];
+        let taken = layer + 1 >= request.reach() || assigned[layer] || assigned[layer + 1];
         if taken || !request.may_go(&[layer]) {
             continue;
         }
@@ -69,14 +98,15 @@ pub(super) fn then_next(request: &mut SelectionRequest) -> Result<Vec<Group>> {
             score: Some(request.sim(1, layer)),
         });
     }
+    beyond(request, &mut groups);
     Ok(groups)
 }
 
 /// One block of `count` layers with the best `sim_1` among the starts where block and finetuned layers both fit.
 pub(super) fn consecutive(request: &mut SelectionRequest) -> Result<Vec<Group>> {
-    let count = request.count.min(request.usable() / 2);
+    let count = request.count.min(request.reach() / 2);
     let block = |start: usize| (start..start + count).collect::<Vec<usize>>();
-    let fits = |start: &usize| start + 2 * count <= request.usable() && request.may_go(&block(*start));
+    let fits = |start: &usize| start + 2 * count <= request.reach() && request.may_go(&block(*start));
     Ok(request
         .ranked(1)
         .into_iter()
@@ -93,7 +123,7 @@ pub(super) fn consecutive(request: &mut SelectionRequest) -> Result<Vec<Group>> 
 
 /// `count` droppable layers to drop and `count` others to finetune, both drawn uniformly.
 pub(super) fn random(request: &mut SelectionRequest) -> Result<Vec<Group>> {
-    let mut layers: Vec<usize> = (0..request.usable()).collect();
+    let mut layers: Vec<usize> = (0..request.reach()).collect();
     layers.shuffle(&mut ChaCha8Rng::seed_from_u64(request.seed));
     let drop: Vec<usize> =
         layers.iter().copied().filter(|&layer| request.may_go(&[layer])).take(request.count).collect();

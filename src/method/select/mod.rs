@@ -24,6 +24,10 @@ pub struct Strategy {
     pub measures_loss: bool,
     /// True when it uses `SelectionRequest::seed`.
     pub seeded: bool,
+    /// True when it reads `SelectionRequest::as_released`.
+    pub released_differs: bool,
+    /// True when it reads `SelectionRequest::beyond_structure`.
+    pub goes_beyond: bool,
     /// Chooses groups that drop `count` layers in all, or fewer where it finds no more, which `Strategy::select` makes an
     /// error. A layer has one role; only layers below `usable` whose removal is not refused are dropped.
     select: fn(&mut SelectionRequest) -> Result<Vec<Group>>,
@@ -38,14 +42,18 @@ pub const STRATEGIES: &[Strategy] = &[
         packs: |_| vec![1, 2, 3],
         measures_loss: false,
         seeded: false,
+        released_differs: false,
+        goes_beyond: true,
         select: interlace::interlace,
     },
     Strategy {
         name: "interlace-oa",
         summary: "triplets by sim_3 in their given order: always drop the first layer, finetune the second",
-        packs: |_| vec![2, 3],
+        packs: |_| vec![3],
         measures_loss: false,
         seeded: false,
+        released_differs: false,
+        goes_beyond: true,
         select: interlace::order_as_is,
     },
     Strategy {
@@ -54,6 +62,8 @@ pub const STRATEGIES: &[Strategy] = &[
         packs: |_| vec![1],
         measures_loss: false,
         seeded: false,
+        released_differs: true,
+        goes_beyond: true,
         select: interlace::then_next,
     },
     Strategy {
@@ -63,6 +73,8 @@ pub const STRATEGIES: &[Strategy] = &[
         packs: |_| Vec::new(),
         measures_loss: true,
         seeded: false,
+        released_differs: false,
+        goes_beyond: false,
         select: greedy::interlace_loss,
     },
     Strategy {
@@ -71,6 +83,8 @@ pub const STRATEGIES: &[Strategy] = &[
         packs: |_| vec![1],
         measures_loss: false,
         seeded: false,
+        released_differs: true,
+        goes_beyond: false,
         select: interlace::consecutive,
     },
     Strategy {
@@ -79,6 +93,8 @@ pub const STRATEGIES: &[Strategy] = &[
         packs: |_| Vec::new(),
         measures_loss: false,
         seeded: true,
+        released_differs: true,
+        goes_beyond: false,
         select: interlace::random,
     },
     Strategy {
@@ -87,6 +103,8 @@ pub const STRATEGIES: &[Strategy] = &[
         packs: |_| vec![1],
         measures_loss: false,
         seeded: false,
+        released_differs: false,
+        goes_beyond: false,
         select: published::shortgpt,
     },
     Strategy {
@@ -95,6 +113,8 @@ pub const STRATEGIES: &[Strategy] = &[
         packs: |count| vec![count],
         measures_loss: false,
         seeded: false,
+        released_differs: false,
+        goes_beyond: false,
         select: published::angular,
     },
     Strategy {
@@ -104,6 +124,8 @@ pub const STRATEGIES: &[Strategy] = &[
         packs: |_| Vec::new(),
         measures_loss: true,
         seeded: false,
+        released_differs: false,
+        goes_beyond: false,
         select: greedy::sleb,
     },
     Strategy {
@@ -112,6 +134,8 @@ pub const STRATEGIES: &[Strategy] = &[
         packs: |_| Vec::new(),
         measures_loss: false,
         seeded: false,
+        released_differs: false,
+        goes_beyond: false,
         select: published::explicit,
     },
 ];
@@ -142,7 +166,12 @@ impl Strategy {
         if request.count > request.usable() {
             return Err(self.too_many(request, request.usable()));
         }
-        for size in (self.packs)(request.count) {
+        self.check_options(request)?;
+        let mut sizes = (self.packs)(request.count);
+        if request.beyond_structure {
+            sizes.extend([1, 2].iter().filter(|size| !(self.packs)(request.count).contains(size)));
+        }
+        for size in sizes {
             let Some(values) = request.similarities.get(&size) else {
                 return Err(Error::invalid(
                     format!("strategy `{}`", self.name),
@@ -167,6 +196,21 @@ impl Strategy {
         Ok(groups)
     }
 
+    /// Errors: `Error::Invalid` for an option that this strategy does not read.
+    fn check_options(&self, request: &SelectionRequest) -> Result<()> {
+        let reads = |set: bool, row: bool, flag: &str, has: fn(&Strategy) -> bool| {
+            if !set || row {
+                return Ok(());
+            }
+            let names: Vec<&str> = STRATEGIES.iter().filter(|row| has(row)).map(|row| row.name).collect();
+            Err(Error::invalid(format!("strategy `{}`", self.name), format!("has no `{flag}`"))
+                .remedy(format!("use it with one of {}, or leave it out", names.join(", "))))
+        };
+        let released = |row: &Strategy| row.released_differs;
+        reads(request.as_released, self.released_differs, "--as-released", released)?;
+        reads(request.beyond_structure, self.goes_beyond, "--beyond-structure", |row| row.goes_beyond)
+    }
+
     fn too_many(&self, request: &SelectionRequest, most: usize) -> Error {
         let mut problem = format!("cannot drop {} of {} layers, {most} at most", request.count, request.num_layers);
         let refused = (0..request.usable()).filter_map(|layer| Some((layer, (request.refusal)(&[layer])?)));
@@ -176,7 +220,11 @@ impl Strategy {
             let noun = if layers.len() == 1 { "layer" } else { "layers" };
             problem += &format!(" ({noun} {} cannot be dropped: {reason})", list.join(", "));
         }
-        Error::invalid(format!("strategy `{}`", self.name), problem).remedy("ask for fewer, or choose another strategy")
+        let remedy = match self.goes_beyond && !request.beyond_structure && request.count <= request.usable() {
+            true => "ask for fewer, go on with single layers by `--beyond-structure`, or choose another strategy",
+            false => "ask for fewer, or choose another strategy",
+        };
+        Error::invalid(format!("strategy `{}`", self.name), problem).remedy(remedy)
     }
 }
 

@@ -42,7 +42,11 @@ pub struct SelectionRequest<'a, 'm> {
     pub count: usize,
     /// Allows the last layer to be dropped or finetuned.
     pub include_last: bool,
-    /// The reason why these layers cannot be dropped together; `None` if they can.
+    /// Lets `interlace-tn`, `random` and `consecutive` choose the last layer too, as the authors' released code does.
+    pub as_released: bool,
+    /// Goes on where a strategy's packs run out: pairs for `interlace-oa`, then single frozen layers.
+    pub beyond_structure: bool,
+    /// Why these layers cannot be dropped together; `None` where they can.
     pub refusal: &'a dyn Fn(&[usize]) -> Option<String>,
     /// Mean similarities by pack size; empty for strategies that do not use them.
     pub similarities: &'a Similarities,
@@ -60,7 +64,12 @@ impl SelectionRequest<'_, '_> {
         self.num_layers.saturating_sub(usize::from(!self.include_last))
     }
 
-    /// True when these layers can be dropped together.
+    /// Layers that the ablations may choose: all of them in the released code, where only triplets spare the last one.
+    pub(super) fn reach(&self) -> usize {
+        if self.as_released { self.num_layers } else { self.usable() }
+    }
+
+    /// True where these layers can be dropped together.
     pub(super) fn may_go(&self, layers: &[usize]) -> bool {
         (self.refusal)(layers).is_none()
     }

@@ -23,6 +23,8 @@ fn request<'a>(similarities: &'a Similarities, count: usize) -> SelectionRequest
         num_layers: 10,
         count,
         include_last: false,
+        as_released: false,
+        beyond_structure: false,
         refusal: &all_may_go,
         similarities,
         seed,
@@ -94,7 +96,8 @@ fn running_out_says_how_many_can_go_at_most() {
     let error = select("interlace", 4).unwrap_err().to_string();
     assert_eq!(
         error,
-        "strategy `interlace`: cannot drop 4 of 10 layers, 3 at most; ask for fewer, or choose another strategy"
+        "strategy `interlace`: cannot drop 4 of 10 layers, 3 at most; ask for fewer, go on with single layers by \
+         `--beyond-structure`, or choose another strategy"
     );
 }
 
@@ -120,6 +123,72 @@ fn ties_go_to_the_lower_index() {
         shape(&groups),
         vec![(vec![0], vec![1], Some(2)), (vec![3], vec![4], Some(5)), (vec![6], vec![7], Some(8))]
     );
+}
+
+/// As in the released code, pairs follow triplets under `interlace` alone.
+#[test]
+fn order_as_is_ends_with_its_triplets() {
+    let mut similarities = example();
+    similarities.insert(3, vec![0.0, 0.0, 0.9, 0.0, 0.0, 0.8, 0.0]);
+    let strategy = Strategy::named("interlace-oa").unwrap();
+    let error = strategy.select(&mut request(&similarities, 3)).unwrap_err().to_string();
+    assert!(error.contains("2 at most") && error.contains("--beyond-structure"), "{error}");
+    let mut asked = SelectionRequest { beyond_structure: true, ..request(&similarities, 3) };
+    let want = vec![(vec![2], vec![3], Some(4)), (vec![5], vec![6], Some(7)), (vec![0], vec![1], None)];
+    assert_eq!(shape(&strategy.select(&mut asked).unwrap()), want);
+}
+
+/// After the three triplets at 3, 6 and 0 anchors 5 (0.95), 2 (0.90), 8 (0.40) go by sim_1; what is finetuned stays.
+#[test]
+fn beyond_the_structure_frozen_layers_go_one_by_one() {
+    let similarities = example();
+    let strategy = Strategy::named("interlace").unwrap();
+    let select = |count| {
+        let mut asked = SelectionRequest { beyond_structure: true, ..request(&similarities, count) };
+        strategy.select(&mut asked)
+    };
+    let structure = [(vec![3], vec![4], None), (vec![7], vec![6], Some(8)), (vec![1], vec![0], None)];
+    let want = [&structure[..], &[(vec![5], vec![], None), (vec![2], vec![], None)]].concat();
+    let groups = select(5).unwrap();
+    assert_eq!(shape(&groups), want);
+    assert_eq!((groups[3].score, groups[4].score), (Some(0.95), Some(0.90)));
+    // 6 of 10 at most: the finetuned layers and the protected one stay.
+    assert_eq!(select(6).unwrap()[5].drop, [8]);
+    assert!(select(7).unwrap_err().to_string().contains("6 at most"));
+    assert_eq!(
+        select(3).unwrap(),
+        Strategy::named("interlace").unwrap().select(&mut request(&similarities, 3)).unwrap()
+    );
+    let mut asked = SelectionRequest { beyond_structure: true, ..request(&similarities, 2) };
+    let error = Strategy::named("shortgpt").unwrap().select(&mut asked).unwrap_err().to_string();
+    assert!(error.contains("has no `--beyond-structure`; use it with one of interlace, interlace-oa"), "{error}");
+}
+
+/// In the released code `interlace-tn` finetunes the last layer where the one before it goes, `random` draws from all, and
+/// a block with its finetune layers may end with the last.
+#[test]
+fn the_ablations_reach_the_last_layer_as_released() {
+    let mut similarities = example();
+    similarities.insert(1, vec![0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.9]);
+    let first = |name: &str, count: usize, as_released: bool| {
+        let mut asked = SelectionRequest { as_released, ..request(&similarities, count) };
+        shape(&Strategy::named(name).unwrap().select(&mut asked).unwrap())[0].clone()
+    };
+    assert_eq!(first("interlace-tn", 1, true), (vec![8], vec![9], None));
+    assert_eq!(first("interlace-tn", 1, false), (vec![0], vec![1], None));
+    assert_eq!(first("consecutive", 1, true), (vec![8], vec![9], None));
+    assert_eq!(first("consecutive", 5, true), ((0..5).collect(), (5..10).collect(), None));
+    let random = |as_released: bool| {
+        (0..40).any(|seed| {
+            let mut asked = SelectionRequest { as_released, seed, ..request(&similarities, 2) };
+            let groups = Strategy::named("random").unwrap().select(&mut asked).unwrap();
+            groups[0].drop.contains(&9) || groups[0].finetune.contains(&9)
+        })
+    };
+    assert_eq!((random(true), random(false)), (true, false));
+    let mut asked = SelectionRequest { as_released: true, ..request(&similarities, 2) };
+    let error = Strategy::named("interlace").unwrap().select(&mut asked).unwrap_err().to_string();
+    assert!(error.contains("has no `--as-released`; use it with one of interlace-tn, consecutive, random"), "{error}");
 }
 
 #[test]
@@ -312,7 +381,7 @@ proptest! {
                 let mut measure = Formula { loss, calls: 0 };
                 let named: Vec<usize> = (0..count).map(|index| (index * 7 + seed as usize % 7) % num_layers).collect();
                 let mut request = SelectionRequest {
-                    num_layers, count, include_last: false, refusal: &all_may_go, similarities: &similarities, seed,
+                    num_layers, count, include_last: false, as_released: false, beyond_structure: false, refusal: &all_may_go, similarities: &similarities, seed,
                     layers: &named, measure: Some(&mut measure),
                 };
                 strategy.select(&mut request).ok()
@@ -340,7 +409,7 @@ proptest! {
     #[test]
     fn indices_in_the_pruned_model_skip_what_goes((num_layers, count, similarities) in networks()) {
         let mut request = SelectionRequest {
-            num_layers, count, include_last: false, refusal: &all_may_go, similarities: &similarities, seed: 1,
+            num_layers, count, include_last: false, as_released: false, beyond_structure: false, refusal: &all_may_go, similarities: &similarities, seed: 1,
             layers: &[], measure: None,
         };
         if let Ok(groups) = Strategy::named("random").unwrap().select(&mut request) {

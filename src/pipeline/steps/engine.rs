@@ -7,7 +7,7 @@ use std::sync::Arc;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::base::{Device, Result, Sha256Digest};
+use crate::base::{Device, Peers, Result, Sha256Digest};
 use crate::bundle::{Bundle, Role};
 use crate::data::{Benchmark, ImageSettings};
 use crate::eval::{EvalOptions, Judge, LoadedModel, PromptStyle};
@@ -49,12 +49,25 @@ impl Default for EvalSettings {
 pub struct Engine {
     pub(super) runtime: Runtime,
     pub(super) cache: Arc<FeatureCache>,
+    peers: Option<Box<dyn Peers + Send>>,
 }
 
 impl Engine {
     /// Errors: as `Runtime::new`.
     pub fn new(device: Device) -> Result<Self> {
-        Ok(Engine { runtime: Runtime::new(device)?, cache: FeatureCache::new(FEATURE_CACHE_BYTES) })
+        Engine::among(None, device)
+    }
+
+    /// An engine of one of several processes that share the questions and samples of every measurement.
+    ///
+    /// Errors: as `Runtime::new`.
+    pub fn among(peers: Option<Box<dyn Peers + Send>>, device: Device) -> Result<Self> {
+        Ok(Engine { runtime: Runtime::new(device)?, cache: FeatureCache::new(FEATURE_CACHE_BYTES), peers })
+    }
+
+    /// The processes that share the work.
+    pub fn peers(&self) -> Option<&dyn Peers> {
+        self.peers.as_deref().map(|peers| peers as &dyn Peers)
     }
 
     /// Loads a model. Models share image features.

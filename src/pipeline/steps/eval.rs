@@ -8,10 +8,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::{AtomicFile, Cancel, Error, Provenance, Result};
 use crate::bundle::Bundle;
-use crate::data::{BenchRow, Benchmark, DataOptions, Dataset, ImageSettings};
+use crate::data::{BenchRow, Benchmark, DataOptions, DataPart, Dataset, ImageSettings, Turns};
 use crate::eval::{
-    EvalOptions, EvalReport, ModelScores, TextReport, TextScores, benchmark_name, compare, evaluate, kept_perplexity,
-    perplexity,
+    Compared, EvalOptions, EvalReport, ModelScores, TextReport, TextScores, benchmark_name, compare, compare_over,
+    evaluate_among, kept_perplexity, perplexity,
 };
 
 use super::engine::{BOOTSTRAP_SEED, Engine, EvalSettings, digests};
@@ -36,7 +36,7 @@ impl Engine {
         let mut loaded = self.load(model, &settings.images)?;
         let EvalSettings { batch_size, max_new_tokens, limit, prompt_style, judge, images: _ } = settings.clone();
         let options = EvalOptions { batch_size, max_new_tokens, limit, prompt_style, judge };
-        evaluate(&mut loaded, benchmark, &benchmark_name(data), &options, cancel)
+        evaluate_among(self.peers(), &mut loaded, benchmark, &benchmark_name(data), &options, cancel)
     }
 }
 
@@ -88,6 +88,15 @@ pub fn eval(
 pub struct TextSettings {
     /// Tokens in each sequence.
     pub sequence_length: usize,
+    /// Make one sample of a conversation, or one of each turn.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub turns: Turns,
+    /// The least values of columns of ratings; other rows are not used.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub min_ratings: BTreeMap<String, f64>,
+    /// The part of the rows that is read.
+    #[serde(default, skip_serializing_if = "DataPart::is_all")]
+    pub part: DataPart,
     /// Keys of lines to ignore.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ignore_keys: Vec<String>,
@@ -101,7 +110,31 @@ pub struct TextSettings {
     pub images: ImageSettings,
 }
 
-/// Perplexity of a model on running text, answers or ready tensors and, optionally, of a baseline for the retention.
+fn is_default(turns: &Turns) -> bool {
+    *turns == Turns::default()
+}
+
+impl Default for TextSettings {
+    fn default() -> Self {
+        TextSettings::of(&DataOptions::default(), None)
+    }
+}
+
+impl TextSettings {
+    /// Settings that read data as the options say; with `limit` the first sequences only.
+    pub fn of(options: &DataOptions, limit: Option<usize>) -> Self {
+        let DataOptions { turns, min_ratings, ignore_keys, strict, part, sequence_length, images } = options.clone();
+        TextSettings { sequence_length, turns, min_ratings, part, ignore_keys, limit, strict, images }
+    }
+
+    /// Options for reading the data.
+    pub fn data_options(&self) -> DataOptions {
+        let TextSettings { sequence_length, turns, min_ratings, part, ignore_keys, strict, images, .. } = self.clone();
+        DataOptions { turns, min_ratings, ignore_keys, strict, part, sequence_length, images }
+    }
+}
+
+/// Perplexity of a model on running text, answers or ready tensors, and of a baseline to say what the model keeps of it.
 /// Each model reads the data with its own tokenizer and processor.
 ///
 /// Errors: as `LoadedModel::open`, `Dataset::open_for` and `perplexity`; `Error::Invalid` when the two models'
@@ -114,13 +147,7 @@ pub fn eval_text(
     settings: &TextSettings,
     cancel: &Cancel,
 ) -> Result<TextReport> {
-    let options = DataOptions {
-        sequence_length: settings.sequence_length,
-        ignore_keys: settings.ignore_keys.clone(),
-        strict: settings.strict,
-        images: settings.images,
-        ..DataOptions::default()
-    };
+    let options = settings.data_options();
     let mut inputs = BTreeMap::new();
     let mut measure = |role: &str, path: &Path| -> Result<TextScores> {
         let bundle = Bundle::open(path)?;
@@ -129,7 +156,7 @@ pub fn eval_text(
         inputs.insert(role.to_string(), bundle.digest()?);
         inputs.insert("data".to_string(), text.digest()?);
         let mut vlm = engine.load_to_predict(&bundle)?;
-        perplexity(&path.display().to_string(), &mut vlm, (&bundle, &text), settings.limit, cancel)
+        perplexity(&path.display().to_string(), &mut vlm, (&bundle, &text), settings.limit, engine.peers(), cancel)
     };
     let base = baseline.map(|path| measure("baseline", path)).transpose()?;
     let scores = measure("model", model)?;
@@ -184,9 +211,9 @@ pub fn write_predictions(path: &Path, data: &Path, scores: &ModelScores) -> Resu
     file.commit()
 }
 
-/// Retention against a baseline, with the bootstrap seed of all verbs.
+/// Headline scores of several runs over and less their baselines', with the bootstrap seed of all verbs.
 ///
-/// Errors: as `eval::compare`.
-pub fn retention(model: &ModelScores, baseline: &ModelScores) -> Result<crate::eval::Retention> {
-    compare(model, baseline, BOOTSTRAP_SEED)
+/// Errors: as `eval::compare_over`.
+pub fn compared(runs: &[(&ModelScores, &ModelScores)]) -> Result<Option<Compared>> {
+    compare_over(runs, BOOTSTRAP_SEED)
 }

@@ -1,4 +1,4 @@
-//! Finetunes a pruned model and writes it as a new folder.
+//! Finetunes a model, pruned or whole, and writes it as a new folder.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -14,23 +14,36 @@ use crate::finetune::{
     Conversations, Limits, Report, Request, RunPlan, Settings, StepMetrics, Teacher, clear_work, plan_run,
     remove_unbegun,
 };
-use crate::method::{LayerRole, Plan};
+use crate::method::{LayerRole, Plan, named_layers};
 use crate::runtime::FeatureCache;
 use crate::torch::Ranks;
 
+use super::inspect::decoder_analysis;
 use super::needs::{Work, check as check_needs};
 
 /// Name of the report in the work folder.
 pub const FINETUNE_REPORT: &str = "finetune.json";
 
+/// The layers that a run trains.
+#[derive(Clone, Copy)]
+pub enum Trained<'a> {
+    /// The finetune layers of the plan by which the model was pruned.
+    Plan {
+        /// The plan.
+        plan: &'a Plan,
+        /// Digest of the plan's file.
+        digest: &'a Sha256Digest,
+    },
+    /// Layers by their index in the model as it is, which need not be pruned; `None` for all of them.
+    Layers(Option<&'a [usize]>),
+}
+
 /// Input of a finetuning step.
 pub struct Finetune<'a> {
-    /// Folder of the pruned model.
-    pub pruned: &'a Path,
-    /// The plan of the pruning; it lists the layers to finetune.
-    pub plan: &'a Plan,
-    /// Digest of the plan's file.
-    pub plan_digest: Sha256Digest,
+    /// Folder of the model.
+    pub model: &'a Path,
+    /// The layers to train.
+    pub trained: Trained<'a>,
     /// Conversations or running text: a file, a folder or a pattern.
     pub data: &'a Path,
     /// Options for reading the data.
@@ -74,32 +87,56 @@ pub fn default_work_folder(target: &Path) -> PathBuf {
 ///
 /// Errors: as [`finetune`], except those that require reading all data.
 pub fn plan_finetune(request: &Finetune) -> Result<RunPlan> {
-    let bundle = Bundle::open(request.pruned)?;
-    check_plan(&bundle, request.plan)?;
+    let bundle = Bundle::open(request.model)?;
+    let roles = Roles::of(&bundle, request)?;
     let dataset = Dataset::open_for(request.data, &bundle, request.options)?;
     let encoder = Encoder::open(&bundle, &dataset)?;
-    let indices = drawn(request, &dataset)?;
+    let indices = drawn(request, &dataset, &encoder)?;
     let intake = Intake::new(&dataset, &bundle, usize::MAX);
     let data = Conversations { encoder: &encoder, dataset: &dataset, indices: &indices, intake };
     let dense = request.teacher.map(Bundle::open).transpose()?;
-    let (kept, anchors) = correspondence(request.plan);
-    let teacher = dense.as_ref().map(|bundle| Teacher { bundle, kept: &kept, anchors: &anchors });
-    plan_run(&training(request, &bundle, &data), teacher.as_ref())
+    let teacher = dense.as_ref().map(|bundle| Teacher { bundle, kept: &roles.kept, anchors: &roles.anchors });
+    plan_run(&training(request, &roles, &bundle, &data), teacher.as_ref())
 }
 
-/// Indices of the training samples.
-fn drawn(request: &Finetune, dataset: &Dataset) -> Result<Vec<usize>> {
+/// Samples that are read together when their tokens are counted.
+const COUNTED_TOGETHER: usize = 64;
+
+/// The samples that are trained on: those of the draw, as far as the budget of tokens goes.
+fn drawn(request: &Finetune, dataset: &Dataset, encoder: &Encoder) -> Result<Vec<usize>> {
+    let Settings { data_share, step_tokens, max_tokens, .. } = *request.settings;
     let mut indices = dataset.draw(request.subset)?;
-    indices.truncate((request.settings.data_share * indices.len() as f64).ceil() as usize);
+    indices.truncate((data_share * indices.len() as f64).ceil() as usize);
+    let Some(budget) = step_tokens else { return Ok(indices) };
+    let (mut tokens, mut count) = (0, 0);
+    for chunk in indices.chunks(COUNTED_TOGETHER) {
+        // They are read in the order of the file and counted in that of the draw.
+        let mut lengths = BTreeMap::new();
+        for sample in dataset.read(chunk)? {
+            // What cannot be read, or is too long, is left out and counted later on.
+            let Ok(sample) = sample else { continue };
+            let Ok(encoded) = encoder.conversation(&sample) else { continue };
+            let length = encoded.into_prompt().input_ids.len() as u64;
+            lengths.insert(sample.index, if length > u64::from(max_tokens) { 0 } else { length });
+        }
+        for index in chunk {
+            if tokens >= budget {
+                indices.truncate(count);
+                return Ok(indices);
+            }
+            tokens += lengths.get(index).copied().unwrap_or(0);
+            count += 1;
+        }
+    }
     Ok(indices)
 }
 
-fn training<'a>(request: &'a Finetune, bundle: &'a Bundle, data: &'a Conversations) -> Request<'a> {
+fn training<'a>(request: &'a Finetune, roles: &'a Roles, bundle: &'a Bundle, data: &'a Conversations) -> Request<'a> {
     Request {
         bundle,
-        layers: &request.plan.finetune_pruned,
+        layers: &roles.trained,
         data,
-        settings: request.settings,
+        settings: &roles.settings,
         device: request.device,
         work: request.work,
         resume: request.resume,
@@ -109,7 +146,7 @@ fn training<'a>(request: &'a Finetune, bundle: &'a Bundle, data: &'a Conversatio
     }
 }
 
-/// Trains the plan's finetune layers of the pruned model and writes the result as a new folder.
+/// Trains layers of the model and writes the result as a new folder.
 ///
 /// Errors: `Error::Invalid` when the model was not pruned with this plan, no sample has tokens to train on, or the
 /// target exists; `Error::Unsupported` when other precision variants of the decoder would keep their old weights;
@@ -120,14 +157,14 @@ pub fn finetune(
     cancel: &Cancel,
     observer: &mut dyn FnMut(&StepMetrics),
 ) -> Result<Report> {
-    let bundle = Bundle::open(request.pruned)?;
-    check_plan(&bundle, request.plan)?;
+    let bundle = Bundle::open(request.model)?;
+    let roles = Roles::of(&bundle, request)?;
     let component = bundle.require(Role::Decoder)?.clone();
     let work = if request.settings.looks_at_answers() { Work::FinetuneOnAnswers } else { Work::FinetuneOnStream };
     check_needs(&bundle, work)?;
     let dataset = Dataset::open_for(request.data, &bundle, request.options)?;
     let encoder = Encoder::open(&bundle, &dataset)?;
-    let indices = drawn(request, &dataset)?;
+    let indices = drawn(request, &dataset, &encoder)?;
     let data = Conversations {
         encoder: &encoder,
         dataset: &dataset,
@@ -137,9 +174,8 @@ pub fn finetune(
     let writes = request.ranks.is_none_or(|ranks| ranks.rank() == 0);
     let writer = if writes { Some(BundleWriter::create(&bundle, target)?) } else { None };
     let dense = request.teacher.map(Bundle::open).transpose()?;
-    let (kept, anchors) = correspondence(request.plan);
-    let teacher = dense.as_ref().map(|bundle| Teacher { bundle, kept: &kept, anchors: &anchors });
-    let training = training(request, &bundle, &data);
+    let teacher = dense.as_ref().map(|bundle| Teacher { bundle, kept: &roles.kept, anchors: &roles.anchors });
+    let training = training(request, &roles, &bundle, &data);
     let is_new = !request.work.exists();
     let outcome = crate::finetune::finetune_with_teacher(&training, teacher.as_ref(), cancel, observer);
     // A rejected run has no state from which to continue.
@@ -157,30 +193,99 @@ pub fn finetune(
         return Ok(outcome.report);
     };
     writer.save(&component, &outcome.decoder)?;
-    let recorded = Recorded { subset: request.subset, data: request.options, settings: request.settings };
+    let recorded = Recorded { subset: request.subset, data: request.options, settings: &roles.settings };
     let recorded = serde_json::to_value(recorded).map_err(|e| Error::invalid("finetune settings", e.to_string()))?;
     writer.push_step(RecordedStep::Finetune {
-        layers: request.plan.finetune_pruned.clone(),
+        layers: roles.trained.clone(),
         samples: outcome.report.samples,
         settings: recorded.clone(),
     });
     let model = outcome.report.provenance.inputs.get("model").cloned();
-    let inputs = BTreeMap::from([
+    let mut inputs = BTreeMap::from([
         ("model".to_string(), model.map_or_else(|| bundle.digest(), Ok)?),
-        ("plan".to_string(), request.plan_digest.clone()),
         ("data".to_string(), dataset.digest()?),
     ]);
+    if let Trained::Plan { digest, .. } = request.trained {
+        inputs.insert("plan".to_string(), digest.clone());
+    }
     writer.commit(Provenance::new(Record::SCHEMA_VERSION, inputs, &recorded)?)?;
     write_json(&request.work.join(FINETUNE_REPORT), &outcome.report)?;
     clear_work(request.work)?;
     Ok(outcome.report)
 }
 
-/// The dense model's index of each kept layer, and the pruned model's indices of the frozen anchors.
-fn correspondence(plan: &Plan) -> (Vec<usize>, Vec<usize>) {
-    let kept = plan.layers.iter().filter(|layer| layer.pruned_index.is_some()).map(|layer| layer.index);
-    let anchors = plan.layers.iter().filter(|layer| layer.role == LayerRole::Anchor);
-    (kept.collect(), anchors.filter_map(|layer| layer.pruned_index).collect())
+/// The layers of a model as a run sees them, and the settings that suit it.
+struct Roles {
+    /// Layers to train, ascending, as the model counts them.
+    trained: Vec<usize>,
+    /// The dense model's index of each layer.
+    kept: Vec<usize>,
+    /// The frozen anchors, as the model counts them.
+    anchors: Vec<usize>,
+    settings: Settings,
+}
+
+/// Errors: `Error::Unsupported` where the head is to be trained and is tied to the embeddings, which are a file of their own
+/// or another reader of the same weight and stay frozen.
+fn check_head(bundle: &Bundle, settings: &Settings) -> Result<()> {
+    const KEYS: [&str; 2] = ["/tie_word_embeddings", "/text_config/tie_word_embeddings"];
+    let tied = bundle.config().and_then(|config| {
+        KEYS.into_iter().find(|key| config.raw.pointer(key).and_then(serde_json::Value::as_bool) == Some(true))
+    });
+    match tied.filter(|_| settings.train_head) {
+        Some(key) => Err(Error::unsupported(
+            "finetune setting `train_head`",
+            format!(
+                "the config ties the head to the embeddings (`{}`), which stay frozen",
+                key.trim_start_matches('/')
+            ),
+        )
+        .remedy("leave it out: the authors' released code does not train such a head either")),
+        None => Ok(()),
+    }
+}
+
+impl Roles {
+    fn of(bundle: &Bundle, request: &Finetune) -> Result<Self> {
+        let settings = request.settings.clone();
+        check_head(bundle, &settings)?;
+        match request.trained {
+            Trained::Plan { plan, .. } => {
+                check_plan(bundle, plan)?;
+                let kept = plan.layers.iter().filter(|layer| layer.pruned_index.is_some()).map(|layer| layer.index);
+                let anchors = plan.layers.iter().filter(|layer| layer.role == LayerRole::Anchor);
+                Ok(Roles {
+                    trained: plan.finetune_pruned.clone(),
+                    kept: kept.collect(),
+                    anchors: anchors.filter_map(|layer| layer.pruned_index).collect(),
+                    settings,
+                })
+            }
+            Trained::Layers(named) => {
+                let count = decoder_analysis(bundle)?.map.layers.len();
+                let history = bundle.record()?.map(|record| record.history).unwrap_or_default();
+                let kept = Record::original_layers(&history, Tower::Text, count)?;
+                let whole = !history.iter().any(|step| matches!(step, RecordedStep::Prune { tower: Tower::Text, .. }));
+                let trained = named.map_or_else(|| Ok((0..count).collect()), |layers| named_layers(layers, count))?;
+                let settings = if whole { of_whole_model(settings)? } else { settings };
+                Ok(Roles { trained, kept, anchors: Vec::new(), settings })
+            }
+        }
+    }
+}
+
+/// Settings for a model that lost no layer: there is no gap in its stream that a fit could close.
+///
+/// Errors: `Error::Invalid` where the losses only compare the stream with the dense model's, which the model has already.
+fn of_whole_model(settings: Settings) -> Result<Settings> {
+    let all = settings.of_all_stages();
+    if all.losses.iter().any(|(kind, weight)| *weight > 0.0 && kind.looks_at_answers()) {
+        return Ok(Settings { fit: false, ..settings });
+    }
+    let problem =
+        "only compare the stream with the dense model's, and this model, which lost no layer, has that stream";
+    Err(Error::invalid("the losses of this recipe", problem)
+        .remedy("take a recipe with a loss on the answers, as `--recipe paper`"))
 }
 
 /// Checks that the folder's record agrees with the plan.

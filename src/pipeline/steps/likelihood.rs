@@ -5,14 +5,14 @@ use std::path::Path;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::base::{Cancel, Error, Provenance, Result};
+use crate::base::{Cancel, Error, Provenance, Result, gathered, is_own};
 use crate::bundle::Bundle;
 use crate::data::{BenchRow, Benchmark, Part, Processor, Sample, Turn};
 use crate::eval::{
     Interval, Likelihood, PromptStyle, QuestionLikelihood, benchmark_name, kept_likelihood, needs_judge, question_text,
     reference_of, right_answer,
 };
-use crate::method::answer_likelihoods;
+use crate::method::{AnswerLikelihood, LIKELIHOOD_BLOCK, answer_likelihoods};
 
 use super::engine::{BOOTSTRAP_SEED, Engine, EvalSettings, digests};
 
@@ -60,11 +60,15 @@ impl Engine {
         let processor = Processor::open_with(&bundle, &settings.images)?;
         let rows = benchmark.rows();
         let rows = &rows[..settings.limit.unwrap_or(rows.len()).min(rows.len())];
-        let conversations = rows
+        let peers = self.peers();
+        let blocks = rows.chunks(LIKELIHOOD_BLOCK).enumerate().filter(|(number, _)| is_own(peers, *number));
+        let own: Vec<&BenchRow> = blocks.flat_map(|(_, block)| block).collect();
+        let conversations = own
             .iter()
             .map(|row| processor.encode_conversation(&answered(benchmark, &name, row, settings.prompt_style)?));
         let (runtime, features) = (&self.runtime, &self.cache);
-        let found = answer_likelihoods(&bundle, runtime, features, conversations, rows.len(), cancel)?;
+        let found = answer_likelihoods(&bundle, runtime, features, conversations, own.len(), cancel)?;
+        let found = in_order(gathered(peers, found)?, rows.len());
         let answers: Vec<QuestionLikelihood> = rows
             .iter()
             .zip(&found)
@@ -78,6 +82,14 @@ impl Engine {
         let total: f64 = found.iter().map(|answer| answer.log_likelihood).sum();
         Ok(Likelihood { mean_log_likelihood: total / (answer_tokens as f64).max(1.0), answer_tokens, answers })
     }
+}
+
+/// The likelihoods of all rows, from those of each process, which took every so many blocks of them.
+fn in_order(by_process: Vec<Vec<AnswerLikelihood>>, rows: usize) -> Vec<AnswerLikelihood> {
+    let mut blocks: Vec<_> = by_process.iter().map(|own| own.chunks(LIKELIHOOD_BLOCK)).collect();
+    let count = blocks.len().max(1);
+    let taken = (0..rows.div_ceil(LIKELIHOOD_BLOCK)).filter_map(|number| blocks[number % count].next());
+    taken.flatten().copied().collect()
 }
 
 /// A question with its right answer.

@@ -14,8 +14,8 @@ mod prune;
 
 pub use budget::{Budget, LayerCost, ModelCosts, Remaining};
 pub use engine::{Engine, EvalSettings};
-pub use eval::{TextSettings, eval, eval_text, retention, write_predictions};
-pub use finetune::{FINETUNE_REPORT, Finetune, default_work_folder, finetune, plan_finetune};
+pub use eval::{TextSettings, compared, eval, eval_text, write_predictions};
+pub use finetune::{FINETUNE_REPORT, Finetune, Trained, default_work_folder, finetune, plan_finetune};
 pub use generate::{Decoding, Generation, Generations, Question, check_answers, generate, generate_all, print_text};
 pub use graft::{Graft, graft, plan_graft};
 pub use inspect::{Inspection, LayerInfo, TapInfo, VisionInfo, decoder, decoder_analysis, inspect};

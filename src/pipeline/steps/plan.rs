@@ -54,6 +54,12 @@ pub struct PlanSettings {
     /// Weights of the similarities over image tokens, text tokens and all tokens; all tokens alone by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub modality_weights: Option<ModalityWeights>,
+    /// Lets `interlace-tn`, `random` and `consecutive` choose the last layer too, as the authors' released code does.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub as_released: bool,
+    /// Goes on where a strategy's packs run out: pairs for `interlace-oa`, then single frozen layers.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub beyond_structure: bool,
 }
 
 /// Losses for a strategy that uses them, with their samples and the digest of their data.
@@ -212,6 +218,8 @@ pub fn plan<'m>(
             num_layers,
             count,
             include_last,
+            as_released: settings.as_released,
+            beyond_structure: settings.beyond_structure,
             refusal,
             similarities: &similarities,
             seed,
@@ -253,6 +261,8 @@ mod tests {
             samples: None,
             data: None,
             modality_weights: None,
+            as_released: false,
+            beyond_structure: false,
         }
     }
 

@@ -7,9 +7,10 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::base::{Device, Error, Result};
-use crate::data::{DataOptions, ImageSettings, Turns};
+use crate::data::{DataOptions, DataPart, ImageSettings, Turns};
 use crate::finetune::{DEFAULT_RECIPE, RecipeRow, Settings};
 
+use super::super::comparison::{DenseRecipe, DenseSection, OtherData, check_names, parts};
 use super::super::recipe::{BenchSection, Calibration, PruneSection, check_strategies, read_file};
 use super::super::steps::EvalSettings;
 
@@ -28,6 +29,13 @@ pub struct Sweep {
     pub drop_ratios: Vec<f64>,
     /// Names of the strategies to compare.
     pub strategies: Vec<String>,
+    /// Let `interlace-tn`, `random` and `consecutive` choose the last layer too, as the authors' released code does.
+    #[serde(default)]
+    pub as_released: bool,
+    /// Go on where the packs of `interlace`, `interlace-oa` and `interlace-tn` run out: with pairs for `interlace-oa`, then
+    /// with single frozen layers.
+    #[serde(default)]
+    pub beyond_structure: bool,
     /// Each decides the draw of the `random` strategy, and the draw and order of the finetuning samples.
     #[serde(default = "default_seeds")]
     pub seeds: Vec<u64>,
@@ -82,11 +90,18 @@ pub struct SweepFinetune {
     /// Settings of single recipes, by name, in place of those: each recipe's own best learning rate, for instance.
     #[serde(default)]
     pub recipe_settings: BTreeMap<String, BTreeMap<String, serde_json::Value>>,
+    /// The dense model, finetuned on the same samples beside each recipe.
+    #[serde(default)]
+    pub dense: DenseSection,
+    /// Hold back this fraction of the rows, at least 0 and below 1: no model is scored, trained or fitted on them, and the
+    /// table has every model's loss on them.
+    #[serde(default)]
+    pub held_back: f64,
 }
 
 impl SweepFinetune {
-    /// Options for reading the data; running text is split into sequences of the default length.
-    pub(super) fn data_options(&self) -> DataOptions {
+    /// Options for reading this part of the data; running text in sequences of the default length.
+    pub(super) fn data_options(&self, part: DataPart) -> DataOptions {
         let min_ratings = self.min_ratings.clone();
         let ignore_keys = self.ignore_keys.clone();
         DataOptions {
@@ -95,6 +110,7 @@ impl SweepFinetune {
             ignore_keys,
             strict: self.strict,
             images: self.images,
+            part,
             ..DataOptions::default()
         }
     }
@@ -104,10 +120,13 @@ impl SweepFinetune {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SweepEval {
-    /// VLMEvalKit TSV files.
+    /// VLMEvalKit TSV files. The models of a row are asked when they are made and nothing is left to choose for them.
     pub benchmarks: Vec<PathBuf>,
     #[serde(default)]
     pub settings: EvalSettings,
+    /// Data of other kinds than the models are healed on, a column each.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub other: Vec<OtherData>,
 }
 
 fn cpu() -> String {
@@ -143,6 +162,7 @@ impl Sweep {
         resolve(&mut sweep.calibration.data);
         resolve(&mut sweep.finetune.data);
         sweep.eval.benchmarks.iter_mut().for_each(resolve);
+        sweep.eval.other.iter_mut().for_each(|other| resolve(&mut other.data));
         Ok(sweep)
     }
 
@@ -173,7 +193,22 @@ impl Sweep {
         if self.eval.benchmarks.is_empty() {
             return Err(Error::invalid("eval", "`benchmarks` is empty").remedy("name at least one file"));
         }
-        self.finetune.recipes.iter().try_for_each(|recipe| self.settings_of(recipe, 0)?.check())
+        check_names(&self.eval.benchmarks, &self.eval.other)?;
+        parts(self.finetune.held_back)?;
+        self.finetune.recipes.iter().try_for_each(|recipe| {
+            self.settings_of(recipe, 0)?.check()?;
+            self.dense_beside(recipe, 0).map(|_| ())
+        })
+    }
+
+    /// How the dense model is finetuned beside healing by a recipe, where it is.
+    ///
+    /// Errors: as `DenseSection::beside`.
+    pub(super) fn dense_beside(&self, recipe: &str, seed: u64) -> Result<Option<DenseRecipe>> {
+        let dense = &self.finetune.dense;
+        let settings = self.settings_of(recipe, seed)?;
+        let with = |name: &str| self.settings_of(name, seed);
+        dense.enabled.then(|| dense.beside(recipe, &settings, with)).transpose()
     }
 
     /// A recipe's settings for one seed: its own, overridden by those for all recipes, then by those for this recipe.

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use tch::{Device, Kind, Tensor};
 
-use crate::base::{Error, Result};
+use crate::base::{Error, Peers, Result};
 
 /// Time limit for waiting for a rank that runs but does not call. A rank that has ended is noticed at once.
 const TIMEOUT: Duration = Duration::from_secs(30 * 60);
@@ -255,7 +255,21 @@ impl Ranks {
     }
 }
 
-/// The address of this machine on the network of the store; the other ranks connect to it.
+impl Peers for Ranks {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn size(&self) -> usize {
+        self.size
+    }
+
+    fn of_all(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
+        Ranks::of_all(self, bytes)
+    }
+}
+
+/// The address of this machine from which the store is reached: the other ranks connect to it.
 fn own_address(host: &str, port: u16) -> Result<String> {
     let socket = std::net::UdpSocket::bind("0.0.0.0:0");
     let address = socket.and_then(|socket| {
