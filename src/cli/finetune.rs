@@ -10,7 +10,8 @@ use crate::base::{Device, human_bytes, human_count, set_quiet, sha256_file};
 use crate::bundle::Bundle;
 use crate::data::{Amount, Subset};
 use crate::finetune::{
-    DEFAULT_RECIPE, Limits, LoraLayers, PlannedBytes, Precision, RECIPES, RecipeRow, Report, RunPlan, Settings,
+    DEFAULT_RECIPE, LearningRate, Limits, LoraLayers, PlannedBytes, Precision, RECIPES, RecipeRow, Report, RunPlan,
+    Settings, refuse_moved,
 };
 use crate::method::Plan;
 use crate::pipeline::steps::{self, Finetune, default_work_folder};
@@ -54,9 +55,10 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     settings: Option<PathBuf>,
     /// Set the peak learning rate, in the optimiser's units; of several, separated by commas, take the one that reaches
-    /// the lowest loss in a trial pass [default: the recipe's]
-    #[arg(long, value_name = "LR", value_delimiter = ',')]
-    learning_rate: Vec<f64>,
+    /// the lowest loss in a trial pass; `auto` tries the optimiser's usual rates in trials of at most 32 steps each and
+    /// takes the one with the lowest loss on samples that were held back [default: the recipe's]
+    #[arg(long, value_name = "LR")]
+    learning_rate: Option<LearningRate>,
     /// Put this number of samples into one forward pass [default: the recipe's]
     #[arg(long, value_name = "N")]
     batch_size: Option<u32>,
@@ -261,37 +263,37 @@ fn dry_run(plan: &RunPlan, context: &Context) -> anyhow::Result<Outcome> {
 }
 
 fn settings(args: &Args) -> anyhow::Result<Settings> {
-    let table: toml::Table = match &args.settings {
+    let table = match &args.settings {
         Some(path) => {
             let text = fs::read_to_string(path).with_context(|| format!("cannot read `{}`", path.display()))?;
+            let wrong = || format!("`{}` is not a file of finetune settings", path.display());
+            let table: toml::Table = toml::from_str(&text).with_context(wrong)?;
+            refuse_moved(&table).with_context(wrong)?;
             // Read as settings too, for a message that shows the line.
-            let _: Settings = toml::from_str(&text)
-                .with_context(|| format!("`{}` is not a file of finetune settings", path.display()))?;
-            toml::from_str(&text)?
+            let _: Settings = toml::from_str(&text).with_context(wrong)?;
+            Some(table)
         }
-        None => toml::Table::new(),
+        None => None,
     };
     let mut settings = RecipeRow::named(&args.recipe)?.settings_with(table)?;
     let set = |slot: &mut u32, value: Option<u32>| *slot = value.unwrap_or(*slot);
-    set(&mut settings.batch_size, args.batch_size);
-    set(&mut settings.accumulation_steps, args.accumulation_steps);
-    set(&mut settings.epochs, args.epochs);
-    set(&mut settings.lora_rank, args.lora_rank);
-    match args.learning_rate.as_slice() {
-        [] => {}
-        &[rate] => (settings.learning_rate, settings.learning_rates) = (rate, Vec::new()),
-        rates => settings.learning_rates = rates.to_vec(),
+    set(&mut settings.batch.size, args.batch_size);
+    set(&mut settings.batch.accumulation_steps, args.accumulation_steps);
+    set(&mut settings.schedule.epochs, args.epochs);
+    set(&mut settings.lora.rank, args.lora_rank);
+    if let Some(rate) = &args.learning_rate {
+        settings.optimizer.learning_rate = rate.clone();
     }
-    settings.lora_layers = match args.lora_layers {
+    settings.lora.layers = match args.lora_layers {
         Some(LoraLayersArg::Trained) => LoraLayers::Trained,
         Some(LoraLayersArg::All) => LoraLayers::All,
-        None => settings.lora_layers,
+        None => settings.lora.layers,
     };
     if args.gradient_checkpointing {
-        settings.gradient_checkpointing = Some(true);
+        settings.batch.gradient_checkpointing = Some(true);
     }
     settings.seed = args.seed.unwrap_or(settings.seed);
-    settings.max_steps = args.max_steps.or(settings.max_steps);
+    settings.schedule.max_steps = args.max_steps.or(settings.schedule.max_steps);
     match args.precision {
         Some(PrecisionArg::F32) => settings.precision = Precision::F32,
         Some(PrecisionArg::Bf16) => settings.precision = Precision::Bf16,

@@ -19,7 +19,7 @@ use crate::finetune::data::{Course, Dense, Lesson, Source, Store, Teacher, Train
 use crate::finetune::loss;
 use crate::finetune::plan::{Facts, Limits, PlannedData, Point, RunPlan, Sizes, anchor_points};
 use crate::finetune::record::{LayerFit, METRICS_FILE, RateTrial, StepMetrics, Totals, best};
-use crate::finetune::settings::{Lora, LoraLayers, Settings};
+use crate::finetune::settings::{LearningRate, Lora, LoraLayers, Settings};
 use crate::finetune::student::Student;
 use crate::finetune::train::{DenseStream, Run, Summary, fit, search, train};
 use crate::ir::Model;
@@ -145,16 +145,16 @@ pub fn finetune_with_teacher(
 ) -> Result<Outcome> {
     let settings = request.settings;
     settings.check()?;
-    let all_stages = settings.of_all_stages();
-    let asked = || all_stages.losses.iter().filter(|(_, weight)| **weight > 0.0).map(|(kind, _)| *kind);
-    loss::check_teacher(asked(), settings.fit, teacher.is_some())?;
+    let losses = settings.losses();
+    let asked = || losses.keys().copied();
+    loss::check_teacher(asked(), settings.fit.enabled, teacher.is_some())?;
     let device = torch_device(request.device)?;
     if device == TorchDevice::Cpu {
         // What this thread does between the passes is too small to be shared, and its last bits must not depend on how
         // busy the machine is.
         tch::set_num_threads(1);
     }
-    let wanted = settings.fit || asked().any(|kind| kind.row().teacher != loss::Teacher::Nothing);
+    let wanted = settings.fit.enabled || asked().any(|kind| kind.row().teacher != loss::Teacher::Nothing);
     let teacher = teacher.filter(|_| wanted);
     // Files are hashed while the graphs are looked at.
     let (digests, opened) = std::thread::scope(|scope| {
@@ -187,7 +187,7 @@ pub fn finetune_with_teacher(
         ("settings".to_string(), sha256_json(settings)?),
     ]);
     let key =
-        sha256_json(&("stream with sample numbers", &model_digest, &data_digest, cut.first, settings.max_tokens))?;
+        sha256_json(&("stream with sample numbers", &model_digest, &data_digest, cut.first, settings.data.max_tokens))?;
     let store = Store::new(&own, &key, side_inputs(&cut.analysis.model.graph, &suffix)?);
     let course = teacher.zip(dense).zip(dense_digest).map(|((teacher, dense), digest)| {
         let lesson = Lesson {
@@ -196,7 +196,7 @@ pub fn finetune_with_teacher(
             first: cut.first,
             source: request.data,
             data_digest: &data_digest,
-            settings: &all_stages,
+            settings,
             device: request.device,
             work: &own,
             features: request.features,
@@ -225,7 +225,7 @@ pub fn finetune_with_teacher(
         }
         let targets = course.open(&dataset.examples, dataset.hidden_size())?;
         student.points = targets.streams.iter().map(|target| target.point).collect();
-        let points = anchor_points(teacher.anchors, request.layers, &all_stages).into_iter();
+        let points = anchor_points(teacher.anchors, request.layers, settings).into_iter();
         student.anchor_points = points.filter_map(|point| point.checked_sub(cut.first)).collect();
         dataset.targets = targets;
     }
@@ -238,7 +238,7 @@ pub fn finetune_with_teacher(
     let (work, resume, batch_tokens) = (own.as_path(), request.resume, plan.batch_tokens as usize);
     let (shared, ranks) = (request.work, request.ranks);
     let asked_settings = settings;
-    let settings = &Settings { gradient_checkpointing: Some(plan.gradient_checkpointing), ..asked_settings.clone() };
+    let settings = &asked_settings.clone().with(|s| s.batch.gradient_checkpointing = Some(plan.gradient_checkpointing));
     let numbers: Vec<u64> = dataset.examples.iter().map(|example| example.number).collect();
     let live = course.as_ref().map(|course| Live { course, numbers, cancel });
     let dense = live.as_ref().map(|live| live as &dyn DenseStream);
@@ -262,8 +262,8 @@ pub fn finetune_with_teacher(
         Some(totals) => totals,
         None => begin(&run, &targets, &mut students, &mut dataset)?,
     };
-    let rate = best(&done.trials).unwrap_or(settings.learning_rate);
-    let chosen = Settings { learning_rate: rate, ..settings.clone() };
+    let rate = best(&done.trials).unwrap_or(settings.peak_rate());
+    let chosen = settings.clone().with(|s| s.optimizer.learning_rate = LearningRate::One(rate));
     let run = Run { settings: &chosen, ..run };
     let summary = train(run, &targets, &mut students, &mut dataset, done, observer)?;
     let tensors = students[0].changed(&cut, settings.lora().map_or(1.0, Lora::scale))?;
@@ -290,24 +290,23 @@ impl Opened {
         let decoder = crate::onnx::load(&request.bundle.path_of(request.bundle.require(Role::Decoder)?))?;
         let whole = headed(request.bundle, decoder.clone())?;
         let mut cut = Cut::new(&whole, request.layers)?;
-        let fits = settings.fit || settings.layer_by_layer();
+        let fits = settings.fit.enabled || settings.layer_by_layer();
         let mut targets = if fits { cut.targets(request.layers, !settings.trains())? } else { Vec::new() };
         if let Some(lora) = settings.lora() {
-            if settings.lora_layers == LoraLayers::All {
+            if settings.lora.layers == LoraLayers::All {
                 let all: Vec<usize> = (0..cut.analysis.map.layers.len()).collect();
                 let after = cut.first;
                 cut = Cut::new(&whole, &all)?;
                 targets.iter_mut().for_each(|target| target.layer += after);
             }
-            let written: &[FitTarget] = if settings.fit { &targets } else { &[] };
+            let written: &[FitTarget] = if settings.fit.enabled { &targets } else { &[] };
             cut.adapt(lora, written)?;
         }
         let (suffix, first) = (cut.suffix()?, cut.first);
         let sizes = Sizes::of(&cut, &suffix);
         let dense = teacher.map(Dense::open).transpose()?;
         let points = dense.as_ref().zip(teacher);
-        let points =
-            points.map(|(dense, teacher)| dense.points(teacher, request.layers, first, &settings.of_all_stages()));
+        let points = points.map(|(dense, teacher)| dense.points(teacher, request.layers, first, settings));
         Ok(Opened { decoder, cut, suffix, sizes, targets, points: points.unwrap_or_default(), dense })
     }
 }
@@ -365,9 +364,8 @@ fn estimated(source: &dyn Source) -> Result<PlannedData> {
 /// Errors: as [`finetune`], for what does not need the data to be read.
 pub fn plan_run(request: &Request<'_>, teacher: Option<&Teacher<'_>>) -> Result<RunPlan> {
     request.settings.check()?;
-    let all = request.settings.of_all_stages();
-    let asked = || all.losses.iter().filter(|(_, weight)| **weight > 0.0).map(|(kind, _)| *kind);
-    loss::check_teacher(asked(), request.settings.fit, teacher.is_some())?;
+    let losses = request.settings.losses();
+    loss::check_teacher(losses.keys().copied(), request.settings.fit.enabled, teacher.is_some())?;
     let opened = Opened::new(request, teacher)?;
     let parts = Parts {
         sizes: &opened.sizes,
@@ -404,7 +402,7 @@ impl DenseStream for Live<'_> {
 /// rate.
 fn begin(run: &Run<'_>, targets: &[FitTarget], students: &mut [Student], dataset: &mut TrainingSet) -> Result<Totals> {
     let mut totals = Totals::default();
-    if run.settings.fit && !run.settings.layer_by_layer() {
+    if run.settings.fit.enabled && !run.settings.layer_by_layer() {
         let began = Instant::now();
         totals.fitted = fit(run, students, targets, dataset)?;
         totals.fit_seconds = began.elapsed().as_secs_f64();
@@ -443,7 +441,7 @@ fn frozen_part(
         let decoder = Decoder::prefill_only(runtime.session_of(&prefix, &options)?, head_dim)?;
         VlmSession::with_decoder(&runtime, request.bundle, decoder, &options, request.features)
     };
-    store.fill(request.data, frozen, embeds_only, request.settings.max_tokens as usize, cancel)
+    store.fill(request.data, frozen, embeds_only, request.settings.data.max_tokens as usize, cancel)
 }
 
 fn torch_device(device: Device) -> Result<TorchDevice> {

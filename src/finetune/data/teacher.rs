@@ -120,13 +120,13 @@ impl<'a> Lesson<'a> {
     /// Errors: `Error::Invalid` when the settings cannot be hashed.
     pub fn prepare(self, dense: Dense, digest: Sha256Digest) -> Result<Course<'a>> {
         let all = dense.points(self.teacher, self.trained, self.first, self.settings);
-        let by_terms = Settings { fit: false, ..self.settings.clone() };
+        let by_terms = self.settings.clone().with(|s| s.fit.enabled = false);
         let points = dense.points(self.teacher, self.trained, self.first, &by_terms);
         let fit_points = all.into_iter().filter(|point| !points.contains(point)).collect();
         let Dense { analysis } = dense;
         let vocabulary = last_size(&analysis, analysis.map.result);
-        let k = (self.settings.kd_top_k as usize).min(vocabulary.unwrap_or(usize::MAX));
-        let max_tokens = self.settings.max_tokens;
+        let k = (self.settings.kd.top_k as usize).min(vocabulary.unwrap_or(usize::MAX));
+        let max_tokens = self.settings.data.max_tokens;
         let file = |what: &str, key: Sha256Digest, element: Element| {
             self.work.join(format!("{what}-{}.{}", &key[..16.min(key.len())], element.extension()))
         };
@@ -136,7 +136,7 @@ impl<'a> Lesson<'a> {
         });
         let streams = streams.collect::<Result<Vec<_>>>()?;
         let answers = (self.settings.weight(LossKind::Kd) > 0.0).then(|| {
-            let temperature = self.settings.kd_temperature;
+            let temperature = self.settings.kd.temperature;
             let key = sha256_json(&("answers", &digest, self.data_digest, max_tokens, temperature, k));
             key.map(|key| (file("answers", key, ANSWERS), k))
         });
@@ -203,8 +203,8 @@ impl Course<'_> {
             (Some(_), None) => 1,
             (None, _) => usize::MAX,
         };
-        let temperature = settings.kd_temperature;
-        let max_tokens = settings.max_tokens as usize;
+        let temperature = settings.kd.temperature;
+        let max_tokens = settings.data.max_tokens as usize;
         let left_out = each_round(*source, "dense model", open, max_tokens, cancel, &mut |round, model| {
             let kept = frozen_part::outputs(round, model, tokens_per_run, |sample, outputs| {
                 let example = &sample.example;

@@ -10,7 +10,7 @@ mod sizes;
 
 pub use limits::Limits;
 pub use order::Step;
-pub use part::Part;
+pub use part::{Part, TrialPlan};
 pub use planned::{PlannedBytes, PlannedData};
 pub use points::{Point, anchor_points, points};
 pub use run_plan::{Facts, RunPlan};

@@ -10,8 +10,10 @@ use crate::finetune::optim::state_bytes;
 use crate::finetune::settings::{Precision, Settings};
 
 use super::limits::Limits;
-use super::part::Part;
-use super::planned::{Order, Phase, Place, PlannedBytes, PlannedData, PlannedFit, PlannedStage, PlannedTarget};
+use super::part::{Part, TrialPlan};
+use super::planned::{
+    Order, Phase, Place, PlannedBytes, PlannedData, PlannedFit, PlannedSearch, PlannedStage, PlannedTarget,
+};
 use super::points::Point;
 use super::sizes::Sizes;
 
@@ -48,6 +50,9 @@ pub struct RunPlan {
     pub order: Order,
     /// The fit before the steps; absent where there is none.
     pub fit: Option<PlannedFit>,
+    /// Trials of learning rates before the steps; absent where there is one rate.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub search: Option<PlannedSearch>,
     /// Stages of the steps, each with its losses.
     pub stages: Vec<PlannedStage>,
     /// The samples.
@@ -123,7 +128,7 @@ impl RunPlan {
         let one = facts.on_gpu || stored || 4 * trained > MOST_GRADIENT_BYTES;
         let longest = data.longest_tokens.max(1);
         let asked = limits.batch_tokens.unwrap_or(match facts.on_gpu {
-            true => u64::from(settings.batch_size) * longest,
+            true => u64::from(settings.batch.size) * longest,
             false => CPU_BATCH_TOKENS,
         });
         let mut plan = RunPlan {
@@ -140,13 +145,14 @@ impl RunPlan {
                 (true, false) => Order::Together,
             },
             fit: facts.fit(),
+            search: facts.search(),
             stages: facts.stages(),
             data: data.clone(),
             targets: facts.targets(),
             workers: if one { 1 } else { limits.workers.unwrap_or(facts.cores) },
             threads: if one { facts.cores } else { 1 },
             batch_tokens: asked.max(longest),
-            gradient_checkpointing: settings.gradient_checkpointing.unwrap_or(stored),
+            gradient_checkpointing: settings.batch.gradient_checkpointing.unwrap_or(stored),
             frozen_as_stored: stored,
             bytes: Vec::new(),
             memory_bytes: 0,
@@ -171,7 +177,7 @@ impl RunPlan {
         if fits(self) {
             return;
         }
-        if facts.settings.gradient_checkpointing.is_none() {
+        if facts.settings.batch.gradient_checkpointing.is_none() {
             self.gradient_checkpointing = true;
         }
         while !fits(self) && self.batch_tokens > longest && facts.limits.batch_tokens.is_none() {
@@ -211,11 +217,16 @@ impl RunPlan {
             _ => String::new(),
         };
         format!(
-            "plan: {} trained parameters in {} of {} layers run, {} steps, {} tokens a pass on {} networks{}, memory {}{limit}, disk {}",
+            "plan: {} trained parameters in {} of {} layers run, {} steps{}, {} tokens a pass on {} networks{}, memory {}{limit}, disk {}",
             human_count(self.trained_parameters),
             self.trained.len(),
             self.layers_run,
             self.stages.iter().map(|stage| stage.steps).sum::<u64>(),
+            self.search.as_ref().map_or(String::new(), |search| format!(
+                " after at most {} trials of {} steps",
+                search.learning_rates.len(),
+                search.steps
+            )),
             self.batch_tokens,
             self.workers,
             if self.gradient_checkpointing { " with gradient checkpointing" } else { "" },
@@ -238,15 +249,29 @@ impl RunPlan {
 
 impl Facts<'_> {
     fn fit(&self) -> Option<PlannedFit> {
-        if !self.settings.fit {
+        if !self.settings.fit.enabled {
             return None;
         }
         let products: Vec<u64> =
             self.fitted.iter().flat_map(|target| &target.products).flatten().map(|p| p.width as u64).collect();
         let widest = products.iter().copied().max().unwrap_or(0);
-        let most = widest.saturating_mul(u64::from(self.settings.fit_tokens_per_feature)).min(super::FIT_TOKENS);
+        let most = widest.saturating_mul(u64::from(self.settings.fit.tokens_per_feature)).min(super::FIT_TOKENS);
         let layers = self.fitted.len() as u64;
         Some(PlannedFit { layers, products: products.len() as u64, widest, tokens: most.min(self.data.tokens) })
+    }
+
+    fn search(&self) -> Option<PlannedSearch> {
+        let settings = self.settings;
+        let learning_rate = &settings.optimizer.learning_rate;
+        if !learning_rate.is_searched() || !settings.trains() {
+            return None;
+        }
+        let samples = self.data.samples as usize;
+        let layers = if settings.layer_by_layer() { self.layers.len() } else { 1 };
+        let TrialPlan { max_steps, held_out_steps } = TrialPlan::of(settings, samples, layers);
+        let pass = super::order::steps_per_epoch(settings, samples) * layers as u64;
+        let learning_rates = learning_rate.candidates(settings.optimizer.kind);
+        Some(PlannedSearch { learning_rates, steps: max_steps.unwrap_or(pass), held_out_steps })
     }
 
     fn stages(&self) -> Vec<PlannedStage> {
@@ -262,14 +287,13 @@ impl Facts<'_> {
         let stages = self.settings.by_stage(total).into_iter().map(|(end, stage)| {
             let steps = end - before;
             before = end;
-            let losses = stage.losses.iter().map(|(kind, weight)| (kind.name().to_string(), *weight)).collect();
+            let losses = stage.losses().iter().map(|(kind, weight)| (kind.name().to_string(), *weight)).collect();
             PlannedStage { steps, losses }
         });
         stages.collect()
     }
 
     fn targets(&self) -> Vec<PlannedTarget> {
-        let all = self.settings.of_all_stages();
         let width = self.sizes.hidden_size;
         let PlannedData { tokens, answer_tokens, .. } = self.data;
         let first = self.first;
@@ -281,14 +305,14 @@ impl Facts<'_> {
             written: true,
         }];
         let by_terms = |wanted: Teacher| -> Vec<String> {
-            let asked = LOSSES.iter().filter(|row| all.weight(row.kind) > 0.0 && row.teacher == wanted);
+            let asked = LOSSES.iter().filter(|row| self.settings.weight(row.kind) > 0.0 && row.teacher == wanted);
             asked.map(|row| row.name.to_string()).collect()
         };
         for point in self.points {
             let behind_trained = self.layers.contains(&(point.student - 1));
             let mut read_by = by_terms(Teacher::Stream);
             let kept = !read_by.is_empty();
-            if self.settings.fit && behind_trained {
+            if self.settings.fit.enabled && behind_trained {
                 read_by.push("fit".to_string());
             }
             let tokens = if kept { tokens } else { self.fit().map_or(0, |fit| fit.tokens) };
@@ -297,7 +321,7 @@ impl Facts<'_> {
         }
         let read_by = by_terms(Teacher::Logits);
         if !read_by.is_empty() {
-            let bytes = 8 * u64::from(self.settings.kd_top_k) * answer_tokens;
+            let bytes = 8 * u64::from(self.settings.kd.top_k) * answer_tokens;
             let what = "dense model's answers".to_string();
             targets.push(PlannedTarget { what, read_by, tokens: answer_tokens, bytes, written: true });
         }
@@ -374,9 +398,9 @@ fn items(plan: &RunPlan, facts: &Facts<'_>) -> Vec<PlannedBytes> {
     }
     if !plan.stages.is_empty() {
         add(Phase::Steps, Place::Memory, "gradients", 4 * now * workers, format!("4 x {now} x {workers} networks"));
-        let state = state_bytes(settings.optimizer, &sizes.trained) * now / elements.max(1);
+        let state = state_bytes(settings.optimizer.kind, &sizes.trained) * now / elements.max(1);
         add(Phase::Steps, Place::Memory, "optimiser state", state, "moments of each trained number".into());
-        let mean = if settings.average_last > 0.0 { 4 * now } else { 0 };
+        let mean = if settings.optimizer.average_last > 0.0 { 4 * now } else { 0 };
         add(Phase::Steps, Place::Memory, "mean of the weights", mean, format!("4 x {now}"));
         let (bytes, formula) = activations(plan, facts);
         add(Phase::Steps, Place::Memory, "activations", workers * bytes, formula);
@@ -426,6 +450,7 @@ mod tests {
 
     use super::*;
     use crate::finetune::loss::LossKind;
+    use crate::finetune::settings::Stage;
 
     /// Qwen3-VL-8B with 27 of 36 layers in bf16: width 4096, MLP 12288, 8 heads of 128 for keys and values.
     fn eight_billion(lora: bool) -> Sizes {
@@ -493,8 +518,12 @@ mod tests {
     #[test]
     fn eight_billion_parameters_heal_with_adapters_in_22_gb_and_not_without() {
         let losses = BTreeMap::from([(LossKind::Ce, 1.0), (LossKind::Kd, 1.0)]);
-        let best = Settings { losses, average_last: 0.5, precision: Precision::Bf16, ..Settings::default() };
-        let wide = Settings { lora_rank: 16, ..best.clone() };
+        let best = Settings::default().with(|s| {
+            s.stages = Stage::only(losses);
+            s.optimizer.average_last = 0.5;
+            s.precision = Precision::Bf16;
+        });
+        let wide = best.clone().with(|s| s.lora.rank = 16);
         let plan_of = |settings: &Settings, lora: bool| plan(settings, &eight_billion(lora), Some(22_000_000_000));
         let lora = plan_of(&wide, true);
         assert_eq!((lora.fits, lora.gradient_checkpointing, lora.frozen_as_stored), (Some(true), true, true));
@@ -516,7 +545,7 @@ mod tests {
 
     #[test]
     fn a_limit_makes_passes_smaller_and_keeps_the_step() {
-        let settings = Settings { lora_rank: 16, ..Settings::default() };
+        let settings = Settings::default().with(|s| s.lora.rank = 16);
         let free = plan(&settings, &eight_billion(true), None);
         let tight = plan(&settings, &eight_billion(true), Some(24_000_000_000));
         assert_eq!((free.fits, tight.fits), (None, Some(true)));

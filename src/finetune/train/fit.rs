@@ -82,7 +82,7 @@ pub fn fit(
 fn draw(run: &Run<'_>, targets: &[FitTarget], dataset: &TrainingSet) -> Drawn {
     let settings = run.settings;
     let widths = targets.iter().flat_map(|target| &target.products).flatten().map(|product| product.width);
-    let wanted = widths.max().unwrap_or(0).saturating_mul(settings.fit_tokens_per_feature as usize);
+    let wanted = widths.max().unwrap_or(0).saturating_mul(settings.fit.tokens_per_feature as usize);
     let most = wanted.min(FIT_TOKENS as usize);
     let mut tokens = 0;
     let drawn = order::epoch(settings, &dataset.lengths(), 0).concat().concat();

@@ -87,7 +87,7 @@ fn heal_each(
         if progress.step < part.end() {
             let summary = trainer.run(progress.totals.clone(), observer)?;
             (progress.step, progress.totals) = (part.end(), summary.totals);
-            let every = run.settings.checkpoint_every;
+            let every = run.settings.schedule.checkpoint_every;
             if every > 0 && part.end() < part.total && part.end() / every > part.before / every {
                 progress.save(&checkpoints, students)?;
             }
@@ -115,7 +115,7 @@ impl Progressed<'_> {
         checkpoints: &Checkpoints,
     ) -> Result<()> {
         let layer = self.run.first + target.layer;
-        if !self.run.settings.fit || self.totals.fitted.iter().any(|fitted| fitted.layer == layer) {
+        if !self.run.settings.fit.enabled || self.totals.fitted.iter().any(|fitted| fitted.layer == layer) {
             return Ok(());
         }
         let began = Instant::now();

@@ -50,11 +50,11 @@ impl<'a> Trainer<'a> {
     pub fn new(run: Run<'a>, part: Part, students: &'a mut [Student], dataset: &'a TrainingSet) -> Result<Self> {
         let first = students.first().ok_or_else(|| Error::invalid("finetune", "has no network to train"))?;
         let weights: Vec<torch::Parameter> = first.weights_now().map(torch::Parameter::shared).collect();
-        let parameters = weights
-            .iter()
-            .map(|weight| Parameter::new(weight.name.clone(), weight.tensor.shallow_clone(), run.settings.optimizer));
+        let parameters = weights.iter().map(|weight| {
+            Parameter::new(weight.name.clone(), weight.tensor.shallow_clone(), run.settings.optimizer.kind)
+        });
         let parameters = parameters.collect::<Result<_>>()?;
-        let average = Average::new(&weights, run.settings.average_last, part.steps)?;
+        let average = Average::new(&weights, run.settings.optimizer.average_last, part.steps)?;
         Ok(Trainer { run, part, students, parameters, average, dataset })
     }
 
@@ -68,7 +68,7 @@ impl<'a> Trainer<'a> {
         let Part { before, steps: total, .. } = self.part;
         let lengths = self.dataset.lengths();
         let per_epoch = order::steps_per_epoch(settings, lengths.len());
-        let warmup = warmup_steps(settings.warmup_ratio, total);
+        let warmup = warmup_steps(settings.schedule.warmup_ratio, total);
         let stages = settings.by_stage(total);
         let optimizer = Optimizer::new(settings.constants());
         let checkpoints = self.run.checkpoints()?;
@@ -90,7 +90,7 @@ impl<'a> Trainer<'a> {
             }
             let Some(step) = steps_of.as_ref().and_then(|(_, steps)| steps.get(position)) else { break };
             let began = Instant::now();
-            let learning_rate = settings.learning_rate * settings.schedule.factor(done, warmup, total);
+            let learning_rate = settings.peak_rate() * settings.schedule.kind.factor(done, warmup, total);
             let Some((_, stage)) = stages.iter().find(|(end, _)| done < *end) else { break };
             let mut result = self.step(done, step, stage, &optimizer, learning_rate)?;
             if let Some(average) = &mut self.average {
@@ -108,7 +108,7 @@ impl<'a> Trainer<'a> {
             observer(&result.metrics);
             progress.advance(1);
             progress.note(format!("loss {:.4}, {:.0} tokens/s", result.metrics.loss, result.metrics.tokens_per_s));
-            let every = settings.checkpoint_every;
+            let every = settings.schedule.checkpoint_every;
             if every > 0 && (before + done + 1) % every == 0 && done + 1 < total {
                 self.save(&checkpoints, done + 1, &totals)?;
             }
@@ -185,7 +185,7 @@ impl<'a> Trainer<'a> {
         );
         let Sums { losses, mut gradients } = workers::run(self.students, self.dataset, settings, step, &self.run)?;
         let loss: f64 = losses.iter().map(|(kind, value)| settings.weight(*kind) * value).sum();
-        let grad_norm = clip_gradients(&mut gradients, settings.max_grad_norm)?;
+        let grad_norm = clip_gradients(&mut gradients, settings.optimizer.max_grad_norm)?;
         if !loss.is_finite() || !grad_norm.is_finite() {
             return Err(self.not_finite(number, step, loss, &gradients));
         }

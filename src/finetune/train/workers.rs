@@ -315,7 +315,7 @@ mod tests {
             |size: &[i64]| Tensor::arange(size.iter().product::<i64>(), (Kind::Float, Device::Cpu)).sin().view(size);
         let sizes: [&[i64]; 5] = [&[3], &[20, 50], &[1], &[7, 11], &[2, 9, 4]];
         for kind in [OptimizerKind::AdamW, OptimizerKind::Muon] {
-            let optimizer = Optimizer::new(Settings { weight_decay: 0.1, ..Settings::default() }.constants());
+            let optimizer = Optimizer::new(Settings::default().with(|s| s.optimizer.weight_decay = 0.1).constants());
             let make = || -> Vec<Parameter> {
                 sizes.iter().map(|size| Parameter::new("w", values(size), kind).unwrap()).collect()
             };

@@ -90,7 +90,7 @@ pub fn plan_finetune(request: &Finetune) -> Result<RunPlan> {
 /// The samples that are trained on.
 fn drawn(request: &Finetune, dataset: &Dataset) -> Result<Vec<usize>> {
     let mut indices = dataset.draw(request.subset)?;
-    indices.truncate((request.settings.data_share * indices.len() as f64).ceil() as usize);
+    indices.truncate((request.settings.data.share * indices.len() as f64).ceil() as usize);
     Ok(indices)
 }
 
