@@ -94,6 +94,11 @@ pub struct Args {
     /// rounding only [default: 512 on a CPU, a batch of the longest samples on a GPU]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     batch_tokens: Option<u64>,
+    /// Keep at most this many bytes of the frozen layers' output and the dense model's targets on disk, as in 8GB; where
+    /// they have no room, or are read only once, they are computed each time that they are needed [default: a fifth of
+    /// the free disk, at most 32 GB]
+    #[arg(long, value_name = "BYTES", value_parser = amount)]
+    cache_bytes: Option<u64>,
     /// Print what the run trains, in which order, and the memory and disk that it takes; then stop
     #[arg(long)]
     dry_run: bool,
@@ -165,7 +170,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         device,
         work: &args.work.unwrap_or_else(|| default_work_folder(&args.output)),
         resume: args.resume,
-        limits: Limits { memory: args.memory, batch_tokens: args.batch_tokens, workers: None },
+        limits: Limits { memory: args.memory, batch_tokens: args.batch_tokens, cache: args.cache_bytes, workers: None },
         ranks: ranks.as_ref(),
         features: &FeatureCache::new(256 << 20),
         teacher: args.teacher.as_deref(),

@@ -10,12 +10,17 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::Device as TorchDevice;
 
-use crate::base::{Cancel, Device, Error, Provenance, Result, Sha256Digest, notice, sha256_json, thread_count};
+use crate::base::{
+    Cancel, Device, Error, Provenance, Result, Sha256Digest, free_disk_bytes, notice, sha256_json, thread_count,
+};
 use crate::bundle::{Bundle, Role};
 use crate::data::LeftOut;
 use crate::finetune::checkpoint::begun;
-use crate::finetune::cut::{Cut, FitTarget, Suffix, replaced, side_inputs};
-use crate::finetune::data::{Course, Dense, Lesson, Source, Store, Teacher, TrainingSet};
+use crate::finetune::cut::{Cut, FitTarget, SideInputs, Suffix, replaced, side_inputs};
+use crate::finetune::data::{
+    Course, Dense, Frozen, Lesson, Loads, Slot, Source, Store, Streamed, StreamedParts, Teacher, TrainingSet,
+    WINDOW_FOLDER, scan,
+};
 use crate::finetune::loss;
 use crate::finetune::plan::{Facts, Limits, PlannedData, Point, RunPlan, Sizes, anchor_points};
 use crate::finetune::record::{LayerFit, METRICS_FILE, RateTrial, StepMetrics, Totals, best};
@@ -171,14 +176,11 @@ pub fn finetune_with_teacher(
     let own = request.own_work();
     std::fs::create_dir_all(&own).map_err(|e| Error::io("create", &own, e))?;
     let teacher_bytes = dense.as_ref().map_or(0, Dense::weight_bytes);
-    let planned = |data: PlannedData| {
+    let planned = |data: PlannedData, streamed: Option<bool>| {
         let (layer_count, first) = (cut.analysis.map.layers.len(), cut.first);
         let parts = Parts { sizes: &sizes, targets: &targets, points: &points, teacher_bytes, layer_count, first };
-        resolve(request, &parts, data)
+        resolve(request, &parts, data, streamed)
     };
-    if request.limits.memory.is_some() {
-        planned(estimated(request.data)?)?.check()?;
-    }
 
     let mut inputs = BTreeMap::from([
         ("model".to_string(), model_digest.clone()),
@@ -188,7 +190,8 @@ pub fn finetune_with_teacher(
     ]);
     let key =
         sha256_json(&("stream with sample numbers", &model_digest, &data_digest, cut.first, settings.data.max_tokens))?;
-    let store = Store::new(&own, &key, side_inputs(&cut.analysis.model.graph, &suffix)?);
+    let side = side_inputs(&cut.analysis.model.graph, &suffix)?;
+    let store = Store::new(&own, &key, side.clone());
     let course = teacher.zip(dense).zip(dense_digest).map(|((teacher, dense), digest)| {
         let lesson = Lesson {
             teacher,
@@ -204,15 +207,35 @@ pub fn finetune_with_teacher(
         lesson.prepare(dense, digest)
     });
     let course = course.transpose()?;
-    let (mut dataset, left_out) = frozen_part(request, &cut, &store, course.as_ref(), cancel)?;
+    let kept = store.open()?;
+    let streams = match kept {
+        Some(_) => false,
+        None => {
+            let plan = planned(estimated(request.data)?, None)?;
+            plan.check()?;
+            plan.streamed
+        }
+    };
+    let prefix = FrozenLayers::new(request, &cut)?;
+    let (mut dataset, left_out) = match kept {
+        Some(kept) => kept,
+        None if streams => {
+            let (examples, left_out) = scan(request.data, settings.data.max_tokens as usize, cancel)?;
+            (TrainingSet::of_windows(examples), left_out)
+        }
+        None => prefix.fill(&store, course.as_ref(), cancel)?,
+    };
 
-    let plan = planned(PlannedData {
-        samples: dataset.examples.len() as u64,
-        tokens: dataset.examples.iter().map(|example| example.length as u64).sum(),
-        answer_tokens: dataset.examples.iter().map(|example| example.targets.len() as u64).sum(),
-        longest_tokens: dataset.examples.iter().map(|example| example.length as u64).max().unwrap_or(0),
-        estimated: false,
-    })?;
+    let plan = planned(
+        PlannedData {
+            samples: dataset.examples.len() as u64,
+            tokens: dataset.examples.iter().map(|example| example.length as u64).sum(),
+            answer_tokens: dataset.examples.iter().map(|example| example.answers as u64).sum(),
+            longest_tokens: dataset.examples.iter().map(|example| example.length as u64).max().unwrap_or(0),
+            estimated: false,
+        },
+        Some(streams),
+    )?;
     plan.check()?;
     notice(plan.line());
     let hold = if plan.frozen_as_stored { Hold::Stored } else { Hold::Widened };
@@ -220,14 +243,15 @@ pub fn finetune_with_teacher(
     let mut student = compile()?;
     if let (Some(teacher), Some(course)) = (teacher, &course) {
         inputs.insert("teacher".to_string(), course.digest.clone());
-        if !course.kept() {
-            course.fill(None, cancel)?;
+        if !streams {
+            if !course.kept() {
+                course.fill(request.data, course.files(), None, &mut course.running(None), "dense model", cancel)?;
+            }
+            dataset.targets = course.open(course.files(), &dataset.examples, dataset.hidden_size())?;
         }
-        let targets = course.open(&dataset.examples, dataset.hidden_size())?;
-        student.points = targets.streams.iter().map(|target| target.point).collect();
+        student.points = course.student_points();
         let points = anchor_points(teacher.anchors, request.layers, settings).into_iter();
         student.anchor_points = points.filter_map(|point| point.checked_sub(cut.first)).collect();
-        dataset.targets = targets;
     }
     let mut students = vec![student];
     while (students.len() as u64) < plan.workers {
@@ -243,11 +267,17 @@ pub fn finetune_with_teacher(
     let live = course.as_ref().map(|course| Live { course, numbers, cancel });
     let dense = live.as_ref().map(|live| live as &dyn DenseStream);
     let threads = plan.threads as usize;
+    let streamed = match streams {
+        true => Some(prefix.streamed(side, course.as_ref(), (&own, sizes.hidden_size), cancel)?),
+        false => None,
+    };
+    let streamed = streamed.as_ref().map(|streamed| streamed as &dyn Loads);
     let run = Run {
         settings,
         device,
         batch_tokens,
         threads,
+        streamed,
         dense,
         first: cut.first,
         inputs: &inputs,
@@ -266,6 +296,10 @@ pub fn finetune_with_teacher(
     let chosen = settings.clone().with(|s| s.optimizer.learning_rate = LearningRate::One(rate));
     let run = Run { settings: &chosen, ..run };
     let summary = train(run, &targets, &mut students, &mut dataset, done, observer)?;
+    if streams {
+        let window = own.join(WINDOW_FOLDER);
+        std::fs::remove_dir_all(&window).map_err(|e| Error::io("remove", &window, e))?;
+    }
     let tensors = students[0].changed(&cut, settings.lora().map_or(1.0, Lora::scale))?;
     let decoder = replaced(&decoder, tensors)?;
     let report = report(request, rate, inputs, &dataset, left_out, &summary)?;
@@ -303,7 +337,7 @@ impl Opened {
             cut.adapt(lora, written)?;
         }
         let (suffix, first) = (cut.suffix()?, cut.first);
-        let sizes = Sizes::of(&cut, &suffix);
+        let sizes = Sizes::of(&cut, &suffix, heads_of(request));
         let dense = teacher.map(Dense::open).transpose()?;
         let points = dense.as_ref().zip(teacher);
         let points = points.map(|(dense, teacher)| dense.points(teacher, request.layers, first, settings));
@@ -321,13 +355,12 @@ struct Parts<'a> {
     first: usize,
 }
 
-fn resolve(request: &Request<'_>, parts: &Parts<'_>, data: PlannedData) -> Result<RunPlan> {
-    let heads = request.bundle.config().and_then(|config| config.num_attention_heads).unwrap_or(0);
+fn resolve(request: &Request<'_>, parts: &Parts<'_>, data: PlannedData, streamed: Option<bool>) -> Result<RunPlan> {
+    let cache_bytes = (free_disk_bytes(&request.own_work())? / 5).min(MOST_CACHE_BYTES);
     RunPlan::resolve(&Facts {
         device: request.device.to_string(),
         on_gpu: request.device != Device::Cpu,
         cores: thread_count() as u64,
-        heads: heads as u64,
         settings: request.settings,
         layers: request.layers,
         layer_count: parts.layer_count,
@@ -338,8 +371,18 @@ fn resolve(request: &Request<'_>, parts: &Parts<'_>, data: PlannedData) -> Resul
         teacher_bytes: parts.teacher_bytes,
         data,
         limits: request.limits,
+        cache_bytes,
+        streamed,
     })
 }
+
+/// Attention heads, as the configuration says; 0 where it does not.
+fn heads_of(request: &Request<'_>) -> u64 {
+    request.bundle.config().and_then(|config| config.num_attention_heads).unwrap_or(0) as u64
+}
+
+/// Most bytes of rows on disk where the user set no limit.
+const MOST_CACHE_BYTES: u64 = 32_000_000_000;
 
 /// Samples that a plan looks at before the data has been read.
 const ESTIMATED_FROM: usize = 64;
@@ -375,7 +418,7 @@ pub fn plan_run(request: &Request<'_>, teacher: Option<&Teacher<'_>>) -> Result<
         layer_count: opened.cut.analysis.map.layers.len(),
         first: opened.cut.first,
     };
-    resolve(request, &parts, estimated(request.data)?)
+    resolve(request, &parts, estimated(request.data)?, None)
 }
 
 /// The dense model for fits, by places in the data set.
@@ -413,35 +456,77 @@ fn begin(run: &Run<'_>, targets: &[FitTarget], students: &mut [Student], dataset
     Ok(totals)
 }
 
-/// The stream before the first trained layer: from disk, from the dense model where that has it and is to be run anyway, or
-/// from a run of the layers before.
-fn frozen_part(
-    request: &Request<'_>,
-    cut: &Cut,
-    store: &Store,
-    course: Option<&Course<'_>>,
-    cancel: &Cancel,
-) -> Result<(TrainingSet, LeftOut)> {
-    if let Some(found) = store.open()? {
-        return Ok(found);
+/// The layers before the first trained one.
+struct FrozenLayers<'a> {
+    request: &'a Request<'a>,
+    /// The graph up to there. With nothing frozen before the first trained layer, one layer, which says how the graph is fed.
+    prefix: Model,
+    embeds_only: bool,
+}
+
+impl<'a> FrozenLayers<'a> {
+    fn new(request: &'a Request<'a>, cut: &Cut) -> Result<Self> {
+        let embeds_only = cut.begins_at_input();
+        let prefix = extract(&cut.analysis.model, &[], &[cut.streams[usize::from(embeds_only)]])?;
+        Ok(FrozenLayers { request, prefix, embeds_only })
     }
-    // With nothing frozen before the first trained layer, a prefix of one layer only says how the graph is fed.
-    let embeds_only = cut.begins_at_input();
-    let prefix = extract(&cut.analysis.model, &[], &[cut.streams[usize::from(embeds_only)]])?;
-    if let Some(course) = course.filter(|course| !course.kept())
-        && let Some(frozen) = course.frozen(request.bundle, (!embeds_only).then_some(&prefix))?
-        && let Some(filled) = course.fill(Some((frozen, store)), cancel)?
-    {
-        return Ok(filled);
-    }
-    let frozen = || {
+
+    fn session(&self) -> Result<VlmSession> {
+        let request = self.request;
         let runtime = Runtime::new(request.device)?;
         let options = SessionOptions::default();
         let head_dim = request.bundle.config().and_then(|config| config.head_size());
-        let decoder = Decoder::prefill_only(runtime.session_of(&prefix, &options)?, head_dim)?;
+        let decoder = Decoder::prefill_only(runtime.session_of(&self.prefix, &options)?, head_dim)?;
         VlmSession::with_decoder(&runtime, request.bundle, decoder, &options, request.features)
-    };
-    store.fill(request.data, frozen, embeds_only, request.settings.data.max_tokens as usize, cancel)
+    }
+
+    /// Their output as a value of the dense model, where that has it too.
+    fn in_dense(&self, course: &Course<'_>) -> Result<Option<Frozen>> {
+        course.frozen(self.request.bundle, (!self.embeds_only).then_some(&self.prefix))
+    }
+
+    /// Their output for all samples, on disk: from the dense model where that has it and is to be run anyway, or from a run.
+    fn fill(&self, store: &Store, course: Option<&Course<'_>>, cancel: &Cancel) -> Result<(TrainingSet, LeftOut)> {
+        let data = self.request.data;
+        if let Some(course) = course.filter(|course| !course.kept())
+            && let Some(frozen) = self.in_dense(course)?
+        {
+            let mut running = course.running(Some(frozen));
+            let frozen = Some((frozen, store));
+            if let Some(filled) = course.fill(data, course.files(), frozen, &mut running, "dense model", cancel)? {
+                return Ok(filled);
+            }
+        }
+        let max_tokens = self.request.settings.data.max_tokens as usize;
+        let mut prefix = Slot::new(|| self.session());
+        store.fill(data, "frozen part", &mut prefix, self.embeds_only, max_tokens, cancel)
+    }
+
+    /// Their output and the dense model's targets, computed when steps need them.
+    fn streamed<'s>(
+        &'s self,
+        side: SideInputs,
+        course: Option<&'s Course<'s>>,
+        (work, width): (&Path, u64),
+        cancel: &'s Cancel,
+    ) -> Result<Streamed<'s>> {
+        let course = course.filter(|course| !course.files().is_empty());
+        let frozen = course.map(|course| self.in_dense(course)).transpose()?.flatten();
+        let points = course.map_or(0, |course| course.student_points().len() as u64);
+        let bytes_per_token = width * (4 + 2 * points) + 4 * side.widths.total() as u64;
+        Ok(Streamed::new(StreamedParts {
+            source: self.request.data,
+            side,
+            prefix: Slot::new(|| self.session()),
+            embeds_only: self.embeds_only,
+            course,
+            frozen,
+            max_tokens: self.request.settings.data.max_tokens as usize,
+            work: work.to_path_buf(),
+            cancel,
+            bytes_per_token,
+        }))
+    }
 }
 
 fn torch_device(device: Device) -> Result<TorchDevice> {

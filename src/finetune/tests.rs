@@ -436,6 +436,45 @@ fn one_diverging_rate_of_several_is_passed_over_and_all_are_an_error() {
     assert!(message.contains("take a lower learning rate"), "{message}");
 }
 
+/// Rows that have no room on disk are computed when steps need them, and the weights are the same to the bit.
+#[test]
+fn rows_that_are_computed_each_time_give_the_same_weights() {
+    let plain = settings().with(|s| {
+        (s.batch.size, s.batch.accumulation_steps, s.schedule.epochs, s.schedule.max_steps) = (2, 1, 2, None);
+    });
+    let losses = [(LossKind::Ce, 1.0), (LossKind::Kd, 1.0), (LossKind::Anchor, 0.5)];
+    let taught = plain.clone().with(|s| {
+        s.fit.enabled = true;
+        s.stages = Stage::only(losses);
+    });
+    let searched = taught.clone().with(|s| s.optimizer.learning_rate = LearningRate::Several(vec![1e-3, 2e-3]));
+    let adapted = plain.clone().with(|s| (s.lora.rank, s.lora.layers) = (2, LoraLayers::All));
+    for (settings, layers) in [(plain, [3, 4]), (taught, [2, 4]), (searched, [2, 4]), (adapted, [2, 4])] {
+        let of = |cache| {
+            let work = tempfile::tempdir().unwrap();
+            let outcome = run_with(&settings, &layers, work.path(), Limits { cache, ..Limits::default() });
+            let files = std::fs::read_dir(work.path()).unwrap().map(|entry| entry.unwrap().file_name());
+            let files: Vec<String> = files.map(|name| name.to_string_lossy().into_owned()).collect();
+            let rows = files.iter().filter(|name| [".f32", ".bf16"].iter().any(|end| name.ends_with(end))).count();
+            assert!(!files.contains(&"window".to_string()), "{files:?}");
+            (outcome, rows)
+        };
+        let ((kept, files), (streamed, none)) = (of(None), of(Some(0)));
+        assert!(files > 0 && none == 0, "{files} files, {none} without room");
+        assert_eq!(
+            (kept.report.samples, kept.report.sample_ids),
+            (streamed.report.samples, streamed.report.sample_ids)
+        );
+        assert_eq!(kept.report.trials, streamed.report.trials);
+        assert!(weights(&kept.decoder) == weights(&streamed.decoder), "{settings:?}");
+    }
+    let layered = settings().with(|s| s.stages = Stage::only([(LossKind::Anchor, 1.0)]));
+    let work = tempfile::tempdir().unwrap();
+    let limits = Limits { cache: Some(0), ..Limits::default() };
+    let refused = run_within(&layered, &[2, 4], work.path(), false, None, limits).outcome.err().unwrap().to_string();
+    assert!(refused.contains("on disk, and the limit is 0") && refused.contains("--cache-bytes"), "{refused}");
+}
+
 #[test]
 fn a_rate_is_found_by_short_trials_on_samples_that_they_do_not_train_on() {
     let settings = settings().with(|s| {

@@ -16,7 +16,7 @@ use crate::ir::{Model, ValueId};
 pub use adapters::Adapted;
 pub use inputs::{SideInputs, SideWidths, inputs_of, side_inputs, token_inputs};
 pub use projection::{FitTarget, Projection, products_of};
-pub use suffix::Suffix;
+pub use suffix::{Suffix, nodes_between};
 pub use weights::{replaced, trained_weights};
 
 /// The graph with everything that the cut needs to know.

@@ -9,6 +9,7 @@ use crate::finetune::loss::{LOSSES, Teacher};
 use crate::finetune::optim::state_bytes;
 use crate::finetune::settings::{Precision, Settings};
 
+use super::WINDOW_BYTES;
 use super::limits::Limits;
 use super::part::{Part, TrialPlan};
 use super::planned::{
@@ -26,6 +27,8 @@ const MOST_GRADIENT_BYTES: u64 = 256 << 20;
 const CPU_BATCH_TOKENS: u64 = 512;
 /// What a process takes with nothing loaded: code, the graph, buffers of files.
 const PROCESS_BYTES: u64 = 250 << 20;
+/// Rows of fewer bytes are kept even where a run reads them once: the next run reads them again.
+const SMALL_CACHE_BYTES: u64 = 64 << 20;
 /// f32 copies of the logits that cross-entropy and its backward pass hold.
 const LOGIT_COPIES: u64 = 4;
 
@@ -65,6 +68,12 @@ pub struct RunPlan {
     pub threads: u64,
     /// Most tokens of one forward pass, padding included, longer samples aside.
     pub batch_tokens: u64,
+    /// Rows of the frozen layers and of the dense model are computed when steps need them, and kept no longer.
+    #[serde(default)]
+    pub streamed: bool,
+    /// Bytes of rows that may be kept on disk.
+    #[serde(default)]
+    pub cache_limit_bytes: u64,
     /// Every layer is computed again in the backward pass.
     pub gradient_checkpointing: bool,
     /// Frozen weights stay as they are in the file, and each product widens its own.
@@ -89,8 +98,6 @@ pub struct Facts<'a> {
     pub on_gpu: bool,
     /// Cores of the processor.
     pub cores: u64,
-    /// Attention heads, for the scores that attention keeps.
-    pub heads: u64,
     /// Settings of the run.
     pub settings: &'a Settings,
     /// Layers to train, as the pruned model counts them.
@@ -111,6 +118,10 @@ pub struct Facts<'a> {
     pub data: PlannedData,
     /// Limits that the user set.
     pub limits: Limits,
+    /// Bytes for rows on disk where the user set no limit.
+    pub cache_bytes: u64,
+    /// Whether rows are computed when they are needed, where that is decided.
+    pub streamed: Option<bool>,
 }
 
 impl RunPlan {
@@ -148,10 +159,12 @@ impl RunPlan {
             search: facts.search(),
             stages: facts.stages(),
             data: data.clone(),
-            targets: facts.targets(),
+            targets: facts.targets(!facts.streamed()),
             workers: if one { 1 } else { limits.workers.unwrap_or(facts.cores) },
             threads: if one { facts.cores } else { 1 },
             batch_tokens: asked.max(longest),
+            streamed: facts.streamed(),
+            cache_limit_bytes: limits.cache.unwrap_or(facts.cache_bytes),
             gradient_checkpointing: settings.batch.gradient_checkpointing.unwrap_or(stored),
             frozen_as_stored: stored,
             bytes: Vec::new(),
@@ -188,8 +201,18 @@ impl RunPlan {
         }
     }
 
-    /// Errors: `Error::Invalid` when the plan is above the limit that the user set.
+    /// Errors: `Error::Invalid` when the plan is above the limit that the user set, or needs more rows on disk than it may.
     pub fn check(&self) -> Result<()> {
+        let rows: u64 = self.targets.iter().filter(|target| target.written).map(|target| target.bytes).sum();
+        if self.order == Order::LayerByLayer && rows > self.cache_limit_bytes {
+            let problem = format!(
+                "heals one layer after the other, which keeps {} on disk, and the limit is {}",
+                human_bytes(rows),
+                human_bytes(self.cache_limit_bytes)
+            );
+            return Err(Error::invalid("this run", problem)
+                .remedy("allow more with `--cache-bytes`, draw fewer samples, or take the recipe `best`"));
+        }
         match (self.fits, self.memory_limit_bytes) {
             (Some(false), Some(limit)) => {
                 let largest =
@@ -260,6 +283,31 @@ impl Facts<'_> {
         Some(PlannedFit { layers, products: products.len() as u64, widest, tokens: most.min(self.data.tokens) })
     }
 
+    /// True where the rows are computed when steps need them: where they are read once, and where they have no room.
+    fn streamed(&self) -> bool {
+        if let Some(decided) = self.streamed {
+            return decided;
+        }
+        // Each layer's output for all samples is the next one's input.
+        if self.settings.layer_by_layer() {
+            return false;
+        }
+        let bytes: u64 = self.targets(true).iter().filter(|target| target.written).map(|target| target.bytes).sum();
+        let room = self.limits.cache.unwrap_or(self.cache_bytes);
+        bytes > room || bytes > SMALL_CACHE_BYTES && !self.reads_again()
+    }
+
+    /// True where a run reads the rows of a sample more than once.
+    fn reads_again(&self) -> bool {
+        let settings = self.settings;
+        let pass = super::order::steps_per_epoch(settings, self.data.samples as usize);
+        let passes = match settings.schedule.max_steps {
+            Some(steps) => steps > pass,
+            None => settings.schedule.epochs > 1,
+        };
+        passes || settings.optimizer.learning_rate.is_searched()
+    }
+
     fn search(&self) -> Option<PlannedSearch> {
         let settings = self.settings;
         let learning_rate = &settings.optimizer.learning_rate;
@@ -293,7 +341,8 @@ impl Facts<'_> {
         stages.collect()
     }
 
-    fn targets(&self) -> Vec<PlannedTarget> {
+    /// What the frozen layers and the dense model give; `keeps` where it is written for all samples.
+    fn targets(&self, keeps: bool) -> Vec<PlannedTarget> {
         let width = self.sizes.hidden_size;
         let PlannedData { tokens, answer_tokens, .. } = self.data;
         let first = self.first;
@@ -302,7 +351,7 @@ impl Facts<'_> {
             read_by: vec!["steps".to_string()],
             tokens,
             bytes: 4 * tokens * width,
-            written: true,
+            written: keeps,
         }];
         let by_terms = |wanted: Teacher| -> Vec<String> {
             let asked = LOSSES.iter().filter(|row| self.settings.weight(row.kind) > 0.0 && row.teacher == wanted);
@@ -317,13 +366,13 @@ impl Facts<'_> {
             }
             let tokens = if kept { tokens } else { self.fit().map_or(0, |fit| fit.tokens) };
             let (what, bytes) = (format!("dense stream before layer {}", point.dense), 2 * tokens * width);
-            targets.push(PlannedTarget { what, read_by, tokens, bytes, written: kept });
+            targets.push(PlannedTarget { what, read_by, tokens, bytes, written: kept && keeps });
         }
         let read_by = by_terms(Teacher::Logits);
         if !read_by.is_empty() {
             let bytes = 8 * u64::from(self.settings.kd.top_k) * answer_tokens;
             let what = "dense model's answers".to_string();
-            targets.push(PlannedTarget { what, read_by, tokens: answer_tokens, bytes, written: true });
+            targets.push(PlannedTarget { what, read_by, tokens: answer_tokens, bytes, written: keeps });
         }
         targets
     }
@@ -356,6 +405,12 @@ fn items(plan: &RunPlan, facts: &Facts<'_>) -> Vec<PlannedBytes> {
             bytes,
             "frozen layers before, or the dense model".into(),
         );
+        if plan.streamed {
+            // The models stay loaded while steps are made.
+            let dense = if plan.targets.len() > 1 { facts.teacher_bytes } else { 0 };
+            let formula = "rows are computed between steps".to_string();
+            add(Phase::Steps, Place::Memory, "ONNX Runtime's weights", sizes.prefix_bytes.max(dense), formula);
+        }
     }
     for phase in [Phase::Fit, Phase::Steps] {
         if phase == Phase::Fit && plan.fit.is_none() || phase == Phase::Steps && plan.stages.is_empty() {
@@ -417,6 +472,9 @@ fn items(plan: &RunPlan, facts: &Facts<'_>) -> Vec<PlannedBytes> {
             format!("weights and state; {tokens} tokens a pass do not count"),
         );
     }
+    if plan.streamed {
+        add(Phase::Steps, Place::Disk, "rows at hand", WINDOW_BYTES, "computed together, longer steps aside".into());
+    }
     for target in plan.targets.iter().filter(|target| target.written) {
         add(Phase::Teacher, Place::Disk, &target.what, target.bytes, format!("{} tokens", target.tokens));
     }
@@ -428,14 +486,17 @@ fn activations(plan: &RunPlan, facts: &Facts<'_>) -> (u64, String) {
     let sizes = facts.sizes;
     let tokens = plan.batch_tokens;
     let width: u64 = if plan.precision == Precision::Bf16 && facts.on_gpu { 2 } else { 4 };
-    let scores = 2 * facts.heads * plan.data.longest_tokens.min(tokens);
-    let layers = sizes.layer_activations.iter().map(|own| own + scores);
+    let keys = plan.data.longest_tokens.min(tokens);
+    let layers = sizes.layer_activations.iter().map(|layer| layer.kept.at(keys));
     let (sum, most) = (layers.clone().sum::<u64>(), layers.max().unwrap_or(0));
-    let kept = match (plan.order, plan.gradient_checkpointing) {
-        (Order::LayerByLayer, _) => most,
-        (_, true) => most + (plan.layers_run + 2) * sizes.hidden_size,
-        (_, false) => sum,
-    };
+    // The backward pass holds the gradients of a value and of what it was made from.
+    let widest = 2 * sizes.layer_activations.iter().map(|layer| layer.widest.at(keys)).max().unwrap_or(0);
+    let kept = widest
+        + match (plan.order, plan.gradient_checkpointing) {
+            (Order::LayerByLayer, _) => most,
+            (_, true) => most + (plan.layers_run + 2) * sizes.hidden_size,
+            (_, false) => sum,
+        };
     let answers = (tokens * plan.data.answer_tokens).checked_div(plan.data.tokens.max(1)).unwrap_or(tokens);
     let looks = facts.settings.looks_at_answers();
     let logits = if looks { 4 * LOGIT_COPIES * answers * sizes.vocabulary } else { 0 };
@@ -450,7 +511,12 @@ mod tests {
 
     use super::*;
     use crate::finetune::loss::LossKind;
+    use crate::finetune::plan::activations::{Kept, Width};
     use crate::finetune::settings::Stage;
+
+    fn layer_kept(kept: u64, widest: u64) -> Kept {
+        Kept { kept: Width { own: kept, per_key: 0 }, widest: Width { own: widest, per_key: 0 } }
+    }
 
     /// Qwen3-VL-8B with 27 of 36 layers in bf16: width 4096, MLP 12288, 8 heads of 128 for keys and values.
     fn eight_billion(lora: bool) -> Sizes {
@@ -480,7 +546,7 @@ mod tests {
             head_widened_bytes: 4 * head,
             trained: if lora { adapters(27) } else { (0..9).flat_map(|_| matrices.clone()).collect() },
             written: if lora { written } else { 0 },
-            layer_activations: vec![sides * 5 / 4; 27],
+            layer_activations: vec![layer_kept(sides * 5 / 4, mlp); 27],
             hidden_size: width,
             vocabulary,
             ..Sizes::default()
@@ -500,7 +566,6 @@ mod tests {
             device: "cuda:0".to_string(),
             on_gpu: true,
             cores: 16,
-            heads: 32,
             settings,
             layers: &layers,
             layer_count: 27,
@@ -511,6 +576,8 @@ mod tests {
             teacher_bytes: 0,
             data,
             limits: Limits { memory, ..Limits::default() },
+            cache_bytes: 32_000_000_000,
+            streamed: None,
         };
         RunPlan::resolve(&facts).unwrap()
     }

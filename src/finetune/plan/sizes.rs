@@ -2,8 +2,11 @@
 
 use std::collections::HashSet;
 
-use crate::finetune::cut::{Cut, Suffix};
+use crate::finetune::cut::{Cut, Suffix, nodes_between};
 use crate::ir::{DataType, Graph, Tensor, ValueId};
+use crate::rewrite::fuse_kernels;
+
+use super::activations::{Kept, of_layer};
 
 /// Bytes and widths of what a run holds.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -22,19 +25,17 @@ pub struct Sizes {
     pub trained: Vec<Vec<u64>>,
     /// Elements of weights that a fit writes and no step moves.
     pub written: u64,
-    /// Numbers that one layer keeps of each token for its backward pass, by layer from the first trained one on.
-    pub layer_activations: Vec<u64>,
+    /// What each layer keeps of a token for its backward pass, from the first trained layer on.
+    pub layer_activations: Vec<Kept>,
     pub hidden_size: u64,
     pub vocabulary: u64,
 }
 
-/// The part of a layer's kept numbers that its products' operands and results are: gates, norms and rotations add to them.
-/// An estimate for decoders of the Llama shape, not measured.
-const ACTIVATIONS_PER_PRODUCT_WIDTH: f64 = 1.25;
-
 impl Sizes {
     /// Of a decoder that is cut like this.
-    pub fn of(cut: &Cut, suffix: &Suffix) -> Self {
+    ///
+    /// `heads` are the attention heads, as the model's configuration says.
+    pub fn of(cut: &Cut, suffix: &Suffix, heads: u64) -> Self {
         let graph = &cut.analysis.model.graph;
         let trained: HashSet<ValueId> = cut.trained.iter().chain(&cut.written).copied().collect();
         let map = &cut.analysis.map;
@@ -63,14 +64,18 @@ impl Sizes {
         for layer in &map.layers[cut.first..] {
             sizes.layer_widened_bytes = sizes.layer_widened_bytes.max(copies(&mut layer.weights.iter().copied()));
             in_layers.extend(layer.weights.iter().copied());
-            let sides = layer.weights.iter().filter_map(|&id| graph.body.initializer(id)).map(product_sides);
-            let sides: u64 = sides.sum();
-            sizes.layer_activations.push((sides as f64 * ACTIVATIONS_PER_PRODUCT_WIDTH) as u64);
         }
         let head = graph.body.initializers.iter().map(|(id, _)| *id).filter(|id| !in_layers.contains(id));
         sizes.head_widened_bytes = copies(&mut head.into_iter());
         let width = suffix.streams.iter().map(|&stream| last_axis(graph, stream)).max().unwrap_or(0);
         sizes.hidden_size = if width > 0 { width } else { narrowest_side(graph, &cut.trained) };
+        let with_gradients: HashSet<ValueId> = cut.trained.iter().copied().collect();
+        let compiled = fuse_kernels(&cut.analysis.model).0.graph;
+        for ends in suffix.streams.windows(2) {
+            let piece = nodes_between(&compiled, ends[0], ends[1]);
+            let stream = (ends[0], sizes.hidden_size);
+            sizes.layer_activations.push(of_layer(&compiled, &piece, stream, &with_gradients, heads));
+        }
         sizes
     }
 
@@ -93,16 +98,6 @@ fn widened(tensor: &Tensor) -> u64 {
     }
     let packed = tensor.dtype == DataType::Uint8 && tensor.dims.len() == 3;
     tensor.element_count() * if packed { 8 } else { 4 }
-}
-
-/// Both sides of a matrix, which are the widths of what its product reads and gives.
-fn product_sides(tensor: &Tensor) -> u64 {
-    match tensor.dims.as_slice() {
-        [rows, columns] if *rows > 1 && *columns > 1 => rows + columns,
-        // `[N, blocks, block bytes]` of 4-bit weights.
-        [rows, blocks, bytes] if tensor.dtype == DataType::Uint8 => rows + 2 * blocks * bytes,
-        _ => 0,
-    }
 }
 
 /// The shorter side that most trained matrices have: the width of the stream, where the graph does not say it.

@@ -227,14 +227,16 @@ fn answers(
     run: &Run<'_>,
 ) -> Result<f64> {
     let settings = settings.clone().with(|settings| settings.stages = Stage::only([(LossKind::Ce, 1.0)]));
-    dataset.want(0..0);
+    dataset.want(Some(0..0));
     let (mut sum, mut count) = (0.0, 0.0);
     for step in steps {
-        let tokens: usize = step.iter().flatten().map(|&sample| dataset.examples[sample].targets.len()).sum();
+        let tokens: usize = step.iter().flatten().map(|&sample| dataset.examples[sample].answers).sum();
+        run.load(dataset, &step.concat())?;
         let sums = workers::run(students, dataset, &settings, step, run)?;
         sum += sums.losses.get(&LossKind::Ce).copied().unwrap_or(0.0) * tokens as f64;
         count += tokens as f64;
     }
+    dataset.want(None);
     Ok(sum / count.max(1.0))
 }
 

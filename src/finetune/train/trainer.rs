@@ -29,7 +29,7 @@ pub struct Trainer<'a> {
     /// What is trained: the weights of the first.
     parameters: Vec<Parameter>,
     average: Option<Average>,
-    dataset: &'a TrainingSet,
+    dataset: &'a mut TrainingSet,
 }
 
 /// How a run went.
@@ -47,7 +47,7 @@ impl<'a> Trainer<'a> {
     /// `students` are the same network, at least once, all over the weights of the first.
     ///
     /// Errors: `Error::Invalid` when a weight cannot be trained or there is no network.
-    pub fn new(run: Run<'a>, part: Part, students: &'a mut [Student], dataset: &'a TrainingSet) -> Result<Self> {
+    pub fn new(run: Run<'a>, part: Part, students: &'a mut [Student], dataset: &'a mut TrainingSet) -> Result<Self> {
         let first = students.first().ok_or_else(|| Error::invalid("finetune", "has no network to train"))?;
         let weights: Vec<torch::Parameter> = first.weights_now().map(torch::Parameter::shared).collect();
         let parameters = weights.iter().map(|weight| {
@@ -92,6 +92,9 @@ impl<'a> Trainer<'a> {
             let began = Instant::now();
             let learning_rate = settings.peak_rate() * settings.schedule.kind.factor(done, warmup, total);
             let Some((_, stage)) = stages.iter().find(|(end, _)| done < *end) else { break };
+            if let Some((_, steps)) = &steps_of {
+                load(&self.run, self.dataset, &steps[position..], total - done)?;
+            }
             let mut result = self.step(done, step, stage, &optimizer, learning_rate)?;
             if let Some(average) = &mut self.average {
                 average.add(done + 1)?;
@@ -180,7 +183,7 @@ impl<'a> Trainer<'a> {
         let number = self.part.before + done + 1;
         let samples = || step.iter().flatten().map(|&sample| &self.dataset.examples[sample]);
         let (answer_tokens, tokens) = (
-            samples().map(|example| example.targets.len() as u64).sum(),
+            samples().map(|example| example.answers as u64).sum(),
             samples().map(|example| example.length as u64).sum(),
         );
         let Sums { losses, mut gradients } = workers::run(self.students, self.dataset, settings, step, &self.run)?;
@@ -226,6 +229,32 @@ impl<'a> Trainer<'a> {
         Error::not_finite(format!("finetune step {number}"), format!("{what}; samples {}", list_preview(&ids, 64)))
             .remedy("look at these samples, or take a lower learning rate; the last checkpoint is kept")
     }
+}
+
+/// Makes the rows of the first of `steps` available and, where they are computed when they are needed, those of as many of
+/// the `left` steps as are computed together; of several processes, those of this one's part.
+fn load(run: &Run<'_>, dataset: &mut TrainingSet, steps: &[Step], left: u64) -> Result<()> {
+    let Some(streamed) = run.streamed else { return Ok(()) };
+    let own = |step: &Step| match run.ranks {
+        Some(ranks) => {
+            workers::part_of(step.concat(), |sample| dataset.examples[sample].length, ranks.rank(), ranks.size())
+        }
+        None => step.concat(),
+    };
+    let Some(first) = steps.first().map(own) else { return Ok(()) };
+    if dataset.holds(&first) {
+        return Ok(());
+    }
+    let (mut samples, mut tokens) = (Vec::new(), 0);
+    for step in steps.iter().take(left as usize) {
+        let own = own(step);
+        tokens += own.iter().map(|&sample| dataset.examples[sample].length).sum::<usize>();
+        if !samples.is_empty() && tokens > streamed.tokens() {
+            break;
+        }
+        samples.extend(own);
+    }
+    streamed.load(dataset, &samples)
 }
 
 /// The weights of every trained layer as a checkpoint names them; the tensors themselves, not copies.

@@ -42,7 +42,7 @@ pub fn run(
     let device = run.device;
     let samples = || step.iter().flatten().map(|&sample| &dataset.examples[sample]);
     let counts = Counts {
-        answer_tokens: samples().map(|example| example.targets.len() as u64).sum(),
+        answer_tokens: samples().map(|example| example.answers as u64).sum(),
         tokens: samples().map(|example| example.length as u64).sum(),
     };
     let own = match run.ranks {
@@ -64,7 +64,7 @@ pub fn run(
 }
 
 /// The samples of a step that one of several processes computes: about as many tokens as the others have.
-fn part_of(mut samples: Vec<usize>, length: impl Fn(usize) -> usize, rank: usize, size: usize) -> Vec<usize> {
+pub fn part_of(mut samples: Vec<usize>, length: impl Fn(usize) -> usize, rank: usize, size: usize) -> Vec<usize> {
     samples.sort_by_key(|&sample| std::cmp::Reverse(length(sample)));
     let mut tokens = vec![0; size];
     let mut own = Vec::new();

@@ -58,7 +58,8 @@ pub struct Finetune<'a> {
 #[derive(Serialize)]
 struct Recorded<'a> {
     subset: Subset,
-    data: &'a DataOptions,
+    /// How the data was read; `data` are the settings of that name.
+    reading: &'a DataOptions,
     #[serde(flatten)]
     settings: &'a Settings,
 }
@@ -157,7 +158,7 @@ pub fn finetune(
         return Ok(outcome.report);
     };
     writer.save(&component, &outcome.decoder)?;
-    let recorded = Recorded { subset: request.subset, data: request.options, settings: request.settings };
+    let recorded = Recorded { subset: request.subset, reading: request.options, settings: request.settings };
     let recorded = serde_json::to_value(recorded).map_err(|e| Error::invalid("finetune settings", e.to_string()))?;
     writer.push_step(RecordedStep::Finetune {
         layers: request.plan.finetune_pruned.clone(),
