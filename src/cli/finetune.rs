@@ -11,14 +11,14 @@ use crate::bundle::Bundle;
 use crate::data::{Amount, Subset};
 use crate::finetune::{
     DEFAULT_RECIPE, LearningRate, Limits, LoraLayers, PlannedBytes, Precision, RECIPES, RecipeRow, Report, RunPlan,
-    Settings, refuse_moved,
+    Settings, WriteTrained, refuse_moved,
 };
 use crate::method::Plan;
 use crate::pipeline::steps::{self, Finetune, default_work_folder};
 use crate::runtime::FeatureCache;
 use crate::torch::{Ranks, cpu_lacks_bf16};
 
-use super::args::{amount, fraction, positive};
+use super::args::{amount, amount_or_none, fraction, positive};
 use super::data_args::{DataArgs, warn_left_out};
 use super::{Context, Outcome, output};
 
@@ -83,6 +83,10 @@ pub struct Args {
     /// [default: trained]
     #[arg(long, value_enum)]
     lora_layers: Option<LoraLayersArg>,
+    /// Write the weights of 4-bit layers, after their adapters are added, quantised with the layer's own bits, blocks and
+    /// zero points, or as float products [default: requantized]
+    #[arg(long, value_enum)]
+    write_trained: Option<WriteTrainedArg>,
     /// Compute every layer again in the backward pass: less memory, more time [default: where the plan needs it]
     #[arg(long)]
     gradient_checkpointing: bool,
@@ -96,8 +100,8 @@ pub struct Args {
     batch_tokens: Option<u64>,
     /// Keep at most this many bytes of the frozen layers' output and the dense model's targets on disk, as in 8GB; where
     /// they have no room, or are read only once, they are computed each time that they are needed [default: a fifth of
-    /// the free disk, at most 32 GB]
-    #[arg(long, value_name = "BYTES", value_parser = amount)]
+    /// the free disk, at most 32 GB; 0 keeps none]
+    #[arg(long, value_name = "BYTES", value_parser = amount_or_none)]
     cache_bytes: Option<u64>,
     /// Print what the run trains, in which order, and the memory and disk that it takes; then stop
     #[arg(long)]
@@ -128,6 +132,12 @@ fn recipes_help() -> String {
 enum LoraLayersArg {
     Trained,
     All,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum WriteTrainedArg {
+    Requantized,
+    Float,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -293,6 +303,11 @@ fn settings(args: &Args) -> anyhow::Result<Settings> {
         Some(LoraLayersArg::Trained) => LoraLayers::Trained,
         Some(LoraLayersArg::All) => LoraLayers::All,
         None => settings.lora.layers,
+    };
+    settings.lora.write = match args.write_trained {
+        Some(WriteTrainedArg::Requantized) => WriteTrained::Requantized,
+        Some(WriteTrainedArg::Float) => WriteTrained::Float,
+        None => settings.lora.write,
     };
     if args.gradient_checkpointing {
         settings.batch.gradient_checkpointing = Some(true);

@@ -1,5 +1,7 @@
 //! Whole runs on the shipped model.
 
+#[path = "packed_tests.rs"]
+mod packed;
 #[path = "teacher_tests.rs"]
 mod teacher;
 

@@ -399,6 +399,44 @@ impl TrainingSet {
     }
 }
 
+impl Batch {
+    /// The batch in pinned memory, which a GPU copies from without waiting.
+    ///
+    /// Errors: `Error::Engine` where LibTorch has no GPU.
+    pub fn pinned(self, device: Device) -> Result<Batch> {
+        self.moved(|tensor| tensor.f_pin_memory(device))
+    }
+
+    /// The batch on a device; from pinned memory the copy runs beside what the device computes.
+    ///
+    /// Errors: `Error::Engine` where LibTorch has no such device.
+    pub fn to(self, device: Device) -> Result<Batch> {
+        self.moved(|tensor| tensor.f_to_device_(device, tensor.f_kind()?, true, false))
+    }
+
+    fn moved(self, place: impl Fn(&Tensor) -> Result<Tensor, tch::TchError>) -> Result<Batch> {
+        let all = |batch: Batch| -> Result<Batch, tch::TchError> {
+            let streams = batch.streams.iter().map(|(point, stream)| Ok((*point, place(stream)?)));
+            let streams = streams.collect::<Result<_, tch::TchError>>()?;
+            let top_k = match &batch.top_k {
+                Some(TopK { log_probs, tokens }) => Some(TopK { log_probs: place(log_probs)?, tokens: place(tokens)? }),
+                None => None,
+            };
+            Ok(Batch {
+                hidden: place(&batch.hidden)?,
+                step: batch.step,
+                answer_rows: place(&batch.answer_rows)?,
+                targets: place(&batch.targets)?,
+                answer_tokens: batch.answer_tokens,
+                real_rows: place(&batch.real_rows)?,
+                streams,
+                top_k,
+            })
+        };
+        all(self).map_err(torch_error("a batch"))
+    }
+}
+
 /// Rows of bf16 numbers, little-endian, as a matrix.
 ///
 /// Errors: `Error::Engine` when LibTorch cannot make it.
@@ -445,6 +483,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let batch = training_set(folder.path()).batch(&[1, 0], Device::Cpu).unwrap();
         assert_eq!(batch.hidden.size(), [2, 4, 2]);
+        let batch = batch.to(Device::Cpu).unwrap();
         let hidden: Vec<f32> = Vec::try_from(batch.hidden.flatten(0, -1)).unwrap();
         assert_eq!(hidden, [9.0, 10.0, 11.0, 12.0, 0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]);
         let ints = |tensor: &Tensor| Vec::<i64>::try_from(tensor.flatten(0, -1)).unwrap();

@@ -5,20 +5,23 @@
 
 use std::collections::BTreeMap;
 
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
-use crate::base::{Result, thread_count};
+use crate::base::{Result, ahead, thread_count};
 
 use super::context::Run;
 use super::gradient::{self, Counts};
 use super::pool::on_pool;
-use crate::finetune::data::TrainingSet;
+use crate::finetune::data::{Batch, TrainingSet};
 use crate::finetune::error::torch_error;
 use crate::finetune::loss::{LOSSES, LossKind};
 use crate::finetune::optim::{Optimizer, Parameter};
 use crate::finetune::settings::Settings;
 use crate::finetune::student::Student;
 use crate::torch::Ranks;
+
+/// Batches that are made before a GPU asks for them.
+const BATCHES_AHEAD: usize = 2;
 
 /// Sums over a step.
 #[derive(Debug, Default)]
@@ -104,18 +107,33 @@ fn passes(
     counts: Counts,
     device: Device,
 ) -> Result<Sums> {
+    // Loss terms are summed where they are made and read once: each read makes the host wait for a GPU.
+    let mut terms: BTreeMap<LossKind, Tensor> = BTreeMap::new();
     let mut total = Sums::default();
-    for samples in batches {
-        let batch = dataset.batch(samples, device)?;
+    let mut one = |batch: &Batch| -> Result<()> {
         if batch.answer_tokens == 0 {
-            continue;
+            return Ok(());
         }
-        let pass = gradient::pass(student, &batch, settings, counts)?;
-        let mut losses = BTreeMap::new();
+        let pass = gradient::pass(student, batch, settings, counts)?;
         for (kind, term) in pass.terms {
-            losses.insert(kind, term.f_double_value(&[]).map_err(torch_error("the loss"))?);
+            let term = term.f_to_kind(Kind::Double).map_err(torch_error("the loss"))?;
+            let sum = match terms.remove(&kind) {
+                Some(sum) => sum.f_add(&term).map_err(torch_error("the loss"))?,
+                None => term,
+            };
+            terms.insert(kind, sum);
         }
-        total.absorb(Sums { losses, gradients: pass.gradients })?;
+        total.absorb(Sums { losses: BTreeMap::new(), gradients: pass.gradients })
+    };
+    if device == Device::Cpu {
+        batches.iter().try_for_each(|samples| one(&dataset.batch(samples, device)?))?;
+    } else {
+        // The next batch is read, padded and put into pinned memory while the GPU works on this one.
+        let made = || Ok(batches.iter().map(|samples| dataset.batch(samples, Device::Cpu)?.pinned(device)));
+        ahead(BATCHES_AHEAD, made, |mut made| made.try_for_each(|batch| one(&batch?.to(device)?)))?;
+    }
+    for (kind, sum) in terms {
+        total.losses.insert(kind, sum.f_double_value(&[]).map_err(torch_error("the loss"))?);
     }
     Ok(total)
 }
@@ -262,7 +280,6 @@ pub fn optimize(
 mod tests {
     use super::*;
     use crate::finetune::optim::OptimizerKind;
-    use tch::Kind;
 
     #[test]
     fn every_sample_is_in_one_pass_of_one_worker() {
