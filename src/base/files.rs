@@ -11,6 +11,23 @@ use memmap2::Mmap;
 use super::error::{Error, Result};
 use super::staging::{hold, temporary_of};
 
+/// Bytes that a user may still write on the disk of `path`, or of the nearest folder above it that exists.
+///
+/// Errors: `Error::Io`.
+pub fn free_disk_bytes(path: &Path) -> Result<u64> {
+    let absolute = std::path::absolute(path).map_err(|e| Error::io("read", path, e))?;
+    let folder = absolute.ancestors().find(|folder| folder.exists()).unwrap_or(Path::new("/"));
+    let name = std::ffi::CString::new(folder.as_os_str().as_encoded_bytes());
+    let name = name.map_err(|e| Error::io("read", folder, io::Error::other(e)))?;
+    // SAFETY: `name` ends with 0 and lives through the call, and `found` is the structure that the call fills.
+    let found = unsafe {
+        let mut found = std::mem::zeroed::<libc::statvfs>();
+        (libc::statvfs(name.as_ptr(), &raw mut found) == 0).then_some(found)
+    };
+    let found = found.ok_or_else(|| Error::io("read", folder, io::Error::last_os_error()))?;
+    Ok(u64::from(found.f_bavail).saturating_mul(u64::from(found.f_frsize)))
+}
+
 /// A read-only memory map of a whole file.
 pub struct MappedFile {
     path: PathBuf,

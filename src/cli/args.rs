@@ -98,6 +98,11 @@ pub fn amount(text: &str) -> Result<u64, String> {
     }
 }
 
+/// As [`amount`], or 0.
+pub fn amount_or_none(text: &str) -> Result<u64, String> {
+    if text == "0" { Ok(0) } else { amount(text) }
+}
+
 /// A positive integer.
 pub fn positive(text: &str) -> Result<usize, String> {
     match text.parse::<usize>() {

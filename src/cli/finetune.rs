@@ -10,14 +10,15 @@ use crate::base::{Device, human_bytes, human_count, sha256_file};
 use crate::bundle::Bundle;
 use crate::data::{Amount, Subset};
 use crate::finetune::{
-    DEFAULT_RECIPE, LOSSES, Limits, LoraLayers, PlannedBytes, Precision, RECIPES, RecipeRow, Report, RunPlan, Settings,
+    DEFAULT_RECIPE, LOSSES, LearningRate, Limits, LoraLayers, PlannedBytes, Precision, RECIPES, RecipeRow, Report,
+    RunPlan, Settings, WriteTrained, refuse_moved,
 };
 use crate::method::Plan;
 use crate::pipeline::steps::{self, Finetune, Trained, default_work_folder};
 use crate::runtime::FeatureCache;
 use crate::torch::cpu_lacks_bf16;
 
-use super::args::{TrainedLayers, amount, fraction, positive};
+use super::args::{TrainedLayers, amount, amount_or_none, fraction, positive};
 use super::context::{Context, Outcome};
 use super::data_args::{DataArgs, warn_left_out};
 use super::output;
@@ -60,9 +61,10 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     settings: Option<PathBuf>,
     /// Set the peak learning rate, in the optimiser's units; of several, separated by commas, take the one that reaches
-    /// the lowest loss in a trial pass [default: the recipe's]
-    #[arg(long, value_name = "LR", value_delimiter = ',')]
-    learning_rate: Vec<f64>,
+    /// the lowest loss in a trial pass; `auto` tries the optimiser's usual rates in trials of at most 32 steps each and
+    /// takes the one with the lowest loss on samples that were held back [default: the recipe's]
+    #[arg(long, value_name = "LR")]
+    learning_rate: Option<LearningRate>,
     /// Put this number of samples into one forward pass [default: the recipe's]
     #[arg(long, value_name = "N")]
     batch_size: Option<u32>,
@@ -90,6 +92,10 @@ pub struct Args {
     /// Train the weight of the head too, as the authors' released code does where it is not tied to the embeddings
     #[arg(long)]
     train_head: bool,
+    /// Write the weights of 4-bit layers, after their adapters are added, quantised with the layer's own bits, blocks and
+    /// zero points, or as float products [default: requantized]
+    #[arg(long, value_enum)]
+    write_trained: Option<WriteTrainedArg>,
     /// Compute every layer again in the backward pass: less memory, more time [default: where the plan needs it]
     #[arg(long)]
     gradient_checkpointing: bool,
@@ -101,6 +107,11 @@ pub struct Args {
     /// rounding only [default: 512 on a CPU, a batch of the longest samples on a GPU]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     batch_tokens: Option<u64>,
+    /// Keep at most this many bytes of the frozen layers' output and the dense model's targets on disk, as in 8GB; where
+    /// they have no room, or are read only once, they are computed each time that they are needed [default: a fifth of
+    /// the free disk, at most 32 GB; 0 keeps none]
+    #[arg(long, value_name = "BYTES", value_parser = amount_or_none)]
+    cache_bytes: Option<u64>,
     /// Print what the run trains, in which order, and the memory and disk that it takes; then stop
     #[arg(long)]
     dry_run: bool,
@@ -144,6 +155,12 @@ enum LoraLayersArg {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
+enum WriteTrainedArg {
+    Requantized,
+    Float,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
 enum PrecisionArg {
     F32,
     Bf16,
@@ -180,7 +197,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         device,
         work: &args.work.unwrap_or_else(|| default_work_folder(&args.output)),
         resume: args.resume,
-        limits: Limits { memory: args.memory, batch_tokens: args.batch_tokens, workers: None },
+        limits: Limits { memory: args.memory, batch_tokens: args.batch_tokens, cache: args.cache_bytes, workers: None },
         ranks: ranks.as_ref(),
         features: &FeatureCache::new(256 << 20),
         teacher: args.teacher.as_deref(),
@@ -278,38 +295,43 @@ fn dry_run(plan: &RunPlan, context: &Context) -> anyhow::Result<Outcome> {
 }
 
 fn settings(args: &Args) -> anyhow::Result<Settings> {
-    let table: toml::Table = match &args.settings {
+    let table = match &args.settings {
         Some(path) => {
             let text = fs::read_to_string(path).with_context(|| format!("cannot read `{}`", path.display()))?;
-            // Parsed as settings as well, for an error message that shows the line.
-            let _: Settings = toml::from_str(&text)
-                .with_context(|| format!("`{}` is not a file of finetune settings", path.display()))?;
-            toml::from_str(&text)?
+            let wrong = || format!("`{}` is not a file of finetune settings", path.display());
+            let table: toml::Table = toml::from_str(&text).with_context(wrong)?;
+            refuse_moved(&table).with_context(wrong)?;
+            // Read as settings too, for a message that shows the line.
+            let _: Settings = toml::from_str(&text).with_context(wrong)?;
+            Some(table)
         }
-        None => toml::Table::new(),
+        None => None,
     };
     let mut settings = RecipeRow::named(&args.recipe)?.settings_with(table)?;
     let set = |slot: &mut u32, value: Option<u32>| *slot = value.unwrap_or(*slot);
-    set(&mut settings.batch_size, args.batch_size);
-    set(&mut settings.accumulation_steps, args.accumulation_steps);
-    set(&mut settings.epochs, args.epochs);
-    set(&mut settings.lora_rank, args.lora_rank);
-    match args.learning_rate.as_slice() {
-        [] => {}
-        &[rate] => (settings.learning_rate, settings.learning_rates) = (rate, Vec::new()),
-        rates => settings.learning_rates = rates.to_vec(),
+    set(&mut settings.batch.size, args.batch_size);
+    set(&mut settings.batch.accumulation_steps, args.accumulation_steps);
+    set(&mut settings.schedule.epochs, args.epochs);
+    set(&mut settings.lora.rank, args.lora_rank);
+    if let Some(rate) = &args.learning_rate {
+        settings.optimizer.learning_rate = rate.clone();
     }
-    settings.lora_layers = match args.lora_layers {
+    settings.lora.layers = match args.lora_layers {
         Some(LoraLayersArg::Trained) => LoraLayers::Trained,
         Some(LoraLayersArg::All) => LoraLayers::All,
-        None => settings.lora_layers,
+        None => settings.lora.layers,
+    };
+    settings.lora.write = match args.write_trained {
+        Some(WriteTrainedArg::Requantized) => WriteTrained::Requantized,
+        Some(WriteTrainedArg::Float) => WriteTrained::Float,
+        None => settings.lora.write,
     };
     settings.train_head |= args.train_head;
     if args.gradient_checkpointing {
-        settings.gradient_checkpointing = Some(true);
+        settings.batch.gradient_checkpointing = Some(true);
     }
     settings.seed = args.seed.unwrap_or(settings.seed);
-    settings.max_steps = args.max_steps.or(settings.max_steps);
+    settings.schedule.max_steps = args.max_steps.or(settings.schedule.max_steps);
     match args.precision {
         Some(PrecisionArg::F32) => settings.precision = Precision::F32,
         Some(PrecisionArg::Bf16) => settings.precision = Precision::Bf16,

@@ -17,7 +17,7 @@ const STATE: &str = "state.json";
 const TENSORS: &str = "tensors.safetensors";
 const CHECKPOINT_FOLDER: &str = "checkpoints";
 /// What the names of cached outputs begin with.
-const CACHES: &[&str] = &["hidden-", "stream-", "streams-", "answers-"];
+const CACHES: &[&str] = &["hidden-", "stream-", "streams-", "answers-", "window"];
 
 /// What a run was made of and how far it came. The order of samples and the learning rate follow from the step.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -149,7 +149,8 @@ pub fn clear_work(work: &Path) -> Result<()> {
         let path = entry.map_err(|e| Error::io("read", work, e))?.path();
         let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         if CACHES.iter().any(|start| name.starts_with(start)) {
-            fs::remove_file(&path).map_err(|e| Error::io("remove", &path, e))?;
+            let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+            removed.map_err(|e| Error::io("remove", &path, e))?;
         }
     }
     Ok(())

@@ -100,8 +100,8 @@ pub const LOSSES: &[LossRow] = &[
     LossRow {
         kind: LossKind::Kd,
         name: "kd",
-        summary: "KL divergence from the dense model's distribution over answer tokens, at temperature `kd_temperature`, over \
-                  its `kd_top_k` most probable tokens and one bucket for the rest",
+        summary: "KL divergence from the dense model's distribution over answer tokens, at temperature `kd.temperature`, over \
+                  its `kd.top_k` most probable tokens and one bucket for the rest",
         denominator: Denominator::AnswerTokens,
         teacher: Teacher::Logits,
         compute: Compute::Answers(|answers| {

@@ -24,7 +24,11 @@ pub use optim::{OPTIMIZERS, OptimizerKind, OptimizerRow, SCHEDULES, Schedule, Sc
 pub use plan::{Limits, PlannedBytes, RunPlan};
 pub use record::{LayerFit, RateTrial, StepMetrics};
 pub use run::{Outcome, Report, Request, finetune, finetune_with_teacher, plan_run};
-pub use settings::{DEFAULT_RECIPE, LoraLayers, Precision, RECIPES, RecipeRow, Settings, Stage, StageRow};
+pub use settings::{
+    Auto, BatchSettings, DEFAULT_RECIPE, DataSettings, FitSettings, KdSettings, LearningRate, LoraLayers, LoraSettings,
+    OptimizerSettings, Precision, RECIPES, RecipeRow, ScheduleSettings, Settings, Stage, StageRow, WriteTrained,
+    refuse_moved,
+};
 
 #[cfg(test)]
 mod tests;

@@ -9,7 +9,7 @@ fn losses_that_need_the_dense_model_are_refused_without_it() {
     let _alone = alone();
     let bundle = Bundle::open(&model()).unwrap();
     let work = tempfile::tempdir().unwrap();
-    let settings = Settings { losses: [(LossKind::Kd, 1.0)].into(), ..settings() };
+    let settings = settings().with(|s| s.stages = Stage::only([(LossKind::Kd, 1.0)]));
     let request = Request {
         bundle: &bundle,
         layers: &[3],
@@ -33,7 +33,10 @@ fn a_model_that_is_its_own_teacher_has_nothing_to_learn() {
     let kept: Vec<usize> = (0..16).collect();
     let losses = [(LossKind::Kd, 1.0), (LossKind::Hidden, 1.0), (LossKind::Anchor, 1.0)];
     let work = tempfile::tempdir().unwrap();
-    let settings = Settings { losses: losses.into(), max_steps: Some(1), ..settings() };
+    let settings = settings().with(|s| {
+        s.stages = Stage::only(losses);
+        s.schedule.max_steps = Some(1);
+    });
     let request = Request {
         bundle: &bundle,
         layers: &[3, 7],
@@ -80,7 +83,7 @@ impl Source for Counted {
 fn the_frozen_part_is_taken_from_the_dense_model_where_that_has_it() {
     let _alone = alone();
     let dense = Bundle::open(&model()).unwrap();
-    let settings = Settings { losses: [(LossKind::Kd, 1.0), (LossKind::Anchor, 1.0)].into(), ..settings() };
+    let settings = settings().with(|s| s.stages = Stage::only([(LossKind::Kd, 1.0), (LossKind::Anchor, 1.0)]));
     let losses = |dropped: &[usize], parent: Sha256Digest, layers: &[usize], readings: u32| {
         let folder = tempfile::tempdir().unwrap();
         let bundle = Bundle::open(&pruned_from(&dense, folder.path(), dropped, parent)).unwrap();
@@ -102,7 +105,8 @@ fn the_frozen_part_is_taken_from_the_dense_model_where_that_has_it() {
         let mut losses = Vec::new();
         finetune_with_teacher(&request, Some(&teacher), &Cancel::default(), &mut |step| losses.push(step.loss))
             .unwrap();
-        assert_eq!(data.1.into_inner(), readings, "dropped {dropped:?}, trained {layers:?}");
+        // And a look at the first samples, by which the run is planned.
+        assert_eq!(data.1.into_inner(), readings + 1, "dropped {dropped:?}, trained {layers:?}");
         losses
     };
     let own = || dense.digest().unwrap();
@@ -119,7 +123,7 @@ fn the_frozen_part_is_taken_from_the_dense_model_where_that_has_it() {
 #[test]
 fn the_dense_model_teaches_with_and_without_gradient_checkpointing() {
     let losses = [(LossKind::Ce, 1.0), (LossKind::Kd, 0.5), (LossKind::Hidden, 2.0), (LossKind::Anchor, 1.0)];
-    let settings = Settings { losses: losses.into(), ..settings() };
+    let settings = settings().with(|s| s.stages = Stage::only(losses));
     let work = tempfile::tempdir().unwrap();
     let plain = run(&settings, &[2, 4], work.path(), false, None);
     let report = plain.outcome.unwrap().report;
@@ -130,7 +134,7 @@ fn the_dense_model_teaches_with_and_without_gradient_checkpointing() {
         report.last_loss
     );
     assert!(report.provenance.inputs.contains_key("teacher"));
-    let checkpointed = Settings { gradient_checkpointing: Some(true), ..settings };
+    let checkpointed = settings.with(|s| s.batch.gradient_checkpointing = Some(true));
     let checkpointed = run(&checkpointed, &[2, 4], work.path(), false, None);
     checkpointed.outcome.unwrap();
     for (a, b) in plain.steps.iter().zip(&checkpointed.steps) {
@@ -147,14 +151,20 @@ fn the_dense_model_teaches_with_and_without_gradient_checkpointing() {
 }
 
 fn by_layer() -> Settings {
-    let losses = [(LossKind::Anchor, 1.0)].into();
-    Settings { losses, fit: true, batch_size: 2, accumulation_steps: 1, max_steps: Some(6), ..settings() }
+    let losses = [(LossKind::Anchor, 1.0)];
+    settings().with(|s| {
+        s.stages = Stage::only(losses);
+        s.fit.enabled = true;
+        s.batch.size = 2;
+        s.batch.accumulation_steps = 1;
+        s.schedule.max_steps = Some(6);
+    })
 }
 
 /// The first layer comes out the same, bit for bit, whether another one follows or not; the second one is healed too.
 #[test]
 fn layers_are_healed_one_after_the_other() {
-    let settings = Settings { max_steps: Some(16), ..by_layer() };
+    let settings = by_layer().with(|s| s.schedule.max_steps = Some(16));
     let work = tempfile::tempdir().unwrap();
     let both = run(&settings, &[2, 4], work.path(), false, None);
     let outcome = both.outcome.unwrap();
@@ -168,7 +178,7 @@ fn layers_are_healed_one_after_the_other() {
     assert_eq!((report.steps, report.tokens), (16, 2 * (6..14).sum::<u64>()));
 
     let work = tempfile::tempdir().unwrap();
-    let alone = Settings { max_steps: Some(8), ..settings };
+    let alone = settings.with(|s| s.schedule.max_steps = Some(8));
     let alone = run(&alone, &[2], work.path(), false, None).outcome.unwrap();
     assert_eq!(alone.report.fitted, report.fitted[..1]);
     assert!(alone.report.trained_parameters < report.trained_parameters);
@@ -188,9 +198,14 @@ fn layers_are_healed_one_after_the_other() {
 fn steps_heal_each_layer() {
     // Muon's steps are a fifth of the rate.
     for (optimizer, factor) in [(OptimizerKind::AdamW, 1.0), (OptimizerKind::Muon, 5.0)] {
-        let learning_rate = factor * by_layer().learning_rate;
-        let settings =
-            Settings { fit: false, batch_size: 8, max_steps: Some(24), optimizer, learning_rate, ..by_layer() };
+        let learning_rate = factor * by_layer().peak_rate();
+        let settings = by_layer().with(|s| {
+            s.fit.enabled = false;
+            s.batch.size = 8;
+            s.schedule.max_steps = Some(24);
+            s.optimizer.kind = optimizer;
+            s.optimizer.learning_rate = LearningRate::One(learning_rate);
+        });
         let work = tempfile::tempdir().unwrap();
         let steps = run(&settings, &[2, 4], work.path(), false, None).steps;
         for layer in steps.chunks_exact(12) {
@@ -203,8 +218,12 @@ fn steps_heal_each_layer() {
 /// Stopped behind every step: within a layer, and before the next one's stream and fit.
 #[test]
 fn a_run_one_layer_after_the_other_resumes_to_the_same_bits() {
-    let adapted = Settings { lora_rank: 4, average_last: 0.5, checkpoint_every: 2, ..by_layer() };
-    let muon = Settings { optimizer: OptimizerKind::Muon, ..by_layer() };
+    let adapted = by_layer().with(|s| {
+        s.lora.rank = 4;
+        s.optimizer.average_last = 0.5;
+        s.schedule.checkpoint_every = 2;
+    });
+    let muon = by_layer().with(|s| s.optimizer.kind = OptimizerKind::Muon);
     for settings in [by_layer(), adapted, muon] {
         let folder = tempfile::tempdir().unwrap();
         let whole = run(&settings, &[2, 4], folder.path(), false, None).outcome.unwrap();
@@ -225,10 +244,17 @@ fn a_run_one_layer_after_the_other_resumes_to_the_same_bits() {
 #[test]
 fn rates_of_a_recipe_without_answers_are_judged_by_them() {
     let work = tempfile::tempdir().unwrap();
-    let still = Settings { learning_rates: vec![1e-12, 1e-3], fit: false, ..by_layer() };
+    let still = by_layer().with(|s| {
+        s.optimizer.learning_rate = LearningRate::Several(vec![1e-12, 1e-3]);
+        s.fit.enabled = false;
+    });
     let report = run(&still, &[2, 4], work.path(), false, None).outcome.unwrap().report;
     let work = tempfile::tempdir().unwrap();
-    let answers = Settings { batch_size: 8, accumulation_steps: 1, max_steps: Some(1), ..settings() };
+    let answers = settings().with(|s| {
+        s.batch.size = 8;
+        s.batch.accumulation_steps = 1;
+        s.schedule.max_steps = Some(1);
+    });
     let first = run(&answers, &[2, 4], work.path(), false, None).outcome.unwrap().report.first_loss.unwrap();
     let [unmoved, moved] = report.trials.as_slice() else { panic!("{:?}", report.trials) };
     assert!((unmoved.loss.unwrap() - first).abs() < 1e-5 * first, "{unmoved:?}, {first}");
@@ -240,10 +266,13 @@ fn rates_of_a_recipe_without_answers_are_judged_by_them() {
 /// A rate that diverges in one layer leaves the search as it was for the next.
 #[test]
 fn a_diverging_rate_is_passed_over_where_layers_are_healed_one_by_one() {
-    let settings = Settings { batch_size: 1, max_steps: None, ..by_layer() };
+    let settings = by_layer().with(|s| {
+        s.batch.size = 1;
+        s.schedule.max_steps = None;
+    });
     let rates = |learning_rates: Vec<f64>| {
         let work = tempfile::tempdir().unwrap();
-        let settings = Settings { learning_rates, ..settings.clone() };
+        let settings = settings.clone().with(|s| s.optimizer.learning_rate = LearningRate::Several(learning_rates));
         run(&settings, &[2, 4], work.path(), false, None).outcome
     };
     let chosen = rates(vec![1e38, 1e-3]).unwrap();
@@ -259,10 +288,15 @@ fn a_diverging_rate_is_passed_over_where_layers_are_healed_one_by_one() {
 fn the_fit_brings_the_stream_to_where_it_says() {
     let work = tempfile::tempdir().unwrap();
     // One step over all samples for each layer.
-    let measured = Settings { batch_size: 8, max_steps: Some(2), learning_rate: 1e-12, fit: false, ..by_layer() };
+    let measured = by_layer().with(|s| {
+        s.batch.size = 8;
+        s.schedule.max_steps = Some(2);
+        s.optimizer.learning_rate = LearningRate::One(1e-12);
+        s.fit.enabled = false;
+    });
     let before = run(&measured, &[4, 5], work.path(), false, None);
     assert!(before.outcome.unwrap().report.fitted.is_empty());
-    let fitting = Settings { fit: true, ..measured };
+    let fitting = measured.with(|s| s.fit.enabled = true);
     let after = run(&fitting, &[4, 5], work.path(), false, None);
     let report = after.outcome.unwrap().report;
     let [first, second] = report.fitted.as_slice() else { panic!("{:?}", report.fitted) };
@@ -274,7 +308,7 @@ fn the_fit_brings_the_stream_to_where_it_says() {
     assert!((start - first.distance_before.unwrap()).abs() < 1e-3 * start && found < 0.7 * start, "{start} to {found}");
 
     // The fit alone changes two weights of each layer and nothing else, and each layer comes nearer.
-    let alone = Settings { losses: BTreeMap::new(), ..fitting };
+    let alone = fitting.with(|s| s.stages = Vec::new());
     let outcome = run(&alone, &[4, 5], work.path(), false, None).outcome.unwrap();
     assert_eq!((outcome.report.steps, outcome.report.first_loss), (0, None));
     let fitted = &outcome.report.fitted;
@@ -295,15 +329,13 @@ fn the_fit_brings_the_stream_to_where_it_says() {
 fn stages_change_the_losses_and_survive_being_stopped_at_any_of_them() {
     let stage = |share, losses: &[(LossKind, f64)]| Stage { share, losses: losses.iter().copied().collect() };
     let stages = vec![stage(0.5, &[(LossKind::Anchor, 1.0)]), stage(0.5, &[(LossKind::Ce, 1.0), (LossKind::Kd, 0.5)])];
-    let settings = Settings {
-        fit: true,
-        losses: BTreeMap::new(),
-        stages,
-        batch_size: 2,
-        accumulation_steps: 1,
-        max_steps: Some(6),
-        ..settings()
-    };
+    let settings = settings().with(|s| {
+        s.fit.enabled = true;
+        s.stages = stages;
+        s.batch.size = 2;
+        s.batch.accumulation_steps = 1;
+        s.schedule.max_steps = Some(6);
+    });
     let folder = tempfile::tempdir().unwrap();
     let whole = run(&settings, &[2, 4], folder.path(), false, None);
     let terms: Vec<Vec<&str>> =
@@ -325,7 +357,11 @@ fn stages_change_the_losses_and_survive_being_stopped_at_any_of_them() {
 /// Ridges, weights and distances, on one network and on several; nothing of the dense model's stream is on disk.
 #[test]
 fn the_fit_does_not_depend_on_the_number_of_workers_and_writes_no_target() {
-    let settings = Settings { losses: BTreeMap::new(), fit: true, fit_tokens_per_feature: 1000, ..settings() };
+    let settings = settings().with(|s| {
+        s.stages = Vec::new();
+        s.fit.enabled = true;
+        s.fit.tokens_per_feature = 1000;
+    });
     let runs = [1, 2, 3].map(|workers| {
         let work = tempfile::tempdir().unwrap();
         let outcome = run_with(&settings, &[4, 5], work.path(), Limits { workers: Some(workers), ..Limits::default() });
@@ -348,8 +384,15 @@ fn the_fit_does_not_depend_on_the_number_of_workers_and_writes_no_target() {
 #[test]
 fn adapters_beside_all_layers_train_with_a_fit_before() {
     let losses = BTreeMap::from([(LossKind::Ce, 1.0), (LossKind::Kd, 1.0)]);
-    let plain = Settings { losses, fit: true, max_steps: Some(3), ..settings() };
-    let wide = Settings { lora_rank: 2, lora_layers: LoraLayers::All, ..plain.clone() };
+    let plain = settings().with(|s| {
+        s.stages = Stage::only(losses);
+        s.fit.enabled = true;
+        s.schedule.max_steps = Some(3);
+    });
+    let wide = plain.clone().with(|s| {
+        s.lora.rank = 2;
+        s.lora.layers = LoraLayers::All;
+    });
     let [narrow_work, whole_work, work] = [(); 3].map(|()| tempfile::tempdir().unwrap());
     let narrow = run(&plain, &[4, 5], narrow_work.path(), false, None);
     let whole = run(&wide, &[4, 5], whole_work.path(), false, None);

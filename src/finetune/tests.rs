@@ -1,5 +1,7 @@
 //! Whole runs on the shipped model.
 
+#[path = "packed_tests.rs"]
+mod packed;
 #[path = "teacher_tests.rs"]
 mod teacher;
 #[path = "whole_tests.rs"]
@@ -75,14 +77,13 @@ fn pruned_from(dense: &Bundle, folder: &Path, dropped: &[usize], parent: Sha256D
 }
 
 fn settings() -> Settings {
-    Settings {
-        learning_rate: 1e-3,
-        batch_size: 4,
-        accumulation_steps: 2,
-        max_steps: Some(6),
-        checkpoint_every: 0,
-        ..Settings::default()
-    }
+    Settings::default().with(|s| {
+        s.optimizer.learning_rate = LearningRate::One(1e-3);
+        s.batch.size = 4;
+        s.batch.accumulation_steps = 2;
+        s.schedule.max_steps = Some(6);
+        s.schedule.checkpoint_every = 0;
+    })
 }
 
 /// Held while a run goes: it sets LibTorch's number of threads, which is one for the whole process and decides last bits.
@@ -115,7 +116,7 @@ fn run_within(
     let dense = Bundle::open(&model()).unwrap();
     let pruned_folder = tempfile::tempdir().unwrap();
     let bundle = Bundle::open(&pruned(&dense, pruned_folder.path())).unwrap();
-    let needs_teacher = settings.fit || settings.of_all_stages().losses.keys().any(|kind| kind.needs_teacher());
+    let needs_teacher = settings.fit.enabled || settings.losses().keys().any(|kind| kind.needs_teacher());
     let teacher = needs_teacher.then_some(dense);
     let features = FeatureCache::new(1 << 20);
     let vocabulary = bundle.require_config().unwrap().vocab_size.unwrap() as i64;
@@ -178,7 +179,7 @@ fn loss_and_gradients_are_those_of_the_reference() {
     assert_eq!((reference.dropped, reference.trained), (DROPPED.to_vec(), vec![2, 4]));
     let work = tempfile::tempdir().unwrap();
     for gradient_checkpointing in [None, Some(true)] {
-        let settings = Settings { gradient_checkpointing, ..settings() };
+        let settings = settings().with(|s| s.batch.gradient_checkpointing = gradient_checkpointing);
         let run = run(&settings, &[2, 4], work.path(), false, None);
         run.outcome.unwrap();
         assert_eq!(run.steps.len(), reference.steps.len());
@@ -241,7 +242,11 @@ fn only_the_named_layers_change_and_everything_else_stays_bit_for_bit() {
 
 #[test]
 fn a_stopped_run_resumes_to_the_same_bits() {
-    let settings = Settings { batch_size: 2, accumulation_steps: 1, max_steps: Some(7), ..settings() };
+    let settings = settings().with(|s| {
+        s.batch.size = 2;
+        s.batch.accumulation_steps = 1;
+        s.schedule.max_steps = Some(7);
+    });
     let whole = tempfile::tempdir().unwrap();
     let whole = run(&settings, &[3], whole.path(), false, None);
     let work = tempfile::tempdir().unwrap();
@@ -261,9 +266,9 @@ fn a_stopped_run_resumes_to_the_same_bits() {
     assert!(!left.iter().any(|name| name.to_string_lossy().starts_with("hidden-")), "{left:?}");
     assert_eq!(std::fs::read_dir(work.path().join("checkpoints")).unwrap().count(), 0);
 
-    let other = Settings { seed: 7, ..settings };
+    let other = settings.with(|s| s.seed = 7);
     run(&other, &[3], work.path(), false, Some(1)).outcome.err();
-    let message = run(&Settings { seed: 8, ..other }, &[3], work.path(), true, None).outcome.err().unwrap().to_string();
+    let message = run(&other.with(|s| s.seed = 8), &[3], work.path(), true, None).outcome.err().unwrap().to_string();
     assert!(message.contains("`settings` differ"), "{message}");
 }
 
@@ -275,15 +280,22 @@ fn floats(model: &Model) -> Vec<(String, Vec<f32>)> {
 /// At one rate from the first step on, shorter runs end where the long one passes: their mean is the long one's.
 #[test]
 fn the_mean_is_that_of_the_weights_behind_the_last_steps() {
-    let settings = Settings { schedule: Schedule::Constant, batch_size: 2, accumulation_steps: 1, ..settings() };
+    let settings = settings().with(|s| {
+        s.schedule.kind = Schedule::Constant;
+        s.batch.size = 2;
+        s.batch.accumulation_steps = 1;
+    });
     let ends: Vec<Model> = [4, 5, 6]
         .map(|steps| {
             let work = tempfile::tempdir().unwrap();
-            let settings = Settings { max_steps: Some(steps), ..settings.clone() };
+            let settings = settings.clone().with(|s| s.schedule.max_steps = Some(steps));
             run(&settings, &[3], work.path(), false, None).outcome.unwrap().decoder
         })
         .into();
-    let settings = Settings { average_last: 0.5, max_steps: Some(6), ..settings };
+    let settings = settings.with(|s| {
+        s.optimizer.average_last = 0.5;
+        s.schedule.max_steps = Some(6);
+    });
     let work = tempfile::tempdir().unwrap();
     let averaged = run(&settings, &[3], work.path(), false, None).outcome.unwrap().decoder;
     let moved = changed(&ends[2], &averaged);
@@ -296,7 +308,7 @@ fn the_mean_is_that_of_the_weights_behind_the_last_steps() {
         }
     }
     for (stop, lora_rank) in [(3, 0), (5, 0), (5, 2)] {
-        let settings = Settings { lora_rank, ..settings.clone() };
+        let settings = settings.clone().with(|s| s.lora.rank = lora_rank);
         let straight = tempfile::tempdir().unwrap();
         let straight = run(&settings, &[3], straight.path(), false, None).outcome.unwrap();
         let work = tempfile::tempdir().unwrap();
@@ -310,7 +322,12 @@ fn the_mean_is_that_of_the_weights_behind_the_last_steps() {
 /// Stopped after a fit and some steps, resumed to the same bits; what changed has the adapters' rank, and only matrices did.
 #[test]
 fn adapters_change_matrices_by_their_rank() {
-    let settings = Settings { batch_size: 2, accumulation_steps: 1, max_steps: Some(5), lora_rank: 3, ..settings() };
+    let settings = settings().with(|s| {
+        s.batch.size = 2;
+        s.batch.accumulation_steps = 1;
+        s.schedule.max_steps = Some(5);
+        s.lora.rank = 3;
+    });
     let whole = tempfile::tempdir().unwrap();
     let whole = run(&settings, &[3], whole.path(), false, None).outcome.unwrap();
     let dense = Bundle::open(&model()).unwrap();
@@ -337,7 +354,7 @@ fn adapters_change_matrices_by_their_rank() {
     }
     assert_eq!(whole.report.trained_parameters, elements as u64);
 
-    let settings = Settings { fit: true, ..settings };
+    let settings = settings.with(|s| s.fit.enabled = true);
     let straight = tempfile::tempdir().unwrap();
     let straight = run(&settings, &[3], straight.path(), false, None).outcome.unwrap();
     let work = tempfile::tempdir().unwrap();
@@ -350,7 +367,11 @@ fn adapters_change_matrices_by_their_rank() {
 #[test]
 fn a_loss_that_is_not_finite_stops_the_run_by_name() {
     let work = tempfile::tempdir().unwrap();
-    let settings = Settings { learning_rate: 1e30, schedule: Schedule::Constant, max_grad_norm: 0.0, ..settings() };
+    let settings = settings().with(|s| {
+        s.optimizer.learning_rate = LearningRate::One(1e30);
+        s.schedule.kind = Schedule::Constant;
+        s.optimizer.max_grad_norm = 0.0;
+    });
     let message = run(&settings, &[3], work.path(), false, None).outcome.err().unwrap().to_string();
     assert!(message.contains("finetune step") && message.contains("`text 0`"), "{message}");
 }
@@ -367,15 +388,20 @@ fn a_layer_that_does_not_exist_is_refused() {
 fn the_learning_rate_is_the_one_whose_pass_ends_lowest() {
     let work = tempfile::tempdir().unwrap();
     // Eight steps a pass.
-    let settings =
-        Settings { batch_size: 1, accumulation_steps: 1, max_steps: None, epochs: 2, fit: true, ..settings() };
-    let choosing = Settings { learning_rates: vec![1e-9, 1e-3, 1e-6], ..settings.clone() };
+    let settings = settings().with(|s| {
+        s.batch.size = 1;
+        s.batch.accumulation_steps = 1;
+        s.schedule.max_steps = None;
+        s.schedule.epochs = 2;
+        s.fit.enabled = true;
+    });
+    let choosing = settings.clone().with(|s| s.optimizer.learning_rate = LearningRate::Several(vec![1e-9, 1e-3, 1e-6]));
     let chosen = run(&choosing, &[2, 4], work.path(), false, None).outcome.unwrap();
     let report = &chosen.report;
     assert_eq!(report.learning_rate, 1e-3, "{:?}", report.trials);
     assert_eq!(report.trials.iter().map(|trial| trial.learning_rate).collect::<Vec<_>>(), [1e-9, 1e-3, 1e-6]);
     // The trials leave no trace in the weights.
-    let plain = Settings { learning_rate: 1e-3, ..settings };
+    let plain = settings.with(|s| s.optimizer.learning_rate = LearningRate::One(1e-3));
     let plain = run(&plain, &[2, 4], work.path(), false, None).outcome.unwrap();
     assert!(weights(&plain.decoder) == weights(&chosen.decoder));
     // Stopped in the run that follows them, it goes on with what they said.
@@ -388,10 +414,15 @@ fn the_learning_rate_is_the_one_whose_pass_ends_lowest() {
 
 #[test]
 fn one_diverging_rate_of_several_is_passed_over_and_all_are_an_error() {
-    let settings = Settings { batch_size: 1, accumulation_steps: 1, max_steps: None, fit: false, ..settings() };
+    let settings = settings().with(|s| {
+        s.batch.size = 1;
+        s.batch.accumulation_steps = 1;
+        s.schedule.max_steps = None;
+        s.fit.enabled = false;
+    });
     let rates = |learning_rates: Vec<f64>| {
         let work = tempfile::tempdir().unwrap();
-        let settings = Settings { learning_rates, ..settings.clone() };
+        let settings = settings.clone().with(|s| s.optimizer.learning_rate = LearningRate::Several(learning_rates));
         run(&settings, &[2, 4], work.path(), false, None).outcome
     };
     let chosen = rates(vec![1e38, 1e-3, 1e37]).unwrap();
@@ -409,11 +440,85 @@ fn one_diverging_rate_of_several_is_passed_over_and_all_are_an_error() {
     assert!(message.contains("take a lower learning rate"), "{message}");
 }
 
+/// Rows that have no room on disk are computed when steps need them, and the weights are the same to the bit.
+#[test]
+fn rows_that_are_computed_each_time_give_the_same_weights() {
+    let plain = settings().with(|s| {
+        (s.batch.size, s.batch.accumulation_steps, s.schedule.epochs, s.schedule.max_steps) = (2, 1, 2, None);
+    });
+    let losses = [(LossKind::Ce, 1.0), (LossKind::Kd, 1.0), (LossKind::Anchor, 0.5)];
+    let taught = plain.clone().with(|s| {
+        s.fit.enabled = true;
+        s.stages = Stage::only(losses);
+    });
+    let searched = taught.clone().with(|s| s.optimizer.learning_rate = LearningRate::Several(vec![1e-3, 2e-3]));
+    let adapted = plain.clone().with(|s| (s.lora.rank, s.lora.layers) = (2, LoraLayers::All));
+    for (settings, layers) in [(plain, [3, 4]), (taught, [2, 4]), (searched, [2, 4]), (adapted, [2, 4])] {
+        let of = |cache| {
+            let work = tempfile::tempdir().unwrap();
+            let outcome = run_with(&settings, &layers, work.path(), Limits { cache, ..Limits::default() });
+            let files = std::fs::read_dir(work.path()).unwrap().map(|entry| entry.unwrap().file_name());
+            let files: Vec<String> = files.map(|name| name.to_string_lossy().into_owned()).collect();
+            let rows = files.iter().filter(|name| [".f32", ".bf16"].iter().any(|end| name.ends_with(end))).count();
+            assert!(!files.contains(&"window".to_string()), "{files:?}");
+            (outcome, rows)
+        };
+        let ((kept, files), (streamed, none)) = (of(None), of(Some(0)));
+        assert!(files > 0 && none == 0, "{files} files, {none} without room");
+        assert_eq!(
+            (kept.report.samples, kept.report.sample_ids),
+            (streamed.report.samples, streamed.report.sample_ids)
+        );
+        assert_eq!(kept.report.trials, streamed.report.trials);
+        assert!(weights(&kept.decoder) == weights(&streamed.decoder), "{settings:?}");
+    }
+    let layered = settings().with(|s| s.stages = Stage::only([(LossKind::Anchor, 1.0)]));
+    let work = tempfile::tempdir().unwrap();
+    let limits = Limits { cache: Some(0), ..Limits::default() };
+    let refused = run_within(&layered, &[2, 4], work.path(), false, None, limits).outcome.err().unwrap().to_string();
+    assert!(refused.contains("on disk, and the limit is 0") && refused.contains("--cache-bytes"), "{refused}");
+}
+
+#[test]
+fn a_rate_is_found_by_short_trials_on_samples_that_they_do_not_train_on() {
+    let settings = settings().with(|s| {
+        (s.batch.size, s.batch.accumulation_steps, s.schedule.max_steps) = (1, 1, None);
+        s.optimizer.learning_rate = LearningRate::AUTO;
+    });
+    let work = tempfile::tempdir().unwrap();
+    let found = run(&settings, &[2, 4], work.path(), false, None).outcome.unwrap();
+    let trials = &found.report.trials;
+    // Eight samples in steps of one: two are held back, and a trial takes the other six.
+    assert!(trials.len() >= 2 && trials.len() <= 6, "{trials:?}");
+    assert!(trials.iter().all(|trial| (trial.steps, trial.held_out_samples) == (6, 2)), "{trials:?}");
+    let least = trials.iter().min_by(|a, b| a.loss.unwrap().total_cmp(&b.loss.unwrap())).unwrap();
+    assert_eq!(found.report.learning_rate, least.learning_rate, "{trials:?}");
+    let mut held_out = Vec::new();
+    for (place, trial) in trials.iter().enumerate() {
+        let rates = OPTIMIZERS[0].rates;
+        let number = rates.iter().position(|&rate| rate == trial.learning_rate).unwrap();
+        let text = std::fs::read_to_string(work.path().join(format!("search-{number}/metrics.jsonl"))).unwrap();
+        let steps: Vec<StepMetrics> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let mut seen: Vec<String> = steps.into_iter().flat_map(|step| step.samples).collect();
+        seen.sort();
+        seen.dedup();
+        assert_eq!(seen.len(), 6);
+        if place == 0 {
+            held_out = found.report.sample_ids.iter().filter(|id| !seen.contains(id)).cloned().collect();
+        }
+        assert!(held_out.iter().all(|id| !seen.contains(id)), "{held_out:?}, {seen:?}");
+    }
+    // The trials leave no trace in the weights.
+    let plain = settings.with(|s| s.optimizer.learning_rate = LearningRate::One(least.learning_rate));
+    let alone = run(&plain, &[2, 4], work.path(), false, None).outcome.unwrap();
+    assert!(weights(&alone.decoder) == weights(&found.decoder));
+}
+
 #[test]
 fn bf16_follows_f32_and_keeps_its_weights_in_f32() {
     let work = tempfile::tempdir().unwrap();
     let plain = run(&settings(), &[2, 4], work.path(), false, None);
-    let half = run(&Settings { precision: Precision::Bf16, ..settings() }, &[2, 4], work.path(), false, None);
+    let half = run(&settings().with(|s| s.precision = Precision::Bf16), &[2, 4], work.path(), false, None);
     plain.outcome.unwrap();
     let decoder = half.outcome.unwrap().decoder;
     // bf16 keeps eight bits of a number.

@@ -56,23 +56,25 @@ impl DenseSection {
         with: impl Fn(&str) -> Result<Settings>,
     ) -> Result<DenseRecipe> {
         let on_answers = |settings: &Settings| {
-            let losses = settings.of_all_stages().losses;
+            let losses = settings.losses();
             losses.iter().any(|(kind, weight)| *weight > 0.0 && kind.looks_at_answers())
         };
         let own = if on_answers(settings) { healing } else { "paper" };
         let name = self.recipe.as_deref().unwrap_or(own).to_string();
         let wrong = |e: String| Error::invalid("finetune.dense.settings", e.trim_end());
-        let mut table = toml::Table::try_from(with(&name)?).map_err(|e| wrong(e.to_string()))?;
-        table.extend(toml::Table::try_from(&self.settings).map_err(|e| wrong(e.to_string()))?);
-        let found: Settings = table.try_into().map_err(|e: toml::de::Error| wrong(e.to_string()))?;
+        let own = toml::Table::try_from(&self.settings).map_err(|e| wrong(e.to_string()))?;
+        let found = with(&name)?.changed_by("finetune.dense.settings", [own])?;
         if !on_answers(&found) {
             let problem = "has no loss on answers, and the dense model has nothing else to learn";
             return Err(Error::invalid(format!("finetune.dense: recipe `{name}`"), problem)
                 .remedy("take a recipe with `ce`, such as `paper`, or set `enabled = false`"));
         }
-        let Settings { data_share, step_tokens, seed, .. } = *settings;
+        let (data, seed) = (settings.data.clone(), settings.seed);
         // Nothing was dropped, so there is no gap that a fit could close.
-        let settings = Settings { fit: false, data_share, step_tokens, seed, ..found };
+        let settings = found.with(|found| {
+            (found.data.share, found.data.step_tokens, found.seed) = (data.share, data.step_tokens, seed);
+            found.fit.enabled = false;
+        });
         settings.check()?;
         Ok(DenseRecipe { name, settings })
     }

@@ -223,7 +223,7 @@ fn default_healing() -> String {
 /// The settings of a table `[finetune]`: those of its recipe, overridden by its own keys.
 pub(super) fn finetune_settings(recipe: &str, section: Option<&toml::Value>) -> Result<finetune::Settings> {
     let own = section.and_then(|section| section.get("settings")).and_then(toml::Value::as_table);
-    RecipeRow::named(recipe)?.settings_with(own.cloned().unwrap_or_default())
+    RecipeRow::named(recipe)?.settings_with(own.cloned())
 }
 
 impl FinetuneSection {
@@ -324,12 +324,14 @@ impl Recipe {
     }
 
     fn parse(text: &str, folder: &Path) -> Result<Self> {
+        let table: toml::Table =
+            toml::from_str(text).map_err(|e| Error::invalid("recipe", e.to_string().trim_end()))?;
+        let settings = table.get("finetune").and_then(|section| section.get("settings"));
+        settings.and_then(toml::Value::as_table).map_or(Ok(()), finetune::refuse_moved)?;
         let mut recipe: Recipe = toml::from_str(text).map_err(|e| {
             Error::invalid("recipe", e.to_string().trim_end())
                 .remedy("correct the line; `interlace run --help` describes the keys")
         })?;
-        let table: toml::Table =
-            toml::from_str(text).map_err(|e| Error::invalid("recipe", e.to_string().trim_end()))?;
         recipe.finetune.settings = finetune_settings(&recipe.finetune.recipe, table.get("finetune"))?;
         recipe.check()?;
         let resolve = |path: &mut PathBuf| *path = folder.join(&*path);
@@ -417,7 +419,7 @@ mod tests {
         strategies = ["interlace", "random"]
         [finetune]
         data = "data/train.parquet"
-        settings = { learning_rate = 1e-3 }
+        settings = { optimizer = { learning_rate = 1e-3 } }
         [eval]
         benchmarks = ["data/bench.tsv"]
     "#;
@@ -427,7 +429,7 @@ mod tests {
         let recipe = Recipe::parse(RECIPE, Path::new("fixtures")).unwrap();
         assert_eq!(recipe.model, Path::new("fixtures/model"));
         assert_eq!(recipe.eval.benchmarks, [Path::new("fixtures/data/bench.tsv")]);
-        assert_eq!(recipe.finetune.settings.learning_rate, 1e-3);
+        assert_eq!(recipe.finetune.settings.peak_rate(), 1e-3);
         assert_eq!(recipe.calibration.seed, 42);
     }
 
@@ -435,9 +437,9 @@ mod tests {
     fn settings_change_the_named_recipe() {
         let text = RECIPE.replace("settings =", "recipe = \"paper\"\nsettings =");
         let section = Recipe::parse(&text, Path::new("")).unwrap().finetune;
-        assert_eq!((section.settings.learning_rate, section.settings.losses.len()), (1e-3, 1));
+        assert_eq!((section.settings.peak_rate(), section.settings.losses().len()), (1e-3, 1));
         let section = Recipe::parse(RECIPE, Path::new("")).unwrap().finetune;
-        assert_eq!((section.recipe.as_str(), section.settings.losses.len()), (DEFAULT_RECIPE, 2));
+        assert_eq!((section.recipe.as_str(), section.settings.losses().len()), (DEFAULT_RECIPE, 2));
     }
 
     /// The dense model takes the recipe of healing without its fit; one without answers has nothing for it.
@@ -471,7 +473,9 @@ mod tests {
             ("\"random\"", "\"magic\"", "strategy `magic`"),
             ("\"random\"", "\"interlace\"", "occurs twice"),
             ("settings =", "recipe = \"worst\"\nsettings =", "recipe `worst`"),
-            ("learning_rate = 1e-3", "learning_rate = -1.0", "`learning_rate`"),
+            ("learning_rate = 1e-3", "learning_rate = -1.0", "`optimizer.learning_rate`"),
+            ("{ learning_rate = 1e-3 }", "\"auto\"", "optimizer"),
+            ("optimizer = { learning_rate = 1e-3 }", "batch_size = 3", "`[batch] size` for `batch_size`"),
             ("[\"data/bench.tsv\"]", "[]", "`benchmarks` is empty"),
             ("settings =", "held_back = 1.0\nsettings =", "finetune.held_back: is 1"),
             ("settings =", "dense = { recipe = \"fast\" }\nsettings =", "no loss on answers"),

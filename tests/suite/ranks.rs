@@ -112,7 +112,7 @@ fn two_and_four_processes_have_the_losses_of_one() {
 #[test]
 fn a_killed_process_ends_the_others_and_all_go_on_from_the_checkpoint() {
     let pruned = Pruned::new();
-    fs::write(pruned.here().join("often.toml"), "checkpoint_every = 2\n").expect("write");
+    fs::write(pruned.here().join("often.toml"), "[schedule]\ncheckpoint_every = 2\n").expect("write");
     let recipe = ["--recipe", "paper", "--learning-rate", "1e-3", "--max-steps", "12", "--settings", "often.toml"];
     let whole = ended(pruned.start(&recipe, "whole", 2));
     assert!(whole.iter().all(|output| output.status.success()), "{}", stderr(&whole[0]));

@@ -24,7 +24,7 @@ fn recipe(learning_rate: &str) -> String {
         samples = 8
         turns = "separate"
         held_back = 0.25
-        settings = {{ learning_rate = {learning_rate}, batch_size = 4, accumulation_steps = 1 }}
+        settings = {{ optimizer = {{ learning_rate = {learning_rate} }}, batch = {{ size = 4, accumulation_steps = 1 }} }}
         [eval]
         benchmarks = ["{bench}"]
         settings = {{ limit = 6 }}
@@ -138,7 +138,7 @@ fn sweep_file(recipes: &str) -> String {
         samples = 4
         turns = "separate"
         recipes = [{recipes}]
-        settings = {{ batch_size = 4, accumulation_steps = 1, learning_rate = 1e-3 }}
+        settings = {{ optimizer = {{ learning_rate = 1e-3 }}, batch = {{ size = 4, accumulation_steps = 1 }} }}
         [eval]
         benchmarks = ["{bench}"]
         settings = {{ limit = 6 }}

@@ -79,7 +79,8 @@ fn every_verb(folder: &Path, model: String) {
     let heal = |losses: &[&str], out: &str| {
         let weights: Vec<String> = losses.iter().map(|name| format!("{name} = 1.0")).collect();
         let settings = format!(
-            "learning_rate = 3e-3\nbatch_size = 2\naccumulation_steps = 1\nepochs = 3\nlosses = {{ {} }}\n",
+            "optimizer = {{ learning_rate = 3e-3 }}\nbatch = {{ size = 2, accumulation_steps = 1 }}\nschedule = {{ epochs = 3 }}\n\
+             [[stage]]\nlosses = {{ {} }}\n",
             weights.join(", ")
         );
         let file = format!("{out}.toml");

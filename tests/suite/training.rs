@@ -57,7 +57,8 @@ fn a_killed_run_resumes_to_the_same_bits() {
     };
     succeed(&["plan", &model, "--drop", "2,9", "-o", "plan.json"]);
     succeed(&["prune", &model, "--plan", "plan.json", "-o", "pruned"]);
-    let settings = "learning_rate = 1e-3\nbatch_size = 4\naccumulation_steps = 1\nepochs = 9\ncheckpoint_every = 1\n";
+    let settings = "[optimizer]\nlearning_rate = 1e-3\n[batch]\nsize = 4\naccumulation_steps = 1\n[schedule]\nepochs = 9\n\
+                    checkpoint_every = 1\n";
     fs::write(here.join("settings.toml"), settings).expect("settings");
     let steps = STEPS.to_string();
     succeed(&arguments("whole", &data, &steps));
@@ -98,8 +99,8 @@ fn a_run_that_breaks_keeps_its_last_good_checkpoint() {
         let output = interlace(here, &arguments);
         assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
     }
-    let settings = "learning_rate = 1e30\nmax_grad_norm = 0.0\nschedule = \"constant\"\nwarmup_ratio = 0.0\nbatch_size = 4\n\
-                    accumulation_steps = 1\ncheckpoint_every = 1\n";
+    let settings = "[optimizer]\nlearning_rate = 1e30\nmax_grad_norm = 0.0\n[schedule]\nkind = \"constant\"\nwarmup_ratio = 0.0\n\
+                    checkpoint_every = 1\n[batch]\nsize = 4\naccumulation_steps = 1\n";
     fs::write(here.join("settings.toml"), settings).expect("settings");
     let output = interlace(here, &arguments("healed", &data, "5"));
     let message = stderr(&output);

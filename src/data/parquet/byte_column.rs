@@ -175,7 +175,9 @@ impl ByteColumn {
     /// `row` nor a later one begins are passed over.
     fn open_page(&mut self, row: usize) -> Result<bool, String> {
         loop {
-            if let Some(page) = self.page.take_if(|page| page.entries == 0 || self.row.saturating_add(page.starts) <= row) {
+            if let Some(page) =
+                self.page.take_if(|page| page.entries == 0 || self.row.saturating_add(page.starts) <= row)
+            {
                 self.row = self.row.saturating_add(page.starts);
             }
             if self.page.is_some() {
@@ -353,7 +355,8 @@ impl Store {
                 }
                 Some(copy) => {
                     let copied = io::copy(&mut (&mut body).take(u64::from(length)), copy);
-                    if copied.map_err(|e| format!("does not decompress to a temporary file: {e}"))? != u64::from(length) {
+                    if copied.map_err(|e| format!("does not decompress to a temporary file: {e}"))? != u64::from(length)
+                    {
                         return Err("has a dictionary that ends inside a value".into());
                     }
                     place

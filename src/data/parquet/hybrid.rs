@@ -134,9 +134,13 @@ mod tests {
     fn widths_from_none_to_32_bits_are_read() {
         assert_eq!(Hybrid::new(&[][..], 0).unwrap().next(), Ok(0));
         assert_eq!(Hybrid::new(&[0x02, 1, 2, 3, 4][..], 32).unwrap().next(), Ok(0x0403_0201));
-        let packed: Vec<u8> = [0x03].into_iter().chain((0..8u32).flat_map(|n| (n * 0x1111_1111).to_le_bytes())).collect();
+        let packed: Vec<u8> =
+            [0x03].into_iter().chain((0..8u32).flat_map(|n| (n * 0x1111_1111).to_le_bytes())).collect();
         let mut numbers = Hybrid::new(&packed[..], 32).unwrap();
-        assert_eq!((0..8).map(|_| numbers.next().unwrap()).collect::<Vec<_>>(), (0..8).map(|n| n * 0x1111_1111).collect::<Vec<_>>());
+        assert_eq!(
+            (0..8).map(|_| numbers.next().unwrap()).collect::<Vec<_>>(),
+            (0..8).map(|n| n * 0x1111_1111).collect::<Vec<_>>()
+        );
         assert!(Hybrid::new(&[][..], 33).is_err());
     }
 }

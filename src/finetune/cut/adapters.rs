@@ -14,6 +14,8 @@ use crate::base::{Error, Result};
 use crate::finetune::settings::Lora;
 use crate::ir::{Attribute, Graph, GraphIndex, Node, Tensor, Value, ValueId};
 
+use super::packed::{PACKED_PRODUCT, Packed};
+
 /// The stream of the seeded generator that adapters draw from; the sampler's are counted from 0.
 const STREAM: u64 = u64::MAX;
 
@@ -27,6 +29,8 @@ pub struct Adapted {
     pub b: ValueId,
     /// True where the weight is kept as `[D, K]`.
     pub transposed: bool,
+    /// How the weight is packed, where it is.
+    pub packed: Option<Packed>,
 }
 
 /// How a weight is read.
@@ -36,6 +40,8 @@ enum Reads {
         nodes: Vec<usize>,
         transposed: bool,
     },
+    /// By one product, whose weight is packed.
+    Packed(usize, Packed),
     Otherwise,
 }
 
@@ -55,7 +61,14 @@ pub fn adapt(graph: &mut Graph, weights: &[ValueId], lora: Lora) -> Result<Vec<A
     let reads: Vec<Reads> = weights.iter().map(|&weight| how_read(graph, &index, weight)).collect();
     for (&weight, reads) in weights.iter().zip(reads) {
         let Some(tensor) = graph.body.initializer(weight) else { continue };
-        let dims = tensor.dims.clone();
+        let dims = match &reads {
+            Reads::Packed(_, packed) => vec![packed.rows as u64, packed.columns as u64],
+            _ => tensor.dims.clone(),
+        };
+        let packed = match &reads {
+            Reads::Packed(_, packed) => Some(*packed),
+            _ => None,
+        };
         let [stack @ .., rows, columns] = dims.as_slice() else { continue };
         if (*rows).min(*columns) <= rank {
             continue;
@@ -77,16 +90,20 @@ pub fn adapt(graph: &mut Graph, weights: &[ValueId], lora: Lora) -> Result<Vec<A
                     after.entry(number).or_default().extend(own);
                 }
             }
+            Reads::Packed(number, _) => {
+                let own = beside(graph, number, &name, (a, b, scale));
+                after.entry(number).or_default().extend(own);
+            }
             Reads::Otherwise => {
                 let (number, own) = summed(graph, weight, &name, (a, b, scale));
                 before.entry(number).or_default().extend(own);
             }
         }
-        adapted.push(Adapted { weight, a, b, transposed });
+        adapted.push(Adapted { weight, a, b, transposed, packed });
     }
     if adapted.is_empty() {
         return Err(Error::invalid(
-            "finetune setting `lora_rank`",
+            "finetune setting `lora.rank`",
             format!("is {rank}, and no weight has larger sides"),
         )
         .remedy("take a smaller rank, or 0 to train the weights themselves"));
@@ -118,6 +135,12 @@ fn how_read(graph: &Graph, index: &GraphIndex, weight: ValueId) -> Reads {
         let all = nodes.iter().enumerate().filter(|(_, node)| node.present_inputs().any(|input| input == id));
         all.map(|(number, _)| number).collect()
     };
+    let multiplies = |node: &Node| node.op_type == PACKED_PRODUCT && node.inputs.get(1) == Some(&Some(weight));
+    if let Some(number) = nodes.iter().position(multiplies)
+        && let Ok(packed) = Packed::of(graph, &nodes[number])
+    {
+        return Reads::Packed(number, packed);
+    }
     let matrix = graph.body.initializer(weight).is_some_and(|tensor| tensor.dims.len() == 2);
     let captured: HashSet<ValueId> =
         nodes.iter().flat_map(|node| node.bodies().flat_map(crate::ir::captured)).collect();
@@ -299,6 +322,6 @@ mod tests {
         let (mut model, weights) = network();
         let lora = Lora { rank: 5, alpha: 1.0, seed: 1 };
         let error = adapt(&mut model.graph, &weights, lora).unwrap_err().to_string();
-        assert!(error.contains("`lora_rank`") && error.contains("is 5"), "{error}");
+        assert!(error.contains("`lora.rank`") && error.contains("is 5"), "{error}");
     }
 }

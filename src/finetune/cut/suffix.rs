@@ -130,6 +130,11 @@ fn reads(node: &Node) -> impl Iterator<Item = ValueId> + '_ {
     node.present_inputs().chain(node.bodies().flat_map(captured))
 }
 
+/// Numbers of the nodes between two values, in execution order.
+pub fn nodes_between(graph: &Graph, from: ValueId, to: ValueId) -> Vec<usize> {
+    needed_nodes(&GraphIndex::new(graph), &graph.body.nodes, from, to)
+}
+
 /// Numbers of the nodes that `to` needs when `from` is given, in execution order.
 fn needed_nodes(index: &GraphIndex, nodes: &[Node], from: ValueId, to: ValueId) -> Vec<usize> {
     let mut found = HashSet::new();

@@ -22,6 +22,16 @@ pub struct Example {
     pub number: u64,
     /// Tokens, image tokens included.
     pub length: usize,
+    /// Answer tokens that the loss counts.
+    pub answers: usize,
+    /// What a batch is made from besides rows; none where samples are computed when they are needed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    detail: Option<Box<Detail>>,
+}
+
+/// What a batch is made from besides rows, of one sample.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Detail {
     /// Positions whose logits predict an answer token, ascending.
     pub positions: Vec<u32>,
     /// The answer token that each of them predicts.
@@ -47,27 +57,41 @@ impl Example {
             return Err(Error::invalid(format!("sample `{id}`"), problem));
         }
         let answers = (1..input_ids.len()).filter(|&at| answer_mask[at]);
-        let (positions, targets) = answers.map(|at| (at as u32 - 1, input_ids[at])).unzip();
-        let (length, rotary) = (input_ids.len(), Vec::new());
-        Ok(Example { id, number: 0, length, positions, targets, rotary, image: Vec::new(), types: Vec::new() })
+        let (positions, targets): (Vec<u32>, Vec<i64>) = answers.map(|at| (at as u32 - 1, input_ids[at])).unzip();
+        let (length, answers) = (input_ids.len(), targets.len());
+        let detail = Some(Box::new(Detail { positions, targets, ..Detail::default() }));
+        Ok(Example { id, number: 0, length, answers, detail })
     }
 
-    /// Keeps where image tokens are and of what types tokens are.
-    pub fn keep_side(&mut self, side: &Side) {
+    /// The sample without what its batch is made from.
+    pub fn summary(&self) -> Example {
+        Example { id: self.id.clone(), detail: None, ..*self }
+    }
+
+    /// What a batch is made from besides rows.
+    pub fn detail(&self) -> &Detail {
+        static NONE: Detail = Detail::NONE;
+        self.detail.as_deref().unwrap_or(&NONE)
+    }
+
+    /// Keeps positions, where there are more of them than by counting, where image tokens are, and of what types tokens are.
+    pub fn keep(&mut self, positions: Option<&[Vec<i64>]>, side: &Side) {
+        let detail = self.detail.get_or_insert_default();
+        detail.rotary = positions.map_or(Vec::new(), <[_]>::to_vec);
         let mut at = 0;
         for run in side.image.chunk_by(|a, b| a == b) {
             if run[0] {
-                self.image.push([at as u32, run.len() as u32]);
+                detail.image.push([at as u32, run.len() as u32]);
             }
             at += run.len();
         }
-        self.types.clone_from(&side.types);
+        detail.types.clone_from(&side.types);
     }
 
     /// True at image tokens.
     fn image_mask(&self) -> Vec<bool> {
         let mut image = vec![false; self.length];
-        for &[start, count] in &self.image {
+        for &[start, count] in &self.detail().image {
             image.iter_mut().skip(start as usize).take(count as usize).for_each(|image| *image = true);
         }
         image
@@ -75,11 +99,16 @@ impl Example {
 
     /// Positions, one row or three.
     fn position_rows(&self) -> Vec<Vec<i64>> {
-        match self.rotary.is_empty() {
+        match self.detail().rotary.is_empty() {
             true => vec![(0..self.length as i64).collect()],
-            false => self.rotary.clone(),
+            false => self.detail().rotary.clone(),
         }
     }
+}
+
+impl Detail {
+    const NONE: Detail =
+        Detail { positions: Vec::new(), targets: Vec::new(), rotary: Vec::new(), image: Vec::new(), types: Vec::new() };
 }
 
 /// Samples with what the frozen part gave for them.
@@ -90,8 +119,12 @@ pub struct TrainingSet {
     starts: Vec<u64>,
     /// First answer row of each example.
     answer_starts: Vec<u64>,
-    /// The residual stream where a pass begins, a row per token.
-    stream: Stream,
+    /// The residual stream where a pass begins, a row per token; none where rows are computed when they are needed.
+    stream: Option<Stream>,
+    /// Targets after these layers are read; None for all.
+    wanted: Option<Range<usize>>,
+    /// Of samples that are computed when they are needed, those at hand.
+    window: Option<Window>,
     /// What passes read besides, a row per token.
     side: Option<(SideWidths, Rows)>,
     pub targets: Targets,
@@ -103,8 +136,14 @@ pub struct Stream {
     pub rows: Rows,
     /// The layer before which it is, counted from the first trained one.
     pub before: usize,
-    /// Targets behind these layers are read; None for all.
-    pub wanted: Option<Range<usize>>,
+}
+
+/// Some samples with their rows.
+#[derive(Debug)]
+struct Window {
+    set: Box<TrainingSet>,
+    /// The place of each in `set`.
+    places: BTreeMap<usize, usize>,
 }
 
 /// What the dense model gave for the same samples.
@@ -161,30 +200,72 @@ pub struct Batch {
 impl TrainingSet {
     /// Pairs examples with their rows, in the order in which the rows were written.
     pub fn new(examples: Vec<Example>, hidden: Rows, side: Option<(SideWidths, Rows)>) -> Self {
-        let answer_starts = running_sum(examples.iter().map(|example| example.targets.len()));
+        let answer_starts = running_sum(examples.iter().map(|example| example.answers));
         let starts = running_sum(examples.iter().map(|example| example.length));
-        let stream = Stream { rows: hidden, before: 0, wanted: None };
-        TrainingSet { examples, starts, answer_starts, stream, side, targets: Targets::default() }
+        let stream = Some(Stream { rows: hidden, before: 0 });
+        let (wanted, window, targets) = (None, None, Targets::default());
+        TrainingSet { examples, starts, answer_starts, stream, wanted, window, side, targets }
+    }
+
+    /// Samples whose rows are put there when they are needed: see [`TrainingSet::put`].
+    pub fn of_windows(examples: Vec<Example>) -> Self {
+        TrainingSet {
+            examples,
+            starts: Vec::new(),
+            answer_starts: Vec::new(),
+            stream: None,
+            wanted: None,
+            window: None,
+            side: None,
+            targets: Targets::default(),
+        }
+    }
+
+    /// True when these samples can be made into batches.
+    pub fn holds(&self, samples: &[usize]) -> bool {
+        let within = |window: &Window| samples.iter().all(|sample| window.places.contains_key(sample));
+        self.stream.is_some() || self.window.as_ref().is_some_and(within)
+    }
+
+    /// Puts the rows of some samples in place of those at hand; `set` holds them by their numbers in the source.
+    ///
+    /// Errors: `Error::Invalid` when a sample is not in `set`.
+    pub fn put(&mut self, samples: &[usize], set: TrainingSet) -> Result<()> {
+        let by_number: BTreeMap<u64, usize> =
+            set.examples.iter().enumerate().map(|(place, example)| (example.number, place)).collect();
+        let places = samples.iter().map(|&sample| {
+            let Example { id, number, .. } = &self.examples[sample];
+            let place = by_number.get(number).copied();
+            let problem = "was read before and is not there now";
+            Ok((sample, place.ok_or_else(|| Error::invalid(format!("sample `{id}`"), problem))?))
+        });
+        self.window = Some(Window { places: places.collect::<Result<_>>()?, set: Box::new(set) });
+        Ok(())
     }
 
     /// Width of the residual stream.
     pub fn hidden_size(&self) -> usize {
-        self.stream.rows.width()
+        match (&self.stream, &self.window) {
+            (Some(stream), _) => stream.rows.width(),
+            (None, Some(window)) => window.set.hidden_size(),
+            (None, None) => 0,
+        }
     }
 
     /// The layer at which passes begin, counted from the first trained one.
     pub fn begins_before(&self) -> usize {
-        self.stream.before
+        self.stream.as_ref().map_or(0, |stream| stream.before)
     }
 
     /// Lets passes begin at another place, and gives the one before.
-    pub fn begin_at(&mut self, stream: Stream) -> Stream {
-        std::mem::replace(&mut self.stream, stream)
+    pub fn begin_at(&mut self, stream: Stream) -> Option<Stream> {
+        self.wanted = None;
+        self.stream.replace(stream)
     }
 
-    /// Reads the targets behind these layers alone.
-    pub fn want(&mut self, layers: Range<usize>) {
-        self.stream.wanted = Some(layers);
+    /// Reads the targets after these layers alone; None for all.
+    pub fn want(&mut self, layers: Option<Range<usize>>) {
+        self.wanted = layers;
     }
 
     /// Lengths in tokens, by sample.
@@ -196,12 +277,13 @@ impl TrainingSet {
     ///
     /// Errors: `Error::Io` when rows cannot be read; `Error::Engine` when LibTorch cannot make the tensors.
     pub fn batch(&self, samples: &[usize], device: Device) -> Result<Batch> {
-        self.batch_with(samples, self.stream.wanted.clone(), true, device)
+        self.batch_with(samples, self.wanted.clone(), true, device)
     }
 
     /// True when the dense model's stream behind the layer is on disk.
     pub fn has_target(&self, layer: usize) -> bool {
-        self.targets.streams.iter().any(|target| target.point == layer + 1)
+        let targets = self.window.as_ref().map_or(&self.targets, |window| &window.set.targets);
+        targets.streams.iter().any(|target| target.point == layer + 1)
     }
 
     /// The batch of these samples, with the dense model's stream behind the layers `wanted`, None for all, and with its
@@ -215,8 +297,15 @@ impl TrainingSet {
         answers: bool,
         device: Device,
     ) -> Result<Batch> {
+        if let Some(window) = &self.window {
+            let place = |sample: &usize| window.places.get(sample).copied();
+            let places: Option<Vec<usize>> = samples.iter().map(place).collect();
+            let places = places.ok_or_else(|| Error::invalid("a batch", "has a sample whose rows are not at hand"))?;
+            return window.set.batch_with(&places, wanted, answers, device);
+        }
+        let stream = self.stream.as_ref().ok_or_else(|| Error::invalid("a batch", "has no rows at hand"))?;
         let time = samples.iter().map(|&sample| self.examples[sample].length).max().unwrap_or(0);
-        let (rows, width) = (samples.len(), self.stream.rows.width());
+        let (rows, width) = (samples.len(), stream.rows.width());
         let stride = time * width * 4;
         let mut hidden = Vec::with_capacity(rows * stride);
         let mut answer_rows = Vec::new();
@@ -224,10 +313,10 @@ impl TrainingSet {
         let mut real_rows = Vec::new();
         for (row, &sample) in samples.iter().enumerate() {
             let example = &self.examples[sample];
-            self.stream.rows.read(self.starts[sample], example.length, &mut hidden)?;
+            stream.rows.read(self.starts[sample], example.length, &mut hidden)?;
             hidden.resize((row + 1) * stride, 0);
-            answer_rows.extend(example.positions.iter().map(|&at| (row * time) as i64 + i64::from(at)));
-            targets.extend_from_slice(&example.targets);
+            answer_rows.extend(example.detail().positions.iter().map(|&at| (row * time) as i64 + i64::from(at)));
+            targets.extend_from_slice(&example.detail().targets);
             let first = (row * time) as i64;
             real_rows.extend(first..first + example.length as i64);
         }
@@ -273,7 +362,7 @@ impl TrainingSet {
         let Some(rows) = &self.targets.answers else { return Ok(None) };
         let mut bytes = Vec::new();
         for &sample in samples {
-            rows.read(self.answer_starts[sample], self.examples[sample].targets.len(), &mut bytes)?;
+            rows.read(self.answer_starts[sample], self.examples[sample].answers, &mut bytes)?;
         }
         let k = rows.width() as i64 / 2;
         let tensors = || -> Result<TopK, tch::TchError> {
@@ -286,7 +375,7 @@ impl TrainingSet {
 
     /// What the graph's inputs are made from; padding is on the right, and positions go on counting there.
     fn step(&self, samples: &[usize]) -> Result<Step> {
-        let planes = samples.iter().map(|&sample| self.examples[sample].rotary.len()).max().unwrap_or(0);
+        let planes = samples.iter().map(|&sample| self.examples[sample].detail().rotary.len()).max().unwrap_or(0);
         let mut prompts = Vec::with_capacity(samples.len());
         for &sample in samples {
             let example = &self.examples[sample];
@@ -294,7 +383,7 @@ impl TrainingSet {
             if positions.len() < planes {
                 positions = positions.into_iter().cycle().take(planes).collect();
             }
-            let (image, types) = (example.image_mask(), example.types.clone());
+            let (image, types) = (example.image_mask(), example.detail().types.clone());
             prompts.push(match &self.side {
                 Some((widths, rows)) => {
                     let mut bytes = Vec::new();
@@ -307,6 +396,44 @@ impl TrainingSet {
             });
         }
         Step::padded_right(&prompts.iter().collect::<Vec<_>>())
+    }
+}
+
+impl Batch {
+    /// The batch in pinned memory, which a GPU copies from without waiting.
+    ///
+    /// Errors: `Error::Engine` where LibTorch has no GPU.
+    pub fn pinned(self, device: Device) -> Result<Batch> {
+        self.moved(|tensor| tensor.f_pin_memory(device))
+    }
+
+    /// The batch on a device; from pinned memory the copy runs beside what the device computes.
+    ///
+    /// Errors: `Error::Engine` where LibTorch has no such device.
+    pub fn to(self, device: Device) -> Result<Batch> {
+        self.moved(|tensor| tensor.f_to_device_(device, tensor.f_kind()?, true, false))
+    }
+
+    fn moved(self, place: impl Fn(&Tensor) -> Result<Tensor, tch::TchError>) -> Result<Batch> {
+        let all = |batch: Batch| -> Result<Batch, tch::TchError> {
+            let streams = batch.streams.iter().map(|(point, stream)| Ok((*point, place(stream)?)));
+            let streams = streams.collect::<Result<_, tch::TchError>>()?;
+            let top_k = match &batch.top_k {
+                Some(TopK { log_probs, tokens }) => Some(TopK { log_probs: place(log_probs)?, tokens: place(tokens)? }),
+                None => None,
+            };
+            Ok(Batch {
+                hidden: place(&batch.hidden)?,
+                step: batch.step,
+                answer_rows: place(&batch.answer_rows)?,
+                targets: place(&batch.targets)?,
+                answer_tokens: batch.answer_tokens,
+                real_rows: place(&batch.real_rows)?,
+                streams,
+                top_k,
+            })
+        };
+        all(self).map_err(torch_error("a batch"))
     }
 }
 
@@ -346,8 +473,8 @@ mod tests {
     fn answers_are_predicted_by_the_position_before_them() {
         let folder = tempfile::tempdir().unwrap();
         let examples = training_set(folder.path()).examples;
-        assert_eq!((&examples[0].positions, &examples[0].targets), (&vec![1, 2], &vec![7, 8]));
-        assert_eq!((&examples[1].positions, &examples[1].targets), (&vec![0], &vec![6]));
+        assert_eq!((&examples[0].detail().positions, &examples[0].detail().targets), (&vec![1, 2], &vec![7, 8]));
+        assert_eq!((&examples[1].detail().positions, &examples[1].detail().targets), (&vec![0], &vec![6]));
         assert!(Example::new("c".into(), &[1, 2], &[true]).is_err());
     }
 
@@ -356,6 +483,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let batch = training_set(folder.path()).batch(&[1, 0], Device::Cpu).unwrap();
         assert_eq!(batch.hidden.size(), [2, 4, 2]);
+        let batch = batch.to(Device::Cpu).unwrap();
         let hidden: Vec<f32> = Vec::try_from(batch.hidden.flatten(0, -1)).unwrap();
         assert_eq!(hidden, [9.0, 10.0, 11.0, 12.0, 0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]);
         let ints = |tensor: &Tensor| Vec::<i64>::try_from(tensor.flatten(0, -1)).unwrap();
@@ -383,9 +511,9 @@ mod tests {
         let rows = inputs.rows(&prompt).unwrap();
         assert_eq!(rows.len(), 4 * 10);
         let mut example = Example::new("a".into(), &[5, 6, 7, 8], &[false, false, false, true]).unwrap();
-        example.keep_side(&prompt.side);
-        assert_eq!(example.image, [[1, 2]]);
-        let found = widths.prompt(&rows, example.position_rows(), example.image_mask(), example.types.clone());
+        example.keep(None, &prompt.side);
+        assert_eq!(example.detail().image, [[1, 2]]);
+        let found = widths.prompt(&rows, example.position_rows(), example.image_mask(), example.detail().types.clone());
         assert_eq!((&found.data, &found.positions, &found.side), (&prompt.data, &prompt.positions, &prompt.side));
         // Levels that the encoder numbers otherwise are those at their place.
         prompt.side.levels = vec![5, 11];

@@ -15,7 +15,7 @@ use super::rows::{Element, Rows, RowsWriter};
 use super::source::{Sample, Source};
 use crate::finetune::cut::{SideInputs, SideWidths};
 
-const SCHEMA_VERSION: u32 = 1;
+const SCHEMA_VERSION: u32 = 2;
 /// Samples whose pictures are held at once, and go through the vision encoder together.
 const SAMPLES_PER_ROUND: usize = 32;
 /// Bytes of embeddings that go through the decoder in one round, and of each stream that is kept of it; the more there are,
@@ -75,13 +75,14 @@ impl Store {
     pub fn fill(
         &self,
         source: &dyn Source,
-        frozen: impl FnOnce() -> Result<VlmSession>,
+        task: &str,
+        frozen: &mut Slot<'_>,
         embeds_only: bool,
         max_tokens: usize,
         cancel: &Cancel,
     ) -> Result<(TrainingSet, LeftOut)> {
         let mut filling = self.begin()?;
-        let left_out = each_round(source, "frozen part", frozen, max_tokens, cancel, &mut |round, frozen| {
+        let left_out = each_round(source, task, frozen, max_tokens, cancel, &mut |round, frozen| {
             let hidden = if embeds_only {
                 round.iter().map(|sample| sample.embedded.data.clone()).collect::<Vec<_>>()
             } else {
@@ -130,10 +131,7 @@ impl Filling<'_> {
     /// Errors: `Error::Invalid` when there is no sample; `Error::Io`.
     pub fn finish(self, left_out: LeftOut) -> Result<(TrainingSet, LeftOut)> {
         let Filling { store, writer, side, examples } = self;
-        if examples.is_empty() {
-            let problem = format!("holds no sample to train on: {}", left_out.summary().unwrap_or_default());
-            return Err(Error::invalid("training data", problem).remedy("look at the data, or raise `max_tokens`"));
-        }
+        let examples = not_empty(examples, &left_out)?;
         let rows = writer.finish()?;
         let side = side.map(|side| Ok::<_, Error>((store.side.widths, side.finish()?))).transpose()?;
         let widths = side.as_ref().map(|(widths, _)| *widths);
@@ -150,19 +148,93 @@ pub struct Ready {
     pub embedded: Embedded,
 }
 
-/// Reads all samples, embeds those that are trained on, and hands them on in rounds that go through a decoder together.
-/// The first samples are read while `open` loads the model.
+/// A model that is loaded when it is first needed, and stays loaded.
+pub struct Slot<'a> {
+    model: Option<VlmSession>,
+    open: Box<dyn Fn() -> Result<VlmSession> + Send + 'a>,
+}
+
+impl<'a> Slot<'a> {
+    /// A model that `open` loads.
+    pub fn new(open: impl Fn() -> Result<VlmSession> + Send + 'a) -> Self {
+        Slot { model: None, open: Box::new(open) }
+    }
+
+    fn get(&mut self) -> Result<&mut VlmSession> {
+        match &mut self.model {
+            Some(model) => Ok(model),
+            empty => Ok(empty.insert((self.open)()?)),
+        }
+    }
+}
+
+/// Lengths of all samples that are trained on, without their rows.
 ///
-/// Errors: whatever a sample, `open` or `work` fails with; `Error::Interrupted`.
+/// Errors: whatever a sample fails with; `Error::Invalid` when there is none; `Error::Interrupted`.
+pub fn scan(source: &dyn Source, max_tokens: usize, cancel: &Cancel) -> Result<(Vec<Example>, LeftOut)> {
+    let progress = Progress::new("lengths", "samples", source.count());
+    let mut left_out = LeftOut::default();
+    let mut examples = Vec::new();
+    ahead(
+        SAMPLES_PER_ROUND,
+        || source.samples(),
+        |samples| {
+            for sample in samples {
+                let sample = sample?;
+                cancel.check("nothing was computed")?;
+                progress.advance(1);
+                examples.extend(taken(&sample, max_tokens, &mut left_out)?.map(|example| example.summary()));
+            }
+            Ok(())
+        },
+    )?;
+    Ok((not_empty(examples, &left_out)?, with_those_of(source, left_out)))
+}
+
+/// The sample as one to train on; None, counted, where it cannot be.
+fn taken(sample: &Sample, max_tokens: usize, left_out: &mut LeftOut) -> Result<Option<Example>> {
+    let mut example = Example::new(sample.id.clone(), &sample.prompt.input_ids, &sample.answer_mask)?;
+    example.number = sample.number;
+    if example.length > max_tokens {
+        left_out.too_long += 1;
+    } else if example.answers == 0 {
+        left_out.without_answer += 1;
+    } else {
+        return Ok(Some(example));
+    }
+    Ok(None)
+}
+
+/// With what the last pass over a source left out.
+fn with_those_of(source: &dyn Source, mut left_out: LeftOut) -> LeftOut {
+    let LeftOut { unreadable, too_long, reasons, .. } = source.left_out();
+    left_out.unreadable = unreadable;
+    left_out.too_long += too_long;
+    left_out.reasons = reasons;
+    left_out
+}
+
+fn not_empty(examples: Vec<Example>, left_out: &LeftOut) -> Result<Vec<Example>> {
+    if examples.is_empty() {
+        let problem = format!("holds no sample to train on: {}", left_out.summary().unwrap_or_default());
+        return Err(Error::invalid("training data", problem).remedy("look at the data, or raise `data.max_tokens`"));
+    }
+    Ok(examples)
+}
+
+/// Reads all samples, embeds those that are trained on, and hands them on in rounds that go through a decoder together.
+/// The first samples are read while the model is loaded. An empty `task` shows no progress.
+///
+/// Errors: whatever a sample, the model or `work` fails with; `Error::Interrupted`.
 pub fn each_round(
     source: &dyn Source,
     task: &str,
-    open: impl FnOnce() -> Result<VlmSession>,
+    model: &mut Slot<'_>,
     max_tokens: usize,
     cancel: &Cancel,
     work: &mut dyn FnMut(&mut Vec<Ready>, &mut VlmSession) -> Result<()>,
 ) -> Result<LeftOut> {
-    let progress = Progress::new(task, "samples", source.count());
+    let progress = (!task.is_empty()).then(|| Progress::new(task, "samples", source.count()));
     let mut left_out = LeftOut::default();
     let mut pictured: Vec<(Sample, Example)> = Vec::new();
     let mut round: Vec<Ready> = Vec::new();
@@ -173,44 +245,31 @@ pub fn each_round(
         SAMPLES_PER_ROUND,
         || source.samples(),
         |samples| {
-            let mut model = open()?;
+            let model = model.get()?;
             for sample in samples {
                 let sample = sample?;
-                cancel.check(&format!("nothing of the {task} is kept"))?;
-                progress.advance(1);
-                let mut example = Example::new(sample.id.clone(), &sample.prompt.input_ids, &sample.answer_mask)?;
-                example.number = sample.number;
-                if example.length > max_tokens {
-                    left_out.too_long += 1;
-                    continue;
-                }
-                if example.targets.is_empty() {
-                    left_out.without_answer += 1;
-                    continue;
-                }
+                cancel.check("what was computed of these samples is not kept")?;
+                progress.iter().for_each(|progress| progress.advance(1));
+                let Some(example) = taken(&sample, max_tokens, &mut left_out)? else { continue };
                 tokens += example.length;
                 pictured.push((sample, example));
                 let full = tokens * bytes_per_token >= BYTES_PER_ROUND;
                 if full || pictured.len() >= SAMPLES_PER_ROUND {
-                    embed(&mut pictured, &mut model, &mut round)?;
+                    embed(&mut pictured, model, &mut round)?;
                     let width = round.last().map_or(0, |last| last.embedded.hidden_size);
                     bytes_per_token = if width > 0 { width * size_of::<f32>() } else { BYTES_PER_TOKEN };
                 }
                 if full {
                     tokens = 0;
-                    work(&mut round, &mut model)?;
+                    work(&mut round, model)?;
                     round.clear();
                 }
             }
-            embed(&mut pictured, &mut model, &mut round)?;
+            embed(&mut pictured, model, &mut round)?;
             if !round.is_empty() {
-                work(&mut round, &mut model)?;
+                work(&mut round, model)?;
             }
-            let LeftOut { unreadable, too_long, reasons, .. } = source.left_out();
-            left_out.unreadable = unreadable;
-            left_out.too_long += too_long;
-            left_out.reasons = reasons;
-            Ok(left_out)
+            Ok(with_those_of(source, left_out))
         },
     )
 }
@@ -222,10 +281,7 @@ fn embed(pictured: &mut Vec<(Sample, Example)>, model: &mut VlmSession, round: &
     let embedded = model.embed_all(&prompts)?;
     let positions = model.decoder().position_rows() > 1;
     for (mut example, embedded) in examples.into_iter().zip(embedded) {
-        if positions {
-            example.rotary.clone_from(&embedded.positions);
-        }
-        example.keep_side(&embedded.side);
+        example.keep(positions.then_some(embedded.positions.as_slice()), &embedded.side);
         round.push(Ready { example, embedded });
     }
     Ok(())

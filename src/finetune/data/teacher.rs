@@ -5,12 +5,14 @@ use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::analysis::{Analysis, analyse};
+use crate::analysis::{Analysis, analyse, head_input};
 use crate::base::{Cancel, Device, Error, Result, Sha256Digest, sha256_json, thread_count};
 use crate::bundle::{Bundle, Role};
-use crate::ir::{Dim, Graph, Model, ValueId};
+use crate::ir::{Dim, Graph, Model, ValueId, ValueType};
 use crate::rewrite::extract;
-use crate::runtime::{Decoder, FeatureCache, Runtime, SessionOptions, VlmSession, headed};
+use crate::runtime::{
+    Decoder, FeatureCache, Runtime, Session, SessionOptions, Tensor as RuntimeTensor, VlmSession, headed,
+};
 
 use super::batch::{Example, StreamTarget, Targets, TrainingSet, total_tokens};
 use super::rows::{Element, Rows, RowsWriter};
@@ -18,7 +20,7 @@ use crate::data::LeftOut;
 use crate::finetune::loss;
 use crate::finetune::plan::{Point, points};
 
-use super::frozen_part::{self, Ready, Store, each_round};
+use super::frozen_part::{self, Slot, Store, each_round};
 use super::source::{Sample, Source};
 use crate::finetune::settings::Settings;
 
@@ -62,16 +64,50 @@ pub struct Course<'a> {
     points: Vec<Point>,
     /// Further points that only a fit looks at.
     fit_points: Vec<Point>,
+    /// Where what it gives is kept.
+    files: TargetFiles,
+    vocabulary: Option<usize>,
+    /// What the head reads, where it works on each position by itself: the head is run on answer positions alone.
+    head_input: Option<ValueId>,
+}
+
+/// Where what the dense model gives is kept.
+#[derive(Clone, Debug)]
+pub struct TargetFiles {
     /// A file for each of the points.
     streams: Vec<PathBuf>,
     /// With the number of likeliest tokens that are kept of each answer.
     answers: Option<(PathBuf, usize)>,
-    vocabulary: Option<usize>,
+}
+
+impl TargetFiles {
+    /// Files of the same names in another folder.
+    pub fn in_folder(&self, folder: &Path) -> Self {
+        let there = |path: &PathBuf| folder.join(path.file_name().unwrap_or_default());
+        let answers = self.answers.as_ref().map(|(path, k)| (there(path), *k));
+        TargetFiles { streams: self.streams.iter().map(there).collect(), answers }
+    }
+
+    /// True when nothing is to be written.
+    pub fn is_empty(&self) -> bool {
+        self.streams.is_empty() && self.answers.is_none()
+    }
+
+    fn exist(&self) -> bool {
+        self.streams.iter().chain(self.answers.iter().map(|(path, _)| path)).all(|path| path.exists())
+    }
+}
+
+/// The dense model while it is run: its layers, and its head where that is run by itself.
+pub struct Running<'a> {
+    body: Slot<'a>,
+    head: Option<Session>,
 }
 
 /// What is kept of the dense model's outputs for one sample; without rows where nothing is to be.
 struct Kept {
     streams: Vec<Vec<f32>>,
+    /// For each answer what the head reads, or the logits.
     answers: Vec<f32>,
     frozen: Option<Vec<f32>>,
 }
@@ -120,13 +156,13 @@ impl<'a> Lesson<'a> {
     /// Errors: `Error::Invalid` when the settings cannot be hashed.
     pub fn prepare(self, dense: Dense, digest: Sha256Digest) -> Result<Course<'a>> {
         let all = dense.points(self.teacher, self.trained, self.first, self.settings);
-        let by_terms = Settings { fit: false, ..self.settings.clone() };
+        let by_terms = self.settings.clone().with(|s| s.fit.enabled = false);
         let points = dense.points(self.teacher, self.trained, self.first, &by_terms);
         let fit_points = all.into_iter().filter(|point| !points.contains(point)).collect();
         let Dense { analysis } = dense;
         let vocabulary = last_size(&analysis, analysis.map.result);
-        let k = (self.settings.kd_top_k as usize).min(vocabulary.unwrap_or(usize::MAX));
-        let max_tokens = self.settings.max_tokens;
+        let k = (self.settings.kd.top_k as usize).min(vocabulary.unwrap_or(usize::MAX));
+        let max_tokens = self.settings.data.max_tokens;
         let file = |what: &str, key: Sha256Digest, element: Element| {
             self.work.join(format!("{what}-{}.{}", &key[..16.min(key.len())], element.extension()))
         };
@@ -136,19 +172,57 @@ impl<'a> Lesson<'a> {
         });
         let streams = streams.collect::<Result<Vec<_>>>()?;
         let answers = self.settings.reads(loss::Teacher::Logits).then(|| {
-            let temperature = self.settings.kd_temperature;
+            let temperature = self.settings.kd.temperature;
             let key = sha256_json(&("answers", &digest, self.data_digest, max_tokens, temperature, k));
             key.map(|key| (file("answers", key, ANSWERS), k))
         });
-        let answers = answers.transpose()?;
-        Ok(Course { lesson: self, digest, analysis, points, fit_points, streams, answers, vocabulary })
+        let files = TargetFiles { streams, answers: answers.transpose()? };
+        let result = analysis.map.result;
+        let head_input = Some(head_input(&analysis.model.graph, result)).filter(|&input| input != result);
+        Ok(Course { lesson: self, digest, analysis, points, fit_points, files, vocabulary, head_input })
     }
 }
 
 impl Course<'_> {
     /// True when nothing is left to write: an earlier run did, or no loss term reads any of it.
     pub fn kept(&self) -> bool {
-        self.streams.iter().chain(self.answers.iter().map(|(path, _)| path)).all(|path| path.exists())
+        self.files.exist()
+    }
+
+    /// Where what it gives is kept.
+    pub fn files(&self) -> &TargetFiles {
+        &self.files
+    }
+
+    /// The points of the student's stream that are compared, counted in layers from the first trained one.
+    pub fn student_points(&self) -> Vec<usize> {
+        self.points.iter().map(|point| point.student - self.lesson.first).collect()
+    }
+
+    /// The dense model, to be loaded when it is first run; with `frozen` it gives that too.
+    pub fn running(&self, frozen: Option<Frozen>) -> Running<'_> {
+        let outputs = self.outputs(frozen).values;
+        Running { body: Slot::new(move || self.session(&outputs)), head: None }
+    }
+
+    /// What a run gives, and where in it.
+    fn outputs(&self, frozen: Option<Frozen>) -> Outputs {
+        // One value may be wanted at two points; a graph gives it once.
+        let mut values: Vec<ValueId> = Vec::new();
+        let mut place_of = |id: ValueId| {
+            values.iter().position(|&other| other == id).unwrap_or_else(|| {
+                values.push(id);
+                values.len() - 1
+            })
+        };
+        let points = self.points.iter().map(|point| place_of(self.stream_before(point))).collect();
+        let frozen = match frozen {
+            Some(Frozen::Value(id)) => Some(place_of(id)),
+            _ => None,
+        };
+        let answers =
+            self.files.answers.is_some().then(|| place_of(self.head_input.unwrap_or(self.analysis.map.result)));
+        Outputs { values, points, frozen, answers }
     }
 
     /// The stream that the pruned model has before its first trained layer, where the dense model has it too: where it was
@@ -171,62 +245,63 @@ impl Course<'_> {
         Ok(same_computation(&own.graph, &prefix.graph).then_some(Frozen::Value(layer.input)))
     }
 
-    /// Runs the dense model over all samples and keeps what it gives; with `frozen` that stream too.
+    /// Runs the dense model over the samples of `source` and keeps what it gives in `files`; with `frozen` that stream too,
+    /// which `running` must have been made with. An empty `task` shows no progress.
     ///
     /// Errors: whatever a sample or a run fails with; `Error::Interrupted`; nothing is kept then.
-    pub fn fill(&self, frozen: Option<(Frozen, &Store)>, cancel: &Cancel) -> Result<Option<(TrainingSet, LeftOut)>> {
-        let Lesson { source, settings, .. } = &self.lesson;
-        // One value may be wanted at two points; a graph gives it once.
-        let mut outputs: Vec<ValueId> = Vec::new();
-        let mut place_of = |id: ValueId| {
-            outputs.iter().position(|&other| other == id).unwrap_or_else(|| {
-                outputs.push(id);
-                outputs.len() - 1
-            })
-        };
-        let places: Vec<usize> = self.points.iter().map(|point| place_of(self.stream_before(point))).collect();
-        let frozen_place = match frozen {
-            Some((Frozen::Value(id), _)) => Some(place_of(id)),
-            _ => None,
-        };
-        if self.answers.is_some() {
-            outputs.push(self.analysis.map.result);
-        }
-        let open = || self.session(&outputs);
+    pub fn fill(
+        &self,
+        source: &dyn Source,
+        files: &TargetFiles,
+        frozen: Option<(Frozen, &Store)>,
+        running: &mut Running<'_>,
+        task: &str,
+        cancel: &Cancel,
+    ) -> Result<Option<(TrainingSet, LeftOut)>> {
+        let settings = self.lesson.settings;
+        let places = self.outputs(frozen.map(|(frozen, _)| frozen));
         let mut filling = frozen.map(|(_, store)| store.begin()).transpose()?;
-        let writers = self.streams.iter().map(|path| RowsWriter::create(path, STREAMS));
+        let writers = files.streams.iter().map(|path| RowsWriter::create(path, STREAMS));
         let mut streams = writers.collect::<Result<Vec<_>>>()?;
-        let answers = self.answers.as_ref().map(|(path, k)| Ok((RowsWriter::create(path, ANSWERS)?, *k)));
+        let answers = files.answers.as_ref().map(|(path, k)| Ok((RowsWriter::create(path, ANSWERS)?, *k)));
         let mut answers = answers.transpose()?;
-        let tokens_per_run = match (&answers, self.vocabulary) {
-            (Some(_), Some(vocabulary)) => LOGIT_BYTES / (4 * vocabulary.max(1)),
-            (Some(_), None) => 1,
-            (None, _) => usize::MAX,
+        let tokens_per_run = match (places.answers, self.head_input) {
+            (Some(_), None) => self.logit_rows(),
+            _ => usize::MAX,
         };
-        let temperature = settings.kd_temperature;
-        let max_tokens = settings.max_tokens as usize;
-        let left_out = each_round(*source, "dense model", open, max_tokens, cancel, &mut |round, model| {
+        let temperature = settings.kd.temperature;
+        let max_tokens = settings.data.max_tokens as usize;
+        let Running { body, head } = running;
+        let left_out = each_round(source, task, body, max_tokens, cancel, &mut |round, model| {
             let kept = frozen_part::outputs(round, model, tokens_per_run, |sample, outputs| {
                 let example = &sample.example;
                 Ok(Kept {
-                    streams: places.iter().map(|&place| outputs[place].to_vec()).collect(),
-                    answers: match (&answers, outputs.last()) {
-                        (Some((_, k)), Some(logits)) => likeliest(logits, example, *k, temperature),
-                        _ => Vec::new(),
-                    },
-                    frozen: frozen_place.map(|place| outputs[place].to_vec()),
+                    streams: places.points.iter().map(|&place| outputs[place].to_vec()).collect(),
+                    answers: places.answers.map_or(Vec::new(), |place| at_answers(outputs[place], example)),
+                    frozen: places.frozen.map(|place| outputs[place].to_vec()),
                 })
             })?;
+            if let (Some((writer, k)), Some(place)) = (&mut answers, places.answers) {
+                let rows: Vec<f32> = kept.iter().flat_map(|kept| &kept.answers).copied().collect();
+                let count: usize = round.iter().map(|sample| sample.example.answers).sum();
+                let likeliest = match self.head_input {
+                    Some(input) => {
+                        if head.is_none() {
+                            *head = Some(self.head(input, model, place)?);
+                        }
+                        let found = head.as_mut().map(|head| self.likeliest_of(head, &rows, count, *k, temperature));
+                        found.transpose()?.unwrap_or_default()
+                    }
+                    None => likeliest(&rows, count, *k, temperature),
+                };
+                writer.push(&likeliest, count)?;
+            }
             for (kept, sample) in kept.into_iter().zip(round.drain(..)) {
-                let Ready { example, embedded } = &sample;
                 for (writer, stream) in streams.iter_mut().zip(&kept.streams) {
-                    writer.push(stream, example.length)?;
-                }
-                if let Some((writer, _)) = &mut answers {
-                    writer.push(&kept.answers, example.positions.len())?;
+                    writer.push(stream, sample.example.length)?;
                 }
                 if let Some(filling) = &mut filling {
-                    filling.push(kept.frozen.as_ref().unwrap_or(&embedded.data), &sample)?;
+                    filling.push(kept.frozen.as_ref().unwrap_or(&sample.embedded.data), &sample)?;
                 }
             }
             Ok(())
@@ -237,6 +312,51 @@ impl Course<'_> {
             writer.finish()?;
         }
         Ok(filled)
+    }
+
+    /// Rows of logits that one run may give.
+    fn logit_rows(&self) -> usize {
+        self.vocabulary.map_or(1, |vocabulary| (LOGIT_BYTES / (4 * vocabulary.max(1))).max(1))
+    }
+
+    /// The head by itself; `body` gives what it reads as its output of number `place`.
+    fn head(&self, input: ValueId, body: &VlmSession, place: usize) -> Result<Session> {
+        let mut model = self.analysis.model.clone();
+        let port = body.decoder().session().outputs().get(place);
+        let port = port.ok_or_else(|| Error::invalid("the dense model's head", "reads what its layers do not give"))?;
+        let shape = vec![Dim::Known(1), Dim::Unknown, port.shape.last().cloned().unwrap_or(Dim::Unknown)];
+        model.graph.values[input.index()].ty = Some(ValueType::Tensor { dtype: port.dtype, shape: Some(shape) });
+        let part = extract(&model, &[input], &[self.analysis.map.result])?;
+        Runtime::new(self.lesson.device)?.session_of(&part, &SessionOptions::default())
+    }
+
+    /// The [`top_k`] of each of `count` rows that the head reads.
+    fn likeliest_of(
+        &self,
+        head: &mut Session,
+        rows: &[f32],
+        count: usize,
+        k: usize,
+        temperature: f64,
+    ) -> Result<Vec<f32>> {
+        let width = rows.len() / count.max(1);
+        let (name, dtype) = match head.inputs() {
+            [port] => (port.name.clone(), port.dtype),
+            ports => {
+                let names: Vec<&str> = ports.iter().map(|port| port.name.as_str()).collect();
+                return Err(Error::unsupported("the dense model's head", format!("reads {}", names.join(", "))));
+            }
+        };
+        let mut found = Vec::with_capacity(2 * k * count);
+        for rows in rows.chunks(width.max(1) * self.logit_rows()) {
+            let count = rows.len() / width.max(1);
+            let tensor = RuntimeTensor::from_f32(dtype, &[1, count, width], rows.to_vec())?;
+            let outputs = head.run(&[(&name, &tensor)], None)?;
+            for (_, logits) in outputs.iter() {
+                found.extend(likeliest(&logits.to_f32()?, count, k, temperature));
+            }
+        }
+        Ok(found)
     }
 
     fn stream_before(&self, point: &Point) -> ValueId {
@@ -278,7 +398,8 @@ impl Course<'_> {
         numbers.sort_unstable();
         let chosen = Chosen { source: self.lesson.source, numbers };
         let mut found: Vec<BTreeMap<u64, Vec<u8>>> = layers.iter().map(|_| BTreeMap::new()).collect();
-        each_round(&chosen, "dense model", || self.session(&outputs), usize::MAX, cancel, &mut |round, model| {
+        let mut model = Slot::new(|| self.session(&outputs));
+        each_round(&chosen, "dense model", &mut model, usize::MAX, cancel, &mut |round, model| {
             let kept = frozen_part::outputs(round, model, usize::MAX, |_, outputs| {
                 Ok(places.iter().map(|&place| STREAMS.bytes_of(outputs[place])).collect::<Vec<_>>())
             })?;
@@ -295,7 +416,7 @@ impl Course<'_> {
     /// What was kept, for these examples.
     ///
     /// Errors: `Error::Invalid` when the stream's width is not the pruned model's, or a file is damaged.
-    pub fn open(&self, examples: &[Example], hidden_size: usize) -> Result<Targets> {
+    pub fn open(&self, files: &TargetFiles, examples: &[Example], hidden_size: usize) -> Result<Targets> {
         if let Some(other) = last_size(&self.analysis, self.analysis.map.source).filter(|&other| other != hidden_size) {
             let path = self.lesson.teacher.bundle.root().display();
             let problem = format!("its hidden size is {other}, the pruned model's {hidden_size}");
@@ -303,22 +424,34 @@ impl Course<'_> {
                 .remedy("name the model that was pruned as teacher"));
         }
         let first = self.lesson.first;
-        let streams = self.points.iter().zip(&self.streams).map(|(point, path)| {
+        let streams = self.points.iter().zip(&files.streams).map(|(point, path)| {
             let rows = Rows::open(path, total_tokens(examples), hidden_size, STREAMS)?;
             Ok(StreamTarget { rows, point: point.student - first })
         });
-        let answers = self.answers.as_ref().map(|(path, k)| {
-            let count = examples.iter().map(|example| example.targets.len() as u64).sum();
+        let answers = files.answers.as_ref().map(|(path, k)| {
+            let count = examples.iter().map(|example| example.answers as u64).sum();
             Rows::open(path, count, 2 * k, ANSWERS)
         });
         Ok(Targets { streams: streams.collect::<Result<_>>()?, answers: answers.transpose()? })
     }
 }
 
+/// What a run of the dense model gives, and where in it.
+struct Outputs {
+    values: Vec<ValueId>,
+    /// Of each point.
+    points: Vec<usize>,
+    /// The pruned model's stream before its first trained layer.
+    frozen: Option<usize>,
+    /// The head's input, or the logits.
+    answers: Option<usize>,
+}
+
 /// Some samples of a source.
-struct Chosen<'a> {
-    source: &'a dyn Source,
-    numbers: Vec<u64>,
+pub struct Chosen<'a> {
+    pub source: &'a dyn Source,
+    /// Their numbers, ascending.
+    pub numbers: Vec<u64>,
 }
 
 impl Source for Chosen<'_> {
@@ -363,15 +496,22 @@ fn same_computation(a: &Graph, b: &Graph) -> bool {
     operators(a) == operators(b) && left.len() == right.len() && left.iter().zip(&right).all(equal)
 }
 
-/// The [`top_k`] of each answer of a sample, row by row, on all cores. `logits` has a row per token.
-fn likeliest(logits: &[f32], example: &Example, k: usize, temperature: f64) -> Vec<f32> {
-    let width = logits.len() / example.length.max(1);
-    let row = |&position: &u32| top_k(&logits[position as usize * width..][..width], k, temperature);
-    let share = example.positions.len().div_ceil(thread_count()).max(1);
+/// Rows at the positions that predict an answer; `rows` has one per token.
+fn at_answers(rows: &[f32], example: &Example) -> Vec<f32> {
+    let width = rows.len() / example.length.max(1);
+    let row = |&position: &u32| &rows[position as usize * width..][..width];
+    example.detail().positions.iter().flat_map(row).copied().collect()
+}
+
+/// The [`top_k`] of each of `count` rows of logits, on all cores.
+fn likeliest(logits: &[f32], count: usize, k: usize, temperature: f64) -> Vec<f32> {
+    let width = (logits.len() / count.max(1)).max(1);
+    let share = count.div_ceil(thread_count()).max(1);
     std::thread::scope(|scope| {
-        let shares = example.positions.chunks(share);
-        let running: Vec<_> =
-            shares.map(|share| scope.spawn(move || share.iter().flat_map(row).collect::<Vec<_>>())).collect();
+        let shares = logits.chunks(share * width);
+        let of =
+            move |share: &[f32]| share.chunks(width).flat_map(|row| top_k(row, k, temperature)).collect::<Vec<_>>();
+        let running: Vec<_> = shares.map(|share| scope.spawn(move || of(share))).collect();
         let joined = running.into_iter().map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)));
         joined.flatten().collect()
     })

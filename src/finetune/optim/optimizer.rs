@@ -31,6 +31,8 @@ pub struct OptimizerRow {
     pub kind: OptimizerKind,
     /// Its name in settings.
     pub name: &'static str,
+    /// Peak learning rates that `learning_rate = "auto"` tries, ascending.
+    pub rates: &'static [f64],
     /// The state that it begins with for a weight.
     begin: fn(&Tensor) -> Result<State, tch::TchError>,
     /// Bytes of that state for a weight of a shape.
@@ -42,12 +44,14 @@ pub const OPTIMIZERS: &[OptimizerRow] = &[
     OptimizerRow {
         kind: OptimizerKind::AdamW,
         name: "adamw",
+        rates: ADAMW_RATES,
         begin: State::adamw,
         bytes: |shape| 8 * shape.iter().product::<u64>(),
     },
     OptimizerRow {
         kind: OptimizerKind::Muon,
         name: "muon",
+        rates: &[1e-3, 3e-3, 1e-2, 3e-2],
         begin: |value| match Muon::takes(&value.size()) {
             true => Ok(State::Muon { momentum: value.f_zeros_like()? }),
             false => State::adamw(value),
@@ -60,6 +64,7 @@ pub const OPTIMIZERS: &[OptimizerRow] = &[
     OptimizerRow {
         kind: OptimizerKind::AdamW8Bit,
         name: "adamw-8bit",
+        rates: ADAMW_RATES,
         begin: |value| match value.numel() >= EIGHT_BITS_FROM {
             true => Ok(State::EightBit { first: Moment::zeros(value, true)?, second: Moment::zeros(value, false)? }),
             false => State::adamw(value),
@@ -71,10 +76,18 @@ pub const OPTIMIZERS: &[OptimizerRow] = &[
     },
 ];
 
+/// From the rate for billions of parameters to that for adapters and networks of a few million.
+const ADAMW_RATES: &[f64] = &[1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3];
+
 /// Weights with fewer elements, norms and biases, keep moments of 32 bits.
 const EIGHT_BITS_FROM: usize = 4096;
 
 impl OptimizerKind {
+    /// Peak learning rates to try, ascending.
+    pub fn rates(self) -> &'static [f64] {
+        self.row().rates
+    }
+
     fn row(self) -> &'static OptimizerRow {
         OPTIMIZERS.iter().find(|row| row.kind == self).unwrap_or(&OPTIMIZERS[0])
     }

@@ -1,5 +1,6 @@
 //! What a run is made of, decided before it begins.
 
+mod activations;
 mod limits;
 pub mod order;
 mod part;
@@ -10,12 +11,14 @@ mod sizes;
 
 pub use limits::Limits;
 pub use order::Step;
-pub use part::Part;
+pub use part::{Part, TrialPlan};
 pub use planned::{PlannedBytes, PlannedData};
 pub use points::{Point, anchor_points, points};
 pub use run_plan::{Facts, RunPlan};
 pub use sizes::Sizes;
 
+/// Bytes of rows that are computed together where they are not kept.
+pub const WINDOW_BYTES: u64 = 64 << 20;
 /// Most tokens that a fit looks at.
 pub const FIT_TOKENS: u64 = 1 << 17;
 

@@ -24,20 +24,20 @@ pub fn epoch(settings: &Settings, lengths: &[usize], epoch: u64) -> Vec<Step> {
     let mut order: Vec<usize> = (0..lengths.len()).collect();
     order.shuffle(&mut rng);
     let per_step = settings.samples_per_step();
-    if settings.group_by_length {
+    if settings.data.group_by_length {
         for group in order.chunks_mut(per_step * STEPS_PER_GROUP) {
             group.sort_by_key(|&sample| std::cmp::Reverse(lengths[sample]));
         }
     }
     let mut steps: Vec<Vec<usize>> = order.chunks(per_step).map(<[usize]>::to_vec).collect();
-    if settings.group_by_length {
+    if settings.data.group_by_length {
         steps.shuffle(&mut rng);
     }
     steps
         .into_iter()
         .map(|mut samples| {
             samples.sort_by_key(|&sample| std::cmp::Reverse(lengths[sample]));
-            samples.chunks(settings.batch_size as usize).map(<[usize]>::to_vec).collect()
+            samples.chunks(settings.batch.size as usize).map(<[usize]>::to_vec).collect()
         })
         .collect()
 }
@@ -56,7 +56,11 @@ mod tests {
     }
 
     fn settings(group_by_length: bool) -> Settings {
-        Settings { batch_size: 4, accumulation_steps: 2, group_by_length, ..Settings::default() }
+        Settings::default().with(|s| {
+            s.batch.size = 4;
+            s.batch.accumulation_steps = 2;
+            s.data.group_by_length = group_by_length;
+        })
     }
 
     #[test]
@@ -77,7 +81,7 @@ mod tests {
         let first = epoch(&settings(false), &lengths(), 0);
         assert_eq!(first, epoch(&settings(false), &lengths(), 0));
         assert_ne!(first, epoch(&settings(false), &lengths(), 1));
-        assert_ne!(first, epoch(&Settings { seed: 43, ..settings(false) }, &lengths(), 0));
+        assert_ne!(first, epoch(&settings(false).with(|s| s.seed = 43), &lengths(), 0));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! How the steps of a run fall into parts.
 
-use crate::finetune::settings::Settings;
+use crate::finetune::settings::{LearningRate, Settings};
 
 use super::order;
 
@@ -24,8 +24,8 @@ impl Part {
     /// The steps of each of `layers` layers.
     pub fn each(settings: &Settings, samples: usize, layers: usize) -> Vec<Self> {
         let steps = steps(settings, samples);
-        let total = settings.max_steps.map_or(steps * layers as u64, |_| steps);
-        let until = |layer: usize| match settings.max_steps {
+        let total = settings.schedule.max_steps.map_or(steps * layers as u64, |_| steps);
+        let until = |layer: usize| match settings.schedule.max_steps {
             Some(_) => total * layer as u64 / layers.max(1) as u64,
             None => steps * layer as u64,
         };
@@ -38,10 +38,42 @@ impl Part {
     }
 }
 
+/// Most optimiser steps of a short trial, of each layer where layers are healed one after the other.
+const TRIAL_STEPS: u64 = 32;
+/// Steps' worth of samples that short trials hold back at most.
+const HELD_OUT_STEPS: u64 = 4;
+
+/// How long one trial of a learning rate is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TrialPlan {
+    /// Steps of the trial, over all layers; None for one pass over the samples.
+    pub max_steps: Option<u64>,
+    /// Steps' worth of samples at the end of the first epoch that no trial trains on; 0 where a pass has one step.
+    pub held_out_steps: u64,
+}
+
+impl TrialPlan {
+    /// Of each of the settings' learning rates; `layers` is 1 where all are trained at once.
+    pub fn of(settings: &Settings, samples: usize, layers: usize) -> Self {
+        let pass = order::steps_per_epoch(settings, samples);
+        let layers = layers.max(1) as u64;
+        let most = settings.schedule.max_steps;
+        match settings.optimizer.learning_rate {
+            LearningRate::Auto(_) => {
+                // A quarter of the epoch, but no more than is enough to tell rates apart.
+                let held_out_steps = if pass > 1 { pass.div_ceil(4).min(HELD_OUT_STEPS) } else { 0 };
+                let steps = (pass - held_out_steps).min(TRIAL_STEPS) * layers;
+                TrialPlan { max_steps: Some(most.map_or(steps, |most| most.min(steps))), held_out_steps }
+            }
+            _ => TrialPlan { max_steps: most.map(|most| most.min(pass * layers)), held_out_steps: 0 },
+        }
+    }
+}
+
 /// Optimiser steps that the settings ask for, over all layers at once.
 fn steps(settings: &Settings, samples: usize) -> u64 {
-    let all = || order::steps_per_epoch(settings, samples) * u64::from(settings.epochs);
-    if settings.trains() { settings.max_steps.unwrap_or_else(all) } else { 0 }
+    let all = || order::steps_per_epoch(settings, samples) * u64::from(settings.schedule.epochs);
+    if settings.trains() { settings.schedule.max_steps.unwrap_or_else(all) } else { 0 }
 }
 
 #[cfg(test)]
@@ -50,14 +82,25 @@ mod tests {
 
     #[test]
     fn each_layer_has_an_equal_part_of_the_steps() {
-        let settings = Settings { batch_size: 4, accumulation_steps: 1, epochs: 2, ..Settings::default() };
+        let settings = Settings::default().with(|s| {
+            s.batch.size = 4;
+            s.batch.accumulation_steps = 1;
+            s.schedule.epochs = 2;
+        });
         let ends = |settings: &Settings| -> Vec<(u64, u64)> {
             let parts = Part::each(settings, 10, 3);
             assert!(parts.iter().all(|part| part.total == parts[2].end()));
             parts.iter().map(|part| (part.before, part.end())).collect()
         };
         assert_eq!(ends(&settings), [(0, 6), (6, 12), (12, 18)]);
-        assert_eq!(ends(&Settings { max_steps: Some(7), ..settings.clone() }), [(0, 2), (2, 4), (4, 7)]);
+        assert_eq!(ends(&settings.clone().with(|s| s.schedule.max_steps = Some(7))), [(0, 2), (2, 4), (4, 7)]);
+        let auto = settings.clone().with(|s| s.optimizer.learning_rate = LearningRate::AUTO);
+        let trial = |samples, layers| {
+            let TrialPlan { max_steps, held_out_steps } = TrialPlan::of(&auto, samples, layers);
+            (max_steps.unwrap(), held_out_steps)
+        };
+        assert_eq!((trial(4, 1), trial(8, 1), trial(40, 1)), ((1, 0), (1, 1), (7, 3)));
+        assert_eq!((trial(4000, 1), trial(4000, 3)), ((32, 4), (96, 4)));
         assert_eq!(Part::whole(&settings, 10), Part { before: 0, steps: 6, total: 6 });
     }
 }

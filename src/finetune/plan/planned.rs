@@ -26,6 +26,17 @@ pub struct PlannedStage {
     pub losses: BTreeMap<String, f64>,
 }
 
+/// Trials of learning rates before the run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct PlannedSearch {
+    /// Rates that may be tried.
+    pub learning_rates: Vec<f64>,
+    /// Most optimiser steps of each trial, over all layers.
+    pub steps: u64,
+    /// Steps' worth of samples that are held back; 0 where a trial is a whole pass.
+    pub held_out_steps: u64,
+}
+
 /// The fit before the steps.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct PlannedFit {

@@ -52,7 +52,7 @@ pub fn points(
             Compute::Answers(_) => {}
         }
     }
-    if settings.fit {
+    if settings.fit.enabled {
         students.extend(trained.iter().map(|&layer| layer + 1));
     }
     students.sort_unstable();
@@ -64,14 +64,21 @@ pub fn points(
 mod tests {
     use super::*;
     use crate::finetune::loss::LossKind;
+    use crate::finetune::settings::Stage;
 
     /// Eight dense layers; 2 dropped and 3 trained with anchor 4, 6 dropped and 5 trained with anchor 7.
     #[test]
     fn points_of_the_stream_correspond() {
         let kept = [0, 1, 3, 4, 5, 7];
         let pairs = |kinds: &[LossKind], anchors: &[usize]| -> Vec<(usize, usize)> {
-            let losses = kinds.iter().map(|&kind| (kind, 1.0)).collect();
-            let points = points(&kept, anchors, &[2, 4], 2, 8, &Settings { losses, ..Settings::default() });
+            let points = points(
+                &kept,
+                anchors,
+                &[2, 4],
+                2,
+                8,
+                &Settings::default().with(|s| s.stages = Stage::only(kinds.iter().map(|&kind| (kind, 1.0)))),
+            );
             points.iter().map(|point| (point.student, point.dense)).collect()
         };
         let all = [(3, 4), (4, 5), (5, 7), (6, 8)];

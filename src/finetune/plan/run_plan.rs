@@ -9,9 +9,12 @@ use crate::finetune::loss::{LOSSES, Teacher};
 use crate::finetune::optim::state_bytes;
 use crate::finetune::settings::{Precision, Settings};
 
+use super::WINDOW_BYTES;
 use super::limits::Limits;
-use super::part::Part;
-use super::planned::{Order, Phase, Place, PlannedBytes, PlannedData, PlannedFit, PlannedStage, PlannedTarget};
+use super::part::{Part, TrialPlan};
+use super::planned::{
+    Order, Phase, Place, PlannedBytes, PlannedData, PlannedFit, PlannedSearch, PlannedStage, PlannedTarget,
+};
 use super::points::Point;
 use super::sizes::Sizes;
 
@@ -24,6 +27,8 @@ const MOST_GRADIENT_BYTES: u64 = 256 << 20;
 const CPU_BATCH_TOKENS: u64 = 512;
 /// What a process takes with nothing loaded: code, the graph, buffers of files.
 const PROCESS_BYTES: u64 = 250 << 20;
+/// Rows of fewer bytes are kept even where a run reads them once: the next run reads them again.
+const SMALL_CACHE_BYTES: u64 = 64 << 20;
 /// f32 copies of the logits that cross-entropy and its backward pass hold.
 const LOGIT_COPIES: u64 = 4;
 
@@ -48,6 +53,9 @@ pub struct RunPlan {
     pub order: Order,
     /// The fit before the steps; absent where there is none.
     pub fit: Option<PlannedFit>,
+    /// Trials of learning rates before the steps; absent where there is one rate.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub search: Option<PlannedSearch>,
     /// Stages of the steps, each with its losses.
     pub stages: Vec<PlannedStage>,
     /// The samples.
@@ -60,6 +68,12 @@ pub struct RunPlan {
     pub threads: u64,
     /// Most tokens of one forward pass, padding included, longer samples aside.
     pub batch_tokens: u64,
+    /// Rows of the frozen layers and of the dense model are computed when steps need them, and kept no longer.
+    #[serde(default)]
+    pub streamed: bool,
+    /// Bytes of rows that may be kept on disk.
+    #[serde(default)]
+    pub cache_limit_bytes: u64,
     /// Every layer is computed again in the backward pass.
     pub gradient_checkpointing: bool,
     /// Frozen weights stay as they are in the file, and each product widens its own.
@@ -84,8 +98,6 @@ pub struct Facts<'a> {
     pub on_gpu: bool,
     /// Cores of the processor.
     pub cores: u64,
-    /// Attention heads, for the scores that attention keeps.
-    pub heads: u64,
     /// Settings of the run.
     pub settings: &'a Settings,
     /// Layers to train, as the pruned model counts them.
@@ -106,6 +118,10 @@ pub struct Facts<'a> {
     pub data: PlannedData,
     /// Limits that the user set.
     pub limits: Limits,
+    /// Bytes for rows on disk where the user set no limit.
+    pub cache_bytes: u64,
+    /// Whether rows are computed when they are needed, where that is decided.
+    pub streamed: Option<bool>,
 }
 
 impl RunPlan {
@@ -123,7 +139,7 @@ impl RunPlan {
         let one = facts.on_gpu || stored || 4 * trained > MOST_GRADIENT_BYTES;
         let longest = data.longest_tokens.max(1);
         let asked = limits.batch_tokens.unwrap_or(match facts.on_gpu {
-            true => u64::from(settings.batch_size) * longest,
+            true => u64::from(settings.batch.size) * longest,
             false => CPU_BATCH_TOKENS,
         });
         let mut plan = RunPlan {
@@ -140,13 +156,16 @@ impl RunPlan {
                 (true, false) => Order::Together,
             },
             fit: facts.fit(),
+            search: facts.search(),
             stages: facts.stages(),
             data: data.clone(),
-            targets: facts.targets(),
+            targets: facts.targets(!facts.streamed()),
             workers: if one { 1 } else { limits.workers.unwrap_or(facts.cores) },
             threads: if one { facts.cores } else { 1 },
             batch_tokens: asked.max(longest),
-            gradient_checkpointing: settings.gradient_checkpointing.unwrap_or(stored),
+            streamed: facts.streamed(),
+            cache_limit_bytes: limits.cache.unwrap_or(facts.cache_bytes),
+            gradient_checkpointing: settings.batch.gradient_checkpointing.unwrap_or(stored),
             frozen_as_stored: stored,
             bytes: Vec::new(),
             memory_bytes: 0,
@@ -171,7 +190,7 @@ impl RunPlan {
         if fits(self) {
             return;
         }
-        if facts.settings.gradient_checkpointing.is_none() {
+        if facts.settings.batch.gradient_checkpointing.is_none() {
             self.gradient_checkpointing = true;
         }
         while !fits(self) && self.batch_tokens > longest && facts.limits.batch_tokens.is_none() {
@@ -182,8 +201,18 @@ impl RunPlan {
         }
     }
 
-    /// Errors: `Error::Invalid` when the plan is above the limit that the user set.
+    /// Errors: `Error::Invalid` when the plan is above the limit that the user set, or needs more rows on disk than it may.
     pub fn check(&self) -> Result<()> {
+        let rows: u64 = self.targets.iter().filter(|target| target.written).map(|target| target.bytes).sum();
+        if self.order == Order::LayerByLayer && rows > self.cache_limit_bytes {
+            let problem = format!(
+                "heals one layer after the other, which keeps {} on disk, and the limit is {}",
+                human_bytes(rows),
+                human_bytes(self.cache_limit_bytes)
+            );
+            return Err(Error::invalid("this run", problem)
+                .remedy("allow more with `--cache-bytes`, draw fewer samples, or take the recipe `best`"));
+        }
         match (self.fits, self.memory_limit_bytes) {
             (Some(false), Some(limit)) => {
                 let largest =
@@ -211,11 +240,16 @@ impl RunPlan {
             _ => String::new(),
         };
         format!(
-            "plan: {} trained parameters in {} of {} layers run, {} steps, {} tokens a pass on {} networks{}, memory {}{limit}, disk {}",
+            "plan: {} trained parameters in {} of {} layers run, {} steps{}, {} tokens a pass on {} networks{}, memory {}{limit}, disk {}",
             human_count(self.trained_parameters),
             self.trained.len(),
             self.layers_run,
             self.stages.iter().map(|stage| stage.steps).sum::<u64>(),
+            self.search.as_ref().map_or(String::new(), |search| format!(
+                " after at most {} trials of {} steps",
+                search.learning_rates.len(),
+                search.steps
+            )),
             self.batch_tokens,
             self.workers,
             if self.gradient_checkpointing { " with gradient checkpointing" } else { "" },
@@ -238,7 +272,7 @@ impl RunPlan {
 
 impl Facts<'_> {
     fn fit(&self) -> Option<PlannedFit> {
-        if !self.settings.fit {
+        if !self.settings.fit.enabled {
             return None;
         }
         let products: Vec<u64> =
@@ -247,6 +281,45 @@ impl Facts<'_> {
         let most = self.settings.fit_budget(widest).min(super::FIT_TOKENS);
         let layers = self.fitted.len() as u64;
         Some(PlannedFit { layers, products: products.len() as u64, widest, tokens: most.min(self.data.tokens) })
+    }
+
+    /// True where the rows are computed when steps need them: where they are read once, and where they have no room.
+    fn streamed(&self) -> bool {
+        if let Some(decided) = self.streamed {
+            return decided;
+        }
+        // Each layer's output for all samples is the next one's input.
+        if self.settings.layer_by_layer() {
+            return false;
+        }
+        let bytes: u64 = self.targets(true).iter().filter(|target| target.written).map(|target| target.bytes).sum();
+        let room = self.limits.cache.unwrap_or(self.cache_bytes);
+        bytes > room || bytes > SMALL_CACHE_BYTES && !self.reads_again()
+    }
+
+    /// True where a run reads the rows of a sample more than once.
+    fn reads_again(&self) -> bool {
+        let settings = self.settings;
+        let pass = super::order::steps_per_epoch(settings, self.data.samples as usize);
+        let passes = match settings.schedule.max_steps {
+            Some(steps) => steps > pass,
+            None => settings.schedule.epochs > 1,
+        };
+        passes || settings.optimizer.learning_rate.is_searched()
+    }
+
+    fn search(&self) -> Option<PlannedSearch> {
+        let settings = self.settings;
+        let learning_rate = &settings.optimizer.learning_rate;
+        if !learning_rate.is_searched() || !settings.trains() {
+            return None;
+        }
+        let samples = self.data.samples as usize;
+        let layers = if settings.layer_by_layer() { self.layers.len() } else { 1 };
+        let TrialPlan { max_steps, held_out_steps } = TrialPlan::of(settings, samples, layers);
+        let pass = super::order::steps_per_epoch(settings, samples) * layers as u64;
+        let learning_rates = learning_rate.candidates(settings.optimizer.kind);
+        Some(PlannedSearch { learning_rates, steps: max_steps.unwrap_or(pass), held_out_steps })
     }
 
     fn stages(&self) -> Vec<PlannedStage> {
@@ -262,14 +335,14 @@ impl Facts<'_> {
         let stages = self.settings.by_stage(total).into_iter().map(|(end, stage)| {
             let steps = end - before;
             before = end;
-            let losses = stage.losses.iter().map(|(kind, weight)| (kind.name().to_string(), *weight)).collect();
+            let losses = stage.losses().iter().map(|(kind, weight)| (kind.name().to_string(), *weight)).collect();
             PlannedStage { steps, losses }
         });
         stages.collect()
     }
 
-    fn targets(&self) -> Vec<PlannedTarget> {
-        let all = self.settings.of_all_stages();
+    /// What the frozen layers and the dense model give; `keeps` where it is written for all samples.
+    fn targets(&self, keeps: bool) -> Vec<PlannedTarget> {
         let width = self.sizes.hidden_size;
         let PlannedData { tokens, answer_tokens, .. } = self.data;
         let first = self.first;
@@ -278,28 +351,28 @@ impl Facts<'_> {
             read_by: vec!["steps".to_string()],
             tokens,
             bytes: 4 * tokens * width,
-            written: true,
+            written: keeps,
         }];
         let by_terms = |wanted: Teacher| -> Vec<String> {
-            let asked = LOSSES.iter().filter(|row| all.weight(row.kind) > 0.0 && row.teacher == wanted);
+            let asked = LOSSES.iter().filter(|row| self.settings.weight(row.kind) > 0.0 && row.teacher == wanted);
             asked.map(|row| row.name.to_string()).collect()
         };
         for point in self.points {
             let behind_trained = self.layers.contains(&(point.student - 1));
             let mut read_by = by_terms(Teacher::Stream);
             let kept = !read_by.is_empty();
-            if self.settings.fit && behind_trained {
+            if self.settings.fit.enabled && behind_trained {
                 read_by.push("fit".to_string());
             }
             let tokens = if kept { tokens } else { self.fit().map_or(0, |fit| fit.tokens) };
             let (what, bytes) = (format!("dense stream before layer {}", point.dense), 2 * tokens * width);
-            targets.push(PlannedTarget { what, read_by, tokens, bytes, written: kept });
+            targets.push(PlannedTarget { what, read_by, tokens, bytes, written: kept && keeps });
         }
         let read_by = by_terms(Teacher::Logits);
         if !read_by.is_empty() {
-            let bytes = 8 * u64::from(self.settings.kd_top_k) * answer_tokens;
+            let bytes = 8 * u64::from(self.settings.kd.top_k) * answer_tokens;
             let what = "dense model's answers".to_string();
-            targets.push(PlannedTarget { what, read_by, tokens: answer_tokens, bytes, written: true });
+            targets.push(PlannedTarget { what, read_by, tokens: answer_tokens, bytes, written: keeps });
         }
         targets
     }
@@ -332,6 +405,12 @@ fn items(plan: &RunPlan, facts: &Facts<'_>) -> Vec<PlannedBytes> {
             bytes,
             "frozen layers before, or the dense model".into(),
         );
+        if plan.streamed {
+            // The models stay loaded while steps are made.
+            let dense = if plan.targets.len() > 1 { facts.teacher_bytes } else { 0 };
+            let formula = "rows are computed between steps".to_string();
+            add(Phase::Steps, Place::Memory, "ONNX Runtime's weights", sizes.prefix_bytes.max(dense), formula);
+        }
     }
     for phase in [Phase::Fit, Phase::Steps] {
         if phase == Phase::Fit && plan.fit.is_none() || phase == Phase::Steps && plan.stages.is_empty() {
@@ -375,9 +454,9 @@ fn items(plan: &RunPlan, facts: &Facts<'_>) -> Vec<PlannedBytes> {
     }
     if !plan.stages.is_empty() {
         add(Phase::Steps, Place::Memory, "gradients", 4 * now * workers, format!("4 x {now} x {workers} networks"));
-        let state = state_bytes(settings.optimizer, &sizes.trained) * now / elements.max(1);
+        let state = state_bytes(settings.optimizer.kind, &sizes.trained) * now / elements.max(1);
         add(Phase::Steps, Place::Memory, "optimiser state", state, "moments of each trained number".into());
-        let mean = if settings.average_last > 0.0 { 4 * now } else { 0 };
+        let mean = if settings.optimizer.average_last > 0.0 { 4 * now } else { 0 };
         add(Phase::Steps, Place::Memory, "mean of the weights", mean, format!("4 x {now}"));
         let (bytes, formula) = activations(plan, facts);
         add(Phase::Steps, Place::Memory, "activations", workers * bytes, formula);
@@ -394,6 +473,9 @@ fn items(plan: &RunPlan, facts: &Facts<'_>) -> Vec<PlannedBytes> {
             format!("weights and state; {tokens} tokens a pass do not count"),
         );
     }
+    if plan.streamed {
+        add(Phase::Steps, Place::Disk, "rows at hand", WINDOW_BYTES, "computed together, longer steps aside".into());
+    }
     for target in plan.targets.iter().filter(|target| target.written) {
         add(Phase::Teacher, Place::Disk, &target.what, target.bytes, format!("{} tokens", target.tokens));
     }
@@ -405,14 +487,17 @@ fn activations(plan: &RunPlan, facts: &Facts<'_>) -> (u64, String) {
     let sizes = facts.sizes;
     let tokens = plan.batch_tokens;
     let width: u64 = if plan.precision == Precision::Bf16 && facts.on_gpu { 2 } else { 4 };
-    let scores = 2 * facts.heads * plan.data.longest_tokens.min(tokens);
-    let layers = sizes.layer_activations.iter().map(|own| own + scores);
+    let keys = plan.data.longest_tokens.min(tokens);
+    let layers = sizes.layer_activations.iter().map(|layer| layer.kept.at(keys));
     let (sum, most) = (layers.clone().sum::<u64>(), layers.max().unwrap_or(0));
-    let kept = match (plan.order, plan.gradient_checkpointing) {
-        (Order::LayerByLayer, _) => most,
-        (_, true) => most + (plan.layers_run + 2) * sizes.hidden_size,
-        (_, false) => sum,
-    };
+    // The backward pass holds the gradients of a value and of what it was made from.
+    let widest = 2 * sizes.layer_activations.iter().map(|layer| layer.widest.at(keys)).max().unwrap_or(0);
+    let kept = widest
+        + match (plan.order, plan.gradient_checkpointing) {
+            (Order::LayerByLayer, _) => most,
+            (_, true) => most + (plan.layers_run + 2) * sizes.hidden_size,
+            (_, false) => sum,
+        };
     let answers = (tokens * plan.data.answer_tokens).checked_div(plan.data.tokens.max(1)).unwrap_or(tokens);
     let looks = facts.settings.looks_at_answers();
     let logits = if looks { 4 * LOGIT_COPIES * answers * sizes.vocabulary } else { 0 };
@@ -427,6 +512,12 @@ mod tests {
 
     use super::*;
     use crate::finetune::loss::LossKind;
+    use crate::finetune::plan::activations::{Kept, Width};
+    use crate::finetune::settings::Stage;
+
+    fn layer_kept(kept: u64, widest: u64) -> Kept {
+        Kept { kept: Width { own: kept, per_key: 0 }, widest: Width { own: widest, per_key: 0 } }
+    }
 
     /// Qwen3-VL-8B with 27 of 36 layers in bf16: width 4096, MLP 12288, 8 heads of 128 for keys and values.
     fn eight_billion(lora: bool) -> Sizes {
@@ -456,7 +547,7 @@ mod tests {
             head_widened_bytes: 4 * head,
             trained: if lora { adapters(27) } else { (0..9).flat_map(|_| matrices.clone()).collect() },
             written: if lora { written } else { 0 },
-            layer_activations: vec![sides * 5 / 4; 27],
+            layer_activations: vec![layer_kept(sides * 5 / 4, mlp); 27],
             hidden_size: width,
             vocabulary,
             ..Sizes::default()
@@ -476,7 +567,6 @@ mod tests {
             device: "cuda:0".to_string(),
             on_gpu: true,
             cores: 16,
-            heads: 32,
             settings,
             layers: &layers,
             layer_count: 27,
@@ -487,6 +577,8 @@ mod tests {
             teacher_bytes: 0,
             data,
             limits: Limits { memory, ..Limits::default() },
+            cache_bytes: 32_000_000_000,
+            streamed: None,
         };
         RunPlan::resolve(&facts).unwrap()
     }
@@ -494,8 +586,12 @@ mod tests {
     #[test]
     fn eight_billion_parameters_heal_with_adapters_in_22_gb_and_not_without() {
         let losses = BTreeMap::from([(LossKind::Ce, 1.0), (LossKind::Kd, 1.0)]);
-        let best = Settings { losses, average_last: 0.5, precision: Precision::Bf16, ..Settings::default() };
-        let wide = Settings { lora_rank: 16, ..best.clone() };
+        let best = Settings::default().with(|s| {
+            s.stages = Stage::only(losses);
+            s.optimizer.average_last = 0.5;
+            s.precision = Precision::Bf16;
+        });
+        let wide = best.clone().with(|s| s.lora.rank = 16);
         let plan_of = |settings: &Settings, lora: bool| plan(settings, &eight_billion(lora), Some(22_000_000_000));
         let lora = plan_of(&wide, true);
         assert_eq!((lora.fits, lora.gradient_checkpointing, lora.frozen_as_stored), (Some(true), true, true));
@@ -517,7 +613,7 @@ mod tests {
 
     #[test]
     fn a_limit_makes_passes_smaller_and_keeps_the_step() {
-        let settings = Settings { lora_rank: 16, ..Settings::default() };
+        let settings = Settings::default().with(|s| s.lora.rank = 16);
         let free = plan(&settings, &eight_billion(true), None);
         let tight = plan(&settings, &eight_billion(true), Some(24_000_000_000));
         assert_eq!((free.fits, tight.fits), (None, Some(true)));

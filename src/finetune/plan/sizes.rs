@@ -1,9 +1,12 @@
 //! Sizes of the parts of a decoder, from its graph alone.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 
-use crate::finetune::cut::{Cut, Suffix};
+use crate::finetune::cut::{Cut, Suffix, nodes_between};
 use crate::ir::{DataType, Graph, Tensor, ValueId};
+use crate::rewrite::fuse_kernels;
+
+use super::activations::{Kept, of_layer};
 
 /// Bytes and widths of what a run holds.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -22,19 +25,17 @@ pub struct Sizes {
     pub trained: Vec<Vec<u64>>,
     /// Elements of weights that a fit writes and no step moves.
     pub written: u64,
-    /// Numbers that one layer keeps of each token for its backward pass, by layer from the first trained one on.
-    pub layer_activations: Vec<u64>,
+    /// What each layer keeps of a token for its backward pass, from the first trained layer on.
+    pub layer_activations: Vec<Kept>,
     pub hidden_size: u64,
     pub vocabulary: u64,
 }
 
-/// The part of a layer's kept numbers that its products' operands and results are: gates, norms and rotations add to them.
-/// An estimate for decoders of the Llama shape, not measured.
-const ACTIVATIONS_PER_PRODUCT_WIDTH: f64 = 1.25;
-
 impl Sizes {
     /// Of a decoder that is cut like this.
-    pub fn of(cut: &Cut, suffix: &Suffix) -> Self {
+    ///
+    /// `heads` are the attention heads, as the model's configuration says.
+    pub fn of(cut: &Cut, suffix: &Suffix, heads: u64) -> Self {
         let graph = &cut.analysis.model.graph;
         let trained: HashSet<ValueId> = cut.trained.iter().chain(&cut.written).copied().collect();
         let map = &cut.analysis.map;
@@ -63,14 +64,20 @@ impl Sizes {
         for layer in &map.layers[cut.first..] {
             sizes.layer_widened_bytes = sizes.layer_widened_bytes.max(copies(&mut layer.weights.iter().copied()));
             in_layers.extend(layer.weights.iter().copied());
-            let sides = layer.weights.iter().filter_map(|&id| graph.body.initializer(id)).map(product_sides);
-            let sides: u64 = sides.sum();
-            sizes.layer_activations.push((sides as f64 * ACTIVATIONS_PER_PRODUCT_WIDTH) as u64);
         }
         let head = graph.body.initializers.iter().map(|(id, _)| *id).filter(|id| !in_layers.contains(id));
         sizes.head_widened_bytes = copies(&mut head.into_iter());
+        let in_layer = map.layers[cut.first..].iter().flat_map(|layer| &layer.weights);
+        let in_layer = in_layer.filter_map(|&id| graph.body.initializer(id));
         let width = suffix.streams.iter().map(|&stream| last_axis(graph, stream)).max().unwrap_or(0);
-        sizes.hidden_size = if width > 0 { width } else { narrowest_side(graph, &cut.trained) };
+        sizes.hidden_size = if width > 0 { width } else { commonest_side(in_layer) };
+        let with_gradients: HashSet<ValueId> = cut.trained.iter().copied().collect();
+        let compiled = fuse_kernels(&cut.analysis.model).0.graph;
+        for ends in suffix.streams.windows(2) {
+            let piece = nodes_between(&compiled, ends[0], ends[1]);
+            let stream = (ends[0], sizes.hidden_size);
+            sizes.layer_activations.push(of_layer(&compiled, &piece, stream, &with_gradients, heads));
+        }
         sizes
     }
 
@@ -95,22 +102,19 @@ fn widened(tensor: &Tensor) -> u64 {
     tensor.element_count() * if packed { 8 } else { 4 }
 }
 
-/// Both sides of a matrix, which are the widths of what its product reads and gives.
-fn product_sides(tensor: &Tensor) -> u64 {
-    match tensor.dims.as_slice() {
-        [rows, columns] if *rows > 1 && *columns > 1 => rows + columns,
-        // `[N, blocks, block bytes]` of 4-bit weights.
-        [rows, blocks, bytes] if tensor.dtype == DataType::Uint8 => rows + 2 * blocks * bytes,
-        _ => 0,
+/// The side that most matrices have: each of a layer reads the stream or writes to it.
+fn commonest_side<'a>(weights: impl Iterator<Item = &'a Tensor>) -> u64 {
+    let mut counts: BTreeMap<u64, usize> = BTreeMap::new();
+    for tensor in weights {
+        let sides = match tensor.dims.as_slice() {
+            [rows, columns] => [*rows, *columns],
+            // `[N, blocks, block bytes]` of 4-bit weights.
+            [rows, blocks, bytes] if tensor.dtype == DataType::Uint8 => [*rows, 2 * blocks * bytes],
+            _ => continue,
+        };
+        sides.into_iter().filter(|&side| side > 1).for_each(|side| *counts.entry(side).or_default() += 1);
     }
-}
-
-/// The shorter side that most trained matrices have: the width of the stream, where the graph does not say it.
-fn narrowest_side(graph: &Graph, trained: &[ValueId]) -> u64 {
-    let vectors = trained.iter().filter_map(|&id| graph.body.initializer(id));
-    let vector = vectors.clone().find_map(|tensor| (tensor.dims.len() == 1).then(|| tensor.dims[0]));
-    let matrix = || vectors.filter(|tensor| tensor.dims.len() == 2).map(|tensor| tensor.dims[0].min(tensor.dims[1]));
-    vector.or_else(|| matrix().max()).unwrap_or(0)
+    counts.into_iter().max_by_key(|(_, count)| *count).map_or(0, |(side, _)| side)
 }
 
 /// The last axis of a value, where the graph says it; else 0.
@@ -119,5 +123,22 @@ fn last_axis(graph: &Graph, id: ValueId) -> u64 {
     match shape.as_deref().and_then(<[_]>::last) {
         Some(crate::ir::Dim::Known(size)) => u64::try_from(*size).unwrap_or(0),
         _ => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_width_of_the_stream_is_the_side_that_most_matrices_have() {
+        let matrix = |rows: u64, columns: u64| Tensor::from_bytes(DataType::Float, &[rows, columns], Vec::new());
+        let packed = |rows: u64, blocks: u64| Tensor::from_bytes(DataType::Uint8, &[rows, blocks, 16], Vec::new());
+        let vector = Tensor::from_bytes(DataType::Float, &[32], Vec::new());
+        let grouped = [matrix(256, 256), matrix(256, 64), matrix(256, 64), matrix(256, 768), matrix(768, 256), vector];
+        assert_eq!(commonest_side(grouped.iter()), 256);
+        let four_bits = [packed(64, 8), packed(768, 8), packed(256, 24)];
+        assert_eq!(commonest_side(four_bits.iter()), 256);
+        assert_eq!(commonest_side(std::iter::empty()), 0);
     }
 }

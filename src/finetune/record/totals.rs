@@ -36,13 +36,20 @@ pub struct LayerFit {
 pub struct RateTrial {
     /// The peak learning rate that was tried.
     pub learning_rate: f64,
-    /// Absent where the pass diverged. Mean over the last quarter of the pass: of the cross-entropy where the recipe has it, of the whole loss otherwise.
+    /// Absent where the trial diverged. After a short trial (`auto`): cross-entropy of the answers of the samples that were
+    /// held back. After a whole pass: mean over the last quarter of the pass: of the cross-entropy where the recipe has it, of the whole loss otherwise.
     /// Of a recipe that never looks at answers, their cross-entropy with the weights behind the pass.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss: Option<f64>,
-    /// What was no finite number, where the pass diverged.
+    /// What was no finite number, where the trial diverged.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub diverged: Option<String>,
+    /// Optimiser steps of the trial; 0 where it diverged.
+    #[serde(default)]
+    pub steps: u64,
+    /// Samples that no trial trains on and that the loss is of; 0 for a whole pass, or where there was nothing to hold back.
+    #[serde(default)]
+    pub held_out_samples: u64,
 }
 
 /// The rate with the lowest loss, of equal ones the first; those that diverged are passed over.

@@ -1,7 +1,14 @@
 //! Settings of a run and named recipes of them.
 
+mod learning_rate;
+mod moved;
 mod recipe;
 mod values;
 
+pub use learning_rate::{Auto, LearningRate};
+pub use moved::refuse_moved;
 pub use recipe::{DEFAULT_RECIPE, RECIPES, RecipeRow, StageRow};
-pub use values::{Lora, LoraLayers, Precision, Settings, Stage};
+pub use values::{
+    BatchSettings, DataSettings, FitSettings, KdSettings, Lora, LoraLayers, LoraSettings, OptimizerSettings, Precision,
+    ScheduleSettings, Settings, Stage, WriteTrained,
+};

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use crate::base::{Error, Result};
 
+use super::learning_rate::LearningRate;
+use super::moved::refuse_moved;
 use super::values::{Settings, Stage};
 use crate::finetune::loss::LossKind;
 use crate::finetune::optim::OptimizerKind;
@@ -43,8 +45,8 @@ pub struct RecipeRow {
     pub batch: (u32, u32),
     /// Update rule.
     pub optimizer: OptimizerKind,
-    /// Peak learning rate, in the measure of the optimiser.
-    pub learning_rate: f64,
+    /// Peak learning rate, in the measure of the optimiser; None for a search.
+    pub learning_rate: Option<f64>,
     /// Course of the learning rate.
     pub schedule: Schedule,
     /// Part of the steps, the last ones, whose mean is given.
@@ -64,7 +66,7 @@ pub const RECIPES: &[RecipeRow] = &[
         epochs: 1,
         batch: (16, 2),
         optimizer: OptimizerKind::AdamW,
-        learning_rate: 1e-5,
+        learning_rate: Some(1e-5),
         schedule: Schedule::Cosine,
         average_last: 0.0,
         fit: None,
@@ -78,7 +80,7 @@ pub const RECIPES: &[RecipeRow] = &[
         epochs: 1,
         batch: (24, 1),
         optimizer: OptimizerKind::Muon,
-        learning_rate: 1e-2,
+        learning_rate: Some(1e-2),
         schedule: Schedule::ConstantWithWarmup,
         average_last: 0.0,
         fit: Some(FitTokens::All(16 << 10)),
@@ -92,7 +94,7 @@ pub const RECIPES: &[RecipeRow] = &[
         epochs: 2,
         batch: (16, 2),
         optimizer: OptimizerKind::AdamW,
-        learning_rate: 1e-5,
+        learning_rate: None,
         schedule: Schedule::ConstantWithWarmup,
         average_last: 0.5,
         fit: Some(FitTokens::PerFeature(128)),
@@ -120,56 +122,61 @@ impl RecipeRow {
 
     /// The recipe as settings; everything that it does not speak of is the default.
     pub fn settings(&self) -> Settings {
-        let defaults = Settings::default();
-        let losses = |stage: &StageRow| stage.losses.iter().copied().collect::<BTreeMap<_, _>>();
-        let (losses, stages) = match self.stages {
-            [] => (BTreeMap::new(), Vec::new()),
-            [only] => (losses(only), Vec::new()),
-            stages => {
-                let stages = stages.iter().map(|stage| Stage { share: stage.share, losses: losses(stage) });
-                (BTreeMap::new(), stages.collect())
+        let stages = self.stages.iter().map(|stage| {
+            let losses = stage.losses.iter().copied().collect::<BTreeMap<_, _>>();
+            Stage { share: stage.share, losses }
+        });
+        Settings::default().with(|settings| {
+            settings.data.step_tokens = self.step_tokens;
+            settings.schedule.epochs = self.epochs;
+            (settings.batch.size, settings.batch.accumulation_steps) = self.batch;
+            settings.optimizer.kind = self.optimizer;
+            settings.optimizer.learning_rate = self.learning_rate.map_or(LearningRate::AUTO, LearningRate::One);
+            settings.schedule.kind = self.schedule;
+            settings.optimizer.average_last = self.average_last;
+            settings.fit.enabled = self.fit.is_some();
+            match self.fit {
+                Some(FitTokens::PerFeature(tokens)) => settings.fit.tokens_per_feature = tokens,
+                Some(FitTokens::All(tokens)) => settings.fit.tokens = Some(tokens),
+                None => {}
             }
-        };
-        Settings {
-            step_tokens: self.step_tokens,
-            epochs: self.epochs,
-            batch_size: self.batch.0,
-            accumulation_steps: self.batch.1,
-            optimizer: self.optimizer,
-            learning_rate: self.learning_rate,
-            schedule: self.schedule,
-            average_last: self.average_last,
-            fit: self.fit.is_some(),
-            fit_tokens_per_feature: match self.fit {
-                Some(FitTokens::PerFeature(tokens)) => tokens,
-                _ => defaults.fit_tokens_per_feature,
-            },
-            fit_tokens: match self.fit {
-                Some(FitTokens::All(tokens)) => Some(tokens),
-                _ => None,
-            },
-            losses,
-            stages,
-            ..defaults
-        }
+            settings.stages = stages.collect();
+        })
     }
 
-    /// The recipe's settings with those of a TOML table in place of its own.
+    /// The recipe's settings with those of TOML tables in place of its own, the later ones in place of the earlier.
     ///
-    /// Errors: `Error::Invalid` for a setting that is not known or of the wrong type.
-    pub fn settings_with(&self, table: toml::Table) -> Result<Settings> {
-        let wrong = |e: String| Error::invalid("finetune settings", e.trim_end());
-        let own = self.settings();
-        let mut all = toml::Table::try_from(&own).map_err(|e| wrong(e.to_string()))?;
-        // Losses and stages stand for one another: who names one means it in place of the other.
-        if table.contains_key("losses") && !table.contains_key("stages") {
-            all.remove("stages");
+    /// Errors: `Error::Invalid` for a setting that is not known, of the wrong type, or of the flat layout.
+    pub fn settings_with(&self, tables: impl IntoIterator<Item = toml::Table>) -> Result<Settings> {
+        self.settings().changed_by("finetune settings", tables)
+    }
+}
+
+impl Settings {
+    /// These settings with those of TOML tables in place of their own, the later ones in place of the earlier. `subject` is
+    /// what errors name.
+    ///
+    /// Errors: `Error::Invalid` for a setting that is not known, of the wrong type, or of the flat layout.
+    pub fn changed_by(self, subject: &str, tables: impl IntoIterator<Item = toml::Table>) -> Result<Settings> {
+        let wrong = |e: String| Error::invalid(subject, e.trim_end());
+        let mut all = toml::Table::try_from(self).map_err(|e| wrong(e.to_string()))?;
+        for table in tables {
+            refuse_moved(&table)?;
+            put_into(&mut all, table);
         }
-        if table.contains_key("stages") && !table.contains_key("losses") {
-            all.insert("losses".to_string(), toml::Value::Table(toml::Table::new()));
-        }
-        all.extend(table);
         all.try_into().map_err(|e: toml::de::Error| wrong(e.to_string()))
+    }
+}
+
+/// Puts the values of `table` into `all`, key by key; loss terms and lists are replaced as a whole.
+fn put_into(all: &mut toml::Table, table: toml::Table) {
+    for (key, value) in table {
+        match (all.get_mut(&key), value) {
+            (Some(toml::Value::Table(own)), toml::Value::Table(new)) => put_into(own, new),
+            (_, value) => {
+                all.insert(key, value);
+            }
+        }
     }
 }
 
@@ -181,10 +188,11 @@ mod tests {
     fn every_recipe_is_valid_and_paper_is_the_defaults() {
         for row in RECIPES {
             row.settings().check().unwrap();
-            assert_eq!(row.settings_with(toml::Table::new()).unwrap(), row.settings(), "{}", row.name);
+            assert_eq!(row.settings_with([]).unwrap(), row.settings(), "{}", row.name);
         }
         assert_eq!(RecipeRow::named("paper").unwrap().settings(), Settings::default());
-        assert_eq!(RecipeRow::named("fast").unwrap().settings().learning_rate, 1e-2);
+        assert_eq!(RecipeRow::named("fast").unwrap().settings().peak_rate(), 1e-2);
+        assert_eq!(RecipeRow::named("best").unwrap().settings().optimizer.learning_rate, LearningRate::AUTO);
         assert!(RecipeRow::named(DEFAULT_RECIPE).is_ok());
         let error = RecipeRow::named("magic").err().unwrap().to_string();
         assert!(RECIPES.iter().all(|row| error.contains(row.name)), "{error}");
@@ -193,13 +201,20 @@ mod tests {
     #[test]
     fn what_a_user_sets_wins_over_the_recipe() {
         let best = RecipeRow::named("best").unwrap();
-        let with = |text: &str| best.settings_with(text.parse().unwrap());
-        let settings = with("learning_rate = 1e-3\nepochs = 3").unwrap();
-        assert_eq!((best.settings().epochs, settings.learning_rate, settings.epochs), (2, 1e-3, 3));
+        let with = |texts: &[&str]| best.settings_with(texts.iter().map(|text| text.parse().unwrap()));
+        let settings = with(&["optimizer = { learning_rate = 1e-3, beta1 = 0.8 }\n[schedule]\nepochs = 3"]).unwrap();
+        assert_eq!((best.settings().schedule.epochs, settings.schedule.epochs), (2, 3));
+        assert_eq!((settings.peak_rate(), settings.optimizer.average_last), (1e-3, 0.5));
         assert_eq!(settings.stages, best.settings().stages);
-        let settings = with("losses = { ce = 0.5 }").unwrap();
-        assert_eq!((settings.weight(LossKind::Ce), settings.stages.len()), (0.5, 0));
+        let settings = with(&["[optimizer]\nbeta1 = 0.8\nbeta2 = 0.9", "[optimizer]\nbeta1 = 0.7"]).unwrap();
+        assert_eq!((settings.optimizer.beta1, settings.optimizer.beta2), (0.7, 0.9));
+        let settings = with(&["[[stage]]\nlosses = { ce = 0.5 }"]).unwrap();
+        assert_eq!(settings.stages, Stage::only([(LossKind::Ce, 0.5)]));
         settings.check().unwrap();
-        assert!(with("learning_rats = 1").unwrap_err().to_string().contains("learning_rats"));
+        for (text, want) in [("[optimizer]\nlearning_rats = 1", "learning_rats"), ("epochs = 3", "`[schedule] epochs`")]
+        {
+            let error = with(&[text]).unwrap_err().to_string();
+            assert!(error.contains(want), "{error}");
+        }
     }
 }

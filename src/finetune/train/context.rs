@@ -7,6 +7,7 @@ use tch::Device;
 
 use crate::base::{Cancel, Result, Sha256Digest};
 use crate::finetune::checkpoint::{Checkpoints, checkpoints};
+use crate::finetune::data::{Loads, TrainingSet};
 use crate::finetune::settings::Settings;
 use crate::torch::Ranks;
 
@@ -21,6 +22,8 @@ pub struct Run<'a> {
     pub batch_tokens: usize,
     /// Threads of each network's own.
     pub threads: usize,
+    /// Computes rows of samples when steps need them; None where all are on disk.
+    pub streamed: Option<&'a dyn Loads>,
     /// The dense model, for fits.
     pub dense: Option<&'a dyn DenseStream>,
     /// The first trained layer, as the pruned model counts.
@@ -42,6 +45,16 @@ impl Run<'_> {
     /// True in the process that writes what all of them go on from.
     pub fn writes(&self) -> bool {
         self.ranks.is_none_or(|ranks| ranks.rank() == 0)
+    }
+
+    /// Makes rows of these samples available, where they are not on disk.
+    ///
+    /// Errors: those of a run of the frozen layers or of the dense model.
+    pub fn load(&self, dataset: &mut TrainingSet, samples: &[usize]) -> Result<()> {
+        match self.streamed {
+            Some(streamed) if !dataset.holds(samples) => streamed.load(dataset, samples),
+            _ => Ok(()),
+        }
     }
 
     /// The run's checkpoints, which only the first process writes.

@@ -73,11 +73,13 @@ pub fn fit(
     run: &Run<'_>,
     students: &mut [Student],
     targets: &[FitTarget],
-    dataset: &TrainingSet,
+    dataset: &mut TrainingSet,
 ) -> Result<Vec<LayerFit>> {
     let _guard = tch::no_grad_guard();
+    let drawn = draw(run, targets, dataset);
+    run.load(dataset, &drawn.samples())?;
     let mut done = Vec::new();
-    let result = fit_each(run, students, targets, dataset, &mut done);
+    let result = fit_each(run, students, targets, dataset, drawn, &mut done);
     if result.is_err() {
         done.into_iter().rev().try_for_each(Fitted::undo)?;
     }
@@ -170,10 +172,10 @@ fn fit_each(
     students: &mut [Student],
     targets: &[FitTarget],
     dataset: &TrainingSet,
+    mut drawn: Drawn,
     done: &mut Vec<Fitted>,
 ) -> Result<Vec<LayerFit>> {
     let Run { first, .. } = *run;
-    let mut drawn = draw(run, targets, dataset);
     let (tokens, held_out_tokens) = (drawn.tokens, drawn.held_out_tokens);
     let samples = drawn.samples();
     let held = BTreeMap::new();

@@ -43,7 +43,11 @@ pub struct Pass {
 pub fn pass(student: &Student, batch: &Batch, settings: &Settings, counts: Counts) -> Result<Pass> {
     let side = student.side(batch)?;
     let step = Step { student, batch, settings, counts, side };
-    if settings.gradient_checkpointing == Some(true) && step.wants_head() { step.checkpointed() } else { step.plain() }
+    if settings.batch.gradient_checkpointing == Some(true) && step.wants_head() {
+        step.checkpointed()
+    } else {
+        step.plain()
+    }
 }
 
 struct Step<'a> {
@@ -162,7 +166,7 @@ impl Step<'_> {
     fn head_terms(&self, stream: &Tensor, terms: &mut Terms) -> Result<()> {
         let logits = self.student.head(stream, self.batch, &self.side)?;
         let (targets, top_k) = (&self.batch.targets, self.batch.top_k.as_ref());
-        let answers = Answers { logits: &logits, targets, top_k, temperature: self.settings.kd_temperature };
+        let answers = Answers { logits: &logits, targets, top_k, temperature: self.settings.kd.temperature };
         for row in self.asked() {
             if let Compute::Answers(compute) = row.compute {
                 terms.add(row.kind, self.mean(row.kind, &compute(&answers)?, 1)?)?;

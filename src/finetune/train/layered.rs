@@ -79,7 +79,7 @@ fn heal_each(
             *first = before;
         }
         let layers = students.first().map(|student| student.stretch(target.layer));
-        dataset.want(layers.unwrap_or_default());
+        dataset.want(layers);
         students.iter_mut().for_each(|student| student.only = Some(target.layer));
         progress.fit(&target.last(), students, dataset, &checkpoints)?;
         let mut trainer = Trainer::new(run, part, students, dataset)?;
@@ -87,7 +87,7 @@ fn heal_each(
         if progress.step < part.end() {
             let summary = trainer.run(progress.totals.clone(), observer)?;
             (progress.step, progress.totals) = (part.end(), summary.totals);
-            let every = run.settings.checkpoint_every;
+            let every = run.settings.schedule.checkpoint_every;
             if every > 0 && part.end() < part.total && part.end() / every > part.before / every {
                 progress.save(&checkpoints, students)?;
             }
@@ -111,11 +111,11 @@ impl Progressed<'_> {
         &mut self,
         target: &FitTarget,
         students: &mut [Student],
-        dataset: &TrainingSet,
+        dataset: &mut TrainingSet,
         checkpoints: &Checkpoints,
     ) -> Result<()> {
         let layer = self.run.first + target.layer;
-        if !self.run.settings.fit || self.totals.fitted.iter().any(|fitted| fitted.layer == layer) {
+        if !self.run.settings.fit.enabled || self.totals.fitted.iter().any(|fitted| fitted.layer == layer) {
             return Ok(());
         }
         let began = Instant::now();
@@ -153,7 +153,7 @@ fn advance(students: &mut [Student], dataset: &mut TrainingSet, to: usize, run: 
     if from >= to {
         return Ok(None);
     }
-    dataset.want(0..0);
+    dataset.want(Some(0..0));
     let path = run.work.join(format!("stream-{to}.{}", Element::F32.extension()));
     let mut writer = RowsWriter::create(&path, Element::F32)?;
     let progress =
@@ -175,8 +175,8 @@ fn advance(students: &mut [Student], dataset: &mut TrainingSet, to: usize, run: 
         round.clear();
         tokens = 0;
     }
-    let stream = Stream { rows: writer.finish()?, before: to, wanted: None };
-    Ok(Some(dataset.begin_at(stream)))
+    let stream = Stream { rows: writer.finish()?, before: to };
+    Ok(dataset.begin_at(stream))
 }
 
 /// The stream of each of `samples` behind the layers, a row per token.

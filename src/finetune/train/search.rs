@@ -1,14 +1,18 @@
-//! The learning rate: one pass over the samples with each candidate, each from the same weights.
+//! The learning rate: trials of several, each from the same weights.
 //!
-//! In one pass every sample is new to the network when its loss is taken, so the loss over the pass's end says how well
-//! the rate does on samples that were not trained on. Where no term looks at answers, the network has not seen them even
-//! after the pass, and their cross-entropy behind it is taken: rates that end as near to the dense stream as one another
-//! are not equally good at answering.
+//! A list of rates is tried by a whole pass with each: in one pass every sample is new to the network when its loss is
+//! taken, so the loss over the pass's end says how well the rate does on samples that were not trained on. Where no term
+//! looks at answers, the network has not seen them even after the pass, and their cross-entropy after it is taken: rates
+//! that end as near to the dense stream as one another are not equally good at answering.
+//!
+//! `auto` tries the optimiser's own list by short trials on the first samples of an epoch and takes the cross-entropy of
+//! the answers of its last samples, which no trial trains on. It begins in the middle of the list and goes on in the
+//! direction in which that falls, so a run makes three or four trials and never more than the list has rates.
 
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
-use crate::base::{Error, Result, Sha256Digest, read_json, sha256_json, write_json};
+use crate::base::{Error, Result, Sha256Digest, notice, read_json, sha256_json, write_json};
 
 use super::context::Run;
 use super::layered::heal;
@@ -19,9 +23,9 @@ use crate::finetune::cut::FitTarget;
 use crate::finetune::data::TrainingSet;
 use crate::finetune::error::torch_error;
 use crate::finetune::loss::LossKind;
-use crate::finetune::plan::{Part, order};
+use crate::finetune::plan::{Part, Step, TrialPlan, order};
 use crate::finetune::record::{METRICS_FILE, RateTrial, StepMetrics, Totals, best, read_metrics};
-use crate::finetune::settings::Settings;
+use crate::finetune::settings::{LearningRate, Settings, Stage};
 use crate::finetune::student::Student;
 
 const SCHEMA_VERSION: u32 = 1;
@@ -37,11 +41,11 @@ struct Kept {
     trial: RateTrial,
 }
 
-/// Tries each of the settings' `learning_rates`, with the fits of `targets` where layers are healed one after the other, and
-/// leaves the weights as they were. Each trial keeps its metrics in a folder `search-N` of `work`; a run that resumes does
-/// not make finished ones again.
+/// Tries the settings' learning rates where there are several, with the fits of `targets` where layers are healed one
+/// after the other, and leaves the weights as they were. Each trial keeps its metrics in a folder `search-N` of `work`; a
+/// run that resumes does not make finished ones again.
 ///
-/// A rate with which a pass diverges is marked.
+/// A rate with which a trial diverges is marked and passed over.
 ///
 /// Errors: those of the runs; `Error::NotFinite` when all rates diverge; `Error::Interrupted` with a checkpoint of the trial left behind.
 pub fn search(
@@ -50,73 +54,150 @@ pub fn search(
     students: &mut [Student],
     dataset: &mut TrainingSet,
 ) -> Result<Vec<RateTrial>> {
-    let Run { settings, inputs, work, shared, resume, .. } = *run;
-    let Some(first) = students.first() else { return Ok(Vec::new()) };
-    let mut weights: Vec<Tensor> = first.written().iter().map(|weight| weight.tensor.shallow_clone()).collect();
-    let copied: Result<Vec<Tensor>, tch::TchError> = weights
-        .iter()
-        .map(|weight| {
-            let mut copy = weight.f_detach()?.f_zeros_like()?;
-            copy.f_copy_(&weight.f_detach()?)?;
-            Ok(copy)
-        })
-        .collect();
-    let before = copied.map_err(torch_error("the weights before the search"))?;
-    let pass = order::steps_per_epoch(settings, dataset.examples.len());
-    let layers = if settings.layer_by_layer() { targets.len() as u64 } else { 1 };
-    let mut trials = Vec::with_capacity(settings.learning_rates.len());
-    for (number, &learning_rate) in settings.learning_rates.iter().enumerate() {
-        let own = Settings {
-            learning_rate,
-            learning_rates: Vec::new(),
-            epochs: 1,
-            max_steps: settings.max_steps.map(|most| most.min(pass * layers)),
-            checkpoint_every: 0,
-            ..settings.clone()
-        };
-        let folder = work.join(format!("search-{number}"));
-        let shared = shared.join(format!("search-{number}"));
-        let mut inputs = inputs.clone();
-        inputs.insert("settings".to_string(), sha256_json(&own)?);
-        let key = sha256_json(&inputs)?;
-        let file = shared.join(TRIAL);
-        if resume && file.exists() {
-            let kept: Kept = read_json(&file, SCHEMA_VERSION)?;
-            if kept.key == key {
-                trials.push(kept.trial);
-                continue;
+    let settings = run.settings;
+    let wanted = &settings.optimizer.learning_rate;
+    if !wanted.is_searched() {
+        return Ok(Vec::new());
+    }
+    let rates = wanted.candidates(settings.optimizer.kind);
+    let layers = if settings.layer_by_layer() { targets.len() } else { 1 };
+    let plan = TrialPlan::of(settings, dataset.examples.len(), layers);
+    let mut trials: Vec<RateTrial> = Vec::with_capacity(rates.len());
+    let before = copies(students)?;
+    let mut one = |number: usize| trial(run, number, rates[number], plan, targets, students, dataset, &before);
+    match wanted {
+        LearningRate::Auto(_) => {
+            let mut made = std::collections::BTreeMap::new();
+            let loss_of = |trial: &RateTrial| trial.loss.unwrap_or(f64::INFINITY);
+            let chosen = descend(rates.len(), |number| {
+                let trial = one(number)?;
+                let loss = loss_of(&trial);
+                made.insert(number, trial);
+                Ok(loss)
+            })?;
+            trials.extend(made.into_values());
+            if chosen + 1 == rates.len() || chosen == 0 {
+                let end = if chosen == 0 { "lowest" } else { "highest" };
+                notice(format!(
+                    "the best learning rate is the {end} of those tried; give further ones with `--learning-rate`"
+                ));
             }
         }
-        std::fs::create_dir_all(&folder).map_err(|e| Error::io("create", &folder, e))?;
-        let run = Run { settings: &own, inputs: &inputs, work: &folder, shared: &shared, ..*run };
-        let loss = train(run, targets, students, dataset, Totals::default(), &mut |_| ()).and_then(|_| {
-            if settings.layer_by_layer() {
-                return answers(&own, students, dataset, &run);
-            }
-            Ok(judged(&read_metrics(&folder.join(METRICS_FILE))?))
-        });
-        let (loss, diverged) = match loss {
-            Ok(loss) if loss.is_finite() => (Some(loss), None),
-            Ok(loss) => (None, Some(format!("the loss is {loss}"))),
-            Err(error @ Error::NotFinite { .. }) => (None, Some(error.to_string())),
-            Err(error) => return Err(error),
-        };
-        let trial = RateTrial { learning_rate, loss, diverged };
-        clear_work(&folder)?;
-        if run.writes() {
-            write_json(&file, &Kept { schema_version: SCHEMA_VERSION, key, trial: trial.clone() })?;
-        }
-        trials.push(trial);
-        let _guard = tch::no_grad_guard();
-        for (weight, before) in weights.iter_mut().zip(&before) {
-            weight.f_copy_(before).map_err(torch_error("the weights before the search"))?;
-        }
+        _ => (0..rates.len()).try_for_each(|number| one(number).map(|trial| trials.push(trial)))?,
     }
     if let (None, Some(first)) = (best(&trials), trials.first().and_then(|trial| trial.diverged.as_ref())) {
         let rates: Vec<String> = trials.iter().map(|trial| format!("{:e}", trial.learning_rate)).collect();
         return Err(Error::not_finite(format!("learning rates {}", rates.join(", ")), format!("all diverge: {first}")));
     }
     Ok(trials)
+}
+
+/// The lowest of `count` values that fall and then rise, each asked for at most once, from the middle on: upwards while they
+/// fall, else downwards. A value that is no number to compare, infinity, counts as above all others.
+fn descend(count: usize, mut value: impl FnMut(usize) -> Result<f64>) -> Result<usize> {
+    let start = count / 2;
+    let (mut place, mut least) = (start, value(start)?);
+    for next in start + 1..count {
+        let found = value(next)?;
+        if found >= least {
+            break;
+        }
+        (place, least) = (next, found);
+    }
+    if place > start {
+        return Ok(place);
+    }
+    for next in (0..start).rev() {
+        let found = value(next)?;
+        if found > least || found == least && least.is_finite() {
+            break;
+        }
+        (place, least) = (next, found);
+    }
+    Ok(place)
+}
+
+/// What a search leaves as it was.
+fn copies(students: &[Student]) -> Result<Vec<Tensor>> {
+    let weights = students.first().into_iter().flat_map(Student::written);
+    let copied: Result<Vec<Tensor>, tch::TchError> = weights
+        .map(|weight| {
+            let mut copy = weight.tensor.f_detach()?.f_zeros_like()?;
+            copy.f_copy_(&weight.tensor.f_detach()?)?;
+            Ok(copy)
+        })
+        .collect();
+    copied.map_err(torch_error("the weights before the search"))
+}
+
+/// One trial; the weights are `before` again after it.
+#[expect(clippy::too_many_arguments, reason = "what a run takes, and which trial it is")]
+fn trial(
+    run: &Run<'_>,
+    number: usize,
+    learning_rate: f64,
+    plan: TrialPlan,
+    targets: &[FitTarget],
+    students: &mut [Student],
+    dataset: &mut TrainingSet,
+    before: &[Tensor],
+) -> Result<RateTrial> {
+    let Run { settings, inputs, work, shared, resume, .. } = *run;
+    let short = matches!(settings.optimizer.learning_rate, LearningRate::Auto(_));
+    let own = settings.clone().with(|own| {
+        own.optimizer.learning_rate = LearningRate::One(learning_rate);
+        own.schedule.epochs = 1;
+        own.schedule.max_steps = plan.max_steps;
+        own.schedule.checkpoint_every = 0;
+    });
+    let folder = work.join(format!("search-{number}"));
+    let shared = shared.join(format!("search-{number}"));
+    let mut inputs = inputs.clone();
+    inputs.insert("settings".to_string(), sha256_json(&(&own, short))?);
+    let key = sha256_json(&inputs)?;
+    let file = shared.join(TRIAL);
+    if resume && file.exists() {
+        let kept: Kept = read_json(&file, SCHEMA_VERSION)?;
+        if kept.key == key {
+            return Ok(kept.trial);
+        }
+    }
+    std::fs::create_dir_all(&folder).map_err(|e| Error::io("create", &folder, e))?;
+    let run = Run { settings: &own, inputs: &inputs, work: &folder, shared: &shared, ..*run };
+    let held_out = if short { held_out(&own, dataset, plan) } else { Vec::new() };
+    let trained = train(run, targets, students, dataset, Totals::default(), &mut |_| ());
+    let steps = trained.as_ref().map_or(0, |summary| summary.steps);
+    let loss = trained.and_then(|_| match (short, settings.layer_by_layer()) {
+        (true, _) => answers(&own, students, dataset, &held_out, &run),
+        (false, true) => answers(&own, students, dataset, &order::epoch(&own, &dataset.lengths(), 0), &run),
+        (false, false) => Ok(judged(&read_metrics(&folder.join(METRICS_FILE))?)),
+    });
+    let (loss, diverged) = match loss {
+        Ok(loss) if loss.is_finite() => (Some(loss), None),
+        Ok(loss) => (None, Some(format!("the loss is {loss}"))),
+        Err(error @ Error::NotFinite { .. }) => (None, Some(error.to_string())),
+        Err(error) => return Err(error),
+    };
+    let held_out_samples = if plan.held_out_steps > 0 { held_out.iter().flatten().flatten().count() as u64 } else { 0 };
+    let trial = RateTrial { learning_rate, loss, diverged, steps, held_out_samples };
+    clear_work(&folder)?;
+    if run.writes() {
+        write_json(&file, &Kept { schema_version: SCHEMA_VERSION, key, trial: trial.clone() })?;
+    }
+    let _guard = tch::no_grad_guard();
+    for (weight, before) in students.first().into_iter().flat_map(Student::written).zip(before) {
+        let mut weight = weight.tensor.shallow_clone();
+        weight.f_copy_(before).map_err(torch_error("the weights before the search"))?;
+    }
+    Ok(trial)
+}
+
+/// The last steps' worth of samples of the first epoch, which short trials do not reach. Of an epoch of one step nothing can
+/// be held back, and the trial's own samples are looked at again.
+fn held_out(settings: &Settings, dataset: &TrainingSet, plan: TrialPlan) -> Vec<Step> {
+    let mut steps = order::epoch(settings, &dataset.lengths(), 0);
+    let first = steps.len() - (plan.held_out_steps.max(1) as usize).min(steps.len());
+    steps.split_off(first)
 }
 
 /// All steps of a run: over all layers at once, or one layer after the other.
@@ -137,17 +218,25 @@ pub fn train(
     Trainer::new(run, part, students, dataset)?.run(begun, observer)
 }
 
-/// Mean cross-entropy of all answer tokens.
-fn answers(settings: &Settings, students: &mut [Student], dataset: &mut TrainingSet, run: &Run<'_>) -> Result<f64> {
-    let settings = Settings { losses: [(LossKind::Ce, 1.0)].into(), stages: Vec::new(), ..settings.clone() };
-    dataset.want(0..0);
+/// Mean cross-entropy of the answer tokens of these steps' samples.
+fn answers(
+    settings: &Settings,
+    students: &mut [Student],
+    dataset: &mut TrainingSet,
+    steps: &[Step],
+    run: &Run<'_>,
+) -> Result<f64> {
+    let settings = settings.clone().with(|settings| settings.stages = Stage::only([(LossKind::Ce, 1.0)]));
+    dataset.want(Some(0..0));
     let (mut sum, mut count) = (0.0, 0.0);
-    for step in order::epoch(&settings, &dataset.lengths(), 0) {
-        let tokens: usize = step.iter().flatten().map(|&sample| dataset.examples[sample].targets.len()).sum();
-        let sums = workers::run(students, dataset, &settings, &step, run)?;
+    for step in steps {
+        let tokens: usize = step.iter().flatten().map(|&sample| dataset.examples[sample].answers).sum();
+        run.load(dataset, &step.concat())?;
+        let sums = workers::run(students, dataset, &settings, step, run)?;
         sum += sums.losses.get(&LossKind::Ce).copied().unwrap_or(0.0) * tokens as f64;
         count += tokens as f64;
     }
+    dataset.want(None);
     Ok(sum / count.max(1.0))
 }
 
@@ -155,4 +244,28 @@ fn judged(steps: &[StepMetrics]) -> f64 {
     let last = &steps[steps.len() - ((JUDGED * steps.len() as f64).ceil() as usize).min(steps.len())..];
     let loss = |step: &StepMetrics| step.losses.get(LossKind::Ce.name()).copied().unwrap_or(step.loss);
     last.iter().map(loss).sum::<f64>() / last.len().max(1) as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_lowest_rate_is_found_with_few_trials() {
+        let search = |losses: &[f64]| {
+            let mut seen = Vec::new();
+            let found = descend(losses.len(), |place| {
+                seen.push(place);
+                Ok(losses[place])
+            });
+            (found.unwrap(), seen)
+        };
+        let far = f64::INFINITY;
+        assert_eq!(search(&[6.0, 5.0, 4.0, 3.0, 2.0, 1.0]), (5, vec![3, 4, 5]));
+        assert_eq!(search(&[6.0, 5.0, 4.0, 3.0, 3.5, 1.0]), (3, vec![3, 4, 2]));
+        assert_eq!(search(&[3.0, 2.0, 2.5, 3.0, far, far]), (1, vec![3, 4, 2, 1, 0]));
+        assert_eq!(search(&[3.0, 2.0, far, far, far, far]), (1, vec![3, 4, 2, 1, 0]));
+        assert_eq!(search(&[1.0, 2.0, far, far]), (0, vec![2, 3, 1, 0]));
+        assert_eq!(search(&[1.0]), (0, vec![0]));
+    }
 }

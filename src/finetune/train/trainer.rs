@@ -29,7 +29,7 @@ pub struct Trainer<'a> {
     /// What is trained: the weights of the first.
     parameters: Vec<Parameter>,
     average: Option<Average>,
-    dataset: &'a TrainingSet,
+    dataset: &'a mut TrainingSet,
 }
 
 /// How a run went.
@@ -47,14 +47,14 @@ impl<'a> Trainer<'a> {
     /// `students` are the same network, at least once, all over the weights of the first.
     ///
     /// Errors: `Error::Invalid` when a weight cannot be trained or there is no network.
-    pub fn new(run: Run<'a>, part: Part, students: &'a mut [Student], dataset: &'a TrainingSet) -> Result<Self> {
+    pub fn new(run: Run<'a>, part: Part, students: &'a mut [Student], dataset: &'a mut TrainingSet) -> Result<Self> {
         let first = students.first().ok_or_else(|| Error::invalid("finetune", "has no network to train"))?;
         let weights: Vec<torch::Parameter> = first.weights_now().map(torch::Parameter::shared).collect();
-        let parameters = weights
-            .iter()
-            .map(|weight| Parameter::new(weight.name.clone(), weight.tensor.shallow_clone(), run.settings.optimizer));
+        let parameters = weights.iter().map(|weight| {
+            Parameter::new(weight.name.clone(), weight.tensor.shallow_clone(), run.settings.optimizer.kind)
+        });
         let parameters = parameters.collect::<Result<_>>()?;
-        let average = Average::new(&weights, run.settings.average_last, part.steps)?;
+        let average = Average::new(&weights, run.settings.optimizer.average_last, part.steps)?;
         Ok(Trainer { run, part, students, parameters, average, dataset })
     }
 
@@ -68,7 +68,7 @@ impl<'a> Trainer<'a> {
         let Part { before, steps: total, .. } = self.part;
         let lengths = self.dataset.lengths();
         let per_epoch = order::steps_per_epoch(settings, lengths.len());
-        let warmup = warmup_steps(settings.warmup_ratio, total);
+        let warmup = warmup_steps(settings.schedule.warmup_ratio, total);
         let stages = settings.by_stage(total);
         let optimizer = Optimizer::new(settings.constants());
         let checkpoints = self.run.checkpoints()?;
@@ -90,8 +90,11 @@ impl<'a> Trainer<'a> {
             }
             let Some(step) = steps_of.as_ref().and_then(|(_, steps)| steps.get(position)) else { break };
             let began = Instant::now();
-            let learning_rate = settings.learning_rate * settings.schedule.factor(done, warmup, total);
+            let learning_rate = settings.peak_rate() * settings.schedule.kind.factor(done, warmup, total);
             let Some((_, stage)) = stages.iter().find(|(end, _)| done < *end) else { break };
+            if let Some((_, steps)) = &steps_of {
+                load(&self.run, self.dataset, &steps[position..], total - done, self.students.len())?;
+            }
             let mut result = self.step(done, step, stage, &optimizer, learning_rate)?;
             if let Some(average) = &mut self.average {
                 average.add(done + 1)?;
@@ -108,7 +111,7 @@ impl<'a> Trainer<'a> {
             observer(&result.metrics);
             progress.advance(1);
             progress.note(format!("loss {:.4}, {:.0} tokens/s", result.metrics.loss, result.metrics.tokens_per_s));
-            let every = settings.checkpoint_every;
+            let every = settings.schedule.checkpoint_every;
             if every > 0 && (before + done + 1) % every == 0 && done + 1 < total {
                 self.save(&checkpoints, done + 1, &totals)?;
             }
@@ -180,12 +183,12 @@ impl<'a> Trainer<'a> {
         let number = self.part.before + done + 1;
         let samples = || step.iter().flatten().map(|&sample| &self.dataset.examples[sample]);
         let (answer_tokens, tokens) = (
-            samples().map(|example| example.targets.len() as u64).sum(),
+            samples().map(|example| example.answers as u64).sum(),
             samples().map(|example| example.length as u64).sum(),
         );
         let Sums { losses, mut gradients } = workers::run(self.students, self.dataset, settings, step, &self.run)?;
         let loss: f64 = losses.iter().map(|(kind, value)| settings.weight(*kind) * value).sum();
-        let grad_norm = clip_gradients(&mut gradients, settings.max_grad_norm)?;
+        let grad_norm = clip_gradients(&mut gradients, settings.optimizer.max_grad_norm)?;
         if !loss.is_finite() || !grad_norm.is_finite() {
             return Err(self.not_finite(number, step, loss, &gradients));
         }
@@ -226,6 +229,27 @@ impl<'a> Trainer<'a> {
         Error::not_finite(format!("finetune step {number}"), format!("{what}; samples {}", list_preview(&ids, 64)))
             .remedy("look at these samples, or take a lower learning rate; the last checkpoint is kept")
     }
+}
+
+/// Makes the rows of the first of `steps` available and, where they are computed when they are needed, those of as many of
+/// the `left` steps as are computed together; of several processes, those of this one's part.
+fn load(run: &Run<'_>, dataset: &mut TrainingSet, steps: &[Step], left: u64, networks: usize) -> Result<()> {
+    let Some(streamed) = run.streamed else { return Ok(()) };
+    let own = |step: &Step| workers::own_passes(run, dataset, step, networks).concat();
+    let Some(first) = steps.first().map(own) else { return Ok(()) };
+    if dataset.holds(&first) {
+        return Ok(());
+    }
+    let (mut samples, mut tokens) = (Vec::new(), 0);
+    for step in steps.iter().take(left as usize) {
+        let own = own(step);
+        tokens += own.iter().map(|&sample| dataset.examples[sample].length).sum::<usize>();
+        if !samples.is_empty() && tokens > streamed.tokens() {
+            break;
+        }
+        samples.extend(own);
+    }
+    streamed.load(dataset, &samples)
 }
 
 /// The weights of every trained layer as a checkpoint names them; the tensors themselves, not copies.

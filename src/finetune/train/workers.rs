@@ -5,20 +5,23 @@
 
 use std::collections::BTreeMap;
 
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
-use crate::base::{Result, thread_count};
+use crate::base::{Result, ahead, thread_count};
 
 use super::context::Run;
 use super::gradient::{self, Counts};
 use super::pool::on_pool;
-use crate::finetune::data::TrainingSet;
+use crate::finetune::data::{Batch, TrainingSet};
 use crate::finetune::error::torch_error;
 use crate::finetune::loss::{LOSSES, LossKind};
 use crate::finetune::optim::{Optimizer, Parameter};
 use crate::finetune::settings::Settings;
 use crate::finetune::student::Student;
 use crate::torch::Ranks;
+
+/// Batches that are made before a GPU asks for them.
+const BATCHES_AHEAD: usize = 2;
 
 /// Sums over a step.
 #[derive(Debug, Default)]
@@ -42,16 +45,11 @@ pub fn run(
     let device = run.device;
     let samples = || step.iter().flatten().map(|&sample| &dataset.examples[sample]);
     let counts = Counts {
-        answer_tokens: samples().map(|example| example.targets.len() as u64).sum(),
+        answer_tokens: samples().map(|example| example.answers as u64).sum(),
         tokens: samples().map(|example| example.length as u64).sum(),
     };
     let length = |sample: usize| dataset.examples[sample].length;
-    let mut passes_of_step = cut(step.concat(), length, students.len(), run.batch_tokens);
-    if let Some(ranks) = run.ranks {
-        let mut parts = dealt(passes_of_step, length, ranks.size());
-        passes_of_step = parts.get_mut(ranks.rank()).map(std::mem::take).unwrap_or_default();
-    }
-    let mut shares = dealt(passes_of_step, length, students.len());
+    let mut shares = dealt(own_passes(run, dataset, step, students.len()), length, students.len());
     let results = side_by_side(students, &mut shares, run, |student, share| {
         passes(student, dataset, settings, share, counts, device)
     })?;
@@ -63,6 +61,19 @@ pub fn run(
         total.sum_over(ranks, first)?;
     }
     Ok(total)
+}
+
+/// The passes of a step that this process computes: all of them, or its part of what several processes share.
+pub fn own_passes(run: &Run<'_>, dataset: &TrainingSet, step: &[Vec<usize>], networks: usize) -> Vec<Vec<usize>> {
+    let length = |sample: usize| dataset.examples[sample].length;
+    let passes = cut(step.concat(), length, networks, run.batch_tokens);
+    match run.ranks {
+        Some(ranks) => {
+            let mut parts = dealt(passes, length, ranks.size());
+            parts.get_mut(ranks.rank()).map(std::mem::take).unwrap_or_default()
+        }
+        None => passes,
+    }
 }
 
 /// Gives each of the networks its share, each on a thread of its own, and collects what `work` gives in their order. On a
@@ -91,18 +102,33 @@ fn passes(
     counts: Counts,
     device: Device,
 ) -> Result<Sums> {
+    // Loss terms are summed where they are made and read once: each read makes the host wait for a GPU.
+    let mut terms: BTreeMap<LossKind, Tensor> = BTreeMap::new();
     let mut total = Sums::default();
-    for samples in batches {
-        let batch = dataset.batch(samples, device)?;
+    let mut one = |batch: &Batch| -> Result<()> {
         if batch.answer_tokens == 0 {
-            continue;
+            return Ok(());
         }
-        let pass = gradient::pass(student, &batch, settings, counts)?;
-        let mut losses = BTreeMap::new();
+        let pass = gradient::pass(student, batch, settings, counts)?;
         for (kind, term) in pass.terms {
-            losses.insert(kind, term.f_double_value(&[]).map_err(torch_error("the loss"))?);
+            let term = term.f_to_kind(Kind::Double).map_err(torch_error("the loss"))?;
+            let sum = match terms.remove(&kind) {
+                Some(sum) => sum.f_add(&term).map_err(torch_error("the loss"))?,
+                None => term,
+            };
+            terms.insert(kind, sum);
         }
-        total.absorb(Sums { losses, gradients: pass.gradients })?;
+        total.absorb(Sums { losses: BTreeMap::new(), gradients: pass.gradients })
+    };
+    if device == Device::Cpu {
+        batches.iter().try_for_each(|samples| one(&dataset.batch(samples, device)?))?;
+    } else {
+        // The next batch is read, padded and put into pinned memory while the GPU works on this one.
+        let made = || Ok(batches.iter().map(|samples| dataset.batch(samples, Device::Cpu)?.pinned(device)));
+        ahead(BATCHES_AHEAD, made, |mut made| made.try_for_each(|batch| one(&batch?.to(device)?)))?;
+    }
+    for (kind, sum) in terms {
+        total.losses.insert(kind, sum.f_double_value(&[]).map_err(torch_error("the loss"))?);
     }
     Ok(total)
 }
@@ -261,7 +287,6 @@ pub fn optimize(
 mod tests {
     use super::*;
     use crate::finetune::optim::OptimizerKind;
-    use tch::Kind;
 
     #[test]
     fn every_sample_is_in_one_pass_of_one_worker() {
@@ -318,7 +343,7 @@ mod tests {
             |size: &[i64]| Tensor::arange(size.iter().product::<i64>(), (Kind::Float, Device::Cpu)).sin().view(size);
         let sizes: [&[i64]; 5] = [&[3], &[20, 50], &[1], &[7, 11], &[2, 9, 4]];
         for kind in [OptimizerKind::AdamW, OptimizerKind::Muon] {
-            let optimizer = Optimizer::new(Settings { weight_decay: 0.1, ..Settings::default() }.constants());
+            let optimizer = Optimizer::new(Settings::default().with(|s| s.optimizer.weight_decay = 0.1).constants());
             let make = || -> Vec<Parameter> {
                 sizes.iter().map(|size| Parameter::new("w", values(size), kind).unwrap()).collect()
             };

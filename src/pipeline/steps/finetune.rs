@@ -71,7 +71,8 @@ pub struct Finetune<'a> {
 #[derive(Serialize)]
 struct Recorded<'a> {
     subset: Subset,
-    data: &'a DataOptions,
+    /// How the data was read; `data` are the settings of that name.
+    reading: &'a DataOptions,
     #[serde(flatten)]
     settings: &'a Settings,
 }
@@ -104,9 +105,9 @@ const COUNTED_TOGETHER: usize = 64;
 
 /// The samples that are trained on: those of the draw, as far as the budget of tokens goes.
 fn drawn(request: &Finetune, dataset: &Dataset, encoder: &Encoder) -> Result<Vec<usize>> {
-    let Settings { data_share, step_tokens, max_tokens, .. } = *request.settings;
+    let crate::finetune::DataSettings { share, step_tokens, max_tokens, .. } = request.settings.data;
     let mut indices = dataset.draw(request.subset)?;
-    indices.truncate((data_share * indices.len() as f64).ceil() as usize);
+    indices.truncate((share * indices.len() as f64).ceil() as usize);
     let Some(budget) = step_tokens else { return Ok(indices) };
     let (mut tokens, mut count) = (0, 0);
     for chunk in indices.chunks(COUNTED_TOGETHER) {
@@ -193,7 +194,7 @@ pub fn finetune(
         return Ok(outcome.report);
     };
     writer.save(&component, &outcome.decoder)?;
-    let recorded = Recorded { subset: request.subset, data: request.options, settings: &roles.settings };
+    let recorded = Recorded { subset: request.subset, reading: request.options, settings: &roles.settings };
     let recorded = serde_json::to_value(recorded).map_err(|e| Error::invalid("finetune settings", e.to_string()))?;
     writer.push_step(RecordedStep::Finetune {
         layers: roles.trained.clone(),
@@ -278,9 +279,8 @@ impl Roles {
 ///
 /// Errors: `Error::Invalid` where the losses only compare the stream with the dense model's, which the model has already.
 fn of_whole_model(settings: Settings) -> Result<Settings> {
-    let all = settings.of_all_stages();
-    if all.losses.iter().any(|(kind, weight)| *weight > 0.0 && kind.looks_at_answers()) {
-        return Ok(Settings { fit: false, ..settings });
+    if settings.losses().iter().any(|(kind, weight)| *weight > 0.0 && kind.looks_at_answers()) {
+        return Ok(settings.with(|settings| settings.fit.enabled = false));
     }
     let problem =
         "only compare the stream with the dense model's, and this model, which lost no layer, has that stream";

@@ -216,10 +216,11 @@ impl Sweep {
     /// Errors: `Error::Invalid` for an unknown recipe or setting.
     pub fn settings_of(&self, recipe: &str, seed: u64) -> Result<Settings> {
         let own = self.finetune.recipe_settings.get(recipe);
-        let mut all = self.finetune.settings.clone();
-        all.extend(own.into_iter().flatten().map(|(key, value)| (key.clone(), value.clone())));
-        let table = toml::Table::try_from(&all).map_err(|e| Error::invalid("finetune settings", e.to_string()))?;
-        Ok(Settings { seed, ..RecipeRow::named(recipe)?.settings_with(table)? })
+        let tables = std::iter::once(&self.finetune.settings).chain(own).map(|settings| {
+            toml::Table::try_from(settings).map_err(|e| Error::invalid("finetune settings", e.to_string()))
+        });
+        let tables = tables.collect::<Result<Vec<_>>>()?;
+        Ok(RecipeRow::named(recipe)?.settings_with(tables)?.with(|settings| settings.seed = seed))
     }
 }
 
@@ -236,8 +237,8 @@ mod tests {
         [finetune]
         data = "data/train.parquet"
         recipes = ["paper", "best"]
-        settings = { learning_rate = 1e-3, epochs = 2 }
-        recipe_settings = { best = { learning_rate = 2e-3 } }
+        settings = { optimizer = { learning_rate = 1e-3 }, schedule = { epochs = 2 } }
+        recipe_settings = { best = { optimizer = { learning_rate = 2e-3 } } }
         [eval]
         benchmarks = ["data/bench.tsv"]
     "#;
@@ -248,9 +249,9 @@ mod tests {
         assert_eq!(sweep.finetune.data, Path::new("fixtures/data/train.parquet"));
         assert_eq!((sweep.seeds.len(), sweep.bench.enabled), (3, false));
         let paper = sweep.settings_of("paper", 7).unwrap();
-        assert_eq!((paper.learning_rate, paper.epochs, paper.seed, paper.stages.len()), (1e-3, 2, 7, 0));
+        assert_eq!((paper.peak_rate(), paper.schedule.epochs, paper.seed, paper.losses().len()), (1e-3, 2, 7, 1));
         let best = sweep.settings_of("best", 8).unwrap();
-        assert_eq!((best.learning_rate, best.epochs, best.losses.len()), (2e-3, 2, 2));
+        assert_eq!((best.peak_rate(), best.schedule.epochs, best.losses().len()), (2e-3, 2, 2));
     }
 
     #[test]
@@ -263,7 +264,7 @@ mod tests {
             ("\"paper\", \"best\"", "\"paper\"", "recipe_settings.best"),
             ("\"paper\"", "\"worst\"", "recipe `worst`"),
             ("epochs = 2", "epoch = 2", "epoch"),
-            ("epochs = 2", "epochs = 0", "`epochs`"),
+            ("epochs = 2", "epochs = 0", "`schedule.epochs`"),
             ("samples = 100", "sample = 100", "unknown field `sample`"),
         ];
         for (from, to, want) in cases {

@@ -1,0 +1,112 @@
+//! Rows that are computed when steps need them and kept no longer: for runs that read every sample once, and for data whose
+//! rows have no room on disk.
+
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+
+use crate::base::{Cancel, Error, Result, sha256_json};
+use crate::finetune::cut::SideInputs;
+use crate::finetune::plan::WINDOW_BYTES;
+
+use super::batch::TrainingSet;
+use super::frozen_part::{Slot, Store};
+use super::source::Source;
+use super::teacher::{Chosen, Course, Frozen, Running};
+
+/// Folder in the work folder for the rows at hand.
+pub const WINDOW_FOLDER: &str = "window";
+
+/// Makes rows of samples when steps need them.
+pub trait Loads: Sync {
+    /// Puts the rows of these samples in place of those at hand.
+    ///
+    /// Errors: whatever a sample or a run fails with; `Error::Interrupted`.
+    fn load(&self, dataset: &mut TrainingSet, samples: &[usize]) -> Result<()>;
+
+    /// Tokens that are computed together, longer steps aside.
+    fn tokens(&self) -> usize;
+}
+
+/// Computes the frozen layers' output and the dense model's targets for some samples at a time.
+pub struct Streamed<'a> {
+    source: &'a dyn Source,
+    side: SideInputs,
+    /// Dense model, and the frozen layers' output where it gives that too.
+    course: Option<(&'a Course<'a>, Option<Frozen>)>,
+    embeds_only: bool,
+    max_tokens: usize,
+    folder: PathBuf,
+    cancel: &'a Cancel,
+    models: Mutex<Models<'a>>,
+    tokens: usize,
+}
+
+/// The models, loaded when they are first run.
+struct Models<'a> {
+    prefix: Slot<'a>,
+    dense: Option<Running<'a>>,
+}
+
+/// What a stream of rows is made from.
+pub struct StreamedParts<'a> {
+    pub source: &'a dyn Source,
+    /// What passes read of each token besides the stream.
+    pub side: SideInputs,
+    /// The frozen layers.
+    pub prefix: Slot<'a>,
+    /// True where the embeddings themselves are the stream.
+    pub embeds_only: bool,
+    /// The dense model, where a loss term reads what it gives.
+    pub course: Option<&'a Course<'a>>,
+    /// The stream as a value of the dense model, where it has it.
+    pub frozen: Option<Frozen>,
+    pub max_tokens: usize,
+    /// The run's work folder.
+    pub work: PathBuf,
+    pub cancel: &'a Cancel,
+    /// Bytes of all rows of one token.
+    pub bytes_per_token: u64,
+}
+
+impl<'a> Streamed<'a> {
+    /// Loads nothing yet.
+    pub fn new(parts: StreamedParts<'a>) -> Self {
+        let StreamedParts { source, side, prefix, embeds_only, course, frozen, max_tokens, work, cancel, .. } = parts;
+        let course = course.filter(|course| !course.files().is_empty()).map(|course| (course, frozen));
+        let dense = course.map(|(course, frozen)| course.running(frozen));
+        let tokens = (WINDOW_BYTES / parts.bytes_per_token.max(1)).max(1) as usize;
+        let models = Mutex::new(Models { prefix, dense });
+        let folder = work.join(WINDOW_FOLDER);
+        Streamed { source, side, course, embeds_only, max_tokens, folder, cancel, models, tokens }
+    }
+}
+
+impl Loads for Streamed<'_> {
+    fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    fn load(&self, dataset: &mut TrainingSet, samples: &[usize]) -> Result<()> {
+        std::fs::create_dir_all(&self.folder).map_err(|e| Error::io("create", &self.folder, e))?;
+        let mut numbers: Vec<u64> = samples.iter().map(|&sample| dataset.examples[sample].number).collect();
+        numbers.sort_unstable();
+        let source = Chosen { source: self.source, numbers };
+        let store = Store::new(&self.folder, &sha256_json(&"rows at hand")?, self.side.clone());
+        let mut models = self.models.lock().unwrap_or_else(PoisonError::into_inner);
+        let Models { prefix, dense } = &mut *models;
+        let files = self.course.map(|(course, _)| course.files().in_folder(&self.folder));
+        let mut found = None;
+        if let (Some((course, frozen)), Some(files), Some(dense)) = (self.course, &files, dense) {
+            let frozen = frozen.map(|frozen| (frozen, &store));
+            found = course.fill(&source, files, frozen, dense, "", self.cancel)?;
+        }
+        let (mut set, _) = match found {
+            Some(found) => found,
+            None => store.fill(&source, "", prefix, self.embeds_only, self.max_tokens, self.cancel)?,
+        };
+        if let (Some((course, _)), Some(files)) = (self.course, &files) {
+            set.targets = course.open(files, &set.examples, set.hidden_size())?;
+        }
+        dataset.put(samples, set)
+    }
+}

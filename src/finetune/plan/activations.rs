@@ -1,0 +1,312 @@
+//! Numbers that a layer keeps of each token for its backward pass, counted on the graph: which operands and results the
+//! gradient of each operator reads. Views share the memory of what they are views of.
+//!
+//! Widths are followed from the stream on, since few graphs state their shapes: a product with a weight `[K, N]` makes `N`
+//! numbers of `K`, and a product of two values that both depend on the stream is attention's, with a number for each head
+//! and key.
+
+use std::collections::{HashMap, HashSet};
+
+use crate::ir::{Graph, GraphIndex, Node, ValueId};
+
+/// Numbers per token: `own`, and `per_key` for each token that a token looks at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Width {
+    /// Numbers whatever the length of a sample.
+    pub own: u64,
+    /// Numbers for each key.
+    pub per_key: u64,
+}
+
+impl Width {
+    fn plus(self, other: Width) -> Width {
+        Width { own: self.own + other.own, per_key: self.per_key + other.per_key }
+    }
+
+    fn larger(self, other: Width) -> Width {
+        if (other.per_key, other.own) > (self.per_key, self.own) { other } else { self }
+    }
+
+    /// Numbers per token where a token looks at this many keys.
+    pub fn at(self, keys: u64) -> u64 {
+        self.own + self.per_key * keys
+    }
+}
+
+/// Which values the gradient of an operator reads.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Saves {
+    Nothing,
+    /// Each factor, for the gradient of the other.
+    OtherFactor,
+    Inputs,
+    Output,
+    /// Inputs and output: attention, and what is not known.
+    All,
+}
+
+/// One row per operator; one that is not named saves all that it reads and gives.
+const SAVES: &[(&[&str], Saves)] = &[
+    (
+        &[
+            "Add",
+            "Sub",
+            "Neg",
+            "Sum",
+            "Cast",
+            "CastLike",
+            "Reshape",
+            "Transpose",
+            "Squeeze",
+            "Unsqueeze",
+            "Flatten",
+            "Identity",
+            "Slice",
+            "Split",
+            "Concat",
+            "Expand",
+            "Gather",
+            "Where",
+            "ReduceMean",
+            "ReduceSum",
+            "Shape",
+            "Size",
+            "ConstantOfShape",
+            "Tile",
+            "Pad",
+        ],
+        Saves::Nothing,
+    ),
+    (&["MatMul", "Gemm", "FusedMatMul", "MatMulNBits", "Mul", "Div"], Saves::OtherFactor),
+    (&["Pow", "FusedSilu", "Gelu", "FastGelu", "QuickGelu", "Erf", "Sin", "Cos", "Log", "Abs"], Saves::Inputs),
+    (&["Softmax", "LogSoftmax", "Sigmoid", "Tanh", "Sqrt", "Exp", "Relu", "Reciprocal"], Saves::Output),
+];
+
+/// Operators whose result is a view of their first operand.
+const VIEWS: &[&str] = &[
+    "Reshape",
+    "Transpose",
+    "Squeeze",
+    "Unsqueeze",
+    "Flatten",
+    "Identity",
+    "Slice",
+    "Split",
+    "Cast",
+    "CastLike",
+    "Expand",
+];
+
+/// What attention is recognised by, in one node or in several.
+const ATTENTION: &[&str] = &["FusedAttention", "Attention", "GroupQueryAttention", "MultiHeadAttention"];
+
+/// What one layer keeps, and the widest value in it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Kept {
+    /// Numbers kept for the backward pass.
+    pub kept: Width,
+    /// Numbers of the widest value, whose gradient a backward pass holds beside them.
+    pub widest: Width,
+}
+
+/// The layer between two streams of `width` numbers per token. `piece` are its nodes in execution order, `trained` what
+/// has gradients besides the stream, `heads` the attention heads.
+pub fn of_layer(
+    graph: &Graph,
+    piece: &[usize],
+    (from, width): (ValueId, u64),
+    trained: &HashSet<ValueId>,
+    heads: u64,
+) -> Kept {
+    let index = GraphIndex::new(graph);
+    let mut walk = Walk { graph, heads, widths: HashMap::new(), owners: HashMap::new(), saved: HashSet::new() };
+    walk.widths.insert(from, Width { own: width, per_key: 0 });
+    walk.widths.extend(trained.iter().map(|&id| (id, Width::default())));
+    for &number in piece {
+        let node = &graph.body.nodes[number];
+        let moved =
+            |id: ValueId| index.node_of(id).is_some_and(|(number, _)| graph.body.nodes[number].op_type == "Transpose");
+        walk.node(node, moved);
+    }
+    let owners: HashSet<ValueId> = walk.saved.iter().map(|&id| walk.owner(id)).collect();
+    let width_of = |id: &ValueId| walk.widths.get(id).copied().unwrap_or_default();
+    Kept {
+        kept: owners.iter().map(width_of).fold(Width::default(), Width::plus),
+        widest: walk.widths.values().copied().fold(Width::default(), Width::larger),
+    }
+}
+
+struct Walk<'a> {
+    graph: &'a Graph,
+    heads: u64,
+    /// Widths of what depends on the stream or on trained weights.
+    widths: HashMap<ValueId, Width>,
+    /// The value whose memory a view shares.
+    owners: HashMap<ValueId, ValueId>,
+    saved: HashSet<ValueId>,
+}
+
+impl Walk<'_> {
+    fn owner(&self, mut id: ValueId) -> ValueId {
+        while let Some(&next) = self.owners.get(&id) {
+            id = next;
+        }
+        id
+    }
+
+    fn node(&mut self, node: &Node, moved: impl Fn(ValueId) -> bool) {
+        let flowing: Vec<ValueId> = node.present_inputs().filter(|id| self.widths.contains_key(id)).collect();
+        if flowing.is_empty() || node.reads_shape_only() {
+            return;
+        }
+        let op = node.op_type.as_str();
+        let width = self.result(node, &flowing);
+        let outputs: Vec<ValueId> = node.present_outputs().collect();
+        for (number, &output) in outputs.iter().enumerate() {
+            let own = match (op, ATTENTION.contains(&op), number) {
+                ("Split", ..) => Width { own: width.own / outputs.len() as u64, ..width },
+                // Keys and values of the cache.
+                (_, true, 1..) => Width::default(),
+                _ => width,
+            };
+            self.widths.insert(output, own);
+            // What was transposed is copied when it is reshaped.
+            let view = VIEWS.contains(&op) && !(op == "Reshape" && moved(flowing[0]));
+            if view {
+                self.owners.insert(output, flowing[0]);
+            }
+        }
+        let row = SAVES.iter().find(|(names, _)| names.contains(&op)).map_or(Saves::All, |(_, saves)| *saves);
+        match row {
+            Saves::Nothing => {}
+            Saves::OtherFactor if flowing.len() > 1 => self.saved.extend(flowing),
+            Saves::OtherFactor => {}
+            Saves::Inputs => self.saved.extend(flowing),
+            Saves::Output => self.saved.extend(outputs.first()),
+            Saves::All => self.saved.extend(flowing.into_iter().chain(outputs.first().copied())),
+        }
+    }
+
+    /// Width of a node's first result.
+    fn result(&self, node: &Node, flowing: &[ValueId]) -> Width {
+        let width = |id: &ValueId| self.widths.get(id).copied().unwrap_or_default();
+        let largest = flowing.iter().map(width).fold(Width::default(), Width::larger);
+        let op = node.op_type.as_str();
+        if ATTENTION.contains(&op) {
+            return flowing.first().map(width).unwrap_or_default();
+        }
+        match op {
+            "Concat" => flowing.iter().map(width).fold(Width::default(), Width::plus),
+            "ReduceMean" | "ReduceSum" | "ReduceMax" => Width { own: 1, per_key: 0 },
+            "MatMul" | "Gemm" | "FusedMatMul" | "MatMulNBits" => match (self.sides(node), flowing) {
+                (Some((rows, columns)), [x, ..]) => {
+                    let x = width(x);
+                    Width { own: (x.own * columns).checked_div(rows).unwrap_or(0), per_key: 0 }
+                }
+                (None, [a, b, ..]) => match (width(a), width(b)) {
+                    (a, b) if a.per_key == 0 && b.per_key == 0 => Width { own: 0, per_key: self.heads },
+                    (a, b) => Width { own: a.own.max(b.own), per_key: 0 },
+                },
+                _ => largest,
+            },
+            _ => largest,
+        }
+    }
+
+    /// Rows and columns of a product's weight; None for a product of two values that depend on the stream.
+    fn sides(&self, node: &Node) -> Option<(u64, u64)> {
+        let int = |name: &str| node.attribute(name).and_then(crate::ir::Attribute::as_int).unwrap_or(0);
+        if node.op_type == "MatMulNBits" {
+            return Some((u64::try_from(int("K")).ok()?, u64::try_from(int("N")).ok()?));
+        }
+        let mut weight = node.inputs.get(1).copied().flatten()?;
+        let mut turned = int("transB") != 0;
+        // Weights are turned, widened and dequantised before they are multiplied.
+        while self.graph.body.initializer(weight).is_none() {
+            let maker = self.graph.body.nodes.iter().find(|maker| maker.present_outputs().any(|id| id == weight))?;
+            if !["Transpose", "Cast", "DequantizeLinear", "Identity"].contains(&maker.op_type.as_str()) {
+                return None;
+            }
+            turned ^= maker.op_type == "Transpose";
+            weight = maker.inputs.first().copied().flatten()?;
+        }
+        match self.graph.body.initializer(weight)?.dims.as_slice() {
+            [rows, columns] => Some(if turned { (*columns, *rows) } else { (*rows, *columns) }),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ir::{Model, Tensor, Value};
+    use crate::rewrite::fuse_kernels;
+
+    /// `h + down(silu(gate(x)) * up(x))` with `x` the stream, by hand: 8 wide, 20 inside.
+    fn mlp(trained: bool) -> Kept {
+        let mut model = Model::default();
+        let graph = &mut model.graph;
+        let mut value = |name: &str| graph.add_value(Value { name: name.into(), ..Value::default() });
+        let [h, gate, sigmoid, active, up, product, down, out, w0, w1, w2] =
+            ["h", "gate", "sigmoid", "active", "up", "product", "down", "out", "w0", "w1", "w2"].map(&mut value);
+        for (id, dims) in [(w0, [8, 20]), (w1, [8, 20]), (w2, [20, 8])] {
+            graph.body.initializers.push((id, Tensor::from_f32(&dims, &[0.0; 160])));
+        }
+        let node = |op: &str, inputs: [Option<ValueId>; 2], output: ValueId| Node {
+            op_type: op.into(),
+            inputs: inputs.into_iter().flatten().map(Some).collect(),
+            outputs: vec![Some(output)],
+            ..Node::default()
+        };
+        graph.body.inputs = vec![h];
+        graph.body.nodes = vec![
+            node("MatMul", [Some(h), Some(w0)], gate),
+            node("Sigmoid", [Some(gate), None], sigmoid),
+            node("Mul", [Some(gate), Some(sigmoid)], active),
+            node("MatMul", [Some(h), Some(w1)], up),
+            node("Mul", [Some(active), Some(up)], product),
+            node("MatMul", [Some(product), Some(w2)], down),
+            node("Add", [Some(h), Some(down)], out),
+        ];
+        graph.body.outputs = vec![out];
+        let compiled = fuse_kernels(&model).0.graph;
+        let trained: HashSet<ValueId> = if trained { [w0, w1, w2].into() } else { HashSet::new() };
+        let piece = crate::finetune::cut::nodes_between(&compiled, h, out);
+        of_layer(&compiled, &piece, (h, 8), &trained, 2)
+    }
+
+    #[test]
+    fn what_gradients_read_is_counted_once() {
+        // gate for the SiLU, its result and up for the product.
+        let frozen = mlp(false);
+        assert_eq!((frozen.kept, frozen.widest), (Width { own: 60, per_key: 0 }, Width { own: 20, per_key: 0 }));
+        // And, for the weights' gradients, the stream and the product.
+        assert_eq!(mlp(true).kept, Width { own: 88, per_key: 0 });
+    }
+
+    #[test]
+    fn attention_of_several_nodes_keeps_a_number_per_head_and_key() {
+        let mut graph = Graph::default();
+        let mut value = |name: &str| graph.add_value(Value { name: name.into(), ..Value::default() });
+        let [h, keys, scores, weights, mixed] = ["h", "keys", "scores", "weights", "mixed"].map(&mut value);
+        let node = |op: &str, inputs: &[ValueId], output: ValueId| Node {
+            op_type: op.into(),
+            inputs: inputs.iter().copied().map(Some).collect(),
+            outputs: vec![Some(output)],
+            ..Node::default()
+        };
+        graph.body.inputs = vec![h];
+        graph.body.nodes = vec![
+            node("Transpose", &[h], keys),
+            node("MatMul", &[h, keys], scores),
+            node("Softmax", &[scores], weights),
+            node("MatMul", &[weights, h], mixed),
+        ];
+        graph.body.outputs = vec![mixed];
+        let kept = of_layer(&graph, &[0, 1, 2, 3], (h, 64), &HashSet::new(), 4);
+        // The stream, which keys are a view of, and the weights of 4 heads.
+        assert_eq!(kept.kept, Width { own: 64, per_key: 4 });
+        assert_eq!(kept.kept.at(10), 104);
+    }
+}

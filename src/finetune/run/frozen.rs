@@ -1,0 +1,91 @@
+//! The layers before the first trained one: run once for all samples, or when steps need them.
+
+use std::path::Path;
+
+use crate::base::{Cancel, Result};
+use crate::data::LeftOut;
+use crate::finetune::cut::{Cut, SideInputs};
+use crate::finetune::data::{Course, Frozen, Slot, Store, Streamed, StreamedParts, TrainingSet};
+use crate::ir::Model;
+use crate::rewrite::extract;
+use crate::runtime::{Decoder, Runtime, SessionOptions, VlmSession};
+
+use super::request::Request;
+
+/// The layers before the first trained one.
+pub struct FrozenLayers<'a> {
+    request: &'a Request<'a>,
+    /// The graph up to there. With nothing frozen before the first trained layer, one layer, which says how the graph is fed.
+    prefix: Model,
+    embeds_only: bool,
+}
+
+impl<'a> FrozenLayers<'a> {
+    /// Errors: `Error::Invalid` when the graph has no such part.
+    pub fn new(request: &'a Request<'a>, cut: &Cut) -> Result<Self> {
+        let embeds_only = cut.begins_at_input();
+        let prefix = extract(&cut.analysis.model, &[], &[cut.streams[usize::from(embeds_only)]])?;
+        Ok(FrozenLayers { request, prefix, embeds_only })
+    }
+
+    fn session(&self) -> Result<VlmSession> {
+        let request = self.request;
+        let runtime = Runtime::new(request.device)?;
+        let options = SessionOptions::default();
+        let head_dim = request.bundle.config().and_then(|config| config.head_size());
+        let decoder = Decoder::prefill_only(runtime.session_of(&self.prefix, &options)?, head_dim)?;
+        VlmSession::with_decoder(&runtime, request.bundle, decoder, &options, request.features)
+    }
+
+    /// Their output as a value of the dense model, where that has it too.
+    fn in_dense(&self, course: &Course<'_>) -> Result<Option<Frozen>> {
+        course.frozen(self.request.bundle, (!self.embeds_only).then_some(&self.prefix))
+    }
+
+    /// Their output for all samples, on disk: from the dense model where that has it and is to be run anyway, or from a run.
+    ///
+    /// Errors: those of the samples and of the run; `Error::Interrupted`.
+    pub fn fill(&self, store: &Store, course: Option<&Course<'_>>, cancel: &Cancel) -> Result<(TrainingSet, LeftOut)> {
+        let data = self.request.data;
+        if let Some(course) = course.filter(|course| !course.kept())
+            && let Some(frozen) = self.in_dense(course)?
+        {
+            let mut running = course.running(Some(frozen));
+            let frozen = Some((frozen, store));
+            if let Some(filled) = course.fill(data, course.files(), frozen, &mut running, "dense model", cancel)? {
+                return Ok(filled);
+            }
+        }
+        let max_tokens = self.request.settings.data.max_tokens as usize;
+        let mut prefix = Slot::new(|| self.session());
+        store.fill(data, "frozen part", &mut prefix, self.embeds_only, max_tokens, cancel)
+    }
+
+    /// Their output and the dense model's targets, computed when steps need them.
+    ///
+    /// Errors: `Error::Io` when a file cannot be read.
+    pub fn streamed<'s>(
+        &'s self,
+        side: SideInputs,
+        course: Option<&'s Course<'s>>,
+        (work, width): (&Path, u64),
+        cancel: &'s Cancel,
+    ) -> Result<Streamed<'s>> {
+        let course = course.filter(|course| !course.files().is_empty());
+        let frozen = course.map(|course| self.in_dense(course)).transpose()?.flatten();
+        let points = course.map_or(0, |course| course.student_points().len() as u64);
+        let bytes_per_token = width * (4 + 2 * points) + 4 * side.widths.total() as u64;
+        Ok(Streamed::new(StreamedParts {
+            source: self.request.data,
+            side,
+            prefix: Slot::new(|| self.session()),
+            embeds_only: self.embeds_only,
+            course,
+            frozen,
+            max_tokens: self.request.settings.data.max_tokens as usize,
+            work: work.to_path_buf(),
+            cancel,
+            bytes_per_token,
+        }))
+    }
+}

@@ -1,0 +1,290 @@
+//! The whole of a finetuning run: cut, compute the frozen part, train, put the weights back.
+
+mod frozen;
+mod planning;
+mod request;
+
+use std::collections::BTreeMap;
+use std::panic::resume_unwind;
+use std::time::Instant;
+
+use tch::Device as TorchDevice;
+
+use crate::base::{Cancel, Device, Error, Provenance, Result, Sha256Digest, notice, sha256_json};
+use crate::data::LeftOut;
+use crate::finetune::checkpoint::begun;
+use crate::finetune::cut::{FitTarget, float_products, replaced, side_inputs};
+use crate::finetune::data::{Course, Dense, Lesson, Loads, Store, Teacher, TrainingSet, WINDOW_FOLDER, scan};
+use crate::finetune::loss;
+use crate::finetune::plan::{PlannedData, anchor_points};
+use crate::finetune::record::{METRICS_FILE, StepMetrics, Totals, best};
+use crate::finetune::settings::{LearningRate, Lora};
+use crate::finetune::student::{Changed, Student};
+use crate::finetune::train::{DenseStream, Run, Summary, fit, search, train};
+use crate::torch::Hold;
+
+use frozen::FrozenLayers;
+use planning::{Opened, Parts, estimated, resolve};
+
+pub use planning::plan_run;
+pub use request::{Outcome, Report, Request};
+
+/// Finetunes the layers and gives the decoder with their new weights. Nothing of the bundle is changed.
+///
+/// Errors: `Error::Invalid` and `Error::Unsupported` for settings, layers, graphs and data that do not fit;
+/// `Error::Interrupted` when the user asked to stop, a checkpoint left behind; `Error::Engine` from LibTorch and ONNX
+/// Runtime.
+pub fn finetune(request: &Request<'_>, cancel: &Cancel, observer: &mut dyn FnMut(&StepMetrics)) -> Result<Outcome> {
+    finetune_with_teacher(request, None, cancel, observer)
+}
+
+/// [`finetune`] with the dense model at hand, for the losses that need it.
+///
+/// Errors: as `finetune`, and `Error::Invalid` when the two models do not belong together.
+pub fn finetune_with_teacher(
+    request: &Request<'_>,
+    teacher: Option<&Teacher<'_>>,
+    cancel: &Cancel,
+    observer: &mut dyn FnMut(&StepMetrics),
+) -> Result<Outcome> {
+    let settings = request.settings;
+    settings.check()?;
+    let losses = settings.losses();
+    let asked = || losses.keys().copied();
+    loss::check_teacher(asked(), settings.fit.enabled, teacher.is_some())?;
+    let device = torch_device(request.device)?;
+    if device == TorchDevice::Cpu {
+        // What this thread does between the passes is too small to be shared, and its last bits must not depend on how
+        // busy the machine is.
+        tch::set_num_threads(1);
+    }
+    let wanted = settings.fit.enabled || asked().any(|kind| kind.needs_teacher());
+    let teacher = teacher.filter(|_| wanted);
+    // Files are hashed while the graphs are looked at.
+    let (digests, opened) = std::thread::scope(|scope| {
+        let (bundle, data) = (request.bundle, request.data);
+        let hashing = scope.spawn(move || {
+            let dense = teacher.map(|teacher| teacher.bundle.digest()).transpose()?;
+            Ok::<_, Error>((bundle.digest()?, data.digest()?, dense))
+        });
+        let opened = Opened::new(request, teacher);
+        (hashing.join().unwrap_or_else(|panic| resume_unwind(panic)), opened)
+    });
+    let Opened { decoder, cut, suffix, sizes, targets, points, dense } = opened?;
+    let (model_digest, data_digest, dense_digest) = digests?;
+    let own = request.own_work();
+    std::fs::create_dir_all(&own).map_err(|e| Error::io("create", &own, e))?;
+    let teacher_bytes = dense.as_ref().map_or(0, Dense::weight_bytes);
+    let planned = |data: PlannedData, streamed: Option<bool>| {
+        let (layer_count, first) = (cut.analysis.map.layers.len(), cut.first);
+        let parts = Parts { sizes: &sizes, targets: &targets, points: &points, teacher_bytes, layer_count, first };
+        resolve(request, &parts, data, streamed)
+    };
+
+    let mut inputs = BTreeMap::from([
+        ("model".to_string(), model_digest.clone()),
+        ("data".to_string(), data_digest.clone()),
+        ("layers".to_string(), sha256_json(&request.layers)?),
+        ("settings".to_string(), sha256_json(settings)?),
+    ]);
+    let key =
+        sha256_json(&("stream with sample numbers", &model_digest, &data_digest, cut.first, settings.data.max_tokens))?;
+    let side = side_inputs(&cut.analysis.model.graph, &suffix)?;
+    let store = Store::new(&own, &key, side.clone());
+    let course = teacher.zip(dense).zip(dense_digest).map(|((teacher, dense), digest)| {
+        let lesson = Lesson {
+            teacher,
+            trained: request.layers,
+            first: cut.first,
+            source: request.data,
+            data_digest: &data_digest,
+            settings,
+            device: request.device,
+            work: &own,
+            features: request.features,
+        };
+        lesson.prepare(dense, digest)
+    });
+    let course = course.transpose()?;
+    let kept = store.open()?;
+    let streams = match kept {
+        Some(_) => false,
+        None => {
+            let plan = planned(estimated(request.data)?, None)?;
+            plan.check()?;
+            plan.streamed
+        }
+    };
+    let prefix = FrozenLayers::new(request, &cut)?;
+    let (mut dataset, left_out) = match kept {
+        Some(kept) => kept,
+        None if streams => {
+            let (examples, left_out) = scan(request.data, settings.data.max_tokens as usize, cancel)?;
+            (TrainingSet::of_windows(examples), left_out)
+        }
+        None => prefix.fill(&store, course.as_ref(), cancel)?,
+    };
+
+    let mut plan = planned(
+        PlannedData {
+            samples: dataset.examples.len() as u64,
+            tokens: dataset.examples.iter().map(|example| example.length as u64).sum(),
+            answer_tokens: dataset.examples.iter().map(|example| example.answers as u64).sum(),
+            longest_tokens: dataset.examples.iter().map(|example| example.length as u64).max().unwrap_or(0),
+            estimated: false,
+        },
+        Some(streams),
+    )?;
+    plan.check()?;
+    if let Some(ranks) = request.ranks {
+        // A step is cut into as many passes as one process wants, so all must know the same number of cores.
+        let first = ranks.from_first(&plan.workers.to_le_bytes())?;
+        plan.workers = first.try_into().map_or(plan.workers, u64::from_le_bytes);
+    }
+    notice(plan.line());
+    let hold = if plan.frozen_as_stored { Hold::Stored } else { Hold::Widened };
+    let compile = || Student::compile(&cut, suffix.clone(), settings.precision, hold, device);
+    let mut student = compile()?;
+    if let (Some(teacher), Some(course)) = (teacher, &course) {
+        inputs.insert("teacher".to_string(), course.digest.clone());
+        if !streams {
+            if !course.kept() {
+                course.fill(request.data, course.files(), None, &mut course.running(None), "dense model", cancel)?;
+            }
+            dataset.targets = course.open(course.files(), &dataset.examples, dataset.hidden_size())?;
+        }
+        student.points = course.student_points();
+        let points = anchor_points(teacher.anchors, request.layers, settings).into_iter();
+        student.anchor_points = points.filter_map(|point| point.checked_sub(cut.first)).collect();
+    }
+    let mut students = vec![student];
+    while (students.len() as u64) < plan.workers {
+        let mut twin = compile()?;
+        twin.work_for(&students[0])?;
+        students.push(twin);
+    }
+    let (work, resume, batch_tokens) = (own.as_path(), request.resume, plan.batch_tokens as usize);
+    let (shared, ranks) = (request.work, request.ranks);
+    let asked_settings = settings;
+    let settings = &asked_settings.clone().with(|s| s.batch.gradient_checkpointing = Some(plan.gradient_checkpointing));
+    let numbers: Vec<u64> = dataset.examples.iter().map(|example| example.number).collect();
+    let live = course.as_ref().map(|course| Live { course, numbers, cancel });
+    let dense = live.as_ref().map(|live| live as &dyn DenseStream);
+    let threads = plan.threads as usize;
+    let streamed = match streams {
+        true => Some(prefix.streamed(side, course.as_ref(), (&own, sizes.hidden_size), cancel)?),
+        false => None,
+    };
+    let streamed = streamed.as_ref().map(|streamed| streamed as &dyn Loads);
+    let run = Run {
+        settings,
+        device,
+        batch_tokens,
+        threads,
+        streamed,
+        dense,
+        first: cut.first,
+        inputs: &inputs,
+        work,
+        shared,
+        ranks,
+        resume,
+        cancel,
+    };
+    let resumed = if request.resume { begun(request.work)? } else { None };
+    let done = match resumed {
+        Some(totals) => totals,
+        None => begin(&run, &targets, &mut students, &mut dataset)?,
+    };
+    let rate = best(&done.trials).unwrap_or(settings.peak_rate());
+    let chosen = settings.clone().with(|s| s.optimizer.learning_rate = LearningRate::One(rate));
+    let run = Run { settings: &chosen, ..run };
+    let summary = train(run, &targets, &mut students, &mut dataset, done, observer)?;
+    let window = own.join(WINDOW_FOLDER);
+    if window.exists() {
+        std::fs::remove_dir_all(&window).map_err(|e| Error::io("remove", &window, e))?;
+    }
+    let (scale, write) = (settings.lora().map_or(1.0, Lora::scale), settings.lora.write);
+    let Changed { tensors, floats } = students[0].changed(&cut, scale, write)?;
+    let mut decoder = replaced(&decoder, tensors)?;
+    float_products(&mut decoder, floats)?;
+    let report = report(request, rate, inputs, &dataset, left_out, &summary)?;
+    Ok(Outcome { decoder, report })
+}
+
+/// The dense model for fits, by places in the data set.
+struct Live<'a> {
+    course: &'a Course<'a>,
+    /// Of each sample, which one of its source it is.
+    numbers: Vec<u64>,
+    cancel: &'a Cancel,
+}
+
+impl DenseStream for Live<'_> {
+    fn behind(&self, layers: &[usize], samples: &[usize]) -> Result<Vec<BTreeMap<usize, Vec<u8>>>> {
+        let numbers: Vec<u64> = samples.iter().map(|&sample| self.numbers[sample]).collect();
+        let mut found = self.course.behind(layers, &numbers, self.cancel)?;
+        let by_place = found.iter_mut().map(|rows| {
+            let own = samples.iter().zip(&numbers);
+            own.filter_map(|(&sample, number)| Some((sample, rows.remove(number)?))).collect()
+        });
+        Ok(by_place.collect())
+    }
+}
+
+/// What comes before the first step: the fit of all layers, where they are trained at once, and the choice of the learning
+/// rate.
+fn begin(run: &Run<'_>, targets: &[FitTarget], students: &mut [Student], dataset: &mut TrainingSet) -> Result<Totals> {
+    let mut totals = Totals::default();
+    if run.settings.fit.enabled && !run.settings.layer_by_layer() {
+        let began = Instant::now();
+        totals.fitted = fit(run, students, targets, dataset)?;
+        totals.fit_seconds = began.elapsed().as_secs_f64();
+    }
+    if run.settings.trains() {
+        totals.trials = search(run, targets, students, dataset)?;
+    }
+    Ok(totals)
+}
+
+fn torch_device(device: Device) -> Result<TorchDevice> {
+    match device {
+        Device::Cpu => Ok(TorchDevice::Cpu),
+        Device::Cuda(index) => crate::torch::cuda_device(index as usize),
+    }
+}
+
+fn report(
+    request: &Request<'_>,
+    learning_rate: f64,
+    inputs: BTreeMap<String, Sha256Digest>,
+    dataset: &TrainingSet,
+    left_out: LeftOut,
+    summary: &Summary,
+) -> Result<Report> {
+    let totals = &summary.totals;
+    let layers = if request.settings.layer_by_layer() { request.layers.len().max(1) as u64 } else { 1 };
+    let (tokens, answer_tokens) = (totals.tokens / layers, totals.answer_tokens / layers);
+    Ok(Report {
+        provenance: Provenance::new(Report::SCHEMA_VERSION, inputs, request.settings)?,
+        layers: request.layers.to_vec(),
+        trained_parameters: summary.trained_parameters,
+        samples: dataset.examples.len() as u64,
+        sample_ids: dataset.examples.iter().map(|example| example.id.clone()).collect(),
+        left_out,
+        steps: summary.steps,
+        resumed_from_step: summary.resumed_from,
+        tokens,
+        answer_tokens,
+        learning_rate,
+        trials: totals.trials.clone(),
+        fitted: totals.fitted.clone(),
+        fit_s: totals.fit_seconds,
+        first_loss: totals.first_loss,
+        last_loss: totals.last_loss,
+        train_s: totals.train_seconds,
+        tokens_per_s: tokens as f64 / totals.train_seconds.max(1e-9),
+        peak_memory_bytes: crate::base::peak_memory_bytes(),
+        metrics_file: METRICS_FILE.to_string(),
+    })
+}

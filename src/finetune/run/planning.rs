@@ -1,0 +1,140 @@
+//! The plan of a run, from its graphs and its first samples.
+
+use crate::base::{Device, Result, free_disk_bytes, thread_count};
+use crate::bundle::Role;
+use crate::finetune::cut::{Cut, FitTarget, Suffix};
+use crate::finetune::data::{Dense, Source, Teacher};
+use crate::finetune::loss;
+use crate::finetune::plan::{Facts, PlannedData, Point, RunPlan, Sizes};
+use crate::finetune::settings::LoraLayers;
+use crate::ir::Model;
+use crate::runtime::headed;
+
+use super::request::Request;
+
+/// The graphs, with what follows from them alone.
+pub struct Opened {
+    pub decoder: Model,
+    pub cut: Cut,
+    pub suffix: Suffix,
+    pub sizes: Sizes,
+    /// Products to fit in each trained layer.
+    pub targets: Vec<FitTarget>,
+    pub points: Vec<Point>,
+    pub dense: Option<Dense>,
+}
+
+impl Opened {
+    /// Errors: as `finetune`, for what the graphs alone decide.
+    pub fn new(request: &Request<'_>, teacher: Option<&Teacher<'_>>) -> Result<Self> {
+        let settings = request.settings;
+        let decoder = crate::onnx::load(&request.bundle.path_of(request.bundle.require(Role::Decoder)?))?;
+        let whole = headed(request.bundle, decoder.clone())?;
+        let mut cut = Cut::new(&whole, request.layers, settings.lora().is_some())?;
+        if settings.train_head {
+            cut.train_head()?;
+        }
+        let fits = settings.fit.enabled || settings.layer_by_layer();
+        let mut targets = if fits { cut.targets(request.layers, !settings.trains())? } else { Vec::new() };
+        if let Some(lora) = settings.lora() {
+            if settings.lora.layers == LoraLayers::All {
+                let all: Vec<usize> = (0..cut.analysis.map.layers.len()).collect();
+                let after = cut.first;
+                cut = Cut::new(&whole, &all, true)?;
+                if settings.train_head {
+                    cut.train_head()?;
+                }
+                targets.iter_mut().for_each(|target| target.layer += after);
+            }
+            let written: &[FitTarget] = if settings.fit.enabled { &targets } else { &[] };
+            cut.adapt(lora, written)?;
+        }
+        let (suffix, first) = (cut.suffix()?, cut.first);
+        let sizes = Sizes::of(&cut, &suffix, heads_of(request));
+        let dense = teacher.map(Dense::open).transpose()?;
+        let points = dense.as_ref().zip(teacher);
+        let points = points.map(|(dense, teacher)| dense.points(teacher, request.layers, first, settings));
+        Ok(Opened { decoder, cut, suffix, sizes, targets, points: points.unwrap_or_default(), dense })
+    }
+}
+
+/// What a plan needs of the graphs.
+pub struct Parts<'a> {
+    pub sizes: &'a Sizes,
+    pub targets: &'a [FitTarget],
+    pub points: &'a [Point],
+    pub teacher_bytes: u64,
+    pub layer_count: usize,
+    pub first: usize,
+}
+
+/// The plan; `streamed` where it is decided whether rows are kept.
+///
+/// Errors: `Error::Io` where the free disk cannot be read; as `RunPlan::resolve`.
+pub fn resolve(request: &Request<'_>, parts: &Parts<'_>, data: PlannedData, streamed: Option<bool>) -> Result<RunPlan> {
+    let cache_bytes = (free_disk_bytes(&request.own_work())? / 5).min(MOST_CACHE_BYTES);
+    RunPlan::resolve(&Facts {
+        device: request.device.to_string(),
+        on_gpu: request.device != Device::Cpu,
+        cores: thread_count() as u64,
+        settings: request.settings,
+        layers: request.layers,
+        layer_count: parts.layer_count,
+        first: parts.first,
+        sizes: parts.sizes,
+        fitted: parts.targets,
+        points: parts.points,
+        teacher_bytes: parts.teacher_bytes,
+        data,
+        limits: request.limits,
+        cache_bytes,
+        streamed,
+    })
+}
+
+/// Attention heads, as the configuration says; 0 where it does not.
+fn heads_of(request: &Request<'_>) -> u64 {
+    request.bundle.config().and_then(|config| config.num_attention_heads).unwrap_or(0) as u64
+}
+
+/// Most bytes of rows on disk where the user set no limit.
+const MOST_CACHE_BYTES: u64 = 32_000_000_000;
+
+/// Samples that a plan looks at before the data has been read.
+const ESTIMATED_FROM: usize = 64;
+
+/// What the first samples say of all of them.
+///
+/// Errors: those of a sample.
+pub fn estimated(source: &dyn Source) -> Result<PlannedData> {
+    let (mut seen, mut tokens, mut answers, mut longest) = (0u64, 0u64, 0u64, 0u64);
+    for sample in source.samples()?.take(ESTIMATED_FROM) {
+        let sample = sample?;
+        let length = sample.prompt.input_ids.len() as u64;
+        (seen, tokens, longest) = (seen + 1, tokens + length, longest.max(length));
+        answers += sample.answer_mask.iter().filter(|answer| **answer).count() as u64;
+    }
+    let samples = source.count();
+    let all = |some: u64| (u128::from(some) * u128::from(samples) / u128::from(seen.max(1))) as u64;
+    let (tokens, answer_tokens) = (all(tokens), all(answers));
+    Ok(PlannedData { samples, tokens, answer_tokens, longest_tokens: longest, estimated: true })
+}
+
+/// Decides a run and does nothing: what is trained, in which order, on what, and what it takes.
+///
+/// Errors: as `finetune`, for what does not need the data to be read.
+pub fn plan_run(request: &Request<'_>, teacher: Option<&Teacher<'_>>) -> Result<RunPlan> {
+    request.settings.check()?;
+    let losses = request.settings.losses();
+    loss::check_teacher(losses.keys().copied(), request.settings.fit.enabled, teacher.is_some())?;
+    let opened = Opened::new(request, teacher)?;
+    let parts = Parts {
+        sizes: &opened.sizes,
+        targets: &opened.targets,
+        points: &opened.points,
+        teacher_bytes: opened.dense.as_ref().map_or(0, Dense::weight_bytes),
+        layer_count: opened.cut.analysis.map.layers.len(),
+        first: opened.cut.first,
+    };
+    resolve(request, &parts, estimated(request.data)?, None)
+}
