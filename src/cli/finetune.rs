@@ -10,7 +10,7 @@ use crate::base::{Device, human_bytes, human_count, sha256_file};
 use crate::bundle::Bundle;
 use crate::data::{Amount, Subset};
 use crate::finetune::{
-    DEFAULT_RECIPE, Limits, LoraLayers, PlannedBytes, Precision, RECIPES, RecipeRow, Report, RunPlan, Settings,
+    DEFAULT_RECIPE, LOSSES, Limits, LoraLayers, PlannedBytes, Precision, RECIPES, RecipeRow, Report, RunPlan, Settings,
 };
 use crate::method::Plan;
 use crate::pipeline::steps::{self, Finetune, Trained, default_work_folder};
@@ -104,8 +104,7 @@ pub struct Args {
     /// Print what the run trains, in which order, and the memory and disk that it takes; then stop
     #[arg(long)]
     dry_run: bool,
-    /// Read the model before pruning, for the losses `kd`, `anchor` and `hidden` (the recipes fast and best)
-    #[arg(long, value_name = "MODEL")]
+    #[arg(long, value_name = "MODEL", help = teacher_help())]
     teacher: Option<PathBuf>,
     /// Compute on this device: cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
@@ -124,6 +123,18 @@ pub struct Args {
 fn recipes_help() -> String {
     let rows = RECIPES.iter().map(|row| format!("  {:<8}{}", row.name, row.summary));
     format!("How to heal:\n{}", rows.collect::<Vec<_>>().join("\n"))
+}
+
+fn teacher_help() -> String {
+    let list = |names: &[String]| match names.split_last() {
+        Some((last, [])) => last.clone(),
+        Some((last, others)) => format!("{} and {last}", others.join(", ")),
+        None => String::new(),
+    };
+    let losses = LOSSES.iter().filter(|row| row.kind.needs_teacher()).map(|row| format!("`{}`", row.name));
+    let recipes = RECIPES.iter().filter(|row| row.needs_teacher()).map(|row| row.name.to_string());
+    let (losses, recipes) = (losses.collect::<Vec<_>>(), recipes.collect::<Vec<_>>());
+    format!("Read the model before pruning, for the losses {} (the recipes {})", list(&losses), list(&recipes))
 }
 
 #[derive(Clone, Copy, ValueEnum)]

@@ -1,5 +1,6 @@
 //! The columns of a Parquet file that hold conversations, and how to read their cells.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use arrow::array::{Array, ArrayRef, AsArray, OffsetSizeTrait, StructArray};
@@ -34,7 +35,9 @@ const LAYOUTS: &[Layout] = &[
 ];
 
 /// Columns of pictures.
-const IMAGE_COLUMNS: [&str; 2] = ["images", "image"];
+const IMAGE_COLUMNS: [&str; 2] = ["images", ONE_IMAGE];
+/// The one whose cells are a picture each, not a list.
+const ONE_IMAGE: &str = "image";
 
 /// The columns of one file.
 #[derive(Clone)]
@@ -91,6 +94,25 @@ impl Columns {
         std::iter::once(self.layout.column).chain(id).chain(self.images.iter().copied()).collect()
     }
 
+    /// Columns of pictures whose bytes are one leaf, and whether the leaf is a field `bytes`.
+    pub fn picture_leaves(&self, schema: &Schema) -> Vec<(&'static str, bool)> {
+        let leaf = |name: &&'static str| {
+            let bytes = |kind: &DataType| matches!(kind, DataType::Binary | DataType::LargeBinary | DataType::BinaryView);
+            let cell = match (*name, schema.field_with_name(name).ok()?.data_type()) {
+                (ONE_IMAGE, kind) => kind,
+                (_, DataType::List(element) | DataType::LargeList(element)) => element.data_type(),
+                _ => return None,
+            };
+            match cell {
+                DataType::Struct(fields) => {
+                    fields.find("bytes").filter(|(_, field)| bytes(field.data_type())).map(|_| (*name, true))
+                }
+                kind => bytes(kind).then_some((*name, false)),
+            }
+        };
+        self.images.iter().filter_map(leaf).collect()
+    }
+
     /// The messages of a row.
     ///
     /// Errors: what is wrong with the cell.
@@ -120,31 +142,32 @@ impl Columns {
         }
     }
 
-    /// The pictures of a row, still encoded.
+    /// The pictures of a row, still encoded; `apart` are the cells of the columns that the rows lack.
     ///
     /// Errors: what is wrong with a cell.
-    pub fn pictures(&self, rows: &StructArray, place: usize, subject: &str) -> Result<Vec<ImageBytes>, String> {
+    pub fn pictures(
+        &self,
+        rows: &StructArray,
+        place: usize,
+        subject: &str,
+        mut apart: HashMap<&'static str, Cells>,
+    ) -> Result<Vec<ImageBytes>, String> {
         let mut images = Vec::new();
         for name in &self.images {
-            let array = column(rows, name)?;
-            if array.is_null(place) {
+            let cells = match apart.remove(name) {
+                Some(cells) => cells,
+                None => cells_of(column(rows, name)?, *name == ONE_IMAGE, place)?,
+            };
+            // A row without a picture has a null, or a picture without bytes and without a path.
+            let blank = *name == ONE_IMAGE && cells.iter().all(Option::is_none);
+            if blank && rows.column_by_name(name).is_none_or(|array| is_blank(&array.slice(place, 1))) {
                 continue;
             }
-            let cells = if *name == "image" { array.slice(place, 1) } else { list_at(array, place)? };
             if !images.is_empty() && !cells.is_empty() {
                 return Err("has pictures in both `image` and `images`".into());
             }
-            if *name == "image" && is_blank(&cells) {
-                continue;
-            }
-            let bytes = match cells.as_struct_opt() {
-                Some(cells) => {
-                    cells.column_by_name("bytes").cloned().ok_or(format!("`{name}` has no field `bytes`"))?
-                }
-                None => cells,
-            };
-            for image in 0..bytes.len() {
-                let content = binary_at(&bytes, image)?.ok_or_else(|| {
+            for (image, content) in cells.into_iter().enumerate() {
+                let content = content.ok_or_else(|| {
                     format!("image {image} has no bytes; only pictures held in the file itself can be read")
                 })?;
                 images.push(ImageBytes::held(format!("image {image} of {subject}"), content));
@@ -152,6 +175,22 @@ impl Columns {
         }
         Ok(images)
     }
+}
+
+/// The byte strings of a row; `None` for one that is null.
+pub(super) type Cells = Vec<Option<Arc<[u8]>>>;
+
+/// The pictures in a cell that holds one, or a list of them.
+fn cells_of(array: &ArrayRef, one: bool, place: usize) -> Result<Cells, String> {
+    if array.is_null(place) {
+        return Ok(Vec::new());
+    }
+    let cells = if one { array.slice(place, 1) } else { list_at(array, place)? };
+    let bytes = match cells.as_struct_opt() {
+        Some(cells) => cells.column_by_name("bytes").cloned().ok_or("holds pictures without a field `bytes`")?,
+        None => cells,
+    };
+    (0..bytes.len()).map(|image| binary_at(&bytes, image)).collect()
 }
 
 /// A struct's fields by name; others than these hold nothing, or something that is silent.
@@ -234,9 +273,9 @@ fn parts_of(parts: &ArrayRef) -> Result<Vec<Piece>, String> {
     Ok(pieces)
 }
 
-/// True for one picture without bytes and without a path, as a row without a picture may have it.
+/// True for a null, and for one picture without bytes and without a path.
 fn is_blank(cell: &ArrayRef) -> bool {
-    cell.as_struct_opt().is_some_and(|cell| cell.columns().iter().all(|field| field.is_null(0)))
+    cell.is_null(0) || cell.as_struct_opt().is_some_and(|cell| cell.columns().iter().all(|field| field.is_null(0)))
 }
 
 fn column<'a>(rows: &'a StructArray, name: &str) -> Result<&'a ArrayRef, String> {

@@ -1,6 +1,7 @@
 //! Compares every kind of processor with Hugging Face's class on pictures of difficult sizes
 //! (`fixtures/processor/families.json`, written by `scripts/processors/families.py`).
 
+use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -133,6 +134,32 @@ fn families_equal_hugging_face() {
     let families = shared["families"].as_array().unwrap();
     let found: Vec<String> = families.par_iter().flat_map(|family| family_differences(family, &shared)).collect();
     assert!(found.is_empty(), "{}", found.join("\n"));
+}
+
+/// The tables of image processors, placeholders and families name each other, and every row of the first two is compared.
+#[test]
+fn every_processor_is_compared_and_belongs_to_a_family() {
+    let shared = json("families.json");
+    let saved = |key: &str| -> HashSet<String> {
+        let files = shared["families"].as_array().unwrap().iter().map(|family| &family["files"]);
+        let configs = files.flat_map(|files| files.as_object().unwrap().values());
+        let parts = configs.flat_map(|config| [config, &config["image_processor"]]);
+        parts.filter_map(|config| Some(config.get(key)?.as_str()?.to_string())).collect()
+    };
+    let (images, processors) = (saved("image_processor_type"), saved("processor_class"));
+    let placeholder = |class: &str| placeholders::ROWS.iter().any(|row| row.classes.contains(&class));
+    for row in images::ROWS {
+        assert!(row.types.iter().any(|class| images.contains(*class)), "{:?}: no golden values", row.types);
+        assert!(row.processor.is_none_or(placeholder), "{:?}: no placeholder row of its processor", row.types);
+    }
+    for row in placeholders::ROWS {
+        assert!(row.classes.iter().any(|class| processors.contains(*class)), "{:?}: no golden values", row.classes);
+        let known = FAMILIES.iter().filter_map(|family| family.class).any(|class| row.classes.contains(&class));
+        assert!(known, "{:?}: no family has it", row.classes);
+    }
+    for class in FAMILIES.iter().filter_map(|family| family.class) {
+        assert!(placeholder(class), "{class}: no placeholder row");
+    }
 }
 
 #[test]

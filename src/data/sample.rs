@@ -8,7 +8,7 @@ use crate::base::{Error, Result};
 use super::tensors::TensorRow;
 
 /// The largest encoded picture that is read.
-const MAX_IMAGE_BYTES: u64 = 256 << 20;
+pub(super) const MAX_IMAGE_BYTES: u64 = 256 << 20;
 /// Placeholder of a picture in the text of a data set.
 pub(super) const MARKER: &str = "<image>";
 

@@ -41,7 +41,7 @@ pub enum QuestionKind {
 pub struct Metric {
     /// Name in benchmarks and reports.
     pub name: &'static str,
-    /// One line about the score, for help texts.
+    /// One line about the score, for documents.
     pub about: &'static str,
     /// Benchmarks that use the metric, as lower-case prefixes of their names.
     pub benchmarks: &'static [&'static str],

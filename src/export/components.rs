@@ -1,10 +1,11 @@
 //! Selects the components of an export.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use crate::base::{Error, Result, list_preview};
-use crate::bundle::{Bundle, Component};
+use crate::base::{Error, Result, Sha256Digest, list_preview, sha256_file};
+use crate::bundle::{Asset, Bundle, Component};
 use crate::ir::{DataType, Model};
 
 /// One component per role and stem, in the requested variant or, without a request, the most precise one.
@@ -83,6 +84,23 @@ pub(super) fn create(folder: &Path) -> Result<()> {
 
 pub(super) fn write(path: &Path, text: &str) -> Result<()> {
     fs::write(path, text).map_err(|e| Error::io("write", path, e))
+}
+
+/// Copies a file of the bundle to `path` below `root`, and adds it to the digests of what was written.
+///
+/// Errors: `Error::Io`.
+pub(super) fn copy(
+    bundle: &Bundle,
+    asset: &Asset,
+    root: &Path,
+    path: String,
+    files: &mut BTreeMap<String, Sha256Digest>,
+) -> Result<()> {
+    let target = root.join(&path);
+    create(target.parent().unwrap_or(root))?;
+    fs::copy(bundle.root().join(&asset.file), &target).map_err(|e| Error::io("write", &target, e))?;
+    files.insert(path, sha256_file(&target)?);
+    Ok(())
 }
 
 #[cfg(test)]

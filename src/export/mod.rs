@@ -5,11 +5,13 @@ mod record;
 pub mod transformers_js;
 pub mod triton;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
-use crate::base::{Error, Result, StagedDir, write_json};
+use crate::base::{Error, Provenance, Result, StagedDir, write_json};
 use crate::bundle::Bundle;
 
+use record::Written;
 pub use record::{EXPORT_FILE, EXPORT_SCHEMA_VERSION, Export, ExportSettings, ExportedModel};
 
 /// A setting that only some targets read: its name, and a function that is true when it is set.
@@ -29,9 +31,10 @@ pub struct ExportTarget {
     pub summary: &'static str,
     /// The program with which its output was tested.
     pub consumer: &'static str,
+    /// Those that it reads; another one that is set is an error.
     settings: &'static [Setting],
     /// Writes the files into an existing folder and returns their description.
-    write: fn(&Bundle, &ExportSettings, &Path) -> Result<Export>,
+    write: fn(&Bundle, &ExportSettings, &Path) -> Result<Written>,
 }
 
 /// All targets.
@@ -73,7 +76,10 @@ pub fn export(bundle: &Bundle, target: &ExportTarget, settings: &ExportSettings,
             .remedy("leave it out"));
     }
     let staged = StagedDir::create(folder)?;
-    let export = (target.write)(bundle, settings, staged.path())?;
+    let Written { settings, models, files, notes } = (target.write)(bundle, settings, staged.path())?;
+    let inputs = BTreeMap::from([("model".to_string(), bundle.digest()?)]);
+    let provenance = Provenance::new(EXPORT_SCHEMA_VERSION, inputs, &settings)?;
+    let export = Export { provenance, target: target.name.to_string(), models, files, notes };
     write_json(&staged.path().join(EXPORT_FILE), &export)?;
     staged.commit()?;
     Ok(export)

@@ -6,7 +6,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::base::{Provenance, Sha256Digest};
-use crate::bundle::Role;
+use crate::bundle::{Component, Role};
+use crate::ir::Model;
 
 /// Version of the schema of an export's own record.
 pub const EXPORT_SCHEMA_VERSION: u32 = 1;
@@ -45,6 +46,18 @@ pub struct Export {
     pub notes: Vec<String>,
 }
 
+/// What a target has written.
+pub(super) struct Written {
+    /// The settings, with what the target takes where nothing is said.
+    pub settings: ExportSettings,
+    /// As [`Export::models`].
+    pub models: BTreeMap<String, ExportedModel>,
+    /// As [`Export::files`].
+    pub files: BTreeMap<String, Sha256Digest>,
+    /// As [`Export::notes`].
+    pub notes: Vec<String>,
+}
+
 /// One model of an export.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -62,4 +75,18 @@ pub struct ExportedModel {
     /// Inputs and outputs that are scalars in the component and have one axis of size 1 here, as Triton has no scalars.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub reshaped: Vec<String>,
+}
+
+impl ExportedModel {
+    /// A component that was written as `model`, in files of this size in bytes.
+    pub(super) fn new(component: &Component, model: &Model, size_bytes: u64) -> Self {
+        ExportedModel {
+            source: component.file.clone(),
+            role: component.role,
+            inputs: model.graph.body.inputs.len(),
+            outputs: model.graph.body.outputs.len(),
+            size_bytes,
+            reshaped: Vec::new(),
+        }
+    }
 }

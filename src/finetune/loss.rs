@@ -9,7 +9,7 @@ use crate::base::{Error, Result};
 
 use crate::finetune::error::torch_error;
 
-/// The name of a loss term.
+/// The name of a loss term; in the order of [`LOSSES`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum LossKind {
@@ -87,7 +87,7 @@ pub struct LossRow {
     pub compute: Compute,
 }
 
-/// Every loss term there is.
+/// Every loss term there is, in the order of [`LossKind`].
 pub const LOSSES: &[LossRow] = &[
     LossRow {
         kind: LossKind::Ce,
@@ -100,7 +100,8 @@ pub const LOSSES: &[LossRow] = &[
     LossRow {
         kind: LossKind::Kd,
         name: "kd",
-        summary: "KL divergence from the dense model's distribution over answer tokens",
+        summary: "KL divergence from the dense model's distribution over answer tokens, at temperature `kd_temperature`, over \
+                  its `kd_top_k` most probable tokens and one bucket for the rest",
         denominator: Denominator::AnswerTokens,
         teacher: Teacher::Logits,
         compute: Compute::Answers(|answers| {
@@ -112,7 +113,8 @@ pub const LOSSES: &[LossRow] = &[
     LossRow {
         kind: LossKind::Anchor,
         name: "anchor",
-        summary: "distance from the dense model's residual stream behind each finetuned layer and each frozen anchor",
+        summary: "squared distance of the residual stream to the dense model's after each finetuned layer, divided by the \
+                  squared length of the dense stream",
         denominator: Denominator::StreamTokens,
         teacher: Teacher::Stream,
         compute: Compute::Stream(Compared::TrainedAndAnchors, stream_distance),
@@ -120,7 +122,7 @@ pub const LOSSES: &[LossRow] = &[
     LossRow {
         kind: LossKind::Hidden,
         name: "hidden",
-        summary: "distance from the dense model's residual stream after every layer",
+        summary: "the same after every layer",
         denominator: Denominator::StreamTokens,
         teacher: Teacher::Stream,
         compute: Compute::Stream(Compared::All, stream_distance),
@@ -130,7 +132,12 @@ pub const LOSSES: &[LossRow] = &[
 impl LossKind {
     /// This term's row.
     pub fn row(self) -> &'static LossRow {
-        LOSSES.iter().find(|row| row.kind == self).unwrap_or(&LOSSES[0])
+        &LOSSES[self as usize]
+    }
+
+    /// True for a term that reads something of the dense model.
+    pub fn needs_teacher(self) -> bool {
+        self.row().teacher != Teacher::Nothing
     }
 
     /// True for a term at the answer positions, for which everything up to the head must be run.
@@ -202,7 +209,7 @@ pub fn stream_distance(student: &Tensor, teacher: &Tensor) -> Result<Tensor> {
 
 /// Errors: `Error::Invalid` for terms, or a fit before the steps, that need the dense model when none was given.
 pub fn check_teacher(kinds: impl Iterator<Item = LossKind>, fits: bool, has_teacher: bool) -> Result<()> {
-    let terms = kinds.filter(|kind| kind.row().teacher != Teacher::Nothing);
+    let terms = kinds.filter(|kind| kind.needs_teacher());
     let mut needs = terms.map(|kind| format!("loss `{}`", kind.name())).chain(fits.then(|| "`fit`".to_string()));
     match needs.next() {
         Some(what) if !has_teacher => Err(Error::invalid(what, "needs the dense model as teacher, and none was given")
@@ -221,8 +228,12 @@ mod tests {
 
     #[test]
     fn every_term_has_one_row_under_its_serialised_name() {
+        let schema = serde_json::to_value(schemars::schema_for!(LossKind)).unwrap();
+        let terms: Vec<_> = schema["oneOf"].as_array().unwrap().iter().map(|term| &term["const"]).collect();
+        assert_eq!(terms, LOSSES.iter().map(|row| row.name).collect::<Vec<_>>());
         for row in LOSSES {
             assert_eq!(serde_json::to_value(row.kind).unwrap(), row.name);
+            assert_eq!(row.kind.row().name, row.name);
         }
     }
 

@@ -154,7 +154,7 @@ pub fn finetune_with_teacher(
         // busy the machine is.
         tch::set_num_threads(1);
     }
-    let wanted = settings.fit || asked().any(|kind| kind.row().teacher != loss::Teacher::Nothing);
+    let wanted = settings.fit || asked().any(|kind| kind.needs_teacher());
     let teacher = teacher.filter(|_| wanted);
     // Files are hashed while the graphs are looked at.
     let (digests, opened) = std::thread::scope(|scope| {

@@ -115,7 +115,7 @@ fn run_within(
     let dense = Bundle::open(&model()).unwrap();
     let pruned_folder = tempfile::tempdir().unwrap();
     let bundle = Bundle::open(&pruned(&dense, pruned_folder.path())).unwrap();
-    let needs_teacher = settings.fit || settings.of_all_stages().losses.keys().any(|&kind| kind != LossKind::Ce);
+    let needs_teacher = settings.fit || settings.of_all_stages().losses.keys().any(|kind| kind.needs_teacher());
     let teacher = needs_teacher.then_some(dense);
     let features = FeatureCache::new(1 << 20);
     let vocabulary = bundle.require_config().unwrap().vocab_size.unwrap() as i64;

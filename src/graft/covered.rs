@@ -75,7 +75,7 @@ mod tests {
     #[test]
     fn what_is_missing_lies_between_what_is_covered() {
         let mut covered = Covered { sizes: vec![10], ranges: vec![Vec::new()] };
-        assert_eq!(covered.missing(0), [0..10]);
+        assert_eq!(covered.missing(0), vec![std::ops::Range { start: 0, end: 10 }]);
         covered.note(0, 6..8);
         covered.note(0, 0..2);
         covered.note(0, 2..3);

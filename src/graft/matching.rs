@@ -44,11 +44,6 @@ impl<'a> Matcher<'a> {
         Matcher { checkpoint, tensors: checkpoint.tensors().values().collect(), indices: HashMap::new() }
     }
 
-    /// The tensor with this number.
-    pub fn tensor(&self, number: usize) -> &'a Tensor {
-        self.tensors[number]
-    }
-
     /// How a weight is made of tensors of the checkpoint; `None` when it is not.
     ///
     /// Errors: as [`floats`], for tensors of the checkpoint.

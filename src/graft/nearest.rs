@@ -4,8 +4,9 @@ use crate::base::Result;
 use crate::checkpoint::{Checkpoint, floats};
 use crate::ir::Tensor;
 
+use super::part::{Part, weights_of};
+use super::table::{GraftTable, Nearest};
 use super::view::Layout;
-use super::{GraftTable, Nearest, Part, weights_of};
 
 /// The most candidates of one size that are compared.
 const MOST_CANDIDATES: usize = 64;

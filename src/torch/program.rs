@@ -283,8 +283,8 @@ impl Program {
         let (signature, mut values) = self.admit(inputs)?;
         let mut state = self.state.borrow_mut();
         let State { fixed, moved, schedules, caches } = &mut *state;
-        let number = match schedules.iter().position(|schedule| schedule.inputs == slots && schedule.outputs == wanted)
-        {
+        let known = |schedule: &Schedule| schedule.inputs == slots && schedule.outputs == wanted;
+        let number = match schedules.iter().position(known) {
             Some(position) => position,
             None => {
                 schedules.push(self.schedule(slots, wanted)?);

@@ -1,10 +1,12 @@
 //! The documents say what the code does: tables are those of the code, links lead somewhere, commands run.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+
+use super::layers::{LAYERS, ROOMS};
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -71,6 +73,19 @@ fn the_tables_are_those_of_the_code() {
     let recipes = interlace::finetune::RECIPES.iter();
     let rows = recipes.map(|row| (row.name.to_string(), row.summary.to_string()));
     check_table("docs/healing.md", "recipes", ["recipe", "what it does"], rows);
+    let mut losses = String::from("| loss | definition | needs |\n|---|---|---|\n");
+    for row in interlace::finetune::LOSSES {
+        let answers = row.kind.looks_at_answers().then_some("answers");
+        let needs: Vec<&str> = answers.into_iter().chain(row.kind.needs_teacher().then_some("`--teacher`")).collect();
+        let _ = writeln!(losses, "| `{}` | {} | {} |", row.name, row.summary, needs.join(", "));
+    }
+    check_section("docs/healing.md", "losses", &losses);
+    let mut metrics = String::from("| metric | score | names of benchmarks begin with |\n|---|---|---|\n");
+    for row in interlace::eval::METRICS {
+        let names: Vec<String> = row.benchmarks.iter().map(|name| format!("`{name}`")).collect();
+        let _ = writeln!(metrics, "| `{}` | {} | {} |", row.name, row.about, names.join(", "));
+    }
+    check_section("docs/benchmarks.md", "metrics", &metrics);
     let targets = interlace::export::TARGETS.iter();
     let rows = targets.map(|row| (row.name.to_string(), format!("{}; tried with {}", row.summary, row.consumer)));
     check_table("docs/deploy.md", "targets", ["`--to`", "what it writes"], rows);
@@ -137,15 +152,43 @@ fn json_files_are_described_from_their_types() {
 }
 
 #[test]
-fn the_picture_of_the_layers_names_every_module() {
+fn the_picture_of_the_layers_is_what_the_test_of_imports_holds() {
     let text = read(Path::new("docs/architecture.md"));
-    let picture = section(&text, "layers");
-    let lib = read(Path::new("src/lib.rs"));
-    let modules = lib.lines().filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';'));
-    for module in modules {
-        let named = [format!("{module}/"), format!("{module}.rs")].iter().any(|name| picture.contains(name));
-        assert!(named, "the picture of the layers lacks `{module}`");
+    let mut rows: BTreeMap<usize, Vec<&str>> = BTreeMap::new();
+    for line in section(&text, "layers").lines() {
+        let mut words = line.split_whitespace();
+        let (number, name) = (words.next().and_then(|word| word.parse().ok()), words.next());
+        let (Some(number), Some(name)) = (number, name) else { continue };
+        rows.entry(number).or_default().push(name.trim_end_matches('/').trim_end_matches(".rs"));
     }
+    let set = |names: &[&'static str]| names.iter().copied().collect::<BTreeSet<_>>();
+    for (number, names) in (1..).zip(LAYERS) {
+        let drawn: BTreeSet<&str> = rows.remove(&number).unwrap_or_default().into_iter().collect();
+        assert_eq!(drawn, set(names), "row {number} of the picture of the layers");
+    }
+    assert!(rows.is_empty(), "the picture of the layers has more rows: {rows:?}");
+    let rooms = section(&text, "rooms").lines().filter(|line| !line.starts_with("```"));
+    let rooms: Vec<&str> = rooms.filter_map(|line| line.split_whitespace().next()).collect();
+    assert_eq!(rooms, ROOMS[0].1, "the rooms of finetune/");
+}
+
+/// Files that documents name in code, relative to the root.
+#[test]
+fn every_path_in_a_document_is_there() {
+    const FOLDERS: [&str; 6] = ["src/", "tests/", "scripts/", "docs/", "fixtures/", "schemas/"];
+    let mut count = 0;
+    for path in documents() {
+        let text = read(&path);
+        for code in text.split('`').skip(1).step_by(2) {
+            let words = code.split_whitespace().filter(|word| FOLDERS.iter().any(|folder| word.starts_with(folder)));
+            for word in words.filter(|word| !word.contains('*')) {
+                let word = word.trim_end_matches([':', ',', ';']);
+                count += 1;
+                assert!(root().join(word).exists(), "{}: there is no `{word}`", path.display());
+            }
+        }
+    }
+    assert!(count > 40, "only {count} paths found");
 }
 
 #[test]

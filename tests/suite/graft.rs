@@ -250,6 +250,52 @@ fn a_quantised_graph_is_quantised_anew_by_its_own_rule() {
     }
 }
 
+/// The int8 graph: every matrix gets the bytes of ONNX Runtime's own rule, which gives the graph's for the base.
+#[test]
+fn a_graph_of_8_bits_is_quantised_anew_by_its_own_rule() {
+    let folder = tempfile::tempdir().expect("folder");
+    let base = checkpoints(folder.path(), "llama");
+    let source = root().join("post/llama-ts17__int8.onnx");
+    let arguments = [
+        "graft",
+        source.to_str().expect("path"),
+        "--base",
+        "base",
+        "--tuned",
+        "tuned",
+        "-o",
+        "out",
+        "--quiet",
+        "--json",
+    ];
+    let output = interlace(folder.path(), &arguments);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let table: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let weights = table["weights"].as_array().expect("weights");
+    let quantised: Vec<&Value> =
+        weights.iter().filter(|weight| weight["how"].as_str().is_some_and(|how| how.contains("8 bits"))).collect();
+    // 56 products of the layers, the head and the embeddings.
+    assert_eq!(quantised.len(), 58);
+    let model = onnx::load(&folder.path().join("out/llama-ts17__int8.onnx")).expect("result");
+    let weight = quantised.iter().find(|weight| weight["tensors"][0] == "model.layers.3.mlp.down_proj.weight");
+    let name = weight.expect("weight")["initializer"].as_str().expect("name");
+    let tensor = |name: &str| {
+        let (_, tensor) =
+            model.graph.body.initializers.iter().find(|(id, _)| model.graph.name(*id) == name).expect(name);
+        tensor.clone()
+    };
+    let (shape, wanted) = &twin(&base)["model.layers.3.mlp.down_proj.weight"];
+    let scale = floats(&tensor(&name.replace("_quantized", "_scale")))[0];
+    let greatest = wanted.iter().fold(0.0, |most: f32, number| most.max(number.abs()));
+    assert_eq!(scale, greatest / 127.0);
+    let numbers = tensor(name);
+    for (place, wanted) in wanted.iter().enumerate() {
+        let (row, column) = (place / shape[1], place % shape[1]);
+        let found = f32::from(numbers.bytes()[column * shape[0] + row] as i8) * scale;
+        assert!((found - wanted).abs() <= scale * 0.501, "{place}: {found} {wanted}");
+    }
+}
+
 #[test]
 fn what_is_not_the_graph_s_is_refused() {
     let folder = tempfile::tempdir().expect("folder");

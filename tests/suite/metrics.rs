@@ -1,10 +1,10 @@
 //! Scores equal those of VLMEvalKit's own code on predictions at the edges of its rules (`scripts/vlmevalkit/golden.py`).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use interlace::data::Benchmark;
-use interlace::eval::{PromptStyle, judge_predictions, question_text};
+use interlace::eval::{METRICS, PromptStyle, judge_predictions, metric_of, needs_judge, question_text};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
@@ -50,6 +50,10 @@ fn scores_are_those_of_vlmevalkit() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/vlmevalkit/scores.json");
     let golden: BTreeMap<String, Golden> = serde_json::from_slice(&std::fs::read(path).expect("golden")).expect("JSON");
     assert!(golden.len() >= 15 && golden.values().all(|benchmark| benchmark.data.len() >= 300));
+    let compared: BTreeSet<&str> = golden.keys().filter_map(|name| Some(metric_of(name)?.name)).collect();
+    for metric in METRICS.iter().filter(|metric| metric.benchmarks.first().is_some_and(|name| !needs_judge(name))) {
+        assert!(compared.contains(metric.name), "no benchmark of `{}` in fixtures/vlmevalkit/scores.json", metric.name);
+    }
     let folder = tempfile::tempdir().expect("folder");
     for (name, want) in &golden {
         let benchmark = benchmark(folder.path(), name, &want.data);

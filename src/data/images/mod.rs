@@ -80,9 +80,9 @@ enum SizeForm {
 
 pub(super) struct Row {
     /// Class names in transformers without `Fast` or `Pil` at the end.
-    types: &'static [&'static str],
+    pub types: &'static [&'static str],
     /// The class of processors around it, where the class of the image processor determines it.
-    processor: Option<&'static str>,
+    pub processor: Option<&'static str>,
     /// The back end that transformers takes by default.
     back_end: BackEnd,
     /// The default of `do_convert_rgb`.
@@ -101,7 +101,7 @@ const USUAL: Row = Row {
     build: |_| Err(Error::unsupported("image processor", "has no rule")),
 };
 
-const ROWS: &[Row] = &[
+pub(super) const ROWS: &[Row] = &[
     Row {
         types: &["Idefics3ImageProcessor", "SmolVLMImageProcessor"],
         processor: Some("Idefics3Processor"),

@@ -15,15 +15,14 @@ mod configs;
 mod rules;
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::Path;
 
-use crate::base::{Error, Provenance, Result, sha256_file};
+use crate::base::{Error, Result, sha256_file};
 use crate::bundle::{AssetKind, Bundle, Component, Role};
 use crate::onnx::{self, Storage};
 
-use super::components::{cap_ir_version, chosen, create, size_of, write as write_text};
-use super::record::{EXPORT_SCHEMA_VERSION, Export, ExportSettings, ExportedModel};
+use super::components::{cap_ir_version, chosen, copy, create, size_of, write as write_text};
+use super::record::{ExportSettings, ExportedModel, Written};
 
 /// Largest data file in bytes: browsers hold at most 2 GiB in one buffer.
 const CHUNK_BYTES: u64 = 2_000_000_000;
@@ -35,7 +34,7 @@ const INLINE_BYTES: u64 = 256 << 20;
 ///
 /// Errors: `Error::Unsupported` for a model type, component, input or output that transformers.js does not support;
 /// `Error::Invalid` when a processor class, tokenizer or template is missing.
-pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> Result<Export> {
+pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> Result<Written> {
     let kind = rules::kind_of(bundle)?;
     let components: Vec<&Component> = match &settings.variant {
         Some(variant) => chosen(bundle, Some(variant))?,
@@ -71,15 +70,8 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
         if !data.is_empty() {
             chunks.insert(file.clone(), data.len());
         }
-        let exported = ExportedModel {
-            source: component.file.clone(),
-            role: component.role,
-            inputs: model.graph.body.inputs.len(),
-            outputs: model.graph.body.outputs.len(),
-            size_bytes: size_of(&folder, data.iter().map(String::as_str).chain([file.as_str()]))?,
-            reshaped: Vec::new(),
-        };
-        models.insert(file, exported);
+        let size_bytes = size_of(&folder, data.iter().map(String::as_str).chain([file.as_str()]))?;
+        models.insert(file, ExportedModel::new(component, &model, size_bytes));
     }
     let has_vision = bundle.component(Role::VisionEncoder).is_some();
     let texts = configs::rewritten(bundle, has_vision, &chunks)?;
@@ -96,14 +88,9 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
         if !carried || texts.contains_key(&asset.file) || rules::is_foreign(&asset.file) {
             continue;
         }
-        let target = root.join(&asset.file);
-        create(target.parent().unwrap_or(root))?;
-        fs::copy(bundle.root().join(&asset.file), &target).map_err(|e| Error::io("write", &target, e))?;
-        files.insert(asset.file.clone(), sha256_file(&target)?);
+        copy(bundle, asset, root, asset.file.clone(), &mut files)?;
     }
     notes.sort();
     notes.dedup();
-    let inputs = BTreeMap::from([("model".to_string(), bundle.digest()?)]);
-    let provenance = Provenance::new(EXPORT_SCHEMA_VERSION, inputs, settings)?;
-    Ok(Export { provenance, target: "transformers-js".to_string(), models, files, notes })
+    Ok(Written { settings: settings.clone(), models, files, notes })
 }

@@ -17,15 +17,14 @@ mod scalars;
 mod schema;
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::Path;
 
-use crate::base::{Error, Provenance, Result, sha256_file};
+use crate::base::{Error, Result};
 use crate::bundle::{AssetKind, Bundle};
 use crate::onnx::{self, Storage};
 
-use super::components::{cap_ir_version, chosen, create, size_of, write as write_text};
-use super::record::{EXPORT_SCHEMA_VERSION, Export, ExportSettings, ExportedModel};
+use super::components::{cap_ir_version, chosen, copy, create, size_of, write as write_text};
+use super::record::{ExportSettings, ExportedModel, Written};
 
 pub use config::{MODEL_FILE, config_text};
 
@@ -37,7 +36,7 @@ pub const MAX_BATCH_SIZE: u32 = 8;
 /// Errors: `Error::Invalid` when the bundle lacks the requested variant or two components would get the same name;
 /// `Error::Unsupported` for inputs of a type that Triton lacks and for weights that the IR version lacks; `Error::Io`
 /// when writing fails.
-pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> Result<Export> {
+pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> Result<Written> {
     let settings =
         ExportSettings { max_batch_size: Some(settings.max_batch_size.unwrap_or(MAX_BATCH_SIZE)), ..settings.clone() };
     let mut models = BTreeMap::new();
@@ -67,28 +66,14 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
         if component.role.is_decoder() && processor.is_none() {
             processor = Some(format!("{name}/processor"));
         }
-        let exported = ExportedModel {
-            source: component.file.clone(),
-            role: component.role,
-            inputs: model.graph.body.inputs.len(),
-            outputs: model.graph.body.outputs.len(),
-            size_bytes,
-            reshaped,
-        };
-        models.insert(name, exported);
+        models.insert(name, ExportedModel { reshaped, ..ExportedModel::new(component, &model, size_bytes) });
     }
     let mut files = BTreeMap::new();
     for asset in bundle.assets() {
         let (Some(folder), AssetKind::Config | AssetKind::Tokenizer) = (&processor, asset.kind) else { continue };
-        let path = format!("{folder}/{}", asset.file);
-        let target = root.join(&path);
-        create(target.parent().unwrap_or(root))?;
-        fs::copy(bundle.root().join(&asset.file), &target).map_err(|e| Error::io("write", &target, e))?;
-        files.insert(path, sha256_file(&target)?);
+        copy(bundle, asset, root, format!("{folder}/{}", asset.file), &mut files)?;
     }
-    let inputs = BTreeMap::from([("model".to_string(), bundle.digest()?)]);
-    let provenance = Provenance::new(EXPORT_SCHEMA_VERSION, inputs, &settings)?;
-    Ok(Export { provenance, target: "triton".to_string(), models, files, notes: Vec::new() })
+    Ok(Written { settings, models, files, notes: Vec::new() })
 }
 
 fn file_name(stem: &str) -> String {

@@ -15,7 +15,7 @@ use crate::runtime::{Decoder, FeatureCache, Runtime, SessionOptions, VlmSession,
 use super::batch::{Example, StreamTarget, Targets, TrainingSet, total_tokens};
 use super::rows::{Element, Rows, RowsWriter};
 use crate::data::LeftOut;
-use crate::finetune::loss::LossKind;
+use crate::finetune::loss;
 use crate::finetune::plan::{Point, points};
 
 use super::frozen_part::{self, Ready, Store, each_round};
@@ -135,7 +135,7 @@ impl<'a> Lesson<'a> {
             Ok(file("streams", key, STREAMS))
         });
         let streams = streams.collect::<Result<Vec<_>>>()?;
-        let answers = (self.settings.weight(LossKind::Kd) > 0.0).then(|| {
+        let answers = self.settings.reads(loss::Teacher::Logits).then(|| {
             let temperature = self.settings.kd_temperature;
             let key = sha256_json(&("answers", &digest, self.data_digest, max_tokens, temperature, k));
             key.map(|key| (file("answers", key, ANSWERS), k))

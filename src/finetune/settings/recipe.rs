@@ -112,6 +112,12 @@ impl RecipeRow {
         })
     }
 
+    /// True when it wants the dense model.
+    pub fn needs_teacher(&self) -> bool {
+        let mut losses = self.stages.iter().flat_map(|stage| stage.losses);
+        self.fit.is_some() || losses.any(|(kind, _)| kind.needs_teacher())
+    }
+
     /// The recipe as settings; everything that it does not speak of is the default.
     pub fn settings(&self) -> Settings {
         let defaults = Settings::default();

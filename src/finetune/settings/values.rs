@@ -140,8 +140,9 @@ pub struct Settings {
     /// Most tokens that the fit looks at, in place of `fit_tokens_per_feature`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fit_tokens: Option<u64>,
-    /// Loss terms and their weights. With `anchor` and `hidden` alone each trained layer is healed by itself, one after the
-    /// other, on the stream that those before it give in the end; every layer takes all `epochs`.
+    /// Loss terms and their weights. With terms that read the residual stream alone, such as `anchor` and `hidden`, each
+    /// trained layer is healed by itself, one after the other, on the stream that those before it give in the end; every
+    /// layer takes all `epochs`.
     pub losses: BTreeMap<LossKind, f64>,
     /// Parts of the run, one after the other, each with loss terms of its own, in place of `losses`. The learning rate
     /// moves over all of them as over one run.
@@ -350,6 +351,11 @@ impl Settings {
     /// Samples per optimiser step.
     pub fn samples_per_step(&self) -> usize {
         self.batch_size as usize * self.accumulation_steps as usize
+    }
+
+    /// True when a loss term reads this of the dense model.
+    pub(crate) fn reads(&self, output: Teacher) -> bool {
+        self.losses.iter().any(|(kind, weight)| *weight > 0.0 && kind.row().teacher == output)
     }
 
     /// Weight of a loss term; 0 where it is not asked for.

@@ -28,6 +28,8 @@ pub struct Strategy {
     pub released_differs: bool,
     /// True when it reads `SelectionRequest::beyond_structure`.
     pub goes_beyond: bool,
+    /// Chooses groups that drop `count` layers in all, or fewer where it finds no more, which `Strategy::select` makes an
+    /// error. A layer has one role; only layers below `usable` whose removal is not refused are dropped.
     select: fn(&mut SelectionRequest) -> Result<Vec<Group>>,
 }
 

@@ -50,7 +50,7 @@ pub struct SelectionRequest<'a, 'm> {
     pub refusal: &'a dyn Fn(&[usize]) -> Option<String>,
     /// Mean similarities by pack size; empty for strategies that do not use them.
     pub similarities: &'a Similarities,
-    /// Seed of the `random` strategy.
+    /// Seed, for strategies that draw at random.
     pub seed: u64,
     /// The layers that the user listed, for `explicit`.
     pub layers: &'a [usize],

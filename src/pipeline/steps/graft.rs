@@ -12,7 +12,7 @@ use crate::analysis;
 use crate::base::{Cancel, Error, MappedFile, Provenance, Result, ScratchDir};
 use crate::bundle::{Bundle, BundleWriter, Component, Record, RecordedStep, Role, Tower};
 use crate::checkpoint::{Checkpoint, Tuned};
-use crate::graft::{Absent, GraftTable, Part};
+use crate::graft::{self, Absent, GraftTable, Part};
 use crate::ir::{Body, Model, TensorData, ValueId};
 use crate::onnx;
 
@@ -37,7 +37,7 @@ struct Loaded<'a> {
 
 /// Finds the place of every finetuned tensor, and writes nothing.
 ///
-/// Errors: as `onnx::load` and [`GraftTable::find`].
+/// Errors: as `onnx::load` and [`graft::find`](crate::graft::find).
 pub fn plan_graft(request: &Graft, cancel: &Cancel) -> Result<GraftTable> {
     let loaded = load(request.bundle)?;
     find(request, &loaded, cancel)
@@ -93,7 +93,7 @@ fn write_weights(
     let mut file = File::create(path).map_err(|e| Error::io("create", path, e))?;
     let mut offset = 0;
     let mut places: BTreeMap<usize, Ranges> = BTreeMap::new();
-    table.apply(&parts(loaded), request.base, request.tuned, |part, id, bytes| {
+    graft::apply(table, &parts(loaded), request.base, request.tuned, |part, id, bytes| {
         cancel.check("nothing was written")?;
         file.write_all(&bytes).map_err(|e| Error::io("write", path, e))?;
         let length = bytes.len() as u64;
@@ -163,5 +163,5 @@ fn find(request: &Graft, loaded: &[Loaded], cancel: &Cancel) -> Result<GraftTabl
         .copied()
         .collect();
     let absent = Absent { layers, names: request.leave_out.to_vec() };
-    GraftTable::find(&parts(loaded), request.base, request.tuned, &absent, cancel)
+    graft::find(&parts(loaded), request.base, request.tuned, &absent, cancel)
 }

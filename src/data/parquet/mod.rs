@@ -1,7 +1,17 @@
-//! Parquet files of conversations, read row group by row group.
+//! Parquet files of conversations: text in batches of rows, and pictures one by one.
 
+mod byte_column;
+mod hybrid;
+mod page;
+mod snappy;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use arrow::array::{Array, RecordBatch, StructArray};
 use parquet::arrow::ProjectionMask;
@@ -13,15 +23,17 @@ use parquet::file::metadata::ParquetMetaData;
 
 use crate::base::{Error, Progress, Result};
 
-use super::columns::Columns;
-use super::guard::guarded;
-use super::listing::{Listed, content_key};
-use super::options::DataOptions;
-use super::row::{Piece, RawMessage, SourceRow, Speaker};
+use crate::data::columns::{Cells, Columns};
+use crate::data::guard::guarded;
+use crate::data::listing::{Listed, content_key};
+use crate::data::options::DataOptions;
+use crate::data::row::{Piece, RawMessage, SourceRow, Speaker};
+
+use byte_column::ByteColumn;
 
 /// Rows without pictures that are decoded at a time.
 const LISTED_ROWS: usize = 1024;
-/// Rows with pictures that are decoded at a time, and the bytes that they may take.
+/// Rows with pictures that are decoded at a time, and the bytes that they may take where pictures are not read apart.
 const BATCH_ROWS: usize = 32;
 const BATCH_BYTES: usize = 16 << 20;
 
@@ -92,7 +104,7 @@ impl Shard {
         let mut listed = Vec::with_capacity(self.rows().min(1 << 20));
         let subject = self.subject();
         let mut row = 0;
-        for batch in self.reader(groups, None, &self.columns.listed(), LISTED_ROWS)? {
+        for batch in self.reader(groups, None, self.leaves(&self.columns.listed(), &[]), LISTED_ROWS)? {
             let batch = StructArray::from(batch.map_err(|e| self.unreadable(e))?);
             progress.advance(batch.len() as u64);
             for place in 0..batch.len() {
@@ -134,7 +146,8 @@ impl Shard {
 
     fn read_group(&self, group: usize, rows: Vec<usize>) -> Box<dyn Iterator<Item = Result<SourceRow>> + '_> {
         let mut selectors = Vec::new();
-        let mut position = self.starts.get(group).copied().unwrap_or(0);
+        let start = self.starts.get(group).copied().unwrap_or(0);
+        let mut position = start;
         for &row in &rows {
             if row > position {
                 selectors.push(RowSelector::skip(row - position));
@@ -143,9 +156,14 @@ impl Shard {
             position = row + 1;
         }
         let selection = RowSelection::from(selectors);
-        let batch = self.batch_rows(group);
-        let reader = match self.reader(vec![group], Some(selection), &self.columns.read(), batch) {
-            Ok(reader) => reader,
+        let opened = self.file().and_then(|file| {
+            let apart = self.pictures(&Arc::new(file), group);
+            let leaves = self.leaves(&self.columns.read(), &apart);
+            let batch = self.batch_rows(group, &leaves);
+            Ok((self.reader(vec![group], Some(selection), leaves, batch)?, apart))
+        });
+        let (reader, mut apart) = match opened {
+            Ok(opened) => opened,
             Err(error) => return Box::new(std::iter::once(Err(error))),
         };
         let mut numbers = rows.into_iter();
@@ -154,7 +172,11 @@ impl Shard {
                 Error::invalid(self.subject(), "has more rows than its footer says")
                     .remedy("write the file again as Parquet")
             })?;
-            let row = guarded(|| self.row(batch, place, number)).and_then(|row| row);
+            let pictures = cells_of(&mut apart, number - start).map_err(|problem| {
+                Error::invalid(self.row_subject(number), format!("does not decode: {problem}"))
+                    .remedy("download the file again, or write it again as Parquet")
+            })?;
+            let row = guarded(|| self.row(batch, place, number, pictures)).and_then(|row| row);
             row.map_err(|problem| {
                 Error::invalid(self.row_subject(number), problem).remedy("correct the row, or remove it from the file")
             })
@@ -168,26 +190,54 @@ impl Shard {
         }))
     }
 
+    /// The columns of pictures that are read one by one.
+    fn pictures(&self, file: &Arc<File>, group: usize) -> Vec<Apart> {
+        let metadata = self.metadata.metadata();
+        let schema = metadata.file_metadata().schema_descr();
+        let column = |(name, in_struct): (&'static str, bool)| {
+            let mut leaves = (0..schema.num_columns()).filter(|leaf| {
+                let field = schema.columns().get(*leaf).is_some_and(|column| column.name() == "bytes");
+                schema.get_column_root(*leaf).name() == name && (field || !in_struct)
+            });
+            let leaf = leaves.next().filter(|_| leaves.next().is_none())?;
+            Some(Apart { name, leaf, column: ByteColumn::open(file, metadata, group, leaf)? })
+        };
+        self.columns.picture_leaves(self.metadata.schema()).into_iter().filter_map(column).collect()
+    }
+
+    /// The leaves of columns, without those that are read apart.
+    fn leaves(&self, columns: &[&str], apart: &[Apart]) -> Vec<usize> {
+        let schema = self.metadata.metadata().file_metadata().schema_descr();
+        let wanted = |leaf: &usize| {
+            columns.contains(&schema.get_column_root(*leaf).name()) && apart.iter().all(|apart| apart.leaf != *leaf)
+        };
+        (0..schema.num_columns()).filter(wanted).collect()
+    }
+
     /// Rows of a group that are decoded at a time.
-    fn batch_rows(&self, group: usize) -> usize {
+    fn batch_rows(&self, group: usize, leaves: &[usize]) -> usize {
         let group = self.metadata.metadata().row_groups().get(group);
-        let bytes = group.map_or(0, |group| usize::try_from(group.total_byte_size()).unwrap_or(0));
+        let chunks = leaves.iter().filter_map(|leaf| group?.columns().get(*leaf));
+        let bytes: usize = chunks.map(|chunk| usize::try_from(chunk.uncompressed_size()).unwrap_or(0)).sum();
         let rows = group.map_or(1, |group| usize::try_from(group.num_rows()).unwrap_or(1)).max(1);
         (BATCH_BYTES / (bytes / rows).max(1)).clamp(1, BATCH_ROWS)
+    }
+
+    fn file(&self) -> Result<File> {
+        File::open(&self.path).map_err(|e| Error::io("open", &self.path, e))
     }
 
     fn reader(
         &self,
         groups: Vec<usize>,
         selection: Option<RowSelection>,
-        columns: &[&str],
+        leaves: Vec<usize>,
         batch: usize,
     ) -> Result<Batches> {
         let schema = self.metadata.metadata().file_metadata().schema_descr();
-        let file = File::open(&self.path).map_err(|e| Error::io("open", &self.path, e))?;
-        let mut builder = ParquetRecordBatchReaderBuilder::new_with_metadata(file, self.metadata.clone())
+        let mut builder = ParquetRecordBatchReaderBuilder::new_with_metadata(self.file()?, self.metadata.clone())
             .with_row_groups(groups)
-            .with_projection(ProjectionMask::columns(schema, columns.iter().copied()))
+            .with_projection(ProjectionMask::leaves(schema, leaves))
             .with_batch_size(batch);
         if let Some(selection) = selection {
             builder = builder.with_row_selection(selection);
@@ -209,14 +259,32 @@ impl Shard {
             .remedy("download the file again, or write it again as Parquet")
     }
 
-    fn row(&self, batch: &StructArray, place: usize, number: usize) -> Result<SourceRow, String> {
+    fn row(
+        &self,
+        batch: &StructArray,
+        place: usize,
+        number: usize,
+        apart: HashMap<&'static str, Cells>,
+    ) -> Result<SourceRow, String> {
         let mut subject = self.row_subject(number);
         if let Some(id) = self.columns.id(batch, place) {
             subject.push_str(&format!(" (id `{id}`)"));
         }
-        let images = self.columns.pictures(batch, place, &subject)?;
+        let images = self.columns.pictures(batch, place, &subject, apart)?;
         SourceRow::of_messages(subject, images, self.columns.messages(batch, place)?)
     }
+}
+
+/// A column of pictures of a row group that is read apart from the batches.
+struct Apart {
+    name: &'static str,
+    leaf: usize,
+    column: ByteColumn,
+}
+
+/// The pictures of a row of the group, by column.
+fn cells_of(apart: &mut [Apart], row: usize) -> Result<HashMap<&'static str, Cells>, String> {
+    apart.iter_mut().map(|apart| Ok((apart.name, apart.column.cells(row)?))).collect()
 }
 
 /// Content that determines a row's rank in the draw: its id, speakers and texts.

@@ -1,0 +1,279 @@
+//! Pages of a column chunk: their heads, and their bodies as streams that are never held whole.
+//!
+//! Source: apache/parquet-format, parquet.thrift and Encodings.md; the compact protocol of Apache Thrift.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use parquet::basic::Compression;
+
+use super::hybrid::{byte, varint};
+use super::snappy::Snappy;
+
+/// Bytes that are read from the file at a time.
+const BUFFER_BYTES: usize = 32 << 10;
+/// Structs inside each other in a head.
+const MAX_DEPTH: usize = 8;
+
+/// A part of a file with a place of its own in it.
+#[derive(Clone, Debug)]
+pub(super) struct Span {
+    file: Arc<File>,
+    position: u64,
+    end: u64,
+}
+
+impl Span {
+    pub fn new(file: Arc<File>, begin: u64, end: u64) -> Self {
+        Span { file, position: begin.min(end), end }
+    }
+
+    pub fn end(&self) -> u64 {
+        self.end
+    }
+
+    /// What follows its first bytes.
+    ///
+    /// Errors: it is shorter.
+    pub fn after(&self, bytes: u64) -> Result<Self, String> {
+        let begin = self.position.checked_add(bytes).filter(|begin| *begin <= self.end);
+        begin.map(|position| Span { position, ..self.clone() }).ok_or_else(|| "has a page that is too short".into())
+    }
+
+    fn buffered(self) -> BufReader<Span> {
+        BufReader::with_capacity(BUFFER_BYTES, self)
+    }
+}
+
+impl Read for Span {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        let length = out.len().min(usize::try_from(self.end - self.position).unwrap_or(usize::MAX));
+        let count = self.file.read_at(out.get_mut(..length).unwrap_or_default(), self.position)?;
+        self.position += count as u64;
+        Ok(count)
+    }
+}
+
+impl Seek for Span {
+    /// Places are those of the file.
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        let place = match to {
+            SeekFrom::Start(place) => Some(place),
+            SeekFrom::Current(by) => self.position.checked_add_signed(by),
+            SeekFrom::End(by) => self.end.checked_add_signed(by),
+        };
+        let place = place.filter(|place| *place <= self.end).ok_or(io::ErrorKind::UnexpectedEof)?;
+        self.position = place;
+        Ok(place)
+    }
+}
+
+/// What a page holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    Dictionary,
+    /// Its levels are compressed with its values.
+    Data,
+    /// Its levels come first and are never compressed.
+    DataV2 {
+        repetition_bytes: u64,
+        definition_bytes: u64,
+    },
+    /// Nothing that is read here.
+    Other,
+}
+
+/// The head of a page.
+#[derive(Clone, Debug)]
+pub(super) struct Head {
+    pub kind: Kind,
+    /// Values, nulls included.
+    pub values: usize,
+    /// The number that the format gives to the encoding.
+    pub encoding: i64,
+    /// Its body in the file.
+    pub body: Span,
+    compressed: bool,
+}
+
+impl Head {
+    /// Reads the head at the beginning of a span; the body follows it.
+    ///
+    /// Errors: it is malformed, or the page does not end where the span does or before.
+    pub fn read(span: Span) -> Result<Self, String> {
+        let mut input = span.buffered();
+        let fields = fields(&mut input, 0)?;
+        let begin = input.stream_position().map_err(|e| e.to_string())?;
+        let Span { file, end: last, .. } = input.into_inner();
+        let end = u64::try_from(number(&fields, 3)?).ok().and_then(|bytes| begin.checked_add(bytes));
+        let end = end.filter(|end| *end <= last).ok_or("has a page that ends behind its column")?;
+        let none = BTreeMap::new();
+        let inner = |id| match fields.get(&id) {
+            Some(Field::Struct(fields)) => fields,
+            _ => &none,
+        };
+        let count = |fields: &Fields, id| usize::try_from(number(fields, id)?).map_err(|e| e.to_string());
+        let (kind, values, encoding, compressed) = match number(&fields, 1)? {
+            0 => (Kind::Data, count(inner(5), 1)?, number(inner(5), 2)?, true),
+            2 => (Kind::Dictionary, count(inner(7), 1)?, number(inner(7), 2)?, true),
+            3 => {
+                let fields = inner(8);
+                let kind = Kind::DataV2 {
+                    definition_bytes: count(fields, 5)? as u64,
+                    repetition_bytes: count(fields, 6)? as u64,
+                };
+                let compressed = !matches!(fields.get(&7), Some(Field::Bool(false)));
+                (kind, count(fields, 1)?, number(fields, 4)?, compressed)
+            }
+            _ => (Kind::Other, 0, 0, false),
+        };
+        Ok(Head { kind, values, encoding, body: Span::new(file, begin, end), compressed })
+    }
+
+    /// The body, decompressed, behind its first `bytes` bytes, which are not compressed.
+    ///
+    /// Errors: the page is shorter, or its compression cannot be read as a stream.
+    pub fn open(&self, codec: Compression, bytes: u64) -> Result<Body, String> {
+        let body = self.body.after(bytes)?.buffered();
+        Ok(match codec {
+            Compression::UNCOMPRESSED => Body::Stored(body),
+            _ if !self.compressed => Body::Stored(body),
+            Compression::SNAPPY => Body::Coded(Box::new(Snappy::new(body))),
+            Compression::GZIP(_) => Body::Coded(Box::new(flate2::bufread::MultiGzDecoder::new(body))),
+            Compression::ZSTD(_) => {
+                Body::Coded(Box::new(zstd::stream::read::Decoder::with_buffer(body).map_err(|e| e.to_string())?))
+            }
+            other => return Err(format!("is compressed by {other}, which is not read as a stream")),
+        })
+    }
+}
+
+/// True for a compression that [`Head::open`] takes.
+pub(super) fn streams(codec: Compression) -> bool {
+    matches!(codec, Compression::UNCOMPRESSED | Compression::SNAPPY | Compression::GZIP(_) | Compression::ZSTD(_))
+}
+
+/// The decompressed body of a page.
+pub(super) enum Body {
+    Stored(BufReader<Span>),
+    Coded(Box<dyn Read>),
+}
+
+impl Body {
+    /// Leaves out bytes.
+    ///
+    /// Errors: there are fewer.
+    pub fn skip(&mut self, bytes: u64) -> Result<(), String> {
+        let skipped = match self {
+            Body::Stored(input) => {
+                i64::try_from(bytes).map_err(io::Error::other).and_then(|bytes| input.seek_relative(bytes))
+            }
+            Body::Coded(input) => {
+                io::copy(&mut input.take(bytes), &mut io::sink()).and_then(|skipped| match skipped == bytes {
+                    true => Ok(()),
+                    false => Err(io::ErrorKind::UnexpectedEof.into()),
+                })
+            }
+        };
+        skipped.map_err(|e| e.to_string())
+    }
+
+    /// A length in four bytes; `None` at the end.
+    pub fn length(&mut self) -> Result<Option<u32>, String> {
+        let mut bytes = Vec::with_capacity(4);
+        self.take(4).read_to_end(&mut bytes).map_err(|e| e.to_string())?;
+        match <[u8; 4]>::try_from(bytes.as_slice()) {
+            Ok(bytes) => Ok(Some(u32::from_le_bytes(bytes))),
+            Err(_) if bytes.is_empty() => Ok(None),
+            Err(_) => Err("ends inside a length".into()),
+        }
+    }
+}
+
+impl Read for Body {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Body::Stored(input) => input.read(out),
+            Body::Coded(input) => input.read(out),
+        }
+    }
+}
+
+/// The next bytes. Memory grows with what is there, not with what is asked for.
+///
+/// Errors: there are fewer.
+pub(super) fn exactly(input: impl Read, count: u64) -> Result<Vec<u8>, String> {
+    let mut bytes = Vec::new();
+    input.take(count).read_to_end(&mut bytes).map_err(|e| e.to_string())?;
+    match bytes.len() as u64 == count {
+        true => Ok(bytes),
+        false => Err(format!("ends after {} of {count} bytes", bytes.len())),
+    }
+}
+
+/// A value of a head.
+#[derive(Debug)]
+enum Field {
+    Bool(bool),
+    Number(i64),
+    Struct(Fields),
+    /// Read over.
+    Unused,
+}
+
+type Fields = BTreeMap<i64, Field>;
+
+fn number(fields: &Fields, id: i64) -> Result<i64, String> {
+    match fields.get(&id) {
+        Some(Field::Number(value)) => Ok(*value),
+        _ => Err(format!("has a page whose head lacks field {id}")),
+    }
+}
+
+/// The fields of a struct in Thrift's compact protocol.
+fn fields(input: &mut impl BufRead, depth: usize) -> Result<Fields, String> {
+    let mut fields = BTreeMap::new();
+    let mut id = 0i64;
+    loop {
+        let head = byte(input)?;
+        if head == 0 {
+            return Ok(fields);
+        }
+        id = match i64::from(head >> 4) {
+            0 => zigzag(input)?,
+            step => id.checked_add(step).ok_or("has a page whose head is malformed")?,
+        };
+        let field = match head & 0xf {
+            1 => Field::Bool(true),
+            2 => Field::Bool(false),
+            3 => Field::Number(i64::from(byte(input)?)),
+            4..=6 => Field::Number(zigzag(input)?),
+            7 => unused(input, 8)?,
+            8 => {
+                let length = varint(input)?;
+                unused(input, length)?
+            }
+            12 if depth < MAX_DEPTH => Field::Struct(self::fields(input, depth + 1)?),
+            other => return Err(format!("has a page whose head holds a value of type {other}")),
+        };
+        if fields.len() > 64 {
+            return Err("has a page whose head has too many fields".into());
+        }
+        fields.insert(id, field);
+    }
+}
+
+fn zigzag(input: &mut impl Read) -> Result<i64, String> {
+    let value = varint(input)?;
+    Ok((value >> 1).cast_signed() ^ -((value & 1).cast_signed()))
+}
+
+fn unused(input: &mut impl Read, bytes: u64) -> Result<Field, String> {
+    match io::copy(&mut input.take(bytes), &mut io::sink()).map_err(|e| e.to_string())? == bytes {
+        true => Ok(Field::Unused),
+        false => Err("ends inside the head of a page".into()),
+    }
+}

@@ -1,0 +1,240 @@
+//! Weights of 8 bits with one scale for all or one per channel, as ONNX Runtime's quantiser writes them.
+
+use std::collections::BTreeSet;
+
+use crate::base::Result;
+use crate::checkpoint::{floats, from_floats};
+use crate::ir::{Body, DataType, GraphIndex, Node, Tensor, ValueId};
+
+use super::view::Layout;
+
+/// A quantised matrix whose rows are those of the checkpoint.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Channels {
+    /// Initializer of the numbers, int8 or uint8.
+    pub numbers: ValueId,
+    /// Initializer of the scale, one number or one per row.
+    pub scales: ValueId,
+    /// Initializer of the zero points, as many; 0 without them.
+    pub zeros: Option<ValueId>,
+    /// Order of the numbers.
+    layout: Layout,
+    /// Sizes of the weight's axes.
+    dims: Vec<u64>,
+    /// True for int8, false for uint8.
+    signed: bool,
+    /// True for a scale per row.
+    per_row: bool,
+}
+
+/// Greatest and least numbers that a scheme uses, and whether the range of the floats is made symmetric.
+pub struct Range8 {
+    /// Name in tables.
+    pub name: &'static str,
+    signed: bool,
+    least: f64,
+    most: f64,
+    symmetric: bool,
+}
+
+/// Schemes of ONNX Runtime's quantiser for weights of 8 bits, in the order in which they are tried.
+///
+/// Source: `compute_scale_zp` and `get_qmin_qmax_for_qType` of ONNX Runtime 1.30's Python package.
+pub const RANGES: &[Range8] = &[
+    Range8 { name: "symmetric", signed: true, least: -127.0, most: 127.0, symmetric: true },
+    Range8 { name: "symmetric, reduced range", signed: true, least: -64.0, most: 64.0, symmetric: true },
+    Range8 { name: "asymmetric", signed: true, least: -128.0, most: 127.0, symmetric: false },
+    Range8 { name: "symmetric", signed: false, least: 0.0, most: 254.0, symmetric: true },
+    Range8 { name: "asymmetric", signed: false, least: 0.0, most: 255.0, symmetric: false },
+    Range8 { name: "asymmetric, reduced range", signed: false, least: 0.0, most: 127.0, symmetric: false },
+];
+
+/// Bytes of numbers, scales and zero points.
+type Bytes = (Vec<u8>, Vec<u8>, Vec<u8>);
+
+/// The quantised weights that nodes of a graph read, each once.
+pub fn quantised(body: &Body) -> Vec<Channels> {
+    let index = GraphIndex::of_body(body);
+    let mut found: Vec<Channels> = Vec::new();
+    let mut seen = BTreeSet::new();
+    for node in &body.nodes {
+        let channels = match node.op_type.as_str() {
+            "DequantizeLinear" => dequantised(body, &index, node),
+            "MatMulInteger" => multiplied(body, &index, node),
+            _ => None,
+        };
+        found.extend(channels.filter(|channels| seen.insert(channels.numbers)));
+    }
+    found
+}
+
+fn tensor(body: &Body, id: ValueId) -> Option<&Tensor> {
+    body.initializers.iter().find(|(other, _)| *other == id).map(|(_, tensor)| tensor)
+}
+
+fn input(node: &Node, index: usize) -> Option<ValueId> {
+    node.inputs.get(index).copied().flatten()
+}
+
+/// A weight that is turned into floats, or rows of which are.
+fn dequantised(body: &Body, index: &GraphIndex, node: &Node) -> Option<Channels> {
+    let numbers = input(node, 0)?;
+    let numbers = match index.node_of(numbers) {
+        Some((maker, _)) if body.nodes[maker].op_type == "Gather" => input(&body.nodes[maker], 0)?,
+        _ => numbers,
+    };
+    let axis = node.attribute("axis").and_then(|axis| axis.as_int()).unwrap_or(1);
+    Channels::of(body, numbers, input(node, 1)?, input(node, 2), axis)
+}
+
+/// A weight of an integer product, whose scale is multiplied with the other factor's afterwards.
+fn multiplied(body: &Body, index: &GraphIndex, node: &Node) -> Option<Channels> {
+    let (quantiser, _) = index.node_of(input(node, 0)?)?;
+    let quantiser = body.nodes.get(quantiser).filter(|node| node.op_type == "DynamicQuantizeLinear")?;
+    let scale = quantiser.outputs.get(1).copied().flatten()?;
+    // One factor's scale is multiplied with those of all weights that read it: the name tells which is this one's.
+    let scales: Vec<ValueId> = index
+        .uses(scale)
+        .iter()
+        .filter_map(|used| body.nodes.get(used.node).filter(|node| node.op_type == "Mul"))
+        .filter(|product| reaches(body, index, product, node))
+        .flat_map(Node::present_inputs)
+        .filter(|&id| id != scale && tensor(body, id).is_some())
+        .collect();
+    let [only] = scales[..] else { return None };
+    Channels::of(body, input(node, 1)?, only, input(node, 3), 1)
+}
+
+/// True when a product of scales is multiplied with the result of an integer product.
+fn reaches(body: &Body, index: &GraphIndex, product: &Node, integer: &Node) -> bool {
+    let Some(result) = integer.outputs.first().copied().flatten() else { return false };
+    let casts =
+        index.uses(result).iter().filter_map(|used| body.nodes.get(used.node)).filter(|node| node.op_type == "Cast");
+    let floats: Vec<ValueId> = casts.flat_map(Node::present_outputs).collect();
+    product.present_outputs().any(|scales| {
+        let readers = index.uses(scales).iter().filter_map(|used| body.nodes.get(used.node));
+        readers.flat_map(Node::present_inputs).any(|id| floats.contains(&id))
+    })
+}
+
+impl Channels {
+    fn of(body: &Body, numbers: ValueId, scales: ValueId, zeros: Option<ValueId>, axis: i64) -> Option<Self> {
+        let weight = tensor(body, numbers)?;
+        let (count, rank) = (tensor(body, scales)?.element_count(), weight.dims.len());
+        let signed = match weight.dtype {
+            DataType::Int8 => true,
+            DataType::Uint8 => false,
+            _ => return None,
+        };
+        let axis = if axis < 0 { axis + rank as i64 } else { axis };
+        let per_row = count > 1;
+        // With one scale for all, the order that the checkpoint's rows have is found by trying both.
+        let layout = if per_row && axis == 0 { Layout::Rows } else { Layout::Columns };
+        let fits = rank == 2
+            && tensor(body, scales)?.dtype == DataType::Float
+            && (!per_row || weight.dims.get(usize::try_from(axis).ok()?) == Some(&count))
+            && match zeros {
+                None => true,
+                Some(zeros) => {
+                    tensor(body, zeros).is_some_and(|t| t.dtype == weight.dtype && t.element_count() == count)
+                }
+            };
+        fits.then(|| Channels { numbers, scales, zeros, layout, dims: weight.dims.clone(), signed, per_row })
+    }
+
+    /// The same numbers read in the other order of the two axes; `None` where the scales decide the order.
+    pub fn turned(&self) -> Option<Self> {
+        let layout = if self.layout == Layout::Rows { Layout::Columns } else { Layout::Rows };
+        (!self.per_row).then(|| Channels { layout, ..self.clone() })
+    }
+
+    /// Numbers in a row.
+    pub fn columns(&self) -> usize {
+        self.layout.row_length(&self.dims)
+    }
+
+    /// An empty matrix of its size in f32, row by row.
+    pub fn shape(&self) -> Tensor {
+        let mut dims = self.dims.clone();
+        if self.layout == Layout::Columns {
+            dims.reverse();
+        }
+        Tensor::from_bytes(DataType::Float, &dims, Vec::new())
+    }
+
+    fn value(&self, byte: u8) -> f32 {
+        if self.signed { f32::from(byte as i8) } else { f32::from(byte) }
+    }
+
+    /// The matrix as floats row by row, and the step between two neighbouring numbers at each of them.
+    ///
+    /// Errors: as [`floats`].
+    pub fn dequantised(&self, body: &Body) -> Result<(Vec<f32>, Vec<f32>)> {
+        let scales = tensor(body, self.scales).map_or(Ok(Vec::new()), floats)?;
+        let zeros = self.zeros.and_then(|zeros| tensor(body, zeros)).map_or(&[][..], |tensor| tensor.bytes());
+        let rows = tensor(body, self.numbers).map(|weight| self.layout.rows(weight)).unwrap_or_default();
+        let (mut values, mut steps) = (Vec::with_capacity(rows.len()), Vec::with_capacity(rows.len()));
+        for (row, bytes) in rows.chunks_exact(self.columns().max(1)).enumerate() {
+            let at = if self.per_row { row } else { 0 };
+            let (scale, zero) = (scales[at], zeros.get(at).map_or(0.0, |&zero| self.value(zero)));
+            values.extend(bytes.iter().map(|&byte| (self.value(byte) - zero) * scale));
+            steps.extend(bytes.iter().map(|_| scale.abs()));
+        }
+        Ok((values, steps))
+    }
+
+    /// A matrix in this form.
+    ///
+    /// Errors: none that a checked graph causes.
+    pub fn quantise(&self, values: &[f32], range: &Range8) -> Result<Vec<(ValueId, Vec<u8>)>> {
+        let (numbers, scales, zeros) = self.bytes(values, range)?;
+        let mut all = vec![(self.numbers, numbers), (self.scales, scales)];
+        all.extend(self.zeros.map(|id| (id, zeros)));
+        Ok(all)
+    }
+
+    fn bytes(&self, values: &[f32], range: &Range8) -> Result<Bytes> {
+        let group = if self.per_row { self.columns() } else { values.len() };
+        let (mut rows, mut scales, mut zeros) = (Vec::with_capacity(values.len()), Vec::new(), Vec::new());
+        for part in values.chunks(group.max(1)) {
+            let low = part.iter().copied().fold(0.0, f32::min);
+            let high = part.iter().copied().fold(0.0, f32::max);
+            let (low, high) = match range.symmetric {
+                true => (-high.max(-low), high.max(-low)),
+                false => (low, high),
+            };
+            let exact = f64::from(high - low) / (range.most - range.least);
+            let (scale, zero) = match (exact < f64::from(f32::MIN_POSITIVE), range.symmetric) {
+                (true, _) => (1.0, 0.0),
+                (false, true) => (exact as f32, ((range.least + range.most) / 2.0).round_ties_even()),
+                (false, false) => (exact as f32, (range.least - f64::from(low) / exact).round_ties_even()),
+            };
+            let (least, most) = if self.signed { (-128.0, 127.0) } else { (0.0, 255.0) };
+            let byte = |number: f32| if self.signed { number as i8 as u8 } else { number as u8 };
+            let zero = zero as f32;
+            let quantised = |&number: &f32| ((number / scale).round_ties_even() + zero).clamp(least, most);
+            rows.extend(part.iter().map(|number| byte(quantised(number))));
+            scales.push(scale);
+            zeros.push(byte(zero));
+        }
+        Ok((self.layout.elements(&rows, &self.dims, 1), from_floats(DataType::Float, &scales)?, zeros))
+    }
+
+    /// The scheme that makes the graph's bytes out of these values; `None` when none does.
+    ///
+    /// Errors: as [`Channels::quantise`].
+    pub fn scheme(&self, values: &[f32], body: &Body) -> Result<Option<&'static Range8>> {
+        let bytes = |id| tensor(body, id).map_or(&[][..], |tensor| tensor.bytes());
+        for range in RANGES.iter().filter(|range| range.signed == self.signed) {
+            let (numbers, scales, zeros) = self.bytes(values, range)?;
+            let same_zeros = match self.zeros {
+                Some(id) => zeros == bytes(id),
+                None => zeros.iter().all(|&zero| zero == 0),
+            };
+            if numbers == bytes(self.numbers) && scales == bytes(self.scales) && same_zeros {
+                return Ok(Some(range));
+            }
+        }
+        Ok(None)
+    }
+}
