@@ -22,7 +22,7 @@ use super::args::{TrainedLayers, amount, amount_or_none, fraction, positive};
 use super::context::{Context, Outcome};
 use super::data_args::{DataArgs, warn_left_out};
 use super::output;
-use super::torch::meet_others;
+use super::ranks::meet_others;
 
 /// Finetune the layers next to the dropped ones, or layers of a whole model
 #[derive(clap::Args)]

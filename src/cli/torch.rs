@@ -8,10 +8,10 @@ use std::process::Command;
 
 use anyhow::Context as _;
 
-use crate::base::{Device, Error, Peers, set_quiet};
-use crate::torch::Ranks;
+use crate::base::{Error, Peers};
 
 use super::context::{Context, Outcome};
+use super::ranks::meet_others;
 use super::{eval, finetune, run, score, sweep, verify};
 
 /// The program that links LibTorch, in the same folder as `interlace`.
@@ -31,26 +31,6 @@ pub enum TorchVerb {
     Score(Box<score::Args>),
     /// `interlace eval` by several processes.
     Eval(Box<eval::Args>),
-}
-
-/// True where the environment is that of one of several processes, as torchrun sets it.
-pub fn among_others() -> bool {
-    env::var("WORLD_SIZE").is_ok_and(|size| !size.is_empty() && size != "1")
-}
-
-/// The processes that share this one's work, where the environment says that there are some. One of them speaks for all, and
-/// each takes the GPU of its own number.
-///
-/// Errors: as `Ranks::of_environment`.
-pub fn meet_others(device: &mut Device, context: &Context) -> anyhow::Result<Option<Ranks>> {
-    let ranks = Ranks::of_environment()?;
-    if let Some(ranks) = &ranks {
-        set_quiet(context.output.quiet || ranks.rank() > 0);
-        if let Device::Cuda(index) = device {
-            *index += u32::try_from(ranks.local_rank())?;
-        }
-    }
-    Ok(ranks)
 }
 
 /// The function with which a program runs the verbs that compute in LibTorch.

@@ -51,8 +51,8 @@ fn the_head_trains_as_in_the_reference_and_is_written() {
 
 #[test]
 fn a_head_is_not_trained_without_answers() {
-    let losses = BTreeMap::from([(LossKind::Anchor, 1.0)]);
-    let error = Settings { train_head: true, losses, ..settings() }.check().unwrap_err().to_string();
+    let stages = Stage::only([(LossKind::Anchor, 1.0)]);
+    let error = Settings { train_head: true, stages, ..settings() }.check().unwrap_err().to_string();
     assert!(error.contains("`train_head`") && error.contains("`ce`"), "{error}");
 }
 

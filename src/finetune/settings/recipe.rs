@@ -74,9 +74,9 @@ pub const RECIPES: &[RecipeRow] = &[
     },
     RecipeRow {
         name: "fast",
-        summary: "one finetuned layer after the other, on 16,384 tokens: its last product fitted to the dense model's stream by \
+        summary: "one finetuned layer after the other, on 24,576 tokens: its last product fitted to the dense model's stream by \
                   least squares, then a pass of Muon's steps on the distance to that stream",
-        step_tokens: Some(16 << 10),
+        step_tokens: Some(24 << 10),
         epochs: 1,
         batch: (24, 1),
         optimizer: OptimizerKind::Muon,
