@@ -25,7 +25,7 @@ pub fn free_disk_bytes(path: &Path) -> Result<u64> {
         (libc::statvfs(name.as_ptr(), &raw mut found) == 0).then_some(found)
     };
     let found = found.ok_or_else(|| Error::io("read", folder, io::Error::last_os_error()))?;
-    Ok(u64::from(found.f_bavail).saturating_mul(u64::from(found.f_frsize)))
+    Ok(found.f_bavail.saturating_mul(found.f_frsize))
 }
 
 /// A read-only memory map of a whole file.

@@ -66,6 +66,8 @@ fn packed_weights(graph: &Graph, map: &LayerMap, layer: &Layer, adapters: bool) 
         }
         found.push(packed);
     }
+    let place = |id: ValueId| graph.body.initializers.iter().position(|(other, _)| *other == id);
+    found.sort_by_key(|packed| place(packed.weight));
     Ok(found)
 }
 
