@@ -97,7 +97,8 @@ impl Columns {
     /// Columns of pictures whose bytes are one leaf, and whether the leaf is a field `bytes`.
     pub fn picture_leaves(&self, schema: &Schema) -> Vec<(&'static str, bool)> {
         let leaf = |name: &&'static str| {
-            let bytes = |kind: &DataType| matches!(kind, DataType::Binary | DataType::LargeBinary | DataType::BinaryView);
+            let bytes =
+                |kind: &DataType| matches!(kind, DataType::Binary | DataType::LargeBinary | DataType::BinaryView);
             let cell = match (*name, schema.field_with_name(name).ok()?.data_type()) {
                 (ONE_IMAGE, kind) => kind,
                 (_, DataType::List(element) | DataType::LargeList(element)) => element.data_type(),

@@ -2,7 +2,7 @@
 
 use crate::base::{Error, Result, list_preview};
 
-use super::inputs::{Input, Kind, presents_of, unknown};
+use super::inputs::{Input, InputKind, presents_of, unknown};
 use super::port::Port;
 use super::session::{Outputs, Session};
 use super::step::Step;
@@ -79,7 +79,7 @@ impl Decoder {
         };
         for input in all {
             match input.kind() {
-                Kind::Past if !prefill_only => {
+                InputKind::Past if !prefill_only => {
                     let present = presents_of(&input.port.name).find_map(|name| session.output(&name).cloned());
                     let present = present.ok_or_else(|| not_replaced(&session, &input.port))?;
                     slots.push(CacheSlot { past: input.port, present });
@@ -87,7 +87,7 @@ impl Decoder {
                 _ => inputs.push(input),
             }
         }
-        if !inputs.iter().any(|input| matches!(input.kind(), Kind::InputsEmbeds | Kind::InputIds)) {
+        if !inputs.iter().any(|input| matches!(input.kind(), InputKind::InputsEmbeds | InputKind::InputIds)) {
             return Err(Error::unsupported(
                 session.subject(),
                 "has neither `inputs_embeds` nor `input_ids` as an input",
@@ -118,7 +118,7 @@ impl Decoder {
     }
 
     /// True when one of its inputs is of this kind.
-    pub fn takes(&self, kind: Kind) -> bool {
+    pub fn takes(&self, kind: InputKind) -> bool {
         self.input(kind).is_some()
     }
 
@@ -127,37 +127,37 @@ impl Decoder {
         &self.inputs
     }
 
-    fn input(&self, kind: Kind) -> Option<&Input> {
+    fn input(&self, kind: InputKind) -> Option<&Input> {
         self.inputs.iter().find(|input| input.kind() == kind)
     }
 
     /// True for graphs that take `inputs_embeds` rather than `input_ids`.
     pub fn takes_embeds(&self) -> bool {
-        self.takes(Kind::InputsEmbeds)
+        self.takes(InputKind::InputsEmbeds)
     }
 
     /// True when the graph itself reads pixels or image features.
     pub fn takes_pictures(&self) -> bool {
-        self.inputs.iter().any(|input| matches!(input.kind(), Kind::Image(_)))
+        self.inputs.iter().any(|input| matches!(input.kind(), InputKind::Image(_)))
     }
 
     /// Levels of DeepStack features that it takes as inputs of their own, and their width; `None` for graphs without, or
     /// that leave either open.
     pub fn deepstack_levels(&self) -> Option<(usize, usize)> {
-        let input = self.input(Kind::Deepstack)?;
+        let input = self.input(InputKind::Deepstack)?;
         let levels = if input.is_stacked() { input.port.fixed_size(0)? } else { input.levels.len().max(1) };
         Some((levels, input.port.width().or(self.hidden_size())?))
     }
 
     /// Numbers of each token's second embedding, where the graph fixes how many.
     pub fn per_layer_width(&self) -> Option<usize> {
-        let port = &self.input(Kind::PerLayerInputs)?.port;
+        let port = &self.input(InputKind::PerLayerInputs)?.port;
         (2..port.rank()).map(|axis| port.fixed_size(axis)).product()
     }
 
     /// 3 for graphs with multimodal rotary positions, else 1.
     pub fn position_rows(&self) -> usize {
-        match self.input(Kind::PositionIds) {
+        match self.input(InputKind::PositionIds) {
             Some(input) if input.port.rank() == 3 => 3,
             _ => 1,
         }
@@ -166,17 +166,17 @@ impl Decoder {
     /// The batch that the graph is made for, where it takes no other.
     pub fn fixed_batch(&self) -> Option<usize> {
         // Ready tensors of several rows have no known order.
-        if self.takes(Kind::Given) {
+        if self.takes(InputKind::Given) {
             return Some(1);
         }
-        let tokens = |input: &&Input| matches!(input.kind(), Kind::InputsEmbeds | Kind::InputIds);
+        let tokens = |input: &&Input| matches!(input.kind(), InputKind::InputsEmbeds | InputKind::InputIds);
         let ports = self.inputs.iter().filter(tokens).map(|input| &input.port);
         ports.chain(self.slots.iter().map(|slot| &slot.past)).find_map(|port| port.fixed_size(0))
     }
 
     /// True when the graph supports padding on the left: it has a mask, and positions that follow it.
     pub fn takes_padding(&self) -> bool {
-        self.takes(Kind::AttentionMask) && self.takes(Kind::PositionIds)
+        self.takes(InputKind::AttentionMask) && self.takes(InputKind::PositionIds)
     }
 
     /// Runs one step. `cache` is what the step before gave, `None` for prefill.
@@ -240,9 +240,9 @@ impl Decoder {
         let mut fresh = Vec::with_capacity(self.inputs.len());
         for input in &self.inputs {
             let tensor = match input.kind() {
-                Kind::Added => continue,
-                Kind::Past => self.empty_past(&input.port, step.batch())?,
-                Kind::Given if step.given(&input.port.name).is_none() => {
+                InputKind::Added => continue,
+                InputKind::Past => self.empty_past(&input.port, step.batch())?,
+                InputKind::Given if step.given(&input.port.name).is_none() => {
                     return Err(unknown(self.session.subject(), &input.port));
                 }
                 _ => Tensor::from_array(input.port.dtype, input.make(step)?)?,
@@ -300,7 +300,7 @@ impl Decoder {
 
     /// The size of the hidden state that `inputs_embeds` names, where it is fixed.
     pub fn hidden_size(&self) -> Option<usize> {
-        self.input(Kind::InputsEmbeds).and_then(|input| input.port.width())
+        self.input(InputKind::InputsEmbeds).and_then(|input| input.port.width())
     }
 
     /// The vocabulary that the logits name, where it is fixed.

@@ -142,6 +142,8 @@ const WITHOUT_CIRCLES: &[&str] = &[
     "bundle",
     "data",
     "data/images",
+    "data/parquet",
+    "data/placeholders",
     "data/tensors",
     "eval",
     "export",

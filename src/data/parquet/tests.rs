@@ -145,7 +145,8 @@ fn pictures_read_one_by_one_are_those_that_were_written() {
                         let none = || if most == 1 { vec![None] } else { Vec::new() };
                         let want: Vec<Cells> = written.into_iter().map(|row| row.unwrap_or_else(none)).collect();
                         for with_index in [false, true] {
-                            let case = format!("{name}, {codec}, {version:?}, pages of {page}, dictionary {dictionary}");
+                            let case =
+                                format!("{name}, {codec}, {version:?}, pages of {page}, dictionary {dictionary}");
                             compare(&path, with_index, &mut random, &want, &format!("{case}, index {with_index}"));
                         }
                     }
