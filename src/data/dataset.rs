@@ -48,7 +48,7 @@ impl RowReader {
         }
     }
 
-    fn read(&self, rows: Vec<usize>) -> Rows<'_> {
+    fn read(&self, rows: Vec<usize>) -> SourceRows<'_> {
         match self {
             RowReader::Parquet(shard) => Box::new(shard.read(rows)),
             RowReader::Json(file) => Box::new(file.read(rows)),
@@ -66,15 +66,15 @@ pub struct Dataset {
     /// By the name that is part of the digest.
     readers: Vec<(String, RowReader)>,
     /// One for each sample.
-    places: Vec<Place>,
+    places: Vec<SamplePlace>,
     /// Keys that determine each sample's rank in the draw.
     keys: Vec<u64>,
     options: DataOptions,
 }
 
-/// Place of a sample.
+/// SamplePlace of a sample.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Place {
+struct SamplePlace {
     reader: u32,
     row: u32,
     /// The turn that is the sample; `None` for the whole row.
@@ -159,10 +159,10 @@ impl Dataset {
                     continue;
                 }
                 if separate {
-                    places.extend((0..turns).map(|turn| Place { reader: number, row, turn: Some(turn) }));
+                    places.extend((0..turns).map(|turn| SamplePlace { reader: number, row, turn: Some(turn) }));
                     keys.extend((0..turns).map(|turn| mix(key ^ mix(u64::from(turn)))));
                 } else {
-                    places.push(Place { reader: number, row, turn: None });
+                    places.push(SamplePlace { reader: number, row, turn: None });
                     keys.push(key);
                 }
             }
@@ -269,8 +269,8 @@ fn tell_apart(keys: &mut [u64]) {
     }
 }
 
-/// Rows of one file, read as they are asked for.
-type Rows<'a> = Box<dyn Iterator<Item = Result<SourceRow>> + 'a>;
+/// SourceRows of one file, read as they are asked for.
+type SourceRows<'a> = Box<dyn Iterator<Item = Result<SourceRow>> + 'a>;
 
 /// The samples that a row makes: their indices, and the turn that each is.
 type Wanted = Vec<(usize, Option<u32>)>;
@@ -280,7 +280,7 @@ pub struct Samples<'a> {
     dataset: &'a Dataset,
     wanted: Vec<usize>,
     position: usize,
-    rows: Rows<'a>,
+    rows: SourceRows<'a>,
     /// What each of `rows` makes.
     groups: std::vec::IntoIter<Wanted>,
     ready: std::vec::IntoIter<Result<Sample>>,

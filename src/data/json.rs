@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use crate::base::{Error, Progress, Result, contained_path};
 
-use super::json_row::{Entry, EntryProblem};
+use super::json_row::{JsonProblem, JsonRow};
 use super::json_scan::scan;
 use super::listing::{Listed, content_key};
 use super::options::DataOptions;
@@ -46,11 +46,11 @@ impl JsonFile {
             let number = rows.len();
             progress.advance(place.end - rows.last().map_or(0, |last| last.end));
             let key = content_key(&[bytes]);
-            match Entry::parse(bytes, options) {
+            match JsonRow::parse(bytes, options) {
                 Ok(entry) if !entry.rated(&options.min_ratings) => {}
                 Ok(entry) => listed.push(Listed::new(&subject, number, entry.turns(), key)?),
-                Err(EntryProblem::Bad(_)) => listed.push(Listed::new(&subject, number, 1, key)?),
-                Err(EntryProblem::Unread(keys)) => return Err(super::keys::unread(file.subject(number), &keys)),
+                Err(JsonProblem::Bad(_)) => listed.push(Listed::new(&subject, number, 1, key)?),
+                Err(JsonProblem::Unread(keys)) => return Err(super::keys::unread(file.subject(number), &keys)),
             }
             rows.push(place);
             Ok(())
@@ -77,10 +77,10 @@ impl JsonFile {
             let length = usize::try_from(place.end - place.start).unwrap_or(usize::MAX);
             let mut bytes = vec![0; length];
             file.read_exact_at(&mut bytes, place.start).map_err(|e| Error::io("read", &self.path, e))?;
-            let entry = Entry::parse(&bytes, &self.options).map_err(|problem| match problem {
-                EntryProblem::Bad(problem) => Error::invalid(&subject, problem)
+            let entry = JsonRow::parse(&bytes, &self.options).map_err(|problem| match problem {
+                JsonProblem::Bad(problem) => Error::invalid(&subject, problem)
                     .remedy("expected `image` and `conversations` of `from` and `value`, or `messages`"),
-                EntryProblem::Unread(keys) => super::keys::unread(&subject, &keys),
+                JsonProblem::Unread(keys) => super::keys::unread(&subject, &keys),
             })?;
             self.row(subject, entry)
         })
@@ -90,7 +90,7 @@ impl JsonFile {
         format!("row {row} of `{}`", self.name)
     }
 
-    fn row(&self, subject: String, entry: Entry) -> Result<SourceRow> {
+    fn row(&self, subject: String, entry: JsonRow) -> Result<SourceRow> {
         let folder = self.path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let subject = match &entry.id {
             Some(id) => format!("{subject} (id `{id}`)"),

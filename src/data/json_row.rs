@@ -13,7 +13,7 @@ use super::row::{Piece, RawMessage, Speaker};
 
 /// A row as far as it can be read without its pictures.
 #[derive(Debug, Default)]
-pub(super) struct Entry {
+pub(super) struct JsonRow {
     pub id: Option<String>,
     /// Names of the picture files, in order.
     pub images: Vec<String>,
@@ -24,20 +24,20 @@ pub(super) struct Entry {
 
 /// Why a row cannot be used.
 #[derive(Debug)]
-pub(super) enum EntryProblem {
+pub(super) enum JsonProblem {
     Bad(String),
     /// Keys that nobody reads.
     Unread(Vec<String>),
 }
 
-impl Entry {
+impl JsonRow {
     /// Reads a row.
     ///
-    /// Errors: `EntryProblem::Unread` for keys that hold something and are neither read nor known to be silent, those of
-    /// messages included; `EntryProblem::Bad` for everything else that is wrong.
-    pub fn parse(bytes: &[u8], options: &DataOptions) -> Result<Self, EntryProblem> {
+    /// Errors: `JsonProblem::Unread` for keys that hold something and are neither read nor known to be silent, those of
+    /// messages included; `JsonProblem::Bad` for everything else that is wrong.
+    pub fn parse(bytes: &[u8], options: &DataOptions) -> Result<Self, JsonProblem> {
         let raw: Fields = serde_json::from_slice(bytes).map_err(|e| bad(format!("does not decode: {e}")))?;
-        let mut entry = Entry::default();
+        let mut entry = JsonRow::default();
         let mut unread = Vec::new();
         let (mut images, mut image) = (Vec::new(), Vec::new());
         let mut dialogues = Vec::new();
@@ -76,7 +76,7 @@ impl Entry {
         if !unread.is_empty() {
             unread.sort();
             unread.dedup();
-            return Err(EntryProblem::Unread(unread));
+            return Err(JsonProblem::Unread(unread));
         }
         if entry.messages.is_empty() {
             return Err(bad("has no `conversations` or `messages`"));
@@ -99,7 +99,7 @@ impl Entry {
 pub(super) struct TextLine;
 
 /// Why a line of running text cannot be used.
-pub(super) type TextProblem = EntryProblem;
+pub(super) type TextProblem = JsonProblem;
 
 impl TextLine {
     /// True for an object with a `text` and no conversation.
@@ -111,7 +111,7 @@ impl TextLine {
 
     /// The text of a line.
     ///
-    /// Errors: as `Entry::parse`.
+    /// Errors: as `JsonRow::parse`.
     pub fn parse(line: &[u8], options: &DataOptions) -> Result<String, TextProblem> {
         let Fields(fields) = serde_json::from_slice(line).map_err(|e| bad(format!("does not decode: {e}")))?;
         let (mut text, mut unread) = (None, Vec::new());
@@ -128,24 +128,24 @@ impl TextLine {
             }
         }
         match (text, unread.is_empty()) {
-            (Some(_), false) => Err(EntryProblem::Unread(unread)),
+            (Some(_), false) => Err(JsonProblem::Unread(unread)),
             (Some(text), true) => Ok(text),
             (None, _) => Err(bad("has no `text`")),
         }
     }
 }
 
-fn bad(problem: impl Into<String>) -> EntryProblem {
-    EntryProblem::Bad(problem.into())
+fn bad(problem: impl Into<String>) -> JsonProblem {
+    JsonProblem::Bad(problem.into())
 }
 
 /// A message in its form, with the names of pictures that its parts hold moved into `images`.
 fn spoken(
-    message: Message,
+    message: JsonMessage,
     images: &mut Vec<String>,
     options: &DataOptions,
     unread: &mut Vec<String>,
-) -> Result<RawMessage, EntryProblem> {
+) -> Result<RawMessage, JsonProblem> {
     let mut keep = |rest: BTreeMap<String, Seen>| {
         let held = rest.into_iter().filter(|(key, seen)| !matches!(seen, Seen::Blank) && !is_silent(key, options));
         unread.extend(held.map(|(key, _)| key));
@@ -154,8 +154,8 @@ fn spoken(
     let speaker = Speaker::named(&message.role)
         .ok_or_else(|| bad(format!("has a message of `{}`, expected system, user or assistant", message.role)))?;
     let pieces = match message.content {
-        Content::Text(text) => vec![Piece::Text(text)],
-        Content::Parts(parts) => {
+        JsonContent::Text(text) => vec![Piece::Text(text)],
+        JsonContent::Parts(parts) => {
             let mut pieces = Vec::with_capacity(parts.len());
             for part in parts {
                 keep(part.rest);
@@ -181,36 +181,36 @@ fn spoken(
 }
 
 #[derive(Deserialize)]
-struct Message {
+struct JsonMessage {
     #[serde(alias = "from")]
     role: String,
     #[serde(alias = "value")]
-    content: Content,
+    content: JsonContent,
     #[serde(flatten)]
     rest: BTreeMap<String, Seen>,
 }
 
-enum Content {
+enum JsonContent {
     Text(String),
-    Parts(Vec<ContentPart>),
+    Parts(Vec<JsonPart>),
 }
 
-impl<'de> Deserialize<'de> for Content {
+impl<'de> Deserialize<'de> for JsonContent {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Value;
         impl<'de> Visitor<'de> for Value {
-            type Value = Content;
+            type Value = JsonContent;
 
             fn expecting(&self, out: &mut fmt::Formatter) -> fmt::Result {
                 out.write_str("a text or a list of parts")
             }
 
-            fn visit_str<E>(self, text: &str) -> Result<Content, E> {
-                Ok(Content::Text(text.to_string()))
+            fn visit_str<E>(self, text: &str) -> Result<JsonContent, E> {
+                Ok(JsonContent::Text(text.to_string()))
             }
 
-            fn visit_seq<S: SeqAccess<'de>>(self, list: S) -> Result<Content, S::Error> {
-                Deserialize::deserialize(SeqAccessDeserializer::new(list)).map(Content::Parts)
+            fn visit_seq<S: SeqAccess<'de>>(self, list: S) -> Result<JsonContent, S::Error> {
+                Deserialize::deserialize(SeqAccessDeserializer::new(list)).map(JsonContent::Parts)
             }
         }
         deserializer.deserialize_any(Value)
@@ -218,7 +218,7 @@ impl<'de> Deserialize<'de> for Content {
 }
 
 #[derive(Deserialize)]
-struct ContentPart {
+struct JsonPart {
     #[serde(rename = "type")]
     kind: String,
     #[serde(default)]
@@ -275,7 +275,7 @@ enum Seen {
 
 enum Field {
     Names(Vec<String>),
-    Messages(Vec<Message>),
+    Messages(Vec<JsonMessage>),
     Other(Seen),
 }
 
@@ -300,7 +300,7 @@ impl<'de> Deserialize<'de> for Fields {
                             Field::Names(names.map_err(|e| M::Error::custom(format!("`{key}`: {e}")))?.0)
                         }
                         "conversations" | "messages" => {
-                            let messages = map.next_value::<Option<Vec<Message>>>();
+                            let messages = map.next_value::<Option<Vec<JsonMessage>>>();
                             let messages = messages.map_err(|e| M::Error::custom(format!("`{key}`: {e}")))?;
                             Field::Messages(messages.unwrap_or_default())
                         }
@@ -385,8 +385,8 @@ impl<'de> Deserialize<'de> for Seen {
 mod tests {
     use super::*;
 
-    fn parse(text: &str) -> Result<Entry, EntryProblem> {
-        Entry::parse(text.as_bytes(), &DataOptions::default())
+    fn parse(text: &str) -> Result<JsonRow, JsonProblem> {
+        JsonRow::parse(text.as_bytes(), &DataOptions::default())
     }
 
     const TALK: &str = r#""conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]"#;
@@ -403,7 +403,7 @@ mod tests {
     #[test]
     fn keys_that_hold_something_unknown_are_named() {
         let unread = |text: &str| match parse(&format!("{{{text}{TALK}}}")) {
-            Err(EntryProblem::Unread(keys)) => keys,
+            Err(JsonProblem::Unread(keys)) => keys,
             other => panic!("{other:?}"),
         };
         assert_eq!(unread(r#""video": "a.mp4", "audio": [1], "#), ["audio", "video"]);
@@ -411,9 +411,9 @@ mod tests {
         let silent = r#""id": 7, "source": "x", "model": "", "video": null, "videos": [], "relevance_min": 3, "#;
         assert_eq!(parse(&format!("{{{silent}{TALK}}}")).unwrap().id.as_deref(), Some("7"));
         let tools = r#"{"messages": [{"role": "user", "content": "q", "tool_calls": [1]}, {"role": "assistant", "content": "a"}]}"#;
-        assert!(matches!(parse(tools), Err(EntryProblem::Unread(keys)) if keys == ["tool_calls"]));
+        assert!(matches!(parse(tools), Err(JsonProblem::Unread(keys)) if keys == ["tool_calls"]));
         let ignoring = DataOptions { ignore_keys: vec!["video".into()], ..DataOptions::default() };
-        assert!(Entry::parse(format!("{{\"video\": \"a\", {TALK}}}").as_bytes(), &ignoring).is_ok());
+        assert!(JsonRow::parse(format!("{{\"video\": \"a\", {TALK}}}").as_bytes(), &ignoring).is_ok());
     }
 
     #[test]
@@ -443,7 +443,7 @@ mod tests {
             (r#"{"messages": [{"role": "user", "content": [{"type": "video"}]}]}"#, "of type `video`"),
         ] {
             match parse(text) {
-                Err(EntryProblem::Bad(problem)) => assert!(problem.contains(want), "{text}: {problem}"),
+                Err(JsonProblem::Bad(problem)) => assert!(problem.contains(want), "{text}: {problem}"),
                 other => panic!("{text}: {other:?}"),
             }
         }

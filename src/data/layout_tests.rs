@@ -121,6 +121,40 @@ fn llava_conversations_may_have_a_system_turn_and_pictures_in_any_turn() {
     assert!(turns.iter().all(|turn| turn.system.is_some()));
 }
 
+/// The last sample costs no more than the first: what is before it in the file is not looked at again.
+#[test]
+fn a_sample_is_read_without_those_before_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let rows: Vec<String> = (0..500).map(|row| NONE.replace("ho", &format!("answer {row}"))).collect();
+    let list = write(folder.path(), "list.json", &format!("[{}]", rows.join(",\n")));
+    let lines = write(folder.path(), "lines.jsonl", &rows.join("\n"));
+    for path in [list, lines] {
+        let data = Dataset::open(&path, &whole()).unwrap();
+        let mut bytes = fs::read(&path).unwrap();
+        let last = bytes.len() - rows[499].len() - 1;
+        bytes[..last].fill(b'x');
+        fs::write(&path, bytes).unwrap();
+        let sample = data.read(&[499]).unwrap().next().unwrap().unwrap();
+        assert_eq!(sample.turns[0].assistant, "answer 499");
+        assert!(data.read(&[0]).unwrap().next().unwrap().is_err());
+    }
+    let path = folder.path().join("x.parquet");
+    shard(&path, 50, true);
+    let data = Dataset::open(&path, &whole()).unwrap();
+    let mut bytes = fs::read(&path).unwrap();
+    // Ten groups of rows; the pages of the first nine are gone.
+    let groups = ::parquet::arrow::arrow_reader::ArrowReaderMetadata::load(
+        &fs::File::open(&path).unwrap(),
+        ::parquet::arrow::arrow_reader::ArrowReaderOptions::new(),
+    );
+    let begin = groups.unwrap().metadata().row_group(9).column(0).byte_range().0 as usize;
+    bytes[..begin].fill(0);
+    fs::write(&path, bytes).unwrap();
+    let sample = data.read(&[49]).unwrap().next().unwrap().unwrap();
+    assert_eq!((sample.turns[1].assistant.as_str(), shade(&sample.images[0])), ("a 49 1", 49));
+    assert!(data.read(&[0]).unwrap().next().unwrap().is_err());
+}
+
 #[test]
 fn keys_that_nobody_reads_are_an_error_that_names_them() {
     let folder = tempfile::tempdir().unwrap();

@@ -8,7 +8,7 @@ use crate::prompt::{GivenRow, Prompt};
 
 use super::families::family_of;
 use super::images::{ImageInputs, ImageProcessor, ImageSettings, Shown};
-use super::placeholders::{Place, Placeholder};
+use super::placeholders::{Ordinal, Placeholder};
 use super::sample::{ImageBytes, Part};
 use super::template::{ChatTemplate, Content, ContentPart, Message};
 use super::tokenizer::Tokenizer;
@@ -57,14 +57,14 @@ pub struct Processor {
     template: Option<ChatTemplate>,
     /// As errors name the model.
     subject: String,
-    vision: Option<Vision>,
+    vision: Option<PictureEncoding>,
     /// Why the model's image processor is none that is known.
     unknown_images: Option<String>,
     pub(super) eos: Vec<u32>,
 }
 
 #[derive(Debug)]
-struct Vision {
+struct PictureEncoding {
     images: ImageProcessor,
     placeholder: Placeholder,
     /// The token that takes one row of image features.
@@ -90,14 +90,14 @@ impl Processor {
     pub fn open_with(bundle: &Bundle, settings: &ImageSettings) -> Result<Self> {
         let mut tokenizer = Tokenizer::open(bundle)?;
         let processor_config = bundle.read_json("processor_config.json")?.unwrap_or(Value::Null);
-        let (vision, unknown_images) = match Vision::open(bundle, &processor_config, &tokenizer, settings) {
+        let (vision, unknown_images) = match PictureEncoding::open(bundle, &processor_config, &tokenizer, settings) {
             Ok(vision) => (vision, None),
             // What the user sets must be set, so its refusal is an error.
             Err(error @ Error::Unsupported { .. }) if settings.is_default() => (None, Some(error.to_string())),
             Err(error) => return Err(error),
         };
         let mut template = read_template(bundle, &processor_config, &tokenizer)?;
-        if let Some(Vision { placeholder, .. }) = &vision {
+        if let Some(PictureEncoding { placeholder, .. }) = &vision {
             tokenizer.special_tokens = placeholder.special_tokens;
             if template.is_none()
                 && let Some(own) = placeholder.template
@@ -210,7 +210,7 @@ impl Processor {
                     text.push_str(&vision.placeholder.marker);
                     text.push('\n');
                 }
-                (ContentPart::Video, Some(Vision { placeholder, .. })) => {
+                (ContentPart::Video, Some(PictureEncoding { placeholder, .. })) => {
                     text.push_str(placeholder.video.as_ref().map_or("", |video| &video.marker));
                     text.push('\n');
                 }
@@ -291,7 +291,7 @@ impl Processor {
     }
 }
 
-impl Vision {
+impl PictureEncoding {
     /// `None` for a model without an image processor.
     fn open(
         bundle: &Bundle,
@@ -326,7 +326,7 @@ impl Vision {
                 .remedy("restore `tokenizer.json` and `processor_config.json` of the same model")
         })?;
         let video_id = placeholder.video.as_ref().and_then(|video| tokenizer.id(&video.feature));
-        Ok(Some(Vision { images, placeholder, feature_id, video_id }))
+        Ok(Some(PictureEncoding { images, placeholder, feature_id, video_id }))
     }
 
     /// The text with each marker replaced by what its picture or video takes, and how many there were.
@@ -347,7 +347,7 @@ impl Vision {
             out.push_str(before);
             match (shown.get(taken), video) {
                 (Some(Shown::Picture(layout)), _) if !is_video => {
-                    out.push_str(&(self.placeholder.expand)(layout, Place { index, count }));
+                    out.push_str(&(self.placeholder.expand)(layout, Ordinal { index, count }));
                     index += 1;
                 }
                 (Some(Shown::Video(layout)), Some(video)) if is_video => out.push_str(&(video.expand)(layout)),

@@ -17,11 +17,11 @@ pub(super) const MARKER: &str = "<image>";
 pub struct ImageBytes {
     /// Name in errors: ``image 0 of row 12 in `x.parquet` ``.
     pub subject: String,
-    content: Content,
+    content: ImageContent,
 }
 
 #[derive(Clone, Debug)]
-enum Content {
+enum ImageContent {
     Held(Arc<[u8]>),
     File(PathBuf),
     /// Seconds from the start, and the picture at that time.
@@ -31,12 +31,12 @@ enum Content {
 impl ImageBytes {
     /// A picture whose bytes are at hand.
     pub fn held(subject: impl Into<String>, bytes: impl Into<Arc<[u8]>>) -> Self {
-        ImageBytes { subject: subject.into(), content: Content::Held(bytes.into()) }
+        ImageBytes { subject: subject.into(), content: ImageContent::Held(bytes.into()) }
     }
 
     /// A picture in a file, read when it is used.
     pub fn file(subject: impl Into<String>, path: PathBuf) -> Self {
-        ImageBytes { subject: subject.into(), content: Content::File(path) }
+        ImageBytes { subject: subject.into(), content: ImageContent::File(path) }
     }
 
     /// A video as frames that were taken from it, each with its time in seconds.
@@ -57,14 +57,14 @@ impl ImageBytes {
             )
             .remedy("sort the frames by time"));
         }
-        Ok(ImageBytes { subject, content: Content::Frames(frames.into()) })
+        Ok(ImageBytes { subject, content: ImageContent::Frames(frames.into()) })
     }
 
     /// Times in seconds and pictures of a video; `None` for a picture.
     pub fn as_frames(&self) -> Option<&[(f64, ImageBytes)]> {
         match &self.content {
-            Content::Frames(frames) => Some(frames),
-            Content::Held(_) | Content::File(_) => None,
+            ImageContent::Frames(frames) => Some(frames),
+            ImageContent::Held(_) | ImageContent::File(_) => None,
         }
     }
 
@@ -73,8 +73,8 @@ impl ImageBytes {
     /// Errors: `Error::Io` when the file cannot be read; `Error::Invalid` when it is larger than 256 MiB, or a video.
     pub fn read(&self) -> Result<Arc<[u8]>> {
         match &self.content {
-            Content::Held(bytes) => Ok(bytes.clone()),
-            Content::File(path) => {
+            ImageContent::Held(bytes) => Ok(bytes.clone()),
+            ImageContent::File(path) => {
                 let size = std::fs::metadata(path).map_err(|e| Error::io("read", path, e))?.len();
                 if size > MAX_IMAGE_BYTES {
                     return Err(Error::invalid(
@@ -85,7 +85,7 @@ impl ImageBytes {
                 }
                 Ok(std::fs::read(path).map_err(|e| Error::io("read", path, e))?.into())
             }
-            Content::Frames(_) => {
+            ImageContent::Frames(_) => {
                 Err(Error::invalid(&self.subject, "is a video, expected a picture")
                     .remedy("give its frames as pictures"))
             }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::base::{Error, Result};
 use crate::ir::{self, DataType, Model};
-use crate::runtime::{Decoder, Embedded, Kind, Session, Step, Tensor, TokenTypes};
+use crate::runtime::{Decoder, Embedded, InputKind, Session, Step, Tensor, TokenTypes};
 use crate::torch;
 
 use super::probe::noise;
@@ -24,7 +24,7 @@ impl Probe {
     /// the tokens are image tokens with synthetic features.
     pub fn new(mut embedded: Embedded, decoder: &Decoder, token_types: TokenTypes) -> Self {
         let levels = decoder.deepstack_levels();
-        if levels.is_some() || decoder.takes(Kind::ImageMask) || decoder.takes(Kind::TokenTypes) {
+        if levels.is_some() || decoder.takes(InputKind::ImageMask) || decoder.takes(InputKind::TokenTypes) {
             let side = &mut embedded.side;
             side.image = (0..PROMPT_TOKENS).map(|token| IMAGE_TOKENS.contains(&token)).collect();
             side.types = match token_types {

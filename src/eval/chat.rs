@@ -15,6 +15,9 @@ use crate::base::{Cancel, Error, Progress, Result};
 
 /// Environment variable with the API key.
 pub const JUDGE_KEY: &str = "OPENAI_API_KEY";
+/// The variable of the environment that names a PEM file of certificates to trust instead of Mozilla's, as for OpenSSL.
+#[cfg(feature = "https")]
+const CERTIFICATES: &str = "SSL_CERT_FILE";
 /// Number of attempts per question.
 const ATTEMPTS: u32 = 4;
 /// Number of concurrent questions.
@@ -72,7 +75,7 @@ impl Judge {
         }
         if url.starts_with("https://") && !cfg!(feature = "https") {
             return Err(Error::unsupported(format!("judge `{url}`"), "needs TLS, which this build does not have")
-                .remedy("build interlace with `--features https`, or name a server at an http address"));
+                .remedy("build interlace without `--no-default-features`, or name a server at an http address"));
         }
         let (url, model) = (url.trim_end_matches('/').to_string(), model.to_string());
         Ok(Judge { url, model, timeout_s: default_timeout(), pause: default_pause() })
@@ -81,19 +84,15 @@ impl Judge {
     /// The replies to `count` questions, which `question` builds by number, in order. Several questions are sent
     /// concurrently; failed ones are repeated.
     ///
-    /// Errors: those of `question`; `Error::Invalid` when the judge rejects a question or its last attempt fails;
-    /// `Error::Interrupted`.
+    /// Errors: those of `question`; `Error::Invalid` when the judge refuses, its certificate is not trusted, or it fails for
+    /// the last time; `Error::Io` when the file of certificates cannot be read; `Error::Interrupted`.
     pub fn ask_all(
         &self,
         count: usize,
         question: impl Fn(usize) -> Result<ChatQuestion> + Sync,
         cancel: &Cancel,
     ) -> Result<Vec<String>> {
-        let agent: ureq::Agent = ureq::Agent::config_builder()
-            .timeout_global(Some(Duration::from_secs(self.timeout_s)))
-            .http_status_as_error(false)
-            .build()
-            .into();
+        let agent = self.agent()?;
         let key = std::env::var(JUDGE_KEY).ok().filter(|key| !key.is_empty());
         let progress = Progress::new("judge", "answers", count as u64);
         let mut replies = vec![String::new(); count];
@@ -135,6 +134,18 @@ impl Judge {
         Ok(replies)
     }
 
+    fn agent(&self) -> Result<ureq::Agent> {
+        let config = ureq::Agent::config_builder()
+            .timeout_global(Some(Duration::from_secs(self.timeout_s)))
+            .http_status_as_error(false);
+        #[cfg(feature = "https")]
+        let config = match trusted()? {
+            Some(roots) => config.tls_config(ureq::tls::TlsConfig::builder().root_certs(roots).build()),
+            None => config,
+        };
+        Ok(config.build().into())
+    }
+
     fn subject(&self) -> String {
         format!("judge `{}` at `{}`", self.model, self.url)
     }
@@ -168,7 +179,7 @@ impl Judge {
             request = request.header("authorization", format!("Bearer {key}"));
         }
         let body = self.body(question).to_string();
-        let mut response = request.send(body).map_err(|error| Failure::Passing(error.to_string()))?;
+        let mut response = request.send(body).map_err(|error| self.unreached(&error.to_string()))?;
         let status = response.status().as_u16();
         let text = response.body_mut().with_config().limit(REPLY_BYTES).read_to_string();
         let text = text.map_err(|error| Failure::Passing(error.to_string()))?;
@@ -193,6 +204,17 @@ impl Judge {
         reply.ok_or_else(|| Failure::Passing(format!("its reply has no `choices[0].message.content`: {}", shown())))
     }
 
+    /// A question that did not arrive.
+    fn unreached(&self, problem: &str) -> Failure {
+        // The certificate will be the same next time.
+        if !problem.contains("certificate") {
+            return Failure::Passing(problem.to_string());
+        }
+        let remedy = "put the path of a PEM file with the certificate of the server's authority into the environment \
+                      variable SSL_CERT_FILE, or name the server at an http address; answers are kept by `--predictions`";
+        Failure::Final(Error::invalid(self.subject(), format!("is not trusted: {problem}")).remedy(remedy))
+    }
+
     fn body(&self, question: &ChatQuestion) -> Value {
         let kind = match question.picture.as_slice() {
             [0x89, b'P', b'N', b'G', ..] => "png",
@@ -209,6 +231,30 @@ impl Judge {
                 {"type": "image_url", "image_url": {"url": picture}},
             ]}],
         })
+    }
+}
+
+/// The certificates that the environment names; `None` for those of Mozilla.
+#[cfg(feature = "https")]
+fn trusted() -> Result<Option<ureq::tls::RootCerts>> {
+    use ureq::tls::{PemItem, RootCerts, parse_pem};
+
+    let Some(path) = std::env::var_os(CERTIFICATES).filter(|path| !path.is_empty()) else { return Ok(None) };
+    let path = std::path::PathBuf::from(path);
+    let pem = std::fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
+    let subject = || format!("`{}`, which {CERTIFICATES} names,", path.display());
+    let remedy = "expected a PEM file of certificates";
+    let mut found = Vec::new();
+    for item in parse_pem(&pem) {
+        if let PemItem::Certificate(one) =
+            item.map_err(|e| Error::invalid(subject(), format!("does not decode: {e}")).remedy(remedy))?
+        {
+            found.push(one);
+        }
+    }
+    match found.is_empty() {
+        true => Err(Error::invalid(subject(), "holds no certificate").remedy(remedy)),
+        false => Ok(Some(RootCerts::Specific(found.into()))),
     }
 }
 

@@ -10,7 +10,7 @@ use crate::prompt::{
     Array, IMAGE_GRID_HWS, IMAGE_GRID_THW, IMAGE_SIZES, ImageArrays, PATCH_ATTENTION_MASK, PIXEL_ATTENTION_MASK,
     PIXEL_POSITION_IDS, PIXEL_VALUES, Prompt, SPATIAL_SHAPES, TARGET_SIZES,
 };
-use crate::runtime::{Decoder, Embedded, Input, Kind};
+use crate::runtime::{Decoder, Embedded, Input, InputKind};
 
 const GIVE_INPUTS: &str = "give inputs of your own with `verify --inputs`";
 /// Side of the synthetic picture, in pixels.
@@ -41,7 +41,7 @@ pub fn noise_text(decoder: &Decoder, ids: &[i64], first: i64) -> Result<Embedded
         false => 0,
     };
     let mut text = Embedded::text(ids, hidden_size, noise(ids.len() * hidden_size), first, decoder.position_rows());
-    if decoder.takes(Kind::PerLayerInputs) {
+    if decoder.takes(InputKind::PerLayerInputs) {
         let width = decoder.per_layer_width().ok_or_else(|| open("per_layer_inputs"))?;
         text.side.per_layer = noise(ids.len() * width);
     }
@@ -61,7 +61,7 @@ pub fn picture_prompt(processor: &Processor) -> Result<Prompt> {
 ///
 /// Errors: `Error::Unsupported` when the graph does not fix the size of a tile or patch.
 pub fn noise_picture(subject: &str, inputs: &[Input]) -> Result<ImageArrays> {
-    let port = inputs.iter().find(|input| input.kind() == Kind::Image(PIXEL_VALUES)).map(|input| &input.port);
+    let port = inputs.iter().find(|input| input.kind() == InputKind::Image(PIXEL_VALUES)).map(|input| &input.port);
     let port = port.ok_or_else(|| {
         Error::unsupported(subject, format!("has no input `{PIXEL_VALUES}`")).remedy("give inputs with `--inputs`")
     })?;
@@ -71,7 +71,7 @@ pub fn noise_picture(subject: &str, inputs: &[Input]) -> Result<ImageArrays> {
         let size = port.fixed_size(axis).filter(|&size| size > 0);
         size.ok_or_else(|| Error::unsupported(subject, problem()).remedy(GIVE_INPUTS))
     };
-    let on_a_grid = inputs.iter().any(|input| input.kind() == Kind::Image(IMAGE_GRID_THW));
+    let on_a_grid = inputs.iter().any(|input| input.kind() == InputKind::Image(IMAGE_GRID_THW));
     // The last axes are those of a tile `[C, H, W]` or a patch `[D]`; the graph may leave the number of patches open.
     let (shape, grid) = match rank {
         4 if on_a_grid => {
@@ -85,7 +85,7 @@ pub fn noise_picture(subject: &str, inputs: &[Input]) -> Result<ImageArrays> {
             if rank == 3 {
                 shape.insert(0, 1);
             }
-            let by_position = inputs.iter().any(|input| input.kind() == Kind::Image(PIXEL_POSITION_IDS));
+            let by_position = inputs.iter().any(|input| input.kind() == InputKind::Image(PIXEL_POSITION_IDS));
             (shape, if by_position { nearest_square(patches) } else { grid_of(patches) })
         }
     };
@@ -105,7 +105,7 @@ pub fn noise_picture(subject: &str, inputs: &[Input]) -> Result<ImageArrays> {
         ),
     )];
     for input in inputs {
-        let Kind::Image(name) = input.kind() else { continue };
+        let InputKind::Image(name) = input.kind() else { continue };
         let array = match name {
             IMAGE_GRID_THW => ints(&[1, 3], vec![1, rows, columns])?,
             IMAGE_GRID_HWS | SPATIAL_SHAPES | TARGET_SIZES => ints(&[1, 2], vec![rows, columns])?,

@@ -173,10 +173,16 @@ pub fn evaluate_among(
             .map(|(number, row)| prepare(processor, benchmark, name, options.prompt_style, (number, row)));
         Ok(pictures.over(all))
     };
+    // The first window is one batch, so that the model begins at once; each is twice as long as the one before it.
+    let mut size = options.batch_size;
     ahead(window, prepared, |all| {
         waited.over(all).try_for_each(|item| {
             waiting.push(item?);
-            if waiting.len() < window { Ok(()) } else { answer(std::mem::take(&mut waiting)) }
+            if waiting.len() < size {
+                return Ok(());
+            }
+            size = size.saturating_mul(2).min(window);
+            answer(std::mem::take(&mut waiting))
         })
     })?;
     answer(waiting)?;

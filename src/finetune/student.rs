@@ -8,7 +8,7 @@ use crate::base::{Error, Result};
 use crate::ir::{Dim, ValueId};
 use crate::prompt::Array;
 use crate::rewrite::fuse_kernels;
-use crate::runtime::{Input, Kind as InputKind, Training};
+use crate::runtime::{Input, InputKind, Training};
 use crate::torch::{self, Hold, Options, Program};
 
 use crate::finetune::cut::{Cut, Suffix, inputs_of};

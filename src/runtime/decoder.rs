@@ -2,7 +2,7 @@
 
 use crate::base::{Error, Result, list_preview};
 
-use super::inputs::{Input, Kind, presents_of, unknown};
+use super::inputs::{Input, InputKind, presents_of, unknown};
 use super::port::Port;
 use super::session::{Outputs, Session};
 use super::step::Step;
@@ -80,7 +80,7 @@ impl Decoder {
         };
         for input in all {
             match input.kind() {
-                Kind::Past if !prefill_only => {
+                InputKind::Past if !prefill_only => {
                     let present = presents_of(&input.port.name).find_map(|name| session.output(&name).cloned());
                     let present = present.ok_or_else(|| not_replaced(&session, &input.port))?;
                     slots.push(CacheSlot { past: input.port, present });
@@ -88,7 +88,7 @@ impl Decoder {
                 _ => inputs.push(input),
             }
         }
-        if !inputs.iter().any(|input| matches!(input.kind(), Kind::InputsEmbeds | Kind::InputIds)) {
+        if !inputs.iter().any(|input| matches!(input.kind(), InputKind::InputsEmbeds | InputKind::InputIds)) {
             return Err(Error::unsupported(
                 session.subject(),
                 "has neither `inputs_embeds` nor `input_ids` as an input",
@@ -119,7 +119,7 @@ impl Decoder {
     }
 
     /// True when an input is of this kind.
-    pub fn takes(&self, kind: Kind) -> bool {
+    pub fn takes(&self, kind: InputKind) -> bool {
         self.input(kind).is_some()
     }
 
@@ -128,37 +128,37 @@ impl Decoder {
         &self.inputs
     }
 
-    fn input(&self, kind: Kind) -> Option<&Input> {
+    fn input(&self, kind: InputKind) -> Option<&Input> {
         self.inputs.iter().find(|input| input.kind() == kind)
     }
 
     /// True for graphs that take `inputs_embeds` rather than `input_ids`.
     pub fn takes_embeds(&self) -> bool {
-        self.takes(Kind::InputsEmbeds)
+        self.takes(InputKind::InputsEmbeds)
     }
 
     /// True when the graph itself reads pixels.
     pub fn takes_pictures(&self) -> bool {
-        self.inputs.iter().any(|input| matches!(input.kind(), Kind::Image(_)))
+        self.inputs.iter().any(|input| matches!(input.kind(), InputKind::Image(_)))
     }
 
     /// Number of levels and width of DeepStack features that are inputs of their own; `None` when there are none or the
     /// graph does not fix both.
     pub fn deepstack_levels(&self) -> Option<(usize, usize)> {
-        let input = self.input(Kind::Deepstack)?;
+        let input = self.input(InputKind::Deepstack)?;
         let levels = if input.is_stacked() { input.port.fixed_size(0)? } else { input.levels.len().max(1) };
         Some((levels, input.port.width().or(self.hidden_size())?))
     }
 
     /// Elements of each token's second embedding, if the graph fixes the number.
     pub fn per_layer_width(&self) -> Option<usize> {
-        let port = &self.input(Kind::PerLayerInputs)?.port;
+        let port = &self.input(InputKind::PerLayerInputs)?.port;
         (2..port.rank()).map(|axis| port.fixed_size(axis)).product()
     }
 
     /// 3 for graphs with multimodal rotary positions, else 1.
     pub fn position_rows(&self) -> usize {
-        match self.input(Kind::PositionIds) {
+        match self.input(InputKind::PositionIds) {
             Some(input) if input.port.rank() == 3 => 3,
             _ => 1,
         }
@@ -167,17 +167,17 @@ impl Decoder {
     /// The batch size, if the graph supports only one.
     pub fn fixed_batch(&self) -> Option<usize> {
         // The row order of ready tensors is unknown, so only one row is possible.
-        if self.takes(Kind::Given) {
+        if self.takes(InputKind::Given) {
             return Some(1);
         }
-        let tokens = |input: &&Input| matches!(input.kind(), Kind::InputsEmbeds | Kind::InputIds);
+        let tokens = |input: &&Input| matches!(input.kind(), InputKind::InputsEmbeds | InputKind::InputIds);
         let ports = self.inputs.iter().filter(tokens).map(|input| &input.port);
         ports.chain(self.slots.iter().map(|slot| &slot.past)).find_map(|port| port.fixed_size(0))
     }
 
     /// True when the graph supports left padding: it has a mask and position ids.
     pub fn takes_padding(&self) -> bool {
-        self.takes(Kind::AttentionMask) && self.takes(Kind::PositionIds)
+        self.takes(InputKind::AttentionMask) && self.takes(InputKind::PositionIds)
     }
 
     /// Runs one step. `cache` is the result of the previous step, `None` for prefill.
@@ -241,9 +241,9 @@ impl Decoder {
         let mut fresh = Vec::with_capacity(self.inputs.len());
         for input in &self.inputs {
             let tensor = match input.kind() {
-                Kind::Added => continue,
-                Kind::Past => self.empty_past(&input.port, step.batch())?,
-                Kind::Given if step.given(&input.port.name).is_none() => {
+                InputKind::Added => continue,
+                InputKind::Past => self.empty_past(&input.port, step.batch())?,
+                InputKind::Given if step.given(&input.port.name).is_none() => {
                     return Err(unknown(self.session.subject(), &input.port));
                 }
                 _ => Tensor::from_array(input.port.dtype, input.make(step)?)?,
@@ -302,7 +302,7 @@ impl Decoder {
 
     /// Width of `inputs_embeds`, if the graph fixes it.
     pub fn hidden_size(&self) -> Option<usize> {
-        self.input(Kind::InputsEmbeds).and_then(|input| input.port.width())
+        self.input(InputKind::InputsEmbeds).and_then(|input| input.port.width())
     }
 
     /// Width of the logits, if the graph fixes it.

@@ -6,7 +6,7 @@ use serde_json::Value;
 use crate::bundle::Bundle;
 use crate::ir::Graph;
 
-use super::inputs::{Input, Kind};
+use super::inputs::{Input, InputKind};
 use super::port::Port;
 
 /// A warning for a decoder without inputs for DeepStack features although its config lists them; otherwise `None`.
@@ -17,9 +17,9 @@ pub fn missing_deepstack(bundle: &Bundle, decoder: &Graph) -> Option<String> {
         return None;
     }
     let takes = |port: &Port| match Input::all("", [port]).ok().and_then(|mut inputs| inputs.pop()) {
-        Some(input) if input.kind() == Kind::Deepstack => true,
+        Some(input) if input.kind() == InputKind::Deepstack => true,
         // Packed after each row of the embeddings.
-        Some(input) if input.kind() == Kind::InputsEmbeds => {
+        Some(input) if input.kind() == InputKind::InputsEmbeds => {
             port.width().zip(config.hidden_size).is_some_and(|(width, hidden)| width > hidden)
         }
         _ => false,

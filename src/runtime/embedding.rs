@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::base::{Error, Result};
 
-use super::inputs::{Input, Kind, output_kind};
+use super::inputs::{Input, InputKind, output_kind};
 use super::port::Port;
 use super::session::Session;
 use super::step::{Embedded, Step};
@@ -37,16 +37,16 @@ impl TokenEmbedding {
     pub fn new(session: Session) -> Result<Self> {
         let subject = session.subject();
         let inputs = Input::all(subject, session.inputs())?;
-        let read = |kind: Kind| {
+        let read = |kind: InputKind| {
             matches!(
                 kind,
-                Kind::InputIds
-                    | Kind::AttentionMask
-                    | Kind::ImageFeatures
-                    | Kind::AudioFeatures
-                    | Kind::ImageMask
-                    | Kind::ImageTokens
-                    | Kind::Image(_)
+                InputKind::InputIds
+                    | InputKind::AttentionMask
+                    | InputKind::ImageFeatures
+                    | InputKind::AudioFeatures
+                    | InputKind::ImageMask
+                    | InputKind::ImageTokens
+                    | InputKind::Image(_)
             )
         };
         if let Some(input) = inputs.iter().find(|input| !read(input.kind())) {
@@ -54,13 +54,14 @@ impl TokenEmbedding {
             return Err(Error::unsupported(subject, problem)
                 .remedy("export the token embedding with `input_ids`, and with image features if it merges them"));
         }
-        if !inputs.iter().any(|input| input.kind() == Kind::InputIds) {
+        if !inputs.iter().any(|input| input.kind() == InputKind::InputIds) {
             return Err(Error::unsupported(subject, "has no input `input_ids`")
                 .remedy("export the token embedding with `input_ids` as its input"));
         }
         let kind = |port| output_kind(port).map(|(kind, _)| kind);
-        let per_layer = session.outputs().iter().find(|port| kind(port) == Some(Kind::PerLayerInputs));
-        let others: Vec<_> = session.outputs().iter().filter(|port| kind(port) != Some(Kind::PerLayerInputs)).collect();
+        let per_layer = session.outputs().iter().find(|port| kind(port) == Some(InputKind::PerLayerInputs));
+        let others: Vec<_> =
+            session.outputs().iter().filter(|port| kind(port) != Some(InputKind::PerLayerInputs)).collect();
         let [output] = others[..] else {
             let names: Vec<String> = others.iter().map(|port| port.described()).collect();
             let problem = format!("has outputs {}, expected one output of embeddings", names.join(" and "));
@@ -87,12 +88,12 @@ impl TokenEmbedding {
 
     /// True when the graph merges image features itself.
     pub fn takes_features(&self) -> bool {
-        self.inputs.iter().any(|input| input.kind() == Kind::ImageFeatures)
+        self.inputs.iter().any(|input| input.kind() == InputKind::ImageFeatures)
     }
 
     /// True when the graph reads pixels, so that the vision encoder is inside it.
     pub fn takes_pictures(&self) -> bool {
-        self.inputs.iter().any(|input| matches!(input.kind(), Kind::Image(_)))
+        self.inputs.iter().any(|input| matches!(input.kind(), InputKind::Image(_)))
     }
 
     /// The graph's inputs.
@@ -107,7 +108,7 @@ impl TokenEmbedding {
 
     /// Width of the image features that the graph merges; `None` when it merges none or does not fix the width.
     pub fn feature_width(&self) -> Option<usize> {
-        self.inputs.iter().find(|input| input.kind() == Kind::ImageFeatures).and_then(|input| input.port.width())
+        self.inputs.iter().find(|input| input.kind() == InputKind::ImageFeatures).and_then(|input| input.port.width())
     }
 
     /// All inputs for one prompt. The prompt's ids must be set, and the `side` data that the graph reads.

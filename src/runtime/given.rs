@@ -10,13 +10,13 @@ use crate::ir::Dim;
 use crate::prompt::{Array, GivenRow, ImageArrays, Prompt, TensorBatch};
 
 use super::features::Features;
-use super::inputs::{Input, Kind};
+use super::inputs::{Input, InputKind};
 use super::port::Port;
 use super::step::{Embedded, Side};
 use super::vlm::{Vision, VlmSession};
 
 /// A row, with facts about its batch.
-struct Row<'a> {
+struct RowInBatch<'a> {
     given: &'a GivenRow,
     /// True at image tokens of each row of the batch, padding included.
     image: Vec<Vec<bool>>,
@@ -32,13 +32,13 @@ impl VlmSession {
     /// [`VlmSession::embed`].
     pub(super) fn embed_given(&mut self, prompt: &Prompt, given: &GivenRow) -> Result<Embedded> {
         let inputs: Vec<Input> = self.decoder.inputs().to_vec();
-        let has = |kind: Kind| inputs.iter().any(|input| input.kind() == kind && given.array(input).is_some());
-        let embeds = has(Kind::InputsEmbeds);
-        let tokens = inputs.iter().find(|input| matches!(input.kind(), Kind::InputsEmbeds | Kind::InputIds));
+        let has = |kind: InputKind| inputs.iter().any(|input| input.kind() == kind && given.array(input).is_some());
+        let embeds = has(InputKind::InputsEmbeds);
+        let tokens = inputs.iter().find(|input| matches!(input.kind(), InputKind::InputsEmbeds | InputKind::InputIds));
         let image = image_tokens(&inputs, &given.batch, self.settings.image_token_id);
-        let row = Row { given, image, tokens: tokens.map(|input| &input.port) };
+        let row = RowInBatch { given, image, tokens: tokens.map(|input| &input.port) };
         let own_image = row.own_image();
-        let features = match embeds || has(Kind::ImageFeatures) {
+        let features = match embeds || has(InputKind::ImageFeatures) {
             true => Vec::new(),
             false => self.given_features(&row)?,
         };
@@ -52,7 +52,7 @@ impl VlmSession {
         side.given.extend(row.others(self.embedding_inputs())?);
         let input_ids = prompt.input_ids.clone();
         let mut embedded = Embedded { input_ids, positions, next_position, side, ..Embedded::default() };
-        if let Some(input) = inputs.iter().find(|input| embeds && input.kind() == Kind::InputsEmbeds) {
+        if let Some(input) = inputs.iter().find(|input| embeds && input.kind() == InputKind::InputsEmbeds) {
             embedded.data = row.cut(&input.port, 0, 1)?.to_floats();
             embedded.hidden_size = embedded.data.len() / embedded.len().max(1);
             if own_image.contains(&true) {
@@ -68,7 +68,7 @@ impl VlmSession {
     }
 
     /// Features of the row's image tokens, from one run of the vision encoder over all pictures of the batch.
-    fn given_features(&mut self, row: &Row) -> Result<Vec<Arc<Features>>> {
+    fn given_features(&mut self, row: &RowInBatch) -> Result<Vec<Arc<Features>>> {
         let (before, own, all) = row.image_counts();
         let Some(vision) = &mut self.vision else { return Ok(Vec::new()) };
         if all == 0 {
@@ -87,7 +87,7 @@ impl VlmSession {
             _ => {
                 let arrays = vision.inputs().iter().filter_map(|input| {
                     let name = match input.kind() {
-                        Kind::Image(name) => name,
+                        InputKind::Image(name) => name,
                         _ => input.port.name.as_str(),
                     };
                     Some((name.to_string(), batch.arrays.get(&input.port.name)?.clone()))
@@ -114,8 +114,8 @@ impl VlmSession {
     }
 
     /// Positions from the file, or otherwise computed by the rules of the model's config.
-    fn given_positions(&self, prompt: &Prompt, row: &Row) -> Result<(Vec<Vec<i64>>, i64)> {
-        let given = self.decoder.inputs().iter().find(|input| input.kind() == Kind::PositionIds);
+    fn given_positions(&self, prompt: &Prompt, row: &RowInBatch) -> Result<(Vec<Vec<i64>>, i64)> {
+        let given = self.decoder.inputs().iter().find(|input| input.kind() == InputKind::PositionIds);
         if let Some(input) = given.filter(|input| row.given.array(input).is_some()) {
             let rows = input.port.rank() == 3;
             let array = if rows { row.cut(&input.port, 1, 2)? } else { row.cut(&input.port, 0, 1)? };
@@ -134,11 +134,11 @@ impl VlmSession {
             _ => &[],
         };
         let all = vision.iter().chain(self.embedding_inputs()).chain(self.decoder.inputs());
-        all.filter(|input| matches!(input.kind(), Kind::Image(_))).cloned().collect()
+        all.filter(|input| matches!(input.kind(), InputKind::Image(_))).cloned().collect()
     }
 }
 
-impl Row<'_> {
+impl RowInBatch<'_> {
     /// True at image tokens of this row.
     fn own_image(&self) -> Vec<bool> {
         self.image.get(self.given.row).and_then(|row| row.get(self.given.tokens.clone())).unwrap_or_default().to_vec()
@@ -191,10 +191,10 @@ impl Row<'_> {
         for input in inputs.iter().filter(|input| self.given.array(input).is_some()) {
             let port = &input.port;
             match input.kind() {
-                Kind::TokenTypes => side.types = self.cut(port, 0, 1)?.to_ints().unwrap_or_default(),
-                Kind::PerLayerInputs => side.per_layer = self.cut(port, 0, 1)?.to_floats(),
-                Kind::ImageFeatures => side.features = self.cut_features(port, port.rank() - 2)?.to_floats(),
-                Kind::Deepstack => {
+                InputKind::TokenTypes => side.types = self.cut(port, 0, 1)?.to_ints().unwrap_or_default(),
+                InputKind::PerLayerInputs => side.per_layer = self.cut(port, 0, 1)?.to_floats(),
+                InputKind::ImageFeatures => side.features = self.cut_features(port, port.rank() - 2)?.to_floats(),
+                InputKind::Deepstack => {
                     let stacked = usize::from(input.is_stacked());
                     let by_token = port.rank() - stacked == 3;
                     let array = match by_token {
@@ -212,10 +212,10 @@ impl Row<'_> {
                         levels.push((input.number.unwrap_or(level), rows));
                     }
                 }
-                Kind::Past => {
+                InputKind::Past => {
                     return Err(self.wrong(port, "is a cache, and caches begin empty".into()).remedy("leave it out"));
                 }
-                Kind::Given => drop(side.given.insert(port.name.clone(), self.other(input)?)),
+                InputKind::Given => drop(side.given.insert(port.name.clone(), self.other(input)?)),
                 _ => {}
             }
         }
@@ -235,7 +235,7 @@ impl Row<'_> {
     /// The file's tensors for other inputs of the token embedding graph than ids, features and pictures.
     fn others(&self, inputs: &[Input]) -> Result<BTreeMap<String, Array>> {
         let read = |input: &&Input| {
-            matches!(input.kind(), Kind::ImageTokens | Kind::AudioFeatures | Kind::Given)
+            matches!(input.kind(), InputKind::ImageTokens | InputKind::AudioFeatures | InputKind::Given)
                 && self.given.array(input).is_some()
         };
         inputs.iter().filter(read).map(|input| Ok((input.port.name.clone(), self.other(input)?))).collect()
@@ -291,7 +291,7 @@ impl Row<'_> {
                     return Err(self.wrong(&input.port, problem).remedy("write a file for each row"));
                 }
             };
-            if let Kind::Image(name) = input.kind() {
+            if let InputKind::Image(name) = input.kind() {
                 arrays.insert(name.to_string(), array);
             }
         }
@@ -301,7 +301,7 @@ impl Row<'_> {
     /// Grids of the row's own pictures: those after the image tokens of the earlier rows.
     fn grids(&self, inputs: Vec<Input>, merge: Option<usize>) -> Vec<Option<[i64; 3]>> {
         let (before, own, _) = self.image_counts();
-        let grid = |input: &&Input| input.kind() == Kind::Image(crate::prompt::IMAGE_GRID_THW);
+        let grid = |input: &&Input| input.kind() == InputKind::Image(crate::prompt::IMAGE_GRID_THW);
         let array = inputs.iter().find(grid).and_then(|input| self.given.array(input)).and_then(Array::to_ints);
         let merged = merge.unwrap_or(1).max(1).pow(2) as i64;
         let (mut place, mut found) = (0usize, Vec::new());
@@ -320,7 +320,7 @@ impl Row<'_> {
 /// or otherwise from the ids.
 fn image_tokens(inputs: &[Input], batch: &TensorBatch, image_token: Option<i64>) -> Vec<Vec<bool>> {
     let mask =
-        inputs.iter().find(|input| input.kind() == Kind::ImageMask && batch.arrays.contains_key(&input.port.name));
+        inputs.iter().find(|input| input.kind() == InputKind::ImageMask && batch.arrays.contains_key(&input.port.name));
     let ids = || batch.arrays.get("input_ids").and_then(Array::to_ints);
     let all: Option<Vec<bool>> = match mask {
         Some(input) => batch

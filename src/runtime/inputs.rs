@@ -18,7 +18,7 @@ use super::step::Step;
 
 /// Content of an input or output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum InputKind {
     /// `[B, T, D]`; wider than the token embeddings when DeepStack features are packed after them in each row.
     InputsEmbeds,
     /// `[B, T]`.
@@ -71,7 +71,7 @@ pub enum Training {
 
 /// One row of the table.
 pub struct InputRow {
-    pub kind: Kind,
+    pub kind: InputKind,
     /// Names in exported graphs. A `*` at the end matches a number, with or without a `.` or `_` before it; a `.` at
     /// the end matches any suffix.
     pub names: &'static [&'static str],
@@ -95,7 +95,7 @@ pub struct Input {
 }
 
 const fn row(
-    kind: Kind,
+    kind: InputKind,
     names: &'static [&'static str],
     ranks: &'static [usize],
     make: fn(&Step, &Input) -> Result<Array>,
@@ -104,45 +104,50 @@ const fn row(
 }
 
 const fn image(array: &'static str, names: &'static [&'static str], ranks: &'static [usize]) -> InputRow {
-    row(Kind::Image(array), names, ranks, image_array)
+    row(InputKind::Image(array), names, ranks, image_array)
 }
 
 /// All kinds of inputs and outputs except caches, which [`CACHES`] lists.
 pub const INPUTS: &[InputRow] = &[
     InputRow {
         training: Training::ShapeOnly,
-        ..row(Kind::InputsEmbeds, &["inputs_embeds"], &[3], |step, input| step.embeddings(input.port.width()))
+        ..row(InputKind::InputsEmbeds, &["inputs_embeds"], &[3], |step, input| step.embeddings(input.port.width()))
     },
-    InputRow { training: Training::ShapeOnly, ..row(Kind::InputIds, &["input_ids"], &[2], |step, _| step.input_ids()) },
-    row(Kind::AttentionMask, &["attention_mask"], &[2], |step, _| Ok(step.attention_mask())),
-    row(Kind::PositionIds, &["position_ids"], &[2, 3], |step, input| step.position_ids(input.port.rank() == 3)),
-    row(Kind::CachePosition, &["cache_position"], &[1], |step, _| Ok(step.cache_position())),
-    row(Kind::UseCacheBranch, &["use_cache_branch"], &[], |step, input| Ok(flag(input, i64::from(step.has_cache())))),
-    row(Kind::LogitsToKeep, &["num_logits_to_keep", "logits_to_keep"], &[], |step, input| {
+    InputRow {
+        training: Training::ShapeOnly,
+        ..row(InputKind::InputIds, &["input_ids"], &[2], |step, _| step.input_ids())
+    },
+    row(InputKind::AttentionMask, &["attention_mask"], &[2], |step, _| Ok(step.attention_mask())),
+    row(InputKind::PositionIds, &["position_ids"], &[2, 3], |step, input| step.position_ids(input.port.rank() == 3)),
+    row(InputKind::CachePosition, &["cache_position"], &[1], |step, _| Ok(step.cache_position())),
+    row(InputKind::UseCacheBranch, &["use_cache_branch"], &[], |step, input| {
+        Ok(flag(input, i64::from(step.has_cache())))
+    }),
+    row(InputKind::LogitsToKeep, &["num_logits_to_keep", "logits_to_keep"], &[], |step, input| {
         Ok(flag(input, i64::from(step.last_only())))
     }),
     row(
-        Kind::ImageMask,
+        InputKind::ImageMask,
         &["visual_pos_masks", "image_mask", "images_seq_mask", "special_image_mask"],
         &[2, 3],
         |step, input| Ok(step.image_mask(input.port.rank())),
     ),
-    row(Kind::ImageTokens, &["images_emb_mask"], &[3], |step, input| step.image_tokens(&input.port)),
-    row(Kind::TokenTypes, &["token_type_ids", "mm_token_type_ids"], &[2], |step, _| Ok(step.token_types())),
+    row(InputKind::ImageTokens, &["images_emb_mask"], &[3], |step, input| step.image_tokens(&input.port)),
+    row(InputKind::TokenTypes, &["token_type_ids", "mm_token_type_ids"], &[2], |step, _| Ok(step.token_types())),
     row(
-        Kind::Deepstack,
+        InputKind::Deepstack,
         &["deepstack_features*", "deepstack_visual_embeds*", "deepstack_embeds*", "deepstack*"],
         &[2, 3, 4],
         |step, input| input.deepstack(step),
     ),
-    row(Kind::PerLayerInputs, &["per_layer_inputs"], &[3, 4], |step, input| step.per_layer_inputs(&input.port)),
+    row(InputKind::PerLayerInputs, &["per_layer_inputs"], &[3, 4], |step, input| step.per_layer_inputs(&input.port)),
     row(
-        Kind::ImageFeatures,
+        InputKind::ImageFeatures,
         &["image_features", "image_embeds", "vision_features", "visual_features"],
         &[2, 3],
         |step, input| step.image_features(&input.port),
     ),
-    row(Kind::AudioFeatures, &["audio_features"], &[2, 3], |step, input| step.audio_features(&input.port)),
+    row(InputKind::AudioFeatures, &["audio_features"], &[2, 3], |step, input| step.audio_features(&input.port)),
     image(PIXEL_VALUES, &["pixel_values"], &[2, 3, 4, 5]),
     image(PIXEL_ATTENTION_MASK, &["pixel_attention_mask"], &[2, 3, 4]),
     image(IMAGE_GRID_THW, &["image_grid_thw", "grid_thw"], &[2]),
@@ -152,7 +157,7 @@ pub const INPUTS: &[InputRow] = &[
     image(PIXEL_POSITION_IDS, &["pixel_position_ids", "image_position_ids"], &[2, 3]),
     image(TARGET_SIZES, &["target_sizes", "tgt_sizes"], &[2, 3]),
     image(PATCH_ATTENTION_MASK, &["patch_attention_mask"], &[2, 3, 4]),
-    row(Kind::Added, &[ADDED_PREFIX], &[], caller_gives),
+    row(InputKind::Added, &[ADDED_PREFIX], &[], caller_gives),
 ];
 
 /// Prefixes of the names of a cache input and of the matching output.
@@ -170,11 +175,11 @@ pub const CACHES: &[(&str, &str)] = &[
 ];
 
 static CACHE: InputRow =
-    InputRow { kind: Kind::Past, names: &[], ranks: &[], training: Training::Empty, make: caller_gives };
+    InputRow { kind: InputKind::Past, names: &[], ranks: &[], training: Training::Empty, make: caller_gives };
 
 /// The row for inputs without a known meaning.
 static GIVEN: InputRow =
-    InputRow { kind: Kind::Given, names: &[], ranks: &[], training: Training::Fed, make: only_given };
+    InputRow { kind: InputKind::Given, names: &[], ranks: &[], training: Training::Fed, make: only_given };
 
 fn only_given(_: &Step, input: &Input) -> Result<Array> {
     Err(unknown("the graph", &input.port))
@@ -188,7 +193,7 @@ fn caller_gives(_: &Step, input: &Input) -> Result<Array> {
 }
 
 fn image_array(step: &Step, input: &Input) -> Result<Array> {
-    let Kind::Image(name) = input.row.kind else { return caller_gives(step, input) };
+    let InputKind::Image(name) = input.row.kind else { return caller_gives(step, input) };
     pictures::array(step.pictures(), name, &input.port)
 }
 
@@ -219,7 +224,7 @@ fn row_of(port: &Port) -> Option<(&'static InputRow, Option<usize>)> {
 }
 
 /// The content of an output of a vision encoder or token embedding, and the number in its name.
-pub fn output_kind(port: &Port) -> Option<(Kind, Option<usize>)> {
+pub fn output_kind(port: &Port) -> Option<(InputKind, Option<usize>)> {
     row_of(port).map(|(row, number)| (row.kind, number))
 }
 
@@ -239,13 +244,13 @@ impl Input {
     /// Errors: `Error::Unsupported` naming an input without a known meaning.
     pub fn all<'a>(subject: &str, ports: impl IntoIterator<Item = &'a Port>) -> Result<Vec<Input>> {
         let inputs = Input::all_or_given(ports);
-        match inputs.iter().find(|input| input.kind() == Kind::Given) {
+        match inputs.iter().find(|input| input.kind() == InputKind::Given) {
             Some(input) => Err(unknown(subject, &input.port)),
             None => Ok(inputs),
         }
     }
 
-    /// The inputs of a graph that may take ready tensors: inputs without a known meaning become [`Kind::Given`].
+    /// The inputs of a graph that may take ready tensors: inputs without a known meaning become [`InputKind::Given`].
     pub fn all_or_given<'a>(ports: impl IntoIterator<Item = &'a Port>) -> Vec<Input> {
         let mut inputs = Vec::new();
         for port in ports {
@@ -256,26 +261,26 @@ impl Input {
             };
             inputs.push(Input { port: port.clone(), row, number, levels: Vec::new() });
         }
-        let deepstack = |input: &&Input| input.kind() == Kind::Deepstack;
+        let deepstack = |input: &&Input| input.kind() == InputKind::Deepstack;
         let mut levels: Vec<usize> = inputs.iter().filter(deepstack).filter_map(|input| input.number).collect();
         levels.sort_unstable();
-        for input in inputs.iter_mut().filter(|input| input.kind() == Kind::Deepstack) {
+        for input in inputs.iter_mut().filter(|input| input.kind() == InputKind::Deepstack) {
             input.levels.clone_from(&levels);
         }
         inputs
     }
 
     /// Content of the input.
-    pub fn kind(&self) -> Kind {
+    pub fn kind(&self) -> InputKind {
         self.row.kind
     }
 
     /// True when one input takes DeepStack features of all levels.
     pub fn is_stacked(&self) -> bool {
-        self.kind() == Kind::Deepstack && self.number.is_none() && self.port.rank() > 2
+        self.kind() == InputKind::Deepstack && self.number.is_none() && self.port.rank() > 2
     }
 
-    /// One level of DeepStack features, or all of them stacked; see [`Kind::Deepstack`].
+    /// One level of DeepStack features, or all of them stacked; see [`InputKind::Deepstack`].
     fn deepstack(&self, step: &Step) -> Result<Array> {
         let width = self.port.width().unwrap_or(step.hidden_size());
         let by_token = self.port.rank() - usize::from(self.is_stacked()) == 3;
@@ -377,8 +382,8 @@ mod tests {
         let ports = [port("deepstack_features_17", 2), port("input_ids", 2), port("deepstack_features.5", 2)];
         let inputs = Input::all("graph", &ports).unwrap();
         let found: Vec<_> = inputs.iter().map(|input| (input.kind(), input.number, input.levels.clone())).collect();
-        let deepstack = |number: usize| (Kind::Deepstack, Some(number), vec![5, 17]);
-        assert_eq!(found, [deepstack(17), (Kind::InputIds, None, vec![]), deepstack(5)]);
+        let deepstack = |number: usize| (InputKind::Deepstack, Some(number), vec![5, 17]);
+        assert_eq!(found, [deepstack(17), (InputKind::InputIds, None, vec![]), deepstack(5)]);
         assert!(!inputs[0].is_stacked());
         assert!(Input::all("graph", &[port("deepstack_visual_embeds", 3)]).unwrap()[0].is_stacked());
     }
@@ -400,7 +405,7 @@ mod tests {
         assert!(error.contains("`cross_states` (float32 [?, ?, ?])") && error.contains("rename"), "{error}");
         let error = Input::all("`decoder`", &[port("attention_mask", 4)]).unwrap_err().to_string();
         assert!(error.contains("has rank 4, known is 2"), "{error}");
-        assert_eq!(Input::all("`decoder`", &[port("past_conv.3", 3)]).unwrap()[0].kind(), Kind::Past);
+        assert_eq!(Input::all("`decoder`", &[port("past_conv.3", 3)]).unwrap()[0].kind(), InputKind::Past);
     }
 
     #[test]

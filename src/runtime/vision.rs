@@ -8,7 +8,7 @@ use crate::base::{Error, Result, Sha256Digest};
 use crate::prompt::{ImageArrays, PIXEL_ATTENTION_MASK, PIXEL_VALUES};
 
 use super::features::{FeatureCache, Features};
-use super::inputs::{Input, Kind, output_kind, unknown};
+use super::inputs::{Input, InputKind, output_kind, unknown};
 use super::pictures::{array, is_padded, share_a_run, tile_count};
 use super::port::Port;
 use super::session::{Outputs, Session};
@@ -54,12 +54,13 @@ impl VisionEncoder {
     /// Errors: `Error::Unsupported` naming an input of another component, or an output without a known meaning.
     pub fn new(session: Session, digest: Sha256Digest, cache: Arc<FeatureCache>) -> Result<Self> {
         let inputs = Input::all_or_given(session.inputs());
-        if let Some(input) = inputs.iter().find(|input| !matches!(input.kind(), Kind::Image(_) | Kind::Given)) {
+        if let Some(input) = inputs.iter().find(|input| !matches!(input.kind(), InputKind::Image(_) | InputKind::Given))
+        {
             let problem = format!("input {} is not an input of a vision encoder", input.port.described());
             return Err(Error::unsupported(session.subject(), problem)
                 .remedy("export the vision encoder alone, with the arrays of the model's image processor as inputs"));
         }
-        if session.input(PIXEL_VALUES).is_none() && !inputs.iter().any(|input| input.kind() == Kind::Given) {
+        if session.input(PIXEL_VALUES).is_none() && !inputs.iter().any(|input| input.kind() == InputKind::Given) {
             return Err(Error::unsupported(session.subject(), format!("has no input `{PIXEL_VALUES}`"))
                 .remedy("export the vision encoder with `pixel_values` as its input"));
         }
@@ -139,7 +140,7 @@ impl VisionEncoder {
         let mut feeds = Vec::with_capacity(self.inputs.len());
         for input in &self.inputs {
             let array = match (input.kind(), pictures) {
-                (Kind::Image(name), _) => array(pictures.iter().copied(), name, &input.port)?,
+                (InputKind::Image(name), _) => array(pictures.iter().copied(), name, &input.port)?,
                 (_, [only]) => {
                     only.get(&input.port.name).cloned().ok_or_else(|| unknown(self.session.subject(), &input.port))?
                 }
@@ -152,7 +153,7 @@ impl VisionEncoder {
 
     /// One run over pictures that can share it.
     fn run(&mut self, pictures: &[&ImageArrays]) -> Result<Vec<Features>> {
-        let takes_mask = self.inputs.iter().any(|input| input.kind() == Kind::Image(PIXEL_ATTENTION_MASK));
+        let takes_mask = self.inputs.iter().any(|input| input.kind() == InputKind::Image(PIXEL_ATTENTION_MASK));
         if !takes_mask && pictures.iter().any(|picture| is_padded(picture)) {
             let problem = format!("takes no `{PIXEL_ATTENTION_MASK}`, but a picture is padded");
             return Err(
@@ -293,7 +294,7 @@ fn outputs(subject: &str, ports: &[Port]) -> Result<(String, Deepstack)> {
     let mut others: Vec<&Port> = Vec::new();
     for port in ports {
         match output_kind(port) {
-            Some((Kind::Deepstack, number)) => levels.push((number, port)),
+            Some((InputKind::Deepstack, number)) => levels.push((number, port)),
             _ => others.push(port),
         }
     }

@@ -9,7 +9,7 @@ use crate::prompt::{ImageArrays, Prompt, TensorBatch};
 use super::decoder::Decoder;
 use super::embedding::TokenEmbedding;
 use super::features::Features;
-use super::inputs::{Input, Kind};
+use super::inputs::{Input, InputKind};
 use super::positions::multimodal_positions;
 use super::profile::NetworkTimes;
 use super::session::Outputs;
@@ -75,7 +75,7 @@ impl VlmSession {
         settings: VlmSettings,
     ) -> Result<Self> {
         let subject = decoder.session().subject().to_string();
-        if vision.is_some() && !decoder.takes_embeds() && !decoder.takes(Kind::ImageFeatures) {
+        if vision.is_some() && !decoder.takes_embeds() && !decoder.takes(InputKind::ImageFeatures) {
             return Err(Error::invalid(subject, "takes token ids, so image features cannot be merged in")
                 .remedy("export the decoder with `inputs_embeds` in place of `input_ids`"));
         }
@@ -229,12 +229,12 @@ impl VlmSession {
         let side = &mut embedded.side;
         if image.contains(&true) {
             side.image = image;
-            let merging = self.decoder.takes(Kind::ImageFeatures)
+            let merging = self.decoder.takes(InputKind::ImageFeatures)
                 || self.embed.as_ref().is_some_and(TokenEmbedding::takes_features);
             if merging && side.features.is_empty() {
                 side.features = features.iter().flat_map(|item| item.data.iter().copied()).collect();
             }
-            if self.decoder.takes(Kind::Deepstack) || self.packs_deepstack() {
+            if self.decoder.takes(InputKind::Deepstack) || self.packs_deepstack() {
                 (side.deepstack, side.levels) = levels(features)?;
             }
             if self.vision.is_none() {
@@ -247,7 +247,7 @@ impl VlmSession {
             self.write_features(embedded, features)?;
         }
         // The decoder does not read the data for the embedding component.
-        if !self.decoder.takes(Kind::ImageFeatures) {
+        if !self.decoder.takes(InputKind::ImageFeatures) {
             embedded.side.features = Vec::new();
         }
         if !self.decoder.takes_pictures() {
@@ -268,7 +268,7 @@ impl VlmSession {
         };
         let rows = embed.run(embedded)?;
         (embedded.hidden_size, embedded.data) = (rows.hidden_size, rows.data);
-        if self.decoder.takes(Kind::PerLayerInputs) {
+        if self.decoder.takes(InputKind::PerLayerInputs) {
             embedded.side.per_layer = rows.per_layer;
         }
         Ok(())
@@ -306,7 +306,7 @@ impl VlmSession {
     }
 
     pub(super) fn token_types(&self, prompt: &Prompt, image: &[bool]) -> Vec<i64> {
-        if !self.decoder.takes(Kind::TokenTypes) {
+        if !self.decoder.takes(InputKind::TokenTypes) {
             return Vec::new();
         }
         match self.settings.token_types {

@@ -2,14 +2,19 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use interlace::base::Cancel;
 use interlace::eval::{ChatQuestion, Judge};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use serde_json::{Value, json};
 
 use super::cli::{interlace, stderr};
@@ -22,7 +27,7 @@ struct Request {
 }
 
 /// Reads a request; `None` when the connection ends.
-fn request(stream: &TcpStream) -> Option<Request> {
+fn request(stream: impl Read) -> Option<Request> {
     let mut reader = BufReader::new(stream);
     let mut line = String::new();
     if reader.read_line(&mut line).ok()? == 0 {
@@ -59,11 +64,48 @@ fn serve(answer: impl Fn(usize, &Request) -> (u16, String) + Send + 'static) -> 
                 silent.push(stream);
                 continue;
             }
-            let head = format!("HTTP/1.1 {status} x\r\ncontent-length: {}\r\nconnection: close\r\n\r\n", body.len());
-            drop(stream.write_all((head + &body).as_bytes()));
+            drop(stream.write_all(reply(status, &body).as_bytes()));
         }
     });
     (address, receiver)
+}
+
+fn reply(status: u16, body: &str) -> String {
+    format!("HTTP/1.1 {status} x\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}", body.len())
+}
+
+/// A file of `fixtures/tls`: an authority that nobody knows, and a certificate and key for `localhost` by it.
+fn tls(file: &str) -> PathBuf {
+    root().join("fixtures/tls").join(file)
+}
+
+/// As `serve` over TLS, with one answer to all; counts the connections that were tried.
+fn serve_tls(body: String) -> (String, Arc<AtomicUsize>) {
+    let certificates = CertificateDer::pem_file_iter(tls("server.pem")).expect("file").map(|one| one.expect("one"));
+    let key = PrivateKeyDer::from_pem_file(tls("server_key.pem")).expect("a key");
+    let config = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .expect("versions")
+        .with_no_client_auth()
+        .with_single_cert(certificates.collect(), key);
+    let config = Arc::new(config.expect("a configuration"));
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = format!("https://localhost:{}/v1", listener.local_addr().expect("an address").port());
+    let tried = Arc::new(AtomicUsize::new(0));
+    let counted = tried.clone();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            counted.fetch_add(1, Ordering::SeqCst);
+            let connection = ServerConnection::new(config.clone()).expect("a connection");
+            let mut stream = StreamOwned::new(connection, stream.expect("a stream"));
+            if request(&mut stream).is_some() {
+                drop(stream.write_all(reply(200, &body).as_bytes()));
+                stream.conn.send_close_notify();
+                drop(stream.flush());
+            }
+        }
+    });
+    (address, tried)
 }
 
 fn said(text: &str) -> String {
@@ -104,6 +146,11 @@ fn benchmark(folder: &Path) {
 }
 
 fn eval(folder: &Path, judge: &[&str]) -> std::process::Output {
+    eval_trusting(folder, judge, None)
+}
+
+/// With a file of certificates to trust.
+fn eval_trusting(folder: &Path, judge: &[&str], certificates: Option<&Path>) -> std::process::Output {
     let model = root().join("fixtures/model");
     let mut arguments = vec![
         "eval",
@@ -122,6 +169,7 @@ fn eval(folder: &Path, judge: &[&str]) -> std::process::Output {
         .args(&arguments)
         .current_dir(folder)
         .env("OPENAI_API_KEY", "secret-key")
+        .env("SSL_CERT_FILE", certificates.unwrap_or(Path::new("")))
         .output()
         .expect("the binary starts")
 }
@@ -218,4 +266,35 @@ fn a_judge_needs_its_model_and_an_address() {
     assert!(stderr(&output).contains("http://localhost:8000/v1"), "{}", stderr(&output));
     let output = interlace(folder.path(), &["eval", "m", "--data", "x.tsv", "-o", "r", "--judge", "http://x"]);
     assert!(stderr(&output).contains("--judge-model"), "{}", stderr(&output));
+}
+
+#[test]
+fn a_judge_behind_https_must_be_trusted() {
+    let folder = tempfile::tempdir().expect("folder");
+    benchmark(folder.path());
+    let (address, tried) = serve_tls(said("score of component 1: 4/4, total score: 10/10. Fine."));
+    let judge = ["--judge", &address, "--judge-model", "referee"];
+
+    let output = eval(folder.path(), &judge);
+    let message = stderr(&output);
+    assert_eq!(output.status.code(), Some(2), "{message}");
+    for part in ["is not trusted", "certificate", "SSL_CERT_FILE", "localhost"] {
+        assert!(message.contains(part), "expected `{part}` in: {message}");
+    }
+    assert_eq!(message.matches("SSL_CERT_FILE").count(), 1, "{message}");
+    // Each of the questions that are open at once tries it once.
+    assert!(tried.load(Ordering::SeqCst) <= 3, "{tried:?} connections");
+    assert!(!folder.path().join("report.json").exists());
+
+    let output = eval_trusting(folder.path(), &judge, Some(&tls("authority.pem")));
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let report = fs::read_to_string(folder.path().join("report.json")).expect("report");
+    let report: Value = serde_json::from_str(&report).expect("JSON");
+    assert_eq!(report["model"]["score"], 1.0, "{report}");
+
+    for (file, want) in [("server_key.pem", "holds no certificate"), ("none.pem", "cannot read")] {
+        let output = eval_trusting(folder.path(), &judge, Some(&tls(file)));
+        let message = stderr(&output);
+        assert!(output.status.code() == Some(2) && message.contains(want), "{message}");
+    }
 }

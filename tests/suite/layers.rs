@@ -144,6 +144,8 @@ const WITHOUT_CIRCLES: &[&str] = &[
     "cli",
     "data",
     "data/images",
+    "data/parquet",
+    "data/placeholders",
     "data/tensors",
     "eval",
     "export",

@@ -4,6 +4,7 @@ mod backend;
 mod bad_inputs;
 mod cli;
 mod corners;
+mod data_sets;
 mod deepstack;
 mod docs;
 mod evaluation;

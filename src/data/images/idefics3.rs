@@ -21,7 +21,7 @@ const MAX_TILES: usize = 1024;
 
 #[derive(Debug)]
 pub(super) struct Idefics3 {
-    resize: Option<Target>,
+    resize: Option<ResizeTarget>,
     split: bool,
     tile: usize,
     scaler: Scaler,
@@ -29,7 +29,7 @@ pub(super) struct Idefics3 {
 }
 
 #[derive(Debug)]
-enum Target {
+enum ResizeTarget {
     LongestEdge(usize),
     Exact { height: usize, width: usize },
 }
@@ -39,9 +39,9 @@ impl Idefics3 {
         let do_resize = settings.bool("do_resize", true)?;
         let edges = settings.edges("size", &["longest_edge", "height", "width"])?;
         let target = match edges.as_deref() {
-            None => Target::LongestEdge(4 * 364),
-            Some([Some(longest), _, _]) => Target::LongestEdge(*longest),
-            Some([None, Some(height), Some(width)]) => Target::Exact { height: *height, width: *width },
+            None => ResizeTarget::LongestEdge(4 * 364),
+            Some([Some(longest), _, _]) => ResizeTarget::LongestEdge(*longest),
+            Some([None, Some(height), Some(width)]) => ResizeTarget::Exact { height: *height, width: *width },
             Some(_) => {
                 return Err(Error::invalid(
                     "`size` in the image processor's config",
@@ -79,8 +79,8 @@ impl Idefics3 {
     fn cut(&self, picture: &Picture, out: &mut Vec<Picture>) -> Result<[usize; 2]> {
         let scaled = match &self.resize {
             None => picture.clone(),
-            Some(Target::Exact { height, width }) => self.scaler.resize(picture, *width, *height)?,
-            Some(Target::LongestEdge(edge)) => {
+            Some(ResizeTarget::Exact { height, width }) => self.scaler.resize(picture, *width, *height)?,
+            Some(ResizeTarget::LongestEdge(edge)) => {
                 let (width, height) = longest_edge_size(picture.width(), picture.height(), *edge);
                 self.scaler.resize(picture, width, height)?
             }

@@ -68,10 +68,10 @@ pub(super) fn orientation(bytes: &[u8]) -> Orientation {
 /// Errors: what is wrong with the bytes. Panics with the library's message when it gives up, so callers hold it in
 /// `guarded`.
 pub(super) fn decode(bytes: &[u8], check: impl FnOnce(usize, usize) -> Result<(), String>) -> Result<Jpeg, String> {
-    let mut decoder = Decoder::new(bytes);
+    let mut decoder = JpegDecoder::new(bytes);
     let cut = || "is a JPEG whose data end early".to_string();
     let info = decoder.info();
-    // SAFETY: `info` was created by `Decoder::new` and is not moved until it is destroyed; the same holds for the calls below.
+    // SAFETY: `info` was created by `JpegDecoder::new` and is not moved until it is destroyed; the same holds for the calls below.
     if unsafe { jpeg_read_header(info, TRUE) } != HEADER_OK {
         return Err(cut());
     }
@@ -121,18 +121,18 @@ fn from_inverted_cmyk([cyan, magenta, yellow, black]: [u8; 4]) -> [u8; 3] {
 }
 
 /// The library's state, which holds pointers into itself and into the bytes.
-struct Decoder<'a> {
-    state: Box<State>,
+struct JpegDecoder<'a> {
+    state: Box<JpegState>,
     _bytes: &'a [u8],
 }
 
-struct State {
+struct JpegState {
     info: MaybeUninit<jpeg_decompress_struct>,
     errors: jpeg_error_mgr,
     source: jpeg_source_mgr,
 }
 
-impl<'a> Decoder<'a> {
+impl<'a> JpegDecoder<'a> {
     fn new(bytes: &'a [u8]) -> Self {
         let source = jpeg_source_mgr {
             next_input_byte: bytes.as_ptr(),
@@ -149,7 +149,7 @@ impl<'a> Decoder<'a> {
         unsafe { jpeg_std_error(&mut errors) };
         errors.error_exit = Some(give_up);
         errors.emit_message = Some(silent);
-        let mut state = Box::new(State { info, errors, source });
+        let mut state = Box::new(JpegState { info, errors, source });
         let info = state.info.as_mut_ptr();
         // SAFETY: `info` points to zeroed memory of its own; the error manager and the source stay where they are in the box for as
         // long as the decoder lives.
@@ -158,7 +158,7 @@ impl<'a> Decoder<'a> {
             jpeg_CreateDecompress(info, mozjpeg_sys::JPEG_LIB_VERSION, size_of::<jpeg_decompress_struct>());
             (*info).src = &raw mut state.source;
         }
-        Decoder { state, _bytes: bytes }
+        JpegDecoder { state, _bytes: bytes }
     }
 
     fn info(&mut self) -> &mut jpeg_decompress_struct {
@@ -167,7 +167,7 @@ impl<'a> Decoder<'a> {
     }
 }
 
-impl Drop for Decoder<'_> {
+impl Drop for JpegDecoder<'_> {
     fn drop(&mut self) {
         // SAFETY: `new` made it, and nothing uses it afterwards.
         unsafe { jpeg_destroy_decompress(self.info()) };
@@ -182,7 +182,7 @@ unsafe extern "C-unwind" fn no_more(_: &mut jpeg_decompress_struct) -> boolean {
 }
 
 unsafe extern "C-unwind" fn skip(info: &mut jpeg_decompress_struct, count: c_long) {
-    // SAFETY: `src` is the source that `Decoder::new` set; the pointer moves within the bytes.
+    // SAFETY: `src` is the source that `JpegDecoder::new` set; the pointer moves within the bytes.
     unsafe {
         let source = &mut *info.src;
         let count = usize::try_from(count).unwrap_or(0).min(source.bytes_in_buffer);
@@ -195,7 +195,7 @@ unsafe extern "C-unwind" fn silent(_: &mut jpeg_common_struct, _: c_int) {}
 
 unsafe extern "C-unwind" fn give_up(info: &mut jpeg_common_struct) {
     let mut buffer = [0u8; 80];
-    // SAFETY: `err` is the error manager that `Decoder::new` set; `format_message` writes at most 80 bytes.
+    // SAFETY: `err` is the error manager that `JpegDecoder::new` set; `format_message` writes at most 80 bytes.
     unsafe {
         if let Some(format) = (*info.err).format_message {
             let place = &raw mut buffer;

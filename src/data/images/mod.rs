@@ -78,7 +78,7 @@ enum SizeForm {
     None,
 }
 
-pub(super) struct Row {
+pub(super) struct ProcessorRow {
     /// Class names in transformers without `Fast` or `Pil` at the end.
     pub types: &'static [&'static str],
     /// The class of processors around it, where the class of the image processor determines it.
@@ -92,7 +92,7 @@ pub(super) struct Row {
 }
 
 /// What most rows have; each has types and a rule of its own.
-const USUAL: Row = Row {
+const USUAL: ProcessorRow = ProcessorRow {
     types: &[],
     processor: None,
     back_end: BackEnd::Torchvision,
@@ -101,8 +101,8 @@ const USUAL: Row = Row {
     build: |_| Err(Error::unsupported("image processor", "has no rule")),
 };
 
-pub(super) const ROWS: &[Row] = &[
-    Row {
+pub(super) const ROWS: &[ProcessorRow] = &[
+    ProcessorRow {
         types: &["Idefics3ImageProcessor", "SmolVLMImageProcessor"],
         processor: Some("Idefics3Processor"),
         // Torchvision before 0.27 has no Lanczos filter, so transformers takes Pillow here.
@@ -111,105 +111,105 @@ pub(super) const ROWS: &[Row] = &[
         build: |settings| Ok(Box::new(idefics3::Idefics3::new(settings)?)),
         ..USUAL
     },
-    Row {
+    ProcessorRow {
         types: &["Qwen2VLImageProcessor", "Qwen2_5_VLImageProcessor"],
         processor: Some("Qwen2VLProcessor"),
         build: |settings| Ok(Box::new(patches::Patches::qwen2_vl(settings)?)),
         ..USUAL
     },
-    Row {
+    ProcessorRow {
         types: &["Glm4vImageProcessor", "Glm46VImageProcessor"],
         processor: Some("Glm4vProcessor"),
         build: |settings| Ok(Box::new(patches::Patches::glm4v(settings)?)),
         ..USUAL
     },
-    Row {
+    ProcessorRow {
         types: &["PaddleOCRVLImageProcessor"],
         processor: Some("PaddleOCRVLProcessor"),
         build: |settings| Ok(Box::new(patches::Patches::paddleocr_vl(settings)?)),
         ..USUAL
     },
-    Row {
+    ProcessorRow {
         types: &["CLIPImageProcessor"],
         processor: Some("LlavaProcessor"),
         size: SizeForm::Square,
         build: |settings| Ok(Box::new(fixed::Fixed::clip(settings)?)),
         ..USUAL
     },
-    Row {
+    ProcessorRow {
         types: &["LlavaImageProcessor"],
         processor: Some("LlavaProcessor"),
         size: SizeForm::Square,
         build: |settings| Ok(Box::new(fixed::Fixed::llava(settings)?)),
         ..USUAL
     },
-    Row {
+    ProcessorRow {
         types: &["SiglipImageProcessor"],
         size: SizeForm::Square,
         build: |settings| Ok(Box::new(fixed::Fixed::siglip(settings)?)),
         ..USUAL
     },
-    Row {
+    ProcessorRow {
         types: &["LlavaOnevisionImageProcessor"],
         processor: Some("LlavaOnevisionProcessor"),
         size: SizeForm::Square,
         build: |settings| Ok(Box::new(anyres::AnyRes::new(settings)?)),
         ..USUAL
     },
-    Row {
+    ProcessorRow {
         types: &["GotOcr2ImageProcessor"],
         processor: Some("InternVLProcessor"),
         size: SizeForm::Square,
         build: |settings| Ok(Box::new(got_ocr2::GotOcr2::new(settings)?)),
         ..USUAL
     },
-    Row {
+    ProcessorRow {
         types: &["Gemma3ImageProcessor"],
         processor: Some("Gemma3Processor"),
         size: SizeForm::Square,
         build: |settings| Ok(Box::new(gemma3::Gemma3::new(settings)?)),
         ..USUAL
     },
-    Row {
+    ProcessorRow {
         types: &["PixtralImageProcessor"],
         processor: Some("PixtralProcessor"),
         size: SizeForm::LongestEdge,
         build: |settings| Ok(Box::new(pixtral::Pixtral::new(settings)?)),
         ..USUAL
     },
-    Row {
+    ProcessorRow {
         types: &["Lfm2VlImageProcessor"],
         processor: Some("Lfm2VlProcessor"),
         build: |settings| Ok(Box::new(lfm2_vl::Lfm2Vl::new(settings)?)),
         ..USUAL
     },
-    Row {
+    ProcessorRow {
         types: &["Gemma4ImageProcessor"],
         processor: Some("Gemma4Processor"),
         build: |settings| Ok(Box::new(gemma4::Gemma4::new(settings)?)),
         ..USUAL
     },
-    Row {
+    ProcessorRow {
         types: &["Ovis2ImageProcessor"],
         processor: Some("Ovis2Processor"),
         size: SizeForm::Square,
         build: |settings| Ok(Box::new(ovis2::Ovis2::new(settings)?)),
         ..USUAL
     },
-    Row {
+    ProcessorRow {
         types: &["GraniteDoclingImageProcessor"],
         processor: Some("GraniteDoclingProcessor"),
         size: SizeForm::Square,
         build: |settings| Ok(Box::new(granite_docling::GraniteDocling::new(settings)?)),
         ..USUAL
     },
-    Row {
+    ProcessorRow {
         types: &["MiniCPMV4_6ImageProcessor"],
         processor: Some("MiniCPMV4_6Processor"),
         build: |settings| Ok(Box::new(minicpm_v::MiniCpmV::new(settings)?)),
         ..USUAL
     },
-    Row {
+    ProcessorRow {
         types: &["JanusImageProcessor"],
         processor: Some("JanusProcessor"),
         on_white: false,
@@ -217,7 +217,7 @@ pub(super) const ROWS: &[Row] = &[
         build: |settings| Ok(Box::new(centred::Centred::new(settings)?)),
         ..USUAL
     },
-    Row {
+    ProcessorRow {
         types: &["DeepseekVLImageProcessor"],
         processor: Some("DeepseekVLProcessor"),
         on_white: false,
@@ -282,7 +282,7 @@ impl ImageProcessor {
     /// The class that a config names, and its row.
     ///
     /// Errors: `Error::Unsupported` for an unknown type, or none; `Error::Invalid` when the config is no object.
-    pub fn check_kind<'a>(config: &'a Value, source: &str) -> Result<(&'a str, &'static Row)> {
+    pub fn check_kind<'a>(config: &'a Value, source: &str) -> Result<(&'a str, &'static ProcessorRow)> {
         if !config.is_object() {
             return Err(Error::invalid(format!("`{source}`"), "is not a JSON object")
                 .remedy("restore the config that belongs to the model"));
@@ -367,7 +367,7 @@ pub(super) fn processor_of(kind: &str) -> Option<&'static str> {
     row(kind).and_then(|row| row.processor)
 }
 
-fn row(kind: &str) -> Option<&'static Row> {
+fn row(kind: &str) -> Option<&'static ProcessorRow> {
     let bare = kind.strip_suffix("Fast").or_else(|| kind.strip_suffix("Pil")).unwrap_or(kind);
     let bare = bare.strip_suffix("FeatureExtractor").map_or(bare.to_string(), |bare| format!("{bare}ImageProcessor"));
     ROWS.iter().find(|row| row.types.contains(&bare.as_str()))
@@ -379,7 +379,7 @@ impl ImageSettings {
         *self == ImageSettings::default()
     }
 
-    fn apply(&self, row: &Row, kind: &str, map: &mut Map<String, Value>) -> Result<()> {
+    fn apply(&self, row: &ProcessorRow, kind: &str, map: &mut Map<String, Value>) -> Result<()> {
         let mut set = |key: &str, value: Option<Value>| {
             if let Some(value) = value {
                 map.insert(key.to_string(), value);

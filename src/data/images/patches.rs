@@ -20,7 +20,7 @@ const MAX_ASPECT: f64 = 200.0;
 
 #[derive(Debug)]
 pub(super) struct Patches {
-    kind: Kind,
+    kind: PatchRule,
     resize: bool,
     min_pixels: usize,
     max_pixels: usize,
@@ -44,7 +44,7 @@ struct Defaults {
 
 /// What the families do differently.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+enum PatchRule {
     /// Patches that are merged come one behind the other.
     Qwen2Vl,
     /// As Qwen2-VL; small pictures are enlarged first, and pixels are counted over the frames of a patch.
@@ -57,15 +57,15 @@ enum Kind {
 
 impl Patches {
     pub fn qwen2_vl(settings: &mut Settings) -> Result<Self> {
-        Self::new(settings, Kind::Qwen2Vl, (56 * 56, 28 * 28 * 1280), 2)
+        Self::new(settings, PatchRule::Qwen2Vl, (56 * 56, 28 * 28 * 1280), 2)
     }
 
     pub fn glm4v(settings: &mut Settings) -> Result<Self> {
-        Self::new(settings, Kind::Glm4v, (112 * 112, 28 * 28 * 15000), 2)
+        Self::new(settings, PatchRule::Glm4v, (112 * 112, 28 * 28 * 15000), 2)
     }
 
     pub fn paddleocr_vl(settings: &mut Settings) -> Result<Self> {
-        Self::new(settings, Kind::PaddleOcrVl, (384 * 384, 1536 * 1536), 1)
+        Self::new(settings, PatchRule::PaddleOcrVl, (384 * 384, 1536 * 1536), 1)
     }
 
     /// Errors: as the settings' readers.
@@ -87,7 +87,7 @@ impl Patches {
         let capped = settings.bool("cap_pixels_per_frame", false)?;
         let cap = settings.size("max_video_tokens", 768)?;
         let defaults = Defaults { pixels: (128 * 32 * 32, 768 * 32 * 32), frames: 2, patch: 16, levels: HALVES };
-        let video = Self::with_defaults(settings, Kind::Qwen3VlVideo, defaults)?;
+        let video = Self::with_defaults(settings, PatchRule::Qwen3VlVideo, defaults)?;
         Ok(Patches { frame_cap: capped.then_some(cap), ..video })
     }
 
@@ -130,11 +130,11 @@ impl Patches {
         Ok((moments, VideoLayout { times: times.chunks_exact(self.frames).map(middle).collect(), features }))
     }
 
-    fn new(settings: &mut Settings, kind: Kind, pixels: (usize, usize), frames: usize) -> Result<Self> {
+    fn new(settings: &mut Settings, kind: PatchRule, pixels: (usize, usize), frames: usize) -> Result<Self> {
         Self::with_defaults(settings, kind, Defaults { pixels, frames, patch: 14, levels: CLIP })
     }
 
-    fn with_defaults(settings: &mut Settings, kind: Kind, defaults: Defaults) -> Result<Self> {
+    fn with_defaults(settings: &mut Settings, kind: PatchRule, defaults: Defaults) -> Result<Self> {
         let (least, most) = defaults.pixels;
         let size = settings.edges("size", &["shortest_edge", "longest_edge", "min_pixels", "max_pixels"])?;
         let size = size.unwrap_or_else(|| vec![None; 4]);
@@ -173,13 +173,13 @@ impl Patches {
     fn size(&self, picture: &Picture, unit: usize, frames: usize) -> Result<(usize, usize)> {
         let (mut w, mut h, u) = (picture.width() as f64, picture.height() as f64, unit as f64);
         match self.kind {
-            Kind::Qwen2Vl => {}
-            Kind::Glm4v | Kind::Qwen3VlVideo if w < u || h < u => {
+            PatchRule::Qwen2Vl => {}
+            PatchRule::Glm4v | PatchRule::Qwen3VlVideo if w < u || h < u => {
                 let grow = (u / h).max(u / w);
                 (w, h) = ((w * grow).trunc(), (h * grow).trunc());
             }
-            Kind::Glm4v | Kind::Qwen3VlVideo => {}
-            Kind::PaddleOcrVl => {
+            PatchRule::Glm4v | PatchRule::Qwen3VlVideo => {}
+            PatchRule::PaddleOcrVl => {
                 if h < u {
                     (w, h) = ((w * u / h).round_ties_even(), u);
                 }
@@ -200,8 +200,8 @@ impl Patches {
             .remedy("crop the picture"));
         }
         let (frames, whole) = match self.kind {
-            Kind::Qwen2Vl | Kind::PaddleOcrVl => (1.0, 1.0),
-            Kind::Glm4v | Kind::Qwen3VlVideo => {
+            PatchRule::Qwen2Vl | PatchRule::PaddleOcrVl => (1.0, 1.0),
+            PatchRule::Glm4v | PatchRule::Qwen3VlVideo => {
                 let patch = self.frames as f64;
                 (frames as f64, (frames as f64 / patch).round_ties_even() * patch)
             }
@@ -230,7 +230,7 @@ impl Patches {
     /// The corners of the patches as (left, top), in the order in which they are laid out.
     fn corners(&self, rows: usize, columns: usize) -> Vec<(usize, usize)> {
         let place = |row: usize, column: usize| (column * self.patch, row * self.patch);
-        let merge = if self.kind == Kind::PaddleOcrVl { 1 } else { self.merge };
+        let merge = if self.kind == PatchRule::PaddleOcrVl { 1 } else { self.merge };
         let mut corners = Vec::with_capacity(rows * columns);
         if merge == 1 {
             corners.extend((0..rows).flat_map(|row| (0..columns).map(move |column| place(row, column))));
@@ -286,7 +286,7 @@ impl Patches {
         }
         let channels = 3 * frames.len();
         let shape = match self.kind {
-            Kind::PaddleOcrVl => vec![rows * columns, channels, patch, patch],
+            PatchRule::PaddleOcrVl => vec![rows * columns, channels, patch, patch],
             _ => vec![rows * columns, channels * patch * patch],
         };
         let grid = int_row(&[1, rows as i64, columns as i64]);

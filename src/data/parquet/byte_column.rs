@@ -14,7 +14,7 @@ use tempfile::SpooledTempFile;
 use super::super::columns::Cells;
 use super::super::sample::MAX_IMAGE_BYTES;
 use super::hybrid::{Hybrid, byte};
-use super::page::{Body, Head, Kind, Span, exactly, streams};
+use super::page::{Body, Head, PageKind, Span, exactly, streams};
 
 /// The longest run of levels of a page.
 const MAX_LEVEL_BYTES: u64 = 64 << 20;
@@ -32,7 +32,7 @@ const IN_DICTIONARY: [i64; 2] = [2, 8];
 pub(super) struct ByteColumn {
     file: Arc<File>,
     codec: Compression,
-    levels: Levels,
+    levels: LeafLevels,
     /// Where the next page begins, and where the last one ends.
     next_page: u64,
     end: u64,
@@ -46,9 +46,9 @@ pub(super) struct ByteColumn {
     failed: Option<String>,
 }
 
-/// Levels of the format that say what an entry is.
+/// LeafLevels of the format that say what an entry is.
 #[derive(Clone, Copy, Debug)]
-struct Levels {
+struct LeafLevels {
     /// The highest repetition level: 1 in a list, else 0.
     repeated: u32,
     /// Definition level of a value that is there.
@@ -79,14 +79,14 @@ enum Values {
 /// The values that pages refer to.
 enum Dictionary {
     Unread(Head),
-    Read(Store),
+    Read(DictionaryValues),
 }
 
 impl ByteColumn {
     /// The leaf of a row group; `None` when it is not written in a way that is read as a stream.
     pub fn open(file: &Arc<File>, metadata: &ParquetMetaData, group: usize, leaf: usize) -> Option<Self> {
         let chunk = metadata.row_groups().get(group)?.columns().get(leaf)?;
-        let levels = Levels::of(metadata.file_metadata().schema_descr(), leaf)?;
+        let levels = LeafLevels::of(metadata.file_metadata().schema_descr(), leaf)?;
         let known = |encoding| {
             use Encoding::{PLAIN, PLAIN_DICTIONARY, RLE, RLE_DICTIONARY};
             matches!(encoding, PLAIN | PLAIN_DICTIONARY | RLE | RLE_DICTIONARY)
@@ -160,7 +160,7 @@ impl ByteColumn {
             if self.row == 0 && self.page.is_none() {
                 // The only page that is not listed is the dictionary, which comes first.
                 let head = self.head()?;
-                self.dictionary = (head.kind == Kind::Dictionary).then_some(Dictionary::Unread(head));
+                self.dictionary = (head.kind == PageKind::Dictionary).then_some(Dictionary::Unread(head));
             }
             (self.page, self.row, self.next_page) = (None, first(page), place);
         }
@@ -189,9 +189,11 @@ impl ByteColumn {
             let head = self.head()?;
             self.next_page = head.body.end();
             match head.kind {
-                Kind::Dictionary => self.dictionary = Some(Dictionary::Unread(head)),
-                Kind::Data | Kind::DataV2 { .. } => self.page = Some(Page::open(&head, self.codec, self.levels)?),
-                Kind::Other => {}
+                PageKind::Dictionary => self.dictionary = Some(Dictionary::Unread(head)),
+                PageKind::Data | PageKind::DataV2 { .. } => {
+                    self.page = Some(Page::open(&head, self.codec, self.levels)?)
+                }
+                PageKind::Other => {}
             }
         }
     }
@@ -240,7 +242,7 @@ impl ByteColumn {
             return Ok(Some(None));
         }
         if let Some(Dictionary::Unread(head)) = &self.dictionary {
-            self.dictionary = Some(Dictionary::Read(Store::read(head, self.codec)?));
+            self.dictionary = Some(Dictionary::Read(DictionaryValues::read(head, self.codec)?));
         }
         match &mut self.dictionary {
             Some(Dictionary::Read(store)) => store.value(position).map(|bytes| Some(Some(bytes))),
@@ -249,7 +251,7 @@ impl ByteColumn {
     }
 }
 
-impl Levels {
+impl LeafLevels {
     /// `None` for lists inside lists, and for values other than byte strings.
     fn of(schema: &SchemaDescriptor, leaf: usize) -> Option<Self> {
         let column = schema.columns().get(leaf)?;
@@ -271,18 +273,18 @@ impl Levels {
                 }
             }
         }
-        (level == defined).then_some(Levels { repeated, defined, element })
+        (level == defined).then_some(LeafLevels { repeated, defined, element })
     }
 }
 
 impl Page {
-    fn open(head: &Head, codec: Compression, levels: Levels) -> Result<Self, String> {
+    fn open(head: &Head, codec: Compression, levels: LeafLevels) -> Result<Self, String> {
         let level_bytes = |body: &mut Body, bytes: u64| match bytes <= MAX_LEVEL_BYTES {
             true => exactly(body, bytes),
             false => Err(format!("has levels of {bytes} bytes in a page, expected at most {MAX_LEVEL_BYTES}")),
         };
         let (repetition, definition, mut body) = match head.kind {
-            Kind::DataV2 { repetition_bytes, definition_bytes, .. } => {
+            PageKind::DataV2 { repetition_bytes, definition_bytes, .. } => {
                 let mut stored = head.open(Compression::UNCOMPRESSED, 0)?;
                 let repetition = level_bytes(&mut stored, repetition_bytes)?;
                 let definition = level_bytes(&mut stored, definition_bytes)?;
@@ -324,18 +326,18 @@ impl Page {
 }
 
 /// The values of a dictionary: where each is in the file itself, or decompressed in memory or in a temporary file.
-struct Store {
-    source: Source,
+struct DictionaryValues {
+    source: DictionaryBytes,
     /// Begin and length of each.
     places: Vec<(u64, u32)>,
 }
 
-enum Source {
+enum DictionaryBytes {
     File(Span),
     Copy(Box<SpooledTempFile>),
 }
 
-impl Store {
+impl DictionaryValues {
     fn read(head: &Head, codec: Compression) -> Result<Self, String> {
         if head.values > MAX_DICTIONARY {
             return Err(format!("has a dictionary of {} values, expected at most {MAX_DICTIONARY}", head.values));
@@ -365,8 +367,8 @@ impl Store {
             places.push((begin, length));
             place = begin + u64::from(length);
         }
-        let source = copy.map_or_else(|| Source::File(head.body.clone()), Source::Copy);
-        Ok(Store { source, places })
+        let source = copy.map_or_else(|| DictionaryBytes::File(head.body.clone()), DictionaryBytes::Copy);
+        Ok(DictionaryValues { source, places })
     }
 
     fn value(&mut self, position: u32) -> Result<Arc<[u8]>, String> {
@@ -376,8 +378,8 @@ impl Store {
             .ok_or_else(|| format!("refers to value {position} of a dictionary of {}", self.places.len()))?;
         let length = checked(length)?;
         let read = match &mut self.source {
-            Source::File(body) => body.after(begin).and_then(|rest| exactly(rest, length)),
-            Source::Copy(copy) => {
+            DictionaryBytes::File(body) => body.after(begin).and_then(|rest| exactly(rest, length)),
+            DictionaryBytes::Copy(copy) => {
                 copy.seek(SeekFrom::Start(begin)).map_err(|e| e.to_string())?;
                 exactly(copy.as_mut(), length)
             }

@@ -1,6 +1,6 @@
 //! Runs of equal numbers and bit-packed numbers in turn, as levels and positions in a dictionary are written.
 //!
-//! Source: apache/parquet-format, Encodings.md, "Run Length Encoding / Bit-Packing Hybrid".
+//! Source: apache/parquet-format, Encodings.md, "HybridRun Length Encoding / Bit-Packing Hybrid".
 
 use std::io::Read;
 
@@ -11,10 +11,10 @@ pub(super) struct Hybrid<R> {
     width: u32,
     /// Numbers that are left of the run.
     left: u64,
-    run: Run,
+    run: HybridRun,
 }
 
-enum Run {
+enum HybridRun {
     Equal(u32),
     /// Bits that are read and not used, lowest first, and how many.
     Packed {
@@ -29,7 +29,7 @@ impl<R: Read> Hybrid<R> {
         if width > 32 {
             return Err(format!("has numbers of {width} bits, expected at most 32"));
         }
-        Ok(Hybrid { input, width, left: 0, run: Run::Equal(0) })
+        Ok(Hybrid { input, width, left: 0, run: HybridRun::Equal(0) })
     }
 
     /// The next number.
@@ -44,8 +44,8 @@ impl<R: Read> Hybrid<R> {
         }
         self.left -= 1;
         match &mut self.run {
-            Run::Equal(value) => Ok(*value),
-            Run::Packed { bits, count } => {
+            HybridRun::Equal(value) => Ok(*value),
+            HybridRun::Packed { bits, count } => {
                 while *count < self.width {
                     *bits |= u64::from(byte(&mut self.input)?) << *count;
                     *count += 8;
@@ -66,7 +66,7 @@ impl<R: Read> Hybrid<R> {
         while self.width > 0 && rest > 0 {
             zeros += u64::from(self.next()? == 0);
             rest -= 1;
-            if let Run::Equal(value) = self.run {
+            if let HybridRun::Equal(value) = self.run {
                 // The rest of a run needs no loop.
                 let equal = self.left.min(rest);
                 zeros += if value == 0 { equal } else { 0 };
@@ -81,13 +81,13 @@ impl<R: Read> Hybrid<R> {
         let head = varint(&mut self.input)?;
         if head & 1 == 1 {
             self.left = (head >> 1).checked_mul(8).ok_or("has a run that is too long")?;
-            self.run = Run::Packed { bits: 0, count: 0 };
+            self.run = HybridRun::Packed { bits: 0, count: 0 };
         } else {
             self.left = head >> 1;
             let mut value = [0; 4];
             let bytes = value.get_mut(..self.width.div_ceil(8) as usize).ok_or("has numbers that are too wide")?;
             self.input.read_exact(bytes).map_err(|e| e.to_string())?;
-            self.run = Run::Equal(u32::from_le_bytes(value));
+            self.run = HybridRun::Equal(u32::from_le_bytes(value));
         }
         Ok(())
     }

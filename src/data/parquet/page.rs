@@ -73,7 +73,7 @@ impl Seek for Span {
 
 /// What a page holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum PageKind {
     Dictionary,
     /// Its levels are compressed with its values.
     Data,
@@ -89,7 +89,7 @@ pub(super) enum Kind {
 /// The head of a page.
 #[derive(Clone, Debug)]
 pub(super) struct Head {
-    pub kind: Kind,
+    pub kind: PageKind,
     /// Values, nulls included.
     pub values: usize,
     /// The number that the format gives to the encoding.
@@ -112,23 +112,23 @@ impl Head {
         let end = end.filter(|end| *end <= last).ok_or("has a page that ends behind its column")?;
         let none = BTreeMap::new();
         let inner = |id| match fields.get(&id) {
-            Some(Field::Struct(fields)) => fields,
+            Some(HeadField::Struct(fields)) => fields,
             _ => &none,
         };
-        let count = |fields: &Fields, id| usize::try_from(number(fields, id)?).map_err(|e| e.to_string());
+        let count = |fields: &HeadFields, id| usize::try_from(number(fields, id)?).map_err(|e| e.to_string());
         let (kind, values, encoding, compressed) = match number(&fields, 1)? {
-            0 => (Kind::Data, count(inner(5), 1)?, number(inner(5), 2)?, true),
-            2 => (Kind::Dictionary, count(inner(7), 1)?, number(inner(7), 2)?, true),
+            0 => (PageKind::Data, count(inner(5), 1)?, number(inner(5), 2)?, true),
+            2 => (PageKind::Dictionary, count(inner(7), 1)?, number(inner(7), 2)?, true),
             3 => {
                 let fields = inner(8);
-                let kind = Kind::DataV2 {
+                let kind = PageKind::DataV2 {
                     definition_bytes: count(fields, 5)? as u64,
                     repetition_bytes: count(fields, 6)? as u64,
                 };
-                let compressed = !matches!(fields.get(&7), Some(Field::Bool(false)));
+                let compressed = !matches!(fields.get(&7), Some(HeadField::Bool(false)));
                 (kind, count(fields, 1)?, number(fields, 4)?, compressed)
             }
-            _ => (Kind::Other, 0, 0, false),
+            _ => (PageKind::Other, 0, 0, false),
         };
         Ok(Head { kind, values, encoding, body: Span::new(file, begin, end), compressed })
     }
@@ -216,25 +216,25 @@ pub(super) fn exactly(input: impl Read, count: u64) -> Result<Vec<u8>, String> {
 
 /// A value of a head.
 #[derive(Debug)]
-enum Field {
+enum HeadField {
     Bool(bool),
     Number(i64),
-    Struct(Fields),
+    Struct(HeadFields),
     /// Read over.
     Unused,
 }
 
-type Fields = BTreeMap<i64, Field>;
+type HeadFields = BTreeMap<i64, HeadField>;
 
-fn number(fields: &Fields, id: i64) -> Result<i64, String> {
+fn number(fields: &HeadFields, id: i64) -> Result<i64, String> {
     match fields.get(&id) {
-        Some(Field::Number(value)) => Ok(*value),
+        Some(HeadField::Number(value)) => Ok(*value),
         _ => Err(format!("has a page whose head lacks field {id}")),
     }
 }
 
 /// The fields of a struct in Thrift's compact protocol.
-fn fields(input: &mut impl BufRead, depth: usize) -> Result<Fields, String> {
+fn fields(input: &mut impl BufRead, depth: usize) -> Result<HeadFields, String> {
     let mut fields = BTreeMap::new();
     let mut id = 0i64;
     loop {
@@ -247,16 +247,16 @@ fn fields(input: &mut impl BufRead, depth: usize) -> Result<Fields, String> {
             step => id.checked_add(step).ok_or("has a page whose head is malformed")?,
         };
         let field = match head & 0xf {
-            1 => Field::Bool(true),
-            2 => Field::Bool(false),
-            3 => Field::Number(i64::from(byte(input)?)),
-            4..=6 => Field::Number(zigzag(input)?),
+            1 => HeadField::Bool(true),
+            2 => HeadField::Bool(false),
+            3 => HeadField::Number(i64::from(byte(input)?)),
+            4..=6 => HeadField::Number(zigzag(input)?),
             7 => unused(input, 8)?,
             8 => {
                 let length = varint(input)?;
                 unused(input, length)?
             }
-            12 if depth < MAX_DEPTH => Field::Struct(self::fields(input, depth + 1)?),
+            12 if depth < MAX_DEPTH => HeadField::Struct(self::fields(input, depth + 1)?),
             other => return Err(format!("has a page whose head holds a value of type {other}")),
         };
         if fields.len() > 64 {
@@ -271,9 +271,9 @@ fn zigzag(input: &mut impl Read) -> Result<i64, String> {
     Ok((value >> 1).cast_signed() ^ -((value & 1).cast_signed()))
 }
 
-fn unused(input: &mut impl Read, bytes: u64) -> Result<Field, String> {
+fn unused(input: &mut impl Read, bytes: u64) -> Result<HeadField, String> {
     match io::copy(&mut input.take(bytes), &mut io::sink()).map_err(|e| e.to_string())? == bytes {
-        true => Ok(Field::Unused),
+        true => Ok(HeadField::Unused),
         false => Err("ends inside the head of a page".into()),
     }
 }

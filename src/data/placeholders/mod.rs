@@ -23,11 +23,11 @@ use super::images::{self, BackEnd, ImageLayout, Settings, VideoLayout};
 use super::tokenizer::Tokenizer;
 
 /// Builds what one picture takes in the text.
-type Expand = Box<dyn Fn(&ImageLayout, Place) -> String + Send + Sync>;
+type Expand = Box<dyn Fn(&ImageLayout, Ordinal) -> String + Send + Sync>;
 
 /// Which of how many pictures of a conversation one is.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Place {
+pub(super) struct Ordinal {
     pub index: usize,
     pub count: usize,
 }
@@ -66,7 +66,7 @@ impl fmt::Debug for Placeholder {
 
 impl Placeholder {
     /// A picture is a token in the text, which is replaced by what `expand` makes of it.
-    fn new(token: &str, expand: impl Fn(&ImageLayout, Place) -> String + Send + Sync + 'static) -> Self {
+    fn new(token: &str, expand: impl Fn(&ImageLayout, Ordinal) -> String + Send + Sync + 'static) -> Self {
         Placeholder {
             marker: token.to_string(),
             feature: token.to_string(),
@@ -148,41 +148,41 @@ impl Files<'_> {
     }
 }
 
-pub(super) struct Row {
+pub(super) struct PlaceholderRow {
     pub classes: &'static [&'static str],
     open: fn(&mut Files) -> Result<Placeholder>,
 }
 
 /// Processors by class; `families::FAMILIES` says which model types have which.
-pub(super) const ROWS: &[Row] = &[
-    Row { classes: &["Idefics3Processor", "SmolVLMProcessor"], open: idefics3::open },
-    Row {
+pub(super) const ROWS: &[PlaceholderRow] = &[
+    PlaceholderRow { classes: &["Idefics3Processor", "SmolVLMProcessor"], open: idefics3::open },
+    PlaceholderRow {
         classes: &["Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Lfm3VlProcessor"],
         open: |files| run::open(files, "<|image_pad|>"),
     },
-    Row { classes: &["Qwen3VLProcessor"], open: run::qwen3_vl },
-    Row { classes: &["Glm4vProcessor", "Glm46VProcessor"], open: |files| run::open(files, "<|image|>") },
-    Row { classes: &["PaddleOCRVLProcessor"], open: |files| run::open(files, "<|IMAGE_PLACEHOLDER|>") },
-    Row { classes: &["LlavaProcessor"], open: llava::open },
-    Row { classes: &["LlavaOnevisionProcessor"], open: llava_onevision::open },
-    Row { classes: &["InternVLProcessor"], open: tiles::internvl },
-    Row { classes: &["AyaVisionProcessor"], open: tiles::aya_vision },
-    Row { classes: &["Gemma3Processor"], open: gemma::gemma3 },
-    Row { classes: &["Gemma3nProcessor"], open: gemma::gemma3n },
-    Row { classes: &["PaliGemmaProcessor"], open: gemma::paligemma },
-    Row { classes: &["PixtralProcessor"], open: pixtral::open },
-    Row { classes: &["Lfm2VlProcessor"], open: lfm2_vl::open },
-    Row { classes: &["Gemma4Processor"], open: gemma::gemma4 },
-    Row { classes: &["Ovis2Processor"], open: tiles::ovis2 },
-    Row { classes: &["GraniteDoclingProcessor"], open: idefics3::granite_docling },
-    Row { classes: &["MiniCPMV4_6Processor", "MiniCPMV4_7Processor"], open: minicpm_v::open },
-    Row { classes: &["JanusProcessor"], open: janus::janus },
-    Row { classes: &["DeepseekVLProcessor"], open: janus::deepseek_vl },
+    PlaceholderRow { classes: &["Qwen3VLProcessor"], open: run::qwen3_vl },
+    PlaceholderRow { classes: &["Glm4vProcessor", "Glm46VProcessor"], open: |files| run::open(files, "<|image|>") },
+    PlaceholderRow { classes: &["PaddleOCRVLProcessor"], open: |files| run::open(files, "<|IMAGE_PLACEHOLDER|>") },
+    PlaceholderRow { classes: &["LlavaProcessor"], open: llava::open },
+    PlaceholderRow { classes: &["LlavaOnevisionProcessor"], open: llava_onevision::open },
+    PlaceholderRow { classes: &["InternVLProcessor"], open: tiles::internvl },
+    PlaceholderRow { classes: &["AyaVisionProcessor"], open: tiles::aya_vision },
+    PlaceholderRow { classes: &["Gemma3Processor"], open: gemma::gemma3 },
+    PlaceholderRow { classes: &["Gemma3nProcessor"], open: gemma::gemma3n },
+    PlaceholderRow { classes: &["PaliGemmaProcessor"], open: gemma::paligemma },
+    PlaceholderRow { classes: &["PixtralProcessor"], open: pixtral::open },
+    PlaceholderRow { classes: &["Lfm2VlProcessor"], open: lfm2_vl::open },
+    PlaceholderRow { classes: &["Gemma4Processor"], open: gemma::gemma4 },
+    PlaceholderRow { classes: &["Ovis2Processor"], open: tiles::ovis2 },
+    PlaceholderRow { classes: &["GraniteDoclingProcessor"], open: idefics3::granite_docling },
+    PlaceholderRow { classes: &["MiniCPMV4_6Processor", "MiniCPMV4_7Processor"], open: minicpm_v::open },
+    PlaceholderRow { classes: &["JanusProcessor"], open: janus::janus },
+    PlaceholderRow { classes: &["DeepseekVLProcessor"], open: janus::deepseek_vl },
 ];
 
 /// The row of the class that the processor's, the image processor's or the tokenizer's config names; else of the model's
 /// type; else of the image processor's class.
-fn row(bundle: &Bundle, image: &Value, config: &Value, model: &Value) -> Result<&'static Row> {
+fn row(bundle: &Bundle, image: &Value, config: &Value, model: &Value) -> Result<&'static PlaceholderRow> {
     let tokenizer = bundle.read_json("tokenizer_config.json")?.unwrap_or(Value::Null);
     let named = [config, image, &tokenizer].map(|config| config.get("processor_class").and_then(Value::as_str));
     let of_class = |class: &str| ROWS.iter().find(|row| row.classes.contains(&class));

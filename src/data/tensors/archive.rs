@@ -24,14 +24,14 @@ const HEADER_BYTES: u64 = 64 << 10;
 
 /// A tensor in a file.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct Entry {
+pub(super) struct StoredTensor {
     pub dtype: DataType,
     pub shape: Vec<usize>,
-    place: Place,
+    place: StoredBytes,
 }
 
 #[derive(Clone, Debug, PartialEq)]
-enum Place {
+enum StoredBytes {
     /// Bytes of the file.
     Plain(Range<usize>),
     /// A compressed entry, and where in it the elements are.
@@ -42,7 +42,7 @@ enum Place {
 #[derive(Debug)]
 pub(super) struct Archive {
     map: MappedFile,
-    entries: BTreeMap<String, Entry>,
+    entries: BTreeMap<String, StoredTensor>,
 }
 
 const SAFETENSORS_TYPES: &[(Dtype, DataType)] = &[
@@ -78,7 +78,7 @@ impl Archive {
     }
 
     /// All tensors by name.
-    pub fn entries(&self) -> &BTreeMap<String, Entry> {
+    pub fn entries(&self) -> &BTreeMap<String, StoredTensor> {
         &self.entries
     }
 
@@ -89,10 +89,10 @@ impl Archive {
         let subject = || format!("tensor `{name}` of `{}`", self.map.path().display());
         let entry = self.entries.get(name).ok_or_else(|| Error::invalid(subject(), "does not exist"))?;
         let array = match &entry.place {
-            Place::Plain(range) => {
+            StoredBytes::Plain(range) => {
                 self.map.get(range.clone()).ok_or_else(|| "ends early".to_string()).and_then(|bytes| entry.array(bytes))
             }
-            Place::Compressed { index, begin } => guarded(|| {
+            StoredBytes::Compressed { index, begin } => guarded(|| {
                 let mut zip = ZipArchive::new(Cursor::new(&self.map[..])).map_err(|e| e.to_string())?;
                 let mut file = zip.by_index(*index).map_err(|e| e.to_string())?;
                 let mut bytes = Vec::new();
@@ -106,7 +106,7 @@ impl Archive {
     }
 }
 
-impl Entry {
+impl StoredTensor {
     fn bytes(&self) -> Option<usize> {
         let count = self.shape.iter().try_fold(1usize, |count, &size| count.checked_mul(size))?;
         count.checked_mul(self.dtype.bits() / 8)
@@ -148,7 +148,7 @@ impl Entry {
     }
 }
 
-fn safetensors_entries(bytes: &[u8]) -> Result<BTreeMap<String, Entry>, String> {
+fn safetensors_entries(bytes: &[u8]) -> Result<BTreeMap<String, StoredTensor>, String> {
     // Checks that the tensors lie in the file, one behind the other.
     SafeTensors::deserialize(bytes).map_err(|e| e.to_string())?;
     let (header, metadata) = SafeTensors::read_metadata(bytes).map_err(|e| e.to_string())?;
@@ -159,13 +159,13 @@ fn safetensors_entries(bytes: &[u8]) -> Result<BTreeMap<String, Entry>, String> 
             return Err(format!("tensor `{name}` has elements of {:?}, which no input takes", info.dtype));
         };
         let before = header.checked_add(8).ok_or("its header is too long")?;
-        let place = Place::Plain(before + info.data_offsets.0..before + info.data_offsets.1);
-        entries.insert(name.clone(), Entry { dtype, shape: info.shape.clone(), place });
+        let place = StoredBytes::Plain(before + info.data_offsets.0..before + info.data_offsets.1);
+        entries.insert(name.clone(), StoredTensor { dtype, shape: info.shape.clone(), place });
     }
     Ok(entries)
 }
 
-fn npz_entries(bytes: &[u8]) -> Result<BTreeMap<String, Entry>, String> {
+fn npz_entries(bytes: &[u8]) -> Result<BTreeMap<String, StoredTensor>, String> {
     let mut zip = ZipArchive::new(Cursor::new(bytes)).map_err(|e| e.to_string())?;
     let mut entries = BTreeMap::new();
     for index in 0..zip.len() {
@@ -185,11 +185,11 @@ fn npz_entries(bytes: &[u8]) -> Result<BTreeMap<String, Entry>, String> {
         let place = match (plain, usize::try_from(start).ok()) {
             (true, Some(start)) => {
                 let end = usize::try_from(size).ok().and_then(|size| start.checked_add(size));
-                Place::Plain(start + header.begin..end.ok_or_else(|| wrong("is too long"))?)
+                StoredBytes::Plain(start + header.begin..end.ok_or_else(|| wrong("is too long"))?)
             }
-            _ => Place::Compressed { index, begin: header.begin as u64 },
+            _ => StoredBytes::Compressed { index, begin: header.begin as u64 },
         };
-        let entry = Entry { dtype: header.dtype, shape: header.shape, place };
+        let entry = StoredTensor { dtype: header.dtype, shape: header.shape, place };
         let wanted = entry.bytes().and_then(|bytes| (bytes as u64).checked_add(header.begin as u64));
         if wanted != Some(size) {
             return Err(wrong(&format!("has {size} bytes, which is not what {:?} takes", entry.shape)));

@@ -7,7 +7,7 @@ use crate::bundle::{Bundle, Role};
 use crate::ir::{DataType, Dim};
 use crate::onnx;
 
-use super::archive::Entry;
+use super::archive::StoredTensor;
 
 /// Labels of a batch: the token that each position is to be, -100 where none is learned.
 pub(super) const LABELS: &str = "labels";
@@ -57,7 +57,7 @@ impl GraphInputs {
     ///
     /// Errors: `Error::Invalid` naming the tensor that no graph reads, or whose type or shape is not what its graph
     /// declares.
-    pub(super) fn check(&self, file: &str, entries: &BTreeMap<String, Entry>) -> Result<(usize, usize)> {
+    pub(super) fn check(&self, file: &str, entries: &BTreeMap<String, StoredTensor>) -> Result<(usize, usize)> {
         let embeds = entries.contains_key(EMBEDS);
         if !embeds && !entries.contains_key("input_ids") {
             let names: Vec<&str> = entries.keys().map(String::as_str).collect();
@@ -94,7 +94,7 @@ impl GraphInputs {
         Ok((rows, time))
     }
 
-    fn check_one(&self, subject: &str, name: &str, entry: &Entry, embeds: bool) -> Result<()> {
+    fn check_one(&self, subject: &str, name: &str, entry: &StoredTensor, embeds: bool) -> Result<()> {
         let found = format!("{} {:?}", entry.dtype, entry.shape);
         if let Some((_, rank)) = TOKENS.iter().find(|(token, rank)| *token == name && entry.shape.len() != *rank) {
             return Err(Error::invalid(subject, format!("is {found}, expected {rank} axes, rows and tokens first")));

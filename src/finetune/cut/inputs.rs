@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::{Error, Result};
 use crate::ir::{DataType, Graph, ValueId};
-use crate::runtime::{Embedded, Input, Kind as InputKind, Port, Step, Training};
+use crate::runtime::{Embedded, Input, InputKind, Port, Step, Training};
 use crate::torch;
 
 use super::suffix::Suffix;
