@@ -11,7 +11,7 @@ use crate::bundle::Bundle;
 use crate::data::{Amount, Subset};
 use crate::finetune::{
     DEFAULT_RECIPE, LearningRate, Limits, LoraLayers, PlannedBytes, Precision, RECIPES, RecipeRow, Report, RunPlan,
-    Settings, WriteTrained, refuse_moved,
+    Settings, refuse_moved,
 };
 use crate::method::Plan;
 use crate::pipeline::steps::{self, Finetune, default_work_folder};
@@ -83,10 +83,6 @@ pub struct Args {
     /// [default: trained]
     #[arg(long, value_enum)]
     lora_layers: Option<LoraLayersArg>,
-    /// Write the weights of 4-bit layers, after their adapters are added, quantised with the layer's own bits, blocks and
-    /// zero points, or as float products [default: requantized]
-    #[arg(long, value_enum)]
-    write_trained: Option<WriteTrainedArg>,
     /// Compute every layer again in the backward pass: less memory, more time [default: where the plan needs it]
     #[arg(long)]
     gradient_checkpointing: bool,
@@ -132,12 +128,6 @@ fn recipes_help() -> String {
 enum LoraLayersArg {
     Trained,
     All,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum WriteTrainedArg {
-    Requantized,
-    Float,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -303,11 +293,6 @@ fn settings(args: &Args) -> anyhow::Result<Settings> {
         Some(LoraLayersArg::Trained) => LoraLayers::Trained,
         Some(LoraLayersArg::All) => LoraLayers::All,
         None => settings.lora.layers,
-    };
-    settings.lora.write = match args.write_trained {
-        Some(WriteTrainedArg::Requantized) => WriteTrained::Requantized,
-        Some(WriteTrainedArg::Float) => WriteTrained::Float,
-        None => settings.lora.write,
     };
     if args.gradient_checkpointing {
         settings.batch.gradient_checkpointing = Some(true);

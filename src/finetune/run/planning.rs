@@ -30,14 +30,14 @@ impl Opened {
         let settings = request.settings;
         let decoder = crate::onnx::load(&request.bundle.path_of(request.bundle.require(Role::Decoder)?))?;
         let whole = headed(request.bundle, decoder.clone())?;
-        let mut cut = Cut::new(&whole, request.layers, settings.lora().is_some())?;
+        let mut cut = Cut::new(&whole, request.layers)?;
         let fits = settings.fit.enabled || settings.layer_by_layer();
         let mut targets = if fits { cut.targets(request.layers, !settings.trains())? } else { Vec::new() };
         if let Some(lora) = settings.lora() {
             if settings.lora.layers == LoraLayers::All {
                 let all: Vec<usize> = (0..cut.analysis.map.layers.len()).collect();
                 let after = cut.first;
-                cut = Cut::new(&whole, &all, true)?;
+                cut = Cut::new(&whole, &all)?;
                 targets.iter_mut().for_each(|target| target.layer += after);
             }
             let written: &[FitTarget] = if settings.fit.enabled { &targets } else { &[] };

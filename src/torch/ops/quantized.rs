@@ -1,4 +1,4 @@
-//! Quantised operators. Products with packed weights pass gradients to what they multiply; the weights have none.
+//! Quantised operators, forward only: finetuning needs float weights.
 
 use tch::{Kind, Tensor};
 
@@ -27,7 +27,7 @@ pub(super) const ROWS: &[Row] = &[
     Row::new("", "QuantizeLinear", 10, quantize),
     Row::new(MICROSOFT, "DequantizeLinear", 1, dequantize).expands(),
     Row::new(MICROSOFT, "GatherBlockQuantized", 1, gather_block_quantized),
-    Row::new(MICROSOFT, "MatMulNBits", 1, matmul_nbits).grad(),
+    Row::new(MICROSOFT, "MatMulNBits", 1, matmul_nbits),
     Row::new(MICROSOFT, "QuantizeLinear", 1, quantize),
 ];
 
