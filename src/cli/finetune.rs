@@ -11,7 +11,7 @@ use crate::bundle::Bundle;
 use crate::data::{Amount, Subset};
 use crate::finetune::{
     DEFAULT_RECIPE, LOSSES, LearningRate, Limits, LoraLayers, PlannedBytes, Precision, RECIPES, RecipeRow, Report,
-    RunPlan, Settings, WriteTrained, refuse_moved,
+    RunPlan, Settings, refuse_moved,
 };
 use crate::method::Plan;
 use crate::pipeline::steps::{self, Finetune, Trained, default_work_folder};
@@ -92,10 +92,6 @@ pub struct Args {
     /// Train the weight of the head too, as the authors' released code does where it is not tied to the embeddings
     #[arg(long)]
     train_head: bool,
-    /// Write the weights of 4-bit layers, after their adapters are added, quantised with the layer's own bits, blocks and
-    /// zero points, or as float products [default: requantized]
-    #[arg(long, value_enum)]
-    write_trained: Option<WriteTrainedArg>,
     /// Compute every layer again in the backward pass: less memory, more time [default: where the plan needs it]
     #[arg(long)]
     gradient_checkpointing: bool,
@@ -152,12 +148,6 @@ fn teacher_help() -> String {
 enum LoraLayersArg {
     Trained,
     All,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum WriteTrainedArg {
-    Requantized,
-    Float,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -320,11 +310,6 @@ fn settings(args: &Args) -> anyhow::Result<Settings> {
         Some(LoraLayersArg::Trained) => LoraLayers::Trained,
         Some(LoraLayersArg::All) => LoraLayers::All,
         None => settings.lora.layers,
-    };
-    settings.lora.write = match args.write_trained {
-        Some(WriteTrainedArg::Requantized) => WriteTrained::Requantized,
-        Some(WriteTrainedArg::Float) => WriteTrained::Float,
-        None => settings.lora.write,
     };
     settings.train_head |= args.train_head;
     if args.gradient_checkpointing {

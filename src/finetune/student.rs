@@ -15,7 +15,7 @@ use crate::finetune::cut::{Cut, Suffix, inputs_of};
 use crate::finetune::data::Batch;
 use crate::finetune::error::torch_error;
 use crate::finetune::loss::{Compared, Compute, LossKind};
-use crate::finetune::settings::{Precision, WriteTrained};
+use crate::finetune::settings::Precision;
 
 /// The trained part of a decoder.
 pub struct Student {
@@ -32,14 +32,6 @@ pub struct Student {
     pub anchor_points: Vec<usize>,
     /// The one layer that is trained now, counted from the first trained one; None for all of them.
     pub only: Option<usize>,
-}
-
-/// What training changed in a graph.
-pub struct Changed {
-    /// Initializers by id, in their own type and shape.
-    pub tensors: Vec<(ValueId, crate::ir::Tensor)>,
-    /// Float weights `[K, N]`, by the packed weight that each replaces.
-    pub floats: Vec<(ValueId, crate::ir::Tensor)>,
 }
 
 /// What the layers read besides the stream, for one batch.
@@ -147,13 +139,12 @@ impl Student {
         layer..self.points.iter().copied().filter(|&point| point <= next).max().unwrap_or(layer)
     }
 
-    /// The initializers that have changed with their values, in the graph's own type: adapters are added to their weights,
-    /// and packed weights are packed again, or floats, as `write` says.
+    /// The initializers that have changed with their values, in the graph's own type: adapters are added to their weights.
     ///
     /// Errors: `Error::Engine` when a tensor cannot be read back.
-    pub fn changed(&self, cut: &Cut, scale: f64, write: WriteTrained) -> Result<Changed> {
+    pub fn changed(&self, cut: &Cut, scale: f64) -> Result<Vec<(ValueId, crate::ir::Tensor)>> {
         let graph = &cut.analysis.model.graph;
-        let (mut changed, mut floats) = (Vec::new(), Vec::new());
+        let mut changed = Vec::new();
         let thin = |id: ValueId| cut.adapted.iter().any(|adapted| [adapted.a, adapted.b].contains(&id));
         for weight in self.written().iter().filter(|weight| !thin(weight.id)) {
             if cut.adapted.iter().all(|adapted| adapted.weight != weight.id) {
@@ -164,38 +155,19 @@ impl Student {
             let name = graph.name(adapted.weight);
             let Some(stored) = graph.body.initializer(adapted.weight) else { continue };
             let (a, b) = (self.weight_of(adapted.a)?.1, self.weight_of(adapted.b)?.1);
-            let base = match (adapted.packed, self.weight_of(adapted.weight)) {
-                (Some(packed), _) => {
-                    let numbers = Tensor::f_from_slice(&packed.floats(graph));
-                    let sized = numbers.and_then(|numbers| {
-                        numbers.f_reshape([packed.columns as i64, packed.rows as i64])?.f_transpose(0, 1)
-                    });
-                    sized.map_err(torch_error(format!("the weight `{name}`")))?
-                }
-                (None, Ok((_, tensor))) => tensor,
-                (None, Err(_)) => torch::tensor_from_ir(name, stored)?,
+            let base = match self.weight_of(adapted.weight) {
+                Ok((_, tensor)) => tensor,
+                Err(_) => torch::tensor_from_ir(name, stored)?,
             };
             let merged = || -> Result<Tensor, tch::TchError> {
                 let change = a.f_detach()?.f_matmul(&b.f_detach()?)?.f_mul_scalar(scale)?.f_to_device(Device::Cpu)?;
                 let change = if adapted.transposed { change.f_tr()? } else { change };
                 base.f_detach()?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?.f_add(&change)
             };
-            let failed = || torch_error(format!("the adapter of `{name}`"));
-            let merged = merged().map_err(failed())?;
-            match (adapted.packed, write) {
-                (None, _) => changed.push((adapted.weight, torch::tensor_to_ir(name, &merged, stored.dtype)?)),
-                (Some(packed), WriteTrained::Requantized) => {
-                    let turned = merged.f_transpose(0, 1).and_then(|turned| turned.f_contiguous()?.f_flatten(0, -1));
-                    let numbers = turned.and_then(|turned| Vec::<f32>::try_from(&turned)).map_err(failed())?;
-                    changed.extend(packed.packed(graph, &numbers));
-                }
-                (Some(packed), WriteTrained::Float) => {
-                    let dtype = graph.body.initializer(packed.scales).map_or(stored.dtype, |scales| scales.dtype);
-                    floats.push((adapted.weight, torch::tensor_to_ir(name, &merged, dtype)?));
-                }
-            }
+            let merged = merged().map_err(torch_error(format!("the adapter of `{name}`")))?;
+            changed.push((adapted.weight, torch::tensor_to_ir(name, &merged, stored.dtype)?));
         }
-        Ok(Changed { tensors: changed, floats })
+        Ok(changed)
     }
 
     /// Computes once what all layers read besides the stream.

@@ -1,7 +1,5 @@
 //! Whole runs on the shipped model.
 
-#[path = "packed_tests.rs"]
-mod packed;
 #[path = "teacher_tests.rs"]
 mod teacher;
 #[path = "whole_tests.rs"]

@@ -14,8 +14,6 @@ use crate::base::{Error, Result};
 use crate::finetune::settings::Lora;
 use crate::ir::{Attribute, Graph, GraphIndex, Node, Tensor, Value, ValueId};
 
-use super::packed::{PACKED_PRODUCT, Packed};
-
 /// The stream of the seeded generator that adapters draw from; the sampler's are counted from 0.
 const STREAM: u64 = u64::MAX;
 
@@ -29,8 +27,6 @@ pub struct Adapted {
     pub b: ValueId,
     /// True where the weight is kept as `[D, K]`.
     pub transposed: bool,
-    /// How the weight is packed, where it is.
-    pub packed: Option<Packed>,
 }
 
 /// How a weight is read.
@@ -40,8 +36,6 @@ enum Reads {
         nodes: Vec<usize>,
         transposed: bool,
     },
-    /// By one product, whose weight is packed.
-    Packed(usize, Packed),
     Otherwise,
 }
 
@@ -61,14 +55,7 @@ pub fn adapt(graph: &mut Graph, weights: &[ValueId], lora: Lora) -> Result<Vec<A
     let reads: Vec<Reads> = weights.iter().map(|&weight| how_read(graph, &index, weight)).collect();
     for (&weight, reads) in weights.iter().zip(reads) {
         let Some(tensor) = graph.body.initializer(weight) else { continue };
-        let dims = match &reads {
-            Reads::Packed(_, packed) => vec![packed.rows as u64, packed.columns as u64],
-            _ => tensor.dims.clone(),
-        };
-        let packed = match &reads {
-            Reads::Packed(_, packed) => Some(*packed),
-            _ => None,
-        };
+        let dims = tensor.dims.clone();
         let [stack @ .., rows, columns] = dims.as_slice() else { continue };
         if (*rows).min(*columns) <= rank {
             continue;
@@ -90,16 +77,12 @@ pub fn adapt(graph: &mut Graph, weights: &[ValueId], lora: Lora) -> Result<Vec<A
                     after.entry(number).or_default().extend(own);
                 }
             }
-            Reads::Packed(number, _) => {
-                let own = beside(graph, number, &name, (a, b, scale));
-                after.entry(number).or_default().extend(own);
-            }
             Reads::Otherwise => {
                 let (number, own) = summed(graph, weight, &name, (a, b, scale));
                 before.entry(number).or_default().extend(own);
             }
         }
-        adapted.push(Adapted { weight, a, b, transposed, packed });
+        adapted.push(Adapted { weight, a, b, transposed });
     }
     if adapted.is_empty() {
         return Err(Error::invalid(
@@ -135,12 +118,6 @@ fn how_read(graph: &Graph, index: &GraphIndex, weight: ValueId) -> Reads {
         let all = nodes.iter().enumerate().filter(|(_, node)| node.present_inputs().any(|input| input == id));
         all.map(|(number, _)| number).collect()
     };
-    let multiplies = |node: &Node| node.op_type == PACKED_PRODUCT && node.inputs.get(1) == Some(&Some(weight));
-    if let Some(number) = nodes.iter().position(multiplies)
-        && let Ok(packed) = Packed::of(graph, &nodes[number])
-    {
-        return Reads::Packed(number, packed);
-    }
     let matrix = graph.body.initializer(weight).is_some_and(|tensor| tensor.dims.len() == 2);
     let captured: HashSet<ValueId> =
         nodes.iter().flat_map(|node| node.bodies().flat_map(crate::ir::captured)).collect();

@@ -2,7 +2,6 @@
 
 mod adapters;
 mod inputs;
-mod packed;
 mod projection;
 mod suffix;
 mod weights;
@@ -16,9 +15,6 @@ use crate::ir::{Model, ValueId};
 
 pub use adapters::Adapted;
 pub use inputs::{SideInputs, SideWidths, inputs_of, side_inputs, token_inputs};
-#[cfg(test)]
-pub use packed::Packed;
-pub use packed::float_products;
 pub use projection::{FitTarget, Projection, products_of};
 pub use suffix::{Suffix, nodes_between};
 pub use weights::{replaced, trained_weights};
@@ -39,12 +35,12 @@ pub struct Cut {
 }
 
 impl Cut {
-    /// Finds what is trained and where the graph is cut; with `adapters` packed weights are among what has them.
+    /// Finds what is trained and where the graph is cut.
     ///
     /// Errors: `Error::Unsupported` and `Error::Invalid` for layers that cannot be trained.
-    pub fn new(decoder: &Model, layers: &[usize], adapters: bool) -> Result<Self> {
+    pub fn new(decoder: &Model, layers: &[usize]) -> Result<Self> {
         let analysis = analyse(decoder)?;
-        let trained = trained_weights(&analysis.model.graph, &analysis.map, layers, adapters)?;
+        let trained = trained_weights(&analysis.model.graph, &analysis.map, layers)?;
         let first = layers.iter().copied().min().unwrap_or(0);
         let map = &analysis.map;
         let streams = map.layers[first..]

@@ -6,16 +6,13 @@ use crate::analysis::{Layer, LayerMap};
 use crate::base::{Error, Result, list_preview};
 use crate::ir::{DataType, Graph, Model, Tensor, ValueId};
 
-use super::packed::{PACKED_PRODUCT, Packed};
-
 /// The initializers to train for the given layers, in file order.
 ///
-/// All floating-point weights that only one layer reads, constants of one element aside; with `adapters` the packed weights
-/// of 4-bit products too, which have adapters beside them.
+/// All floating-point weights that only one layer reads, constants of one element aside.
 ///
 /// Errors: `Error::Invalid` for a layer that does not exist; `Error::Unsupported` for quantised layers and for weights
 /// that a trained layer shares with some other layer.
-pub fn trained_weights(graph: &Graph, map: &LayerMap, layers: &[usize], adapters: bool) -> Result<Vec<ValueId>> {
+pub fn trained_weights(graph: &Graph, map: &LayerMap, layers: &[usize]) -> Result<Vec<ValueId>> {
     if layers.is_empty() {
         return Err(Error::invalid("finetune", "no layer is named").remedy("give a plan with layers to finetune"));
     }
@@ -28,59 +25,32 @@ pub fn trained_weights(graph: &Graph, map: &LayerMap, layers: &[usize], adapters
             )
             .remedy("the plan counts layers of the pruned model here"));
         };
-        let packed = packed_weights(graph, map, layer, adapters)?;
-        refuse_quantised(graph, layer, &packed)?;
+        refuse_quantised(graph, layer)?;
         refuse_shared(graph, map, layer)?;
         let own = layer.weights.iter().copied().filter(|&id| {
             graph.body.initializer(id).is_some_and(|tensor| tensor.dtype.is_float() && tensor.element_count() > 1)
         });
         let before = trained.len();
         trained.extend(own);
-        trained.extend(packed.iter().map(|packed| packed.weight));
         if trained.len() == before {
-            return Err(Error::unsupported(format!("layer {number}"), "has no weights of its own to train"));
+            return Err(Error::unsupported(
+                format!("layer {number}"),
+                "has no floating-point weights of its own to train",
+            ));
         }
     }
     Ok(trained)
 }
 
-/// The weights of the layer's 4-bit products, where adapters may be beside them.
-fn packed_weights(graph: &Graph, map: &LayerMap, layer: &Layer, adapters: bool) -> Result<Vec<Packed>> {
-    let nodes = layer.path.iter().filter_map(|&number| graph.body.nodes.get(number));
-    let products = nodes.filter(|node| adapters && node.op_type == PACKED_PRODUCT);
-    let mut found: Vec<Packed> = Vec::new();
-    for node in products {
-        let refused = |problem: String| {
-            Error::unsupported(format!("layer {}", layer.index), format!("{}: {problem}", node.describe(graph)))
-                .remedy("finetune the float model, then quantise")
-        };
-        let packed = Packed::of(graph, node).map_err(refused)?;
-        let parts = || [Some(packed.weight), Some(packed.scales), packed.zero_points].into_iter().flatten();
-        let shared = |id: ValueId| {
-            let elsewhere = map.layers.iter().any(|other| other.index != layer.index && other.weights.contains(&id));
-            let readers = graph.body.nodes.iter().filter(|node| node.present_inputs().any(|input| input == id)).count();
-            elsewhere || layer.shared_weights.contains(&id) || readers > 1
-        };
-        if let Some(id) = parts().find(|&id| shared(id)) {
-            return Err(refused(format!("shares `{}` with another product", graph.name(id))));
-        }
-        found.push(packed);
-    }
-    let place = |id: ValueId| graph.body.initializers.iter().position(|(other, _)| *other == id);
-    found.sort_by_key(|packed| place(packed.weight));
-    Ok(found)
-}
-
-fn refuse_quantised(graph: &Graph, layer: &Layer, adapted: &[Packed]) -> Result<()> {
+fn refuse_quantised(graph: &Graph, layer: &Layer) -> Result<()> {
     const QUANTISED: &[&str] =
         &["MatMulNBits", "DequantizeLinear", "MatMulInteger", "QLinearMatMul", "DynamicQuantizeMatMul"];
-    let node = layer.path.iter().filter_map(|&number| graph.body.nodes.get(number)).find(|node| {
-        let known = adapted.iter().any(|packed| node.inputs.get(1) == Some(&Some(packed.weight)));
-        QUANTISED.contains(&node.op_type.as_str()) && !known
-    });
-    let parts: HashSet<ValueId> =
-        adapted.iter().flat_map(|packed| [Some(packed.weight), packed.zero_points]).flatten().collect();
-    let packed = layer.weights.iter().filter(|id| !parts.contains(id)).find(|&&id| {
+    let node = layer
+        .path
+        .iter()
+        .filter_map(|&number| graph.body.nodes.get(number))
+        .find(|node| QUANTISED.contains(&node.op_type.as_str()));
+    let packed = layer.weights.iter().find(|&&id| {
         graph.body.initializer(id).is_some_and(|tensor| {
             let bits = tensor.dtype.bits();
             !tensor.dtype.is_float()
@@ -98,9 +68,7 @@ fn refuse_quantised(graph: &Graph, layer: &Layer, adapted: &[Packed]) -> Result<
         format!("layer {}", layer.index),
         format!("its weights are quantised ({what}), which cannot be trained"),
     )
-    .remedy(
-        "train adapters beside products of 4 bits (MatMulNBits) with `--lora-rank 16`, or finetune the float model, then quantise",
-    ))
+    .remedy("finetune the float model, then quantise"))
 }
 
 /// Tables (rotary ones) that every layer reads, or that meet the stream only by way of positions, stay as they are;

@@ -13,13 +13,13 @@ use tch::Device as TorchDevice;
 use crate::base::{Cancel, Device, Error, Provenance, Result, Sha256Digest, notice, sha256_json};
 use crate::data::LeftOut;
 use crate::finetune::checkpoint::begun;
-use crate::finetune::cut::{FitTarget, float_products, replaced, side_inputs};
+use crate::finetune::cut::{FitTarget, replaced, side_inputs};
 use crate::finetune::data::{Course, Dense, Lesson, Loads, Store, Teacher, TrainingSet, WINDOW_FOLDER, scan};
 use crate::finetune::loss;
 use crate::finetune::plan::{PlannedData, anchor_points};
 use crate::finetune::record::{METRICS_FILE, StepMetrics, Totals, best};
 use crate::finetune::settings::{LearningRate, Lora};
-use crate::finetune::student::{Changed, Student};
+use crate::finetune::student::Student;
 use crate::finetune::train::{DenseStream, Run, Summary, fit, search, train};
 use crate::torch::Hold;
 
@@ -204,10 +204,8 @@ pub fn finetune_with_teacher(
     if window.exists() {
         std::fs::remove_dir_all(&window).map_err(|e| Error::io("remove", &window, e))?;
     }
-    let (scale, write) = (settings.lora().map_or(1.0, Lora::scale), settings.lora.write);
-    let Changed { tensors, floats } = students[0].changed(&cut, scale, write)?;
-    let mut decoder = replaced(&decoder, tensors)?;
-    float_products(&mut decoder, floats)?;
+    let tensors = students[0].changed(&cut, settings.lora().map_or(1.0, Lora::scale))?;
+    let decoder = replaced(&decoder, tensors)?;
     let report = report(request, rate, inputs, &dataset, left_out, &summary)?;
     Ok(Outcome { decoder, report })
 }

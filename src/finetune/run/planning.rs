@@ -30,7 +30,7 @@ impl Opened {
         let settings = request.settings;
         let decoder = crate::onnx::load(&request.bundle.path_of(request.bundle.require(Role::Decoder)?))?;
         let whole = headed(request.bundle, decoder.clone())?;
-        let mut cut = Cut::new(&whole, request.layers, settings.lora().is_some())?;
+        let mut cut = Cut::new(&whole, request.layers)?;
         if settings.train_head {
             cut.train_head()?;
         }
@@ -40,7 +40,7 @@ impl Opened {
             if settings.lora.layers == LoraLayers::All {
                 let all: Vec<usize> = (0..cut.analysis.map.layers.len()).collect();
                 let after = cut.first;
-                cut = Cut::new(&whole, &all, true)?;
+                cut = Cut::new(&whole, &all)?;
                 if settings.train_head {
                     cut.train_head()?;
                 }

@@ -48,17 +48,6 @@ pub enum LoraLayers {
     All,
 }
 
-/// How trained weights of quantised layers are written.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum WriteTrained {
-    /// Quantised again, with the node's own bits, blocks and zero points.
-    #[default]
-    Requantized,
-    /// As float products in place of the quantised ones.
-    Float,
-}
-
 /// A part of a run with loss terms of its own.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -172,8 +161,6 @@ pub struct LoraSettings {
     pub alpha: f64,
     /// Beside which layers' weights adapters are: `trained` or `all` of the decoder.
     pub layers: LoraLayers,
-    /// How weights of quantised layers are written after their adapters are added: `requantized`, or `float`.
-    pub write: WriteTrained,
 }
 
 /// The `kd` term.
@@ -260,7 +247,7 @@ impl Default for FitSettings {
 
 impl Default for LoraSettings {
     fn default() -> Self {
-        LoraSettings { rank: 0, alpha: 16.0, layers: LoraLayers::Trained, write: WriteTrained::Requantized }
+        LoraSettings { rank: 0, alpha: 16.0, layers: LoraLayers::Trained }
     }
 }
 

@@ -1,4 +1,4 @@
-//! Quantised operators. Products with packed weights pass gradients to what they multiply; the weights have none.
+//! Quantised operators, forward only: finetuning needs float weights.
 
 use tch::{Kind, Tensor};
 
@@ -26,7 +26,7 @@ pub(super) const ROWS: &[Operator] = &[
     Operator::new("", "QuantizeLinear", 10, quantize),
     Operator::new(MICROSOFT, "DequantizeLinear", 1, dequantize).expands(),
     Operator::new(MICROSOFT, "GatherBlockQuantized", 1, gather_block_quantized),
-    Operator::new(MICROSOFT, "MatMulNBits", 1, matmul_nbits).grad(),
+    Operator::new(MICROSOFT, "MatMulNBits", 1, matmul_nbits),
     Operator::new(MICROSOFT, "QuantizeLinear", 1, quantize),
 ];
 
