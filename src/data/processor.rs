@@ -3,12 +3,13 @@
 use serde_json::Value;
 
 use crate::base::{Error, Result};
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, Role};
+use crate::onnx;
 use crate::prompt::{GivenRow, Prompt};
 
 use super::families::family_of;
 use super::images::{ImageInputs, ImageProcessor, ImageSettings, Shown};
-use super::placeholders::{Ordinal, Placeholder};
+use super::placeholders::{self, Ordinal, Placeholder};
 use super::sample::{ImageBytes, Part};
 use super::template::{ChatTemplate, Content, ContentPart, Message};
 use super::tokenizer::Tokenizer;
@@ -114,6 +115,17 @@ impl Processor {
         eos.dedup();
         let subject = format!("`{}`", bundle.root().display());
         Ok(Processor { tokenizer, template, subject, vision, unknown_images, eos })
+    }
+
+    /// Note on a model that sees less of a large picture than in Hugging Face's code, because its graphs take no tiles.
+    ///
+    /// Errors: as `onnx::load`.
+    pub fn note(&self, bundle: &Bundle) -> Result<Option<String>> {
+        let Some(vision) = &self.vision else { return Ok(None) };
+        let problem = packed_nowhere(bundle, &vision.placeholder)?;
+        Ok(problem.map(|problem| {
+            format!("a picture is one view, as in transformers.js, and is not cut into tiles: {problem}")
+        }))
     }
 
     /// Warning about a model whose image processor is not known.
@@ -291,6 +303,21 @@ impl Processor {
     }
 }
 
+/// Why tiles of pictures cannot be used, where the vision encoder must pack their features and does not.
+fn packed_nowhere(bundle: &Bundle, placeholder: &Placeholder) -> Result<Option<String>> {
+    let (Some(input), Some(vision)) = (placeholder.packed_by, bundle.component(Role::VisionEncoder)) else {
+        return Ok(None);
+    };
+    let graph = onnx::load(&bundle.path_of(vision))?.graph;
+    Ok(graph.input(input).is_none().then(|| {
+        format!(
+            "`{}` has no input `{input}`; cutting the padding off the tiles' features and putting newlines between them is \
+             in no graph of the folder",
+            vision.file
+        )
+    }))
+}
+
 impl PictureEncoding {
     /// `None` for a model without an image processor.
     fn open(
@@ -314,11 +341,17 @@ impl PictureEncoding {
             return Err(Error::unsupported(format!("`{source}`"), problem));
         }
         ImageProcessor::check_kind(&config, source)?;
-        let mut placeholder = Placeholder::open(bundle, tokenizer, &config, processor_config)?;
+        let mut placeholder = placeholders::open(bundle, tokenizer, &config, processor_config)?;
         let forced = std::mem::take(&mut placeholder.image_settings);
         let mut images = ImageProcessor::new(&config, source, forced, settings)?;
         if placeholder.video.is_some() {
             images.read_video(&video_config(bundle, processor_config)?)?;
+        }
+        if settings.tiles == Some(true)
+            && let Some(problem) = packed_nowhere(bundle, &placeholder)?
+        {
+            return Err(Error::unsupported("image tiles", problem)
+                .remedy("leave `--image-tiles` out: a picture is then one view, as in transformers.js"));
         }
         let feature = &placeholder.feature;
         let feature_id = tokenizer.id(feature).ok_or_else(|| {

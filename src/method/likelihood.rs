@@ -10,7 +10,7 @@ use crate::bundle::{Bundle, Role};
 use crate::data::Encoded;
 use crate::onnx;
 use crate::rewrite::{KEEP_INPUT, LOSS_OUTPUT, RESTART_INPUT, ROWS_INPUT, STREAM_INPUT, TARGETS_INPUT};
-use crate::runtime::{FeatureCache, Runtime, SessionOptions, Tensor, VlmSession};
+use crate::runtime::{FeatureCache, Runtime, SessionOptions, Tensor, VlmSession, headed};
 
 use super::loss::{Batch, Conversation, batches, open};
 
@@ -42,7 +42,7 @@ pub fn answer_likelihoods(
     cancel: &Cancel,
 ) -> Result<Vec<AnswerLikelihood>> {
     let component = bundle.require(Role::Decoder)?;
-    let analysis = analysis::analyse(&onnx::load(&bundle.path_of(component))?)?;
+    let analysis = analysis::analyse(&headed(bundle, onnx::load(&bundle.path_of(component))?)?)?;
     let head_dim = bundle.config().and_then(|config| config.head_size());
     let decoder = open(runtime, &analysis, head_dim)?;
     let mut model = VlmSession::with_decoder(runtime, bundle, decoder, &SessionOptions::default(), features)?;

@@ -41,6 +41,7 @@ pub fn tap_similarities(analysis: &Analysis, packs: &[usize], include_last: bool
     for &pack in packs {
         let count = streams.len().checked_sub(pack).filter(|&count| count > 0 && pack > 0).ok_or_else(|| {
             Error::invalid(format!("pack of {pack} layers"), format!("does not fit into {} layers", layers.len()))
+                .remedy("give `--packs` sizes below the number of layers")
         })?;
         let mut rows = Vec::with_capacity(count);
         for first in 0..count {

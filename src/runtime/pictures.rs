@@ -20,19 +20,24 @@ pub fn array<'a>(pictures: impl IntoIterator<Item = &'a ImageArrays>, name: &str
     }
     let joined = Array::joined(&arrays.iter().collect::<Vec<_>>())?;
     let rank = joined.shape().len();
-    if rank == port.rank() {
-        return Ok(joined);
-    }
-    if rank + 1 == port.rank() {
-        return Ok(match joined {
-            Array::Float(array) => Array::Float(array.insert_axis(Axis(0))),
-            Array::Int(array) => Array::Int(array.insert_axis(Axis(0))),
-            Array::Bool(array) => Array::Bool(array.insert_axis(Axis(0))),
-        });
-    }
-    let problem = format!("input {} got `{name}` of shape {:?}", port.described(), joined.shape());
-    Err(Error::invalid("pictures", problem)
-        .remedy("check that the processor's files and the graph belong to one model"))
+    let array = match joined {
+        joined if rank == port.rank() => joined,
+        Array::Float(array) if rank + 1 == port.rank() => Array::Float(array.insert_axis(Axis(0))),
+        Array::Int(array) if rank + 1 == port.rank() => Array::Int(array.insert_axis(Axis(0))),
+        Array::Bool(array) if rank + 1 == port.rank() => Array::Bool(array.insert_axis(Axis(0))),
+        joined => return Err(unfit(name, port, joined.shape())),
+    };
+    // The first axes count pictures and tiles.
+    let edges = port.rank().saturating_sub(2).max(1)..port.rank();
+    let fits = |axis: usize| port.fixed_size(axis).is_none_or(|size| array.shape().get(axis) == Some(&size));
+    if edges.into_iter().all(fits) { Ok(array) } else { Err(unfit(name, port, array.shape())) }
+}
+
+fn unfit(name: &str, port: &Port, shape: &[usize]) -> Error {
+    Error::invalid("pictures", format!("input {} got `{name}` of shape {shape:?}", port.described())).remedy(
+        "leave `--image-size`, `--min-pixels` and `--max-pixels` out, or check that the processor's files and the graph \
+         belong to one model",
+    )
 }
 
 fn one(picture: &ImageArrays, name: &str, port: &Port) -> Result<Array> {
@@ -130,7 +135,12 @@ mod tests {
         assert_eq!(array(&pictures, PIXEL_VALUES, &deep).unwrap().shape(), [1, 3, 3, 4, 4]);
         let mask = array(&pictures, PIXEL_ATTENTION_MASK, &port("m", DataType::Bool, &[-1, -1, -1, -1])).unwrap();
         assert_eq!(mask.shape(), [1, 3, 4, 4]);
-        assert!(array(&pictures, PIXEL_VALUES, &port("pixel_values", DataType::Float, &[-1, -1])).is_err());
+        let refused = |shape: &[i64]| {
+            array(&pictures, PIXEL_VALUES, &port("pixel_values", DataType::Float, shape)).unwrap_err().to_string()
+        };
+        assert!(refused(&[-1, -1]).contains("of shape [3, 3, 4, 4]"));
+        let other = refused(&[-1, 3, 4, 8]);
+        assert!(other.contains("[?, 3, 4, 8]") && other.contains("`--image-size`"), "{other}");
     }
 
     #[test]

@@ -186,7 +186,7 @@ fn every_way_to_give_a_picture_an_option_and_an_answer_is_read() {
         ["index", "image", "image_path", "question", "A", "B", "C", "D", "answer", "category", "l2-category", "split"];
     let row = |index: &str, cells: &[(&'static str, &str)]| -> Cells {
         let own = cells.iter().map(|(name, cell)| (*name, cell.to_string()));
-        [("index", index.to_string()), ("category", "words".into())].into_iter().chain(own).collect()
+        own.chain([("index", index.to_string()), ("category", "words".into())]).collect()
     };
     let both = format!("['{picture}', '{picture}']");
     let choice = [("question", ask.as_str()), ("A", "best"), ("C", "life"), ("answer", "C")];

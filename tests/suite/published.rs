@@ -265,3 +265,44 @@ fn llava_with_a_projector_in_onnx() {
     folder.remove("export.json");
     folder.check(true, "");
 }
+
+/// Cutting a picture into tiles needs a graph that packs their features; as published there is none.
+#[test]
+fn llava_onevision_shows_one_view_and_says_so() {
+    let folder = Published::new("llava_onevision", "llava_onevision");
+    let said = folder.run(&["inspect", "llava_onevision"]);
+    for part in ["warning: a picture is one view", "onnx/vision_encoder.onnx` has no input `image_sizes`"] {
+        assert!(said.contains(part), "expected `{part}` in: {said}");
+    }
+    let ask = ["generate", "llava_onevision", "--image", "photo.jpeg", "--prompt", "What?", "--max-tokens", "2"];
+    folder.run(&ask);
+    let output = interlace(folder.family.here(), &[&ask[..], &["--image-tiles", "true"]].concat());
+    let message = stderr(&output);
+    assert_eq!(output.status.code(), Some(2), "{message}");
+    for part in ["image tiles", "has no input `image_sizes`", "leave `--image-tiles` out"] {
+        assert!(message.contains(part), "expected `{part}` in: {message}");
+    }
+}
+
+/// Right answers are as likely as the head says, not as the hidden states before it.
+#[test]
+fn janus_with_a_head_of_its_own_is_evaluated() {
+    let folder = Published::new("janus", "janus");
+    let bench = concat!(env!("CARGO_MANIFEST_DIR"), "/fixtures/data/bench-small.tsv");
+    folder.run(&["eval", "janus", "--data", bench, "--limit", "2", "--max-new-tokens", "2", "-o", "report.json"]);
+    let report: Value =
+        serde_json::from_slice(&fs::read(folder.family.here().join("report.json")).expect("a report")).expect("JSON");
+    let found = report["model"]["likelihood"]["mean_log_likelihood"].as_f64();
+    assert!(found.is_some_and(|found| (-20.0..0.0).contains(&found)), "{report}");
+}
+
+/// Pictures of another size than the graph takes are refused before the graph runs.
+#[test]
+fn a_size_that_the_graph_does_not_take_is_refused() {
+    let folder = Published::new("internvl", "internvl");
+    let ask = ["generate", "internvl", "--image", "photo.jpeg", "--prompt", "What?", "--image-size", "57"];
+    let output = interlace(folder.family.here(), &ask);
+    let message = stderr(&output);
+    assert_eq!(output.status.code(), Some(2), "{message}");
+    assert!(message.contains("57, 57]") && message.contains("leave `--image-size`"), "{message}");
+}

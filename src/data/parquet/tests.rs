@@ -177,7 +177,7 @@ fn a_dictionary_may_be_larger_than_what_is_held_of_it() {
 /// Pages of the first version that end inside a row, as Arrow's C++ writes them (`scripts/fixture/pages.py`).
 #[test]
 fn a_row_may_go_on_in_the_next_page() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/data/pages.parquet");
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/processor/pages.parquet");
     let file = File::open(&path).unwrap();
     let reader = parquet::arrow::arrow_reader::ParquetRecordBatchReader::try_new(file, 1 << 10).unwrap();
     let batches: Vec<RecordBatch> = reader.collect::<Result<_, _>>().unwrap();

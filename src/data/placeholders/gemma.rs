@@ -3,7 +3,7 @@
 
 use crate::base::Result;
 
-use super::{Files, Placeholder};
+use super::placeholder::{Files, Placeholder};
 
 /// The picture, the prompt and what the model answers, as PaliGemma was trained: it has no chat template.
 const PALIGEMMA: &str = "\

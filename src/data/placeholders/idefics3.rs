@@ -5,7 +5,7 @@ use serde_json::Value;
 use crate::base::{Error, Result};
 use crate::bundle::{flag, whole_number};
 
-use super::{Files, Placeholder};
+use super::placeholder::{Files, Placeholder};
 
 pub(super) fn open(files: &mut Files) -> Result<Placeholder> {
     let features = features_of_a_tile(files.model, files.config)?;

@@ -2,7 +2,7 @@
 
 use crate::base::Result;
 
-use super::{Files, Placeholder};
+use super::placeholder::{Files, Placeholder};
 
 pub(super) fn janus(files: &mut Files) -> Result<Placeholder> {
     let features = files.settings.size("num_image_tokens", 576)?;

@@ -2,7 +2,7 @@
 
 use crate::base::Result;
 
-use super::{Files, Placeholder};
+use super::placeholder::{Files, Placeholder};
 
 pub(super) fn open(files: &mut Files) -> Result<Placeholder> {
     let token = files.feature("image_token", "<image>")?;

@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use crate::base::Result;
 
-use super::{Files, Placeholder};
+use super::placeholder::{Files, Placeholder};
 
 /// Questions and answers as Moondream was trained: it has no chat template.
 const MOONDREAM: &str = "\

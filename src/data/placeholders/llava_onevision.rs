@@ -4,9 +4,10 @@
 //! Source: `LlavaOnevisionProcessor` of transformers 5.24. Without tiles the view of the whole is all, as in transformers.js.
 
 use crate::base::Result;
+use crate::prompt::IMAGE_SIZES;
 
 use super::super::images::ImageLayout;
-use super::{Files, Placeholder};
+use super::placeholder::{Files, Placeholder};
 
 pub(super) fn open(files: &mut Files) -> Result<Placeholder> {
     let token = files.feature("image_token", "<image>")?;
@@ -19,7 +20,7 @@ pub(super) fn open(files: &mut Files) -> Result<Placeholder> {
         files.settings.contradiction(format!("`vision_aspect_ratio` is `{aspect}`, expected anyres_max_9 or its like"))
     })?;
     let feature = token.clone();
-    Ok(Placeholder::new(&token, move |layout, place| {
+    let placeholder = Placeholder::new(&token, move |layout, place| {
         let features = match layout.tiles {
             [0, 0] => base,
             // A newline behind each of several pictures.
@@ -27,7 +28,8 @@ pub(super) fn open(files: &mut Files) -> Result<Placeholder> {
             tiles => base + grid_features(layout, tiles, base.isqrt(), most),
         };
         feature.repeat(features.saturating_sub(less))
-    }))
+    });
+    Ok(Placeholder { packed_by: Some(IMAGE_SIZES), ..placeholder })
 }
 
 /// Features of the tiles and their newlines; a tile has `edge` features along each edge.

@@ -3,7 +3,7 @@
 use crate::base::Result;
 use crate::bundle::flag;
 
-use super::{Files, Placeholder};
+use super::placeholder::{Files, Placeholder};
 
 pub(super) fn open(files: &mut Files) -> Result<Placeholder> {
     let token = files.feature("image_token", "<|image_pad|>")?;

@@ -2,7 +2,7 @@
 
 use crate::base::Result;
 
-use super::{Files, Placeholder};
+use super::placeholder::{Files, Placeholder};
 
 pub(super) fn open(files: &mut Files) -> Result<Placeholder> {
     let patch = files.settings.size("patch_size", 16)? * files.settings.size("spatial_merge_size", 1)?;

@@ -4,7 +4,7 @@
 use crate::base::Result;
 
 use super::super::images::VideoLayout;
-use super::{Files, Placeholder, VideoPlaceholder};
+use super::placeholder::{Files, Placeholder, VideoPlaceholder};
 
 pub(super) fn open(files: &mut Files, default: &str) -> Result<Placeholder> {
     let token = files.feature("image_token", default)?;

@@ -2,7 +2,7 @@
 
 use crate::base::Result;
 
-use super::{Files, Placeholder};
+use super::placeholder::{Files, Placeholder};
 
 pub(super) fn internvl(files: &mut Files) -> Result<Placeholder> {
     let features = files.settings.size("image_seq_length", 256)?;

@@ -235,7 +235,10 @@ pub fn inspect(bundle: &Bundle) -> Result<Inspection> {
             });
         }
     }
-    warnings.extend(Processor::open(bundle).ok().and_then(|processor| processor.warning()));
+    if let Ok(processor) = Processor::open(bundle) {
+        warnings.extend(processor.warning());
+        warnings.extend(processor.note(bundle)?);
+    }
     let (layers, between_layers, taps) = found.unwrap_or_default();
     let inputs = BTreeMap::from([("model".to_string(), bundle.digest()?)]);
     Ok(Inspection {
