@@ -211,10 +211,10 @@ fn nothing_is_chosen_with_the_test_file() {
     fs::write(here.join("words.jsonl"), WORDS).expect("text");
     let bench = fs::read(fixture("data/bench-small.tsv")).expect("benchmark");
     let chosen = recipe("1e-3")
-        .replace("learning_rate = 1e-3", "learning_rates = [1e-4, 1e-3]")
+        .replace("learning_rate = 1e-3", "learning_rate = [1e-4, 1e-3]")
         .replace("\"angular\"", "\"sleb\"")
         .replace(&fixture("data/bench-small.tsv"), "test.tsv");
-    assert!(chosen.contains("learning_rates") && chosen.contains("sleb") && chosen.contains("\"test.tsv\""));
+    assert!(chosen.contains("[1e-4, 1e-3]") && chosen.contains("sleb") && chosen.contains("\"test.tsv\""));
     fs::write(here.join("recipe.toml"), &chosen).expect("recipe");
 
     let missing = interlace(here, &["run", "recipe.toml"]);

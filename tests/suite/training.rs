@@ -162,7 +162,7 @@ fn layers_train_without_a_plan() {
     assert_eq!(record("whole")["history"][0]["layers"].as_array().map(Vec::len), Some(16));
     assert_eq!(record("partly")["history"][0]["layers"], serde_json::json!([3, 9]));
     // Nothing was dropped, so nothing is fitted, and the record says so.
-    assert_eq!(record("partly")["history"][0]["settings"]["fit"], serde_json::Value::Null);
+    assert_eq!(record("partly")["history"][0]["settings"]["fit"]["enabled"], false);
     assert_eq!(record("whole")["inputs"]["plan"], serde_json::Value::Null);
     succeed(&["verify", "whole"]);
 
@@ -203,16 +203,16 @@ fn a_budget_of_tokens_takes_the_first_of_the_draw() {
     };
     let whole = report("", "whole");
     let count = |report: &serde_json::Value| report["samples"].as_u64().expect("samples");
-    let one = report("step_tokens = 1", "one");
+    let one = report("data.step_tokens = 1", "one");
     assert_eq!(count(&one), 1);
     let ids = |report: &serde_json::Value| report["sample_ids"].as_array().expect("ids").clone();
-    let some = report("step_tokens = 500", "some");
+    let some = report("data.step_tokens = 500", "some");
     assert!(count(&some) > 1 && count(&some) < count(&whole), "{} of {}", count(&some), count(&whole));
     assert!(ids(&some).contains(&ids(&one)[0]) && ids(&some).iter().all(|id| ids(&whole).contains(id)));
     // All samples of this set are about as long: a budget that one sample more would reach is reached.
-    let fewer = report("step_tokens = 400", "fewer");
+    let fewer = report("data.step_tokens = 400", "fewer");
     assert!(count(&fewer) < count(&some) && ids(&fewer).iter().all(|id| ids(&some).contains(id)));
-    assert_eq!(count(&report("step_tokens = 1000000000", "all")), count(&whole));
+    assert_eq!(count(&report("data.step_tokens = 1000000000", "all")), count(&whole));
 
     // What is held back is trained on by nobody, and `eval` reads that and nothing else.
     let run = |arguments: &[&str]| {
