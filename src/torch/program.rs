@@ -283,14 +283,7 @@ impl Program {
         let (signature, mut values) = self.admit(inputs)?;
         let mut state = self.state.borrow_mut();
         let State { fixed, moved, schedules, caches } = &mut *state;
-        let known = |schedule: &Schedule| schedule.inputs == slots && schedule.outputs == wanted;
-        let number = match schedules.iter().position(known) {
-            Some(position) => position,
-            None => {
-                schedules.push(self.schedule(slots, wanted)?);
-                schedules.len() - 1
-            }
-        };
+        let number = self.schedule_number(schedules, slots, wanted)?;
         let schedule = &schedules[number];
         for &slot in &schedule.weights {
             let (Some(tensor), None) = (self.frozen.get(&slot), fixed.get(slot, &schedule.lowered)) else { continue };
@@ -396,6 +389,17 @@ impl Program {
             values.insert(id.index(), tensor.map_err(engine)?);
         }
         Ok((signature, values))
+    }
+
+    /// The place of the schedule from these slots to those, which is made where there is none.
+    fn schedule_number(&self, known: &mut Vec<Schedule>, inputs: Vec<Slot>, outputs: Vec<Slot>) -> Result<usize> {
+        match known.iter().position(|schedule| schedule.inputs == inputs && schedule.outputs == outputs) {
+            Some(position) => Ok(position),
+            None => {
+                known.push(self.schedule(inputs, outputs)?);
+                Ok(known.len() - 1)
+            }
+        }
     }
 
     fn schedule(&self, inputs: Vec<Slot>, outputs: Vec<Slot>) -> Result<Schedule> {

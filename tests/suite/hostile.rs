@@ -298,7 +298,7 @@ fn no_model_harms_whoever_opens_it() {
                 other => other.to_string(),
             };
             let mut arguments = vec![verb[0].to_string(), "model".into(), "--quiet".into()];
-            arguments.extend(verb[1..].iter().map(|argument| data(argument)));
+            arguments.extend(verb[1..].iter().map(data));
             let (code, _, text) = run(folder.path(), &arguments, name);
             match code {
                 Some(0 | 1) => answered += 1,
