@@ -110,7 +110,8 @@ fn weight_files(path: &Path) -> Result<Vec<PathBuf>> {
     names.into_iter().map(|name| contained_path(path, name)).collect()
 }
 
-const TYPES: &[(Dtype, DataType)] = &[
+/// Element types of safetensors files with those of graphs.
+pub const SAFETENSORS_TYPES: &[(Dtype, DataType)] = &[
     (Dtype::F32, DataType::Float),
     (Dtype::F64, DataType::Double),
     (Dtype::F16, DataType::Float16),
@@ -140,7 +141,7 @@ fn read_file(path: &Path) -> Result<Vec<(String, Tensor)>> {
     let mut tensors = Vec::new();
     let mut unknown = Vec::new();
     for (name, info) in metadata.tensors() {
-        let Some(&(_, dtype)) = TYPES.iter().find(|(dtype, _)| *dtype == info.dtype) else {
+        let Some(&(_, dtype)) = SAFETENSORS_TYPES.iter().find(|(dtype, _)| *dtype == info.dtype) else {
             unknown.push(format!("{name} ({:?})", info.dtype));
             continue;
         };

@@ -177,17 +177,22 @@ fn an_adapter_of_peft_through_the_graft_equals_pytorch() {
     }
 }
 
+/// Grafts the twin, and returns the printed table.
+fn table_of(folder: &Path, source: &Path) -> Value {
+    let source = source.to_str().expect("path");
+    let arguments = ["graft", source, "--base", "base", "--tuned", "tuned", "-o", "out", "--quiet", "--json"];
+    let output = interlace(folder, &arguments);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    serde_json::from_slice(&output.stdout).expect("JSON")
+}
+
 /// Every weight of a graph in half precision is the twin's, rounded once.
 #[test]
 fn a_graph_in_half_precision_gets_rounded_weights() {
     let folder = tempfile::tempdir().expect("folder");
     let tuned = twin(&checkpoints(folder.path(), "qwen3_vl"));
     let source = root().join("post/qwen3_vl-ts17__fp16.onnx");
-    let source = source.to_str().expect("path");
-    let arguments = ["graft", source, "--base", "base", "--tuned", "tuned", "-o", "out", "--quiet", "--json"];
-    let output = interlace(folder.path(), &arguments);
-    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
-    let table: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let table = table_of(folder.path(), &source);
     let model = onnx::load(&folder.path().join("out/qwen3_vl-ts17__fp16.onnx")).expect("result");
     let mut compared = 0;
     for weight in table["weights"].as_array().expect("weights") {
@@ -212,21 +217,7 @@ fn a_quantised_graph_is_quantised_anew_by_its_own_rule() {
     let folder = tempfile::tempdir().expect("folder");
     let base = checkpoints(folder.path(), "qwen3_vl");
     let source = root().join("genai/qwen3_vl-int4-embeds");
-    let arguments = [
-        "graft",
-        source.to_str().expect("path"),
-        "--base",
-        "base",
-        "--tuned",
-        "tuned",
-        "-o",
-        "out",
-        "--quiet",
-        "--json",
-    ];
-    let output = interlace(folder.path(), &arguments);
-    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
-    let table: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let table = table_of(folder.path(), &source);
     let weights = table["weights"].as_array().expect("weights");
     let quantised = |weight: &&Value| weight["how"].as_str().is_some_and(|how| how.contains("4 bits symmetric"));
     assert_eq!(weights.iter().filter(quantised).count(), 57);
@@ -256,21 +247,7 @@ fn a_graph_of_8_bits_is_quantised_anew_by_its_own_rule() {
     let folder = tempfile::tempdir().expect("folder");
     let base = checkpoints(folder.path(), "llama");
     let source = root().join("post/llama-ts17__int8.onnx");
-    let arguments = [
-        "graft",
-        source.to_str().expect("path"),
-        "--base",
-        "base",
-        "--tuned",
-        "tuned",
-        "-o",
-        "out",
-        "--quiet",
-        "--json",
-    ];
-    let output = interlace(folder.path(), &arguments);
-    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
-    let table: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let table = table_of(folder.path(), &source);
     let weights = table["weights"].as_array().expect("weights");
     let quantised: Vec<&Value> =
         weights.iter().filter(|weight| weight["how"].as_str().is_some_and(|how| how.contains("8 bits"))).collect();

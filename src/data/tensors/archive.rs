@@ -7,10 +7,11 @@ use std::path::Path;
 
 use half::{bf16, f16};
 use ndarray::{ArrayD, IxDyn};
-use safetensors::{Dtype, SafeTensors};
+use safetensors::SafeTensors;
 use zip::{CompressionMethod, ZipArchive};
 
 use crate::base::{Error, MappedFile, Result};
+use crate::checkpoint::SAFETENSORS_TYPES;
 use crate::data::guard::guarded;
 use crate::ir::DataType;
 use crate::prompt::Array;
@@ -44,22 +45,6 @@ pub(super) struct Archive {
     map: MappedFile,
     entries: BTreeMap<String, StoredTensor>,
 }
-
-const SAFETENSORS_TYPES: &[(Dtype, DataType)] = &[
-    (Dtype::F32, DataType::Float),
-    (Dtype::F64, DataType::Double),
-    (Dtype::F16, DataType::Float16),
-    (Dtype::BF16, DataType::Bfloat16),
-    (Dtype::I64, DataType::Int64),
-    (Dtype::I32, DataType::Int32),
-    (Dtype::I16, DataType::Int16),
-    (Dtype::I8, DataType::Int8),
-    (Dtype::U64, DataType::Uint64),
-    (Dtype::U32, DataType::Uint32),
-    (Dtype::U16, DataType::Uint16),
-    (Dtype::U8, DataType::Uint8),
-    (Dtype::BOOL, DataType::Bool),
-];
 
 impl Archive {
     /// Reads what tensors there are, but none of them.

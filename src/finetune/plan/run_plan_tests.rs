@@ -1,0 +1,109 @@
+//! Plans of an eight-billion-parameter decoder and of small ones.
+
+use std::collections::BTreeMap;
+
+use super::*;
+use crate::finetune::loss::LossKind;
+use crate::finetune::plan::activations::{Kept, Width};
+use crate::finetune::settings::Stage;
+
+fn layer_kept(kept: u64, widest: u64) -> Kept {
+    Kept { kept: Width { own: kept, per_key: 0 }, widest: Width { own: widest, per_key: 0 } }
+}
+
+/// Qwen3-VL-8B with 27 of 36 layers in bf16: width 4096, MLP 12288, 8 heads of 128 for keys and values.
+fn eight_billion(lora: bool) -> Sizes {
+    let (width, mlp, keys) = (4096u64, 12288, 1024);
+    let matrices = [
+        vec![width, width],
+        vec![width, keys],
+        vec![width, keys],
+        vec![width, width],
+        vec![width, mlp],
+        vec![width, mlp],
+        vec![mlp, width],
+    ];
+    let layer: u64 = matrices.iter().map(|dims| dims.iter().product::<u64>()).sum();
+    let sides: u64 = matrices.iter().flatten().sum();
+    let (head, vocabulary) = (151_936 * width, 151_936);
+    let adapters = |layers: usize| -> Vec<Vec<u64>> {
+        let thin = matrices.iter().flat_map(|dims| [vec![dims[0], 16], vec![16, dims[1]]]).collect::<Vec<_>>();
+        (0..layers).flat_map(|_| thin.clone()).collect()
+    };
+    let written = 9 * (width * width + mlp * width);
+    let frozen = 27 * layer + head - if lora { written } else { 9 * layer };
+    Sizes {
+        frozen_bytes: 2 * frozen,
+        widened_bytes: 4 * frozen,
+        layer_widened_bytes: 4 * layer,
+        head_widened_bytes: 4 * head,
+        trained: if lora { adapters(27) } else { (0..9).flat_map(|_| matrices.clone()).collect() },
+        written: if lora { written } else { 0 },
+        layer_activations: vec![layer_kept(sides * 5 / 4, mlp); 27],
+        hidden_size: width,
+        vocabulary,
+        ..Sizes::default()
+    }
+}
+
+fn plan(settings: &Settings, sizes: &Sizes, memory: Option<u64>) -> RunPlan {
+    let layers: Vec<usize> = (0..9).map(|layer| 3 * layer).collect();
+    let data =
+        PlannedData { samples: 2400, tokens: 2_400_000, answer_tokens: 240_000, longest_tokens: 1500, estimated: true };
+    let facts = Facts {
+        device: "cuda:0".to_string(),
+        on_gpu: true,
+        cores: 16,
+        settings,
+        layers: &layers,
+        layer_count: 27,
+        first: 0,
+        sizes,
+        fitted: &[],
+        points: &[],
+        teacher_bytes: 0,
+        data,
+        limits: Limits { memory, ..Limits::default() },
+        cache_bytes: 32_000_000_000,
+        streamed: None,
+    };
+    RunPlan::resolve(&facts).unwrap()
+}
+
+#[test]
+fn eight_billion_parameters_heal_with_adapters_in_22_gb_and_not_without() {
+    let losses = BTreeMap::from([(LossKind::Ce, 1.0), (LossKind::Kd, 1.0)]);
+    let best = Settings::default().with(|s| {
+        s.stages = Stage::only(losses);
+        s.optimizer.average_last = 0.5;
+        s.precision = Precision::Bf16;
+    });
+    let wide = best.clone().with(|s| s.lora.rank = 16);
+    let plan_of = |settings: &Settings, lora: bool| plan(settings, &eight_billion(lora), Some(22_000_000_000));
+    let lora = plan_of(&wide, true);
+    assert_eq!((lora.fits, lora.gradient_checkpointing, lora.frozen_as_stored), (Some(true), true, true));
+    lora.check().unwrap();
+    let full = plan_of(&best, false);
+    assert_eq!(full.fits, Some(false));
+    let message = full.check().unwrap_err().to_string();
+    assert!(message.contains("the limit is") && message.contains("lora_rank"), "{message}");
+    // 9 layers of 192.9 M: weight, gradient, two moments and the mean, 4 bytes each.
+    let trained: u64 = full
+        .bytes
+        .iter()
+        .filter(|item| item.formula.contains(&format!("{}", full.trained_parameters)))
+        .map(|item| item.bytes)
+        .sum();
+    assert_eq!(trained, 12 * full.trained_parameters);
+    assert!(full.memory_bytes > 20 * full.trained_parameters);
+}
+
+#[test]
+fn a_limit_makes_passes_smaller_and_keeps_the_step() {
+    let settings = Settings::default().with(|s| s.lora.rank = 16);
+    let free = plan(&settings, &eight_billion(true), None);
+    let tight = plan(&settings, &eight_billion(true), Some(24_000_000_000));
+    assert_eq!((free.fits, tight.fits), (None, Some(true)));
+    assert!(tight.batch_tokens < free.batch_tokens && tight.batch_tokens >= 1500);
+    assert_eq!(tight.stages, free.stages);
+}
