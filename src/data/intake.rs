@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::base::{Error, Peers, Result, gathered};
+use crate::base::{Error, Peers, Result, Stopwatch, gathered, prepared_ahead};
 use crate::bundle::Bundle;
 
 use super::dataset::Dataset;
@@ -61,6 +61,8 @@ pub struct Intake {
     /// The most tokens of a sample.
     max_tokens: usize,
     left_out: Mutex<LeftOut>,
+    /// Time of reading and encoding, summed over threads.
+    preparing: Stopwatch,
 }
 
 impl Intake {
@@ -76,10 +78,11 @@ impl Intake {
             strict: dataset.options().strict,
             max_tokens,
             left_out: Mutex::default(),
+            preparing: Stopwatch::default(),
         }
     }
 
-    /// The samples with these indices that can be used, encoded. What it counts replaces what was counted before.
+    /// The samples with these indices that can be used, encoded. The counts replace those of an earlier call.
     ///
     /// Errors: as `Dataset::read`; each item: `Error::Invalid` when the row cannot be read and the set is read
     /// strictly, or when more than 5% of the samples cannot; other errors than those of single rows as they are.
@@ -89,29 +92,43 @@ impl Intake {
         indices: &[usize],
         encode: impl Fn(&Sample) -> Result<Encoded> + 'a,
     ) -> Result<impl Iterator<Item = Result<Encoded>> + 'a> {
-        self.encoded_of(dataset, indices, indices.len(), encode)
+        *self.lock() = LeftOut::default();
+        let (samples, asked) = (dataset.read(indices)?, indices.len());
+        Ok(samples.filter_map(move |sample| self.keep(sample.and_then(|sample| encode(&sample)), asked)))
     }
 
-    /// [`Intake::encoded`] where these are one process's part of `asked` samples.
+    /// Passes [`Intake::encoded`] to `take`. One thread reads the samples and as many as there are cores encode them,
+    /// at most `window` ahead of `take`. The indices are one process's part of `asked` samples.
     ///
-    /// Errors: as `encoded`.
-    pub fn encoded_of<'a>(
-        &'a self,
-        dataset: &'a Dataset,
-        indices: &[usize],
-        asked: usize,
-        encode: impl Fn(&Sample) -> Result<Encoded> + 'a,
-    ) -> Result<impl Iterator<Item = Result<Encoded>> + 'a> {
+    /// Errors: as `encoded`; those of `take`.
+    pub fn ahead<R>(
+        &self,
+        (dataset, indices, asked): (&Dataset, &[usize], usize),
+        window: usize,
+        encode: impl Fn(&Sample) -> Result<Encoded> + Sync,
+        take: impl FnOnce(&mut dyn Iterator<Item = Result<Encoded>>) -> Result<R>,
+    ) -> Result<R> {
         *self.lock() = LeftOut::default();
-        let samples = dataset.read(indices)?;
-        Ok(samples.filter_map(move |sample| match sample.and_then(|sample| encode(&sample)) {
+        let read = || Ok(self.preparing.over(dataset.read(indices)?));
+        let prepare = |sample: Result<Sample>| self.preparing.time(|| encode(&sample?));
+        prepared_ahead(window, read, prepare, |all| take(&mut all.filter_map(|encoded| self.keep(encoded, asked))))
+    }
+
+    /// Time that [`Intake::ahead`] has spent with reading and encoding, summed over its threads.
+    pub fn preparing(&self) -> &Stopwatch {
+        &self.preparing
+    }
+
+    /// The sample, unless it is left out, which is counted.
+    fn keep(&self, encoded: Result<Encoded>, asked: usize) -> Option<Result<Encoded>> {
+        match encoded {
             Ok(encoded) if encoded.len() > self.max_tokens => {
                 self.lock().too_long += 1;
                 None
             }
             Ok(encoded) => Some(Ok(encoded)),
             Err(error) => self.refuse(error, asked).err().map(Err),
-        }))
+        }
     }
 
     /// The counts so far.
