@@ -2,8 +2,8 @@
 //!
 //! A product `y = x W` becomes `y = x W + alpha / r * (x A) B`, `A` `[K, r]`, `B` `[r, D]`. `A` is initialised at
 //! random and `B` to 0, so the network's output is unchanged at the start (Hu et al. 2021, arXiv:2106.09685, section
-//! 4.1). `W` has no gradient. When another operator reads the weight, as with a stack of experts, its readers read `W +
-//! alpha / r * A B` instead. In both cases that sum is the weight of the finetuned model.
+//! 4.1). `W` has no gradient. When another operator reads the weight, as with a stack of experts, its readers read
+//! `W + alpha / r * A B` instead. In both cases that sum is the weight of the finetuned model.
 
 use std::collections::{BTreeMap, HashSet};
 
