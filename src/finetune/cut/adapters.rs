@@ -191,8 +191,8 @@ fn beside(graph: &mut Graph, number: usize, name: &str, (a, b, scale): (ValueId,
     ]
 }
 
-/// Nodes that add the adapter to a weight, and the index of the first node that reads the weight. All readers of the
-/// weight then read the sum.
+/// Nodes that add the adapter to a weight, and the index of the first node that reads the weight. All nodes with the
+/// weight as an input then read the sum; captures in their bodies are not changed.
 fn summed(
     graph: &mut Graph,
     weight: ValueId,
