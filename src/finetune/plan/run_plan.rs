@@ -78,7 +78,7 @@ pub struct RunPlan {
     pub cache_limit_bytes: u64,
     /// True when every layer is recomputed in the backward pass.
     pub gradient_checkpointing: bool,
-    /// True when frozen weights stay in the file's format and each product converts its own.
+    /// True when frozen weights are held in the file's format and each product converts its own.
     pub frozen_as_stored: bool,
     /// Every item of memory and disk.
     pub bytes: Vec<PlannedBytes>,

@@ -64,8 +64,8 @@ impl Step<'_> {
     /// Runs all layers in one autograd graph.
     ///
     /// With stream terms alone, the stream is detached before each trained layer, so no gradient reaches earlier
-    /// layers, and layers behind the last compared point are skipped. In layer-by-layer training, only the current
-    /// layer and the frozen layers up to its compared point are run.
+    /// layers, and layers behind the last compared point are skipped. In layer-by-layer training only the current layer
+    /// and the frozen layers after it are run, up to the last compared point before the next trained layer.
     fn plain(&self) -> Result<Pass> {
         let local = !self.wants_head();
         let layers = match self.student.only {

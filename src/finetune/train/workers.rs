@@ -181,9 +181,9 @@ pub fn deal(dataset: &TrainingSet, samples: Vec<usize>, workers: usize, batch_to
     dealt(cut(samples, length, workers, batch_tokens), length, workers)
 }
 
-/// Cuts samples into forward passes, longest samples first. The number of passes is a multiple of `workers`, the
-/// networks of one process. Several processes make the same cut and distribute the passes, so the passes do not depend
-/// on the number of processes.
+/// Cuts samples into forward passes, longest samples first. The number of passes is at most the smallest multiple of
+/// `workers`, the networks of one process, whose passes have about `batch_tokens` tokens. Several processes make the
+/// same cut and distribute the passes, so the passes do not depend on the number of processes.
 fn cut(
     mut samples: Vec<usize>,
     length: impl Fn(usize) -> usize,
@@ -212,7 +212,7 @@ fn cut(
 }
 
 /// Distributes passes, longest first, so that at most `workers` shares have about the same work. Empty shares are
-/// removed.
+/// always the last ones and are removed.
 fn dealt(passes: Vec<Vec<usize>>, length: impl Fn(usize) -> usize, workers: usize) -> Vec<Vec<Vec<usize>>> {
     let mut shares: Vec<(usize, Vec<Vec<usize>>)> = vec![(0, Vec::new()); workers.max(1)];
     for pass in passes {
