@@ -42,7 +42,7 @@ pub struct RunPlan {
     pub device: String,
     /// Number format of the forward and backward passes.
     pub precision: Precision,
-    /// Layers to train, as the pruned model counts them.
+    /// Layers to train, in the pruned model's numbering.
     pub trained: Vec<u64>,
     /// Number of layers before the first trained one; ONNX Runtime runs them.
     pub frozen_before: u64,
@@ -102,7 +102,7 @@ pub struct Facts<'a> {
     pub cores: u64,
     /// Settings of the run.
     pub settings: &'a Settings,
-    /// Layers to train, as the pruned model counts them.
+    /// Layers to train, in the pruned model's numbering.
     pub layers: &'a [usize],
     /// Number of decoder layers of the pruned model.
     pub layer_count: usize,
@@ -384,7 +384,7 @@ impl Facts<'_> {
     }
 }
 
-/// Every item of memory and disk.
+/// Lists every item of memory and disk.
 fn items(plan: &RunPlan, facts: &Facts<'_>) -> Vec<PlannedBytes> {
     let Facts { settings, sizes, .. } = facts;
     let mut items = Vec::new();

@@ -32,8 +32,8 @@ pub use request::{Outcome, Report, Request};
 /// Finetunes layers and returns the decoder with the new weights. The bundle is not modified.
 ///
 /// Errors: `Error::Invalid` and `Error::Unsupported` for unsuitable settings, layers, graphs and data;
-/// `Error::Interrupted` when the user asked to stop, after writing a checkpoint; `Error::NotFinite` when the loss or a
-/// gradient is not finite; `Error::Engine` from LibTorch and ONNX Runtime.
+/// `Error::Interrupted` when the user asked to stop, during the steps after writing a checkpoint; `Error::NotFinite`
+/// when a loss, a gradient or a sum of the fit is not finite; `Error::Engine` from LibTorch and ONNX Runtime.
 pub fn finetune(request: &Request<'_>, cancel: &Cancel, observer: &mut dyn FnMut(&StepMetrics)) -> Result<Outcome> {
     finetune_with_teacher(request, None, cancel, observer)
 }

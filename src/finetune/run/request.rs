@@ -21,7 +21,7 @@ use crate::torch::Ranks;
 pub struct Request<'a> {
     /// The pruned model.
     pub bundle: &'a Bundle,
-    /// Decoder layers to train, as the pruned model counts them.
+    /// Decoder layers to train, in the pruned model's numbering.
     pub layers: &'a [usize],
     /// Training samples.
     pub data: &'a dyn Source,
@@ -66,7 +66,7 @@ pub struct Report {
     /// Tool version, schema version, input digests and settings.
     #[serde(flatten)]
     pub provenance: Provenance,
-    /// Layers trained, as the pruned model counts them.
+    /// Layers trained, in the pruned model's numbering.
     pub layers: Vec<usize>,
     /// Number of elements of the trained weights, or of the adapters.
     pub trained_parameters: u64,
