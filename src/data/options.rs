@@ -9,7 +9,7 @@ use crate::base::Error;
 
 use super::images::ImageSettings;
 
-/// Tokens in a sequence of running text by default.
+/// Default number of tokens in a sequence of running text.
 pub const SEQUENCE_LENGTH: usize = 512;
 
 /// Extent of a sample in a conversation of several turns.
@@ -51,14 +51,14 @@ pub enum DataPart {
 }
 
 impl DataPart {
-    /// True when everything is read.
+    /// True when all rows are read.
     pub fn is_all(&self) -> bool {
         *self == DataPart::All
     }
 
-    /// True when a row is in this part; `hash` is of its text.
+    /// True when a row is in this part. `hash` is a hash of the row's text.
     pub(super) fn has(self, hash: u64) -> bool {
-        // The upper 53 bits, which a f64 holds exactly.
+        // The upper 53 bits as a fraction from 0 to 1. An f64 represents 53 bits exactly.
         let place = (hash >> 11) as f64 / (1u64 << 53) as f64;
         match self {
             DataPart::All => true,
