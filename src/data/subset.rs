@@ -26,9 +26,9 @@ pub struct Subset {
 }
 
 impl Subset {
-    /// Positions of the chosen samples in the order in which they are drawn. Each sample has a rank, a hash of the seed
-    /// and its key; the lowest ranks are drawn, so that a sample's place in the data set makes no difference. A smaller
-    /// amount with the same seed is a prefix.
+    /// Positions of the drawn samples, in the order of the draw. Each sample has a rank, which is a hash of the seed
+    /// and its key; the samples with the lowest ranks are drawn. The draw is therefore independent of the samples'
+    /// order. A smaller amount with the same seed is a prefix of a larger one.
     ///
     /// Errors: `Error::Invalid` for no samples, a fraction outside (0, 1], or more samples than there are.
     pub fn indices(&self, keys: &[u64]) -> Result<Vec<usize>> {
@@ -62,7 +62,7 @@ impl Subset {
     }
 }
 
-/// A one-to-one map of the 64-bit numbers that scatters them: the output function of SplitMix64.
+/// A bijective hash of 64-bit numbers: one step of SplitMix64.
 ///
 /// Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014, variant 13 by Stafford.
 pub(super) fn mix(value: u64) -> u64 {
