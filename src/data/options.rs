@@ -36,8 +36,8 @@ impl FromStr for Turns {
     }
 }
 
-/// The part of a data set that is read. Rows are told apart by a hash of their text, so that one row is on the same side in
-/// every file that has it, whatever is drawn later and with whichever seed.
+/// The part of a data set that is read. Rows are told apart by a hash of their text, so that one row is on the same
+/// side in every file that has it, whatever is drawn later and with whichever seed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum DataPart {

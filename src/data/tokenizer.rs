@@ -113,8 +113,8 @@ impl Tokenizer {
     }
 }
 
-/// Copies the entries whose name ends in `_token`, such as `"eos_token": "</s>"` or `"eos_token": {"content": "</s>",
-/// ..}`.
+/// Copies the entries whose name ends in `_token`, such as `"eos_token": "</s>"` or
+/// `"eos_token": {"content": "</s>", ..}`.
 fn collect_tokens(from: &Map<String, Value>, into: &mut Map<String, Value>) {
     for (name, value) in from {
         let text = value.as_str().or_else(|| value.get("content").and_then(Value::as_str));
