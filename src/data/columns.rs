@@ -36,7 +36,7 @@ const LAYOUTS: &[Layout] = &[
 
 /// Names of the picture columns.
 const IMAGE_COLUMNS: [&str; 2] = ["images", ONE_IMAGE];
-/// Picture column with one picture per cell; the other has a list per cell.
+/// Picture column with one picture per cell. The other column has a list per cell.
 const ONE_IMAGE: &str = "image";
 
 /// The columns of a Parquet file that are read.

@@ -47,8 +47,8 @@ impl Processor {
         let tokens = self.tokenizer.encode_with_offsets(&text)?;
         let mut answer_mask = vec![false; tokens.len()];
         for (number, span) in spans.into_iter().enumerate() {
-            // The expansion of image markers moves the answers behind them. `expand` above has refused markers inside
-            // answers, which would exceed the number of pictures.
+            // Expanding the image markers shifts the answers behind them. Markers inside answers cannot occur here:
+            // `expand` above fails when there are more markers than pictures.
             let shift = |place: usize| -> Result<usize> {
                 let before = whole.get(..place).unwrap_or_default();
                 Ok(self.expand(id, before, images.as_ref(), false)?.len())

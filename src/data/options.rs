@@ -36,17 +36,17 @@ impl FromStr for Turns {
     }
 }
 
-/// The part of a data set that is read. Rows are told apart by a hash of their text, so that one row is on the same
-/// side in every file that has it, whatever is drawn later and with whichever seed.
+/// The part of a data set that is read. A hash of a row's text determines its part. A row is therefore in the same part
+/// in every file, independent of later draws and their seeds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum DataPart {
-    /// All of it.
+    /// All rows.
     #[default]
     All,
-    /// What is left when this fraction of the rows is held back.
+    /// All rows except the held-back fraction.
     Train(f64),
-    /// The rows that are held back, this fraction of all.
+    /// The held-back fraction of the rows.
     HeldBack(f64),
 }
 
@@ -72,16 +72,16 @@ impl DataPart {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct DataOptions {
-    /// Make one sample of a conversation, or one of each turn.
+    /// Whether a sample is a whole conversation or a single turn.
     pub turns: Turns,
-    /// Rows are used only if these columns have at least these values; of a list, if each of its values is at least
-    /// that. A row without a value is not used.
+    /// Minimum value by rating column. A row is used only if it reaches every minimum; for a list, each of its values
+    /// must reach it. A row without a value is not used.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub min_ratings: BTreeMap<String, f64>,
-    /// Columns or keys that are ignored, besides those that are known to hold nothing of a conversation.
+    /// Columns or keys to ignore, in addition to those that are known to hold no part of a conversation.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub ignore_keys: Vec<String>,
-    /// The first row that cannot be read is an error.
+    /// True: the first row that cannot be read is an error.
     pub strict: bool,
     /// The part of the rows that is read.
     #[serde(skip_serializing_if = "DataPart::is_all")]

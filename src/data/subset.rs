@@ -10,7 +10,7 @@ use crate::base::{Error, Result};
 pub enum Amount {
     /// Every sample.
     All,
-    /// A part in (0, 1], rounded to the nearest whole sample, at least one.
+    /// A fraction in (0, 1], rounded to the nearest whole sample, at least one.
     Fraction(f64),
     /// A number of samples, at most all of them.
     Samples(usize),
@@ -19,7 +19,7 @@ pub enum Amount {
 /// A seeded choice of samples.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct Subset {
-    /// Number or part of the samples.
+    /// Number or fraction of the samples.
     pub amount: Amount,
     /// Samples of different seeds are drawn independently.
     pub seed: u64,

@@ -1,5 +1,4 @@
-//! Gemma 3: a square view of the whole picture. With pan and scan, a long picture also gives crops along its longer
-//! edge.
+//! Gemma 3: a square view of the whole picture. With pan and scan, a long picture also has crops along its longer edge.
 //!
 //! Output: `pixel_values` `[1 + crops, 3, height, width]`.
 //!

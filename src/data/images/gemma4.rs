@@ -61,7 +61,7 @@ impl Gemma4 {
         let grow = (most / (width as f64 * height as f64)).sqrt();
         let unit = self.pool * self.patch;
         let fit = |edge: usize| (grow * edge as f64 / unit as f64).floor() as usize * unit;
-        // If the shorter edge would round down to 0, it becomes one multiple.
+        // If the shorter edge would round down to 0, it becomes one `unit`.
         let long = |long: usize, short: usize| ((long / short) * unit).min(self.soft_tokens * unit);
         let (w, h) = match (fit(width), fit(height)) {
             (0, 0) => (0, 0),

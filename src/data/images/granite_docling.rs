@@ -33,8 +33,8 @@ pub(super) struct GraniteDocling {
 }
 
 /// Condition for up to `most` tiles: the aspect (width / height) is above `least_aspect` and at most `most_aspect`, and
-/// the width of the tiles together is below `scale` times the page's width. A bound of 0 is off, but `scale` or
-/// `least_aspect` must be on.
+/// the width of the tiled picture is below `scale` times the page's width. A bound of 0 is not checked, but `scale` or
+/// `least_aspect` must be set.
 #[derive(Debug)]
 struct Dense {
     most: usize,

@@ -1,7 +1,7 @@
 //! Rules for the grid of tiles of a picture, shared by several processors.
 
 /// Rows and columns of the grid of `least` to `most` tiles whose aspect is nearest to the picture's. Of equally near
-/// grids, the one with more tiles is chosen if the picture has more than half of its area. `original` and `tile` are
+/// grids, a larger one is chosen only if the picture's area is more than half of that grid's. `original` and `tile` are
 /// height and width in pixels.
 ///
 /// Source: `get_optimal_tiled_canvas` of transformers' GOT-OCR2, which InternVL, LFM2-VL and Ovis2 share.

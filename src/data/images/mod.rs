@@ -270,8 +270,7 @@ impl ImageProcessor {
         let mut map = config.as_object().cloned().unwrap_or_default();
         map.extend(forced);
         own.apply(row, kind, &mut map)?;
-        // transformers saves class names without the suffix of the back end, so the user has set a suffix that is
-        // there.
+        // transformers saves class names without the suffix of the back end. A suffix is therefore the user's choice.
         let named = kind.ends_with("Pil").then_some(BackEnd::Pil);
         let back_end = own.back_end.or(named).unwrap_or(row.back_end);
         let mut settings = Settings::new(source, map, back_end, own.tiles);

@@ -1,4 +1,4 @@
-//! Resizing 8-bit RGB pictures bit for bit as Pillow or torchvision does.
+//! Resizes 8-bit RGB pictures bit for bit as Pillow or torchvision does.
 //!
 //! Pillow's `Resample.c`: each output position has a window of weights, normalised in f64 and rounded to 22 bits of
 //! fraction. A horizontal pass is rounded to 8 bits, and a vertical pass follows. Pillow 13 swaps the passes when the
