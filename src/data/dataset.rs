@@ -202,8 +202,8 @@ impl Dataset {
         self.places.is_empty()
     }
 
-    /// Indices of the samples of a subset, in the order of the draw. The draw depends on the text of the samples, and
-    /// not on the names or the order of files and rows.
+    /// Indices of the samples of a subset, in the order of the draw. The draw depends on the content of the rows (id
+    /// and text), and not on the names of the files or the order of files and rows.
     ///
     /// Errors: as `Subset::indices`.
     pub fn draw(&self, subset: Subset) -> Result<Vec<usize>> {
@@ -259,7 +259,7 @@ impl Dataset {
     }
 }
 
-/// Rehashes each key with its number of earlier occurrences, so that samples with the same text have different keys.
+/// Rehashes each key with its number of earlier occurrences, so that samples with the same content have different keys.
 fn tell_apart(keys: &mut [u64]) {
     let mut order: Vec<usize> = (0..keys.len()).collect();
     order.sort_unstable_by_key(|&index| (keys[index], index));

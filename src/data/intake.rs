@@ -82,8 +82,8 @@ impl Intake {
     /// Reads and encodes the samples with these indices, and leaves out those that cannot be used. Resets the counts.
     ///
     /// Errors: as `Dataset::read`. Each item: `Error::Invalid` when more than 5% of the samples are unreadable; the
-    /// error of the first unreadable row with `DataOptions::strict`; errors other than `Error::Invalid` and `Error::Io`
-    /// unchanged.
+    /// error of the first unreadable row with `DataOptions::strict`; errors other than `Error::Invalid` and
+    /// `Error::Io`, unchanged.
     pub fn encoded<'a>(
         &'a self,
         dataset: &'a Dataset,

@@ -442,7 +442,7 @@ mod intake {
     }
 }
 
-/// Rows with the same text are in the same part in every file. The two parts share no row and together have all rows.
+/// Equal rows are in the same part in every file. The two parts share no row and together have all rows.
 #[test]
 fn a_part_is_held_back_by_text() {
     let folder = tempfile::tempdir().unwrap();

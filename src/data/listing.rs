@@ -11,7 +11,9 @@ pub(super) struct Listed {
     pub row: u32,
     /// Number of question and answer pairs; 1 for a row that cannot be read.
     pub turns: u32,
-    /// Digest of the row's content without pictures.
+    /// Digest of the row's content without pictures: id, speakers and texts of a Parquet row, the bytes of a JSON row,
+    /// the tokens of a sequence, the ids, labels and mask of a row of ready tensors (its embeddings without ids and
+    /// labels).
     pub key: u64,
 }
 
