@@ -1,4 +1,4 @@
-//! Byte ranges of the rows of a JSON file, found in one pass that holds one row at a time.
+//! Finds the byte ranges of the rows of a JSON file in one pass. Only one row is in memory at a time.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -7,12 +7,14 @@ use std::path::Path;
 
 use crate::base::{Error, Result};
 
-/// The longest row.
+/// Maximum length of a row in bytes.
 const MAX_ROW_BYTES: usize = 64 << 20;
 
-/// Hands each row and its place in the file to `take`: the elements of a list, or the lines that are not blank.
+/// Calls `take` with the byte range and the bytes of each row. Rows are the elements of a list, or the lines that are
+/// not blank.
 ///
-/// Errors: `Error::Io`; `Error::Invalid` for a list that does not end, or a row of more than 64 MiB; those of `take`.
+/// Errors: `Error::Io`; `Error::Invalid` for a list that does not end, text after the list, or a row of more than 64
+/// MiB; the errors of `take`.
 pub(super) fn scan(path: &Path, mut take: impl FnMut(Range<u64>, &[u8]) -> Result<()>) -> Result<()> {
     let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
     let mut reader = BufReader::with_capacity(1 << 20, file);
@@ -31,18 +33,19 @@ pub(super) fn scan(path: &Path, mut take: impl FnMut(Range<u64>, &[u8]) -> Resul
     scanner.finish(&mut take)
 }
 
-/// What the file is, and where in it the scan is.
+/// Form of the file, and state of the scan.
 enum Form {
-    /// Nothing but white space so far.
+    /// Only white space so far.
     Unknown,
     Lines,
-    /// Depth of brackets below the list's own; in a string or not; after a backslash or not.
+    /// `depth` is the number of open brackets inside the list. `string` is true inside a string, `escaped` after a
+    /// backslash.
     List {
         depth: usize,
         string: bool,
         escaped: bool,
     },
-    /// Behind the list.
+    /// After the end of the list.
     Ended,
 }
 
