@@ -64,8 +64,9 @@ impl Checkpoints {
         if !self.writes {
             return Ok(target);
         }
-        if target.exists() {
-            fs::remove_dir_all(&target).map_err(|e| Error::io("replace", &target, e))?;
+        // A run is in one state at each step, so a complete checkpoint of this step is this one.
+        if target.join(STATE).exists() {
+            return Ok(target);
         }
         let staged = StagedDir::create(&target)?;
         let path = staged.path().join(TENSORS);
@@ -261,7 +262,11 @@ mod tests {
         assert!(checkpoints.latest().unwrap().is_none());
         let saved = parameters();
         checkpoints.save(&state(3), tensors(&saved)).unwrap();
+        let path = checkpoints.save(&state(12), tensors(&saved)).unwrap();
+        let written = || std::fs::metadata(path.join(TENSORS)).unwrap().modified().unwrap();
+        let before = written();
         checkpoints.save(&state(12), tensors(&saved)).unwrap();
+        assert_eq!(written(), before, "a crash between removal and writing would lose the checkpoint");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
         let (found, path) = checkpoints.latest().unwrap().unwrap();
         assert_eq!(found, state(12));

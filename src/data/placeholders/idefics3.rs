@@ -79,6 +79,10 @@ fn features_of_a_tile(config: &Value, processor_config: &Value) -> Result<usize>
         (Some(image), Some(patch), Some(scale)) => Some((image / patch).pow(2) / scale.pow(2)),
         _ => None,
     };
+    if computed == Some(0) {
+        let problem = "image_size, patch_size and scale_factor leave no feature of a tile";
+        return Err(Error::invalid("`config.json`", problem).remedy("restore the config that belongs to the model"));
+    }
     match (said, computed) {
         (Some(said), Some(computed)) if said != computed => Err(Error::invalid(
             "`processor_config.json`",

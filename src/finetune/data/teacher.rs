@@ -9,7 +9,7 @@ use std::sync::Arc;
 use crate::analysis::{Analysis, analyse, head_input};
 use crate::base::{Cancel, Device, Error, Result, Sha256Digest, sha256_json, thread_count};
 use crate::bundle::{Bundle, Role};
-use crate::ir::{Dim, Graph, Model, ValueId, ValueType};
+use crate::ir::{Dim, Model, ValueId, ValueType};
 use crate::rewrite::extract;
 use crate::runtime::{
     Decoder, FeatureCache, Runtime, Session, SessionOptions, Tensor as RuntimeTensor, VlmSession, headed,
@@ -17,6 +17,7 @@ use crate::runtime::{
 
 use super::batch::{Example, StreamTarget, Targets, TrainingSet, total_tokens};
 use super::rows::{Element, Rows, RowsWriter};
+use super::same::same_computation;
 use crate::data::LeftOut;
 use crate::finetune::loss;
 use crate::finetune::plan::{Point, points};
@@ -482,27 +483,6 @@ fn last_size(analysis: &Analysis, id: ValueId) -> Option<usize> {
         Dim::Known(size) => usize::try_from(*size).ok(),
         Dim::Symbol(_) | Dim::Unknown => None,
     }
-}
-
-/// True when two graphs have the same operators with as many inputs, in the same order, and initializers of the same
-/// bytes.
-fn same_computation(a: &Graph, b: &Graph) -> bool {
-    let operators = |graph: &Graph| {
-        let nodes = graph.body.nodes.iter();
-        nodes.map(|node| (node.domain.clone(), node.op_type.clone(), node.inputs.len())).collect::<Vec<_>>()
-    };
-    let initializers = |graph: &Graph| {
-        let ids = graph.body.nodes.iter().flat_map(|node| node.present_inputs().collect::<Vec<_>>());
-        ids.filter(|&id| graph.body.initializer(id).is_some()).collect::<Vec<_>>()
-    };
-    let (left, right) = (initializers(a), initializers(b));
-    let equal = |(&left, &right): (&ValueId, &ValueId)| match (a.body.initializer(left), b.body.initializer(right)) {
-        (Some(left), Some(right)) => {
-            left.dtype == right.dtype && left.dims == right.dims && left.bytes() == right.bytes()
-        }
-        _ => false,
-    };
-    operators(a) == operators(b) && left.len() == right.len() && left.iter().zip(&right).all(equal)
 }
 
 /// Rows at the positions that predict an answer; `rows` has one per token.
