@@ -34,7 +34,7 @@ fn help_and_version_go_to_standard_output_with_status_0() {
 }
 
 #[test]
-fn only_the_verbs_that_compute_in_libtorch_load_it() {
+fn only_the_interlace_torch_program_links_libtorch() {
     let links = |program: &str| {
         let bytes = fs::read(program).expect("the program");
         [&b"libtorch_cpu.so\0"[..], b"libc10.so\0"]
@@ -76,7 +76,7 @@ fn usage_errors_exit_with_2_and_say_what_is_wrong() {
 }
 
 #[test]
-fn with_json_an_error_is_json_with_a_code() {
+fn with_json_errors_are_json_with_a_code() {
     let folder = tempfile::tempdir().expect("folder");
     for (arguments, code) in [
         (&["inspect", "nowhere", "--json"][..], "file"),
@@ -92,7 +92,7 @@ fn with_json_an_error_is_json_with_a_code() {
 }
 
 #[test]
-fn shells_and_man_know_every_verb() {
+fn completions_and_man_pages_cover_every_verb() {
     let folder = tempfile::tempdir().expect("folder");
     let verbs = interlace::cli::verbs();
     for shell in ["bash", "zsh", "fish"] {
@@ -160,7 +160,7 @@ fn inspect_prints_layers_at_the_top_level() {
 }
 
 #[test]
-fn prune_renumbers_layers_in_graph_and_configs_and_remembers_where_they_were() {
+fn prune_renumbers_layers_and_records_their_original_indices() {
     let folder = tempfile::tempdir().expect("folder");
     let pruned = json(&interlace(folder.path(), &["prune", &fixture("model"), "--drop", "5,2", "-o", "out", "--json"]));
     assert_eq!(pruned["dropped"], serde_json::json!([2, 5]));
@@ -187,7 +187,7 @@ fn prune_renumbers_layers_in_graph_and_configs_and_remembers_where_they_were() {
 }
 
 #[test]
-fn a_lone_decoder_comes_out_under_its_own_name_with_its_data_beside_it() {
+fn a_single_decoder_file_is_pruned_under_its_own_name() {
     let folder = tempfile::tempdir().expect("folder");
     let decoder = fixture("model/onnx/decoder_model_merged.onnx");
     json(&interlace(folder.path(), &["prune", &decoder, "--drop", "1", "-o", "out", "--json"]));
@@ -288,7 +288,7 @@ fn errors_are_one_message_with_status_2_and_leave_nothing_behind() {
 }
 
 #[test]
-fn a_run_leaves_nothing_outside_its_output() {
+fn a_run_writes_nothing_outside_its_output() {
     let folder = tempfile::tempdir().expect("folder");
     let (home, temporary) = (folder.path().join("home"), folder.path().join("temporary"));
     fs::create_dir(&home).expect("folder");
@@ -309,7 +309,7 @@ fn a_run_leaves_nothing_outside_its_output() {
 }
 
 #[test]
-fn cuda_that_is_not_there_is_an_error_and_no_fall_back() {
+fn missing_cuda_is_an_error_without_fallback_to_the_cpu() {
     if Path::new("/dev/nvidiactl").exists() {
         return;
     }
@@ -357,7 +357,7 @@ fn with_last_token_head(model: &Path) {
 }
 
 #[test]
-fn what_a_verb_needs_of_the_graph_is_checked_before_it_begins() {
+fn the_requirements_of_a_verb_are_checked_before_it_starts() {
     let folder = tempfile::tempdir().expect("folder");
     let model = model_copy(folder.path());
     with_last_token_head(&model);
@@ -385,7 +385,7 @@ fn what_a_verb_needs_of_the_graph_is_checked_before_it_begins() {
 
 /// A killed run leaves its staging folder behind; the next one in that place removes it, and nothing else.
 #[test]
-fn what_a_killed_run_leaves_is_removed_by_the_next() {
+fn leftovers_of_a_killed_run_are_removed_by_the_next_run() {
     let folder = tempfile::tempdir().expect("folder");
     let here = folder.path();
     let model = fixture("model");
@@ -420,7 +420,7 @@ fn what_a_killed_run_leaves_is_removed_by_the_next() {
 }
 
 #[test]
-fn files_beside_the_model_are_carried_along_and_said() {
+fn files_beside_the_model_are_copied_and_listed() {
     let folder = tempfile::tempdir().expect("folder");
     let model = model_copy(folder.path());
     for (file, text) in [("modeling_x.py", "import torch"), (".msc", "\u{1}"), ("README.md", "# Dense model\n")] {

@@ -37,7 +37,7 @@ fn agrees(make: impl Fn() -> Single) {
 }
 
 #[test]
-fn the_pads_of_auto_pad_are_counted_where_pads_are() {
+fn average_pool_counts_auto_pad_like_explicit_pads() {
     for mode in ["SAME_UPPER", "SAME_LOWER", "VALID"] {
         for (kernel, stride) in [(3, 1), (2, 1), (3, 2), (4, 3)] {
             for counts in [0, 1] {
@@ -56,7 +56,7 @@ fn the_pads_of_auto_pad_are_counted_where_pads_are() {
 }
 
 #[test]
-fn a_window_beyond_the_pads_counts_the_pads_alone() {
+fn a_pool_window_beyond_the_pads_counts_only_the_pads() {
     for counts in [0, 1] {
         agrees(|| {
             op("AveragePool")
@@ -72,7 +72,7 @@ fn a_window_beyond_the_pads_counts_the_pads_alone() {
 }
 
 #[test]
-fn integers_are_pooled_and_padded() {
+fn integer_tensors_are_max_pooled_with_pads() {
     for dtype in [DataType::Int8, DataType::Uint8] {
         agrees(|| {
             op("MaxPool")
@@ -85,7 +85,7 @@ fn integers_are_pooled_and_padded() {
 }
 
 #[test]
-fn integers_are_resized_in_fractions() {
+fn integer_tensors_are_resized_with_fractional_weights() {
     for dtype in [DataType::Uint8, DataType::Int8, DataType::Int32] {
         for scale in [2.0, 0.6, 3.5] {
             agrees(|| {
@@ -101,7 +101,7 @@ fn integers_are_resized_in_fractions() {
 }
 
 #[test]
-fn resized_axes_have_the_size_of_a_product_in_f32() {
+fn resize_computes_output_sizes_in_f32() {
     for mode in ["nearest", "linear"] {
         agrees(|| {
             op("Resize")
@@ -141,7 +141,7 @@ fn joined(trips: i64, declared: Option<&[i64]>) -> Case {
 }
 
 #[test]
-fn a_loop_of_no_trips_gives_no_rows_of_the_right_type() {
+fn a_loop_without_iterations_gives_empty_outputs_of_the_right_type() {
     for declared in [Some(&[2i64][..]), None] {
         for trips in [0, 1, 3] {
             let case = joined(trips, declared);
@@ -151,7 +151,7 @@ fn a_loop_of_no_trips_gives_no_rows_of_the_right_type() {
 }
 
 #[test]
-fn a_walk_backwards_from_before_the_start_takes_the_first_element() {
+fn a_backward_slice_from_before_the_start_takes_the_first_element() {
     let least = i64::from(i32::MIN);
     for (start, end, step) in [(-10, least, -1), (-10, least, -2), (-4, -9, -1), (9, least, -1), (-1, i64::MAX, -1)] {
         agrees(|| {
@@ -167,7 +167,7 @@ fn a_walk_backwards_from_before_the_start_takes_the_first_element() {
 }
 
 #[test]
-fn a_zero_point_of_4_bits_bounds_what_is_quantised() {
+fn a_4_bit_zero_point_limits_the_quantised_range() {
     for (dtype, zero) in [(DataType::Uint4, 0.0), (DataType::Uint4, 7.0), (DataType::Int4, 0.0), (DataType::Int4, -3.0)]
     {
         agrees(|| {
@@ -190,7 +190,7 @@ fn a_zero_point_of_4_bits_bounds_what_is_quantised() {
 
 /// A byte of a tensor does not say whether it is a number of 4 bits.
 #[test]
-fn a_zero_point_that_may_be_of_4_bits_is_refused() {
+fn a_zero_point_of_unknown_bit_width_is_refused() {
     let refusal = |declared: bool| {
         let mut b = Builder::new(OPSET);
         b.input("x", DataType::Float, Some(&[3]));
@@ -230,7 +230,7 @@ fn blocks_of_a_vector_have_their_own_scales() {
 }
 
 #[test]
-fn an_exclusive_sum_takes_nothing_off() {
+fn an_exclusive_cumsum_does_not_subtract() {
     for values in [&[f64::INFINITY, 1.0][..], &[1e8, 1.0, 1.0], &[1.0, f64::INFINITY, 2.0]] {
         for reverse in [0, 1] {
             agrees(|| {
@@ -246,7 +246,7 @@ fn an_exclusive_sum_takes_nothing_off() {
 }
 
 #[test]
-fn a_local_window_has_as_many_keys_as_it_says() {
+fn a_local_window_of_size_n_attends_to_n_keys() {
     let window = 3;
     for steps in [window, window + 1, window + 2] {
         let values = |seed: i64, heads: i64| {
@@ -274,7 +274,7 @@ fn a_local_window_has_as_many_keys_as_it_says() {
 }
 
 #[test]
-fn of_equal_experts_the_last_are_chosen() {
+fn ties_between_experts_select_the_last_experts() {
     for chosen in [1, 2] {
         agrees(|| {
             Single::new("com.microsoft", "MoE", OPSET)
@@ -291,7 +291,7 @@ fn of_equal_experts_the_last_are_chosen() {
 }
 
 #[test]
-fn an_embedding_of_4_bits_narrower_than_a_block_is_read() {
+fn a_4_bit_embedding_narrower_than_a_block_is_read() {
     agrees(|| {
         Single::new("com.microsoft", "GatherBlockQuantized", OPSET)
             .fixed(counted(DataType::Uint8, &[3, 16]))
@@ -305,7 +305,7 @@ fn an_embedding_of_4_bits_narrower_than_a_block_is_read() {
 }
 
 #[test]
-fn a_transposed_convolution_is_padded_to_the_size_asked_for() {
+fn a_transposed_convolution_is_padded_to_the_requested_size() {
     let of = || {
         op("ConvTranspose")
             .input(counted(DataType::Float, &[1, 1, 3, 4]))
@@ -322,7 +322,7 @@ fn a_transposed_convolution_is_padded_to_the_size_asked_for() {
 
 /// Scales with which the place lies within the last bits of f32 of a whole number or of the middle between two.
 #[test]
-fn a_symmetric_resize_takes_the_pixels_of_onnx_runtime() {
+fn a_symmetric_resize_selects_the_pixels_of_onnx_runtime() {
     for (size, scale) in [(2, 0.75), (3, 0.6), (7, 0.6), (12, 1.7), (12, 2.7), (7, 2.333_333_3), (12, 0.9), (10, 1.1)] {
         for nearest in ["round_prefer_floor", "round_prefer_ceil", "floor", "ceil"] {
             agrees(|| {
@@ -340,7 +340,7 @@ fn a_symmetric_resize_takes_the_pixels_of_onnx_runtime() {
 }
 
 #[test]
-fn a_place_within_a_millionth_of_the_middle_is_in_the_middle() {
+fn nearest_resize_treats_positions_within_1e_6_of_a_tie_as_a_tie() {
     for nearest in ["round_prefer_floor", "round_prefer_ceil"] {
         for off in [0.0, 5e-7, -5e-7, 2e-6, -2e-6, 1e-4, -1e-4] {
             agrees(|| {
@@ -358,7 +358,7 @@ fn a_place_within_a_millionth_of_the_middle_is_in_the_middle() {
 }
 
 #[test]
-fn places_half_way_between_pixels_are_rounded_before_they_are_reflected() {
+fn grid_sample_rounds_ties_between_pixels_before_reflection() {
     let grid: Vec<f64> = (-7..=7).flat_map(|place| [f64::from(place) / 4.0, 0.25]).collect();
     for corners in [0, 1] {
         agrees(|| {
@@ -375,7 +375,7 @@ fn places_half_way_between_pixels_are_rounded_before_they_are_reflected() {
 
 /// Where ONNX Runtime departs from ONNX and the interpreter follows ONNX.
 #[test]
-fn departures_of_onnx_runtime_are_still_there() {
+fn known_deviations_of_onnx_runtime_from_onnx_still_exist() {
     // ONNX: with SAME an axis of 8 in steps of 3 gives 3 windows. ONNX Runtime leaves the dilation out of the pads: 2.
     let pool = op("MaxPool")
         .input(counted(DataType::Float, &[1, 1, 8]))

@@ -56,7 +56,7 @@ fn row(number: usize, picture: Option<&str>) -> String {
 }
 
 #[test]
-fn rows_that_cannot_be_read_are_counted_and_listed_or_an_error() {
+fn unreadable_rows_are_counted_and_listed_or_are_an_error() {
     let folder = tempfile::tempdir().unwrap();
     let write = |name: &str, broken: &[usize]| {
         let row = |number| row(number, broken.contains(&number).then_some("missing.png"));
@@ -82,7 +82,7 @@ fn rows_that_cannot_be_read_are_counted_and_listed_or_an_error() {
 }
 
 #[test]
-fn ratings_and_turns_choose_the_samples() {
+fn ratings_and_turns_select_the_samples() {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("x.jsonl"), (0..10).map(|n| row(n, None)).collect::<Vec<_>>().join("\n")).unwrap();
     let run = |more: &[&str]| {
@@ -173,7 +173,7 @@ fn close(found: &Value, want: f64) -> bool {
 }
 
 #[test]
-fn every_way_to_give_a_picture_an_option_and_an_answer_is_read() {
+fn every_form_of_picture_option_and_answer_columns_is_read() {
     use base64::Engine;
 
     let folder = tempfile::tempdir().unwrap();
@@ -219,7 +219,7 @@ fn every_way_to_give_a_picture_an_option_and_an_answer_is_read() {
 }
 
 #[test]
-fn rotations_of_a_question_are_counted_as_one_or_by_cycle() {
+fn rotated_questions_are_scored_as_one_or_by_cycle() {
     let folder = tempfile::tempdir().unwrap();
     let (picture, question) = written_word();
     let words = ["best", "week", "life", "road"];

@@ -76,7 +76,7 @@ fn apart(a: &[f32], b: &[f32]) -> f32 {
 }
 
 #[test]
-fn features_keep_their_place_or_move_to_the_first_layers_that_stay() {
+fn deepstack_features_keep_their_place_or_move_to_the_first_kept_layers() {
     let dense = analyse(&with_features(&plain(), &[0, 1, 2])).expect("layers");
     assert!(has_additions(&dense.map));
     let plain = analyse(&plain()).expect("layers");
@@ -107,7 +107,7 @@ fn features_keep_their_place_or_move_to_the_first_layers_that_stay() {
 }
 
 #[test]
-fn features_that_were_kept_once_cannot_be_moved() {
+fn deepstack_features_kept_by_an_earlier_pruning_cannot_be_moved() {
     let dense = analyse(&with_features(&plain(), &[0, 1, 2])).expect("layers");
     let pruned = analyse(&drop_layers(&dense, &[1]).expect("a graph")).expect("layers");
     let error = shift_additions(&pruned, &[3]).expect_err("two behind layer 0").to_string();
@@ -115,7 +115,7 @@ fn features_that_were_kept_once_cannot_be_moved() {
 }
 
 #[test]
-fn levels_are_matched_by_number_and_refused_when_they_are_not_as_many() {
+fn deepstack_levels_are_matched_by_number_and_extra_levels_refused() {
     let model = with_features(&plain(), &[0, 1]);
     let want = logits(&model, &prompt());
     // The third level is of no use to this decoder, and its own numbers tell the first two.

@@ -64,7 +64,7 @@ fn check_table(file: &str, name: &str, head: [&str; 2], rows: impl Iterator<Item
 }
 
 #[test]
-fn the_tables_are_those_of_the_code() {
+fn tables_in_documents_equal_the_tables_in_the_code() {
     let verbs = interlace::cli::verbs().into_iter().filter(|(name, _)| name != "help");
     check_table("README.md", "verbs", ["verb", "what it does"], verbs);
     let strategies = interlace::method::select::STRATEGIES.iter();
@@ -99,7 +99,7 @@ fn the_tables_are_those_of_the_code() {
 
 /// The table of families names tests and fixtures that there are.
 #[test]
-fn what_shows_a_family_is_there() {
+fn tests_and_fixtures_named_in_the_family_table_exist() {
     use interlace::data::{FAMILIES, Proof};
 
     let pipelines = read(Path::new("tests/suite/families.rs"));
@@ -147,12 +147,12 @@ fn artifacts() -> String {
 }
 
 #[test]
-fn json_files_are_described_from_their_types() {
+fn the_documentation_of_json_files_is_made_from_their_types() {
     check_section("docs/json.md", "json", &artifacts());
 }
 
 #[test]
-fn the_picture_of_the_layers_is_what_the_test_of_imports_holds() {
+fn the_layer_diagram_equals_the_layers_of_the_import_test() {
     let text = read(Path::new("docs/architecture.md"));
     let mut rows: BTreeMap<usize, Vec<&str>> = BTreeMap::new();
     for line in section(&text, "layers").lines() {
@@ -174,7 +174,7 @@ fn the_picture_of_the_layers_is_what_the_test_of_imports_holds() {
 
 /// Files that documents name in code, relative to the root.
 #[test]
-fn every_path_in_a_document_is_there() {
+fn every_path_in_a_document_exists() {
     const FOLDERS: [&str; 6] = ["src/", "tests/", "scripts/", "docs/", "fixtures/", "schemas/"];
     let mut count = 0;
     for path in documents() {
@@ -192,7 +192,7 @@ fn every_path_in_a_document_is_there() {
 }
 
 #[test]
-fn the_readme_is_short() {
+fn the_readme_has_at_most_150_lines() {
     let lines = read(Path::new("README.md")).lines().count();
     assert!(lines <= 150, "README.md has {lines} lines, at most 150 are wanted");
 }
@@ -208,7 +208,7 @@ fn anchors(text: &str) -> BTreeSet<String> {
 }
 
 #[test]
-fn every_link_leads_somewhere() {
+fn every_link_in_a_document_has_a_target() {
     let mut count = 0;
     for path in documents() {
         let text = read(&path);
@@ -253,7 +253,7 @@ fn runnable(text: &str) -> String {
 }
 
 #[test]
-fn commands_that_are_marked_as_runnable_run() {
+fn commands_marked_as_runnable_succeed() {
     let programs = Path::new(env!("CARGO_BIN_EXE_interlace")).parent().expect("folder of the programs");
     let search = format!("{}:{}", programs.display(), std::env::var("PATH").expect("PATH"));
     let mut count = 0;

@@ -23,7 +23,7 @@ fn scores(model: &mut LoadedModel, options: &EvalOptions) -> ModelScores {
 }
 
 #[test]
-fn the_dense_model_sees_and_batches_change_no_answer() {
+fn the_dense_model_answers_well_and_batching_changes_no_answer() {
     let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
     let cache = FeatureCache::new(64 << 20);
     let mut model =
@@ -62,7 +62,7 @@ fn by_logits(model: &mut LoadedModel, sample: &Sample) -> (f64, u64) {
 }
 
 #[test]
-fn right_answers_are_as_likely_as_the_logits_say() {
+fn answer_likelihoods_equal_those_computed_from_logits() {
     let (model, data) = (fixture("model"), fixture("data/bench-small.tsv"));
     let benchmark = Benchmark::open(&data).expect("a benchmark");
     let engine = Engine::new(Device::Cpu).expect("ONNX Runtime");
@@ -88,7 +88,7 @@ fn right_answers_are_as_likely_as_the_logits_say() {
 }
 
 #[test]
-fn the_shipped_decoder_gives_what_pytorch_gives() {
+fn the_shipped_decoder_equals_pytorch() {
     let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
     let bundle = Bundle::open(&fixture("model")).expect("a model");
     let mut decoder = Decoder::open(&runtime, &bundle, &SessionOptions::default()).expect("a decoder");
@@ -116,7 +116,7 @@ fn the_shipped_decoder_gives_what_pytorch_gives() {
 }
 
 #[test]
-fn a_model_is_measured_beside_itself() {
+fn a_model_benchmarked_against_itself_has_an_ideal_speedup_of_1() {
     let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
     let options = BenchOptions { prompt_tokens: 32, new_tokens: 4, rounds: 5, warm_up: 1, threads: Some(1) };
     let model = fixture("model");
@@ -132,7 +132,7 @@ fn a_model_is_measured_beside_itself() {
 }
 
 #[test]
-fn a_decoder_alone_is_measured_without_a_picture() {
+fn a_single_decoder_is_benchmarked_without_a_picture() {
     let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
     let options = BenchOptions { prompt_tokens: 8, new_tokens: 2, rounds: 2, warm_up: 0, threads: Some(1) };
     // Embeddings in with three rows of positions, and token ids in.
@@ -146,7 +146,7 @@ fn a_decoder_alone_is_measured_without_a_picture() {
 }
 
 #[test]
-fn predictions_are_kept_as_vlmevalkit_keeps_them() {
+fn predictions_are_saved_in_the_format_of_vlmevalkit() {
     let folder = tempfile::tempdir().expect("folder");
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let (model, data) = (root.join("fixtures/model"), root.join("fixtures/data/bench-small.tsv"));

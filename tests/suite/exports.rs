@@ -47,7 +47,7 @@ fn with_scalars(folder: &Path) -> PathBuf {
 }
 
 #[test]
-fn scalars_are_exported_to_triton_with_an_axis_and_the_same_numbers() {
+fn scalars_exported_to_triton_get_an_axis_and_keep_their_values() {
     let folder = tempfile::tempdir().expect("folder");
     let path = with_scalars(folder.path());
     let out = folder.path().join("repository");
@@ -106,7 +106,7 @@ fn json(path: PathBuf) -> serde_json::Value {
 }
 
 #[test]
-fn a_folder_for_transformers_js_has_its_configs_where_they_are_looked_for() {
+fn a_transformers_js_export_has_its_configs_in_the_expected_places() {
     let folder = tempfile::tempdir().expect("folder");
     let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model");
     let out = folder.path().join("out");

@@ -41,7 +41,7 @@ fn with_shared_weights(root: &Path, graph: &str, target: &str) -> PathBuf {
 }
 
 #[test]
-fn every_layout_is_opened_and_written_again() {
+fn every_folder_layout_is_opened_and_written() {
     let cases = [
         ("genai/llama-fp32-embeds", "genai", Role::Decoder),
         ("genai/qwen3_vl-fp32-embeds", "genai", Role::Decoder),
@@ -75,7 +75,7 @@ fn every_layout_is_opened_and_written_again() {
 }
 
 #[test]
-fn the_exporter_s_cache_trees_lose_the_same_layers() {
+fn the_cache_trees_in_export_json_lose_the_dropped_layers() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("out");
     without_two_layers(&zoo("hfexp/llama-cpu"), &out);
@@ -104,7 +104,7 @@ fn the_exporter_s_cache_trees_lose_the_same_layers() {
 }
 
 #[test]
-fn a_variant_that_cannot_be_read_is_set_aside() {
+fn an_unreadable_variant_is_skipped_with_a_warning() {
     let root = tempfile::tempdir().unwrap();
     let folder = with_shared_weights(root.path(), "llama/optimum-O2.onnx", "optimum");
     let sound = std::fs::read(folder.join("model.onnx")).unwrap();

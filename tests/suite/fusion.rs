@@ -11,7 +11,7 @@ use super::interpreter::{feeds, fixture};
 
 /// Logits, caches and the gradients of all matrices, of a graph as it is and as kernels, in prefill and with a cache.
 #[test]
-fn fused_graphs_compute_the_same() {
+fn fused_graphs_give_the_same_results_and_gradients() {
     tch::set_num_threads(1);
     let layers = Fused { attention: 8, silu: 8 };
     for (file, expected, want) in [
@@ -65,7 +65,7 @@ fn fused_graphs_compute_the_same() {
 
 /// A step that something else reads stays a step.
 #[test]
-fn what_is_read_elsewhere_is_not_fused() {
+fn a_value_with_other_readers_is_not_fused() {
     let mut model = onnx::load(&fixture("model/onnx/decoder_model_merged.onnx")).expect("model");
     let made_by = |op: &str| {
         let node = model.graph.body.nodes.iter().find(|node| node.op_type == op).expect("node");

@@ -131,7 +131,7 @@ fn grafted(folder: &Path, file: &str, tuned: &str, golden: &Arrays, given: &dyn 
 }
 
 #[test]
-fn a_finetuned_twin_through_the_graft_equals_pytorch() {
+fn a_grafted_finetuned_twin_equals_pytorch() {
     let cases: &[(&str, &[(&str, f32)])] = &[
         (
             "llama",
@@ -166,7 +166,7 @@ fn a_finetuned_twin_through_the_graft_equals_pytorch() {
 }
 
 #[test]
-fn an_adapter_of_peft_through_the_graft_equals_pytorch() {
+fn a_grafted_peft_adapter_equals_pytorch() {
     let folder = tempfile::tempdir().expect("folder");
     checkpoints(folder.path(), "llama");
     let adapter = root().join("llama/adapter");
@@ -188,7 +188,7 @@ fn table_of(folder: &Path, source: &Path) -> Value {
 
 /// Every weight of a graph in half precision is the twin's, rounded once.
 #[test]
-fn a_graph_in_half_precision_gets_rounded_weights() {
+fn a_half_precision_graph_gets_weights_that_are_rounded_once() {
     let folder = tempfile::tempdir().expect("folder");
     let tuned = twin(&checkpoints(folder.path(), "qwen3_vl"));
     let source = root().join("post/qwen3_vl-ts17__fp16.onnx");
@@ -213,7 +213,7 @@ fn a_graph_in_half_precision_gets_rounded_weights() {
 /// The int4 graph gets the bytes that ONNX Runtime's quantiser would give the twin: the same rule gives the graph's own
 /// bytes for the base, which the verb checks for every matrix.
 #[test]
-fn a_quantised_graph_is_quantised_anew_by_its_own_rule() {
+fn an_int4_graph_is_requantised_by_its_own_rule() {
     let folder = tempfile::tempdir().expect("folder");
     let base = checkpoints(folder.path(), "qwen3_vl");
     let source = root().join("genai/qwen3_vl-int4-embeds");
@@ -243,7 +243,7 @@ fn a_quantised_graph_is_quantised_anew_by_its_own_rule() {
 
 /// The int8 graph: every matrix gets the bytes of ONNX Runtime's own rule, which gives the graph's for the base.
 #[test]
-fn a_graph_of_8_bits_is_quantised_anew_by_its_own_rule() {
+fn an_int8_graph_is_requantised_by_its_own_rule() {
     let folder = tempfile::tempdir().expect("folder");
     let base = checkpoints(folder.path(), "llama");
     let source = root().join("post/llama-ts17__int8.onnx");
@@ -274,7 +274,7 @@ fn a_graph_of_8_bits_is_quantised_anew_by_its_own_rule() {
 }
 
 #[test]
-fn what_is_not_the_graph_s_is_refused() {
+fn checkpoints_that_do_not_match_the_graph_are_refused() {
     let folder = tempfile::tempdir().expect("folder");
     let base = checkpoints(folder.path(), "llama");
     let source = root().join("llama/ts17-noname.onnx");

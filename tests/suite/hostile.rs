@@ -285,7 +285,7 @@ fn files_around(folder: &Path) -> Vec<String> {
 }
 
 #[test]
-fn no_model_harms_whoever_opens_it() {
+fn hostile_models_end_in_a_result_or_one_error() {
     let (mut refused, mut answered) = (0, 0);
     for (name, harm) in HARMS {
         let folder = tempfile::tempdir().expect("folder");

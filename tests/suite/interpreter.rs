@@ -183,7 +183,7 @@ fn exported_decoders_agree_with_onnx_runtime() {
 
 /// No graph of the zoo is left out above and below.
 #[test]
-fn every_graph_of_the_zoo_is_run() {
+fn every_graph_of_the_zoo_is_compared_with_onnx_runtime() {
     let root = fixture("zoo");
     let mut known: Vec<PathBuf> = DECODERS.iter().map(|(file, _)| fixture(file)).collect();
     known.extend(IN_4_BITS.iter().map(|(folder, _)| root.join(folder).join("model.onnx")));

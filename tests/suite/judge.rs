@@ -219,7 +219,7 @@ fn question(_: usize) -> interlace::base::Result<ChatQuestion> {
 }
 
 #[test]
-fn a_judge_that_fails_says_why() {
+fn a_failing_judge_is_reported_with_the_reason() {
     let judge = |address: &str| {
         let mut judge = Judge::new(address, "m").expect("a judge");
         (judge.timeout_s, judge.pause) = (1, Duration::from_millis(5));
@@ -258,7 +258,7 @@ fn replies_keep_the_order_of_their_questions() {
 }
 
 #[test]
-fn a_judge_needs_its_model_and_an_address() {
+fn a_judge_requires_a_model_name_and_an_address() {
     let folder = tempfile::tempdir().expect("folder");
     benchmark(folder.path());
     let output = eval(folder.path(), &["--judge", "localhost:8000", "--judge-model", "m"]);
@@ -269,7 +269,7 @@ fn a_judge_needs_its_model_and_an_address() {
 }
 
 #[test]
-fn a_judge_behind_https_must_be_trusted() {
+fn a_judge_with_an_untrusted_certificate_is_refused() {
     let folder = tempfile::tempdir().expect("folder");
     benchmark(folder.path());
     let (address, tried) = serve_tls(said("score of component 1: 4/4, total score: 10/10. Fine."));

@@ -110,7 +110,7 @@ fn names_after<'a>(code: &'a str, prefix: &str) -> Vec<&'a str> {
 }
 
 #[test]
-fn imports_point_down() {
+fn modules_import_only_modules_below_them() {
     let rank: BTreeMap<&str, usize> =
         LAYERS.iter().enumerate().flat_map(|(rank, names)| names.iter().map(move |name| (*name, rank))).collect();
     let mut wrong = Vec::new();
@@ -226,7 +226,7 @@ fn imports_in(folder: &str) -> BTreeMap<String, Vec<String>> {
 }
 
 #[test]
-fn files_of_a_folder_do_not_import_in_circles() {
+fn files_of_a_folder_have_no_import_cycles() {
     for folder in WITHOUT_CIRCLES {
         let imports = imports_in(folder);
         assert!(imports.len() > 1, "{folder}: {} files found", imports.len());
@@ -245,7 +245,7 @@ pub const ROOMS: &[(&str, &[&str])] = &[(
 )];
 
 #[test]
-fn rooms_of_large_modules_import_downwards() {
+fn parts_of_large_modules_import_only_parts_below_them() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut wrong = Vec::new();
     for (module, rooms) in ROOMS {
@@ -287,7 +287,7 @@ fn rooms_of_large_modules_import_downwards() {
 }
 
 #[test]
-fn heavy_dependencies_stay_with_their_owners() {
+fn heavy_dependencies_are_used_only_by_their_owners() {
     let mut wrong = Vec::new();
     for (module, path, code) in modules() {
         for (dependency, owners) in OWNERS {
@@ -306,7 +306,7 @@ fn heavy_dependencies_stay_with_their_owners() {
 }
 
 #[test]
-fn the_reader_of_imports_reads_them() {
+fn the_import_parser_finds_every_imported_module() {
     let code = "use crate::base::{Error, Result};\nuse crate::{ir::Graph, onnx::{load, save}, rewrite};\nlet x = crate::data::f();";
     assert_eq!(names_after(code, "crate::"), ["base", "ir", "onnx", "rewrite", "data"]);
     assert!(names_after("use mycrate::base;", "crate::").is_empty());

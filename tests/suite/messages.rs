@@ -43,7 +43,7 @@ fn holds(message: &str, words: &[&str]) {
 const ASK: &[&str] = &["generate", "m", "--image", "p.png", "--prompt", "What?", "--max-tokens", "2"];
 
 #[test]
-fn a_component_that_is_cut_off_is_named() {
+fn a_truncated_component_is_named() {
     let work = tempfile::tempdir().unwrap();
     for cut in [0, 400] {
         model(work.path());
@@ -58,7 +58,7 @@ fn a_component_that_is_cut_off_is_named() {
 }
 
 #[test]
-fn rows_of_the_wrong_types_say_which_key_and_what_is_expected() {
+fn rows_of_wrong_types_are_refused_with_the_key_and_expected_type() {
     let work = tempfile::tempdir().unwrap();
     model(work.path());
     let talk = json!([{"from": "human", "value": "<image>x"}, {"from": "gpt", "value": "y"}]);
@@ -84,7 +84,7 @@ fn rows_of_the_wrong_types_say_which_key_and_what_is_expected() {
 }
 
 #[test]
-fn configs_of_the_wrong_types_say_which_key_and_what_is_expected() {
+fn configs_of_wrong_types_are_refused_with_the_key_and_expected_type() {
     let work = tempfile::tempdir().unwrap();
     for (file, key, value, words) in [
         ("config.json", "image_token_id", json!(-5), ["config.json", "`image_token_id` is -5", "id of a token"]),
@@ -126,7 +126,7 @@ fn configs_of_the_wrong_types_say_which_key_and_what_is_expected() {
 }
 
 #[test]
-fn an_answer_longer_than_the_positions_is_refused_before_it_begins() {
+fn an_answer_longer_than_the_context_is_refused_in_advance() {
     let work = tempfile::tempdir().unwrap();
     model(work.path());
     let ask = ["generate", "m", "--prompt", "What?", "--max-tokens", "999999"];

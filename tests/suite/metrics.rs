@@ -46,7 +46,7 @@ fn benchmark(folder: &Path, name: &str, rows: &[Map<String, Value>]) -> Benchmar
 }
 
 #[test]
-fn scores_are_those_of_vlmevalkit() {
+fn scores_equal_vlmevalkit() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/vlmevalkit/scores.json");
     let golden: BTreeMap<String, Golden> = serde_json::from_slice(&std::fs::read(path).expect("golden")).expect("JSON");
     assert!(golden.len() >= 15 && golden.values().all(|benchmark| benchmark.data.len() >= 300));
@@ -76,7 +76,7 @@ fn scores_are_those_of_vlmevalkit() {
 
 /// `scripts/vlmevalkit/prompts.py` makes the texts.
 #[test]
-fn questions_are_worded_as_vlmevalkit_words_them() {
+fn questions_are_worded_as_in_vlmevalkit() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/vlmevalkit/prompts.json");
     let golden: Value = serde_json::from_slice(&std::fs::read(path).expect("golden")).expect("JSON");
     let prompts = golden["prompts"].as_array().expect("prompts");

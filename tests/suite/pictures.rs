@@ -31,7 +31,7 @@ fn processor(settings: &Value) -> Processor {
 }
 
 #[test]
-fn pixel_values_are_those_of_transformers() {
+fn pixel_values_equal_transformers_bit_for_bit() {
     let arrays: HashMap<String, tch::Tensor> =
         tch::Tensor::read_npz(fixtures("processor/pixels.npz")).unwrap().into_iter().collect();
     let split = json!({"do_image_splitting": true, "size": {"longest_edge": 128}});

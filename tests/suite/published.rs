@@ -104,7 +104,7 @@ impl Published {
 
 /// What repositories hold beside a model.
 #[test]
-fn qwen2_vl_with_everything_that_lies_beside_it() {
+fn qwen2_vl_with_unrelated_files_passes_every_verb() {
     let folder = Published::new("qwen2_vl", "qwen2_vl");
     let beside = ["configuration.json", "model.safetensors.index.json", "params.json", "modeling_qwen2_vl.py"];
     for file in beside {
@@ -120,7 +120,7 @@ fn qwen2_vl_with_everything_that_lies_beside_it() {
 
 /// Files of 2023: what a picture takes is in the model's config alone.
 #[test]
-fn llava_without_processor_config() {
+fn llava_without_a_processor_config_passes_every_verb() {
     let folder = Published::new("llava", "llava");
     let template = fs::read_to_string(folder.path("chat_template.jinja")).expect("a template");
     folder.remove("processor_config.json").remove("chat_template.jinja");
@@ -135,7 +135,7 @@ fn llava_without_processor_config() {
 
 /// The processor's files as transformers 5 saves them: all in one, the template with the tokenizer.
 #[test]
-fn gemma3_with_nested_processor_files() {
+fn gemma3_with_nested_processor_files_passes_every_verb() {
     let folder = Published::new("gemma3", "gemma3");
     let template = fs::read_to_string(folder.path("chat_template.jinja")).expect("a template");
     let images = folder.json("preprocessor_config.json");
@@ -147,7 +147,7 @@ fn gemma3_with_nested_processor_files() {
 
 /// Flat and nested files that agree, and the template in the processor's config.
 #[test]
-fn smolvlm_with_flat_and_nested_processor_files() {
+fn smolvlm_with_flat_and_nested_processor_files_passes_every_verb() {
     let folder = Published::new("smolvlm", "smolvlm");
     let template = fs::read_to_string(folder.path("chat_template.jinja")).expect("a template");
     let images = folder.json("preprocessor_config.json");
@@ -161,7 +161,7 @@ fn smolvlm_with_flat_and_nested_processor_files() {
 
 /// Precision variants beside each other, and an encoder of sounds.
 #[test]
-fn gemma4_with_an_audio_encoder_and_variants() {
+fn gemma4_with_an_audio_encoder_and_variants_is_pruned_and_answers() {
     let folder = Published::new("gemma4", "gemma4");
     for part in ["vision_encoder", "embed_tokens", "decoder_model_merged"] {
         folder.copy(&format!("onnx/{part}.onnx"), &format!("onnx/{part}_q4.onnx"));
@@ -185,7 +185,7 @@ impl Published {
 
 /// Only one precision is there.
 #[test]
-fn internvl_with_one_variant_alone() {
+fn internvl_with_a_single_variant_passes_every_verb() {
     let folder = Published::new("internvl", "internvl");
     for part in ["vision_encoder", "embed_tokens", "decoder_model_merged"] {
         let file = format!("onnx/{part}.onnx");
@@ -196,14 +196,14 @@ fn internvl_with_one_variant_alone() {
 
 /// A folder of GenAI's builder has no config but its own.
 #[test]
-fn qwen2_5_vl_of_genai_alone() {
+fn qwen2_5_vl_with_only_a_genai_config_passes_every_verb() {
     let folder = Published::new("qwen2_5_vl", "qwen2_5_vl_genai");
     folder.remove("config.json");
     folder.check(true, "");
 }
 
 #[test]
-fn qwen2_5_vl_of_mobius() {
+fn qwen2_5_vl_in_mobius_layout_passes_every_verb() {
     let folder = Published::new("qwen2_5_vl", "qwen2_5_vl_mobius");
     folder.write("audio_encoder/config.json", "{}");
     fs::remove_dir_all(folder.path("audio_encoder")).expect("remove");
@@ -213,7 +213,7 @@ fn qwen2_5_vl_of_mobius() {
 
 /// Embeddings that merge image features in, under Phi's names and its processor's.
 #[test]
-fn families_without_a_processor_say_so() {
+fn families_without_a_processor_run_on_text_with_a_warning() {
     let folder = Published::new("qwen2_5_vl", "qwen2_5_vl_mobius");
     for (from, to) in [
         ("embedding/model.onnx", "onnx/prepare_inputs_embeds.onnx"),
@@ -243,7 +243,7 @@ fn families_without_a_processor_say_so() {
 
 /// A processor that no row knows, of a model that no row knows.
 #[test]
-fn a_model_of_an_unknown_family() {
+fn a_model_of_an_unknown_family_runs_on_text_with_a_warning() {
     let folder = Published::new("internvl", "internvl");
     folder.edit("config.json", |json| json["model_type"] = "novel_vl".into());
     folder.edit("preprocessor_config.json", |json| json["image_processor_type"] = "NovelImageProcessor".into());
@@ -252,7 +252,7 @@ fn a_model_of_an_unknown_family() {
 
 /// The projector beside the encoder, by the exporters' usual name.
 #[test]
-fn llava_with_a_projector_in_onnx() {
+fn llava_with_a_separate_projector_passes_every_verb() {
     let folder = Published::new("llava", "llava_projector");
     for (from, to) in [
         ("image_encoder.onnx", "onnx/vision_encoder.onnx"),
@@ -268,7 +268,7 @@ fn llava_with_a_projector_in_onnx() {
 
 /// Cutting a picture into tiles needs a graph that packs their features; as published there is none.
 #[test]
-fn llava_onevision_shows_one_view_and_says_so() {
+fn llava_onevision_encodes_one_view_with_a_warning() {
     let folder = Published::new("llava_onevision", "llava_onevision");
     let said = folder.run(&["inspect", "llava_onevision"]);
     for part in ["warning: a picture is one view", "onnx/vision_encoder.onnx` has no input `image_sizes`"] {
@@ -286,7 +286,7 @@ fn llava_onevision_shows_one_view_and_says_so() {
 
 /// Right answers are as likely as the head says, not as the hidden states before it.
 #[test]
-fn janus_with_a_head_of_its_own_is_evaluated() {
+fn janus_with_a_separate_head_is_evaluated() {
     let folder = Published::new("janus", "janus");
     let bench = concat!(env!("CARGO_MANIFEST_DIR"), "/fixtures/data/bench-small.tsv");
     folder.run(&["eval", "janus", "--data", bench, "--limit", "2", "--max-new-tokens", "2", "-o", "report.json"]);
@@ -298,7 +298,7 @@ fn janus_with_a_head_of_its_own_is_evaluated() {
 
 /// Pictures of another size than the graph takes are refused before the graph runs.
 #[test]
-fn a_size_that_the_graph_does_not_take_is_refused() {
+fn an_image_size_that_the_graph_does_not_accept_is_refused() {
     let folder = Published::new("internvl", "internvl");
     let ask = ["generate", "internvl", "--image", "photo.jpeg", "--prompt", "What?", "--image-size", "57"];
     let output = interlace(folder.family.here(), &ask);

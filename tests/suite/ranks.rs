@@ -85,7 +85,7 @@ fn close(a: &[f64], b: &[f64]) {
 }
 
 #[test]
-fn two_and_four_processes_have_the_losses_of_one() {
+fn two_and_four_processes_give_the_losses_of_one() {
     let pruned = Pruned::new();
     for (name, recipe) in [
         ("paper", &["--recipe", "paper", "--learning-rate", "1e-5", "--max-steps", "3"][..]),
@@ -110,7 +110,7 @@ fn two_and_four_processes_have_the_losses_of_one() {
 }
 
 #[test]
-fn a_killed_process_ends_the_others_and_all_go_on_from_the_checkpoint() {
+fn a_killed_process_ends_the_others_and_the_run_resumes() {
     let pruned = Pruned::new();
     fs::write(pruned.here().join("often.toml"), "[schedule]\ncheckpoint_every = 2\n").expect("write");
     let recipe = ["--recipe", "paper", "--learning-rate", "1e-3", "--max-steps", "12", "--settings", "often.toml"];
@@ -172,7 +172,7 @@ fn untimed(mut report: serde_json::Value) -> serde_json::Value {
 }
 
 #[test]
-fn scores_and_reports_of_several_processes_are_those_of_one() {
+fn scores_and_reports_of_several_processes_equal_those_of_one() {
     let pruned = Pruned::new();
     let here = pruned.here();
     // A row that cannot be read, in the second half: it is left out and counted once.

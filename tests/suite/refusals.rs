@@ -238,7 +238,7 @@ fn a_graph_without_outputs_or_without_inputs_is_refused() {
 }
 
 #[test]
-fn the_same_builder_makes_a_transformer_that_is_understood() {
+fn a_transformer_of_the_same_builder_is_accepted() {
     let mut build = Builder::default();
     let mut x = build.input("inputs_embeds");
     for _ in 0..3 {

@@ -40,7 +40,7 @@ fn read(path: &Path) -> serde_json::Value {
 }
 
 #[test]
-fn a_recipe_runs_once_and_then_only_what_changed() {
+fn a_second_run_of_a_recipe_repeats_only_changed_steps() {
     let folder = tempfile::tempdir().expect("folder");
     let here = folder.path();
     fs::write(here.join("words.jsonl"), WORDS).expect("text");
@@ -147,7 +147,7 @@ fn sweep_file(recipes: &str) -> String {
 }
 
 #[test]
-fn a_sweep_does_equal_steps_once_and_goes_on_where_it_was() {
+fn a_sweep_shares_equal_steps_and_resumes() {
     let folder = tempfile::tempdir().expect("folder");
     let here = folder.path();
     fs::write(here.join("sweep.toml"), sweep_file("\"paper\"")).expect("sweep");
@@ -205,7 +205,7 @@ fn a_sweep_does_equal_steps_once_and_goes_on_where_it_was() {
 
 /// The benchmark is read when all models are made: one that cannot be read before that changes nothing about them.
 #[test]
-fn nothing_is_chosen_with_the_test_file() {
+fn no_choice_depends_on_the_benchmark() {
     let folder = tempfile::tempdir().expect("folder");
     let here = folder.path();
     fs::write(here.join("words.jsonl"), WORDS).expect("text");

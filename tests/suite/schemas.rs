@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 #[test]
-fn every_schema_file_is_the_one_of_its_type() {
+fn every_schema_file_equals_the_schema_of_its_type() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("schemas");
     let update = std::env::var_os("INTERLACE_UPDATE_SCHEMAS").is_some();
     let mut names = BTreeSet::new();

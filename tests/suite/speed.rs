@@ -72,7 +72,7 @@ fn scoring_costs_little_more_than_the_bare_prefill() {
 }
 
 #[test]
-fn score_and_eval_say_where_the_time_was_spent() {
+fn score_and_eval_report_where_the_time_was_spent() {
     let folder = tempfile::tempdir().expect("folder");
     let fixture = |path: &str| format!("{}/fixtures/{path}", env!("CARGO_MANIFEST_DIR"));
     let (model, data, bench) =

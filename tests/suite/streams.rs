@@ -94,7 +94,7 @@ fn kinds(analysis: &Analysis) -> Vec<&str> {
 }
 
 #[test]
-fn a_norm_behind_the_sum_goes_with_its_layer() {
+fn a_norm_after_the_residual_sum_is_dropped_with_its_layer() {
     for name in ["opt", "bert"] {
         let analysis = compare(name, 4);
         assert!(analysis.map.glue.is_empty(), "{name}: {:?}", analysis.map.glue);
@@ -105,7 +105,7 @@ fn a_norm_behind_the_sum_goes_with_its_layer() {
 }
 
 #[test]
-fn cross_attention_layers_are_layers_of_their_own_kind() {
+fn cross_attention_layers_have_a_kind_of_their_own() {
     let analysis = compare("mllama", 6);
     let (own, cross) = ("attention + mlp", "cross-attention + mlp");
     assert_eq!(kinds(&analysis), [own, own, cross, own, cross, own]);
@@ -139,7 +139,7 @@ fn producers_stay(analysis: &Analysis) {
 }
 
 #[test]
-fn a_whole_list_of_hidden_states_is_that_of_the_smaller_network() {
+fn a_full_list_of_hidden_states_matches_the_smaller_network() {
     let analysis = compare("llama_states", 4);
     let graph = &analysis.model.graph;
     let taps: Vec<(&str, &[usize])> =
@@ -153,7 +153,7 @@ fn a_whole_list_of_hidden_states_is_that_of_the_smaller_network() {
 
 /// A graph with a vision tower and a language model of the same width: two towers, each pruned by itself.
 #[test]
-fn two_towers_in_one_graph_are_two() {
+fn two_towers_in_one_graph_are_pruned_separately() {
     let analysis = compare("llava", 3);
     let vision = analysis.clone().into_vision().expect("a vision tower");
     assert_eq!(vision.map.layers.len(), 4);
@@ -174,7 +174,7 @@ fn taps(analysis: &Analysis) -> Vec<(&str, &[usize], &[usize])> {
 }
 
 #[test]
-fn taps_stay_and_move_to_the_stream_at_their_place() {
+fn taps_are_found_with_their_places_in_the_stream() {
     let analysis = compare("llama_taps", 4);
     let want: [(&str, &[usize], &[usize]); 5] = [
         ("last_hidden_state", &[4], &[]),
@@ -193,7 +193,7 @@ fn taps_stay_and_move_to_the_stream_at_their_place() {
 }
 
 #[test]
-fn taps_and_both_towers_are_shown_and_pruned_by_name() {
+fn taps_and_both_towers_are_printed_and_pruned_by_name() {
     let graph = |name: &str| folder().join(format!("{name}.onnx")).to_str().unwrap().to_string();
     let work = tempfile::tempdir().unwrap();
     let shown = interlace(work.path(), &["inspect", &graph("llama_taps"), "-q"]);
@@ -233,7 +233,7 @@ fn taps_and_both_towers_are_shown_and_pruned_by_name() {
 
 /// Layers left out by a flag give the losses of the network without them.
 #[test]
-fn layers_that_are_bypassed_are_as_if_deleted() {
+fn bypassed_layers_give_the_losses_of_deleted_layers() {
     let runtime = Runtime::new(Device::Cpu).unwrap();
     for (name, prefixes) in
         [("opt", ["drop_1", "drop_0_2"]), ("gemma4", ["drop_4", "drop_0_1"]), ("gemma3n", ["drop_1", "drop_0"])]

@@ -68,7 +68,7 @@ fn changes(analysis: &Analysis, want: &[Change]) {
 
 /// As the lists of the network without layer 1 in PyTorch are, whose states are 0 to 3.
 #[test]
-fn lists_with_an_output_for_every_layer_are_those_of_the_smaller_network() {
+fn lists_with_one_output_per_layer_match_the_smaller_network() {
     let pruned = |outputs: &[(usize, &str)]| drop_layers(&analyse(&showing(outputs)).unwrap(), &[1]).unwrap();
     // Without the embeddings; without the last; by the number of the layer that gives it; in any order.
     hold(&pruned(&[(1, "h.1"), (2, "h.2"), (3, "h.3"), (4, "h.4")]), &[("h.1", 1), ("h.2", 2), ("h.3", 3)]);
@@ -87,7 +87,7 @@ fn lists_with_an_output_for_every_layer_are_those_of_the_smaller_network() {
 
 /// States of some places keep their names, and what they show now is told.
 #[test]
-fn outputs_that_are_no_whole_list_keep_their_names() {
+fn outputs_of_an_incomplete_list_keep_their_names() {
     for names in [["h.1", "h.3"], ["h.2", "h.3"], ["a", "b"]] {
         let places = if names[0] == "h.2" { [2, 3] } else { [1, 3] };
         let analysis = analyse(&showing(&[(places[0], names[0]), (places[1], names[1])])).unwrap();
@@ -101,7 +101,7 @@ fn outputs_that_are_no_whole_list_keep_their_names() {
 }
 
 #[test]
-fn prune_tells_which_outputs_moved() {
+fn prune_reports_which_outputs_moved() {
     let work = tempfile::tempdir().unwrap();
     let graph = |name: &str, outputs: &[(usize, &str)]| {
         onnx::save(&showing(outputs), &work.path().join(name), &Storage::Inline).unwrap();
@@ -155,7 +155,7 @@ fn with_keys_for_a_decoder(model: &mut Model) {
 }
 
 #[test]
-fn keys_made_of_an_encoders_states_are_all_shown() {
+fn all_keys_computed_from_encoder_states_are_taps() {
     let mut model = onnx::load(&folder().join("bert.onnx")).unwrap();
     with_keys_for_a_decoder(&mut model);
     let analysis = analyse(&model).unwrap();
@@ -190,7 +190,7 @@ fn settings(strategy: &str, how_many: HowMany, seed: u64) -> PlanSettings {
 
 /// Layers that others read, or that an output shows the inside of, are no candidates of a plan, and `prune` takes every plan.
 #[test]
-fn plans_hold_only_layers_that_can_be_dropped() {
+fn plans_contain_only_layers_that_can_be_dropped() {
     let work = tempfile::tempdir().unwrap();
     for (name, fixed, reason) in [
         ("gemma4", &[2, 3][..], "layer 4"),

@@ -164,7 +164,7 @@ fn report(folder: &Path, model: &Path, data: &Path) -> Value {
 }
 
 #[test]
-fn a_whole_model_scores_the_same_tensors_the_same() {
+fn ready_tensors_of_a_whole_model_give_the_same_scores() {
     let folder = tempfile::tempdir().expect("folder");
     let bundle = Bundle::open(&model_folder()).expect("model");
     let data = ordinary(folder.path(), 6);
@@ -229,7 +229,7 @@ fn padded_batches_of_embeddings_give_the_same_losses() {
 
 /// Three rows of positions, grids, and features that go into several layers.
 #[test]
-fn grids_and_deepstack_features_come_from_ready_tensors() {
+fn ready_tensors_may_hold_grids_and_deepstack_features() {
     let family = Family::open("qwen3_vl", "qwen3_vl");
     let bundle = Bundle::open(&family.here().join("qwen3_vl")).expect("model");
     let data = ordinary(family.here(), 3);
@@ -242,7 +242,7 @@ fn grids_and_deepstack_features_come_from_ready_tensors() {
 }
 
 #[test]
-fn an_input_that_no_row_knows_takes_a_ready_tensor() {
+fn an_unknown_graph_input_takes_a_ready_tensor() {
     let folder = tempfile::tempdir().expect("folder");
     let model = folder.path().join("model");
     copy_folder(&model_folder(), &model);
@@ -294,7 +294,7 @@ fn copy_folder(from: &Path, to: &Path) {
 }
 
 #[test]
-fn finetuning_learns_the_same_from_ready_tensors() {
+fn finetuning_on_ready_tensors_gives_the_same_losses() {
     let folder = tempfile::tempdir().expect("folder");
     let data = ordinary(folder.path(), 6);
     let bundle = Bundle::open(&model_folder()).expect("model");

@@ -18,7 +18,7 @@ fn json(path: &Path) -> serde_json::Value {
 }
 
 #[test]
-fn perplexity_is_that_of_transformers() {
+fn perplexity_equals_transformers() {
     let folder = tempfile::tempdir().expect("folder");
     let reference = json(fixture("zoo/text/perplexity.json").as_ref());
     let length = reference["sequence_length"].to_string();
@@ -62,7 +62,7 @@ fn a_text_decoder_is_scored_pruned_healed_and_compared() {
 }
 
 #[test]
-fn a_folder_of_optimum_is_scored_pruned_healed_and_compared() {
+fn an_optimum_folder_is_scored_pruned_healed_and_compared() {
     let folder = tempfile::tempdir().expect("folder");
     every_verb(folder.path(), fixture(MODEL));
 }

@@ -87,7 +87,7 @@ fn a_killed_run_resumes_to_the_same_bits() {
 
 /// A rate that breaks the network: the message names step, samples and weight, and the last good checkpoint stays.
 #[test]
-fn a_run_that_breaks_keeps_its_last_good_checkpoint() {
+fn a_diverging_run_keeps_its_last_good_checkpoint() {
     let folder = tempfile::tempdir().expect("folder");
     let here = folder.path();
     let model = fixture("model");
@@ -118,7 +118,7 @@ fn a_run_that_breaks_keeps_its_last_good_checkpoint() {
 /// Layers by their index train as the plan that names them does; a whole model trains too, with the losses that have
 /// something for it.
 #[test]
-fn layers_train_without_a_plan() {
+fn layers_named_by_index_train_without_a_plan() {
     let folder = tempfile::tempdir().expect("folder");
     let here = folder.path();
     let model = fixture("model");
@@ -187,7 +187,7 @@ fn layers_train_without_a_plan() {
 
 /// A budget of tokens takes the first samples of the draw that hold it, and no more.
 #[test]
-fn a_budget_of_tokens_takes_the_first_of_the_draw() {
+fn a_token_budget_takes_the_first_samples_of_the_draw() {
     let folder = tempfile::tempdir().expect("folder");
     let here = folder.path();
     let model = fixture("model");

@@ -70,7 +70,7 @@ fn the_shipped_model_passes_every_check_that_tract_allows() {
 }
 
 #[test]
-fn what_cannot_be_checked_is_said_and_fails_nothing() {
+fn an_unavailable_check_is_reported_and_fails_nothing() {
     let folder = copy_of("genai/qwen3_vl-int4-embeds");
     let config = std::fs::read(zoo("genai/qwen3_vl-fp32-embeds/genai_config.json")).expect("config");
     std::fs::write(folder.path().join("genai_config.json"), config).expect("write");
@@ -139,7 +139,7 @@ fn a_config_that_disagrees_with_its_graph_fails() {
 }
 
 #[test]
-fn a_file_that_is_cut_off_fails() {
+fn a_truncated_file_fails() {
     let folder = copy_of("optimum/llama-with-past");
     let path = folder.path().join("model.onnx");
     let bytes = std::fs::read(&path).expect("model");
@@ -150,7 +150,7 @@ fn a_file_that_is_cut_off_fails() {
 }
 
 #[test]
-fn any_graph_is_checked_on_given_inputs() {
+fn any_graph_can_be_checked_on_given_inputs() {
     let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
     let folder = tempfile::tempdir().expect("folder");
     let graph = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model/onnx/embed_tokens.onnx");
@@ -248,7 +248,7 @@ fn integer_product(codes: &[i8]) -> ir::Model {
 
 /// Sums of products of unsigned and signed 8 bits pass 16 bits, where processors without VNNI saturate.
 #[test]
-fn products_of_8_bits_are_compared_with_exact_sums() {
+fn integer_products_of_8_bits_are_compared_with_exact_sums() {
     let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
     let folder = tempfile::tempdir().expect("folder");
     let [graph, inputs] = ["product.onnx", "inputs.npz"].map(|name| folder.path().join(name));

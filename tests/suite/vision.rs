@@ -43,7 +43,7 @@ fn distances(graph: &Path, expected: &str) -> (f64, f64) {
 }
 
 #[test]
-fn a_pruned_tower_gives_what_pytorch_gives() {
+fn a_pruned_vision_tower_equals_pytorch() {
     let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model");
     let folder = tempfile::tempdir().unwrap();
     for (drop, expected, layers) in

@@ -165,7 +165,7 @@ fn fixtures_stay_under_50_mb() {
 }
 
 #[test]
-fn pruned_graphs_give_what_pytorch_gives() {
+fn pruned_graphs_equal_pytorch() {
     for case in cases() {
         let model = onnx::load(&root().join(&case.file)).unwrap();
         let compared = check(&case, &analyse(&model).unwrap(), &str::to_string);
@@ -174,7 +174,7 @@ fn pruned_graphs_give_what_pytorch_gives() {
 }
 
 #[test]
-fn names_decide_nothing() {
+fn the_analysis_does_not_depend_on_names() {
     for case in cases() {
         let mut model = onnx::load(&root().join(&case.file)).unwrap();
         let old: HashMap<String, String> = scramble(&mut model);
@@ -211,7 +211,7 @@ fn scramble(model: &mut Model) -> HashMap<String, String> {
 }
 
 #[test]
-fn kept_weights_are_the_same_bytes() {
+fn kept_weights_have_the_same_bytes() {
     for file in ["post/llama-ts17__int8.onnx", "genai/qwen3_vl-int4-embeds/model.onnx", "qwen3_vl/ts17.onnx"] {
         let model = onnx::load(&root().join(file)).unwrap();
         let pruned = drop_layers(&analyse(&model).unwrap(), &[2, 5]).unwrap();
@@ -225,7 +225,7 @@ fn kept_weights_are_the_same_bytes() {
 }
 
 #[test]
-fn the_shipped_model_without_layers_gives_what_pytorch_gives() {
+fn the_pruned_shipped_model_equals_pytorch() {
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures");
     let model = onnx::load(&fixtures.join("model/onnx/decoder_model_merged.onnx")).unwrap();
     let analysis = analyse(&model).unwrap();
