@@ -139,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn the_products_of_a_layer_come_in_their_order() {
+    fn the_projections_of_a_layer_are_found_in_their_order() {
         // What attention's product gives is read by the second product too, which must be trained with it.
         let (graph, id) = graph(&[
             ("a", "MatMul", &["x", "w0"]),
@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn a_layer_that_ends_in_a_norm_has_none() {
+    fn a_layer_that_ends_in_a_norm_has_no_last_projection() {
         let (graph, id) =
             graph(&[("p", "MatMul", &["x", "w1"]), ("n", "RMSNormalization", &["p", "w2"]), ("y", "Add", &["x", "n"])]);
         let problem = products_of(&graph, id("x"), id("y"), &[id("w1"), id("w2")].into()).unwrap_err();
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn a_weight_may_be_turned_on_the_way() {
+    fn a_weight_may_be_transposed_before_its_product() {
         let (graph, id) =
             graph(&[("t", "Transpose", &["w1"]), ("p", "MatMul", &["x", "t"]), ("y", "Add", &["x", "p"])]);
         let found = products_of(&graph, id("x"), id("y"), &[id("w1")].into()).unwrap();
