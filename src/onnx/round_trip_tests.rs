@@ -171,7 +171,7 @@ fn fixtures() -> PathBuf {
 }
 
 #[test]
-fn every_graph_keeps_every_field() {
+fn every_fixture_graph_keeps_every_field() {
     let mut open = vec![fixtures()];
     let mut count = 0;
     while let Some(folder) = open.pop() {
@@ -191,7 +191,7 @@ fn every_graph_keeps_every_field() {
 }
 
 #[test]
-fn a_model_with_every_field_set_keeps_them() {
+fn a_model_with_every_field_set_keeps_every_field() {
     let path = fixtures().join("onnx/every-field.onnx");
     let before = std::fs::read(&path).unwrap();
     let found = difference("model", &tree(Message::Model, &before, false), &tree(Message::Model, &again(&path), false));
@@ -233,7 +233,7 @@ fn with_unknown_fields(message: Message, bytes: &[u8], count: &mut usize) -> Vec
 }
 
 #[test]
-fn fields_that_no_version_knows_are_kept_in_every_message() {
+fn unknown_fields_are_kept_in_every_message() {
     let mut count = 0;
     let bytes = std::fs::read(fixtures().join("onnx/every-field.onnx")).unwrap();
     let before = with_unknown_fields(Message::Model, &bytes, &mut count);
