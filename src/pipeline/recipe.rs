@@ -434,7 +434,7 @@ mod tests {
     }
 
     #[test]
-    fn settings_change_the_named_recipe() {
+    fn settings_override_the_named_recipe() {
         let text = RECIPE.replace("settings =", "recipe = \"paper\"\nsettings =");
         let section = Recipe::parse(&text, Path::new("")).unwrap().finetune;
         assert_eq!((section.settings.peak_rate(), section.settings.losses().len()), (1e-3, 1));
@@ -463,7 +463,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_named() {
+    fn invalid_recipe_files_are_refused_with_a_reason() {
         let cases = [
             ("samples = 100", "sample = 100", "unknown field `sample`"),
             ("samples = 100", "", "takes `samples` or `fraction`, neither is there"),

@@ -94,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn scalars_get_an_axis_under_their_own_names() {
+    fn scalars_get_an_axis_and_keep_their_names() {
         let mut model = doubled(false);
         assert_eq!(with_an_axis(&mut model).unwrap(), ["x", "y"]);
         crate::ir::check(&model).unwrap();
