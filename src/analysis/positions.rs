@@ -127,7 +127,8 @@ mod tests {
         crate::onnx::load(&path).unwrap()
     }
 
-    /// The decoder with a node before its head: operator, attribute `axis` if any, int64 inputs after the stream.
+    /// The decoder with one more node before its head: operator, attribute `axis` if any, and int64 inputs after the
+    /// stream.
     fn with_node(op: &str, axis: Option<i64>, others: &[&[i64]]) -> Option<String> {
         let mut model = llama();
         let result = analyse(&model).unwrap().map.result;

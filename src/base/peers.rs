@@ -53,7 +53,7 @@ pub fn gathered<T: Serialize + DeserializeOwned>(peers: Option<&dyn Peers>, own:
 mod tests {
     use super::*;
 
-    /// One of several that hear the same from all.
+    /// One of several ranks that all receive the same values.
     struct Echo(usize, usize);
 
     impl Peers for Echo {

@@ -125,7 +125,7 @@ fn config_keys_that_cannot_follow_the_layers_are_refused_by_name() {
     }
 }
 
-/// Keys that published configs write as a number, letters or a list, and keys over which another key has precedence.
+/// Config keys that published models write as a number, letters or a list, and keys that another key overrides.
 #[test]
 fn config_keys_of_several_value_types_follow_the_kept_layers() {
     let kinds = r#""layer_types": ["a","b","c","d","e","f"]"#;

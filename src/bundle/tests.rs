@@ -208,7 +208,7 @@ fn files_that_do_not_affect_the_computation_are_copied_and_listed() {
     let hidden = [".cache/huggingface/download/x.metadata", ".git/config", "__pycache__/handler.pyc"];
     let files: Vec<(&str, &str)> = carried.iter().chain(&known).chain(&hidden).map(|file| (*file, "{}\n")).collect();
     let folder = transformers_js(&files);
-    // Marks of a download are not text.
+    // Marker files of a download are not text.
     fs::write(folder.path().join(".msc"), [0x80, 4, 0, 0xff]).unwrap();
     for name in ["vision_encoder", "embed_tokens", "decoder_model_merged", "decoder_model_merged_q4"] {
         save(folder.path(), &format!("onnx/{name}.onnx"), None);
@@ -274,7 +274,7 @@ fn the_written_model_card_describes_the_pruning() {
     assert!(said < written.find("# Dense").unwrap() && written.contains(&format!("made from `{name}`")), "{written}");
     assert!(fs::read_to_string(out.join("README_zh.md")).unwrap().contains("2 of 4 layers"));
     assert_eq!(fs::read_to_string(out.join("LICENSE.md")).unwrap(), "free");
-    // A copy without a change of the model keeps its card.
+    // If the model is unchanged, its card is unchanged.
     let copy = folder.path().join("copy");
     BundleWriter::create(&bundle, &copy).unwrap().commit(provenance()).unwrap();
     assert_eq!(fs::read_to_string(copy.join("README.md")).unwrap(), card);

@@ -210,7 +210,7 @@ mod tests {
     fn patches_are_placed_on_a_grid() {
         let found = picture(&[("pixel_values", &[64, 6]), ("grid_thw", &[-1, 3])]).expect("a picture");
         assert_eq!(found.grid_thw(), Some([1, 8, 8]));
-        // The table of positions has as many rows as one side of the picture, not as many as the whole.
+        // The position table has one row for each step along a side of the picture, not one for each patch.
         let found =
             picture(&[("pixel_values", &[-1, 630, 6]), ("pixel_position_ids", &[-1, 630, 2])]).expect("a picture");
         let places = found.get("pixel_position_ids").and_then(Array::ints).expect("places");

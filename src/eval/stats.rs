@@ -240,7 +240,8 @@ mod tests {
         assert_eq!(kept_likelihood(&[(0.0, 9.0); 5], 1), Interval { ratio: 1.0, low: 1.0, high: 1.0 });
     }
 
-    /// One run beats the baseline on the questions on which the other loses: nothing is left of either, in any draw.
+    /// Each run beats the baseline on exactly the questions where the other one loses, so every draw has a mean
+    /// difference of 0.
     #[test]
     fn all_runs_are_resampled_with_the_same_draws() {
         let run = |even: f64| vec![stratum((0..40).map(|i| if i % 2 == 0 { (even, 0.5) } else { (1.0 - even, 0.5) }))];
@@ -265,20 +266,21 @@ mod tests {
         assert_eq!(compared(&[stratum(std::iter::empty())], 1), None);
     }
 
-    /// What `scripts/reference/bootstrap.py` wrote: scores by question, and numpy's percentile intervals.
+    /// Written by `scripts/reference/bootstrap.py`: scores by question and numpy's percentile intervals.
     #[derive(serde::Deserialize)]
     struct Reference {
-        /// By stratum: the model's scores and the baseline's.
+        /// For each stratum: the model's scores and the baseline's.
         strata: Vec<(Vec<f64>, Vec<f64>)>,
         ratio: [f64; 3],
         difference: [f64; 3],
-        /// By question: the difference of log-likelihoods and the tokens.
+        /// For each question: the difference of log-likelihoods, and the number of tokens.
         likelihood: Vec<(f64, f64)>,
         kept_likelihood: [f64; 3],
     }
 
-    /// Both sides draw at random: ends of 2,000 draws agree with those of numpy's 200,000 to a seventh of the interval's
-    /// half width (the quantile's standard error is 0.03 of it), the figures themselves to rounding.
+    /// Both sides draw at random. The ends of 2,000 draws agree with the ends of numpy's 200,000 draws to a seventh of
+    /// the half width of the interval (the standard error of the quantile is 0.03 of it). The estimates agree to
+    /// rounding.
     #[test]
     fn bootstrap_intervals_equal_numpy_on_stored_scores() {
         let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/expected/bootstrap.json");

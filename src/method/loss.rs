@@ -305,7 +305,7 @@ mod tests {
             .collect()
     }
 
-    /// The mean loss of the graph whose layers were removed, one conversation at a time.
+    /// The mean loss of the graph without the removed layers, one conversation at a time.
     fn pruned_loss(runtime: &Runtime, analysis: &Analysis, removed: &[usize], conversations: &[Conversation]) -> f64 {
         let model = drop_layers(analysis, removed).unwrap();
         let mut decoder =

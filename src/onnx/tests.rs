@@ -268,7 +268,7 @@ fn versions_are_checked_in_functions_and_branches() {
 
 const BRANCHES: &[Row] = &[("if", "If", &["x"], &["y"])];
 
-/// Gives the first node two branches that read this value, with nodes in the wrong order.
+/// Gives the first node two branches that read this value and whose nodes are out of order.
 fn add_branches(proto: &mut pb::ModelProto, reads: &str) {
     for name in ["then_branch", "else_branch"] {
         let rows: &[Row] = &[("", "Relu", &["t"], &["u"]), ("", "Neg", &[reads], &["t"])];

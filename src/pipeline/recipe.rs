@@ -442,7 +442,8 @@ mod tests {
         assert_eq!((section.recipe.as_str(), section.settings.losses().len()), (DEFAULT_RECIPE, 2));
     }
 
-    /// The dense model takes the recipe of healing without its fit; one without answers has nothing for it.
+    /// The dense model takes the healing recipe without the fit. A recipe without a loss on answers has no dense
+    /// counterpart.
     #[test]
     fn the_dense_model_is_finetuned_on_answers_with_the_same_budget() {
         let dense = |text: &str| {

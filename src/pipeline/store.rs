@@ -276,7 +276,7 @@ mod tests {
         store.forget("s").unwrap();
         assert!(!store.step("s", "o", &[("model", "a")], &1, write("1")).unwrap().reused);
         assert!(first.path.exists());
-        // A foreign file in the place of a removed output is not used and not touched.
+        // A foreign file at the path of a removed output is neither used nor changed.
         store.remove("s").unwrap();
         fs::write(&first.path, "mine").unwrap();
         assert!(store.step("s", "o", &[("model", "a")], &1, never).is_err());

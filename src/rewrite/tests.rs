@@ -168,7 +168,7 @@ fn a_bias_added_by_the_next_norm_is_dropped_with_its_layer() {
     }
 }
 
-/// Half precision in weights, constants and casts becomes f32; the bytes of the weights stay unchanged.
+/// Half precision in weights, constants and casts becomes f32. The stored bytes of the weights stay unchanged.
 #[test]
 fn half_precision_is_widened_to_f32() {
     let model = zoo("post/qwen3_vl-ts17__fp16.onnx");
@@ -230,7 +230,7 @@ fn dropping_the_last_layer_keeps_the_output_after_it() {
 fn weights_after_only_some_layers_are_refused() {
     let mut model = biased_skip_norms();
     let graph = &mut model.graph;
-    // After layer 1, whose last sum and the next layer's norm are one node.
+    // After layer 1, whose last sum is one node with the norm of the next layer.
     let fused: Vec<usize> =
         (0..graph.body.nodes.len()).filter(|&number| graph.body.nodes[number].op_type.starts_with("Skip")).collect();
     let sum = graph.body.nodes[fused[3]].outputs[3].unwrap();

@@ -1,4 +1,4 @@
-//! Checks every differentiable row against central differences in f64. A row without a case fails.
+//! Checks every differentiable row against central differences in f64. A row without a case is an error.
 
 use std::collections::HashSet;
 

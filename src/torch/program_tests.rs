@@ -1,9 +1,9 @@
-//! State of programs between runs, and sharing.
+//! Cached state of programs between runs, and sharing of weights between programs.
 
 use super::super::schedule::MAX_CACHES_BYTES;
 use super::*;
 
-/// x times a square matrix of ones with the length of x: the matrix depends on shapes only.
+/// x times a square matrix of ones as wide as x, so the matrix depends only on shapes.
 fn squares() -> Model {
     let mut model = Model { ir_version: 10, ..Default::default() };
     model.opset_imports.insert(String::new(), 21);

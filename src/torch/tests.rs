@@ -204,7 +204,7 @@ fn half_precision_runs_and_trains_in_f32() {
     z.sum(Kind::Float).backward();
     let leaf = &program.parameters()[0].tensor;
     assert_eq!((leaf.kind(), floats(&leaf.grad())), (Kind::Float, vec![1.0, 2.0]));
-    // More digits than f16 has, and a number beyond its range.
+    // More digits than f16 has, and a number outside its range.
     assert_eq!(floats(&run(vector(&[1.0001, 1e6]))), [0.5 * 1.0001, 0.25e6]);
 }
 
@@ -308,7 +308,7 @@ fn a_function_that_calls_itself_is_refused() {
     assert!(error.contains("nest deeper than"), "{error}");
 }
 
-/// A body of one node over values of the outer graph.
+/// A loop body or branch of one node that reads values of the outer graph.
 fn body_of(graph: &mut ir::Graph, op: &str, inputs: &[&str], output: &str) -> Body {
     let node = node_of(graph, op, inputs, &[output]);
     let outputs = node.outputs.iter().flatten().copied().collect();
@@ -447,7 +447,7 @@ fn frozen_weights_keep_their_precision_outside_matrix_products() {
         ("t", exact.tr()),
     ];
     assert!(low(&exact).to_kind(Kind::Float) != exact, "the values must not be exact in bf16");
-    // Schedules that read the weight in one kind, in the other and in both, in either order.
+    // Orders of reading the weight in one type, in the other and in both.
     for order in [[0, 1, 2, 3, 4], [4, 3, 2, 1, 0]] {
         let program = Program::compile(&model, &options).expect("compile");
         let feeds = [(program.value("x").expect("x"), x.shallow_clone())];

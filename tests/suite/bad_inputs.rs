@@ -1,4 +1,4 @@
-//! Models and data that are broken in ways that happen: one error each, with what to do, and exit status 2.
+//! Broken models and data as they occur in practice: each gives one error with a remedy, and exit status 2.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -32,7 +32,7 @@ fn edit(path: &Path, change: impl FnOnce(&mut Value)) {
     fs::write(path, value.to_string()).expect("write");
 }
 
-/// Runs a verb that must fail, and holds its message to these parts.
+/// Runs a verb that must fail and checks that its message contains these parts.
 fn refused(folder: &Path, arguments: &[&str], wanted: &[&str]) {
     let output = interlace(folder, arguments);
     let message = stderr(&output);
@@ -125,7 +125,7 @@ fn a_benchmark_without_questions_or_pictures_is_refused() {
     }
 }
 
-/// Twenty-four rows of which one cannot be read: `generate` leaves it out, and `--strict` ends there.
+/// One of 24 rows cannot be read: `generate` skips it, and with `--strict` it is an error.
 #[test]
 fn generate_skips_unreadable_rows_unless_strict() {
     let folder = tempfile::tempdir().expect("folder");

@@ -1,4 +1,4 @@
-//! The command line's contract: verbs, exit codes, one clear message, nothing half-written.
+//! The contract of the command line: verbs, exit codes, one clear message per error, no partial output.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -122,7 +122,7 @@ fn json(output: &Output) -> serde_json::Value {
     serde_json::from_slice(&output.stdout).expect("standard output is JSON alone")
 }
 
-/// A copy of the fixture's model that a test may damage.
+/// A copy of the fixture model that a test may change.
 fn model_copy(folder: &Path) -> PathBuf {
     let (source, target) = (PathBuf::from(fixture("model")), folder.join("model"));
     fs::create_dir_all(target.join("onnx")).expect("folder");
@@ -137,7 +137,7 @@ fn model_copy(folder: &Path) -> PathBuf {
     target
 }
 
-/// Names in a folder, hidden ones too.
+/// Names in a folder, including hidden ones.
 fn names(folder: &Path) -> Vec<String> {
     let entries = fs::read_dir(folder).expect("folder");
     let mut names: Vec<String> =
@@ -205,7 +205,7 @@ fn plans_need_scores_of_the_same_model() {
     let again: serde_json::Value =
         serde_json::from_slice(&fs::read(folder.path().join("plan.json")).expect("plan")).expect("JSON");
     assert_eq!(plan, again);
-    // The plan is of the dense model, so it does not fit one that lost layers.
+    // The plan was made for the dense model, so it does not fit a pruned one.
     json(&interlace(folder.path(), &["prune", &model, "--plan", "plan.json", "-o", "pruned", "--json"]));
     let output = interlace(folder.path(), &["prune", "pruned", "--plan", "plan.json", "-o", "twice"]);
     assert_eq!(output.status.code(), Some(2));
@@ -323,7 +323,7 @@ fn missing_cuda_is_an_error_without_fallback_to_the_cpu() {
     assert!(names(folder.path()).is_empty());
 }
 
-/// The decoder's head reads the last position only, as some exporters write it for generation.
+/// Makes the decoder's head read only the last position, as some exporters do for generation.
 fn with_last_token_head(model: &Path) {
     use interlace::analysis::{analyse, head_input};
     use interlace::ir::{AttributeKind, Node, Tensor, Value};
@@ -379,11 +379,11 @@ fn the_requirements_of_a_verb_are_checked_before_it_starts() {
         }
         assert!(!message.contains("ONNX Runtime failed"), "{arguments:?}: {message}");
     }
-    // Scores look at the stream alone.
+    // `score` reads only the residual stream.
     json(&interlace(folder.path(), &["score", &model, "--data", &data, "--samples", "2", "-o", "s.json", "--json"]));
 }
 
-/// A killed run leaves its staging folder behind; the next one in that place removes it, and nothing else.
+/// A killed run leaves its staging folder. The next run in that folder removes it and nothing else.
 #[test]
 fn leftovers_of_a_killed_run_are_removed_by_the_next_run() {
     let folder = tempfile::tempdir().expect("folder");

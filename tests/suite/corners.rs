@@ -1,4 +1,4 @@
-//! Corners of operators that were computed wrongly once, each against ONNX Runtime.
+//! Edge cases of operators that were wrong in an earlier version, each compared with ONNX Runtime.
 
 use interlace::base::Device;
 use interlace::ir::{AttributeKind, DataType};
@@ -13,7 +13,7 @@ fn op(name: &str) -> Single {
     Single::new("", name, OPSET)
 }
 
-/// Whole numbers from 1 on.
+/// The whole numbers from 1 on.
 fn counted(dtype: DataType, shape: &[i64]) -> interlace::ir::Tensor {
     let values: Vec<f64> = (1..=count(shape)).map(|value| value as f64).collect();
     encode(dtype, shape, &values)
@@ -28,7 +28,7 @@ fn outcome(case: &Case) -> Outcome {
     case.compare(&Runtime::new(Device::Cpu).expect("ONNX Runtime"))
 }
 
-/// The engines agree, whether the inputs are fed or fixed.
+/// Checks that both engines agree, with fed inputs and with inputs as initializers.
 fn agrees(make: impl Fn() -> Single) {
     for fixed in [false, true] {
         let case = make().case(|| fixed);
@@ -114,7 +114,7 @@ fn resize_computes_output_sizes_in_f32() {
     }
 }
 
-/// A loop of so many trips whose scanned values are joined to what was there before.
+/// A loop with this many iterations, whose scan output is concatenated to an earlier tensor.
 fn joined(trips: i64, declared: Option<&[i64]>) -> Case {
     let mut b = Builder::new(OPSET);
     b.input("trips", DataType::Int64, Some(&[]));
@@ -177,7 +177,7 @@ fn a_4_bit_zero_point_limits_the_quantised_range() {
                 .fixed(encode(dtype, &[], &[zero]))
                 .output(dtype)
         });
-        // Without a zero point the attribute says the type.
+        // Without a zero point, an attribute gives the type.
         agrees(|| {
             op("QuantizeLinear")
                 .input(floats(&[-20.0, 3.0, 20.0]))
@@ -188,7 +188,7 @@ fn a_4_bit_zero_point_limits_the_quantised_range() {
     }
 }
 
-/// A byte of a tensor does not say whether it is a number of 4 bits.
+/// The bytes of a tensor do not say whether it holds 4-bit numbers.
 #[test]
 fn a_zero_point_of_unknown_bit_width_is_refused() {
     let refusal = |declared: bool| {
@@ -320,7 +320,7 @@ fn a_transposed_convolution_is_padded_to_the_requested_size() {
     agrees(|| of().ints("pads", &[1, 0, 0, 1]));
 }
 
-/// Scales with which the place lies within the last bits of f32 of a whole number or of the middle between two.
+/// Scales for which the position is, up to the last bits of f32, a whole number or halfway between two.
 #[test]
 fn a_symmetric_resize_selects_the_pixels_of_onnx_runtime() {
     for (size, scale) in [(2, 0.75), (3, 0.6), (7, 0.6), (12, 1.7), (12, 2.7), (7, 2.333_333_3), (12, 0.9), (10, 1.1)] {
@@ -373,10 +373,10 @@ fn grid_sample_rounds_ties_between_pixels_before_reflection() {
     }
 }
 
-/// Where ONNX Runtime departs from ONNX and the interpreter follows ONNX.
+/// Cases in which ONNX Runtime deviates from ONNX, and the interpreter follows ONNX.
 #[test]
 fn known_deviations_of_onnx_runtime_from_onnx_still_exist() {
-    // ONNX: with SAME an axis of 8 in steps of 3 gives 3 windows. ONNX Runtime leaves the dilation out of the pads: 2.
+    // ONNX: with SAME, an axis of 8 with stride 3 gives 3 windows. ONNX Runtime ignores the dilation in the pads: 2.
     let pool = op("MaxPool")
         .input(counted(DataType::Float, &[1, 1, 8]))
         .ints("kernel_shape", &[4])
@@ -384,14 +384,16 @@ fn known_deviations_of_onnx_runtime_from_onnx_still_exist() {
         .ints("dilations", &[2])
         .text("auto_pad", "SAME_UPPER")
         .output(DataType::Float);
-    // ONNX: the window of an axis of 3 in steps of 3 begins at its first element. ONNX Runtime begins at the second.
+    // ONNX: with an axis of 3 and stride 3, the window begins at the first element. In ONNX Runtime it begins at the
+    // second.
     let apart = op("AveragePool")
         .input(counted(DataType::Float, &[1, 1, 3]))
         .ints("kernel_shape", &[1])
         .ints("strides", &[3])
         .text("auto_pad", "SAME_UPPER")
         .output(DataType::Float);
-    // ONNX: a mixture of -50 and -50 is -50. ONNX Runtime cuts what it antialiases to the range of uint8: 0.
+    // ONNX: interpolating between -50 and -50 gives -50. With antialiasing, ONNX Runtime clips to the range of uint8:
+    // 0.
     let resize = op("Resize")
         .input(encode(DataType::Int8, &[1, 1, 1, 4], &[-50.0; 4]))
         .absent()
@@ -399,7 +401,7 @@ fn known_deviations_of_onnx_runtime_from_onnx_still_exist() {
         .text("mode", "linear")
         .int("antialias", 1)
         .output(DataType::Int8);
-    // ONNX: a score that the mask hides is minus infinity. ONNX Runtime gives the least float.
+    // ONNX: a masked score is minus infinity. In ONNX Runtime it is the lowest float.
     let heads = || encode(DataType::Float, &[1, 1, 2, 8], &[0.5; 16]);
     let attention = Single::new("", "Attention", 23)
         .input(heads())
@@ -411,7 +413,8 @@ fn known_deviations_of_onnx_runtime_from_onnx_still_exist() {
         .unwanted()
         .unwanted()
         .output(DataType::Float);
-    // ONNX: 9 places of a scale of 1.1 read the input at 0.136 and so on. ONNX Runtime copies what keeps its size.
+    // ONNX: the 9 outputs at scale 1.1 sample the input at 0.136 and so on. ONNX Runtime copies if the size is
+    // unchanged.
     let copied = op("Resize")
         .input(counted(DataType::Float, &[1, 1, 1, 9]))
         .absent()

@@ -1,4 +1,4 @@
-//! The documents say what the code does: tables are those of the code, links lead somewhere, commands run.
+//! The documents agree with the code: tables equal the code's tables, links have targets, commands run.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
@@ -12,7 +12,7 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// Every document a user reads, relative to the root.
+/// Every document for users, relative to the root.
 fn documents() -> Vec<PathBuf> {
     let mut found: Vec<PathBuf> = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"].map(PathBuf::from).to_vec();
     for folder in ["docs", "docs/results"] {
@@ -38,7 +38,7 @@ fn section<'a>(text: &'a str, name: &str) -> &'a str {
     &text[from..from + length]
 }
 
-/// Compares a section with what the code makes; `INTERLACE_UPDATE_DOCS=1 cargo test docs` writes it.
+/// Compares a section with the text made from the code. `INTERLACE_UPDATE_DOCS=1 cargo test docs` writes it.
 fn check_section(file: &str, name: &str, want: &str) {
     let path = Path::new(file);
     let mut text = read(path);
@@ -97,7 +97,7 @@ fn tables_in_documents_equal_the_tables_in_the_code() {
     check_section("docs/cli.md", "cli", &interlace::cli::reference());
 }
 
-/// The table of families names tests and fixtures that there are.
+/// Every test and fixture that the table of families names exists.
 #[test]
 fn tests_and_fixtures_named_in_the_family_table_exist() {
     use interlace::data::{FAMILIES, Proof};
@@ -126,7 +126,7 @@ fn tests_and_fixtures_named_in_the_family_table_exist() {
     }
 }
 
-/// One heading per artifact, its description, and its fields with theirs.
+/// One heading for each artifact, with its description and its fields.
 fn artifacts() -> String {
     let mut text = String::new();
     for (name, schema) in interlace::cli::schemas() {
@@ -172,7 +172,7 @@ fn the_layer_diagram_equals_the_layers_of_the_import_test() {
     assert_eq!(rooms, ROOMS[0].1, "the rooms of finetune/");
 }
 
-/// Files that documents name in code, relative to the root.
+/// Paths that documents name in code spans, relative to the root.
 #[test]
 fn every_path_in_a_document_exists() {
     const FOLDERS: [&str; 6] = ["src/", "tests/", "scripts/", "docs/", "fixtures/", "schemas/"];
@@ -197,7 +197,7 @@ fn the_readme_has_at_most_150_lines() {
     assert!(lines <= 150, "README.md has {lines} lines, at most 150 are wanted");
 }
 
-/// Headings as the anchors that links name.
+/// The anchors of all headings.
 fn anchors(text: &str) -> BTreeSet<String> {
     let headings = text.lines().filter(|line| line.starts_with('#')).map(|line| line.trim_start_matches('#').trim());
     let anchor = |heading: &str| {
@@ -234,7 +234,7 @@ fn every_link_in_a_document_has_a_target() {
     assert!(count > 20, "only {count} links found");
 }
 
-/// The blocks of a document that are marked as runnable, as one shell script.
+/// The blocks of a document that are marked as runnable, joined to one shell script.
 fn runnable(text: &str) -> String {
     let mut script = String::new();
     let mut inside = false;

@@ -1,4 +1,4 @@
-//! The shipped model answers its benchmark: the whole way from pictures to scores.
+//! Evaluation of the shipped model on its benchmark, from pictures to scores.
 
 use std::path::{Path, PathBuf};
 
@@ -126,7 +126,7 @@ fn a_model_benchmarked_against_itself_has_an_ideal_speedup_of_1() {
     assert_eq!(report.model.layers, report.baseline.expect("a baseline").layers);
     assert!(report.model.size_bytes > report.model.decoder_size_bytes && report.model.decoder_size_bytes > 1_000_000);
     assert!(report.model.pipeline_ttft_ms.expect("it has a vision encoder").median > 0.0);
-    // The median lies among the rounds; how fast a machine is, is no test's business.
+    // The median is between the extremes. No test depends on the speed of the machine.
     let ttft = &speedup.decoder_ttft;
     assert!(0.0 < ttft.min && ttft.min <= ttft.median && ttft.median <= ttft.max, "{speedup:?}");
 }
@@ -135,7 +135,7 @@ fn a_model_benchmarked_against_itself_has_an_ideal_speedup_of_1() {
 fn a_single_decoder_is_benchmarked_without_a_picture() {
     let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
     let options = BenchOptions { prompt_tokens: 8, new_tokens: 2, rounds: 2, warm_up: 0, threads: Some(1) };
-    // Embeddings in with three rows of positions, and token ids in.
+    // One graph takes embeddings and three rows of positions, the other takes token ids.
     for file in ["qwen3_vl/ts17.onnx", "llama/dyn18-ids.onnx"] {
         let report = bench(&fixture("zoo").join(file), None, &runtime, &options, None, &Cancel::default());
         let report = report.expect("a report");
@@ -159,7 +159,7 @@ fn predictions_are_saved_in_the_format_of_vlmevalkit() {
         assert_eq!(output.status.code(), Some(0), "{}", super::cli::stderr(&output));
     };
     run("kept");
-    // `{model_name}_{dataset_name}.tsv` in its folder of results.
+    // `{model_name}_{dataset_name}.tsv` in a folder of results of its own.
     let text = std::fs::read_to_string(folder.path().join("kept/model_bench-small.tsv")).expect("predictions");
     assert!(text.starts_with("\"index\"\t\""), "{text}");
     let read = |text: &str| -> Vec<Vec<String>> {

@@ -1,4 +1,4 @@
-//! `generate`: a question of the user's, and every question of a data set.
+//! `generate` on a single question and on every question of a data set.
 
 use std::path::{Path, PathBuf};
 

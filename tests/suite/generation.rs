@@ -1,4 +1,4 @@
-//! Decoders of many exporters in ONNX Runtime: prefill, cached steps, and batches that answer as single prompts do.
+//! Decoders of many exporters in ONNX Runtime: prefill, cached steps, and batches compared with single prompts.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use interlace::onnx;
 use interlace::prompt::Prompt;
 use interlace::runtime::{Decoder, Embedded, Runtime, SessionOptions, Step, VlmSession, VlmSettings};
 
-/// Heads of the zoo's networks are 16 wide; some graphs leave that open.
+/// The heads of the zoo's networks are 16 wide. Some graphs do not declare it.
 const HEAD_DIM: usize = 16;
 
 fn zoo(file: &str) -> PathBuf {
@@ -82,7 +82,7 @@ fn prefill_and_a_cached_step_equal_pytorch() {
 
 #[test]
 fn a_graph_in_memory_gives_the_same_results_as_its_file() {
-    // External data in one file, and everything inside the graph's file.
+    // One model with external data in one file, and one with all data inline.
     for file in ["qwen3_vl/mobius.onnx", "smolvlm/ts17.onnx"] {
         let model = onnx::load(&zoo(file)).expect("a model");
         let session = runtime().session_of(&model, &SessionOptions::default()).expect("a session");
@@ -106,7 +106,7 @@ fn text_model(file: &str) -> VlmSession {
 
 #[test]
 fn a_batch_gives_the_same_answers_as_single_prompts() {
-    // A mask and positions, `Attention` fused by Optimum, and a graph that is made for a batch of one.
+    // With a mask and positions, with `Attention` fused by Optimum, and with a fixed batch of one.
     for file in ["optimum/llama-with-past/model.onnx", "llama/optimum-O2.onnx", "hfexp/llama-cpu/decode.onnx"] {
         let mut model = text_model(file);
         let prompts: Vec<Prompt> = (0..5)

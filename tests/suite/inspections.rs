@@ -1,4 +1,4 @@
-//! What `interlace inspect` prints for graphs of many exporters, as text for people.
+//! The text output of `interlace inspect` for graphs of many exporters.
 
 use std::path::Path;
 

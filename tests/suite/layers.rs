@@ -1,10 +1,10 @@
-//! The architecture holds: modules import downwards only, and each heavy dependency has its owners.
+//! The architecture: modules import only modules below them, and only some modules use a heavy dependency.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// From the top; modules of one row do not import each other.
+/// From top to bottom; modules of one row do not import each other.
 pub const LAYERS: &[&[&str]] = &[
     &["bin"],
     &["cli"],
@@ -18,7 +18,7 @@ pub const LAYERS: &[&[&str]] = &[
     &["base"],
 ];
 
-/// Crates that only some modules may name; `main` is `main.rs`.
+/// Crates that only some modules may use; `main` is `main.rs`.
 const OWNERS: &[(&str, &[&str])] = &[
     ("protobuf", &["onnx"]),
     ("onnx_protobuf", &["onnx"]),
@@ -55,7 +55,7 @@ fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
     }
 }
 
-/// Module (first path component, or the file's stem at the top), file, text without comments.
+/// Module (first path component, or the file's stem at the top level), file, and text without comments.
 fn modules() -> Vec<(String, PathBuf, String)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut files = Vec::new();
@@ -75,14 +75,14 @@ fn is_name(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || byte == b'_'
 }
 
-/// Names that follow `prefix` wherever it stands as a whole path segment.
+/// Names that follow `prefix` where `prefix` is a whole path segment.
 fn names_after<'a>(code: &'a str, prefix: &str) -> Vec<&'a str> {
     let starts = code.match_indices(prefix).filter(|(at, _)| *at == 0 || !is_name(code.as_bytes()[at - 1]));
     let mut names = Vec::new();
     for (at, _) in starts {
         let rest = &code[at + prefix.len()..];
         let list = match rest.strip_prefix('{') {
-            // `use crate::{base::Error, ir}`: names at the top level of the braces.
+            // `use crate::{base::Error, ir}`: the names at the top level of the braces.
             Some(inner) => {
                 let mut depth = 0;
                 let end = inner.find(|c| {
@@ -135,8 +135,8 @@ fn modules_import_only_modules_below_them() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// Folders whose files do not import each other in circles; a folder's `mod.rs` counts as one of them, but for that of a
-/// whole module, which only names its parts.
+/// Folders whose files have no import cycles. The `mod.rs` of a folder counts as one of its files, except that of a
+/// whole module, which only declares its parts.
 const WITHOUT_CIRCLES: &[&str] = &[
     "analysis",
     "base",
@@ -164,7 +164,7 @@ const WITHOUT_CIRCLES: &[&str] = &[
     "torch/ops",
 ];
 
-/// The names on a circle of imports, if there is one.
+/// The names on an import cycle, if there is one.
 fn circle(imports: &BTreeMap<String, Vec<String>>) -> Option<Vec<String>> {
     fn visit(
         name: &str,
@@ -196,7 +196,7 @@ fn circle(imports: &BTreeMap<String, Vec<String>>) -> Option<Vec<String>> {
     })
 }
 
-/// Which files of a folder each of its files imports.
+/// For each file of a folder, the files of the folder that it imports.
 fn imports_in(folder: &str) -> BTreeMap<String, Vec<String>> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src").join(folder);
     let own: Vec<(String, String)> = modules()
@@ -211,7 +211,7 @@ fn imports_in(folder: &str) -> BTreeMap<String, Vec<String>> {
         let code = code.split("#[cfg(test)]\nmod ").next().unwrap_or_default();
         let imported = match file.as_str() {
             "mod" => names.iter().filter(|name| code.contains(&format!("{name}::"))).cloned().collect(),
-            // What is no file is an item of `mod.rs`.
+            // A name that is not a file is an item of `mod.rs`.
             _ => names_after(code, "use super::")
                 .into_iter()
                 .chain(names_after(code, &absolute).into_iter().filter(|name| names.iter().any(|file| file == name)))
@@ -238,7 +238,7 @@ fn files_of_a_folder_have_no_import_cycles() {
     assert_eq!(circle(&ring.into()), Some(vec!["b".to_string(), "c".to_string()]));
 }
 
-/// The rooms of large modules, from the top: each imports those below it alone, by `crate::MODULE::ROOM`.
+/// The parts of large modules, from top to bottom: each imports only parts below it, as `crate::MODULE::PART`.
 pub const ROOMS: &[(&str, &[&str])] = &[(
     "finetune",
     &["run", "train", "student", "checkpoint", "data", "plan", "cut", "settings", "optim", "record", "loss", "error"],
@@ -294,7 +294,7 @@ fn heavy_dependencies_are_used_only_by_their_owners() {
             let path_use = format!("{dependency}::");
             let named = code.match_indices(&path_use).any(|(at, _)| {
                 let before = code[..at].trim_end_matches("::");
-                // `image::` may be a module of the crate's own: only a path that starts there names the dependency.
+                // `image::` may be a module of this crate, so only a path that starts with it names the dependency.
                 before.len() == at && (at == 0 || !is_name(code.as_bytes()[at - 1]))
             });
             if named && !owners.contains(&module.as_str()) {

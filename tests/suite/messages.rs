@@ -1,5 +1,5 @@
-//! Inputs that are wrong in one place: the message names the place, what was found and what was expected, and nothing is
-//! left behind.
+//! Inputs with one error: the message says where it is, what was found and what was expected, and no output is left
+//! behind.
 
 use std::fs;
 use std::path::Path;
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::cli::{fixture, interlace, stderr};
 
-/// The shipped model as `m`, with a picture beside it.
+/// The shipped model as `m`, and a picture.
 fn model(root: &Path) {
     let source = fixture("model");
     let source = Path::new(&source);
@@ -26,7 +26,7 @@ fn model(root: &Path) {
     fs::copy(fixture("processor/pictures/square-rgb-64.png"), root.join("p.png")).unwrap();
 }
 
-/// The message of a command that fails.
+/// The error message of a command that fails.
 fn refusal(root: &Path, arguments: &[&str]) -> String {
     let output = interlace(root, arguments);
     assert_eq!(output.status.code(), Some(2), "{arguments:?}: {}", stderr(&output));

@@ -1,4 +1,5 @@
-//! Scores equal those of VLMEvalKit's own code on predictions at the edges of its rules (`scripts/vlmevalkit/golden.py`).
+//! Scores equal those of VLMEvalKit's own code on predictions at the edges of its rules
+//! (`scripts/vlmevalkit/golden.py`).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -11,7 +12,7 @@ use serde_json::{Map, Value};
 #[derive(Deserialize)]
 struct Golden {
     headline: f64,
-    /// The score of each row; none where rows are not judged one by one.
+    /// The score of each row; absent if rows are not scored one by one.
     rows: Vec<f64>,
     figures: BTreeMap<String, f64>,
     data: Vec<Map<String, Value>>,
@@ -25,7 +26,7 @@ fn cell(value: Option<&Value>) -> String {
     }
 }
 
-/// The rows as a benchmark file, each with a picture that nobody decodes.
+/// The rows as a benchmark file, each with a picture that is never decoded.
 fn benchmark(folder: &Path, name: &str, rows: &[Map<String, Value>]) -> Benchmark {
     let mut columns: Vec<&str> = Vec::new();
     for key in rows.iter().flat_map(Map::keys) {
@@ -74,7 +75,7 @@ fn scores_equal_vlmevalkit() {
     }
 }
 
-/// `scripts/vlmevalkit/prompts.py` makes the texts.
+/// `scripts/vlmevalkit/prompts.py` writes the expected texts.
 #[test]
 fn questions_are_worded_as_in_vlmevalkit() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/vlmevalkit/prompts.json");

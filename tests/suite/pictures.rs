@@ -1,5 +1,5 @@
-//! Pictures of several sizes and modes through the shipped model's processor, bit for bit as transformers makes them
-//! (`fixtures/processor/pixels.npz`).
+//! Pictures of several sizes and modes through the processor of the shipped model, compared bit for bit with
+//! transformers (`fixtures/processor/pixels.npz`).
 
 use std::collections::HashMap;
 use std::fs;
@@ -13,7 +13,7 @@ fn fixtures(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(path)
 }
 
-/// The shipped model's processor with some settings of its image processor changed.
+/// The processor of the shipped model with changed settings of its image processor.
 fn processor(settings: &Value) -> Processor {
     let folder = tempfile::tempdir().unwrap();
     let files = ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"];

@@ -1,5 +1,5 @@
-//! Folders as they are published, from inspection to an answer on the command line: files beside the graphs, processor
-//! layouts, components that no verb runs, families whose processor is not known.
+//! Published model folders, from inspection to an answer on the command line: additional files, processor layouts,
+//! components that no verb runs, and families without a known processor.
 
 use std::fs;
 use std::path::PathBuf;
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::cli::{interlace, stderr, stdout};
 use super::families::{Family, fixtures};
 
-/// A family's folder that is changed to what someone publishes.
+/// The folder of a family, changed to match a published one.
 struct Published {
     family: Family,
     name: &'static str,
@@ -47,14 +47,14 @@ impl Published {
         serde_json::from_slice(&fs::read(self.path(file)).expect("a file")).expect("JSON")
     }
 
-    /// Changes a JSON file; one that is not there begins empty.
+    /// Edits a JSON file, or creates it from an empty object.
     fn edit(&self, file: &str, change: impl FnOnce(&mut Value)) -> &Self {
         let mut value = if self.path(file).exists() { self.json(file) } else { json!({}) };
         change(&mut value);
         self.write(file, value.to_string())
     }
 
-    /// Runs a verb; standard output and error together.
+    /// Runs a verb; returns standard output and standard error.
     fn run(&self, arguments: &[&str]) -> String {
         let output = interlace(self.family.here(), arguments);
         let said = stdout(&output) + &stderr(&output);
@@ -62,7 +62,7 @@ impl Published {
         said
     }
 
-    /// All verbs; `pictures` where the family's processor is known, else on running text with a warning that says `why`.
+    /// Runs every verb: with `pictures` on pictures, else on running text with a warning that contains `why`.
     fn check(&self, pictures: bool, why: &str) {
         let here = self.family.here();
         let said = self.run(&["inspect", self.name]);
@@ -102,7 +102,7 @@ impl Published {
     }
 }
 
-/// What repositories hold beside a model.
+/// Files that repositories contain beside a model.
 #[test]
 fn qwen2_vl_with_unrelated_files_passes_every_verb() {
     let folder = Published::new("qwen2_vl", "qwen2_vl");
@@ -118,7 +118,7 @@ fn qwen2_vl_with_unrelated_files_passes_every_verb() {
     assert!(folder.family.here().join("pruned/demo.html").exists());
 }
 
-/// Files of 2023: what a picture takes is in the model's config alone.
+/// Files of 2023: only the model config says how pictures are processed.
 #[test]
 fn llava_without_a_processor_config_passes_every_verb() {
     let folder = Published::new("llava", "llava");
@@ -133,7 +133,7 @@ fn llava_without_a_processor_config_passes_every_verb() {
     folder.check(true, "");
 }
 
-/// The processor's files as transformers 5 saves them: all in one, the template with the tokenizer.
+/// Processor files as transformers 5 saves them: all in one file, with the template in the tokenizer config.
 #[test]
 fn gemma3_with_nested_processor_files_passes_every_verb() {
     let folder = Published::new("gemma3", "gemma3");
@@ -145,7 +145,7 @@ fn gemma3_with_nested_processor_files_passes_every_verb() {
     folder.check(true, "");
 }
 
-/// Flat and nested files that agree, and the template in the processor's config.
+/// Flat and nested files that agree, with the template in the processor config.
 #[test]
 fn smolvlm_with_flat_and_nested_processor_files_passes_every_verb() {
     let folder = Published::new("smolvlm", "smolvlm");
@@ -159,7 +159,7 @@ fn smolvlm_with_flat_and_nested_processor_files_passes_every_verb() {
     folder.check(true, "");
 }
 
-/// Precision variants beside each other, and an encoder of sounds.
+/// Precision variants of each graph, and an audio encoder.
 #[test]
 fn gemma4_with_an_audio_encoder_and_variants_is_pruned_and_answers() {
     let folder = Published::new("gemma4", "gemma4");
@@ -172,7 +172,7 @@ fn gemma4_with_an_audio_encoder_and_variants_is_pruned_and_answers() {
 }
 
 impl Published {
-    /// Layers from which others read keys are not healed, so the plan names one behind them.
+    /// Layers whose keys other layers read cannot be healed, so the plan names a layer after them.
     fn check_steps_of_gemma4(&self) {
         self.run(&["inspect", self.name]);
         self.run(&["plan", self.name, "--drop", "6", "-o", "plan.json"]);
@@ -183,7 +183,7 @@ impl Published {
     }
 }
 
-/// Only one precision is there.
+/// All graphs exist in one precision only.
 #[test]
 fn internvl_with_a_single_variant_passes_every_verb() {
     let folder = Published::new("internvl", "internvl");
@@ -194,7 +194,7 @@ fn internvl_with_a_single_variant_passes_every_verb() {
     folder.check(true, "");
 }
 
-/// A folder of GenAI's builder has no config but its own.
+/// A folder of GenAI's builder with no other config.
 #[test]
 fn qwen2_5_vl_with_only_a_genai_config_passes_every_verb() {
     let folder = Published::new("qwen2_5_vl", "qwen2_5_vl_genai");
@@ -211,7 +211,7 @@ fn qwen2_5_vl_in_mobius_layout_passes_every_verb() {
     folder.check(true, "");
 }
 
-/// Embeddings that merge image features in, under Phi's names and its processor's.
+/// The embeddings graph merges image features, with the file names and processor of Phi models.
 #[test]
 fn families_without_a_processor_run_on_text_with_a_warning() {
     let folder = Published::new("qwen2_5_vl", "qwen2_5_vl_mobius");
@@ -241,7 +241,7 @@ fn families_without_a_processor_run_on_text_with_a_warning() {
     }
 }
 
-/// A processor that no row knows, of a model that no row knows.
+/// Neither the processor nor the model type is known.
 #[test]
 fn a_model_of_an_unknown_family_runs_on_text_with_a_warning() {
     let folder = Published::new("internvl", "internvl");
@@ -250,7 +250,7 @@ fn a_model_of_an_unknown_family_runs_on_text_with_a_warning() {
     folder.check(false, "image processor `NovelImageProcessor`");
 }
 
-/// The projector beside the encoder, by the exporters' usual name.
+/// A separate projector graph under the file name that exporters use.
 #[test]
 fn llava_with_a_separate_projector_passes_every_verb() {
     let folder = Published::new("llava", "llava_projector");
@@ -266,7 +266,7 @@ fn llava_with_a_separate_projector_passes_every_verb() {
     folder.check(true, "");
 }
 
-/// Cutting a picture into tiles needs a graph that packs their features; as published there is none.
+/// Tiles need a graph that packs their features; the published graphs do not.
 #[test]
 fn llava_onevision_encodes_one_view_with_a_warning() {
     let folder = Published::new("llava_onevision", "llava_onevision");
@@ -284,7 +284,7 @@ fn llava_onevision_encodes_one_view_with_a_warning() {
     }
 }
 
-/// Right answers are as likely as the head says, not as the hidden states before it.
+/// The likelihood of answers is computed from the logits of the head, not from hidden states.
 #[test]
 fn janus_with_a_separate_head_is_evaluated() {
     let folder = Published::new("janus", "janus");
@@ -296,7 +296,7 @@ fn janus_with_a_separate_head_is_evaluated() {
     assert!(found.is_some_and(|found| (-20.0..0.0).contains(&found)), "{report}");
 }
 
-/// Pictures of another size than the graph takes are refused before the graph runs.
+/// An image size that the graph does not accept is refused before the graph runs.
 #[test]
 fn an_image_size_that_the_graph_does_not_accept_is_refused() {
     let folder = Published::new("internvl", "internvl");

@@ -1,4 +1,4 @@
-//! Finetuning over several processes: the same losses as of one, one writer, and an end for all when one ends.
+//! Finetuning with several processes: the losses of one process, one writer, and all processes end if one ends.
 
 use std::fs;
 use std::net::TcpListener;
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::cli::{fixture, interlace, stderr};
 
-/// A pruned model with its plan in a folder of its own.
+/// A pruned model and its plan in a temporary folder.
 struct Pruned {
     folder: tempfile::TempDir,
 }
@@ -45,7 +45,7 @@ impl Pruned {
         command
     }
 
-    /// Starts a process for each rank.
+    /// Starts one process for each rank.
     fn start(&self, recipe: &[&str], out: &str, size: usize) -> Vec<Child> {
         start(size, &|| self.command(recipe, out))
     }
@@ -61,7 +61,7 @@ impl Pruned {
     }
 }
 
-/// Starts a process for each rank, with the environment that torchrun sets.
+/// Starts one process for each rank with the environment of torchrun.
 fn start(size: usize, command: &dyn Fn() -> Command) -> Vec<Child> {
     let port = TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("its number").port();
     let rank = |rank: usize| {
@@ -140,8 +140,8 @@ fn a_killed_process_ends_the_others_and_the_run_resumes() {
     assert!(decoder("killed") == decoder("whole"), "the resumed run has other weights");
 }
 
-/// Runs `interlace` with these arguments in `folder`, alone or as so many processes. It hands the work over to the program that
-/// links LibTorch by itself. All must succeed, and the first alone prints.
+/// Runs `interlace` with these arguments in `folder`, as one process or as this many processes. It delegates to the
+/// program that links LibTorch. All processes must succeed, and only the first prints.
 fn measure(folder: &Path, arguments: &[&str], out: &str, size: usize) -> serde_json::Value {
     let command = || {
         let mut command = Command::new(env!("CARGO_BIN_EXE_interlace"));
@@ -160,7 +160,7 @@ fn measure(folder: &Path, arguments: &[&str], out: &str, size: usize) -> serde_j
     serde_json::from_slice(&fs::read(folder.join(out)).expect("a report")).expect("JSON")
 }
 
-/// The report without the times that were measured.
+/// The report without its measured times.
 fn untimed(mut report: serde_json::Value) -> serde_json::Value {
     for figures in ["/model", "/model/timing", "/baseline", "/baseline/timing"] {
         let Some(figures) = report.pointer_mut(figures).and_then(serde_json::Value::as_object_mut) else { continue };
@@ -175,7 +175,7 @@ fn untimed(mut report: serde_json::Value) -> serde_json::Value {
 fn scores_and_reports_of_several_processes_equal_those_of_one() {
     let pruned = Pruned::new();
     let here = pruned.here();
-    // A row that cannot be read, in the second half: it is left out and counted once.
+    // An unreadable row in the second half is skipped and counted once.
     let talk = |number: usize| {
         format!(
             "\"conversations\": [{{\"from\": \"human\", \"value\": \"Say {number}\"}}, {{\"from\": \"gpt\", \"value\": \"{number}\"}}]}}"

@@ -1,4 +1,4 @@
-//! `schemas/` holds what the types say. `INTERLACE_UPDATE_SCHEMAS=1 cargo test schemas` writes it anew.
+//! `schemas/` equals the schemas of the types. `INTERLACE_UPDATE_SCHEMAS=1 cargo test schemas` writes it.
 
 use std::collections::BTreeSet;
 use std::fs;

@@ -79,7 +79,7 @@ mod tests {
     use super::*;
     use crate::ir::Graph;
 
-    /// `y = x + x` with scalar `x`; with `passes`, `x` is an output too.
+    /// `y = x + x` with a scalar `x`; with `passes`, `x` is an output as well.
     fn doubled(passes: bool) -> Model {
         let mut graph = Graph::default();
         let ty = Some(ValueType::Tensor { dtype: DataType::Float, shape: Some(Vec::new()) });

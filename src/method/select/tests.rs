@@ -47,7 +47,7 @@ fn shape(groups: &[Group]) -> Vec<(Vec<usize>, Vec<usize>, Option<usize>)> {
 }
 
 /// Triplets by sim_3: 3 (0.70), 5 overlaps, 1 overlaps, 6 (0.55), 2, 4 overlap, 0 (0.05).
-/// 3..6: sim_1 0.70 over 0.60, drop 3. 6..9: 0.50 under 0.85, drop 7. 0..3: 0.10 under 0.80, drop 1.
+/// 3..6: sim_1 is 0.70 and 0.60, so 3 is dropped. 6..9: 0.50 and 0.85, so 7. 0..3: 0.10 and 0.80, so 1.
 #[test]
 fn interlace_takes_the_best_triplets_that_do_not_overlap() {
     let want = vec![(vec![3], vec![4], Some(5)), (vec![7], vec![6], Some(8)), (vec![1], vec![0], Some(2))];
@@ -55,7 +55,7 @@ fn interlace_takes_the_best_triplets_that_do_not_overlap() {
     assert_eq!(shape(&select("interlace", 2).unwrap()), want[..2]);
 }
 
-/// Layer 3 cannot be dropped alone, nor 7 without 8.
+/// Layer 3 cannot be dropped alone, and layer 7 cannot be dropped without 8.
 fn without_three(layers: &[usize]) -> Option<String> {
     let refused = |layer: usize| layers.contains(&layer) && !(layer == 7 && layers.contains(&8));
     (refused(3) || refused(7)).then(|| "layer 3: its keys are read by layer 9".to_string())
@@ -90,7 +90,7 @@ fn layers_that_cannot_be_dropped_are_never_chosen() {
     assert!(error.contains("7 at most (layers 3, 7 cannot be dropped: layer 3: its keys"), "{error}");
 }
 
-/// After those three triplets only the protected layer 9 is left.
+/// After the three triplets only the protected layer 9 is left.
 #[test]
 fn the_error_for_too_many_layers_gives_the_maximum() {
     let error = select("interlace", 4).unwrap_err().to_string();
@@ -101,7 +101,7 @@ fn the_error_for_too_many_layers_gives_the_maximum() {
     );
 }
 
-/// The triplets at 2 and 5 leave 0, 1 and 8: the pair at 0 follows, then nothing.
+/// The triplets at 2 and 5 leave layers 0, 1 and 8. The pair at 0 follows, then nothing fits.
 #[test]
 fn pairs_follow_when_triplets_run_out() {
     let mut similarities = example();
@@ -125,7 +125,7 @@ fn ties_are_broken_by_the_lower_index() {
     );
 }
 
-/// As in the released code, pairs follow triplets under `interlace` alone.
+/// In the released code only `interlace` takes pairs after its triplets.
 #[test]
 fn interlace_oa_takes_no_pairs_after_its_triplets() {
     let mut similarities = example();
@@ -138,7 +138,8 @@ fn interlace_oa_takes_no_pairs_after_its_triplets() {
     assert_eq!(shape(&strategy.select(&mut asked).unwrap()), want);
 }
 
-/// After the three triplets at 3, 6 and 0 anchors 5 (0.95), 2 (0.90), 8 (0.40) go by sim_1; what is finetuned stays.
+/// After the three triplets at 3, 6 and 0, the anchors 5 (0.95), 2 (0.90) and 8 (0.40) are dropped in order of sim_1.
+/// Finetuned layers are kept.
 #[test]
 fn beyond_structure_drops_frozen_layers_one_by_one() {
     let similarities = example();
@@ -152,7 +153,7 @@ fn beyond_structure_drops_frozen_layers_one_by_one() {
     let groups = select(5).unwrap();
     assert_eq!(shape(&groups), want);
     assert_eq!((groups[3].score, groups[4].score), (Some(0.95), Some(0.90)));
-    // 6 of 10 at most: the finetuned layers and the protected one stay.
+    // At most 6 of 10: the finetuned layers and the protected one are kept.
     assert_eq!(select(6).unwrap()[5].drop, [8]);
     assert!(select(7).unwrap_err().to_string().contains("6 at most"));
     assert_eq!(
@@ -164,8 +165,8 @@ fn beyond_structure_drops_frozen_layers_one_by_one() {
     assert!(error.contains("has no `--beyond-structure`; use it with one of interlace, interlace-oa"), "{error}");
 }
 
-/// In the released code `interlace-tn` finetunes the last layer where the one before it goes, `random` draws from all, and
-/// a block with its finetune layers may end with the last.
+/// In the released code, `interlace-tn` may drop the last but one layer and then finetunes the last, `random` draws
+/// from all layers, and a block with its finetuned layers may end at the last layer.
 #[test]
 fn as_released_lets_the_ablations_use_the_last_layer() {
     let mut similarities = example();
@@ -197,7 +198,7 @@ fn interlace_oa_drops_the_first_layer_of_each_triplet() {
     assert_eq!(shape(&select("interlace-oa", 3).unwrap()), want);
 }
 
-/// sim_1 in order: 5 (6 finetuned), 2 (3), 7 (8), 1 (2 taken), 3 and 4 (5 taken) ... 0 (1).
+/// sim_1 in order: 5 (finetunes 6), 2 (3), 7 (8), 1 (its successor 2 is taken), 3 and 4 (5 is taken) ... 0 (1).
 #[test]
 fn interlace_tn_finetunes_the_layer_after_each_dropped_layer() {
     let want =

@@ -155,7 +155,7 @@ mod tests {
         assert_eq!(tile(&free[..4], &[], true).map(|tiling| tiling.drops()), Some(1));
     }
 
-    /// Every set of dropped layers in stacks of up to ten, compared with an exhaustive search by the definition.
+    /// Every set of dropped layers in stacks of up to ten layers, compared with an exhaustive search by the definition.
     #[test]
     fn a_set_fits_if_every_dropped_layer_gets_its_own_neighbour() {
         for layers in 2..=10usize {

@@ -163,7 +163,7 @@ impl std::fmt::Display for Budget {
 mod tests {
     use super::*;
 
-    /// Embeddings and head of 100 parameters; layers of 10, 10, 40 and 10; four bytes each.
+    /// Embeddings and head have 100 parameters, the layers 10, 10, 40 and 10; each parameter takes four bytes.
     fn costs() -> ModelCosts {
         let layers = [10, 10, 40, 10].map(|parameters| LayerCost { parameters, size_bytes: 4 * parameters });
         ModelCosts { parameters: 170, size_bytes: 680, layers: layers.to_vec() }

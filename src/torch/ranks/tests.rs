@@ -1,4 +1,4 @@
-//! Several processes on this machine: the test program starts itself once per rank.
+//! Several processes on this machine. The test program starts itself once for each rank.
 
 use std::collections::HashMap;
 use std::process::{Child, Command, Stdio};
@@ -64,7 +64,7 @@ fn torchrun_environment_variables_are_read_or_refused_by_name() {
     assert_eq!(place(&alone).unwrap(), None);
 }
 
-/// Starts one process per rank on a free port; each runs the test `name` of this file.
+/// Starts one process per rank on a free port. Each process runs the test `name` of this file.
 fn start(name: &str, size: usize) -> Vec<Child> {
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let own = std::env::current_exe().unwrap();
