@@ -391,7 +391,9 @@ fn a_written_folder_differs_from_its_source_only_by_the_changes() {
     let mut writer = BundleWriter::create(&written, &again).unwrap();
     writer.drop_layers(&LayerEdit::new(Tower::Text, 3, &[1]).unwrap(), None, Vec::new()).unwrap();
     let record = writer.record(provenance()).unwrap();
-    let Some(RecordedStep::Prune { dropped_original, .. }) = record.history.last() else { panic!("no step") };
+    let Some(RecordedStep::Prune { dropped_original, .. }) = record.history.last() else {
+        panic!("the last step is not a pruning")
+    };
     assert_eq!(dropped_original, &[2]);
     let props = record.metadata_props(Tower::Text, 2).unwrap();
     assert!(props.contains(&("interlace.original_layers".into(), "0,3".into())), "{props:?}");

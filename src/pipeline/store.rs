@@ -288,7 +288,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let mut store = Store::open(folder.path()).unwrap();
         assert!(store.step("s", "o", &[], &1, never).is_err());
-        assert!(store.step("s", "o", &[], &1, |_| Ok(())).is_err(), "a step that made nothing");
+        assert!(store.step("s", "o", &[], &1, |_| Ok(())).is_err(), "a step without output must fail");
         assert!(!store.step("s", "o", &[], &1, write("1")).unwrap().reused);
     }
 

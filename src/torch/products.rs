@@ -139,7 +139,7 @@ mod tests {
                 assert_eq!(own.size(), exact.size());
                 let off = |found: Tensor| (found.to_kind(Kind::Double) - exact).abs().max().double_value(&[]);
                 let (plain, own) = (off(plain), off(own));
-                assert!(own <= 2.0 * plain, "{own:e}, LibTorch's own {plain:e}");
+                assert!(own <= 2.0 * plain, "error {own:e}, with LibTorch's own product {plain:e}");
             }
         }
     }

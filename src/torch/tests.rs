@@ -446,7 +446,7 @@ fn frozen_weights_keep_their_precision_outside_matrix_products() {
         ("w", exact.shallow_clone()),
         ("t", exact.tr()),
     ];
-    assert!(low(&exact).to_kind(Kind::Float) != exact, "the values must not be exact in bf16");
+    assert!(low(&exact).to_kind(Kind::Float) != exact, "these values must not be representable in bf16");
     // Orders of reading the weight in one type, in the other and in both.
     for order in [[0, 1, 2, 3, 4], [4, 3, 2, 1, 0]] {
         let program = Program::compile(&model, &options).expect("compile");

@@ -17,9 +17,10 @@ const LATEST: i64 = 26;
 
 /// Prints a line for each case: its name, a tab, and `pass`, `no row` or the failure.
 #[test]
-#[ignore = "needs the cases that scripts/operators/backend_tests.py writes"]
+#[ignore = "needs the cases written by scripts/operators/backend_tests.py"]
 fn onnx_backend_tests() {
-    let folder = PathBuf::from(std::env::var_os(FOLDER).unwrap_or_else(|| panic!("{FOLDER} names no folder")));
+    let folder =
+        PathBuf::from(std::env::var_os(FOLDER).unwrap_or_else(|| panic!("set {FOLDER} to the folder of the cases")));
     tch::set_num_threads(1);
     let mut cases: Vec<PathBuf> =
         fs::read_dir(&folder).expect("folder").map(|entry| entry.expect("entry").path()).collect();

@@ -156,7 +156,7 @@ fn inspect_prints_layers_at_the_top_level() {
     assert_eq!(found["vision"]["num_layers"], 5);
     let text = interlace(folder.path(), &["inspect", &fixture("model")]);
     assert!(stdout(&text).contains("decoder: 16 layers"), "{}", stdout(&text));
-    assert!(!stdout(&text).contains('\x1b'), "colour where there is no terminal");
+    assert!(!stdout(&text).contains('\x1b'), "colours without a terminal");
 }
 
 #[test]
@@ -282,7 +282,7 @@ fn errors_are_one_message_with_status_2_and_leave_nothing_behind() {
         assert!(message.contains(want), "{arguments:?}: {message}");
         assert_eq!(message.matches("error:").count(), 1, "{arguments:?}: {message}");
         assert!(output.stdout.is_empty(), "{arguments:?}");
-        assert_eq!(names(here), before, "{arguments:?} left something behind");
+        assert_eq!(names(here), before, "{arguments:?} left files behind");
     }
     assert_eq!(fs::read(here.join("taken/file")).expect("file"), b"mine");
 }
@@ -410,7 +410,7 @@ fn leftovers_of_a_killed_run_are_removed_by_the_next_run() {
         }
         let _ = fs::remove_dir_all(here.join("out"));
     }
-    assert_eq!(left.len(), 1, "no run was killed in time");
+    assert_eq!(left.len(), 1, "no run was killed before it ended");
     fs::create_dir(here.join(".interlace-mine")).expect("folder");
     let output = interlace(here, &arguments);
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));

@@ -103,7 +103,10 @@ fn deepstack_features_keep_their_place_or_move_to_the_first_kept_layers() {
 
         let moved = apart(&logits(&shift, &prompt()), &logits(&keep, &prompt()));
         assert_eq!(moved > 1e-3, dropped.iter().any(|&layer| layer < 3), "{dropped:?}: {moved}");
-        assert!(apart(&logits(&shift, &text), &logits(&without, &text)) <= 1e-5, "{dropped:?}: a text has no features");
+        assert!(
+            apart(&logits(&shift, &text), &logits(&without, &text)) <= 1e-5,
+            "{dropped:?}: a prompt without pictures has no features"
+        );
     }
 }
 
@@ -111,7 +114,7 @@ fn deepstack_features_keep_their_place_or_move_to_the_first_kept_layers() {
 fn deepstack_features_kept_by_an_earlier_pruning_cannot_be_moved() {
     let dense = analyse(&with_features(&plain(), &[0, 1, 2])).expect("layers");
     let pruned = analyse(&drop_layers(&dense, &[1]).expect("a graph")).expect("layers");
-    let error = shift_additions(&pruned, &[3]).expect_err("two behind layer 0").to_string();
+    let error = shift_additions(&pruned, &[3]).expect_err("two features after layer 0").to_string();
     assert!(error.contains("behind layers [0, 0, 1]") && error.contains("--deepstack keep"), "{error}");
 }
 

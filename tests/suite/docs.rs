@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::layers::{LAYERS, ROOMS};
+use super::layers::{LAYERS, PARTS};
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -49,10 +49,7 @@ fn check_section(file: &str, name: &str, want: &str) {
         fs::write(root().join(path), &text).expect("the document is writable");
     }
     let other = section(&text, name).lines().zip(want.lines()).find(|(found, want)| found != want);
-    assert!(
-        section(&text, name) == want,
-        "{file} is not what the code says ({other:?}): run with INTERLACE_UPDATE_DOCS=1"
-    );
+    assert!(section(&text, name) == want, "{file} differs from the code ({other:?}): run with INTERLACE_UPDATE_DOCS=1");
 }
 
 fn check_table(file: &str, name: &str, head: [&str; 2], rows: impl Iterator<Item = (String, String)>) {
@@ -164,12 +161,12 @@ fn the_layer_diagram_equals_the_layers_of_the_import_test() {
     let set = |names: &[&'static str]| names.iter().copied().collect::<BTreeSet<_>>();
     for (number, names) in (1..).zip(LAYERS) {
         let drawn: BTreeSet<&str> = rows.remove(&number).unwrap_or_default().into_iter().collect();
-        assert_eq!(drawn, set(names), "row {number} of the picture of the layers");
+        assert_eq!(drawn, set(names), "row {number} of the layer diagram");
     }
-    assert!(rows.is_empty(), "the picture of the layers has more rows: {rows:?}");
-    let rooms = section(&text, "rooms").lines().filter(|line| !line.starts_with("```"));
-    let rooms: Vec<&str> = rooms.filter_map(|line| line.split_whitespace().next()).collect();
-    assert_eq!(rooms, ROOMS[0].1, "the rooms of finetune/");
+    assert!(rows.is_empty(), "the layer diagram has additional rows: {rows:?}");
+    let parts = section(&text, "rooms").lines().filter(|line| !line.starts_with("```"));
+    let parts: Vec<&str> = parts.filter_map(|line| line.split_whitespace().next()).collect();
+    assert_eq!(parts, PARTS[0].1, "the parts of finetune/");
 }
 
 /// Paths that documents name in code spans, relative to the root.
@@ -184,7 +181,7 @@ fn every_path_in_a_document_exists() {
             for word in words.filter(|word| !word.contains('*')) {
                 let word = word.trim_end_matches([':', ',', ';']);
                 count += 1;
-                assert!(root().join(word).exists(), "{}: there is no `{word}`", path.display());
+                assert!(root().join(word).exists(), "{}: `{word}` does not exist", path.display());
             }
         }
     }
@@ -224,10 +221,10 @@ fn every_link_in_a_document_has_a_target() {
             } else {
                 root().join(&path).parent().expect("folder").join(file)
             };
-            assert!(full.exists(), "{}: link to {target} leads nowhere", path.display());
+            assert!(full.exists(), "{}: the target of the link to {target} does not exist", path.display());
             if !anchor.is_empty() {
                 let other = fs::read_to_string(&full).expect("linked document");
-                assert!(anchors(&other).contains(anchor), "{}: {target} has no such heading", path.display());
+                assert!(anchors(&other).contains(anchor), "{}: the heading of {target} does not exist", path.display());
             }
         }
     }

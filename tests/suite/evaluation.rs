@@ -33,7 +33,7 @@ fn the_dense_model_answers_well_and_batching_changes_no_answer() {
     assert!(batched.mean_of_questions >= 0.75, "{}: {:#?}", batched.mean_of_questions, batched.groups);
     let metrics: Vec<&str> = batched.answers.iter().map(|answer| answer.metric.as_str()).collect();
     for metric in ["multiple_choice", "yes_no", "exact_match"] {
-        assert!(metrics.contains(&metric), "{metric} judged nothing");
+        assert!(metrics.contains(&metric), "no answer was scored by {metric}");
     }
     let alone = scores(&mut model, &EvalOptions { batch_size: 1, ..EvalOptions::default() });
     assert_eq!(alone.answers, batched.answers);

@@ -280,7 +280,7 @@ fn check_prompts(family: &Family, folder: &Path, key: &str) {
             assert_eq!(positions, rows.iter().map(integers).collect::<Vec<_>>(), "{name}");
         }
         let far = distance(&logits, tokens, &vocabulary, &want["logits"][key]);
-        assert!(far <= LOGITS, "{name}: logits are {far:e} apart");
+        assert!(far <= LOGITS, "{name}: logits differ by {far:e}");
         if key == "dense" || ANSWERED.contains(&case) {
             assert_eq!(pipeline.answer(encoded, 8), integers(&want["greedy"][key]), "{name}");
         }
@@ -436,7 +436,7 @@ fn qwen3_vl_reads_a_video() {
     assert_eq!(positions, rows.iter().map(integers).collect::<Vec<_>>());
     let vocabulary = integers(&family.expected["vocabulary"]);
     let far = distance(&logits, ids.len(), &vocabulary, &want["logits"]);
-    assert!(far <= LOGITS, "logits are {far:e} apart");
+    assert!(far <= LOGITS, "logits differ by {far:e}");
     assert_eq!(pipeline.answer(encoded, 8), integers(&want["greedy"]));
     let frames: Vec<String> = frames.iter().map(|frame| format!("{}={}", frame[0], text(&frame[1]))).collect();
     let flags = frames.iter().flat_map(|frame| ["--video-frame", frame]).collect::<Vec<_>>();
@@ -458,9 +458,9 @@ fn a_graph_without_deepstack_is_warned_about() {
         (&["inspect", "qwen3_vl_masked"], false),
     ] {
         let output = interlace(family.here(), arguments);
-        let said = stderr(&output) + &String::from_utf8_lossy(&output.stdout);
-        assert_eq!(output.status.code(), Some(0), "{arguments:?}: {said}");
-        assert_eq!(said.contains("layers whose features go into the decoder"), warned, "{arguments:?}: {said}");
+        let printed = stderr(&output) + &String::from_utf8_lossy(&output.stdout);
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}: {printed}");
+        assert_eq!(printed.contains("layers whose features go into the decoder"), warned, "{arguments:?}: {printed}");
     }
 }
 

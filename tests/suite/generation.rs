@@ -123,7 +123,7 @@ fn a_batch_gives_the_same_answers_as_single_prompts() {
         assert!(alone.iter().all(|answer| answer.len() <= 9), "{alone:?}");
         assert!(
             alone.iter().any(|answer| answer != &alone[0]),
-            "{file}: all answers are alike, so nothing is compared"
+            "{file}: all answers are equal, so the comparison is void"
         );
         let together = model.generate(&prompts, 9, &cancel).expect("answers");
         assert_eq!(together, alone, "{file}");

@@ -207,7 +207,7 @@ fn a_half_precision_graph_gets_weights_that_are_rounded_once() {
         assert_eq!(found.bytes(), wanted, "{name}");
         compared += usize::from(found.dtype == DataType::Float16);
     }
-    assert!(compared > 50, "{compared} weights in half precision");
+    assert!(compared > 50, "{compared} half-precision weights compared");
 }
 
 /// The int4 graph gets the bytes that ONNX Runtime's quantiser gives for the twin. The same rule reproduces the graph's

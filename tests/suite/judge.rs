@@ -108,7 +108,7 @@ fn serve_tls(body: String) -> (String, Arc<AtomicUsize>) {
     (address, tried)
 }
 
-fn said(text: &str) -> String {
+fn chat_reply(text: &str) -> String {
     json!({"choices": [{"message": {"role": "assistant", "content": text}}]}).to_string()
 }
 
@@ -184,9 +184,9 @@ fn a_language_model_judges_mia_bench() {
 
     let (address, seen) = serve(|number, _| match number {
         0 => (503, "busy".into()),
-        1 => (200, said("score of component 1: 2/4, score of component 2: 6/6, total score: 8/10. Fine.")),
-        2 => (200, said("I would rather not say.")),
-        _ => (200, said("score of component 1: 0/4, score of component 2: 3/6, total score: 3/10. Poor.")),
+        1 => (200, chat_reply("score of component 1: 2/4, score of component 2: 6/6, total score: 8/10. Fine.")),
+        2 => (200, chat_reply("I would rather not say.")),
+        _ => (200, chat_reply("score of component 1: 0/4, score of component 2: 3/6, total score: 3/10. Poor.")),
     });
     let output = eval(folder.path(), &["--judge", &address, "--judge-model", "referee"]);
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
@@ -249,8 +249,9 @@ fn a_failing_judge_is_reported_with_the_reason() {
 
 #[test]
 fn replies_keep_the_order_of_their_questions() {
-    let (address, _seen) =
-        serve(|_, request| (200, said(request.body["messages"][0]["content"][0]["text"].as_str().unwrap_or_default())));
+    let (address, _seen) = serve(|_, request| {
+        (200, chat_reply(request.body["messages"][0]["content"][0]["text"].as_str().unwrap_or_default()))
+    });
     let judge = Judge::new(&address, "m").expect("a judge");
     let question = |number: usize| Ok(ChatQuestion { text: number.to_string(), picture: Vec::new() });
     let replies = judge.ask_all(30, question, &Cancel::default()).expect("replies");
@@ -272,7 +273,7 @@ fn a_judge_requires_a_model_name_and_an_address() {
 fn a_judge_with_an_untrusted_certificate_is_refused() {
     let folder = tempfile::tempdir().expect("folder");
     benchmark(folder.path());
-    let (address, tried) = serve_tls(said("score of component 1: 4/4, total score: 10/10. Fine."));
+    let (address, tried) = serve_tls(chat_reply("score of component 1: 4/4, total score: 10/10. Fine."));
     let judge = ["--judge", &address, "--judge-model", "referee"];
 
     let output = eval(folder.path(), &judge);

@@ -137,7 +137,7 @@ fn modules_import_only_modules_below_them() {
 
 /// Folders whose files have no import cycles. The `mod.rs` of a folder counts as one of its files, except that of a
 /// whole module, which only declares its parts.
-const WITHOUT_CIRCLES: &[&str] = &[
+const WITHOUT_CYCLES: &[&str] = &[
     "analysis",
     "base",
     "bundle",
@@ -165,7 +165,7 @@ const WITHOUT_CIRCLES: &[&str] = &[
 ];
 
 /// The names on an import cycle, if there is one.
-fn circle(imports: &BTreeMap<String, Vec<String>>) -> Option<Vec<String>> {
+fn cycle(imports: &BTreeMap<String, Vec<String>>) -> Option<Vec<String>> {
     fn visit(
         name: &str,
         imports: &BTreeMap<String, Vec<String>>,
@@ -227,19 +227,19 @@ fn imports_in(folder: &str) -> BTreeMap<String, Vec<String>> {
 
 #[test]
 fn files_of_a_folder_have_no_import_cycles() {
-    for folder in WITHOUT_CIRCLES {
+    for folder in WITHOUT_CYCLES {
         let imports = imports_in(folder);
         assert!(imports.len() > 1, "{folder}: {} files found", imports.len());
-        let found = circle(&imports);
-        assert!(found.is_none(), "{folder}: {} import in a circle", found.unwrap_or_default().join(" -> "));
+        let found = cycle(&imports);
+        assert!(found.is_none(), "{folder}: {} import in a cycle", found.unwrap_or_default().join(" -> "));
     }
     let ring = [("a", vec!["b"]), ("b", vec!["c"]), ("c", vec!["b"])];
     let ring = ring.map(|(name, all)| (name.to_string(), all.into_iter().map(str::to_string).collect()));
-    assert_eq!(circle(&ring.into()), Some(vec!["b".to_string(), "c".to_string()]));
+    assert_eq!(cycle(&ring.into()), Some(vec!["b".to_string(), "c".to_string()]));
 }
 
 /// The parts of large modules, from top to bottom: each imports only parts below it, as `crate::MODULE::PART`.
-pub const ROOMS: &[(&str, &[&str])] = &[(
+pub const PARTS: &[(&str, &[&str])] = &[(
     "finetune",
     &["run", "train", "student", "checkpoint", "data", "plan", "cut", "settings", "optim", "record", "loss", "error"],
 )];
@@ -248,7 +248,7 @@ pub const ROOMS: &[(&str, &[&str])] = &[(
 fn parts_of_large_modules_import_only_parts_below_them() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut wrong = Vec::new();
-    for (module, rooms) in ROOMS {
+    for (module, parts) in PARTS {
         let mut files: BTreeMap<&str, BTreeMap<String, Vec<String>>> = BTreeMap::new();
         for (_, path, code) in modules().into_iter().filter(|(name, ..)| name == module) {
             let relative = path.strip_prefix(root.join(module)).expect("below the module");
@@ -256,12 +256,12 @@ fn parts_of_large_modules_import_only_parts_below_them() {
             if first == "mod" || first.ends_with("tests") {
                 continue;
             }
-            let Some(own) = rooms.iter().position(|room| *room == first) else {
-                wrong.push(format!("{}: `{first}` is no room of `{module}`", path.display()));
+            let Some(own) = parts.iter().position(|part| *part == first) else {
+                wrong.push(format!("{}: `{first}` is not a part of `{module}`", path.display()));
                 continue;
             };
             for name in names_after(&code, &format!("crate::{module}::")) {
-                match rooms.iter().position(|room| *room == name) {
+                match parts.iter().position(|part| *part == name) {
                     Some(other) if other >= own => {}
                     _ => wrong.push(format!("{}: `{first}` imports `{name}`, which is not below it", path.display())),
                 }
@@ -270,16 +270,16 @@ fn parts_of_large_modules_import_only_parts_below_them() {
             let code = code.split("#[cfg(test)]").next().unwrap_or_default();
             if relative.components().count() > 1 && file != "mod" && !file.ends_with("tests") {
                 if code.contains("super::super::") {
-                    wrong.push(format!("{}: climbs out of its room by `super::super`", path.display()));
+                    wrong.push(format!("{}: leaves its part by `super::super`", path.display()));
                 }
                 let imports = names_after(code, "use super::").into_iter().map(str::to_string).collect();
-                files.entry(rooms[own]).or_default().insert(file, imports);
+                files.entry(parts[own]).or_default().insert(file, imports);
             }
         }
-        assert!(files.len() > 3, "{module}: {} rooms found", files.len());
-        for (room, imports) in files {
-            if let Some(found) = circle(&imports) {
-                wrong.push(format!("{module}/{room}: {} import in a circle", found.join(" -> ")));
+        assert!(files.len() > 3, "{module}: {} parts found", files.len());
+        for (part, imports) in files {
+            if let Some(found) = cycle(&imports) {
+                wrong.push(format!("{module}/{part}: {} import in a cycle", found.join(" -> ")));
             }
         }
     }

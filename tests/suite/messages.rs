@@ -33,7 +33,7 @@ fn refusal(root: &Path, arguments: &[&str]) -> String {
     stderr(&output)
 }
 
-fn holds(message: &str, words: &[&str]) {
+fn check_message(message: &str, words: &[&str]) {
     assert!(words.iter().all(|word| message.contains(word)), "{message}: expected {words:?}");
     for raw in ["untagged", "did not match any variant", "onnxruntime_src", "panicked"] {
         assert!(!message.contains(raw), "{message}");
@@ -51,7 +51,7 @@ fn a_truncated_component_is_named() {
         let bytes = fs::read(&path).unwrap();
         fs::write(&path, &bytes[..cut]).unwrap();
         for arguments in [ASK, &["prune", "m", "--drop", "1", "-o", "out"], &["inspect", "m"]] {
-            holds(&refusal(work.path(), arguments), &["vision_encoder.onnx"]);
+            check_message(&refusal(work.path(), arguments), &["vision_encoder.onnx"]);
             assert!(!work.path().join("out").exists());
         }
     }
@@ -78,7 +78,7 @@ fn rows_of_wrong_types_are_refused_with_the_key_and_expected_type() {
     ] {
         fs::write(work.path().join("rows.json"), json!([row]).to_string()).unwrap();
         let score = ["score", "m", "--data", "rows.json", "--samples", "1", "-o", "scores.json"];
-        holds(&refusal(work.path(), &score), &words);
+        check_message(&refusal(work.path(), &score), &words);
         assert!(!work.path().join("scores.json").exists());
     }
 }
@@ -110,7 +110,7 @@ fn configs_of_wrong_types_are_refused_with_the_key_and_expected_type() {
         let section = if inner { &mut config["text_config"] } else { &mut config };
         section[key] = value;
         fs::write(&path, config.to_string()).unwrap();
-        holds(&refusal(work.path(), ASK), &words);
+        check_message(&refusal(work.path(), ASK), &words);
     }
     for (key, value, words) in [
         ("layer_types", json!("full"), ["layer_types", "is \"full\"", "a list with one entry per layer"]),
@@ -121,7 +121,7 @@ fn configs_of_wrong_types_are_refused_with_the_key_and_expected_type() {
         let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
         config["text_config"][key] = value;
         fs::write(&path, config.to_string()).unwrap();
-        holds(&refusal(work.path(), &["prune", "m", "--drop", "1", "-o", "out"]), &words);
+        check_message(&refusal(work.path(), &["prune", "m", "--drop", "1", "-o", "out"]), &words);
     }
 }
 
@@ -130,7 +130,7 @@ fn an_answer_longer_than_the_context_is_refused_in_advance() {
     let work = tempfile::tempdir().unwrap();
     model(work.path());
     let ask = ["generate", "m", "--prompt", "What?", "--max-tokens", "999999"];
-    holds(&refusal(work.path(), &ask), &["999999", "positions", "allow at most", "`--max-tokens`"]);
+    check_message(&refusal(work.path(), &ask), &["999999", "positions", "allow at most", "`--max-tokens`"]);
     fs::write(
         work.path().join("rows.json"),
         json!([{"id": "one", "conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}])
@@ -138,6 +138,6 @@ fn an_answer_longer_than_the_context_is_refused_in_advance() {
     )
     .unwrap();
     let all = ["generate", "m", "--data", "rows.json", "--max-tokens", "999999", "-o", "answers.jsonl"];
-    holds(&refusal(work.path(), &all), &["one", "999999", "positions"]);
+    check_message(&refusal(work.path(), &all), &["one", "999999", "positions"]);
     assert!(!work.path().join("answers.jsonl").exists());
 }

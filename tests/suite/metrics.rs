@@ -61,16 +61,25 @@ fn scores_equal_vlmevalkit() {
         let predictions: Vec<String> = want.data.iter().map(|row| cell(row.get("prediction"))).collect();
         let scores = judge_predictions(&benchmark, name, &predictions).expect("scores");
         for ((answer, row), score) in scores.answers.iter().zip(&want.data).zip(&want.rows) {
-            assert!((answer.score - score).abs() < 1e-9, "{name}: {} is not {score} of {row:?}", answer.score);
+            assert!(
+                (answer.score - score).abs() < 1e-9,
+                "{name}: found {}, expected {score} for {row:?}",
+                answer.score
+            );
         }
-        assert!((scores.score - want.headline).abs() < 1e-9, "{name}: {} is not {}", scores.score, want.headline);
+        assert!(
+            (scores.score - want.headline).abs() < 1e-9,
+            "{name}: found {}, expected {}",
+            scores.score,
+            want.headline
+        );
         for (figure, value) in &want.figures {
             let found = match figure.strip_prefix("category ") {
                 Some(category) => scores.groups.iter().find(|group| group.group == category).map(|group| group.score),
                 None => scores.figures.get(figure).copied(),
             };
             let found = found.unwrap_or_else(|| panic!("{name} has no {figure}"));
-            assert!((found - value).abs() < 1e-9, "{name}, {figure}: {found} is not {value}");
+            assert!((found - value).abs() < 1e-9, "{name}, {figure}: found {found}, expected {value}");
         }
     }
 }

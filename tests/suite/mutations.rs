@@ -128,7 +128,7 @@ impl Guard {
         if !problem.is_empty() {
             let kept = std::env::temp_dir().join(format!("interlace-{}", at.replace([' ', ',', '/'], "-")));
             fs::write(&kept, bytes).unwrap();
-            panic!("{at}: {problem}; the file is kept as {}", kept.display());
+            panic!("{at}: {problem}; the file is saved as {}", kept.display());
         }
         result.unwrap_or_else(|_| unreachable!())
     }
@@ -170,11 +170,11 @@ fn run(count: usize, seed: u64) {
             }
             // A refused file left no output behind.
             if out.exists() {
-                assert!(Bundle::open(&out).is_ok(), "{at}: what was written cannot be opened");
+                assert!(Bundle::open(&out).is_ok(), "{at}: the written model cannot be opened");
                 fs::remove_dir_all(&out).unwrap();
             }
             let left = fs::read_dir(&own).unwrap().count();
-            assert_eq!(left, 2, "{at}: files are left behind");
+            assert_eq!(left, 2, "{at}: files were left behind");
         }
         slowest = slowest.max(guard.slowest);
     }
@@ -185,7 +185,7 @@ fn run(count: usize, seed: u64) {
         outcomes.pruned,
         peak_memory_bytes() >> 20
     );
-    assert!(outcomes.pruned > 0 && outcomes.refused > 0, "the changes are too many or too few");
+    assert!(outcomes.pruned > 0 && outcomes.refused > 0, "some changed files must be pruned and some refused");
 }
 
 /// A number from an environment variable.

@@ -57,16 +57,16 @@ impl Published {
     /// Runs a verb; returns standard output and standard error.
     fn run(&self, arguments: &[&str]) -> String {
         let output = interlace(self.family.here(), arguments);
-        let said = stdout(&output) + &stderr(&output);
-        assert_eq!(output.status.code(), Some(0), "{} {arguments:?}: {said}", self.name);
-        said
+        let printed = stdout(&output) + &stderr(&output);
+        assert_eq!(output.status.code(), Some(0), "{} {arguments:?}: {printed}", self.name);
+        printed
     }
 
     /// Runs every verb: with `pictures` on pictures, else on running text with a warning that contains `why`.
     fn check(&self, pictures: bool, why: &str) {
         let here = self.family.here();
-        let said = self.run(&["inspect", self.name]);
-        assert!(said.contains(why), "{}: {said}", self.name);
+        let printed = self.run(&["inspect", self.name]);
+        assert!(printed.contains(why), "{}: {printed}", self.name);
         let data = if pictures { "data.json" } else { "text.jsonl" };
         let question = json!({"from": "human", "value": "<image>What is in this picture?"});
         let talk = json!([{"image": "photo.jpeg", "conversations": [question, {"from": "gpt", "value": "A house."}]}]);
@@ -74,8 +74,9 @@ impl Published {
         let text = json!({ "text": text }).to_string();
         fs::write(here.join(data), if pictures { talk.to_string() } else { text.clone() + "\n" }).expect("data");
         let cut = if pictures { &[][..] } else { &["--sequence-length", "16"] };
-        let said = self.run(&[&["score", self.name, "--data", data, "--samples", "1", "-o", "s.json"], cut].concat());
-        assert!(said.contains(why), "{}: {said}", self.name);
+        let printed =
+            self.run(&[&["score", self.name, "--data", data, "--samples", "1", "-o", "s.json"], cut].concat());
+        assert!(printed.contains(why), "{}: {printed}", self.name);
         self.run(&["plan", self.name, "--scores", "s.json", "--drop-count", "1", "-o", "plan.json"]);
         self.run(&["prune", self.name, "--plan", "plan.json", "-o", "pruned"]);
         let finetune =
@@ -270,9 +271,9 @@ fn llava_with_a_separate_projector_passes_every_verb() {
 #[test]
 fn llava_onevision_encodes_one_view_with_a_warning() {
     let folder = Published::new("llava_onevision", "llava_onevision");
-    let said = folder.run(&["inspect", "llava_onevision"]);
+    let printed = folder.run(&["inspect", "llava_onevision"]);
     for part in ["warning: a picture is one view", "onnx/vision_encoder.onnx` has no input `image_sizes`"] {
-        assert!(said.contains(part), "expected `{part}` in: {said}");
+        assert!(printed.contains(part), "expected `{part}` in: {printed}");
     }
     let ask = ["generate", "llava_onevision", "--image", "photo.jpeg", "--prompt", "What?", "--max-tokens", "2"];
     folder.run(&ask);

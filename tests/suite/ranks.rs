@@ -121,7 +121,7 @@ fn a_killed_process_ends_the_others_and_the_run_resumes() {
     let metrics = pruned.work("killed").join("metrics.jsonl");
     let begun = Instant::now();
     while fs::read_to_string(&metrics).map_or(0, |text| text.lines().count()) < 5 {
-        assert!(begun.elapsed() < Duration::from_secs(300), "no step was made");
+        assert!(begun.elapsed() < Duration::from_secs(300), "no step was finished");
         assert!(children[0].try_wait().expect("a state").is_none(), "the run ended before it could be killed");
         std::thread::sleep(Duration::from_millis(2));
     }
@@ -199,7 +199,7 @@ fn scores_and_reports_of_several_processes_equal_those_of_one() {
         let alone = untimed(measure(here, arguments, &format!("{name}.json"), 1));
         for size in [2, 3] {
             let found = untimed(measure(here, arguments, &format!("{name}-{size}.json"), size));
-            assert!(found == alone, "{name} of {size} processes: {found} is not {alone}");
+            assert!(found == alone, "{name} of {size} processes: found {found}, one process gives {alone}");
         }
     }
 }

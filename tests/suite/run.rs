@@ -153,7 +153,7 @@ fn a_sweep_shares_equal_steps_and_resumes() {
     fs::write(here.join("sweep.toml"), sweep_file("\"paper\"")).expect("sweep");
     let output = interlace(here, &["sweep", "sweep.toml", "--json"]);
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
-    let said = stderr(&output);
+    let progress = stderr(&output);
     let table: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
     let out = here.join("out");
     assert_eq!(table, read(&out.join("sweep.json")));
@@ -165,7 +165,7 @@ fn a_sweep_shares_equal_steps_and_resumes() {
         let mean = values.iter().filter_map(serde_json::Value::as_f64).sum::<f64>() / 2.0;
         assert!((row["kept_of_finetuned"]["mean"].as_f64().expect("mean") - mean).abs() < 1e-12);
     }
-    assert!(said.contains("cell 8 of 8"), "{said}");
+    assert!(progress.contains("cell 8 of 8"), "{progress}");
     // With one of 16 layers dropped, both strategies drop the same layer and finetune the next one, so they share a
     // pruned model and one healed model per seed. With two they differ: a block, or two single layers. Only the answers
     // of the healed models are kept.
@@ -228,7 +228,7 @@ fn no_choice_depends_on_the_benchmark() {
     let steps = || read(&here.join("out/state.json"))["steps"].as_object().expect("steps").clone();
     let made = steps();
     for name in ["dense-finetuned", "dense-finetuned-partly", "healed-interlace", "healed-sleb"] {
-        assert!(made.contains_key(name), "{name} is not made: {}", stderr(&broken));
+        assert!(made.contains_key(name), "{name} does not exist: {}", stderr(&broken));
     }
     assert!(made.keys().all(|name| !name.starts_with("eval-")), "{:?}", made.keys());
 
@@ -236,5 +236,5 @@ fn no_choice_depends_on_the_benchmark() {
     let whole = interlace(here, &["run", "recipe.toml"]);
     assert_eq!(whole.status.code(), Some(0), "{}", stderr(&whole));
     let after = steps();
-    assert!(made.iter().all(|(name, step)| after[name] == *step), "a step was done again");
+    assert!(made.iter().all(|(name, step)| after[name] == *step), "a step was repeated");
 }

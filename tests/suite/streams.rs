@@ -38,7 +38,7 @@ pub fn fed(tensor: &tch::Tensor, dtype: DataType) -> Tensor {
 }
 
 /// Runs the model on the recorded inputs and compares every output of `prefix` to 1e-4.
-fn hold(name: &str, model: &Model, arrays: &Arrays, prefix: &str) {
+fn check_outputs(name: &str, model: &Model, arrays: &Arrays, prefix: &str) {
     let runtime = Runtime::new(Device::Cpu).unwrap();
     let mut session = runtime.session_of(model, &SessionOptions::default()).unwrap();
     let ports = session.inputs().to_vec();
@@ -58,7 +58,7 @@ fn hold(name: &str, model: &Model, arrays: &Arrays, prefix: &str) {
         let expected = &arrays[&format!("{start}{output}")];
         let found = tch::Tensor::from_slice(&tensor.to_f32().unwrap()).reshape(expected.size());
         let far = (found - expected).abs().max().double_value(&[]);
-        assert!(far <= 1e-4, "{name} {prefix}: `{output}` is off by {far:e}");
+        assert!(far <= 1e-4, "{name} {prefix}: `{output}` differs by {far:e}");
     }
 }
 
@@ -77,7 +77,7 @@ fn compare(name: &str, layers: usize) -> Analysis {
             None => continue,
         };
         let pruned = drop_layers(&analysis, &drop).unwrap_or_else(|error| panic!("{name} {prefix}: {error}"));
-        hold(name, &pruned, &arrays, prefix);
+        check_outputs(name, &pruned, &arrays, prefix);
         // A single layer has no repetition, so it is not found.
         if layers - drop.len() > 1 {
             let found = analyse(&pruned).unwrap_or_else(|error| panic!("{name} {prefix}: {error}"));
@@ -160,7 +160,7 @@ fn two_towers_in_one_graph_are_pruned_separately() {
     let (_, arrays) = network("llava");
     for (drop, prefix) in [(vec![1], "vision_drop_1"), (vec![0, 3], "vision_drop_0_3")] {
         let pruned = drop_layers(&vision, &drop).unwrap();
-        hold("llava", &pruned, &arrays, prefix);
+        check_outputs("llava", &pruned, &arrays, prefix);
         let found = analyse(&pruned).unwrap();
         assert_eq!(found.map.layers.len(), 3, "{prefix}");
         assert_eq!(found.vision.map(|map| map.layers.len()), Some(4 - drop.len()), "{prefix}");
@@ -220,7 +220,7 @@ fn taps_and_both_towers_are_printed_and_pruned_by_name() {
             ["prune", &graph("llava"), "--component", component, "--drop", drop, "-o", out.to_str().unwrap(), "-q"];
         let output = interlace(work.path(), &arguments);
         assert!(output.status.success(), "{}", stderr(&output));
-        hold("llava", &onnx::load(&out.join("llava.onnx")).unwrap(), &arrays, prefix);
+        check_outputs("llava", &onnx::load(&out.join("llava.onnx")).unwrap(), &arrays, prefix);
     }
     let out = work.path().join("none");
     let output = interlace(

@@ -37,7 +37,7 @@ fn showing(outputs: &[(usize, &str)]) -> Model {
 }
 
 /// Every output except the logits equals the recorded state of this number, with layer 1 of 4 dropped.
-fn hold(model: &Model, outputs: &[(&str, usize)]) {
+fn check_outputs(model: &Model, outputs: &[(&str, usize)]) {
     let (_, arrays) = network("llama_states");
     let mut session = Runtime::new(Device::Cpu).unwrap().session_of(model, &SessionOptions::default()).unwrap();
     let ports = session.inputs().to_vec();
@@ -71,13 +71,13 @@ fn changes(analysis: &Analysis, want: &[Change]) {
 fn lists_with_one_output_per_layer_match_the_smaller_network() {
     let pruned = |outputs: &[(usize, &str)]| drop_layers(&analyse(&showing(outputs)).unwrap(), &[1]).unwrap();
     // Without the embeddings; without the last state; numbered by the layer of the state; in any order.
-    hold(&pruned(&[(1, "h.1"), (2, "h.2"), (3, "h.3"), (4, "h.4")]), &[("h.1", 1), ("h.2", 2), ("h.3", 3)]);
-    hold(&pruned(&[(0, "h0"), (1, "h1"), (2, "h2"), (3, "h3")]), &[("h0", 0), ("h1", 1), ("h2", 2)]);
-    hold(&pruned(&[(1, "b/0"), (2, "b/1"), (3, "b/2"), (4, "b/3")]), &[("b/0", 1), ("b/1", 2), ("b/2", 3)]);
-    hold(&pruned(&[(4, "h.4"), (3, "h.3"), (1, "h.1"), (2, "h.2")]), &[("h.3", 3), ("h.2", 2), ("h.1", 1)]);
+    check_outputs(&pruned(&[(1, "h.1"), (2, "h.2"), (3, "h.3"), (4, "h.4")]), &[("h.1", 1), ("h.2", 2), ("h.3", 3)]);
+    check_outputs(&pruned(&[(0, "h0"), (1, "h1"), (2, "h2"), (3, "h3")]), &[("h0", 0), ("h1", 1), ("h2", 2)]);
+    check_outputs(&pruned(&[(1, "b/0"), (2, "b/1"), (3, "b/2"), (4, "b/3")]), &[("b/0", 1), ("b/1", 2), ("b/2", 3)]);
+    check_outputs(&pruned(&[(4, "h.4"), (3, "h.3"), (1, "h.1"), (2, "h.2")]), &[("h.3", 3), ("h.2", 2), ("h.1", 1)]);
 
     // With leading zeros.
-    hold(&pruned(&[(0, "h00"), (1, "h01"), (2, "h02"), (3, "h03")]), &[("h00", 0), ("h01", 1), ("h02", 2)]);
+    check_outputs(&pruned(&[(0, "h00"), (1, "h01"), (2, "h02"), (3, "h03")]), &[("h00", 0), ("h01", 1), ("h02", 2)]);
 
     let analysis = analyse(&showing(&[(1, "b/0"), (2, "b/1"), (3, "b/2"), (4, "b/3")])).unwrap();
     let want: [Change; 3] =
@@ -92,7 +92,7 @@ fn outputs_of_an_incomplete_list_keep_their_names() {
         let places = if names[0] == "h.2" { [2, 3] } else { [1, 3] };
         let analysis = analyse(&showing(&[(places[0], names[0]), (places[1], names[1])])).unwrap();
         let pruned = drop_layers(&analysis, &[1]).unwrap();
-        hold(&pruned, &[(names[0], 1), (names[1], 2)]);
+        check_outputs(&pruned, &[(names[0], 1), (names[1], 2)]);
         let first: Change = (names[0], Some(names[0]), &[2], &[1]);
         let second: Change = (names[1], Some(names[1]), &[3], &[2]);
         let moved = if places[0] == 2 { vec![first, second] } else { vec![second] };

@@ -74,7 +74,7 @@ fn a_killed_run_resumes_to_the_same_bits() {
         child.kill().expect("kill");
         let status = child.wait().expect("wait");
         assert!(!status.success() && done < STEPS, "the run ended before it was killed at step {stop}");
-        assert!(!here.join("healed").exists(), "killed at step {stop}, a result is there");
+        assert!(!here.join("healed").exists(), "killed at step {stop}, but a result exists");
         if run.last() != Some(&"--resume") {
             run.push("--resume");
         }

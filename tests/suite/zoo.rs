@@ -140,8 +140,8 @@ fn check(case: &Case, analysis: &Analysis, given: &dyn Fn(&str) -> String) -> us
         let pruned = drop_layers(analysis, drop).unwrap();
         let (prefill, decode, map) = distances(&pruned, &data, given);
         let at = format!("{} without {drop:?}", case.file);
-        assert!(prefill <= case.tolerance, "{at}: prefill is off by {prefill:e}");
-        assert!(decode <= case.tolerance, "{at}: the cached step is off by {decode:e}");
+        assert!(prefill <= case.tolerance, "{at}: prefill differs by {prefill:e}");
+        assert!(decode <= case.tolerance, "{at}: the cached step differs by {decode:e}");
         assert_eq!(map.layers.len(), 8 - drop.len(), "{at}");
         let states = data.keys().filter(|key| key.starts_with("exp.present.")).count();
         assert!(states == 0 || states == 2 * map.layers.len(), "{at}");
@@ -237,6 +237,9 @@ fn the_pruned_shipped_model_equals_pytorch() {
         let pruned = drop_layers(&analysis, &drop).unwrap();
         let (prefill, decode, map) = distances(&pruned, &data, &str::to_string);
         assert_eq!(map.layers.len(), 16 - drop.len(), "{file}");
-        assert!(prefill <= 1e-4 && decode <= 1e-4, "{file}: prefill is off by {prefill:e}, the step by {decode:e}");
+        assert!(
+            prefill <= 1e-4 && decode <= 1e-4,
+            "{file}: prefill differs by {prefill:e}, the cached step by {decode:e}"
+        );
     }
 }

@@ -85,7 +85,7 @@ fn start(name: &str, size: usize) -> Vec<Child> {
 }
 
 #[test]
-#[ignore = "one rank of several: started by the tests below"]
+#[ignore = "one of several processes, started by the test below"]
 fn child_process_that_sums_and_sends() {
     let ranks = Ranks::of_environment().unwrap().unwrap();
     let own = ranks.rank() as f64 + 1.0;
@@ -116,7 +116,7 @@ fn two_and_three_processes_sum_and_send() {
 }
 
 #[test]
-#[ignore = "one rank of several: started by the test below"]
+#[ignore = "one of several processes, started by the test below"]
 fn child_process_whose_neighbour_aborts() {
     let ranks = Ranks::of_environment().unwrap().unwrap();
     ranks.wait_for_all().unwrap();

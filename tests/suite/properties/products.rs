@@ -197,8 +197,8 @@ fn quantize(s: &mut Source, standard: bool) -> Case {
         (g.scales, g.axis) = (vec![], None);
     }
     let (low, high) = range(dtype);
-    let said = standard && s.version >= 21 && s.chance(0.4);
-    let zero = if said && s.chance(0.5) || dtype == DataType::Uint8 && s.chance(0.3) { None } else { Some(()) };
+    let type_given = standard && s.version >= 21 && s.chance(0.4);
+    let zero = if type_given && s.chance(0.5) || dtype == DataType::Uint8 && s.chance(0.3) { None } else { Some(()) };
     // Scales that are powers of 2 produce ties.
     let scales: Vec<f64> = (0..count(&g.scales))
         .map(|_| if s.chance(0.5) { s.pick(&[0.125, 0.25, 0.5]) } else { s.float(0.01, 0.6) })
@@ -207,10 +207,10 @@ fn quantize(s: &mut Source, standard: bool) -> Case {
     if zero.is_some() {
         single = given(single, s.ints(dtype, &g.scales, low, high));
     }
-    if said {
+    if type_given {
         single = single.int("output_dtype", dtype as i64);
     }
-    let dtype = if zero.is_none() && !said { DataType::Uint8 } else { dtype };
+    let dtype = if zero.is_none() && !type_given { DataType::Uint8 } else { dtype };
     let single = g.write(single).output(dtype);
     s.case(single)
 }
