@@ -92,7 +92,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn items_come_in_order_and_the_first_error_ends_it() {
+    fn items_keep_their_order_and_the_first_error_ends_the_iterator() {
         let wrong = |number: usize| Err(Error::invalid("item", format!("{number}")));
         let numbers = |end: usize| move || Ok((0..100).map(move |n| if n == end { wrong(n) } else { Ok(n) }));
         let mut seen = Vec::new();

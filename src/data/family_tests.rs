@@ -129,7 +129,7 @@ fn family_differences(family: &Value, shared: &Value) -> Vec<String> {
 }
 
 #[test]
-fn families_equal_hugging_face() {
+fn processors_of_all_families_equal_hugging_face() {
     let shared = json("families.json");
     let families = shared["families"].as_array().unwrap();
     let found: Vec<String> = families.par_iter().flat_map(|family| family_differences(family, &shared)).collect();
@@ -187,7 +187,7 @@ fn a_template_that_drops_the_content_is_refused() {
 }
 
 #[test]
-fn settings_of_the_user_come_last() {
+fn user_settings_override_the_image_processor_config() {
     let shared = json("families.json");
     let open = |name: &str, settings: ImageSettings| {
         let family = shared["families"].as_array().unwrap().iter().find(|family| family["name"] == name).unwrap();
@@ -223,7 +223,7 @@ fn settings_of_the_user_come_last() {
 
 /// Reference: `fixtures/processor/video.json`, written by `scripts/processors/video.py`.
 #[test]
-fn a_video_is_its_frames_with_their_times() {
+fn a_video_is_encoded_as_frames_with_timestamps() {
     use base64::Engine;
     let (shared, video) = (json("families.json"), json("video.json"));
     let family = shared["families"].as_array().unwrap().iter().find(|family| family["name"] == "qwen3_vl").unwrap();
@@ -286,7 +286,7 @@ fn the_token_of_videos_is_read_from_the_processor_s_config() {
 }
 
 #[test]
-fn families_without_a_template_have_the_prompt_that_they_were_trained_with() {
+fn a_family_without_a_template_uses_its_training_prompt() {
     let shared = json("families.json");
     let llava = shared["families"].as_array().unwrap().iter().find(|family| family["name"] == "llava").unwrap();
     let folder = folder(llava, &shared);
@@ -315,7 +315,7 @@ fn families_without_a_template_have_the_prompt_that_they_were_trained_with() {
 
 /// A class name with the suffix `Pil` selects Pillow.
 #[test]
-fn a_class_of_pillow_s_gives_pillow_s_pixels() {
+fn a_processor_class_with_a_named_back_end_uses_that_back_end() {
     let shared = json("families.json");
     let family = shared["families"].as_array().unwrap().iter().find(|family| family["name"] == "qwen2_vl").unwrap();
     let case = family["cases"].as_array().unwrap().iter().find(|case| case["pictures"][0] == "photo.jpeg").unwrap();

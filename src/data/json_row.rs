@@ -393,7 +393,7 @@ mod tests {
     const TALK: &str = r#""conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]"#;
 
     #[test]
-    fn pictures_are_a_name_a_list_or_none() {
+    fn the_image_key_holds_a_name_a_list_or_nothing() {
         let images = |text: &str| parse(&format!("{{{text}{TALK}}}")).unwrap().images;
         assert_eq!(images(r#""image": "a.png", "#), ["a.png"]);
         assert_eq!(images(r#""image": ["a.png", "b.png"], "#), ["a.png", "b.png"]);
@@ -402,7 +402,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_that_hold_something_unknown_are_named() {
+    fn unread_keys_with_a_value_are_named() {
         let unread = |text: &str| match parse(&format!("{{{text}{TALK}}}")) {
             Err(JsonProblem::Unread(keys)) => keys,
             other => panic!("{other:?}"),
@@ -418,7 +418,7 @@ mod tests {
     }
 
     #[test]
-    fn messages_hold_texts_or_parts() {
+    fn message_content_is_a_string_or_a_list_of_parts() {
         let text = r#"{"images": ["x.png"], "messages": [
             {"role": "system", "content": "s"},
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "q", "index": null}]},
@@ -433,7 +433,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_that_make_no_sense_are_bad() {
+    fn malformed_rows_are_errors() {
         for (text, want) in [
             ("{", "does not decode"),
             ("[]", "does not decode"),
@@ -451,7 +451,7 @@ mod tests {
     }
 
     #[test]
-    fn ratings_are_compared() {
+    fn rows_are_filtered_by_minimum_rating() {
         let entry = parse(&format!(r#"{{"a_min": 3, "b_ratings": [4, 2], "c_min": null, {TALK}}}"#)).unwrap();
         let least = |key: &str, value: f64| BTreeMap::from([(key.to_string(), value)]);
         assert!(entry.rated(&least("a_min", 3.0)) && !entry.rated(&least("a_min", 3.5)));

@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_of_lists_and_lines_are_found() {
+    fn rows_of_json_lists_and_json_lines_are_found() {
         let texts = |text: &str| rows(text).unwrap().into_iter().map(|(_, text)| text).collect::<Vec<_>>();
         assert_eq!(
             texts(" [ {\"a\": \"],}\\\"[\"},\n {\"b\": [1, {\"c\": 2}]} ]\n"),
@@ -182,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn lists_that_do_not_end_are_refused() {
+    fn malformed_json_lists_are_refused() {
         let refused = [
             ("[{", "ends before its list"),
             ("[{}] x", "after the end"),

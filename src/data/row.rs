@@ -256,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn pictures_are_where_the_text_shows_them_or_first() {
+    fn pictures_replace_their_placeholders_or_come_first() {
         let cases: [(&str, usize, Vec<Part>); 4] = [
             ("What is it?", 2, vec![Image(0), Image(1), Text("What is it?".into())]),
             ("<image>\nWhat is it?", 1, vec![Image(0), Text("What is it?".into())]),
@@ -271,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn pictures_are_counted_over_the_conversation_and_go_to_their_own_turns() {
+    fn picture_placeholders_are_counted_over_the_whole_conversation() {
         let row = row(2, dialogue(&["<image> one?", "1", "none?", "0", "<image> two?", "2"])).unwrap();
         let parts = |turn: usize| row.turn(7, turn).unwrap().turns[0].user.clone();
         assert_eq!(parts(0), [Image(0), Text("one?".into())]);
@@ -283,14 +283,14 @@ mod tests {
     }
 
     #[test]
-    fn a_picture_of_the_second_turn_is_not_shown_with_the_first() {
+    fn a_picture_of_the_second_turn_is_not_part_of_the_first() {
         let row = row(1, dialogue(&["Hi", "ho", "<image>\nWhat?", "cat"])).unwrap();
         assert!(row.turn(0, 0).unwrap().images.is_empty());
         assert_eq!(row.turn(1, 1).unwrap().images.len(), 1);
     }
 
     #[test]
-    fn numbered_pictures_are_put_in_order() {
+    fn numbered_pictures_are_reordered_by_their_position() {
         let message = |pieces| RawMessage { speaker: Speaker::User, pieces };
         let answer = || RawMessage::text(Speaker::Assistant, "a".into());
         let pieces = vec![Piece::Image(Some(1)), Piece::Text("and".into()), Piece::Image(Some(0))];
@@ -304,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn a_system_message_comes_first_and_messages_take_turns() {
+    fn only_a_leading_system_message_and_alternating_turns_are_accepted() {
         let system = RawMessage::text(Speaker::System, "Be short.".into());
         let messages = std::iter::once(system.clone()).chain(dialogue(&["q", "a"])).collect();
         assert_eq!(row(0, messages).unwrap().system.as_deref(), Some("Be short."));

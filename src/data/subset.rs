@@ -81,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn the_choice_is_a_seeded_prefix() {
+    fn a_smaller_subset_is_a_prefix_of_a_larger_one_of_the_same_seed() {
         let choose = |amount, seed| Subset { amount, seed }.indices(&keys(100)).unwrap();
         let ten = choose(Amount::Fraction(0.1), 42);
         assert_eq!(ten.len(), 10);
@@ -94,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn the_choice_does_not_depend_on_the_order() {
+    fn the_chosen_subset_does_not_depend_on_sample_order() {
         let keys = keys(100);
         let backwards: Vec<u64> = keys.iter().rev().copied().collect();
         let chosen = |keys: &[u64]| -> Vec<u64> {
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn amounts_that_make_no_sense_are_refused() {
+    fn amounts_out_of_range_are_refused() {
         for amount in [
             Amount::Fraction(0.0),
             Amount::Fraction(1.5),

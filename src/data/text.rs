@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn texts_are_joined_and_cut_and_every_token_counts() {
+    fn texts_are_joined_and_cut_into_sequences_with_a_loss_on_every_token() {
         let bundle = bundle();
         let (_folder, path) = written("{\"text\": \"the cat sat \", \"page\": 3}\n\n{\"text\": \"on the mat\"}\n");
         let tokenizer = Tokenizer::open(&bundle).unwrap();
@@ -149,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn the_length_of_sequences_is_part_of_the_digest() {
+    fn the_sequence_length_is_part_of_the_digest() {
         let (_folder, path) = written("{\"text\": \"the cat sat on the mat\"}\n");
         let digest = |length| Dataset::open_for(&path, &bundle(), &cut(length)).unwrap().digest().unwrap();
         assert_eq!(digest(4), digest(4));
@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_named() {
+    fn malformed_text_files_are_refused_with_a_reason() {
         let bundle = bundle();
         let open = |text: &str, length| {
             let (_folder, path) = written(text);

@@ -256,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn tensors_come_back_bit_for_bit_and_older_checkpoints_go() {
+    fn tensors_are_restored_bit_for_bit_and_old_checkpoints_removed() {
         let folder = tempfile::tempdir().unwrap();
         let checkpoints = Checkpoints::open(folder.path(), true).unwrap();
         assert!(checkpoints.latest().unwrap().is_none());
@@ -283,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn another_run_s_checkpoint_is_refused_by_what_differs() {
+    fn a_checkpoint_of_another_run_is_refused_with_the_differing_input() {
         let other = BTreeMap::from([("data".to_string(), "cd".to_string())]);
         let message = check_same_run(&state(1), Path::new("x"), &other).unwrap_err().to_string();
         assert!(message.contains("`data` differ"), "{message}");

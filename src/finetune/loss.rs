@@ -230,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn every_term_has_one_row_under_its_serialised_name() {
+    fn every_loss_has_one_row_under_its_serialised_name() {
         let schema = serde_json::to_value(schemars::schema_for!(LossKind)).unwrap();
         let terms: Vec<_> = schema["oneOf"].as_array().unwrap().iter().map(|term| &term["const"]).collect();
         assert_eq!(terms, LOSSES.iter().map(|row| row.name).collect::<Vec<_>>());
@@ -242,7 +242,7 @@ mod tests {
 
     /// Reference: `-log softmax` of the target, in f64.
     #[test]
-    fn cross_entropy_sums_over_tokens() {
+    fn cross_entropy_is_summed_over_tokens() {
         let logits = [[1.0f64, 2.0, 3.0], [0.5, -0.5, 0.0]];
         let targets = [2usize, 1];
         let want: f64 = logits
@@ -258,7 +258,7 @@ mod tests {
     /// Reference: the divergence in f64, with two of four tokens in the bucket, and with all tokens in the top K. In
     /// the second case the bucket is empty and the sum is the plain KL divergence.
     #[test]
-    fn distillation_is_the_divergence_at_the_temperature() {
+    fn distillation_is_the_kl_divergence_at_the_temperature() {
         let temperature = 2.0;
         let student = [0.3f64, -1.0, 0.7, 2.0];
         let teacher = [1.0f64, 0.0, -1.0, 0.5];

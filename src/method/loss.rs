@@ -270,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn cross_entropy_by_hand() {
+    fn cross_entropy_equals_values_computed_by_hand() {
         // softmax of (0, ln 3) is (1/4, 3/4).
         assert!((cross_entropy(&[0.0, 3f32.ln()], 1) - (4.0f64 / 3.0).ln()).abs() < 1e-6);
         assert!((cross_entropy(&[0.0, 3f32.ln()], 0) - 4f64.ln()).abs() < 1e-6);
@@ -305,7 +305,7 @@ mod tests {
             .collect()
     }
 
-    /// The mean loss of the graph whose layers were removed, one conversation at a time.
+    /// The mean loss of the graph without the removed layers, one conversation at a time.
     fn pruned_loss(runtime: &Runtime, analysis: &Analysis, removed: &[usize], conversations: &[Conversation]) -> f64 {
         let model = drop_layers(analysis, removed).unwrap();
         let mut decoder =
@@ -326,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn losses_are_those_of_the_graph_without_the_layers() {
+    fn losses_equal_those_of_the_graph_without_the_layers() {
         let table = std::fs::read_to_string(fixtures().join("zoo/cases.tsv")).unwrap();
         let runtime = Runtime::new(Device::Cpu).unwrap();
         let (mut measured, mut restarting) = (0, 0);

@@ -123,7 +123,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn runs_and_packed_numbers_are_read_in_turn() {
+    fn runs_and_bit_packed_numbers_are_decoded_in_order() {
         // The three-bit numbers 0 to 7 are the example of the specification.
         let bytes = [0x0a, 0x02, 0x03, 0x88, 0xc6, 0xfa];
         let mut numbers = Hybrid::new(&bytes[..], 3).unwrap();
@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn widths_from_none_to_32_bits_are_read() {
+    fn bit_widths_from_0_to_32_are_decoded() {
         assert_eq!(Hybrid::new(&[][..], 0).unwrap().next(), Ok(0));
         assert_eq!(Hybrid::new(&[0x02, 1, 2, 3, 4][..], 32).unwrap().next(), Ok(0x0403_0201));
         let packed: Vec<u8> =

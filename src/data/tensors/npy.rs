@@ -81,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn headers_say_type_and_shape() {
+    fn element_type_and_shape_are_read_from_npy_headers() {
         for (text, dtype, shape) in [
             ("{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3), }\n", DataType::Float, vec![2, 3]),
             ("{'descr': '|b1', 'fortran_order': False, 'shape': (4,), }", DataType::Bool, vec![4]),
@@ -93,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn headers_that_are_not_understood_say_why() {
+    fn unsupported_npy_headers_are_refused_with_a_reason() {
         for (text, want) in [
             ("{'descr': '>f4', 'fortran_order': False, 'shape': (2,), }", "`>f4`"),
             ("{'descr': '<f4', 'fortran_order': True, 'shape': (2, 2), }", "ascontiguousarray"),

@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn the_products_of_a_layer_come_in_their_order() {
+    fn the_projections_of_a_layer_are_found_in_their_order() {
         // The second product also depends on the first one's result, so `w0` can be fitted only together with `w1`.
         let (graph, id) = graph(&[
             ("a", "MatMul", &["x", "w0"]),
@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn a_layer_that_ends_in_a_norm_has_none() {
+    fn a_layer_that_ends_in_a_norm_has_no_last_projection() {
         let (graph, id) =
             graph(&[("p", "MatMul", &["x", "w1"]), ("n", "RMSNormalization", &["p", "w2"]), ("y", "Add", &["x", "n"])]);
         let problem = products_of(&graph, id("x"), id("y"), &[id("w1"), id("w2")].into()).unwrap_err();
@@ -166,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn a_weight_may_be_turned_on_the_way() {
+    fn a_weight_may_be_transposed_before_its_product() {
         let (graph, id) =
             graph(&[("t", "Transpose", &["w1"]), ("p", "MatMul", &["x", "t"]), ("y", "Add", &["x", "p"])]);
         let found = products_of(&graph, id("x"), id("y"), &[id("w1")].into()).unwrap();

@@ -175,7 +175,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rows_come_back_as_written() {
+    fn rows_are_read_back_as_written() {
         let folder = tempfile::tempdir().unwrap();
         for element in [Element::F32, Element::Bf16] {
             let path = folder.path().join(element.extension());

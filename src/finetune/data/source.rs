@@ -105,7 +105,7 @@ mod tests {
     use crate::data::DataOptions;
 
     #[test]
-    fn a_broken_picture_is_left_out_and_counted_in_every_pass() {
+    fn a_sample_with_a_broken_picture_is_skipped_and_counted_in_every_pass() {
         let bundle = Bundle::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model")).unwrap();
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("broken.jpg"), b"\xff\xd8\xff\xe0 ends early").unwrap();

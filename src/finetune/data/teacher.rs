@@ -530,7 +530,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_likeliest_tokens_come_first_with_their_log_probabilities() {
+    fn top_k_lists_the_likeliest_tokens_with_their_log_probabilities() {
         let row = top_k(&[0.0, 3.0, -1.0, 2.0], 2, 1.0);
         let total: f64 = [0.0f64, 3.0, -1.0, 2.0].iter().map(|z| z.exp()).sum();
         let want = [3.0 - total.ln(), 2.0 - total.ln(), 1.0, 3.0];

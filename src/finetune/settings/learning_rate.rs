@@ -85,7 +85,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_number_a_list_and_a_word_are_read() {
+    fn a_learning_rate_is_a_number_a_list_or_auto() {
         let read = |text: &str| serde_json::from_str::<LearningRate>(text);
         assert_eq!(read("1e-3").unwrap(), LearningRate::One(1e-3));
         assert_eq!(read("[1, 2e-3]").unwrap(), LearningRate::Several(vec![1.0, 2e-3]));

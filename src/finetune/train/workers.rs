@@ -314,7 +314,7 @@ mod tests {
 
     /// For any number of processes the passes are those of one process, and each pass has one process.
     #[test]
-    fn processes_share_the_passes_of_a_step() {
+    fn the_passes_of_a_step_are_divided_among_processes() {
         let lengths: Vec<usize> = (0..37).map(|i| 1 + (i * 29) % 71).collect();
         let length = |sample: usize| lengths[sample];
         let passes = cut((0..37).collect(), length, 2, 128);
@@ -344,7 +344,7 @@ mod tests {
     }
 
     #[test]
-    fn dealing_parameters_over_threads_changes_no_bit() {
+    fn dividing_parameters_among_threads_changes_no_bit() {
         let values =
             |size: &[i64]| Tensor::arange(size.iter().product::<i64>(), (Kind::Float, Device::Cpu)).sin().view(size);
         let sizes: [&[i64]; 5] = [&[3], &[20, 50], &[1], &[7, 11], &[2, 9, 4]];
