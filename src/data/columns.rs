@@ -203,7 +203,7 @@ fn fields<'a, const N: usize>(cells: &'a ArrayRef, names: [&str; N]) -> Result<[
     let none = DataOptions::default();
     for (name, array) in cells.column_names().iter().zip(cells.columns()) {
         if !names.contains(name) && !is_silent(name, &none) && array.logical_null_count() < array.len() {
-            return Err(format!("has a field `{name}` that nobody reads"));
+            return Err(format!("has a field `{name}` that the reader does not know"));
         }
     }
     let mut found = Vec::with_capacity(N);
@@ -251,7 +251,7 @@ fn parts_of(parts: &ArrayRef) -> Result<Vec<Piece>, String> {
     for (name, array) in cells.column_names().iter().zip(cells.columns()) {
         let known = ["type", "text", "index"].contains(name) || is_silent(name, &none);
         if !known && array.logical_null_count() < array.len() {
-            return Err(format!("has parts with a field `{name}` that nobody reads"));
+            return Err(format!("has parts with a field `{name}` that the reader does not know"));
         }
     }
     let kinds = cells.column_by_name("type").ok_or("`content` has no field `type`")?;

@@ -212,7 +212,7 @@ fn user_settings_override_the_image_processor_config() {
     let refusals = [
         ("qwen2_vl", ImageSettings { image_size: Some(56), ..none }, "has no size of its own to set"),
         ("qwen2_vl", ImageSettings { tiles: Some(true), ..none }, "cuts no picture into tiles"),
-        ("llava", ImageSettings { min_pixels: Some(56), ..none }, "nothing reads `min_pixels`"),
+        ("llava", ImageSettings { min_pixels: Some(56), ..none }, "--min-pixels 56"),
         ("idefics3", ImageSettings { back_end: Some(BackEnd::Torchvision), ..none }, "has no Lanczos filter"),
     ];
     for (name, settings, want) in refusals {

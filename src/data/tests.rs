@@ -136,7 +136,7 @@ fn unread_or_invalid_processor_settings_are_refused_by_name() {
     let cases = [
         (
             r#"{"image_processor_type": "Idefics3ImageProcessor", "do_magic": true, "x": null}"#,
-            "nothing reads `do_magic`",
+            "unknown settings: `do_magic`",
         ),
         (r#"{"image_processor_type": "MagicProcessor"}"#, "`MagicProcessor`; known are Idefics3ImageProcessor"),
         (r#"{"image_processor_type": "Idefics3ImageProcessor", "do_center_crop": true}"#, "`do_center_crop`"),

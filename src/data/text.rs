@@ -163,7 +163,7 @@ mod tests {
             let (_folder, path) = written(text);
             Dataset::open_for(&path, &bundle, &cut(length)).unwrap_err().to_string()
         };
-        assert!(open("{\"text\": \"a b c\", \"image\": \"x.png\"}\n", 4).contains("nothing reads `image`"));
+        assert!(open("{\"text\": \"a b c\", \"image\": \"x.png\"}\n", 4).contains("without a reader: `image`"));
         assert!(open("{\"text\": \"a b c\"}\n{\"body\": \"d\"}\n", 4).contains("line 2 of"));
         assert!(open("{\"text\": 7}\n", 4).contains("line 1 of"));
         assert!(open("{\"text\": \"\"}\n", 4).contains("is empty"));

@@ -257,7 +257,7 @@ fn errors_are_one_message_with_status_2_and_leave_nothing_behind() {
         (&["score", &model, "--data", "empty.parquet", "-o", "out"], "empty.parquet"),
         (&["score", &model, "--data", &data, "--samples", "99999", "-o", "out"], "99999"),
         (&["score", &model, "--data", &data, "--samples", "2", "--device", "tpu", "-o", "out"], "tpu"),
-        (&["score", &model, "--data", "video.jsonl", "-o", "out"], "nothing reads `video`"),
+        (&["score", &model, "--data", "video.jsonl", "-o", "out"], "without a reader: `video`"),
         (&["score", &model, "--data", "half.jsonl", "--fraction", "1", "-o", "out"], "more than 5% of 2 samples"),
         (&["score", &model, "--data", "half.jsonl", "--fraction", "1", "--strict", "-o", "out"], "none.png"),
         (&["score", &model, "--data", "half.jsonl", "--min-rating", "a=1", "-o", "out"], "reaches the ratings"),
