@@ -1,6 +1,7 @@
 //! Export targets: layouts for serving a model. A target is a row of [`TARGETS`] that carries its function.
 
 mod components;
+mod generate;
 mod record;
 pub mod transformers_js;
 pub mod triton;
@@ -52,6 +53,13 @@ pub const TARGETS: &[ExportTarget] = &[
         consumer: "@huggingface/transformers 4.3",
         settings: &[VARIANT, MAX_IR_VERSION],
         write: transformers_js::write,
+    },
+    ExportTarget {
+        name: "generate",
+        summary: "One ONNX graph from pictures and prompt to the ids of the answer",
+        consumer: "onnxruntime 1.30",
+        settings: &[VARIANT, MAX_IR_VERSION],
+        write: generate::write,
     },
 ];
 

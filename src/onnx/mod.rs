@@ -13,7 +13,7 @@ mod tensor;
 mod wire;
 
 pub use encode::Placed;
-pub use save::{INLINE_LIMIT, Metadata, Storage, save, save_into, save_with};
+pub use save::{INLINE_LIMIT, Metadata, Storage, save, save_into, save_sharing, save_with};
 
 use std::path::Path;
 use std::sync::Arc;

@@ -11,6 +11,7 @@ mod fuse_kernels;
 mod head;
 mod hidden_states;
 mod internal;
+mod join;
 mod merged;
 mod removal;
 mod renumber;
@@ -31,6 +32,7 @@ pub use fuse_kernels::{FUSED_SILU, Fused, fuse_kernels};
 pub use head::with_head;
 pub use hidden_states::MovedTap;
 pub use internal::INTERNAL_DOMAIN;
+pub use join::{Inlined, Joined, Part, Scope};
 pub use tap::{SIMILARITY_PREFIX, tap_similarities};
 pub use widen::widened;
 

@@ -72,7 +72,7 @@ impl Family {
     }
 
     /// Prompts that Hugging Face's classes accept.
-    fn cases(&self) -> impl Iterator<Item = (&str, &Value)> {
+    pub fn cases(&self) -> impl Iterator<Item = (&str, &Value)> {
         let cases = self.expected["cases"].as_object().expect("cases").iter();
         cases.map(|(name, case)| (name.as_str(), case)).filter(|(_, case)| case.get("refused").is_none())
     }
@@ -126,7 +126,7 @@ fn floats(value: &Value) -> Vec<f64> {
 }
 
 /// Turns `[pictures, question, answer]` as the library's type.
-fn sample(turns: &Value) -> Sample {
+pub fn sample(turns: &Value) -> Sample {
     let mut images = Vec::new();
     let turn = |turn: &Value| {
         let mut user = Vec::new();
