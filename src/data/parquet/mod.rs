@@ -127,8 +127,8 @@ impl Shard {
         Ok(listed)
     }
 
-    /// Number of turns of a row, and its content key. A row that does not decode counts as one turn; its error is reported
-    /// when the row is read.
+    /// Number of turns of a row, and its content key. A row that does not decode counts as one turn; its error is
+    /// reported when the row is read.
     fn turns_and_key(&self, batch: &StructArray, place: usize) -> (usize, u64) {
         let read = guarded(|| -> Result<_, String> {
             let messages = self.columns.messages(batch, place)?;
