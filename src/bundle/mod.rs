@@ -33,7 +33,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::base::{Error, Result, Sha256Digest, list_preview, sha256_json, sha256_large_file};
+use crate::base::{Error, Result, Sha256Digest, folder_of, list_preview, sha256_json, sha256_large_file};
 use crate::ir::{Body, TensorData};
 
 use layout::VARIANTS;
@@ -297,11 +297,6 @@ fn rank(component: &Component) -> usize {
 fn is_most_precise(components: &[Component], component: &Component) -> bool {
     let same = |other: &&Component| other.role == component.role && other.stem == component.stem;
     components.iter().filter(same).all(|other| rank(component) <= rank(other))
-}
-
-/// The folder of a file; `.` for a bare file name.
-fn folder_of(path: &Path) -> &Path {
-    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// Adds to the components the external data that their graphs name. Returns the problem of the first graph that cannot
