@@ -83,7 +83,7 @@ impl Lfm2Vl {
         self.patch * self.downsample
     }
 
-    /// True for a picture that is cut into tiles.
+    /// True for a picture with more tokens than the limit and its tolerance allow for one view.
     fn is_large(&self, picture: &Picture) -> bool {
         let unit = self.unit() as f64;
         let round = |edge: usize| ((edge as f64 / unit).round_ties_even() * unit).max(self.patch as f64);

@@ -119,8 +119,9 @@ fn lacks(analysis: &Analysis, need: Need) -> Option<(String, &'static str)> {
     match need {
         Need::EveryPosition => Some((
             analysis.picks_positions()?,
-            "export the model with the logits of all positions, or with a `num_logits_to_keep` input, or use a strategy \
-             that reads only scores, such as `interlace`, and a recipe without a loss on answers, such as `fast`",
+            "export the model with the logits of all positions, or with a `num_logits_to_keep` input, or use a \
+             strategy that reads only scores, such as `interlace`, and a recipe without a loss on answers, such as \
+             `fast`",
         )),
         Need::Cache => {
             let cached = analysis.map.layers.iter().flat_map(|layer| &layer.ports).any(|port| port.past.is_some());
