@@ -73,8 +73,8 @@ impl Rows {
         let stride = (width as u64).checked_mul(element.size() as u64);
         let want = stride.and_then(|stride| rows.checked_mul(stride));
         if want != Some(found) {
-            let problem =
-                format!("holds {found} bytes, {rows} rows of {width} {element:?} numbers take another amount");
+            let kind = element.extension();
+            let problem = format!("holds {found} bytes, expected {rows} rows of {width} {kind} numbers");
             return Err(Error::invalid(format!("cache `{}`", path.display()), problem)
                 .remedy("remove the file; it is computed again"));
         }
