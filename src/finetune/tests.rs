@@ -380,8 +380,13 @@ fn a_non_finite_loss_stops_the_run_and_names_step_and_sample() {
 #[test]
 fn an_empty_or_unknown_set_of_layers_is_refused() {
     let work = tempfile::tempdir().unwrap();
-    for layers in [[].as_slice(), &[99]] {
-        assert!(matches!(run(&settings(), layers, work.path(), false, None).outcome, Err(Error::Invalid { .. })));
+    for (layers, want) in [
+        (&[][..], "finetune: no layer is named"),
+        (&[99][..], "layer 99: does not exist, the model has layers 0 to 13"),
+    ] {
+        let error = run(&settings(), layers, work.path(), false, None).outcome.err().unwrap();
+        assert!(matches!(error, Error::Invalid { .. }), "{error}");
+        assert!(error.to_string().starts_with(want), "{error}");
     }
 }
 

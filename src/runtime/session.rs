@@ -363,8 +363,7 @@ mod tests {
                     let mut session = runtime.session(&path, &SessionOptions::default()).expect("a session");
                     let ids = Tensor::new(&[1, 3], vec![5i64, 6, 7]).expect("ids");
                     let outputs = session.run(&[("input_ids", &ids)], None).expect("a run");
-                    let embedded = outputs.get("inputs_embeds").expect("an output").to_f32().expect("numbers").to_vec();
-                    embedded
+                    outputs.get("inputs_embeds").expect("an output").to_f32().expect("numbers").to_vec()
                 });
                 assert!(!embedded[0].is_empty());
                 assert_eq!(embedded[0], embedded[1]);

@@ -319,7 +319,10 @@ fn missing_cuda_is_an_error_without_fallback_to_the_cpu() {
         let output = interlace(folder.path(), &arguments);
         let message = stderr(&output);
         if output.status.success() {
-            assert!(device == "cuda" && Path::new("/dev/nvidiactl").exists(), "{device} fell back to the CPU: {message}");
+            assert!(
+                device == "cuda" && Path::new("/dev/nvidiactl").exists(),
+                "{device} fell back to the CPU: {message}"
+            );
             assert_eq!(names(folder.path()), ["scores.json"], "{device}");
             continue;
         }
