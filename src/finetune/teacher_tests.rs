@@ -349,7 +349,7 @@ fn stages_switch_the_losses_and_a_run_resumes_in_any_stage() {
     let want = weights(&whole.outcome.unwrap().decoder);
     for stop in [2, 3, 4] {
         let folder = tempfile::tempdir().unwrap();
-        assert!(run(&settings, &[2, 4], folder.path(), false, Some(stop)).outcome.is_err());
+        interrupt(&settings, &[2, 4], folder.path(), stop);
         let resumed = run(&settings, &[2, 4], folder.path(), true, None).outcome.unwrap();
         assert_eq!(resumed.report.resumed_from_step, stop);
         assert!(weights(&resumed.decoder) == want, "stopped after step {stop}");
@@ -409,7 +409,7 @@ fn adapters_on_all_layers_train_after_a_fit() {
     let bundle = Bundle::open(&pruned(&dense, folder.path())).unwrap();
     let decoder = crate::onnx::load(&bundle.path_of(bundle.require(Role::Decoder).unwrap())).unwrap();
     assert_eq!(changed(&decoder, &whole.decoder).len(), 14 * 7);
-    assert!(run(&wide, &[4, 5], work.path(), false, Some(2)).outcome.is_err());
+    interrupt(&wide, &[4, 5], work.path(), 2);
     let resumed = run(&wide, &[4, 5], work.path(), true, None).outcome.unwrap();
     assert_eq!(resumed.report.resumed_from_step, 2);
     assert!(weights(&resumed.decoder) == weights(&whole.decoder));

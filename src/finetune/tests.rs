@@ -144,6 +144,12 @@ fn run_within(
     Run { outcome, steps }
 }
 
+/// Asserts that a run which is stopped behind a step ends as interrupted.
+fn interrupt(settings: &Settings, layers: &[usize], work: &Path, step: u64) {
+    let error = run(settings, layers, work, false, Some(step)).outcome.err().unwrap();
+    assert!(matches!(error, Error::Interrupted { .. }), "{error}");
+}
+
 /// Bytes of every initializer by name.
 fn weights(model: &Model) -> Vec<(String, Vec<u8>)> {
     let graph = &model.graph;
@@ -312,7 +318,7 @@ fn averaged_weights_are_the_mean_over_the_last_steps() {
         let straight = tempfile::tempdir().unwrap();
         let straight = run(&settings, &[3], straight.path(), false, None).outcome.unwrap();
         let work = tempfile::tempdir().unwrap();
-        assert!(run(&settings, &[3], work.path(), false, Some(stop)).outcome.is_err());
+        interrupt(&settings, &[3], work.path(), stop);
         let resumed = run(&settings, &[3], work.path(), true, None).outcome.unwrap();
         assert_eq!(resumed.report.resumed_from_step, stop);
         assert!(weights(&resumed.decoder) == weights(&straight.decoder), "stopped after step {stop}");
@@ -359,7 +365,7 @@ fn adapters_change_matrices_by_a_difference_of_their_rank() {
     let straight = tempfile::tempdir().unwrap();
     let straight = run(&settings, &[3], straight.path(), false, None).outcome.unwrap();
     let work = tempfile::tempdir().unwrap();
-    assert!(run(&settings, &[3], work.path(), false, Some(2)).outcome.is_err());
+    interrupt(&settings, &[3], work.path(), 2);
     let resumed = run(&settings, &[3], work.path(), true, None).outcome.unwrap();
     assert_eq!(resumed.report.resumed_from_step, 2);
     assert!(weights(&straight.decoder) == weights(&resumed.decoder));
@@ -412,7 +418,7 @@ fn the_learning_rate_with_the_lowest_final_loss_is_chosen() {
     assert!(weights(&plain.decoder) == weights(&chosen.decoder));
     // A run that stops after its trials resumes with their results.
     let folder = tempfile::tempdir().unwrap();
-    assert!(run(&choosing, &[2, 4], folder.path(), false, Some(3)).outcome.is_err());
+    interrupt(&choosing, &[2, 4], folder.path(), 3);
     let resumed = run(&choosing, &[2, 4], folder.path(), true, None).outcome.unwrap();
     assert_eq!((resumed.report.resumed_from_step, &resumed.report.trials), (3, &report.trials));
     assert!(weights(&resumed.decoder) == weights(&chosen.decoder));
