@@ -157,8 +157,9 @@ fn weights(model: &Model) -> Vec<(String, Vec<u8>)> {
 }
 
 fn changed(before: &Model, after: &Model) -> Vec<String> {
-    let after = weights(after);
-    weights(before).into_iter().zip(after).filter(|(a, b)| a != b).map(|((name, _), _)| name).collect()
+    let (before, after) = (weights(before), weights(after));
+    assert_eq!(before.len(), after.len(), "initializers");
+    before.into_iter().zip(after).filter(|(a, b)| a != b).map(|((name, _), _)| name).collect()
 }
 
 /// A run of `scripts/reference/finetune.py`.
@@ -534,6 +535,7 @@ fn bf16_training_follows_f32_and_keeps_its_weights_in_f32() {
     plain.outcome.unwrap();
     let decoder = half.outcome.unwrap().decoder;
     // bf16 has eight significant bits.
+    assert!(!plain.steps.is_empty() && plain.steps.len() == half.steps.len());
     for (a, b) in plain.steps.iter().zip(&half.steps) {
         assert!((a.loss - b.loss).abs() < a.loss / 256.0 * 4.0, "step {}: {} and {}", a.step, a.loss, b.loss);
         assert_ne!(a.loss, b.loss);

@@ -453,7 +453,9 @@ fn frozen_weights_keep_their_precision_outside_matrix_products() {
         let feeds = [(program.value("x").expect("x"), x.shallow_clone())];
         let run = |places: &[usize]| {
             let ids: Vec<_> = places.iter().map(|&place| program.value(wanted[place].0).expect("value")).collect();
-            for (&place, found) in places.iter().zip(program.run(&feeds, &ids).expect("run")) {
+            let results = program.run(&feeds, &ids).expect("run");
+            assert_eq!(results.len(), places.len());
+            for (&place, found) in places.iter().zip(results) {
                 let (name, expected) = &wanted[place];
                 assert_eq!((found.kind(), &found), (expected.kind(), expected), "{name}");
             }

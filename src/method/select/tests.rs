@@ -64,6 +64,7 @@ fn without_three(layers: &[usize]) -> Option<String> {
 #[test]
 fn layers_that_cannot_be_dropped_are_never_chosen() {
     let similarities = example();
+    let mut chosen = 0;
     for strategy in STRATEGIES.iter().filter(|strategy| strategy.name != "explicit") {
         for count in 1..=4 {
             for seed in 0..8 {
@@ -77,9 +78,11 @@ fn layers_that_cannot_be_dropped_are_never_chosen() {
                 drop.sort_unstable();
                 assert_eq!(drop.len(), count, "{}", strategy.name);
                 assert_eq!(without_three(&drop), None, "{}: {drop:?}", strategy.name);
+                chosen += 1;
             }
         }
     }
+    assert!(chosen >= 64, "only {chosen} choices");
     // The triplet at 3 drops 4 instead of 3, the one at 6 drops 6.
     let mut asked = SelectionRequest { refusal: &without_three, ..request(&similarities, 3) };
     let groups = Strategy::named("interlace").unwrap().select(&mut asked).unwrap();
