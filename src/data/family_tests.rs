@@ -95,6 +95,7 @@ fn differences(processor: &Processor, case: &Value, talk: &Value, back_end: &str
     if runs(&encoded.input_ids) != want {
         found.push(format!("ids {:?}, expected {want:?}", runs(&encoded.input_ids)));
     }
+    // Prompts without pictures, and some with pictures of different sizes, have no arrays.
     for (key, want) in case["arrays"][back_end].as_object().into_iter().flatten() {
         let array = encoded.images.as_ref().unwrap().joined(key).unwrap();
         let same = array.len() as u64 == want["len"]
@@ -111,9 +112,12 @@ fn family_differences(family: &Value, shared: &Value) -> Vec<String> {
     let mut found = Vec::new();
     let folder = folder(family, shared);
     let bundle = Bundle::open(folder.path()).unwrap();
+    assert!(!family["back_ends"].as_array().unwrap().is_empty(), "{}", family["name"]);
     for back_end in family["back_ends"].as_array().unwrap() {
         let back_end = back_end.as_str().unwrap();
         let what = format!("{} {back_end}", family["name"]);
+        let has_arrays = |case: &Value| case["arrays"][back_end].as_object().is_some_and(|arrays| !arrays.is_empty());
+        assert!(family["cases"].as_array().unwrap().iter().any(has_arrays), "{what} has no expected arrays");
         match Processor::open_with(&bundle, &settings(family, back_end)) {
             Ok(processor) => {
                 for case in family["cases"].as_array().unwrap() {
@@ -231,6 +235,7 @@ fn a_video_is_encoded_as_frames_with_timestamps() {
         let text = video["frames"][place.as_u64().unwrap() as usize].as_str().unwrap();
         ImageBytes::held("frame", base64::engine::general_purpose::STANDARD.decode(text).unwrap())
     };
+    assert!(!video["cases"].as_array().unwrap().is_empty());
     for case in video["cases"].as_array().unwrap() {
         let folder = folder(family, &shared);
         fs::write(folder.path().join("chat_template.jinja"), video["template"].as_str().unwrap()).unwrap();

@@ -275,8 +275,10 @@ mod tests {
                 .unwrap(),
         ];
         restore(&path, tensors(&fresh)).unwrap();
-        for ((_, a), (_, b)) in tensors(&saved).iter().zip(&tensors(&fresh)) {
-            assert_eq!(bits(a), bits(b));
+        let (saved, restored) = (tensors(&saved), tensors(&fresh));
+        assert_eq!(saved.len(), restored.len());
+        for ((name, a), (same, b)) in saved.iter().zip(&restored) {
+            assert_eq!((name, bits(a)), (same, bits(b)));
         }
         assert!(fresh[0].value.requires_grad());
     }
@@ -304,6 +306,8 @@ mod tests {
         assert!(restore(&path, tensors(&with("/layers.3/w:0", 4))).unwrap_err().to_string().contains("expected"));
         assert!(restore(&path, Vec::new()).unwrap_err().to_string().contains("does not train"));
         fs::write(path.join(TENSORS), b"\xff\xff\xff\xff\xff\xff\xff\x7f{}").unwrap();
-        assert!(restore(&path, tensors(&parameters())).is_err());
+        let error = restore(&path, tensors(&parameters())).unwrap_err();
+        assert!(matches!(error, Error::Invalid { .. }), "{error}");
+        assert!(error.to_string().starts_with(&format!("checkpoint `{}`: ", path.join(TENSORS).display())), "{error}");
     }
 }

@@ -75,8 +75,14 @@ mod tests {
 
     #[test]
     fn grids_must_match_the_number_of_image_tokens() {
-        for grids in [&[][..], &[[1, 4, 4]][..], &[[1, 4, 6], [1, 2, 2]][..]] {
-            assert!(multimodal_positions(&[5, 9, 9, 9, 9, 9, 9], 9, grids, 2).is_err(), "{grids:?}");
+        for (grids, want) in [
+            (&[][..], "image tokens at position 1 of the prompt: belong to no picture"),
+            (&[[1, 4, 4]][..], "image tokens at position 1 of the prompt: are 6, the picture's grid makes 4"),
+            (&[[1, 4, 6], [1, 2, 2]][..], "prompt: has fewer image token runs than pictures"),
+        ] {
+            let error = multimodal_positions(&[5, 9, 9, 9, 9, 9, 9], 9, grids, 2).expect_err(want);
+            assert!(matches!(error, Error::Invalid { .. }), "{error}");
+            assert_eq!(error.to_string(), want);
         }
     }
 }

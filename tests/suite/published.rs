@@ -206,10 +206,18 @@ fn qwen2_5_vl_with_only_a_genai_config_passes_every_verb() {
 #[test]
 fn qwen2_5_vl_in_mobius_layout_passes_every_verb() {
     let folder = Published::new("qwen2_5_vl", "qwen2_5_vl_mobius");
-    folder.write("audio_encoder/config.json", "{}");
-    fs::remove_dir_all(folder.path("audio_encoder")).expect("remove");
-    folder.write("inference.py", "import onnxruntime\n");
+    let beside = [("audio_encoder/config.json", "{}"), ("inference.py", "import onnxruntime\n")];
+    for (file, content) in beside {
+        folder.write(file, content);
+    }
     folder.check(true, "");
+    assert_eq!(folder.carried(), beside.map(|(file, _)| file));
+    for (file, content) in beside {
+        for made in ["pruned", "healed"] {
+            let copy = fs::read_to_string(folder.family.here().join(made).join(file));
+            assert_eq!(copy.expect("a copy"), content, "{made}/{file}");
+        }
+    }
 }
 
 /// The embeddings graph merges image features, with the file names and processor of Phi models.
