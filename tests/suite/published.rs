@@ -303,6 +303,11 @@ fn llava_onevision_encodes_tiles_for_a_graph_that_packs_them() {
     for part in ["no image tiles", "has an input `image_sizes`", "leave `--image-tiles` out"] {
         assert!(message.contains(part), "expected `{part}` in: {message}");
     }
+    let export = ["export", "llava_onevision_tiles", "--to", "transformers-js", "-o", "exported"];
+    let output = interlace(folder.family.here(), &export);
+    let message = stderr(&output);
+    assert_eq!(output.status.code(), Some(2), "{message}");
+    assert!(message.contains("reads `image_sizes`, which transformers.js never feeds"), "{message}");
 }
 
 /// The likelihood of answers is computed from the logits of the head, not from hidden states.
