@@ -293,6 +293,31 @@ fn llava_onevision_encodes_one_view_with_a_warning() {
     }
 }
 
+/// A graph that packs the features of tiles gets tiles without a flag.
+#[test]
+fn llava_onevision_encodes_tiles_for_a_graph_that_packs_them() {
+    let folder = Published::new("llava_onevision_tiles", "llava_onevision_tiles");
+    let printed = folder.run(&["inspect", "llava_onevision_tiles"]);
+    assert!(!printed.contains("a picture is one view"), "{printed}");
+    folder.check(true, "");
+    let ask = ["generate", "llava_onevision_tiles", "--image", "photo.jpeg", "--prompt", "What?", "--max-tokens", "2"];
+    for more in [&[][..], &["--image-tiles", "true"]] {
+        let printed = folder.run(&[&ask[..], more].concat());
+        assert!(printed.contains("99 prompt tokens"), "{more:?}: {printed}");
+    }
+    let output = interlace(folder.family.here(), &[&ask[..], &["--image-tiles", "false"]].concat());
+    let message = stderr(&output);
+    assert_eq!(output.status.code(), Some(2), "{message}");
+    for part in ["no image tiles", "has an input `image_sizes`", "leave `--image-tiles` out"] {
+        assert!(message.contains(part), "expected `{part}` in: {message}");
+    }
+    let export = ["export", "llava_onevision_tiles", "--to", "transformers-js", "-o", "exported"];
+    let output = interlace(folder.family.here(), &export);
+    let message = stderr(&output);
+    assert_eq!(output.status.code(), Some(2), "{message}");
+    assert!(message.contains("reads `image_sizes`, which transformers.js never feeds"), "{message}");
+}
+
 /// The likelihood of answers is computed from the logits of the head, not from hidden states.
 #[test]
 fn janus_with_a_separate_head_is_evaluated() {
