@@ -27,7 +27,7 @@ pub use memory::peak_memory_bytes;
 pub use peers::{Peers, gathered, is_first, is_own, own_part};
 pub use progress::{Progress, notice, set_quiet};
 pub use runaway::{on_runaway, watched};
-pub use staging::{ScratchDir, StagedDir};
+pub use staging::{ScratchDir, StagedDir, folder_of};
 pub use stopwatch::Stopwatch;
 pub use text::{human_bytes, human_count, list_preview};
 pub use threads::thread_count;

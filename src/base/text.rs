@@ -5,7 +5,7 @@ pub fn human_bytes(bytes: u64) -> String {
     scaled(bytes, &["B", "kB", "MB", "GB", "TB"])
 }
 
-/// `4.2 M`, `640`: decimal units, three significant digits.
+/// `4.20 M`, `640`: decimal units, three significant digits.
 pub fn human_count(count: u64) -> String {
     scaled(count, &["", "k", "M", "G", "T"]).trim_end().to_string()
 }

@@ -157,15 +157,22 @@ mod tests {
         for (text, want) in cases {
             assert_eq!(amount(text), Ok(want), "{text}");
         }
-        assert!(["", "0", "-1", "1X", "M", "nan", "1e30", "1.5 GB"].iter().all(|text| amount(text).is_err()));
+        for bad in ["", "0", "-1", "1X", "M", "nan", "1e30", "1.5 GB"] {
+            let error = amount(bad).expect_err(bad);
+            assert!(error.starts_with("must be a number above 0, with k, M, G"), "{bad}: {error}");
+        }
     }
 
     #[test]
     fn fractions_and_counts_out_of_range_are_refused() {
         assert_eq!(fraction("0.25"), Ok(0.25));
         assert_eq!(fraction("1"), Ok(1.0));
-        assert!(["0", "-0.1", "1.01", "nan", "x"].iter().all(|text| fraction(text).is_err()));
+        for bad in ["0", "-0.1", "1.01", "nan", "x"] {
+            assert_eq!(fraction(bad), Err("must be a number above 0 and at most 1".to_string()), "{bad}");
+        }
         assert_eq!(positive("3"), Ok(3));
-        assert!(["0", "-1", "1.5", ""].iter().all(|text| positive(text).is_err()));
+        for bad in ["0", "-1", "1.5", ""] {
+            assert_eq!(positive(bad), Err("must be a whole number above 0".to_string()), "{bad}");
+        }
     }
 }

@@ -132,8 +132,8 @@ fn recipes_help() -> String {
     format!("How to heal:\n{}", rows.collect::<Vec<_>>().join("\n"))
 }
 
-/// Help of `--teacher`, as a test makes it from the rows. It is no call of the table of losses, whose functions would link
-/// LibTorch to the program that only prints help.
+/// Help of `--teacher`. A test compares it with the tables of losses and recipes. It is not made from them, because the
+/// functions in the table of losses would link LibTorch to the program that only prints help.
 const TEACHER_HELP: &str =
     "Read the model before pruning, for the losses `kd`, `anchor` and `hidden` (the recipes fast and best)";
 
@@ -277,6 +277,7 @@ fn dry_run(plan: &RunPlan, context: &Context) -> anyhow::Result<Outcome> {
     Ok(done)
 }
 
+/// The settings: those of the recipe, overridden by the file of settings, overridden by the flags.
 fn settings(args: &Args) -> anyhow::Result<Settings> {
     let table = match &args.settings {
         Some(path) => {
@@ -310,11 +311,11 @@ fn settings(args: &Args) -> anyhow::Result<Settings> {
     }
     settings.seed = args.seed.unwrap_or(settings.seed);
     settings.schedule.max_steps = args.max_steps.or(settings.schedule.max_steps);
-    match args.precision {
-        Some(PrecisionArg::F32) => settings.precision = Precision::F32,
-        Some(PrecisionArg::Bf16) => settings.precision = Precision::Bf16,
-        None => {}
-    }
+    settings.precision = match args.precision {
+        Some(PrecisionArg::F32) => Precision::F32,
+        Some(PrecisionArg::Bf16) => Precision::Bf16,
+        None => settings.precision,
+    };
     Ok(settings)
 }
 

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use crate::base::{Error, Progress, Result, contained_path};
+use crate::base::{Error, Progress, Result, contained_path, folder_of};
 
 use super::json_row::{JsonProblem, JsonRow};
 use super::json_scan::scan;
@@ -93,7 +93,7 @@ impl JsonFile {
     }
 
     fn row(&self, subject: String, entry: JsonRow) -> Result<SourceRow> {
-        let folder = self.path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let folder = folder_of(&self.path);
         let subject = match &entry.id {
             Some(id) => format!("{subject} (id `{id}`)"),
             None => subject,

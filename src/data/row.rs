@@ -308,8 +308,14 @@ mod tests {
         let system = RawMessage::text(Speaker::System, "Be short.".into());
         let messages = std::iter::once(system.clone()).chain(dialogue(&["q", "a"])).collect();
         assert_eq!(row(0, messages).unwrap().system.as_deref(), Some("Be short."));
-        for messages in [vec![], dialogue(&["q"]), dialogue(&["q", "a", "q"]), vec![system]] {
-            assert!(row(0, messages).is_err());
+        for (messages, want) in [
+            (vec![], "has no question and answer"),
+            (dialogue(&["q"]), "turn 0 is by the user then nobody"),
+            (dialogue(&["q", "a", "q"]), "turn 1 is by the user then nobody"),
+            (vec![system], "has no question and answer"),
+        ] {
+            let error = row(0, messages).unwrap_err();
+            assert!(error.starts_with(want), "{error}");
         }
         let late = dialogue(&["q", "a"]).into_iter().chain([RawMessage::text(Speaker::System, "x".into())]).collect();
         let error = row(0, late).unwrap_err();

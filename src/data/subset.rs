@@ -119,15 +119,17 @@ mod tests {
 
     #[test]
     fn amounts_out_of_range_are_refused() {
-        for amount in [
-            Amount::Fraction(0.0),
-            Amount::Fraction(1.5),
-            Amount::Fraction(f64::NAN),
-            Amount::Samples(0),
-            Amount::Samples(11),
+        for (amount, count, want) in [
+            (Amount::Fraction(0.0), 10, "fraction of the data: is 0, expected more than 0 and at most 1"),
+            (Amount::Fraction(1.5), 10, "fraction of the data: is 1.5, expected more than 0 and at most 1"),
+            (Amount::Fraction(f64::NAN), 10, "fraction of the data: is NaN, expected more than 0 and at most 1"),
+            (Amount::Samples(0), 10, "data: no samples are chosen"),
+            (Amount::Samples(11), 10, "data: 11 samples are asked for, but there are 10"),
+            (Amount::All, 0, "data: no samples are chosen"),
         ] {
-            assert!(Subset { amount, seed: 1 }.indices(&keys(10)).is_err(), "{amount:?}");
+            let error = Subset { amount, seed: 1 }.indices(&keys(count)).unwrap_err();
+            assert!(matches!(error, Error::Invalid { .. }), "{amount:?}: {error}");
+            assert!(error.to_string().starts_with(want), "{amount:?}: {error}");
         }
-        assert!(Subset { amount: Amount::All, seed: 1 }.indices(&[]).is_err());
     }
 }

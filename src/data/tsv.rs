@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 
-use crate::base::{Error, Result, Sha256Digest, contained_path, sha256_file};
+use crate::base::{Error, Result, Sha256Digest, contained_path, folder_of, sha256_file};
 
 use super::sample::ImageBytes;
 use super::string_list::string_list;
@@ -188,7 +188,7 @@ impl Benchmark {
             }
             return Ok(images);
         }
-        let folder = self.path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let folder = folder_of(&self.path);
         let mut images = Vec::new();
         let names = row.image_path.as_deref().map(|names| listed(&subject, names)).transpose()?;
         for name in names.unwrap_or_default() {

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use protobuf::Message;
 
-use crate::base::{AtomicFile, Error, Result, copy_range};
+use crate::base::{AtomicFile, Error, Result, copy_range, folder_of};
 use crate::ir::{Model, Tensor, TensorData};
 
 use super::encode::{self, Placed};
@@ -54,7 +54,7 @@ pub fn save_with(
     metadata: impl FnOnce() -> Result<Metadata>,
 ) -> Result<Vec<String>> {
     crate::ir::check(model)?;
-    let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let folder = folder_of(path);
     let mut data = match storage {
         Storage::Inline => None,
         Storage::External { file_name, chunk_bytes } => Some(DataFiles::new(folder, file_name, *chunk_bytes)),

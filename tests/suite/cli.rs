@@ -310,17 +310,26 @@ fn a_run_writes_nothing_outside_its_output() {
 
 #[test]
 fn missing_cuda_is_an_error_without_fallback_to_the_cpu() {
-    if Path::new("/dev/nvidiactl").exists() {
-        return;
-    }
-    let folder = tempfile::tempdir().expect("folder");
     let data = fixture("data/finetune-small.parquet");
     let model = fixture("model");
-    let arguments = ["score", &model, "--data", &data, "--samples", "2", "--device", "cuda", "-o", "scores.json"];
-    let output = interlace(folder.path(), &arguments);
-    assert_eq!(output.status.code(), Some(2));
-    assert!(stderr(&output).contains("cuda:0"), "{}", stderr(&output));
-    assert!(names(folder.path()).is_empty());
+    // No machine has a device of the last index. The first one exists on machines with a GPU.
+    for (device, name) in [("cuda:4294967295", "cuda:4294967295"), ("cuda", "cuda:0")] {
+        let folder = tempfile::tempdir().expect("folder");
+        let arguments = ["score", &model, "--data", &data, "--samples", "2", "--device", device, "-o", "scores.json"];
+        let output = interlace(folder.path(), &arguments);
+        let message = stderr(&output);
+        if output.status.success() {
+            assert!(
+                device == "cuda" && Path::new("/dev/nvidiactl").exists(),
+                "{device} fell back to the CPU: {message}"
+            );
+            assert_eq!(names(folder.path()), ["scores.json"], "{device}");
+            continue;
+        }
+        assert_eq!(output.status.code(), Some(2), "{device}: {message}");
+        assert!(message.contains(&format!("device `{name}`")), "{device}: {message}");
+        assert!(names(folder.path()).is_empty(), "{device} left files behind");
+    }
 }
 
 /// Makes the decoder's head read only the last position, as some exporters do for generation.

@@ -53,6 +53,7 @@ fn by_logits(model: &mut LoadedModel, sample: &Sample) -> (f64, u64) {
     let (logits, _) = model.vlm.decoder_mut().step(&step, None).expect("logits");
     let width = *logits.shape().last().expect("a vocabulary");
     let logits = logits.to_f32().expect("floats");
+    assert_eq!((mask.len(), logits.len()), (ids.len(), ids.len() * width));
     let next = ids.iter().zip(&mask).skip(1).zip(logits.chunks_exact(width));
     let learned: Vec<f64> = next
         .filter(|((_, answer), _)| **answer)
@@ -172,6 +173,7 @@ fn predictions_are_saved_in_the_format_of_vlmevalkit() {
     columns.push("prediction");
     assert_eq!(rows[0], columns);
     let place = |name: &str| asked[0].iter().position(|column| column == name).expect("a column");
+    assert!(asked.len() >= rows.len(), "{} questions", asked.len());
     for (row, asked) in rows[1..].iter().zip(&asked[1..]) {
         assert_eq!(
             row[columns.iter().position(|name| *name == "question").expect("a column")],

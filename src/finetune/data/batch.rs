@@ -478,7 +478,8 @@ mod tests {
         let examples = training_set(folder.path()).examples;
         assert_eq!((&examples[0].detail().positions, &examples[0].detail().targets), (&vec![1, 2], &vec![7, 8]));
         assert_eq!((&examples[1].detail().positions, &examples[1].detail().targets), (&vec![0], &vec![6]));
-        assert!(Example::new("c".into(), &[1, 2], &[true]).is_err());
+        let error = Example::new("c".into(), &[1, 2], &[true]).unwrap_err().to_string();
+        assert_eq!(error, "sample `c`: has 2 tokens and an answer mask of 1");
     }
 
     #[test]

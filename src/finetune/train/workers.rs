@@ -202,13 +202,7 @@ fn cut(
         let middle = low + (high - low) / 2;
         if cuts(&lengths, middle).len() <= count { high = middle } else { low = middle + 1 }
     }
-    let mut rest = samples.as_slice();
-    let passes = cuts(&lengths, low).into_iter().map(|size| {
-        let (own, after) = rest.split_at(size);
-        rest = after;
-        own.to_vec()
-    });
-    passes.collect()
+    split(&samples, cuts(&lengths, low))
 }
 
 /// Distributes passes, longest first, so that at most `workers` shares have about the same work. Empty shares are
@@ -230,13 +224,17 @@ fn dealt(passes: Vec<Vec<usize>>, length: impl Fn(usize) -> usize, workers: usiz
 pub fn passes_of(dataset: &TrainingSet, mut samples: Vec<usize>, tokens: usize) -> Vec<Vec<usize>> {
     samples.sort_by_key(|&sample| std::cmp::Reverse(dataset.examples[sample].length));
     let lengths: Vec<usize> = samples.iter().map(|&sample| dataset.examples[sample].length.max(1)).collect();
-    let mut rest = samples.as_slice();
-    let passes = cuts(&lengths, tokens).into_iter().map(|size| {
-        let (own, after) = rest.split_at(size);
-        rest = after;
-        own.to_vec()
+    split(&samples, cuts(&lengths, tokens))
+}
+
+/// Splits samples into runs of these sizes.
+fn split(mut samples: &[usize], sizes: Vec<usize>) -> Vec<Vec<usize>> {
+    let runs = sizes.into_iter().map(|size| {
+        let (run, rest) = samples.split_at(size);
+        samples = rest;
+        run.to_vec()
     });
-    passes.collect()
+    runs.collect()
 }
 
 /// Cuts `lengths`, which are descending, into runs whose padded size is at most `limit` tokens. Returns the number of

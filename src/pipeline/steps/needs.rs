@@ -104,6 +104,7 @@ pub fn warnings(bundle: &Bundle, data: &Path) -> Vec<String> {
     Processor::open(bundle).ok().and_then(|processor| processor.warning()).into_iter().collect()
 }
 
+/// The requirement in messages.
 fn wanted(need: Need) -> &'static str {
     match need {
         Need::Layers => "a residual stream with layers",
@@ -118,8 +119,9 @@ fn lacks(analysis: &Analysis, need: Need) -> Option<(String, &'static str)> {
     match need {
         Need::EveryPosition => Some((
             analysis.picks_positions()?,
-            "export the model with the logits of all positions, or with a `num_logits_to_keep` input; a strategy that \
-             needs scores alone, such as `interlace`, and a recipe that looks at the stream alone do without",
+            "export the model with the logits of all positions, or with a `num_logits_to_keep` input, or use a \
+             strategy that reads only scores, such as `interlace`, and a recipe without a loss on answers, such as \
+             `fast`",
         )),
         Need::Cache => {
             let cached = analysis.map.layers.iter().flat_map(|layer| &layer.ports).any(|port| port.past.is_some());
@@ -130,6 +132,7 @@ fn lacks(analysis: &Analysis, need: Need) -> Option<(String, &'static str)> {
     }
 }
 
+/// Rejects a folder with a second decoder graph.
 fn alone(bundle: &Bundle, component: &Component) -> Result<()> {
     let others: Vec<&str> = bundle
         .components()
