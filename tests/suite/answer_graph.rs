@@ -46,7 +46,7 @@ fn answer(graph: &mut Session, encoded: &Encoded) -> Option<Vec<i64>> {
     }
     let feeds: Vec<(&str, &Tensor)> = feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
     let outputs = graph.run(&feeds, None).expect("an answer");
-    Some(outputs.get("generated_ids").expect("ids").to_i64().expect("integers").to_vec())
+    outputs.get("generated_ids").expect("ids").to_ir().expect("a tensor").to_i64s()
 }
 
 /// Compares the graph's answers with those of the components, for every prompt of a family; `dropped` first removes

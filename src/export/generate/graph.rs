@@ -16,7 +16,7 @@ use std::collections::HashMap;
 
 use crate::analysis;
 use crate::base::{Error, Result};
-use crate::ir::{AttributeKind, Body, DataType, Dim, Model, Tensor, Value, ValueId, ValueType};
+use crate::ir::{AttributeKind, Body, DataType, Dim, Model, Tensor, ValueId, ValueType};
 use crate::rewrite::{Joined, Part, Scope};
 use crate::runtime::{Input, InputKind, Port};
 
