@@ -116,7 +116,7 @@ pub fn score_among(
         |sample| encoder.prompt(sample),
         |all| {
             for encoded in waiting.over(all) {
-                let encoded = encoded?;
+                let (_, encoded) = encoded?;
                 cancel.check("no scores are written")?;
                 samples.push(score_one(&mut model, encoded, &packs)?);
                 progress.advance(1);

@@ -34,12 +34,13 @@ fn pictures(encoded: &Encoded, port: &Port) -> Option<Array> {
     }
 }
 
-fn answer(graph: &mut Session, encoded: &Encoded) -> Option<Vec<i64>> {
+/// Runs the graph on a prompt; `None` for pictures that do not fit one run of the vision encoder.
+pub fn answer(graph: &mut Session, encoded: &Encoded, tokens: i64) -> Option<Vec<i64>> {
     let mut feeds = Vec::new();
     for port in graph.inputs().to_vec() {
         let tensor = match port.name.as_str() {
             "input_ids" => Tensor::from_i64(DataType::Int64, &[1, encoded.input_ids.len()], encoded.input_ids.clone()),
-            "max_new_tokens" => Tensor::from_i64(DataType::Int64, &[], vec![TOKENS]),
+            "max_new_tokens" => Tensor::from_i64(DataType::Int64, &[], vec![tokens]),
             _ => Tensor::from_array(port.dtype, pictures(encoded, &port)?),
         };
         feeds.push((port.name, tensor.expect("a tensor")));
@@ -70,7 +71,7 @@ fn check(archive: &str, name: &str, dropped: Option<&str>) -> usize {
     let mut checked = 0;
     for (case, want) in family.cases() {
         let encoded = processor.encode_prompt(&sample(&want["turns"])).expect("a prompt");
-        let Some(found) = answer(&mut graph, &encoded) else { continue };
+        let Some(found) = answer(&mut graph, &encoded, TOKENS) else { continue };
         let prompt = encoded.into_prompt();
         let components = model.generate(&[prompt], TOKENS as usize, &Cancel::default()).expect("an answer").remove(0);
         assert_eq!(found, components, "{name} {case}");

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::base::{Cancel, Error, Progress, Result, Sha256Digest, ahead, read_json, write_json};
+use crate::base::{Cancel, Error, Progress, Result, Sha256Digest, read_json, write_json};
 use crate::data::LeftOut;
 use crate::prompt::Prompt;
 use crate::runtime::{Embedded, Step, VlmSession};
@@ -179,19 +179,15 @@ pub fn scan(source: &dyn Source, max_tokens: usize, cancel: &Cancel) -> Result<(
     let progress = Progress::new("lengths", "samples", source.count());
     let mut left_out = LeftOut::default();
     let mut examples = Vec::new();
-    ahead(
-        SAMPLES_AHEAD,
-        || source.samples(),
-        |samples| {
-            for sample in samples {
-                let sample = sample?;
-                cancel.check("nothing was computed")?;
-                progress.advance(1);
-                examples.extend(taken(&sample, max_tokens, &mut left_out)?.map(|example| example.summary()));
-            }
-            Ok(())
-        },
-    )?;
+    source.ahead(SAMPLES_AHEAD, &mut |samples| {
+        for sample in samples {
+            let sample = sample?;
+            cancel.check("nothing was computed")?;
+            progress.advance(1);
+            examples.extend(taken(&sample, max_tokens, &mut left_out)?.map(|example| example.summary()));
+        }
+        Ok(())
+    })?;
     Ok((not_empty(examples, &left_out)?, with_those_of(source, left_out)))
 }
 
@@ -214,39 +210,36 @@ pub fn each_round(
     let mut tokens = 0;
     let mut bytes_per_token = BYTES_PER_TOKEN;
     // Pictures of the next samples are decoded while the network runs these.
-    ahead(
-        SAMPLES_AHEAD,
-        || source.samples(),
-        |samples| {
-            let model = model.get()?;
-            for sample in samples {
-                let sample = sample?;
-                cancel.check("what was computed of these samples is not kept")?;
-                if let Some(progress) = &progress {
-                    progress.advance(1);
-                }
-                let Some(example) = taken(&sample, max_tokens, &mut left_out)? else { continue };
-                tokens += example.length;
-                pictured.push((sample, example));
-                let full = tokens * bytes_per_token >= BYTES_PER_ROUND;
-                if full || pictured.len() >= SAMPLES_AHEAD {
-                    embed(&mut pictured, model, &mut round)?;
-                    let width = round.last().map_or(0, |last| last.embedded.hidden_size);
-                    bytes_per_token = if width > 0 { width * size_of::<f32>() } else { BYTES_PER_TOKEN };
-                }
-                if full {
-                    tokens = 0;
-                    work(&mut round, model)?;
-                    round.clear();
-                }
+    source.ahead(SAMPLES_AHEAD, &mut |samples| {
+        let model = model.get()?;
+        for sample in samples {
+            let sample = sample?;
+            cancel.check("what was computed of these samples is not kept")?;
+            if let Some(progress) = &progress {
+                progress.advance(1);
             }
-            embed(&mut pictured, model, &mut round)?;
-            if !round.is_empty() {
+            let Some(example) = taken(&sample, max_tokens, &mut left_out)? else { continue };
+            tokens += example.length;
+            pictured.push((sample, example));
+            let full = tokens * bytes_per_token >= BYTES_PER_ROUND;
+            if full || pictured.len() >= SAMPLES_AHEAD {
+                embed(&mut pictured, model, &mut round)?;
+                let width = round.last().map_or(0, |last| last.embedded.hidden_size);
+                bytes_per_token = if width > 0 { width * size_of::<f32>() } else { BYTES_PER_TOKEN };
+            }
+            if full {
+                tokens = 0;
                 work(&mut round, model)?;
+                round.clear();
             }
-            Ok(with_those_of(source, left_out))
-        },
-    )
+        }
+        embed(&mut pictured, model, &mut round)?;
+        if !round.is_empty() {
+            work(&mut round, model)?;
+        }
+        Ok(())
+    })?;
+    Ok(with_those_of(source, left_out))
 }
 
 /// Runs the model's decoder over a round and returns the result of `keep` for each sample, in the order of `round`.
