@@ -13,6 +13,7 @@ mod hidden_states;
 mod internal;
 mod join;
 mod merged;
+mod opset;
 mod removal;
 mod renumber;
 mod tap;
@@ -33,6 +34,7 @@ pub use head::with_head;
 pub use hidden_states::MovedTap;
 pub use internal::INTERNAL_DOMAIN;
 pub use join::{Inlined, Joined, Part, Scope};
+pub use opset::raise_opset;
 pub use tap::{SIMILARITY_PREFIX, tap_similarities};
 pub use widen::widened;
 

@@ -18,6 +18,7 @@ use crate::base::{Error, Result};
 use crate::bundle::{AssetKind, Bundle, Component, Role};
 use crate::ir::Model;
 use crate::onnx;
+use crate::rewrite::raise_opset;
 use crate::runtime::headed;
 
 use super::components::{cap_ir_version, chosen, copy, create, size_of};
@@ -53,12 +54,14 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
         .remedy("export it within the vision encoder"));
     }
     let decoder = headed(bundle, decoder.clone())?;
+    let (embedding, vision) = (of(Role::EmbedTokens), of(Role::VisionEncoder));
+    let all = [Some(&decoder), embedding.map(|(_, model)| model), vision.map(|(_, model)| model)];
+    let opset = all.iter().flatten().filter_map(|model| model.opset_imports.get("")).max().copied().unwrap_or(1);
+    let decoder = raise_opset(&decoder, opset)?;
+    let embedding = embedding.map(|(_, model)| raise_opset(model, opset)).transpose()?;
+    let vision = vision.map(|(_, model)| raise_opset(model, opset)).transpose()?;
     let config = bundle.config();
-    let graphs = Graphs {
-        decoder: &decoder,
-        embedding: of(Role::EmbedTokens).map(|(_, model)| model),
-        vision: of(Role::VisionEncoder).map(|(_, model)| model),
-    };
+    let graphs = Graphs { decoder: &decoder, embedding: embedding.as_ref(), vision: vision.as_ref() };
     let ids = TokenIds {
         image: config.and_then(|config| config.image_token_id),
         end: config.map_or(&[], |config| &config.eos_token_ids),
