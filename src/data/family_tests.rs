@@ -279,8 +279,10 @@ fn the_token_of_videos_is_read_from_the_processor_s_config() {
     let folder = folder(family, &shared);
     fs::write(folder.path().join("chat_template.jinja"), video["template"].as_str().unwrap()).unwrap();
     let encode = |token: &str| {
-        let config = serde_json::json!({"processor_class": "Qwen3VLProcessor", "video_token": token});
-        fs::write(folder.path().join("processor_config.json"), config.to_string()).unwrap();
+        let path = folder.path().join("processor_config.json");
+        let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        config["video_token"] = token.into();
+        fs::write(&path, config.to_string()).unwrap();
         let processor = Processor::open(&Bundle::open(folder.path()).unwrap()).unwrap();
         let frame = || ImageBytes::file("photo.jpeg", fixtures("awkward/photo.jpeg"));
         let clip = ImageBytes::frames("video 0", vec![(0.0, frame()), (0.5, frame())]).unwrap();
