@@ -92,7 +92,8 @@ fn one_graph_answers_as_the_components_do() {
         ("moondream", "moondream"),
         ("internvl", "internvl"),
         ("gemma3", "gemma3"),
-        ("janus", "janus"),
+        ("lfm2_vl", "lfm2_vl"),
+        ("minicpm_v", "minicpm_v"),
         ("paligemma", "paligemma"),
         ("mistral3", "mistral3"),
         ("aya_vision", "aya_vision"),
@@ -108,6 +109,9 @@ fn graphs_that_need_more_than_a_loop_are_refused_with_the_reason() {
     for (archive, name, why) in [
         ("qwen2_vl", "qwen2_vl", "position_ids"),
         ("qwen3_vl", "qwen3_vl", "position_ids"),
+        ("gemma4", "gemma4", "per_layer_inputs"),
+        ("granite_docling", "granite_docling", "deepstack_features"),
+        ("janus", "janus", "expected `input_ids` alone"),
         ("llava", "llava_projector", "projector"),
         ("llava", "llava_single", "pixel_values"),
     ] {

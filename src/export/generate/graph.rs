@@ -69,7 +69,12 @@ pub fn generation_graph(graphs: &Graphs<'_>, ids: &TokenIds<'_>) -> Result<Model
         rows = Some(match &vision {
             None => own,
             Some((part, model)) => {
-                let rows = Rows { ids: input_ids, values: own, dtype: embedding.dtype };
+                let rows = Rows {
+                    ids: input_ids,
+                    values: own,
+                    dtype: embedding.output.dtype,
+                    width: embedding.output.width(),
+                };
                 with_features(&mut main, part, model, ids.image, &rows)?
             }
         });
@@ -190,8 +195,8 @@ fn refused(port: &Port, problem: &str) -> Error {
 struct Embedding<'a> {
     part: Part<'a>,
     input: (ValueId, DataType),
-    /// Type of the embeddings.
-    dtype: DataType,
+    /// The embeddings.
+    output: Port,
 }
 
 impl<'a> Embedding<'a> {
@@ -207,8 +212,8 @@ impl<'a> Embedding<'a> {
                 );
             }
         };
-        let dtype = only_output("the token embedding", model)?.dtype;
-        Ok(Embedding { part: joined.part("embedding", model)?, input: ids, dtype })
+        let output = only_output("the token embedding", model)?;
+        Ok(Embedding { part: joined.part("embedding", model)?, input: ids, output })
     }
 
     /// `[1, T, D]` embeddings of `[1, T]` ids.
@@ -262,6 +267,8 @@ struct Rows {
     /// `[1, T, D]` embeddings.
     values: ValueId,
     dtype: DataType,
+    /// `D`, where the graph fixes it.
+    width: Option<usize>,
 }
 
 /// The embeddings with the features of the pictures at the image tokens. Without image tokens the vision encoder does
@@ -285,7 +292,7 @@ fn with_features(
         bound.insert(id, graph_input(scope.joined, name, input.port.dtype, &input.port.shape));
     }
     let output = only_output("the vision encoder", model)?;
-    let width = output.width().ok_or_else(|| {
+    let width = output.width().or(rows.width).ok_or_else(|| {
         Error::unsupported("the vision encoder", "does not declare the width of its features")
             .remedy("export it with a fixed width")
     })?;
@@ -402,13 +409,14 @@ fn answer_loop(
     (limit, end): (ValueId, ValueId),
 ) -> Result<ValueId> {
     let begun = scope.joined.constant("begun", Tensor::from_bytes(DataType::Bool, &[], vec![1u8]));
-    let here = start.inside(scope.joined, decoder, embedding.map_or(DataType::Float, |embedding| embedding.dtype));
+    let here =
+        start.inside(scope.joined, decoder, embedding.map_or(DataType::Float, |embedding| embedding.output.dtype));
     let (iteration, condition) = (scope.joined.value("iteration"), scope.joined.value("condition"));
     for (id, dtype) in [(iteration, DataType::Int64), (condition, DataType::Bool)] {
         scope.joined.model.graph.values[id.index()].ty = Some(tensor(dtype, &[]));
     }
     let mut body = Scope::new(&mut *scope.joined);
-    let embeds = embedding.map(|embedding| embedding.dtype);
+    let embeds = embedding.map(|embedding| embedding.output.dtype);
     let bound = fed(&mut body, decoder, &here, iteration, embeds);
     let outputs = body.inline(part, "step", &bound)?;
     let (token, goes_on) = chosen(&mut body, outputs[decoder.logits], decoder.logits_type, end);
