@@ -34,6 +34,20 @@ fn help_and_version_go_to_standard_output_with_status_0() {
 }
 
 #[test]
+fn help_into_a_closed_pipe_exits_with_status_0() {
+    for arguments in [&["--help"][..], &["help"], &["finetune", "--help"], &["--version"]] {
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        let output = Command::new(env!("CARGO_BIN_EXE_interlace"))
+            .args(arguments)
+            .stdout(writer)
+            .output()
+            .expect("the binary starts");
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}: {}", stderr(&output));
+    }
+}
+
+#[test]
 fn only_the_interlace_torch_program_links_libtorch() {
     let links = |program: &str| {
         let bytes = fs::read(program).expect("the program");
