@@ -9,7 +9,7 @@ use std::path::{Component, Path, PathBuf};
 use memmap2::Mmap;
 
 use super::error::{Error, Result};
-use super::staging::{hold, temporary_of};
+use super::staging::{folder_of, hold, temporary_of};
 
 /// Bytes that a user may still write on the disk of `path`, or of the nearest folder above it that exists.
 ///
@@ -26,6 +26,27 @@ pub fn free_disk_bytes(path: &Path) -> Result<u64> {
     };
     let found = found.ok_or_else(|| Error::io("read", folder, io::Error::last_os_error()))?;
     Ok(found.f_bavail.saturating_mul(found.f_frsize))
+}
+
+/// Checks that a file can be created at `path`. Verbs call this before they compute what they write there.
+///
+/// Errors: `Error::Invalid` when its folder does not exist or is a file, or when `path` is a folder.
+pub fn check_output_file(path: &Path) -> Result<()> {
+    let folder = folder_of(path);
+    if !folder.exists() {
+        return Err(
+            Error::invalid(format!("folder `{}`", folder.display()), "does not exist").remedy("create it first")
+        );
+    }
+    if !folder.is_dir() {
+        return Err(Error::invalid(format!("output `{}`", path.display()), "its folder is a file, expected a folder")
+            .remedy("name a file in a folder that exists"));
+    }
+    if path.is_dir() {
+        return Err(Error::invalid(format!("output `{}`", path.display()), "is a folder, expected the name of a file")
+            .remedy("name a file in it"));
+    }
+    Ok(())
 }
 
 /// A read-only memory map of a whole file.
@@ -201,6 +222,24 @@ pub fn contained_path(folder: &Path, relative: &str) -> Result<PathBuf> {
 mod tests {
     use super::*;
     use std::os::unix::fs::symlink;
+
+    #[test]
+    fn the_folder_of_an_output_file_must_exist() {
+        let root = tempfile::tempdir().unwrap();
+        fs::write(root.path().join("file"), "x").unwrap();
+        for good in ["new.json", "file"] {
+            check_output_file(&root.path().join(good)).unwrap();
+        }
+        check_output_file(Path::new("new.json")).unwrap();
+        for (bad, want) in [
+            ("none/x.json", "none`: does not exist; create it first"),
+            ("file/x.json", "its folder is a file, expected a folder"),
+            ("", "is a folder, expected the name of a file"),
+        ] {
+            let error = check_output_file(&root.path().join(bad)).unwrap_err().to_string();
+            assert!(error.contains(want), "{bad}: {error}");
+        }
+    }
 
     #[test]
     fn symlinks_may_lead_only_inside_the_folder_or_to_hub_cache_blobs() {

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::base::{Device, human_bytes, human_count, sha256_file, write_json};
+use crate::base::{Device, check_output_file, human_bytes, human_count, sha256_file, write_json};
 use crate::bundle::Bundle;
 use crate::data::{Amount, Dataset, Subset};
 use crate::method::select::{STRATEGIES, Strategy};
@@ -87,6 +87,7 @@ fn strategies_help() -> String {
 }
 
 pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
+    check_output_file(&args.output)?;
     let strategy =
         args.strategy.unwrap_or_else(|| if args.drop.is_some() { "explicit" } else { "interlace" }.to_string());
     let how_many = [

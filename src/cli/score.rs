@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::base::{Device, Peers, is_first, write_json};
+use crate::base::{Device, Peers, check_output_file, is_first, write_json};
 use crate::bundle::Bundle;
 use crate::data::{Amount, Dataset};
 use crate::method::{ScoreSettings, Scores, score_among};
@@ -56,6 +56,9 @@ pub struct Args {
 
 /// Scores; with `peers` as one of several processes, of which the first prints and writes.
 pub fn run(args: Args, context: &Context, peers: Option<&dyn Peers>) -> anyhow::Result<Outcome> {
+    if is_first(peers) {
+        check_output_file(&args.output)?;
+    }
     let amount = match (args.samples, args.fraction) {
         (Some(count), _) => Amount::Samples(count),
         (None, part) => Amount::Fraction(part.unwrap_or(0.1)),

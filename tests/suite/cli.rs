@@ -302,6 +302,28 @@ fn errors_are_one_message_with_status_2_and_leave_nothing_behind() {
 }
 
 #[test]
+fn a_missing_folder_of_an_output_file_is_refused_before_any_work() {
+    let folder = tempfile::tempdir().expect("folder");
+    // The model and the data do not exist either, so a verb that reads them first gives another message.
+    let to = ["-o", "nodir/x.json"];
+    for verb in [
+        &["score", "no-model", "--data", "no-data"][..],
+        &["plan", "no-model", "--drop-count", "1"],
+        &["eval", "no-model", "--data", "no-data.tsv"],
+        &["bench", "no-model"],
+        &["generate", "no-model", "--data", "no-data"],
+    ] {
+        let output = interlace(folder.path(), &[verb, &to].concat());
+        let message = stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{verb:?}: {message}");
+        assert!(message.contains("folder `nodir`: does not exist; create it first"), "{verb:?}: {message}");
+    }
+    let predictions = ["eval", "no-model", "--data", "no.tsv", "-o", "x.json", "--predictions", "nodir/p.tsv"];
+    let message = stderr(&interlace(folder.path(), &predictions));
+    assert!(message.contains("folder `nodir`: does not exist"), "{message}");
+}
+
+#[test]
 fn a_run_writes_nothing_outside_its_output() {
     let folder = tempfile::tempdir().expect("folder");
     let (home, temporary) = (folder.path().join("home"), folder.path().join("temporary"));
