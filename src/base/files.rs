@@ -49,6 +49,26 @@ pub fn check_output_file(path: &Path) -> Result<()> {
     Ok(())
 }
 
+/// `path` without links, `.` and `..`, as far as its folders exist; the rest of it is resolved by its text.
+///
+/// Errors: `Error::Io` when the current folder cannot be read.
+pub fn resolved_path(path: &Path) -> Result<PathBuf> {
+    let absolute = std::path::absolute(path).map_err(|e| Error::io("read", path, e))?;
+    let mut real = PathBuf::new();
+    for part in absolute.components() {
+        match part {
+            Component::ParentDir => {
+                real.pop();
+            }
+            part => real.push(part),
+        }
+        if let Ok(place) = fs::canonicalize(&real) {
+            real = place;
+        }
+    }
+    Ok(real)
+}
+
 /// A read-only memory map of a whole file.
 pub struct MappedFile {
     path: PathBuf,
@@ -238,6 +258,24 @@ mod tests {
         ] {
             let error = check_output_file(&root.path().join(bad)).unwrap_err().to_string();
             assert!(error.contains(want), "{bad}: {error}");
+        }
+    }
+
+    #[test]
+    fn paths_are_resolved_as_far_as_they_exist() {
+        let root = tempfile::tempdir().unwrap();
+        let here = fs::canonicalize(root.path()).unwrap();
+        fs::create_dir_all(here.join("a/b")).unwrap();
+        symlink("a/b", here.join("link")).unwrap();
+        for (path, want) in [
+            ("a/new", "a/new"),
+            ("a/../c/./d", "c/d"),
+            ("link/new", "a/b/new"),
+            ("link/../new", "a/new"),
+            ("none/../a/new", "a/new"),
+            ("none/more/../../link/x", "a/b/x"),
+        ] {
+            assert_eq!(resolved_path(&root.path().join(path)).unwrap(), here.join(want), "{path}");
         }
     }
 

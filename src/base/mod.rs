@@ -21,7 +21,9 @@ pub use artifact::{Provenance, read_json, write_json};
 pub use cancel::{Cancel, install_ctrl_c};
 pub use device::Device;
 pub use error::{Error, Result};
-pub use files::{AtomicFile, MappedFile, check_output_file, contained_path, copy_range, free_disk_bytes};
+pub use files::{
+    AtomicFile, MappedFile, check_output_file, contained_path, copy_range, free_disk_bytes, resolved_path,
+};
 pub use hash::{Sha256Digest, sha256_bytes, sha256_file, sha256_json, sha256_large_file};
 pub use memory::peak_memory_bytes;
 pub use peers::{Peers, gathered, is_first, is_own, own_part};

@@ -323,6 +323,45 @@ fn a_missing_folder_of_an_output_file_is_refused_before_any_work() {
     assert!(message.contains("folder `nodir`: does not exist"), "{message}");
 }
 
+/// Every verb would refuse the model afterwards.
+#[test]
+fn an_output_folder_inside_the_model_folder_is_refused() {
+    let folder = tempfile::tempdir().expect("folder");
+    let here = folder.path();
+    let model = model_copy(here);
+    std::os::unix::fs::symlink("model", here.join("link")).expect("link");
+    let data = fixture("data/finetune-small.parquet");
+    let before = names(&model);
+    let outputs = ["model/out", "model/onnx/out", "link/out", "none/../model/out", "model/new/out", "model/../link/x"];
+    for out in outputs {
+        for verb in [
+            &["prune", "model", "--drop", "2"][..],
+            &["export", "model", "--to", "triton"],
+            &["finetune", "model", "--layers", "2", "--recipe", "paper", "--data", &data, "--samples", "2"],
+        ] {
+            let output = interlace(here, &[verb, &["-o", out]].concat());
+            let message = stderr(&output);
+            assert_eq!(output.status.code(), Some(2), "{verb:?} {out}: {message}");
+            let want = format!("output `{out}`: lies inside the model folder `model`; name a folder outside of it");
+            assert!(message.contains(&want), "{verb:?}: {message}");
+            assert_eq!(names(&model), before, "{verb:?} {out}");
+        }
+    }
+    // The teacher's folder counts too, and so does the folder of checkpoints.
+    let dense = fixture("model");
+    let finetune = ["finetune", &dense, "--layers", "2", "--recipe", "paper", "--data", &data, "--samples", "2"];
+    for rest in
+        [&["--teacher", "model", "-o", "model/out"][..], &["--teacher", "model", "--work", "model/w", "-o", "x"]]
+    {
+        let message = stderr(&interlace(here, &[&finetune[..], rest].concat()));
+        assert!(message.contains("lies inside the model folder `model`"), "{rest:?}: {message}");
+        assert_eq!(names(&model), before, "{rest:?}");
+    }
+    // Other files beside a single graph do not matter.
+    let single = ["prune", "model/onnx/decoder_model_merged.onnx", "--drop", "1", "-o", "model/onnx/out", "--json"];
+    json(&interlace(here, &single));
+}
+
 #[test]
 fn a_run_writes_nothing_outside_its_output() {
     let folder = tempfile::tempdir().expect("folder");

@@ -172,9 +172,13 @@ pub fn finetune(
         indices: &indices,
         intake: Intake::new(&dataset, &bundle, usize::MAX),
     };
+    let dense = request.teacher.map(Bundle::open).transpose()?;
+    for model in std::iter::once(&bundle).chain(&dense) {
+        model.check_output(target)?;
+        model.check_output(request.work)?;
+    }
     let writes = request.ranks.is_none_or(|ranks| ranks.rank() == 0);
     let writer = if writes { Some(BundleWriter::create(&bundle, target)?) } else { None };
-    let dense = request.teacher.map(Bundle::open).transpose()?;
     let teacher = dense.as_ref().map(|bundle| Teacher { bundle, kept: &roles.kept, anchors: &roles.anchors });
     let training = training(request, &roles, &bundle, &data);
     let is_new = !request.work.exists();

@@ -95,6 +95,7 @@ struct PruneSettings<'a> {
 /// components have different numbers of layers, or the target exists; `Error::Unsupported` when the layers cannot be
 /// found. On an error the target does not exist.
 pub fn prune(bundle: &Bundle, drop: &Drop, deepstack: Deepstack, target: &Path) -> Result<Pruned> {
+    bundle.check_output(target)?;
     let (tower, layers) = match drop {
         Drop::Layers { tower, layers } => (*tower, *layers),
         Drop::Plan { plan, .. } => (Tower::Text, plan.drop.as_slice()),
