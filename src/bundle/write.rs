@@ -335,11 +335,13 @@ impl Bundle {
             return Ok(());
         }
         let (place, root) = (resolved_path(target)?, resolved_path(self.root())?);
-        // The folder itself exists already, which is refused with the same remedy.
-        if place == root || !place.starts_with(&root) {
+        if !place.starts_with(&root) {
             return Ok(());
         }
-        let problem = format!("lies inside the model folder `{}`", self.root().display());
+        let problem = match place == root {
+            true => "is the model folder itself".to_string(),
+            false => format!("lies inside the model folder `{}`", self.root().display()),
+        };
         Err(Error::invalid(format!("output `{}`", target.display()), problem).remedy("name a folder outside of it"))
     }
 
