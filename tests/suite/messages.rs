@@ -125,6 +125,28 @@ fn configs_of_wrong_types_are_refused_with_the_key_and_expected_type() {
     }
 }
 
+/// Trains one step of layer 9 of the shipped model; `more` are further arguments.
+fn train(root: &Path, more: &[&str]) -> std::process::Output {
+    let (model, data) = (fixture("model"), fixture("data/finetune-small.parquet"));
+    let all = ["finetune", &model, "--layers", "9", "--data", &data, "--turns", "separate", "--recipe", "paper"];
+    let few = ["--samples", "4", "--batch-size", "4", "--max-steps", "1", "--learning-rate", "1e-3"];
+    interlace(root, &[&all[..], &few, more].concat())
+}
+
+#[test]
+fn a_new_run_does_not_remove_the_checkpoint_of_an_interrupted_one() {
+    let work = tempfile::tempdir().unwrap();
+    let checkpoint = work.path().join("healed.work/checkpoints/step-00000011");
+    fs::create_dir_all(&checkpoint).unwrap();
+    let output = train(work.path(), &["-o", "healed"]);
+    assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+    check_message(
+        &stderr(&output),
+        &["`healed.work`: holds step 11 of an interrupted run; add `--resume` to continue, or remove the folder"],
+    );
+    assert!(checkpoint.exists() && !work.path().join("healed").exists());
+}
+
 #[test]
 fn an_answer_longer_than_the_context_is_refused_in_advance() {
     let work = tempfile::tempdir().unwrap();

@@ -11,8 +11,8 @@ use crate::base::{Cancel, Device, Error, Provenance, Result, Sha256Digest, write
 use crate::bundle::{Bundle, BundleWriter, Record, RecordedStep, Role, Tower};
 use crate::data::{DataOptions, Dataset, Encoder, Intake, Subset};
 use crate::finetune::{
-    Conversations, Limits, Report, Request, RunPlan, Settings, StepMetrics, Teacher, clear_work, plan_run,
-    remove_unbegun,
+    Conversations, Limits, Report, Request, RunPlan, Settings, StepMetrics, Teacher, clear_work, interrupted_at,
+    plan_run, remove_unbegun,
 };
 use crate::method::{LayerRole, Plan, named_layers};
 use crate::runtime::FeatureCache;
@@ -149,8 +149,8 @@ fn training<'a>(request: &'a Finetune, roles: &'a Roles, bundle: &'a Bundle, dat
 
 /// Trains layers of the model and writes the result as a new folder.
 ///
-/// Errors: `Error::Invalid` when the model was not pruned with this plan, no sample has tokens to train on, or the
-/// target exists; `Error::Unsupported` when other precision variants of the decoder would keep their old weights;
+/// Errors: `Error::Invalid` when the model was not pruned with this plan, no sample has tokens to train on, the work
+/// folder holds a checkpoint and the run does not resume, or the target exists; `Error::Unsupported` when other precision variants of the decoder would keep their old weights;
 /// `Error::Interrupted` on Ctrl-C, with a checkpoint in the work folder. On an error the target does not exist.
 pub fn finetune(
     request: &Finetune,
@@ -158,6 +158,7 @@ pub fn finetune(
     cancel: &Cancel,
     observer: &mut dyn FnMut(&StepMetrics),
 ) -> Result<Report> {
+    check_begun(request)?;
     let bundle = Bundle::open(request.model)?;
     let roles = Roles::of(&bundle, request)?;
     let component = bundle.require(Role::Decoder)?.clone();
@@ -217,6 +218,18 @@ pub fn finetune(
     write_json(&request.work.join(FINETUNE_REPORT), &outcome.report)?;
     clear_work(request.work)?;
     Ok(outcome.report)
+}
+
+/// Errors: `Error::Invalid` where a new run would remove the checkpoint of an interrupted one.
+fn check_begun(request: &Finetune) -> Result<()> {
+    match interrupted_at(request.work)?.filter(|_| !request.resume) {
+        Some(step) => Err(Error::invalid(
+            format!("`{}`", request.work.display()),
+            format!("holds step {step} of an interrupted run"),
+        )
+        .remedy("add `--resume` to continue, or remove the folder")),
+        None => Ok(()),
+    }
 }
 
 /// The layers of a model as a run sees them, and the settings that suit it.
