@@ -11,7 +11,7 @@ use crate::bundle::Bundle;
 use crate::data::{Amount, Subset};
 use crate::finetune::{
     DEFAULT_RECIPE, LearningRate, Limits, LoraLayers, PlannedBytes, Precision, RECIPES, RecipeRow, Report, RunPlan,
-    Settings, refuse_moved,
+    Settings, interrupted_at, refuse_moved,
 };
 use crate::method::Plan;
 use crate::pipeline::steps::{self, Finetune, Trained, default_work_folder};
@@ -190,6 +190,10 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     if args.dry_run {
         let plan = steps::plan_finetune(&request)?;
         return dry_run(&plan, context);
+    }
+    if request.resume && ranks.as_ref().is_none_or(|ranks| ranks.rank() == 0) && interrupted_at(request.work)?.is_none()
+    {
+        context.output.note(format!("no checkpoint in `{}`; starting at step 1", request.work.display()));
     }
     let report = steps::finetune(&request, &args.output, &context.cancel, &mut |_| ())?;
     if ranks.as_ref().is_some_and(|ranks| ranks.rank() > 0) {

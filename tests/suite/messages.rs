@@ -148,6 +148,17 @@ fn a_new_run_does_not_remove_the_checkpoint_of_an_interrupted_one() {
 }
 
 #[test]
+fn resuming_without_a_checkpoint_says_that_the_run_starts_at_step_1() {
+    let work = tempfile::tempdir().unwrap();
+    for (out, more, noted) in [("first", "--json", true), ("second", "--quiet", false)] {
+        let output = train(work.path(), &["--resume", "-o", out, more]);
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        let note = format!("no checkpoint in `{out}.work`; starting at step 1");
+        assert_eq!(stderr(&output).contains(&note), noted, "{}", stderr(&output));
+    }
+}
+
+#[test]
 fn an_answer_longer_than_the_context_is_refused_in_advance() {
     let work = tempfile::tempdir().unwrap();
     model(work.path());
