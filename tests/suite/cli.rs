@@ -226,6 +226,28 @@ fn plans_need_scores_of_the_same_model() {
     assert!(stderr(&output).contains("another model"), "{}", stderr(&output));
 }
 
+/// Both plans drop the same layers, so only the models' digests differ.
+#[test]
+fn finetune_refuses_the_plan_of_another_model() {
+    let folder = tempfile::tempdir().expect("folder");
+    let here = folder.path();
+    let (dense, other) = (fixture("model"), model_copy(here));
+    let config = fs::read_to_string(other.join("config.json")).expect("config");
+    fs::write(other.join("config.json"), format!("{config}\n")).expect("write");
+    json(&interlace(here, &["plan", &dense, "--drop", "2,9", "-o", "plan.json", "--json"]));
+    json(&interlace(here, &["plan", "model", "--drop", "2,9", "-o", "other.json", "--json"]));
+    json(&interlace(here, &["prune", &dense, "--plan", "plan.json", "-o", "pruned", "--json"]));
+    let data = fixture("data/finetune-small.parquet");
+    let all = ["finetune", "pruned", "--plan", "other.json", "--data", &data, "--recipe", "paper", "-o", "healed"];
+    let output = interlace(here, &all);
+    let message = stderr(&output);
+    assert_eq!(output.status.code(), Some(2), "{message}");
+    for part in ["`pruned`: was pruned from a model with digest", "give the plan that the model was pruned with"] {
+        assert!(message.contains(part), "{message}");
+    }
+    assert!(!here.join("healed").exists() && !here.join("healed.work").exists());
+}
+
 #[test]
 fn errors_are_one_message_with_status_2_and_leave_nothing_behind() {
     let folder = tempfile::tempdir().expect("folder");

@@ -308,7 +308,22 @@ fn of_whole_model(settings: Settings) -> Result<Settings> {
 /// Checks that the folder's record agrees with the plan.
 fn check_plan(bundle: &Bundle, plan: &Plan) -> Result<()> {
     let subject = || format!("`{}`", bundle.root().display());
-    let history = bundle.record()?.map(|record| record.history).unwrap_or_default();
+    let record = bundle.record()?;
+    // The record's inputs are those of its last step.
+    if let Some(record) = &record
+        && let Some(RecordedStep::Prune { tower: Tower::Text, .. }) = record.history.last()
+        && let (Some(from), Some(planned)) =
+            (record.provenance.inputs.get("model"), plan.provenance.inputs.get("model"))
+        && from != planned
+    {
+        let (from, planned) = (from.get(..8).unwrap_or(from), planned.get(..8).unwrap_or(planned));
+        return Err(Error::invalid(
+            subject(),
+            format!("was pruned from a model with digest {from}.., the plan was made for one with digest {planned}.."),
+        )
+        .remedy("give the plan that the model was pruned with"));
+    }
+    let history = record.map(|record| record.history).unwrap_or_default();
     let pruned = history.iter().rev().find_map(|step| match step {
         RecordedStep::Prune { tower: Tower::Text, layers_before, dropped, .. } => Some((*layers_before, dropped)),
         _ => None,
