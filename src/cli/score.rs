@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use crate::base::{Device, Peers, check_output_file, is_first, write_json};
 use crate::bundle::Bundle;
-use crate::data::{Amount, Dataset};
+use crate::data::{Amount, Dataset, Subset};
 use crate::method::{ScoreSettings, Scores, score_among};
 use crate::pipeline::steps::{Work, check_needs};
 
@@ -74,6 +74,11 @@ pub fn run(args: Args, context: &Context, peers: Option<&dyn Peers>) -> anyhow::
     let bundle = Bundle::open(&args.model)?;
     check_needs(&bundle, Work::Score)?;
     let dataset = Dataset::open_for(&args.data, &bundle, &args.reading.options())?;
+    if args.samples.is_none() && args.fraction.is_none() && is_first(peers) {
+        let drawn = dataset.draw(Subset { amount, seed: args.seed })?.len();
+        let all = dataset.len();
+        context.output.note(format!("scoring on {drawn} of {all} samples; `--samples` or `--fraction` sets how many"));
+    }
     let scores = score_among(peers, &bundle, &dataset, &settings, args.device, &context.cancel)?;
     if !is_first(peers) {
         return Ok(Outcome::Done);

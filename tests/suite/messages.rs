@@ -158,6 +158,43 @@ fn resuming_without_a_checkpoint_says_that_the_run_starts_at_step_1() {
     }
 }
 
+/// `rows.json` with this many conversations without pictures.
+fn rows(root: &Path, count: usize) {
+    let row = |number: usize| {
+        let question = format!("What is {number} and {number}?");
+        json!({"id": number, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": "a sum"}]})
+    };
+    fs::write(root.join("rows.json"), Value::from((0..count).map(row).collect::<Vec<_>>()).to_string()).unwrap();
+}
+
+#[test]
+fn a_plan_draws_all_samples_where_there_are_fewer_than_its_default() {
+    let work = tempfile::tempdir().unwrap();
+    rows(work.path(), 3);
+    let model = fixture("model");
+    let plan = ["plan", &model, "--strategy", "sleb", "--drop-count", "1", "--data", "rows.json", "-o", "plan.json"];
+    let output = interlace(work.path(), &[&plan[..], &["--json"]].concat());
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let found: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(found["samples"].as_array().map(Vec::len), Some(3));
+    assert_eq!(found["settings"]["samples"], 3);
+    let message = refusal(work.path(), &[&plan[..], &["--samples", "4"]].concat());
+    check_message(&message, &["has 3 samples, but 4 are asked for; give `--samples 3` or fewer"]);
+}
+
+#[test]
+fn score_says_how_many_samples_it_draws_by_default() {
+    let work = tempfile::tempdir().unwrap();
+    rows(work.path(), 20);
+    let model = fixture("model");
+    let score = ["score", &model, "--data", "rows.json", "-o", "scores.json"];
+    for (more, noted) in [(&[][..], true), (&["--samples", "1"], false), (&["--quiet"], false)] {
+        let output = interlace(work.path(), &[&score[..], more].concat());
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        assert_eq!(stderr(&output).contains("scoring on 2 of 20 samples"), noted, "{}", stderr(&output));
+    }
+}
+
 #[test]
 fn an_answer_longer_than_the_context_is_refused_in_advance() {
     let work = tempfile::tempdir().unwrap();
