@@ -309,6 +309,7 @@ fn errors_are_one_message_with_status_2_and_leave_nothing_behind() {
         (&["export", &model, "--to", "triton", "--variant", "q9", "-o", "out"], "q9"),
         (&["export", &model, "--to", "triton", "-o", "taken"], "exists already"),
         (&["run", "recipe.toml"], "modle"),
+        (&["run", "recipe.toml"], "docs/recipes.md and schemas/recipe.schema.json list the keys"),
     ];
     let before = names(here);
     for (arguments, want) in cases {
