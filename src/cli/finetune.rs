@@ -30,11 +30,12 @@ use super::ranks::meet_others;
     --teacher model/ -o healed/\n  interlace finetune pruned/ --plan plan.json --data train.parquet --recipe paper \
     --learning-rate 1e-3 -o healed/\n  interlace finetune model/ --layers all --data train.parquet --recipe paper \
     -o finetuned/\n\nCtrl-C leaves a checkpoint; the same command with --resume continues from it.")]
+#[command(group(clap::ArgGroup::new("which").required(true).args(["plan", "layers"])))]
 pub struct Args {
     /// Model folder: with --plan the one that `interlace prune --plan` wrote
     model: PathBuf,
     /// Train the finetune layers of the plan by which the model was pruned
-    #[arg(long, value_name = "FILE", required_unless_present = "layers", conflicts_with = "layers")]
+    #[arg(long, value_name = "FILE")]
     plan: Option<PathBuf>,
     /// Train these layers of the model as it is, which need not be pruned: `all`, or indices from 0 with commas, as in 2,5
     #[arg(long, value_name = "LAYERS")]
@@ -63,7 +64,7 @@ pub struct Args {
     /// Set the peak learning rate, in the optimiser's units; of several, separated by commas, take the one that reaches
     /// the lowest loss in a trial pass; `auto` tries the optimiser's usual rates in trials of at most 32 steps each and
     /// takes the one with the lowest loss on samples that were held back [default: the recipe's]
-    #[arg(long, value_name = "LR")]
+    #[arg(long, visible_alias = "lr", value_name = "LR")]
     learning_rate: Option<LearningRate>,
     /// Put this number of samples into one forward pass [default: the recipe's]
     #[arg(long, value_name = "N")]

@@ -81,6 +81,9 @@ fn usage_errors_exit_with_2_and_say_what_is_wrong() {
         (&["plan", "model", "-o", "p.json", "--drop", "2,x"], "`x` is not a layer index"),
         (&["plan", "model", "-o", "p.json", "--drop-count", "4", "--target-speedup", "1.2"], "cannot be used with"),
         (&["plan", "model", "-o", "p.json", "--target-size", "1.5 pounds"], "with k, M, G"),
+        (&["finetune", "model", "--data", "d", "-o", "o"], "--plan <FILE>|--layers <LAYERS>"),
+        (&["finetune", "model", "--data", "d", "-o", "o", "--plan", "p", "--layers", "2"], "cannot be used with"),
+        (&["finetune", "model", "--data", "d", "-o", "o", "--layers", "2", "--lr", "fast"], "--learning-rate <LR>"),
     ] {
         let output = interlace(folder.path(), arguments);
         assert_eq!(output.status.code(), Some(2), "{arguments:?}");
