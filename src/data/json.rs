@@ -102,7 +102,7 @@ impl JsonFile {
         for name in &entry.images {
             let picture = format!("image `{name}` of {subject}");
             let path = contained_path(folder, name).map_err(|error| {
-                Error::invalid(&picture, error.to_string())
+                Error::invalid(&picture, error.without_remedy().to_string())
                     .remedy("keep pictures in the folder of the JSON file and name them relative to it")
             })?;
             images.push(ImageBytes::file(picture, path));

@@ -194,7 +194,7 @@ impl Benchmark {
         for name in names.unwrap_or_default() {
             let picture = format!("image `{name}` of {subject}");
             let path = contained_path(folder, &name).map_err(|error| {
-                Error::invalid(&picture, error.to_string())
+                Error::invalid(&picture, error.without_remedy().to_string())
                     .remedy("keep pictures in the folder of the benchmark and name them relative to it")
             })?;
             images.push(ImageBytes::file(picture, path));

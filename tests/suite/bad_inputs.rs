@@ -62,6 +62,33 @@ fn a_template_that_fails_to_render_is_refused() {
     score(folder.path(), &["chat template in `chat_template.jinja`", "line 1"]);
 }
 
+/// The model's faults are not counted as unreadable rows.
+#[test]
+fn a_model_without_a_template_or_an_image_processor_is_at_fault_and_not_the_data() {
+    let folder = tempfile::tempdir().expect("folder");
+    let model = model(folder.path());
+    fs::remove_file(model.join("chat_template.jinja")).expect("remove");
+    score(folder.path(), &["error: `model`: has no chat template", "expected chat_template.jinja"]);
+    fs::copy(fixtures().join("model/chat_template.jinja"), model.join("chat_template.jinja")).expect("copy");
+    fs::remove_file(model.join("preprocessor_config.json")).expect("remove");
+    edit(&model.join("processor_config.json"), |config| {
+        drop(config.as_object_mut().expect("keys").shift_remove("image_processor"))
+    });
+    let wanted = "error: `model`: not supported: data has pictures, but the model has no image processor";
+    score(folder.path(), &[wanted, "put `preprocessor_config.json` beside the model"]);
+}
+
+#[test]
+fn a_question_without_an_answer_is_refused_with_one_remedy() {
+    let folder = tempfile::tempdir().expect("folder");
+    model(folder.path());
+    fs::write(folder.path().join("x.jsonl"), r#"{"conversations": [{"from": "human", "value": "Hi"}]}"#).expect("data");
+    let arguments = ["score", "model", "--data", "x.jsonl", "--samples", "1", "-o", "out.json", "--quiet"];
+    let ends = "the conversation ends with the user; an assistant's answer is missing; correct the row, or remove it from \
+                the file\n";
+    refused(folder.path(), &arguments, &["more than 5% of 1 samples cannot be read, repair the data", ends]);
+}
+
 #[test]
 fn a_tokenizer_without_the_image_token_is_refused() {
     let folder = tempfile::tempdir().expect("folder");

@@ -73,7 +73,7 @@ fn rows_of_wrong_types_are_refused_with_the_key_and_expected_type() {
         (json!({"conversations": "x"}), ["`conversations`", "\"x\"", "a sequence"]),
         (
             json!({"image": "../p.png", "conversations": talk}),
-            ["../p.png", "without `..`", "name the file by its path below that folder"],
+            ["../p.png", "without `..`", "keep pictures in the folder of the JSON file"],
         ),
     ] {
         fs::write(work.path().join("rows.json"), json!([row]).to_string()).unwrap();
