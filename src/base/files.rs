@@ -10,6 +10,7 @@ use memmap2::Mmap;
 
 use super::error::{Error, Result};
 use super::staging::{folder_of, hold, temporary_of};
+use super::text::shortened;
 
 /// Bytes that a user may still write on the disk of `path`, or of the nearest folder above it that exists.
 ///
@@ -219,7 +220,9 @@ fn is_hub_blob(folder: &Path, file: &Path) -> bool {
 /// Errors: `Error::Invalid` for an absolute path, a `..` component or another link that leaves the folder; `Error::Io`
 /// when the file does not exist.
 pub fn contained_path(folder: &Path, relative: &str) -> Result<PathBuf> {
-    let subject = || format!("path `{relative}` in `{}`", folder.display());
+    // A name that is longer than file systems allow is no name, but for instance a picture in base64.
+    let shown = if relative.len() > 255 { shortened(relative) } else { relative.to_string() };
+    let subject = || format!("path `{shown}` in `{}`", folder.display());
     let candidate = Path::new(relative);
     let plain = !relative.is_empty()
         && !relative.contains(['\\', '\0'])
@@ -230,7 +233,7 @@ pub fn contained_path(folder: &Path, relative: &str) -> Result<PathBuf> {
     }
     let joined = folder.join(candidate);
     let root = fs::canonicalize(folder).map_err(|e| Error::io("open", folder, e))?;
-    let resolved = fs::canonicalize(&joined).map_err(|e| Error::io("open", &joined, e))?;
+    let resolved = fs::canonicalize(&joined).map_err(|e| Error::io("open", folder.join(&shown), e))?;
     if !resolved.starts_with(&root) && !is_hub_blob(&root, &resolved) {
         return Err(Error::invalid(subject(), "leads out of the folder through a link")
             .remedy("copy the folder with its links followed (`cp -rL`)"));

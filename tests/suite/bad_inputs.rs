@@ -62,6 +62,30 @@ fn a_template_that_fails_to_render_is_refused() {
     score(folder.path(), &["chat template in `chat_template.jinja`", "line 1"]);
 }
 
+/// A cell that is quoted in a message is cut.
+#[test]
+fn a_long_cell_is_not_printed_whole() {
+    let folder = tempfile::tempdir().expect("folder");
+    model(folder.path());
+    let long = "QUJD".repeat(2000);
+    let row = |key: &str, value: &str| {
+        format!(
+            r#"{{"{key}": "{value}", "conversations": [{{"from": "human", "value": "x"}}, {{"from": "gpt", "value": "y"}}]}}"#
+        )
+    };
+    for (text, wanted) in [
+        (row("image", &long), &["image `QUJDQUJD", "QUJD..`", "keep pictures in the folder"][..]),
+        (format!(r#"{{"conversations": "{long}"}}"#), &["`conversations`: invalid type: string", "a sequence"]),
+        (format!(r#"{{"messages": [{{"role": "{long}", "content": "x"}}]}}"#), &["has a message of `QUJD", "QUJD..`"]),
+    ] {
+        fs::write(folder.path().join("x.jsonl"), text).expect("data");
+        let arguments = ["score", "model", "--data", "x.jsonl", "--samples", "1", "-o", "out.json", "--quiet"];
+        refused(folder.path(), &arguments, wanted);
+        let message = stderr(&interlace(folder.path(), &arguments));
+        assert!(message.len() < 900, "{message}");
+    }
+}
+
 /// The model's faults are not counted as unreadable rows.
 #[test]
 fn a_model_without_a_template_or_an_image_processor_is_at_fault_and_not_the_data() {
@@ -146,6 +170,14 @@ fn a_benchmark_without_questions_or_pictures_is_refused() {
         (format!("index\timage\tanswer\n1\t{picture}\tyes\n"), &["has no column `question`", "tab-separated layout"]),
         (format!("index\timage\tquestion\tanswer\n1\t{picture}\t\tyes\n"), &["row `1`", "has no `question`"]),
         ("index\timage\tquestion\tanswer\n1\t\tWhy?\tyes\n".to_string(), &["picture"]),
+        (
+            format!("index\timage\tquestion\tcategory\n1\t{picture}\tWhy?\tA\n"),
+            &["has no column `answer`, only index, image, question, category"],
+        ),
+        (
+            format!("index\timage_path\tquestion\tanswer\n1\t{}\tWhy?\tyes\n", picture.repeat(40)),
+            &["`image_path` of row `1` holds base64, expected a file name; call the column `image`"],
+        ),
     ] {
         fs::write(folder.path().join("bench.tsv"), &text).expect("write");
         refused(folder.path(), &["eval", "model", "--data", "bench.tsv", "-o", "out.json", "--quiet"], wanted);
