@@ -17,7 +17,7 @@ mod text;
 mod threads;
 
 pub use ahead::{ahead, prepared_ahead};
-pub use artifact::{Provenance, read_json, write_json};
+pub use artifact::{Provenance, read_artifact, read_json, write_json};
 pub use cancel::{Cancel, install_ctrl_c};
 pub use device::Device;
 pub use error::{Error, Result};

@@ -110,6 +110,9 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     let scores = args.scores.as_deref().map(Scores::read).transpose()?;
     let digest = args.scores.as_deref().map(sha256_file).transpose()?;
     let model = PlannedModel::of(&bundle)?;
+    if let (Some(scores), Some(file)) = (&scores, &args.scores) {
+        model.check_scores(scores, format!("scores `{}`", file.display()))?;
+    }
     let mut settings = PlanSettings {
         strategy,
         how_many,

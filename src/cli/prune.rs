@@ -57,7 +57,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     let plan = args.plan.as_deref().map(Plan::read).transpose()?;
     let layers = args.drop.unwrap_or(LayerList(Vec::new())).0;
     let drop = match (&plan, &args.plan) {
-        (Some(plan), Some(path)) => Drop::Plan { plan, digest: sha256_file(path)? },
+        (Some(plan), Some(path)) => Drop::Plan { plan, digest: sha256_file(path)?, file: path },
         _ => {
             let tower = match args.component {
                 Component::Decoder => Tower::Text,

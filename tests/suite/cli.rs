@@ -226,7 +226,34 @@ fn plans_need_scores_of_the_same_model() {
     json(&interlace(folder.path(), &["prune", &model, "--plan", "plan.json", "-o", "pruned", "--json"]));
     let output = interlace(folder.path(), &["prune", "pruned", "--plan", "plan.json", "-o", "twice"]);
     assert_eq!(output.status.code(), Some(2));
-    assert!(stderr(&output).contains("another model"), "{}", stderr(&output));
+    let message = stderr(&output);
+    let want = "plan `plan.json`: made for another model than `pruned`, which was pruned already; give the dense model";
+    assert!(message.contains(want), "{message}");
+    // A file of another kind.
+    let data = fixture("data/finetune-small.parquet");
+    let score = ["score", &model, "--data", &data, "--samples", "1", "-o", "scores.json", "--json"];
+    json(&interlace(folder.path(), &score));
+    for (arguments, want) in [
+        (
+            &["prune", &model, "--plan", "scores.json", "-o", "out"][..],
+            "`scores.json`: holds scores, expected a plan; name a file that `interlace plan` wrote",
+        ),
+        (
+            &["plan", &model, "--scores", "plan.json", "--drop-count", "1", "-o", "p.json"],
+            "`plan.json`: holds a plan, expected scores; name a file that `interlace score` wrote",
+        ),
+        (
+            &["plan", "pruned", "--scores", "scores.json", "--drop-count", "1", "-o", "p.json"],
+            "scores `scores.json`: made for another model than `pruned`, which was pruned already",
+        ),
+        (
+            &["prune", &model, "--plan", "pruned/interlace.json", "-o", "out"],
+            "holds the record of a model, expected a plan",
+        ),
+    ] {
+        let message = stderr(&interlace(folder.path(), arguments));
+        assert!(message.contains(want), "{arguments:?}: {message}");
+    }
 }
 
 /// Both plans drop the same layers, so only the models' digests differ.

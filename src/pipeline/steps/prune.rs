@@ -9,7 +9,9 @@ use serde::Serialize;
 
 use crate::analysis::{self, Analysis};
 use crate::base::{Error, Provenance, Result, Sha256Digest};
-use crate::bundle::{Bundle, BundleWriter, Component, Deepstack, LayerEdit, Record, Role, SetAside, TapChange, Tower};
+use crate::bundle::{
+    Bundle, BundleWriter, Component, Deepstack, LayerEdit, Record, RecordedStep, Role, SetAside, TapChange, Tower,
+};
 use crate::method::Plan;
 use crate::onnx;
 use crate::rewrite::{MovedTap, drop_layers, has_additions, shift_additions, tap_changes};
@@ -76,6 +78,8 @@ pub enum Drop<'a> {
         plan: &'a Plan,
         /// Digest of the plan's file.
         digest: Sha256Digest,
+        /// The plan's file, for messages.
+        file: &'a Path,
     },
 }
 
@@ -135,7 +139,7 @@ pub fn prune(bundle: &Bundle, drop: &Drop, deepstack: Deepstack, target: &Path) 
         }
         Ok(edit) => edit,
         // A plan of another model is the more likely reason.
-        Err(error) => return Err(inputs(bundle.digest()?, drop).err().unwrap_or(error)),
+        Err(error) => return Err(inputs(bundle, bundle.digest()?, drop).err().unwrap_or(error)),
     };
     let loaded = match deepstack {
         Deepstack::Keep => loaded,
@@ -164,7 +168,7 @@ pub fn prune(bundle: &Bundle, drop: &Drop, deepstack: Deepstack, target: &Path) 
     let components = thread::scope(|scope| {
         let digest = scope.spawn(|| bundle.digest());
         write(writer, &edit, deepstack, &loaded, || match digest.join() {
-            Ok(digest) => inputs(digest?, drop),
+            Ok(digest) => inputs(bundle, digest?, drop),
             Err(panic) => resume_unwind(panic),
         })
     })?;
@@ -192,15 +196,26 @@ pub fn drop_refusal(bundle: &Bundle, analysis: &Analysis, tower: Tower, layers: 
     drop_layers(analysis, layers).map(drop).and_then(|()| bundle.check_drop(&edit)).err()
 }
 
+/// The error for a file that was made for another model. `remedy` applies to a model that was never pruned.
+pub(super) fn of_another_model(subject: String, bundle: &Bundle, remedy: &str) -> Error {
+    let history = bundle.record().ok().flatten().map(|record| record.history).unwrap_or_default();
+    let pruned = history.iter().any(|step| matches!(step, RecordedStep::Prune { .. }));
+    let problem = format!("made for another model than `{}`", bundle.root().display());
+    match pruned {
+        true => Error::invalid(subject, format!("{problem}, which was pruned already")).remedy("give the dense model"),
+        false => Error::invalid(subject, problem).remedy(remedy),
+    }
+}
+
 /// Digests of the inputs of the result.
 ///
 /// Errors: `Error::Invalid` when a plan is of another model.
-fn inputs(model: Sha256Digest, drop: &Drop) -> Result<BTreeMap<String, Sha256Digest>> {
+fn inputs(bundle: &Bundle, model: Sha256Digest, drop: &Drop) -> Result<BTreeMap<String, Sha256Digest>> {
     let mut inputs = BTreeMap::new();
-    if let Drop::Plan { plan, digest } = drop {
+    if let Drop::Plan { plan, digest, file } = drop {
         if plan.provenance.inputs.get("model") != Some(&model) {
-            return Err(Error::invalid("plan", "was made for another model")
-                .remedy("make a plan for this model, or name layers with `--drop`"));
+            let subject = format!("plan `{}`", file.display());
+            return Err(of_another_model(subject, bundle, "make a plan for this model, or name layers with `--drop`"));
         }
         inputs.insert("plan".to_string(), digest.clone());
     }
