@@ -148,6 +148,23 @@ fn a_new_run_does_not_remove_the_checkpoint_of_an_interrupted_one() {
 }
 
 #[test]
+fn a_teacher_of_another_family_is_refused_before_any_work() {
+    let work = tempfile::tempdir().unwrap();
+    model(work.path());
+    let path = work.path().join("m/config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let own = config["model_type"].as_str().unwrap().to_string();
+    config["model_type"] = "qwen3_vl".into();
+    fs::write(&path, config.to_string()).unwrap();
+    for more in [&["-o", "healed"][..], &["-o", "healed", "--dry-run"]] {
+        let output = train(work.path(), &[&["--teacher", "m"][..], more].concat());
+        assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+        check_message(&stderr(&output), &["teacher `m`: is qwen3_vl, the model to train is ", &own, "dense model"]);
+        assert!(!work.path().join("healed").exists());
+    }
+}
+
+#[test]
 fn resuming_without_a_checkpoint_says_that_the_run_starts_at_step_1() {
     let work = tempfile::tempdir().unwrap();
     for (out, more, noted) in [("first", "--json", true), ("second", "--quiet", false)] {

@@ -96,6 +96,7 @@ pub fn plan_finetune(request: &Finetune) -> Result<RunPlan> {
     let intake = Intake::new(&dataset, &bundle, usize::MAX);
     let data = Conversations { encoder: &encoder, dataset: &dataset, indices: &indices, intake };
     let dense = request.teacher.map(Bundle::open).transpose()?;
+    dense.as_ref().map_or(Ok(()), |dense| check_family(&bundle, dense))?;
     let teacher = dense.as_ref().map(|bundle| Teacher { bundle, kept: &roles.kept, anchors: &roles.anchors });
     plan_run(&training(request, &roles, &bundle, &data), teacher.as_ref())
 }
@@ -174,6 +175,7 @@ pub fn finetune(
         intake: Intake::new(&dataset, &bundle, usize::MAX),
     };
     let dense = request.teacher.map(Bundle::open).transpose()?;
+    dense.as_ref().map_or(Ok(()), |dense| check_family(&bundle, dense))?;
     for model in std::iter::once(&bundle).chain(&dense) {
         model.check_output(target)?;
         model.check_output(request.work)?;
@@ -230,6 +232,18 @@ fn check_begun(request: &Finetune) -> Result<()> {
         .remedy("add `--resume` to continue, or remove the folder")),
         None => Ok(()),
     }
+}
+
+/// Errors: `Error::Invalid` where the configs of the dense model and of the trained one name different families.
+fn check_family(bundle: &Bundle, dense: &Bundle) -> Result<()> {
+    let (Some(own), Some(other)) = (bundle.config(), dense.config()) else { return Ok(()) };
+    // Kinds of configs have names of their own for a family.
+    if own.source != other.source || own.model_type == other.model_type {
+        return Ok(());
+    }
+    let problem = format!("is {}, the model to train is {}", other.model_type, own.model_type);
+    Err(Error::invalid(format!("teacher `{}`", dense.root().display()), problem)
+        .remedy("give the dense model that the pruned one was made from"))
 }
 
 /// The layers of a model as a run sees them, and the settings that suit it.
