@@ -238,7 +238,8 @@ fn check_begun(request: &Finetune) -> Result<()> {
 fn check_family(bundle: &Bundle, dense: &Bundle) -> Result<()> {
     let (Some(own), Some(other)) = (bundle.config(), dense.config()) else { return Ok(()) };
     // Kinds of configs have names of their own for a family.
-    if own.source != other.source || own.model_type == other.model_type {
+    let unnamed = own.model_type.is_empty() || other.model_type.is_empty();
+    if own.source != other.source || unnamed || own.model_type == other.model_type {
         return Ok(());
     }
     let problem = format!("is {}, the model to train is {}", other.model_type, own.model_type);
