@@ -72,7 +72,9 @@ impl VlmSession {
             }
             None => None,
         };
-        VlmSession::new(vision, embed, decoder, settings)
+        let file = bundle.component(Role::Decoder).map(|part| format!("`{}`", bundle.path_of(part).display()));
+        let session = VlmSession::new(vision, embed, decoder, settings)?;
+        Ok(VlmSession { decoder_file: file, ..session })
     }
 }
 

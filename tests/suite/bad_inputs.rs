@@ -103,6 +103,20 @@ fn a_model_without_a_template_or_an_image_processor_is_at_fault_and_not_the_data
 }
 
 #[test]
+fn a_model_without_token_embeddings_is_refused_by_file_and_with_the_names_looked_for() {
+    let folder = tempfile::tempdir().expect("folder");
+    let model = model(folder.path());
+    for name in ["embed_tokens.onnx", "embed_tokens.onnx_data"] {
+        let path = model.join("onnx").join(name);
+        if path.exists() {
+            fs::remove_file(path).expect("remove");
+        }
+    }
+    let file = "`model/onnx/decoder_model_merged.onnx`: takes `inputs_embeds`";
+    score(folder.path(), &[file, "put `embed_tokens.onnx`, `prepare_inputs_embeds.onnx`", "`embedding/model.onnx`"]);
+}
+
+#[test]
 fn a_question_without_an_answer_is_refused_with_one_remedy() {
     let folder = tempfile::tempdir().expect("folder");
     model(folder.path());
