@@ -73,8 +73,9 @@ impl VlmSession {
             None => None,
         };
         let file = bundle.component(Role::Decoder).map(|part| format!("`{}`", bundle.path_of(part).display()));
-        let session = VlmSession::new(vision, embed, decoder, settings)?;
-        Ok(VlmSession { decoder_file: file, ..session })
+        let mut session = VlmSession::new(vision, embed, decoder, settings)?;
+        session.decoder_file = file;
+        Ok(session)
     }
 }
 

@@ -60,7 +60,8 @@ pub fn products_of(
             let scaled = others.iter().any(|op| op == "Mul" || op.contains("Norm"));
             let reason = if scaled { ": a norm or a scale after the MLP is in between" } else { "" };
             Err(format!(
-                "its output is a sum with {} and with no product of a trained weight{reason}; the layer is trained by steps only",
+                "its output is a sum with {} and with no product of a trained weight{reason}; the layer is trained by \
+                 steps only",
                 others.join(", ")
             ))
         }
