@@ -206,11 +206,33 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         output.json(&report)?;
         return Ok(Outcome::Done);
     }
-    print_report(&report, output)
+    let metrics = fs::read_to_string(request.work.join(&report.metrics_file)).unwrap_or_default();
+    print_report(&report, loss_line(&losses(&metrics)), output)
+}
+
+/// The loss of each step, from the lines of the metrics.
+fn losses(metrics: &str) -> Vec<f64> {
+    let loss = |line: &str| serde_json::from_str::<serde_json::Value>(line).ok()?.get("loss")?.as_f64();
+    metrics.lines().filter_map(loss).collect()
+}
+
+/// Describes the losses of a run by means over many steps: those of single steps vary too much to be compared.
+fn loss_line(losses: &[f64]) -> Option<String> {
+    let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len().max(1) as f64;
+    let quarter = losses.len().div_ceil(4);
+    match losses {
+        [] => None,
+        [loss] => Some(format!("1 step, loss {loss:.4}")),
+        _ => Some(format!(
+            "mean loss of the first quarter of the steps {:.4}, of the last quarter {:.4}",
+            mean(&losses[..quarter]),
+            mean(&losses[losses.len() - quarter..])
+        )),
+    }
 }
 
 /// Prints the report of a run.
-fn print_report(report: &Report, output: &output::Output) -> anyhow::Result<Outcome> {
+fn print_report(report: &Report, losses: Option<String>, output: &output::Output) -> anyhow::Result<Outcome> {
     output.line(format!(
         "{} steps on {} samples, {} trained parameters in layers {:?}",
         report.steps,
@@ -235,8 +257,8 @@ fn print_report(report: &Report, output: &output::Output) -> anyhow::Result<Outc
         };
         output.line(format!("layer {}: {text}", fit.layer))?;
     }
-    if let (Some(first), Some(last)) = (report.first_loss, report.last_loss) {
-        output.line(format!("loss {first:.4} at the first step, {last:.4} at the last"))?;
+    if let Some(losses) = losses {
+        output.line(losses)?;
     }
     output.line(format!(
         "{:.1} s, {:.0} tokens/s, peak memory {}",
@@ -339,6 +361,17 @@ mod tests {
         let recipes = RECIPES.iter().filter(|row| row.needs_teacher()).map(|row| row.name.to_string());
         let (losses, recipes) = (losses.collect::<Vec<_>>(), recipes.collect::<Vec<_>>());
         format!("Read the model before pruning, for the losses {} (the recipes {})", list(&losses), list(&recipes))
+    }
+
+    #[test]
+    fn losses_are_compared_by_means_over_a_quarter_of_the_steps() {
+        assert_eq!(loss_line(&[]), None);
+        assert_eq!(loss_line(&[2.0]).unwrap(), "1 step, loss 2.0000");
+        let two = "mean loss of the first quarter of the steps 2.0000, of the last quarter 1.0000";
+        assert_eq!(loss_line(&[2.0, 1.0]).unwrap(), two);
+        let eight = "mean loss of the first quarter of the steps 5.0000, of the last quarter 2.0000";
+        assert_eq!(loss_line(&[6.0, 4.0, 9.0, 0.0, 9.0, 0.0, 1.0, 3.0]).unwrap(), eight);
+        assert_eq!(losses("{\"step\":1,\"loss\":2.5}\n{\"step\":2,\"loss\":1.5}\n"), [2.5, 1.5]);
     }
 
     #[test]
