@@ -207,7 +207,9 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         return Ok(Outcome::Done);
     }
     let metrics = fs::read_to_string(request.work.join(&report.metrics_file)).unwrap_or_default();
-    print_report(&report, loss_line(&losses(&metrics)), output)
+    // A run that ends with the fit takes no step.
+    let losses = loss_line(&losses(&metrics)).filter(|_| report.first_loss.is_some());
+    print_report(&report, losses, output)
 }
 
 /// The loss of each step, from the lines of the metrics.
