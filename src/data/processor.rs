@@ -252,6 +252,11 @@ impl Processor {
         })
     }
 
+    /// The error of conversations for a model without a chat template; `None` for a model with one.
+    pub fn without_template(&self) -> Option<String> {
+        self.template().err().map(|error| error.to_string())
+    }
+
     pub(super) fn render(&self, id: &str, messages: &[Message], prompt: bool) -> Result<String> {
         let template = self.template()?;
         // The template's error has a remedy.

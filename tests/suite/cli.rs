@@ -173,6 +173,26 @@ fn inspect_prints_layers_at_the_top_level() {
     assert_eq!(found["vision"]["num_layers"], 5);
     let text = interlace(folder.path(), &["inspect", &fixture("model")]);
     assert!(stdout(&text).contains("decoder: 16 layers"), "{}", stdout(&text));
+    assert!(stdout(&text).contains("\nscore: yes\nprune: yes\nfinetune: yes\neval: yes\n"), "{}", stdout(&text));
+    // A second decoder would keep its old weights, and a head that reads one position has no losses on answers.
+    let model = model_copy(folder.path());
+    fs::copy(model.join("onnx/decoder_model_merged.onnx"), model.join("onnx/decoder_model_merged_q4.onnx"))
+        .expect("copy");
+    fs::copy(model.join("onnx/decoder_model_merged.onnx_data"), model.join("onnx/decoder_model_merged_q4.onnx_data"))
+        .expect("copy");
+    fs::remove_file(model.join("chat_template.jinja")).expect("remove");
+    let text = stdout(&interlace(folder.path(), &["inspect", "model"]));
+    for line in [
+        "score: yes: on running text and ready tensors alone: `model`: has no chat template",
+        "prune: yes\n",
+        "finetune: no: finetuning `onnx/decoder_model_merged.onnx` beside onnx/decoder_model_merged_q4.onnx",
+    ] {
+        assert!(text.contains(line), "{text}");
+    }
+    let found = json(&interlace(folder.path(), &["inspect", "model", "--json"]));
+    assert_eq!(found["verdicts"][2]["verb"], "finetune");
+    assert_eq!(found["verdicts"][2]["works"], false);
+    assert_eq!(found["verdicts"][1]["works"], true);
     assert!(!stdout(&text).contains('\x1b'), "colours without a terminal");
 }
 
