@@ -158,6 +158,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     let output = &context.output;
     warn_left_out(&plan.left_out, output);
     model.warnings(&plan.drop).iter().for_each(|warning| output.warn(warning));
+    steps::variants_warning(&bundle, &[]).iter().for_each(|warning| output.warn(warning));
     match output.json {
         true => output.json(&plan)?,
         false => print(&plan, &model, measured, output)?,

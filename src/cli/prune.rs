@@ -75,6 +75,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     for variant in &pruned.set_aside {
         output.warn(format!("`{}` is set aside: {}", variant.file, variant.problem));
     }
+    steps::variants_warning(&bundle, &pruned.set_aside).iter().for_each(|warning| output.warn(warning));
     if output.json {
         output.json(&pruned)?;
         return Ok(Outcome::Done);

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::analysis::{self, Analysis};
 use crate::base::{Error, Result};
-use crate::bundle::{Bundle, Component, Role};
+use crate::bundle::{Bundle, Component, Role, SetAside};
 use crate::data::{Dataset, Processor};
 use crate::onnx;
 
@@ -152,6 +152,22 @@ pub fn verdicts(
         finetune,
         verdict("eval", refusal(Work::Answer), limit),
     ]
+}
+
+/// Warning about a model that is to be finetuned later and has several precision variants of the decoder, those aside that
+/// are set aside.
+pub fn variants_warning(bundle: &Bundle, set_aside: &[SetAside]) -> Option<String> {
+    let files = bundle.variants(Role::Decoder).map(|component| component.file.as_str());
+    let mut files = files.filter(|file| !set_aside.iter().any(|variant| variant.file == *file));
+    let first = files.next()?;
+    let others: Vec<&str> = files.collect();
+    (!others.is_empty()).then(|| {
+        format!(
+            "`finetune` takes the float decoder `{first}` alone: delete the other variants ({}) from the pruned folder \
+             before finetuning, and quantise the result afterwards",
+            others.join(", ")
+        )
+    })
 }
 
 /// Warnings about a model, before it reads data.
