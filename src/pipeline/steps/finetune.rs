@@ -151,8 +151,9 @@ fn training<'a>(request: &'a Finetune, roles: &'a Roles, bundle: &'a Bundle, dat
 /// Trains layers of the model and writes the result as a new folder.
 ///
 /// Errors: `Error::Invalid` when the model was not pruned with this plan, no sample has tokens to train on, the work
-/// folder holds a checkpoint and the run does not resume, or the target exists; `Error::Unsupported` when other precision variants of the decoder would keep their old weights;
-/// `Error::Interrupted` on Ctrl-C, with a checkpoint in the work folder. On an error the target does not exist.
+/// folder holds a checkpoint and the run does not resume, or the target exists; `Error::Unsupported` when other precision
+/// variants of the decoder would keep their old weights; `Error::Interrupted` on Ctrl-C, with a checkpoint in the work
+/// folder. On an error the target does not exist.
 pub fn finetune(
     request: &Finetune,
     target: &Path,

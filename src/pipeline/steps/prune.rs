@@ -83,6 +83,15 @@ pub enum Drop<'a> {
     },
 }
 
+impl Drop<'_> {
+    fn layers(&self) -> (Tower, &[usize]) {
+        match self {
+            Drop::Layers { tower, layers } => (*tower, *layers),
+            Drop::Plan { plan, .. } => (Tower::Text, plan.drop.as_slice()),
+        }
+    }
+}
+
 #[derive(Clone, Copy, Serialize)]
 struct PruneSettings<'a> {
     tower: Tower,
@@ -100,10 +109,7 @@ struct PruneSettings<'a> {
 /// found. On an error the target does not exist.
 pub fn prune(bundle: &Bundle, drop: &Drop, deepstack: Deepstack, target: &Path) -> Result<Pruned> {
     bundle.check_output(target)?;
-    let (tower, layers) = match drop {
-        Drop::Layers { tower, layers } => (*tower, *layers),
-        Drop::Plan { plan, .. } => (Tower::Text, plan.drop.as_slice()),
-    };
+    let (tower, layers) = drop.layers();
     let mut loaded = Vec::new();
     let mut set_aside = Vec::new();
     for component in components(bundle, tower)? {
