@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::analysis::{self, Analysis};
 use crate::base::{Error, Result};
-use crate::bundle::{Bundle, Component, Role, SetAside};
+use crate::bundle::{Bundle, Component, RecordedStep, Role, SetAside};
 use crate::data::{Dataset, Processor};
 use crate::onnx;
 
@@ -168,6 +168,17 @@ pub fn variants_warning(bundle: &Bundle, set_aside: &[SetAside]) -> Option<Strin
             others.join(", ")
         )
     })
+}
+
+/// The error for a file that was made for another model. `remedy` applies to a model that was never pruned.
+pub(super) fn of_another_model(subject: String, bundle: &Bundle, remedy: &str) -> Error {
+    let history = bundle.record().ok().flatten().map(|record| record.history).unwrap_or_default();
+    let pruned = history.iter().any(|step| matches!(step, RecordedStep::Prune { .. }));
+    let problem = format!("made for another model than `{}`", bundle.root().display());
+    match pruned {
+        true => Error::invalid(subject, format!("{problem}, which was pruned already")).remedy("give the dense model"),
+        false => Error::invalid(subject, problem).remedy(remedy),
+    }
 }
 
 /// Warnings about a model, before it reads data.

@@ -15,7 +15,8 @@ use crate::method::{ModalityWeights, PLAN_SCHEMA_VERSION, Plan, Scores, Similari
 
 use super::budget::{Budget, ModelCosts};
 use super::inspect::decoder_analysis;
-use super::prune::{drop_refusal, of_another_model};
+use super::needs::of_another_model;
+use super::prune::drop_refusal;
 
 /// Number of layers to drop, or the budget that determines it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]

@@ -9,12 +9,12 @@ use serde::Serialize;
 
 use crate::analysis::{self, Analysis};
 use crate::base::{Error, Provenance, Result, Sha256Digest};
-use crate::bundle::{
-    Bundle, BundleWriter, Component, Deepstack, LayerEdit, Record, RecordedStep, Role, SetAside, TapChange, Tower,
-};
+use crate::bundle::{Bundle, BundleWriter, Component, Deepstack, LayerEdit, Record, Role, SetAside, TapChange, Tower};
 use crate::method::Plan;
 use crate::onnx;
 use crate::rewrite::{MovedTap, drop_layers, has_additions, shift_additions, tap_changes};
+
+use super::needs::of_another_model;
 
 /// Output of `prune --json`.
 #[derive(Clone, Debug, PartialEq, Serialize, serde::Deserialize, schemars::JsonSchema)]
@@ -200,17 +200,6 @@ pub fn drop_refusal(bundle: &Bundle, analysis: &Analysis, tower: Tower, layers: 
         Err(error) => return Some(error),
     };
     drop_layers(analysis, layers).map(drop).and_then(|()| bundle.check_drop(&edit)).err()
-}
-
-/// The error for a file that was made for another model. `remedy` applies to a model that was never pruned.
-pub(super) fn of_another_model(subject: String, bundle: &Bundle, remedy: &str) -> Error {
-    let history = bundle.record().ok().flatten().map(|record| record.history).unwrap_or_default();
-    let pruned = history.iter().any(|step| matches!(step, RecordedStep::Prune { .. }));
-    let problem = format!("made for another model than `{}`", bundle.root().display());
-    match pruned {
-        true => Error::invalid(subject, format!("{problem}, which was pruned already")).remedy("give the dense model"),
-        false => Error::invalid(subject, problem).remedy(remedy),
-    }
 }
 
 /// Digests of the inputs of the result.
