@@ -89,8 +89,11 @@ pub fn main(torch: RunTorchVerb) -> ! {
             report(json, dispatch(cli, torch))
         }
         // Help and version are not errors; clap prints them to standard output.
-        Err(error) if error.print().is_ok() && !error.use_stderr() => 0,
-        Err(_) => 2,
+        Err(error) => match error.print() {
+            _ if error.use_stderr() => 2,
+            Err(failed) if failed.kind() != std::io::ErrorKind::BrokenPipe => 2,
+            _ => 0,
+        },
     };
     end(code)
 }

@@ -107,6 +107,11 @@ impl Dataset {
         self.readers.iter().any(|(_, reader)| matches!(reader, RowReader::Tensors(_)))
     }
 
+    /// True when the samples are sequences of running text.
+    pub fn holds_text(&self) -> bool {
+        self.readers.iter().any(|(_, reader)| matches!(reader, RowReader::Text(_)))
+    }
+
     /// True when `path` names files of ready tensors.
     pub fn is_tensors(path: &Path) -> bool {
         data_files(path).is_ok_and(|files| files.iter().any(|file| is_tensor_file(&file.path)))

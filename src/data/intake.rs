@@ -166,9 +166,12 @@ impl Intake {
         if left_out.unreadable as f64 <= MOST_UNREADABLE * asked as f64 {
             return Ok(());
         }
-        let problem =
-            format!("more than 5% of {asked} samples cannot be read; the first: {}", left_out.reasons.join("; "));
-        Err(Error::invalid(&self.subject, problem).remedy("repair the data, or leave these rows out of it"))
+        // The reasons end with remedies of their own.
+        let problem = format!(
+            "more than 5% of {asked} samples cannot be read, repair the data or leave these rows out; the first: {}",
+            left_out.reasons.join("; ")
+        );
+        Err(Error::invalid(&self.subject, problem))
     }
 
     /// Counts an unreadable row.

@@ -143,8 +143,11 @@ impl Processor {
         match &self.unknown_images {
             Some(problem) => Error::unsupported(id, format!("has pictures: {problem}"))
                 .remedy("take samples without pictures, or running text"),
-            None => Error::invalid(id, "has pictures, but the model has no image processor")
-                .remedy("use samples without pictures, or put `preprocessor_config.json` beside the model"),
+            // The model's fault and not the row's, so that no row is left out for it.
+            None => {
+                Error::unsupported(&self.subject, format!("{id} has pictures, but the model has no image processor"))
+                    .remedy("use samples without pictures, or put `preprocessor_config.json` beside the model")
+            }
         }
     }
 
@@ -238,16 +241,26 @@ impl Processor {
         Message { role, content: Content::Text(text) }
     }
 
-    pub(super) fn render(&self, id: &str, messages: &[Message], prompt: bool) -> Result<String> {
-        let template = self.template.as_ref().ok_or_else(|| {
+    /// The chat template, which conversations need.
+    ///
+    /// Errors: `Error::Invalid` for a model without one.
+    pub(super) fn template(&self) -> Result<&ChatTemplate> {
+        self.template.as_ref().ok_or_else(|| {
             Error::invalid(&self.subject, "has no chat template").remedy(
                 "expected chat_template.jinja, or `chat_template` in tokenizer_config.json; running text needs none",
             )
-        })?;
-        let text = template.render(messages, prompt).map_err(|error| {
-            Error::invalid(id, error.to_string())
-                .remedy("correct the roles and the order of the sample's turns, or remove it from the data")
-        })?;
+        })
+    }
+
+    /// The error of conversations for a model without a chat template; `None` for a model with one.
+    pub fn without_template(&self) -> Option<String> {
+        self.template().err().map(|error| error.to_string())
+    }
+
+    pub(super) fn render(&self, id: &str, messages: &[Message], prompt: bool) -> Result<String> {
+        let template = self.template()?;
+        // The template's error has a remedy.
+        let text = template.render(messages, prompt).map_err(|error| Error::invalid(id, error.to_string()))?;
         // Answers are not checked: templates remove the reasoning of earlier turns.
         let given = messages.iter().filter(|message| message.role != "assistant");
         match given.flat_map(Message::texts).find(|part| !text.contains(part.trim())) {

@@ -162,6 +162,9 @@ fn take_turns(messages: Vec<RawMessage>) -> std::result::Result<(Option<String>,
     while let Some(question) = messages.next() {
         let answer = messages.next();
         let speakers = (question.speaker, answer.as_ref().map(|message| message.speaker));
+        if speakers == (Speaker::User, None) {
+            return Err("the conversation ends with the user; an assistant's answer is missing".into());
+        }
         let ((Speaker::User, Some(Speaker::Assistant)), Some(answer)) = (speakers, answer) else {
             let name = |speaker| match speaker {
                 Speaker::System => "the system",
@@ -310,8 +313,8 @@ mod tests {
         assert_eq!(row(0, messages).unwrap().system.as_deref(), Some("Be short."));
         for (messages, want) in [
             (vec![], "has no question and answer"),
-            (dialogue(&["q"]), "turn 0 is by the user then nobody"),
-            (dialogue(&["q", "a", "q"]), "turn 1 is by the user then nobody"),
+            (dialogue(&["q"]), "the conversation ends with the user; an assistant's answer is missing"),
+            (dialogue(&["q", "a", "q"]), "the conversation ends with the user; an assistant's answer is missing"),
             (vec![system], "has no question and answer"),
         ] {
             let error = row(0, messages).unwrap_err();

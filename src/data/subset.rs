@@ -43,7 +43,7 @@ impl Subset {
                     "fraction of the data",
                     format!("is {part}, expected more than 0 and at most 1"),
                 )
-                .remedy("to use all samples leave it out"));
+                .remedy("give 1 to use all samples"));
             }
             Amount::Samples(count) => count,
         };
@@ -51,8 +51,8 @@ impl Subset {
             return Err(Error::invalid("data", "no samples are chosen").remedy("ask for at least one of at least one"));
         }
         if count > len {
-            return Err(Error::invalid("data", format!("{count} samples are asked for, but there are {len}"))
-                .remedy("ask for at most that many, or leave the number out to use all"));
+            return Err(Error::invalid("data", format!("has {len} samples, but {count} are asked for"))
+                .remedy(format!("give `--samples {len}` or fewer")));
         }
         let seed = mix(self.seed);
         let mut indices: Vec<usize> = (0..len).collect();
@@ -124,7 +124,7 @@ mod tests {
             (Amount::Fraction(1.5), 10, "fraction of the data: is 1.5, expected more than 0 and at most 1"),
             (Amount::Fraction(f64::NAN), 10, "fraction of the data: is NaN, expected more than 0 and at most 1"),
             (Amount::Samples(0), 10, "data: no samples are chosen"),
-            (Amount::Samples(11), 10, "data: 11 samples are asked for, but there are 10"),
+            (Amount::Samples(11), 10, "data: has 10 samples, but 11 are asked for; give `--samples 10` or fewer"),
             (Amount::All, 0, "data: no samples are chosen"),
         ] {
             let error = Subset { amount, seed: 1 }.indices(&keys(count)).unwrap_err();

@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::base::{Error, Result};
+use crate::base::{Error, Result, shortened};
 use crate::data::{BenchRow, Benchmark};
 
 use super::judge::Reference;
@@ -287,7 +287,7 @@ pub fn question_text(benchmark: &Benchmark, name: &str, row: &BenchRow, style: P
     let question = Question {
         benchmark: name.to_lowercase(),
         kind: metric_of(name).map_or(QuestionKind::Plain, |metric| metric.kind),
-        question: benchmark.cell(row, "question").ok_or_else(|| missing(row, "question"))?,
+        question: benchmark.cell(row, "question").ok_or_else(|| missing(benchmark, row, "question"))?,
         hint: benchmark.value(row, "hint"),
         options: benchmark.options(row),
     };
@@ -305,7 +305,7 @@ pub fn reference_of(benchmark: &Benchmark, row: &BenchRow) -> Result<Reference> 
     let cell = |column: &str| benchmark.cell(row, column).map(str::to_string);
     Ok(Reference {
         index: row.index.clone(),
-        answer: cell("answer").ok_or_else(|| missing(row, "answer"))?,
+        answer: cell("answer").ok_or_else(|| missing(benchmark, row, "answer"))?,
         options: benchmark.options(row).into_iter().map(|(letter, text)| (letter, text.to_string())).collect(),
         category: cell("category"),
         l2_category: cell("l2-category"),
@@ -323,9 +323,15 @@ pub fn right_answer(reference: &Reference) -> String {
     }
 }
 
-fn missing(row: &BenchRow, column: &str) -> Error {
-    Error::invalid(format!("row `{}` of the benchmark", row.index), format!("has no `{column}`"))
-        .remedy("scoring needs questions with answers")
+fn missing(benchmark: &Benchmark, row: &BenchRow, column: &str) -> Error {
+    const REMEDY: &str = "scoring needs questions with answers";
+    let columns = benchmark.columns();
+    if !columns.iter().any(|name| name == column) {
+        let problem = format!("has no column `{column}`, only {}", columns.join(", "));
+        return Error::invalid("benchmark", problem).remedy(REMEDY);
+    }
+    Error::invalid(format!("row `{}` of the benchmark", shortened(&row.index)), format!("has no `{column}`"))
+        .remedy(REMEDY)
 }
 
 #[cfg(test)]

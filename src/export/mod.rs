@@ -83,6 +83,7 @@ pub fn export(bundle: &Bundle, target: &ExportTarget, settings: &ExportSettings,
         return Err(Error::invalid(format!("`{name}`"), format!("is not read by the target `{}`", target.name))
             .remedy("leave it out"));
     }
+    bundle.check_output(folder)?;
     let staged = StagedDir::create(folder)?;
     let Written { settings, models, files, notes } = (target.write)(bundle, settings, staged.path())?;
     let inputs = BTreeMap::from([("model".to_string(), bundle.digest()?)]);

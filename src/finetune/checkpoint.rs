@@ -141,6 +141,18 @@ pub fn begun(work: &Path) -> Result<Option<Totals>> {
     Ok(newest.map(|(state, _)| state.totals))
 }
 
+/// Step of the newest checkpoint in a work folder; None without one. Creates nothing.
+///
+/// Errors: `Error::Io`.
+pub fn interrupted_at(work: &Path) -> Result<Option<u64>> {
+    let folder = work.join(CHECKPOINT_FOLDER);
+    if !folder.is_dir() {
+        return Ok(None);
+    }
+    let found = Checkpoints { folder, writes: false }.list()?;
+    Ok(found.last().map(|(step, _)| *step))
+}
+
 /// Removes checkpoints and caches (outputs of the frozen part, targets of the dense model) from a work folder and keeps
 /// the metrics. Call it after the result is written.
 ///
@@ -217,7 +229,7 @@ pub fn restore_some(folder: &Path, into: Vec<(String, Tensor)>) -> Result<Vec<St
 /// An error about a checkpoint that this run cannot continue from.
 fn unfit(path: &Path, problem: String) -> Error {
     Error::invalid(format!("checkpoint `{}`", path.display()), problem)
-        .remedy("resume with the same model, data and settings, or begin anew without resuming")
+        .remedy("resume with the same model, data and settings, or remove the work folder to begin anew")
 }
 
 #[cfg(test)]
@@ -262,6 +274,10 @@ mod tests {
         let saved = parameters();
         checkpoints.save(&state(3), tensors(&saved)).unwrap();
         let path = checkpoints.save(&state(12), tensors(&saved)).unwrap();
+        let linked = tempfile::tempdir().unwrap();
+        assert_eq!(interrupted_at(linked.path()).unwrap(), None);
+        std::os::unix::fs::symlink(folder.path(), linked.path().join(CHECKPOINT_FOLDER)).unwrap();
+        assert_eq!(interrupted_at(linked.path()).unwrap(), Some(12));
         let written = || std::fs::metadata(path.join(TENSORS)).unwrap().modified().unwrap();
         let before = written();
         checkpoints.save(&state(12), tensors(&saved)).unwrap();

@@ -6,7 +6,7 @@ use std::path::Path;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::base::{Error, Provenance, Result, read_json};
+use crate::base::{Error, Provenance, Result, read_artifact};
 use crate::data::LeftOut;
 use crate::runtime::Profile;
 
@@ -189,10 +189,10 @@ impl Scores {
 
     /// Reads and checks `scores.json`.
     ///
-    /// Errors: those of `base::read_json`; `Error::Invalid` when lengths do not match `num_layers`
+    /// Errors: those of `base::read_artifact`; `Error::Invalid` when lengths do not match `num_layers`
     /// or a value is not a cosine.
     pub fn read(path: &Path) -> Result<Self> {
-        let scores: Scores = read_json(path, SCORES_SCHEMA_VERSION)?;
+        let scores: Scores = read_artifact(path, SCORES_SCHEMA_VERSION, "scores")?;
         scores.check()?;
         Ok(scores)
     }

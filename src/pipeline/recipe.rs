@@ -305,7 +305,7 @@ impl Recipe {
     fn parse(text: &str, folder: &Path) -> Result<Self> {
         let invalid = |e: toml::de::Error| {
             Error::invalid("recipe", e.to_string().trim_end())
-                .remedy("correct the line; `interlace run --help` describes the keys")
+                .remedy("correct the line; docs/recipes.md and schemas/recipe.schema.json list the keys")
         };
         let table: toml::Table = toml::from_str(text).map_err(invalid)?;
         let settings = table.get("finetune").and_then(|section| section.get("settings"));

@@ -135,7 +135,10 @@ fn the_loop_in_the_graph_decodes_beside_the_loop_outside() {
     const TOKENS: usize = 64;
     let folder = tempfile::tempdir().expect("folder");
     without_end(folder.path());
-    let output = interlace(folder.path(), &["export", ".", "--to", "generate", "-o", "out", "-q"]);
+    let target = tempfile::tempdir().expect("folder");
+    let out = target.path().join("out");
+    let output =
+        interlace(folder.path(), &["export", ".", "--to", "generate", "-o", out.to_str().expect("path"), "-q"]);
     assert!(output.status.success(), "{}", stderr(&output));
     let bundle = Bundle::open(folder.path()).expect("model");
     let data = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fixtures/data/finetune-small.parquet");
@@ -145,7 +148,7 @@ fn the_loop_in_the_graph_decodes_beside_the_loop_outside() {
     let encoded = processor.encode_prompt(&sample).expect("encoded");
     let runtime = Runtime::new(Device::Cpu).expect("runtime");
     let options = SessionOptions::default();
-    let mut graph = runtime.session(&folder.path().join("out/onnx/generate.onnx"), &options).expect("a graph");
+    let mut graph = runtime.session(&out.join("onnx/generate.onnx"), &options).expect("a graph");
     let prompt = encoded.clone().into_prompt();
     let mut ratios = Vec::new();
     for round in 0..9 {

@@ -21,7 +21,7 @@ use parquet::arrow::arrow_reader::{
 };
 use parquet::file::metadata::ParquetMetaData;
 
-use crate::base::{Error, Progress, Result};
+use crate::base::{Error, Progress, Result, shortened};
 
 use crate::data::columns::{Cells, Columns};
 use crate::data::guard::guarded;
@@ -276,7 +276,7 @@ impl Shard {
     ) -> Result<SourceRow, String> {
         let mut subject = self.row_subject(number);
         if let Some(id) = self.columns.id(batch, place) {
-            subject.push_str(&format!(" (id `{id}`)"));
+            subject.push_str(&format!(" (id `{}`)", shortened(&id)));
         }
         let images = self.columns.pictures(batch, place, &subject, apart)?;
         SourceRow::of_messages(subject, images, self.columns.messages(batch, place)?)

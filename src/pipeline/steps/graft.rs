@@ -49,6 +49,7 @@ pub fn plan_graft(request: &Graft, cancel: &Cancel) -> Result<GraftTable> {
 /// Nothing is left under the target's name then.
 pub fn graft(request: &Graft, target: &Path, cancel: &Cancel) -> Result<GraftTable> {
     let bundle = request.bundle;
+    bundle.check_output(target)?;
     let mut writer = BundleWriter::create(bundle, target)?;
     let mut loaded = load(bundle)?;
     let table = find(request, &loaded, cancel)?;
