@@ -193,7 +193,7 @@ fn inspect_prints_layers_at_the_top_level() {
     assert_eq!(found["verdicts"][2]["verb"], "finetune");
     assert_eq!(found["verdicts"][2]["works"], false);
     assert_eq!(found["verdicts"][1]["works"], true);
-    assert!(!stdout(&text).contains('\x1b'), "colours without a terminal");
+    assert!(!text.contains('\x1b'), "colours without a terminal");
 }
 
 #[test]
