@@ -24,7 +24,7 @@ pub use layers::LayerEdit;
 pub use layout::{LAYOUTS, Layout, Role, SINGLE_FILE};
 pub use record::{Deepstack, Record, RecordedStep, TapChange};
 pub use tower::Tower;
-pub use write::BundleWriter;
+pub use write::{BundleWriter, config_without_layers};
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;

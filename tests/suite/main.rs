@@ -2,6 +2,7 @@
 
 mod backend;
 mod bad_inputs;
+mod checkpoints;
 mod cli;
 mod corners;
 mod data_sets;
