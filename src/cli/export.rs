@@ -22,7 +22,8 @@ pub struct Args {
     /// Set the largest batch of models whose inputs and outputs share a free first axis; other models get 0 [default: 8]
     #[arg(long, value_name = "N")]
     max_batch_size: Option<u32>,
-    /// Export this precision variant of each component, such as fp16 or q4 [default: the most precise one]
+    /// Export this precision variant of each component, such as fp16 or q4, or one for each that is named, as in
+    /// decoder=q4,vision_encoder=fp16 [default: the most precise one]
     #[arg(long, value_name = "NAME")]
     variant: Option<String>,
     /// Lower the IR version of newer ONNX files to this, for servers that refuse newer ones [default: unchanged]

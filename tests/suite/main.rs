@@ -39,6 +39,7 @@ mod taps;
 mod tensors;
 mod text;
 mod training;
+mod variants;
 mod verify;
 mod vision;
 mod zoo;
