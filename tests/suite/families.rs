@@ -85,7 +85,7 @@ impl Family {
     }
 
     /// Writes conversations in LLaVA's layout, and their pictures.
-    fn dataset(&self, file: &str, conversations: &[&Value]) -> PathBuf {
+    pub fn dataset(&self, file: &str, conversations: &[&Value]) -> PathBuf {
         for entry in fs::read_dir(fixtures().join("pictures")).expect("pictures") {
             let path = entry.expect("entry").path();
             fs::copy(&path, self.here().join(path.file_name().expect("name"))).expect("copy");
