@@ -1,6 +1,7 @@
 //! Planning of a run: order of steps, memory, disk and targets, computed before the run begins.
 
 mod activations;
+mod items;
 mod limits;
 pub mod order;
 mod part;
