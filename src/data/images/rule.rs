@@ -75,13 +75,17 @@ pub(super) fn floats(shape: &[usize], data: Vec<f32>) -> Result<Array> {
     array.map(Array::Float).map_err(|e| Error::invalid("pixel_values", e.to_string()))
 }
 
-/// Frames of one size as `[N, 3, H, W]`.
+/// Views of a picture, all of one size, as `[N, 3, H, W]`.
 ///
-/// Errors: `Error::Invalid` when the frames together do not match the shape.
+/// Errors: `Error::Invalid` when the sizes differ.
 pub(super) fn frames(frames: &[Picture], levels: &Levels) -> Result<Array> {
     let (height, width) = frames.first().map_or((0, 0), |frame| (frame.height(), frame.width()));
     let mut data = Vec::with_capacity(frames.len() * 3 * height * width);
     for frame in frames {
+        if (frame.height(), frame.width()) != (height, width) {
+            let found = format!("{}x{}", frame.width(), frame.height());
+            return Err(Error::invalid("views of a picture", format!("are {width}x{height} and {found}")));
+        }
         levels.append_planes(frame, &mut data);
     }
     floats(&[frames.len(), 3, height, width], data)

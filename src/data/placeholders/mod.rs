@@ -38,11 +38,13 @@ pub(super) fn open(bundle: &Bundle, tokenizer: &Tokenizer, image: &Value, config
     let settings = Settings::new("processor_config.json", map, BackEnd::Pil, None);
     let mut files = Files { tokenizer, settings, image, config, model };
     let placeholder = (row.open)(&mut files)?;
+    // Only some rows read a token of videos.
+    files.settings.take("video_token");
     files.settings.finish()?;
     Ok(placeholder)
 }
 
-/// Keys of `processor_config.json` that are not settings of the image placeholder: nested processors, audio and video.
+/// Keys of `processor_config.json` that are not settings of the image placeholder: nested processors and audio.
 const NESTED: &[&str] = &[
     "image_processor",
     "video_processor",
@@ -51,7 +53,6 @@ const NESTED: &[&str] = &[
     "tokenizer",
     "chat_template",
     "audio_seq_length",
-    "video_token",
 ];
 
 /// A row of the table of processors.

@@ -161,8 +161,10 @@ fn is_integer(dtype: DataType) -> bool {
 /// computes in half precision.
 fn fits(found: DataType, declared: DataType) -> bool {
     match declared {
-        DataType::Float | DataType::Float16 | DataType::Bfloat16 => found.is_float() && found != DataType::Double,
-        DataType::Double => found.is_float(),
+        // Values are kept as f32, which does not hold an f64.
+        DataType::Float | DataType::Float16 | DataType::Bfloat16 | DataType::Double => {
+            found.is_float() && found != DataType::Double
+        }
         DataType::Bool => found == DataType::Bool,
         _ => is_integer(found) || found == DataType::Bool,
     }

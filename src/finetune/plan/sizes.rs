@@ -134,7 +134,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_width_of_the_stream_is_the_side_that_most_matrices_have() {
+    fn the_stream_width_is_the_most_common_matrix_side() {
         let matrix = |rows: u64, columns: u64| Tensor::from_bytes(DataType::Float, &[rows, columns], Vec::new());
         let packed = |rows: u64, blocks: u64| Tensor::from_bytes(DataType::Uint8, &[rows, blocks, 16], Vec::new());
         let vector = Tensor::from_bytes(DataType::Float, &[32], Vec::new());
