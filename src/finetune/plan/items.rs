@@ -3,12 +3,10 @@
 use crate::finetune::optim::state_bytes;
 use crate::finetune::settings::{Precision, Settings};
 
-use super::WINDOW_BYTES;
 use super::planned::{Order, Phase, Place, PlannedBytes, PlannedData};
 use super::run_plan::{Facts, RunPlan};
+use super::{PROCESS_BYTES, WINDOW_BYTES};
 
-/// Bytes of a process with nothing loaded: code, graph, file buffers.
-const PROCESS_BYTES: u64 = 250 << 20;
 /// Number of f32 copies of the logits that cross-entropy and its backward pass hold.
 const LOGIT_COPIES: u64 = 4;
 
@@ -74,9 +72,10 @@ fn items(plan: &RunPlan, facts: &Facts<'_>) -> Vec<PlannedBytes> {
             format!("4 x {}, which no step moves", sizes.written),
         );
         if plan.frozen_as_stored {
-            let (copies, head) = (sizes.layer_widened_bytes, sizes.head_widened_bytes);
-            let formula = "f32 copies of one layer's weights, or of the head's".to_string();
-            add(phase, Place::Memory, "weights in use", workers * copies.max(head), formula);
+            let (kind, part) = if plan.precision == Precision::Bf16 { ("bf16", 2) } else { ("f32", 1) };
+            let copies = sizes.layer_widened_bytes.max(sizes.head_widened_bytes) / part;
+            let formula = format!("{kind} copies of one layer's weights, or of the head's");
+            add(phase, Place::Memory, "weights in use", workers * copies, formula);
         }
         add(phase, Place::Memory, "process", PROCESS_BYTES, "code, graph, file buffers".into());
     }
@@ -110,7 +109,9 @@ fn items(plan: &RunPlan, facts: &Facts<'_>) -> Vec<PlannedBytes> {
             let (bytes, formula) = (2 * now.div_ceil(run), format!("2 x {}", now.div_ceil(run)));
             add(Phase::Steps, Place::Memory, "trained weights in bf16", bytes * workers, formula);
         }
-        let state = state_bytes(settings.optimizer.kind, &sizes.trained) * now / elements.max(1);
+        // In 128 bits: bytes times elements of two billion parameters do not fit into 64.
+        let all = u128::from(state_bytes(settings.optimizer.kind, &sizes.trained));
+        let state = u64::try_from(all * u128::from(now) / u128::from(elements.max(1))).unwrap_or(u64::MAX);
         add(Phase::Steps, Place::Memory, "optimiser state", state, "moments of each trained number".into());
         let mean = if settings.optimizer.average_last > 0.0 { 4 * now } else { 0 };
         add(Phase::Steps, Place::Memory, "mean of the weights", mean, format!("4 x {now}"));

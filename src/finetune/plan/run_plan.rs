@@ -8,6 +8,7 @@ use crate::finetune::cut::FitTarget;
 use crate::finetune::loss::{LOSSES, Teacher};
 use crate::finetune::settings::{Precision, Settings};
 
+use super::PROCESS_BYTES;
 use super::limits::Limits;
 use super::part::{Part, TrialPlan};
 use super::planned::{Order, Place, PlannedBytes, PlannedData, PlannedFit, PlannedSearch, PlannedStage, PlannedTarget};
