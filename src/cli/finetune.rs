@@ -80,8 +80,8 @@ pub struct Args {
     /// Stop after this number of optimiser steps [default: the end of the last epoch]
     #[arg(long, value_name = "N")]
     max_steps: Option<u64>,
-    /// Compute matrix products in this number format; bf16 is faster on GPUs and on processors with bf16 instructions
-    /// [default: f32]
+    /// Compute matrix products and activations in this number format; bf16 is faster on GPUs and on processors with bf16
+    /// instructions, and halves the activations' memory [default: f32]
     #[arg(long, value_enum)]
     precision: Option<PrecisionArg>,
     /// Train low-rank adapters of this rank in place of the layers' weights, and write the merged weights

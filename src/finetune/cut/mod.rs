@@ -14,7 +14,7 @@ use crate::finetune::settings::Lora;
 use crate::ir::{Model, ValueId};
 
 pub use adapters::Adapted;
-pub use inputs::{SideInputs, SideWidths, inputs_of, side_inputs, token_inputs};
+pub use inputs::{SideInputs, SideWidths, inputs_of, row_inputs, side_inputs, token_inputs};
 pub use projection::{FitTarget, Projection, products_of};
 pub use suffix::{Suffix, nodes_between};
 pub use weights::{replaced, trained_weights};
