@@ -6,9 +6,8 @@ use std::rc::Rc;
 use crate::base::{Cancel, Error, Progress, Result, list_preview};
 use crate::checkpoint::{Checkpoint, Tuned, floats};
 use crate::ir::{Tensor, ValueId};
+use crate::quantised::{Blocks, Channels, Layout, RANGES, SCHEMES, block_matrices, channel_matrices};
 
-use super::blocks::{self, Blocks};
-use super::channels::{self, Channels};
 use super::covered::Covered;
 use super::index::{Change, Place};
 use super::matching::{Match, Matcher};
@@ -17,7 +16,6 @@ use super::part::{Absent, Part, weights_of};
 use super::place::{Position, chosen, is_vision, layer_of};
 use super::table::{GraftTable, MatchedWeight, Plan, Target, Unmatched};
 use super::values::{Values, rows_of};
-use super::view::Layout;
 
 /// Finds the place of every finetuned tensor.
 ///
@@ -38,8 +36,8 @@ pub fn find(parts: &[Part], base: &Checkpoint, tuned: &Tuned, absent: &Absent, c
     let total: usize = parts.iter().map(|part| weights_of(&part.model.graph.body).len()).sum();
     let progress = Progress::new("matching weights", "weights", total as u64);
     for (number, part) in parts.iter().enumerate() {
-        let blocks = blocks::quantised(&part.model.graph.body);
-        let channels = channels::quantised(&part.model.graph.body);
+        let blocks = block_matrices(&part.model.graph.body);
+        let channels = channel_matrices(&part.model.graph.body);
         for matrix in &blocks {
             cancel.check("nothing was written")?;
             finder.blocks(number, part, matrix)?;
@@ -141,7 +139,7 @@ impl Finder<'_> {
         match blocks.scheme(&self.original(&blocks.shape(), &found)?, body)? {
             Some(scheme) => self.matched(number, part, Target::Blocks(blocks.clone(), scheme), &dims, found),
             None => {
-                let schemes = blocks::SCHEMES.iter().map(|scheme| scheme.name).collect();
+                let schemes = SCHEMES.iter().map(|scheme| scheme.name).collect();
                 self.keep_rounded(part, blocks.numbers, &dims, &found, schemes);
                 Ok(())
             }
@@ -157,7 +155,7 @@ impl Finder<'_> {
             return match channels.scheme(&self.original(&channels.shape(), &found)?, body)? {
                 Some(range) => self.matched(number, part, Target::Channels(channels, range), &dims, found),
                 None => {
-                    let schemes = channels::RANGES.iter().map(|range| range.name).collect();
+                    let schemes = RANGES.iter().map(|range| range.name).collect();
                     self.keep_rounded(part, channels.numbers, &dims, &found, schemes);
                     Ok(())
                 }

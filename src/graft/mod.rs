@@ -2,8 +2,6 @@
 //! checkpoint that it was exported from, and gets their finetuned values.
 
 mod apply;
-mod blocks;
-mod channels;
 mod compose;
 mod covered;
 mod find;
@@ -14,7 +12,6 @@ mod part;
 mod place;
 mod table;
 mod values;
-mod view;
 
 pub use apply::apply;
 pub use find::find;
