@@ -1,5 +1,5 @@
 //! Compares the shipped model's processor with transformers on the same conversations
-//! (`fixtures/processor/conversations.json`), and which tokens of a conversation are answers.
+//! (`fixtures/processor/conversations.json`), and checks which tokens are marked as answers.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,12 +16,12 @@ fn fixtures(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(path)
 }
 
-/// The model's text files beside an empty decoder, with some settings of the image processor changed.
+/// A copy of the model's text files with an empty decoder, and with changed settings of the image processor.
 fn processor(settings: &Value) -> (tempfile::TempDir, Processor) {
     processor_with(settings, None)
 }
 
-/// The same with another chat template.
+/// As `processor`, with another chat template.
 fn processor_with(settings: &Value, template: Option<&str>) -> (tempfile::TempDir, Processor) {
     let folder = tempfile::tempdir().unwrap();
     for entry in fs::read_dir(fixtures("model")).unwrap() {
@@ -87,7 +87,7 @@ fn texts_and_ids_equal_hugging_face() {
     }
 }
 
-/// A conversation whose texts take turns.
+/// A conversation of alternating user and assistant texts.
 fn sample(images: Vec<ImageBytes>, texts: &[&str]) -> Sample {
     let speakers = [Speaker::User, Speaker::Assistant].into_iter().cycle();
     let messages = texts.iter().zip(speakers).map(|(text, speaker)| RawMessage::text(speaker, text.to_string()));
@@ -147,7 +147,7 @@ fn image_tokens_in_the_question_are_refused() {
     assert!(error.contains("row 7: its text holds `<image>` 2 times, but it has 1 pictures"), "{error}");
 }
 
-/// Ids of each run of marked tokens, as text with its special tokens.
+/// The text of each run of marked tokens, special tokens included.
 fn marked(processor: &Processor, encoded: &Encoded) -> Vec<String> {
     let mut runs: Vec<String> = Vec::new();
     let mut inside = false;
@@ -176,7 +176,8 @@ fn special_tokens_in_an_answer_do_not_end_it() {
 
 #[test]
 fn answers_are_found_where_a_template_writes_them_otherwise_than_a_prompt_ends() {
-    // As LLaVA-OneVision's: `assistant `, then the answer on a line of its own; a prompt ends in `assistant` and a line.
+    // As in LLaVA-OneVision's template: `assistant`, a space and a newline are before a finished answer, but a prompt
+    // ends in `assistant` and a newline.
     let template = "{% for m in messages %}<|im_start|>{{ m.role }} {% for c in m.content %}{% if c.type == 'image' %}\
         <image>{% endif %}{% endfor %}{% for c in m.content %}{% if c.type == 'text' %}{{ '\n' + c.text }}{% endif %}\
         {% endfor %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
@@ -214,7 +215,7 @@ fn templates_that_change_or_drop_what_is_said_are_refused() {
     assert!(error.contains("does not write answer 0 as the data has it"), "{error}");
     assert!(processor.encode_conversation(&sample(vec![], &["q", "b"])).is_ok());
 
-    // A template for plain strings gets plain strings.
+    // A template that expects strings gets strings.
     let strings = "{% for m in messages %}{{ m.role | upper }}: {% if m.content is string %}{{ m.content }}{% endif %}\
         {% endfor %}";
     let (_folder, processor) = processor_with(&serde_json::json!({}), Some(strings));

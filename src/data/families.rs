@@ -1,49 +1,49 @@
-//! The table of model families: one row each, with the class of its processor, how far each verb gets, and what shows it.
+//! The table of model families: the processor class of each, the support of each verb, and the tests that cover it.
 
 use std::fmt::Write;
 
-/// How far a verb gets with a family.
+/// Support of a family by a verb.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reach {
-    /// With pictures.
+    /// Supported, with pictures.
     Yes,
-    /// On running text and on ready tensors.
+    /// Supported on running text and ready tensors only.
     Text,
-    /// Refused.
+    /// Not supported.
     No,
 }
 
-/// What shows that a row holds.
+/// The tests that cover a row of the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Proof {
-    /// Tests of whole pipelines in `tests/suite/families.rs`, by name.
+    /// Names of whole-pipeline tests in `tests/suite/families.rs`.
     Pipeline(&'static [&'static str]),
-    /// Its processor alone, by its name in `fixtures/processor/families.json`.
+    /// Only the processor is tested. Its name in `fixtures/processor/families.json`.
     Processor(&'static str),
-    /// Its processor is that of another row, and nothing of its own was run.
+    /// The processor is that of the named row. The family itself is not tested.
     Shared(&'static str),
-    /// A test by name.
+    /// Name of another test.
     Test(&'static str),
 }
 
 /// One family of models.
 #[derive(Clone, Copy, Debug)]
 pub struct Family {
-    /// As people call it.
+    /// Common name.
     pub name: &'static str,
     /// `model_type` in `config.json`.
     pub model_types: &'static [&'static str],
-    /// The class of its processor in transformers; `None` where there is none that could be followed.
+    /// Class in transformers that the processor follows; `None` when pictures are not supported.
     pub class: Option<&'static str>,
-    /// For each of [`VERBS`].
+    /// Support by each of [`VERBS`], in this order.
     pub reach: [Reach; VERBS.len()],
-    /// What shows that the row holds.
+    /// Tests that cover the row.
     pub proof: Proof,
-    /// What is special to it, or why a verb does not reach it.
+    /// Special features of the family, or the reason that a verb does not support it.
     pub note: &'static str,
 }
 
-/// The verbs of the table.
+/// The verbs of the table, in the order of its columns.
 pub const VERBS: [&str; 6] = ["inspect", "prune", "score", "finetune", "eval", "generate"];
 
 const ALL: [Reach; 6] = [Reach::Yes; 6];
@@ -268,7 +268,7 @@ pub const FAMILIES: &[Family] = &[
     ),
 ];
 
-/// The family of a `model_type`.
+/// The family with this `model_type`.
 pub fn family_of(model_type: &str) -> Option<&'static Family> {
     FAMILIES.iter().find(|family| family.model_types.contains(&model_type))
 }

@@ -8,9 +8,9 @@ thread_local! {
     static SILENT: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Runs a decoder; a panic in it becomes `Err` with its message, and prints nothing.
+/// Runs a decoder. A panic becomes `Err` with the panic's message; nothing is printed.
 ///
-/// What the closure borrows mutably must not be used again after an `Err`.
+/// Values that the closure borrows mutably must not be used after an `Err`: the panic may have left them inconsistent.
 pub(super) fn guarded<T>(decode: impl FnOnce() -> T) -> Result<T, String> {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {

@@ -1,4 +1,4 @@
-//! Data sets in every layout: what is read, what is left out, and what is refused.
+//! Data sets in every layout: rows that are read, left out or refused.
 
 use std::fs;
 use std::path::Path;
@@ -51,14 +51,15 @@ fn strings<S: AsRef<str>>(texts: &[S]) -> ArrayRef {
     Arc::new(StringArray::from_iter_values(texts))
 }
 
-/// Pictures of these shades, as the hub has them.
+/// Pictures of these shades in the Hugging Face Hub's layout: `struct{bytes, path}`.
 fn pictures(shades: &[u8]) -> ArrayRef {
     let bytes: ArrayRef = Arc::new(BinaryArray::from_iter_values(shades.iter().map(|shade| png(*shade))));
     let names: ArrayRef = Arc::new(StringArray::from(vec![None::<&str>; shades.len()]));
     fields(vec![("bytes", bytes), ("path", names)])
 }
 
-/// `rows` rows, two texts each, the picture's shade is the row; five rows to a group.
+/// Writes a Parquet file of `rows` rows with two turns each, five rows per row group. The shade of a row's picture is
+/// the row number.
 pub(super) fn shard(path: &Path, rows: usize, nested: bool) {
     let shades: Vec<u8> = (0..rows).map(|row| row as u8).collect();
     let plain: ArrayRef = Arc::new(BinaryArray::from_iter_values(shades.iter().map(|shade| png(*shade))));
@@ -121,7 +122,7 @@ fn llava_conversations_may_have_a_system_turn_and_pictures_in_any_turn() {
     assert!(turns.iter().all(|turn| turn.system.is_some()));
 }
 
-/// The last sample costs no more than the first: what is before it in the file is not looked at again.
+/// Reading a sample does not read the rows before it: the test overwrites them.
 #[test]
 fn a_sample_is_read_without_those_before_it() {
     let folder = tempfile::tempdir().unwrap();
@@ -142,7 +143,7 @@ fn a_sample_is_read_without_those_before_it() {
     shard(&path, 50, true);
     let data = Dataset::open(&path, &whole()).unwrap();
     let mut bytes = fs::read(&path).unwrap();
-    // Ten groups of rows; the pages of the first nine are gone.
+    // The file has ten row groups. The pages of the first nine are overwritten.
     let groups = ::parquet::arrow::arrow_reader::ArrowReaderMetadata::load(
         &fs::File::open(&path).unwrap(),
         ::parquet::arrow::arrow_reader::ArrowReaderOptions::new(),
@@ -404,7 +405,7 @@ mod intake {
         }
     }
 
-    /// Sixty rows, of which `broken` have no answer; the number of tokens is the row's.
+    /// Reads 60 rows, of which the first `broken` have no answer. The number of tokens of a sample is its row number.
     fn pass(broken: usize, strict: bool) -> (Vec<Result<Encoded>>, LeftOut) {
         let folder = tempfile::tempdir().unwrap();
         let bad = r#"{"conversations": [{"from": "human", "value": "Hi"}]}"#;
@@ -441,7 +442,7 @@ mod intake {
     }
 }
 
-/// Rows with one text are on one side in every file; the two parts share no row and have all of them.
+/// Equal rows are in the same part in every file. The two parts share no row and together have all rows.
 #[test]
 fn a_part_is_held_back_by_text() {
     let folder = tempfile::tempdir().unwrap();
@@ -465,7 +466,7 @@ fn a_part_is_held_back_by_text() {
     let (train, held_back) = (DataPart::Train(0.2), DataPart::HeldBack(0.2));
     let (rest, apart) = (texts(&first, train), texts(&first, held_back));
     assert_eq!(rest.len() + apart.len(), 400);
-    // 400 draws at 0.2: 80 with a standard deviation of 8.
+    // Of 400 rows, 80 are expected at 0.2, with a standard deviation of 8.
     assert!((48..=112).contains(&apart.len()), "{}", apart.len());
     assert!(texts(&second, train).iter().all(|text| !apart.contains(text)));
     assert!(texts(&second, held_back).iter().all(|text| !rest.contains(text)));
@@ -475,7 +476,7 @@ fn a_part_is_held_back_by_text() {
         .map(|part| Dataset::open(&first, &DataOptions { part, ..separate() }).unwrap().digest().unwrap());
     assert_eq!(all_of_it.digest().unwrap(), digests[0]);
     assert!(digests[0] != digests[1] && digests[1] != digests[2]);
-    // Both turns of a row are on the same side.
+    // Both turns of a row are in the same part.
     let turns = |part| Dataset::open(&first, &DataOptions { part, ..separate() }).unwrap().len();
     assert_eq!((turns(train), turns(held_back)), (2 * rest.len(), 2 * apart.len()));
     let none = Dataset::open(&first, &DataOptions { part: DataPart::HeldBack(1e-9), ..whole() }).unwrap_err();

@@ -1,5 +1,5 @@
-//! Compares with the results of Pillow and Hugging Face transformers on the same input (`fixtures/processor/operations.json`, written by
-//! `scripts/fixture/operations.py`).
+//! Compares with results of Pillow and Hugging Face transformers on the same input
+//! (`fixtures/processor/operations.json`, written by `scripts/fixture/operations.py`).
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -21,7 +21,7 @@ fn sizes(value: &Value) -> Vec<usize> {
     value.as_array().unwrap().iter().map(|size| size.as_u64().unwrap() as usize).collect()
 }
 
-/// Noise over a gradient; the script makes the same bytes.
+/// A gradient with noise. The script generates the same bytes.
 fn picture(width: usize, height: usize) -> Picture {
     let byte = |index: usize| {
         let noise = ((index as u64 * 2_654_435_761) % (1 << 32)) >> 24;
@@ -86,7 +86,7 @@ fn pictures_decode_as_pillow_decodes_them() {
     }
 }
 
-/// `fixtures/processor/files.json`, written by `scripts/processors/files.py`.
+/// Reference: `fixtures/processor/files.json`, written by `scripts/processors/files.py`.
 #[test]
 fn files_decode_as_pillow_decodes_them() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/processor/files.json");
@@ -213,7 +213,7 @@ pub(super) fn write(folder: &Path, name: &str, text: &str) -> PathBuf {
     path
 }
 
-/// A PNG of one colour.
+/// A PNG of 9 x 7 pixels in one colour.
 pub(super) fn png(shade: u8) -> Vec<u8> {
     let mut bytes = std::io::Cursor::new(Vec::new());
     image::RgbImage::from_pixel(9, 7, image::Rgb([shade, 1, 2])).write_to(&mut bytes, image::ImageFormat::Png).unwrap();
@@ -304,7 +304,7 @@ fn malformed_benchmarks_are_refused() {
     }
 }
 
-/// Bytes that strangers' files may hold: some of them changed, each file from a seed of its own.
+/// Files with randomly changed bytes, each with its own seed.
 #[test]
 fn changed_bytes_end_in_errors_and_never_in_a_panic() {
     use rand::{Rng, SeedableRng};

@@ -1,4 +1,4 @@
-//! Whole runs on the shipped model.
+//! Complete runs on the shipped model.
 
 #[path = "teacher_tests.rs"]
 mod teacher;
@@ -18,7 +18,7 @@ use crate::ir::{AttributeKind, DataType, Model, Tensor, ValueType};
 use crate::prompt::Prompt;
 use crate::runtime::FeatureCache;
 
-/// Eight texts without pictures, the same ones as in the reference script.
+/// Eight texts without pictures, the same as in the reference script.
 struct Texts {
     vocabulary: i64,
 }
@@ -53,10 +53,10 @@ fn model() -> PathBuf {
 
 const DROPPED: [usize; 2] = [2, 5];
 
-/// Dense layers that are left when 2 and 5 of 16 go.
+/// Dense layers that remain of 16 without 2 and 5.
 const KEPT: [usize; 14] = [0, 1, 3, 4, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15];
 
-/// The model with decoder layers 2 and 5 dropped, as a folder that says what it was pruned from.
+/// The model without decoder layers 2 and 5, as a folder with a record of the dense model.
 fn pruned(dense: &Bundle, folder: &Path) -> PathBuf {
     pruned_from(dense, folder, &DROPPED, dense.digest().unwrap())
 }
@@ -84,7 +84,8 @@ fn settings() -> Settings {
     })
 }
 
-/// Held while a run goes: it sets LibTorch's number of threads, which is one for the whole process and decides last bits.
+/// A lock to hold during a run. A run sets LibTorch's number of threads, which is global to the process and affects the
+/// last bits of results.
 fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
@@ -154,7 +155,7 @@ fn changed(before: &Model, after: &Model) -> Vec<String> {
     weights(before).into_iter().zip(after).filter(|(a, b)| a != b).map(|((name, _), _)| name).collect()
 }
 
-/// What `scripts/reference/finetune.py` wrote.
+/// A run of `scripts/reference/finetune.py`.
 #[derive(serde::Deserialize)]
 struct Reference {
     dropped: Vec<usize>,
@@ -169,7 +170,7 @@ struct ReferenceStep {
     learning_rate: f64,
 }
 
-/// The same network in transformers, trained with `torch.optim.AdamW` on the same texts.
+/// Reference: the same network in transformers, trained with `torch.optim.AdamW` on the same texts.
 #[test]
 fn loss_and_gradients_are_those_of_the_reference() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/expected/finetune.json");
@@ -275,7 +276,8 @@ fn floats(model: &Model) -> Vec<(String, Vec<f32>)> {
     weights(model).into_iter().map(|(name, bytes)| (name, words(bytes))).collect()
 }
 
-/// At one rate from the first step on, shorter runs end where the long one passes: their mean is the long one's.
+/// At a constant rate, runs of 4 and 5 steps end with the weights of the longer run after these steps. The mean of the
+/// runs' weights is therefore the longer run's mean.
 #[test]
 fn the_mean_is_that_of_the_weights_behind_the_last_steps() {
     let settings = settings().with(|s| {
@@ -317,7 +319,8 @@ fn the_mean_is_that_of_the_weights_behind_the_last_steps() {
     }
 }
 
-/// Stopped after a fit and some steps, resumed to the same bits; what changed has the adapters' rank, and only matrices did.
+/// The changes have the rank of the adapters, only matrices change, and a run that stops after a fit and some steps
+/// resumes to the same bits.
 #[test]
 fn adapters_change_matrices_by_their_rank() {
     let settings = settings().with(|s| {
@@ -385,7 +388,7 @@ fn a_layer_that_does_not_exist_is_refused() {
 #[test]
 fn the_learning_rate_is_the_one_whose_pass_ends_lowest() {
     let work = tempfile::tempdir().unwrap();
-    // Eight steps a pass.
+    // Eight steps per pass.
     let settings = settings().with(|s| {
         s.batch.size = 1;
         s.batch.accumulation_steps = 1;
@@ -398,11 +401,11 @@ fn the_learning_rate_is_the_one_whose_pass_ends_lowest() {
     let report = &chosen.report;
     assert_eq!(report.learning_rate, 1e-3, "{:?}", report.trials);
     assert_eq!(report.trials.iter().map(|trial| trial.learning_rate).collect::<Vec<_>>(), [1e-9, 1e-3, 1e-6]);
-    // The trials leave no trace in the weights.
+    // Trials do not change the weights.
     let plain = settings.with(|s| s.optimizer.learning_rate = LearningRate::One(1e-3));
     let plain = run(&plain, &[2, 4], work.path(), false, None).outcome.unwrap();
     assert!(weights(&plain.decoder) == weights(&chosen.decoder));
-    // Stopped in the run that follows them, it goes on with what they said.
+    // A run that stops after its trials resumes with their results.
     let folder = tempfile::tempdir().unwrap();
     assert!(run(&choosing, &[2, 4], folder.path(), false, Some(3)).outcome.is_err());
     let resumed = run(&choosing, &[2, 4], folder.path(), true, None).outcome.unwrap();
@@ -429,7 +432,7 @@ fn one_diverging_rate_of_several_is_passed_over_and_all_are_an_error() {
     let diverged: Vec<bool> = trials.iter().map(|trial| trial.diverged.is_some() && trial.loss.is_none()).collect();
     assert_eq!(diverged, [true, false, true], "{trials:?}");
     assert!(trials[0].diverged.as_ref().is_some_and(|problem| problem.contains("finetune step")), "{trials:?}");
-    // What diverged leaves no trace in the weights.
+    // Diverged trials do not change the weights.
     let alone = rates(vec![1e-3]).unwrap();
     assert!(weights(&alone.decoder) == weights(&chosen.decoder));
     let Err(error) = rates(vec![1e38, 1e37]) else { panic!("no rate is left") };
@@ -438,7 +441,7 @@ fn one_diverging_rate_of_several_is_passed_over_and_all_are_an_error() {
     assert!(message.contains("take a lower learning rate"), "{message}");
 }
 
-/// Rows that have no room on disk are computed when steps need them, and the weights are the same to the bit.
+/// Rows that do not fit on disk are computed on demand, with the same weights to the bit.
 #[test]
 fn rows_that_are_computed_each_time_give_the_same_weights() {
     let plain = settings().with(|s| {
@@ -486,7 +489,7 @@ fn a_rate_is_found_by_short_trials_on_samples_that_they_do_not_train_on() {
     let work = tempfile::tempdir().unwrap();
     let found = run(&settings, &[2, 4], work.path(), false, None).outcome.unwrap();
     let trials = &found.report.trials;
-    // Eight samples in steps of one: two are held back, and a trial takes the other six.
+    // With eight samples and one per step, two are held out and a trial has six steps.
     assert!(trials.len() >= 2 && trials.len() <= 6, "{trials:?}");
     assert!(trials.iter().all(|trial| (trial.steps, trial.held_out_samples) == (6, 2)), "{trials:?}");
     let least = trials.iter().min_by(|a, b| a.loss.unwrap().total_cmp(&b.loss.unwrap())).unwrap();
@@ -506,7 +509,7 @@ fn a_rate_is_found_by_short_trials_on_samples_that_they_do_not_train_on() {
         }
         assert!(held_out.iter().all(|id| !seen.contains(id)), "{held_out:?}, {seen:?}");
     }
-    // The trials leave no trace in the weights.
+    // Trials do not change the weights.
     let plain = settings.with(|s| s.optimizer.learning_rate = LearningRate::One(least.learning_rate));
     let alone = run(&plain, &[2, 4], work.path(), false, None).outcome.unwrap();
     assert!(weights(&alone.decoder) == weights(&found.decoder));
@@ -519,7 +522,7 @@ fn bf16_follows_f32_and_keeps_its_weights_in_f32() {
     let half = run(&settings().with(|s| s.precision = Precision::Bf16), &[2, 4], work.path(), false, None);
     plain.outcome.unwrap();
     let decoder = half.outcome.unwrap().decoder;
-    // bf16 keeps eight bits of a number.
+    // bf16 has eight significant bits.
     for (a, b) in plain.steps.iter().zip(&half.steps) {
         assert!((a.loss - b.loss).abs() < a.loss / 256.0 * 4.0, "step {}: {} and {}", a.step, a.loss, b.loss);
         assert_ne!(a.loss, b.loss);
@@ -533,7 +536,7 @@ fn bf16_follows_f32_and_keeps_its_weights_in_f32() {
     }
 }
 
-/// f16 wherever the model has f32.
+/// The model with f16 in place of f32.
 fn in_half_precision(model: &Model) -> Model {
     let narrow = |tensor: &mut Tensor| {
         if tensor.dtype == DataType::Float {
@@ -560,7 +563,7 @@ fn in_half_precision(model: &Model) -> Model {
     model
 }
 
-/// It is computed in f32, so it learns what the model in f32 learns, and its weights go back as f16.
+/// A run computes in f32, so its losses are those of the f32 model, and writes the weights as f16.
 #[test]
 fn a_model_in_half_precision_is_healed_and_stays_one() {
     let _alone = alone();

@@ -1,8 +1,8 @@
-//! Runs on the shipped model with no layer dropped, and with the head trained.
+//! Runs on the shipped model without dropped layers, and with a trained head.
 
 use super::*;
 
-/// All layers of the dense network in transformers, trained with `torch.optim.AdamW` on the same texts.
+/// Reference: all layers of the dense model, trained in transformers with `torch.optim.AdamW` on the same texts.
 #[test]
 fn a_whole_model_trains_as_in_the_reference() {
     let reference = reference("whole");
@@ -56,7 +56,7 @@ fn a_head_is_not_trained_without_answers() {
     assert!(error.contains("`train_head`") && error.contains("`ce`"), "{error}");
 }
 
-/// One of the runs of `scripts/reference/finetune.py`.
+/// The run `name` of `scripts/reference/finetune.py`.
 fn reference(name: &str) -> Reference {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/expected/finetune.json");
     let all: serde_json::Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();

@@ -11,7 +11,7 @@ use crate::bundle::Bundle;
 use crate::data::{DataOptions, Dataset, Encoder};
 use crate::prompt::Array;
 
-/// Name, element type in NumPy's words, shape, bytes.
+/// Name, NumPy element type, shape and bytes.
 type Tensor<'a> = (&'a str, &'a str, Vec<usize>, Vec<u8>);
 
 fn ints<'a>(name: &'a str, shape: &[usize], data: &[i64]) -> Tensor<'a> {
@@ -53,7 +53,7 @@ fn model() -> Bundle {
     Bundle::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model")).unwrap()
 }
 
-/// The message of a file of these tensors, for a decoder that takes `inputs_embeds` of width 160.
+/// Error message for a file with these tensors and a decoder with `inputs_embeds` of width 160.
 fn refused(tensors: &[Tensor]) -> String {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("batch.safetensors");
@@ -116,11 +116,11 @@ fn damaged_files_are_errors_and_reserve_nothing() {
             let mut bytes = whole.clone();
             bytes[at] ^= 0x5a;
             fs::write(&path, &bytes).unwrap();
-            // An error or other numbers, but no panic.
+            // A damaged file gives an error or other numbers, but no panic.
             drop(Archive::open(&path).and_then(|archive| archive.read("a")));
         }
     }
-    // A shape of more bytes than the file has.
+    // A shape that needs more bytes than the file has.
     npz(&path, &[("a", "<f4", vec![1 << 40, 1 << 20], vec![0; 16])], CompressionMethod::Deflated);
     let error = Archive::open(&path).unwrap_err().to_string();
     assert!(error.contains("array `a.npy` has") && error.contains("np.savez"), "{error}");

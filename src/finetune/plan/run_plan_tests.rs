@@ -87,7 +87,7 @@ fn eight_billion_parameters_heal_with_adapters_in_22_gb_and_not_without() {
     assert_eq!(full.fits, Some(false));
     let message = full.check().unwrap_err().to_string();
     assert!(message.contains("the limit is") && message.contains("lora_rank"), "{message}");
-    // 9 layers of 192.9 M: weight, gradient, two moments and the mean, 4 bytes each.
+    // 9 layers of 192.9 M: weights, gradients and mean at 4 bytes each; moments are listed separately.
     let trained: u64 = full
         .bytes
         .iter()

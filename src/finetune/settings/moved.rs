@@ -1,8 +1,10 @@
-//! Settings files of the flat layout: each old key with its place in the tables, for the message that refuses them.
+//! Refuses settings files with the old flat layout. Maps each old key to its place in the tables, for the error
+//! message.
 
 use crate::base::{Error, Result};
 
-/// Old key, new place, and true where the old value was no table while the new key is one of the same name.
+/// Old key and new place. The flag is true when the new layout has a table with the old key's name; then only a value
+/// that is not a table is an old one.
 const MOVED: &[(&str, &str, bool)] = &[
     ("learning_rate", "[optimizer] learning_rate", false),
     ("learning_rates", "[optimizer] learning_rate", false),
@@ -39,7 +41,7 @@ const MOVED: &[(&str, &str, bool)] = &[
 
 /// Refuses keys of the flat layout.
 ///
-/// Errors: `Error::Invalid` that names the new place of each.
+/// Errors: `Error::Invalid` with the new place of each old key.
 pub fn refuse_moved(table: &toml::Table) -> Result<()> {
     let old = MOVED.iter().filter(|(old, _, same_name)| match table.get(*old) {
         Some(value) => !(*same_name && value.is_table()),
@@ -73,7 +75,6 @@ mod tests {
         refuse_moved(&"[optimizer]\nlearning_rate = 1e-3\n[fit]\nenabled = true".parse().unwrap()).unwrap();
     }
 
-    /// Every new place exists.
     #[test]
     fn new_places_are_settings() {
         let all = toml::Table::try_from(Settings::default().with(|s| {
