@@ -27,7 +27,7 @@ impl<'a> FrozenLayers<'a> {
     /// Errors: `Error::Invalid` when the graph cannot be cut there.
     pub fn new(request: &'a Request<'a>, cut: &Cut) -> Result<Self> {
         let embeds_only = cut.begins_at_input();
-        let prefix = extract(&cut.analysis.model, &[], &[cut.streams[usize::from(embeds_only)]])?;
+        let prefix = extract(&cut.stored, &[], &[cut.streams[usize::from(embeds_only)]])?;
         Ok(FrozenLayers { request, prefix, embeds_only })
     }
 

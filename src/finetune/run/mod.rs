@@ -13,7 +13,7 @@ use tch::Device as TorchDevice;
 use crate::base::{Cancel, Device, Error, Provenance, Result, Sha256Digest, notice, sha256_json};
 use crate::data::LeftOut;
 use crate::finetune::checkpoint::begun;
-use crate::finetune::cut::{FitTarget, replaced, side_inputs};
+use crate::finetune::cut::{FitTarget, side_inputs, written_back};
 use crate::finetune::data::{Course, Dense, Lesson, Loads, Store, Teacher, TrainingSet, WINDOW_FOLDER, scan};
 use crate::finetune::loss;
 use crate::finetune::plan::{PlannedData, anchor_points};
@@ -205,7 +205,7 @@ pub fn finetune_with_teacher(
         std::fs::remove_dir_all(&window).map_err(|e| Error::io("remove", &window, e))?;
     }
     let tensors = students[0].changed(&cut, settings.lora().map_or(1.0, Lora::scale))?;
-    let decoder = replaced(&decoder, tensors)?;
+    let decoder = written_back(&decoder, tensors, &cut.quantised, settings.write_trained)?;
     let report = report(request, rate, inputs, &dataset, left_out, &summary)?;
     Ok(Outcome { decoder, report })
 }
