@@ -4,10 +4,11 @@
 The decoder is the fixture's with its first three layers, as `interlace prune` writes it. Four forms are written:
 `int4` and `int4-zeros` (MatMulNBitsQuantizer, symmetric in blocks of 32 and with zero points in blocks of 16),
 `int8` (quantize_dynamic, a scale per channel) and `qdq` (quantize_static, QDQ format, a scale per channel,
-calibrated on eight texts). `gradients.npz` holds what PyTorch gives for each: transformers' own Llama classes with the
+calibrated on five texts). `gradients.npz` holds what PyTorch gives for each: transformers' own Llama classes with the
 weights as the graph holds them, with adapters `y = x W + scale (x A) B` beside the seven products of layer 1, and the
-gradients of `A` and `B` for the mean cross-entropy of the answers of the eight texts. Activations are rounded where the graph
-rounds them, and the gradient passes straight through.
+gradients of `A` and `B` for the mean cross-entropy of the answers of three texts. Activations are rounded where the graph
+rounds them, and the gradient passes straight through. In these three texts no rounded number lies on the border between two
+steps, where its last bit, which differs between libraries, would decide.
 
     interlace prune fixtures/model --drop 3,4,5,6,7,8,9,10,11,12,13,14,15 -o /tmp/three
     python3 scripts/reference/quantised.py fixtures/model /tmp/three fixtures/quantised
@@ -30,6 +31,8 @@ from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from finetune import PROJECTIONS, network, texts
 
 LAYERS, TRAINED, RANK, SCALE = 3, 1, 2, 4.0
+SAMPLES = 0, 6, 7
+DISTURBED = False  # changes the last bit of what is rounded
 
 
 def feeds_of(session, table, ids):
@@ -44,7 +47,7 @@ def feeds_of(session, table, ids):
 class Reader(CalibrationDataReader):
     def __init__(self, path, table):
         session = onnxruntime.InferenceSession(str(path))
-        self.rows = iter([feeds_of(session, table, ids) for ids, _ in texts(len(table))])
+        self.rows = iter([feeds_of(session, table, ids) for ids, _ in list(texts(len(table)))[:5]])
 
     def get_next(self):
         return next(self.rows, None)
@@ -109,6 +112,8 @@ def products(path):
 def rounded(x, how):
     if how is None:
         return x
+    if DISTURBED:
+        x = x * (1 + 2.0 ** -23 * torch.sign(torch.randn_like(x)))
     if how == "dynamic":
         low, high = x.detach().min().clamp(max=0), x.detach().max().clamp(min=0)
         scale = (high - low) / 255
@@ -152,7 +157,7 @@ def differentiated(root, path):
         parent, name = PROJECTIONS[number % 7].split(".")
         setattr(getattr(layer, parent), name, Product(floats, *how, number // 7 == TRAINED))
     net.lm_head = Product(*found[-1][1:], False)
-    samples = list(texts(len(table)))
+    samples = [list(texts(len(table)))[number] for number in SAMPLES]
     answers = sum(sum(mask[1:]) for _, mask in samples)
     loss = 0
     for ids, mask in samples:
@@ -171,12 +176,24 @@ def differentiated(root, path):
         if isinstance(module, Product):
             module.adapter = None
     session = onnxruntime.InferenceSession(str(path))
-    ids, _ = samples[3]
+    ids, _ = samples[-1]
     want = session.run(["logits"], feeds_of(session, table, ids))[0]
     off = np.abs(net(input_ids=torch.tensor([ids])).logits.detach().numpy() - want).max() / np.abs(want).max()
     print(f"{path.name}: loss {loss.item():.6f}, logits of ONNX Runtime within {off:.1e} of the largest")
     assert off < 2e-2, off
     return result
+
+
+def check_steady(root, path, found):
+    """Last bits, which differ between libraries, must not decide how a number is rounded."""
+    global DISTURBED
+    DISTURBED = True
+    for seed in range(4):
+        torch.manual_seed(seed)
+        for key, value in differentiated(root, path).items():
+            off = np.linalg.norm(value - found[key]) / np.linalg.norm(found[key])
+            assert off < 1e-5, f"{path.name}: the last bit of a rounded number changes {key} by {off}"
+    DISTURBED = False
 
 
 def main():
@@ -198,7 +215,9 @@ def main():
     for name, write in forms.items():
         target = arguments.output / f"{name}.onnx"
         write(target)
-        gradients |= {f"{name}/{key}": value for key, value in differentiated(arguments.model, target).items()}
+        found = differentiated(arguments.model, target)
+        check_steady(arguments.model, target, found)
+        gradients |= {f"{name}/{key}": value for key, value in found.items()}
     np.savez_compressed(arguments.output / "gradients.npz", **gradients)
 
 

@@ -13,9 +13,7 @@ use crate::quantised::{Activations, QuantisedWeight, float_products, with_floats
 use crate::runtime::{Decoder, Embedded, Runtime, SessionOptions, Step};
 use crate::torch::{Hold, Options, Program, tensor_from_ir, tensor_to_ir};
 
-/// Every form with the share of its gradients that rounding of activations may change: a number on the border between two
-/// steps falls to the one or the other side by its last bit.
-const FORMS: [(&str, f64); 4] = [("int4", 1e-5), ("int4-zeros", 1e-5), ("int8", 1e-5), ("qdq", 1e-5)];
+const FORMS: [&str; 4] = ["int4", "int4-zeros", "int8", "qdq"];
 const LAYER: usize = 1;
 const VOCABULARY: i64 = 839;
 
@@ -43,8 +41,8 @@ fn answers(sample: &Sample) -> (Vec<i64>, Vec<i64>) {
     (1..ids.len()).filter(|&at| sample.answer_mask[at]).map(|at| (at as i64 - 1, ids[at])).unzip()
 }
 
-fn answer_count() -> f64 {
-    samples().iter().map(|sample| answers(sample).0.len()).sum::<usize>() as f64
+fn answer_count(samples: &[Sample]) -> f64 {
+    samples.iter().map(|sample| answers(sample).0.len()).sum::<usize>() as f64
 }
 
 /// The adapters' numbers in the script.
@@ -53,9 +51,9 @@ fn filled(rows: i64, columns: i64) -> Torch {
     (places * 0.37).sin().reshape([rows, columns]).to_kind(Kind::Float) * 0.05
 }
 
-/// Mean cross-entropy of the answers in the interpreter.
+/// Mean cross-entropy of the script's three texts in the interpreter.
 fn interpreted_loss(program: &Program, table: &Torch) -> Torch {
-    let samples = samples();
+    let samples: Vec<Sample> = samples().into_iter().filter(|sample| [0, 6, 7].contains(&sample.number)).collect();
     let total = samples.iter().map(|sample| {
         let ids = &sample.prompt.input_ids;
         let time = ids.len() as i64;
@@ -79,7 +77,7 @@ fn interpreted_loss(program: &Program, table: &Torch) -> Torch {
         let none = None::<Torch>;
         rows.cross_entropy_loss(&Torch::from_slice(&targets), none, tch::Reduction::Sum, -100, 0.0)
     });
-    total.reduce(|sum, term| sum + term).unwrap() / answer_count()
+    total.reduce(|sum, term| sum + term).unwrap() / answer_count(&samples)
 }
 
 /// Mean cross-entropy of the answers in ONNX Runtime.
@@ -101,7 +99,7 @@ fn onnx_runtime_loss(model: &Model) -> f64 {
         let sum = rows.cross_entropy_loss(&Torch::from_slice(&targets), none, tch::Reduction::Sum, -100, 0.0);
         sum.double_value(&[])
     };
-    samples().iter().map(loss).sum::<f64>() / answer_count()
+    samples().iter().map(loss).sum::<f64>() / answer_count(&samples())
 }
 
 /// What a packed weight holds, as the graph with float products has it.
@@ -160,7 +158,7 @@ fn gradients_of_adapters_are_those_of_pytorch() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/quantised/gradients.npz");
     let golden: BTreeMap<String, Torch> = Torch::read_npz(path).unwrap().into_iter().collect();
     let table = table();
-    for (form, tolerance) in FORMS {
+    for form in FORMS {
         let mut cut = Cut::new(&quantised(form), &[LAYER]).unwrap();
         cut.adapt(Lora { rank: 2, alpha: 8.0, seed: 0 }, &[]).unwrap();
         // One adapter for each of the seven products, and none beside scales or zero points.
@@ -176,8 +174,7 @@ fn gradients_of_adapters_are_those_of_pytorch() {
             let program = Program::compile(&cut.analysis.model, &options).unwrap();
             let loss = interpreted_loss(&program, &table);
             let want = golden[&format!("{form}/loss")].double_value(&[]);
-            println!("{form} {}", (loss.double_value(&[]) - want)/want);
-            //assert!((loss.double_value(&[]) - want).abs() < 1e-5 * want, "{form}: {}, expected {want}", loss);
+            assert!((loss.double_value(&[]) - want).abs() < 1e-5 * want, "{form}: {}, expected {want}", loss);
             let leaves: Vec<&Torch> = program.parameters().iter().map(|parameter| &parameter.tensor).collect();
             let found = Torch::run_backward(&[&loss], &leaves, false, false);
             for (adapted, found) in cut.adapted.iter().zip(found.chunks(2)) {
@@ -186,8 +183,7 @@ fn gradients_of_adapters_are_those_of_pytorch() {
                 for (end, found) in ["A", "B"].into_iter().zip(found) {
                     let want = &golden[&format!("{form}/{name}.{end}")];
                     let off = ((found - want).norm() / want.norm()).double_value(&[]);
-                    println!("{form} {name} {end} {off:e}");
-                    assert!(off < tolerance || form == "qdq", "{form} {hold:?}: gradient of {end} of {name} is off by {off:e}");
+                    assert!(off < 1e-5, "{form} {hold:?}: gradient of {end} of {name} is off by {off:e}");
                 }
             }
         }
@@ -218,7 +214,7 @@ fn packed_weights_are_trained_as_the_floats_that_they_hold() {
 /// weights that are quantised again differ from the trained floats by at most half a step.
 #[test]
 fn quantised_models_are_healed_and_written_in_either_form() {
-    for (form, _) in FORMS {
+    for form in FORMS {
         let packed = quantised(form);
         for rank in [4, 0] {
             let more = heal(&packed, &steps(21, rank));
@@ -226,7 +222,7 @@ fn quantised_models_are_healed_and_written_in_either_form() {
             assert!(after < 0.9 * more.steps[0].loss, "{form}, rank {rank}: {} to {after}", more.steps[0].loss);
             let float = heal(&packed, &steps(20, rank)).outcome.unwrap().decoder;
             // Integer products lose the rounding of their first factor when they become float products.
-            let tolerance = if form == "int8" { 5e-3 } else { 1e-4 };
+            let tolerance = if form == "int8" { 1e-2 } else { 1e-4 };
             let written = onnx_runtime_loss(&float);
             assert!((written - after).abs() < tolerance * after, "{form}, rank {rank}: {written}, trained {after}");
             let again = steps(20, rank).with(|s| s.write_trained = WriteTrained::Quantised);
@@ -271,7 +267,7 @@ fn within_half_a_step(form: &str, [packed, float, again]: [&Model; 3]) {
 /// A plan counts packed bytes for what stays packed, and floats for what is trained.
 #[test]
 fn plans_count_packed_bytes() {
-    for (form, _) in FORMS {
+    for form in FORMS {
         let packed = quantised(form);
         let mut cut = Cut::new(&packed, &[LAYER]).unwrap();
         cut.adapt(Lora { rank: 4, alpha: 4.0, seed: 0 }, &[]).unwrap();
@@ -279,8 +275,8 @@ fn plans_count_packed_bytes() {
         // Two layers and the head; tables and constants are the rest.
         let numbers = 2 * (2 * 160 * 160 + 2 * 160 * 80 + 3 * 160 * 256) + 160 * VOCABULARY as u64;
         let (bytes, widened) = (numbers / if form.starts_with("int4") { 2 } else { 1 }, 4 * numbers);
-        // At most a scale in f32 and a zero point in 4 bits for every 16 numbers.
-        let scales = if form.starts_with("int4") { numbers / 4 + numbers / 32 } else { 20_000 };
+        // At most a scale in f32 and a zero point, of 4 bits or widened, for every 16 numbers.
+        let scales = if form.starts_with("int4") { numbers / 4 + numbers / 8 } else { 20_000 };
         assert!((bytes..bytes + scales + 8_000).contains(&sizes.frozen_bytes), "{form}: {}", sizes.frozen_bytes);
         assert!((widened..widened + scales + 8_000).contains(&sizes.widened_bytes), "{form}: {}", sizes.widened_bytes);
         let one = 2 * 160 * 160 + 2 * 160 * 80 + 3 * 160 * 256;

@@ -93,7 +93,7 @@ pub fn float_products(
         let node = model.graph.body.nodes[number].clone();
         match (node.domain.as_str(), node.op_type.as_str()) {
             ("com.microsoft", "MatMulNBits") => found.blocks(&mut model.graph, number, &node, wanted),
-            ("", "MatMulInteger") => found.integers(&mut model.graph, &index, &node, wanted),
+            ("", "MatMulInteger") => found.integers(&mut model.graph, &index, number, &node, wanted),
             ("", "DequantizeLinear") => found.dequantised(&mut model.graph, &index, number, &node, wanted),
             _ => None,
         };
@@ -129,8 +129,8 @@ pub fn place_floats(body: &mut Body, weight: ValueId, tensor: Tensor) {
 
 /// Removes what no node reads any more: of these values, and of what they were made from. Those to keep stay.
 fn remove_unread(body: &mut Body, mut open: Vec<ValueId>, kept: &HashSet<ValueId>) {
+    let mut index = GraphIndex::of_body(body);
     while let Some(id) = open.pop() {
-        let index = GraphIndex::of_body(body);
         let inputs = body.inputs.contains(&id) || kept.contains(&id);
         if inputs || !index.uses(id).is_empty() || index.output_position(id).is_some() {
             continue;
@@ -141,6 +141,7 @@ fn remove_unread(body: &mut Body, mut open: Vec<ValueId>, kept: &HashSet<ValueId
                 let read = |id: ValueId| !index.uses(id).is_empty() || index.output_position(id).is_some();
                 if !node.present_outputs().any(read) {
                     open.extend(body.nodes.remove(number).present_inputs());
+                    index = GraphIndex::of_body(body);
                 }
             }
             None => body.initializers.retain(|(other, _)| *other != id),
@@ -218,11 +219,13 @@ impl Found {
         Some(())
     }
 
-    /// A product of integers, up to where its result is multiplied with the scales.
+    /// A product of integers, up to where its result is multiplied with the scales. What other products read too comes
+    /// before the integer product.
     fn integers(
         &mut self,
         graph: &mut Graph,
         index: &GraphIndex,
+        number: usize,
         node: &Node,
         wanted: &dyn Fn(ValueId) -> bool,
     ) -> Option<()> {
@@ -246,8 +249,9 @@ impl Found {
                 rounded
             }
         };
-        nodes.push(plain("MatMul", &node.name, &[left, weight], result));
-        self.replaced.insert(product.last, nodes);
+        nodes.push(node.clone());
+        self.replaced.insert(number, nodes);
+        self.replaced.insert(product.last, vec![plain("MatMul", &node.name, &[left, weight], result)]);
         Some(())
     }
 

@@ -121,6 +121,16 @@ impl Cut {
         }
     }
 
+    /// Lets go of the floats of expanded weights, after programs have made their own copies.
+    pub fn release_expanded(&mut self) {
+        let expanded: HashSet<ValueId> = self.quantised.iter().map(|weight| weight.weight).collect();
+        for (id, tensor) in &mut self.analysis.model.graph.body.initializers {
+            if expanded.contains(id) {
+                *tensor = Tensor::from_bytes(tensor.dtype, &tensor.dims, Vec::new());
+            }
+        }
+    }
+
     /// The stored form of a float weight, where it is quantised.
     pub fn quantised_weight(&self, weight: ValueId) -> Option<&QuantisedWeight> {
         self.quantised.iter().find(|quantised| quantised.weight == weight)

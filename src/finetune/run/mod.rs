@@ -70,7 +70,7 @@ pub fn finetune_with_teacher(
         let opened = Opened::new(request, teacher);
         (hashing.join().unwrap_or_else(|panic| resume_unwind(panic)), opened)
     });
-    let Opened { decoder, cut, suffix, sizes, targets, points, dense } = opened?;
+    let Opened { decoder, mut cut, suffix, sizes, targets, points, dense } = opened?;
     let (model_digest, data_digest, dense_digest) = digests?;
     let own = request.own_work();
     std::fs::create_dir_all(&own).map_err(|e| Error::io("create", &own, e))?;
@@ -163,6 +163,7 @@ pub fn finetune_with_teacher(
         twin.work_for(&students[0])?;
         students.push(twin);
     }
+    cut.release_expanded();
     let (work, resume, batch_tokens) = (own.as_path(), request.resume, plan.batch_tokens as usize);
     let (shared, ranks) = (request.work, request.ranks);
     let asked_settings = settings;

@@ -92,12 +92,12 @@ fn dequantize(b: &mut Build) -> OpResult<Kernel> {
     one(move |args| {
         let (x, scale) = (args.get(0)?, args.get(1)?);
         let kind = scale.f_kind()?;
-        // A difference of integers of up to 16 bits is exact in f32.
+        // A difference of integers of up to 16 bits is exact in f32. The conversion makes a copy, which is changed in place.
         let mut out = x.f_to_kind(if x.f_kind()? == Kind::Int { EXACT } else { Kind::Float })?;
         if let Some(zero) = args.opt(2) {
-            out = out.f_sub(&spread(zero, x, axis, block)?.f_to_kind(out.f_kind()?)?)?;
+            out = out.f_sub_(&spread(zero, x, axis, block)?.f_to_kind(out.f_kind()?)?)?;
         }
-        let out = out.f_mul(&spread(scale, x, axis, block)?.f_to_kind(out.f_kind()?)?)?;
+        let out = out.f_mul_(&spread(scale, x, axis, block)?.f_to_kind(out.f_kind()?)?)?;
         Ok(out.f_to_kind(output.unwrap_or(kind))?)
     })
 }
@@ -254,18 +254,19 @@ impl Packing {
     fn expand(&self, [packed, scales]: [&Tensor; 2], zero: Option<&Tensor>, kind: Kind) -> OpResult<Tensor> {
         let Packing { width, height, bits, block } = *self;
         let blocks = (width + block - 1) / block;
-        let numbers = unpack(packed, bits)?.f_reshape([height, blocks, block])?.f_to_kind(kind)?;
+        // Changed in place: a large weight is in memory as floats once.
+        let mut numbers = unpack(packed, bits)?.f_reshape([height, blocks, block])?.f_to_kind(kind)?;
         let scales = scales.f_to_kind(kind)?.f_reshape([height, blocks, 1])?;
         let middle = (1i64 << (bits - 1)) as f64;
-        let centred = match zero {
-            None => numbers.f_sub_scalar(middle)?,
+        let mut centred = match zero {
+            None => numbers.f_sub_scalar_(middle)?,
             Some(zero) if zero.f_kind()? == Kind::Uint8 => {
                 let zero = unpack(&zero.f_reshape([height, -1])?, bits)?.f_narrow(1, 0, blocks)?;
-                numbers.f_sub(&zero.f_to_kind(kind)?.f_unsqueeze(2)?)?
+                numbers.f_sub_(&zero.f_to_kind(kind)?.f_unsqueeze(2)?)?
             }
-            Some(zero) => numbers.f_sub(&zero.f_reshape([height, blocks, 1])?.f_to_kind(kind)?)?,
+            Some(zero) => numbers.f_sub_(&zero.f_reshape([height, blocks, 1])?.f_to_kind(kind)?)?,
         };
-        Ok(centred.f_mul(&scales)?.f_reshape([height, blocks * block])?.f_narrow(1, 0, width)?)
+        Ok(centred.f_mul_(&scales)?.f_reshape([height, blocks * block])?.f_narrow(1, 0, width)?)
     }
 }
 
