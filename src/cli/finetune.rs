@@ -11,7 +11,7 @@ use crate::bundle::Bundle;
 use crate::data::{Amount, Subset};
 use crate::finetune::{
     DEFAULT_RECIPE, LearningRate, Limits, LoraLayers, PlannedBytes, Precision, RECIPES, RecipeRow, Report, RunPlan,
-    Settings, WriteTrained, refuse_moved,
+    Settings, WriteTrained, interrupted_at, refuse_moved,
 };
 use crate::method::Plan;
 use crate::pipeline::steps::{self, Finetune, Trained, default_work_folder};
@@ -30,11 +30,12 @@ use super::ranks::meet_others;
     --teacher model/ -o healed/\n  interlace finetune pruned/ --plan plan.json --data train.parquet --recipe paper \
     --learning-rate 1e-3 -o healed/\n  interlace finetune model/ --layers all --data train.parquet --recipe paper \
     -o finetuned/\n\nCtrl-C leaves a checkpoint; the same command with --resume continues from it.")]
+#[command(group(clap::ArgGroup::new("which").required(true).args(["plan", "layers"])))]
 pub struct Args {
     /// Model folder: with --plan the one that `interlace prune --plan` wrote
     model: PathBuf,
     /// Train the finetune layers of the plan by which the model was pruned
-    #[arg(long, value_name = "FILE", required_unless_present = "layers", conflicts_with = "layers")]
+    #[arg(long, value_name = "FILE")]
     plan: Option<PathBuf>,
     /// Train these layers of the model as it is, which need not be pruned: `all`, or indices from 0 with commas, as in 2,5
     #[arg(long, value_name = "LAYERS")]
@@ -63,7 +64,7 @@ pub struct Args {
     /// Set the peak learning rate, in the optimiser's units; of several, separated by commas, take the one that reaches
     /// the lowest loss in a trial pass; `auto` tries the optimiser's usual rates in trials of at most 32 steps each and
     /// takes the one with the lowest loss on samples that were held back [default: the recipe's]
-    #[arg(long, value_name = "LR")]
+    #[arg(long, visible_alias = "lr", value_name = "LR")]
     learning_rate: Option<LearningRate>,
     /// Put this number of samples into one forward pass [default: the recipe's]
     #[arg(long, value_name = "N")]
@@ -136,8 +137,8 @@ fn recipes_help() -> String {
     format!("How to heal:\n{}", rows.collect::<Vec<_>>().join("\n"))
 }
 
-/// Help of `--teacher`, as a test makes it from the rows. It is no call of the table of losses, whose functions would link
-/// LibTorch to the program that only prints help.
+/// Help of `--teacher`. A test compares it with the tables of losses and recipes. It is not made from them, because the
+/// functions in the table of losses would link LibTorch to the program that only prints help.
 const TEACHER_HELP: &str =
     "Read the model before pruning, for the losses `kd`, `anchor` and `hidden` (the recipes fast and best)";
 
@@ -201,6 +202,10 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         let plan = steps::plan_finetune(&request)?;
         return dry_run(&plan, context);
     }
+    if request.resume && ranks.as_ref().is_none_or(|ranks| ranks.rank() == 0) && interrupted_at(request.work)?.is_none()
+    {
+        context.output.note(format!("no checkpoint in `{}`; starting at step 1", request.work.display()));
+    }
     let report = steps::finetune(&request, &args.output, &context.cancel, &mut |_| ())?;
     if ranks.as_ref().is_some_and(|ranks| ranks.rank() > 0) {
         return Ok(Outcome::Done);
@@ -211,11 +216,35 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         output.json(&report)?;
         return Ok(Outcome::Done);
     }
-    print_report(&report, output)
+    let metrics = fs::read_to_string(request.work.join(&report.metrics_file)).unwrap_or_default();
+    // A run that ends with the fit takes no step.
+    let losses = loss_line(&losses(&metrics)).filter(|_| report.first_loss.is_some());
+    print_report(&report, losses, output)
+}
+
+/// The loss of each step, from the lines of the metrics.
+fn losses(metrics: &str) -> Vec<f64> {
+    let loss = |line: &str| serde_json::from_str::<serde_json::Value>(line).ok()?.get("loss")?.as_f64();
+    metrics.lines().filter_map(loss).collect()
+}
+
+/// Describes the losses of a run by means over many steps: those of single steps vary too much to be compared.
+fn loss_line(losses: &[f64]) -> Option<String> {
+    let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len().max(1) as f64;
+    let quarter = losses.len().div_ceil(4);
+    match losses {
+        [] => None,
+        [loss] => Some(format!("1 step, loss {loss:.4}")),
+        _ => Some(format!(
+            "mean loss of the first quarter of the steps {:.4}, of the last quarter {:.4}",
+            mean(&losses[..quarter]),
+            mean(&losses[losses.len() - quarter..])
+        )),
+    }
 }
 
 /// Prints the report of a run.
-fn print_report(report: &Report, output: &output::Output) -> anyhow::Result<Outcome> {
+fn print_report(report: &Report, losses: Option<String>, output: &output::Output) -> anyhow::Result<Outcome> {
     output.line(format!(
         "{} steps on {} samples, {} trained parameters in layers {:?}",
         report.steps,
@@ -240,8 +269,8 @@ fn print_report(report: &Report, output: &output::Output) -> anyhow::Result<Outc
         };
         output.line(format!("layer {}: {text}", fit.layer))?;
     }
-    if let (Some(first), Some(last)) = (report.first_loss, report.last_loss) {
-        output.line(format!("loss {first:.4} at the first step, {last:.4} at the last"))?;
+    if let Some(losses) = losses {
+        output.line(losses)?;
     }
     output.line(format!(
         "{:.1} s, {:.0} tokens/s, peak memory {}",
@@ -287,6 +316,7 @@ fn dry_run(plan: &RunPlan, context: &Context) -> anyhow::Result<Outcome> {
     Ok(done)
 }
 
+/// The settings: those of the recipe, overridden by the file of settings, overridden by the flags.
 fn settings(args: &Args) -> anyhow::Result<Settings> {
     let table = match &args.settings {
         Some(path) => {
@@ -325,11 +355,11 @@ fn settings(args: &Args) -> anyhow::Result<Settings> {
     }
     settings.seed = args.seed.unwrap_or(settings.seed);
     settings.schedule.max_steps = args.max_steps.or(settings.schedule.max_steps);
-    match args.precision {
-        Some(PrecisionArg::F32) => settings.precision = Precision::F32,
-        Some(PrecisionArg::Bf16) => settings.precision = Precision::Bf16,
-        None => {}
-    }
+    settings.precision = match args.precision {
+        Some(PrecisionArg::F32) => Precision::F32,
+        Some(PrecisionArg::Bf16) => Precision::Bf16,
+        None => settings.precision,
+    };
     Ok(settings)
 }
 
@@ -351,7 +381,18 @@ mod tests {
     }
 
     #[test]
-    fn the_help_names_what_needs_the_dense_model() {
+    fn losses_are_compared_by_means_over_a_quarter_of_the_steps() {
+        assert_eq!(loss_line(&[]), None);
+        assert_eq!(loss_line(&[2.0]).unwrap(), "1 step, loss 2.0000");
+        let two = "mean loss of the first quarter of the steps 2.0000, of the last quarter 1.0000";
+        assert_eq!(loss_line(&[2.0, 1.0]).unwrap(), two);
+        let eight = "mean loss of the first quarter of the steps 5.0000, of the last quarter 2.0000";
+        assert_eq!(loss_line(&[6.0, 4.0, 9.0, 0.0, 9.0, 0.0, 1.0, 3.0]).unwrap(), eight);
+        assert_eq!(losses("{\"step\":1,\"loss\":2.5}\n{\"step\":2,\"loss\":1.5}\n"), [2.5, 1.5]);
+    }
+
+    #[test]
+    fn the_teacher_help_lists_the_losses_that_need_the_dense_model() {
         assert_eq!(TEACHER_HELP, teacher_help());
     }
 }

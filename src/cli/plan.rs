@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::base::{Device, human_bytes, human_count, sha256_file, write_json};
+use crate::base::{Device, check_output_file, human_bytes, human_count, sha256_file, write_json};
 use crate::bundle::Bundle;
 use crate::data::{Amount, Dataset, Subset};
 use crate::method::select::{STRATEGIES, Strategy};
@@ -17,6 +17,9 @@ use super::strip;
 
 /// The flags that set the number of layers to drop; exactly one is required.
 const HOW_MANY: [&str; 6] = ["drop_ratio", "drop_count", "drop", "target_params", "target_size", "target_speedup"];
+
+/// Calibration samples that are drawn where no number is given, if there are as many.
+const CALIBRATION_SAMPLES: usize = 32;
 
 /// Choose which layers to drop and which to finetune
 #[derive(clap::Args)]
@@ -65,9 +68,9 @@ pub struct Args {
     /// Read calibration data, for strategies that measure losses
     #[arg(long, value_name = "DATA")]
     data: Option<PathBuf>,
-    /// Draw this number of calibration samples
-    #[arg(long, value_name = "N", default_value_t = 32, value_parser = positive, requires = "data")]
-    samples: usize,
+    /// Draw this number of calibration samples [default: 32, or all where there are fewer]
+    #[arg(long, value_name = "N", value_parser = positive, requires = "data")]
+    samples: Option<usize>,
     #[command(flatten)]
     reading: DataArgs,
     /// Measure losses on this device: cpu, cuda or cuda:N
@@ -87,6 +90,7 @@ fn strategies_help() -> String {
 }
 
 pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
+    check_output_file(&args.output)?;
     let strategy =
         args.strategy.unwrap_or_else(|| if args.drop.is_some() { "explicit" } else { "interlace" }.to_string());
     let how_many = [
@@ -106,22 +110,26 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     let scores = args.scores.as_deref().map(Scores::read).transpose()?;
     let digest = args.scores.as_deref().map(sha256_file).transpose()?;
     let model = PlannedModel::of(&bundle)?;
-    let samples = args.data.is_some().then_some(args.samples);
-    let settings = PlanSettings {
+    if let (Some(scores), Some(file)) = (&scores, &args.scores) {
+        model.check_scores(scores, format!("scores `{}`", file.display()))?;
+    }
+    let mut settings = PlanSettings {
         strategy,
         how_many,
         seed: args.seed,
-        samples,
+        samples: None,
         data: args.data.is_some().then(|| args.reading.options()),
         modality_weights: args.modality_weights.map(|weights| weights.0),
         as_released: args.as_released,
         beyond_structure: args.beyond_structure,
     };
-    let subset = Subset { amount: Amount::Samples(args.samples), seed: args.seed };
     let mut meter = match &args.data {
         Some(data) => {
             check_needs(&bundle, Work::MeasureLosses)?;
             let dataset = Dataset::open_for(data, &bundle, &args.reading.options())?;
+            let count = args.samples.unwrap_or(CALIBRATION_SAMPLES.min(dataset.len()));
+            let subset = Subset { amount: Amount::Samples(count), seed: args.seed };
+            settings.samples = Some(count);
             Some((LossMeter::new(&bundle, &dataset, subset, args.device, &context.cancel)?, dataset.digest()?))
         }
         None => None,
@@ -150,6 +158,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     let output = &context.output;
     warn_left_out(&plan.left_out, output);
     model.warnings(&plan.drop).iter().for_each(|warning| output.warn(warning));
+    steps::variants_warning(&bundle, &[]).iter().for_each(|warning| output.warn(warning));
     match output.json {
         true => output.json(&plan)?,
         false => print(&plan, &model, measured, output)?,

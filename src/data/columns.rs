@@ -6,7 +6,7 @@ use std::sync::Arc;
 use arrow::array::{Array, ArrayRef, AsArray, OffsetSizeTrait, StructArray};
 use arrow::datatypes::{DataType, Float64Type, Schema};
 
-use crate::base::{Error, Result};
+use crate::base::{Error, Result, shortened};
 
 use super::keys::{is_silent, unread};
 use super::options::DataOptions;
@@ -203,7 +203,7 @@ fn fields<'a, const N: usize>(cells: &'a ArrayRef, names: [&str; N]) -> Result<[
     let none = DataOptions::default();
     for (name, array) in cells.column_names().iter().zip(cells.columns()) {
         if !names.contains(name) && !is_silent(name, &none) && array.logical_null_count() < array.len() {
-            return Err(format!("has a field `{name}` that nobody reads"));
+            return Err(format!("has a field `{name}` that the reader does not know"));
         }
     }
     let mut found = Vec::with_capacity(N);
@@ -231,7 +231,7 @@ fn said(cells: &ArrayRef, role: &str, content: &str) -> Result<Vec<RawMessage>, 
     for number in 0..cells.len() {
         let name = string_at(roles, number)?.ok_or_else(|| format!("message {number} has no `{role}`"))?;
         let speaker = Speaker::named(&name)
-            .ok_or_else(|| format!("has a message of `{name}`, expected system, user or assistant"))?;
+            .ok_or_else(|| format!("has a message of `{}`, expected system, user or assistant", shortened(&name)))?;
         if contents.is_null(number) {
             return Err(format!("message {number} has no `{content}`"));
         }
@@ -251,7 +251,7 @@ fn parts_of(parts: &ArrayRef) -> Result<Vec<Piece>, String> {
     for (name, array) in cells.column_names().iter().zip(cells.columns()) {
         let known = ["type", "text", "index"].contains(name) || is_silent(name, &none);
         if !known && array.logical_null_count() < array.len() {
-            return Err(format!("has parts with a field `{name}` that nobody reads"));
+            return Err(format!("has parts with a field `{name}` that the reader does not know"));
         }
     }
     let kinds = cells.column_by_name("type").ok_or("`content` has no field `type`")?;
@@ -271,7 +271,7 @@ fn parts_of(parts: &ArrayRef) -> Result<Vec<Piece>, String> {
                 }
                 Piece::Image(index.map(|index| index as usize))
             }
-            (kind, _) => return Err(format!("has a part of type `{kind}`, expected text or image")),
+            (kind, _) => return Err(format!("has a part of type `{}`, expected text or image", shortened(kind))),
         });
     }
     Ok(pieces)

@@ -108,7 +108,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn files_of_folders_and_patterns_are_named_below_their_common_folder() {
+    fn data_files_are_named_relative_to_their_common_folder() {
         let folder = tempfile::tempdir().unwrap();
         for file in ["b/x.parquet", "a/x.parquet", "a/notes.txt", "one.json", "both/x.parquet", "both/y.jsonl"] {
             let path = folder.path().join(file);

@@ -123,9 +123,9 @@ pub const FAMILIES: &[Family] = &[
         "LLaVA-OneVision",
         &["llava_onevision"],
         "LlavaOnevisionProcessor",
-        Proof::Pipeline(&["llava_onevision"]),
+        Proof::Pipeline(&["llava_onevision", "llava_onevision_with_tiles"]),
         "one tile of a picture, as transformers.js feeds it; tiles of any resolution where the graph takes `image_sizes` \
-         (its processor alone is compared)",
+         and packs their features",
     ),
     row("FastVLM", &["fast_vlm", "llava_qwen2"], "LlavaProcessor", Proof::Pipeline(&["fast_vlm"]), ""),
     row(
@@ -214,56 +214,56 @@ pub const FAMILIES: &[Family] = &[
         "Phi-3.5-vision",
         &["phi3_v"],
         TEXT,
-        Proof::Test("families_without_a_processor_say_so"),
+        Proof::Test("families_without_a_processor_run_on_text_with_a_warning"),
         "its processor is code of its own repository, which transformers does not have",
     ),
     without(
         "MiniCPM-V 2.6",
         &["minicpmv"],
         TEXT,
-        Proof::Test("families_without_a_processor_say_so"),
+        Proof::Test("families_without_a_processor_run_on_text_with_a_warning"),
         "its processor is code of its own repository; transformers has that of 4.6",
     ),
     without(
         "Kimi-VL",
         &["kimi_vl"],
         TEXT,
-        Proof::Test("families_without_a_processor_say_so"),
+        Proof::Test("families_without_a_processor_run_on_text_with_a_warning"),
         "its processor is code of its own repository, which transformers does not have",
     ),
     without(
         "InternVL as its authors publish it",
         &["internvl_chat"],
         TEXT,
-        Proof::Test("families_without_a_processor_say_so"),
+        Proof::Test("families_without_a_processor_run_on_text_with_a_warning"),
         "its processor is code of its own repository; transformers has that of the converted models (`internvl`)",
     ),
     without(
         "DeepSeek-VL2",
         &["deepseek_vl_v2"],
         TEXT,
-        Proof::Test("families_without_a_processor_say_so"),
+        Proof::Test("families_without_a_processor_run_on_text_with_a_warning"),
         "its processor is code of its own repository, which transformers does not have",
     ),
     without(
         "Llama 3.2 Vision",
         &["mllama"],
         [Reach::Yes, Reach::Yes, Reach::No, Reach::No, Reach::No, Reach::No],
-        Proof::Test("cross_attention_layers_are_layers_of_their_own_kind"),
+        Proof::Test("cross_attention_layers_have_a_kind_of_their_own"),
         "pictures come in by cross-attention (`cross_attention_states`), which is not fed",
     ),
     without(
         "Florence-2",
         &["florence2"],
         NONE,
-        Proof::Test("a_file_that_nobody_claims_is_refused_by_name"),
+        Proof::Test("an_unclaimed_file_is_refused_by_name"),
         "an encoder-decoder: its layers attend to two sequences",
     ),
     without(
         "Donut",
         &["vision-encoder-decoder"],
         NONE,
-        Proof::Test("a_file_that_nobody_claims_is_refused_by_name"),
+        Proof::Test("an_unclaimed_file_is_refused_by_name"),
         "an encoder-decoder: its layers attend to two sequences",
     ),
 ];
@@ -315,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn a_family_without_a_processor_says_why() {
+    fn a_partly_supported_family_has_a_note() {
         for family in FAMILIES {
             let whole = family.reach == ALL;
             assert!(whole || !family.note.is_empty(), "{}", family.name);

@@ -95,6 +95,7 @@ fn differences(processor: &Processor, case: &Value, talk: &Value, back_end: &str
     if runs(&encoded.input_ids) != want {
         found.push(format!("ids {:?}, expected {want:?}", runs(&encoded.input_ids)));
     }
+    // Prompts without pictures, and some with pictures of different sizes, have no arrays.
     for (key, want) in case["arrays"][back_end].as_object().into_iter().flatten() {
         let array = encoded.images.as_ref().unwrap().joined(key).unwrap();
         let same = array.len() as u64 == want["len"]
@@ -111,9 +112,12 @@ fn family_differences(family: &Value, shared: &Value) -> Vec<String> {
     let mut found = Vec::new();
     let folder = folder(family, shared);
     let bundle = Bundle::open(folder.path()).unwrap();
+    assert!(!family["back_ends"].as_array().unwrap().is_empty(), "{}", family["name"]);
     for back_end in family["back_ends"].as_array().unwrap() {
         let back_end = back_end.as_str().unwrap();
         let what = format!("{} {back_end}", family["name"]);
+        let has_arrays = |case: &Value| case["arrays"][back_end].as_object().is_some_and(|arrays| !arrays.is_empty());
+        assert!(family["cases"].as_array().unwrap().iter().any(has_arrays), "{what} has no expected arrays");
         match Processor::open_with(&bundle, &settings(family, back_end)) {
             Ok(processor) => {
                 for case in family["cases"].as_array().unwrap() {
@@ -129,7 +133,7 @@ fn family_differences(family: &Value, shared: &Value) -> Vec<String> {
 }
 
 #[test]
-fn families_equal_hugging_face() {
+fn processors_of_all_families_equal_hugging_face() {
     let shared = json("families.json");
     let families = shared["families"].as_array().unwrap();
     let found: Vec<String> = families.par_iter().flat_map(|family| family_differences(family, &shared)).collect();
@@ -187,7 +191,7 @@ fn a_template_that_drops_the_content_is_refused() {
 }
 
 #[test]
-fn settings_of_the_user_come_last() {
+fn user_settings_override_the_image_processor_config() {
     let shared = json("families.json");
     let open = |name: &str, settings: ImageSettings| {
         let family = shared["families"].as_array().unwrap().iter().find(|family| family["name"] == name).unwrap();
@@ -212,7 +216,7 @@ fn settings_of_the_user_come_last() {
     let refusals = [
         ("qwen2_vl", ImageSettings { image_size: Some(56), ..none }, "has no size of its own to set"),
         ("qwen2_vl", ImageSettings { tiles: Some(true), ..none }, "cuts no picture into tiles"),
-        ("llava", ImageSettings { min_pixels: Some(56), ..none }, "nothing reads `min_pixels`"),
+        ("llava", ImageSettings { min_pixels: Some(56), ..none }, "--min-pixels 56"),
         ("idefics3", ImageSettings { back_end: Some(BackEnd::Torchvision), ..none }, "has no Lanczos filter"),
     ];
     for (name, settings, want) in refusals {
@@ -223,7 +227,7 @@ fn settings_of_the_user_come_last() {
 
 /// Reference: `fixtures/processor/video.json`, written by `scripts/processors/video.py`.
 #[test]
-fn a_video_is_its_frames_with_their_times() {
+fn a_video_is_encoded_as_frames_with_timestamps() {
     use base64::Engine;
     let (shared, video) = (json("families.json"), json("video.json"));
     let family = shared["families"].as_array().unwrap().iter().find(|family| family["name"] == "qwen3_vl").unwrap();
@@ -231,6 +235,7 @@ fn a_video_is_its_frames_with_their_times() {
         let text = video["frames"][place.as_u64().unwrap() as usize].as_str().unwrap();
         ImageBytes::held("frame", base64::engine::general_purpose::STANDARD.decode(text).unwrap())
     };
+    assert!(!video["cases"].as_array().unwrap().is_empty());
     for case in video["cases"].as_array().unwrap() {
         let folder = folder(family, &shared);
         fs::write(folder.path().join("chat_template.jinja"), video["template"].as_str().unwrap()).unwrap();
@@ -269,24 +274,27 @@ fn a_video_is_its_frames_with_their_times() {
 
 #[test]
 fn the_token_of_videos_is_read_from_the_processor_s_config() {
-    let shared = json("families.json");
+    let (shared, video) = (json("families.json"), json("video.json"));
     let family = shared["families"].as_array().unwrap().iter().find(|family| family["name"] == "qwen3_vl").unwrap();
     let folder = folder(family, &shared);
-    let path = folder.path().join("processor_config.json");
-    let mut config: Value =
-        fs::read(&path).map_or_else(|_| serde_json::json!({}), |b| serde_json::from_slice(&b).unwrap());
-    config["processor_class"] = "Qwen3VLProcessor".into();
-    config["video_token"] = "<|a token that is not in the tokenizer|>".into();
-    fs::write(&path, config.to_string()).unwrap();
-    let processor = Processor::open(&Bundle::open(folder.path()).unwrap()).unwrap();
-    let frame = ImageBytes::file("photo.jpeg", fixtures("awkward/photo.jpeg"));
-    let clip = ImageBytes::frames("video 0", vec![(0.0, frame.clone()), (0.5, frame)]).unwrap();
-    let error = processor.encode_question("case", &[Part::Image(0)], &[clip]).unwrap_err().to_string();
-    assert!(error.contains("is a video, which this model's processor does not take"), "{error}");
+    fs::write(folder.path().join("chat_template.jinja"), video["template"].as_str().unwrap()).unwrap();
+    let encode = |token: &str| {
+        let path = folder.path().join("processor_config.json");
+        let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        config["video_token"] = token.into();
+        fs::write(&path, config.to_string()).unwrap();
+        let processor = Processor::open(&Bundle::open(folder.path()).unwrap()).unwrap();
+        let frame = || ImageBytes::file("photo.jpeg", fixtures("awkward/photo.jpeg"));
+        let clip = ImageBytes::frames("video 0", vec![(0.0, frame()), (0.5, frame())]).unwrap();
+        processor.encode_question("case", &[Part::Image(0), Part::Text("What?".into())], &[clip])
+    };
+    encode("<|video_pad|>").unwrap();
+    let error = encode("<|a token that is not in the tokenizer|>").unwrap_err().to_string();
+    assert!(error.contains("0 times"), "{error}");
 }
 
 #[test]
-fn families_without_a_template_have_the_prompt_that_they_were_trained_with() {
+fn a_family_without_a_template_uses_its_training_prompt() {
     let shared = json("families.json");
     let llava = shared["families"].as_array().unwrap().iter().find(|family| family["name"] == "llava").unwrap();
     let folder = folder(llava, &shared);
@@ -315,7 +323,7 @@ fn families_without_a_template_have_the_prompt_that_they_were_trained_with() {
 
 /// A class name with the suffix `Pil` selects Pillow.
 #[test]
-fn a_class_of_pillow_s_gives_pillow_s_pixels() {
+fn a_processor_class_with_a_named_back_end_uses_that_back_end() {
     let shared = json("families.json");
     let family = shared["families"].as_array().unwrap().iter().find(|family| family["name"] == "qwen2_vl").unwrap();
     let case = family["cases"].as_array().unwrap().iter().find(|case| case["pictures"][0] == "photo.jpeg").unwrap();

@@ -36,7 +36,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_panic_is_an_error_with_its_message() {
+    fn a_panic_becomes_an_error_with_its_message() {
         assert_eq!(guarded(|| 3), Ok(3));
         let error = guarded(|| -> u8 { panic!("index out of range") });
         assert_eq!(error, Err("is malformed (index out of range)".into()));

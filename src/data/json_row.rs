@@ -7,6 +7,8 @@ use serde::Deserialize;
 use serde::de::value::SeqAccessDeserializer;
 use serde::de::{Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
+use crate::base::{clipped, shortened};
+
 use super::keys::is_silent;
 use super::options::DataOptions;
 use super::row::{Piece, RawMessage, Speaker};
@@ -36,7 +38,8 @@ impl JsonRow {
     /// Errors: `JsonProblem::Unread` for keys of the row, its messages and their parts that have content, but no
     /// reader, and are not silent; `JsonProblem::Bad` for any other problem.
     pub fn parse(bytes: &[u8], options: &DataOptions) -> Result<Self, JsonProblem> {
-        let raw: Fields = serde_json::from_slice(bytes).map_err(|e| bad(format!("does not decode: {e}")))?;
+        let raw: Fields =
+            serde_json::from_slice(bytes).map_err(|e| bad(format!("does not decode: {}", clipped(&e.to_string()))))?;
         let mut entry = JsonRow::default();
         let mut unread = Vec::new();
         let (mut images, mut image) = (Vec::new(), Vec::new());
@@ -113,7 +116,8 @@ impl TextLine {
     ///
     /// Errors: as `JsonRow::parse`.
     pub fn parse(line: &[u8], options: &DataOptions) -> Result<String, TextProblem> {
-        let Fields(fields) = serde_json::from_slice(line).map_err(|e| bad(format!("does not decode: {e}")))?;
+        let Fields(fields) =
+            serde_json::from_slice(line).map_err(|e| bad(format!("does not decode: {}", clipped(&e.to_string()))))?;
         let (mut text, mut unread) = (None, Vec::new());
         for (key, field) in fields {
             match (key.as_str(), field) {
@@ -152,8 +156,9 @@ fn spoken(
         unread.extend(held.map(|(key, _)| key));
     };
     keep(message.rest);
-    let speaker = Speaker::named(&message.role)
-        .ok_or_else(|| bad(format!("has a message of `{}`, expected system, user or assistant", message.role)))?;
+    let speaker = Speaker::named(&message.role).ok_or_else(|| {
+        bad(format!("has a message of `{}`, expected system, user or assistant", shortened(&message.role)))
+    })?;
     let pieces = match message.content {
         JsonContent::Text(text) => vec![Piece::Text(text)],
         JsonContent::Parts(parts) => {
@@ -172,7 +177,9 @@ fn spoken(
                         };
                         Piece::Image(index)
                     }
-                    (kind, _) => return Err(bad(format!("has a part of type `{kind}`, expected text or image"))),
+                    (kind, _) => {
+                        return Err(bad(format!("has a part of type `{}`, expected text or image", shortened(kind))));
+                    }
                 });
             }
             pieces
@@ -393,7 +400,7 @@ mod tests {
     const TALK: &str = r#""conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]"#;
 
     #[test]
-    fn pictures_are_a_name_a_list_or_none() {
+    fn the_image_key_holds_a_name_a_list_or_nothing() {
         let images = |text: &str| parse(&format!("{{{text}{TALK}}}")).unwrap().images;
         assert_eq!(images(r#""image": "a.png", "#), ["a.png"]);
         assert_eq!(images(r#""image": ["a.png", "b.png"], "#), ["a.png", "b.png"]);
@@ -402,7 +409,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_that_hold_something_unknown_are_named() {
+    fn unread_keys_with_a_value_are_named() {
         let unread = |text: &str| match parse(&format!("{{{text}{TALK}}}")) {
             Err(JsonProblem::Unread(keys)) => keys,
             other => panic!("{other:?}"),
@@ -418,7 +425,7 @@ mod tests {
     }
 
     #[test]
-    fn messages_hold_texts_or_parts() {
+    fn message_content_is_a_string_or_a_list_of_parts() {
         let text = r#"{"images": ["x.png"], "messages": [
             {"role": "system", "content": "s"},
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "q", "index": null}]},
@@ -433,7 +440,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_that_make_no_sense_are_bad() {
+    fn malformed_rows_are_errors() {
         for (text, want) in [
             ("{", "does not decode"),
             ("[]", "does not decode"),
@@ -451,7 +458,7 @@ mod tests {
     }
 
     #[test]
-    fn ratings_are_compared() {
+    fn rows_are_filtered_by_minimum_rating() {
         let entry = parse(&format!(r#"{{"a_min": 3, "b_ratings": [4, 2], "c_min": null, {TALK}}}"#)).unwrap();
         let least = |key: &str, value: f64| BTreeMap::from([(key.to_string(), value)]);
         assert!(entry.rated(&least("a_min", 3.0)) && !entry.rated(&least("a_min", 3.5)));

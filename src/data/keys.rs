@@ -54,7 +54,7 @@ pub(super) fn is_silent(key: &str, options: &DataOptions) -> bool {
 
 /// The error for keys that have no reader but may hold a part of the conversation.
 pub(super) fn unread(subject: impl Into<String>, keys: &[String]) -> Error {
-    Error::unsupported(subject, format!("nothing reads {}", list_preview(keys, 8))).remedy(format!(
+    Error::unsupported(subject, format!("has keys without a reader: {}", list_preview(keys, 8))).remedy(format!(
         "remove what the model should not learn from; `--ignore-keys {}` reads the data without it",
         keys.join(",")
     ))

@@ -86,7 +86,7 @@ const ONE: &str = r#"{"id": "x", "image": "a.png", "conversations": [{"from": "h
 const NONE: &str = r#"{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "ho"}]}"#;
 
 #[test]
-fn llava_files_are_read_as_lists_and_lines() {
+fn llava_files_are_read_as_json_lists_and_json_lines() {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("a.png"), png(3)).unwrap();
     let list = write(folder.path(), "list.json", &format!("[{ONE},\n {NONE}]"));
@@ -124,7 +124,7 @@ fn llava_conversations_may_have_a_system_turn_and_pictures_in_any_turn() {
 
 /// Reading a sample does not read the rows before it: the test overwrites them.
 #[test]
-fn a_sample_is_read_without_those_before_it() {
+fn a_sample_is_read_without_reading_the_samples_before_it() {
     let folder = tempfile::tempdir().unwrap();
     let rows: Vec<String> = (0..500).map(|row| NONE.replace("ho", &format!("answer {row}"))).collect();
     let list = write(folder.path(), "list.json", &format!("[{}]", rows.join(",\n")));
@@ -137,7 +137,8 @@ fn a_sample_is_read_without_those_before_it() {
         fs::write(&path, bytes).unwrap();
         let sample = data.read(&[499]).unwrap().next().unwrap().unwrap();
         assert_eq!(sample.turns[0].assistant, "answer 499");
-        assert!(data.read(&[0]).unwrap().next().unwrap().is_err());
+        let error = data.read(&[0]).unwrap().next().unwrap().unwrap_err().to_string();
+        assert!(error.starts_with("row 0 of `"), "{error}");
     }
     let path = folder.path().join("x.parquet");
     shard(&path, 50, true);
@@ -153,11 +154,12 @@ fn a_sample_is_read_without_those_before_it() {
     fs::write(&path, bytes).unwrap();
     let sample = data.read(&[49]).unwrap().next().unwrap().unwrap();
     assert_eq!((sample.turns[1].assistant.as_str(), shade(&sample.images[0])), ("a 49 1", 49));
-    assert!(data.read(&[0]).unwrap().next().unwrap().is_err());
+    let error = data.read(&[0]).unwrap().next().unwrap().unwrap_err().to_string();
+    assert!(error.contains("x.parquet"), "{error}");
 }
 
 #[test]
-fn keys_that_nobody_reads_are_an_error_that_names_them() {
+fn unread_keys_are_refused_by_name() {
     let folder = tempfile::tempdir().unwrap();
     for (extra, want) in
         [(r#""video": "a.mp4", "#, "`video`"), (r#""depth": "d.png", "audio": 3, "#, "`audio`, `depth`")]
@@ -180,13 +182,13 @@ fn keys_that_nobody_reads_are_an_error_that_names_them() {
     let path = folder.path().join("x.parquet");
     write_parquet(&path, columns(strings(&["a.mp4"])));
     let error = Dataset::open(&path, &whole()).unwrap_err().to_string();
-    assert!(error.contains("nothing reads `video`"), "{error}");
+    assert!(error.contains("without a reader: `video`"), "{error}");
     write_parquet(&path, columns(Arc::new(StringArray::from(vec![None::<&str>]))));
     assert_eq!(opened(&path).len(), 1);
 }
 
 #[test]
-fn malformed_json_is_refused_or_a_bad_row() {
+fn malformed_json_is_refused_as_a_file_or_as_a_row() {
     let folder = tempfile::tempdir().unwrap();
     for (text, want) in [("[]", "is empty"), ("[{", "ends before its list")] {
         let error = Dataset::open(&write(folder.path(), "bad.json", text), &whole()).unwrap_err().to_string();
@@ -208,7 +210,7 @@ fn malformed_json_is_refused_or_a_bad_row() {
 }
 
 #[test]
-fn shards_are_one_set_in_either_layout() {
+fn shards_of_a_folder_or_a_pattern_form_one_data_set() {
     let folder = tempfile::tempdir().unwrap();
     shard(&folder.path().join("train-0.parquet"), 12, true);
     shard(&folder.path().join("train-1.parquet"), 3, false);
@@ -238,11 +240,12 @@ fn shards_are_one_set_in_either_layout() {
             ("a 2 1", "row 2 of `train-1.parquet`")
         );
     }
-    assert!(turns.read(&[30]).is_err());
+    let error = turns.read(&[30]).err().unwrap().to_string();
+    assert_eq!(error, "data: sample 30 does not exist, there are 30");
 }
 
 #[test]
-fn draws_do_not_depend_on_names_and_order_of_shards() {
+fn draws_do_not_depend_on_shard_names_and_shard_order() {
     let drawn = |names: [&str; 2], options: &DataOptions| -> Vec<String> {
         let folder = tempfile::tempdir().unwrap();
         shard(&folder.path().join(names[0]), 12, true);
@@ -302,7 +305,7 @@ fn onevision_and_cauldron_columns_are_read() {
 }
 
 #[test]
-fn messages_are_read_with_texts_or_parts() {
+fn messages_columns_hold_strings_or_parts() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("x.parquet");
     let roles = || strings(&["system", "user", "assistant"]);
@@ -325,7 +328,7 @@ fn messages_are_read_with_texts_or_parts() {
 }
 
 #[test]
-fn ratings_choose_rows() {
+fn minimum_ratings_select_rows() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("x.parquet");
     let texts = fields(vec![("user", strings(&["q", "q", "q"])), ("assistant", strings(&["a", "b", "c"]))]);
@@ -358,7 +361,7 @@ fn ratings_choose_rows() {
 }
 
 #[test]
-fn rows_that_do_not_fit_are_named() {
+fn malformed_parquet_rows_and_files_are_refused_by_name() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("x.parquet");
     let bytes: ArrayRef = Arc::new(BinaryArray::from_opt_vec(vec![Some(&b"x"[..]), None]));
@@ -423,7 +426,7 @@ mod intake {
     }
 
     #[test]
-    fn unreadable_rows_and_long_samples_are_left_out_and_counted() {
+    fn unreadable_rows_and_long_samples_are_skipped_and_counted() {
         let (found, left_out) = pass(3, false);
         assert_eq!((found.len(), left_out.unreadable, left_out.too_long), (48, 3, 9));
         assert!(found.iter().all(Result::is_ok));
@@ -433,7 +436,7 @@ mod intake {
     }
 
     #[test]
-    fn one_unreadable_row_is_an_error_when_strict_and_more_than_five_percent_always() {
+    fn one_bad_row_fails_a_strict_pass_and_over_five_percent_fail_any_pass() {
         let first = |found: Vec<Result<Encoded>>| found.into_iter().find_map(Result::err).unwrap().to_string();
         let strict = first(pass(1, true).0);
         assert!(strict.contains("row 0 of"), "{strict}");
@@ -444,7 +447,7 @@ mod intake {
 
 /// Equal rows are in the same part in every file. The two parts share no row and together have all rows.
 #[test]
-fn a_part_is_held_back_by_text() {
+fn the_held_back_part_is_chosen_by_text() {
     let folder = tempfile::tempdir().unwrap();
     let row = |number: usize| {
         format!(

@@ -162,6 +162,9 @@ fn take_turns(messages: Vec<RawMessage>) -> std::result::Result<(Option<String>,
     while let Some(question) = messages.next() {
         let answer = messages.next();
         let speakers = (question.speaker, answer.as_ref().map(|message| message.speaker));
+        if speakers == (Speaker::User, None) {
+            return Err("the conversation ends with the user; an assistant's answer is missing".into());
+        }
         let ((Speaker::User, Some(Speaker::Assistant)), Some(answer)) = (speakers, answer) else {
             let name = |speaker| match speaker {
                 Speaker::System => "the system",
@@ -256,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn pictures_are_where_the_text_shows_them_or_first() {
+    fn pictures_replace_their_placeholders_or_come_first() {
         let cases: [(&str, usize, Vec<Part>); 4] = [
             ("What is it?", 2, vec![Image(0), Image(1), Text("What is it?".into())]),
             ("<image>\nWhat is it?", 1, vec![Image(0), Text("What is it?".into())]),
@@ -271,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn pictures_are_counted_over_the_conversation_and_go_to_their_own_turns() {
+    fn picture_placeholders_are_counted_over_the_whole_conversation() {
         let row = row(2, dialogue(&["<image> one?", "1", "none?", "0", "<image> two?", "2"])).unwrap();
         let parts = |turn: usize| row.turn(7, turn).unwrap().turns[0].user.clone();
         assert_eq!(parts(0), [Image(0), Text("one?".into())]);
@@ -283,14 +286,14 @@ mod tests {
     }
 
     #[test]
-    fn a_picture_of_the_second_turn_is_not_shown_with_the_first() {
+    fn a_picture_of_the_second_turn_is_not_part_of_the_first() {
         let row = row(1, dialogue(&["Hi", "ho", "<image>\nWhat?", "cat"])).unwrap();
         assert!(row.turn(0, 0).unwrap().images.is_empty());
         assert_eq!(row.turn(1, 1).unwrap().images.len(), 1);
     }
 
     #[test]
-    fn numbered_pictures_are_put_in_order() {
+    fn numbered_pictures_are_reordered_by_their_position() {
         let message = |pieces| RawMessage { speaker: Speaker::User, pieces };
         let answer = || RawMessage::text(Speaker::Assistant, "a".into());
         let pieces = vec![Piece::Image(Some(1)), Piece::Text("and".into()), Piece::Image(Some(0))];
@@ -304,12 +307,18 @@ mod tests {
     }
 
     #[test]
-    fn a_system_message_comes_first_and_messages_take_turns() {
+    fn only_a_leading_system_message_and_alternating_turns_are_accepted() {
         let system = RawMessage::text(Speaker::System, "Be short.".into());
         let messages = std::iter::once(system.clone()).chain(dialogue(&["q", "a"])).collect();
         assert_eq!(row(0, messages).unwrap().system.as_deref(), Some("Be short."));
-        for messages in [vec![], dialogue(&["q"]), dialogue(&["q", "a", "q"]), vec![system]] {
-            assert!(row(0, messages).is_err());
+        for (messages, want) in [
+            (vec![], "has no question and answer"),
+            (dialogue(&["q"]), "the conversation ends with the user; an assistant's answer is missing"),
+            (dialogue(&["q", "a", "q"]), "the conversation ends with the user; an assistant's answer is missing"),
+            (vec![system], "has no question and answer"),
+        ] {
+            let error = row(0, messages).unwrap_err();
+            assert!(error.starts_with(want), "{error}");
         }
         let late = dialogue(&["q", "a"]).into_iter().chain([RawMessage::text(Speaker::System, "x".into())]).collect();
         let error = row(0, late).unwrap_err();

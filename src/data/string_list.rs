@@ -97,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lists_are_read_as_python_reads_them() {
+    fn string_lists_are_parsed_as_in_python() {
         let cases: [(&str, &[&str]); 10] = [
             ("['a', 'b']", &["a", "b"]),
             (r#"["a, b", "it's"]"#, &["a, b", "it's"]),

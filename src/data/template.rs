@@ -343,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn the_dialect_is_hugging_face_s() {
+    fn templates_render_as_in_hugging_face() {
         let cases = [
             ("{{ bos_token }}{{ messages[0]['role'] | capitalize }}", "<s>User"),
             (

@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn texts_are_joined_and_cut_and_every_token_counts() {
+    fn texts_are_joined_and_cut_into_sequences_with_a_loss_on_every_token() {
         let bundle = bundle();
         let (_folder, path) = written("{\"text\": \"the cat sat \", \"page\": 3}\n\n{\"text\": \"on the mat\"}\n");
         let tokenizer = Tokenizer::open(&bundle).unwrap();
@@ -144,12 +144,13 @@ mod tests {
             assert!(encoded.answer_mask.iter().all(|&answer| answer) && encoded.len() <= 4);
             found.extend(encoded.input_ids);
         }
-        want.truncate(found.len());
+        // One token alone predicts nothing.
+        want.truncate(want.len() - usize::from(rest == 1));
         assert_eq!(found, want.into_iter().map(i64::from).collect::<Vec<_>>());
     }
 
     #[test]
-    fn the_length_of_sequences_is_part_of_the_digest() {
+    fn the_sequence_length_is_part_of_the_digest() {
         let (_folder, path) = written("{\"text\": \"the cat sat on the mat\"}\n");
         let digest = |length| Dataset::open_for(&path, &bundle(), &cut(length)).unwrap().digest().unwrap();
         assert_eq!(digest(4), digest(4));
@@ -157,13 +158,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_named() {
+    fn malformed_text_files_are_refused_with_a_reason() {
         let bundle = bundle();
         let open = |text: &str, length| {
             let (_folder, path) = written(text);
             Dataset::open_for(&path, &bundle, &cut(length)).unwrap_err().to_string()
         };
-        assert!(open("{\"text\": \"a b c\", \"image\": \"x.png\"}\n", 4).contains("nothing reads `image`"));
+        assert!(open("{\"text\": \"a b c\", \"image\": \"x.png\"}\n", 4).contains("without a reader: `image`"));
         assert!(open("{\"text\": \"a b c\"}\n{\"body\": \"d\"}\n", 4).contains("line 2 of"));
         assert!(open("{\"text\": 7}\n", 4).contains("line 1 of"));
         assert!(open("{\"text\": \"\"}\n", 4).contains("is empty"));

@@ -1,6 +1,7 @@
 //! Export targets: layouts for serving a model. A target is a row of [`TARGETS`] that carries its function.
 
 mod components;
+mod generate;
 mod record;
 pub mod transformers_js;
 pub mod triton;
@@ -53,6 +54,13 @@ pub const TARGETS: &[ExportTarget] = &[
         settings: &[VARIANT, MAX_IR_VERSION],
         write: transformers_js::write,
     },
+    ExportTarget {
+        name: "generate",
+        summary: "One ONNX graph from pictures and prompt to the ids of the answer",
+        consumer: "onnxruntime 1.30",
+        settings: &[VARIANT, MAX_IR_VERSION],
+        write: generate::write,
+    },
 ];
 
 /// The target with this name.
@@ -75,6 +83,7 @@ pub fn export(bundle: &Bundle, target: &ExportTarget, settings: &ExportSettings,
         return Err(Error::invalid(format!("`{name}`"), format!("is not read by the target `{}`", target.name))
             .remedy("leave it out"));
     }
+    bundle.check_output(folder)?;
     let staged = StagedDir::create(folder)?;
     let Written { settings, models, files, notes } = (target.write)(bundle, settings, staged.path())?;
     let inputs = BTreeMap::from([("model".to_string(), bundle.digest()?)]);

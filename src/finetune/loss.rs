@@ -181,14 +181,16 @@ pub fn distillation(logits: &Tensor, teacher: &TopK, temperature: f64) -> Result
         const FLOOR: f64 = 1e-6;
         let student = logits.f_to_kind(Kind::Float)?.f_div_scalar(temperature)?.f_log_softmax(-1, Kind::Float)?;
         let student = student.f_gather(1, &teacher.tokens, false)?;
+        // Probability of all tokens outside the top K.
         let rest = |log_probs: &Tensor| -> Result<Tensor, tch::TchError> {
             let top = log_probs.f_exp()?.f_sum_dim_intlist(1, false, Kind::Float)?;
             top.f_neg()?.f_add_scalar(1.0)?.f_clamp_min(FLOOR)
         };
         let teacher_rest = rest(&teacher.log_probs)?;
-        let top = (teacher.log_probs.f_exp()? * (&teacher.log_probs - &student)).f_sum(Kind::Float)?;
-        let bucket = (&teacher_rest * (teacher_rest.f_log()? - rest(&student)?.f_log()?)).f_sum(Kind::Float)?;
-        (top + bucket).f_mul_scalar(temperature * temperature)
+        let top = teacher.log_probs.f_exp()?.f_mul(&teacher.log_probs.f_sub(&student)?)?.f_sum(Kind::Float)?;
+        let apart = teacher_rest.f_log()?.f_sub(&rest(&student)?.f_log()?)?;
+        let bucket = teacher_rest.f_mul(&apart)?.f_sum(Kind::Float)?;
+        top.f_add(&bucket)?.f_mul_scalar(temperature * temperature)
     };
     compute().map_err(torch_error("the distillation loss"))
 }
@@ -230,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn every_term_has_one_row_under_its_serialised_name() {
+    fn every_loss_has_one_row_under_its_serialised_name() {
         let schema = serde_json::to_value(schemars::schema_for!(LossKind)).unwrap();
         let terms: Vec<_> = schema["oneOf"].as_array().unwrap().iter().map(|term| &term["const"]).collect();
         assert_eq!(terms, LOSSES.iter().map(|row| row.name).collect::<Vec<_>>());
@@ -242,7 +244,7 @@ mod tests {
 
     /// Reference: `-log softmax` of the target, in f64.
     #[test]
-    fn cross_entropy_sums_over_tokens() {
+    fn cross_entropy_is_summed_over_tokens() {
         let logits = [[1.0f64, 2.0, 3.0], [0.5, -0.5, 0.0]];
         let targets = [2usize, 1];
         let want: f64 = logits
@@ -258,7 +260,7 @@ mod tests {
     /// Reference: the divergence in f64, with two of four tokens in the bucket, and with all tokens in the top K. In
     /// the second case the bucket is empty and the sum is the plain KL divergence.
     #[test]
-    fn distillation_is_the_divergence_at_the_temperature() {
+    fn distillation_is_the_kl_divergence_at_the_temperature() {
         let temperature = 2.0;
         let student = [0.3f64, -1.0, 0.7, 2.0];
         let teacher = [1.0f64, 0.0, -1.0, 0.5];

@@ -17,7 +17,7 @@ mod student;
 mod train;
 
 pub use crate::data::LeftOut;
-pub use checkpoint::{clear_work, remove_unbegun};
+pub use checkpoint::{clear_work, interrupted_at, remove_unbegun};
 pub use data::{Conversations, Sample, Source, Teacher};
 pub use loss::{LOSSES, LossKind, LossRow};
 pub use optim::{OPTIMIZERS, OptimizerKind, OptimizerRow, SCHEDULES, Schedule, ScheduleRow};

@@ -4,7 +4,7 @@ use super::*;
 
 /// Reference: all layers of the dense model, trained in transformers with `torch.optim.AdamW` on the same texts.
 #[test]
-fn a_whole_model_trains_as_in_the_reference() {
+fn an_unpruned_model_trains_as_in_transformers() {
     let reference = reference("whole");
     assert_eq!((reference.dropped.len(), reference.trained.len()), (0, 16));
     let bundle = Bundle::open(&model()).unwrap();
@@ -30,7 +30,7 @@ fn a_whole_model_trains_as_in_the_reference() {
 }
 
 #[test]
-fn the_head_trains_as_in_the_reference_and_is_written() {
+fn the_head_trains_as_in_transformers_and_is_saved() {
     let reference = reference("with_head");
     let work = tempfile::tempdir().unwrap();
     let settings = Settings { train_head: true, ..settings() };
@@ -50,7 +50,7 @@ fn the_head_trains_as_in_the_reference_and_is_written() {
 }
 
 #[test]
-fn a_head_is_not_trained_without_answers() {
+fn training_the_head_without_answers_is_refused() {
     let stages = Stage::only([(LossKind::Anchor, 1.0)]);
     let error = Settings { train_head: true, stages, ..settings() }.check().unwrap_err().to_string();
     assert!(error.contains("`train_head`") && error.contains("`ce`"), "{error}");

@@ -116,7 +116,7 @@ pub fn score_among(
         |sample| encoder.prompt(sample),
         |all| {
             for encoded in waiting.over(all) {
-                let encoded = encoded?;
+                let (_, encoded) = encoded?;
                 cancel.check("no scores are written")?;
                 samples.push(score_one(&mut model, encoded, &packs)?);
                 progress.advance(1);
@@ -216,7 +216,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn long_samples_and_unreadable_rows_are_left_out_and_counted() {
+    fn long_samples_and_unreadable_rows_are_skipped_and_counted() {
         let bundle = Bundle::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model")).unwrap();
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x.jsonl");
@@ -243,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn means_are_over_the_wanted_tokens() {
+    fn the_mean_is_over_the_selected_tokens() {
         let values = [0.5, 0.25, 1.0, 0.75];
         assert_eq!(mean_over(&values, |_| true), Some(0.625));
         assert_eq!(mean_over(&values, |at| at == 1 || at == 2), Some(0.625));
@@ -252,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn several_streams_are_not_taken_for_more_layers() {
+    fn parallel_residual_streams_are_refused() {
         assert!(one_stream(&[5, 1, 7], 7).is_ok());
         for shape in [&[5, 2, 1, 7][..], &[10, 1, 6], &[5, 2, 7], &[]] {
             let message = one_stream(shape, 7).unwrap_err().to_string();

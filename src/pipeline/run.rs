@@ -176,7 +176,7 @@ impl RecipeRun<'_> {
     /// Pruned model and finetuned model of one strategy.
     fn strategy(&mut self, name: &str, plan: &Plan, planned: &Finished, variants: &mut Vec<Variant>) -> Result<()> {
         let recipe = self.recipe;
-        let drop = Drop::Plan { plan, digest: planned.digest.clone() };
+        let drop = Drop::Plan { plan, digest: planned.digest.clone(), file: &planned.path };
         let pruned =
             self.stages.prune(&format!("pruned-{name}"), &drop, &recipe.prune, &[("plan", &planned.digest)])?;
         let healed = self.stages.heal(

@@ -76,8 +76,9 @@ impl<'a> Stages<'a> {
         cancel: &'a Cancel,
         on_step: &'a mut dyn FnMut(&str),
     ) -> Result<Self> {
-        let store = Store::open(folder)?;
         let bundle = Bundle::open(model)?;
+        bundle.check_output(folder)?;
+        let store = Store::open(folder)?;
         let dense = PlannedModel::of(&bundle)?;
         let features = FeatureCache::new(256 << 20);
         Ok(Stages { store, model, bundle, dense, device, cancel, part, on_step, features, engine: None })

@@ -7,6 +7,7 @@ use crate::base::{Error, Result};
 use crate::ir::{AttributeKind, Body, DataType, Dim, GraphIndex, Model, Tensor, Value, ValueId, ValueType};
 
 use super::build::{Builder, operator};
+use super::removal::check_replaceable;
 use super::tidy;
 
 /// bool `[L]`: false skips a layer; none of its nodes runs.
@@ -81,18 +82,8 @@ fn tensor_type(dtype: DataType, shape: Vec<Dim>) -> ValueType {
 
 /// Adds `If(keep[i], layer, carried)`. Values of the layer that other nodes read are also computed outside the `If`.
 fn optional_layer(build: &mut Builder, map: &LayerMap, layer: &Layer, keep: ValueId) -> Result<ValueId> {
-    let graph = &build.model.graph;
-    let (from, to) = (graph.value(layer.output), graph.value(layer.carried));
-    if let (Some(a), Some(b)) = (&from.ty, &to.ty)
-        && a.dtype() != b.dtype()
-    {
-        return Err(Error::unsupported(
-            format!("layer {}", layer.index),
-            format!("its output `{}` and input `{}` are of different types", from.name, to.name),
-        )
-        .remedy("keep this layer, or export the model in one float type"));
-    }
-    let ty = from.ty.clone();
+    check_replaceable(&build.model.graph, layer, layer.output)?;
+    let ty = build.model.graph.value(layer.output).ty.clone();
     let (then_body, else_body) = (layer_body(build, map, layer), carry_body(build, layer));
     let index = build.constant(&format!("layer_{}", layer.index), Tensor::from_i64(&[], &[layer.index as i64]));
     let flag = build.node("Gather", &[keep, index], &[("axis", AttributeKind::Int(0))]);

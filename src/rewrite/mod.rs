@@ -11,7 +11,9 @@ mod fuse_kernels;
 mod head;
 mod hidden_states;
 mod internal;
+mod join;
 mod merged;
+mod opset;
 mod removal;
 mod renumber;
 mod tap;
@@ -31,6 +33,8 @@ pub use fuse_kernels::{FUSED_SILU, Fused, fuse_kernels};
 pub use head::with_head;
 pub use hidden_states::MovedTap;
 pub use internal::{EXPANDED_BLOCKS, INTERNAL_DOMAIN, ROUNDED, ROUNDED_DYNAMICALLY};
+pub use join::{Inlined, Joined, Part, Scope};
+pub use opset::raise_opset;
 pub use tap::{SIMILARITY_PREFIX, tap_similarities};
 pub use widen::widened;
 

@@ -1,5 +1,6 @@
 //! All integration tests in one binary, one module per capability.
 
+mod answer_graph;
 mod backend;
 mod bad_inputs;
 mod cli;

@@ -47,7 +47,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn grids_come_in_transformers_order() {
+    fn tile_grids_have_the_order_of_transformers() {
         let want = [[1, 1], [2, 1], [1, 2], [3, 1], [1, 3], [4, 1], [2, 2], [1, 4]];
         assert_eq!(grids(1, 4), want);
         assert_eq!(grids(3, 3), [[3, 1], [1, 3]]);

@@ -276,6 +276,14 @@ impl ImageProcessor {
         let mut settings = Settings::new(source, map, back_end, own.tiles);
         let on_white = settings.bool("do_convert_rgb", row.on_white)?;
         let rule = (row.build)(&mut settings)?;
+        for (flag, key, value) in
+            [("--min-pixels", "min_pixels", own.min_pixels), ("--max-pixels", "max_pixels", own.max_pixels)]
+        {
+            if let Some(value) = value.filter(|_| settings.is_unread(key)) {
+                return Err(Error::unsupported(format!("{flag} {value}"), format!("`{kind}` has no such limit"))
+                    .remedy("leave it out, or set --image-size if the processor has a size"));
+            }
+        }
         settings.finish()?;
         let transparency = if on_white { Transparency::OnWhite } else { Transparency::Dropped };
         Ok(ImageProcessor { rule, transparency, video: None })

@@ -230,6 +230,11 @@ impl Settings {
         numbers.ok_or_else(|| self.error(key, &value, "three numbers"))
     }
 
+    /// True for a key that has a value and was not read.
+    pub fn is_unread(&self, key: &str) -> bool {
+        self.map.contains_key(key)
+    }
+
     /// Checks that every key was read.
     ///
     /// Errors: `Error::Unsupported` for keys that were not read (named in the message), a key of `NEUTRAL` with a value
@@ -256,7 +261,12 @@ impl Settings {
         if unread.is_empty() {
             return Ok(());
         }
-        Err(Error::unsupported(format!("`{}`", self.source), format!("nothing reads {}", list_preview(&unread, 8)))
-            .remedy("a processor that ignores a setting would feed the model other pixels than it was trained on"))
+        Err(Error::unsupported(
+            format!("`{}`", self.source),
+            format!("has unknown settings: {}", list_preview(&unread, 8)),
+        )
+        .remedy(
+            "remove them if they do not change the pixels; a setting that is ignored could feed the model other pixels",
+        ))
     }
 }

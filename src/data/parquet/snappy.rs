@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn literals_and_copies_of_every_form_are_read() {
+    fn literals_and_copies_of_every_form_are_decoded() {
         let mut block = vec![80 + 4 + 4 + 4];
         // A literal of 80 bytes with its length in a separate byte, then copies with distances of one, two and four
         // bytes.
@@ -134,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_is_refused() {
+    fn malformed_snappy_blocks_are_refused() {
         for (block, want) in [
             (&[9, 0, b'a', 1, 2][..], "copies from 2 bytes back"),
             (&[9, 0, b'a', 1, 0], "copies from 0 bytes back"),

@@ -113,7 +113,7 @@ fn compare(path: &Path, with_index: bool, random: &mut ChaCha8Rng, want: &[Cells
 }
 
 #[test]
-fn pictures_read_one_by_one_are_those_that_were_written() {
+fn pictures_read_one_by_one_equal_the_written_pictures() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("x.parquet");
     let codecs = [
@@ -157,7 +157,7 @@ fn pictures_read_one_by_one_are_those_that_were_written() {
 }
 
 #[test]
-fn a_dictionary_may_be_larger_than_what_is_held_of_it() {
+fn a_dictionary_may_exceed_the_size_held_in_memory() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("x.parquet");
     let mut random = ChaCha8Rng::seed_from_u64(8);
@@ -176,7 +176,7 @@ fn a_dictionary_may_be_larger_than_what_is_held_of_it() {
 
 /// Version 1 pages that end inside a row, as Arrow's C++ library writes them (`scripts/fixture/pages.py`).
 #[test]
-fn a_row_may_go_on_in_the_next_page() {
+fn a_row_may_continue_on_the_next_page() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/processor/pages.parquet");
     let file = File::open(&path).unwrap();
     let reader = parquet::arrow::arrow_reader::ParquetRecordBatchReader::try_new(file, 1 << 10).unwrap();
@@ -194,7 +194,7 @@ fn a_row_may_go_on_in_the_next_page() {
 }
 
 #[test]
-fn a_file_that_is_cut_or_changed_is_an_error_or_other_bytes_and_no_panic() {
+fn truncated_or_changed_files_never_panic() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("x.parquet");
     let mut random = ChaCha8Rng::seed_from_u64(9);

@@ -300,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rank_that_no_weight_exceeds_is_refused() {
+    fn a_lora_rank_that_no_weight_exceeds_is_refused() {
         let (mut model, weights) = network();
         let lora = Lora { rank: 5, alpha: 1.0, seed: 1 };
         let error = adapt(&mut model.graph, &weights, lora).unwrap_err().to_string();

@@ -59,7 +59,13 @@ pub fn products_of(
         None => {
             others.sort_unstable();
             others.dedup();
-            Err(format!("its output is a sum with {} and with no product of a trained weight", others.join(", ")))
+            let scaled = others.iter().any(|op| op == "Mul" || op.contains("Norm"));
+            let reason = if scaled { ": a norm or a scale after the MLP is in between" } else { "" };
+            Err(format!(
+                "its output is a sum with {} and with no product of a trained weight{reason}; the layer is trained by \
+                 steps only",
+                others.join(", ")
+            ))
         }
     }
 }
@@ -140,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn the_products_of_a_layer_come_in_their_order() {
+    fn the_projections_of_a_layer_are_found_in_their_order() {
         // The second product also depends on the first one's result, so `w0` can be fitted only together with `w1`.
         let (graph, id) = graph(&[
             ("a", "MatMul", &["x", "w0"]),
@@ -160,15 +166,16 @@ mod tests {
     }
 
     #[test]
-    fn a_layer_that_ends_in_a_norm_has_none() {
+    fn a_layer_that_ends_in_a_norm_has_no_last_projection() {
         let (graph, id) =
             graph(&[("p", "MatMul", &["x", "w1"]), ("n", "RMSNormalization", &["p", "w2"]), ("y", "Add", &["x", "n"])]);
         let problem = products_of(&graph, id("x"), id("y"), &[id("w1"), id("w2")].into()).unwrap_err();
-        assert!(problem.contains("RMSNormalization"), "{problem}");
+        let reason = "a norm or a scale after the MLP is in between; the layer is trained by steps only";
+        assert!(problem.contains("RMSNormalization") && problem.contains(reason), "{problem}");
     }
 
     #[test]
-    fn a_weight_may_be_turned_on_the_way() {
+    fn a_weight_may_be_transposed_before_its_product() {
         let (graph, id) =
             graph(&[("t", "Transpose", &["w1"]), ("p", "MatMul", &["x", "t"]), ("y", "Add", &["x", "p"])]);
         let found = products_of(&graph, id("x"), id("y"), &[id("w1")].into()).unwrap();

@@ -271,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mask_cut_to_a_layer_s_own_keys_belongs_to_the_layer() {
+    fn a_mask_sliced_to_the_keys_of_a_layer_belongs_to_that_layer() {
         let graph = Builder::new(&["inputs_embeds", "attention_mask"])
             .node("mask", "Cast", &["attention_mask"])
             .node("h1", "Block", &["inputs_embeds", "mask", "w0"])
@@ -286,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn a_layer_that_reads_the_tokens_past_the_stream_is_found() {
+    fn a_layer_that_reads_the_token_embeddings_directly_is_found() {
         let graph = Builder::new(&["inputs_embeds"])
             .node("h1", "Block", &["inputs_embeds", "w0"])
             .node("h2", "Block", &["h1", "inputs_embeds", "w1"])
@@ -297,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_that_a_layer_shares_with_a_later_one_are_refused() {
+    fn keys_shared_with_a_later_layer_are_refused() {
         let graph = Builder::new(&["inputs_embeds"])
             .node("h1", "Block", &["inputs_embeds", "w0"])
             .node("keys", "MatMul", &["h1", "w_k"])
@@ -311,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn a_head_that_mixes_positions_is_run_on_all_of_them() {
+    fn a_head_with_more_than_a_product_runs_on_all_positions() {
         let graph = Builder::new(&["inputs_embeds"])
             .node("h1", "Block", &["inputs_embeds", "w0"])
             .node("product", "MatMul", &["h1", "w_head"])
@@ -322,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn a_weight_that_nothing_trained_reads_is_refused() {
+    fn a_trained_weight_outside_the_trained_layers_is_refused() {
         let graph = network().finish("logits");
         let error = find(&graph, &["h1", "h2", "h3"], &["w0"]).unwrap_err().to_string();
         assert!(error.contains("`w0`"), "{error}");

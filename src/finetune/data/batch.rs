@@ -473,12 +473,13 @@ mod tests {
     }
 
     #[test]
-    fn answers_are_predicted_by_the_position_before_them() {
+    fn an_answer_token_is_predicted_at_the_position_before_it() {
         let folder = tempfile::tempdir().unwrap();
         let examples = training_set(folder.path()).examples;
         assert_eq!((&examples[0].detail().positions, &examples[0].detail().targets), (&vec![1, 2], &vec![7, 8]));
         assert_eq!((&examples[1].detail().positions, &examples[1].detail().targets), (&vec![0], &vec![6]));
-        assert!(Example::new("c".into(), &[1, 2], &[true]).is_err());
+        let error = Example::new("c".into(), &[1, 2], &[true]).unwrap_err().to_string();
+        assert_eq!(error, "sample `c`: has 2 tokens and an answer mask of 1");
     }
 
     #[test]
@@ -497,7 +498,7 @@ mod tests {
     }
 
     #[test]
-    fn what_passes_read_of_pictures_comes_back_as_it_was() {
+    fn side_inputs_of_pictures_are_restored_unchanged() {
         let port = |level: usize| crate::runtime::Port {
             name: format!("deepstack_features_{level}"),
             dtype: crate::ir::DataType::Float,

@@ -57,7 +57,7 @@ mod tests {
 
     /// Reference: three steps of `torch.optim.AdamW(lr=0.02, weight_decay=0.1)` in torch 2.11.
     #[test]
-    fn steps_are_those_of_the_reference() {
+    fn adamw_steps_equal_torch() {
         let start = start();
         // Bits of each value.
         let want: [[u32; 6]; 3] = [

@@ -79,7 +79,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_of_very_different_sizes_keep_their_digits() {
+    fn moments_of_very_different_sizes_keep_their_precision() {
         let sizes = Tensor::arange(700, (Kind::Float, Device::Cpu)).divide_scalar(-100.0).exp();
         let signs = (Tensor::arange(700, (Kind::Float, Device::Cpu)) + 1.0).sin().sign();
         for (signed, numbers, off) in [(true, &sizes * signs, 0.03), (false, sizes.square(), 0.03)] {

@@ -77,7 +77,7 @@ mod tests {
     /// Reference: three steps in NumPy, f64, from the same formulas. `torch.optim.Muon` with three rounds iterates in
     /// bf16 and is within 1e-4 of them.
     #[test]
-    fn steps_are_those_of_the_reference() {
+    fn muon_steps_equal_the_numpy_reference() {
         let start = start();
         let want: [[f32; 6]; 3] = [
             [0.496_546_1, -1.247_334, 1.988_648, 0.000_903_065, -2.998_975_7, 0.748_225_8],
@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn a_step_has_singular_values_of_about_one_size() {
+    fn an_orthogonalised_matrix_has_singular_values_near_1() {
         let values: Vec<f32> = (0..24 * 40).map(|i| ((i * i) as f32 * 0.37).sin()).collect();
         let matrix = Tensor::from_slice(&values).view([24, 40]);
         let range = |matrix: &Tensor| {

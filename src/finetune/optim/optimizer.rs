@@ -266,7 +266,7 @@ pub mod tests {
 
     /// Reference: `torch.nn.utils.clip_grad_norm_` of the same two gradients.
     #[test]
-    fn clipping_is_that_of_the_reference() {
+    fn gradient_clipping_equals_torch() {
         let mut gradients = [Tensor::from_slice(&[3.0f32, -4.0]), Tensor::from_slice(&[1.0f32, 2.0, -2.0])];
         let norm = clip_gradients(&mut gradients, 1.0).unwrap();
         assert!((norm - 34f64.sqrt()).abs() < 1e-6);
@@ -279,7 +279,7 @@ pub mod tests {
     }
 
     #[test]
-    fn small_gradients_and_a_limit_of_zero_are_left_alone() {
+    fn small_gradients_or_a_limit_of_zero_are_not_clipped() {
         for limit in [0.0, 100.0] {
             let mut gradients = [Tensor::from_slice(&[3.0f32, -4.0])];
             assert_eq!(clip_gradients(&mut gradients, limit).unwrap(), 5.0);
@@ -288,8 +288,10 @@ pub mod tests {
     }
 
     #[test]
-    fn only_f32_trains() {
-        assert!(Parameter::new("w", Tensor::zeros([2], (Kind::Half, tch::Device::Cpu)), OptimizerKind::AdamW).is_err());
+    fn only_f32_parameters_are_trained() {
+        let half = Tensor::zeros([2], (Kind::Half, tch::Device::Cpu));
+        let error = Parameter::new("w", half, OptimizerKind::AdamW).err().unwrap().to_string();
+        assert_eq!(error, "parameter `w`: is Half, must be f32 to train");
     }
 
     #[test]
@@ -300,7 +302,7 @@ pub mod tests {
     }
 
     #[test]
-    fn muon_takes_matrices_and_stacks_of_them() {
+    fn muon_updates_matrices_and_stacks_of_matrices() {
         let second = |size: &[i64]| {
             let value = Tensor::zeros(size, (Kind::Float, tch::Device::Cpu));
             let state = Parameter::new("w", value, OptimizerKind::Muon).unwrap().state;
@@ -312,7 +314,7 @@ pub mod tests {
 
     /// On a regression with noisy gradients, both come equally near to the true weights and to each other.
     #[test]
-    fn moments_in_8_bits_take_steps_like_those_in_32() {
+    fn training_with_8_bit_moments_follows_32_bit_moments() {
         let fill = |size: [i64; 2], step: f64| {
             let count: i64 = size.iter().product();
             (Tensor::arange(count, (Kind::Float, tch::Device::Cpu)) * step).sin().reshape(size)

@@ -89,7 +89,7 @@ mod tests {
 
     /// Reference: learning rates of `transformers.get_scheduler` at base rate 1.
     #[test]
-    fn factors_are_those_of_the_reference() {
+    fn learning_rate_factors_equal_transformers() {
         // (schedule, warm-up, total, [(step, factor)])
         type Case = (Schedule, u64, u64, &'static [(u64, f64)]);
         let cases: &[Case] = &[
@@ -155,14 +155,14 @@ mod tests {
     }
 
     #[test]
-    fn no_step_under_a_constant_rate_is_lost_to_its_warm_up() {
+    fn the_first_step_of_a_constant_rate_with_warm_up_is_not_zero() {
         let factors = |warmup| [0, 1, 2, 5].map(|step| Schedule::ConstantWithWarmup.factor(step, warmup, 11));
         assert_eq!(factors(1), [0.5, 1.0, 1.0, 1.0]);
         assert_eq!(factors(3), [0.25, 0.5, 0.75, 1.0]);
     }
 
     #[test]
-    fn warm_up_rounds_up() {
+    fn the_number_of_warm_up_steps_is_rounded_up() {
         assert_eq!(warmup_steps(0.03, 141), 5);
         assert_eq!(warmup_steps(0.03, 100), 3);
         assert_eq!(warmup_steps(0.0, 100), 0);

@@ -286,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn what_gradients_read_is_counted_once() {
+    fn values_read_by_gradients_are_counted_once() {
         // `gate` for the SiLU; its result and `up` for the product.
         let frozen = mlp(false);
         assert_eq!((frozen.kept, frozen.widest), (Width { own: 60, per_key: 0 }, Width { own: 20, per_key: 0 }));
@@ -295,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn attention_of_several_nodes_keeps_a_number_per_head_and_key() {
+    fn unfused_attention_keeps_one_number_per_head_and_key() {
         let mut graph = Graph::default();
         let mut value = |name: &str| graph.add_value(Value { name: name.into(), ..Value::default() });
         let [h, keys, scores, weights, mixed] = ["h", "keys", "scores", "weights", "mixed"].map(&mut value);

@@ -77,7 +77,7 @@ mod tests {
     }
 
     #[test]
-    fn the_order_depends_on_seed_and_epoch_and_nothing_else() {
+    fn the_order_depends_only_on_seed_and_epoch() {
         let first = epoch(&settings(false), &lengths(), 0);
         assert_eq!(first, epoch(&settings(false), &lengths(), 0));
         assert_ne!(first, epoch(&settings(false), &lengths(), 1));
@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn grouping_by_length_pads_less() {
+    fn grouping_by_length_reduces_padding() {
         let lengths = lengths();
         let padded = |grouped: bool| -> usize {
             let steps = epoch(&settings(grouped), &lengths, 0);

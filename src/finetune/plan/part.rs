@@ -82,7 +82,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_layer_has_an_equal_part_of_the_steps() {
+    fn each_layer_gets_an_equal_share_of_the_steps() {
         let settings = Settings::default().with(|s| {
             s.batch.size = 4;
             s.batch.accumulation_steps = 1;

@@ -70,7 +70,7 @@ mod tests {
 
     /// Eight dense layers; 2 dropped and 3 trained with anchor 4, 6 dropped and 5 trained with anchor 7.
     #[test]
-    fn points_of_the_stream_correspond() {
+    fn points_of_the_pruned_and_the_dense_stream_correspond() {
         let kept = [0, 1, 3, 4, 5, 7];
         let pairs = |kinds: &[LossKind], anchors: &[usize]| -> Vec<(usize, usize)> {
             let points = points(

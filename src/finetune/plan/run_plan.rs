@@ -228,8 +228,13 @@ impl RunPlan {
                     human_bytes(limit),
                     largest.unwrap_or_default()
                 );
+                if limit < PROCESS_BYTES {
+                    let least = human_bytes(PROCESS_BYTES);
+                    return Err(Error::invalid("this run", problem)
+                        .remedy(format!("no setting goes below {least}: allow more with `--memory`")));
+                }
                 Err(Error::invalid("this run", problem).remedy(
-                    "set `lora_rank`, train fewer layers, or allow more with `--memory`; `--dry-run` lists the parts",
+                    "set `--lora-rank`, train fewer layers, or allow more with `--memory`; `--dry-run` lists the parts",
                 ))
             }
             _ => Ok(()),

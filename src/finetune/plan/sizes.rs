@@ -131,7 +131,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_width_of_the_stream_is_the_side_that_most_matrices_have() {
+    fn the_stream_width_is_the_most_common_matrix_side() {
         let grouped = [[256, 256], [256, 64], [256, 64], [256, 768], [768, 256]];
         assert_eq!(commonest_side(grouped.into_iter()), 256);
         assert_eq!(commonest_side(std::iter::empty()), 0);

@@ -135,7 +135,7 @@ mod tests {
 
     /// Reference: RFC 3720, appendix B.4, and the common check value of `123456789`.
     #[test]
-    fn checksums_are_the_published_ones() {
+    fn crc32c_equals_the_published_values() {
         assert_eq!(crc32c(b"123456789"), 0xe306_9283);
         assert_eq!(crc32c(&[0; 32]), 0x8a91_36aa);
         assert_eq!(crc32c(&[0xff; 32]), 0x62a8_ab43);

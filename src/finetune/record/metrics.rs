@@ -109,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn a_resumed_run_rewrites_the_steps_that_it_does_again() {
+    fn a_resumed_run_rewrites_the_metrics_after_its_checkpoint() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("metrics.jsonl");
         let mut writer = MetricsWriter::open(&path, 0).unwrap();

@@ -52,7 +52,7 @@ impl<'a> FrozenLayers<'a> {
     /// Errors: those of the samples and of the run; `Error::Interrupted`.
     pub fn fill(&self, store: &Store, course: Option<&Course<'_>>, cancel: &Cancel) -> Result<(TrainingSet, LeftOut)> {
         let data = self.request.data;
-        if let Some(course) = course.filter(|course| !course.kept())
+        if let Some(course) = course.filter(|course| !course.files_exist())
             && let Some(frozen) = self.in_dense(course)?
         {
             let mut running = course.running(Some(frozen));

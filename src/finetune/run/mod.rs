@@ -148,7 +148,7 @@ pub fn finetune_with_teacher(
     if let (Some(teacher), Some(course)) = (teacher, &course) {
         inputs.insert("teacher".to_string(), course.digest.clone());
         if !streams {
-            if !course.kept() {
+            if !course.files_exist() {
                 course.fill(request.data, course.files(), None, &mut course.running(None), "dense model", cancel)?;
             }
             dataset.targets = course.open(course.files(), &dataset.examples, dataset.hidden_size())?;

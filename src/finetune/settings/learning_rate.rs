@@ -85,7 +85,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_number_a_list_and_a_word_are_read() {
+    fn a_learning_rate_is_a_number_a_list_or_auto() {
         let read = |text: &str| serde_json::from_str::<LearningRate>(text);
         assert_eq!(read("1e-3").unwrap(), LearningRate::One(1e-3));
         assert_eq!(read("[1, 2e-3]").unwrap(), LearningRate::Several(vec![1.0, 2e-3]));
@@ -94,7 +94,7 @@ mod tests {
         assert!(error.contains("or \"auto\""), "{error}");
         assert_eq!("auto".parse(), Ok(LearningRate::AUTO));
         assert_eq!("1e-3,2e-3".parse(), Ok(LearningRate::Several(vec![1e-3, 2e-3])));
-        assert!("fast".parse::<LearningRate>().is_err());
+        assert_eq!("fast".parse::<LearningRate>(), Err("`fast` is no number".to_string()));
         assert_eq!(serde_json::to_string(&LearningRate::AUTO).unwrap(), "\"auto\"");
     }
 }

@@ -63,7 +63,7 @@ mod tests {
     use crate::finetune::settings::Settings;
 
     #[test]
-    fn old_keys_are_refused_with_their_new_places() {
+    fn moved_settings_are_refused_with_their_new_names() {
         let refused = |text: &str| refuse_moved(&text.parse().unwrap()).unwrap_err().to_string();
         let message = refused("batch_size = 4\nlearning_rates = [1e-3, 2e-3]\noptimizer = \"muon\"\nfit = true");
         for want in
@@ -76,7 +76,7 @@ mod tests {
     }
 
     #[test]
-    fn new_places_are_settings() {
+    fn the_new_name_of_every_moved_setting_exists() {
         let all = toml::Table::try_from(Settings::default().with(|s| {
             s.schedule.max_steps = Some(1);
             (s.fit.tokens, s.data.step_tokens) = (Some(1), Some(1));

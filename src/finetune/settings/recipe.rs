@@ -199,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_user_sets_wins_over_the_recipe() {
+    fn user_settings_override_the_recipe() {
         let best = RecipeRow::named("best").unwrap();
         let with = |texts: &[&str]| best.settings_with(texts.iter().map(|text| text.parse().unwrap()));
         let settings = with(&["optimizer = { learning_rate = 1e-3, beta1 = 0.8 }\n[schedule]\nepochs = 3"]).unwrap();

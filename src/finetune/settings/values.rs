@@ -483,7 +483,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn defaults_are_valid_and_survive_json() {
+    fn default_settings_are_valid_and_round_trip_through_json() {
         let settings = Settings::default();
         settings.check().unwrap();
         let text = serde_json::to_string(&settings).unwrap();
@@ -514,7 +514,7 @@ mod tests {
     }
 
     #[test]
-    fn stages_share_the_steps() {
+    fn stages_divide_the_steps_by_their_shares() {
         let stage = |share, kind| Stage { share, ..Stage::only([(kind, 1.0)])[0].clone() };
         let staged = |stages| Settings { stages, ..Settings::default() };
         let settings = staged(vec![stage(0.2, LossKind::Anchor), stage(0.5, LossKind::Ce), stage(0.3, LossKind::Kd)]);

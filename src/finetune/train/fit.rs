@@ -366,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn a_quarter_of_the_tokens_is_held_out_however_few_samples_there_are() {
+    fn a_quarter_of_the_tokens_is_held_out_for_any_number_of_samples() {
         let lengths = [310usize, 270, 455, 290, 512, 330, 280, 300, 325, 61];
         for count in 4..=10 {
             let samples: Vec<usize> = (0..count).collect();
@@ -381,7 +381,7 @@ mod tests {
 
     /// Few rows with much noise need a large ridge, many rows without noise a small one.
     #[test]
-    fn the_ridge_is_chosen_on_what_was_held_out() {
+    fn the_ridge_is_chosen_on_the_held_out_rows() {
         tch::manual_seed(3);
         let weight = Tensor::randn([16, 2], (Kind::Float, Device::Cpu));
         let sums = |rows: i64, noise: f64| {

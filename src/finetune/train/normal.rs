@@ -232,7 +232,7 @@ mod tests {
 
     /// Rows computed with a known weight are explained by it; the remaining distance is 0.
     #[test]
-    fn a_weight_that_explains_the_rest_is_found() {
+    fn the_solution_recovers_a_known_weight() {
         tch::manual_seed(7);
         let (h, want) = (random([64, 5]), random([5, 3]));
         let sums = sums(&h, &h.matmul(&want));
@@ -247,19 +247,21 @@ mod tests {
 
     /// One feature, computed by hand: `(a + ridge * a) d = b`.
     #[test]
-    fn the_ridge_is_relative_to_the_mean_square() {
+    fn the_ridge_is_relative_to_the_mean_square_of_the_features() {
         let scalar = |value: f32| Tensor::from_slice(&[value]).view([1, 1]);
         let sums = Normal { a: scalar(4.0), b: scalar(6.0), distance: 10.0, tokens: 1.0 };
         let solved = sums.solve(0.5).unwrap();
         assert!((solved.change.double_value(&[0, 0]) - 1.0).abs() < 1e-6);
         assert!((solved.distance - (10.0 - 2.0 * 6.0 + 4.0)).abs() < 1e-6);
         let broken = Normal { distance: f64::NAN, ..sums };
-        assert!(broken.solve(0.5).is_err());
+        let error = broken.solve(0.5).err().unwrap();
+        assert!(matches!(error, Error::NotFinite { .. }), "{error}");
+        assert!(error.to_string().starts_with("the fit: the stream or the dense model's stream"), "{error}");
     }
 
     /// Several tiles are compared with LibTorch's factor and with sums in one piece.
     #[test]
-    fn tiles_give_what_the_whole_gives() {
+    fn tiled_computation_equals_computation_in_one_piece() {
         tch::manual_seed(5);
         let (h, rest) = (random([1500, 1100]), random([1500, 530]));
         let whole = h.to_kind(Kind::Double);

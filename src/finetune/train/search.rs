@@ -254,7 +254,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_lowest_rate_is_found_with_few_trials() {
+    fn the_rate_with_the_lowest_loss_is_found_with_few_trials() {
         let search = |losses: &[f64]| {
             let mut seen = Vec::new();
             let found = descend(losses.len(), |place| {

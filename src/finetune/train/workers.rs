@@ -202,13 +202,7 @@ fn cut(
         let middle = low + (high - low) / 2;
         if cuts(&lengths, middle).len() <= count { high = middle } else { low = middle + 1 }
     }
-    let mut rest = samples.as_slice();
-    let passes = cuts(&lengths, low).into_iter().map(|size| {
-        let (own, after) = rest.split_at(size);
-        rest = after;
-        own.to_vec()
-    });
-    passes.collect()
+    split(&samples, cuts(&lengths, low))
 }
 
 /// Distributes passes, longest first, so that at most `workers` shares have about the same work. Empty shares are
@@ -230,13 +224,17 @@ fn dealt(passes: Vec<Vec<usize>>, length: impl Fn(usize) -> usize, workers: usiz
 pub fn passes_of(dataset: &TrainingSet, mut samples: Vec<usize>, tokens: usize) -> Vec<Vec<usize>> {
     samples.sort_by_key(|&sample| std::cmp::Reverse(dataset.examples[sample].length));
     let lengths: Vec<usize> = samples.iter().map(|&sample| dataset.examples[sample].length.max(1)).collect();
-    let mut rest = samples.as_slice();
-    let passes = cuts(&lengths, tokens).into_iter().map(|size| {
-        let (own, after) = rest.split_at(size);
-        rest = after;
-        own.to_vec()
+    split(&samples, cuts(&lengths, tokens))
+}
+
+/// Splits samples into runs of these sizes.
+fn split(mut samples: &[usize], sizes: Vec<usize>) -> Vec<Vec<usize>> {
+    let runs = sizes.into_iter().map(|size| {
+        let (run, rest) = samples.split_at(size);
+        samples = rest;
+        run.to_vec()
     });
-    passes.collect()
+    runs.collect()
 }
 
 /// Cuts `lengths`, which are descending, into runs whose padded size is at most `limit` tokens. Returns the number of
@@ -314,7 +312,7 @@ mod tests {
 
     /// For any number of processes the passes are those of one process, and each pass has one process.
     #[test]
-    fn processes_share_the_passes_of_a_step() {
+    fn the_passes_of_a_step_are_divided_among_processes() {
         let lengths: Vec<usize> = (0..37).map(|i| 1 + (i * 29) % 71).collect();
         let length = |sample: usize| lengths[sample];
         let passes = cut((0..37).collect(), length, 2, 128);
@@ -344,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn dealing_parameters_over_threads_changes_no_bit() {
+    fn dividing_parameters_among_threads_changes_no_bit() {
         let values =
             |size: &[i64]| Tensor::arange(size.iter().product::<i64>(), (Kind::Float, Device::Cpu)).sin().view(size);
         let sizes: [&[i64]; 5] = [&[3], &[20, 50], &[1], &[7, 11], &[2, 9, 4]];

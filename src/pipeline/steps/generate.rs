@@ -225,7 +225,7 @@ pub fn generate_all(
         |sample| encoder.prompt(sample),
         |all| {
             for encoded in all {
-                let encoded = encoded?;
+                let (_, encoded) = encoded?;
                 waiting.push((encoded.id.clone(), encoded.into_prompt()));
                 if waiting.len() == batch_size {
                     answer(std::mem::take(&mut waiting))?;

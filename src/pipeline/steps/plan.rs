@@ -15,6 +15,7 @@ use crate::method::{ModalityWeights, PLAN_SCHEMA_VERSION, Plan, Scores, Similari
 
 use super::budget::{Budget, ModelCosts};
 use super::inspect::decoder_analysis;
+use super::needs::of_another_model;
 use super::prune::drop_refusal;
 
 /// Number of layers to drop, or the budget that determines it.
@@ -121,6 +122,16 @@ impl PlannedModel {
         known.entry(layers).or_insert_with_key(|layers| self.refusal(layers).map(|error| error.to_string())).clone()
     }
 
+    /// Checks that scores are of this model. `subject` is their name in the error.
+    ///
+    /// Errors: `Error::Invalid`.
+    pub fn check_scores(&self, scores: &Scores, subject: String) -> Result<()> {
+        if scores.provenance.inputs.get("model") == Some(&self.digest) {
+            return Ok(());
+        }
+        Err(of_another_model(subject, &self.bundle, "score this model first"))
+    }
+
     /// Warnings about dropping these layers.
     pub fn warnings(&self, drop: &[usize]) -> Vec<String> {
         let met = self.additions.iter().filter(|(layer, _)| drop.contains(layer));
@@ -177,9 +188,7 @@ pub fn plan<'m>(
     let mut count = settings.how_many.count(model)?;
     let mut inputs = BTreeMap::from([("model".to_string(), model.digest.clone())]);
     if let Some((scores, digest)) = &scores {
-        if scores.provenance.inputs.get("model") != Some(&model.digest) {
-            return Err(Error::invalid("scores", "were made for another model").remedy("score this model first"));
-        }
+        model.check_scores(scores, "scores".to_string())?;
         inputs.insert("scores".to_string(), digest.clone());
     } else if !(strategy.packs)(count).is_empty() {
         return Err(Error::invalid(format!("strategy `{}`", strategy.name), "needs scores")
@@ -268,7 +277,7 @@ mod tests {
 
     /// The decoder's layers are equal, so each limit has an exact smallest number of dropped layers.
     #[test]
-    fn budgets_are_kept_with_as_few_layers_as_can_be() {
+    fn budgets_are_met_with_the_fewest_layers() {
         let model = model("model");
         let whole = model.costs.without(&[]);
         let layer = model.costs.layers[0];
@@ -290,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn features_added_behind_a_dropped_layer_are_warned_of() {
+    fn dropping_a_layer_with_added_features_gives_a_warning() {
         let mut model = model("model");
         assert!(model.warnings(&[0, 1, 2]).is_empty());
         model.additions = vec![(1, vec!["deepstack_0".to_string()])];

@@ -14,6 +14,8 @@ use crate::method::Plan;
 use crate::onnx;
 use crate::rewrite::{MovedTap, drop_layers, has_additions, shift_additions, tap_changes};
 
+use super::needs::of_another_model;
+
 /// Output of `prune --json`.
 #[derive(Clone, Debug, PartialEq, Serialize, serde::Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -76,7 +78,18 @@ pub enum Drop<'a> {
         plan: &'a Plan,
         /// Digest of the plan's file.
         digest: Sha256Digest,
+        /// The plan's file, for messages.
+        file: &'a Path,
     },
+}
+
+impl Drop<'_> {
+    fn layers(&self) -> (Tower, &[usize]) {
+        match self {
+            Drop::Layers { tower, layers } => (*tower, *layers),
+            Drop::Plan { plan, .. } => (Tower::Text, plan.drop.as_slice()),
+        }
+    }
 }
 
 #[derive(Clone, Copy, Serialize)]
@@ -95,10 +108,8 @@ struct PruneSettings<'a> {
 /// components have different numbers of layers, or the target exists; `Error::Unsupported` when the layers cannot be
 /// found. On an error the target does not exist.
 pub fn prune(bundle: &Bundle, drop: &Drop, deepstack: Deepstack, target: &Path) -> Result<Pruned> {
-    let (tower, layers) = match drop {
-        Drop::Layers { tower, layers } => (*tower, *layers),
-        Drop::Plan { plan, .. } => (Tower::Text, plan.drop.as_slice()),
-    };
+    bundle.check_output(target)?;
+    let (tower, layers) = drop.layers();
     let mut loaded = Vec::new();
     let mut set_aside = Vec::new();
     for component in components(bundle, tower)? {
@@ -134,7 +145,7 @@ pub fn prune(bundle: &Bundle, drop: &Drop, deepstack: Deepstack, target: &Path) 
         }
         Ok(edit) => edit,
         // A plan of another model is the more likely reason.
-        Err(error) => return Err(inputs(bundle.digest()?, drop).err().unwrap_or(error)),
+        Err(error) => return Err(inputs(bundle, bundle.digest()?, drop).err().unwrap_or(error)),
     };
     let loaded = match deepstack {
         Deepstack::Keep => loaded,
@@ -163,7 +174,7 @@ pub fn prune(bundle: &Bundle, drop: &Drop, deepstack: Deepstack, target: &Path) 
     let components = thread::scope(|scope| {
         let digest = scope.spawn(|| bundle.digest());
         write(writer, &edit, deepstack, &loaded, || match digest.join() {
-            Ok(digest) => inputs(digest?, drop),
+            Ok(digest) => inputs(bundle, digest?, drop),
             Err(panic) => resume_unwind(panic),
         })
     })?;
@@ -194,12 +205,12 @@ pub fn drop_refusal(bundle: &Bundle, analysis: &Analysis, tower: Tower, layers: 
 /// Digests of the inputs of the result.
 ///
 /// Errors: `Error::Invalid` when a plan is of another model.
-fn inputs(model: Sha256Digest, drop: &Drop) -> Result<BTreeMap<String, Sha256Digest>> {
+fn inputs(bundle: &Bundle, model: Sha256Digest, drop: &Drop) -> Result<BTreeMap<String, Sha256Digest>> {
     let mut inputs = BTreeMap::new();
-    if let Drop::Plan { plan, digest } = drop {
+    if let Drop::Plan { plan, digest, file } = drop {
         if plan.provenance.inputs.get("model") != Some(&model) {
-            return Err(Error::invalid("plan", "was made for another model")
-                .remedy("make a plan for this model, or name layers with `--drop`"));
+            let subject = format!("plan `{}`", file.display());
+            return Err(of_another_model(subject, bundle, "make a plan for this model, or name layers with `--drop`"));
         }
         inputs.insert("plan".to_string(), digest.clone());
     }

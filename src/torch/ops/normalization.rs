@@ -109,7 +109,9 @@ fn layer(
     if let Some(bias) = bias {
         out = out.f_add(bias)?;
     }
-    Ok(vec![out, mean, inverse])
+    // ONNX types the statistics by `stash_type`, for double inputs too.
+    let stored = stash.unwrap_or(Kind::Float);
+    Ok(vec![out, mean.f_to_kind(stored)?, inverse.f_to_kind(stored)?])
 }
 
 /// The sum of input, skip and bias, normalised over the last axis.
