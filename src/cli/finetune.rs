@@ -11,7 +11,7 @@ use crate::bundle::ModelSource;
 use crate::data::{Amount, Subset};
 use crate::finetune::{
     DEFAULT_RECIPE, LearningRate, Limits, LoraLayers, PlannedBytes, Precision, RECIPES, RecipeRow, Report, RunPlan,
-    Settings, interrupted_at, refuse_moved,
+    Settings, WriteTrained, interrupted_at, refuse_moved,
 };
 use crate::method::Plan;
 use crate::pipeline::steps::{self, Finetune, Trained, default_work_folder};
@@ -95,6 +95,10 @@ pub struct Args {
     /// Train the weight of the head too, as the authors' released code does where it is not tied to the embeddings
     #[arg(long)]
     train_head: bool,
+    /// Write the trained weights of a quantised model as float products, or quantised again by the model's own bits,
+    /// blocks and zero points, where changes below half a step are lost [default: float]
+    #[arg(long, value_enum)]
+    write_trained: Option<WriteTrainedArg>,
     /// Compute every layer again in the backward pass: less memory, more time [default: where the plan needs it]
     #[arg(long)]
     gradient_checkpointing: bool,
@@ -144,6 +148,12 @@ const TEACHER_HELP: &str =
 enum LoraLayersArg {
     Trained,
     All,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum WriteTrainedArg {
+    Float,
+    Quantised,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -339,6 +349,11 @@ fn settings(args: &Args) -> anyhow::Result<Settings> {
         None => settings.lora.layers,
     };
     settings.train_head |= args.train_head;
+    settings.write_trained = match args.write_trained {
+        Some(WriteTrainedArg::Float) => WriteTrained::Float,
+        Some(WriteTrainedArg::Quantised) => WriteTrained::Quantised,
+        None => settings.write_trained,
+    };
     if args.gradient_checkpointing {
         settings.batch.gradient_checkpointing = Some(true);
     }

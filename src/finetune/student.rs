@@ -160,20 +160,29 @@ impl Student {
         }
         for adapted in &cut.adapted {
             let name = graph.name(adapted.weight);
-            let Some(stored) = graph.body.initializer(adapted.weight) else { continue };
             let (a, b) = (self.weight_of(adapted.a)?.1, self.weight_of(adapted.b)?.1);
-            let base = match self.weight_of(adapted.weight) {
-                Ok((_, tensor)) => tensor,
-                Err(_) => torch::tensor_from_ir(name, stored)?,
+            let stored = graph.body.initializer(adapted.weight);
+            let quantised = cut.quantised_weight(adapted.weight);
+            let base = match (self.weight_of(adapted.weight), stored, quantised) {
+                (Ok((_, tensor)), ..) => tensor,
+                (Err(_), Some(stored), _) => torch::tensor_from_ir(name, stored)?,
+                (Err(_), None, Some(quantised)) => {
+                    let values = quantised.form.values(&cut.stored.graph.body)?;
+                    torch::tensor_from_ir(name, &crate::ir::Tensor::from_f32(&quantised.dims, &values))?
+                }
+                (Err(error), None, None) => return Err(error),
             };
+            let dtype = stored.map_or(crate::ir::DataType::Float, |stored| stored.dtype);
             let merged = || -> Result<Tensor, tch::TchError> {
                 let change = a.f_detach()?.f_matmul(&b.f_detach()?)?.f_mul_scalar(scale)?.f_to_device(Device::Cpu)?;
                 let change = if adapted.transposed { change.f_tr()? } else { change };
                 base.f_detach()?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?.f_add(&change)
             };
             let merged = merged().map_err(torch_error(format!("the adapter of `{name}`")))?;
-            changed.push((adapted.weight, torch::tensor_to_ir(name, &merged, stored.dtype)?));
-            stored.release();
+            changed.push((adapted.weight, torch::tensor_to_ir(name, &merged, dtype)?));
+            if let Some(stored) = stored {
+                stored.release();
+            }
         }
         Ok(changed)
     }

@@ -1,5 +1,7 @@
 //! Complete runs on the shipped model.
 
+#[path = "quantised_tests.rs"]
+mod quantised;
 #[path = "teacher_tests.rs"]
 mod teacher;
 #[path = "whole_tests.rs"]

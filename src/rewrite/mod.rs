@@ -32,7 +32,7 @@ pub use fuse_attention::FUSED_ATTENTION;
 pub use fuse_kernels::{FUSED_SILU, Fused, fuse_kernels};
 pub use head::with_head;
 pub use hidden_states::MovedTap;
-pub use internal::INTERNAL_DOMAIN;
+pub use internal::{EXPANDED_BLOCKS, INTERNAL_DOMAIN, ROUNDED, ROUNDED_DYNAMICALLY};
 pub use join::{Inlined, Joined, Part, Scope};
 pub use opset::raise_opset;
 pub use tap::{SIMILARITY_PREFIX, tap_similarities};

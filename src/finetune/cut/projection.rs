@@ -4,6 +4,8 @@ use std::collections::HashSet;
 
 use crate::ir::{Attribute, Graph, GraphIndex, Node, ValueId};
 
+use super::weights::dims_of;
+
 /// `output = ... + operand @ weight`, where the other terms do not depend on `weight`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Projection {
@@ -83,7 +85,7 @@ fn product(graph: &Graph, index: &GraphIndex, node: &Node, trained: &HashSet<Val
         _ => return None,
     };
     let mut weight = right;
-    if let Some((number, _)) = index.node_of(right) {
+    if let Some((number, _)) = index.node_of(right).filter(|_| !trained.contains(&right)) {
         let turn = &graph.body.nodes[number];
         let swaps = turn.attribute("perm").is_none_or(|perm| perm.as_ints() == Some(&[1, 0]));
         if turn.op_type != "Transpose" || !swaps {
@@ -92,7 +94,7 @@ fn product(graph: &Graph, index: &GraphIndex, node: &Node, trained: &HashSet<Val
         weight = turn.present_inputs().next()?;
         transposed = !transposed;
     }
-    let &[rows, columns] = graph.body.initializer(weight)?.dims.as_slice() else { return None };
+    let &[rows, columns] = dims_of(graph, weight)?.as_slice() else { return None };
     let width = usize::try_from(if transposed { columns } else { rows }).ok()?;
     trained.contains(&weight).then_some(Projection { operand, weight, transposed, width })
 }

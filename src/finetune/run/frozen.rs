@@ -29,7 +29,7 @@ impl<'a> FrozenLayers<'a> {
     /// Errors: `Error::Invalid` when the graph cannot be cut there.
     pub fn new(request: &'a Request<'a>, cut: &Cut) -> Result<Self> {
         let embeds_only = cut.begins_at_input();
-        let (model, end) = (&cut.analysis.model, [cut.streams[usize::from(embeds_only)]]);
+        let (model, end) = (&cut.stored, [cut.streams[usize::from(embeds_only)]]);
         let prefix = extract(model, &[], &end)?;
         let fed = extract(model, &row_inputs(&model.graph), &end)?;
         Ok(FrozenLayers { request, prefix, fed, embeds_only })

@@ -13,7 +13,7 @@ use tch::Device as TorchDevice;
 use crate::base::{Cancel, Device, Error, Provenance, Result, Sha256Digest, notice, sha256_json};
 use crate::data::LeftOut;
 use crate::finetune::checkpoint::begun;
-use crate::finetune::cut::{FitTarget, replaced};
+use crate::finetune::cut::{FitTarget, written_back};
 use crate::finetune::data::{Course, Dense, Lesson, Loads, Store, Teacher, TrainingSet, WINDOW_FOLDER, scan};
 use crate::finetune::loss;
 use crate::finetune::plan::{PlannedData, anchor_points};
@@ -70,7 +70,7 @@ pub fn finetune_with_teacher(
         let opened = Opened::new(request, teacher);
         (hashing.join().unwrap_or_else(|panic| resume_unwind(panic)), opened)
     });
-    let Opened { decoder, cut, suffix, side, sizes, targets, points, dense } = opened?;
+    let Opened { decoder, mut cut, suffix, side, sizes, targets, points, dense } = opened?;
     let (model_digest, data_digest, dense_digest) = digests?;
     let own = request.own_work();
     std::fs::create_dir_all(&own).map_err(|e| Error::io("create", &own, e))?;
@@ -162,6 +162,7 @@ pub fn finetune_with_teacher(
         twin.work_for(&students[0])?;
         students.push(twin);
     }
+    cut.release_expanded();
     let (work, resume, batch_tokens) = (own.as_path(), request.resume, plan.batch_tokens as usize);
     let (shared, ranks) = (request.work, request.ranks);
     let asked_settings = settings;
@@ -206,7 +207,7 @@ pub fn finetune_with_teacher(
     // The weights are read once more where they are merged and copied into the result.
     decoder.graph.body.initializers.iter().for_each(|(_, tensor)| tensor.release());
     let tensors = students[0].changed(&cut, settings.lora().map_or(1.0, Lora::scale))?;
-    let decoder = replaced(&decoder, tensors)?;
+    let decoder = written_back(&decoder, tensors, &cut.quantised, settings.write_trained)?;
     let report = report(request, rate, inputs, &dataset, left_out, &summary)?;
     Ok(Outcome { decoder, report })
 }

@@ -52,7 +52,10 @@ impl Opened {
             }
             let written: &[FitTarget] = if settings.fit.enabled { &targets } else { &[] };
             cut.adapt(lora, written)?;
+        } else {
+            cut.expand_trained()?;
         }
+        cut.check_writable(settings.write_trained)?;
         let (suffix, first) = (cut.suffix()?, cut.first);
         let side = side_inputs(&cut.analysis.model.graph, &suffix)?;
         let mut sizes = Sizes::of(&cut, &suffix, heads_of(request));

@@ -48,6 +48,23 @@ pub enum LoraLayers {
     All,
 }
 
+/// Form in which trained weights of a quantised model are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum WriteTrained {
+    /// Float products in place of the quantised ones. No trained number is rounded.
+    #[default]
+    Float,
+    /// Quantised again by the weight's own bits, blocks, range and zero points. Changes below half a step are lost.
+    Quantised,
+}
+
+impl WriteTrained {
+    fn is_float(&self) -> bool {
+        *self == WriteTrained::Float
+    }
+}
+
 /// A stage of a run with its own loss terms.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -190,6 +207,9 @@ pub struct Settings {
     /// head is not tied to the embeddings.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub train_head: bool,
+    /// Form in which trained weights of a quantised model are written: `float` or `quantised`.
+    #[serde(skip_serializing_if = "WriteTrained::is_float")]
+    pub write_trained: WriteTrained,
     /// Training samples.
     pub data: DataSettings,
     /// Number of samples of an optimiser step.
@@ -267,6 +287,7 @@ impl Default for Settings {
             seed: 42,
             precision: Precision::F32,
             train_head: false,
+            write_trained: WriteTrained::default(),
             data: DataSettings::default(),
             batch: BatchSettings::default(),
             optimizer: OptimizerSettings::default(),
