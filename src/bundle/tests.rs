@@ -92,6 +92,7 @@ fn a_history_that_does_not_fit_the_graph_is_refused_before_memory_is_taken() {
             dropped,
             dropped_original,
             deepstack: None,
+            compensated: Vec::new(),
             taps: Vec::new(),
         }
     };

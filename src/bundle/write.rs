@@ -103,7 +103,13 @@ impl<'a> BundleWriter<'a> {
     /// Rewrites every config for removed layers and records the step, with its changes to outputs.
     ///
     /// Errors: `Error::Invalid` and `Error::Unsupported` from the table of layer keys, naming file and key.
-    pub fn drop_layers(&mut self, edit: &LayerEdit, deepstack: Option<Deepstack>, taps: Vec<TapChange>) -> Result<()> {
+    pub fn drop_layers(
+        &mut self,
+        edit: &LayerEdit,
+        deepstack: Option<Deepstack>,
+        compensated: Vec<usize>,
+        taps: Vec<TapChange>,
+    ) -> Result<()> {
         let rewritten = rewritten_configs(self.bundle, &self.texts, edit)?;
         self.texts.extend(rewritten);
         let mut history = self.history()?;
@@ -115,6 +121,7 @@ impl<'a> BundleWriter<'a> {
             dropped: edit.dropped().to_vec(),
             dropped_original: original,
             deepstack,
+            compensated,
             taps,
         };
         history.push(step.clone());

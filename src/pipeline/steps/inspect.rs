@@ -13,7 +13,7 @@ use crate::ir::{Graph, Model, ValueId};
 use crate::onnx;
 use crate::runtime::missing_deepstack;
 
-use super::prune::drop_refusal;
+use super::refusal::drop_refusal;
 
 /// Version of the schema of `inspect --json`.
 pub const LAYERS_SCHEMA_VERSION: u32 = 1;
