@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn pictures_are_told_apart_by_every_array() {
+    fn the_key_of_a_picture_depends_on_every_array() {
         let grid = |n: i64| Array::Int(ArrayD::from_elem(IxDyn(&[1, 3]), n));
         let of = |value: f32, n: i64| {
             let arrays = [(PIXEL_VALUES, pixels(&[2, 3], value)), (IMAGE_GRID_THW, grid(n))];

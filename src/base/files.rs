@@ -203,7 +203,7 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     #[test]
-    fn links_stay_inside_or_lead_to_the_hub_s_blobs() {
+    fn symlinks_may_lead_only_inside_the_folder_or_to_hub_cache_blobs() {
         let root = tempfile::tempdir().unwrap();
         let snapshot = root.path().join("repo/snapshots/abc/onnx");
         fs::create_dir_all(&snapshot).unwrap();

@@ -16,7 +16,7 @@ mod stopwatch;
 mod text;
 mod threads;
 
-pub use ahead::ahead;
+pub use ahead::{ahead, prepared_ahead};
 pub use artifact::{Provenance, read_json, write_json};
 pub use cancel::{Cancel, install_ctrl_c};
 pub use device::Device;

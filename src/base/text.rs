@@ -53,7 +53,7 @@ mod tests {
     }
 
     #[test]
-    fn previews_count_what_they_leave_out() {
+    fn list_previews_count_the_omitted_items() {
         assert_eq!(list_preview(&["a", "b", "c"], 2), "`a`, `b` and 1 more");
         assert_eq!(list_preview::<&str>(&[], 2), "nothing");
     }

@@ -116,7 +116,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lists_of_layers_are_read_strictly() {
+    fn layer_lists_are_parsed_strictly() {
         assert_eq!("2,5".parse(), Ok(LayerList(vec![2, 5])));
         assert_eq!("7".parse(), Ok(LayerList(vec![7])));
         for bad in ["", ",", "2,", ",2", "2;5", "2-5", "-1", "1.5", "two", "2,,5", "99999999999999999999999"] {
@@ -126,14 +126,14 @@ mod tests {
     }
 
     #[test]
-    fn layers_to_train_are_all_or_a_list() {
+    fn layers_to_train_are_all_or_a_layer_list() {
         assert_eq!("all".parse(), Ok(TrainedLayers::All));
         assert_eq!("2,5".parse(), Ok(TrainedLayers::These(LayerList(vec![2, 5]))));
         assert!("most".parse::<TrainedLayers>().unwrap_err().contains("as in 2,5, or `all`"));
     }
 
     #[test]
-    fn weights_are_read_strictly() {
+    fn modality_weights_are_parsed_strictly() {
         use crate::method::Modality::{Image, Text};
         assert_eq!("image=0.75,text=2".parse(), Ok(Weights([(Image, 0.75), (Text, 2.0)].into())));
         for (bad, want) in [
@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn amounts_take_units() {
+    fn amounts_accept_unit_suffixes() {
         let cases =
             [("1500", 1500), ("1.5M", 1_500_000), ("2GB", 2_000_000_000), ("0.5KiB", 512), ("7B", 7), ("3k", 3000)];
         for (text, want) in cases {
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn fractions_and_counts_have_bounds() {
+    fn fractions_and_counts_out_of_range_are_refused() {
         assert_eq!(fraction("0.25"), Ok(0.25));
         assert_eq!(fraction("1"), Ok(1.0));
         assert!(["0", "-0.1", "1.01", "nan", "x"].iter().all(|text| fraction(text).is_err()));

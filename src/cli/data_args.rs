@@ -103,7 +103,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ratings_are_read_strictly() {
+    fn ratings_are_parsed_strictly() {
         assert_eq!(rating("relevance_min=4"), Ok(("relevance_min".into(), 4.0)));
         for bad in ["relevance_min", "=4", "a=", "a=x", "a=nan", "a=inf"] {
             assert!(rating(bad).is_err(), "{bad}");

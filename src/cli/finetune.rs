@@ -336,7 +336,7 @@ mod tests {
     }
 
     #[test]
-    fn the_help_names_what_needs_the_dense_model() {
+    fn the_teacher_help_lists_the_losses_that_need_the_dense_model() {
         assert_eq!(TEACHER_HELP, teacher_help());
     }
 }

@@ -208,12 +208,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_definition_of_the_command_line_is_sound() {
+    fn the_command_line_definition_is_valid() {
         Cli::command().debug_assert();
     }
 
     #[test]
-    fn every_verb_helps_with_an_example_of_itself() {
+    fn the_help_of_every_verb_contains_an_example() {
         for verb in Cli::command().get_subcommands().filter(|verb| !verb.is_hide_set()) {
             let help = verb.clone().render_long_help().to_string();
             assert!(help.contains(&format!("interlace {} ", verb.get_name())), "{}", verb.get_name());

@@ -130,7 +130,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tables_align_figures_to_the_right() {
+    fn tables_align_numbers_to_the_right() {
         let rows = [["name", "loss"], ["dense", "9.5"], ["a longer one", "10.25"]];
         let rows: Vec<Vec<String>> = rows.iter().map(|row| row.map(String::from).to_vec()).collect();
         let want = "name           loss\n-------------------\ndense           9.5\na longer one  10.25";

@@ -1,5 +1,5 @@
-//! Samples of any data set as what sessions read: conversations and running text by the model's own processor, ready
-//! tensors as they are.
+//! Encodes the samples of a data set for a model. The model's processor encodes conversations and running text; ready
+//! tensors are used unchanged.
 
 use crate::base::{Error, Result};
 use crate::bundle::Bundle;
@@ -9,10 +9,10 @@ use super::processor::{Encoded, Processor};
 use super::sample::Sample;
 use super::tensors::TensorRow;
 
-/// What encodes the samples of one data set for one model.
+/// Encoder of one data set's samples for one model.
 #[derive(Debug)]
 pub struct Encoder {
-    /// `None` for ready tensors, which need none.
+    /// `None` for ready tensors.
     processor: Option<Processor>,
 }
 
@@ -26,7 +26,7 @@ impl Encoder {
         Ok(Encoder { processor })
     }
 
-    /// A sample up to where the model begins its last answer.
+    /// Encodes a sample up to the start of its last answer.
     ///
     /// Errors: as `Processor::encode_prompt`.
     pub fn prompt(&self, sample: &Sample) -> Result<Encoded> {
@@ -36,7 +36,7 @@ impl Encoder {
         }
     }
 
-    /// A whole sample with its answers marked.
+    /// Encodes a whole sample and marks the tokens of its answers.
     ///
     /// Errors: as `Processor::encode_conversation`.
     pub fn conversation(&self, sample: &Sample) -> Result<Encoded> {
@@ -46,7 +46,7 @@ impl Encoder {
         }
     }
 
-    /// What a user should know of a model whose image processor is not known.
+    /// Warning when the model's image processor is not supported; see [`Processor::warning`].
     pub fn warning(&self) -> Option<String> {
         self.processor.as_ref().and_then(Processor::warning)
     }

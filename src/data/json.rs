@@ -1,4 +1,5 @@
-//! LLaVA's and TRL's JSON layouts, a list or one object per line: `image` or `images`, and `conversations` or `messages`.
+//! The JSON layouts of LLaVA and TRL: a list of objects or one object per line, with `image` or `images`, and
+//! `conversations` or `messages`.
 
 use std::fs::File;
 use std::ops::Range;
@@ -14,7 +15,8 @@ use super::options::DataOptions;
 use super::row::SourceRow;
 use super::sample::ImageBytes;
 
-/// A `.json` or `.jsonl` file; `image` paths are relative to its folder. Only the places of its rows are held.
+/// A `.json` or `.jsonl` file. `image` paths are relative to its folder. Only the byte ranges of the rows are kept in
+/// memory.
 #[derive(Debug)]
 pub(super) struct JsonFile {
     path: PathBuf,
@@ -26,10 +28,10 @@ pub(super) struct JsonFile {
 }
 
 impl JsonFile {
-    /// Reads the file once, row by row; pictures are not touched.
+    /// Reads the file once, row by row, and lists its rows. Pictures are not read. A row that does not decode is
+    /// listed; `read` returns its error.
     ///
-    /// Errors: `Error::Io`; `Error::Invalid` when it is neither a list nor one object per line; `Error::Unsupported`
-    /// naming the keys that nobody reads.
+    /// Errors: as `scan`; `Error::Unsupported` names the keys that have content but no reader.
     pub fn open(path: &Path, name: &str, options: &DataOptions) -> Result<Self> {
         let file = JsonFile {
             path: path.to_path_buf(),
@@ -62,12 +64,12 @@ impl JsonFile {
         &self.path
     }
 
-    /// The rows that are used; they are not kept here.
+    /// Moves the list of rows out of the reader.
     pub fn take_listed(&mut self) -> Vec<Listed> {
         std::mem::take(&mut self.listed)
     }
 
-    /// The rows with these indices.
+    /// Reads the rows with these indices, in the given order.
     pub fn read(&self, rows: Vec<usize>) -> impl Iterator<Item = Result<SourceRow>> + '_ {
         let file = File::open(&self.path).map_err(|e| Error::io("open", &self.path, e));
         rows.into_iter().map(move |row| {

@@ -1,5 +1,5 @@
-//! Compares with the results of Pillow and Hugging Face transformers on the same input (`fixtures/processor/operations.json`, written by
-//! `scripts/fixture/operations.py`).
+//! Compares with results of Pillow and Hugging Face transformers on the same input
+//! (`fixtures/processor/operations.json`, written by `scripts/fixture/operations.py`).
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -21,7 +21,7 @@ fn sizes(value: &Value) -> Vec<usize> {
     value.as_array().unwrap().iter().map(|size| size.as_u64().unwrap() as usize).collect()
 }
 
-/// Noise over a gradient; the script makes the same bytes.
+/// A gradient with noise. The script generates the same bytes.
 fn picture(width: usize, height: usize) -> Picture {
     let byte = |index: usize| {
         let noise = ((index as u64 * 2_654_435_761) % (1 << 32)) >> 24;
@@ -76,7 +76,7 @@ fn pixel_values_equal_hugging_face_bit_for_bit() {
 }
 
 #[test]
-fn pictures_decode_as_pillow_decodes_them() {
+fn pictures_decode_as_in_pillow() {
     for case in reference()["files"].as_array().unwrap() {
         let bytes = base64::engine::general_purpose::STANDARD.decode(case["base64"].as_str().unwrap()).unwrap();
         let name = case["name"].as_str().unwrap();
@@ -86,9 +86,9 @@ fn pictures_decode_as_pillow_decodes_them() {
     }
 }
 
-/// `fixtures/processor/files.json`, written by `scripts/processors/files.py`.
+/// Reference: `fixtures/processor/files.json`, written by `scripts/processors/files.py`.
 #[test]
-fn files_decode_as_pillow_decodes_them() {
+fn picture_files_decode_or_fail_as_in_pillow() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/processor/files.json");
     let cases: Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
     for case in cases.as_array().unwrap() {
@@ -109,7 +109,7 @@ fn files_decode_as_pillow_decodes_them() {
 }
 
 #[test]
-fn templates_render_as_jinja_renders_them() {
+fn templates_render_as_in_jinja() {
     for case in reference()["templates"].as_array().unwrap() {
         let part = |part: &Value| match part["type"].as_str().unwrap() {
             "image" => ContentPart::Image,
@@ -132,11 +132,11 @@ fn templates_render_as_jinja_renders_them() {
 }
 
 #[test]
-fn settings_that_nobody_reads_are_refused_by_name() {
+fn unread_or_invalid_processor_settings_are_refused_by_name() {
     let cases = [
         (
             r#"{"image_processor_type": "Idefics3ImageProcessor", "do_magic": true, "x": null}"#,
-            "nothing reads `do_magic`",
+            "unknown settings: `do_magic`",
         ),
         (r#"{"image_processor_type": "MagicProcessor"}"#, "`MagicProcessor`; known are Idefics3ImageProcessor"),
         (r#"{"image_processor_type": "Idefics3ImageProcessor", "do_center_crop": true}"#, "`do_center_crop`"),
@@ -213,7 +213,7 @@ pub(super) fn write(folder: &Path, name: &str, text: &str) -> PathBuf {
     path
 }
 
-/// A PNG of one colour.
+/// A PNG of 9 x 7 pixels in one colour.
 pub(super) fn png(shade: u8) -> Vec<u8> {
     let mut bytes = std::io::Cursor::new(Vec::new());
     image::RgbImage::from_pixel(9, 7, image::Rgb([shade, 1, 2])).write_to(&mut bytes, image::ImageFormat::Png).unwrap();
@@ -225,7 +225,7 @@ fn base64_png(shade: u8) -> String {
 }
 
 #[test]
-fn benchmarks_follow_vlmevalkit() {
+fn benchmark_files_are_read_as_in_vlmevalkit() {
     let folder = tempfile::tempdir().unwrap();
     let (first, second) = (base64_png(1), base64_png(2));
     let text = format!(
@@ -252,7 +252,7 @@ fn benchmarks_follow_vlmevalkit() {
 }
 
 #[test]
-fn every_column_of_a_benchmark_stays_and_rows_without_a_picture_go() {
+fn benchmarks_keep_every_column_and_skip_rows_without_a_picture() {
     let folder = tempfile::tempdir().unwrap();
     for (name, shade) in [("a, b.png", 4), ("it's.png", 5)] {
         fs::write(folder.path().join(name), png(shade)).unwrap();
@@ -304,9 +304,9 @@ fn malformed_benchmarks_are_refused() {
     }
 }
 
-/// Bytes that strangers' files may hold: some of them changed, each file from a seed of its own.
+/// Files with randomly changed bytes, each with its own seed.
 #[test]
-fn changed_bytes_end_in_errors_and_never_in_a_panic() {
+fn changed_bytes_never_panic() {
     use rand::{Rng, SeedableRng};
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("x.parquet");

@@ -12,7 +12,7 @@ use crate::base::{Error, Result, Sha256Digest, contained_path, sha256_file};
 use super::sample::ImageBytes;
 use super::string_list::string_list;
 
-/// An `image` of at most this many characters is the index of the row that has the picture.
+/// An `image` cell of at most this many bytes is the index of the row that has the picture.
 const MAX_REFERENCE_LENGTH: usize = 64;
 
 /// Texts that `pandas.read_csv` reads as a missing value, besides the empty string.
@@ -21,38 +21,38 @@ const MISSING: &[&str] = &[
     "NaN", "None", "n/a", "nan", "null",
 ];
 
-/// A benchmark: questions with their pictures, which stay in the file until they are asked for.
+/// A benchmark: questions with pictures. The pictures are read from the file on demand.
 #[derive(Debug)]
 pub struct Benchmark {
     path: PathBuf,
     columns: Vec<String>,
     rows: Vec<BenchRow>,
-    /// Rows without a picture, which are not asked.
+    /// Number of rows that are left out because they have no picture.
     without_picture: usize,
 }
 
-/// One question; the columns that hold pictures are left in the file.
+/// One question. The content of the column `image` is not in memory.
 #[derive(Clone, Debug)]
 pub struct BenchRow {
     /// The `index` column.
     pub index: String,
-    /// Position in the file at which the row with the picture begins.
+    /// Position in the file of the row that has the picture: this row, or the row that it refers to.
     image_position: Option<csv::Position>,
     image_path: Option<String>,
-    /// One for each column; empty where the file has nothing.
+    /// One cell per column; empty if the file has no value, and for the column `image`.
     cells: Vec<String>,
 }
 
 impl Benchmark {
-    /// True for a file that is named as a benchmark.
+    /// True for a file name that ends in `.tsv`.
     pub fn is_one(path: &Path) -> bool {
         path.extension().is_some_and(|extension| extension == "tsv")
     }
 
-    /// Reads everything but the pictures. Rows without a picture are left out, as VLMEvalKit leaves them out.
+    /// Reads all columns except the pictures. Rows without a picture are left out, as in VLMEvalKit.
     ///
-    /// Errors: `Error::Io`; `Error::Invalid` naming the row for a missing column, a row of another width, an index
-    /// that is there twice, a picture reference that leads nowhere, or no rows with a picture.
+    /// Errors: `Error::Io`; `Error::Invalid` for a missing column, a row with another number of cells, an index that
+    /// occurs twice, a reference to a row without a picture, or a file without any picture.
     pub fn open(path: &Path) -> Result<Self> {
         let mut reader = reader(path)?;
         let subject = || format!("benchmark `{}`", path.display());
@@ -122,7 +122,7 @@ impl Benchmark {
         Ok(Benchmark { path: path.to_path_buf(), columns, rows, without_picture })
     }
 
-    /// The questions, in the order of the file.
+    /// The questions, in file order.
     pub fn rows(&self) -> &[BenchRow] {
         &self.rows
     }
@@ -137,35 +137,36 @@ impl Benchmark {
         &self.columns
     }
 
-    /// A cell by column name as the file has it; `None` where the column or its content is not there.
+    /// A cell by column name, unchanged; `None` if the column does not exist or the cell is empty. The column `image`
+    /// is always empty; see [`Benchmark::images`].
     pub fn cell<'a>(&self, row: &'a BenchRow, column: &str) -> Option<&'a str> {
         let column = self.columns.iter().position(|name| name == column)?;
         row.cells.get(column).map(String::as_str).filter(|cell| !cell.is_empty())
     }
 
-    /// A cell by column name as VLMEvalKit sees it: `None` where pandas reads a missing value too.
+    /// A cell by column name, as in VLMEvalKit: `None` also for text that pandas reads as a missing value.
     pub fn value<'a>(&self, row: &'a BenchRow, column: &str) -> Option<&'a str> {
         self.cell(row, column).filter(|text| !MISSING.contains(text))
     }
 
-    /// The lettered choices that the row has, in order. A choice that pandas reads as missing is none, as in
-    /// VLMEvalKit.
+    /// The lettered choices of a row, in order. A choice that pandas reads as missing is left out, as in VLMEvalKit.
     pub fn options<'a>(&self, row: &'a BenchRow) -> Vec<(char, &'a str)> {
         let choice = |letter: char| self.value(row, letter.encode_utf8(&mut [0; 4]));
         ('A'..='Z').filter_map(|letter| Some((letter, choice(letter)?))).collect()
     }
 
-    /// True when the two rows show the same pictures, so that what was made of them can be used twice.
+    /// True when both rows have the same pictures.
     #[cfg(test)]
     pub fn same_images(&self, a: &BenchRow, b: &BenchRow) -> bool {
         let byte = |row: &BenchRow| row.image_position.as_ref().map(csv::Position::byte);
         byte(a) == byte(b) && a.image_path == b.image_path
     }
 
-    /// The pictures of a row: base64 in `image` (one, or a list in Python or JSON notation), else the files that
-    /// `image_path` names relative to the benchmark.
+    /// The pictures of a row: base64 in `image` (one, or a list in Python's or JSON's notation), else the files in
+    /// `image_path`, relative to the benchmark's folder.
     ///
-    /// Errors: `Error::Io`; `Error::Invalid` naming the row for what is not base64 or leads out of the folder.
+    /// Errors: `Error::Io`; `Error::Invalid` names the row when the content is not base64, or a path leads out of the
+    /// folder.
     pub fn images(&self, row: &BenchRow) -> Result<Vec<ImageBytes>> {
         let subject = format!("row `{}` of `{}`", row.index, self.path.display());
         if let Some(position) = &row.image_position {
@@ -209,7 +210,7 @@ impl Benchmark {
     }
 }
 
-/// `a`, `['a', 'b']` or `["a", "b"]`.
+/// Parses one item, `a`, or a list, `['a', 'b']` or `["a", "b"]`.
 fn listed(subject: &str, content: &str) -> Result<Vec<String>> {
     let content = content.trim();
     if !(content.starts_with('[') && content.ends_with(']')) {

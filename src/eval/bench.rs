@@ -384,7 +384,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_to_measure_is_refused() {
+    fn zero_tokens_or_rounds_are_refused() {
         for options in [
             BenchOptions { prompt_tokens: 0, ..BenchOptions::default() },
             BenchOptions { new_tokens: 0, ..BenchOptions::default() },
@@ -395,7 +395,7 @@ mod tests {
     }
 
     #[test]
-    fn a_child_reports_its_peak_memory_or_its_error() {
+    fn a_child_process_reports_its_peak_memory_or_its_error() {
         let bytes = peak_memory_of_child(Command::new("sh").args(["-c", "echo 4096"])).expect("a number");
         assert_eq!(bytes, 4096);
         for script in ["echo 12; exit 3", "echo much", "echo broken >&2; exit 2"] {

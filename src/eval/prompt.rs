@@ -341,7 +341,7 @@ mod tests {
     }
 
     #[test]
-    fn questions_read_as_vlmevalkit_writes_them() {
+    fn questions_are_worded_as_in_vlmevalkit() {
         let image = "A".repeat(80);
         let text = format!(
             "index\timage\tquestion\tA\tB\tC\thint\tanswer\n1\t{image}\tWhat is it?\tcat\tdog\t\t\tB\n2\t1\tWhat word?\t\t\t\t\ttime\n3\t1\tWhy?\tx\ty\tz\tlook up\tA\n"

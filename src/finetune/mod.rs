@@ -1,7 +1,7 @@
-//! Healing: trains the finetune layers of a pruned decoder, through its own graph, with everything else frozen.
+//! Healing: trains the finetune layers of a pruned decoder through its own graph. Everything else is frozen.
 //!
-//! The rooms, from the top; each imports those below it alone: `run`, `train`, `student`, `checkpoint`, `data`, `plan`, `cut`,
-//! `settings`, `optim`, `record`, `loss`, `error`.
+//! Submodules in import order, each importing only later ones: `run`, `train`, `student`, `checkpoint`, `data`, `plan`,
+//! `cut`, `settings`, `optim`, `record`, `loss`, `error`.
 
 mod checkpoint;
 mod cut;

@@ -28,7 +28,7 @@ fn cross_entropy(logits: &[f32], target: i64) -> f64 {
 }
 
 #[test]
-fn cross_entropy_by_hand() {
+fn cross_entropy_equals_values_computed_by_hand() {
     // softmax of (0, ln 3) is (1/4, 3/4).
     assert!((cross_entropy(&[0.0, 3f32.ln()], 1) - (4.0f64 / 3.0).ln()).abs() < 1e-6);
     assert!((cross_entropy(&[0.0, 3f32.ln()], 0) - 4f64.ln()).abs() < 1e-6);
@@ -90,7 +90,7 @@ pub fn loss_of(runtime: &Runtime, model: &Model, conversations: &[Conversation])
 }
 
 #[test]
-fn losses_are_those_of_the_graph_without_the_layers() {
+fn losses_equal_those_of_the_graph_without_the_layers() {
     let table = std::fs::read_to_string(fixtures().join("zoo/cases.tsv")).unwrap();
     let runtime = Runtime::new(Device::Cpu).unwrap();
     let (mut measured, mut restarting) = (0, 0);

@@ -434,7 +434,7 @@ mod tests {
     }
 
     #[test]
-    fn settings_change_the_named_recipe() {
+    fn settings_override_the_named_recipe() {
         let text = RECIPE.replace("settings =", "recipe = \"paper\"\nsettings =");
         let section = Recipe::parse(&text, Path::new("")).unwrap().finetune;
         assert_eq!((section.settings.peak_rate(), section.settings.losses().len()), (1e-3, 1));
@@ -442,7 +442,8 @@ mod tests {
         assert_eq!((section.recipe.as_str(), section.settings.losses().len()), (DEFAULT_RECIPE, 2));
     }
 
-    /// The dense model takes the recipe of healing without its fit; one without answers has nothing for it.
+    /// The dense model takes the healing recipe without the fit. A recipe without a loss on answers has no dense
+    /// counterpart.
     #[test]
     fn the_dense_model_is_finetuned_on_answers_with_the_same_budget() {
         let dense = |text: &str| {
@@ -463,7 +464,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_named() {
+    fn invalid_recipe_files_are_refused_with_a_reason() {
         let cases = [
             ("samples = 100", "sample = 100", "unknown field `sample`"),
             ("samples = 100", "", "takes `samples` or `fraction`, neither is there"),

@@ -95,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn the_head_reads_what_the_decoder_gives() {
+    fn the_head_reads_the_output_of_the_decoder() {
         let decoder = product("x", "hidden", 17);
         let hidden = decoder.graph.output("hidden").expect("an output");
         let joined = with_head(&decoder, hidden, &product("hidden", "logits", 17)).expect("a graph");

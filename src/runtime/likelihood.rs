@@ -20,7 +20,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn cross_entropy_by_hand() {
+    fn cross_entropy_equals_values_computed_by_hand() {
         // softmax of (0, ln 3) is (1/4, 3/4).
         let logits = [0.0, 3f32.ln()];
         assert!((cross_entropy(&logits, 1).unwrap() - (4.0f64 / 3.0).ln()).abs() < 1e-6);

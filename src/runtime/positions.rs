@@ -58,7 +58,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pictures_count_rows_and_columns() {
+    fn image_tokens_get_row_and_column_positions() {
         // One text token, a picture of 2 x 3 tokens (grid 4 x 6, merged 2 x 2), two text tokens.
         let ids = [5, 9, 9, 9, 9, 9, 9, 6, 7];
         let (rows, next) = multimodal_positions(&ids, 9, &[[1, 4, 6]], 2).expect("positions");
@@ -69,7 +69,7 @@ mod tests {
     }
 
     #[test]
-    fn grids_must_account_for_the_tokens() {
+    fn grids_must_match_the_number_of_image_tokens() {
         for grids in [&[][..], &[[1, 4, 4]][..], &[[1, 4, 6], [1, 2, 2]][..]] {
             assert!(multimodal_positions(&[5, 9, 9, 9, 9, 9, 9], 9, grids, 2).is_err(), "{grids:?}");
         }

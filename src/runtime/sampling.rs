@@ -89,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn shares_follow_the_softmax_and_the_cut() {
+    fn sampled_frequencies_follow_the_softmax_and_top_p() {
         // Probabilities 0.6, 0.3 and 0.1.
         let given = logits(&[0.6f32.ln(), 0.1f32.ln(), 0.3f32.ln()]);
         let shares = |top_p: f32, temperature: f32| {
@@ -109,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn a_seed_decides_the_draw_and_zero_is_greedy() {
+    fn a_seed_determines_the_samples_and_greedy_takes_the_maximum() {
         let given = logits(&[0.0, 0.1, 0.2, 0.3]);
         let draw = |seed| {
             let mut sampler = Sampler::new(1.0, 1.0, seed).expect("sampler");

@@ -350,7 +350,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn cuda_is_refused_where_there_is_none() {
+    fn cuda_is_refused_on_a_machine_without_it() {
         if std::path::Path::new("/dev/nvidiactl").exists() {
             return;
         }
@@ -359,14 +359,14 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_file_is_named() {
+    fn a_missing_file_is_an_io_error() {
         let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
         let error = runtime.session(Path::new("no/such.onnx"), &SessionOptions::default()).expect_err("no file");
         assert!(matches!(error, Error::Io { .. }), "{error}");
     }
 
     #[test]
-    fn bytes_that_are_no_model_are_refused() {
+    fn an_invalid_onnx_file_is_refused_by_name() {
         let folder = tempfile::tempdir().expect("folder");
         let path = folder.path().join("broken.onnx");
         std::fs::write(&path, b"not a model").expect("write");

@@ -52,7 +52,7 @@ fn shorter_rows_are_padded_on_the_right_in_training() {
 }
 
 #[test]
-fn a_step_behind_a_cache_sees_its_columns() {
+fn a_step_after_a_cache_attends_to_the_cached_positions() {
     let next = Embedded::text(&[4], 0, Vec::new(), 7, 3);
     let step = Step::behind(&[&next, &next], &[vec![1, 1], vec![0, 1]], true).unwrap();
     assert_eq!(integers(&step.attention_mask()), [1, 1, 1, 0, 1, 1]);
@@ -64,7 +64,7 @@ fn a_step_behind_a_cache_sees_its_columns() {
 }
 
 #[test]
-fn deepstack_features_stand_at_the_image_tokens() {
+fn deepstack_features_are_placed_at_the_image_tokens() {
     let (long, short) = (prompt(&[5, 6, 7], &[1, 2], 2), prompt(&[8, 9], &[1], 2));
     let step = Step::prefill(&[&long, &short], true).unwrap();
     let mask = step.image_mask(2);
@@ -88,7 +88,7 @@ fn deepstack_features_stand_at_the_image_tokens() {
 }
 
 #[test]
-fn tokens_are_counted_by_picture() {
+fn image_tokens_are_counted_per_picture() {
     let pixels = Array::Float(ArrayD::zeros(IxDyn(&[1, 3, 2, 2])));
     let picture = Arc::new(ImageArrays::new([(crate::prompt::PIXEL_VALUES, pixels)]).unwrap());
     let mut two = prompt(&[5, 6, 7, 8, 9], &[0, 1, 3, 4], 0);
@@ -103,7 +103,7 @@ fn tokens_are_counted_by_picture() {
 }
 
 #[test]
-fn a_text_has_no_deepstack_features() {
+fn a_prompt_without_pictures_has_empty_deepstack_features() {
     let text = prompt(&[5, 6], &[], 0);
     let step = Step::prefill(&[&text], true).unwrap();
     assert_eq!(input("deepstack_features_0", &[-1, 4]).make(&step).unwrap().shape(), [0, 4]);
@@ -113,7 +113,7 @@ fn a_text_has_no_deepstack_features() {
 }
 
 #[test]
-fn a_second_embedding_takes_the_shape_of_the_input() {
+fn per_layer_embeddings_take_the_shape_of_the_graph_input() {
     let mut text = prompt(&[5, 6], &[], 0);
     text.side.per_layer = (0..12).map(|n| n as f32).collect();
     let step = Step::prefill(&[&text], true).unwrap();
@@ -125,7 +125,7 @@ fn a_second_embedding_takes_the_shape_of_the_input() {
 }
 
 #[test]
-fn a_part_of_a_prompt_keeps_what_belongs_to_it() {
+fn a_slice_of_a_prompt_keeps_its_positions_and_features() {
     let whole = prompt(&[5, 6, 7, 8], &[1, 3], 1);
     let part = whole.slice(2..4);
     assert_eq!((part.len(), &part.input_ids[..], &part.positions[0][..]), (2, &[7, 8][..], &[2, 3][..]));
@@ -133,7 +133,7 @@ fn a_part_of_a_prompt_keeps_what_belongs_to_it() {
 }
 
 #[test]
-fn rows_that_hold_other_things_are_refused() {
+fn rows_with_inconsistent_content_are_refused() {
     let (image, text) = (prompt(&[5, 6], &[1], 2), prompt(&[5, 6], &[], 0));
     Step::prefill(&[&image, &text], true).unwrap();
     let mut broken = image.clone();

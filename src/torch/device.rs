@@ -107,7 +107,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn libraries_of_two_builds_are_refused() {
+    fn libtorch_libraries_of_two_builds_are_refused() {
         let folder = tempfile::tempdir().unwrap();
         let (cpu, gpu) = (folder.path().join("cpu"), folder.path().join("gpu"));
         for path in [&cpu, &gpu] {
@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_gpu_or_library_is_an_error_that_says_what_to_do() {
+    fn the_error_for_a_missing_gpu_or_library_names_a_remedy() {
         let Err(error) = cuda_device(0) else { return };
         let error = error.to_string();
         assert!(error.contains("--device cpu"), "{error}");

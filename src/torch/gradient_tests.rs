@@ -1,4 +1,4 @@
-//! Checks every differentiable row against central differences in f64. A row without a case fails.
+//! Checks every differentiable row against central differences in f64. A row without a case is an error.
 
 use std::collections::HashSet;
 
@@ -506,7 +506,7 @@ fn gradients_agree_with_central_differences() {
                 let error = (found - expected).abs() / (1.0 + expected.abs());
                 assert!(
                     error < 1e-7,
-                    "{name}: input {number} direction {direction}: {found} found, {expected} expected"
+                    "{name}: input {number}, direction {direction}: found {found}, expected {expected}"
                 );
             }
         }
@@ -523,5 +523,5 @@ fn every_differentiable_row_has_a_case() {
         .filter(|row| row.differentiable && !covered.contains(&(row.domain, row.op_type)))
         .map(|row| format!("{}.{}", row.domain, row.op_type))
         .collect();
-    assert!(bare.is_empty(), "without a gradient case: {bare:?}");
+    assert!(bare.is_empty(), "rows without a gradient case: {bare:?}");
 }

@@ -128,14 +128,14 @@ fn an_opset_that_is_too_new_is_refused() {
 }
 
 #[test]
-fn an_attribute_that_no_one_reads_is_refused_by_name() {
+fn an_unread_attribute_is_refused_by_name() {
     let model = line().attribute("axes_of_evil", AttributeKind::Int(1)).model;
     let error = Program::compile(&model, &Options::default()).err().expect("refused").to_string();
     assert!(error.contains("node `/Add` (Add)") && error.contains("`axes_of_evil`"), "{error}");
 }
 
 #[test]
-fn only_the_wanted_part_must_be_known() {
+fn only_nodes_of_the_requested_outputs_must_be_supported() {
     let builder = line().node("Wonder", &["y"], &["z"]).output("z");
     let mut builder = builder;
     let wanted = builder.value("y");
@@ -204,12 +204,12 @@ fn half_precision_runs_and_trains_in_f32() {
     z.sum(Kind::Float).backward();
     let leaf = &program.parameters()[0].tensor;
     assert_eq!((leaf.kind(), floats(&leaf.grad())), (Kind::Float, vec![1.0, 2.0]));
-    // More digits than f16 has, and a number beyond its range.
+    // More digits than f16 has, and a number outside its range.
     assert_eq!(floats(&run(vector(&[1.0001, 1e6]))), [0.5 * 1.0001, 0.25e6]);
 }
 
 #[test]
-fn pieces_give_what_the_whole_gives() {
+fn a_run_in_two_pieces_equals_a_run_in_one() {
     let mut builder = line();
     let (x, m, y, w) = (builder.value("x"), builder.value("m"), builder.value("y"), builder.value("w"));
     let options = Options { trainable: vec![w], ..Default::default() };
@@ -224,7 +224,7 @@ fn pieces_give_what_the_whole_gives() {
 }
 
 #[test]
-fn what_is_kept_per_shape_fits_every_shape() {
+fn values_cached_per_shape_are_right_for_every_shape() {
     // y = x reshaped by its own first dimension, plus a range of that length; everything else is shape arithmetic.
     let model = Builder::new()
         .input("x", DataType::Float)
@@ -308,7 +308,7 @@ fn a_function_that_calls_itself_is_refused() {
     assert!(error.contains("nest deeper than"), "{error}");
 }
 
-/// A body of one node over values of the outer graph.
+/// A loop body or branch of one node that reads values of the outer graph.
 fn body_of(graph: &mut ir::Graph, op: &str, inputs: &[&str], output: &str) -> Body {
     let node = node_of(graph, op, inputs, &[output]);
     let outputs = node.outputs.iter().flatten().copied().collect();
@@ -343,7 +343,7 @@ fn branches_see_outer_values_and_pass_gradients() {
 }
 
 #[test]
-fn loops_carry_and_collect() {
+fn loops_carry_state_and_collect_scan_outputs() {
     let mut builder = Builder::new().input("x", DataType::Float).input("trips", DataType::Int64);
     let graph = &mut builder.model.graph;
     let inputs: Vec<ValueId> = ["i", "going", "carried"].iter().map(|name| value_of(graph, name)).collect();
@@ -371,7 +371,7 @@ fn loops_carry_and_collect() {
 }
 
 #[test]
-fn scans_read_slices_and_carry() {
+fn scans_read_slices_and_carry_state() {
     let mut builder = Builder::new().input("start", DataType::Float).input("rows", DataType::Float);
     let graph = &mut builder.model.graph;
     let inputs: Vec<ValueId> = ["carried", "row"].iter().map(|name| value_of(graph, name)).collect();
@@ -399,7 +399,7 @@ fn scans_read_slices_and_carry() {
 }
 
 #[test]
-fn the_caller_may_write_to_results() {
+fn writing_to_a_result_does_not_change_the_program() {
     let model = Builder::new().weight("w", &[2], &[1.0, 2.0]).node("Identity", &["w"], &["y"]).output("y").model;
     let program = Program::compile(&model, &Options::default()).expect("compile");
     let mut first = program.run(&[], program.outputs()).expect("run");
@@ -423,7 +423,7 @@ fn matrix_products_run_in_the_autocast_kind() {
 
 /// A frozen weight is converted to the autocast kind once and keeps its precision for other readers.
 #[test]
-fn frozen_weights_keep_their_precision_outside_of_matrix_products() {
+fn frozen_weights_keep_their_precision_outside_matrix_products() {
     let values = [1.001, 2.002, 3.003, 4.004];
     let model = Builder::new()
         .input("x", DataType::Float)
@@ -446,8 +446,8 @@ fn frozen_weights_keep_their_precision_outside_of_matrix_products() {
         ("w", exact.shallow_clone()),
         ("t", exact.tr()),
     ];
-    assert!(low(&exact).to_kind(Kind::Float) != exact, "the values must not be exact in bf16");
-    // Schedules that read the weight in one kind, in the other and in both, in either order.
+    assert!(low(&exact).to_kind(Kind::Float) != exact, "these values must not be representable in bf16");
+    // Orders of reading the weight in one type, in the other and in both.
     for order in [[0, 1, 2, 3, 4], [4, 3, 2, 1, 0]] {
         let program = Program::compile(&model, &options).expect("compile");
         let feeds = [(program.value("x").expect("x"), x.shallow_clone())];
@@ -482,7 +482,7 @@ fn rows_of_one_operator_do_not_overlap() {
 }
 
 #[test]
-fn tensors_survive_the_way_to_the_graph_and_back() {
+fn tensors_round_trip_through_the_graph() {
     let values = Tensor::from_slice(&[1.5f32, -2.0, 0.25]);
     for dtype in [DataType::Float, DataType::Float16, DataType::Bfloat16, DataType::Double] {
         let stored = tensor_to_ir("w", &values, dtype).expect("to the graph");
@@ -509,7 +509,7 @@ fn short_weights_and_unknown_types_are_refused() {
 
 /// Attributes and operands that overflow, divide by zero or request absurd amounts of memory.
 #[test]
-fn absurd_numbers_are_errors() {
+fn absurd_attributes_and_operands_are_errors() {
     let int = |value: i64| AttributeKind::Int(value);
     let ints = |values: &[i64]| AttributeKind::Ints(values.to_vec());
     let wide = || Tensor::ones([1, 4, 2, 2], tch::kind::FLOAT_CPU);
@@ -557,7 +557,7 @@ fn absurd_numbers_are_errors() {
 }
 
 #[test]
-fn functions_that_multiply_are_refused() {
+fn functions_that_expand_exponentially_are_refused() {
     let mut builder = Builder::new().input("x", DataType::Float);
     builder.model.opset_imports.insert("mine".into(), 1);
     for level in 0..40 {
@@ -582,7 +582,7 @@ fn functions_that_multiply_are_refused() {
 }
 
 #[test]
-fn a_program_moves_to_another_thread() {
+fn a_program_can_move_to_another_thread() {
     let program = Program::compile(&line().model, &Options::default()).expect("compile");
     let worker = std::thread::spawn(move || {
         let feeds = [(program.value("x").expect("x"), vector(&[1.0, 1.0]))];

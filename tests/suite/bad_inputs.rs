@@ -1,4 +1,4 @@
-//! Models and data that are broken in ways that happen: one error each, with what to do, and exit status 2.
+//! Broken models and data as they occur in practice: each gives one error with a remedy, and exit status 2.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -32,7 +32,7 @@ fn edit(path: &Path, change: impl FnOnce(&mut Value)) {
     fs::write(path, value.to_string()).expect("write");
 }
 
-/// Runs a verb that must fail, and holds its message to these parts.
+/// Runs a verb that must fail and checks that its message contains these parts.
 fn refused(folder: &Path, arguments: &[&str], wanted: &[&str]) {
     let output = interlace(folder, arguments);
     let message = stderr(&output);
@@ -53,7 +53,7 @@ fn score(folder: &Path, wanted: &[&str]) {
 }
 
 #[test]
-fn a_template_that_fails_to_render() {
+fn a_template_that_fails_to_render_is_refused() {
     let folder = tempfile::tempdir().expect("folder");
     let model = model(folder.path());
     fs::write(model.join("chat_template.jinja"), "{{ raise_exception('roles must alternate') }}").expect("write");
@@ -63,7 +63,7 @@ fn a_template_that_fails_to_render() {
 }
 
 #[test]
-fn a_tokenizer_without_the_image_token() {
+fn a_tokenizer_without_the_image_token_is_refused() {
     let folder = tempfile::tempdir().expect("folder");
     let model = model(folder.path());
     edit(&model.join("tokenizer.json"), |tokenizer| {
@@ -79,7 +79,7 @@ fn a_tokenizer_without_the_image_token() {
 }
 
 #[test]
-fn a_count_of_image_tokens_that_does_not_fit() {
+fn a_wrong_number_of_image_tokens_is_refused() {
     let folder = tempfile::tempdir().expect("folder");
     let model = model(folder.path());
     edit(&model.join("processor_config.json"), |config| config["image_seq_len"] = 4.into());
@@ -89,7 +89,7 @@ fn a_count_of_image_tokens_that_does_not_fit() {
 }
 
 #[test]
-fn a_processor_setting_that_nobody_reads() {
+fn an_unread_processor_setting_is_refused() {
     let folder = tempfile::tempdir().expect("folder");
     let model = model(folder.path());
     edit(&model.join("preprocessor_config.json"), |config| config["do_sharpen"] = true.into());
@@ -98,7 +98,7 @@ fn a_processor_setting_that_nobody_reads() {
 }
 
 #[test]
-fn a_truncated_parquet_file() {
+fn a_truncated_parquet_file_is_refused() {
     let folder = tempfile::tempdir().expect("folder");
     model(folder.path());
     let bytes = fs::read(fixtures().join("data/finetune-small.parquet")).expect("file");
@@ -110,7 +110,7 @@ fn a_truncated_parquet_file() {
 }
 
 #[test]
-fn a_benchmark_without_questions() {
+fn a_benchmark_without_questions_or_pictures_is_refused() {
     let folder = tempfile::tempdir().expect("folder");
     model(folder.path());
     let picture = "A".repeat(80);
@@ -125,9 +125,9 @@ fn a_benchmark_without_questions() {
     }
 }
 
-/// Twenty-four rows of which one cannot be read: `generate` leaves it out, and `--strict` ends there.
+/// One of 24 rows cannot be read: `generate` skips it, and with `--strict` it is an error.
 #[test]
-fn rows_that_cannot_be_read_are_left_out_of_a_batch_of_answers() {
+fn generate_skips_unreadable_rows_unless_strict() {
     let folder = tempfile::tempdir().expect("folder");
     model(folder.path());
     let row = |number: usize| {

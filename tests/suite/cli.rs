@@ -1,4 +1,4 @@
-//! The command line's contract: verbs, exit codes, one clear message, nothing half-written.
+//! The contract of the command line: verbs, exit codes, one clear message per error, no partial output.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -34,7 +34,7 @@ fn help_and_version_go_to_standard_output_with_status_0() {
 }
 
 #[test]
-fn only_the_verbs_that_compute_in_libtorch_load_it() {
+fn only_the_interlace_torch_program_links_libtorch() {
     let links = |program: &str| {
         let bytes = fs::read(program).expect("the program");
         [&b"libtorch_cpu.so\0"[..], b"libc10.so\0"]
@@ -76,7 +76,7 @@ fn usage_errors_exit_with_2_and_say_what_is_wrong() {
 }
 
 #[test]
-fn with_json_an_error_is_json_with_a_code() {
+fn with_json_errors_are_json_with_a_code() {
     let folder = tempfile::tempdir().expect("folder");
     for (arguments, code) in [
         (&["inspect", "nowhere", "--json"][..], "file"),
@@ -92,7 +92,7 @@ fn with_json_an_error_is_json_with_a_code() {
 }
 
 #[test]
-fn shells_and_man_know_every_verb() {
+fn completions_and_man_pages_cover_every_verb() {
     let folder = tempfile::tempdir().expect("folder");
     let verbs = interlace::cli::verbs();
     for shell in ["bash", "zsh", "fish"] {
@@ -122,7 +122,7 @@ fn json(output: &Output) -> serde_json::Value {
     serde_json::from_slice(&output.stdout).expect("standard output is JSON alone")
 }
 
-/// A copy of the fixture's model that a test may damage.
+/// A copy of the fixture model that a test may change.
 fn model_copy(folder: &Path) -> PathBuf {
     let (source, target) = (PathBuf::from(fixture("model")), folder.join("model"));
     fs::create_dir_all(target.join("onnx")).expect("folder");
@@ -137,7 +137,7 @@ fn model_copy(folder: &Path) -> PathBuf {
     target
 }
 
-/// Names in a folder, hidden ones too.
+/// Names in a folder, including hidden ones.
 fn names(folder: &Path) -> Vec<String> {
     let entries = fs::read_dir(folder).expect("folder");
     let mut names: Vec<String> =
@@ -156,11 +156,11 @@ fn inspect_prints_layers_at_the_top_level() {
     assert_eq!(found["vision"]["num_layers"], 5);
     let text = interlace(folder.path(), &["inspect", &fixture("model")]);
     assert!(stdout(&text).contains("decoder: 16 layers"), "{}", stdout(&text));
-    assert!(!stdout(&text).contains('\x1b'), "colour where there is no terminal");
+    assert!(!stdout(&text).contains('\x1b'), "colours without a terminal");
 }
 
 #[test]
-fn prune_renumbers_layers_in_graph_and_configs_and_remembers_where_they_were() {
+fn prune_renumbers_layers_and_records_their_original_indices() {
     let folder = tempfile::tempdir().expect("folder");
     let pruned = json(&interlace(folder.path(), &["prune", &fixture("model"), "--drop", "5,2", "-o", "out", "--json"]));
     assert_eq!(pruned["dropped"], serde_json::json!([2, 5]));
@@ -187,7 +187,7 @@ fn prune_renumbers_layers_in_graph_and_configs_and_remembers_where_they_were() {
 }
 
 #[test]
-fn a_lone_decoder_comes_out_under_its_own_name_with_its_data_beside_it() {
+fn a_single_decoder_file_is_pruned_under_its_own_name() {
     let folder = tempfile::tempdir().expect("folder");
     let decoder = fixture("model/onnx/decoder_model_merged.onnx");
     json(&interlace(folder.path(), &["prune", &decoder, "--drop", "1", "-o", "out", "--json"]));
@@ -205,7 +205,7 @@ fn plans_need_scores_of_the_same_model() {
     let again: serde_json::Value =
         serde_json::from_slice(&fs::read(folder.path().join("plan.json")).expect("plan")).expect("JSON");
     assert_eq!(plan, again);
-    // The plan is of the dense model, so it does not fit one that lost layers.
+    // The plan was made for the dense model, so it does not fit a pruned one.
     json(&interlace(folder.path(), &["prune", &model, "--plan", "plan.json", "-o", "pruned", "--json"]));
     let output = interlace(folder.path(), &["prune", "pruned", "--plan", "plan.json", "-o", "twice"]);
     assert_eq!(output.status.code(), Some(2));
@@ -257,7 +257,7 @@ fn errors_are_one_message_with_status_2_and_leave_nothing_behind() {
         (&["score", &model, "--data", "empty.parquet", "-o", "out"], "empty.parquet"),
         (&["score", &model, "--data", &data, "--samples", "99999", "-o", "out"], "99999"),
         (&["score", &model, "--data", &data, "--samples", "2", "--device", "tpu", "-o", "out"], "tpu"),
-        (&["score", &model, "--data", "video.jsonl", "-o", "out"], "nothing reads `video`"),
+        (&["score", &model, "--data", "video.jsonl", "-o", "out"], "without a reader: `video`"),
         (&["score", &model, "--data", "half.jsonl", "--fraction", "1", "-o", "out"], "more than 5% of 2 samples"),
         (&["score", &model, "--data", "half.jsonl", "--fraction", "1", "--strict", "-o", "out"], "none.png"),
         (&["score", &model, "--data", "half.jsonl", "--min-rating", "a=1", "-o", "out"], "reaches the ratings"),
@@ -282,13 +282,13 @@ fn errors_are_one_message_with_status_2_and_leave_nothing_behind() {
         assert!(message.contains(want), "{arguments:?}: {message}");
         assert_eq!(message.matches("error:").count(), 1, "{arguments:?}: {message}");
         assert!(output.stdout.is_empty(), "{arguments:?}");
-        assert_eq!(names(here), before, "{arguments:?} left something behind");
+        assert_eq!(names(here), before, "{arguments:?} left files behind");
     }
     assert_eq!(fs::read(here.join("taken/file")).expect("file"), b"mine");
 }
 
 #[test]
-fn a_run_leaves_nothing_outside_its_output() {
+fn a_run_writes_nothing_outside_its_output() {
     let folder = tempfile::tempdir().expect("folder");
     let (home, temporary) = (folder.path().join("home"), folder.path().join("temporary"));
     fs::create_dir(&home).expect("folder");
@@ -309,7 +309,7 @@ fn a_run_leaves_nothing_outside_its_output() {
 }
 
 #[test]
-fn cuda_that_is_not_there_is_an_error_and_no_fall_back() {
+fn missing_cuda_is_an_error_without_fallback_to_the_cpu() {
     if Path::new("/dev/nvidiactl").exists() {
         return;
     }
@@ -323,7 +323,7 @@ fn cuda_that_is_not_there_is_an_error_and_no_fall_back() {
     assert!(names(folder.path()).is_empty());
 }
 
-/// The decoder's head reads the last position only, as some exporters write it for generation.
+/// Makes the decoder's head read only the last position, as some exporters do for generation.
 fn with_last_token_head(model: &Path) {
     use interlace::analysis::{analyse, head_input};
     use interlace::ir::{AttributeKind, Node, Tensor, Value};
@@ -357,7 +357,7 @@ fn with_last_token_head(model: &Path) {
 }
 
 #[test]
-fn what_a_verb_needs_of_the_graph_is_checked_before_it_begins() {
+fn the_requirements_of_a_verb_are_checked_before_it_starts() {
     let folder = tempfile::tempdir().expect("folder");
     let model = model_copy(folder.path());
     with_last_token_head(&model);
@@ -379,13 +379,13 @@ fn what_a_verb_needs_of_the_graph_is_checked_before_it_begins() {
         }
         assert!(!message.contains("ONNX Runtime failed"), "{arguments:?}: {message}");
     }
-    // Scores look at the stream alone.
+    // `score` reads only the residual stream.
     json(&interlace(folder.path(), &["score", &model, "--data", &data, "--samples", "2", "-o", "s.json", "--json"]));
 }
 
-/// A killed run leaves its staging folder behind; the next one in that place removes it, and nothing else.
+/// A killed run leaves its staging folder. The next run in that folder removes it and nothing else.
 #[test]
-fn what_a_killed_run_leaves_is_removed_by_the_next() {
+fn leftovers_of_a_killed_run_are_removed_by_the_next_run() {
     let folder = tempfile::tempdir().expect("folder");
     let here = folder.path();
     let model = fixture("model");
@@ -410,7 +410,7 @@ fn what_a_killed_run_leaves_is_removed_by_the_next() {
         }
         let _ = fs::remove_dir_all(here.join("out"));
     }
-    assert_eq!(left.len(), 1, "no run was killed in time");
+    assert_eq!(left.len(), 1, "no run was killed before it ended");
     fs::create_dir(here.join(".interlace-mine")).expect("folder");
     let output = interlace(here, &arguments);
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
@@ -420,7 +420,7 @@ fn what_a_killed_run_leaves_is_removed_by_the_next() {
 }
 
 #[test]
-fn files_beside_the_model_are_carried_along_and_said() {
+fn files_beside_the_model_are_copied_and_listed() {
     let folder = tempfile::tempdir().expect("folder");
     let model = model_copy(folder.path());
     for (file, text) in [("modeling_x.py", "import torch"), (".msc", "\u{1}"), ("README.md", "# Dense model\n")] {

@@ -1,4 +1,4 @@
-//! `generate`: a question of the user's, and every question of a data set.
+//! `generate` on a single question and on every question of a data set.
 
 use std::path::{Path, PathBuf};
 
@@ -9,7 +9,7 @@ fn fixture(path: &str) -> PathBuf {
 }
 
 #[test]
-fn generate_answers_a_question_beside_another_model_and_a_data_set() {
+fn generate_answers_one_question_or_a_data_set_and_compares_models() {
     let picture = std::fs::read_dir(fixture("processor/pictures"))
         .expect("pictures")
         .map(|entry| entry.expect("entry").path())

@@ -1,4 +1,4 @@
-//! How long work takes beside what it cannot do without. Run by `scripts/overhead`, on optimised programs.
+//! The time of a verb compared with the work that it cannot avoid. Run by `scripts/overhead` with an optimised build.
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -12,8 +12,8 @@ use interlace::runtime::{FeatureCache, Runtime, SessionOptions, VlmSession};
 
 use super::cli::{interlace, stderr, stdout};
 
-/// Scoring and bare prefills of the same prompts, in turn. `OVERHEAD_MODEL`, `OVERHEAD_DATA` and `OVERHEAD_SAMPLES` name
-/// other ones than the shipped model and its data.
+/// Scoring alternates with bare prefills of the same prompts. `OVERHEAD_MODEL`, `OVERHEAD_DATA` and `OVERHEAD_SAMPLES`
+/// replace the shipped model and its data.
 #[test]
 #[ignore = "measures time; run by scripts/overhead"]
 fn scoring_costs_little_more_than_the_bare_prefill() {
@@ -47,7 +47,7 @@ fn scoring_costs_little_more_than_the_bare_prefill() {
     };
     let (mut ratios, mut waits) = (Vec::new(), Vec::new());
     for round in 0..8 {
-        // Each begins half of the rounds, so that a machine that slows down is no one's fault.
+        // Each side starts half of the rounds, so that a machine that slows down affects both.
         let (bare, profile) = if round % 2 == 0 {
             let bare = bare();
             (bare, scored())
@@ -72,7 +72,7 @@ fn scoring_costs_little_more_than_the_bare_prefill() {
 }
 
 #[test]
-fn score_and_eval_say_where_the_time_was_spent() {
+fn score_and_eval_report_where_the_time_was_spent() {
     let folder = tempfile::tempdir().expect("folder");
     let fixture = |path: &str| format!("{}/fixtures/{path}", env!("CARGO_MANIFEST_DIR"));
     let (model, data, bench) =
@@ -94,7 +94,7 @@ fn score_and_eval_say_where_the_time_was_spent() {
     }
     let inside = part("vision_encoder_s") + part("embedding_s") + part("decoder_s") + part("waiting_s");
     assert!(inside <= part("total_s") * 1.001, "{}", report["profile"]);
-    // Without the flag the scores are the same at every run.
+    // Without the flag the scores contain no times, so all runs give the same file.
     run(&score[..score.len() - 1]);
     assert!(!std::fs::read_to_string(folder.path().join("scores.json")).expect("scores").contains("profile"));
     let eval =

@@ -1,7 +1,10 @@
-//! LFM2-VL: a large picture is cut into tiles beside a small view of the whole, any other only scaled; every frame is laid
-//! out in patches and filled up to one number of them.
+//! LFM2-VL: a large picture is cut into tiles and a small view of the whole picture follows; any other picture is only
+//! resized. Each frame becomes patches, padded to the same number P.
 //!
-//! Source: `Lfm2VlImageProcessor` of transformers 5.24, which has a torchvision class alone.
+//! Output: `pixel_values` `[frames, P, 3 * patch * patch]`; `pixel_attention_mask` `[frames, P]`, false at padding;
+//! `spatial_shapes` `[frames, 2]` with the rows and columns of patches.
+//!
+//! Source: `Lfm2VlImageProcessor` of transformers 5.24, which exists only for torchvision.
 
 use ndarray::{ArrayD, IxDyn};
 
@@ -15,7 +18,7 @@ use super::resample::{Filter, Scaler};
 use super::rule::{HALVES, ImageLayout, Processed, Rule, floats};
 use super::settings::Settings;
 
-/// The most tiles that a config may allow.
+/// Upper limit of `max_tiles` in a config.
 const MAX_TILES: usize = 256;
 
 #[derive(Debug)]
@@ -37,7 +40,7 @@ pub(super) struct Lfm2Vl {
 impl Lfm2Vl {
     pub fn new(settings: &mut Settings) -> Result<Self> {
         let split = settings.bool("do_image_splitting", true)?;
-        // The class resizes whatever `do_resize` says, and to sizes that follow from the numbers of tokens.
+        // The class ignores the value of `do_resize`, and computes its sizes from the numbers of tokens.
         settings.bool("do_resize", true)?;
         settings.take("size");
         settings.take("max_num_patches");
@@ -75,7 +78,7 @@ impl Lfm2Vl {
         Ok(rule)
     }
 
-    /// Pixels that take one token, along an edge.
+    /// Edge of the square that becomes one token, in pixels.
     fn unit(&self) -> usize {
         self.patch * self.downsample
     }
@@ -87,7 +90,7 @@ impl Lfm2Vl {
         round(picture.width()) * round(picture.height()) > most
     }
 
-    /// (width, height) of the whole view.
+    /// (width, height) of the view of the whole picture.
     fn whole_size(&self, picture: &Picture) -> (usize, usize) {
         let (w, h, u) = (picture.width() as f64, picture.height() as f64, self.unit() as f64);
         let round = |edge: f64| u.max((edge / u).round_ties_even() * u);
@@ -103,7 +106,7 @@ impl Lfm2Vl {
         (new_w as usize, new_h as usize)
     }
 
-    /// Patches to which every frame is filled up.
+    /// Number of patches to which every frame is padded.
     fn rows(&self) -> usize {
         let tile = if self.split { (self.tile / self.patch).pow(2) } else { 0 };
         (self.max_tokens * self.downsample.pow(2)).max(tile)

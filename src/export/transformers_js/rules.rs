@@ -239,7 +239,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_tables_are_sorted_and_say_nothing_twice() {
+    fn the_model_type_tables_are_sorted_and_without_duplicates() {
         for table in [IMAGE_TEXT, TEXT] {
             assert!(table.windows(2).all(|pair| pair[0] < pair[1]), "{table:?}");
         }

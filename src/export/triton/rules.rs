@@ -62,7 +62,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_the_server_refuses_is_refused_here() {
+    fn dims_and_reshapes_that_triton_refuses_are_refused() {
         let scalar = ModelTensorReshape { shape: Vec::new() };
         let two = ModelTensorReshape { shape: vec![2] };
         for (dims, reshape, batched, want) in [

@@ -1,4 +1,4 @@
-//! Where a decoder is cut for training: decided on the graph alone.
+//! The cut of a decoder for training. It depends on the graph alone.
 
 mod adapters;
 mod inputs;
@@ -15,27 +15,27 @@ use crate::ir::{Model, ValueId};
 
 pub use adapters::Adapted;
 pub use inputs::{SideInputs, SideWidths, inputs_of, side_inputs, token_inputs};
-pub use projection::{FitTarget, Projection, products_of};
+pub use projection::{FitTarget, products_of};
 pub use suffix::{Suffix, nodes_between};
 pub use weights::{replaced, trained_weights};
 
-/// The graph with everything that the cut needs to know.
+/// A decoder's graph, cut before its first trained layer.
 pub struct Cut {
     pub analysis: Analysis,
-    /// What is trained: weights of the layers, or adapters beside them.
+    /// Trained initializers: weights, or their adapters.
     pub trained: Vec<ValueId>,
-    /// Weights with adapters.
+    /// Adapters, one per adapted weight.
     pub adapted: Vec<Adapted>,
-    /// Weights that a fit writes and no step moves.
+    /// Weights that a fit writes and that have no gradient.
     pub written: Vec<ValueId>,
-    /// The first trained layer.
+    /// Index of the first trained layer.
     pub first: usize,
-    /// The residual stream before the first trained layer and after it and each later one.
+    /// Residual stream before the first trained layer, between layers, and after the last layer.
     pub streams: Vec<ValueId>,
 }
 
 impl Cut {
-    /// Finds what is trained and where the graph is cut.
+    /// Finds the trained weights of `layers` and cuts the graph before the first of these layers.
     ///
     /// Errors: `Error::Unsupported` and `Error::Invalid` for layers that cannot be trained.
     pub fn new(decoder: &Model, layers: &[usize]) -> Result<Self> {
@@ -51,9 +51,10 @@ impl Cut {
         Ok(Cut { trained, adapted: Vec::new(), written: Vec::new(), first, streams, analysis })
     }
 
-    /// Trains the weight of the head's product too.
+    /// Adds the weight of the head's product to the trained weights.
     ///
-    /// Errors: `Error::Unsupported` when there is no such weight, or something else reads it.
+    /// Errors: `Error::Unsupported` when the head has no such weight, when it is not a floating-point tensor, or when
+    /// another node reads it.
     pub fn train_head(&mut self) -> Result<()> {
         let graph = &self.analysis.model.graph;
         let refused = |problem: String| {
@@ -73,7 +74,8 @@ impl Cut {
         Ok(())
     }
 
-    /// Puts adapters beside the weights, to be trained in their place; those of `targets` are still written to.
+    /// Adds adapters to the trained weights and trains the adapters instead. A fit still writes the weights of
+    /// `targets`.
     ///
     /// Errors: `Error::Invalid` when no weight has sides above the rank.
     pub fn adapt(&mut self, lora: Lora, targets: &[FitTarget]) -> Result<()> {
@@ -85,7 +87,7 @@ impl Cut {
         Ok(())
     }
 
-    /// What training runs of the graph.
+    /// The part of the graph that training runs.
     ///
     /// Errors: as [`Suffix::find`].
     pub fn suffix(&self) -> Result<Suffix> {
@@ -94,9 +96,9 @@ impl Cut {
         Suffix::find(graph, &self.streams, self.analysis.map.result, &token_inputs(graph), &trained)
     }
 
-    /// The trained layers, ascending, with the products to fit in each.
+    /// The products to fit in each of `layers`, in ascending order of the layers.
     ///
-    /// Errors: `Error::Unsupported` when a layer has none and `must` have one.
+    /// Errors: `Error::Unsupported` when a layer has none and `must` is true.
     pub fn targets(&self, layers: &[usize], must: bool) -> Result<Vec<FitTarget>> {
         let graph = &self.analysis.model.graph;
         let trained: HashSet<ValueId> = self.trained.iter().copied().collect();
@@ -116,7 +118,7 @@ impl Cut {
         Ok(targets)
     }
 
-    /// True when the first trained layer reads the embeddings themselves, as they enter the graph.
+    /// True when the first trained layer reads a graph input, which is then the embeddings.
     pub fn begins_at_input(&self) -> bool {
         self.analysis.model.graph.body.inputs.contains(&self.streams[0])
     }

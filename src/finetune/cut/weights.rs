@@ -1,4 +1,4 @@
-//! Which initializers of a layer are its weights, and putting trained ones back.
+//! Selects the initializers of a layer to train, and replaces initializers by trained ones.
 
 use std::collections::{HashMap, HashSet};
 
@@ -6,12 +6,12 @@ use crate::analysis::{Layer, LayerMap};
 use crate::base::{Error, Result, list_preview};
 use crate::ir::{DataType, Graph, Model, Tensor, ValueId};
 
-/// The initializers to train for the given layers, in file order.
+/// Initializers to train for the given layers, layer by layer: all floating-point weights with more than one element
+/// that only one layer reads.
 ///
-/// All floating-point weights that only one layer reads, constants of one element aside.
-///
-/// Errors: `Error::Invalid` for a layer that does not exist; `Error::Unsupported` for quantised layers and for weights
-/// that a trained layer shares with some other layer.
+/// Errors: `Error::Invalid` when `layers` is empty or a layer does not exist; `Error::Unsupported` for quantised
+/// layers, for layers without floating-point weights of their own, and for weights that a trained layer shares with
+/// another layer.
 pub fn trained_weights(graph: &Graph, map: &LayerMap, layers: &[usize]) -> Result<Vec<ValueId>> {
     if layers.is_empty() {
         return Err(Error::invalid("finetune", "no layer is named").remedy("give a plan with layers to finetune"));
@@ -71,8 +71,11 @@ fn refuse_quantised(graph: &Graph, layer: &Layer) -> Result<()> {
     .remedy("finetune the float model, then quantise"))
 }
 
-/// Tables (rotary ones) that every layer reads, or that meet the stream only by way of positions, stay as they are;
-/// anything else that is shared would move other layers.
+/// Refuses a layer that shares floating-point weights with other layers, because training would change these layers
+/// too.
+///
+/// Exceptions, unless a product reads them: tables that every layer reads, such as rotary ones, and tables that the
+/// layer reads only through nodes with other inputs, such as positions. They are not trained.
 fn refuse_shared(graph: &Graph, map: &LayerMap, layer: &Layer) -> Result<()> {
     const PRODUCTS: &[&str] = &["MatMul", "Gemm", "FusedMatMul"];
     let shared: Vec<&str> = layer
@@ -97,7 +100,7 @@ fn refuse_shared(graph: &Graph, map: &LayerMap, layer: &Layer) -> Result<()> {
         .remedy("export the model without merging equal weights, or choose another layer"))
 }
 
-/// Whether the layer's own nodes read an initializer, as it is or through nodes that read initializers alone.
+/// True when a node of the layer reads an initializer, directly or through nodes that read initializers alone.
 fn meets_stream(graph: &Graph, layer: &Layer, id: ValueId) -> bool {
     let path: HashSet<usize> = layer.path.iter().copied().collect();
     let mut forms = HashSet::from([id]);
@@ -115,9 +118,10 @@ fn meets_stream(graph: &Graph, layer: &Layer, id: ValueId) -> bool {
     false
 }
 
-/// The model with these initializers in place of its own; everything else stays as it is.
+/// The model with these initializers replaced and everything else unchanged.
 ///
-/// Errors: `Error::Invalid` when a tensor does not fit the initializer that it replaces.
+/// Errors: `Error::Invalid` when a tensor has another type or shape than the initializer that it replaces, or when the
+/// model has no such initializer.
 pub fn replaced(model: &Model, tensors: Vec<(ValueId, Tensor)>) -> Result<Model> {
     let mut tensors: HashMap<ValueId, Tensor> = tensors.into_iter().collect();
     let mut changed = model.clone();

@@ -1,4 +1,4 @@
-//! Sizes of the parts of a decoder, from its graph alone.
+//! Sizes of the parts of a decoder, computed from its graph alone.
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -8,33 +8,33 @@ use crate::rewrite::fuse_kernels;
 
 use super::activations::{Kept, of_layer};
 
-/// Bytes and widths of what a run holds.
+/// Sizes of the weights and activations of a run.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Sizes {
-    /// Frozen weights from the first trained layer to the head, as in the file.
+    /// Bytes of the frozen weights from the first trained layer to the head, as stored in the file.
     pub frozen_bytes: u64,
-    /// The same with every weight of 16 bits or less as f32.
+    /// Bytes of the same weights with every weight of 16 bits or less as f32.
     pub widened_bytes: u64,
-    /// The f32 copies that one layer's products make of its weights of 16 bits or less, in the layer with the most.
+    /// Bytes of the f32 copies that the products of one layer make of its weights of 16 bits or less. The maximum over
+    /// the layers.
     pub layer_widened_bytes: u64,
-    /// The same of the head.
+    /// Bytes of the f32 copies of the head's weights of 16 bits or less.
     pub head_widened_bytes: u64,
-    /// Weights before the first trained layer, as in the file.
+    /// Bytes of the weights before the first trained layer, as stored in the file.
     pub prefix_bytes: u64,
-    /// Elements of each trained weight.
+    /// Shape of each trained weight.
     pub trained: Vec<Vec<u64>>,
-    /// Elements of weights that a fit writes and no step moves.
+    /// Number of elements of the weights that a fit writes and no step trains.
     pub written: u64,
-    /// What each layer keeps of a token for its backward pass, from the first trained layer on.
+    /// Activation memory of each layer, from the first trained layer on.
     pub layer_activations: Vec<Kept>,
     pub hidden_size: u64,
     pub vocabulary: u64,
 }
 
 impl Sizes {
-    /// Of a decoder that is cut like this.
-    ///
-    /// `heads` are the attention heads, as the model's configuration says.
+    /// Sizes of a decoder cut at its first trained layer. `heads` is the number of attention heads in the model's
+    /// configuration.
     pub fn of(cut: &Cut, suffix: &Suffix, heads: u64) -> Self {
         let graph = &cut.analysis.model.graph;
         let trained: HashSet<ValueId> = cut.trained.iter().chain(&cut.written).copied().collect();
@@ -81,19 +81,19 @@ impl Sizes {
         sizes
     }
 
-    /// Elements of all trained weights.
+    /// Number of elements of all trained weights.
     pub fn trained_elements(&self) -> u64 {
         self.trained.iter().map(|dims| dims.iter().product::<u64>()).sum()
     }
 }
 
-/// True for weights that operators compute with in a wider type than they are stored in.
+/// True for weights that operators convert to a wider type before they compute.
 fn is_narrow(tensor: &Tensor) -> bool {
     let bits = tensor.dtype.bits();
     tensor.element_count() > 4096 && bits <= 16 && tensor.dtype != DataType::Bool
 }
 
-/// Bytes as f32; packed bytes of 4-bit weights hold two numbers each.
+/// Bytes of a tensor as f32. Packed 4-bit weights hold two numbers per byte.
 fn widened(tensor: &Tensor) -> u64 {
     if !is_narrow(tensor) {
         return tensor.byte_len();
@@ -102,13 +102,14 @@ fn widened(tensor: &Tensor) -> u64 {
     tensor.element_count() * if packed { 8 } else { 4 }
 }
 
-/// The side that most matrices have: each of a layer reads the stream or writes to it.
+/// The most frequent side length of the weights. It is the width of the stream, because most of a layer's matrices read
+/// or write the stream.
 fn commonest_side<'a>(weights: impl Iterator<Item = &'a Tensor>) -> u64 {
     let mut counts: BTreeMap<u64, usize> = BTreeMap::new();
     for tensor in weights {
         let sides = match tensor.dims.as_slice() {
             [rows, columns] => [*rows, *columns],
-            // `[N, blocks, block bytes]` of 4-bit weights.
+            // Packed 4-bit weights: `[N, blocks, block bytes]`.
             [rows, blocks, bytes] if tensor.dtype == DataType::Uint8 => [*rows, 2 * blocks * bytes],
             _ => continue,
         };
@@ -117,7 +118,7 @@ fn commonest_side<'a>(weights: impl Iterator<Item = &'a Tensor>) -> u64 {
     counts.into_iter().max_by_key(|(_, count)| *count).map_or(0, |(side, _)| side)
 }
 
-/// The last axis of a value, where the graph says it; else 0.
+/// Size of a value's last axis; 0 when the graph does not state it.
 fn last_axis(graph: &Graph, id: ValueId) -> u64 {
     let shape = graph.value(id).ty.as_ref().and_then(|ty| ty.shape().map(<[_]>::to_vec));
     match shape.as_deref().and_then(<[_]>::last) {
@@ -131,7 +132,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_width_of_the_stream_is_the_side_that_most_matrices_have() {
+    fn the_stream_width_is_the_most_common_matrix_side() {
         let matrix = |rows: u64, columns: u64| Tensor::from_bytes(DataType::Float, &[rows, columns], Vec::new());
         let packed = |rows: u64, blocks: u64| Tensor::from_bytes(DataType::Uint8, &[rows, blocks, 16], Vec::new());
         let vector = Tensor::from_bytes(DataType::Float, &[32], Vec::new());

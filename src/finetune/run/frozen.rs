@@ -1,4 +1,4 @@
-//! The layers before the first trained one: run once for all samples, or when steps need them.
+//! The frozen layers before the first trained one, computed once for all samples or when steps need them.
 
 use std::path::Path;
 
@@ -12,16 +12,19 @@ use crate::runtime::{Decoder, Runtime, SessionOptions, VlmSession};
 
 use super::request::Request;
 
-/// The layers before the first trained one.
+/// The frozen layers before the first trained one.
 pub struct FrozenLayers<'a> {
     request: &'a Request<'a>,
-    /// The graph up to there. With nothing frozen before the first trained layer, one layer, which says how the graph is fed.
+    /// The graph up to the first trained layer. When no layer is frozen, it is the graph up to the end of the first
+    /// layer, which shows the inputs that the decoder takes.
     prefix: Model,
     embeds_only: bool,
 }
 
 impl<'a> FrozenLayers<'a> {
-    /// Errors: `Error::Invalid` when the graph has no such part.
+    /// Extracts the frozen layers from the decoder.
+    ///
+    /// Errors: `Error::Invalid` when the graph cannot be cut there.
     pub fn new(request: &'a Request<'a>, cut: &Cut) -> Result<Self> {
         let embeds_only = cut.begins_at_input();
         let prefix = extract(&cut.analysis.model, &[], &[cut.streams[usize::from(embeds_only)]])?;
@@ -37,12 +40,14 @@ impl<'a> FrozenLayers<'a> {
         VlmSession::with_decoder(&runtime, request.bundle, decoder, &options, request.features)
     }
 
-    /// Their output as a value of the dense model, where that has it too.
+    /// The value of the dense model that equals the frozen layers' output; `None` when there is none.
     fn in_dense(&self, course: &Course<'_>) -> Result<Option<Frozen>> {
         course.frozen(self.request.bundle, (!self.embeds_only).then_some(&self.prefix))
     }
 
-    /// Their output for all samples, on disk: from the dense model where that has it and is to be run anyway, or from a run.
+    /// Computes the frozen layers' output for all samples and writes it to disk. The dense model computes it together
+    /// with its own targets when it contains the same layers and its targets are not on disk yet; otherwise the frozen
+    /// layers are run.
     ///
     /// Errors: those of the samples and of the run; `Error::Interrupted`.
     pub fn fill(&self, store: &Store, course: Option<&Course<'_>>, cancel: &Cancel) -> Result<(TrainingSet, LeftOut)> {
@@ -61,7 +66,8 @@ impl<'a> FrozenLayers<'a> {
         store.fill(data, "frozen part", &mut prefix, self.embeds_only, max_tokens, cancel)
     }
 
-    /// Their output and the dense model's targets, computed when steps need them.
+    /// A source that computes the frozen layers' output and the dense model's targets when steps need them. `width` is
+    /// the stream's width.
     ///
     /// Errors: `Error::Io` when a file cannot be read.
     pub fn streamed<'s>(

@@ -1,4 +1,4 @@
-//! Settings of a run and named recipes of them.
+//! Settings of a finetuning run, and named recipes.
 
 mod learning_rate;
 mod moved;

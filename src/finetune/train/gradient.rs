@@ -1,4 +1,4 @@
-//! One forward and backward pass: from a batch to loss terms and gradients, with or without keeping every activation.
+//! Forward and backward pass of one batch: computes loss terms and gradients, with or without gradient checkpointing.
 
 use std::collections::BTreeMap;
 
@@ -12,7 +12,8 @@ use crate::finetune::loss::{Answers, Compute, Denominator, LOSSES, LossKind, Los
 use crate::finetune::settings::Settings;
 use crate::finetune::student::{Side, Student};
 
-/// Tokens of a whole optimiser step, over which its sums become means.
+/// Token counts of a whole optimiser step. Sums are divided by them, so gradient accumulation gives the mean over the
+/// step.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
     pub answer_tokens: u64,
@@ -29,17 +30,18 @@ impl Counts {
     }
 }
 
-/// What a pass gives.
+/// Loss terms and gradients of a pass.
 pub struct Pass {
-    /// Each term's share of the step's mean, before its weight; f32 `[]`.
+    /// Contribution of the batch to each term's mean over the step, without the term's weight: f32 `[]`.
     pub terms: BTreeMap<LossKind, Tensor>,
-    /// Gradients in the order of the weights that are trained now; the part of the step's mean that this batch has.
+    /// Contribution of the batch to the gradients of the step's mean loss, in the order of the currently trained
+    /// weights.
     pub gradients: Vec<Tensor>,
 }
 
 /// Runs one batch forward and backward.
 ///
-/// Errors: `Error::Invalid` when an operator refuses its tensors or a parameter has no influence on the loss.
+/// Errors: `Error::Invalid` when an operator refuses its tensors, or when the loss does not depend on a trained weight.
 pub fn pass(student: &Student, batch: &Batch, settings: &Settings, counts: Counts) -> Result<Pass> {
     let side = student.side(batch)?;
     let step = Step { student, batch, settings, counts, side };
@@ -59,10 +61,11 @@ struct Step<'a> {
 }
 
 impl Step<'_> {
-    /// All layers under one autograd graph.
+    /// Runs all layers in one autograd graph.
     ///
-    /// With stream terms alone the stream is cut before each trained layer, so nothing flows back through the layers before,
-    /// and nothing is run behind the last point that is compared. Of one layer alone only its own stretch is run.
+    /// With stream terms alone, the stream is detached before each trained layer, so no gradient reaches earlier
+    /// layers, and layers behind the last compared point are skipped. In layer-by-layer training only the current layer
+    /// and the frozen layers after it are run, up to the last compared point before the next trained layer.
     fn plain(&self) -> Result<Pass> {
         let local = !self.wants_head();
         let layers = match self.student.only {
@@ -88,7 +91,8 @@ impl Step<'_> {
         self.named(terms, gradients.into_iter().map(Some).collect())
     }
 
-    /// One layer at a time, each computed again for its own backward pass; only the stream between layers is kept.
+    /// Runs with gradient checkpointing: only the streams between layers are kept, and each layer is recomputed for its
+    /// own backward pass.
     fn checkpointed(&self) -> Result<Pass> {
         let mut streams = vec![self.batch.hidden.shallow_clone()];
         for layer in 0..self.student.layers() {
@@ -118,7 +122,7 @@ impl Step<'_> {
             let mut sum = self.total(&own_terms)?;
             terms.absorb(own_terms)?;
             if let Some(gradient) = upstream.take() {
-                // The gradient of this sum is the layer's share of the chain rule.
+                // The gradient of this sum is the layer's vector-Jacobian product with the upstream gradient.
                 let chained = output.f_mul(&gradient).and_then(|product| product.f_sum(Kind::Float));
                 let chained = chained.map_err(torch_error("the chain rule"))?;
                 sum = Some(match sum {
@@ -148,12 +152,12 @@ impl Step<'_> {
         self.named(terms, collected)
     }
 
-    /// True when a term looks at answers, so that everything up to the head must be run.
+    /// True when a term reads answers, so that all layers and the head must be run.
     fn wants_head(&self) -> bool {
         self.asked().any(|row| row.kind.looks_at_answers())
     }
 
-    /// The terms that are asked for.
+    /// Terms with a weight above 0.
     fn asked(&self) -> impl Iterator<Item = &'static LossRow> {
         LOSSES.iter().filter(|row| self.settings.weight(row.kind) > 0.0)
     }
@@ -162,7 +166,7 @@ impl Step<'_> {
         &self.student.points
     }
 
-    /// Terms at the answer positions.
+    /// Adds the terms at the answer positions.
     fn head_terms(&self, stream: &Tensor, terms: &mut Terms) -> Result<()> {
         let logits = self.student.head(stream, self.batch, &self.side)?;
         let (targets, top_k) = (&self.batch.targets, self.batch.top_k.as_ref());
@@ -175,7 +179,7 @@ impl Step<'_> {
         Ok(())
     }
 
-    /// Terms at a point of the residual stream, if any compares there.
+    /// Adds the terms at the point `at` of the residual stream, if a term compares it.
     fn stream_terms(&self, at: usize, stream: &Tensor, terms: &mut Terms) -> Result<()> {
         let mut own = None;
         for row in self.asked().filter(|row| self.student.compares(row.kind, at)) {
@@ -205,7 +209,7 @@ impl Step<'_> {
         self.points().iter().filter(|&&point| self.student.compares(kind, point) && now(point)).count()
     }
 
-    /// A batch's share of the optimiser step's mean; stream terms are a mean over points too.
+    /// Contribution of a batch to the optimiser step's mean; stream terms are also averaged over their points.
     fn mean(&self, kind: LossKind, sum: &Tensor, points: usize) -> Result<Tensor> {
         let count = self.counts.of(kind.row().denominator) * points.max(1) as f64;
         sum.f_div_scalar(count).map_err(torch_error("the loss"))
@@ -239,7 +243,7 @@ impl Step<'_> {
     }
 }
 
-/// Loss terms, each a sum over what has been added to it.
+/// Loss terms; values added to a term are summed.
 #[derive(Default)]
 struct Terms(BTreeMap<LossKind, Tensor>);
 
@@ -253,7 +257,7 @@ impl Terms {
         Ok(())
     }
 
-    /// Adds another's values, cut off from their history.
+    /// Adds another's values, detached from the autograd graph.
     fn absorb(&mut self, other: Terms) -> Result<()> {
         other.0.into_iter().try_for_each(|(kind, term)| self.add(kind, term.detach()))
     }

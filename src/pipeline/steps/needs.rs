@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn a_graph_without_a_cache_is_refused_where_steps_are_cached() {
+    fn a_graph_without_a_cache_is_refused_for_work_with_cached_steps() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/zoo/hfexp/llama-cpu/prefill.onnx");
         let bundle = Bundle::open(&path).unwrap();
         for work in [Work::Answer, Work::Bench] {

@@ -257,7 +257,7 @@ mod tests {
 
     /// The decoder's layers are equal, so each limit has an exact smallest number of dropped layers.
     #[test]
-    fn budgets_are_kept_with_as_few_layers_as_can_be() {
+    fn budgets_are_met_with_the_fewest_layers() {
         let model = model("model");
         let whole = model.costs.without(&[]);
         let layer = model.costs.layers[0];
@@ -279,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn features_added_behind_a_dropped_layer_are_warned_of() {
+    fn dropping_a_layer_with_added_features_gives_a_warning() {
         let mut model = model("model");
         assert!(model.warnings(&[0, 1, 2]).is_empty());
         model.additions = vec![(1, vec!["deepstack_0".to_string()])];

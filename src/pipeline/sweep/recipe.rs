@@ -244,7 +244,7 @@ mod tests {
     "#;
 
     #[test]
-    fn settings_go_from_the_general_to_the_particular() {
+    fn settings_of_a_recipe_override_settings_of_the_sweep() {
         let sweep = Sweep::parse(SWEEP, Path::new("fixtures")).unwrap();
         assert_eq!(sweep.finetune.data, Path::new("fixtures/data/train.parquet"));
         assert_eq!((sweep.seeds.len(), sweep.bench.enabled), (3, false));
@@ -255,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_named() {
+    fn invalid_sweep_files_are_refused_with_a_reason() {
         let cases = [
             ("[0.1, 0.25]", "[]", "`drop_ratios` is empty"),
             ("[0.1, 0.25]", "[0.1, 1.5]", "drop ratio 1.5"),
