@@ -103,13 +103,7 @@ impl<'a> BundleWriter<'a> {
     /// Rewrites every config for removed layers and records the step, with its changes to outputs.
     ///
     /// Errors: `Error::Invalid` and `Error::Unsupported` from the table of layer keys, naming file and key.
-    pub fn drop_layers(
-        &mut self,
-        edit: &LayerEdit,
-        deepstack: Option<Deepstack>,
-        compensated: Vec<usize>,
-        taps: Vec<TapChange>,
-    ) -> Result<()> {
+    pub fn drop_layers(&mut self, edit: &LayerEdit, deepstack: Option<Deepstack>, taps: Vec<TapChange>) -> Result<()> {
         let rewritten = rewritten_configs(self.bundle, &self.texts, edit)?;
         self.texts.extend(rewritten);
         let mut history = self.history()?;
@@ -121,12 +115,19 @@ impl<'a> BundleWriter<'a> {
             dropped: edit.dropped().to_vec(),
             dropped_original: original,
             deepstack,
-            compensated,
+            compensated: Vec::new(),
             taps,
         };
         history.push(step.clone());
         self.steps.push(step);
         Ok(())
+    }
+
+    /// Records the layers whose weights make up for those that [`BundleWriter::drop_layers`] dropped.
+    pub fn compensate(&mut self, layers: &[usize]) {
+        if let Some(RecordedStep::Prune { compensated, .. }) = self.steps.last_mut() {
+            *compensated = layers.to_vec();
+        }
     }
 
     /// Adds a preface about the changes to the model cards, which describe the unchanged model.

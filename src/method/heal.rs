@@ -85,6 +85,14 @@ pub struct HealMeter {
     samples: Vec<String>,
     left_out: LeftOut,
     fit_tokens: usize,
+    kept: Option<Kept>,
+}
+
+/// Maps that make up for layers.
+struct Kept {
+    /// Ascending.
+    removed: Vec<usize>,
+    maps: Maps,
 }
 
 impl HealMeter {
@@ -130,7 +138,7 @@ impl HealMeter {
         }
         let (fitted, held_out) = (grouped(fitted, fixed, stream_batch)?, grouped(held_out, fixed, stream_batch)?);
         let (samples, left_out) = (Vec::new(), LeftOut::default());
-        Ok(HealMeter { meter, fitted, held_out, samples, left_out, fit_tokens })
+        Ok(HealMeter { meter, fitted, held_out, samples, left_out, fit_tokens, kept: None })
     }
 
     /// Ids of the samples on which losses are measured.
@@ -155,18 +163,13 @@ impl HealMeter {
 
     /// The most forward passes that a choice of `count` layers makes.
     pub fn most_passes(&self, count: usize) -> u64 {
-        let layers = self.layer_count();
+        let layers = self.meter.layer_count();
         let fit = 2 * (self.fitted.len() + self.held_out.len()) as u64;
         let round = |gone: usize| {
             let candidates = (layers - gone) as u64;
-            // Sums of all candidates at one time as long as they fit; each gap that is there is fitted on its own.
-            (candidates + 1) * self.meter.batch_count() + fit * (gone as u64 + candidates.div_ceil(self.room() as u64))
+            (candidates + 1) * self.meter.batch_count() + fit * candidates.div_ceil(self.room() as u64)
         };
         (0..count.min(layers)).map(round).sum()
-    }
-
-    fn layer_count(&self) -> usize {
-        self.meter.layer_count()
     }
 
     /// Mean cross-entropy over all answer tokens, in nats, of the decoder without these layers, after the fit; and the fit.
@@ -224,7 +227,7 @@ impl HealMeter {
                     continue;
                 };
                 if let Some(before) = maps.get(&layer) {
-                    change += &array(before)?;
+                    change += &matrix(before)?;
                 }
                 found.push(Some((layer, tensor(change)?)));
             }
@@ -249,26 +252,22 @@ impl HealMeter {
     ) -> Result<Vec<Option<Rows>>> {
         let batch = if apart { &self.held_out[number] } else { &self.fitted[number] };
         let switched = self.meter.switched();
-        let names = |wanted: &mut Vec<String>| {
-            wanted.sort_unstable();
-            wanted.dedup();
-        };
         let (mut of_dense, mut of_pruned) = (Vec::new(), Vec::new());
         for gap in gaps.iter().filter(|gap| gap.start > 0) {
             of_dense.extend(target_names(*gap));
             of_pruned.extend([behind(gap.start - 1), added(gap.start - 1)]);
         }
-        names(&mut of_dense);
-        names(&mut of_pruned);
+        for names in [&mut of_dense, &mut of_pruned] {
+            names.sort_unstable();
+            names.dedup();
+        }
         if of_pruned.is_empty() {
             return Ok(gaps.iter().map(|_| None).collect());
         }
-        let refs = |names: &[String]| names.iter().map(String::as_str).collect::<Vec<_>>().join("\n");
-        let (dense_names, pruned_names) = (refs(&of_dense), refs(&of_pruned));
-        let wanted: Vec<&str> = dense_names.lines().collect();
+        let wanted: Vec<&str> = of_dense.iter().map(String::as_str).collect();
         let nothing = Maps::new();
         let dense = switched.run(batch, &Pass { removed: &[], maps: &nothing, map: None, restart: None }, &wanted)?;
-        let wanted: Vec<&str> = pruned_names.lines().collect();
+        let wanted: Vec<&str> = of_pruned.iter().map(String::as_str).collect();
         let pruned = switched.run(batch, &Pass { removed, maps, map: None, restart: None }, &wanted)?;
         gaps.iter()
             .map(|gap| match gap.start {
@@ -288,9 +287,14 @@ impl MeasureLosses for HealMeter {
         self.meter.batch_count()
     }
 
-    /// The layers that are gone are made up for anew, then each candidate's own gap is fitted on top of that and measured.
+    /// Each candidate's own gap is fitted on top of the maps of the layers that are gone, and measured. The best candidate's
+    /// map is kept for a call in which it is gone too; for other layers all gaps are fitted anew.
     fn losses(&mut self, removed: &[usize], candidates: &[usize], progress: &Progress) -> Result<Vec<f64>> {
-        let maps = self.compensated(removed)?;
+        let kept = self.kept.take().filter(|kept| kept.removed == removed);
+        let mut maps = match kept {
+            Some(kept) => kept.maps,
+            None => self.compensated(removed)?,
+        };
         let gaps: Vec<Gap> = candidates.iter().map(|&layer| Gap::around(layer, removed)).collect();
         let found = self.fit(removed, &maps, &gaps)?;
         let trials = candidates.iter().zip(&gaps).zip(found).map(|((&layer, gap), map)| Trial {
@@ -299,7 +303,17 @@ impl MeasureLosses for HealMeter {
             map,
         });
         let trials: Vec<Trial> = trials.collect();
-        self.meter.losses_of(removed, &maps, &trials, progress)
+        let losses = self.meter.losses_of(removed, &maps, &trials, progress)?;
+        // `min_by` returns the first of equal values, as the choice among candidates does.
+        let best = trials.into_iter().zip(&losses).min_by(|a, b| a.1.total_cmp(b.1)).map(|(trial, _)| trial);
+        if let Some(Trial { layer, map, .. }) = best {
+            maps.remove(&layer);
+            maps.extend(map);
+            let mut removed: Vec<usize> = removed.iter().copied().chain([layer]).collect();
+            removed.sort_unstable();
+            self.kept = Some(Kept { removed, maps });
+        }
+        Ok(losses)
     }
 }
 
@@ -369,12 +383,8 @@ fn tensor(map: Array2<f32>) -> Result<Tensor> {
     Tensor::new(&shape, map.iter().copied().collect::<Vec<f32>>())
 }
 
-fn array(map: &Tensor) -> Result<Array2<f32>> {
-    matrix(map)
-}
-
 fn arrays(maps: &Maps) -> Result<BTreeMap<usize, Array2<f32>>> {
-    maps.iter().map(|(&layer, map)| Ok((layer, array(map)?))).collect()
+    maps.iter().map(|(&layer, map)| Ok((layer, matrix(map)?))).collect()
 }
 
 /// Conversations of which the stream is read and no loss: the graph's rows are one that nobody reads.

@@ -6,7 +6,7 @@ use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
 use crate::base::{Error, Result};
 
 /// Rows and columns of a block of the factor.
-const BLOCK: usize = 64;
+const BLOCK: usize = 32;
 
 /// Ridges, relative to the mean of the diagonal of `A`, from which one is chosen on rows that are held out.
 const RIDGES: [f64; 5] = [1e-3, 1e-2, 1e-1, 1.0, 10.0];

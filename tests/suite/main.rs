@@ -3,6 +3,7 @@
 mod backend;
 mod bad_inputs;
 mod cli;
+mod compensation;
 mod corners;
 mod data_sets;
 mod deepstack;

@@ -70,7 +70,7 @@ impl FitTarget {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ir::{Tensor, Value};
+    use crate::ir::{Node, Tensor, Value};
 
     /// A graph of `output = op(inputs)` lines. Names that begin with `w` are 2 x 2 weights; `x` is the input.
     fn graph(lines: &[(&str, &str, &[&str])]) -> (Graph, impl Fn(&str) -> ValueId) {

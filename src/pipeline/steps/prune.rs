@@ -186,8 +186,8 @@ pub fn prune(
     }
     let mut writer = BundleWriter::create(bundle, target)?;
     let report = compensated.map(|compensated| &compensated.report);
-    let changed = report.map_or(Vec::new(), |report| report.layers.clone());
-    writer.drop_layers(&edit, deepstack, changed, taps.clone())?;
+    writer.drop_layers(&edit, deepstack, taps.clone())?;
+    writer.compensate(report.map_or(&[], |report| report.layers.as_slice()));
     set_aside.iter().for_each(|variant| writer.set_aside(&variant.file));
     // The digest reads every byte of the input, and so does writing, so they run in parallel.
     let components = thread::scope(|scope| {
