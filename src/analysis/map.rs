@@ -34,6 +34,7 @@ pub(super) fn build(graph: &Graph, body: &Body, chain: &Chain, grouped: Vec<Laye
             carried: blocks.carried,
             output: chain.values[blocks.end],
             sums: inner.into_iter().map(|place| chain.values[place]).collect(),
+            last_block: blocks.blocks.last().map_or(blocks.carried, |block| block.carried),
             kind: kind(body, blocks, &path),
             class,
             path,

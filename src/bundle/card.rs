@@ -127,6 +127,7 @@ mod tests {
             dropped,
             dropped_original,
             deepstack: None,
+            compensated: Vec::new(),
             taps: Vec::new(),
         }
     }

@@ -92,6 +92,7 @@ fn a_history_that_contradicts_the_graph_is_refused_without_allocation() {
             dropped,
             dropped_original,
             deepstack: None,
+            compensated: Vec::new(),
             taps: Vec::new(),
         }
     };

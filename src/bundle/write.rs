@@ -117,11 +117,19 @@ impl<'a> BundleWriter<'a> {
             dropped: edit.dropped().to_vec(),
             dropped_original: original,
             deepstack,
+            compensated: Vec::new(),
             taps,
         };
         history.push(step.clone());
         self.steps.push(step);
         Ok(())
+    }
+
+    /// Records the layers whose weights make up for those that [`BundleWriter::drop_layers`] dropped.
+    pub fn compensate(&mut self, layers: &[usize]) {
+        if let Some(RecordedStep::Prune { compensated, .. }) = self.steps.last_mut() {
+            *compensated = layers.to_vec();
+        }
     }
 
     /// Adds a preface about the changes to the model cards, which describe the unchanged model.

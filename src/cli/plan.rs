@@ -4,10 +4,9 @@ use std::path::PathBuf;
 
 use crate::base::{Device, check_output_file, human_bytes, human_count, sha256_file, write_json};
 use crate::bundle::Bundle;
-use crate::data::{Amount, Dataset, Subset};
-use crate::method::select::{STRATEGIES, Strategy};
-use crate::method::{LossMeter, Plan, Scores};
-use crate::pipeline::steps::{self, HowMany, PlanSettings, PlannedModel, Work, check_needs};
+use crate::method::select::{Measures, STRATEGIES, Strategy};
+use crate::method::{FIT_TOKENS, Plan, Scores};
+use crate::pipeline::steps::{self, HowMany, Meter, PlanSettings, PlannedModel};
 
 use super::args::{LayerList, Weights, amount, positive};
 use super::context::{Context, Outcome};
@@ -17,9 +16,6 @@ use super::strip;
 
 /// The flags that set the number of layers to drop; exactly one is required.
 const HOW_MANY: [&str; 6] = ["drop_ratio", "drop_count", "drop", "target_params", "target_size", "target_speedup"];
-
-/// Calibration samples that are drawn where no number is given, if there are as many.
-const CALIBRATION_SAMPLES: usize = 32;
 
 /// Choose which layers to drop and which to finetune
 #[derive(clap::Args)]
@@ -71,6 +67,9 @@ pub struct Args {
     /// Draw this number of calibration samples [default: 32, or all where there are fewer]
     #[arg(long, value_name = "N", value_parser = positive, requires = "data")]
     samples: Option<usize>,
+    /// Fit on at most this number of tokens of other samples, for strategies that measure losses after a fit
+    #[arg(long, value_name = "N", default_value_t = FIT_TOKENS, value_parser = positive, requires = "data")]
+    fit_tokens: usize,
     #[command(flatten)]
     reading: DataArgs,
     /// Measure losses on this device: cpu, cuda or cuda:N
@@ -113,47 +112,32 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     if let (Some(scores), Some(file)) = (&scores, &args.scores) {
         model.check_scores(scores, format!("scores `{}`", file.display()))?;
     }
+    let measures = Strategy::named(&strategy)?.measures;
+    let fits = args.data.is_some() && measures == Measures::HealedLoss;
     let mut settings = PlanSettings {
         strategy,
         how_many,
         seed: args.seed,
         samples: None,
+        fit_tokens: fits.then_some(args.fit_tokens),
         data: args.data.is_some().then(|| args.reading.options()),
         modality_weights: args.modality_weights.map(|weights| weights.0),
         as_released: args.as_released,
         beyond_structure: args.beyond_structure,
     };
-    let mut meter = match &args.data {
-        Some(data) => {
-            check_needs(&bundle, Work::MeasureLosses)?;
-            let dataset = Dataset::open_for(data, &bundle, &args.reading.options())?;
-            let count = args.samples.unwrap_or(CALIBRATION_SAMPLES.min(dataset.len()));
-            let subset = Subset { amount: Amount::Samples(count), seed: args.seed };
-            settings.samples = Some(count);
-            Some((LossMeter::new(&bundle, &dataset, subset, args.device, &context.cancel)?, dataset.digest()?))
-        }
-        None => None,
-    };
-    if let Some((meter, _)) =
-        meter.as_ref().filter(|_| Strategy::named(&settings.strategy).is_ok_and(|row| row.measures_loss))
-    {
-        let count = settings.how_many.count(&model)?.min(model.num_layers);
-        let removals = (0..count).map(|round| model.num_layers - round).sum::<usize>();
-        context.output.note(format!(
-            "{}: at most {removals} removals, each measured on {} samples with {} answer tokens",
-            settings.strategy,
-            meter.samples().len(),
-            meter.answer_tokens()
-        ));
-    }
-    let losses = meter.as_mut().map(|(measure, data)| steps::Losses {
-        data: data.clone(),
-        samples: measure.samples().to_vec(),
-        left_out: measure.left_out().clone(),
-        measure,
+    let read = args.data.as_deref().map(|data| {
+        let data = (data, &args.reading.options());
+        let drawn = (args.samples, args.seed, args.fit_tokens);
+        Meter::open(&bundle, measures, data, drawn, args.device, &context.cancel)
     });
-    let plan = steps::plan(&model, scores.as_ref().zip(digest), &settings, losses)?;
-    let measured = Strategy::named(&plan.strategy)?.measures_loss;
+    let mut meter = read.transpose()?;
+    settings.samples = meter.as_ref().map(|meter| meter.asked);
+    let measured = measures != Measures::Nothing;
+    if let Some(meter) = meter.as_ref().filter(|_| measured) {
+        let cost = meter.cost(settings.how_many.count(&model)?, model.num_layers);
+        context.output.note(format!("{}: {cost}", settings.strategy));
+    }
+    let plan = steps::plan(&model, scores.as_ref().zip(digest), &settings, meter.as_mut())?;
     write_json(&args.output, &plan)?;
     let output = &context.output;
     warn_left_out(&plan.left_out, output);

@@ -138,6 +138,20 @@ impl Tensor {
     }
 }
 
+impl Tensor {
+    /// Floating-point elements rounded to a type; `None` for other types.
+    pub fn from_f64s(dtype: DataType, dims: &[u64], values: &[f64]) -> Option<Self> {
+        let bytes: Vec<u8> = match dtype {
+            DataType::Float => values.iter().flat_map(|&x| (x as f32).to_le_bytes()).collect(),
+            DataType::Double => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            DataType::Float16 => values.iter().flat_map(|&x| half::f16::from_f64(x).to_le_bytes()).collect(),
+            DataType::Bfloat16 => values.iter().flat_map(|&x| half::bf16::from_f64(x).to_le_bytes()).collect(),
+            _ => return None,
+        };
+        Some(Tensor::from_bytes(dtype, dims, bytes))
+    }
+}
+
 fn chunks<const N: usize>(bytes: &[u8]) -> impl Iterator<Item = [u8; N]> + '_ {
     bytes.chunks_exact(N).filter_map(|chunk| chunk.try_into().ok())
 }

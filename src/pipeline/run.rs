@@ -136,6 +136,7 @@ impl RecipeRun<'_> {
             how_many: how_many(&recipe.plan),
             seed: recipe.plan.seed,
             samples: None,
+            fit_tokens: None,
             data: None,
             modality_weights: recipe.plan.modality_weights.clone(),
             as_released: recipe.plan.as_released && row.released_differs,

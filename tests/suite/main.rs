@@ -5,6 +5,7 @@ mod backend;
 mod bad_inputs;
 mod checkpoints;
 mod cli;
+mod compensation;
 mod corners;
 mod data_sets;
 mod deepstack;

@@ -103,6 +103,7 @@ fn record(folder: &Path) -> PathBuf {
         dropped: vec![3, 5],
         dropped_original: vec![3, 5],
         deepstack: None,
+        compensated: Vec::new(),
         taps: Vec::new(),
     };
     let record = Record {
@@ -160,6 +161,7 @@ fn settings(strategy: &str) -> PlanSettings {
         how_many,
         seed,
         samples: None,
+        fit_tokens: None,
         data: None,
         modality_weights: None,
         as_released: false,

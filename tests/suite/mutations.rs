@@ -161,7 +161,7 @@ fn run(count: usize, seed: u64) {
                 let bundle = Bundle::open(&path)?;
                 steps::inspect(&bundle)?;
                 let drop = Drop::Layers { tower: Tower::Text, layers: &[1] };
-                Ok::<bool, interlace::base::Error>(steps::prune(&bundle, &drop, Default::default(), &out).is_ok())
+                Ok::<bool, interlace::base::Error>(steps::prune(&bundle, &drop, Default::default(), None, &out).is_ok())
             });
             match result {
                 Ok(true) => outcomes.pruned += 1,

@@ -1,7 +1,9 @@
 //! A recipe is run from beginning to end and then again: finished steps are reused.
 
 use std::fs;
+use std::io::Write;
 use std::path::Path;
+use std::process::Command;
 
 use super::cli::{fixture, interlace, stderr, stdout};
 
@@ -237,4 +239,60 @@ fn no_choice_depends_on_the_benchmark() {
     assert_eq!(whole.status.code(), Some(0), "{}", stderr(&whole));
     let after = steps();
     assert!(made.iter().all(|(name, step)| after[name] == *step), "a step was repeated");
+}
+
+/// Makes a pipe at `path`. The thread waits for the first reader, reads the finished steps of the run in `out` at that moment,
+/// and hands the reader bytes that no benchmark and no text consists of.
+fn at_the_first_opening(path: &Path, out: &Path) -> std::thread::JoinHandle<Vec<String>> {
+    let made = Command::new("mkfifo").arg(path).status().expect("mkfifo");
+    assert!(made.success());
+    let (path, out) = (path.to_path_buf(), out.to_path_buf());
+    std::thread::spawn(move || {
+        let mut pipe = fs::OpenOptions::new().write(true).open(path).expect("a reader");
+        let state = read(&out.join("state.json"));
+        // A reader that is gone is no matter.
+        let _ = pipe.write_all(b"\xff\xfe nothing");
+        state["steps"].as_object().expect("steps").keys().cloned().collect()
+    })
+}
+
+/// A strategy that measures losses, a searched rate and rows held back for the choice among rows: the test files are opened
+/// for the first time when all of it is settled.
+#[test]
+fn test_files_are_opened_when_every_model_is_made() {
+    let bench = fixture("data/bench-small.tsv");
+    let run = recipe("[1e-4, 1e-3]").replace("\"angular\"", "\"sleb\"");
+    let sweep = sweep_file("\"paper\", \"fast\"")
+        .replace("samples = 4\n", "samples = 4\n        held_back = 0.25\n")
+        .replace("\"consecutive\"", "\"sleb\"")
+        .replace("[1, 2]", "[1]")
+        .replace("[0.07, 0.13]", "[0.13]")
+        .replace("= 1e-3", "= [1e-4, 1e-3]");
+    let words = "[[eval.other]]\n        data = \"words.jsonl\"\n";
+    let of_run = ["healed-interlace", "healed-sleb", "dense-finetuned", "held-back-sleb-finetuned"];
+    // Two strategies, two recipes; the dense model finetuned beside either recipe, all its layers and two of them.
+    let cases = [("run", run, Vec::from(of_run)), ("sweep", format!("{sweep}{words}"), Vec::new())];
+    for (verb, text, wanted) in cases {
+        assert!(text.contains("held_back") && text.contains("sleb") && text.contains("[1e-4, 1e-3]"), "{text}");
+        for (piped, whole) in [("bench.tsv", "words.jsonl"), ("words.jsonl", "bench.tsv")] {
+            let folder = tempfile::tempdir().expect("folder");
+            let here = folder.path();
+            fs::write(here.join("words.jsonl"), WORDS).expect("text");
+            fs::copy(&bench, here.join("bench.tsv")).expect("benchmark");
+            fs::write(here.join("recipe.toml"), text.replace(&bench, "bench.tsv")).expect("recipe");
+            fs::remove_file(here.join(piped)).expect("remove");
+            let opened = at_the_first_opening(&here.join(piped), &here.join("out"));
+            let output = interlace(here, &[verb, "recipe.toml"]);
+            assert_eq!(output.status.code(), Some(2), "{verb}: {}", stderr(&output));
+            assert!(here.join(whole).is_file());
+            let steps = opened.join().expect("the thread");
+            let count = |start: &str| steps.iter().filter(|step| step.starts_with(start)).count();
+            let missing: Vec<_> = wanted.iter().filter(|name| !steps.iter().any(|step| step == *name)).collect();
+            assert!(missing.is_empty(), "{verb}: {missing:?} are made later than {piped} is opened, {steps:?}");
+            if verb == "sweep" {
+                assert_eq!((count("healed-"), count("dense-"), count("held-back-")), (4, 4, 9), "{steps:?}");
+            }
+            assert!(piped == "words.jsonl" || count("eval-") == 0, "{steps:?}");
+        }
+    }
 }

@@ -181,6 +181,7 @@ fn settings(strategy: &str, how_many: HowMany, seed: u64) -> PlanSettings {
         how_many,
         seed,
         samples: None,
+        fit_tokens: None,
         data: None,
         modality_weights: None,
         as_released: false,
@@ -207,7 +208,7 @@ fn plans_contain_only_layers_that_can_be_dropped() {
             assert!(plan.drop.iter().all(|layer| !fixed.contains(layer)), "{name}: {:?}", plan.drop);
             let drop = Drop::Layers { tower: Tower::Text, layers: &plan.drop };
             let out = work.path().join(format!("{name}-{seed}"));
-            steps::prune(&bundle, &drop, Default::default(), &out).unwrap();
+            steps::prune(&bundle, &drop, Default::default(), None, &out).unwrap();
         }
         let more = settings("random", HowMany::DropCount(most + 1), 1);
         let error = steps::plan(&model, None, &more, None).unwrap_err().to_string();

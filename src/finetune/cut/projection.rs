@@ -2,21 +2,8 @@
 
 use std::collections::HashSet;
 
-use crate::ir::{Attribute, Graph, GraphIndex, Node, ValueId};
-
-use super::weights::dims_of;
-
-/// `output = ... + operand @ weight`, where the other terms do not depend on `weight`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Projection {
-    /// `[B, T, K]`, or `[B * T, K]`.
-    pub operand: ValueId,
-    /// `[K, D]`, or `[D, K]` when `transposed`.
-    pub weight: ValueId,
-    pub transposed: bool,
-    /// `K`.
-    pub width: usize,
-}
+use crate::analysis::Projection;
+use crate::ir::{Graph, GraphIndex, ValueId};
 
 /// Products with `trained` weights that reach `output` through sums alone, in execution order. In most networks these
 /// are the output projection of the attention and the down-projection of the MLP. The output is linear in the weight of
@@ -45,7 +32,7 @@ pub fn products_of(
                 pending.extend(terms.map(|term| (term, alone)));
             }
             "Identity" | "Cast" | "Reshape" => pending.extend(node.present_inputs().next().map(|id| (id, alone))),
-            _ => match product(graph, &index, node, trained) {
+            _ => match Projection::of(graph, &index, node).filter(|product| trained.contains(&product.weight)) {
                 Some(product) => products.push((number, product, alone)),
                 None => others.push(node.op_type.clone()),
             },
@@ -70,35 +57,6 @@ pub fn products_of(
     }
 }
 
-fn product(graph: &Graph, index: &GraphIndex, node: &Node, trained: &HashSet<ValueId>) -> Option<Projection> {
-    let &[Some(operand), Some(right), ..] = node.inputs.as_slice() else { return None };
-    let flag = |name: &str| node.attribute(name).map_or(Some(0), Attribute::as_int).map(|value| value != 0);
-    let mut transposed = match node.op_type.as_str() {
-        "MatMul" => false,
-        "Gemm" => {
-            let alpha = node.attribute("alpha").map_or(Some(1.0), Attribute::as_float)?;
-            if alpha != 1.0 || flag("transA")? {
-                return None;
-            }
-            flag("transB")?
-        }
-        _ => return None,
-    };
-    let mut weight = right;
-    if let Some((number, _)) = index.node_of(right).filter(|_| !trained.contains(&right)) {
-        let turn = &graph.body.nodes[number];
-        let swaps = turn.attribute("perm").is_none_or(|perm| perm.as_ints() == Some(&[1, 0]));
-        if turn.op_type != "Transpose" || !swaps {
-            return None;
-        }
-        weight = turn.present_inputs().next()?;
-        transposed = !transposed;
-    }
-    let &[rows, columns] = dims_of(graph, weight)?.as_slice() else { return None };
-    let width = usize::try_from(if transposed { columns } else { rows }).ok()?;
-    trained.contains(&weight).then_some(Projection { operand, weight, transposed, width })
-}
-
 /// A trained layer with the products to fit in it, or with the reason why it has none.
 #[derive(Clone)]
 pub struct FitTarget {
@@ -118,7 +76,7 @@ impl FitTarget {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ir::{Tensor, Value};
+    use crate::ir::{Node, Tensor, Value};
 
     /// A graph of `output = op(inputs)` lines. Names that begin with `w` are 2 x 2 weights; `x` is the input.
     fn graph(lines: &[(&str, &str, &[&str])]) -> (Graph, impl Fn(&str) -> ValueId) {

@@ -21,8 +21,9 @@ use std::collections::BTreeMap;
 
 use tch::{Device, Kind, Tensor};
 
+use crate::analysis::Projection;
 use crate::base::{Error, Progress, Result};
-use crate::finetune::cut::{FitTarget, Projection};
+use crate::finetune::cut::FitTarget;
 use crate::finetune::data::{TrainingSet, bf16_matrix};
 use crate::finetune::error::torch_error;
 use crate::finetune::plan::{FIT_TOKENS, order};

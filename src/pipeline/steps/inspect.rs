@@ -14,7 +14,7 @@ use crate::onnx;
 use crate::runtime::missing_deepstack;
 
 use super::needs::{Verdict, verdicts};
-use super::prune::drop_refusal;
+use super::refusal::drop_refusal;
 
 /// Version of the schema of `inspect --json`.
 pub const LAYERS_SCHEMA_VERSION: u32 = 1;

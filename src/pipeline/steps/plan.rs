@@ -10,13 +10,14 @@ use crate::analysis::Analysis;
 use crate::base::{Error, Provenance, Result, Sha256Digest};
 use crate::bundle::{Bundle, Tower};
 use crate::data::{DataOptions, LeftOut};
-use crate::method::select::{MeasureLosses, SelectionRequest, Strategy, drop_count};
+use crate::method::select::{SelectionRequest, Strategy, drop_count};
 use crate::method::{ModalityWeights, PLAN_SCHEMA_VERSION, Plan, Scores, Similarities};
 
 use super::budget::{Budget, ModelCosts};
 use super::inspect::decoder_analysis;
+use super::meter::Meter;
 use super::needs::of_another_model;
-use super::prune::drop_refusal;
+use super::refusal::drop_refusal;
 
 /// Number of layers to drop, or the budget that determines it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -49,6 +50,9 @@ pub struct PlanSettings {
     /// Calibration samples that losses are measured on, where the strategy measures them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub samples: Option<usize>,
+    /// The most tokens of other samples that fits look at, where the strategy makes up for what is gone by one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fit_tokens: Option<usize>,
     /// Options for reading the calibration data.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub data: Option<DataOptions>,
@@ -61,18 +65,6 @@ pub struct PlanSettings {
     /// Goes on where a strategy's packs run out: pairs for `interlace-oa`, then single frozen layers.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub beyond_structure: bool,
-}
-
-/// Losses for a strategy that uses them, with their samples and the digest of their data.
-pub struct Losses<'m> {
-    /// Digest of the calibration data.
-    pub data: Sha256Digest,
-    /// Ids of the samples.
-    pub samples: Vec<String>,
-    /// Samples that were drawn but could not be used, by reason.
-    pub left_out: LeftOut,
-    /// Computes the loss of a decoder without given layers.
-    pub measure: &'m mut dyn MeasureLosses,
 }
 
 /// The model of a plan.
@@ -176,11 +168,11 @@ impl HowMany {
 ///
 /// Errors: `Error::Invalid` when the scores are of another model, the strategy needs scores or losses that are missing,
 /// or it cannot drop this number of layers; as `prune` for layers that the user listed.
-pub fn plan<'m>(
+pub fn plan(
     model: &PlannedModel,
     scores: Option<(&Scores, Sha256Digest)>,
     settings: &PlanSettings,
-    losses: Option<Losses<'m>>,
+    mut meter: Option<&mut Meter>,
 ) -> Result<Plan> {
     let strategy = Strategy::named(&settings.strategy)?;
     let num_layers = model.num_layers;
@@ -195,11 +187,10 @@ pub fn plan<'m>(
             .remedy("make them with `interlace score` and name them with `--scores`"));
     }
     let (mut samples, mut left_out) = (Vec::new(), LeftOut::default());
-    let mut measure = losses.map(|losses| {
-        inputs.insert("data".to_string(), losses.data);
-        (samples, left_out) = (losses.samples, losses.left_out);
-        losses.measure
-    });
+    if let Some(meter) = &meter {
+        inputs.insert("data".to_string(), meter.data.clone());
+        (samples, left_out) = (meter.samples.clone(), meter.left_out.clone());
+    }
     let layers: &[usize] = match &settings.how_many {
         HowMany::Drop(layers) => layers,
         _ => &[],
@@ -217,10 +208,7 @@ pub fn plan<'m>(
     let include_last = scores.is_some_and(|scores| scores.last_layer_included);
     // Layers can have different costs, so a strategy's selection may miss a limit that other layers would satisfy.
     let groups = loop {
-        let measure: Option<&mut dyn MeasureLosses> = match &mut measure {
-            Some(measure) => Some(&mut **measure),
-            None => None,
-        };
+        let measure = meter.as_mut().map(|meter| meter.measure());
         let seed = settings.seed;
         let refusal = &|layers: &[usize]| model.known_refusal(layers);
         let mut request = SelectionRequest {
@@ -268,6 +256,7 @@ mod tests {
             how_many,
             seed: 42,
             samples: None,
+            fit_tokens: None,
             data: None,
             modality_weights: None,
             as_released: false,

@@ -49,7 +49,7 @@ pub struct Sweep {
     /// Benchmark on which all models are compared.
     pub eval: SweepEval,
     /// Keeps every healed model; without it one is removed when its answers are in, and healed again when other questions
-    /// are asked.
+    /// are asked. All models are made before the first answer, so there must be room for all of them either way.
     #[serde(default)]
     pub keep_models: bool,
     /// Measures each pruned model's speed; by default the table has the ideal speed-up.
@@ -120,7 +120,7 @@ impl SweepFinetune {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SweepEval {
-    /// VLMEvalKit TSV files. The models of a row are asked when they are made and nothing is left to choose for them.
+    /// VLMEvalKit TSV files; they are first read when all models are made.
     pub benchmarks: Vec<PathBuf>,
     #[serde(default)]
     pub settings: EvalSettings,
