@@ -29,5 +29,5 @@ pub use progress::{Progress, notice, set_quiet};
 pub use runaway::{on_runaway, watched};
 pub use staging::{ScratchDir, StagedDir};
 pub use stopwatch::Stopwatch;
-pub use text::{human_bytes, human_count, list_preview};
+pub use text::{findings_preview, human_bytes, human_count, list_preview};
 pub use threads::thread_count;

@@ -7,7 +7,7 @@ use std::path::Path;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::base::{Error, Provenance, Result, Sha256Digest, list_preview, read_json, sha256_large_file};
+use crate::base::{Error, Provenance, Result, Sha256Digest, findings_preview, read_json, sha256_large_file};
 
 use super::assets::{AssetKind, MANIFEST_FILE, is_own_manifest};
 use super::record::RecordedStep;
@@ -117,7 +117,7 @@ impl ExportManifest {
 
     /// The differences in one line.
     pub fn described(differences: &[String]) -> String {
-        list_preview(differences, 4)
+        findings_preview(differences, 4)
     }
 }
 
