@@ -60,6 +60,15 @@ pub fn clipped(message: &str) -> String {
     format!("{start}..{end}")
 }
 
+/// The first `shown` findings, each a sentence of its own, joined by semicolons, with a count of the rest.
+pub fn findings_preview(findings: &[String], shown: usize) -> String {
+    let mut text = findings.iter().take(shown).cloned().collect::<Vec<_>>().join("; ");
+    if findings.len() > shown {
+        text.push_str(&format!("; and {} more", findings.len() - shown));
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::base::{Error, Result};
 
@@ -22,7 +22,7 @@ pub enum AssetKind {
     Tooling,
     /// Documentation: copied, not part of the digest.
     Documentation,
-    /// Record of the steps that interlace has run.
+    /// Record of the steps that interlace has run, and records of exports, which are no longer true of a changed model.
     Record,
     /// Unrelated to the network (remote code, marks of a download, settings of other tools): copied unchanged, listed
     /// in the record, not part of the digest.
@@ -41,6 +41,9 @@ impl AssetKind {
         ["LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY"].iter().any(|stem| upper.starts_with(stem))
     }
 }
+
+/// Name of the manifest in an export's folder.
+pub const MANIFEST_FILE: &str = "manifest.json";
 
 /// Name of the file with the record of interlace's steps.
 pub const RECORD_FILE: &str = "interlace.json";
@@ -78,6 +81,7 @@ const NAMES: &[(&str, AssetKind)] = &[
     (".mv", AssetKind::Other),
     (".mdl", AssetKind::Other),
     (RECORD_FILE, AssetKind::Record),
+    ("interlace-export.json", AssetKind::Record),
 ];
 
 /// Extensions of graphs and of weights in formats that no component reads.
@@ -123,10 +127,24 @@ const HEAD_BYTES: u64 = 64 << 10;
 /// Errors: `Error::Io` when such a file cannot be read.
 pub(super) fn classify(root: &Path, path: &str) -> Result<Option<AssetKind>> {
     match named(path) {
+        Some(AssetKind::Other) if path == MANIFEST_FILE && is_own_manifest(&root.join(path)) => {
+            Ok(Some(AssetKind::Record))
+        }
         Some(kind) => Ok(Some(kind)),
         None if is_graph(path) || is_weights(path) => Ok(None),
         None => Ok(is_text(&root.join(path))?.then_some(AssetKind::Other)),
     }
+}
+
+/// True for a manifest that this tool wrote; other tools use the name too.
+pub(super) fn is_own_manifest(path: &Path) -> bool {
+    #[derive(Deserialize)]
+    struct Head {
+        tool: String,
+        target: String,
+    }
+    let head = std::fs::read(path).ok().and_then(|bytes| serde_json::from_slice::<Head>(&bytes).ok());
+    head.is_some_and(|head| head.tool.starts_with("interlace ") && !head.target.is_empty())
 }
 
 /// The purpose according to the name alone; `None` for unknown names.

@@ -12,7 +12,7 @@ const BEGIN_END: &str = " -->\n";
 const END: &str = "<!-- interlace: end -->\n";
 
 /// True for model cards.
-pub(super) fn is_card(file: &str) -> bool {
+pub fn is_card(file: &str) -> bool {
     let upper = file.to_ascii_uppercase();
     let stems = ["README", "MODEL_CARD", "MODELCARD"];
     !file.contains('/') && upper.ends_with(".MD") && stems.iter().any(|stem| upper.starts_with(stem))
@@ -26,10 +26,18 @@ pub(super) fn with_preface(card: &str, base: &str, history: &[RecordedStep], too
     let base = old_base.unwrap_or(base).replace(['<', '>', '`', '\n'], "_");
     let mut lines =
         vec![format!("**This is not the model that the text below describes.** It was made from `{base}` by {tool}:")];
-    for tower in [Tower::Text, Tower::Vision] {
-        lines.extend(removed(tower, history));
-    }
-    let pruned = lines.len() > 1;
+    lines.extend(changes(history));
+    lines.push("Figures, sizes and claims below are those of the model before these changes.".into());
+    let quoted: String = lines.iter().map(|line| format!("> {line}\n")).collect();
+    let gap = if front.is_empty() { "" } else { "\n" };
+    format!("{front}{gap}{BEGIN}{base}{BEGIN_END}{quoted}{END}\n{}", rest.trim_start_matches(['\r', '\n']))
+}
+
+/// The changes of a history, one list entry each.
+pub fn changes(history: &[RecordedStep]) -> Vec<String> {
+    let mut lines: Vec<String> =
+        [Tower::Text, Tower::Vision].into_iter().filter_map(|tower| removed(tower, history)).collect();
+    let pruned = !lines.is_empty();
     for step in history {
         if let RecordedStep::Finetune { layers, samples, .. } = step {
             let of = if pruned { "remaining layers" } else { "layers of the language model" };
@@ -39,10 +47,17 @@ pub(super) fn with_preface(card: &str, base: &str, history: &[RecordedStep], too
             lines.push(format!("- {tensors} tensors of a finetuned checkpoint written into the graphs."));
         }
     }
-    lines.push("Figures, sizes and claims below are those of the model before these changes.".into());
-    let quoted: String = lines.iter().map(|line| format!("> {line}\n")).collect();
-    let gap = if front.is_empty() { "" } else { "\n" };
-    format!("{front}{gap}{BEGIN}{base}{BEGIN_END}{quoted}{END}\n{}", rest.trim_start_matches(['\r', '\n']))
+    lines
+}
+
+/// The YAML front matter of a card, fences included; empty without one.
+pub fn front_matter(card: &str) -> &str {
+    card.split_at(front_matter_length(card)).0
+}
+
+/// The base model that a card's preface names.
+pub fn base_in_card(card: &str) -> Option<&str> {
+    without_preface(card.split_at(front_matter_length(card)).1).0
 }
 
 /// One line about all layers removed from a tower.

@@ -11,6 +11,7 @@ mod layer_keys;
 mod layers;
 mod layout;
 mod listing;
+mod manifest;
 mod record;
 mod shared_layers;
 mod source;
@@ -18,11 +19,13 @@ mod text;
 mod tower;
 mod write;
 
-pub use assets::{AssetKind, RECORD_FILE};
+pub use assets::{AssetKind, MANIFEST_FILE, RECORD_FILE};
+pub use card::{base_in_card, changes, front_matter, is_card};
 pub use component::Component;
 pub use config::{LatentAttention, ModelConfig, flag, image_token_entry, whole_number};
 pub use layers::LayerEdit;
 pub use layout::{LAYOUTS, Layout, Role, SINGLE_FILE};
+pub use manifest::{ExportManifest, ListedScores, MANIFEST_SCHEMA_VERSION};
 pub use record::{Deepstack, Record, RecordedStep, TapChange};
 pub use source::{ModelSource, Variants};
 pub use tower::Tower;
@@ -156,6 +159,11 @@ impl Bundle {
     /// The folder that holds the files.
     pub fn root(&self) -> &Path {
         &self.root
+    }
+
+    /// Name of the model: its name on the hub when the folder is a snapshot in the hub's cache, otherwise the folder's name.
+    pub fn name(&self) -> String {
+        card::name_of(&self.root)
     }
 
     /// The naming scheme of the folder's files.

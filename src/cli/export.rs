@@ -38,6 +38,9 @@ pub struct Args {
     /// Set the largest size of a weight file, such as 5GB (safetensors only) [default: 5GB]
     #[arg(long, value_name = "SIZE", value_parser = amount)]
     shard_size: Option<u64>,
+    /// Put the scores of this report of `eval`, and its baseline's, into manifest.json; may be repeated
+    #[arg(long, value_name = "FILE")]
+    report: Vec<PathBuf>,
     /// Write the layout to this new folder
     #[arg(short, long, value_name = "FOLDER")]
     output: PathBuf,
@@ -56,6 +59,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         max_ir_version: args.max_ir_version,
         base: args.base,
         dense: args.dense,
+        reports: args.report,
         shard_bytes: args.shard_size,
     };
     let export = export::export(&bundle, args.to, &settings, &args.output)?;

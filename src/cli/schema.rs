@@ -2,7 +2,7 @@
 
 use schemars::{Schema, schema_for};
 
-use crate::bundle::Record;
+use crate::bundle::{ExportManifest, Record};
 use crate::eval::{BenchReport, EvalReport, TextReport, VerifyReport};
 use crate::export::Export;
 use crate::finetune::{Report, RunPlan};
@@ -16,6 +16,7 @@ pub fn schemas() -> Vec<(&'static str, Schema)> {
     vec![
         ("bench", schema_for!(BenchReport)),
         ("export", schema_for!(Export)),
+        ("export-manifest", schema_for!(ExportManifest)),
         ("finetune", schema_for!(Report)),
         ("generate", schema_for!(Generations)),
         ("graft", schema_for!(GraftTable)),

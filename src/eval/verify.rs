@@ -4,8 +4,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use crate::base::{Cancel, Error, Progress, Provenance, Result, Sha256Digest, sha256_large_file};
-use crate::bundle::{Bundle, Component, ModelSource, Role};
+use crate::base::{Cancel, Error, Progress, Provenance, Result, Sha256Digest, sha256_file, sha256_large_file};
+use crate::bundle::{Bundle, Component, ExportManifest, MANIFEST_FILE, ModelSource, Role};
 use crate::data::{ImageSettings, Processor};
 use crate::ir::{self, Model};
 use crate::runtime::{
@@ -24,6 +24,8 @@ use super::probe::{noise, noise_picture, noise_text, picture_prompt, token_ids};
 use super::quantised::{rounding_operator, spread_of_decoder, spread_of_session};
 use super::run::LoadedModel;
 
+/// Export targets whose folders are model folders.
+const LOADED_TARGETS: &[&str] = &["transformers-js"];
 /// Largest component for tract, in bytes: tract holds all weights in memory.
 const TRACT_LIMIT_BYTES: u64 = 2 << 30;
 /// Operators that quantise activations over a whole run, so that a cached step differs from a longer prefill.
@@ -34,8 +36,15 @@ const DYNAMIC_QUANTISERS: &[&str] =
 ///
 /// Errors: as `ModelSource::open`, and `Error::Interrupted`. Failed checks are in the report and are not errors.
 pub fn verify(source: &ModelSource, runtime: &Runtime, cancel: &Cancel) -> Result<VerifyReport> {
+    let manifest = ExportManifest::read(source.path())?;
+    if let Some(manifest) = manifest.as_ref().filter(|manifest| !LOADED_TARGETS.contains(&manifest.target.as_str())) {
+        return verify_manifest(source, manifest, runtime);
+    }
     let bundle = source.open()?;
     let mut checks = Checks(Vec::new());
+    if let Some(manifest) = &manifest {
+        listed(source.path(), manifest, &mut checks)?;
+    }
     let progress = Progress::new("verify", "files", bundle.components().len() as u64 + 1);
     for part in bundle.components() {
         cancel.check("no report is written")?;
@@ -56,6 +65,31 @@ pub fn verify(source: &ModelSource, runtime: &Runtime, cancel: &Cancel) -> Resul
         passed: checks.0.iter().all(|check| check.status != CheckStatus::Failed),
         checks: checks.0,
     })
+}
+
+/// Checks an export that is no model folder: its files are those of its manifest.
+fn verify_manifest(source: &ModelSource, manifest: &ExportManifest, runtime: &Runtime) -> Result<VerifyReport> {
+    let mut checks = Checks(Vec::new());
+    listed(source.path(), manifest, &mut checks)?;
+    let inputs = BTreeMap::from([("manifest".to_string(), sha256_file(&source.path().join(MANIFEST_FILE))?)]);
+    let settings = serde_json::json!({ "device": runtime.device().to_string() });
+    Ok(VerifyReport {
+        provenance: Provenance::new(VerifyReport::SCHEMA_VERSION, inputs, &settings)?,
+        model: source.to_string(),
+        passed: checks.0.iter().all(|check| check.status != CheckStatus::Failed),
+        checks: checks.0,
+    })
+}
+
+/// Compares a folder with its manifest.
+fn listed(folder: &Path, manifest: &ExportManifest, checks: &mut Checks) -> Result<()> {
+    let differences = manifest.differences(folder)?;
+    let (status, detail) = match differences.is_empty() {
+        true => (CheckStatus::Passed, format!("{} files have the listed sizes and digests", manifest.files.len())),
+        false => (CheckStatus::Failed, ExportManifest::described(&differences)),
+    };
+    checks.add("files", MANIFEST_FILE, status, detail);
+    Ok(())
 }
 
 /// Checks one graph of any kind on inputs from an `.npz` file, whose arrays have the names of the graph's inputs.

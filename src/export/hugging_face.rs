@@ -45,6 +45,7 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
     let edits = edits(history.as_deref().unwrap_or_default())?;
     let config = config_without_layers(&path.join(CONFIG), &edits)?;
     check_deepstack(history.as_deref().unwrap_or_default(), &config)?;
+    check_packed(&edits, &config)?;
 
     let components = chosen(bundle);
     let current = load(components.iter().copied(), bundle, history.as_deref().unwrap_or_default())?;
@@ -139,6 +140,21 @@ fn edits(history: &[RecordedStep]) -> Result<Vec<LayerEdit>> {
     }
     let edits = towers.into_iter().filter(|(_, (_, dropped))| !dropped.is_empty());
     edits.map(|(tower, (total, dropped))| LayerEdit::new(tower, total, &dropped)).collect()
+}
+
+/// Some families keep a part for every layer in one tensor (Gemma 3n, Gemma 4), which has its old width when layers go.
+fn check_packed(edits: &[LayerEdit], config: &str) -> Result<()> {
+    const KEY: &str = "hidden_size_per_layer_input";
+    let config: Value = serde_json::from_str(config).unwrap_or_default();
+    let width = config.get("text_config").unwrap_or(&config).get(KEY).and_then(Value::as_u64).unwrap_or(0);
+    if width == 0 || !edits.iter().any(|edit| edit.tower == Tower::Text) {
+        return Ok(());
+    }
+    Err(Error::unsupported(
+        format!("`{KEY}` of {width}"),
+        "the checkpoint has tensors with a part for every layer, from which none can be taken out here",
+    )
+    .remedy("export the model with all layers of the language model"))
 }
 
 /// transformers adds the features of DeepStack behind the first layers that there are, one behind each.
@@ -272,4 +288,30 @@ fn notes(weights: &CheckpointWeights, wider: bool) -> Vec<String> {
         notes.push(format!("trained tensors are written as {dtype}, which the base's element type cannot hold"));
     }
     notes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tensors_with_a_part_for_every_layer_are_refused_only_when_layers_go() {
+        let packed = r#"{"text_config": {"hidden_size_per_layer_input": 8}}"#;
+        let edits = [LayerEdit::new(Tower::Text, 4, &[1]).unwrap()];
+        let error = check_packed(&edits, packed).unwrap_err().to_string();
+        assert!(error.contains("a part for every layer"), "{error}");
+        assert!(check_packed(&[], packed).is_ok());
+        assert!(check_packed(&[LayerEdit::new(Tower::Vision, 4, &[1]).unwrap()], packed).is_ok());
+        assert!(check_packed(&edits, r#"{"text_config": {"hidden_size_per_layer_input": 0}}"#).is_ok());
+    }
+
+    #[test]
+    fn every_element_type_of_a_config_becomes_f32() {
+        let config =
+            in_f32(r#"{"torch_dtype": "bfloat16", "text_config": {"dtype": "bfloat16"}, "dtype_x": "a"}"#).unwrap();
+        let value: Value = serde_json::from_str(&config).unwrap();
+        assert_eq!(value, json!({"torch_dtype": "float32", "text_config": {"dtype": "float32"}, "dtype_x": "a"}));
+        let value: Value = serde_json::from_str(&in_f32("{}").unwrap()).unwrap();
+        assert_eq!(value, json!({"torch_dtype": "float32"}));
+    }
 }

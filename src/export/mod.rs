@@ -1,19 +1,24 @@
 //! Export targets: layouts for serving a model. A target is a row of [`TARGETS`] that carries its function.
 
+mod card;
 mod components;
 mod generate;
 mod hugging_face;
+mod manifest;
 mod record;
 pub mod transformers_js;
 pub mod triton;
 
 use std::path::Path;
 
-use crate::base::{Error, Provenance, Result, StagedDir, write_json};
-use crate::bundle::Bundle;
+use crate::base::{Error, Provenance, Result, StagedDir, sha256_file, write_json};
+use crate::bundle::{Bundle, ExportManifest, MANIFEST_FILE};
 
 use record::Written;
 pub use record::{CheckpointWeights, EXPORT_FILE, EXPORT_SCHEMA_VERSION, Export, ExportSettings, ExportedModel};
+
+/// Name of the model card.
+const CARD: &str = "README.md";
 
 /// A setting that only some targets read: its name, and a function that is true when it is set.
 type Setting = (&'static str, fn(&ExportSettings) -> bool);
@@ -35,6 +40,8 @@ pub struct ExportTarget {
     pub summary: &'static str,
     /// The program with which its output was tested.
     pub consumer: &'static str,
+    /// `library_name` in the model card: the library that loads it.
+    library: &'static str,
     /// Those that it reads; another one that is set is an error.
     settings: &'static [Setting],
     /// Writes the files into an existing folder and returns their description.
@@ -54,6 +61,7 @@ pub const TARGETS: &[ExportTarget] = &[
         name: "triton",
         summary: "A model repository of Triton Inference Server, one model per component",
         consumer: "tritonserver 2.51",
+        library: "onnx",
         settings: &[MAX_BATCH_SIZE, VARIANT, MAX_IR_VERSION],
         write: triton::write,
     },
@@ -61,6 +69,7 @@ pub const TARGETS: &[ExportTarget] = &[
         name: "transformers-js",
         summary: "A folder that transformers.js loads, in Node or a page",
         consumer: "@huggingface/transformers 4.3",
+        library: "transformers.js",
         settings: &[VARIANT, MAX_IR_VERSION],
         write: transformers_js::write,
     },
@@ -75,6 +84,7 @@ pub const TARGETS: &[ExportTarget] = &[
         name: "safetensors",
         summary: "A Hugging Face checkpoint, for transformers and what reads its checkpoints; needs --base",
         consumer: "transformers 5.24",
+        library: "transformers",
         settings: &[BASE, DENSE, SHARD_SIZE],
         write: hugging_face::write,
     },
@@ -101,12 +111,20 @@ pub fn export(bundle: &Bundle, target: &ExportTarget, settings: &ExportSettings,
     }
     bundle.check_output(folder)?;
     let staged = StagedDir::create(folder)?;
-    let Written { settings, models, files, notes, mut inputs, weights } =
+    let Written { settings: recorded, models, mut files, notes, mut inputs, weights } =
         (target.write)(bundle, settings, staged.path())?;
-    inputs.insert("model".to_string(), bundle.digest()?);
-    let provenance = Provenance::new(EXPORT_SCHEMA_VERSION, inputs, &settings)?;
+    let model = bundle.digest()?;
+    let (scores, reports) = manifest::scores(&settings.reports, &model)?;
+    inputs.insert("model".to_string(), model);
+    let provenance = Provenance::new(EXPORT_SCHEMA_VERSION, inputs, &recorded)?;
+    let size = ExportManifest::size_bytes(staged.path())?;
+    let text = card::text(bundle, target, &provenance.tool, &scores, size)?;
+    components::write(&staged.path().join(CARD), &text)?;
+    files.insert(CARD.to_string(), sha256_file(&staged.path().join(CARD))?);
     let export = Export { provenance, target: target.name.to_string(), models, files, notes, weights };
     write_json(&staged.path().join(EXPORT_FILE), &export)?;
+    let manifest = manifest::of(bundle, &export, (scores, reports), staged.path())?;
+    write_json(&staged.path().join(MANIFEST_FILE), &manifest)?;
     staged.commit()?;
     Ok(export)
 }

@@ -35,6 +35,9 @@ pub struct ExportSettings {
     /// The model before it was trained; as above.
     #[serde(skip)]
     pub dense: Option<PathBuf>,
+    /// Reports of `eval` whose scores go into the manifest.
+    #[serde(skip)]
+    pub reports: Vec<PathBuf>,
     /// Largest size of a weight file in bytes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shard_bytes: Option<u64>,

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Range;
 
-use crate::base::{Cancel, Error, Result, list_preview};
+use crate::base::{Cancel, Error, Result, findings_preview, list_preview};
 use crate::checkpoint::{Checkpoint, floats, from_floats};
 use crate::ir::{DataType, Tensor, ValueId};
 use crate::quantised::{Blocks, Channels, block_matrices, channel_matrices};
@@ -234,7 +234,7 @@ impl<'a> Taker<'a, '_> {
         if !self.problems.is_empty() {
             self.problems.sort();
             self.problems.dedup();
-            let problem = format!("cannot be told apart: {}", list_preview(&self.problems, 4));
+            let problem = format!("cannot be told apart: {}", findings_preview(&self.problems, 4));
             return Err(Error::invalid("weights of the graphs", problem).remedy(
                 "give the model before it was trained with `--dense`, as the same exporter wrote it from this base; train \
                  layers without adapters that stay beside the weights",
@@ -275,7 +275,7 @@ impl Extraction<'_> {
         if pairs.is_empty() {
             return Ok(());
         }
-        let problem = format!("differ from tensors of the base that have their size: {}", list_preview(&pairs, 4));
+        let problem = format!("differ from tensors of the base that have their size: {}", findings_preview(&pairs, 4));
         Err(Error::invalid("weights of the graphs", problem).remedy(
             "give as base the very checkpoint that the ONNX files were exported from; with `--dense`, the model before it \
              was trained",

@@ -2,12 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
-use interlace::base::Device;
+use interlace::base::{Device, sha256_bytes};
 use interlace::bundle::Bundle;
 use interlace::export::{Export, ExportSettings, export, target_named};
 use interlace::ir::{DataType, Dim, Node, Value, ValueType};
 use interlace::onnx;
 use interlace::runtime::{Runtime, SessionOptions, Tensor};
+
+use super::cli::{interlace, stderr};
 
 fn to_triton(bundle: &Bundle, out: &Path) -> Export {
     export(bundle, target_named("triton").expect("a target"), &ExportSettings::default(), out).expect("export")
@@ -127,6 +129,94 @@ fn a_transformers_js_export_has_its_configs_in_the_expected_places() {
     assert!(out.join("onnx/decoder_model_merged.onnx_data").is_file());
     let again = Bundle::open(&out).expect("the folder is a model again");
     assert_eq!(again.components().len(), 3);
+}
+
+const CARD: &str =
+    "---\nlicense: apache-2.0\nmodel-index:\n- name: dense\n  results: 99.8\n---\n# Dense\n99.8 % accuracy\n";
+
+/// The shipped model with a card and a licence, pruned; and a report about it.
+fn documented(here: &Path) {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model");
+    for file in ["onnx/decoder_model_merged.onnx", "onnx/decoder_model_merged.onnx_data", "onnx/embed_tokens.onnx"]
+        .into_iter()
+        .chain(["onnx/vision_encoder.onnx", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"])
+        .chain(["config.json", "chat_template.jinja", "generation_config.json"])
+    {
+        let target = here.join("models--org--dense/snapshots/abc").join(file);
+        std::fs::create_dir_all(target.parent().expect("folder")).expect("folder");
+        std::fs::copy(source.join(file), target).expect("copy");
+    }
+    let dense = here.join("models--org--dense/snapshots/abc");
+    std::fs::write(dense.join("README.md"), CARD).expect("card");
+    std::fs::write(dense.join("LICENSE"), "the licence").expect("licence");
+    // Another tool's file of this name says nothing of an export.
+    std::fs::write(dense.join("manifest.json"), "{\"name\": \"an app\"}").expect("manifest");
+    let run = |arguments: &[&str]| {
+        let output = interlace(here, arguments);
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}: {}", stderr(&output));
+    };
+    run(&["prune", "models--org--dense/snapshots/abc", "--drop", "3,6,8,13", "-o", "pruned", "-q"]);
+    let bench = source.parent().expect("fixtures").join("data/bench-small.tsv");
+    let data = ["--data", bench.to_str().expect("path"), "--limit", "8", "-q"];
+    let models = ["eval", "pruned", "--baseline", "models--org--dense/snapshots/abc", "-o", "report.json"];
+    run(&[&models[..], &data].concat());
+    run(&[&["eval", "models--org--dense/snapshots/abc", "-o", "dense.json"][..], &data].concat());
+}
+
+#[test]
+fn an_export_has_a_card_and_a_manifest_that_verify_checks() {
+    let folder = tempfile::tempdir().expect("folder");
+    let here = folder.path();
+    documented(here);
+    assert!(here.join("pruned/manifest.json").is_file(), "another tool's file is carried along");
+    let code = |arguments: &[&str]| interlace(here, arguments).status.code();
+    let export = |target: &str, out: &str, report: &str| {
+        interlace(here, &["export", "pruned", "--to", target, "-o", out, "--report", report, "-q"])
+    };
+    let wrong = export("triton", "out", "dense.json");
+    assert_eq!(wrong.status.code(), Some(2));
+    assert!(stderr(&wrong).contains("report of another model"), "{}", stderr(&wrong));
+    for target in ["transformers-js", "triton"] {
+        let output = export(target, target, "report.json");
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        let out = here.join(target);
+        let manifest = json(out.join("manifest.json"));
+        assert_eq!(manifest["target"], target);
+        assert_eq!(manifest["history"][0]["dropped"], serde_json::json!([3, 6, 8, 13]));
+        assert_eq!(manifest["licences"], serde_json::json!(["LICENSE"]));
+        assert_eq!(std::fs::read_to_string(out.join("LICENSE")).expect("licence"), "the licence");
+        let report = json(here.join("report.json"));
+        assert_eq!(manifest["scores"][0]["after"], report["model"]["score"]);
+        assert_eq!(manifest["scores"][0]["before"], report["baseline"]["score"]);
+        assert_eq!(manifest["inputs"]["model"], report["inputs"]["model"]);
+        assert!(manifest["inputs"]["report bench-small"].is_string(), "{manifest}");
+        let licence = &manifest["files"]["LICENSE"];
+        assert_eq!(licence["size_bytes"], 11);
+        assert_eq!(licence["sha256"].as_str(), Some(sha256_bytes(b"the licence").as_str()));
+
+        let card = std::fs::read_to_string(out.join("README.md")).expect("card");
+        assert!(card.starts_with("---\nlicense: apache-2.0\nbase_model: org/dense\n"), "{card}");
+        assert!(card.contains("\n    ...D..D.D....D..\n"), "{card}");
+        assert!(
+            card.contains("4 of 16 layers of the language model removed") && card.contains("| bench-small | 8 |"),
+            "{card}"
+        );
+        assert!(!card.contains("99.8") && !card.contains("model-index"), "{card}");
+
+        assert_eq!(code(&["verify", target, "-q"]), Some(0));
+        std::fs::write(out.join("LICENSE"), "the Licence").expect("changed");
+        let failed = interlace(here, &["verify", target, "-q"]);
+        assert_eq!(failed.status.code(), Some(1));
+        assert!(String::from_utf8_lossy(&failed.stdout).contains("`LICENSE` has other content"));
+        std::fs::write(out.join("more.txt"), "x").expect("added");
+        std::fs::remove_file(out.join("LICENSE")).expect("removed");
+        let failed = interlace(here, &["verify", target, "-q"]);
+        let text = String::from_utf8_lossy(&failed.stdout).into_owned();
+        assert!(text.contains("`LICENSE` is missing") && text.contains("`more.txt` is not listed"), "{text}");
+    }
+    // The records of an export do not outlive a change of the model.
+    assert_eq!(code(&["prune", "transformers-js", "--drop", "1", "-o", "again", "-q"]), Some(0));
+    assert!(!here.join("again/manifest.json").exists() && !here.join("again/interlace-export.json").exists());
 }
 
 #[test]

@@ -18,7 +18,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use crate::base::{Error, Result, sha256_file};
-use crate::bundle::{AssetKind, Bundle, Component, Role};
+use crate::bundle::{AssetKind, Bundle, Component, RECORD_FILE, Role, is_card};
 use crate::onnx::{self, Storage};
 
 use super::components::{cap_ir_version, chosen, copy, create, size_of, write as write_text};
@@ -81,10 +81,10 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
         files.insert(path.clone(), sha256_file(&root.join(path))?);
     }
     for asset in bundle.assets() {
-        let carried = matches!(
-            asset.kind,
-            AssetKind::Config | AssetKind::Tokenizer | AssetKind::Documentation | AssetKind::Record
-        );
+        let kinds = [AssetKind::Config, AssetKind::Tokenizer, AssetKind::Documentation];
+        let carried = kinds.contains(&asset.kind) || asset.file == RECORD_FILE;
+        // The export has a card of its own.
+        let carried = carried && !is_card(&asset.file);
         if !carried || texts.contains_key(&asset.file) || rules::is_foreign(&asset.file) {
             continue;
         }

@@ -70,6 +70,9 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
     }
     let mut files = BTreeMap::new();
     for asset in bundle.assets() {
+        if AssetKind::is_licence(&asset.file) {
+            copy(bundle, asset, root, asset.file.clone(), &mut files)?;
+        }
         let (Some(folder), AssetKind::Config | AssetKind::Tokenizer) = (&processor, asset.kind) else { continue };
         copy(bundle, asset, root, format!("{folder}/{}", asset.file), &mut files)?;
     }

@@ -1,0 +1,145 @@
+//! `manifest.json` of an export: every file with its digest, what it was made from, and what was measured.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::base::{Error, Provenance, Result, Sha256Digest, findings_preview, read_json, sha256_large_file};
+
+use super::assets::{AssetKind, MANIFEST_FILE, is_own_manifest};
+use super::record::RecordedStep;
+
+/// Version of its schema.
+pub const MANIFEST_SCHEMA_VERSION: u32 = 1;
+
+/// What an export's folder holds.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct ExportManifest {
+    /// Tool version, schema version, settings, and digests of the source, of what its last step was made from (`plan`, `data`)
+    /// and of reports.
+    #[serde(flatten)]
+    pub provenance: Provenance,
+    /// Name of the target.
+    pub target: String,
+    /// What was done to the model, oldest first; the settings of a finetuning step are its recipe.
+    pub history: Vec<RecordedStep>,
+    /// Scores of the model and of the one before, from the reports that were given.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub scores: Vec<ListedScores>,
+    /// Licences and notices among the files.
+    pub licences: Vec<String>,
+    /// Every other file of the folder, by path.
+    pub files: BTreeMap<String, ListedFile>,
+}
+
+/// One file of an export.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ListedFile {
+    /// Its digest.
+    pub sha256: Sha256Digest,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+}
+
+/// Scores on one benchmark, from 0 to 1.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ListedScores {
+    /// Name of the benchmark.
+    pub benchmark: String,
+    /// Number of its questions.
+    pub questions: u64,
+    /// Score of the exported model.
+    pub after: f64,
+    /// Score of the report's baseline.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub before: Option<f64>,
+}
+
+impl ExportManifest {
+    /// Reads the manifest of a folder; `None` where there is none of this tool.
+    ///
+    /// Errors: as `base::read_json`, for a manifest of this tool.
+    pub fn read(folder: &Path) -> Result<Option<Self>> {
+        let path = folder.join(MANIFEST_FILE);
+        if !is_own_manifest(&path) {
+            return Ok(None);
+        }
+        read_json(&path, MANIFEST_SCHEMA_VERSION).map(Some)
+    }
+
+    /// Lists the files of a folder, the manifest itself left out, with the licences among them.
+    ///
+    /// Errors: `Error::Io`; `Error::Invalid` for a name that is not UTF-8.
+    pub fn list(folder: &Path) -> Result<(BTreeMap<String, ListedFile>, Vec<String>)> {
+        let mut files = BTreeMap::new();
+        for name in names(folder)? {
+            let path = folder.join(&name);
+            let size_bytes = fs::metadata(&path).map_err(|e| Error::io("read", &path, e))?.len();
+            files.insert(name, ListedFile { sha256: sha256_large_file(&path)?, size_bytes });
+        }
+        let is_licence = |path: &&String| AssetKind::is_licence(path.rsplit('/').next().unwrap_or(path));
+        let licences = files.keys().filter(is_licence).cloned().collect();
+        Ok((files, licences))
+    }
+
+    /// Total size of a folder's files in bytes, the manifest left out.
+    ///
+    /// Errors: as [`ExportManifest::list`].
+    pub fn size_bytes(folder: &Path) -> Result<u64> {
+        let size = |name: &String| {
+            let path = folder.join(name);
+            fs::metadata(&path).map(|data| data.len()).map_err(|e| Error::io("read", &path, e))
+        };
+        names(folder)?.iter().map(size).sum()
+    }
+
+    /// What of a folder is not as listed: files that are missing, have other content, or are not listed.
+    ///
+    /// Errors: as [`ExportManifest::list`].
+    pub fn differences(&self, folder: &Path) -> Result<Vec<String>> {
+        let (found, _) = Self::list(folder)?;
+        let listed = self.files.iter().filter_map(|(name, listed)| match found.get(name) {
+            None => Some(format!("`{name}` is missing")),
+            Some(found) if found.size_bytes != listed.size_bytes => {
+                Some(format!("`{name}` has {} bytes, expected {}", found.size_bytes, listed.size_bytes))
+            }
+            Some(found) if found.sha256 != listed.sha256 => Some(format!("`{name}` has other content")),
+            Some(_) => None,
+        });
+        let added = found.keys().filter(|name| !self.files.contains_key(*name));
+        Ok(listed.chain(added.map(|name| format!("`{name}` is not listed"))).collect())
+    }
+
+    /// The differences in one line.
+    pub fn described(differences: &[String]) -> String {
+        findings_preview(differences, 4)
+    }
+}
+
+/// Paths of all files below a folder.
+fn names(folder: &Path) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    let mut pending = vec![(folder.to_path_buf(), String::new())];
+    while let Some((inner, prefix)) = pending.pop() {
+        for entry in fs::read_dir(&inner).map_err(|e| Error::io("read", &inner, e))? {
+            let entry = entry.map_err(|e| Error::io("read", &inner, e))?;
+            let name = entry.file_name().into_string().map_err(|name| {
+                Error::invalid(format!("`{}`", inner.display()), format!("file name {name:?} is not UTF-8"))
+                    .remedy("rename the file")
+            })?;
+            let name = format!("{prefix}{name}");
+            if entry.path().is_dir() {
+                pending.push((entry.path(), format!("{name}/")));
+            } else if name != MANIFEST_FILE {
+                names.push(name);
+            }
+        }
+    }
+    names.sort();
+    Ok(names)
+}
