@@ -111,7 +111,8 @@ mod tests {
         assert!(ahead(2, numbers(100), refuse).unwrap_err().to_string().contains('5'));
         assert!(ahead(2, numbers(100), |_| wrong(6)).unwrap_err().to_string().contains('6'));
         let nothing = || -> Result<std::iter::Empty<Result<usize>>> { wrong(0).map(|_: usize| std::iter::empty()) };
-        assert!(ahead(2, nothing, |items| items.collect::<Result<Vec<_>>>().map(drop)).is_err());
+        let none = ahead(2, nothing, |items| items.collect::<Result<Vec<_>>>().map(drop));
+        assert_eq!(none.unwrap_err().to_string(), "item: 0");
     }
 
     #[test]
@@ -131,7 +132,8 @@ mod tests {
         let first = prepared_ahead(2, || Ok(0usize..), slow, |items| items.collect::<Result<Vec<_>>>().map(drop));
         assert!(first.unwrap_err().to_string().contains('7'));
         let nothing = || -> Result<std::iter::Empty<usize>> { Err(wrong(0)) };
-        assert!(prepared_ahead(2, nothing, slow, |items| items.collect::<Result<Vec<_>>>().map(drop)).is_err());
+        let none = prepared_ahead(2, nothing, slow, |items| items.collect::<Result<Vec<_>>>().map(drop));
+        assert_eq!(none.unwrap_err().to_string(), "item: 0");
     }
 
     #[test]

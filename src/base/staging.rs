@@ -99,11 +99,9 @@ pub(super) fn temporary_of(path: &Path) -> Result<PathBuf> {
     Ok(temporary)
 }
 
-fn folder_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    }
+/// The folder of a file or folder; `.` for a bare name.
+pub fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// A folder that is removed when dropped. When this process is killed, a later run removes it.

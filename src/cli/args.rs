@@ -1,6 +1,25 @@
 //! Types of argument values that several verbs use.
 
+use std::path::PathBuf;
+
+use crate::bundle::{ModelSource, Variants};
 use crate::method::{MODALITIES, ModalityWeights, check_weights};
+
+/// The precision variants of MODEL that a verb runs.
+#[derive(clap::Args, Clone, Debug)]
+pub struct VariantArgs {
+    /// Run this precision variant of every component, such as fp16 or q4, or one for each that is named, as in
+    /// decoder=q4,vision_encoder=fp16; fp32 are the files without a suffix [default: the most precise ones]
+    #[arg(long, value_name = "VARIANT")]
+    variant: Option<Variants>,
+}
+
+impl VariantArgs {
+    /// The model at this path in these variants.
+    pub fn source(&self, path: impl Into<PathBuf>) -> ModelSource {
+        ModelSource::new(path, self.variant.clone())
+    }
+}
 
 /// A list of layers, `2,5`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -157,15 +176,22 @@ mod tests {
         for (text, want) in cases {
             assert_eq!(amount(text), Ok(want), "{text}");
         }
-        assert!(["", "0", "-1", "1X", "M", "nan", "1e30", "1.5 GB"].iter().all(|text| amount(text).is_err()));
+        for bad in ["", "0", "-1", "1X", "M", "nan", "1e30", "1.5 GB"] {
+            let error = amount(bad).expect_err(bad);
+            assert!(error.starts_with("must be a number above 0, with k, M, G"), "{bad}: {error}");
+        }
     }
 
     #[test]
     fn fractions_and_counts_out_of_range_are_refused() {
         assert_eq!(fraction("0.25"), Ok(0.25));
         assert_eq!(fraction("1"), Ok(1.0));
-        assert!(["0", "-0.1", "1.01", "nan", "x"].iter().all(|text| fraction(text).is_err()));
+        for bad in ["0", "-0.1", "1.01", "nan", "x"] {
+            assert_eq!(fraction(bad), Err("must be a number above 0 and at most 1".to_string()), "{bad}");
+        }
         assert_eq!(positive("3"), Ok(3));
-        assert!(["0", "-1", "1.5", ""].iter().all(|text| positive(text).is_err()));
+        for bad in ["0", "-1", "1.5", ""] {
+            assert_eq!(positive(bad), Err("must be a whole number above 0".to_string()), "{bad}");
+        }
     }
 }

@@ -2,9 +2,8 @@
 
 use std::path::PathBuf;
 
-use crate::base::{Device, human_bytes, human_count, sha256_file, write_json};
+use crate::base::{Device, check_output_file, human_bytes, human_count, sha256_file, write_json};
 use crate::bundle::Bundle;
-use crate::data::{Amount, Subset};
 use crate::method::select::{Measures, STRATEGIES, Strategy};
 use crate::method::{FIT_TOKENS, Plan, Scores};
 use crate::pipeline::steps::{self, HowMany, Meter, PlanSettings, PlannedModel};
@@ -65,9 +64,9 @@ pub struct Args {
     /// Read calibration data, for strategies that measure losses
     #[arg(long, value_name = "DATA")]
     data: Option<PathBuf>,
-    /// Draw this number of calibration samples
-    #[arg(long, value_name = "N", default_value_t = 32, value_parser = positive, requires = "data")]
-    samples: usize,
+    /// Draw this number of calibration samples [default: 32, or all where there are fewer]
+    #[arg(long, value_name = "N", value_parser = positive, requires = "data")]
+    samples: Option<usize>,
     /// Fit on at most this number of tokens of other samples, for strategies that measure losses after a fit
     #[arg(long, value_name = "N", default_value_t = FIT_TOKENS, value_parser = positive, requires = "data")]
     fit_tokens: usize,
@@ -90,6 +89,7 @@ fn strategies_help() -> String {
 }
 
 pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
+    check_output_file(&args.output)?;
     let strategy =
         args.strategy.unwrap_or_else(|| if args.drop.is_some() { "explicit" } else { "interlace" }.to_string());
     let how_many = [
@@ -109,25 +109,29 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     let scores = args.scores.as_deref().map(Scores::read).transpose()?;
     let digest = args.scores.as_deref().map(sha256_file).transpose()?;
     let model = PlannedModel::of(&bundle)?;
-    let samples = args.data.is_some().then_some(args.samples);
+    if let (Some(scores), Some(file)) = (&scores, &args.scores) {
+        model.check_scores(scores, format!("scores `{}`", file.display()))?;
+    }
     let measures = Strategy::named(&strategy)?.measures;
-    let settings = PlanSettings {
+    let fits = args.data.is_some() && measures == Measures::HealedLoss;
+    let mut settings = PlanSettings {
         strategy,
         how_many,
         seed: args.seed,
-        samples,
-        fit_tokens: samples.and((measures == Measures::HealedLoss).then_some(args.fit_tokens)),
+        samples: None,
+        fit_tokens: fits.then_some(args.fit_tokens),
         data: args.data.is_some().then(|| args.reading.options()),
         modality_weights: args.modality_weights.map(|weights| weights.0),
         as_released: args.as_released,
         beyond_structure: args.beyond_structure,
     };
-    let subset = Subset { amount: Amount::Samples(args.samples), seed: args.seed };
     let read = args.data.as_deref().map(|data| {
         let data = (data, &args.reading.options());
-        Meter::open(&bundle, measures, data, (subset, args.fit_tokens), args.device, &context.cancel)
+        let drawn = (args.samples, args.seed, args.fit_tokens);
+        Meter::open(&bundle, measures, data, drawn, args.device, &context.cancel)
     });
     let mut meter = read.transpose()?;
+    settings.samples = meter.as_ref().map(|meter| meter.asked);
     let measured = measures != Measures::Nothing;
     if let Some(meter) = meter.as_ref().filter(|_| measured) {
         let cost = meter.cost(settings.how_many.count(&model)?, model.num_layers);
@@ -138,6 +142,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     let output = &context.output;
     warn_left_out(&plan.left_out, output);
     model.warnings(&plan.drop).iter().for_each(|warning| output.warn(warning));
+    steps::variants_warning(&bundle, &[]).iter().for_each(|warning| output.warn(warning));
     match output.json {
         true => output.json(&plan)?,
         false => print(&plan, &model, measured, output)?,

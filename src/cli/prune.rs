@@ -86,7 +86,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     let plan = args.plan.as_deref().map(Plan::read).transpose()?;
     let layers = args.drop.unwrap_or(LayerList(Vec::new())).0;
     let drop = match (&plan, &args.plan) {
-        (Some(plan), Some(path)) => Drop::Plan { plan, digest: sha256_file(path)? },
+        (Some(plan), Some(path)) => Drop::Plan { plan, digest: sha256_file(path)?, file: path },
         _ => {
             let tower = match args.component {
                 Component::Decoder => Tower::Text,
@@ -117,6 +117,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     for variant in &pruned.set_aside {
         output.warn(format!("`{}` is set aside: {}", variant.file, variant.problem));
     }
+    steps::variants_warning(&bundle, &pruned.set_aside).iter().for_each(|warning| output.warn(warning));
     if output.json {
         output.json(&pruned)?;
         return Ok(Outcome::Done);

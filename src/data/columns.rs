@@ -6,7 +6,7 @@ use std::sync::Arc;
 use arrow::array::{Array, ArrayRef, AsArray, OffsetSizeTrait, StructArray};
 use arrow::datatypes::{DataType, Float64Type, Schema};
 
-use crate::base::{Error, Result};
+use crate::base::{Error, Result, shortened};
 
 use super::keys::{is_silent, unread};
 use super::options::DataOptions;
@@ -231,7 +231,7 @@ fn said(cells: &ArrayRef, role: &str, content: &str) -> Result<Vec<RawMessage>, 
     for number in 0..cells.len() {
         let name = string_at(roles, number)?.ok_or_else(|| format!("message {number} has no `{role}`"))?;
         let speaker = Speaker::named(&name)
-            .ok_or_else(|| format!("has a message of `{name}`, expected system, user or assistant"))?;
+            .ok_or_else(|| format!("has a message of `{}`, expected system, user or assistant", shortened(&name)))?;
         if contents.is_null(number) {
             return Err(format!("message {number} has no `{content}`"));
         }
@@ -271,7 +271,7 @@ fn parts_of(parts: &ArrayRef) -> Result<Vec<Piece>, String> {
                 }
                 Piece::Image(index.map(|index| index as usize))
             }
-            (kind, _) => return Err(format!("has a part of type `{kind}`, expected text or image")),
+            (kind, _) => return Err(format!("has a part of type `{}`, expected text or image", shortened(kind))),
         });
     }
     Ok(pieces)

@@ -18,8 +18,11 @@ impl Processor {
         if let Some(tokens) = &sample.text {
             return self.running_text(sample, tokens, false);
         }
+        if sample.turns.is_empty() {
+            return Err(Error::invalid(&sample.id, "has no turns").remedy("remove the row from the data"));
+        }
         let mut messages = self.messages(sample, &answers(sample))?;
-        messages.pop().ok_or_else(|| Error::invalid(&sample.id, "has no turns"))?;
+        messages.pop();
         self.encode_messages(&sample.id, &messages, &sample.images, true)
     }
 
@@ -64,7 +67,8 @@ impl Processor {
         Ok(self.encoded(id, ids, answer_mask, images))
     }
 
-    fn running_text(&self, sample: &Sample, tokens: &[i64], answers: bool) -> Result<Encoded> {
+    /// Encodes running text. Every token is marked, or none.
+    fn running_text(&self, sample: &Sample, tokens: &[i64], marked: bool) -> Result<Encoded> {
         let image = self.image_token_id();
         if tokens.iter().any(|&token| Some(token) == image) {
             return Err(Error::invalid(&sample.id, "holds the image token, but running text has no pictures")
@@ -73,7 +77,7 @@ impl Processor {
         Ok(Encoded {
             id: sample.id.clone(),
             input_ids: tokens.to_vec(),
-            answer_mask: vec![answers; tokens.len()],
+            answer_mask: vec![marked; tokens.len()],
             image_positions: Vec::new(),
             images: None,
             given: None,
@@ -161,6 +165,7 @@ impl Processor {
         if end <= first { Err("has no tokens") } else { Ok(first..end) }
     }
 
+    /// True for a token that can end a turn.
     fn closes(&self, token: u32) -> bool {
         self.eos.contains(&token) || self.tokenizer.is_special(token)
     }

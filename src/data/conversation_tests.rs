@@ -76,6 +76,7 @@ fn ids(value: &Value) -> Vec<i64> {
 fn texts_and_token_ids_equal_hugging_face() {
     let reference: Value =
         serde_json::from_slice(&fs::read(fixtures("processor/conversations.json")).unwrap()).unwrap();
+    assert!(!reference["cases"].as_array().unwrap().is_empty());
     for case in reference["cases"].as_array().unwrap() {
         let split = case["do_image_splitting"].as_bool().unwrap();
         let (_folder, processor) = processor(&reference["settings"][if split { "split" } else { "whole" }]);
@@ -151,6 +152,7 @@ fn image_tokens_in_the_question_are_refused() {
 fn marked(processor: &Processor, encoded: &Encoded) -> Vec<String> {
     let mut runs: Vec<String> = Vec::new();
     let mut inside = false;
+    assert_eq!(encoded.input_ids.len(), encoded.answer_mask.len());
     for (&id, &answer) in encoded.input_ids.iter().zip(&encoded.answer_mask) {
         if answer {
             if !inside {

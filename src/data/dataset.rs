@@ -18,46 +18,9 @@ use super::subset::{Subset, mix};
 use super::tensors::{GraphInputs, TensorFile, is_tensor_file};
 use super::text::TextFile;
 
-/// Salt of the hash that assigns rows to parts. It makes that hash independent of the ranks in a draw.
+/// Salt of the hash that assigns rows to parts. It makes that hash independent of the ranks in a draw, so that
+/// both parts have samples of all ranks.
 const PART_SALT: u64 = 0x6865_6c64_5f62_616b;
-
-/// Reader of one file's rows.
-#[derive(Debug)]
-enum RowReader {
-    Parquet(Shard),
-    Json(JsonFile),
-    Text(TextFile),
-    Tensors(TensorFile),
-}
-
-impl RowReader {
-    fn path(&self) -> &Path {
-        match self {
-            RowReader::Parquet(shard) => shard.path(),
-            RowReader::Json(file) => file.path(),
-            RowReader::Text(text) => text.path(),
-            RowReader::Tensors(file) => file.path(),
-        }
-    }
-
-    fn take_listed(&mut self) -> Vec<Listed> {
-        match self {
-            RowReader::Parquet(shard) => shard.take_listed(),
-            RowReader::Json(file) => file.take_listed(),
-            RowReader::Text(text) => text.take_listed(),
-            RowReader::Tensors(file) => file.take_listed(),
-        }
-    }
-
-    fn read(&self, rows: Vec<usize>) -> SourceRows<'_> {
-        match self {
-            RowReader::Parquet(shard) => Box::new(shard.read(rows)),
-            RowReader::Json(file) => Box::new(file.read(rows)),
-            RowReader::Text(text) => Box::new(text.read(rows)),
-            RowReader::Tensors(file) => Box::new(file.read(rows)),
-        }
-    }
-}
 
 /// A data set: parquet or JSON files of conversations, a `.jsonl` file of running text, or files of ready tensors.
 #[derive(Debug)]
@@ -101,9 +64,10 @@ impl Dataset {
                     .remedy("expected conversations in parquet or JSON files"));
             }
             let is_parquet = path.extension().is_some_and(|extension| extension == "parquet");
-            let reader = match is_parquet {
-                true => RowReader::Parquet(Shard::open(&path, &name, options)?),
-                false => RowReader::Json(JsonFile::open(&path, &name, options)?),
+            let reader = if is_parquet {
+                RowReader::Parquet(Shard::open(&path, &name, options)?)
+            } else {
+                RowReader::Json(JsonFile::open(&path, &name, options)?)
             };
             readers.push((name, reader));
         }
@@ -143,6 +107,11 @@ impl Dataset {
         self.readers.iter().any(|(_, reader)| matches!(reader, RowReader::Tensors(_)))
     }
 
+    /// True when the samples are sequences of running text.
+    pub fn holds_text(&self) -> bool {
+        self.readers.iter().any(|(_, reader)| matches!(reader, RowReader::Text(_)))
+    }
+
     /// True when `path` names files of ready tensors.
     pub fn is_tensors(path: &Path) -> bool {
         data_files(path).is_ok_and(|files| files.iter().any(|file| is_tensor_file(&file.path)))
@@ -155,8 +124,6 @@ impl Dataset {
             let separate =
                 options.turns == Turns::Separate && !matches!(reader, RowReader::Text(_) | RowReader::Tensors(_));
             for Listed { row, turns, key } in reader.take_listed() {
-                // The salt makes this hash independent of the ranks in a draw, so that both parts have samples of all
-                // ranks.
                 if !options.part.has(mix(key ^ PART_SALT)) {
                     continue;
                 }
@@ -259,6 +226,44 @@ impl Dataset {
     }
 }
 
+/// Reader of one file's rows.
+#[derive(Debug)]
+enum RowReader {
+    Parquet(Shard),
+    Json(JsonFile),
+    Text(TextFile),
+    Tensors(TensorFile),
+}
+
+impl RowReader {
+    fn path(&self) -> &Path {
+        match self {
+            RowReader::Parquet(shard) => shard.path(),
+            RowReader::Json(file) => file.path(),
+            RowReader::Text(text) => text.path(),
+            RowReader::Tensors(file) => file.path(),
+        }
+    }
+
+    fn take_listed(&mut self) -> Vec<Listed> {
+        match self {
+            RowReader::Parquet(shard) => shard.take_listed(),
+            RowReader::Json(file) => file.take_listed(),
+            RowReader::Text(text) => text.take_listed(),
+            RowReader::Tensors(file) => file.take_listed(),
+        }
+    }
+
+    fn read(&self, rows: Vec<usize>) -> SourceRows<'_> {
+        match self {
+            RowReader::Parquet(shard) => Box::new(shard.read(rows)),
+            RowReader::Json(file) => Box::new(file.read(rows)),
+            RowReader::Text(text) => Box::new(text.read(rows)),
+            RowReader::Tensors(file) => Box::new(file.read(rows)),
+        }
+    }
+}
+
 /// Rehashes each key with its number of earlier occurrences, so that samples with the same content have different keys.
 fn tell_apart(keys: &mut [u64]) {
     let mut order: Vec<usize> = (0..keys.len()).collect();
@@ -299,7 +304,7 @@ impl Iterator for Samples<'_> {
             }
             if let Some(group) = self.groups.next() {
                 let row = self.rows.next().unwrap_or_else(|| {
-                    Err(Error::invalid("data", "ends before the last row that its footer promises"))
+                    Err(Error::invalid("data", "has fewer rows than were listed").remedy("write the files again"))
                 });
                 self.ready = samples_of(row, &group).into_iter();
                 continue;

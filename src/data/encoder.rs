@@ -19,10 +19,13 @@ pub struct Encoder {
 impl Encoder {
     /// Opens the model's processor, unless the data set holds ready tensors.
     ///
-    /// Errors: as `Processor::open_with`.
+    /// Errors: as `Processor::open_with`; `Error::Invalid` for conversations and a model without a chat template.
     pub fn open(bundle: &Bundle, dataset: &Dataset) -> Result<Self> {
         let open = || Processor::open_with(bundle, &dataset.options().images);
         let processor = (!dataset.holds_tensors()).then(open).transpose()?;
+        if let Some(processor) = processor.as_ref().filter(|_| !dataset.holds_text()) {
+            processor.template()?;
+        }
         Ok(Encoder { processor })
     }
 

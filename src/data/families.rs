@@ -123,9 +123,9 @@ pub const FAMILIES: &[Family] = &[
         "LLaVA-OneVision",
         &["llava_onevision"],
         "LlavaOnevisionProcessor",
-        Proof::Pipeline(&["llava_onevision"]),
+        Proof::Pipeline(&["llava_onevision", "llava_onevision_with_tiles"]),
         "one tile of a picture, as transformers.js feeds it; tiles of any resolution where the graph takes `image_sizes` \
-         (its processor alone is compared)",
+         and packs their features",
     ),
     row("FastVLM", &["fast_vlm", "llava_qwen2"], "LlavaProcessor", Proof::Pipeline(&["fast_vlm"]), ""),
     row(

@@ -95,6 +95,7 @@ fn differences(processor: &Processor, case: &Value, talk: &Value, back_end: &str
     if runs(&encoded.input_ids) != want {
         found.push(format!("ids {:?}, expected {want:?}", runs(&encoded.input_ids)));
     }
+    // Prompts without pictures, and some with pictures of different sizes, have no arrays.
     for (key, want) in case["arrays"][back_end].as_object().into_iter().flatten() {
         let array = encoded.images.as_ref().unwrap().joined(key).unwrap();
         let same = array.len() as u64 == want["len"]
@@ -111,9 +112,12 @@ fn family_differences(family: &Value, shared: &Value) -> Vec<String> {
     let mut found = Vec::new();
     let folder = folder(family, shared);
     let bundle = Bundle::open(folder.path()).unwrap();
+    assert!(!family["back_ends"].as_array().unwrap().is_empty(), "{}", family["name"]);
     for back_end in family["back_ends"].as_array().unwrap() {
         let back_end = back_end.as_str().unwrap();
         let what = format!("{} {back_end}", family["name"]);
+        let has_arrays = |case: &Value| case["arrays"][back_end].as_object().is_some_and(|arrays| !arrays.is_empty());
+        assert!(family["cases"].as_array().unwrap().iter().any(has_arrays), "{what} has no expected arrays");
         match Processor::open_with(&bundle, &settings(family, back_end)) {
             Ok(processor) => {
                 for case in family["cases"].as_array().unwrap() {
@@ -231,6 +235,7 @@ fn a_video_is_encoded_as_frames_with_timestamps() {
         let text = video["frames"][place.as_u64().unwrap() as usize].as_str().unwrap();
         ImageBytes::held("frame", base64::engine::general_purpose::STANDARD.decode(text).unwrap())
     };
+    assert!(!video["cases"].as_array().unwrap().is_empty());
     for case in video["cases"].as_array().unwrap() {
         let folder = folder(family, &shared);
         fs::write(folder.path().join("chat_template.jinja"), video["template"].as_str().unwrap()).unwrap();
@@ -269,20 +274,23 @@ fn a_video_is_encoded_as_frames_with_timestamps() {
 
 #[test]
 fn the_token_of_videos_is_read_from_the_processor_s_config() {
-    let shared = json("families.json");
+    let (shared, video) = (json("families.json"), json("video.json"));
     let family = shared["families"].as_array().unwrap().iter().find(|family| family["name"] == "qwen3_vl").unwrap();
     let folder = folder(family, &shared);
-    let path = folder.path().join("processor_config.json");
-    let mut config: Value =
-        fs::read(&path).map_or_else(|_| serde_json::json!({}), |b| serde_json::from_slice(&b).unwrap());
-    config["processor_class"] = "Qwen3VLProcessor".into();
-    config["video_token"] = "<|a token that is not in the tokenizer|>".into();
-    fs::write(&path, config.to_string()).unwrap();
-    let processor = Processor::open(&Bundle::open(folder.path()).unwrap()).unwrap();
-    let frame = ImageBytes::file("photo.jpeg", fixtures("awkward/photo.jpeg"));
-    let clip = ImageBytes::frames("video 0", vec![(0.0, frame.clone()), (0.5, frame)]).unwrap();
-    let error = processor.encode_question("case", &[Part::Image(0)], &[clip]).unwrap_err().to_string();
-    assert!(error.contains("is a video, which this model's processor does not take"), "{error}");
+    fs::write(folder.path().join("chat_template.jinja"), video["template"].as_str().unwrap()).unwrap();
+    let encode = |token: &str| {
+        let path = folder.path().join("processor_config.json");
+        let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        config["video_token"] = token.into();
+        fs::write(&path, config.to_string()).unwrap();
+        let processor = Processor::open(&Bundle::open(folder.path()).unwrap()).unwrap();
+        let frame = || ImageBytes::file("photo.jpeg", fixtures("awkward/photo.jpeg"));
+        let clip = ImageBytes::frames("video 0", vec![(0.0, frame()), (0.5, frame())]).unwrap();
+        processor.encode_question("case", &[Part::Image(0), Part::Text("What?".into())], &[clip])
+    };
+    encode("<|video_pad|>").unwrap();
+    let error = encode("<|a token that is not in the tokenizer|>").unwrap_err().to_string();
+    assert!(error.contains("0 times"), "{error}");
 }
 
 #[test]

@@ -95,10 +95,10 @@ impl Intake {
     ) -> Result<impl Iterator<Item = Result<Encoded>> + 'a> {
         *self.lock() = LeftOut::default();
         let (samples, asked) = (dataset.read(indices)?, indices.len());
-        Ok(samples.filter_map(move |sample| self.keep(sample.and_then(|sample| encode(&sample)), asked)))
+        Ok(samples.filter_map(move |sample| self.keep(sample.and_then(|sample| encode(&sample)), asked, Encoded::len)))
     }
 
-    /// Passes [`Intake::encoded`] to `take`. One thread reads the samples and as many as there are cores encode them,
+    /// Passes [`Intake::encoded`] to `take`, with the samples' indices. One thread reads the samples and as many as there are cores encode them,
     /// at most `window` ahead of `take`. The indices are one process's part of `asked` samples;
     /// the limit of 5% refers to `asked`.
     ///
@@ -108,12 +108,19 @@ impl Intake {
         (dataset, indices, asked): (&Dataset, &[usize], usize),
         window: usize,
         encode: impl Fn(&Sample) -> Result<Encoded> + Sync,
-        take: impl FnOnce(&mut dyn Iterator<Item = Result<Encoded>>) -> Result<R>,
+        take: impl FnOnce(&mut dyn Iterator<Item = Result<(usize, Encoded)>>) -> Result<R>,
     ) -> Result<R> {
         *self.lock() = LeftOut::default();
         let read = || Ok(self.preparing.over(dataset.read(indices)?));
-        let prepare = |sample: Result<Sample>| self.preparing.time(|| encode(&sample?));
-        prepared_ahead(window, read, prepare, |all| take(&mut all.filter_map(|encoded| self.keep(encoded, asked))))
+        let prepare = |sample: Result<Sample>| {
+            self.preparing.time(|| {
+                let sample = sample?;
+                Ok((sample.index, encode(&sample)?))
+            })
+        };
+        prepared_ahead(window, read, prepare, |all| {
+            take(&mut all.filter_map(|item| self.keep(item, asked, |(_, encoded)| encoded.len())))
+        })
     }
 
     /// Time that [`Intake::ahead`] has spent with reading and encoding, summed over its threads.
@@ -121,10 +128,10 @@ impl Intake {
         &self.preparing
     }
 
-    /// The sample, unless it is left out, which is counted.
-    fn keep(&self, encoded: Result<Encoded>, asked: usize) -> Option<Result<Encoded>> {
+    /// The sample, unless it is left out, which is counted. `length` is its number of tokens.
+    fn keep<T>(&self, encoded: Result<T>, asked: usize, length: impl Fn(&T) -> usize) -> Option<Result<T>> {
         match encoded {
-            Ok(encoded) if encoded.len() > self.max_tokens => {
+            Ok(encoded) if length(&encoded) > self.max_tokens => {
                 self.lock().too_long += 1;
                 None
             }
@@ -159,9 +166,12 @@ impl Intake {
         if left_out.unreadable as f64 <= MOST_UNREADABLE * asked as f64 {
             return Ok(());
         }
-        let problem =
-            format!("more than 5% of {asked} samples cannot be read; the first: {}", left_out.reasons.join("; "));
-        Err(Error::invalid(&self.subject, problem).remedy("repair the data, or leave these rows out of it"))
+        // The reasons end with remedies of their own.
+        let problem = format!(
+            "more than 5% of {asked} samples cannot be read, repair the data or leave these rows out; the first: {}",
+            left_out.reasons.join("; ")
+        );
+        Err(Error::invalid(&self.subject, problem))
     }
 
     /// Counts an unreadable row.

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use crate::base::{Error, Progress, Result, contained_path};
+use crate::base::{Error, Progress, Result, contained_path, folder_of, shortened};
 
 use super::json_row::{JsonProblem, JsonRow};
 use super::json_scan::scan;
@@ -93,16 +93,16 @@ impl JsonFile {
     }
 
     fn row(&self, subject: String, entry: JsonRow) -> Result<SourceRow> {
-        let folder = self.path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let folder = folder_of(&self.path);
         let subject = match &entry.id {
-            Some(id) => format!("{subject} (id `{id}`)"),
+            Some(id) => format!("{subject} (id `{}`)", shortened(id)),
             None => subject,
         };
         let mut images = Vec::new();
         for name in &entry.images {
-            let picture = format!("image `{name}` of {subject}");
+            let picture = format!("image `{}` of {subject}", shortened(name));
             let path = contained_path(folder, name).map_err(|error| {
-                Error::invalid(&picture, error.to_string())
+                Error::invalid(&picture, error.without_remedy().to_string())
                     .remedy("keep pictures in the folder of the JSON file and name them relative to it")
             })?;
             images.push(ImageBytes::file(picture, path));

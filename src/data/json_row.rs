@@ -7,6 +7,8 @@ use serde::Deserialize;
 use serde::de::value::SeqAccessDeserializer;
 use serde::de::{Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
+use crate::base::{clipped, shortened};
+
 use super::keys::is_silent;
 use super::options::DataOptions;
 use super::row::{Piece, RawMessage, Speaker};
@@ -36,7 +38,8 @@ impl JsonRow {
     /// Errors: `JsonProblem::Unread` for keys of the row, its messages and their parts that have content, but no
     /// reader, and are not silent; `JsonProblem::Bad` for any other problem.
     pub fn parse(bytes: &[u8], options: &DataOptions) -> Result<Self, JsonProblem> {
-        let raw: Fields = serde_json::from_slice(bytes).map_err(|e| bad(format!("does not decode: {e}")))?;
+        let raw: Fields =
+            serde_json::from_slice(bytes).map_err(|e| bad(format!("does not decode: {}", clipped(&e.to_string()))))?;
         let mut entry = JsonRow::default();
         let mut unread = Vec::new();
         let (mut images, mut image) = (Vec::new(), Vec::new());
@@ -113,7 +116,8 @@ impl TextLine {
     ///
     /// Errors: as `JsonRow::parse`.
     pub fn parse(line: &[u8], options: &DataOptions) -> Result<String, TextProblem> {
-        let Fields(fields) = serde_json::from_slice(line).map_err(|e| bad(format!("does not decode: {e}")))?;
+        let Fields(fields) =
+            serde_json::from_slice(line).map_err(|e| bad(format!("does not decode: {}", clipped(&e.to_string()))))?;
         let (mut text, mut unread) = (None, Vec::new());
         for (key, field) in fields {
             match (key.as_str(), field) {
@@ -152,8 +156,9 @@ fn spoken(
         unread.extend(held.map(|(key, _)| key));
     };
     keep(message.rest);
-    let speaker = Speaker::named(&message.role)
-        .ok_or_else(|| bad(format!("has a message of `{}`, expected system, user or assistant", message.role)))?;
+    let speaker = Speaker::named(&message.role).ok_or_else(|| {
+        bad(format!("has a message of `{}`, expected system, user or assistant", shortened(&message.role)))
+    })?;
     let pieces = match message.content {
         JsonContent::Text(text) => vec![Piece::Text(text)],
         JsonContent::Parts(parts) => {
@@ -172,7 +177,9 @@ fn spoken(
                         };
                         Piece::Image(index)
                     }
-                    (kind, _) => return Err(bad(format!("has a part of type `{kind}`, expected text or image"))),
+                    (kind, _) => {
+                        return Err(bad(format!("has a part of type `{}`, expected text or image", shortened(kind))));
+                    }
                 });
             }
             pieces

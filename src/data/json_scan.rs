@@ -9,7 +9,7 @@ use crate::base::{Error, Result};
 
 /// Maximum length of a row in bytes.
 const MAX_ROW_BYTES: usize = 64 << 20;
-/// May open a file in UTF-8.
+/// Optional first bytes of a file in UTF-8.
 const BYTE_ORDER_MARK: [u8; 3] = [0xef, 0xbb, 0xbf];
 
 /// Calls `take` with the byte range and the bytes of each row. Rows are the elements of a list, or the lines that are
@@ -53,8 +53,11 @@ enum Form {
 
 struct Scanner<'a> {
     path: &'a Path,
+    /// Offset of the next byte.
     place: u64,
+    /// Offset of the first byte of `row`.
     begin: u64,
+    /// Bytes of the current row, from its first one that is not white space.
     row: Vec<u8>,
     form: Form,
     /// True after a comma of the list, until the next element begins.

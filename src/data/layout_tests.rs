@@ -137,7 +137,8 @@ fn a_sample_is_read_without_reading_the_samples_before_it() {
         fs::write(&path, bytes).unwrap();
         let sample = data.read(&[499]).unwrap().next().unwrap().unwrap();
         assert_eq!(sample.turns[0].assistant, "answer 499");
-        assert!(data.read(&[0]).unwrap().next().unwrap().is_err());
+        let error = data.read(&[0]).unwrap().next().unwrap().unwrap_err().to_string();
+        assert!(error.starts_with("row 0 of `"), "{error}");
     }
     let path = folder.path().join("x.parquet");
     shard(&path, 50, true);
@@ -153,7 +154,8 @@ fn a_sample_is_read_without_reading_the_samples_before_it() {
     fs::write(&path, bytes).unwrap();
     let sample = data.read(&[49]).unwrap().next().unwrap().unwrap();
     assert_eq!((sample.turns[1].assistant.as_str(), shade(&sample.images[0])), ("a 49 1", 49));
-    assert!(data.read(&[0]).unwrap().next().unwrap().is_err());
+    let error = data.read(&[0]).unwrap().next().unwrap().unwrap_err().to_string();
+    assert!(error.contains("x.parquet"), "{error}");
 }
 
 #[test]
@@ -238,7 +240,8 @@ fn shards_of_a_folder_or_a_pattern_form_one_data_set() {
             ("a 2 1", "row 2 of `train-1.parquet`")
         );
     }
-    assert!(turns.read(&[30]).is_err());
+    let error = turns.read(&[30]).err().unwrap().to_string();
+    assert_eq!(error, "data: sample 30 does not exist, there are 30");
 }
 
 #[test]

@@ -125,10 +125,12 @@ impl Processor {
     /// Errors: as `onnx::load`.
     pub fn note(&self, bundle: &Bundle) -> Result<Option<String>> {
         let Some(vision) = &self.vision else { return Ok(None) };
-        let problem = packed_nowhere(bundle, &vision.placeholder)?;
-        Ok(problem.map(|problem| {
-            format!("a picture is one view, as in transformers.js, and is not cut into tiles: {problem}")
-        }))
+        Ok(match Packing::of(bundle, &vision.placeholder)? {
+            Packing::Nowhere(problem) => {
+                Some(format!("a picture is one view, as in transformers.js, and is not cut into tiles: {problem}"))
+            }
+            Packing::Unneeded | Packing::Graph(_) => None,
+        })
     }
 
     /// Warning when the model's image processor is not supported; `None` when it is.
@@ -141,8 +143,11 @@ impl Processor {
         match &self.unknown_images {
             Some(problem) => Error::unsupported(id, format!("has pictures: {problem}"))
                 .remedy("take samples without pictures, or running text"),
-            None => Error::invalid(id, "has pictures, but the model has no image processor")
-                .remedy("use samples without pictures, or put `preprocessor_config.json` beside the model"),
+            // The model's fault and not the row's, so that no row is left out for it.
+            None => {
+                Error::unsupported(&self.subject, format!("{id} has pictures, but the model has no image processor"))
+                    .remedy("use samples without pictures, or put `preprocessor_config.json` beside the model")
+            }
         }
     }
 
@@ -236,16 +241,26 @@ impl Processor {
         Message { role, content: Content::Text(text) }
     }
 
-    pub(super) fn render(&self, id: &str, messages: &[Message], prompt: bool) -> Result<String> {
-        let template = self.template.as_ref().ok_or_else(|| {
+    /// The chat template, which conversations need.
+    ///
+    /// Errors: `Error::Invalid` for a model without one.
+    pub(super) fn template(&self) -> Result<&ChatTemplate> {
+        self.template.as_ref().ok_or_else(|| {
             Error::invalid(&self.subject, "has no chat template").remedy(
                 "expected chat_template.jinja, or `chat_template` in tokenizer_config.json; running text needs none",
             )
-        })?;
-        let text = template.render(messages, prompt).map_err(|error| {
-            Error::invalid(id, error.to_string())
-                .remedy("correct the roles and the order of the sample's turns, or remove it from the data")
-        })?;
+        })
+    }
+
+    /// The error of conversations for a model without a chat template; `None` for a model with one.
+    pub fn without_template(&self) -> Option<String> {
+        self.template().err().map(|error| error.to_string())
+    }
+
+    pub(super) fn render(&self, id: &str, messages: &[Message], prompt: bool) -> Result<String> {
+        let template = self.template()?;
+        // The template's error has a remedy.
+        let text = template.render(messages, prompt).map_err(|error| Error::invalid(id, error.to_string()))?;
         // Answers are not checked: templates remove the reasoning of earlier turns.
         let given = messages.iter().filter(|message| message.role != "assistant");
         match given.flat_map(Message::texts).find(|part| !text.contains(part.trim())) {
@@ -310,20 +325,48 @@ impl Processor {
     }
 }
 
-/// Reason that tiles cannot be used: the vision encoder must pack their features, but its graph lacks the input for it.
-/// `None` when tiles can be used.
-fn packed_nowhere(bundle: &Bundle, placeholder: &Placeholder) -> Result<Option<String>> {
-    let (Some(input), Some(vision)) = (placeholder.packed_by, bundle.component(Role::VisionEncoder)) else {
-        return Ok(None);
-    };
-    let graph = onnx::load(&bundle.path_of(vision))?.graph;
-    Ok(graph.input(input).is_none().then(|| {
-        format!(
-            "`{}` has no input `{input}`; cutting the padding off the tiles' features and putting newlines between them is \
-             in no graph of the folder",
-            vision.file
-        )
-    }))
+/// Where the features of a picture's tiles are packed for the prompt.
+enum Packing {
+    /// They need no packing, or there is no vision encoder.
+    Unneeded,
+    /// In the graph of the vision encoder. The reason that it always gets tiles.
+    Graph(String),
+    /// They need packing, but the vision encoder has no input for it. The reason that tiles cannot be used.
+    Nowhere(String),
+}
+
+impl Packing {
+    fn of(bundle: &Bundle, placeholder: &Placeholder) -> Result<Self> {
+        let (Some(input), Some(vision)) = (placeholder.packed_by, bundle.component(Role::VisionEncoder)) else {
+            return Ok(Packing::Unneeded);
+        };
+        let graph = onnx::load(&bundle.path_of(vision))?.graph;
+        Ok(match graph.input(input) {
+            Some(_) => Packing::Graph(format!(
+                "`{}` has an input `{input}`: it packs the features of tiles, and a single view is not what it expects",
+                vision.file
+            )),
+            None => Packing::Nowhere(format!(
+                "`{}` has no input `{input}`; cutting the padding off the tiles' features and putting newlines between \
+                 them is in no graph of the folder",
+                vision.file
+            )),
+        })
+    }
+
+    /// The setting for tiles: the user's, or true for a vision encoder that packs them.
+    ///
+    /// Errors: `Error::Unsupported` for a setting that does not fit the vision encoder.
+    fn tiles(self, own: Option<bool>) -> Result<Option<bool>> {
+        match (self, own) {
+            (Packing::Nowhere(problem), Some(true)) => Err(Error::unsupported("image tiles", problem)
+                .remedy("leave `--image-tiles` out: a picture is then one view, as in transformers.js")),
+            (Packing::Graph(problem), Some(false)) => Err(Error::unsupported("no image tiles", problem)
+                .remedy("leave `--image-tiles` out: the only picture of a conversation is then cut into tiles")),
+            (Packing::Graph(_), None) => Ok(Some(true)),
+            (_, own) => Ok(own),
+        }
+    }
 }
 
 impl PictureEncoding {
@@ -351,15 +394,10 @@ impl PictureEncoding {
         ImageProcessor::check_kind(&config, source)?;
         let mut placeholder = placeholders::open(bundle, tokenizer, &config, processor_config)?;
         let forced = std::mem::take(&mut placeholder.image_settings);
-        let mut images = ImageProcessor::new(&config, source, forced, settings)?;
+        let tiles = Packing::of(bundle, &placeholder)?.tiles(settings.tiles)?;
+        let mut images = ImageProcessor::new(&config, source, forced, &ImageSettings { tiles, ..*settings })?;
         if placeholder.video.is_some() {
             images.read_video(&video_config(bundle, processor_config)?)?;
-        }
-        if settings.tiles == Some(true)
-            && let Some(problem) = packed_nowhere(bundle, &placeholder)?
-        {
-            return Err(Error::unsupported("image tiles", problem)
-                .remedy("leave `--image-tiles` out: a picture is then one view, as in transformers.js"));
         }
         let feature = &placeholder.feature;
         let feature_id = tokenizer.id(feature).ok_or_else(|| {

@@ -162,6 +162,9 @@ fn take_turns(messages: Vec<RawMessage>) -> std::result::Result<(Option<String>,
     while let Some(question) = messages.next() {
         let answer = messages.next();
         let speakers = (question.speaker, answer.as_ref().map(|message| message.speaker));
+        if speakers == (Speaker::User, None) {
+            return Err("the conversation ends with the user; an assistant's answer is missing".into());
+        }
         let ((Speaker::User, Some(Speaker::Assistant)), Some(answer)) = (speakers, answer) else {
             let name = |speaker| match speaker {
                 Speaker::System => "the system",
@@ -308,8 +311,14 @@ mod tests {
         let system = RawMessage::text(Speaker::System, "Be short.".into());
         let messages = std::iter::once(system.clone()).chain(dialogue(&["q", "a"])).collect();
         assert_eq!(row(0, messages).unwrap().system.as_deref(), Some("Be short."));
-        for messages in [vec![], dialogue(&["q"]), dialogue(&["q", "a", "q"]), vec![system]] {
-            assert!(row(0, messages).is_err());
+        for (messages, want) in [
+            (vec![], "has no question and answer"),
+            (dialogue(&["q"]), "the conversation ends with the user; an assistant's answer is missing"),
+            (dialogue(&["q", "a", "q"]), "the conversation ends with the user; an assistant's answer is missing"),
+            (vec![system], "has no question and answer"),
+        ] {
+            let error = row(0, messages).unwrap_err();
+            assert!(error.starts_with(want), "{error}");
         }
         let late = dialogue(&["q", "a"]).into_iter().chain([RawMessage::text(Speaker::System, "x".into())]).collect();
         let error = row(0, late).unwrap_err();

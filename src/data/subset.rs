@@ -43,7 +43,7 @@ impl Subset {
                     "fraction of the data",
                     format!("is {part}, expected more than 0 and at most 1"),
                 )
-                .remedy("to use all samples leave it out"));
+                .remedy("give 1 to use all samples"));
             }
             Amount::Samples(count) => count,
         };
@@ -51,8 +51,8 @@ impl Subset {
             return Err(Error::invalid("data", "no samples are chosen").remedy("ask for at least one of at least one"));
         }
         if count > len {
-            return Err(Error::invalid("data", format!("{count} samples are asked for, but there are {len}"))
-                .remedy("ask for at most that many, or leave the number out to use all"));
+            return Err(Error::invalid("data", format!("has {len} samples, but {count} are asked for"))
+                .remedy(format!("give `--samples {len}` or fewer")));
         }
         let seed = mix(self.seed);
         let mut indices: Vec<usize> = (0..len).collect();
@@ -119,15 +119,17 @@ mod tests {
 
     #[test]
     fn amounts_out_of_range_are_refused() {
-        for amount in [
-            Amount::Fraction(0.0),
-            Amount::Fraction(1.5),
-            Amount::Fraction(f64::NAN),
-            Amount::Samples(0),
-            Amount::Samples(11),
+        for (amount, count, want) in [
+            (Amount::Fraction(0.0), 10, "fraction of the data: is 0, expected more than 0 and at most 1"),
+            (Amount::Fraction(1.5), 10, "fraction of the data: is 1.5, expected more than 0 and at most 1"),
+            (Amount::Fraction(f64::NAN), 10, "fraction of the data: is NaN, expected more than 0 and at most 1"),
+            (Amount::Samples(0), 10, "data: no samples are chosen"),
+            (Amount::Samples(11), 10, "data: has 10 samples, but 11 are asked for; give `--samples 10` or fewer"),
+            (Amount::All, 0, "data: no samples are chosen"),
         ] {
-            assert!(Subset { amount, seed: 1 }.indices(&keys(10)).is_err(), "{amount:?}");
+            let error = Subset { amount, seed: 1 }.indices(&keys(count)).unwrap_err();
+            assert!(matches!(error, Error::Invalid { .. }), "{amount:?}: {error}");
+            assert!(error.to_string().starts_with(want), "{amount:?}: {error}");
         }
-        assert!(Subset { amount: Amount::All, seed: 1 }.indices(&[]).is_err());
     }
 }

@@ -144,7 +144,8 @@ mod tests {
             assert!(encoded.answer_mask.iter().all(|&answer| answer) && encoded.len() <= 4);
             found.extend(encoded.input_ids);
         }
-        want.truncate(found.len());
+        // One token alone predicts nothing.
+        want.truncate(want.len() - usize::from(rest == 1));
         assert_eq!(found, want.into_iter().map(i64::from).collect::<Vec<_>>());
     }
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 
-use crate::base::{Error, Result, Sha256Digest, contained_path, sha256_file};
+use crate::base::{Error, Result, Sha256Digest, contained_path, folder_of, sha256_file, shortened};
 
 use super::sample::ImageBytes;
 use super::string_list::string_list;
@@ -52,7 +52,7 @@ impl Benchmark {
     /// Reads all columns except the pictures. Rows without a picture are left out, as in VLMEvalKit.
     ///
     /// Errors: `Error::Io`; `Error::Invalid` for a missing column, a row with another number of cells, an index that
-    /// occurs twice, a reference to a row without a picture, or a file without any picture.
+    /// occurs twice, a reference to a row without a picture, base64 in `image_path`, or a file without any picture.
     pub fn open(path: &Path) -> Result<Self> {
         let mut reader = reader(path)?;
         let subject = || format!("benchmark `{}`", path.display());
@@ -83,8 +83,15 @@ impl Benchmark {
             let content = image.map(cell).filter(|cell| !MISSING.contains(cell)).unwrap_or_default();
             let holds = content.len() > MAX_REFERENCE_LENGTH;
             if positions.insert(name.clone(), holds.then(|| position.clone())).is_some() {
-                return Err(Error::invalid(subject(), format!("index `{name}` occurs twice"))
+                return Err(Error::invalid(subject(), format!("index `{}` occurs twice", shortened(&name)))
                     .remedy("give each row an index of its own"));
+            }
+            if image_path.map(cell).is_some_and(is_base64) {
+                return Err(Error::invalid(
+                    subject(),
+                    format!("the column `image_path` of row `{}` holds base64, expected a file name", shortened(&name)),
+                )
+                .remedy("call the column `image`"));
             }
             references.push((!holds && !content.is_empty()).then(|| content.to_string()));
             let keep = |column: usize| if Some(column) == image { String::new() } else { cell(column).to_string() };
@@ -107,7 +114,7 @@ impl Benchmark {
             row.image_position = Some(position.ok_or_else(|| {
                 Error::invalid(
                     subject(),
-                    format!("row `{}` takes its picture from row `{reference}`, which has none", row.index),
+                    format!("row `{}` takes its picture from row `{reference}`, which has none", shortened(&row.index)),
                 )
                 .remedy("point the row at a row that holds its picture in base64")
             })?);
@@ -168,7 +175,7 @@ impl Benchmark {
     /// Errors: `Error::Io`; `Error::Invalid` names the row when the content is not base64, or a path leads out of the
     /// folder.
     pub fn images(&self, row: &BenchRow) -> Result<Vec<ImageBytes>> {
-        let subject = format!("row `{}` of `{}`", row.index, self.path.display());
+        let subject = format!("row `{}` of `{}`", shortened(&row.index), self.path.display());
         if let Some(position) = &row.image_position {
             let mut reader = reader(&self.path)?;
             reader.seek(position.clone()).map_err(|e| unreadable(&self.path, &e))?;
@@ -188,13 +195,13 @@ impl Benchmark {
             }
             return Ok(images);
         }
-        let folder = self.path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let folder = folder_of(&self.path);
         let mut images = Vec::new();
         let names = row.image_path.as_deref().map(|names| listed(&subject, names)).transpose()?;
         for name in names.unwrap_or_default() {
-            let picture = format!("image `{name}` of {subject}");
+            let picture = format!("image `{}` of {subject}", shortened(&name));
             let path = contained_path(folder, &name).map_err(|error| {
-                Error::invalid(&picture, error.to_string())
+                Error::invalid(&picture, error.without_remedy().to_string())
                     .remedy("keep pictures in the folder of the benchmark and name them relative to it")
             })?;
             images.push(ImageBytes::file(picture, path));
@@ -208,6 +215,12 @@ impl Benchmark {
     pub fn digest(&self) -> Result<Sha256Digest> {
         sha256_file(&self.path)
     }
+}
+
+/// True for a picture in base64 in place of a file name: long, and without the `.` of an extension.
+fn is_base64(cell: &str) -> bool {
+    cell.len() > MAX_REFERENCE_LENGTH
+        && cell.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'/' | b'='))
 }
 
 /// Parses one item, `a`, or a list, `['a', 'b']` or `["a", "b"]`.

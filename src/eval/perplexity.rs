@@ -98,7 +98,7 @@ pub fn perplexity(
         |all| {
             for encoded in waiting.over(all) {
                 cancel.check("no report is written")?;
-                sequences.push(sequence_loss(vlm, encoded?)?);
+                sequences.push(sequence_loss(vlm, encoded?.1)?);
                 progress.advance(1);
             }
             Ok(())

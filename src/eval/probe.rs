@@ -200,7 +200,9 @@ mod tests {
 
     #[test]
     fn tiles_of_undeclared_size_are_refused() {
-        assert!(picture(&[("pixel_values", &[-1, 3, -1, 8])]).is_err());
+        let error = picture(&[("pixel_values", &[-1, 3, -1, 8])]).expect_err("a free size");
+        assert!(matches!(error, Error::Unsupported { .. }), "{error}");
+        assert!(error.to_string().contains("axis 2 of input `pixel_values`"), "{error}");
         let found = picture(&[("pixel_values", &[-1, 3, 4, 8]), ("image_sizes", &[-1, 2])]).expect("a picture");
         assert_eq!(found.pixel_values().expect("pixels").shape(), [1, 3, 4, 8]);
         assert_eq!(found.get("image_sizes").and_then(Array::ints).expect("sizes").as_slice(), Some(&[4, 8][..]));

@@ -1,13 +1,13 @@
 //! Checkpoints of a run, to resume it after a stop. Each checkpoint is a folder that is complete or absent.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
-use crate::base::{Error, Result, Sha256Digest, StagedDir, read_json, write_json};
+use crate::base::{Error, Result, Sha256Digest, StagedDir, list_preview, read_json, write_json};
 
 use crate::finetune::error::torch_error;
 use crate::finetune::record::Totals;
@@ -109,15 +109,15 @@ impl Checkpoints {
         Ok(())
     }
 
+    /// Step and folder of each checkpoint, in the order of steps.
     fn list(&self) -> Result<Vec<(u64, PathBuf)>> {
         let entries = fs::read_dir(&self.folder).map_err(|e| Error::io("read", &self.folder, e))?;
         let mut found = Vec::new();
         for entry in entries {
             let entry = entry.map_err(|e| Error::io("read", &self.folder, e))?;
             let name = entry.file_name();
-            if let Some(step) =
-                name.to_str().and_then(|name| name.strip_prefix("step-")).and_then(|step| step.parse().ok())
-            {
+            let step = name.to_str().and_then(|name| name.strip_prefix("step-"));
+            if let Some(step) = step.and_then(|step| step.parse().ok()) {
                 found.push((step, entry.path()));
             }
         }
@@ -139,6 +139,18 @@ pub fn checkpoints(work: &Path, writes: bool) -> Result<Checkpoints> {
 pub fn begun(work: &Path) -> Result<Option<Totals>> {
     let newest = checkpoints(work, false)?.latest()?;
     Ok(newest.map(|(state, _)| state.totals))
+}
+
+/// Step of the newest checkpoint in a work folder; None without one. Creates nothing.
+///
+/// Errors: `Error::Io`.
+pub fn interrupted_at(work: &Path) -> Result<Option<u64>> {
+    let folder = work.join(CHECKPOINT_FOLDER);
+    if !folder.is_dir() {
+        return Ok(None);
+    }
+    let found = Checkpoints { folder, writes: false }.list()?;
+    Ok(found.last().map(|(step, _)| *step))
 }
 
 /// Removes checkpoints and caches (outputs of the frozen part, targets of the dense model) from a work folder and keeps
@@ -175,17 +187,13 @@ pub fn remove_unbegun(work: &Path) -> Result<()> {
 ///
 /// Errors: `Error::Invalid` with the names of the inputs that differ.
 pub fn check_same_run(state: &State, folder: &Path, inputs: &BTreeMap<String, Sha256Digest>) -> Result<()> {
-    let names: std::collections::BTreeSet<&String> = state.inputs.keys().chain(inputs.keys()).collect();
+    let names: BTreeSet<&String> = state.inputs.keys().chain(inputs.keys()).collect();
     let differing: Vec<&String> =
         names.into_iter().filter(|name| state.inputs.get(*name) != inputs.get(*name)).collect();
     if differing.is_empty() {
         return Ok(());
     }
-    Err(Error::invalid(
-        format!("checkpoint `{}`", folder.display()),
-        format!("was made by another run: {} differ", crate::base::list_preview(&differing, 8)),
-    )
-    .remedy("resume with the same model, data and settings, or begin anew without resuming"))
+    Err(unfit(folder, format!("was made by another run: {} differ", list_preview(&differing, 8))))
 }
 
 /// Copies a checkpoint's tensors into the tensors of the same names.
@@ -193,10 +201,7 @@ pub fn check_same_run(state: &State, folder: &Path, inputs: &BTreeMap<String, Sh
 /// Errors: `Error::Invalid` when a tensor is missing, has another shape or type, or is not in `into`.
 pub fn restore(folder: &Path, into: Vec<(String, Tensor)>) -> Result<()> {
     match restore_some(folder, into)?.into_iter().next() {
-        Some(name) => {
-            let subject = format!("checkpoint `{}`", folder.join(TENSORS).display());
-            Err(Error::invalid(subject, format!("holds `{name}`, which this run does not train")))
-        }
+        Some(name) => Err(unfit(&folder.join(TENSORS), format!("holds `{name}`, which this run does not train"))),
         None => Ok(()),
     }
 }
@@ -207,18 +212,24 @@ pub fn restore(folder: &Path, into: Vec<(String, Tensor)>) -> Result<()> {
 /// Errors: `Error::Invalid` when a tensor of `into` is missing, or has another shape or type.
 pub fn restore_some(folder: &Path, into: Vec<(String, Tensor)>) -> Result<Vec<String>> {
     let path = folder.join(TENSORS);
-    let subject = || format!("checkpoint `{}`", path.display());
-    let saved = Tensor::read_safetensors(&path).map_err(|e| Error::invalid(subject(), e.to_string()))?;
+    let saved = Tensor::read_safetensors(&path).map_err(|e| unfit(&path, e.to_string()))?;
     let mut saved: HashMap<String, Tensor> = saved.into_iter().collect();
     for (name, into) in into {
-        let saved = saved.remove(&name).ok_or_else(|| Error::invalid(subject(), format!("holds no `{name}`")))?;
+        let saved = saved.remove(&name).ok_or_else(|| unfit(&path, format!("holds no `{name}`")))?;
         if saved.size() != into.size() || saved.kind() != into.kind() {
             let (found, want) = ((saved.size(), saved.kind()), (into.size(), into.kind()));
-            return Err(Error::invalid(subject(), format!("`{name}` is {found:?}, expected {want:?}")));
+            return Err(unfit(&path, format!("`{name}` is {found:?}, expected {want:?}")));
         }
-        tch::no_grad(|| into.detach().f_copy_(&saved)).map_err(torch_error(subject()))?;
+        let subject = format!("checkpoint `{}`", path.display());
+        tch::no_grad(|| into.detach().f_copy_(&saved)).map_err(torch_error(subject))?;
     }
     Ok(saved.into_keys().collect())
+}
+
+/// An error about a checkpoint that this run cannot continue from.
+fn unfit(path: &Path, problem: String) -> Error {
+    Error::invalid(format!("checkpoint `{}`", path.display()), problem)
+        .remedy("resume with the same model, data and settings, or remove the work folder to begin anew")
 }
 
 #[cfg(test)]
@@ -263,6 +274,10 @@ mod tests {
         let saved = parameters();
         checkpoints.save(&state(3), tensors(&saved)).unwrap();
         let path = checkpoints.save(&state(12), tensors(&saved)).unwrap();
+        let linked = tempfile::tempdir().unwrap();
+        assert_eq!(interrupted_at(linked.path()).unwrap(), None);
+        std::os::unix::fs::symlink(folder.path(), linked.path().join(CHECKPOINT_FOLDER)).unwrap();
+        assert_eq!(interrupted_at(linked.path()).unwrap(), Some(12));
         let written = || std::fs::metadata(path.join(TENSORS)).unwrap().modified().unwrap();
         let before = written();
         checkpoints.save(&state(12), tensors(&saved)).unwrap();
@@ -276,8 +291,10 @@ mod tests {
                 .unwrap(),
         ];
         restore(&path, tensors(&fresh)).unwrap();
-        for ((_, a), (_, b)) in tensors(&saved).iter().zip(&tensors(&fresh)) {
-            assert_eq!(bits(a), bits(b));
+        let (saved, restored) = (tensors(&saved), tensors(&fresh));
+        assert_eq!(saved.len(), restored.len());
+        for ((name, a), (same, b)) in saved.iter().zip(&restored) {
+            assert_eq!((name, bits(a)), (same, bits(b)));
         }
         assert!(fresh[0].value.requires_grad());
     }
@@ -305,6 +322,8 @@ mod tests {
         assert!(restore(&path, tensors(&with("/layers.3/w:0", 4))).unwrap_err().to_string().contains("expected"));
         assert!(restore(&path, Vec::new()).unwrap_err().to_string().contains("does not train"));
         fs::write(path.join(TENSORS), b"\xff\xff\xff\xff\xff\xff\xff\x7f{}").unwrap();
-        assert!(restore(&path, tensors(&parameters())).is_err());
+        let error = restore(&path, tensors(&parameters())).unwrap_err();
+        assert!(matches!(error, Error::Invalid { .. }), "{error}");
+        assert!(error.to_string().starts_with(&format!("checkpoint `{}`: ", path.join(TENSORS).display())), "{error}");
     }
 }

@@ -181,14 +181,16 @@ pub fn distillation(logits: &Tensor, teacher: &TopK, temperature: f64) -> Result
         const FLOOR: f64 = 1e-6;
         let student = logits.f_to_kind(Kind::Float)?.f_div_scalar(temperature)?.f_log_softmax(-1, Kind::Float)?;
         let student = student.f_gather(1, &teacher.tokens, false)?;
+        // Probability of all tokens outside the top K.
         let rest = |log_probs: &Tensor| -> Result<Tensor, tch::TchError> {
             let top = log_probs.f_exp()?.f_sum_dim_intlist(1, false, Kind::Float)?;
             top.f_neg()?.f_add_scalar(1.0)?.f_clamp_min(FLOOR)
         };
         let teacher_rest = rest(&teacher.log_probs)?;
-        let top = (teacher.log_probs.f_exp()? * (&teacher.log_probs - &student)).f_sum(Kind::Float)?;
-        let bucket = (&teacher_rest * (teacher_rest.f_log()? - rest(&student)?.f_log()?)).f_sum(Kind::Float)?;
-        (top + bucket).f_mul_scalar(temperature * temperature)
+        let top = teacher.log_probs.f_exp()?.f_mul(&teacher.log_probs.f_sub(&student)?)?.f_sum(Kind::Float)?;
+        let apart = teacher_rest.f_log()?.f_sub(&rest(&student)?.f_log()?)?;
+        let bucket = teacher_rest.f_mul(&apart)?.f_sum(Kind::Float)?;
+        top.f_add(&bucket)?.f_mul_scalar(temperature * temperature)
     };
     compute().map_err(torch_error("the distillation loss"))
 }

@@ -17,7 +17,7 @@ mod student;
 mod train;
 
 pub use crate::data::LeftOut;
-pub use checkpoint::{clear_work, remove_unbegun};
+pub use checkpoint::{clear_work, interrupted_at, remove_unbegun};
 pub use data::{Conversations, Sample, Source, Teacher};
 pub use loss::{LOSSES, LossKind, LossRow};
 pub use optim::{OPTIMIZERS, OptimizerKind, OptimizerRow, SCHEDULES, Schedule, ScheduleRow};
@@ -26,7 +26,8 @@ pub use record::{LayerFit, RateTrial, StepMetrics};
 pub use run::{Outcome, Report, Request, finetune, finetune_with_teacher, plan_run};
 pub use settings::{
     Auto, BatchSettings, DEFAULT_RECIPE, DataSettings, FitSettings, KdSettings, LearningRate, LoraLayers, LoraSettings,
-    OptimizerSettings, Precision, RECIPES, RecipeRow, ScheduleSettings, Settings, Stage, StageRow, refuse_moved,
+    OptimizerSettings, Precision, RECIPES, RecipeRow, ScheduleSettings, Settings, Stage, StageRow, WriteTrained,
+    refuse_moved,
 };
 
 #[cfg(test)]

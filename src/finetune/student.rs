@@ -23,6 +23,8 @@ pub struct Student {
     /// Number of weights with gradients. They are the program's first parameters; the others are written by a fit only.
     trained: usize,
     suffix: Suffix,
+    /// Type of the residual stream, and with it of the activations, where that is not f32.
+    stream_kind: Option<Kind>,
     inputs: Vec<(ValueId, Input)>,
     /// For each layer, the positions in `weights()` of the parameters that it reads.
     by_layer: Vec<Vec<usize>>,
@@ -48,13 +50,14 @@ impl Student {
         let graph = &model.graph;
         let mut given = graph.body.inputs.clone();
         given.push(suffix.streams[0]);
+        let stream_kind = (precision == Precision::Bf16).then_some(Kind::BFloat16);
         let options = Options {
             device,
             trainable: cut.trained.clone(),
             writable: cut.written.clone(),
             inputs: Some(given),
             outputs: Some(vec![suffix.logits]),
-            autocast: (precision == Precision::Bf16).then_some(Kind::BFloat16),
+            autocast: stream_kind,
             hold,
         };
         let program = Program::compile(&fuse_kernels(model).0, &options)?;
@@ -69,6 +72,7 @@ impl Student {
             program,
             trained,
             suffix,
+            stream_kind,
             inputs,
             by_layer,
             points: Vec::new(),
@@ -156,21 +160,41 @@ impl Student {
         }
         for adapted in &cut.adapted {
             let name = graph.name(adapted.weight);
-            let Some(stored) = graph.body.initializer(adapted.weight) else { continue };
             let (a, b) = (self.weight_of(adapted.a)?.1, self.weight_of(adapted.b)?.1);
-            let base = match self.weight_of(adapted.weight) {
-                Ok((_, tensor)) => tensor,
-                Err(_) => torch::tensor_from_ir(name, stored)?,
+            let stored = graph.body.initializer(adapted.weight);
+            let quantised = cut.quantised_weight(adapted.weight);
+            let base = match (self.weight_of(adapted.weight), stored, quantised) {
+                (Ok((_, tensor)), ..) => tensor,
+                (Err(_), Some(stored), _) => torch::tensor_from_ir(name, stored)?,
+                (Err(_), None, Some(quantised)) => {
+                    let values = quantised.form.values(&cut.stored.graph.body)?;
+                    torch::tensor_from_ir(name, &crate::ir::Tensor::from_f32(&quantised.dims, &values))?
+                }
+                (Err(error), None, None) => return Err(error),
             };
+            let dtype = stored.map_or(crate::ir::DataType::Float, |stored| stored.dtype);
             let merged = || -> Result<Tensor, tch::TchError> {
                 let change = a.f_detach()?.f_matmul(&b.f_detach()?)?.f_mul_scalar(scale)?.f_to_device(Device::Cpu)?;
                 let change = if adapted.transposed { change.f_tr()? } else { change };
                 base.f_detach()?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?.f_add(&change)
             };
             let merged = merged().map_err(torch_error(format!("the adapter of `{name}`")))?;
-            changed.push((adapted.weight, torch::tensor_to_ir(name, &merged, stored.dtype)?));
+            changed.push((adapted.weight, torch::tensor_to_ir(name, &merged, dtype)?));
+            if let Some(stored) = stored {
+                stored.release();
+            }
         }
         Ok(changed)
+    }
+
+    /// The stream with which a training pass begins, in the type of its activations.
+    ///
+    /// Errors: `Error::Engine` from LibTorch.
+    pub fn entering(&self, hidden: &Tensor) -> Result<Tensor> {
+        match self.stream_kind {
+            Some(kind) => hidden.f_to_kind(kind).map_err(torch_error("the residual stream")),
+            None => Ok(hidden.shallow_clone()),
+        }
     }
 
     /// Computes, once per batch, the values other than the residual stream that the layers read.

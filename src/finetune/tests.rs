@@ -1,5 +1,7 @@
 //! Complete runs on the shipped model.
 
+#[path = "quantised_tests.rs"]
+mod quantised;
 #[path = "teacher_tests.rs"]
 mod teacher;
 #[path = "whole_tests.rs"]
@@ -144,6 +146,12 @@ fn run_within(
     Run { outcome, steps }
 }
 
+/// Asserts that a run which is stopped behind a step ends as interrupted.
+fn interrupt(settings: &Settings, layers: &[usize], work: &Path, step: u64) {
+    let error = run(settings, layers, work, false, Some(step)).outcome.err().unwrap();
+    assert!(matches!(error, Error::Interrupted { .. }), "{error}");
+}
+
 /// Bytes of every initializer by name.
 fn weights(model: &Model) -> Vec<(String, Vec<u8>)> {
     let graph = &model.graph;
@@ -151,8 +159,9 @@ fn weights(model: &Model) -> Vec<(String, Vec<u8>)> {
 }
 
 fn changed(before: &Model, after: &Model) -> Vec<String> {
-    let after = weights(after);
-    weights(before).into_iter().zip(after).filter(|(a, b)| a != b).map(|((name, _), _)| name).collect()
+    let (before, after) = (weights(before), weights(after));
+    assert_eq!(before.len(), after.len(), "initializers");
+    before.into_iter().zip(after).filter(|(a, b)| a != b).map(|((name, _), _)| name).collect()
 }
 
 /// A run of `scripts/reference/finetune.py`.
@@ -312,7 +321,7 @@ fn averaged_weights_are_the_mean_over_the_last_steps() {
         let straight = tempfile::tempdir().unwrap();
         let straight = run(&settings, &[3], straight.path(), false, None).outcome.unwrap();
         let work = tempfile::tempdir().unwrap();
-        assert!(run(&settings, &[3], work.path(), false, Some(stop)).outcome.is_err());
+        interrupt(&settings, &[3], work.path(), stop);
         let resumed = run(&settings, &[3], work.path(), true, None).outcome.unwrap();
         assert_eq!(resumed.report.resumed_from_step, stop);
         assert!(weights(&resumed.decoder) == weights(&straight.decoder), "stopped after step {stop}");
@@ -359,7 +368,7 @@ fn adapters_change_matrices_by_a_difference_of_their_rank() {
     let straight = tempfile::tempdir().unwrap();
     let straight = run(&settings, &[3], straight.path(), false, None).outcome.unwrap();
     let work = tempfile::tempdir().unwrap();
-    assert!(run(&settings, &[3], work.path(), false, Some(2)).outcome.is_err());
+    interrupt(&settings, &[3], work.path(), 2);
     let resumed = run(&settings, &[3], work.path(), true, None).outcome.unwrap();
     assert_eq!(resumed.report.resumed_from_step, 2);
     assert!(weights(&straight.decoder) == weights(&resumed.decoder));
@@ -380,8 +389,13 @@ fn a_non_finite_loss_stops_the_run_and_names_step_and_sample() {
 #[test]
 fn an_empty_or_unknown_set_of_layers_is_refused() {
     let work = tempfile::tempdir().unwrap();
-    for layers in [[].as_slice(), &[99]] {
-        assert!(matches!(run(&settings(), layers, work.path(), false, None).outcome, Err(Error::Invalid { .. })));
+    for (layers, want) in [
+        (&[][..], "finetune: no layer is named"),
+        (&[99][..], "layer 99: does not exist, the model has layers 0 to 13"),
+    ] {
+        let error = run(&settings(), layers, work.path(), false, None).outcome.err().unwrap();
+        assert!(matches!(error, Error::Invalid { .. }), "{error}");
+        assert!(error.to_string().starts_with(want), "{error}");
     }
 }
 
@@ -407,7 +421,7 @@ fn the_learning_rate_with_the_lowest_final_loss_is_chosen() {
     assert!(weights(&plain.decoder) == weights(&chosen.decoder));
     // A run that stops after its trials resumes with their results.
     let folder = tempfile::tempdir().unwrap();
-    assert!(run(&choosing, &[2, 4], folder.path(), false, Some(3)).outcome.is_err());
+    interrupt(&choosing, &[2, 4], folder.path(), 3);
     let resumed = run(&choosing, &[2, 4], folder.path(), true, None).outcome.unwrap();
     assert_eq!((resumed.report.resumed_from_step, &resumed.report.trials), (3, &report.trials));
     assert!(weights(&resumed.decoder) == weights(&chosen.decoder));
@@ -523,6 +537,7 @@ fn bf16_training_follows_f32_and_keeps_its_weights_in_f32() {
     plain.outcome.unwrap();
     let decoder = half.outcome.unwrap().decoder;
     // bf16 has eight significant bits.
+    assert!(!plain.steps.is_empty() && plain.steps.len() == half.steps.len());
     for (a, b) in plain.steps.iter().zip(&half.steps) {
         assert!((a.loss - b.loss).abs() < a.loss / 256.0 * 4.0, "step {}: {} and {}", a.step, a.loss, b.loss);
         assert_ne!(a.loss, b.loss);

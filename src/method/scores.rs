@@ -6,7 +6,7 @@ use std::path::Path;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::base::{Error, Provenance, Result, read_json};
+use crate::base::{Error, Provenance, Result, read_artifact};
 use crate::data::LeftOut;
 use crate::runtime::Profile;
 
@@ -189,10 +189,10 @@ impl Scores {
 
     /// Reads and checks `scores.json`.
     ///
-    /// Errors: those of `base::read_json`; `Error::Invalid` when lengths do not match `num_layers`
+    /// Errors: those of `base::read_artifact`; `Error::Invalid` when lengths do not match `num_layers`
     /// or a value is not a cosine.
     pub fn read(path: &Path) -> Result<Self> {
-        let scores: Scores = read_json(path, SCORES_SCHEMA_VERSION)?;
+        let scores: Scores = read_artifact(path, SCORES_SCHEMA_VERSION, "scores")?;
         scores.check()?;
         Ok(scores)
     }
@@ -414,7 +414,10 @@ mod tests {
         assert!((weighed(&[(Modality::Image, 3.0), (Modality::Text, 1.0)]).unwrap() - 0.625).abs() < 1e-12);
         assert!((weighed(&[(Modality::Image, 0.5), (Modality::All, 0.5)]).unwrap() - 0.65).abs() < 1e-12);
         assert_eq!(weighed(&[(Modality::All, 2.0)]).unwrap(), scores.similarities()[&1][0]);
-        assert!(weighed(&[(Modality::Image, -1.0)]).is_err() && weighed(&[]).is_err());
+        let error = weighed(&[(Modality::Image, -1.0)]).unwrap_err().to_string();
+        assert!(error.contains("weight of modality `image`: is -1, must be 0 or more"), "{error}");
+        let error = weighed(&[]).unwrap_err().to_string();
+        assert!(error.contains("modality weights: none is above 0"), "{error}");
         let older = Scores::from_samples(head(), 5, false, vec![sample("a", 0.2)]).unwrap();
         let error = older.weighted_similarities(&[(Modality::Text, 1.0)].into()).unwrap_err().to_string();
         assert!(error.contains("text tokens") && error.contains("score again"), "{error}");
@@ -430,6 +433,7 @@ mod tests {
 
     #[test]
     fn scores_without_samples_are_an_error() {
-        assert!(Scores::from_samples(head(), 5, false, Vec::new()).is_err());
+        let error = Scores::from_samples(head(), 5, false, Vec::new()).unwrap_err().to_string();
+        assert!(error.contains("no sample was scored"), "{error}");
     }
 }

@@ -202,22 +202,9 @@ impl Default for BenchSection {
 pub struct ExportSection {
     /// Names of targets, as `export --to` takes them.
     pub targets: Vec<String>,
-}
-
-fn cpu() -> String {
-    "cpu".to_string()
-}
-
-fn default_seed() -> u64 {
-    42
-}
-
-fn default_strategies() -> Vec<String> {
-    vec!["interlace".to_string()]
-}
-
-fn default_healing() -> String {
-    DEFAULT_RECIPE.to_string()
+    /// Checkpoint that the dense model was exported from, for the target `safetensors`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub base: Option<PathBuf>,
 }
 
 /// The settings of a table `[finetune]`: those of its recipe, overridden by its own keys.
@@ -229,12 +216,10 @@ pub(super) fn finetune_settings(recipe: &str, section: Option<&toml::Value>) -> 
 impl FinetuneSection {
     /// Options for reading this part of the data; running text in sequences of the default length.
     pub(super) fn data_options(&self, part: DataPart) -> DataOptions {
-        let min_ratings = self.min_ratings.clone();
-        let ignore_keys = self.ignore_keys.clone();
         DataOptions {
             turns: self.turns,
-            min_ratings,
-            ignore_keys,
+            min_ratings: self.min_ratings.clone(),
+            ignore_keys: self.ignore_keys.clone(),
             strict: self.strict,
             images: self.images,
             part,
@@ -246,9 +231,8 @@ impl FinetuneSection {
     ///
     /// Errors: as `DenseSection::beside`.
     pub(super) fn dense_recipe(&self) -> Result<Option<DenseRecipe>> {
-        let with = |name: &str| match name == self.recipe {
-            true => Ok(self.settings.clone()),
-            false => Ok(RecipeRow::named(name)?.settings()),
+        let with = |name: &str| {
+            if name == self.recipe { Ok(self.settings.clone()) } else { Ok(RecipeRow::named(name)?.settings()) }
         };
         self.dense.enabled.then(|| self.dense.beside(&self.recipe, &self.settings, with)).transpose()
     }
@@ -257,12 +241,10 @@ impl FinetuneSection {
 impl Calibration {
     /// Options for reading this part of the data; running text in sequences of the default length.
     pub(super) fn data_options(&self, part: DataPart) -> DataOptions {
-        let min_ratings = self.min_ratings.clone();
-        let ignore_keys = self.ignore_keys.clone();
         DataOptions {
             turns: self.turns,
-            min_ratings,
-            ignore_keys,
+            min_ratings: self.min_ratings.clone(),
+            ignore_keys: self.ignore_keys.clone(),
             strict: self.strict,
             images: self.images,
             part,
@@ -324,14 +306,14 @@ impl Recipe {
     }
 
     fn parse(text: &str, folder: &Path) -> Result<Self> {
-        let table: toml::Table =
-            toml::from_str(text).map_err(|e| Error::invalid("recipe", e.to_string().trim_end()))?;
+        let invalid = |e: toml::de::Error| {
+            Error::invalid("recipe", e.to_string().trim_end())
+                .remedy("correct the line; docs/recipes.md and schemas/recipe.schema.json list the keys")
+        };
+        let table: toml::Table = toml::from_str(text).map_err(invalid)?;
         let settings = table.get("finetune").and_then(|section| section.get("settings"));
         settings.and_then(toml::Value::as_table).map_or(Ok(()), finetune::refuse_moved)?;
-        let mut recipe: Recipe = toml::from_str(text).map_err(|e| {
-            Error::invalid("recipe", e.to_string().trim_end())
-                .remedy("correct the line; `interlace run --help` describes the keys")
-        })?;
+        let mut recipe: Recipe = toml::from_str(text).map_err(invalid)?;
         recipe.finetune.settings = finetune_settings(&recipe.finetune.recipe, table.get("finetune"))?;
         recipe.check()?;
         let resolve = |path: &mut PathBuf| *path = folder.join(&*path);
@@ -339,6 +321,7 @@ impl Recipe {
         resolve(&mut recipe.output);
         resolve(&mut recipe.calibration.data);
         resolve(&mut recipe.finetune.data);
+        recipe.export.base.iter_mut().for_each(resolve);
         recipe.eval.benchmarks.iter_mut().for_each(resolve);
         recipe.eval.other.iter_mut().for_each(|other| resolve(&mut other.data));
         Ok(recipe)
@@ -346,7 +329,11 @@ impl Recipe {
 
     fn check(&self) -> Result<()> {
         for name in &self.export.targets {
-            target_named(name).map_err(|problem| Error::invalid("export.targets", problem))?;
+            let target = target_named(name).map_err(|problem| Error::invalid("export.targets", problem))?;
+            if target.reads("--base") && self.export.base.is_none() {
+                return Err(Error::invalid("export.base", format!("is missing, and the target `{name}` needs it"))
+                    .remedy("name the checkpoint that the dense model was exported from"));
+            }
         }
         self.device.parse::<Device>()?;
         self.calibration.check()?;
@@ -361,7 +348,8 @@ impl Recipe {
                     "takes one of `drop_ratio`, `drop_count`, `target_params`, `target_size` and `target_speedup`, \
                      found {found}"
                 ),
-            ));
+            )
+            .remedy("write one of them"));
         }
         check_strategies("plan", &plan.strategies)?;
         plan.modality_weights.as_ref().map_or(Ok(()), check_weights)?;
@@ -396,6 +384,23 @@ pub(super) fn check_strategies(section: &str, names: &[String]) -> Result<()> {
     Ok(())
 }
 
+fn cpu() -> String {
+    "cpu".to_string()
+}
+
+fn default_seed() -> u64 {
+    42
+}
+
+fn default_strategies() -> Vec<String> {
+    vec!["interlace".to_string()]
+}
+
+fn default_healing() -> String {
+    DEFAULT_RECIPE.to_string()
+}
+
+/// Errors: `Error::Invalid` unless exactly one of two keys, each with whether it is there, is there.
 fn one_of(section: &str, first: (&str, bool), second: (&str, bool)) -> Result<()> {
     if first.1 != second.1 {
         return Ok(());

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::base::{Cancel, Device, Provenance, Result, Sha256Digest, read_json, write_json};
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, ModelSource};
 use crate::data::{Amount, Benchmark, DataOptions, DataPart, Dataset, LeftOut, Subset};
 use crate::eval::{
     BenchOptions, BenchReport, EvalReport, EvalTiming, GroupScore, ModelScores, TextReport, TextScores, bench,
@@ -22,9 +22,6 @@ use super::steps::{
     self, Drop, Engine, EvalSettings, Finetune, Meter, PlanSettings, PlannedModel, TextSettings, Trained,
 };
 use super::store::{Finished, Store};
-
-/// Number of calibration samples for measuring losses; also the default of `plan --samples`.
-pub const LOSS_SAMPLES: usize = 32;
 
 /// The run's folder, the dense model, and data shared by the steps.
 pub struct Stages<'a> {
@@ -76,8 +73,9 @@ impl<'a> Stages<'a> {
         cancel: &'a Cancel,
         on_step: &'a mut dyn FnMut(&str),
     ) -> Result<Self> {
-        let store = Store::open(folder)?;
         let bundle = Bundle::open(model)?;
+        bundle.check_output(folder)?;
+        let store = Store::open(folder)?;
         let dense = PlannedModel::of(&bundle)?;
         let features = FeatureCache::new(256 << 20);
         Ok(Stages { store, model, bundle, dense, device, cancel, part, on_step, features, engine: None })
@@ -135,7 +133,7 @@ impl<'a> Stages<'a> {
     ) -> Result<(Plan, Finished)> {
         let measures = Strategy::named(&settings.strategy)?.measures;
         let needs_data = measures != Measures::Nothing;
-        settings.samples = needs_data.then_some(LOSS_SAMPLES);
+        settings.samples = needs_data.then_some(steps::CALIBRATION_SAMPLES);
         settings.fit_tokens = (measures == Measures::HealedLoss).then_some(FIT_TOKENS);
         settings.data = needs_data.then(|| calibration.data_options(self.part));
         let inputs = [("model", self.dense.digest.as_str()), ("scores", &scores.digest)];
@@ -145,10 +143,9 @@ impl<'a> Stages<'a> {
             let read = Scores::read(&scores.path)?;
             let mut meter = match needs_data {
                 true => {
-                    let data = calibration.data.as_path();
-                    let count = Dataset::open_for(data, bundle, &options)?.len();
-                    let subset = Subset { amount: Amount::Samples(LOSS_SAMPLES.min(count)), seed: calibration.seed };
-                    Some(Meter::open(bundle, measures, (data, &options), (subset, FIT_TOKENS), device, cancel)?)
+                    let data = (calibration.data.as_path(), &options);
+                    let drawn = (None, calibration.seed, FIT_TOKENS);
+                    Some(Meter::open(bundle, measures, data, drawn, device, cancel)?)
                 }
                 false => None,
             };
@@ -206,8 +203,9 @@ impl<'a> Stages<'a> {
         let (features, device, cancel, teacher) = (&self.features, self.device, self.cancel, self.model);
         let mut left_out = LeftOut::default();
         let healed = self.store.step(healing.step, healing.step, &inputs, &(subset, settings), |path| {
+            let (model, teacher) = (ModelSource::from(pruned.path.as_path()), ModelSource::from(teacher));
             let request = Finetune {
-                model: &pruned.path,
+                model: &model,
                 trained: healing.trained,
                 data: healing.data,
                 options: healing.options,
@@ -219,7 +217,7 @@ impl<'a> Stages<'a> {
                 limits: finetune::Limits::default(),
                 ranks: None,
                 features,
-                teacher: Some(teacher),
+                teacher: Some(&teacher),
             };
             steps::finetune(&request, path, cancel, &mut |_| ()).map(|report| left_out = report.left_out)
         })?;
@@ -246,7 +244,7 @@ impl<'a> Stages<'a> {
             let (device, cancel, engine) = (self.device, self.cancel, &mut self.engine);
             let done = self.store.step(&step, &format!("{step}.json"), &inputs, settings, |target| {
                 let engine = opened(engine, device)?;
-                let model = engine.answer(model, benchmark, path, settings, cancel)?;
+                let model = engine.answer(&model.into(), benchmark, path, settings, cancel)?;
                 let inputs = inputs.iter().map(|(name, digest)| (name.to_string(), digest.to_string())).collect();
                 let provenance = Provenance::new(EvalReport::SCHEMA_VERSION, inputs, settings)?;
                 write_json(
@@ -302,7 +300,7 @@ impl<'a> Stages<'a> {
         let inputs = [("model", digest), ("data", data_digest.as_str())];
         let (device, cancel, engine) = (self.device, self.cancel, &mut self.engine);
         let done = self.store.step(&step, &format!("{step}.json"), &inputs, settings, |target| {
-            write_json(target, &steps::eval_text(opened(engine, device)?, model, None, data, settings, cancel)?)
+            write_json(target, &steps::eval_text(opened(engine, device)?, &model.into(), None, data, settings, cancel)?)
         })?;
         self.report_step(&step, &done);
         let report: TextReport = read_json(&done.path, TextReport::SCHEMA_VERSION)?;
@@ -383,7 +381,7 @@ impl<'a> Stages<'a> {
         let (device, cancel, dense) = (self.device, self.cancel, self.model);
         let done = self.store.step(&step, &format!("{step}.json"), &inputs, settings, |target| {
             let runtime = Runtime::new(device)?;
-            write_json(target, &bench(model, Some(dense), &runtime, settings, None, cancel)?)
+            write_json(target, &bench(&model.into(), Some(&dense.into()), &runtime, settings, None, cancel)?)
         })?;
         self.report_step(&step, &done);
         read_json(&done.path, BenchReport::SCHEMA_VERSION)

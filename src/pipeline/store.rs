@@ -279,7 +279,8 @@ mod tests {
         // A foreign file at the path of a removed output is neither used nor changed.
         store.remove("s").unwrap();
         fs::write(&first.path, "mine").unwrap();
-        assert!(store.step("s", "o", &[("model", "a")], &1, never).is_err());
+        let error = store.step("s", "o", &[("model", "a")], &1, never).unwrap_err().to_string();
+        assert!(error.contains("exists, and no finished step made it"), "{error}");
         assert_eq!(fs::read_to_string(&first.path).unwrap(), "mine");
     }
 
@@ -287,8 +288,10 @@ mod tests {
     fn a_failed_step_is_not_recorded() {
         let folder = tempfile::tempdir().unwrap();
         let mut store = Store::open(folder.path()).unwrap();
-        assert!(store.step("s", "o", &[], &1, never).is_err());
-        assert!(store.step("s", "o", &[], &1, |_| Ok(())).is_err(), "a step without output must fail");
+        let error = store.step("s", "o", &[], &1, never).unwrap_err().to_string();
+        assert_eq!(error, "step: was done again");
+        let error = store.step("s", "o", &[], &1, |_| Ok(())).unwrap_err().to_string();
+        assert_eq!(error, "step `s`: made no `o`");
         assert!(!store.step("s", "o", &[], &1, write("1")).unwrap().reused);
     }
 
@@ -300,7 +303,8 @@ mod tests {
         let run = tempfile::tempdir().unwrap();
         let mut store = Store::open(run.path()).unwrap();
         fs::write(run.path().join("o"), "mine").unwrap();
-        assert!(store.step("s", "o", &[], &1, write("1")).is_err());
+        let error = store.step("s", "o", &[], &1, write("1")).unwrap_err().to_string();
+        assert!(error.contains("exists, and no finished step made it"), "{error}");
         assert_eq!(fs::read_to_string(run.path().join("o")).unwrap(), "mine");
     }
 

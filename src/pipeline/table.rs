@@ -218,6 +218,7 @@ mod tests {
     fn rows_with_different_question_groups_are_refused() {
         let mut other = row("x", 0.5, None);
         other.groups.pop();
-        assert!(Table::new(head(), vec![row("dense", 0.9, None), other]).is_err());
+        let error = Table::new(head(), vec![row("dense", 0.9, None), other]).unwrap_err().to_string();
+        assert!(error.starts_with("row `x`: has other groups of questions"), "{error}");
     }
 }

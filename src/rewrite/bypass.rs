@@ -7,6 +7,7 @@ use crate::base::{Error, Result};
 use crate::ir::{AttributeKind, Body, DataType, Dim, GraphIndex, Model, Tensor, Value, ValueId, ValueType};
 
 use super::build::{Builder, operator};
+use super::removal::check_replaceable;
 use super::tidy;
 
 /// bool `[L]`: false skips a layer; none of its nodes runs.
@@ -141,18 +142,8 @@ fn optional_layer(
     layer: &Layer,
     flags: &Flags,
 ) -> Result<(ValueId, Option<ValueId>)> {
-    let graph = &build.model.graph;
-    let (from, to) = (graph.value(layer.output), graph.value(layer.carried));
-    if let (Some(a), Some(b)) = (&from.ty, &to.ty)
-        && a.dtype() != b.dtype()
-    {
-        return Err(Error::unsupported(
-            format!("layer {}", layer.index),
-            format!("its output `{}` and input `{}` are of different types", from.name, to.name),
-        )
-        .remedy("keep this layer, or export the model in one float type"));
-    }
-    let ty = from.ty.clone();
+    check_replaceable(&build.model.graph, layer, layer.output)?;
+    let ty = build.model.graph.value(layer.output).ty.clone();
     let (then_body, else_body) = (layer_body(build, map, layer, flags.mapped), carry_body(build, layer, flags.mapped));
     let branches = [("then_branch", AttributeKind::Graph(then_body)), ("else_branch", AttributeKind::Graph(else_body))];
     let output = build.node("If", &[flags.keep], &branches);

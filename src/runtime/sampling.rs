@@ -118,7 +118,13 @@ mod tests {
         assert_eq!(draw(7), draw(7));
         assert_ne!(draw(7), draw(8));
         assert_eq!(Sampler::greedy().choose(&given, 1).expect("token"), [3]);
-        assert!(Sampler::new(-1.0, 1.0, 0).is_err() && Sampler::new(1.0, 0.0, 0).is_err());
-        assert!(Sampler::new(f32::NAN, 1.0, 0).is_err());
+        for (temperature, top_p, want) in [
+            (-1.0, 1.0, "temperature: is -1, expected a number of 0 or more"),
+            (f32::NAN, 1.0, "temperature: is NaN, expected a number of 0 or more"),
+            (1.0, 0.0, "top_p: is 0, expected a number above 0 and at most 1"),
+        ] {
+            let error = Sampler::new(temperature, top_p, 0).expect_err(want).to_string();
+            assert!(error.starts_with(want), "{error}");
+        }
     }
 }

@@ -29,6 +29,13 @@ fn integers(array: &Array) -> Vec<i64> {
     array.ints().unwrap().iter().copied().collect()
 }
 
+/// The message of a refusal, which is an `Error::Invalid`.
+fn refusal<T: std::fmt::Debug>(result: Result<T>) -> String {
+    let error = result.unwrap_err();
+    assert!(matches!(error, Error::Invalid { .. }), "{error}");
+    error.to_string()
+}
+
 #[test]
 fn shorter_rows_are_padded_on_the_left_before_decoding() {
     let (long, short) = (prompt(&[5, 6, 7], &[], 0), prompt(&[8, 9], &[], 0));
@@ -59,8 +66,10 @@ fn a_step_after_a_cache_attends_to_the_cached_positions() {
     assert_eq!(integers(&step.cache_position()), [2]);
     assert_eq!(integers(&step.position_ids(true).unwrap()), [7; 6]);
     assert_eq!((step.past(), step.has_cache()), (Some(2), true));
-    assert!(Step::behind(&[&next], &[vec![1], vec![1]], true).is_err());
-    assert!(step.embeddings(None).is_err());
+    let error = refusal(Step::behind(&[&next], &[vec![1], vec![1]], true));
+    assert_eq!(error, "step: 1 rows, masks of 2 cached rows");
+    let error = refusal(step.embeddings(None));
+    assert!(error.contains("holds token ids, the graph takes `inputs_embeds`"), "{error}");
 }
 
 #[test]
@@ -99,7 +108,8 @@ fn image_tokens_are_counted_per_picture() {
     assert_eq!(input("pixel_values", &[-1, -1, 3, 2, 2]).make(&step).unwrap().shape(), [1, 2, 3, 2, 2]);
     two.side.image[0] = false;
     let step = Step::prefill(&[&two], true).unwrap();
-    assert!(input("images_emb_mask", &[-1, -1, -1]).make(&step).is_err());
+    let error = refusal(input("images_emb_mask", &[-1, -1, -1]).make(&step));
+    assert!(error.contains("3 image tokens of 1 prompts belong to 2 pictures"), "{error}");
 }
 
 #[test]
@@ -118,10 +128,11 @@ fn per_layer_embeddings_take_the_shape_of_the_graph_input() {
     text.side.per_layer = (0..12).map(|n| n as f32).collect();
     let step = Step::prefill(&[&text], true).unwrap();
     assert_eq!(input("per_layer_inputs", &[-1, -1, 3, 2]).make(&step).unwrap().shape(), [1, 2, 3, 2]);
-    assert!(input("per_layer_inputs", &[-1, -1, 4, 2]).make(&step).is_err());
+    let error = refusal(input("per_layer_inputs", &[-1, -1, 4, 2]).make(&step));
+    assert!(error.contains("`per_layer_inputs`") && error.contains("there is one of 6 numbers"), "{error}");
     let none = Step::prefill(&[&prompt(&[5], &[], 0)], true).unwrap();
     let error = input("per_layer_inputs", &[-1, -1, 3, 2]).make(&none).unwrap_err().to_string();
-    assert!(error.contains("per_layer_inputs"), "{error}");
+    assert!(error.contains("`per_layer_inputs`") && error.contains("there is one of 0 numbers"), "{error}");
 }
 
 #[test]
@@ -138,9 +149,11 @@ fn rows_with_inconsistent_content_are_refused() {
     Step::prefill(&[&image, &text], true).unwrap();
     let mut broken = image.clone();
     broken.side.deepstack.pop();
-    assert!(Step::prefill(&[&image, &broken], true).is_err());
+    let error = refusal(Step::prefill(&[&image, &broken], true));
+    assert!(error.contains("a row of 2 tokens holds 2 ids, 4 numbers of width 2"), "{error}");
     let mut short = text.clone();
     short.data.pop();
-    assert!(Step::prefill(&[&short], true).is_err());
-    assert!(Step::prefill(&[], true).is_err());
+    let error = refusal(Step::prefill(&[&short], true));
+    assert!(error.contains("a row of 2 tokens holds 2 ids, 3 numbers of width 2"), "{error}");
+    assert_eq!(refusal(Step::prefill(&[], true)), "step: 0 rows of 0 tokens");
 }

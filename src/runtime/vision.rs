@@ -389,6 +389,7 @@ mod tests {
         let data: Vec<f32> = (0..12).map(|n| n as f32).collect();
         let (width, own) = Shares(vec![1, 2]).split("tower", vec![3, 2, 2], &data).expect("rows");
         assert_eq!((width, own[0].len(), own[1].len()), (2, 4, 8));
-        assert!(Shares(vec![5]).split("tower", vec![3, 2, 2], &data).is_err());
+        let error = Shares(vec![5]).split("tower", vec![3, 2, 2], &data).expect_err("five tiles").to_string();
+        assert_eq!(error, "tower: gave 6 rows of features for 5 tiles (shape [3, 2, 2])");
     }
 }

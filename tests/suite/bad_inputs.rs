@@ -62,6 +62,71 @@ fn a_template_that_fails_to_render_is_refused() {
     score(folder.path(), &["chat template in `chat_template.jinja`", "line 1"]);
 }
 
+/// A cell that is quoted in a message is cut.
+#[test]
+fn a_long_cell_is_not_printed_whole() {
+    let folder = tempfile::tempdir().expect("folder");
+    model(folder.path());
+    let long = "QUJD".repeat(2000);
+    let row = |key: &str, value: &str| {
+        format!(
+            r#"{{"{key}": "{value}", "conversations": [{{"from": "human", "value": "x"}}, {{"from": "gpt", "value": "y"}}]}}"#
+        )
+    };
+    for (text, wanted) in [
+        (row("image", &long), &["image `QUJDQUJD", "QUJD..`", "keep pictures in the folder"][..]),
+        (format!(r#"{{"conversations": "{long}"}}"#), &["`conversations`: invalid type: string", "a sequence"]),
+        (format!(r#"{{"messages": [{{"role": "{long}", "content": "x"}}]}}"#), &["has a message of `QUJD", "QUJD..`"]),
+    ] {
+        fs::write(folder.path().join("x.jsonl"), text).expect("data");
+        let arguments = ["score", "model", "--data", "x.jsonl", "--samples", "1", "-o", "out.json", "--quiet"];
+        refused(folder.path(), &arguments, wanted);
+        let message = stderr(&interlace(folder.path(), &arguments));
+        assert!(message.len() < 900, "{message}");
+    }
+}
+
+/// The model's faults are not counted as unreadable rows.
+#[test]
+fn a_model_without_a_template_or_an_image_processor_is_at_fault_and_not_the_data() {
+    let folder = tempfile::tempdir().expect("folder");
+    let model = model(folder.path());
+    fs::remove_file(model.join("chat_template.jinja")).expect("remove");
+    score(folder.path(), &["error: `model`: has no chat template", "expected chat_template.jinja"]);
+    fs::copy(fixtures().join("model/chat_template.jinja"), model.join("chat_template.jinja")).expect("copy");
+    fs::remove_file(model.join("preprocessor_config.json")).expect("remove");
+    edit(&model.join("processor_config.json"), |config| {
+        drop(config.as_object_mut().expect("keys").shift_remove("image_processor"))
+    });
+    let wanted = "error: `model`: not supported: data has pictures, but the model has no image processor";
+    score(folder.path(), &[wanted, "put `preprocessor_config.json` beside the model"]);
+}
+
+#[test]
+fn a_model_without_token_embeddings_is_refused_by_file_and_with_the_names_looked_for() {
+    let folder = tempfile::tempdir().expect("folder");
+    let model = model(folder.path());
+    for name in ["embed_tokens.onnx", "embed_tokens.onnx_data"] {
+        let path = model.join("onnx").join(name);
+        if path.exists() {
+            fs::remove_file(path).expect("remove");
+        }
+    }
+    let file = "`model/onnx/decoder_model_merged.onnx`: takes `inputs_embeds`";
+    score(folder.path(), &[file, "put `embed_tokens.onnx`, `prepare_inputs_embeds.onnx`", "`embedding/model.onnx`"]);
+}
+
+#[test]
+fn a_question_without_an_answer_is_refused_with_one_remedy() {
+    let folder = tempfile::tempdir().expect("folder");
+    model(folder.path());
+    fs::write(folder.path().join("x.jsonl"), r#"{"conversations": [{"from": "human", "value": "Hi"}]}"#).expect("data");
+    let arguments = ["score", "model", "--data", "x.jsonl", "--samples", "1", "-o", "out.json", "--quiet"];
+    let ends = "the conversation ends with the user; an assistant's answer is missing; correct the row, or remove it from \
+                the file\n";
+    refused(folder.path(), &arguments, &["more than 5% of 1 samples cannot be read, repair the data", ends]);
+}
+
 #[test]
 fn a_tokenizer_without_the_image_token_is_refused() {
     let folder = tempfile::tempdir().expect("folder");
@@ -119,6 +184,14 @@ fn a_benchmark_without_questions_or_pictures_is_refused() {
         (format!("index\timage\tanswer\n1\t{picture}\tyes\n"), &["has no column `question`", "tab-separated layout"]),
         (format!("index\timage\tquestion\tanswer\n1\t{picture}\t\tyes\n"), &["row `1`", "has no `question`"]),
         ("index\timage\tquestion\tanswer\n1\t\tWhy?\tyes\n".to_string(), &["picture"]),
+        (
+            format!("index\timage\tquestion\tcategory\n1\t{picture}\tWhy?\tA\n"),
+            &["has no column `answer`, only index, image, question, category"],
+        ),
+        (
+            format!("index\timage_path\tquestion\tanswer\n1\t{}\tWhy?\tyes\n", picture.repeat(40)),
+            &["`image_path` of row `1` holds base64, expected a file name; call the column `image`"],
+        ),
     ] {
         fs::write(folder.path().join("bench.tsv"), &text).expect("write");
         refused(folder.path(), &["eval", "model", "--data", "bench.tsv", "-o", "out.json", "--quiet"], wanted);

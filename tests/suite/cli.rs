@@ -34,6 +34,20 @@ fn help_and_version_go_to_standard_output_with_status_0() {
 }
 
 #[test]
+fn help_into_a_closed_pipe_exits_with_status_0() {
+    for arguments in [&["--help"][..], &["help"], &["finetune", "--help"], &["--version"]] {
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        let output = Command::new(env!("CARGO_BIN_EXE_interlace"))
+            .args(arguments)
+            .stdout(writer)
+            .output()
+            .expect("the binary starts");
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}: {}", stderr(&output));
+    }
+}
+
+#[test]
 fn only_the_interlace_torch_program_links_libtorch() {
     let links = |program: &str| {
         let bytes = fs::read(program).expect("the program");
@@ -67,6 +81,9 @@ fn usage_errors_exit_with_2_and_say_what_is_wrong() {
         (&["plan", "model", "-o", "p.json", "--drop", "2,x"], "`x` is not a layer index"),
         (&["plan", "model", "-o", "p.json", "--drop-count", "4", "--target-speedup", "1.2"], "cannot be used with"),
         (&["plan", "model", "-o", "p.json", "--target-size", "1.5 pounds"], "with k, M, G"),
+        (&["finetune", "model", "--data", "d", "-o", "o"], "--plan <FILE>|--layers <LAYERS>"),
+        (&["finetune", "model", "--data", "d", "-o", "o", "--plan", "p", "--layers", "2"], "cannot be used with"),
+        (&["finetune", "model", "--data", "d", "-o", "o", "--layers", "2", "--lr", "fast"], "--learning-rate <LR>"),
     ] {
         let output = interlace(folder.path(), arguments);
         assert_eq!(output.status.code(), Some(2), "{arguments:?}");
@@ -156,7 +173,27 @@ fn inspect_prints_layers_at_the_top_level() {
     assert_eq!(found["vision"]["num_layers"], 5);
     let text = interlace(folder.path(), &["inspect", &fixture("model")]);
     assert!(stdout(&text).contains("decoder: 16 layers"), "{}", stdout(&text));
-    assert!(!stdout(&text).contains('\x1b'), "colours without a terminal");
+    assert!(stdout(&text).contains("\nscore: yes\nprune: yes\nfinetune: yes\neval: yes\n"), "{}", stdout(&text));
+    // A second decoder would keep its old weights, and a head that reads one position has no losses on answers.
+    let model = model_copy(folder.path());
+    fs::copy(model.join("onnx/decoder_model_merged.onnx"), model.join("onnx/decoder_model_merged_q4.onnx"))
+        .expect("copy");
+    fs::copy(model.join("onnx/decoder_model_merged.onnx_data"), model.join("onnx/decoder_model_merged_q4.onnx_data"))
+        .expect("copy");
+    fs::remove_file(model.join("chat_template.jinja")).expect("remove");
+    let text = stdout(&interlace(folder.path(), &["inspect", "model"]));
+    for line in [
+        "score: yes: on running text and ready tensors alone: `model`: has no chat template",
+        "prune: yes\n",
+        "finetune: no: finetuning `onnx/decoder_model_merged.onnx` beside onnx/decoder_model_merged_q4.onnx",
+    ] {
+        assert!(text.contains(line), "{text}");
+    }
+    let found = json(&interlace(folder.path(), &["inspect", "model", "--json"]));
+    assert_eq!(found["verdicts"][2]["verb"], "finetune");
+    assert_eq!(found["verdicts"][2]["works"], false);
+    assert_eq!(found["verdicts"][1]["works"], true);
+    assert!(!text.contains('\x1b'), "colours without a terminal");
 }
 
 #[test]
@@ -209,7 +246,56 @@ fn plans_need_scores_of_the_same_model() {
     json(&interlace(folder.path(), &["prune", &model, "--plan", "plan.json", "-o", "pruned", "--json"]));
     let output = interlace(folder.path(), &["prune", "pruned", "--plan", "plan.json", "-o", "twice"]);
     assert_eq!(output.status.code(), Some(2));
-    assert!(stderr(&output).contains("another model"), "{}", stderr(&output));
+    let message = stderr(&output);
+    let want = "plan `plan.json`: made for another model than `pruned`, which was pruned already; give the dense model";
+    assert!(message.contains(want), "{message}");
+    // A file of another kind.
+    let data = fixture("data/finetune-small.parquet");
+    let score = ["score", &model, "--data", &data, "--samples", "1", "-o", "scores.json", "--json"];
+    json(&interlace(folder.path(), &score));
+    for (arguments, want) in [
+        (
+            &["prune", &model, "--plan", "scores.json", "-o", "out"][..],
+            "`scores.json`: holds scores, expected a plan; name a file that `interlace plan` wrote",
+        ),
+        (
+            &["plan", &model, "--scores", "plan.json", "--drop-count", "1", "-o", "p.json"],
+            "`plan.json`: holds a plan, expected scores; name a file that `interlace score` wrote",
+        ),
+        (
+            &["plan", "pruned", "--scores", "scores.json", "--drop-count", "1", "-o", "p.json"],
+            "scores `scores.json`: made for another model than `pruned`, which was pruned already",
+        ),
+        (
+            &["prune", &model, "--plan", "pruned/interlace.json", "-o", "out"],
+            "holds the record of a model, expected a plan",
+        ),
+    ] {
+        let message = stderr(&interlace(folder.path(), arguments));
+        assert!(message.contains(want), "{arguments:?}: {message}");
+    }
+}
+
+/// Both plans drop the same layers, so only the models' digests differ.
+#[test]
+fn finetune_refuses_the_plan_of_another_model() {
+    let folder = tempfile::tempdir().expect("folder");
+    let here = folder.path();
+    let (dense, other) = (fixture("model"), model_copy(here));
+    let config = fs::read_to_string(other.join("config.json")).expect("config");
+    fs::write(other.join("config.json"), format!("{config}\n")).expect("write");
+    json(&interlace(here, &["plan", &dense, "--drop", "2,9", "-o", "plan.json", "--json"]));
+    json(&interlace(here, &["plan", "model", "--drop", "2,9", "-o", "other.json", "--json"]));
+    json(&interlace(here, &["prune", &dense, "--plan", "plan.json", "-o", "pruned", "--json"]));
+    let data = fixture("data/finetune-small.parquet");
+    let all = ["finetune", "pruned", "--plan", "other.json", "--data", &data, "--recipe", "paper", "-o", "healed"];
+    let output = interlace(here, &all);
+    let message = stderr(&output);
+    assert_eq!(output.status.code(), Some(2), "{message}");
+    for part in ["`pruned`: was pruned from a model with digest", "give the plan that the model was pruned with"] {
+        assert!(message.contains(part), "{message}");
+    }
+    assert!(!here.join("healed").exists() && !here.join("healed.work").exists());
 }
 
 #[test]
@@ -273,6 +359,7 @@ fn errors_are_one_message_with_status_2_and_leave_nothing_behind() {
         (&["export", &model, "--to", "triton", "--variant", "q9", "-o", "out"], "q9"),
         (&["export", &model, "--to", "triton", "-o", "taken"], "exists already"),
         (&["run", "recipe.toml"], "modle"),
+        (&["run", "recipe.toml"], "docs/recipes.md and schemas/recipe.schema.json list the keys"),
     ];
     let before = names(here);
     for (arguments, want) in cases {
@@ -285,6 +372,67 @@ fn errors_are_one_message_with_status_2_and_leave_nothing_behind() {
         assert_eq!(names(here), before, "{arguments:?} left files behind");
     }
     assert_eq!(fs::read(here.join("taken/file")).expect("file"), b"mine");
+}
+
+#[test]
+fn a_missing_folder_of_an_output_file_is_refused_before_any_work() {
+    let folder = tempfile::tempdir().expect("folder");
+    // The model and the data do not exist either, so a verb that reads them first gives another message.
+    let to = ["-o", "nodir/x.json"];
+    for verb in [
+        &["score", "no-model", "--data", "no-data"][..],
+        &["plan", "no-model", "--drop-count", "1"],
+        &["eval", "no-model", "--data", "no-data.tsv"],
+        &["bench", "no-model"],
+        &["generate", "no-model", "--data", "no-data"],
+    ] {
+        let output = interlace(folder.path(), &[verb, &to].concat());
+        let message = stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{verb:?}: {message}");
+        assert!(message.contains("folder `nodir`: does not exist; create it first"), "{verb:?}: {message}");
+    }
+    let predictions = ["eval", "no-model", "--data", "no.tsv", "-o", "x.json", "--predictions", "nodir/p.tsv"];
+    let message = stderr(&interlace(folder.path(), &predictions));
+    assert!(message.contains("folder `nodir`: does not exist"), "{message}");
+}
+
+/// Every verb would refuse the model afterwards.
+#[test]
+fn an_output_folder_inside_the_model_folder_is_refused() {
+    let folder = tempfile::tempdir().expect("folder");
+    let here = folder.path();
+    let model = model_copy(here);
+    std::os::unix::fs::symlink("model", here.join("link")).expect("link");
+    let data = fixture("data/finetune-small.parquet");
+    let before = names(&model);
+    let outputs = ["model/out", "model/onnx/out", "link/out", "none/../model/out", "model/new/out", "model/../link/x"];
+    for out in outputs {
+        for verb in [
+            &["prune", "model", "--drop", "2"][..],
+            &["export", "model", "--to", "triton"],
+            &["finetune", "model", "--layers", "2", "--recipe", "paper", "--data", &data, "--samples", "2"],
+        ] {
+            let output = interlace(here, &[verb, &["-o", out]].concat());
+            let message = stderr(&output);
+            assert_eq!(output.status.code(), Some(2), "{verb:?} {out}: {message}");
+            let want = format!("output `{out}`: lies inside the model folder `model`; name a folder outside of it");
+            assert!(message.contains(&want), "{verb:?}: {message}");
+            assert_eq!(names(&model), before, "{verb:?} {out}");
+        }
+    }
+    // The teacher's folder counts too, and so does the folder of checkpoints.
+    let dense = fixture("model");
+    let finetune = ["finetune", &dense, "--layers", "2", "--recipe", "paper", "--data", &data, "--samples", "2"];
+    for rest in
+        [&["--teacher", "model", "-o", "model/out"][..], &["--teacher", "model", "--work", "model/w", "-o", "x"]]
+    {
+        let message = stderr(&interlace(here, &[&finetune[..], rest].concat()));
+        assert!(message.contains("lies inside the model folder `model`"), "{rest:?}: {message}");
+        assert_eq!(names(&model), before, "{rest:?}");
+    }
+    // Other files beside a single graph do not matter.
+    let single = ["prune", "model/onnx/decoder_model_merged.onnx", "--drop", "1", "-o", "model/onnx/out", "--json"];
+    json(&interlace(here, &single));
 }
 
 #[test]
@@ -310,17 +458,26 @@ fn a_run_writes_nothing_outside_its_output() {
 
 #[test]
 fn missing_cuda_is_an_error_without_fallback_to_the_cpu() {
-    if Path::new("/dev/nvidiactl").exists() {
-        return;
-    }
-    let folder = tempfile::tempdir().expect("folder");
     let data = fixture("data/finetune-small.parquet");
     let model = fixture("model");
-    let arguments = ["score", &model, "--data", &data, "--samples", "2", "--device", "cuda", "-o", "scores.json"];
-    let output = interlace(folder.path(), &arguments);
-    assert_eq!(output.status.code(), Some(2));
-    assert!(stderr(&output).contains("cuda:0"), "{}", stderr(&output));
-    assert!(names(folder.path()).is_empty());
+    // No machine has a device of the last index. The first one exists on machines with a GPU.
+    for (device, name) in [("cuda:4294967295", "cuda:4294967295"), ("cuda", "cuda:0")] {
+        let folder = tempfile::tempdir().expect("folder");
+        let arguments = ["score", &model, "--data", &data, "--samples", "2", "--device", device, "-o", "scores.json"];
+        let output = interlace(folder.path(), &arguments);
+        let message = stderr(&output);
+        if output.status.success() {
+            assert!(
+                device == "cuda" && Path::new("/dev/nvidiactl").exists(),
+                "{device} fell back to the CPU: {message}"
+            );
+            assert_eq!(names(folder.path()), ["scores.json"], "{device}");
+            continue;
+        }
+        assert_eq!(output.status.code(), Some(2), "{device}: {message}");
+        assert!(message.contains(&format!("device `{name}`")), "{device}: {message}");
+        assert!(names(folder.path()).is_empty(), "{device} left files behind");
+    }
 }
 
 /// Makes the decoder's head read only the last position, as some exporters do for generation.

@@ -110,14 +110,14 @@ fn tests_and_fixtures_named_in_the_family_table_exist() {
     for family in FAMILIES {
         let shown = match family.proof {
             Proof::Pipeline(tests) => tests.iter().all(|test| {
-                pipelines.contains(&format!("    {test} = \"")) || pipelines.contains(&format!("fn {test}()"))
+                pipelines.contains(&format!("    {test} = \"")) || pipelines.contains(&format!("#[test]\nfn {test}()"))
             }),
             Proof::Processor(name) => {
                 let all = processors["families"].as_array().expect("families");
                 all.iter().any(|family| family["name"] == name)
             }
             Proof::Shared(other) => FAMILIES.iter().any(|family| family.name == other && family.class.is_some()),
-            Proof::Test(test) => all.contains(&format!("fn {test}()")),
+            Proof::Test(test) => all.contains(&format!("#[test]\nfn {test}()")),
         };
         assert!(shown, "{}: {:?}", family.name, family.proof);
     }

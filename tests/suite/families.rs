@@ -72,7 +72,7 @@ impl Family {
     }
 
     /// Prompts that Hugging Face's classes accept.
-    fn cases(&self) -> impl Iterator<Item = (&str, &Value)> {
+    pub fn cases(&self) -> impl Iterator<Item = (&str, &Value)> {
         let cases = self.expected["cases"].as_object().expect("cases").iter();
         cases.map(|(name, case)| (name.as_str(), case)).filter(|(_, case)| case.get("refused").is_none())
     }
@@ -85,7 +85,7 @@ impl Family {
     }
 
     /// Writes conversations in LLaVA's layout, and their pictures.
-    fn dataset(&self, file: &str, conversations: &[&Value]) -> PathBuf {
+    pub fn dataset(&self, file: &str, conversations: &[&Value]) -> PathBuf {
         for entry in fs::read_dir(fixtures().join("pictures")).expect("pictures") {
             let path = entry.expect("entry").path();
             fs::copy(&path, self.here().join(path.file_name().expect("name"))).expect("copy");
@@ -126,7 +126,7 @@ fn floats(value: &Value) -> Vec<f64> {
 }
 
 /// Turns `[pictures, question, answer]` as the library's type.
-fn sample(turns: &Value) -> Sample {
+pub fn sample(turns: &Value) -> Sample {
     let mut images = Vec::new();
     let turn = |turn: &Value| {
         let mut user = Vec::new();
@@ -207,7 +207,8 @@ fn check_inputs(name: &str, expected: &Value, backend: &str, encoded: &Encoded) 
         return;
     };
     for (key, want) in expected.as_object().expect("inputs") {
-        if ["token_type_ids", "mm_token_type_ids", "labels", "num_soft_tokens_per_image"].contains(&key.as_str()) {
+        let others = ["token_type_ids", "mm_token_type_ids", "labels", "num_soft_tokens_per_image", "batch_num_images"];
+        if others.contains(&key.as_str()) {
             continue;
         }
         let found = whole(images, key, &integers(&want["shape"])).unwrap_or_else(|error| panic!("{name}: {error}"));
@@ -220,9 +221,9 @@ fn check_inputs(name: &str, expected: &Value, backend: &str, encoded: &Encoded) 
                 if format!("{:x}", Sha256::digest(&bytes)) == text(&want["sha256"]) {
                     continue;
                 }
-                let places = integers(&want["places"]);
-                let pairs =
-                    places.iter().zip(floats(&want["values"])).map(|(&p, want)| (f64::from(values[p as usize]), want));
+                let (places, wanted) = (integers(&want["places"]), floats(&want["values"]));
+                assert!(!places.is_empty() && places.len() == wanted.len(), "{name}: {key}: {} places", places.len());
+                let pairs = places.iter().zip(wanted).map(|(&p, want)| (f64::from(values[p as usize]), want));
                 let far = pairs.clone().filter(|(found, want)| (found - want).abs() > 2.0 / 255.0 / 0.2).count();
                 assert!(backend == "torchvision" && far == 0, "{name}: {key}: {:?}", pairs.collect::<Vec<_>>());
             }
@@ -245,8 +246,12 @@ fn check_integers(name: &str, key: &str, found: &[i64], want: &Value) {
 fn distance(found: &[f32], tokens: usize, vocabulary: &[i64], want: &Value) -> f64 {
     let width = found.len() / tokens;
     let mut worst: f64 = 0.0;
-    for (place, row) in integers(&want["places"]).into_iter().zip(want["values"].as_array().expect("rows")) {
-        for (&word, want) in vocabulary.iter().zip(floats(row)) {
+    let (places, rows) = (integers(&want["places"]), want["values"].as_array().expect("rows"));
+    assert!(!places.is_empty() && places.len() == rows.len(), "{} places, {} rows", places.len(), rows.len());
+    for (place, row) in places.into_iter().zip(rows) {
+        let row = floats(row);
+        assert_eq!(row.len(), vocabulary.len());
+        for (&word, want) in vocabulary.iter().zip(row) {
             worst = worst.max((f64::from(found[place as usize * width + word as usize]) - want).abs());
         }
     }
@@ -294,7 +299,9 @@ fn check_losses(family: &Family, folder: &Path, key: &str) {
     let processor = Processor::open(&Bundle::open(folder).expect("a model folder")).expect("a processor");
     let learned = &family.expected["learned"];
     let turns = learned["turns"].as_array().expect("conversations");
-    for (turns, want) in turns.iter().zip(learned["conversations"].as_array().expect("conversations")) {
+    let conversations = learned["conversations"].as_array().expect("conversations");
+    assert!(!turns.is_empty() && turns.len() == conversations.len(), "{}: {} turns", family.name, turns.len());
+    for (turns, want) in turns.iter().zip(conversations) {
         let encoded = processor.encode_conversation(&sample(turns)).expect("a conversation");
         assert_eq!(encoded.input_ids, integers(&want["input_ids"]), "{}", family.name);
         let answers: Vec<i64> =
@@ -384,7 +391,25 @@ fn check_deepstack(archive: &str, name: &str) {
         family.run(&["prune", name, "--drop", &family.drop_list("drop"), "--deepstack", rule, "-o", rule, "-q"]);
         check_network(&family, rule, key);
         check_healing(&family, &["--deepstack", rule], key);
+        check_adapters(&family, key);
     }
+}
+
+/// Adapters on all layers, the first one too, before which nothing adds features: they begin at zero, so the loss of the
+/// first step is that of Hugging Face's network.
+fn check_adapters(family: &Family, key: &str) {
+    let planned = format!("planned-{key}");
+    let arguments = ["finetune", &planned, "--plan", "plan.json", "--data", "heal.json", "--recipe", "paper"];
+    let how = ["--learning-rate", "1e-2", "--batch-size", "1", "--accumulation-steps", "1", "--epochs", "8"];
+    let out = format!("adapted-{key}");
+    let adapters = ["--lora-rank", "4", "--lora-layers", "all", "-o", &out, "--json", "-q"];
+    let report: Value = serde_json::from_str(&family.run(&[&arguments[..], &how, &adapters].concat())).expect("JSON");
+    let expected =
+        &family.by_default("loss")[if family.expected.get("heal_drop").is_some() { "healing" } else { key }][0];
+    let want = expected["sum"].as_f64().expect("a number") / expected["tokens"].as_f64().expect("a number");
+    let loss = |field: &str| report[field].as_f64().expect("a loss");
+    assert!((loss("first_loss") - want).abs() <= LOSS * want, "{}: {report}, Hugging Face {want}", family.name);
+    assert!(loss("last_loss") < loss("first_loss"), "{}: {report}", family.name);
 }
 
 /// Compares the output of `generate` for a prompt whose answer ids are known.
@@ -518,6 +543,7 @@ families! { check:
     llava_with_a_projector_of_its_own = "llava" "llava_projector",
     llava_in_one_graph = "llava" "llava_single",
     llava_onevision = "llava_onevision" "llava_onevision",
+    llava_onevision_with_tiles = "llava_onevision_tiles" "llava_onevision_tiles",
     fast_vlm = "fast_vlm" "fast_vlm",
     moondream = "moondream" "moondream",
     internvl = "internvl" "internvl",

@@ -54,6 +54,7 @@ fn fused_graphs_give_the_same_results_and_gradients() {
         };
         let (plain, fused) = (run(&model), run(&fused));
         for (what, plain, fused) in [("output", plain.0, fused.0), ("gradient", plain.1, fused.1)] {
+            assert!(!plain.is_empty() && plain.len() == fused.len(), "{file}: {} and {}", plain.len(), fused.len());
             for (number, (plain, fused)) in plain.iter().zip(&fused).enumerate() {
                 assert_eq!((plain.size(), plain.kind()), (fused.size(), fused.kind()), "{file}: {what} {number}");
                 let scale = plain.abs().max().double_value(&[]).max(1e-3);

@@ -46,8 +46,14 @@ fn generate_answers_one_question_or_a_data_set_and_compares_models() {
     assert_eq!(answers.len(), 32);
     assert!(answers.iter().all(|line| line["answer"].as_str().is_some_and(|answer| !answer.is_empty())));
 
-    for wrong in [&["--image", "missing.png", "--prompt", "x"][..], &["--temperature", "-1", "--prompt", "x"], &[]] {
+    for (wrong, want) in [
+        (&["--image", "missing.png", "--prompt", "x"][..], "missing.png"),
+        (&["--temperature=-1", "--prompt", "x"][..], "temperature: is -1, expected a number of 0 or more"),
+        (&[][..], "--prompt <TEXT>"),
+    ] {
         let output = interlace(Path::new("."), &[&["generate", model][..], wrong].concat());
-        assert_eq!(output.status.code(), Some(2), "{wrong:?}: {}", stderr(&output));
+        let message = stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{wrong:?}: {message}");
+        assert!(message.contains(want), "{wrong:?}: {message}");
     }
 }

@@ -1,7 +1,9 @@
 //! All integration tests in one binary, one module per capability.
 
+mod answer_graph;
 mod backend;
 mod bad_inputs;
+mod checkpoints;
 mod cli;
 mod compensation;
 mod corners;
@@ -39,6 +41,7 @@ mod taps;
 mod tensors;
 mod text;
 mod training;
+mod variants;
 mod verify;
 mod vision;
 mod zoo;

@@ -73,7 +73,7 @@ fn rows_of_wrong_types_are_refused_with_the_key_and_expected_type() {
         (json!({"conversations": "x"}), ["`conversations`", "\"x\"", "a sequence"]),
         (
             json!({"image": "../p.png", "conversations": talk}),
-            ["../p.png", "without `..`", "name the file by its path below that folder"],
+            ["../p.png", "without `..`", "keep pictures in the folder of the JSON file"],
         ),
     ] {
         fs::write(work.path().join("rows.json"), json!([row]).to_string()).unwrap();
@@ -122,6 +122,93 @@ fn configs_of_wrong_types_are_refused_with_the_key_and_expected_type() {
         config["text_config"][key] = value;
         fs::write(&path, config.to_string()).unwrap();
         check_message(&refusal(work.path(), &["prune", "m", "--drop", "1", "-o", "out"]), &words);
+    }
+}
+
+/// Trains one step of layer 9 of the shipped model; `more` are further arguments.
+fn train(root: &Path, more: &[&str]) -> std::process::Output {
+    let (model, data) = (fixture("model"), fixture("data/finetune-small.parquet"));
+    let all = ["finetune", &model, "--layers", "9", "--data", &data, "--turns", "separate", "--recipe", "paper"];
+    let few = ["--samples", "4", "--batch-size", "4", "--max-steps", "1", "--learning-rate", "1e-3"];
+    interlace(root, &[&all[..], &few, more].concat())
+}
+
+#[test]
+fn a_new_run_does_not_remove_the_checkpoint_of_an_interrupted_one() {
+    let work = tempfile::tempdir().unwrap();
+    let checkpoint = work.path().join("healed.work/checkpoints/step-00000011");
+    fs::create_dir_all(&checkpoint).unwrap();
+    let output = train(work.path(), &["-o", "healed"]);
+    assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+    check_message(
+        &stderr(&output),
+        &["`healed.work`: holds step 11 of an interrupted run; add `--resume` to continue, or remove the folder"],
+    );
+    assert!(checkpoint.exists() && !work.path().join("healed").exists());
+}
+
+#[test]
+fn a_teacher_of_another_family_is_refused_before_any_work() {
+    let work = tempfile::tempdir().unwrap();
+    model(work.path());
+    let path = work.path().join("m/config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let own = config["model_type"].as_str().unwrap().to_string();
+    config["model_type"] = "qwen3_vl".into();
+    fs::write(&path, config.to_string()).unwrap();
+    for more in [&["-o", "healed"][..], &["-o", "healed", "--dry-run"]] {
+        let output = train(work.path(), &[&["--teacher", "m"][..], more].concat());
+        assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+        check_message(&stderr(&output), &["teacher `m`: is qwen3_vl, the model to train is ", &own, "dense model"]);
+        assert!(!work.path().join("healed").exists());
+    }
+}
+
+#[test]
+fn resuming_without_a_checkpoint_says_that_the_run_starts_at_step_1() {
+    let work = tempfile::tempdir().unwrap();
+    for (out, more, noted) in [("first", "--json", true), ("second", "--quiet", false)] {
+        let output = train(work.path(), &["--resume", "-o", out, more]);
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        let note = format!("no checkpoint in `{out}.work`; starting at step 1");
+        assert_eq!(stderr(&output).contains(&note), noted, "{}", stderr(&output));
+    }
+}
+
+/// `rows.json` with this many conversations without pictures.
+fn rows(root: &Path, count: usize) {
+    let row = |number: usize| {
+        let question = format!("What is {number} and {number}?");
+        json!({"id": number, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": "a sum"}]})
+    };
+    fs::write(root.join("rows.json"), Value::from((0..count).map(row).collect::<Vec<_>>()).to_string()).unwrap();
+}
+
+#[test]
+fn a_plan_draws_all_samples_where_there_are_fewer_than_its_default() {
+    let work = tempfile::tempdir().unwrap();
+    rows(work.path(), 3);
+    let model = fixture("model");
+    let plan = ["plan", &model, "--strategy", "sleb", "--drop-count", "1", "--data", "rows.json", "-o", "plan.json"];
+    let output = interlace(work.path(), &[&plan[..], &["--json"]].concat());
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let found: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(found["samples"].as_array().map(Vec::len), Some(3));
+    assert_eq!(found["settings"]["samples"], 3);
+    let message = refusal(work.path(), &[&plan[..], &["--samples", "4"]].concat());
+    check_message(&message, &["has 3 samples, but 4 are asked for; give `--samples 3` or fewer"]);
+}
+
+#[test]
+fn score_says_how_many_samples_it_draws_by_default() {
+    let work = tempfile::tempdir().unwrap();
+    rows(work.path(), 20);
+    let model = fixture("model");
+    let score = ["score", &model, "--data", "rows.json", "-o", "scores.json"];
+    for (more, noted) in [(&[][..], true), (&["--samples", "1"], false), (&["--quiet"], false)] {
+        let output = interlace(work.path(), &[&score[..], more].concat());
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        assert_eq!(stderr(&output).contains("scoring on 2 of 20 samples"), noted, "{}", stderr(&output));
     }
 }
 

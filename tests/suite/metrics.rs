@@ -60,6 +60,9 @@ fn scores_equal_vlmevalkit() {
         let benchmark = benchmark(folder.path(), name, &want.data);
         let predictions: Vec<String> = want.data.iter().map(|row| cell(row.get("prediction"))).collect();
         let scores = judge_predictions(&benchmark, name, &predictions).expect("scores");
+        if !want.rows.is_empty() {
+            assert_eq!([scores.answers.len(), want.rows.len()], [want.data.len(); 2], "{name}");
+        }
         for ((answer, row), score) in scores.answers.iter().zip(&want.data).zip(&want.rows) {
             assert!(
                 (answer.score - score).abs() < 1e-9,

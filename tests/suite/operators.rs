@@ -418,7 +418,9 @@ fn operators_agree_with_onnx_runtime() {
             .map(|(&id, tensor)| (program.name(id).to_string(), id, tensor.shallow_clone()))
             .collect();
         let theirs = run_runtime(&mut session, &feeds);
-        for (output, result) in run_torch(&program, &feeds) {
+        let ours = run_torch(&program, &feeds);
+        assert!(!ours.is_empty() && ours.len() == theirs.len(), "{name}: {} outputs", ours.len());
+        for (output, result) in ours {
             let worst = difference(&result, &theirs[&output]);
             assert!(worst <= 1e-4, "{name}: `{output}` differs by {worst:e}");
         }

@@ -46,6 +46,7 @@ fn pixel_values_equal_transformers_bit_for_bit() {
             let shape: Vec<usize> = want.size().iter().skip(1).map(|dim| *dim as usize).collect();
             assert_eq!(found.shape(), shape, "{name}");
             let want = Vec::<f32>::try_from(want.view([-1])).unwrap();
+            assert_eq!(found.len(), want.len(), "{name}");
             let differing = found.iter().zip(&want).filter(|(found, want)| found != want).count();
             assert_eq!(differing, 0, "{name}");
             compared += 1;

@@ -206,10 +206,18 @@ fn qwen2_5_vl_with_only_a_genai_config_passes_every_verb() {
 #[test]
 fn qwen2_5_vl_in_mobius_layout_passes_every_verb() {
     let folder = Published::new("qwen2_5_vl", "qwen2_5_vl_mobius");
-    folder.write("audio_encoder/config.json", "{}");
-    fs::remove_dir_all(folder.path("audio_encoder")).expect("remove");
-    folder.write("inference.py", "import onnxruntime\n");
+    let beside = [("audio_encoder/config.json", "{}"), ("inference.py", "import onnxruntime\n")];
+    for (file, content) in beside {
+        folder.write(file, content);
+    }
     folder.check(true, "");
+    assert_eq!(folder.carried(), beside.map(|(file, _)| file));
+    for (file, content) in beside {
+        for made in ["pruned", "healed"] {
+            let copy = fs::read_to_string(folder.family.here().join(made).join(file));
+            assert_eq!(copy.expect("a copy"), content, "{made}/{file}");
+        }
+    }
 }
 
 /// The embeddings graph merges image features, with the file names and processor of Phi models.
@@ -283,6 +291,31 @@ fn llava_onevision_encodes_one_view_with_a_warning() {
     for part in ["image tiles", "has no input `image_sizes`", "leave `--image-tiles` out"] {
         assert!(message.contains(part), "expected `{part}` in: {message}");
     }
+}
+
+/// A graph that packs the features of tiles gets tiles without a flag.
+#[test]
+fn llava_onevision_encodes_tiles_for_a_graph_that_packs_them() {
+    let folder = Published::new("llava_onevision_tiles", "llava_onevision_tiles");
+    let printed = folder.run(&["inspect", "llava_onevision_tiles"]);
+    assert!(!printed.contains("a picture is one view"), "{printed}");
+    folder.check(true, "");
+    let ask = ["generate", "llava_onevision_tiles", "--image", "photo.jpeg", "--prompt", "What?", "--max-tokens", "2"];
+    for more in [&[][..], &["--image-tiles", "true"]] {
+        let printed = folder.run(&[&ask[..], more].concat());
+        assert!(printed.contains("99 prompt tokens"), "{more:?}: {printed}");
+    }
+    let output = interlace(folder.family.here(), &[&ask[..], &["--image-tiles", "false"]].concat());
+    let message = stderr(&output);
+    assert_eq!(output.status.code(), Some(2), "{message}");
+    for part in ["no image tiles", "has an input `image_sizes`", "leave `--image-tiles` out"] {
+        assert!(message.contains(part), "expected `{part}` in: {message}");
+    }
+    let export = ["export", "llava_onevision_tiles", "--to", "transformers-js", "-o", "exported"];
+    let output = interlace(folder.family.here(), &export);
+    let message = stderr(&output);
+    assert_eq!(output.status.code(), Some(2), "{message}");
+    assert!(message.contains("reads `image_sizes`, which transformers.js never feeds"), "{message}");
 }
 
 /// The likelihood of answers is computed from the logits of the head, not from hidden states.

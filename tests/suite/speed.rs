@@ -103,3 +103,69 @@ fn score_and_eval_report_where_the_time_was_spent() {
     let report: serde_json::Value = serde_json::from_str(&run(&[&eval[..], &["--json"]].concat())).expect("JSON");
     assert!(report["model"]["timing"]["profile"]["decoder_s"].as_f64().expect("seconds") > 0.0);
 }
+
+/// Copies the shipped model, with an end token that it never gives.
+fn without_end(folder: &std::path::Path) {
+    let model = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fixtures/model");
+    std::fs::create_dir_all(folder.join("onnx")).expect("folder");
+    for part in [".", "onnx"] {
+        for entry in std::fs::read_dir(model.join(part)).expect("files") {
+            let path = entry.expect("entry").path();
+            if path.is_file() {
+                std::fs::copy(&path, folder.join(part).join(path.file_name().expect("name"))).expect("copy");
+            }
+        }
+    }
+    for file in ["config.json", "generation_config.json"] {
+        let text = std::fs::read_to_string(folder.join(file)).expect("config");
+        let mut config: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        let never = serde_json::json!(0);
+        config["eos_token_id"] = never.clone();
+        if let Some(text) = config.get_mut("text_config") {
+            text["eos_token_id"] = never;
+        }
+        std::fs::write(folder.join(file), config.to_string()).expect("config");
+    }
+}
+
+/// One question and 64 tokens in the graph of `export --to generate`, alternating with the loop around the components.
+#[test]
+#[ignore = "measures time; run by scripts/overhead"]
+fn the_loop_in_the_graph_decodes_beside_the_loop_outside() {
+    const TOKENS: usize = 64;
+    let folder = tempfile::tempdir().expect("folder");
+    without_end(folder.path());
+    let target = tempfile::tempdir().expect("folder");
+    let out = target.path().join("out");
+    let output =
+        interlace(folder.path(), &["export", ".", "--to", "generate", "-o", out.to_str().expect("path"), "-q"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let bundle = Bundle::open(folder.path()).expect("model");
+    let data = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fixtures/data/finetune-small.parquet");
+    let dataset = Dataset::open_for(&data, &bundle, &DataOptions::default()).expect("data");
+    let processor = Processor::open(&bundle).expect("processor");
+    let sample = dataset.read(&[0]).expect("samples").next().expect("a sample").expect("a sample");
+    let encoded = processor.encode_prompt(&sample).expect("encoded");
+    let runtime = Runtime::new(Device::Cpu).expect("runtime");
+    let options = SessionOptions::default();
+    let mut graph = runtime.session(&out.join("onnx/generate.onnx"), &options).expect("a graph");
+    let prompt = encoded.clone().into_prompt();
+    let mut ratios = Vec::new();
+    for round in 0..9 {
+        let mut vlm = VlmSession::open(&runtime, &bundle, &options, &FeatureCache::new(1 << 20)).expect("model");
+        let began = Instant::now();
+        let outside = vlm.generate(std::slice::from_ref(&prompt), TOKENS, &Cancel::default()).expect("an answer");
+        let first = began.elapsed().as_secs_f64();
+        let began = Instant::now();
+        let inside = super::answer_graph::answer(&mut graph, &encoded, TOKENS as i64).expect("an answer");
+        let second = began.elapsed().as_secs_f64();
+        assert_eq!((inside.len(), &inside), (TOKENS, &outside[0]));
+        println!(
+            "round {round}: loop outside {first:.3} s, loop in the graph {second:.3} s, {:.3} times",
+            second / first
+        );
+        ratios.push(second / first);
+    }
+    ratios.sort_by(f64::total_cmp);
+    println!("median: the graph takes {:.3} times as long", ratios[ratios.len() / 2]);
+}

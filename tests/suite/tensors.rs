@@ -146,9 +146,12 @@ fn ordinary(folder: &Path, count: usize) -> PathBuf {
 
 fn same_scores(a: &Scores, b: &Scores, tolerance: f64) {
     assert_eq!(a.num_samples, b.num_samples);
+    assert!(!a.samples.is_empty() && a.samples.len() == b.samples.len(), "{} samples", a.samples.len());
     for (a, b) in a.samples.iter().zip(&b.samples) {
         assert_eq!(a.tokens, b.tokens);
+        assert_eq!(a.sim.len(), b.sim.len(), "{}", a.id);
         for (pack, values) in &a.sim {
+            assert_eq!(values.len(), b.sim[pack].len(), "{}, packs of {pack}", a.id);
             for (x, y) in values.iter().zip(&b.sim[pack]) {
                 assert!((x - y).abs() <= tolerance, "{} and {}: {x} and {y}", a.id, b.id);
             }

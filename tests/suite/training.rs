@@ -114,6 +114,13 @@ fn a_diverging_run_keeps_its_last_good_checkpoint() {
         .collect();
     assert_eq!(checkpoints, ["step-00000001"]);
     assert!(!here.join("healed").exists());
+
+    // The only step leaves infinite weights, although its own loss and gradients are finite.
+    fs::write(here.join("settings.toml"), settings.replace("1e30", "1e39")).expect("settings");
+    let output = interlace(here, &arguments("one", &data, "1"));
+    assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+    assert!(stderr(&output).contains("is not finite after the last step"), "{}", stderr(&output));
+    assert!(!here.join("one").exists());
 }
 
 /// Layers named by index train as with a plan that names them. An unpruned model trains too, with the losses that apply

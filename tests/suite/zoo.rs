@@ -35,7 +35,9 @@ fn cases() -> Vec<Case> {
         let tolerance = if tolerance == "1e-2" { 5e-3 } else { 1e-4 };
         Case { file, expected, tolerance }
     };
-    table.lines().map(parse).collect()
+    let cases: Vec<Case> = table.lines().map(parse).collect();
+    assert!(cases.len() >= 15, "{} cases", cases.len());
+    cases
 }
 
 pub(super) type Arrays = HashMap<String, tch::Tensor>;

@@ -3,8 +3,9 @@
 //!
 //! Output: `pixel_values` `[frames, 3, size, size]`; `image_sizes` `[1, 2]` with the original height and width.
 //!
-//! Source: `LlavaOnevisionImageProcessor` of transformers 5.24. transformers.js passes only the view of the whole
-//! picture, and so does this processor unless the user asks for tiles: no exported graph packs the features of tiles.
+//! Source: `LlavaOnevisionImageProcessor` of transformers 5.24. Tiles are on when the vision encoder packs their features,
+//! for which it needs `image_sizes`. The published graphs do not; for them transformers.js passes only the view of the
+//! whole picture, and so does this processor.
 
 use serde_json::Value;
 

@@ -129,10 +129,11 @@ mod tests {
         let mut numbers = Hybrid::new(&bytes[..], 3).unwrap();
         let found: Vec<u32> = (0..13).map(|_| numbers.next().unwrap()).collect();
         assert_eq!(found, [2, 2, 2, 2, 2, 0, 1, 2, 3, 4, 5, 6, 7]);
-        assert!(numbers.next().is_err());
+        let short = "failed to fill whole buffer";
+        assert_eq!(numbers.next(), Err(short.to_string()));
         let zeros = |width, count| Hybrid::new(&[0x0a, 0x00, 0x03, 0x88, 0xc6, 0xfa][..], width).unwrap().zeros(count);
         assert_eq!((zeros(3, 0), zeros(3, 3), zeros(3, 13), zeros(0, 9)), (Ok(0), Ok(3), Ok(6), Ok(9)));
-        assert!(zeros(3, 14).is_err());
+        assert_eq!(zeros(3, 14), Err(short.to_string()));
     }
 
     #[test]
@@ -146,6 +147,7 @@ mod tests {
             (0..8).map(|_| numbers.next().unwrap()).collect::<Vec<_>>(),
             (0..8).map(|n| n * 0x1111_1111).collect::<Vec<_>>()
         );
-        assert!(Hybrid::new(&[][..], 33).is_err());
+        let wide = Hybrid::new(&[][..], 33).err();
+        assert_eq!(wide.as_deref(), Some("has numbers of 33 bits, expected at most 32"));
     }
 }

@@ -21,7 +21,7 @@ use parquet::arrow::arrow_reader::{
 };
 use parquet::file::metadata::ParquetMetaData;
 
-use crate::base::{Error, Progress, Result};
+use crate::base::{Error, Progress, Result, shortened};
 
 use crate::data::columns::{Cells, Columns};
 use crate::data::guard::guarded;
@@ -105,30 +105,37 @@ impl Shard {
         let mut listed = Vec::with_capacity(self.rows().min(1 << 20));
         let subject = self.subject();
         let mut row = 0;
+        let rated = |batch: &StructArray, place: usize| {
+            let rating = |name| guarded(|| self.columns.rating(batch, name, place)).ok().flatten();
+            options.min_ratings.iter().all(|(name, least)| rating(name).is_some_and(|rating| rating >= *least))
+        };
         for batch in self.reader(groups, None, self.leaves(&self.columns.listed(), &[]), LISTED_ROWS)? {
             let batch = StructArray::from(batch.map_err(|e| self.unreadable(e))?);
             progress.advance(batch.len() as u64);
             for place in 0..batch.len() {
-                let rating = |name| guarded(|| self.columns.rating(&batch, name, place)).ok().flatten();
-                if options.min_ratings.iter().all(|(name, least)| rating(name).is_some_and(|rating| rating >= *least)) {
-                    let read = guarded(|| {
-                        let messages = self.columns.messages(&batch, place)?;
-                        let turns = messages.iter().filter(|message| message.speaker == Speaker::Assistant).count();
-                        Ok((turns.max(1), key_of(self.columns.id(&batch, place), &messages)))
-                    });
-                    let (turns, key) = read
-                        .and_then(|read: Result<_, String>| read)
-                        .unwrap_or_else(|problem| (1, content_key(&[problem])));
+                if rated(&batch, place) {
+                    let (turns, key) = self.turns_and_key(&batch, place);
                     listed.push(Listed::new(&subject, row, turns, key)?);
                 }
                 row += 1;
             }
         }
         if row != self.rows() {
-            return Err(Error::invalid(self.subject(), format!("has {row} rows, its footer says {}", self.rows()))
+            return Err(Error::invalid(subject, format!("has {row} rows, its footer says {}", self.rows()))
                 .remedy("write the file again as Parquet"));
         }
         Ok(listed)
+    }
+
+    /// Number of turns of a row, and its content key. A row that does not decode counts as one turn; its error is
+    /// reported when the row is read.
+    fn turns_and_key(&self, batch: &StructArray, place: usize) -> (usize, u64) {
+        let read = guarded(|| -> Result<_, String> {
+            let messages = self.columns.messages(batch, place)?;
+            let turns = messages.iter().filter(|message| message.speaker == Speaker::Assistant).count();
+            Ok((turns.max(1), key_of(self.columns.id(batch, place), &messages)))
+        });
+        read.and_then(|read| read).unwrap_or_else(|problem| (1, content_key(&[problem])))
     }
 
     /// Reads the rows with these ascending indices. One row group is open at a time.
@@ -269,7 +276,7 @@ impl Shard {
     ) -> Result<SourceRow, String> {
         let mut subject = self.row_subject(number);
         if let Some(id) = self.columns.id(batch, place) {
-            subject.push_str(&format!(" (id `{id}`)"));
+            subject.push_str(&format!(" (id `{}`)", shortened(&id)));
         }
         let images = self.columns.pictures(batch, place, &subject, apart)?;
         SourceRow::of_messages(subject, images, self.columns.messages(batch, place)?)

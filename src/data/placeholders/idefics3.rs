@@ -16,15 +16,8 @@ pub(super) fn open(files: &mut Files) -> Result<Placeholder> {
     let global = files.token("global_image_token", "<global-img>")?;
     let tile = token.repeat(features);
     Ok(Placeholder::new(&token, move |layout, _| {
-        let [rows, columns] = layout.tiles;
-        let mut out = String::new();
-        for row in 1..=rows {
-            for column in 1..=columns {
-                out.push_str(&format!("{fake}<row_{row}_col_{column}>{tile}"));
-            }
-            out.push('\n');
-        }
-        if rows > 0 {
+        let mut out = tiles(layout.tiles, &fake, &tile);
+        if layout.tiles[0] > 0 {
             out.push('\n');
         }
         out.push_str(&format!("{fake}{global}{tile}{fake}"));
@@ -41,18 +34,24 @@ pub(super) fn granite_docling(files: &mut Files) -> Result<Placeholder> {
     Ok(Placeholder::new(&token, move |layout, _| {
         const FAKE: &str = "<fake_token_around_image>";
         let [rows, columns] = layout.tiles;
-        let mut out = String::new();
-        for row in 1..=rows {
-            for column in 1..=columns {
-                out.push_str(&format!("{FAKE}<row_{row}_col_{column}>{tile}"));
-            }
-            out.push('\n');
-        }
+        let mut out = tiles(layout.tiles, FAKE, &tile);
         if rows * columns > 1 {
             out.push_str(&format!("\n{FAKE}<global-img>{tile}{FAKE}"));
         }
         out
     }))
+}
+
+/// The features `tile` of every tile behind `fake` and its row and column; a line for each row.
+fn tiles([rows, columns]: [usize; 2], fake: &str, tile: &str) -> String {
+    let mut out = String::new();
+    for row in 1..=rows {
+        for column in 1..=columns {
+            out.push_str(&format!("{fake}<row_{row}_col_{column}>{tile}"));
+        }
+        out.push('\n');
+    }
+    out
 }
 
 /// Features per tile: `image_seq_len` of the processor, which must equal `(image_size / patch_size)^2 / scale_factor^2`

@@ -3,6 +3,7 @@
 use crate::base::{Error, Result, list_preview};
 use crate::bundle::{Bundle, Component, ModelConfig, Role};
 use crate::ir::{DataType, Model, ValueId, ValueType};
+use crate::prompt::IMAGE_SIZES;
 
 /// Kind of class with which transformers.js runs a model type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -201,6 +202,13 @@ pub(super) fn check_ports(
             };
             return Err(Error::unsupported(subject(), problem).remedy(remedy));
         }
+    }
+    // The processor there makes one view of a picture and no sizes.
+    let onevision = config.is_some_and(|config| config.model_type == "llava_onevision");
+    if component.role == Role::VisionEncoder && onevision && inputs.iter().any(|name| name == IMAGE_SIZES) {
+        let problem = format!("reads `{IMAGE_SIZES}`, which transformers.js never feeds");
+        return Err(Error::unsupported(subject(), problem)
+            .remedy("export the vision encoder for one view of a picture, or serve it elsewhere"));
     }
     if matches!(component.role, Role::EmbedTokens) && inputs != ["input_ids"] {
         let list: Vec<&str> = inputs.iter().map(String::as_str).collect();

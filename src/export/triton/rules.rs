@@ -78,6 +78,7 @@ mod tests {
             assert_eq!(found.is_some(), want.is_some(), "{dims:?}: {found:?}");
             assert!(found.unwrap_or_default().contains(want.unwrap_or_default()), "{dims:?}");
         }
-        assert!(tensor(DataType::TypeInvalid as i32, &[1], None, false).is_err());
+        let found = tensor(DataType::TypeInvalid as i32, &[1], None, false);
+        assert_eq!(found, Err("has no element type".to_string()));
     }
 }

@@ -14,6 +14,8 @@ use crate::base::{Error, Result};
 use crate::finetune::settings::Lora;
 use crate::ir::{Attribute, Graph, GraphIndex, Node, Tensor, Value, ValueId};
 
+use super::weights::dims_of;
+
 /// Stream number of the seeded generator for adapters. The sampler's streams count from 0.
 const STREAM: u64 = u64::MAX;
 
@@ -54,8 +56,7 @@ pub fn adapt(graph: &mut Graph, weights: &[ValueId], lora: Lora) -> Result<Vec<A
     let index = GraphIndex::new(graph);
     let reads: Vec<Reads> = weights.iter().map(|&weight| how_read(graph, &index, weight)).collect();
     for (&weight, reads) in weights.iter().zip(reads) {
-        let Some(tensor) = graph.body.initializer(weight) else { continue };
-        let dims = tensor.dims.clone();
+        let Some(dims) = dims_of(graph, weight) else { continue };
         let [stack @ .., rows, columns] = dims.as_slice() else { continue };
         if (*rows).min(*columns) <= rank {
             continue;
@@ -118,7 +119,7 @@ fn how_read(graph: &Graph, index: &GraphIndex, weight: ValueId) -> Reads {
         let all = nodes.iter().enumerate().filter(|(_, node)| node.present_inputs().any(|input| input == id));
         all.map(|(number, _)| number).collect()
     };
-    let matrix = graph.body.initializer(weight).is_some_and(|tensor| tensor.dims.len() == 2);
+    let matrix = dims_of(graph, weight).is_some_and(|dims| dims.len() == 2);
     let captured: HashSet<ValueId> =
         nodes.iter().flat_map(|node| node.bodies().flat_map(crate::ir::captured)).collect();
     if !matrix || captured.contains(&weight) {

@@ -10,18 +10,26 @@ use std::collections::HashSet;
 
 use crate::analysis::{Analysis, analyse, head_weight};
 use crate::base::{Error, Result};
-use crate::finetune::settings::Lora;
-use crate::ir::{Model, ValueId};
+use crate::finetune::settings::{Lora, WriteTrained};
+use crate::ir::{Model, Tensor, ValueId};
+use crate::quantised::{Activations, QuantisedWeight, float_products, place_floats};
 
 pub use adapters::Adapted;
-pub use inputs::{SideInputs, SideWidths, inputs_of, side_inputs, token_inputs};
+pub use inputs::{SideInputs, SideWidths, inputs_of, row_inputs, side_inputs, token_inputs};
 pub use projection::{FitTarget, products_of};
 pub use suffix::{Suffix, nodes_between};
-pub use weights::{replaced, trained_weights};
+pub use weights::{trained_weights, written_back};
 
 /// A decoder's graph, cut before its first trained layer.
 pub struct Cut {
+    /// The graph that training runs: float products in place of quantised ones.
     pub analysis: Analysis,
+    /// The graph as it is in the file, for ONNX Runtime. Values have the same ids.
+    pub stored: Model,
+    /// Quantised weights of products. Their float weights are initializers only where these are written to.
+    pub quantised: Vec<QuantisedWeight>,
+    /// True for a merged decoder, whose layers are in branches of an `If`.
+    in_branches: bool,
     /// Trained initializers: weights, or their adapters.
     pub trained: Vec<ValueId>,
     /// Adapters, one per adapted weight.
@@ -39,8 +47,13 @@ impl Cut {
     ///
     /// Errors: `Error::Unsupported` and `Error::Invalid` for layers that cannot be trained.
     pub fn new(decoder: &Model, layers: &[usize]) -> Result<Self> {
-        let analysis = analyse(decoder)?;
-        let trained = trained_weights(&analysis.model.graph, &analysis.map, layers)?;
+        let mut analysis = analyse(decoder)?;
+        let (stored, in_branches) = (analysis.model.clone(), analysis.merged.is_some());
+        let quantised = float_products(&mut analysis.model, Activations::Rounded, &|_| true);
+        if !quantised.is_empty() {
+            analysis = analyse(&analysis.model)?;
+        }
+        let trained = trained_weights(&analysis.model.graph, &analysis.map, layers, &quantised)?;
         let first = layers.iter().copied().min().unwrap_or(0);
         let map = &analysis.map;
         let streams = map.layers[first..]
@@ -48,7 +61,8 @@ impl Cut {
             .map(|layer| layer.input)
             .chain(map.layers.last().map(|layer| layer.output))
             .collect();
-        Ok(Cut { trained, adapted: Vec::new(), written: Vec::new(), first, streams, analysis })
+        let (adapted, written) = (Vec::new(), Vec::new());
+        Ok(Cut { trained, adapted, written, first, streams, analysis, stored, quantised, in_branches })
     }
 
     /// Adds the weight of the head's product to the trained weights.
@@ -74,8 +88,56 @@ impl Cut {
         Ok(())
     }
 
-    /// Adds adapters to the trained weights and trains the adapters instead. A fit still writes the weights of
-    /// `targets`.
+    /// Expands the trained weights that are quantised: floats that training writes to, in place of the packed ones.
+    ///
+    /// Errors: `Error::Invalid` for scales that are no floats.
+    pub fn expand_trained(&mut self) -> Result<()> {
+        self.expand(&self.trained.clone())
+    }
+
+    fn expand(&mut self, weights: &[ValueId]) -> Result<()> {
+        for weight in self.quantised.iter().filter(|weight| weights.contains(&weight.weight)) {
+            let values = weight.form.values(&self.stored.graph.body)?;
+            let tensor = Tensor::from_f32(&weight.dims, &values);
+            place_floats(&mut self.analysis.model.graph.body, weight.weight, tensor);
+        }
+        Ok(())
+    }
+
+    /// Checks that trained quantised weights can be written as `write` asks.
+    ///
+    /// Errors: `Error::Unsupported` for float products in both branches of a merged decoder.
+    pub fn check_writable(&self, write: WriteTrained) -> Result<()> {
+        let trained = self.adapted.iter().map(|adapted| adapted.weight).chain(self.trained.iter().copied());
+        let packed = trained.filter_map(|weight| self.quantised_weight(weight)).next();
+        match packed.filter(|_| self.in_branches && write == WriteTrained::Float) {
+            None => Ok(()),
+            Some(weight) => {
+                let name = weight.form.parts().first().map_or("", |&id| self.stored.graph.name(id));
+                let problem = format!("its quantised weight `{name}` is read in branches of an `If`");
+                Err(Error::unsupported("the decoder", problem)
+                    .remedy("write the trained weights quantised again with `--write-trained quantised`"))
+            }
+        }
+    }
+
+    /// Lets go of the floats of expanded weights, after programs have made their own copies.
+    pub fn release_expanded(&mut self) {
+        let expanded: HashSet<ValueId> = self.quantised.iter().map(|weight| weight.weight).collect();
+        for (id, tensor) in &mut self.analysis.model.graph.body.initializers {
+            if expanded.contains(id) {
+                *tensor = Tensor::from_bytes(tensor.dtype, &tensor.dims, Vec::new());
+            }
+        }
+    }
+
+    /// The stored form of a float weight, where it is quantised.
+    pub fn quantised_weight(&self, weight: ValueId) -> Option<&QuantisedWeight> {
+        self.quantised.iter().find(|quantised| quantised.weight == weight)
+    }
+
+    /// Adds adapters to the trained weights and trains the adapters instead; quantised weights stay packed. A fit still
+    /// writes the weights of `targets`.
     ///
     /// Errors: `Error::Invalid` when no weight has sides above the rank.
     pub fn adapt(&mut self, lora: Lora, targets: &[FitTarget]) -> Result<()> {
@@ -84,7 +146,7 @@ impl Cut {
         let fitted = targets.iter().flat_map(|target| target.products.iter().flatten()).map(|product| product.weight);
         self.written = fitted.collect();
         self.adapted = adapted;
-        Ok(())
+        self.expand(&self.written.clone())
     }
 
     /// The part of the graph that training runs.

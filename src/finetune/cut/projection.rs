@@ -46,7 +46,13 @@ pub fn products_of(
         None => {
             others.sort_unstable();
             others.dedup();
-            Err(format!("its output is a sum with {} and with no product of a trained weight", others.join(", ")))
+            let scaled = others.iter().any(|op| op == "Mul" || op.contains("Norm"));
+            let reason = if scaled { ": a norm or a scale after the MLP is in between" } else { "" };
+            Err(format!(
+                "its output is a sum with {} and with no product of a trained weight{reason}; the layer is trained by \
+                 steps only",
+                others.join(", ")
+            ))
         }
     }
 }
@@ -122,7 +128,8 @@ mod tests {
         let (graph, id) =
             graph(&[("p", "MatMul", &["x", "w1"]), ("n", "RMSNormalization", &["p", "w2"]), ("y", "Add", &["x", "n"])]);
         let problem = products_of(&graph, id("x"), id("y"), &[id("w1"), id("w2")].into()).unwrap_err();
-        assert!(problem.contains("RMSNormalization"), "{problem}");
+        let reason = "a norm or a scale after the MLP is in between; the layer is trained by steps only";
+        assert!(problem.contains("RMSNormalization") && problem.contains(reason), "{problem}");
     }
 
     #[test]

@@ -478,7 +478,8 @@ mod tests {
         let examples = training_set(folder.path()).examples;
         assert_eq!((&examples[0].detail().positions, &examples[0].detail().targets), (&vec![1, 2], &vec![7, 8]));
         assert_eq!((&examples[1].detail().positions, &examples[1].detail().targets), (&vec![0], &vec![6]));
-        assert!(Example::new("c".into(), &[1, 2], &[true]).is_err());
+        let error = Example::new("c".into(), &[1, 2], &[true]).unwrap_err().to_string();
+        assert_eq!(error, "sample `c`: has 2 tokens and an answer mask of 1");
     }
 
     #[test]
@@ -494,6 +495,23 @@ mod tests {
         assert_eq!(ints(&batch.answer_rows), [0, 5, 6]);
         assert_eq!(ints(&batch.targets), [6, 7, 8]);
         assert_eq!(batch.answer_tokens, 3);
+    }
+
+    /// The fit of one layer reads the dense model's stream behind that layer, not behind all of them.
+    #[test]
+    fn targets_that_are_not_asked_for_are_not_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut set = training_set(folder.path());
+        for point in [1, 3] {
+            let mut writer = RowsWriter::create(&folder.path().join(point.to_string()), Element::Bf16).unwrap();
+            writer.push(&[point as f32; 12], 6).unwrap();
+            set.targets.streams.push(StreamTarget { rows: writer.finish().unwrap(), point });
+        }
+        let points = |batch: Batch| batch.streams.into_keys().collect::<Vec<_>>();
+        assert_eq!(points(set.batch(&[0, 1], Device::Cpu).unwrap()), [1, 3]);
+        let batch = set.batch_with(&[0, 1], Some(2..3), false, Device::Cpu).unwrap();
+        assert_eq!(batch.streams[&3].mean(Kind::Float).double_value(&[]), 3.0);
+        assert_eq!(points(batch), [3]);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::base::{Cancel, Error, Progress, Result, Sha256Digest, ahead, read_json, write_json};
+use crate::base::{Cancel, Error, Progress, Result, Sha256Digest, read_json, write_json};
 use crate::data::LeftOut;
 use crate::prompt::Prompt;
 use crate::runtime::{Embedded, Step, VlmSession};
@@ -17,7 +17,7 @@ use crate::finetune::cut::{SideInputs, SideWidths};
 
 const SCHEMA_VERSION: u32 = 2;
 /// Limit on the samples whose pictures are in memory and go through the vision encoder together.
-const SAMPLES_PER_ROUND: usize = 32;
+const SAMPLES_AHEAD: usize = 32;
 /// Limit on the embeddings of a round in bytes; each stored stream of the round is as large. A larger round has more
 /// samples of equal length, which run together.
 const BYTES_PER_ROUND: usize = 8 << 20;
@@ -179,51 +179,16 @@ pub fn scan(source: &dyn Source, max_tokens: usize, cancel: &Cancel) -> Result<(
     let progress = Progress::new("lengths", "samples", source.count());
     let mut left_out = LeftOut::default();
     let mut examples = Vec::new();
-    ahead(
-        SAMPLES_PER_ROUND,
-        || source.samples(),
-        |samples| {
-            for sample in samples {
-                let sample = sample?;
-                cancel.check("nothing was computed")?;
-                progress.advance(1);
-                examples.extend(taken(&sample, max_tokens, &mut left_out)?.map(|example| example.summary()));
-            }
-            Ok(())
-        },
-    )?;
+    source.ahead(SAMPLES_AHEAD, &mut |samples| {
+        for sample in samples {
+            let sample = sample?;
+            cancel.check("nothing was computed")?;
+            progress.advance(1);
+            examples.extend(taken(&sample, max_tokens, &mut left_out)?.map(|example| example.summary()));
+        }
+        Ok(())
+    })?;
     Ok((not_empty(examples, &left_out)?, with_those_of(source, left_out)))
-}
-
-/// The sample as an example. None when it is too long or has no answer token; `left_out` then counts it.
-fn taken(sample: &Sample, max_tokens: usize, left_out: &mut LeftOut) -> Result<Option<Example>> {
-    let mut example = Example::new(sample.id.clone(), &sample.prompt.input_ids, &sample.answer_mask)?;
-    example.number = sample.number;
-    if example.length > max_tokens {
-        left_out.too_long += 1;
-    } else if example.answers == 0 {
-        left_out.without_answer += 1;
-    } else {
-        return Ok(Some(example));
-    }
-    Ok(None)
-}
-
-/// Adds the samples that the last pass over `source` left out.
-fn with_those_of(source: &dyn Source, mut left_out: LeftOut) -> LeftOut {
-    let LeftOut { unreadable, too_long, reasons, .. } = source.left_out();
-    left_out.unreadable = unreadable;
-    left_out.too_long += too_long;
-    left_out.reasons = reasons;
-    left_out
-}
-
-fn not_empty(examples: Vec<Example>, left_out: &LeftOut) -> Result<Vec<Example>> {
-    if examples.is_empty() {
-        let problem = format!("holds no sample to train on: {}", left_out.summary().unwrap_or_default());
-        return Err(Error::invalid("training data", problem).remedy("look at the data, or raise `data.max_tokens`"));
-    }
-    Ok(examples)
 }
 
 /// Reads all samples, embeds those to train on, and passes them to `work` in rounds of samples that run through a
@@ -245,51 +210,36 @@ pub fn each_round(
     let mut tokens = 0;
     let mut bytes_per_token = BYTES_PER_TOKEN;
     // Pictures of the next samples are decoded while the network runs these.
-    ahead(
-        SAMPLES_PER_ROUND,
-        || source.samples(),
-        |samples| {
-            let model = model.get()?;
-            for sample in samples {
-                let sample = sample?;
-                cancel.check("what was computed of these samples is not kept")?;
-                progress.iter().for_each(|progress| progress.advance(1));
-                let Some(example) = taken(&sample, max_tokens, &mut left_out)? else { continue };
-                tokens += example.length;
-                pictured.push((sample, example));
-                let full = tokens * bytes_per_token >= BYTES_PER_ROUND;
-                if full || pictured.len() >= SAMPLES_PER_ROUND {
-                    embed(&mut pictured, model, &mut round)?;
-                    let width = round.last().map_or(0, |last| last.embedded.hidden_size);
-                    bytes_per_token = if width > 0 { width * size_of::<f32>() } else { BYTES_PER_TOKEN };
-                }
-                if full {
-                    tokens = 0;
-                    work(&mut round, model)?;
-                    round.clear();
-                }
+    source.ahead(SAMPLES_AHEAD, &mut |samples| {
+        let model = model.get()?;
+        for sample in samples {
+            let sample = sample?;
+            cancel.check("what was computed of these samples is not kept")?;
+            if let Some(progress) = &progress {
+                progress.advance(1);
             }
-            embed(&mut pictured, model, &mut round)?;
-            if !round.is_empty() {
+            let Some(example) = taken(&sample, max_tokens, &mut left_out)? else { continue };
+            tokens += example.length;
+            pictured.push((sample, example));
+            let full = tokens * bytes_per_token >= BYTES_PER_ROUND;
+            if full || pictured.len() >= SAMPLES_AHEAD {
+                embed(&mut pictured, model, &mut round)?;
+                let width = round.last().map_or(0, |last| last.embedded.hidden_size);
+                bytes_per_token = if width > 0 { width * size_of::<f32>() } else { BYTES_PER_TOKEN };
+            }
+            if full {
+                tokens = 0;
                 work(&mut round, model)?;
+                round.clear();
             }
-            Ok(with_those_of(source, left_out))
-        },
-    )
-}
-
-/// Embeds samples and frees their pictures. Examples store position ids only for decoders that read several rows of
-/// them.
-fn embed(pictured: &mut Vec<(Sample, Example)>, model: &mut VlmSession, round: &mut Vec<Ready>) -> Result<()> {
-    let (prompts, examples): (Vec<Prompt>, Vec<Example>) =
-        pictured.drain(..).map(|(sample, example)| (sample.prompt, example)).unzip();
-    let embedded = model.embed_all(&prompts)?;
-    let positions = model.decoder().position_rows() > 1;
-    for (mut example, embedded) in examples.into_iter().zip(embedded) {
-        example.keep(positions.then_some(embedded.positions.as_slice()), &embedded.side);
-        round.push(Ready { example, embedded });
-    }
-    Ok(())
+        }
+        embed(&mut pictured, model, &mut round)?;
+        if !round.is_empty() {
+            work(&mut round, model)?;
+        }
+        Ok(())
+    })?;
+    Ok(with_those_of(source, left_out))
 }
 
 /// Runs the model's decoder over a round and returns the result of `keep` for each sample, in the order of `round`.
@@ -342,4 +292,50 @@ pub fn outputs<T>(
     }
     results.sort_by_key(|(number, _)| *number);
     Ok(results.into_iter().map(|(_, kept)| kept).collect())
+}
+
+/// The sample as an example. None when it is too long or has no answer token; `left_out` then counts it.
+fn taken(sample: &Sample, max_tokens: usize, left_out: &mut LeftOut) -> Result<Option<Example>> {
+    let mut example = Example::new(sample.id.clone(), &sample.prompt.input_ids, &sample.answer_mask)?;
+    example.number = sample.number;
+    if example.length > max_tokens {
+        left_out.too_long += 1;
+    } else if example.answers == 0 {
+        left_out.without_answer += 1;
+    } else {
+        return Ok(Some(example));
+    }
+    Ok(None)
+}
+
+/// Adds the samples that the last pass over `source` left out.
+fn with_those_of(source: &dyn Source, mut left_out: LeftOut) -> LeftOut {
+    let LeftOut { unreadable, too_long, reasons, .. } = source.left_out();
+    left_out.unreadable = unreadable;
+    left_out.too_long += too_long;
+    left_out.reasons = reasons;
+    left_out
+}
+
+/// The examples, of which there must be one.
+fn not_empty(examples: Vec<Example>, left_out: &LeftOut) -> Result<Vec<Example>> {
+    if examples.is_empty() {
+        let problem = format!("holds no sample to train on: {}", left_out.summary().unwrap_or_default());
+        return Err(Error::invalid("training data", problem).remedy("look at the data, or raise `data.max_tokens`"));
+    }
+    Ok(examples)
+}
+
+/// Embeds samples and frees their pictures. Examples store position ids only for decoders that read several rows of
+/// them.
+fn embed(pictured: &mut Vec<(Sample, Example)>, model: &mut VlmSession, round: &mut Vec<Ready>) -> Result<()> {
+    let (prompts, examples): (Vec<Prompt>, Vec<Example>) =
+        pictured.drain(..).map(|(sample, example)| (sample.prompt, example)).unzip();
+    let embedded = model.embed_all(&prompts)?;
+    let positions = model.decoder().position_rows() > 1;
+    for (mut example, embedded) in examples.into_iter().zip(embedded) {
+        example.keep(positions.then_some(embedded.positions.as_slice()), &embedded.side);
+        round.push(Ready { example, embedded });
+    }
+    Ok(())
 }

@@ -73,8 +73,8 @@ impl Rows {
         let stride = (width as u64).checked_mul(element.size() as u64);
         let want = stride.and_then(|stride| rows.checked_mul(stride));
         if want != Some(found) {
-            let problem =
-                format!("holds {found} bytes, {rows} rows of {width} {element:?} numbers take another amount");
+            let kind = element.extension();
+            let problem = format!("holds {found} bytes, expected {rows} rows of {width} {kind} numbers");
             return Err(Error::invalid(format!("cache `{}`", path.display()), problem)
                 .remedy("remove the file; it is computed again"));
         }
@@ -182,7 +182,8 @@ mod tests {
             let mut writer = RowsWriter::create(&path, element).unwrap();
             writer.push(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 2).unwrap();
             writer.push(&[-0.0, 0.25, 9.0], 1).unwrap();
-            assert!(writer.push(&[1.0], 1).is_err());
+            let error = writer.push(&[1.0], 1).unwrap_err().to_string();
+            assert!(error.contains("got 1 numbers, 1 rows of 3 were expected"), "{error}");
             assert!(!path.exists());
             let rows = writer.finish().unwrap();
             assert_eq!((rows.width(), rows.rows), (3, 3));
@@ -201,7 +202,9 @@ mod tests {
             assert_eq!(read(1, 2), want);
             assert_eq!(read(2, 5).len(), 3 * element.size());
             assert!(read(9, 1).is_empty());
-            assert!(Rows::open(&path, 4, 3, element).is_err());
+            let error = Rows::open(&path, 4, 3, element).unwrap_err().to_string();
+            let want = format!("holds {} bytes, expected 4 rows of 3 ", 9 * element.size());
+            assert!(error.contains(&want), "{error}");
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::rc::Rc;
 
-use crate::base::{Result, Sha256Digest};
+use crate::base::{Result, Sha256Digest, ahead};
 use crate::data::{Dataset, Encoded, Encoder, Intake, LeftOut};
 use crate::prompt::Prompt;
 
@@ -20,6 +20,9 @@ pub struct Sample {
     pub answer_mask: Vec<bool>,
 }
 
+/// Receives samples in order.
+pub type TakeSamples<'a> = dyn FnMut(&mut dyn Iterator<Item = Result<Sample>>) -> Result<()> + 'a;
+
 /// A data set to train on. A run reads the first samples to plan its work, and the others only to compute outputs that
 /// are not on disk yet.
 pub trait Source: Sync {
@@ -29,6 +32,10 @@ pub trait Source: Sync {
     fn count(&self) -> u64;
     /// The usable samples, in a fixed order.
     fn samples(&self) -> Result<Box<dyn Iterator<Item = Result<Sample>> + '_>>;
+    /// Passes the samples to `take` in order. Other threads prepare them, at most `window` ahead.
+    fn ahead(&self, window: usize, take: &mut TakeSamples<'_>) -> Result<()> {
+        ahead(window, || self.samples(), |mut samples| take(&mut samples))
+    }
     /// The samples with these numbers, which are ascending.
     fn some(&self, numbers: &[u64]) -> Result<Box<dyn Iterator<Item = Result<Sample>> + '_>> {
         let wanted = numbers.to_vec();
@@ -72,6 +79,18 @@ impl Source for Conversations<'_> {
         };
         let samples = self.intake.encoded(self.dataset, self.indices, encode)?;
         Ok(Box::new(samples.map(move |encoded| Ok(Sample::new(encoded?, number.get())))))
+    }
+
+    fn ahead(&self, window: usize, take: &mut TakeSamples<'_>) -> Result<()> {
+        let all = (self.dataset, self.indices, self.indices.len());
+        self.intake.ahead(
+            all,
+            window,
+            |sample| self.encoder.conversation(sample),
+            |samples| {
+                take(&mut samples.map(|sample| sample.map(|(index, encoded)| Sample::new(encoded, index as u64))))
+            },
+        )
     }
 
     fn some(&self, numbers: &[u64]) -> Result<Box<dyn Iterator<Item = Result<Sample>> + '_>> {
@@ -126,6 +145,14 @@ mod tests {
             let numbers: Vec<u64> = samples.iter().map(|sample| sample.number).collect();
             let again = source.some(&numbers[5..9]).unwrap().map(|sample| sample.unwrap().id);
             assert!(again.eq(samples[5..9].iter().map(|sample| sample.id.clone())));
+            let mut ahead = Vec::new();
+            source
+                .ahead(3, &mut |all| {
+                    ahead.extend(all.map(|sample| sample.unwrap().number));
+                    Ok(())
+                })
+                .unwrap();
+            assert_eq!(ahead, numbers);
             let ids: Vec<String> = samples.into_iter().map(|sample| sample.id).collect();
             assert_eq!((ids.len(), ids[7].as_str()), (19, "row 8 of `x.jsonl` (id `8`)"));
             let left_out = source.left_out();

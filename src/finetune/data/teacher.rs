@@ -9,6 +9,10 @@ use std::sync::Arc;
 use crate::analysis::{Analysis, analyse, head_input};
 use crate::base::{Cancel, Device, Error, Result, Sha256Digest, sha256_json, thread_count};
 use crate::bundle::{Bundle, Role};
+use crate::data::LeftOut;
+use crate::finetune::loss;
+use crate::finetune::plan::{Point, points};
+use crate::finetune::settings::Settings;
 use crate::ir::{Dim, Model, ValueId, ValueType};
 use crate::rewrite::extract;
 use crate::runtime::{
@@ -16,15 +20,10 @@ use crate::runtime::{
 };
 
 use super::batch::{Example, StreamTarget, Targets, TrainingSet, total_tokens};
+use super::frozen_part::{self, Slot, Store, each_round};
 use super::rows::{Element, Rows, RowsWriter};
 use super::same::same_computation;
-use crate::data::LeftOut;
-use crate::finetune::loss;
-use crate::finetune::plan::{Point, points};
-
-use super::frozen_part::{self, Slot, Store, each_round};
 use super::source::{Sample, Source};
-use crate::finetune::settings::Settings;
 
 /// Limit on the logits of one run, in bytes.
 const LOGIT_BYTES: usize = 256 << 20;
@@ -107,7 +106,7 @@ pub struct Running<'a> {
 }
 
 /// Outputs of the dense model to store for one sample; empty when there is nothing to store.
-struct Kept {
+struct SampleOutputs {
     streams: Vec<Vec<f32>>,
     /// Input of the head, or the logits, at each answer position.
     answers: Vec<f32>,
@@ -190,7 +189,7 @@ impl<'a> Lesson<'a> {
 
 impl Course<'_> {
     /// True when all files exist: an earlier run wrote them, or no loss term reads any output.
-    pub fn kept(&self) -> bool {
+    pub fn files_exist(&self) -> bool {
         self.files.exist()
     }
 
@@ -214,12 +213,7 @@ impl Course<'_> {
     fn outputs(&self, frozen: Option<Frozen>) -> Outputs {
         // Two points may compare the same value; a graph outputs it once.
         let mut values: Vec<ValueId> = Vec::new();
-        let mut place_of = |id: ValueId| {
-            values.iter().position(|&other| other == id).unwrap_or_else(|| {
-                values.push(id);
-                values.len() - 1
-            })
-        };
+        let mut place_of = |id: ValueId| place_in(&mut values, id);
         let points = self.points.iter().map(|point| place_of(self.stream_before(point))).collect();
         let frozen = match frozen {
             Some(Frozen::Value(id)) => Some(place_of(id)),
@@ -237,12 +231,11 @@ impl Course<'_> {
     ///
     /// Errors: `Error::Io` when a file cannot be read.
     pub fn frozen(&self, pruned: &Bundle, prefix: Option<&Model>) -> Result<Option<Frozen>> {
-        let Lesson { teacher, first, .. } = &self.lesson;
-        let first = *first;
-        let whole = teacher.kept.iter().take(first).copied().eq(0..first);
+        let first = self.lesson.first;
+        let keeps_all_before = self.lesson.teacher.kept.iter().take(first).copied().eq(0..first);
         let record = pruned.record()?;
         let parent = record.as_ref().and_then(|record| record.provenance.inputs.get("model"));
-        if !whole || parent != Some(&self.digest) {
+        if !keeps_all_before || parent != Some(&self.digest) {
             return Ok(None);
         }
         let Some(prefix) = prefix else { return Ok(Some(Frozen::Embeddings)) };
@@ -282,7 +275,7 @@ impl Course<'_> {
         let left_out = each_round(source, task, body, max_tokens, cancel, &mut |round, model| {
             let kept = frozen_part::outputs(round, model, tokens_per_run, |sample, outputs| {
                 let example = &sample.example;
-                Ok(Kept {
+                Ok(SampleOutputs {
                     streams: places.points.iter().map(|&place| outputs[place].to_vec()).collect(),
                     answers: places.answers.map_or(Vec::new(), |place| at_answers(outputs[place], example)),
                     frozen: places.frozen.map(|place| outputs[place].to_vec()),
@@ -291,17 +284,17 @@ impl Course<'_> {
             if let (Some((writer, k)), Some(place)) = (&mut answers, places.answers) {
                 let rows: Vec<f32> = kept.iter().flat_map(|kept| &kept.answers).copied().collect();
                 let count: usize = round.iter().map(|sample| sample.example.answers).sum();
-                let likeliest = match self.head_input {
+                let distributions = match self.head_input {
                     Some(input) => {
-                        if head.is_none() {
-                            *head = Some(self.head(input, model, place)?);
-                        }
-                        let found = head.as_mut().map(|head| self.likeliest_of(head, &rows, count, *k, temperature));
-                        found.transpose()?.unwrap_or_default()
+                        let head = match &mut *head {
+                            Some(head) => head,
+                            empty => empty.insert(self.head(input, model, place)?),
+                        };
+                        self.likeliest_of(head, &rows, count, *k, temperature)?
                     }
                     None => likeliest(&rows, count, *k, temperature),
                 };
-                writer.push(&likeliest, count)?;
+                writer.push(&distributions, count)?;
             }
             for (kept, sample) in kept.into_iter().zip(round.drain(..)) {
                 for (writer, stream) in streams.iter_mut().zip(&kept.streams) {
@@ -366,6 +359,7 @@ impl Course<'_> {
         Ok(found)
     }
 
+    /// The dense model's stream at a point: the input of a layer, or the output of the last one.
     fn stream_before(&self, point: &Point) -> ValueId {
         let layers = &self.analysis.map.layers;
         layers.get(point.dense).map_or(layers[layers.len() - 1].output, |layer| layer.input)
@@ -389,18 +383,14 @@ impl Course<'_> {
     /// Errors: `Error::Invalid` when a layer has no point; those of the samples and runs; `Error::Interrupted`.
     pub fn behind(&self, layers: &[usize], numbers: &[u64], cancel: &Cancel) -> Result<Vec<BTreeMap<u64, Vec<u8>>>> {
         let first = self.lesson.first;
-        let all = || self.points.iter().chain(&self.fit_points);
         let mut outputs: Vec<ValueId> = Vec::new();
         let mut places = Vec::with_capacity(layers.len());
         for layer in layers {
-            let point = all().find(|point| point.student == first + layer + 1);
-            let point =
-                point.ok_or_else(|| Error::invalid("the fit", format!("has no target behind layer {layer}")))?;
-            let value = self.stream_before(point);
-            places.push(outputs.iter().position(|&other| other == value).unwrap_or(outputs.len()));
-            if !outputs.contains(&value) {
-                outputs.push(value);
-            }
+            let mut points = self.points.iter().chain(&self.fit_points);
+            let point = points
+                .find(|point| point.student == first + layer + 1)
+                .ok_or_else(|| Error::invalid("the fit", format!("has no target behind layer {layer}")))?;
+            places.push(place_in(&mut outputs, self.stream_before(point)));
         }
         let mut numbers = numbers.to_vec();
         numbers.sort_unstable();
@@ -443,6 +433,14 @@ impl Course<'_> {
         });
         Ok(Targets { streams: streams.collect::<Result<_>>()?, answers: answers.transpose()? })
     }
+}
+
+/// Position of a value in `values`. A missing value is appended.
+fn place_in(values: &mut Vec<ValueId>, id: ValueId) -> usize {
+    values.iter().position(|&other| other == id).unwrap_or_else(|| {
+        values.push(id);
+        values.len() - 1
+    })
 }
 
 /// Outputs of a run of the dense model, with their positions in `values`.

@@ -289,7 +289,9 @@ pub mod tests {
 
     #[test]
     fn only_f32_parameters_are_trained() {
-        assert!(Parameter::new("w", Tensor::zeros([2], (Kind::Half, tch::Device::Cpu)), OptimizerKind::AdamW).is_err());
+        let half = Tensor::zeros([2], (Kind::Half, tch::Device::Cpu));
+        let error = Parameter::new("w", half, OptimizerKind::AdamW).err().unwrap().to_string();
+        assert_eq!(error, "parameter `w`: is Half, must be f32 to train");
     }
 
     #[test]

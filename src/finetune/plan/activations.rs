@@ -9,6 +9,7 @@
 use std::collections::{HashMap, HashSet};
 
 use crate::ir::{Graph, GraphIndex, Node, ValueId};
+use crate::rewrite::{EXPANDED_BLOCKS, ROUNDED, ROUNDED_DYNAMICALLY};
 
 /// Elements per token: `own`, plus `per_key` for each token that the token attends to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -75,11 +76,12 @@ const SAVES: &[(&[&str], Saves)] = &[
             "ConstantOfShape",
             "Tile",
             "Pad",
+            ROUNDED_DYNAMICALLY,
         ],
         Saves::Nothing,
     ),
     (&["MatMul", "Gemm", "FusedMatMul", "MatMulNBits", "Mul", "Div"], Saves::OtherFactor),
-    (&["Pow", "FusedSilu", "Gelu", "FastGelu", "QuickGelu", "Erf", "Sin", "Cos", "Log", "Abs"], Saves::Inputs),
+    (&[ROUNDED, "Pow", "FusedSilu", "Gelu", "FastGelu", "QuickGelu", "Erf", "Sin", "Cos", "Log", "Abs"], Saves::Inputs),
     (&["Softmax", "LogSoftmax", "Sigmoid", "Tanh", "Sqrt", "Exp", "Relu", "Reciprocal"], Saves::Output),
 ];
 
@@ -217,15 +219,20 @@ impl Walk<'_> {
 
     /// Rows and columns of a product's weight; `None` for a product of two values that depend on the stream.
     fn sides(&self, node: &Node) -> Option<(u64, u64)> {
-        let int = |name: &str| node.attribute(name).and_then(crate::ir::Attribute::as_int).unwrap_or(0);
+        let int = |node: &Node, name: &str| node.attribute(name).and_then(crate::ir::Attribute::as_int).unwrap_or(0);
+        let sizes = |node: &Node| Some((u64::try_from(int(node, "K")).ok()?, u64::try_from(int(node, "N")).ok()?));
         if node.op_type == "MatMulNBits" {
-            return Some((u64::try_from(int("K")).ok()?, u64::try_from(int("N")).ok()?));
+            return sizes(node);
         }
         let mut weight = node.inputs.get(1).copied().flatten()?;
-        let mut turned = int("transB") != 0;
+        let mut turned = int(node, "transB") != 0;
         // A weight may be transposed, cast or dequantised before the product.
         while self.graph.body.initializer(weight).is_none() {
             let maker = self.graph.body.nodes.iter().find(|maker| maker.present_outputs().any(|id| id == weight))?;
+            if maker.op_type == EXPANDED_BLOCKS {
+                let (rows, columns) = sizes(maker)?;
+                return Some(if turned { (columns, rows) } else { (rows, columns) });
+            }
             if !["Transpose", "Cast", "DequantizeLinear", "Identity"].contains(&maker.op_type.as_str()) {
                 return None;
             }

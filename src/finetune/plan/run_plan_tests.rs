@@ -86,7 +86,9 @@ fn an_8b_decoder_fits_into_22_gb_only_with_adapters() {
     let full = plan_of(&best, false);
     assert_eq!(full.fits, Some(false));
     let message = full.check().unwrap_err().to_string();
-    assert!(message.contains("the limit is") && message.contains("lora_rank"), "{message}");
+    assert!(message.contains("the limit is") && message.contains("`--lora-rank`"), "{message}");
+    let message = plan(&best, &eight_billion(false), Some(200_000_000)).check().unwrap_err().to_string();
+    assert!(message.contains("no setting goes below 262 MB") && !message.contains("lora"), "{message}");
     // 9 layers of 192.9 M: weights, gradients and mean at 4 bytes each; moments are listed separately.
     let trained: u64 = full
         .bytes
@@ -95,6 +97,8 @@ fn an_8b_decoder_fits_into_22_gb_only_with_adapters() {
         .map(|item| item.bytes)
         .sum();
     assert_eq!(trained, 12 * full.trained_parameters);
+    let state = full.bytes.iter().find(|item| item.what == "optimiser state").unwrap();
+    assert_eq!(state.bytes, 8 * full.trained_parameters);
     assert!(full.memory_bytes > 20 * full.trained_parameters);
 }
 

@@ -10,5 +10,5 @@ pub use moved::refuse_moved;
 pub use recipe::{DEFAULT_RECIPE, RECIPES, RecipeRow, StageRow};
 pub use values::{
     BatchSettings, DataSettings, FitSettings, KdSettings, Lora, LoraLayers, LoraSettings, OptimizerSettings, Precision,
-    ScheduleSettings, Settings, Stage,
+    ScheduleSettings, Settings, Stage, WriteTrained,
 };

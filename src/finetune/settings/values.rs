@@ -18,7 +18,7 @@ pub enum Precision {
     /// Single precision throughout.
     #[default]
     F32,
-    /// Matrix products in bf16, sums and weights in f32.
+    /// Matrix products and activations in bf16; weights, gradients and losses in f32.
     Bf16,
 }
 
@@ -46,6 +46,23 @@ pub enum LoraLayers {
     Trained,
     /// Every layer of the pruned model.
     All,
+}
+
+/// Form in which trained weights of a quantised model are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum WriteTrained {
+    /// Float products in place of the quantised ones. No trained number is rounded.
+    #[default]
+    Float,
+    /// Quantised again by the weight's own bits, blocks, range and zero points. Changes below half a step are lost.
+    Quantised,
+}
+
+impl WriteTrained {
+    fn is_float(&self) -> bool {
+        *self == WriteTrained::Float
+    }
 }
 
 /// A stage of a run with its own loss terms.
@@ -184,12 +201,15 @@ pub struct KdSettings {
 pub struct Settings {
     /// Seed for the order of the samples and for the adapters.
     pub seed: u64,
-    /// Number format of matrix products.
+    /// Number format of matrix products and activations.
     pub precision: Precision,
     /// Trains the weight of the head in addition to the layers. The authors' released code does so for models whose
     /// head is not tied to the embeddings.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub train_head: bool,
+    /// Form in which trained weights of a quantised model are written: `float` or `quantised`.
+    #[serde(skip_serializing_if = "WriteTrained::is_float")]
+    pub write_trained: WriteTrained,
     /// Training samples.
     pub data: DataSettings,
     /// Number of samples of an optimiser step.
@@ -267,6 +287,7 @@ impl Default for Settings {
             seed: 42,
             precision: Precision::F32,
             train_head: false,
+            write_trained: WriteTrained::default(),
             data: DataSettings::default(),
             batch: BatchSettings::default(),
             optimizer: OptimizerSettings::default(),

@@ -254,7 +254,9 @@ mod tests {
         assert!((solved.change.double_value(&[0, 0]) - 1.0).abs() < 1e-6);
         assert!((solved.distance - (10.0 - 2.0 * 6.0 + 4.0)).abs() < 1e-6);
         let broken = Normal { distance: f64::NAN, ..sums };
-        assert!(broken.solve(0.5).is_err());
+        let error = broken.solve(0.5).err().unwrap();
+        assert!(matches!(error, Error::NotFinite { .. }), "{error}");
+        assert!(error.to_string().starts_with("the fit: the stream or the dense model's stream"), "{error}");
     }
 
     /// Several tiles are compared with LibTorch's factor and with sums in one piece.

@@ -62,7 +62,7 @@ impl<'a> Trainer<'a> {
     /// this part; otherwise it starts with the totals `begun`. `observer` receives the metrics of every step.
     ///
     /// Errors: `Error::Interrupted` when the user asked to stop, after writing a checkpoint; `Error::NotFinite` with
-    /// step, samples and weight when a loss or gradient is not finite.
+    /// step, samples and weight when a loss, a gradient or a weight at the end is not finite.
     pub fn run(&mut self, begun: Totals, observer: &mut dyn FnMut(&StepMetrics)) -> Result<Summary> {
         let Run { settings, work, .. } = self.run;
         let Part { before, steps: total, .. } = self.part;
@@ -118,6 +118,12 @@ impl<'a> Trainer<'a> {
         }
         if let Some(average) = &mut self.average {
             average.apply()?;
+        }
+        // A step can leave a weight infinite although its own loss and gradients were finite.
+        if let Some(parameter) = self.parameters.iter().find(|parameter| !is_finite(&parameter.value)) {
+            let problem = format!("`{}` is not finite after the last step", parameter.name);
+            return Err(Error::not_finite(format!("finetune step {}", before + total), problem)
+                .remedy("take a lower learning rate"));
         }
         let trained_parameters = self.trained_parameters();
         Ok(Summary { steps: total, resumed_from: before + first, trained_parameters, totals })
@@ -212,14 +218,7 @@ impl<'a> Trainer<'a> {
 
     fn not_finite(&self, number: u64, step: &Step, loss: f64, gradients: &[Tensor]) -> Error {
         let ids: Vec<&str> = step.iter().flatten().map(|&sample| self.dataset.examples[sample].id.as_str()).collect();
-        let broken = |gradient: &Tensor| {
-            gradient
-                .f_isfinite()
-                .and_then(|finite| finite.f_all())
-                .and_then(|all| all.f_int64_value(&[]))
-                .map_or(true, |all| all == 0)
-        };
-        let weight = self.parameters.iter().zip(gradients).find(|(_, gradient)| broken(gradient));
+        let weight = self.parameters.iter().zip(gradients).find(|(_, gradient)| !is_finite(gradient));
         let what = match weight {
             Some((parameter, _)) if loss.is_finite() => format!("the gradient of `{}` is not finite", parameter.name),
             Some((parameter, _)) => {
@@ -230,6 +229,12 @@ impl<'a> Trainer<'a> {
         Error::not_finite(format!("finetune step {number}"), format!("{what}; samples {}", list_preview(&ids, 64)))
             .remedy("look at these samples, or take a lower learning rate; the last checkpoint is kept")
     }
+}
+
+/// True when every element is a finite number.
+fn is_finite(tensor: &Tensor) -> bool {
+    let all = tensor.f_isfinite().and_then(|finite| finite.f_all()).and_then(|all| all.f_int64_value(&[]));
+    all.is_ok_and(|all| all != 0)
 }
 
 /// Loads the rows of the first of `steps` unless they are held. With a streamed source, also loads the next steps, at

@@ -111,8 +111,7 @@ fn passes(
         if batch.answer_tokens == 0 {
             return Ok(());
         }
-        let pass = gradient::pass(student, batch, settings, counts)?;
-        for (kind, term) in pass.terms {
+        for (kind, term) in gradient::pass(student, batch, settings, counts, &mut total.gradients)? {
             let term = term.f_to_kind(Kind::Double).map_err(torch_error("the loss"))?;
             let sum = match terms.remove(&kind) {
                 Some(sum) => sum.f_add(&term).map_err(torch_error("the loss"))?,
@@ -120,7 +119,7 @@ fn passes(
             };
             terms.insert(kind, sum);
         }
-        total.absorb(Sums { losses: BTreeMap::new(), gradients: pass.gradients })
+        Ok(())
     };
     if device == Device::Cpu {
         batches.iter().try_for_each(|samples| one(&dataset.batch(samples, device)?))?;
@@ -129,8 +128,10 @@ fn passes(
         let made = || Ok(batches.iter().map(|samples| dataset.batch(samples, Device::Cpu)?.pinned(device)));
         ahead(BATCHES_AHEAD, made, |mut made| made.try_for_each(|batch| one(&batch?.to(device)?)))?;
     }
-    for (kind, sum) in terms {
-        total.losses.insert(kind, sum.f_double_value(&[]).map_err(torch_error("the loss"))?);
+    if !terms.is_empty() {
+        let sums: Vec<&Tensor> = terms.values().collect();
+        let read = || Vec::<f64>::try_from(Tensor::f_stack(&sums, 0)?.f_to_device(Device::Cpu)?);
+        total.losses = terms.keys().copied().zip(read().map_err(torch_error("the loss"))?).collect();
     }
     Ok(total)
 }
@@ -202,13 +203,7 @@ fn cut(
         let middle = low + (high - low) / 2;
         if cuts(&lengths, middle).len() <= count { high = middle } else { low = middle + 1 }
     }
-    let mut rest = samples.as_slice();
-    let passes = cuts(&lengths, low).into_iter().map(|size| {
-        let (own, after) = rest.split_at(size);
-        rest = after;
-        own.to_vec()
-    });
-    passes.collect()
+    split(&samples, cuts(&lengths, low))
 }
 
 /// Distributes passes, longest first, so that at most `workers` shares have about the same work. Empty shares are
@@ -230,13 +225,17 @@ fn dealt(passes: Vec<Vec<usize>>, length: impl Fn(usize) -> usize, workers: usiz
 pub fn passes_of(dataset: &TrainingSet, mut samples: Vec<usize>, tokens: usize) -> Vec<Vec<usize>> {
     samples.sort_by_key(|&sample| std::cmp::Reverse(dataset.examples[sample].length));
     let lengths: Vec<usize> = samples.iter().map(|&sample| dataset.examples[sample].length.max(1)).collect();
-    let mut rest = samples.as_slice();
-    let passes = cuts(&lengths, tokens).into_iter().map(|size| {
-        let (own, after) = rest.split_at(size);
-        rest = after;
-        own.to_vec()
+    split(&samples, cuts(&lengths, tokens))
+}
+
+/// Splits samples into runs of these sizes.
+fn split(mut samples: &[usize], sizes: Vec<usize>) -> Vec<Vec<usize>> {
+    let runs = sizes.into_iter().map(|size| {
+        let (run, rest) = samples.split_at(size);
+        samples = rest;
+        run.to_vec()
     });
-    passes.collect()
+    runs.collect()
 }
 
 /// Cuts `lengths`, which are descending, into runs whose padded size is at most `limit` tokens. Returns the number of

@@ -8,11 +8,11 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use crate::base::{Cancel, Device, Error, Provenance, Result, Sha256Digest, write_json};
-use crate::bundle::{Bundle, BundleWriter, Record, RecordedStep, Role, Tower};
+use crate::bundle::{Bundle, BundleWriter, ModelSource, Record, RecordedStep, Role, Tower};
 use crate::data::{DataOptions, Dataset, Encoder, Intake, Subset};
 use crate::finetune::{
-    Conversations, Limits, Report, Request, RunPlan, Settings, StepMetrics, Teacher, clear_work, plan_run,
-    remove_unbegun,
+    Conversations, Limits, Report, Request, RunPlan, Settings, StepMetrics, Teacher, clear_work, interrupted_at,
+    plan_run, remove_unbegun,
 };
 use crate::method::{LayerRole, Plan, named_layers};
 use crate::runtime::FeatureCache;
@@ -40,8 +40,8 @@ pub enum Trained<'a> {
 
 /// Input of a finetuning step.
 pub struct Finetune<'a> {
-    /// Folder of the model.
-    pub model: &'a Path,
+    /// The model.
+    pub model: &'a ModelSource,
     /// The layers to train.
     pub trained: Trained<'a>,
     /// Conversations or running text: a file, a folder or a pattern.
@@ -65,7 +65,7 @@ pub struct Finetune<'a> {
     /// Vision features by picture, shared with other steps.
     pub features: &'a Arc<FeatureCache>,
     /// The dense model, for the losses that need it.
-    pub teacher: Option<&'a Path>,
+    pub teacher: Option<&'a ModelSource>,
 }
 
 #[derive(Serialize)]
@@ -88,14 +88,15 @@ pub fn default_work_folder(target: &Path) -> PathBuf {
 ///
 /// Errors: as [`finetune`], except those that require reading all data.
 pub fn plan_finetune(request: &Finetune) -> Result<RunPlan> {
-    let bundle = Bundle::open(request.model)?;
+    let bundle = request.model.open()?;
     let roles = Roles::of(&bundle, request)?;
     let dataset = Dataset::open_for(request.data, &bundle, request.options)?;
     let encoder = Encoder::open(&bundle, &dataset)?;
     let indices = drawn(request, &dataset, &encoder)?;
     let intake = Intake::new(&dataset, &bundle, usize::MAX);
     let data = Conversations { encoder: &encoder, dataset: &dataset, indices: &indices, intake };
-    let dense = request.teacher.map(Bundle::open).transpose()?;
+    let dense = request.teacher.map(ModelSource::open).transpose()?;
+    dense.as_ref().map_or(Ok(()), |dense| check_family(&bundle, dense))?;
     let teacher = dense.as_ref().map(|bundle| Teacher { bundle, kept: &roles.kept, anchors: &roles.anchors });
     plan_run(&training(request, &roles, &bundle, &data), teacher.as_ref())
 }
@@ -149,16 +150,18 @@ fn training<'a>(request: &'a Finetune, roles: &'a Roles, bundle: &'a Bundle, dat
 
 /// Trains layers of the model and writes the result as a new folder.
 ///
-/// Errors: `Error::Invalid` when the model was not pruned with this plan, no sample has tokens to train on, or the
-/// target exists; `Error::Unsupported` when other precision variants of the decoder would keep their old weights;
-/// `Error::Interrupted` on Ctrl-C, with a checkpoint in the work folder. On an error the target does not exist.
+/// Errors: `Error::Invalid` when the model was not pruned with this plan, no sample has tokens to train on, the work
+/// folder holds a checkpoint and the run does not resume, or the target exists; `Error::Unsupported` when other precision
+/// variants of the decoder would keep their old weights; `Error::Interrupted` on Ctrl-C, with a checkpoint in the work
+/// folder. On an error the target does not exist.
 pub fn finetune(
     request: &Finetune,
     target: &Path,
     cancel: &Cancel,
     observer: &mut dyn FnMut(&StepMetrics),
 ) -> Result<Report> {
-    let bundle = Bundle::open(request.model)?;
+    check_begun(request)?;
+    let bundle = request.model.open()?;
     let roles = Roles::of(&bundle, request)?;
     let component = bundle.require(Role::Decoder)?.clone();
     let work = if request.settings.looks_at_answers() { Work::FinetuneOnAnswers } else { Work::FinetuneOnStream };
@@ -172,9 +175,14 @@ pub fn finetune(
         indices: &indices,
         intake: Intake::new(&dataset, &bundle, usize::MAX),
     };
+    let dense = request.teacher.map(ModelSource::open).transpose()?;
+    dense.as_ref().map_or(Ok(()), |dense| check_family(&bundle, dense))?;
+    for model in std::iter::once(&bundle).chain(&dense) {
+        model.check_output(target)?;
+        model.check_output(request.work)?;
+    }
     let writes = request.ranks.is_none_or(|ranks| ranks.rank() == 0);
     let writer = if writes { Some(BundleWriter::create(&bundle, target)?) } else { None };
-    let dense = request.teacher.map(Bundle::open).transpose()?;
     let teacher = dense.as_ref().map(|bundle| Teacher { bundle, kept: &roles.kept, anchors: &roles.anchors });
     let training = training(request, &roles, &bundle, &data);
     let is_new = !request.work.exists();
@@ -186,7 +194,8 @@ pub fn finetune(
     {
         remove_unbegun(request.work)?;
     }
-    let outcome = outcome?;
+    let mut outcome = outcome?;
+    outcome.report.provenance = outcome.report.provenance.with_variants("model", bundle.chosen_variants());
     let Some(mut writer) = writer else {
         // The first process writes the model, since all have the same weights.
         let own = training.own_work();
@@ -209,10 +218,36 @@ pub fn finetune(
     if let Trained::Plan { digest, .. } = request.trained {
         inputs.insert("plan".to_string(), digest.clone());
     }
-    writer.commit(Provenance::new(Record::SCHEMA_VERSION, inputs, &recorded)?)?;
+    let head = Provenance::new(Record::SCHEMA_VERSION, inputs, &recorded)?;
+    writer.commit(head.with_variants("model", bundle.chosen_variants()))?;
     write_json(&request.work.join(FINETUNE_REPORT), &outcome.report)?;
     clear_work(request.work)?;
     Ok(outcome.report)
+}
+
+/// Errors: `Error::Invalid` where a new run would remove the checkpoint of an interrupted one.
+fn check_begun(request: &Finetune) -> Result<()> {
+    match interrupted_at(request.work)?.filter(|_| !request.resume) {
+        Some(step) => Err(Error::invalid(
+            format!("`{}`", request.work.display()),
+            format!("holds step {step} of an interrupted run"),
+        )
+        .remedy("add `--resume` to continue, or remove the folder")),
+        None => Ok(()),
+    }
+}
+
+/// Errors: `Error::Invalid` where the configs of the dense model and of the trained one name different families.
+fn check_family(bundle: &Bundle, dense: &Bundle) -> Result<()> {
+    let (Some(own), Some(other)) = (bundle.config(), dense.config()) else { return Ok(()) };
+    // Kinds of configs have names of their own for a family.
+    let unnamed = own.model_type.is_empty() || other.model_type.is_empty();
+    if own.source != other.source || unnamed || own.model_type == other.model_type {
+        return Ok(());
+    }
+    let problem = format!("is {}, the model to train is {}", other.model_type, own.model_type);
+    Err(Error::invalid(format!("teacher `{}`", dense.root().display()), problem)
+        .remedy("give the dense model that the pruned one was made from"))
 }
 
 /// The layers of a model as a run sees them, and the settings that suit it.
@@ -291,7 +326,22 @@ fn of_whole_model(settings: Settings) -> Result<Settings> {
 /// Checks that the folder's record agrees with the plan.
 fn check_plan(bundle: &Bundle, plan: &Plan) -> Result<()> {
     let subject = || format!("`{}`", bundle.root().display());
-    let history = bundle.record()?.map(|record| record.history).unwrap_or_default();
+    let record = bundle.record()?;
+    // The record's inputs are those of its last step.
+    if let Some(record) = &record
+        && let Some(RecordedStep::Prune { tower: Tower::Text, .. }) = record.history.last()
+        && let (Some(from), Some(planned)) =
+            (record.provenance.inputs.get("model"), plan.provenance.inputs.get("model"))
+        && from != planned
+    {
+        let (from, planned) = (from.get(..8).unwrap_or(from), planned.get(..8).unwrap_or(planned));
+        return Err(Error::invalid(
+            subject(),
+            format!("was pruned from a model with digest {from}.., the plan was made for one with digest {planned}.."),
+        )
+        .remedy("give the plan that the model was pruned with"));
+    }
+    let history = record.map(|record| record.history).unwrap_or_default();
     let pruned = history.iter().rev().find_map(|step| match step {
         RecordedStep::Prune { tower: Tower::Text, layers_before, dropped, .. } => Some((*layers_before, dropped)),
         _ => None,

@@ -24,7 +24,7 @@ pub use generate::{Decoding, Generation, Generations, Question, check_answers, g
 pub use graft::{Graft, graft, plan_graft};
 pub use inspect::{Inspection, LayerInfo, TapInfo, VisionInfo, decoder, decoder_analysis, inspect};
 pub use likelihood::{LikelihoodReport, compare_likelihoods, eval_likelihood};
-pub use meter::Meter;
-pub use needs::{NEEDS, Need, Work, check as check_needs, warnings};
+pub use meter::{CALIBRATION_SAMPLES, Meter};
+pub use needs::{NEEDS, Need, Verdict, Work, check as check_needs, variants_warning, warnings};
 pub use plan::{HowMany, PlanSettings, PlannedModel, plan};
 pub use prune::{Drop, Pruned, PrunedComponent, prune};

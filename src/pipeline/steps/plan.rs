@@ -16,6 +16,7 @@ use crate::method::{ModalityWeights, PLAN_SCHEMA_VERSION, Plan, Scores, Similari
 use super::budget::{Budget, ModelCosts};
 use super::inspect::decoder_analysis;
 use super::meter::Meter;
+use super::needs::of_another_model;
 use super::refusal::drop_refusal;
 
 /// Number of layers to drop, or the budget that determines it.
@@ -113,6 +114,16 @@ impl PlannedModel {
         known.entry(layers).or_insert_with_key(|layers| self.refusal(layers).map(|error| error.to_string())).clone()
     }
 
+    /// Checks that scores are of this model. `subject` is their name in the error.
+    ///
+    /// Errors: `Error::Invalid`.
+    pub fn check_scores(&self, scores: &Scores, subject: String) -> Result<()> {
+        if scores.provenance.inputs.get("model") == Some(&self.digest) {
+            return Ok(());
+        }
+        Err(of_another_model(subject, &self.bundle, "score this model first"))
+    }
+
     /// Warnings about dropping these layers.
     pub fn warnings(&self, drop: &[usize]) -> Vec<String> {
         let met = self.additions.iter().filter(|(layer, _)| drop.contains(layer));
@@ -169,9 +180,7 @@ pub fn plan(
     let mut count = settings.how_many.count(model)?;
     let mut inputs = BTreeMap::from([("model".to_string(), model.digest.clone())]);
     if let Some((scores, digest)) = &scores {
-        if scores.provenance.inputs.get("model") != Some(&model.digest) {
-            return Err(Error::invalid("scores", "were made for another model").remedy("score this model first"));
-        }
+        model.check_scores(scores, "scores".to_string())?;
         inputs.insert("scores".to_string(), digest.clone());
     } else if !(strategy.packs)(count).is_empty() {
         return Err(Error::invalid(format!("strategy `{}`", strategy.name), "needs scores")

@@ -18,6 +18,8 @@ use crate::rewrite::{
 
 use super::compensate::{Compensated, CompensationReport};
 
+use super::needs::of_another_model;
+
 /// Output of `prune --json`.
 #[derive(Clone, Debug, PartialEq, Serialize, serde::Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -83,7 +85,18 @@ pub enum Drop<'a> {
         plan: &'a Plan,
         /// Digest of the plan's file.
         digest: Sha256Digest,
+        /// The plan's file, for messages.
+        file: &'a Path,
     },
+}
+
+impl Drop<'_> {
+    fn layers(&self) -> (Tower, &[usize]) {
+        match self {
+            Drop::Layers { tower, layers } => (*tower, *layers),
+            Drop::Plan { plan, .. } => (Tower::Text, plan.drop.as_slice()),
+        }
+    }
 }
 
 #[derive(Clone, Copy, Serialize)]
@@ -111,10 +124,8 @@ pub fn prune(
     compensated: Option<&Compensated>,
     target: &Path,
 ) -> Result<Pruned> {
-    let (tower, layers) = match drop {
-        Drop::Layers { tower, layers } => (*tower, *layers),
-        Drop::Plan { plan, .. } => (Tower::Text, plan.drop.as_slice()),
-    };
+    bundle.check_output(target)?;
+    let (tower, layers) = drop.layers();
     let (loaded, mut set_aside) = load(bundle, tower)?;
     let total = loaded.first().map_or(0, |(_, analysis)| analysis.map.layers.len());
     let edit = match LayerEdit::new(tower, total, layers) {
@@ -123,7 +134,7 @@ pub fn prune(
         }
         Ok(edit) => edit,
         // A plan of another model is the more likely reason.
-        Err(error) => return Err(inputs(bundle.digest()?, drop).err().unwrap_or(error)),
+        Err(error) => return Err(inputs(bundle, bundle.digest()?, drop).err().unwrap_or(error)),
     };
     let loaded = match deepstack {
         Deepstack::Keep => loaded,
@@ -168,7 +179,7 @@ pub fn prune(
         let settings = PruneSettings { tower, drop: edit.dropped(), deepstack, compensation: report };
         write(writer, &edit, &settings, &parts, || match digest.join() {
             Ok(digest) => {
-                let mut inputs = inputs(digest?, drop)?;
+                let mut inputs = inputs(bundle, digest?, drop)?;
                 inputs.extend(compensated.map(|own| ("data".to_string(), own.data.clone())));
                 Ok(inputs)
             }
@@ -193,12 +204,12 @@ pub fn prune(
 /// Digests of the inputs of the result.
 ///
 /// Errors: `Error::Invalid` when a plan is of another model.
-fn inputs(model: Sha256Digest, drop: &Drop) -> Result<BTreeMap<String, Sha256Digest>> {
+fn inputs(bundle: &Bundle, model: Sha256Digest, drop: &Drop) -> Result<BTreeMap<String, Sha256Digest>> {
     let mut inputs = BTreeMap::new();
-    if let Drop::Plan { plan, digest } = drop {
+    if let Drop::Plan { plan, digest, file } = drop {
         if plan.provenance.inputs.get("model") != Some(&model) {
-            return Err(Error::invalid("plan", "was made for another model")
-                .remedy("make a plan for this model, or name layers with `--drop`"));
+            let subject = format!("plan `{}`", file.display());
+            return Err(of_another_model(subject, bundle, "make a plan for this model, or name layers with `--drop`"));
         }
         inputs.insert("plan".to_string(), digest.clone());
     }

@@ -81,6 +81,7 @@ impl Case {
             .map_err(text)?;
         let run = || tch::no_grad(|| program.run(&feeds, program.outputs())).map_err(text);
         let (first, again) = (run()?, run()?);
+        assert_eq!(first.len(), again.len(), "outputs");
         for (first, again) in first.iter().zip(&again) {
             if first.kind() != again.kind() || first.size() != again.size() || numbers(first) != numbers(again) {
                 return Err("the second run gives another result than the first".into());
