@@ -114,7 +114,8 @@ impl HealMeter {
         let mut embedder = Embedder::new(bundle, dataset, true, device, cancel)?;
         let conversations = embedder.embedded(measured, usize::MAX)?;
         let samples = std::mem::take(&mut embedder.samples);
-        let for_fits = embedder.embedded(rest, fit_tokens)?;
+        // A conversation has at least one token.
+        let for_fits = embedder.embedded(&rest[..rest.len().min(fit_tokens)], fit_tokens)?;
         let left_out = embedder.left_out.clone();
         let meter = Self::over(LossMeter::over(embedder.into_switched(), conversations)?, for_fits)?;
         Ok(HealMeter { samples, left_out, ..meter })
@@ -167,7 +168,7 @@ impl HealMeter {
         let fit = 2 * (self.fitted.len() + self.held_out.len()) as u64;
         let round = |gone: usize| {
             let candidates = (layers - gone) as u64;
-            (candidates + 1) * self.meter.batch_count() + fit * candidates.div_ceil(self.room() as u64)
+            (2 * candidates + 1) * self.meter.batch_count() + fit * candidates.div_ceil(self.room() as u64)
         };
         (0..count.min(layers)).map(round).sum()
     }
@@ -188,12 +189,24 @@ impl HealMeter {
         self.meter.loss(removed)
     }
 
-    /// Maps for all gaps, from the first to the last, each fitted on the stream behind those before it.
+    /// Maps for all gaps, from the first to the last, each fitted on the stream behind those before it. A map that does not
+    /// lower the loss is left out.
     fn compensated(&mut self, removed: &[usize]) -> Result<Maps> {
         let mut maps = Maps::new();
+        let mut least = None;
         for gap in Gap::all(removed) {
-            if let Some((layer, map)) = self.fit(removed, &maps, &[gap])?.pop().flatten() {
-                maps.insert(layer, map);
+            let Some((layer, map)) = self.fit(removed, &maps, &[gap])?.pop().flatten() else { continue };
+            let before = match least {
+                Some(loss) => loss,
+                None => self.meter.loss_with(removed, &maps)?,
+            };
+            maps.insert(layer, map);
+            let after = self.meter.loss_with(removed, &maps)?;
+            if after < before {
+                least = Some(after);
+            } else {
+                maps.remove(&layer);
+                least = Some(before);
             }
         }
         Ok(maps)
@@ -284,31 +297,40 @@ impl HealMeter {
 
 impl MeasureLosses for HealMeter {
     fn passes(&self) -> u64 {
-        self.meter.batch_count()
+        2 * self.meter.batch_count()
     }
 
-    /// Each candidate's own gap is fitted on top of the maps of the layers that are gone, and measured. The best candidate's
-    /// map is kept for a call in which it is gone too; for other layers all gaps are fitted anew.
+    /// Each candidate's own gap is fitted on top of the maps of the layers that are gone, and measured with its map and without;
+    /// the lower loss counts. The best candidate's map is kept for a call in which it is gone too; for other layers all gaps
+    /// are fitted anew.
     fn losses(&mut self, removed: &[usize], candidates: &[usize], progress: &Progress) -> Result<Vec<f64>> {
         let kept = self.kept.take().filter(|kept| kept.removed == removed);
         let mut maps = match kept {
             Some(kept) => kept.maps,
             None => self.compensated(removed)?,
         };
+        let plain: Vec<Trial> = candidates.iter().map(|&layer| Trial { layer, from: layer, map: None }).collect();
+        let mut losses = self.meter.losses_of(removed, &maps, &plain, progress)?;
         let gaps: Vec<Gap> = candidates.iter().map(|&layer| Gap::around(layer, removed)).collect();
-        let found = self.fit(removed, &maps, &gaps)?;
-        let trials = candidates.iter().zip(&gaps).zip(found).map(|((&layer, gap), map)| Trial {
-            layer,
-            from: if map.is_some() { gap.start - 1 } else { layer },
-            map,
+        let found = self.fit(removed, &maps, &gaps)?.into_iter();
+        let mapped = candidates.iter().zip(found).filter_map(|(&layer, map)| {
+            map.map(|(before, map)| Trial { layer, from: before, map: Some((before, map)) })
         });
-        let trials: Vec<Trial> = trials.collect();
-        let losses = self.meter.losses_of(removed, &maps, &trials, progress)?;
+        let mapped: Vec<Trial> = mapped.collect();
+        progress.advance((candidates.len() - mapped.len()) as u64 * self.meter.batch_count());
+        let mut best_maps = BTreeMap::new();
+        for (loss, trial) in self.meter.losses_of(removed, &maps, &mapped, progress)?.into_iter().zip(mapped) {
+            let place = candidates.iter().position(|&layer| layer == trial.layer);
+            if let Some(least) = place.and_then(|place| losses.get_mut(place)).filter(|least| loss < **least) {
+                *least = loss;
+                best_maps.insert(trial.layer, trial.map);
+            }
+        }
         // `min_by` returns the first of equal values, as the choice among candidates does.
-        let best = trials.into_iter().zip(&losses).min_by(|a, b| a.1.total_cmp(b.1)).map(|(trial, _)| trial);
-        if let Some(Trial { layer, map, .. }) = best {
+        let best = candidates.iter().zip(&losses).min_by(|a, b| a.1.total_cmp(b.1));
+        if let Some((&layer, _)) = best {
             maps.remove(&layer);
-            maps.extend(map);
+            maps.extend(best_maps.remove(&layer).flatten());
             let mut removed: Vec<usize> = removed.iter().copied().chain([layer]).collect();
             removed.sort_unstable();
             self.kept = Some(Kept { removed, maps });

@@ -241,17 +241,23 @@ fn no_choice_depends_on_the_benchmark() {
     assert!(made.iter().all(|(name, step)| after[name] == *step), "a step was repeated");
 }
 
+/// Bytes that are no benchmark and no text.
+const NOTHING: &[u8] = b"\xff\xfe nothing";
+
 /// Makes a pipe at `path`. The thread waits for the first reader, reads the finished steps of the run in `out` at that moment,
-/// and hands the reader bytes that no benchmark and no text consists of.
+/// and gives the reader bytes that are no data.
 fn at_the_first_opening(path: &Path, out: &Path) -> std::thread::JoinHandle<Vec<String>> {
     let made = Command::new("mkfifo").arg(path).status().expect("mkfifo");
     assert!(made.success());
     let (path, out) = (path.to_path_buf(), out.to_path_buf());
     std::thread::spawn(move || {
-        let mut pipe = fs::OpenOptions::new().write(true).open(path).expect("a reader");
+        let mut pipe = fs::OpenOptions::new().write(true).open(&path).expect("a reader");
         let state = read(&out.join("state.json"));
+        // Whoever opens it again finds a file.
+        fs::remove_file(&path).expect("remove");
+        fs::write(&path, NOTHING).expect("write");
         // A reader that is gone is no matter.
-        let _ = pipe.write_all(b"\xff\xfe nothing");
+        let _ = pipe.write_all(NOTHING);
         state["steps"].as_object().expect("steps").keys().cloned().collect()
     })
 }
@@ -285,6 +291,10 @@ fn test_files_are_opened_when_every_model_is_made() {
             let output = interlace(here, &[verb, "recipe.toml"]);
             assert_eq!(output.status.code(), Some(2), "{verb}: {}", stderr(&output));
             assert!(here.join(whole).is_file());
+            if !opened.is_finished() {
+                // Nobody opened it: this lets the thread go on, and the assertions below fail.
+                let _both = fs::OpenOptions::new().read(true).write(true).open(here.join(piped)).expect("the pipe");
+            }
             let steps = opened.join().expect("the thread");
             let count = |start: &str| steps.iter().filter(|step| step.starts_with(start)).count();
             let missing: Vec<_> = wanted.iter().filter(|name| !steps.iter().any(|step| step == *name)).collect();

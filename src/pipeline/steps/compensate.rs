@@ -19,8 +19,8 @@ use super::refusal::drop_refusal;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CompensationReport {
-    /// Layers before a gap whose weights changed, by their index before; a gap for which no map brings the stream closer to
-    /// the dense model's on samples that are held out has none.
+    /// Layers before a gap whose weights changed, by their index before; a gap has none where no map brings the stream closer
+    /// to the dense model's on samples that are held out, or where it does not lower the loss.
     pub layers: Vec<usize>,
     /// Tokens that the fits looked at.
     pub fit_tokens: usize,

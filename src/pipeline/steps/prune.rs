@@ -126,35 +126,8 @@ pub fn prune(
 ) -> Result<Pruned> {
     bundle.check_output(target)?;
     let (tower, layers) = drop.layers();
-    let mut loaded = Vec::new();
-    let mut set_aside = Vec::new();
-    for component in components(bundle, tower)? {
-        match analysis_of(bundle, component, tower) {
-            Ok(analysis) => loaded.push((component, analysis)),
-            Err(error) if bundle.is_most_precise(component) => return Err(error),
-            Err(error) => set_aside.push(SetAside { file: component.file.clone(), problem: error.to_string() }),
-        }
-    }
-    // Components that are only copied must be sound too.
-    for component in bundle.components() {
-        let is_loaded = loaded.iter().any(|(other, _)| other.file == component.file);
-        if is_loaded || set_aside.iter().any(|variant| variant.file == component.file) {
-            continue;
-        }
-        match onnx::load(&bundle.path_of(component)) {
-            Err(error) if bundle.is_most_precise(component) => return Err(error),
-            Err(error) => set_aside.push(SetAside { file: component.file.clone(), problem: error.to_string() }),
-            Ok(_) => {}
-        }
-    }
+    let (loaded, mut set_aside) = load(bundle, tower)?;
     let total = loaded.first().map_or(0, |(_, analysis)| analysis.map.layers.len());
-    if let Some((other, analysis)) = loaded.iter().find(|(_, analysis)| analysis.map.layers.len() != total) {
-        return Err(Error::invalid(
-            format!("component `{}`", other.file),
-            format!("has {} layers, `{}` has {total}", analysis.map.layers.len(), loaded[0].0.file),
-        )
-        .remedy("all variants of a component must be of the same model: move the other one out of the folder"));
-    }
     let edit = match LayerEdit::new(tower, total, layers) {
         Ok(edit) if edit.dropped().is_empty() => {
             return Err(Error::invalid("list of layers", "is empty").remedy("name at least one, as in `--drop 2,5`"));
@@ -242,6 +215,42 @@ fn inputs(bundle: &Bundle, model: Sha256Digest, drop: &Drop) -> Result<BTreeMap<
     }
     inputs.insert("model".to_string(), model);
     Ok(inputs)
+}
+
+/// The components with the tower's layers, and the variants that are set aside.
+///
+/// Errors: as [`prune`], for a most precise variant that cannot be read, or for different numbers of layers.
+fn load(bundle: &Bundle, tower: Tower) -> Result<(Vec<(&Component, Analysis)>, Vec<SetAside>)> {
+    let mut loaded = Vec::new();
+    let mut set_aside = Vec::new();
+    for component in components(bundle, tower)? {
+        match analysis_of(bundle, component, tower) {
+            Ok(analysis) => loaded.push((component, analysis)),
+            Err(error) if bundle.is_most_precise(component) => return Err(error),
+            Err(error) => set_aside.push(SetAside { file: component.file.clone(), problem: error.to_string() }),
+        }
+    }
+    // Components that are only copied must be sound too.
+    for component in bundle.components() {
+        let is_loaded = loaded.iter().any(|(other, _)| other.file == component.file);
+        if is_loaded || set_aside.iter().any(|variant| variant.file == component.file) {
+            continue;
+        }
+        match onnx::load(&bundle.path_of(component)) {
+            Err(error) if bundle.is_most_precise(component) => return Err(error),
+            Err(error) => set_aside.push(SetAside { file: component.file.clone(), problem: error.to_string() }),
+            Ok(_) => {}
+        }
+    }
+    let total = loaded.first().map_or(0, |(_, analysis): &(_, Analysis)| analysis.map.layers.len());
+    if let Some((other, analysis)) = loaded.iter().find(|(_, analysis)| analysis.map.layers.len() != total) {
+        return Err(Error::invalid(
+            format!("component `{}`", other.file),
+            format!("has {} layers, `{}` has {total}", analysis.map.layers.len(), loaded[0].0.file),
+        )
+        .remedy("all variants of a component must be of the same model: move the other one out of the folder"));
+    }
+    Ok((loaded, set_aside))
 }
 
 /// A component to write, with the weights that maps change.

@@ -30,7 +30,7 @@ impl fmt::Display for Setting<'_> {
 /// The layers that a model trains.
 enum Layers {
     /// Those of a plan, with the digest of its file.
-    Planned(Plan, String),
+    Planned(Box<Plan>, String),
     /// Those listed; all without a list.
     Listed(Option<Vec<usize>>),
 }
@@ -149,7 +149,7 @@ impl Maker<'_> {
         let layers = Drop::Layers { tower: crate::bundle::Tower::Text, layers: &plan.drop };
         let pruned = self.stages.prune(&pruned_step, &layers, &sweep.prune, &[("drop", &drop)])?;
         let settings = sweep.settings_of(recipe, seed)?;
-        let (key, layers) = (roles(&plan)?, Layers::Planned(plan.clone(), planned.digest));
+        let (key, layers) = (roles(&plan)?, Layers::Planned(Box::new(plan.clone()), planned.digest));
         let healed = self.trained("healed", &pruned, layers, ("plan", key), settings)?;
         Ok(Cell { plan, pruned_step, pruned, healed })
     }
