@@ -77,6 +77,7 @@ pub const TARGETS: &[ExportTarget] = &[
         name: "generate",
         summary: "One ONNX graph from pictures and prompt to the ids of the answer",
         consumer: "onnxruntime 1.30",
+        library: "onnx",
         settings: &[VARIANT, MAX_IR_VERSION],
         write: generate::write,
     },
