@@ -9,7 +9,7 @@ use crate::finetune::plan::Sizes;
 use crate::finetune::settings::Lora;
 use crate::ir::ValueId;
 
-use crate::quantised::{Activations, QuantisedWeight, float_products, with_floats};
+use crate::quantised::{Activations, QuantisedWeight, float_products, requantised, with_floats};
 use crate::runtime::{Decoder, Embedded, Runtime, SessionOptions, Step};
 use crate::torch::{Hold, Options, Program, tensor_from_ir, tensor_to_ir};
 
@@ -261,6 +261,25 @@ fn within_half_a_step(form: &str, [packed, float, again]: [&Model; 3]) {
         // Of 4 bits, the end of the range on the other side of the zero point may be a step nearer than the number there.
         let most = if form.starts_with("int4") { 1.0 } else { 0.501 };
         assert!(off <= most * step, "{form}: {name} is off by {off}, a step is {step}");
+    }
+}
+
+/// The form of the file's own numbers is recognised: floats that were not trained are packed as before.
+#[test]
+fn untrained_floats_are_packed_as_before() {
+    // Zero points that were rounded move a range, so that form has no such law.
+    for form in ["int4", "int8", "qdq"] {
+        let packed = quantised(form);
+        let found = float_products(&mut packed.clone(), Activations::Exact, &|_| true);
+        assert_eq!(found.len(), 7 * 3 + 1, "{form}");
+        for weight in &found {
+            for (id, after) in requantised(&packed, weight, &held(&packed, weight)).unwrap() {
+                assert_eq!(id, weight.form.parts()[1], "{form}: {} changed", packed.graph.name(id));
+                let values = |tensor: &Tensor| tensor_from_ir("scales", tensor).unwrap();
+                let before = values(packed.graph.body.initializer(id).unwrap());
+                assert!(values(&after).allclose(&before, 1e-6, 0.0, false), "{form}");
+            }
+        }
     }
 }
 
