@@ -22,6 +22,9 @@ pub struct Provenance {
     pub inputs: BTreeMap<String, Sha256Digest>,
     /// The settings that made it, as the verb understood them.
     pub settings: serde_json::Value,
+    /// Precision variants that were chosen with `--variant`, by the name of the input (`model`, `baseline`).
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub variants: BTreeMap<String, String>,
 }
 
 impl Provenance {
@@ -38,7 +41,14 @@ impl Provenance {
             tool: format!("interlace {}", env!("CARGO_PKG_VERSION")),
             inputs,
             settings: serde_json::to_value(settings).map_err(|e| Error::invalid("settings", e.to_string()))?,
+            variants: BTreeMap::new(),
         })
+    }
+
+    /// The same, with the variants of an input; unchanged without any.
+    pub fn with_variants(mut self, input: &str, variants: Option<&str>) -> Self {
+        self.variants.extend(variants.map(|variants| (input.to_string(), variants.to_string())));
+        self
     }
 }
 

@@ -102,6 +102,17 @@ impl MappedFile {
     pub fn path(&self) -> &Path {
         &self.path
     }
+
+    /// Takes a range out of the process's memory; the next access reads it from the file again.
+    pub fn release(&self, offset: u64, length: u64) {
+        if let Some(map) = &self.map {
+            // SAFETY: the map is read-only, so a page that is dropped has the file's content when it is read again.
+            // A refusal costs memory only.
+            let _ = unsafe {
+                map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, offset as usize, length as usize)
+            };
+        }
+    }
 }
 
 impl Deref for MappedFile {
@@ -245,6 +256,26 @@ pub fn contained_path(folder: &Path, relative: &str) -> Result<PathBuf> {
 mod tests {
     use super::*;
     use std::os::unix::fs::symlink;
+
+    /// What a mapped file holds in memory goes when it is released, and comes back when it is read.
+    #[test]
+    fn a_released_range_is_read_from_the_file_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("weights");
+        let content: Vec<u8> = (0..4u32 << 20).map(|at| (at % 251) as u8).collect();
+        fs::write(&path, &content).unwrap();
+        let file = MappedFile::open(&path).unwrap();
+        let resident = || -> u64 {
+            let maps = fs::read_to_string("/proc/self/smaps").unwrap();
+            let own = maps.lines().skip_while(|line| !line.ends_with(path.to_str().unwrap()));
+            let line = own.clone().find(|line| line.starts_with("Rss:")).unwrap();
+            line.split_whitespace().nth(1).unwrap().parse().unwrap()
+        };
+        assert!(file[..] == content[..] && resident() == 4096);
+        file.release(0, 4 << 20);
+        assert_eq!(resident(), 0);
+        assert!(file[..] == content[..]);
+    }
 
     #[test]
     fn the_folder_of_an_output_file_must_exist() {

@@ -29,6 +29,19 @@ pub enum AssetKind {
     Other,
 }
 
+impl AssetKind {
+    /// The purpose of a file in a model's folder by its name alone; `None` for unknown names.
+    pub fn named(name: &str) -> Option<Self> {
+        named(name)
+    }
+
+    /// True for licences and notices.
+    pub fn is_licence(name: &str) -> bool {
+        let upper = name.to_ascii_uppercase();
+        ["LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY"].iter().any(|stem| upper.starts_with(stem))
+    }
+}
+
 /// Name of the file with the record of interlace's steps.
 pub const RECORD_FILE: &str = "interlace.json";
 

@@ -13,6 +13,7 @@ mod layout;
 mod listing;
 mod record;
 mod shared_layers;
+mod source;
 mod text;
 mod tower;
 mod write;
@@ -23,8 +24,9 @@ pub use config::{LatentAttention, ModelConfig, flag, image_token_entry, whole_nu
 pub use layers::LayerEdit;
 pub use layout::{LAYOUTS, Layout, Role, SINGLE_FILE};
 pub use record::{Deepstack, Record, RecordedStep, TapChange};
+pub use source::{ModelSource, Variants};
 pub use tower::Tower;
-pub use write::BundleWriter;
+pub use write::{BundleWriter, config_without_layers};
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -68,6 +70,9 @@ pub struct Bundle {
     assets: Vec<Asset>,
     left_out: Vec<String>,
     config: Option<ModelConfig>,
+    /// The file that verbs run for a role, where a variant was chosen.
+    chosen: BTreeMap<Role, String>,
+    chosen_name: Option<String>,
 }
 
 impl Bundle {
@@ -101,6 +106,8 @@ impl Bundle {
             assets: Vec::new(),
             left_out: Vec::new(),
             config: None,
+            chosen: BTreeMap::new(),
+            chosen_name: None,
         })
     }
 
@@ -139,7 +146,9 @@ impl Bundle {
             }
         }
         let left_out = listing.left_out;
-        let mut bundle = Bundle { root: root.to_path_buf(), layout, components, assets, left_out, config: None };
+        let root = root.to_path_buf();
+        let (chosen, chosen_name) = (BTreeMap::new(), None);
+        let mut bundle = Bundle { root, layout, components, assets, left_out, config: None, chosen, chosen_name };
         bundle.config = ModelConfig::read(&bundle)?;
         Ok(bundle)
     }
@@ -205,12 +214,20 @@ impl Bundle {
         is_most_precise(&self.components, component)
     }
 
-    /// The component of a role in its most precise variant.
+    /// The component of a role, in the variant that [`ModelSource`] chose or else the most precise one.
     pub fn component(&self, role: Role) -> Option<&Component> {
-        self.variants(role).next()
+        match self.chosen.get(&role) {
+            Some(file) => self.components.iter().find(|component| component.file == *file),
+            None => self.variants(role).next(),
+        }
     }
 
-    /// The component of a role in its most precise variant, which must exist.
+    /// The variants that were chosen, as `--variant` names them; `None` for the most precise ones.
+    pub fn chosen_variants(&self) -> Option<&str> {
+        self.chosen_name.as_deref()
+    }
+
+    /// As [`Bundle::component`], for a role that must exist.
     ///
     /// Errors: `Error::Invalid` naming the role when the folder has none.
     pub fn require(&self, role: Role) -> Result<&Component> {

@@ -325,6 +325,18 @@ fn foreign_config(
         .remedy("it would be wrong about the new model: move it out of the folder"))
 }
 
+/// A model's `config.json` after layers were dropped, whatever folder it is in.
+///
+/// Errors: as [`BundleWriter::drop_layers`]; `Error::Io` when it cannot be read.
+pub fn config_without_layers(path: &Path, edits: &[LayerEdit]) -> Result<String> {
+    let mut text = read_text(path)?;
+    for edit in edits {
+        let document = Document::parse(format!("`{}`", path.display()), text.clone())?;
+        text = layers::rewrite(&document, edit)?.unwrap_or(text);
+    }
+    Ok(text)
+}
+
 impl Bundle {
     /// Checks that an output folder is outside of the model folder: inside of it, no verb would know its files. Other
     /// files beside a single `.onnx` file do not matter.

@@ -1,6 +1,7 @@
 //! Hugging Face checkpoints: named tensors in safetensors files, and low-rank adapters for one.
 
 mod adapter;
+mod save;
 mod values;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -17,6 +18,7 @@ use crate::base::{
 use crate::ir::{DataType, Tensor, TensorData};
 
 pub use adapter::Adapter;
+pub use save::{NamedTensor, save};
 pub use values::{floats, from_floats};
 
 /// Name of the one weight file of a small checkpoint.

@@ -1,6 +1,25 @@
 //! Types of argument values that several verbs use.
 
+use std::path::PathBuf;
+
+use crate::bundle::{ModelSource, Variants};
 use crate::method::{MODALITIES, ModalityWeights, check_weights};
+
+/// The precision variants of MODEL that a verb runs.
+#[derive(clap::Args, Clone, Debug)]
+pub struct VariantArgs {
+    /// Run this precision variant of every component, such as fp16 or q4, or one for each that is named, as in
+    /// decoder=q4,vision_encoder=fp16; fp32 are the files without a suffix [default: the most precise ones]
+    #[arg(long, value_name = "VARIANT")]
+    variant: Option<Variants>,
+}
+
+impl VariantArgs {
+    /// The model at this path in these variants.
+    pub fn source(&self, path: impl Into<PathBuf>) -> ModelSource {
+        ModelSource::new(path, self.variant.clone())
+    }
+}
 
 /// A list of layers, `2,5`.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,17 +1,17 @@
 //! `interlace bench`, and the hidden verb that measures memory in a separate process.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::Context as _;
 
 use crate::base::{Device, check_output_file, human_bytes, write_json};
-use crate::bundle::Bundle;
+use crate::bundle::{ModelSource, Variants};
 use crate::eval::{self, BenchOptions, BenchReport, ModelBench, Spread};
 use crate::pipeline::steps::{Work, check_needs};
 use crate::runtime::Runtime;
 
-use super::args::positive;
+use super::args::{VariantArgs, positive};
 use super::context::{Context, Outcome};
 use super::output::table;
 
@@ -21,9 +21,14 @@ use super::output::table;
 pub struct Args {
     /// Model folder
     model: PathBuf,
+    #[command(flatten)]
+    variant: VariantArgs,
     /// Compare with this model, measured in alternation with the first
     #[arg(long, value_name = "MODEL")]
     baseline: Option<PathBuf>,
+    /// Run this precision variant of the baseline, as --variant does of MODEL [default: the most precise ones]
+    #[arg(long, value_name = "VARIANT", requires = "baseline")]
+    baseline_variant: Option<Variants>,
     /// End with status 1 when the baseline's time to the decoder's first token over the model's is less than this
     #[arg(long, value_name = "X", requires = "baseline")]
     min_speedup: Option<f64>,
@@ -71,11 +76,14 @@ impl Load {
 pub struct MemoryArgs {
     model: PathBuf,
     #[command(flatten)]
+    variant: VariantArgs,
+    #[command(flatten)]
     load: Load,
 }
 
 pub fn run_memory(args: MemoryArgs, context: &Context) -> anyhow::Result<Outcome> {
-    let bytes = eval::peak_memory(&args.model, &Runtime::new(args.load.device)?, &args.load.options())?;
+    let bytes =
+        eval::peak_memory(&args.variant.source(args.model), &Runtime::new(args.load.device)?, &args.load.options())?;
     context.output.line(bytes)?;
     Ok(Outcome::Done)
 }
@@ -85,22 +93,27 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     let runtime = Runtime::new(args.load.device)?;
     let program = std::env::current_exe().context("cannot find this program's own file")?;
     let load = &args.load;
-    let memory = |model: &Path| {
+    let memory = |model: &ModelSource| {
         let mut command = Command::new(&program);
-        command.arg("peak-memory").arg(model).args(["--prompt-tokens", &load.prompt_tokens.to_string()]);
+        command.arg("peak-memory").arg(model.path()).args(["--prompt-tokens", &load.prompt_tokens.to_string()]);
         command.args(["--new-tokens", &load.new_tokens.to_string(), "--device", &load.device.to_string()]);
+        if let Some(variants) = model.chosen() {
+            command.args(["--variant", &variants]);
+        }
         if let Some(threads) = load.threads {
             command.args(["--threads", &threads.to_string()]);
         }
         eval::peak_memory_of_child(&mut command)
     };
-    let baseline = args.baseline.as_deref();
-    for model in [Some(args.model.as_path()), baseline].into_iter().flatten() {
+    let model = args.variant.source(args.model);
+    let baseline = args.baseline.map(|path| ModelSource::new(path, args.baseline_variant));
+    let baseline = baseline.as_ref();
+    for model in [Some(&model), baseline].into_iter().flatten() {
         if load.new_tokens > 1 {
-            check_needs(&Bundle::open(model)?, Work::Bench)?;
+            check_needs(&model.open()?, Work::Bench)?;
         }
     }
-    let report = eval::bench(&args.model, baseline, &runtime, &load.options(), Some(&memory), &context.cancel)?;
+    let report = eval::bench(&model, baseline, &runtime, &load.options(), Some(&memory), &context.cancel)?;
     write_json(&args.output, &report)?;
     if context.output.json {
         context.output.json(&report)?;

@@ -3,13 +3,13 @@
 use std::path::PathBuf;
 
 use crate::base::{Device, Peers, check_output_file, is_first, write_json};
-use crate::bundle::Bundle;
+use crate::bundle::{ModelSource, Variants};
 use crate::data::{Benchmark, DataPart, SEQUENCE_LENGTH};
 use crate::eval::{Difference, EvalReport, Interval, Judge, Likelihood, PromptStyle, TextReport};
 use crate::pipeline::steps::{self, Engine, EvalSettings, TextSettings};
 use crate::runtime::Profile;
 
-use super::args::{fraction, positive};
+use super::args::{VariantArgs, fraction, positive};
 use super::context::{Context, Outcome};
 use super::data_args::{ImageArgs, warn_left_out};
 use super::output::{profile_table, table};
@@ -20,6 +20,8 @@ use super::output::{profile_table, table};
 pub struct Args {
     /// Model folder
     model: PathBuf,
+    #[command(flatten)]
+    variant: VariantArgs,
     /// Read the benchmark: a TSV file of VLMEvalKit; or, for perplexity, running text (.jsonl with a `text` in each line),
     /// conversations in Parquet or JSON, or ready tensors (.safetensors, .npz)
     #[arg(long, value_name = "DATA")]
@@ -27,6 +29,9 @@ pub struct Args {
     /// Compare with this model, on the same questions
     #[arg(long, value_name = "MODEL")]
     baseline: Option<PathBuf>,
+    /// Run this precision variant of the baseline, as --variant does of MODEL [default: the most precise ones]
+    #[arg(long, value_name = "VARIANT", requires = "baseline")]
+    baseline_variant: Option<Variants>,
     /// End with status 1 when the model keeps a smaller fraction than this of the baseline's average score (of its perplexity,
     /// for running text)
     #[arg(long, value_name = "R", value_parser = fraction, requires = "baseline")]
@@ -82,6 +87,14 @@ pub struct Args {
     output: PathBuf,
 }
 
+impl Args {
+    /// The model and the baseline.
+    fn models(&self) -> (ModelSource, Option<ModelSource>) {
+        let baseline = self.baseline.clone().map(|path| ModelSource::new(path, self.baseline_variant.clone()));
+        (self.variant.source(&self.model), baseline)
+    }
+}
+
 /// Evaluates; with `peers` as one of several processes, of which the first prints and writes.
 pub fn run(args: Args, context: &Context, peers: Option<Box<dyn Peers + Send>>) -> anyhow::Result<Outcome> {
     if is_first(peers.as_deref().map(|peers| peers as &dyn Peers)) {
@@ -113,7 +126,8 @@ pub fn run(args: Args, context: &Context, peers: Option<Box<dyn Peers + Send>>) 
     if args.likelihood_only {
         return likelihood(&args, &engine, &settings, context);
     }
-    let report = steps::eval(&engine, &args.model, args.baseline.as_deref(), &args.data, &settings, &context.cancel)?;
+    let (model, baseline) = args.models();
+    let report = steps::eval(&engine, &model, baseline.as_ref(), &args.data, &settings, &context.cancel)?;
     if !is_first(engine.peers()) {
         return Ok(Outcome::Done);
     }
@@ -149,8 +163,8 @@ pub fn run(args: Args, context: &Context, peers: Option<Box<dyn Peers + Send>>) 
 }
 
 fn likelihood(args: &Args, engine: &Engine, settings: &EvalSettings, context: &Context) -> anyhow::Result<Outcome> {
-    let baseline = args.baseline.as_deref();
-    let report = steps::eval_likelihood(engine, &args.model, baseline, &args.data, settings, &context.cancel)?;
+    let (model, baseline) = args.models();
+    let report = steps::eval_likelihood(engine, &model, baseline.as_ref(), &args.data, settings, &context.cancel)?;
     if !is_first(engine.peers()) {
         return Ok(Outcome::Done);
     }
@@ -187,10 +201,10 @@ fn predict(args: &Args, context: &Context, peers: Option<Box<dyn Peers + Send>>)
     };
     let engine = Engine::among(peers, args.device)?;
     let first = is_first(engine.peers());
-    let warnings = steps::warnings(&Bundle::open(&args.model)?, &args.data);
+    let (model, baseline) = args.models();
+    let warnings = steps::warnings(&model.open()?, &args.data);
     warnings.iter().filter(|_| first).for_each(|warning| context.output.warn(warning));
-    let report =
-        steps::eval_text(&engine, &args.model, args.baseline.as_deref(), &args.data, &settings, &context.cancel)?;
+    let report = steps::eval_text(&engine, &model, baseline.as_ref(), &args.data, &settings, &context.cancel)?;
     if !first {
         return Ok(Outcome::Done);
     }

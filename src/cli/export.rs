@@ -6,10 +6,11 @@ use crate::base::human_bytes;
 use crate::bundle::Bundle;
 use crate::export::{self, ExportSettings, ExportTarget, TARGETS, target_named};
 
+use super::args::amount;
 use super::context::{Context, Outcome};
 use super::output::table;
 
-/// Write the model in the layout of a server
+/// Write the model in the layout of a server, a library or the hub
 #[derive(clap::Args)]
 #[command(after_help = "Example:\n  interlace export model/ --to triton -o model_repository/")]
 pub struct Args {
@@ -21,12 +22,22 @@ pub struct Args {
     /// Set the largest batch of models whose inputs and outputs share a free first axis; other models get 0 [default: 8]
     #[arg(long, value_name = "N")]
     max_batch_size: Option<u32>,
-    /// Export this precision variant of each component, such as fp16 or q4 [default: the most precise one]
+    /// Export this precision variant of each component, such as fp16 or q4, or one for each that is named, as in
+    /// decoder=q4,vision_encoder=fp16 [default: the most precise one]
     #[arg(long, value_name = "NAME")]
     variant: Option<String>,
     /// Lower the IR version of newer ONNX files to this, for servers that refuse newer ones [default: unchanged]
     #[arg(long, value_name = "N")]
     max_ir_version: Option<i64>,
+    /// Name the weights as this Hugging Face checkpoint does, which the graphs were exported from (safetensors only)
+    #[arg(long, value_name = "CHECKPOINT")]
+    base: Option<PathBuf>,
+    /// Model before it was trained, pruned or not; needed with --base for a trained model
+    #[arg(long, value_name = "MODEL")]
+    dense: Option<PathBuf>,
+    /// Set the largest size of a weight file, such as 5GB (safetensors only) [default: 5GB]
+    #[arg(long, value_name = "SIZE", value_parser = amount)]
+    shard_size: Option<u64>,
     /// Write the layout to this new folder
     #[arg(short, long, value_name = "FOLDER")]
     output: PathBuf,
@@ -43,11 +54,19 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         max_batch_size: args.max_batch_size,
         variant: args.variant,
         max_ir_version: args.max_ir_version,
+        base: args.base,
+        dense: args.dense,
+        shard_bytes: args.shard_size,
     };
     let export = export::export(&bundle, args.to, &settings, &args.output)?;
     let output = &context.output;
     if output.json {
         output.json(&export)?;
+        return Ok(Outcome::Done);
+    }
+    if let Some(weights) = &export.weights {
+        output.line(format!("{} tensors, {} of them with trained values", weights.tensors, weights.changed))?;
+        export.notes.iter().for_each(|note| output.warn(note));
         return Ok(Outcome::Done);
     }
     let mut rows = vec![["model", "inputs", "outputs", "size"].map(String::from).to_vec()];

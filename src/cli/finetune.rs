@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use clap::ValueEnum;
 
 use crate::base::{Device, human_bytes, human_count, sha256_file};
-use crate::bundle::Bundle;
+use crate::bundle::ModelSource;
 use crate::data::{Amount, Subset};
 use crate::finetune::{
     DEFAULT_RECIPE, LearningRate, Limits, LoraLayers, PlannedBytes, Precision, RECIPES, RecipeRow, Report, RunPlan,
@@ -18,7 +18,7 @@ use crate::pipeline::steps::{self, Finetune, Trained, default_work_folder};
 use crate::runtime::FeatureCache;
 use crate::torch::cpu_lacks_bf16;
 
-use super::args::{TrainedLayers, amount, amount_or_none, fraction, positive};
+use super::args::{TrainedLayers, VariantArgs, amount, amount_or_none, fraction, positive};
 use super::context::{Context, Outcome};
 use super::data_args::{DataArgs, warn_left_out};
 use super::output;
@@ -34,6 +34,8 @@ use super::ranks::meet_others;
 pub struct Args {
     /// Model folder: with --plan the one that `interlace prune --plan` wrote
     model: PathBuf,
+    #[command(flatten)]
+    variant: VariantArgs,
     /// Train the finetune layers of the plan by which the model was pruned
     #[arg(long, value_name = "FILE")]
     plan: Option<PathBuf>,
@@ -78,8 +80,8 @@ pub struct Args {
     /// Stop after this number of optimiser steps [default: the end of the last epoch]
     #[arg(long, value_name = "N")]
     max_steps: Option<u64>,
-    /// Compute matrix products in this number format; bf16 is faster on GPUs and on processors with bf16 instructions
-    /// [default: f32]
+    /// Compute matrix products and activations in this number format; bf16 is faster on GPUs and on processors with bf16
+    /// instructions, and halves the activations' memory [default: f32]
     #[arg(long, value_enum)]
     precision: Option<PrecisionArg>,
     /// Train low-rank adapters of this rank in place of the layers' weights, and write the merged weights
@@ -181,8 +183,10 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         (None, Some(TrainedLayers::These(layers))) => Trained::Layers(Some(&layers.0)),
         (None, _) => Trained::Layers(None),
     };
+    let model = args.variant.source(args.model);
+    let teacher = args.teacher.as_deref().map(ModelSource::from);
     let request = Finetune {
-        model: &args.model,
+        model: &model,
         trained,
         data: &args.data,
         options: &args.reading.options(),
@@ -194,9 +198,9 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         limits: Limits { memory: args.memory, batch_tokens: args.batch_tokens, cache: args.cache_bytes, workers: None },
         ranks: ranks.as_ref(),
         features: &FeatureCache::new(256 << 20),
-        teacher: args.teacher.as_deref(),
+        teacher: teacher.as_ref(),
     };
-    let bundle = Bundle::open(&args.model)?;
+    let bundle = model.open()?;
     steps::warnings(&bundle, &args.data).iter().for_each(|warning| context.output.warn(warning));
     if args.dry_run {
         let plan = steps::plan_finetune(&request)?;

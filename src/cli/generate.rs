@@ -3,9 +3,10 @@
 use std::path::PathBuf;
 
 use crate::base::{Device, check_output_file};
+use crate::bundle::ModelSource;
 use crate::pipeline::steps::{self, Decoding, Engine, Generation, Generations, Question};
 
-use super::args::positive;
+use super::args::{VariantArgs, positive};
 use super::context::{Context, Outcome};
 use super::data_args::{DataArgs, warn_left_out};
 
@@ -18,6 +19,8 @@ use super::data_args::{DataArgs, warn_left_out};
 pub struct Args {
     /// Model folder
     model: PathBuf,
+    #[command(flatten)]
+    variant: VariantArgs,
     /// Show this picture; may be repeated
     #[arg(long, value_name = "FILE", conflicts_with = "data")]
     image: Vec<PathBuf>,
@@ -67,7 +70,9 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     }
     let decoding =
         Decoding { max_tokens: args.max_tokens, temperature: args.temperature, top_p: args.top_p, seed: args.seed };
-    let models: Vec<&PathBuf> = std::iter::once(&args.model).chain(&args.compare).collect();
+    let model = args.variant.source(args.model);
+    let models: Vec<ModelSource> =
+        [model.clone()].into_iter().chain(args.compare.as_deref().map(ModelSource::from)).collect();
     for model in &models {
         steps::check_answers(model)?;
     }
@@ -75,8 +80,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     if let (Some(data), Some(output)) = (&args.data, &args.output) {
         let how = (&decoding, args.batch_size);
         let options = args.reading.options();
-        let (count, left_out) =
-            steps::generate_all(&engine, &args.model, (data, &options), output, how, &context.cancel)?;
+        let (count, left_out) = steps::generate_all(&engine, &model, (data, &options), output, how, &context.cancel)?;
         warn_left_out(&left_out, &context.output);
         context.output.line(format!("{count} answers in {}", output.display()))?;
         return Ok(Outcome::Done);
@@ -93,7 +97,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     for model in &models {
         let json = context.output.json;
         if models.len() > 1 && !json {
-            context.output.line(format!("{}:", model.display()))?;
+            context.output.line(format!("{model}:"))?;
         }
         let mut show = |text: &str| if json { Ok(()) } else { steps::print_text(text) };
         let answer = steps::generate(&engine, model, &question, &decoding, &context.cancel, &mut show)?;

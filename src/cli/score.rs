@@ -3,12 +3,11 @@
 use std::path::PathBuf;
 
 use crate::base::{Device, Peers, check_output_file, is_first, write_json};
-use crate::bundle::Bundle;
 use crate::data::{Amount, Dataset, Subset};
 use crate::method::{ScoreSettings, Scores, score_among};
 use crate::pipeline::steps::{Work, check_needs};
 
-use super::args::{fraction, positive};
+use super::args::{VariantArgs, fraction, positive};
 use super::context::{Context, Outcome};
 use super::data_args::{DataArgs, warn_left_out};
 use super::output::{profile_table, table};
@@ -19,6 +18,8 @@ use super::output::{profile_table, table};
 pub struct Args {
     /// Model folder to score
     model: PathBuf,
+    #[command(flatten)]
+    variant: VariantArgs,
     /// Read calibration data: conversations in Parquet or JSON (a file, a folder or a glob pattern), running text in .jsonl
     /// with a `text` in each line, or ready tensors (.safetensors, .npz)
     #[arg(long, value_name = "DATA")]
@@ -71,7 +72,7 @@ pub fn run(args: Args, context: &Context, peers: Option<&dyn Peers>) -> anyhow::
         max_tokens: args.max_tokens,
         profile: args.profile,
     };
-    let bundle = Bundle::open(&args.model)?;
+    let bundle = args.variant.source(args.model).open()?;
     check_needs(&bundle, Work::Score)?;
     let dataset = Dataset::open_for(&args.data, &bundle, &args.reading.options())?;
     if args.samples.is_none() && args.fraction.is_none() && is_first(peers) {

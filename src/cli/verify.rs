@@ -8,6 +8,7 @@ use crate::base::Device;
 use crate::eval::{self, CheckStatus};
 use crate::runtime::Runtime;
 
+use super::args::VariantArgs;
 use super::context::{Context, Outcome};
 
 /// Check that the files load, agree with each other and give equal results in ONNX Runtime and LibTorch
@@ -16,6 +17,8 @@ use super::context::{Context, Outcome};
 pub struct Args {
     /// Model folder, or one .onnx decoder
     model: PathBuf,
+    #[command(flatten)]
+    variant: VariantArgs,
     /// Compare the engines on the inputs in this .npz file, arrays named after the inputs of MODEL, which is then one .onnx
     /// file of any kind [default: made-up inputs]
     #[arg(long, value_name = "FILE")]
@@ -29,7 +32,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     let runtime = Runtime::new(args.device)?;
     let report = match &args.inputs {
         Some(inputs) => eval::verify_on(&args.model, inputs, &runtime)?,
-        None => eval::verify(&args.model, &runtime, &context.cancel)?,
+        None => eval::verify(&args.variant.source(args.model), &runtime, &context.cancel)?,
     };
     let output = &context.output;
     if output.json {

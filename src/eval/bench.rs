@@ -1,7 +1,6 @@
 //! Measures speed, memory and size, and compares with a baseline in alternating runs of one process.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
@@ -9,7 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::base::{Cancel, Error, Progress, Provenance, Result, peak_memory_bytes};
-use crate::bundle::{Bundle, Role};
+use crate::bundle::{Bundle, ModelSource, Role};
 use crate::data::ImageSettings;
 use crate::runtime::{Decoder, Embedded, FeatureCache, KvCache, Runtime, SessionOptions, Step, Tensor};
 
@@ -65,7 +64,7 @@ impl BenchReport {
 }
 
 /// Returns the peak memory of a model in bytes, measured in a separate process.
-pub type MemoryProbe<'a> = dyn Fn(&Path) -> Result<u64> + 'a;
+pub type MemoryProbe<'a> = dyn Fn(&ModelSource) -> Result<u64> + 'a;
 
 /// One model's figures.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -126,13 +125,13 @@ enum Engine {
 
 impl Engine {
     /// Errors: as `LoadedModel::open`, and as `Decoder::open` for a folder without a config.
-    fn open(path: &Path, bundle: &Bundle, runtime: &Runtime, settings: &SessionOptions) -> Result<Self> {
+    fn open(source: &ModelSource, bundle: &Bundle, runtime: &Runtime, settings: &SessionOptions) -> Result<Self> {
         if bundle.config().is_none() {
             return Ok(Engine::Alone(Box::new(Decoder::open(runtime, bundle, settings)?)));
         }
         // A cache of size 0 keeps nothing, so every round encodes its picture.
         Ok(Engine::Whole(Box::new(LoadedModel::open(
-            path,
+            source,
             runtime,
             settings,
             &FeatureCache::new(0),
@@ -189,18 +188,18 @@ struct Times {
 /// Errors: `Error::Invalid` when a count is zero or a model does not load; `Error::Engine` when a run fails;
 /// `Error::Interrupted` when the user asked to stop.
 pub fn bench(
-    model: &Path,
-    baseline: Option<&Path>,
+    model: &ModelSource,
+    baseline: Option<&ModelSource>,
     runtime: &Runtime,
     options: &BenchOptions,
     memory: Option<&MemoryProbe>,
     cancel: &Cancel,
 ) -> Result<BenchReport> {
     check(options)?;
-    let mut inputs = BTreeMap::from([("model".to_string(), Bundle::open(model)?.digest()?)]);
+    let mut inputs = BTreeMap::from([("model".to_string(), model.open()?.digest()?)]);
     let mut contestants = vec![Contestant::open(model, runtime, options)?];
     if let Some(path) = baseline {
-        inputs.insert("baseline".to_string(), Bundle::open(path)?.digest()?);
+        inputs.insert("baseline".to_string(), path.open()?.digest()?);
         // The baseline is first in every round.
         contestants.insert(0, Contestant::open(path, runtime, options)?);
     }
@@ -226,9 +225,12 @@ pub fn bench(
         cancel.check("no report is written")?;
         figures.push(contestant.figures(options, memory.map(|memory| memory(path)).transpose()?));
     }
+    let provenance = Provenance::new(BenchReport::SCHEMA_VERSION, inputs, options)?
+        .with_variants("model", model.chosen().as_deref())
+        .with_variants("baseline", baseline.and_then(ModelSource::chosen).as_deref());
     let model = figures.pop().ok_or_else(|| Error::invalid("bench", "measured nothing"))?;
     Ok(BenchReport {
-        provenance: Provenance::new(BenchReport::SCHEMA_VERSION, inputs, options)?,
+        provenance,
         device: runtime.device().to_string(),
         cores: std::thread::available_parallelism().map_or(1, usize::from),
         model,
@@ -241,7 +243,7 @@ pub fn bench(
 /// The process should do nothing else.
 ///
 /// Errors: as `bench`.
-pub fn peak_memory(model: &Path, runtime: &Runtime, options: &BenchOptions) -> Result<u64> {
+pub fn peak_memory(model: &ModelSource, runtime: &Runtime, options: &BenchOptions) -> Result<u64> {
     check(options)?;
     Contestant::open(model, runtime, options)?.round(options, &Cancel::default())?;
     match peak_memory_bytes() {
@@ -278,11 +280,11 @@ fn check(options: &BenchOptions) -> Result<()> {
 }
 
 impl Contestant {
-    fn open(path: &Path, runtime: &Runtime, options: &BenchOptions) -> Result<Self> {
-        let bundle = Bundle::open(path)?;
+    fn open(source: &ModelSource, runtime: &Runtime, options: &BenchOptions) -> Result<Self> {
+        let bundle = source.open()?;
         let settings = SessionOptions { threads: options.threads, ..SessionOptions::default() };
         let began = Instant::now();
-        let mut engine = Engine::open(path, &bundle, runtime, &settings)?;
+        let mut engine = Engine::open(source, &bundle, runtime, &settings)?;
         let load_ms = milliseconds(began);
         let mut size_bytes = 0;
         for role in [Role::VisionEncoder, Role::EmbedTokens, Role::Decoder] {
@@ -293,7 +295,7 @@ impl Contestant {
         let slots = engine.decoder().slots().len();
         let layers = bundle.config().and_then(|config| config.num_hidden_layers);
         Ok(Contestant {
-            name: path.display().to_string(),
+            name: source.to_string(),
             layers: layers.or((slots > 0 && slots % 2 == 0).then_some(slots / 2)),
             size_bytes,
             decoder_size_bytes: bundle.size_bytes(bundle.require(Role::Decoder)?)?,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::base::{Cancel, Error, Peers, Progress, Result, Stopwatch, gathered, is_first, is_own, prepared_ahead};
-use crate::bundle::Bundle;
+use crate::bundle::ModelSource;
 use crate::data::{BenchRow, Benchmark, ImageSettings, Part, Processor};
 use crate::prompt::Prompt;
 use crate::runtime::{FeatureCache, Profile, Runtime, SessionOptions, VlmSession};
@@ -39,17 +39,17 @@ impl LoadedModel {
     /// Loads a model folder with its own processor, template and tokenizer. `images` overrides
     /// the processor's settings.
     ///
-    /// Errors: as `Bundle::open`, `VlmSession::open` and `Processor::open_with`.
+    /// Errors: as `ModelSource::open`, `VlmSession::open` and `Processor::open_with`.
     pub fn open(
-        path: &Path,
+        source: &ModelSource,
         runtime: &Runtime,
         options: &SessionOptions,
         cache: &Arc<FeatureCache>,
         images: &ImageSettings,
     ) -> Result<Self> {
-        let bundle = Bundle::open(path)?;
+        let bundle = source.open()?;
         Ok(LoadedModel {
-            name: path.display().to_string(),
+            name: source.to_string(),
             vlm: VlmSession::open(runtime, &bundle, options, cache)?,
             processor: Processor::open_with(&bundle, images)?,
         })

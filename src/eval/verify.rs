@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use crate::base::{Cancel, Error, Progress, Provenance, Result, Sha256Digest, sha256_large_file};
-use crate::bundle::{Bundle, Component, Role};
+use crate::bundle::{Bundle, Component, ModelSource, Role};
 use crate::data::{ImageSettings, Processor};
 use crate::ir::{self, Model};
 use crate::runtime::{
@@ -32,9 +32,9 @@ const DYNAMIC_QUANTISERS: &[&str] =
 
 /// Runs every check that applies to the model's files.
 ///
-/// Errors: as `Bundle::open`, and `Error::Interrupted`. Failed checks are in the report and are not errors.
-pub fn verify(path: &Path, runtime: &Runtime, cancel: &Cancel) -> Result<VerifyReport> {
-    let bundle = Bundle::open(path)?;
+/// Errors: as `ModelSource::open`, and `Error::Interrupted`. Failed checks are in the report and are not errors.
+pub fn verify(source: &ModelSource, runtime: &Runtime, cancel: &Cancel) -> Result<VerifyReport> {
+    let bundle = source.open()?;
     let mut checks = Checks(Vec::new());
     let progress = Progress::new("verify", "files", bundle.components().len() as u64 + 1);
     for part in bundle.components() {
@@ -46,12 +46,13 @@ pub fn verify(path: &Path, runtime: &Runtime, cancel: &Cancel) -> Result<VerifyR
         progress.advance(1);
     }
     cancel.check("no report is written")?;
-    whole(path, &bundle, runtime, &mut checks);
+    whole(source, &bundle, runtime, &mut checks);
     let inputs = BTreeMap::from([("model".to_string(), bundle.digest()?)]);
     let settings = serde_json::json!({ "device": runtime.device().to_string() });
     Ok(VerifyReport {
-        provenance: Provenance::new(VerifyReport::SCHEMA_VERSION, inputs, &settings)?,
-        model: path.display().to_string(),
+        provenance: Provenance::new(VerifyReport::SCHEMA_VERSION, inputs, &settings)?
+            .with_variants("model", bundle.chosen_variants()),
+        model: source.to_string(),
         passed: checks.0.iter().all(|check| check.status != CheckStatus::Failed),
         checks: checks.0,
     })
@@ -183,14 +184,14 @@ fn embedding_prompt(bundle: &Bundle, embedding: &TokenEmbedding) -> Embedded {
 }
 
 /// Checks the whole model: its own processor encodes a picture, and the picture's features fit the prompt.
-fn whole(path: &Path, bundle: &Bundle, runtime: &Runtime, checks: &mut Checks) {
+fn whole(source: &ModelSource, bundle: &Bundle, runtime: &Runtime, checks: &mut Checks) {
     if bundle.component(Role::VisionEncoder).is_none() {
         return;
     }
     let name = "picture and prompt";
     let subject = "processor, vision encoder, embeddings";
     let cache = FeatureCache::new(1 << 20);
-    let outcome = LoadedModel::open(path, runtime, &SessionOptions::default(), &cache, &ImageSettings::default())
+    let outcome = LoadedModel::open(source, runtime, &SessionOptions::default(), &cache, &ImageSettings::default())
         .and_then(|mut model| {
             let prompt = picture_prompt(&model.processor)?;
             let tokens = prompt.input_ids.len();

@@ -4,34 +4,24 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use crate::base::{Error, Result, Sha256Digest, list_preview, sha256_file};
-use crate::bundle::{Asset, Bundle, Component};
+use crate::base::{Error, Result, Sha256Digest, sha256_file};
+use crate::bundle::{Asset, Bundle, Component, Variants};
 use crate::ir::{DataType, Model};
 
-/// One component per role and stem, in the requested variant or, without a request, the most precise one.
+/// One component per role and stem, in the requested variants or, without a request, the most precise one.
 ///
-/// Errors: `Error::Invalid` when a component has no such variant.
+/// Errors: `Error::Invalid` when `variant` names none or a component lacks its variant.
 pub(super) fn chosen<'a>(bundle: &'a Bundle, variant: Option<&str>) -> Result<Vec<&'a Component>> {
+    let parse = |text: &str| text.parse::<Variants>().map_err(|problem| Error::invalid("`--variant`", problem));
+    let variants = variant.map(parse).transpose()?.unwrap_or_default();
     let mut chosen: Vec<&Component> = Vec::new();
     for component in bundle.components() {
         if chosen.iter().any(|other| other.stem == component.stem) {
             continue;
         }
-        let variants: Vec<&Component> =
+        let all: Vec<&Component> =
             bundle.variants(component.role).filter(|other| other.stem == component.stem).collect();
-        let found = match variant {
-            None => variants.first(),
-            Some(wanted) => variants.iter().find(|other| other.variant == wanted),
-        };
-        let found = found.ok_or_else(|| {
-            let names: Vec<&str> = variants.iter().map(|other| other.file.as_str()).collect();
-            Error::invalid(
-                format!("variant `{}` of `{}`", variant.unwrap_or_default(), component.stem),
-                format!("is not there; found {}", list_preview(&names, 6)),
-            )
-            .remedy("name a variant that every component has, or leave `--variant` out")
-        })?;
-        chosen.push(found);
+        chosen.extend(variants.choose(&all)?);
     }
     Ok(chosen)
 }

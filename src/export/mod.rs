@@ -2,18 +2,18 @@
 
 mod components;
 mod generate;
+mod hugging_face;
 mod record;
 pub mod transformers_js;
 pub mod triton;
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
 use crate::base::{Error, Provenance, Result, StagedDir, write_json};
 use crate::bundle::Bundle;
 
 use record::Written;
-pub use record::{EXPORT_FILE, EXPORT_SCHEMA_VERSION, Export, ExportSettings, ExportedModel};
+pub use record::{CheckpointWeights, EXPORT_FILE, EXPORT_SCHEMA_VERSION, Export, ExportSettings, ExportedModel};
 
 /// A setting that only some targets read: its name, and a function that is true when it is set.
 type Setting = (&'static str, fn(&ExportSettings) -> bool);
@@ -21,7 +21,10 @@ type Setting = (&'static str, fn(&ExportSettings) -> bool);
 const MAX_BATCH_SIZE: Setting = ("--max-batch-size", |settings| settings.max_batch_size.is_some());
 const VARIANT: Setting = ("--variant", |settings| settings.variant.is_some());
 const MAX_IR_VERSION: Setting = ("--max-ir-version", |settings| settings.max_ir_version.is_some());
-const SETTINGS: &[Setting] = &[MAX_BATCH_SIZE, VARIANT, MAX_IR_VERSION];
+const BASE: Setting = ("--base", |settings| settings.base.is_some());
+const DENSE: Setting = ("--dense", |settings| settings.dense.is_some());
+const SHARD_SIZE: Setting = ("--shard-size", |settings| settings.shard_bytes.is_some());
+const SETTINGS: &[Setting] = &[MAX_BATCH_SIZE, VARIANT, MAX_IR_VERSION, BASE, DENSE, SHARD_SIZE];
 
 /// A layout that `export` writes.
 #[derive(Clone, Copy, Debug)]
@@ -36,6 +39,13 @@ pub struct ExportTarget {
     settings: &'static [Setting],
     /// Writes the files into an existing folder and returns their description.
     write: fn(&Bundle, &ExportSettings, &Path) -> Result<Written>,
+}
+
+impl ExportTarget {
+    /// True when it reads this flag of `export`.
+    pub fn reads(&self, flag: &str) -> bool {
+        self.settings.iter().any(|(own, _)| *own == flag)
+    }
 }
 
 /// All targets.
@@ -61,6 +71,13 @@ pub const TARGETS: &[ExportTarget] = &[
         settings: &[VARIANT, MAX_IR_VERSION],
         write: generate::write,
     },
+    ExportTarget {
+        name: "safetensors",
+        summary: "A Hugging Face checkpoint, for transformers and what reads its checkpoints; needs --base",
+        consumer: "transformers 5.24",
+        settings: &[BASE, DENSE, SHARD_SIZE],
+        write: hugging_face::write,
+    },
 ];
 
 /// The target with this name.
@@ -78,17 +95,17 @@ pub fn target_named(name: &str) -> Result<&'static ExportTarget, String> {
 /// `Error::Unsupported`, with the reason, when the target cannot serve the model; `Error::Io` when writing fails. On
 /// an error no folder remains.
 pub fn export(bundle: &Bundle, target: &ExportTarget, settings: &ExportSettings, folder: &Path) -> Result<Export> {
-    let read = |name: &str| target.settings.iter().any(|(own, _)| *own == name);
-    if let Some((name, _)) = SETTINGS.iter().find(|(name, is_set)| is_set(settings) && !read(name)) {
+    if let Some((name, _)) = SETTINGS.iter().find(|(name, is_set)| is_set(settings) && !target.reads(name)) {
         return Err(Error::invalid(format!("`{name}`"), format!("is not read by the target `{}`", target.name))
             .remedy("leave it out"));
     }
     bundle.check_output(folder)?;
     let staged = StagedDir::create(folder)?;
-    let Written { settings, models, files, notes } = (target.write)(bundle, settings, staged.path())?;
-    let inputs = BTreeMap::from([("model".to_string(), bundle.digest()?)]);
+    let Written { settings, models, files, notes, mut inputs, weights } =
+        (target.write)(bundle, settings, staged.path())?;
+    inputs.insert("model".to_string(), bundle.digest()?);
     let provenance = Provenance::new(EXPORT_SCHEMA_VERSION, inputs, &settings)?;
-    let export = Export { provenance, target: target.name.to_string(), models, files, notes };
+    let export = Export { provenance, target: target.name.to_string(), models, files, notes, weights };
     write_json(&staged.path().join(EXPORT_FILE), &export)?;
     staged.commit()?;
     Ok(export)

@@ -1,12 +1,14 @@
 //! The record of an export: its source and its content.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::base::{Provenance, Sha256Digest};
 use crate::bundle::{Component, Role};
+use crate::graft::Unmatched;
 use crate::ir::Model;
 
 /// Version of the schema of an export's own record.
@@ -27,6 +29,15 @@ pub struct ExportSettings {
     /// Writes files of a newer ONNX IR version as this one, for consumers that refuse newer ones.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_ir_version: Option<i64>,
+    /// Hugging Face checkpoint that the graphs were exported from. The record has its digest, not its path.
+    #[serde(skip)]
+    pub base: Option<PathBuf>,
+    /// The model before it was trained; as above.
+    #[serde(skip)]
+    pub dense: Option<PathBuf>,
+    /// Largest size of a weight file in bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shard_bytes: Option<u64>,
 }
 
 /// `interlace-export.json`: what an export was made from and what is in it.
@@ -44,6 +55,23 @@ pub struct Export {
     /// What a user of the export should know.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
+    /// Where the tensors of a written checkpoint come from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weights: Option<CheckpointWeights>,
+}
+
+/// Where the weights of a written checkpoint come from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CheckpointWeights {
+    /// Tensors written.
+    pub tensors: usize,
+    /// Those with other values than in the base.
+    pub changed: usize,
+    /// Tensors of the base that are in none of the graphs, written with the base's values.
+    pub from_base: Vec<String>,
+    /// Weights of the graphs that are made of no tensor of the base: tables of rotations, masks.
+    pub unmatched: Vec<Unmatched>,
 }
 
 /// What a target has written.
@@ -56,6 +84,10 @@ pub(super) struct Written {
     pub files: BTreeMap<String, Sha256Digest>,
     /// As [`Export::notes`].
     pub notes: Vec<String>,
+    /// Digests of inputs besides the model, by name.
+    pub inputs: BTreeMap<String, Sha256Digest>,
+    /// As [`Export::weights`].
+    pub weights: Option<CheckpointWeights>,
 }
 
 /// One model of an export.

@@ -23,6 +23,8 @@ pub struct Student {
     /// Number of weights with gradients. They are the program's first parameters; the others are written by a fit only.
     trained: usize,
     suffix: Suffix,
+    /// Type of the residual stream, and with it of the activations, where that is not f32.
+    stream_kind: Option<Kind>,
     inputs: Vec<(ValueId, Input)>,
     /// For each layer, the positions in `weights()` of the parameters that it reads.
     by_layer: Vec<Vec<usize>>,
@@ -48,13 +50,14 @@ impl Student {
         let graph = &model.graph;
         let mut given = graph.body.inputs.clone();
         given.push(suffix.streams[0]);
+        let stream_kind = (precision == Precision::Bf16).then_some(Kind::BFloat16);
         let options = Options {
             device,
             trainable: cut.trained.clone(),
             writable: cut.written.clone(),
             inputs: Some(given),
             outputs: Some(vec![suffix.logits]),
-            autocast: (precision == Precision::Bf16).then_some(Kind::BFloat16),
+            autocast: stream_kind,
             hold,
         };
         let program = Program::compile(&fuse_kernels(model).0, &options)?;
@@ -69,6 +72,7 @@ impl Student {
             program,
             trained,
             suffix,
+            stream_kind,
             inputs,
             by_layer,
             points: Vec::new(),
@@ -176,8 +180,21 @@ impl Student {
             };
             let merged = merged().map_err(torch_error(format!("the adapter of `{name}`")))?;
             changed.push((adapted.weight, torch::tensor_to_ir(name, &merged, dtype)?));
+            if let Some(stored) = stored {
+                stored.release();
+            }
         }
         Ok(changed)
+    }
+
+    /// The stream with which a training pass begins, in the type of its activations.
+    ///
+    /// Errors: `Error::Engine` from LibTorch.
+    pub fn entering(&self, hidden: &Tensor) -> Result<Tensor> {
+        match self.stream_kind {
+            Some(kind) => hidden.f_to_kind(kind).map_err(torch_error("the residual stream")),
+            None => Ok(hidden.shallow_clone()),
+        }
     }
 
     /// Computes, once per batch, the values other than the residual stream that the layers read.

@@ -33,12 +33,17 @@ impl Covered {
         for (piece, &chosen) in found.pieces.iter().zip(places) {
             for &place in &piece.places {
                 if place == chosen || same(piece, chosen, place)? {
-                    let begin = place.row * piece.length;
-                    self.note(place.tensor, begin..begin + piece.rows * piece.length);
+                    self.note_piece(piece, place);
                 }
             }
         }
         Ok(())
+    }
+
+    /// Notes rows of a tensor.
+    pub fn note_piece(&mut self, piece: &Piece, place: Place) {
+        let begin = place.row * piece.length;
+        self.note(place.tensor, begin..begin + piece.rows * piece.length);
     }
 
     fn note(&mut self, tensor: usize, range: Range<usize>) {

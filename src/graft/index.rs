@@ -39,6 +39,15 @@ impl Change {
             Change::Scale(factor) => number * factor,
         }
     }
+
+    /// The number that it was applied to, rounded.
+    pub fn undone(self, number: f32) -> f32 {
+        match self {
+            Change::None => number,
+            Change::PlusOne => number - 1.0,
+            Change::Scale(factor) => number / factor,
+        }
+    }
 }
 
 /// All rows of one length, as they are in one element type.

@@ -5,6 +5,7 @@ use crate::checkpoint::Checkpoint;
 
 use super::index::Place;
 use super::matching::{Match, Piece};
+use super::part::Part;
 
 /// What is known of a weight besides its content.
 pub struct Position<'a> {
@@ -14,6 +15,25 @@ pub struct Position<'a> {
     pub layer: Option<usize>,
     /// True for weights of a vision encoder.
     pub vision: bool,
+}
+
+impl<'a> Position<'a> {
+    /// Of a part's initializer.
+    pub fn of(part: &Part, name: &'a str) -> Self {
+        Position { name, layer: part.layers.get(name).copied(), vision: part.vision }
+    }
+}
+
+/// The places of a piece that the weight's name, layer and tower leave.
+pub fn candidates(piece: &Piece, position: &Position, names: &[&str]) -> Vec<Place> {
+    let mut left = piece.places.clone();
+    if left.len() > 1 {
+        left = by_name(left, position, names);
+    }
+    if left.len() > 1 {
+        left = by_tower(left, position, names);
+    }
+    left
 }
 
 /// One place for each piece of a match; `Err` with the reason when several differ in what they were finetuned to.
@@ -28,13 +48,7 @@ pub fn chosen(
     let names: Vec<&str> = base.tensors().keys().map(String::as_str).collect();
     let mut places = Vec::with_capacity(found.pieces.len());
     for piece in &found.pieces {
-        let mut left = piece.places.clone();
-        if left.len() > 1 {
-            left = by_name(left, position, &names);
-        }
-        if left.len() > 1 {
-            left = by_tower(left, position, &names);
-        }
+        let left = candidates(piece, position, &names);
         let Some(&first) = left.first() else { return Ok(Err("it has no place in the base".into())) };
         for &other in &left[1..] {
             if !same(piece, first, other)? {
@@ -73,7 +87,19 @@ fn by_tower(places: Vec<Place>, position: &Position, names: &[&str]) -> Vec<Plac
 
 /// The first number in a tensor's name, which counts its layer.
 pub fn layer_of(name: &str) -> Option<usize> {
-    name.split('.').find_map(|part| part.parse().ok())
+    stack_of(name).map(|(_, layer, _)| layer)
+}
+
+/// A tensor's name around its first number: `model.layers.`, 3, `.mlp.gate.weight`.
+pub fn stack_of(name: &str) -> Option<(&str, usize, &str)> {
+    let mut begin = 0;
+    for part in name.split('.') {
+        if let Ok(layer) = part.parse() {
+            return Some((&name[..begin], layer, &name[begin + part.len()..]));
+        }
+        begin += part.len() + 1;
+    }
+    None
 }
 
 /// True for names of tensors of a vision encoder.
@@ -89,6 +115,8 @@ mod tests {
     fn the_layer_and_the_tower_are_read_from_weight_names() {
         assert_eq!(layer_of("model.layers.12.self_attn.q_proj.weight"), Some(12));
         assert_eq!(layer_of("lm_head.weight"), None);
+        assert_eq!(stack_of("model.layers.12.q.weight"), Some(("model.layers.", 12, ".q.weight")));
+        assert_eq!(stack_of("7"), Some(("", 7, "")));
         assert!(
             is_vision("model.vision_model.encoder.layers.0.norm1.weight") && is_vision("visual.blocks.0.norm1.weight")
         );

@@ -1,7 +1,7 @@
 //! What a graft would do, as a table.
 
 use schemars::JsonSchema;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::base::{Error, Result, list_preview};
 use crate::ir::ValueId;
@@ -61,6 +61,16 @@ impl Target {
         }
     }
 
+    /// All its initializers.
+    pub fn ids(&self) -> Vec<ValueId> {
+        let of_matrix = |numbers, scales, zeros: Option<ValueId>| [numbers, scales].into_iter().chain(zeros).collect();
+        match self {
+            Target::Floats(id) => vec![*id],
+            Target::Blocks(blocks, _) => of_matrix(blocks.numbers, blocks.scales, blocks.zeros),
+            Target::Channels(channels, _) => of_matrix(channels.numbers, channels.scales, channels.zeros),
+        }
+    }
+
     /// What the table says of the element type.
     pub fn quantisation(&self) -> String {
         match self {
@@ -72,7 +82,7 @@ impl Target {
 }
 
 /// A weight that is not made of the checkpoint's tensors, or a finetuned tensor that no weight is made of.
-#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Unmatched {
     /// Path of the component; absent for a tensor of the checkpoint.
@@ -91,7 +101,7 @@ pub struct Unmatched {
 }
 
 /// The most similar weight of the other side.
-#[derive(Clone, Debug, PartialEq, Serialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Nearest {
     /// Its name.

@@ -83,6 +83,13 @@ impl Tensor {
         }
     }
 
+    /// Takes mapped content out of the process's memory; the next access reads it from disk again.
+    pub fn release(&self) {
+        if let TensorData::Mapped { file, offset, length, .. } = &self.data {
+            file.release(*offset, *length);
+        }
+    }
+
     /// Number of elements; the decoder has checked that it does not overflow.
     pub fn element_count(&self) -> u64 {
         self.dims.iter().product()

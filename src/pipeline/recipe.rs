@@ -202,6 +202,9 @@ impl Default for BenchSection {
 pub struct ExportSection {
     /// Names of targets, as `export --to` takes them.
     pub targets: Vec<String>,
+    /// Checkpoint that the dense model was exported from, for the target `safetensors`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub base: Option<PathBuf>,
 }
 
 /// The settings of a table `[finetune]`: those of its recipe, overridden by its own keys.
@@ -318,6 +321,7 @@ impl Recipe {
         resolve(&mut recipe.output);
         resolve(&mut recipe.calibration.data);
         resolve(&mut recipe.finetune.data);
+        recipe.export.base.iter_mut().for_each(resolve);
         recipe.eval.benchmarks.iter_mut().for_each(resolve);
         recipe.eval.other.iter_mut().for_each(|other| resolve(&mut other.data));
         Ok(recipe)
@@ -325,7 +329,11 @@ impl Recipe {
 
     fn check(&self) -> Result<()> {
         for name in &self.export.targets {
-            target_named(name).map_err(|problem| Error::invalid("export.targets", problem))?;
+            let target = target_named(name).map_err(|problem| Error::invalid("export.targets", problem))?;
+            if target.reads("--base") && self.export.base.is_none() {
+                return Err(Error::invalid("export.base", format!("is missing, and the target `{name}` needs it"))
+                    .remedy("name the checkpoint that the dense model was exported from"));
+            }
         }
         self.device.parse::<Device>()?;
         self.calibration.check()?;

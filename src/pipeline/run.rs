@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::{AtomicFile, Cancel, Error, Provenance, Result, Sha256Digest, sha256_file, write_json};
 use crate::bundle::Bundle;
+use crate::checkpoint::Checkpoint;
 use crate::data::Dataset;
 use crate::eval::{Compared, ModelBench, ModelScores};
 use crate::export::{ExportSettings, export, target_named};
@@ -285,8 +286,14 @@ impl RecipeRun<'_> {
         let Some(variant) = variants.iter().find(|variant| variant.kind == Kind::Healed) else { return Ok(()) };
         for name in &self.recipe.export.targets {
             let target = target_named(name).map_err(|problem| Error::invalid("export.targets", problem))?;
-            let settings = ExportSettings::default();
-            let inputs = [("model", variant.digest.as_str())];
+            let mut settings = ExportSettings::default();
+            let mut inputs = vec![("model", variant.digest.clone())];
+            if let Some(base) = self.recipe.export.base.as_ref().filter(|_| target.reads("--base")) {
+                settings.base = Some(base.clone());
+                settings.dense = Some(self.recipe.model.clone());
+                inputs.push(("base", Checkpoint::open(base)?.digest()?));
+            }
+            let inputs: Vec<(&str, &str)> = inputs.iter().map(|(name, digest)| (*name, digest.as_str())).collect();
             let done = self.stages.store.step(name, name, &inputs, &settings, |path| {
                 export(&Bundle::open(&variant.path)?, target, &settings, path).map(|_| ())
             })?;

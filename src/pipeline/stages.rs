@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::base::{Cancel, Device, Provenance, Result, Sha256Digest, read_json, write_json};
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, ModelSource};
 use crate::data::{Amount, Benchmark, DataOptions, DataPart, Dataset, LeftOut, Subset};
 use crate::eval::{
     BenchOptions, BenchReport, EvalReport, EvalTiming, GroupScore, ModelScores, TextReport, TextScores, bench,
@@ -212,8 +212,9 @@ impl<'a> Stages<'a> {
         let (features, device, cancel, teacher) = (&self.features, self.device, self.cancel, self.model);
         let mut left_out = LeftOut::default();
         let healed = self.store.step(healing.step, healing.step, &inputs, &(subset, settings), |path| {
+            let (model, teacher) = (ModelSource::from(pruned.path.as_path()), ModelSource::from(teacher));
             let request = Finetune {
-                model: &pruned.path,
+                model: &model,
                 trained: healing.trained,
                 data: healing.data,
                 options: healing.options,
@@ -225,7 +226,7 @@ impl<'a> Stages<'a> {
                 limits: finetune::Limits::default(),
                 ranks: None,
                 features,
-                teacher: Some(teacher),
+                teacher: Some(&teacher),
             };
             steps::finetune(&request, path, cancel, &mut |_| ()).map(|report| left_out = report.left_out)
         })?;
@@ -252,7 +253,7 @@ impl<'a> Stages<'a> {
             let (device, cancel, engine) = (self.device, self.cancel, &mut self.engine);
             let done = self.store.step(&step, &format!("{step}.json"), &inputs, settings, |target| {
                 let engine = opened(engine, device)?;
-                let model = engine.answer(model, benchmark, path, settings, cancel)?;
+                let model = engine.answer(&model.into(), benchmark, path, settings, cancel)?;
                 let inputs = inputs.iter().map(|(name, digest)| (name.to_string(), digest.to_string())).collect();
                 let provenance = Provenance::new(EvalReport::SCHEMA_VERSION, inputs, settings)?;
                 write_json(
@@ -308,7 +309,7 @@ impl<'a> Stages<'a> {
         let inputs = [("model", digest), ("data", data_digest.as_str())];
         let (device, cancel, engine) = (self.device, self.cancel, &mut self.engine);
         let done = self.store.step(&step, &format!("{step}.json"), &inputs, settings, |target| {
-            write_json(target, &steps::eval_text(opened(engine, device)?, model, None, data, settings, cancel)?)
+            write_json(target, &steps::eval_text(opened(engine, device)?, &model.into(), None, data, settings, cancel)?)
         })?;
         self.report_step(&step, &done);
         let report: TextReport = read_json(&done.path, TextReport::SCHEMA_VERSION)?;
@@ -389,7 +390,7 @@ impl<'a> Stages<'a> {
         let (device, cancel, dense) = (self.device, self.cancel, self.model);
         let done = self.store.step(&step, &format!("{step}.json"), &inputs, settings, |target| {
             let runtime = Runtime::new(device)?;
-            write_json(target, &bench(model, Some(dense), &runtime, settings, None, cancel)?)
+            write_json(target, &bench(&model.into(), Some(&dense.into()), &runtime, settings, None, cancel)?)
         })?;
         self.report_step(&step, &done);
         read_json(&done.path, BenchReport::SCHEMA_VERSION)

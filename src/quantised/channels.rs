@@ -170,6 +170,11 @@ impl Channels {
         (!self.per_row).then(|| Channels { layout, ..self.clone() })
     }
 
+    /// The matrix read in the order in which another one is read.
+    pub fn in_order_of(self, other: &Self) -> Self {
+        Channels { layout: other.layout, ..self }
+    }
+
     /// Numbers in a row.
     pub fn columns(&self) -> usize {
         self.layout.row_length(&self.dims)

@@ -421,6 +421,46 @@ fn matrix_products_run_in_the_autocast_kind() {
     assert_eq!(program.parameters()[0].tensor.grad().kind(), Kind::Float);
 }
 
+/// A stream that enters in the autocast kind leaves in it, with every value in between, and weights of both sorts have
+/// gradients in f32.
+#[test]
+fn a_stream_in_the_autocast_kind_keeps_it() {
+    let mut builder = Builder::new()
+        .input("x", DataType::Float)
+        .weight("scale", &[2], &[1.5, 0.75])
+        .weight("w", &[2, 2], &[1.0, 2.0, 3.0, -4.0])
+        .weight("v", &[2, 2], &[0.5, -1.0, 2.0, 1.0]);
+    let trainable = ["scale", "w"].map(|name| builder.value(name)).to_vec();
+    let model = builder
+        .node("SimplifiedLayerNormalization", &["x", "scale"], &["normal"])
+        .node("MatMul", &["normal", "w"], &["gate"])
+        .node("Sigmoid", &["gate"], &["open"])
+        .node("Mul", &["gate", "open"], &["inner"])
+        .node("MatMul", &["inner", "v"], &["down"])
+        .node("Add", &["x", "down"], &["y"])
+        .output("y")
+        .model;
+    let run = |autocast: Option<Kind>| {
+        let options = Options { trainable: trainable.clone(), autocast, ..Default::default() };
+        let program = Program::compile(&model, &options).expect("compile");
+        let x = vector(&[0.3, -1.7, 2.2, 0.9]).reshape([2, 2]);
+        let feeds = [(program.value("x").expect("x"), x.to_kind(autocast.unwrap_or(Kind::Float)))];
+        let names = ["normal", "gate", "inner", "down", "y"];
+        let ids: Vec<_> = names.iter().map(|name| program.value(name).expect("value")).collect();
+        let values = program.run(&feeds, &ids).expect("run");
+        values[4].to_kind(Kind::Float).square().sum(Kind::Float).backward();
+        let gradients: Vec<Tensor> = program.parameters().iter().map(|weight| weight.tensor.grad()).collect();
+        (values, gradients)
+    };
+    let (exact, low) = (run(None), run(Some(Kind::BFloat16)));
+    assert!(low.0.iter().all(|value| value.kind() == Kind::BFloat16));
+    assert!(low.1.iter().all(|gradient| gradient.kind() == Kind::Float));
+    for (exact, low) in exact.0.iter().chain(&exact.1).zip(low.0.iter().chain(&low.1)) {
+        let apart = (exact - low.to_kind(Kind::Float)).norm().double_value(&[]);
+        assert!(apart <= 0.02 * exact.norm().double_value(&[]), "{exact} {low}");
+    }
+}
+
 /// A frozen weight is converted to the autocast kind once and keeps its precision for other readers.
 #[test]
 fn frozen_weights_keep_their_precision_outside_matrix_products() {

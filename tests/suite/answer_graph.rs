@@ -26,12 +26,14 @@ fn pictures(encoded: &Encoded, port: &Port) -> Option<Array> {
     let Some(images) = encoded.images.as_ref().filter(|images| !images.pictures.is_empty()) else {
         return Some(constant(0.0));
     };
-    match images.joined(&port.name) {
-        Ok(Array::Float(array)) if array.ndim() + 1 == port.rank() => Some(Array::Float(array.insert_axis(Axis(0)))),
-        Ok(Array::Bool(array)) if array.ndim() + 1 == port.rank() => Some(Array::Bool(array.insert_axis(Axis(0)))),
-        Ok(array) => Some(array),
-        Err(_) => None,
-    }
+    let array = match images.joined(&port.name).ok()? {
+        Array::Float(array) if array.ndim() + 1 == port.rank() => Array::Float(array.insert_axis(Axis(0))),
+        Array::Bool(array) if array.ndim() + 1 == port.rank() => Array::Bool(array.insert_axis(Axis(0))),
+        array => array,
+    };
+    // Some vision encoders take one picture per run.
+    let fits = |(axis, &size): (usize, &usize)| port.fixed_size(axis).is_none_or(|fixed| fixed == size);
+    array.shape().iter().enumerate().all(fits).then_some(array)
 }
 
 /// Runs the graph on a prompt; `None` for pictures that do not fit one run of the vision encoder.

@@ -26,9 +26,14 @@ fn scores(model: &mut LoadedModel, options: &EvalOptions) -> ModelScores {
 fn the_dense_model_answers_well_and_batching_changes_no_answer() {
     let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
     let cache = FeatureCache::new(64 << 20);
-    let mut model =
-        LoadedModel::open(&fixture("model"), &runtime, &SessionOptions::default(), &cache, &Default::default())
-            .expect("a model");
+    let mut model = LoadedModel::open(
+        &fixture("model").as_path().into(),
+        &runtime,
+        &SessionOptions::default(),
+        &cache,
+        &Default::default(),
+    )
+    .expect("a model");
     let batched = scores(&mut model, &EvalOptions { batch_size: 8, ..EvalOptions::default() });
     assert!(batched.mean_of_questions >= 0.75, "{}: {:#?}", batched.mean_of_questions, batched.groups);
     let metrics: Vec<&str> = batched.answers.iter().map(|answer| answer.metric.as_str()).collect();
@@ -68,8 +73,10 @@ fn answer_likelihoods_equal_those_computed_from_logits() {
     let benchmark = Benchmark::open(&data).expect("a benchmark");
     let engine = Engine::new(Device::Cpu).expect("ONNX Runtime");
     let settings = EvalSettings { limit: Some(12), ..EvalSettings::default() };
-    let found = engine.likelihood(&model, &benchmark, &data, &settings, &Cancel::default()).expect("likelihoods");
-    let mut loaded = engine.load(&model, &Default::default()).expect("a model");
+    let found = engine
+        .likelihood(&model.as_path().into(), &benchmark, &data, &settings, &Cancel::default())
+        .expect("likelihoods");
+    let mut loaded = engine.load(&model.as_path().into(), &Default::default()).expect("a model");
     let (mut total, mut tokens) = (0.0, 0);
     for (row, own) in benchmark.rows().iter().zip(&found.answers) {
         let images = benchmark.images(row).expect("pictures");
@@ -121,7 +128,9 @@ fn a_model_benchmarked_against_itself_has_an_ideal_speedup_of_1() {
     let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
     let options = BenchOptions { prompt_tokens: 32, new_tokens: 4, rounds: 5, warm_up: 1, threads: Some(1) };
     let model = fixture("model");
-    let report = bench(&model, Some(&model), &runtime, &options, None, &Cancel::default()).expect("a report");
+    let report =
+        bench(&model.as_path().into(), Some(&model.as_path().into()), &runtime, &options, None, &Cancel::default())
+            .expect("a report");
     let speedup = report.speedup.expect("a baseline");
     assert_eq!(speedup.ideal, Some(1.0));
     assert_eq!(report.model.layers, report.baseline.expect("a baseline").layers);
@@ -138,7 +147,8 @@ fn a_single_decoder_is_benchmarked_without_a_picture() {
     let options = BenchOptions { prompt_tokens: 8, new_tokens: 2, rounds: 2, warm_up: 0, threads: Some(1) };
     // One graph takes embeddings and three rows of positions, the other takes token ids.
     for file in ["qwen3_vl/ts17.onnx", "llama/dyn18-ids.onnx"] {
-        let report = bench(&fixture("zoo").join(file), None, &runtime, &options, None, &Cancel::default());
+        let report =
+            bench(&fixture("zoo").join(file).as_path().into(), None, &runtime, &options, None, &Cancel::default());
         let report = report.expect("a report");
         assert_eq!(report.model.layers, Some(8), "{file}");
         assert!(report.model.pipeline_ttft_ms.is_none() && report.speedup.is_none(), "{file}");

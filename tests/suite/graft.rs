@@ -274,6 +274,45 @@ fn an_int8_graph_is_requantised_by_its_own_rule() {
     }
 }
 
+/// A graph of ONNX Runtime's static quantiser (`scripts/zoo/qdq.py`), with a scale for each channel of a product's weight.
+#[test]
+fn a_graph_with_quantize_and_dequantize_nodes_gets_weights_by_its_own_rule() {
+    let folder = tempfile::tempdir().expect("folder");
+    let tuned = twin(&checkpoints(folder.path(), "llama"));
+    let table = table_of(folder.path(), &root().join("post/llama-ts17__qdq.onnx"));
+    let weights = table["weights"].as_array().expect("weights");
+    let quantised: Vec<&Value> =
+        weights.iter().filter(|weight| weight["how"].as_str().is_some_and(|how| how.contains("8 bits"))).collect();
+    assert_eq!(quantised.len(), 58);
+    let model = onnx::load(&folder.path().join("out/llama-ts17__qdq.onnx")).expect("result");
+    let tensor = |name: &str| {
+        let (_, tensor) =
+            model.graph.body.initializers.iter().find(|(id, _)| model.graph.name(*id) == name).expect(name);
+        tensor.clone()
+    };
+    let mut products = 0;
+    for weight in quantised {
+        let (shape, wanted) = &tuned[weight["tensors"][0].as_str().expect("tensor")];
+        let name = weight["initializer"].as_str().expect("name");
+        let scales = floats(&tensor(&name.replace("_quantized", "_scale")));
+        let numbers = tensor(name);
+        if scales.len() == 1 {
+            continue;
+        }
+        products += 1;
+        for row in 0..shape[0] {
+            let own = &wanted[row * shape[1]..(row + 1) * shape[1]];
+            let greatest = own.iter().fold(0.0, |most: f32, number| most.max(number.abs()));
+            assert_eq!(scales[row], (f64::from(2.0 * greatest) / 254.0) as f32, "{name}");
+            for (column, wanted) in own.iter().enumerate() {
+                let found = numbers.bytes()[column * shape[0] + row] as i8;
+                assert_eq!(f32::from(found), (wanted / scales[row]).round_ties_even(), "{name} {row} {column}");
+            }
+        }
+    }
+    assert_eq!(products, 57);
+}
+
 #[test]
 fn checkpoints_that_do_not_match_the_graph_are_refused() {
     let folder = tempfile::tempdir().expect("folder");

@@ -3,6 +3,7 @@
 mod answer_graph;
 mod backend;
 mod bad_inputs;
+mod checkpoints;
 mod cli;
 mod corners;
 mod data_sets;
@@ -39,6 +40,7 @@ mod taps;
 mod tensors;
 mod text;
 mod training;
+mod variants;
 mod verify;
 mod vision;
 mod zoo;

@@ -101,5 +101,5 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
     }
     let notes =
         vec![format!("sizes of components other than {GENERATE_FILE} are without {DATA_FILE}, which all share")];
-    Ok(Written { settings: settings.clone(), models, files, notes })
+    Ok(Written { settings: settings.clone(), models, files, notes, inputs: BTreeMap::new(), weights: None })
 }

@@ -92,5 +92,5 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
     }
     notes.sort();
     notes.dedup();
-    Ok(Written { settings: settings.clone(), models, files, notes })
+    Ok(Written { settings: settings.clone(), models, files, notes, inputs: BTreeMap::new(), weights: None })
 }

@@ -73,7 +73,7 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
         let (Some(folder), AssetKind::Config | AssetKind::Tokenizer) = (&processor, asset.kind) else { continue };
         copy(bundle, asset, root, format!("{folder}/{}", asset.file), &mut files)?;
     }
-    Ok(Written { settings, models, files, notes: Vec::new() })
+    Ok(Written { settings, models, files, notes: Vec::new(), inputs: BTreeMap::new(), weights: None })
 }
 
 fn file_name(stem: &str) -> String {

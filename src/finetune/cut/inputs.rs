@@ -99,12 +99,17 @@ impl SideWidths {
 
 /// Decoder inputs that hold the tokens, as ids or as embeddings.
 pub fn token_inputs(graph: &Graph) -> Vec<ValueId> {
-    let tokens = |id: &ValueId| {
-        let port = Port::of_value(graph, *id);
-        let input = port.and_then(|port| Input::all("", [&port]).ok()?.pop());
-        input.is_some_and(|input| input.row.training == Training::ShapeOnly)
-    };
-    graph.body.inputs.iter().copied().filter(tokens).collect()
+    inputs_with(graph, |input| input.row.training == Training::ShapeOnly)
+}
+
+/// Decoder inputs with numbers for each token besides the stream: DeepStack features and second embeddings.
+pub fn row_inputs(graph: &Graph) -> Vec<ValueId> {
+    inputs_with(graph, |input| matches!(input.kind(), InputKind::Deepstack | InputKind::PerLayerInputs))
+}
+
+fn inputs_with(graph: &Graph, wanted: impl Fn(&Input) -> bool) -> Vec<ValueId> {
+    let of = |id: ValueId| Input::all("", [&Port::of_value(graph, id)?]).ok()?.pop();
+    graph.body.inputs.iter().copied().filter(|&id| of(id).is_some_and(|input| wanted(&input))).collect()
 }
 
 /// Side inputs of the suffix.

@@ -15,7 +15,7 @@ use crate::ir::{Model, Tensor, ValueId};
 use crate::quantised::{Activations, QuantisedWeight, float_products, place_floats};
 
 pub use adapters::Adapted;
-pub use inputs::{SideInputs, SideWidths, inputs_of, side_inputs, token_inputs};
+pub use inputs::{SideInputs, SideWidths, inputs_of, row_inputs, side_inputs, token_inputs};
 pub use projection::{FitTarget, Projection, products_of};
 pub use suffix::{Suffix, nodes_between};
 pub use weights::{trained_weights, written_back};

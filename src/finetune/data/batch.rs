@@ -497,6 +497,23 @@ mod tests {
         assert_eq!(batch.answer_tokens, 3);
     }
 
+    /// The fit of one layer reads the dense model's stream behind that layer, not behind all of them.
+    #[test]
+    fn targets_that_are_not_asked_for_are_not_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut set = training_set(folder.path());
+        for point in [1, 3] {
+            let mut writer = RowsWriter::create(&folder.path().join(point.to_string()), Element::Bf16).unwrap();
+            writer.push(&[point as f32; 12], 6).unwrap();
+            set.targets.streams.push(StreamTarget { rows: writer.finish().unwrap(), point });
+        }
+        let points = |batch: Batch| batch.streams.into_keys().collect::<Vec<_>>();
+        assert_eq!(points(set.batch(&[0, 1], Device::Cpu).unwrap()), [1, 3]);
+        let batch = set.batch_with(&[0, 1], Some(2..3), false, Device::Cpu).unwrap();
+        assert_eq!(batch.streams[&3].mean(Kind::Float).double_value(&[]), 3.0);
+        assert_eq!(points(batch), [3]);
+    }
+
     #[test]
     fn side_inputs_of_pictures_are_restored_unchanged() {
         let port = |level: usize| crate::runtime::Port {

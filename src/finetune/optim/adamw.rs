@@ -42,9 +42,10 @@ impl AdamW {
         let _ = exp_avg.f_lerp_(gradient, 1.0 - self.beta1)?;
         let squared = gradient.f_mul(gradient)?.f_mul_scalar_(1.0 - self.beta2)?;
         let _ = exp_avg_sq.f_mul_scalar_(self.beta2)?.f_add_(&squared)?;
-        let mut denominator = exp_avg_sq.f_sqrt()?;
+        // The one buffer that a step needs besides the moments.
+        let mut denominator = exp_avg_sq.f_sqrt_out(&squared)?;
         let _ = denominator.f_div_scalar_(correction2.sqrt())?.f_add_scalar_(self.epsilon)?;
-        let update = exp_avg.f_div(&denominator)?.f_mul_scalar_(-learning_rate / correction1)?;
+        let update = exp_avg.f_div_out(&denominator, &denominator)?.f_mul_scalar_(-learning_rate / correction1)?;
         let _ = value.f_add_(&update)?;
         Ok(())
     }

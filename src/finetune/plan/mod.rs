@@ -1,6 +1,7 @@
 //! Planning of a run: order of steps, memory, disk and targets, computed before the run begins.
 
 mod activations;
+mod items;
 mod limits;
 pub mod order;
 mod part;
@@ -19,6 +20,8 @@ pub use sizes::Sizes;
 
 /// Bytes of rows that a streamed run computes and holds at once.
 pub const WINDOW_BYTES: u64 = 64 << 20;
+/// Bytes of a process with nothing loaded: code, graph, file buffers.
+pub const PROCESS_BYTES: u64 = 250 << 20;
 /// Maximum number of tokens that a fit uses.
 pub const FIT_TOKENS: u64 = 1 << 17;
 

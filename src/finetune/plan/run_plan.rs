@@ -6,15 +6,12 @@ use serde::{Deserialize, Serialize};
 use crate::base::{Error, Result, human_bytes, human_count};
 use crate::finetune::cut::FitTarget;
 use crate::finetune::loss::{LOSSES, Teacher};
-use crate::finetune::optim::state_bytes;
 use crate::finetune::settings::{Precision, Settings};
 
-use super::WINDOW_BYTES;
+use super::PROCESS_BYTES;
 use super::limits::Limits;
 use super::part::{Part, TrialPlan};
-use super::planned::{
-    Order, Phase, Place, PlannedBytes, PlannedData, PlannedFit, PlannedSearch, PlannedStage, PlannedTarget,
-};
+use super::planned::{Order, Place, PlannedBytes, PlannedData, PlannedFit, PlannedSearch, PlannedStage, PlannedTarget};
 use super::points::Point;
 use super::sizes::Sizes;
 
@@ -26,12 +23,8 @@ const MOST_GRADIENT_BYTES: u64 = 256 << 20;
 /// Tokens of one forward pass on a CPU; a longer sample forms a pass of its own. The value is large enough to keep
 /// matrix products busy and small enough to limit the activations kept for the backward pass.
 const CPU_BATCH_TOKENS: u64 = 512;
-/// Bytes of a process with nothing loaded: code, graph, file buffers.
-const PROCESS_BYTES: u64 = 250 << 20;
 /// Rows below this size are written to disk even when the run reads them once, so that the next run can reuse them.
 const SMALL_CACHE_BYTES: u64 = 64 << 20;
-/// Number of f32 copies of the logits that cross-entropy and its backward pass hold.
-const LOGIT_COPIES: u64 = 4;
 
 /// The plan of a run, made before it begins.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -266,17 +259,6 @@ impl RunPlan {
             human_bytes(self.disk_bytes)
         )
     }
-
-    fn measure(&mut self, facts: &Facts<'_>) {
-        self.bytes = items(self, facts);
-        let of = |phase: Phase| -> u64 {
-            let own = self.bytes.iter().filter(|item| item.place == Place::Memory && item.phase == phase);
-            own.map(|item| item.bytes).sum()
-        };
-        self.memory_bytes = [Phase::Teacher, Phase::Fit, Phase::Steps].map(of).into_iter().max().unwrap_or(0);
-        let disk = self.bytes.iter().filter(|item| item.place == Place::Disk);
-        self.disk_bytes = disk.map(|item| item.bytes).sum();
-    }
 }
 
 impl Facts<'_> {
@@ -364,6 +346,15 @@ impl Facts<'_> {
             bytes: 4 * tokens * width,
             written: keeps,
         }];
+        if self.sizes.side_width > 0 {
+            targets.push(PlannedTarget {
+                what: "features of pictures and embeddings that layers read".to_string(),
+                read_by: vec!["steps".to_string()],
+                tokens,
+                bytes: 4 * tokens * self.sizes.side_width,
+                written: keeps,
+            });
+        }
         let by_terms = |wanted: Teacher| -> Vec<String> {
             let asked = LOSSES.iter().filter(|row| self.settings.weight(row.kind) > 0.0 && row.teacher == wanted);
             asked.map(|row| row.name.to_string()).collect()
@@ -387,134 +378,6 @@ impl Facts<'_> {
         }
         targets
     }
-}
-
-/// Lists every item of memory and disk.
-fn items(plan: &RunPlan, facts: &Facts<'_>) -> Vec<PlannedBytes> {
-    let Facts { settings, sizes, .. } = facts;
-    let mut items = Vec::new();
-    let mut add = |phase: Phase, place: Place, what: &str, bytes: u64, formula: String| {
-        if bytes > 0 {
-            items.push(PlannedBytes { what: what.to_string(), phase, place, bytes, formula });
-        }
-    };
-    let frozen = if plan.frozen_as_stored { sizes.frozen_bytes } else { sizes.widened_bytes };
-    let form = if plan.frozen_as_stored { "as in the file, once" } else { "in f32, once" };
-    let elements = sizes.trained_elements();
-    let (tokens, workers) = (plan.batch_tokens, plan.workers);
-    let now = match plan.order {
-        // Only one layer's state is held at a time.
-        Order::LayerByLayer => elements.div_ceil(facts.layers.len().max(1) as u64),
-        _ => elements,
-    };
-    if plan.frozen_before > 0 || facts.teacher_bytes > 0 {
-        let bytes = sizes.prefix_bytes.max(facts.teacher_bytes);
-        add(
-            Phase::Teacher,
-            Place::Memory,
-            "ONNX Runtime's weights",
-            bytes,
-            "frozen layers before, or the dense model".into(),
-        );
-        if plan.streamed {
-            // The models remain loaded during the steps.
-            let dense = if plan.targets.len() > 1 { facts.teacher_bytes } else { 0 };
-            let formula = "rows are computed between steps".to_string();
-            add(Phase::Steps, Place::Memory, "ONNX Runtime's weights", sizes.prefix_bytes.max(dense), formula);
-        }
-    }
-    for phase in [Phase::Fit, Phase::Steps] {
-        if phase == Phase::Fit && plan.fit.is_none() || phase == Phase::Steps && plan.stages.is_empty() {
-            continue;
-        }
-        add(phase, Place::Memory, "frozen weights", frozen, form.to_string());
-        add(phase, Place::Memory, "trained weights", 4 * elements, format!("4 x {elements}"));
-        add(
-            phase,
-            Place::Memory,
-            "fitted weights",
-            4 * sizes.written,
-            format!("4 x {}, which no step moves", sizes.written),
-        );
-        if plan.frozen_as_stored {
-            let (copies, head) = (sizes.layer_widened_bytes, sizes.head_widened_bytes);
-            let formula = "f32 copies of one layer's weights, or of the head's".to_string();
-            add(phase, Place::Memory, "weights in use", workers * copies.max(head), formula);
-        }
-        add(phase, Place::Memory, "process", PROCESS_BYTES, "code, graph, file buffers".into());
-    }
-    if let Some(fit) = &plan.fit {
-        let each = super::sum_bytes(fit.widest, sizes.hidden_size);
-        let normal = each * fit.widest * (fit.widest + sizes.hidden_size);
-        add(
-            Phase::Fit,
-            Place::Memory,
-            "normal matrices",
-            2 * normal,
-            format!("{0} x {1} x ({1} + {2})", 2 * each, fit.widest, sizes.hidden_size),
-        );
-        add(Phase::Fit, Place::Memory, "solver", 16 * fit.widest * fit.widest, format!("16 x {0} x {0}", fit.widest));
-        let held = 6 * fit.tokens * sizes.hidden_size;
-        add(
-            Phase::Fit,
-            Place::Memory,
-            "streams of the fit",
-            held,
-            format!("6 x {} x {}", fit.tokens, sizes.hidden_size),
-        );
-    }
-    if !plan.stages.is_empty() {
-        add(Phase::Steps, Place::Memory, "gradients", 4 * now * workers, format!("4 x {now} x {workers} networks"));
-        let state = state_bytes(settings.optimizer.kind, &sizes.trained) * now / elements.max(1);
-        add(Phase::Steps, Place::Memory, "optimiser state", state, "moments of each trained number".into());
-        let mean = if settings.optimizer.average_last > 0.0 { 4 * now } else { 0 };
-        add(Phase::Steps, Place::Memory, "mean of the weights", mean, format!("4 x {now}"));
-        let (bytes, formula) = activations(plan, facts);
-        add(Phase::Steps, Place::Memory, "activations", workers * bytes, formula);
-        let checkpoint = 4 * now
-            + state
-            + mean
-            + 4 * sizes.written
-            + if plan.order == Order::LayerByLayer { 4 * elements } else { 0 };
-        add(
-            Phase::Steps,
-            Place::Disk,
-            "checkpoint",
-            checkpoint,
-            format!("weights and state; {tokens} tokens a pass do not count"),
-        );
-    }
-    if plan.streamed {
-        add(Phase::Steps, Place::Disk, "rows at hand", WINDOW_BYTES, "computed together, longer steps aside".into());
-    }
-    for target in plan.targets.iter().filter(|target| target.written) {
-        add(Phase::Teacher, Place::Disk, &target.what, target.bytes, format!("{} tokens", target.tokens));
-    }
-    items
-}
-
-/// Bytes of activations and logits that a pass holds for its backward pass, with the formula.
-fn activations(plan: &RunPlan, facts: &Facts<'_>) -> (u64, String) {
-    let sizes = facts.sizes;
-    let tokens = plan.batch_tokens;
-    let width: u64 = if plan.precision == Precision::Bf16 && facts.on_gpu { 2 } else { 4 };
-    let keys = plan.data.longest_tokens.min(tokens);
-    let layers = sizes.layer_activations.iter().map(|layer| layer.kept.at(keys));
-    let (sum, most) = (layers.clone().sum::<u64>(), layers.max().unwrap_or(0));
-    // The backward pass holds the gradients of a value and of the value it was computed from.
-    let widest = 2 * sizes.layer_activations.iter().map(|layer| layer.widest.at(keys)).max().unwrap_or(0);
-    let kept = widest
-        + match (plan.order, plan.gradient_checkpointing) {
-            (Order::LayerByLayer, _) => most,
-            (_, true) => most + (plan.layers_run + 2) * sizes.hidden_size,
-            (_, false) => sum,
-        };
-    let answers = (tokens * plan.data.answer_tokens).checked_div(plan.data.tokens.max(1)).unwrap_or(tokens);
-    let looks = facts.settings.looks_at_answers();
-    let logits = if looks { 4 * LOGIT_COPIES * answers * sizes.vocabulary } else { 0 };
-    let formula =
-        format!("{width} x {tokens} tokens x {kept} numbers, and 16 x {answers} answers x {}", sizes.vocabulary);
-    (width * tokens * kept + logits, formula)
 }
 
 #[cfg(test)]

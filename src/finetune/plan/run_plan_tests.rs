@@ -97,6 +97,8 @@ fn an_8b_decoder_fits_into_22_gb_only_with_adapters() {
         .map(|item| item.bytes)
         .sum();
     assert_eq!(trained, 12 * full.trained_parameters);
+    let state = full.bytes.iter().find(|item| item.what == "optimiser state").unwrap();
+    assert_eq!(state.bytes, 8 * full.trained_parameters);
     assert!(full.memory_bytes > 20 * full.trained_parameters);
 }
 

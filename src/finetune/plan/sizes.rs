@@ -29,6 +29,8 @@ pub struct Sizes {
     /// Activation memory of each layer, from the first trained layer on.
     pub layer_activations: Vec<Kept>,
     pub hidden_size: u64,
+    /// Numbers that passes read of each token besides the stream.
+    pub side_width: u64,
     pub vocabulary: u64,
 }
 

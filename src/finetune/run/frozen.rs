@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::base::{Cancel, Result};
 use crate::data::LeftOut;
-use crate::finetune::cut::{Cut, SideInputs};
+use crate::finetune::cut::{Cut, SideInputs, row_inputs};
 use crate::finetune::data::{Course, Frozen, Slot, Store, Streamed, StreamedParts, TrainingSet};
 use crate::ir::Model;
 use crate::rewrite::extract;
@@ -18,6 +18,8 @@ pub struct FrozenLayers<'a> {
     /// The graph up to the first trained layer. When no layer is frozen, it is the graph up to the end of the first
     /// layer, which shows the inputs that the decoder takes.
     prefix: Model,
+    /// The same graph, which also takes what the trained layers read for each token, so that prompts hold it.
+    fed: Model,
     embeds_only: bool,
 }
 
@@ -27,8 +29,10 @@ impl<'a> FrozenLayers<'a> {
     /// Errors: `Error::Invalid` when the graph cannot be cut there.
     pub fn new(request: &'a Request<'a>, cut: &Cut) -> Result<Self> {
         let embeds_only = cut.begins_at_input();
-        let prefix = extract(&cut.stored, &[], &[cut.streams[usize::from(embeds_only)]])?;
-        Ok(FrozenLayers { request, prefix, embeds_only })
+        let (model, end) = (&cut.stored, [cut.streams[usize::from(embeds_only)]]);
+        let prefix = extract(model, &[], &end)?;
+        let fed = extract(model, &row_inputs(&model.graph), &end)?;
+        Ok(FrozenLayers { request, prefix, fed, embeds_only })
     }
 
     fn session(&self) -> Result<VlmSession> {
@@ -36,7 +40,7 @@ impl<'a> FrozenLayers<'a> {
         let runtime = Runtime::new(request.device)?;
         let options = SessionOptions::default();
         let head_dim = request.bundle.config().and_then(|config| config.head_size());
-        let decoder = Decoder::prefill_only(runtime.session_of(&self.prefix, &options)?, head_dim)?;
+        let decoder = Decoder::prefill_only(runtime.session_of(&self.fed, &options)?, head_dim)?;
         VlmSession::with_decoder(&runtime, request.bundle, decoder, &options, request.features)
     }
 

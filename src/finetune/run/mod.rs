@@ -13,7 +13,7 @@ use tch::Device as TorchDevice;
 use crate::base::{Cancel, Device, Error, Provenance, Result, Sha256Digest, notice, sha256_json};
 use crate::data::LeftOut;
 use crate::finetune::checkpoint::begun;
-use crate::finetune::cut::{FitTarget, side_inputs, written_back};
+use crate::finetune::cut::{FitTarget, written_back};
 use crate::finetune::data::{Course, Dense, Lesson, Loads, Store, Teacher, TrainingSet, WINDOW_FOLDER, scan};
 use crate::finetune::loss;
 use crate::finetune::plan::{PlannedData, anchor_points};
@@ -70,7 +70,7 @@ pub fn finetune_with_teacher(
         let opened = Opened::new(request, teacher);
         (hashing.join().unwrap_or_else(|panic| resume_unwind(panic)), opened)
     });
-    let Opened { decoder, mut cut, suffix, sizes, targets, points, dense } = opened?;
+    let Opened { decoder, mut cut, suffix, side, sizes, targets, points, dense } = opened?;
     let (model_digest, data_digest, dense_digest) = digests?;
     let own = request.own_work();
     std::fs::create_dir_all(&own).map_err(|e| Error::io("create", &own, e))?;
@@ -89,7 +89,6 @@ pub fn finetune_with_teacher(
     ]);
     let key =
         sha256_json(&("stream with sample numbers", &model_digest, &data_digest, cut.first, settings.data.max_tokens))?;
-    let side = side_inputs(&cut.analysis.model.graph, &suffix)?;
     let store = Store::new(&own, &key, side.clone());
     let course = teacher.zip(dense).zip(dense_digest).map(|((teacher, dense), digest)| {
         let lesson = Lesson {
@@ -205,6 +204,8 @@ pub fn finetune_with_teacher(
     if window.exists() {
         std::fs::remove_dir_all(&window).map_err(|e| Error::io("remove", &window, e))?;
     }
+    // The weights are read once more where they are merged and copied into the result.
+    decoder.graph.body.initializers.iter().for_each(|(_, tensor)| tensor.release());
     let tensors = students[0].changed(&cut, settings.lora().map_or(1.0, Lora::scale))?;
     let decoder = written_back(&decoder, tensors, &cut.quantised, settings.write_trained)?;
     let report = report(request, rate, inputs, &dataset, left_out, &summary)?;

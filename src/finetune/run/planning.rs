@@ -1,8 +1,8 @@
 //! Plan of a run, computed from its graphs and its first samples.
 
-use crate::base::{Device, Result, free_disk_bytes, thread_count};
-use crate::bundle::Role;
-use crate::finetune::cut::{Cut, FitTarget, Suffix};
+use crate::base::{Device, Error, Result, free_disk_bytes, thread_count};
+use crate::bundle::{Bundle, Role};
+use crate::finetune::cut::{Cut, FitTarget, SideInputs, Suffix, side_inputs};
 use crate::finetune::data::{Dense, Source, Teacher};
 use crate::finetune::loss;
 use crate::finetune::plan::{Facts, PlannedData, Point, RunPlan, Sizes};
@@ -17,6 +17,7 @@ pub struct Opened {
     pub decoder: Model,
     pub cut: Cut,
     pub suffix: Suffix,
+    pub side: SideInputs,
     pub sizes: Sizes,
     /// Products to fit in each trained layer.
     pub targets: Vec<FitTarget>,
@@ -30,6 +31,7 @@ impl Opened {
     /// Errors: as [`finetune`](super::finetune), for the checks that need only the graphs.
     pub fn new(request: &Request<'_>, teacher: Option<&Teacher<'_>>) -> Result<Self> {
         let settings = request.settings;
+        refuse_parallel_streams(request.bundle)?;
         let decoder = crate::onnx::load(&request.bundle.path_of(request.bundle.require(Role::Decoder)?))?;
         let whole = headed(request.bundle, decoder.clone())?;
         let mut cut = Cut::new(&whole, request.layers)?;
@@ -55,11 +57,13 @@ impl Opened {
         }
         cut.check_writable(settings.write_trained)?;
         let (suffix, first) = (cut.suffix()?, cut.first);
-        let sizes = Sizes::of(&cut, &suffix, heads_of(request));
+        let side = side_inputs(&cut.analysis.model.graph, &suffix)?;
+        let mut sizes = Sizes::of(&cut, &suffix, heads_of(request));
+        sizes.side_width = side.widths.total() as u64;
         let dense = teacher.map(Dense::open).transpose()?;
         let points = dense.as_ref().zip(teacher);
         let points = points.map(|(dense, teacher)| dense.points(teacher, request.layers, first, settings));
-        Ok(Opened { decoder, cut, suffix, sizes, targets, points: points.unwrap_or_default(), dense })
+        Ok(Opened { decoder, cut, suffix, side, sizes, targets, points: points.unwrap_or_default(), dense })
     }
 }
 
@@ -95,6 +99,21 @@ pub fn resolve(request: &Request<'_>, parts: &Parts<'_>, data: PlannedData, stre
         cache_bytes,
         streamed,
     })
+}
+
+/// Errors: `Error::Unsupported` for layers over several copies of the residual stream, as the configuration says (AltUp).
+fn refuse_parallel_streams(bundle: &Bundle) -> Result<()> {
+    let Some(config) = bundle.config() else { return Ok(()) };
+    let text = config.raw.get("text_config").unwrap_or(&config.raw);
+    match text.get("altup_num_inputs").and_then(serde_json::Value::as_u64) {
+        Some(streams) if streams > 1 => {
+            let problem =
+                format!("its layers read {streams} residual streams (`altup_num_inputs` in `{}`)", config.source);
+            Err(Error::unsupported("finetune", problem)
+                .remedy("layers of several streams side by side are dropped, not healed"))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Number of attention heads in the configuration; 0 when it states none.

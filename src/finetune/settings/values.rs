@@ -18,7 +18,7 @@ pub enum Precision {
     /// Single precision throughout.
     #[default]
     F32,
-    /// Matrix products in bf16, sums and weights in f32.
+    /// Matrix products and activations in bf16; weights, gradients and losses in f32.
     Bf16,
 }
 
@@ -201,7 +201,7 @@ pub struct KdSettings {
 pub struct Settings {
     /// Seed for the order of the samples and for the adapters.
     pub seed: u64,
-    /// Number format of matrix products.
+    /// Number format of matrix products and activations.
     pub precision: Precision,
     /// Trains the weight of the head in addition to the layers. The authors' released code does so for models whose
     /// head is not tied to the embeddings.

@@ -30,25 +30,29 @@ impl Counts {
     }
 }
 
-/// Loss terms and gradients of a pass.
-pub struct Pass {
-    /// Contribution of the batch to each term's mean over the step, without the term's weight: f32 `[]`.
-    pub terms: BTreeMap<LossKind, Tensor>,
-    /// Contribution of the batch to the gradients of the step's mean loss, in the order of the currently trained
-    /// weights.
-    pub gradients: Vec<Tensor>,
-}
+/// The batch's contribution to each term's mean over the step, without the term's weight: f32 `[]`.
+pub type TermSums = BTreeMap<LossKind, Tensor>;
 
-/// Runs one batch forward and backward.
+/// Runs one batch forward and backward, and adds its contribution to the gradients of the step's mean loss to
+/// `gradients`: one per currently trained weight, in their order, and none before the first pass of a step.
+///
+/// With gradient checkpointing a layer's gradients are added as soon as they are known, so a step with several passes
+/// never holds the gradients of all weights twice.
 ///
 /// Errors: `Error::Invalid` when an operator refuses its tensors, or when the loss does not depend on a trained weight.
-pub fn pass(student: &Student, batch: &Batch, settings: &Settings, counts: Counts) -> Result<Pass> {
+pub fn pass(
+    student: &Student,
+    batch: &Batch,
+    settings: &Settings,
+    counts: Counts,
+    gradients: &mut Vec<Tensor>,
+) -> Result<TermSums> {
     let side = student.side(batch)?;
     let step = Step { student, batch, settings, counts, side };
     if settings.batch.gradient_checkpointing == Some(true) && step.wants_head() {
-        step.checkpointed()
+        step.checkpointed(gradients)
     } else {
-        step.plain()
+        step.plain(gradients)
     }
 }
 
@@ -66,7 +70,7 @@ impl Step<'_> {
     /// With stream terms alone, the stream is detached before each trained layer, so no gradient reaches earlier
     /// layers, and layers behind the last compared point are skipped. In layer-by-layer training only the current layer
     /// and the frozen layers after it are run, up to the last compared point before the next trained layer.
-    fn plain(&self) -> Result<Pass> {
+    fn plain(&self, sums: &mut Vec<Tensor>) -> Result<TermSums> {
         let local = !self.wants_head();
         let layers = match self.student.only {
             Some(layer) => self.student.stretch(layer),
@@ -74,7 +78,7 @@ impl Step<'_> {
             None => 0..self.student.layers(),
         };
         let mut terms = Terms::default();
-        let mut stream = self.batch.hidden.shallow_clone();
+        let mut stream = self.student.entering(&self.batch.hidden)?;
         for layer in layers {
             if local && !self.student.layer_parameters(layer).is_empty() {
                 stream = stream.detach();
@@ -87,21 +91,27 @@ impl Step<'_> {
         }
         let loss = self.total(&terms)?.ok_or_else(|| Error::invalid("the loss", "has no term"))?;
         let parameters: Vec<&Tensor> = self.student.weights_now().map(|weight| &weight.tensor).collect();
-        let gradients = gradients(&loss, &parameters)?;
-        self.named(terms, gradients.into_iter().map(Some).collect())
+        let mut collected: Vec<Option<Tensor>> = sums.drain(..).map(Some).collect();
+        collected.resize_with(parameters.len(), || None);
+        for (sum, gradient) in collected.iter_mut().zip(gradients(&loss, &parameters)?) {
+            add(sum, gradient)?;
+        }
+        *sums = self.all(collected)?;
+        Ok(terms.detached())
     }
 
     /// Runs with gradient checkpointing: only the streams between layers are kept, and each layer is recomputed for its
     /// own backward pass.
-    fn checkpointed(&self) -> Result<Pass> {
-        let mut streams = vec![self.batch.hidden.shallow_clone()];
+    fn checkpointed(&self, sums: &mut Vec<Tensor>) -> Result<TermSums> {
+        let mut streams = vec![self.student.entering(&self.batch.hidden)?];
         for layer in 0..self.student.layers() {
             let next = tch::no_grad(|| self.student.layer(layer, &streams[layer], &self.side))?;
             streams.push(next);
         }
         let leaf =
             |stream: &Tensor| stream.detach().f_set_requires_grad(true).map_err(torch_error("a checkpointed layer"));
-        let mut collected: Vec<Option<Tensor>> = self.student.weights().iter().map(|_| None).collect();
+        let mut collected: Vec<Option<Tensor>> = sums.drain(..).map(Some).collect();
+        collected.resize_with(self.student.weights().len(), || None);
         let mut terms = Terms::default();
         let mut upstream = None;
         if self.wants_head() {
@@ -141,15 +151,11 @@ impl Step<'_> {
                 upstream = found.pop();
             }
             for (&number, gradient) in own.iter().zip(found) {
-                collected[number] = Some(match collected[number].take() {
-                    Some(sum) if sum.defined() && gradient.defined() => {
-                        sum.f_add(&gradient).map_err(torch_error("a gradient"))?
-                    }
-                    _ => gradient,
-                });
+                add(&mut collected[number], gradient)?;
             }
         }
-        self.named(terms, collected)
+        *sums = self.all(collected)?;
+        Ok(terms.detached())
     }
 
     /// True when a term reads answers, so that all layers and the head must be run.
@@ -227,19 +233,15 @@ impl Step<'_> {
         Ok(total)
     }
 
-    fn named(&self, terms: Terms, gradients: Vec<Option<Tensor>>) -> Result<Pass> {
-        let mut defined = Vec::with_capacity(gradients.len());
-        for (parameter, gradient) in self.student.weights_now().zip(gradients) {
-            match gradient {
-                Some(gradient) if gradient.defined() => defined.push(gradient),
-                _ => {
-                    let problem = "is to be trained, but the loss does not depend on it";
-                    return Err(Error::invalid(format!("initializer `{}`", parameter.name), problem));
-                }
-            }
-        }
-        let terms = terms.0.into_iter().map(|(kind, term)| (kind, term.detach())).collect();
-        Ok(Pass { terms, gradients: defined })
+    /// The gradients of all currently trained weights.
+    fn all(&self, gradients: Vec<Option<Tensor>>) -> Result<Vec<Tensor>> {
+        let named = self.student.weights_now().zip(gradients).map(|(parameter, gradient)| {
+            gradient.ok_or_else(|| {
+                let problem = "is to be trained, but the loss does not depend on it";
+                Error::invalid(format!("initializer `{}`", parameter.name), problem)
+            })
+        });
+        named.collect()
     }
 }
 
@@ -257,10 +259,27 @@ impl Terms {
         Ok(())
     }
 
+    /// The values, detached from the autograd graph.
+    fn detached(self) -> TermSums {
+        self.0.into_iter().map(|(kind, term)| (kind, term.detach())).collect()
+    }
+
     /// Adds another's values, detached from the autograd graph.
     fn absorb(&mut self, other: Terms) -> Result<()> {
         other.0.into_iter().try_for_each(|(kind, term)| self.add(kind, term.detach()))
     }
+}
+
+/// Adds a weight's gradient, which is undefined where the loss does not depend on the weight.
+fn add(sum: &mut Option<Tensor>, gradient: Tensor) -> Result<()> {
+    match sum {
+        _ if !gradient.defined() => {}
+        Some(sum) => {
+            let _ = sum.f_add_(&gradient).map_err(torch_error("gradient accumulation"))?;
+        }
+        None => *sum = Some(gradient),
+    }
+    Ok(())
 }
 
 fn gradients(loss: &Tensor, wanted: &[&Tensor]) -> Result<Vec<Tensor>> {

@@ -111,8 +111,7 @@ fn passes(
         if batch.answer_tokens == 0 {
             return Ok(());
         }
-        let pass = gradient::pass(student, batch, settings, counts)?;
-        for (kind, term) in pass.terms {
+        for (kind, term) in gradient::pass(student, batch, settings, counts, &mut total.gradients)? {
             let term = term.f_to_kind(Kind::Double).map_err(torch_error("the loss"))?;
             let sum = match terms.remove(&kind) {
                 Some(sum) => sum.f_add(&term).map_err(torch_error("the loss"))?,
@@ -120,7 +119,7 @@ fn passes(
             };
             terms.insert(kind, sum);
         }
-        total.absorb(Sums { losses: BTreeMap::new(), gradients: pass.gradients })
+        Ok(())
     };
     if device == Device::Cpu {
         batches.iter().try_for_each(|samples| one(&dataset.batch(samples, device)?))?;
@@ -129,8 +128,10 @@ fn passes(
         let made = || Ok(batches.iter().map(|samples| dataset.batch(samples, Device::Cpu)?.pinned(device)));
         ahead(BATCHES_AHEAD, made, |mut made| made.try_for_each(|batch| one(&batch?.to(device)?)))?;
     }
-    for (kind, sum) in terms {
-        total.losses.insert(kind, sum.f_double_value(&[]).map_err(torch_error("the loss"))?);
+    if !terms.is_empty() {
+        let sums: Vec<&Tensor> = terms.values().collect();
+        let read = || Vec::<f64>::try_from(Tensor::f_stack(&sums, 0)?.f_to_device(Device::Cpu)?);
+        total.losses = terms.keys().copied().zip(read().map_err(torch_error("the loss"))?).collect();
     }
     Ok(total)
 }

@@ -1,14 +1,13 @@
 //! ONNX Runtime for evaluation, and the settings of a benchmark run.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::Arc;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::base::{Device, Peers, Result, Sha256Digest};
-use crate::bundle::{Bundle, Role};
+use crate::base::{Device, Peers, Provenance, Result, Sha256Digest};
+use crate::bundle::{Bundle, ModelSource, Role};
 use crate::data::{Benchmark, ImageSettings};
 use crate::eval::{EvalOptions, Judge, LoadedModel, PromptStyle};
 use crate::runtime::{Decoder, FeatureCache, Runtime, SessionOptions, VlmSession};
@@ -73,7 +72,7 @@ impl Engine {
     /// Loads a model. Models share image features.
     ///
     /// Errors: as `LoadedModel::open`.
-    pub fn load(&self, model: &Path, images: &ImageSettings) -> Result<LoadedModel> {
+    pub fn load(&self, model: &ModelSource, images: &ImageSettings) -> Result<LoadedModel> {
         LoadedModel::open(model, &self.runtime, &SessionOptions::default(), &self.cache, images)
     }
 
@@ -89,20 +88,33 @@ impl Engine {
     }
 }
 
+/// The head of a report, with the variants of both models.
+///
+/// Errors: as `Provenance::new`.
+pub(super) fn head<S: Serialize>(
+    version: u32,
+    inputs: BTreeMap<String, Sha256Digest>,
+    settings: &S,
+    model: &ModelSource,
+    baseline: Option<&ModelSource>,
+) -> Result<Provenance> {
+    Ok(Provenance::new(version, inputs, settings)?
+        .with_variants("model", model.chosen().as_deref())
+        .with_variants("baseline", baseline.and_then(ModelSource::chosen).as_deref()))
+}
+
 /// Digests of the models and of the benchmark, in the form of a report's provenance.
 ///
-/// Errors: as `Bundle::open` and `Benchmark::digest`.
+/// Errors: as `ModelSource::open` and `Benchmark::digest`.
 pub(super) fn digests(
-    model: &Path,
-    baseline: Option<&Path>,
+    model: &ModelSource,
+    baseline: Option<&ModelSource>,
     benchmark: &Benchmark,
 ) -> Result<BTreeMap<String, Sha256Digest>> {
-    let mut inputs = BTreeMap::from([
-        ("model".to_string(), Bundle::open(model)?.digest()?),
-        ("data".to_string(), benchmark.digest()?),
-    ]);
+    let mut inputs =
+        BTreeMap::from([("model".to_string(), model.open()?.digest()?), ("data".to_string(), benchmark.digest()?)]);
     if let Some(path) = baseline {
-        inputs.insert("baseline".to_string(), Bundle::open(path)?.digest()?);
+        inputs.insert("baseline".to_string(), path.open()?.digest()?);
     }
     Ok(inputs)
 }

@@ -6,15 +6,15 @@ use std::path::Path;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::base::{AtomicFile, Cancel, Error, Provenance, Result};
-use crate::bundle::Bundle;
+use crate::base::{AtomicFile, Cancel, Error, Result};
+use crate::bundle::ModelSource;
 use crate::data::{BenchRow, Benchmark, DataOptions, DataPart, Dataset, ImageSettings, Turns};
 use crate::eval::{
     Compared, EvalOptions, EvalReport, ModelScores, TextReport, TextScores, benchmark_name, compare, compare_over,
     evaluate_among, kept_perplexity, perplexity,
 };
 
-use super::engine::{BOOTSTRAP_SEED, Engine, EvalSettings, digests};
+use super::engine::{BOOTSTRAP_SEED, Engine, EvalSettings, digests, head};
 use super::likelihood::compare_likelihoods;
 use super::needs::{Work, check as check_needs};
 
@@ -24,14 +24,14 @@ impl Engine {
     /// Errors: as `LoadedModel::open` and `evaluate`.
     pub fn answer(
         &self,
-        model: &Path,
+        model: &ModelSource,
         benchmark: &Benchmark,
         data: &Path,
         settings: &EvalSettings,
         cancel: &Cancel,
     ) -> Result<ModelScores> {
         if settings.max_new_tokens != Some(1) {
-            check_needs(&Bundle::open(model)?, Work::Answer)?;
+            check_needs(&model.open()?, Work::Answer)?;
         }
         let mut loaded = self.load(model, &settings.images)?;
         let EvalSettings { batch_size, max_new_tokens, limit, prompt_style, judge, images: _ } = settings.clone();
@@ -45,8 +45,8 @@ impl Engine {
 /// Errors: as `Engine::answer`.
 pub fn eval(
     engine: &Engine,
-    model: &Path,
-    baseline: Option<&Path>,
+    model: &ModelSource,
+    baseline: Option<&ModelSource>,
     data: &Path,
     settings: &EvalSettings,
     cancel: &Cancel,
@@ -54,7 +54,7 @@ pub fn eval(
     let benchmark = Benchmark::open(data)?;
     let inputs = digests(model, baseline, &benchmark)?;
     let mut likelihood_not_measured = None;
-    let mut answer = |path: &Path| -> Result<ModelScores> {
+    let mut answer = |path: &ModelSource| -> Result<ModelScores> {
         let mut scores = engine.answer(path, &benchmark, data, settings, cancel)?;
         match engine.likelihood(path, &benchmark, data, settings, cancel) {
             Ok(likelihood) => scores.likelihood = Some(likelihood),
@@ -70,7 +70,7 @@ pub fn eval(
         let likelihoods = scores.likelihood.as_ref().zip(base.likelihood.as_ref());
         retention.likelihood = likelihoods.map(|(own, base)| compare_likelihoods(own, base)).transpose()?;
     }
-    let provenance = Provenance::new(EvalReport::SCHEMA_VERSION, inputs, settings)?;
+    let provenance = head(EvalReport::SCHEMA_VERSION, inputs, settings, model, baseline)?;
     let rows_without_picture = benchmark.rows_without_picture();
     Ok(EvalReport {
         provenance,
@@ -141,27 +141,27 @@ impl TextSettings {
 /// tokenizers split the text differently.
 pub fn eval_text(
     engine: &Engine,
-    model: &Path,
-    baseline: Option<&Path>,
+    model: &ModelSource,
+    baseline: Option<&ModelSource>,
     data: &Path,
     settings: &TextSettings,
     cancel: &Cancel,
 ) -> Result<TextReport> {
     let options = settings.data_options();
     let mut inputs = BTreeMap::new();
-    let mut measure = |role: &str, path: &Path| -> Result<TextScores> {
-        let bundle = Bundle::open(path)?;
+    let mut measure = |role: &str, path: &ModelSource| -> Result<TextScores> {
+        let bundle = path.open()?;
         check_needs(&bundle, Work::Perplexity)?;
         let text = Dataset::open_for(data, &bundle, &options)?;
         inputs.insert(role.to_string(), bundle.digest()?);
         inputs.insert("data".to_string(), text.digest()?);
         let mut vlm = engine.load_to_predict(&bundle)?;
-        perplexity(&path.display().to_string(), &mut vlm, (&bundle, &text), settings.limit, engine.peers(), cancel)
+        perplexity(&path.to_string(), &mut vlm, (&bundle, &text), settings.limit, engine.peers(), cancel)
     };
     let base = baseline.map(|path| measure("baseline", path)).transpose()?;
     let scores = measure("model", model)?;
     let retention = base.as_ref().map(|base| kept_perplexity(&scores, base, BOOTSTRAP_SEED)).transpose()?;
-    let provenance = Provenance::new(TextReport::SCHEMA_VERSION, inputs, settings)?;
+    let provenance = head(TextReport::SCHEMA_VERSION, inputs, settings, model, baseline)?;
     Ok(TextReport { provenance, model: scores, baseline: base, retention })
 }
 

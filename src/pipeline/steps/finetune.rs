@@ -8,7 +8,7 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use crate::base::{Cancel, Device, Error, Provenance, Result, Sha256Digest, write_json};
-use crate::bundle::{Bundle, BundleWriter, Record, RecordedStep, Role, Tower};
+use crate::bundle::{Bundle, BundleWriter, ModelSource, Record, RecordedStep, Role, Tower};
 use crate::data::{DataOptions, Dataset, Encoder, Intake, Subset};
 use crate::finetune::{
     Conversations, Limits, Report, Request, RunPlan, Settings, StepMetrics, Teacher, clear_work, interrupted_at,
@@ -40,8 +40,8 @@ pub enum Trained<'a> {
 
 /// Input of a finetuning step.
 pub struct Finetune<'a> {
-    /// Folder of the model.
-    pub model: &'a Path,
+    /// The model.
+    pub model: &'a ModelSource,
     /// The layers to train.
     pub trained: Trained<'a>,
     /// Conversations or running text: a file, a folder or a pattern.
@@ -65,7 +65,7 @@ pub struct Finetune<'a> {
     /// Vision features by picture, shared with other steps.
     pub features: &'a Arc<FeatureCache>,
     /// The dense model, for the losses that need it.
-    pub teacher: Option<&'a Path>,
+    pub teacher: Option<&'a ModelSource>,
 }
 
 #[derive(Serialize)]
@@ -88,14 +88,14 @@ pub fn default_work_folder(target: &Path) -> PathBuf {
 ///
 /// Errors: as [`finetune`], except those that require reading all data.
 pub fn plan_finetune(request: &Finetune) -> Result<RunPlan> {
-    let bundle = Bundle::open(request.model)?;
+    let bundle = request.model.open()?;
     let roles = Roles::of(&bundle, request)?;
     let dataset = Dataset::open_for(request.data, &bundle, request.options)?;
     let encoder = Encoder::open(&bundle, &dataset)?;
     let indices = drawn(request, &dataset, &encoder)?;
     let intake = Intake::new(&dataset, &bundle, usize::MAX);
     let data = Conversations { encoder: &encoder, dataset: &dataset, indices: &indices, intake };
-    let dense = request.teacher.map(Bundle::open).transpose()?;
+    let dense = request.teacher.map(ModelSource::open).transpose()?;
     dense.as_ref().map_or(Ok(()), |dense| check_family(&bundle, dense))?;
     let teacher = dense.as_ref().map(|bundle| Teacher { bundle, kept: &roles.kept, anchors: &roles.anchors });
     plan_run(&training(request, &roles, &bundle, &data), teacher.as_ref())
@@ -161,7 +161,7 @@ pub fn finetune(
     observer: &mut dyn FnMut(&StepMetrics),
 ) -> Result<Report> {
     check_begun(request)?;
-    let bundle = Bundle::open(request.model)?;
+    let bundle = request.model.open()?;
     let roles = Roles::of(&bundle, request)?;
     let component = bundle.require(Role::Decoder)?.clone();
     let work = if request.settings.looks_at_answers() { Work::FinetuneOnAnswers } else { Work::FinetuneOnStream };
@@ -175,7 +175,7 @@ pub fn finetune(
         indices: &indices,
         intake: Intake::new(&dataset, &bundle, usize::MAX),
     };
-    let dense = request.teacher.map(Bundle::open).transpose()?;
+    let dense = request.teacher.map(ModelSource::open).transpose()?;
     dense.as_ref().map_or(Ok(()), |dense| check_family(&bundle, dense))?;
     for model in std::iter::once(&bundle).chain(&dense) {
         model.check_output(target)?;
@@ -194,7 +194,8 @@ pub fn finetune(
     {
         remove_unbegun(request.work)?;
     }
-    let outcome = outcome?;
+    let mut outcome = outcome?;
+    outcome.report.provenance = outcome.report.provenance.with_variants("model", bundle.chosen_variants());
     let Some(mut writer) = writer else {
         // The first process writes the model, since all have the same weights.
         let own = training.own_work();
@@ -217,7 +218,8 @@ pub fn finetune(
     if let Trained::Plan { digest, .. } = request.trained {
         inputs.insert("plan".to_string(), digest.clone());
     }
-    writer.commit(Provenance::new(Record::SCHEMA_VERSION, inputs, &recorded)?)?;
+    let head = Provenance::new(Record::SCHEMA_VERSION, inputs, &recorded)?;
+    writer.commit(head.with_variants("model", bundle.chosen_variants()))?;
     write_json(&request.work.join(FINETUNE_REPORT), &outcome.report)?;
     clear_work(request.work)?;
     Ok(outcome.report)

@@ -8,7 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::base::{AtomicFile, Cancel, Error, Progress, Result};
-use crate::bundle::Bundle;
+use crate::bundle::ModelSource;
 use crate::data::{DataOptions, Dataset, Encoder, ImageBytes, ImageSettings, Intake, LeftOut, Part, Sample, Turn};
 use crate::eval::LoadedModel;
 use crate::prompt::Prompt;
@@ -107,7 +107,7 @@ pub struct Generations {
 /// question; `Error::Engine` when a run fails; `Error::Interrupted` when the user asked to stop.
 pub fn generate(
     engine: &Engine,
-    model: &Path,
+    model: &ModelSource,
     question: &Question,
     decoding: &Decoding,
     cancel: &Cancel,
@@ -177,14 +177,14 @@ struct Line<'a> {
 /// Errors: as `generate`, `Dataset::open_for` and `Intake::encoded`.
 pub fn generate_all(
     engine: &Engine,
-    model: &Path,
+    model: &ModelSource,
     data: (&Path, &DataOptions),
     output: &Path,
     (decoding, batch_size): (&Decoding, usize),
     cancel: &Cancel,
 ) -> Result<(usize, LeftOut)> {
     let mut sampler = decoding.sampler()?;
-    let bundle = Bundle::open(model)?;
+    let bundle = model.open()?;
     let dataset = Dataset::open_for(data.0, &bundle, data.1)?;
     let encoder = Encoder::open(&bundle, &dataset)?;
     let LoadedModel { mut vlm, processor, .. } = engine.load(model, &data.1.images)?;
@@ -252,6 +252,6 @@ pub fn print_text(text: &str) -> Result<()> {
 /// Checks that a model can answer questions, before it is loaded.
 ///
 /// Errors: as `steps::check_needs`.
-pub fn check_answers(model: &Path) -> Result<()> {
-    check(&Bundle::open(model)?, Work::Answer)
+pub fn check_answers(model: &ModelSource) -> Result<()> {
+    check(&model.open()?, Work::Answer)
 }

@@ -8,13 +8,11 @@ use std::sync::Arc;
 
 use serde_json::json;
 
-use crate::analysis;
 use crate::base::{Cancel, Error, MappedFile, Provenance, Result, ScratchDir, folder_of};
-use crate::bundle::{Bundle, BundleWriter, Component, Record, RecordedStep, Role, Tower};
+use crate::bundle::{Bundle, BundleWriter, Record, RecordedStep, Tower};
 use crate::checkpoint::{Checkpoint, Tuned};
-use crate::graft::{self, Absent, GraftTable, Part};
-use crate::ir::{Body, Model, TensorData, ValueId};
-use crate::onnx;
+use crate::graft::{self, Absent, GraftTable, Loaded, Part, history_of, load};
+use crate::ir::{Body, TensorData, ValueId};
 
 /// Input of a graft.
 pub struct Graft<'a> {
@@ -28,18 +26,11 @@ pub struct Graft<'a> {
     pub leave_out: &'a [String],
 }
 
-/// A loaded component.
-struct Loaded<'a> {
-    component: &'a Component,
-    model: Model,
-    layers: HashMap<String, usize>,
-}
-
 /// Finds the place of every finetuned tensor, and writes nothing.
 ///
 /// Errors: as `onnx::load` and [`graft::find`](crate::graft::find).
 pub fn plan_graft(request: &Graft, cancel: &Cancel) -> Result<GraftTable> {
-    let loaded = load(request.bundle)?;
+    let loaded = load_all(request)?;
     find(request, &loaded, cancel)
 }
 
@@ -51,7 +42,7 @@ pub fn graft(request: &Graft, target: &Path, cancel: &Cancel) -> Result<GraftTab
     let bundle = request.bundle;
     bundle.check_output(target)?;
     let mut writer = BundleWriter::create(bundle, target)?;
-    let mut loaded = load(bundle)?;
+    let mut loaded = load_all(request)?;
     let table = find(request, &loaded, cancel)?;
     table.check()?;
     if !table.weights.iter().any(|weight| weight.changed) {
@@ -117,52 +108,26 @@ fn replace(body: &mut Body, weights: &Ranges, file: &Arc<MappedFile>) {
 }
 
 /// Every component, all variants.
-fn load(bundle: &Bundle) -> Result<Vec<Loaded<'_>>> {
-    let history = bundle.record()?.map(|record| record.history).unwrap_or_default();
-    let load = |component| {
-        let model = onnx::load(&bundle.path_of(component))?;
-        let tower = if component.role == Role::VisionEncoder { Tower::Vision } else { Tower::Text };
-        let layers = layers(&model, &history, tower);
-        Ok(Loaded { component, model, layers })
-    };
-    bundle.components().iter().map(load).collect()
+fn load_all<'a>(request: &Graft<'a>) -> Result<Vec<Loaded<'a>>> {
+    let history = history(request)?;
+    load(request.bundle.components(), request.bundle, &history)
 }
 
-/// The layer of each weight that one layer alone reads; none for graphs whose layers are not understood, which only
-/// decides between tensors of the same content.
-fn layers(model: &Model, history: &[RecordedStep], tower: Tower) -> HashMap<String, usize> {
-    let Ok(analysis) = analysis::analyse(model) else { return HashMap::new() };
-    let Ok(original) = Record::original_layers(history, tower, analysis.map.layers.len()) else {
-        return HashMap::new();
-    };
-    let owners = analysis.map.weight_owners.iter();
-    owners
-        .filter_map(|(id, owner)| Some((analysis.model.graph.name(*id).to_string(), *original.get(owner.only()?)?)))
-        .collect()
+/// The steps that changed the numbers of layers since the checkpoint.
+fn history(request: &Graft) -> Result<Vec<RecordedStep>> {
+    let history = request.bundle.record()?.map(|record| record.history).unwrap_or_default();
+    Ok(history_of(&history, request.base))
 }
 
 fn parts<'a>(loaded: &'a [Loaded]) -> Vec<Part<'a>> {
-    let part = |loaded: &'a Loaded| Part {
-        file: &loaded.component.file,
-        model: &loaded.model,
-        vision: loaded.component.role == Role::VisionEncoder,
-        layers: loaded.layers.clone(),
-    };
-    loaded.iter().map(part).collect()
+    loaded.iter().map(Loaded::part).collect()
 }
 
 fn find(request: &Graft, loaded: &[Loaded], cancel: &Cancel) -> Result<GraftTable> {
-    let record = request.bundle.record()?;
-    let layers: BTreeSet<usize> = record
-        .iter()
-        .flat_map(|record| &record.history)
-        .filter_map(|step| match step {
-            RecordedStep::Prune { tower: Tower::Text, dropped_original, .. } => Some(dropped_original),
-            _ => None,
-        })
-        .flatten()
-        .copied()
-        .collect();
-    let absent = Absent { layers, names: request.leave_out.to_vec() };
+    let dropped = history(request)?.into_iter().filter_map(|step| match step {
+        RecordedStep::Prune { tower: Tower::Text, dropped_original, .. } => Some(dropped_original),
+        _ => None,
+    });
+    let absent = Absent { layers: dropped.flatten().collect(), names: request.leave_out.to_vec() };
     graft::find(&parts(loaded), request.base, request.tuned, &absent, cancel)
 }

@@ -6,7 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::base::{Cancel, Error, Provenance, Result, gathered, is_own};
-use crate::bundle::Bundle;
+use crate::bundle::ModelSource;
 use crate::data::{BenchRow, Benchmark, Part, Processor, Sample, Turn};
 use crate::eval::{
     Interval, Likelihood, PromptStyle, QuestionLikelihood, benchmark_name, kept_likelihood, needs_judge, question_text,
@@ -14,7 +14,7 @@ use crate::eval::{
 };
 use crate::method::{AnswerLikelihood, LIKELIHOOD_BLOCK, answer_likelihoods};
 
-use super::engine::{BOOTSTRAP_SEED, Engine, EvalSettings, digests};
+use super::engine::{BOOTSTRAP_SEED, Engine, EvalSettings, digests, head};
 
 /// Output of `eval --likelihood-only`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -44,7 +44,7 @@ impl Engine {
     /// without right answers; `Error::Invalid` naming a row without a question or answer.
     pub fn likelihood(
         &self,
-        model: &Path,
+        model: &ModelSource,
         benchmark: &Benchmark,
         data: &Path,
         settings: &EvalSettings,
@@ -56,7 +56,7 @@ impl Engine {
             return Err(Error::unsupported(format!("benchmark `{name}`"), problem)
                 .remedy("look at its scores, or take a benchmark with answers"));
         }
-        let bundle = Bundle::open(model)?;
+        let bundle = model.open()?;
         let processor = Processor::open_with(&bundle, &settings.images)?;
         let rows = benchmark.rows();
         let rows = &rows[..settings.limit.unwrap_or(rows.len()).min(rows.len())];
@@ -123,18 +123,18 @@ pub fn compare_likelihoods(model: &Likelihood, baseline: &Likelihood) -> Result<
 /// Errors: as [`Engine::likelihood`] and [`compare_likelihoods`].
 pub fn eval_likelihood(
     engine: &Engine,
-    model: &Path,
-    baseline: Option<&Path>,
+    model: &ModelSource,
+    baseline: Option<&ModelSource>,
     data: &Path,
     settings: &EvalSettings,
     cancel: &Cancel,
 ) -> Result<LikelihoodReport> {
     let benchmark = Benchmark::open(data)?;
     let inputs = digests(model, baseline, &benchmark)?;
-    let likelihood = |path: &Path| engine.likelihood(path, &benchmark, data, settings, cancel);
+    let likelihood = |path: &ModelSource| engine.likelihood(path, &benchmark, data, settings, cancel);
     let base = baseline.map(likelihood).transpose()?;
     let found = likelihood(model)?;
     let retention = base.as_ref().map(|base| compare_likelihoods(&found, base)).transpose()?;
-    let provenance = Provenance::new(LikelihoodReport::SCHEMA_VERSION, inputs, settings)?;
+    let provenance = head(LikelihoodReport::SCHEMA_VERSION, inputs, settings, model, baseline)?;
     Ok(LikelihoodReport { provenance, model: found, baseline: base, retention })
 }

@@ -172,9 +172,15 @@ fn run(args: &Args, s: &ExpertSettings) -> OpResult<Tensor> {
     }
     let shares = shares.f_to_kind(x.f_kind()?)?.f_reshape([-1])?;
     let mut out = Tensor::f_zeros([rows, width], (x.f_kind()?, x.device()))?;
-    for expert in 0..experts {
-        let places = picked.f_eq(expert)?.f_reshape([-1])?.f_nonzero()?.f_reshape([-1])?;
-        if places.numel() == 0 {
+    // Sorted by expert, so that one read on the host says how many rows each expert has.
+    let picked = picked.f_reshape([-1])?;
+    let counts = Vec::<i64>::try_from(picked.f_bincount::<Tensor>(None, experts)?)?;
+    let (_, sorted) = picked.f_sort_stable(true, 0, false)?;
+    let mut start = 0;
+    for (expert, count) in (0..experts).zip(counts) {
+        let places = sorted.f_narrow(0, start, count)?;
+        start += count;
+        if count == 0 {
             continue;
         }
         let token = places.f_floor_divide_scalar(s.chosen)?;

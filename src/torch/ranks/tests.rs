@@ -16,6 +16,17 @@ fn the_declared_size_of_the_c10d_class_matches_this_libtorch() {
     );
 }
 
+/// No buffer is larger than asked, but for a tensor that is; every tensor is in one, in order.
+#[test]
+fn tensors_are_summed_in_buckets() {
+    let sizes = [10i64, 6, 200, 1, 1, 30];
+    let tensors: Vec<Tensor> = sizes.iter().map(|&size| Tensor::zeros([size], (Kind::Float, Device::Cpu))).collect();
+    let all: Vec<&Tensor> = tensors.iter().collect();
+    let found: Vec<Vec<i64>> =
+        buckets(&all, 64).iter().map(|bucket| bucket.iter().map(|tensor| tensor.size()[0]).collect()).collect();
+    assert_eq!(found, [vec![10, 6], vec![200], vec![1, 1], vec![30]]);
+}
+
 fn place(variables: &[(&str, &str)]) -> Result<Option<Place>> {
     let variables: HashMap<&str, &str> = variables.iter().copied().collect();
     Place::of(|name| variables.get(name).map(ToString::to_string))
