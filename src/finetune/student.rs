@@ -172,7 +172,8 @@ impl Student {
                 }
                 (Err(error), None, None) => return Err(error),
             };
-            let dtype = stored.map_or(crate::ir::DataType::Float, |stored| stored.dtype);
+            let computed = quantised.map(|quantised| quantised.form.float_type(&cut.stored.graph.body));
+            let dtype = stored.map(|stored| stored.dtype).or(computed).unwrap_or(crate::ir::DataType::Float);
             let merged = || -> Result<Tensor, tch::TchError> {
                 let change = a.f_detach()?.f_matmul(&b.f_detach()?)?.f_mul_scalar(scale)?.f_to_device(Device::Cpu)?;
                 let change = if adapted.transposed { change.f_tr()? } else { change };

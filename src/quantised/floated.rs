@@ -22,7 +22,10 @@ pub fn with_floats(model: &Model, trained: &[(&QuantisedWeight, Tensor)]) -> Res
             let name = weight.form.parts().first().map_or("", |&id| model.graph.name(id));
             return Err(Error::invalid(format!("initializer `{name}`"), "was trained and is not in the model"));
         };
-        let floats = Tensor::from_bytes(dtype, &own.dims, from_floats(dtype, &floats(tensor)?)?);
+        let floats = match tensor.dtype == dtype {
+            true => tensor.clone(),
+            false => Tensor::from_bytes(dtype, &own.dims, from_floats(dtype, &floats(tensor)?)?),
+        };
         place_floats(&mut model.graph.body, own.weight, floats);
     }
     Ok(model)

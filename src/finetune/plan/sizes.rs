@@ -53,9 +53,13 @@ impl Sizes {
             .iter()
             .filter_map(|weight| Some((weight.form.parts().first().copied()?, weight.dims)))
             .collect();
+        let parts: HashSet<ValueId> = cut.quantised.iter().flat_map(|weight| weight.form.parts()).collect();
+        // Scales and zero points are converted a weight at a time, and small.
+        let converted =
+            |id: &ValueId, tensor: &Tensor| packed.contains_key(id) || is_narrow(tensor) && !parts.contains(id);
         let widened = |id: &ValueId, tensor: &Tensor| match packed.get(id) {
             Some([rows, columns]) => 4 * rows * columns,
-            None if is_narrow(tensor) => 4 * tensor.element_count(),
+            None if converted(id, tensor) => 4 * tensor.element_count(),
             None => tensor.byte_len(),
         };
         for (id, tensor) in &graph.body.initializers {
@@ -70,7 +74,7 @@ impl Sizes {
         let copies = |ids: &mut dyn Iterator<Item = ValueId>| -> u64 {
             let frozen = ids.filter(|id| read.contains(id) && !trained.contains(id));
             let tensors = frozen.filter_map(|id| Some((id, graph.body.initializer(id)?)));
-            let narrow = tensors.filter(|(id, tensor)| packed.contains_key(id) || is_narrow(tensor));
+            let narrow = tensors.filter(|(id, tensor)| converted(id, tensor));
             narrow.map(|(id, tensor)| widened(&id, tensor)).sum()
         };
         let mut in_layers: HashSet<ValueId> = before;
@@ -81,7 +85,6 @@ impl Sizes {
         let head = graph.body.initializers.iter().map(|(id, _)| *id).filter(|id| !in_layers.contains(id));
         sizes.head_widened_bytes = copies(&mut head.into_iter());
         let in_layer = map.layers[cut.first..].iter().flat_map(|layer| &layer.weights);
-        let parts: HashSet<ValueId> = cut.quantised.iter().flat_map(|weight| weight.form.parts()).collect();
         let floats = in_layer.filter(|id| !parts.contains(id)).filter_map(|&id| graph.body.initializer(id));
         let floats = floats.filter_map(|tensor| <[u64; 2]>::try_from(tensor.dims.as_slice()).ok());
         let in_layer = floats.chain(cut.quantised.iter().map(|weight| weight.dims));

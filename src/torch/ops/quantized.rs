@@ -139,11 +139,11 @@ fn rounded(b: &mut Build) -> OpResult<Kernel> {
     let (_, low, high) = range_of(if b.has(2) { b.dtype(2)? } else { None })?;
     one(move |args| {
         let x = args.get(0)?;
-        let scale = spread(args.get(1)?, x, axis, 0)?.f_to_kind(x.f_kind()?)?;
-        let own = x.detach();
+        let own = exact(x)?;
+        let scale = spread(args.get(1)?, x, axis, 0)?.f_to_kind(own.f_kind()?)?;
         let mut number = own.f_div(&scale)?.f_round()?;
         let zero =
-            args.opt(2).map(|zero| -> OpResult<Tensor> { Ok(spread(zero, x, axis, 0)?.f_to_kind(x.f_kind()?)?) });
+            args.opt(2).map(|zero| -> OpResult<Tensor> { Ok(spread(zero, x, axis, 0)?.f_to_kind(own.f_kind()?)?) });
         let zero = zero.transpose()?;
         if let Some(zero) = &zero {
             number = number.f_add(zero)?;
@@ -153,20 +153,25 @@ fn rounded(b: &mut Build) -> OpResult<Kernel> {
         let centred = if let Some(zero) = &zero { kept.f_sub(zero)? } else { kept };
         let passing = x.f_mul(&inside)?;
         let change = centred.f_mul(&scale)?.f_sub(&passing.detach())?;
-        Ok(passing.f_add(&change)?)
+        Ok(passing.f_add(&change.f_to_kind(x.f_kind()?)?)?)
     })
 }
 
 /// What `DynamicQuantizeLinear` and the way back to floats make of a value, with the gradient of the value itself: nothing
 /// exceeds a range that is the value's own.
 fn rounded_dynamically(x: &Tensor) -> OpResult<Tensor> {
-    let own = x.detach();
+    let own = exact(x)?;
     let [number, scale, zero] = &dynamic_quantize(&own)?[..] else {
         return Err(OpError::new("the value has no range"));
     };
     let kind = own.f_kind()?;
     let rounded = number.f_to_kind(kind)?.f_sub(&zero.f_to_kind(kind)?)?.f_mul(scale)?;
-    Ok(x.f_add(&rounded.f_sub(&own)?)?)
+    Ok(x.f_add(&rounded.f_sub(&own)?.f_to_kind(x.f_kind()?)?)?)
+}
+
+/// A value without its history, in a kind that holds every quantised number.
+fn exact(x: &Tensor) -> OpResult<Tensor> {
+    Ok(x.detach().f_to_kind(if x.f_kind()? == Kind::Double { Kind::Double } else { Kind::Float })?)
 }
 
 fn quantize(b: &mut Build) -> OpResult<Kernel> {
