@@ -19,6 +19,7 @@ pub mod method;
 pub mod onnx;
 pub mod pipeline;
 pub mod prompt;
+pub mod quantised;
 pub mod rewrite;
 pub mod runtime;
 pub mod torch;

@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn pictures_are_told_apart_by_every_array() {
+    fn the_key_of_a_picture_depends_on_every_array() {
         let grid = |n: i64| Array::Int(ArrayD::from_elem(IxDyn(&[1, 3]), n));
         let of = |value: f32, n: i64| {
             let arrays = [(PIXEL_VALUES, pixels(&[2, 3], value)), (IMAGE_GRID_THW, grid(n))];
@@ -219,8 +219,10 @@ mod tests {
 
     #[test]
     fn pictures_without_pixels_are_refused() {
-        assert!(ImageArrays::new([(IMAGE_GRID_THW, pixels(&[1], 0.0))]).is_err());
-        assert!(ImageArrays::new([(PIXEL_VALUES, pixels(&[0, 3], 0.0))]).is_err());
+        let refused = |name, array| ImageArrays::new([(name, array)]).unwrap_err().to_string();
+        assert_eq!(refused(IMAGE_GRID_THW, pixels(&[1], 0.0)), "picture: has no array `pixel_values`");
+        let error = refused(PIXEL_VALUES, pixels(&[0, 3], 0.0));
+        assert_eq!(error, "picture: array `pixel_values` of shape [0, 3] is empty");
     }
 
     #[test]
@@ -229,7 +231,9 @@ mod tests {
         let joined = Array::joined(&[&a, &b]).unwrap();
         assert_eq!(joined.shape(), [3, 2]);
         assert_eq!(joined.floats().unwrap().iter().copied().collect::<Vec<_>>(), [1.0, 1.0, 2.0, 2.0, 2.0, 2.0]);
-        assert!(Array::joined(&[&a, &pixels(&[1, 3], 0.0)]).is_err());
-        assert!(Array::joined(&[]).is_err());
+        let refused = |arrays: &[&Array]| Array::joined(arrays).unwrap_err().to_string();
+        let wide = refused(&[&a, &pixels(&[1, 3], 0.0)]);
+        assert_eq!(wide, "arrays of pictures: of shapes [[1, 2], [1, 3]] cannot be joined");
+        assert_eq!(refused(&[]), "arrays of pictures: of shapes [] cannot be joined");
     }
 }

@@ -77,6 +77,9 @@ class Parts:
         if "pixel_values" not in inputs:
             return []
         if self.family.one_by_one:
+            if "image_sizes" in [port.name for port in self.vision.get_inputs()]:
+                rows = zip(inputs["pixel_values"][:, None], inputs["image_sizes"][:, None])
+                return [np.concatenate([self.encoded({"pixel_values": p, "image_sizes": s})[0] for p, s in rows])]
             rows = zip(inputs["pixel_values"], inputs["image_sizes"].tolist())
             return [np.concatenate([self.encoded({"pixel_values": p[None, :, :h, :w]})[0] for p, (h, w) in rows])]
         return self.encoded(inputs)

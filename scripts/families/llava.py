@@ -1,4 +1,4 @@
-"""LLaVA-1.5 and LLaVA-OneVision: one square tile, or the first tile of any-resolution."""
+"""LLaVA-1.5 and LLaVA-OneVision: one square tile, the first tile of any-resolution, or all of them."""
 import torch
 from transformers import LlavaOnevisionProcessor, LlavaProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
@@ -140,7 +140,87 @@ class OneTile(LlavaOnevisionProcessor):
         return made
 
 
-def llava_onevision(name="llava_onevision"):
+class TilesTower(torch.nn.Module):
+    """All tiles of one picture `[1, T, 3, H, W]` and its size `[1, 2]` -> the features that stand in the prompt `[N, D]`.
+
+    The tower and the plan of the packing are traced, and computed as tensors where Hugging Face computes with Python's
+    numbers. The packing itself is a script, because what it does depends on the plan.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        config = model.config
+        self.tiles = towers.TileTower(model.vision_tower, model.multi_modal_projector, config.vision_feature_layer)
+        self.tile = config.vision_config.image_size
+        self.edge = self.tile // config.vision_config.patch_size
+        self.most = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
+        self.newline = model.image_newline
+        self.register_buffer("resolutions", torch.tensor(config.image_grid_pinpoints, dtype=torch.float64))
+
+    def best_resolution(self, height, width):
+        """The resolution `[2]` that keeps the most pixels; of several, the first that wastes the fewest."""
+        heights, widths = self.resolutions[:, 0], self.resolutions[:, 1]
+        scale = torch.minimum(widths / width, heights / height)
+        kept = torch.minimum(torch.floor(width * scale) * torch.floor(height * scale), width * height)
+        wasted = widths * heights - kept
+        wasted = torch.where(kept == torch.max(kept, 0, keepdim=True).values, wasted, torch.full_like(wasted, torch.inf))
+        return self.resolutions[torch.argmin(wasted, 0, keepdim=True)][0]
+
+    def plan(self, image_sizes):
+        """Rows and columns of tiles; rows and columns of features cut off at each end; the size that they are scaled to.
+
+        Every number is a tensor `[1]` of doubles: the exporter makes single precision of tensors without axes.
+        """
+        sizes = image_sizes[0].to(torch.float64)
+        height, width = sizes[:1], sizes[1:]
+        grid = self.best_resolution(height, width) / self.tile
+        rows, columns = grid[:1] * self.edge, grid[1:] * self.edge
+        # Rounded to seven digits before it is cut, as Hugging Face does.
+        whole = lambda edge: torch.floor(torch.round(edge * 1e7) / 1e7)
+        wide = width / height > columns / rows
+        above = torch.floor((rows - whole(height * (columns / width))) / 2)
+        beside = torch.floor((columns - whole(width * (rows / height))) / 2)
+        none = torch.zeros_like(above)
+        cut = torch.cat([torch.where(wide, above, none), torch.where(wide, none, beside)])
+        kept = torch.cat([rows, columns]) - 2 * cut
+        ratio = torch.sqrt(kept[:1] * kept[1:] / (self.most * self.edge**2))
+        # Python's `//`, which is exact.
+        small = torch.round((kept - torch.fmod(kept, ratio)) / ratio)
+        size = torch.where(ratio > 1.1, small, kept)
+        return grid.to(torch.int64), cut.to(torch.int64), size.to(torch.int64)
+
+    def forward(self, pixel_values, image_sizes):
+        features = self.tiles(pixel_values.flatten(0, 1))
+        return packed(features, self.newline, self.edge, *self.plan(image_sizes))
+
+
+@torch.jit.script
+def packed(features, newline, edge: int, grid, cut, size):
+    """Hugging Face's `pack_image_features` of one picture whose plan is known."""
+    if features.size(0) == 1:
+        return torch.cat([features[0], newline[None]])
+    rows, columns = int(grid[0]), int(grid[1])
+    width = features.size(2)
+    tiles = features[1:].reshape(rows, columns, edge, edge, width)
+    joined = tiles.permute(4, 0, 2, 1, 3).reshape(width, rows * edge, columns * edge)
+    above, beside = int(cut[0]), int(cut[1])
+    joined = joined[:, above : rows * edge - above, beside : columns * edge - beside]
+    high, wide = int(size[0]), int(size[1])
+    if joined.size(1) != high or joined.size(2) != wide:
+        joined = torch.nn.functional.interpolate(joined[None], [high, wide], mode="bilinear")[0]
+    joined = torch.cat([joined, newline[:, None, None].expand(width, high, 1)], dim=2)
+    return torch.cat([features[0], joined.flatten(1).transpose(0, 1)])
+
+
+def tiles_tower(model, size):
+    return towers.Tower(
+        TilesTower(model),
+        {"pixel_values": torch.randn(1, 7, 3, size, size), "image_sizes": torch.tensor([[2 * size - 3, 3 * size]])},
+        {"pixel_values": {1: "num_tiles"}, "image_features": {0: "num_image_tokens"}},
+    )
+
+
+def llava_onevision(name="llava_onevision", size=SIZE, tiles=False):
     """One tile a picture; a finished answer is written differently from the place where a prompt ends."""
     from transformers import (
         LlavaOnevisionConfig,
@@ -152,10 +232,11 @@ def llava_onevision(name="llava_onevision"):
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"]
     tok = base.tokenizer(special, eos="<|im_end|>", pad="<|endoftext|>")
     number = tok.convert_tokens_to_ids
-    pinpoints = [[SIZE * a, SIZE * b] for a in range(1, 7) for b in range(1, 7)]
+    pinpoints = [[size * a, size * b] for a in range(1, 7) for b in range(1, 7)]
+    vision = CLIP_VISION | {"num_hidden_layers": 2, "image_size": size}
     config = LlavaOnevisionConfig(
         text_config=Qwen2Config(**base.TEXT, vocab_size=len(tok), eos_token_id=number("<|im_end|>")),
-        vision_config=SiglipVisionConfig(**(CLIP_VISION | {"num_hidden_layers": 2}), vision_use_head=False),
+        vision_config=SiglipVisionConfig(**vision, vision_use_head=False),
         image_token_index=number("<image>"),
         video_token_index=number("<video>"),
         vision_feature_layer=-1,
@@ -173,16 +254,16 @@ def llava_onevision(name="llava_onevision"):
         "image_std": [0.5, 0.5, 0.5],
         "resample": 3,
         "rescale_factor": 0.00392156862745098,
-        "size": {"height": SIZE, "width": SIZE},
+        "size": {"height": size, "width": size},
     }
     whole = {
         "image_token": "<image>",
-        "num_image_tokens": (SIZE // PATCH) ** 2,
+        "num_image_tokens": (size // PATCH) ** 2,
         "video_token": "<video>",
         "vision_aspect_ratio": "anyres_max_9",
         "vision_feature_select_strategy": "full",
     }
-    processor = OneTile(
+    processor = (LlavaOnevisionProcessor if tiles else OneTile)(
         image_processor=LlavaOnevisionImageProcessorPil(**settings),
         tokenizer=tok,
         video_processor=LlavaOnevisionVideoProcessor(),
@@ -201,15 +282,21 @@ def llava_onevision(name="llava_onevision"):
         with torch.no_grad():
             return module(pixel_values).flatten(0, 1)
 
+    more = {"nested_images": True, "one_by_one": True} if tiles else {"features": features}
     return base.Family(
         name,
         model,
         processor,
         preprocessor,
-        towers.tile_tower(module, SIZE),
+        tiles_tower(inner, size) if tiles else towers.tile_tower(module, size),
         processor_config=whole | {"processor_class": "LlavaOnevisionProcessor"},
-        features=features,
+        **more,
     )
+
+
+def llava_onevision_tiles():
+    """The tiles of any resolution, packed in the graph. Small tiles, so that a photo has more of them than `anyres_max_9`."""
+    return llava_onevision("llava_onevision_tiles", 3 * PATCH, tiles=True)
 
 
 class FlatMap(torch.nn.Module):
@@ -352,4 +439,4 @@ def moondream(name="moondream"):
     )
 
 
-ROWS = [llava, llava_projector, llava_single, llava_onevision, fast_vlm, moondream]
+ROWS = [llava, llava_projector, llava_single, llava_onevision, llava_onevision_tiles, fast_vlm, moondream]

@@ -61,9 +61,13 @@ const ATTENTION: &[(&str, &str)] = &[
     ("com.microsoft", "LongformerAttention"),
 ];
 
+/// Operators that occur in blocks with selected experts only.
 const EXPERTS: &[(&str, &str)] = &[("", "TopK"), ("com.microsoft", "MoE"), ("com.microsoft", "QMoE")];
+
+/// Convolutions of every form.
 const CONVOLUTIONS: &[&str] =
     &["Conv", "ConvTranspose", "ConvInteger", "QLinearConv", "FusedConv", "NhwcFusedConv", "CausalConvWithState"];
+
 /// Operators that carry a state from step to step.
 const RECURRENCES: &[&str] = &["LinearAttention", "Scan", "Loop"];
 
@@ -82,7 +86,7 @@ pub fn can_mix(node: &Node) -> bool {
 pub fn window(node: &Node) -> Option<i64> {
     let int = |name: &str| node.attribute(name).and_then(crate::ir::Attribute::as_int);
     let named = int("local_window_size").filter(|&size| size > 0);
-    named.or_else(|| int("left_window_size").filter(|&places| places >= 0).map(|places| places.saturating_add(1)))
+    named.or_else(|| int("left_window_size").filter(|&before| before >= 0).map(|before| before.saturating_add(1)))
 }
 
 /// Classifies the nodes between two values of the stream. `has_state` is true when a cache or state
@@ -92,7 +96,8 @@ pub fn mixing(body: &Body, index: &GraphIndex, chain: &Chain, nodes: &[usize], h
     let on_path = |value: ValueId| index.node_of(value).is_some_and(|(node, _)| path.contains(&node));
     // Keys computed inside an earlier layer belong to this sequence too.
     let own = |value: ValueId| on_path(value) || from_inside_a_layer(body, index, chain, value);
-    let mut attention = None;
+    // The window of the attention, once one is found.
+    let mut attention: Option<Option<i64>> = None;
     for &number in nodes {
         let node = &body.nodes[number];
         if is_attention(node) {
@@ -113,7 +118,6 @@ pub fn mixing(body: &Body, index: &GraphIndex, chain: &Chain, nodes: &[usize], h
     if let Some(window) = attention {
         return Mixing::Attention { window };
     }
-    let is = |table: &[(&str, &str)], node: &Node| table.contains(&(node.domain.as_str(), node.op_type.as_str()));
     let convolves = nodes.iter().any(|&number| CONVOLUTIONS.contains(&body.nodes[number].op_type.as_str()));
     if has_state {
         // A recurrence multiplies what it computed from the stream with itself, or lets its state decay by an
@@ -129,7 +133,8 @@ pub fn mixing(body: &Body, index: &GraphIndex, chain: &Chain, nodes: &[usize], h
     if convolves {
         return Mixing::Convolution;
     }
-    Mixing::None { experts: nodes.iter().any(|&number| is(EXPERTS, &body.nodes[number])) }
+    let selects_experts = |node: &Node| EXPERTS.contains(&(node.domain.as_str(), node.op_type.as_str()));
+    Mixing::None { experts: nodes.iter().any(|&number| selects_experts(&body.nodes[number])) }
 }
 
 /// True when a value is computed inside a block, and not from the stream alone.
@@ -161,6 +166,8 @@ enum Origin {
     Foreign,
 }
 
+/// Origin of the operands of the products before a softmax; `None` when there is no product on the path. A product with
+/// both operands from the stream decides; else one with an operand from another input.
 fn softmax_source(
     body: &Body,
     index: &GraphIndex,
@@ -186,7 +193,9 @@ fn softmax_source(
             return Some(Origin::Both);
         }
         let foreign = factors.iter().any(|&id| !own(id) && !from_weights(body, index, id));
-        found = Some(if foreign { Origin::Foreign } else { Origin::Weight });
+        if foreign || found.is_none() {
+            found = Some(if foreign { Origin::Foreign } else { Origin::Weight });
+        }
     }
     found
 }

@@ -39,6 +39,8 @@ pub struct Layer {
     pub output: ValueId,
     /// The stream between the layer's blocks.
     pub sums: Vec<ValueId>,
+    /// The stream before the layer's last block, in most networks the MLP.
+    pub last_block: ValueId,
     /// The kinds of its blocks for messages: `attention + mlp`, `sliding attention + moe`.
     pub kind: String,
     /// Layers with the same number have the same operators in the same arrangement; attributes and sizes may differ.

@@ -34,6 +34,7 @@ pub(super) fn build(graph: &Graph, body: &Body, chain: &Chain, grouped: Vec<Laye
             carried: blocks.carried,
             output: chain.values[blocks.end],
             sums: inner.into_iter().map(|place| chain.values[place]).collect(),
+            last_block: blocks.blocks.last().map_or(blocks.carried, |block| block.carried),
             kind: kind(body, blocks, &path),
             class,
             path,
@@ -45,10 +46,10 @@ pub(super) fn build(graph: &Graph, body: &Body, chain: &Chain, grouped: Vec<Laye
         });
     }
     let owners = Owners::new(body, chain, &layers);
-    let streamed = layers.first().map(|first| computed_from(body, first.input)).unwrap_or_default();
+    let from_stream = layers.first().map(|first| computed_from(body, first.input)).unwrap_or_default();
     for layer in &mut layers {
         fill_shared(body, &index, &owners, layer);
-        layer.beside = read_beside(body, &index, layer, &streamed);
+        layer.beside = read_beside(body, &index, layer, &from_stream);
     }
     let glue = glue::between(graph, body, chain, &layer_of_level);
     LayerMap {
@@ -62,12 +63,13 @@ pub(super) fn build(graph: &Graph, body: &Body, chain: &Chain, grouped: Vec<Laye
     }
 }
 
-fn read_beside(body: &Body, index: &GraphIndex, layer: &Layer, streamed: &HashSet<ValueId>) -> Vec<ValueId> {
+/// Values that a layer reads besides its input, from outside its path, and that are in `from_stream`.
+fn read_beside(body: &Body, index: &GraphIndex, layer: &Layer, from_stream: &HashSet<ValueId>) -> Vec<ValueId> {
     let on_path: HashSet<usize> = layer.path.iter().copied().collect();
     let foreign = |id: ValueId| index.node_of(id).is_none_or(|(node, _)| !on_path.contains(&node));
     let mut found = Vec::new();
     for value in layer.path.iter().flat_map(|&number| data_inputs(body, number)) {
-        if value != layer.input && foreign(value) && streamed.contains(&value) && !found.contains(&value) {
+        if value != layer.input && foreign(value) && from_stream.contains(&value) && !found.contains(&value) {
             found.push(value);
         }
     }
@@ -88,6 +90,7 @@ fn computed_from(body: &Body, value: ValueId) -> HashSet<ValueId> {
 /// Products of a layer that has attention alone: query, key, value, scores, the weighted sum and the output.
 const SERIAL_PRODUCTS: usize = 6;
 
+/// Kinds of a layer's blocks in order, for messages and tables: `attention + mlp`.
 fn kind(body: &Body, blocks: &LayerBlocks, path: &[usize]) -> String {
     let mut words: Vec<&str> = Vec::new();
     for block in &blocks.blocks {
@@ -145,6 +148,8 @@ fn operator_name(node: &Node) -> String {
     }
 }
 
+/// Sets the layer's own weights, the weights that it shares with others, and the values that it reads from outside its
+/// path and does not own.
 fn fill_shared(body: &Body, index: &GraphIndex, owners: &Owners, layer: &mut Layer) {
     let mine = |owner: &Owner| owner.only() == Some(layer.index);
     let mut weights = Vec::new();

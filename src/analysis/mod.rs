@@ -23,6 +23,7 @@ mod owners;
 mod ports;
 mod positions;
 mod products;
+mod projection;
 mod residual;
 mod stream;
 mod taps;
@@ -34,6 +35,7 @@ pub use layer::{Glue, KvPort, Layer, LayerMap, PortRole, Tap};
 pub use merged::{Branch, Merged};
 pub use owner::Owner;
 pub use owners::Owners;
+pub use projection::Projection;
 
 use crate::base::Result;
 use crate::ir::{Body, Graph, GraphIndex, Model};

@@ -127,7 +127,8 @@ mod tests {
         crate::onnx::load(&path).unwrap()
     }
 
-    /// The decoder with a node before its head: operator, attribute `axis` if any, int64 inputs after the stream.
+    /// The decoder with one more node before its head: operator, attribute `axis` if any, and int64 inputs after the
+    /// stream.
     fn with_node(op: &str, axis: Option<i64>, others: &[&[i64]]) -> Option<String> {
         let mut model = llama();
         let result = analyse(&model).unwrap().map.result;
@@ -157,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn heads_that_read_some_positions_are_told_from_those_that_read_all() {
+    fn a_head_that_selects_positions_is_recognised() {
         assert_eq!(analyse(&llama()).unwrap().picks_positions(), None);
         let whole = &[i64::MAX][..];
         type Case<'a> = (&'a str, Option<i64>, &'a [&'a [i64]], bool);
@@ -178,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn a_declared_shape_of_one_position_is_believed_unless_the_caller_may_choose() {
+    fn one_declared_position_means_selection_unless_an_input_decides() {
         let mut model = llama();
         let logits = model.graph.body.outputs[0];
         if let Some(crate::ir::ValueType::Tensor { shape: Some(shape), .. }) =

@@ -29,16 +29,18 @@ pub fn longest_chain(graph: &Graph, body: &Body) -> Result<Chain> {
         Some((_, chain)) => Err(Error::unsupported(
             "the graph",
             format!(
-                "from input `{}` to output `{}` no value is carried on as `x + f(x)` from block to block, so there is no residual stream",
+                "from input `{}` to output `{}` no value is carried on as `x + f(x)` from block to block, so there is \
+                 no residual stream",
                 graph.name(chain.source),
                 graph.name(result)
             ),
         )
         .remedy("interlace works on transformer decoders and encoders")),
-        None => Err(Error::unsupported(
-            "the graph",
-            format!("no input leads to output `{}`", graph.name(result)),
-        ).remedy("give a graph whose first output is computed from its inputs")),
+        None => {
+            let problem = format!("no input leads to output `{}`", graph.name(result));
+            Err(Error::unsupported("the graph", problem)
+                .remedy("give a graph whose first output is computed from its inputs"))
+        }
     }
 }
 
@@ -54,6 +56,7 @@ pub fn longest_where(graph: &Graph, body: &Body, result: ValueId, wanted: &dyn F
 struct Rank {
     /// Residual blocks that mix tokens.
     mixers: usize,
+    /// True for a chain of dominators, false for one of sums; see [`chains`].
     by_dominators: bool,
     /// Residual blocks.
     blocks: usize,
@@ -167,8 +170,7 @@ fn dominators(graph: &Graph, body: &Body, source: ValueId, result: ValueId) -> O
     // Vertices of the dominator tree: first the values by id, then the nodes.
     let values = graph.values.len();
     let vertices = values + body.nodes.len();
-    const NONE: u32 = u32::MAX;
-    let mut parent = vec![NONE; vertices];
+    let mut parent = vec![u32::MAX; vertices];
     let mut depth = vec![0u32; vertices];
     let mut reached = vec![false; vertices];
     reached[source.index()] = true;
@@ -176,29 +178,9 @@ fn dominators(graph: &Graph, body: &Body, source: ValueId, result: ValueId) -> O
         if node.reads_shape_only() {
             continue;
         }
-        let mut dominator = NONE;
-        for input in data_inputs(body, number) {
-            if !reached[input.index()] {
-                continue;
-            }
-            let mut a = input.index() as u32;
-            if dominator == NONE {
-                dominator = a;
-                continue;
-            }
-            let mut b = dominator;
-            while a != b {
-                if depth[a as usize] >= depth[b as usize] {
-                    a = parent[a as usize];
-                } else {
-                    b = parent[b as usize];
-                }
-            }
-            dominator = a;
-        }
-        if dominator == NONE {
-            continue;
-        }
+        let inputs = data_inputs(body, number).into_iter().filter(|input| reached[input.index()]);
+        let dominator = inputs.map(|input| input.index() as u32).reduce(|a, b| common_ancestor(&parent, &depth, a, b));
+        let Some(dominator) = dominator else { continue };
         let vertex = values + number;
         parent[vertex] = dominator;
         depth[vertex] = depth[dominator as usize] + 1;
@@ -223,6 +205,18 @@ fn dominators(graph: &Graph, body: &Body, source: ValueId, result: ValueId) -> O
     let ids = id_table(body);
     let chain = on_chain.iter().filter_map(|vertex| ids.get(vertex).copied()).collect();
     Some((chain, reached.split_off(values)))
+}
+
+/// The nearest vertex on the way to the root from both `a` and `b`.
+fn common_ancestor(parent: &[u32], depth: &[u32], mut a: u32, mut b: u32) -> u32 {
+    while a != b {
+        if depth[a as usize] >= depth[b as usize] {
+            a = parent[a as usize];
+        } else {
+            b = parent[b as usize];
+        }
+    }
+    a
 }
 
 /// For each node: true when `result` depends on its content.

@@ -32,8 +32,9 @@ fn node(graph: &mut Graph, op_type: &str, inputs: &[ValueId], outputs: usize) ->
 }
 
 #[test]
-fn every_exporter_s_eight_layers_are_found() {
+fn eight_layers_are_found_in_the_graphs_of_every_exporter() {
     let table = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/zoo/cases.tsv")).unwrap();
+    assert!(table.lines().count() >= 15, "{table}");
     for line in table.lines() {
         let name = line.split('\t').next().unwrap();
         let found = zoo(name);
@@ -87,7 +88,7 @@ fn hybrid(recurrent: bool) -> Model {
 }
 
 #[test]
-fn hybrids_show_what_their_layers_do_and_which_state_is_whose() {
+fn hybrid_layers_have_the_right_kind_and_their_own_states() {
     for (recurrent, kind) in [(false, "short convolution"), (true, "linear attention")] {
         let found = analyse(&hybrid(recurrent)).unwrap();
         assert_eq!(found.map.layers.len(), 3, "{kind}");
@@ -105,7 +106,7 @@ fn hybrids_show_what_their_layers_do_and_which_state_is_whose() {
 }
 
 #[test]
-fn states_of_one_layer_are_told_apart() {
+fn convolution_and_recurrent_states_of_a_layer_are_distinguished() {
     let mut model = Model::default();
     let graph = &mut model.graph;
     let mut stream = value(graph, "inputs_embeds");
@@ -132,7 +133,7 @@ fn states_of_one_layer_are_told_apart() {
 
 /// Quantisers replace the products by other operators; the caches are still recognised by the source of their entries.
 #[test]
-fn products_in_few_bits_are_products() {
+fn low_bit_matrix_products_count_as_matrix_products() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model/onnx/decoder_model_merged.onnx");
     let plain = onnx::load(&path).unwrap();
     let ports = |model: &Model| -> Vec<String> {
@@ -201,7 +202,7 @@ fn fused(domain: &str, op_type: &str, inputs: usize, past: [usize; 2]) -> Model 
 }
 
 #[test]
-fn fused_operators_with_a_cache_are_known_or_named() {
+fn fused_attention_with_a_cache_is_supported_or_refused_by_name() {
     for (op_type, inputs, past) in [("GroupQueryAttention", 7, [3, 4]), ("PagedAttention", 10, [3, 4])] {
         let found = analyse(&fused("com.microsoft", op_type, inputs, past)).unwrap();
         for layer in &found.map.layers {

@@ -64,15 +64,54 @@ pub fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<()> {
     file.commit()
 }
 
+/// Kinds of artifacts: what one holds, a key that no kind before it has, and the verb that writes it.
+const KINDS: &[(&str, &str, &str)] = &[
+    ("scores", "sim_1", "score"),
+    ("a plan", "finetune_pruned", "plan"),
+    ("the record of a model", "history", "prune"),
+    ("the report of a finetuning", "resumed_from_step", "finetune"),
+    ("the plan of a finetuning", "frozen_before", "finetune --dry-run"),
+    ("the layers of a model", "between_layers", "inspect"),
+    ("a verification", "checks", "verify"),
+    ("measured times", "cores", "bench"),
+    ("a report", "model", "eval"),
+];
+
 /// Reads an artifact of the given schema version.
 ///
 /// Errors: `Error::Io` when unreadable; `Error::Invalid` when it is not JSON of that type or of another version.
 pub fn read_json<T: DeserializeOwned>(path: &Path, schema_version: u32) -> Result<T> {
+    read(path, schema_version, None)
+}
+
+/// As [`read_json`], for a file that the user names, which may hold another kind of artifact. `expected` is a kind as
+/// messages call it: `scores`, `a plan`.
+///
+/// Errors: as [`read_json`], and `Error::Invalid` with the kind that was found.
+pub fn read_artifact<T: DeserializeOwned>(path: &Path, schema_version: u32, expected: &str) -> Result<T> {
+    read(path, schema_version, Some(expected))
+}
+
+/// The error for a file with another kind of artifact than `expected`; `None` for that kind and for unknown ones.
+fn other_kind(path: &Path, value: &serde_json::Value, expected: &str) -> Option<Error> {
+    value.get("schema_version")?;
+    let (found, ..) = KINDS.iter().find(|(_, key, _)| value.get(key).is_some())?;
+    let (_, _, verb) = KINDS.iter().find(|(kind, ..)| *kind == expected)?;
+    (*found != expected).then(|| {
+        Error::invalid(format!("`{}`", path.display()), format!("holds {found}, expected {expected}"))
+            .remedy(format!("name a file that `interlace {verb}` wrote"))
+    })
+}
+
+fn read<T: DeserializeOwned>(path: &Path, schema_version: u32, expected: Option<&str>) -> Result<T> {
     let subject = || format!("`{}`", path.display());
     let bytes = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
     let value: serde_json::Value = serde_json::from_slice(&bytes).map_err(|e| {
         Error::invalid(subject(), format!("not JSON: {e}")).remedy("make it again with the verb that writes it")
     })?;
+    if let Some(error) = expected.and_then(|expected| other_kind(path, &value, expected)) {
+        return Err(error);
+    }
     match value.get("schema_version").and_then(serde_json::Value::as_u64) {
         Some(found) if found == u64::from(schema_version) => {}
         Some(found) => {

@@ -50,7 +50,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn devices_are_read_as_written() {
+    fn device_names_are_parsed_and_printed() {
         let cases = [("cpu", Device::Cpu), ("cuda", Device::Cuda(0)), ("cuda:3", Device::Cuda(3))];
         for (text, want) in cases {
             assert_eq!(text.parse::<Device>().ok(), Some(want), "{text}");
@@ -59,7 +59,7 @@ mod tests {
     }
 
     #[test]
-    fn other_words_are_refused() {
+    fn invalid_device_names_are_refused() {
         for text in ["", "gpu", "CPU", "cpu:0", "cuda:", "cuda:-1", "cuda:+1", "cuda:x", "cuda:99999999999"] {
             let error = text.parse::<Device>().expect_err(text).to_string();
             assert!(error.contains("cuda:N"), "{error}");

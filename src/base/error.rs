@@ -164,6 +164,17 @@ impl Error {
         }
     }
 
+    /// Removes the remedy; for callers that name a better one.
+    #[must_use]
+    pub fn without_remedy(mut self) -> Self {
+        if let Error::Invalid { remedy, .. } | Error::Unsupported { remedy, .. } | Error::NotFinite { remedy, .. } =
+            &mut self
+        {
+            *remedy = None;
+        }
+        self
+    }
+
     /// Sets the remedy: an action of the user.
     #[must_use]
     pub fn remedy(mut self, text: impl Into<String>) -> Self {

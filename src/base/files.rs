@@ -9,7 +9,8 @@ use std::path::{Component, Path, PathBuf};
 use memmap2::Mmap;
 
 use super::error::{Error, Result};
-use super::staging::{hold, temporary_of};
+use super::staging::{folder_of, hold, temporary_of};
+use super::text::shortened;
 
 /// Bytes that a user may still write on the disk of `path`, or of the nearest folder above it that exists.
 ///
@@ -26,6 +27,47 @@ pub fn free_disk_bytes(path: &Path) -> Result<u64> {
     };
     let found = found.ok_or_else(|| Error::io("read", folder, io::Error::last_os_error()))?;
     Ok(found.f_bavail.saturating_mul(found.f_frsize))
+}
+
+/// Checks that a file can be created at `path`. Verbs call this before they compute what they write there.
+///
+/// Errors: `Error::Invalid` when its folder does not exist or is a file, or when `path` is a folder.
+pub fn check_output_file(path: &Path) -> Result<()> {
+    let folder = folder_of(path);
+    if !folder.exists() {
+        return Err(
+            Error::invalid(format!("folder `{}`", folder.display()), "does not exist").remedy("create it first")
+        );
+    }
+    if !folder.is_dir() {
+        return Err(Error::invalid(format!("output `{}`", path.display()), "its folder is a file, expected a folder")
+            .remedy("name a file in a folder that exists"));
+    }
+    if path.is_dir() {
+        return Err(Error::invalid(format!("output `{}`", path.display()), "is a folder, expected the name of a file")
+            .remedy("name a file in it"));
+    }
+    Ok(())
+}
+
+/// `path` without links, `.` and `..`, as far as its folders exist; the rest of it is resolved by its text.
+///
+/// Errors: `Error::Io` when the current folder cannot be read.
+pub fn resolved_path(path: &Path) -> Result<PathBuf> {
+    let absolute = std::path::absolute(path).map_err(|e| Error::io("read", path, e))?;
+    let mut real = PathBuf::new();
+    for part in absolute.components() {
+        match part {
+            Component::ParentDir => {
+                real.pop();
+            }
+            part => real.push(part),
+        }
+        if let Ok(place) = fs::canonicalize(&real) {
+            real = place;
+        }
+    }
+    Ok(real)
 }
 
 /// A read-only memory map of a whole file.
@@ -59,6 +101,17 @@ impl MappedFile {
     /// Path of the file.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Takes a range out of the process's memory; the next access reads it from the file again.
+    pub fn release(&self, offset: u64, length: u64) {
+        if let Some(map) = &self.map {
+            // SAFETY: the map is read-only, so a page that is dropped has the file's content when it is read again.
+            // A refusal costs memory only.
+            let _ = unsafe {
+                map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, offset as usize, length as usize)
+            };
+        }
     }
 }
 
@@ -178,7 +231,9 @@ fn is_hub_blob(folder: &Path, file: &Path) -> bool {
 /// Errors: `Error::Invalid` for an absolute path, a `..` component or another link that leaves the folder; `Error::Io`
 /// when the file does not exist.
 pub fn contained_path(folder: &Path, relative: &str) -> Result<PathBuf> {
-    let subject = || format!("path `{relative}` in `{}`", folder.display());
+    // A name that is longer than file systems allow is no name, but for instance a picture in base64.
+    let shown = if relative.len() > 255 { shortened(relative) } else { relative.to_string() };
+    let subject = || format!("path `{shown}` in `{}`", folder.display());
     let candidate = Path::new(relative);
     let plain = !relative.is_empty()
         && !relative.contains(['\\', '\0'])
@@ -189,7 +244,7 @@ pub fn contained_path(folder: &Path, relative: &str) -> Result<PathBuf> {
     }
     let joined = folder.join(candidate);
     let root = fs::canonicalize(folder).map_err(|e| Error::io("open", folder, e))?;
-    let resolved = fs::canonicalize(&joined).map_err(|e| Error::io("open", &joined, e))?;
+    let resolved = fs::canonicalize(&joined).map_err(|e| Error::io("open", folder.join(&shown), e))?;
     if !resolved.starts_with(&root) && !is_hub_blob(&root, &resolved) {
         return Err(Error::invalid(subject(), "leads out of the folder through a link")
             .remedy("copy the folder with its links followed (`cp -rL`)"));
@@ -202,8 +257,64 @@ mod tests {
     use super::*;
     use std::os::unix::fs::symlink;
 
+    /// What a mapped file holds in memory goes when it is released, and comes back when it is read.
     #[test]
-    fn links_stay_inside_or_lead_to_the_hub_s_blobs() {
+    fn a_released_range_is_read_from_the_file_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("weights");
+        let content: Vec<u8> = (0..4u32 << 20).map(|at| (at % 251) as u8).collect();
+        fs::write(&path, &content).unwrap();
+        let file = MappedFile::open(&path).unwrap();
+        let resident = || -> u64 {
+            let maps = fs::read_to_string("/proc/self/smaps").unwrap();
+            let own = maps.lines().skip_while(|line| !line.ends_with(path.to_str().unwrap()));
+            let line = own.clone().find(|line| line.starts_with("Rss:")).unwrap();
+            line.split_whitespace().nth(1).unwrap().parse().unwrap()
+        };
+        assert!(file[..] == content[..] && resident() == 4096);
+        file.release(0, 4 << 20);
+        assert_eq!(resident(), 0);
+        assert!(file[..] == content[..]);
+    }
+
+    #[test]
+    fn the_folder_of_an_output_file_must_exist() {
+        let root = tempfile::tempdir().unwrap();
+        fs::write(root.path().join("file"), "x").unwrap();
+        for good in ["new.json", "file"] {
+            check_output_file(&root.path().join(good)).unwrap();
+        }
+        check_output_file(Path::new("new.json")).unwrap();
+        for (bad, want) in [
+            ("none/x.json", "none`: does not exist; create it first"),
+            ("file/x.json", "its folder is a file, expected a folder"),
+            ("", "is a folder, expected the name of a file"),
+        ] {
+            let error = check_output_file(&root.path().join(bad)).unwrap_err().to_string();
+            assert!(error.contains(want), "{bad}: {error}");
+        }
+    }
+
+    #[test]
+    fn paths_are_resolved_as_far_as_they_exist() {
+        let root = tempfile::tempdir().unwrap();
+        let here = fs::canonicalize(root.path()).unwrap();
+        fs::create_dir_all(here.join("a/b")).unwrap();
+        symlink("a/b", here.join("link")).unwrap();
+        for (path, want) in [
+            ("a/new", "a/new"),
+            ("a/../c/./d", "c/d"),
+            ("link/new", "a/b/new"),
+            ("link/../new", "a/new"),
+            ("none/../a/new", "a/new"),
+            ("none/more/../../link/x", "a/b/x"),
+        ] {
+            assert_eq!(resolved_path(&root.path().join(path)).unwrap(), here.join(want), "{path}");
+        }
+    }
+
+    #[test]
+    fn symlinks_may_lead_only_inside_the_folder_or_to_hub_cache_blobs() {
         let root = tempfile::tempdir().unwrap();
         let snapshot = root.path().join("repo/snapshots/abc/onnx");
         fs::create_dir_all(&snapshot).unwrap();
@@ -215,8 +326,10 @@ mod tests {
             symlink(target, snapshot.join(name)).unwrap();
         }
         assert!(contained_path(&snapshot, "a").is_ok());
-        for name in ["b", "c", "../onnx/a", "/etc/passwd", ""] {
-            assert!(contained_path(&snapshot, name).is_err(), "{name}");
+        let (link, path) = ("leads out of the folder through a link", "must be a relative path without `..`");
+        for (name, want) in [("b", link), ("c", link), ("../onnx/a", path), ("/etc/passwd", path), ("", path)] {
+            let error = contained_path(&snapshot, name).unwrap_err().to_string();
+            assert!(error.contains(want), "{name}: {error}");
         }
         let plain = root.path().join("plain");
         fs::create_dir(&plain).unwrap();

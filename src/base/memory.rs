@@ -16,7 +16,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_resident_is_seen() {
+    fn peak_memory_includes_a_resident_allocation() {
         let block = std::hint::black_box(vec![1u8; 64 << 20]);
         assert!(peak_memory_bytes() >= 64 << 20);
         drop(block);

@@ -16,18 +16,20 @@ mod stopwatch;
 mod text;
 mod threads;
 
-pub use ahead::ahead;
-pub use artifact::{Provenance, read_json, write_json};
+pub use ahead::{ahead, prepared_ahead};
+pub use artifact::{Provenance, read_artifact, read_json, write_json};
 pub use cancel::{Cancel, install_ctrl_c};
 pub use device::Device;
 pub use error::{Error, Result};
-pub use files::{AtomicFile, MappedFile, contained_path, copy_range, free_disk_bytes};
+pub use files::{
+    AtomicFile, MappedFile, check_output_file, contained_path, copy_range, free_disk_bytes, resolved_path,
+};
 pub use hash::{Sha256Digest, sha256_bytes, sha256_file, sha256_json, sha256_large_file};
 pub use memory::peak_memory_bytes;
 pub use peers::{Peers, gathered, is_first, is_own, own_part};
 pub use progress::{Progress, notice, set_quiet};
 pub use runaway::{on_runaway, watched};
-pub use staging::{ScratchDir, StagedDir};
+pub use staging::{ScratchDir, StagedDir, folder_of};
 pub use stopwatch::Stopwatch;
-pub use text::{findings_preview, human_bytes, human_count, list_preview};
+pub use text::{clipped, findings_preview, human_bytes, human_count, list_preview, shortened};
 pub use threads::thread_count;

@@ -53,7 +53,7 @@ pub fn gathered<T: Serialize + DeserializeOwned>(peers: Option<&dyn Peers>, own:
 mod tests {
     use super::*;
 
-    /// One of several that hear the same from all.
+    /// One of several ranks that all receive the same values.
     struct Echo(usize, usize);
 
     impl Peers for Echo {
@@ -71,7 +71,7 @@ mod tests {
     }
 
     #[test]
-    fn parts_are_the_whole_in_its_order() {
+    fn the_parts_of_all_ranks_join_to_the_whole_in_order() {
         let items: Vec<usize> = (0..10).collect();
         for size in 1..=12 {
             let parts = (0..size).flat_map(|rank| own_part(Some(&Echo(rank, size)), &items).to_vec());
@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_travel_to_the_last_bit() {
+    fn gathered_numbers_are_bit_identical() {
         let value = (0.1f64 + 0.2, f64::MIN_POSITIVE);
         assert_eq!(gathered(Some(&Echo(1, 3)), value).unwrap(), [value; 3]);
         assert_eq!(gathered(None, value).unwrap(), [value]);

@@ -59,7 +59,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn work_gives_its_result() {
+    fn watched_work_returns_its_result() {
         assert!(resident_bytes() > 1 << 20);
         assert_eq!(watched(|| Error::invalid("work", "ran away"), || 3), 3);
     }

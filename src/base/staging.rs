@@ -99,11 +99,9 @@ pub(super) fn temporary_of(path: &Path) -> Result<PathBuf> {
     Ok(temporary)
 }
 
-fn folder_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    }
+/// The folder of a file or folder; `.` for a bare name.
+pub fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// A folder that is removed when dropped. When this process is killed, a later run removes it.
@@ -264,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_a_process_that_is_gone_left_is_removed() {
+    fn only_leftovers_of_ended_processes_are_removed() {
         let mut child = Command::new("sleep").arg("600").stdout(Stdio::null()).spawn().unwrap();
         let owner = Owner { process: child.id(), start: start_of(child.id()).unwrap(), place: place() };
         let folder = tempfile::tempdir().unwrap();
@@ -293,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_run_in_another_container_holds_is_left_alone() {
+    fn a_folder_locked_by_another_container_is_not_removed() {
         let folder = tempfile::tempdir().unwrap();
         let elsewhere = Owner { place: !place(), ..Owner::current().clone() };
         let staged = folder.path().join(format!(".interlace-{}-abc", elsewhere.tag()));
@@ -306,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn a_staged_folder_appears_when_it_is_complete() {
+    fn a_staged_folder_appears_under_its_name_on_commit() {
         let folder = tempfile::tempdir().unwrap();
         let target = folder.path().join("out");
         let staged = StagedDir::create(&target).unwrap();

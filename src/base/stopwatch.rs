@@ -40,7 +40,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn times_of_items_add_up() {
+    fn the_times_of_all_iterator_items_add_up() {
         let watch = Stopwatch::default();
         let slow = (0..5).inspect(|_| std::thread::sleep(Duration::from_millis(4)));
         assert_eq!(watch.over(slow).sum::<i32>(), 10);

@@ -5,7 +5,7 @@ pub fn human_bytes(bytes: u64) -> String {
     scaled(bytes, &["B", "kB", "MB", "GB", "TB"])
 }
 
-/// `4.2 M`, `640`: decimal units, three significant digits.
+/// `4.20 M`, `640`: decimal units, three significant digits.
 pub fn human_count(count: u64) -> String {
     scaled(count, &["", "k", "M", "G", "T"]).trim_end().to_string()
 }
@@ -47,9 +47,42 @@ pub fn findings_preview(findings: &[String], shown: usize) -> String {
     text
 }
 
+/// The first 60 characters of a cell or a name from a data set, followed by `..` where it is longer.
+pub fn shortened(text: &str) -> String {
+    const SHOWN: usize = 60;
+    if text.chars().nth(SHOWN).is_none() {
+        return text.to_string();
+    }
+    let start: String = text.chars().take(SHOWN).collect();
+    format!("{start}..")
+}
+
+/// A parser's message without the middle of a long value that it quotes.
+pub fn clipped(message: &str) -> String {
+    const SHOWN: usize = 90;
+    let count = message.chars().count();
+    if count <= 2 * SHOWN {
+        return message.to_string();
+    }
+    let start: String = message.chars().take(SHOWN).collect();
+    let end: String = message.chars().skip(count - SHOWN).collect();
+    format!("{start}..{end}")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn long_cells_and_messages_are_cut() {
+        assert_eq!(shortened("ä.png"), "ä.png");
+        assert_eq!(shortened(&"ä".repeat(60)), "ä".repeat(60));
+        assert_eq!(shortened(&"ä".repeat(61)), format!("{}..", "ä".repeat(60)));
+        assert_eq!(clipped("expected a list"), "expected a list");
+        let long = clipped(&format!("invalid type: \"{}\", expected a list", "ä".repeat(5000)));
+        assert!(long.starts_with("invalid type: \"ä") && long.ends_with("ä\", expected a list"), "{long}");
+        assert_eq!(long.chars().count(), 182);
+    }
 
     #[test]
     fn units_are_decimal_with_three_digits() {
@@ -62,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn previews_count_what_they_leave_out() {
+    fn list_previews_count_the_omitted_items() {
         assert_eq!(list_preview(&["a", "b", "c"], 2), "`a`, `b` and 1 more");
         assert_eq!(list_preview::<&str>(&[], 2), "nothing");
     }

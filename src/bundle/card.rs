@@ -142,12 +142,13 @@ mod tests {
             dropped,
             dropped_original,
             deepstack: None,
+            compensated: Vec::new(),
             taps: Vec::new(),
         }
     }
 
     #[test]
-    fn a_card_says_first_what_was_removed_and_keeps_its_front_matter_first() {
+    fn the_preface_after_the_front_matter_lists_the_removed_layers() {
         let card = "---\nlicense: mit\n---\n# Model\n\n97.3 % accuracy\n";
         let first = with_preface(card, "org/name", &[prune(&[2, 5], 8)], "interlace 1");
         assert!(first.starts_with("---\nlicense: mit\n---\n\n<!-- interlace: made from org/name -->\n"), "{first}");
@@ -168,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn a_snapshot_in_the_hub_s_cache_has_the_repository_s_name() {
+    fn a_hub_cache_snapshot_is_named_after_its_repository() {
         for (path, want) in [
             ("/no/such/models--org--some--name/snapshots/0abc", "org/some--name"),
             ("/no/such/my-model", "my-model"),

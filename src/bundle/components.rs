@@ -9,7 +9,7 @@ use crate::base::{Error, Result, contained_path};
 use super::component::Component;
 use super::layout::{Components, Layout, Role, VARIANTS};
 use super::listing::Listing;
-use super::text::read_text;
+use super::text::read_json;
 
 /// Sections of `genai_config.json` that name a graph, under `model`.
 const GENAI_SECTIONS: &[(&str, Role)] = &[
@@ -65,6 +65,7 @@ fn components_by_stem(listing: &Listing, rows: &[(&str, Role)]) -> Vec<Component
     components
 }
 
+/// The component in `file`, which the config file `by` names.
 fn named_component(root: &Path, listing: &Listing, role: Role, file: &str, by: &str) -> Result<Component> {
     let subject = || format!("{by} in `{}`", root.display());
     contained_path(root, file)?;
@@ -82,9 +83,7 @@ fn named_component(root: &Path, listing: &Listing, role: Role, file: &str, by: &
 fn components_of_genai(root: &Path, listing: &Listing) -> Result<Vec<Component>> {
     let path = root.join("genai_config.json");
     let subject = || format!("`{}`", path.display());
-    let config: Value = serde_json::from_str(&read_text(&path)?).map_err(|e| {
-        Error::invalid(subject(), format!("not JSON: {e}")).remedy("correct the file, or download it again")
-    })?;
+    let config = read_json(&path)?;
     let model = config
         .get("model")
         .ok_or_else(|| Error::invalid(subject(), "has no `model`").remedy("correct the file, or download it again"))?;
@@ -112,9 +111,7 @@ fn components_of_genai(root: &Path, listing: &Listing) -> Result<Vec<Component>>
 fn components_of_export(root: &Path, listing: &Listing) -> Result<Vec<Component>> {
     let path = root.join("export.json");
     let subject = || format!("`{}`", path.display());
-    let config: Value = serde_json::from_str(&read_text(&path)?).map_err(|e| {
-        Error::invalid(subject(), format!("not JSON: {e}")).remedy("correct the file, or download it again")
-    })?;
+    let config = read_json(&path)?;
     let entries = config.get("components").and_then(Value::as_object);
     let entries = entries.ok_or_else(|| {
         Error::invalid(subject(), "has no `components`").remedy("correct the file, or download it again")

@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn caches_lose_their_layers() {
+    fn dropped_layers_are_removed_from_the_cache_specs() {
         let text =
             serde_json::json!({"components": {"decode": {"file": "decode.onnx", "metadata": {"in_spec": spec(3)}}}});
         let document = Document::parse("export.json", text.to_string()).unwrap();

@@ -294,7 +294,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_edit_changes_nothing_else() {
+    fn an_edit_changes_only_its_span() {
         let text = "{\"rms_norm_eps\": 1e-05,\n  \"n\": 8, \"list\": [\n    \"a\",\n    \"b\\\"]\",\n    \"c\"\n  ],\t\"x\": -0.0}\n";
         let document = Document::parse("config.json", text.to_string()).unwrap();
         assert_eq!(document.apply(Vec::new()).unwrap(), text);
@@ -308,20 +308,20 @@ mod tests {
     }
 
     #[test]
-    fn a_key_given_twice_is_refused() {
+    fn a_duplicate_key_is_refused() {
         let error = Document::parse("config.json", "{\"a\": 1, \"a\": 2}".into()).unwrap_err();
         assert!(error.to_string().contains("`a` occurs twice"), "{error}");
     }
 
     #[test]
-    fn deep_nesting_is_an_error() {
+    fn deep_nesting_is_refused() {
         let text = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
         assert!(Document::parse("config.json", text).unwrap_err().to_string().contains("nested deeper"));
     }
 
     proptest::proptest! {
         #[test]
-        fn spans_cover_what_the_parser_reads(value in arbitrary_json()) {
+        fn spans_cover_the_text_of_every_value(value in arbitrary_json()) {
             let text = serde_json::to_string_pretty(&value).unwrap();
             let document = Document::parse("x", text.clone()).unwrap();
             check(&text, document.root(), &value);

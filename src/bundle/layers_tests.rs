@@ -7,7 +7,7 @@ fn rewritten(config: &str, tower: Tower, total: usize, dropped: &[usize]) -> Res
 }
 
 #[test]
-fn each_rule_follows_its_layers() {
+fn config_keys_of_each_rule_follow_the_kept_layers() {
     let cases = [
         (r#"{"num_hidden_layers": 6, "rms_norm_eps": 1e-06}"#, r#"{"num_hidden_layers": 4, "rms_norm_eps": 1e-06}"#),
         (
@@ -52,7 +52,7 @@ fn each_rule_follows_its_layers() {
 }
 
 #[test]
-fn vision_keys_follow_the_vision_tower() {
+fn vision_config_keys_follow_the_kept_vision_layers() {
     let cases = [
         (
             r#"{"num_hidden_layers": 4, "vision_config": {"depth": 4, "deepstack_visual_indexes": [0, 1, 3]}}"#,
@@ -82,7 +82,7 @@ fn vision_keys_follow_the_vision_tower() {
 }
 
 #[test]
-fn a_vision_tower_that_goes_by_a_default_must_be_written_out() {
+fn a_vision_tower_without_a_layer_count_in_the_config_is_refused() {
     let error = rewritten(r#"{"vision_config": {"patch_size": 14}}"#, Tower::Vision, 4, &[1]).unwrap_err().to_string();
     assert!(
         error.contains("does not say how many layers the vision tower has; write `\"num_hidden_layers\": 4`"),
@@ -93,7 +93,7 @@ fn a_vision_tower_that_goes_by_a_default_must_be_written_out() {
 }
 
 #[test]
-fn what_cannot_follow_is_refused_by_name() {
+fn config_keys_that_cannot_follow_the_layers_are_refused_by_name() {
     let cases = [
         (r#"{"num_hidden_layers": 8, "vision_feature_layer": -3}"#, "is 8, but the text tower's graph has 6 layers"),
         (r#"{"hidden_size": 8}"#, "does not say how many layers"),
@@ -125,9 +125,9 @@ fn what_cannot_follow_is_refused_by_name() {
     }
 }
 
-/// Keys that published configs write as a number, letters or a list, and keys over which another key has precedence.
+/// Config keys that published models write as a number, letters or a list, and keys that another key overrides.
 #[test]
-fn keys_of_several_types_follow_their_layers() {
+fn config_keys_of_several_value_types_follow_the_kept_layers() {
     let kinds = r#""layer_types": ["a","b","c","d","e","f"]"#;
     let left = r#""layer_types": ["a","c","d","f"]"#;
     let listed: [(&str, &str); 7] = [
@@ -208,7 +208,7 @@ fn keys_of_several_types_follow_their_layers() {
 }
 
 #[test]
-fn a_last_layer_that_the_config_counts_and_the_graph_lacks_is_counted_on() {
+fn a_last_layer_missing_from_the_graph_stays_in_the_config_count() {
     for (config, want) in [
         (
             r#"{"drop_vision_last_layer": true, "vision_config": {"num_hidden_layers": 5, "insert_layer_id": 2}}"#,

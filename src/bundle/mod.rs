@@ -38,12 +38,12 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::base::{Error, Result, Sha256Digest, list_preview, sha256_json, sha256_large_file};
+use crate::base::{Error, Result, Sha256Digest, folder_of, list_preview, sha256_json, sha256_large_file};
 use crate::ir::{Body, TensorData};
 
 use layout::VARIANTS;
 use listing::Listing;
-use text::read_text;
+use text::{read_json, read_text};
 
 /// A precision variant that cannot be worked on, while a more precise one of the same component can.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
@@ -99,12 +99,11 @@ impl Bundle {
         let name = name
             .ok_or_else(|| Error::invalid(subject(), "its name is not UTF-8").remedy("rename the file"))?
             .to_string();
-        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let external = external_files(path)?;
         let stem = name.trim_end_matches(".onnx").to_string();
         let component = Component { role: Role::Decoder, stem, variant: String::new(), file: name, external };
         Ok(Bundle {
-            root: parent.to_path_buf(),
+            root: folder_of(path).to_path_buf(),
             layout: &SINGLE_FILE,
             components: vec![component],
             assets: Vec::new(),
@@ -138,24 +137,10 @@ impl Bundle {
         let claimed = |components: &[Component], file: &String| {
             components.iter().any(|c| c.file == *file || c.external.contains(file))
         };
-        let mut unreadable = None;
         // Names usually show which data belongs to which component. Only when they do not, the graphs are read.
-        if listing.files.iter().any(|file| !claimed(&components, file) && assets::named(file).is_none()) {
-            let choices: Vec<bool> = components.iter().map(|c| is_most_precise(&components, c)).collect();
-            for (component, most_precise) in components.iter_mut().zip(choices) {
-                let named = match external_files(&root.join(&component.file)) {
-                    Err(error) if !most_precise => {
-                        unreadable.get_or_insert_with(|| format!("`{}` cannot be read: {error}", component.file));
-                        continue;
-                    }
-                    named => named?,
-                };
-                let folder = component.file.rsplit_once('/').map_or(String::new(), |(folder, _)| format!("{folder}/"));
-                component.external.extend(named.into_iter().map(|name| format!("{folder}{name}")));
-                component.external.sort();
-                component.external.dedup();
-            }
-        }
+        let is_unclear = |file: &String| !claimed(&components, file) && assets::named(file).is_none();
+        let reads_graphs = listing.files.iter().any(is_unclear);
+        let unreadable = if reads_graphs { add_external_files(root, &mut components)? } else { None };
         let mut assets = Vec::new();
         for file in listing.files.iter().filter(|file| !claimed(&components, file)) {
             match assets::classify(root, file)? {
@@ -285,12 +270,7 @@ impl Bundle {
     ///
     /// Errors: as `read_text`, and `Error::Invalid` when it is not JSON.
     pub fn read_json(&self, file: &str) -> Result<Option<Value>> {
-        let Some(text) = self.read_text(file)? else { return Ok(None) };
-        let value = serde_json::from_str(&text).map_err(|e| {
-            Error::invalid(format!("`{}`", self.root.join(file).display()), format!("not JSON: {e}"))
-                .remedy("correct the file, or download it again")
-        })?;
-        Ok(Some(value))
+        self.asset_path(file).map(|path| read_json(&path)).transpose()
     }
 
     /// Steps that interlace has run on this model; `None` for a model that it did not write.
@@ -344,6 +324,28 @@ fn is_most_precise(components: &[Component], component: &Component) -> bool {
     components.iter().filter(same).all(|other| rank(component) <= rank(other))
 }
 
+/// Adds to the components the external data that their graphs name. Returns the problem of the first graph that cannot
+/// be read; that of a most precise variant is an error.
+fn add_external_files(root: &Path, components: &mut [Component]) -> Result<Option<String>> {
+    let mut unreadable = None;
+    let all = &*components;
+    let most_precise: Vec<bool> = all.iter().map(|component| is_most_precise(all, component)).collect();
+    for (component, most_precise) in components.iter_mut().zip(most_precise) {
+        let names = match external_files(&root.join(&component.file)) {
+            Err(error) if !most_precise => {
+                unreadable.get_or_insert_with(|| format!("`{}` cannot be read: {error}", component.file));
+                continue;
+            }
+            names => names?,
+        };
+        let folder = component.file.rsplit_once('/').map_or(String::new(), |(folder, _)| format!("{folder}/"));
+        component.external.extend(names.into_iter().map(|name| format!("{folder}{name}")));
+        component.external.sort();
+        component.external.dedup();
+    }
+    Ok(unreadable)
+}
+
 /// Files of external data that a graph reads, relative to its folder, sorted.
 fn external_files(path: &Path) -> Result<Vec<String>> {
     fn visit(body: &Body, files: &mut BTreeSet<PathBuf>) {
@@ -357,7 +359,7 @@ fn external_files(path: &Path) -> Result<Vec<String>> {
     let model = crate::onnx::load(path)?;
     let mut files = BTreeSet::new();
     visit(&model.graph.body, &mut files);
-    let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let folder = folder_of(path);
     let root = fs::canonicalize(folder).map_err(|e| Error::io("open", folder, e))?;
     // Data may be a link into a cache, so its name in the folder differs from its real path.
     let mut names_here = BTreeMap::new();

@@ -28,6 +28,10 @@ pub enum RecordedStep {
         /// Treatment of features that are added between layers; absent where none are.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         deepstack: Option<Deepstack>,
+        /// Layers, by their index just before this step, whose weights a linear map was folded into, which makes up for
+        /// the dropped ones after them.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        compensated: Vec<usize>,
         /// Outputs that show the residual stream and were renamed, or show it elsewhere now.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         taps: Vec<TapChange>,

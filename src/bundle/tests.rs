@@ -83,7 +83,7 @@ fn save(folder: &Path, name: &str, data: Option<&str>) {
 }
 
 #[test]
-fn a_history_that_does_not_fit_the_graph_is_refused_before_memory_is_taken() {
+fn a_history_that_contradicts_the_graph_is_refused_without_allocation() {
     let step = |layers_before, dropped: &[usize]| {
         let (dropped, dropped_original) = (dropped.to_vec(), dropped.to_vec());
         RecordedStep::Prune {
@@ -92,6 +92,7 @@ fn a_history_that_does_not_fit_the_graph_is_refused_before_memory_is_taken() {
             dropped,
             dropped_original,
             deepstack: None,
+            compensated: Vec::new(),
             taps: Vec::new(),
         }
     };
@@ -99,15 +100,17 @@ fn a_history_that_does_not_fit_the_graph_is_refused_before_memory_is_taken() {
     assert_eq!(originals(&[step(6, &[1, 4]), step(4, &[0])], 3).unwrap(), [2, 3, 5]);
     assert_eq!(originals(&[step(6, &[1, 4])], 0).unwrap_err().to_string().matches("6 layers").count(), 1);
     for layers in [0, 5, 1 << 32, usize::MAX] {
-        assert!(originals(&[step(layers, &[1, 4])], 4).is_err(), "{layers}");
+        let error = originals(&[step(layers, &[1, 4])], 4).unwrap_err().to_string();
+        assert!(error.contains(&format!("its history drops 2 of {layers} layers")), "{error}");
     }
     for dropped in [&[1, 1][..], &[1, 6], &[1, usize::MAX]] {
-        assert!(originals(&[step(6, dropped)], 4).is_err(), "{dropped:?}");
+        let error = originals(&[step(6, dropped)], 4).unwrap_err().to_string();
+        assert!(error.contains("its history drops 2 of 6 layers"), "{dropped:?}: {error}");
     }
 }
 
 #[test]
-fn components_variants_and_figures_are_read() {
+fn components_variants_and_config_values_are_read() {
     let folder = transformers_js(&[]);
     let bundle = Bundle::open(folder.path()).unwrap();
     assert_eq!(bundle.layout().name, "transformers.js");
@@ -122,7 +125,7 @@ fn components_variants_and_figures_are_read() {
 }
 
 #[test]
-fn data_under_other_names_is_claimed_by_the_graph_that_reads_it() {
+fn external_data_under_any_name_belongs_to_the_graph_that_reads_it() {
     let folder = folder(&[("config.json", r#"{"num_hidden_layers": 2}"#)]);
     save(folder.path(), "model.onnx", Some("weights.bin"));
     let bundle = Bundle::open(folder.path()).unwrap();
@@ -133,7 +136,7 @@ fn data_under_other_names_is_claimed_by_the_graph_that_reads_it() {
 }
 
 #[test]
-fn a_snapshot_of_links_into_the_hub_s_cache_is_a_folder_like_any_other() {
+fn a_hub_cache_snapshot_of_symlinks_opens_like_any_folder() {
     let repository = folder(&[("blobs/0", r#"{"num_hidden_layers": 2}"#), ("snapshots/main/README.md", "")]);
     save(&repository.path().join("blobs"), "model.onnx", Some("data"));
     let snapshot = repository.path().join("snapshots/main");
@@ -153,7 +156,7 @@ fn a_snapshot_of_links_into_the_hub_s_cache_is_a_folder_like_any_other() {
 }
 
 #[test]
-fn a_file_that_nobody_claims_is_refused_by_name() {
+fn an_unclaimed_file_is_refused_by_name() {
     let cases = [
         ("model.safetensors", "weights in another format"),
         ("model.safetensors.index.bin", "no graph in the folder reads it"),
@@ -179,7 +182,7 @@ fn a_file_that_nobody_claims_is_refused_by_name() {
 
 /// Files that download and version-control tools leave in a model folder.
 #[test]
-fn files_that_say_nothing_of_the_network_are_carried_along_and_listed() {
+fn files_that_do_not_affect_the_computation_are_copied_and_listed() {
     let carried = [
         ".DS_Store",
         ".mdl",
@@ -208,7 +211,7 @@ fn files_that_say_nothing_of_the_network_are_carried_along_and_listed() {
     let hidden = [".cache/huggingface/download/x.metadata", ".git/config", "__pycache__/handler.pyc"];
     let files: Vec<(&str, &str)> = carried.iter().chain(&known).chain(&hidden).map(|file| (*file, "{}\n")).collect();
     let folder = transformers_js(&files);
-    // Marks of a download are not text.
+    // Marker files of a download are not text.
     fs::write(folder.path().join(".msc"), [0x80, 4, 0, 0xff]).unwrap();
     for name in ["vision_encoder", "embed_tokens", "decoder_model_merged", "decoder_model_merged_q4"] {
         save(folder.path(), &format!("onnx/{name}.onnx"), None);
@@ -238,7 +241,7 @@ fn files_that_say_nothing_of_the_network_are_carried_along_and_listed() {
 }
 
 #[test]
-fn other_tools_configs_that_count_the_layers_follow_or_are_refused() {
+fn layer_counts_in_configs_of_other_tools_follow_or_are_refused() {
     let drop = |file: &str, text: &str| {
         let folder = transformers_js(&[(file, text)]);
         let bundle = Bundle::open(folder.path()).unwrap();
@@ -259,7 +262,7 @@ fn other_tools_configs_that_count_the_layers_follow_or_are_refused() {
 }
 
 #[test]
-fn a_card_says_what_was_done_to_the_model() {
+fn the_written_model_card_describes_the_pruning() {
     let card = "---\nlicense: mit\n---\n# Dense\n\naccuracy 97.3\n";
     let folder = transformers_js(&[("README.md", card), ("README_zh.md", "x"), ("LICENSE.md", "free")]);
     let bundle = Bundle::open(folder.path()).unwrap();
@@ -274,14 +277,14 @@ fn a_card_says_what_was_done_to_the_model() {
     assert!(said < written.find("# Dense").unwrap() && written.contains(&format!("made from `{name}`")), "{written}");
     assert!(fs::read_to_string(out.join("README_zh.md")).unwrap().contains("2 of 4 layers"));
     assert_eq!(fs::read_to_string(out.join("LICENSE.md")).unwrap(), "free");
-    // A copy without a change of the model keeps its card.
+    // If the model is unchanged, its card is unchanged.
     let copy = folder.path().join("copy");
     BundleWriter::create(&bundle, &copy).unwrap().commit(provenance()).unwrap();
     assert_eq!(fs::read_to_string(copy.join("README.md")).unwrap(), card);
 }
 
 #[test]
-fn graphs_that_no_verb_runs_are_components_and_are_carried_along() {
+fn graphs_that_no_verb_runs_are_components_and_are_copied() {
     let janus = ["prepare_inputs_embeds", "language_model", "lm_head", "gen_head", "gen_img_embeds", "image_decode"];
     let files: Vec<String> = janus.iter().map(|stem| format!("onnx/{stem}_q4f16.onnx")).collect();
     let mut files: Vec<(&str, &str)> = files.iter().map(|file| (file.as_str(), "x")).collect();
@@ -305,7 +308,7 @@ fn graphs_that_no_verb_runs_are_components_and_are_carried_along() {
 }
 
 #[test]
-fn layouts_are_told_apart() {
+fn the_layout_of_a_model_folder_is_recognised() {
     let genai = r#"{"model": {"type": "llama", "eos_token_id": 2, "decoder": {"filename": "text.onnx", "num_hidden_layers": 4}}}"#;
     let export = r#"{"components": {"prefill": {"file": "prefill.onnx"}, "decode": {"file": "decode.onnx"}}}"#;
     type Files<'a> = &'a [(&'a str, &'a str)];
@@ -332,7 +335,7 @@ fn layouts_are_told_apart() {
 }
 
 #[test]
-fn wrong_folders_are_refused() {
+fn invalid_model_folders_are_refused() {
     let escape = r#"{"model": {"decoder": {"filename": "../text.onnx"}}}"#;
     let cases: &[(&[(&str, &str)], &str)] = &[
         (&[("a.txt", "")], "is not a model folder"),
@@ -351,7 +354,7 @@ fn wrong_folders_are_refused() {
 }
 
 #[test]
-fn a_lone_file_brings_its_data_and_nothing_else() {
+fn a_single_onnx_file_opens_with_only_its_external_data() {
     let folder = folder(&[("y.onnx", ""), ("z.bin", "")]);
     save(folder.path(), "x.onnx", Some("weights.bin"));
     let bundle = Bundle::open(&folder.path().join("x.onnx")).unwrap();
@@ -361,7 +364,7 @@ fn a_lone_file_brings_its_data_and_nothing_else() {
 }
 
 #[test]
-fn a_written_folder_is_the_old_one_with_the_changes() {
+fn a_written_folder_differs_from_its_source_only_by_the_changes() {
     let folder = transformers_js(&[]);
     let out = folder.path().join("../").join(format!("{}-out", folder.path().file_name().unwrap().to_string_lossy()));
     let bundle = Bundle::open(folder.path()).unwrap();
@@ -391,7 +394,9 @@ fn a_written_folder_is_the_old_one_with_the_changes() {
     let mut writer = BundleWriter::create(&written, &again).unwrap();
     writer.drop_layers(&LayerEdit::new(Tower::Text, 3, &[1]).unwrap(), None, Vec::new()).unwrap();
     let record = writer.record(provenance()).unwrap();
-    let Some(RecordedStep::Prune { dropped_original, .. }) = record.history.last() else { panic!("no step") };
+    let Some(RecordedStep::Prune { dropped_original, .. }) = record.history.last() else {
+        panic!("the last step is not a pruning")
+    };
     assert_eq!(dropped_original, &[2]);
     let props = record.metadata_props(Tower::Text, 2).unwrap();
     assert!(props.contains(&("interlace.original_layers".into(), "0,3".into())), "{props:?}");
@@ -401,7 +406,7 @@ fn a_written_folder_is_the_old_one_with_the_changes() {
 }
 
 #[test]
-fn an_output_that_exists_is_refused() {
+fn an_existing_output_folder_is_refused() {
     let folder = transformers_js(&[]);
     let bundle = Bundle::open(folder.path()).unwrap();
     let error = BundleWriter::create(&bundle, folder.path()).unwrap_err().to_string();
@@ -409,7 +414,7 @@ fn an_output_that_exists_is_refused() {
 }
 
 #[test]
-fn an_exporter_s_parts_of_a_vision_language_model_are_told_apart() {
+fn exported_parts_of_a_vision_language_model_get_their_roles() {
     let parts = ["image_encoder", "multi_modal_projector", "language_model", "lm_head", "decode"];
     let components: serde_json::Map<String, serde_json::Value> = parts
         .iter()

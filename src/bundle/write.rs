@@ -4,14 +4,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::base::{AtomicFile, Error, Provenance, Result, StagedDir, write_json};
+use crate::base::{AtomicFile, Error, Provenance, Result, StagedDir, resolved_path, write_json};
 use crate::ir::Model;
 use crate::onnx::{self, Metadata, Storage};
 
 use super::json::{Document, Edit, Kind};
 use super::layers::{self, LayerEdit};
 use super::record::{Deepstack, Record, RecordedStep, TapChange};
-use super::{AssetKind, Bundle, Component, RECORD_FILE, card, export_json, is_external_data_of, read_text};
+use super::{
+    AssetKind, Bundle, Component, RECORD_FILE, SINGLE_FILE, card, export_json, is_external_data_of, read_text,
+};
 
 /// Configs of other tools whose layer keys are in the table.
 const FOREIGN_CONFIGS: &[&str] = &["params.json"];
@@ -115,11 +117,19 @@ impl<'a> BundleWriter<'a> {
             dropped: edit.dropped().to_vec(),
             dropped_original: original,
             deepstack,
+            compensated: Vec::new(),
             taps,
         };
         history.push(step.clone());
         self.steps.push(step);
         Ok(())
+    }
+
+    /// Records the layers whose weights make up for those that [`BundleWriter::drop_layers`] dropped.
+    pub fn compensate(&mut self, layers: &[usize]) {
+        if let Some(RecordedStep::Prune { compensated, .. }) = self.steps.last_mut() {
+            *compensated = layers.to_vec();
+        }
     }
 
     /// Adds a preface about the changes to the model cards, which describe the unchanged model.
@@ -336,6 +346,25 @@ pub fn config_without_layers(path: &Path, edits: &[LayerEdit]) -> Result<String>
 }
 
 impl Bundle {
+    /// Checks that an output folder is outside of the model folder: inside of it, no verb would know its files. Other
+    /// files beside a single `.onnx` file do not matter.
+    ///
+    /// Errors: `Error::Invalid`; `Error::Io` when the folder cannot be read.
+    pub fn check_output(&self, target: &Path) -> Result<()> {
+        if self.layout().name == SINGLE_FILE.name {
+            return Ok(());
+        }
+        let (place, root) = (resolved_path(target)?, resolved_path(self.root())?);
+        if !place.starts_with(&root) {
+            return Ok(());
+        }
+        let problem = match place == root {
+            true => "is the model folder itself".to_string(),
+            false => format!("lies inside the model folder `{}`", self.root().display()),
+        };
+        Err(Error::invalid(format!("output `{}`", target.display()), problem).remedy("name a folder outside of it"))
+    }
+
     /// Checks whether the configs can be adapted, as [`BundleWriter::drop_layers`] does.
     ///
     /// Errors: as there.

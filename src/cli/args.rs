@@ -135,7 +135,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lists_of_layers_are_read_strictly() {
+    fn layer_lists_are_parsed_strictly() {
         assert_eq!("2,5".parse(), Ok(LayerList(vec![2, 5])));
         assert_eq!("7".parse(), Ok(LayerList(vec![7])));
         for bad in ["", ",", "2,", ",2", "2;5", "2-5", "-1", "1.5", "two", "2,,5", "99999999999999999999999"] {
@@ -145,14 +145,14 @@ mod tests {
     }
 
     #[test]
-    fn layers_to_train_are_all_or_a_list() {
+    fn layers_to_train_are_all_or_a_layer_list() {
         assert_eq!("all".parse(), Ok(TrainedLayers::All));
         assert_eq!("2,5".parse(), Ok(TrainedLayers::These(LayerList(vec![2, 5]))));
         assert!("most".parse::<TrainedLayers>().unwrap_err().contains("as in 2,5, or `all`"));
     }
 
     #[test]
-    fn weights_are_read_strictly() {
+    fn modality_weights_are_parsed_strictly() {
         use crate::method::Modality::{Image, Text};
         assert_eq!("image=0.75,text=2".parse(), Ok(Weights([(Image, 0.75), (Text, 2.0)].into())));
         for (bad, want) in [
@@ -170,21 +170,28 @@ mod tests {
     }
 
     #[test]
-    fn amounts_take_units() {
+    fn amounts_accept_unit_suffixes() {
         let cases =
             [("1500", 1500), ("1.5M", 1_500_000), ("2GB", 2_000_000_000), ("0.5KiB", 512), ("7B", 7), ("3k", 3000)];
         for (text, want) in cases {
             assert_eq!(amount(text), Ok(want), "{text}");
         }
-        assert!(["", "0", "-1", "1X", "M", "nan", "1e30", "1.5 GB"].iter().all(|text| amount(text).is_err()));
+        for bad in ["", "0", "-1", "1X", "M", "nan", "1e30", "1.5 GB"] {
+            let error = amount(bad).expect_err(bad);
+            assert!(error.starts_with("must be a number above 0, with k, M, G"), "{bad}: {error}");
+        }
     }
 
     #[test]
-    fn fractions_and_counts_have_bounds() {
+    fn fractions_and_counts_out_of_range_are_refused() {
         assert_eq!(fraction("0.25"), Ok(0.25));
         assert_eq!(fraction("1"), Ok(1.0));
-        assert!(["0", "-0.1", "1.01", "nan", "x"].iter().all(|text| fraction(text).is_err()));
+        for bad in ["0", "-0.1", "1.01", "nan", "x"] {
+            assert_eq!(fraction(bad), Err("must be a number above 0 and at most 1".to_string()), "{bad}");
+        }
         assert_eq!(positive("3"), Ok(3));
-        assert!(["0", "-1", "1.5", ""].iter().all(|text| positive(text).is_err()));
+        for bad in ["0", "-1", "1.5", ""] {
+            assert_eq!(positive(bad), Err("must be a whole number above 0".to_string()), "{bad}");
+        }
     }
 }

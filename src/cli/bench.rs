@@ -5,7 +5,7 @@ use std::process::Command;
 
 use anyhow::Context as _;
 
-use crate::base::{Device, human_bytes, write_json};
+use crate::base::{Device, check_output_file, human_bytes, write_json};
 use crate::bundle::{ModelSource, Variants};
 use crate::eval::{self, BenchOptions, BenchReport, ModelBench, Spread};
 use crate::pipeline::steps::{Work, check_needs};
@@ -89,6 +89,7 @@ pub fn run_memory(args: MemoryArgs, context: &Context) -> anyhow::Result<Outcome
 }
 
 pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
+    check_output_file(&args.output)?;
     let runtime = Runtime::new(args.load.device)?;
     let program = std::env::current_exe().context("cannot find this program's own file")?;
     let load = &args.load;

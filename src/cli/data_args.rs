@@ -103,10 +103,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ratings_are_read_strictly() {
+    fn ratings_are_parsed_strictly() {
         assert_eq!(rating("relevance_min=4"), Ok(("relevance_min".into(), 4.0)));
-        for bad in ["relevance_min", "=4", "a=", "a=x", "a=nan", "a=inf"] {
-            assert!(rating(bad).is_err(), "{bad}");
+        for (bad, want) in [
+            ("relevance_min", "is not COLUMN=VALUE"),
+            ("=4", "is not COLUMN=VALUE"),
+            ("a=", "`` is not a number"),
+            ("a=x", "`x` is not a number"),
+            ("a=nan", "is not COLUMN=VALUE"),
+            ("a=inf", "is not COLUMN=VALUE"),
+        ] {
+            let error = rating(bad).expect_err(bad);
+            assert!(error.contains(want), "{bad}: {error}");
         }
     }
 }

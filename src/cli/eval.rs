@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::base::{Device, Peers, is_first, write_json};
+use crate::base::{Device, Peers, check_output_file, is_first, write_json};
 use crate::bundle::{ModelSource, Variants};
 use crate::data::{Benchmark, DataPart, SEQUENCE_LENGTH};
 use crate::eval::{Difference, EvalReport, Interval, Judge, Likelihood, PromptStyle, TextReport};
@@ -97,6 +97,13 @@ impl Args {
 
 /// Evaluates; with `peers` as one of several processes, of which the first prints and writes.
 pub fn run(args: Args, context: &Context, peers: Option<Box<dyn Peers + Send>>) -> anyhow::Result<Outcome> {
+    if is_first(peers.as_deref().map(|peers| peers as &dyn Peers)) {
+        check_output_file(&args.output)?;
+        // In a folder the file gets a name.
+        if let Some(path) = args.predictions.as_deref().filter(|path| !path.is_dir()) {
+            check_output_file(path)?;
+        }
+    }
     if !Benchmark::is_one(&args.data) {
         return predict(&args, context, peers);
     }

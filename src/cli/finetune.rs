@@ -11,7 +11,7 @@ use crate::bundle::ModelSource;
 use crate::data::{Amount, Subset};
 use crate::finetune::{
     DEFAULT_RECIPE, LearningRate, Limits, LoraLayers, PlannedBytes, Precision, RECIPES, RecipeRow, Report, RunPlan,
-    Settings, refuse_moved,
+    Settings, WriteTrained, interrupted_at, refuse_moved,
 };
 use crate::method::Plan;
 use crate::pipeline::steps::{self, Finetune, Trained, default_work_folder};
@@ -30,13 +30,14 @@ use super::ranks::meet_others;
     --teacher model/ -o healed/\n  interlace finetune pruned/ --plan plan.json --data train.parquet --recipe paper \
     --learning-rate 1e-3 -o healed/\n  interlace finetune model/ --layers all --data train.parquet --recipe paper \
     -o finetuned/\n\nCtrl-C leaves a checkpoint; the same command with --resume continues from it.")]
+#[command(group(clap::ArgGroup::new("which").required(true).args(["plan", "layers"])))]
 pub struct Args {
     /// Model folder: with --plan the one that `interlace prune --plan` wrote
     model: PathBuf,
     #[command(flatten)]
     variant: VariantArgs,
     /// Train the finetune layers of the plan by which the model was pruned
-    #[arg(long, value_name = "FILE", required_unless_present = "layers", conflicts_with = "layers")]
+    #[arg(long, value_name = "FILE")]
     plan: Option<PathBuf>,
     /// Train these layers of the model as it is, which need not be pruned: `all`, or indices from 0 with commas, as in 2,5
     #[arg(long, value_name = "LAYERS")]
@@ -65,7 +66,7 @@ pub struct Args {
     /// Set the peak learning rate, in the optimiser's units; of several, separated by commas, take the one that reaches
     /// the lowest loss in a trial pass; `auto` tries the optimiser's usual rates in trials of at most 32 steps each and
     /// takes the one with the lowest loss on samples that were held back [default: the recipe's]
-    #[arg(long, value_name = "LR")]
+    #[arg(long, visible_alias = "lr", value_name = "LR")]
     learning_rate: Option<LearningRate>,
     /// Put this number of samples into one forward pass [default: the recipe's]
     #[arg(long, value_name = "N")]
@@ -79,8 +80,8 @@ pub struct Args {
     /// Stop after this number of optimiser steps [default: the end of the last epoch]
     #[arg(long, value_name = "N")]
     max_steps: Option<u64>,
-    /// Compute matrix products in this number format; bf16 is faster on GPUs and on processors with bf16 instructions
-    /// [default: f32]
+    /// Compute matrix products and activations in this number format; bf16 is faster on GPUs and on processors with bf16
+    /// instructions, and halves the activations' memory [default: f32]
     #[arg(long, value_enum)]
     precision: Option<PrecisionArg>,
     /// Train low-rank adapters of this rank in place of the layers' weights, and write the merged weights
@@ -94,6 +95,10 @@ pub struct Args {
     /// Train the weight of the head too, as the authors' released code does where it is not tied to the embeddings
     #[arg(long)]
     train_head: bool,
+    /// Write the trained weights of a quantised model as float products, or quantised again by the model's own bits,
+    /// blocks and zero points, where changes below half a step are lost [default: float]
+    #[arg(long, value_enum)]
+    write_trained: Option<WriteTrainedArg>,
     /// Compute every layer again in the backward pass: less memory, more time [default: where the plan needs it]
     #[arg(long)]
     gradient_checkpointing: bool,
@@ -134,8 +139,8 @@ fn recipes_help() -> String {
     format!("How to heal:\n{}", rows.collect::<Vec<_>>().join("\n"))
 }
 
-/// Help of `--teacher`, as a test makes it from the rows. It is no call of the table of losses, whose functions would link
-/// LibTorch to the program that only prints help.
+/// Help of `--teacher`. A test compares it with the tables of losses and recipes. It is not made from them, because the
+/// functions in the table of losses would link LibTorch to the program that only prints help.
 const TEACHER_HELP: &str =
     "Read the model before pruning, for the losses `kd`, `anchor` and `hidden` (the recipes fast and best)";
 
@@ -143,6 +148,12 @@ const TEACHER_HELP: &str =
 enum LoraLayersArg {
     Trained,
     All,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum WriteTrainedArg {
+    Float,
+    Quantised,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -195,6 +206,10 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         let plan = steps::plan_finetune(&request)?;
         return dry_run(&plan, context);
     }
+    if request.resume && ranks.as_ref().is_none_or(|ranks| ranks.rank() == 0) && interrupted_at(request.work)?.is_none()
+    {
+        context.output.note(format!("no checkpoint in `{}`; starting at step 1", request.work.display()));
+    }
     let report = steps::finetune(&request, &args.output, &context.cancel, &mut |_| ())?;
     if ranks.as_ref().is_some_and(|ranks| ranks.rank() > 0) {
         return Ok(Outcome::Done);
@@ -205,11 +220,35 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         output.json(&report)?;
         return Ok(Outcome::Done);
     }
-    print_report(&report, output)
+    let metrics = fs::read_to_string(request.work.join(&report.metrics_file)).unwrap_or_default();
+    // A run that ends with the fit takes no step.
+    let losses = loss_line(&losses(&metrics)).filter(|_| report.first_loss.is_some());
+    print_report(&report, losses, output)
+}
+
+/// The loss of each step, from the lines of the metrics.
+fn losses(metrics: &str) -> Vec<f64> {
+    let loss = |line: &str| serde_json::from_str::<serde_json::Value>(line).ok()?.get("loss")?.as_f64();
+    metrics.lines().filter_map(loss).collect()
+}
+
+/// Describes the losses of a run by means over many steps: those of single steps vary too much to be compared.
+fn loss_line(losses: &[f64]) -> Option<String> {
+    let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len().max(1) as f64;
+    let quarter = losses.len().div_ceil(4);
+    match losses {
+        [] => None,
+        [loss] => Some(format!("1 step, loss {loss:.4}")),
+        _ => Some(format!(
+            "mean loss of the first quarter of the steps {:.4}, of the last quarter {:.4}",
+            mean(&losses[..quarter]),
+            mean(&losses[losses.len() - quarter..])
+        )),
+    }
 }
 
 /// Prints the report of a run.
-fn print_report(report: &Report, output: &output::Output) -> anyhow::Result<Outcome> {
+fn print_report(report: &Report, losses: Option<String>, output: &output::Output) -> anyhow::Result<Outcome> {
     output.line(format!(
         "{} steps on {} samples, {} trained parameters in layers {:?}",
         report.steps,
@@ -234,8 +273,8 @@ fn print_report(report: &Report, output: &output::Output) -> anyhow::Result<Outc
         };
         output.line(format!("layer {}: {text}", fit.layer))?;
     }
-    if let (Some(first), Some(last)) = (report.first_loss, report.last_loss) {
-        output.line(format!("loss {first:.4} at the first step, {last:.4} at the last"))?;
+    if let Some(losses) = losses {
+        output.line(losses)?;
     }
     output.line(format!(
         "{:.1} s, {:.0} tokens/s, peak memory {}",
@@ -281,6 +320,7 @@ fn dry_run(plan: &RunPlan, context: &Context) -> anyhow::Result<Outcome> {
     Ok(done)
 }
 
+/// The settings: those of the recipe, overridden by the file of settings, overridden by the flags.
 fn settings(args: &Args) -> anyhow::Result<Settings> {
     let table = match &args.settings {
         Some(path) => {
@@ -309,16 +349,21 @@ fn settings(args: &Args) -> anyhow::Result<Settings> {
         None => settings.lora.layers,
     };
     settings.train_head |= args.train_head;
+    settings.write_trained = match args.write_trained {
+        Some(WriteTrainedArg::Float) => WriteTrained::Float,
+        Some(WriteTrainedArg::Quantised) => WriteTrained::Quantised,
+        None => settings.write_trained,
+    };
     if args.gradient_checkpointing {
         settings.batch.gradient_checkpointing = Some(true);
     }
     settings.seed = args.seed.unwrap_or(settings.seed);
     settings.schedule.max_steps = args.max_steps.or(settings.schedule.max_steps);
-    match args.precision {
-        Some(PrecisionArg::F32) => settings.precision = Precision::F32,
-        Some(PrecisionArg::Bf16) => settings.precision = Precision::Bf16,
-        None => {}
-    }
+    settings.precision = match args.precision {
+        Some(PrecisionArg::F32) => Precision::F32,
+        Some(PrecisionArg::Bf16) => Precision::Bf16,
+        None => settings.precision,
+    };
     Ok(settings)
 }
 
@@ -340,7 +385,18 @@ mod tests {
     }
 
     #[test]
-    fn the_help_names_what_needs_the_dense_model() {
+    fn losses_are_compared_by_means_over_a_quarter_of_the_steps() {
+        assert_eq!(loss_line(&[]), None);
+        assert_eq!(loss_line(&[2.0]).unwrap(), "1 step, loss 2.0000");
+        let two = "mean loss of the first quarter of the steps 2.0000, of the last quarter 1.0000";
+        assert_eq!(loss_line(&[2.0, 1.0]).unwrap(), two);
+        let eight = "mean loss of the first quarter of the steps 5.0000, of the last quarter 2.0000";
+        assert_eq!(loss_line(&[6.0, 4.0, 9.0, 0.0, 9.0, 0.0, 1.0, 3.0]).unwrap(), eight);
+        assert_eq!(losses("{\"step\":1,\"loss\":2.5}\n{\"step\":2,\"loss\":1.5}\n"), [2.5, 1.5]);
+    }
+
+    #[test]
+    fn the_teacher_help_lists_the_losses_that_need_the_dense_model() {
         assert_eq!(TEACHER_HELP, teacher_help());
     }
 }

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::base::Device;
+use crate::base::{Device, check_output_file};
 use crate::bundle::ModelSource;
 use crate::pipeline::steps::{self, Decoding, Engine, Generation, Generations, Question};
 
@@ -65,6 +65,9 @@ pub struct Args {
 }
 
 pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
+    if let Some(output) = &args.output {
+        check_output_file(output)?;
+    }
     let decoding =
         Decoding { max_tokens: args.max_tokens, temperature: args.temperature, top_p: args.top_p, seed: args.seed };
     let model = args.variant.source(args.model);

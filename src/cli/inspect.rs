@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use owo_colors::OwoColorize;
 
 use crate::base::{human_bytes, human_count};
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, SINGLE_FILE};
 use crate::pipeline::steps::{self, LayerInfo, TapInfo};
 
 use super::context::{Context, Outcome};
@@ -52,6 +52,11 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         ]);
     }
     output.line(table(&rows))?;
+    // A single graph is not what these verbs are for.
+    for verdict in found.verdicts.iter().filter(|_| found.layout != SINGLE_FILE.name) {
+        let reason = verdict.reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default();
+        output.line(format!("{}: {}{reason}", verdict.verb, if verdict.works { "yes" } else { "no" }))?;
+    }
     output.line("")?;
     output.line(format!("decoder: {} layers", found.num_layers).bold())?;
     output.line(layer_table(&found.layers))?;

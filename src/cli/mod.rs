@@ -89,12 +89,39 @@ pub fn main(torch: RunTorchVerb) -> ! {
             report(json, dispatch(cli, torch))
         }
         // Help and version are not errors; clap prints them to standard output.
-        Err(error) if error.print().is_ok() && !error.use_stderr() => 0,
-        Err(_) => 2,
+        Err(error) => match error.print() {
+            _ if error.use_stderr() => 2,
+            Err(failed) if failed.kind() != std::io::ErrorKind::BrokenPipe => 2,
+            _ => 0,
+        },
     };
     end(code)
 }
 
+/// The help of every verb in Markdown, for docs/cli.md.
+pub fn reference() -> String {
+    let mut text = String::new();
+    let mut command = Cli::command().term_width(100);
+    command.build();
+    for verb in command.get_subcommands_mut().filter(|verb| !verb.is_hide_set() && verb.get_name() != "help") {
+        let help = verb.render_long_help().to_string();
+        let lines: Vec<&str> = help.lines().map(str::trim_end).collect();
+        text.push_str(&format!("\n## {}\n\n```text\n{}\n```\n", verb.get_name(), lines.join("\n").trim_end()));
+    }
+    text.push('\n');
+    text
+}
+
+/// Name and first help line of every verb, for tests and documents.
+pub fn verbs() -> Vec<(String, String)> {
+    let command = Cli::command();
+    let visible = command.get_subcommands().filter(|verb| !verb.is_hide_set());
+    visible
+        .map(|verb| (verb.get_name().to_string(), verb.get_about().map(ToString::to_string).unwrap_or_default()))
+        .collect()
+}
+
+/// Exit code of a verb's result. Prints an error.
 fn report(json: bool, result: anyhow::Result<Outcome>) -> i32 {
     match result {
         Ok(Outcome::Done) => 0,
@@ -180,40 +207,17 @@ fn run_verb(verb: Verb, context: &Context, run_torch: RunTorchVerb) -> anyhow::R
     }
 }
 
-/// The help of every verb in Markdown, for docs/cli.md.
-pub fn reference() -> String {
-    let mut text = String::new();
-    let mut command = Cli::command().term_width(100);
-    command.build();
-    for verb in command.get_subcommands_mut().filter(|verb| !verb.is_hide_set() && verb.get_name() != "help") {
-        let help = verb.render_long_help().to_string();
-        let lines: Vec<&str> = help.lines().map(str::trim_end).collect();
-        text.push_str(&format!("\n## {}\n\n```text\n{}\n```\n", verb.get_name(), lines.join("\n").trim_end()));
-    }
-    text.push('\n');
-    text
-}
-
-/// Name and first help line of every verb, for tests and documents.
-pub fn verbs() -> Vec<(String, String)> {
-    let command = Cli::command();
-    let visible = command.get_subcommands().filter(|verb| !verb.is_hide_set());
-    visible
-        .map(|verb| (verb.get_name().to_string(), verb.get_about().map(ToString::to_string).unwrap_or_default()))
-        .collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn the_definition_of_the_command_line_is_sound() {
+    fn the_command_line_definition_is_valid() {
         Cli::command().debug_assert();
     }
 
     #[test]
-    fn every_verb_helps_with_an_example_of_itself() {
+    fn the_help_of_every_verb_contains_an_example() {
         for verb in Cli::command().get_subcommands().filter(|verb| !verb.is_hide_set()) {
             let help = verb.clone().render_long_help().to_string();
             assert!(help.contains(&format!("interlace {} ", verb.get_name())), "{}", verb.get_name());

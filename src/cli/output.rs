@@ -75,14 +75,14 @@ struct FailureText<'a> {
 /// `{"error": {"code", "message", "caused_by"}}`.
 pub fn print_error(error: &anyhow::Error, json: bool) {
     let mut causes = Vec::new();
-    let mut said = error.to_string();
+    let mut previous = error.to_string();
     for cause in error.chain().skip(1) {
         // An error whose text ends with its cause already contains it.
         let text = cause.to_string();
-        if !said.ends_with(&text) {
+        if !previous.ends_with(&text) {
             causes.push(text.clone());
         }
-        said = text;
+        previous = text;
     }
     let mut stream = anstream::stderr().lock();
     let _ = writeln!(stream, "{} {error}", "error:".red().bold());
@@ -130,7 +130,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tables_align_figures_to_the_right() {
+    fn tables_align_numbers_to_the_right() {
         let rows = [["name", "loss"], ["dense", "9.5"], ["a longer one", "10.25"]];
         let rows: Vec<Vec<String>> = rows.iter().map(|row| row.map(String::from).to_vec()).collect();
         let want = "name           loss\n-------------------\ndense           9.5\na longer one  10.25";

@@ -2,12 +2,11 @@
 
 use std::path::PathBuf;
 
-use crate::base::{Device, human_bytes, human_count, sha256_file, write_json};
+use crate::base::{Device, check_output_file, human_bytes, human_count, sha256_file, write_json};
 use crate::bundle::Bundle;
-use crate::data::{Amount, Dataset, Subset};
-use crate::method::select::{STRATEGIES, Strategy};
-use crate::method::{LossMeter, Plan, Scores};
-use crate::pipeline::steps::{self, HowMany, PlanSettings, PlannedModel, Work, check_needs};
+use crate::method::select::{Measures, STRATEGIES, Strategy};
+use crate::method::{FIT_TOKENS, Plan, Scores};
+use crate::pipeline::steps::{self, HowMany, Meter, PlanSettings, PlannedModel};
 
 use super::args::{LayerList, Weights, amount, positive};
 use super::context::{Context, Outcome};
@@ -65,9 +64,12 @@ pub struct Args {
     /// Read calibration data, for strategies that measure losses
     #[arg(long, value_name = "DATA")]
     data: Option<PathBuf>,
-    /// Draw this number of calibration samples
-    #[arg(long, value_name = "N", default_value_t = 32, value_parser = positive, requires = "data")]
-    samples: usize,
+    /// Draw this number of calibration samples [default: 32, or all where there are fewer]
+    #[arg(long, value_name = "N", value_parser = positive, requires = "data")]
+    samples: Option<usize>,
+    /// Fit on at most this number of tokens of other samples, for strategies that measure losses after a fit
+    #[arg(long, value_name = "N", default_value_t = FIT_TOKENS, value_parser = positive, requires = "data")]
+    fit_tokens: usize,
     #[command(flatten)]
     reading: DataArgs,
     /// Measure losses on this device: cpu, cuda or cuda:N
@@ -87,6 +89,7 @@ fn strategies_help() -> String {
 }
 
 pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
+    check_output_file(&args.output)?;
     let strategy =
         args.strategy.unwrap_or_else(|| if args.drop.is_some() { "explicit" } else { "interlace" }.to_string());
     let how_many = [
@@ -106,50 +109,40 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
     let scores = args.scores.as_deref().map(Scores::read).transpose()?;
     let digest = args.scores.as_deref().map(sha256_file).transpose()?;
     let model = PlannedModel::of(&bundle)?;
-    let samples = args.data.is_some().then_some(args.samples);
-    let settings = PlanSettings {
+    if let (Some(scores), Some(file)) = (&scores, &args.scores) {
+        model.check_scores(scores, format!("scores `{}`", file.display()))?;
+    }
+    let measures = Strategy::named(&strategy)?.measures;
+    let fits = args.data.is_some() && measures == Measures::HealedLoss;
+    let mut settings = PlanSettings {
         strategy,
         how_many,
         seed: args.seed,
-        samples,
+        samples: None,
+        fit_tokens: fits.then_some(args.fit_tokens),
         data: args.data.is_some().then(|| args.reading.options()),
         modality_weights: args.modality_weights.map(|weights| weights.0),
         as_released: args.as_released,
         beyond_structure: args.beyond_structure,
     };
-    let subset = Subset { amount: Amount::Samples(args.samples), seed: args.seed };
-    let mut meter = match &args.data {
-        Some(data) => {
-            check_needs(&bundle, Work::MeasureLosses)?;
-            let dataset = Dataset::open_for(data, &bundle, &args.reading.options())?;
-            Some((LossMeter::new(&bundle, &dataset, subset, args.device, &context.cancel)?, dataset.digest()?))
-        }
-        None => None,
-    };
-    if let Some((meter, _)) =
-        meter.as_ref().filter(|_| Strategy::named(&settings.strategy).is_ok_and(|row| row.measures_loss))
-    {
-        let count = settings.how_many.count(&model)?.min(model.num_layers);
-        let removals = (0..count).map(|round| model.num_layers - round).sum::<usize>();
-        context.output.note(format!(
-            "{}: at most {removals} removals, each measured on {} samples with {} answer tokens",
-            settings.strategy,
-            meter.samples().len(),
-            meter.answer_tokens()
-        ));
-    }
-    let losses = meter.as_mut().map(|(measure, data)| steps::Losses {
-        data: data.clone(),
-        samples: measure.samples().to_vec(),
-        left_out: measure.left_out().clone(),
-        measure,
+    let read = args.data.as_deref().map(|data| {
+        let data = (data, &args.reading.options());
+        let drawn = (args.samples, args.seed, args.fit_tokens);
+        Meter::open(&bundle, measures, data, drawn, args.device, &context.cancel)
     });
-    let plan = steps::plan(&model, scores.as_ref().zip(digest), &settings, losses)?;
-    let measured = Strategy::named(&plan.strategy)?.measures_loss;
+    let mut meter = read.transpose()?;
+    settings.samples = meter.as_ref().map(|meter| meter.asked);
+    let measured = measures != Measures::Nothing;
+    if let Some(meter) = meter.as_ref().filter(|_| measured) {
+        let cost = meter.cost(settings.how_many.count(&model)?, model.num_layers);
+        context.output.note(format!("{}: {cost}", settings.strategy));
+    }
+    let plan = steps::plan(&model, scores.as_ref().zip(digest), &settings, meter.as_mut())?;
     write_json(&args.output, &plan)?;
     let output = &context.output;
     warn_left_out(&plan.left_out, output);
     model.warnings(&plan.drop).iter().for_each(|warning| output.warn(warning));
+    steps::variants_warning(&bundle, &[]).iter().for_each(|warning| output.warn(warning));
     match output.json {
         true => output.json(&plan)?,
         false => print(&plan, &model, measured, output)?,

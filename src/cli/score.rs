@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
-use crate::base::{Device, Peers, is_first, write_json};
-use crate::data::{Amount, Dataset};
+use crate::base::{Device, Peers, check_output_file, is_first, write_json};
+use crate::data::{Amount, Dataset, Subset};
 use crate::method::{ScoreSettings, Scores, score_among};
 use crate::pipeline::steps::{Work, check_needs};
 
@@ -57,6 +57,9 @@ pub struct Args {
 
 /// Scores; with `peers` as one of several processes, of which the first prints and writes.
 pub fn run(args: Args, context: &Context, peers: Option<&dyn Peers>) -> anyhow::Result<Outcome> {
+    if is_first(peers) {
+        check_output_file(&args.output)?;
+    }
     let amount = match (args.samples, args.fraction) {
         (Some(count), _) => Amount::Samples(count),
         (None, part) => Amount::Fraction(part.unwrap_or(0.1)),
@@ -72,6 +75,11 @@ pub fn run(args: Args, context: &Context, peers: Option<&dyn Peers>) -> anyhow::
     let bundle = args.variant.source(args.model).open()?;
     check_needs(&bundle, Work::Score)?;
     let dataset = Dataset::open_for(&args.data, &bundle, &args.reading.options())?;
+    if args.samples.is_none() && args.fraction.is_none() && is_first(peers) {
+        let drawn = dataset.draw(Subset { amount, seed: args.seed })?.len();
+        let all = dataset.len();
+        context.output.note(format!("scoring on {drawn} of {all} samples; `--samples` or `--fraction` sets how many"));
+    }
     let scores = score_among(peers, &bundle, &dataset, &settings, args.device, &context.cancel)?;
     if !is_first(peers) {
         return Ok(Outcome::Done);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use arrow::array::{Array, ArrayRef, AsArray, OffsetSizeTrait, StructArray};
 use arrow::datatypes::{DataType, Float64Type, Schema};
 
-use crate::base::{Error, Result};
+use crate::base::{Error, Result, shortened};
 
 use super::keys::{is_silent, unread};
 use super::options::DataOptions;
@@ -16,14 +16,14 @@ use super::sample::ImageBytes;
 /// Reads the messages of one row from its list of structs.
 type ReadMessages = fn(&ArrayRef) -> Result<Vec<RawMessage>, String>;
 
-/// One way to write conversations.
+/// Layout of a column of conversations.
 pub(super) struct Layout {
     pub column: &'static str,
     holds: &'static str,
     read: ReadMessages,
 }
 
-/// Every known way.
+/// All supported layouts.
 const LAYOUTS: &[Layout] = &[
     Layout { column: "texts", holds: "list of struct{user, assistant}", read: pairs },
     Layout {
@@ -34,12 +34,12 @@ const LAYOUTS: &[Layout] = &[
     Layout { column: "messages", holds: "list of struct{role, content}", read: |cells| said(cells, "role", "content") },
 ];
 
-/// Columns of pictures.
+/// Names of the picture columns.
 const IMAGE_COLUMNS: [&str; 2] = ["images", ONE_IMAGE];
-/// The one whose cells are a picture each, not a list.
+/// Picture column with one picture per cell. The other column has a list per cell.
 const ONE_IMAGE: &str = "image";
 
-/// The columns of one file.
+/// The columns of a Parquet file that are read.
 #[derive(Clone)]
 pub(super) struct Columns {
     layout: &'static Layout,
@@ -55,10 +55,10 @@ impl std::fmt::Debug for Columns {
 }
 
 impl Columns {
-    /// Finds the columns; `is_null` says that a column holds nothing in any row.
+    /// Finds the columns in a schema. `is_null` returns true for a column that is null in every row.
     ///
-    /// Errors: `Error::Invalid` without a column of conversations or one that is rated by; `Error::Unsupported` naming
-    /// the columns that nobody reads.
+    /// Errors: `Error::Invalid` without a column of conversations, or when a column of `min_ratings` is missing;
+    /// `Error::Unsupported` names the columns that have content but no reader.
     pub fn of(schema: &Schema, subject: &str, options: &DataOptions, is_null: impl Fn(&str) -> bool) -> Result<Self> {
         let names: Vec<&str> = schema.fields().iter().map(|field| field.name().as_str()).collect();
         let layout = LAYOUTS.iter().find(|layout| names.contains(&layout.column)).ok_or_else(|| {
@@ -88,13 +88,14 @@ impl Columns {
         std::iter::once(self.layout.column).chain(id).chain(self.ratings.iter().map(String::as_str)).collect()
     }
 
-    /// The columns that are read to make samples.
+    /// The columns that are read to build samples.
     pub fn read(&self) -> Vec<&str> {
         let id = self.id.then_some("id");
         std::iter::once(self.layout.column).chain(id).chain(self.images.iter().copied()).collect()
     }
 
-    /// Columns of pictures whose bytes are one leaf, and whether the leaf is a field `bytes`.
+    /// Picture columns whose bytes are in one Parquet leaf column. The flag is true when the leaf is the struct field
+    /// `bytes`.
     pub fn picture_leaves(&self, schema: &Schema) -> Vec<(&'static str, bool)> {
         let leaf = |name: &&'static str| {
             let bytes =
@@ -116,13 +117,13 @@ impl Columns {
 
     /// The messages of a row.
     ///
-    /// Errors: what is wrong with the cell.
+    /// Errors: a message that describes the invalid cell.
     pub fn messages(&self, rows: &StructArray, place: usize) -> Result<Vec<RawMessage>, String> {
         let cell = list_at(column(rows, self.layout.column)?, place)?;
         (self.layout.read)(&cell).map_err(|problem| format!("`{}` {problem}", self.layout.column))
     }
 
-    /// The row's own name, where it has one.
+    /// The content of the column `id`: a non-empty string or a number.
     pub fn id(&self, rows: &StructArray, place: usize) -> Option<String> {
         let array = rows.column_by_name("id").filter(|_| self.id)?;
         match string_at(array, place) {
@@ -131,7 +132,8 @@ impl Columns {
         }
     }
 
-    /// The least of a row's values in a column of ratings.
+    /// A row's rating in a column: a number, or the minimum of a list of numbers. `None` for a null and for other
+    /// types.
     pub fn rating(&self, rows: &StructArray, name: &str, place: usize) -> Option<f64> {
         let array = rows.column_by_name(name)?;
         match list_at(array, place) {
@@ -143,9 +145,9 @@ impl Columns {
         }
     }
 
-    /// The pictures of a row, still encoded; `apart` are the cells of the columns that the rows lack.
+    /// The encoded pictures of a row. `apart` holds the cells of picture columns that are not in `rows`.
     ///
-    /// Errors: what is wrong with a cell.
+    /// Errors: a message that describes the invalid cell.
     pub fn pictures(
         &self,
         rows: &StructArray,
@@ -178,10 +180,10 @@ impl Columns {
     }
 }
 
-/// The byte strings of a row; `None` for one that is null.
+/// The encoded pictures of a row; `None` for a null.
 pub(super) type Cells = Vec<Option<Arc<[u8]>>>;
 
-/// The pictures in a cell that holds one, or a list of them.
+/// The pictures of a cell: one picture if `one` is true, otherwise a list.
 fn cells_of(array: &ArrayRef, one: bool, place: usize) -> Result<Cells, String> {
     if array.is_null(place) {
         return Ok(Vec::new());
@@ -194,13 +196,14 @@ fn cells_of(array: &ArrayRef, one: bool, place: usize) -> Result<Cells, String> 
     (0..bytes.len()).map(|image| binary_at(&bytes, image)).collect()
 }
 
-/// A struct's fields by name; others than these hold nothing, or something that is silent.
+/// The fields of a struct array with these names. Any other field is an error, unless it is silent (see `is_silent`) or
+/// null in every element.
 fn fields<'a, const N: usize>(cells: &'a ArrayRef, names: [&str; N]) -> Result<[&'a ArrayRef; N], String> {
     let cells = cells.as_struct_opt().ok_or_else(|| format!("is not a list of struct{{{}}}", names.join(", ")))?;
     let none = DataOptions::default();
     for (name, array) in cells.column_names().iter().zip(cells.columns()) {
         if !names.contains(name) && !is_silent(name, &none) && array.logical_null_count() < array.len() {
-            return Err(format!("has a field `{name}` that nobody reads"));
+            return Err(format!("has a field `{name}` that the reader does not know"));
         }
     }
     let mut found = Vec::with_capacity(N);
@@ -228,7 +231,7 @@ fn said(cells: &ArrayRef, role: &str, content: &str) -> Result<Vec<RawMessage>, 
     for number in 0..cells.len() {
         let name = string_at(roles, number)?.ok_or_else(|| format!("message {number} has no `{role}`"))?;
         let speaker = Speaker::named(&name)
-            .ok_or_else(|| format!("has a message of `{name}`, expected system, user or assistant"))?;
+            .ok_or_else(|| format!("has a message of `{}`, expected system, user or assistant", shortened(&name)))?;
         if contents.is_null(number) {
             return Err(format!("message {number} has no `{content}`"));
         }
@@ -241,14 +244,14 @@ fn said(cells: &ArrayRef, role: &str, content: &str) -> Result<Vec<RawMessage>, 
     Ok(messages)
 }
 
-/// `struct{type, text, index}` of each part of a message; `index` is the position of a picture in the row.
+/// Parses the parts of a message, each a `struct{type, text, index}`. `index` is the position of a picture in the row.
 fn parts_of(parts: &ArrayRef) -> Result<Vec<Piece>, String> {
     let cells = parts.as_struct_opt().ok_or("`content` is not a list of struct{type, text}")?;
     let none = DataOptions::default();
     for (name, array) in cells.column_names().iter().zip(cells.columns()) {
         let known = ["type", "text", "index"].contains(name) || is_silent(name, &none);
         if !known && array.logical_null_count() < array.len() {
-            return Err(format!("has parts with a field `{name}` that nobody reads"));
+            return Err(format!("has parts with a field `{name}` that the reader does not know"));
         }
     }
     let kinds = cells.column_by_name("type").ok_or("`content` has no field `type`")?;
@@ -268,7 +271,7 @@ fn parts_of(parts: &ArrayRef) -> Result<Vec<Piece>, String> {
                 }
                 Piece::Image(index.map(|index| index as usize))
             }
-            (kind, _) => return Err(format!("has a part of type `{kind}`, expected text or image")),
+            (kind, _) => return Err(format!("has a part of type `{}`, expected text or image", shortened(kind))),
         });
     }
     Ok(pieces)

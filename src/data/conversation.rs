@@ -9,28 +9,33 @@ use super::sample::{Sample, Turn};
 use super::template::Message;
 
 impl Processor {
-    /// A sample up to where the model begins its last answer, earlier turns and pictures included; the whole of a
-    /// running text.
+    /// Encodes a sample up to the start of its last answer, with earlier turns and all pictures. Running text is
+    /// encoded whole. No token is marked.
     ///
-    /// Errors: as `encode_question`.
+    /// Errors: as `encode_question`; `Error::Invalid` for a sample without turns, and for running text that contains
+    /// the image token.
     pub fn encode_prompt(&self, sample: &Sample) -> Result<Encoded> {
         if let Some(tokens) = &sample.text {
             return self.running_text(sample, tokens, false);
         }
+        if sample.turns.is_empty() {
+            return Err(Error::invalid(&sample.id, "has no turns").remedy("remove the row from the data"));
+        }
         let mut messages = self.messages(sample, &answers(sample))?;
-        messages.pop().ok_or_else(|| Error::invalid(&sample.id, "has no turns"))?;
+        messages.pop();
         self.encode_messages(&sample.id, &messages, &sample.images, true)
     }
 
-    /// A whole conversation. The tokens of every answer are marked, each with the token that ends its turn. Of a
+    /// Encodes a whole conversation. The tokens of every answer are marked, including the token that ends the turn. In
     /// running text every token is marked.
     ///
-    /// An answer is found where the template writes it: between the pieces of text that stay the same when the answers
-    /// are replaced. It begins where a prompt ends, if the conversation so far begins with that prompt; if the template
-    /// writes a finished answer differently from the end of a prompt, it begins with its own text.
+    /// To locate the answers, the conversation is rendered a second time with a marker in place of each answer; an
+    /// answer is between the pieces of text that are equal in both renderings. If the conversation begins with the
+    /// rendered prompt of a turn, the marked span begins at the end of that prompt. Otherwise it begins at the answer's
+    /// own text.
     ///
-    /// Errors: as `encode_question`; `Error::Invalid` when an answer has no tokens, begins inside one, or is not written by
-    /// the template as it is.
+    /// Errors: as `encode_prompt`; `Error::Invalid` when an answer has no tokens, begins inside a token, or is changed
+    /// by the template. Removal of white space around an answer is not a change.
     pub fn encode_conversation(&self, sample: &Sample) -> Result<Encoded> {
         if let Some(tokens) = &sample.text {
             return self.running_text(sample, tokens, true);
@@ -45,7 +50,8 @@ impl Processor {
         let tokens = self.tokenizer.encode_with_offsets(&text)?;
         let mut answer_mask = vec![false; tokens.len()];
         for (number, span) in spans.into_iter().enumerate() {
-            // Image tokens in front of the answer are expanded, those of the answer itself were refused.
+            // Expanding the image markers shifts the answers behind them. Markers inside answers cannot occur here:
+            // `expand` above fails when there are more markers than pictures.
             let shift = |place: usize| -> Result<usize> {
                 let before = whole.get(..place).unwrap_or_default();
                 Ok(self.expand(id, before, images.as_ref(), false)?.len())
@@ -61,7 +67,8 @@ impl Processor {
         Ok(self.encoded(id, ids, answer_mask, images))
     }
 
-    fn running_text(&self, sample: &Sample, tokens: &[i64], answers: bool) -> Result<Encoded> {
+    /// Encodes running text. Every token is marked, or none.
+    fn running_text(&self, sample: &Sample, tokens: &[i64], marked: bool) -> Result<Encoded> {
         let image = self.image_token_id();
         if tokens.iter().any(|&token| Some(token) == image) {
             return Err(Error::invalid(&sample.id, "holds the image token, but running text has no pictures")
@@ -70,14 +77,14 @@ impl Processor {
         Ok(Encoded {
             id: sample.id.clone(),
             input_ids: tokens.to_vec(),
-            answer_mask: vec![answers; tokens.len()],
+            answer_mask: vec![marked; tokens.len()],
             image_positions: Vec::new(),
             images: None,
             given: None,
         })
     }
 
-    /// The messages of a sample with these texts in the place of its answers.
+    /// The messages of a sample, with `answers` in place of its own answers.
     fn messages(&self, sample: &Sample, answers: &[String]) -> Result<Vec<Message>> {
         let mut messages = Vec::with_capacity(2 * sample.turns.len() + 1);
         messages.extend(sample.system.as_deref().map(|text| self.message("system", text)));
@@ -88,7 +95,7 @@ impl Processor {
         Ok(messages)
     }
 
-    /// The bytes of the rendered conversation that each answer takes.
+    /// The byte range of each answer in `whole`, the rendered conversation.
     fn answer_spans(
         &self,
         sample: &Sample,
@@ -115,7 +122,7 @@ impl Processor {
             let fits = |text: &&str| tail.strip_prefix(*text).is_some_and(|tail| tail.starts_with(following));
             let written = [answer.as_str(), answer.trim(), answer.trim_start(), answer.trim_end()];
             let text = written.into_iter().find(fits).ok_or_else(|| differs(number))?;
-            // The system message and two for each turn; a prompt ends before the answer.
+            // Number of messages up to this question: the system message, two per earlier turn, and the question.
             let turn = usize::from(sample.system.is_some()) + 2 * number + 1;
             let prompt = self.render(id, messages.get(..turn).unwrap_or_default(), true)?;
             let begin = if whole.starts_with(prompt.as_str()) { prompt.len().min(here) } else { here };
@@ -128,8 +135,10 @@ impl Processor {
         Ok(spans)
     }
 
-    /// The tokens of an answer that takes these bytes of the text. The token that ends the turn is among them, where
-    /// nothing but white space is in front of it.
+    /// The token range of an answer whose byte range in `text` is `span`. Includes the token that ends the turn if only
+    /// white space is before it.
+    ///
+    /// Errors: a message when the answer begins inside a token or has no tokens.
     fn answer_tokens(
         &self,
         text: &str,
@@ -141,7 +150,7 @@ impl Processor {
         if tokens.get(first).is_some_and(|(_, bytes)| bytes.start < span.start) {
             return Err("begins inside a token; training needs an answer that begins with a token of its own");
         }
-        // A token that holds the end of the answer and what follows it is the answer's.
+        // A token that crosses the end of the answer belongs to the answer.
         let mut end = after(span.end);
         if span.end > span.start && tokens.get(end).is_some_and(|(_, bytes)| bytes.start < span.end) {
             end += 1;
@@ -156,6 +165,7 @@ impl Processor {
         if end <= first { Err("has no tokens") } else { Ok(first..end) }
     }
 
+    /// True for a token that can end a turn.
     fn closes(&self, token: u32) -> bool {
         self.eos.contains(&token) || self.tokenizer.is_special(token)
     }
@@ -165,7 +175,7 @@ fn answers(sample: &Sample) -> Vec<String> {
     sample.turns.iter().map(|turn| turn.assistant.clone()).collect()
 }
 
-/// A placeholder of an answer that occurs nowhere in the conversation.
+/// A placeholder for an answer that does not occur in `whole`.
 fn marker(number: usize, whole: &str) -> String {
     let mut salt = 0usize;
     loop {

@@ -1,5 +1,5 @@
 //! Compares the shipped model's processor with transformers on the same conversations
-//! (`fixtures/processor/conversations.json`), and which tokens of a conversation are answers.
+//! (`fixtures/processor/conversations.json`), and checks which tokens are marked as answers.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,12 +16,12 @@ fn fixtures(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(path)
 }
 
-/// The model's text files beside an empty decoder, with some settings of the image processor changed.
+/// A copy of the model's text files with an empty decoder, and with changed settings of the image processor.
 fn processor(settings: &Value) -> (tempfile::TempDir, Processor) {
     processor_with(settings, None)
 }
 
-/// The same with another chat template.
+/// As `processor`, with another chat template.
 fn processor_with(settings: &Value, template: Option<&str>) -> (tempfile::TempDir, Processor) {
     let folder = tempfile::tempdir().unwrap();
     for entry in fs::read_dir(fixtures("model")).unwrap() {
@@ -73,9 +73,10 @@ fn ids(value: &Value) -> Vec<i64> {
 }
 
 #[test]
-fn texts_and_ids_equal_hugging_face() {
+fn texts_and_token_ids_equal_hugging_face() {
     let reference: Value =
         serde_json::from_slice(&fs::read(fixtures("processor/conversations.json")).unwrap()).unwrap();
+    assert!(!reference["cases"].as_array().unwrap().is_empty());
     for case in reference["cases"].as_array().unwrap() {
         let split = case["do_image_splitting"].as_bool().unwrap();
         let (_folder, processor) = processor(&reference["settings"][if split { "split" } else { "whole" }]);
@@ -87,7 +88,7 @@ fn texts_and_ids_equal_hugging_face() {
     }
 }
 
-/// A conversation whose texts take turns.
+/// A conversation of alternating user and assistant texts.
 fn sample(images: Vec<ImageBytes>, texts: &[&str]) -> Sample {
     let speakers = [Speaker::User, Speaker::Assistant].into_iter().cycle();
     let messages = texts.iter().zip(speakers).map(|(text, speaker)| RawMessage::text(speaker, text.to_string()));
@@ -95,7 +96,7 @@ fn sample(images: Vec<ImageBytes>, texts: &[&str]) -> Sample {
 }
 
 #[test]
-fn answers_are_marked_with_their_end_token() {
+fn the_answer_mask_covers_answers_and_their_end_tokens() {
     let (_folder, processor) = processor(&serde_json::json!({}));
     let picture = ImageBytes::held("picture", png(3));
     let sample = sample(vec![picture], &["What is it?", "cat", "Sure?", "yes"]);
@@ -113,7 +114,7 @@ fn answers_are_marked_with_their_end_token() {
 }
 
 #[test]
-fn the_shipped_data_goes_through() {
+fn the_shipped_data_sets_are_encoded() {
     let (_folder, processor) = processor(&serde_json::json!({}));
     let data = Dataset::open(
         &fixtures("data/finetune-small.parquet"),
@@ -147,10 +148,11 @@ fn image_tokens_in_the_question_are_refused() {
     assert!(error.contains("row 7: its text holds `<image>` 2 times, but it has 1 pictures"), "{error}");
 }
 
-/// Ids of each run of marked tokens, as text with its special tokens.
+/// The text of each run of marked tokens, special tokens included.
 fn marked(processor: &Processor, encoded: &Encoded) -> Vec<String> {
     let mut runs: Vec<String> = Vec::new();
     let mut inside = false;
+    assert_eq!(encoded.input_ids.len(), encoded.answer_mask.len());
     for (&id, &answer) in encoded.input_ids.iter().zip(&encoded.answer_mask) {
         if answer {
             if !inside {
@@ -175,8 +177,9 @@ fn special_tokens_in_an_answer_do_not_end_it() {
 }
 
 #[test]
-fn answers_are_found_where_a_template_writes_them_otherwise_than_a_prompt_ends() {
-    // As LLaVA-OneVision's: `assistant `, then the answer on a line of its own; a prompt ends in `assistant` and a line.
+fn answers_are_found_if_template_and_generation_prompt_differ() {
+    // As in LLaVA-OneVision's template: `assistant`, a space and a newline are before a finished answer, but a prompt
+    // ends in `assistant` and a newline.
     let template = "{% for m in messages %}<|im_start|>{{ m.role }} {% for c in m.content %}{% if c.type == 'image' %}\
         <image>{% endif %}{% endfor %}{% for c in m.content %}{% if c.type == 'text' %}{{ '\n' + c.text }}{% endif %}\
         {% endfor %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
@@ -188,7 +191,7 @@ fn answers_are_found_where_a_template_writes_them_otherwise_than_a_prompt_ends()
 }
 
 #[test]
-fn the_next_question_is_no_answer_where_a_template_has_no_end_token() {
+fn without_an_end_token_the_next_question_is_not_marked_as_answer() {
     let template = "{% for m in messages %}{{ m.role | upper }}: {% for c in m.content %}{% if c.type == 'text' %}\
         {{ c.text }}{% endif %}{% endfor %} {% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}";
     let (_folder, processor) = processor_with(&serde_json::json!({}), Some(template));
@@ -197,7 +200,7 @@ fn the_next_question_is_no_answer_where_a_template_has_no_end_token() {
 }
 
 #[test]
-fn an_answer_that_stands_in_its_question_is_found_once() {
+fn an_answer_that_also_occurs_in_its_question_is_marked_once() {
     let (_folder, processor) = processor(&serde_json::json!({}));
     let sample = sample(vec![], &["yes or yes?", "yes", "yes", ""]);
     let encoded = processor.encode_conversation(&sample).unwrap();
@@ -205,7 +208,7 @@ fn an_answer_that_stands_in_its_question_is_found_once() {
 }
 
 #[test]
-fn templates_that_change_or_drop_what_is_said_are_refused() {
+fn templates_that_change_or_drop_text_are_refused() {
     let cut = "{% for m in messages %}<|im_start|>{{ m.role }}:{% for c in m.content %}{% if c.type == 'text' %}\
         {{ c.text.split('</think>')[-1] }}{% endif %}{% endfor %}<|im_end|>{% endfor %}\
         {% if add_generation_prompt %}<|im_start|>assistant:{% endif %}";
@@ -214,7 +217,7 @@ fn templates_that_change_or_drop_what_is_said_are_refused() {
     assert!(error.contains("does not write answer 0 as the data has it"), "{error}");
     assert!(processor.encode_conversation(&sample(vec![], &["q", "b"])).is_ok());
 
-    // A template for plain strings gets plain strings.
+    // A template that expects strings gets strings.
     let strings = "{% for m in messages %}{{ m.role | upper }}: {% if m.content is string %}{{ m.content }}{% endif %}\
         {% endfor %}";
     let (_folder, processor) = processor_with(&serde_json::json!({}), Some(strings));

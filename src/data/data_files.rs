@@ -1,4 +1,4 @@
-//! The files of a data set: one, those of a folder, or those that a pattern names.
+//! The files of a data set: one file, the files of a folder, or the matches of a pattern.
 
 use std::path::{Path, PathBuf};
 
@@ -8,16 +8,17 @@ use crate::base::{Error, Result};
 #[derive(Debug)]
 pub(super) struct DataFile {
     pub path: PathBuf,
-    /// The path below the folder that all files have in common; no two files have the same.
+    /// Path relative to the folder that contains all files; unique in the data set.
     pub name: String,
 }
 
-/// How files of each kind end; a folder's files are those of one kind.
+/// File extensions of each kind. A folder may hold files of only one of these kinds; other files in it are ignored.
 const KINDS: &[&[&str]] = &[&["parquet"], &["json", "jsonl"], &["safetensors", "npz"]];
 
-/// The files in the order of their names.
+/// The files at `path` (a file, a folder or a glob pattern), sorted by name.
 ///
-/// Errors: `Error::Io`; `Error::Invalid` when there is none, or one is of no kind that is known.
+/// Errors: `Error::Io`; `Error::Invalid` when there is no file, a file has an unknown extension, or a folder holds
+/// files of two kinds.
 pub(super) fn data_files(path: &Path) -> Result<Vec<DataFile>> {
     let pattern = path.to_str().filter(|text| text.contains(['*', '?', '[']) && !path.exists());
     let paths = match pattern {
@@ -66,7 +67,7 @@ fn matching(pattern: &str) -> Result<Vec<PathBuf>> {
     Ok(paths)
 }
 
-/// A folder's files of the only kind that it has.
+/// The data files directly in a folder, all of one kind.
 fn in_folder(path: &Path) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for entry in std::fs::read_dir(path).map_err(|e| Error::io("read", path, e))? {
@@ -91,7 +92,7 @@ fn in_folder(path: &Path) -> Result<Vec<PathBuf>> {
     }
 }
 
-/// The longest path that all files are below.
+/// The deepest folder that contains all files.
 fn common_folder(paths: &[PathBuf]) -> PathBuf {
     let mut folder = paths.first().and_then(|path| path.parent()).map(Path::to_path_buf).unwrap_or_default();
     while !paths.iter().all(|path| path.starts_with(&folder)) {
@@ -107,7 +108,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn files_of_folders_and_patterns_are_named_below_their_common_folder() {
+    fn data_files_are_named_relative_to_their_common_folder() {
         let folder = tempfile::tempdir().unwrap();
         for file in ["b/x.parquet", "a/x.parquet", "a/notes.txt", "one.json", "both/x.parquet", "both/y.jsonl"] {
             let path = folder.path().join(file);

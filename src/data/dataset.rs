@@ -1,4 +1,5 @@
-//! Sets of conversations about pictures and of running text; the path's content decides the reader.
+//! Data sets of conversations, running text or ready tensors. The extensions and the content of the files determine the
+//! reader.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -17,10 +18,215 @@ use super::subset::{Subset, mix};
 use super::tensors::{GraphInputs, TensorFile, is_tensor_file};
 use super::text::TextFile;
 
-/// Tells the hash that parts a data set from the one that draws samples.
+/// Salt of the hash that assigns rows to parts. It makes that hash independent of the ranks in a draw, so that
+/// both parts have samples of all ranks.
 const PART_SALT: u64 = 0x6865_6c64_5f62_616b;
 
-/// Rows of one file.
+/// A data set: parquet or JSON files of conversations, a `.jsonl` file of running text, or files of ready tensors.
+#[derive(Debug)]
+pub struct Dataset {
+    /// File, folder or pattern as given by the user.
+    path: PathBuf,
+    /// Readers by file name. The names are part of the digest.
+    readers: Vec<(String, RowReader)>,
+    /// Position of each sample in the files.
+    places: Vec<SamplePlace>,
+    /// Content key of each sample; determines its rank in a draw.
+    keys: Vec<u64>,
+    options: DataOptions,
+}
+
+/// Position of a sample: the reader, the row in its file, and the turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct SamplePlace {
+    reader: u32,
+    row: u32,
+    /// The turn, if each turn is a sample; `None` for the whole row.
+    turn: Option<u32>,
+}
+
+impl Dataset {
+    /// Opens a data set of conversations: a file, a folder of files, or a pattern such as `data/*/train-*.parquet`.
+    /// Pictures are not read.
+    ///
+    /// Errors: `Error::Io`; `Error::Invalid` for a path that is none of these, a file that does not decode, a set
+    /// without samples, ready tensors, or running text (see [`Dataset::open_for`]); `Error::Unsupported` names the keys
+    /// that have content but no reader.
+    pub fn open(path: &Path, options: &DataOptions) -> Result<Self> {
+        if TextFile::holds(path)? {
+            return Err(Error::invalid(format!("data `{}`", path.display()), "holds running text")
+                .remedy("expected conversations in parquet or JSON files"));
+        }
+        let mut readers = Vec::new();
+        for DataFile { path, name } in data_files(path)? {
+            if is_tensor_file(&path) {
+                return Err(Error::invalid(format!("data `{}`", path.display()), "holds ready tensors")
+                    .remedy("expected conversations in parquet or JSON files"));
+            }
+            let is_parquet = path.extension().is_some_and(|extension| extension == "parquet");
+            let reader = if is_parquet {
+                RowReader::Parquet(Shard::open(&path, &name, options)?)
+            } else {
+                RowReader::Json(JsonFile::open(&path, &name, options)?)
+            };
+            readers.push((name, reader));
+        }
+        Dataset::new(path, readers, options)
+    }
+
+    /// Opens a data set of any kind for a model. Running text is cut into token sequences with the model's tokenizer;
+    /// the last sequence may be shorter. Each row of ready tensors is a sample.
+    ///
+    /// Errors: as [`Dataset::open`]; `Error::Invalid` for a line without text, a model without a tokenizer, a mix of
+    /// tensor files and other files, or tensors that do not match the inputs of the model's graphs.
+    pub fn open_for(path: &Path, bundle: &Bundle, options: &DataOptions) -> Result<Self> {
+        if TextFile::holds(path)? {
+            let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+            let text = TextFile::open(path, bundle, options)?;
+            return Dataset::new(path, vec![(name, RowReader::Text(text))], options);
+        }
+        let files = data_files(path)?;
+        if files.iter().any(|file| is_tensor_file(&file.path)) {
+            if let Some(other) = files.iter().find(|file| !is_tensor_file(&file.path)) {
+                let problem = format!("holds ready tensors, and `{}`, which holds none", other.name);
+                return Err(Error::invalid(format!("data `{}`", path.display()), problem)
+                    .remedy("name the files of one kind by a pattern, such as `data/*.safetensors`"));
+            }
+            let graphs = GraphInputs::of(bundle)?;
+            let open = |file: DataFile| {
+                let reader = TensorFile::open(&file.path, &file.name, bundle, &graphs)?;
+                Ok((file.name, RowReader::Tensors(reader)))
+            };
+            return Dataset::new(path, files.into_iter().map(open).collect::<Result<_>>()?, options);
+        }
+        Dataset::open(path, options)
+    }
+
+    /// True when the samples are rows of ready tensors.
+    pub fn holds_tensors(&self) -> bool {
+        self.readers.iter().any(|(_, reader)| matches!(reader, RowReader::Tensors(_)))
+    }
+
+    /// True when the samples are sequences of running text.
+    pub fn holds_text(&self) -> bool {
+        self.readers.iter().any(|(_, reader)| matches!(reader, RowReader::Text(_)))
+    }
+
+    /// True when `path` names files of ready tensors.
+    pub fn is_tensors(path: &Path) -> bool {
+        data_files(path).is_ok_and(|files| files.iter().any(|file| is_tensor_file(&file.path)))
+    }
+
+    fn new(path: &Path, mut readers: Vec<(String, RowReader)>, options: &DataOptions) -> Result<Self> {
+        let subject = || format!("data `{}`", path.display());
+        let (mut places, mut keys) = (Vec::new(), Vec::new());
+        for (number, (_, reader)) in (0u32..).zip(&mut readers) {
+            let separate =
+                options.turns == Turns::Separate && !matches!(reader, RowReader::Text(_) | RowReader::Tensors(_));
+            for Listed { row, turns, key } in reader.take_listed() {
+                if !options.part.has(mix(key ^ PART_SALT)) {
+                    continue;
+                }
+                if separate {
+                    places.extend((0..turns).map(|turn| SamplePlace { reader: number, row, turn: Some(turn) }));
+                    keys.extend((0..turns).map(|turn| mix(key ^ mix(u64::from(turn)))));
+                } else {
+                    places.push(SamplePlace { reader: number, row, turn: None });
+                    keys.push(key);
+                }
+            }
+        }
+        tell_apart(&mut keys);
+        if places.is_empty() {
+            let problem = match (options.min_ratings.is_empty(), options.part) {
+                (true, DataPart::All) => "is empty",
+                (false, DataPart::All) => "has no row that reaches the ratings",
+                (_, DataPart::Train(_)) => "has no row that is not held back",
+                (_, DataPart::HeldBack(_)) => "has no row that is held back",
+            };
+            return Err(Error::invalid(subject(), problem).remedy("give data with at least one sample"));
+        }
+        Ok(Dataset { path: path.to_path_buf(), readers, places, keys, options: options.clone() })
+    }
+
+    /// The file, folder or pattern.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Options with which the data set was opened.
+    pub fn options(&self) -> &DataOptions {
+        &self.options
+    }
+
+    /// Number of samples, at least one.
+    pub fn len(&self) -> usize {
+        self.places.len()
+    }
+
+    /// Always false: an empty set does not open.
+    pub fn is_empty(&self) -> bool {
+        self.places.is_empty()
+    }
+
+    /// Indices of the samples of a subset, in the order of the draw. The draw depends on the content of the rows (id
+    /// and text), and not on the names of the files or the order of files and rows.
+    ///
+    /// Errors: as `Subset::indices`.
+    pub fn draw(&self, subset: Subset) -> Result<Vec<usize>> {
+        subset.indices(&self.keys)
+    }
+
+    /// Reads the samples with these indices, which may be in any order; duplicates are read once. The iterator yields
+    /// the samples in ascending order and reads one row group at a time. `Sample::index` identifies each sample.
+    ///
+    /// Errors: `Error::Invalid` for an index that does not exist. Each item: `Error::Invalid` or `Error::Io` that names
+    /// the row.
+    pub fn read(&self, indices: &[usize]) -> Result<Samples<'_>> {
+        let mut wanted = indices.to_vec();
+        wanted.sort_unstable();
+        wanted.dedup();
+        if let Some(index) = wanted.iter().find(|index| **index >= self.places.len()) {
+            return Err(Error::invalid(
+                "data",
+                format!("sample {index} does not exist, there are {}", self.places.len()),
+            ));
+        }
+        Ok(Samples {
+            dataset: self,
+            wanted,
+            position: 0,
+            rows: Box::new(std::iter::empty()),
+            groups: Vec::new().into_iter(),
+            ready: Vec::new().into_iter(),
+        })
+    }
+
+    /// SHA-256 over all files and over the options that determine the samples.
+    ///
+    /// Errors: `Error::Io` when a file cannot be read.
+    pub fn digest(&self) -> Result<Sha256Digest> {
+        let mut digests = BTreeMap::new();
+        for (name, reader) in &self.readers {
+            let digest = sha256_file(reader.path())?;
+            // The sequence length determines the samples of running text. The tokenizer belongs to the model and is not
+            // part of the digest.
+            digests.insert(
+                name,
+                match reader {
+                    RowReader::Text(text) => sha256_json(&(digest, text.length()))?,
+                    _ => sha256_json(&(digest, self.options.turns, &self.options.min_ratings))?,
+                },
+            );
+        }
+        match self.options.part {
+            DataPart::All => sha256_json(&digests),
+            part => sha256_json(&(digests, part)),
+        }
+    }
+}
+
+/// Reader of one file's rows.
 #[derive(Debug)]
 enum RowReader {
     Parquet(Shard),
@@ -58,205 +264,7 @@ impl RowReader {
     }
 }
 
-/// A data set: parquet or JSON files of conversations, a `.jsonl` file of running text, or files of ready tensors.
-#[derive(Debug)]
-pub struct Dataset {
-    /// As the user names it.
-    path: PathBuf,
-    /// By the name that is part of the digest.
-    readers: Vec<(String, RowReader)>,
-    /// One for each sample.
-    places: Vec<SamplePlace>,
-    /// Keys that determine each sample's rank in the draw.
-    keys: Vec<u64>,
-    options: DataOptions,
-}
-
-/// SamplePlace of a sample.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct SamplePlace {
-    reader: u32,
-    row: u32,
-    /// The turn that is the sample; `None` for the whole row.
-    turn: Option<u32>,
-}
-
-impl Dataset {
-    /// Opens a set of conversations without reading pictures: a file, a folder of files, or a pattern such as
-    /// `data/*/train-*.parquet`.
-    ///
-    /// Errors: `Error::Io`; `Error::Invalid` for a path that is none of these, a file that does not decode, a set
-    /// without samples, or running text, which only a model's tokenizer cuts into samples; `Error::Unsupported` naming
-    /// the keys that nobody reads.
-    pub fn open(path: &Path, options: &DataOptions) -> Result<Self> {
-        if TextFile::holds(path)? {
-            return Err(Error::invalid(format!("data `{}`", path.display()), "holds running text")
-                .remedy("expected conversations in parquet or JSON files"));
-        }
-        let mut readers = Vec::new();
-        for DataFile { path, name } in data_files(path)? {
-            if is_tensor_file(&path) {
-                return Err(Error::invalid(format!("data `{}`", path.display()), "holds ready tensors")
-                    .remedy("expected conversations in parquet or JSON files"));
-            }
-            let is_parquet = path.extension().is_some_and(|extension| extension == "parquet");
-            let reader = match is_parquet {
-                true => RowReader::Parquet(Shard::open(&path, &name, options)?),
-                false => RowReader::Json(JsonFile::open(&path, &name, options)?),
-            };
-            readers.push((name, reader));
-        }
-        Dataset::new(path, readers, options)
-    }
-
-    /// Opens a set of any kind for a model: running text becomes sequences of tokens of the model's tokenizer, the last
-    /// one may be shorter; each row of ready tensors is a sample.
-    ///
-    /// Errors: as `open`, and `Error::Invalid` for a line without text, a model without tokenizer, or tensors that are
-    /// not what the model's graphs take.
-    pub fn open_for(path: &Path, bundle: &Bundle, options: &DataOptions) -> Result<Self> {
-        if TextFile::holds(path)? {
-            let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-            let text = TextFile::open(path, bundle, options)?;
-            return Dataset::new(path, vec![(name, RowReader::Text(text))], options);
-        }
-        let files = data_files(path)?;
-        if files.iter().any(|file| is_tensor_file(&file.path)) {
-            if let Some(other) = files.iter().find(|file| !is_tensor_file(&file.path)) {
-                let problem = format!("holds ready tensors, and `{}`, which holds none", other.name);
-                return Err(Error::invalid(format!("data `{}`", path.display()), problem)
-                    .remedy("name the files of one kind by a pattern, such as `data/*.safetensors`"));
-            }
-            let graphs = GraphInputs::of(bundle)?;
-            let open = |file: DataFile| {
-                let reader = TensorFile::open(&file.path, &file.name, bundle, &graphs)?;
-                Ok((file.name, RowReader::Tensors(reader)))
-            };
-            return Dataset::new(path, files.into_iter().map(open).collect::<Result<_>>()?, options);
-        }
-        Dataset::open(path, options)
-    }
-
-    /// True when its samples are rows of ready tensors.
-    pub fn holds_tensors(&self) -> bool {
-        self.readers.iter().any(|(_, reader)| matches!(reader, RowReader::Tensors(_)))
-    }
-
-    /// True when these are files of ready tensors.
-    pub fn is_tensors(path: &Path) -> bool {
-        data_files(path).is_ok_and(|files| files.iter().any(|file| is_tensor_file(&file.path)))
-    }
-
-    fn new(path: &Path, mut readers: Vec<(String, RowReader)>, options: &DataOptions) -> Result<Self> {
-        let subject = || format!("data `{}`", path.display());
-        let (mut places, mut keys) = (Vec::new(), Vec::new());
-        for (number, (_, reader)) in (0u32..).zip(&mut readers) {
-            let separate =
-                options.turns == Turns::Separate && !matches!(reader, RowReader::Text(_) | RowReader::Tensors(_));
-            for Listed { row, turns, key } in reader.take_listed() {
-                // With bits of its own: those of the draw would make the parts differ in what is drawn from them.
-                if !options.part.has(mix(key ^ PART_SALT)) {
-                    continue;
-                }
-                if separate {
-                    places.extend((0..turns).map(|turn| SamplePlace { reader: number, row, turn: Some(turn) }));
-                    keys.extend((0..turns).map(|turn| mix(key ^ mix(u64::from(turn)))));
-                } else {
-                    places.push(SamplePlace { reader: number, row, turn: None });
-                    keys.push(key);
-                }
-            }
-        }
-        tell_apart(&mut keys);
-        if places.is_empty() {
-            let problem = match (options.min_ratings.is_empty(), options.part) {
-                (true, DataPart::All) => "is empty",
-                (false, DataPart::All) => "has no row that reaches the ratings",
-                (_, DataPart::Train(_)) => "has no row that is not held back",
-                (_, DataPart::HeldBack(_)) => "has no row that is held back",
-            };
-            return Err(Error::invalid(subject(), problem).remedy("give data with at least one sample"));
-        }
-        Ok(Dataset { path: path.to_path_buf(), readers, places, keys, options: options.clone() })
-    }
-
-    /// The file, folder or pattern.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// Options for reading it.
-    pub fn options(&self) -> &DataOptions {
-        &self.options
-    }
-
-    /// Number of samples, at least one.
-    pub fn len(&self) -> usize {
-        self.places.len()
-    }
-
-    /// Always false: an empty set does not open.
-    pub fn is_empty(&self) -> bool {
-        self.places.is_empty()
-    }
-
-    /// The samples of a subset, in the order in which they are drawn. Samples are drawn by their text, so that neither
-    /// the order of files and rows nor their names make a difference.
-    ///
-    /// Errors: as `Subset::indices`.
-    pub fn draw(&self, subset: Subset) -> Result<Vec<usize>> {
-        subset.indices(&self.keys)
-    }
-
-    /// The samples with these indices (in any order, each once), read in ascending order, row group by row group;
-    /// `Sample::index` says which is which.
-    ///
-    /// Errors: `Error::Invalid` for an index that does not exist; each item: `Error::Invalid` or `Error::Io` naming the
-    /// row.
-    pub fn read(&self, indices: &[usize]) -> Result<Samples<'_>> {
-        let mut wanted = indices.to_vec();
-        wanted.sort_unstable();
-        wanted.dedup();
-        if let Some(index) = wanted.iter().find(|index| **index >= self.places.len()) {
-            return Err(Error::invalid(
-                "data",
-                format!("sample {index} does not exist, there are {}", self.places.len()),
-            ));
-        }
-        Ok(Samples {
-            dataset: self,
-            wanted,
-            position: 0,
-            rows: Box::new(std::iter::empty()),
-            groups: Vec::new().into_iter(),
-            ready: Vec::new().into_iter(),
-        })
-    }
-
-    /// One digest over all files and over what decides the samples.
-    ///
-    /// Errors: `Error::Io` when a file cannot be read.
-    pub fn digest(&self) -> Result<Sha256Digest> {
-        let mut digests = BTreeMap::new();
-        for (name, reader) in &self.readers {
-            let digest = sha256_file(reader.path())?;
-            // How running text is cut decides its samples; the tokenizer is the model's.
-            digests.insert(
-                name,
-                match reader {
-                    RowReader::Text(text) => sha256_json(&(digest, text.length()))?,
-                    _ => sha256_json(&(digest, self.options.turns, &self.options.min_ratings))?,
-                },
-            );
-        }
-        match self.options.part {
-            DataPart::All => sha256_json(&digests),
-            part => sha256_json(&(digests, part)),
-        }
-    }
-}
-
-/// Gives samples with the same text, whose keys are equal, keys by their order.
+/// Rehashes each key with its number of earlier occurrences, so that samples with the same content have different keys.
 fn tell_apart(keys: &mut [u64]) {
     let mut order: Vec<usize> = (0..keys.len()).collect();
     order.sort_unstable_by_key(|&index| (keys[index], index));
@@ -269,19 +277,19 @@ fn tell_apart(keys: &mut [u64]) {
     }
 }
 
-/// SourceRows of one file, read as they are asked for.
+/// Rows of one file, read lazily.
 type SourceRows<'a> = Box<dyn Iterator<Item = Result<SourceRow>> + 'a>;
 
-/// The samples that a row makes: their indices, and the turn that each is.
+/// Requested samples of one row: the index and the turn of each.
 type Wanted = Vec<(usize, Option<u32>)>;
 
-/// Samples of a [`Dataset`] in ascending order.
+/// Iterator over samples of a [`Dataset`], in ascending order of index.
 pub struct Samples<'a> {
     dataset: &'a Dataset,
     wanted: Vec<usize>,
     position: usize,
     rows: SourceRows<'a>,
-    /// What each of `rows` makes.
+    /// Requested samples of each of `rows`.
     groups: std::vec::IntoIter<Wanted>,
     ready: std::vec::IntoIter<Result<Sample>>,
 }
@@ -296,7 +304,7 @@ impl Iterator for Samples<'_> {
             }
             if let Some(group) = self.groups.next() {
                 let row = self.rows.next().unwrap_or_else(|| {
-                    Err(Error::invalid("data", "ends before the last row that its footer promises"))
+                    Err(Error::invalid("data", "has fewer rows than were listed").remedy("write the files again"))
                 });
                 self.ready = samples_of(row, &group).into_iter();
                 continue;
@@ -309,7 +317,7 @@ impl Iterator for Samples<'_> {
 }
 
 impl Samples<'_> {
-    /// Begins the next file that has wanted samples; false when there is none.
+    /// Opens the next file with requested samples. Returns false when there is none.
     fn next_reader(&mut self) -> bool {
         let place = |index: &usize| self.dataset.places.get(*index).copied();
         let Some(first) = self.wanted.get(self.position).and_then(place) else { return false };
@@ -333,7 +341,7 @@ impl Samples<'_> {
     }
 }
 
-/// An error of the row is that of each of its samples.
+/// The samples of one row. An error of the row is repeated for each of its samples.
 fn samples_of(row: Result<SourceRow>, places: &[(usize, Option<u32>)]) -> Vec<Result<Sample>> {
     let row = match row {
         Ok(row) => row,

@@ -1,5 +1,5 @@
-//! Samples of any data set as what sessions read: conversations and running text by the model's own processor, ready
-//! tensors as they are.
+//! Encodes the samples of a data set for a model. The model's processor encodes conversations and running text; ready
+//! tensors are used unchanged.
 
 use crate::base::{Error, Result};
 use crate::bundle::Bundle;
@@ -9,24 +9,27 @@ use super::processor::{Encoded, Processor};
 use super::sample::Sample;
 use super::tensors::TensorRow;
 
-/// What encodes the samples of one data set for one model.
+/// Encoder of one data set's samples for one model.
 #[derive(Debug)]
 pub struct Encoder {
-    /// `None` for ready tensors, which need none.
+    /// `None` for ready tensors.
     processor: Option<Processor>,
 }
 
 impl Encoder {
     /// Opens the model's processor, unless the data set holds ready tensors.
     ///
-    /// Errors: as `Processor::open_with`.
+    /// Errors: as `Processor::open_with`; `Error::Invalid` for conversations and a model without a chat template.
     pub fn open(bundle: &Bundle, dataset: &Dataset) -> Result<Self> {
         let open = || Processor::open_with(bundle, &dataset.options().images);
         let processor = (!dataset.holds_tensors()).then(open).transpose()?;
+        if let Some(processor) = processor.as_ref().filter(|_| !dataset.holds_text()) {
+            processor.template()?;
+        }
         Ok(Encoder { processor })
     }
 
-    /// A sample up to where the model begins its last answer.
+    /// Encodes a sample up to the start of its last answer.
     ///
     /// Errors: as `Processor::encode_prompt`.
     pub fn prompt(&self, sample: &Sample) -> Result<Encoded> {
@@ -36,7 +39,7 @@ impl Encoder {
         }
     }
 
-    /// A whole sample with its answers marked.
+    /// Encodes a whole sample and marks the tokens of its answers.
     ///
     /// Errors: as `Processor::encode_conversation`.
     pub fn conversation(&self, sample: &Sample) -> Result<Encoded> {
@@ -46,7 +49,7 @@ impl Encoder {
         }
     }
 
-    /// What a user should know of a model whose image processor is not known.
+    /// Warning when the model's image processor is not supported; see [`Processor::warning`].
     pub fn warning(&self) -> Option<String> {
         self.processor.as_ref().and_then(Processor::warning)
     }

@@ -1,49 +1,49 @@
-//! The table of model families: one row each, with the class of its processor, how far each verb gets, and what shows it.
+//! The table of model families: the processor class of each, the support of each verb, and the tests that cover it.
 
 use std::fmt::Write;
 
-/// How far a verb gets with a family.
+/// Support of a family by a verb.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reach {
-    /// With pictures.
+    /// Supported, with pictures.
     Yes,
-    /// On running text and on ready tensors.
+    /// Supported on running text and ready tensors only.
     Text,
-    /// Refused.
+    /// Not supported.
     No,
 }
 
-/// What shows that a row holds.
+/// The tests that cover a row of the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Proof {
-    /// Tests of whole pipelines in `tests/suite/families.rs`, by name.
+    /// Names of whole-pipeline tests in `tests/suite/families.rs`.
     Pipeline(&'static [&'static str]),
-    /// Its processor alone, by its name in `fixtures/processor/families.json`.
+    /// Only the processor is tested. Its name in `fixtures/processor/families.json`.
     Processor(&'static str),
-    /// Its processor is that of another row, and nothing of its own was run.
+    /// The processor is that of the named row. The family itself is not tested.
     Shared(&'static str),
-    /// A test by name.
+    /// Name of another test.
     Test(&'static str),
 }
 
 /// One family of models.
 #[derive(Clone, Copy, Debug)]
 pub struct Family {
-    /// As people call it.
+    /// Common name.
     pub name: &'static str,
     /// `model_type` in `config.json`.
     pub model_types: &'static [&'static str],
-    /// The class of its processor in transformers; `None` where there is none that could be followed.
+    /// Class in transformers that the processor follows; `None` when pictures are not supported.
     pub class: Option<&'static str>,
-    /// For each of [`VERBS`].
+    /// Support by each of [`VERBS`], in this order.
     pub reach: [Reach; VERBS.len()],
-    /// What shows that the row holds.
+    /// Tests that cover the row.
     pub proof: Proof,
-    /// What is special to it, or why a verb does not reach it.
+    /// Special features of the family, or the reason that a verb does not support it.
     pub note: &'static str,
 }
 
-/// The verbs of the table.
+/// The verbs of the table, in the order of its columns.
 pub const VERBS: [&str; 6] = ["inspect", "prune", "score", "finetune", "eval", "generate"];
 
 const ALL: [Reach; 6] = [Reach::Yes; 6];
@@ -123,9 +123,9 @@ pub const FAMILIES: &[Family] = &[
         "LLaVA-OneVision",
         &["llava_onevision"],
         "LlavaOnevisionProcessor",
-        Proof::Pipeline(&["llava_onevision"]),
+        Proof::Pipeline(&["llava_onevision", "llava_onevision_with_tiles"]),
         "one tile of a picture, as transformers.js feeds it; tiles of any resolution where the graph takes `image_sizes` \
-         (its processor alone is compared)",
+         and packs their features",
     ),
     row("FastVLM", &["fast_vlm", "llava_qwen2"], "LlavaProcessor", Proof::Pipeline(&["fast_vlm"]), ""),
     row(
@@ -214,61 +214,61 @@ pub const FAMILIES: &[Family] = &[
         "Phi-3.5-vision",
         &["phi3_v"],
         TEXT,
-        Proof::Test("families_without_a_processor_say_so"),
+        Proof::Test("families_without_a_processor_run_on_text_with_a_warning"),
         "its processor is code of its own repository, which transformers does not have",
     ),
     without(
         "MiniCPM-V 2.6",
         &["minicpmv"],
         TEXT,
-        Proof::Test("families_without_a_processor_say_so"),
+        Proof::Test("families_without_a_processor_run_on_text_with_a_warning"),
         "its processor is code of its own repository; transformers has that of 4.6",
     ),
     without(
         "Kimi-VL",
         &["kimi_vl"],
         TEXT,
-        Proof::Test("families_without_a_processor_say_so"),
+        Proof::Test("families_without_a_processor_run_on_text_with_a_warning"),
         "its processor is code of its own repository, which transformers does not have",
     ),
     without(
         "InternVL as its authors publish it",
         &["internvl_chat"],
         TEXT,
-        Proof::Test("families_without_a_processor_say_so"),
+        Proof::Test("families_without_a_processor_run_on_text_with_a_warning"),
         "its processor is code of its own repository; transformers has that of the converted models (`internvl`)",
     ),
     without(
         "DeepSeek-VL2",
         &["deepseek_vl_v2"],
         TEXT,
-        Proof::Test("families_without_a_processor_say_so"),
+        Proof::Test("families_without_a_processor_run_on_text_with_a_warning"),
         "its processor is code of its own repository, which transformers does not have",
     ),
     without(
         "Llama 3.2 Vision",
         &["mllama"],
         [Reach::Yes, Reach::Yes, Reach::No, Reach::No, Reach::No, Reach::No],
-        Proof::Test("cross_attention_layers_are_layers_of_their_own_kind"),
+        Proof::Test("cross_attention_layers_have_a_kind_of_their_own"),
         "pictures come in by cross-attention (`cross_attention_states`), which is not fed",
     ),
     without(
         "Florence-2",
         &["florence2"],
         NONE,
-        Proof::Test("a_file_that_nobody_claims_is_refused_by_name"),
+        Proof::Test("an_unclaimed_file_is_refused_by_name"),
         "an encoder-decoder: its layers attend to two sequences",
     ),
     without(
         "Donut",
         &["vision-encoder-decoder"],
         NONE,
-        Proof::Test("a_file_that_nobody_claims_is_refused_by_name"),
+        Proof::Test("an_unclaimed_file_is_refused_by_name"),
         "an encoder-decoder: its layers attend to two sequences",
     ),
 ];
 
-/// The family of a `model_type`.
+/// The family with this `model_type`.
 pub fn family_of(model_type: &str) -> Option<&'static Family> {
     FAMILIES.iter().find(|family| family.model_types.contains(&model_type))
 }
@@ -315,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn a_family_without_a_processor_says_why() {
+    fn a_partly_supported_family_has_a_note() {
         for family in FAMILIES {
             let whole = family.reach == ALL;
             assert!(whole || !family.note.is_empty(), "{}", family.name);

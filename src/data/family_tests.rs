@@ -1,4 +1,4 @@
-//! Compares every kind of processor with Hugging Face's class on pictures of difficult sizes
+//! Compares every processor with its class in Hugging Face transformers on pictures of difficult sizes
 //! (`fixtures/processor/families.json`, written by `scripts/processors/families.py`).
 
 use std::collections::HashSet;
@@ -22,7 +22,7 @@ fn json(path: &str) -> Value {
     serde_json::from_slice(&fs::read(fixtures(path)).unwrap()).unwrap()
 }
 
-/// A model folder of a family: its processor's files beside the tokenizer that all families share.
+/// A model folder of a family: the files of its processor, and the tokenizer that all families share.
 fn folder(family: &Value, shared: &Value) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     let save = |name: &str, text: String| fs::write(folder.path().join(name), text).unwrap();
@@ -62,7 +62,7 @@ fn messages(messages: &Value) -> Vec<(&'static str, Vec<ContentPart>)> {
     messages.as_array().unwrap().iter().map(message).collect()
 }
 
-/// Runs of equal numbers: `[[number, times], ..]`.
+/// Run-length encoding: `[[number, times], ..]`.
 fn runs(ids: &[i64]) -> Vec<(i64, usize)> {
     ids.chunk_by(|a, b| a == b).map(|run| (run[0], run.len())).collect()
 }
@@ -75,7 +75,7 @@ fn bytes(array: &Array) -> Vec<u8> {
     }
 }
 
-/// What differs in one case; empty when nothing does.
+/// The differences in one case; empty when there are none.
 fn differences(processor: &Processor, case: &Value, talk: &Value, back_end: &str) -> Vec<String> {
     let name = |name: &Value| name.as_str().unwrap().to_string();
     let pictures: Vec<String> = case["pictures"].as_array().unwrap().iter().map(name).collect();
@@ -95,6 +95,7 @@ fn differences(processor: &Processor, case: &Value, talk: &Value, back_end: &str
     if runs(&encoded.input_ids) != want {
         found.push(format!("ids {:?}, expected {want:?}", runs(&encoded.input_ids)));
     }
+    // Prompts without pictures, and some with pictures of different sizes, have no arrays.
     for (key, want) in case["arrays"][back_end].as_object().into_iter().flatten() {
         let array = encoded.images.as_ref().unwrap().joined(key).unwrap();
         let same = array.len() as u64 == want["len"]
@@ -106,14 +107,17 @@ fn differences(processor: &Processor, case: &Value, talk: &Value, back_end: &str
     found
 }
 
-/// What differs in one family.
+/// The differences in one family; empty when there are none.
 fn family_differences(family: &Value, shared: &Value) -> Vec<String> {
     let mut found = Vec::new();
     let folder = folder(family, shared);
     let bundle = Bundle::open(folder.path()).unwrap();
+    assert!(!family["back_ends"].as_array().unwrap().is_empty(), "{}", family["name"]);
     for back_end in family["back_ends"].as_array().unwrap() {
         let back_end = back_end.as_str().unwrap();
         let what = format!("{} {back_end}", family["name"]);
+        let has_arrays = |case: &Value| case["arrays"][back_end].as_object().is_some_and(|arrays| !arrays.is_empty());
+        assert!(family["cases"].as_array().unwrap().iter().any(has_arrays), "{what} has no expected arrays");
         match Processor::open_with(&bundle, &settings(family, back_end)) {
             Ok(processor) => {
                 for case in family["cases"].as_array().unwrap() {
@@ -129,14 +133,15 @@ fn family_differences(family: &Value, shared: &Value) -> Vec<String> {
 }
 
 #[test]
-fn families_equal_hugging_face() {
+fn processors_of_all_families_equal_hugging_face() {
     let shared = json("families.json");
     let families = shared["families"].as_array().unwrap();
     let found: Vec<String> = families.par_iter().flat_map(|family| family_differences(family, &shared)).collect();
     assert!(found.is_empty(), "{}", found.join("\n"));
 }
 
-/// The tables of image processors, placeholders and families name each other, and every row of the first two is compared.
+/// Checks that the tables of image processors, placeholders and families refer to each other, and that every row of the
+/// first two is compared.
 #[test]
 fn every_processor_is_compared_and_belongs_to_a_family() {
     let shared = json("families.json");
@@ -174,7 +179,8 @@ fn a_template_that_drops_the_content_is_refused() {
     let error = open().encode_question("row 3", &question, &[]).unwrap_err().to_string();
     assert!(error.contains("row 3") && error.contains("drops the text `What is it?`"), "{error}");
 
-    // Without the processor's files the content is a string, of which this template writes nothing.
+    // Without the processor's files the default form of the content is a string. This template renders nothing of a
+    // string, so it gets parts.
     for file in ["preprocessor_config.json", "processor_config.json"] {
         let _ = fs::remove_file(folder.path().join(file));
     }
@@ -185,7 +191,7 @@ fn a_template_that_drops_the_content_is_refused() {
 }
 
 #[test]
-fn settings_of_the_user_come_last() {
+fn user_settings_override_the_image_processor_config() {
     let shared = json("families.json");
     let open = |name: &str, settings: ImageSettings| {
         let family = shared["families"].as_array().unwrap().iter().find(|family| family["name"] == name).unwrap();
@@ -198,7 +204,7 @@ fn settings_of_the_user_come_last() {
         open(name, settings).unwrap().encode_question("row 1", &question, &[picture]).unwrap().image_positions.len()
     };
     let none = ImageSettings::default();
-    // 320 x 240 pixels.
+    // The photo has 320 x 240 pixels.
     assert_eq!(features("qwen2_vl", none), 11 * 9);
     assert_eq!(features("qwen2_vl", ImageSettings { max_pixels: Some(28 * 28 * 12), ..none }), 4 * 3);
     assert_eq!(features("qwen2_vl", ImageSettings { min_pixels: Some(28 * 28 * 200), ..none }), 17 * 13);
@@ -210,7 +216,7 @@ fn settings_of_the_user_come_last() {
     let refusals = [
         ("qwen2_vl", ImageSettings { image_size: Some(56), ..none }, "has no size of its own to set"),
         ("qwen2_vl", ImageSettings { tiles: Some(true), ..none }, "cuts no picture into tiles"),
-        ("llava", ImageSettings { min_pixels: Some(56), ..none }, "nothing reads `min_pixels`"),
+        ("llava", ImageSettings { min_pixels: Some(56), ..none }, "--min-pixels 56"),
         ("idefics3", ImageSettings { back_end: Some(BackEnd::Torchvision), ..none }, "has no Lanczos filter"),
     ];
     for (name, settings, want) in refusals {
@@ -219,9 +225,9 @@ fn settings_of_the_user_come_last() {
     }
 }
 
-/// `fixtures/processor/video.json`, written by `scripts/processors/video.py`.
+/// Reference: `fixtures/processor/video.json`, written by `scripts/processors/video.py`.
 #[test]
-fn a_video_is_its_frames_with_their_times() {
+fn a_video_is_encoded_as_frames_with_timestamps() {
     use base64::Engine;
     let (shared, video) = (json("families.json"), json("video.json"));
     let family = shared["families"].as_array().unwrap().iter().find(|family| family["name"] == "qwen3_vl").unwrap();
@@ -229,6 +235,7 @@ fn a_video_is_its_frames_with_their_times() {
         let text = video["frames"][place.as_u64().unwrap() as usize].as_str().unwrap();
         ImageBytes::held("frame", base64::engine::general_purpose::STANDARD.decode(text).unwrap())
     };
+    assert!(!video["cases"].as_array().unwrap().is_empty());
     for case in video["cases"].as_array().unwrap() {
         let folder = folder(family, &shared);
         fs::write(folder.path().join("chat_template.jinja"), video["template"].as_str().unwrap()).unwrap();
@@ -266,7 +273,28 @@ fn a_video_is_its_frames_with_their_times() {
 }
 
 #[test]
-fn families_without_a_template_have_the_prompt_that_they_were_trained_with() {
+fn the_token_of_videos_is_read_from_the_processor_s_config() {
+    let (shared, video) = (json("families.json"), json("video.json"));
+    let family = shared["families"].as_array().unwrap().iter().find(|family| family["name"] == "qwen3_vl").unwrap();
+    let folder = folder(family, &shared);
+    fs::write(folder.path().join("chat_template.jinja"), video["template"].as_str().unwrap()).unwrap();
+    let encode = |token: &str| {
+        let path = folder.path().join("processor_config.json");
+        let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        config["video_token"] = token.into();
+        fs::write(&path, config.to_string()).unwrap();
+        let processor = Processor::open(&Bundle::open(folder.path()).unwrap()).unwrap();
+        let frame = || ImageBytes::file("photo.jpeg", fixtures("awkward/photo.jpeg"));
+        let clip = ImageBytes::frames("video 0", vec![(0.0, frame()), (0.5, frame())]).unwrap();
+        processor.encode_question("case", &[Part::Image(0), Part::Text("What?".into())], &[clip])
+    };
+    encode("<|video_pad|>").unwrap();
+    let error = encode("<|a token that is not in the tokenizer|>").unwrap_err().to_string();
+    assert!(error.contains("0 times"), "{error}");
+}
+
+#[test]
+fn a_family_without_a_template_uses_its_training_prompt() {
     let shared = json("families.json");
     let llava = shared["families"].as_array().unwrap().iter().find(|family| family["name"] == "llava").unwrap();
     let folder = folder(llava, &shared);
@@ -293,9 +321,9 @@ fn families_without_a_template_have_the_prompt_that_they_were_trained_with() {
     assert_eq!(processor.decode(&answer.collect::<Vec<_>>()).unwrap(), " a cat");
 }
 
-/// A class that is named with its back end is meant.
+/// A class name with the suffix `Pil` selects Pillow.
 #[test]
-fn a_class_of_pillow_s_gives_pillow_s_pixels() {
+fn a_processor_class_with_a_named_back_end_uses_that_back_end() {
     let shared = json("families.json");
     let family = shared["families"].as_array().unwrap().iter().find(|family| family["name"] == "qwen2_vl").unwrap();
     let case = family["cases"].as_array().unwrap().iter().find(|case| case["pictures"][0] == "photo.jpeg").unwrap();

@@ -8,9 +8,9 @@ thread_local! {
     static SILENT: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Runs a decoder; a panic in it becomes `Err` with its message, and prints nothing.
+/// Runs a decoder. A panic becomes `Err` with the panic's message; nothing is printed.
 ///
-/// What the closure borrows mutably must not be used again after an `Err`.
+/// Values that the closure borrows mutably must not be used after an `Err`: the panic may have left them inconsistent.
 pub(super) fn guarded<T>(decode: impl FnOnce() -> T) -> Result<T, String> {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
@@ -36,7 +36,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_panic_is_an_error_with_its_message() {
+    fn a_panic_becomes_an_error_with_its_message() {
         assert_eq!(guarded(|| 3), Ok(3));
         let error = guarded(|| -> u8 { panic!("index out of range") });
         assert_eq!(error, Err("is malformed (index out of range)".into()));

@@ -5,16 +5,16 @@ use std::sync::Mutex;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::base::{Error, Peers, Result, gathered};
+use crate::base::{Error, Peers, Result, Stopwatch, gathered, prepared_ahead};
 use crate::bundle::Bundle;
 
 use super::dataset::Dataset;
 use super::processor::Encoded;
 use super::sample::Sample;
 
-/// Of the samples that are asked for, the part that may be unreadable.
+/// Largest fraction of the requested samples that may be unreadable.
 const MOST_UNREADABLE: f64 = 0.05;
-/// Reasons that are kept.
+/// Maximum number of reasons in a [`LeftOut`].
 const REASONS: usize = 5;
 
 /// Samples that a step asked for and did not use.
@@ -38,7 +38,7 @@ impl LeftOut {
         *self == LeftOut::default()
     }
 
-    /// The counts that are not 0, in words; `None` when every sample was used.
+    /// The counts above 0 and the reasons, as text; `None` when every sample was used.
     pub fn summary(&self) -> Option<String> {
         let counts =
             [(self.unreadable, "unreadable"), (self.too_long, "too long"), (self.without_answer, "without an answer")];
@@ -58,14 +58,16 @@ pub struct Intake {
     /// Name of the data in errors.
     subject: String,
     strict: bool,
-    /// The most tokens of a sample.
+    /// Maximum number of tokens in a sample.
     max_tokens: usize,
     left_out: Mutex<LeftOut>,
+    /// Time of reading and encoding, summed over threads.
+    preparing: Stopwatch,
 }
 
 impl Intake {
-    /// For samples of at most `max_tokens` tokens that the model's context takes. With `DataOptions::strict` the first
-    /// unreadable row is an error.
+    /// An intake for samples of up to `max_tokens` tokens, or up to the model's context length if that is shorter. With
+    /// `DataOptions::strict`, the first unreadable row is an error.
     pub fn new(dataset: &Dataset, bundle: &Bundle, max_tokens: usize) -> Self {
         let max_tokens = bundle
             .config()
@@ -76,42 +78,66 @@ impl Intake {
             strict: dataset.options().strict,
             max_tokens,
             left_out: Mutex::default(),
+            preparing: Stopwatch::default(),
         }
     }
 
-    /// The samples with these indices that can be used, encoded. What it counts replaces what was counted before.
+    /// Reads and encodes the samples with these indices, and leaves out those that cannot be used. Resets the counts.
     ///
-    /// Errors: as `Dataset::read`; each item: `Error::Invalid` when the row cannot be read and the set is read
-    /// strictly, or when more than 5% of the samples cannot; other errors than those of single rows as they are.
+    /// Errors: as `Dataset::read`. Each item: `Error::Invalid` when more than 5% of the samples are unreadable; the
+    /// error of the first unreadable row with `DataOptions::strict`; errors other than `Error::Invalid` and
+    /// `Error::Io`, unchanged.
     pub fn encoded<'a>(
         &'a self,
         dataset: &'a Dataset,
         indices: &[usize],
         encode: impl Fn(&Sample) -> Result<Encoded> + 'a,
     ) -> Result<impl Iterator<Item = Result<Encoded>> + 'a> {
-        self.encoded_of(dataset, indices, indices.len(), encode)
+        *self.lock() = LeftOut::default();
+        let (samples, asked) = (dataset.read(indices)?, indices.len());
+        Ok(samples.filter_map(move |sample| self.keep(sample.and_then(|sample| encode(&sample)), asked, Encoded::len)))
     }
 
-    /// [`Intake::encoded`] where these are one process's part of `asked` samples.
+    /// Passes [`Intake::encoded`] to `take`, with the samples' indices. One thread reads the samples and as many as there are cores encode them,
+    /// at most `window` ahead of `take`. The indices are one process's part of `asked` samples;
+    /// the limit of 5% refers to `asked`.
     ///
-    /// Errors: as `encoded`.
-    pub fn encoded_of<'a>(
-        &'a self,
-        dataset: &'a Dataset,
-        indices: &[usize],
-        asked: usize,
-        encode: impl Fn(&Sample) -> Result<Encoded> + 'a,
-    ) -> Result<impl Iterator<Item = Result<Encoded>> + 'a> {
+    /// Errors: as `encoded`; those of `take`.
+    pub fn ahead<R>(
+        &self,
+        (dataset, indices, asked): (&Dataset, &[usize], usize),
+        window: usize,
+        encode: impl Fn(&Sample) -> Result<Encoded> + Sync,
+        take: impl FnOnce(&mut dyn Iterator<Item = Result<(usize, Encoded)>>) -> Result<R>,
+    ) -> Result<R> {
         *self.lock() = LeftOut::default();
-        let samples = dataset.read(indices)?;
-        Ok(samples.filter_map(move |sample| match sample.and_then(|sample| encode(&sample)) {
-            Ok(encoded) if encoded.len() > self.max_tokens => {
+        let read = || Ok(self.preparing.over(dataset.read(indices)?));
+        let prepare = |sample: Result<Sample>| {
+            self.preparing.time(|| {
+                let sample = sample?;
+                Ok((sample.index, encode(&sample)?))
+            })
+        };
+        prepared_ahead(window, read, prepare, |all| {
+            take(&mut all.filter_map(|item| self.keep(item, asked, |(_, encoded)| encoded.len())))
+        })
+    }
+
+    /// Time that [`Intake::ahead`] has spent with reading and encoding, summed over its threads.
+    pub fn preparing(&self) -> &Stopwatch {
+        &self.preparing
+    }
+
+    /// The sample, unless it is left out, which is counted. `length` is its number of tokens.
+    fn keep<T>(&self, encoded: Result<T>, asked: usize, length: impl Fn(&T) -> usize) -> Option<Result<T>> {
+        match encoded {
+            Ok(encoded) if length(&encoded) > self.max_tokens => {
                 self.lock().too_long += 1;
                 None
             }
             Ok(encoded) => Some(Ok(encoded)),
             Err(error) => self.refuse(error, asked).err().map(Err),
-        }))
+        }
     }
 
     /// The counts so far.
@@ -119,9 +145,9 @@ impl Intake {
         self.lock().clone()
     }
 
-    /// The counts of all processes that share `asked` samples.
+    /// The sums of the counts of all processes that share `asked` samples.
     ///
-    /// Errors: as `encoded`, for the samples of all of them; as `Peers::of_all`.
+    /// Errors: `Error::Invalid` when more than 5% of `asked` samples are unreadable; as `Peers::of_all`.
     pub fn left_out_by_all(&self, peers: Option<&dyn Peers>, asked: usize) -> Result<LeftOut> {
         let mut all = LeftOut::default();
         for own in gathered(peers, self.left_out())? {
@@ -135,17 +161,22 @@ impl Intake {
         Ok(all)
     }
 
-    /// Errors: `Error::Invalid` when more than 5% of the samples cannot be read.
+    /// Errors: `Error::Invalid` when more than 5% of `asked` samples are unreadable.
     fn check(&self, left_out: &LeftOut, asked: usize) -> Result<()> {
         if left_out.unreadable as f64 <= MOST_UNREADABLE * asked as f64 {
             return Ok(());
         }
-        let problem =
-            format!("more than 5% of {asked} samples cannot be read; the first: {}", left_out.reasons.join("; "));
-        Err(Error::invalid(&self.subject, problem).remedy("repair the data, or leave these rows out of it"))
+        // The reasons end with remedies of their own.
+        let problem = format!(
+            "more than 5% of {asked} samples cannot be read, repair the data or leave these rows out; the first: {}",
+            left_out.reasons.join("; ")
+        );
+        Err(Error::invalid(&self.subject, problem))
     }
 
-    /// Errors: the error itself, unless it is that of a single row which may be left out.
+    /// Counts an unreadable row.
+    ///
+    /// Errors: `error` itself in strict mode, or if it is neither `Error::Invalid` nor `Error::Io`; as `check`.
     fn refuse(&self, error: Error, asked: usize) -> Result<()> {
         let of_a_row = matches!(error, Error::Invalid { .. } | Error::Io { .. });
         if self.strict || !of_a_row {

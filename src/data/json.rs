@@ -1,11 +1,12 @@
-//! LLaVA's and TRL's JSON layouts, a list or one object per line: `image` or `images`, and `conversations` or `messages`.
+//! The JSON layouts of LLaVA and TRL: a list of objects or one object per line, with `image` or `images`, and
+//! `conversations` or `messages`.
 
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use crate::base::{Error, Progress, Result, contained_path};
+use crate::base::{Error, Progress, Result, contained_path, folder_of, shortened};
 
 use super::json_row::{JsonProblem, JsonRow};
 use super::json_scan::scan;
@@ -14,7 +15,8 @@ use super::options::DataOptions;
 use super::row::SourceRow;
 use super::sample::ImageBytes;
 
-/// A `.json` or `.jsonl` file; `image` paths are relative to its folder. Only the places of its rows are held.
+/// A `.json` or `.jsonl` file. `image` paths are relative to its folder. Only the byte ranges of the rows are kept in
+/// memory.
 #[derive(Debug)]
 pub(super) struct JsonFile {
     path: PathBuf,
@@ -26,10 +28,10 @@ pub(super) struct JsonFile {
 }
 
 impl JsonFile {
-    /// Reads the file once, row by row; pictures are not touched.
+    /// Reads the file once, row by row, and lists its rows. Pictures are not read. A row that does not decode is
+    /// listed; `read` returns its error.
     ///
-    /// Errors: `Error::Io`; `Error::Invalid` when it is neither a list nor one object per line; `Error::Unsupported`
-    /// naming the keys that nobody reads.
+    /// Errors: as `scan`; `Error::Unsupported` names the keys that have content but no reader.
     pub fn open(path: &Path, name: &str, options: &DataOptions) -> Result<Self> {
         let file = JsonFile {
             path: path.to_path_buf(),
@@ -62,12 +64,12 @@ impl JsonFile {
         &self.path
     }
 
-    /// The rows that are used; they are not kept here.
+    /// Moves the list of rows out of the reader.
     pub fn take_listed(&mut self) -> Vec<Listed> {
         std::mem::take(&mut self.listed)
     }
 
-    /// The rows with these indices.
+    /// Reads the rows with these indices, in the given order.
     pub fn read(&self, rows: Vec<usize>) -> impl Iterator<Item = Result<SourceRow>> + '_ {
         let file = File::open(&self.path).map_err(|e| Error::io("open", &self.path, e));
         rows.into_iter().map(move |row| {
@@ -91,16 +93,16 @@ impl JsonFile {
     }
 
     fn row(&self, subject: String, entry: JsonRow) -> Result<SourceRow> {
-        let folder = self.path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let folder = folder_of(&self.path);
         let subject = match &entry.id {
-            Some(id) => format!("{subject} (id `{id}`)"),
+            Some(id) => format!("{subject} (id `{}`)", shortened(id)),
             None => subject,
         };
         let mut images = Vec::new();
         for name in &entry.images {
-            let picture = format!("image `{name}` of {subject}");
+            let picture = format!("image `{}` of {subject}", shortened(name));
             let path = contained_path(folder, name).map_err(|error| {
-                Error::invalid(&picture, error.to_string())
+                Error::invalid(&picture, error.without_remedy().to_string())
                     .remedy("keep pictures in the folder of the JSON file and name them relative to it")
             })?;
             images.push(ImageBytes::file(picture, path));

@@ -1,4 +1,4 @@
-//! One row of a JSON file: its messages, the names of its pictures, and the keys that no reader knows.
+//! One row of a JSON file: its messages, the names of its pictures, and the keys without a reader.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -7,36 +7,39 @@ use serde::Deserialize;
 use serde::de::value::SeqAccessDeserializer;
 use serde::de::{Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
+use crate::base::{clipped, shortened};
+
 use super::keys::is_silent;
 use super::options::DataOptions;
 use super::row::{Piece, RawMessage, Speaker};
 
-/// A row as far as it can be read without its pictures.
+/// A parsed row. Its pictures are not read.
 #[derive(Debug, Default)]
 pub(super) struct JsonRow {
     pub id: Option<String>,
     /// Names of the picture files, in order.
     pub images: Vec<String>,
     pub messages: Vec<RawMessage>,
-    /// The numbers under keys that are not read; of a list, the least.
+    /// Numbers under keys without a reader; the minimum for a list of numbers.
     numbers: BTreeMap<String, f64>,
 }
 
-/// Why a row cannot be used.
+/// Reason that a row cannot be used.
 #[derive(Debug)]
 pub(super) enum JsonProblem {
     Bad(String),
-    /// Keys that nobody reads.
+    /// Keys that have content but no reader.
     Unread(Vec<String>),
 }
 
 impl JsonRow {
-    /// Reads a row.
+    /// Parses a row.
     ///
-    /// Errors: `JsonProblem::Unread` for keys that hold something and are neither read nor known to be silent, those of
-    /// messages included; `JsonProblem::Bad` for everything else that is wrong.
+    /// Errors: `JsonProblem::Unread` for keys of the row, its messages and their parts that have content, but no
+    /// reader, and are not silent; `JsonProblem::Bad` for any other problem.
     pub fn parse(bytes: &[u8], options: &DataOptions) -> Result<Self, JsonProblem> {
-        let raw: Fields = serde_json::from_slice(bytes).map_err(|e| bad(format!("does not decode: {e}")))?;
+        let raw: Fields =
+            serde_json::from_slice(bytes).map_err(|e| bad(format!("does not decode: {}", clipped(&e.to_string()))))?;
         let mut entry = JsonRow::default();
         let mut unread = Vec::new();
         let (mut images, mut image) = (Vec::new(), Vec::new());
@@ -84,12 +87,12 @@ impl JsonRow {
         Ok(entry)
     }
 
-    /// Question and answer pairs, at least 1.
+    /// Number of question and answer pairs, at least 1.
     pub fn turns(&self) -> usize {
         self.messages.iter().filter(|message| message.speaker == Speaker::Assistant).count().max(1)
     }
 
-    /// True when the row reaches the least value of every rating.
+    /// True when the row reaches every minimum in `least`. A missing rating does not.
     pub fn rated(&self, least: &BTreeMap<String, f64>) -> bool {
         least.iter().all(|(key, least)| self.numbers.get(key).is_some_and(|number| number >= least))
     }
@@ -98,11 +101,11 @@ impl JsonRow {
 /// One line of running text.
 pub(super) struct TextLine;
 
-/// Why a line of running text cannot be used.
+/// Reason that a line of running text cannot be used.
 pub(super) type TextProblem = JsonProblem;
 
 impl TextLine {
-    /// True for an object with a `text` and no conversation.
+    /// True for an object with a `text` and without messages.
     pub fn is_one(line: &[u8]) -> bool {
         let Ok(Fields(fields)) = serde_json::from_slice(line) else { return false };
         let talks = |field: &Field| matches!(field, Field::Messages(messages) if !messages.is_empty());
@@ -113,7 +116,8 @@ impl TextLine {
     ///
     /// Errors: as `JsonRow::parse`.
     pub fn parse(line: &[u8], options: &DataOptions) -> Result<String, TextProblem> {
-        let Fields(fields) = serde_json::from_slice(line).map_err(|e| bad(format!("does not decode: {e}")))?;
+        let Fields(fields) =
+            serde_json::from_slice(line).map_err(|e| bad(format!("does not decode: {}", clipped(&e.to_string()))))?;
         let (mut text, mut unread) = (None, Vec::new());
         for (key, field) in fields {
             match (key.as_str(), field) {
@@ -139,7 +143,8 @@ fn bad(problem: impl Into<String>) -> JsonProblem {
     JsonProblem::Bad(problem.into())
 }
 
-/// A message in its form, with the names of pictures that its parts hold moved into `images`.
+/// Converts a message. Appends the names of pictures in its parts to `images`, and keys that have content but no reader
+/// to `unread`.
 fn spoken(
     message: JsonMessage,
     images: &mut Vec<String>,
@@ -151,8 +156,9 @@ fn spoken(
         unread.extend(held.map(|(key, _)| key));
     };
     keep(message.rest);
-    let speaker = Speaker::named(&message.role)
-        .ok_or_else(|| bad(format!("has a message of `{}`, expected system, user or assistant", message.role)))?;
+    let speaker = Speaker::named(&message.role).ok_or_else(|| {
+        bad(format!("has a message of `{}`, expected system, user or assistant", shortened(&message.role)))
+    })?;
     let pieces = match message.content {
         JsonContent::Text(text) => vec![Piece::Text(text)],
         JsonContent::Parts(parts) => {
@@ -171,7 +177,9 @@ fn spoken(
                         };
                         Piece::Image(index)
                     }
-                    (kind, _) => return Err(bad(format!("has a part of type `{kind}`, expected text or image"))),
+                    (kind, _) => {
+                        return Err(bad(format!("has a part of type `{}`, expected text or image", shortened(kind))));
+                    }
                 });
             }
             pieces
@@ -233,7 +241,7 @@ struct JsonPart {
     rest: BTreeMap<String, Seen>,
 }
 
-/// Names of pictures: one, or a list.
+/// Names of pictures: null, one name, or a list.
 struct Names(Vec<String>);
 
 impl<'de> Deserialize<'de> for Names {
@@ -262,12 +270,12 @@ impl<'de> Deserialize<'de> for Names {
     }
 }
 
-/// What a value that nobody reads holds.
+/// Summary of a value that has no reader.
 #[derive(Debug, PartialEq)]
 enum Seen {
     /// `null`, or an empty text, list or object.
     Blank,
-    /// A number, or the least of a list of numbers.
+    /// A number, or the minimum of a list of numbers.
     Number(f64),
     Text(String),
     Other,
@@ -392,7 +400,7 @@ mod tests {
     const TALK: &str = r#""conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]"#;
 
     #[test]
-    fn pictures_are_a_name_a_list_or_none() {
+    fn the_image_key_holds_a_name_a_list_or_nothing() {
         let images = |text: &str| parse(&format!("{{{text}{TALK}}}")).unwrap().images;
         assert_eq!(images(r#""image": "a.png", "#), ["a.png"]);
         assert_eq!(images(r#""image": ["a.png", "b.png"], "#), ["a.png", "b.png"]);
@@ -401,7 +409,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_that_hold_something_unknown_are_named() {
+    fn unread_keys_with_a_value_are_named() {
         let unread = |text: &str| match parse(&format!("{{{text}{TALK}}}")) {
             Err(JsonProblem::Unread(keys)) => keys,
             other => panic!("{other:?}"),
@@ -417,7 +425,7 @@ mod tests {
     }
 
     #[test]
-    fn messages_hold_texts_or_parts() {
+    fn message_content_is_a_string_or_a_list_of_parts() {
         let text = r#"{"images": ["x.png"], "messages": [
             {"role": "system", "content": "s"},
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "q", "index": null}]},
@@ -432,7 +440,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_that_make_no_sense_are_bad() {
+    fn malformed_rows_are_errors() {
         for (text, want) in [
             ("{", "does not decode"),
             ("[]", "does not decode"),
@@ -450,7 +458,7 @@ mod tests {
     }
 
     #[test]
-    fn ratings_are_compared() {
+    fn rows_are_filtered_by_minimum_rating() {
         let entry = parse(&format!(r#"{{"a_min": 3, "b_ratings": [4, 2], "c_min": null, {TALK}}}"#)).unwrap();
         let least = |key: &str, value: f64| BTreeMap::from([(key.to_string(), value)]);
         assert!(entry.rated(&least("a_min", 3.0)) && !entry.rated(&least("a_min", 3.5)));

@@ -1,4 +1,4 @@
-//! Byte ranges of the rows of a JSON file, found in one pass that holds one row at a time.
+//! Finds the byte ranges of the rows of a JSON file in one pass. Only one row is in memory at a time.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -7,16 +7,20 @@ use std::path::Path;
 
 use crate::base::{Error, Result};
 
-/// The longest row.
+/// Maximum length of a row in bytes.
 const MAX_ROW_BYTES: usize = 64 << 20;
+/// Optional first bytes of a file in UTF-8.
+const BYTE_ORDER_MARK: [u8; 3] = [0xef, 0xbb, 0xbf];
 
-/// Hands each row and its place in the file to `take`: the elements of a list, or the lines that are not blank.
+/// Calls `take` with the byte range and the bytes of each row. Rows are the elements of a list, or the lines that are
+/// not blank.
 ///
-/// Errors: `Error::Io`; `Error::Invalid` for a list that does not end, or a row of more than 64 MiB; those of `take`.
+/// Errors: `Error::Io`; `Error::Invalid` for a list that does not end, text after the list, or a row of more than 64
+/// MiB; the errors of `take`.
 pub(super) fn scan(path: &Path, mut take: impl FnMut(Range<u64>, &[u8]) -> Result<()>) -> Result<()> {
     let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
     let mut reader = BufReader::with_capacity(1 << 20, file);
-    let mut scanner = Scanner { path, place: 0, begin: 0, row: Vec::new(), form: Form::Unknown };
+    let mut scanner = Scanner { path, place: 0, begin: 0, row: Vec::new(), form: Form::Unknown, after_comma: false };
     loop {
         let bytes = reader.fill_buf().map_err(|e| Error::io("read", path, e))?;
         if bytes.is_empty() {
@@ -31,27 +35,33 @@ pub(super) fn scan(path: &Path, mut take: impl FnMut(Range<u64>, &[u8]) -> Resul
     scanner.finish(&mut take)
 }
 
-/// What the file is, and where in it the scan is.
+/// Form of the file, and state of the scan.
 enum Form {
-    /// Nothing but white space so far.
+    /// Only white space so far.
     Unknown,
     Lines,
-    /// Depth of brackets below the list's own; in a string or not; after a backslash or not.
+    /// `depth` is the number of open brackets inside the list. `string` is true inside a string, `escaped` after a
+    /// backslash.
     List {
         depth: usize,
         string: bool,
         escaped: bool,
     },
-    /// Behind the list.
+    /// After the end of the list.
     Ended,
 }
 
 struct Scanner<'a> {
     path: &'a Path,
+    /// Offset of the next byte.
     place: u64,
+    /// Offset of the first byte of `row`.
     begin: u64,
+    /// Bytes of the current row, from its first one that is not white space.
     row: Vec<u8>,
     form: Form,
+    /// True after a comma of the list, until the next element begins.
+    after_comma: bool,
 }
 
 impl Scanner<'_> {
@@ -63,8 +73,7 @@ impl Scanner<'_> {
             Form::Unknown if byte == b'[' => {
                 self.form = Form::List { depth: 0, string: false, escaped: false };
             }
-            // A byte order mark.
-            Form::Unknown if place < 3 && [0xef, 0xbb, 0xbf].contains(&byte) => {}
+            Form::Unknown if BYTE_ORDER_MARK.get(place as usize) == Some(&byte) => {}
             Form::Unknown => {
                 self.form = Form::Lines;
                 self.push(byte, place)?;
@@ -81,10 +90,14 @@ impl Scanner<'_> {
                         b'[' | b'{' => *depth += 1,
                         b']' if *depth == 0 => {
                             self.form = Form::Ended;
-                            return self.give(take);
+                            return self.end_element(self.after_comma, take);
                         }
                         b']' | b'}' => *depth = depth.saturating_sub(1),
-                        b',' if *depth == 0 => return self.give(take),
+                        b',' if *depth == 0 => {
+                            self.end_element(true, take)?;
+                            self.after_comma = true;
+                            return Ok(());
+                        }
                         _ => {}
                     }
                 }
@@ -101,7 +114,7 @@ impl Scanner<'_> {
             if byte.is_ascii_whitespace() {
                 return Ok(());
             }
-            self.begin = place;
+            (self.begin, self.after_comma) = (place, false);
         }
         if self.row.len() == MAX_ROW_BYTES {
             return Err(self.error(&format!("has a row of more than {MAX_ROW_BYTES} bytes")));
@@ -110,8 +123,18 @@ impl Scanner<'_> {
         Ok(())
     }
 
+    /// Ends an element of the list, which must not be empty where one is `expected`.
+    fn end_element(&mut self, expected: bool, take: &mut impl FnMut(Range<u64>, &[u8]) -> Result<()>) -> Result<()> {
+        if expected && self.row.is_empty() {
+            return Err(self.error("has an empty element in its list"));
+        }
+        self.give(take)
+    }
+
+    /// Passes the row on, without the white space at its end.
     fn give(&mut self, take: &mut impl FnMut(Range<u64>, &[u8]) -> Result<()>) -> Result<()> {
         if !self.row.is_empty() {
+            self.row.truncate(self.row.trim_ascii_end().len());
             take(self.begin..self.begin + self.row.len() as u64, &self.row)?;
             self.row.clear();
         }
@@ -142,14 +165,14 @@ mod tests {
         let mut rows = Vec::new();
         scan(&path, |place, bytes| {
             assert_eq!(&text.as_bytes()[place.start as usize..place.end as usize], bytes);
-            rows.push((place, String::from_utf8_lossy(bytes).trim().to_string()));
+            rows.push((place, String::from_utf8_lossy(bytes).to_string()));
             Ok(())
         })?;
         Ok(rows)
     }
 
     #[test]
-    fn rows_of_lists_and_lines_are_found() {
+    fn rows_of_json_lists_and_json_lines_are_found() {
         let texts = |text: &str| rows(text).unwrap().into_iter().map(|(_, text)| text).collect::<Vec<_>>();
         assert_eq!(
             texts(" [ {\"a\": \"],}\\\"[\"},\n {\"b\": [1, {\"c\": 2}]} ]\n"),
@@ -157,12 +180,21 @@ mod tests {
         );
         assert_eq!(texts("{\"a\": 1}\n\n  {\"b\": 2}\r\n{\"c\": 3}"), ["{\"a\": 1}", "{\"b\": 2}", "{\"c\": 3}"]);
         assert_eq!(texts("\u{feff}{\"a\": 1}\n"), ["{\"a\": 1}"]);
+        assert_eq!(texts("[{\"a\": 1} , {\"a\": 1}\n]"), ["{\"a\": 1}", "{\"a\": 1}"]);
         assert!(texts("[]").is_empty() && texts("").is_empty() && texts("[\n]").is_empty());
     }
 
     #[test]
-    fn lists_that_do_not_end_are_refused() {
-        for (text, want) in [("[{", "ends before its list"), ("[{}] x", "after the end"), ("[\"a", "ends before")] {
+    fn malformed_json_lists_are_refused() {
+        let refused = [
+            ("[{", "ends before its list"),
+            ("[{}] x", "after the end"),
+            ("[\"a", "ends before"),
+            ("[{},,{}]", "an empty element"),
+            ("[{}, ]", "an empty element"),
+            ("[,{}]", "an empty element"),
+        ];
+        for (text, want) in refused {
             let error = rows(text).unwrap_err().to_string();
             assert!(error.contains(want), "{text}: {error}");
         }

@@ -1,10 +1,10 @@
-//! Keys of data rows without a part of the conversation, and the error for keys that no reader knows.
+//! Keys of data rows that hold no part of the conversation, and the error for keys without a reader.
 
 use crate::base::{Error, list_preview};
 
 use super::options::DataOptions;
 
-/// Columns and keys that say where a row comes from or what it is about.
+/// Columns and keys that describe the origin or the subject of a row.
 const SILENT: &[&str] = &[
     "__index_level_0__",
     "category",
@@ -41,10 +41,10 @@ const SILENT: &[&str] = &[
     "uuid",
     "width",
 ];
-/// Endings of columns that rate a row.
+/// Suffixes of rating columns.
 const SILENT_ENDINGS: &[&str] = &["_ratings", "_rating", "_min", "_score"];
 
-/// True for a column or key that is not read and holds nothing of the conversation.
+/// True for a column or key that is ignored: known metadata, a rating, or an entry of `ignore_keys`.
 pub(super) fn is_silent(key: &str, options: &DataOptions) -> bool {
     SILENT.contains(&key)
         || SILENT_ENDINGS.iter().any(|ending| key.ends_with(ending))
@@ -52,9 +52,9 @@ pub(super) fn is_silent(key: &str, options: &DataOptions) -> bool {
         || options.ignore_keys.iter().any(|ignored| ignored == key)
 }
 
-/// The error for keys that may hold a part of the conversation.
+/// The error for keys that have no reader but may hold a part of the conversation.
 pub(super) fn unread(subject: impl Into<String>, keys: &[String]) -> Error {
-    Error::unsupported(subject, format!("nothing reads {}", list_preview(keys, 8))).remedy(format!(
+    Error::unsupported(subject, format!("has keys without a reader: {}", list_preview(keys, 8))).remedy(format!(
         "remove what the model should not learn from; `--ignore-keys {}` reads the data without it",
         keys.join(",")
     ))

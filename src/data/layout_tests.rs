@@ -1,4 +1,4 @@
-//! Data sets in every layout: what is read, what is left out, and what is refused.
+//! Data sets in every layout: rows that are read, left out or refused.
 
 use std::fs;
 use std::path::Path;
@@ -51,14 +51,15 @@ fn strings<S: AsRef<str>>(texts: &[S]) -> ArrayRef {
     Arc::new(StringArray::from_iter_values(texts))
 }
 
-/// Pictures of these shades, as the hub has them.
+/// Pictures of these shades in the Hugging Face Hub's layout: `struct{bytes, path}`.
 fn pictures(shades: &[u8]) -> ArrayRef {
     let bytes: ArrayRef = Arc::new(BinaryArray::from_iter_values(shades.iter().map(|shade| png(*shade))));
     let names: ArrayRef = Arc::new(StringArray::from(vec![None::<&str>; shades.len()]));
     fields(vec![("bytes", bytes), ("path", names)])
 }
 
-/// `rows` rows, two texts each, the picture's shade is the row; five rows to a group.
+/// Writes a Parquet file of `rows` rows with two turns each, five rows per row group. The shade of a row's picture is
+/// the row number.
 pub(super) fn shard(path: &Path, rows: usize, nested: bool) {
     let shades: Vec<u8> = (0..rows).map(|row| row as u8).collect();
     let plain: ArrayRef = Arc::new(BinaryArray::from_iter_values(shades.iter().map(|shade| png(*shade))));
@@ -85,7 +86,7 @@ const ONE: &str = r#"{"id": "x", "image": "a.png", "conversations": [{"from": "h
 const NONE: &str = r#"{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "ho"}]}"#;
 
 #[test]
-fn llava_files_are_read_as_lists_and_lines() {
+fn llava_files_are_read_as_json_lists_and_json_lines() {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("a.png"), png(3)).unwrap();
     let list = write(folder.path(), "list.json", &format!("[{ONE},\n {NONE}]"));
@@ -121,9 +122,9 @@ fn llava_conversations_may_have_a_system_turn_and_pictures_in_any_turn() {
     assert!(turns.iter().all(|turn| turn.system.is_some()));
 }
 
-/// The last sample costs no more than the first: what is before it in the file is not looked at again.
+/// Reading a sample does not read the rows before it: the test overwrites them.
 #[test]
-fn a_sample_is_read_without_those_before_it() {
+fn a_sample_is_read_without_reading_the_samples_before_it() {
     let folder = tempfile::tempdir().unwrap();
     let rows: Vec<String> = (0..500).map(|row| NONE.replace("ho", &format!("answer {row}"))).collect();
     let list = write(folder.path(), "list.json", &format!("[{}]", rows.join(",\n")));
@@ -136,13 +137,14 @@ fn a_sample_is_read_without_those_before_it() {
         fs::write(&path, bytes).unwrap();
         let sample = data.read(&[499]).unwrap().next().unwrap().unwrap();
         assert_eq!(sample.turns[0].assistant, "answer 499");
-        assert!(data.read(&[0]).unwrap().next().unwrap().is_err());
+        let error = data.read(&[0]).unwrap().next().unwrap().unwrap_err().to_string();
+        assert!(error.starts_with("row 0 of `"), "{error}");
     }
     let path = folder.path().join("x.parquet");
     shard(&path, 50, true);
     let data = Dataset::open(&path, &whole()).unwrap();
     let mut bytes = fs::read(&path).unwrap();
-    // Ten groups of rows; the pages of the first nine are gone.
+    // The file has ten row groups. The pages of the first nine are overwritten.
     let groups = ::parquet::arrow::arrow_reader::ArrowReaderMetadata::load(
         &fs::File::open(&path).unwrap(),
         ::parquet::arrow::arrow_reader::ArrowReaderOptions::new(),
@@ -152,11 +154,12 @@ fn a_sample_is_read_without_those_before_it() {
     fs::write(&path, bytes).unwrap();
     let sample = data.read(&[49]).unwrap().next().unwrap().unwrap();
     assert_eq!((sample.turns[1].assistant.as_str(), shade(&sample.images[0])), ("a 49 1", 49));
-    assert!(data.read(&[0]).unwrap().next().unwrap().is_err());
+    let error = data.read(&[0]).unwrap().next().unwrap().unwrap_err().to_string();
+    assert!(error.contains("x.parquet"), "{error}");
 }
 
 #[test]
-fn keys_that_nobody_reads_are_an_error_that_names_them() {
+fn unread_keys_are_refused_by_name() {
     let folder = tempfile::tempdir().unwrap();
     for (extra, want) in
         [(r#""video": "a.mp4", "#, "`video`"), (r#""depth": "d.png", "audio": 3, "#, "`audio`, `depth`")]
@@ -179,13 +182,13 @@ fn keys_that_nobody_reads_are_an_error_that_names_them() {
     let path = folder.path().join("x.parquet");
     write_parquet(&path, columns(strings(&["a.mp4"])));
     let error = Dataset::open(&path, &whole()).unwrap_err().to_string();
-    assert!(error.contains("nothing reads `video`"), "{error}");
+    assert!(error.contains("without a reader: `video`"), "{error}");
     write_parquet(&path, columns(Arc::new(StringArray::from(vec![None::<&str>]))));
     assert_eq!(opened(&path).len(), 1);
 }
 
 #[test]
-fn malformed_json_is_refused_or_a_bad_row() {
+fn malformed_json_is_refused_as_a_file_or_as_a_row() {
     let folder = tempfile::tempdir().unwrap();
     for (text, want) in [("[]", "is empty"), ("[{", "ends before its list")] {
         let error = Dataset::open(&write(folder.path(), "bad.json", text), &whole()).unwrap_err().to_string();
@@ -207,7 +210,7 @@ fn malformed_json_is_refused_or_a_bad_row() {
 }
 
 #[test]
-fn shards_are_one_set_in_either_layout() {
+fn shards_of_a_folder_or_a_pattern_form_one_data_set() {
     let folder = tempfile::tempdir().unwrap();
     shard(&folder.path().join("train-0.parquet"), 12, true);
     shard(&folder.path().join("train-1.parquet"), 3, false);
@@ -237,11 +240,12 @@ fn shards_are_one_set_in_either_layout() {
             ("a 2 1", "row 2 of `train-1.parquet`")
         );
     }
-    assert!(turns.read(&[30]).is_err());
+    let error = turns.read(&[30]).err().unwrap().to_string();
+    assert_eq!(error, "data: sample 30 does not exist, there are 30");
 }
 
 #[test]
-fn draws_do_not_depend_on_names_and_order_of_shards() {
+fn draws_do_not_depend_on_shard_names_and_shard_order() {
     let drawn = |names: [&str; 2], options: &DataOptions| -> Vec<String> {
         let folder = tempfile::tempdir().unwrap();
         shard(&folder.path().join(names[0]), 12, true);
@@ -301,7 +305,7 @@ fn onevision_and_cauldron_columns_are_read() {
 }
 
 #[test]
-fn messages_are_read_with_texts_or_parts() {
+fn messages_columns_hold_strings_or_parts() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("x.parquet");
     let roles = || strings(&["system", "user", "assistant"]);
@@ -324,7 +328,7 @@ fn messages_are_read_with_texts_or_parts() {
 }
 
 #[test]
-fn ratings_choose_rows() {
+fn minimum_ratings_select_rows() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("x.parquet");
     let texts = fields(vec![("user", strings(&["q", "q", "q"])), ("assistant", strings(&["a", "b", "c"]))]);
@@ -357,7 +361,7 @@ fn ratings_choose_rows() {
 }
 
 #[test]
-fn rows_that_do_not_fit_are_named() {
+fn malformed_parquet_rows_and_files_are_refused_by_name() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("x.parquet");
     let bytes: ArrayRef = Arc::new(BinaryArray::from_opt_vec(vec![Some(&b"x"[..]), None]));
@@ -404,7 +408,7 @@ mod intake {
         }
     }
 
-    /// Sixty rows, of which `broken` have no answer; the number of tokens is the row's.
+    /// Reads 60 rows, of which the first `broken` have no answer. The number of tokens of a sample is its row number.
     fn pass(broken: usize, strict: bool) -> (Vec<Result<Encoded>>, LeftOut) {
         let folder = tempfile::tempdir().unwrap();
         let bad = r#"{"conversations": [{"from": "human", "value": "Hi"}]}"#;
@@ -422,7 +426,7 @@ mod intake {
     }
 
     #[test]
-    fn unreadable_rows_and_long_samples_are_left_out_and_counted() {
+    fn unreadable_rows_and_long_samples_are_skipped_and_counted() {
         let (found, left_out) = pass(3, false);
         assert_eq!((found.len(), left_out.unreadable, left_out.too_long), (48, 3, 9));
         assert!(found.iter().all(Result::is_ok));
@@ -432,7 +436,7 @@ mod intake {
     }
 
     #[test]
-    fn one_unreadable_row_is_an_error_when_strict_and_more_than_five_percent_always() {
+    fn one_bad_row_fails_a_strict_pass_and_over_five_percent_fail_any_pass() {
         let first = |found: Vec<Result<Encoded>>| found.into_iter().find_map(Result::err).unwrap().to_string();
         let strict = first(pass(1, true).0);
         assert!(strict.contains("row 0 of"), "{strict}");
@@ -441,9 +445,9 @@ mod intake {
     }
 }
 
-/// Rows with one text are on one side in every file; the two parts share no row and have all of them.
+/// Equal rows are in the same part in every file. The two parts share no row and together have all rows.
 #[test]
-fn a_part_is_held_back_by_text() {
+fn the_held_back_part_is_chosen_by_text() {
     let folder = tempfile::tempdir().unwrap();
     let row = |number: usize| {
         format!(
@@ -465,7 +469,7 @@ fn a_part_is_held_back_by_text() {
     let (train, held_back) = (DataPart::Train(0.2), DataPart::HeldBack(0.2));
     let (rest, apart) = (texts(&first, train), texts(&first, held_back));
     assert_eq!(rest.len() + apart.len(), 400);
-    // 400 draws at 0.2: 80 with a standard deviation of 8.
+    // Of 400 rows, 80 are expected at 0.2, with a standard deviation of 8.
     assert!((48..=112).contains(&apart.len()), "{}", apart.len());
     assert!(texts(&second, train).iter().all(|text| !apart.contains(text)));
     assert!(texts(&second, held_back).iter().all(|text| !rest.contains(text)));
@@ -475,7 +479,7 @@ fn a_part_is_held_back_by_text() {
         .map(|part| Dataset::open(&first, &DataOptions { part, ..separate() }).unwrap().digest().unwrap());
     assert_eq!(all_of_it.digest().unwrap(), digests[0]);
     assert!(digests[0] != digests[1] && digests[1] != digests[2]);
-    // Both turns of a row are on the same side.
+    // Both turns of a row are in the same part.
     let turns = |part| Dataset::open(&first, &DataOptions { part, ..separate() }).unwrap().len();
     assert_eq!((turns(train), turns(held_back)), (2 * rest.len(), 2 * apart.len()));
     let none = Dataset::open(&first, &DataOptions { part: DataPart::HeldBack(1e-9), ..whole() }).unwrap_err();

@@ -1,5 +1,5 @@
-//! Conversations about pictures and running text, and their encoding for the networks: data sets, benchmarks, image processors, chat
-//! templates, tokenizers.
+//! Reads conversations about pictures and running text, and encodes them as network inputs: data sets, benchmarks,
+//! image processors, chat templates, tokenizers.
 
 mod columns;
 mod conversation;

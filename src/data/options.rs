@@ -9,7 +9,7 @@ use crate::base::Error;
 
 use super::images::ImageSettings;
 
-/// Tokens in a sequence of running text by default.
+/// Default number of tokens in a sequence of running text.
 pub const SEQUENCE_LENGTH: usize = 512;
 
 /// Extent of a sample in a conversation of several turns.
@@ -36,29 +36,30 @@ impl FromStr for Turns {
     }
 }
 
-/// The part of a data set that is read. Rows are told apart by a hash of their text, so that one row is on the same side in
-/// every file that has it, whatever is drawn later and with whichever seed.
+/// The part of a data set that is read. The content key of a row determines its part, so equal rows are in the same
+/// part in every file, independent of later draws and their seeds. The key of a conversation includes its id: rows with
+/// the same text and different ids may be in different parts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum DataPart {
-    /// All of it.
+    /// All rows.
     #[default]
     All,
-    /// What is left when this fraction of the rows is held back.
+    /// All rows except the held-back fraction.
     Train(f64),
-    /// The rows that are held back, this fraction of all.
+    /// The held-back fraction of the rows.
     HeldBack(f64),
 }
 
 impl DataPart {
-    /// True when everything is read.
+    /// True when all rows are read.
     pub fn is_all(&self) -> bool {
         *self == DataPart::All
     }
 
-    /// True when a row is in this part; `hash` is of its text.
+    /// True when a row is in this part. `hash` is a hash of the row's content key.
     pub(super) fn has(self, hash: u64) -> bool {
-        // The upper 53 bits, which a f64 holds exactly.
+        // The upper 53 bits as a fraction from 0 to 1. An f64 represents 53 bits exactly.
         let place = (hash >> 11) as f64 / (1u64 << 53) as f64;
         match self {
             DataPart::All => true,
@@ -72,16 +73,16 @@ impl DataPart {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct DataOptions {
-    /// Make one sample of a conversation, or one of each turn.
+    /// Whether a sample is a whole conversation or a single turn.
     pub turns: Turns,
-    /// Rows are used only if these columns have at least these values; of a list, if each of its values is at least
-    /// that. A row without a value is not used.
+    /// Minimum value by rating column. A row is used only if it reaches every minimum; for a list, each of its values
+    /// must reach it. A row without a value is not used.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub min_ratings: BTreeMap<String, f64>,
-    /// Columns or keys that are ignored, besides those that are known to hold nothing of a conversation.
+    /// Columns or keys to ignore, in addition to those that are known to hold no part of a conversation.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub ignore_keys: Vec<String>,
-    /// The first row that cannot be read is an error.
+    /// True: the first row that cannot be read is an error.
     pub strict: bool,
     /// The part of the rows that is read.
     #[serde(skip_serializing_if = "DataPart::is_all")]

@@ -1,4 +1,4 @@
-//! Encodes conversations about pictures for the networks: token ids, pixel values and the mask of answer tokens.
+//! Encodes conversations about pictures as network inputs: token ids, pixel values and the mask of answer tokens.
 
 use serde_json::Value;
 
@@ -14,20 +14,20 @@ use super::sample::{ImageBytes, Part};
 use super::template::{ChatTemplate, Content, ContentPart, Message};
 use super::tokenizer::Tokenizer;
 
-/// One conversation, encoded.
+/// An encoded sample.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Encoded {
     /// Name in errors.
     pub id: String,
-    /// Token ids, image placeholders expanded to one id per image feature.
+    /// Token ids. Each image placeholder is expanded to one id per image feature.
     pub input_ids: Vec<i64>,
-    /// For each id, true where it belongs to an answer (its end token included); all false in a prompt.
+    /// For each id: true if it belongs to an answer, including the answer's end token. All false in a prompt.
     pub answer_mask: Vec<bool>,
-    /// Positions in `input_ids` that take one image feature each, in order.
+    /// Positions of the image features in `input_ids`, in order.
     pub image_positions: Vec<usize>,
     /// `None` without pictures.
     pub images: Option<ImageInputs>,
-    /// Where what the graphs read was made by another program.
+    /// Graph inputs from a row of ready tensors; `None` for a sample that a processor encoded.
     pub given: Option<GivenRow>,
 }
 
@@ -42,7 +42,7 @@ impl Encoded {
         self.input_ids.is_empty()
     }
 
-    /// The part that sessions read.
+    /// Converts to the input of a session.
     pub fn into_prompt(self) -> Prompt {
         let pictures = self.images.map(|images| images.pictures).unwrap_or_default();
         let question = self.answer_mask.iter().position(|&answer| answer);
@@ -50,16 +50,16 @@ impl Encoded {
     }
 }
 
-/// Everything between text and pictures and the networks' inputs: image processor, chat template, tokenizer.
+/// A model's image processor, chat template and tokenizer.
 #[derive(Debug)]
 pub struct Processor {
     pub(super) tokenizer: Tokenizer,
-    /// `None` for a model that never was taught to chat.
+    /// `None` for a model without a chat template.
     template: Option<ChatTemplate>,
-    /// As errors name the model.
+    /// Name of the model in errors.
     subject: String,
     vision: Option<PictureEncoding>,
-    /// Why the model's image processor is none that is known.
+    /// Error message for an image processor that is not supported.
     unknown_images: Option<String>,
     pub(super) eos: Vec<u32>,
 }
@@ -68,32 +68,34 @@ pub struct Processor {
 struct PictureEncoding {
     images: ImageProcessor,
     placeholder: Placeholder,
-    /// The token that takes one row of image features.
+    /// Id of the token at the position of one image feature.
     feature_id: u32,
-    /// The token that takes one row of a video's features, which is encoded as `feature_id`.
+    /// Id of the token at the position of one video feature. `Encoded::input_ids` has `feature_id` in its place.
     video_id: Option<u32>,
 }
 
 impl Processor {
-    /// Reads a model's own processor files.
+    /// Opens the processor of a model from the model's files.
     ///
-    /// With an image processor that is not known, or a setting of it that nothing reads, everything but pictures can be
-    /// encoded; see [`Processor::warning`].
+    /// If the image processor or one of its settings is not supported, only text without pictures can be encoded; see
+    /// [`Processor::warning`].
     ///
-    /// Errors: `Error::Invalid` when one is missing, malformed or contradicts another.
+    /// Errors: `Error::Invalid` when a file is missing, malformed or contradicts another.
     pub fn open(bundle: &Bundle) -> Result<Self> {
         Self::open_with(bundle, &ImageSettings::default())
     }
 
-    /// As `open`, with settings of the user over those of the files.
+    /// As `open`, with user settings that override the files'.
     ///
-    /// Errors: as `open`, and when the image processor does not have one of the settings.
+    /// Errors: as `open`; `Error::Unsupported` when the image processor does not support a setting, or when settings
+    /// are given and the image processor itself is not supported.
     pub fn open_with(bundle: &Bundle, settings: &ImageSettings) -> Result<Self> {
         let mut tokenizer = Tokenizer::open(bundle)?;
         let processor_config = bundle.read_json("processor_config.json")?.unwrap_or(Value::Null);
         let (vision, unknown_images) = match PictureEncoding::open(bundle, &processor_config, &tokenizer, settings) {
             Ok(vision) => (vision, None),
-            // What the user sets must be set, so its refusal is an error.
+            // With user settings, an image processor that is not supported is an error: the settings would have no
+            // effect.
             Err(error @ Error::Unsupported { .. }) if settings.is_default() => (None, Some(error.to_string())),
             Err(error) => return Err(error),
         };
@@ -117,18 +119,21 @@ impl Processor {
         Ok(Processor { tokenizer, template, subject, vision, unknown_images, eos })
     }
 
-    /// Note on a model that sees less of a large picture than in Hugging Face's code, because its graphs take no tiles.
+    /// Note for a model that gets less detail of a large picture than in Hugging Face's code, because its graphs take
+    /// no tiles; `None` for other models.
     ///
     /// Errors: as `onnx::load`.
     pub fn note(&self, bundle: &Bundle) -> Result<Option<String>> {
         let Some(vision) = &self.vision else { return Ok(None) };
-        let problem = packed_nowhere(bundle, &vision.placeholder)?;
-        Ok(problem.map(|problem| {
-            format!("a picture is one view, as in transformers.js, and is not cut into tiles: {problem}")
-        }))
+        Ok(match Packing::of(bundle, &vision.placeholder)? {
+            Packing::Nowhere(problem) => {
+                Some(format!("a picture is one view, as in transformers.js, and is not cut into tiles: {problem}"))
+            }
+            Packing::Unneeded | Packing::Graph(_) => None,
+        })
     }
 
-    /// Warning about a model whose image processor is not known.
+    /// Warning when the model's image processor is not supported; `None` when it is.
     pub fn warning(&self) -> Option<String> {
         let problem = self.unknown_images.as_ref()?;
         Some(format!("{problem}; only text without pictures can be read"))
@@ -138,38 +143,42 @@ impl Processor {
         match &self.unknown_images {
             Some(problem) => Error::unsupported(id, format!("has pictures: {problem}"))
                 .remedy("take samples without pictures, or running text"),
-            None => Error::invalid(id, "has pictures, but the model has no image processor")
-                .remedy("use samples without pictures, or put `preprocessor_config.json` beside the model"),
+            // The model's fault and not the row's, so that no row is left out for it.
+            None => {
+                Error::unsupported(&self.subject, format!("{id} has pictures, but the model has no image processor"))
+                    .remedy("use samples without pictures, or put `preprocessor_config.json` beside the model")
+            }
         }
     }
 
-    /// Ids at which generation ends.
+    /// Ids that end the generation.
     #[cfg(test)]
     pub fn eos_ids(&self) -> Vec<i64> {
         self.eos.iter().map(|id| i64::from(*id)).collect()
     }
 
-    /// The id that takes one image feature; `None` for a model that only reads text.
+    /// Id of the token at the position of one image feature; `None` when pictures cannot be encoded.
     pub fn image_token_id(&self) -> Option<i64> {
         self.vision.as_ref().map(|vision| i64::from(vision.feature_id))
     }
 
-    /// Text of generated ids, special tokens left out.
+    /// Text of generated ids, without special tokens.
     ///
-    /// Errors: `Error::Invalid` for ids that the tokenizer does not have.
+    /// Errors: `Error::Invalid` for a negative id, or when the tokenizer fails.
     pub fn decode(&self, ids: &[i64]) -> Result<String> {
         self.tokenizer.decode(ids)
     }
 
-    /// A question with its pictures, up to where the model begins to answer. `id` is how errors name it.
+    /// Encodes a question with its pictures, up to the start of the model's answer. `id` is the name of the sample in
+    /// errors.
     ///
-    /// Errors: `Error::Invalid` when a picture does not decode, the template refuses, or the text does not take the
-    /// pictures one by one.
+    /// Errors: `Error::Invalid` when a picture does not decode, the template fails, or the text does not have one
+    /// placeholder per picture; `Error::Unsupported` for pictures when the image processor is not supported.
     pub fn encode_question(&self, id: &str, question: &[Part], images: &[ImageBytes]) -> Result<Encoded> {
         self.encode_messages(id, &[self.user(question, images)?], images, true)
     }
 
-    /// Messages as they are, none of their tokens marked.
+    /// Encodes messages with no token marked. `prompt` adds the template's generation prompt.
     pub(super) fn encode_messages(
         &self,
         id: &str,
@@ -205,7 +214,7 @@ impl Processor {
         self.parts(role, vec![ContentPart::Text { text: text.to_string() }])
     }
 
-    /// A message in the form that the template takes.
+    /// A message in the form that the template expects: a list of parts, or one string with placeholder markers.
     pub(super) fn parts(&self, role: &'static str, parts: Vec<ContentPart>) -> Message {
         if self
             .template
@@ -232,17 +241,27 @@ impl Processor {
         Message { role, content: Content::Text(text) }
     }
 
-    pub(super) fn render(&self, id: &str, messages: &[Message], prompt: bool) -> Result<String> {
-        let template = self.template.as_ref().ok_or_else(|| {
+    /// The chat template, which conversations need.
+    ///
+    /// Errors: `Error::Invalid` for a model without one.
+    pub(super) fn template(&self) -> Result<&ChatTemplate> {
+        self.template.as_ref().ok_or_else(|| {
             Error::invalid(&self.subject, "has no chat template").remedy(
                 "expected chat_template.jinja, or `chat_template` in tokenizer_config.json; running text needs none",
             )
-        })?;
-        let text = template.render(messages, prompt).map_err(|error| {
-            Error::invalid(id, error.to_string())
-                .remedy("correct the roles and the order of the sample's turns, or remove it from the data")
-        })?;
-        // Answers may be written otherwise: templates leave out what a model thought in earlier turns.
+        })
+    }
+
+    /// The error of conversations for a model without a chat template; `None` for a model with one.
+    pub fn without_template(&self) -> Option<String> {
+        self.template().err().map(|error| error.to_string())
+    }
+
+    pub(super) fn render(&self, id: &str, messages: &[Message], prompt: bool) -> Result<String> {
+        let template = self.template()?;
+        // The template's error has a remedy.
+        let text = template.render(messages, prompt).map_err(|error| Error::invalid(id, error.to_string()))?;
+        // Answers are not checked: templates remove the reasoning of earlier turns.
         let given = messages.iter().filter(|message| message.role != "assistant");
         match given.flat_map(Message::texts).find(|part| !text.contains(part.trim())) {
             Some(lost) => Err(Error::invalid(
@@ -262,7 +281,10 @@ impl Processor {
         }
     }
 
-    /// A rendered text with its image tokens expanded; with `all`, it must take every picture.
+    /// Expands the image markers of a rendered text. With `all`, the text must have one marker per picture; otherwise
+    /// it may have fewer.
+    ///
+    /// Errors: `Error::Invalid` for another number of markers.
     pub(super) fn expand(&self, id: &str, text: &str, images: Option<&ImageInputs>, all: bool) -> Result<String> {
         let shown = images.map(|images| images.shown.as_slice()).unwrap_or_default();
         let Some(vision) = &self.vision else { return Ok(text.to_string()) };
@@ -288,7 +310,7 @@ impl Processor {
     ) -> Encoded {
         let image = self.vision.as_ref().map(|vision| vision.feature_id);
         let video = self.vision.as_ref().and_then(|vision| vision.video_id);
-        // A row of features is the same to a graph whatever it was made from.
+        // The graph reads features of pictures and videos at the same token id.
         let ids = ids.into_iter().map(|token| image.filter(|_| video == Some(token)).unwrap_or(token));
         let ids: Vec<u32> = ids.collect();
         let positions = ids.iter().enumerate().filter(|(_, token)| Some(**token) == image);
@@ -303,19 +325,48 @@ impl Processor {
     }
 }
 
-/// Why tiles of pictures cannot be used, where the vision encoder must pack their features and does not.
-fn packed_nowhere(bundle: &Bundle, placeholder: &Placeholder) -> Result<Option<String>> {
-    let (Some(input), Some(vision)) = (placeholder.packed_by, bundle.component(Role::VisionEncoder)) else {
-        return Ok(None);
-    };
-    let graph = onnx::load(&bundle.path_of(vision))?.graph;
-    Ok(graph.input(input).is_none().then(|| {
-        format!(
-            "`{}` has no input `{input}`; cutting the padding off the tiles' features and putting newlines between them is \
-             in no graph of the folder",
-            vision.file
-        )
-    }))
+/// Where the features of a picture's tiles are packed for the prompt.
+enum Packing {
+    /// They need no packing, or there is no vision encoder.
+    Unneeded,
+    /// In the graph of the vision encoder. The reason that it always gets tiles.
+    Graph(String),
+    /// They need packing, but the vision encoder has no input for it. The reason that tiles cannot be used.
+    Nowhere(String),
+}
+
+impl Packing {
+    fn of(bundle: &Bundle, placeholder: &Placeholder) -> Result<Self> {
+        let (Some(input), Some(vision)) = (placeholder.packed_by, bundle.component(Role::VisionEncoder)) else {
+            return Ok(Packing::Unneeded);
+        };
+        let graph = onnx::load(&bundle.path_of(vision))?.graph;
+        Ok(match graph.input(input) {
+            Some(_) => Packing::Graph(format!(
+                "`{}` has an input `{input}`: it packs the features of tiles, and a single view is not what it expects",
+                vision.file
+            )),
+            None => Packing::Nowhere(format!(
+                "`{}` has no input `{input}`; cutting the padding off the tiles' features and putting newlines between \
+                 them is in no graph of the folder",
+                vision.file
+            )),
+        })
+    }
+
+    /// The setting for tiles: the user's, or true for a vision encoder that packs them.
+    ///
+    /// Errors: `Error::Unsupported` for a setting that does not fit the vision encoder.
+    fn tiles(self, own: Option<bool>) -> Result<Option<bool>> {
+        match (self, own) {
+            (Packing::Nowhere(problem), Some(true)) => Err(Error::unsupported("image tiles", problem)
+                .remedy("leave `--image-tiles` out: a picture is then one view, as in transformers.js")),
+            (Packing::Graph(problem), Some(false)) => Err(Error::unsupported("no image tiles", problem)
+                .remedy("leave `--image-tiles` out: the only picture of a conversation is then cut into tiles")),
+            (Packing::Graph(_), None) => Ok(Some(true)),
+            (_, own) => Ok(own),
+        }
+    }
 }
 
 impl PictureEncoding {
@@ -343,15 +394,10 @@ impl PictureEncoding {
         ImageProcessor::check_kind(&config, source)?;
         let mut placeholder = placeholders::open(bundle, tokenizer, &config, processor_config)?;
         let forced = std::mem::take(&mut placeholder.image_settings);
-        let mut images = ImageProcessor::new(&config, source, forced, settings)?;
+        let tiles = Packing::of(bundle, &placeholder)?.tiles(settings.tiles)?;
+        let mut images = ImageProcessor::new(&config, source, forced, &ImageSettings { tiles, ..*settings })?;
         if placeholder.video.is_some() {
             images.read_video(&video_config(bundle, processor_config)?)?;
-        }
-        if settings.tiles == Some(true)
-            && let Some(problem) = packed_nowhere(bundle, &placeholder)?
-        {
-            return Err(Error::unsupported("image tiles", problem)
-                .remedy("leave `--image-tiles` out: a picture is then one view, as in transformers.js"));
         }
         let feature = &placeholder.feature;
         let feature_id = tokenizer.id(feature).ok_or_else(|| {
@@ -362,9 +408,9 @@ impl PictureEncoding {
         Ok(Some(PictureEncoding { images, placeholder, feature_id, video_id }))
     }
 
-    /// The text with each marker replaced by what its picture or video takes, and how many there were.
+    /// Replaces each marker with the tokens of its picture or video. Returns the text and the number of markers.
     ///
-    /// Errors: what is wrong when a marker of one kind meets the other.
+    /// Errors: a message when the marker of a picture is at the place of a video, or the reverse.
     fn expand(&self, text: &str, shown: &[Shown]) -> Result<(String, usize), String> {
         let Placeholder { marker, video, .. } = &self.placeholder;
         let count = shown.iter().filter(|shown| matches!(shown, Shown::Picture(_))).count();
@@ -397,14 +443,16 @@ impl PictureEncoding {
     }
 }
 
-/// The config of the video processor, from its own file or the processor's; an empty one without.
+/// The video processor's config: from `processor_config.json`, else from `video_preprocessor_config.json`, else empty.
 fn video_config(bundle: &Bundle, processor_config: &Value) -> Result<Value> {
     let nested = processor_config.get("video_processor").filter(|value| value.is_object());
     let own = bundle.read_json("video_preprocessor_config.json")?;
     Ok(nested.cloned().or(own).unwrap_or_else(|| Value::Object(serde_json::Map::new())))
 }
 
-/// Errors: `Error::Invalid` naming the first key on which the two copies of the image processor's config differ.
+/// Compares two copies of the image processor's config.
+///
+/// Errors: `Error::Invalid` names the first key whose values differ.
 fn agree(config: &Value, nested: Option<&Value>) -> Result<()> {
     let (Some(config), Some(nested)) = (config.as_object(), nested.and_then(Value::as_object)) else { return Ok(()) };
     for (key, value) in config {
@@ -419,7 +467,8 @@ fn agree(config: &Value, nested: Option<&Value>) -> Result<()> {
     Ok(())
 }
 
-/// The first of `chat_template.jinja`, `chat_template.json`, `processor_config.json` and `tokenizer_config.json`.
+/// The chat template from the first file that has one, in this order: `chat_template.jinja`, `chat_template.json`,
+/// `processor_config.json`, `tokenizer_config.json`.
 fn read_template(bundle: &Bundle, processor_config: &Value, tokenizer: &Tokenizer) -> Result<Option<ChatTemplate>> {
     let tokens = tokenizer.tokens.clone();
     if let Some(text) = bundle.read_text("chat_template.jinja")? {

@@ -5,18 +5,18 @@ use std::sync::Arc;
 use super::sample::{ImageBytes, MARKER, Part, Sample, Turn};
 use super::tensors::TensorRow;
 
-/// A row as every layout's reader yields it.
+/// A row in the common form of all readers.
 #[derive(Debug)]
 pub(super) struct SourceRow {
-    /// Name in errors, and id of its sample.
+    /// Name in errors, and id of the sample.
     pub subject: String,
-    /// In the order in which the turns show them.
+    /// Pictures in the order in which the turns show them.
     pub images: Vec<ImageBytes>,
     pub system: Option<String>,
     pub turns: Vec<Turn>,
-    /// Token ids of running text, which has nothing else.
+    /// Token ids of running text. All other fields except `subject` are empty then.
     pub text: Option<Vec<i64>>,
-    /// What another program made ready, which has nothing else.
+    /// Ready tensors. All other fields except `subject` are empty then.
     pub tensors: Option<Arc<TensorRow>>,
 }
 
@@ -29,7 +29,7 @@ pub(super) enum Speaker {
 }
 
 impl Speaker {
-    /// Every name that data sets use.
+    /// The speaker with this name in a data set; `None` for an unknown name.
     pub fn named(name: &str) -> Option<Self> {
         match name {
             "system" => Some(Speaker::System),
@@ -40,16 +40,16 @@ impl Speaker {
     }
 }
 
-/// A piece of a message as the data has it.
+/// A piece of a message in a data set.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Piece {
-    /// Text, in which `<image>` is a picture where a user writes it.
+    /// Text. In a user's message each `<image>` marks a picture.
     Text(String),
-    /// The next picture of the row, or the one at this position.
+    /// A picture: the one at this position of the row, or the next one.
     Image(Option<usize>),
 }
 
-/// A message as the data has it.
+/// A message in a data set.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct RawMessage {
     pub speaker: Speaker,
@@ -63,12 +63,12 @@ impl RawMessage {
 }
 
 impl SourceRow {
-    /// Running text.
+    /// A row of running text.
     pub fn of_text(subject: String, tokens: Vec<i64>) -> Self {
         SourceRow { text: Some(tokens), ..Self::empty(subject) }
     }
 
-    /// Ready tensors.
+    /// A row of ready tensors.
     pub fn of_tensors(subject: String, row: TensorRow) -> Self {
         SourceRow { tensors: Some(Arc::new(row)), ..Self::empty(subject) }
     }
@@ -77,11 +77,11 @@ impl SourceRow {
         SourceRow { subject, images: Vec::new(), system: None, turns: Vec::new(), text: None, tensors: None }
     }
 
-    /// A conversation. Its pictures are where the users' messages show them; where none does, before the first
-    /// question.
+    /// A conversation. Pictures are placed where the users' messages mark them, or before the first question if no
+    /// message does.
     ///
-    /// Errors: what is wrong with the row: no turns, messages that do not take turns, or pictures and the places for
-    /// them that do not match.
+    /// Errors: a message when there are no turns, user and assistant do not alternate, or the marks do not match the
+    /// pictures.
     pub fn of_messages(
         subject: String,
         images: Vec<ImageBytes>,
@@ -127,8 +127,8 @@ impl SourceRow {
         }
     }
 
-    /// One turn as a sample of its own, with the pictures that it and the turns before it show; `None` when the row
-    /// has no such turn.
+    /// One turn as a sample, with the pictures of this turn and of all earlier turns; `None` when the row has no such
+    /// turn.
     pub fn turn(&self, index: usize, turn: usize) -> Option<Sample> {
         let own = self.turns.get(turn)?;
         let count = |turns: &[Turn]| {
@@ -148,10 +148,10 @@ impl SourceRow {
     }
 }
 
-/// A question as the data has it, and its answer.
+/// The pieces of a question, and the answer.
 type Pair = (Vec<Piece>, String);
 
-/// The system message, and questions with their answers.
+/// Splits messages into the system message and pairs of question and answer.
 fn take_turns(messages: Vec<RawMessage>) -> std::result::Result<(Option<String>, Vec<Pair>), String> {
     let mut messages = messages.into_iter().peekable();
     let system = match messages.next_if(|message| message.speaker == Speaker::System) {
@@ -162,6 +162,9 @@ fn take_turns(messages: Vec<RawMessage>) -> std::result::Result<(Option<String>,
     while let Some(question) = messages.next() {
         let answer = messages.next();
         let speakers = (question.speaker, answer.as_ref().map(|message| message.speaker));
+        if speakers == (Speaker::User, None) {
+            return Err("the conversation ends with the user; an assistant's answer is missing".into());
+        }
         let ((Speaker::User, Some(Speaker::Assistant)), Some(answer)) = (speakers, answer) else {
             let name = |speaker| match speaker {
                 Speaker::System => "the system",
@@ -183,7 +186,7 @@ fn take_turns(messages: Vec<RawMessage>) -> std::result::Result<(Option<String>,
     Ok((system, pairs))
 }
 
-/// The text of a message that may hold no pictures.
+/// The text of a message that must not have pictures. `what` is the name of the message in errors.
 fn plain(message: RawMessage, what: &str) -> std::result::Result<String, String> {
     let mut out = String::new();
     for piece in message.pieces {
@@ -195,7 +198,7 @@ fn plain(message: RawMessage, what: &str) -> std::result::Result<String, String>
     Ok(out)
 }
 
-/// Splits at the markers; white space that touches a marker is left out.
+/// Appends `text` to `parts`, split at the image markers. White space next to a marker is removed.
 fn push_text(parts: &mut Vec<Part>, text: &str, shown: &mut Vec<Option<usize>>) {
     let pieces: Vec<&str> = text.split(MARKER).collect();
     let last = pieces.len() - 1;
@@ -212,7 +215,7 @@ fn push_text(parts: &mut Vec<Part>, text: &str, shown: &mut Vec<Option<usize>>) 
     }
 }
 
-/// The pictures in the order in which they are shown, each at least once.
+/// The pictures in the order in which they are shown. Each must be shown at least once.
 fn in_order(images: Vec<ImageBytes>, shown: &[Option<usize>]) -> std::result::Result<Vec<ImageBytes>, String> {
     let numbered = shown.iter().flatten().count();
     if numbered == 0 {
@@ -256,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn pictures_are_where_the_text_shows_them_or_first() {
+    fn pictures_replace_their_placeholders_or_come_first() {
         let cases: [(&str, usize, Vec<Part>); 4] = [
             ("What is it?", 2, vec![Image(0), Image(1), Text("What is it?".into())]),
             ("<image>\nWhat is it?", 1, vec![Image(0), Text("What is it?".into())]),
@@ -271,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn pictures_are_counted_over_the_conversation_and_go_to_their_own_turns() {
+    fn picture_placeholders_are_counted_over_the_whole_conversation() {
         let row = row(2, dialogue(&["<image> one?", "1", "none?", "0", "<image> two?", "2"])).unwrap();
         let parts = |turn: usize| row.turn(7, turn).unwrap().turns[0].user.clone();
         assert_eq!(parts(0), [Image(0), Text("one?".into())]);
@@ -283,14 +286,14 @@ mod tests {
     }
 
     #[test]
-    fn a_picture_of_the_second_turn_is_not_shown_with_the_first() {
+    fn a_picture_of_the_second_turn_is_not_part_of_the_first() {
         let row = row(1, dialogue(&["Hi", "ho", "<image>\nWhat?", "cat"])).unwrap();
         assert!(row.turn(0, 0).unwrap().images.is_empty());
         assert_eq!(row.turn(1, 1).unwrap().images.len(), 1);
     }
 
     #[test]
-    fn numbered_pictures_are_put_in_order() {
+    fn numbered_pictures_are_reordered_by_their_position() {
         let message = |pieces| RawMessage { speaker: Speaker::User, pieces };
         let answer = || RawMessage::text(Speaker::Assistant, "a".into());
         let pieces = vec![Piece::Image(Some(1)), Piece::Text("and".into()), Piece::Image(Some(0))];
@@ -304,12 +307,18 @@ mod tests {
     }
 
     #[test]
-    fn a_system_message_comes_first_and_messages_take_turns() {
+    fn only_a_leading_system_message_and_alternating_turns_are_accepted() {
         let system = RawMessage::text(Speaker::System, "Be short.".into());
         let messages = std::iter::once(system.clone()).chain(dialogue(&["q", "a"])).collect();
         assert_eq!(row(0, messages).unwrap().system.as_deref(), Some("Be short."));
-        for messages in [vec![], dialogue(&["q"]), dialogue(&["q", "a", "q"]), vec![system]] {
-            assert!(row(0, messages).is_err());
+        for (messages, want) in [
+            (vec![], "has no question and answer"),
+            (dialogue(&["q"]), "the conversation ends with the user; an assistant's answer is missing"),
+            (dialogue(&["q", "a", "q"]), "the conversation ends with the user; an assistant's answer is missing"),
+            (vec![system], "has no question and answer"),
+        ] {
+            let error = row(0, messages).unwrap_err();
+            assert!(error.starts_with(want), "{error}");
         }
         let late = dialogue(&["q", "a"]).into_iter().chain([RawMessage::text(Speaker::System, "x".into())]).collect();
         let error = row(0, late).unwrap_err();

@@ -1,4 +1,4 @@
-//! The sample that every reader yields: encoded pictures and the turns of a conversation, or running text.
+//! The sample type of all readers: encoded pictures and the turns of a conversation, running text, or ready tensors.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -7,12 +7,13 @@ use crate::base::{Error, Result};
 
 use super::tensors::TensorRow;
 
-/// The largest encoded picture that is read.
+/// Maximum size of an encoded picture in bytes.
 pub(super) const MAX_IMAGE_BYTES: u64 = 256 << 20;
 /// Placeholder of a picture in the text of a data set.
 pub(super) const MARKER: &str = "<image>";
 
-/// An encoded picture (PNG, JPEG, WebP, GIF, BMP or TIFF), or the frames of a video as such; decoded only when it is used.
+/// An encoded picture (PNG, JPEG, WebP, GIF, BMP or TIFF), or a video as a list of encoded frames. Pictures are decoded
+/// on use.
 #[derive(Clone, Debug)]
 pub struct ImageBytes {
     /// Name in errors: ``image 0 of row 12 in `x.parquet` ``.
@@ -24,24 +25,25 @@ pub struct ImageBytes {
 enum ImageContent {
     Held(Arc<[u8]>),
     File(PathBuf),
-    /// Seconds from the start, and the picture at that time.
+    /// Time in seconds from the start of the video, and picture at that time.
     Frames(Arc<[(f64, ImageBytes)]>),
 }
 
 impl ImageBytes {
-    /// A picture whose bytes are at hand.
+    /// A picture from bytes in memory.
     pub fn held(subject: impl Into<String>, bytes: impl Into<Arc<[u8]>>) -> Self {
         ImageBytes { subject: subject.into(), content: ImageContent::Held(bytes.into()) }
     }
 
-    /// A picture in a file, read when it is used.
+    /// A picture in a file. The file is read on use.
     pub fn file(subject: impl Into<String>, path: PathBuf) -> Self {
         ImageBytes { subject: subject.into(), content: ImageContent::File(path) }
     }
 
-    /// A video as frames that were taken from it, each with its time in seconds.
+    /// A video from its frames, each with its time in seconds.
     ///
-    /// Errors: `Error::Invalid` without frames, when times are negative or go back, or a frame is a video itself.
+    /// Errors: `Error::Invalid` without frames, for times that decrease, are negative or are not finite, or when a
+    /// frame is a video.
     pub fn frames(subject: impl Into<String>, frames: Vec<(f64, ImageBytes)>) -> Result<Self> {
         let subject = subject.into();
         let times = || frames.iter().map(|(time, _)| *time);
@@ -60,7 +62,7 @@ impl ImageBytes {
         Ok(ImageBytes { subject, content: ImageContent::Frames(frames.into()) })
     }
 
-    /// Times in seconds and pictures of a video; `None` for a picture.
+    /// The frames of a video, each with its time in seconds; `None` for a picture.
     pub fn as_frames(&self) -> Option<&[(f64, ImageBytes)]> {
         match &self.content {
             ImageContent::Frames(frames) => Some(frames),
@@ -68,9 +70,10 @@ impl ImageBytes {
         }
     }
 
-    /// The encoded bytes.
+    /// The encoded bytes of a picture.
     ///
-    /// Errors: `Error::Io` when the file cannot be read; `Error::Invalid` when it is larger than 256 MiB, or a video.
+    /// Errors: `Error::Io` when the file cannot be read; `Error::Invalid` for a file of more than 256 MiB, or for a
+    /// video.
     pub fn read(&self) -> Result<Arc<[u8]>> {
         match &self.content {
             ImageContent::Held(bytes) => Ok(bytes.clone()),
@@ -107,11 +110,11 @@ pub enum Part {
 pub struct Turn {
     /// Pictures and texts of the question, in order.
     pub user: Vec<Part>,
-    /// The answer that is learned.
+    /// The answer, which is the training target.
     pub assistant: String,
 }
 
-/// One conversation about some pictures, or a sequence of running text.
+/// One conversation about some pictures, a sequence of running text, or a row of ready tensors.
 #[derive(Clone, Debug)]
 pub struct Sample {
     /// Position in the data set.
@@ -122,10 +125,10 @@ pub struct Sample {
     pub images: Vec<ImageBytes>,
     /// System message before the first turn.
     pub system: Option<String>,
-    /// At least one, unless it is running text.
+    /// At least one turn in a conversation; otherwise empty.
     pub turns: Vec<Turn>,
-    /// Token ids of running text, which has no pictures and no turns.
+    /// Token ids of running text. `images` and `turns` are empty then.
     pub text: Option<Vec<i64>>,
-    /// What another program made ready; there are no pictures and no turns.
+    /// Ready tensors. `images` and `turns` are empty then.
     pub tensors: Option<Arc<TensorRow>>,
 }

@@ -1,6 +1,6 @@
-//! Lists of strings in Python's or JSON's notation, as benchmarks have them in one cell.
+//! Parses lists of strings in Python's or JSON's notation, as in cells of benchmarks.
 
-/// The items of a list such as `['a', "b", 3]`, each as Python's `str` writes it; `None` for a text that is no list.
+/// The items of a list such as `['a', "b", 3]`, each formatted like Python's `str`; `None` for text that is not a list.
 pub fn string_list(text: &str) -> Option<Vec<String>> {
     let mut rest = text.trim().strip_prefix('[')?.strip_suffix(']')?.trim_start();
     let mut items = Vec::new();
@@ -8,7 +8,7 @@ pub fn string_list(text: &str) -> Option<Vec<String>> {
         let item;
         if rest.starts_with(['\'', '"']) {
             let mut value = String::new();
-            // Strings that follow each other are one.
+            // Adjacent strings are concatenated, as in Python.
             while rest.starts_with(['\'', '"']) {
                 rest = parse_string(rest, &mut value)?.trim_start();
             }
@@ -28,7 +28,7 @@ pub fn string_list(text: &str) -> Option<Vec<String>> {
     Some(items)
 }
 
-/// A number, or one of Python's or JSON's constants.
+/// A number, or a constant of Python or JSON in Python's notation.
 fn plain(item: &str) -> Option<&str> {
     match item {
         "null" | "None" => Some("None"),
@@ -38,7 +38,7 @@ fn plain(item: &str) -> Option<&str> {
     }
 }
 
-/// Appends a quoted string with Python's escapes; gives what follows it.
+/// Appends a quoted string with Python's escapes to `value`. Returns the rest of the text.
 fn parse_string<'a>(text: &'a str, value: &mut String) -> Option<&'a str> {
     let quote = text.chars().next()?;
     let mut rest = &text[quote.len_utf8()..];
@@ -97,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lists_are_read_as_python_reads_them() {
+    fn string_lists_are_parsed_as_in_python() {
         let cases: [(&str, &[&str]); 10] = [
             ("['a', 'b']", &["a", "b"]),
             (r#"["a, b", "it's"]"#, &["a, b", "it's"]),

@@ -10,7 +10,7 @@ use crate::base::{Error, Result};
 pub enum Amount {
     /// Every sample.
     All,
-    /// A part in (0, 1], rounded to the nearest whole sample, at least one.
+    /// A fraction in (0, 1], rounded to the nearest whole sample, at least one.
     Fraction(f64),
     /// A number of samples, at most all of them.
     Samples(usize),
@@ -19,16 +19,16 @@ pub enum Amount {
 /// A seeded choice of samples.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 pub struct Subset {
-    /// Number or part of the samples.
+    /// Number or fraction of the samples.
     pub amount: Amount,
     /// Samples of different seeds are drawn independently.
     pub seed: u64,
 }
 
 impl Subset {
-    /// Positions of the chosen samples in the order in which they are drawn. Each sample has a rank, a hash of the seed
-    /// and its key; the lowest ranks are drawn, so that a sample's place in the data set makes no difference. A smaller
-    /// amount with the same seed is a prefix.
+    /// Positions of the drawn samples, in the order of the draw. Each sample has a rank, which is a hash of the seed
+    /// and its key; the samples with the lowest ranks are drawn. The draw is therefore independent of the samples'
+    /// order. A smaller amount with the same seed is a prefix of a larger one.
     ///
     /// Errors: `Error::Invalid` for no samples, a fraction outside (0, 1], or more samples than there are.
     pub fn indices(&self, keys: &[u64]) -> Result<Vec<usize>> {
@@ -43,7 +43,7 @@ impl Subset {
                     "fraction of the data",
                     format!("is {part}, expected more than 0 and at most 1"),
                 )
-                .remedy("to use all samples leave it out"));
+                .remedy("give 1 to use all samples"));
             }
             Amount::Samples(count) => count,
         };
@@ -51,8 +51,8 @@ impl Subset {
             return Err(Error::invalid("data", "no samples are chosen").remedy("ask for at least one of at least one"));
         }
         if count > len {
-            return Err(Error::invalid("data", format!("{count} samples are asked for, but there are {len}"))
-                .remedy("ask for at most that many, or leave the number out to use all"));
+            return Err(Error::invalid("data", format!("has {len} samples, but {count} are asked for"))
+                .remedy(format!("give `--samples {len}` or fewer")));
         }
         let seed = mix(self.seed);
         let mut indices: Vec<usize> = (0..len).collect();
@@ -62,7 +62,7 @@ impl Subset {
     }
 }
 
-/// A one-to-one map of the 64-bit numbers that scatters them: the output function of SplitMix64.
+/// A bijective hash of 64-bit numbers: one step of SplitMix64.
 ///
 /// Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014, variant 13 by Stafford.
 pub(super) fn mix(value: u64) -> u64 {
@@ -81,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn the_choice_is_a_seeded_prefix() {
+    fn a_smaller_subset_is_a_prefix_of_a_larger_one_of_the_same_seed() {
         let choose = |amount, seed| Subset { amount, seed }.indices(&keys(100)).unwrap();
         let ten = choose(Amount::Fraction(0.1), 42);
         assert_eq!(ten.len(), 10);
@@ -94,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn the_choice_does_not_depend_on_the_order() {
+    fn the_chosen_subset_does_not_depend_on_sample_order() {
         let keys = keys(100);
         let backwards: Vec<u64> = keys.iter().rev().copied().collect();
         let chosen = |keys: &[u64]| -> Vec<u64> {
@@ -118,16 +118,18 @@ mod tests {
     }
 
     #[test]
-    fn amounts_that_make_no_sense_are_refused() {
-        for amount in [
-            Amount::Fraction(0.0),
-            Amount::Fraction(1.5),
-            Amount::Fraction(f64::NAN),
-            Amount::Samples(0),
-            Amount::Samples(11),
+    fn amounts_out_of_range_are_refused() {
+        for (amount, count, want) in [
+            (Amount::Fraction(0.0), 10, "fraction of the data: is 0, expected more than 0 and at most 1"),
+            (Amount::Fraction(1.5), 10, "fraction of the data: is 1.5, expected more than 0 and at most 1"),
+            (Amount::Fraction(f64::NAN), 10, "fraction of the data: is NaN, expected more than 0 and at most 1"),
+            (Amount::Samples(0), 10, "data: no samples are chosen"),
+            (Amount::Samples(11), 10, "data: has 10 samples, but 11 are asked for; give `--samples 10` or fewer"),
+            (Amount::All, 0, "data: no samples are chosen"),
         ] {
-            assert!(Subset { amount, seed: 1 }.indices(&keys(10)).is_err(), "{amount:?}");
+            let error = Subset { amount, seed: 1 }.indices(&keys(count)).unwrap_err();
+            assert!(matches!(error, Error::Invalid { .. }), "{amount:?}: {error}");
+            assert!(error.to_string().starts_with(want), "{amount:?}: {error}");
         }
-        assert!(Subset { amount: Amount::All, seed: 1 }.indices(&[]).is_err());
     }
 }

@@ -1,4 +1,4 @@
-//! Chat templates: Jinja as Hugging Face runs it, in a sandbox with bounds on work and output.
+//! Chat templates: Jinja in Hugging Face's dialect, in a sandbox with limits on instructions, memory and output.
 
 use std::io;
 
@@ -9,15 +9,15 @@ use serde_json::{Map, Value};
 
 use crate::base::{Error, Result, watched};
 
-/// Instructions that one rendering may take.
+/// Maximum number of instructions of one rendering.
 const FUEL: u64 = 5_000_000;
-/// Bytes that one rendering may write.
+/// Maximum output of one rendering in bytes.
 const MAX_OUTPUT_BYTES: usize = 64 << 20;
-/// The longest template that is compiled.
+/// Maximum length of a template in bytes.
 const MAX_TEMPLATE_BYTES: usize = 4 << 20;
 const NAME: &str = "chat_template";
 
-/// One message of a conversation, as templates see it.
+/// One message of a conversation in the form that templates read.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Message {
     pub role: &'static str,
@@ -25,7 +25,7 @@ pub(super) struct Message {
 }
 
 impl Message {
-    /// All texts of its content.
+    /// All texts of the content.
     pub fn texts(&self) -> Vec<&str> {
         match &self.content {
             Content::Text(text) => vec![text],
@@ -40,7 +40,7 @@ impl Message {
     }
 }
 
-/// A list of parts for models that see, a plain string for models that only read.
+/// Content of a message: a list of parts for vision-language models, a string for text-only models.
 #[derive(Clone, Debug, Serialize)]
 #[serde(untagged)]
 pub(super) enum Content {
@@ -62,13 +62,13 @@ pub(super) enum ContentPart {
 pub(super) struct ChatTemplate {
     source: String,
     environment: Environment<'static>,
-    /// `bos_token` and its like.
+    /// Special tokens by name, such as `bos_token`.
     tokens: Map<String, Value>,
-    /// Forms of content of which the template drops nothing.
+    /// Forms of content that the template renders without loss.
     forms: Forms,
 }
 
-/// Which forms of a message's content come out whole.
+/// Forms of a message's content that a template renders without loss.
 #[derive(Clone, Copy, Debug, Default)]
 struct Forms {
     parts: bool,
@@ -86,9 +86,9 @@ struct Context<'a> {
 }
 
 impl ChatTemplate {
-    /// Compiles a template; `source` is the file that it comes from, `tokens` the special tokens by name.
+    /// Compiles a template. `source` is the name of its file, `tokens` are the special tokens by name.
     ///
-    /// Errors: `Error::Invalid` with the line when it does not compile.
+    /// Errors: `Error::Invalid` when the template is longer than 4 MiB, or does not compile; the message has the line.
     pub fn new(source: &str, template: &str, tokens: Map<String, Value>) -> Result<Self> {
         let subject = || format!("chat template in `{source}`");
         if template.len() > MAX_TEMPLATE_BYTES {
@@ -116,8 +116,8 @@ impl ChatTemplate {
         Ok(template)
     }
 
-    /// True when a message's content is best given in parts, false when as one string; `sees` says which form a model that
-    /// takes both is trained with.
+    /// True when a message's content must be a list of parts, false when it must be a string. If the template renders
+    /// both forms or neither, the result is `sees`, which is true for models with an image processor.
     pub fn takes_parts(&self, sees: bool) -> bool {
         match (self.forms.parts, self.forms.text) {
             (true, false) => true,
@@ -126,14 +126,14 @@ impl ChatTemplate {
         }
     }
 
-    /// Tries both forms on a question with a word that no template has.
+    /// Renders a question in both forms with a word that no template contains, and looks for the word in the output.
     fn probe(&self) -> Forms {
         const WORD: &str = "quincunx-7f3a";
         let text = || ContentPart::Text { text: WORD.to_string() };
         let whole = |contents: Vec<Content>| {
             contents.into_iter().any(|content| {
                 let out = self.render(&[Message { role: "user", content }], true).unwrap_or_default();
-                // A template that does not expect parts may write the list itself.
+                // A template that expects a string may print the list of parts literally.
                 out.contains(WORD) && !out.contains("'type'") && !out.contains("\"type\"")
             })
         };
@@ -143,9 +143,9 @@ impl ChatTemplate {
         }
     }
 
-    /// The text of a conversation.
+    /// Renders a conversation.
     ///
-    /// Errors: `Error::Invalid` when the template raises an exception, fails, or passes its bounds.
+    /// Errors: `Error::Invalid` when the template raises an exception, fails, or exceeds its limits.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
         let error = |e: &minijinja::Error| {
             Error::invalid(format!("chat template in `{}`", self.source), describe(e))
@@ -174,7 +174,7 @@ fn describe(error: &minijinja::Error) -> String {
     }
 }
 
-/// Output that refuses to grow beyond its bound.
+/// Output buffer with a maximum size.
 struct Bounded(Vec<u8>);
 
 impl io::Write for Bounded {
@@ -191,7 +191,7 @@ impl io::Write for Bounded {
     }
 }
 
-/// `{% generation %}` only marks what the assistant says and prints it as it is, as `{% if true %}` does.
+/// Replaces `{% generation %}` with `{% if true %}`. The tag marks the assistant's text and does not change it.
 fn without_generation_tags(template: &str) -> String {
     let mut out = String::with_capacity(template.len());
     let mut rest = template;
@@ -221,7 +221,7 @@ fn raise_exception(message: String) -> Result<String, minijinja::Error> {
     ))
 }
 
-/// The local time in `strftime` notation.
+/// The current local time in the given `strftime` format.
 fn strftime_now(format: String) -> Result<String, minijinja::Error> {
     let failed = || minijinja::Error::new(ErrorKind::InvalidOperation, "strftime_now: the format cannot be written");
     let format = std::ffi::CString::new(format).map_err(|_| failed())?;
@@ -229,8 +229,8 @@ fn strftime_now(format: String) -> Result<String, minijinja::Error> {
         return Ok(String::new());
     }
     let mut buffer = [0u8; 512];
-    // SAFETY: `time` may be given null; `tm` is plain data that `localtime_r` fills; `strftime` writes at most
-    // `buffer.len()` bytes and reads a string that ends in NUL.
+    // SAFETY: `time` accepts null; `tm` is plain data that `localtime_r` fills; `strftime` writes at most
+    // `buffer.len()` bytes and reads a NUL-terminated string.
     let written = unsafe {
         let now = libc::time(std::ptr::null_mut());
         let mut local: libc::tm = std::mem::zeroed();
@@ -243,7 +243,7 @@ fn strftime_now(format: String) -> Result<String, minijinja::Error> {
     String::from_utf8(text.to_vec()).map_err(|_| failed())
 }
 
-/// `json.dumps(value, ensure_ascii=False, indent=.., sort_keys=..)`.
+/// The filter `tojson`: `json.dumps(value, ensure_ascii=False, indent=.., sort_keys=.., separators=..)`.
 fn tojson(value: Jinja, positional: Rest<Jinja>, options: Kwargs) -> Result<String, minijinja::Error> {
     let refuse = |what: &str| minijinja::Error::new(ErrorKind::InvalidOperation, format!("tojson: {what}"));
     let indent: Option<Jinja> = options.get("indent")?;
@@ -269,7 +269,7 @@ fn tojson(value: Jinja, positional: Rest<Jinja>, options: Kwargs) -> Result<Stri
     Ok(out)
 }
 
-/// Python's way of writing JSON.
+/// Writes JSON with Python's separators and indentation.
 struct Dump<'a> {
     indent: Option<usize>,
     item: &'a str,
@@ -343,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn the_dialect_is_hugging_face_s() {
+    fn templates_render_as_in_hugging_face() {
         let cases = [
             ("{{ bos_token }}{{ messages[0]['role'] | capitalize }}", "<s>User"),
             (

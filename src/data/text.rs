@@ -1,4 +1,4 @@
-//! Running text: JSON lines with a `text` field, tokenised and cut into sequences of one length.
+//! Running text: JSON lines with a `text` field, tokenised and cut into sequences of equal length.
 
 use std::path::{Path, PathBuf};
 
@@ -12,11 +12,11 @@ use super::options::DataOptions;
 use super::row::SourceRow;
 use super::tokenizer::Tokenizer;
 
-/// A `.jsonl` file whose lines hold a `text`; its token ids are held, four bytes each.
+/// A `.jsonl` file of running text. Its token ids are in memory, four bytes each.
 ///
-/// Every line is tokenised by itself, with the begin token where the model's tokenizer adds one. The lines' tokens
-/// are joined, with nothing between them, and cut every `length` tokens. The last sequence may be shorter; it is left
-/// out when it has one token only, which predicts nothing.
+/// Each line is tokenised separately, with a begin token if the model's tokenizer adds one. The tokens of all lines are
+/// joined without a separator and cut into sequences of `length` tokens. The last sequence may be shorter. If it has
+/// only one token it is left out, because one token predicts nothing.
 #[derive(Debug)]
 pub(super) struct TextFile {
     path: PathBuf,
@@ -26,7 +26,7 @@ pub(super) struct TextFile {
 }
 
 impl TextFile {
-    /// True for a `.jsonl` file whose first line has a `text` and no conversation.
+    /// True for a `.jsonl` file whose first line that is not blank has a `text` and no conversation.
     ///
     /// Errors: `Error::Io` when it cannot be read.
     pub fn holds(path: &Path) -> Result<bool> {
@@ -37,10 +37,10 @@ impl TextFile {
         Ok(lines(&map).next().is_some_and(|(_, line)| TextLine::is_one(line)))
     }
 
-    /// Tokenises the file as the model does.
+    /// Tokenises a file with the model's tokenizer.
     ///
-    /// Errors: `Error::Io`; `Error::Invalid` naming the line that has no `text`, or when the model has no tokenizer;
-    /// `Error::Unsupported` naming the keys that nobody reads.
+    /// Errors: `Error::Io`; `Error::Invalid` for a line without `text` (named in the message), a model without a
+    /// tokenizer, or a sequence length below 2; `Error::Unsupported` names the keys that have content but no reader.
     pub fn open(path: &Path, bundle: &Bundle, options: &DataOptions) -> Result<Self> {
         let length = options.sequence_length;
         if length < 2 {
@@ -73,7 +73,7 @@ impl TextFile {
         Ok(TextFile { path: path.to_path_buf(), length, listed, ids })
     }
 
-    /// The rows that are used; they are not kept here.
+    /// Moves the list of sequences out of the reader.
     pub fn take_listed(&mut self) -> Vec<Listed> {
         std::mem::take(&mut self.listed)
     }
@@ -82,12 +82,12 @@ impl TextFile {
         &self.path
     }
 
-    /// Tokens in every sequence but the last.
+    /// Tokens in every sequence except the last.
     pub fn length(&self) -> usize {
         self.length
     }
 
-    /// The sequences with these indices.
+    /// Reads the sequences with these indices, in the given order.
     pub fn read(&self, sequences: Vec<usize>) -> impl Iterator<Item = Result<SourceRow>> + '_ {
         sequences.into_iter().map(|sequence| {
             let subject = format!("sequence {sequence} of `{}`", self.path.display());
@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn texts_are_joined_and_cut_and_every_token_counts() {
+    fn texts_are_joined_and_cut_into_sequences_with_a_loss_on_every_token() {
         let bundle = bundle();
         let (_folder, path) = written("{\"text\": \"the cat sat \", \"page\": 3}\n\n{\"text\": \"on the mat\"}\n");
         let tokenizer = Tokenizer::open(&bundle).unwrap();
@@ -144,12 +144,13 @@ mod tests {
             assert!(encoded.answer_mask.iter().all(|&answer| answer) && encoded.len() <= 4);
             found.extend(encoded.input_ids);
         }
-        want.truncate(found.len());
+        // One token alone predicts nothing.
+        want.truncate(want.len() - usize::from(rest == 1));
         assert_eq!(found, want.into_iter().map(i64::from).collect::<Vec<_>>());
     }
 
     #[test]
-    fn the_length_of_sequences_is_part_of_the_digest() {
+    fn the_sequence_length_is_part_of_the_digest() {
         let (_folder, path) = written("{\"text\": \"the cat sat on the mat\"}\n");
         let digest = |length| Dataset::open_for(&path, &bundle(), &cut(length)).unwrap().digest().unwrap();
         assert_eq!(digest(4), digest(4));
@@ -157,13 +158,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_named() {
+    fn malformed_text_files_are_refused_with_a_reason() {
         let bundle = bundle();
         let open = |text: &str, length| {
             let (_folder, path) = written(text);
             Dataset::open_for(&path, &bundle, &cut(length)).unwrap_err().to_string()
         };
-        assert!(open("{\"text\": \"a b c\", \"image\": \"x.png\"}\n", 4).contains("nothing reads `image`"));
+        assert!(open("{\"text\": \"a b c\", \"image\": \"x.png\"}\n", 4).contains("without a reader: `image`"));
         assert!(open("{\"text\": \"a b c\"}\n{\"body\": \"d\"}\n", 4).contains("line 2 of"));
         assert!(open("{\"text\": 7}\n", 4).contains("line 1 of"));
         assert!(open("{\"text\": \"\"}\n", 4).contains("is empty"));

@@ -1,4 +1,4 @@
-//! `tokenizer.json` and the special tokens that the configs name.
+//! A model's tokenizer: `tokenizer.json`, and the special tokens that the configs name.
 
 use std::collections::HashSet;
 use std::ops::Range;
@@ -10,14 +10,14 @@ use crate::bundle::Bundle;
 
 use super::guard::guarded;
 
-/// Text to token ids and back.
+/// Converts text to token ids and back.
 #[derive(Debug)]
 pub(super) struct Tokenizer {
     inner: tokenizers::Tokenizer,
     special: HashSet<u32>,
-    /// `bos_token` and its like, by name.
+    /// Special tokens by name, such as `bos_token`.
     pub tokens: Map<String, Value>,
-    /// Whether the tokenizer's own begin token is added to a text.
+    /// True when the tokenizer adds its own special tokens, such as a begin token, to a text.
     pub special_tokens: bool,
 }
 
@@ -63,18 +63,18 @@ impl Tokenizer {
         self.inner.id_to_token(id)
     }
 
-    /// True for added tokens that are marked special.
+    /// True for an added token that is marked special.
     pub fn is_special(&self, id: u32) -> bool {
         self.special.contains(&id)
     }
 
-    /// A special token by the name that configs give it, such as `eos_token`.
+    /// A special token by its name in the configs, such as `eos_token`.
     pub fn named(&self, name: &str) -> Option<&str> {
         self.tokens.get(name).and_then(Value::as_str)
     }
 
-    /// The ids of a rendered conversation. The tokenizer's own begin token is added unless the text has it already or
-    /// `special_tokens` is false.
+    /// The token ids of a text. The tokenizer adds its own special tokens, such as a begin token, unless the text
+    /// already starts with the begin token or `special_tokens` is false.
     ///
     /// Errors: `Error::Invalid` when the tokenizer fails.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
@@ -83,7 +83,7 @@ impl Tokenizer {
         encoding.map(|encoding| encoding.get_ids().to_vec()).map_err(|problem| Error::invalid("tokenizer", problem))
     }
 
-    /// As `encode`, each id with the bytes of the text that it takes; no bytes for tokens that the tokenizer adds.
+    /// As `encode`, each id with its byte range in the text. The range is empty for a token that the tokenizer adds.
     ///
     /// Errors: as `encode`.
     pub fn encode_with_offsets(&self, text: &str) -> Result<Vec<(u32, Range<usize>)>> {
@@ -94,12 +94,12 @@ impl Tokenizer {
         Ok(encoding.get_ids().iter().copied().zip(bytes).collect())
     }
 
-    /// True for a text that has the begin token already.
+    /// True for a text that starts with the begin token.
     fn begins(&self, text: &str) -> bool {
         self.named("bos_token").is_some_and(|token| text.starts_with(token))
     }
 
-    /// The text of ids, special tokens left out.
+    /// The text of token ids, without special tokens.
     ///
     /// Errors: `Error::Invalid` for a negative id, or when the tokenizer fails.
     pub fn decode(&self, ids: &[i64]) -> Result<String> {
@@ -113,7 +113,8 @@ impl Tokenizer {
     }
 }
 
-/// Entries such as `"eos_token": "</s>"` and `"eos_token": {"content": "</s>", ..}`.
+/// Copies the entries whose name ends in `_token`, such as `"eos_token": "</s>"` or
+/// `"eos_token": {"content": "</s>", ..}`.
 fn collect_tokens(from: &Map<String, Value>, into: &mut Map<String, Value>) {
     for (name, value) in from {
         let text = value.as_str().or_else(|| value.get("content").and_then(Value::as_str));

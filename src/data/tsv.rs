@@ -7,12 +7,12 @@ use std::path::{Path, PathBuf};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 
-use crate::base::{Error, Result, Sha256Digest, contained_path, sha256_file};
+use crate::base::{Error, Result, Sha256Digest, contained_path, folder_of, sha256_file, shortened};
 
 use super::sample::ImageBytes;
 use super::string_list::string_list;
 
-/// An `image` of at most this many characters is the index of the row that has the picture.
+/// An `image` cell of at most this many bytes is the index of the row that has the picture.
 const MAX_REFERENCE_LENGTH: usize = 64;
 
 /// Texts that `pandas.read_csv` reads as a missing value, besides the empty string.
@@ -21,38 +21,38 @@ const MISSING: &[&str] = &[
     "NaN", "None", "n/a", "nan", "null",
 ];
 
-/// A benchmark: questions with their pictures, which stay in the file until they are asked for.
+/// A benchmark: questions with pictures. The pictures are read from the file on demand.
 #[derive(Debug)]
 pub struct Benchmark {
     path: PathBuf,
     columns: Vec<String>,
     rows: Vec<BenchRow>,
-    /// Rows without a picture, which are not asked.
+    /// Number of rows that are left out because they have no picture.
     without_picture: usize,
 }
 
-/// One question; the columns that hold pictures are left in the file.
+/// One question. The content of the column `image` is not in memory.
 #[derive(Clone, Debug)]
 pub struct BenchRow {
     /// The `index` column.
     pub index: String,
-    /// Position in the file at which the row with the picture begins.
+    /// Position in the file of the row that has the picture: this row, or the row that it refers to.
     image_position: Option<csv::Position>,
     image_path: Option<String>,
-    /// One for each column; empty where the file has nothing.
+    /// One cell per column; empty if the file has no value, and for the column `image`.
     cells: Vec<String>,
 }
 
 impl Benchmark {
-    /// True for a file that is named as a benchmark.
+    /// True for a file name that ends in `.tsv`.
     pub fn is_one(path: &Path) -> bool {
         path.extension().is_some_and(|extension| extension == "tsv")
     }
 
-    /// Reads everything but the pictures. Rows without a picture are left out, as VLMEvalKit leaves them out.
+    /// Reads all columns except the pictures. Rows without a picture are left out, as in VLMEvalKit.
     ///
-    /// Errors: `Error::Io`; `Error::Invalid` naming the row for a missing column, a row of another width, an index
-    /// that is there twice, a picture reference that leads nowhere, or no rows with a picture.
+    /// Errors: `Error::Io`; `Error::Invalid` for a missing column, a row with another number of cells, an index that
+    /// occurs twice, a reference to a row without a picture, base64 in `image_path`, or a file without any picture.
     pub fn open(path: &Path) -> Result<Self> {
         let mut reader = reader(path)?;
         let subject = || format!("benchmark `{}`", path.display());
@@ -83,8 +83,15 @@ impl Benchmark {
             let content = image.map(cell).filter(|cell| !MISSING.contains(cell)).unwrap_or_default();
             let holds = content.len() > MAX_REFERENCE_LENGTH;
             if positions.insert(name.clone(), holds.then(|| position.clone())).is_some() {
-                return Err(Error::invalid(subject(), format!("index `{name}` occurs twice"))
+                return Err(Error::invalid(subject(), format!("index `{}` occurs twice", shortened(&name)))
                     .remedy("give each row an index of its own"));
+            }
+            if image_path.map(cell).is_some_and(is_base64) {
+                return Err(Error::invalid(
+                    subject(),
+                    format!("the column `image_path` of row `{}` holds base64, expected a file name", shortened(&name)),
+                )
+                .remedy("call the column `image`"));
             }
             references.push((!holds && !content.is_empty()).then(|| content.to_string()));
             let keep = |column: usize| if Some(column) == image { String::new() } else { cell(column).to_string() };
@@ -107,7 +114,7 @@ impl Benchmark {
             row.image_position = Some(position.ok_or_else(|| {
                 Error::invalid(
                     subject(),
-                    format!("row `{}` takes its picture from row `{reference}`, which has none", row.index),
+                    format!("row `{}` takes its picture from row `{reference}`, which has none", shortened(&row.index)),
                 )
                 .remedy("point the row at a row that holds its picture in base64")
             })?);
@@ -122,7 +129,7 @@ impl Benchmark {
         Ok(Benchmark { path: path.to_path_buf(), columns, rows, without_picture })
     }
 
-    /// The questions, in the order of the file.
+    /// The questions, in file order.
     pub fn rows(&self) -> &[BenchRow] {
         &self.rows
     }
@@ -137,37 +144,38 @@ impl Benchmark {
         &self.columns
     }
 
-    /// A cell by column name as the file has it; `None` where the column or its content is not there.
+    /// A cell by column name, unchanged; `None` if the column does not exist or the cell is empty. The column `image`
+    /// is always empty; see [`Benchmark::images`].
     pub fn cell<'a>(&self, row: &'a BenchRow, column: &str) -> Option<&'a str> {
         let column = self.columns.iter().position(|name| name == column)?;
         row.cells.get(column).map(String::as_str).filter(|cell| !cell.is_empty())
     }
 
-    /// A cell by column name as VLMEvalKit sees it: `None` where pandas reads a missing value too.
+    /// A cell by column name, as in VLMEvalKit: `None` also for text that pandas reads as a missing value.
     pub fn value<'a>(&self, row: &'a BenchRow, column: &str) -> Option<&'a str> {
         self.cell(row, column).filter(|text| !MISSING.contains(text))
     }
 
-    /// The lettered choices that the row has, in order. A choice that pandas reads as missing is none, as in
-    /// VLMEvalKit.
+    /// The lettered choices of a row, in order. A choice that pandas reads as missing is left out, as in VLMEvalKit.
     pub fn options<'a>(&self, row: &'a BenchRow) -> Vec<(char, &'a str)> {
         let choice = |letter: char| self.value(row, letter.encode_utf8(&mut [0; 4]));
         ('A'..='Z').filter_map(|letter| Some((letter, choice(letter)?))).collect()
     }
 
-    /// True when the two rows show the same pictures, so that what was made of them can be used twice.
+    /// True when both rows have the same pictures.
     #[cfg(test)]
     pub fn same_images(&self, a: &BenchRow, b: &BenchRow) -> bool {
         let byte = |row: &BenchRow| row.image_position.as_ref().map(csv::Position::byte);
         byte(a) == byte(b) && a.image_path == b.image_path
     }
 
-    /// The pictures of a row: base64 in `image` (one, or a list in Python or JSON notation), else the files that
-    /// `image_path` names relative to the benchmark.
+    /// The pictures of a row: base64 in `image` (one, or a list in Python's or JSON's notation), else the files in
+    /// `image_path`, relative to the benchmark's folder.
     ///
-    /// Errors: `Error::Io`; `Error::Invalid` naming the row for what is not base64 or leads out of the folder.
+    /// Errors: `Error::Io`; `Error::Invalid` names the row when the content is not base64, or a path leads out of the
+    /// folder.
     pub fn images(&self, row: &BenchRow) -> Result<Vec<ImageBytes>> {
-        let subject = format!("row `{}` of `{}`", row.index, self.path.display());
+        let subject = format!("row `{}` of `{}`", shortened(&row.index), self.path.display());
         if let Some(position) = &row.image_position {
             let mut reader = reader(&self.path)?;
             reader.seek(position.clone()).map_err(|e| unreadable(&self.path, &e))?;
@@ -187,13 +195,13 @@ impl Benchmark {
             }
             return Ok(images);
         }
-        let folder = self.path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let folder = folder_of(&self.path);
         let mut images = Vec::new();
         let names = row.image_path.as_deref().map(|names| listed(&subject, names)).transpose()?;
         for name in names.unwrap_or_default() {
-            let picture = format!("image `{name}` of {subject}");
+            let picture = format!("image `{}` of {subject}", shortened(&name));
             let path = contained_path(folder, &name).map_err(|error| {
-                Error::invalid(&picture, error.to_string())
+                Error::invalid(&picture, error.without_remedy().to_string())
                     .remedy("keep pictures in the folder of the benchmark and name them relative to it")
             })?;
             images.push(ImageBytes::file(picture, path));
@@ -209,7 +217,13 @@ impl Benchmark {
     }
 }
 
-/// `a`, `['a', 'b']` or `["a", "b"]`.
+/// True for a picture in base64 in place of a file name: long, and without the `.` of an extension.
+fn is_base64(cell: &str) -> bool {
+    cell.len() > MAX_REFERENCE_LENGTH
+        && cell.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'/' | b'='))
+}
+
+/// Parses one item, `a`, or a list, `['a', 'b']` or `["a", "b"]`.
 fn listed(subject: &str, content: &str) -> Result<Vec<String>> {
     let content = content.trim();
     if !(content.starts_with('[') && content.ends_with(']')) {

@@ -230,7 +230,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_no_number_or_of_another_shape_never_agrees() {
+    fn nan_and_tensors_of_different_shapes_never_agree() {
         let tensor = |dims: &[u64], values: &[f32]| ir::Tensor::from_f32(dims, values);
         assert_eq!(tensors_differ(&tensor(&[2], &[1.0, 2.0]), &tensor(&[2], &[1.5, 2.0])), 0.5);
         assert!(tensors_differ(&tensor(&[2], &[1.0, f32::NAN]), &tensor(&[2], &[1.0, 2.0])).is_nan());

@@ -386,22 +386,26 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_to_measure_is_refused() {
-        for options in [
-            BenchOptions { prompt_tokens: 0, ..BenchOptions::default() },
-            BenchOptions { new_tokens: 0, ..BenchOptions::default() },
-            BenchOptions { rounds: 0, ..BenchOptions::default() },
+    fn zero_tokens_or_rounds_are_refused() {
+        for (options, name) in [
+            (BenchOptions { prompt_tokens: 0, ..BenchOptions::default() }, "prompt_tokens"),
+            (BenchOptions { new_tokens: 0, ..BenchOptions::default() }, "new_tokens"),
+            (BenchOptions { rounds: 0, ..BenchOptions::default() }, "rounds"),
         ] {
-            assert!(check(&options).is_err(), "{options:?}");
+            let error = check(&options).expect_err(name).to_string();
+            assert!(error.starts_with(&format!("`{name}`: is 0, expected at least 1")), "{error}");
         }
+        check(&BenchOptions::default()).expect("the defaults");
     }
 
     #[test]
-    fn a_child_reports_its_peak_memory_or_its_error() {
+    fn a_child_process_reports_its_peak_memory_or_its_error() {
         let bytes = peak_memory_of_child(Command::new("sh").args(["-c", "echo 4096"])).expect("a number");
         assert_eq!(bytes, 4096);
-        for script in ["echo 12; exit 3", "echo much", "echo broken >&2; exit 2"] {
-            assert!(peak_memory_of_child(Command::new("sh").args(["-c", script])).is_err(), "{script}");
+        for (script, message) in [("echo 12; exit 3", ""), ("echo much", ""), ("echo broken >&2; exit 2", "broken")] {
+            let error = peak_memory_of_child(Command::new("sh").args(["-c", script])).expect_err(script).to_string();
+            let want = format!("the process that measures memory failed on sh: {message}");
+            assert!(error.starts_with(&want), "{script}: {error}");
         }
     }
 }

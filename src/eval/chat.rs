@@ -263,7 +263,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_and_pictures_are_written_as_the_api_takes_them() {
+    fn addresses_and_pictures_have_the_format_of_the_chat_api() {
         assert!(Judge::new("localhost:8000", "x").unwrap_err().to_string().contains("http://localhost:8000/v1"));
         let judge = Judge::new("http://localhost:1/v1/", "m").unwrap();
         assert_eq!(judge.url, "http://localhost:1/v1");

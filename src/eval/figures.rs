@@ -147,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_and_values_of_latent_attention_have_sizes_of_their_own() {
+    fn latent_attention_has_its_own_sizes_of_keys_and_values() {
         for slots in [&[(4, 24), (4, 12)][..], &[(1, 32), (1, 8)], &[(1, 40)]] {
             assert_eq!(latent(4, slots), CheckStatus::Passed, "{slots:?}");
         }
@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn layers_of_two_kinds_may_have_two_sizes() {
+    fn layers_of_two_kinds_may_have_two_head_sizes() {
         let check = |figure: usize, others: &[usize], found: &[usize]| {
             let mut checks = Checks(Vec::new());
             among("head_dim", Some(figure), others, Some(found.iter().copied().collect()), &mut checks);

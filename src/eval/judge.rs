@@ -228,7 +228,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn verbose_answers_name_their_letter() {
+    fn the_option_letter_is_found_in_a_verbose_answer() {
         let cases = [
             ("The correct answer is **B**. Here's why the others fall short of it.", Some('B')),
             ("so the ANSWER  IS c, as far as anybody can tell from it", Some('C')),
@@ -242,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lone_answer_must_be_met() {
+    fn a_single_reference_answer_must_match() {
         let reference = Reference { answer: "dog".into(), ..Reference::default() };
         assert_eq!((vqa_score(&reference, "a dog"), vqa_score(&reference, "cat")), (1.0, 0.0));
     }

@@ -394,7 +394,7 @@ mod tests {
     }
 
     #[test]
-    fn metrics_are_chosen_by_name_then_by_row() {
+    fn the_metric_is_chosen_by_benchmark_name_then_by_row() {
         let cases = [
             ("POPE", open("Yes"), "yes_no_f1"),
             ("ChartQA_TEST", open("5"), "relaxed_accuracy"),

@@ -117,7 +117,7 @@ mod tests {
 
     /// `scripts/vlmevalkit/prompts.py` computes the values.
     #[test]
-    fn replies_are_read_as_vlmevalkit_reads_them() {
+    fn judge_replies_are_parsed_as_in_vlmevalkit() {
         let text = std::fs::read_to_string("fixtures/vlmevalkit/prompts.json").unwrap();
         let golden: Golden = serde_json::from_str(&text).unwrap();
         let mut found: BTreeMap<String, Vec<f64>> = BTreeMap::new();

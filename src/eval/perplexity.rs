@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::base::{Cancel, Error, Peers, Progress, Provenance, Result, Stopwatch, ahead, gathered, own_part};
+use crate::base::{Cancel, Error, Peers, Progress, Provenance, Result, Stopwatch, gathered, own_part};
 use crate::bundle::Bundle;
 use crate::data::{Dataset, Encoded, Encoder, Intake, LeftOut};
 use crate::runtime::{Profile, Step, VlmSession, cross_entropy};
@@ -89,16 +89,21 @@ pub fn perplexity(
     let progress = Progress::new("eval", "sequences", indices.len() as u64);
     let mut sequences = Vec::with_capacity(count);
     let intake = Intake::new(data, bundle, usize::MAX);
-    let (pictures, waiting, before) = (Stopwatch::default(), Stopwatch::default(), vlm.times());
-    let encoded = || Ok(pictures.over(intake.encoded_of(data, indices, count, |sample| encoder.conversation(sample))?));
-    ahead(SAMPLES_AHEAD, encoded, |all| {
-        for encoded in waiting.over(all) {
-            cancel.check("no report is written")?;
-            sequences.push(sequence_loss(vlm, encoded?)?);
-            progress.advance(1);
-        }
-        Ok(())
-    })?;
+    let (waiting, before) = (Stopwatch::default(), vlm.times());
+    let own = (data, indices, count);
+    intake.ahead(
+        own,
+        SAMPLES_AHEAD,
+        |sample| encoder.conversation(sample),
+        |all| {
+            for encoded in waiting.over(all) {
+                cancel.check("no report is written")?;
+                sequences.push(sequence_loss(vlm, encoded?.1)?);
+                progress.advance(1);
+            }
+            Ok(())
+        },
+    )?;
     let left_out = intake.left_out_by_all(peers, count)?;
     let sequences = gathered(peers, sequences)?.concat();
     let loss: f64 = sequences.iter().map(|sequence| sequence.loss).sum();
@@ -114,7 +119,7 @@ pub fn perplexity(
         mean_loss,
         predicted_tokens,
         seconds: began.elapsed().as_secs_f64(),
-        profile: Some(Profile::new(began.elapsed(), &pictures, &waiting, before, vlm.times())),
+        profile: Some(Profile::new(began.elapsed(), intake.preparing(), &waiting, before, vlm.times())),
         left_out,
         sequences,
     })

@@ -173,7 +173,7 @@ mod tests {
     use crate::runtime::Port;
 
     #[test]
-    fn ids_stay_in_the_vocabulary_and_avoid_the_image_token() {
+    fn token_ids_stay_in_the_vocabulary_and_avoid_the_image_token() {
         let ids = token_ids(100, 50, Some(11));
         assert!(ids.iter().all(|id| (0..50).contains(id) && *id != 11), "{ids:?}");
     }
@@ -199,18 +199,20 @@ mod tests {
     }
 
     #[test]
-    fn open_tile_sizes_are_refused() {
-        assert!(picture(&[("pixel_values", &[-1, 3, -1, 8])]).is_err());
+    fn tiles_of_undeclared_size_are_refused() {
+        let error = picture(&[("pixel_values", &[-1, 3, -1, 8])]).expect_err("a free size");
+        assert!(matches!(error, Error::Unsupported { .. }), "{error}");
+        assert!(error.to_string().contains("axis 2 of input `pixel_values`"), "{error}");
         let found = picture(&[("pixel_values", &[-1, 3, 4, 8]), ("image_sizes", &[-1, 2])]).expect("a picture");
         assert_eq!(found.pixel_values().expect("pixels").shape(), [1, 3, 4, 8]);
         assert_eq!(found.get("image_sizes").and_then(Array::ints).expect("sizes").as_slice(), Some(&[4, 8][..]));
     }
 
     #[test]
-    fn patches_stand_on_a_grid() {
+    fn patches_are_placed_on_a_grid() {
         let found = picture(&[("pixel_values", &[64, 6]), ("grid_thw", &[-1, 3])]).expect("a picture");
         assert_eq!(found.grid_thw(), Some([1, 8, 8]));
-        // The table of positions has as many rows as one side of the picture, not as many as the whole.
+        // The position table has one row for each step along a side of the picture, not one for each patch.
         let found =
             picture(&[("pixel_values", &[-1, 630, 6]), ("pixel_position_ids", &[-1, 630, 2])]).expect("a picture");
         let places = found.get("pixel_position_ids").and_then(Array::ints).expect("places");

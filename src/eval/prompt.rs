@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::base::{Error, Result};
+use crate::base::{Error, Result, shortened};
 use crate::data::{BenchRow, Benchmark};
 
 use super::judge::Reference;
@@ -287,7 +287,7 @@ pub fn question_text(benchmark: &Benchmark, name: &str, row: &BenchRow, style: P
     let question = Question {
         benchmark: name.to_lowercase(),
         kind: metric_of(name).map_or(QuestionKind::Plain, |metric| metric.kind),
-        question: benchmark.cell(row, "question").ok_or_else(|| missing(row, "question"))?,
+        question: benchmark.cell(row, "question").ok_or_else(|| missing(benchmark, row, "question"))?,
         hint: benchmark.value(row, "hint"),
         options: benchmark.options(row),
     };
@@ -305,7 +305,7 @@ pub fn reference_of(benchmark: &Benchmark, row: &BenchRow) -> Result<Reference> 
     let cell = |column: &str| benchmark.cell(row, column).map(str::to_string);
     Ok(Reference {
         index: row.index.clone(),
-        answer: cell("answer").ok_or_else(|| missing(row, "answer"))?,
+        answer: cell("answer").ok_or_else(|| missing(benchmark, row, "answer"))?,
         options: benchmark.options(row).into_iter().map(|(letter, text)| (letter, text.to_string())).collect(),
         category: cell("category"),
         l2_category: cell("l2-category"),
@@ -323,9 +323,15 @@ pub fn right_answer(reference: &Reference) -> String {
     }
 }
 
-fn missing(row: &BenchRow, column: &str) -> Error {
-    Error::invalid(format!("row `{}` of the benchmark", row.index), format!("has no `{column}`"))
-        .remedy("scoring needs questions with answers")
+fn missing(benchmark: &Benchmark, row: &BenchRow, column: &str) -> Error {
+    const REMEDY: &str = "scoring needs questions with answers";
+    let columns = benchmark.columns();
+    if !columns.iter().any(|name| name == column) {
+        let problem = format!("has no column `{column}`, only {}", columns.join(", "));
+        return Error::invalid("benchmark", problem).remedy(REMEDY);
+    }
+    Error::invalid(format!("row `{}` of the benchmark", shortened(&row.index)), format!("has no `{column}`"))
+        .remedy(REMEDY)
 }
 
 #[cfg(test)]
@@ -341,10 +347,18 @@ mod tests {
     }
 
     #[test]
-    fn questions_read_as_vlmevalkit_writes_them() {
+    fn an_unknown_style_is_refused_with_the_known_names() {
+        let error = "paper".parse::<PromptStyle>().expect_err("no style");
+        assert!(error.starts_with("`paper` is none of "), "{error}");
+        assert!(PROMPT_STYLES.iter().all(|row| error.contains(row.name)), "{error}");
+    }
+
+    /// `fixtures/vlmevalkit/prompts.json` holds rows of known benchmarks only, without empty options.
+    #[test]
+    fn empty_options_are_left_out_of_questions_and_references() {
         let image = "A".repeat(80);
         let text = format!(
-            "index\timage\tquestion\tA\tB\tC\thint\tanswer\n1\t{image}\tWhat is it?\tcat\tdog\t\t\tB\n2\t1\tWhat word?\t\t\t\t\ttime\n3\t1\tWhy?\tx\ty\tz\tlook up\tA\n"
+            "index\timage\tquestion\tA\tB\tC\tanswer\n1\t{image}\tWhat is it?\tcat\tdog\t\tB\n2\t1\tWhat word?\t\t\t\ttime\n"
         );
         let (_folder, benchmark) = benchmark(&text);
         let texts: Vec<String> = benchmark
@@ -352,21 +366,9 @@ mod tests {
             .iter()
             .map(|row| question_text(&benchmark, "bench", row, PromptStyle::default()).expect("text"))
             .collect();
-        assert_eq!(
-            texts[0],
-            "Question: What is it?\nOptions:\nA. cat\nB. dog\nPlease select the correct answer from the options above. \n"
-        );
-        assert_eq!(texts[1], "What word?");
-        assert!(texts[2].starts_with("Hint: look up\nQuestion: Why?\nOptions:\nA. x\n"), "{}", texts[2]);
-        let rows = benchmark.rows();
-        let chart = question_text(&benchmark, "ChartQA_TEST", &rows[1], PromptStyle::default()).expect("text");
-        assert_eq!(chart, "What word?\nAnswer the question using a single word or phrase.");
-        let styled = |name: &str, row: usize, style: &str| {
-            question_text(&benchmark, name, &rows[row], style.parse().expect("style")).expect("text")
-        };
-        assert_eq!(styled("AMBER", 1, "vlmevalkit"), "What word?\nPlease answer yes or no.");
-        assert!("paper".parse::<PromptStyle>().expect_err("no style").contains("internvl"));
-        let reference = reference_of(&benchmark, &rows[0]).expect("reference");
+        let choice = "Question: What is it?\nOptions:\nA. cat\nB. dog\nPlease select the correct answer from the options above. \n";
+        assert_eq!(texts, [choice, "What word?"]);
+        let reference = reference_of(&benchmark, &benchmark.rows()[0]).expect("reference");
         assert_eq!(reference.options, [('A', "cat".to_string()), ('B', "dog".to_string())]);
     }
 }

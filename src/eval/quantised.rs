@@ -139,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn a_value_next_to_a_step_shows_how_high_the_step_is() {
+    fn the_spread_beside_a_rounding_boundary_is_one_quantisation_step() {
         let model = rounded();
         assert_eq!(rounding_operator(&model), Some("DynamicQuantizeLinear"));
         assert_eq!(rounding_operator(&Model::default()), None);
@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn only_graphs_that_round_are_allowed_more_and_no_more_than_they_show() {
+    fn the_tolerance_grows_only_for_graphs_that_round_and_with_their_spread() {
         let ended = |difference: f64, operator: Option<&str>, spread: f64| {
             let mut checks = Checks(Vec::new());
             checks.engines(("interpreter", "x"), difference, "all".into(), operator, || Ok(spread));

@@ -1,11 +1,11 @@
-//! Runs benchmarks: one thread prepares pictures and prompts while another runs the model.
+//! Runs benchmarks: other threads prepare pictures and prompts while one runs the model.
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::base::{Cancel, Error, Peers, Progress, Result, Stopwatch, ahead, gathered, is_first, is_own};
+use crate::base::{Cancel, Error, Peers, Progress, Result, Stopwatch, gathered, is_first, is_own, prepared_ahead};
 use crate::bundle::ModelSource;
 use crate::data::{BenchRow, Benchmark, ImageSettings, Part, Processor};
 use crate::prompt::Prompt;
@@ -165,17 +165,11 @@ pub fn evaluate_among(
         Ok(())
     };
     let mut waiting = Vec::new();
-    let prepared = || {
-        let all = rows
-            .iter()
-            .enumerate()
-            .filter(|(number, _)| is_own(peers, number / window))
-            .map(|(number, row)| prepare(processor, benchmark, name, options.prompt_style, (number, row)));
-        Ok(pictures.over(all))
-    };
+    let own = || Ok(rows.iter().enumerate().filter(|(number, _)| is_own(peers, number / window)));
+    let prepared = |row| pictures.time(|| prepare(processor, benchmark, name, options.prompt_style, row));
     // The first window is one batch, so that the model begins at once; each is twice as long as the one before it.
     let mut size = options.batch_size;
-    ahead(window, prepared, |all| {
+    prepared_ahead(window, own, prepared, |all| {
         waited.over(all).try_for_each(|item| {
             waiting.push(item?);
             if waiting.len() < size {
@@ -362,7 +356,7 @@ fn prepare(
     benchmark: &Benchmark,
     name: &str,
     style: PromptStyle,
-    (number, row): (usize, &BenchRow),
+    (number, row): (usize, &&BenchRow),
 ) -> Result<Prepared> {
     let images = benchmark.images(row)?;
     let mut parts: Vec<Part> = (0..images.len()).map(Part::Image).collect();

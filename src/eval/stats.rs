@@ -207,14 +207,14 @@ mod tests {
     }
 
     #[test]
-    fn spreads_by_hand() {
+    fn the_spread_equals_values_computed_by_hand() {
         let spread = Spread::of(&[4.0, 1.0, 2.0, 10.0]);
         assert_eq!(spread, Spread { median: 3.0, min: 1.0, max: 10.0, mad: 1.5, runs: 4 });
         assert_eq!(Spread::of(&[]), Spread::default());
     }
 
     #[test]
-    fn equal_scores_retain_everything_exactly() {
+    fn equal_scores_give_a_ratio_of_exactly_1() {
         let pairs = (0..50).map(|i| (f64::from(i % 2), f64::from(i % 2)));
         let difference = Difference { difference: 0.0, low: 0.0, high: 0.0 };
         let ratio = Some(Interval { ratio: 1.0, low: 1.0, high: 1.0 });
@@ -222,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn the_interval_is_that_of_a_binomial_share() {
+    fn the_interval_is_that_of_a_binomial_proportion() {
         // The baseline is right on all 400, the model on 300: the ratio is a proportion with standard error sqrt(0.75 *
         // 0.25 / 400) = 0.02165, so the interval is 0.75 +- 0.0424.
         let pairs = (0..400).map(|i| (f64::from(u8::from(i % 4 != 0)), 1.0));
@@ -232,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn likelihoods_weigh_by_tokens() {
+    fn the_likelihood_ratio_is_weighted_by_tokens() {
         // 300 tokens that lose 0.2 nats each and 100 that lose nothing: exp(-0.15).
         let interval = kept_likelihood(&[(-60.0, 300.0), (0.0, 100.0)], 1);
         assert!((interval.ratio - (-0.15f64).exp()).abs() < 1e-12);
@@ -240,9 +240,10 @@ mod tests {
         assert_eq!(kept_likelihood(&[(0.0, 9.0); 5], 1), Interval { ratio: 1.0, low: 1.0, high: 1.0 });
     }
 
-    /// One run beats the baseline on the questions on which the other loses: nothing is left of either, in any draw.
+    /// Each run beats the baseline on exactly the questions where the other one loses, so every draw has a mean
+    /// difference of 0.
     #[test]
-    fn runs_are_compared_on_the_same_draws() {
+    fn all_runs_are_resampled_with_the_same_draws() {
         let run = |even: f64| vec![stratum((0..40).map(|i| if i % 2 == 0 { (even, 0.5) } else { (1.0 - even, 0.5) }))];
         let (first, second) = (run(1.0), run(0.0));
         let found = compared_over(&[first.as_slice(), second.as_slice()], 3).expect("scores");
@@ -253,34 +254,35 @@ mod tests {
     }
 
     #[test]
-    fn groups_weigh_the_same_however_large() {
+    fn groups_have_equal_weight_whatever_their_size() {
         let strata = [stratum(vec![(1.0, 1.0); 90].into_iter()), stratum(vec![(0.0, 1.0); 10].into_iter())];
         assert_eq!(retention(&strata, 1).expect("a ratio").ratio, 0.5);
     }
 
     #[test]
-    fn no_ratio_where_the_baseline_scores_nothing() {
+    fn there_is_no_ratio_if_the_baseline_scores_zero() {
         let found = compared(&[stratum([(1.0, 0.0)].into_iter())], 1).expect("a difference");
         assert_eq!((found.ratio, found.difference.difference), (None, 1.0));
         assert_eq!(compared(&[stratum(std::iter::empty())], 1), None);
     }
 
-    /// What `scripts/reference/bootstrap.py` wrote: scores by question, and numpy's percentile intervals.
+    /// Written by `scripts/reference/bootstrap.py`: scores by question and numpy's percentile intervals.
     #[derive(serde::Deserialize)]
     struct Reference {
-        /// By stratum: the model's scores and the baseline's.
+        /// For each stratum: the model's scores and the baseline's.
         strata: Vec<(Vec<f64>, Vec<f64>)>,
         ratio: [f64; 3],
         difference: [f64; 3],
-        /// By question: the difference of log-likelihoods and the tokens.
+        /// For each question: the difference of log-likelihoods, and the number of tokens.
         likelihood: Vec<(f64, f64)>,
         kept_likelihood: [f64; 3],
     }
 
-    /// Both sides draw at random: ends of 2,000 draws agree with those of numpy's 200,000 to a seventh of the interval's
-    /// half width (the quantile's standard error is 0.03 of it), the figures themselves to rounding.
+    /// Both sides draw at random. The ends of 2,000 draws agree with the ends of numpy's 200,000 draws to a seventh of
+    /// the half width of the interval (the standard error of the quantile is 0.03 of it). The estimates agree to
+    /// rounding.
     #[test]
-    fn intervals_are_those_of_numpy_on_stored_scores() {
+    fn bootstrap_intervals_equal_numpy_on_stored_scores() {
         let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/expected/bootstrap.json");
         let reference: Reference = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
         let close = |[found, low, high]: [f64; 3], want: [f64; 3]| {

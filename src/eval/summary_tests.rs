@@ -20,7 +20,7 @@ fn scores(answers: Vec<Answer>) -> ModelScores {
 }
 
 #[test]
-fn groups_and_both_means_by_hand() {
+fn group_scores_and_both_means_equal_values_computed_by_hand() {
     let rows = [("1", "x", 1.0), ("2", "x", 0.0), ("3", "x", 0.0), ("4", "x", 1.0), ("5", "y", 1.0)];
     let scores =
         scores(rows.iter().map(|(index, group, score)| answer(index, group, "exact_match", "", *score)).collect());
@@ -31,7 +31,7 @@ fn groups_and_both_means_by_hand() {
 }
 
 #[test]
-fn retention_by_group_and_overall() {
+fn retention_is_computed_by_group_and_overall() {
     let dense = scores((0..40).map(|i| answer(&i.to_string(), if i < 30 { "x" } else { "y" }, "m", "", 1.0)).collect());
     let pruned = scores(
         (0..40)
@@ -58,8 +58,10 @@ fn retention_by_group_and_overall() {
 }
 
 #[test]
-fn different_questions_are_not_compared() {
+fn scores_of_different_questions_are_not_compared() {
     let a = scores(vec![answer("1", "x", "m", "", 1.0)]);
     let b = scores(vec![answer("2", "x", "m", "", 1.0)]);
-    assert!(compare(&a, &b, 1).is_err());
+    compare(&a, &a, 1).expect("the same questions");
+    let error = compare(&a, &b, 1).expect_err("other questions").to_string();
+    assert!(error.contains("model and baseline did not answer the same questions"), "{error}");
 }

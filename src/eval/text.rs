@@ -173,7 +173,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn answers_are_normalised_as_the_vqa_metric_does() {
+    fn answers_are_normalised_as_in_the_vqa_metric() {
         let cases = [
             ("The Dog.", "dog"),
             ("two  dogs", "2 dogs"),
@@ -197,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn edit_distances_by_hand() {
+    fn edit_distances_equal_values_computed_by_hand() {
         assert_eq!(normalised_edit_distance("kitten", "sitting"), 3.0 / 7.0);
         assert_eq!(normalised_edit_distance(" Hello  World ", "hello world"), 0.0);
         // The length is that of the original text, so extra spaces reduce the distance.
@@ -207,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn cells_hold_one_answer_or_a_list() {
+    fn an_answer_cell_holds_one_answer_or_a_list() {
         let cases: &[(&str, &[&str])] = &[
             ("time", &["time"]),
             ("['4', \"it's\"]", &["4", "it's"]),

@@ -124,6 +124,7 @@ mod tests {
             dropped: dropped.to_vec(),
             dropped_original: original.to_vec(),
             deepstack: None,
+            compensated: Vec::new(),
             taps: Vec::new(),
         };
         let train = RecordedStep::Finetune { layers: vec![1, 2], samples: 4, settings: serde_json::Value::Null };

@@ -98,7 +98,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_ir_version_is_lowered_only_where_the_file_allows_it() {
+    fn the_ir_version_is_lowered_only_if_the_model_allows_it() {
         let mut model = Model { ir_version: 11, ..Model::default() };
         cap_ir_version("m", &mut model, 10).unwrap();
         assert_eq!(model.ir_version, 10);

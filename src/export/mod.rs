@@ -2,6 +2,7 @@
 
 mod card;
 mod components;
+mod generate;
 mod hugging_face;
 mod manifest;
 mod record;
@@ -73,6 +74,14 @@ pub const TARGETS: &[ExportTarget] = &[
         write: transformers_js::write,
     },
     ExportTarget {
+        name: "generate",
+        summary: "One ONNX graph from pictures and prompt to the ids of the answer",
+        consumer: "onnxruntime 1.30",
+        library: "onnx",
+        settings: &[VARIANT, MAX_IR_VERSION],
+        write: generate::write,
+    },
+    ExportTarget {
         name: "safetensors",
         summary: "A Hugging Face checkpoint, for transformers and what reads its checkpoints; needs --base",
         consumer: "transformers 5.24",
@@ -101,6 +110,7 @@ pub fn export(bundle: &Bundle, target: &ExportTarget, settings: &ExportSettings,
         return Err(Error::invalid(format!("`{name}`"), format!("is not read by the target `{}`", target.name))
             .remedy("leave it out"));
     }
+    bundle.check_output(folder)?;
     let staged = StagedDir::create(folder)?;
     let Written { settings: recorded, models, mut files, notes, mut inputs, weights } =
         (target.write)(bundle, settings, staged.path())?;

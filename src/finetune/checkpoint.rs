@@ -1,13 +1,13 @@
-//! Where a stopped run goes on from: a folder per checkpoint, complete or not there at all.
+//! Checkpoints of a run, to resume it after a stop. Each checkpoint is a folder that is complete or absent.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
-use crate::base::{Error, Result, Sha256Digest, StagedDir, read_json, write_json};
+use crate::base::{Error, Result, Sha256Digest, StagedDir, list_preview, read_json, write_json};
 
 use crate::finetune::error::torch_error;
 use crate::finetune::record::Totals;
@@ -16,10 +16,10 @@ const SCHEMA_VERSION: u32 = 1;
 const STATE: &str = "state.json";
 const TENSORS: &str = "tensors.safetensors";
 const CHECKPOINT_FOLDER: &str = "checkpoints";
-/// What the names of cached outputs begin with.
+/// Name prefixes of cached outputs in a work folder.
 const CACHES: &[&str] = &["hidden-", "stream-", "streams-", "answers-", "window"];
 
-/// What a run was made of and how far it came. The order of samples and the learning rate follow from the step.
+/// State of a run at a checkpoint. The order of samples and the learning rate follow from the step.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct State {
     pub schema_version: u32,
@@ -27,14 +27,14 @@ pub struct State {
     pub step: u64,
     /// Optimiser steps of the whole run.
     pub total_steps: u64,
-    /// SHA-256 of everything that decides the result, by what it is (`model`, `data`, `settings`, ...).
+    /// SHA-256 of each input that affects the result, by name (`model`, `data`, `settings`, ...).
     pub inputs: BTreeMap<String, Sha256Digest>,
-    /// Sums that the final report needs, over the steps done.
+    /// Fits, trials and sums over the steps done, for the final report.
     pub totals: Totals,
 }
 
 impl State {
-    /// A state at `step`.
+    /// The state at `step`, with the current schema version.
     pub fn new(step: u64, total_steps: u64, inputs: BTreeMap<String, Sha256Digest>, totals: Totals) -> Self {
         State { schema_version: SCHEMA_VERSION, step, total_steps, inputs, totals }
     }
@@ -47,24 +47,26 @@ pub struct Checkpoints {
 }
 
 impl Checkpoints {
-    /// Of several processes on one folder, one `writes`; the others read, and their `save` and `clear` do nothing.
+    /// Opens `folder` and creates it when it is missing. When several processes share a folder, `writes` is true in one
+    /// of them; in the others `save` and `clear` do nothing.
     ///
-    /// Errors: `Error::Io` when the folder cannot be made.
+    /// Errors: `Error::Io` when the folder cannot be created.
     pub fn open(folder: &Path, writes: bool) -> Result<Self> {
         fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, e))?;
         Ok(Checkpoints { folder: folder.to_path_buf(), writes })
     }
 
-    /// Writes a checkpoint and then removes the ones before it.
+    /// Writes a checkpoint, then removes the earlier ones. Returns the checkpoint's folder.
     ///
-    /// Errors: `Error::Io`, `Error::Engine`; the checkpoints before it are still there then.
+    /// Errors: `Error::Io`, `Error::Engine`. Earlier checkpoints remain when the write fails.
     pub fn save(&self, state: &State, tensors: Vec<(String, Tensor)>) -> Result<PathBuf> {
         let target = self.folder.join(format!("step-{:08}", state.step));
         if !self.writes {
             return Ok(target);
         }
-        if target.exists() {
-            fs::remove_dir_all(&target).map_err(|e| Error::io("replace", &target, e))?;
+        // A run is in one state at each step, so a complete checkpoint of this step is this one.
+        if target.join(STATE).exists() {
+            return Ok(target);
         }
         let staged = StagedDir::create(&target)?;
         let path = staged.path().join(TENSORS);
@@ -84,9 +86,9 @@ impl Checkpoints {
         Ok(target)
     }
 
-    /// The newest checkpoint's state and folder, if there is one.
+    /// State and folder of the newest checkpoint; None without one.
     ///
-    /// Errors: `Error::Io`, `Error::Invalid` when a checkpoint is not what `save` writes.
+    /// Errors: `Error::Io`; `Error::Invalid` when its state file is malformed.
     pub fn latest(&self) -> Result<Option<(State, PathBuf)>> {
         match self.list()?.pop() {
             Some((_, folder)) => Ok(Some((read_json(&folder.join(STATE), SCHEMA_VERSION)?, folder))),
@@ -94,7 +96,7 @@ impl Checkpoints {
         }
     }
 
-    /// Removes every checkpoint of the run, once its result is written.
+    /// Removes every checkpoint of the run. Call it after the result is written.
     ///
     /// Errors: `Error::Io`.
     pub fn clear(&self) -> Result<()> {
@@ -107,15 +109,15 @@ impl Checkpoints {
         Ok(())
     }
 
+    /// Step and folder of each checkpoint, in the order of steps.
     fn list(&self) -> Result<Vec<(u64, PathBuf)>> {
         let entries = fs::read_dir(&self.folder).map_err(|e| Error::io("read", &self.folder, e))?;
         let mut found = Vec::new();
         for entry in entries {
             let entry = entry.map_err(|e| Error::io("read", &self.folder, e))?;
             let name = entry.file_name();
-            if let Some(step) =
-                name.to_str().and_then(|name| name.strip_prefix("step-")).and_then(|step| step.parse().ok())
-            {
+            let step = name.to_str().and_then(|name| name.strip_prefix("step-"));
+            if let Some(step) = step.and_then(|step| step.parse().ok()) {
                 found.push((step, entry.path()));
             }
         }
@@ -124,14 +126,14 @@ impl Checkpoints {
     }
 }
 
-/// The checkpoints in a work folder.
+/// The checkpoints in the work folder `work`; `writes` as in [`Checkpoints::open`].
 ///
 /// Errors: `Error::Io`.
 pub fn checkpoints(work: &Path, writes: bool) -> Result<Checkpoints> {
     Checkpoints::open(&work.join(CHECKPOINT_FOLDER), writes)
 }
 
-/// What the newest checkpoint in a work folder has behind it, if there is one.
+/// Totals of the newest checkpoint in a work folder; None without one.
 ///
 /// Errors: as `Checkpoints::latest`.
 pub fn begun(work: &Path) -> Result<Option<Totals>> {
@@ -139,8 +141,20 @@ pub fn begun(work: &Path) -> Result<Option<Totals>> {
     Ok(newest.map(|(state, _)| state.totals))
 }
 
-/// Removes what a run kept to go on from: checkpoints, the frozen part's outputs, the dense model's targets. Metrics
-/// stay. Call it once the run's result is written.
+/// Step of the newest checkpoint in a work folder; None without one. Creates nothing.
+///
+/// Errors: `Error::Io`.
+pub fn interrupted_at(work: &Path) -> Result<Option<u64>> {
+    let folder = work.join(CHECKPOINT_FOLDER);
+    if !folder.is_dir() {
+        return Ok(None);
+    }
+    let found = Checkpoints { folder, writes: false }.list()?;
+    Ok(found.last().map(|(step, _)| *step))
+}
+
+/// Removes checkpoints and caches (outputs of the frozen part, targets of the dense model) from a work folder and keeps
+/// the metrics. Call it after the result is written.
 ///
 /// Errors: `Error::Io`.
 pub fn clear_work(work: &Path) -> Result<()> {
@@ -156,7 +170,7 @@ pub fn clear_work(work: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Removes a work folder that holds nothing but what was computed before the first step.
+/// Removes a work folder that holds only caches, as before the first step. Any other folder is left unchanged.
 ///
 /// Errors: `Error::Io`.
 pub fn remove_unbegun(work: &Path) -> Result<()> {
@@ -169,53 +183,53 @@ pub fn remove_unbegun(work: &Path) -> Result<()> {
     fs::remove_dir_all(work).map_err(|e| Error::io("remove", work, e))
 }
 
-/// Refuses to go on from a checkpoint of another run.
+/// Checks that a checkpoint belongs to a run with these inputs.
 ///
-/// Errors: `Error::Invalid` naming what differs.
+/// Errors: `Error::Invalid` with the names of the inputs that differ.
 pub fn check_same_run(state: &State, folder: &Path, inputs: &BTreeMap<String, Sha256Digest>) -> Result<()> {
-    let names: std::collections::BTreeSet<&String> = state.inputs.keys().chain(inputs.keys()).collect();
+    let names: BTreeSet<&String> = state.inputs.keys().chain(inputs.keys()).collect();
     let differing: Vec<&String> =
         names.into_iter().filter(|name| state.inputs.get(*name) != inputs.get(*name)).collect();
     if differing.is_empty() {
         return Ok(());
     }
-    Err(Error::invalid(
-        format!("checkpoint `{}`", folder.display()),
-        format!("was made by another run: {} differ", crate::base::list_preview(&differing, 8)),
-    )
-    .remedy("resume with the same model, data and settings, or begin anew without resuming"))
+    Err(unfit(folder, format!("was made by another run: {} differ", list_preview(&differing, 8))))
 }
 
-/// Puts a checkpoint's tensors back, each into the one of its name.
+/// Copies a checkpoint's tensors into the tensors of the same names.
 ///
-/// Errors: `Error::Invalid` when a tensor is missing, left over, or of another shape or type.
+/// Errors: `Error::Invalid` when a tensor is missing, has another shape or type, or is not in `into`.
 pub fn restore(folder: &Path, into: Vec<(String, Tensor)>) -> Result<()> {
     match restore_some(folder, into)?.into_iter().next() {
-        Some(name) => {
-            let subject = format!("checkpoint `{}`", folder.join(TENSORS).display());
-            Err(Error::invalid(subject, format!("holds `{name}`, which this run does not train")))
-        }
+        Some(name) => Err(unfit(&folder.join(TENSORS), format!("holds `{name}`, which this run does not train"))),
         None => Ok(()),
     }
 }
 
-/// Puts some of a checkpoint's tensors back, and gives the names of the others.
+/// Copies a checkpoint's tensors into the tensors of `into` with the same names. Returns the names of the checkpoint's
+/// other tensors.
 ///
-/// Errors: `Error::Invalid` when a tensor is missing, or of another shape or type.
+/// Errors: `Error::Invalid` when a tensor of `into` is missing, or has another shape or type.
 pub fn restore_some(folder: &Path, into: Vec<(String, Tensor)>) -> Result<Vec<String>> {
     let path = folder.join(TENSORS);
-    let subject = || format!("checkpoint `{}`", path.display());
-    let saved = Tensor::read_safetensors(&path).map_err(|e| Error::invalid(subject(), e.to_string()))?;
+    let saved = Tensor::read_safetensors(&path).map_err(|e| unfit(&path, e.to_string()))?;
     let mut saved: HashMap<String, Tensor> = saved.into_iter().collect();
     for (name, into) in into {
-        let saved = saved.remove(&name).ok_or_else(|| Error::invalid(subject(), format!("holds no `{name}`")))?;
+        let saved = saved.remove(&name).ok_or_else(|| unfit(&path, format!("holds no `{name}`")))?;
         if saved.size() != into.size() || saved.kind() != into.kind() {
             let (found, want) = ((saved.size(), saved.kind()), (into.size(), into.kind()));
-            return Err(Error::invalid(subject(), format!("`{name}` is {found:?}, expected {want:?}")));
+            return Err(unfit(&path, format!("`{name}` is {found:?}, expected {want:?}")));
         }
-        tch::no_grad(|| into.detach().f_copy_(&saved)).map_err(torch_error(subject()))?;
+        let subject = format!("checkpoint `{}`", path.display());
+        tch::no_grad(|| into.detach().f_copy_(&saved)).map_err(torch_error(subject))?;
     }
     Ok(saved.into_keys().collect())
+}
+
+/// An error about a checkpoint that this run cannot continue from.
+fn unfit(path: &Path, problem: String) -> Error {
+    Error::invalid(format!("checkpoint `{}`", path.display()), problem)
+        .remedy("resume with the same model, data and settings, or remove the work folder to begin anew")
 }
 
 #[cfg(test)]
@@ -253,13 +267,21 @@ mod tests {
     }
 
     #[test]
-    fn tensors_come_back_bit_for_bit_and_older_checkpoints_go() {
+    fn tensors_are_restored_bit_for_bit_and_old_checkpoints_removed() {
         let folder = tempfile::tempdir().unwrap();
         let checkpoints = Checkpoints::open(folder.path(), true).unwrap();
         assert!(checkpoints.latest().unwrap().is_none());
         let saved = parameters();
         checkpoints.save(&state(3), tensors(&saved)).unwrap();
+        let path = checkpoints.save(&state(12), tensors(&saved)).unwrap();
+        let linked = tempfile::tempdir().unwrap();
+        assert_eq!(interrupted_at(linked.path()).unwrap(), None);
+        std::os::unix::fs::symlink(folder.path(), linked.path().join(CHECKPOINT_FOLDER)).unwrap();
+        assert_eq!(interrupted_at(linked.path()).unwrap(), Some(12));
+        let written = || std::fs::metadata(path.join(TENSORS)).unwrap().modified().unwrap();
+        let before = written();
         checkpoints.save(&state(12), tensors(&saved)).unwrap();
+        assert_eq!(written(), before, "a crash between removal and writing would lose the checkpoint");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
         let (found, path) = checkpoints.latest().unwrap().unwrap();
         assert_eq!(found, state(12));
@@ -269,14 +291,16 @@ mod tests {
                 .unwrap(),
         ];
         restore(&path, tensors(&fresh)).unwrap();
-        for ((_, a), (_, b)) in tensors(&saved).iter().zip(&tensors(&fresh)) {
-            assert_eq!(bits(a), bits(b));
+        let (saved, restored) = (tensors(&saved), tensors(&fresh));
+        assert_eq!(saved.len(), restored.len());
+        for ((name, a), (same, b)) in saved.iter().zip(&restored) {
+            assert_eq!((name, bits(a)), (same, bits(b)));
         }
         assert!(fresh[0].value.requires_grad());
     }
 
     #[test]
-    fn another_run_s_checkpoint_is_refused_by_what_differs() {
+    fn a_checkpoint_of_another_run_is_refused_with_the_differing_input() {
         let other = BTreeMap::from([("data".to_string(), "cd".to_string())]);
         let message = check_same_run(&state(1), Path::new("x"), &other).unwrap_err().to_string();
         assert!(message.contains("`data` differ"), "{message}");
@@ -298,6 +322,8 @@ mod tests {
         assert!(restore(&path, tensors(&with("/layers.3/w:0", 4))).unwrap_err().to_string().contains("expected"));
         assert!(restore(&path, Vec::new()).unwrap_err().to_string().contains("does not train"));
         fs::write(path.join(TENSORS), b"\xff\xff\xff\xff\xff\xff\xff\x7f{}").unwrap();
-        assert!(restore(&path, tensors(&parameters())).is_err());
+        let error = restore(&path, tensors(&parameters())).unwrap_err();
+        assert!(matches!(error, Error::Invalid { .. }), "{error}");
+        assert!(error.to_string().starts_with(&format!("checkpoint `{}`: ", path.join(TENSORS).display())), "{error}");
     }
 }

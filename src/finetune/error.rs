@@ -1,8 +1,9 @@
-//! LibTorch's errors as the library's.
+//! Conversion of LibTorch's errors to the library's.
 
 use crate::base::Error;
 
-/// Turns LibTorch's error into the library's; only its first line speaks of the problem, the rest is a C++ trace.
+/// Converts a LibTorch error to an `Error::Engine` about `subject`. Only the first line of its message is kept; the
+/// rest is a C++ stack trace.
 pub fn torch_error(subject: impl Into<String>) -> impl FnOnce(tch::TchError) -> Error {
     let subject = subject.into();
     move |error| {

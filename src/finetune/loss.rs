@@ -1,5 +1,5 @@
-//! Loss terms: one row each. A term gives a sum over tokens; the trainer divides by the tokens of the whole optimiser
-//! step, so a step's gradient does not depend on how it was cut into forward passes.
+//! Loss terms, one row each. A term is a sum over tokens. The trainer divides it by the token count of the whole
+//! optimiser step, so the gradient does not depend on the split of the step into forward passes.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -9,7 +9,7 @@ use crate::base::{Error, Result};
 
 use crate::finetune::error::torch_error;
 
-/// The name of a loss term; in the order of [`LOSSES`].
+/// Kind of loss term, in the order of [`LOSSES`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum LossKind {
@@ -17,63 +17,63 @@ pub enum LossKind {
     Ce,
     /// Divergence of the student's answer distribution from the dense model's.
     Kd,
-    /// Distance of the residual stream from the dense model's behind each finetuned layer, and behind each frozen anchor
-    /// where other terms have the whole network run.
+    /// Distance of the residual stream from the dense model's after each finetuned layer, and after each frozen anchor
+    /// when other terms run the whole network.
     Anchor,
-    /// Distance of the residual stream from the dense model's after every layer.
+    /// Distance of the residual stream from the dense model's after every layer from the first finetuned one on.
     Hidden,
 }
 
-/// The tokens that a term sums over.
+/// Tokens over which a term is averaged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Denominator {
     /// Answer tokens.
     AnswerTokens,
-    /// All tokens, image tokens included; the mean over the compared points of the stream is taken too.
+    /// All tokens, image tokens included. The term is also averaged over the compared points of the stream.
     StreamTokens,
 }
 
-/// What a term needs from the dense model.
+/// Output of the dense model that a term reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Teacher {
     Nothing,
-    /// Its likeliest tokens at the answer positions.
+    /// The most probable tokens at the answer positions.
     Logits,
-    /// Its residual stream.
+    /// The residual stream.
     Stream,
 }
 
-/// The points of the residual stream that a term compares.
+/// Points of the residual stream that a term compares.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Compared {
-    /// Behind each finetuned layer, and behind each frozen anchor where other terms have the whole network run.
+    /// After each finetuned layer, and after each frozen anchor when other terms run the whole network.
     TrainedAndAnchors,
-    /// Behind every layer from the first finetuned one on.
+    /// After every layer from the first finetuned one on.
     All,
 }
 
-/// What a term at the answer positions is computed from.
+/// Inputs of a term at the answer positions.
 pub struct Answers<'a> {
     /// `[N, V]`.
     pub logits: &'a Tensor,
-    /// i64 `[N]`.
+    /// i64 `[N]`: answer token ids.
     pub targets: &'a Tensor,
     pub top_k: Option<&'a TopK>,
-    /// Softmax temperature of the terms that have one.
+    /// Softmax temperature, for terms that use one.
     pub temperature: f64,
 }
 
-/// How a term is computed: a sum over tokens, f32 `[]`.
+/// Computation of a term: a sum over tokens, f32 `[]`.
 pub enum Compute {
     /// From the logits at the answer positions.
     Answers(fn(&Answers) -> Result<Tensor>),
-    /// From the student's and the dense model's stream at one point, `[M, D]` each.
+    /// From the student's and the dense model's residual stream at one point, `[M, D]` each.
     Stream(Compared, fn(&Tensor, &Tensor) -> Result<Tensor>),
 }
 
 /// One loss term.
 pub struct LossRow {
-    /// The loss.
+    /// Kind of the term.
     pub kind: LossKind,
     /// Name in settings and reports.
     pub name: &'static str,
@@ -87,7 +87,7 @@ pub struct LossRow {
     pub compute: Compute,
 }
 
-/// Every loss term there is, in the order of [`LossKind`].
+/// All loss terms, in the order of [`LossKind`].
 pub const LOSSES: &[LossRow] = &[
     LossRow {
         kind: LossKind::Ce,
@@ -135,12 +135,12 @@ impl LossKind {
         &LOSSES[self as usize]
     }
 
-    /// True for a term that reads something of the dense model.
+    /// True for a term that reads an output of the dense model.
     pub fn needs_teacher(self) -> bool {
         self.row().teacher != Teacher::Nothing
     }
 
-    /// True for a term at the answer positions, for which everything up to the head must be run.
+    /// True for a term at the answer positions, which needs a run of the network up to the logits.
     pub fn looks_at_answers(self) -> bool {
         matches!(self.row().compute, Compute::Answers(_))
     }
@@ -151,7 +151,7 @@ impl LossKind {
     }
 }
 
-/// The dense model's answer distribution, cut to its likeliest tokens.
+/// The dense model's answer distribution, reduced to its `K` most probable tokens.
 #[derive(Debug)]
 pub struct TopK {
     /// Natural log-probabilities at the run's temperature, f32 `[N, K]`.
@@ -162,7 +162,7 @@ pub struct TopK {
 
 /// Sum over answer tokens of the cross-entropy in nats.
 ///
-/// Shapes: logits `[N, V]`, targets i64 `[N]` -> `[]` f32.
+/// Shapes: logits `[N, V]`, targets i64 `[N]` -> `[]` f32. Errors: `Error::Engine` from LibTorch.
 pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     logits
         .f_to_kind(Kind::Float)
@@ -170,32 +170,35 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
         .map_err(torch_error("the cross-entropy"))
 }
 
-/// Sum over answer tokens of `T^2 * KL(teacher || student)` in nats over the teacher's `K` likeliest tokens and one
-/// bucket that holds the rest, both distributions at temperature `T`.
+/// Sum over answer tokens of `T^2 * KL(teacher || student)` in nats over the teacher's `K` most probable tokens and one
+/// bucket for the rest, both distributions at temperature `T`.
 ///
-/// Shapes: logits `[N, V]` -> `[]` f32. Source: Hinton et al. 2015, arXiv:1503.02531, section 2 (the factor `T^2`).
+/// Shapes: logits `[N, V]` -> `[]` f32. Errors: `Error::Engine` from LibTorch. Source: Hinton et al. 2015,
+/// arXiv:1503.02531, section 2 (the factor `T^2`).
 pub fn distillation(logits: &Tensor, teacher: &TopK, temperature: f64) -> Result<Tensor> {
     let compute = || -> Result<Tensor, tch::TchError> {
-        // The smallest mass the rest bucket is taken to hold, so that its logarithm stays finite in f32.
+        // Lower bound on the mass of the rest bucket, which keeps its logarithm finite in f32.
         const FLOOR: f64 = 1e-6;
         let student = logits.f_to_kind(Kind::Float)?.f_div_scalar(temperature)?.f_log_softmax(-1, Kind::Float)?;
         let student = student.f_gather(1, &teacher.tokens, false)?;
+        // Probability of all tokens outside the top K.
         let rest = |log_probs: &Tensor| -> Result<Tensor, tch::TchError> {
             let top = log_probs.f_exp()?.f_sum_dim_intlist(1, false, Kind::Float)?;
             top.f_neg()?.f_add_scalar(1.0)?.f_clamp_min(FLOOR)
         };
         let teacher_rest = rest(&teacher.log_probs)?;
-        let top = (teacher.log_probs.f_exp()? * (&teacher.log_probs - &student)).f_sum(Kind::Float)?;
-        let bucket = (&teacher_rest * (teacher_rest.f_log()? - rest(&student)?.f_log()?)).f_sum(Kind::Float)?;
-        (top + bucket).f_mul_scalar(temperature * temperature)
+        let top = teacher.log_probs.f_exp()?.f_mul(&teacher.log_probs.f_sub(&student)?)?.f_sum(Kind::Float)?;
+        let apart = teacher_rest.f_log()?.f_sub(&rest(&student)?.f_log()?)?;
+        let bucket = teacher_rest.f_mul(&apart)?.f_sum(Kind::Float)?;
+        top.f_add(&bucket)?.f_mul_scalar(temperature * temperature)
     };
     compute().map_err(torch_error("the distillation loss"))
 }
 
-/// Sum over tokens of the squared distance between two points of the residual stream, relative to the teacher's own
-/// squared length, so that tokens with massive activations do not drown the others.
+/// Sum over tokens of the squared distance between the student's and the teacher's residual stream, divided by the
+/// teacher's squared length, so that tokens with massive activations do not dominate.
 ///
-/// Shapes: student and teacher `[M, D]` -> `[]` f32.
+/// Shapes: student and teacher `[M, D]` -> `[]` f32. Errors: `Error::Engine` from LibTorch.
 pub fn stream_distance(student: &Tensor, teacher: &Tensor) -> Result<Tensor> {
     let compute = || -> Result<Tensor, tch::TchError> {
         let teacher = teacher.f_to_kind(Kind::Float)?;
@@ -207,7 +210,9 @@ pub fn stream_distance(student: &Tensor, teacher: &Tensor) -> Result<Tensor> {
     compute().map_err(torch_error("the residual-stream loss"))
 }
 
-/// Errors: `Error::Invalid` for terms, or a fit before the steps, that need the dense model when none was given.
+/// Checks that there is a dense model when loss terms or a fit need one.
+///
+/// Errors: `Error::Invalid` naming the first term, or the fit, that needs it.
 pub fn check_teacher(kinds: impl Iterator<Item = LossKind>, fits: bool, has_teacher: bool) -> Result<()> {
     let terms = kinds.filter(|kind| kind.needs_teacher());
     let mut needs = terms.map(|kind| format!("loss `{}`", kind.name())).chain(fits.then(|| "`fit`".to_string()));
@@ -227,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn every_term_has_one_row_under_its_serialised_name() {
+    fn every_loss_has_one_row_under_its_serialised_name() {
         let schema = serde_json::to_value(schemars::schema_for!(LossKind)).unwrap();
         let terms: Vec<_> = schema["oneOf"].as_array().unwrap().iter().map(|term| &term["const"]).collect();
         assert_eq!(terms, LOSSES.iter().map(|row| row.name).collect::<Vec<_>>());
@@ -237,9 +242,9 @@ mod tests {
         }
     }
 
-    /// By hand: `-log softmax` of the target.
+    /// Reference: `-log softmax` of the target, in f64.
     #[test]
-    fn cross_entropy_sums_over_tokens() {
+    fn cross_entropy_is_summed_over_tokens() {
         let logits = [[1.0f64, 2.0, 3.0], [0.5, -0.5, 0.0]];
         let targets = [2usize, 1];
         let want: f64 = logits
@@ -252,9 +257,10 @@ mod tests {
         assert!((found - want).abs() < 1e-6, "{found}, expected {want}");
     }
 
-    /// With every token in the top K the bucket is empty, and the sum is the plain KL divergence, computed here in f64.
+    /// Reference: the divergence in f64, with two of four tokens in the bucket, and with all tokens in the top K. In
+    /// the second case the bucket is empty and the sum is the plain KL divergence.
     #[test]
-    fn distillation_is_the_divergence_at_the_temperature() {
+    fn distillation_is_the_kl_divergence_at_the_temperature() {
         let temperature = 2.0;
         let student = [0.3f64, -1.0, 0.7, 2.0];
         let teacher = [1.0f64, 0.0, -1.0, 0.5];
@@ -269,7 +275,7 @@ mod tests {
                 .view([1, -1]),
             tokens: Tensor::from_slice(tokens).view([1, -1]),
         };
-        // Tokens 0 and 3 kept, 1 and 2 in the bucket.
+        // The top K has tokens 0 and 3, the bucket 1 and 2.
         let kept = [0usize, 3];
         let rest = |l: &[f64]| 1.0 - kept.iter().map(|&i| l[i].exp()).sum::<f64>();
         let mut want: f64 = kept.iter().map(|&i| p[i].exp() * (p[i] - q[i])).sum();

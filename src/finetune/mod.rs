@@ -1,7 +1,7 @@
-//! Healing: trains the finetune layers of a pruned decoder, through its own graph, with everything else frozen.
+//! Healing: trains the finetune layers of a pruned decoder through its own graph. Everything else is frozen.
 //!
-//! The rooms, from the top; each imports those below it alone: `run`, `train`, `student`, `checkpoint`, `data`, `plan`, `cut`,
-//! `settings`, `optim`, `record`, `loss`, `error`.
+//! Submodules in import order, each importing only later ones: `run`, `train`, `student`, `checkpoint`, `data`, `plan`,
+//! `cut`, `settings`, `optim`, `record`, `loss`, `error`.
 
 mod checkpoint;
 mod cut;
@@ -17,7 +17,7 @@ mod student;
 mod train;
 
 pub use crate::data::LeftOut;
-pub use checkpoint::{clear_work, remove_unbegun};
+pub use checkpoint::{clear_work, interrupted_at, remove_unbegun};
 pub use data::{Conversations, Sample, Source, Teacher};
 pub use loss::{LOSSES, LossKind, LossRow};
 pub use optim::{OPTIMIZERS, OptimizerKind, OptimizerRow, SCHEDULES, Schedule, ScheduleRow};
@@ -26,7 +26,8 @@ pub use record::{LayerFit, RateTrial, StepMetrics};
 pub use run::{Outcome, Report, Request, finetune, finetune_with_teacher, plan_run};
 pub use settings::{
     Auto, BatchSettings, DEFAULT_RECIPE, DataSettings, FitSettings, KdSettings, LearningRate, LoraLayers, LoraSettings,
-    OptimizerSettings, Precision, RECIPES, RecipeRow, ScheduleSettings, Settings, Stage, StageRow, refuse_moved,
+    OptimizerSettings, Precision, RECIPES, RecipeRow, ScheduleSettings, Settings, Stage, StageRow, WriteTrained,
+    refuse_moved,
 };
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! The network in training: the graph after the first trained layer as a program, run layer by layer.
+//! The student: the decoder from the first trained layer on, as a LibTorch program that runs layer by layer.
 
 use std::ops::Range;
 
@@ -17,43 +17,47 @@ use crate::finetune::error::torch_error;
 use crate::finetune::loss::{Compared, Compute, LossKind};
 use crate::finetune::settings::Precision;
 
-/// The trained part of a decoder.
+/// The decoder from the first trained layer to the logits.
 pub struct Student {
     program: Program,
-    /// Number of weights with gradients; those after them are only written to.
+    /// Number of weights with gradients. They are the program's first parameters; the others are written by a fit only.
     trained: usize,
     suffix: Suffix,
+    /// Type of the residual stream, and with it of the activations, where that is not f32.
+    stream_kind: Option<Kind>,
     inputs: Vec<(ValueId, Input)>,
-    /// Positions in `weights()` of what each layer trains.
+    /// For each layer, the positions in `weights()` of the parameters that it reads.
     by_layer: Vec<Vec<usize>>,
-    /// Points of the stream with targets, counted in layers from the first trained one, in the targets' order.
+    /// Points of the residual stream with targets, counted in layers from the first trained one, in the order of the
+    /// targets.
     pub points: Vec<usize>,
     /// Those of `points` that the anchor term compares.
     pub anchor_points: Vec<usize>,
-    /// The one layer that is trained now, counted from the first trained one; None for all of them.
+    /// The only layer in training, counted from the first trained one; None when all layers are trained together.
     pub only: Option<usize>,
 }
 
-/// What the layers read besides the stream, for one batch.
+/// Values other than the residual stream that the layers read, for one batch.
 pub struct Side(Vec<(ValueId, Tensor)>);
 
 impl Student {
     /// Compiles the part of the graph that training runs.
     ///
-    /// Errors: `Error::Unsupported` for operators and inputs that are not known, `Error::Invalid` for weights that
-    /// cannot be trained.
+    /// Errors: `Error::Unsupported` for unknown operators and inputs; `Error::Invalid` for weights that cannot be
+    /// trained.
     pub fn compile(cut: &Cut, suffix: Suffix, precision: Precision, hold: Hold, device: Device) -> Result<Self> {
         let model = &cut.analysis.model;
         let graph = &model.graph;
         let mut given = graph.body.inputs.clone();
         given.push(suffix.streams[0]);
+        let stream_kind = (precision == Precision::Bf16).then_some(Kind::BFloat16);
         let options = Options {
             device,
             trainable: cut.trained.clone(),
             writable: cut.written.clone(),
             inputs: Some(given),
             outputs: Some(vec![suffix.logits]),
-            autocast: (precision == Precision::Bf16).then_some(Kind::BFloat16),
+            autocast: stream_kind,
             hold,
         };
         let program = Program::compile(&fuse_kernels(model).0, &options)?;
@@ -68,6 +72,7 @@ impl Student {
             program,
             trained,
             suffix,
+            stream_kind,
             inputs,
             by_layer,
             points: Vec::new(),
@@ -76,10 +81,10 @@ impl Student {
         })
     }
 
-    /// Makes this network, compiled from the same graph, a second worker of `first`: it reads and differentiates the
-    /// very weights that `first` trains.
+    /// Makes this network, compiled from the same graph, a second worker of `first`. Both use the same weights in the
+    /// same memory.
     ///
-    /// Errors: `Error::Invalid` when the two do not train the same weights.
+    /// Errors: `Error::Invalid` unless both train the same weights.
     pub fn work_for(&mut self, first: &Student) -> Result<()> {
         self.program.share_weights(&first.program)?;
         self.points.clone_from(&first.points);
@@ -87,26 +92,26 @@ impl Student {
         Ok(())
     }
 
-    /// The trained weights, leaves of the gradient.
+    /// The trained weights, which are the leaves of the gradient.
     pub fn weights(&self) -> &[torch::Parameter] {
         &self.program.parameters()[..self.trained]
     }
 
-    /// Everything that training or a fit writes to: the trained weights, then the others.
+    /// All weights that training or a fit writes, the trained ones first.
     pub fn written(&self) -> &[torch::Parameter] {
         self.program.parameters()
     }
 
-    /// The name of a written initializer and its tensor.
+    /// Name and tensor of an initializer that training or a fit writes.
     ///
-    /// Errors: `Error::Invalid` when it is not written to.
+    /// Errors: `Error::Invalid` for any other initializer.
     pub fn weight_of(&self, id: ValueId) -> Result<(String, Tensor)> {
         let weight = self.written().iter().find(|weight| weight.id == id);
         let weight = weight.ok_or_else(|| Error::invalid(format!("`{}`", self.program.name(id)), "is not trained"))?;
         Ok((weight.name.clone(), weight.tensor.shallow_clone()))
     }
 
-    /// True when a stream term compares at this point.
+    /// True when the term `kind` compares the residual stream at `point`.
     pub fn compares(&self, kind: LossKind, point: usize) -> bool {
         match kind.row().compute {
             Compute::Stream(Compared::TrainedAndAnchors, _) => self.anchor_points.contains(&point),
@@ -120,26 +125,28 @@ impl Student {
         self.suffix.streams.len() - 1
     }
 
-    /// Which parameters the layer reads, counted from the first trained one.
+    /// Positions in `weights()` of the parameters that `layer` reads, counted from the first trained layer.
     pub fn layer_parameters(&self, layer: usize) -> &[usize] {
         &self.by_layer[layer]
     }
 
-    /// The weights that are trained now.
+    /// The weights in training: those of the layer `only`, or all of them.
     pub fn weights_now(&self) -> impl Iterator<Item = &torch::Parameter> {
         let own = self.only.map(|layer| self.layer_parameters(layer));
         let now = move |number: usize| own.is_none_or(|own| own.contains(&number));
         self.weights().iter().enumerate().filter(move |(number, _)| now(*number)).map(|(_, weight)| weight)
     }
 
-    /// The layers to run when only this one is trained: up to the next trained one, as far as anything is compared.
+    /// The layers to run when only `layer` is trained: up to the last compared point that is not after the next trained
+    /// layer.
     pub fn stretch(&self, layer: usize) -> Range<usize> {
         let next = (layer + 1..self.layers()).find(|&next| !self.layer_parameters(next).is_empty());
         let next = next.unwrap_or(self.layers());
         layer..self.points.iter().copied().filter(|&point| point <= next).max().unwrap_or(layer)
     }
 
-    /// The initializers that have changed with their values, in the graph's own type: adapters are added to their weights.
+    /// The initializers that training or a fit writes, with their values in the graph's element type. Adapters are
+    /// merged into their weights: `W + scale * A B`, where `scale` is `alpha / r`.
     ///
     /// Errors: `Error::Engine` when a tensor cannot be read back.
     pub fn changed(&self, cut: &Cut, scale: f64) -> Result<Vec<(ValueId, crate::ir::Tensor)>> {
@@ -153,32 +160,52 @@ impl Student {
         }
         for adapted in &cut.adapted {
             let name = graph.name(adapted.weight);
-            let Some(stored) = graph.body.initializer(adapted.weight) else { continue };
             let (a, b) = (self.weight_of(adapted.a)?.1, self.weight_of(adapted.b)?.1);
-            let base = match self.weight_of(adapted.weight) {
-                Ok((_, tensor)) => tensor,
-                Err(_) => torch::tensor_from_ir(name, stored)?,
+            let stored = graph.body.initializer(adapted.weight);
+            let quantised = cut.quantised_weight(adapted.weight);
+            let base = match (self.weight_of(adapted.weight), stored, quantised) {
+                (Ok((_, tensor)), ..) => tensor,
+                (Err(_), Some(stored), _) => torch::tensor_from_ir(name, stored)?,
+                (Err(_), None, Some(quantised)) => {
+                    let values = quantised.form.values(&cut.stored.graph.body)?;
+                    torch::tensor_from_ir(name, &crate::ir::Tensor::from_f32(&quantised.dims, &values))?
+                }
+                (Err(error), None, None) => return Err(error),
             };
+            let dtype = stored.map_or(crate::ir::DataType::Float, |stored| stored.dtype);
             let merged = || -> Result<Tensor, tch::TchError> {
                 let change = a.f_detach()?.f_matmul(&b.f_detach()?)?.f_mul_scalar(scale)?.f_to_device(Device::Cpu)?;
                 let change = if adapted.transposed { change.f_tr()? } else { change };
                 base.f_detach()?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?.f_add(&change)
             };
             let merged = merged().map_err(torch_error(format!("the adapter of `{name}`")))?;
-            changed.push((adapted.weight, torch::tensor_to_ir(name, &merged, stored.dtype)?));
+            changed.push((adapted.weight, torch::tensor_to_ir(name, &merged, dtype)?));
+            if let Some(stored) = stored {
+                stored.release();
+            }
         }
         Ok(changed)
     }
 
-    /// Computes once what all layers read besides the stream.
+    /// The stream with which a training pass begins, in the type of its activations.
     ///
-    /// Errors: `Error::Invalid` when an operator refuses its tensors.
+    /// Errors: `Error::Engine` from LibTorch.
+    pub fn entering(&self, hidden: &Tensor) -> Result<Tensor> {
+        match self.stream_kind {
+            Some(kind) => hidden.f_to_kind(kind).map_err(torch_error("the residual stream")),
+            None => Ok(hidden.shallow_clone()),
+        }
+    }
+
+    /// Computes, once per batch, the values other than the residual stream that the layers read.
+    ///
+    /// Errors: `Error::Invalid` when an operator rejects its inputs.
     pub fn side(&self, batch: &Batch) -> Result<Side> {
         let mut given = Vec::with_capacity(self.inputs.len() + self.suffix.side.len());
         for (id, input) in &self.inputs {
             given.push((*id, feed(input, batch, self.suffix.reads_tokens)?));
         }
-        // Some of it is as long as the first stream, which stands in the program as an input.
+        // Some of these values take their length from the first stream, which is an input of the program.
         let mut fed: Vec<(ValueId, Tensor)> = given.iter().map(|(id, tensor)| (*id, tensor.shallow_clone())).collect();
         if !given.iter().any(|(id, _)| *id == self.suffix.streams[0]) {
             fed.push((self.suffix.streams[0], batch.hidden.shallow_clone()));
@@ -188,25 +215,26 @@ impl Student {
         Ok(Side(given))
     }
 
-    /// The stream after a layer from the stream before it, `[B, T, D]`; the layer is counted from the first trained one.
+    /// The residual stream after a layer, `[B, T, D]`, from the stream before it. The layer is counted from the first
+    /// trained one.
     ///
-    /// Errors: `Error::Invalid` when an operator refuses its tensors.
+    /// Errors: `Error::Invalid` when an operator rejects its inputs.
     pub fn layer(&self, layer: usize, stream: &Tensor, side: &Side) -> Result<Tensor> {
         self.run(self.suffix.streams[layer], stream, self.suffix.streams[layer + 1], side)
     }
 
-    /// As [`Student::layer`], and with it `inner`, a value inside the layer.
+    /// As [`Student::layer`]; also returns `inner`, a value inside the layer.
     ///
-    /// Errors: `Error::Invalid` when an operator refuses its tensors.
+    /// Errors: `Error::Invalid` when an operator rejects its inputs.
     pub fn layer_with(&self, layer: usize, stream: &Tensor, side: &Side, inner: ValueId) -> Result<(Tensor, Tensor)> {
         let (from, to) = (self.suffix.streams[layer], self.suffix.streams[layer + 1]);
         let [output, inner] = self.values(from, stream, [to, inner], side)?;
         Ok((output, inner))
     }
 
-    /// Logits `[N, V]` at the answer positions from the stream after the last layer.
+    /// Logits `[N, V]` at the answer positions from the residual stream after the last layer.
     ///
-    /// Errors: `Error::Unsupported` when the graph does not give logits for every position.
+    /// Errors: `Error::Unsupported` when the head's input does not have one row per token.
     pub fn head(&self, stream: &Tensor, batch: &Batch, side: &Side) -> Result<Tensor> {
         let last = self.suffix.streams[self.layers()];
         let all = self.run(last, stream, self.suffix.head_input, side)?;
@@ -259,7 +287,7 @@ impl Student {
     }
 }
 
-/// The tensor for one input.
+/// The tensor of one graph input.
 fn feed(input: &Input, batch: &Batch, reads_tokens: bool) -> Result<Tensor> {
     let failed = torch_error(format!("input `{}`", input.port.name));
     let kind = torch::kind_of(input.port.dtype).unwrap_or(Kind::Float);
@@ -273,7 +301,7 @@ fn feed(input: &Input, batch: &Batch, reads_tokens: bool) -> Result<Tensor> {
             Tensor::f_zeros(sizes.collect::<Vec<i64>>(), (kind, device)).map_err(failed)
         }
         Training::ShapeOnly | Training::Fed => {
-            // Flags decide which nodes run, and are read on the host.
+            // Flags select the nodes that run, and are read on the host.
             let flag = matches!(input.kind(), InputKind::UseCacheBranch | InputKind::LogitsToKeep);
             let device = if flag { Device::Cpu } else { device };
             tensor_of(input.make(&batch.step)?, kind, device).map_err(failed)
@@ -281,7 +309,7 @@ fn feed(input: &Input, batch: &Batch, reads_tokens: bool) -> Result<Tensor> {
     }
 }
 
-/// Zeros in the place of tokens, in memory one number.
+/// Zeros in place of token ids `[B, T]` or embeddings `[B, T, D]`. They take the memory of one element.
 fn shape_only(input: &Input, batch: &Batch, options: (Kind, Device)) -> Result<Tensor, tch::TchError> {
     let (rows, time) = (batch.step.batch() as i64, batch.step.time() as i64);
     if input.port.rank() < 3 {
@@ -301,7 +329,7 @@ fn tensor_of(array: Array, kind: Kind, device: Device) -> Result<Tensor, tch::Tc
     tensor?.f_view(&shape[..])?.f_to_kind(kind)?.f_to_device(device)
 }
 
-/// Axis 0 of a cache is the batch; an open axis 2 of 4 holds the positions, of which there are none yet.
+/// Size of one axis of an empty cache. Axis 0 is the batch; an open axis 2 of 4 is the sequence, of length 0.
 fn past_size(dim: &Dim, axis: usize, rank: usize, rows: i64) -> i64 {
     match dim {
         _ if axis == 0 => rows,

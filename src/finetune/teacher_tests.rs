@@ -1,4 +1,4 @@
-//! Runs that learn from the dense model.
+//! Runs with the dense model as teacher.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -27,7 +27,7 @@ fn losses_that_need_the_dense_model_are_refused_without_it() {
 }
 
 #[test]
-fn a_model_that_is_its_own_teacher_has_nothing_to_learn() {
+fn losses_are_zero_if_a_model_is_its_own_teacher() {
     let _alone = alone();
     let bundle = Bundle::open(&model()).unwrap();
     let kept: Vec<usize> = (0..16).collect();
@@ -54,12 +54,12 @@ fn a_model_that_is_its_own_teacher_has_nothing_to_learn() {
     finetune_with_teacher(&request, Some(&teacher), &Cancel::default(), &mut |metrics| losses = metrics.losses.clone())
         .unwrap();
     assert!(losses["kd"].abs() < 1e-4, "{losses:?}");
-    // Targets are kept in bf16, which is off by at most 2^-9 of each number.
+    // Targets are stored in bf16, whose relative error is at most 2^-9.
     let rounding = 2f64.powi(-18);
     assert!(losses["hidden"] < rounding && losses["anchor"] < rounding, "{losses:?}");
 }
 
-/// Texts, counting how often they are read.
+/// Texts with a counter of the passes over them.
 struct Counted(Texts, AtomicU32);
 
 impl Source for Counted {
@@ -77,10 +77,10 @@ impl Source for Counted {
     }
 }
 
-/// Where the pruned model's frozen part is the dense model's own, one reading of the samples gives both; it gives what two
-/// readings do.
+/// When the dense model contains the pruned model's frozen part, one pass over the samples computes both outputs, with
+/// the same losses as two passes.
 #[test]
-fn the_frozen_part_is_taken_from_the_dense_model_where_that_has_it() {
+fn a_frozen_part_shared_with_the_dense_model_is_computed_once() {
     let _alone = alone();
     let dense = Bundle::open(&model()).unwrap();
     let settings = settings().with(|s| s.stages = Stage::only([(LossKind::Kd, 1.0), (LossKind::Anchor, 1.0)]));
@@ -105,23 +105,24 @@ fn the_frozen_part_is_taken_from_the_dense_model_where_that_has_it() {
         let mut losses = Vec::new();
         finetune_with_teacher(&request, Some(&teacher), &Cancel::default(), &mut |step| losses.push(step.loss))
             .unwrap();
-        // And a look at the first samples, by which the run is planned.
+        // One more reading, of the first samples, is for the plan of the run.
         assert_eq!(data.1.into_inner(), readings + 1, "dropped {dropped:?}, trained {layers:?}");
         losses
     };
     let own = || dense.digest().unwrap();
     for layers in [[2, 4], [0, 4]] {
         let (one, two) = (losses(&DROPPED, own(), &layers, 1), losses(&DROPPED, sha256_bytes(b"other"), &layers, 2));
+        assert!(!one.is_empty() && one.len() == two.len(), "trained {layers:?}: {one:?}, {two:?}");
         for (a, b) in one.iter().zip(&two) {
             assert!((a - b).abs() < 1e-5 * b, "trained {layers:?}: {a}, expected {b}");
         }
     }
-    // A layer is missing from what is frozen.
+    // The frozen part lacks a layer of the dense model.
     losses(&DROPPED, own(), &[4, 6], 2);
 }
 
 #[test]
-fn the_dense_model_teaches_with_and_without_gradient_checkpointing() {
+fn distillation_lowers_the_loss_with_and_without_checkpointing() {
     let losses = [(LossKind::Ce, 1.0), (LossKind::Kd, 0.5), (LossKind::Hidden, 2.0), (LossKind::Anchor, 1.0)];
     let settings = settings().with(|s| s.stages = Stage::only(losses));
     let work = tempfile::tempdir().unwrap();
@@ -137,6 +138,7 @@ fn the_dense_model_teaches_with_and_without_gradient_checkpointing() {
     let checkpointed = settings.with(|s| s.batch.gradient_checkpointing = Some(true));
     let checkpointed = run(&checkpointed, &[2, 4], work.path(), false, None);
     checkpointed.outcome.unwrap();
+    assert!(!plain.steps.is_empty() && plain.steps.len() == checkpointed.steps.len());
     for (a, b) in plain.steps.iter().zip(&checkpointed.steps) {
         assert!((a.loss - b.loss).abs() < 1e-4 * a.loss, "step {}: {} and {}", a.step, a.loss, b.loss);
         assert!(
@@ -161,9 +163,10 @@ fn by_layer() -> Settings {
     })
 }
 
-/// The first layer comes out the same, bit for bit, whether another one follows or not; the second one is healed too.
+/// The first layer's weights are the same, bit for bit, with and without a second layer; the second layer is healed
+/// too.
 #[test]
-fn layers_are_healed_one_after_the_other() {
+fn a_layer_is_healed_independently_of_the_layers_after_it() {
     let settings = by_layer().with(|s| s.schedule.max_steps = Some(16));
     let work = tempfile::tempdir().unwrap();
     let both = run(&settings, &[2, 4], work.path(), false, None);
@@ -174,7 +177,7 @@ fn layers_are_healed_one_after_the_other() {
     assert!(report.fitted.iter().all(|fit| fit.distance_after < fit.distance_before), "{:?}", report.fitted);
     let steps: Vec<u64> = both.steps.iter().map(|step| step.step).collect();
     assert_eq!(steps, (1..=16).collect::<Vec<_>>());
-    // Four steps of two samples are a pass over the eight: two for each layer.
+    // Four steps of two samples are one pass over the eight samples: two passes per layer.
     assert_eq!((report.steps, report.tokens), (16, 2 * (6..14).sum::<u64>()));
 
     let work = tempfile::tempdir().unwrap();
@@ -193,10 +196,10 @@ fn layers_are_healed_one_after_the_other() {
     assert_eq!(first.len() + differing.len(), changed(&decoder, &outcome.decoder).len());
 }
 
-/// Steps alone bring both layers nearer to the dense stream, with either optimiser.
+/// Without a fit, steps bring both layers nearer to the dense stream, with either optimiser.
 #[test]
-fn steps_heal_each_layer() {
-    // Muon's steps are a fifth of the rate.
+fn gradient_steps_alone_heal_each_layer() {
+    // Muon's steps have an RMS of a fifth of the learning rate.
     for (optimizer, factor) in [(OptimizerKind::AdamW, 1.0), (OptimizerKind::Muon, 5.0)] {
         let learning_rate = factor * by_layer().peak_rate();
         let settings = by_layer().with(|s| {
@@ -215,9 +218,9 @@ fn steps_heal_each_layer() {
     }
 }
 
-/// Stopped behind every step: within a layer, and before the next one's stream and fit.
+/// Stops after every step: within a layer, and before the stream and the fit of the next one.
 #[test]
-fn a_run_one_layer_after_the_other_resumes_to_the_same_bits() {
+fn a_layer_by_layer_run_resumes_to_the_same_bits() {
     let adapted = by_layer().with(|s| {
         s.lora.rank = 4;
         s.optimizer.average_last = 0.5;
@@ -240,9 +243,10 @@ fn a_run_one_layer_after_the_other_resumes_to_the_same_bits() {
     }
 }
 
-/// A rate is judged by the answers: with one that moves nothing their cross-entropy is what a step of `ce` begins with.
+/// Trials compare the cross-entropy of the answers. With a negligible rate it equals the loss of the first step of a
+/// run with `ce`.
 #[test]
-fn rates_of_a_recipe_without_answers_are_judged_by_them() {
+fn learning_rates_are_judged_by_answers_even_without_a_ce_loss() {
     let work = tempfile::tempdir().unwrap();
     let still = by_layer().with(|s| {
         s.optimizer.learning_rate = LearningRate::Several(vec![1e-12, 1e-3]);
@@ -263,9 +267,9 @@ fn rates_of_a_recipe_without_answers_are_judged_by_them() {
     assert_eq!(report.learning_rate, best.learning_rate);
 }
 
-/// A rate that diverges in one layer leaves the search as it was for the next.
+/// A rate that diverges in one layer does not affect the trials of the next rate.
 #[test]
-fn a_diverging_rate_is_passed_over_where_layers_are_healed_one_by_one() {
+fn a_diverging_rate_is_skipped_in_a_layer_by_layer_run() {
     let settings = by_layer().with(|s| {
         s.batch.size = 1;
         s.schedule.max_steps = None;
@@ -283,11 +287,11 @@ fn a_diverging_rate_is_passed_over_where_layers_are_healed_one_by_one() {
     assert!(weights(&chosen.decoder) == weights(&alone.decoder));
 }
 
-/// The distance that the fit says is left is what the term `anchor` then measures through the network itself.
+/// The distance after the fit equals the term `anchor` that the network itself then measures.
 #[test]
-fn the_fit_brings_the_stream_to_where_it_says() {
+fn the_distance_reported_by_the_fit_equals_the_anchor_loss() {
     let work = tempfile::tempdir().unwrap();
-    // One step over all samples for each layer.
+    // One step over all samples per layer.
     let measured = by_layer().with(|s| {
         s.batch.size = 8;
         s.schedule.max_steps = Some(2);
@@ -300,6 +304,7 @@ fn the_fit_brings_the_stream_to_where_it_says() {
     let after = run(&fitting, &[4, 5], work.path(), false, None);
     let report = after.outcome.unwrap().report;
     let [first, second] = report.fitted.as_slice() else { panic!("{:?}", report.fitted) };
+    assert!(after.steps.len() >= 2, "{} steps", after.steps.len());
     for (fit, step) in [first, second].into_iter().zip(&after.steps) {
         let (found, left) = (step.loss, fit.distance_after.unwrap());
         assert!((found - left).abs() < 1e-3 * left, "measured {found}, fitted {left}");
@@ -307,7 +312,7 @@ fn the_fit_brings_the_stream_to_where_it_says() {
     let (found, start) = (after.steps[0].loss, before.steps[0].loss);
     assert!((start - first.distance_before.unwrap()).abs() < 1e-3 * start && found < 0.7 * start, "{start} to {found}");
 
-    // The fit alone changes two weights of each layer and nothing else, and each layer comes nearer.
+    // The fit alone changes two weights of each layer and nothing else, and reduces each layer's distance.
     let alone = fitting.with(|s| s.stages = Vec::new());
     let outcome = run(&alone, &[4, 5], work.path(), false, None).outcome.unwrap();
     assert_eq!((outcome.report.steps, outcome.report.first_loss), (0, None));
@@ -326,7 +331,7 @@ fn the_fit_brings_the_stream_to_where_it_says() {
 }
 
 #[test]
-fn stages_change_the_losses_and_survive_being_stopped_at_any_of_them() {
+fn stages_switch_the_losses_and_a_run_resumes_in_any_stage() {
     let stage = |share, losses: &[(LossKind, f64)]| Stage { share, losses: losses.iter().copied().collect() };
     let stages = vec![stage(0.5, &[(LossKind::Anchor, 1.0)]), stage(0.5, &[(LossKind::Ce, 1.0), (LossKind::Kd, 0.5)])];
     let settings = settings().with(|s| {
@@ -347,16 +352,17 @@ fn stages_change_the_losses_and_survive_being_stopped_at_any_of_them() {
     let want = weights(&whole.outcome.unwrap().decoder);
     for stop in [2, 3, 4] {
         let folder = tempfile::tempdir().unwrap();
-        assert!(run(&settings, &[2, 4], folder.path(), false, Some(stop)).outcome.is_err());
+        interrupt(&settings, &[2, 4], folder.path(), stop);
         let resumed = run(&settings, &[2, 4], folder.path(), true, None).outcome.unwrap();
         assert_eq!(resumed.report.resumed_from_step, stop);
         assert!(weights(&resumed.decoder) == want, "stopped after step {stop}");
     }
 }
 
-/// Ridges, weights and distances, on one network and on several; nothing of the dense model's stream is on disk.
+/// Ridges, weights and distances are the same for one worker and for several, and no stream of the dense model is on
+/// disk.
 #[test]
-fn the_fit_does_not_depend_on_the_number_of_workers_and_writes_no_target() {
+fn the_fit_does_not_depend_on_worker_count_and_writes_no_targets() {
     let settings = settings().with(|s| {
         s.stages = Vec::new();
         s.fit.enabled = true;
@@ -372,7 +378,7 @@ fn the_fit_does_not_depend_on_the_number_of_workers_and_writes_no_target() {
     });
     let (first, rest) = runs.split_first().unwrap();
     let fitted = &first.report.fitted;
-    // 76 tokens of 8 samples.
+    // The eight samples have 76 tokens.
     assert!(fitted.iter().all(|fit| fit.tokens == 76 && (14..=24).contains(&fit.held_out_tokens)), "{fitted:?}");
     for other in rest {
         assert_eq!(&other.report.fitted, fitted);
@@ -380,9 +386,10 @@ fn the_fit_does_not_depend_on_the_number_of_workers_and_writes_no_target() {
     }
 }
 
-/// Adapters beside all layers begin at the network as it is, change every layer's matrices, and resume to the same bits.
+/// Adapters in all layers leave the initial network unchanged, change every layer's matrices, and resume to the same
+/// bits.
 #[test]
-fn adapters_beside_all_layers_train_with_a_fit_before() {
+fn adapters_on_all_layers_train_after_a_fit() {
     let losses = BTreeMap::from([(LossKind::Ce, 1.0), (LossKind::Kd, 1.0)]);
     let plain = settings().with(|s| {
         s.stages = Stage::only(losses);
@@ -405,7 +412,7 @@ fn adapters_beside_all_layers_train_with_a_fit_before() {
     let bundle = Bundle::open(&pruned(&dense, folder.path())).unwrap();
     let decoder = crate::onnx::load(&bundle.path_of(bundle.require(Role::Decoder).unwrap())).unwrap();
     assert_eq!(changed(&decoder, &whole.decoder).len(), 14 * 7);
-    assert!(run(&wide, &[4, 5], work.path(), false, Some(2)).outcome.is_err());
+    interrupt(&wide, &[4, 5], work.path(), 2);
     let resumed = run(&wide, &[4, 5], work.path(), true, None).outcome.unwrap();
     assert_eq!(resumed.report.resumed_from_step, 2);
     assert!(weights(&resumed.decoder) == weights(&whole.decoder));

@@ -1,5 +1,7 @@
-//! Whole runs on the shipped model.
+//! Complete runs on the shipped model.
 
+#[path = "quantised_tests.rs"]
+mod quantised;
 #[path = "teacher_tests.rs"]
 mod teacher;
 #[path = "whole_tests.rs"]
@@ -18,7 +20,7 @@ use crate::ir::{AttributeKind, DataType, Model, Tensor, ValueType};
 use crate::prompt::Prompt;
 use crate::runtime::FeatureCache;
 
-/// Eight texts without pictures, the same ones as in the reference script.
+/// Eight texts without pictures, the same as in the reference script.
 struct Texts {
     vocabulary: i64,
 }
@@ -53,10 +55,10 @@ fn model() -> PathBuf {
 
 const DROPPED: [usize; 2] = [2, 5];
 
-/// Dense layers that are left when 2 and 5 of 16 go.
+/// Dense layers that remain of 16 without 2 and 5.
 const KEPT: [usize; 14] = [0, 1, 3, 4, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15];
 
-/// The model with decoder layers 2 and 5 dropped, as a folder that says what it was pruned from.
+/// The model without decoder layers 2 and 5, as a folder with a record of the dense model.
 fn pruned(dense: &Bundle, folder: &Path) -> PathBuf {
     pruned_from(dense, folder, &DROPPED, dense.digest().unwrap())
 }
@@ -84,7 +86,8 @@ fn settings() -> Settings {
     })
 }
 
-/// Held while a run goes: it sets LibTorch's number of threads, which is one for the whole process and decides last bits.
+/// A lock to hold during a run. A run sets LibTorch's number of threads, which is global to the process and affects the
+/// last bits of results.
 fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
@@ -143,6 +146,12 @@ fn run_within(
     Run { outcome, steps }
 }
 
+/// Asserts that a run which is stopped behind a step ends as interrupted.
+fn interrupt(settings: &Settings, layers: &[usize], work: &Path, step: u64) {
+    let error = run(settings, layers, work, false, Some(step)).outcome.err().unwrap();
+    assert!(matches!(error, Error::Interrupted { .. }), "{error}");
+}
+
 /// Bytes of every initializer by name.
 fn weights(model: &Model) -> Vec<(String, Vec<u8>)> {
     let graph = &model.graph;
@@ -150,11 +159,12 @@ fn weights(model: &Model) -> Vec<(String, Vec<u8>)> {
 }
 
 fn changed(before: &Model, after: &Model) -> Vec<String> {
-    let after = weights(after);
-    weights(before).into_iter().zip(after).filter(|(a, b)| a != b).map(|((name, _), _)| name).collect()
+    let (before, after) = (weights(before), weights(after));
+    assert_eq!(before.len(), after.len(), "initializers");
+    before.into_iter().zip(after).filter(|(a, b)| a != b).map(|((name, _), _)| name).collect()
 }
 
-/// What `scripts/reference/finetune.py` wrote.
+/// A run of `scripts/reference/finetune.py`.
 #[derive(serde::Deserialize)]
 struct Reference {
     dropped: Vec<usize>,
@@ -169,9 +179,9 @@ struct ReferenceStep {
     learning_rate: f64,
 }
 
-/// The same network in transformers, trained with `torch.optim.AdamW` on the same texts.
+/// Reference: the same network in transformers, trained with `torch.optim.AdamW` on the same texts.
 #[test]
-fn loss_and_gradients_are_those_of_the_reference() {
+fn losses_and_gradient_norms_equal_transformers() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/expected/finetune.json");
     let reference: Reference = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
     assert_eq!((reference.dropped, reference.trained), (DROPPED.to_vec(), vec![2, 4]));
@@ -197,7 +207,7 @@ fn loss_and_gradients_are_those_of_the_reference() {
 }
 
 #[test]
-fn only_the_named_layers_change_and_everything_else_stays_bit_for_bit() {
+fn only_the_trained_layers_change() {
     let work = tempfile::tempdir().unwrap();
     let outcome = run(&settings(), &[2, 4], work.path(), false, None).outcome.unwrap();
     let folder = tempfile::tempdir().unwrap();
@@ -275,9 +285,10 @@ fn floats(model: &Model) -> Vec<(String, Vec<f32>)> {
     weights(model).into_iter().map(|(name, bytes)| (name, words(bytes))).collect()
 }
 
-/// At one rate from the first step on, shorter runs end where the long one passes: their mean is the long one's.
+/// At a constant rate, runs of 4 and 5 steps end with the weights of the longer run after these steps. The mean of the
+/// runs' weights is therefore the longer run's mean.
 #[test]
-fn the_mean_is_that_of_the_weights_behind_the_last_steps() {
+fn averaged_weights_are_the_mean_over_the_last_steps() {
     let settings = settings().with(|s| {
         s.schedule.kind = Schedule::Constant;
         s.batch.size = 2;
@@ -310,16 +321,17 @@ fn the_mean_is_that_of_the_weights_behind_the_last_steps() {
         let straight = tempfile::tempdir().unwrap();
         let straight = run(&settings, &[3], straight.path(), false, None).outcome.unwrap();
         let work = tempfile::tempdir().unwrap();
-        assert!(run(&settings, &[3], work.path(), false, Some(stop)).outcome.is_err());
+        interrupt(&settings, &[3], work.path(), stop);
         let resumed = run(&settings, &[3], work.path(), true, None).outcome.unwrap();
         assert_eq!(resumed.report.resumed_from_step, stop);
         assert!(weights(&resumed.decoder) == weights(&straight.decoder), "stopped after step {stop}");
     }
 }
 
-/// Stopped after a fit and some steps, resumed to the same bits; what changed has the adapters' rank, and only matrices did.
+/// The changes have the rank of the adapters, only matrices change, and a run that stops after a fit and some steps
+/// resumes to the same bits.
 #[test]
-fn adapters_change_matrices_by_their_rank() {
+fn adapters_change_matrices_by_a_difference_of_their_rank() {
     let settings = settings().with(|s| {
         s.batch.size = 2;
         s.batch.accumulation_steps = 1;
@@ -356,14 +368,14 @@ fn adapters_change_matrices_by_their_rank() {
     let straight = tempfile::tempdir().unwrap();
     let straight = run(&settings, &[3], straight.path(), false, None).outcome.unwrap();
     let work = tempfile::tempdir().unwrap();
-    assert!(run(&settings, &[3], work.path(), false, Some(2)).outcome.is_err());
+    interrupt(&settings, &[3], work.path(), 2);
     let resumed = run(&settings, &[3], work.path(), true, None).outcome.unwrap();
     assert_eq!(resumed.report.resumed_from_step, 2);
     assert!(weights(&straight.decoder) == weights(&resumed.decoder));
 }
 
 #[test]
-fn a_loss_that_is_not_finite_stops_the_run_by_name() {
+fn a_non_finite_loss_stops_the_run_and_names_step_and_sample() {
     let work = tempfile::tempdir().unwrap();
     let settings = settings().with(|s| {
         s.optimizer.learning_rate = LearningRate::One(1e30);
@@ -375,17 +387,22 @@ fn a_loss_that_is_not_finite_stops_the_run_by_name() {
 }
 
 #[test]
-fn a_layer_that_does_not_exist_is_refused() {
+fn an_empty_or_unknown_set_of_layers_is_refused() {
     let work = tempfile::tempdir().unwrap();
-    for layers in [[].as_slice(), &[99]] {
-        assert!(matches!(run(&settings(), layers, work.path(), false, None).outcome, Err(Error::Invalid { .. })));
+    for (layers, want) in [
+        (&[][..], "finetune: no layer is named"),
+        (&[99][..], "layer 99: does not exist, the model has layers 0 to 13"),
+    ] {
+        let error = run(&settings(), layers, work.path(), false, None).outcome.err().unwrap();
+        assert!(matches!(error, Error::Invalid { .. }), "{error}");
+        assert!(error.to_string().starts_with(want), "{error}");
     }
 }
 
 #[test]
-fn the_learning_rate_is_the_one_whose_pass_ends_lowest() {
+fn the_learning_rate_with_the_lowest_final_loss_is_chosen() {
     let work = tempfile::tempdir().unwrap();
-    // Eight steps a pass.
+    // Eight steps per pass.
     let settings = settings().with(|s| {
         s.batch.size = 1;
         s.batch.accumulation_steps = 1;
@@ -398,20 +415,20 @@ fn the_learning_rate_is_the_one_whose_pass_ends_lowest() {
     let report = &chosen.report;
     assert_eq!(report.learning_rate, 1e-3, "{:?}", report.trials);
     assert_eq!(report.trials.iter().map(|trial| trial.learning_rate).collect::<Vec<_>>(), [1e-9, 1e-3, 1e-6]);
-    // The trials leave no trace in the weights.
+    // Trials do not change the weights.
     let plain = settings.with(|s| s.optimizer.learning_rate = LearningRate::One(1e-3));
     let plain = run(&plain, &[2, 4], work.path(), false, None).outcome.unwrap();
     assert!(weights(&plain.decoder) == weights(&chosen.decoder));
-    // Stopped in the run that follows them, it goes on with what they said.
+    // A run that stops after its trials resumes with their results.
     let folder = tempfile::tempdir().unwrap();
-    assert!(run(&choosing, &[2, 4], folder.path(), false, Some(3)).outcome.is_err());
+    interrupt(&choosing, &[2, 4], folder.path(), 3);
     let resumed = run(&choosing, &[2, 4], folder.path(), true, None).outcome.unwrap();
     assert_eq!((resumed.report.resumed_from_step, &resumed.report.trials), (3, &report.trials));
     assert!(weights(&resumed.decoder) == weights(&chosen.decoder));
 }
 
 #[test]
-fn one_diverging_rate_of_several_is_passed_over_and_all_are_an_error() {
+fn a_diverging_rate_is_skipped_unless_every_rate_diverges() {
     let settings = settings().with(|s| {
         s.batch.size = 1;
         s.batch.accumulation_steps = 1;
@@ -429,7 +446,7 @@ fn one_diverging_rate_of_several_is_passed_over_and_all_are_an_error() {
     let diverged: Vec<bool> = trials.iter().map(|trial| trial.diverged.is_some() && trial.loss.is_none()).collect();
     assert_eq!(diverged, [true, false, true], "{trials:?}");
     assert!(trials[0].diverged.as_ref().is_some_and(|problem| problem.contains("finetune step")), "{trials:?}");
-    // What diverged leaves no trace in the weights.
+    // Diverged trials do not change the weights.
     let alone = rates(vec![1e-3]).unwrap();
     assert!(weights(&alone.decoder) == weights(&chosen.decoder));
     let Err(error) = rates(vec![1e38, 1e37]) else { panic!("no rate is left") };
@@ -438,9 +455,9 @@ fn one_diverging_rate_of_several_is_passed_over_and_all_are_an_error() {
     assert!(message.contains("take a lower learning rate"), "{message}");
 }
 
-/// Rows that have no room on disk are computed when steps need them, and the weights are the same to the bit.
+/// Rows that do not fit on disk are computed on demand, with the same weights to the bit.
 #[test]
-fn rows_that_are_computed_each_time_give_the_same_weights() {
+fn recomputed_rows_give_the_same_weights_as_stored_rows() {
     let plain = settings().with(|s| {
         (s.batch.size, s.batch.accumulation_steps, s.schedule.epochs, s.schedule.max_steps) = (2, 1, 2, None);
     });
@@ -478,7 +495,7 @@ fn rows_that_are_computed_each_time_give_the_same_weights() {
 }
 
 #[test]
-fn a_rate_is_found_by_short_trials_on_samples_that_they_do_not_train_on() {
+fn learning_rate_trials_are_judged_on_held_back_samples() {
     let settings = settings().with(|s| {
         (s.batch.size, s.batch.accumulation_steps, s.schedule.max_steps) = (1, 1, None);
         s.optimizer.learning_rate = LearningRate::AUTO;
@@ -486,7 +503,7 @@ fn a_rate_is_found_by_short_trials_on_samples_that_they_do_not_train_on() {
     let work = tempfile::tempdir().unwrap();
     let found = run(&settings, &[2, 4], work.path(), false, None).outcome.unwrap();
     let trials = &found.report.trials;
-    // Eight samples in steps of one: two are held back, and a trial takes the other six.
+    // With eight samples and one per step, two are held out and a trial has six steps.
     assert!(trials.len() >= 2 && trials.len() <= 6, "{trials:?}");
     assert!(trials.iter().all(|trial| (trial.steps, trial.held_out_samples) == (6, 2)), "{trials:?}");
     let least = trials.iter().min_by(|a, b| a.loss.unwrap().total_cmp(&b.loss.unwrap())).unwrap();
@@ -506,20 +523,21 @@ fn a_rate_is_found_by_short_trials_on_samples_that_they_do_not_train_on() {
         }
         assert!(held_out.iter().all(|id| !seen.contains(id)), "{held_out:?}, {seen:?}");
     }
-    // The trials leave no trace in the weights.
+    // Trials do not change the weights.
     let plain = settings.with(|s| s.optimizer.learning_rate = LearningRate::One(least.learning_rate));
     let alone = run(&plain, &[2, 4], work.path(), false, None).outcome.unwrap();
     assert!(weights(&alone.decoder) == weights(&found.decoder));
 }
 
 #[test]
-fn bf16_follows_f32_and_keeps_its_weights_in_f32() {
+fn bf16_training_follows_f32_and_keeps_its_weights_in_f32() {
     let work = tempfile::tempdir().unwrap();
     let plain = run(&settings(), &[2, 4], work.path(), false, None);
     let half = run(&settings().with(|s| s.precision = Precision::Bf16), &[2, 4], work.path(), false, None);
     plain.outcome.unwrap();
     let decoder = half.outcome.unwrap().decoder;
-    // bf16 keeps eight bits of a number.
+    // bf16 has eight significant bits.
+    assert!(!plain.steps.is_empty() && plain.steps.len() == half.steps.len());
     for (a, b) in plain.steps.iter().zip(&half.steps) {
         assert!((a.loss - b.loss).abs() < a.loss / 256.0 * 4.0, "step {}: {} and {}", a.step, a.loss, b.loss);
         assert_ne!(a.loss, b.loss);
@@ -533,7 +551,7 @@ fn bf16_follows_f32_and_keeps_its_weights_in_f32() {
     }
 }
 
-/// f16 wherever the model has f32.
+/// The model with f16 in place of f32.
 fn in_half_precision(model: &Model) -> Model {
     let narrow = |tensor: &mut Tensor| {
         if tensor.dtype == DataType::Float {
@@ -560,9 +578,9 @@ fn in_half_precision(model: &Model) -> Model {
     model
 }
 
-/// It is computed in f32, so it learns what the model in f32 learns, and its weights go back as f16.
+/// A run computes in f32, so its losses are those of the f32 model, and writes the weights as f16.
 #[test]
-fn a_model_in_half_precision_is_healed_and_stays_one() {
+fn a_half_precision_model_is_healed_and_stays_in_half_precision() {
     let _alone = alone();
     let dense = Bundle::open(&model()).unwrap();
     let folders: [_; 2] = std::array::from_fn(|_| tempfile::tempdir().unwrap());

@@ -1,10 +1,10 @@
-//! Runs on the shipped model with no layer dropped, and with the head trained.
+//! Runs on the shipped model without dropped layers, and with a trained head.
 
 use super::*;
 
-/// All layers of the dense network in transformers, trained with `torch.optim.AdamW` on the same texts.
+/// Reference: all layers of the dense model, trained in transformers with `torch.optim.AdamW` on the same texts.
 #[test]
-fn a_whole_model_trains_as_in_the_reference() {
+fn an_unpruned_model_trains_as_in_transformers() {
     let reference = reference("whole");
     assert_eq!((reference.dropped.len(), reference.trained.len()), (0, 16));
     let bundle = Bundle::open(&model()).unwrap();
@@ -30,7 +30,7 @@ fn a_whole_model_trains_as_in_the_reference() {
 }
 
 #[test]
-fn the_head_trains_as_in_the_reference_and_is_written() {
+fn the_head_trains_as_in_transformers_and_is_saved() {
     let reference = reference("with_head");
     let work = tempfile::tempdir().unwrap();
     let settings = Settings { train_head: true, ..settings() };
@@ -50,13 +50,13 @@ fn the_head_trains_as_in_the_reference_and_is_written() {
 }
 
 #[test]
-fn a_head_is_not_trained_without_answers() {
+fn training_the_head_without_answers_is_refused() {
     let stages = Stage::only([(LossKind::Anchor, 1.0)]);
     let error = Settings { train_head: true, stages, ..settings() }.check().unwrap_err().to_string();
     assert!(error.contains("`train_head`") && error.contains("`ce`"), "{error}");
 }
 
-/// One of the runs of `scripts/reference/finetune.py`.
+/// The run `name` of `scripts/reference/finetune.py`.
 fn reference(name: &str) -> Reference {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/expected/finetune.json");
     let all: serde_json::Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();

@@ -78,7 +78,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_missing_lies_between_what_is_covered() {
+    fn missing_ranges_are_the_gaps_between_covered_ranges() {
         let mut covered = Covered { sizes: vec![10], ranges: vec![Vec::new()] };
         assert_eq!(covered.missing(0), vec![std::ops::Range { start: 0, end: 10 }]);
         covered.note(0, 6..8);

@@ -6,9 +6,8 @@ use std::ops::Range;
 use crate::base::{Cancel, Error, Result, findings_preview, list_preview};
 use crate::checkpoint::{Checkpoint, floats, from_floats};
 use crate::ir::{DataType, Tensor, ValueId};
+use crate::quantised::{Blocks, Channels, block_matrices, channel_matrices};
 
-use super::blocks;
-use super::channels;
 use super::covered::Covered;
 use super::matching::Match;
 use super::part::{Part, weights_of};
@@ -112,8 +111,8 @@ pub fn extract<'a>(
 
 /// The quantised matrices and the floating-point weights of a part by the name of their first initializer.
 struct Targets {
-    blocks: HashMap<String, blocks::Blocks>,
-    channels: HashMap<String, channels::Channels>,
+    blocks: HashMap<String, Blocks>,
+    channels: HashMap<String, Channels>,
     floats: HashMap<String, ValueId>,
 }
 
@@ -121,11 +120,8 @@ impl Targets {
     fn of(part: &Part) -> Self {
         let (body, name) = (&part.model.graph.body, |id| part.model.graph.name(id).to_string());
         Targets {
-            blocks: blocks::quantised(body).into_iter().map(|blocks| (name(blocks.numbers), blocks)).collect(),
-            channels: channels::quantised(body)
-                .into_iter()
-                .map(|channels| (name(channels.numbers), channels))
-                .collect(),
+            blocks: block_matrices(body).into_iter().map(|blocks| (name(blocks.numbers), blocks)).collect(),
+            channels: channel_matrices(body).into_iter().map(|channels| (name(channels.numbers), channels)).collect(),
             floats: weights_of(body).into_iter().map(|(id, _)| (name(id), id)).collect(),
         }
     }

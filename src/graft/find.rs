@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::base::{Cancel, Error, Result};
 use crate::checkpoint::{Checkpoint, Tuned, floats};
+use crate::quantised::Layout;
 
 use super::covered::Covered;
 use super::index::{Change, Place};
@@ -14,7 +15,6 @@ use super::place::{Position, chosen, is_vision, layer_of};
 use super::scan::{Made, Other, Seen, scan};
 use super::table::{GraftTable, MatchedWeight, Plan, Unmatched};
 use super::values::Values;
-use super::view::Layout;
 
 /// Finds the place of every finetuned tensor.
 ///

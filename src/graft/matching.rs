@@ -5,9 +5,9 @@ use std::collections::HashMap;
 use crate::base::Result;
 use crate::checkpoint::{Checkpoint, floats};
 use crate::ir::{DataType, Tensor};
+use crate::quantised::Layout;
 
 use super::index::{Change, Place, RowIndex, converted, has_rows_of};
-use super::view::Layout;
 
 /// Rows of a weight that lie in the checkpoint one behind the other.
 #[derive(Clone, Debug, PartialEq)]

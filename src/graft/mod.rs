@@ -2,8 +2,6 @@
 //! values into the graphs, and to take changed values out of them under the checkpoint's names.
 
 mod apply;
-mod blocks;
-mod channels;
 mod compose;
 mod covered;
 mod extract;
@@ -17,7 +15,6 @@ mod place;
 mod scan;
 mod table;
 mod values;
-mod view;
 
 pub use apply::apply;
 pub use extract::{Extracted, Extraction, extract};

@@ -3,10 +3,10 @@
 use crate::base::Result;
 use crate::checkpoint::{Checkpoint, floats};
 use crate::ir::Tensor;
+use crate::quantised::Layout;
 
 use super::part::{Part, weights_of};
 use super::table::{GraftTable, Nearest};
-use super::view::Layout;
 
 /// The most candidates of one size that are compared.
 const MOST_CANDIDATES: usize = 64;

@@ -112,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_tell_layer_and_tower() {
+    fn the_layer_and_the_tower_are_read_from_weight_names() {
         assert_eq!(layer_of("model.layers.12.self_attn.q_proj.weight"), Some(12));
         assert_eq!(layer_of("lm_head.weight"), None);
         assert_eq!(stack_of("model.layers.12.q.weight"), Some(("model.layers.", 12, ".q.weight")));

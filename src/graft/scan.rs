@@ -6,9 +6,8 @@ use std::rc::Rc;
 use crate::base::{Cancel, Error, Progress, Result, list_preview};
 use crate::checkpoint::{Checkpoint, floats};
 use crate::ir::{Tensor, ValueId};
+use crate::quantised::{Blocks, Channels, RANGES, SCHEMES, block_matrices, channel_matrices};
 
-use super::blocks::{self, Blocks};
-use super::channels::{self, Channels};
 use super::index::Place;
 use super::matching::{Match, Matcher};
 use super::part::{Part, weights_of};
@@ -72,8 +71,8 @@ pub(super) fn scan(parts: &[Part], base: &Checkpoint, cancel: &Cancel) -> Result
     let progress = Progress::new("matching weights", "weights", total as u64);
     for (number, part) in parts.iter().enumerate() {
         scanner.part = number;
-        let blocks = blocks::quantised(&part.model.graph.body);
-        let channels = channels::quantised(&part.model.graph.body);
+        let blocks = block_matrices(&part.model.graph.body);
+        let channels = channel_matrices(&part.model.graph.body);
         for matrix in &blocks {
             cancel.check("nothing was written")?;
             all.push(scanner.blocks(part, matrix)?);
@@ -134,7 +133,7 @@ impl Scanner<'_> {
         Ok(match blocks.scheme(&self.original(&blocks.shape(), &found)?, body)? {
             Some(scheme) => self.made(Target::Blocks(blocks.clone(), scheme), dims, found),
             None => {
-                let schemes = blocks::SCHEMES.iter().map(|scheme| scheme.name).collect();
+                let schemes = SCHEMES.iter().map(|scheme| scheme.name).collect();
                 self.other(blocks.numbers, dims, Some(self.unknown_rounding(&found, schemes)))
             }
         })
@@ -149,7 +148,7 @@ impl Scanner<'_> {
             return Ok(match channels.scheme(&self.original(&channels.shape(), &found)?, body)? {
                 Some(range) => self.made(Target::Channels(channels, range), dims, found),
                 None => {
-                    let schemes = channels::RANGES.iter().map(|range| range.name).collect();
+                    let schemes = RANGES.iter().map(|range| range.name).collect();
                     self.other(channels.numbers, dims, Some(self.unknown_rounding(&found, schemes)))
                 }
             });

@@ -5,9 +5,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::{Error, Result, list_preview};
 use crate::ir::ValueId;
+use crate::quantised::{Blocks, Channels, Range8, Scheme};
 
-use super::blocks::{Blocks, Scheme};
-use super::channels::{Channels, Range8};
 use super::index::Place;
 use super::matching::Match;
 

@@ -83,6 +83,13 @@ impl Tensor {
         }
     }
 
+    /// Takes mapped content out of the process's memory; the next access reads it from disk again.
+    pub fn release(&self) {
+        if let TensorData::Mapped { file, offset, length, .. } = &self.data {
+            file.release(*offset, *length);
+        }
+    }
+
     /// Number of elements; the decoder has checked that it does not overflow.
     pub fn element_count(&self) -> u64 {
         self.dims.iter().product()
@@ -128,6 +135,20 @@ impl Tensor {
             DataType::Bfloat16 => chunks(bytes).map(|b| half::bf16::from_le_bytes(b).to_f64()).collect(),
             _ => return None,
         })
+    }
+}
+
+impl Tensor {
+    /// Floating-point elements rounded to a type; `None` for other types.
+    pub fn from_f64s(dtype: DataType, dims: &[u64], values: &[f64]) -> Option<Self> {
+        let bytes: Vec<u8> = match dtype {
+            DataType::Float => values.iter().flat_map(|&x| (x as f32).to_le_bytes()).collect(),
+            DataType::Double => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            DataType::Float16 => values.iter().flat_map(|&x| half::f16::from_f64(x).to_le_bytes()).collect(),
+            DataType::Bfloat16 => values.iter().flat_map(|&x| half::bf16::from_f64(x).to_le_bytes()).collect(),
+            _ => return None,
+        };
+        Some(Tensor::from_bytes(dtype, dims, bytes))
     }
 }
 

@@ -12,7 +12,8 @@ use crate::onnx;
 use crate::rewrite::{KEEP_INPUT, LOSS_OUTPUT, RESTART_INPUT, ROWS_INPUT, STREAM_INPUT, TARGETS_INPUT};
 use crate::runtime::{FeatureCache, Runtime, SessionOptions, Tensor, VlmSession, headed};
 
-use super::loss::{Batch, Conversation, batches, open};
+use super::batch::{Batch, Conversation, batches};
+use super::switched::open;
 
 /// Conversations that are looked at together at most: the processes of a run take blocks of so many.
 pub const LIKELIHOOD_BLOCK: usize = 256;
@@ -44,7 +45,7 @@ pub fn answer_likelihoods(
     let component = bundle.require(Role::Decoder)?;
     let analysis = analysis::analyse(&headed(bundle, onnx::load(&bundle.path_of(component))?)?)?;
     let head_dim = bundle.config().and_then(|config| config.head_size());
-    let decoder = open(runtime, &analysis, head_dim)?;
+    let (decoder, _) = open(runtime, &analysis, head_dim, false)?;
     let mut model = VlmSession::with_decoder(runtime, bundle, decoder, &SessionOptions::default(), features)?;
     let layers = analysis.map.layers.len();
     let progress = Progress::new("likelihood", "questions", count as u64);

@@ -3,13 +3,23 @@
 //!
 //! Source: INTERLACE, arXiv:2511.19676.
 
+mod batch;
+mod embedder;
+mod heal;
+#[cfg(test)]
+mod heal_tests;
 mod likelihood;
 mod loss;
+#[cfg(test)]
+mod loss_tests;
 mod plan;
+mod ridge;
 mod score;
 mod scores;
 pub mod select;
+mod switched;
 
+pub use heal::{Compensation, FIT_TOKENS, HealMeter, layers_before_gaps};
 pub use likelihood::{AnswerLikelihood, LIKELIHOOD_BLOCK, answer_likelihoods};
 pub use loss::LossMeter;
 pub use plan::{LayerPlan, LayerRole, PLAN_SCHEMA_VERSION, Plan, check_layers, named_layers};

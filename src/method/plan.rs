@@ -6,7 +6,7 @@ use std::path::Path;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::base::{Error, Provenance, Result, read_json};
+use crate::base::{Error, Provenance, Result, read_artifact};
 use crate::data::LeftOut;
 
 use super::select::Group;
@@ -146,9 +146,9 @@ impl Plan {
 
     /// Reads `plan.json` and checks that its parts agree.
     ///
-    /// Errors: those of `base::read_json`; `Error::Invalid` when groups and layers disagree.
+    /// Errors: those of `base::read_artifact`; `Error::Invalid` when groups and layers disagree.
     pub fn read(path: &Path) -> Result<Self> {
-        let plan: Plan = read_json(path, PLAN_SCHEMA_VERSION)?;
+        let plan: Plan = read_artifact(path, PLAN_SCHEMA_VERSION, "a plan")?;
         if plan.layers.len() != plan.num_layers {
             return Err(Error::invalid(
                 format!("`{}`", path.display()),

@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::analysis;
-use crate::base::{Cancel, Device, Error, Peers, Progress, Provenance, Result, Stopwatch, ahead, gathered, own_part};
+use crate::base::{Cancel, Device, Error, Peers, Progress, Provenance, Result, Stopwatch, gathered, own_part};
 use crate::bundle::{Bundle, Role};
 use crate::data::{Amount, DataOptions, Dataset, Encoded, Encoder, Intake, Subset};
 use crate::onnx;
@@ -19,7 +19,7 @@ use super::scores::{Modality, SCORES_SCHEMA_VERSION, SampleModality, SampleScore
 /// Limit in bytes on cached image features, for data sets with several questions about one picture.
 const FEATURE_CACHE_BYTES: usize = 64 << 20;
 
-/// Number of samples that a second thread prepares ahead of the runtime.
+/// Number of samples that other threads prepare ahead of the runtime.
 const SAMPLES_AHEAD: usize = 8;
 
 /// Settings of scoring.
@@ -105,21 +105,26 @@ pub fn score_among(
     let mut model = open(&runtime, bundle, &tapped)?;
     let progress = Progress::new("score", "samples", indices.len() as u64);
     let mut samples = Vec::with_capacity(indices.len());
-    let (pictures, waiting) = (Stopwatch::default(), Stopwatch::default());
+    let waiting = Stopwatch::default();
     let (began, before) = (Instant::now(), model.times());
-    // A second thread decodes the next pictures while the network runs.
+    // Other threads decode the next pictures while the network runs.
     let intake = Intake::new(dataset, bundle, settings.max_tokens);
-    let encoded = || Ok(pictures.over(intake.encoded_of(dataset, indices, asked, |sample| encoder.prompt(sample))?));
-    ahead(SAMPLES_AHEAD, encoded, |all| {
-        for encoded in waiting.over(all) {
-            let encoded = encoded?;
-            cancel.check("no scores are written")?;
-            samples.push(score_one(&mut model, encoded, &packs)?);
-            progress.advance(1);
-        }
-        Ok(())
-    })?;
-    let profile = Profile::new(began.elapsed(), &pictures, &waiting, before, model.times());
+    let own = (dataset, indices, asked);
+    intake.ahead(
+        own,
+        SAMPLES_AHEAD,
+        |sample| encoder.prompt(sample),
+        |all| {
+            for encoded in waiting.over(all) {
+                let (_, encoded) = encoded?;
+                cancel.check("no scores are written")?;
+                samples.push(score_one(&mut model, encoded, &packs)?);
+                progress.advance(1);
+            }
+            Ok(())
+        },
+    )?;
+    let profile = Profile::new(began.elapsed(), intake.preparing(), &waiting, before, model.times());
     drop(progress);
     let left_out = intake.left_out_by_all(peers, asked)?;
     let samples = gathered(peers, samples)?.concat();
@@ -212,7 +217,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn long_samples_and_unreadable_rows_are_left_out_and_counted() {
+    fn long_samples_and_unreadable_rows_are_skipped_and_counted() {
         let bundle = Bundle::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model")).unwrap();
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x.jsonl");
@@ -239,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn means_are_over_the_wanted_tokens() {
+    fn the_mean_is_over_the_selected_tokens() {
         let values = [0.5, 0.25, 1.0, 0.75];
         assert_eq!(mean_over(&values, |_| true), Some(0.625));
         assert_eq!(mean_over(&values, |at| at == 1 || at == 2), Some(0.625));
@@ -248,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn several_streams_are_not_taken_for_more_layers() {
+    fn parallel_residual_streams_are_refused() {
         assert!(one_stream(&[5, 1, 7], 7).is_ok());
         for shape in [&[5, 2, 1, 7][..], &[10, 1, 6], &[5, 2, 7], &[]] {
             let message = one_stream(shape, 7).unwrap_err().to_string();

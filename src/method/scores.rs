@@ -6,7 +6,7 @@ use std::path::Path;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::base::{Error, Provenance, Result, read_json};
+use crate::base::{Error, Provenance, Result, read_artifact};
 use crate::data::LeftOut;
 use crate::runtime::Profile;
 
@@ -189,10 +189,10 @@ impl Scores {
 
     /// Reads and checks `scores.json`.
     ///
-    /// Errors: those of `base::read_json`; `Error::Invalid` when lengths do not match `num_layers`
+    /// Errors: those of `base::read_artifact`; `Error::Invalid` when lengths do not match `num_layers`
     /// or a value is not a cosine.
     pub fn read(path: &Path) -> Result<Self> {
-        let scores: Scores = read_json(path, SCORES_SCHEMA_VERSION)?;
+        let scores: Scores = read_artifact(path, SCORES_SCHEMA_VERSION, "scores")?;
         scores.check()?;
         Ok(scores)
     }
@@ -370,13 +370,13 @@ mod tests {
     }
 
     #[test]
-    fn one_sample_has_no_error_to_tell() {
+    fn the_standard_error_of_one_sample_is_zero() {
         let scores = Scores::from_samples(head(), 5, false, vec![sample("a", 0.2)]).unwrap();
         assert_eq!(scores.sim_1.standard_error, vec![0.0; 4]);
     }
 
     #[test]
-    fn a_value_that_is_no_cosine_is_refused_with_its_place() {
+    fn an_invalid_similarity_is_refused_with_its_layer() {
         let mut bad = sample("b", 0.4);
         bad.sim.get_mut(&2).unwrap()[1] = f64::NAN;
         let error = Scores::from_samples(head(), 5, false, vec![sample("a", 0.2), bad]).unwrap_err().to_string();
@@ -384,7 +384,7 @@ mod tests {
     }
 
     #[test]
-    fn lengths_must_fit_the_number_of_layers() {
+    fn the_number_of_similarities_must_fit_the_number_of_layers() {
         let error = Scores::from_samples(head(), 6, false, vec![sample("a", 0.2)]).unwrap_err().to_string();
         assert!(error.contains("has 4 values, 5 expected for 6 layers"), "{error}");
     }
@@ -398,7 +398,7 @@ mod tests {
 
     /// Image: 0.9 and 0.5 of two samples; text: 0.2, 0.4 and 0.6 of three.
     #[test]
-    fn modalities_are_averaged_over_the_samples_that_have_them_and_weighed() {
+    fn modalities_are_averaged_over_their_own_samples_and_weighted() {
         let samples =
             vec![seeing("a", 0.5, Some(0.9), 0.2), seeing("b", 0.5, Some(0.5), 0.4), seeing("c", 0.8, None, 0.6)];
         let scores = Scores::from_samples(head(), 5, false, samples).unwrap();
@@ -414,14 +414,17 @@ mod tests {
         assert!((weighed(&[(Modality::Image, 3.0), (Modality::Text, 1.0)]).unwrap() - 0.625).abs() < 1e-12);
         assert!((weighed(&[(Modality::Image, 0.5), (Modality::All, 0.5)]).unwrap() - 0.65).abs() < 1e-12);
         assert_eq!(weighed(&[(Modality::All, 2.0)]).unwrap(), scores.similarities()[&1][0]);
-        assert!(weighed(&[(Modality::Image, -1.0)]).is_err() && weighed(&[]).is_err());
+        let error = weighed(&[(Modality::Image, -1.0)]).unwrap_err().to_string();
+        assert!(error.contains("weight of modality `image`: is -1, must be 0 or more"), "{error}");
+        let error = weighed(&[]).unwrap_err().to_string();
+        assert!(error.contains("modality weights: none is above 0"), "{error}");
         let older = Scores::from_samples(head(), 5, false, vec![sample("a", 0.2)]).unwrap();
         let error = older.weighted_similarities(&[(Modality::Text, 1.0)].into()).unwrap_err().to_string();
         assert!(error.contains("text tokens") && error.contains("score again"), "{error}");
     }
 
     #[test]
-    fn files_without_modalities_are_still_read() {
+    fn score_files_without_modalities_are_read() {
         let scores = Scores::from_samples(head(), 5, false, vec![sample("a", 0.2)]).unwrap();
         let text = serde_json::to_string(&scores).unwrap();
         assert!(!text.contains("modalities"));
@@ -429,7 +432,8 @@ mod tests {
     }
 
     #[test]
-    fn nothing_scored_is_an_error() {
-        assert!(Scores::from_samples(head(), 5, false, Vec::new()).is_err());
+    fn scores_without_samples_are_an_error() {
+        let error = Scores::from_samples(head(), 5, false, Vec::new()).unwrap_err().to_string();
+        assert!(error.contains("no sample was scored"), "{error}");
     }
 }

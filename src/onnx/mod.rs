@@ -13,12 +13,12 @@ mod tensor;
 mod wire;
 
 pub use encode::Placed;
-pub use save::{INLINE_LIMIT, Metadata, Storage, save, save_into, save_with};
+pub use save::{INLINE_LIMIT, Metadata, Storage, save, save_into, save_sharing, save_with};
 
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::base::{Error, MappedFile, Result};
+use crate::base::{Error, MappedFile, Result, folder_of};
 use crate::ir;
 
 /// Remedy for a file that breaks a rule of ONNX.
@@ -34,7 +34,7 @@ pub fn load(path: &Path) -> Result<ir::Model> {
     let scan = wire::scan(&file).map_err(|problem| {
         Error::invalid(format!("`{}`", path.display()), problem).remedy("check that the file is a whole ONNX model")
     })?;
-    let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let folder = folder_of(path);
     let mut sources = external::Sources::new(folder, Arc::clone(&file));
     let model = decode::model(&scan, &mut sources, path).and_then(|model| ir::check(&model).map(|()| model));
     model.map_err(|error| error.or_remedy(DAMAGED))

@@ -63,7 +63,7 @@ fn fixed<const N: usize>(bytes: &mut &[u8]) -> [u8; N] {
     head.try_into().unwrap()
 }
 
-/// A tensor with its typed fields moved to `raw_data`, the form in which content is written.
+/// A tensor whose typed fields are moved to `raw_data`, the form in which tensors are written.
 fn with_raw_data(bytes: &[u8]) -> Vec<u8> {
     let mut proto = pb::TensorProto::parse_from_bytes(bytes).unwrap();
     if let Some(dtype) = DataType::from_number(proto.data_type)
@@ -74,7 +74,7 @@ fn with_raw_data(bytes: &[u8]) -> Vec<u8> {
     proto.write_to_bytes().unwrap()
 }
 
-/// A message as fields, repeated ones in order; `values` of initializers are left out where `without_content`.
+/// A message as fields, repeated fields in order. With `without_content`, the values of initializers are left out.
 fn tree(message: Message, bytes: &[u8], without_content: bool) -> Tree {
     let whole = if message == Message::Tensor { with_raw_data(bytes) } else { bytes.to_vec() };
     let mut bytes = whole.as_slice();
@@ -118,7 +118,7 @@ fn tree(message: Message, bytes: &[u8], without_content: bool) -> Tree {
     tree.retain(|field, items| repeated.contains(field) || !items.iter().all(default));
     match message {
         Message::Tensor if without_content => [9, 13, 14].iter().for_each(|field| drop(tree.remove(field))),
-        // Entries about values by name have no order.
+        // The order of entries that describe values by name is not significant.
         Message::Graph | Message::Function => {
             let unordered = if message == Message::Graph { &[13, 14][..] } else { &[12] };
             for field in unordered {
@@ -158,7 +158,7 @@ fn difference(at: &str, a: &Tree, b: &Tree) -> Option<String> {
     None
 }
 
-/// Bytes of the model after reading and writing it.
+/// Bytes of the model after it was read and written.
 fn again(path: &Path) -> Vec<u8> {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("again.onnx");
@@ -171,7 +171,7 @@ fn fixtures() -> PathBuf {
 }
 
 #[test]
-fn every_graph_keeps_every_field() {
+fn every_fixture_graph_keeps_every_field() {
     let mut open = vec![fixtures()];
     let mut count = 0;
     while let Some(folder) = open.pop() {
@@ -191,7 +191,7 @@ fn every_graph_keeps_every_field() {
 }
 
 #[test]
-fn a_model_with_every_field_set_keeps_them() {
+fn a_model_with_every_field_set_keeps_every_field() {
     let path = fixtures().join("onnx/every-field.onnx");
     let before = std::fs::read(&path).unwrap();
     let found = difference("model", &tree(Message::Model, &before, false), &tree(Message::Model, &again(&path), false));
@@ -233,7 +233,7 @@ fn with_unknown_fields(message: Message, bytes: &[u8], count: &mut usize) -> Vec
 }
 
 #[test]
-fn fields_that_no_version_knows_are_kept_in_every_message() {
+fn unknown_fields_are_kept_in_every_message() {
     let mut count = 0;
     let bytes = std::fs::read(fixtures().join("onnx/every-field.onnx")).unwrap();
     let before = with_unknown_fields(Message::Model, &bytes, &mut count);

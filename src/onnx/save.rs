@@ -1,10 +1,11 @@
 //! Writes a model: a small message, with payloads streamed from their files.
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use protobuf::Message;
 
-use crate::base::{AtomicFile, Error, Result, copy_range};
+use crate::base::{AtomicFile, Error, Result, copy_range, folder_of};
 use crate::ir::{Model, Tensor, TensorData};
 
 use super::encode::{self, Placed};
@@ -53,7 +54,7 @@ pub fn save_with(
     metadata: impl FnOnce() -> Result<Metadata>,
 ) -> Result<Vec<String>> {
     crate::ir::check(model)?;
-    let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let folder = folder_of(path);
     let mut data = match storage {
         Storage::Inline => None,
         Storage::External { file_name, chunk_bytes } => Some(DataFiles::new(folder, file_name, *chunk_bytes)),
@@ -69,6 +70,40 @@ pub fn save_with(
         None => Vec::new(),
     };
     file.commit()?;
+    Ok(names)
+}
+
+/// Writes several models into `folder` under these file names, over one file of weights, `data_file`: content that two
+/// models share is written once. On an error no file remains. Returns the names of the data files.
+///
+/// Errors: as [`save`].
+pub fn save_sharing(folder: &Path, models: &[(&str, &Model)], data_file: &str) -> Result<Vec<String>> {
+    let mut data = DataFiles::new(folder, data_file, None);
+    let mut known: HashMap<(usize, u64), (String, u64)> = HashMap::new();
+    let mut files = Vec::with_capacity(models.len());
+    for (name, model) in models {
+        crate::ir::check(model)?;
+        let mut file = AtomicFile::create(&folder.join(name))?;
+        let place = |name: &str, tensor: &Tensor| {
+            if tensor.byte_len() < INLINE_LIMIT || !encode::is_numeric(tensor) {
+                return Ok(Placed::Inline);
+            }
+            // Clones of a tensor have the same bytes in memory.
+            let (key, length) = ((tensor.bytes().as_ptr().addr(), tensor.byte_len()), tensor.byte_len());
+            if let Some((location, offset)) = known.get(&key) {
+                return Ok(Placed::External { location: location.clone(), offset: *offset, length });
+            }
+            let placed = data.place(name, tensor)?;
+            if let Placed::External { location, offset, .. } = &placed {
+                known.insert(key, (location.clone(), *offset));
+            }
+            Ok(placed)
+        };
+        save_into(model, &mut file, place, || Ok(Metadata::new()))?;
+        files.push(file);
+    }
+    let names = data.commit()?;
+    files.into_iter().try_for_each(AtomicFile::commit)?;
     Ok(names)
 }
 

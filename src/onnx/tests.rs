@@ -22,7 +22,7 @@ fn weights(model: &Model) -> HashMap<String, (crate::ir::DataType, Vec<u64>, Vec
 const FILES: &[&str] = &["smolvlm/ts17.onnx", "genai/qwen3_vl-int4-embeds/model.onnx", "qwen3_vl/mobius.onnx"];
 
 #[test]
-fn what_is_written_reads_back_equal() {
+fn a_saved_model_loads_with_equal_content() {
     for name in FILES {
         let model = load(&fixture(name)).unwrap();
         let folder = tempfile::tempdir().unwrap();
@@ -41,7 +41,7 @@ fn what_is_written_reads_back_equal() {
 }
 
 #[test]
-fn small_tensors_stay_inside_and_large_ones_leave() {
+fn small_tensors_are_stored_inline_and_large_ones_externally() {
     let model = load(&fixture(FILES[0])).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("x.onnx");
@@ -62,7 +62,7 @@ fn refusal(bytes: &[u8]) -> String {
 }
 
 #[test]
-fn a_cut_off_file_is_refused_at_any_length() {
+fn a_truncated_file_is_refused_at_any_length() {
     let bytes = std::fs::read(fixture(FILES[1])).unwrap();
     assert!(refusal(&[]).contains("empty"));
     for length in [1, 10, 1000, bytes.len() / 2, bytes.len() - 1] {
@@ -72,7 +72,7 @@ fn a_cut_off_file_is_refused_at_any_length() {
 }
 
 #[test]
-fn a_group_is_refused_before_parsing() {
+fn a_protobuf_group_is_refused_before_parsing() {
     assert!(refusal(&[0x0b, 0x0b, 0x0b]).contains("group"));
     // The same inside a graph inside the model.
     assert!(refusal(&[0x3a, 0x02, 0x0b, 0x0b]).contains("group"));
@@ -95,7 +95,7 @@ fn deep_nesting_is_refused_before_parsing() {
 }
 
 #[test]
-fn external_data_stays_inside_the_folder() {
+fn external_data_outside_the_folder_is_refused() {
     let source = fixture(FILES[1]);
     for (location, want) in
         [("../x.data", "without `..`"), ("/etc/passwd", "relative path"), ("link.data", "leads out")]
@@ -182,7 +182,7 @@ fn refused(rows: &[Row], change: impl Fn(&mut pb::ModelProto), words: &[&str]) {
 const PLAIN: &[Row] = &[("a", "Relu", &["x"], &["y"])];
 
 #[test]
-fn versions_are_read_and_never_guessed() {
+fn missing_invalid_or_contradicting_versions_are_refused() {
     refused(PLAIN, |proto| proto.opset_import.clear(), &["m.onnx", "has no `opset_import`", "export"]);
     refused(PLAIN, |proto| proto.ir_version = 0, &["m.onnx", "has no `ir_version`", "export"]);
     refused(PLAIN, |proto| proto.ir_version = -4, &["`ir_version` -4"]);
@@ -201,7 +201,7 @@ fn versions_are_read_and_never_guessed() {
 }
 
 #[test]
-fn versions_that_are_not_known_are_refused() {
+fn unknown_versions_are_refused() {
     refused(PLAIN, |proto| proto.ir_version = 50, &["m.onnx", "`ir_version` 50", "up to 14", "export"]);
     for (domain, version) in [("", 99), ("ai.onnx", 99), ("ai.onnx.ml", 40), ("com.microsoft", 2)] {
         let name = if domain.is_empty() { "ai.onnx" } else { domain };
@@ -219,7 +219,7 @@ fn versions_that_are_not_known_are_refused() {
 }
 
 #[test]
-fn versions_are_read_in_functions_and_branches_too() {
+fn versions_are_checked_in_functions_and_branches() {
     let call = |proto: &mut pb::ModelProto| {
         proto.opset_import.push(opset("f", 1));
         proto.functions.push(pb::FunctionProto {
@@ -268,7 +268,7 @@ fn versions_are_read_in_functions_and_branches_too() {
 
 const BRANCHES: &[Row] = &[("if", "If", &["x"], &["y"])];
 
-/// Gives the first node two branches that read this value, with nodes in the wrong order.
+/// Gives the first node two branches that read this value and whose nodes are out of order.
 fn add_branches(proto: &mut pb::ModelProto, reads: &str) {
     for name in ["then_branch", "else_branch"] {
         let rows: &[Row] = &[("", "Relu", &["t"], &["u"]), ("", "Neg", &[reads], &["t"])];
@@ -282,7 +282,7 @@ fn add_branches(proto: &mut pb::ModelProto, reads: &str) {
 }
 
 #[test]
-fn what_the_format_asks_for_is_not_made_up() {
+fn missing_names_and_malformed_tensors_are_refused() {
     let node = |proto: &mut pb::ModelProto| std::mem::take(&mut proto.graph.as_mut().unwrap().node[0]);
     let attribute = |name: &str, i| pb::AttributeProto {
         name: name.into(),
@@ -319,7 +319,7 @@ fn names(nodes: &[crate::ir::Node]) -> Vec<&str> {
 }
 
 #[test]
-fn nodes_out_of_order_are_sorted_and_others_stay() {
+fn nodes_out_of_order_are_sorted_and_others_keep_their_order() {
     let rows: &[Row] = &[
         ("b", "Add", &["a.out", "cast.out"], &["b.out"]),
         ("free", "Relu", &["x"], &["free.out"]),
@@ -339,7 +339,7 @@ fn nodes_out_of_order_are_sorted_and_others_stay() {
 }
 
 #[test]
-fn branches_and_functions_are_sorted_and_read_what_comes_later() {
+fn branches_and_functions_are_sorted_and_may_read_later_values() {
     let rows: &[Row] = &[("if", "If", &["x"], &["y"]), ("late", "Neg", &["x"], &["late.out"])];
     let mut branches = proto(rows);
     add_branches(&mut branches, "late.out");
@@ -363,7 +363,7 @@ fn branches_and_functions_are_sorted_and_read_what_comes_later() {
 }
 
 #[test]
-fn nodes_in_a_circle_are_named() {
+fn nodes_in_a_cycle_are_named() {
     let rows: &[Row] = &[
         ("start", "Relu", &["x"], &["s"]),
         ("a", "Add", &["s", "c"], &["y"]),
@@ -379,7 +379,7 @@ fn nodes_in_a_circle_are_named() {
 
 /// The order that a conversion to half precision produces, in a real graph.
 #[test]
-fn a_real_graph_with_its_first_nodes_at_the_end_is_read_as_before() {
+fn an_exported_graph_with_reordered_nodes_loads_as_before() {
     let bytes = std::fs::read(fixture(FILES[0])).unwrap();
     let mut proto = pb::ModelProto::parse_from_bytes(&bytes).unwrap();
     let nodes = &mut proto.graph.as_mut().unwrap().node;

@@ -207,22 +207,6 @@ pub struct ExportSection {
     pub base: Option<PathBuf>,
 }
 
-fn cpu() -> String {
-    "cpu".to_string()
-}
-
-fn default_seed() -> u64 {
-    42
-}
-
-fn default_strategies() -> Vec<String> {
-    vec!["interlace".to_string()]
-}
-
-fn default_healing() -> String {
-    DEFAULT_RECIPE.to_string()
-}
-
 /// The settings of a table `[finetune]`: those of its recipe, overridden by its own keys.
 pub(super) fn finetune_settings(recipe: &str, section: Option<&toml::Value>) -> Result<finetune::Settings> {
     let own = section.and_then(|section| section.get("settings")).and_then(toml::Value::as_table);
@@ -232,12 +216,10 @@ pub(super) fn finetune_settings(recipe: &str, section: Option<&toml::Value>) -> 
 impl FinetuneSection {
     /// Options for reading this part of the data; running text in sequences of the default length.
     pub(super) fn data_options(&self, part: DataPart) -> DataOptions {
-        let min_ratings = self.min_ratings.clone();
-        let ignore_keys = self.ignore_keys.clone();
         DataOptions {
             turns: self.turns,
-            min_ratings,
-            ignore_keys,
+            min_ratings: self.min_ratings.clone(),
+            ignore_keys: self.ignore_keys.clone(),
             strict: self.strict,
             images: self.images,
             part,
@@ -249,9 +231,8 @@ impl FinetuneSection {
     ///
     /// Errors: as `DenseSection::beside`.
     pub(super) fn dense_recipe(&self) -> Result<Option<DenseRecipe>> {
-        let with = |name: &str| match name == self.recipe {
-            true => Ok(self.settings.clone()),
-            false => Ok(RecipeRow::named(name)?.settings()),
+        let with = |name: &str| {
+            if name == self.recipe { Ok(self.settings.clone()) } else { Ok(RecipeRow::named(name)?.settings()) }
         };
         self.dense.enabled.then(|| self.dense.beside(&self.recipe, &self.settings, with)).transpose()
     }
@@ -260,12 +241,10 @@ impl FinetuneSection {
 impl Calibration {
     /// Options for reading this part of the data; running text in sequences of the default length.
     pub(super) fn data_options(&self, part: DataPart) -> DataOptions {
-        let min_ratings = self.min_ratings.clone();
-        let ignore_keys = self.ignore_keys.clone();
         DataOptions {
             turns: self.turns,
-            min_ratings,
-            ignore_keys,
+            min_ratings: self.min_ratings.clone(),
+            ignore_keys: self.ignore_keys.clone(),
             strict: self.strict,
             images: self.images,
             part,
@@ -327,14 +306,14 @@ impl Recipe {
     }
 
     fn parse(text: &str, folder: &Path) -> Result<Self> {
-        let table: toml::Table =
-            toml::from_str(text).map_err(|e| Error::invalid("recipe", e.to_string().trim_end()))?;
+        let invalid = |e: toml::de::Error| {
+            Error::invalid("recipe", e.to_string().trim_end())
+                .remedy("correct the line; docs/recipes.md and schemas/recipe.schema.json list the keys")
+        };
+        let table: toml::Table = toml::from_str(text).map_err(invalid)?;
         let settings = table.get("finetune").and_then(|section| section.get("settings"));
         settings.and_then(toml::Value::as_table).map_or(Ok(()), finetune::refuse_moved)?;
-        let mut recipe: Recipe = toml::from_str(text).map_err(|e| {
-            Error::invalid("recipe", e.to_string().trim_end())
-                .remedy("correct the line; `interlace run --help` describes the keys")
-        })?;
+        let mut recipe: Recipe = toml::from_str(text).map_err(invalid)?;
         recipe.finetune.settings = finetune_settings(&recipe.finetune.recipe, table.get("finetune"))?;
         recipe.check()?;
         let resolve = |path: &mut PathBuf| *path = folder.join(&*path);
@@ -369,7 +348,8 @@ impl Recipe {
                     "takes one of `drop_ratio`, `drop_count`, `target_params`, `target_size` and `target_speedup`, \
                      found {found}"
                 ),
-            ));
+            )
+            .remedy("write one of them"));
         }
         check_strategies("plan", &plan.strategies)?;
         plan.modality_weights.as_ref().map_or(Ok(()), check_weights)?;
@@ -404,6 +384,23 @@ pub(super) fn check_strategies(section: &str, names: &[String]) -> Result<()> {
     Ok(())
 }
 
+fn cpu() -> String {
+    "cpu".to_string()
+}
+
+fn default_seed() -> u64 {
+    42
+}
+
+fn default_strategies() -> Vec<String> {
+    vec!["interlace".to_string()]
+}
+
+fn default_healing() -> String {
+    DEFAULT_RECIPE.to_string()
+}
+
+/// Errors: `Error::Invalid` unless exactly one of two keys, each with whether it is there, is there.
 fn one_of(section: &str, first: (&str, bool), second: (&str, bool)) -> Result<()> {
     if first.1 != second.1 {
         return Ok(());
@@ -442,7 +439,7 @@ mod tests {
     }
 
     #[test]
-    fn settings_change_the_named_recipe() {
+    fn settings_override_the_named_recipe() {
         let text = RECIPE.replace("settings =", "recipe = \"paper\"\nsettings =");
         let section = Recipe::parse(&text, Path::new("")).unwrap().finetune;
         assert_eq!((section.settings.peak_rate(), section.settings.losses().len()), (1e-3, 1));
@@ -450,7 +447,8 @@ mod tests {
         assert_eq!((section.recipe.as_str(), section.settings.losses().len()), (DEFAULT_RECIPE, 2));
     }
 
-    /// The dense model takes the recipe of healing without its fit; one without answers has nothing for it.
+    /// The dense model takes the healing recipe without the fit. A recipe without a loss on answers has no dense
+    /// counterpart.
     #[test]
     fn the_dense_model_is_finetuned_on_answers_with_the_same_budget() {
         let dense = |text: &str| {
@@ -471,7 +469,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_named() {
+    fn invalid_recipe_files_are_refused_with_a_reason() {
         let cases = [
             ("samples = 100", "sample = 100", "unknown field `sample`"),
             ("samples = 100", "", "takes `samples` or `fraction`, neither is there"),

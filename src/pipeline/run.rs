@@ -136,6 +136,7 @@ impl RecipeRun<'_> {
             how_many: how_many(&recipe.plan),
             seed: recipe.plan.seed,
             samples: None,
+            fit_tokens: None,
             data: None,
             modality_weights: recipe.plan.modality_weights.clone(),
             as_released: recipe.plan.as_released && row.released_differs,
@@ -177,7 +178,7 @@ impl RecipeRun<'_> {
     /// Pruned model and finetuned model of one strategy.
     fn strategy(&mut self, name: &str, plan: &Plan, planned: &Finished, variants: &mut Vec<Variant>) -> Result<()> {
         let recipe = self.recipe;
-        let drop = Drop::Plan { plan, digest: planned.digest.clone() };
+        let drop = Drop::Plan { plan, digest: planned.digest.clone(), file: &planned.path };
         let pruned =
             self.stages.prune(&format!("pruned-{name}"), &drop, &recipe.prune, &[("plan", &planned.digest)])?;
         let healed = self.stages.heal(

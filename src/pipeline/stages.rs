@@ -12,19 +12,16 @@ use crate::eval::{
     benchmark_name,
 };
 use crate::finetune;
-use crate::method::select::Strategy;
-use crate::method::{LossMeter, Plan, ScoreSettings, Scores, score};
+use crate::method::select::{Measures, Strategy};
+use crate::method::{FIT_TOKENS, Plan, ScoreSettings, Scores, score};
 use crate::runtime::{FeatureCache, Runtime};
 
 use super::comparison::{Measure, OtherData, OtherScore};
 use super::recipe::{Calibration, PruneSection};
 use super::steps::{
-    self, Drop, Engine, EvalSettings, Finetune, PlanSettings, PlannedModel, TextSettings, Trained, Work, check_needs,
+    self, Drop, Engine, EvalSettings, Finetune, Meter, PlanSettings, PlannedModel, TextSettings, Trained,
 };
 use super::store::{Finished, Store};
-
-/// Number of calibration samples for measuring losses; also the default of `plan --samples`.
-pub const LOSS_SAMPLES: usize = 32;
 
 /// The run's folder, the dense model, and data shared by the steps.
 pub struct Stages<'a> {
@@ -76,8 +73,9 @@ impl<'a> Stages<'a> {
         cancel: &'a Cancel,
         on_step: &'a mut dyn FnMut(&str),
     ) -> Result<Self> {
-        let store = Store::open(folder)?;
         let bundle = Bundle::open(model)?;
+        bundle.check_output(folder)?;
+        let store = Store::open(folder)?;
         let dense = PlannedModel::of(&bundle)?;
         let features = FeatureCache::new(256 << 20);
         Ok(Stages { store, model, bundle, dense, device, cancel, part, on_step, features, engine: None })
@@ -133,31 +131,25 @@ impl<'a> Stages<'a> {
         scores: &Finished,
         mut settings: PlanSettings,
     ) -> Result<(Plan, Finished)> {
-        let measures_loss = Strategy::named(&settings.strategy)?.measures_loss;
-        settings.samples = measures_loss.then_some(LOSS_SAMPLES);
-        settings.data = measures_loss.then(|| calibration.data_options(self.part));
+        let measures = Strategy::named(&settings.strategy)?.measures;
+        let needs_data = measures != Measures::Nothing;
+        settings.samples = needs_data.then_some(steps::CALIBRATION_SAMPLES);
+        settings.fit_tokens = (measures == Measures::HealedLoss).then_some(FIT_TOKENS);
+        settings.data = needs_data.then(|| calibration.data_options(self.part));
         let inputs = [("model", self.dense.digest.as_str()), ("scores", &scores.digest)];
         let (bundle, dense, device, cancel) = (&self.bundle, &self.dense, self.device, self.cancel);
         let options = calibration.data_options(self.part);
         let planned = self.store.step(step, &format!("{step}.json"), &inputs, &settings, |path| {
             let read = Scores::read(&scores.path)?;
-            let mut meter = match measures_loss {
+            let mut meter = match needs_data {
                 true => {
-                    check_needs(bundle, Work::MeasureLosses)?;
-                    let data = Dataset::open_for(&calibration.data, bundle, &options)?;
-                    let amount = Amount::Samples(LOSS_SAMPLES.min(data.len()));
-                    let subset = Subset { amount, seed: calibration.seed };
-                    Some((LossMeter::new(bundle, &data, subset, device, cancel)?, data.digest()?))
+                    let data = (calibration.data.as_path(), &options);
+                    let drawn = (None, calibration.seed, FIT_TOKENS);
+                    Some(Meter::open(bundle, measures, data, drawn, device, cancel)?)
                 }
                 false => None,
             };
-            let losses = meter.as_mut().map(|(measure, data)| steps::Losses {
-                data: data.clone(),
-                samples: measure.samples().to_vec(),
-                left_out: measure.left_out().clone(),
-                measure,
-            });
-            write_json(path, &steps::plan(dense, Some((&read, scores.digest.clone())), &settings, losses)?)
+            write_json(path, &steps::plan(dense, Some((&read, scores.digest.clone())), &settings, meter.as_mut())?)
         })?;
         self.report_step(step, &planned);
         let plan = Plan::read(&planned.path)?;
@@ -183,7 +175,7 @@ impl<'a> Stages<'a> {
         let bundle = &self.bundle;
         let mut set_aside = Vec::new();
         let pruned = self.store.step(step, step, &all, settings, |path| {
-            set_aside = steps::prune(bundle, drop, settings.deepstack, path)?.set_aside;
+            set_aside = steps::prune(bundle, drop, settings.deepstack, None, path)?.set_aside;
             Ok(())
         })?;
         self.report_step(step, &pruned);

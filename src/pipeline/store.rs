@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn a_finished_step_is_not_done_again_by_a_later_run() {
+    fn a_finished_step_is_reused_by_a_later_run() {
         let folder = tempfile::tempdir().unwrap();
         let run = folder.path().join("run");
         let first = Store::open(&run).unwrap().step("score", "s.json", &[("model", "a")], &1, write("x")).unwrap();
@@ -250,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn other_inputs_settings_or_a_changed_output_do_it_again() {
+    fn a_step_runs_again_if_inputs_settings_or_output_change() {
         let folder = tempfile::tempdir().unwrap();
         let mut store = Store::open(folder.path()).unwrap();
         store.step("s", "o", &[("model", "a")], &1, write("1")).unwrap();
@@ -262,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn a_removed_output_is_not_made_again_until_it_is_forgotten() {
+    fn a_step_with_a_removed_output_counts_as_done_until_forgotten() {
         let folder = tempfile::tempdir().unwrap();
         let mut store = Store::open(folder.path()).unwrap();
         let first = store.step("s", "o", &[("model", "a")], &1, write("1")).unwrap();
@@ -276,36 +276,40 @@ mod tests {
         store.forget("s").unwrap();
         assert!(!store.step("s", "o", &[("model", "a")], &1, write("1")).unwrap().reused);
         assert!(first.path.exists());
-        // A foreign file in the place of a removed output is not used and not touched.
+        // A foreign file at the path of a removed output is neither used nor changed.
         store.remove("s").unwrap();
         fs::write(&first.path, "mine").unwrap();
-        assert!(store.step("s", "o", &[("model", "a")], &1, never).is_err());
+        let error = store.step("s", "o", &[("model", "a")], &1, never).unwrap_err().to_string();
+        assert!(error.contains("exists, and no finished step made it"), "{error}");
         assert_eq!(fs::read_to_string(&first.path).unwrap(), "mine");
     }
 
     #[test]
-    fn a_failed_step_is_not_remembered() {
+    fn a_failed_step_is_not_recorded() {
         let folder = tempfile::tempdir().unwrap();
         let mut store = Store::open(folder.path()).unwrap();
-        assert!(store.step("s", "o", &[], &1, never).is_err());
-        assert!(store.step("s", "o", &[], &1, |_| Ok(())).is_err(), "a step that made nothing");
+        let error = store.step("s", "o", &[], &1, never).unwrap_err().to_string();
+        assert_eq!(error, "step: was done again");
+        let error = store.step("s", "o", &[], &1, |_| Ok(())).unwrap_err().to_string();
+        assert_eq!(error, "step `s`: made no `o`");
         assert!(!store.step("s", "o", &[], &1, write("1")).unwrap().reused);
     }
 
     #[test]
-    fn what_no_run_made_is_left_alone() {
+    fn files_that_no_run_created_are_not_touched() {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join("thesis.txt"), "dear").unwrap();
         assert!(Store::open(folder.path()).err().unwrap().to_string().contains("no run of interlace"));
         let run = tempfile::tempdir().unwrap();
         let mut store = Store::open(run.path()).unwrap();
         fs::write(run.path().join("o"), "mine").unwrap();
-        assert!(store.step("s", "o", &[], &1, write("1")).is_err());
+        let error = store.step("s", "o", &[], &1, write("1")).unwrap_err().to_string();
+        assert!(error.contains("exists, and no finished step made it"), "{error}");
         assert_eq!(fs::read_to_string(run.path().join("o")).unwrap(), "mine");
     }
 
     #[test]
-    fn folders_have_one_digest_over_names_and_contents() {
+    fn the_digest_of_a_folder_covers_names_and_contents() {
         let a = tempfile::tempdir().unwrap();
         let b = tempfile::tempdir().unwrap();
         for folder in [&a, &b] {

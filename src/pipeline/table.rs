@@ -204,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn scores_are_in_percent_and_what_was_not_measured_is_a_dash() {
+    fn scores_are_percentages_and_missing_values_are_dashes() {
         let table = Table::new(head(), vec![row("dense", 0.9, None), row("x", 0.45, Some(8.0))]).unwrap();
         let want = "\
             | model | General | Text | average | kept % of dense, finetuned | difference from it | kept % of dense | held-back loss | quotes perplexity | easy % | TTFT ms | speed-up | decoder speed-up | decode tokens/s | size |\n\
@@ -215,9 +215,10 @@ mod tests {
     }
 
     #[test]
-    fn rows_of_other_questions_are_refused() {
+    fn rows_with_different_question_groups_are_refused() {
         let mut other = row("x", 0.5, None);
         other.groups.pop();
-        assert!(Table::new(head(), vec![row("dense", 0.9, None), other]).is_err());
+        let error = Table::new(head(), vec![row("dense", 0.9, None), other]).unwrap_err().to_string();
+        assert!(error.starts_with("row `x`: has other groups of questions"), "{error}");
     }
 }

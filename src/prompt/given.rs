@@ -79,7 +79,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parts_are_cut_along_any_axis() {
+    fn arrays_are_sliced_along_any_axis() {
         let array =
             Array::Int(ArrayD::from_shape_fn(IxDyn(&[3, 2, 4]), |at| (at[0] * 100 + at[1] * 10 + at[2]) as i64));
         let part = array.part(1, 1..2).part(2, 1..3);

@@ -7,6 +7,7 @@ use crate::base::{Error, Result};
 use crate::ir::{AttributeKind, Body, DataType, Dim, GraphIndex, Model, Tensor, Value, ValueId, ValueType};
 
 use super::build::{Builder, operator};
+use super::removal::check_replaceable;
 use super::tidy;
 
 /// bool `[L]`: false skips a layer; none of its nodes runs.
@@ -25,6 +26,16 @@ pub const STREAM_INPUT: &str = "interlace.stream";
 /// Prefix of the outputs with the stream: this and `i` name the stream before layer `i`.
 pub const STREAM_OUTPUT_PREFIX: &str = "interlace.stream_";
 
+/// bool `[L]`, in graphs of [`bypass_layers_mapped`]: true where a layer's map is read.
+pub const MAPPED_INPUT: &str = "interlace.mapped";
+/// Prefix of the inputs with a layer's map, float32 `[D, D]`: what the layer's last block adds to the stream, times the map,
+/// is added once more. Empty where it is not read.
+pub const MAP_INPUT_PREFIX: &str = "interlace.map_";
+/// Prefix of the outputs with the stream after layer `i`, its map applied.
+pub const BEHIND_OUTPUT_PREFIX: &str = "interlace.behind_";
+/// Prefix of the float32 outputs with what the last block of layer `i` adds to the stream, before its map.
+pub const ADDED_OUTPUT_PREFIX: &str = "interlace.added_";
+
 /// Result of [`bypass_layers`].
 #[derive(Clone, Debug)]
 pub struct Bypass {
@@ -41,6 +52,19 @@ pub struct Bypass {
 ///
 /// Errors: `Error::Unsupported` below opset 11, or when a layer's input and output have different types.
 pub fn bypass_layers(analysis: &Analysis) -> Result<Bypass> {
+    bypass(analysis, false)
+}
+
+/// [`bypass_layers`], with a linear map of what each layer's last block adds to the stream ([`MAP_INPUT_PREFIX`]), and with
+/// outputs that show the stream around every layer: [`STREAM_OUTPUT_PREFIX`], [`BEHIND_OUTPUT_PREFIX`],
+/// [`ADDED_OUTPUT_PREFIX`].
+///
+/// Errors: as `bypass_layers`.
+pub fn bypass_layers_mapped(analysis: &Analysis) -> Result<Bypass> {
+    bypass(analysis, true)
+}
+
+fn bypass(analysis: &Analysis, mapped: bool) -> Result<Bypass> {
     let mut model = analysis.model.clone();
     let map = &analysis.map;
     let mut build = Builder::new(&mut model, "bypass");
@@ -50,23 +74,28 @@ pub fn bypass_layers(analysis: &Analysis) -> Result<Bypass> {
     }
     let layers = map.layers.len();
     let keep = build.input(KEEP_INPUT, tensor_type(DataType::Bool, vec![Dim::Known(layers as i64)]));
+    let mapped =
+        mapped.then(|| build.input(MAPPED_INPUT, tensor_type(DataType::Bool, vec![Dim::Known(layers as i64)])));
     let mut replacements = HashMap::new();
+    let mut outputs = Vec::new();
     for layer in &map.layers {
-        let output = optional_layer(&mut build, map, layer, keep)?;
+        let flags = Flags::of(&mut build, layer.index, keep, mapped);
+        let (output, added) = optional_layer(&mut build, map, layer, &flags)?;
         replacements.insert(layer.output, output);
+        if let Some(added) = added {
+            build.model.graph.values[added.index()].name = format!("{ADDED_OUTPUT_PREFIX}{}", layer.index);
+            outputs.extend([added, shown(&mut build, output, format!("{BEHIND_OUTPUT_PREFIX}{}", layer.index))]);
+        }
     }
     tidy::replace_uses(&mut build.model.graph.body, &replacements);
     let restarts = restart(&mut build, map);
     let logits = chosen_logits(&mut build, map.result);
     let loss = cross_entropy(&mut build, logits);
-    let mut outputs = vec![loss];
-    if restarts {
+    outputs.insert(0, loss);
+    if restarts || mapped.is_some() {
         for layer in map.layers.iter().skip(1) {
             let stream = replacements.get(&layer.input).copied().unwrap_or(layer.input);
-            let output = build.node("Identity", &[stream], &[]);
-            build.model.graph.values[output.index()].name = format!("{STREAM_OUTPUT_PREFIX}{}", layer.index);
-            build.model.graph.values[output.index()].ty = build.model.graph.value(layer.input).ty.clone();
-            outputs.push(output);
+            outputs.push(shown(&mut build, stream, format!("{STREAM_OUTPUT_PREFIX}{}", layer.index)));
         }
     }
     model.graph.body.outputs = outputs;
@@ -79,38 +108,110 @@ fn tensor_type(dtype: DataType, shape: Vec<Dim>) -> ValueType {
     ValueType::Tensor { dtype, shape: Some(shape) }
 }
 
-/// Adds `If(keep[i], layer, carried)`. Values of the layer that other nodes read are also computed outside the `If`.
-fn optional_layer(build: &mut Builder, map: &LayerMap, layer: &Layer, keep: ValueId) -> Result<ValueId> {
-    let graph = &build.model.graph;
-    let (from, to) = (graph.value(layer.output), graph.value(layer.carried));
-    if let (Some(a), Some(b)) = (&from.ty, &to.ty)
-        && a.dtype() != b.dtype()
-    {
-        return Err(Error::unsupported(
-            format!("layer {}", layer.index),
-            format!("its output `{}` and input `{}` are of different types", from.name, to.name),
-        )
-        .remedy("keep this layer, or export the model in one float type"));
-    }
-    let ty = from.ty.clone();
-    let (then_body, else_body) = (layer_body(build, map, layer), carry_body(build, layer));
-    let index = build.constant(&format!("layer_{}", layer.index), Tensor::from_i64(&[], &[layer.index as i64]));
-    let flag = build.node("Gather", &[keep, index], &[("axis", AttributeKind::Int(0))]);
-    let branches = [("then_branch", AttributeKind::Graph(then_body)), ("else_branch", AttributeKind::Graph(else_body))];
-    let output = build.node("If", &[flag], &branches);
-    build.model.graph.values[output.index()].ty = ty;
-    Ok(output)
+/// A copy of a stream as an output.
+fn shown(build: &mut Builder, stream: ValueId, name: String) -> ValueId {
+    let output = build.node("Identity", &[stream], &[]);
+    let ty = build.model.graph.value(stream).ty.clone();
+    let value = &mut build.model.graph.values[output.index()];
+    (value.name, value.ty) = (name, ty);
+    output
 }
 
-fn carry_body(build: &mut Builder, layer: &Layer) -> Body {
+/// One layer's flags, scalars, and the input with its map.
+struct Flags {
+    keep: ValueId,
+    mapped: Option<(ValueId, ValueId)>,
+}
+
+impl Flags {
+    fn of(build: &mut Builder, layer: usize, keep: ValueId, mapped: Option<ValueId>) -> Self {
+        let index = build.constant(&format!("layer_{layer}"), Tensor::from_i64(&[], &[layer as i64]));
+        let mut flag = |flags: ValueId| build.node("Gather", &[flags, index], &[("axis", AttributeKind::Int(0))]);
+        let (keep, mapped) = (flag(keep), mapped.map(&mut flag));
+        let square = tensor_type(DataType::Float, vec![Dim::Unknown, Dim::Unknown]);
+        let mapped = mapped.map(|flag| (flag, build.input(&format!("{MAP_INPUT_PREFIX}{layer}"), square)));
+        Flags { keep, mapped }
+    }
+}
+
+/// Adds `If(keep[i], layer, carried)`. Values of the layer that other nodes read are also computed outside the `If`. The
+/// second result is what its last block adds, where the layer has a map.
+fn optional_layer(
+    build: &mut Builder,
+    map: &LayerMap,
+    layer: &Layer,
+    flags: &Flags,
+) -> Result<(ValueId, Option<ValueId>)> {
+    check_replaceable(&build.model.graph, layer, layer.output)?;
+    let ty = build.model.graph.value(layer.output).ty.clone();
+    let (then_body, else_body) = (layer_body(build, map, layer, flags.mapped), carry_body(build, layer, flags.mapped));
+    let branches = [("then_branch", AttributeKind::Graph(then_body)), ("else_branch", AttributeKind::Graph(else_body))];
+    let output = build.node("If", &[flags.keep], &branches);
+    build.model.graph.values[output.index()].ty = ty;
+    let added = flags.mapped.map(|_| {
+        let added = build.value();
+        let unknown = vec![Dim::Unknown, Dim::Unknown, Dim::Unknown];
+        build.model.graph.values[added.index()].ty = Some(tensor_type(DataType::Float, unknown));
+        added
+    });
+    if let Some(node) = build.model.graph.body.nodes.last_mut() {
+        node.outputs.extend(added.map(Some));
+    }
+    Ok((output, added))
+}
+
+fn carry_body(build: &mut Builder, layer: &Layer, mapped: Option<(ValueId, ValueId)>) -> Body {
     let output = build.value();
-    let nodes = vec![operator("Identity", &[layer.carried], output, &[])];
-    Body { name: format!("without_layer_{}", layer.index), nodes, outputs: vec![output], ..Body::default() }
+    let mut body = Body { name: format!("without_layer_{}", layer.index), outputs: vec![output], ..Body::default() };
+    body.nodes.push(operator("Identity", &[layer.carried], output, &[]));
+    if mapped.is_some() {
+        // Read by nobody.
+        let added = inner(build, &mut body, "Cast", &[layer.carried], &[to_float()]);
+        body.outputs.push(added);
+    }
+    body
+}
+
+fn to_float() -> (&'static str, AttributeKind) {
+    ("to", AttributeKind::Int(DataType::Float as i64))
+}
+
+/// Adds a node to a body inside the graph.
+fn inner(
+    build: &mut Builder,
+    body: &mut Body,
+    op_type: &str,
+    inputs: &[ValueId],
+    attributes: &[(&str, AttributeKind)],
+) -> ValueId {
+    let output = build.value();
+    body.nodes.push(operator(op_type, inputs, output, attributes));
+    output
+}
+
+/// Adds the map behind a layer: with `y` its output and `a = y - r` what its last block adds to the stream `r`, the body
+/// gives `y + a map` where the map is read, and `a`.
+fn with_map(build: &mut Builder, body: &mut Body, layer: &Layer, (flag, map): (ValueId, ValueId)) {
+    let dtype = build.model.graph.value(layer.output).ty.as_ref().and_then(ValueType::dtype).unwrap_or(DataType::Float);
+    let output = inner(build, body, "Cast", &[layer.output], &[to_float()]);
+    let before = inner(build, body, "Cast", &[layer.last_block], &[to_float()]);
+    let added = inner(build, body, "Sub", &[output, before], &[]);
+    let mut moved = Body { name: format!("mapped_{}", layer.index), ..Body::default() };
+    let product = inner(build, &mut moved, "MatMul", &[added, map], &[]);
+    let sum = inner(build, &mut moved, "Add", &[output, product], &[]);
+    let result = inner(build, &mut moved, "Cast", &[sum], &[("to", AttributeKind::Int(dtype as i64))]);
+    moved.outputs = vec![result];
+    let mut plain = Body { name: format!("unmapped_{}", layer.index), ..Body::default() };
+    let result = inner(build, &mut plain, "Identity", &[layer.output], &[]);
+    plain.outputs = vec![result];
+    let branches = [("then_branch", AttributeKind::Graph(moved)), ("else_branch", AttributeKind::Graph(plain))];
+    let chosen = inner(build, body, "If", &[flag], &branches);
+    body.outputs = vec![chosen, added];
 }
 
 /// A copy of the layer's nodes and of the nodes that only this layer uses, with new values.
-fn layer_body(build: &mut Builder, map: &LayerMap, layer: &Layer) -> Body {
-    let graph = &mut build.model.graph;
+fn layer_body(build: &mut Builder, map: &LayerMap, layer: &Layer, mapped: Option<(ValueId, ValueId)>) -> Body {
+    let graph = &build.model.graph;
     let on_path: HashSet<usize> = layer.path.iter().copied().collect();
     let index = GraphIndex::of_body(&graph.body);
     let mut numbers = HashSet::new();
@@ -130,6 +231,10 @@ fn layer_body(build: &mut Builder, map: &LayerMap, layer: &Layer) -> Body {
     let nodes = numbers.iter().map(|&number| graph.body.nodes[number].clone()).collect();
     let mut body =
         Body { name: format!("layer_{}", layer.index), nodes, outputs: vec![layer.output], ..Body::default() };
+    if let Some(mapped) = mapped {
+        with_map(build, &mut body, layer, mapped);
+    }
+    let graph = &mut build.model.graph;
     let mut own = HashSet::new();
     defined(&body, &mut own);
     let mut renewed: HashMap<ValueId, ValueId> = HashMap::new();

@@ -3,7 +3,9 @@
 use std::collections::HashSet;
 
 use crate::base::{Error, Result};
-use crate::ir::{Body, Model, Value, ValueId};
+use crate::ir::{Model, Value, ValueId};
+
+use super::join::{add_opsets_and_functions, move_ids};
 
 /// Appends `head` to the decoder: the head reads `hidden`, and its output replaces that output of the decoder. The
 /// decoder's values keep their ids and names; those of the head follow.
@@ -20,23 +22,7 @@ pub fn with_head(decoder: &Model, hidden: ValueId, head: &Model) -> Result<Model
         return Err(Error::unsupported(subject(), problem));
     };
     let mut joined = decoder.clone();
-    for (domain, &version) in &head.opset_imports {
-        let own = *joined.opset_imports.entry(domain.clone()).or_insert(version);
-        if own != version {
-            let problem = format!("is of opset {version} (`{domain}`), the decoder of opset {own}");
-            return Err(Error::unsupported(subject(), problem).remedy("convert both graphs to one opset"));
-        }
-    }
-    let same = |a: &crate::ir::Function, b: &crate::ir::Function| {
-        (&a.domain, &a.name, &a.overload) == (&b.domain, &b.name, &b.overload)
-    };
-    if let Some(both) = head.functions.iter().find(|new| decoder.functions.iter().any(|old| same(new, old))) {
-        let problem = format!("defines the function `{}`, and so does the decoder", both.name);
-        return Err(Error::unsupported(subject(), problem).remedy("inline the functions of both graphs"));
-    }
-    joined.functions.extend(head.functions.iter().cloned());
-    joined.ir_version = joined.ir_version.max(head.ir_version);
-
+    add_opsets_and_functions(&mut joined, head, &head.graph.body.name)?;
     let taken: HashSet<String> = joined.graph.values.iter().map(|value| value.name.clone()).collect();
     let mut ids = Vec::with_capacity(head.graph.values.len());
     for value in &head.graph.values {
@@ -49,7 +35,7 @@ pub fn with_head(decoder: &Model, hidden: ValueId, head: &Model) -> Result<Model
     ids[input.index()] = hidden;
     let moved = |id: ValueId| ids[id.index()];
     let mut body = head.graph.body.clone();
-    renumber(&mut body, &moved);
+    move_ids(&mut body, &moved);
     joined.graph.body.initializers.extend(body.initializers);
     joined.graph.body.nodes.extend(body.nodes);
     for id in joined.graph.body.outputs.iter_mut().filter(|id| **id == hidden) {
@@ -57,15 +43,6 @@ pub fn with_head(decoder: &Model, hidden: ValueId, head: &Model) -> Result<Model
     }
     crate::ir::check(&joined)?;
     Ok(joined)
-}
-
-fn renumber(body: &mut Body, moved: &impl Fn(ValueId) -> ValueId) {
-    let ids = body.inputs.iter_mut().chain(&mut body.outputs).chain(body.initializers.iter_mut().map(|(id, _)| id));
-    ids.for_each(|id| *id = moved(*id));
-    for node in &mut body.nodes {
-        node.inputs.iter_mut().chain(&mut node.outputs).flatten().for_each(|id| *id = moved(*id));
-        node.bodies_mut().for_each(|body| renumber(body, moved));
-    }
 }
 
 #[cfg(test)]
@@ -95,7 +72,7 @@ mod tests {
     }
 
     #[test]
-    fn the_head_reads_what_the_decoder_gives() {
+    fn the_head_reads_the_output_of_the_decoder() {
         let decoder = product("x", "hidden", 17);
         let hidden = decoder.graph.output("hidden").expect("an output");
         let joined = with_head(&decoder, hidden, &product("hidden", "logits", 17)).expect("a graph");

@@ -5,13 +5,16 @@ mod build;
 mod bypass;
 mod cut;
 mod drop_layers;
+mod fold;
 mod fuse;
 mod fuse_attention;
 mod fuse_kernels;
 mod head;
 mod hidden_states;
 mod internal;
+mod join;
 mod merged;
+mod opset;
 mod removal;
 mod renumber;
 mod tap;
@@ -21,16 +24,19 @@ mod widen;
 pub use additions::{has_additions, shift_additions};
 pub use build::ADDED_PREFIX;
 pub use bypass::{
-    Bypass, KEEP_INPUT, LOSS_OUTPUT, RESTART_INPUT, ROWS_INPUT, STREAM_INPUT, STREAM_OUTPUT_PREFIX, TARGETS_INPUT,
-    bypass_layers,
+    ADDED_OUTPUT_PREFIX, BEHIND_OUTPUT_PREFIX, Bypass, KEEP_INPUT, LOSS_OUTPUT, MAP_INPUT_PREFIX, MAPPED_INPUT,
+    RESTART_INPUT, ROWS_INPUT, STREAM_INPUT, STREAM_OUTPUT_PREFIX, TARGETS_INPUT, bypass_layers, bypass_layers_mapped,
 };
 pub use cut::extract;
 pub use drop_layers::{LAYERS_KEY, drop_layers, original_layers, tap_changes};
+pub use fold::{Weights, check_fold, fold_map, with_weights};
 pub use fuse_attention::FUSED_ATTENTION;
 pub use fuse_kernels::{FUSED_SILU, Fused, fuse_kernels};
 pub use head::with_head;
 pub use hidden_states::MovedTap;
-pub use internal::INTERNAL_DOMAIN;
+pub use internal::{EXPANDED_BLOCKS, INTERNAL_DOMAIN, ROUNDED, ROUNDED_DYNAMICALLY};
+pub use join::{Inlined, Joined, Part, Scope};
+pub use opset::raise_opset;
 pub use tap::{SIMILARITY_PREFIX, tap_similarities};
 pub use widen::widened;
 

@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 
 use crate::analysis::{Layer, LayerMap, PortRole};
 use crate::base::{Error, Result};
-use crate::ir::{Body, Model, Node, ValueId, captured};
+use crate::ir::{Body, Graph, Model, Node, ValueId, captured};
 
 use super::{fuse, tidy};
 
@@ -26,18 +26,9 @@ pub fn without_layers(
     let mut gone_ports: HashSet<ValueId> = HashSet::new();
     for &layer in dropped {
         let layer = &map.layers[layer];
-        for &from in layer.sums.iter().filter(|id| read_outside(&source.graph.body, layer, **id)).chain([&layer.output])
-        {
-            let (from, to) = (model.graph.value(from), model.graph.value(layer.carried));
-            if let (Some(a), Some(b)) = (&from.ty, &to.ty)
-                && a.dtype() != b.dtype()
-            {
-                return Err(Error::unsupported(
-                    format!("layer {}", layer.index),
-                    format!("`{}` in it and its input `{}` are of different types", from.name, to.name),
-                )
-                .remedy("keep this layer, or export the model in one float type"));
-            }
+        let read_sums = layer.sums.iter().filter(|id| read_outside(&source.graph.body, layer, **id));
+        for &value in read_sums.chain([&layer.output]) {
+            check_replaceable(&model.graph, layer, value)?;
         }
         replacements.extend(layer.sums.iter().chain([&layer.output]).map(|&id| (id, layer.carried)));
         for port in &layer.ports {
@@ -63,6 +54,23 @@ pub fn without_layers(
     fuse::fuse_skip_norms(&mut model);
     tidy::remove_dead_code(&mut model.graph.body);
     Ok(model)
+}
+
+/// Checks that the value that enters a layer can replace `value`, which the layer computes.
+///
+/// Errors: `Error::Unsupported` when the two have different element types.
+pub(super) fn check_replaceable(graph: &Graph, layer: &Layer, value: ValueId) -> Result<()> {
+    let (from, to) = (graph.value(value), graph.value(layer.carried));
+    if let (Some(a), Some(b)) = (&from.ty, &to.ty)
+        && a.dtype() != b.dtype()
+    {
+        return Err(Error::unsupported(
+            format!("layer {}", layer.index),
+            format!("`{}` in it and its input `{}` are of different types", from.name, to.name),
+        )
+        .remedy("keep this layer, or export the model in one float type"));
+    }
+    Ok(())
 }
 
 /// The cache input of the same role of the nearest kept layer; layers of the same kind have priority.

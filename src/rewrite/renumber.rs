@@ -114,7 +114,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn zeros_before_a_number_are_counted() {
+    fn leading_zeros_give_the_padded_width() {
         assert_eq!(["7", "0", "07", "000", "10"].map(padded_width), [0, 0, 2, 3, 0]);
     }
 

@@ -38,7 +38,7 @@ fn an_empty_plan_changes_no_operator_and_no_weight() {
 }
 
 #[test]
-fn ports_are_renumbered_without_a_gap() {
+fn ports_are_renumbered_without_gaps() {
     for name in cases() {
         let model = zoo(&name);
         let pruned = drop_layers(&analyse(&model).unwrap(), &[0, 2, 7]).unwrap();
@@ -73,7 +73,7 @@ fn layers_that_cannot_be_dropped_are_refused() {
 }
 
 #[test]
-fn skip_norms_come_back_with_every_output_they_had() {
+fn skip_norms_keep_all_their_outputs() {
     let outputs = |model: &Model| -> Vec<Vec<String>> {
         let graph = &model.graph;
         let name = |id: &Option<crate::ir::ValueId>| id.map(|id| graph.name(id).to_string()).unwrap_or_default();
@@ -149,7 +149,7 @@ fn biased_skip_norms() -> Model {
 }
 
 #[test]
-fn a_bias_that_the_next_norm_adds_goes_with_its_layer() {
+fn a_bias_added_by_the_next_norm_is_dropped_with_its_layer() {
     let model = biased_skip_norms();
     let analysis = analyse(&model).unwrap();
     assert_eq!(analysis.map.layers.len(), 4);
@@ -168,9 +168,9 @@ fn a_bias_that_the_next_norm_adds_goes_with_its_layer() {
     }
 }
 
-/// Half precision in weights, constants and casts becomes f32; the bytes of the weights stay unchanged.
+/// Half precision in weights, constants and casts becomes f32. The stored bytes of the weights stay unchanged.
 #[test]
-fn sixteen_bit_floats_become_f32() {
+fn half_precision_is_widened_to_f32() {
     let model = zoo("post/qwen3_vl-ts17__fp16.onnx");
     let wide = widened(&model).expect("half precision");
     crate::ir::check(&wide).expect("sound");
@@ -196,7 +196,7 @@ fn sixteen_bit_floats_become_f32() {
 
 /// The encoder's only output comes from the last fused norm, and keys for a decoder are computed from it.
 #[test]
-fn the_last_layer_goes_and_the_output_behind_it_stays() {
+fn dropping_the_last_layer_keeps_the_output_after_it() {
     let mut model = biased_skip_norms();
     let graph = &mut model.graph;
     let states = graph.body.outputs[0];
@@ -227,10 +227,10 @@ fn the_last_layer_goes_and_the_output_behind_it_stays() {
 
 /// A norm after only one layer could belong to that layer, to the next one or to neither.
 #[test]
-fn weights_between_layers_that_are_not_behind_every_one_are_refused() {
+fn weights_after_only_some_layers_are_refused() {
     let mut model = biased_skip_norms();
     let graph = &mut model.graph;
-    // After layer 1, whose last sum and the next layer's norm are one node.
+    // After layer 1, whose last sum is one node with the norm of the next layer.
     let fused: Vec<usize> =
         (0..graph.body.nodes.len()).filter(|&number| graph.body.nodes[number].op_type.starts_with("Skip")).collect();
     let sum = graph.body.nodes[fused[3]].outputs[3].unwrap();

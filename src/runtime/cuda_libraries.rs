@@ -54,7 +54,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn packages_beside_the_library_are_looked_through() {
+    fn cuda_libraries_are_found_in_packages_beside_onnx_runtime() {
         let site = tempfile::tempdir().unwrap();
         let capi = site.path().join("onnxruntime/capi");
         fs::create_dir_all(&capi).unwrap();

@@ -91,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn the_cache_tells_encoders_apart_and_forgets_the_oldest() {
+    fn the_cache_separates_encoders_and_evicts_the_oldest_entry() {
         let cache = FeatureCache::new(32);
         cache.put("a", "x", &features(1.0));
         cache.put("b", "x", &features(2.0));

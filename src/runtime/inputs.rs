@@ -378,7 +378,7 @@ mod tests {
     }
 
     #[test]
-    fn levels_are_known_by_their_numbers() {
+    fn deepstack_levels_are_numbered_by_their_names() {
         let ports = [port("deepstack_features_17", 2), port("input_ids", 2), port("deepstack_features.5", 2)];
         let inputs = Input::all("graph", &ports).unwrap();
         let found: Vec<_> = inputs.iter().map(|input| (input.kind(), input.number, input.levels.clone())).collect();
@@ -389,7 +389,7 @@ mod tests {
     }
 
     #[test]
-    fn every_name_belongs_to_one_row() {
+    fn every_input_name_matches_exactly_one_row() {
         for row in INPUTS {
             for name in row.names {
                 let name = name.trim_end_matches('*');
@@ -409,7 +409,7 @@ mod tests {
     }
 
     #[test]
-    fn caches_and_the_outputs_that_replace_them() {
+    fn cache_inputs_are_recognised_and_matched_to_their_outputs() {
         let presents: Vec<String> = presents_of("past_key_values.3.key").collect();
         assert_eq!(presents, ["present.3.key", "present_key_values.3.key", "present_key_values.3.key"]);
         assert!(is_cache("past_recurrent.0") && !is_cache("position_ids"));

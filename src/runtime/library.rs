@@ -40,7 +40,8 @@ pub(super) fn environment() -> Result<Environment> {
     }
     let (path, origin) = library_path();
     let remedy = format!(
-        "set {VARIABLE} to the full path of libonnxruntime.so of version 1.{} or newer, or run scripts/setup",
+        "set {VARIABLE} to the full path of libonnxruntime.so of version 1.{} or newer (tested with 1.30.0), or run \
+         scripts/setup",
         ort::MINOR_VERSION
     );
     let builder = ort::init_from(&path)

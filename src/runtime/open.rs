@@ -72,7 +72,10 @@ impl VlmSession {
             }
             None => None,
         };
-        VlmSession::new(vision, embed, decoder, settings)
+        let file = bundle.component(Role::Decoder).map(|part| format!("`{}`", bundle.path_of(part).display()));
+        let mut session = VlmSession::new(vision, embed, decoder, settings)?;
+        session.decoder_file = file;
+        Ok(session)
     }
 }
 

@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn arrays_take_the_rank_of_the_input() {
+    fn picture_arrays_take_the_rank_of_the_graph_input() {
         let pictures = [picture(&[2, 3, 4, 4], None), picture(&[1, 3, 4, 4], None)];
         let plain = array(&pictures, PIXEL_VALUES, &port("pixel_values", DataType::Float, &[-1, 3, 4, 4])).unwrap();
         assert_eq!(plain.shape(), [3, 3, 4, 4]);
@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn grids_without_time_are_cut_from_those_with_it() {
+    fn grids_without_time_are_sliced_from_grids_with_time() {
         let pictures = [picture(&[8, 6], Some([1, 2, 4]))];
         let found = array(&pictures, IMAGE_GRID_HWS, &port("image_grid_hws", DataType::Int64, &[-1, 2])).unwrap();
         assert_eq!(found.ints().unwrap().iter().copied().collect::<Vec<_>>(), [2, 4]);
@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn no_pictures_are_an_array_without_elements() {
+    fn no_pictures_give_an_array_without_elements() {
         let none: [ImageArrays; 0] = [];
         let of = |shape: &[i64]| array(&none, PIXEL_VALUES, &port("pixel_values", DataType::Float, shape)).unwrap();
         assert_eq!(of(&[-1, 3, 8, 8]).shape(), [0, 3, 8, 8]);

@@ -28,12 +28,14 @@ pub fn multimodal_positions(
             continue;
         }
         let run = input_ids[at..].iter().take_while(|&&id| id == image_token).count();
-        let wrong = |problem: String| Error::invalid(format!("image tokens at position {at} of the prompt"), problem);
+        let wrong = |problem: String| {
+            Error::invalid(format!("image tokens at position {at} of the prompt"), problem).remedy(MISMATCH)
+        };
         let &[frames, height, width] = grids.next().ok_or_else(|| wrong("belong to no picture".into()))?;
         let (height, width) = (height / merge, width / merge);
         let count = frames.checked_mul(height).and_then(|count| count.checked_mul(width)).unwrap_or(-1);
         if count != run as i64 {
-            return Err(wrong(format!("are {run}, the picture's grid makes {count}")));
+            return Err(wrong(format!("are {run}, the grid of their picture makes {count}")));
         }
         for t in 0..frames {
             for h in 0..height {
@@ -48,17 +50,20 @@ pub fn multimodal_positions(
         at += run;
     }
     if grids.next().is_some() {
-        return Err(Error::invalid("prompt", "has fewer image token runs than pictures"));
+        return Err(Error::invalid("prompt", "has fewer runs of image tokens than pictures").remedy(MISMATCH));
     }
     Ok((rows, next))
 }
+
+/// Remedy when the prompt's image tokens do not match its pictures.
+const MISMATCH: &str = "check that the processor's files and the graph belong to one model";
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn pictures_count_rows_and_columns() {
+    fn image_tokens_get_row_and_column_positions() {
         // One text token, a picture of 2 x 3 tokens (grid 4 x 6, merged 2 x 2), two text tokens.
         let ids = [5, 9, 9, 9, 9, 9, 9, 6, 7];
         let (rows, next) = multimodal_positions(&ids, 9, &[[1, 4, 6]], 2).expect("positions");
@@ -69,9 +74,15 @@ mod tests {
     }
 
     #[test]
-    fn grids_must_account_for_the_tokens() {
-        for grids in [&[][..], &[[1, 4, 4]][..], &[[1, 4, 6], [1, 2, 2]][..]] {
-            assert!(multimodal_positions(&[5, 9, 9, 9, 9, 9, 9], 9, grids, 2).is_err(), "{grids:?}");
+    fn grids_must_match_the_number_of_image_tokens() {
+        for (grids, want) in [
+            (&[][..], "image tokens at position 1 of the prompt: belong to no picture"),
+            (&[[1, 4, 4]][..], "image tokens at position 1 of the prompt: are 6, the picture's grid makes 4"),
+            (&[[1, 4, 6], [1, 2, 2]][..], "prompt: has fewer image token runs than pictures"),
+        ] {
+            let error = multimodal_positions(&[5, 9, 9, 9, 9, 9, 9], 9, grids, 2).expect_err(want);
+            assert!(matches!(error, Error::Invalid { .. }), "{error}");
+            assert_eq!(error.to_string(), want);
         }
     }
 }

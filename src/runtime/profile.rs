@@ -7,11 +7,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::Stopwatch;
 
-/// Seconds of each part of a run. Pictures are made ready on a thread of their own while the networks run, so that the
-/// parts may add up to more than the whole.
+/// Seconds of each part of a run. Other threads prepare pictures while the networks run, so that the parts may add up to
+/// more than the whole.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Profile {
-    /// Reading rows, decoding and scaling pictures, tokenising: ahead, on another thread.
+    /// Reading rows, decoding and scaling pictures, tokenising: ahead, summed over threads.
     pub pictures_s: f64,
     /// Inside the vision encoder.
     pub vision_encoder_s: f64,
@@ -59,7 +59,7 @@ impl Profile {
     /// Names and seconds of the parts, for tables.
     pub fn parts(&self) -> [(&'static str, f64); 6] {
         [
-            ("pictures and text, ahead on another thread", self.pictures_s),
+            ("pictures and text, ahead on other threads", self.pictures_s),
             ("vision encoder", self.vision_encoder_s),
             ("embedding", self.embedding_s),
             ("decoder", self.decoder_s),

@@ -89,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn shares_follow_the_softmax_and_the_cut() {
+    fn sampled_frequencies_follow_the_softmax_and_top_p() {
         // Probabilities 0.6, 0.3 and 0.1.
         let given = logits(&[0.6f32.ln(), 0.1f32.ln(), 0.3f32.ln()]);
         let shares = |top_p: f32, temperature: f32| {
@@ -109,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn a_seed_decides_the_draw_and_zero_is_greedy() {
+    fn a_seed_determines_the_samples_and_greedy_takes_the_maximum() {
         let given = logits(&[0.0, 0.1, 0.2, 0.3]);
         let draw = |seed| {
             let mut sampler = Sampler::new(1.0, 1.0, seed).expect("sampler");
@@ -118,7 +118,13 @@ mod tests {
         assert_eq!(draw(7), draw(7));
         assert_ne!(draw(7), draw(8));
         assert_eq!(Sampler::greedy().choose(&given, 1).expect("token"), [3]);
-        assert!(Sampler::new(-1.0, 1.0, 0).is_err() && Sampler::new(1.0, 0.0, 0).is_err());
-        assert!(Sampler::new(f32::NAN, 1.0, 0).is_err());
+        for (temperature, top_p, want) in [
+            (-1.0, 1.0, "temperature: is -1, expected a number of 0 or more"),
+            (f32::NAN, 1.0, "temperature: is NaN, expected a number of 0 or more"),
+            (1.0, 0.0, "top_p: is 0, expected a number above 0 and at most 1"),
+        ] {
+            let error = Sampler::new(temperature, top_p, 0).expect_err(want).to_string();
+            assert!(error.starts_with(want), "{error}");
+        }
     }
 }

@@ -349,29 +349,50 @@ fn port(subject: &str, outlet: &Outlet) -> Result<Port> {
 mod tests {
     use super::*;
 
+    /// Holds with and without a GPU: no machine has a device of the largest index, and device 0 works or is refused.
     #[test]
-    fn cuda_is_refused_where_there_is_none() {
-        if std::path::Path::new("/dev/nvidiactl").exists() {
-            return;
+    fn a_cuda_device_works_or_is_refused_by_name() {
+        let error = Runtime::new(Device::Cuda(u32::MAX)).expect_err("no such device");
+        assert!(matches!(error, Error::Invalid { .. }), "{error}");
+        assert!(error.to_string().contains("device `cuda:4294967295`: "), "{error}");
+        match Runtime::new(Device::Cuda(0)) {
+            Ok(runtime) => {
+                assert!(Path::new("/dev/nvidiactl").exists(), "a fall-back to the CPU");
+                let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model/onnx/embed_tokens.onnx");
+                let embedded = [runtime, Runtime::new(Device::Cpu).expect("ONNX Runtime")].map(|runtime| {
+                    let mut session = runtime.session(&path, &SessionOptions::default()).expect("a session");
+                    let ids = Tensor::new(&[1, 3], vec![5i64, 6, 7]).expect("ids");
+                    let outputs = session.run(&[("input_ids", &ids)], None).expect("a run");
+                    outputs.get("inputs_embeds").expect("an output").to_f32().expect("numbers").to_vec()
+                });
+                assert!(!embedded[0].is_empty());
+                assert_eq!(embedded[0], embedded[1]);
+            }
+            Err(error) => {
+                assert!(matches!(error, Error::Invalid { .. }), "{error}");
+                let error = error.to_string();
+                let remedy = error.contains("ORT_DYLIB_PATH") || error.contains("install the driver");
+                assert!(error.contains("device `cuda:0`: ") && remedy, "{error}");
+            }
         }
-        let error = Runtime::new(Device::Cuda(0)).expect_err("no CUDA here").to_string();
-        assert!(error.contains("cuda:0") && error.contains("ORT_DYLIB_PATH"), "{error}");
     }
 
     #[test]
-    fn a_missing_file_is_named() {
+    fn a_missing_file_is_an_io_error() {
         let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
         let error = runtime.session(Path::new("no/such.onnx"), &SessionOptions::default()).expect_err("no file");
         assert!(matches!(error, Error::Io { .. }), "{error}");
+        assert!(error.to_string().contains("`no/such.onnx`"), "{error}");
     }
 
     #[test]
-    fn bytes_that_are_no_model_are_refused() {
+    fn an_invalid_onnx_file_is_refused_by_name() {
         let folder = tempfile::tempdir().expect("folder");
         let path = folder.path().join("broken.onnx");
         std::fs::write(&path, b"not a model").expect("write");
         let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
-        let error = runtime.session(&path, &SessionOptions::default()).expect_err("broken").to_string();
-        assert!(error.contains("broken.onnx"), "{error}");
+        let error = runtime.session(&path, &SessionOptions::default()).expect_err("broken");
+        assert!(matches!(error, Error::Invalid { .. }), "{error}");
+        assert!(error.to_string().contains("broken.onnx"), "{error}");
     }
 }

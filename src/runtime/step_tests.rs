@@ -29,6 +29,13 @@ fn integers(array: &Array) -> Vec<i64> {
     array.ints().unwrap().iter().copied().collect()
 }
 
+/// The message of a refusal, which is an `Error::Invalid`.
+fn refusal<T: std::fmt::Debug>(result: Result<T>) -> String {
+    let error = result.unwrap_err();
+    assert!(matches!(error, Error::Invalid { .. }), "{error}");
+    error.to_string()
+}
+
 #[test]
 fn shorter_rows_are_padded_on_the_left_before_decoding() {
     let (long, short) = (prompt(&[5, 6, 7], &[], 0), prompt(&[8, 9], &[], 0));
@@ -52,19 +59,21 @@ fn shorter_rows_are_padded_on_the_right_in_training() {
 }
 
 #[test]
-fn a_step_behind_a_cache_sees_its_columns() {
+fn a_step_after_a_cache_attends_to_the_cached_positions() {
     let next = Embedded::text(&[4], 0, Vec::new(), 7, 3);
     let step = Step::behind(&[&next, &next], &[vec![1, 1], vec![0, 1]], true).unwrap();
     assert_eq!(integers(&step.attention_mask()), [1, 1, 1, 0, 1, 1]);
     assert_eq!(integers(&step.cache_position()), [2]);
     assert_eq!(integers(&step.position_ids(true).unwrap()), [7; 6]);
     assert_eq!((step.past(), step.has_cache()), (Some(2), true));
-    assert!(Step::behind(&[&next], &[vec![1], vec![1]], true).is_err());
-    assert!(step.embeddings(None).is_err());
+    let error = refusal(Step::behind(&[&next], &[vec![1], vec![1]], true));
+    assert_eq!(error, "step: 1 rows, masks of 2 cached rows");
+    let error = refusal(step.embeddings(None));
+    assert!(error.contains("holds token ids, the graph takes `inputs_embeds`"), "{error}");
 }
 
 #[test]
-fn deepstack_features_stand_at_the_image_tokens() {
+fn deepstack_features_are_placed_at_the_image_tokens() {
     let (long, short) = (prompt(&[5, 6, 7], &[1, 2], 2), prompt(&[8, 9], &[1], 2));
     let step = Step::prefill(&[&long, &short], true).unwrap();
     let mask = step.image_mask(2);
@@ -88,7 +97,7 @@ fn deepstack_features_stand_at_the_image_tokens() {
 }
 
 #[test]
-fn tokens_are_counted_by_picture() {
+fn image_tokens_are_counted_per_picture() {
     let pixels = Array::Float(ArrayD::zeros(IxDyn(&[1, 3, 2, 2])));
     let picture = Arc::new(ImageArrays::new([(crate::prompt::PIXEL_VALUES, pixels)]).unwrap());
     let mut two = prompt(&[5, 6, 7, 8, 9], &[0, 1, 3, 4], 0);
@@ -99,11 +108,12 @@ fn tokens_are_counted_by_picture() {
     assert_eq!(input("pixel_values", &[-1, -1, 3, 2, 2]).make(&step).unwrap().shape(), [1, 2, 3, 2, 2]);
     two.side.image[0] = false;
     let step = Step::prefill(&[&two], true).unwrap();
-    assert!(input("images_emb_mask", &[-1, -1, -1]).make(&step).is_err());
+    let error = refusal(input("images_emb_mask", &[-1, -1, -1]).make(&step));
+    assert!(error.contains("3 image tokens of 1 prompts belong to 2 pictures"), "{error}");
 }
 
 #[test]
-fn a_text_has_no_deepstack_features() {
+fn a_prompt_without_pictures_has_empty_deepstack_features() {
     let text = prompt(&[5, 6], &[], 0);
     let step = Step::prefill(&[&text], true).unwrap();
     assert_eq!(input("deepstack_features_0", &[-1, 4]).make(&step).unwrap().shape(), [0, 4]);
@@ -113,19 +123,20 @@ fn a_text_has_no_deepstack_features() {
 }
 
 #[test]
-fn a_second_embedding_takes_the_shape_of_the_input() {
+fn per_layer_embeddings_take_the_shape_of_the_graph_input() {
     let mut text = prompt(&[5, 6], &[], 0);
     text.side.per_layer = (0..12).map(|n| n as f32).collect();
     let step = Step::prefill(&[&text], true).unwrap();
     assert_eq!(input("per_layer_inputs", &[-1, -1, 3, 2]).make(&step).unwrap().shape(), [1, 2, 3, 2]);
-    assert!(input("per_layer_inputs", &[-1, -1, 4, 2]).make(&step).is_err());
+    let error = refusal(input("per_layer_inputs", &[-1, -1, 4, 2]).make(&step));
+    assert!(error.contains("`per_layer_inputs`") && error.contains("there is one of 6 numbers"), "{error}");
     let none = Step::prefill(&[&prompt(&[5], &[], 0)], true).unwrap();
     let error = input("per_layer_inputs", &[-1, -1, 3, 2]).make(&none).unwrap_err().to_string();
-    assert!(error.contains("per_layer_inputs"), "{error}");
+    assert!(error.contains("`per_layer_inputs`") && error.contains("there is one of 0 numbers"), "{error}");
 }
 
 #[test]
-fn a_part_of_a_prompt_keeps_what_belongs_to_it() {
+fn a_slice_of_a_prompt_keeps_its_positions_and_features() {
     let whole = prompt(&[5, 6, 7, 8], &[1, 3], 1);
     let part = whole.slice(2..4);
     assert_eq!((part.len(), &part.input_ids[..], &part.positions[0][..]), (2, &[7, 8][..], &[2, 3][..]));
@@ -133,14 +144,16 @@ fn a_part_of_a_prompt_keeps_what_belongs_to_it() {
 }
 
 #[test]
-fn rows_that_hold_other_things_are_refused() {
+fn rows_with_inconsistent_content_are_refused() {
     let (image, text) = (prompt(&[5, 6], &[1], 2), prompt(&[5, 6], &[], 0));
     Step::prefill(&[&image, &text], true).unwrap();
     let mut broken = image.clone();
     broken.side.deepstack.pop();
-    assert!(Step::prefill(&[&image, &broken], true).is_err());
+    let error = refusal(Step::prefill(&[&image, &broken], true));
+    assert!(error.contains("a row of 2 tokens holds 2 ids, 4 numbers of width 2"), "{error}");
     let mut short = text.clone();
     short.data.pop();
-    assert!(Step::prefill(&[&short], true).is_err());
-    assert!(Step::prefill(&[], true).is_err());
+    let error = refusal(Step::prefill(&[&short], true));
+    assert!(error.contains("a row of 2 tokens holds 2 ids, 3 numbers of width 2"), "{error}");
+    assert_eq!(refusal(Step::prefill(&[], true)), "step: 0 rows of 0 tokens");
 }

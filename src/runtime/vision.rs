@@ -368,7 +368,7 @@ mod tests {
     }
 
     #[test]
-    fn outputs_are_told_apart_by_name() {
+    fn vision_outputs_are_recognised_by_name() {
         let port = |name: &str, rank: usize| Port {
             name: name.into(),
             dtype: DataType::Float,
@@ -385,10 +385,11 @@ mod tests {
     }
 
     #[test]
-    fn rows_are_shared_by_tiles() {
+    fn feature_rows_are_divided_by_tile_count() {
         let data: Vec<f32> = (0..12).map(|n| n as f32).collect();
         let (width, own) = Shares(vec![1, 2]).split("tower", vec![3, 2, 2], &data).expect("rows");
         assert_eq!((width, own[0].len(), own[1].len()), (2, 4, 8));
-        assert!(Shares(vec![5]).split("tower", vec![3, 2, 2], &data).is_err());
+        let error = Shares(vec![5]).split("tower", vec![3, 2, 2], &data).expect_err("five tiles").to_string();
+        assert_eq!(error, "tower: gave 6 rows of features for 5 tiles (shape [3, 2, 2])");
     }
 }

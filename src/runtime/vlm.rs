@@ -62,6 +62,8 @@ pub struct VlmSession {
     pub(super) decoder: Decoder,
     pub(super) settings: VlmSettings,
     pub(super) padding_works: Option<bool>,
+    /// The decoder's file as messages name it; `None` where the model was not opened from a folder.
+    pub(super) decoder_file: Option<String>,
 }
 
 impl VlmSession {
@@ -79,7 +81,15 @@ impl VlmSession {
             return Err(Error::invalid(subject, "takes token ids, so image features cannot be merged in")
                 .remedy("export the decoder with `inputs_embeds` in place of `input_ids`"));
         }
-        Ok(VlmSession { vision, embed, given_features: None, decoder, settings, padding_works: None })
+        Ok(VlmSession {
+            vision,
+            embed,
+            given_features: None,
+            decoder,
+            settings,
+            padding_works: None,
+            decoder_file: None,
+        })
     }
 
     /// The decoder.
@@ -263,8 +273,11 @@ impl VlmSession {
         }
         let Some(embed) = &mut self.embed else {
             let problem = "takes `inputs_embeds`, but the model has no token embedding component";
-            return Err(Error::invalid(self.decoder.session().subject(), problem)
-                .remedy("give `inputs_embeds` as ready tensors, or put the component into the decoder's folder"));
+            let subject = self.decoder_file.as_deref().unwrap_or(self.decoder.session().subject());
+            return Err(Error::invalid(subject, problem).remedy(
+                "put `embed_tokens.onnx`, `prepare_inputs_embeds.onnx` or Mobius's `embedding/model.onnx` into the model's \
+                 folder, or give `inputs_embeds` as ready tensors",
+            ));
         };
         let rows = embed.run(embedded)?;
         (embedded.hidden_size, embedded.data) = (rows.hidden_size, rows.data);

@@ -40,16 +40,6 @@ impl<'a> Attributes<'a> {
         self.items.iter().filter(|item| !item.2.get()).map(|item| item.0).collect()
     }
 
-    fn typed<T>(&self, name: &str, what: &str, read: impl Fn(&'a Attribute) -> Option<T>) -> OpResult<Option<T>> {
-        match self.get(name) {
-            None => Ok(None),
-            Some(attribute) => match read(attribute) {
-                Some(value) => Ok(Some(value)),
-                None => Err(OpError::new(format!("attribute `{name}` is not {what}"))),
-            },
-        }
-    }
-
     /// An integer, if present.
     pub fn int_opt(&self, name: &str) -> OpResult<Option<i64>> {
         self.typed(name, "an integer", Attribute::as_int)
@@ -116,5 +106,14 @@ impl<'a> Attributes<'a> {
             _ => None,
         };
         self.typed(name, "a graph", read)?.ok_or_else(|| OpError::new(format!("attribute `{name}` is missing")))
+    }
+
+    /// The content that `read` finds in the attribute, if the attribute is present.
+    fn typed<T>(&self, name: &str, what: &str, read: impl Fn(&'a Attribute) -> Option<T>) -> OpResult<Option<T>> {
+        let Some(attribute) = self.get(name) else { return Ok(None) };
+        match read(attribute) {
+            Some(value) => Ok(Some(value)),
+            None => Err(OpError::new(format!("attribute `{name}` is not {what}"))),
+        }
     }
 }

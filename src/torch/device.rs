@@ -107,7 +107,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn libraries_of_two_builds_are_refused() {
+    fn libtorch_libraries_of_two_builds_are_refused() {
         let folder = tempfile::tempdir().unwrap();
         let (cpu, gpu) = (folder.path().join("cpu"), folder.path().join("gpu"));
         for path in [&cpu, &gpu] {
@@ -127,10 +127,21 @@ mod tests {
         assert_eq!(cuda_library_of(&loaded, gpu.as_os_str()), Ok(own));
     }
 
+    /// Holds with and without a GPU: no machine has a device of the largest index, and device 0 works or is refused.
     #[test]
-    fn a_missing_gpu_or_library_is_an_error_that_says_what_to_do() {
-        let Err(error) = cuda_device(0) else { return };
-        let error = error.to_string();
-        assert!(error.contains("--device cpu"), "{error}");
+    fn the_error_for_a_missing_gpu_or_library_names_a_remedy() {
+        let check = |error: Error| {
+            assert!(matches!(error, Error::Unsupported { .. }), "{error}");
+            assert!(error.to_string().contains("--device cpu"), "{error}");
+        };
+        check(cuda_device(usize::MAX).unwrap_err());
+        match cuda_device(0) {
+            Ok(device) => {
+                let sum = tch::Tensor::from_slice(&[1f32, 2.0]).to_device(device).sum(tch::Kind::Float);
+                assert_eq!(sum.device(), device);
+                assert_eq!(sum.double_value(&[]), 3.0);
+            }
+            Err(error) => check(error),
+        }
     }
 }

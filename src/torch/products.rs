@@ -96,7 +96,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn few_numbers_of_rows_are_round() {
+    fn row_counts_are_rounded_up_to_few_distinct_values() {
         let counts: Vec<i64> = [1, 32, 33, 392, 511, 512, 513, 1000, 5000].map(round_count).to_vec();
         assert_eq!(counts, [32, 32, 64, 416, 512, 512, 544, 1024, 5120]);
         let distinct: std::collections::BTreeSet<i64> = (1..=8192).map(round_count).collect();
@@ -106,7 +106,7 @@ mod tests {
     /// A Zen 5, a Zen 4 and an Intel processor (Sapphire Rapids).
     #[test]
     #[cfg(target_arch = "x86_64")]
-    fn the_family_is_read_from_both_of_its_fields() {
+    fn the_cpu_family_is_read_from_base_and_extended_fields() {
         assert_eq!([0x00b0_0f21, 0x00a1_0f11, 0x0008_06f8].map(family), [0x1a, 0x19, 0x6]);
     }
 
@@ -139,7 +139,7 @@ mod tests {
                 assert_eq!(own.size(), exact.size());
                 let off = |found: Tensor| (found.to_kind(Kind::Double) - exact).abs().max().double_value(&[]);
                 let (plain, own) = (off(plain), off(own));
-                assert!(own <= 2.0 * plain, "{own:e}, LibTorch's own {plain:e}");
+                assert!(own <= 2.0 * plain, "error {own:e}, with LibTorch's own product {plain:e}");
             }
         }
     }

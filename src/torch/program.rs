@@ -135,6 +135,8 @@ fn parameters_of(
             .and_then(|t| t.f_to_kind(kind))
             .and_then(|t| t.detach().f_set_requires_grad(gradient))
             .map_err(|e| Error::engine("LibTorch", format!("initializer `{name}`"), e))?;
+        // The copy takes the place of what is in the file.
+        tensor.release();
         trainable.insert(id.index(), parameters.len());
         parameters.push(Parameter { id, name: name.to_string(), dtype: tensor.dtype, tensor: leaf });
     }

@@ -1,9 +1,9 @@
-//! State of programs between runs, and sharing.
+//! Cached state of programs between runs, and sharing of weights between programs.
 
 use super::super::schedule::MAX_CACHES_BYTES;
 use super::*;
 
-/// x times a square matrix of ones with the length of x: the matrix depends on shapes only.
+/// x times a square matrix of ones as wide as x, so the matrix depends only on shapes.
 fn squares() -> Model {
     let mut model = Model { ir_version: 10, ..Default::default() };
     model.opset_imports.insert(String::new(), 21);
@@ -48,7 +48,7 @@ fn product() -> Model {
 }
 
 #[test]
-fn programs_share_one_copy_of_frozen_weights_and_keep_16_bits_where_asked() {
+fn programs_share_frozen_weights_and_can_hold_them_in_16_bits() {
     let x = Tensor::arange(240, tch::kind::FLOAT_CPU).cos().view([3, 80]).set_requires_grad(true);
     let mut results: Vec<[Tensor; 2]> = Vec::new();
     for (hold, kind) in [(Hold::Widened, Kind::Float), (Hold::Stored, Kind::Half)] {
@@ -76,7 +76,7 @@ fn programs_share_one_copy_of_frozen_weights_and_keep_16_bits_where_asked() {
 }
 
 #[test]
-fn what_is_kept_for_many_shapes_has_a_bound() {
+fn the_cache_of_values_per_shape_is_bounded() {
     let program = Program::compile(&squares(), &Options::default()).expect("compile");
     let run = |length: i64| {
         let x = Tensor::ones([length], tch::kind::FLOAT_CPU);

@@ -213,6 +213,7 @@ struct Known {
     shape: bool,
 }
 
+/// The frequency of each step in `order`, from what is known about its inputs.
 fn classify(facts: &Facts, given: &HashSet<Slot>, order: &[usize]) -> HashMap<usize, Class> {
     let mut known: HashMap<Slot, Known> = HashMap::new();
     let fact = |known: &HashMap<Slot, Known>, slot: Slot| -> Known {
@@ -228,20 +229,21 @@ fn classify(facts: &Facts, given: &HashSet<Slot>, order: &[usize]) -> HashMap<us
     let mut classes = HashMap::new();
     for &number in order {
         let step = &facts.steps[number];
-        let mut all = Known { constant: true, content: true, shape: true };
-        let mut shape = true;
+        let (mut constant, mut content, mut shape) = (true, true, true);
         for (index, slot) in step.inputs.iter().enumerate() {
             let Some(slot) = slot else { continue };
             let input = fact(&known, *slot);
-            all.constant &= input.constant;
-            all.content &= input.content;
+            constant &= input.constant;
+            content &= input.content;
             shape &= input.shape && (input.content || !step.row.reads_on_host(index));
         }
         if step.row.expands && facts.keeps_quantised {
-            (all.constant, all.content) = (false, false);
+            (constant, content) = (false, false);
         }
-        let content = if step.row.shape_only { shape } else { all.content };
-        let class = match (all.constant, content) {
+        if step.row.shape_only {
+            content = shape;
+        }
+        let class = match (constant, content) {
             (true, _) => Class::Constant,
             (false, true) => Class::Static,
             (false, false) => Class::Dynamic,
@@ -249,7 +251,7 @@ fn classify(facts: &Facts, given: &HashSet<Slot>, order: &[usize]) -> HashMap<us
         classes.insert(number, class);
         for &slot in step.outputs.iter().flatten() {
             if !given.contains(&slot) {
-                known.insert(slot, Known { constant: all.constant, content, shape: shape || content });
+                known.insert(slot, Known { constant, content, shape: shape || content });
             }
         }
     }

@@ -1,4 +1,5 @@
-//! The node tests of the ONNX package through the interpreter; `scripts/operators/backend_tests.py` writes and judges them.
+//! Runs the node tests of the ONNX package in the interpreter. `scripts/operators/backend_tests.py` writes and judges
+//! them.
 
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -8,17 +9,18 @@ use interlace::ir::{self, DataType, ValueId};
 use interlace::{onnx, torch};
 use tch::{Kind, Tensor};
 
-/// Where the cases are.
+/// The variable that names the folder of the cases.
 const FOLDER: &str = "INTERLACE_BACKEND_TESTS";
 
-/// The last version of the default domain that the rows know.
+/// The last version of the default domain in the operator table.
 const LATEST: i64 = 26;
 
-/// Prints a line for each case: its name, a tab, and `pass`, `no row`, or what went wrong.
+/// Prints a line for each case: its name, a tab, and `pass`, `no row` or the failure.
 #[test]
-#[ignore = "needs the cases that scripts/operators/backend_tests.py writes"]
+#[ignore = "needs the cases written by scripts/operators/backend_tests.py"]
 fn onnx_backend_tests() {
-    let folder = PathBuf::from(std::env::var_os(FOLDER).unwrap_or_else(|| panic!("{FOLDER} names no folder")));
+    let folder =
+        PathBuf::from(std::env::var_os(FOLDER).unwrap_or_else(|| panic!("set {FOLDER} to the folder of the cases")));
     tch::set_num_threads(1);
     let mut cases: Vec<PathBuf> =
         fs::read_dir(&folder).expect("folder").map(|entry| entry.expect("entry").path()).collect();
@@ -31,11 +33,11 @@ fn onnx_backend_tests() {
     }
 }
 
-/// The case, or why it does not pass.
+/// Runs the case; the error says why it does not pass.
 fn run(case: &Path) -> Result<(), String> {
     let text = |e: interlace::base::Error| e.to_string();
     let mut model = onnx::load(&case.join("model.onnx")).map_err(text)?;
-    // Later versions are refused; what they share with the last known one checks the rows all the same.
+    // Later versions are refused, but their cases still test the rows as the last known version.
     let imports = model.functions.iter_mut().map(|function| &mut function.opset_imports);
     for version in imports.chain([&mut model.opset_imports]).filter_map(|imports| imports.get_mut("")) {
         *version = (*version).min(LATEST);
@@ -75,7 +77,7 @@ fn run(case: &Path) -> Result<(), String> {
 }
 
 fn compare(name: &str, ours: &Tensor, theirs: &ir::Tensor, relative: f64, absolute: f64) -> Result<(), String> {
-    // 16-bit floats are computed in f32, and the expected values are rounded.
+    // 16-bit floats are computed in f32; the expected values are rounded.
     let (kind, rounding) = match theirs.dtype {
         DataType::Float16 => (Kind::Float, 5e-3),
         DataType::Bfloat16 => (Kind::Float, 2e-2),

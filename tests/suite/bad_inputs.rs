@@ -1,4 +1,4 @@
-//! Models and data that are broken in ways that happen: one error each, with what to do, and exit status 2.
+//! Broken models and data as they occur in practice: each gives one error with a remedy, and exit status 2.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -32,7 +32,7 @@ fn edit(path: &Path, change: impl FnOnce(&mut Value)) {
     fs::write(path, value.to_string()).expect("write");
 }
 
-/// Runs a verb that must fail, and holds its message to these parts.
+/// Runs a verb that must fail and checks that its message contains these parts.
 fn refused(folder: &Path, arguments: &[&str], wanted: &[&str]) {
     let output = interlace(folder, arguments);
     let message = stderr(&output);
@@ -53,7 +53,7 @@ fn score(folder: &Path, wanted: &[&str]) {
 }
 
 #[test]
-fn a_template_that_fails_to_render() {
+fn a_template_that_fails_to_render_is_refused() {
     let folder = tempfile::tempdir().expect("folder");
     let model = model(folder.path());
     fs::write(model.join("chat_template.jinja"), "{{ raise_exception('roles must alternate') }}").expect("write");
@@ -62,8 +62,73 @@ fn a_template_that_fails_to_render() {
     score(folder.path(), &["chat template in `chat_template.jinja`", "line 1"]);
 }
 
+/// A cell that is quoted in a message is cut.
 #[test]
-fn a_tokenizer_without_the_image_token() {
+fn a_long_cell_is_not_printed_whole() {
+    let folder = tempfile::tempdir().expect("folder");
+    model(folder.path());
+    let long = "QUJD".repeat(2000);
+    let row = |key: &str, value: &str| {
+        format!(
+            r#"{{"{key}": "{value}", "conversations": [{{"from": "human", "value": "x"}}, {{"from": "gpt", "value": "y"}}]}}"#
+        )
+    };
+    for (text, wanted) in [
+        (row("image", &long), &["image `QUJDQUJD", "QUJD..`", "keep pictures in the folder"][..]),
+        (format!(r#"{{"conversations": "{long}"}}"#), &["`conversations`: invalid type: string", "a sequence"]),
+        (format!(r#"{{"messages": [{{"role": "{long}", "content": "x"}}]}}"#), &["has a message of `QUJD", "QUJD..`"]),
+    ] {
+        fs::write(folder.path().join("x.jsonl"), text).expect("data");
+        let arguments = ["score", "model", "--data", "x.jsonl", "--samples", "1", "-o", "out.json", "--quiet"];
+        refused(folder.path(), &arguments, wanted);
+        let message = stderr(&interlace(folder.path(), &arguments));
+        assert!(message.len() < 900, "{message}");
+    }
+}
+
+/// The model's faults are not counted as unreadable rows.
+#[test]
+fn a_model_without_a_template_or_an_image_processor_is_at_fault_and_not_the_data() {
+    let folder = tempfile::tempdir().expect("folder");
+    let model = model(folder.path());
+    fs::remove_file(model.join("chat_template.jinja")).expect("remove");
+    score(folder.path(), &["error: `model`: has no chat template", "expected chat_template.jinja"]);
+    fs::copy(fixtures().join("model/chat_template.jinja"), model.join("chat_template.jinja")).expect("copy");
+    fs::remove_file(model.join("preprocessor_config.json")).expect("remove");
+    edit(&model.join("processor_config.json"), |config| {
+        drop(config.as_object_mut().expect("keys").shift_remove("image_processor"))
+    });
+    let wanted = "error: `model`: not supported: data has pictures, but the model has no image processor";
+    score(folder.path(), &[wanted, "put `preprocessor_config.json` beside the model"]);
+}
+
+#[test]
+fn a_model_without_token_embeddings_is_refused_by_file_and_with_the_names_looked_for() {
+    let folder = tempfile::tempdir().expect("folder");
+    let model = model(folder.path());
+    for name in ["embed_tokens.onnx", "embed_tokens.onnx_data"] {
+        let path = model.join("onnx").join(name);
+        if path.exists() {
+            fs::remove_file(path).expect("remove");
+        }
+    }
+    let file = "`model/onnx/decoder_model_merged.onnx`: takes `inputs_embeds`";
+    score(folder.path(), &[file, "put `embed_tokens.onnx`, `prepare_inputs_embeds.onnx`", "`embedding/model.onnx`"]);
+}
+
+#[test]
+fn a_question_without_an_answer_is_refused_with_one_remedy() {
+    let folder = tempfile::tempdir().expect("folder");
+    model(folder.path());
+    fs::write(folder.path().join("x.jsonl"), r#"{"conversations": [{"from": "human", "value": "Hi"}]}"#).expect("data");
+    let arguments = ["score", "model", "--data", "x.jsonl", "--samples", "1", "-o", "out.json", "--quiet"];
+    let ends = "the conversation ends with the user; an assistant's answer is missing; correct the row, or remove it from \
+                the file\n";
+    refused(folder.path(), &arguments, &["more than 5% of 1 samples cannot be read, repair the data", ends]);
+}
+
+#[test]
+fn a_tokenizer_without_the_image_token_is_refused() {
     let folder = tempfile::tempdir().expect("folder");
     let model = model(folder.path());
     edit(&model.join("tokenizer.json"), |tokenizer| {
@@ -79,7 +144,7 @@ fn a_tokenizer_without_the_image_token() {
 }
 
 #[test]
-fn a_count_of_image_tokens_that_does_not_fit() {
+fn a_wrong_number_of_image_tokens_is_refused() {
     let folder = tempfile::tempdir().expect("folder");
     let model = model(folder.path());
     edit(&model.join("processor_config.json"), |config| config["image_seq_len"] = 4.into());
@@ -89,7 +154,7 @@ fn a_count_of_image_tokens_that_does_not_fit() {
 }
 
 #[test]
-fn a_processor_setting_that_nobody_reads() {
+fn an_unread_processor_setting_is_refused() {
     let folder = tempfile::tempdir().expect("folder");
     let model = model(folder.path());
     edit(&model.join("preprocessor_config.json"), |config| config["do_sharpen"] = true.into());
@@ -98,7 +163,7 @@ fn a_processor_setting_that_nobody_reads() {
 }
 
 #[test]
-fn a_truncated_parquet_file() {
+fn a_truncated_parquet_file_is_refused() {
     let folder = tempfile::tempdir().expect("folder");
     model(folder.path());
     let bytes = fs::read(fixtures().join("data/finetune-small.parquet")).expect("file");
@@ -110,7 +175,7 @@ fn a_truncated_parquet_file() {
 }
 
 #[test]
-fn a_benchmark_without_questions() {
+fn a_benchmark_without_questions_or_pictures_is_refused() {
     let folder = tempfile::tempdir().expect("folder");
     model(folder.path());
     let picture = "A".repeat(80);
@@ -119,15 +184,23 @@ fn a_benchmark_without_questions() {
         (format!("index\timage\tanswer\n1\t{picture}\tyes\n"), &["has no column `question`", "tab-separated layout"]),
         (format!("index\timage\tquestion\tanswer\n1\t{picture}\t\tyes\n"), &["row `1`", "has no `question`"]),
         ("index\timage\tquestion\tanswer\n1\t\tWhy?\tyes\n".to_string(), &["picture"]),
+        (
+            format!("index\timage\tquestion\tcategory\n1\t{picture}\tWhy?\tA\n"),
+            &["has no column `answer`, only index, image, question, category"],
+        ),
+        (
+            format!("index\timage_path\tquestion\tanswer\n1\t{}\tWhy?\tyes\n", picture.repeat(40)),
+            &["`image_path` of row `1` holds base64, expected a file name; call the column `image`"],
+        ),
     ] {
         fs::write(folder.path().join("bench.tsv"), &text).expect("write");
         refused(folder.path(), &["eval", "model", "--data", "bench.tsv", "-o", "out.json", "--quiet"], wanted);
     }
 }
 
-/// Twenty-four rows of which one cannot be read: `generate` leaves it out, and `--strict` ends there.
+/// One of 24 rows cannot be read: `generate` skips it, and with `--strict` it is an error.
 #[test]
-fn rows_that_cannot_be_read_are_left_out_of_a_batch_of_answers() {
+fn generate_skips_unreadable_rows_unless_strict() {
     let folder = tempfile::tempdir().expect("folder");
     model(folder.path());
     let row = |number: usize| {

@@ -1,4 +1,4 @@
-//! The command line's contract: verbs, exit codes, one clear message, nothing half-written.
+//! The contract of the command line: verbs, exit codes, one clear message per error, no partial output.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -34,7 +34,21 @@ fn help_and_version_go_to_standard_output_with_status_0() {
 }
 
 #[test]
-fn only_the_verbs_that_compute_in_libtorch_load_it() {
+fn help_into_a_closed_pipe_exits_with_status_0() {
+    for arguments in [&["--help"][..], &["help"], &["finetune", "--help"], &["--version"]] {
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        let output = Command::new(env!("CARGO_BIN_EXE_interlace"))
+            .args(arguments)
+            .stdout(writer)
+            .output()
+            .expect("the binary starts");
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}: {}", stderr(&output));
+    }
+}
+
+#[test]
+fn only_the_interlace_torch_program_links_libtorch() {
     let links = |program: &str| {
         let bytes = fs::read(program).expect("the program");
         [&b"libtorch_cpu.so\0"[..], b"libc10.so\0"]
@@ -67,6 +81,9 @@ fn usage_errors_exit_with_2_and_say_what_is_wrong() {
         (&["plan", "model", "-o", "p.json", "--drop", "2,x"], "`x` is not a layer index"),
         (&["plan", "model", "-o", "p.json", "--drop-count", "4", "--target-speedup", "1.2"], "cannot be used with"),
         (&["plan", "model", "-o", "p.json", "--target-size", "1.5 pounds"], "with k, M, G"),
+        (&["finetune", "model", "--data", "d", "-o", "o"], "--plan <FILE>|--layers <LAYERS>"),
+        (&["finetune", "model", "--data", "d", "-o", "o", "--plan", "p", "--layers", "2"], "cannot be used with"),
+        (&["finetune", "model", "--data", "d", "-o", "o", "--layers", "2", "--lr", "fast"], "--learning-rate <LR>"),
     ] {
         let output = interlace(folder.path(), arguments);
         assert_eq!(output.status.code(), Some(2), "{arguments:?}");
@@ -76,7 +93,7 @@ fn usage_errors_exit_with_2_and_say_what_is_wrong() {
 }
 
 #[test]
-fn with_json_an_error_is_json_with_a_code() {
+fn with_json_errors_are_json_with_a_code() {
     let folder = tempfile::tempdir().expect("folder");
     for (arguments, code) in [
         (&["inspect", "nowhere", "--json"][..], "file"),
@@ -92,7 +109,7 @@ fn with_json_an_error_is_json_with_a_code() {
 }
 
 #[test]
-fn shells_and_man_know_every_verb() {
+fn completions_and_man_pages_cover_every_verb() {
     let folder = tempfile::tempdir().expect("folder");
     let verbs = interlace::cli::verbs();
     for shell in ["bash", "zsh", "fish"] {
@@ -122,7 +139,7 @@ fn json(output: &Output) -> serde_json::Value {
     serde_json::from_slice(&output.stdout).expect("standard output is JSON alone")
 }
 
-/// A copy of the fixture's model that a test may damage.
+/// A copy of the fixture model that a test may change.
 fn model_copy(folder: &Path) -> PathBuf {
     let (source, target) = (PathBuf::from(fixture("model")), folder.join("model"));
     fs::create_dir_all(target.join("onnx")).expect("folder");
@@ -137,7 +154,7 @@ fn model_copy(folder: &Path) -> PathBuf {
     target
 }
 
-/// Names in a folder, hidden ones too.
+/// Names in a folder, including hidden ones.
 fn names(folder: &Path) -> Vec<String> {
     let entries = fs::read_dir(folder).expect("folder");
     let mut names: Vec<String> =
@@ -156,11 +173,31 @@ fn inspect_prints_layers_at_the_top_level() {
     assert_eq!(found["vision"]["num_layers"], 5);
     let text = interlace(folder.path(), &["inspect", &fixture("model")]);
     assert!(stdout(&text).contains("decoder: 16 layers"), "{}", stdout(&text));
-    assert!(!stdout(&text).contains('\x1b'), "colour where there is no terminal");
+    assert!(stdout(&text).contains("\nscore: yes\nprune: yes\nfinetune: yes\neval: yes\n"), "{}", stdout(&text));
+    // A second decoder would keep its old weights, and a head that reads one position has no losses on answers.
+    let model = model_copy(folder.path());
+    fs::copy(model.join("onnx/decoder_model_merged.onnx"), model.join("onnx/decoder_model_merged_q4.onnx"))
+        .expect("copy");
+    fs::copy(model.join("onnx/decoder_model_merged.onnx_data"), model.join("onnx/decoder_model_merged_q4.onnx_data"))
+        .expect("copy");
+    fs::remove_file(model.join("chat_template.jinja")).expect("remove");
+    let text = stdout(&interlace(folder.path(), &["inspect", "model"]));
+    for line in [
+        "score: yes: on running text and ready tensors alone: `model`: has no chat template",
+        "prune: yes\n",
+        "finetune: no: finetuning `onnx/decoder_model_merged.onnx` beside onnx/decoder_model_merged_q4.onnx",
+    ] {
+        assert!(text.contains(line), "{text}");
+    }
+    let found = json(&interlace(folder.path(), &["inspect", "model", "--json"]));
+    assert_eq!(found["verdicts"][2]["verb"], "finetune");
+    assert_eq!(found["verdicts"][2]["works"], false);
+    assert_eq!(found["verdicts"][1]["works"], true);
+    assert!(!text.contains('\x1b'), "colours without a terminal");
 }
 
 #[test]
-fn prune_renumbers_layers_in_graph_and_configs_and_remembers_where_they_were() {
+fn prune_renumbers_layers_and_records_their_original_indices() {
     let folder = tempfile::tempdir().expect("folder");
     let pruned = json(&interlace(folder.path(), &["prune", &fixture("model"), "--drop", "5,2", "-o", "out", "--json"]));
     assert_eq!(pruned["dropped"], serde_json::json!([2, 5]));
@@ -187,7 +224,7 @@ fn prune_renumbers_layers_in_graph_and_configs_and_remembers_where_they_were() {
 }
 
 #[test]
-fn a_lone_decoder_comes_out_under_its_own_name_with_its_data_beside_it() {
+fn a_single_decoder_file_is_pruned_under_its_own_name() {
     let folder = tempfile::tempdir().expect("folder");
     let decoder = fixture("model/onnx/decoder_model_merged.onnx");
     json(&interlace(folder.path(), &["prune", &decoder, "--drop", "1", "-o", "out", "--json"]));
@@ -205,11 +242,60 @@ fn plans_need_scores_of_the_same_model() {
     let again: serde_json::Value =
         serde_json::from_slice(&fs::read(folder.path().join("plan.json")).expect("plan")).expect("JSON");
     assert_eq!(plan, again);
-    // The plan is of the dense model, so it does not fit one that lost layers.
+    // The plan was made for the dense model, so it does not fit a pruned one.
     json(&interlace(folder.path(), &["prune", &model, "--plan", "plan.json", "-o", "pruned", "--json"]));
     let output = interlace(folder.path(), &["prune", "pruned", "--plan", "plan.json", "-o", "twice"]);
     assert_eq!(output.status.code(), Some(2));
-    assert!(stderr(&output).contains("another model"), "{}", stderr(&output));
+    let message = stderr(&output);
+    let want = "plan `plan.json`: made for another model than `pruned`, which was pruned already; give the dense model";
+    assert!(message.contains(want), "{message}");
+    // A file of another kind.
+    let data = fixture("data/finetune-small.parquet");
+    let score = ["score", &model, "--data", &data, "--samples", "1", "-o", "scores.json", "--json"];
+    json(&interlace(folder.path(), &score));
+    for (arguments, want) in [
+        (
+            &["prune", &model, "--plan", "scores.json", "-o", "out"][..],
+            "`scores.json`: holds scores, expected a plan; name a file that `interlace plan` wrote",
+        ),
+        (
+            &["plan", &model, "--scores", "plan.json", "--drop-count", "1", "-o", "p.json"],
+            "`plan.json`: holds a plan, expected scores; name a file that `interlace score` wrote",
+        ),
+        (
+            &["plan", "pruned", "--scores", "scores.json", "--drop-count", "1", "-o", "p.json"],
+            "scores `scores.json`: made for another model than `pruned`, which was pruned already",
+        ),
+        (
+            &["prune", &model, "--plan", "pruned/interlace.json", "-o", "out"],
+            "holds the record of a model, expected a plan",
+        ),
+    ] {
+        let message = stderr(&interlace(folder.path(), arguments));
+        assert!(message.contains(want), "{arguments:?}: {message}");
+    }
+}
+
+/// Both plans drop the same layers, so only the models' digests differ.
+#[test]
+fn finetune_refuses_the_plan_of_another_model() {
+    let folder = tempfile::tempdir().expect("folder");
+    let here = folder.path();
+    let (dense, other) = (fixture("model"), model_copy(here));
+    let config = fs::read_to_string(other.join("config.json")).expect("config");
+    fs::write(other.join("config.json"), format!("{config}\n")).expect("write");
+    json(&interlace(here, &["plan", &dense, "--drop", "2,9", "-o", "plan.json", "--json"]));
+    json(&interlace(here, &["plan", "model", "--drop", "2,9", "-o", "other.json", "--json"]));
+    json(&interlace(here, &["prune", &dense, "--plan", "plan.json", "-o", "pruned", "--json"]));
+    let data = fixture("data/finetune-small.parquet");
+    let all = ["finetune", "pruned", "--plan", "other.json", "--data", &data, "--recipe", "paper", "-o", "healed"];
+    let output = interlace(here, &all);
+    let message = stderr(&output);
+    assert_eq!(output.status.code(), Some(2), "{message}");
+    for part in ["`pruned`: was pruned from a model with digest", "give the plan that the model was pruned with"] {
+        assert!(message.contains(part), "{message}");
+    }
+    assert!(!here.join("healed").exists() && !here.join("healed.work").exists());
 }
 
 #[test]
@@ -257,7 +343,7 @@ fn errors_are_one_message_with_status_2_and_leave_nothing_behind() {
         (&["score", &model, "--data", "empty.parquet", "-o", "out"], "empty.parquet"),
         (&["score", &model, "--data", &data, "--samples", "99999", "-o", "out"], "99999"),
         (&["score", &model, "--data", &data, "--samples", "2", "--device", "tpu", "-o", "out"], "tpu"),
-        (&["score", &model, "--data", "video.jsonl", "-o", "out"], "nothing reads `video`"),
+        (&["score", &model, "--data", "video.jsonl", "-o", "out"], "without a reader: `video`"),
         (&["score", &model, "--data", "half.jsonl", "--fraction", "1", "-o", "out"], "more than 5% of 2 samples"),
         (&["score", &model, "--data", "half.jsonl", "--fraction", "1", "--strict", "-o", "out"], "none.png"),
         (&["score", &model, "--data", "half.jsonl", "--min-rating", "a=1", "-o", "out"], "reaches the ratings"),
@@ -273,6 +359,7 @@ fn errors_are_one_message_with_status_2_and_leave_nothing_behind() {
         (&["export", &model, "--to", "triton", "--variant", "q9", "-o", "out"], "q9"),
         (&["export", &model, "--to", "triton", "-o", "taken"], "exists already"),
         (&["run", "recipe.toml"], "modle"),
+        (&["run", "recipe.toml"], "docs/recipes.md and schemas/recipe.schema.json list the keys"),
     ];
     let before = names(here);
     for (arguments, want) in cases {
@@ -282,13 +369,74 @@ fn errors_are_one_message_with_status_2_and_leave_nothing_behind() {
         assert!(message.contains(want), "{arguments:?}: {message}");
         assert_eq!(message.matches("error:").count(), 1, "{arguments:?}: {message}");
         assert!(output.stdout.is_empty(), "{arguments:?}");
-        assert_eq!(names(here), before, "{arguments:?} left something behind");
+        assert_eq!(names(here), before, "{arguments:?} left files behind");
     }
     assert_eq!(fs::read(here.join("taken/file")).expect("file"), b"mine");
 }
 
 #[test]
-fn a_run_leaves_nothing_outside_its_output() {
+fn a_missing_folder_of_an_output_file_is_refused_before_any_work() {
+    let folder = tempfile::tempdir().expect("folder");
+    // The model and the data do not exist either, so a verb that reads them first gives another message.
+    let to = ["-o", "nodir/x.json"];
+    for verb in [
+        &["score", "no-model", "--data", "no-data"][..],
+        &["plan", "no-model", "--drop-count", "1"],
+        &["eval", "no-model", "--data", "no-data.tsv"],
+        &["bench", "no-model"],
+        &["generate", "no-model", "--data", "no-data"],
+    ] {
+        let output = interlace(folder.path(), &[verb, &to].concat());
+        let message = stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{verb:?}: {message}");
+        assert!(message.contains("folder `nodir`: does not exist; create it first"), "{verb:?}: {message}");
+    }
+    let predictions = ["eval", "no-model", "--data", "no.tsv", "-o", "x.json", "--predictions", "nodir/p.tsv"];
+    let message = stderr(&interlace(folder.path(), &predictions));
+    assert!(message.contains("folder `nodir`: does not exist"), "{message}");
+}
+
+/// Every verb would refuse the model afterwards.
+#[test]
+fn an_output_folder_inside_the_model_folder_is_refused() {
+    let folder = tempfile::tempdir().expect("folder");
+    let here = folder.path();
+    let model = model_copy(here);
+    std::os::unix::fs::symlink("model", here.join("link")).expect("link");
+    let data = fixture("data/finetune-small.parquet");
+    let before = names(&model);
+    let outputs = ["model/out", "model/onnx/out", "link/out", "none/../model/out", "model/new/out", "model/../link/x"];
+    for out in outputs {
+        for verb in [
+            &["prune", "model", "--drop", "2"][..],
+            &["export", "model", "--to", "triton"],
+            &["finetune", "model", "--layers", "2", "--recipe", "paper", "--data", &data, "--samples", "2"],
+        ] {
+            let output = interlace(here, &[verb, &["-o", out]].concat());
+            let message = stderr(&output);
+            assert_eq!(output.status.code(), Some(2), "{verb:?} {out}: {message}");
+            let want = format!("output `{out}`: lies inside the model folder `model`; name a folder outside of it");
+            assert!(message.contains(&want), "{verb:?}: {message}");
+            assert_eq!(names(&model), before, "{verb:?} {out}");
+        }
+    }
+    // The teacher's folder counts too, and so does the folder of checkpoints.
+    let dense = fixture("model");
+    let finetune = ["finetune", &dense, "--layers", "2", "--recipe", "paper", "--data", &data, "--samples", "2"];
+    for rest in
+        [&["--teacher", "model", "-o", "model/out"][..], &["--teacher", "model", "--work", "model/w", "-o", "x"]]
+    {
+        let message = stderr(&interlace(here, &[&finetune[..], rest].concat()));
+        assert!(message.contains("lies inside the model folder `model`"), "{rest:?}: {message}");
+        assert_eq!(names(&model), before, "{rest:?}");
+    }
+    // Other files beside a single graph do not matter.
+    let single = ["prune", "model/onnx/decoder_model_merged.onnx", "--drop", "1", "-o", "model/onnx/out", "--json"];
+    json(&interlace(here, &single));
+}
+
+#[test]
+fn a_run_writes_nothing_outside_its_output() {
     let folder = tempfile::tempdir().expect("folder");
     let (home, temporary) = (folder.path().join("home"), folder.path().join("temporary"));
     fs::create_dir(&home).expect("folder");
@@ -309,21 +457,30 @@ fn a_run_leaves_nothing_outside_its_output() {
 }
 
 #[test]
-fn cuda_that_is_not_there_is_an_error_and_no_fall_back() {
-    if Path::new("/dev/nvidiactl").exists() {
-        return;
-    }
-    let folder = tempfile::tempdir().expect("folder");
+fn missing_cuda_is_an_error_without_fallback_to_the_cpu() {
     let data = fixture("data/finetune-small.parquet");
     let model = fixture("model");
-    let arguments = ["score", &model, "--data", &data, "--samples", "2", "--device", "cuda", "-o", "scores.json"];
-    let output = interlace(folder.path(), &arguments);
-    assert_eq!(output.status.code(), Some(2));
-    assert!(stderr(&output).contains("cuda:0"), "{}", stderr(&output));
-    assert!(names(folder.path()).is_empty());
+    // No machine has a device of the last index. The first one exists on machines with a GPU.
+    for (device, name) in [("cuda:4294967295", "cuda:4294967295"), ("cuda", "cuda:0")] {
+        let folder = tempfile::tempdir().expect("folder");
+        let arguments = ["score", &model, "--data", &data, "--samples", "2", "--device", device, "-o", "scores.json"];
+        let output = interlace(folder.path(), &arguments);
+        let message = stderr(&output);
+        if output.status.success() {
+            assert!(
+                device == "cuda" && Path::new("/dev/nvidiactl").exists(),
+                "{device} fell back to the CPU: {message}"
+            );
+            assert_eq!(names(folder.path()), ["scores.json"], "{device}");
+            continue;
+        }
+        assert_eq!(output.status.code(), Some(2), "{device}: {message}");
+        assert!(message.contains(&format!("device `{name}`")), "{device}: {message}");
+        assert!(names(folder.path()).is_empty(), "{device} left files behind");
+    }
 }
 
-/// The decoder's head reads the last position only, as some exporters write it for generation.
+/// Makes the decoder's head read only the last position, as some exporters do for generation.
 fn with_last_token_head(model: &Path) {
     use interlace::analysis::{analyse, head_input};
     use interlace::ir::{AttributeKind, Node, Tensor, Value};
@@ -357,7 +514,7 @@ fn with_last_token_head(model: &Path) {
 }
 
 #[test]
-fn what_a_verb_needs_of_the_graph_is_checked_before_it_begins() {
+fn the_requirements_of_a_verb_are_checked_before_it_starts() {
     let folder = tempfile::tempdir().expect("folder");
     let model = model_copy(folder.path());
     with_last_token_head(&model);
@@ -379,13 +536,13 @@ fn what_a_verb_needs_of_the_graph_is_checked_before_it_begins() {
         }
         assert!(!message.contains("ONNX Runtime failed"), "{arguments:?}: {message}");
     }
-    // Scores look at the stream alone.
+    // `score` reads only the residual stream.
     json(&interlace(folder.path(), &["score", &model, "--data", &data, "--samples", "2", "-o", "s.json", "--json"]));
 }
 
-/// A killed run leaves its staging folder behind; the next one in that place removes it, and nothing else.
+/// A killed run leaves its staging folder. The next run in that folder removes it and nothing else.
 #[test]
-fn what_a_killed_run_leaves_is_removed_by_the_next() {
+fn leftovers_of_a_killed_run_are_removed_by_the_next_run() {
     let folder = tempfile::tempdir().expect("folder");
     let here = folder.path();
     let model = fixture("model");
@@ -410,7 +567,7 @@ fn what_a_killed_run_leaves_is_removed_by_the_next() {
         }
         let _ = fs::remove_dir_all(here.join("out"));
     }
-    assert_eq!(left.len(), 1, "no run was killed in time");
+    assert_eq!(left.len(), 1, "no run was killed before it ended");
     fs::create_dir(here.join(".interlace-mine")).expect("folder");
     let output = interlace(here, &arguments);
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
@@ -420,7 +577,7 @@ fn what_a_killed_run_leaves_is_removed_by_the_next() {
 }
 
 #[test]
-fn files_beside_the_model_are_carried_along_and_said() {
+fn files_beside_the_model_are_copied_and_listed() {
     let folder = tempfile::tempdir().expect("folder");
     let model = model_copy(folder.path());
     for (file, text) in [("modeling_x.py", "import torch"), (".msc", "\u{1}"), ("README.md", "# Dense model\n")] {

@@ -1,4 +1,4 @@
-//! Corners of operators that were computed wrongly once, each against ONNX Runtime.
+//! Edge cases of operators that were wrong in an earlier version, each compared with ONNX Runtime.
 
 use interlace::base::Device;
 use interlace::ir::{AttributeKind, DataType};
@@ -13,7 +13,7 @@ fn op(name: &str) -> Single {
     Single::new("", name, OPSET)
 }
 
-/// Whole numbers from 1 on.
+/// The whole numbers from 1 on.
 fn counted(dtype: DataType, shape: &[i64]) -> interlace::ir::Tensor {
     let values: Vec<f64> = (1..=count(shape)).map(|value| value as f64).collect();
     encode(dtype, shape, &values)
@@ -28,7 +28,7 @@ fn outcome(case: &Case) -> Outcome {
     case.compare(&Runtime::new(Device::Cpu).expect("ONNX Runtime"))
 }
 
-/// The engines agree, whether the inputs are fed or fixed.
+/// Checks that both engines agree, with fed inputs and with inputs as initializers.
 fn agrees(make: impl Fn() -> Single) {
     for fixed in [false, true] {
         let case = make().case(|| fixed);
@@ -37,7 +37,7 @@ fn agrees(make: impl Fn() -> Single) {
 }
 
 #[test]
-fn the_pads_of_auto_pad_are_counted_where_pads_are() {
+fn average_pool_counts_auto_pad_like_explicit_pads() {
     for mode in ["SAME_UPPER", "SAME_LOWER", "VALID"] {
         for (kernel, stride) in [(3, 1), (2, 1), (3, 2), (4, 3)] {
             for counts in [0, 1] {
@@ -56,7 +56,7 @@ fn the_pads_of_auto_pad_are_counted_where_pads_are() {
 }
 
 #[test]
-fn a_window_beyond_the_pads_counts_the_pads_alone() {
+fn a_pool_window_beyond_the_pads_counts_only_the_pads() {
     for counts in [0, 1] {
         agrees(|| {
             op("AveragePool")
@@ -72,7 +72,7 @@ fn a_window_beyond_the_pads_counts_the_pads_alone() {
 }
 
 #[test]
-fn integers_are_pooled_and_padded() {
+fn integer_tensors_are_max_pooled_with_pads() {
     for dtype in [DataType::Int8, DataType::Uint8] {
         agrees(|| {
             op("MaxPool")
@@ -85,7 +85,7 @@ fn integers_are_pooled_and_padded() {
 }
 
 #[test]
-fn integers_are_resized_in_fractions() {
+fn integer_tensors_are_resized_with_fractional_weights() {
     for dtype in [DataType::Uint8, DataType::Int8, DataType::Int32] {
         for scale in [2.0, 0.6, 3.5] {
             agrees(|| {
@@ -101,7 +101,7 @@ fn integers_are_resized_in_fractions() {
 }
 
 #[test]
-fn resized_axes_have_the_size_of_a_product_in_f32() {
+fn resize_computes_output_sizes_in_f32() {
     for mode in ["nearest", "linear"] {
         agrees(|| {
             op("Resize")
@@ -114,7 +114,7 @@ fn resized_axes_have_the_size_of_a_product_in_f32() {
     }
 }
 
-/// A loop of so many trips whose scanned values are joined to what was there before.
+/// A loop with this many iterations, whose scan output is concatenated to an earlier tensor.
 fn joined(trips: i64, declared: Option<&[i64]>) -> Case {
     let mut b = Builder::new(OPSET);
     b.input("trips", DataType::Int64, Some(&[]));
@@ -141,7 +141,7 @@ fn joined(trips: i64, declared: Option<&[i64]>) -> Case {
 }
 
 #[test]
-fn a_loop_of_no_trips_gives_no_rows_of_the_right_type() {
+fn a_loop_without_iterations_gives_empty_outputs_of_the_right_type() {
     for declared in [Some(&[2i64][..]), None] {
         for trips in [0, 1, 3] {
             let case = joined(trips, declared);
@@ -151,7 +151,7 @@ fn a_loop_of_no_trips_gives_no_rows_of_the_right_type() {
 }
 
 #[test]
-fn a_walk_backwards_from_before_the_start_takes_the_first_element() {
+fn a_backward_slice_from_before_the_start_takes_the_first_element() {
     let least = i64::from(i32::MIN);
     for (start, end, step) in [(-10, least, -1), (-10, least, -2), (-4, -9, -1), (9, least, -1), (-1, i64::MAX, -1)] {
         agrees(|| {
@@ -167,7 +167,7 @@ fn a_walk_backwards_from_before_the_start_takes_the_first_element() {
 }
 
 #[test]
-fn a_zero_point_of_4_bits_bounds_what_is_quantised() {
+fn a_4_bit_zero_point_limits_the_quantised_range() {
     for (dtype, zero) in [(DataType::Uint4, 0.0), (DataType::Uint4, 7.0), (DataType::Int4, 0.0), (DataType::Int4, -3.0)]
     {
         agrees(|| {
@@ -177,7 +177,7 @@ fn a_zero_point_of_4_bits_bounds_what_is_quantised() {
                 .fixed(encode(dtype, &[], &[zero]))
                 .output(dtype)
         });
-        // Without a zero point the attribute says the type.
+        // Without a zero point, an attribute gives the type.
         agrees(|| {
             op("QuantizeLinear")
                 .input(floats(&[-20.0, 3.0, 20.0]))
@@ -188,9 +188,9 @@ fn a_zero_point_of_4_bits_bounds_what_is_quantised() {
     }
 }
 
-/// A byte of a tensor does not say whether it is a number of 4 bits.
+/// The bytes of a tensor do not say whether it holds 4-bit numbers.
 #[test]
-fn a_zero_point_that_may_be_of_4_bits_is_refused() {
+fn a_zero_point_of_unknown_bit_width_is_refused() {
     let refusal = |declared: bool| {
         let mut b = Builder::new(OPSET);
         b.input("x", DataType::Float, Some(&[3]));
@@ -230,7 +230,7 @@ fn blocks_of_a_vector_have_their_own_scales() {
 }
 
 #[test]
-fn an_exclusive_sum_takes_nothing_off() {
+fn an_exclusive_cumsum_does_not_subtract() {
     for values in [&[f64::INFINITY, 1.0][..], &[1e8, 1.0, 1.0], &[1.0, f64::INFINITY, 2.0]] {
         for reverse in [0, 1] {
             agrees(|| {
@@ -246,7 +246,7 @@ fn an_exclusive_sum_takes_nothing_off() {
 }
 
 #[test]
-fn a_local_window_has_as_many_keys_as_it_says() {
+fn a_local_window_of_size_n_attends_to_n_keys() {
     let window = 3;
     for steps in [window, window + 1, window + 2] {
         let values = |seed: i64, heads: i64| {
@@ -274,7 +274,7 @@ fn a_local_window_has_as_many_keys_as_it_says() {
 }
 
 #[test]
-fn of_equal_experts_the_last_are_chosen() {
+fn ties_between_experts_select_the_last_experts() {
     for chosen in [1, 2] {
         agrees(|| {
             Single::new("com.microsoft", "MoE", OPSET)
@@ -291,7 +291,7 @@ fn of_equal_experts_the_last_are_chosen() {
 }
 
 #[test]
-fn an_embedding_of_4_bits_narrower_than_a_block_is_read() {
+fn a_4_bit_embedding_narrower_than_a_block_is_read() {
     agrees(|| {
         Single::new("com.microsoft", "GatherBlockQuantized", OPSET)
             .fixed(counted(DataType::Uint8, &[3, 16]))
@@ -305,7 +305,7 @@ fn an_embedding_of_4_bits_narrower_than_a_block_is_read() {
 }
 
 #[test]
-fn a_transposed_convolution_is_padded_to_the_size_asked_for() {
+fn a_transposed_convolution_is_padded_to_the_requested_size() {
     let of = || {
         op("ConvTranspose")
             .input(counted(DataType::Float, &[1, 1, 3, 4]))
@@ -320,9 +320,9 @@ fn a_transposed_convolution_is_padded_to_the_size_asked_for() {
     agrees(|| of().ints("pads", &[1, 0, 0, 1]));
 }
 
-/// Scales with which the place lies within the last bits of f32 of a whole number or of the middle between two.
+/// Scales for which the position is, up to the last bits of f32, a whole number or halfway between two.
 #[test]
-fn a_symmetric_resize_takes_the_pixels_of_onnx_runtime() {
+fn a_symmetric_resize_selects_the_pixels_of_onnx_runtime() {
     for (size, scale) in [(2, 0.75), (3, 0.6), (7, 0.6), (12, 1.7), (12, 2.7), (7, 2.333_333_3), (12, 0.9), (10, 1.1)] {
         for nearest in ["round_prefer_floor", "round_prefer_ceil", "floor", "ceil"] {
             agrees(|| {
@@ -340,7 +340,7 @@ fn a_symmetric_resize_takes_the_pixels_of_onnx_runtime() {
 }
 
 #[test]
-fn a_place_within_a_millionth_of_the_middle_is_in_the_middle() {
+fn nearest_resize_treats_positions_within_1e_6_of_a_tie_as_a_tie() {
     for nearest in ["round_prefer_floor", "round_prefer_ceil"] {
         for off in [0.0, 5e-7, -5e-7, 2e-6, -2e-6, 1e-4, -1e-4] {
             agrees(|| {
@@ -358,7 +358,7 @@ fn a_place_within_a_millionth_of_the_middle_is_in_the_middle() {
 }
 
 #[test]
-fn places_half_way_between_pixels_are_rounded_before_they_are_reflected() {
+fn grid_sample_rounds_ties_between_pixels_before_reflection() {
     let grid: Vec<f64> = (-7..=7).flat_map(|place| [f64::from(place) / 4.0, 0.25]).collect();
     for corners in [0, 1] {
         agrees(|| {
@@ -373,10 +373,10 @@ fn places_half_way_between_pixels_are_rounded_before_they_are_reflected() {
     }
 }
 
-/// Where ONNX Runtime departs from ONNX and the interpreter follows ONNX.
+/// Cases in which ONNX Runtime deviates from ONNX, and the interpreter follows ONNX.
 #[test]
-fn departures_of_onnx_runtime_are_still_there() {
-    // ONNX: with SAME an axis of 8 in steps of 3 gives 3 windows. ONNX Runtime leaves the dilation out of the pads: 2.
+fn known_deviations_of_onnx_runtime_from_onnx_still_exist() {
+    // ONNX: with SAME, an axis of 8 with stride 3 gives 3 windows. ONNX Runtime ignores the dilation in the pads: 2.
     let pool = op("MaxPool")
         .input(counted(DataType::Float, &[1, 1, 8]))
         .ints("kernel_shape", &[4])
@@ -384,14 +384,16 @@ fn departures_of_onnx_runtime_are_still_there() {
         .ints("dilations", &[2])
         .text("auto_pad", "SAME_UPPER")
         .output(DataType::Float);
-    // ONNX: the window of an axis of 3 in steps of 3 begins at its first element. ONNX Runtime begins at the second.
+    // ONNX: with an axis of 3 and stride 3, the window begins at the first element. In ONNX Runtime it begins at the
+    // second.
     let apart = op("AveragePool")
         .input(counted(DataType::Float, &[1, 1, 3]))
         .ints("kernel_shape", &[1])
         .ints("strides", &[3])
         .text("auto_pad", "SAME_UPPER")
         .output(DataType::Float);
-    // ONNX: a mixture of -50 and -50 is -50. ONNX Runtime cuts what it antialiases to the range of uint8: 0.
+    // ONNX: interpolating between -50 and -50 gives -50. With antialiasing, ONNX Runtime clips to the range of uint8:
+    // 0.
     let resize = op("Resize")
         .input(encode(DataType::Int8, &[1, 1, 1, 4], &[-50.0; 4]))
         .absent()
@@ -399,7 +401,7 @@ fn departures_of_onnx_runtime_are_still_there() {
         .text("mode", "linear")
         .int("antialias", 1)
         .output(DataType::Int8);
-    // ONNX: a score that the mask hides is minus infinity. ONNX Runtime gives the least float.
+    // ONNX: a masked score is minus infinity. In ONNX Runtime it is the lowest float.
     let heads = || encode(DataType::Float, &[1, 1, 2, 8], &[0.5; 16]);
     let attention = Single::new("", "Attention", 23)
         .input(heads())
@@ -411,7 +413,8 @@ fn departures_of_onnx_runtime_are_still_there() {
         .unwanted()
         .unwanted()
         .output(DataType::Float);
-    // ONNX: 9 places of a scale of 1.1 read the input at 0.136 and so on. ONNX Runtime copies what keeps its size.
+    // ONNX: the 9 outputs at scale 1.1 sample the input at 0.136 and so on. ONNX Runtime copies if the size is
+    // unchanged.
     let copied = op("Resize")
         .input(counted(DataType::Float, &[1, 1, 1, 9]))
         .absent()

@@ -1,4 +1,4 @@
-//! What the flags for data sets do, and the columns that benchmarks may have, from the command line.
+//! Command-line options of data sets, and the columns that benchmarks may have.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ fn fixture(path: &str) -> String {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(path).display().to_string()
 }
 
-/// `interlace --json score` on a data set in the folder; the scores, and what was printed beside them.
+/// Runs `interlace --json score` on a data set in the folder; returns the scores and stderr.
 fn score(folder: &Path, data: &str, more: &[&str]) -> Result<(Value, String), String> {
     let model = fixture("model");
     let arguments = ["--json", "score", &model, "--data", data, "-o", "scores.json", "--quiet"];
@@ -29,7 +29,7 @@ fn score(folder: &Path, data: &str, more: &[&str]) -> Result<(Value, String), St
     }
 }
 
-/// The samples' names, `(id `..`)` alone where there is one.
+/// The names of the samples, without "(id `..`)" around an id.
 fn ids(scores: &Value) -> Vec<String> {
     let name = |sample: &Value| {
         let id = sample["id"].as_str().expect("an id");
@@ -56,7 +56,7 @@ fn row(number: usize, picture: Option<&str>) -> String {
 }
 
 #[test]
-fn rows_that_cannot_be_read_are_counted_and_listed_or_an_error() {
+fn unreadable_rows_are_counted_and_listed_or_are_an_error() {
     let folder = tempfile::tempdir().unwrap();
     let write = |name: &str, broken: &[usize]| {
         let row = |number| row(number, broken.contains(&number).then_some("missing.png"));
@@ -74,7 +74,7 @@ fn rows_that_cannot_be_read_are_counted_and_listed_or_an_error() {
     let error = score(folder.path(), "one.jsonl", &["--fraction", "1", "--strict"]).unwrap_err();
     assert!(error.contains("missing.png") && error.contains("row 7 of `one.jsonl`"), "{error}");
 
-    // Two of 24 are more than 5%, with the flag and without it.
+    // 2 of 24 rows are more than 5%: an error with and without `--strict`.
     write("two.jsonl", &[7, 9]);
     let error = score(folder.path(), "two.jsonl", &all).unwrap_err();
     assert!(error.contains("more than 5% of 24 samples cannot be read"), "{error}");
@@ -82,7 +82,7 @@ fn rows_that_cannot_be_read_are_counted_and_listed_or_an_error() {
 }
 
 #[test]
-fn ratings_and_turns_choose_the_samples() {
+fn ratings_and_turns_select_the_samples() {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("x.jsonl"), (0..10).map(|n| row(n, None)).collect::<Vec<_>>().join("\n")).unwrap();
     let run = |more: &[&str]| {
@@ -99,7 +99,7 @@ fn ratings_and_turns_choose_the_samples() {
     assert_eq!((whole.len(), &scores["settings"]["data"]["turns"]), (10, &json!("conversation")));
     let (turns, scores) = run(&["--turns", "separate"]);
     assert_eq!((turns.len(), &scores["settings"]["data"]["turns"]), (20, &json!("separate")));
-    // A turn does not see the one before it.
+    // With separate turns, a turn does not contain the turn before it.
     let tokens = |scores: &Value, turn: &str| {
         let samples = scores["samples"].as_array().unwrap();
         samples.iter().find(|sample| sample["id"].as_str().unwrap().contains(turn)).unwrap()["tokens"].as_u64().unwrap()
@@ -116,7 +116,7 @@ fn shards_in_a_folder_or_by_a_pattern_give_the_samples_of_one_file() {
     let folder = tempfile::tempdir().unwrap();
     let rows: Vec<String> = (0..30).map(|number| row(number, None)).collect();
     fs::write(folder.path().join("whole.jsonl"), rows.join("\n")).unwrap();
-    // The last rows are in the first file, in reverse.
+    // The last rows are in the first file, in reverse order.
     for (shard, part) in rows.chunks(8).enumerate() {
         let part: Vec<&str> = part.iter().rev().map(String::as_str).collect();
         let path = folder.path().join(format!("shards/part-{}.jsonl", 9 - shard));
@@ -139,7 +139,7 @@ fn shards_in_a_folder_or_by_a_pattern_give_the_samples_of_one_file() {
 
 type Cells = Vec<(&'static str, String)>;
 
-/// Writes a table of VLMEvalKit's.
+/// Writes a benchmark table in the format of VLMEvalKit.
 fn benchmark(path: &Path, columns: &[&str], rows: &[Cells]) {
     let mut writer = csv::WriterBuilder::new().delimiter(b'\t').from_path(path).unwrap();
     writer.write_record(columns).unwrap();
@@ -150,7 +150,8 @@ fn benchmark(path: &Path, columns: &[&str], rows: &[Cells]) {
     writer.flush().unwrap();
 }
 
-/// Question 1 of the small benchmark with its picture: which of `best`, `week`, `life`, `road` is written; it is `life`.
+/// Question 1 of the small benchmark and its picture: is `best`, `week`, `life` or `road` written? The answer is
+/// `life`.
 fn written_word() -> (String, String) {
     let mut reader = csv::ReaderBuilder::new().delimiter(b'\t').from_path(fixture("data/bench-small.tsv")).unwrap();
     let rows: Vec<csv::StringRecord> = reader.records().take(2).map(Result::unwrap).collect();
@@ -173,7 +174,7 @@ fn close(found: &Value, want: f64) -> bool {
 }
 
 #[test]
-fn every_way_to_give_a_picture_an_option_and_an_answer_is_read() {
+fn every_form_of_picture_option_and_answer_columns_is_read() {
     use base64::Engine;
 
     let folder = tempfile::tempdir().unwrap();
@@ -192,7 +193,7 @@ fn every_way_to_give_a_picture_an_option_and_an_answer_is_read() {
     let choice = [("question", ask.as_str()), ("A", "best"), ("C", "life"), ("answer", "C")];
     let rows = [
         row("0", &[("image", &picture), ("question", &open), ("answer", "life"), ("l2-category", "x"), ("split", "a")]),
-        // The picture of another row, and missing options between those that are there.
+        // A picture taken from another row, and missing options between existing ones.
         row("1", &[&[("image", "0"), ("l2-category", "y"), ("split", "a")], &choice[..]].concat()),
         row("2", &[&[("image_path", "pictures/word.png"), ("l2-category", "y"), ("split", "b")], &choice[..]].concat()),
         row("3", &[("image", "0"), ("question", &open), ("answer", "['live', 'life']"), ("split", "b")]),
@@ -213,17 +214,17 @@ fn every_way_to_give_a_picture_an_option_and_an_answer_is_read() {
     assert!(close(&words["score"], 1.0), "{model}");
     assert!(groups(&model["by_column"]["split"]).contains(&("b".into(), 2)), "{model}");
     assert!(groups(&model["by_column"]["l2-category"]).contains(&("y".into(), 2)), "{model}");
-    // Two pictures take twice the tokens of one.
+    // Two pictures take twice as many tokens as one.
     let kept = fs::read_to_string(folder.path().join("kept.tsv")).unwrap();
     assert!(kept.lines().count() == 6 && kept.contains("\"prediction\""), "{kept}");
 }
 
 #[test]
-fn rotations_of_a_question_are_counted_as_one_or_by_cycle() {
+fn rotated_questions_are_scored_as_one_or_by_cycle() {
     let folder = tempfile::tempdir().unwrap();
     let (picture, question) = written_word();
     let words = ["best", "week", "life", "road"];
-    // Rotated by `by`; the given letter is said to be right.
+    // Options rotated by `by`; `answer` is the letter that is marked as right.
     let rotated = |index: usize, by: usize, answer: &str, column: &'static str, group: String| -> Cells {
         let option = |place: usize| words[(place + by) % 4].to_string();
         let mut row: Cells = vec![("index", index.to_string()), ("question", question.clone()), (column, group)];
@@ -234,7 +235,7 @@ fn rotations_of_a_question_are_counted_as_one_or_by_cycle() {
     let columns = ["index", "g_index", "cycle_category", "image", "question", "A", "B", "C", "D", "answer", "category"];
     let million = 1_000_000;
     for (wrong, want) in [("A", 0.5), ("B", 1.0)] {
-        // Both questions have two rotations; `life` is B in the second.
+        // Both questions have two rotations. `life` is option B in the second one.
         let rows: Vec<Cells> = [(1, 0, "C"), (1, 1, "B"), (2, 0, "C"), (2, 1, wrong)]
             .map(|(of, by, answer)| rotated(of + by * million, by, answer, "g_index", of.to_string()))
             .to_vec();

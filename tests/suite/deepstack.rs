@@ -1,4 +1,5 @@
-//! Features that are added behind the first layers (DeepStack): where they are when layers go, and who takes them.
+//! Features that are added after the first layers (DeepStack): their place after pruning, and how decoders receive
+//! them.
 
 use std::path::Path;
 
@@ -16,11 +17,11 @@ fn plain() -> Model {
     onnx::load(&Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/zoo/smolvlm/ts17.onnx")).expect("a model")
 }
 
-/// The graph with the `n`-th feature added behind the `n`-th of these layers.
+/// The graph in which feature `n` is added after the layer with the `n`-th of these indices.
 fn with_features(model: &Model, behind: &[usize]) -> Model {
     let mut model = analyse(model).expect("layers").model;
     for (level, &layer) in behind.iter().enumerate() {
-        // Found anew each time: what is behind a layer already belongs to the stream.
+        // Analysed again each time, because an added feature changes the stream after its layer.
         let map = analyse(&model).expect("layers").map;
         let glue = map.glue.iter().find(|glue| glue.after == Some(layer));
         let stream = glue.map_or(map.layers[layer].output, |glue| glue.to);
@@ -76,7 +77,7 @@ fn apart(a: &[f32], b: &[f32]) -> f32 {
 }
 
 #[test]
-fn features_keep_their_place_or_move_to_the_first_layers_that_stay() {
+fn deepstack_features_keep_their_place_or_move_to_the_first_kept_layers() {
     let dense = analyse(&with_features(&plain(), &[0, 1, 2])).expect("layers");
     assert!(has_additions(&dense.map));
     let plain = analyse(&plain()).expect("layers");
@@ -86,7 +87,7 @@ fn features_keep_their_place_or_move_to_the_first_layers_that_stay() {
         let kept: Vec<usize> = (0..8).filter(|layer| !dropped.contains(layer)).collect();
 
         let keep = drop_layers(&dense, dropped).expect("a graph");
-        // A feature behind a dropped layer is added behind the last layer before it that stays.
+        // A feature after a dropped layer is added after the last kept layer before it.
         let behind: Vec<Option<usize>> = (0..3).map(|layer| kept.iter().rposition(|&kept| kept <= layer)).collect();
         if let Some(behind) = behind.into_iter().collect::<Option<Vec<usize>>>() {
             let want = logits(&with_features(&without, &behind), &prompt());
@@ -102,28 +103,31 @@ fn features_keep_their_place_or_move_to_the_first_layers_that_stay() {
 
         let moved = apart(&logits(&shift, &prompt()), &logits(&keep, &prompt()));
         assert_eq!(moved > 1e-3, dropped.iter().any(|&layer| layer < 3), "{dropped:?}: {moved}");
-        assert!(apart(&logits(&shift, &text), &logits(&without, &text)) <= 1e-5, "{dropped:?}: a text has no features");
+        assert!(
+            apart(&logits(&shift, &text), &logits(&without, &text)) <= 1e-5,
+            "{dropped:?}: a prompt without pictures has no features"
+        );
     }
 }
 
 #[test]
-fn features_that_were_kept_once_cannot_be_moved() {
+fn deepstack_features_kept_by_an_earlier_pruning_cannot_be_moved() {
     let dense = analyse(&with_features(&plain(), &[0, 1, 2])).expect("layers");
     let pruned = analyse(&drop_layers(&dense, &[1]).expect("a graph")).expect("layers");
-    let error = shift_additions(&pruned, &[3]).expect_err("two behind layer 0").to_string();
+    let error = shift_additions(&pruned, &[3]).expect_err("two features after layer 0").to_string();
     assert!(error.contains("behind layers [0, 0, 1]") && error.contains("--deepstack keep"), "{error}");
 }
 
 #[test]
-fn levels_are_matched_by_number_and_refused_when_they_are_not_as_many() {
+fn deepstack_levels_are_matched_by_number_and_extra_levels_refused() {
     let model = with_features(&plain(), &[0, 1]);
     let want = logits(&model, &prompt());
-    // The third level is of no use to this decoder, and its own numbers tell the first two.
+    // The decoder ignores the third level. The level numbers identify the first two.
     let mut two = prompt();
     two.side.deepstack.pop();
     two.side.levels.pop();
     assert_eq!(logits(&model, &two), want);
-    // Numbered by the encoder's layers, they are those at their place.
+    // Levels with the encoder's layer numbers are matched by their order.
     two.side.levels = vec![5, 11];
     assert_eq!(logits(&model, &two), want);
     let mut three = prompt();

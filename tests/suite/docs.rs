@@ -1,4 +1,4 @@
-//! The documents say what the code does: tables are those of the code, links lead somewhere, commands run.
+//! The documents agree with the code: tables equal the code's tables, links have targets, commands run.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
@@ -6,13 +6,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::layers::{LAYERS, ROOMS};
+use super::layers::{LAYERS, PARTS};
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// Every document a user reads, relative to the root.
+/// Every document for users, relative to the root.
 fn documents() -> Vec<PathBuf> {
     let mut found: Vec<PathBuf> = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"].map(PathBuf::from).to_vec();
     for folder in ["docs", "docs/results"] {
@@ -38,7 +38,7 @@ fn section<'a>(text: &'a str, name: &str) -> &'a str {
     &text[from..from + length]
 }
 
-/// Compares a section with what the code makes; `INTERLACE_UPDATE_DOCS=1 cargo test docs` writes it.
+/// Compares a section with the text made from the code. `INTERLACE_UPDATE_DOCS=1 cargo test docs` writes it.
 fn check_section(file: &str, name: &str, want: &str) {
     let path = Path::new(file);
     let mut text = read(path);
@@ -49,10 +49,7 @@ fn check_section(file: &str, name: &str, want: &str) {
         fs::write(root().join(path), &text).expect("the document is writable");
     }
     let other = section(&text, name).lines().zip(want.lines()).find(|(found, want)| found != want);
-    assert!(
-        section(&text, name) == want,
-        "{file} is not what the code says ({other:?}): run with INTERLACE_UPDATE_DOCS=1"
-    );
+    assert!(section(&text, name) == want, "{file} differs from the code ({other:?}): run with INTERLACE_UPDATE_DOCS=1");
 }
 
 fn check_table(file: &str, name: &str, head: [&str; 2], rows: impl Iterator<Item = (String, String)>) {
@@ -64,7 +61,7 @@ fn check_table(file: &str, name: &str, head: [&str; 2], rows: impl Iterator<Item
 }
 
 #[test]
-fn the_tables_are_those_of_the_code() {
+fn tables_in_documents_equal_the_tables_in_the_code() {
     let verbs = interlace::cli::verbs().into_iter().filter(|(name, _)| name != "help");
     check_table("README.md", "verbs", ["verb", "what it does"], verbs);
     let strategies = interlace::method::select::STRATEGIES.iter();
@@ -97,9 +94,9 @@ fn the_tables_are_those_of_the_code() {
     check_section("docs/cli.md", "cli", &interlace::cli::reference());
 }
 
-/// The table of families names tests and fixtures that there are.
+/// Every test and fixture that the table of families names exists.
 #[test]
-fn what_shows_a_family_is_there() {
+fn tests_and_fixtures_named_in_the_family_table_exist() {
     use interlace::data::{FAMILIES, Proof};
 
     let pipelines = read(Path::new("tests/suite/families.rs"));
@@ -113,20 +110,20 @@ fn what_shows_a_family_is_there() {
     for family in FAMILIES {
         let shown = match family.proof {
             Proof::Pipeline(tests) => tests.iter().all(|test| {
-                pipelines.contains(&format!("    {test} = \"")) || pipelines.contains(&format!("fn {test}()"))
+                pipelines.contains(&format!("    {test} = \"")) || pipelines.contains(&format!("#[test]\nfn {test}()"))
             }),
             Proof::Processor(name) => {
                 let all = processors["families"].as_array().expect("families");
                 all.iter().any(|family| family["name"] == name)
             }
             Proof::Shared(other) => FAMILIES.iter().any(|family| family.name == other && family.class.is_some()),
-            Proof::Test(test) => all.contains(&format!("fn {test}()")),
+            Proof::Test(test) => all.contains(&format!("#[test]\nfn {test}()")),
         };
         assert!(shown, "{}: {:?}", family.name, family.proof);
     }
 }
 
-/// One heading per artifact, its description, and its fields with theirs.
+/// One heading for each artifact, with its description and its fields.
 fn artifacts() -> String {
     let mut text = String::new();
     for (name, schema) in interlace::cli::schemas() {
@@ -147,12 +144,12 @@ fn artifacts() -> String {
 }
 
 #[test]
-fn json_files_are_described_from_their_types() {
+fn the_documentation_of_json_files_is_made_from_their_types() {
     check_section("docs/json.md", "json", &artifacts());
 }
 
 #[test]
-fn the_picture_of_the_layers_is_what_the_test_of_imports_holds() {
+fn the_layer_diagram_equals_the_layers_of_the_import_test() {
     let text = read(Path::new("docs/architecture.md"));
     let mut rows: BTreeMap<usize, Vec<&str>> = BTreeMap::new();
     for line in section(&text, "layers").lines() {
@@ -164,17 +161,17 @@ fn the_picture_of_the_layers_is_what_the_test_of_imports_holds() {
     let set = |names: &[&'static str]| names.iter().copied().collect::<BTreeSet<_>>();
     for (number, names) in (1..).zip(LAYERS) {
         let drawn: BTreeSet<&str> = rows.remove(&number).unwrap_or_default().into_iter().collect();
-        assert_eq!(drawn, set(names), "row {number} of the picture of the layers");
+        assert_eq!(drawn, set(names), "row {number} of the layer diagram");
     }
-    assert!(rows.is_empty(), "the picture of the layers has more rows: {rows:?}");
-    let rooms = section(&text, "rooms").lines().filter(|line| !line.starts_with("```"));
-    let rooms: Vec<&str> = rooms.filter_map(|line| line.split_whitespace().next()).collect();
-    assert_eq!(rooms, ROOMS[0].1, "the rooms of finetune/");
+    assert!(rows.is_empty(), "the layer diagram has additional rows: {rows:?}");
+    let parts = section(&text, "rooms").lines().filter(|line| !line.starts_with("```"));
+    let parts: Vec<&str> = parts.filter_map(|line| line.split_whitespace().next()).collect();
+    assert_eq!(parts, PARTS[0].1, "the parts of finetune/");
 }
 
-/// Files that documents name in code, relative to the root.
+/// Paths that documents name in code spans, relative to the root.
 #[test]
-fn every_path_in_a_document_is_there() {
+fn every_path_in_a_document_exists() {
     const FOLDERS: [&str; 6] = ["src/", "tests/", "scripts/", "docs/", "fixtures/", "schemas/"];
     let mut count = 0;
     for path in documents() {
@@ -184,7 +181,7 @@ fn every_path_in_a_document_is_there() {
             for word in words.filter(|word| !word.contains('*')) {
                 let word = word.trim_end_matches([':', ',', ';']);
                 count += 1;
-                assert!(root().join(word).exists(), "{}: there is no `{word}`", path.display());
+                assert!(root().join(word).exists(), "{}: `{word}` does not exist", path.display());
             }
         }
     }
@@ -192,12 +189,12 @@ fn every_path_in_a_document_is_there() {
 }
 
 #[test]
-fn the_readme_is_short() {
+fn the_readme_has_at_most_150_lines() {
     let lines = read(Path::new("README.md")).lines().count();
     assert!(lines <= 150, "README.md has {lines} lines, at most 150 are wanted");
 }
 
-/// Headings as the anchors that links name.
+/// The anchors of all headings.
 fn anchors(text: &str) -> BTreeSet<String> {
     let headings = text.lines().filter(|line| line.starts_with('#')).map(|line| line.trim_start_matches('#').trim());
     let anchor = |heading: &str| {
@@ -208,7 +205,7 @@ fn anchors(text: &str) -> BTreeSet<String> {
 }
 
 #[test]
-fn every_link_leads_somewhere() {
+fn every_link_in_a_document_has_a_target() {
     let mut count = 0;
     for path in documents() {
         let text = read(&path);
@@ -224,17 +221,17 @@ fn every_link_leads_somewhere() {
             } else {
                 root().join(&path).parent().expect("folder").join(file)
             };
-            assert!(full.exists(), "{}: link to {target} leads nowhere", path.display());
+            assert!(full.exists(), "{}: the target of the link to {target} does not exist", path.display());
             if !anchor.is_empty() {
                 let other = fs::read_to_string(&full).expect("linked document");
-                assert!(anchors(&other).contains(anchor), "{}: {target} has no such heading", path.display());
+                assert!(anchors(&other).contains(anchor), "{}: the heading of {target} does not exist", path.display());
             }
         }
     }
     assert!(count > 20, "only {count} links found");
 }
 
-/// The blocks of a document that are marked as runnable, as one shell script.
+/// The blocks of a document that are marked as runnable, joined to one shell script.
 fn runnable(text: &str) -> String {
     let mut script = String::new();
     let mut inside = false;
@@ -253,7 +250,7 @@ fn runnable(text: &str) -> String {
 }
 
 #[test]
-fn commands_that_are_marked_as_runnable_run() {
+fn commands_marked_as_runnable_succeed() {
     let programs = Path::new(env!("CARGO_BIN_EXE_interlace")).parent().expect("folder of the programs");
     let search = format!("{}:{}", programs.display(), std::env::var("PATH").expect("PATH"));
     let mut count = 0;

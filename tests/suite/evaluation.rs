@@ -1,4 +1,4 @@
-//! The shipped model answers its benchmark: the whole way from pictures to scores.
+//! Evaluation of the shipped model on its benchmark, from pictures to scores.
 
 use std::path::{Path, PathBuf};
 
@@ -23,7 +23,7 @@ fn scores(model: &mut LoadedModel, options: &EvalOptions) -> ModelScores {
 }
 
 #[test]
-fn the_dense_model_sees_and_batches_change_no_answer() {
+fn the_dense_model_answers_well_and_batching_changes_no_answer() {
     let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
     let cache = FeatureCache::new(64 << 20);
     let mut model = LoadedModel::open(
@@ -38,7 +38,7 @@ fn the_dense_model_sees_and_batches_change_no_answer() {
     assert!(batched.mean_of_questions >= 0.75, "{}: {:#?}", batched.mean_of_questions, batched.groups);
     let metrics: Vec<&str> = batched.answers.iter().map(|answer| answer.metric.as_str()).collect();
     for metric in ["multiple_choice", "yes_no", "exact_match"] {
-        assert!(metrics.contains(&metric), "{metric} judged nothing");
+        assert!(metrics.contains(&metric), "no answer was scored by {metric}");
     }
     let alone = scores(&mut model, &EvalOptions { batch_size: 1, ..EvalOptions::default() });
     assert_eq!(alone.answers, batched.answers);
@@ -58,6 +58,7 @@ fn by_logits(model: &mut LoadedModel, sample: &Sample) -> (f64, u64) {
     let (logits, _) = model.vlm.decoder_mut().step(&step, None).expect("logits");
     let width = *logits.shape().last().expect("a vocabulary");
     let logits = logits.to_f32().expect("floats");
+    assert_eq!((mask.len(), logits.len()), (ids.len(), ids.len() * width));
     let next = ids.iter().zip(&mask).skip(1).zip(logits.chunks_exact(width));
     let learned: Vec<f64> = next
         .filter(|((_, answer), _)| **answer)
@@ -67,7 +68,7 @@ fn by_logits(model: &mut LoadedModel, sample: &Sample) -> (f64, u64) {
 }
 
 #[test]
-fn right_answers_are_as_likely_as_the_logits_say() {
+fn answer_likelihoods_equal_those_computed_from_logits() {
     let (model, data) = (fixture("model"), fixture("data/bench-small.tsv"));
     let benchmark = Benchmark::open(&data).expect("a benchmark");
     let engine = Engine::new(Device::Cpu).expect("ONNX Runtime");
@@ -95,7 +96,7 @@ fn right_answers_are_as_likely_as_the_logits_say() {
 }
 
 #[test]
-fn the_shipped_decoder_gives_what_pytorch_gives() {
+fn the_shipped_decoder_equals_pytorch() {
     let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
     let bundle = Bundle::open(&fixture("model")).expect("a model");
     let mut decoder = Decoder::open(&runtime, &bundle, &SessionOptions::default()).expect("a decoder");
@@ -123,7 +124,7 @@ fn the_shipped_decoder_gives_what_pytorch_gives() {
 }
 
 #[test]
-fn a_model_is_measured_beside_itself() {
+fn a_model_benchmarked_against_itself_has_an_ideal_speedup_of_1() {
     let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
     let options = BenchOptions { prompt_tokens: 32, new_tokens: 4, rounds: 5, warm_up: 1, threads: Some(1) };
     let model = fixture("model");
@@ -135,16 +136,16 @@ fn a_model_is_measured_beside_itself() {
     assert_eq!(report.model.layers, report.baseline.expect("a baseline").layers);
     assert!(report.model.size_bytes > report.model.decoder_size_bytes && report.model.decoder_size_bytes > 1_000_000);
     assert!(report.model.pipeline_ttft_ms.expect("it has a vision encoder").median > 0.0);
-    // The median lies among the rounds; how fast a machine is, is no test's business.
+    // The median is between the extremes. No test depends on the speed of the machine.
     let ttft = &speedup.decoder_ttft;
     assert!(0.0 < ttft.min && ttft.min <= ttft.median && ttft.median <= ttft.max, "{speedup:?}");
 }
 
 #[test]
-fn a_decoder_alone_is_measured_without_a_picture() {
+fn a_single_decoder_is_benchmarked_without_a_picture() {
     let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
     let options = BenchOptions { prompt_tokens: 8, new_tokens: 2, rounds: 2, warm_up: 0, threads: Some(1) };
-    // Embeddings in with three rows of positions, and token ids in.
+    // One graph takes embeddings and three rows of positions, the other takes token ids.
     for file in ["qwen3_vl/ts17.onnx", "llama/dyn18-ids.onnx"] {
         let report =
             bench(&fixture("zoo").join(file).as_path().into(), None, &runtime, &options, None, &Cancel::default());
@@ -156,7 +157,7 @@ fn a_decoder_alone_is_measured_without_a_picture() {
 }
 
 #[test]
-fn predictions_are_kept_as_vlmevalkit_keeps_them() {
+fn predictions_are_saved_in_the_format_of_vlmevalkit() {
     let folder = tempfile::tempdir().expect("folder");
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let (model, data) = (root.join("fixtures/model"), root.join("fixtures/data/bench-small.tsv"));
@@ -169,7 +170,7 @@ fn predictions_are_kept_as_vlmevalkit_keeps_them() {
         assert_eq!(output.status.code(), Some(0), "{}", super::cli::stderr(&output));
     };
     run("kept");
-    // `{model_name}_{dataset_name}.tsv` in its folder of results.
+    // `{model_name}_{dataset_name}.tsv` in a folder of results of its own.
     let text = std::fs::read_to_string(folder.path().join("kept/model_bench-small.tsv")).expect("predictions");
     assert!(text.starts_with("\"index\"\t\""), "{text}");
     let read = |text: &str| -> Vec<Vec<String>> {
@@ -182,6 +183,7 @@ fn predictions_are_kept_as_vlmevalkit_keeps_them() {
     columns.push("prediction");
     assert_eq!(rows[0], columns);
     let place = |name: &str| asked[0].iter().position(|column| column == name).expect("a column");
+    assert!(asked.len() >= rows.len(), "{} questions", asked.len());
     for (row, asked) in rows[1..].iter().zip(&asked[1..]) {
         assert_eq!(
             row[columns.iter().position(|name| *name == "question").expect("a column")],

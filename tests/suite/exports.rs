@@ -1,4 +1,4 @@
-//! What `export` writes is what the target takes.
+//! The output of `export` is accepted by its target.
 
 use std::path::{Path, PathBuf};
 
@@ -19,7 +19,7 @@ fn zoo(file: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/zoo").join(file)
 }
 
-/// A decoder whose logits are multiplied by the input `scale` of no axes, with the output `total` of no axes.
+/// A decoder whose logits are multiplied by the scalar input `scale`, with the scalar output `total`.
 fn with_scalars(folder: &Path) -> PathBuf {
     let mut model = onnx::load(&zoo("optimum/llama-with-past/model.onnx")).expect("model");
     let graph = &mut model.graph;
@@ -49,7 +49,7 @@ fn with_scalars(folder: &Path) -> PathBuf {
 }
 
 #[test]
-fn scalars_are_exported_to_triton_with_an_axis_and_the_same_numbers() {
+fn scalars_exported_to_triton_get_an_axis_and_keep_their_values() {
     let folder = tempfile::tempdir().expect("folder");
     let path = with_scalars(folder.path());
     let out = folder.path().join("repository");
@@ -108,7 +108,7 @@ fn json(path: PathBuf) -> serde_json::Value {
 }
 
 #[test]
-fn a_folder_for_transformers_js_has_its_configs_where_they_are_looked_for() {
+fn a_transformers_js_export_has_its_configs_in_the_expected_places() {
     let folder = tempfile::tempdir().expect("folder");
     let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model");
     let out = folder.path().join("out");
@@ -241,7 +241,7 @@ fn a_model_that_transformers_js_cannot_run_is_refused_with_the_reason() {
     let error = to_transformers_js(&foreign, &folder.path().join("a")).unwrap_err().to_string();
     assert!(error.contains("pixel_poet") && error.contains("no class"), "{error}");
 
-    // Without `processor_config.json` the class is in the tokenizer's config; without that it is nowhere.
+    // Without `processor_config.json` the class is read from the tokenizer config. If that lacks it too, it is unknown.
     let nameless = model("nameless", &|_| ());
     assert!(to_transformers_js(&nameless, &folder.path().join("b")).is_ok());
     let tokenizer = nameless.join("tokenizer_config.json");

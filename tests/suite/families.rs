@@ -1,8 +1,8 @@
-//! Whole pipelines of model families against Hugging Face: prompts, pixels, positions, logits, answers, losses, layer
-//! similarities, of the whole network and of one without layers.
+//! Whole pipelines of model families compared with Hugging Face: prompts, pixels, positions, logits, answers, losses
+//! and layer similarities, for the whole network and for one with dropped layers.
 //!
-//! `fixtures/families/NAME.tar.zst` holds tiny networks as real exporters write them, with the values of Hugging Face's
-//! processor and model (`scripts/families` makes both).
+//! `fixtures/families/NAME.tar.zst` holds tiny networks as real exporters write them, with the results of Hugging
+//! Face's processor and model (`scripts/families` creates both).
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -25,24 +25,24 @@ use super::cli::{interlace, stderr};
 const LOGITS: f64 = 1e-4;
 const LOSS: f64 = 1e-5;
 const SIMILARITY: f64 = 1e-5;
-/// Prompts that a pruned network answers; its logits are compared on all of them.
+/// Names of the prompts for pruned networks; logits are compared on all of them.
 const ANSWERED: [&str; 4] = ["photo", "two", "none", "turns"];
 
 pub fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/families")
 }
 
-/// One family's model folder, beside it what Hugging Face gives, in a folder of their own.
+/// The model folder of one family and the results of Hugging Face, in a temporary folder.
 pub struct Family {
     folder: tempfile::TempDir,
     name: String,
     pub expected: Value,
-    /// Dense and pruned networks have one vision encoder.
+    /// The vision encoder is the same in the dense and in the pruned network.
     features: Arc<FeatureCache>,
 }
 
 impl Family {
-    /// Unpacks a family of an archive.
+    /// Unpacks one family of an archive.
     pub fn open(archive: &str, name: &str) -> Self {
         let folder = tempfile::tempdir().expect("folder");
         let file = File::open(fixtures().join(format!("{archive}.tar.zst"))).expect("archive");
@@ -56,13 +56,13 @@ impl Family {
         self.folder.path()
     }
 
-    /// Layers to drop: `drop`, or those for healing where they are others.
+    /// Layers to drop: `drop`, or `heal_drop` if healing drops others.
     fn drop_list(&self, key: &str) -> String {
         let drop = self.expected.get(key).unwrap_or(&self.expected["drop"]).as_array().expect("layers");
         drop.iter().map(Value::to_string).collect::<Vec<_>>().join(",")
     }
 
-    /// Losses and similarities with the back end of image processors that transformers takes by default.
+    /// Losses and similarities with the image back end that transformers uses by default.
     fn by_default(&self, key: &str) -> &Value {
         match (self.expected.get("torchvision"), key) {
             (Some(other), _) => &other[key],
@@ -71,20 +71,20 @@ impl Family {
         }
     }
 
-    /// Prompts that Hugging Face's classes take.
-    fn cases(&self) -> impl Iterator<Item = (&str, &Value)> {
+    /// Prompts that Hugging Face's classes accept.
+    pub fn cases(&self) -> impl Iterator<Item = (&str, &Value)> {
         let cases = self.expected["cases"].as_object().expect("cases").iter();
         cases.map(|(name, case)| (name.as_str(), case)).filter(|(_, case)| case.get("refused").is_none())
     }
 
-    /// Runs a verb in the family's folder.
+    /// Runs a verb in the folder of the family.
     pub fn run(&self, arguments: &[&str]) -> String {
         let output = interlace(self.here(), arguments);
         assert_eq!(output.status.code(), Some(0), "{} {arguments:?}: {}", self.name, stderr(&output));
         String::from_utf8(output.stdout).expect("text")
     }
 
-    /// Conversations in LLaVA's layout, with the pictures beside them.
+    /// Writes conversations in LLaVA's layout, and their pictures.
     pub fn dataset(&self, file: &str, conversations: &[&Value]) -> PathBuf {
         for entry in fs::read_dir(fixtures().join("pictures")).expect("pictures") {
             let path = entry.expect("entry").path();
@@ -125,8 +125,8 @@ fn floats(value: &Value) -> Vec<f64> {
     value.as_array().expect("numbers").iter().map(|x| x.as_f64().expect("a number")).collect()
 }
 
-/// Turns `[pictures, question, answer]` as the library has them.
-fn sample(turns: &Value) -> Sample {
+/// Turns `[pictures, question, answer]` as the library's type.
+pub fn sample(turns: &Value) -> Sample {
     let mut images = Vec::new();
     let turn = |turn: &Value| {
         let mut user = Vec::new();
@@ -141,7 +141,7 @@ fn sample(turns: &Value) -> Sample {
     Sample { index: 0, id: "sample".into(), images, system: None, turns, text: None, tensors: None }
 }
 
-/// A processor and a model, loaded.
+/// A loaded processor and model.
 struct Pipeline {
     processor: Processor,
     model: VlmSession,
@@ -173,15 +173,15 @@ impl Pipeline {
     }
 }
 
-/// The arrays of all pictures as one. Pictures of several sizes are padded to the largest on the right and below.
+/// The arrays of all pictures, joined. Pictures of different sizes are padded on the right and at the bottom.
 fn whole(images: &ImageInputs, key: &str, shape: &[i64]) -> interlace::base::Result<Array> {
-    // What a graph's input is called where Hugging Face's processor says otherwise.
+    // Graph inputs that Hugging Face's processor names differently.
     let key = if key == "image_position_ids" { "pixel_position_ids" } else { key };
     let pictures: Option<Vec<_>> = images.pictures.iter().map(|picture| picture.get(key)?.floats()).collect();
     let Some(pictures) = pictures.filter(|all| key == "pixel_values" && all.iter().all(|one| one.ndim() == 4)) else {
         return images.joined(key);
     };
-    // Patches side by side, of all pictures in one row.
+    // The patches of all pictures, concatenated in one row.
     let widths: usize = pictures.iter().map(|one| one.shape()[3]).sum();
     if shape[0] == 1 && shape[3] == widths as i64 {
         let views: Vec<_> = pictures.iter().map(|one| one.view()).collect();
@@ -197,17 +197,18 @@ fn whole(images: &ImageInputs, key: &str, shape: &[i64]) -> interlace::base::Res
     Array::joined(&padded.iter().collect::<Vec<_>>())
 }
 
-/// Pixels and what goes with them, as Hugging Face's processor gives them for a whole prompt.
+/// Pixels and related arrays equal those of Hugging Face's processor for a whole prompt.
 ///
-/// To the bit where its class computes with Pillow. Where it computes with torchvision, which rounds otherwise, within
-/// 2/255 of the range of normalised values.
+/// Bit for bit if its class computes with Pillow. If it computes with torchvision, which rounds differently, the
+/// tolerance is 2/255 of the range of normalised values.
 fn check_inputs(name: &str, expected: &Value, backend: &str, encoded: &Encoded) {
     let Some(images) = &encoded.images else {
         assert!(expected.get("pixel_values").is_none(), "{name}: has no pictures");
         return;
     };
     for (key, want) in expected.as_object().expect("inputs") {
-        if ["token_type_ids", "mm_token_type_ids", "labels", "num_soft_tokens_per_image"].contains(&key.as_str()) {
+        let others = ["token_type_ids", "mm_token_type_ids", "labels", "num_soft_tokens_per_image", "batch_num_images"];
+        if others.contains(&key.as_str()) {
             continue;
         }
         let found = whole(images, key, &integers(&want["shape"])).unwrap_or_else(|error| panic!("{name}: {error}"));
@@ -220,9 +221,9 @@ fn check_inputs(name: &str, expected: &Value, backend: &str, encoded: &Encoded) 
                 if format!("{:x}", Sha256::digest(&bytes)) == text(&want["sha256"]) {
                     continue;
                 }
-                let places = integers(&want["places"]);
-                let pairs =
-                    places.iter().zip(floats(&want["values"])).map(|(&p, want)| (f64::from(values[p as usize]), want));
+                let (places, wanted) = (integers(&want["places"]), floats(&want["values"]));
+                assert!(!places.is_empty() && places.len() == wanted.len(), "{name}: {key}: {} places", places.len());
+                let pairs = places.iter().zip(wanted).map(|(&p, want)| (f64::from(values[p as usize]), want));
                 let far = pairs.clone().filter(|(found, want)| (found - want).abs() > 2.0 / 255.0 / 0.2).count();
                 assert!(backend == "torchvision" && far == 0, "{name}: {key}: {:?}", pairs.collect::<Vec<_>>());
             }
@@ -241,19 +242,23 @@ fn check_integers(name: &str, key: &str, found: &[i64], want: &Value) {
     }
 }
 
-/// The largest distance of the sampled logits.
+/// The largest difference between the sampled logits.
 fn distance(found: &[f32], tokens: usize, vocabulary: &[i64], want: &Value) -> f64 {
     let width = found.len() / tokens;
     let mut worst: f64 = 0.0;
-    for (place, row) in integers(&want["places"]).into_iter().zip(want["values"].as_array().expect("rows")) {
-        for (&word, want) in vocabulary.iter().zip(floats(row)) {
+    let (places, rows) = (integers(&want["places"]), want["values"].as_array().expect("rows"));
+    assert!(!places.is_empty() && places.len() == rows.len(), "{} places, {} rows", places.len(), rows.len());
+    for (place, row) in places.into_iter().zip(rows) {
+        let row = floats(row);
+        assert_eq!(row.len(), vocabulary.len());
+        for (&word, want) in vocabulary.iter().zip(row) {
             worst = worst.max((f64::from(found[place as usize * width + word as usize]) - want).abs());
         }
     }
     worst
 }
 
-/// Everything that one network gives for every prompt: `key` names the network in the expected values.
+/// Compares all results of one network on every prompt. `key` names the network in the expected values.
 fn check_prompts(family: &Family, folder: &Path, key: &str) {
     let back_end = text(&family.expected["backend"]);
     let mut pipeline = Pipeline::open(folder, back_end, &family.features);
@@ -280,7 +285,7 @@ fn check_prompts(family: &Family, folder: &Path, key: &str) {
             assert_eq!(positions, rows.iter().map(integers).collect::<Vec<_>>(), "{name}");
         }
         let far = distance(&logits, tokens, &vocabulary, &want["logits"][key]);
-        assert!(far <= LOGITS, "{name}: logits are {far:e} apart");
+        assert!(far <= LOGITS, "{name}: logits differ by {far:e}");
         if key == "dense" || ANSWERED.contains(&case) {
             assert_eq!(pipeline.answer(encoded, 8), integers(&want["greedy"][key]), "{name}");
         }
@@ -289,12 +294,14 @@ fn check_prompts(family: &Family, folder: &Path, key: &str) {
     assert!(checked >= 12, "{}: {checked} prompts", family.name);
 }
 
-/// Learned tokens of each conversation, and the loss of all of them as one batch.
+/// The trained tokens of each conversation, and the loss of all conversations as one batch.
 fn check_losses(family: &Family, folder: &Path, key: &str) {
     let processor = Processor::open(&Bundle::open(folder).expect("a model folder")).expect("a processor");
     let learned = &family.expected["learned"];
     let turns = learned["turns"].as_array().expect("conversations");
-    for (turns, want) in turns.iter().zip(learned["conversations"].as_array().expect("conversations")) {
+    let conversations = learned["conversations"].as_array().expect("conversations");
+    assert!(!turns.is_empty() && turns.len() == conversations.len(), "{}: {} turns", family.name, turns.len());
+    for (turns, want) in turns.iter().zip(conversations) {
         let encoded = processor.encode_conversation(&sample(turns)).expect("a conversation");
         assert_eq!(encoded.input_ids, integers(&want["input_ids"]), "{}", family.name);
         let answers: Vec<i64> =
@@ -313,7 +320,7 @@ fn check_losses(family: &Family, folder: &Path, key: &str) {
     assert!((found - want).abs() <= LOSS * want, "{} {key}: loss {found}, Hugging Face {want}", family.name);
 }
 
-/// `score` against the reference's rule on the same prompt: the stream as each layer's module gives it.
+/// Compares `score` with the reference on the same prompt: the stream as each layer's module returns it.
 fn check_scores(family: &Family) {
     let turns = &family.expected["cases"]["photo"]["turns"];
     family.dataset("photo.json", &[turns]);
@@ -329,8 +336,8 @@ fn check_scores(family: &Family) {
     }
 }
 
-/// Healing: the loss of its first step is that of Hugging Face's network without the same layers, whose expected values
-/// are those of `key`.
+/// Compares the loss of the first healing step with Hugging Face's network without the same layers. The expected values
+/// are under `key`.
 fn check_healing(family: &Family, deepstack: &[&str], key: &str) {
     let learned = &family.expected["learned"];
     let data = family.dataset("heal.json", &[&learned["turns"][0]]);
@@ -355,14 +362,14 @@ fn check_healing(family: &Family, deepstack: &[&str], key: &str) {
     assert!(!sees || status("picture and prompt") == Some("passed".into()), "{}: {verified}", family.name);
 }
 
-/// One network: its prompts and its losses.
+/// Compares the prompts and losses of one network.
 fn check_network(family: &Family, folder: &str, key: &str) {
     let folder = family.here().join(folder);
     check_prompts(family, &folder, key);
     check_losses(family, &folder, key);
 }
 
-/// The whole pipeline of a family whose layers are simply left out.
+/// The whole pipeline of a family whose layers can be dropped without further changes.
 fn check(archive: &str, name: &str) {
     let family = Family::open(archive, name);
     family.run(&["inspect", name]);
@@ -373,8 +380,8 @@ fn check(archive: &str, name: &str) {
     check_healing(&family, &[], "pruned");
 }
 
-/// The whole pipeline of a family with features between its first layers, which keep their place, or move on to the first
-/// layers that are left.
+/// The whole pipeline of a family with features added after its first layers. They keep their place, or move to the
+/// first kept layers.
 fn check_deepstack(archive: &str, name: &str) {
     let family = Family::open(archive, name);
     family.run(&["inspect", name]);
@@ -387,7 +394,7 @@ fn check_deepstack(archive: &str, name: &str) {
     }
 }
 
-/// What `generate` prints for a prompt of which the ids of the answer are known.
+/// Compares the output of `generate` for a prompt whose answer ids are known.
 fn check_generate(family: &Family, answer: &Value, arguments: &[&str]) {
     let folder = family.here().join(&family.name);
     let processor = Processor::open(&Bundle::open(&folder).expect("a model folder")).expect("a processor");
@@ -421,7 +428,7 @@ fn qwen3_vl_reads_a_video() {
     let mut pipeline = Pipeline::open(&family.here().join("qwen3_vl"), "pil", &family.features);
     let parts = [Part::Image(0), Part::Text(question.into())];
     let encoded = pipeline.processor.encode_question("video", &parts, &[clip]).expect("a prompt");
-    // A row of a video's features has the image token in the ids.
+    // The encoded ids have the image token at the features of a video.
     let special = fs::read(family.here().join("qwen3_vl/config.json")).expect("a config");
     let config: Value = serde_json::from_slice(&special).expect("JSON");
     let (image, video) = (config["image_token_id"].as_i64(), config["video_token_id"].as_i64());
@@ -436,14 +443,14 @@ fn qwen3_vl_reads_a_video() {
     assert_eq!(positions, rows.iter().map(integers).collect::<Vec<_>>());
     let vocabulary = integers(&family.expected["vocabulary"]);
     let far = distance(&logits, ids.len(), &vocabulary, &want["logits"]);
-    assert!(far <= LOGITS, "logits are {far:e} apart");
+    assert!(far <= LOGITS, "logits differ by {far:e}");
     assert_eq!(pipeline.answer(encoded, 8), integers(&want["greedy"]));
     let frames: Vec<String> = frames.iter().map(|frame| format!("{}={}", frame[0], text(&frame[1]))).collect();
     let flags = frames.iter().flat_map(|frame| ["--video-frame", frame]).collect::<Vec<_>>();
     check_generate(&family, &want["greedy"], &[&flags[..], &["--prompt", question]].concat());
 }
 
-/// The graph lacks what the config says the network has.
+/// The graph lacks DeepStack inputs that the config declares.
 #[test]
 fn a_graph_without_deepstack_is_warned_about() {
     let family = Family::open("qwen3_vl", "qwen3_vl_plain");
@@ -458,13 +465,13 @@ fn a_graph_without_deepstack_is_warned_about() {
         (&["inspect", "qwen3_vl_masked"], false),
     ] {
         let output = interlace(family.here(), arguments);
-        let said = stderr(&output) + &String::from_utf8_lossy(&output.stdout);
-        assert_eq!(output.status.code(), Some(0), "{arguments:?}: {said}");
-        assert_eq!(said.contains("layers whose features go into the decoder"), warned, "{arguments:?}: {said}");
+        let printed = stderr(&output) + &String::from_utf8_lossy(&output.stdout);
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}: {printed}");
+        assert_eq!(printed.contains("layers whose features go into the decoder"), warned, "{arguments:?}: {printed}");
     }
 }
 
-/// Gemma 3n, whose residual stream is four streams side by side: everything but scores and healing.
+/// Gemma 3n has four parallel residual streams: everything works except scoring and healing.
 #[test]
 fn gemma3n() {
     let family = Family::open("gemma3n", "gemma3n");
@@ -518,6 +525,7 @@ families! { check:
     llava_with_a_projector_of_its_own = "llava" "llava_projector",
     llava_in_one_graph = "llava" "llava_single",
     llava_onevision = "llava_onevision" "llava_onevision",
+    llava_onevision_with_tiles = "llava_onevision_tiles" "llava_onevision_tiles",
     fast_vlm = "fast_vlm" "fast_vlm",
     moondream = "moondream" "moondream",
     internvl = "internvl" "internvl",

@@ -1,4 +1,4 @@
-//! Model folders of every layout: opened, and written again with the configs of a model that has lost layers.
+//! Model folders of every layout are opened, and written with the configs of a pruned model.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ fn zoo(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/zoo").join(path)
 }
 
-/// Writes the folder with layers 2 and 5 gone from its configs, its graphs as they are.
+/// Writes the folder with configs without layers 2 and 5. The graphs stay unchanged.
 fn without_two_layers(folder: &Path, out: &Path) {
     let bundle = Bundle::open(folder).unwrap();
     let mut writer = BundleWriter::create(&bundle, out).unwrap();
@@ -24,8 +24,8 @@ fn without_two_layers(folder: &Path, out: &Path) {
     writer.commit(Provenance::new(Record::SCHEMA_VERSION, BTreeMap::new(), &()).unwrap()).unwrap();
 }
 
-/// The model folder `FOLDER` or `FOLDER/COMPONENT` below `root` with one graph and the weights beside it, which other
-/// graphs of the zoo share. Returns its path.
+/// The model folder `FOLDER` or `FOLDER/COMPONENT` below `root`, with one graph and the weights that it shares with
+/// other graphs of the zoo. Returns its path.
 fn with_shared_weights(root: &Path, graph: &str, target: &str) -> PathBuf {
     let target = root.join(target);
     std::fs::create_dir_all(&target).unwrap();
@@ -41,7 +41,7 @@ fn with_shared_weights(root: &Path, graph: &str, target: &str) -> PathBuf {
 }
 
 #[test]
-fn every_layout_is_opened_and_written_again() {
+fn every_folder_layout_is_opened_and_written() {
     let cases = [
         ("genai/llama-fp32-embeds", "genai", Role::Decoder),
         ("genai/qwen3_vl-fp32-embeds", "genai", Role::Decoder),
@@ -75,7 +75,7 @@ fn every_layout_is_opened_and_written_again() {
 }
 
 #[test]
-fn the_exporter_s_cache_trees_lose_the_same_layers() {
+fn the_cache_trees_in_export_json_lose_the_dropped_layers() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("out");
     without_two_layers(&zoo("hfexp/llama-cpu"), &out);
@@ -104,7 +104,7 @@ fn the_exporter_s_cache_trees_lose_the_same_layers() {
 }
 
 #[test]
-fn a_variant_that_cannot_be_read_is_set_aside() {
+fn an_unreadable_variant_is_skipped_with_a_warning() {
     let root = tempfile::tempdir().unwrap();
     let folder = with_shared_weights(root.path(), "llama/optimum-O2.onnx", "optimum");
     let sound = std::fs::read(folder.join("model.onnx")).unwrap();
@@ -122,13 +122,19 @@ fn a_variant_that_cannot_be_read_is_set_aside() {
             "{message}"
         );
     }
+    let plan = ["plan", "optimum", "--drop", "2,5", "-o", "plan.json"];
+    let message = stderr(&interlace(root.path(), &plan));
+    assert!(message.contains("`finetune` takes the float decoder `model.onnx` alone"), "{message}");
+    let again = interlace(root.path(), &["prune", "optimum", "--drop", "2", "-o", "again"]);
+    let want = "delete the other variants (model_q2f16.onnx, model_q1.onnx, model_q1f16.onnx) from the pruned folder";
+    assert!(stderr(&again).contains(want), "{}", stderr(&again));
     let out = root.path().join("out");
     assert!(!out.join("model_q2.onnx").exists());
     let written = Bundle::open(&out).unwrap();
     let variants: Vec<&str> = written.variants(Role::Decoder).map(|component| component.variant.as_str()).collect();
     assert_eq!(variants, ["", "q2f16", "q1", "q1f16"]);
 
-    // A variant that is asked for has to be sound, and so has the one that every verb takes.
+    // A variant named by `--variant` has to be readable, and so has the default one.
     for (variant, status) in [("q1", 0), ("q2", 2)] {
         let arguments = ["export", "optimum", "--to", "triton", "--variant", variant, "-o", variant];
         let output = interlace(root.path(), &arguments);

@@ -1,4 +1,4 @@
-//! `generate`: a question of the user's, and every question of a data set.
+//! `generate` on a single question and on every question of a data set.
 
 use std::path::{Path, PathBuf};
 
@@ -9,7 +9,7 @@ fn fixture(path: &str) -> PathBuf {
 }
 
 #[test]
-fn generate_answers_a_question_beside_another_model_and_a_data_set() {
+fn generate_answers_one_question_or_a_data_set_and_compares_models() {
     let picture = std::fs::read_dir(fixture("processor/pictures"))
         .expect("pictures")
         .map(|entry| entry.expect("entry").path())
@@ -46,8 +46,14 @@ fn generate_answers_a_question_beside_another_model_and_a_data_set() {
     assert_eq!(answers.len(), 32);
     assert!(answers.iter().all(|line| line["answer"].as_str().is_some_and(|answer| !answer.is_empty())));
 
-    for wrong in [&["--image", "missing.png", "--prompt", "x"][..], &["--temperature", "-1", "--prompt", "x"], &[]] {
+    for (wrong, want) in [
+        (&["--image", "missing.png", "--prompt", "x"][..], "missing.png"),
+        (&["--temperature=-1", "--prompt", "x"][..], "temperature: is -1, expected a number of 0 or more"),
+        (&[][..], "--prompt <TEXT>"),
+    ] {
         let output = interlace(Path::new("."), &[&["generate", model][..], wrong].concat());
-        assert_eq!(output.status.code(), Some(2), "{wrong:?}: {}", stderr(&output));
+        let message = stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{wrong:?}: {message}");
+        assert!(message.contains(want), "{wrong:?}: {message}");
     }
 }

@@ -1,4 +1,4 @@
-//! Decoders of many exporters in ONNX Runtime: prefill, cached steps, and batches that answer as single prompts do.
+//! Decoders of many exporters in ONNX Runtime: prefill, cached steps, and batches compared with single prompts.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use interlace::onnx;
 use interlace::prompt::Prompt;
 use interlace::runtime::{Decoder, Embedded, Runtime, SessionOptions, Step, VlmSession, VlmSettings};
 
-/// Heads of the zoo's networks are 16 wide; some graphs leave that open.
+/// The heads of the zoo's networks are 16 wide. Some graphs do not declare it.
 const HEAD_DIM: usize = 16;
 
 fn zoo(file: &str) -> PathBuf {
@@ -38,7 +38,7 @@ fn largest_difference(found: &[f32], want: &[f32]) -> f32 {
 }
 
 #[test]
-fn prefill_and_a_cached_step_give_what_pytorch_gives() {
+fn prefill_and_a_cached_step_equal_pytorch() {
     let cases = [
         ("smolvlm/ts17.onnx", "smolvlm", 1),
         ("qwen3_vl/ts17.onnx", "qwen3_vl", 3),
@@ -81,8 +81,8 @@ fn prefill_and_a_cached_step_give_what_pytorch_gives() {
 }
 
 #[test]
-fn a_graph_in_memory_runs_as_its_file_does() {
-    // External data in one file, and everything inside the graph's file.
+fn a_graph_in_memory_gives_the_same_results_as_its_file() {
+    // One model with external data in one file, and one with all data inline.
     for file in ["qwen3_vl/mobius.onnx", "smolvlm/ts17.onnx"] {
         let model = onnx::load(&zoo(file)).expect("a model");
         let session = runtime().session_of(&model, &SessionOptions::default()).expect("a session");
@@ -105,8 +105,8 @@ fn text_model(file: &str) -> VlmSession {
 }
 
 #[test]
-fn a_batch_answers_as_its_prompts_do_alone() {
-    // A mask and positions, `Attention` fused by Optimum, and a graph that is made for a batch of one.
+fn a_batch_gives_the_same_answers_as_single_prompts() {
+    // With a mask and positions, with `Attention` fused by Optimum, and with a fixed batch of one.
     for file in ["optimum/llama-with-past/model.onnx", "llama/optimum-O2.onnx", "hfexp/llama-cpu/decode.onnx"] {
         let mut model = text_model(file);
         let prompts: Vec<Prompt> = (0..5)
@@ -123,7 +123,7 @@ fn a_batch_answers_as_its_prompts_do_alone() {
         assert!(alone.iter().all(|answer| answer.len() <= 9), "{alone:?}");
         assert!(
             alone.iter().any(|answer| answer != &alone[0]),
-            "{file}: all answers are alike, so nothing is compared"
+            "{file}: all answers are equal, so the comparison is void"
         );
         let together = model.generate(&prompts, 9, &cancel).expect("answers");
         assert_eq!(together, alone, "{file}");
@@ -131,7 +131,7 @@ fn a_batch_answers_as_its_prompts_do_alone() {
 }
 
 #[test]
-fn an_answer_ends_at_its_end_token_and_leaves_it_out() {
+fn an_answer_ends_before_its_end_token() {
     let prompt = [Prompt { input_ids: vec![5, 17, 99], ..Prompt::default() }];
     let cancel = Cancel::default();
     let free = text_model("llama/optimum-O2.onnx").generate(&prompt, 6, &cancel).expect("an answer").remove(0);
@@ -143,7 +143,7 @@ fn an_answer_ends_at_its_end_token_and_leaves_it_out() {
 }
 
 #[test]
-fn a_request_to_stop_ends_generation() {
+fn a_cancel_request_ends_generation() {
     let cancel = Cancel::default();
     cancel.request();
     let prompt = [Prompt { input_ids: vec![5, 17, 99], ..Prompt::default() }];
@@ -152,7 +152,7 @@ fn a_request_to_stop_ends_generation() {
 }
 
 #[test]
-fn what_does_not_fit_the_graph_is_refused() {
+fn prompts_that_do_not_fit_the_graph_are_refused() {
     let mut ids = decoder("llama/optimum-O2.onnx");
     let embeddings = Embedded { input_ids: Vec::new(), ..Embedded::text(&[1], 64, vec![0.0; 64], 0, 1) };
     let error = ids.step(&Step::prefill(&[&embeddings], true).expect("a step"), None).expect_err("ids").to_string();

@@ -1,7 +1,7 @@
-//! Finetuned weights written into the graphs of many exporters, against the same network in PyTorch.
+//! Finetuned weights written into the graphs of many exporters, compared with the same network in PyTorch.
 //!
-//! The base is taken out of the GenAI exporter's graph, which names every matrix; `scripts/zoo/graft.py` takes it out in
-//! the same way, checks it against the zoo's logits, and makes the twin's logits.
+//! The base checkpoint is extracted from the GenAI exporter's graph, which names every matrix. `scripts/zoo/graft.py`
+//! extracts it in the same way, checks it against the zoo's logits, and computes the logits of the twin.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
@@ -25,7 +25,7 @@ fn transposed(rows: usize, columns: usize, numbers: &[f32]) -> Vec<f32> {
     (0..columns).flat_map(|column| (0..rows).map(move |row| numbers[row * columns + column])).collect()
 }
 
-/// The text model and its head under Hugging Face's names.
+/// The text model and its head under the names of Hugging Face.
 fn base(name: &str) -> Tensors {
     let (prefix, embeddings) = match name {
         "llama" => ("model.", Some("llama/dyn18-ids.onnx")),
@@ -71,7 +71,7 @@ fn base(name: &str) -> Tensors {
     tensors
 }
 
-/// The rule of `scripts/zoo/graft.py`.
+/// The finetuned twin, by the formula of `scripts/zoo/graft.py`.
 fn twin(base: &Tensors) -> Tensors {
     let step = |place: usize| ((place * 7919 % 17) as f32 - 8.0) / 512.0;
     let moved = |numbers: &[f32]| numbers.iter().enumerate().map(|(place, number)| number + step(place)).collect();
@@ -90,7 +90,7 @@ fn save(path: &Path, tensors: &Tensors) {
     safetensors::serialize_to_file(views, &None, path).expect("save");
 }
 
-/// A folder with `base/` and `tuned/` of a network.
+/// Writes `base/` and `tuned/` of a network.
 fn checkpoints(folder: &Path, name: &str) -> Tensors {
     let base = base(name);
     save(&folder.join("base/model.safetensors"), &base);
@@ -103,7 +103,7 @@ fn golden(name: &str) -> Arrays {
     tch::Tensor::read_npz(path).expect("golden values").into_iter().collect()
 }
 
-/// The one file of a network in a folder, or the file itself.
+/// The single file of a network in a folder, or the path itself if it is a file.
 fn graph_of(path: &Path) -> PathBuf {
     if path.is_file() {
         return path.to_path_buf();
@@ -111,14 +111,14 @@ fn graph_of(path: &Path) -> PathBuf {
     ["model.onnx", "decode.onnx"].map(|file| path.join(file)).into_iter().find(|file| file.exists()).expect("a graph")
 }
 
-/// Grafts, and returns how far prefill and a cached step are from PyTorch.
+/// Grafts, and returns the largest differences of prefill and of a cached step from PyTorch.
 fn grafted(folder: &Path, file: &str, tuned: &str, golden: &Arrays, given: &dyn Fn(&str) -> String) -> (f32, f32) {
     let source = root().join(file);
     let out = folder.join("out");
     let _ = fs::remove_dir_all(&out);
     let source = source.to_str().expect("path");
     let mut arguments = vec!["graft", source, "--base", "base", "--tuned", tuned, "-o", "out", "--quiet"];
-    // Graphs that read embeddings have no table.
+    // Graphs that read embeddings have no embedding table.
     arguments.extend(
         ["--leave-out", "model.embed_tokens"].into_iter().filter(|_| file.contains("embeds") && file.contains("llama")),
     );
@@ -131,7 +131,7 @@ fn grafted(folder: &Path, file: &str, tuned: &str, golden: &Arrays, given: &dyn 
 }
 
 #[test]
-fn a_finetuned_twin_through_the_graft_equals_pytorch() {
+fn a_grafted_finetuned_twin_equals_pytorch() {
     let cases: &[(&str, &[(&str, f32)])] = &[
         (
             "llama",
@@ -166,7 +166,7 @@ fn a_finetuned_twin_through_the_graft_equals_pytorch() {
 }
 
 #[test]
-fn an_adapter_of_peft_through_the_graft_equals_pytorch() {
+fn a_grafted_peft_adapter_equals_pytorch() {
     let folder = tempfile::tempdir().expect("folder");
     checkpoints(folder.path(), "llama");
     let adapter = root().join("llama/adapter");
@@ -177,7 +177,7 @@ fn an_adapter_of_peft_through_the_graft_equals_pytorch() {
     }
 }
 
-/// Grafts the twin, and returns the printed table.
+/// Grafts the twin and returns the printed table.
 fn table_of(folder: &Path, source: &Path) -> Value {
     let source = source.to_str().expect("path");
     let arguments = ["graft", source, "--base", "base", "--tuned", "tuned", "-o", "out", "--quiet", "--json"];
@@ -186,9 +186,9 @@ fn table_of(folder: &Path, source: &Path) -> Value {
     serde_json::from_slice(&output.stdout).expect("JSON")
 }
 
-/// Every weight of a graph in half precision is the twin's, rounded once.
+/// Every weight of a half-precision graph equals the twin's weight, rounded once.
 #[test]
-fn a_graph_in_half_precision_gets_rounded_weights() {
+fn a_half_precision_graph_gets_weights_that_are_rounded_once() {
     let folder = tempfile::tempdir().expect("folder");
     let tuned = twin(&checkpoints(folder.path(), "qwen3_vl"));
     let source = root().join("post/qwen3_vl-ts17__fp16.onnx");
@@ -207,13 +207,13 @@ fn a_graph_in_half_precision_gets_rounded_weights() {
         assert_eq!(found.bytes(), wanted, "{name}");
         compared += usize::from(found.dtype == DataType::Float16);
     }
-    assert!(compared > 50, "{compared} weights in half precision");
+    assert!(compared > 50, "{compared} half-precision weights compared");
 }
 
-/// The int4 graph gets the bytes that ONNX Runtime's quantiser would give the twin: the same rule gives the graph's own
-/// bytes for the base, which the verb checks for every matrix.
+/// The int4 graph gets the bytes that ONNX Runtime's quantiser gives for the twin. The same rule reproduces the graph's
+/// own bytes from the base, which the verb checks for every matrix.
 #[test]
-fn a_quantised_graph_is_quantised_anew_by_its_own_rule() {
+fn an_int4_graph_is_requantised_by_its_own_rule() {
     let folder = tempfile::tempdir().expect("folder");
     let base = checkpoints(folder.path(), "qwen3_vl");
     let source = root().join("genai/qwen3_vl-int4-embeds");
@@ -236,14 +236,15 @@ fn a_quantised_graph_is_quantised_anew_by_its_own_rule() {
         let scale = scales[row * shape[1] / 32 + column / 32];
         let byte = numbers.bytes()[(row * shape[1] + column) / 2];
         let found = (f32::from(byte >> (4 * (column % 2)) & 15) - 8.0) * scale;
-        // The greatest number on the other side of the range is cut off at 7 of 8 steps.
+        // The largest number of the opposite sign is clipped to 7 of 8 steps.
         assert!((found - wanted).abs() <= scale.abs() * 1.001, "{place}: {found} {wanted}");
     }
 }
 
-/// The int8 graph: every matrix gets the bytes of ONNX Runtime's own rule, which gives the graph's for the base.
+/// In the int8 graph every matrix gets the bytes of ONNX Runtime's own rule, which reproduces the graph's bytes from
+/// the base.
 #[test]
-fn a_graph_of_8_bits_is_quantised_anew_by_its_own_rule() {
+fn an_int8_graph_is_requantised_by_its_own_rule() {
     let folder = tempfile::tempdir().expect("folder");
     let base = checkpoints(folder.path(), "llama");
     let source = root().join("post/llama-ts17__int8.onnx");
@@ -251,7 +252,7 @@ fn a_graph_of_8_bits_is_quantised_anew_by_its_own_rule() {
     let weights = table["weights"].as_array().expect("weights");
     let quantised: Vec<&Value> =
         weights.iter().filter(|weight| weight["how"].as_str().is_some_and(|how| how.contains("8 bits"))).collect();
-    // 56 products of the layers, the head and the embeddings.
+    // 56 products of the layers, the head, and the embeddings.
     assert_eq!(quantised.len(), 58);
     let model = onnx::load(&folder.path().join("out/llama-ts17__int8.onnx")).expect("result");
     let weight = quantised.iter().find(|weight| weight["tensors"][0] == "model.layers.3.mlp.down_proj.weight");
@@ -313,7 +314,7 @@ fn a_graph_with_quantize_and_dequantize_nodes_gets_weights_by_its_own_rule() {
 }
 
 #[test]
-fn what_is_not_the_graph_s_is_refused() {
+fn checkpoints_that_do_not_match_the_graph_are_refused() {
     let folder = tempfile::tempdir().expect("folder");
     let base = checkpoints(folder.path(), "llama");
     let source = root().join("llama/ts17-noname.onnx");
@@ -344,7 +345,7 @@ fn what_is_not_the_graph_s_is_refused() {
     changed.insert("model.layers.0.mlp.experts.0.weight".into(), (vec![4, 4], vec![1.0; 16]));
     save(&folder.path().join("names/model.safetensors"), &changed);
     refused("base", "names", &["does not have", "experts"]);
-    // Nothing was finetuned.
+    // The finetuned checkpoint equals the base.
     refused("base", "base", &["are those of the base", "--tuned"]);
     // A tensor that the graph does not have.
     let mut more = base.clone();

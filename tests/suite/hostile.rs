@@ -1,5 +1,5 @@
-//! Models made to harm whoever opens them: each ends in an answer or one error, in bounded time and memory, without a
-//! panic, and nothing outside the output is written.
+//! Models made to cause harm: each ends in a result or one error, in bounded time and memory, without a panic, and
+//! nothing outside the output is written.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -11,14 +11,14 @@ use serde_json::Value;
 
 use super::cli::fixture;
 
-/// Longest run of one verb, on a slow build and a busy machine.
+/// Longest time for one verb, with a slow build on a busy machine.
 const TIME_LIMIT: Duration = Duration::from_secs(60);
 /// Largest resident memory of one verb, in bytes.
 const MEMORY_LIMIT: u64 = 2 << 30;
-/// Text that stands outside of the model's folder and must never be shown or changed.
+/// Text outside the model's folder that must never be printed or changed.
 const SECRET: &str = "what stands outside of the folder";
 
-/// One way to harm: its name, and what it does to a copy of the shipped model.
+/// One attack: its name, and the change to a copy of the shipped model.
 type Harm = (&'static str, fn(&Path));
 
 const GRAPH: &str = "onnx/embed_tokens.onnx";
@@ -121,7 +121,7 @@ const HARMS: &[Harm] = &[
     }),
 ];
 
-/// What is done with each: the verb with its arguments behind the model, and what it may write.
+/// What is run on each model: the verb, the arguments after the model, and the paths that it may write.
 const VERBS: &[&[&str]] = &[
     &["inspect"],
     &["prune", "--drop", "1", "-o", "out"],
@@ -167,17 +167,17 @@ fn varint(mut number: u64) -> Vec<u8> {
     bytes
 }
 
-/// A field of the wire format that holds bytes.
+/// A length-delimited field of the wire format.
 fn field(number: u64, bytes: &[u8]) -> Vec<u8> {
     [varint(number << 3 | 2), varint(bytes.len() as u64), bytes.to_vec()].concat()
 }
 
-/// A field of the wire format that holds a number.
+/// A varint field of the wire format.
 fn number(field: u64, value: u64) -> Vec<u8> {
     [varint(field << 3), varint(value)].concat()
 }
 
-/// An initializer that a graph gets when these bytes follow its own: fields of one message add up.
+/// An initializer that a graph gets if these bytes are appended to its own, because protobuf merges repeated messages.
 fn tensor_in_graph(tensor: &[u8]) -> Vec<u8> {
     field(7, &field(5, tensor))
 }
@@ -201,7 +201,7 @@ fn node(op_type: &str, input: &str, output: &str) -> Vec<u8> {
     field(7, &field(1, &node))
 }
 
-/// An `If` whose branch holds an `If` whose branch holds one, `depth` times.
+/// An `If` whose branch holds an `If`, nested `depth` times.
 fn nested(depth: usize) -> Vec<u8> {
     let mut graph = Vec::new();
     for _ in 0..depth {
@@ -240,9 +240,9 @@ fn copy_of_the_model(folder: &Path) -> PathBuf {
     model
 }
 
-/// Exit status, largest resident memory in bytes and what was printed.
+/// Exit status, largest resident memory in bytes, and the printed text.
 ///
-/// Panics when the run takes too long.
+/// Panics if the run takes too long.
 fn run(folder: &Path, arguments: &[String], name: &str) -> (Option<i32>, u64, String) {
     let log = fs::File::create(folder.join("log.txt")).expect("log");
     let mut child = Command::new(env!("CARGO_BIN_EXE_interlace"))
@@ -273,7 +273,7 @@ fn run(folder: &Path, arguments: &[String], name: &str) -> (Option<i32>, u64, St
     (status.code(), memory, String::from_utf8_lossy(&text).into_owned())
 }
 
-/// Every file below a folder with its size, but for the model's and what a verb may write.
+/// Every file below a folder with its size, except those of the model and those that a verb may write.
 fn files_around(folder: &Path) -> Vec<String> {
     let mut names: Vec<String> = fs::read_dir(folder)
         .expect("folder")
@@ -285,7 +285,7 @@ fn files_around(folder: &Path) -> Vec<String> {
 }
 
 #[test]
-fn no_model_harms_whoever_opens_it() {
+fn hostile_models_end_in_a_result_or_one_error() {
     let (mut refused, mut answered) = (0, 0);
     for (name, harm) in HARMS {
         let folder = tempfile::tempdir().expect("folder");

@@ -1,11 +1,11 @@
-//! What `interlace inspect` prints for graphs of many exporters, as text for people.
+//! The text output of `interlace inspect` for graphs of many exporters.
 
 use std::path::Path;
 
 use crate::cli::{interlace, stderr, stdout};
 
 #[test]
-fn graphs_of_every_exporter_are_shown() {
+fn inspect_prints_graphs_of_every_exporter() {
     let zoo = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/zoo");
     let table = std::fs::read_to_string(zoo.join("cases.tsv")).unwrap();
     let files = table.lines().filter_map(|line| line.split('\t').next());

@@ -1,4 +1,4 @@
-//! The interpreter computes what ONNX Runtime computes, on exported graphs.
+//! The interpreter gives the results of ONNX Runtime on exported graphs.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -33,7 +33,7 @@ fn to_runtime(tensor: &Tensor) -> OrtTensor {
     made.expect("tensor")
 }
 
-/// The content as f64, whatever the type.
+/// The content as f64, for any type.
 fn from_runtime(tensor: &OrtTensor) -> Tensor {
     let shape: Vec<i64> = tensor.shape().iter().map(|&dim| dim as i64).collect();
     let flat = match tensor.dtype().expect("element type") {
@@ -47,7 +47,7 @@ fn from_runtime(tensor: &OrtTensor) -> Tensor {
     flat.to_kind(Kind::Double).reshape(&shape)
 }
 
-/// Largest difference between results of the two engines, the infinities that both have left out.
+/// Largest difference between the results of the two engines. Infinities that are equal in both are ignored.
 pub fn difference(ours: &Tensor, theirs: &Tensor) -> f64 {
     assert_eq!(ours.size(), theirs.size(), "shapes differ");
     if ours.numel() == 0 {
@@ -98,7 +98,7 @@ pub fn feeds(
         .collect()
 }
 
-/// The past that a present becomes, by the naming patterns of the exporters.
+/// Name of the past input for a present output, by the naming patterns of the exporters.
 fn past_name(present: &str) -> String {
     if let Some(rest) = present.strip_prefix("output.") {
         return format!("input.{rest}");
@@ -134,7 +134,7 @@ fn compare(file: &str, step: &str, ours: &HashMap<String, Tensor>, theirs: &Hash
     }
 }
 
-/// Decoders in prefill and in one step with cache, and what inputs to run them on.
+/// Decoders for prefill and one cached step, with the file of their inputs.
 const DECODERS: &[(&str, &str)] = &[
     ("model/onnx/decoder_model_merged.onnx", "expected/nodrop.npz"),
     ("zoo/smolvlm/ts17.onnx", "zoo/expected/smolvlm.nodrop.npz"),
@@ -155,7 +155,7 @@ const DECODERS: &[(&str, &str)] = &[
     ("zoo/post/qwen3_vl-ts17__fp16.onnx", "zoo/expected/qwen3_vl.nodrop.npz"),
 ];
 
-/// Decoders in 4 bits, by folder and network.
+/// 4-bit decoders: folder and network.
 const IN_4_BITS: &[(&str, &str)] = &[("genai/qwen3_vl-int4-embeds", "qwen3_vl"), ("genai/llama-int4-shared", "llama")];
 
 #[test]
@@ -167,7 +167,7 @@ fn exported_decoders_agree_with_onnx_runtime() {
         let model = onnx::load(&path).expect(file);
         let data: HashMap<String, Tensor> = Tensor::read_npz(fixture(expected)).expect(expected).into_iter().collect();
         let program = torch::Program::compile(&model, &torch::Options::default()).expect(file);
-        // Half precision runs in f32 in the interpreter, so ONNX Runtime is given it in f32 too.
+        // The interpreter computes half precision in f32, so ONNX Runtime gets the model in f32 too.
         match widened(&model) {
             None => {
                 let mut session = runtime.session(&path, &ONE_THREAD).expect(file);
@@ -181,9 +181,9 @@ fn exported_decoders_agree_with_onnx_runtime() {
     }
 }
 
-/// No graph of the zoo is left out above and below.
+/// The tables of this file list every graph of the zoo.
 #[test]
-fn every_graph_of_the_zoo_is_run() {
+fn every_graph_of_the_zoo_is_in_the_tables_of_decoders() {
     let root = fixture("zoo");
     let mut known: Vec<PathBuf> = DECODERS.iter().map(|(file, _)| fixture(file)).collect();
     known.extend(IN_4_BITS.iter().map(|(folder, _)| root.join(folder).join("model.onnx")));
@@ -195,7 +195,7 @@ fn every_graph_of_the_zoo_is_run() {
             if path.is_dir() {
                 open.push(path);
             } else if path.extension().is_some_and(|extension| extension == "onnx") {
-                assert!(known.contains(&path), "{} is not run", path.display());
+                assert!(known.contains(&path), "{} is in no table", path.display());
                 found += 1;
             }
         }
@@ -203,7 +203,7 @@ fn every_graph_of_the_zoo_is_run() {
     assert!(found >= 18, "{found} graphs");
 }
 
-/// Compares prefill and one step with the cache that it left.
+/// Compares prefill and one step with the cache of the prefill.
 fn both_steps(
     file: &str,
     model: &ir::Model,
@@ -219,7 +219,7 @@ fn both_steps(
         ours.iter().map(|(name, tensor)| (past_name(name), tensor.shallow_clone())).collect();
     let decode = feeds(model, data, "in2", &past);
     compare(file, "decode", &run_torch(program, &decode), &run_runtime(session, &decode), tolerance);
-    // Again, now with what was kept for these shapes.
+    // Run again, now with the values that are cached for these shapes.
     compare(file, "prefill again", &run_torch(program, &prefill), &ours_as_f64(&ours), 0.0);
 }
 
@@ -227,8 +227,8 @@ fn ours_as_f64(ours: &HashMap<String, Tensor>) -> HashMap<String, Tensor> {
     ours.iter().map(|(name, tensor)| (name.clone(), tensor.to_kind(Kind::Double))).collect()
 }
 
-/// The gradients of one network's weights do not depend on how it was exported: plain operators, dynamo's, Optimum's,
-/// and ONNX Runtime's fused ones.
+/// The gradients of one network's weights do not depend on its export: plain operators, the dynamo exporter, Optimum,
+/// and operators fused by ONNX Runtime.
 #[test]
 fn gradients_agree_across_exporters() {
     tch::set_num_threads(1);
@@ -241,7 +241,7 @@ fn gradients_agree_across_exporters() {
         "genai/llama-fp32-embeds/model.onnx",
         "hfexp/llama-cpu/decode.onnx",
     ];
-    // Gradients by the content of the weight, for matrices that no other weight equals.
+    // Gradients by the content of the weight, for matrices with unique content.
     let mut known: HashMap<Vec<u8>, Tensor> = HashMap::new();
     for (number, file) in files.into_iter().enumerate() {
         let model = onnx::load(&fixture("zoo").join(file)).expect(file);
@@ -266,11 +266,11 @@ fn gradients_agree_across_exporters() {
             }
             known.insert(content, gradient);
         }
-        assert!(number == 0 || compared >= 16, "{file}: only {compared} weights are those of the other exports");
+        assert!(number == 0 || compared >= 16, "{file}: only {compared} weights equal those of the other exports");
     }
 }
 
-/// The shipped model's vision encoder and embeddings.
+/// The vision encoder and the embeddings of the shipped model.
 #[test]
 fn other_components_agree_with_onnx_runtime() {
     let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
@@ -296,8 +296,8 @@ fn other_components_agree_with_onnx_runtime() {
     }
 }
 
-/// A decoder in 4 bits, dense and without layers 2 and 5. ONNX Runtime is asked for products in f32: left to itself it
-/// rounds the activations to 8 bits.
+/// A 4-bit decoder, dense and without layers 2 and 5. ONNX Runtime has to compute the products in f32, because by
+/// default it rounds the activations to 8 bits.
 #[test]
 fn a_decoder_in_4_bits_agrees_with_onnx_runtime() {
     let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
@@ -321,7 +321,7 @@ fn a_decoder_in_4_bits_agrees_with_onnx_runtime() {
     }
 }
 
-/// Rounds the sums that skip norms give out to half precision, as half-precision exports do around norms in f32.
+/// Rounds the sums that skip norms output to half precision, as half-precision exports do around f32 norms.
 fn with_half_stream(model: &ir::Model) -> ir::Model {
     let mut model = model.clone();
     let mut position = 0;
@@ -352,13 +352,13 @@ fn with_half_stream(model: &ir::Model) -> ir::Model {
     model
 }
 
-/// A stream in half precision around norms in f32: a dropped layer rounds nothing, and its skip norm stays fused.
+/// A half-precision stream around f32 norms: a dropped layer adds no rounding, and its skip norm stays fused.
 #[test]
 fn a_dropped_layer_does_not_round_the_stream() {
     let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
     let dense = onnx::load(&fixture("zoo/genai/llama-fp32-embeds/model.onnx")).expect("model");
     let data = Tensor::read_npz(fixture("zoo/expected/llama.nodrop.npz")).expect("expected values");
-    // Embeddings in half precision come in from outside: rounding them again changes nothing.
+    // The embeddings are already in half precision, so rounding them again changes nothing.
     let halved = |tensor: Tensor| if tensor.is_floating_point() { tensor.to_kind(Kind::Half) } else { tensor };
     let data: HashMap<String, Tensor> = data.into_iter().map(|(name, tensor)| (name, halved(tensor))).collect();
     let logits = |model: &ir::Model| {

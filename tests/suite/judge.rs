@@ -1,4 +1,4 @@
-//! MIA-Bench with a language model as judge: a small server that speaks OpenAI's chat API.
+//! MIA-Bench with a language model as judge: a small server that implements OpenAI's chat API.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 
 use super::cli::{interlace, stderr};
 
-/// A request as the server sees it.
+/// A request as the server received it.
 struct Request {
     line: String,
     headers: Vec<String>,
@@ -48,7 +48,7 @@ fn request(stream: impl Read) -> Option<Request> {
     Some(Request { line: line.trim().to_string(), headers, body: serde_json::from_slice(&body).expect("JSON") })
 }
 
-/// A server that answers the request of each number with a status and a body; nothing at all for status 0.
+/// A server that answers request number `n` with a status and a body. Status 0 sends no answer.
 fn serve(answer: impl Fn(usize, &Request) -> (u16, String) + Send + 'static) -> (String, Receiver<Request>) {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let address = format!("http://{}/v1", listener.local_addr().expect("an address"));
@@ -74,12 +74,12 @@ fn reply(status: u16, body: &str) -> String {
     format!("HTTP/1.1 {status} x\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}", body.len())
 }
 
-/// A file of `fixtures/tls`: an authority that nobody knows, and a certificate and key for `localhost` by it.
+/// A file of `fixtures/tls`: an unknown certificate authority, and its certificate and key for `localhost`.
 fn tls(file: &str) -> PathBuf {
     root().join("fixtures/tls").join(file)
 }
 
-/// As `serve` over TLS, with one answer to all; counts the connections that were tried.
+/// As `serve`, over TLS and with the same answer to all. Counts the connection attempts.
 fn serve_tls(body: String) -> (String, Arc<AtomicUsize>) {
     let certificates = CertificateDer::pem_file_iter(tls("server.pem")).expect("file").map(|one| one.expect("one"));
     let key = PrivateKeyDer::from_pem_file(tls("server_key.pem")).expect("a key");
@@ -108,7 +108,7 @@ fn serve_tls(body: String) -> (String, Arc<AtomicUsize>) {
     (address, tried)
 }
 
-fn said(text: &str) -> String {
+fn chat_reply(text: &str) -> String {
     json!({"choices": [{"message": {"role": "assistant", "content": text}}]}).to_string()
 }
 
@@ -116,7 +116,7 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).to_path_buf()
 }
 
-/// Three rows in MIA-Bench's columns, with pictures of the small benchmark.
+/// Three rows with the columns of MIA-Bench and pictures of the small benchmark.
 fn benchmark(folder: &Path) {
     let mut reader = csv::ReaderBuilder::new()
         .delimiter(b'\t')
@@ -149,7 +149,7 @@ fn eval(folder: &Path, judge: &[&str]) -> std::process::Output {
     eval_trusting(folder, judge, None)
 }
 
-/// With a file of certificates to trust.
+/// With a file of trusted certificates.
 fn eval_trusting(folder: &Path, judge: &[&str], certificates: Option<&Path>) -> std::process::Output {
     let model = root().join("fixtures/model");
     let mut arguments = vec![
@@ -184,9 +184,9 @@ fn a_language_model_judges_mia_bench() {
 
     let (address, seen) = serve(|number, _| match number {
         0 => (503, "busy".into()),
-        1 => (200, said("score of component 1: 2/4, score of component 2: 6/6, total score: 8/10. Fine.")),
-        2 => (200, said("I would rather not say.")),
-        _ => (200, said("score of component 1: 0/4, score of component 2: 3/6, total score: 3/10. Poor.")),
+        1 => (200, chat_reply("score of component 1: 2/4, score of component 2: 6/6, total score: 8/10. Fine.")),
+        2 => (200, chat_reply("I would rather not say.")),
+        _ => (200, chat_reply("score of component 1: 0/4, score of component 2: 3/6, total score: 3/10. Poor.")),
     });
     let output = eval(folder.path(), &["--judge", &address, "--judge-model", "referee"]);
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
@@ -219,7 +219,7 @@ fn question(_: usize) -> interlace::base::Result<ChatQuestion> {
 }
 
 #[test]
-fn a_judge_that_fails_says_why() {
+fn a_failing_judge_is_reported_with_the_reason() {
     let judge = |address: &str| {
         let mut judge = Judge::new(address, "m").expect("a judge");
         (judge.timeout_s, judge.pause) = (1, Duration::from_millis(5));
@@ -242,15 +242,16 @@ fn a_judge_that_fails_says_why() {
     let (error, asked) = message(|_, _| (0, String::new()));
     assert!(error.contains("in 4 attempts") && asked == 4, "{error}");
     assert!((4..30).contains(&began.elapsed().as_secs()), "{:?}", began.elapsed());
-    // Nobody listens.
+    // No server listens at this address.
     let error = judge("http://127.0.0.1:9/v1").ask_all(1, question, &Cancel::default()).unwrap_err().to_string();
     assert!(error.contains("127.0.0.1:9") && error.contains("check the address"), "{error}");
 }
 
 #[test]
 fn replies_keep_the_order_of_their_questions() {
-    let (address, _seen) =
-        serve(|_, request| (200, said(request.body["messages"][0]["content"][0]["text"].as_str().unwrap_or_default())));
+    let (address, _seen) = serve(|_, request| {
+        (200, chat_reply(request.body["messages"][0]["content"][0]["text"].as_str().unwrap_or_default()))
+    });
     let judge = Judge::new(&address, "m").expect("a judge");
     let question = |number: usize| Ok(ChatQuestion { text: number.to_string(), picture: Vec::new() });
     let replies = judge.ask_all(30, question, &Cancel::default()).expect("replies");
@@ -258,7 +259,7 @@ fn replies_keep_the_order_of_their_questions() {
 }
 
 #[test]
-fn a_judge_needs_its_model_and_an_address() {
+fn a_judge_requires_a_model_name_and_an_address() {
     let folder = tempfile::tempdir().expect("folder");
     benchmark(folder.path());
     let output = eval(folder.path(), &["--judge", "localhost:8000", "--judge-model", "m"]);
@@ -269,10 +270,10 @@ fn a_judge_needs_its_model_and_an_address() {
 }
 
 #[test]
-fn a_judge_behind_https_must_be_trusted() {
+fn a_judge_with_an_untrusted_certificate_is_refused() {
     let folder = tempfile::tempdir().expect("folder");
     benchmark(folder.path());
-    let (address, tried) = serve_tls(said("score of component 1: 4/4, total score: 10/10. Fine."));
+    let (address, tried) = serve_tls(chat_reply("score of component 1: 4/4, total score: 10/10. Fine."));
     let judge = ["--judge", &address, "--judge-model", "referee"];
 
     let output = eval(folder.path(), &judge);
@@ -282,7 +283,7 @@ fn a_judge_behind_https_must_be_trusted() {
         assert!(message.contains(part), "expected `{part}` in: {message}");
     }
     assert_eq!(message.matches("SSL_CERT_FILE").count(), 1, "{message}");
-    // Each of the questions that are open at once tries it once.
+    // Each question that is sent at the same time makes one attempt.
     assert!(tried.load(Ordering::SeqCst) <= 3, "{tried:?} connections");
     assert!(!folder.path().join("report.json").exists());
 

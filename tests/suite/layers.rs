@@ -1,16 +1,17 @@
-//! The architecture holds: modules import downwards only, and each heavy dependency has its owners.
+//! The architecture: modules import only modules below them, and only some modules use a heavy dependency.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// From the top; modules of one row do not import each other.
+/// From top to bottom; modules of one row do not import each other.
 pub const LAYERS: &[&[&str]] = &[
     &["bin"],
     &["cli"],
     &["pipeline"],
     &["method", "finetune", "eval", "export"],
     &["data", "runtime", "torch", "graft"],
+    &["quantised"],
     &["prompt", "rewrite", "bundle", "checkpoint"],
     &["analysis"],
     &["onnx"],
@@ -18,7 +19,7 @@ pub const LAYERS: &[&[&str]] = &[
     &["base"],
 ];
 
-/// Crates that only some modules may name; `main` is `main.rs`.
+/// Crates that only some modules may use; `main` is `main.rs`.
 const OWNERS: &[(&str, &[&str])] = &[
     ("protobuf", &["onnx"]),
     ("onnx_protobuf", &["onnx"]),
@@ -55,7 +56,7 @@ fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
     }
 }
 
-/// Module (first path component, or the file's stem at the top), file, text without comments.
+/// Module (first path component, or the file's stem at the top level), file, and text without comments.
 fn modules() -> Vec<(String, PathBuf, String)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut files = Vec::new();
@@ -75,14 +76,14 @@ fn is_name(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || byte == b'_'
 }
 
-/// Names that follow `prefix` wherever it stands as a whole path segment.
+/// Names that follow `prefix` where `prefix` is a whole path segment.
 fn names_after<'a>(code: &'a str, prefix: &str) -> Vec<&'a str> {
     let starts = code.match_indices(prefix).filter(|(at, _)| *at == 0 || !is_name(code.as_bytes()[at - 1]));
     let mut names = Vec::new();
     for (at, _) in starts {
         let rest = &code[at + prefix.len()..];
         let list = match rest.strip_prefix('{') {
-            // `use crate::{base::Error, ir}`: names at the top level of the braces.
+            // `use crate::{base::Error, ir}`: the names at the top level of the braces.
             Some(inner) => {
                 let mut depth = 0;
                 let end = inner.find(|c| {
@@ -110,7 +111,7 @@ fn names_after<'a>(code: &'a str, prefix: &str) -> Vec<&'a str> {
 }
 
 #[test]
-fn imports_point_down() {
+fn modules_import_only_modules_below_them() {
     let rank: BTreeMap<&str, usize> =
         LAYERS.iter().enumerate().flat_map(|(rank, names)| names.iter().map(move |name| (*name, rank))).collect();
     let mut wrong = Vec::new();
@@ -135,9 +136,9 @@ fn imports_point_down() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// Folders whose files do not import each other in circles; a folder's `mod.rs` counts as one of them, but for that of a
-/// whole module, which only names its parts.
-const WITHOUT_CIRCLES: &[&str] = &[
+/// Folders whose files have no import cycles. The `mod.rs` of a folder counts as one of its files, except that of a
+/// whole module, which only declares its parts.
+const WITHOUT_CYCLES: &[&str] = &[
     "analysis",
     "base",
     "bundle",
@@ -158,14 +159,15 @@ const WITHOUT_CIRCLES: &[&str] = &[
     "pipeline",
     "pipeline/steps",
     "pipeline/sweep",
+    "quantised",
     "rewrite",
     "runtime",
     "torch",
     "torch/ops",
 ];
 
-/// The names on a circle of imports, if there is one.
-fn circle(imports: &BTreeMap<String, Vec<String>>) -> Option<Vec<String>> {
+/// The names on an import cycle, if there is one.
+fn cycle(imports: &BTreeMap<String, Vec<String>>) -> Option<Vec<String>> {
     fn visit(
         name: &str,
         imports: &BTreeMap<String, Vec<String>>,
@@ -196,7 +198,7 @@ fn circle(imports: &BTreeMap<String, Vec<String>>) -> Option<Vec<String>> {
     })
 }
 
-/// Which files of a folder each of its files imports.
+/// For each file of a folder, the files of the folder that it imports.
 fn imports_in(folder: &str) -> BTreeMap<String, Vec<String>> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src").join(folder);
     let own: Vec<(String, String)> = modules()
@@ -211,7 +213,7 @@ fn imports_in(folder: &str) -> BTreeMap<String, Vec<String>> {
         let code = code.split("#[cfg(test)]\nmod ").next().unwrap_or_default();
         let imported = match file.as_str() {
             "mod" => names.iter().filter(|name| code.contains(&format!("{name}::"))).cloned().collect(),
-            // What is no file is an item of `mod.rs`.
+            // A name that is not a file is an item of `mod.rs`.
             _ => names_after(code, "use super::")
                 .into_iter()
                 .chain(names_after(code, &absolute).into_iter().filter(|name| names.iter().any(|file| file == name)))
@@ -226,29 +228,29 @@ fn imports_in(folder: &str) -> BTreeMap<String, Vec<String>> {
 }
 
 #[test]
-fn files_of_a_folder_do_not_import_in_circles() {
-    for folder in WITHOUT_CIRCLES {
+fn files_of_a_folder_have_no_import_cycles() {
+    for folder in WITHOUT_CYCLES {
         let imports = imports_in(folder);
         assert!(imports.len() > 1, "{folder}: {} files found", imports.len());
-        let found = circle(&imports);
-        assert!(found.is_none(), "{folder}: {} import in a circle", found.unwrap_or_default().join(" -> "));
+        let found = cycle(&imports);
+        assert!(found.is_none(), "{folder}: {} import in a cycle", found.unwrap_or_default().join(" -> "));
     }
     let ring = [("a", vec!["b"]), ("b", vec!["c"]), ("c", vec!["b"])];
     let ring = ring.map(|(name, all)| (name.to_string(), all.into_iter().map(str::to_string).collect()));
-    assert_eq!(circle(&ring.into()), Some(vec!["b".to_string(), "c".to_string()]));
+    assert_eq!(cycle(&ring.into()), Some(vec!["b".to_string(), "c".to_string()]));
 }
 
-/// The rooms of large modules, from the top: each imports those below it alone, by `crate::MODULE::ROOM`.
-pub const ROOMS: &[(&str, &[&str])] = &[(
+/// The parts of large modules, from top to bottom: each imports only parts below it, as `crate::MODULE::PART`.
+pub const PARTS: &[(&str, &[&str])] = &[(
     "finetune",
     &["run", "train", "student", "checkpoint", "data", "plan", "cut", "settings", "optim", "record", "loss", "error"],
 )];
 
 #[test]
-fn rooms_of_large_modules_import_downwards() {
+fn parts_of_large_modules_import_only_parts_below_them() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut wrong = Vec::new();
-    for (module, rooms) in ROOMS {
+    for (module, parts) in PARTS {
         let mut files: BTreeMap<&str, BTreeMap<String, Vec<String>>> = BTreeMap::new();
         for (_, path, code) in modules().into_iter().filter(|(name, ..)| name == module) {
             let relative = path.strip_prefix(root.join(module)).expect("below the module");
@@ -256,12 +258,12 @@ fn rooms_of_large_modules_import_downwards() {
             if first == "mod" || first.ends_with("tests") {
                 continue;
             }
-            let Some(own) = rooms.iter().position(|room| *room == first) else {
-                wrong.push(format!("{}: `{first}` is no room of `{module}`", path.display()));
+            let Some(own) = parts.iter().position(|part| *part == first) else {
+                wrong.push(format!("{}: `{first}` is not a part of `{module}`", path.display()));
                 continue;
             };
             for name in names_after(&code, &format!("crate::{module}::")) {
-                match rooms.iter().position(|room| *room == name) {
+                match parts.iter().position(|part| *part == name) {
                     Some(other) if other >= own => {}
                     _ => wrong.push(format!("{}: `{first}` imports `{name}`, which is not below it", path.display())),
                 }
@@ -270,16 +272,16 @@ fn rooms_of_large_modules_import_downwards() {
             let code = code.split("#[cfg(test)]").next().unwrap_or_default();
             if relative.components().count() > 1 && file != "mod" && !file.ends_with("tests") {
                 if code.contains("super::super::") {
-                    wrong.push(format!("{}: climbs out of its room by `super::super`", path.display()));
+                    wrong.push(format!("{}: leaves its part by `super::super`", path.display()));
                 }
                 let imports = names_after(code, "use super::").into_iter().map(str::to_string).collect();
-                files.entry(rooms[own]).or_default().insert(file, imports);
+                files.entry(parts[own]).or_default().insert(file, imports);
             }
         }
-        assert!(files.len() > 3, "{module}: {} rooms found", files.len());
-        for (room, imports) in files {
-            if let Some(found) = circle(&imports) {
-                wrong.push(format!("{module}/{room}: {} import in a circle", found.join(" -> ")));
+        assert!(files.len() > 3, "{module}: {} parts found", files.len());
+        for (part, imports) in files {
+            if let Some(found) = cycle(&imports) {
+                wrong.push(format!("{module}/{part}: {} import in a cycle", found.join(" -> ")));
             }
         }
     }
@@ -287,14 +289,14 @@ fn rooms_of_large_modules_import_downwards() {
 }
 
 #[test]
-fn heavy_dependencies_stay_with_their_owners() {
+fn heavy_dependencies_are_used_only_by_their_owners() {
     let mut wrong = Vec::new();
     for (module, path, code) in modules() {
         for (dependency, owners) in OWNERS {
             let path_use = format!("{dependency}::");
             let named = code.match_indices(&path_use).any(|(at, _)| {
                 let before = code[..at].trim_end_matches("::");
-                // `image::` may be a module of the crate's own: only a path that starts there names the dependency.
+                // `image::` may be a module of this crate, so only a path that starts with it names the dependency.
                 before.len() == at && (at == 0 || !is_name(code.as_bytes()[at - 1]))
             });
             if named && !owners.contains(&module.as_str()) {
@@ -306,7 +308,7 @@ fn heavy_dependencies_stay_with_their_owners() {
 }
 
 #[test]
-fn the_reader_of_imports_reads_them() {
+fn the_import_parser_finds_every_imported_module() {
     let code = "use crate::base::{Error, Result};\nuse crate::{ir::Graph, onnx::{load, save}, rewrite};\nlet x = crate::data::f();";
     assert_eq!(names_after(code, "crate::"), ["base", "ir", "onnx", "rewrite", "data"]);
     assert!(names_after("use mycrate::base;", "crate::").is_empty());

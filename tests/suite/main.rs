@@ -1,9 +1,11 @@
 //! All integration tests in one binary, one module per capability.
 
+mod answer_graph;
 mod backend;
 mod bad_inputs;
 mod checkpoints;
 mod cli;
+mod compensation;
 mod corners;
 mod data_sets;
 mod deepstack;

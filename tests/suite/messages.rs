@@ -1,5 +1,5 @@
-//! Inputs that are wrong in one place: the message names the place, what was found and what was expected, and nothing is
-//! left behind.
+//! Inputs with one error: the message says where it is, what was found and what was expected, and no output is left
+//! behind.
 
 use std::fs;
 use std::path::Path;
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::cli::{fixture, interlace, stderr};
 
-/// The shipped model as `m`, with a picture beside it.
+/// The shipped model as `m`, and a picture.
 fn model(root: &Path) {
     let source = fixture("model");
     let source = Path::new(&source);
@@ -26,14 +26,14 @@ fn model(root: &Path) {
     fs::copy(fixture("processor/pictures/square-rgb-64.png"), root.join("p.png")).unwrap();
 }
 
-/// The message of a command that fails.
+/// The error message of a command that fails.
 fn refusal(root: &Path, arguments: &[&str]) -> String {
     let output = interlace(root, arguments);
     assert_eq!(output.status.code(), Some(2), "{arguments:?}: {}", stderr(&output));
     stderr(&output)
 }
 
-fn holds(message: &str, words: &[&str]) {
+fn check_message(message: &str, words: &[&str]) {
     assert!(words.iter().all(|word| message.contains(word)), "{message}: expected {words:?}");
     for raw in ["untagged", "did not match any variant", "onnxruntime_src", "panicked"] {
         assert!(!message.contains(raw), "{message}");
@@ -43,7 +43,7 @@ fn holds(message: &str, words: &[&str]) {
 const ASK: &[&str] = &["generate", "m", "--image", "p.png", "--prompt", "What?", "--max-tokens", "2"];
 
 #[test]
-fn a_component_that_is_cut_off_is_named() {
+fn a_truncated_component_is_named() {
     let work = tempfile::tempdir().unwrap();
     for cut in [0, 400] {
         model(work.path());
@@ -51,14 +51,14 @@ fn a_component_that_is_cut_off_is_named() {
         let bytes = fs::read(&path).unwrap();
         fs::write(&path, &bytes[..cut]).unwrap();
         for arguments in [ASK, &["prune", "m", "--drop", "1", "-o", "out"], &["inspect", "m"]] {
-            holds(&refusal(work.path(), arguments), &["vision_encoder.onnx"]);
+            check_message(&refusal(work.path(), arguments), &["vision_encoder.onnx"]);
             assert!(!work.path().join("out").exists());
         }
     }
 }
 
 #[test]
-fn rows_of_the_wrong_types_say_which_key_and_what_is_expected() {
+fn rows_of_wrong_types_are_refused_with_the_key_and_expected_type() {
     let work = tempfile::tempdir().unwrap();
     model(work.path());
     let talk = json!([{"from": "human", "value": "<image>x"}, {"from": "gpt", "value": "y"}]);
@@ -73,18 +73,18 @@ fn rows_of_the_wrong_types_say_which_key_and_what_is_expected() {
         (json!({"conversations": "x"}), ["`conversations`", "\"x\"", "a sequence"]),
         (
             json!({"image": "../p.png", "conversations": talk}),
-            ["../p.png", "without `..`", "name the file by its path below that folder"],
+            ["../p.png", "without `..`", "keep pictures in the folder of the JSON file"],
         ),
     ] {
         fs::write(work.path().join("rows.json"), json!([row]).to_string()).unwrap();
         let score = ["score", "m", "--data", "rows.json", "--samples", "1", "-o", "scores.json"];
-        holds(&refusal(work.path(), &score), &words);
+        check_message(&refusal(work.path(), &score), &words);
         assert!(!work.path().join("scores.json").exists());
     }
 }
 
 #[test]
-fn configs_of_the_wrong_types_say_which_key_and_what_is_expected() {
+fn configs_of_wrong_types_are_refused_with_the_key_and_expected_type() {
     let work = tempfile::tempdir().unwrap();
     for (file, key, value, words) in [
         ("config.json", "image_token_id", json!(-5), ["config.json", "`image_token_id` is -5", "id of a token"]),
@@ -110,7 +110,7 @@ fn configs_of_the_wrong_types_say_which_key_and_what_is_expected() {
         let section = if inner { &mut config["text_config"] } else { &mut config };
         section[key] = value;
         fs::write(&path, config.to_string()).unwrap();
-        holds(&refusal(work.path(), ASK), &words);
+        check_message(&refusal(work.path(), ASK), &words);
     }
     for (key, value, words) in [
         ("layer_types", json!("full"), ["layer_types", "is \"full\"", "a list with one entry per layer"]),
@@ -121,16 +121,103 @@ fn configs_of_the_wrong_types_say_which_key_and_what_is_expected() {
         let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
         config["text_config"][key] = value;
         fs::write(&path, config.to_string()).unwrap();
-        holds(&refusal(work.path(), &["prune", "m", "--drop", "1", "-o", "out"]), &words);
+        check_message(&refusal(work.path(), &["prune", "m", "--drop", "1", "-o", "out"]), &words);
+    }
+}
+
+/// Trains one step of layer 9 of the shipped model; `more` are further arguments.
+fn train(root: &Path, more: &[&str]) -> std::process::Output {
+    let (model, data) = (fixture("model"), fixture("data/finetune-small.parquet"));
+    let all = ["finetune", &model, "--layers", "9", "--data", &data, "--turns", "separate", "--recipe", "paper"];
+    let few = ["--samples", "4", "--batch-size", "4", "--max-steps", "1", "--learning-rate", "1e-3"];
+    interlace(root, &[&all[..], &few, more].concat())
+}
+
+#[test]
+fn a_new_run_does_not_remove_the_checkpoint_of_an_interrupted_one() {
+    let work = tempfile::tempdir().unwrap();
+    let checkpoint = work.path().join("healed.work/checkpoints/step-00000011");
+    fs::create_dir_all(&checkpoint).unwrap();
+    let output = train(work.path(), &["-o", "healed"]);
+    assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+    check_message(
+        &stderr(&output),
+        &["`healed.work`: holds step 11 of an interrupted run; add `--resume` to continue, or remove the folder"],
+    );
+    assert!(checkpoint.exists() && !work.path().join("healed").exists());
+}
+
+#[test]
+fn a_teacher_of_another_family_is_refused_before_any_work() {
+    let work = tempfile::tempdir().unwrap();
+    model(work.path());
+    let path = work.path().join("m/config.json");
+    let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let own = config["model_type"].as_str().unwrap().to_string();
+    config["model_type"] = "qwen3_vl".into();
+    fs::write(&path, config.to_string()).unwrap();
+    for more in [&["-o", "healed"][..], &["-o", "healed", "--dry-run"]] {
+        let output = train(work.path(), &[&["--teacher", "m"][..], more].concat());
+        assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+        check_message(&stderr(&output), &["teacher `m`: is qwen3_vl, the model to train is ", &own, "dense model"]);
+        assert!(!work.path().join("healed").exists());
     }
 }
 
 #[test]
-fn an_answer_longer_than_the_positions_is_refused_before_it_begins() {
+fn resuming_without_a_checkpoint_says_that_the_run_starts_at_step_1() {
+    let work = tempfile::tempdir().unwrap();
+    for (out, more, noted) in [("first", "--json", true), ("second", "--quiet", false)] {
+        let output = train(work.path(), &["--resume", "-o", out, more]);
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        let note = format!("no checkpoint in `{out}.work`; starting at step 1");
+        assert_eq!(stderr(&output).contains(&note), noted, "{}", stderr(&output));
+    }
+}
+
+/// `rows.json` with this many conversations without pictures.
+fn rows(root: &Path, count: usize) {
+    let row = |number: usize| {
+        let question = format!("What is {number} and {number}?");
+        json!({"id": number, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": "a sum"}]})
+    };
+    fs::write(root.join("rows.json"), Value::from((0..count).map(row).collect::<Vec<_>>()).to_string()).unwrap();
+}
+
+#[test]
+fn a_plan_draws_all_samples_where_there_are_fewer_than_its_default() {
+    let work = tempfile::tempdir().unwrap();
+    rows(work.path(), 3);
+    let model = fixture("model");
+    let plan = ["plan", &model, "--strategy", "sleb", "--drop-count", "1", "--data", "rows.json", "-o", "plan.json"];
+    let output = interlace(work.path(), &[&plan[..], &["--json"]].concat());
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let found: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(found["samples"].as_array().map(Vec::len), Some(3));
+    assert_eq!(found["settings"]["samples"], 3);
+    let message = refusal(work.path(), &[&plan[..], &["--samples", "4"]].concat());
+    check_message(&message, &["has 3 samples, but 4 are asked for; give `--samples 3` or fewer"]);
+}
+
+#[test]
+fn score_says_how_many_samples_it_draws_by_default() {
+    let work = tempfile::tempdir().unwrap();
+    rows(work.path(), 20);
+    let model = fixture("model");
+    let score = ["score", &model, "--data", "rows.json", "-o", "scores.json"];
+    for (more, noted) in [(&[][..], true), (&["--samples", "1"], false), (&["--quiet"], false)] {
+        let output = interlace(work.path(), &[&score[..], more].concat());
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        assert_eq!(stderr(&output).contains("scoring on 2 of 20 samples"), noted, "{}", stderr(&output));
+    }
+}
+
+#[test]
+fn an_answer_longer_than_the_context_is_refused_in_advance() {
     let work = tempfile::tempdir().unwrap();
     model(work.path());
     let ask = ["generate", "m", "--prompt", "What?", "--max-tokens", "999999"];
-    holds(&refusal(work.path(), &ask), &["999999", "positions", "allow at most", "`--max-tokens`"]);
+    check_message(&refusal(work.path(), &ask), &["999999", "positions", "allow at most", "`--max-tokens`"]);
     fs::write(
         work.path().join("rows.json"),
         json!([{"id": "one", "conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}])
@@ -138,6 +225,6 @@ fn an_answer_longer_than_the_positions_is_refused_before_it_begins() {
     )
     .unwrap();
     let all = ["generate", "m", "--data", "rows.json", "--max-tokens", "999999", "-o", "answers.jsonl"];
-    holds(&refusal(work.path(), &all), &["one", "999999", "positions"]);
+    check_message(&refusal(work.path(), &all), &["one", "999999", "positions"]);
     assert!(!work.path().join("answers.jsonl").exists());
 }

@@ -1,4 +1,4 @@
-//! Every kind of file that a user gives besides graphs, with bytes or values changed at random: a result or an error, in
+//! Every kind of user file except graphs, with bytes or values changed at random: each gives a result or an error, in
 //! bounded time and memory, and never a panic.
 
 use std::collections::BTreeMap;
@@ -23,12 +23,12 @@ use super::mutations::{Guard, mutate, number_of};
 
 const MEMORY_LIMIT: u64 = 2 << 30;
 
-/// A kind of file: how a sound one is made in an empty folder, and what is done with a changed one.
+/// A kind of file: how to write a valid one in an empty folder, and how a changed one is used.
 struct Kind {
     name: &'static str,
-    /// Returns the file to change.
+    /// Writes a valid file and returns the path to change.
     sound: fn(&Path) -> PathBuf,
-    /// Reads and uses the file; the folder is the one that `sound` filled.
+    /// Reads and uses the file. The folder is the one that `sound` filled.
     work: fn(&Path, &Path) -> Result<()>,
 }
 
@@ -64,7 +64,7 @@ fn copied(folder: &Path, file: &str) -> PathBuf {
     target
 }
 
-/// The shipped model's folder with empty graphs, which none of this reads.
+/// The folder of the shipped model with empty graphs, which none of these kinds reads.
 fn model(folder: &Path, changed: &str) -> PathBuf {
     for entry in fs::read_dir(fixture("model")).unwrap() {
         let path = entry.unwrap().path();
@@ -103,6 +103,7 @@ fn record(folder: &Path) -> PathBuf {
         dropped: vec![3, 5],
         dropped_original: vec![3, 5],
         deepstack: None,
+        compensated: Vec::new(),
         taps: Vec::new(),
     };
     let record = Record {
@@ -160,6 +161,7 @@ fn settings(strategy: &str) -> PlanSettings {
         how_many,
         seed,
         samples: None,
+        fit_tokens: None,
         data: None,
         modality_weights: None,
         as_released: false,
@@ -215,11 +217,11 @@ fn benchmark(_: &Path, file: &Path) -> Result<()> {
     Ok(())
 }
 
-/// What opening, counting and pruning do with configs.
+/// Opening, counting layers and pruning with these configs.
 fn folder_of_a_model(folder: &Path, _: &Path) -> Result<()> {
     let bundle = Bundle::open(folder)?;
     bundle.record()?;
-    // The numbers of layers that the sound folders' graphs have.
+    // The numbers of layers in the graphs of the valid folders.
     let (text, vision) = if folder.join("onnx").exists() { (16, 5) } else { (8, 8) };
     let mut writer = BundleWriter::create(&bundle, &folder.with_extension("out"))?;
     let towers = [(Tower::Text, text), (Tower::Vision, vision)];
@@ -228,7 +230,7 @@ fn folder_of_a_model(folder: &Path, _: &Path) -> Result<()> {
         .try_for_each(|&(tower, total)| writer.drop_layers(&LayerEdit::new(tower, total, &[1])?, None, Vec::new()))
 }
 
-/// A question with a picture through template, tokenizer and picture processor.
+/// A question with a picture, through template, tokenizer and picture processor.
 fn prompt(folder: &Path, _: &Path) -> Result<()> {
     let processor = Processor::open(&Bundle::open(folder)?)?;
     let bytes = fs::read(fixture("processor/pictures/square-rgb-64.png"))
@@ -239,7 +241,8 @@ fn prompt(folder: &Path, _: &Path) -> Result<()> {
     processor.decode(&encoded.input_ids).map(drop)
 }
 
-/// A JSON value changed in one to three places: exchanged for another of the document or an extreme one, or removed.
+/// Changes a JSON value in one to three places: replaces it by another value of the document or by an extreme one, or
+/// removes it.
 fn mutate_json(value: &mut Value, rng: &mut ChaCha8Rng) {
     fn places(value: &Value, at: &str, found: &mut Vec<String>) {
         found.push(at.to_string());
@@ -284,7 +287,7 @@ fn mutate_json(value: &mut Value, rng: &mut ChaCha8Rng) {
         } else {
             serde_json::from_str(extremes.choose(rng).unwrap()).unwrap()
         };
-        // Copies of the whole inside itself would double it each time.
+        // Nested copies of the whole document would double it each time.
         if source.is_empty() && !target.is_empty() {
             continue;
         }
@@ -299,7 +302,7 @@ fn mutate_json(value: &mut Value, rng: &mut ChaCha8Rng) {
     }
 }
 
-/// A text with one or two of its words removed, doubled or exchanged for another.
+/// A text with one or two of its words removed, doubled or swapped.
 fn mutate_words(text: &str, rng: &mut ChaCha8Rng) -> String {
     let mut words: Vec<&str> = text.split_inclusive(|letter: char| !letter.is_alphanumeric()).collect();
     for _ in 0..rng.random_range(1..=2) {
@@ -344,7 +347,7 @@ fn run(kind: &Kind, count: usize, seed: u64) {
         }
     }
     println!("{}: {refused} refused, {accepted} accepted, {guard}", kind.name);
-    assert!(refused > 0, "{}: no change makes a difference", kind.name);
+    assert!(refused > 0, "{}: no changed file was refused", kind.name);
 }
 
 #[test]
@@ -352,7 +355,8 @@ fn changed_inputs_never_panic() {
     KINDS.iter().for_each(|kind| run(kind, 60, 1));
 }
 
-/// `INTERLACE_MUTATIONS` sets how many of each kind (2,000), `INTERLACE_SEED` which, `INTERLACE_KINDS` the kinds (all).
+/// `INTERLACE_MUTATIONS` sets the number of files of each kind (2,000), `INTERLACE_SEED` the seed, `INTERLACE_KINDS`
+/// the kinds (all).
 #[test]
 #[ignore = "takes minutes"]
 fn many_changed_inputs_never_panic() {

@@ -31,11 +31,11 @@ const FILES: &[&str] = &[
     "smolvlm/ts17-slim.onnx",
     "qwen3_vl/ts17.onnx",
 ];
-/// A network of 3 layers with 1.5 MB of weights may take so much more than before, and so long.
+/// Limits for a network of 3 layers with 1.5 MB of weights: additional memory and time.
 const MEMORY_LIMIT: u64 = 256 << 20;
 const TIME_LIMIT: Duration = Duration::from_secs(10);
 
-/// How far a file got.
+/// How far the processing of a file got.
 #[derive(Default)]
 struct Outcomes {
     refused: usize,
@@ -43,7 +43,7 @@ struct Outcomes {
     pruned: usize,
 }
 
-/// The graph with three of its layers, its weights beside it, so that most of its bytes are structure.
+/// The graph with three of its layers and external weights, so that most of its bytes are structure.
 fn small(file: &str, folder: &Path) -> PathBuf {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/zoo").join(file);
     let model = onnx::load(&source).unwrap();
@@ -53,8 +53,8 @@ fn small(file: &str, folder: &Path) -> PathBuf {
     path
 }
 
-/// One to six small changes: bits, bytes, pieces copied, digits in names exchanged; in one file of three pieces are cut out
-/// and doubled too, which seldom leaves anything to decode.
+/// One to six small changes: bits, bytes, copied pieces, exchanged digits in names. In one file of three, pieces are
+/// also removed and doubled, which seldom leaves a decodable file.
 pub fn mutate(bytes: &mut Vec<u8>, rng: &mut ChaCha8Rng) {
     let piece = |rng: &mut ChaCha8Rng, length: usize, most: usize| -> Range<usize> {
         let from = rng.random_range(0..length);
@@ -75,7 +75,7 @@ pub fn mutate(bytes: &mut Vec<u8>, rng: &mut ChaCha8Rng) {
                 let end = (at + copy.len()).min(bytes.len());
                 bytes[at..end].copy_from_slice(&copy[..end - at]);
             }
-            // Values that were apart become one, or come round in a circle.
+            // Different values become one, or form a cycle.
             4 => {
                 if let Some(digit) = bytes[at..].iter_mut().find(|byte| byte.is_ascii_digit()) {
                     *digit = b'0' + rng.random_range(0..10u8);
@@ -93,23 +93,23 @@ pub fn mutate(bytes: &mut Vec<u8>, rng: &mut ChaCha8Rng) {
     }
 }
 
-/// Runs changed files one after the other and holds each to its bounds.
+/// Runs changed files one after the other and checks the limits of each.
 pub struct Guard {
-    /// Memory in use at most before the first.
+    /// Peak memory in use before the first file.
     before: u64,
     memory_limit: u64,
     slowest: Duration,
-    /// Which took longest.
+    /// The file that took longest.
     slowest_at: String,
 }
 
 impl Guard {
-    /// `memory_limit`: how many bytes the process may grow by.
+    /// `memory_limit`: how many bytes the process may grow.
     pub fn new(memory_limit: u64) -> Self {
         Guard { before: peak_memory_bytes(), memory_limit, slowest: Duration::ZERO, slowest_at: String::new() }
     }
 
-    /// Does the work; `at` says which it is. A file of these bytes is kept when it panics or takes too much.
+    /// Does the work; `at` identifies it in messages. The bytes are saved to a file if it panics or exceeds a limit.
     pub fn watch<T>(&mut self, at: &str, bytes: &[u8], work: impl FnOnce() -> T) -> T {
         let start = Instant::now();
         let result = catch_unwind(AssertUnwindSafe(work));
@@ -128,7 +128,7 @@ impl Guard {
         if !problem.is_empty() {
             let kept = std::env::temp_dir().join(format!("interlace-{}", at.replace([' ', ',', '/'], "-")));
             fs::write(&kept, bytes).unwrap();
-            panic!("{at}: {problem}; the file is kept as {}", kept.display());
+            panic!("{at}: {problem}; the file is saved as {}", kept.display());
         }
         result.unwrap_or_else(|_| unreachable!())
     }
@@ -161,20 +161,20 @@ fn run(count: usize, seed: u64) {
                 let bundle = Bundle::open(&path)?;
                 steps::inspect(&bundle)?;
                 let drop = Drop::Layers { tower: Tower::Text, layers: &[1] };
-                Ok::<bool, interlace::base::Error>(steps::prune(&bundle, &drop, Default::default(), &out).is_ok())
+                Ok::<bool, interlace::base::Error>(steps::prune(&bundle, &drop, Default::default(), None, &out).is_ok())
             });
             match result {
                 Ok(true) => outcomes.pruned += 1,
                 Ok(false) => outcomes.inspected += 1,
                 Err(_) => outcomes.refused += 1,
             }
-            // What was refused has left nothing behind.
+            // A refused file left no output behind.
             if out.exists() {
-                assert!(Bundle::open(&out).is_ok(), "{at}: what was written cannot be opened");
+                assert!(Bundle::open(&out).is_ok(), "{at}: the written model cannot be opened");
                 fs::remove_dir_all(&out).unwrap();
             }
             let left = fs::read_dir(&own).unwrap().count();
-            assert_eq!(left, 2, "{at}: files are left behind");
+            assert_eq!(left, 2, "{at}: files were left behind");
         }
         slowest = slowest.max(guard.slowest);
     }
@@ -185,10 +185,10 @@ fn run(count: usize, seed: u64) {
         outcomes.pruned,
         peak_memory_bytes() >> 20
     );
-    assert!(outcomes.pruned > 0 && outcomes.refused > 0, "the changes are too many or too few");
+    assert!(outcomes.pruned > 0 && outcomes.refused > 0, "some changed files must be pruned and some refused");
 }
 
-/// A number from the environment.
+/// A number from an environment variable.
 pub fn number_of(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().map_or(default, |value| value.parse().unwrap())
 }
@@ -198,7 +198,7 @@ fn changed_files_never_panic() {
     run(240, 1);
 }
 
-/// `INTERLACE_MUTATIONS` sets how many (20,000), `INTERLACE_SEED` which.
+/// `INTERLACE_MUTATIONS` sets the number of files (20,000), `INTERLACE_SEED` the seed.
 #[test]
 #[ignore = "takes minutes"]
 fn many_changed_files_never_panic() {

@@ -1,5 +1,5 @@
-//! Each operator of ONNX Runtime's own in a graph of its own, and standard ones that no exported graph of the tests
-//! has: the interpreter computes what ONNX Runtime computes.
+//! Each contrib operator of ONNX Runtime in a graph of its own, and standard operators that no exported graph of the
+//! tests contains: the interpreter gives the results of ONNX Runtime.
 
 use interlace::base::Device;
 use interlace::ir::{self, AttributeKind, DataType, Dim, Node, Value, ValueId, ValueType};
@@ -16,7 +16,7 @@ struct Single {
     attributes: Vec<(&'static str, AttributeKind)>,
     inputs: Vec<Option<Tensor>>,
     outputs: usize,
-    /// Element type that ONNX asks of each output.
+    /// Element type that ONNX requires of each output.
     dtype: DataType,
 }
 
@@ -92,7 +92,8 @@ fn int64(shape: &[i64], values: &[i64]) -> Option<Tensor> {
     Some(Tensor::from_slice(values).reshape(shape))
 }
 
-/// Query, key, value, past key, past value, seqlens_k and total length of a grouped-query attention with 4 heads over 2.
+/// Query, key, value, past key, past value, seqlens_k and total length of a grouped-query attention with 4 query heads
+/// and 2 key-value heads.
 fn gqa(batch: i64, steps: i64, past: i64, packed: bool) -> Vec<Option<Tensor>> {
     let total = (steps + past) as i32;
     let (query, key) =
@@ -107,7 +108,7 @@ fn grouped(inputs: Vec<Option<Tensor>>) -> Single {
     single("GroupQueryAttention", inputs, 3).int("num_heads", 4).int("kv_num_heads", 2)
 }
 
-/// The forms of ONNX Runtime's own operators.
+/// The variants of ONNX Runtime's contrib operators.
 fn singles() -> Vec<Single> {
     let caches = || vec![normal(&[32, 4]), normal(&[32, 4])];
     let with = |mut inputs: Vec<Option<Tensor>>, more: Vec<Option<Tensor>>| {
@@ -132,7 +133,7 @@ fn singles() -> Vec<Single> {
             all.push(grouped(with(gqa(batch, steps, past, packed), vec![None, None, None, None, sink])));
         }
     }
-    // A cache with room to spare, and samples of different lengths.
+    // A cache longer than its content, and samples of different lengths.
     let mut roomy = gqa(2, 1, 9, false);
     roomy[5] = int32(&[6, 3]);
     roomy[6] = Some(Tensor::from(7i32));
@@ -280,7 +281,7 @@ fn singles() -> Vec<Single> {
     all
 }
 
-/// Experts in 4 and 8 bits, with a scale for a row or a block, with and without zero points.
+/// 4-bit and 8-bit experts with a scale per row or per block, with and without zero points.
 fn quantised_experts() -> Vec<Single> {
     let bytes = |shape: &[i64]| Some(Tensor::randint(256, shape, (Kind::Uint8, tch::Device::Cpu)));
     let mut all = Vec::new();
@@ -292,7 +293,7 @@ fn quantised_experts() -> Vec<Single> {
         (4, Some(16), true),
         (8, None, true),
     ] {
-        // Weights of about 0.1 in either; 64 wide, 32 inside.
+        // In both cases weights of about 0.1; width 64, inner width 32.
         let scales = |shape: &[i64]| Some(Tensor::rand(shape, tch::kind::FLOAT_CPU) * 0.3 / (1 << bits) as f64);
         let pack = 8 / bits;
         let blocks = |width: i64| block.map(|block: i64| width / block);
@@ -335,7 +336,7 @@ fn quantised_experts() -> Vec<Single> {
     all
 }
 
-/// Attention whose weight projects query, key and value at once.
+/// Attention with one weight for the query, key and value projections.
 fn projections() -> Vec<Single> {
     let x = || normal(&[2, 3, 8]);
     let of = |inputs, outputs| single("Attention", inputs, outputs).int("num_heads", 2);
@@ -359,7 +360,7 @@ fn projections() -> Vec<Single> {
     all
 }
 
-/// Sampling at the places of a grid, some of them outside.
+/// Sampling at grid positions, some of them outside the input.
 fn samples() -> Vec<Single> {
     let mut all = Vec::new();
     for mode in ["linear", "nearest", "cubic"] {
@@ -376,7 +377,7 @@ fn samples() -> Vec<Single> {
     all
 }
 
-/// Convolutions of bytes, with and without zero points; padding stands for the zero point.
+/// Convolutions of 8-bit integers, with and without zero points. Padding has the value of the zero point.
 fn integer_convolutions() -> Vec<Single> {
     let bytes = |shape: &[i64]| Some(Tensor::randint(256, shape, (Kind::Uint8, tch::Device::Cpu)));
     let zero = |value: u8| Some(Tensor::from_slice(&[value]).reshape([0i64; 0]));
@@ -417,7 +418,9 @@ fn operators_agree_with_onnx_runtime() {
             .map(|(&id, tensor)| (program.name(id).to_string(), id, tensor.shallow_clone()))
             .collect();
         let theirs = run_runtime(&mut session, &feeds);
-        for (output, result) in run_torch(&program, &feeds) {
+        let ours = run_torch(&program, &feeds);
+        assert!(!ours.is_empty() && ours.len() == theirs.len(), "{name}: {} outputs", ours.len());
+        for (output, result) in ours {
             let worst = difference(&result, &theirs[&output]);
             assert!(worst <= 1e-4, "{name}: `{output}` differs by {worst:e}");
         }

@@ -1,5 +1,5 @@
-//! Folders as they are published, from inspection to an answer on the command line: files beside the graphs, processor
-//! layouts, components that no verb runs, families whose processor is not known.
+//! Published model folders, from inspection to an answer on the command line: additional files, processor layouts,
+//! components that no verb runs, and families without a known processor.
 
 use std::fs;
 use std::path::PathBuf;
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::cli::{interlace, stderr, stdout};
 use super::families::{Family, fixtures};
 
-/// A family's folder that is changed to what someone publishes.
+/// The folder of a family, changed to match a published one.
 struct Published {
     family: Family,
     name: &'static str,
@@ -47,26 +47,26 @@ impl Published {
         serde_json::from_slice(&fs::read(self.path(file)).expect("a file")).expect("JSON")
     }
 
-    /// Changes a JSON file; one that is not there begins empty.
+    /// Edits a JSON file, or creates it from an empty object.
     fn edit(&self, file: &str, change: impl FnOnce(&mut Value)) -> &Self {
         let mut value = if self.path(file).exists() { self.json(file) } else { json!({}) };
         change(&mut value);
         self.write(file, value.to_string())
     }
 
-    /// Runs a verb; standard output and error together.
+    /// Runs a verb; returns standard output and standard error.
     fn run(&self, arguments: &[&str]) -> String {
         let output = interlace(self.family.here(), arguments);
-        let said = stdout(&output) + &stderr(&output);
-        assert_eq!(output.status.code(), Some(0), "{} {arguments:?}: {said}", self.name);
-        said
+        let printed = stdout(&output) + &stderr(&output);
+        assert_eq!(output.status.code(), Some(0), "{} {arguments:?}: {printed}", self.name);
+        printed
     }
 
-    /// All verbs; `pictures` where the family's processor is known, else on running text with a warning that says `why`.
+    /// Runs every verb: with `pictures` on pictures, else on running text with a warning that contains `why`.
     fn check(&self, pictures: bool, why: &str) {
         let here = self.family.here();
-        let said = self.run(&["inspect", self.name]);
-        assert!(said.contains(why), "{}: {said}", self.name);
+        let printed = self.run(&["inspect", self.name]);
+        assert!(printed.contains(why), "{}: {printed}", self.name);
         let data = if pictures { "data.json" } else { "text.jsonl" };
         let question = json!({"from": "human", "value": "<image>What is in this picture?"});
         let talk = json!([{"image": "photo.jpeg", "conversations": [question, {"from": "gpt", "value": "A house."}]}]);
@@ -74,8 +74,9 @@ impl Published {
         let text = json!({ "text": text }).to_string();
         fs::write(here.join(data), if pictures { talk.to_string() } else { text.clone() + "\n" }).expect("data");
         let cut = if pictures { &[][..] } else { &["--sequence-length", "16"] };
-        let said = self.run(&[&["score", self.name, "--data", data, "--samples", "1", "-o", "s.json"], cut].concat());
-        assert!(said.contains(why), "{}: {said}", self.name);
+        let printed =
+            self.run(&[&["score", self.name, "--data", data, "--samples", "1", "-o", "s.json"], cut].concat());
+        assert!(printed.contains(why), "{}: {printed}", self.name);
         self.run(&["plan", self.name, "--scores", "s.json", "--drop-count", "1", "-o", "plan.json"]);
         self.run(&["prune", self.name, "--plan", "plan.json", "-o", "pruned"]);
         let finetune =
@@ -102,9 +103,9 @@ impl Published {
     }
 }
 
-/// What repositories hold beside a model.
+/// Files that repositories contain beside a model.
 #[test]
-fn qwen2_vl_with_everything_that_lies_beside_it() {
+fn qwen2_vl_with_unrelated_files_passes_every_verb() {
     let folder = Published::new("qwen2_vl", "qwen2_vl");
     let beside = ["configuration.json", "model.safetensors.index.json", "params.json", "modeling_qwen2_vl.py"];
     for file in beside {
@@ -118,9 +119,9 @@ fn qwen2_vl_with_everything_that_lies_beside_it() {
     assert!(folder.family.here().join("pruned/demo.html").exists());
 }
 
-/// Files of 2023: what a picture takes is in the model's config alone.
+/// Files of 2023: only the model config says how pictures are processed.
 #[test]
-fn llava_without_processor_config() {
+fn llava_without_a_processor_config_passes_every_verb() {
     let folder = Published::new("llava", "llava");
     let template = fs::read_to_string(folder.path("chat_template.jinja")).expect("a template");
     folder.remove("processor_config.json").remove("chat_template.jinja");
@@ -133,9 +134,9 @@ fn llava_without_processor_config() {
     folder.check(true, "");
 }
 
-/// The processor's files as transformers 5 saves them: all in one, the template with the tokenizer.
+/// Processor files as transformers 5 saves them: all in one file, with the template in the tokenizer config.
 #[test]
-fn gemma3_with_nested_processor_files() {
+fn gemma3_with_nested_processor_files_passes_every_verb() {
     let folder = Published::new("gemma3", "gemma3");
     let template = fs::read_to_string(folder.path("chat_template.jinja")).expect("a template");
     let images = folder.json("preprocessor_config.json");
@@ -145,9 +146,9 @@ fn gemma3_with_nested_processor_files() {
     folder.check(true, "");
 }
 
-/// Flat and nested files that agree, and the template in the processor's config.
+/// Flat and nested files that agree, with the template in the processor config.
 #[test]
-fn smolvlm_with_flat_and_nested_processor_files() {
+fn smolvlm_with_flat_and_nested_processor_files_passes_every_verb() {
     let folder = Published::new("smolvlm", "smolvlm");
     let template = fs::read_to_string(folder.path("chat_template.jinja")).expect("a template");
     let images = folder.json("preprocessor_config.json");
@@ -159,9 +160,9 @@ fn smolvlm_with_flat_and_nested_processor_files() {
     folder.check(true, "");
 }
 
-/// Precision variants beside each other, and an encoder of sounds.
+/// Precision variants of each graph, and an audio encoder.
 #[test]
-fn gemma4_with_an_audio_encoder_and_variants() {
+fn gemma4_with_an_audio_encoder_and_variants_is_pruned_and_answers() {
     let folder = Published::new("gemma4", "gemma4");
     for part in ["vision_encoder", "embed_tokens", "decoder_model_merged"] {
         folder.copy(&format!("onnx/{part}.onnx"), &format!("onnx/{part}_q4.onnx"));
@@ -172,7 +173,7 @@ fn gemma4_with_an_audio_encoder_and_variants() {
 }
 
 impl Published {
-    /// Layers from which others read keys are not healed, so the plan names one behind them.
+    /// Layers whose keys other layers read cannot be healed, so the plan names a layer after them.
     fn check_steps_of_gemma4(&self) {
         self.run(&["inspect", self.name]);
         self.run(&["plan", self.name, "--drop", "6", "-o", "plan.json"]);
@@ -183,9 +184,9 @@ impl Published {
     }
 }
 
-/// Only one precision is there.
+/// All graphs exist in one precision only.
 #[test]
-fn internvl_with_one_variant_alone() {
+fn internvl_with_a_single_variant_passes_every_verb() {
     let folder = Published::new("internvl", "internvl");
     for part in ["vision_encoder", "embed_tokens", "decoder_model_merged"] {
         let file = format!("onnx/{part}.onnx");
@@ -194,26 +195,34 @@ fn internvl_with_one_variant_alone() {
     folder.check(true, "");
 }
 
-/// A folder of GenAI's builder has no config but its own.
+/// A folder of GenAI's builder with no other config.
 #[test]
-fn qwen2_5_vl_of_genai_alone() {
+fn qwen2_5_vl_with_only_a_genai_config_passes_every_verb() {
     let folder = Published::new("qwen2_5_vl", "qwen2_5_vl_genai");
     folder.remove("config.json");
     folder.check(true, "");
 }
 
 #[test]
-fn qwen2_5_vl_of_mobius() {
+fn qwen2_5_vl_in_mobius_layout_passes_every_verb() {
     let folder = Published::new("qwen2_5_vl", "qwen2_5_vl_mobius");
-    folder.write("audio_encoder/config.json", "{}");
-    fs::remove_dir_all(folder.path("audio_encoder")).expect("remove");
-    folder.write("inference.py", "import onnxruntime\n");
+    let beside = [("audio_encoder/config.json", "{}"), ("inference.py", "import onnxruntime\n")];
+    for (file, content) in beside {
+        folder.write(file, content);
+    }
     folder.check(true, "");
+    assert_eq!(folder.carried(), beside.map(|(file, _)| file));
+    for (file, content) in beside {
+        for made in ["pruned", "healed"] {
+            let copy = fs::read_to_string(folder.family.here().join(made).join(file));
+            assert_eq!(copy.expect("a copy"), content, "{made}/{file}");
+        }
+    }
 }
 
-/// Embeddings that merge image features in, under Phi's names and its processor's.
+/// The embeddings graph merges image features, with the file names and processor of Phi models.
 #[test]
-fn families_without_a_processor_say_so() {
+fn families_without_a_processor_run_on_text_with_a_warning() {
     let folder = Published::new("qwen2_5_vl", "qwen2_5_vl_mobius");
     for (from, to) in [
         ("embedding/model.onnx", "onnx/prepare_inputs_embeds.onnx"),
@@ -241,18 +250,18 @@ fn families_without_a_processor_say_so() {
     }
 }
 
-/// A processor that no row knows, of a model that no row knows.
+/// Neither the processor nor the model type is known.
 #[test]
-fn a_model_of_an_unknown_family() {
+fn a_model_of_an_unknown_family_runs_on_text_with_a_warning() {
     let folder = Published::new("internvl", "internvl");
     folder.edit("config.json", |json| json["model_type"] = "novel_vl".into());
     folder.edit("preprocessor_config.json", |json| json["image_processor_type"] = "NovelImageProcessor".into());
     folder.check(false, "image processor `NovelImageProcessor`");
 }
 
-/// The projector beside the encoder, by the exporters' usual name.
+/// A separate projector graph under the file name that exporters use.
 #[test]
-fn llava_with_a_projector_in_onnx() {
+fn llava_with_a_separate_projector_passes_every_verb() {
     let folder = Published::new("llava", "llava_projector");
     for (from, to) in [
         ("image_encoder.onnx", "onnx/vision_encoder.onnx"),
@@ -266,13 +275,13 @@ fn llava_with_a_projector_in_onnx() {
     folder.check(true, "");
 }
 
-/// Cutting a picture into tiles needs a graph that packs their features; as published there is none.
+/// Tiles need a graph that packs their features; the published graphs do not.
 #[test]
-fn llava_onevision_shows_one_view_and_says_so() {
+fn llava_onevision_encodes_one_view_with_a_warning() {
     let folder = Published::new("llava_onevision", "llava_onevision");
-    let said = folder.run(&["inspect", "llava_onevision"]);
+    let printed = folder.run(&["inspect", "llava_onevision"]);
     for part in ["warning: a picture is one view", "onnx/vision_encoder.onnx` has no input `image_sizes`"] {
-        assert!(said.contains(part), "expected `{part}` in: {said}");
+        assert!(printed.contains(part), "expected `{part}` in: {printed}");
     }
     let ask = ["generate", "llava_onevision", "--image", "photo.jpeg", "--prompt", "What?", "--max-tokens", "2"];
     folder.run(&ask);
@@ -284,9 +293,34 @@ fn llava_onevision_shows_one_view_and_says_so() {
     }
 }
 
-/// Right answers are as likely as the head says, not as the hidden states before it.
+/// A graph that packs the features of tiles gets tiles without a flag.
 #[test]
-fn janus_with_a_head_of_its_own_is_evaluated() {
+fn llava_onevision_encodes_tiles_for_a_graph_that_packs_them() {
+    let folder = Published::new("llava_onevision_tiles", "llava_onevision_tiles");
+    let printed = folder.run(&["inspect", "llava_onevision_tiles"]);
+    assert!(!printed.contains("a picture is one view"), "{printed}");
+    folder.check(true, "");
+    let ask = ["generate", "llava_onevision_tiles", "--image", "photo.jpeg", "--prompt", "What?", "--max-tokens", "2"];
+    for more in [&[][..], &["--image-tiles", "true"]] {
+        let printed = folder.run(&[&ask[..], more].concat());
+        assert!(printed.contains("99 prompt tokens"), "{more:?}: {printed}");
+    }
+    let output = interlace(folder.family.here(), &[&ask[..], &["--image-tiles", "false"]].concat());
+    let message = stderr(&output);
+    assert_eq!(output.status.code(), Some(2), "{message}");
+    for part in ["no image tiles", "has an input `image_sizes`", "leave `--image-tiles` out"] {
+        assert!(message.contains(part), "expected `{part}` in: {message}");
+    }
+    let export = ["export", "llava_onevision_tiles", "--to", "transformers-js", "-o", "exported"];
+    let output = interlace(folder.family.here(), &export);
+    let message = stderr(&output);
+    assert_eq!(output.status.code(), Some(2), "{message}");
+    assert!(message.contains("reads `image_sizes`, which transformers.js never feeds"), "{message}");
+}
+
+/// The likelihood of answers is computed from the logits of the head, not from hidden states.
+#[test]
+fn janus_with_a_separate_head_is_evaluated() {
     let folder = Published::new("janus", "janus");
     let bench = concat!(env!("CARGO_MANIFEST_DIR"), "/fixtures/data/bench-small.tsv");
     folder.run(&["eval", "janus", "--data", bench, "--limit", "2", "--max-new-tokens", "2", "-o", "report.json"]);
@@ -296,9 +330,9 @@ fn janus_with_a_head_of_its_own_is_evaluated() {
     assert!(found.is_some_and(|found| (-20.0..0.0).contains(&found)), "{report}");
 }
 
-/// Pictures of another size than the graph takes are refused before the graph runs.
+/// An image size that the graph does not accept is refused before the graph runs.
 #[test]
-fn a_size_that_the_graph_does_not_take_is_refused() {
+fn an_image_size_that_the_graph_does_not_accept_is_refused() {
     let folder = Published::new("internvl", "internvl");
     let ask = ["generate", "internvl", "--image", "photo.jpeg", "--prompt", "What?", "--image-size", "57"];
     let output = interlace(folder.family.here(), &ask);

@@ -1,4 +1,4 @@
-//! Finetuning over several processes: the same losses as of one, one writer, and an end for all when one ends.
+//! Finetuning with several processes: the losses of one process, one writer, and all processes end if one ends.
 
 use std::fs;
 use std::net::TcpListener;
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::cli::{fixture, interlace, stderr};
 
-/// A pruned model with its plan in a folder of its own.
+/// A pruned model and its plan in a temporary folder.
 struct Pruned {
     folder: tempfile::TempDir,
 }
@@ -45,7 +45,7 @@ impl Pruned {
         command
     }
 
-    /// Starts a process for each rank.
+    /// Starts one process for each rank.
     fn start(&self, recipe: &[&str], out: &str, size: usize) -> Vec<Child> {
         start(size, &|| self.command(recipe, out))
     }
@@ -61,7 +61,7 @@ impl Pruned {
     }
 }
 
-/// Starts a process for each rank, with the environment that torchrun sets.
+/// Starts one process for each rank with the environment of torchrun.
 fn start(size: usize, command: &dyn Fn() -> Command) -> Vec<Child> {
     let port = TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("its number").port();
     let rank = |rank: usize| {
@@ -78,14 +78,14 @@ fn ended(children: Vec<Child>) -> Vec<Output> {
 }
 
 fn close(a: &[f64], b: &[f64]) {
-    assert_eq!(a.len(), b.len());
+    assert!(!a.is_empty() && a.len() == b.len(), "{a:?} and {b:?}");
     for (step, (a, b)) in a.iter().zip(b).enumerate() {
         assert!((a - b).abs() <= 1e-6 * b.abs().max(1e-3), "step {step}: {a} and {b}");
     }
 }
 
 #[test]
-fn two_and_four_processes_have_the_losses_of_one() {
+fn two_and_four_processes_give_the_losses_of_one() {
     let pruned = Pruned::new();
     for (name, recipe) in [
         ("paper", &["--recipe", "paper", "--learning-rate", "1e-5", "--max-steps", "3"][..]),
@@ -110,7 +110,7 @@ fn two_and_four_processes_have_the_losses_of_one() {
 }
 
 #[test]
-fn a_killed_process_ends_the_others_and_all_go_on_from_the_checkpoint() {
+fn a_killed_process_ends_the_others_and_the_run_resumes() {
     let pruned = Pruned::new();
     fs::write(pruned.here().join("often.toml"), "[schedule]\ncheckpoint_every = 2\n").expect("write");
     let recipe = ["--recipe", "paper", "--learning-rate", "1e-3", "--max-steps", "12", "--settings", "often.toml"];
@@ -121,7 +121,7 @@ fn a_killed_process_ends_the_others_and_all_go_on_from_the_checkpoint() {
     let metrics = pruned.work("killed").join("metrics.jsonl");
     let begun = Instant::now();
     while fs::read_to_string(&metrics).map_or(0, |text| text.lines().count()) < 5 {
-        assert!(begun.elapsed() < Duration::from_secs(300), "no step was made");
+        assert!(begun.elapsed() < Duration::from_secs(300), "no step was finished");
         assert!(children[0].try_wait().expect("a state").is_none(), "the run ended before it could be killed");
         std::thread::sleep(Duration::from_millis(2));
     }
@@ -140,8 +140,8 @@ fn a_killed_process_ends_the_others_and_all_go_on_from_the_checkpoint() {
     assert!(decoder("killed") == decoder("whole"), "the resumed run has other weights");
 }
 
-/// Runs `interlace` with these arguments in `folder`, alone or as so many processes. It hands the work over to the program that
-/// links LibTorch by itself. All must succeed, and the first alone prints.
+/// Runs `interlace` with these arguments in `folder`, as one process or as this many processes. It delegates to the
+/// program that links LibTorch. All processes must succeed, and only the first prints.
 fn measure(folder: &Path, arguments: &[&str], out: &str, size: usize) -> serde_json::Value {
     let command = || {
         let mut command = Command::new(env!("CARGO_BIN_EXE_interlace"));
@@ -160,7 +160,7 @@ fn measure(folder: &Path, arguments: &[&str], out: &str, size: usize) -> serde_j
     serde_json::from_slice(&fs::read(folder.join(out)).expect("a report")).expect("JSON")
 }
 
-/// The report without the times that were measured.
+/// The report without its measured times.
 fn untimed(mut report: serde_json::Value) -> serde_json::Value {
     for figures in ["/model", "/model/timing", "/baseline", "/baseline/timing"] {
         let Some(figures) = report.pointer_mut(figures).and_then(serde_json::Value::as_object_mut) else { continue };
@@ -172,10 +172,10 @@ fn untimed(mut report: serde_json::Value) -> serde_json::Value {
 }
 
 #[test]
-fn scores_and_reports_of_several_processes_are_those_of_one() {
+fn scores_and_reports_of_several_processes_equal_those_of_one() {
     let pruned = Pruned::new();
     let here = pruned.here();
-    // A row that cannot be read, in the second half: it is left out and counted once.
+    // An unreadable row in the second half is skipped and counted once.
     let talk = |number: usize| {
         format!(
             "\"conversations\": [{{\"from\": \"human\", \"value\": \"Say {number}\"}}, {{\"from\": \"gpt\", \"value\": \"{number}\"}}]}}"
@@ -199,7 +199,7 @@ fn scores_and_reports_of_several_processes_are_those_of_one() {
         let alone = untimed(measure(here, arguments, &format!("{name}.json"), 1));
         for size in [2, 3] {
             let found = untimed(measure(here, arguments, &format!("{name}-{size}.json"), size));
-            assert!(found == alone, "{name} of {size} processes: {found} is not {alone}");
+            assert!(found == alone, "{name} of {size} processes: found {found}, one process gives {alone}");
         }
     }
 }

@@ -3,7 +3,7 @@
 use interlace::analysis::analyse;
 use interlace::ir::{Attribute, AttributeKind, Model, Node, Tensor, Value, ValueId};
 
-/// Puts graphs together by operator.
+/// Builds graphs operator by operator.
 #[derive(Default)]
 struct Builder {
     model: Model,
@@ -82,7 +82,7 @@ fn refusal(model: &Model) -> String {
     analyse(model).map(|found| found.map.layers.len()).unwrap_err().to_string()
 }
 
-/// The stem and residual stages of a small ResNet.
+/// The stem and the residual stages of a small ResNet.
 fn residual_network() -> Model {
     let mut build = Builder::default();
     let pixels = build.input("pixel_values");
@@ -238,7 +238,7 @@ fn a_graph_without_outputs_or_without_inputs_is_refused() {
 }
 
 #[test]
-fn the_same_builder_makes_a_transformer_that_is_understood() {
+fn a_transformer_of_the_same_builder_is_accepted() {
     let mut build = Builder::default();
     let mut x = build.input("inputs_embeds");
     for _ in 0..3 {

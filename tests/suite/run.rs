@@ -1,11 +1,13 @@
-//! A recipe from beginning to end, and again: what is done is kept.
+//! A recipe is run from beginning to end and then again: finished steps are reused.
 
 use std::fs;
+use std::io::Write;
 use std::path::Path;
+use std::process::Command;
 
 use super::cli::{fixture, interlace, stderr, stdout};
 
-/// Text of another kind than the questions.
+/// Text that differs from the questions in kind.
 const WORDS: &str = "{\"text\": \"the quick brown fox jumps over the lazy dog and then it sleeps for a while\"}\n";
 
 fn recipe(learning_rate: &str) -> String {
@@ -40,7 +42,7 @@ fn read(path: &Path) -> serde_json::Value {
 }
 
 #[test]
-fn a_recipe_runs_once_and_then_only_what_changed() {
+fn a_second_run_of_a_recipe_repeats_only_changed_steps() {
     let folder = tempfile::tempdir().expect("folder");
     let here = folder.path();
     fs::write(here.join("words.jsonl"), WORDS).expect("text");
@@ -90,7 +92,7 @@ fn a_recipe_runs_once_and_then_only_what_changed() {
     assert!(third.contains("eval-bench-small-dense: kept from before"), "{third}");
 }
 
-/// Every row against both dense models: the ratios and differences are those of the averages.
+/// Compares every row with both dense models: ratios and differences are those of the averages.
 fn check_table(table: &serde_json::Value, out: &Path) {
     let rows = table["rows"].as_array().expect("rows");
     let names: Vec<&str> = rows.iter().filter_map(|row| row["model"].as_str()).collect();
@@ -115,7 +117,7 @@ fn check_table(table: &serde_json::Value, out: &Path) {
         assert!(other["value"].as_f64().expect("a perplexity") > 1.0);
     }
     assert_eq!(rows[0]["other"][0]["kept"].as_f64(), Some(1.0));
-    // What is held back is trained on nowhere: the healed models saw at most the other rows.
+    // Held-back samples are not trained on: the healed models used at most the other rows.
     let work = fs::read_dir(out.join("work")).expect("work").flatten();
     let seen: Vec<serde_json::Value> = work.map(|entry| read(&entry.path().join("finetune.json"))).collect();
     assert_eq!(seen.len(), 4);
@@ -147,13 +149,13 @@ fn sweep_file(recipes: &str) -> String {
 }
 
 #[test]
-fn a_sweep_does_equal_steps_once_and_goes_on_where_it_was() {
+fn a_sweep_shares_equal_steps_and_resumes() {
     let folder = tempfile::tempdir().expect("folder");
     let here = folder.path();
     fs::write(here.join("sweep.toml"), sweep_file("\"paper\"")).expect("sweep");
     let output = interlace(here, &["sweep", "sweep.toml", "--json"]);
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
-    let said = stderr(&output);
+    let progress = stderr(&output);
     let table: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
     let out = here.join("out");
     assert_eq!(table, read(&out.join("sweep.json")));
@@ -165,9 +167,10 @@ fn a_sweep_does_equal_steps_once_and_goes_on_where_it_was() {
         let mean = values.iter().filter_map(serde_json::Value::as_f64).sum::<f64>() / 2.0;
         assert!((row["kept_of_finetuned"]["mean"].as_f64().expect("mean") - mean).abs() < 1e-12);
     }
-    assert!(said.contains("cell 8 of 8"), "{said}");
-    // One layer of 16 goes: both strategies drop the same and finetune the next, so they share a pruned model and one
-    // healed model per seed. Two go: a block or two single ones. Of healed models the answers stay.
+    assert!(progress.contains("cell 8 of 8"), "{progress}");
+    // With one of 16 layers dropped, both strategies drop the same layer and finetune the next one, so they share a
+    // pruned model and one healed model per seed. With two they differ: a block, or two single layers. Only the answers
+    // of the healed models are kept.
     let made = || -> Vec<String> {
         fs::read_dir(&out).expect("out").filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect()
     };
@@ -181,7 +184,7 @@ fn a_sweep_does_equal_steps_once_and_goes_on_where_it_was() {
     assert_eq!(again.stdout, output.stdout);
     assert!(!stderr(&again).lines().any(|line| line.ends_with(" s")), "{}", stderr(&again));
 
-    // A recipe more: what was done stays done.
+    // One more recipe: finished steps are reused.
     fs::write(here.join("sweep.toml"), sweep_file("\"paper\", \"fast\"")).expect("sweep");
     let more = interlace(here, &["sweep", "sweep.toml"]);
     assert_eq!(more.status.code(), Some(0), "{}", stderr(&more));
@@ -191,7 +194,7 @@ fn a_sweep_does_equal_steps_once_and_goes_on_where_it_was() {
     assert!(stdout(&more).contains("Pareto"), "{}", stdout(&more));
     assert!(fs::read_to_string(out.join("sweep.md")).expect("table").contains("| fast |"));
 
-    // The models are wanted: they are healed again, to the same.
+    // Now the models are requested: they are healed again, with the same result.
     let steps = || read(&out.join("state.json"))["steps"].as_object().expect("steps").clone();
     let before = steps();
     fs::write(here.join("sweep.toml"), format!("keep_models = true\n{}", sweep_file("\"paper\""))).expect("sweep");
@@ -203,9 +206,9 @@ fn a_sweep_does_equal_steps_once_and_goes_on_where_it_was() {
     }
 }
 
-/// The benchmark is read when all models are made: one that cannot be read before that changes nothing about them.
+/// The benchmark is read after all models are made, so an unreadable one does not change any model.
 #[test]
-fn nothing_is_chosen_with_the_test_file() {
+fn no_choice_depends_on_the_benchmark() {
     let folder = tempfile::tempdir().expect("folder");
     let here = folder.path();
     fs::write(here.join("words.jsonl"), WORDS).expect("text");
@@ -227,7 +230,7 @@ fn nothing_is_chosen_with_the_test_file() {
     let steps = || read(&here.join("out/state.json"))["steps"].as_object().expect("steps").clone();
     let made = steps();
     for name in ["dense-finetuned", "dense-finetuned-partly", "healed-interlace", "healed-sleb"] {
-        assert!(made.contains_key(name), "{name} is not made: {}", stderr(&broken));
+        assert!(made.contains_key(name), "{name} does not exist: {}", stderr(&broken));
     }
     assert!(made.keys().all(|name| !name.starts_with("eval-")), "{:?}", made.keys());
 
@@ -235,5 +238,61 @@ fn nothing_is_chosen_with_the_test_file() {
     let whole = interlace(here, &["run", "recipe.toml"]);
     assert_eq!(whole.status.code(), Some(0), "{}", stderr(&whole));
     let after = steps();
-    assert!(made.iter().all(|(name, step)| after[name] == *step), "a step was done again");
+    assert!(made.iter().all(|(name, step)| after[name] == *step), "a step was repeated");
+}
+
+/// Makes a pipe at `path`. The thread waits for the first reader, reads the finished steps of the run in `out` at that moment,
+/// and hands the reader bytes that no benchmark and no text consists of.
+fn at_the_first_opening(path: &Path, out: &Path) -> std::thread::JoinHandle<Vec<String>> {
+    let made = Command::new("mkfifo").arg(path).status().expect("mkfifo");
+    assert!(made.success());
+    let (path, out) = (path.to_path_buf(), out.to_path_buf());
+    std::thread::spawn(move || {
+        let mut pipe = fs::OpenOptions::new().write(true).open(path).expect("a reader");
+        let state = read(&out.join("state.json"));
+        // A reader that is gone is no matter.
+        let _ = pipe.write_all(b"\xff\xfe nothing");
+        state["steps"].as_object().expect("steps").keys().cloned().collect()
+    })
+}
+
+/// A strategy that measures losses, a searched rate and rows held back for the choice among rows: the test files are opened
+/// for the first time when all of it is settled.
+#[test]
+fn test_files_are_opened_when_every_model_is_made() {
+    let bench = fixture("data/bench-small.tsv");
+    let run = recipe("[1e-4, 1e-3]").replace("\"angular\"", "\"sleb\"");
+    let sweep = sweep_file("\"paper\", \"fast\"")
+        .replace("samples = 4\n", "samples = 4\n        held_back = 0.25\n")
+        .replace("\"consecutive\"", "\"sleb\"")
+        .replace("[1, 2]", "[1]")
+        .replace("[0.07, 0.13]", "[0.13]")
+        .replace("= 1e-3", "= [1e-4, 1e-3]");
+    let words = "[[eval.other]]\n        data = \"words.jsonl\"\n";
+    let of_run = ["healed-interlace", "healed-sleb", "dense-finetuned", "held-back-sleb-finetuned"];
+    // Two strategies, two recipes; the dense model finetuned beside either recipe, all its layers and two of them.
+    let cases = [("run", run, Vec::from(of_run)), ("sweep", format!("{sweep}{words}"), Vec::new())];
+    for (verb, text, wanted) in cases {
+        assert!(text.contains("held_back") && text.contains("sleb") && text.contains("[1e-4, 1e-3]"), "{text}");
+        for (piped, whole) in [("bench.tsv", "words.jsonl"), ("words.jsonl", "bench.tsv")] {
+            let folder = tempfile::tempdir().expect("folder");
+            let here = folder.path();
+            fs::write(here.join("words.jsonl"), WORDS).expect("text");
+            fs::copy(&bench, here.join("bench.tsv")).expect("benchmark");
+            fs::write(here.join("recipe.toml"), text.replace(&bench, "bench.tsv")).expect("recipe");
+            fs::remove_file(here.join(piped)).expect("remove");
+            let opened = at_the_first_opening(&here.join(piped), &here.join("out"));
+            let output = interlace(here, &[verb, "recipe.toml"]);
+            assert_eq!(output.status.code(), Some(2), "{verb}: {}", stderr(&output));
+            assert!(here.join(whole).is_file());
+            let steps = opened.join().expect("the thread");
+            let count = |start: &str| steps.iter().filter(|step| step.starts_with(start)).count();
+            let missing: Vec<_> = wanted.iter().filter(|name| !steps.iter().any(|step| step == *name)).collect();
+            assert!(missing.is_empty(), "{verb}: {missing:?} are made later than {piped} is opened, {steps:?}");
+            if verb == "sweep" {
+                assert_eq!((count("healed-"), count("dense-"), count("held-back-")), (4, 4, 9), "{steps:?}");
+            }
+            assert!(piped == "words.jsonl" || count("eval-") == 0, "{steps:?}");
+        }
+    }
 }

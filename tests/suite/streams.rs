@@ -1,7 +1,7 @@
-//! Networks whose residual stream is out of the ordinary, without layers, against the same networks in PyTorch.
+//! Networks with an unusual residual stream: pruned graphs compared with the same pruned networks in PyTorch.
 //!
-//! `fixtures/streams` holds each graph, nameless but for its inputs and outputs, and an npz: `in.NAME`, and for each set
-//! of deleted layers `drop_A_B.OUTPUT`. `scripts/zoo/streams.py` makes them.
+//! `fixtures/streams` holds each graph, without names except for its inputs and outputs, and an npz: inputs as
+//! `in.NAME`, and for each set of deleted layers `drop_A_B.OUTPUT`. `scripts/zoo/streams.py` creates them.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -37,8 +37,8 @@ pub fn fed(tensor: &tch::Tensor, dtype: DataType) -> Tensor {
     }
 }
 
-/// Runs the model on the recorded inputs and holds every output of `prefix` to 1e-4.
-fn hold(name: &str, model: &Model, arrays: &Arrays, prefix: &str) {
+/// Runs the model on the recorded inputs and compares every output of `prefix` to 1e-4.
+fn check_outputs(name: &str, model: &Model, arrays: &Arrays, prefix: &str) {
     let runtime = Runtime::new(Device::Cpu).unwrap();
     let mut session = runtime.session_of(model, &SessionOptions::default()).unwrap();
     let ports = session.inputs().to_vec();
@@ -58,7 +58,7 @@ fn hold(name: &str, model: &Model, arrays: &Arrays, prefix: &str) {
         let expected = &arrays[&format!("{start}{output}")];
         let found = tch::Tensor::from_slice(&tensor.to_f32().unwrap()).reshape(expected.size());
         let far = (found - expected).abs().max().double_value(&[]);
-        assert!(far <= 1e-4, "{name} {prefix}: `{output}` is off by {far:e}");
+        assert!(far <= 1e-4, "{name} {prefix}: `{output}` differs by {far:e}");
     }
 }
 
@@ -77,8 +77,8 @@ fn compare(name: &str, layers: usize) -> Analysis {
             None => continue,
         };
         let pruned = drop_layers(&analysis, &drop).unwrap_or_else(|error| panic!("{name} {prefix}: {error}"));
-        hold(name, &pruned, &arrays, prefix);
-        // A single layer is not repeated, so it is not found.
+        check_outputs(name, &pruned, &arrays, prefix);
+        // A single layer has no repetition, so it is not found.
         if layers - drop.len() > 1 {
             let found = analyse(&pruned).unwrap_or_else(|error| panic!("{name} {prefix}: {error}"));
             assert_eq!(found.map.layers.len(), layers - drop.len(), "{name} {prefix}");
@@ -94,22 +94,22 @@ fn kinds(analysis: &Analysis) -> Vec<&str> {
 }
 
 #[test]
-fn a_norm_behind_the_sum_goes_with_its_layer() {
+fn a_norm_after_the_residual_sum_is_dropped_with_its_layer() {
     for name in ["opt", "bert"] {
         let analysis = compare(name, 4);
         assert!(analysis.map.glue.is_empty(), "{name}: {:?}", analysis.map.glue);
-        // Two norms' weights and biases are among a layer's own, as are those of its six projections.
+        // A layer has the weights and biases of two norms and of six projections.
         let counts: Vec<usize> = analysis.map.layers.iter().map(|layer| layer.weights.len()).collect();
         assert!(counts.iter().all(|&count| count >= 16), "{name}: {counts:?}");
     }
 }
 
 #[test]
-fn cross_attention_layers_are_layers_of_their_own_kind() {
+fn cross_attention_layers_have_a_kind_of_their_own() {
     let analysis = compare("mllama", 6);
     let (own, cross) = ("attention + mlp", "cross-attention + mlp");
     assert_eq!(kinds(&analysis), [own, own, cross, own, cross, own]);
-    // The other sequence comes in by an input that goes with the last layer that reads it.
+    // The input of the other sequence is removed with the last layer that reads it.
     let input = |model: &Model| model.graph.input("cross_attention_states").is_some();
     assert!(input(&drop_layers(&analysis, &[2]).unwrap()));
     assert!(!input(&drop_layers(&analysis, &[2, 4]).unwrap()));
@@ -117,7 +117,7 @@ fn cross_attention_layers_are_layers_of_their_own_kind() {
 
 #[test]
 fn layers_that_share_keys_and_scale_the_stream_are_found() {
-    // Gemma 3n's layers predict all of their streams before the attention.
+    // The layers of Gemma 3n predict all of their streams before the attention.
     for (name, kind) in [("gemma4", "attention + mlp"), ("gemma3n", "mlp + attention + mlp")] {
         let analysis = compare(name, 6);
         assert!(kinds(&analysis).iter().all(|found| *found == kind), "{:?}", kinds(&analysis));
@@ -139,7 +139,7 @@ fn producers_stay(analysis: &Analysis) {
 }
 
 #[test]
-fn a_whole_list_of_hidden_states_is_that_of_the_smaller_network() {
+fn a_full_list_of_hidden_states_matches_the_smaller_network() {
     let analysis = compare("llama_states", 4);
     let graph = &analysis.model.graph;
     let taps: Vec<(&str, &[usize])> =
@@ -151,30 +151,30 @@ fn a_whole_list_of_hidden_states_is_that_of_the_smaller_network() {
     assert!(analysis.map.layers.iter().all(|layer| layer.ports.is_empty()));
 }
 
-/// A graph with a vision tower and a language model of the same width: two towers, each pruned by itself.
+/// A graph with a vision tower and a language model of the same width: each is pruned separately.
 #[test]
-fn two_towers_in_one_graph_are_two() {
+fn two_towers_in_one_graph_are_pruned_separately() {
     let analysis = compare("llava", 3);
     let vision = analysis.clone().into_vision().expect("a vision tower");
     assert_eq!(vision.map.layers.len(), 4);
     let (_, arrays) = network("llava");
     for (drop, prefix) in [(vec![1], "vision_drop_1"), (vec![0, 3], "vision_drop_0_3")] {
         let pruned = drop_layers(&vision, &drop).unwrap();
-        hold("llava", &pruned, &arrays, prefix);
+        check_outputs("llava", &pruned, &arrays, prefix);
         let found = analyse(&pruned).unwrap();
         assert_eq!(found.map.layers.len(), 3, "{prefix}");
         assert_eq!(found.vision.map(|map| map.layers.len()), Some(4 - drop.len()), "{prefix}");
     }
 }
 
-/// Where taps read the stream, by name.
+/// Outputs that tap the stream: name, places, and layers whose inside they show.
 fn taps(analysis: &Analysis) -> Vec<(&str, &[usize], &[usize])> {
     let graph = &analysis.model.graph;
     analysis.map.taps.iter().map(|tap| (graph.name(tap.output), &tap.places[..], &tap.inside[..])).collect()
 }
 
 #[test]
-fn taps_stay_and_move_to_the_stream_at_their_place() {
+fn taps_are_found_with_their_places_in_the_stream() {
     let analysis = compare("llama_taps", 4);
     let want: [(&str, &[usize], &[usize]); 5] = [
         ("last_hidden_state", &[4], &[]),
@@ -193,7 +193,7 @@ fn taps_stay_and_move_to_the_stream_at_their_place() {
 }
 
 #[test]
-fn taps_and_both_towers_are_shown_and_pruned_by_name() {
+fn taps_and_both_towers_are_printed_and_pruned_by_name() {
     let graph = |name: &str| folder().join(format!("{name}.onnx")).to_str().unwrap().to_string();
     let work = tempfile::tempdir().unwrap();
     let shown = interlace(work.path(), &["inspect", &graph("llama_taps"), "-q"]);
@@ -220,7 +220,7 @@ fn taps_and_both_towers_are_shown_and_pruned_by_name() {
             ["prune", &graph("llava"), "--component", component, "--drop", drop, "-o", out.to_str().unwrap(), "-q"];
         let output = interlace(work.path(), &arguments);
         assert!(output.status.success(), "{}", stderr(&output));
-        hold("llava", &onnx::load(&out.join("llava.onnx")).unwrap(), &arrays, prefix);
+        check_outputs("llava", &onnx::load(&out.join("llava.onnx")).unwrap(), &arrays, prefix);
     }
     let out = work.path().join("none");
     let output = interlace(
@@ -231,16 +231,16 @@ fn taps_and_both_towers_are_shown_and_pruned_by_name() {
     assert!(!out.exists());
 }
 
-/// Layers left out by a flag give the losses of the network without them.
+/// Layers bypassed by a flag give the losses of the network without them.
 #[test]
-fn layers_that_are_bypassed_are_as_if_deleted() {
+fn bypassed_layers_give_the_losses_of_deleted_layers() {
     let runtime = Runtime::new(Device::Cpu).unwrap();
     for (name, prefixes) in
         [("opt", ["drop_1", "drop_0_2"]), ("gemma4", ["drop_4", "drop_0_1"]), ("gemma3n", ["drop_1", "drop_0"])]
     {
         let (analysis, arrays) = network(name);
         let bypass = bypass_layers(&analysis).unwrap();
-        // Their layers read each other beside the stream, so none of these runs can begin at a later layer.
+        // These layers read values of other layers beside the stream, so no run can start at a later layer.
         assert!(!bypass.restarts, "{name}");
         let mut session = runtime.session_of(&bypass.model, &SessionOptions::default()).unwrap();
         for prefix in prefixes {

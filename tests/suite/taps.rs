@@ -1,4 +1,4 @@
-//! Outputs that show the residual stream, and layers that cannot go: what is renamed, moved or refused, and who says so.
+//! Outputs that show the residual stream, and layers that cannot be dropped: renamed, moved or refused, with a message.
 
 use std::path::Path;
 
@@ -18,7 +18,7 @@ fn output(model: &Model, name: &str) -> ValueId {
     *model.graph.body.outputs.iter().find(|id| model.graph.name(**id) == name).unwrap()
 }
 
-/// The network whose outputs are the logits and the streams at these places, by these names.
+/// The network with the logits and the streams at these places as outputs, under these names.
 fn showing(outputs: &[(usize, &str)]) -> Model {
     let mut model = onnx::load(&folder().join("llama_states.onnx")).unwrap();
     let shown: Vec<ValueId> =
@@ -36,8 +36,8 @@ fn showing(outputs: &[(usize, &str)]) -> Model {
     model
 }
 
-/// Every output but the logits is the recorded state of this number, for layer 1 of 4 dropped.
-fn hold(model: &Model, outputs: &[(&str, usize)]) {
+/// Every output except the logits equals the recorded state of this number, with layer 1 of 4 dropped.
+fn check_outputs(model: &Model, outputs: &[(&str, usize)]) {
     let (_, arrays) = network("llama_states");
     let mut session = Runtime::new(Device::Cpu).unwrap().session_of(model, &SessionOptions::default()).unwrap();
     let ports = session.inputs().to_vec();
@@ -66,18 +66,18 @@ fn changes(analysis: &Analysis, want: &[Change]) {
     assert_eq!(found, want);
 }
 
-/// As the lists of the network without layer 1 in PyTorch are, whose states are 0 to 3.
+/// Equal the lists of the network without layer 1 in PyTorch, whose states are 0 to 3.
 #[test]
-fn lists_with_an_output_for_every_layer_are_those_of_the_smaller_network() {
+fn lists_with_one_output_per_layer_match_the_smaller_network() {
     let pruned = |outputs: &[(usize, &str)]| drop_layers(&analyse(&showing(outputs)).unwrap(), &[1]).unwrap();
-    // Without the embeddings; without the last; by the number of the layer that gives it; in any order.
-    hold(&pruned(&[(1, "h.1"), (2, "h.2"), (3, "h.3"), (4, "h.4")]), &[("h.1", 1), ("h.2", 2), ("h.3", 3)]);
-    hold(&pruned(&[(0, "h0"), (1, "h1"), (2, "h2"), (3, "h3")]), &[("h0", 0), ("h1", 1), ("h2", 2)]);
-    hold(&pruned(&[(1, "b/0"), (2, "b/1"), (3, "b/2"), (4, "b/3")]), &[("b/0", 1), ("b/1", 2), ("b/2", 3)]);
-    hold(&pruned(&[(4, "h.4"), (3, "h.3"), (1, "h.1"), (2, "h.2")]), &[("h.3", 3), ("h.2", 2), ("h.1", 1)]);
+    // Without the embeddings; without the last state; numbered by the layer of the state; in any order.
+    check_outputs(&pruned(&[(1, "h.1"), (2, "h.2"), (3, "h.3"), (4, "h.4")]), &[("h.1", 1), ("h.2", 2), ("h.3", 3)]);
+    check_outputs(&pruned(&[(0, "h0"), (1, "h1"), (2, "h2"), (3, "h3")]), &[("h0", 0), ("h1", 1), ("h2", 2)]);
+    check_outputs(&pruned(&[(1, "b/0"), (2, "b/1"), (3, "b/2"), (4, "b/3")]), &[("b/0", 1), ("b/1", 2), ("b/2", 3)]);
+    check_outputs(&pruned(&[(4, "h.4"), (3, "h.3"), (1, "h.1"), (2, "h.2")]), &[("h.3", 3), ("h.2", 2), ("h.1", 1)]);
 
-    // With zeros before the number.
-    hold(&pruned(&[(0, "h00"), (1, "h01"), (2, "h02"), (3, "h03")]), &[("h00", 0), ("h01", 1), ("h02", 2)]);
+    // With leading zeros.
+    check_outputs(&pruned(&[(0, "h00"), (1, "h01"), (2, "h02"), (3, "h03")]), &[("h00", 0), ("h01", 1), ("h02", 2)]);
 
     let analysis = analyse(&showing(&[(1, "b/0"), (2, "b/1"), (3, "b/2"), (4, "b/3")])).unwrap();
     let want: [Change; 3] =
@@ -85,14 +85,14 @@ fn lists_with_an_output_for_every_layer_are_those_of_the_smaller_network() {
     changes(&analysis, &want);
 }
 
-/// States of some places keep their names, and what they show now is told.
+/// States of some places keep their names, and the new places are reported.
 #[test]
-fn outputs_that_are_no_whole_list_keep_their_names() {
+fn outputs_of_an_incomplete_list_keep_their_names() {
     for names in [["h.1", "h.3"], ["h.2", "h.3"], ["a", "b"]] {
         let places = if names[0] == "h.2" { [2, 3] } else { [1, 3] };
         let analysis = analyse(&showing(&[(places[0], names[0]), (places[1], names[1])])).unwrap();
         let pruned = drop_layers(&analysis, &[1]).unwrap();
-        hold(&pruned, &[(names[0], 1), (names[1], 2)]);
+        check_outputs(&pruned, &[(names[0], 1), (names[1], 2)]);
         let first: Change = (names[0], Some(names[0]), &[2], &[1]);
         let second: Change = (names[1], Some(names[1]), &[3], &[2]);
         let moved = if places[0] == 2 { vec![first, second] } else { vec![second] };
@@ -101,7 +101,7 @@ fn outputs_that_are_no_whole_list_keep_their_names() {
 }
 
 #[test]
-fn prune_tells_which_outputs_moved() {
+fn prune_reports_which_outputs_moved() {
     let work = tempfile::tempdir().unwrap();
     let graph = |name: &str, outputs: &[(usize, &str)]| {
         onnx::save(&showing(outputs), &work.path().join(name), &Storage::Inline).unwrap();
@@ -129,7 +129,7 @@ fn prune_tells_which_outputs_moved() {
     assert_eq!(serde_json::to_value(taps).unwrap(), want);
 }
 
-/// As Whisper's encoders are exported: keys and values for each decoder layer, beside the states.
+/// As in exports of Whisper's encoders: keys and values for each decoder layer, beside the states.
 fn with_keys_for_a_decoder(model: &mut Model) {
     let graph = &mut model.graph;
     let states = graph.body.outputs[0];
@@ -155,7 +155,7 @@ fn with_keys_for_a_decoder(model: &mut Model) {
 }
 
 #[test]
-fn keys_made_of_an_encoders_states_are_all_shown() {
+fn all_keys_computed_from_encoder_states_are_taps() {
     let mut model = onnx::load(&folder().join("bert.onnx")).unwrap();
     with_keys_for_a_decoder(&mut model);
     let analysis = analyse(&model).unwrap();
@@ -181,6 +181,7 @@ fn settings(strategy: &str, how_many: HowMany, seed: u64) -> PlanSettings {
         how_many,
         seed,
         samples: None,
+        fit_tokens: None,
         data: None,
         modality_weights: None,
         as_released: false,
@@ -188,9 +189,10 @@ fn settings(strategy: &str, how_many: HowMany, seed: u64) -> PlanSettings {
     }
 }
 
-/// Layers that others read, or that an output shows the inside of, are no candidates of a plan, and `prune` takes every plan.
+/// Layers that other layers read, or whose inside is an output, are no candidates of a plan. `prune` accepts every
+/// plan.
 #[test]
-fn plans_hold_only_layers_that_can_be_dropped() {
+fn plans_contain_only_layers_that_can_be_dropped() {
     let work = tempfile::tempdir().unwrap();
     for (name, fixed, reason) in [
         ("gemma4", &[2, 3][..], "layer 4"),
@@ -206,12 +208,12 @@ fn plans_hold_only_layers_that_can_be_dropped() {
             assert!(plan.drop.iter().all(|layer| !fixed.contains(layer)), "{name}: {:?}", plan.drop);
             let drop = Drop::Layers { tower: Tower::Text, layers: &plan.drop };
             let out = work.path().join(format!("{name}-{seed}"));
-            steps::prune(&bundle, &drop, Default::default(), &out).unwrap();
+            steps::prune(&bundle, &drop, Default::default(), None, &out).unwrap();
         }
         let more = settings("random", HowMany::DropCount(most + 1), 1);
         let error = steps::plan(&model, None, &more, None).unwrap_err().to_string();
         assert!(error.contains(&format!("{most} at most")) && error.contains(reason), "{error}");
-        // What the user names is refused as `prune` refuses it.
+        // Layers that the user names are refused with the message of `prune`.
         let named = settings("explicit", HowMany::Drop(vec![fixed[0]]), 1);
         let error = steps::plan(&model, None, &named, None).unwrap_err().to_string();
         assert!(error.contains(&format!("layer {}", fixed[0])) && error.contains(reason), "{error}");

@@ -1,4 +1,4 @@
-//! Ready tensors: the same samples fed as another program's batches and the ordinary way.
+//! Ready tensors: the same samples as batches of another program and in an ordinary data set.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -51,7 +51,7 @@ fn floats(shape: &[usize], data: Vec<f32>) -> Array {
     Array::Float(ndarray::ArrayD::from_shape_vec(ndarray::IxDyn(shape), data).expect("shape"))
 }
 
-/// With an axis of 1 in front.
+/// With a leading axis of 1.
 fn batched(array: &Array) -> Array {
     let shape: Vec<usize> = [1].into_iter().chain(array.shape().iter().copied()).collect();
     match array {
@@ -64,7 +64,7 @@ fn batched(array: &Array) -> Array {
     }
 }
 
-/// The first conversations of a data set, encoded by the model's processor.
+/// The first conversations of a data set, encoded by the processor of the model.
 fn encoded(model: &Bundle, data: &Path, count: usize) -> Vec<Encoded> {
     let dataset = Dataset::open_for(data, model, &DataOptions::default()).expect("data");
     let processor = Processor::open(model).expect("processor");
@@ -77,7 +77,7 @@ fn labels(encoded: &Encoded) -> Vec<i64> {
     encoded.input_ids.iter().zip(&encoded.answer_mask).map(|(&id, &answer)| if answer { id } else { -100 }).collect()
 }
 
-/// A file for each conversation: ids, labels, and what the vision encoder reads.
+/// A file for each conversation: ids, labels, and the inputs of the vision encoder.
 fn whole_model_files(folder: &Path, all: &[Encoded], axis_in_front: bool) -> PathBuf {
     let path = folder.join("ready");
     fs::create_dir(&path).expect("folder");
@@ -93,7 +93,7 @@ fn whole_model_files(folder: &Path, all: &[Encoded], axis_in_front: bool) -> Pat
                 let joined = Array::joined(&parts).expect("arrays of one kind");
                 arrays.push((name, if axis_in_front { batched(&joined) } else { joined }));
             }
-            // The shipped model's processor leaves the mask out where nothing is padding; another program writes it.
+            // Without padding, the processor of the shipped model omits the mask; another program writes it.
             if axis_in_front && first.get("pixel_attention_mask").is_none() {
                 let tiles: usize =
                     pictures.iter().map(|picture| picture.pixel_values().expect("pixels").shape()[0]).sum();
@@ -108,13 +108,13 @@ fn whole_model_files(folder: &Path, all: &[Encoded], axis_in_front: bool) -> Pat
 
 fn scores_of(model: &Bundle, data: &Path, count: usize) -> Scores {
     let dataset = Dataset::open_for(data, model, &DataOptions::default()).expect("data");
-    // The ordinary set has more samples: it is cut by a copy of its first rows.
+    // The ordinary data set has more samples, so only a copy of its first rows is used.
     assert_eq!(dataset.len(), count, "{}", data.display());
     let settings = ScoreSettings { amount: Amount::All, ..ScoreSettings::default() };
     score(model, &dataset, &settings, Device::Cpu, &Cancel::default()).expect("scores")
 }
 
-/// The first rows of the fixture as JSON lines with pictures beside them.
+/// The first rows of the fixture as JSON lines, with pictures as files.
 fn ordinary(folder: &Path, count: usize) -> PathBuf {
     let model = Bundle::open(&model_folder()).expect("model");
     let dataset = Dataset::open_for(&samples_file(), &model, &DataOptions::default()).expect("data");
@@ -146,9 +146,12 @@ fn ordinary(folder: &Path, count: usize) -> PathBuf {
 
 fn same_scores(a: &Scores, b: &Scores, tolerance: f64) {
     assert_eq!(a.num_samples, b.num_samples);
+    assert!(!a.samples.is_empty() && a.samples.len() == b.samples.len(), "{} samples", a.samples.len());
     for (a, b) in a.samples.iter().zip(&b.samples) {
         assert_eq!(a.tokens, b.tokens);
+        assert_eq!(a.sim.len(), b.sim.len(), "{}", a.id);
         for (pack, values) in &a.sim {
+            assert_eq!(values.len(), b.sim[pack].len(), "{}, packs of {pack}", a.id);
             for (x, y) in values.iter().zip(&b.sim[pack]) {
                 assert!((x - y).abs() <= tolerance, "{} and {}: {x} and {y}", a.id, b.id);
             }
@@ -164,7 +167,7 @@ fn report(folder: &Path, model: &Path, data: &Path) -> Value {
 }
 
 #[test]
-fn a_whole_model_scores_the_same_tensors_the_same() {
+fn ready_tensors_of_a_whole_model_give_the_same_scores() {
     let folder = tempfile::tempdir().expect("folder");
     let bundle = Bundle::open(&model_folder()).expect("model");
     let data = ordinary(folder.path(), 6);
@@ -182,7 +185,7 @@ fn a_whole_model_scores_the_same_tensors_the_same() {
     assert!(a["model"]["mean_loss"].as_f64().expect("a number") > 0.0);
 }
 
-/// Embeddings in batches of three, padded on either side, without ids.
+/// Embeddings in batches of three, padded on the left or on the right, without ids.
 #[test]
 fn padded_batches_of_embeddings_give_the_same_losses() {
     let folder = tempfile::tempdir().expect("folder");
@@ -221,15 +224,15 @@ fn padded_batches_of_embeddings_give_the_same_losses() {
     }
     let b = scores_of(&bundle, &ready, 6);
     same_scores(&scores_of(&bundle, &data, 6), &b, 0.0);
-    // Nothing says which embeddings are a picture's.
+    // The tensors do not say which embeddings belong to a picture.
     assert!(b.modalities.is_empty());
     let (a, b) = (report(folder.path(), &model_folder(), &data), report(folder.path(), &model_folder(), &ready));
     assert_eq!(a["model"]["mean_loss"], b["model"]["mean_loss"]);
 }
 
-/// Three rows of positions, grids, and features that go into several layers.
+/// Three rows of positions, grids, and DeepStack features.
 #[test]
-fn grids_and_deepstack_features_come_from_ready_tensors() {
+fn ready_tensors_may_hold_grids_and_deepstack_features() {
     let family = Family::open("qwen3_vl", "qwen3_vl");
     let bundle = Bundle::open(&family.here().join("qwen3_vl")).expect("model");
     let data = ordinary(family.here(), 3);
@@ -242,7 +245,7 @@ fn grids_and_deepstack_features_come_from_ready_tensors() {
 }
 
 #[test]
-fn an_input_that_no_row_knows_takes_a_ready_tensor() {
+fn an_unknown_graph_input_takes_a_ready_tensor() {
     let folder = tempfile::tempdir().expect("folder");
     let model = folder.path().join("model");
     copy_folder(&model_folder(), &model);
@@ -294,7 +297,7 @@ fn copy_folder(from: &Path, to: &Path) {
 }
 
 #[test]
-fn finetuning_learns_the_same_from_ready_tensors() {
+fn finetuning_on_ready_tensors_gives_the_same_losses() {
     let folder = tempfile::tempdir().expect("folder");
     let data = ordinary(folder.path(), 6);
     let bundle = Bundle::open(&model_folder()).expect("model");

@@ -1,4 +1,4 @@
-//! Finetuning as a process: killed without warning and taken up again.
+//! Finetuning as a process that is killed and resumed.
 
 use std::fs;
 use std::path::Path;
@@ -25,7 +25,7 @@ fn start(folder: &Path, arguments: &[&str]) -> Child {
     command.spawn().expect("the binary starts")
 }
 
-/// Waits until so many steps are written down, or the run ends.
+/// Waits until this many steps are logged, or the run ends.
 fn wait_for_steps(metrics: &Path, steps: usize, child: &mut Child) -> usize {
     let began = Instant::now();
     loop {
@@ -44,7 +44,7 @@ fn weights(folder: &Path) -> Vec<Vec<u8>> {
         .to_vec()
 }
 
-/// Killed twice at steps that differ from run to run, once perhaps while it writes a checkpoint.
+/// Killed twice, at steps that vary from run to run, perhaps while it writes a checkpoint.
 #[test]
 fn a_killed_run_resumes_to_the_same_bits() {
     let folder = tempfile::tempdir().expect("folder");
@@ -74,7 +74,7 @@ fn a_killed_run_resumes_to_the_same_bits() {
         child.kill().expect("kill");
         let status = child.wait().expect("wait");
         assert!(!status.success() && done < STEPS, "the run ended before it was killed at step {stop}");
-        assert!(!here.join("healed").exists(), "killed at step {stop}, a result is there");
+        assert!(!here.join("healed").exists(), "killed at step {stop}, but a result exists");
         if run.last() != Some(&"--resume") {
             run.push("--resume");
         }
@@ -85,9 +85,10 @@ fn a_killed_run_resumes_to_the_same_bits() {
     assert!(weights(&here.join("healed")) != weights(&here.join("pruned")));
 }
 
-/// A rate that breaks the network: the message names step, samples and weight, and the last good checkpoint stays.
+/// With a rate that makes the network diverge, the message names step, samples and weight, and the last good checkpoint
+/// is kept.
 #[test]
-fn a_run_that_breaks_keeps_its_last_good_checkpoint() {
+fn a_diverging_run_keeps_its_last_good_checkpoint() {
     let folder = tempfile::tempdir().expect("folder");
     let here = folder.path();
     let model = fixture("model");
@@ -113,12 +114,19 @@ fn a_run_that_breaks_keeps_its_last_good_checkpoint() {
         .collect();
     assert_eq!(checkpoints, ["step-00000001"]);
     assert!(!here.join("healed").exists());
+
+    // The only step leaves infinite weights, although its own loss and gradients are finite.
+    fs::write(here.join("settings.toml"), settings.replace("1e30", "1e39")).expect("settings");
+    let output = interlace(here, &arguments("one", &data, "1"));
+    assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+    assert!(stderr(&output).contains("is not finite after the last step"), "{}", stderr(&output));
+    assert!(!here.join("one").exists());
 }
 
-/// Layers by their index train as the plan that names them does; a whole model trains too, with the losses that have
-/// something for it.
+/// Layers named by index train as with a plan that names them. An unpruned model trains too, with the losses that apply
+/// to it.
 #[test]
-fn layers_train_without_a_plan() {
+fn layers_named_by_index_train_without_a_plan() {
     let folder = tempfile::tempdir().expect("folder");
     let here = folder.path();
     let model = fixture("model");
@@ -144,7 +152,7 @@ fn layers_train_without_a_plan() {
         run(&all)
     };
     let done = |output: std::process::Output| assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
-    // `best` matches the dense model's answers: layers correspond by the folder's own record.
+    // `best` matches the answers of the dense model. Layers are matched by the record in the model folder.
     let best = ["--recipe", "best", "--teacher", &model, "--accumulation-steps", "1"];
     done(finetune("pruned", &[&["--plan", "plan.json"][..], &best].concat(), "by-plan"));
     done(finetune("pruned", &[&["--layers", &named][..], &best].concat(), "by-layers"));
@@ -161,7 +169,7 @@ fn layers_train_without_a_plan() {
     };
     assert_eq!(record("whole")["history"][0]["layers"].as_array().map(Vec::len), Some(16));
     assert_eq!(record("partly")["history"][0]["layers"], serde_json::json!([3, 9]));
-    // Nothing was dropped, so nothing is fitted, and the record says so.
+    // Nothing was dropped, so nothing is fitted, and the report says so.
     assert_eq!(record("partly")["history"][0]["settings"]["fit"]["enabled"], false);
     assert_eq!(record("whole")["inputs"]["plan"], serde_json::Value::Null);
     succeed(&["verify", "whole"]);
@@ -185,9 +193,9 @@ fn layers_train_without_a_plan() {
     }
 }
 
-/// A budget of tokens takes the first samples of the draw that hold it, and no more.
+/// A token budget takes the first drawn samples that reach it, and no more.
 #[test]
-fn a_budget_of_tokens_takes_the_first_of_the_draw() {
+fn a_token_budget_takes_the_first_samples_of_the_draw() {
     let folder = tempfile::tempdir().expect("folder");
     let here = folder.path();
     let model = fixture("model");
@@ -209,12 +217,12 @@ fn a_budget_of_tokens_takes_the_first_of_the_draw() {
     let some = report("data.step_tokens = 500", "some");
     assert!(count(&some) > 1 && count(&some) < count(&whole), "{} of {}", count(&some), count(&whole));
     assert!(ids(&some).contains(&ids(&one)[0]) && ids(&some).iter().all(|id| ids(&whole).contains(id)));
-    // All samples of this set are about as long: a budget that one sample more would reach is reached.
+    // The samples of this set have similar lengths, so a smaller budget takes fewer of the same samples.
     let fewer = report("data.step_tokens = 400", "fewer");
     assert!(count(&fewer) < count(&some) && ids(&fewer).iter().all(|id| ids(&some).contains(id)));
     assert_eq!(count(&report("data.step_tokens = 1000000000", "all")), count(&whole));
 
-    // What is held back is trained on by nobody, and `eval` reads that and nothing else.
+    // Held-back samples are never trained on, and `eval` reads only them.
     let run = |arguments: &[&str]| {
         let output = interlace(here, arguments);
         assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
@@ -229,7 +237,7 @@ fn a_budget_of_tokens_takes_the_first_of_the_draw() {
         let report: serde_json::Value = serde_json::from_slice(&fs::read(here.join(name)).expect(name)).expect("JSON");
         report["model"]["sequences"].as_array().expect("sequences").len()
     };
-    // `eval` reads a conversation as one sample, and turns of one row are on one side.
+    // `eval` reads a conversation as one sample. All turns of a row are on one side.
     assert!(count(&rest) > 0 && count(&rest) < count(&whole));
     assert!(sequences("apart.json") > 0 && sequences("apart.json") < sequences("all.json"));
 }

@@ -1,4 +1,5 @@
-//! `prune --component vision_encoder` on a model folder, against the same tower in PyTorch with those layers deleted.
+//! `prune --component vision_encoder` on a model folder, compared with the same tower in PyTorch with those layers
+//! deleted.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -10,7 +11,7 @@ use interlace::{onnx, torch};
 
 use super::cli::{interlace, stderr};
 
-/// Largest distance of the image features from PyTorch's, computed by ONNX Runtime and by the interpreter.
+/// Largest difference of the image features from PyTorch's, computed by ONNX Runtime and by the interpreter.
 fn distances(graph: &Path, expected: &str) -> (f64, f64) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/expected").join(expected);
     let data: HashMap<String, tch::Tensor> = tch::Tensor::read_npz(path).unwrap().into_iter().collect();
@@ -43,7 +44,7 @@ fn distances(graph: &Path, expected: &str) -> (f64, f64) {
 }
 
 #[test]
-fn a_pruned_tower_gives_what_pytorch_gives() {
+fn a_pruned_vision_tower_equals_pytorch() {
     let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model");
     let folder = tempfile::tempdir().unwrap();
     for (drop, expected, layers) in
@@ -57,7 +58,7 @@ fn a_pruned_tower_gives_what_pytorch_gives() {
                 ["prune", model.to_str().unwrap(), "--component", "vision_encoder", "--drop", drop, "-o", out, "-q"];
             let output = interlace(folder.path(), &prune);
             assert!(output.status.success(), "{}", stderr(&output));
-            // The language part is as it was.
+            // The language model is unchanged.
             for file in ["onnx/decoder_model_merged.onnx_data", "onnx/embed_tokens.onnx"] {
                 assert_eq!(
                     std::fs::read(graph.join(file)).unwrap(),
@@ -72,7 +73,7 @@ fn a_pruned_tower_gives_what_pytorch_gives() {
         let (runtime, interpreter) = distances(&graph.join("onnx/vision_encoder.onnx"), expected);
         assert!(runtime <= 1e-4 && interpreter <= 1e-4, "without {drop}: {runtime:e}, interpreted {interpreter:e}");
     }
-    // The expected values tell one tower from another.
+    // The expected values of the towers differ, so a wrong tower would be noticed.
     let (runtime, interpreter) = distances(&model.join("onnx/vision_encoder.onnx"), "vision_drop_3.npz");
     assert!(runtime > 0.1 && interpreter > 0.1, "{runtime:e}, {interpreter:e}");
 }

@@ -1,8 +1,8 @@
-//! Layer removal on graphs of many exporters, against the same networks in PyTorch with those layers deleted.
+//! Layer removal in graphs of many exporters, compared with the same networks in PyTorch with those layers deleted.
 //!
-//! `fixtures/zoo/cases.tsv` pairs each graph with expected values and a tolerance; `expected/*.npz` hold the inputs
-//! (`in.NAME` prefill, `in2.NAME` one cached step) and PyTorch's logits (`exp.logits`, `exp2.logits`). Graphs of one
-//! network that are no model folder share its weights (`NETWORK/weights.data`).
+//! `fixtures/zoo/cases.tsv` pairs each graph with expected values and a tolerance. `expected/*.npz` hold the inputs
+//! (`in.NAME` for prefill, `in2.NAME` for one cached step) and PyTorch's logits (`exp.logits`, `exp2.logits`). Graphs
+//! of one network that are not model folders share its weights (`NETWORK/weights.data`).
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -31,11 +31,13 @@ fn cases() -> Vec<Case> {
     let parse = |line: &str| {
         let mut fields = line.split('\t').map(str::to_string);
         let (file, expected, tolerance) = (fields.next().unwrap(), fields.next().unwrap(), fields.next().unwrap());
-        // Half precision is held to 5e-3, everything else to 1e-4.
+        // The tolerance is 5e-3 for half precision and 1e-4 for everything else.
         let tolerance = if tolerance == "1e-2" { 5e-3 } else { 1e-4 };
         Case { file, expected, tolerance }
     };
-    table.lines().map(parse).collect()
+    let cases: Vec<Case> = table.lines().map(parse).collect();
+    assert!(cases.len() >= 15, "{} cases", cases.len());
+    cases
 }
 
 pub(super) type Arrays = HashMap<String, tch::Tensor>;
@@ -62,7 +64,8 @@ fn fed(tensor: &tch::Tensor, dtype: DataType) -> Tensor {
     }
 }
 
-/// Runs one step: `prefix` is `in` or `in2`, `past` the caches by input name, `given` finds an input's name in the data.
+/// Runs one step: `prefix` is `in` or `in2`, `past` holds the caches by input name, `given` maps an input's name to
+/// that in the data.
 fn step(
     session: &mut Session,
     data: &Arrays,
@@ -75,7 +78,7 @@ fn step(
     for port in session.inputs().to_vec() {
         let name = given(&port.name);
         let tensor = if let Some(array) = data.get(&format!("{prefix}.{name}")) {
-            // A graph with plain positions takes the first row of multimodal ones.
+            // A graph with one row of positions takes the first row of multimodal positions.
             let rows = array.size().len() == 3 && port.shape.len() == 2 && name == "position_ids";
             fed(&if rows { array.get(0) } else { array.shallow_clone() }, port.dtype)
         } else if name == "cache_position" {
@@ -85,7 +88,7 @@ fn step(
         } else {
             let size = |axis: usize, dim: &Dim| match dim {
                 Dim::Known(size) => *size as usize,
-                // One exporter writes fixed sizes as names.
+                // One exporter writes fixed sizes as symbolic names.
                 Dim::Symbol(name) if name.parse::<usize>().is_ok() => name.parse().unwrap(),
                 _ if axis == 0 => 1,
                 _ if axis == 3 => head_dim,
@@ -102,7 +105,7 @@ fn step(
     names.into_iter().map(|name| (name.clone(), outputs.take(&name).unwrap())).collect()
 }
 
-/// The largest distance of the last `rows` positions' logits from the expected ones.
+/// The largest difference of the logits at the last `rows` positions from the expected ones.
 fn distance(found: &Tensor, want: &tch::Tensor) -> f32 {
     let rows = found.shape()[1] as i64;
     let want = want.narrow(1, want.size()[1] - rows, rows);
@@ -111,7 +114,7 @@ fn distance(found: &Tensor, want: &tch::Tensor) -> f32 {
     found.iter().zip(want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }
 
-/// Distances of prefill and of one cached step.
+/// Differences of prefill and of one cached step.
 pub(super) fn distances(model: &Model, data: &Arrays, given: &dyn Fn(&str) -> String) -> (f32, f32, LayerMap) {
     let found = analyse(model).unwrap();
     let graph = &found.model.graph;
@@ -139,8 +142,8 @@ fn check(case: &Case, analysis: &Analysis, given: &dyn Fn(&str) -> String) -> us
         let pruned = drop_layers(analysis, drop).unwrap();
         let (prefill, decode, map) = distances(&pruned, &data, given);
         let at = format!("{} without {drop:?}", case.file);
-        assert!(prefill <= case.tolerance, "{at}: prefill is off by {prefill:e}");
-        assert!(decode <= case.tolerance, "{at}: the cached step is off by {decode:e}");
+        assert!(prefill <= case.tolerance, "{at}: prefill differs by {prefill:e}");
+        assert!(decode <= case.tolerance, "{at}: the cached step differs by {decode:e}");
         assert_eq!(map.layers.len(), 8 - drop.len(), "{at}");
         let states = data.keys().filter(|key| key.starts_with("exp.present.")).count();
         assert!(states == 0 || states == 2 * map.layers.len(), "{at}");
@@ -149,7 +152,7 @@ fn check(case: &Case, analysis: &Analysis, given: &dyn Fn(&str) -> String) -> us
     compared
 }
 
-/// A clone stays small: what a new case needs is shared with an old one where it can be.
+/// Keeps a clone small: new cases share data with old ones where possible.
 #[test]
 fn fixtures_stay_under_50_mb() {
     let mut open = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures")];
@@ -165,7 +168,7 @@ fn fixtures_stay_under_50_mb() {
 }
 
 #[test]
-fn pruned_graphs_give_what_pytorch_gives() {
+fn pruned_graphs_equal_pytorch() {
     for case in cases() {
         let model = onnx::load(&root().join(&case.file)).unwrap();
         let compared = check(&case, &analyse(&model).unwrap(), &str::to_string);
@@ -174,7 +177,7 @@ fn pruned_graphs_give_what_pytorch_gives() {
 }
 
 #[test]
-fn names_decide_nothing() {
+fn the_analysis_does_not_depend_on_names() {
     for case in cases() {
         let mut model = onnx::load(&root().join(&case.file)).unwrap();
         let old: HashMap<String, String> = scramble(&mut model);
@@ -185,7 +188,7 @@ fn names_decide_nothing() {
     }
 }
 
-/// Gives every node, value and port a name that says nothing; returns new to old names.
+/// Gives every node, value and port a meaningless name; returns a map from new to old names.
 fn scramble(model: &mut Model) -> HashMap<String, String> {
     let mut old = HashMap::new();
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
@@ -211,7 +214,7 @@ fn scramble(model: &mut Model) -> HashMap<String, String> {
 }
 
 #[test]
-fn kept_weights_are_the_same_bytes() {
+fn kept_weights_have_the_same_bytes() {
     for file in ["post/llama-ts17__int8.onnx", "genai/qwen3_vl-int4-embeds/model.onnx", "qwen3_vl/ts17.onnx"] {
         let model = onnx::load(&root().join(file)).unwrap();
         let pruned = drop_layers(&analyse(&model).unwrap(), &[2, 5]).unwrap();
@@ -225,7 +228,7 @@ fn kept_weights_are_the_same_bytes() {
 }
 
 #[test]
-fn the_shipped_model_without_layers_gives_what_pytorch_gives() {
+fn the_pruned_shipped_model_equals_pytorch() {
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures");
     let model = onnx::load(&fixtures.join("model/onnx/decoder_model_merged.onnx")).unwrap();
     let analysis = analyse(&model).unwrap();
@@ -236,6 +239,9 @@ fn the_shipped_model_without_layers_gives_what_pytorch_gives() {
         let pruned = drop_layers(&analysis, &drop).unwrap();
         let (prefill, decode, map) = distances(&pruned, &data, &str::to_string);
         assert_eq!(map.layers.len(), 16 - drop.len(), "{file}");
-        assert!(prefill <= 1e-4 && decode <= 1e-4, "{file}: prefill is off by {prefill:e}, the step by {decode:e}");
+        assert!(
+            prefill <= 1e-4 && decode <= 1e-4,
+            "{file}: prefill differs by {prefill:e}, the cached step by {decode:e}"
+        );
     }
 }

@@ -1,7 +1,11 @@
-//! LLaVA-OneVision: one view of the whole, or for a lone picture beside it the tiles of the best of some resolutions.
+//! LLaVA-OneVision: one view of the whole picture. With tiles on, and if it is the only picture of the conversation,
+//! the tiles of the best listed resolution follow.
 //!
-//! Source: `LlavaOnevisionImageProcessor` of transformers 5.24. transformers.js feeds the view of the whole alone, and so does
-//! this processor unless tiles are asked for: the packing of their features is in no exported graph.
+//! Output: `pixel_values` `[frames, 3, size, size]`; `image_sizes` `[1, 2]` with the original height and width.
+//!
+//! Source: `LlavaOnevisionImageProcessor` of transformers 5.24. Tiles are on when the vision encoder packs their features,
+//! for which it needs `image_sizes`. The published graphs do not; for them transformers.js passes only the view of the
+//! whole picture, and so does this processor.
 
 use serde_json::Value;
 
@@ -14,14 +18,14 @@ use super::resample::{Filter, Scaler};
 use super::rule::{CLIP, ImageLayout, Processed, Rule, frames, int_row};
 use super::settings::Settings;
 
-/// The most resolutions that a config may list.
+/// Maximum number of resolutions in a config.
 const MAX_RESOLUTIONS: usize = 1024;
 
 #[derive(Debug)]
 pub(super) struct AnyRes {
     size: [usize; 2],
     tile: usize,
-    /// Height and width of the resolutions that tiles are cut from; empty without tiles.
+    /// Heights and widths of the resolutions that can be cut into tiles; empty without tiles.
     resolutions: Vec<[usize; 2]>,
     scaler: Scaler,
     levels: Levels,
@@ -54,7 +58,7 @@ impl AnyRes {
     }
 }
 
-/// `image_grid_pinpoints`, or all multiples of 384 up to 2304.
+/// `image_grid_pinpoints`, or all pairs of multiples of 384 up to 2304.
 fn resolutions(settings: &mut Settings) -> Result<Vec<[usize; 2]>> {
     let Some(value) = settings.take("image_grid_pinpoints") else {
         let edges = || (1..=6).map(|n| n * 384);
@@ -104,7 +108,7 @@ impl Rule for AnyRes {
 }
 
 impl AnyRes {
-    /// The picture scaled into a resolution, black around it.
+    /// The picture scaled to fit a resolution, and centred on black.
     fn padded(&self, picture: &Picture, [height, width]: [usize; 2]) -> Result<Picture> {
         let (by_width, by_height) = (width as f64 / picture.width() as f64, height as f64 / picture.height() as f64);
         let (new_width, new_height) = if by_width < by_height {
@@ -118,7 +122,7 @@ impl AnyRes {
     }
 }
 
-/// The resolution that keeps the most pixels of the picture; of several the one that wastes the fewest.
+/// The resolution that keeps the most pixels of the picture; of several, the one with the fewest wasted pixels.
 pub(in crate::data) fn best_resolution(original: [usize; 2], resolutions: &[[usize; 2]]) -> Option<[usize; 2]> {
     let [height, width] = original.map(|edge| edge as f64);
     let (mut best, mut most, mut least) = (None, 0.0, f64::INFINITY);

@@ -1,5 +1,7 @@
-//! The longer edge is scaled to the size, and the picture comes to the middle of a square in the mean colour. Janus,
-//! DeepSeek-VL.
+//! Janus, DeepSeek-VL: the longer edge is scaled to the size, and the picture is centred on a square of the mean
+//! colour.
+//!
+//! Output: `pixel_values` `[1, 3, size, size]`; without `do_pad`, the size of the scaled picture.
 //!
 //! Source: `JanusImageProcessor` and `DeepseekVLImageProcessor` of transformers 5.24.
 

@@ -1,5 +1,7 @@
-//! One frame of a fixed size: scaled, and where the config says so padded to a square before and cropped in the middle
-//! after. CLIP, LLaVA-1.5, SigLIP.
+//! CLIP, LLaVA-1.5, SigLIP: one frame of a fixed size. The config selects padding to a square (LLaVA only), resizing,
+//! and a crop at the centre, in this order.
+//!
+//! Output: `pixel_values` `[1, 3, height, width]`.
 //!
 //! Source: `CLIPImageProcessor`, `LlavaImageProcessor` and `SiglipImageProcessor` of transformers 5.24.
 
@@ -77,14 +79,14 @@ impl Rule for Fixed {
     }
 }
 
-/// (width, height) with the shorter edge at `edge`, the longer one cut to a whole number.
+/// (width, height) with the shorter edge at `edge`. The longer edge is truncated to an integer.
 fn shortest_edge_size(width: usize, height: usize, edge: usize) -> (usize, usize) {
     let longer = |long: usize, short: usize| ((edge * long) as f64 / short as f64) as usize;
     if width <= height { (edge, longer(height, width)) } else { (longer(width, height), edge) }
 }
 
-/// The middle; where the picture is smaller, black around it. Of an odd number of pixels the two back ends leave the one over
-/// on opposite sides.
+/// Crops at the centre, and pads a smaller picture with black. With an odd number of padding pixels, the two back ends
+/// put the extra one on opposite sides.
 fn center_crop(picture: &Picture, width: usize, height: usize, back_end: BackEnd) -> Result<Picture> {
     let offset = |have: usize, want: usize| -> isize {
         if have >= want {

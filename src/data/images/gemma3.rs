@@ -1,4 +1,6 @@
-//! Gemma 3: the whole picture in a square, and where pan and scan is on crops along the longer edge of a long picture.
+//! Gemma 3: a square view of the whole picture. With pan and scan, a long picture also has crops along its longer edge.
+//!
+//! Output: `pixel_values` `[1 + crops, 3, height, width]`.
 //!
 //! Source: `Gemma3ImageProcessor` of transformers 5.24.
 
@@ -76,7 +78,7 @@ impl Rule for Gemma3 {
 }
 
 impl PanAndScan {
-    /// Rows and columns of crops, one of them 1; `None` for a picture that is not long enough.
+    /// Rows and columns of the crops, one of which is 1; `None` for a picture that is not long enough.
     fn grid(&self, picture: &Picture) -> Option<(usize, usize)> {
         let (width, height) = (picture.width(), picture.height());
         let (long, short) = (width.max(height), width.min(height));

@@ -1,4 +1,8 @@
-//! Gemma 4: the picture keeps its aspect within a number of patches, which are laid out in rows and filled up to that number.
+//! Gemma 4: the picture keeps its aspect within a maximum number of patches. The patches are in row-major order and
+//! padded to that number.
+//!
+//! Output, with P = `max_soft_tokens * pool * pool`: `pixel_values` `[1, P, 3 * patch * patch]`; `pixel_position_ids`
+//! `[1, P, 2]` with the column and row of each patch, -1 at padding.
 //!
 //! Source: `Gemma4ImageProcessor` of transformers 5.24.
 
@@ -13,7 +17,7 @@ use super::resample::{Filter, Scaler};
 use super::rule::{ImageLayout, Processed, Rule, floats};
 use super::settings::Settings;
 
-/// The numbers of image features that the models were trained with.
+/// Values of `max_soft_tokens` (image features) that the models were trained with.
 const SOFT_TOKENS: [usize; 5] = [70, 140, 280, 560, 1120];
 
 #[derive(Debug)]
@@ -43,19 +47,21 @@ impl Gemma4 {
         })
     }
 
-    /// The most patches.
+    /// Number of patches in the output, padding included.
     fn rows(&self) -> usize {
         self.soft_tokens * self.pool * self.pool
     }
 
-    /// (width, height) of the largest picture of this aspect in whole pools of patches.
+    /// (width, height) of the largest picture of this aspect, in multiples of `pool * patch`.
+    ///
+    /// Errors: `Error::Invalid` when no size fits the number of patches.
     fn size(&self, picture: &Picture) -> Result<(usize, usize)> {
         let (width, height) = (picture.width(), picture.height());
         let most = (self.rows() * self.patch * self.patch) as f64;
         let grow = (most / (width as f64 * height as f64)).sqrt();
         let unit = self.pool * self.patch;
         let fit = |edge: usize| (grow * edge as f64 / unit as f64).floor() as usize * unit;
-        // A picture so long that its shorter edge would vanish takes one pool there.
+        // If the shorter edge would round down to 0, it becomes one `unit`.
         let long = |long: usize, short: usize| ((long / short) * unit).min(self.soft_tokens * unit);
         let (w, h) = match (fit(width), fit(height)) {
             (0, 0) => (0, 0),

@@ -1,4 +1,7 @@
-//! GOT-OCR2, InternVL3 and Aya Vision: tiles on the grid nearest to the picture's aspect, then a view of the whole.
+//! GOT-OCR2, InternVL3 and Aya Vision: tiles on the grid nearest to the picture's aspect, then a view of the whole
+//! picture if there are several tiles.
+//!
+//! Output: `pixel_values` `[frames, 3, height, width]`.
 //!
 //! Source: `GotOcr2ImageProcessor` of transformers 5.24.
 
@@ -12,14 +15,14 @@ use super::resample::{Filter, Scaler};
 use super::rule::{CLIP, ImageLayout, Processed, Rule, frames};
 use super::settings::Settings;
 
-/// The most tiles that a config may allow.
+/// Upper limit of `max_patches` in a config.
 const MAX_TILES: usize = 256;
 
 #[derive(Debug)]
 pub(super) struct GotOcr2 {
     resize: bool,
     size: [usize; 2],
-    /// The fewest and the most tiles; `None` for the whole alone.
+    /// Minimum and maximum number of tiles; `None` for one view of the whole picture.
     tiles: Option<(usize, usize)>,
     scaler: Scaler,
     levels: Levels,

@@ -1,5 +1,8 @@
-//! Granite-Docling with its own model type: tiles on the grid nearest to the page's aspect, then a view of the whole; pages
-//! that come out too small may take more tiles.
+//! Granite-Docling with its own model type: tiles on the grid nearest to the page's aspect, then a view of the whole
+//! page. More tiles are allowed for pages that would otherwise be scaled down too much.
+//!
+//! Output: `pixel_values` `[frames, 3, height, width]`, `pixel_attention_mask` `[frames]`, and `tile_fine_mask` `[1]`
+//! with `fine_route`.
 //!
 //! Source: `GraniteDoclingImageProcessor` of transformers 5.24.
 
@@ -15,13 +18,13 @@ use super::resample::{Filter, Scaler};
 use super::rule::{CLIP, ImageLayout, Processed, Rule, frames};
 use super::settings::Settings;
 
-/// The tokenizer has tokens for this many rows and columns.
+/// Maximum number of rows and of columns for which the tokenizer has tokens.
 const MAX_SIDE: usize = 16;
 
 #[derive(Debug)]
 pub(super) struct GraniteDocling {
     size: [usize; 2],
-    /// The fewest and the most tiles; `None` for the whole alone.
+    /// Minimum and maximum number of tiles; `None` for one view of the whole page.
     tiles: Option<(usize, usize)>,
     dense: Dense,
     fine: bool,
@@ -29,7 +32,9 @@ pub(super) struct GraniteDocling {
     levels: Levels,
 }
 
-/// Which pages may take more tiles: width by height within bounds, and scaled below a share of their width. 0 is no bound.
+/// Condition for up to `most` tiles: the aspect (width / height) is above `least_aspect` and at most `most_aspect`, and
+/// the width of the tiled picture is below `scale` times the page's width. A bound of 0 is not checked, but `scale` or
+/// `least_aspect` must be set.
 #[derive(Debug)]
 struct Dense {
     most: usize,
@@ -69,7 +74,7 @@ impl GraniteDocling {
         })
     }
 
-    /// Rows and columns of tiles.
+    /// Rows and columns of the tiles.
     fn grid(&self, original: [usize; 2]) -> [usize; 2] {
         let Some((least, most)) = self.tiles else { return [1, 1] };
         let nearest = |most| grid::nearest_within(original, self.size, least.min(most), most, MAX_SIDE);

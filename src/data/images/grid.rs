@@ -1,14 +1,15 @@
 //! Rules for the grid of tiles of a picture, shared by several processors.
 
-/// Rows and columns of the grid whose aspect is nearest to the picture's, of those with `least` to `most` tiles. Of grids
-/// equally near the one with more tiles, unless the picture has less than half of its area.
+/// Rows and columns of the grid of `least` to `most` tiles whose aspect is nearest to the picture's. Of equally near
+/// grids, a larger one is chosen only if the picture's area is more than half of that grid's. `original` and `tile` are
+/// height and width in pixels.
 ///
 /// Source: `get_optimal_tiled_canvas` of transformers' GOT-OCR2, which InternVL, LFM2-VL and Ovis2 share.
 pub(super) fn nearest(original: [usize; 2], tile: [usize; 2], least: usize, most: usize) -> [usize; 2] {
     nearest_within(original, tile, least, most, most)
 }
 
-/// As `nearest`, of the grids with at most `side` rows and columns.
+/// As `nearest`, for grids of at most `side` rows and columns.
 pub(super) fn nearest_within(
     original: [usize; 2],
     tile: [usize; 2],
@@ -31,7 +32,7 @@ pub(super) fn nearest_within(
     best
 }
 
-/// All grids of `least` to `most` tiles as rows and columns: fewer tiles first, then fewer columns.
+/// All grids of `least` to `most` tiles as rows and columns, sorted by the number of tiles, then by columns.
 pub(super) fn grids(least: usize, most: usize) -> Vec<[usize; 2]> {
     let mut grids: Vec<[usize; 2]> = (1..=most)
         .flat_map(|columns| (1..=most / columns).map(move |rows| [rows, columns]))
@@ -46,7 +47,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn grids_come_in_transformers_order() {
+    fn tile_grids_have_the_order_of_transformers() {
         let want = [[1, 1], [2, 1], [1, 2], [3, 1], [1, 3], [4, 1], [2, 2], [1, 4]];
         assert_eq!(grids(1, 4), want);
         assert_eq!(grids(3, 3), [[3, 1], [1, 3]]);

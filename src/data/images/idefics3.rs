@@ -1,7 +1,10 @@
-//! Idefics3 and SmolVLM: the longest edge is scaled, then the picture is cut into square tiles beside a view of the
-//! whole, or shrunk to one square.
+//! Idefics3 and SmolVLM: the longest edge is scaled, then the picture is cut into square tiles, and a view of the whole
+//! picture follows. Without splitting, the picture is resized to one square.
 //!
-//! Source: the Pillow-based processors of Hugging Face transformers, sizes in f64 as there.
+//! Output: `pixel_values` `[frames, 3, tile, tile]`; `pixel_attention_mask` `[frames, tile, tile]`, true everywhere.
+//!
+//! Source: `Idefics3ImageProcessor` and `SmolVLMImageProcessor` on Pillow, of Hugging Face transformers. Sizes are in
+//! f64, as there.
 
 use ndarray::{ArrayD, IxDyn};
 
@@ -14,9 +17,9 @@ use super::resample::{Filter, Scaler};
 use super::rule::{HALVES, ImageLayout, Processed, Rule, frames};
 use super::settings::Settings;
 
-/// No edge is longer after the first resizing.
+/// Maximum edge after the first resize, in pixels.
 const MAX_EDGE: usize = 4096;
-/// The most tiles that one picture is cut into.
+/// Maximum number of tiles of one picture.
 const MAX_TILES: usize = 1024;
 
 #[derive(Debug)]
@@ -61,7 +64,7 @@ impl Idefics3 {
                 .remedy("restore the config that belongs to the model"));
             }
         };
-        // All frames come out of the same size, so padding adds nothing to one sample and only makes the mask.
+        // All frames have one size, so padding adds nothing to one sample except the mask.
         settings.bool("do_pad", true)?;
         settings.bool("default_to_square", true)?;
         let split = settings.bool("do_image_splitting", true)?;
@@ -75,7 +78,7 @@ impl Idefics3 {
         })
     }
 
-    /// Appends the frames; returns the grid of tiles.
+    /// Appends the frames to `out`. Returns the rows and columns of tiles, 0 x 0 for a picture that is not cut.
     fn cut(&self, picture: &Picture, out: &mut Vec<Picture>) -> Result<[usize; 2]> {
         let scaled = match &self.resize {
             None => picture.clone(),
@@ -131,8 +134,8 @@ impl Rule for Idefics3 {
     }
 }
 
-/// (width, height) with the longest edge at `edge`, the other rounded down, then up to an even number, and both at
-/// most `MAX_EDGE`.
+/// (width, height) with the longer edge at `edge`. The other edge is rounded down, then up to an even number. Both are
+/// at most `MAX_EDGE`.
 fn longest_edge_size(width: usize, height: usize, edge: usize) -> (usize, usize) {
     let aspect = width as f64 / height as f64;
     let (mut w, mut h) = if width >= height {
@@ -152,7 +155,7 @@ fn longest_edge_size(width: usize, height: usize, edge: usize) -> (usize, usize)
     (w.max(1), h.max(1))
 }
 
-/// (width, height) rounded up to whole tiles, the longer edge first.
+/// (width, height) rounded up to multiples of `tile`, the longer edge first.
 fn tiled_size(width: usize, height: usize, tile: usize) -> (usize, usize) {
     let aspect = width as f64 / height as f64;
     let up = |edge: usize| edge.div_ceil(tile).max(1) * tile;

@@ -1,7 +1,7 @@
-//! JPEG as Pillow decodes it: libjpeg-turbo with the accurate integer transform and interpolated chroma, to the bit.
+//! Decodes JPEG bit for bit as Pillow does: libjpeg-turbo with the accurate integer DCT and interpolated chroma.
 //!
-//! The library is the decoder inside MozJPEG, which is libjpeg-turbo's. A picture whose data end early is an error, as it is
-//! in Pillow; damage that the library only warns of is accepted, as there.
+//! The library is the decoder in MozJPEG, which is libjpeg-turbo's. As in Pillow, truncated data is an error, and
+//! damage that only causes a warning in the library is accepted.
 
 use std::ffi::{c_int, c_long};
 use std::mem::MaybeUninit;
@@ -15,12 +15,12 @@ use mozjpeg_sys::{
 
 /// The first bytes of every JPEG.
 const START: [u8; 3] = [0xff, 0xd8, 0xff];
-/// What `jpeg_read_header` answers when the header is complete.
+/// Return value of `jpeg_read_header` for a complete header.
 const HEADER_OK: c_int = 1;
 const TRUE: boolean = 1;
 const FALSE: boolean = 0;
 
-/// A decoded JPEG before its orientation is applied.
+/// A decoded JPEG before its orientation is applied. `rgb` is `[height, width, 3]`.
 pub(super) struct Jpeg {
     pub width: usize,
     pub height: usize,
@@ -31,12 +31,12 @@ pub(super) fn is_jpeg(bytes: &[u8]) -> bool {
     bytes.starts_with(&START)
 }
 
-/// How the EXIF block says that the picture is turned; no turn without one.
+/// The orientation in the EXIF block; `NoTransforms` without one.
 pub(super) fn orientation(bytes: &[u8]) -> Orientation {
     let mut rest = bytes.get(2..).unwrap_or_default();
     while let [0xff, marker, tail @ ..] = rest {
         match marker {
-            // Fill bytes stand before a marker.
+            // Fill bytes before a marker.
             0xff => {
                 rest = rest.get(1..).unwrap_or_default();
                 continue;
@@ -45,7 +45,7 @@ pub(super) fn orientation(bytes: &[u8]) -> Orientation {
                 rest = tail;
                 continue;
             }
-            // The entropy-coded data begin, or the picture ends.
+            // Start of the entropy-coded data, or end of the picture.
             0xd9 | 0xda => break,
             _ => {}
         }
@@ -63,15 +63,16 @@ pub(super) fn orientation(bytes: &[u8]) -> Orientation {
     Orientation::NoTransforms
 }
 
-/// Decodes to RGB. `check` sees width and height before anything of that size is allocated.
+/// Decodes to RGB. Calls `check` with the width and height before it allocates the pixels.
 ///
-/// Errors: what is wrong with the bytes. Panics with the library's message when it gives up, so callers hold it in
-/// `guarded`.
+/// Errors: a message about the bytes, or the error of `check`. A fatal error of the library is a panic with the
+/// library's message, so callers need `guarded`.
 pub(super) fn decode(bytes: &[u8], check: impl FnOnce(usize, usize) -> Result<(), String>) -> Result<Jpeg, String> {
     let mut decoder = JpegDecoder::new(bytes);
     let cut = || "is a JPEG whose data end early".to_string();
     let info = decoder.info();
-    // SAFETY: `info` was created by `JpegDecoder::new` and is not moved until it is destroyed; the same holds for the calls below.
+    // SAFETY: `JpegDecoder::new` created `info`, which does not move until it is destroyed; the same holds for the
+    // calls below.
     if unsafe { jpeg_read_header(info, TRUE) } != HEADER_OK {
         return Err(cut());
     }
@@ -101,7 +102,7 @@ pub(super) fn decode(bytes: &[u8], check: impl FnOnce(usize, usize) -> Result<()
             return Err(cut());
         }
     }
-    // SAFETY: as above. Pillow takes a picture whose last row is there even without an end marker.
+    // SAFETY: as above. Pillow accepts a picture that has all rows but no end marker.
     unsafe { jpeg_finish_decompress(info) };
     let rgb = match channels {
         1 => samples.iter().flat_map(|&grey| [grey; 3]).collect(),
@@ -111,7 +112,8 @@ pub(super) fn decode(bytes: &[u8], check: impl FnOnce(usize, usize) -> Result<()
     Ok(Jpeg { width, height, rgb })
 }
 
-/// Adobe stores inks inverted, and so Pillow takes every JPEG of four components; then its conversion to RGB.
+/// Converts inverted CMYK to RGB as Pillow does. Adobe stores inks inverted, and Pillow reads every JPEG of four
+/// components in this way.
 fn from_inverted_cmyk([cyan, magenta, yellow, black]: [u8; 4]) -> [u8; 3] {
     let white = i32::from(black);
     [cyan, magenta, yellow].map(|ink| {
@@ -120,7 +122,7 @@ fn from_inverted_cmyk([cyan, magenta, yellow, black]: [u8; 4]) -> [u8; 3] {
     })
 }
 
-/// The library's state, which holds pointers into itself and into the bytes.
+/// The library's state. It holds pointers into itself and into the bytes.
 struct JpegDecoder<'a> {
     state: Box<JpegState>,
     _bytes: &'a [u8],
@@ -143,16 +145,16 @@ impl<'a> JpegDecoder<'a> {
             resync_to_restart: Some(jpeg_resync_to_restart),
             term_source: Some(nothing),
         };
-        // SAFETY: both are plain data for which zeros are valid: numbers, null pointers and absent functions.
+        // SAFETY: zeros are valid for both, which are plain data: numbers, null pointers and absent functions.
         let (info, mut errors) = unsafe { (MaybeUninit::zeroed(), std::mem::zeroed::<jpeg_error_mgr>()) };
-        // SAFETY: fills in the fields of `errors`.
+        // SAFETY: `jpeg_std_error` fills the fields of `errors`.
         unsafe { jpeg_std_error(&mut errors) };
         errors.error_exit = Some(give_up);
         errors.emit_message = Some(silent);
         let mut state = Box::new(JpegState { info, errors, source });
         let info = state.info.as_mut_ptr();
-        // SAFETY: `info` points to zeroed memory of its own; the error manager and the source stay where they are in the box for as
-        // long as the decoder lives.
+        // SAFETY: `info` points to zeroed memory in the box. The error manager and the source are in the same box and
+        // do not move while the decoder exists.
         unsafe {
             (*info).common.err = &raw mut state.errors;
             jpeg_CreateDecompress(info, mozjpeg_sys::JPEG_LIB_VERSION, size_of::<jpeg_decompress_struct>());
@@ -162,21 +164,21 @@ impl<'a> JpegDecoder<'a> {
     }
 
     fn info(&mut self) -> &mut jpeg_decompress_struct {
-        // SAFETY: `new` made it.
+        // SAFETY: `new` initialised it.
         unsafe { self.state.info.assume_init_mut() }
     }
 }
 
 impl Drop for JpegDecoder<'_> {
     fn drop(&mut self) {
-        // SAFETY: `new` made it, and nothing uses it afterwards.
+        // SAFETY: `new` initialised it, and nothing uses it afterwards.
         unsafe { jpeg_destroy_decompress(self.info()) };
     }
 }
 
 unsafe extern "C-unwind" fn nothing(_: &mut jpeg_decompress_struct) {}
 
-/// All bytes are there from the start; the library stops where it is when they end.
+/// The source holds all bytes from the start, so there are none to add. The library suspends at the end of the bytes.
 unsafe extern "C-unwind" fn no_more(_: &mut jpeg_decompress_struct) -> boolean {
     FALSE
 }

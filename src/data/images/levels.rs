@@ -1,12 +1,12 @@
-//! Bytes to the floats that a vision encoder reads.
+//! Converts bytes to the normalised floats of a vision encoder.
 
 use super::picture::Picture;
 use super::resample::BackEnd;
 
-/// The float for each byte, by channel.
+/// Lookup table of the float for each byte, by channel.
 ///
-/// Pillow classes: `byte * rescale_factor` in f64 rounded to f32, then `(x - mean) / std` in f32. Torchvision classes: both
-/// steps in one, `(byte - mean / rescale_factor) / (std / rescale_factor)` in f32.
+/// Classes on Pillow: `byte * rescale_factor` in f64, rounded to f32, then `(x - mean) / std` in f32. Classes on
+/// torchvision: one step in f32, `(byte - mean / rescale_factor) / (std / rescale_factor)`.
 #[derive(Clone, Debug)]
 pub(in crate::data) struct Levels {
     table: Box<[[f32; 256]; 3]>,
@@ -44,7 +44,7 @@ impl Levels {
         Levels { table, background: mean.map(|mean| (mean * 255.0) as u8) }
     }
 
-    /// The mean colour, with which pictures are padded to squares.
+    /// The mean colour, which pads pictures to squares.
     pub fn background(&self) -> [u8; 3] {
         self.background
     }
@@ -56,8 +56,8 @@ impl Levels {
         }
     }
 
-    /// Appends the picture in square patches, row by row: each patch as `[row, column, channel]`, what the edges leave over
-    /// left out.
+    /// Appends the picture as square patches in row-major order, each `[row, column, channel]`. Pixels after the last
+    /// whole patch of a row or column are left out.
     pub fn append_patches(&self, picture: &Picture, patch: usize, out: &mut Vec<f32>) {
         let (rows, columns, line) = (picture.height() / patch, picture.width() / patch, picture.width() * 3);
         for row in 0..rows {

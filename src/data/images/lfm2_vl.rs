@@ -1,7 +1,10 @@
-//! LFM2-VL: a large picture is cut into tiles beside a small view of the whole, any other only scaled; every frame is laid
-//! out in patches and filled up to one number of them.
+//! LFM2-VL: a large picture is cut into tiles and a small view of the whole picture follows; any other picture is only
+//! resized. Each frame becomes patches, padded to the same number P.
 //!
-//! Source: `Lfm2VlImageProcessor` of transformers 5.24, which has a torchvision class alone.
+//! Output: `pixel_values` `[frames, P, 3 * patch * patch]`; `pixel_attention_mask` `[frames, P]`, false at padding;
+//! `spatial_shapes` `[frames, 2]` with the rows and columns of patches.
+//!
+//! Source: `Lfm2VlImageProcessor` of transformers 5.24, which exists only for torchvision.
 
 use ndarray::{ArrayD, IxDyn};
 
@@ -15,7 +18,7 @@ use super::resample::{Filter, Scaler};
 use super::rule::{HALVES, ImageLayout, Processed, Rule, floats};
 use super::settings::Settings;
 
-/// The most tiles that a config may allow.
+/// Upper limit of `max_tiles` in a config.
 const MAX_TILES: usize = 256;
 
 #[derive(Debug)]
@@ -37,7 +40,7 @@ pub(super) struct Lfm2Vl {
 impl Lfm2Vl {
     pub fn new(settings: &mut Settings) -> Result<Self> {
         let split = settings.bool("do_image_splitting", true)?;
-        // The class resizes whatever `do_resize` says, and to sizes that follow from the numbers of tokens.
+        // The class ignores the value of `do_resize`, and computes its sizes from the numbers of tokens.
         settings.bool("do_resize", true)?;
         settings.take("size");
         settings.take("max_num_patches");
@@ -75,11 +78,12 @@ impl Lfm2Vl {
         Ok(rule)
     }
 
-    /// Pixels that take one token, along an edge.
+    /// Edge of the square that becomes one token, in pixels.
     fn unit(&self) -> usize {
         self.patch * self.downsample
     }
 
+    /// True for a picture with more tokens than the limit and its tolerance allow for one view.
     fn is_large(&self, picture: &Picture) -> bool {
         let unit = self.unit() as f64;
         let round = |edge: usize| ((edge as f64 / unit).round_ties_even() * unit).max(self.patch as f64);
@@ -87,7 +91,7 @@ impl Lfm2Vl {
         round(picture.width()) * round(picture.height()) > most
     }
 
-    /// (width, height) of the whole view.
+    /// (width, height) of the view of the whole picture.
     fn whole_size(&self, picture: &Picture) -> (usize, usize) {
         let (w, h, u) = (picture.width() as f64, picture.height() as f64, self.unit() as f64);
         let round = |edge: f64| u.max((edge / u).round_ties_even() * u);
@@ -103,8 +107,8 @@ impl Lfm2Vl {
         (new_w as usize, new_h as usize)
     }
 
-    /// Patches to which every frame is filled up.
-    fn rows(&self) -> usize {
+    /// Number of patches to which every frame is padded.
+    fn padded_patches(&self) -> usize {
         let tile = if self.split { (self.tile / self.patch).pow(2) } else { 0 };
         (self.max_tokens * self.downsample.pow(2)).max(tile)
     }
@@ -115,41 +119,41 @@ impl Rule for Lfm2Vl {
         let (width, height) = self.whole_size(picture);
         let split = self.split && (self.min_tiles, self.max_tiles) != (1, 1) && self.is_large(picture);
         let original = [picture.height(), picture.width()];
-        let mut all = Vec::new();
+        let mut frames = Vec::new();
         let mut layout = ImageLayout { original, frame: [height, width], tiles: [1, 1], ..ImageLayout::default() };
         if split {
             let [rows, columns] = grid::nearest(original, [self.tile; 2], self.min_tiles, self.max_tiles);
             let canvas = self.scaler.resize(picture, columns * self.tile, rows * self.tile)?;
-            all = canvas.tiles(self.tile, self.tile)?;
+            frames = canvas.tiles(self.tile, self.tile)?;
             (layout.tiles, layout.frame) = ([rows, columns], [self.tile; 2]);
         }
-        if !split || (self.thumbnail && all.len() > 1) {
-            all.push(self.scaler.resize(picture, width, height)?);
+        if !split || (self.thumbnail && frames.len() > 1) {
+            frames.push(self.scaler.resize(picture, width, height)?);
             layout.features = [height, width].map(|edge| (edge / self.patch).div_ceil(self.downsample));
         }
-        layout.frames = all.len();
+        layout.frames = frames.len();
         layout.tile_features = (self.tile / self.patch).div_ceil(self.downsample).pow(2);
-        let (rows, width) = (self.rows(), 3 * self.patch * self.patch);
+        let (padded, numbers) = (self.padded_patches(), 3 * self.patch * self.patch);
         let patches = |frame: &Picture| (frame.height() / self.patch) * (frame.width() / self.patch);
-        if let Some(most) = all.iter().map(patches).max().filter(|most| *most > rows) {
-            return Err(Error::invalid("picture", format!("makes {most} patches, expected at most {rows}"))
+        if let Some(most) = frames.iter().map(patches).max().filter(|most| *most > padded) {
+            return Err(Error::invalid("picture", format!("makes {most} patches, expected at most {padded}"))
                 .remedy("lower `--max-pixels`"));
         }
-        let mut data = Vec::with_capacity(all.len() * rows * width);
-        let mut real = Vec::with_capacity(all.len() * rows);
+        let mut data = Vec::with_capacity(frames.len() * padded * numbers);
+        let mut real = Vec::with_capacity(frames.len() * padded);
         let mut shapes = Vec::new();
-        for (place, frame) in all.iter().enumerate() {
+        for (place, frame) in frames.iter().enumerate() {
             self.levels.append_patches(frame, self.patch, &mut data);
             let shape = [frame.height() / self.patch, frame.width() / self.patch];
-            real.extend((0..rows).map(|row| row < shape[0] * shape[1]));
-            data.resize((place + 1) * rows * width, 0.0);
+            real.extend((0..padded).map(|patch| patch < shape[0] * shape[1]));
+            data.resize((place + 1) * padded * numbers, 0.0);
             shapes.extend(shape.map(|edge| edge as i64));
         }
-        let of = |columns: usize| IxDyn(&[all.len(), columns]);
-        let mask = ArrayD::from_shape_fn(of(rows), |place| real[place[0] * rows + place[1]]);
+        let of = |columns: usize| IxDyn(&[frames.len(), columns]);
+        let mask = ArrayD::from_shape_fn(of(padded), |place| real[place[0] * padded + place[1]]);
         let shapes = ArrayD::from_shape_fn(of(2), |place| shapes[place[0] * 2 + place[1]]);
         let arrays = vec![
-            (PIXEL_VALUES, floats(&[all.len(), rows, width], data)?),
+            (PIXEL_VALUES, floats(&[frames.len(), padded, numbers], data)?),
             (PIXEL_ATTENTION_MASK, Array::Bool(mask)),
             (SPATIAL_SHAPES, Array::Int(shapes)),
         ];

@@ -1,5 +1,7 @@
-//! MiniCPM-V 4.6 and 4.7: a view of the whole, then slices on a grid that follows the picture's aspect, each laid out in patches
-//! side by side.
+//! MiniCPM-V 4.6 and 4.7: a view of the whole picture, then slices on a grid that fits the picture's aspect.
+//!
+//! Output: `pixel_values` `[1, 3, patch, L]` with the patches of all frames side by side, where L is the sum of
+//! `width * height / patch` over the frames; `target_sizes` `[frames, 2]` with the rows and columns of patches.
 //!
 //! Source: `MiniCPMV4_6ImageProcessor` of transformers 5.24.
 
@@ -14,7 +16,7 @@ use super::resample::{Filter, Scaler};
 use super::rule::{HALVES, ImageLayout, Processed, Rule, floats};
 use super::settings::Settings;
 
-/// The most slices that a config may allow.
+/// Upper limit of `max_slice_nums` in a config.
 const MAX_SLICES: usize = 256;
 
 #[derive(Debug)]
@@ -22,7 +24,7 @@ pub(super) struct MiniCpmV {
     slices: Option<usize>,
     resolution: usize,
     patch: usize,
-    /// Patches along an edge that become one feature.
+    /// Edge, in patches, of the square that becomes one feature.
     merge: usize,
     scaler: Scaler,
     levels: Levels,
@@ -43,7 +45,7 @@ impl MiniCpmV {
             return Err(settings
                 .contradiction(format!("`max_slice_nums` is {most}, expected at most {MAX_SLICES}, and `do_resize`")));
         }
-        // The text around a picture depends on it, not its pixels.
+        // `use_image_id` changes the text around a picture, not its pixels.
         settings.take("use_image_id");
         settings.take("size");
         let (mean, std) = HALVES;
@@ -57,7 +59,8 @@ impl MiniCpmV {
         })
     }
 
-    /// (width, height) in whole features, of about the resolution's area unless the picture is smaller and may stay so.
+    /// (width, height) in multiples of `patch * merge`. The area is about `resolution * resolution` if the picture is
+    /// larger than that or `enlarge` is true; otherwise the edges are only rounded.
     fn best_size(&self, width: f64, height: f64, enlarge: bool) -> (usize, usize) {
         let (mut width, mut height) = (width, height);
         if height * width > (self.resolution * self.resolution) as f64 || enlarge {
@@ -69,7 +72,7 @@ impl MiniCpmV {
         (whole(width, unit), whole(height, unit))
     }
 
-    /// Rows and columns of slices; `None` for a small picture.
+    /// Rows and columns of the slices; `None` for a small picture, or without slices.
     fn grid(&self, picture: &Picture) -> Option<(usize, usize)> {
         let most = self.slices?;
         let (width, height) = (picture.width() as f64, picture.height() as f64);
@@ -97,7 +100,7 @@ impl MiniCpmV {
     }
 }
 
-/// To the nearest multiple of `unit`, halves to even, at least one.
+/// Rounds to the nearest multiple of `unit`, ties to even, and to at least one `unit`.
 fn whole(edge: f64, unit: usize) -> usize {
     ((edge / unit as f64).round_ties_even() as usize * unit).max(unit)
 }

@@ -1,4 +1,5 @@
-//! Image processors: pictures to the input arrays of a vision encoder, by the processor's config. One row per kind.
+//! Image processors: convert pictures to the input arrays of a vision encoder. [`ROWS`] has one row per kind of
+//! processor.
 
 mod anyres;
 mod centred;
@@ -41,25 +42,25 @@ pub(super) use settings::Settings;
 /// Output of an image processor for the pictures of one prompt.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ImageInputs {
-    /// Inputs of the vision encoder for each picture, and for each moment of a video.
+    /// Inputs of the vision encoder, one entry per picture and per moment of a video.
     pub pictures: Vec<Arc<ImageArrays>>,
-    /// Layout of each picture and video.
+    /// Layout of each picture and video, in order.
     pub shown: Vec<Shown>,
 }
 
 /// A picture or a video of a conversation.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Shown {
-    /// A still picture with the tokens that it takes.
+    /// A still picture and its layout.
     Picture(ImageLayout),
-    /// A video with the tokens that its frames take.
+    /// A video and its layout.
     Video(VideoLayout),
 }
 
 impl ImageInputs {
-    /// The arrays of this name of all pictures behind each other, as Hugging Face's processor gives them.
+    /// Concatenates the arrays of this name over all pictures along axis 0, as Hugging Face's processors return them.
     ///
-    /// Errors: `Error::Invalid` when a picture has none, or they do not fit together.
+    /// Errors: `Error::Invalid` when a picture lacks the array, or the shapes do not match.
     pub fn joined(&self, name: &str) -> Result<Array> {
         let arrays: Option<Vec<&Array>> = self.pictures.iter().map(|picture| picture.get(name)).collect();
         let arrays = arrays.ok_or_else(|| Error::invalid("picture", format!("has no array `{name}`")))?;
@@ -67,31 +68,31 @@ impl ImageInputs {
     }
 }
 
-/// The size that `ImageSettings::image_size` sets.
+/// Config keys that `ImageSettings::image_size` sets.
 #[derive(Clone, Copy)]
 enum SizeForm {
-    /// `size`, and `crop_size` where the config has it: a square.
+    /// `size` as a square, and `crop_size` if the config has it.
     Square,
-    /// The longest edge.
+    /// `size` with a longest edge.
     LongestEdge,
-    /// The processor takes numbers of pixels, or none.
+    /// No key: the size follows from numbers of pixels or from other settings.
     None,
 }
 
 pub(super) struct ProcessorRow {
-    /// Class names in transformers without `Fast` or `Pil` at the end.
+    /// Class names in transformers, without the suffix `Fast` or `Pil`.
     pub types: &'static [&'static str],
-    /// The class of processors around it, where the class of the image processor determines it.
+    /// Class of the processor that contains this image processor, if the image processor's class determines it.
     pub processor: Option<&'static str>,
-    /// The back end that transformers takes by default.
+    /// Default back end of transformers.
     back_end: BackEnd,
-    /// The default of `do_convert_rgb`.
+    /// Default of `do_convert_rgb`.
     on_white: bool,
     size: SizeForm,
     build: fn(&mut Settings) -> Result<Box<dyn Rule>>,
 }
 
-/// What most rows have; each has types and a rule of its own.
+/// Defaults of the rows. Each row sets `types` and `build`.
 const USUAL: ProcessorRow = ProcessorRow {
     types: &[],
     processor: None,
@@ -105,7 +106,7 @@ pub(super) const ROWS: &[ProcessorRow] = &[
     ProcessorRow {
         types: &["Idefics3ImageProcessor", "SmolVLMImageProcessor"],
         processor: Some("Idefics3Processor"),
-        // Torchvision before 0.27 has no Lanczos filter, so transformers takes Pillow here.
+        // transformers uses Pillow here, because torchvision before 0.27 has no Lanczos filter.
         back_end: BackEnd::Pil,
         size: SizeForm::LongestEdge,
         build: |settings| Ok(Box::new(idefics3::Idefics3::new(settings)?)),
@@ -248,40 +249,49 @@ pub struct ImageSettings {
     pub back_end: Option<BackEnd>,
 }
 
-/// Pictures to arrays.
+/// Converts pictures and videos to arrays.
 #[derive(Debug)]
 pub(super) struct ImageProcessor {
     rule: Box<dyn Rule>,
     transparency: Transparency,
-    /// How frames of videos are laid out, where the model takes videos.
+    /// Layout of video frames; `None` if the model takes no videos.
     video: Option<patches::Patches>,
 }
 
 impl ImageProcessor {
-    /// The processor that a config asks for. `forced` are settings that the processor around it passes to every call, `own`
-    /// those of the user, which come last.
+    /// The image processor of a config. `source` is the config's file name in errors. `forced` are settings that the
+    /// surrounding processor passes to every call; they override the config. `own` are the user's settings, which
+    /// override both.
     ///
-    /// Errors: `Error::Unsupported` for an unknown type; `Error::Invalid` for a key that nothing reads or a value of the
-    /// wrong kind.
+    /// Errors: `Error::Unsupported` for an unknown class, a key that the class does not read, or a user setting that it
+    /// does not have; `Error::Invalid` for a value of the wrong type or out of range.
     pub fn new(config: &Value, source: &str, forced: Map<String, Value>, own: &ImageSettings) -> Result<Self> {
         let (kind, row) = Self::check_kind(config, source)?;
         let mut map = config.as_object().cloned().unwrap_or_default();
         map.extend(forced);
         own.apply(row, kind, &mut map)?;
-        // Processors are saved without the suffix of their back end, so one that stands there was set by hand.
+        // transformers saves class names without the suffix of the back end. A suffix is therefore the user's choice.
         let named = kind.ends_with("Pil").then_some(BackEnd::Pil);
         let back_end = own.back_end.or(named).unwrap_or(row.back_end);
         let mut settings = Settings::new(source, map, back_end, own.tiles);
         let on_white = settings.bool("do_convert_rgb", row.on_white)?;
         let rule = (row.build)(&mut settings)?;
+        for (flag, key, value) in
+            [("--min-pixels", "min_pixels", own.min_pixels), ("--max-pixels", "max_pixels", own.max_pixels)]
+        {
+            if let Some(value) = value.filter(|_| settings.is_unread(key)) {
+                return Err(Error::unsupported(format!("{flag} {value}"), format!("`{kind}` has no such limit"))
+                    .remedy("leave it out, or set --image-size if the processor has a size"));
+            }
+        }
         settings.finish()?;
         let transparency = if on_white { Transparency::OnWhite } else { Transparency::Dropped };
         Ok(ImageProcessor { rule, transparency, video: None })
     }
 
-    /// The class that a config names, and its row.
+    /// The class name in a config, and its row.
     ///
-    /// Errors: `Error::Unsupported` for an unknown type, or none; `Error::Invalid` when the config is no object.
+    /// Errors: `Error::Unsupported` for an unknown class, or none; `Error::Invalid` when the config is not an object.
     pub fn check_kind<'a>(config: &'a Value, source: &str) -> Result<(&'a str, &'static ProcessorRow)> {
         if !config.is_object() {
             return Err(Error::invalid(format!("`{source}`"), "is not a JSON object")
@@ -302,7 +312,7 @@ impl ImageProcessor {
         Ok((kind, row))
     }
 
-    /// Takes videos too, as a video processor's config says.
+    /// Adds support for videos, with the video processor's config.
     ///
     /// Errors: as `new`.
     pub fn read_video(&mut self, config: &Value) -> Result<()> {
@@ -312,10 +322,10 @@ impl ImageProcessor {
         settings.finish()
     }
 
-    /// Pictures and videos of one conversation.
+    /// Processes the pictures and videos of one conversation.
     ///
-    /// Errors: `Error::Invalid` for a picture that does not decode or that the rule cannot take; `Error::Unsupported` for a
-    /// video where the model takes none.
+    /// Errors: `Error::Invalid` for a picture that does not decode or that the rule does not accept;
+    /// `Error::Unsupported` for a video if the model takes none.
     pub fn open(&self, images: &[ImageBytes]) -> Result<ImageInputs> {
         let count = images.iter().filter(|image| image.as_frames().is_none()).count();
         let mut inputs = ImageInputs::default();
@@ -348,7 +358,7 @@ impl ImageProcessor {
         Ok(())
     }
 
-    /// A lone picture that is decoded already.
+    /// Processes one decoded picture.
     #[cfg(test)]
     pub fn process(&self, picture: &Picture) -> Result<ImageInputs> {
         let mut inputs = ImageInputs::default();
@@ -357,12 +367,12 @@ impl ImageProcessor {
     }
 }
 
-/// The class that a config names.
+/// The image processor's class name in a config.
 pub(super) fn kind(config: &Value) -> Option<&str> {
     config.get("image_processor_type").or_else(|| config.get("feature_extractor_type")).and_then(Value::as_str)
 }
 
-/// The class of processors around an image processor, where its own class determines it.
+/// Class of the processor that contains an image processor of class `kind`, if `kind` determines it.
 pub(super) fn processor_of(kind: &str) -> Option<&'static str> {
     row(kind).and_then(|row| row.processor)
 }
@@ -374,7 +384,7 @@ fn row(kind: &str) -> Option<&'static ProcessorRow> {
 }
 
 impl ImageSettings {
-    /// True when the model's own files decide everything.
+    /// True when no setting overrides the model's files.
     pub fn is_default(&self) -> bool {
         *self == ImageSettings::default()
     }

@@ -1,4 +1,6 @@
-//! Ovis2: a view of the whole, then tiles on the smallest grid that keeps most of the picture's detail.
+//! Ovis2: a view of the whole picture, then tiles on the smallest grid that keeps most of the picture's detail.
+//!
+//! Output: `pixel_values` `[frames, 3, height, width]`.
 //!
 //! Source: `Ovis2ImageProcessor` of transformers 5.24.
 
@@ -12,15 +14,15 @@ use super::resample::{Filter, Scaler};
 use super::rule::{CLIP, ImageLayout, Processed, Rule, frames};
 use super::settings::Settings;
 
-/// The most tiles that a config may allow.
+/// Upper limit of `max_patches` in a config.
 const MAX_TILES: usize = 256;
-/// The share of the picture's area that the tiles of a grid must cover.
+/// Share of the picture's area that a grid must exceed.
 const COVERED: f64 = 0.9;
 
 #[derive(Debug)]
 pub(super) struct Ovis2 {
     size: [usize; 2],
-    /// The fewest and the most tiles; `None` for the whole alone.
+    /// Minimum and maximum number of tiles; `None` for one view of the whole picture.
     tiles: Option<(usize, usize)>,
     covering: bool,
     scaler: Scaler,
@@ -74,9 +76,10 @@ impl Rule for Ovis2 {
     }
 }
 
-/// Rows and columns of the grid with the fewest tiles that cover enough of the picture, or of the one that covers most.
+/// Rows and columns of the grid with the fewest tiles whose share exceeds `COVERED`, or of the grid with the largest
+/// share if there is none.
 ///
-/// Each grid is judged with rows and columns swapped, as transformers does.
+/// As in transformers, the share of a grid is computed with its rows and columns swapped.
 fn covering(original: [usize; 2], tile: usize, most: usize) -> [usize; 2] {
     let judged: Vec<([usize; 2], f64)> = grid::grids(1, most)
         .into_iter()
@@ -104,7 +107,7 @@ fn covering(original: [usize; 2], tile: usize, most: usize) -> [usize; 2] {
     best.map_or([1, 1], |(grid, _)| *grid)
 }
 
-/// The share of the picture's area that remains when each tile of a grid is scaled into a square of `tile` pixels.
+/// The share of the picture's area that remains when each tile is scaled down to fit a square of `tile` pixels.
 fn covered([height, width]: [usize; 2], [rows, columns]: [usize; 2], tile: usize) -> f64 {
     let (row, column) = (height / rows, width / columns);
     let mut sum = 0.0;

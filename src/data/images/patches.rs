@@ -1,8 +1,11 @@
-//! The picture keeps its aspect, both edges become whole patches, and the patches are laid out flat. Qwen2-VL to Qwen3.5,
-//! GLM-4.1V to GLM-4.6V and GLM-OCR, PaddleOCR-VL.
+//! Qwen2-VL to Qwen3.5, GLM-4.1V to GLM-4.6V and GLM-OCR, PaddleOCR-VL: the picture keeps its aspect, both edges become
+//! multiples of `patch * merge`, and each patch becomes one row.
 //!
-//! Source: `Qwen2VLImageProcessor`, `Glm4vImageProcessor`, `PaddleOCRVLImageProcessor` and `Qwen3VLVideoProcessor` of transformers
-//! 5.24.
+//! Output: `pixel_values` `[patches, channels * frames * patch * patch]` (`[patches, channels * frames, patch, patch]`
+//! for PaddleOCR-VL), with the frames of one temporal patch; `image_grid_thw` `[1, 3]`.
+//!
+//! Source: `Qwen2VLImageProcessor`, `Glm4vImageProcessor`, `PaddleOCRVLImageProcessor` and `Qwen3VLVideoProcessor` of
+//! transformers 5.24.
 
 use crate::base::{Error, Result};
 use crate::prompt::{IMAGE_GRID_THW, PIXEL_VALUES};
@@ -13,9 +16,9 @@ use super::resample::{Filter, Scaler};
 use super::rule::{Arrays, CLIP, HALVES, ImageLayout, Processed, Rule, VideoLayout, floats, int_row};
 use super::settings::Settings;
 
-/// The most times that a still picture is repeated in time.
+/// Upper limit of `temporal_patch_size`, which is the number of copies of a still picture.
 const MAX_FRAMES: usize = 16;
-/// The longest that a picture may be, in its shorter edge.
+/// Maximum ratio of the longer edge to the shorter edge.
 const MAX_ASPECT: f64 = 200.0;
 
 #[derive(Debug)]
@@ -29,29 +32,31 @@ pub(super) struct Patches {
     merge: usize,
     scaler: Scaler,
     levels: Levels,
-    /// The most features of a frame of a video, where they are bounded.
+    /// Maximum number of features of a video frame; `None` for no limit.
     frame_cap: Option<usize>,
 }
 
-/// What a class takes where its config says nothing.
+/// Defaults of a class.
 struct Defaults {
-    /// The fewest and the most pixels.
+    /// Minimum and maximum number of pixels.
     pixels: (usize, usize),
     frames: usize,
     patch: usize,
     levels: ([f64; 3], [f64; 3]),
 }
 
-/// What the families do differently.
+/// Differences between the families.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum PatchRule {
-    /// Patches that are merged come one behind the other.
+    /// The patches that are merged into one feature are adjacent in the output.
     Qwen2Vl,
-    /// As Qwen2-VL; small pictures are enlarged first, and pixels are counted over the frames of a patch.
+    /// As Qwen2-VL, but a picture smaller than one unit is enlarged first, and the limits refer to the pixels of all
+    /// frames of a temporal patch.
     Glm4v,
-    /// Patches are small pictures in rows from the top; small pictures are enlarged first, one edge after the other.
+    /// The patches are in row-major order, and each keeps its axes. A picture smaller than one unit is enlarged first,
+    /// one edge after the other.
     PaddleOcrVl,
-    /// Frames of a video: sizes as GLM-4.1V, over all frames.
+    /// Frames of a video: sizes as GLM-4.1V, with limits on the pixels of all frames together.
     Qwen3VlVideo,
 }
 
@@ -68,9 +73,9 @@ impl Patches {
         Self::new(settings, PatchRule::PaddleOcrVl, (384 * 384, 1536 * 1536), 1)
     }
 
-    /// Errors: as the settings' readers.
+    /// Errors: as the methods of [`Settings`].
     pub fn qwen3_vl_video(settings: &mut Settings) -> Result<Self> {
-        // The frames are chosen already.
+        // The caller passes the frames, so nothing is sampled here.
         const SAMPLING: &[&str] = &[
             "fps",
             "num_frames",
@@ -91,10 +96,10 @@ impl Patches {
         Ok(Patches { frame_cap: capped.then_some(cap), ..video })
     }
 
-    /// The moments of a video, each of as many frames as a patch has, and how they are written. The last frame is repeated to
-    /// fill the last moment.
+    /// Splits a video into moments of `temporal_patch_size` frames each. The last frame is repeated to complete the
+    /// last moment. Returns the arrays of each moment, and the layout of the video.
     ///
-    /// Errors: `Error::Invalid` when frames differ in size or are fewer than a patch has.
+    /// Errors: `Error::Invalid` without frames, for frames of different sizes, or for fewer frames than one moment has.
     pub fn video(&self, frames: &[Picture], times: &[f64]) -> Result<(Vec<Arrays>, VideoLayout)> {
         let (Some(first), Some(last)) = (frames.first(), times.last()) else {
             return Err(
@@ -168,8 +173,10 @@ impl Patches {
         })
     }
 
-    /// (width, height) in multiples of `unit`, with an area within the bounds and the aspect kept as well as that allows.
-    /// Pixels are counted over `frames` frames, for the kinds that do.
+    /// (width, height) in multiples of `unit`, with an area within the limits and an aspect close to the picture's.
+    /// GLM-4.1V and Qwen3-VL count the pixels of all `frames` frames.
+    ///
+    /// Errors: `Error::Invalid` for an aspect above `MAX_ASPECT`.
     fn size(&self, picture: &Picture, unit: usize, frames: usize) -> Result<(usize, usize)> {
         let (mut w, mut h, u) = (picture.width() as f64, picture.height() as f64, unit as f64);
         match self.kind {
@@ -227,7 +234,7 @@ impl Patches {
         Ok((new_w as usize, new_h as usize))
     }
 
-    /// The corners of the patches as (left, top), in the order in which they are laid out.
+    /// The corners of the patches as (left, top), in output order.
     fn corners(&self, rows: usize, columns: usize) -> Vec<(usize, usize)> {
         let place = |row: usize, column: usize| (column * self.patch, row * self.patch);
         let merge = if self.kind == PatchRule::PaddleOcrVl { 1 } else { self.merge };
@@ -266,7 +273,8 @@ impl Patches {
         Ok(scaled)
     }
 
-    /// Patches of as many frames of one size as a patch has, and rows and columns of their features.
+    /// Lays out the patches of the frames of one temporal patch, which have one size. Returns the arrays, and the rows
+    /// and columns of features.
     fn lay_out(&self, frames: &[&Picture]) -> Result<(Arrays, [usize; 2])> {
         let (width, height) = frames.first().map_or((0, 0), |frame| (frame.width(), frame.height()));
         let (rows, columns, patch) = (height / self.patch, width / self.patch, self.patch);

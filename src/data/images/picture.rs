@@ -1,4 +1,4 @@
-//! Decoding pictures to 8-bit RGB.
+//! Decodes pictures to 8-bit RGB.
 
 use std::io::Cursor;
 
@@ -11,21 +11,21 @@ use super::super::guard::guarded;
 use super::super::sample::ImageBytes;
 use super::jpeg;
 
-/// The most pixels that a picture may have, decoded or resized.
+/// Maximum number of pixels of a decoded or resized picture.
 const MAX_PIXELS: usize = 100_000_000;
-/// The most bytes that a decoder may allocate.
+/// Maximum number of bytes that a decoder may allocate.
 const MAX_DECODER_BYTES: u64 = 1 << 30;
 
 /// Treatment of transparent pixels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Transparency {
-    /// The picture is laid on white, as the image processors of transformers 5 do under `do_convert_rgb`.
+    /// The picture is composited over white, as the image processors of transformers 5 do under `do_convert_rgb`.
     OnWhite,
-    /// The alpha channel is left out, as Pillow's `convert("RGB")` does.
+    /// The alpha channel is dropped, as in Pillow's `convert("RGB")`.
     Dropped,
 }
 
-/// An 8-bit RGB picture, row by row from the top.
+/// An 8-bit RGB picture in row-major order, from the top left.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Picture {
     width: usize,
@@ -34,7 +34,9 @@ pub struct Picture {
 }
 
 impl Picture {
-    /// Errors: `Error::Invalid` unless `rgb` holds `width * height * 3` bytes, both sizes at least 1.
+    /// A picture from `[height, width, 3]` bytes.
+    ///
+    /// Errors: `Error::Invalid` unless `rgb` has `width * height * 3` bytes, and 1 to 100 million pixels.
     pub fn new(width: usize, height: usize, rgb: Vec<u8>) -> Result<Self> {
         Self::check_size(width, height)?;
         if rgb.len() != width * height * 3 {
@@ -51,12 +53,12 @@ impl Picture {
         })
     }
 
-    /// Pixels in a row, at least 1.
+    /// Width in pixels, at least 1.
     pub fn width(&self) -> usize {
         self.width
     }
 
-    /// Rows, at least 1.
+    /// Height in pixels, at least 1.
     pub fn height(&self) -> usize {
         self.height
     }
@@ -66,10 +68,10 @@ impl Picture {
         &self.rgb
     }
 
-    /// Decodes the first frame and turns it upright as its EXIF orientation says. JPEG and PNG give Pillow's values to the bit.
+    /// Decodes the first frame and applies its EXIF orientation. JPEG and PNG are equal to Pillow's bit for bit.
     ///
-    /// Errors: `Error::Invalid` naming the picture when it does not decode, ends early, has more than 100 million pixels, or
-    /// holds floating-point samples.
+    /// Errors: as [`ImageBytes::read`]; `Error::Invalid` names the picture when it does not decode, is truncated, has
+    /// more than 100 million pixels, or holds floating-point samples or CMYK samples outside a JPEG.
     pub fn decode(image: &ImageBytes, transparency: Transparency) -> Result<Self> {
         let bytes = image.read()?;
         guarded(|| decode(&bytes, transparency)).and_then(|picture| picture).map_err(|problem| {
@@ -77,7 +79,7 @@ impl Picture {
         })
     }
 
-    /// The part that starts at (`left`, `top`), clipped to the picture.
+    /// The rectangle of `width` x `height` at (`left`, `top`), clipped to the picture.
     pub(super) fn crop(&self, left: usize, top: usize, width: usize, height: usize) -> Result<Self> {
         let right = left.saturating_add(width).min(self.width);
         let bottom = top.saturating_add(height).min(self.height);
@@ -86,8 +88,8 @@ impl Picture {
         Picture::new(right.saturating_sub(left), bottom.saturating_sub(top), rows.flatten().copied().collect())
     }
 
-    /// The picture on a canvas of `width` x `height` in one colour, its corner at (`left`, `top`), which may lie outside; what
-    /// does not fit is cut off.
+    /// The picture on a canvas of `width` x `height` in one colour, with its corner at (`left`, `top`). The corner may
+    /// be outside the canvas; parts outside are cut off.
     pub(super) fn on_canvas(
         &self,
         left: isize,
@@ -113,7 +115,7 @@ impl Picture {
         Ok(Picture { width, height, rgb })
     }
 
-    /// The picture in the middle of a square of its longer edge; an odd pixel of padding comes behind it.
+    /// The picture in the centre of a square of its longer edge. An odd pixel of padding is at the right or the bottom.
     pub(super) fn in_square(&self, colour: [u8; 3]) -> Result<Self> {
         let edge = self.width.max(self.height);
         if self.width == self.height {
@@ -123,7 +125,7 @@ impl Picture {
         self.on_canvas(left as isize, top as isize, edge, edge, colour)
     }
 
-    /// Tiles of one size, row by row; the picture is a whole number of them.
+    /// Tiles of `width` x `height`, row by row. The picture must be a whole number of tiles.
     pub(super) fn tiles(&self, width: usize, height: usize) -> Result<Vec<Self>> {
         let mut tiles = Vec::new();
         for row in 0..self.height / height {
@@ -169,7 +171,8 @@ fn decode_other(bytes: &[u8]) -> Result<(Orientation, DynamicImage), String> {
     Ok((orientation, DynamicImage::from_decoder(decoder).map_err(failed)?))
 }
 
-/// As Pillow converts to RGB: colour samples of 16 bits keep their high byte, grey ones without alpha are cut off at 255.
+/// Converts to RGB as Pillow does: 16-bit colour samples keep their high byte, 16-bit grey samples without alpha are
+/// clamped to 255.
 fn to_rgb(image: DynamicImage, transparency: Transparency) -> Result<Vec<u8>, String> {
     let high = |sample: &u16| (sample >> 8) as u8;
     let opaque = |pixel| match transparency {
@@ -199,7 +202,7 @@ fn to_rgb(image: DynamicImage, transparency: Transparency) -> Result<Vec<u8>, St
     })
 }
 
-/// Pillow's `alpha_composite` over opaque white: 7 more bits of precision, divisions by 255 rounded.
+/// Pillow's `alpha_composite` over opaque white, with 7 extra bits of precision and rounded divisions by 255.
 fn on_white([red, green, blue, alpha]: [u8; 4]) -> [u8; 3] {
     const BITS: u32 = 7;
     if alpha == 0 {

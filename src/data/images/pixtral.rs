@@ -1,4 +1,7 @@
-//! Pixtral and Mistral 3: the picture keeps its aspect within a longest edge, and both edges become whole patches.
+//! Pixtral and Mistral 3: the picture keeps its aspect within a maximum size, and both edges are rounded up to
+//! multiples of the patch.
+//!
+//! Output: `pixel_values` `[1, 3, height, width]`; `image_sizes` `[1, 2]` with that height and width.
 //!
 //! Source: `PixtralImageProcessor` of transformers 5.24.
 
@@ -14,7 +17,7 @@ use super::settings::{Settings, Size};
 #[derive(Debug)]
 pub(super) struct Pixtral {
     resize: bool,
-    /// The most height and width.
+    /// Maximum height and width in pixels.
     most: [usize; 2],
     patch: [usize; 2],
     scaler: Scaler,
@@ -32,7 +35,7 @@ impl Pixtral {
             }
         };
         settings.bool("default_to_square", true)?;
-        // Pictures of one size need no padding; a batch of several is padded where it is put together.
+        // A single picture needs no padding. A batch of several sizes is padded when it is assembled.
         settings.bool("do_pad", true)?;
         let (mean, std) = CLIP;
         Ok(Pixtral {
@@ -51,7 +54,7 @@ impl Pixtral {
         if ratio > 1.0 {
             (width, height) = ((width as f64 / ratio) as usize, (height as f64 / ratio) as usize);
         }
-        // An edge that was cut to 0 makes no patch in transformers, which then fails.
+        // An edge that truncates to 0 has no patch and is an error, as in transformers.
         (width.next_multiple_of(self.patch[1]), height.next_multiple_of(self.patch[0]))
     }
 }

@@ -1,11 +1,12 @@
-//! Resizing 8-bit RGB pictures bit for bit as Pillow or torchvision does.
+//! Resizes 8-bit RGB pictures bit for bit as Pillow or torchvision does.
 //!
-//! Pillow's `Resample.c`: for each output position a window of weights, normalised in f64 and rounded to 22 bits of
-//! fraction; a horizontal pass, rounded to 8 bits, then a vertical pass. Pillow 13 turns the passes round where the
-//! height shrinks much more than the width, which can move a value by one; this is the order of all releases before.
+//! Pillow's `Resample.c`: each output position has a window of weights, normalised in f64 and rounded to 22 bits of
+//! fraction. A horizontal pass is rounded to 8 bits, and a vertical pass follows. Pillow 13 swaps the passes when the
+//! height shrinks much more than the width, which can change a value by one; this module has the order of all earlier
+//! releases.
 //!
-//! Torchvision's antialiased resize of byte tensors (LibTorch's `UpSampleKernel`) has the same windows and passes, but rounds the
-//! weights of a pass to as many bits as let the largest fit 16 bits.
+//! Torchvision's antialiased resize of byte tensors (LibTorch's `UpSampleKernel`) has the same windows and passes. It
+//! rounds the weights of a pass to the largest number of bits of fraction at which the largest weight fits 16 bits.
 
 use std::str::FromStr;
 
@@ -42,7 +43,7 @@ pub enum BackEnd {
 }
 
 impl BackEnd {
-    /// The name that transformers gives it.
+    /// The name in transformers.
     pub fn name(self) -> &'static str {
         match self {
             BackEnd::Pil => "pil",
@@ -62,10 +63,10 @@ impl FromStr for BackEnd {
     }
 }
 
-/// The most bits of fraction that a weight has.
+/// Maximum number of bits of fraction of a weight.
 const MAX_BITS: u32 = 32 - 8 - 2;
 
-/// A filter in the arithmetic of a back end.
+/// A filter with the arithmetic of a back end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Scaler {
     filter: Filter,
@@ -73,7 +74,7 @@ pub struct Scaler {
 }
 
 impl Scaler {
-    /// Errors: `Error::Unsupported` for a filter that torchvision does not have for bytes.
+    /// Errors: `Error::Unsupported` for a filter that torchvision does not have for byte tensors.
     pub fn new(filter: Filter, back_end: BackEnd) -> Result<Self> {
         if back_end == BackEnd::Torchvision && !matches!(filter, Filter::Bilinear | Filter::Bicubic) {
             return Err(Error::unsupported(
@@ -87,7 +88,7 @@ impl Scaler {
 
     /// Resizes to `width` x `height`, both at least 1.
     ///
-    /// Errors: `Error::Invalid` when the new picture would have more pixels than a picture may have.
+    /// Errors: `Error::Invalid` when the result would have more than 100 million pixels.
     pub fn resize(self, picture: &Picture, width: usize, height: usize) -> Result<Picture> {
         if (picture.width(), picture.height()) == (width, height) {
             return Ok(picture.clone());
@@ -103,7 +104,7 @@ impl Scaler {
 }
 
 impl Filter {
-    /// From `PIL.Image.Resampling`.
+    /// The filter with this number in `PIL.Image.Resampling`.
     ///
     /// Errors: `Error::Unsupported` for another number (0 is nearest neighbour).
     pub fn from_number(number: i64) -> Result<Self> {
@@ -166,13 +167,13 @@ fn sinc(x: f64) -> f64 {
     x.sin() / x
 }
 
-/// The weights of one output position: where they start in the input, and their fixed-point values.
+/// The weights of one output position: the position of the first in the input, and their fixed-point values.
 struct Window {
     start: usize,
     weights: Vec<i32>,
 }
 
-/// The windows of a pass, and the bits of fraction of their weights.
+/// The windows of a pass, and the number of bits of fraction of their weights.
 fn windows(input: usize, output: usize, scaler: Scaler) -> (Vec<Window>, u32) {
     let filter = scaler.filter;
     let scale = input as f64 / output as f64;
@@ -182,7 +183,7 @@ fn windows(input: usize, output: usize, scaler: Scaler) -> (Vec<Window>, u32) {
     let exact: Vec<(usize, Vec<f64>)> = (0..output)
         .map(|place| {
             let center = (place as f64 + 0.5) * scale;
-            // Casts from f64 saturate at 0 and cut towards it, as C's do after Pillow's own clamping.
+            // Casts from f64 truncate and saturate at 0, like C's casts after Pillow's clamping.
             let start = (center - support + 0.5) as usize;
             let end = ((center + support + 0.5) as usize).min(input);
             let mut weights: Vec<f64> = (start..end).map(|x| filter.weight((x as f64 - center + 0.5) * step)).collect();
@@ -258,7 +259,7 @@ fn vertical(rgb: &[u8], width: usize, input: usize, output: usize, scaler: Scale
     out
 }
 
-/// Half of the last place that remains, which makes the cut a rounding.
+/// Half a unit in the last place. Added to a sum, it makes the truncating shift round.
 fn half(bits: u32) -> i32 {
     1 << bits >> 1
 }

@@ -1,4 +1,4 @@
-//! What every way to make pixel values gives, and the arrays that it is made of.
+//! The interface of the rules that compute pixel values, their layouts, and helpers for arrays.
 
 use ndarray::{ArrayD, IxDyn};
 
@@ -8,40 +8,41 @@ use crate::prompt::Array;
 use super::levels::Levels;
 use super::picture::Picture;
 
-/// Means and deviations of the pictures that CLIP was trained on.
+/// Means and standard deviations of CLIP's training pictures, by channel.
 pub(super) const CLIP: ([f64; 3], [f64; 3]) =
     ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]);
-/// Levels from -1 to 1.
+/// Means and standard deviations that map values of 0 to 1 to values of -1 to 1.
 pub(super) const HALVES: ([f64; 3], [f64; 3]) = ([0.5; 3], [0.5; 3]);
 
-/// How a video became moments of some frames each.
+/// Layout of a video, which is split into moments of a few frames each.
 #[derive(Clone, Debug, PartialEq)]
 pub struct VideoLayout {
-    /// The middle of each moment in seconds.
+    /// Middle of each moment in seconds.
     pub times: Vec<f64>,
-    /// Features of one moment.
+    /// Number of features of one moment.
     pub features: usize,
 }
 
-/// How a picture was cut up: what its place in the text depends on. Pairs are height and width, or rows and columns.
+/// Layout of a processed picture, on which its placeholder tokens depend. Pairs are height and width, or rows and
+/// columns.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ImageLayout {
-    /// The picture as it came, upright, in pixels.
+    /// Size of the upright picture before processing, in pixels.
     pub original: [usize; 2],
-    /// One frame in pixels: a tile, or the scaled picture.
+    /// Size of one frame in pixels: a tile, or the scaled picture.
     pub frame: [usize; 2],
-    /// The grid of tiles; 0 x 0 when the picture was not cut up.
+    /// Grid of tiles; 0 x 0, or 1 x 1 in some processors, for a picture that is not cut.
     pub tiles: [usize; 2],
-    /// Tiles and views of the whole together.
+    /// Number of tiles and views of the whole picture together.
     pub frames: usize,
-    /// The grid of features of the whole view, where the image processor settles it; else 0 x 0.
+    /// Grid of features of the whole view if the image processor determines it, else 0 x 0.
     pub features: [usize; 2],
-    /// Features of one tile, where the image processor settles them; else 0.
+    /// Number of features of one tile if the image processor determines it, else 0.
     pub tile_features: usize,
 }
 
 impl ImageLayout {
-    /// A picture that was scaled and not cut up.
+    /// Layout of a picture that is scaled and not cut.
     pub(super) fn whole(original: &Picture, frame: &Picture) -> Self {
         ImageLayout {
             original: [original.height(), original.width()],
@@ -55,36 +56,42 @@ impl ImageLayout {
 /// Arrays of one picture by the names of the vision encoder's inputs.
 pub(super) type Arrays = Vec<(&'static str, Array)>;
 
-/// Arrays of one picture, and how it was cut up.
+/// Arrays and layout of one picture.
 pub(super) type Processed = (Arrays, ImageLayout);
 
-/// One way to make pixel values.
+/// Computes the arrays of a picture. Each kind of image processor has one rule.
 pub(super) trait Rule: std::fmt::Debug + Send + Sync {
-    /// One picture of a conversation with `count` pictures.
+    /// Processes one picture of a conversation with `count` pictures.
     ///
-    /// Errors: `Error::Invalid` for a picture that the rule cannot take.
+    /// Errors: `Error::Invalid` for a picture that the rule does not accept.
     fn process(&self, picture: &Picture, count: usize) -> Result<Processed>;
 }
 
-/// Floats in the given shape.
+/// An array of floats in the given shape.
 ///
-/// Errors: `Error::Invalid` when the data does not fill it.
+/// Errors: `Error::Invalid` when `data` does not match the shape.
 pub(super) fn floats(shape: &[usize], data: Vec<f32>) -> Result<Array> {
     let array = ArrayD::from_shape_vec(IxDyn(shape), data);
     array.map(Array::Float).map_err(|e| Error::invalid("pixel_values", e.to_string()))
 }
 
-/// Frames of one size, `[N, 3, H, W]`.
+/// Views of a picture, all of one size, as `[N, 3, H, W]`.
+///
+/// Errors: `Error::Invalid` when the sizes differ.
 pub(super) fn frames(frames: &[Picture], levels: &Levels) -> Result<Array> {
     let (height, width) = frames.first().map_or((0, 0), |frame| (frame.height(), frame.width()));
     let mut data = Vec::with_capacity(frames.len() * 3 * height * width);
     for frame in frames {
+        if (frame.height(), frame.width()) != (height, width) {
+            let found = format!("{}x{}", frame.width(), frame.height());
+            return Err(Error::invalid("views of a picture", format!("are {width}x{height} and {found}")));
+        }
         levels.append_planes(frame, &mut data);
     }
     floats(&[frames.len(), 3, height, width], data)
 }
 
-/// One row of integers, `[1, N]`: what describes a picture as a whole, such as its grid or its size.
+/// One row of integers, `[1, N]`, such as the grid or the size of a picture.
 pub(super) fn int_row(values: &[i64]) -> Array {
     Array::Int(ArrayD::from_shape_fn(IxDyn(&[1, values.len()]), |place| values[place[1]]))
 }

@@ -1,4 +1,4 @@
-//! A processor's configuration from which every key is read once; a key that nothing reads is an error.
+//! Reads a processor's config. Each key is read once; a key that is never read is an error.
 
 use serde_json::{Map, Value};
 
@@ -7,7 +7,7 @@ use crate::base::{Error, Result, list_preview};
 use super::levels::Levels;
 use super::resample::{BackEnd, Filter, Scaler};
 
-/// Keys that say nothing about still pictures.
+/// Keys that do not affect still pictures.
 const SILENT: &[&str] = &[
     "image_processor_type",
     "feature_extractor_type",
@@ -22,7 +22,7 @@ const SILENT: &[&str] = &[
     "image_seq_length",
 ];
 
-/// Keys whose only accepted value is the one that changes nothing.
+/// Keys with the values that change nothing. Any other value except null is an error.
 const NEUTRAL: &[(&str, &[&str])] = &[
     ("do_center_crop", &["false"]),
     ("crop_size", &[]),
@@ -34,23 +34,23 @@ const NEUTRAL: &[(&str, &[&str])] = &[
     ("do_pad", &["false"]),
 ];
 
-/// A size as configs write it.
+/// A size in a config.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::data) enum Size {
     /// Both edges.
     Exact { height: usize, width: usize },
     /// The shorter edge; the longer one follows from the aspect.
     ShortestEdge(usize),
-    /// The most that the longer edge may have.
+    /// Maximum of the longer edge.
     LongestEdge(usize),
 }
 
-/// A config from which each key is taken once.
+/// A config whose keys are each read once.
 pub(in crate::data) struct Settings {
     source: String,
     map: Map<String, Value>,
     back_end: BackEnd,
-    /// Whether the user wants tiles, until somebody reads it.
+    /// The user's setting for tiles, until a rule reads it.
     tiles: Option<bool>,
 }
 
@@ -59,18 +59,18 @@ impl Settings {
         Settings { source: source.to_string(), map, back_end, tiles }
     }
 
-    /// An error about one key.
+    /// `Error::Invalid` for the value of one key.
     pub fn error(&self, key: &str, value: &Value, expected: &str) -> Error {
         Error::invalid(format!("`{key}` in `{}`", self.source), format!("is {value}, expected {expected}"))
             .remedy("restore the config that belongs to the model")
     }
 
-    /// An error about the settings together.
+    /// `Error::Invalid` for a combination of values.
     pub fn contradiction(&self, problem: impl Into<String>) -> Error {
         Error::invalid(format!("`{}`", self.source), problem)
     }
 
-    /// Takes a key; a null is as good as no key.
+    /// Removes a key and returns its value; `None` for a missing key or a null.
     pub fn take(&mut self, key: &str) -> Option<Value> {
         self.map.remove(key).filter(|value| !value.is_null())
     }
@@ -96,12 +96,12 @@ impl Settings {
         }
     }
 
-    /// A size of 1 to 65536.
+    /// An integer of 1 to 65536.
     pub fn size(&mut self, key: &str, default: usize) -> Result<usize> {
         Ok(self.count(key, 1)?.unwrap_or(default))
     }
 
-    /// A number of `least` to 65536.
+    /// An integer of `least` to 65536; `None` for a missing key.
     pub fn count(&mut self, key: &str, least: u64) -> Result<Option<usize>> {
         let Some(value) = self.take(key) else { return Ok(None) };
         let count = value.as_u64().filter(|count| (least..=65536).contains(count));
@@ -109,7 +109,7 @@ impl Settings {
         Ok(Some(count as usize))
     }
 
-    /// A number of pixels.
+    /// A number of pixels; `None` for a missing key.
     pub fn pixels(&mut self, key: &str) -> Result<Option<usize>> {
         match self.take(key) {
             None => Ok(None),
@@ -120,7 +120,7 @@ impl Settings {
         }
     }
 
-    /// How pictures are scaled: the filter by its Pillow number, the arithmetic by the back end.
+    /// The scaler for `resample`, which is a filter's number in Pillow, with the arithmetic of the back end.
     pub fn scaler(&mut self, default: Filter) -> Result<Scaler> {
         let filter = match self.take("resample") {
             None => default,
@@ -132,7 +132,7 @@ impl Settings {
         Scaler::new(filter, self.back_end)
     }
 
-    /// Whether large pictures are cut into tiles: what the user wants, else what the config says.
+    /// True when large pictures are cut into tiles: the user's setting, or `config` without one.
     pub fn tiles(&mut self, config: bool) -> bool {
         self.tiles.take().unwrap_or(config)
     }
@@ -141,7 +141,8 @@ impl Settings {
         self.back_end
     }
 
-    /// Edges by name, such as `{"longest_edge": 512}`; other names are refused.
+    /// The edges of an object such as `{"longest_edge": 512}`, in the order of `names`; `None` for a missing edge.
+    /// Other names are an error.
     pub fn edges(&mut self, key: &str, names: &[&str]) -> Result<Option<Vec<Option<usize>>>> {
         let Some(value) = self.take(key) else { return Ok(None) };
         let expected = format!("an object of {}", names.join(", "));
@@ -160,7 +161,8 @@ impl Settings {
         names.iter().map(read).collect::<Result<Vec<_>>>().map(Some)
     }
 
-    /// A size of edges up to 65536; a lone number is a square, or a shortest edge where `square` is false.
+    /// A size with edges of 1 to 65536. A single number is the edge of a square, or the shortest edge if `square` is
+    /// false.
     pub fn size_of(&mut self, key: &str, square: bool) -> Result<Option<Size>> {
         const EXPECTED: &str = "`height` and `width`, `shortest_edge` or `longest_edge`, of 1 to 65536";
         let Some(value) = self.map.get(key).cloned().filter(|value| !value.is_null()) else {
@@ -186,7 +188,7 @@ impl Settings {
         if fits { Ok(Some(size)) } else { Err(self.error(key, &value, EXPECTED)) }
     }
 
-    /// Height and width; a lone number is a square.
+    /// Height and width. A single number is the edge of a square.
     pub fn rectangle(&mut self, key: &str, default: [usize; 2]) -> Result<[usize; 2]> {
         match self.size_of(key, true)? {
             None => Ok(default),
@@ -195,12 +197,12 @@ impl Settings {
         }
     }
 
-    /// Rescaling, then normalising.
+    /// The table of rescaled and normalised values. `mean` and `std` are the defaults.
     pub fn levels(&mut self, mean: [f64; 3], std: [f64; 3]) -> Result<Levels> {
         self.levels_unless(true, mean, std)
     }
 
-    /// As `levels`, with another default for `do_normalize`.
+    /// As `levels`, with `normalize` as the default of `do_normalize`.
     pub fn levels_unless(&mut self, normalize: bool, mean: [f64; 3], std: [f64; 3]) -> Result<Levels> {
         let rescale = self.bool("do_rescale", true)?;
         let factor = self.f64("rescale_factor", 1.0 / 255.0)?;
@@ -228,7 +230,15 @@ impl Settings {
         numbers.ok_or_else(|| self.error(key, &value, "three numbers"))
     }
 
-    /// Errors: `Error::Unsupported` naming the keys that nothing has read.
+    /// True for a key that has a value and was not read.
+    pub fn is_unread(&self, key: &str) -> bool {
+        self.map.contains_key(key)
+    }
+
+    /// Checks that every key was read.
+    ///
+    /// Errors: `Error::Unsupported` for keys that were not read (named in the message), a key of `NEUTRAL` with a value
+    /// that changes something, or a tiles setting that no rule has read.
     pub fn finish(mut self) -> Result<()> {
         if self.tiles.is_some() {
             return Err(Error::unsupported("image tiles", "this model's image processor cuts no picture into tiles")
@@ -251,7 +261,12 @@ impl Settings {
         if unread.is_empty() {
             return Ok(());
         }
-        Err(Error::unsupported(format!("`{}`", self.source), format!("nothing reads {}", list_preview(&unread, 8)))
-            .remedy("a processor that ignores a setting would feed the model other pixels than it was trained on"))
+        Err(Error::unsupported(
+            format!("`{}`", self.source),
+            format!("has unknown settings: {}", list_preview(&unread, 8)),
+        )
+        .remedy(
+            "remove them if they do not change the pixels; a setting that is ignored could feed the model other pixels",
+        ))
     }
 }

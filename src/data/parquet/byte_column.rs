@@ -1,5 +1,6 @@
-//! One column of byte strings of a row group, such as pictures: the cells of the rows that are asked for. Pages are read as
-//! streams, so that neither a page, which may hold a thousand pictures, nor a dictionary is ever in memory.
+//! Reader of one column of byte strings in a row group, such as images: returns the cells of requested rows. Pages are
+//! read as streams. Neither a page, which may contain a thousand images, nor a large dictionary is held in memory as a
+//! whole.
 
 use std::fs::File;
 use std::io::{self, Cursor, Read, Seek, SeekFrom};
@@ -16,74 +17,74 @@ use super::super::sample::MAX_IMAGE_BYTES;
 use super::hybrid::{Hybrid, byte};
 use super::page::{Body, Head, PageKind, Span, exactly, streams};
 
-/// The longest run of levels of a page.
+/// Maximum size of the repetition or definition levels of a page, in bytes.
 const MAX_LEVEL_BYTES: u64 = 64 << 20;
-/// A dictionary that is decompressed is held up to this size, and is in a temporary file above it.
+/// A decompressed dictionary is held in memory up to this size, in bytes; a larger one is in a temporary file.
 const HELD_DICTIONARY_BYTES: usize = 4 << 20;
 
-/// Values of a dictionary.
+/// Maximum number of values of a dictionary.
 const MAX_DICTIONARY: usize = 16 << 20;
 
-/// `PLAIN`, `PLAIN_DICTIONARY` and `RLE_DICTIONARY` of the format.
+/// Numbers of the encodings `PLAIN`, and `PLAIN_DICTIONARY` and `RLE_DICTIONARY`.
 const PLAIN: i64 = 0;
 const IN_DICTIONARY: [i64; 2] = [2, 8];
 
-/// Reads one leaf of one row group, from its first row to its last.
+/// Reads one leaf column of one row group, from its first row to its last.
 pub(super) struct ByteColumn {
     file: Arc<File>,
     codec: Compression,
     levels: LeafLevels,
-    /// Where the next page begins, and where the last one ends.
+    /// File offset of the next page; `end` is the end of the last page.
     next_page: u64,
     end: u64,
-    /// First rows and places of the pages, where the file lists them.
+    /// First rows and offsets of the pages, if the file has an offset index.
     pages: Vec<PageLocation>,
-    /// Rows that have begun.
+    /// Number of rows that have begun.
     row: usize,
     page: Option<Page>,
     dictionary: Option<Dictionary>,
-    /// Nothing is read after an error.
+    /// First error; nothing is read after it.
     failed: Option<String>,
 }
 
-/// LeafLevels of the format that say what an entry is.
+/// Levels of the format that determine the meaning of an entry.
 #[derive(Clone, Copy, Debug)]
 struct LeafLevels {
-    /// The highest repetition level: 1 in a list, else 0.
+    /// Maximum repetition level: 1 in a list, else 0.
     repeated: u32,
-    /// Definition level of a value that is there.
+    /// Definition level of a value that is present.
     defined: u32,
-    /// An entry of a lower definition level is that of an empty or missing list.
+    /// Minimum definition level of a list element. A lower level means an empty or missing list.
     element: u32,
 }
 
-/// What is left of a page.
+/// Rest of a page.
 struct Page {
     entries: usize,
-    /// Rows that begin in these entries.
+    /// Number of rows that begin in the remaining entries.
     starts: usize,
     repetition: Hybrid<Cursor<Vec<u8>>>,
     definition: Hybrid<Cursor<Vec<u8>>>,
-    /// Repetition level of the next entry, once it is read.
+    /// Repetition level of the next entry, if it was read ahead.
     peeked: Option<u32>,
     values: Values,
 }
 
 enum Values {
-    /// Each with its length before it.
+    /// Values, each after its length.
     Plain(Body),
-    /// Positions in the dictionary.
+    /// Indices into the dictionary.
     Positions(Hybrid<Body>),
 }
 
-/// The values that pages refer to.
+/// The dictionary of the column.
 enum Dictionary {
     Unread(Head),
     Read(DictionaryValues),
 }
 
 impl ByteColumn {
-    /// The leaf of a row group; `None` when it is not written in a way that is read as a stream.
+    /// Opens a leaf column of a row group; `None` when its type, compression or encoding cannot be read as a stream.
     pub fn open(file: &Arc<File>, metadata: &ParquetMetaData, group: usize, leaf: usize) -> Option<Self> {
         let chunk = metadata.row_groups().get(group)?.columns().get(leaf)?;
         let levels = LeafLevels::of(metadata.file_metadata().schema_descr(), leaf)?;
@@ -112,9 +113,10 @@ impl ByteColumn {
         })
     }
 
-    /// The cells of a row of the group: those of its list, or the one cell. Rows are asked for in ascending order.
+    /// Reads the cells of a row of the group: the elements of its list, or one cell. Rows must be requested in
+    /// ascending order.
     ///
-    /// Errors: the file is malformed there; every later row has the same error.
+    /// Errors: the file is malformed; every later call returns the same error.
     pub fn cells(&mut self, row: usize) -> Result<Cells, String> {
         if let Some(problem) = &self.failed {
             return Err(problem.clone());
@@ -150,7 +152,7 @@ impl ByteColumn {
         }
     }
 
-    /// Goes to the page of a row, where the file says which it is.
+    /// Jumps to the page that contains `row`, if the file has an offset index.
     fn jump(&mut self, row: usize) -> Result<(), String> {
         let first = |page: &PageLocation| usize::try_from(page.first_row_index).unwrap_or(usize::MAX);
         let number = self.pages.partition_point(|page| first(page) <= row);
@@ -158,7 +160,7 @@ impl ByteColumn {
         let place = u64::try_from(page.offset).map_err(|e| e.to_string())?;
         if first(page) > self.row && place > self.next_page {
             if self.row == 0 && self.page.is_none() {
-                // The only page that is not listed is the dictionary, which comes first.
+                // Only the dictionary page is not in the offset index; it comes first.
                 let head = self.head()?;
                 self.dictionary = (head.kind == PageKind::Dictionary).then_some(Dictionary::Unread(head));
             }
@@ -171,8 +173,8 @@ impl ByteColumn {
         Head::read(Span::new(self.file.clone(), self.next_page, self.end))
     }
 
-    /// Opens pages until there is an entry; false at the end of the column. Pages, and the rest of a page, in which neither
-    /// `row` nor a later one begins are passed over.
+    /// Opens pages until there is an entry. Returns false at the end of the column. Skips pages, and the rest of a
+    /// page, that contain no start of `row` or of a later row.
     fn open_page(&mut self, row: usize) -> Result<bool, String> {
         loop {
             if let Some(page) =
@@ -198,7 +200,7 @@ impl ByteColumn {
         }
     }
 
-    /// Counts the row that the next entry begins.
+    /// Counts the start of a row at the next entry.
     fn begin_row(&mut self) {
         self.row += 1;
         if let Some(page) = &mut self.page {
@@ -206,7 +208,7 @@ impl ByteColumn {
         }
     }
 
-    /// True when the next entry is the first of a row. There must be one.
+    /// True when the next entry starts a row. A page with an entry must be open.
     fn begins_row(&mut self) -> Result<bool, String> {
         let page = self.page.as_mut().ok_or("has no page")?;
         let level = match page.peeked {
@@ -217,7 +219,8 @@ impl ByteColumn {
         Ok(level == 0)
     }
 
-    /// Reads the next entry, or passes over it; `None` for that of an empty list. There must be one.
+    /// Reads the next entry, or skips its value if `keep` is false. Returns `None` for an empty list and `Some(None)`
+    /// for a null or skipped value. A page with an entry must be open.
     fn entry(&mut self, keep: bool) -> Result<Option<Option<Arc<[u8]>>>, String> {
         let page = self.page.as_mut().ok_or("has no page")?;
         if page.peeked.take().is_none() {
@@ -252,7 +255,7 @@ impl ByteColumn {
 }
 
 impl LeafLevels {
-    /// `None` for lists inside lists, and for values other than byte strings.
+    /// Computes the levels of a leaf; `None` for nested lists and for values other than byte strings.
     fn of(schema: &SchemaDescriptor, leaf: usize) -> Option<Self> {
         let column = schema.columns().get(leaf)?;
         let (repeated, defined) = (u32::try_from(column.max_rep_level()), u32::try_from(column.max_def_level()));
@@ -260,7 +263,7 @@ impl LeafLevels {
         if repeated > 1 || column.physical_type() != Physical::BYTE_ARRAY {
             return None;
         }
-        // Optional and repeated fields on the way to the leaf are a level each.
+        // Each optional or repeated field on the path to the leaf adds one definition level.
         let (mut group, mut level, mut element) = (schema.root_schema(), 0, 0);
         for name in column.path().parts() {
             group = group.get_fields().iter().find(|field| field.name() == name)?;
@@ -315,7 +318,7 @@ impl Page {
                 encoding if IN_DICTIONARY.contains(&encoding) => {
                     match byte(&mut body) {
                         Ok(width) => Values::Positions(Hybrid::new(body, u32::from(width))?),
-                        // A page of nulls may have no width and no positions.
+                        // A page with only nulls may have no bit width and no indices.
                         Err(_) => Values::Plain(body),
                     }
                 }
@@ -325,10 +328,10 @@ impl Page {
     }
 }
 
-/// The values of a dictionary: where each is in the file itself, or decompressed in memory or in a temporary file.
+/// Values of a dictionary. The bytes are in the Parquet file itself, or decompressed in memory or in a temporary file.
 struct DictionaryValues {
     source: DictionaryBytes,
-    /// Begin and length of each.
+    /// Offset and length of each value, in bytes.
     places: Vec<(u64, u32)>,
 }
 
@@ -388,7 +391,7 @@ impl DictionaryValues {
     }
 }
 
-/// The next value of a page, or nothing of it.
+/// Reads the next value of a page, or skips it and returns `None`.
 fn plain(body: &mut Body, keep: bool) -> Result<Option<Arc<[u8]>>, String> {
     let length = body.length()?.ok_or("has a page that ends before its last value")?;
     if !keep {

@@ -1,4 +1,4 @@
-//! Parquet files of conversations: text in batches of rows, and pictures one by one.
+//! Parquet files of conversations. Text is read in batches of rows, images are read one by one.
 
 mod byte_column;
 mod hybrid;
@@ -21,7 +21,7 @@ use parquet::arrow::arrow_reader::{
 };
 use parquet::file::metadata::ParquetMetaData;
 
-use crate::base::{Error, Progress, Result};
+use crate::base::{Error, Progress, Result, shortened};
 
 use crate::data::columns::{Cells, Columns};
 use crate::data::guard::guarded;
@@ -31,34 +31,35 @@ use crate::data::row::{Piece, RawMessage, SourceRow, Speaker};
 
 use byte_column::ByteColumn;
 
-/// Rows without pictures that are decoded at a time.
+/// Number of rows that are decoded together, without images.
 const LISTED_ROWS: usize = 1024;
-/// Rows with pictures that are decoded at a time, and the bytes that they may take where pictures are not read apart.
+/// Maximum number of rows that are decoded together with images, and their maximum size in bytes when images are not
+/// read one by one.
 const BATCH_ROWS: usize = 32;
 const BATCH_BYTES: usize = 16 << 20;
 
-/// One parquet file.
+/// A Parquet file.
 #[derive(Debug)]
 pub(super) struct Shard {
     path: PathBuf,
-    /// Name of the file in ids.
+    /// Name of the file in sample ids.
     name: String,
     metadata: ArrowReaderMetadata,
     columns: Columns,
-    /// Rows before each row group, and the total.
+    /// Number of rows before each row group, and the total.
     starts: Vec<usize>,
     listed: Vec<Listed>,
 }
 
 impl Shard {
-    /// Reads the footer and the conversations, but no pictures.
+    /// Opens a file and reads its footer and its conversations, without images.
     ///
-    /// Errors: `Error::Io`; `Error::Invalid` when it is no parquet file, or lacks the columns; `Error::Unsupported`
-    /// naming the columns that nobody reads.
+    /// Errors: `Error::Io`; `Error::Invalid` when the file is not Parquet or lacks required columns;
+    /// `Error::Unsupported` with the names of unknown columns.
     pub fn open(path: &Path, name: &str, options: &DataOptions) -> Result<Self> {
         let subject = format!("`{}`", path.display());
         let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
-        // The page index lets a reader skip to a page; files without one are read from the start of a row group.
+        // With a page index a reader can jump to a page. Files without one are read from the start of a row group.
         let load = || {
             ArrowReaderMetadata::load(&file, ArrowReaderOptions::new().with_page_index(true))
                 .or_else(|_| ArrowReaderMetadata::load(&file, ArrowReaderOptions::new()))
@@ -88,7 +89,7 @@ impl Shard {
         &self.path
     }
 
-    /// The rows that are used; they are not kept here.
+    /// Takes the list of rows out of the shard.
     pub fn take_listed(&mut self) -> Vec<Listed> {
         std::mem::take(&mut self.listed)
     }
@@ -97,40 +98,47 @@ impl Shard {
         self.starts.last().copied().unwrap_or(0)
     }
 
-    /// Every row that its ratings allow.
+    /// Lists the rows whose ratings reach the minimum.
     fn list(&self, options: &DataOptions) -> Result<Vec<Listed>> {
         let groups: Vec<usize> = (0..self.starts.len() - 1).collect();
         let progress = Progress::new("list", "rows", self.rows() as u64);
         let mut listed = Vec::with_capacity(self.rows().min(1 << 20));
         let subject = self.subject();
         let mut row = 0;
+        let rated = |batch: &StructArray, place: usize| {
+            let rating = |name| guarded(|| self.columns.rating(batch, name, place)).ok().flatten();
+            options.min_ratings.iter().all(|(name, least)| rating(name).is_some_and(|rating| rating >= *least))
+        };
         for batch in self.reader(groups, None, self.leaves(&self.columns.listed(), &[]), LISTED_ROWS)? {
             let batch = StructArray::from(batch.map_err(|e| self.unreadable(e))?);
             progress.advance(batch.len() as u64);
             for place in 0..batch.len() {
-                let rating = |name| guarded(|| self.columns.rating(&batch, name, place)).ok().flatten();
-                if options.min_ratings.iter().all(|(name, least)| rating(name).is_some_and(|rating| rating >= *least)) {
-                    let read = guarded(|| {
-                        let messages = self.columns.messages(&batch, place)?;
-                        let turns = messages.iter().filter(|message| message.speaker == Speaker::Assistant).count();
-                        Ok((turns.max(1), key_of(self.columns.id(&batch, place), &messages)))
-                    });
-                    let (turns, key) = read
-                        .and_then(|read: Result<_, String>| read)
-                        .unwrap_or_else(|problem| (1, content_key(&[problem])));
+                if rated(&batch, place) {
+                    let (turns, key) = self.turns_and_key(&batch, place);
                     listed.push(Listed::new(&subject, row, turns, key)?);
                 }
                 row += 1;
             }
         }
         if row != self.rows() {
-            return Err(Error::invalid(self.subject(), format!("has {row} rows, its footer says {}", self.rows()))
+            return Err(Error::invalid(subject, format!("has {row} rows, its footer says {}", self.rows()))
                 .remedy("write the file again as Parquet"));
         }
         Ok(listed)
     }
 
-    /// The rows with these ascending indices; one row group is open at a time.
+    /// Number of turns of a row, and its content key. A row that does not decode counts as one turn; its error is
+    /// reported when the row is read.
+    fn turns_and_key(&self, batch: &StructArray, place: usize) -> (usize, u64) {
+        let read = guarded(|| -> Result<_, String> {
+            let messages = self.columns.messages(batch, place)?;
+            let turns = messages.iter().filter(|message| message.speaker == Speaker::Assistant).count();
+            Ok((turns.max(1), key_of(self.columns.id(batch, place), &messages)))
+        });
+        read.and_then(|read| read).unwrap_or_else(|problem| (1, content_key(&[problem])))
+    }
+
+    /// Reads the rows with these ascending indices. One row group is open at a time.
     pub fn read(&self, rows: Vec<usize>) -> impl Iterator<Item = Result<SourceRow>> + '_ {
         let mut groups: Vec<(usize, Vec<usize>)> = Vec::new();
         let mut rest = rows.as_slice();
@@ -190,7 +198,7 @@ impl Shard {
         }))
     }
 
-    /// The columns of pictures that are read one by one.
+    /// Opens the image columns that are read one by one.
     fn pictures(&self, file: &Arc<File>, group: usize) -> Vec<Apart> {
         let metadata = self.metadata.metadata();
         let schema = metadata.file_metadata().schema_descr();
@@ -205,7 +213,7 @@ impl Shard {
         self.columns.picture_leaves(self.metadata.schema()).into_iter().filter_map(column).collect()
     }
 
-    /// The leaves of columns, without those that are read apart.
+    /// Leaf columns of `columns`, without those in `apart`.
     fn leaves(&self, columns: &[&str], apart: &[Apart]) -> Vec<usize> {
         let schema = self.metadata.metadata().file_metadata().schema_descr();
         let wanted = |leaf: &usize| {
@@ -214,7 +222,7 @@ impl Shard {
         (0..schema.num_columns()).filter(wanted).collect()
     }
 
-    /// Rows of a group that are decoded at a time.
+    /// Number of rows of a group that are decoded together.
     fn batch_rows(&self, group: usize, leaves: &[usize]) -> usize {
         let group = self.metadata.metadata().row_groups().get(group);
         let chunks = leaves.iter().filter_map(|leaf| group?.columns().get(*leaf));
@@ -268,26 +276,26 @@ impl Shard {
     ) -> Result<SourceRow, String> {
         let mut subject = self.row_subject(number);
         if let Some(id) = self.columns.id(batch, place) {
-            subject.push_str(&format!(" (id `{id}`)"));
+            subject.push_str(&format!(" (id `{}`)", shortened(&id)));
         }
         let images = self.columns.pictures(batch, place, &subject, apart)?;
         SourceRow::of_messages(subject, images, self.columns.messages(batch, place)?)
     }
 }
 
-/// A column of pictures of a row group that is read apart from the batches.
+/// An image column of a row group that is read separately from the batches.
 struct Apart {
     name: &'static str,
     leaf: usize,
     column: ByteColumn,
 }
 
-/// The pictures of a row of the group, by column.
+/// Images of a row of the group, by column.
 fn cells_of(apart: &mut [Apart], row: usize) -> Result<HashMap<&'static str, Cells>, String> {
     apart.iter_mut().map(|apart| Ok((apart.name, apart.column.cells(row)?))).collect()
 }
 
-/// Content that determines a row's rank in the draw: its id, speakers and texts.
+/// Key that determines a row's rank in the draw: a hash of its id, speakers and texts.
 fn key_of(id: Option<String>, messages: &[RawMessage]) -> u64 {
     let mut texts: Vec<String> = id.into_iter().collect();
     for message in messages {
@@ -300,7 +308,7 @@ fn key_of(id: Option<String>, messages: &[RawMessage]) -> u64 {
     content_key(&texts)
 }
 
-/// True when the file says that no row has anything in this column.
+/// True when the file's statistics state that all values of the column are null.
 fn holds_nothing(metadata: &ParquetMetaData, column: &str) -> bool {
     let schema = metadata.file_metadata().schema_descr();
     let leaves: Vec<usize> =
@@ -313,7 +321,7 @@ fn holds_nothing(metadata: &ParquetMetaData, column: &str) -> bool {
     })
 }
 
-/// Record batches; the first failure is the last item.
+/// Iterator over record batches that ends after the first error.
 struct Batches(Option<ParquetRecordBatchReader>);
 
 impl Iterator for Batches {

@@ -1,4 +1,4 @@
-//! Pages of a column chunk: their heads, and their bodies as streams that are never held whole.
+//! Pages of a column chunk: their headers, and their bodies as streams.
 //!
 //! Source: apache/parquet-format, parquet.thrift and Encodings.md; the compact protocol of Apache Thrift.
 
@@ -13,12 +13,12 @@ use parquet::basic::Compression;
 use super::hybrid::{byte, varint};
 use super::snappy::Snappy;
 
-/// Bytes that are read from the file at a time.
+/// Buffer size of reads from the file, in bytes.
 const BUFFER_BYTES: usize = 32 << 10;
-/// Structs inside each other in a head.
+/// Maximum nesting depth of structs in a page header.
 const MAX_DEPTH: usize = 8;
 
-/// A part of a file with a place of its own in it.
+/// A byte range of a file with its own read position.
 #[derive(Clone, Debug)]
 pub(super) struct Span {
     file: Arc<File>,
@@ -35,9 +35,9 @@ impl Span {
         self.end
     }
 
-    /// What follows its first bytes.
+    /// The range without its first `bytes` bytes.
     ///
-    /// Errors: it is shorter.
+    /// Errors: the range is shorter.
     pub fn after(&self, bytes: u64) -> Result<Self, String> {
         let begin = self.position.checked_add(bytes).filter(|begin| *begin <= self.end);
         begin.map(|position| Span { position, ..self.clone() }).ok_or_else(|| "has a page that is too short".into())
@@ -58,7 +58,7 @@ impl Read for Span {
 }
 
 impl Seek for Span {
-    /// Places are those of the file.
+    /// Positions are relative to the file, not to the range.
     fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
         let place = match to {
             SeekFrom::Start(place) => Some(place),
@@ -71,38 +71,38 @@ impl Seek for Span {
     }
 }
 
-/// What a page holds.
+/// Type of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum PageKind {
     Dictionary,
-    /// Its levels are compressed with its values.
+    /// Version 1: levels and values are compressed together.
     Data,
-    /// Its levels come first and are never compressed.
+    /// Version 2: levels come first and are never compressed.
     DataV2 {
         repetition_bytes: u64,
         definition_bytes: u64,
     },
-    /// Nothing that is read here.
+    /// Other page types; they are skipped.
     Other,
 }
 
-/// The head of a page.
+/// Header of a page.
 #[derive(Clone, Debug)]
 pub(super) struct Head {
     pub kind: PageKind,
-    /// Values, nulls included.
+    /// Number of values, nulls included.
     pub values: usize,
-    /// The number that the format gives to the encoding.
+    /// Number of the encoding in the format.
     pub encoding: i64,
-    /// Its body in the file.
+    /// Byte range of the page's body.
     pub body: Span,
     compressed: bool,
 }
 
 impl Head {
-    /// Reads the head at the beginning of a span; the body follows it.
+    /// Reads the header at the start of `span`; the body follows it.
     ///
-    /// Errors: it is malformed, or the page does not end where the span does or before.
+    /// Errors: the header is malformed, or the page extends beyond the span.
     pub fn read(span: Span) -> Result<Self, String> {
         let mut input = span.buffered();
         let fields = fields(&mut input, 0)?;
@@ -133,7 +133,7 @@ impl Head {
         Ok(Head { kind, values, encoding, body: Span::new(file, begin, end), compressed })
     }
 
-    /// The body, decompressed, behind its first `bytes` bytes, which are not compressed.
+    /// Opens the body after its first `bytes` bytes, which are not compressed, and decompresses it.
     ///
     /// Errors: the page is shorter, or its compression cannot be read as a stream.
     pub fn open(&self, codec: Compression, bytes: u64) -> Result<Body, String> {
@@ -151,21 +151,21 @@ impl Head {
     }
 }
 
-/// True for a compression that [`Head::open`] takes.
+/// True for a compression that [`Head::open`] supports.
 pub(super) fn streams(codec: Compression) -> bool {
     matches!(codec, Compression::UNCOMPRESSED | Compression::SNAPPY | Compression::GZIP(_) | Compression::ZSTD(_))
 }
 
-/// The decompressed body of a page.
+/// Reader of the decompressed body of a page.
 pub(super) enum Body {
     Stored(BufReader<Span>),
     Coded(Box<dyn Read>),
 }
 
 impl Body {
-    /// Leaves out bytes.
+    /// Skips `bytes` bytes.
     ///
-    /// Errors: there are fewer.
+    /// Errors: fewer bytes are left.
     pub fn skip(&mut self, bytes: u64) -> Result<(), String> {
         let skipped = match self {
             Body::Stored(input) => {
@@ -181,7 +181,9 @@ impl Body {
         skipped.map_err(|e| e.to_string())
     }
 
-    /// A length in four bytes; `None` at the end.
+    /// Reads a length: four bytes, little-endian; `None` at the end of the body.
+    ///
+    /// Errors: the body ends inside the length.
     pub fn length(&mut self) -> Result<Option<u32>, String> {
         let mut bytes = Vec::with_capacity(4);
         self.take(4).read_to_end(&mut bytes).map_err(|e| e.to_string())?;
@@ -202,9 +204,10 @@ impl Read for Body {
     }
 }
 
-/// The next bytes. Memory grows with what is there, not with what is asked for.
+/// Reads exactly `count` bytes. Memory grows with the bytes that are present, not with `count`, so a malformed length
+/// does not exhaust memory.
 ///
-/// Errors: there are fewer.
+/// Errors: fewer bytes are left.
 pub(super) fn exactly(input: impl Read, count: u64) -> Result<Vec<u8>, String> {
     let mut bytes = Vec::new();
     input.take(count).read_to_end(&mut bytes).map_err(|e| e.to_string())?;
@@ -214,13 +217,13 @@ pub(super) fn exactly(input: impl Read, count: u64) -> Result<Vec<u8>, String> {
     }
 }
 
-/// A value of a head.
+/// Value of a header field.
 #[derive(Debug)]
 enum HeadField {
     Bool(bool),
     Number(i64),
     Struct(HeadFields),
-    /// Read over.
+    /// A field whose value is skipped.
     Unused,
 }
 
@@ -233,7 +236,7 @@ fn number(fields: &HeadFields, id: i64) -> Result<i64, String> {
     }
 }
 
-/// The fields of a struct in Thrift's compact protocol.
+/// Reads the fields of a struct in Thrift's compact protocol.
 fn fields(input: &mut impl BufRead, depth: usize) -> Result<HeadFields, String> {
     let mut fields = BTreeMap::new();
     let mut id = 0i64;

@@ -1,4 +1,4 @@
-//! Decompression of one Snappy block as a stream, which holds a window of it only.
+//! Streaming decompression of a Snappy block. Memory holds only a window of the output.
 //!
 //! Source: google/snappy, format_description.txt.
 
@@ -6,19 +6,20 @@ use std::io::{self, BufRead, Read};
 
 use super::hybrid::varint;
 
-/// Distance that a copy may reach back. Compressors work in blocks of 64 KiB, so that none is farther.
+/// Minimum number of decompressed bytes kept for copies. Compressors use blocks of 64 KiB, so their copies do not reach
+/// farther back.
 const WINDOW: usize = 16 << 20;
 
-/// The decompressed bytes of a block.
+/// Reader of the decompressed bytes of a block.
 pub(super) struct Snappy<R> {
     input: R,
     /// Bytes of the block that are not decompressed yet; `None` before the length is read.
     left: Option<u64>,
-    /// Bytes of the literal that are not copied yet.
+    /// Bytes of the current literal that are not copied yet.
     literal: u64,
-    /// What was decompressed last.
+    /// The most recently decompressed bytes.
     window: Vec<u8>,
-    /// Bytes of the window that were handed out.
+    /// Number of bytes of the window that were already returned.
     taken: usize,
 }
 
@@ -27,7 +28,7 @@ impl<R: BufRead> Snappy<R> {
         Snappy { input, left: None, literal: 0, window: Vec::new(), taken: 0 }
     }
 
-    /// Decompresses the next piece; false at the end of the block.
+    /// Decompresses the next piece. Returns false at the end of the block.
     fn advance(&mut self) -> io::Result<bool> {
         let left = match self.left {
             Some(left) => left,
@@ -58,7 +59,7 @@ impl<R: BufRead> Snappy<R> {
         Ok(true)
     }
 
-    /// Reads the head of a literal, or a whole copy.
+    /// Reads the header of a literal, or performs a copy.
     fn element(&mut self, left: u64) -> io::Result<()> {
         let mut number = |bytes: usize| {
             let mut value = [0; 8];
@@ -119,9 +120,10 @@ mod tests {
     }
 
     #[test]
-    fn literals_and_copies_of_every_form_are_read() {
+    fn literals_and_copies_of_every_form_are_decoded() {
         let mut block = vec![80 + 4 + 4 + 4];
-        // A literal of 80 bytes with its length in a byte of its own, then copies by one, two and four bytes of distance.
+        // A literal of 80 bytes with its length in a separate byte, then copies with distances of one, two and four
+        // bytes.
         block.extend([60 << 2, 79]);
         block.extend(0..80u8);
         block.extend([1, 80]);
@@ -132,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_is_refused() {
+    fn malformed_snappy_blocks_are_refused() {
         for (block, want) in [
             (&[9, 0, b'a', 1, 2][..], "copies from 2 bytes back"),
             (&[9, 0, b'a', 1, 0], "copies from 0 bytes back"),

@@ -1,4 +1,4 @@
-//! Pictures read one by one are those that the `parquet` crate's own writer wrote, whatever it was told to do.
+//! Compares images read one by one with the rows that the `parquet` crate's writer wrote, with varying writer options.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -20,10 +20,10 @@ use rand_chacha::ChaCha8Rng;
 use super::ByteColumn;
 use crate::data::columns::Cells;
 
-/// The pictures of each row; a row is `None` when its list is null.
+/// Images of each row; `None` when the list is null.
 type Rows = Vec<Option<Cells>>;
 
-/// Rows of none to three pictures, some of them null, some of them equal; now and then a long one.
+/// Rows of zero to three images. Some images are null, some are equal, a few are long.
 fn rows(random: &mut ChaCha8Rng, count: usize, most: usize) -> Rows {
     let known: Vec<Arc<[u8]>> = (0..10u8).map(|n| vec![n; usize::from(n) * 9].into()).collect();
     let picture = |random: &mut ChaCha8Rng| -> Option<Arc<[u8]>> {
@@ -48,7 +48,7 @@ fn fields() -> Fields {
 fn push(cells: &mut StructBuilder, picture: Option<&[u8]>) {
     cells.field_builder::<BinaryBuilder>(0).unwrap().append_option(picture);
     cells.field_builder::<StringBuilder>(1).unwrap().append_null();
-    // A null struct and a struct without bytes are the same to a reader.
+    // Readers do not distinguish a null struct from a struct without bytes.
     cells.append(picture.is_some());
 }
 
@@ -82,7 +82,7 @@ fn single(rows: &Rows) -> ArrayRef {
 fn write(path: &Path, column: ArrayRef, properties: WriterProperties) {
     let batch = RecordBatch::try_from_iter([("images", column)]).unwrap();
     let mut writer = ArrowWriter::try_new(File::create(path).unwrap(), batch.schema(), Some(properties)).unwrap();
-    // In pieces: a page ends at the end of one at the earliest.
+    // Written in pieces, because a page can end only at the end of a piece.
     for begin in (0..batch.num_rows()).step_by(7) {
         writer.write(&batch.slice(begin, 7.min(batch.num_rows() - begin))).unwrap();
     }
@@ -98,7 +98,7 @@ fn open(path: &Path, with_index: bool) -> (Vec<usize>, Vec<ByteColumn>) {
     (groups.iter().map(|group| group.num_rows() as usize).collect(), columns.collect())
 }
 
-/// Reads some of the rows and compares.
+/// Reads a random selection of rows and compares them with `want`.
 fn compare(path: &Path, with_index: bool, random: &mut ChaCha8Rng, want: &[Cells], case: &str) {
     let share = *[0.02, 0.3, 1.0].choose(random).unwrap();
     let (rows, columns) = open(path, with_index);
@@ -113,7 +113,7 @@ fn compare(path: &Path, with_index: bool, random: &mut ChaCha8Rng, want: &[Cells
 }
 
 #[test]
-fn pictures_read_one_by_one_are_those_that_were_written() {
+fn pictures_read_one_by_one_equal_the_written_pictures() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("x.parquet");
     let codecs = [
@@ -157,7 +157,7 @@ fn pictures_read_one_by_one_are_those_that_were_written() {
 }
 
 #[test]
-fn a_dictionary_may_be_larger_than_what_is_held_of_it() {
+fn a_dictionary_may_exceed_the_size_held_in_memory() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("x.parquet");
     let mut random = ChaCha8Rng::seed_from_u64(8);
@@ -174,9 +174,9 @@ fn a_dictionary_may_be_larger_than_what_is_held_of_it() {
     }
 }
 
-/// Pages of the first version that end inside a row, as Arrow's C++ writes them (`scripts/fixture/pages.py`).
+/// Version 1 pages that end inside a row, as Arrow's C++ library writes them (`scripts/fixture/pages.py`).
 #[test]
-fn a_row_may_go_on_in_the_next_page() {
+fn a_row_may_continue_on_the_next_page() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/processor/pages.parquet");
     let file = File::open(&path).unwrap();
     let reader = parquet::arrow::arrow_reader::ParquetRecordBatchReader::try_new(file, 1 << 10).unwrap();
@@ -194,12 +194,12 @@ fn a_row_may_go_on_in_the_next_page() {
 }
 
 #[test]
-fn a_file_that_is_cut_or_changed_is_an_error_or_other_bytes_and_no_panic() {
+fn truncated_or_changed_files_never_panic() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("x.parquet");
     let mut random = ChaCha8Rng::seed_from_u64(9);
     let mut written = rows(&mut random, 60, 3);
-    // Short ones, so that most bytes are those of heads, levels and lengths.
+    // Images are shortened, so that most bytes are headers, levels and lengths.
     for picture in written.iter_mut().flatten().flatten().flatten() {
         *picture = picture[..picture.len().min(2)].into();
     }
@@ -211,7 +211,7 @@ fn a_file_that_is_cut_or_changed_is_an_error_or_other_bytes_and_no_panic() {
         let (rows, _) = open(&path, false);
         for _ in 0..400 {
             let mut bytes = sound.clone();
-            // Not the footer, which another reader is responsible for.
+            // The footer is not damaged; another reader handles it.
             for _ in 0..random.random_range(1..4) {
                 let place = random.random_range(4..sound.len() - 900);
                 bytes[place] = random.random();

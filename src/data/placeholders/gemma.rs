@@ -1,11 +1,12 @@
-//! Gemma 3, Gemma 3n and PaliGemma: a fixed number of features, in Gemma 3 between tokens and empty lines. Gemma 4: as many as the
-//! picture has, between tokens.
+//! Placeholders of the Gemma families. Gemma 3, Gemma 3n and PaliGemma have a fixed number of features per image, in
+//! Gemma 3 and 3n between tokens and empty lines. In Gemma 4 the number depends on the image, and the features are
+//! between tokens.
 
 use crate::base::Result;
 
 use super::placeholder::{Files, Placeholder};
 
-/// The picture, the prompt and what the model answers, as PaliGemma was trained: it has no chat template.
+/// Chat template for PaliGemma, which has none: the image, the prompt and the answer, in the format of its training.
 const PALIGEMMA: &str = "\
 {%- for message in messages -%}
 {%- if loop.index0 == 0 -%}
@@ -23,7 +24,7 @@ const PALIGEMMA: &str = "\
 
 pub(super) fn gemma3(files: &mut Files) -> Result<Placeholder> {
     let (mut placeholder, start) = framed(files)?;
-    // The template writes the start token alone.
+    // The chat template contains only the start token.
     placeholder.marker = start;
     let settings: [(&str, serde_json::Value); 4] = [
         ("do_convert_rgb", true.into()),
@@ -40,7 +41,7 @@ pub(super) fn gemma3n(files: &mut Files) -> Result<Placeholder> {
     Ok(framed(files)?.0)
 }
 
-/// A picture between its start and its end token and empty lines, and the start token.
+/// Placeholder with an image's features between start and end token and empty lines. Also returns the start token.
 fn framed(files: &mut Files) -> Result<(Placeholder, String)> {
     let features = files.settings.size("image_seq_length", 256)?;
     let token = files.feature("image_token", "<image_soft_token>")?;
@@ -58,7 +59,7 @@ fn framed(files: &mut Files) -> Result<(Placeholder, String)> {
 }
 
 pub(super) fn gemma4(files: &mut Files) -> Result<Placeholder> {
-    // The features of a picture follow from its size; this is the most.
+    // The number of features depends on the image's size; this setting is the maximum.
     files.settings.take("image_seq_length");
     files.settings.take("audio_ms_per_token");
     let token = files.feature("image_token", "<|image|>")?;

@@ -1,4 +1,5 @@
-//! Idefics3, SmolVLM and Granite-Docling: every tile has its row and column before its features, the whole view its own token.
+//! Placeholder of Idefics3, SmolVLM and Granite-Docling: every tile's features follow its row and column; the
+//! overview's features follow a token of their own.
 
 use serde_json::Value;
 
@@ -15,15 +16,8 @@ pub(super) fn open(files: &mut Files) -> Result<Placeholder> {
     let global = files.token("global_image_token", "<global-img>")?;
     let tile = token.repeat(features);
     Ok(Placeholder::new(&token, move |layout, _| {
-        let [rows, columns] = layout.tiles;
-        let mut out = String::new();
-        for row in 1..=rows {
-            for column in 1..=columns {
-                out.push_str(&format!("{fake}<row_{row}_col_{column}>{tile}"));
-            }
-            out.push('\n');
-        }
-        if rows > 0 {
+        let mut out = tiles(layout.tiles, &fake, &tile);
+        if layout.tiles[0] > 0 {
             out.push('\n');
         }
         out.push_str(&format!("{fake}{global}{tile}{fake}"));
@@ -31,7 +25,7 @@ pub(super) fn open(files: &mut Files) -> Result<Placeholder> {
     }))
 }
 
-/// Granite-Docling with its own model type: no whole view behind a single tile.
+/// Placeholder of Granite-Docling with its own model type. An image of one tile has no overview.
 pub(super) fn granite_docling(files: &mut Files) -> Result<Placeholder> {
     let features = files.settings.size("image_seq_len", 64)?;
     let fine = flag("preprocessor_config.json", "fine_route", files.image.get("fine_route"))?.unwrap_or(false);
@@ -40,13 +34,7 @@ pub(super) fn granite_docling(files: &mut Files) -> Result<Placeholder> {
     Ok(Placeholder::new(&token, move |layout, _| {
         const FAKE: &str = "<fake_token_around_image>";
         let [rows, columns] = layout.tiles;
-        let mut out = String::new();
-        for row in 1..=rows {
-            for column in 1..=columns {
-                out.push_str(&format!("{FAKE}<row_{row}_col_{column}>{tile}"));
-            }
-            out.push('\n');
-        }
+        let mut out = tiles(layout.tiles, FAKE, &tile);
         if rows * columns > 1 {
             out.push_str(&format!("\n{FAKE}<global-img>{tile}{FAKE}"));
         }
@@ -54,7 +42,22 @@ pub(super) fn granite_docling(files: &mut Files) -> Result<Placeholder> {
     }))
 }
 
-/// `image_seq_len` of the processor, checked against `(image_size / patch_size)^2 / scale_factor^2` of the config.
+/// The features `tile` of every tile behind `fake` and its row and column; a line for each row.
+fn tiles([rows, columns]: [usize; 2], fake: &str, tile: &str) -> String {
+    let mut out = String::new();
+    for row in 1..=rows {
+        for column in 1..=columns {
+            out.push_str(&format!("{fake}<row_{row}_col_{column}>{tile}"));
+        }
+        out.push('\n');
+    }
+    out
+}
+
+/// Features per tile: `image_seq_len` of the processor, which must equal `(image_size / patch_size)^2 / scale_factor^2`
+/// of the model's config if that is complete.
+///
+/// Errors: `Error::Invalid` when the two differ, or a value is out of range.
 fn features_of_a_tile(config: &Value, processor_config: &Value) -> Result<usize> {
     const MAX: usize = 65536;
     let bounded = |source: &str, key: &str, value: Option<&Value>| -> Result<Option<usize>> {
@@ -75,6 +78,10 @@ fn features_of_a_tile(config: &Value, processor_config: &Value) -> Result<usize>
         (Some(image), Some(patch), Some(scale)) => Some((image / patch).pow(2) / scale.pow(2)),
         _ => None,
     };
+    if computed == Some(0) {
+        let problem = "image_size, patch_size and scale_factor leave no feature of a tile";
+        return Err(Error::invalid("`config.json`", problem).remedy("restore the config that belongs to the model"));
+    }
     match (said, computed) {
         (Some(said), Some(computed)) if said != computed => Err(Error::invalid(
             "`processor_config.json`",
@@ -83,7 +90,7 @@ fn features_of_a_tile(config: &Value, processor_config: &Value) -> Result<usize>
             ),
         )
         .remedy("restore both files of the model")),
-        // 169 is what the processors of this class take when nothing is said.
+        // 169 is the default of these processors.
         (said, computed) => Ok(said.or(computed).unwrap_or(169)),
     }
 }

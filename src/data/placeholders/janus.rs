@@ -1,4 +1,5 @@
-//! A fixed number of features, in Janus between a start and an end token. Janus, DeepSeek-VL.
+//! Placeholder of Janus and DeepSeek-VL: a fixed number of features per image, in Janus between a start and an end
+//! token.
 
 use crate::base::Result;
 

@@ -1,4 +1,4 @@
-//! LFM2-VL: tiles by row and column, then the whole view, between a start and an end token.
+//! Placeholder of LFM2-VL: tiles with their row and column, then the overview, between a start and an end token.
 
 use crate::base::Result;
 

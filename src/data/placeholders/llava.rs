@@ -1,4 +1,5 @@
-//! LLaVA-1.5, FastVLM and Moondream: a run of as many features as the frame has patches, with the class token where the model keeps it.
+//! Placeholder of LLaVA-1.5, FastVLM and Moondream: one feature token per patch of the frame, plus the class token if
+//! the model keeps it.
 
 use serde_json::Value;
 
@@ -6,7 +7,7 @@ use crate::base::Result;
 
 use super::placeholder::{Files, Placeholder};
 
-/// Questions and answers as Moondream was trained: it has no chat template.
+/// Chat template for Moondream, which has none: questions and answers in the format of its training.
 const MOONDREAM: &str = "\
 {%- for message in messages -%}
 {%- if message.role == 'assistant' -%}
@@ -26,7 +27,7 @@ pub(super) fn open(files: &mut Files) -> Result<Placeholder> {
     let strategy = files.settings.text("vision_feature_select_strategy", "")?;
     let (patch, additional, less) = match files.settings.count("patch_size", 1)? {
         Some(patch) => (patch, additional.unwrap_or(0), usize::from(strategy == "default")),
-        // Files from before the processor counted features: the model's config knows them.
+        // Older files do not count features in the processor; the model's config has the values.
         None => {
             let vision = files.model.get("vision_config");
             let patch = vision.and_then(|vision| vision.get("patch_size")).and_then(Value::as_u64);

@@ -1,7 +1,8 @@
-//! LLaVA-OneVision: a run of the features that remain when the padding of the tiles' grid is cut off and a long grid is
-//! scaled down, with a newline after each of its rows, behind those of the whole view.
+//! Placeholder of LLaVA-OneVision: the features of the overview, then those of the tile grid. The grid's padding is
+//! removed, a large grid is scaled down, and each of its rows ends in a newline feature.
 //!
-//! Source: `LlavaOnevisionProcessor` of transformers 5.24. Without tiles the view of the whole is all, as in transformers.js.
+//! Source: `LlavaOnevisionProcessor` of transformers 5.24. Images without tiles have the overview only, as in
+//! transformers.js.
 
 use crate::base::Result;
 use crate::prompt::IMAGE_SIZES;
@@ -23,7 +24,7 @@ pub(super) fn open(files: &mut Files) -> Result<Placeholder> {
     let placeholder = Placeholder::new(&token, move |layout, place| {
         let features = match layout.tiles {
             [0, 0] => base,
-            // A newline behind each of several pictures.
+            // With several images, each has only the overview and a newline.
             _ if place.count > 1 => base + 1,
             tiles => base + grid_features(layout, tiles, base.isqrt(), most),
         };
@@ -32,11 +33,13 @@ pub(super) fn open(files: &mut Files) -> Result<Placeholder> {
     Ok(Placeholder { packed_by: Some(IMAGE_SIZES), ..placeholder })
 }
 
-/// Features of the tiles and their newlines; a tile has `edge` features along each edge.
+/// Number of features of the tile grid with its newlines. A tile has `edge` x `edge` features. A grid of clearly more
+/// than `most` tiles is scaled down to that size.
 fn grid_features(layout: &ImageLayout, [rows, columns]: [usize; 2], edge: usize, most: usize) -> usize {
     let [height, width] = layout.original.map(|edge| edge as f64);
     let (mut rows, mut columns) = (rows * edge, columns * edge);
-    // The scaled edge is rounded to seven digits first, so that a whole number stays whole.
+    // The scaled edge is rounded to seven digits before truncation, so that rounding errors do not reduce whole
+    // numbers.
     let scaled = |edge: f64, grid: usize, other: f64| {
         let exact = edge * (grid as f64 / other);
         ((exact * 1e7).round_ties_even() / 1e7) as usize
@@ -55,7 +58,7 @@ fn grid_features(layout: &ImageLayout, [rows, columns]: [usize; 2], edge: usize,
     rows * columns + rows
 }
 
-/// Python's `//` of a whole number by a positive fraction: exact, where the rounded quotient may come out one higher.
+/// Python's `//` of an integer by a positive float. It is exact; a rounded quotient could be too large by one.
 fn floor_divided(number: usize, by: f64) -> usize {
     let number = number as f64;
     ((number - number % by) / by).round() as usize

@@ -1,4 +1,4 @@
-//! MiniCPM-V: the number of the picture, its whole view, then its slices row by row, each between tokens.
+//! Placeholder of MiniCPM-V: the index of the image, its overview, then its slices row by row, each between tokens.
 
 use crate::base::Result;
 use crate::bundle::flag;

@@ -1,4 +1,5 @@
-//! Placeholder tokens of a picture in the text: one row per kind of processor, named as in transformers' `processor_class`.
+//! Placeholder tokens of images in a prompt: one row per processor, with the name of its `processor_class` in
+//! transformers.
 
 mod gemma;
 mod idefics3;
@@ -24,10 +25,10 @@ use super::tokenizer::Tokenizer;
 use placeholder::Files;
 pub(super) use placeholder::{Ordinal, Placeholder};
 
-/// The processor that a model's files ask for.
+/// Builds the placeholder for a model's files.
 ///
-/// Errors: `Error::Unsupported` for a processor that is not known; `Error::Invalid` for a setting that nothing reads or
-/// that has the wrong kind.
+/// Errors: `Error::Unsupported` for an unknown processor; `Error::Invalid` for an unknown setting or one of the wrong
+/// type.
 pub(super) fn open(bundle: &Bundle, tokenizer: &Tokenizer, image: &Value, config: &Value) -> Result<Placeholder> {
     let model = bundle.config().map_or(&Value::Null, |config| &config.raw);
     let row = row(bundle, image, config, model)?;
@@ -37,11 +38,13 @@ pub(super) fn open(bundle: &Bundle, tokenizer: &Tokenizer, image: &Value, config
     let settings = Settings::new("processor_config.json", map, BackEnd::Pil, None);
     let mut files = Files { tokenizer, settings, image, config, model };
     let placeholder = (row.open)(&mut files)?;
+    // Only some rows read a token of videos.
+    files.settings.take("video_token");
     files.settings.finish()?;
     Ok(placeholder)
 }
 
-/// Keys of `processor_config.json` that belong to its parts.
+/// Keys of `processor_config.json` that are not settings of the image placeholder: nested processors and audio.
 const NESTED: &[&str] = &[
     "image_processor",
     "video_processor",
@@ -50,16 +53,15 @@ const NESTED: &[&str] = &[
     "tokenizer",
     "chat_template",
     "audio_seq_length",
-    "video_token",
 ];
 
-/// One processor.
+/// A row of the table of processors.
 pub(super) struct PlaceholderRow {
     pub classes: &'static [&'static str],
     open: fn(&mut Files) -> Result<Placeholder>,
 }
 
-/// Processors by class; `families::FAMILIES` says which model types have which.
+/// All processors by class. `families::FAMILIES` maps model types to classes.
 pub(super) const ROWS: &[PlaceholderRow] = &[
     PlaceholderRow { classes: &["Idefics3Processor", "SmolVLMProcessor"], open: idefics3::open },
     PlaceholderRow {
@@ -86,8 +88,10 @@ pub(super) const ROWS: &[PlaceholderRow] = &[
     PlaceholderRow { classes: &["DeepseekVLProcessor"], open: janus::deepseek_vl },
 ];
 
-/// The row of the class that the processor's, the image processor's or the tokenizer's config names; else of the model's
-/// type; else of the image processor's class.
+/// Row of the first class that the processor's, the image processor's or the tokenizer's config names, in this order;
+/// else of the model type's class; else of the image processor's class.
+///
+/// Errors: `Error::Unsupported` when none of them is known.
 fn row(bundle: &Bundle, image: &Value, config: &Value, model: &Value) -> Result<&'static PlaceholderRow> {
     let tokenizer = bundle.read_json("tokenizer_config.json")?.unwrap_or(Value::Null);
     let named = [config, image, &tokenizer].map(|config| config.get("processor_class").and_then(Value::as_str));

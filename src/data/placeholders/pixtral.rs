@@ -1,4 +1,5 @@
-//! Pixtral and Mistral 3: rows of features, a break token behind each row and an end token behind the last.
+//! Placeholder of Pixtral and Mistral 3: rows of features with a break token after each row but the last, and an end
+//! token after the last.
 
 use crate::base::Result;
 

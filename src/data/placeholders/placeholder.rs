@@ -1,4 +1,4 @@
-//! How pictures appear in a text, and the files that say so.
+//! Image placeholders in a prompt, and the configuration files that define them.
 
 use std::fmt;
 
@@ -10,40 +10,40 @@ use crate::bundle::image_token_entry;
 use super::super::images::{ImageLayout, Settings, VideoLayout};
 use super::super::tokenizer::Tokenizer;
 
-/// Builds what one picture takes in the text.
+/// Builds the text of one image.
 type Expand = Box<dyn Fn(&ImageLayout, Ordinal) -> String + Send + Sync>;
 
-/// Which of how many pictures of a conversation one is.
+/// Index of an image in a conversation and the number of its images.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::data) struct Ordinal {
     pub index: usize,
     pub count: usize,
 }
 
-/// How pictures appear in a text.
+/// Placeholder of images in a prompt.
 pub(in crate::data) struct Placeholder {
-    /// What a rendered conversation holds for a picture.
+    /// Text of an image in the rendered chat template; it is replaced by the result of `expand`.
     pub marker: String,
-    /// The token of which each occurrence takes one row of image features.
+    /// Token that is replaced by one row of image features per occurrence.
     pub feature: String,
     pub expand: Expand,
-    /// Settings that the processor passes to its image processor whatever that one's config says.
+    /// Settings that the processor passes to its image processor; they override that processor's config.
     pub image_settings: Map<String, Value>,
-    /// Whether the tokenizer adds its own begin token.
+    /// True when the tokenizer adds its own special tokens to the text.
     pub special_tokens: bool,
-    /// The chat template of a family that has none of its own.
+    /// Chat template of a family whose models have none.
     pub template: Option<&'static str>,
-    /// How videos appear, for families that take them.
+    /// Placeholder of videos; `None` for families without video.
     pub video: Option<VideoPlaceholder>,
-    /// The input by which a vision encoder packs the features of tiles, for families that have no other place for it.
+    /// Input of the vision encoder with the image sizes, when it is needed to pack the features of tiles.
     pub packed_by: Option<&'static str>,
 }
 
-/// How videos appear in a text.
+/// Placeholder of videos in a prompt.
 pub(in crate::data) struct VideoPlaceholder {
-    /// What a rendered conversation holds for a video.
+    /// Text of a video in the rendered chat template.
     pub marker: String,
-    /// The token of which each occurrence takes one row of features.
+    /// Token that is replaced by one row of video features per occurrence.
     pub feature: String,
     pub expand: Box<dyn Fn(&VideoLayout) -> String + Send + Sync>,
 }
@@ -55,7 +55,7 @@ impl fmt::Debug for Placeholder {
 }
 
 impl Placeholder {
-    /// A picture is a token in the text, which is replaced by what `expand` makes of it.
+    /// A placeholder whose marker and feature token are both `token`; `expand` builds the replacement text.
     pub fn new(token: &str, expand: impl Fn(&ImageLayout, Ordinal) -> String + Send + Sync + 'static) -> Self {
         Placeholder {
             marker: token.to_string(),
@@ -70,29 +70,33 @@ impl Placeholder {
     }
 }
 
-/// What a row reads.
+/// Configuration files that a placeholder is built from.
 pub(super) struct Files<'a> {
     pub tokenizer: &'a Tokenizer,
-    /// The processor's own settings, each taken once.
+    /// Settings of the processor; each may be read once.
     pub settings: Settings,
-    /// The image processor's config.
+    /// Configuration of the image processor.
     pub image: &'a Value,
-    /// The whole of `processor_config.json`.
+    /// Content of `processor_config.json`.
     pub config: &'a Value,
-    /// The whole of `config.json`.
+    /// Content of `config.json`.
     pub model: &'a Value,
 }
 
 impl Files<'_> {
-    /// A token by the name that tokenizers and processors give it: the tokenizer's comes first.
+    /// Looks up a special token by its name in the tokenizer's config, then in the processor's config, and else returns
+    /// `default`.
+    ///
+    /// Errors: `Error::Invalid` when the setting is not text.
     pub fn token(&mut self, name: &str, default: &str) -> Result<String> {
         let said = self.settings.text(name, default)?;
         Ok(self.tokenizer.named(name).map_or(said, str::to_string))
     }
 
-    /// The token that takes an image feature: the model's `image_token_id`, else the tokenizer's `name`, else `default`.
+    /// Looks up the token of image features: the model's `image_token_id`, else the special token `name`, else
+    /// `default`.
     ///
-    /// Errors: `Error::Invalid` when the tokenizer does not have it.
+    /// Errors: `Error::Invalid` when the tokenizer does not have the token.
     pub fn feature(&mut self, name: &str, default: &str) -> Result<String> {
         let said = self.token(name, default)?;
         if let Some((key, id)) = image_token_entry(self.model) {

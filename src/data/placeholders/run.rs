@@ -1,5 +1,5 @@
-//! A picture is a run of one token, as many as its grid has features. Qwen2-VL to Qwen3.5, GLM-4.1V to GLM-OCR, PaddleOCR-VL. A video
-//! of Qwen3-VL is such a run for each moment, behind its time.
+//! Placeholder of Qwen2-VL to Qwen3.5, GLM-4.1V to GLM-OCR and PaddleOCR-VL: the image token, repeated once per feature
+//! of the image's grid. A video of Qwen3-VL has one run of video tokens per time step, after its timestamp.
 
 use crate::base::Result;
 

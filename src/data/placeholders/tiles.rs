@@ -1,4 +1,4 @@
-//! Tiles one behind the other between a start and an end token. InternVL3, Aya Vision, Ovis2.
+//! Placeholder of InternVL3, Aya Vision and Ovis2: consecutive tiles between a start and an end token.
 
 use crate::base::Result;
 
@@ -39,7 +39,7 @@ pub(super) fn aya_vision(files: &mut Files) -> Result<Placeholder> {
 pub(super) fn ovis2(files: &mut Files) -> Result<Placeholder> {
     let features = files.settings.size("image_seq_length", 256)?;
     let token = files.feature("image_atom_token", "<IMG_ATOM>")?;
-    // The class knows one marker, whatever its config says.
+    // The class has a fixed marker and ignores its config.
     files.settings.take("image_token");
     let tile = token.repeat(features);
     let mut placeholder = Placeholder::new(&token, move |layout, _| {

@@ -1,4 +1,4 @@
-//! Named tensors in a file: safetensors, or NumPy's `.npz`.
+//! Reader of named tensors in a safetensors or NumPy `.npz` file.
 
 use std::collections::BTreeMap;
 use std::io::{Cursor, Read};
@@ -18,12 +18,12 @@ use crate::prompt::Array;
 
 use super::npy::npy_header;
 
-/// Bytes that one byte of a compressed array can stand for at most, by the format of the compression.
+/// Maximum compression ratio: deflate expands one byte to at most 1032 bytes.
 const MOST_COMPRESSED: u64 = 1032;
-/// Bytes in which the header of an array is looked for.
+/// Maximum size of an array's header, in bytes.
 const HEADER_BYTES: u64 = 64 << 10;
 
-/// A tensor in a file.
+/// A tensor in a file: element type, shape and position of its bytes.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct StoredTensor {
     pub dtype: DataType,
@@ -33,9 +33,9 @@ pub(super) struct StoredTensor {
 
 #[derive(Clone, Debug, PartialEq)]
 enum StoredBytes {
-    /// Bytes of the file.
+    /// Byte range in the file.
     Plain(Range<usize>),
-    /// A compressed entry, and where in it the elements are.
+    /// Index of a compressed zip entry, and offset of the elements in its decompressed bytes.
     Compressed { index: usize, begin: u64 },
 }
 
@@ -47,9 +47,9 @@ pub(super) struct Archive {
 }
 
 impl Archive {
-    /// Reads what tensors there are, but none of them.
+    /// Opens a file and reads its index, without the elements.
     ///
-    /// Errors: `Error::Io`; `Error::Invalid` for a file of another format, or naming the tensor that is malformed.
+    /// Errors: `Error::Io`; `Error::Invalid` for a file of another format, or with the name of a malformed tensor.
     pub fn open(path: &Path) -> Result<Self> {
         let map = MappedFile::open(path)?;
         let zipped = path.extension().is_some_and(|extension| extension == "npz");
@@ -62,14 +62,15 @@ impl Archive {
         Ok(Archive { map, entries })
     }
 
-    /// All tensors by name.
+    /// Tensors by name.
     pub fn entries(&self) -> &BTreeMap<String, StoredTensor> {
         &self.entries
     }
 
-    /// A tensor in CPU memory: floats as f32, integers as i64.
+    /// Reads a tensor: floats as f32, integers as i64, booleans as booleans.
     ///
-    /// Errors: `Error::Invalid` naming the tensor when its bytes are damaged or do not fit.
+    /// Errors: `Error::Invalid` with the tensor's name when its bytes are damaged, do not fit its shape, or have an
+    /// unsupported type.
     pub fn read(&self, name: &str) -> Result<Array> {
         let subject = || format!("tensor `{name}` of `{}`", self.map.path().display());
         let entry = self.entries.get(name).ok_or_else(|| Error::invalid(subject(), "does not exist"))?;
@@ -134,7 +135,7 @@ impl StoredTensor {
 }
 
 fn safetensors_entries(bytes: &[u8]) -> Result<BTreeMap<String, StoredTensor>, String> {
-    // Checks that the tensors lie in the file, one behind the other.
+    // Checks that the tensors are inside the file, without gaps or overlaps.
     SafeTensors::deserialize(bytes).map_err(|e| e.to_string())?;
     let (header, metadata) = SafeTensors::read_metadata(bytes).map_err(|e| e.to_string())?;
     let mut entries = BTreeMap::new();

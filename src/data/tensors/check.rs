@@ -1,4 +1,4 @@
-//! Which graph of a model reads each tensor of a file, and whether the tensor is what that graph declares.
+//! Checks the tensors of a file against the inputs that a model's graphs declare.
 
 use std::collections::BTreeMap;
 
@@ -9,33 +9,33 @@ use crate::onnx;
 
 use super::archive::StoredTensor;
 
-/// Labels of a batch: the token that each position is to be, -100 where none is learned.
+/// Name of the labels tensor: the target token of each position, -100 at positions that are not trained on.
 pub(super) const LABELS: &str = "labels";
-/// Names that a file may hold for any graph.
+/// Tensors that a file may contain for any graph.
 const ALWAYS: &[&str] = &["input_ids", "attention_mask"];
 const EMBEDS: &str = "inputs_embeds";
-/// Where the batch and the tokens are in arrays that have both.
+/// Tensors whose first two axes are rows and tokens, with their ranks.
 const TOKENS: &[(&str, usize)] = &[(EMBEDS, 3), ("input_ids", 2), ("attention_mask", 2), (LABELS, 2)];
 
-/// An input as a graph declares it.
+/// Declaration of a graph input.
 #[derive(Clone, Debug)]
 struct Declared {
     dtype: DataType,
     dims: Vec<Dim>,
 }
 
-/// The inputs of a model's graphs by name.
+/// Inputs of a model's graphs, by name.
 #[derive(Clone, Debug)]
 pub(in crate::data) struct GraphInputs {
     decoder: BTreeMap<String, Declared>,
-    /// Of the graphs that make what the decoder reads.
+    /// Inputs of the vision encoder and of the token embedding graph, which produce inputs of the decoder.
     others: BTreeMap<String, Declared>,
 }
 
 impl GraphInputs {
-    /// Reads what the graphs declare.
+    /// Reads the inputs that the graphs declare.
     ///
-    /// Errors: as `onnx::load`; `Error::Invalid` for a folder without decoder.
+    /// Errors: those of `onnx::load`; `Error::Invalid` for a folder without a decoder.
     pub fn of(bundle: &Bundle) -> Result<Self> {
         bundle.require(Role::Decoder)?;
         let declared = |role: Role| -> Result<BTreeMap<String, Declared>> {
@@ -53,10 +53,10 @@ impl GraphInputs {
         Ok(GraphInputs { decoder: declared(Role::Decoder)?, others })
     }
 
-    /// Rows and tokens of a batch of these tensors.
+    /// Checks a file's tensors. Returns the number of rows and of tokens per row.
     ///
-    /// Errors: `Error::Invalid` naming the tensor that no graph reads, or whose type or shape is not what its graph
-    /// declares.
+    /// Errors: `Error::Invalid` with the tensor that no graph reads, or whose type or shape differs from its graph's
+    /// declaration; `Error::Invalid` for a file without tokens.
     pub(super) fn check(&self, file: &str, entries: &BTreeMap<String, StoredTensor>) -> Result<(usize, usize)> {
         let embeds = entries.contains_key(EMBEDS);
         if !embeds && !entries.contains_key("input_ids") {
@@ -128,7 +128,7 @@ impl GraphInputs {
         }
         let sizes = entry.shape.iter().zip(&declared.dims);
         let same = |(&size, dim): (&usize, &Dim)| match dim {
-            // A graph made for one row takes a batch row by row.
+            // A graph with batch size 1 processes a batch row by row.
             Dim::Known(1) => true,
             Dim::Known(known) => usize::try_from(*known) == Ok(size),
             Dim::Symbol(_) | Dim::Unknown => true,
@@ -156,12 +156,15 @@ fn is_integer(dtype: DataType) -> bool {
     !dtype.is_float() && !matches!(dtype, DataType::Bool | DataType::String)
 }
 
-/// True when elements of a file may be fed to an input: numbers keep their kind, and are widened; f32 is rounded where a
-/// graph computes in half precision, as for any other data.
+/// True when a file's element type can be fed to an input. Float inputs take floats, but only f64 inputs take f64;
+/// integer inputs take integers and booleans. Values are converted to the declared type; f32 is rounded when the graph
+/// computes in half precision.
 fn fits(found: DataType, declared: DataType) -> bool {
     match declared {
-        DataType::Float | DataType::Float16 | DataType::Bfloat16 => found.is_float() && found != DataType::Double,
-        DataType::Double => found.is_float(),
+        // Values are kept as f32, which does not hold an f64.
+        DataType::Float | DataType::Float16 | DataType::Bfloat16 | DataType::Double => {
+            found.is_float() && found != DataType::Double
+        }
         DataType::Bool => found == DataType::Bool,
         _ => is_integer(found) || found == DataType::Bool,
     }

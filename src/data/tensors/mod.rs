@@ -1,4 +1,4 @@
-//! Ready tensors: batches of any other program, graph inputs by name, as samples of a data set.
+//! Data set of ready tensors: batches made by another program, with graph inputs by name.
 
 mod archive;
 mod check;
@@ -23,27 +23,27 @@ pub(super) use check::GraphInputs;
 use super::listing::{Listed, content_key};
 use super::row::SourceRow;
 
-/// What labels are where nothing is learned.
+/// Label of positions that are not trained on.
 const NOT_LEARNED: i64 = -100;
 
-/// A row of a file of ready tensors.
+/// One row of a batch of ready tensors.
 #[derive(Clone, Debug)]
 pub struct TensorRow {
-    /// Tokens and what the graphs read of them.
+    /// The row's graph inputs and its range of tokens without padding.
     pub given: GivenRow,
-    /// Token ids; where the file has none, those of the labels, and 0 elsewhere.
+    /// Token ids `[tokens]`. Without ids in the file: the labels, and 0 at positions without a label.
     pub input_ids: Vec<i64>,
-    /// True at tokens that have a label.
+    /// True at tokens with a label, `[tokens]`.
     pub answer_mask: Vec<bool>,
-    /// Positions of image tokens.
+    /// Positions of image tokens; empty when the file has no token ids.
     pub image_positions: Vec<usize>,
 }
 
-/// A `.safetensors` or `.npz` file that holds one batch.
+/// A `.safetensors` or `.npz` file with one batch.
 #[derive(Debug)]
 pub(super) struct TensorFile {
     path: PathBuf,
-    /// How ids name the file.
+    /// Name of the file in sample ids.
     name: String,
     archive: Archive,
     rows: usize,
@@ -52,12 +52,12 @@ pub(super) struct TensorFile {
     listed: Vec<Listed>,
 }
 
-/// True for the files that hold ready tensors.
+/// True for files with the extension of ready tensors.
 pub(super) fn is_tensor_file(path: &Path) -> bool {
     path.extension().is_some_and(|extension| extension == "safetensors" || extension == "npz")
 }
 
-/// What says which tokens of a batch are used; `[B, T]` each.
+/// Token ids, labels and attention mask of a batch, `[B, T]` each.
 struct Tokens {
     ids: Option<Vec<i64>>,
     labels: Option<Vec<i64>>,
@@ -65,10 +65,10 @@ struct Tokens {
 }
 
 impl TensorFile {
-    /// Checks all tensors against the model's graphs, and reads ids, labels and mask.
+    /// Opens a file, checks all tensors against the model's graphs, and reads ids, labels and mask.
     ///
-    /// Errors: as `Archive::open` and `GraphInputs::check`; `Error::Invalid` for a mask with holes, or labels that are
-    /// not the ids.
+    /// Errors: those of `Archive::open` and `GraphInputs::check`; `Error::Invalid` for a mask with holes or for labels
+    /// that differ from the ids.
     pub fn open(path: &Path, name: &str, bundle: &Bundle, graphs: &GraphInputs) -> Result<Self> {
         let archive = Archive::open(path)?;
         let subject = format!("`{}`", path.display());
@@ -98,7 +98,7 @@ impl TensorFile {
         &self.path
     }
 
-    /// The rows that are used; they are not kept here.
+    /// Takes the list of rows out of the file.
     pub fn take_listed(&mut self) -> Vec<Listed> {
         std::mem::take(&mut self.listed)
     }
@@ -117,7 +117,10 @@ impl TensorFile {
         Ok(Tokens { ids: read("input_ids")?, labels: read(LABELS)?, mask: read("attention_mask")? })
     }
 
-    /// The tokens of a row that are no padding; its labels are looked at on the way.
+    /// Range of a row's tokens without padding. Also checks the row's labels.
+    ///
+    /// Errors: `Error::Invalid` for a mask that is not one run of ones, or for a label that is negative, in the padding
+    /// or different from the token id.
     fn real(&self, tokens: &Tokens, row: usize) -> Result<Range<usize>> {
         let own = |all: &Option<Vec<i64>>| all.as_ref().map(|all| all[row * self.time..][..self.time].to_vec());
         let wrong = |problem: String, remedy: &str| Err(Error::invalid(self.subject(row), problem).remedy(remedy));
@@ -152,9 +155,9 @@ impl TensorFile {
         Ok(range)
     }
 
-    /// The rows with these ascending indices; the batch is read when the first is asked for.
+    /// Reads the rows with these ascending indices. The batch is read with the first row.
     ///
-    /// Errors of all items: as `Archive::read`.
+    /// Errors of each item: those of `Archive::read`.
     pub fn read(&self, rows: Vec<usize>) -> impl Iterator<Item = Result<SourceRow>> + '_ {
         let mut batch: Option<(Arc<TensorBatch>, Tokens)> = None;
         rows.into_iter().map(move |row| {
@@ -196,7 +199,7 @@ impl TensorFile {
 }
 
 impl TensorRow {
-    /// The row up to where its last answer begins; the whole of it where there is none, or it begins with one.
+    /// The row up to the start of its last answer. The whole row when it has no answer or starts with it.
     pub(super) fn prompt(&self) -> TensorRow {
         let last = self.answer_mask.iter().rposition(|&answer| answer);
         let begin =

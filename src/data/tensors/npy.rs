@@ -1,10 +1,10 @@
-//! The header of an array in NumPy's `.npy` format.
+//! Parser of the header of NumPy's `.npy` format.
 //!
-//! Source: NumPy's enhancement proposal 1, "A simple file format for NumPy arrays".
+//! Source: NumPy Enhancement Proposal 1, "A simple file format for NumPy arrays".
 
 use crate::ir::DataType;
 
-/// Type, axis lengths and where the elements begin.
+/// Element type, shape and offset of the elements in bytes.
 #[derive(Debug, PartialEq)]
 pub(super) struct NpyHeader {
     pub dtype: DataType,
@@ -12,7 +12,7 @@ pub(super) struct NpyHeader {
     pub begin: usize,
 }
 
-/// NumPy's names of element types that are read.
+/// Supported element types and their NumPy names.
 const TYPES: &[(&str, DataType)] = &[
     ("f2", DataType::Float16),
     ("f4", DataType::Float),
@@ -28,9 +28,9 @@ const TYPES: &[(&str, DataType)] = &[
     ("b1", DataType::Bool),
 ];
 
-/// Reads the header.
+/// Parses the header at the start of `bytes`.
 ///
-/// Errors: what is wrong with it, and what to do where that is known.
+/// Errors: a message with the problem and, if known, a remedy.
 pub(super) fn npy_header(bytes: &[u8]) -> Result<NpyHeader, String> {
     let cut = || "ends inside its header".to_string();
     let rest = bytes.strip_prefix(b"\x93NUMPY").ok_or("is no array in NumPy's format")?;
@@ -81,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn headers_say_type_and_shape() {
+    fn element_type_and_shape_are_read_from_npy_headers() {
         for (text, dtype, shape) in [
             ("{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3), }\n", DataType::Float, vec![2, 3]),
             ("{'descr': '|b1', 'fortran_order': False, 'shape': (4,), }", DataType::Bool, vec![4]),
@@ -93,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn headers_that_are_not_understood_say_why() {
+    fn unsupported_npy_headers_are_refused_with_a_reason() {
         for (text, want) in [
             ("{'descr': '>f4', 'fortran_order': False, 'shape': (2,), }", "`>f4`"),
             ("{'descr': '<f4', 'fortran_order': True, 'shape': (2, 2), }", "ascontiguousarray"),
@@ -108,7 +108,8 @@ mod tests {
         }
         let whole = file("{'descr': '<f4', 'fortran_order': False, 'shape': (2,), }");
         for length in 0..whole.len() {
-            assert!(npy_header(&whole[..length]).is_err(), "{length}");
+            let want = if length < 6 { "is no array in NumPy's format" } else { "ends inside its header" };
+            assert_eq!(npy_header(&whole[..length]), Err(want.to_string()), "{length}");
         }
         assert!(npy_header(b"\x93NUMPY\x07\x00\x00\x00\x00\x00").unwrap_err().contains("version 7"));
     }

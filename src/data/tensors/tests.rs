@@ -11,7 +11,7 @@ use crate::bundle::Bundle;
 use crate::data::{DataOptions, Dataset, Encoder};
 use crate::prompt::Array;
 
-/// Name, element type in NumPy's words, shape, bytes.
+/// Name, NumPy element type, shape and bytes.
 type Tensor<'a> = (&'a str, &'a str, Vec<usize>, Vec<u8>);
 
 fn ints<'a>(name: &'a str, shape: &[usize], data: &[i64]) -> Tensor<'a> {
@@ -53,7 +53,7 @@ fn model() -> Bundle {
     Bundle::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model")).unwrap()
 }
 
-/// The message of a file of these tensors, for a decoder that takes `inputs_embeds` of width 160.
+/// Error message for a file with these tensors and a decoder with `inputs_embeds` of width 160.
 fn refused(tensors: &[Tensor]) -> String {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("batch.safetensors");
@@ -62,7 +62,7 @@ fn refused(tensors: &[Tensor]) -> String {
 }
 
 #[test]
-fn both_formats_hold_the_same_numbers() {
+fn npz_and_safetensors_files_give_the_same_numbers() {
     let folder = tempfile::tempdir().unwrap();
     let tensors = [
         ints("a", &[2, 2], &[1, -2, 3, 1 << 40]),
@@ -82,7 +82,7 @@ fn both_formats_hold_the_same_numbers() {
 }
 
 #[test]
-fn small_types_are_widened() {
+fn small_element_types_are_widened() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("x.npz");
     let half = [0x00u8, 0x3c, 0x00, 0xc0].to_vec();
@@ -101,7 +101,7 @@ fn small_types_are_widened() {
 }
 
 #[test]
-fn damaged_files_are_errors_and_reserve_nothing() {
+fn damaged_files_are_refused_without_large_allocations() {
     let folder = tempfile::tempdir().unwrap();
     let tensors = [ints("a", &[4], &[1, 2, 3, 4])];
     let path = folder.path().join("x.npz");
@@ -110,17 +110,18 @@ fn damaged_files_are_errors_and_reserve_nothing() {
         let whole = fs::read(&path).unwrap();
         for length in (0..whole.len()).step_by(7) {
             fs::write(&path, &whole[..length]).unwrap();
-            assert!(Archive::open(&path).and_then(|archive| archive.read("a")).is_err(), "{length} bytes");
+            let error = Archive::open(&path).and_then(|archive| archive.read("a")).unwrap_err().to_string();
+            assert!(error.contains("x.npz"), "{length} bytes: {error}");
         }
         for at in 0..whole.len() {
             let mut bytes = whole.clone();
             bytes[at] ^= 0x5a;
             fs::write(&path, &bytes).unwrap();
-            // An error or other numbers, but no panic.
+            // A damaged file gives an error or other numbers, but no panic.
             drop(Archive::open(&path).and_then(|archive| archive.read("a")));
         }
     }
-    // A shape of more bytes than the file has.
+    // A shape that needs more bytes than the file has.
     npz(&path, &[("a", "<f4", vec![1 << 40, 1 << 20], vec![0; 16])], CompressionMethod::Deflated);
     let error = Archive::open(&path).unwrap_err().to_string();
     assert!(error.contains("array `a.npy` has") && error.contains("np.savez"), "{error}");
@@ -129,7 +130,8 @@ fn damaged_files_are_errors_and_reserve_nothing() {
     let whole = fs::read(&path).unwrap();
     for length in 0..whole.len() {
         fs::write(&path, &whole[..length]).unwrap();
-        assert!(Archive::open(&path).is_err(), "{length} bytes");
+        let error = Archive::open(&path).err().unwrap().to_string();
+        assert!(error.contains("x.safetensors"), "{length} bytes: {error}");
     }
 }
 
@@ -185,7 +187,7 @@ fn tensors_that_do_not_fit_the_graphs_are_named() {
 }
 
 #[test]
-fn rows_lose_their_padding_and_prompts_end_before_the_last_answer() {
+fn padding_is_removed_and_prompts_end_before_the_last_answer() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("batch.safetensors");
     let tensors = [
@@ -210,7 +212,7 @@ fn rows_lose_their_padding_and_prompts_end_before_the_last_answer() {
 }
 
 #[test]
-fn a_folder_of_files_is_one_set_and_order_makes_no_difference() {
+fn a_folder_of_tensor_files_is_one_data_set_in_any_order() {
     let model = model();
     let drawn = |names: [&str; 2]| {
         let folder = tempfile::tempdir().unwrap();

@@ -3,6 +3,7 @@
 use crate::base::{Error, Result, list_preview};
 use crate::bundle::{Bundle, Component, ModelConfig, Role};
 use crate::ir::{DataType, Model, ValueId, ValueType};
+use crate::prompt::IMAGE_SIZES;
 
 /// Kind of class with which transformers.js runs a model type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -202,6 +203,13 @@ pub(super) fn check_ports(
             return Err(Error::unsupported(subject(), problem).remedy(remedy));
         }
     }
+    // The processor there makes one view of a picture and no sizes.
+    let onevision = config.is_some_and(|config| config.model_type == "llava_onevision");
+    if component.role == Role::VisionEncoder && onevision && inputs.iter().any(|name| name == IMAGE_SIZES) {
+        let problem = format!("reads `{IMAGE_SIZES}`, which transformers.js never feeds");
+        return Err(Error::unsupported(subject(), problem)
+            .remedy("export the vision encoder for one view of a picture, or serve it elsewhere"));
+    }
     if matches!(component.role, Role::EmbedTokens) && inputs != ["input_ids"] {
         let list: Vec<&str> = inputs.iter().map(String::as_str).collect();
         let problem = format!(
@@ -239,7 +247,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_tables_are_sorted_and_say_nothing_twice() {
+    fn the_model_type_tables_are_sorted_and_without_duplicates() {
         for table in [IMAGE_TEXT, TEXT] {
             assert!(table.windows(2).all(|pair| pair[0] < pair[1]), "{table:?}");
         }

@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn a_shared_free_first_dimension_is_the_batch() {
+    fn a_symbolic_first_dimension_shared_by_all_tensors_is_the_batch() {
         let shape = [symbol("batch"), symbol("sequence"), Dim::Known(64)];
         let model = model(&[("ids", Ty::Int64, &shape[..2])], &[("embeds", Ty::Float, &shape)]);
         let text = config_text("embed_tokens", &model, 8).unwrap();
@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn positions_in_three_planes_leave_the_batch_to_the_client() {
+    fn with_three_rows_of_positions_triton_does_not_batch() {
         let batch = symbol("batch");
         let positions = [Dim::Known(3), batch.clone(), symbol("sequence")];
         let logits = [batch, symbol("sequence"), Dim::Known(9)];
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn first_dimensions_of_different_meaning_are_no_batch() {
+    fn different_first_dimensions_are_not_a_batch() {
         let model = model(
             &[("pixel_values", Ty::Float, &[symbol("images"), Dim::Known(3)])],
             &[("image_features", Ty::Float, &[symbol("patches"), Dim::Known(4)])],
@@ -200,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn one_number_per_row_of_a_batch_is_reshaped() {
+    fn an_input_of_one_number_per_batch_row_is_reshaped() {
         let shape = [symbol("batch"), Dim::Known(4)];
         let model = model(&[("length", Ty::Int64, &shape[..1])], &[("y", Ty::Float, &shape)]);
         let config = model_config("m", &model, 8).unwrap();
@@ -210,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_server_would_refuse_is_refused_by_name() {
+    fn shapes_that_triton_refuses_are_refused_by_name() {
         let one = [Dim::Known(1)];
         for (name, shape) in [("use_cache", &[][..]), ("empty", &[Dim::Known(0)])] {
             let model = model(&[(name, Ty::Bool, shape)], &[("y", Ty::Float, &one)]);

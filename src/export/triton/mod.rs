@@ -93,7 +93,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn models_are_named_by_what_they_are() {
+    fn a_model_is_named_after_its_file_or_its_folder() {
         for (stem, want) in [
             ("onnx/decoder_model_merged", "decoder_model_merged"),
             ("onnx/model", "model"),

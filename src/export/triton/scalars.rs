@@ -79,7 +79,7 @@ mod tests {
     use super::*;
     use crate::ir::Graph;
 
-    /// `y = x + x` with scalar `x`; with `passes`, `x` is an output too.
+    /// `y = x + x` with a scalar `x`; with `passes`, `x` is an output as well.
     fn doubled(passes: bool) -> Model {
         let mut graph = Graph::default();
         let ty = Some(ValueType::Tensor { dtype: DataType::Float, shape: Some(Vec::new()) });
@@ -94,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn scalars_get_an_axis_under_their_own_names() {
+    fn scalars_get_an_axis_and_keep_their_names() {
         let mut model = doubled(false);
         assert_eq!(with_an_axis(&mut model).unwrap(), ["x", "y"]);
         crate::ir::check(&model).unwrap();

@@ -1,9 +1,9 @@
-//! Low-rank adapters: nodes beside the products of frozen weights.
+//! Low-rank adapters: nodes parallel to the products of frozen weights.
 //!
-//! A product `y = x W` becomes `y = x W + alpha / r * (x A) B`, `A` `[K, r]`, `B` `[r, D]`; `A` begins at random and `B` at 0,
-//! so the network begins as it was (Hu et al. 2021, arXiv:2106.09685, section 4.1). `W` stays as it is in the file and
-//! has no gradient. A weight that some other operator reads, a stack of experts for instance, is read as
-//! `W + alpha / r * A B` instead. What is written is that sum in either case.
+//! A product `y = x W` becomes `y = x W + alpha / r * (x A) B`, `A` `[K, r]`, `B` `[r, D]`. `A` is initialised at
+//! random and `B` to 0, so the network's output is unchanged at the start (Hu et al. 2021, arXiv:2106.09685, section
+//! 4.1). `W` has no gradient. When another operator reads the weight, as with a stack of experts, its readers read
+//! `W + alpha / r * A B` instead. In both cases that sum is the weight of the finetuned model.
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -14,7 +14,9 @@ use crate::base::{Error, Result};
 use crate::finetune::settings::Lora;
 use crate::ir::{Attribute, Graph, GraphIndex, Node, Tensor, Value, ValueId};
 
-/// The stream of the seeded generator that adapters draw from; the sampler's are counted from 0.
+use super::weights::dims_of;
+
+/// Stream number of the seeded generator for adapters. The sampler's streams count from 0.
 const STREAM: u64 = u64::MAX;
 
 /// A weight with an adapter.
@@ -25,13 +27,13 @@ pub struct Adapted {
     pub a: ValueId,
     /// `[.., r, D]`.
     pub b: ValueId,
-    /// True where the weight is kept as `[D, K]`.
+    /// True when the weight is stored as `[D, K]`.
     pub transposed: bool,
 }
 
-/// How a weight is read.
+/// Readers of a weight.
 enum Reads {
-    /// By products alone: the numbers of their nodes.
+    /// Only products; `nodes` are their indices.
     Products {
         nodes: Vec<usize>,
         transposed: bool,
@@ -39,8 +41,8 @@ enum Reads {
     Otherwise,
 }
 
-/// Puts adapters beside all of `weights` that are matrices, or stacks of them, with both sides above the rank. The others
-/// stay as they are.
+/// Adds adapters to all of `weights` that are matrices, or stacks of them, with both sides above the rank. The other
+/// weights get none.
 ///
 /// Errors: `Error::Invalid` when no weight is large enough.
 pub fn adapt(graph: &mut Graph, weights: &[ValueId], lora: Lora) -> Result<Vec<Adapted>> {
@@ -54,8 +56,7 @@ pub fn adapt(graph: &mut Graph, weights: &[ValueId], lora: Lora) -> Result<Vec<A
     let index = GraphIndex::new(graph);
     let reads: Vec<Reads> = weights.iter().map(|&weight| how_read(graph, &index, weight)).collect();
     for (&weight, reads) in weights.iter().zip(reads) {
-        let Some(tensor) = graph.body.initializer(weight) else { continue };
-        let dims = tensor.dims.clone();
+        let Some(dims) = dims_of(graph, weight) else { continue };
         let [stack @ .., rows, columns] = dims.as_slice() else { continue };
         if (*rows).min(*columns) <= rank {
             continue;
@@ -118,7 +119,7 @@ fn how_read(graph: &Graph, index: &GraphIndex, weight: ValueId) -> Reads {
         let all = nodes.iter().enumerate().filter(|(_, node)| node.present_inputs().any(|input| input == id));
         all.map(|(number, _)| number).collect()
     };
-    let matrix = graph.body.initializer(weight).is_some_and(|tensor| tensor.dims.len() == 2);
+    let matrix = dims_of(graph, weight).is_some_and(|dims| dims.len() == 2);
     let captured: HashSet<ValueId> =
         nodes.iter().flat_map(|node| node.bodies().flat_map(crate::ir::captured)).collect();
     if !matrix || captured.contains(&weight) {
@@ -148,7 +149,8 @@ fn how_read(graph: &Graph, index: &GraphIndex, weight: ValueId) -> Reads {
     }
 }
 
-/// Whether a product turns its right operand, which is `right` and read nowhere else in the node.
+/// Whether a product transposes its right operand. None unless `node` is a plain product that reads `right` as its
+/// right operand only.
 fn product_turn(node: &Node, right: ValueId) -> Option<bool> {
     let flag = |name: &str| node.attribute(name).map_or(Some(0), Attribute::as_int).map(|value| value != 0);
     let &[Some(left), Some(own), ..] = node.inputs.as_slice() else { return None };
@@ -168,7 +170,8 @@ fn product_turn(node: &Node, right: ValueId) -> Option<bool> {
     }
 }
 
-/// The adapter behind a product, which gives its result to the adapter's sum.
+/// Nodes of the adapter of product `number`. The product gets a new output, and the adapter's sum produces the value
+/// that the product produced before.
 fn beside(graph: &mut Graph, number: usize, name: &str, (a, b, scale): (ValueId, ValueId, ValueId)) -> Vec<Node> {
     let product = &graph.body.nodes[number];
     let (Some(Some(x)), Some(Some(y))) = (product.inputs.first().copied(), product.outputs.first().copied()) else {
@@ -189,7 +192,8 @@ fn beside(graph: &mut Graph, number: usize, name: &str, (a, b, scale): (ValueId,
     ]
 }
 
-/// The sum of a weight and its adapter, before the first node that reads the weight; all of them then read the sum.
+/// Nodes that add the adapter to a weight, and the index of the first node that reads the weight. All nodes with the
+/// weight as an input then read the sum; captures in their bodies are not changed.
 fn summed(
     graph: &mut Graph,
     weight: ValueId,
@@ -230,7 +234,8 @@ mod tests {
         (Torch::arange(count, (Kind::Float, Device::Cpu)) * step).sin().reshape(size) * 0.5
     }
 
-    /// `z = (x w0) w1^T`, `s = x3 w2` with a stack, and a vector that has no adapter.
+    /// `z = relu((x w0) w1^T + w3)` and `s = stack w2`, where `w2` is a stack of matrices. The vector `w3` gets no
+    /// adapter.
     fn network() -> (Model, Vec<ValueId>) {
         let mut model = Model { ir_version: 10, ..Default::default() };
         model.opset_imports.insert(String::new(), 21);
@@ -261,7 +266,7 @@ mod tests {
         program.run(&given, program.outputs()).unwrap()
     }
 
-    /// The network with adapters is the network whose weights have them added.
+    /// A network with adapters gives the same result as the network whose weights include them.
     #[test]
     fn adapters_are_added_to_the_weights() {
         let (mut model, weights) = network();
@@ -276,7 +281,7 @@ mod tests {
         crate::ir::check(&model).unwrap();
         let begun = run(&model, &inputs);
         assert!(begun.iter().zip(&plain).all(|(a, b)| a.equal(b)));
-        // Some `B`, and the sums of both as weights of the plain network.
+        // A non-zero `B`, and the same change merged into the weights of the plain network.
         let (mut merged, _) = network();
         for one in &adapted {
             let tensor =
@@ -295,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rank_that_no_weight_exceeds_is_refused() {
+    fn a_lora_rank_that_no_weight_exceeds_is_refused() {
         let (mut model, weights) = network();
         let lora = Lora { rank: 5, alpha: 1.0, seed: 1 };
         let error = adapt(&mut model.graph, &weights, lora).unwrap_err().to_string();

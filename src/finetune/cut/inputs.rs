@@ -1,4 +1,5 @@
-//! What passes read besides the stream: which inputs of the graph, and what is kept for them of each token.
+//! Side inputs of the suffix: the graph inputs that it reads besides the residual stream, and the values per token that
+//! are stored for them.
 
 use serde::{Deserialize, Serialize};
 
@@ -9,39 +10,40 @@ use crate::torch;
 
 use super::suffix::Suffix;
 
-/// Widths of what a pass reads for each token besides the stream, kept as rows of numbers.
+/// Widths of the side values of a token. A row holds the embeddings, then the DeepStack levels, then the second
+/// embedding.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SideWidths {
-    /// The embeddings, where layers read them past the stream; 0 where none does.
+    /// Embeddings, when layers read them besides the residual stream; 0 otherwise.
     #[serde(default)]
     pub embeddings: usize,
-    /// Levels of DeepStack features; 0 where the pass reads none.
+    /// Number of DeepStack levels; 0 when the suffix reads none.
     pub levels: usize,
-    /// Width of a level; its numbers are 0 at text.
+    /// Width of a level. Its values are 0 at text tokens.
     pub level_width: usize,
-    /// The tokens' second embedding; 0 where the pass reads none.
+    /// Second embedding of the tokens; 0 when the suffix reads none.
     pub per_layer: usize,
 }
 
 impl SideWidths {
-    /// Numbers in a row.
+    /// Values per row.
     pub fn total(self) -> usize {
         self.embeddings + self.levels * self.level_width + self.per_layer
     }
 }
 
-/// The inputs of a decoder whose numbers are kept for passes, with their widths.
+/// Decoder inputs whose values are stored, with their widths.
 #[derive(Clone, Debug, Default)]
 pub struct SideInputs {
     pub widths: SideWidths,
-    /// Those of DeepStack features, each level once, in ascending order.
+    /// DeepStack inputs, each level once, in ascending order.
     pub deepstack: Vec<Input>,
 }
 
 impl SideInputs {
-    /// A prompt's rows, one per token.
+    /// Side values of a prompt, `[tokens, width]`, where the width is [`SideWidths::total`].
     ///
-    /// Errors: `Error::Invalid` when the prompt does not hold what the inputs take.
+    /// Errors: `Error::Invalid` when the prompt lacks a value that the inputs need.
     pub fn rows(&self, embedded: &Embedded) -> Result<Vec<f32>> {
         let (time, widths) = (embedded.len(), self.widths);
         let step = Step::prefill(&[embedded], false)?;
@@ -72,7 +74,8 @@ impl SideInputs {
 }
 
 impl SideWidths {
-    /// The other way round: what a prompt holds, from its rows and from where its image tokens are.
+    /// The inverse of [`SideInputs::rows`]: a prompt with the side values of `rows`, where `image` is true at image
+    /// tokens.
     pub fn prompt(self, rows: &[f32], positions: Vec<Vec<i64>>, image: Vec<bool>, types: Vec<i64>) -> Embedded {
         let mut prompt = Embedded { positions, hidden_size: self.embeddings, ..Embedded::default() };
         prompt.side.types = types;
@@ -94,19 +97,25 @@ impl SideWidths {
     }
 }
 
-/// The inputs of a decoder that hold its tokens.
+/// Decoder inputs that hold the tokens, as ids or as embeddings.
 pub fn token_inputs(graph: &Graph) -> Vec<ValueId> {
-    let tokens = |id: &ValueId| {
-        let port = Port::of_value(graph, *id);
-        let input = port.and_then(|port| Input::all("", [&port]).ok()?.pop());
-        input.is_some_and(|input| input.row.training == Training::ShapeOnly)
-    };
-    graph.body.inputs.iter().copied().filter(tokens).collect()
+    inputs_with(graph, |input| input.row.training == Training::ShapeOnly)
 }
 
-/// What a pass reads for each token besides the stream.
+/// Decoder inputs with numbers for each token besides the stream: DeepStack features and second embeddings.
+pub fn row_inputs(graph: &Graph) -> Vec<ValueId> {
+    inputs_with(graph, |input| matches!(input.kind(), InputKind::Deepstack | InputKind::PerLayerInputs))
+}
+
+fn inputs_with(graph: &Graph, wanted: impl Fn(&Input) -> bool) -> Vec<ValueId> {
+    let of = |id: ValueId| Input::all("", [&Port::of_value(graph, id)?]).ok()?.pop();
+    graph.body.inputs.iter().copied().filter(|&id| of(id).is_some_and(|input| wanted(&input))).collect()
+}
+
+/// Side inputs of the suffix.
 ///
-/// Errors: `Error::Unsupported` for an input that is not known, or whose width the graph leaves open.
+/// Errors: `Error::Unsupported` for an unknown input, for token ids that are read besides the residual stream, or when
+/// the graph does not fix a width.
 pub fn side_inputs(graph: &Graph, suffix: &Suffix) -> Result<SideInputs> {
     let inputs = inputs_of(graph, suffix)?;
     let open = |input: &Input| {
@@ -127,7 +136,7 @@ pub fn side_inputs(graph: &Graph, suffix: &Suffix) -> Result<SideInputs> {
                     if input.is_stacked() { input.port.fixed_size(0) } else { Some(input.levels.len().max(1)) };
                 (side.widths.levels, side.widths.level_width) =
                     levels.zip(input.port.width()).ok_or_else(|| open(&input))?;
-                // Those that the suffix does not read are kept too, so that the others keep their places.
+                // Levels that the suffix does not read are stored too, so the other levels keep their indices.
                 let all = |level: &usize| Input { number: Some(*level), ..input.clone() };
                 side.deepstack = match input.levels.is_empty() {
                     true => vec![input],
@@ -144,9 +153,9 @@ pub fn side_inputs(graph: &Graph, suffix: &Suffix) -> Result<SideInputs> {
     Ok(side)
 }
 
-/// The graph's inputs that the suffix reads.
+/// Graph inputs that the suffix reads.
 ///
-/// Errors: `Error::Unsupported` for an input that is not known.
+/// Errors: `Error::Unsupported` for an unknown input or element type.
 pub fn inputs_of(graph: &Graph, suffix: &Suffix) -> Result<Vec<(ValueId, Input)>> {
     let mut known = Vec::new();
     for &id in &graph.body.inputs {
@@ -160,7 +169,7 @@ pub fn inputs_of(graph: &Graph, suffix: &Suffix) -> Result<Vec<(ValueId, Input)>
             None => return Err(Error::unsupported(subject(), "has no element type and shape")),
         }
     }
-    // Levels of features are counted among all inputs, also where the suffix reads the later ones alone.
+    // Levels are numbered over all inputs, even when the suffix reads only the later ones.
     let inputs = Input::all("the decoder", known.iter().map(|(_, port)| port))?;
     let all = known.iter().map(|(id, _)| *id).zip(inputs);
     Ok(all.filter(|(id, _)| suffix.inputs.contains(id)).collect())

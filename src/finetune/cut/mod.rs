@@ -1,4 +1,4 @@
-//! Where a decoder is cut for training: decided on the graph alone.
+//! The cut of a decoder for training. It depends on the graph alone.
 
 mod adapters;
 mod inputs;
@@ -10,37 +10,50 @@ use std::collections::HashSet;
 
 use crate::analysis::{Analysis, analyse, head_weight};
 use crate::base::{Error, Result};
-use crate::finetune::settings::Lora;
-use crate::ir::{Model, ValueId};
+use crate::finetune::settings::{Lora, WriteTrained};
+use crate::ir::{Model, Tensor, ValueId};
+use crate::quantised::{Activations, QuantisedWeight, float_products, place_floats};
 
 pub use adapters::Adapted;
-pub use inputs::{SideInputs, SideWidths, inputs_of, side_inputs, token_inputs};
-pub use projection::{FitTarget, Projection, products_of};
+pub use inputs::{SideInputs, SideWidths, inputs_of, row_inputs, side_inputs, token_inputs};
+pub use projection::{FitTarget, products_of};
 pub use suffix::{Suffix, nodes_between};
-pub use weights::{replaced, trained_weights};
+pub use weights::{trained_weights, written_back};
 
-/// The graph with everything that the cut needs to know.
+/// A decoder's graph, cut before its first trained layer.
 pub struct Cut {
+    /// The graph that training runs: float products in place of quantised ones.
     pub analysis: Analysis,
-    /// What is trained: weights of the layers, or adapters beside them.
+    /// The graph as it is in the file, for ONNX Runtime. Values have the same ids.
+    pub stored: Model,
+    /// Quantised weights of products. Their float weights are initializers only where these are written to.
+    pub quantised: Vec<QuantisedWeight>,
+    /// True for a merged decoder, whose layers are in branches of an `If`.
+    in_branches: bool,
+    /// Trained initializers: weights, or their adapters.
     pub trained: Vec<ValueId>,
-    /// Weights with adapters.
+    /// Adapters, one per adapted weight.
     pub adapted: Vec<Adapted>,
-    /// Weights that a fit writes and no step moves.
+    /// Weights that a fit writes and that have no gradient.
     pub written: Vec<ValueId>,
-    /// The first trained layer.
+    /// Index of the first trained layer.
     pub first: usize,
-    /// The residual stream before the first trained layer and after it and each later one.
+    /// Residual stream before the first trained layer, between layers, and after the last layer.
     pub streams: Vec<ValueId>,
 }
 
 impl Cut {
-    /// Finds what is trained and where the graph is cut.
+    /// Finds the trained weights of `layers` and cuts the graph before the first of these layers.
     ///
     /// Errors: `Error::Unsupported` and `Error::Invalid` for layers that cannot be trained.
     pub fn new(decoder: &Model, layers: &[usize]) -> Result<Self> {
-        let analysis = analyse(decoder)?;
-        let trained = trained_weights(&analysis.model.graph, &analysis.map, layers)?;
+        let mut analysis = analyse(decoder)?;
+        let (stored, in_branches) = (analysis.model.clone(), analysis.merged.is_some());
+        let quantised = float_products(&mut analysis.model, Activations::Rounded, &|_| true);
+        if !quantised.is_empty() {
+            analysis = analyse(&analysis.model)?;
+        }
+        let trained = trained_weights(&analysis.model.graph, &analysis.map, layers, &quantised)?;
         let first = layers.iter().copied().min().unwrap_or(0);
         let map = &analysis.map;
         let streams = map.layers[first..]
@@ -48,12 +61,14 @@ impl Cut {
             .map(|layer| layer.input)
             .chain(map.layers.last().map(|layer| layer.output))
             .collect();
-        Ok(Cut { trained, adapted: Vec::new(), written: Vec::new(), first, streams, analysis })
+        let (adapted, written) = (Vec::new(), Vec::new());
+        Ok(Cut { trained, adapted, written, first, streams, analysis, stored, quantised, in_branches })
     }
 
-    /// Trains the weight of the head's product too.
+    /// Adds the weight of the head's product to the trained weights.
     ///
-    /// Errors: `Error::Unsupported` when there is no such weight, or something else reads it.
+    /// Errors: `Error::Unsupported` when the head has no such weight, when it is not a floating-point tensor, or when
+    /// another node reads it.
     pub fn train_head(&mut self) -> Result<()> {
         let graph = &self.analysis.model.graph;
         let refused = |problem: String| {
@@ -73,7 +88,56 @@ impl Cut {
         Ok(())
     }
 
-    /// Puts adapters beside the weights, to be trained in their place; those of `targets` are still written to.
+    /// Expands the trained weights that are quantised: floats that training writes to, in place of the packed ones.
+    ///
+    /// Errors: `Error::Invalid` for scales that are no floats.
+    pub fn expand_trained(&mut self) -> Result<()> {
+        self.expand(&self.trained.clone())
+    }
+
+    fn expand(&mut self, weights: &[ValueId]) -> Result<()> {
+        for weight in self.quantised.iter().filter(|weight| weights.contains(&weight.weight)) {
+            let values = weight.form.values(&self.stored.graph.body)?;
+            let tensor = Tensor::from_f32(&weight.dims, &values);
+            place_floats(&mut self.analysis.model.graph.body, weight.weight, tensor);
+        }
+        Ok(())
+    }
+
+    /// Checks that trained quantised weights can be written as `write` asks.
+    ///
+    /// Errors: `Error::Unsupported` for float products in both branches of a merged decoder.
+    pub fn check_writable(&self, write: WriteTrained) -> Result<()> {
+        let trained = self.adapted.iter().map(|adapted| adapted.weight).chain(self.trained.iter().copied());
+        let packed = trained.filter_map(|weight| self.quantised_weight(weight)).next();
+        match packed.filter(|_| self.in_branches && write == WriteTrained::Float) {
+            None => Ok(()),
+            Some(weight) => {
+                let name = weight.form.parts().first().map_or("", |&id| self.stored.graph.name(id));
+                let problem = format!("its quantised weight `{name}` is read in branches of an `If`");
+                Err(Error::unsupported("the decoder", problem)
+                    .remedy("write the trained weights quantised again with `--write-trained quantised`"))
+            }
+        }
+    }
+
+    /// Lets go of the floats of expanded weights, after programs have made their own copies.
+    pub fn release_expanded(&mut self) {
+        let expanded: HashSet<ValueId> = self.quantised.iter().map(|weight| weight.weight).collect();
+        for (id, tensor) in &mut self.analysis.model.graph.body.initializers {
+            if expanded.contains(id) {
+                *tensor = Tensor::from_bytes(tensor.dtype, &tensor.dims, Vec::new());
+            }
+        }
+    }
+
+    /// The stored form of a float weight, where it is quantised.
+    pub fn quantised_weight(&self, weight: ValueId) -> Option<&QuantisedWeight> {
+        self.quantised.iter().find(|quantised| quantised.weight == weight)
+    }
+
+    /// Adds adapters to the trained weights and trains the adapters instead; quantised weights stay packed. A fit still
+    /// writes the weights of `targets`.
     ///
     /// Errors: `Error::Invalid` when no weight has sides above the rank.
     pub fn adapt(&mut self, lora: Lora, targets: &[FitTarget]) -> Result<()> {
@@ -82,10 +146,10 @@ impl Cut {
         let fitted = targets.iter().flat_map(|target| target.products.iter().flatten()).map(|product| product.weight);
         self.written = fitted.collect();
         self.adapted = adapted;
-        Ok(())
+        self.expand(&self.written.clone())
     }
 
-    /// What training runs of the graph.
+    /// The part of the graph that training runs.
     ///
     /// Errors: as [`Suffix::find`].
     pub fn suffix(&self) -> Result<Suffix> {
@@ -94,9 +158,9 @@ impl Cut {
         Suffix::find(graph, &self.streams, self.analysis.map.result, &token_inputs(graph), &trained)
     }
 
-    /// The trained layers, ascending, with the products to fit in each.
+    /// The products to fit in each of `layers`, in ascending order of the layers.
     ///
-    /// Errors: `Error::Unsupported` when a layer has none and `must` have one.
+    /// Errors: `Error::Unsupported` when a layer has none and `must` is true.
     pub fn targets(&self, layers: &[usize], must: bool) -> Result<Vec<FitTarget>> {
         let graph = &self.analysis.model.graph;
         let trained: HashSet<ValueId> = self.trained.iter().copied().collect();
@@ -116,7 +180,7 @@ impl Cut {
         Ok(targets)
     }
 
-    /// True when the first trained layer reads the embeddings themselves, as they enter the graph.
+    /// True when the first trained layer reads a graph input, which is then the embeddings.
     pub fn begins_at_input(&self) -> bool {
         self.analysis.model.graph.body.inputs.contains(&self.streams[0])
     }

@@ -1,27 +1,15 @@
-//! The products of a layer whose results are summed into its output: after the last of them the output is linear in its
-//! weight.
+//! Products of a layer whose results are summed into its output. The output is linear in the weight of the last one.
 
 use std::collections::HashSet;
 
-use crate::ir::{Attribute, Graph, GraphIndex, Node, ValueId};
+use crate::analysis::Projection;
+use crate::ir::{Graph, GraphIndex, ValueId};
 
-/// `output = ... + operand @ weight`, the rest of it independent of the weight.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Projection {
-    /// `[B, T, K]` or with rows joined, `[B * T, K]`.
-    pub operand: ValueId,
-    /// `[K, D]`, or `[D, K]` when `transposed`.
-    pub weight: ValueId,
-    pub transposed: bool,
-    /// `K`.
-    pub width: usize,
-}
-
-/// The products with `trained` weights that reach `output` through sums alone, in the order in which they are computed:
-/// in most networks that of the attention and that of the MLP. The output is linear in the last one's weight, and nothing
-/// else reads what that one gives. Nothing before `input`, the stream that the layer reads, is looked at.
+/// Products with `trained` weights that reach `output` through sums alone, in execution order. In most networks these
+/// are the output projection of the attention and the down-projection of the MLP. The output is linear in the weight of
+/// the last one, whose result has no other reader. The search ends at `input`, the residual stream before the layer.
 ///
-/// Errors: what the output is made of instead, for a message.
+/// Errors: a message with the operators that produce the output instead.
 pub fn products_of(
     graph: &Graph,
     input: ValueId,
@@ -32,7 +20,7 @@ pub fn products_of(
     let nodes = &graph.body.nodes;
     let mut products: Vec<(usize, Projection, bool)> = Vec::new();
     let mut others: Vec<String> = Vec::new();
-    // Each value with whether everything on its way to the output is read there alone.
+    // Each value, with true when every value on its path to the output has one reader.
     let mut pending = vec![(output, true)];
     while let Some((id, alone)) = pending.pop() {
         let Some((number, _)) = index.node_of(id).filter(|_| id != input) else { continue };
@@ -44,7 +32,7 @@ pub fn products_of(
                 pending.extend(terms.map(|term| (term, alone)));
             }
             "Identity" | "Cast" | "Reshape" => pending.extend(node.present_inputs().next().map(|id| (id, alone))),
-            _ => match product(graph, &index, node, trained) {
+            _ => match Projection::of(graph, &index, node).filter(|product| trained.contains(&product.weight)) {
                 Some(product) => products.push((number, product, alone)),
                 None => others.push(node.op_type.clone()),
             },
@@ -58,41 +46,18 @@ pub fn products_of(
         None => {
             others.sort_unstable();
             others.dedup();
-            Err(format!("its output is a sum with {} and with no product of a trained weight", others.join(", ")))
+            let scaled = others.iter().any(|op| op == "Mul" || op.contains("Norm"));
+            let reason = if scaled { ": a norm or a scale after the MLP is in between" } else { "" };
+            Err(format!(
+                "its output is a sum with {} and with no product of a trained weight{reason}; the layer is trained by \
+                 steps only",
+                others.join(", ")
+            ))
         }
     }
 }
 
-fn product(graph: &Graph, index: &GraphIndex, node: &Node, trained: &HashSet<ValueId>) -> Option<Projection> {
-    let &[Some(operand), Some(right), ..] = node.inputs.as_slice() else { return None };
-    let flag = |name: &str| node.attribute(name).map_or(Some(0), Attribute::as_int).map(|value| value != 0);
-    let mut transposed = match node.op_type.as_str() {
-        "MatMul" => false,
-        "Gemm" => {
-            let alpha = node.attribute("alpha").map_or(Some(1.0), Attribute::as_float)?;
-            if alpha != 1.0 || flag("transA")? {
-                return None;
-            }
-            flag("transB")?
-        }
-        _ => return None,
-    };
-    let mut weight = right;
-    if let Some((number, _)) = index.node_of(right) {
-        let turn = &graph.body.nodes[number];
-        let swaps = turn.attribute("perm").is_none_or(|perm| perm.as_ints() == Some(&[1, 0]));
-        if turn.op_type != "Transpose" || !swaps {
-            return None;
-        }
-        weight = turn.present_inputs().next()?;
-        transposed = !transposed;
-    }
-    let &[rows, columns] = graph.body.initializer(weight)?.dims.as_slice() else { return None };
-    let width = usize::try_from(if transposed { columns } else { rows }).ok()?;
-    trained.contains(&weight).then_some(Projection { operand, weight, transposed, width })
-}
-
-/// A trained layer and the products to fit in it, or why there are none.
+/// A trained layer with the products to fit in it, or with the reason why it has none.
 #[derive(Clone)]
 pub struct FitTarget {
     /// Counted from the first trained layer.
@@ -101,7 +66,7 @@ pub struct FitTarget {
 }
 
 impl FitTarget {
-    /// The layer with the last of its products alone.
+    /// The same layer with the last of its products only.
     pub fn last(&self) -> Self {
         let last = |products: &Vec<Projection>| products.last().copied().into_iter().collect();
         FitTarget { layer: self.layer, products: self.products.as_ref().map(last).map_err(Clone::clone) }
@@ -111,9 +76,9 @@ impl FitTarget {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ir::{Tensor, Value};
+    use crate::ir::{Node, Tensor, Value};
 
-    /// A graph of `output = op(inputs)` lines; names that begin with `w` are 2 x 2 weights.
+    /// A graph of `output = op(inputs)` lines. Names that begin with `w` are 2 x 2 weights; `x` is the input.
     fn graph(lines: &[(&str, &str, &[&str])]) -> (Graph, impl Fn(&str) -> ValueId) {
         let mut graph = Graph::default();
         let mut names: Vec<(String, ValueId)> = Vec::new();
@@ -139,8 +104,8 @@ mod tests {
     }
 
     #[test]
-    fn the_products_of_a_layer_come_in_their_order() {
-        // What attention's product gives is read by the second product too, which must be trained with it.
+    fn the_projections_of_a_layer_are_found_in_their_order() {
+        // The second product also depends on the first one's result, so `w0` can be fitted only together with `w1`.
         let (graph, id) = graph(&[
             ("a", "MatMul", &["x", "w0"]),
             ("r", "Add", &["x", "a"]),
@@ -159,15 +124,16 @@ mod tests {
     }
 
     #[test]
-    fn a_layer_that_ends_in_a_norm_has_none() {
+    fn a_layer_that_ends_in_a_norm_has_no_last_projection() {
         let (graph, id) =
             graph(&[("p", "MatMul", &["x", "w1"]), ("n", "RMSNormalization", &["p", "w2"]), ("y", "Add", &["x", "n"])]);
         let problem = products_of(&graph, id("x"), id("y"), &[id("w1"), id("w2")].into()).unwrap_err();
-        assert!(problem.contains("RMSNormalization"), "{problem}");
+        let reason = "a norm or a scale after the MLP is in between; the layer is trained by steps only";
+        assert!(problem.contains("RMSNormalization") && problem.contains(reason), "{problem}");
     }
 
     #[test]
-    fn a_weight_may_be_turned_on_the_way() {
+    fn a_weight_may_be_transposed_before_its_product() {
         let (graph, id) =
             graph(&[("t", "Transpose", &["w1"]), ("p", "MatMul", &["x", "t"]), ("y", "Add", &["x", "p"])]);
         let found = products_of(&graph, id("x"), id("y"), &[id("w1")].into()).unwrap();

@@ -1,7 +1,7 @@
-//! The part of a decoder that training runs: what lies after the first trained layer, cut at the residual stream.
+//! The part of a decoder that training runs: from the first trained layer to the logits, split at the residual stream.
 //!
-//! Decided on the graph alone: which values each piece reads that do not come from the stream, and from where on the
-//! head works on each position by itself, so that it need only be run at answer positions.
+//! The graph alone determines which values a piece reads besides the stream, and from which value on the head is
+//! position-wise, so that it can run at the answer positions only.
 
 use std::collections::HashSet;
 
@@ -9,34 +9,34 @@ use crate::analysis::head_input;
 use crate::base::{Error, Result};
 use crate::ir::{Graph, GraphIndex, Node, ValueId, captured};
 
-/// How the trained part of a graph is cut.
+/// Split of the trained part of a graph. A piece is one layer, or the head.
 #[derive(Clone, Debug)]
 pub struct Suffix {
-    /// The residual stream before the first trained layer, before each layer after it, and after the last layer.
+    /// Residual stream before the first trained layer, between layers, and after the last layer.
     pub streams: Vec<ValueId>,
-    /// Values that layers read, that depend on what graph inputs hold (masks, positions), and neither on the stream, its
-    /// shape included, nor on trained weights: computed once per batch.
+    /// Values that pieces read and that depend on the content of graph inputs (masks, positions), but neither on the
+    /// residual stream or its shape nor on trained weights. They are computed once per batch.
     pub side: Vec<ValueId>,
-    /// Inputs of the graph that any of it reads.
+    /// Graph inputs that any piece reads.
     pub inputs: Vec<ValueId>,
-    /// Initializers that any of it reads.
+    /// Initializers that any piece reads.
     pub weights: HashSet<ValueId>,
-    /// True when something computed from the tokens other than the stream is read: an embedding of each layer, features
-    /// packed behind the rows.
+    /// True when a piece reads values computed from the tokens besides the residual stream, such as an embedding per
+    /// layer or features packed after the embeddings in each row.
     pub reads_tokens: bool,
-    /// The trained initializers that each layer reads, in the order of the layers.
+    /// Trained initializers that each piece reads: one list per layer, then the head's.
     pub trained: Vec<Vec<ValueId>>,
-    /// The head's input, or the logits themselves where the head is no product with a constant.
+    /// Input of the head, or the logits themselves when the head is not a product with a constant.
     pub head_input: ValueId,
     pub logits: ValueId,
 }
 
 impl Suffix {
-    /// Cuts `graph` at `streams` (ascending). `tokens` are the inputs that hold the tokens themselves, `trained` the
-    /// initializers to train.
+    /// Splits `graph` at `streams`, which are in layer order. `tokens` are the inputs that hold token ids or
+    /// embeddings, `trained` the initializers to train.
     ///
-    /// Errors: `Error::Unsupported` when a piece reads the inside of an earlier one; `Error::Invalid` when nothing reads one
-    /// of the trained initializers.
+    /// Errors: `Error::Unsupported` when a piece reads a value computed inside an earlier one; `Error::Invalid` when no
+    /// piece reads one of the trained initializers.
     pub fn find(
         graph: &Graph,
         streams: &[ValueId],
@@ -59,7 +59,8 @@ impl Suffix {
         for (from, to) in pieces {
             let piece = needed_nodes(&index, nodes, from, to);
             let own: HashSet<ValueId> = piece.iter().flat_map(|&number| reads(&nodes[number])).collect();
-            // The shape of an earlier stream is known without it, and an input of the graph is given to every piece.
+            // Nodes that read only the shape of an earlier stream do not need the stream itself. Graph inputs are
+            // available to every piece.
             let by_content = piece.iter().map(|&number| &nodes[number]).filter(|node| !node.reads_shape_only());
             let by_content: HashSet<ValueId> = by_content.flat_map(reads).collect();
             let earlier = streams.iter().take_while(|&&stream| stream != from);
@@ -84,10 +85,11 @@ impl Suffix {
             let flows = |sources: HashSet<ValueId>| reach(nodes, &piece, sources, false);
             let leaks = flows(tokens.iter().copied().filter(|&token| token != from).collect());
             reads_tokens |= leaks.contains(&to);
-            // A mask cut to the length of a layer's own keys belongs to the layer, and the whole mask to all of them.
+            // A mask sliced to the length of a layer's own keys belongs to the layer. The whole mask is shared by all
+            // layers.
             let stream = reach(nodes, &piece, HashSet::from([from]), true);
             let weights = flows(trained.clone());
-            // What is computed from the tokens alone is computed once too.
+            // Values computed from the tokens alone are also computed once.
             let content = flows(graph.body.inputs.iter().copied().filter(|&id| id != from).collect());
             for &number in &piece {
                 let node = &nodes[number];
@@ -125,17 +127,17 @@ impl Suffix {
     }
 }
 
-/// Everything a node reads, captures of its bodies included.
+/// Values that a node reads, including those that its bodies capture.
 fn reads(node: &Node) -> impl Iterator<Item = ValueId> + '_ {
     node.present_inputs().chain(node.bodies().flat_map(captured))
 }
 
-/// Numbers of the nodes between two values, in execution order.
+/// Indices of the nodes between two values, in execution order.
 pub fn nodes_between(graph: &Graph, from: ValueId, to: ValueId) -> Vec<usize> {
     needed_nodes(&GraphIndex::new(graph), &graph.body.nodes, from, to)
 }
 
-/// Numbers of the nodes that `to` needs when `from` is given, in execution order.
+/// Indices of the nodes that compute `to` when `from` is given, in execution order.
 fn needed_nodes(index: &GraphIndex, nodes: &[Node], from: ValueId, to: ValueId) -> Vec<usize> {
     let mut found = HashSet::new();
     let mut pending = vec![to];
@@ -154,7 +156,8 @@ fn needed_nodes(index: &GraphIndex, nodes: &[Node], from: ValueId, to: ValueId) 
     numbers
 }
 
-/// The values that hold something of the sources' content, or with `shapes` of their shape too, through these nodes.
+/// The sources and the values that depend on their content through the nodes of `piece`. With `shapes`, also values
+/// that depend on their shape only.
 fn reach(nodes: &[Node], piece: &[usize], mut sources: HashSet<ValueId>, shapes: bool) -> HashSet<ValueId> {
     for &number in piece {
         let node = &nodes[number];
@@ -170,7 +173,7 @@ mod tests {
     use super::*;
     use crate::ir::{DataType, Tensor, Value};
 
-    /// Builds a graph from `output = op(inputs)` lines; names seen first on the right are inputs, `w..` initializers.
+    /// Builds a graph node by node, as `output = op(inputs)`. Names that begin with `w` are initializers.
     struct Builder {
         graph: Graph,
     }
@@ -268,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mask_cut_to_a_layer_s_own_keys_belongs_to_the_layer() {
+    fn a_mask_sliced_to_the_keys_of_a_layer_belongs_to_that_layer() {
         let graph = Builder::new(&["inputs_embeds", "attention_mask"])
             .node("mask", "Cast", &["attention_mask"])
             .node("h1", "Block", &["inputs_embeds", "mask", "w0"])
@@ -283,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn a_layer_that_reads_the_tokens_past_the_stream_is_found() {
+    fn a_layer_that_reads_the_token_embeddings_directly_is_found() {
         let graph = Builder::new(&["inputs_embeds"])
             .node("h1", "Block", &["inputs_embeds", "w0"])
             .node("h2", "Block", &["h1", "inputs_embeds", "w1"])
@@ -294,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_that_a_layer_shares_with_a_later_one_are_refused() {
+    fn keys_shared_with_a_later_layer_are_refused() {
         let graph = Builder::new(&["inputs_embeds"])
             .node("h1", "Block", &["inputs_embeds", "w0"])
             .node("keys", "MatMul", &["h1", "w_k"])
@@ -308,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn a_head_that_mixes_positions_is_run_on_all_of_them() {
+    fn a_head_with_more_than_a_product_runs_on_all_positions() {
         let graph = Builder::new(&["inputs_embeds"])
             .node("h1", "Block", &["inputs_embeds", "w0"])
             .node("product", "MatMul", &["h1", "w_head"])
@@ -319,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn a_weight_that_nothing_trained_reads_is_refused() {
+    fn a_trained_weight_outside_the_trained_layers_is_refused() {
         let graph = network().finish("logits");
         let error = find(&graph, &["h1", "h2", "h3"], &["w0"]).unwrap_err().to_string();
         assert!(error.contains("`w0`"), "{error}");

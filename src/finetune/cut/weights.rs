@@ -1,18 +1,30 @@
-//! Which initializers of a layer are its weights, and putting trained ones back.
+//! Selects the initializers of a layer to train, and replaces initializers by trained ones.
 
 use std::collections::{HashMap, HashSet};
 
 use crate::analysis::{Layer, LayerMap};
 use crate::base::{Error, Result, list_preview};
-use crate::ir::{DataType, Graph, Model, Tensor, ValueId};
+use crate::finetune::settings::WriteTrained;
+use crate::ir::{DataType, Dim, Graph, Model, Tensor, ValueId};
+use crate::quantised::{QuantisedWeight, requantised, with_floats};
 
-/// The initializers to train for the given layers, in file order.
+/// Weights to train for the given layers, layer by layer in file order: all floating-point weights with more than one
+/// element that only one layer reads, and the float weights of those of its products that are `quantised`.
 ///
-/// All floating-point weights that only one layer reads, constants of one element aside.
-///
-/// Errors: `Error::Invalid` for a layer that does not exist; `Error::Unsupported` for quantised layers and for weights
-/// that a trained layer shares with some other layer.
-pub fn trained_weights(graph: &Graph, map: &LayerMap, layers: &[usize]) -> Result<Vec<ValueId>> {
+/// Errors: `Error::Invalid` when `layers` is empty or a layer does not exist; `Error::Unsupported` for layers quantised
+/// in another form, for layers without weights of their own, and for weights that a trained layer shares with another
+/// layer.
+pub fn trained_weights(
+    graph: &Graph,
+    map: &LayerMap,
+    layers: &[usize],
+    quantised: &[QuantisedWeight],
+) -> Result<Vec<ValueId>> {
+    let parts: HashMap<ValueId, ValueId> =
+        quantised.iter().flat_map(|weight| weight.form.parts().into_iter().map(|part| (part, weight.weight))).collect();
+    let numbers: HashSet<ValueId> =
+        quantised.iter().filter_map(|weight| weight.form.parts().first().copied()).collect();
+
     if layers.is_empty() {
         return Err(Error::invalid("finetune", "no layer is named").remedy("give a plan with layers to finetune"));
     }
@@ -25,24 +37,26 @@ pub fn trained_weights(graph: &Graph, map: &LayerMap, layers: &[usize]) -> Resul
             )
             .remedy("the plan counts layers of the pruned model here"));
         };
-        refuse_quantised(graph, layer)?;
-        refuse_shared(graph, map, layer)?;
-        let own = layer.weights.iter().copied().filter(|&id| {
+        refuse_quantised(graph, layer, &parts)?;
+        refuse_shared(graph, map, layer, &numbers)?;
+        let float = |id: ValueId| {
             graph.body.initializer(id).is_some_and(|tensor| tensor.dtype.is_float() && tensor.element_count() > 1)
+        };
+        // The scales of a quantised weight are floats too, and no weights of their own.
+        let own = layer.weights.iter().filter_map(|&id| match parts.get(&id) {
+            Some(&weight) => numbers.contains(&id).then_some(weight),
+            None => float(id).then_some(id),
         });
         let before = trained.len();
         trained.extend(own);
         if trained.len() == before {
-            return Err(Error::unsupported(
-                format!("layer {number}"),
-                "has no floating-point weights of its own to train",
-            ));
+            return Err(Error::unsupported(format!("layer {number}"), "has no weights of its own to train"));
         }
     }
     Ok(trained)
 }
 
-fn refuse_quantised(graph: &Graph, layer: &Layer) -> Result<()> {
+fn refuse_quantised(graph: &Graph, layer: &Layer, known: &HashMap<ValueId, ValueId>) -> Result<()> {
     const QUANTISED: &[&str] =
         &["MatMulNBits", "DequantizeLinear", "MatMulInteger", "QLinearMatMul", "DynamicQuantizeMatMul"];
     let node = layer
@@ -50,7 +64,7 @@ fn refuse_quantised(graph: &Graph, layer: &Layer) -> Result<()> {
         .iter()
         .filter_map(|&number| graph.body.nodes.get(number))
         .find(|node| QUANTISED.contains(&node.op_type.as_str()));
-    let packed = layer.weights.iter().find(|&&id| {
+    let packed = layer.weights.iter().filter(|id| !known.contains_key(id)).find(|&&id| {
         graph.body.initializer(id).is_some_and(|tensor| {
             let bits = tensor.dtype.bits();
             !tensor.dtype.is_float()
@@ -66,26 +80,35 @@ fn refuse_quantised(graph: &Graph, layer: &Layer) -> Result<()> {
     };
     Err(Error::unsupported(
         format!("layer {}", layer.index),
-        format!("its weights are quantised ({what}), which cannot be trained"),
+        format!("its weights are quantised in a form that cannot be trained ({what})"),
     )
-    .remedy("finetune the float model, then quantise"))
+    .remedy(
+        "finetune the float model, then quantise, or quantise by MatMulNBits in 4 or 8 bits, by ONNX Runtime's \
+         `quantize_dynamic`, or by its `quantize_static` in the QDQ format",
+    ))
 }
 
-/// Tables (rotary ones) that every layer reads, or that meet the stream only by way of positions, stay as they are;
-/// anything else that is shared would move other layers.
-fn refuse_shared(graph: &Graph, map: &LayerMap, layer: &Layer) -> Result<()> {
+/// Refuses a layer that shares floating-point weights with other layers, because training would change these layers
+/// too.
+///
+/// Exceptions, unless a product reads them: tables that every layer reads, such as rotary ones, and tables that the
+/// layer reads only through nodes with other inputs, such as positions. They are not trained.
+fn refuse_shared(graph: &Graph, map: &LayerMap, layer: &Layer, quantised: &HashSet<ValueId>) -> Result<()> {
     const PRODUCTS: &[&str] = &["MatMul", "Gemm", "FusedMatMul"];
     let shared: Vec<&str> = layer
         .shared_weights
         .iter()
         .copied()
-        .filter(|&id| graph.body.initializer(id).is_some_and(|tensor| tensor.dtype.is_float()))
+        .filter(|&id| {
+            let float = graph.body.initializer(id).is_some_and(|tensor| tensor.dtype.is_float());
+            float || quantised.contains(&id)
+        })
         .filter(|&id| {
             let everywhere = map.layers.iter().all(|other| other.shared_weights.contains(&id));
             let multiplied = layer.path.iter().filter_map(|&number| graph.body.nodes.get(number)).any(|node| {
                 PRODUCTS.contains(&node.op_type.as_str()) && node.present_inputs().any(|input| input == id)
             });
-            multiplied || !everywhere && meets_stream(graph, layer, id)
+            multiplied || quantised.contains(&id) || !everywhere && meets_stream(graph, layer, id)
         })
         .map(|id| graph.name(id))
         .collect();
@@ -97,7 +120,7 @@ fn refuse_shared(graph: &Graph, map: &LayerMap, layer: &Layer) -> Result<()> {
         .remedy("export the model without merging equal weights, or choose another layer"))
 }
 
-/// Whether the layer's own nodes read an initializer, as it is or through nodes that read initializers alone.
+/// True when a node of the layer reads an initializer, directly or through nodes that read initializers alone.
 fn meets_stream(graph: &Graph, layer: &Layer, id: ValueId) -> bool {
     let path: HashSet<usize> = layer.path.iter().copied().collect();
     let mut forms = HashSet::from([id]);
@@ -115,10 +138,44 @@ fn meets_stream(graph: &Graph, layer: &Layer, id: ValueId) -> bool {
     false
 }
 
-/// The model with these initializers in place of its own; everything else stays as it is.
+/// Sizes of a weight: those of its initializer, or those declared for a quantised weight that a node expands.
+pub fn dims_of(graph: &Graph, weight: ValueId) -> Option<Vec<u64>> {
+    if let Some(tensor) = graph.body.initializer(weight) {
+        return Some(tensor.dims.clone());
+    }
+    let shape = graph.value(weight).ty.as_ref()?.shape()?;
+    let known = |dim: &Dim| if let Dim::Known(size) = dim { u64::try_from(*size).ok() } else { None };
+    shape.iter().map(known).collect()
+}
+
+/// The model with trained weights in place of its own: float weights in their own type, quantised ones as `write` asks.
 ///
-/// Errors: `Error::Invalid` when a tensor does not fit the initializer that it replaces.
-pub fn replaced(model: &Model, tensors: Vec<(ValueId, Tensor)>) -> Result<Model> {
+/// Errors: `Error::Unsupported` for weights that cannot be quantised again; as [`replaced`] and [`with_floats`].
+pub fn written_back(
+    model: &Model,
+    trained: Vec<(ValueId, Tensor)>,
+    quantised: &[QuantisedWeight],
+    write: WriteTrained,
+) -> Result<Model> {
+    let known: HashMap<ValueId, &QuantisedWeight> = quantised.iter().map(|weight| (weight.weight, weight)).collect();
+    let (packed, mut tensors): (Vec<_>, Vec<_>) = trained.into_iter().partition(|(id, _)| known.contains_key(id));
+    let packed: Vec<(&QuantisedWeight, Tensor)> = packed.into_iter().map(|(id, tensor)| (known[&id], tensor)).collect();
+    match write {
+        WriteTrained::Float => with_floats(&replaced(model, tensors)?, &packed),
+        WriteTrained::Quantised => {
+            for (weight, tensor) in &packed {
+                tensors.extend(requantised(model, weight, tensor)?);
+            }
+            replaced(model, tensors)
+        }
+    }
+}
+
+/// The model with these initializers replaced and everything else unchanged.
+///
+/// Errors: `Error::Invalid` when a tensor has another type or shape than the initializer that it replaces, or when the
+/// model has no such initializer.
+fn replaced(model: &Model, tensors: Vec<(ValueId, Tensor)>) -> Result<Model> {
     let mut tensors: HashMap<ValueId, Tensor> = tensors.into_iter().collect();
     let mut changed = model.clone();
     for (id, old) in &mut changed.graph.body.initializers {

@@ -1,4 +1,4 @@
-//! Samples as tensors: rows of the frozen part's output, padded on the right to the longest of a batch.
+//! Batches: rows of the frozen part's output as tensors, padded on the right to the longest sample of the batch.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -14,43 +14,44 @@ use crate::finetune::cut::SideWidths;
 use crate::finetune::error::torch_error;
 use crate::finetune::loss::TopK;
 
-/// One training sample without its numbers.
+/// A training sample without its stored rows.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Example {
     pub id: String,
-    /// Which sample of the source it is.
+    /// Index of the sample in its source.
     pub number: u64,
     /// Tokens, image tokens included.
     pub length: usize,
     /// Answer tokens that the loss counts.
     pub answers: usize,
-    /// What a batch is made from besides rows; none where samples are computed when they are needed.
+    /// Data for a batch other than stored rows; None in an [`Example::summary`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     detail: Option<Box<Detail>>,
 }
 
-/// What a batch is made from besides rows, of one sample.
+/// Data of one sample for a batch, other than stored rows.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Detail {
     /// Positions whose logits predict an answer token, ascending.
     pub positions: Vec<u32>,
-    /// The answer token that each of them predicts.
+    /// Token id of the answer that each of `positions` predicts.
     pub targets: Vec<i64>,
-    /// Three rows of positions for graphs with multimodal rotary embedding; empty for counting from 0.
+    /// Three rows of position ids for graphs with multimodal rotary embedding; empty when positions count from 0.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub rotary: Vec<Vec<i64>>,
     /// First position and length of each run of image tokens.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub image: Vec<[u32; 2]>,
-    /// `token_type_ids`; empty where all are 0 or nothing reads them.
+    /// `token_type_ids`; empty when all are 0 or no input reads them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub types: Vec<i64>,
 }
 
 impl Example {
-    /// Answer tokens are those that `answer_mask` marks; the first token of a sample is predicted by nothing.
+    /// An example whose answer tokens are marked by `answer_mask`. The first token is never one, because no position
+    /// predicts it.
     ///
-    /// Errors: `Error::Invalid` when the mask is not as long as the ids.
+    /// Errors: `Error::Invalid` when the mask and the ids differ in length.
     pub fn new(id: String, input_ids: &[i64], answer_mask: &[bool]) -> Result<Self> {
         if input_ids.len() != answer_mask.len() {
             let problem = format!("has {} tokens and an answer mask of {}", input_ids.len(), answer_mask.len());
@@ -63,18 +64,18 @@ impl Example {
         Ok(Example { id, number: 0, length, answers, detail })
     }
 
-    /// The sample without what its batch is made from.
+    /// The sample without its [`Detail`].
     pub fn summary(&self) -> Example {
         Example { id: self.id.clone(), detail: None, ..*self }
     }
 
-    /// What a batch is made from besides rows.
+    /// Data for a batch other than stored rows; empty for an [`Example::summary`].
     pub fn detail(&self) -> &Detail {
         static NONE: Detail = Detail::NONE;
         self.detail.as_deref().unwrap_or(&NONE)
     }
 
-    /// Keeps positions, where there are more of them than by counting, where image tokens are, and of what types tokens are.
+    /// Stores position ids (None when they count from 0), the runs of image tokens and the token types.
     pub fn keep(&mut self, positions: Option<&[Vec<i64>]>, side: &Side) {
         let detail = self.detail.get_or_insert_default();
         detail.rotary = positions.map_or(Vec::new(), <[_]>::to_vec);
@@ -88,7 +89,7 @@ impl Example {
         detail.types.clone_from(&side.types);
     }
 
-    /// True at image tokens.
+    /// True at image tokens; one element per token.
     fn image_mask(&self) -> Vec<bool> {
         let mut image = vec![false; self.length];
         for &[start, count] in &self.detail().image {
@@ -97,7 +98,7 @@ impl Example {
         image
     }
 
-    /// Positions, one row or three.
+    /// Position ids: one row, or three for multimodal rotary embedding.
     fn position_rows(&self) -> Vec<Vec<i64>> {
         match self.detail().rotary.is_empty() {
             true => vec![(0..self.length as i64).collect()],
@@ -111,7 +112,7 @@ impl Detail {
         Detail { positions: Vec::new(), targets: Vec::new(), rotary: Vec::new(), image: Vec::new(), types: Vec::new() };
 }
 
-/// Samples with what the frozen part gave for them.
+/// Samples with the frozen part's output and the dense model's targets.
 #[derive(Debug)]
 pub struct TrainingSet {
     pub examples: Vec<Example>,
@@ -119,51 +120,51 @@ pub struct TrainingSet {
     starts: Vec<u64>,
     /// First answer row of each example.
     answer_starts: Vec<u64>,
-    /// The residual stream where a pass begins, a row per token; none where rows are computed when they are needed.
+    /// Residual stream at the layer where passes begin, one row per token; None when rows are computed on demand.
     stream: Option<Stream>,
-    /// Targets after these layers are read; None for all.
+    /// Batches read the stream targets after these layers; None for all.
     wanted: Option<Range<usize>>,
-    /// Of samples that are computed when they are needed, those at hand.
+    /// The loaded samples, when rows are computed on demand.
     window: Option<Window>,
-    /// What passes read besides, a row per token.
+    /// Side values, one row per token, with their widths.
     side: Option<(SideWidths, Rows)>,
     pub targets: Targets,
 }
 
-/// The residual stream at one place.
+/// Residual stream before one layer.
 #[derive(Debug)]
 pub struct Stream {
     pub rows: Rows,
-    /// The layer before which it is, counted from the first trained one.
+    /// The layer that reads it, counted from the first trained one.
     pub before: usize,
 }
 
-/// Some samples with their rows.
+/// Loaded samples with their rows.
 #[derive(Debug)]
 struct Window {
     set: Box<TrainingSet>,
-    /// The place of each in `set`.
+    /// Index in `set` of each loaded sample.
     places: BTreeMap<usize, usize>,
 }
 
-/// What the dense model gave for the same samples.
+/// Outputs of the dense model for the same samples.
 #[derive(Debug, Default)]
 pub struct Targets {
-    /// Its residual stream at several points.
+    /// Residual stream at the compared points.
     pub streams: Vec<StreamTarget>,
-    /// For each answer token `K` log-probabilities, then the `K` token ids that they are of.
+    /// One row per answer token: `K` log-probabilities, then their `K` token ids.
     pub answers: Option<Rows>,
 }
 
-/// The dense model's residual stream at one point, a row per token.
+/// The dense model's residual stream at one point, one row per token.
 #[derive(Debug)]
 pub struct StreamTarget {
     pub rows: Rows,
-    /// The student's stream that it is compared with, counted in layers from the first trained one.
+    /// Point of the student's stream that it is compared with, counted in layers from the first trained one.
     pub point: usize,
 }
 
-/// The sum of everything before each item.
+/// Sum of the counts before each item.
 fn running_sum(counts: impl Iterator<Item = usize>) -> Vec<u64> {
     let sums = counts.scan(0, |next, count| {
         let start = *next;
@@ -178,27 +179,28 @@ pub fn total_tokens(examples: &[Example]) -> u64 {
     examples.iter().map(|example| example.length as u64).sum()
 }
 
-/// A batch on the device. `B` samples, `T` tokens of the longest, `D` the hidden size, `N` answer tokens.
+/// A batch on a device: `B` samples, `T` tokens in the longest, `D` the hidden size, `N` answer tokens, `M` tokens
+/// without padding.
 #[derive(Debug)]
 pub struct Batch {
-    /// f32 `[B, T, D]`, 0 where padded.
+    /// f32 `[B, T, D]`, 0 at padding.
     pub hidden: Tensor,
-    /// What the graph's inputs are made from: masks, positions, and what passes read of pictures.
+    /// Source of the graph's inputs: masks, positions and side values.
     pub step: Step,
-    /// i64 `[N]`: places in `[B * T]` whose logits predict an answer token.
+    /// i64 `[N]`: indices into `[B * T]` of the positions that predict an answer token.
     pub answer_rows: Tensor,
-    /// i64 `[N]`.
+    /// i64 `[N]`: answer token ids.
     pub targets: Tensor,
     pub answer_tokens: u64,
-    /// i64 `[M]`: places in `[B * T]` that are no padding.
+    /// i64 `[M]`: indices into `[B * T]` of tokens that are not padding.
     pub real_rows: Tensor,
-    /// The dense model's stream by point, `[M, D]` each.
+    /// The dense model's residual stream by point, `[M, D]` each.
     pub streams: BTreeMap<usize, Tensor>,
     pub top_k: Option<TopK>,
 }
 
 impl TrainingSet {
-    /// Pairs examples with their rows, in the order in which the rows were written.
+    /// Pairs examples with their rows, which are in the same order.
     pub fn new(examples: Vec<Example>, hidden: Rows, side: Option<(SideWidths, Rows)>) -> Self {
         let answer_starts = running_sum(examples.iter().map(|example| example.answers));
         let starts = running_sum(examples.iter().map(|example| example.length));
@@ -207,7 +209,7 @@ impl TrainingSet {
         TrainingSet { examples, starts, answer_starts, stream, wanted, window, side, targets }
     }
 
-    /// Samples whose rows are put there when they are needed: see [`TrainingSet::put`].
+    /// A set whose rows are loaded on demand with [`TrainingSet::put`].
     pub fn of_windows(examples: Vec<Example>) -> Self {
         TrainingSet {
             examples,
@@ -221,13 +223,13 @@ impl TrainingSet {
         }
     }
 
-    /// True when these samples can be made into batches.
+    /// True when the rows of these samples are available for batches.
     pub fn holds(&self, samples: &[usize]) -> bool {
         let within = |window: &Window| samples.iter().all(|sample| window.places.contains_key(sample));
         self.stream.is_some() || self.window.as_ref().is_some_and(within)
     }
 
-    /// Puts the rows of some samples in place of those at hand; `set` holds them by their numbers in the source.
+    /// Replaces the loaded rows by those of `samples`. Examples of `set` are matched by their index in the source.
     ///
     /// Errors: `Error::Invalid` when a sample is not in `set`.
     pub fn put(&mut self, samples: &[usize], set: TrainingSet) -> Result<()> {
@@ -243,7 +245,7 @@ impl TrainingSet {
         Ok(())
     }
 
-    /// Width of the residual stream.
+    /// Width of the residual stream; 0 when no rows are available.
     pub fn hidden_size(&self) -> usize {
         match (&self.stream, &self.window) {
             (Some(stream), _) => stream.rows.width(),
@@ -252,42 +254,43 @@ impl TrainingSet {
         }
     }
 
-    /// The layer at which passes begin, counted from the first trained one.
+    /// The layer where passes begin, counted from the first trained one.
     pub fn begins_before(&self) -> usize {
         self.stream.as_ref().map_or(0, |stream| stream.before)
     }
 
-    /// Lets passes begin at another place, and gives the one before.
+    /// Replaces the stream where passes begin and returns the previous one. Batches then read all targets again.
     pub fn begin_at(&mut self, stream: Stream) -> Option<Stream> {
         self.wanted = None;
         self.stream.replace(stream)
     }
 
-    /// Reads the targets after these layers alone; None for all.
+    /// Limits the stream targets of batches to those after these layers; None for all.
     pub fn want(&mut self, layers: Option<Range<usize>>) {
         self.wanted = layers;
     }
 
-    /// Lengths in tokens, by sample.
+    /// Length of each sample in tokens.
     pub fn lengths(&self) -> Vec<usize> {
         self.examples.iter().map(|example| example.length).collect()
     }
 
-    /// The batch of these samples.
+    /// The batch of these samples, with the targets that [`TrainingSet::want`] selects.
     ///
-    /// Errors: `Error::Io` when rows cannot be read; `Error::Engine` when LibTorch cannot make the tensors.
+    /// Errors: `Error::Io` when rows cannot be read; `Error::Invalid` when rows are not loaded; `Error::Engine` when
+    /// LibTorch cannot create the tensors.
     pub fn batch(&self, samples: &[usize], device: Device) -> Result<Batch> {
         self.batch_with(samples, self.wanted.clone(), true, device)
     }
 
-    /// True when the dense model's stream behind the layer is on disk.
+    /// True when the dense model's stream after the layer is stored.
     pub fn has_target(&self, layer: usize) -> bool {
         let targets = self.window.as_ref().map_or(&self.targets, |window| &window.set.targets);
         targets.streams.iter().any(|target| target.point == layer + 1)
     }
 
-    /// The batch of these samples, with the dense model's stream behind the layers `wanted`, None for all, and with its
-    /// answers or without. What is not asked for is not read.
+    /// The batch of these samples, with the dense model's stream after the layers `wanted` (None for all), and with its
+    /// answer distributions if `answers` is true. Other targets are not read.
     ///
     /// Errors: as [`TrainingSet::batch`].
     pub fn batch_with(
@@ -373,7 +376,7 @@ impl TrainingSet {
         tensors().map(Some).map_err(torch_error("the dense model's answers"))
     }
 
-    /// What the graph's inputs are made from; padding is on the right, and positions go on counting there.
+    /// Source of the graph's inputs. Padding is on the right, and position ids continue through it.
     fn step(&self, samples: &[usize]) -> Result<Step> {
         let planes = samples.iter().map(|&sample| self.examples[sample].detail().rotary.len()).max().unwrap_or(0);
         let mut prompts = Vec::with_capacity(samples.len());
@@ -400,16 +403,16 @@ impl TrainingSet {
 }
 
 impl Batch {
-    /// The batch in pinned memory, which a GPU copies from without waiting.
+    /// The batch in pinned host memory, so that a copy to the GPU can be asynchronous.
     ///
-    /// Errors: `Error::Engine` where LibTorch has no GPU.
+    /// Errors: `Error::Engine` when LibTorch has no GPU.
     pub fn pinned(self, device: Device) -> Result<Batch> {
         self.moved(|tensor| tensor.f_pin_memory(device))
     }
 
-    /// The batch on a device; from pinned memory the copy runs beside what the device computes.
+    /// The batch on `device`. A copy from pinned memory is asynchronous.
     ///
-    /// Errors: `Error::Engine` where LibTorch has no such device.
+    /// Errors: `Error::Engine` when LibTorch has no such device.
     pub fn to(self, device: Device) -> Result<Batch> {
         self.moved(|tensor| tensor.f_to_device_(device, tensor.f_kind()?, true, false))
     }
@@ -437,16 +440,16 @@ impl Batch {
     }
 }
 
-/// Rows of bf16 numbers, little-endian, as a matrix.
+/// Rows of little-endian bf16 numbers as a matrix `[rows, width]`.
 ///
-/// Errors: `Error::Engine` when LibTorch cannot make it.
+/// Errors: `Error::Engine` when LibTorch cannot create it.
 pub fn bf16_matrix(bytes: &[u8], width: usize) -> Result<Tensor> {
     let count = bytes.len() / (2 * width).max(1);
     let matrix = Tensor::f_from_data_size(bytes, &[count as i64, width as i64], Kind::BFloat16);
     matrix.map_err(torch_error("the dense model's stream"))
 }
 
-/// Bytes of `rows` as a matrix.
+/// Bytes of `rows` as a matrix `[rows, width]`.
 fn matrix(bytes: &[u8], rows: &Rows) -> Result<Tensor, tch::TchError> {
     let (width, kind) = (rows.width(), rows.element().kind());
     let count = bytes.len() / (width * kind.elt_size_in_bytes()).max(1);
@@ -470,12 +473,13 @@ mod tests {
     }
 
     #[test]
-    fn answers_are_predicted_by_the_position_before_them() {
+    fn an_answer_token_is_predicted_at_the_position_before_it() {
         let folder = tempfile::tempdir().unwrap();
         let examples = training_set(folder.path()).examples;
         assert_eq!((&examples[0].detail().positions, &examples[0].detail().targets), (&vec![1, 2], &vec![7, 8]));
         assert_eq!((&examples[1].detail().positions, &examples[1].detail().targets), (&vec![0], &vec![6]));
-        assert!(Example::new("c".into(), &[1, 2], &[true]).is_err());
+        let error = Example::new("c".into(), &[1, 2], &[true]).unwrap_err().to_string();
+        assert_eq!(error, "sample `c`: has 2 tokens and an answer mask of 1");
     }
 
     #[test]
@@ -493,8 +497,25 @@ mod tests {
         assert_eq!(batch.answer_tokens, 3);
     }
 
+    /// The fit of one layer reads the dense model's stream behind that layer, not behind all of them.
     #[test]
-    fn what_passes_read_of_pictures_comes_back_as_it_was() {
+    fn targets_that_are_not_asked_for_are_not_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut set = training_set(folder.path());
+        for point in [1, 3] {
+            let mut writer = RowsWriter::create(&folder.path().join(point.to_string()), Element::Bf16).unwrap();
+            writer.push(&[point as f32; 12], 6).unwrap();
+            set.targets.streams.push(StreamTarget { rows: writer.finish().unwrap(), point });
+        }
+        let points = |batch: Batch| batch.streams.into_keys().collect::<Vec<_>>();
+        assert_eq!(points(set.batch(&[0, 1], Device::Cpu).unwrap()), [1, 3]);
+        let batch = set.batch_with(&[0, 1], Some(2..3), false, Device::Cpu).unwrap();
+        assert_eq!(batch.streams[&3].mean(Kind::Float).double_value(&[]), 3.0);
+        assert_eq!(points(batch), [3]);
+    }
+
+    #[test]
+    fn side_inputs_of_pictures_are_restored_unchanged() {
         let port = |level: usize| crate::runtime::Port {
             name: format!("deepstack_features_{level}"),
             dtype: crate::ir::DataType::Float,
@@ -515,7 +536,7 @@ mod tests {
         assert_eq!(example.detail().image, [[1, 2]]);
         let found = widths.prompt(&rows, example.position_rows(), example.image_mask(), example.detail().types.clone());
         assert_eq!((&found.data, &found.positions, &found.side), (&prompt.data, &prompt.positions, &prompt.side));
-        // Levels that the encoder numbers otherwise are those at their place.
+        // The encoder's level numbers do not matter: levels are matched by order.
         prompt.side.levels = vec![5, 11];
         assert_eq!(inputs.rows(&prompt).unwrap(), rows);
         prompt.side.deepstack.pop();

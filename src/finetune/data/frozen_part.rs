@@ -1,11 +1,11 @@
-//! The frozen part before the first trained layer: a graph of its own, run once per sample in ONNX Runtime, its output
-//! kept on disk.
+//! The frozen part before the first trained layer: a separate graph that ONNX Runtime runs once per sample. Its output
+//! is stored on disk.
 
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::base::{Cancel, Error, Progress, Result, Sha256Digest, ahead, read_json, write_json};
+use crate::base::{Cancel, Error, Progress, Result, Sha256Digest, read_json, write_json};
 use crate::data::LeftOut;
 use crate::prompt::Prompt;
 use crate::runtime::{Embedded, Step, VlmSession};
@@ -16,27 +16,28 @@ use super::source::{Sample, Source};
 use crate::finetune::cut::{SideInputs, SideWidths};
 
 const SCHEMA_VERSION: u32 = 2;
-/// Samples whose pictures are held at once, and go through the vision encoder together.
-const SAMPLES_PER_ROUND: usize = 32;
-/// Bytes of embeddings that go through the decoder in one round, and of each stream that is kept of it; the more there are,
-/// the more samples of one length there are.
+/// Limit on the samples whose pictures are in memory and go through the vision encoder together.
+const SAMPLES_AHEAD: usize = 32;
+/// Limit on the embeddings of a round in bytes; each stored stream of the round is as large. A larger round has more
+/// samples of equal length, which run together.
 const BYTES_PER_ROUND: usize = 8 << 20;
-/// What a token counts as long as no embedding was seen, which is always where the decoder embeds.
+/// Bytes that a token counts before the width of the embeddings is known. When the decoder embeds the tokens, the width
+/// remains unknown.
 const BYTES_PER_TOKEN: usize = 2 << 10;
 
-/// What stands beside the rows: whose rows they are.
+/// Index file of the stored rows.
 #[derive(Debug, Serialize, Deserialize)]
 struct Index {
     schema_version: u32,
     width: usize,
-    /// Widths of the rows that passes read besides; none where they read none.
+    /// Widths of the side values; None when there are none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     side: Option<SideWidths>,
     left_out: LeftOut,
     examples: Vec<Example>,
 }
 
-/// Where the rows of one key are kept.
+/// Files of the rows of one key.
 pub struct Store {
     index: PathBuf,
     rows: PathBuf,
@@ -45,15 +46,16 @@ pub struct Store {
 }
 
 impl Store {
-    /// `key` is the digest of everything that decides the rows, `side` what passes read of each token besides the stream.
+    /// A store in `folder`. `key` is the digest of everything that affects the rows; `side` are the side inputs whose
+    /// values are stored with them.
     pub fn new(folder: &Path, key: &Sha256Digest, side: SideInputs) -> Self {
         let name = |extension: &str| folder.join(format!("hidden-{}.{extension}", &key[..16.min(key.len())]));
         Store { index: name("json"), rows: name("f32"), side_rows: name("side.f32"), side }
     }
 
-    /// What an earlier run left, if it is complete.
+    /// The rows of an earlier run; None unless that run completed them.
     ///
-    /// Errors: `Error::Invalid` when it is damaged.
+    /// Errors: `Error::Invalid` when the files are damaged; `Error::Io`.
     pub fn open(&self) -> Result<Option<(TrainingSet, LeftOut)>> {
         if !self.index.exists() {
             return Ok(None);
@@ -68,10 +70,11 @@ impl Store {
         Ok(Some((TrainingSet::new(examples, rows, side), left_out)))
     }
 
-    /// Runs the frozen part over all samples and keeps what it gives. The model that `frozen` loads embeds prompts, and its
-    /// decoder is the prefix; `embeds_only` takes the embeddings themselves, when the first layer is trained.
+    /// Runs the frozen part over all samples and stores its output. `frozen` loads a model that embeds prompts and
+    /// whose decoder is the frozen prefix. With `embeds_only`, for runs that train the first layer, the embeddings are
+    /// the output.
     ///
-    /// Errors: whatever a sample or a run fails with; `Error::Interrupted`; nothing is kept then.
+    /// Errors: those of the samples and runs; `Error::Interrupted`. Nothing is stored then.
     pub fn fill(
         &self,
         source: &dyn Source,
@@ -93,7 +96,7 @@ impl Store {
         filling.finish(left_out)
     }
 
-    /// Begins to keep rows, sample after sample.
+    /// Creates the files of the store, to be filled sample by sample.
     ///
     /// Errors: `Error::Io`.
     pub fn begin(&self) -> Result<Filling<'_>> {
@@ -104,7 +107,7 @@ impl Store {
     }
 }
 
-/// Rows of a store that are being written.
+/// A store that is being written.
 pub struct Filling<'a> {
     store: &'a Store,
     writer: RowsWriter,
@@ -113,7 +116,8 @@ pub struct Filling<'a> {
 }
 
 impl Filling<'_> {
-    /// Takes a sample and the stream before the first trained layer, a row per token.
+    /// Appends a sample with its residual stream before the first trained layer, one row per token, and its side
+    /// values.
     ///
     /// Errors: as `RowsWriter::push` and `SideInputs::rows`.
     pub fn push(&mut self, hidden: &[f32], sample: &Ready) -> Result<()> {
@@ -142,20 +146,20 @@ impl Filling<'_> {
     }
 }
 
-/// A sample as the decoder takes it.
+/// A sample with the decoder's inputs.
 pub struct Ready {
     pub example: Example,
     pub embedded: Embedded,
 }
 
-/// A model that is loaded when it is first needed, and stays loaded.
+/// A model that is loaded on first use and remains loaded.
 pub struct Slot<'a> {
     model: Option<VlmSession>,
     open: Box<dyn Fn() -> Result<VlmSession> + Send + 'a>,
 }
 
 impl<'a> Slot<'a> {
-    /// A model that `open` loads.
+    /// A slot for the model that `open` loads.
     pub fn new(open: impl Fn() -> Result<VlmSession> + Send + 'a) -> Self {
         Slot { model: None, open: Box::new(open) }
     }
@@ -168,64 +172,29 @@ impl<'a> Slot<'a> {
     }
 }
 
-/// Lengths of all samples that are trained on, without their rows.
+/// Summaries of all samples to train on, with their lengths, and counts of the samples left out.
 ///
-/// Errors: whatever a sample fails with; `Error::Invalid` when there is none; `Error::Interrupted`.
+/// Errors: those of the samples; `Error::Invalid` when no sample is left; `Error::Interrupted`.
 pub fn scan(source: &dyn Source, max_tokens: usize, cancel: &Cancel) -> Result<(Vec<Example>, LeftOut)> {
     let progress = Progress::new("lengths", "samples", source.count());
     let mut left_out = LeftOut::default();
     let mut examples = Vec::new();
-    ahead(
-        SAMPLES_PER_ROUND,
-        || source.samples(),
-        |samples| {
-            for sample in samples {
-                let sample = sample?;
-                cancel.check("nothing was computed")?;
-                progress.advance(1);
-                examples.extend(taken(&sample, max_tokens, &mut left_out)?.map(|example| example.summary()));
-            }
-            Ok(())
-        },
-    )?;
+    source.ahead(SAMPLES_AHEAD, &mut |samples| {
+        for sample in samples {
+            let sample = sample?;
+            cancel.check("nothing was computed")?;
+            progress.advance(1);
+            examples.extend(taken(&sample, max_tokens, &mut left_out)?.map(|example| example.summary()));
+        }
+        Ok(())
+    })?;
     Ok((not_empty(examples, &left_out)?, with_those_of(source, left_out)))
 }
 
-/// The sample as one to train on; None, counted, where it cannot be.
-fn taken(sample: &Sample, max_tokens: usize, left_out: &mut LeftOut) -> Result<Option<Example>> {
-    let mut example = Example::new(sample.id.clone(), &sample.prompt.input_ids, &sample.answer_mask)?;
-    example.number = sample.number;
-    if example.length > max_tokens {
-        left_out.too_long += 1;
-    } else if example.answers == 0 {
-        left_out.without_answer += 1;
-    } else {
-        return Ok(Some(example));
-    }
-    Ok(None)
-}
-
-/// With what the last pass over a source left out.
-fn with_those_of(source: &dyn Source, mut left_out: LeftOut) -> LeftOut {
-    let LeftOut { unreadable, too_long, reasons, .. } = source.left_out();
-    left_out.unreadable = unreadable;
-    left_out.too_long += too_long;
-    left_out.reasons = reasons;
-    left_out
-}
-
-fn not_empty(examples: Vec<Example>, left_out: &LeftOut) -> Result<Vec<Example>> {
-    if examples.is_empty() {
-        let problem = format!("holds no sample to train on: {}", left_out.summary().unwrap_or_default());
-        return Err(Error::invalid("training data", problem).remedy("look at the data, or raise `data.max_tokens`"));
-    }
-    Ok(examples)
-}
-
-/// Reads all samples, embeds those that are trained on, and hands them on in rounds that go through a decoder together.
-/// The first samples are read while the model is loaded. An empty `task` shows no progress.
+/// Reads all samples, embeds those to train on, and passes them to `work` in rounds of samples that run through a
+/// decoder together. Reading starts while the model loads. An empty `task` shows no progress.
 ///
-/// Errors: whatever a sample, the model or `work` fails with; `Error::Interrupted`.
+/// Errors: those of the samples, the model and `work`; `Error::Interrupted`.
 pub fn each_round(
     source: &dyn Source,
     task: &str,
@@ -240,59 +209,47 @@ pub fn each_round(
     let mut round: Vec<Ready> = Vec::new();
     let mut tokens = 0;
     let mut bytes_per_token = BYTES_PER_TOKEN;
-    // The next pictures are decoded while these go through the network.
-    ahead(
-        SAMPLES_PER_ROUND,
-        || source.samples(),
-        |samples| {
-            let model = model.get()?;
-            for sample in samples {
-                let sample = sample?;
-                cancel.check("what was computed of these samples is not kept")?;
-                progress.iter().for_each(|progress| progress.advance(1));
-                let Some(example) = taken(&sample, max_tokens, &mut left_out)? else { continue };
-                tokens += example.length;
-                pictured.push((sample, example));
-                let full = tokens * bytes_per_token >= BYTES_PER_ROUND;
-                if full || pictured.len() >= SAMPLES_PER_ROUND {
-                    embed(&mut pictured, model, &mut round)?;
-                    let width = round.last().map_or(0, |last| last.embedded.hidden_size);
-                    bytes_per_token = if width > 0 { width * size_of::<f32>() } else { BYTES_PER_TOKEN };
-                }
-                if full {
-                    tokens = 0;
-                    work(&mut round, model)?;
-                    round.clear();
-                }
+    // Pictures of the next samples are decoded while the network runs these.
+    source.ahead(SAMPLES_AHEAD, &mut |samples| {
+        let model = model.get()?;
+        for sample in samples {
+            let sample = sample?;
+            cancel.check("what was computed of these samples is not kept")?;
+            if let Some(progress) = &progress {
+                progress.advance(1);
             }
-            embed(&mut pictured, model, &mut round)?;
-            if !round.is_empty() {
+            let Some(example) = taken(&sample, max_tokens, &mut left_out)? else { continue };
+            tokens += example.length;
+            pictured.push((sample, example));
+            let full = tokens * bytes_per_token >= BYTES_PER_ROUND;
+            if full || pictured.len() >= SAMPLES_AHEAD {
+                embed(&mut pictured, model, &mut round)?;
+                let width = round.last().map_or(0, |last| last.embedded.hidden_size);
+                bytes_per_token = if width > 0 { width * size_of::<f32>() } else { BYTES_PER_TOKEN };
+            }
+            if full {
+                tokens = 0;
                 work(&mut round, model)?;
+                round.clear();
             }
-            Ok(with_those_of(source, left_out))
-        },
-    )
+        }
+        embed(&mut pictured, model, &mut round)?;
+        if !round.is_empty() {
+            work(&mut round, model)?;
+        }
+        Ok(())
+    })?;
+    Ok(with_those_of(source, left_out))
 }
 
-/// Embeds samples and lets go of their pictures; positions that are more than counting go into the examples.
-fn embed(pictured: &mut Vec<(Sample, Example)>, model: &mut VlmSession, round: &mut Vec<Ready>) -> Result<()> {
-    let (prompts, examples): (Vec<Prompt>, Vec<Example>) =
-        pictured.drain(..).map(|(sample, example)| (sample.prompt, example)).unzip();
-    let embedded = model.embed_all(&prompts)?;
-    let positions = model.decoder().position_rows() > 1;
-    for (mut example, embedded) in examples.into_iter().zip(embedded) {
-        example.keep(positions.then_some(embedded.positions.as_slice()), &embedded.side);
-        round.push(Ready { example, embedded });
-    }
-    Ok(())
-}
-
-/// What `keep` makes of all outputs of the model's decoder for each sample, a row per token, with at most `tokens_per_run`
-/// tokens at a time. Nothing else of them is held.
+/// Runs the model's decoder over a round and returns the result of `keep` for each sample, in the order of `round`.
+/// `keep` receives all outputs of the sample, `[tokens, width]` each; they are freed after the run. A run has at most
+/// `tokens_per_run` tokens, or one sample.
 ///
-/// Samples of one length go together and are not padded, so that no number depends on how they fell into rounds.
+/// Samples of equal length run together without padding, so the numbers do not depend on the split into rounds.
 ///
-/// Errors: `Error::Engine` when a run fails; `Error::Invalid` when an output has no row per token; those of `keep`.
+/// Errors: `Error::Engine` when a run fails; `Error::Invalid` when an output does not have one row per token;
+/// `Error::Unsupported` for more than one stream; those of `keep`.
 pub fn outputs<T>(
     round: &[Ready],
     model: &mut VlmSession,
@@ -335,4 +292,50 @@ pub fn outputs<T>(
     }
     results.sort_by_key(|(number, _)| *number);
     Ok(results.into_iter().map(|(_, kept)| kept).collect())
+}
+
+/// The sample as an example. None when it is too long or has no answer token; `left_out` then counts it.
+fn taken(sample: &Sample, max_tokens: usize, left_out: &mut LeftOut) -> Result<Option<Example>> {
+    let mut example = Example::new(sample.id.clone(), &sample.prompt.input_ids, &sample.answer_mask)?;
+    example.number = sample.number;
+    if example.length > max_tokens {
+        left_out.too_long += 1;
+    } else if example.answers == 0 {
+        left_out.without_answer += 1;
+    } else {
+        return Ok(Some(example));
+    }
+    Ok(None)
+}
+
+/// Adds the samples that the last pass over `source` left out.
+fn with_those_of(source: &dyn Source, mut left_out: LeftOut) -> LeftOut {
+    let LeftOut { unreadable, too_long, reasons, .. } = source.left_out();
+    left_out.unreadable = unreadable;
+    left_out.too_long += too_long;
+    left_out.reasons = reasons;
+    left_out
+}
+
+/// The examples, of which there must be one.
+fn not_empty(examples: Vec<Example>, left_out: &LeftOut) -> Result<Vec<Example>> {
+    if examples.is_empty() {
+        let problem = format!("holds no sample to train on: {}", left_out.summary().unwrap_or_default());
+        return Err(Error::invalid("training data", problem).remedy("look at the data, or raise `data.max_tokens`"));
+    }
+    Ok(examples)
+}
+
+/// Embeds samples and frees their pictures. Examples store position ids only for decoders that read several rows of
+/// them.
+fn embed(pictured: &mut Vec<(Sample, Example)>, model: &mut VlmSession, round: &mut Vec<Ready>) -> Result<()> {
+    let (prompts, examples): (Vec<Prompt>, Vec<Example>) =
+        pictured.drain(..).map(|(sample, example)| (sample.prompt, example)).unzip();
+    let embedded = model.embed_all(&prompts)?;
+    let positions = model.decoder().position_rows() > 1;
+    for (mut example, embedded) in examples.into_iter().zip(embedded) {
+        example.keep(positions.then_some(embedded.positions.as_slice()), &embedded.side);
+        round.push(Ready { example, embedded });
+    }
+    Ok(())
 }

@@ -3,6 +3,7 @@
 mod batch;
 mod frozen_part;
 mod rows;
+mod same;
 mod source;
 mod streamed;
 mod teacher;

@@ -1,4 +1,4 @@
-//! Rows of numbers on disk: what the frozen part of a network gives for each token, computed once and read many times.
+//! Rows of numbers on disk: outputs of the frozen part and of the dense model, computed once and read many times.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -9,11 +9,11 @@ use tch::Kind;
 
 use crate::base::{AtomicFile, Error, Result};
 
-/// How a number is kept.
+/// Element type of stored numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Element {
     F32,
-    /// Half the size, three digits: for targets that are only compared with.
+    /// Half the size, about three significant digits. For targets, which are only compared with.
     Bf16,
 }
 
@@ -25,7 +25,7 @@ impl Element {
         }
     }
 
-    /// LibTorch's name for it.
+    /// LibTorch's element type.
     pub fn kind(self) -> Kind {
         match self {
             Element::F32 => Kind::Float,
@@ -33,7 +33,7 @@ impl Element {
         }
     }
 
-    /// The bytes of numbers, little-endian.
+    /// Bytes of `numbers`, little-endian.
     pub fn bytes_of(self, numbers: &[f32]) -> Vec<u8> {
         let mut bytes = Vec::new();
         match self {
@@ -43,7 +43,7 @@ impl Element {
         bytes
     }
 
-    /// Ending of files of such rows.
+    /// File name extension.
     pub fn extension(self) -> &'static str {
         match self {
             Element::F32 => "f32",
@@ -52,8 +52,8 @@ impl Element {
     }
 }
 
-/// A file of rows, little-endian, one row per token and nothing else. It is read and not mapped: what has been read once
-/// would count as this process's memory.
+/// A file of rows, little-endian, one row per token, without a header. It is not memory-mapped, because pages of a
+/// mapping that have been read count as memory of the process.
 #[derive(Debug)]
 pub struct Rows {
     path: PathBuf,
@@ -64,17 +64,17 @@ pub struct Rows {
 }
 
 impl Rows {
-    /// Opens `rows` rows of `width` numbers.
+    /// Opens a file of `rows` rows of `width` numbers.
     ///
-    /// Errors: `Error::Io`; `Error::Invalid` when the file holds another number of bytes.
+    /// Errors: `Error::Io`; `Error::Invalid` when the file has another size.
     pub fn open(path: &Path, rows: u64, width: usize, element: Element) -> Result<Self> {
         let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
         let found = file.metadata().map_err(|e| Error::io("read", path, e))?.len();
         let stride = (width as u64).checked_mul(element.size() as u64);
         let want = stride.and_then(|stride| rows.checked_mul(stride));
         if want != Some(found) {
-            let problem =
-                format!("holds {found} bytes, {rows} rows of {width} {element:?} numbers take another amount");
+            let kind = element.extension();
+            let problem = format!("holds {found} bytes, expected {rows} rows of {width} {kind} numbers");
             return Err(Error::invalid(format!("cache `{}`", path.display()), problem)
                 .remedy("remove the file; it is computed again"));
         }
@@ -86,12 +86,12 @@ impl Rows {
         self.width
     }
 
-    /// How numbers are kept.
+    /// Element type of the numbers.
     pub fn element(&self) -> Element {
         self.element
     }
 
-    /// Appends the bytes of `count` rows from row `start` on; fewer where the file ends.
+    /// Appends to `bytes` the bytes of `count` rows from row `start` on, or of fewer rows at the end of the file.
     ///
     /// Errors: `Error::Io`.
     pub fn read(&self, start: u64, count: usize, bytes: &mut Vec<u8>) -> Result<()> {
@@ -105,11 +105,11 @@ impl Rows {
     }
 }
 
-/// Writes rows one after the other; the file appears when complete.
+/// Writes rows in order. The file appears under its name when it is complete.
 pub struct RowsWriter {
     path: PathBuf,
     file: AtomicFile,
-    /// Known from the first rows on.
+    /// Set by the first rows.
     width: Option<usize>,
     element: Element,
     buffer: Vec<u8>,
@@ -117,15 +117,17 @@ pub struct RowsWriter {
 }
 
 impl RowsWriter {
-    /// Errors: `Error::Io` when the file cannot be made.
+    /// A writer for the file `path`.
+    ///
+    /// Errors: `Error::Io` when the file cannot be created.
     pub fn create(path: &Path, element: Element) -> Result<Self> {
         let (path, file) = (path.to_path_buf(), AtomicFile::create(path)?);
         Ok(RowsWriter { path, file, width: None, element, buffer: Vec::new(), rows: 0 })
     }
 
-    /// Appends `count` rows, as wide as those before them.
+    /// Appends `count` rows of the same width as the earlier ones.
     ///
-    /// Errors: `Error::Invalid` when `numbers` are not `count` such rows; `Error::Io`.
+    /// Errors: `Error::Invalid` when `numbers` are not `count` rows of that width; `Error::Io`.
     pub fn push(&mut self, numbers: &[f32], count: usize) -> Result<()> {
         let width = *self.width.get_or_insert(numbers.len() / count.max(1));
         if width == 0 || width.checked_mul(count) != Some(numbers.len()) {
@@ -140,7 +142,9 @@ impl RowsWriter {
         Ok(())
     }
 
-    /// Completes the file. Errors: `Error::Io`; `Error::Invalid` when no row was written.
+    /// Completes the file.
+    ///
+    /// Errors: `Error::Io`; `Error::Invalid` when no row was written.
     pub fn finish(mut self) -> Result<Rows> {
         let Some(width) = self.width else {
             return Err(Error::invalid(format!("cache `{}`", self.path.display()), "holds no row"));
@@ -157,7 +161,7 @@ impl RowsWriter {
     }
 }
 
-/// Appends the bytes of each number.
+/// Appends the bytes of each number to `buffer`.
 fn append<const N: usize>(buffer: &mut Vec<u8>, numbers: &[f32], bytes: impl Fn(f32) -> [u8; N]) {
     let before = buffer.len();
     buffer.resize(before + N * numbers.len(), 0);
@@ -171,14 +175,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rows_come_back_as_written() {
+    fn rows_are_read_back_as_written() {
         let folder = tempfile::tempdir().unwrap();
         for element in [Element::F32, Element::Bf16] {
             let path = folder.path().join(element.extension());
             let mut writer = RowsWriter::create(&path, element).unwrap();
             writer.push(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 2).unwrap();
             writer.push(&[-0.0, 0.25, 9.0], 1).unwrap();
-            assert!(writer.push(&[1.0], 1).is_err());
+            let error = writer.push(&[1.0], 1).unwrap_err().to_string();
+            assert!(error.contains("got 1 numbers, 1 rows of 3 were expected"), "{error}");
             assert!(!path.exists());
             let rows = writer.finish().unwrap();
             assert_eq!((rows.width(), rows.rows), (3, 3));
@@ -197,7 +202,9 @@ mod tests {
             assert_eq!(read(1, 2), want);
             assert_eq!(read(2, 5).len(), 3 * element.size());
             assert!(read(9, 1).is_empty());
-            assert!(Rows::open(&path, 4, 3, element).is_err());
+            let error = Rows::open(&path, 4, 3, element).unwrap_err().to_string();
+            let want = format!("holds {} bytes, expected 4 rows of 3 ", 9 * element.size());
+            assert!(error.contains(&want), "{error}");
         }
     }
 }

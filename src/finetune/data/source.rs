@@ -1,9 +1,9 @@
-//! Where training samples come from: conversations, tokenised and with their pictures processed, one after the other.
+//! Sources of training samples: conversations, tokenised, with their pictures processed, in a fixed order.
 
 use std::cell::Cell;
 use std::rc::Rc;
 
-use crate::base::{Result, Sha256Digest};
+use crate::base::{Result, Sha256Digest, ahead};
 use crate::data::{Dataset, Encoded, Encoder, Intake, LeftOut};
 use crate::prompt::Prompt;
 
@@ -12,29 +12,37 @@ use crate::prompt::Prompt;
 pub struct Sample {
     /// Name in errors.
     pub id: String,
-    /// Which sample of its source it is; ascending.
+    /// Index of the sample in its source; ascending.
     pub number: u64,
-    /// Token ids and the pictures' arrays.
+    /// Token ids and the arrays of the pictures.
     pub prompt: Prompt,
     /// True for each token of an answer, its end token included; as long as the prompt's ids.
     pub answer_mask: Vec<bool>,
 }
 
-/// A data set to train on; read only when what the frozen part gives for it is not on disk yet.
+/// Receives samples in order.
+pub type TakeSamples<'a> = dyn FnMut(&mut dyn Iterator<Item = Result<Sample>>) -> Result<()> + 'a;
+
+/// A data set to train on. A run reads the first samples to plan its work, and the others only to compute outputs that
+/// are not on disk yet.
 pub trait Source: Sync {
-    /// Digest of everything that decides the samples.
+    /// Digest of everything that affects the samples.
     fn digest(&self) -> Result<Sha256Digest>;
     /// Number of samples.
     fn count(&self) -> u64;
-    /// The samples that can be used, in a fixed order.
+    /// The usable samples, in a fixed order.
     fn samples(&self) -> Result<Box<dyn Iterator<Item = Result<Sample>> + '_>>;
-    /// The samples of these numbers, ascending.
+    /// Passes the samples to `take` in order. Other threads prepare them, at most `window` ahead.
+    fn ahead(&self, window: usize, take: &mut TakeSamples<'_>) -> Result<()> {
+        ahead(window, || self.samples(), |mut samples| take(&mut samples))
+    }
+    /// The samples with these numbers, which are ascending.
     fn some(&self, numbers: &[u64]) -> Result<Box<dyn Iterator<Item = Result<Sample>> + '_>> {
         let wanted = numbers.to_vec();
         let chosen = move |sample: &Result<Sample>| sample.as_ref().map_or(true, |own| wanted.contains(&own.number));
         Ok(Box::new(self.samples()?.filter(chosen)))
     }
-    /// What the last pass over the samples left out.
+    /// Samples that the last pass left out, by reason.
     fn left_out(&self) -> LeftOut {
         LeftOut::default()
     }
@@ -62,7 +70,7 @@ impl Source for Conversations<'_> {
     }
 
     fn samples(&self) -> Result<Box<dyn Iterator<Item = Result<Sample>> + '_>> {
-        // Samples are encoded one after the other, each when it is asked for: the last one read is the one that is given.
+        // Samples are encoded one at a time, on demand, so `number` is the index of the returned sample.
         let number = Rc::new(Cell::new(0));
         let read = number.clone();
         let encode = move |sample: &crate::data::Sample| {
@@ -71,6 +79,18 @@ impl Source for Conversations<'_> {
         };
         let samples = self.intake.encoded(self.dataset, self.indices, encode)?;
         Ok(Box::new(samples.map(move |encoded| Ok(Sample::new(encoded?, number.get())))))
+    }
+
+    fn ahead(&self, window: usize, take: &mut TakeSamples<'_>) -> Result<()> {
+        let all = (self.dataset, self.indices, self.indices.len());
+        self.intake.ahead(
+            all,
+            window,
+            |sample| self.encoder.conversation(sample),
+            |samples| {
+                take(&mut samples.map(|sample| sample.map(|(index, encoded)| Sample::new(encoded, index as u64))))
+            },
+        )
     }
 
     fn some(&self, numbers: &[u64]) -> Result<Box<dyn Iterator<Item = Result<Sample>> + '_>> {
@@ -88,7 +108,7 @@ impl Source for Conversations<'_> {
 }
 
 impl Sample {
-    /// Takes an encoded conversation apart into what the runtime reads.
+    /// Splits an encoded conversation into the runtime's prompt and the answer mask.
     pub fn new(encoded: Encoded, number: u64) -> Self {
         let (id, answer_mask) = (encoded.id.clone(), encoded.answer_mask.clone());
         Sample { id, number, prompt: encoded.into_prompt(), answer_mask }
@@ -104,7 +124,7 @@ mod tests {
     use crate::data::DataOptions;
 
     #[test]
-    fn a_broken_picture_is_left_out_and_counted_in_every_pass() {
+    fn a_sample_with_a_broken_picture_is_skipped_and_counted_in_every_pass() {
         let bundle = Bundle::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model")).unwrap();
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("broken.jpg"), b"\xff\xd8\xff\xe0 ends early").unwrap();
@@ -125,6 +145,14 @@ mod tests {
             let numbers: Vec<u64> = samples.iter().map(|sample| sample.number).collect();
             let again = source.some(&numbers[5..9]).unwrap().map(|sample| sample.unwrap().id);
             assert!(again.eq(samples[5..9].iter().map(|sample| sample.id.clone())));
+            let mut ahead = Vec::new();
+            source
+                .ahead(3, &mut |all| {
+                    ahead.extend(all.map(|sample| sample.unwrap().number));
+                    Ok(())
+                })
+                .unwrap();
+            assert_eq!(ahead, numbers);
             let ids: Vec<String> = samples.into_iter().map(|sample| sample.id).collect();
             assert_eq!((ids.len(), ids[7].as_str()), (19, "row 8 of `x.jsonl` (id `8`)"));
             let left_out = source.left_out();

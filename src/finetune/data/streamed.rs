@@ -1,5 +1,5 @@
-//! Rows that are computed when steps need them and kept no longer: for runs that read every sample once, and for data whose
-//! rows have no room on disk.
+//! Rows that are computed on demand and not kept, for runs that read every sample once and for data whose rows do not
+//! fit on disk.
 
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
@@ -13,17 +13,17 @@ use super::frozen_part::{Slot, Store};
 use super::source::Source;
 use super::teacher::{Chosen, Course, Frozen, Running};
 
-/// Folder in the work folder for the rows at hand.
+/// Folder of the loaded rows, inside the work folder.
 pub const WINDOW_FOLDER: &str = "window";
 
-/// Makes rows of samples when steps need them.
+/// Computes rows of samples on demand.
 pub trait Loads: Sync {
-    /// Puts the rows of these samples in place of those at hand.
+    /// Replaces the loaded rows of `dataset` by those of `samples`.
     ///
-    /// Errors: whatever a sample or a run fails with; `Error::Interrupted`.
+    /// Errors: those of the samples and runs; `Error::Interrupted`.
     fn load(&self, dataset: &mut TrainingSet, samples: &[usize]) -> Result<()>;
 
-    /// Tokens that are computed together, longer steps aside.
+    /// Limit on the tokens that are computed together. A step with more tokens is computed whole.
     fn tokens(&self) -> usize;
 }
 
@@ -31,7 +31,7 @@ pub trait Loads: Sync {
 pub struct Streamed<'a> {
     source: &'a dyn Source,
     side: SideInputs,
-    /// Dense model, and the frozen layers' output where it gives that too.
+    /// The dense model, and the frozen layers' output when the dense model computes it too.
     course: Option<(&'a Course<'a>, Option<Frozen>)>,
     embeds_only: bool,
     max_tokens: usize,
@@ -41,24 +41,24 @@ pub struct Streamed<'a> {
     tokens: usize,
 }
 
-/// The models, loaded when they are first run.
+/// Models, loaded on first use.
 struct Models<'a> {
     prefix: Slot<'a>,
     dense: Option<Running<'a>>,
 }
 
-/// What a stream of rows is made from.
+/// Arguments of [`Streamed::new`].
 pub struct StreamedParts<'a> {
     pub source: &'a dyn Source,
-    /// What passes read of each token besides the stream.
+    /// Side inputs of the suffix.
     pub side: SideInputs,
     /// The frozen layers.
     pub prefix: Slot<'a>,
-    /// True where the embeddings themselves are the stream.
+    /// True when the embeddings are the residual stream before the first trained layer.
     pub embeds_only: bool,
-    /// The dense model, where a loss term reads what it gives.
+    /// The dense model, when a loss term reads its outputs.
     pub course: Option<&'a Course<'a>>,
-    /// The stream as a value of the dense model, where it has it.
+    /// The stream before the first trained layer as a value of the dense model, when the dense model computes it.
     pub frozen: Option<Frozen>,
     pub max_tokens: usize,
     /// The run's work folder.
@@ -69,7 +69,7 @@ pub struct StreamedParts<'a> {
 }
 
 impl<'a> Streamed<'a> {
-    /// Loads nothing yet.
+    /// Loads no model yet.
     pub fn new(parts: StreamedParts<'a>) -> Self {
         let StreamedParts { source, side, prefix, embeds_only, course, frozen, max_tokens, work, cancel, .. } = parts;
         let course = course.filter(|course| !course.files().is_empty()).map(|course| (course, frozen));

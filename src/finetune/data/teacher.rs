@@ -1,4 +1,5 @@
-//! The dense model as teacher: its residual stream and its answers, computed once in ONNX Runtime and kept on disk.
+//! The dense model as teacher: its residual stream and its answer distributions, computed once in ONNX Runtime and
+//! stored on disk.
 
 use std::collections::BTreeMap;
 use std::panic::resume_unwind;
@@ -8,44 +9,44 @@ use std::sync::Arc;
 use crate::analysis::{Analysis, analyse, head_input};
 use crate::base::{Cancel, Device, Error, Result, Sha256Digest, sha256_json, thread_count};
 use crate::bundle::{Bundle, Role};
-use crate::ir::{Dim, Graph, Model, ValueId, ValueType};
+use crate::data::LeftOut;
+use crate::finetune::loss;
+use crate::finetune::plan::{Point, points};
+use crate::finetune::settings::Settings;
+use crate::ir::{Dim, Model, ValueId, ValueType};
 use crate::rewrite::extract;
 use crate::runtime::{
     Decoder, FeatureCache, Runtime, Session, SessionOptions, Tensor as RuntimeTensor, VlmSession, headed,
 };
 
 use super::batch::{Example, StreamTarget, Targets, TrainingSet, total_tokens};
-use super::rows::{Element, Rows, RowsWriter};
-use crate::data::LeftOut;
-use crate::finetune::loss;
-use crate::finetune::plan::{Point, points};
-
 use super::frozen_part::{self, Slot, Store, each_round};
+use super::rows::{Element, Rows, RowsWriter};
+use super::same::same_computation;
 use super::source::{Sample, Source};
-use crate::finetune::settings::Settings;
 
-/// Bytes of logits that one run may give.
+/// Limit on the logits of one run, in bytes.
 const LOGIT_BYTES: usize = 256 << 20;
 
-/// How the stream and the answers are kept.
+/// Element types of the stored streams and answer distributions.
 const STREAMS: Element = Element::Bf16;
 const ANSWERS: Element = Element::F32;
 
-/// The dense model and how its layers and the pruned model's correspond.
+/// The dense model, and the correspondence of its layers to those of the pruned model.
 pub struct Teacher<'a> {
     /// The model before pruning.
     pub bundle: &'a Bundle,
-    /// For each layer of the pruned model its index in the dense one.
+    /// Index in the dense model of each layer of the pruned model.
     pub kept: &'a [usize],
-    /// The frozen layers that close a triplet, as the pruned model counts them.
+    /// Frozen layers that close a triplet, as indices in the pruned model.
     pub anchors: &'a [usize],
 }
 
-/// What a run of the dense model is made of.
+/// Inputs of a run of the dense model.
 pub struct Lesson<'a> {
     pub teacher: &'a Teacher<'a>,
     pub trained: &'a [usize],
-    /// The layer before which training begins.
+    /// First trained layer, as an index in the pruned model.
     pub first: usize,
     pub source: &'a dyn Source,
     pub data_digest: &'a Sha256Digest,
@@ -55,28 +56,28 @@ pub struct Lesson<'a> {
     pub features: &'a Arc<FeatureCache>,
 }
 
-/// What the dense model is to give, and where that is kept.
+/// The outputs to compute with the dense model, and their files.
 pub struct Course<'a> {
     lesson: Lesson<'a>,
     /// SHA-256 of the dense model.
     pub digest: Sha256Digest,
     analysis: Analysis,
     points: Vec<Point>,
-    /// Further points that only a fit looks at.
+    /// Additional points that only a fit reads.
     fit_points: Vec<Point>,
-    /// Where what it gives is kept.
+    /// Files of the outputs.
     files: TargetFiles,
     vocabulary: Option<usize>,
-    /// What the head reads, where it works on each position by itself: the head is run on answer positions alone.
+    /// Input of the head when the head is position-wise, so that it runs at the answer positions only. None otherwise.
     head_input: Option<ValueId>,
 }
 
-/// Where what the dense model gives is kept.
+/// Files of the dense model's outputs.
 #[derive(Clone, Debug)]
 pub struct TargetFiles {
-    /// A file for each of the points.
+    /// One file per point.
     streams: Vec<PathBuf>,
-    /// With the number of likeliest tokens that are kept of each answer.
+    /// File of the answer distributions, with the number of tokens stored per answer.
     answers: Option<(PathBuf, usize)>,
 }
 
@@ -88,7 +89,7 @@ impl TargetFiles {
         TargetFiles { streams: self.streams.iter().map(there).collect(), answers }
     }
 
-    /// True when nothing is to be written.
+    /// True when there is nothing to write.
     pub fn is_empty(&self) -> bool {
         self.streams.is_empty() && self.answers.is_none()
     }
@@ -98,21 +99,21 @@ impl TargetFiles {
     }
 }
 
-/// The dense model while it is run: its layers, and its head where that is run by itself.
+/// The dense model during a run: its layers, and its head when that runs separately.
 pub struct Running<'a> {
     body: Slot<'a>,
     head: Option<Session>,
 }
 
-/// What is kept of the dense model's outputs for one sample; without rows where nothing is to be.
-struct Kept {
+/// Outputs of the dense model to store for one sample; empty when there is nothing to store.
+struct SampleOutputs {
     streams: Vec<Vec<f32>>,
-    /// For each answer what the head reads, or the logits.
+    /// Input of the head, or the logits, at each answer position.
     answers: Vec<f32>,
     frozen: Option<Vec<f32>>,
 }
 
-/// The pruned model's stream before its first trained layer, as a value of the dense model.
+/// The pruned model's residual stream before its first trained layer, as a value of the dense model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Frozen {
     /// The embeddings that enter the decoder.
@@ -120,13 +121,15 @@ pub enum Frozen {
     Value(ValueId),
 }
 
-/// The dense model's decoder, looked at.
+/// The dense model's decoder with its analysis.
 pub struct Dense {
     analysis: Analysis,
 }
 
 impl Dense {
-    /// Errors: `Error::Invalid` when dense and pruned model do not belong together.
+    /// Loads and analyses the decoder.
+    ///
+    /// Errors: `Error::Io`; `Error::Invalid` when it lacks a layer that the pruned model kept.
     pub fn open(teacher: &Teacher<'_>) -> Result<Self> {
         let path = teacher.bundle.path_of(teacher.bundle.require(Role::Decoder)?);
         let analysis = analyse(&headed(teacher.bundle, crate::onnx::load(&path)?)?)?;
@@ -139,19 +142,20 @@ impl Dense {
         Ok(Dense { analysis })
     }
 
-    /// The points of its stream that a run compares.
+    /// Points of the residual stream that a run compares.
     pub fn points(&self, teacher: &Teacher<'_>, trained: &[usize], first: usize, settings: &Settings) -> Vec<Point> {
         points(teacher.kept, teacher.anchors, trained, first, self.analysis.map.layers.len(), settings)
     }
 
-    /// Bytes of its weights.
+    /// Bytes of the decoder's weights.
     pub fn weight_bytes(&self) -> u64 {
         self.analysis.model.graph.body.initializers.iter().map(|(_, tensor)| tensor.byte_len()).sum()
     }
 }
 
 impl<'a> Lesson<'a> {
-    /// Says what the dense model, whose SHA-256 is `digest`, is to give.
+    /// Determines the outputs to compute with the dense model and their files. `digest` is the SHA-256 of the dense
+    /// model.
     ///
     /// Errors: `Error::Invalid` when the settings cannot be hashed.
     pub fn prepare(self, dense: Dense, digest: Sha256Digest) -> Result<Course<'a>> {
@@ -184,37 +188,32 @@ impl<'a> Lesson<'a> {
 }
 
 impl Course<'_> {
-    /// True when nothing is left to write: an earlier run did, or no loss term reads any of it.
-    pub fn kept(&self) -> bool {
+    /// True when all files exist: an earlier run wrote them, or no loss term reads any output.
+    pub fn files_exist(&self) -> bool {
         self.files.exist()
     }
 
-    /// Where what it gives is kept.
+    /// Files of the outputs.
     pub fn files(&self) -> &TargetFiles {
         &self.files
     }
 
-    /// The points of the student's stream that are compared, counted in layers from the first trained one.
+    /// Compared points of the student's stream, counted in layers from the first trained one.
     pub fn student_points(&self) -> Vec<usize> {
         self.points.iter().map(|point| point.student - self.lesson.first).collect()
     }
 
-    /// The dense model, to be loaded when it is first run; with `frozen` it gives that too.
+    /// The dense model, to be loaded on first use. With `frozen`, its outputs include that stream.
     pub fn running(&self, frozen: Option<Frozen>) -> Running<'_> {
         let outputs = self.outputs(frozen).values;
         Running { body: Slot::new(move || self.session(&outputs)), head: None }
     }
 
-    /// What a run gives, and where in it.
+    /// Outputs of a run, each value once.
     fn outputs(&self, frozen: Option<Frozen>) -> Outputs {
-        // One value may be wanted at two points; a graph gives it once.
+        // Two points may compare the same value; a graph outputs it once.
         let mut values: Vec<ValueId> = Vec::new();
-        let mut place_of = |id: ValueId| {
-            values.iter().position(|&other| other == id).unwrap_or_else(|| {
-                values.push(id);
-                values.len() - 1
-            })
-        };
+        let mut place_of = |id: ValueId| place_in(&mut values, id);
         let points = self.points.iter().map(|point| place_of(self.stream_before(point))).collect();
         let frozen = match frozen {
             Some(Frozen::Value(id)) => Some(place_of(id)),
@@ -225,18 +224,18 @@ impl Course<'_> {
         Outputs { values, points, frozen, answers }
     }
 
-    /// The stream that the pruned model has before its first trained layer, where the dense model has it too: where it was
-    /// pruned from this very dense model, no layer before that one is missing, and what computes the stream is the same,
-    /// operators and weights. `prefix` computes it in the pruned model; `None` stands for the embeddings.
+    /// The pruned model's residual stream before its first trained layer, as a value of the dense model. None unless
+    /// the pruned model was made from this dense model, keeps all layers before that one, and computes the stream with
+    /// the same operators and weights. `prefix` computes the stream in the pruned model; None when the stream is the
+    /// embeddings.
     ///
     /// Errors: `Error::Io` when a file cannot be read.
     pub fn frozen(&self, pruned: &Bundle, prefix: Option<&Model>) -> Result<Option<Frozen>> {
-        let Lesson { teacher, first, .. } = &self.lesson;
-        let first = *first;
-        let whole = teacher.kept.iter().take(first).copied().eq(0..first);
+        let first = self.lesson.first;
+        let keeps_all_before = self.lesson.teacher.kept.iter().take(first).copied().eq(0..first);
         let record = pruned.record()?;
         let parent = record.as_ref().and_then(|record| record.provenance.inputs.get("model"));
-        if !whole || parent != Some(&self.digest) {
+        if !keeps_all_before || parent != Some(&self.digest) {
             return Ok(None);
         }
         let Some(prefix) = prefix else { return Ok(Some(Frozen::Embeddings)) };
@@ -245,10 +244,11 @@ impl Course<'_> {
         Ok(same_computation(&own.graph, &prefix.graph).then_some(Frozen::Value(layer.input)))
     }
 
-    /// Runs the dense model over the samples of `source` and keeps what it gives in `files`; with `frozen` that stream too,
-    /// which `running` must have been made with. An empty `task` shows no progress.
+    /// Runs the dense model over the samples of `source` and writes its outputs to `files`. With `frozen`, also fills
+    /// the store with that stream and returns its samples; `running` must come from [`Course::running`] with the same
+    /// `frozen`. An empty `task` shows no progress.
     ///
-    /// Errors: whatever a sample or a run fails with; `Error::Interrupted`; nothing is kept then.
+    /// Errors: those of the samples and runs; `Error::Interrupted`. Nothing is stored then.
     pub fn fill(
         &self,
         source: &dyn Source,
@@ -275,7 +275,7 @@ impl Course<'_> {
         let left_out = each_round(source, task, body, max_tokens, cancel, &mut |round, model| {
             let kept = frozen_part::outputs(round, model, tokens_per_run, |sample, outputs| {
                 let example = &sample.example;
-                Ok(Kept {
+                Ok(SampleOutputs {
                     streams: places.points.iter().map(|&place| outputs[place].to_vec()).collect(),
                     answers: places.answers.map_or(Vec::new(), |place| at_answers(outputs[place], example)),
                     frozen: places.frozen.map(|place| outputs[place].to_vec()),
@@ -284,17 +284,17 @@ impl Course<'_> {
             if let (Some((writer, k)), Some(place)) = (&mut answers, places.answers) {
                 let rows: Vec<f32> = kept.iter().flat_map(|kept| &kept.answers).copied().collect();
                 let count: usize = round.iter().map(|sample| sample.example.answers).sum();
-                let likeliest = match self.head_input {
+                let distributions = match self.head_input {
                     Some(input) => {
-                        if head.is_none() {
-                            *head = Some(self.head(input, model, place)?);
-                        }
-                        let found = head.as_mut().map(|head| self.likeliest_of(head, &rows, count, *k, temperature));
-                        found.transpose()?.unwrap_or_default()
+                        let head = match &mut *head {
+                            Some(head) => head,
+                            empty => empty.insert(self.head(input, model, place)?),
+                        };
+                        self.likeliest_of(head, &rows, count, *k, temperature)?
                     }
                     None => likeliest(&rows, count, *k, temperature),
                 };
-                writer.push(&likeliest, count)?;
+                writer.push(&distributions, count)?;
             }
             for (kept, sample) in kept.into_iter().zip(round.drain(..)) {
                 for (writer, stream) in streams.iter_mut().zip(&kept.streams) {
@@ -306,7 +306,7 @@ impl Course<'_> {
             }
             Ok(())
         })?;
-        // The samples' own store last: it says that there is one at all, and its message is the one to read.
+        // The store is finished first: without samples, its error is clearer than those of the writers.
         let filled = filling.map(|filling| filling.finish(left_out)).transpose()?;
         for writer in streams.into_iter().chain(answers.map(|(writer, _)| writer)) {
             writer.finish()?;
@@ -314,12 +314,12 @@ impl Course<'_> {
         Ok(filled)
     }
 
-    /// Rows of logits that one run may give.
+    /// Limit on the rows of logits that one run computes.
     fn logit_rows(&self) -> usize {
         self.vocabulary.map_or(1, |vocabulary| (LOGIT_BYTES / (4 * vocabulary.max(1))).max(1))
     }
 
-    /// The head by itself; `body` gives what it reads as its output of number `place`.
+    /// The head as a separate session. Its input is output number `place` of `body`.
     fn head(&self, input: ValueId, body: &VlmSession, place: usize) -> Result<Session> {
         let mut model = self.analysis.model.clone();
         let port = body.decoder().session().outputs().get(place);
@@ -330,7 +330,7 @@ impl Course<'_> {
         Runtime::new(self.lesson.device)?.session_of(&part, &SessionOptions::default())
     }
 
-    /// The [`top_k`] of each of `count` rows that the head reads.
+    /// [`top_k`] of each of `count` rows of the head's input, `[count, 2 * k]`.
     fn likeliest_of(
         &self,
         head: &mut Session,
@@ -359,12 +359,13 @@ impl Course<'_> {
         Ok(found)
     }
 
+    /// The dense model's stream at a point: the input of a layer, or the output of the last one.
     fn stream_before(&self, point: &Point) -> ValueId {
         let layers = &self.analysis.map.layers;
         layers.get(point.dense).map_or(layers[layers.len() - 1].output, |layer| layer.input)
     }
 
-    /// The dense model as far as these values need it.
+    /// The dense model, reduced to the nodes that compute `outputs`.
     fn session(&self, outputs: &[ValueId]) -> Result<VlmSession> {
         let Lesson { teacher, device, features, .. } = &self.lesson;
         let part = extract(&self.analysis.model, &[], outputs)?;
@@ -375,24 +376,21 @@ impl Course<'_> {
         VlmSession::with_decoder(&runtime, teacher.bundle, decoder, &options, features)
     }
 
-    /// The dense stream that the student's stream behind each of `layers` is compared with, counted from its first trained
-    /// one, for these samples: by layer and sample number, rows in bf16. Nothing is written.
+    /// The dense model's stream that the student's stream after each of `layers` is compared with, for the samples
+    /// `numbers`. `layers` are counted from the first trained one. Returns, per layer, rows in bf16 by sample number.
+    /// Nothing is written to disk.
     ///
-    /// Errors: whatever a sample or a run fails with; `Error::Interrupted`.
+    /// Errors: `Error::Invalid` when a layer has no point; those of the samples and runs; `Error::Interrupted`.
     pub fn behind(&self, layers: &[usize], numbers: &[u64], cancel: &Cancel) -> Result<Vec<BTreeMap<u64, Vec<u8>>>> {
         let first = self.lesson.first;
-        let all = || self.points.iter().chain(&self.fit_points);
         let mut outputs: Vec<ValueId> = Vec::new();
         let mut places = Vec::with_capacity(layers.len());
         for layer in layers {
-            let point = all().find(|point| point.student == first + layer + 1);
-            let point =
-                point.ok_or_else(|| Error::invalid("the fit", format!("has no target behind layer {layer}")))?;
-            let value = self.stream_before(point);
-            places.push(outputs.iter().position(|&other| other == value).unwrap_or(outputs.len()));
-            if !outputs.contains(&value) {
-                outputs.push(value);
-            }
+            let mut points = self.points.iter().chain(&self.fit_points);
+            let point = points
+                .find(|point| point.student == first + layer + 1)
+                .ok_or_else(|| Error::invalid("the fit", format!("has no target behind layer {layer}")))?;
+            places.push(place_in(&mut outputs, self.stream_before(point)));
         }
         let mut numbers = numbers.to_vec();
         numbers.sort_unstable();
@@ -413,9 +411,10 @@ impl Course<'_> {
         Ok(found)
     }
 
-    /// What was kept, for these examples.
+    /// The stored outputs for these examples.
     ///
-    /// Errors: `Error::Invalid` when the stream's width is not the pruned model's, or a file is damaged.
+    /// Errors: `Error::Invalid` when the width of the stream differs from the pruned model's, or a file is damaged;
+    /// `Error::Io`.
     pub fn open(&self, files: &TargetFiles, examples: &[Example], hidden_size: usize) -> Result<Targets> {
         if let Some(other) = last_size(&self.analysis, self.analysis.map.source).filter(|&other| other != hidden_size) {
             let path = self.lesson.teacher.bundle.root().display();
@@ -436,21 +435,29 @@ impl Course<'_> {
     }
 }
 
-/// What a run of the dense model gives, and where in it.
+/// Position of a value in `values`. A missing value is appended.
+fn place_in(values: &mut Vec<ValueId>, id: ValueId) -> usize {
+    values.iter().position(|&other| other == id).unwrap_or_else(|| {
+        values.push(id);
+        values.len() - 1
+    })
+}
+
+/// Outputs of a run of the dense model, with their positions in `values`.
 struct Outputs {
     values: Vec<ValueId>,
-    /// Of each point.
+    /// Position of the stream at each point.
     points: Vec<usize>,
-    /// The pruned model's stream before its first trained layer.
+    /// Position of the pruned model's residual stream before its first trained layer.
     frozen: Option<usize>,
-    /// The head's input, or the logits.
+    /// Position of the head's input, or of the logits.
     answers: Option<usize>,
 }
 
-/// Some samples of a source.
+/// A subset of the samples of a source.
 pub struct Chosen<'a> {
     pub source: &'a dyn Source,
-    /// Their numbers, ascending.
+    /// Indices of the samples in the source, ascending.
     pub numbers: Vec<u64>,
 }
 
@@ -468,32 +475,12 @@ impl Source for Chosen<'_> {
     }
 }
 
-/// The last axis of a value, where it is fixed.
+/// Size of the last axis of a value, when the graph fixes it.
 fn last_size(analysis: &Analysis, id: ValueId) -> Option<usize> {
     match analysis.model.graph.value(id).ty.as_ref()?.shape()?.last()? {
         Dim::Known(size) => usize::try_from(*size).ok(),
         Dim::Symbol(_) | Dim::Unknown => None,
     }
-}
-
-/// True when two graphs have the same operators in the same order, over initializers of the same bytes.
-fn same_computation(a: &Graph, b: &Graph) -> bool {
-    let operators = |graph: &Graph| {
-        let nodes = graph.body.nodes.iter();
-        nodes.map(|node| (node.domain.clone(), node.op_type.clone(), node.inputs.len())).collect::<Vec<_>>()
-    };
-    let initializers = |graph: &Graph| {
-        let ids = graph.body.nodes.iter().flat_map(|node| node.present_inputs().collect::<Vec<_>>());
-        ids.filter(|&id| graph.body.initializer(id).is_some()).collect::<Vec<_>>()
-    };
-    let (left, right) = (initializers(a), initializers(b));
-    let equal = |(&left, &right): (&ValueId, &ValueId)| match (a.body.initializer(left), b.body.initializer(right)) {
-        (Some(left), Some(right)) => {
-            left.dtype == right.dtype && left.dims == right.dims && left.bytes() == right.bytes()
-        }
-        _ => false,
-    };
-    operators(a) == operators(b) && left.len() == right.len() && left.iter().zip(&right).all(equal)
 }
 
 /// Rows at the positions that predict an answer; `rows` has one per token.
@@ -503,7 +490,7 @@ fn at_answers(rows: &[f32], example: &Example) -> Vec<f32> {
     example.detail().positions.iter().flat_map(row).copied().collect()
 }
 
-/// The [`top_k`] of each of `count` rows of logits, on all cores.
+/// [`top_k`] of each of `count` rows of logits, on all cores.
 fn likeliest(logits: &[f32], count: usize, k: usize, temperature: f64) -> Vec<f32> {
     let width = (logits.len() / count.max(1)).max(1);
     let share = count.div_ceil(thread_count()).max(1);
@@ -517,8 +504,8 @@ fn likeliest(logits: &[f32], count: usize, k: usize, temperature: f64) -> Vec<f3
     })
 }
 
-/// The `k` largest log-probabilities at a temperature, then the tokens that they are of; token ids below 2^24 are exact
-/// as f32, which every vocabulary is.
+/// The `k` largest log-probabilities at a temperature, in descending order, then their token ids. Token ids below 2^24
+/// are exact as f32; every vocabulary is smaller than that.
 fn top_k(logits: &[f32], k: usize, temperature: f64) -> Vec<f32> {
     let scaled = |logit: f32| f64::from(logit) / temperature;
     let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
@@ -541,7 +528,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_likeliest_tokens_come_first_with_their_log_probabilities() {
+    fn top_k_lists_the_likeliest_tokens_with_their_log_probabilities() {
         let row = top_k(&[0.0, 3.0, -1.0, 2.0], 2, 1.0);
         let total: f64 = [0.0f64, 3.0, -1.0, 2.0].iter().map(|z| z.exp()).sum();
         let want = [3.0 - total.ln(), 2.0 - total.ln(), 1.0, 3.0];

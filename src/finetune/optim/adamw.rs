@@ -1,7 +1,7 @@
-//! AdamW over LibTorch tensors, with state that can be written down and taken up again bit for bit.
+//! AdamW over LibTorch tensors, with state that can be saved and restored bit for bit.
 //!
-//! LibTorch's own optimiser classes keep their moments out of reach of this binding, so a run could not be resumed to
-//! the same result; the update itself is the one of `torch.optim.AdamW`, operation for operation.
+//! The binding does not expose the moments of LibTorch's own optimiser classes, so a run with them could not resume to
+//! the same result. The update is that of `torch.optim.AdamW`, operation for operation.
 
 use tch::Tensor;
 
@@ -14,14 +14,14 @@ pub struct AdamW {
     pub weight_decay: f64,
 }
 
-/// A parameter's first and second moment.
+/// First and second moment of a parameter.
 pub struct Moments<'a> {
     pub exp_avg: &'a mut Tensor,
     pub exp_avg_sq: &'a mut Tensor,
 }
 
 impl AdamW {
-    /// One update in place, of tensors of one shape: `step` counts from 1.
+    /// One update in place. All tensors have the same shape; `step` counts from 1.
     ///
     /// Source: Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2; `torch/optim/adamw.py`, `_single_tensor_adamw`.
     pub fn update(
@@ -42,9 +42,10 @@ impl AdamW {
         let _ = exp_avg.f_lerp_(gradient, 1.0 - self.beta1)?;
         let squared = gradient.f_mul(gradient)?.f_mul_scalar_(1.0 - self.beta2)?;
         let _ = exp_avg_sq.f_mul_scalar_(self.beta2)?.f_add_(&squared)?;
-        let mut denominator = exp_avg_sq.f_sqrt()?;
+        // The one buffer that a step needs besides the moments.
+        let mut denominator = exp_avg_sq.f_sqrt_out(&squared)?;
         let _ = denominator.f_div_scalar_(correction2.sqrt())?.f_add_scalar_(self.epsilon)?;
-        let update = exp_avg.f_div(&denominator)?.f_mul_scalar_(-learning_rate / correction1)?;
+        let update = exp_avg.f_div_out(&denominator, &denominator)?.f_mul_scalar_(-learning_rate / correction1)?;
         let _ = value.f_add_(&update)?;
         Ok(())
     }
@@ -55,11 +56,11 @@ mod tests {
     use super::super::optimizer::tests::{GRADIENTS, bits_apart, start, values};
     use super::*;
 
-    /// Three steps of `torch.optim.AdamW(lr=0.02, weight_decay=0.1)` in torch 2.11.
+    /// Reference: three steps of `torch.optim.AdamW(lr=0.02, weight_decay=0.1)` in torch 2.11.
     #[test]
-    fn steps_are_those_of_the_reference() {
+    fn adamw_steps_equal_torch() {
         let start = start();
-        // The bits of each value.
+        // Bits of each value.
         let want: [[u32; 6]; 3] = [
             [0x3ef5_3f7d, 0xbf9d_1eb9, 0x3ffc_ed92, 0xbc9b_a5e3, 0xc040_e560, 0x3f44_bc6a],
             [0x3efa_7ca0, 0xbf9c_f0c5, 0x3ffa_b4f2, 0xbd1c_bb27, 0xc041_2a11, 0x3f41_cff1],

@@ -1,7 +1,7 @@
-//! The mean of the weights over the last steps of a run, which is what the run then gives.
+//! Mean of the weights over the last steps of a run, which replaces the final weights.
 //!
-//! Steps at a rate that does not fall go around the lowest point; their mean lies closer to it than any of them
-//! (Polyak and Juditsky 1992; Izmailov et al. 2018, arXiv:1803.05407).
+//! With a constant learning rate the weights oscillate around the minimum, and their mean is closer to it than the
+//! weights of any single step (Polyak and Juditsky 1992; Izmailov et al. 2018, arXiv:1803.05407).
 
 use tch::Tensor;
 
@@ -10,22 +10,22 @@ use crate::torch;
 
 use crate::finetune::error::torch_error;
 
-/// The running mean of a network's trained weights.
+/// Running mean of a network's trained weights.
 pub struct Average {
-    /// The step behind which the first weights are taken, counted from 1.
+    /// First step whose resulting weights are in the mean, counted from 1.
     first: u64,
     means: Vec<Mean>,
 }
 
 struct Mean {
     name: String,
-    /// The weight that the network runs with.
+    /// The weight in the network.
     weight: Tensor,
     mean: Tensor,
 }
 
 impl Average {
-    /// The mean over the last `share` of `total` steps, at least one; None for a share of 0.
+    /// A mean over the last `share` of `total` steps, at least one; None when `share` or `total` is 0.
     ///
     /// Errors: `Error::Engine` from LibTorch.
     pub fn new(weights: &[torch::Parameter], share: f64, total: u64) -> Result<Option<Self>> {
@@ -42,7 +42,8 @@ impl Average {
         Ok(Some(Average { first: total.saturating_sub(count) + 1, means }))
     }
 
-    /// Takes the weights behind a step, counted from 1; each of the last steps once, in order.
+    /// Adds the weights after `step`, counted from 1. Call it once per step, in order; it ignores steps before the
+    /// averaged ones.
     ///
     /// Errors: `Error::Engine` from LibTorch.
     pub fn add(&mut self, step: u64) -> Result<()> {
@@ -56,7 +57,7 @@ impl Average {
         Ok(())
     }
 
-    /// Gives the network's weights their mean.
+    /// Copies the mean into the network's weights.
     ///
     /// Errors: `Error::Engine` from LibTorch.
     pub fn apply(&mut self) -> Result<()> {
@@ -66,7 +67,7 @@ impl Average {
         Ok(())
     }
 
-    /// What a checkpoint holds of it, by name; the tensors themselves, not copies.
+    /// Tensors for a checkpoint, by name. They share memory with the mean.
     pub fn tensors(&self) -> impl Iterator<Item = (String, Tensor)> + '_ {
         self.means.iter().map(|mean| (format!("mean/{}", mean.name), mean.mean.shallow_clone()))
     }

@@ -1,19 +1,19 @@
-//! Moments in 8 bits: a byte per number and a scale per block, in place of four bytes.
+//! Moments in 8 bits: one byte per number and one f32 scale per block, instead of four bytes per number.
 //!
-//! Within a block of [`BLOCK`] numbers each is kept relative to the largest, the first moment as the root of its size with
-//! its sign and the second as its fourth root, so that small ones keep their digits. The update is computed in f32
-//! (Dettmers et al. 2022, arXiv:2110.02861, who use another code within the same blocks).
+//! Within a block of [`BLOCK`] numbers, each is stored relative to the largest magnitude: the first moment as its
+//! signed square root and the second as its fourth root, so that small numbers keep their precision. The update is
+//! computed in f32 (Dettmers et al. 2022, arXiv:2110.02861, with another code within such blocks).
 
 use tch::{Kind, Tensor};
 
-/// Numbers that share a scale.
+/// Numbers per scale.
 const BLOCK: i64 = 256;
-/// Steps of the code of the first moment, to either side of 0.
+/// Code levels of the first moment on each side of 0.
 const SIGNED: f64 = 127.0;
-/// Steps of the code of the second moment.
+/// Code levels of the second moment above 0.
 const UNSIGNED: f64 = 255.0;
 
-/// Bytes of a moment of so many numbers.
+/// Bytes of a moment of `elements` numbers.
 pub fn moment_bytes(elements: u64) -> u64 {
     let blocks = elements.div_ceil(BLOCK as u64);
     blocks * (BLOCK as u64 + 4)
@@ -24,14 +24,14 @@ pub fn moment_bytes(elements: u64) -> u64 {
 pub struct Moment {
     /// `[blocks, BLOCK]`: i8 for the first moment, u8 for the second.
     pub codes: Tensor,
-    /// f32 `[blocks, 1]`: the largest size in each block.
+    /// f32 `[blocks, 1]`: largest magnitude in each block.
     pub scales: Tensor,
     size: Vec<i64>,
     signed: bool,
 }
 
 impl Moment {
-    /// Zeros in the shape of `value`.
+    /// A moment of zeros in the shape of `value`; `signed` for a first moment.
     pub fn zeros(value: &Tensor, signed: bool) -> Result<Self, tch::TchError> {
         let blocks = (value.numel() as i64 + BLOCK - 1) / BLOCK;
         let (kind, device) = (if signed { Kind::Int8 } else { Kind::Uint8 }, value.device());
@@ -39,7 +39,7 @@ impl Moment {
         Ok(Moment { codes, scales: Tensor::f_zeros([blocks, 1], (Kind::Float, device))?, size: value.size(), signed })
     }
 
-    /// The numbers in f32.
+    /// The numbers in f32, in the shape of the weight.
     pub fn numbers(&self) -> Result<Tensor, tch::TchError> {
         let codes = self.codes.f_to_kind(Kind::Float)?;
         let parts = match self.signed {
@@ -53,7 +53,7 @@ impl Moment {
         parts.f_mul(&self.scales)?.f_flatten(0, -1)?.f_narrow(0, 0, count)?.f_reshape(&self.size)
     }
 
-    /// Keeps these numbers; a second moment above 0 stays above 0, which the update divides by.
+    /// Stores `numbers`. A second moment above 0 remains above 0, because the update divides by its root.
     pub fn keep(&mut self, numbers: &Tensor) -> Result<(), tch::TchError> {
         let flat = numbers.f_flatten(0, -1)?;
         let lacking = self.codes.numel() as i64 - flat.numel() as i64;
@@ -79,14 +79,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_of_very_different_sizes_keep_their_digits() {
+    fn moments_of_very_different_sizes_keep_their_precision() {
         let sizes = Tensor::arange(700, (Kind::Float, Device::Cpu)).divide_scalar(-100.0).exp();
         let signs = (Tensor::arange(700, (Kind::Float, Device::Cpu)) + 1.0).sin().sign();
         for (signed, numbers, off) in [(true, &sizes * signs, 0.03), (false, sizes.square(), 0.03)] {
             let mut moment = Moment::zeros(&numbers, signed).unwrap();
             moment.keep(&numbers).unwrap();
             let found = moment.numbers().unwrap();
-            // Within a block of 256 they fall to a thirteenth, the squares to a hundred-and-sixtieth.
+            // Within a block of 256, the numbers fall by a factor of 13 and their squares by a factor of 160.
             let apart = ((&found - &numbers) / &numbers).abs().max().double_value(&[]);
             assert!(apart < off, "{apart}");
             assert_eq!(moment_bytes(700), 3 * 260);

@@ -1,18 +1,18 @@
-//! Muon: a step along the momentum of a matrix with all its singular values brought to about the same size.
+//! Muon: steps along the momentum of a matrix, with all its singular values brought to about the same size.
 //!
-//! Few steps on few samples see the directions of the largest gradients alone, whatever the rate; here the others have
-//! their part in every step.
+//! With few steps on few samples, other optimisers move mainly along the directions of the largest gradients, at any
+//! learning rate. With Muon every direction is part of every step.
 
 use tch::{Kind, Tensor};
 
-/// Rounds of the iteration, each of which makes small singular values 3.4 times as large. The reference takes five; three
-/// heal as well and cost less.
+/// Newton-Schulz iterations per step. Each multiplies small singular values by 3.4. The reference uses five; three heal
+/// as well and cost less.
 const ROUNDS: usize = 3;
 
-/// Coefficients of the iteration, of the first, third and fifth power.
+/// Coefficients of the iteration's first, third and fifth power.
 const COEFFICIENTS: (f64, f64, f64) = (3.4445, -4.7750, 2.0315);
 
-/// The root mean square that AdamW's steps have in long runs, as a part of the rate.
+/// Root mean square of a step relative to the learning rate, as of AdamW's steps in long runs.
 const STEP_SIZE: f64 = 0.2;
 
 /// Muon's constants.
@@ -23,13 +23,13 @@ pub struct Muon {
 }
 
 impl Muon {
-    /// True for matrices and stacks of them.
+    /// True for matrices, and stacks of them, with both sides above 1.
     pub fn takes(size: &[i64]) -> bool {
         matches!(size, [.., rows, columns] if *rows > 1 && *columns > 1)
     }
 
-    /// One update in place, of tensors of one shape `[.., K, D]`; with Nesterov's momentum, and a size that lets one rate
-    /// do for AdamW and this.
+    /// One update in place with Nesterov momentum. All tensors have the same shape `[.., K, D]`. Steps have the root
+    /// mean square of AdamW's at the same learning rate.
     ///
     /// Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; Liu et al. 2025,
     /// arXiv:2502.16982, section 2.2 (the factor `0.2 * sqrt(max(K, D))`).
@@ -52,8 +52,8 @@ impl Muon {
     }
 }
 
-/// The matrix `U V^T` of `U S V^T`, about: [`ROUNDS`] of the Newton-Schulz iteration `X <- (a + b A + c A^2) X`,
-/// `A = X X^T`, from the matrix over its norm.
+/// Approximates `U V^T` of the matrix `U S V^T` with [`ROUNDS`] Newton-Schulz iterations `X <- (a + b A + c A^2) X`,
+/// `A = X X^T`, from the matrix divided by its Frobenius norm. Shape `[.., K, D]`.
 fn orthogonal(matrix: &Tensor) -> Result<Tensor, tch::TchError> {
     let (a, b, c) = COEFFICIENTS;
     let wide = matches!(matrix.size().as_slice(), [.., rows, columns] if rows <= columns);
@@ -74,10 +74,10 @@ mod tests {
     use super::super::optimizer::tests::{GRADIENTS, start, values};
     use super::*;
 
-    /// Three steps in NumPy, f64, from the same formulas; `torch.optim.Muon` with three rounds, which iterates in bf16, is
-    /// within 1e-4 of them.
+    /// Reference: three steps in NumPy, f64, from the same formulas. `torch.optim.Muon` with three rounds iterates in
+    /// bf16 and is within 1e-4 of them.
     #[test]
-    fn steps_are_those_of_the_reference() {
+    fn muon_steps_equal_the_numpy_reference() {
         let start = start();
         let want: [[f32; 6]; 3] = [
             [0.496_546_1, -1.247_334, 1.988_648, 0.000_903_065, -2.998_975_7, 0.748_225_8],
@@ -85,7 +85,7 @@ mod tests {
             [0.502_066_26, -1.243_890_2, 1.984_621_3, 0.000_193_503, -2.996_442, 0.743_975_6],
         ];
         let muon = Muon { momentum: 0.9, weight_decay: 0.1 };
-        // Wide, tall, and a stack of two.
+        // A wide matrix, a tall one, and a stack of two.
         let turn = |tensor: &Tensor| tensor.transpose(-2, -1).contiguous();
         let two = |tensor: &Tensor| Tensor::stack(&[tensor, &(tensor * 3.0)], 0);
         let (mut wide, mut tall, mut stack) = (start.copy(), turn(&start), two(&start));
@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn a_step_has_singular_values_of_about_one_size() {
+    fn an_orthogonalised_matrix_has_singular_values_near_1() {
         let values: Vec<f32> = (0..24 * 40).map(|i| ((i * i) as f32 * 0.37).sin()).collect();
         let matrix = Tensor::from_slice(&values).view([24, 40]);
         let range = |matrix: &Tensor| {

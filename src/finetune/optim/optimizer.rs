@@ -1,4 +1,4 @@
-//! The optimisers, one row each, over what they train: tensors with state that can be written down and taken up again.
+//! The optimisers, one row each, and the parameters with optimiser state that can be saved and restored.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -29,17 +29,17 @@ pub enum OptimizerKind {
 pub struct OptimizerRow {
     /// The optimiser.
     pub kind: OptimizerKind,
-    /// Its name in settings.
+    /// Name in settings.
     pub name: &'static str,
     /// Peak learning rates that `learning_rate = "auto"` tries, ascending.
     pub rates: &'static [f64],
-    /// The state that it begins with for a weight.
+    /// Creates the initial state for a weight.
     begin: fn(&Tensor) -> Result<State, tch::TchError>,
-    /// Bytes of that state for a weight of a shape.
+    /// Bytes of that state for a weight of this shape.
     bytes: fn(&[u64]) -> u64,
 }
 
-/// Every optimiser there is.
+/// All optimisers.
 pub const OPTIMIZERS: &[OptimizerRow] = &[
     OptimizerRow {
         kind: OptimizerKind::AdamW,
@@ -76,10 +76,10 @@ pub const OPTIMIZERS: &[OptimizerRow] = &[
     },
 ];
 
-/// From the rate for billions of parameters to that for adapters and networks of a few million.
+/// From the rate for billions of parameters to the rate for adapters and networks of a few million parameters.
 const ADAMW_RATES: &[f64] = &[1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3];
 
-/// Weights with fewer elements, norms and biases, keep moments of 32 bits.
+/// Weights with fewer elements, such as norms and biases, have moments of 32 bits.
 const EIGHT_BITS_FROM: usize = 4096;
 
 impl OptimizerKind {
@@ -93,12 +93,12 @@ impl OptimizerKind {
     }
 }
 
-/// Bytes of the state for weights of these shapes.
+/// Bytes of the optimiser state for weights of these shapes.
 pub fn state_bytes(optimizer: OptimizerKind, shapes: &[Vec<u64>]) -> u64 {
     shapes.iter().map(|shape| (optimizer.row().bytes)(shape)).sum()
 }
 
-/// What an optimiser knows of a weight from the steps before.
+/// State of an optimiser for one weight, carried from step to step.
 #[derive(Debug)]
 pub enum State {
     AdamW {
@@ -108,7 +108,7 @@ pub enum State {
     Muon {
         momentum: Tensor,
     },
-    /// AdamW's.
+    /// AdamW's moments in 8 bits.
     EightBit {
         first: Moment,
         second: Moment,
@@ -121,7 +121,7 @@ impl State {
     }
 }
 
-/// One tensor that is trained: an f32 leaf with its moments.
+/// A trained tensor: an f32 leaf with its optimiser state.
 pub struct Parameter {
     /// The initializer's name in the graph.
     pub name: String,
@@ -131,7 +131,7 @@ pub struct Parameter {
 }
 
 impl Parameter {
-    /// A parameter with its moments at 0. A `value` that requires gradients is trained in place.
+    /// A parameter with its state at 0. A `value` that requires gradients is trained in place.
     ///
     /// Errors: `Error::Engine` from LibTorch; `Error::Invalid` unless `value` is f32.
     pub fn new(name: impl Into<String>, value: Tensor, optimizer: OptimizerKind) -> Result<Self> {
@@ -147,7 +147,7 @@ impl Parameter {
         Ok(Parameter { name, value, state })
     }
 
-    /// Everything that a run goes on from, by name; the tensors themselves, not copies.
+    /// Tensors for a checkpoint, by name. They share memory with the parameter.
     pub fn tensors(&self) -> impl Iterator<Item = (String, Tensor)> {
         let named = |kind: &str, tensor: &Tensor| (format!("{kind}/{}", self.name), tensor.shallow_clone());
         let state = match &self.state {
@@ -163,7 +163,7 @@ impl Parameter {
         [named("value", &self.value)].into_iter().chain(state)
     }
 
-    /// What a step costs, next to other parameters' steps.
+    /// Relative cost of a step, to compare parameters.
     pub fn work(&self) -> usize {
         let shorter = match (&self.state, self.value.size().as_slice()) {
             (State::Muon { .. }, [.., rows, columns]) => usize::try_from(*rows.min(columns)).unwrap_or(1),
@@ -173,7 +173,7 @@ impl Parameter {
     }
 }
 
-/// What a user sets of the optimisers.
+/// Hyperparameters of the optimisers.
 #[derive(Clone, Copy, Debug)]
 pub struct Constants {
     pub beta1: f64,
@@ -182,7 +182,7 @@ pub struct Constants {
     pub weight_decay: f64,
 }
 
-/// Both optimisers, ready to take steps.
+/// AdamW and Muon with their hyperparameters.
 #[derive(Clone, Copy, Debug)]
 pub struct Optimizer {
     adamw: AdamW,
@@ -190,13 +190,13 @@ pub struct Optimizer {
 }
 
 impl Optimizer {
-    /// With these constants.
+    /// Optimisers with these hyperparameters.
     pub fn new(constants: Constants) -> Self {
         let Constants { beta1, beta2, epsilon, weight_decay } = constants;
         Optimizer { adamw: AdamW { beta1, beta2, epsilon, weight_decay }, muon: Muon { momentum: beta1, weight_decay } }
     }
 
-    /// One update in place: `step` counts from 1.
+    /// One update in place; `step` counts from 1.
     ///
     /// Errors: `Error::Engine` from LibTorch.
     pub fn step(&self, parameter: &mut Parameter, gradient: &Tensor, step: u64, learning_rate: f64) -> Result<()> {
@@ -222,9 +222,10 @@ impl Optimizer {
     }
 }
 
-/// Global L2 norm of all gradients together, and their scaling down to `max_norm` where it is larger; 0 only measures.
+/// Global L2 norm of all gradients. When it is larger than `max_norm`, the gradients are scaled down to `max_norm`; a
+/// `max_norm` of 0 disables this.
 ///
-/// Source: `torch.nn.utils.clip_grad_norm_`, factor `max_norm / (norm + 1e-6)`.
+/// Errors: `Error::Engine` from LibTorch. Source: `torch.nn.utils.clip_grad_norm_`, factor `max_norm / (norm + 1e-6)`.
 pub fn clip_gradients(gradients: &mut [Tensor], max_norm: f64) -> Result<f64> {
     let norm = gradient_norm(gradients).map_err(torch_error("the gradient norm"))?;
     let factor = max_norm / (norm + 1e-6);
@@ -248,7 +249,7 @@ fn gradient_norm(gradients: &[Tensor]) -> Result<f64, tch::TchError> {
 pub mod tests {
     use super::*;
 
-    /// A matrix to take steps from, and the gradients of three steps.
+    /// Initial matrix of the optimisers' tests; [`GRADIENTS`] are the gradients of three steps.
     pub fn start() -> Tensor {
         Tensor::from_slice(&[0.5f32, -1.25, 2.0, 1e-3, -3.0, 0.75]).view([2, 3])
     }
@@ -263,9 +264,9 @@ pub mod tests {
         a.to_bits().abs_diff(b.to_bits())
     }
 
-    /// `torch.nn.utils.clip_grad_norm_` of the same two gradients.
+    /// Reference: `torch.nn.utils.clip_grad_norm_` of the same two gradients.
     #[test]
-    fn clipping_is_that_of_the_reference() {
+    fn gradient_clipping_equals_torch() {
         let mut gradients = [Tensor::from_slice(&[3.0f32, -4.0]), Tensor::from_slice(&[1.0f32, 2.0, -2.0])];
         let norm = clip_gradients(&mut gradients, 1.0).unwrap();
         assert!((norm - 34f64.sqrt()).abs() < 1e-6);
@@ -278,7 +279,7 @@ pub mod tests {
     }
 
     #[test]
-    fn small_gradients_and_a_limit_of_zero_are_left_alone() {
+    fn small_gradients_or_a_limit_of_zero_are_not_clipped() {
         for limit in [0.0, 100.0] {
             let mut gradients = [Tensor::from_slice(&[3.0f32, -4.0])];
             assert_eq!(clip_gradients(&mut gradients, limit).unwrap(), 5.0);
@@ -287,8 +288,10 @@ pub mod tests {
     }
 
     #[test]
-    fn only_f32_trains() {
-        assert!(Parameter::new("w", Tensor::zeros([2], (Kind::Half, tch::Device::Cpu)), OptimizerKind::AdamW).is_err());
+    fn only_f32_parameters_are_trained() {
+        let half = Tensor::zeros([2], (Kind::Half, tch::Device::Cpu));
+        let error = Parameter::new("w", half, OptimizerKind::AdamW).err().unwrap().to_string();
+        assert_eq!(error, "parameter `w`: is Half, must be f32 to train");
     }
 
     #[test]
@@ -299,7 +302,7 @@ pub mod tests {
     }
 
     #[test]
-    fn muon_takes_matrices_and_stacks_of_them() {
+    fn muon_updates_matrices_and_stacks_of_matrices() {
         let second = |size: &[i64]| {
             let value = Tensor::zeros(size, (Kind::Float, tch::Device::Cpu));
             let state = Parameter::new("w", value, OptimizerKind::Muon).unwrap().state;
@@ -309,9 +312,9 @@ pub mod tests {
         assert!(second(&[4]) && second(&[]) && second(&[4, 1]) && second(&[4, 1, 3]));
     }
 
-    /// A regression with noise in its gradients: both come as near to the weights, and stay close to each other.
+    /// On a regression with noisy gradients, both come equally near to the true weights and to each other.
     #[test]
-    fn moments_in_8_bits_take_steps_like_those_in_32() {
+    fn training_with_8_bit_moments_follows_32_bit_moments() {
         let fill = |size: [i64; 2], step: f64| {
             let count: i64 = size.iter().product();
             (Tensor::arange(count, (Kind::Float, tch::Device::Cpu)) * step).sin().reshape(size)

@@ -1,4 +1,4 @@
-//! Learning-rate schedules: one row each, as factors of the peak rate.
+//! Learning-rate schedules, one row each, as factors of the peak rate.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -24,13 +24,13 @@ pub struct ScheduleRow {
     pub schedule: Schedule,
     /// Name in settings.
     pub name: &'static str,
-    /// Factor at a step of the warm-up, from the step, counted from 0, and the number of warm-up steps.
+    /// Factor during warm-up, from the step (counted from 0) and the number of warm-up steps.
     warm_up: fn(f64, f64) -> f64,
-    /// Factor after warm-up; the argument goes from 0 at its end to 1 at the last step.
+    /// Factor after warm-up, from the progress: 0 at the end of the warm-up, 1 at the end of the run.
     decay: fn(f64) -> f64,
 }
 
-/// Every schedule there is.
+/// All schedules.
 pub const SCHEDULES: &[ScheduleRow] = &[
     ScheduleRow {
         schedule: Schedule::Cosine,
@@ -53,20 +53,21 @@ pub const SCHEDULES: &[ScheduleRow] = &[
     ScheduleRow { schedule: Schedule::Constant, name: "constant", warm_up: |_, _| 1.0, decay: |_| 1.0 },
 ];
 
-/// Nothing in the first step, the peak rate in the step behind the warm-up: `transformers/optimization.py`.
+/// 0 at the first step, 1 at the first step after the warm-up. Source: `transformers/optimization.py`.
 fn from_zero(step: f64, warmup: f64) -> f64 {
     step / warmup.max(1.0)
 }
 
-/// The same rise with no step of rate 0: where a layer has ten steps, one that moves nothing is a tenth of them.
+/// A rise without a step of rate 0: when a layer has ten steps, such a step wastes a tenth of them.
 fn from_first(step: f64, warmup: f64) -> f64 {
     (step + 1.0) / (warmup + 1.0)
 }
 
 impl Schedule {
-    /// Factor of the peak rate at optimiser step `step` (counted from 0) of `total`, the first `warmup` of them rising.
+    /// Factor of the peak rate at optimiser step `step` (counted from 0) of `total`. The first `warmup` steps are the
+    /// warm-up.
     ///
-    /// Source: `transformers/optimization.py`, `get_cosine_schedule_with_warmup` and its siblings, half a cycle.
+    /// Source: `transformers/optimization.py`, `get_cosine_schedule_with_warmup` (half a cycle) and its siblings.
     pub fn factor(self, step: u64, warmup: u64, total: u64) -> f64 {
         let row = SCHEDULES.iter().find(|row| row.schedule == self).unwrap_or(&SCHEDULES[0]);
         if step < warmup {
@@ -77,7 +78,7 @@ impl Schedule {
     }
 }
 
-/// Warm-up steps: the ratio of all steps, rounded up.
+/// Number of warm-up steps: `ratio * total`, rounded up.
 pub fn warmup_steps(ratio: f64, total: u64) -> u64 {
     (ratio * total as f64).ceil() as u64
 }
@@ -86,9 +87,9 @@ pub fn warmup_steps(ratio: f64, total: u64) -> u64 {
 mod tests {
     use super::*;
 
-    /// Values of the learning rate that `transformers.get_scheduler` gives, base rate 1.
+    /// Reference: learning rates of `transformers.get_scheduler` at base rate 1.
     #[test]
-    fn factors_are_those_of_the_reference() {
+    fn learning_rate_factors_equal_transformers() {
         // (schedule, warm-up, total, [(step, factor)])
         type Case = (Schedule, u64, u64, &'static [(u64, f64)]);
         let cases: &[Case] = &[
@@ -154,14 +155,14 @@ mod tests {
     }
 
     #[test]
-    fn no_step_under_a_constant_rate_is_lost_to_its_warm_up() {
+    fn the_first_step_of_a_constant_rate_with_warm_up_is_not_zero() {
         let factors = |warmup| [0, 1, 2, 5].map(|step| Schedule::ConstantWithWarmup.factor(step, warmup, 11));
         assert_eq!(factors(1), [0.5, 1.0, 1.0, 1.0]);
         assert_eq!(factors(3), [0.25, 0.5, 0.75, 1.0]);
     }
 
     #[test]
-    fn warm_up_rounds_up() {
+    fn the_number_of_warm_up_steps_is_rounded_up() {
         assert_eq!(warmup_steps(0.03, 141), 5);
         assert_eq!(warmup_steps(0.03, 100), 3);
         assert_eq!(warmup_steps(0.0, 100), 0);

@@ -1,20 +1,22 @@
-//! Numbers that a layer keeps of each token for its backward pass, counted on the graph: which operands and results the
-//! gradient of each operator reads. Views share the memory of what they are views of.
+//! Activation memory of a layer: the number of elements per token that the backward pass needs. They are counted on the
+//! graph from the operands and results that the gradient of each operator reads. A view shares the memory of its
+//! source.
 //!
-//! Widths are followed from the stream on, since few graphs state their shapes: a product with a weight `[K, N]` makes `N`
-//! numbers of `K`, and a product of two values that both depend on the stream is attention's, with a number for each head
-//! and key.
+//! Widths are propagated from the residual stream, because few graphs state their shapes. A product with a weight `[K,
+//! N]` maps width `K` to width `N`. A product of two values that both depend on the stream belongs to attention: the
+//! scores have one element per head and key.
 
 use std::collections::{HashMap, HashSet};
 
 use crate::ir::{Graph, GraphIndex, Node, ValueId};
+use crate::rewrite::{EXPANDED_BLOCKS, ROUNDED, ROUNDED_DYNAMICALLY};
 
-/// Numbers per token: `own`, and `per_key` for each token that a token looks at.
+/// Elements per token: `own`, plus `per_key` for each token that the token attends to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Width {
-    /// Numbers whatever the length of a sample.
+    /// Elements that do not depend on the sequence length.
     pub own: u64,
-    /// Numbers for each key.
+    /// Elements per key.
     pub per_key: u64,
 }
 
@@ -27,25 +29,25 @@ impl Width {
         if (other.per_key, other.own) > (self.per_key, self.own) { other } else { self }
     }
 
-    /// Numbers per token where a token looks at this many keys.
+    /// Elements per token when a token attends to `keys` tokens.
     pub fn at(self, keys: u64) -> u64 {
         self.own + self.per_key * keys
     }
 }
 
-/// Which values the gradient of an operator reads.
+/// Values that the gradient of an operator reads.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Saves {
     Nothing,
-    /// Each factor, for the gradient of the other.
+    /// Each factor that depends on the stream; the gradient of the other factor reads it.
     OtherFactor,
     Inputs,
     Output,
-    /// Inputs and output: attention, and what is not known.
+    /// Inputs and the first output: attention and unlisted operators.
     All,
 }
 
-/// One row per operator; one that is not named saves all that it reads and gives.
+/// One row per group of operators. An unlisted operator saves its inputs and its first output.
 const SAVES: &[(&[&str], Saves)] = &[
     (
         &[
@@ -74,11 +76,12 @@ const SAVES: &[(&[&str], Saves)] = &[
             "ConstantOfShape",
             "Tile",
             "Pad",
+            ROUNDED_DYNAMICALLY,
         ],
         Saves::Nothing,
     ),
     (&["MatMul", "Gemm", "FusedMatMul", "MatMulNBits", "Mul", "Div"], Saves::OtherFactor),
-    (&["Pow", "FusedSilu", "Gelu", "FastGelu", "QuickGelu", "Erf", "Sin", "Cos", "Log", "Abs"], Saves::Inputs),
+    (&[ROUNDED, "Pow", "FusedSilu", "Gelu", "FastGelu", "QuickGelu", "Erf", "Sin", "Cos", "Log", "Abs"], Saves::Inputs),
     (&["Softmax", "LogSoftmax", "Sigmoid", "Tanh", "Sqrt", "Exp", "Relu", "Reciprocal"], Saves::Output),
 ];
 
@@ -97,20 +100,21 @@ const VIEWS: &[&str] = &[
     "Expand",
 ];
 
-/// What attention is recognised by, in one node or in several.
+/// Operators that compute attention in a single node.
 const ATTENTION: &[&str] = &["FusedAttention", "Attention", "GroupQueryAttention", "MultiHeadAttention"];
 
-/// What one layer keeps, and the widest value in it.
+/// Activation memory of one layer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Kept {
-    /// Numbers kept for the backward pass.
+    /// Elements kept for the backward pass.
     pub kept: Width,
-    /// Numbers of the widest value, whose gradient a backward pass holds beside them.
+    /// Elements of the widest value. The backward pass holds its gradient in addition to `kept`.
     pub widest: Width,
 }
 
-/// The layer between two streams of `width` numbers per token. `piece` are its nodes in execution order, `trained` what
-/// has gradients besides the stream, `heads` the attention heads.
+/// Activation memory of one layer. `piece` lists its nodes in execution order; `(from, width)` is the stream before it
+/// and the stream's elements per token. `trained` lists the weights that have gradients. `heads` is the number of
+/// attention heads.
 pub fn of_layer(
     graph: &Graph,
     piece: &[usize],
@@ -139,9 +143,9 @@ pub fn of_layer(
 struct Walk<'a> {
     graph: &'a Graph,
     heads: u64,
-    /// Widths of what depends on the stream or on trained weights.
+    /// Widths of the values that depend on the stream or on trained weights.
     widths: HashMap<ValueId, Width>,
-    /// The value whose memory a view shares.
+    /// Maps a view to the value whose memory it shares.
     owners: HashMap<ValueId, ValueId>,
     saved: HashSet<ValueId>,
 }
@@ -165,12 +169,12 @@ impl Walk<'_> {
         for (number, &output) in outputs.iter().enumerate() {
             let own = match (op, ATTENTION.contains(&op), number) {
                 ("Split", ..) => Width { own: width.own / outputs.len() as u64, ..width },
-                // Keys and values of the cache.
+                // Outputs 1 and up are the keys and values of the cache.
                 (_, true, 1..) => Width::default(),
                 _ => width,
             };
             self.widths.insert(output, own);
-            // What was transposed is copied when it is reshaped.
+            // Reshaping a transposed value copies it.
             let view = VIEWS.contains(&op) && !(op == "Reshape" && moved(flowing[0]));
             if view {
                 self.owners.insert(output, flowing[0]);
@@ -187,7 +191,7 @@ impl Walk<'_> {
         }
     }
 
-    /// Width of a node's first result.
+    /// Width of a node's first output.
     fn result(&self, node: &Node, flowing: &[ValueId]) -> Width {
         let width = |id: &ValueId| self.widths.get(id).copied().unwrap_or_default();
         let largest = flowing.iter().map(width).fold(Width::default(), Width::larger);
@@ -213,17 +217,22 @@ impl Walk<'_> {
         }
     }
 
-    /// Rows and columns of a product's weight; None for a product of two values that depend on the stream.
+    /// Rows and columns of a product's weight; `None` for a product of two values that depend on the stream.
     fn sides(&self, node: &Node) -> Option<(u64, u64)> {
-        let int = |name: &str| node.attribute(name).and_then(crate::ir::Attribute::as_int).unwrap_or(0);
+        let int = |node: &Node, name: &str| node.attribute(name).and_then(crate::ir::Attribute::as_int).unwrap_or(0);
+        let sizes = |node: &Node| Some((u64::try_from(int(node, "K")).ok()?, u64::try_from(int(node, "N")).ok()?));
         if node.op_type == "MatMulNBits" {
-            return Some((u64::try_from(int("K")).ok()?, u64::try_from(int("N")).ok()?));
+            return sizes(node);
         }
         let mut weight = node.inputs.get(1).copied().flatten()?;
-        let mut turned = int("transB") != 0;
-        // Weights are turned, widened and dequantised before they are multiplied.
+        let mut turned = int(node, "transB") != 0;
+        // A weight may be transposed, cast or dequantised before the product.
         while self.graph.body.initializer(weight).is_none() {
             let maker = self.graph.body.nodes.iter().find(|maker| maker.present_outputs().any(|id| id == weight))?;
+            if maker.op_type == EXPANDED_BLOCKS {
+                let (rows, columns) = sizes(maker)?;
+                return Some(if turned { (columns, rows) } else { (rows, columns) });
+            }
             if !["Transpose", "Cast", "DequantizeLinear", "Identity"].contains(&maker.op_type.as_str()) {
                 return None;
             }
@@ -243,7 +252,7 @@ mod tests {
     use crate::ir::{Model, Tensor, Value};
     use crate::rewrite::fuse_kernels;
 
-    /// `h + down(silu(gate(x)) * up(x))` with `x` the stream, by hand: 8 wide, 20 inside.
+    /// `h + down(silu(gate(x)) * up(x))` with `x` the stream, built by hand: width 8, 20 inside.
     fn mlp(trained: bool) -> Kept {
         let mut model = Model::default();
         let graph = &mut model.graph;
@@ -277,16 +286,16 @@ mod tests {
     }
 
     #[test]
-    fn what_gradients_read_is_counted_once() {
-        // gate for the SiLU, its result and up for the product.
+    fn values_read_by_gradients_are_counted_once() {
+        // `gate` for the SiLU; its result and `up` for the product.
         let frozen = mlp(false);
         assert_eq!((frozen.kept, frozen.widest), (Width { own: 60, per_key: 0 }, Width { own: 20, per_key: 0 }));
-        // And, for the weights' gradients, the stream and the product.
+        // With trained weights also the stream and the product, for the gradients of the weights.
         assert_eq!(mlp(true).kept, Width { own: 88, per_key: 0 });
     }
 
     #[test]
-    fn attention_of_several_nodes_keeps_a_number_per_head_and_key() {
+    fn unfused_attention_keeps_one_number_per_head_and_key() {
         let mut graph = Graph::default();
         let mut value = |name: &str| graph.add_value(Value { name: name.into(), ..Value::default() });
         let [h, keys, scores, weights, mixed] = ["h", "keys", "scores", "weights", "mixed"].map(&mut value);
@@ -305,7 +314,7 @@ mod tests {
         ];
         graph.body.outputs = vec![mixed];
         let kept = of_layer(&graph, &[0, 1, 2, 3], (h, 64), &HashSet::new(), 4);
-        // The stream, which keys are a view of, and the weights of 4 heads.
+        // The stream, whose transposed view is `keys`, and the attention weights of 4 heads.
         assert_eq!(kept.kept, Width { own: 64, per_key: 4 });
         assert_eq!(kept.kept.at(10), 104);
     }

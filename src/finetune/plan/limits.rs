@@ -1,15 +1,16 @@
-//! What a run may take of the machine; it decides no result.
+//! Limits on a run's use of the machine. They change no result.
 
-/// What a run may take of the machine.
+/// Limits on a run's use of the machine.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Limits {
-    /// Bytes of the training device's memory; passes are made smaller until they fit.
+    /// Memory of the training device, in bytes. Passes are reduced until they fit.
     pub memory: Option<u64>,
-    /// Tokens of one forward pass, padding included, longer samples aside.
+    /// Maximum number of tokens of one forward pass, padding included. A longer sample forms a pass of its own.
     pub batch_tokens: Option<u64>,
-    /// Bytes of disk for rows of the frozen layers and of the dense model that are read again; None for a fifth of what is
-    /// free, at most 32 GB. Rows without room are computed each time that they are needed.
+    /// Maximum number of bytes on disk for rows of the frozen layers and of the dense model. `None`: a fifth of the
+    /// free disk, at most 32 GB. Rows that exceed the limit are computed each time that they are needed.
     pub cache: Option<u64>,
-    /// Networks that work side by side on a processor; None for one per core, and one on all cores for large models.
+    /// Number of networks that run in parallel on a CPU. `None`: one per core, or a single network on all cores for
+    /// large models.
     pub workers: Option<u64>,
 }

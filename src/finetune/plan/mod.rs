@@ -1,6 +1,7 @@
-//! What a run is made of, decided before it begins.
+//! Planning of a run: order of steps, memory, disk and targets, computed before the run begins.
 
 mod activations;
+mod items;
 mod limits;
 pub mod order;
 mod part;
@@ -17,16 +18,19 @@ pub use points::{Point, anchor_points, points};
 pub use run_plan::{Facts, RunPlan};
 pub use sizes::Sizes;
 
-/// Bytes of rows that are computed together where they are not kept.
+/// Bytes of rows that a streamed run computes and holds at once.
 pub const WINDOW_BYTES: u64 = 64 << 20;
-/// Most tokens that a fit looks at.
+/// Bytes of a process with nothing loaded: code, graph, file buffers.
+pub const PROCESS_BYTES: u64 = 250 << 20;
+/// Maximum number of tokens that a fit uses.
 pub const FIT_TOKENS: u64 = 1 << 17;
 
-/// Normal matrices with more numbers than this are kept in f32.
+/// Largest number of elements of a fit's normal matrices that are held in f64; larger ones are held in f32.
 const MOST_DOUBLE: u64 = 1 << 24;
 
-/// Bytes of each number of the normal matrices of a product that reads `k` numbers and gives `d`: 8, with which the sums do not
-/// depend on how passes are dealt out to processes, unless that takes much memory.
+/// Bytes per element of the normal matrices of a product with a `[k, d]` weight. 8 (f64) makes the sums independent of
+/// how passes are distributed over processes; 4 (f32) limits memory when the matrices have more than `MOST_DOUBLE`
+/// elements.
 pub fn sum_bytes(k: u64, d: u64) -> u64 {
     if k * (k + d) <= MOST_DOUBLE { 8 } else { 4 }
 }

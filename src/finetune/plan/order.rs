@@ -1,5 +1,5 @@
-//! The order in which samples are seen: a function of seed and epoch alone, so a resumed run needs no saved position
-//! but the step.
+//! Order of the samples. It depends only on the seed and the epoch, so a resumed run needs no saved position but the
+//! step.
 
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
@@ -7,17 +7,17 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::finetune::settings::Settings;
 
-/// Optimiser steps' worth of samples that are sorted by length together when batches are grouped by length.
+/// Number of optimiser steps whose samples are sorted by length together when batches are grouped by length.
 const STEPS_PER_GROUP: usize = 16;
 
-/// Samples of one optimiser step, as the micro-batches of its forward passes.
+/// Samples of one optimiser step, grouped into the micro-batches of its forward passes.
 pub type Step = Vec<Vec<usize>>;
 
-/// All steps of one epoch over samples of the given lengths.
+/// All steps of one epoch. `lengths` has the length in tokens of each sample.
 ///
-/// Every sample comes once; each step takes `batch_size * accumulation_steps` samples, the last one what is left. Inside
-/// a step the samples are sorted by length before they are cut into forward passes, which changes no gradient and
-/// pads less.
+/// Every sample occurs once. Each step takes `batch_size * accumulation_steps` samples; the last step may be smaller.
+/// Within a step the samples are sorted by length before they are cut into forward passes, which reduces padding and
+/// changes no gradient.
 pub fn epoch(settings: &Settings, lengths: &[usize], epoch: u64) -> Vec<Step> {
     let mut rng = ChaCha8Rng::seed_from_u64(settings.seed);
     rng.set_stream(epoch);
@@ -42,7 +42,7 @@ pub fn epoch(settings: &Settings, lengths: &[usize], epoch: u64) -> Vec<Step> {
         .collect()
 }
 
-/// Optimiser steps of one epoch.
+/// Number of optimiser steps per epoch.
 pub fn steps_per_epoch(settings: &Settings, samples: usize) -> u64 {
     samples.div_ceil(settings.samples_per_step()) as u64
 }
@@ -77,7 +77,7 @@ mod tests {
     }
 
     #[test]
-    fn the_order_depends_on_seed_and_epoch_and_nothing_else() {
+    fn the_order_depends_only_on_seed_and_epoch() {
         let first = epoch(&settings(false), &lengths(), 0);
         assert_eq!(first, epoch(&settings(false), &lengths(), 0));
         assert_ne!(first, epoch(&settings(false), &lengths(), 1));
@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn grouping_by_length_pads_less() {
+    fn grouping_by_length_reduces_padding() {
         let lengths = lengths();
         let padded = |grouped: bool| -> usize {
             let steps = epoch(&settings(grouped), &lengths, 0);

@@ -1,13 +1,13 @@
-//! How the steps of a run fall into parts.
+//! Division of a run's optimiser steps into parts, and the length of learning-rate trials.
 
 use crate::finetune::settings::{LearningRate, Settings};
 
 use super::order;
 
-/// The optimiser steps that belong together: all of a run, or those of one layer.
+/// A part of the optimiser steps: all of a run, or those of one layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Part {
-    /// Steps of the run before these.
+    /// Steps of the run before this part.
     pub before: u64,
     pub steps: u64,
     /// Steps of the whole run.
@@ -15,13 +15,14 @@ pub struct Part {
 }
 
 impl Part {
-    /// All steps of a run over all layers at once.
+    /// All steps of a run that trains all layers together.
     pub fn whole(settings: &Settings, samples: usize) -> Self {
         let steps = steps(settings, samples);
         Part { before: 0, steps, total: steps }
     }
 
-    /// The steps of each of `layers` layers.
+    /// One part for each of `layers` layers. With `max_steps` the layers divide these steps equally; otherwise every
+    /// layer takes all epochs.
     pub fn each(settings: &Settings, samples: usize, layers: usize) -> Vec<Self> {
         let steps = steps(settings, samples);
         let total = settings.schedule.max_steps.map_or(steps * layers as u64, |_| steps);
@@ -32,35 +33,35 @@ impl Part {
         (0..layers).map(|layer| Part { before: until(layer), steps: until(layer + 1) - until(layer), total }).collect()
     }
 
-    /// Steps of the run when these are done.
+    /// Steps of the run at the end of this part.
     pub fn end(&self) -> u64 {
         self.before + self.steps
     }
 }
 
-/// Most optimiser steps of a short trial, of each layer where layers are healed one after the other.
+/// Maximum number of optimiser steps of a short trial; per layer when layers are trained one after the other.
 const TRIAL_STEPS: u64 = 32;
-/// Steps' worth of samples that short trials hold back at most.
+/// Maximum number of steps whose samples a short trial holds out.
 const HELD_OUT_STEPS: u64 = 4;
 
-/// How long one trial of a learning rate is.
+/// Length of one learning-rate trial.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TrialPlan {
-    /// Steps of the trial, over all layers; None for one pass over the samples.
+    /// Steps of the trial, over all layers; `None` for one pass over the samples.
     pub max_steps: Option<u64>,
-    /// Steps' worth of samples at the end of the first epoch that no trial trains on; 0 where a pass has one step.
+    /// Number of steps at the end of the first epoch whose samples no trial trains on; 0 when an epoch has one step.
     pub held_out_steps: u64,
 }
 
 impl TrialPlan {
-    /// Of each of the settings' learning rates; `layers` is 1 where all are trained at once.
+    /// Length of each trial of the settings' learning rates. `layers` is 1 when all layers are trained together.
     pub fn of(settings: &Settings, samples: usize, layers: usize) -> Self {
         let pass = order::steps_per_epoch(settings, samples);
         let layers = layers.max(1) as u64;
         let most = settings.schedule.max_steps;
         match settings.optimizer.learning_rate {
             LearningRate::Auto(_) => {
-                // A quarter of the epoch, but no more than is enough to tell rates apart.
+                // A quarter of the epoch, limited to the samples needed to tell rates apart.
                 let held_out_steps = if pass > 1 { pass.div_ceil(4).min(HELD_OUT_STEPS) } else { 0 };
                 let steps = (pass - held_out_steps).min(TRIAL_STEPS) * layers;
                 TrialPlan { max_steps: Some(most.map_or(steps, |most| most.min(steps))), held_out_steps }
@@ -70,7 +71,7 @@ impl TrialPlan {
     }
 }
 
-/// Optimiser steps that the settings ask for, over all layers at once.
+/// Optimiser steps of the settings, for all layers together or for each layer.
 fn steps(settings: &Settings, samples: usize) -> u64 {
     let all = || order::steps_per_epoch(settings, samples) * u64::from(settings.schedule.epochs);
     if settings.trains() { settings.schedule.max_steps.unwrap_or_else(all) } else { 0 }
@@ -81,7 +82,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_layer_has_an_equal_part_of_the_steps() {
+    fn each_layer_gets_an_equal_share_of_the_steps() {
         let settings = Settings::default().with(|s| {
             s.batch.size = 4;
             s.batch.accumulation_steps = 1;

@@ -1,23 +1,23 @@
-//! Parts of a run plan as its table and its JSON show them.
+//! Parts of a run plan, as its table and its JSON report them.
 
 use std::collections::BTreeMap;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// In which order layers are trained.
+/// Order in which layers are trained.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Order {
     /// All trained layers at once.
     Together,
-    /// One after the other, each on the stream that those before it give in the end.
+    /// One after the other, each on the output stream of the finished layers before it.
     LayerByLayer,
-    /// The run ends with the fit.
+    /// None; the run ends with the fit.
     FitOnly,
 }
 
-/// One stage of the steps.
+/// A stage of the optimiser steps.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct PlannedStage {
     /// Optimiser steps.
@@ -29,68 +29,68 @@ pub struct PlannedStage {
 /// Trials of learning rates before the run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct PlannedSearch {
-    /// Rates that may be tried.
+    /// Candidate learning rates.
     pub learning_rates: Vec<f64>,
-    /// Most optimiser steps of each trial, over all layers.
+    /// Maximum number of optimiser steps of each trial, over all layers.
     pub steps: u64,
-    /// Steps' worth of samples that are held back; 0 where a trial is a whole pass.
+    /// Number of steps whose samples are held out; 0 when a trial is a full pass.
     pub held_out_steps: u64,
 }
 
 /// The fit before the steps.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct PlannedFit {
-    /// Layers that are fitted.
+    /// Number of fitted layers.
     pub layers: u64,
-    /// Products that are fitted.
+    /// Number of fitted products.
     pub products: u64,
     /// Columns of the widest normal matrix.
     pub widest: u64,
-    /// Most tokens that it looks at.
+    /// Maximum number of tokens that the fit uses.
     pub tokens: u64,
 }
 
-/// What the dense model or the frozen layers are to give.
+/// An output of the dense model or of the frozen layers that the run needs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct PlannedTarget {
-    /// Its name: a stream, answers, or the frozen layers' output.
+    /// Name of the output: a stream, the dense model's answers, or the frozen layers' output.
     pub what: String,
-    /// Loss terms, or `fit`, or `steps`, that read it.
+    /// Loss terms, `fit` or `steps` that read it.
     pub read_by: Vec<String>,
-    /// Tokens that it is made for.
+    /// Number of tokens that it is computed for.
     pub tokens: u64,
-    /// Bytes of all of it.
+    /// Bytes for all these tokens.
     pub bytes: u64,
-    /// True where it is written to the work folder; else it is made when it is read.
+    /// True when it is written to the work folder; otherwise it is computed when it is read.
     pub written: bool,
 }
 
-/// The samples; tokens are estimated from the first ones before the data has been read.
+/// Size of the training data. Token counts are estimated from the first samples until the data has been read.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct PlannedData {
-    /// Samples that are trained on.
+    /// Number of training samples.
     pub samples: u64,
     /// Tokens of all samples, image tokens included.
     pub tokens: u64,
-    /// Tokens that losses on answers count.
+    /// Number of answer tokens, over which losses on answers are averaged.
     pub answer_tokens: u64,
     /// Tokens of the longest sample.
     pub longest_tokens: u64,
-    /// True where the figures come from the first samples alone.
+    /// True when the figures are estimated from the first samples.
     pub estimated: bool,
 }
 
-/// Where bytes lie.
+/// Where bytes are held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Place {
-    /// Memory of the device that trains.
+    /// Memory of the training device.
     Memory,
     /// The work folder.
     Disk,
 }
 
-/// When bytes are held.
+/// Phase of a run in which bytes are held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
@@ -105,14 +105,14 @@ pub enum Phase {
 /// One item of memory or disk.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct PlannedBytes {
-    /// What takes them.
+    /// Name of the item.
     pub what: String,
-    /// When they are held.
+    /// Phase in which it is held.
     pub phase: Phase,
-    /// Where they lie.
+    /// Where it is held.
     pub place: Place,
     /// Bytes of the item.
     pub bytes: u64,
-    /// How the figure comes about.
+    /// Formula or explanation of the figure.
     pub formula: String,
 }

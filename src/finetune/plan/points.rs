@@ -1,19 +1,20 @@
-//! The points of the residual stream that are compared with the dense model's.
+//! Points of the residual stream that are compared with the dense model's stream.
 
 use crate::finetune::loss::{Compared, Compute, LOSSES};
 use crate::finetune::settings::Settings;
 
-/// A point of the residual stream: before the student's layer of this number, and the dense layer before which the
-/// teacher's stream is to be matched; the number of layers stands for the end.
+/// A point of the residual stream: before the student's layer `student`, compared with the dense model's stream before
+/// its layer `dense`. The number of layers denotes the end of the network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Point {
     pub student: usize,
     pub dense: usize,
 }
 
-/// The points that the anchor term compares, ascending: behind every trained layer, which is before the anchor where it
-/// has one, and behind every anchor where the network is trained at once. So every trained layer has a target of its own.
-/// A layer that is healed by itself is not run through its anchor: that takes as long again and heals no better.
+/// Student's points that the anchor term compares, ascending. They are the points behind every trained layer (which is
+/// before its anchor, if it has one) and, when all layers are trained together, behind every anchor. So every trained
+/// layer has a target of its own. Layer-by-layer training does not run a layer's anchor: it doubles the time and does
+/// not improve the result.
 pub fn anchor_points(anchors: &[usize], trained: &[usize], settings: &Settings) -> Vec<usize> {
     let first = trained.iter().copied().min().unwrap_or(0);
     let anchors = if settings.layer_by_layer() { &[] } else { anchors };
@@ -24,10 +25,11 @@ pub fn anchor_points(anchors: &[usize], trained: &[usize], settings: &Settings) 
     points
 }
 
-/// The points that the stream terms compare, ascending, from layer `first` on, where training begins.
+/// Points that the stream terms and the fit compare, ascending. `first` is the first layer that the student runs.
 ///
-/// A finetuned layer answers for what was dropped behind it, so the stream after it is matched with the dense stream
-/// before the next layer that was kept; the stream after a frozen layer with the dense stream after that same layer.
+/// A trained layer compensates for the layers dropped behind it, so the stream after it is compared with the dense
+/// stream before the next kept layer. The stream after a frozen layer is compared with the dense stream after the same
+/// layer.
 pub fn points(
     kept: &[usize],
     anchors: &[usize],
@@ -68,7 +70,7 @@ mod tests {
 
     /// Eight dense layers; 2 dropped and 3 trained with anchor 4, 6 dropped and 5 trained with anchor 7.
     #[test]
-    fn points_of_the_stream_correspond() {
+    fn points_of_the_pruned_and_the_dense_stream_correspond() {
         let kept = [0, 1, 3, 4, 5, 7];
         let pairs = |kinds: &[LossKind], anchors: &[usize]| -> Vec<(usize, usize)> {
             let points = points(
@@ -85,7 +87,7 @@ mod tests {
         assert_eq!(pairs(&[LossKind::Ce, LossKind::Anchor], &[3, 5]), all);
         assert_eq!(pairs(&[LossKind::Hidden], &[3, 5]), all);
         assert_eq!(pairs(&[LossKind::Ce, LossKind::Anchor], &[]), [(3, 4), (5, 7)]);
-        // One layer after the other: nothing is looked at behind an anchor.
+        // Layer by layer: no point behind an anchor is compared.
         assert_eq!(pairs(&[LossKind::Anchor], &[3, 5]), [(3, 4), (5, 7)]);
     }
 }

@@ -1,4 +1,4 @@
-//! A run decided once: what is frozen, what is fitted, the stages, the targets, and the bytes of each.
+//! The plan of a run: frozen parts, fit, stages, targets, and the memory and disk that each needs.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -6,111 +6,106 @@ use serde::{Deserialize, Serialize};
 use crate::base::{Error, Result, human_bytes, human_count};
 use crate::finetune::cut::FitTarget;
 use crate::finetune::loss::{LOSSES, Teacher};
-use crate::finetune::optim::state_bytes;
 use crate::finetune::settings::{Precision, Settings};
 
-use super::WINDOW_BYTES;
+use super::PROCESS_BYTES;
 use super::limits::Limits;
 use super::part::{Part, TrialPlan};
-use super::planned::{
-    Order, Phase, Place, PlannedBytes, PlannedData, PlannedFit, PlannedSearch, PlannedStage, PlannedTarget,
-};
+use super::planned::{Order, Place, PlannedBytes, PlannedData, PlannedFit, PlannedSearch, PlannedStage, PlannedTarget};
 use super::points::Point;
 use super::sizes::Sizes;
 
-/// Widened copies of frozen weights above this size are not kept: each product makes its own and lets go of it.
+/// Above this size the f32 copies of frozen weights are not kept; each product makes its own copy and frees it.
 const MOST_WIDENED_BYTES: u64 = 256 << 20;
-/// With more trained bytes than this one network trains on all cores, and not one network a core with gradients of its own.
+/// Above this size of the trained weights, one network trains on all cores, instead of one network per core with its
+/// own gradients.
 const MOST_GRADIENT_BYTES: u64 = 256 << 20;
-/// Tokens of one forward pass on a processor, longer samples aside: enough to keep matrix products busy, few enough that
-/// what is kept for the backward pass stays small.
+/// Tokens of one forward pass on a CPU; a longer sample forms a pass of its own. The value is large enough to keep
+/// matrix products busy and small enough to limit the activations kept for the backward pass.
 const CPU_BATCH_TOKENS: u64 = 512;
-/// What a process takes with nothing loaded: code, the graph, buffers of files.
-const PROCESS_BYTES: u64 = 250 << 20;
-/// Rows of fewer bytes are kept even where a run reads them once: the next run reads them again.
+/// Rows below this size are written to disk even when the run reads them once, so that the next run can reuse them.
 const SMALL_CACHE_BYTES: u64 = 64 << 20;
-/// f32 copies of the logits that cross-entropy and its backward pass hold.
-const LOGIT_COPIES: u64 = 4;
 
-/// A run, decided before it begins.
+/// The plan of a run, made before it begins.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct RunPlan {
     /// Version of the schema.
     pub schema_version: u32,
     /// `cpu` or `cuda:N`.
     pub device: String,
-    /// Number format of forward and backward pass.
+    /// Number format of the forward and backward passes.
     pub precision: Precision,
-    /// Layers to train, as the pruned model counts them.
+    /// Layers to train, in the pruned model's numbering.
     pub trained: Vec<u64>,
-    /// Layers before the first trained one, which ONNX Runtime runs.
+    /// Number of layers before the first trained one; ONNX Runtime runs them.
     pub frozen_before: u64,
-    /// Layers from the first trained one on.
+    /// Number of layers from the first trained one on.
     pub layers_run: u64,
-    /// Elements of the trained weights, or of the adapters.
+    /// Number of elements of the trained weights, or of the adapters.
     pub trained_parameters: u64,
-    /// All layers at once, or one after the other.
+    /// Whether layers are trained together or one after the other.
     pub order: Order,
-    /// The fit before the steps; absent where there is none.
+    /// The fit before the steps; absent without a fit.
     pub fit: Option<PlannedFit>,
-    /// Trials of learning rates before the steps; absent where there is one rate.
+    /// Trials of learning rates before the steps; absent when there is only one rate.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub search: Option<PlannedSearch>,
-    /// Stages of the steps, each with its losses.
+    /// Stages of the steps with their losses.
     pub stages: Vec<PlannedStage>,
     /// The samples.
     pub data: PlannedData,
-    /// What the dense model and the frozen layers give.
+    /// Outputs of the dense model and of the frozen layers that the run needs.
     pub targets: Vec<PlannedTarget>,
-    /// Networks that work side by side.
+    /// Number of networks that run in parallel.
     pub workers: u64,
-    /// Threads of each.
+    /// Threads per network.
     pub threads: u64,
-    /// Most tokens of one forward pass, padding included, longer samples aside.
+    /// Maximum number of tokens of one forward pass, padding included. A longer sample forms a pass of its own.
     pub batch_tokens: u64,
-    /// Rows of the frozen layers and of the dense model are computed when steps need them, and kept no longer.
+    /// True when the rows of the frozen layers and of the dense model are computed when a step needs them and are not
+    /// kept.
     #[serde(default)]
     pub streamed: bool,
-    /// Bytes of rows that may be kept on disk.
+    /// Maximum number of bytes of rows on disk.
     #[serde(default)]
     pub cache_limit_bytes: u64,
-    /// Every layer is computed again in the backward pass.
+    /// True when every layer is recomputed in the backward pass.
     pub gradient_checkpointing: bool,
-    /// Frozen weights stay as they are in the file, and each product widens its own.
+    /// True when frozen weights are held in the file's format and each product converts its own.
     pub frozen_as_stored: bool,
     /// Every item of memory and disk.
     pub bytes: Vec<PlannedBytes>,
-    /// The most that a phase holds.
+    /// Largest memory of a phase.
     pub memory_bytes: u64,
-    /// Bytes in the work folder.
+    /// Bytes of disk in the work folder.
     pub disk_bytes: u64,
-    /// The limit that was set, and whether the run stays within it.
+    /// The memory limit that the user set, in bytes.
     pub memory_limit_bytes: Option<u64>,
-    /// False where the run does not fit the limit; absent without a limit.
+    /// False when the run exceeds the memory limit; absent without a limit.
     pub fits: Option<bool>,
 }
 
-/// What a plan is made from.
+/// Inputs of a plan.
 pub struct Facts<'a> {
     /// `cpu` or `cuda:N`.
     pub device: String,
     /// True for a GPU.
     pub on_gpu: bool,
-    /// Cores of the processor.
+    /// Number of CPU cores.
     pub cores: u64,
     /// Settings of the run.
     pub settings: &'a Settings,
-    /// Layers to train, as the pruned model counts them.
+    /// Layers to train, in the pruned model's numbering.
     pub layers: &'a [usize],
-    /// Decoder layers of the pruned model.
+    /// Number of decoder layers of the pruned model.
     pub layer_count: usize,
-    /// The layer before which training begins.
+    /// The first trained layer.
     pub first: usize,
     /// Sizes of the graph's parts.
     pub sizes: &'a Sizes,
     /// Products to fit in each trained layer.
     pub fitted: &'a [FitTarget],
-    /// Points of the dense model's stream, and the bytes of its weights.
+    /// Points at which the stream is compared with the dense model's.
     pub points: &'a [Point],
     /// Bytes of the dense model's weights.
     pub teacher_bytes: u64,
@@ -118,9 +113,9 @@ pub struct Facts<'a> {
     pub data: PlannedData,
     /// Limits that the user set.
     pub limits: Limits,
-    /// Bytes for rows on disk where the user set no limit.
+    /// Maximum number of bytes of rows on disk when the user set no limit.
     pub cache_bytes: u64,
-    /// Whether rows are computed when they are needed, where that is decided.
+    /// Whether rows are computed when a step needs them; `None` when the plan decides.
     pub streamed: Option<bool>,
 }
 
@@ -128,9 +123,9 @@ impl RunPlan {
     /// Version of the plan's schema.
     pub const SCHEMA_VERSION: u32 = 1;
 
-    /// Decides everything.
+    /// Makes the plan. When the user set a memory limit, reduces passes and networks to fit it; `fits` has the result.
     ///
-    /// Errors: `Error::Invalid` when the longest sample alone does not fit the memory limit.
+    /// Errors: none; [`RunPlan::check`] reports a plan that exceeds its limits.
     pub fn resolve(facts: &Facts<'_>) -> Result<Self> {
         let Facts { settings, sizes, limits, data, .. } = facts;
         let first = facts.first;
@@ -181,7 +176,8 @@ impl RunPlan {
         Ok(plan)
     }
 
-    /// Makes passes smaller until they fit: first by computing layers again, then by fewer tokens.
+    /// Reduces memory until the plan fits `limit`: first by gradient checkpointing, then by fewer tokens per pass, then
+    /// by fewer networks.
     fn shrink(&mut self, facts: &Facts<'_>, limit: u64, longest: u64) {
         let fits = |plan: &mut Self| {
             plan.measure(facts);
@@ -201,7 +197,8 @@ impl RunPlan {
         }
     }
 
-    /// Errors: `Error::Invalid` when the plan is above the limit that the user set, or needs more rows on disk than it may.
+    /// Errors: `Error::Invalid` when the plan exceeds the memory limit, or when layer-by-layer training needs more rows
+    /// on disk than the limit allows.
     pub fn check(&self) -> Result<()> {
         let rows: u64 = self.targets.iter().filter(|target| target.written).map(|target| target.bytes).sum();
         if self.order == Order::LayerByLayer && rows > self.cache_limit_bytes {
@@ -224,15 +221,20 @@ impl RunPlan {
                     human_bytes(limit),
                     largest.unwrap_or_default()
                 );
+                if limit < PROCESS_BYTES {
+                    let least = human_bytes(PROCESS_BYTES);
+                    return Err(Error::invalid("this run", problem)
+                        .remedy(format!("no setting goes below {least}: allow more with `--memory`")));
+                }
                 Err(Error::invalid("this run", problem).remedy(
-                    "set `lora_rank`, train fewer layers, or allow more with `--memory`; `--dry-run` lists the parts",
+                    "set `--lora-rank`, train fewer layers, or allow more with `--memory`; `--dry-run` lists the parts",
                 ))
             }
             _ => Ok(()),
         }
     }
 
-    /// One line for every run.
+    /// Summary of the plan in one line.
     pub fn line(&self) -> String {
         let limit = match (self.fits, self.memory_limit_bytes) {
             (Some(true), Some(limit)) => format!(" of {}", human_bytes(limit)),
@@ -257,17 +259,6 @@ impl RunPlan {
             human_bytes(self.disk_bytes)
         )
     }
-
-    fn measure(&mut self, facts: &Facts<'_>) {
-        self.bytes = items(self, facts);
-        let of = |phase: Phase| -> u64 {
-            let own = self.bytes.iter().filter(|item| item.place == Place::Memory && item.phase == phase);
-            own.map(|item| item.bytes).sum()
-        };
-        self.memory_bytes = [Phase::Teacher, Phase::Fit, Phase::Steps].map(of).into_iter().max().unwrap_or(0);
-        let disk = self.bytes.iter().filter(|item| item.place == Place::Disk);
-        self.disk_bytes = disk.map(|item| item.bytes).sum();
-    }
 }
 
 impl Facts<'_> {
@@ -283,12 +274,13 @@ impl Facts<'_> {
         Some(PlannedFit { layers, products: products.len() as u64, widest, tokens: most.min(self.data.tokens) })
     }
 
-    /// True where the rows are computed when steps need them: where they are read once, and where they have no room.
+    /// True when rows are computed when a step needs them: they exceed the disk limit, or they are read only once and
+    /// are not small.
     fn streamed(&self) -> bool {
         if let Some(decided) = self.streamed {
             return decided;
         }
-        // Each layer's output for all samples is the next one's input.
+        // Layer-by-layer training needs each layer's output for all samples as the next layer's input.
         if self.settings.layer_by_layer() {
             return false;
         }
@@ -297,7 +289,7 @@ impl Facts<'_> {
         bytes > room || bytes > SMALL_CACHE_BYTES && !self.reads_again()
     }
 
-    /// True where a run reads the rows of a sample more than once.
+    /// True when the run reads the rows of a sample more than once.
     fn reads_again(&self) -> bool {
         let settings = self.settings;
         let pass = super::order::steps_per_epoch(settings, self.data.samples as usize);
@@ -341,7 +333,8 @@ impl Facts<'_> {
         stages.collect()
     }
 
-    /// What the frozen layers and the dense model give; `keeps` where it is written for all samples.
+    /// Outputs of the frozen layers and of the dense model that the run needs. `keeps`: whether they are written for
+    /// all samples.
     fn targets(&self, keeps: bool) -> Vec<PlannedTarget> {
         let width = self.sizes.hidden_size;
         let PlannedData { tokens, answer_tokens, .. } = self.data;
@@ -353,6 +346,15 @@ impl Facts<'_> {
             bytes: 4 * tokens * width,
             written: keeps,
         }];
+        if self.sizes.side_width > 0 {
+            targets.push(PlannedTarget {
+                what: "features of pictures and embeddings that layers read".to_string(),
+                read_by: vec!["steps".to_string()],
+                tokens,
+                bytes: 4 * tokens * self.sizes.side_width,
+                written: keeps,
+            });
+        }
         let by_terms = |wanted: Teacher| -> Vec<String> {
             let asked = LOSSES.iter().filter(|row| self.settings.weight(row.kind) > 0.0 && row.teacher == wanted);
             asked.map(|row| row.name.to_string()).collect()
@@ -376,134 +378,6 @@ impl Facts<'_> {
         }
         targets
     }
-}
-
-/// Every item of memory and disk.
-fn items(plan: &RunPlan, facts: &Facts<'_>) -> Vec<PlannedBytes> {
-    let Facts { settings, sizes, .. } = facts;
-    let mut items = Vec::new();
-    let mut add = |phase: Phase, place: Place, what: &str, bytes: u64, formula: String| {
-        if bytes > 0 {
-            items.push(PlannedBytes { what: what.to_string(), phase, place, bytes, formula });
-        }
-    };
-    let frozen = if plan.frozen_as_stored { sizes.frozen_bytes } else { sizes.widened_bytes };
-    let form = if plan.frozen_as_stored { "as in the file, once" } else { "in f32, once" };
-    let elements = sizes.trained_elements();
-    let (tokens, workers) = (plan.batch_tokens, plan.workers);
-    let now = match plan.order {
-        // One layer's state at a time.
-        Order::LayerByLayer => elements.div_ceil(facts.layers.len().max(1) as u64),
-        _ => elements,
-    };
-    if plan.frozen_before > 0 || facts.teacher_bytes > 0 {
-        let bytes = sizes.prefix_bytes.max(facts.teacher_bytes);
-        add(
-            Phase::Teacher,
-            Place::Memory,
-            "ONNX Runtime's weights",
-            bytes,
-            "frozen layers before, or the dense model".into(),
-        );
-        if plan.streamed {
-            // The models stay loaded while steps are made.
-            let dense = if plan.targets.len() > 1 { facts.teacher_bytes } else { 0 };
-            let formula = "rows are computed between steps".to_string();
-            add(Phase::Steps, Place::Memory, "ONNX Runtime's weights", sizes.prefix_bytes.max(dense), formula);
-        }
-    }
-    for phase in [Phase::Fit, Phase::Steps] {
-        if phase == Phase::Fit && plan.fit.is_none() || phase == Phase::Steps && plan.stages.is_empty() {
-            continue;
-        }
-        add(phase, Place::Memory, "frozen weights", frozen, form.to_string());
-        add(phase, Place::Memory, "trained weights", 4 * elements, format!("4 x {elements}"));
-        add(
-            phase,
-            Place::Memory,
-            "fitted weights",
-            4 * sizes.written,
-            format!("4 x {}, which no step moves", sizes.written),
-        );
-        if plan.frozen_as_stored {
-            let (copies, head) = (sizes.layer_widened_bytes, sizes.head_widened_bytes);
-            let formula = "f32 copies of one layer's weights, or of the head's".to_string();
-            add(phase, Place::Memory, "weights in use", workers * copies.max(head), formula);
-        }
-        add(phase, Place::Memory, "process", PROCESS_BYTES, "code, graph, file buffers".into());
-    }
-    if let Some(fit) = &plan.fit {
-        let each = super::sum_bytes(fit.widest, sizes.hidden_size);
-        let normal = each * fit.widest * (fit.widest + sizes.hidden_size);
-        add(
-            Phase::Fit,
-            Place::Memory,
-            "normal matrices",
-            2 * normal,
-            format!("{0} x {1} x ({1} + {2})", 2 * each, fit.widest, sizes.hidden_size),
-        );
-        add(Phase::Fit, Place::Memory, "solver", 16 * fit.widest * fit.widest, format!("16 x {0} x {0}", fit.widest));
-        let held = 6 * fit.tokens * sizes.hidden_size;
-        add(
-            Phase::Fit,
-            Place::Memory,
-            "streams of the fit",
-            held,
-            format!("6 x {} x {}", fit.tokens, sizes.hidden_size),
-        );
-    }
-    if !plan.stages.is_empty() {
-        add(Phase::Steps, Place::Memory, "gradients", 4 * now * workers, format!("4 x {now} x {workers} networks"));
-        let state = state_bytes(settings.optimizer.kind, &sizes.trained) * now / elements.max(1);
-        add(Phase::Steps, Place::Memory, "optimiser state", state, "moments of each trained number".into());
-        let mean = if settings.optimizer.average_last > 0.0 { 4 * now } else { 0 };
-        add(Phase::Steps, Place::Memory, "mean of the weights", mean, format!("4 x {now}"));
-        let (bytes, formula) = activations(plan, facts);
-        add(Phase::Steps, Place::Memory, "activations", workers * bytes, formula);
-        let checkpoint = 4 * now
-            + state
-            + mean
-            + 4 * sizes.written
-            + if plan.order == Order::LayerByLayer { 4 * elements } else { 0 };
-        add(
-            Phase::Steps,
-            Place::Disk,
-            "checkpoint",
-            checkpoint,
-            format!("weights and state; {tokens} tokens a pass do not count"),
-        );
-    }
-    if plan.streamed {
-        add(Phase::Steps, Place::Disk, "rows at hand", WINDOW_BYTES, "computed together, longer steps aside".into());
-    }
-    for target in plan.targets.iter().filter(|target| target.written) {
-        add(Phase::Teacher, Place::Disk, &target.what, target.bytes, format!("{} tokens", target.tokens));
-    }
-    items
-}
-
-/// What a pass keeps for its backward pass.
-fn activations(plan: &RunPlan, facts: &Facts<'_>) -> (u64, String) {
-    let sizes = facts.sizes;
-    let tokens = plan.batch_tokens;
-    let width: u64 = if plan.precision == Precision::Bf16 && facts.on_gpu { 2 } else { 4 };
-    let keys = plan.data.longest_tokens.min(tokens);
-    let layers = sizes.layer_activations.iter().map(|layer| layer.kept.at(keys));
-    let (sum, most) = (layers.clone().sum::<u64>(), layers.max().unwrap_or(0));
-    // The backward pass holds the gradients of a value and of what it was made from.
-    let widest = 2 * sizes.layer_activations.iter().map(|layer| layer.widest.at(keys)).max().unwrap_or(0);
-    let kept = widest
-        + match (plan.order, plan.gradient_checkpointing) {
-            (Order::LayerByLayer, _) => most,
-            (_, true) => most + (plan.layers_run + 2) * sizes.hidden_size,
-            (_, false) => sum,
-        };
-    let answers = (tokens * plan.data.answer_tokens).checked_div(plan.data.tokens.max(1)).unwrap_or(tokens);
-    let looks = facts.settings.looks_at_answers();
-    let logits = if looks { 4 * LOGIT_COPIES * answers * sizes.vocabulary } else { 0 };
-    let formula =
-        format!("{width} x {tokens} tokens x {kept} numbers, and 16 x {answers} answers x {}", sizes.vocabulary);
-    (width * tokens * kept + logits, formula)
 }
 
 #[cfg(test)]

@@ -71,7 +71,7 @@ fn plan(settings: &Settings, sizes: &Sizes, memory: Option<u64>) -> RunPlan {
 }
 
 #[test]
-fn eight_billion_parameters_heal_with_adapters_in_22_gb_and_not_without() {
+fn an_8b_decoder_fits_into_22_gb_only_with_adapters() {
     let losses = BTreeMap::from([(LossKind::Ce, 1.0), (LossKind::Kd, 1.0)]);
     let best = Settings::default().with(|s| {
         s.stages = Stage::only(losses);
@@ -86,8 +86,10 @@ fn eight_billion_parameters_heal_with_adapters_in_22_gb_and_not_without() {
     let full = plan_of(&best, false);
     assert_eq!(full.fits, Some(false));
     let message = full.check().unwrap_err().to_string();
-    assert!(message.contains("the limit is") && message.contains("lora_rank"), "{message}");
-    // 9 layers of 192.9 M: weight, gradient, two moments and the mean, 4 bytes each.
+    assert!(message.contains("the limit is") && message.contains("`--lora-rank`"), "{message}");
+    let message = plan(&best, &eight_billion(false), Some(200_000_000)).check().unwrap_err().to_string();
+    assert!(message.contains("no setting goes below 262 MB") && !message.contains("lora"), "{message}");
+    // 9 layers of 192.9 M: weights, gradients and mean at 4 bytes each; moments are listed separately.
     let trained: u64 = full
         .bytes
         .iter()
@@ -95,11 +97,13 @@ fn eight_billion_parameters_heal_with_adapters_in_22_gb_and_not_without() {
         .map(|item| item.bytes)
         .sum();
     assert_eq!(trained, 12 * full.trained_parameters);
+    let state = full.bytes.iter().find(|item| item.what == "optimiser state").unwrap();
+    assert_eq!(state.bytes, 8 * full.trained_parameters);
     assert!(full.memory_bytes > 20 * full.trained_parameters);
 }
 
 #[test]
-fn a_limit_makes_passes_smaller_and_keeps_the_step() {
+fn a_memory_limit_makes_passes_smaller_and_keeps_the_step() {
     let settings = Settings::default().with(|s| s.lora.rank = 16);
     let free = plan(&settings, &eight_billion(true), None);
     let tight = plan(&settings, &eight_billion(true), Some(24_000_000_000));

@@ -1,6 +1,6 @@
-//! Sizes of the parts of a decoder, from its graph alone.
+//! Sizes of the parts of a decoder, computed from its graph alone.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use crate::finetune::cut::{Cut, Suffix, nodes_between};
 use crate::ir::{DataType, Graph, Tensor, ValueId};
@@ -8,33 +8,35 @@ use crate::rewrite::fuse_kernels;
 
 use super::activations::{Kept, of_layer};
 
-/// Bytes and widths of what a run holds.
+/// Sizes of the weights and activations of a run.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Sizes {
-    /// Frozen weights from the first trained layer to the head, as in the file.
+    /// Bytes of the frozen weights from the first trained layer to the head, as stored in the file.
     pub frozen_bytes: u64,
-    /// The same with every weight of 16 bits or less as f32.
+    /// Bytes of the same weights with every weight of 16 bits or less as f32.
     pub widened_bytes: u64,
-    /// The f32 copies that one layer's products make of its weights of 16 bits or less, in the layer with the most.
+    /// Bytes of the f32 copies that the products of one layer make of its weights of 16 bits or less. The maximum over
+    /// the layers.
     pub layer_widened_bytes: u64,
-    /// The same of the head.
+    /// Bytes of the f32 copies of the head's weights of 16 bits or less.
     pub head_widened_bytes: u64,
-    /// Weights before the first trained layer, as in the file.
+    /// Bytes of the weights before the first trained layer, as stored in the file.
     pub prefix_bytes: u64,
-    /// Elements of each trained weight.
+    /// Shape of each trained weight.
     pub trained: Vec<Vec<u64>>,
-    /// Elements of weights that a fit writes and no step moves.
+    /// Number of elements of the weights that a fit writes and no step trains.
     pub written: u64,
-    /// What each layer keeps of a token for its backward pass, from the first trained layer on.
+    /// Activation memory of each layer, from the first trained layer on.
     pub layer_activations: Vec<Kept>,
     pub hidden_size: u64,
+    /// Numbers that passes read of each token besides the stream.
+    pub side_width: u64,
     pub vocabulary: u64,
 }
 
 impl Sizes {
-    /// Of a decoder that is cut like this.
-    ///
-    /// `heads` are the attention heads, as the model's configuration says.
+    /// Sizes of a decoder cut at its first trained layer. `heads` is the number of attention heads in the model's
+    /// configuration.
     pub fn of(cut: &Cut, suffix: &Suffix, heads: u64) -> Self {
         let graph = &cut.analysis.model.graph;
         let trained: HashSet<ValueId> = cut.trained.iter().chain(&cut.written).copied().collect();
@@ -46,19 +48,30 @@ impl Sizes {
         let before: HashSet<ValueId> =
             map.layers[..cut.first].iter().flat_map(|layer| layer.weights.iter().copied()).collect();
         let read = &suffix.weights;
+        let packed: HashMap<ValueId, [u64; 2]> = cut
+            .quantised
+            .iter()
+            .filter_map(|weight| Some((weight.form.parts().first().copied()?, weight.dims)))
+            .collect();
+        let widened = |id: &ValueId, tensor: &Tensor| match packed.get(id) {
+            Some([rows, columns]) => 4 * rows * columns,
+            None if is_narrow(tensor) => 4 * tensor.element_count(),
+            None => tensor.byte_len(),
+        };
         for (id, tensor) in &graph.body.initializers {
             if before.contains(id) && !read.contains(id) {
                 sizes.prefix_bytes += tensor.byte_len();
             }
             if read.contains(id) && !trained.contains(id) {
                 sizes.frozen_bytes += tensor.byte_len();
-                sizes.widened_bytes += widened(tensor);
+                sizes.widened_bytes += widened(id, tensor);
             }
         }
         let copies = |ids: &mut dyn Iterator<Item = ValueId>| -> u64 {
-            let tensors = ids.filter(|id| read.contains(id) && !trained.contains(id));
-            let tensors = tensors.filter_map(|id| graph.body.initializer(id)).filter(|tensor| is_narrow(tensor));
-            tensors.map(widened).sum()
+            let frozen = ids.filter(|id| read.contains(id) && !trained.contains(id));
+            let tensors = frozen.filter_map(|id| Some((id, graph.body.initializer(id)?)));
+            let narrow = tensors.filter(|(id, tensor)| packed.contains_key(id) || is_narrow(tensor));
+            narrow.map(|(id, tensor)| widened(&id, tensor)).sum()
         };
         let mut in_layers: HashSet<ValueId> = before;
         for layer in &map.layers[cut.first..] {
@@ -68,7 +81,10 @@ impl Sizes {
         let head = graph.body.initializers.iter().map(|(id, _)| *id).filter(|id| !in_layers.contains(id));
         sizes.head_widened_bytes = copies(&mut head.into_iter());
         let in_layer = map.layers[cut.first..].iter().flat_map(|layer| &layer.weights);
-        let in_layer = in_layer.filter_map(|&id| graph.body.initializer(id));
+        let parts: HashSet<ValueId> = cut.quantised.iter().flat_map(|weight| weight.form.parts()).collect();
+        let floats = in_layer.filter(|id| !parts.contains(id)).filter_map(|&id| graph.body.initializer(id));
+        let floats = floats.filter_map(|tensor| <[u64; 2]>::try_from(tensor.dims.as_slice()).ok());
+        let in_layer = floats.chain(cut.quantised.iter().map(|weight| weight.dims));
         let width = suffix.streams.iter().map(|&stream| last_axis(graph, stream)).max().unwrap_or(0);
         sizes.hidden_size = if width > 0 { width } else { commonest_side(in_layer) };
         let with_gradients: HashSet<ValueId> = cut.trained.iter().copied().collect();
@@ -81,43 +97,29 @@ impl Sizes {
         sizes
     }
 
-    /// Elements of all trained weights.
+    /// Number of elements of all trained weights.
     pub fn trained_elements(&self) -> u64 {
         self.trained.iter().map(|dims| dims.iter().product::<u64>()).sum()
     }
 }
 
-/// True for weights that operators compute with in a wider type than they are stored in.
+/// True for weights that operators convert to a wider type before they compute.
 fn is_narrow(tensor: &Tensor) -> bool {
     let bits = tensor.dtype.bits();
     tensor.element_count() > 4096 && bits <= 16 && tensor.dtype != DataType::Bool
 }
 
-/// Bytes as f32; packed bytes of 4-bit weights hold two numbers each.
-fn widened(tensor: &Tensor) -> u64 {
-    if !is_narrow(tensor) {
-        return tensor.byte_len();
-    }
-    let packed = tensor.dtype == DataType::Uint8 && tensor.dims.len() == 3;
-    tensor.element_count() * if packed { 8 } else { 4 }
-}
-
-/// The side that most matrices have: each of a layer reads the stream or writes to it.
-fn commonest_side<'a>(weights: impl Iterator<Item = &'a Tensor>) -> u64 {
+/// The most frequent side length of the matrices. It is the width of the stream, because most of a layer's matrices read
+/// or write the stream.
+fn commonest_side(matrices: impl Iterator<Item = [u64; 2]>) -> u64 {
     let mut counts: BTreeMap<u64, usize> = BTreeMap::new();
-    for tensor in weights {
-        let sides = match tensor.dims.as_slice() {
-            [rows, columns] => [*rows, *columns],
-            // `[N, blocks, block bytes]` of 4-bit weights.
-            [rows, blocks, bytes] if tensor.dtype == DataType::Uint8 => [*rows, 2 * blocks * bytes],
-            _ => continue,
-        };
+    for sides in matrices {
         sides.into_iter().filter(|&side| side > 1).for_each(|side| *counts.entry(side).or_default() += 1);
     }
     counts.into_iter().max_by_key(|(_, count)| *count).map_or(0, |(side, _)| side)
 }
 
-/// The last axis of a value, where the graph says it; else 0.
+/// Size of a value's last axis; 0 when the graph does not state it.
 fn last_axis(graph: &Graph, id: ValueId) -> u64 {
     let shape = graph.value(id).ty.as_ref().and_then(|ty| ty.shape().map(<[_]>::to_vec));
     match shape.as_deref().and_then(<[_]>::last) {
@@ -131,14 +133,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_width_of_the_stream_is_the_side_that_most_matrices_have() {
-        let matrix = |rows: u64, columns: u64| Tensor::from_bytes(DataType::Float, &[rows, columns], Vec::new());
-        let packed = |rows: u64, blocks: u64| Tensor::from_bytes(DataType::Uint8, &[rows, blocks, 16], Vec::new());
-        let vector = Tensor::from_bytes(DataType::Float, &[32], Vec::new());
-        let grouped = [matrix(256, 256), matrix(256, 64), matrix(256, 64), matrix(256, 768), matrix(768, 256), vector];
-        assert_eq!(commonest_side(grouped.iter()), 256);
-        let four_bits = [packed(64, 8), packed(768, 8), packed(256, 24)];
-        assert_eq!(commonest_side(four_bits.iter()), 256);
+    fn the_stream_width_is_the_most_common_matrix_side() {
+        let grouped = [[256, 256], [256, 64], [256, 64], [256, 768], [768, 256]];
+        assert_eq!(commonest_side(grouped.into_iter()), 256);
         assert_eq!(commonest_side(std::iter::empty()), 0);
     }
 }

@@ -1,4 +1,4 @@
-//! TensorBoard event files: the same numbers as the JSONL metrics, one scalar per tag and step.
+//! TensorBoard event files with the numbers of the JSONL metrics, one scalar per tag and step.
 //!
 //! Source: `tensorflow/core/lib/io/record_writer.cc` (framing) and `tensorflow/core/util/event.proto` (field numbers).
 
@@ -11,14 +11,14 @@ use crate::base::{Error, Result};
 
 use super::metrics::StepMetrics;
 
-/// A growing event file.
+/// Writer of one event file.
 pub struct EventWriter {
     path: PathBuf,
     file: File,
 }
 
 impl EventWriter {
-    /// Begins a new event file in `folder`; TensorBoard reads all files of a folder as one run.
+    /// Creates an event file in `folder`. TensorBoard reads all files of a folder as one run.
     ///
     /// Errors: `Error::Io`.
     pub fn create(folder: &Path) -> Result<Self> {
@@ -39,7 +39,9 @@ impl EventWriter {
         Ok(writer)
     }
 
-    /// Appends one step's scalars. Errors: `Error::Io`.
+    /// Appends the scalars of one step.
+    ///
+    /// Errors: `Error::Io`.
     pub fn step(&mut self, metrics: &StepMetrics) -> Result<()> {
         let mut scalars = vec![
             ("train/loss".to_string(), metrics.loss),
@@ -74,7 +76,7 @@ impl EventWriter {
     }
 }
 
-/// A protobuf message in the making; only what an event needs.
+/// Encoder of a protobuf message, for the field types that an event has.
 #[derive(Default)]
 struct Message(Vec<u8>);
 
@@ -113,7 +115,7 @@ fn masked_checksum(bytes: &[u8]) -> u32 {
     crc32c(bytes).rotate_right(15).wrapping_add(0xa282_ead8)
 }
 
-/// CRC-32C (Castagnoli), bit by bit: event records are a few hundred bytes.
+/// CRC-32C (Castagnoli), bit by bit, which is fast enough for records of a few hundred bytes.
 fn crc32c(bytes: &[u8]) -> u32 {
     let mut crc = u32::MAX;
     for &byte in bytes {
@@ -131,9 +133,9 @@ mod tests {
 
     use super::*;
 
-    /// RFC 3720, appendix B.4, and the usual check value.
+    /// Reference: RFC 3720, appendix B.4, and the common check value of `123456789`.
     #[test]
-    fn checksums_are_the_published_ones() {
+    fn crc32c_equals_the_published_values() {
         assert_eq!(crc32c(b"123456789"), 0xe306_9283);
         assert_eq!(crc32c(&[0; 32]), 0x8a91_36aa);
         assert_eq!(crc32c(&[0xff; 32]), 0x62a8_ab43);

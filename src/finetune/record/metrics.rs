@@ -1,4 +1,4 @@
-//! What a run writes down while it goes: one JSON line per optimiser step.
+//! Metrics of a run: one JSON line per optimiser step.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -10,10 +10,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::base::{Error, Result};
 
-/// Name of the file of metrics in a work folder.
+/// Name of the metrics file in a work folder.
 pub const METRICS_FILE: &str = "metrics.jsonl";
 
-/// One optimiser step.
+/// Metrics of one optimiser step.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct StepMetrics {
     /// Optimiser step, counted from 1.
@@ -26,28 +26,28 @@ pub struct StepMetrics {
     pub learning_rate: f64,
     /// Global L2 norm of the gradient before clipping.
     pub grad_norm: f64,
-    /// Tokens without padding, images included, per second of this step.
+    /// Tokens per second of this step, image tokens included, padding excluded.
     pub tokens_per_s: f64,
     /// Answer tokens in this step.
     pub answer_tokens: u64,
-    /// The samples of this step, longest first.
+    /// Ids of the step's samples, longest first.
     #[serde(default)]
     pub samples: Vec<String>,
-    /// The process's largest resident set so far.
+    /// Largest resident set of the process so far, in bytes.
     pub peak_memory_bytes: u64,
 }
 
-/// A JSONL file that grows by one line per step.
+/// Writer of a JSONL file with one line per step.
 pub struct MetricsWriter {
     path: PathBuf,
     file: File,
 }
 
 impl MetricsWriter {
-    /// Opens `path` to go on after optimiser step `step`: lines of later steps, which a resumed run does again, are
-    /// dropped; with `step` 0 the file begins empty.
+    /// Opens `path` to continue after optimiser step `step`. Lines of later steps are removed, because a resumed run
+    /// repeats these steps. With `step` 0 the file starts empty.
     ///
-    /// Errors: `Error::Io`; `Error::Invalid` when an existing file holds something else.
+    /// Errors: `Error::Io`; `Error::Invalid` when a complete line of an existing file is not a step's metrics.
     pub fn open(path: &Path, step: u64) -> Result<Self> {
         let mut kept = String::new();
         if step > 0 && path.exists() {
@@ -60,7 +60,9 @@ impl MetricsWriter {
         Ok(MetricsWriter { path: path.to_path_buf(), file })
     }
 
-    /// Appends one step. Errors: `Error::Io`.
+    /// Appends one step.
+    ///
+    /// Errors: `Error::Io`.
     pub fn push(&mut self, metrics: &StepMetrics) -> Result<()> {
         let mut line = serde_json::to_string(metrics).map_err(|e| Error::invalid("training metrics", e.to_string()))?;
         line.push('\n');
@@ -68,14 +70,14 @@ impl MetricsWriter {
     }
 }
 
-/// The steps in a file of metrics.
+/// The steps in a metrics file.
 ///
 /// Errors: as [`MetricsWriter::open`].
 pub fn read_metrics(path: &Path) -> Result<Vec<StepMetrics>> {
     Ok(lines(path)?.into_iter().map(|(_, metrics)| metrics).collect())
 }
 
-/// The finished lines of a file of metrics.
+/// Complete lines of a metrics file, each with its step.
 fn lines(path: &Path) -> Result<Vec<(String, StepMetrics)>> {
     let text = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
     let finished = text.split_inclusive('\n').filter(|line| line.ends_with('\n'));
@@ -107,14 +109,14 @@ mod tests {
     }
 
     #[test]
-    fn a_resumed_run_rewrites_the_steps_that_it_does_again() {
+    fn a_resumed_run_rewrites_the_metrics_after_its_checkpoint() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("metrics.jsonl");
         let mut writer = MetricsWriter::open(&path, 0).unwrap();
         for step in 1..=5 {
             writer.push(&at(step)).unwrap();
         }
-        // A process killed in the middle of a line leaves it unfinished.
+        // A process that is killed during a write leaves an incomplete line.
         std::fs::OpenOptions::new().append(true).open(&path).unwrap().write_all(b"{\"step\":6").unwrap();
         let mut writer = MetricsWriter::open(&path, 3).unwrap();
         writer.push(&at(4)).unwrap();

@@ -1,4 +1,4 @@
-//! What a run writes down while it goes.
+//! Records of a run: metrics of each step, and totals.
 
 mod events;
 mod metrics;

@@ -1,4 +1,4 @@
-//! What a run has done so far: the fits, the rates that were tried, and sums over its steps.
+//! Totals of a run so far: fits, trials of learning rates, and sums over its steps.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -52,13 +52,13 @@ pub struct RateTrial {
     pub held_out_samples: u64,
 }
 
-/// The rate with the lowest loss, of equal ones the first; those that diverged are passed over.
+/// The rate with the lowest loss, the first of equal ones. Trials that diverged are ignored.
 pub fn best(trials: &[RateTrial]) -> Option<f64> {
     let judged = trials.iter().filter_map(|trial| Some((trial.learning_rate, trial.loss?)));
     judged.min_by(|(_, a), (_, b)| a.total_cmp(b)).map(|(rate, _)| rate)
 }
 
-/// What was done before the first step, and running sums over the optimiser steps.
+/// Results of the work before the first step, and sums over the optimiser steps.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Totals {
     #[serde(default)]

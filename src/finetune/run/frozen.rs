@@ -1,10 +1,10 @@
-//! The layers before the first trained one: run once for all samples, or when steps need them.
+//! The frozen layers before the first trained one, computed once for all samples or when steps need them.
 
 use std::path::Path;
 
 use crate::base::{Cancel, Result};
 use crate::data::LeftOut;
-use crate::finetune::cut::{Cut, SideInputs};
+use crate::finetune::cut::{Cut, SideInputs, row_inputs};
 use crate::finetune::data::{Course, Frozen, Slot, Store, Streamed, StreamedParts, TrainingSet};
 use crate::ir::Model;
 use crate::rewrite::extract;
@@ -12,20 +12,30 @@ use crate::runtime::{Decoder, Runtime, SessionOptions, VlmSession};
 
 use super::request::Request;
 
-/// The layers before the first trained one.
+/// The frozen layers before the first trained one.
 pub struct FrozenLayers<'a> {
     request: &'a Request<'a>,
-    /// The graph up to there. With nothing frozen before the first trained layer, one layer, which says how the graph is fed.
+    /// The graph up to the first trained layer. When no layer is frozen, it is the graph up to the end of the first
+    /// layer, which shows the inputs that the decoder takes.
     prefix: Model,
+    /// The same graph, which also takes what the trained layers read for each token, so that prompts hold it.
+    fed: Model,
     embeds_only: bool,
 }
 
 impl<'a> FrozenLayers<'a> {
-    /// Errors: `Error::Invalid` when the graph has no such part.
+    /// Extracts the frozen layers from the decoder.
+    ///
+    /// Errors: `Error::Invalid` when the graph cannot be cut there.
     pub fn new(request: &'a Request<'a>, cut: &Cut) -> Result<Self> {
         let embeds_only = cut.begins_at_input();
-        let prefix = extract(&cut.analysis.model, &[], &[cut.streams[usize::from(embeds_only)]])?;
-        Ok(FrozenLayers { request, prefix, embeds_only })
+        let (model, end) = (&cut.stored, [cut.streams[usize::from(embeds_only)]]);
+        let prefix = extract(model, &[], &end)?;
+        let fed = match embeds_only {
+            true => prefix.clone(),
+            false => extract(model, &row_inputs(&model.graph), &end)?,
+        };
+        Ok(FrozenLayers { request, prefix, fed, embeds_only })
     }
 
     fn session(&self) -> Result<VlmSession> {
@@ -33,21 +43,23 @@ impl<'a> FrozenLayers<'a> {
         let runtime = Runtime::new(request.device)?;
         let options = SessionOptions::default();
         let head_dim = request.bundle.config().and_then(|config| config.head_size());
-        let decoder = Decoder::prefill_only(runtime.session_of(&self.prefix, &options)?, head_dim)?;
+        let decoder = Decoder::prefill_only(runtime.session_of(&self.fed, &options)?, head_dim)?;
         VlmSession::with_decoder(&runtime, request.bundle, decoder, &options, request.features)
     }
 
-    /// Their output as a value of the dense model, where that has it too.
+    /// The value of the dense model that equals the frozen layers' output; `None` when there is none.
     fn in_dense(&self, course: &Course<'_>) -> Result<Option<Frozen>> {
         course.frozen(self.request.bundle, (!self.embeds_only).then_some(&self.prefix))
     }
 
-    /// Their output for all samples, on disk: from the dense model where that has it and is to be run anyway, or from a run.
+    /// Computes the frozen layers' output for all samples and writes it to disk. The dense model computes it together
+    /// with its own targets when it contains the same layers and its targets are not on disk yet; otherwise the frozen
+    /// layers are run.
     ///
     /// Errors: those of the samples and of the run; `Error::Interrupted`.
     pub fn fill(&self, store: &Store, course: Option<&Course<'_>>, cancel: &Cancel) -> Result<(TrainingSet, LeftOut)> {
         let data = self.request.data;
-        if let Some(course) = course.filter(|course| !course.kept())
+        if let Some(course) = course.filter(|course| !course.files_exist())
             && let Some(frozen) = self.in_dense(course)?
         {
             let mut running = course.running(Some(frozen));
@@ -61,7 +73,8 @@ impl<'a> FrozenLayers<'a> {
         store.fill(data, "frozen part", &mut prefix, self.embeds_only, max_tokens, cancel)
     }
 
-    /// Their output and the dense model's targets, computed when steps need them.
+    /// A source that computes the frozen layers' output and the dense model's targets when steps need them. `width` is
+    /// the stream's width.
     ///
     /// Errors: `Error::Io` when a file cannot be read.
     pub fn streamed<'s>(

@@ -1,4 +1,4 @@
-//! The whole of a finetuning run: cut, compute the frozen part, train, put the weights back.
+//! A finetuning run: cuts the decoder, computes the frozen part, trains and writes the weights back into the graph.
 
 mod frozen;
 mod planning;
@@ -13,7 +13,7 @@ use tch::Device as TorchDevice;
 use crate::base::{Cancel, Device, Error, Provenance, Result, Sha256Digest, notice, sha256_json};
 use crate::data::LeftOut;
 use crate::finetune::checkpoint::begun;
-use crate::finetune::cut::{FitTarget, replaced, side_inputs};
+use crate::finetune::cut::{FitTarget, written_back};
 use crate::finetune::data::{Course, Dense, Lesson, Loads, Store, Teacher, TrainingSet, WINDOW_FOLDER, scan};
 use crate::finetune::loss;
 use crate::finetune::plan::{PlannedData, anchor_points};
@@ -29,18 +29,18 @@ use planning::{Opened, Parts, estimated, resolve};
 pub use planning::plan_run;
 pub use request::{Outcome, Report, Request};
 
-/// Finetunes the layers and gives the decoder with their new weights. Nothing of the bundle is changed.
+/// Finetunes layers and returns the decoder with the new weights. The bundle is not modified.
 ///
-/// Errors: `Error::Invalid` and `Error::Unsupported` for settings, layers, graphs and data that do not fit;
-/// `Error::Interrupted` when the user asked to stop, a checkpoint left behind; `Error::Engine` from LibTorch and ONNX
-/// Runtime.
+/// Errors: `Error::Invalid` and `Error::Unsupported` for unsuitable settings, layers, graphs and data;
+/// `Error::Interrupted` when the user asked to stop, during the steps after writing a checkpoint; `Error::NotFinite`
+/// when a loss, a gradient or a sum of the fit is not finite; `Error::Engine` from LibTorch and ONNX Runtime.
 pub fn finetune(request: &Request<'_>, cancel: &Cancel, observer: &mut dyn FnMut(&StepMetrics)) -> Result<Outcome> {
     finetune_with_teacher(request, None, cancel, observer)
 }
 
-/// [`finetune`] with the dense model at hand, for the losses that need it.
+/// [`finetune`] with the dense model, which some losses and the fit need.
 ///
-/// Errors: as `finetune`, and `Error::Invalid` when the two models do not belong together.
+/// Errors: as [`finetune`], and `Error::Invalid` when the dense model does not match the pruned one.
 pub fn finetune_with_teacher(
     request: &Request<'_>,
     teacher: Option<&Teacher<'_>>,
@@ -54,13 +54,13 @@ pub fn finetune_with_teacher(
     loss::check_teacher(asked(), settings.fit.enabled, teacher.is_some())?;
     let device = torch_device(request.device)?;
     if device == TorchDevice::Cpu {
-        // What this thread does between the passes is too small to be shared, and its last bits must not depend on how
-        // busy the machine is.
+        // The work of this thread between passes is too small to parallelise, and its last bits must not depend on the
+        // load of the machine.
         tch::set_num_threads(1);
     }
     let wanted = settings.fit.enabled || asked().any(|kind| kind.needs_teacher());
     let teacher = teacher.filter(|_| wanted);
-    // Files are hashed while the graphs are looked at.
+    // Files are hashed while the graphs are analysed.
     let (digests, opened) = std::thread::scope(|scope| {
         let (bundle, data) = (request.bundle, request.data);
         let hashing = scope.spawn(move || {
@@ -70,7 +70,7 @@ pub fn finetune_with_teacher(
         let opened = Opened::new(request, teacher);
         (hashing.join().unwrap_or_else(|panic| resume_unwind(panic)), opened)
     });
-    let Opened { decoder, cut, suffix, sizes, targets, points, dense } = opened?;
+    let Opened { decoder, mut cut, suffix, side, sizes, targets, points, dense } = opened?;
     let (model_digest, data_digest, dense_digest) = digests?;
     let own = request.own_work();
     std::fs::create_dir_all(&own).map_err(|e| Error::io("create", &own, e))?;
@@ -89,7 +89,6 @@ pub fn finetune_with_teacher(
     ]);
     let key =
         sha256_json(&("stream with sample numbers", &model_digest, &data_digest, cut.first, settings.data.max_tokens))?;
-    let side = side_inputs(&cut.analysis.model.graph, &suffix)?;
     let store = Store::new(&own, &key, side.clone());
     let course = teacher.zip(dense).zip(dense_digest).map(|((teacher, dense), digest)| {
         let lesson = Lesson {
@@ -137,7 +136,7 @@ pub fn finetune_with_teacher(
     )?;
     plan.check()?;
     if let Some(ranks) = request.ranks {
-        // A step is cut into as many passes as one process wants, so all must know the same number of cores.
+        // All processes cut a step into the same passes, so they must use the same number of networks.
         let first = ranks.from_first(&plan.workers.to_le_bytes())?;
         plan.workers = first.try_into().map_or(plan.workers, u64::from_le_bytes);
     }
@@ -148,7 +147,7 @@ pub fn finetune_with_teacher(
     if let (Some(teacher), Some(course)) = (teacher, &course) {
         inputs.insert("teacher".to_string(), course.digest.clone());
         if !streams {
-            if !course.kept() {
+            if !course.files_exist() {
                 course.fill(request.data, course.files(), None, &mut course.running(None), "dense model", cancel)?;
             }
             dataset.targets = course.open(course.files(), &dataset.examples, dataset.hidden_size())?;
@@ -163,6 +162,7 @@ pub fn finetune_with_teacher(
         twin.work_for(&students[0])?;
         students.push(twin);
     }
+    cut.release_expanded();
     let (work, resume, batch_tokens) = (own.as_path(), request.resume, plan.batch_tokens as usize);
     let (shared, ranks) = (request.work, request.ranks);
     let asked_settings = settings;
@@ -204,16 +204,18 @@ pub fn finetune_with_teacher(
     if window.exists() {
         std::fs::remove_dir_all(&window).map_err(|e| Error::io("remove", &window, e))?;
     }
+    // The weights are read once more where they are merged and copied into the result.
+    decoder.graph.body.initializers.iter().for_each(|(_, tensor)| tensor.release());
     let tensors = students[0].changed(&cut, settings.lora().map_or(1.0, Lora::scale))?;
-    let decoder = replaced(&decoder, tensors)?;
+    let decoder = written_back(&decoder, tensors, &cut.quantised, settings.write_trained)?;
     let report = report(request, rate, inputs, &dataset, left_out, &summary)?;
     Ok(Outcome { decoder, report })
 }
 
-/// The dense model for fits, by places in the data set.
+/// Streams of the dense model for fits, indexed by position in the training set.
 struct Live<'a> {
     course: &'a Course<'a>,
-    /// Of each sample, which one of its source it is.
+    /// Number of each sample in its source.
     numbers: Vec<u64>,
     cancel: &'a Cancel,
 }
@@ -230,8 +232,8 @@ impl DenseStream for Live<'_> {
     }
 }
 
-/// What comes before the first step: the fit of all layers, where they are trained at once, and the choice of the learning
-/// rate.
+/// The phases before the first step: the fit of all layers, when they are trained together, and the search of the
+/// learning rate.
 fn begin(run: &Run<'_>, targets: &[FitTarget], students: &mut [Student], dataset: &mut TrainingSet) -> Result<Totals> {
     let mut totals = Totals::default();
     if run.settings.fit.enabled && !run.settings.layer_by_layer() {

@@ -1,8 +1,8 @@
-//! The plan of a run, from its graphs and its first samples.
+//! Plan of a run, computed from its graphs and its first samples.
 
-use crate::base::{Device, Result, free_disk_bytes, thread_count};
-use crate::bundle::Role;
-use crate::finetune::cut::{Cut, FitTarget, Suffix};
+use crate::base::{Device, Error, Result, free_disk_bytes, thread_count};
+use crate::bundle::{Bundle, Role};
+use crate::finetune::cut::{Cut, FitTarget, SideInputs, Suffix, side_inputs};
 use crate::finetune::data::{Dense, Source, Teacher};
 use crate::finetune::loss;
 use crate::finetune::plan::{Facts, PlannedData, Point, RunPlan, Sizes};
@@ -12,11 +12,12 @@ use crate::runtime::headed;
 
 use super::request::Request;
 
-/// The graphs, with what follows from them alone.
+/// The graphs of a run and the facts that follow from them alone.
 pub struct Opened {
     pub decoder: Model,
     pub cut: Cut,
     pub suffix: Suffix,
+    pub side: SideInputs,
     pub sizes: Sizes,
     /// Products to fit in each trained layer.
     pub targets: Vec<FitTarget>,
@@ -25,9 +26,12 @@ pub struct Opened {
 }
 
 impl Opened {
-    /// Errors: as `finetune`, for what the graphs alone decide.
+    /// Loads the graphs, cuts the decoder and adds adapters if the settings ask for them.
+    ///
+    /// Errors: as [`finetune`](super::finetune), for the checks that need only the graphs.
     pub fn new(request: &Request<'_>, teacher: Option<&Teacher<'_>>) -> Result<Self> {
         let settings = request.settings;
+        refuse_parallel_streams(request.bundle)?;
         let decoder = crate::onnx::load(&request.bundle.path_of(request.bundle.require(Role::Decoder)?))?;
         let whole = headed(request.bundle, decoder.clone())?;
         let mut cut = Cut::new(&whole, request.layers)?;
@@ -48,17 +52,22 @@ impl Opened {
             }
             let written: &[FitTarget] = if settings.fit.enabled { &targets } else { &[] };
             cut.adapt(lora, written)?;
+        } else {
+            cut.expand_trained()?;
         }
+        cut.check_writable(settings.write_trained)?;
         let (suffix, first) = (cut.suffix()?, cut.first);
-        let sizes = Sizes::of(&cut, &suffix, heads_of(request));
+        let side = side_inputs(&cut.analysis.model.graph, &suffix)?;
+        let mut sizes = Sizes::of(&cut, &suffix, heads_of(request));
+        sizes.side_width = side.widths.total() as u64;
         let dense = teacher.map(Dense::open).transpose()?;
         let points = dense.as_ref().zip(teacher);
         let points = points.map(|(dense, teacher)| dense.points(teacher, request.layers, first, settings));
-        Ok(Opened { decoder, cut, suffix, sizes, targets, points: points.unwrap_or_default(), dense })
+        Ok(Opened { decoder, cut, suffix, side, sizes, targets, points: points.unwrap_or_default(), dense })
     }
 }
 
-/// What a plan needs of the graphs.
+/// Inputs of a plan that come from the graphs.
 pub struct Parts<'a> {
     pub sizes: &'a Sizes,
     pub targets: &'a [FitTarget],
@@ -68,9 +77,9 @@ pub struct Parts<'a> {
     pub first: usize,
 }
 
-/// The plan; `streamed` where it is decided whether rows are kept.
+/// Makes the plan. `streamed` is `Some` when it is already decided whether rows are computed on demand.
 ///
-/// Errors: `Error::Io` where the free disk cannot be read; as `RunPlan::resolve`.
+/// Errors: `Error::Io` when the free disk space cannot be read; those of [`RunPlan::resolve`].
 pub fn resolve(request: &Request<'_>, parts: &Parts<'_>, data: PlannedData, streamed: Option<bool>) -> Result<RunPlan> {
     let cache_bytes = (free_disk_bytes(&request.own_work())? / 5).min(MOST_CACHE_BYTES);
     RunPlan::resolve(&Facts {
@@ -92,18 +101,33 @@ pub fn resolve(request: &Request<'_>, parts: &Parts<'_>, data: PlannedData, stre
     })
 }
 
-/// Attention heads, as the configuration says; 0 where it does not.
+/// Errors: `Error::Unsupported` for layers over several copies of the residual stream, as the configuration says (AltUp).
+fn refuse_parallel_streams(bundle: &Bundle) -> Result<()> {
+    let Some(config) = bundle.config() else { return Ok(()) };
+    let text = config.raw.get("text_config").unwrap_or(&config.raw);
+    match text.get("altup_num_inputs").and_then(serde_json::Value::as_u64) {
+        Some(streams) if streams > 1 => {
+            let problem =
+                format!("its layers read {streams} residual streams (`altup_num_inputs` in `{}`)", config.source);
+            Err(Error::unsupported("finetune", problem)
+                .remedy("layers of several streams side by side are dropped, not healed"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Number of attention heads in the configuration; 0 when it states none.
 fn heads_of(request: &Request<'_>) -> u64 {
     request.bundle.config().and_then(|config| config.num_attention_heads).unwrap_or(0) as u64
 }
 
-/// Most bytes of rows on disk where the user set no limit.
+/// Maximum number of bytes of rows on disk when the user set no limit.
 const MOST_CACHE_BYTES: u64 = 32_000_000_000;
 
-/// Samples that a plan looks at before the data has been read.
+/// Number of samples that an estimate reads.
 const ESTIMATED_FROM: usize = 64;
 
-/// What the first samples say of all of them.
+/// Estimates the token counts of all samples from the first ones.
 ///
 /// Errors: those of a sample.
 pub fn estimated(source: &dyn Source) -> Result<PlannedData> {
@@ -120,9 +144,9 @@ pub fn estimated(source: &dyn Source) -> Result<PlannedData> {
     Ok(PlannedData { samples, tokens, answer_tokens, longest_tokens: longest, estimated: true })
 }
 
-/// Decides a run and does nothing: what is trained, in which order, on what, and what it takes.
+/// Plans a run without running it: trained layers, order, data, memory and disk.
 ///
-/// Errors: as `finetune`, for what does not need the data to be read.
+/// Errors: as [`finetune`](super::finetune), for the checks that do not read the data.
 pub fn plan_run(request: &Request<'_>, teacher: Option<&Teacher<'_>>) -> Result<RunPlan> {
     request.settings.check()?;
     let losses = request.settings.losses();

@@ -1,4 +1,4 @@
-//! What a run is asked for, and what it gives.
+//! Inputs and results of a finetuning run.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,32 +17,33 @@ use crate::ir::Model;
 use crate::runtime::FeatureCache;
 use crate::torch::Ranks;
 
-/// What to finetune, on what, and how.
+/// Inputs of a finetuning run.
 pub struct Request<'a> {
     /// The pruned model.
     pub bundle: &'a Bundle,
-    /// Decoder layers to train, as the pruned model counts them.
+    /// Decoder layers to train, in the pruned model's numbering.
     pub layers: &'a [usize],
-    /// The samples.
+    /// Training samples.
     pub data: &'a dyn Source,
     /// Losses, optimiser, schedule and stages.
     pub settings: &'a Settings,
-    /// Device on which the trained layers are computed.
+    /// Device of the trained layers.
     pub device: Device,
     /// Folder for the frozen part's outputs, checkpoints and metrics; kept between runs.
     pub work: &'a Path,
-    /// Goes on from the newest checkpoint in `work`, if there is one.
+    /// Resumes from the newest checkpoint in `work`, if there is one.
     pub resume: bool,
-    /// What the run may take of the machine.
+    /// Limits on the run's use of the machine.
     pub limits: Limits,
-    /// The processes that share the samples of every step; all of them see `work`.
+    /// Processes that share the samples of every step; all of them read `work`.
     pub ranks: Option<&'a Ranks>,
-    /// Image features of models with the same vision encoder.
+    /// Cache of image features, shared by models with the same vision encoder.
     pub features: &'a Arc<FeatureCache>,
 }
 
 impl Request<'_> {
-    /// Where this process keeps what the others do not read: a folder of its own in `work` for all but the first.
+    /// Folder for files that only this process reads: `work` for the first process, a subfolder of `work` for each
+    /// other one.
     pub fn own_work(&self) -> PathBuf {
         match self.ranks {
             Some(ranks) if ranks.rank() > 0 => self.work.join(format!("rank-{}", ranks.rank())),
@@ -51,62 +52,62 @@ impl Request<'_> {
     }
 }
 
-/// What a run gives.
+/// Result of a run.
 pub struct Outcome {
-    /// The decoder with its trained weights; all other initializers are the ones it had.
+    /// The decoder with its trained weights; all other initializers are unchanged.
     pub decoder: Model,
     /// Figures of the run.
     pub report: Report,
 }
 
-/// How a run went: the content of the report file.
+/// Report of a run: the content of the report file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Report {
     /// Tool version, schema version, input digests and settings.
     #[serde(flatten)]
     pub provenance: Provenance,
-    /// Layers trained, as the pruned model counts them.
+    /// Layers trained, in the pruned model's numbering.
     pub layers: Vec<usize>,
-    /// Elements of the trained weights, or of the adapters beside them.
+    /// Number of elements of the trained weights, or of the adapters.
     pub trained_parameters: u64,
-    /// Samples trained on.
+    /// Number of samples trained on.
     pub samples: u64,
-    /// Their ids.
+    /// Ids of the samples.
     #[serde(default)]
     pub sample_ids: Vec<String>,
-    /// Samples that were drawn and not used, by reason.
+    /// Number of samples that were drawn and not used, by reason.
     pub left_out: LeftOut,
-    /// Optimiser steps.
+    /// Number of optimiser steps.
     pub steps: u64,
-    /// The step that a resumed run went on from; 0 otherwise.
+    /// Step from which a resumed run continued; 0 for a new run.
     pub resumed_from_step: u64,
-    /// Tokens without padding, images included, over all epochs; those that each layer saw where layers are healed one after
-    /// the other.
+    /// Number of tokens over all epochs, image tokens included, padding excluded. When layers are trained one after the
+    /// other: tokens per layer.
     pub tokens: u64,
-    /// Answer tokens over all epochs.
+    /// Number of answer tokens over all epochs; per layer when layers are trained one after the other.
     pub answer_tokens: u64,
-    /// The peak learning rate, chosen from the trials where there are any.
+    /// Peak learning rate; the best of the trials if there are any.
     pub learning_rate: f64,
-    /// Learning rates that were tried, in the order of the settings.
+    /// Trials of learning rates, in the order of the settings.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub trials: Vec<RateTrial>,
-    /// What the fit before the first step did, layer by layer.
+    /// Results of the fit, per layer.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub fitted: Vec<LayerFit>,
-    /// Time of the fit.
+    /// Time of the fit in seconds.
     #[serde(default)]
     pub fit_s: f64,
-    /// None where the run ends with the fit.
+    /// Loss of the first step; absent when the run ends with the fit.
     pub first_loss: Option<f64>,
-    /// Loss of the last step; absent where the run ends with the fit.
+    /// Loss of the last step; absent when the run ends with the fit.
     pub last_loss: Option<f64>,
-    /// Time in optimiser steps, over all resumptions.
+    /// Time of all optimiser steps in seconds, including those before a resumption.
     pub train_s: f64,
-    /// Tokens of all steps over the time of the steps.
+    /// `tokens` divided by `train_s`.
     pub tokens_per_s: f64,
-    /// Largest resident set of the process.
+    /// Peak resident memory of the process in bytes.
     pub peak_memory_bytes: u64,
-    /// Name of the JSONL file of metrics in the work folder.
+    /// Name of the metrics file (JSON lines) in the work folder.
     pub metrics_file: String,
 }
 

@@ -1,4 +1,4 @@
-//! The learning rate as settings say it: a number, a list to choose from, or a search.
+//! The learning rate setting: a number, a list of candidates, or a search.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -10,15 +10,16 @@ use crate::finetune::optim::OptimizerKind;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged, expecting = "expected a number, a list of numbers, or \"auto\"")]
 pub enum LearningRate {
-    /// This one.
+    /// A fixed rate.
     One(f64),
-    /// The one of these with the lowest loss in a pass of its own.
+    /// Candidates, each tried for a full pass; the run uses the one with the lowest loss.
     Several(Vec<f64>),
-    /// The one that does best on held-back training samples after short trials: see `docs/healing.md`.
+    /// Search over the optimiser's own rates by short trials, judged on held-out training samples: see
+    /// `docs/healing.md`.
     Auto(Auto),
 }
 
-/// The word for a search.
+/// The keyword for a search.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Auto {
@@ -27,10 +28,10 @@ pub enum Auto {
 }
 
 impl LearningRate {
-    /// A search.
+    /// The search with short trials.
     pub const AUTO: LearningRate = LearningRate::Auto(Auto::Auto);
 
-    /// Rates to try, ascending where they are the optimiser's own.
+    /// Candidate rates in the order of the settings; the optimiser's own rates are ascending.
     pub fn candidates(&self, optimizer: OptimizerKind) -> Vec<f64> {
         match self {
             LearningRate::One(rate) => vec![*rate],
@@ -39,12 +40,14 @@ impl LearningRate {
         }
     }
 
-    /// True where more than one rate is tried before the run.
+    /// True when the rate is chosen by trials before the run.
     pub fn is_searched(&self) -> bool {
         !matches!(self, LearningRate::One(_))
     }
 
-    /// Errors: `Error::Invalid` for a rate that is not above 0, or an empty list.
+    /// Checks that every rate is finite and above 0.
+    ///
+    /// Errors: `Error::Invalid` for another rate or an empty list.
     pub fn check(&self) -> Result<()> {
         let wrong = |problem: String| Err(Error::invalid("finetune setting `optimizer.learning_rate`", problem));
         match self {
@@ -82,7 +85,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_number_a_list_and_a_word_are_read() {
+    fn a_learning_rate_is_a_number_a_list_or_auto() {
         let read = |text: &str| serde_json::from_str::<LearningRate>(text);
         assert_eq!(read("1e-3").unwrap(), LearningRate::One(1e-3));
         assert_eq!(read("[1, 2e-3]").unwrap(), LearningRate::Several(vec![1.0, 2e-3]));
@@ -91,7 +94,7 @@ mod tests {
         assert!(error.contains("or \"auto\""), "{error}");
         assert_eq!("auto".parse(), Ok(LearningRate::AUTO));
         assert_eq!("1e-3,2e-3".parse(), Ok(LearningRate::Several(vec![1e-3, 2e-3])));
-        assert!("fast".parse::<LearningRate>().is_err());
+        assert_eq!("fast".parse::<LearningRate>(), Err("`fast` is no number".to_string()));
         assert_eq!(serde_json::to_string(&LearningRate::AUTO).unwrap(), "\"auto\"");
     }
 }

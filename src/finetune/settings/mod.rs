@@ -1,4 +1,4 @@
-//! Settings of a run and named recipes of them.
+//! Settings of a finetuning run, and named recipes.
 
 mod learning_rate;
 mod moved;
@@ -10,5 +10,5 @@ pub use moved::refuse_moved;
 pub use recipe::{DEFAULT_RECIPE, RECIPES, RecipeRow, StageRow};
 pub use values::{
     BatchSettings, DataSettings, FitSettings, KdSettings, Lora, LoraLayers, LoraSettings, OptimizerSettings, Precision,
-    ScheduleSettings, Settings, Stage,
+    ScheduleSettings, Settings, Stage, WriteTrained,
 };

@@ -1,8 +1,10 @@
-//! Settings files of the flat layout: each old key with its place in the tables, for the message that refuses them.
+//! Refuses settings files with the old flat layout. Maps each old key to its place in the tables, for the error
+//! message.
 
 use crate::base::{Error, Result};
 
-/// Old key, new place, and true where the old value was no table while the new key is one of the same name.
+/// Old key and new place. The flag is true when the new layout has a table with the old key's name; then only a value
+/// that is not a table is an old one.
 const MOVED: &[(&str, &str, bool)] = &[
     ("learning_rate", "[optimizer] learning_rate", false),
     ("learning_rates", "[optimizer] learning_rate", false),
@@ -39,7 +41,7 @@ const MOVED: &[(&str, &str, bool)] = &[
 
 /// Refuses keys of the flat layout.
 ///
-/// Errors: `Error::Invalid` that names the new place of each.
+/// Errors: `Error::Invalid` with the new place of each old key.
 pub fn refuse_moved(table: &toml::Table) -> Result<()> {
     let old = MOVED.iter().filter(|(old, _, same_name)| match table.get(*old) {
         Some(value) => !(*same_name && value.is_table()),
@@ -61,7 +63,7 @@ mod tests {
     use crate::finetune::settings::Settings;
 
     #[test]
-    fn old_keys_are_refused_with_their_new_places() {
+    fn moved_settings_are_refused_with_their_new_names() {
         let refused = |text: &str| refuse_moved(&text.parse().unwrap()).unwrap_err().to_string();
         let message = refused("batch_size = 4\nlearning_rates = [1e-3, 2e-3]\noptimizer = \"muon\"\nfit = true");
         for want in
@@ -73,9 +75,8 @@ mod tests {
         refuse_moved(&"[optimizer]\nlearning_rate = 1e-3\n[fit]\nenabled = true".parse().unwrap()).unwrap();
     }
 
-    /// Every new place exists.
     #[test]
-    fn new_places_are_settings() {
+    fn the_new_name_of_every_moved_setting_exists() {
         let all = toml::Table::try_from(Settings::default().with(|s| {
             s.schedule.max_steps = Some(1);
             (s.fit.tokens, s.data.step_tokens) = (Some(1), Some(1));

@@ -1,4 +1,4 @@
-//! Named recipes of healing: one row each, as settings that differ from the defaults.
+//! Named recipes. Each is one row of settings that differ from the defaults.
 
 use std::collections::BTreeMap;
 
@@ -11,53 +11,53 @@ use crate::finetune::loss::LossKind;
 use crate::finetune::optim::OptimizerKind;
 use crate::finetune::optim::Schedule;
 
-/// The recipe that is used when none is named.
+/// The default recipe.
 pub const DEFAULT_RECIPE: &str = "best";
 
-/// A part of a run.
+/// A stage of a recipe.
 pub struct StageRow {
-    /// Part of the steps.
+    /// Share of the steps.
     pub share: f64,
-    /// Losses with their weights.
+    /// Loss terms and their weights.
     pub losses: &'static [(LossKind, f64)],
 }
 
-/// Most tokens of a fit.
+/// Maximum number of tokens of a fit.
 #[derive(Clone, Copy)]
 pub enum FitTokens {
-    /// This many.
+    /// Total number of tokens.
     All(u64),
-    /// This many for each number that a product reads.
+    /// Tokens per input feature of the widest product.
     PerFeature(u32),
 }
 
 /// One recipe.
 pub struct RecipeRow {
-    /// Name in recipes and for `--recipe`.
+    /// Name in recipe files and for `--recipe`.
     pub name: &'static str,
-    /// One line for help texts and documents.
+    /// One-line description for help texts and documents.
     pub summary: &'static str,
-    /// Tokens of the drawn samples that are trained on; None for all.
+    /// Number of tokens of the drawn samples to train on; `None` for all.
     pub step_tokens: Option<u64>,
-    /// Passes over them.
+    /// Number of epochs.
     pub epochs: u32,
-    /// Samples in one forward pass, and forward passes per optimiser step.
+    /// Samples per forward pass, and forward passes per optimiser step.
     pub batch: (u32, u32),
-    /// Update rule.
+    /// Optimiser.
     pub optimizer: OptimizerKind,
-    /// Peak learning rate, in the measure of the optimiser; None for a search.
+    /// Peak learning rate in the optimiser's units; `None` for a search.
     pub learning_rate: Option<f64>,
-    /// Course of the learning rate.
+    /// Learning rate schedule.
     pub schedule: Schedule,
-    /// Part of the steps, the last ones, whose mean is given.
+    /// Share of the last steps over which the written weights are averaged.
     pub average_last: f64,
-    /// How many tokens a fit before the first step looks at; None for no fit.
+    /// Number of tokens of the fit before the first step; `None` for no fit.
     pub fit: Option<FitTokens>,
-    /// None for a recipe that ends with the fit.
+    /// Stages of the run; empty when the recipe ends with the fit.
     pub stages: &'static [StageRow],
 }
 
-/// Every recipe there is.
+/// All recipes.
 pub const RECIPES: &[RecipeRow] = &[
     RecipeRow {
         name: "paper",
@@ -103,9 +103,9 @@ pub const RECIPES: &[RecipeRow] = &[
 ];
 
 impl RecipeRow {
-    /// The row of a name.
+    /// Finds a recipe by its name.
     ///
-    /// Errors: `Error::Invalid` that lists the names there are.
+    /// Errors: `Error::Invalid` with the known names.
     pub fn named(name: &str) -> Result<&'static RecipeRow> {
         RECIPES.iter().find(|row| row.name == name).ok_or_else(|| {
             let names: Vec<_> = RECIPES.iter().map(|row| row.name).collect();
@@ -114,13 +114,13 @@ impl RecipeRow {
         })
     }
 
-    /// True when it wants the dense model.
+    /// True when the recipe needs the dense model.
     pub fn needs_teacher(&self) -> bool {
         let mut losses = self.stages.iter().flat_map(|stage| stage.losses);
         self.fit.is_some() || losses.any(|(kind, _)| kind.needs_teacher())
     }
 
-    /// The recipe as settings; everything that it does not speak of is the default.
+    /// Settings of the recipe. Values that the recipe does not set have their defaults.
     pub fn settings(&self) -> Settings {
         let stages = self.stages.iter().map(|stage| {
             let losses = stage.losses.iter().copied().collect::<BTreeMap<_, _>>();
@@ -144,19 +144,19 @@ impl RecipeRow {
         })
     }
 
-    /// The recipe's settings with those of TOML tables in place of its own, the later ones in place of the earlier.
+    /// The recipe's settings, overridden by TOML tables; later tables take precedence.
     ///
-    /// Errors: `Error::Invalid` for a setting that is not known, of the wrong type, or of the flat layout.
+    /// Errors: `Error::Invalid` for an unknown setting, a value of the wrong type, or a key of the flat layout.
     pub fn settings_with(&self, tables: impl IntoIterator<Item = toml::Table>) -> Result<Settings> {
         self.settings().changed_by("finetune settings", tables)
     }
 }
 
 impl Settings {
-    /// These settings with those of TOML tables in place of their own, the later ones in place of the earlier. `subject` is
-    /// what errors name.
+    /// These settings, overridden by TOML tables; later tables take precedence. `subject` names the source of the
+    /// settings in error messages.
     ///
-    /// Errors: `Error::Invalid` for a setting that is not known, of the wrong type, or of the flat layout.
+    /// Errors: `Error::Invalid` for an unknown setting, a value of the wrong type, or a key of the flat layout.
     pub fn changed_by(self, subject: &str, tables: impl IntoIterator<Item = toml::Table>) -> Result<Settings> {
         let wrong = |e: String| Error::invalid(subject, e.trim_end());
         let mut all = toml::Table::try_from(self).map_err(|e| wrong(e.to_string()))?;
@@ -168,7 +168,7 @@ impl Settings {
     }
 }
 
-/// Puts the values of `table` into `all`, key by key; loss terms and lists are replaced as a whole.
+/// Merges `table` into `all` recursively. Lists are replaced as a whole, and so are stages with their loss terms.
 fn put_into(all: &mut toml::Table, table: toml::Table) {
     for (key, value) in table {
         match (all.get_mut(&key), value) {
@@ -199,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_user_sets_wins_over_the_recipe() {
+    fn user_settings_override_the_recipe() {
         let best = RecipeRow::named("best").unwrap();
         let with = |texts: &[&str]| best.settings_with(texts.iter().map(|text| text.parse().unwrap()));
         let settings = with(&["optimizer = { learning_rate = 1e-3, beta1 = 0.8 }\n[schedule]\nepochs = 3"]).unwrap();

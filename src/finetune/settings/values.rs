@@ -1,4 +1,4 @@
-//! Settings of a finetuning run, with the method's values as defaults: one table for each concern.
+//! Settings of a finetuning run, one table for each concern. The defaults are the method's values.
 
 use std::collections::BTreeMap;
 
@@ -11,14 +11,14 @@ use super::learning_rate::LearningRate;
 use crate::finetune::loss::{LossKind, Teacher};
 use crate::finetune::optim::{Constants, OptimizerKind, Schedule};
 
-/// Number format of the forward and backward pass; trained weights and the optimiser's state are always f32.
+/// Number format of the forward and backward passes. Trained weights and the optimiser's state are always f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
     /// Single precision throughout.
     #[default]
     F32,
-    /// Matrix products in bf16, sums and weights in f32.
+    /// Matrix products and activations in bf16; weights, gradients and losses in f32.
     Bf16,
 }
 
@@ -31,7 +31,7 @@ pub struct Lora {
 }
 
 impl Lora {
-    /// Factor of `A B`.
+    /// Factor of the product `A B`: `alpha / rank`.
     pub fn scale(self) -> f64 {
         self.alpha / f64::from(self.rank.max(1))
     }
@@ -41,22 +41,39 @@ impl Lora {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum LoraLayers {
-    /// Those that the plan names.
+    /// The layers that the plan trains.
     #[default]
     Trained,
-    /// Every layer that is left.
+    /// Every layer of the pruned model.
     All,
 }
 
-/// A part of a run with loss terms of its own.
+/// Form in which trained weights of a quantised model are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum WriteTrained {
+    /// Float products in place of the quantised ones. No trained number is rounded.
+    #[default]
+    Float,
+    /// Quantised again by the weight's own bits, blocks, range and zero points. Changes below half a step are lost.
+    Quantised,
+}
+
+impl WriteTrained {
+    fn is_float(&self) -> bool {
+        *self == WriteTrained::Float
+    }
+}
+
+/// A stage of a run with its own loss terms.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Stage {
-    /// Part of the steps; the shares of all stages make 1.
+    /// Share of the steps; the shares of all stages add up to 1.
     #[serde(default = "whole")]
     pub share: f64,
-    /// Loss terms and their weights. Where no stage has any but `anchor` and `hidden`, each trained layer is healed by
-    /// itself, one after the other, on the stream that those before it give in the end; every layer takes all epochs.
+    /// Loss terms and their weights. When all stages use only `anchor` and `hidden`, the layers are trained one after
+    /// the other, each on the output stream of the finished layers before it; every layer takes all epochs.
     pub losses: BTreeMap<LossKind, f64>,
 }
 
@@ -64,74 +81,78 @@ fn whole() -> f64 {
     1.0
 }
 
-/// Samples that are trained on.
+/// Training samples.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct DataSettings {
-    /// Part of the drawn samples that is trained on.
+    /// Share of the drawn samples to train on.
     pub share: f64,
-    /// Samples with more tokens, images included, are left out and counted in the report.
+    /// Maximum number of tokens per sample, image tokens included. Longer samples are left out and counted in the
+    /// report.
     pub max_tokens: u32,
-    /// Puts samples of about the same length into one batch, so that less is padded.
+    /// Groups samples of similar length into batches, which reduces padding.
     pub group_by_length: bool,
-    /// Trains on as many of these, in the order of the draw, as hold this many tokens, images included; on all by default.
+    /// Number of tokens to train on, image tokens included. Takes drawn samples, in the order of the draw, up to this
+    /// number; all by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub step_tokens: Option<u64>,
 }
 
-/// How many samples an optimiser step sees, and how they are computed.
+/// Number of samples of an optimiser step, and how they are computed.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct BatchSettings {
-    /// Samples in one forward pass.
+    /// Samples per forward pass.
     pub size: u32,
     /// Forward passes per optimiser step.
     pub accumulation_steps: u32,
-    /// Keeps only each layer's input and computes the layer again in the backward pass: less memory, more time. Unset, the
-    /// run's plan decides: where frozen weights are widened in each product, or a memory limit asks for it.
+    /// Keeps only each layer's input and recomputes the layer in the backward pass: less memory, more time. When unset,
+    /// the run's plan decides: it is on when the products convert frozen weights to f32, or when a memory limit
+    /// requires it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gradient_checkpointing: Option<bool>,
 }
 
-/// How gradients become steps.
+/// Optimiser and its parameters.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct OptimizerSettings {
-    /// `adamw`, `adamw-8bit`, or `muon` for matrices with AdamW for all else.
+    /// `adamw`, `adamw-8bit`, or `muon` for matrices with AdamW for all other weights.
     pub kind: OptimizerKind,
-    /// Peak learning rate: a number, a list to choose from by a pass with each, or `"auto"` for a search in short trials.
-    /// Networks of a few million parameters want 1e-4 to 2e-3 with AdamW, 1e-2 to 3e-2 with Muon.
+    /// Peak learning rate: a number, a list of candidates that are each tried for a full pass, or `"auto"` for a search
+    /// with short trials. Typical rates of networks with a few million parameters are 1e-4 to 2e-3 with AdamW and 1e-2
+    /// to 3e-2 with Muon.
     pub learning_rate: LearningRate,
     /// Decoupled weight decay.
     pub weight_decay: f64,
-    /// Decay of the gradients' mean: AdamW's first moment, Muon's momentum.
+    /// Decay of the gradients' running mean: AdamW's first moment, Muon's momentum.
     pub beta1: f64,
     /// Decay of AdamW's second moment.
     pub beta2: f64,
-    /// AdamW's epsilon, added to the root of the second moment.
+    /// AdamW's epsilon, added to the square root of the second moment.
     pub epsilon: f64,
-    /// Gradients are scaled down to this global L2 norm; 0 leaves them as they are.
+    /// Maximum global L2 norm of the gradients; larger gradients are scaled down to it. 0 disables clipping.
     pub max_grad_norm: f64,
-    /// Writes the mean of the weights over this part of the steps, the last ones, in place of the weights after the last
-    /// step; 0 writes the latter. It wants a schedule that keeps the learning rate up.
+    /// Share of the last steps over which the written weights are averaged; 0 writes the weights after the last step.
+    /// Use it with a schedule that keeps the learning rate constant.
     pub average_last: f64,
 }
 
-/// How long a run is, and how the learning rate moves over it.
+/// Length of a run and schedule of the learning rate.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ScheduleSettings {
-    /// How the learning rate moves over the steps.
+    /// Learning rate schedule.
     pub kind: Schedule,
-    /// Part of all steps over which the learning rate rises from 0 to its peak.
+    /// Share of all steps over which the learning rate rises from 0 to its peak.
     pub warmup_ratio: f64,
-    /// Passes over the data.
+    /// Number of passes over the data.
     pub epochs: u32,
-    /// Stops after this many optimiser steps, whatever `epochs` says; the schedule then spans these. Where layers are healed
-    /// one after the other, each has an equal part of them and a schedule of its own.
+    /// Maximum number of optimiser steps. It overrides `epochs`, and the schedule spans these steps. When layers are
+    /// trained one after the other, they divide the steps equally, each with its own schedule.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_steps: Option<u64>,
-    /// Optimiser steps between two checkpoints; 0 leaves one only when the run is stopped.
+    /// Number of optimiser steps between two checkpoints; 0 writes one only when the run is stopped.
     pub checkpoint_every: u64,
 }
 
@@ -139,13 +160,13 @@ pub struct ScheduleSettings {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct FitSettings {
-    /// Before the first step, fits the products that each trained layer's output is a sum of to the dense model's stream
-    /// by least squares; where layers are healed one after the other, the last product of each before its own first step.
-    /// With no stage the run ends there.
+    /// Fits the last products of each trained layer, whose results add up to the layer's output, to the dense model's
+    /// stream by least squares before the first step. When layers are trained one after the other, it fits each layer's
+    /// last product before the layer's first step. Without a stage the run ends after the fit.
     pub enabled: bool,
-    /// Most tokens that the fit looks at, for each number that a product reads.
+    /// Maximum number of tokens of the fit per input feature of the widest product.
     pub tokens_per_feature: u32,
-    /// Most tokens that the fit looks at, in place of `tokens_per_feature`.
+    /// Maximum number of tokens of the fit; overrides `tokens_per_feature`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tokens: Option<u64>,
 }
@@ -154,12 +175,12 @@ pub struct FitSettings {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct LoraSettings {
-    /// Trains low-rank adapters of this rank beside the weights of the layers, in place of these weights; 0 trains the
-    /// weights. The written model contains the sum of both.
+    /// Rank of low-rank adapters that are trained instead of the weights; 0 trains the weights. The written model
+    /// contains the sum of weights and adapters.
     pub rank: u32,
-    /// Factor of the adapters, before it is divided by the rank.
+    /// Scale of the adapters before the division by the rank.
     pub alpha: f64,
-    /// Beside which layers' weights adapters are: `trained` or `all` of the decoder.
+    /// Layers with adapters: `trained`, or `all` layers of the decoder.
     pub layers: LoraLayers,
 }
 
@@ -167,40 +188,43 @@ pub struct LoraSettings {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct KdSettings {
-    /// Softmax temperature, for teacher and student alike.
+    /// Softmax temperature of teacher and student.
     pub temperature: f64,
-    /// The term looks at the teacher's this many most likely tokens; the rest count as one more.
+    /// Number of the teacher's most likely tokens that the term compares; the probabilities of all other tokens are
+    /// added into one class.
     pub top_k: u32,
 }
 
-/// Everything that decides the result of a finetuning run, apart from the model, the layers and the data.
+/// Settings of a finetuning run. Together with the model, the layers and the data they determine its result.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// Seed of the order of the samples and of adapters.
+    /// Seed for the order of the samples and for the adapters.
     pub seed: u64,
-    /// Number format of matrix products.
+    /// Number format of matrix products and activations.
     pub precision: Precision,
-    /// Trains the weight of the head besides the layers. The authors' released code does so for models whose head is not tied
-    /// to the embeddings.
+    /// Trains the weight of the head in addition to the layers. The authors' released code does so for models whose
+    /// head is not tied to the embeddings.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub train_head: bool,
-    /// Samples that are trained on.
+    /// Form in which trained weights of a quantised model are written: `float` or `quantised`.
+    #[serde(skip_serializing_if = "WriteTrained::is_float")]
+    pub write_trained: WriteTrained,
+    /// Training samples.
     pub data: DataSettings,
-    /// How many samples an optimiser step sees.
+    /// Number of samples of an optimiser step.
     pub batch: BatchSettings,
-    /// How gradients become steps.
+    /// Optimiser and its parameters.
     pub optimizer: OptimizerSettings,
-    /// How long the run is, and how the learning rate moves over it.
+    /// Length of the run and schedule of the learning rate.
     pub schedule: ScheduleSettings,
     /// The least-squares fit before the first step.
     pub fit: FitSettings,
-    /// Low-rank adapters in place of the weights.
+    /// Low-rank adapters instead of the weights.
     pub lora: LoraSettings,
     /// The `kd` term.
     pub kd: KdSettings,
-    /// Parts of the run, one after the other, each with its loss terms. The learning rate moves over all of them as over
-    /// one run.
+    /// Stages of the run, one after the other, each with its loss terms. The learning rate schedule spans all stages.
     #[serde(rename = "stage")]
     pub stages: Vec<Stage>,
 }
@@ -263,6 +287,7 @@ impl Default for Settings {
             seed: 42,
             precision: Precision::F32,
             train_head: false,
+            write_trained: WriteTrained::default(),
             data: DataSettings::default(),
             batch: BatchSettings::default(),
             optimizer: OptimizerSettings::default(),
@@ -276,22 +301,22 @@ impl Default for Settings {
 }
 
 impl Stage {
-    /// The one stage of a run with these loss terms.
+    /// The single stage of a run with these loss terms.
     pub fn only(losses: impl IntoIterator<Item = (LossKind, f64)>) -> Vec<Stage> {
         vec![Stage { share: 1.0, losses: losses.into_iter().collect() }]
     }
 }
 
 impl Settings {
-    /// These settings with some of them changed.
+    /// Returns the settings with `change` applied.
     pub fn with(mut self, change: impl FnOnce(&mut Self)) -> Self {
         change(&mut self);
         self
     }
 
-    /// Checks every value's range.
+    /// Checks the range of every value.
     ///
-    /// Errors: `Error::Invalid` naming the setting, what was given and what it must be.
+    /// Errors: `Error::Invalid` with the setting, its value and the allowed range.
     pub fn check(&self) -> Result<()> {
         let Settings { data, batch, optimizer, schedule, fit, lora, kd, .. } = self;
         let share = |value: f64| (0.0..=1.0).contains(&value);
@@ -375,12 +400,12 @@ impl Settings {
         }
     }
 
-    /// False for a run that ends with the fit, before any step.
+    /// True when the run has optimiser steps; false when it ends after the fit.
     pub fn trains(&self) -> bool {
         !self.stages.is_empty()
     }
 
-    /// Loss terms that any stage asks for, with the largest weight of each.
+    /// Loss terms of all stages, each with its largest weight.
     pub fn losses(&self) -> BTreeMap<LossKind, f64> {
         let mut losses = BTreeMap::new();
         for (&loss, &weight) in self.stages.iter().flat_map(|stage| &stage.losses).filter(|(_, weight)| **weight > 0.0)
@@ -391,24 +416,24 @@ impl Settings {
         losses
     }
 
-    /// True when no loss term looks at answers: each trained layer is then healed by itself, one after the other.
+    /// True when no loss term reads answers. The layers are then trained one after the other.
     pub fn layer_by_layer(&self) -> bool {
         let losses = self.losses();
         !losses.is_empty() && losses.keys().all(|kind| kind.row().teacher == Teacher::Stream)
     }
 
-    /// True when a loss term reads this of the dense model.
+    /// True when a loss term reads this output of the dense model.
     pub(crate) fn reads(&self, output: Teacher) -> bool {
         self.losses().iter().any(|(kind, weight)| *weight > 0.0 && kind.row().teacher == output)
     }
 
-    /// True when logits at the answers are needed: for a loss term, or to judge learning rates by.
+    /// True when logits at answer positions are needed, for a loss term or to compare learning rates.
     pub fn looks_at_answers(&self) -> bool {
         let asked = self.losses().keys().any(|kind| kind.row().teacher != Teacher::Stream);
         asked || self.optimizer.learning_rate.is_searched()
     }
 
-    /// The settings of each stage of a run of `total` steps, with the number of steps from the start of the run to the end
+    /// Settings of each stage of a run of `total` steps, with the number of steps from the start of the run to the end
     /// of the stage.
     pub fn by_stage(&self, total: u64) -> Vec<(u64, Settings)> {
         let mut done = 0.0;
@@ -420,17 +445,17 @@ impl Settings {
         stages.collect()
     }
 
-    /// Weight of a loss term, the largest over the stages; 0 where none asks for it.
+    /// Weight of a loss term: the largest over the stages, 0 when no stage uses it.
     pub fn weight(&self, loss: LossKind) -> f64 {
         self.losses().get(&loss).copied().unwrap_or(0.0)
     }
 
-    /// The peak learning rate; of several, the first.
+    /// The peak learning rate; the first of several candidates.
     pub fn peak_rate(&self) -> f64 {
         self.optimizer.learning_rate.candidates(self.optimizer.kind).first().copied().unwrap_or_default()
     }
 
-    /// Most tokens that a fit looks at whose widest product reads `widest` numbers.
+    /// Maximum number of tokens of a fit whose widest product has `widest` input features.
     pub fn fit_budget(&self, widest: u64) -> u64 {
         self.fit.tokens.unwrap_or(widest.saturating_mul(u64::from(self.fit.tokens_per_feature)))
     }
@@ -441,7 +466,7 @@ impl Settings {
         Constants { beta1, beta2, epsilon, weight_decay }
     }
 
-    /// Rank, scale and seed of the adapters, where there are any.
+    /// Rank, scale and seed of the adapters; `None` without adapters.
     pub fn lora(&self) -> Option<Lora> {
         let LoraSettings { rank, alpha, .. } = self.lora;
         (rank > 0 && self.trains()).then_some(Lora { rank, alpha, seed: self.seed })
@@ -458,7 +483,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn defaults_are_valid_and_survive_json() {
+    fn default_settings_are_valid_and_round_trip_through_json() {
         let settings = Settings::default();
         settings.check().unwrap();
         let text = serde_json::to_string(&settings).unwrap();
@@ -489,7 +514,7 @@ mod tests {
     }
 
     #[test]
-    fn stages_share_the_steps() {
+    fn stages_divide_the_steps_by_their_shares() {
         let stage = |share, kind| Stage { share, ..Stage::only([(kind, 1.0)])[0].clone() };
         let staged = |stages| Settings { stages, ..Settings::default() };
         let settings = staged(vec![stage(0.2, LossKind::Anchor), stage(0.5, LossKind::Ce), stage(0.3, LossKind::Kd)]);

@@ -1,4 +1,4 @@
-//! What decides a run besides the network and the samples.
+//! Settings and environment of a training run.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -13,41 +13,41 @@ use crate::torch::Ranks;
 
 use super::dense::DenseStream;
 
-/// What decides a run besides the network and the samples.
+/// Settings and environment of a training run: everything but the network and the samples.
 #[derive(Clone, Copy)]
 pub struct Run<'a> {
     pub settings: &'a Settings,
     pub device: Device,
-    /// Most tokens of one forward pass, padding included, longer samples aside.
+    /// Maximum number of tokens of one forward pass, padding included. A longer sample forms a pass of its own.
     pub batch_tokens: usize,
-    /// Threads of each network's own.
+    /// Number of threads per network.
     pub threads: usize,
-    /// Computes rows of samples when steps need them; None where all are on disk.
+    /// Computes rows of samples when steps need them; `None` when all rows are on disk.
     pub streamed: Option<&'a dyn Loads>,
-    /// The dense model, for fits.
+    /// Streams of the dense model, for fits.
     pub dense: Option<&'a dyn DenseStream>,
-    /// The first trained layer, as the pruned model counts.
+    /// The first trained layer, in the pruned model's numbering.
     pub first: usize,
-    /// SHA-256 of what decides the result, by what it is; a checkpoint of other inputs is refused.
+    /// SHA-256 of each input that determines the result, by name. A checkpoint with other inputs is refused.
     pub inputs: &'a BTreeMap<String, Sha256Digest>,
-    /// Folder for metrics and what this process keeps.
+    /// Folder for metrics and files of this process.
     pub work: &'a Path,
-    /// Folder for checkpoints; of several processes, the one that the first of them writes.
+    /// Folder for checkpoints, shared by all processes; the first process writes it.
     pub shared: &'a Path,
-    /// The processes that share the samples of every step; none where this one works alone.
+    /// Processes that share the samples of every step; `None` for a single process.
     pub ranks: Option<&'a Ranks>,
-    /// Goes on from the newest checkpoint in `work`, if there is one.
+    /// Resumes from the newest checkpoint in `shared`, if there is one.
     pub resume: bool,
     pub cancel: &'a Cancel,
 }
 
 impl Run<'_> {
-    /// True in the process that writes what all of them go on from.
+    /// True in the process that writes checkpoints and trial results.
     pub fn writes(&self) -> bool {
         self.ranks.is_none_or(|ranks| ranks.rank() == 0)
     }
 
-    /// Makes rows of these samples available, where they are not on disk.
+    /// Loads the rows of these samples unless they are on disk or already held.
     ///
     /// Errors: those of a run of the frozen layers or of the dense model.
     pub fn load(&self, dataset: &mut TrainingSet, samples: &[usize]) -> Result<()> {
@@ -57,14 +57,14 @@ impl Run<'_> {
         }
     }
 
-    /// The run's checkpoints, which only the first process writes.
+    /// The run's checkpoints; only the first process writes them.
     ///
     /// Errors: `Error::Io`.
     pub fn checkpoints(&self) -> Result<Checkpoints> {
         checkpoints(self.shared, self.writes())
     }
 
-    /// True when the user asked any of the processes to stop. All of them ask at the same place.
+    /// True when the user asked any of the processes to stop. All processes must call this at the same point.
     ///
     /// Errors: as `Ranks::sum`.
     pub fn stops(&self) -> Result<bool> {

@@ -1,12 +1,13 @@
-//! What the training loop asks of the dense model.
+//! Access of the training loop to the dense model.
 
 use std::collections::BTreeMap;
 
 use crate::base::Result;
 
-/// The dense model's stream, made when it is asked for and kept nowhere.
+/// Source of the dense model's residual stream. Rows are computed on request and not kept.
 pub trait DenseStream: Sync {
-    /// For each of `samples` its rows behind each of `layers`, counted from the first trained one: bf16, little-endian.
+    /// Rows of the stream behind `layers`, which are counted from the first trained layer. The result has one map per
+    /// layer, from each of `samples` to its rows `[tokens, hidden]` in bf16, little-endian.
     ///
     /// Errors: those of a run of the dense model.
     fn behind(&self, layers: &[usize], samples: &[usize]) -> Result<Vec<BTreeMap<usize, Vec<u8>>>>;

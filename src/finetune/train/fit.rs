@@ -1,26 +1,29 @@
-//! Least squares before the first step: the products of each trained layer whose results its output is a sum of, those of
-//! attention and MLP in most networks, are fitted to the dense model's stream.
+//! Least-squares fit of trained layers before the first step. A layer's output is a sum of the results of a few
+//! products; in most networks these are the last products of attention and MLP. Each is fitted to the dense model's
+//! stream.
 //!
-//! A layer's output is linear in its last weight: `y = r + h W`, with `h` what the product reads. The weight that
+//! A layer's output is linear in its last weight: `y = r + h W`, with `h` the operand of the product. The weight that
 //! brings `y` closest to the dense stream `t` has a closed form. Over all tokens, each weighted by `1 / |t|^2`, the
 //! change `D` that minimises `sum |t - y - h D|^2 / |t|^2 + ridge * mean(diag A) * |D|^2` solves
 //!
 //! `(A + ridge * mean(diag A) * I) D = B`, `A = sum h^T h / |t|^2`, `B = sum h^T (t - y) / |t|^2`
 //!
-//! (ridge regression; Hoerl and Kennard 1970). The sum is what the loss term `anchor` looks at behind the trained layer.
-//! The ridge is the one of [`RIDGES`] that, fitted on three quarters of the tokens, leaves least on the samples that hold the
-//! last quarter; all of them decide the weight with it. Where there are too few samples for that, [`FEW_SAMPLES_RIDGE`] is taken.
+//! (ridge regression; Hoerl and Kennard 1970). The sum is the quantity that the loss term `anchor` measures behind the
+//! trained layer. The weight is fitted with each value of [`RIDGES`] on three quarters of the tokens. The value with
+//! the smallest distance on the held-out quarter is used for a fit on all samples. With too few samples to hold any
+//! out, [`FEW_SAMPLES_RIDGE`] is used.
 //!
-//! What a product before the last gives is read by the rest of the layer too, in which it is not linear. It is fitted as if
-//! that stayed as it is, and set back where the layer then is farther from the dense stream than before. The layers are
-//! fitted from the first to the last, each on the stream that the fitted ones before it give.
+//! The result of an earlier product also enters the rest of the layer, which is not linear in it. The product is fitted
+//! as if the rest did not change, and the fit is undone if the layer is then farther from the dense stream than before.
+//! Layers are fitted from the first to the last, each on the output of the fitted layers before it.
 
 use std::collections::BTreeMap;
 
 use tch::{Device, Kind, Tensor};
 
+use crate::analysis::Projection;
 use crate::base::{Error, Progress, Result};
-use crate::finetune::cut::{FitTarget, Projection};
+use crate::finetune::cut::FitTarget;
 use crate::finetune::data::{TrainingSet, bf16_matrix};
 use crate::finetune::error::torch_error;
 use crate::finetune::plan::{FIT_TOKENS, order};
@@ -32,25 +35,25 @@ use super::dense::DenseStream;
 use super::normal::{Normal, Rows, Solved};
 use super::workers;
 
-/// Ridges to choose from.
+/// Candidate ridges.
 const RIDGES: [f64; 4] = [0.003, 0.01, 0.03, 0.3];
-/// The ridge where there are too few samples to choose by.
+/// Ridge when there are too few samples to choose one.
 const FEW_SAMPLES_RIDGE: f64 = 0.1;
-/// The part of the tokens that is held out when the ridge is chosen.
+/// Share of the tokens held out for the choice of the ridge.
 const HELD_OUT: f64 = 0.25;
-/// Tokens of a forward pass, padding included, longer samples aside: a number of its own, so that the fit does not depend on
-/// how steps are cut into passes.
+/// Maximum number of tokens of a forward pass, padding included; a longer sample forms a pass of its own. It is
+/// independent of `batch_tokens`, so the fit does not depend on how steps are cut into passes.
 const PASS_TOKENS: usize = 512;
-/// Memory for the dense model's stream at the points that are asked for together.
+/// Memory, in bytes, for the dense model's stream at the points that are computed together.
 const TARGET_BYTES: u64 = 1 << 30;
 
-/// A forward pass's samples and the stream that it has reached, `[B, T, D]`.
+/// Samples of a forward pass, and its current stream `[B, T, D]`.
 struct Pass {
     samples: Vec<usize>,
     stream: Option<Tensor>,
 }
 
-/// The samples that a fit looks at, in passes: those of this process, the tokens of all of them.
+/// Passes of a fit in this process, and the token counts of all processes.
 struct Drawn {
     fitted: Vec<Pass>,
     held_out: Vec<Pass>,
@@ -65,10 +68,10 @@ impl Drawn {
     }
 }
 
-/// Fits the layers in place, each weight of `students` that a target names.
+/// Fits the layers in place: every weight of `students` that a target names.
 ///
 /// Errors: `Error::Invalid` when an operator refuses its tensors; `Error::NotFinite` when a sum is not finite;
-/// `Error::Interrupted`. The weights are what they were then.
+/// `Error::Interrupted`. After an error the weights are restored.
 pub fn fit(
     run: &Run<'_>,
     students: &mut [Student],
@@ -86,8 +89,8 @@ pub fn fit(
     result
 }
 
-/// Draws the samples: as many as the widest product wants tokens, every fourth token's sample held out. Passes are dealt out
-/// to the ranks one by one; which samples share one does not depend on how many ranks there are.
+/// Draws samples up to the token budget of the widest product and holds out a quarter of the tokens. Passes are
+/// distributed over the ranks one by one; the samples of a pass do not depend on the number of ranks.
 fn draw(run: &Run<'_>, targets: &[FitTarget], dataset: &TrainingSet) -> Drawn {
     let settings = run.settings;
     let widths = targets.iter().flat_map(|target| &target.products).flatten().map(|product| product.width);
@@ -111,7 +114,8 @@ fn draw(run: &Run<'_>, targets: &[FitTarget], dataset: &TrainingSet) -> Drawn {
     Drawn { fitted: passes(fitted), held_out: passes(held_out), tokens: all, held_out_tokens: apart }
 }
 
-/// Parts samples so that those held out have a quarter of the tokens, to within half a sample.
+/// Splits samples into those to fit on and those held out. The held-out ones have a quarter of the tokens, to within
+/// half a sample.
 fn held_out(samples: &[usize], length: impl Fn(usize) -> usize) -> (Vec<usize>, Vec<usize>) {
     let (mut fitted, mut apart) = (Vec::new(), Vec::new());
     let (mut seen, mut held) = (0.0, 0.0);
@@ -128,7 +132,7 @@ fn held_out(samples: &[usize], length: impl Fn(usize) -> usize) -> (Vec<usize>, 
     (fitted, apart)
 }
 
-/// The dense model's stream behind the layers that are fitted next, for the drawn samples.
+/// The dense model's stream behind the next layers to fit, for the drawn samples.
 struct Targets<'a> {
     dataset: &'a TrainingSet,
     source: Option<&'a dyn DenseStream>,
@@ -138,7 +142,7 @@ struct Targets<'a> {
 }
 
 impl Targets<'_> {
-    /// Makes the stream behind `layers[0]` available, and as many of those after it as there is room for.
+    /// Loads the stream behind `layers[0]`, and behind as many of the next layers as [`TARGET_BYTES`] allow.
     fn reach(&mut self, layers: &[usize]) -> Result<()> {
         let Some(&first) = layers.first() else { return Ok(()) };
         self.held.retain(|layer, _| *layer >= first);
@@ -154,7 +158,7 @@ impl Targets<'_> {
         Ok(())
     }
 
-    /// The rows of a pass's samples, `[M, D]`.
+    /// Rows of a pass's samples, `[M, D]`; `None` when they are on disk.
     fn of(&self, layer: usize, samples: &[usize]) -> Result<Option<Tensor>> {
         let Some(held) = self.held.get(&layer) else { return Ok(None) };
         let lacking = || Error::invalid("the fit", format!("has no target behind layer {layer}"));
@@ -166,7 +170,7 @@ impl Targets<'_> {
     }
 }
 
-/// [`fit`], which notes what it changed in `done`.
+/// [`fit`] without the restoration; adds each change to `done`.
 fn fit_each(
     run: &Run<'_>,
     students: &mut [Student],
@@ -230,7 +234,7 @@ fn fit_each(
     Ok(results)
 }
 
-/// A weight that was changed, and what it was.
+/// A fitted weight and its values before the fit.
 struct Fitted {
     name: String,
     weight: Tensor,
@@ -253,7 +257,7 @@ impl Fitted {
     }
 }
 
-/// Sums over the samples that a weight is fitted on, and over those that are held out.
+/// Sums over the samples of the fit, and over the held-out samples.
 struct Parts {
     fitted: Normal,
     held_out: Normal,
@@ -265,9 +269,9 @@ impl Parts {
     }
 }
 
-/// Brings every pass's stream from layer `from` to the layer to fit, and gives the sums behind that.
+/// Advances every pass's stream from layer `from` to `layer` and returns the sums of the product's normal equations.
 ///
-/// Passes run side by side; what they give is added in their order.
+/// Passes run in parallel; their results are added in the order of the passes.
 fn measure(
     run: &Run<'_>,
     students: &mut [Student],
@@ -295,7 +299,7 @@ fn measure(
     Ok(Parts { fitted: sums(students, &mut drawn.fitted)?, held_out: sums(students, &mut drawn.held_out)? })
 }
 
-/// The ridge, the sums over all passes, and the change of the weight that follows from both.
+/// Chooses the ridge. Returns it with the sums over all passes and the change of the weight.
 fn choose(parts: Parts) -> Result<(f64, Normal, Solved)> {
     let Parts { mut fitted, held_out } = parts;
     let mut chosen = (FEW_SAMPLES_RIDGE, f64::INFINITY);
@@ -312,7 +316,7 @@ fn choose(parts: Parts) -> Result<(f64, Normal, Solved)> {
     Ok((chosen.0, fitted, solved))
 }
 
-/// Brings a pass's stream to the layer to fit, and gives what the product reads there and what it is to explain.
+/// Advances a pass's stream to `layer` and returns the product's operand and the residual of the layer's output.
 fn rows(
     student: &Student,
     targets: &Targets<'_>,
@@ -322,7 +326,7 @@ fn rows(
     device: Device,
 ) -> Result<Rows> {
     let _guard = tch::no_grad_guard();
-    // Of the targets only the one behind this layer is read, and that from memory where it is there.
+    // Only the target behind this layer is read; from disk unless it is in memory.
     let own = targets.of(layer, &pass.samples)?;
     let read = if own.is_some() { 0..0 } else { layer..layer + 1 };
     let batch = targets.dataset.batch_with(&pass.samples, Some(read), false, device)?;
@@ -363,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn a_quarter_of_the_tokens_is_held_out_however_few_samples_there_are() {
+    fn a_quarter_of_the_tokens_is_held_out_for_any_number_of_samples() {
         let lengths = [310usize, 270, 455, 290, 512, 330, 280, 300, 325, 61];
         for count in 4..=10 {
             let samples: Vec<usize> = (0..count).collect();
@@ -376,9 +380,9 @@ mod tests {
         assert_eq!(held_out(&[7], |_| 100), (vec![7], vec![]));
     }
 
-    /// Few rows and much noise want a large ridge, many rows without noise a small one.
+    /// Few rows with much noise need a large ridge, many rows without noise a small one.
     #[test]
-    fn the_ridge_is_chosen_on_what_was_held_out() {
+    fn the_ridge_is_chosen_on_the_held_out_rows() {
         tch::manual_seed(3);
         let weight = Tensor::randn([16, 2], (Kind::Float, Device::Cpu));
         let sums = |rows: i64, noise: f64| {

@@ -1,4 +1,4 @@
-//! One forward and backward pass: from a batch to loss terms and gradients, with or without keeping every activation.
+//! Forward and backward pass of one batch: computes loss terms and gradients, with or without gradient checkpointing.
 
 use std::collections::BTreeMap;
 
@@ -12,7 +12,8 @@ use crate::finetune::loss::{Answers, Compute, Denominator, LOSSES, LossKind, Los
 use crate::finetune::settings::Settings;
 use crate::finetune::student::{Side, Student};
 
-/// Tokens of a whole optimiser step, over which its sums become means.
+/// Token counts of a whole optimiser step. Sums are divided by them, so gradient accumulation gives the mean over the
+/// step.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
     pub answer_tokens: u64,
@@ -29,24 +30,29 @@ impl Counts {
     }
 }
 
-/// What a pass gives.
-pub struct Pass {
-    /// Each term's share of the step's mean, before its weight; f32 `[]`.
-    pub terms: BTreeMap<LossKind, Tensor>,
-    /// Gradients in the order of the weights that are trained now; the part of the step's mean that this batch has.
-    pub gradients: Vec<Tensor>,
-}
+/// The batch's contribution to each term's mean over the step, without the term's weight: f32 `[]`.
+pub type TermSums = BTreeMap<LossKind, Tensor>;
 
-/// Runs one batch forward and backward.
+/// Runs one batch forward and backward, and adds its contribution to the gradients of the step's mean loss to
+/// `gradients`: one per currently trained weight, in their order, and none before the first pass of a step.
 ///
-/// Errors: `Error::Invalid` when an operator refuses its tensors or a parameter has no influence on the loss.
-pub fn pass(student: &Student, batch: &Batch, settings: &Settings, counts: Counts) -> Result<Pass> {
+/// With gradient checkpointing a layer's gradients are added as soon as they are known, so a step with several passes
+/// never holds the gradients of all weights twice.
+///
+/// Errors: `Error::Invalid` when an operator refuses its tensors, or when the loss does not depend on a trained weight.
+pub fn pass(
+    student: &Student,
+    batch: &Batch,
+    settings: &Settings,
+    counts: Counts,
+    gradients: &mut Vec<Tensor>,
+) -> Result<TermSums> {
     let side = student.side(batch)?;
     let step = Step { student, batch, settings, counts, side };
     if settings.batch.gradient_checkpointing == Some(true) && step.wants_head() {
-        step.checkpointed()
+        step.checkpointed(gradients)
     } else {
-        step.plain()
+        step.plain(gradients)
     }
 }
 
@@ -59,11 +65,12 @@ struct Step<'a> {
 }
 
 impl Step<'_> {
-    /// All layers under one autograd graph.
+    /// Runs all layers in one autograd graph.
     ///
-    /// With stream terms alone the stream is cut before each trained layer, so nothing flows back through the layers before,
-    /// and nothing is run behind the last point that is compared. Of one layer alone only its own stretch is run.
-    fn plain(&self) -> Result<Pass> {
+    /// With stream terms alone, the stream is detached before each trained layer, so no gradient reaches earlier
+    /// layers, and layers behind the last compared point are skipped. In layer-by-layer training only the current layer
+    /// and the frozen layers after it are run, up to the last compared point before the next trained layer.
+    fn plain(&self, sums: &mut Vec<Tensor>) -> Result<TermSums> {
         let local = !self.wants_head();
         let layers = match self.student.only {
             Some(layer) => self.student.stretch(layer),
@@ -71,7 +78,7 @@ impl Step<'_> {
             None => 0..self.student.layers(),
         };
         let mut terms = Terms::default();
-        let mut stream = self.batch.hidden.shallow_clone();
+        let mut stream = self.student.entering(&self.batch.hidden)?;
         for layer in layers {
             if local && !self.student.layer_parameters(layer).is_empty() {
                 stream = stream.detach();
@@ -84,20 +91,27 @@ impl Step<'_> {
         }
         let loss = self.total(&terms)?.ok_or_else(|| Error::invalid("the loss", "has no term"))?;
         let parameters: Vec<&Tensor> = self.student.weights_now().map(|weight| &weight.tensor).collect();
-        let gradients = gradients(&loss, &parameters)?;
-        self.named(terms, gradients.into_iter().map(Some).collect())
+        let mut collected: Vec<Option<Tensor>> = sums.drain(..).map(Some).collect();
+        collected.resize_with(parameters.len(), || None);
+        for (sum, gradient) in collected.iter_mut().zip(gradients(&loss, &parameters)?) {
+            add(sum, gradient)?;
+        }
+        *sums = self.all(collected)?;
+        Ok(terms.detached())
     }
 
-    /// One layer at a time, each computed again for its own backward pass; only the stream between layers is kept.
-    fn checkpointed(&self) -> Result<Pass> {
-        let mut streams = vec![self.batch.hidden.shallow_clone()];
+    /// Runs with gradient checkpointing: only the streams between layers are kept, and each layer is recomputed for its
+    /// own backward pass.
+    fn checkpointed(&self, sums: &mut Vec<Tensor>) -> Result<TermSums> {
+        let mut streams = vec![self.student.entering(&self.batch.hidden)?];
         for layer in 0..self.student.layers() {
             let next = tch::no_grad(|| self.student.layer(layer, &streams[layer], &self.side))?;
             streams.push(next);
         }
         let leaf =
             |stream: &Tensor| stream.detach().f_set_requires_grad(true).map_err(torch_error("a checkpointed layer"));
-        let mut collected: Vec<Option<Tensor>> = self.student.weights().iter().map(|_| None).collect();
+        let mut collected: Vec<Option<Tensor>> = sums.drain(..).map(Some).collect();
+        collected.resize_with(self.student.weights().len(), || None);
         let mut terms = Terms::default();
         let mut upstream = None;
         if self.wants_head() {
@@ -118,7 +132,7 @@ impl Step<'_> {
             let mut sum = self.total(&own_terms)?;
             terms.absorb(own_terms)?;
             if let Some(gradient) = upstream.take() {
-                // The gradient of this sum is the layer's share of the chain rule.
+                // The gradient of this sum is the layer's vector-Jacobian product with the upstream gradient.
                 let chained = output.f_mul(&gradient).and_then(|product| product.f_sum(Kind::Float));
                 let chained = chained.map_err(torch_error("the chain rule"))?;
                 sum = Some(match sum {
@@ -137,23 +151,19 @@ impl Step<'_> {
                 upstream = found.pop();
             }
             for (&number, gradient) in own.iter().zip(found) {
-                collected[number] = Some(match collected[number].take() {
-                    Some(sum) if sum.defined() && gradient.defined() => {
-                        sum.f_add(&gradient).map_err(torch_error("a gradient"))?
-                    }
-                    _ => gradient,
-                });
+                add(&mut collected[number], gradient)?;
             }
         }
-        self.named(terms, collected)
+        *sums = self.all(collected)?;
+        Ok(terms.detached())
     }
 
-    /// True when a term looks at answers, so that everything up to the head must be run.
+    /// True when a term reads answers, so that all layers and the head must be run.
     fn wants_head(&self) -> bool {
         self.asked().any(|row| row.kind.looks_at_answers())
     }
 
-    /// The terms that are asked for.
+    /// Terms with a weight above 0.
     fn asked(&self) -> impl Iterator<Item = &'static LossRow> {
         LOSSES.iter().filter(|row| self.settings.weight(row.kind) > 0.0)
     }
@@ -162,7 +172,7 @@ impl Step<'_> {
         &self.student.points
     }
 
-    /// Terms at the answer positions.
+    /// Adds the terms at the answer positions.
     fn head_terms(&self, stream: &Tensor, terms: &mut Terms) -> Result<()> {
         let logits = self.student.head(stream, self.batch, &self.side)?;
         let (targets, top_k) = (&self.batch.targets, self.batch.top_k.as_ref());
@@ -175,7 +185,7 @@ impl Step<'_> {
         Ok(())
     }
 
-    /// Terms at a point of the residual stream, if any compares there.
+    /// Adds the terms at the point `at` of the residual stream, if a term compares it.
     fn stream_terms(&self, at: usize, stream: &Tensor, terms: &mut Terms) -> Result<()> {
         let mut own = None;
         for row in self.asked().filter(|row| self.student.compares(row.kind, at)) {
@@ -205,7 +215,7 @@ impl Step<'_> {
         self.points().iter().filter(|&&point| self.student.compares(kind, point) && now(point)).count()
     }
 
-    /// A batch's share of the optimiser step's mean; stream terms are a mean over points too.
+    /// Contribution of a batch to the optimiser step's mean; stream terms are also averaged over their points.
     fn mean(&self, kind: LossKind, sum: &Tensor, points: usize) -> Result<Tensor> {
         let count = self.counts.of(kind.row().denominator) * points.max(1) as f64;
         sum.f_div_scalar(count).map_err(torch_error("the loss"))
@@ -223,23 +233,19 @@ impl Step<'_> {
         Ok(total)
     }
 
-    fn named(&self, terms: Terms, gradients: Vec<Option<Tensor>>) -> Result<Pass> {
-        let mut defined = Vec::with_capacity(gradients.len());
-        for (parameter, gradient) in self.student.weights_now().zip(gradients) {
-            match gradient {
-                Some(gradient) if gradient.defined() => defined.push(gradient),
-                _ => {
-                    let problem = "is to be trained, but the loss does not depend on it";
-                    return Err(Error::invalid(format!("initializer `{}`", parameter.name), problem));
-                }
-            }
-        }
-        let terms = terms.0.into_iter().map(|(kind, term)| (kind, term.detach())).collect();
-        Ok(Pass { terms, gradients: defined })
+    /// The gradients of all currently trained weights.
+    fn all(&self, gradients: Vec<Option<Tensor>>) -> Result<Vec<Tensor>> {
+        let named = self.student.weights_now().zip(gradients).map(|(parameter, gradient)| {
+            gradient.ok_or_else(|| {
+                let problem = "is to be trained, but the loss does not depend on it";
+                Error::invalid(format!("initializer `{}`", parameter.name), problem)
+            })
+        });
+        named.collect()
     }
 }
 
-/// Loss terms, each a sum over what has been added to it.
+/// Loss terms; values added to a term are summed.
 #[derive(Default)]
 struct Terms(BTreeMap<LossKind, Tensor>);
 
@@ -253,10 +259,27 @@ impl Terms {
         Ok(())
     }
 
-    /// Adds another's values, cut off from their history.
+    /// The values, detached from the autograd graph.
+    fn detached(self) -> TermSums {
+        self.0.into_iter().map(|(kind, term)| (kind, term.detach())).collect()
+    }
+
+    /// Adds another's values, detached from the autograd graph.
     fn absorb(&mut self, other: Terms) -> Result<()> {
         other.0.into_iter().try_for_each(|(kind, term)| self.add(kind, term.detach()))
     }
+}
+
+/// Adds a weight's gradient, which is undefined where the loss does not depend on the weight.
+fn add(sum: &mut Option<Tensor>, gradient: Tensor) -> Result<()> {
+    match sum {
+        _ if !gradient.defined() => {}
+        Some(sum) => {
+            let _ = sum.f_add_(&gradient).map_err(torch_error("gradient accumulation"))?;
+        }
+        None => *sum = Some(gradient),
+    }
+    Ok(())
 }
 
 fn gradients(loss: &Tensor, wanted: &[&Tensor]) -> Result<Vec<Tensor>> {

@@ -1,9 +1,9 @@
-//! Healing one layer after the other: where no loss term looks at answers, a trained layer needs the stream before it and
-//! the dense model's stream behind it, and nothing else of the network.
+//! Layer-by-layer training. When no loss term reads answers, a trained layer needs only its input stream and the dense
+//! model's stream behind it.
 //!
-//! In each layer in turn the last product is fitted, then the layer is trained for all its steps, and then all samples go
-//! once through it and the frozen layers up to the next one. So each layer is trained on the stream that the finished ones
-//! before it give, every frozen layer is run once per sample, and no gradient leaves the layer.
+//! For each layer in turn, the last product is fitted, the layer is trained for all its steps, and all samples are run
+//! once through it and through the frozen layers before the next trained one. So each layer is trained on the output of
+//! the finished layers before it, every frozen layer runs once per sample, and no gradient leaves the layer.
 
 use std::time::Instant;
 
@@ -23,13 +23,14 @@ use crate::finetune::plan::Part;
 use crate::finetune::record::{StepMetrics, Totals};
 use crate::finetune::student::Student;
 
-/// Tokens whose stream is held at once between two layers, times the number of networks.
+/// Number of tokens per network whose stream is held in memory between two layers.
 const TOKENS_PER_ROUND: usize = 4096;
 
-/// Heals the layers of `targets`, ascending, on `dataset`, which begins where it did afterwards. A run that resumes goes on
-/// from the newest checkpoint if there is one; else it begins anew with the totals `begun`.
+/// Trains the layers of `targets`, which are ascending. Afterwards `dataset` begins at the same layer as before. A run
+/// that resumes continues from the newest checkpoint if there is one; otherwise it starts with the totals `begun`.
 ///
-/// Errors: those of the fit and of the trainer; `Error::Interrupted` after leaving a checkpoint when the user asked to stop.
+/// Errors: those of the fit and of the trainer; `Error::Interrupted` when the user asked to stop, after writing a
+/// checkpoint.
 pub fn heal(
     run: Run<'_>,
     targets: &[FitTarget],
@@ -40,7 +41,7 @@ pub fn heal(
 ) -> Result<Summary> {
     let mut first = None;
     let outcome = heal_each(run, targets, students, dataset, begun, observer, &mut first);
-    // A search goes on with the next rate when this one diverges.
+    // Also after an error: a search continues with the next rate when this one diverges.
     students.iter_mut().for_each(|student| student.only = None);
     if let Some(first) = first {
         dataset.begin_at(first);
@@ -48,7 +49,7 @@ pub fn heal(
     outcome
 }
 
-/// [`heal`], which leaves the stream that `dataset` began with in `first`.
+/// [`heal`] without the restoration. Stores the stream that `dataset` began with in `first`.
 fn heal_each(
     run: Run<'_>,
     targets: &[FitTarget],
@@ -97,7 +98,7 @@ fn heal_each(
     Ok(Summary { steps: total, resumed_from, trained_parameters, totals })
 }
 
-/// How far a run is, apart from the steps of the layer in hand.
+/// Progress of a run, excluding the steps of the current layer.
 struct Progressed<'a> {
     run: Run<'a>,
     step: u64,
@@ -106,7 +107,7 @@ struct Progressed<'a> {
 }
 
 impl Progressed<'_> {
-    /// The fit of a layer, unless it lies behind already.
+    /// Fits a layer unless the checkpoint contains its fit.
     fn fit(
         &mut self,
         target: &FitTarget,
@@ -127,7 +128,7 @@ impl Progressed<'_> {
         Ok(())
     }
 
-    /// Leaves a checkpoint where the user asked to stop.
+    /// Writes a checkpoint when `error` is an interruption.
     fn stopped(&self, checkpoints: &Checkpoints, students: &[Student], error: Error) -> Error {
         match error {
             Error::Interrupted { .. } => match self.save(checkpoints, students) {
@@ -145,7 +146,8 @@ impl Progressed<'_> {
     }
 }
 
-/// Lets passes begin before layer `to`: runs all samples through the layers up to it. Gives the stream that they began with.
+/// Runs all samples through the layers before `to`, writes the stream to disk and makes `dataset` begin there. Returns
+/// the stream that `dataset` began with; `None` when nothing was run.
 ///
 /// Errors: those of the operators; `Error::Io`; `Error::Interrupted`.
 fn advance(students: &mut [Student], dataset: &mut TrainingSet, to: usize, run: &Run<'_>) -> Result<Option<Stream>> {
@@ -179,7 +181,7 @@ fn advance(students: &mut [Student], dataset: &mut TrainingSet, to: usize, run: 
     Ok(dataset.begin_at(stream))
 }
 
-/// The stream of each of `samples` behind the layers, a row per token.
+/// Output of `layers` for each of `samples`, f32 `[tokens, hidden]`, flattened.
 fn streams(
     students: &mut [Student],
     dataset: &TrainingSet,

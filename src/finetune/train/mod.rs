@@ -1,4 +1,4 @@
-//! The training loop: passes, steps, the fit, the search of the learning rate.
+//! Training: forward and backward passes, optimiser steps, the least-squares fit and the learning-rate search.
 
 mod context;
 mod dense;

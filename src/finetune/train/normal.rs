@@ -1,7 +1,7 @@
-//! Normal equations of a ridge regression: their sums over tokens, and their solution on all cores.
+//! Normal equations of a ridge regression: sums over tokens, and their solution on all cores.
 //!
-//! Work is cut into tiles of a fixed size, each computed by one thread and added in the order of the tokens, so that no
-//! number depends on how many threads there are.
+//! Work is split into tiles of a fixed size. Each tile is computed by one thread and added in the order of the tokens,
+//! so the result does not depend on the number of threads.
 
 use tch::{Device, Kind, Tensor};
 
@@ -15,15 +15,16 @@ use crate::finetune::plan::sum_bytes;
 /// Rows and columns of a tile.
 const TILE: i64 = 512;
 
-/// What one forward pass adds to the sums.
+/// Contribution of one forward pass to the sums.
 pub struct Rows {
-    /// What the product reads, times each token's weight: f32 `[M, K]`.
+    /// Operand of the product, times each token's weight: f32 `[M, K]`.
     pub operand: Tensor,
-    /// What is left to explain, times the same: f32 `[M, D]`.
+    /// Residual of the layer's output, times the same weight: f32 `[M, D]`.
     pub rest: Tensor,
 }
 
-/// Sums over tokens: `A = h^T h`, `B = h^T e`, `|e|^2`, and their number. The matrices are f64 where [`sum_bytes`] says so.
+/// Sums over tokens: `A = h^T h`, `B = h^T e`, `|e|^2`, and the number of tokens. `h` is the operand and `e` the
+/// residual of [`Rows`]. [`sum_bytes`] selects f64 or f32 for the matrices.
 pub struct Normal {
     /// `[K, K]`.
     pub a: Tensor,
@@ -33,13 +34,13 @@ pub struct Normal {
     pub tokens: f64,
 }
 
-/// The change of the weight, f32 `[K, D]`, and the sum of squared distances that is left with it.
+/// Solution of the regression: the change of the weight, f32 `[K, D]`, and the remaining sum of squared distances.
 pub struct Solved {
     pub change: Tensor,
     pub distance: f64,
 }
 
-/// Starts and lengths of the tiles of an axis.
+/// Start and length of each tile of an axis.
 fn tiles(size: i64) -> impl Iterator<Item = (i64, i64)> {
     (0..size).step_by(TILE as usize).map(move |start| (start, TILE.min(size - start)))
 }
@@ -49,16 +50,16 @@ fn failed() -> impl FnOnce(tch::TchError) -> Error {
 }
 
 impl Normal {
-    /// No token yet, for `[K, D]` weights.
+    /// Empty sums for a `[K, D]` weight.
     ///
-    /// Errors: `Error::Engine` when there is no memory.
+    /// Errors: `Error::Engine` when there is not enough memory.
     pub fn new(k: i64, d: i64, device: Device) -> Result<Self> {
         let kind = if sum_bytes(k as u64, d as u64) == 8 { Kind::Double } else { Kind::Float };
         let zeros = |size: [i64; 2]| Tensor::f_zeros(size, (kind, device)).map_err(failed());
         Ok(Normal { a: zeros([k, k])?, b: zeros([k, d])?, distance: 0.0, tokens: 0.0 })
     }
 
-    /// Adds the rows of some passes, in their order.
+    /// Adds the rows of several passes, in their order.
     ///
     /// Errors: `Error::Engine` from LibTorch.
     pub fn add(&mut self, passes: &[Rows]) -> Result<()> {
@@ -79,7 +80,7 @@ impl Normal {
                     let mut add = || -> Result<(), tch::TchError> {
                         let turned = operand.f_narrow(1, start, length)?.f_tr()?;
                         if a.kind() == Kind::Double {
-                            // Products in f32, which are the same whoever makes them; their sum in f64.
+                            // Each product is computed in f32 and is the same on every process; the sum is in f64.
                             let _ = a.f_add_(&turned.f_matmul(&operand)?)?;
                             let _ = b.f_add_(&turned.f_matmul(&rest)?)?;
                         } else {
@@ -96,7 +97,7 @@ impl Normal {
         on_pool(1, tasks).map(|_| ())
     }
 
-    /// Adds another's sums.
+    /// Adds the sums of `other`.
     ///
     /// Errors: `Error::Engine` from LibTorch.
     pub fn absorb(&mut self, other: &Normal) -> Result<()> {
@@ -106,7 +107,7 @@ impl Normal {
         Ok(())
     }
 
-    /// Adds up the sums of all ranks, to the same bits on each.
+    /// Adds the sums of all ranks. The result is identical on every rank, to the bit.
     ///
     /// Errors: as `Ranks::sum`.
     pub fn sum_over(&mut self, ranks: &Ranks) -> Result<()> {
@@ -118,9 +119,9 @@ impl Normal {
         Ok(())
     }
 
-    /// The weight's change with a ridge, relative to the mean square of what the product reads.
+    /// Solves `(A + ridge * mean(diag A) * I) D = B` for the weight's change `D`.
     ///
-    /// Errors: `Error::NotFinite` when a sum is not finite.
+    /// Errors: `Error::NotFinite` when the sum of distances is not finite; `Error::Engine` from LibTorch.
     pub fn solve(&self, ridge: f64) -> Result<Solved> {
         if !self.distance.is_finite() {
             return Err(Error::not_finite("the fit", "the stream or the dense model's stream is not finite")
@@ -146,7 +147,7 @@ impl Normal {
         Ok(Solved { change, distance })
     }
 
-    /// The sum of squared distances with a change of the weight: `|e - h D|^2 = |e|^2 - 2 <D, B> + <D, A D>`.
+    /// Sum of squared distances with a change `D` of the weight: `|e - h D|^2 = |e|^2 - 2 <D, B> + <D, A D>`.
     ///
     /// Errors: `Error::Engine` from LibTorch.
     pub fn distance_with(&self, change: &Tensor) -> Result<f64> {
@@ -157,7 +158,7 @@ impl Normal {
                 let sum = || -> Result<f64, tch::TchError> {
                     let (b, d) = (b.f_to_kind(Kind::Double)?, d.f_to_kind(Kind::Double)?);
                     let mut sum = 0.0;
-                    // Rows of A tile by tile: the whole of it in f64 is as large again as the matrix.
+                    // `A` is converted tile by tile; an f64 copy of all of it would double its memory.
                     for (row, rows) in tiles(a.size()[0]) {
                         let moved = a.f_narrow(0, row, rows)?.f_to_kind(Kind::Double)?.f_matmul(&d)?;
                         let own = b.f_narrow(0, row, rows)?;
@@ -173,8 +174,8 @@ impl Normal {
     }
 }
 
-/// The lower factor `L` of a positive definite matrix `L L^T`, in its place, from tiles: the factor of each tile on the
-/// diagonal, the column under it, and what these take from the rest (Golub and Van Loan, section 4.2.5).
+/// Lower Cholesky factor `L` of a positive definite matrix `L L^T`, computed in place and tile by tile: the factor of
+/// each diagonal tile, the column below it, and the update of the remaining tiles (Golub and Van Loan, section 4.2.5).
 fn cholesky(matrix: Tensor) -> Result<Tensor> {
     let size = matrix.size()[0];
     let tile = |(row, rows): (i64, i64), (column, columns): (i64, i64)| {
@@ -229,36 +230,38 @@ mod tests {
         normal
     }
 
-    /// Rows made by a known weight are explained by it, and the distance left is 0.
+    /// Rows computed with a known weight are explained by it; the remaining distance is 0.
     #[test]
-    fn a_weight_that_explains_the_rest_is_found() {
+    fn the_solution_recovers_a_known_weight() {
         tch::manual_seed(7);
         let (h, want) = (random([64, 5]), random([5, 3]));
         let sums = sums(&h, &h.matmul(&want));
         let solved = sums.solve(1e-9).unwrap();
         assert!((&solved.change - &want).abs().max().double_value(&[]) < 1e-4);
         assert!(solved.distance.abs() < 1e-4 * sums.distance, "{}", solved.distance);
-        // With an ever larger ridge the weight stays as it is.
+        // With a very large ridge the weight does not change.
         let still = sums.solve(1e9).unwrap();
         assert!(still.change.abs().max().double_value(&[]) < 1e-6);
         assert!((still.distance / sums.distance - 1.0).abs() < 1e-6);
     }
 
-    /// One feature, by hand: `(a + ridge * a) d = b`.
+    /// One feature, computed by hand: `(a + ridge * a) d = b`.
     #[test]
-    fn the_ridge_is_relative_to_the_mean_square() {
+    fn the_ridge_is_relative_to_the_mean_square_of_the_features() {
         let scalar = |value: f32| Tensor::from_slice(&[value]).view([1, 1]);
         let sums = Normal { a: scalar(4.0), b: scalar(6.0), distance: 10.0, tokens: 1.0 };
         let solved = sums.solve(0.5).unwrap();
         assert!((solved.change.double_value(&[0, 0]) - 1.0).abs() < 1e-6);
         assert!((solved.distance - (10.0 - 2.0 * 6.0 + 4.0)).abs() < 1e-6);
         let broken = Normal { distance: f64::NAN, ..sums };
-        assert!(broken.solve(0.5).is_err());
+        let error = broken.solve(0.5).err().unwrap();
+        assert!(matches!(error, Error::NotFinite { .. }), "{error}");
+        assert!(error.to_string().starts_with("the fit: the stream or the dense model's stream"), "{error}");
     }
 
-    /// More than one tile: against LibTorch's own factor and sums, in one piece.
+    /// Several tiles are compared with LibTorch's factor and with sums in one piece.
     #[test]
-    fn tiles_give_what_the_whole_gives() {
+    fn tiled_computation_equals_computation_in_one_piece() {
         tch::manual_seed(5);
         let (h, rest) = (random([1500, 1100]), random([1500, 530]));
         let whole = h.to_kind(Kind::Double);

@@ -1,4 +1,4 @@
-//! The threads of a process that compute in LibTorch, each on operations of its own.
+//! Thread pool of the process for LibTorch computations.
 
 use std::sync::OnceLock;
 
@@ -6,12 +6,13 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::base::{Error, Result, thread_count};
 
-/// Runs the tasks on the pool's threads, each with `threads` of LibTorch's own, and collects what they give in their order;
-/// a panic goes on here.
+/// Runs the tasks on the pool's threads and returns their results in the order of the tasks. Each task may use
+/// `threads` threads of LibTorch's own. A panic of a task is propagated.
 ///
-/// The threads stay: a new one would begin every step with cold caches, in the allocator and in LibTorch.
+/// The pool lives as long as the process: new threads would start every step with cold caches in the allocator and in
+/// LibTorch.
 ///
-/// Errors: `Error::Engine` when the system gives no threads; the first that a task gave.
+/// Errors: `Error::Engine` when the threads cannot be created; the first error of a task.
 pub fn on_pool<R: Send>(
     threads: usize,
     tasks: impl Iterator<Item = impl FnOnce() -> Result<R> + Send>,

@@ -1,13 +1,14 @@
-//! The learning rate: trials of several, each from the same weights.
+//! Learning-rate search: trials of several rates, each from the same weights.
 //!
-//! A list of rates is tried by a whole pass with each: in one pass every sample is new to the network when its loss is
-//! taken, so the loss over the pass's end says how well the rate does on samples that were not trained on. Where no term
-//! looks at answers, the network has not seen them even after the pass, and their cross-entropy after it is taken: rates
-//! that end as near to the dense stream as one another are not equally good at answering.
+//! Each rate of a list is tried for a full pass. Every sample of one pass is new to the network when its loss is
+//! computed, so the loss over the end of the pass measures a rate on untrained samples. In layer-by-layer training no
+//! term reads answers, so the network has not seen them even after the pass; then the cross-entropy of the answers
+//! after the pass is used. Rates that end equally close to the dense stream are not equally good at answering.
 //!
-//! `auto` tries the optimiser's own list by short trials on the first samples of an epoch and takes the cross-entropy of
-//! the answers of its last samples, which no trial trains on. It begins in the middle of the list and goes on in the
-//! direction in which that falls, so a run makes three or four trials and never more than the list has rates.
+//! `auto` tries the optimiser's own rates by short trials on the first samples of an epoch, and compares them by the
+//! cross-entropy of the answers of the epoch's last samples, which no trial trains on. The search starts in the middle
+//! of the list and continues in the direction in which the cross-entropy falls. A typical run makes three or four
+//! trials, and never more than the list has rates.
 
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
@@ -30,10 +31,10 @@ use crate::finetune::student::Student;
 
 const SCHEMA_VERSION: u32 = 1;
 const TRIAL: &str = "trial.json";
-/// The part of a pass, at its end, over which the loss is taken.
+/// Share of a pass, at its end, over which the loss is averaged.
 const JUDGED: f64 = 0.25;
 
-/// What a finished trial leaves.
+/// Content of the file of a finished trial.
 #[derive(Serialize, Deserialize)]
 struct Kept {
     schema_version: u32,
@@ -41,13 +42,14 @@ struct Kept {
     trial: RateTrial,
 }
 
-/// Tries the settings' learning rates where there are several, with the fits of `targets` where layers are healed one
-/// after the other, and leaves the weights as they were. Each trial keeps its metrics in a folder `search-N` of `work`; a
-/// run that resumes does not make finished ones again.
+/// Tries the settings' learning rates if there are several, and restores the weights. With layer-by-layer training each
+/// trial includes the fits of `targets`. Each trial writes its metrics to a folder `search-N` in `work`; a run that
+/// resumes skips finished trials.
 ///
-/// A rate with which a trial diverges is marked and passed over.
+/// A rate whose trial diverges is marked and skipped.
 ///
-/// Errors: those of the runs; `Error::NotFinite` when all rates diverge; `Error::Interrupted` with a checkpoint of the trial left behind.
+/// Errors: those of the runs; `Error::NotFinite` when all rates diverge; `Error::Interrupted` after writing a
+/// checkpoint of the trial.
 pub fn search(
     run: &Run<'_>,
     targets: &[FitTarget],
@@ -92,8 +94,9 @@ pub fn search(
     Ok(trials)
 }
 
-/// The lowest of `count` values that fall and then rise, each asked for at most once, from the middle on: upwards while they
-/// fall, else downwards. A value that is no number to compare, infinity, counts as above all others.
+/// Index of the lowest of `count` values that first fall and then rise. Starts in the middle and evaluates each value
+/// at most once: upwards while they fall, otherwise downwards. Infinity means that a value is not comparable; it counts
+/// as larger than all others.
 fn descend(count: usize, mut value: impl FnMut(usize) -> Result<f64>) -> Result<usize> {
     let start = count / 2;
     let (mut place, mut least) = (start, value(start)?);
@@ -117,7 +120,7 @@ fn descend(count: usize, mut value: impl FnMut(usize) -> Result<f64>) -> Result<
     Ok(place)
 }
 
-/// What a search leaves as it was.
+/// Copies of the weights that a search restores.
 fn copies(students: &[Student]) -> Result<Vec<Tensor>> {
     let weights = students.first().into_iter().flat_map(Student::written);
     let copied: Result<Vec<Tensor>, tch::TchError> = weights
@@ -130,7 +133,7 @@ fn copies(students: &[Student]) -> Result<Vec<Tensor>> {
     copied.map_err(torch_error("the weights before the search"))
 }
 
-/// One trial; the weights are `before` again after it.
+/// Makes one trial and restores the weights `before`.
 #[expect(clippy::too_many_arguments, reason = "what a run takes, and which trial it is")]
 fn trial(
     run: &Run<'_>,
@@ -192,15 +195,15 @@ fn trial(
     Ok(trial)
 }
 
-/// The last steps' worth of samples of the first epoch, which short trials do not reach. Of an epoch of one step nothing can
-/// be held back, and the trial's own samples are looked at again.
+/// The last steps of the first epoch, which short trials do not reach. An epoch of one step has no samples to hold out;
+/// then the trial's own samples are used.
 fn held_out(settings: &Settings, dataset: &TrainingSet, plan: TrialPlan) -> Vec<Step> {
     let mut steps = order::epoch(settings, &dataset.lengths(), 0);
     let first = steps.len() - (plan.held_out_steps.max(1) as usize).min(steps.len());
     steps.split_off(first)
 }
 
-/// All steps of a run: over all layers at once, or one layer after the other.
+/// Trains all steps of a run: all layers together, or layer by layer.
 ///
 /// Errors: those of the trainer.
 pub fn train(
@@ -218,7 +221,7 @@ pub fn train(
     Trainer::new(run, part, students, dataset)?.run(begun, observer)
 }
 
-/// Mean cross-entropy of the answer tokens of these steps' samples.
+/// Mean cross-entropy, in nats, of the answer tokens in these steps.
 fn answers(
     settings: &Settings,
     students: &mut [Student],
@@ -251,7 +254,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_lowest_rate_is_found_with_few_trials() {
+    fn the_rate_with_the_lowest_loss_is_found_with_few_trials() {
         let search = |losses: &[f64]| {
             let mut seen = Vec::new();
             let found = descend(losses.len(), |place| {

@@ -1,4 +1,4 @@
-//! The loop: steps, accumulation, clipping, checkpoints and what is told on the way.
+//! The training loop: steps, gradient clipping, checkpoints and metrics.
 
 use std::time::Instant;
 
@@ -17,34 +17,34 @@ use crate::finetune::record::{EventWriter, METRICS_FILE, MetricsWriter, StepMetr
 use crate::finetune::settings::Settings;
 use crate::finetune::student::Student;
 
-/// Folder of TensorBoard event files in a work folder.
+/// Folder of TensorBoard event files in the work folder.
 const EVENT_FOLDER: &str = "events";
 
-/// A run over a data set, or a part of one.
+/// Trainer of a run, or of one part of a run.
 pub struct Trainer<'a> {
     run: Run<'a>,
     part: Part,
-    /// The network, once per worker; all over the weights of the first.
+    /// The network, once per worker; all share the weights of the first.
     students: &'a mut [Student],
-    /// What is trained: the weights of the first.
+    /// The trained weights, shared with the first network.
     parameters: Vec<Parameter>,
     average: Option<Average>,
     dataset: &'a mut TrainingSet,
 }
 
-/// How a run went.
+/// Result of the training loop.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Summary {
     pub steps: u64,
-    /// The step that a resumed run began after; 0 for a new one.
+    /// Step from which a resumed run continued; 0 for a new run.
     pub resumed_from: u64,
-    /// Elements of what was trained.
+    /// Number of elements of the trained weights.
     pub trained_parameters: u64,
     pub totals: Totals,
 }
 
 impl<'a> Trainer<'a> {
-    /// `students` are the same network, at least once, all over the weights of the first.
+    /// Makes a trainer. `students` are copies of one network, at least one, that share the weights of the first.
     ///
     /// Errors: `Error::Invalid` when a weight cannot be trained or there is no network.
     pub fn new(run: Run<'a>, part: Part, students: &'a mut [Student], dataset: &'a mut TrainingSet) -> Result<Self> {
@@ -58,11 +58,11 @@ impl<'a> Trainer<'a> {
         Ok(Trainer { run, part, students, parameters, average, dataset })
     }
 
-    /// Trains to the last step of the part. A run that resumes goes on from the newest checkpoint if there is one of this
-    /// part; else it begins anew with the totals `begun`. `observer` sees every step's metrics.
+    /// Trains to the last step of the part. A run that resumes continues from the newest checkpoint if it belongs to
+    /// this part; otherwise it starts with the totals `begun`. `observer` receives the metrics of every step.
     ///
-    /// Errors: `Error::Interrupted` after leaving a checkpoint when the user asked to stop; `Error::NotFinite` naming step,
-    /// samples and weight when a loss or gradient is not finite.
+    /// Errors: `Error::Interrupted` when the user asked to stop, after writing a checkpoint; `Error::NotFinite` with
+    /// step, samples and weight when a loss, a gradient or a weight at the end is not finite.
     pub fn run(&mut self, begun: Totals, observer: &mut dyn FnMut(&StepMetrics)) -> Result<Summary> {
         let Run { settings, work, .. } = self.run;
         let Part { before, steps: total, .. } = self.part;
@@ -119,16 +119,23 @@ impl<'a> Trainer<'a> {
         if let Some(average) = &mut self.average {
             average.apply()?;
         }
+        // A step can leave a weight infinite although its own loss and gradients were finite.
+        if let Some(parameter) = self.parameters.iter().find(|parameter| !is_finite(&parameter.value)) {
+            let problem = format!("`{}` is not finite after the last step", parameter.name);
+            return Err(Error::not_finite(format!("finetune step {}", before + total), problem)
+                .remedy("take a lower learning rate"));
+        }
         let trained_parameters = self.trained_parameters();
         Ok(Summary { steps: total, resumed_from: before + first, trained_parameters, totals })
     }
 
-    /// Elements of what is trained.
+    /// Number of elements of the trained weights.
     pub fn trained_parameters(&self) -> u64 {
         self.parameters.iter().map(|parameter| parameter.value.numel() as u64).sum()
     }
 
-    /// Steps of the part that are done, and the totals.
+    /// Loads the checkpoint if there is one to resume from. Returns the number of finished steps of the part, and the
+    /// totals.
     fn start(&mut self, checkpoints: &Checkpoints, begun: Totals) -> Result<(u64, Totals)> {
         let Part { before, .. } = self.part;
         let alone = self.alone();
@@ -152,15 +159,15 @@ impl<'a> Trainer<'a> {
         Ok(checkpoints.save(&state, self.tensors())?.display().to_string())
     }
 
-    /// What a checkpoint holds, by name; the tensors themselves, not copies.
+    /// Tensors of a checkpoint by name; shared, not copied.
     fn tensors(&self) -> Vec<(String, Tensor)> {
         let parameters = self.parameters.iter().flat_map(Parameter::tensors);
         let average = self.average.iter().flat_map(Average::tensors);
         parameters.chain(average).chain(self.rest()).collect()
     }
 
-    /// What else a run goes on from: the weights of all layers where they are trained one after the other, else those that
-    /// only a fit writes.
+    /// Other weights of a checkpoint: those of all layers in layer-by-layer training, otherwise those that only a fit
+    /// writes.
     fn rest(&self) -> Vec<(String, Tensor)> {
         let Some(first) = self.students.first() else { return Vec::new() };
         let all = all_weights(first);
@@ -171,7 +178,7 @@ impl<'a> Trainer<'a> {
         self.students.first().is_none_or(|first| first.only.is_none())
     }
 
-    /// The step behind the first `done` ones of the part.
+    /// Makes the step after the first `done` steps of the part.
     fn step(
         &mut self,
         done: u64,
@@ -211,14 +218,7 @@ impl<'a> Trainer<'a> {
 
     fn not_finite(&self, number: u64, step: &Step, loss: f64, gradients: &[Tensor]) -> Error {
         let ids: Vec<&str> = step.iter().flatten().map(|&sample| self.dataset.examples[sample].id.as_str()).collect();
-        let broken = |gradient: &Tensor| {
-            gradient
-                .f_isfinite()
-                .and_then(|finite| finite.f_all())
-                .and_then(|all| all.f_int64_value(&[]))
-                .map_or(true, |all| all == 0)
-        };
-        let weight = self.parameters.iter().zip(gradients).find(|(_, gradient)| broken(gradient));
+        let weight = self.parameters.iter().zip(gradients).find(|(_, gradient)| !is_finite(gradient));
         let what = match weight {
             Some((parameter, _)) if loss.is_finite() => format!("the gradient of `{}` is not finite", parameter.name),
             Some((parameter, _)) => {
@@ -231,8 +231,14 @@ impl<'a> Trainer<'a> {
     }
 }
 
-/// Makes the rows of the first of `steps` available and, where they are computed when they are needed, those of as many of
-/// the `left` steps as are computed together; of several processes, those of this one's part.
+/// True when every element is a finite number.
+fn is_finite(tensor: &Tensor) -> bool {
+    let all = tensor.f_isfinite().and_then(|finite| finite.f_all()).and_then(|all| all.f_int64_value(&[]));
+    all.is_ok_and(|all| all != 0)
+}
+
+/// Loads the rows of the first of `steps` unless they are held. With a streamed source, also loads the next steps, at
+/// most `left` in total, up to the source's token limit. Each process loads only the rows of its own passes.
 fn load(run: &Run<'_>, dataset: &mut TrainingSet, steps: &[Step], left: u64, networks: usize) -> Result<()> {
     let Some(streamed) = run.streamed else { return Ok(()) };
     let own = |step: &Step| workers::own_passes(run, dataset, step, networks).concat();
@@ -252,13 +258,13 @@ fn load(run: &Run<'_>, dataset: &mut TrainingSet, steps: &[Step], left: u64, net
     streamed.load(dataset, &samples)
 }
 
-/// The weights of every trained layer as a checkpoint names them; the tensors themselves, not copies.
+/// Weights of every trained layer with their names in checkpoints; shared, not copied.
 pub fn all_weights(student: &Student) -> Vec<(String, Tensor)> {
     let weights = student.written().iter();
     weights.map(|weight| (format!("weight/{}", weight.name), weight.tensor.shallow_clone())).collect()
 }
 
-/// A run that was stopped and left a checkpoint.
+/// The error of a run that was stopped and wrote the checkpoint `kept`.
 pub fn interrupted(kept: &str, done: u64, total: u64) -> Error {
     Error::Interrupted { kept: format!("{done} of {total} steps are in `{kept}`, `--resume` goes on from there") }
 }

@@ -1,7 +1,8 @@
-//! A step's samples over several threads, each with a network of its own over the same weights.
+//! Distribution of a step's samples over several threads. Each thread has its own network; all networks share the same
+//! weights.
 //!
-//! The operations of a step are small, so threads that meet at the end of every operation mostly wait for each other, the
-//! more so on a busy machine. Here they meet once per step.
+//! The operations of a step are small. Threads that synchronised after every operation would mostly wait for each
+//! other, especially on a busy machine; here they synchronise once per step.
 
 use std::collections::BTreeMap;
 
@@ -20,19 +21,20 @@ use crate::finetune::settings::Settings;
 use crate::finetune::student::Student;
 use crate::torch::Ranks;
 
-/// Batches that are made before a GPU asks for them.
+/// Number of batches prepared ahead for a GPU.
 const BATCHES_AHEAD: usize = 2;
 
-/// Sums over a step.
+/// Losses and gradients, summed over a step.
 #[derive(Debug, Default)]
 pub struct Sums {
-    /// Each loss term's mean over the step, before its weight.
+    /// Mean of each loss term over the step, without its weight.
     pub losses: BTreeMap<LossKind, f64>,
-    /// In the order of the network's weights; empty when no sample has an answer.
+    /// Gradients in the order of the network's trained weights; empty when no sample has an answer.
     pub gradients: Vec<Tensor>,
 }
 
-/// Runs a step's samples through the networks and sums what they give, always in the same order.
+/// Runs a step's samples through the networks and sums the results, always in the same order. With several processes,
+/// sums over all of them.
 ///
 /// Errors: those of [`gradient::pass`], of the first network that failed.
 pub fn run(
@@ -63,7 +65,7 @@ pub fn run(
     Ok(total)
 }
 
-/// The passes of a step that this process computes: all of them, or its part of what several processes share.
+/// Passes of a step that this process computes: all of them, or this process's share.
 pub fn own_passes(run: &Run<'_>, dataset: &TrainingSet, step: &[Vec<usize>], networks: usize) -> Vec<Vec<usize>> {
     let length = |sample: usize| dataset.examples[sample].length;
     let passes = cut(step.concat(), length, networks, run.batch_tokens);
@@ -76,10 +78,10 @@ pub fn own_passes(run: &Run<'_>, dataset: &TrainingSet, step: &[Vec<usize>], net
     }
 }
 
-/// Gives each of the networks its share, each on a thread of its own, and collects what `work` gives in their order. On a
-/// device there is one network, and the calling thread works.
+/// Runs `work` on each network with its share, in parallel, and returns the results in the order of the networks. On a
+/// GPU there is one network, and `work` runs on the calling thread.
 ///
-/// Errors: `Error::Engine` when the system gives no threads; the first that `work` gave.
+/// Errors: `Error::Engine` when the threads cannot be created; the first error of `work`.
 pub fn side_by_side<S: Send, R: Send>(
     students: &mut [Student],
     shares: &mut [S],
@@ -102,15 +104,14 @@ fn passes(
     counts: Counts,
     device: Device,
 ) -> Result<Sums> {
-    // Loss terms are summed where they are made and read once: each read makes the host wait for a GPU.
+    // Loss terms are summed on the device and read once, because each read makes the host wait for the GPU.
     let mut terms: BTreeMap<LossKind, Tensor> = BTreeMap::new();
     let mut total = Sums::default();
     let mut one = |batch: &Batch| -> Result<()> {
         if batch.answer_tokens == 0 {
             return Ok(());
         }
-        let pass = gradient::pass(student, batch, settings, counts)?;
-        for (kind, term) in pass.terms {
+        for (kind, term) in gradient::pass(student, batch, settings, counts, &mut total.gradients)? {
             let term = term.f_to_kind(Kind::Double).map_err(torch_error("the loss"))?;
             let sum = match terms.remove(&kind) {
                 Some(sum) => sum.f_add(&term).map_err(torch_error("the loss"))?,
@@ -118,23 +119,25 @@ fn passes(
             };
             terms.insert(kind, sum);
         }
-        total.absorb(Sums { losses: BTreeMap::new(), gradients: pass.gradients })
+        Ok(())
     };
     if device == Device::Cpu {
         batches.iter().try_for_each(|samples| one(&dataset.batch(samples, device)?))?;
     } else {
-        // The next batch is read, padded and put into pinned memory while the GPU works on this one.
+        // The next batch is read, padded and copied to pinned memory while the GPU computes this one.
         let made = || Ok(batches.iter().map(|samples| dataset.batch(samples, Device::Cpu)?.pinned(device)));
         ahead(BATCHES_AHEAD, made, |mut made| made.try_for_each(|batch| one(&batch?.to(device)?)))?;
     }
-    for (kind, sum) in terms {
-        total.losses.insert(kind, sum.f_double_value(&[]).map_err(torch_error("the loss"))?);
+    if !terms.is_empty() {
+        let sums: Vec<&Tensor> = terms.values().collect();
+        let read = || Vec::<f64>::try_from(Tensor::f_stack(&sums, 0)?.f_to_device(Device::Cpu)?);
+        total.losses = terms.keys().copied().zip(read().map_err(torch_error("the loss"))?).collect();
     }
     Ok(total)
 }
 
 impl Sums {
-    /// Adds what the other processes have. One without an answer of its own adds nothing.
+    /// Adds the sums of the other processes. A process without answers contributes zeros.
     fn sum_over(&mut self, ranks: &Ranks, student: &Student) -> Result<()> {
         let kinds: Vec<LossKind> = LOSSES.iter().map(|row| row.kind).collect();
         let mut numbers: Vec<f64> = vec![f64::from(u8::from(!self.gradients.is_empty()))];
@@ -172,14 +175,16 @@ impl Sums {
     }
 }
 
-/// Cuts samples into forward passes of about `batch_tokens` tokens and deals these out to at most `workers` networks.
+/// Cuts samples into forward passes of about `batch_tokens` tokens and distributes them over at most `workers`
+/// networks.
 pub fn deal(dataset: &TrainingSet, samples: Vec<usize>, workers: usize, batch_tokens: usize) -> Vec<Vec<Vec<usize>>> {
     let length = |sample: usize| dataset.examples[sample].length;
     dealt(cut(samples, length, workers, batch_tokens), length, workers)
 }
 
-/// Cuts samples into forward passes, longest first, as many as `workers` networks of one process want. Several processes cut a
-/// step in the same way and deal out the passes, so that no pass depends on how many processes there are.
+/// Cuts samples into forward passes, longest samples first. The number of passes is at most the smallest multiple of
+/// `workers`, the networks of one process, whose passes have about `batch_tokens` tokens. Several processes make the
+/// same cut and distribute the passes, so the passes do not depend on the number of processes.
 fn cut(
     mut samples: Vec<usize>,
     length: impl Fn(usize) -> usize,
@@ -191,24 +196,18 @@ fn cut(
     let total: usize = lengths.iter().sum();
     let workers = workers.clamp(1, samples.len().max(1));
     let count = workers * total.div_ceil(workers.saturating_mul(batch_tokens).max(1)).max(1);
-    // The smallest size of a pass, padding included, with which `count` passes are enough.
+    // Binary search for the smallest pass size, padding included, that needs at most `count` passes.
     let longest = lengths.first().copied().unwrap_or(1);
     let (mut low, mut high) = (longest, longest * lengths.len().max(1));
     while low < high {
         let middle = low + (high - low) / 2;
         if cuts(&lengths, middle).len() <= count { high = middle } else { low = middle + 1 }
     }
-    let mut rest = samples.as_slice();
-    let passes = cuts(&lengths, low).into_iter().map(|size| {
-        let (own, after) = rest.split_at(size);
-        rest = after;
-        own.to_vec()
-    });
-    passes.collect()
+    split(&samples, cuts(&lengths, low))
 }
 
-/// Deals passes out, longest first, so that each of at most `workers` has about the same work; those without any are left out at
-/// the end.
+/// Distributes passes, longest first, so that at most `workers` shares have about the same work. Empty shares are
+/// always the last ones and are removed.
 fn dealt(passes: Vec<Vec<usize>>, length: impl Fn(usize) -> usize, workers: usize) -> Vec<Vec<Vec<usize>>> {
     let mut shares: Vec<(usize, Vec<Vec<usize>>)> = vec![(0, Vec::new()); workers.max(1)];
     for pass in passes {
@@ -221,20 +220,26 @@ fn dealt(passes: Vec<Vec<usize>>, length: impl Fn(usize) -> usize, workers: usiz
     shares.into_iter().map(|share| share.1).filter(|passes| !passes.is_empty()).collect()
 }
 
-/// Cuts samples into passes of at most `tokens` tokens, padding included, longest first; longer samples are alone.
+/// Cuts samples into passes of at most `tokens` tokens, padding included, longest samples first. A longer sample forms
+/// a pass of its own.
 pub fn passes_of(dataset: &TrainingSet, mut samples: Vec<usize>, tokens: usize) -> Vec<Vec<usize>> {
     samples.sort_by_key(|&sample| std::cmp::Reverse(dataset.examples[sample].length));
     let lengths: Vec<usize> = samples.iter().map(|&sample| dataset.examples[sample].length.max(1)).collect();
-    let mut rest = samples.as_slice();
-    let passes = cuts(&lengths, tokens).into_iter().map(|size| {
-        let (own, after) = rest.split_at(size);
-        rest = after;
-        own.to_vec()
-    });
-    passes.collect()
+    split(&samples, cuts(&lengths, tokens))
 }
 
-/// Sizes of the runs of samples, longest first, that stay within `limit` tokens when padded to the first of each.
+/// Splits samples into runs of these sizes.
+fn split(mut samples: &[usize], sizes: Vec<usize>) -> Vec<Vec<usize>> {
+    let runs = sizes.into_iter().map(|size| {
+        let (run, rest) = samples.split_at(size);
+        samples = rest;
+        run.to_vec()
+    });
+    runs.collect()
+}
+
+/// Cuts `lengths`, which are descending, into runs whose padded size is at most `limit` tokens. Returns the number of
+/// samples of each run.
 fn cuts(lengths: &[usize], limit: usize) -> Vec<usize> {
     let mut sizes: Vec<usize> = Vec::new();
     let mut longest = 0;
@@ -250,7 +255,7 @@ fn cuts(lengths: &[usize], limit: usize) -> Vec<usize> {
     sizes
 }
 
-/// The optimiser's step, the parameters dealt out over threads.
+/// Makes one optimiser step; parameters are distributed over threads.
 ///
 /// Errors: those of [`Optimizer::step`].
 pub fn optimize(
@@ -306,9 +311,9 @@ mod tests {
         }
     }
 
-    /// Whatever the number of processes, the passes are those of one, and each is in one place.
+    /// For any number of processes the passes are those of one process, and each pass has one process.
     #[test]
-    fn processes_share_the_passes_of_a_step() {
+    fn the_passes_of_a_step_are_divided_among_processes() {
         let lengths: Vec<usize> = (0..37).map(|i| 1 + (i * 29) % 71).collect();
         let length = |sample: usize| lengths[sample];
         let passes = cut((0..37).collect(), length, 2, 128);
@@ -338,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn dealing_parameters_over_threads_changes_no_bit() {
+    fn dividing_parameters_among_threads_changes_no_bit() {
         let values =
             |size: &[i64]| Tensor::arange(size.iter().product::<i64>(), (Kind::Float, Device::Cpu)).sin().view(size);
         let sizes: [&[i64]; 5] = [&[3], &[20, 50], &[1], &[7, 11], &[2, 9, 4]];

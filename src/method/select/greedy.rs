@@ -7,9 +7,9 @@ use super::request::{Group, MeasureLosses, SelectionRequest};
 use super::tiling::{Tiling, tile};
 
 /// Every layer is a candidate if it can be dropped together with those already selected. Source: arXiv:2402.09025.
-pub(super) fn sleb(request: &mut SelectionRequest) -> Result<Vec<Group>> {
+pub(super) fn sleb(request: &mut SelectionRequest, strategy: &str) -> Result<Vec<Group>> {
     let (usable, refusal) = (request.usable(), request.refusal);
-    let chosen = greedy(request, "sleb", &|removed| {
+    let chosen = greedy(request, strategy, &|removed| {
         let may_go = |layer: &usize| {
             let all: Vec<usize> = removed.iter().copied().chain([*layer]).collect();
             refusal(&all).is_none()
@@ -24,7 +24,7 @@ pub(super) fn sleb(request: &mut SelectionRequest) -> Result<Vec<Group>> {
 /// Keeps the structure of INTERLACE: no two adjacent layers are dropped, and each dropped layer has a kept neighbour of
 /// its own to finetune, followed by a frozen layer if there is room. Source: arXiv:2511.19676, section 3, with the
 /// measured loss in place of similarities.
-pub(super) fn interlace_loss(request: &mut SelectionRequest) -> Result<Vec<Group>> {
+pub(super) fn interlace_loss(request: &mut SelectionRequest, strategy: &str) -> Result<Vec<Group>> {
     let usable = request.usable();
     let count = request.count;
     let free: Vec<bool> = (0..usable).map(|layer| request.may_go(&[layer])).collect();
@@ -32,7 +32,7 @@ pub(super) fn interlace_loss(request: &mut SelectionRequest) -> Result<Vec<Group
     if most(&[]) < count {
         return Ok(tile(&free, &[], true).map(Tiling::into_groups).unwrap_or_default());
     }
-    let chosen = greedy(request, "interlace-loss", &|removed| {
+    let chosen = greedy(request, strategy, &|removed| {
         let fits = |&layer: &usize| {
             let trial: Vec<usize> = removed.iter().copied().chain([layer]).collect();
             !removed.contains(&layer) && most(&trial) >= count

@@ -20,8 +20,8 @@ pub struct Strategy {
     pub summary: &'static str,
     /// Pack sizes whose similarities it reads when it drops `count` layers.
     pub packs: fn(count: usize) -> Vec<usize>,
-    /// True when it uses `SelectionRequest::measure`.
-    pub measures_loss: bool,
+    /// The losses that it measures by `SelectionRequest::measure`.
+    pub measures: Measures,
     /// True when it uses `SelectionRequest::seed`.
     pub seeded: bool,
     /// True when it reads `SelectionRequest::as_released`.
@@ -33,6 +33,17 @@ pub struct Strategy {
     select: fn(&mut SelectionRequest) -> Result<Vec<Group>>,
 }
 
+/// What a strategy measures for each candidate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Measures {
+    /// It uses similarities alone, or nothing.
+    Nothing,
+    /// The loss without the layer.
+    Loss,
+    /// The loss without the layer after a closed-form fit.
+    HealedLoss,
+}
+
 /// All strategies; the first one is the default.
 pub const STRATEGIES: &[Strategy] = &[
     Strategy {
@@ -40,7 +51,7 @@ pub const STRATEGIES: &[Strategy] = &[
         summary: "triplets by sim_3: of the first two layers drop the one with the higher sim_1, finetune the other, \
                   freeze the third",
         packs: |_| vec![1, 2, 3],
-        measures_loss: false,
+        measures: Measures::Nothing,
         seeded: false,
         released_differs: false,
         goes_beyond: true,
@@ -50,7 +61,7 @@ pub const STRATEGIES: &[Strategy] = &[
         name: "interlace-oa",
         summary: "triplets by sim_3 in their given order: always drop the first layer, finetune the second",
         packs: |_| vec![3],
-        measures_loss: false,
+        measures: Measures::Nothing,
         seeded: false,
         released_differs: false,
         goes_beyond: true,
@@ -60,7 +71,7 @@ pub const STRATEGIES: &[Strategy] = &[
         name: "interlace-tn",
         summary: "single layers by sim_1: drop the layer, finetune the next",
         packs: |_| vec![1],
-        measures_loss: false,
+        measures: Measures::Nothing,
         seeded: false,
         released_differs: true,
         goes_beyond: true,
@@ -71,17 +82,28 @@ pub const STRATEGIES: &[Strategy] = &[
         summary: "greedy by measured loss under the same structure: again and again the layer whose removal raises it \
                   least, never two neighbours, each beside one that is finetuned and, where there is room, a frozen one",
         packs: |_| Vec::new(),
-        measures_loss: true,
+        measures: Measures::Loss,
         seeded: false,
         released_differs: false,
         goes_beyond: false,
-        select: greedy::interlace_loss,
+        select: |request| greedy::interlace_loss(request, "interlace-loss"),
+    },
+    Strategy {
+        name: "interlace-heal",
+        summary: "the same greedy choice by the loss after a fit: a linear map, folded into the layer before each gap, first \
+                  makes up for what is gone (arXiv:2505.02819)",
+        packs: |_| Vec::new(),
+        measures: Measures::HealedLoss,
+        seeded: false,
+        released_differs: false,
+        goes_beyond: false,
+        select: |request| greedy::interlace_loss(request, "interlace-heal"),
     },
     Strategy {
         name: "consecutive",
         summary: "one block from the layer with the best sim_1, finetune as many layers after it",
         packs: |_| vec![1],
-        measures_loss: false,
+        measures: Measures::Nothing,
         seeded: false,
         released_differs: true,
         goes_beyond: false,
@@ -91,7 +113,7 @@ pub const STRATEGIES: &[Strategy] = &[
         name: "random",
         summary: "layers drawn at random with a seed, finetune as many others drawn the same way",
         packs: |_| Vec::new(),
-        measures_loss: false,
+        measures: Measures::Nothing,
         seeded: true,
         released_differs: true,
         goes_beyond: false,
@@ -101,7 +123,7 @@ pub const STRATEGIES: &[Strategy] = &[
         name: "shortgpt",
         summary: "layers of the least Block Influence, 1 - sim_1 (arXiv:2403.03853), finetune their neighbours",
         packs: |_| vec![1],
-        measures_loss: false,
+        measures: Measures::Nothing,
         seeded: false,
         released_differs: false,
         goes_beyond: false,
@@ -111,7 +133,7 @@ pub const STRATEGIES: &[Strategy] = &[
         name: "angular",
         summary: "the block of the least angular distance across it (arXiv:2403.17887), finetune the layers after it",
         packs: |count| vec![count],
-        measures_loss: false,
+        measures: Measures::Nothing,
         seeded: false,
         released_differs: false,
         goes_beyond: false,
@@ -122,17 +144,27 @@ pub const STRATEGIES: &[Strategy] = &[
         summary: "greedy: again and again the layer whose removal hurts the measured loss least (arXiv:2402.09025), \
                   finetune their neighbours",
         packs: |_| Vec::new(),
-        measures_loss: true,
+        measures: Measures::Loss,
         seeded: false,
         released_differs: false,
         goes_beyond: false,
-        select: greedy::sleb,
+        select: |request| greedy::sleb(request, "sleb"),
+    },
+    Strategy {
+        name: "sleb-heal",
+        summary: "as sleb, by the loss after that fit",
+        packs: |_| Vec::new(),
+        measures: Measures::HealedLoss,
+        seeded: false,
+        released_differs: false,
+        goes_beyond: false,
+        select: |request| greedy::sleb(request, "sleb-heal"),
     },
     Strategy {
         name: "explicit",
         summary: "the layers that you name, finetune their neighbours",
         packs: |_| Vec::new(),
-        measures_loss: false,
+        measures: Measures::Nothing,
         seeded: false,
         released_differs: false,
         goes_beyond: false,

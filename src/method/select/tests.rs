@@ -47,7 +47,7 @@ fn shape(groups: &[Group]) -> Vec<(Vec<usize>, Vec<usize>, Option<usize>)> {
 }
 
 /// Triplets by sim_3: 3 (0.70), 5 overlaps, 1 overlaps, 6 (0.55), 2, 4 overlap, 0 (0.05).
-/// 3..6: sim_1 0.70 over 0.60, drop 3. 6..9: 0.50 under 0.85, drop 7. 0..3: 0.10 under 0.80, drop 1.
+/// 3..6: sim_1 is 0.70 and 0.60, so 3 is dropped. 6..9: 0.50 and 0.85, so 7. 0..3: 0.10 and 0.80, so 1.
 #[test]
 fn interlace_takes_the_best_triplets_that_do_not_overlap() {
     let want = vec![(vec![3], vec![4], Some(5)), (vec![7], vec![6], Some(8)), (vec![1], vec![0], Some(2))];
@@ -55,7 +55,7 @@ fn interlace_takes_the_best_triplets_that_do_not_overlap() {
     assert_eq!(shape(&select("interlace", 2).unwrap()), want[..2]);
 }
 
-/// Layer 3 cannot be dropped alone, nor 7 without 8.
+/// Layer 3 cannot be dropped alone, and layer 7 cannot be dropped without 8.
 fn without_three(layers: &[usize]) -> Option<String> {
     let refused = |layer: usize| layers.contains(&layer) && !(layer == 7 && layers.contains(&8));
     (refused(3) || refused(7)).then(|| "layer 3: its keys are read by layer 9".to_string())
@@ -64,6 +64,7 @@ fn without_three(layers: &[usize]) -> Option<String> {
 #[test]
 fn layers_that_cannot_be_dropped_are_never_chosen() {
     let similarities = example();
+    let mut chosen = 0;
     for strategy in STRATEGIES.iter().filter(|strategy| strategy.name != "explicit") {
         for count in 1..=4 {
             for seed in 0..8 {
@@ -77,9 +78,11 @@ fn layers_that_cannot_be_dropped_are_never_chosen() {
                 drop.sort_unstable();
                 assert_eq!(drop.len(), count, "{}", strategy.name);
                 assert_eq!(without_three(&drop), None, "{}: {drop:?}", strategy.name);
+                chosen += 1;
             }
         }
     }
+    assert!(chosen >= 64, "only {chosen} choices");
     // The triplet at 3 drops 4 instead of 3, the one at 6 drops 6.
     let mut asked = SelectionRequest { refusal: &without_three, ..request(&similarities, 3) };
     let groups = Strategy::named("interlace").unwrap().select(&mut asked).unwrap();
@@ -90,9 +93,9 @@ fn layers_that_cannot_be_dropped_are_never_chosen() {
     assert!(error.contains("7 at most (layers 3, 7 cannot be dropped: layer 3: its keys"), "{error}");
 }
 
-/// After those three triplets only the protected layer 9 is left.
+/// After the three triplets only the protected layer 9 is left.
 #[test]
-fn running_out_says_how_many_can_go_at_most() {
+fn the_error_for_too_many_layers_gives_the_maximum() {
     let error = select("interlace", 4).unwrap_err().to_string();
     assert_eq!(
         error,
@@ -101,7 +104,7 @@ fn running_out_says_how_many_can_go_at_most() {
     );
 }
 
-/// The triplets at 2 and 5 leave 0, 1 and 8: the pair at 0 follows, then nothing.
+/// The triplets at 2 and 5 leave layers 0, 1 and 8. The pair at 0 follows, then nothing fits.
 #[test]
 fn pairs_follow_when_triplets_run_out() {
     let mut similarities = example();
@@ -116,7 +119,7 @@ fn pairs_follow_when_triplets_run_out() {
 }
 
 #[test]
-fn ties_go_to_the_lower_index() {
+fn ties_are_broken_by_the_lower_index() {
     let flat: Similarities = (1..=3).map(|size| (size, vec![0.5; 10 - size])).collect();
     let groups = Strategy::named("interlace").unwrap().select(&mut request(&flat, 3)).unwrap();
     assert_eq!(
@@ -125,9 +128,9 @@ fn ties_go_to_the_lower_index() {
     );
 }
 
-/// As in the released code, pairs follow triplets under `interlace` alone.
+/// In the released code only `interlace` takes pairs after its triplets.
 #[test]
-fn order_as_is_ends_with_its_triplets() {
+fn interlace_oa_takes_no_pairs_after_its_triplets() {
     let mut similarities = example();
     similarities.insert(3, vec![0.0, 0.0, 0.9, 0.0, 0.0, 0.8, 0.0]);
     let strategy = Strategy::named("interlace-oa").unwrap();
@@ -138,9 +141,10 @@ fn order_as_is_ends_with_its_triplets() {
     assert_eq!(shape(&strategy.select(&mut asked).unwrap()), want);
 }
 
-/// After the three triplets at 3, 6 and 0 anchors 5 (0.95), 2 (0.90), 8 (0.40) go by sim_1; what is finetuned stays.
+/// After the three triplets at 3, 6 and 0, the anchors 5 (0.95), 2 (0.90) and 8 (0.40) are dropped in order of sim_1.
+/// Finetuned layers are kept.
 #[test]
-fn beyond_the_structure_frozen_layers_go_one_by_one() {
+fn beyond_structure_drops_frozen_layers_one_by_one() {
     let similarities = example();
     let strategy = Strategy::named("interlace").unwrap();
     let select = |count| {
@@ -152,7 +156,7 @@ fn beyond_the_structure_frozen_layers_go_one_by_one() {
     let groups = select(5).unwrap();
     assert_eq!(shape(&groups), want);
     assert_eq!((groups[3].score, groups[4].score), (Some(0.95), Some(0.90)));
-    // 6 of 10 at most: the finetuned layers and the protected one stay.
+    // At most 6 of 10: the finetuned layers and the protected one are kept.
     assert_eq!(select(6).unwrap()[5].drop, [8]);
     assert!(select(7).unwrap_err().to_string().contains("6 at most"));
     assert_eq!(
@@ -164,10 +168,10 @@ fn beyond_the_structure_frozen_layers_go_one_by_one() {
     assert!(error.contains("has no `--beyond-structure`; use it with one of interlace, interlace-oa"), "{error}");
 }
 
-/// In the released code `interlace-tn` finetunes the last layer where the one before it goes, `random` draws from all, and
-/// a block with its finetune layers may end with the last.
+/// In the released code, `interlace-tn` may drop the last but one layer and then finetunes the last, `random` draws
+/// from all layers, and a block with its finetuned layers may end at the last layer.
 #[test]
-fn the_ablations_reach_the_last_layer_as_released() {
+fn as_released_lets_the_ablations_use_the_last_layer() {
     let mut similarities = example();
     similarities.insert(1, vec![0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.9]);
     let first = |name: &str, count: usize, as_released: bool| {
@@ -192,14 +196,14 @@ fn the_ablations_reach_the_last_layer_as_released() {
 }
 
 #[test]
-fn order_as_is_drops_the_first_of_each_triplet() {
+fn interlace_oa_drops_the_first_layer_of_each_triplet() {
     let want = vec![(vec![3], vec![4], Some(5)), (vec![6], vec![7], Some(8)), (vec![0], vec![1], Some(2))];
     assert_eq!(shape(&select("interlace-oa", 3).unwrap()), want);
 }
 
-/// sim_1 in order: 5 (6 finetuned), 2 (3), 7 (8), 1 (2 taken), 3 and 4 (5 taken) ... 0 (1).
+/// sim_1 in order: 5 (finetunes 6), 2 (3), 7 (8), 1 (its successor 2 is taken), 3 and 4 (5 is taken) ... 0 (1).
 #[test]
-fn then_next_pairs_each_dropped_layer_with_the_next() {
+fn interlace_tn_finetunes_the_layer_after_each_dropped_layer() {
     let want =
         vec![(vec![5], vec![6], None), (vec![2], vec![3], None), (vec![7], vec![8], None), (vec![0], vec![1], None)];
     assert_eq!(shape(&select("interlace-tn", 4).unwrap()), want);
@@ -207,7 +211,7 @@ fn then_next_pairs_each_dropped_layer_with_the_next() {
 
 /// The best sim_1 is layer 5, where 2 + 2 layers fit (5..9); for 3 + 3 layers the best start that fits is 2.
 #[test]
-fn consecutive_takes_one_block_that_fits() {
+fn consecutive_drops_one_block_that_fits() {
     assert_eq!(shape(&select("consecutive", 2).unwrap()), vec![(vec![5, 6], vec![7, 8], None)]);
     assert_eq!(shape(&select("consecutive", 3).unwrap()), vec![(vec![2, 3, 4], vec![5, 6, 7], None)]);
     assert!(select("consecutive", 5).unwrap_err().to_string().contains("4 at most"));
@@ -225,7 +229,7 @@ fn shortgpt_drops_the_least_influential_layers() {
 
 /// sim_4 is highest at 2: arccos(0.5) is pi / 3. Layers 6, 7, 8 follow the block, layer 1 is the nearest before it.
 #[test]
-fn angular_drops_the_block_that_turns_the_stream_least() {
+fn angular_drops_the_block_with_the_smallest_angular_distance() {
     let groups = select("angular", 4).unwrap();
     assert_eq!(groups.iter().flat_map(|group| group.drop.clone()).collect::<Vec<_>>(), vec![2, 3, 4, 5]);
     assert_eq!(groups.iter().flat_map(|group| group.finetune.clone()).collect::<Vec<_>>(), vec![6, 7, 8, 1]);
@@ -264,7 +268,7 @@ fn costs(removed: &[usize]) -> f64 {
 }
 
 #[test]
-fn sleb_measures_again_after_each_removal() {
+fn sleb_measures_losses_again_after_each_removal() {
     let similarities = Similarities::new();
     let mut measure = Formula { loss: costs, calls: 0 };
     let mut asked = SelectionRequest { measure: Some(&mut measure), ..request(&similarities, 2) };
@@ -277,7 +281,7 @@ fn sleb_measures_again_after_each_removal() {
 /// Costs ascend as 1 (0.1), 2 (0.2), 4 (0.3), 3 (0.5). Dropping 1 excludes its neighbours 0 and 2;
 /// dropping 4 excludes 3 and 5.
 #[test]
-fn interlace_loss_leaves_the_neighbours_of_what_went() {
+fn interlace_loss_keeps_the_neighbours_of_dropped_layers() {
     let similarities = Similarities::new();
     let mut measure = Formula { loss: costs, calls: 0 };
     let mut asked = SelectionRequest { measure: Some(&mut measure), ..request(&similarities, 3) };
@@ -292,7 +296,7 @@ fn interlace_loss_leaves_the_neighbours_of_what_went() {
 
 /// Seven dropped layers fit into fifteen only as adjacent pairs with one layer left, so no choice may waste a layer.
 #[test]
-fn interlace_loss_leaves_room_for_what_is_still_to_go() {
+fn interlace_loss_leaves_room_for_the_remaining_drops() {
     let similarities = Similarities::new();
     let mut measure =
         Formula { loss: |removed: &[usize]| removed.iter().map(|&x| (x as f64 - 7.2).abs()).sum(), calls: 0 };
@@ -312,7 +316,7 @@ fn sleb_without_data_is_an_error() {
 }
 
 #[test]
-fn explicit_takes_the_named_layers_and_their_neighbours() {
+fn explicit_drops_the_named_layers_and_finetunes_their_neighbours() {
     let similarities = Similarities::new();
     let mut request = request(&similarities, 3);
     request.layers = &[8, 2, 3];
@@ -321,7 +325,7 @@ fn explicit_takes_the_named_layers_and_their_neighbours() {
 }
 
 #[test]
-fn lists_of_layers_are_checked() {
+fn invalid_layer_lists_are_refused() {
     use crate::method::check_layers;
     assert_eq!(check_layers(&[5, 2], 10).unwrap(), vec![2, 5]);
     let cases: [(&[usize], &str); 4] = [
@@ -339,25 +343,33 @@ fn lists_of_layers_are_checked() {
 }
 
 #[test]
-fn ratios_are_floored_without_rounding_noise() {
+fn drop_counts_are_floored_without_rounding_error() {
     let cases = [(0.25, 16, 4), (0.25, 18, 4), (0.3, 10, 3), (0.1, 30, 3), (0.25, 36, 9), (0.99, 4, 3)];
     for (ratio, layers, want) in cases {
         assert_eq!(drop_count(ratio, layers).unwrap(), want, "{ratio} of {layers}");
     }
-    for bad in [0.0, 1.0, -0.5, f64::NAN, 0.05] {
-        assert!(drop_count(bad, 16).is_err(), "{bad}");
+    let range = "must be between 0 and 1, both excluded";
+    for (bad, want) in [
+        (0.0, range),
+        (1.0, range),
+        (-0.5, range),
+        (f64::NAN, range),
+        (0.05, "of 16 layers is less than one layer, the least is 0.0625"),
+    ] {
+        let error = drop_count(bad, 16).unwrap_err().to_string();
+        assert!(error.starts_with(&format!("drop ratio {bad}: {want}")), "{error}");
     }
 }
 
 #[test]
-fn an_unknown_strategy_lists_the_known_ones() {
+fn the_error_for_an_unknown_strategy_lists_the_known_ones() {
     let error = Strategy::named("magic").err().unwrap().to_string();
     assert!(STRATEGIES.iter().all(|strategy| error.contains(strategy.name)), "{error}");
 }
 
 #[test]
-fn nothing_to_drop_and_too_much_to_drop_are_errors() {
-    assert!(select("interlace", 0).is_err());
+fn dropping_no_layers_or_too_many_layers_is_an_error() {
+    assert!(select("interlace", 0).unwrap_err().to_string().starts_with("number of layers to drop: is 0"));
     assert!(select("random", 10).unwrap_err().to_string().contains("9 at most"));
 }
 
@@ -374,7 +386,7 @@ fn networks() -> impl Values<Value = (usize, usize, Similarities)> {
 
 proptest! {
     #[test]
-    fn laws_of_every_strategy((num_layers, count, similarities) in networks(), seed in any::<u64>()) {
+    fn every_strategy_is_deterministic_and_gives_a_valid_plan((num_layers, count, similarities) in networks(), seed in any::<u64>()) {
         for strategy in STRATEGIES {
             let run = || {
                 let loss = |removed: &[usize]| removed.iter().map(|&layer| (layer as f64).sin()).sum();
@@ -407,7 +419,7 @@ proptest! {
     }
 
     #[test]
-    fn indices_in_the_pruned_model_skip_what_goes((num_layers, count, similarities) in networks()) {
+    fn indices_in_the_pruned_model_skip_the_dropped_layers((num_layers, count, similarities) in networks()) {
         let mut request = SelectionRequest {
             num_layers, count, include_last: false, as_released: false, beyond_structure: false, refusal: &all_may_go, similarities: &similarities, seed: 1,
             layers: &[], measure: None,

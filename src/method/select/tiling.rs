@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn partners_stand_behind_what_goes_and_anchors_behind_both_where_there_is_room() {
+    fn every_dropped_layer_gets_a_partner_and_if_possible_an_anchor() {
         assert_eq!(groups(9, &[1, 5]).unwrap(), [(1, 2, Some(3)), (5, 6, Some(7))]);
         // Dropped 3 and 5: the pair (3 4) leaves no anchor before 5; the pair (2 3) lets 4 be an anchor.
         assert_eq!(groups(9, &[3, 5]).unwrap(), [(3, 2, Some(4)), (5, 6, Some(7))]);
@@ -142,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn the_most_that_can_go_counts_what_is_gone() {
+    fn the_maximum_number_of_drops_includes_the_layers_already_dropped() {
         let most = |layers, dropped: &[usize]| tile(&vec![true; layers], dropped, true).map(|tiling| tiling.drops());
         assert_eq!(most(15, &[]), Some(7));
         assert_eq!(most(15, &[4]), Some(7));
@@ -155,9 +155,9 @@ mod tests {
         assert_eq!(tile(&free[..4], &[], true).map(|tiling| tiling.drops()), Some(1));
     }
 
-    /// Every set of dropped layers in stacks of up to ten, compared with an exhaustive search by the definition.
+    /// Every set of dropped layers in stacks of up to ten layers, compared with an exhaustive search by the definition.
     #[test]
-    fn sets_fit_when_neighbours_can_be_given_out() {
+    fn a_set_fits_if_every_dropped_layer_gets_its_own_neighbour() {
         for layers in 2..=10usize {
             for mask in 1u32..1 << layers {
                 let dropped: Vec<usize> = (0..layers).filter(|layer| mask >> layer & 1 == 1).collect();

@@ -163,14 +163,14 @@ impl std::fmt::Display for Budget {
 mod tests {
     use super::*;
 
-    /// Embeddings and head of 100 parameters; layers of 10, 10, 40 and 10; four bytes each.
+    /// Embeddings and head have 100 parameters, the layers 10, 10, 40 and 10; each parameter takes four bytes.
     fn costs() -> ModelCosts {
         let layers = [10, 10, 40, 10].map(|parameters| LayerCost { parameters, size_bytes: 4 * parameters });
         ModelCosts { parameters: 170, size_bytes: 680, layers: layers.to_vec() }
     }
 
     #[test]
-    fn the_fewest_layers_are_counted_from_what_each_weighs() {
+    fn the_fewest_layers_that_meet_a_budget_are_counted() {
         let least = |target: Budget| target.least_count(&costs());
         assert_eq!(least(Budget::Params(130)).unwrap(), 1);
         assert_eq!(least(Budget::Params(129)).unwrap(), 2);
@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_reached_says_what_can() {
+    fn the_error_for_an_unreachable_budget_gives_the_reachable_value() {
         let error = |target: Budget| target.least_count(&costs()).unwrap_err().to_string();
         assert!(error(Budget::Params(109)).contains("would be 110 parameters"));
         assert!(error(Budget::Size(1)).contains("would be 440 B"));

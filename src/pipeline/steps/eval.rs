@@ -211,7 +211,8 @@ pub fn write_predictions(path: &Path, data: &Path, scores: &ModelScores) -> Resu
     file.commit()
 }
 
-/// Headline scores of several runs over and less their baselines', with the bootstrap seed of all verbs.
+/// Ratio and difference of headline scores to their baselines' over several runs, with the bootstrap seed of all
+/// verbs.
 ///
 /// Errors: as `eval::compare_over`.
 pub fn compared(runs: &[(&ModelScores, &ModelScores)]) -> Result<Option<Compared>> {

@@ -11,8 +11,8 @@ use crate::base::{Cancel, Device, Error, Provenance, Result, Sha256Digest, write
 use crate::bundle::{Bundle, BundleWriter, ModelSource, Record, RecordedStep, Role, Tower};
 use crate::data::{DataOptions, Dataset, Encoder, Intake, Subset};
 use crate::finetune::{
-    Conversations, Limits, Report, Request, RunPlan, Settings, StepMetrics, Teacher, clear_work, plan_run,
-    remove_unbegun,
+    Conversations, Limits, Report, Request, RunPlan, Settings, StepMetrics, Teacher, clear_work, interrupted_at,
+    plan_run, remove_unbegun,
 };
 use crate::method::{LayerRole, Plan, named_layers};
 use crate::runtime::FeatureCache;
@@ -96,6 +96,7 @@ pub fn plan_finetune(request: &Finetune) -> Result<RunPlan> {
     let intake = Intake::new(&dataset, &bundle, usize::MAX);
     let data = Conversations { encoder: &encoder, dataset: &dataset, indices: &indices, intake };
     let dense = request.teacher.map(ModelSource::open).transpose()?;
+    dense.as_ref().map_or(Ok(()), |dense| check_family(&bundle, dense))?;
     let teacher = dense.as_ref().map(|bundle| Teacher { bundle, kept: &roles.kept, anchors: &roles.anchors });
     plan_run(&training(request, &roles, &bundle, &data), teacher.as_ref())
 }
@@ -149,15 +150,17 @@ fn training<'a>(request: &'a Finetune, roles: &'a Roles, bundle: &'a Bundle, dat
 
 /// Trains layers of the model and writes the result as a new folder.
 ///
-/// Errors: `Error::Invalid` when the model was not pruned with this plan, no sample has tokens to train on, or the
-/// target exists; `Error::Unsupported` when other precision variants of the decoder would keep their old weights;
-/// `Error::Interrupted` on Ctrl-C, with a checkpoint in the work folder. On an error the target does not exist.
+/// Errors: `Error::Invalid` when the model was not pruned with this plan, no sample has tokens to train on, the work
+/// folder holds a checkpoint and the run does not resume, or the target exists; `Error::Unsupported` when other precision
+/// variants of the decoder would keep their old weights; `Error::Interrupted` on Ctrl-C, with a checkpoint in the work
+/// folder. On an error the target does not exist.
 pub fn finetune(
     request: &Finetune,
     target: &Path,
     cancel: &Cancel,
     observer: &mut dyn FnMut(&StepMetrics),
 ) -> Result<Report> {
+    check_begun(request)?;
     let bundle = request.model.open()?;
     let roles = Roles::of(&bundle, request)?;
     let component = bundle.require(Role::Decoder)?.clone();
@@ -172,9 +175,14 @@ pub fn finetune(
         indices: &indices,
         intake: Intake::new(&dataset, &bundle, usize::MAX),
     };
+    let dense = request.teacher.map(ModelSource::open).transpose()?;
+    dense.as_ref().map_or(Ok(()), |dense| check_family(&bundle, dense))?;
+    for model in std::iter::once(&bundle).chain(&dense) {
+        model.check_output(target)?;
+        model.check_output(request.work)?;
+    }
     let writes = request.ranks.is_none_or(|ranks| ranks.rank() == 0);
     let writer = if writes { Some(BundleWriter::create(&bundle, target)?) } else { None };
-    let dense = request.teacher.map(ModelSource::open).transpose()?;
     let teacher = dense.as_ref().map(|bundle| Teacher { bundle, kept: &roles.kept, anchors: &roles.anchors });
     let training = training(request, &roles, &bundle, &data);
     let is_new = !request.work.exists();
@@ -215,6 +223,31 @@ pub fn finetune(
     write_json(&request.work.join(FINETUNE_REPORT), &outcome.report)?;
     clear_work(request.work)?;
     Ok(outcome.report)
+}
+
+/// Errors: `Error::Invalid` where a new run would remove the checkpoint of an interrupted one.
+fn check_begun(request: &Finetune) -> Result<()> {
+    match interrupted_at(request.work)?.filter(|_| !request.resume) {
+        Some(step) => Err(Error::invalid(
+            format!("`{}`", request.work.display()),
+            format!("holds step {step} of an interrupted run"),
+        )
+        .remedy("add `--resume` to continue, or remove the folder")),
+        None => Ok(()),
+    }
+}
+
+/// Errors: `Error::Invalid` where the configs of the dense model and of the trained one name different families.
+fn check_family(bundle: &Bundle, dense: &Bundle) -> Result<()> {
+    let (Some(own), Some(other)) = (bundle.config(), dense.config()) else { return Ok(()) };
+    // Kinds of configs have names of their own for a family.
+    let unnamed = own.model_type.is_empty() || other.model_type.is_empty();
+    if own.source != other.source || unnamed || own.model_type == other.model_type {
+        return Ok(());
+    }
+    let problem = format!("is {}, the model to train is {}", other.model_type, own.model_type);
+    Err(Error::invalid(format!("teacher `{}`", dense.root().display()), problem)
+        .remedy("give the dense model that the pruned one was made from"))
 }
 
 /// The layers of a model as a run sees them, and the settings that suit it.
@@ -293,7 +326,22 @@ fn of_whole_model(settings: Settings) -> Result<Settings> {
 /// Checks that the folder's record agrees with the plan.
 fn check_plan(bundle: &Bundle, plan: &Plan) -> Result<()> {
     let subject = || format!("`{}`", bundle.root().display());
-    let history = bundle.record()?.map(|record| record.history).unwrap_or_default();
+    let record = bundle.record()?;
+    // The record's inputs are those of its last step.
+    if let Some(record) = &record
+        && let Some(RecordedStep::Prune { tower: Tower::Text, .. }) = record.history.last()
+        && let (Some(from), Some(planned)) =
+            (record.provenance.inputs.get("model"), plan.provenance.inputs.get("model"))
+        && from != planned
+    {
+        let (from, planned) = (from.get(..8).unwrap_or(from), planned.get(..8).unwrap_or(planned));
+        return Err(Error::invalid(
+            subject(),
+            format!("was pruned from a model with digest {from}.., the plan was made for one with digest {planned}.."),
+        )
+        .remedy("give the plan that the model was pruned with"));
+    }
+    let history = record.map(|record| record.history).unwrap_or_default();
     let pruned = history.iter().rev().find_map(|step| match step {
         RecordedStep::Prune { tower: Tower::Text, layers_before, dropped, .. } => Some((*layers_before, dropped)),
         _ => None,

@@ -7,7 +7,7 @@ use std::time::Instant;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::base::{AtomicFile, Cancel, Error, Progress, Result, ahead};
+use crate::base::{AtomicFile, Cancel, Error, Progress, Result};
 use crate::bundle::ModelSource;
 use crate::data::{DataOptions, Dataset, Encoder, ImageBytes, ImageSettings, Intake, LeftOut, Part, Sample, Turn};
 use crate::eval::LoadedModel;
@@ -218,16 +218,22 @@ pub fn generate_all(
         Ok(())
     };
     let intake = Intake::new(&dataset, &bundle, usize::MAX);
-    let samples = || {
-        let read = intake.encoded(&dataset, &indices, |sample| encoder.prompt(sample))?;
-        Ok(read.map(|encoded| encoded.map(|encoded| (encoded.id.clone(), encoded.into_prompt()))))
-    };
-    ahead(batch_size, samples, |mut all| {
-        all.try_for_each(|item: Result<(String, Prompt)>| {
-            waiting.push(item?);
-            if waiting.len() < batch_size { Ok(()) } else { answer(std::mem::take(&mut waiting)) }
-        })
-    })?;
+    let asked = (&dataset, &indices[..], indices.len());
+    intake.ahead(
+        asked,
+        batch_size,
+        |sample| encoder.prompt(sample),
+        |all| {
+            for encoded in all {
+                let (_, encoded) = encoded?;
+                waiting.push((encoded.id.clone(), encoded.into_prompt()));
+                if waiting.len() == batch_size {
+                    answer(std::mem::take(&mut waiting))?;
+                }
+            }
+            Ok(())
+        },
+    )?;
     if !waiting.is_empty() {
         answer(waiting)?;
     }

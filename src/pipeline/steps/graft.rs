@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use serde_json::json;
 
-use crate::base::{Cancel, Error, MappedFile, Provenance, Result, ScratchDir};
+use crate::base::{Cancel, Error, MappedFile, Provenance, Result, ScratchDir, folder_of};
 use crate::bundle::{Bundle, BundleWriter, Record, RecordedStep, Tower};
 use crate::checkpoint::{Checkpoint, Tuned};
 use crate::graft::{self, Absent, GraftTable, Loaded, Part, history_of, load};
@@ -40,6 +40,7 @@ pub fn plan_graft(request: &Graft, cancel: &Cancel) -> Result<GraftTable> {
 /// Nothing is left under the target's name then.
 pub fn graft(request: &Graft, target: &Path, cancel: &Cancel) -> Result<GraftTable> {
     let bundle = request.bundle;
+    bundle.check_output(target)?;
     let mut writer = BundleWriter::create(bundle, target)?;
     let mut loaded = load_all(request)?;
     let table = find(request, &loaded, cancel)?;
@@ -48,7 +49,7 @@ pub fn graft(request: &Graft, target: &Path, cancel: &Cancel) -> Result<GraftTab
         return Err(Error::invalid("the finetuned weights", "are those of the base")
             .remedy("give the finetuned checkpoint or the adapter with `--tuned`"));
     }
-    let parent = target.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let parent = folder_of(target);
     let scratch = ScratchDir::create_in(parent)?;
     let file = scratch.path().join("weights");
     let places = write_weights(request, &table, &loaded, &file, cancel)?;

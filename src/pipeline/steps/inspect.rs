@@ -13,7 +13,8 @@ use crate::ir::{Graph, Model, ValueId};
 use crate::onnx;
 use crate::runtime::missing_deepstack;
 
-use super::prune::drop_refusal;
+use super::needs::{Verdict, verdicts};
+use super::refusal::drop_refusal;
 
 /// Version of the schema of `inspect --json`.
 pub const LAYERS_SCHEMA_VERSION: u32 = 1;
@@ -49,6 +50,9 @@ pub struct Inspection {
     /// Layers of the vision tower; absent without one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vision: Option<VisionInfo>,
+    /// Whether the steps of a run work on the model.
+    #[serde(default)]
+    pub verdicts: Vec<Verdict>,
     /// Warnings about these graphs.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
@@ -206,6 +210,8 @@ pub fn inspect(bundle: &Bundle) -> Result<Inspection> {
     let mut result = None;
     let mut vision = None;
     let mut warnings = Vec::new();
+    let mut judged = Vec::new();
+    let processor = Processor::open(bundle);
     for component in bundle.components() {
         let model = match onnx::load(&bundle.path_of(component)) {
             Err(error) if !bundle.is_most_precise(component) => {
@@ -221,6 +227,9 @@ pub fn inspect(bundle: &Bundle) -> Result<Inspection> {
             warnings.extend(missing_deepstack(bundle, &model.graph));
             let originals = Record::original_layers(&history, Tower::Text, analysis.map.layers.len())?;
             let layers = layers(bundle, &analysis, Tower::Text, &originals);
+            let droppable = layers.iter().any(|layer| layer.refusal.is_none());
+            let undroppable = layers.iter().find_map(|layer| layer.refusal.clone()).filter(|_| !droppable);
+            judged = verdicts(bundle, &analysis, &processor, undroppable);
             result = Some(outer_name(&analysis, analysis.map.result));
             found = Some((layers, between(&analysis), taps(&analysis)));
             if let Some(analysis) = analysis.into_vision() {
@@ -235,7 +244,7 @@ pub fn inspect(bundle: &Bundle) -> Result<Inspection> {
             });
         }
     }
-    if let Ok(processor) = Processor::open(bundle) {
+    if let Ok(processor) = &processor {
         warnings.extend(processor.warning());
         warnings.extend(processor.note(bundle)?);
     }
@@ -253,6 +262,7 @@ pub fn inspect(bundle: &Bundle) -> Result<Inspection> {
         between_layers,
         taps,
         vision,
+        verdicts: judged,
         warnings,
     })
 }

@@ -16,7 +16,7 @@ use crate::method::{AnswerLikelihood, LIKELIHOOD_BLOCK, answer_likelihoods};
 
 use super::engine::{BOOTSTRAP_SEED, Engine, EvalSettings, digests, head};
 
-/// What `eval --likelihood-only` writes.
+/// Output of `eval --likelihood-only`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct LikelihoodReport {
     /// Tool version, schema version, input digests and settings.
@@ -84,7 +84,7 @@ impl Engine {
     }
 }
 
-/// The likelihoods of all rows, from those of each process, which took every so many blocks of them.
+/// The likelihoods of all rows in order. Of n processes, number p has those of the blocks p, p + n, p + 2n and so on.
 fn in_order(by_process: Vec<Vec<AnswerLikelihood>>, rows: usize) -> Vec<AnswerLikelihood> {
     let mut blocks: Vec<_> = by_process.iter().map(|own| own.chunks(LIKELIHOOD_BLOCK)).collect();
     let count = blocks.len().max(1);

@@ -1,6 +1,7 @@
 //! One function per verb, used by the command line and by runs.
 
 mod budget;
+mod compensate;
 mod engine;
 mod eval;
 mod finetune;
@@ -8,11 +9,14 @@ mod generate;
 mod graft;
 mod inspect;
 mod likelihood;
+mod meter;
 mod needs;
 mod plan;
 mod prune;
+mod refusal;
 
 pub use budget::{Budget, LayerCost, ModelCosts, Remaining};
+pub use compensate::{Compensated, CompensationReport, compensate};
 pub use engine::{Engine, EvalSettings};
 pub use eval::{TextSettings, compared, eval, eval_text, write_predictions};
 pub use finetune::{FINETUNE_REPORT, Finetune, Trained, default_work_folder, finetune, plan_finetune};
@@ -20,6 +24,7 @@ pub use generate::{Decoding, Generation, Generations, Question, check_answers, g
 pub use graft::{Graft, graft, plan_graft};
 pub use inspect::{Inspection, LayerInfo, TapInfo, VisionInfo, decoder, decoder_analysis, inspect};
 pub use likelihood::{LikelihoodReport, compare_likelihoods, eval_likelihood};
-pub use needs::{NEEDS, Need, Work, check as check_needs, warnings};
-pub use plan::{HowMany, Losses, PlanSettings, PlannedModel, plan};
+pub use meter::{CALIBRATION_SAMPLES, Meter};
+pub use needs::{NEEDS, Need, Verdict, Work, check as check_needs, variants_warning, warnings};
+pub use plan::{HowMany, PlanSettings, PlannedModel, plan};
 pub use prune::{Drop, Pruned, PrunedComponent, prune};

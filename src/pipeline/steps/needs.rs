@@ -2,9 +2,12 @@
 
 use std::path::Path;
 
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
 use crate::analysis::{self, Analysis};
 use crate::base::{Error, Result};
-use crate::bundle::{Bundle, Component, Role};
+use crate::bundle::{Bundle, Component, RecordedStep, Role, SetAside};
 use crate::data::{Dataset, Processor};
 use crate::onnx;
 
@@ -77,15 +80,22 @@ pub fn check(bundle: &Bundle, work: Work) -> Result<()> {
     if work.needs().contains(&Need::OneDecoder) {
         alone(bundle, component)?;
     }
-    let analysis = analysis::analyse(&onnx::load(&bundle.path_of(component))?);
-    let analysis = match analysis {
-        Ok(analysis) => analysis,
-        Err(error) if work.needs().contains(&Need::Layers) => return Err(error),
+    match analysis::analyse(&onnx::load(&bundle.path_of(component))?) {
+        Ok(analysis) => check_analysed(bundle, work, &analysis),
+        Err(error) if work.needs().contains(&Need::Layers) => Err(error),
         // Without layers no further requirement can be checked; the engine reports its own.
-        Err(_) => return Ok(()),
-    };
+        Err(_) => Ok(()),
+    }
+}
+
+/// [`check`] with the analysed decoder.
+fn check_analysed(bundle: &Bundle, work: Work, analysis: &Analysis) -> Result<()> {
+    let component = bundle.require(Role::Decoder)?;
+    if work.needs().contains(&Need::OneDecoder) {
+        alone(bundle, component)?;
+    }
     for need in work.needs() {
-        if let Some((problem, remedy)) = lacks(&analysis, *need) {
+        if let Some((problem, remedy)) = lacks(analysis, *need) {
             return Err(Error::unsupported(
                 format!("`{}`", bundle.path_of(component).display()),
                 format!("{problem}, and {} needs {}", work.name(), wanted(*need)),
@@ -96,6 +106,81 @@ pub fn check(bundle: &Bundle, work: Work) -> Result<()> {
     Ok(())
 }
 
+/// Whether a verb works on a model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Verdict {
+    /// Name of the verb.
+    pub verb: String,
+    /// False where the verb refuses the model.
+    pub works: bool,
+    /// Why it refuses the model, or what it works on alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+}
+
+/// Whether `score`, `prune`, `finetune` and `eval` work on a model, judged by its files: the analysed decoder, the error
+/// of its processor, and the reason why no layer can be dropped, if there is one.
+pub fn verdicts(
+    bundle: &Bundle,
+    analysis: &Analysis,
+    processor: &Result<Processor>,
+    undroppable: Option<String>,
+) -> Vec<Verdict> {
+    let limit = match processor {
+        Ok(processor) => {
+            processor.without_template().map(|problem| format!("on running text and ready tensors alone: {problem}"))
+        }
+        Err(error) => Some(format!("on ready tensors alone: {error}")),
+    };
+    let refusal = |work| check_analysed(bundle, work, analysis).err().map(|error| error.to_string());
+    let verdict = |verb: &str, refusal: Option<String>, limit: Option<String>| Verdict {
+        verb: verb.to_string(),
+        works: refusal.is_none(),
+        reason: refusal.or(limit),
+    };
+    let finetune = match (refusal(Work::FinetuneOnStream), refusal(Work::FinetuneOnAnswers)) {
+        (None, Some(problem)) => {
+            let own = format!("with a recipe without a loss on answers, such as `fast`, alone: {problem}");
+            verdict("finetune", None, Some(own))
+        }
+        (refusal, _) => verdict("finetune", refusal, limit.clone()),
+    };
+    vec![
+        verdict("score", refusal(Work::Score), limit.clone()),
+        verdict("prune", undroppable, None),
+        finetune,
+        verdict("eval", refusal(Work::Answer), limit),
+    ]
+}
+
+/// Warning about a model that is to be finetuned later and has several precision variants of the decoder, those aside that
+/// are set aside.
+pub fn variants_warning(bundle: &Bundle, set_aside: &[SetAside]) -> Option<String> {
+    let files = bundle.variants(Role::Decoder).map(|component| component.file.as_str());
+    let mut files = files.filter(|file| !set_aside.iter().any(|variant| variant.file == *file));
+    let first = files.next()?;
+    let others: Vec<&str> = files.collect();
+    (!others.is_empty()).then(|| {
+        format!(
+            "`finetune` takes the float decoder `{first}` alone: delete the other variants ({}) from the pruned folder \
+             before finetuning, and quantise the result afterwards",
+            others.join(", ")
+        )
+    })
+}
+
+/// The error for a file that was made for another model. `remedy` applies to a model that was never pruned.
+pub(super) fn of_another_model(subject: String, bundle: &Bundle, remedy: &str) -> Error {
+    let history = bundle.record().ok().flatten().map(|record| record.history).unwrap_or_default();
+    let pruned = history.iter().any(|step| matches!(step, RecordedStep::Prune { .. }));
+    let problem = format!("made for another model than `{}`", bundle.root().display());
+    match pruned {
+        true => Error::invalid(subject, format!("{problem}, which was pruned already")).remedy("give the dense model"),
+        false => Error::invalid(subject, problem).remedy(remedy),
+    }
+}
+
 /// Warnings about a model, before it reads data.
 pub fn warnings(bundle: &Bundle, data: &Path) -> Vec<String> {
     if Dataset::is_tensors(data) {
@@ -104,6 +189,7 @@ pub fn warnings(bundle: &Bundle, data: &Path) -> Vec<String> {
     Processor::open(bundle).ok().and_then(|processor| processor.warning()).into_iter().collect()
 }
 
+/// The requirement in messages.
 fn wanted(need: Need) -> &'static str {
     match need {
         Need::Layers => "a residual stream with layers",
@@ -118,8 +204,9 @@ fn lacks(analysis: &Analysis, need: Need) -> Option<(String, &'static str)> {
     match need {
         Need::EveryPosition => Some((
             analysis.picks_positions()?,
-            "export the model with the logits of all positions, or with a `num_logits_to_keep` input; a strategy that \
-             needs scores alone, such as `interlace`, and a recipe that looks at the stream alone do without",
+            "export the model with the logits of all positions, or with a `num_logits_to_keep` input, or use a \
+             strategy that reads only scores, such as `interlace`, and a recipe without a loss on answers, such as \
+             `fast`",
         )),
         Need::Cache => {
             let cached = analysis.map.layers.iter().flat_map(|layer| &layer.ports).any(|port| port.past.is_some());
@@ -130,6 +217,7 @@ fn lacks(analysis: &Analysis, need: Need) -> Option<(String, &'static str)> {
     }
 }
 
+/// Rejects a folder with a second decoder graph.
 fn alone(bundle: &Bundle, component: &Component) -> Result<()> {
     let others: Vec<&str> = bundle
         .components()
@@ -172,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn a_graph_without_a_cache_is_refused_where_steps_are_cached() {
+    fn a_graph_without_a_cache_is_refused_for_work_with_cached_steps() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/zoo/hfexp/llama-cpu/prefill.onnx");
         let bundle = Bundle::open(&path).unwrap();
         for work in [Work::Answer, Work::Bench] {

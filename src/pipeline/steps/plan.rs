@@ -10,12 +10,14 @@ use crate::analysis::Analysis;
 use crate::base::{Error, Provenance, Result, Sha256Digest};
 use crate::bundle::{Bundle, Tower};
 use crate::data::{DataOptions, LeftOut};
-use crate::method::select::{MeasureLosses, SelectionRequest, Strategy, drop_count};
+use crate::method::select::{SelectionRequest, Strategy, drop_count};
 use crate::method::{ModalityWeights, PLAN_SCHEMA_VERSION, Plan, Scores, Similarities};
 
 use super::budget::{Budget, ModelCosts};
 use super::inspect::decoder_analysis;
-use super::prune::drop_refusal;
+use super::meter::Meter;
+use super::needs::of_another_model;
+use super::refusal::drop_refusal;
 
 /// Number of layers to drop, or the budget that determines it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -48,6 +50,9 @@ pub struct PlanSettings {
     /// Calibration samples that losses are measured on, where the strategy measures them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub samples: Option<usize>,
+    /// The most tokens of other samples that fits look at, where the strategy makes up for what is gone by one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fit_tokens: Option<usize>,
     /// Options for reading the calibration data.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub data: Option<DataOptions>,
@@ -60,18 +65,6 @@ pub struct PlanSettings {
     /// Goes on where a strategy's packs run out: pairs for `interlace-oa`, then single frozen layers.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub beyond_structure: bool,
-}
-
-/// Losses for a strategy that uses them, with their samples and the digest of their data.
-pub struct Losses<'m> {
-    /// Digest of the calibration data.
-    pub data: Sha256Digest,
-    /// Ids of the samples.
-    pub samples: Vec<String>,
-    /// Samples that were drawn but could not be used, by reason.
-    pub left_out: LeftOut,
-    /// Computes the loss of a decoder without given layers.
-    pub measure: &'m mut dyn MeasureLosses,
 }
 
 /// The model of a plan.
@@ -121,6 +114,16 @@ impl PlannedModel {
         known.entry(layers).or_insert_with_key(|layers| self.refusal(layers).map(|error| error.to_string())).clone()
     }
 
+    /// Checks that scores are of this model. `subject` is their name in the error.
+    ///
+    /// Errors: `Error::Invalid`.
+    pub fn check_scores(&self, scores: &Scores, subject: String) -> Result<()> {
+        if scores.provenance.inputs.get("model") == Some(&self.digest) {
+            return Ok(());
+        }
+        Err(of_another_model(subject, &self.bundle, "score this model first"))
+    }
+
     /// Warnings about dropping these layers.
     pub fn warnings(&self, drop: &[usize]) -> Vec<String> {
         let met = self.additions.iter().filter(|(layer, _)| drop.contains(layer));
@@ -165,11 +168,11 @@ impl HowMany {
 ///
 /// Errors: `Error::Invalid` when the scores are of another model, the strategy needs scores or losses that are missing,
 /// or it cannot drop this number of layers; as `prune` for layers that the user listed.
-pub fn plan<'m>(
+pub fn plan(
     model: &PlannedModel,
     scores: Option<(&Scores, Sha256Digest)>,
     settings: &PlanSettings,
-    losses: Option<Losses<'m>>,
+    mut meter: Option<&mut Meter>,
 ) -> Result<Plan> {
     let strategy = Strategy::named(&settings.strategy)?;
     let num_layers = model.num_layers;
@@ -177,20 +180,17 @@ pub fn plan<'m>(
     let mut count = settings.how_many.count(model)?;
     let mut inputs = BTreeMap::from([("model".to_string(), model.digest.clone())]);
     if let Some((scores, digest)) = &scores {
-        if scores.provenance.inputs.get("model") != Some(&model.digest) {
-            return Err(Error::invalid("scores", "were made for another model").remedy("score this model first"));
-        }
+        model.check_scores(scores, "scores".to_string())?;
         inputs.insert("scores".to_string(), digest.clone());
     } else if !(strategy.packs)(count).is_empty() {
         return Err(Error::invalid(format!("strategy `{}`", strategy.name), "needs scores")
             .remedy("make them with `interlace score` and name them with `--scores`"));
     }
     let (mut samples, mut left_out) = (Vec::new(), LeftOut::default());
-    let mut measure = losses.map(|losses| {
-        inputs.insert("data".to_string(), losses.data);
-        (samples, left_out) = (losses.samples, losses.left_out);
-        losses.measure
-    });
+    if let Some(meter) = &meter {
+        inputs.insert("data".to_string(), meter.data.clone());
+        (samples, left_out) = (meter.samples.clone(), meter.left_out.clone());
+    }
     let layers: &[usize] = match &settings.how_many {
         HowMany::Drop(layers) => layers,
         _ => &[],
@@ -208,10 +208,7 @@ pub fn plan<'m>(
     let include_last = scores.is_some_and(|scores| scores.last_layer_included);
     // Layers can have different costs, so a strategy's selection may miss a limit that other layers would satisfy.
     let groups = loop {
-        let measure: Option<&mut dyn MeasureLosses> = match &mut measure {
-            Some(measure) => Some(&mut **measure),
-            None => None,
-        };
+        let measure = meter.as_mut().map(|meter| meter.measure());
         let seed = settings.seed;
         let refusal = &|layers: &[usize]| model.known_refusal(layers);
         let mut request = SelectionRequest {
@@ -259,6 +256,7 @@ mod tests {
             how_many,
             seed: 42,
             samples: None,
+            fit_tokens: None,
             data: None,
             modality_weights: None,
             as_released: false,
@@ -268,7 +266,7 @@ mod tests {
 
     /// The decoder's layers are equal, so each limit has an exact smallest number of dropped layers.
     #[test]
-    fn budgets_are_kept_with_as_few_layers_as_can_be() {
+    fn budgets_are_met_with_the_fewest_layers() {
         let model = model("model");
         let whole = model.costs.without(&[]);
         let layer = model.costs.layers[0];
@@ -290,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn features_added_behind_a_dropped_layer_are_warned_of() {
+    fn dropping_a_layer_with_added_features_gives_a_warning() {
         let mut model = model("model");
         assert!(model.warnings(&[0, 1, 2]).is_empty());
         model.additions = vec![(1, vec!["deepstack_0".to_string()])];

@@ -12,7 +12,13 @@ use crate::base::{Error, Provenance, Result, Sha256Digest};
 use crate::bundle::{Bundle, BundleWriter, Component, Deepstack, LayerEdit, Record, Role, SetAside, TapChange, Tower};
 use crate::method::Plan;
 use crate::onnx;
-use crate::rewrite::{MovedTap, drop_layers, has_additions, shift_additions, tap_changes};
+use crate::rewrite::{
+    MovedTap, Weights, drop_layers, fold_map, has_additions, shift_additions, tap_changes, with_weights,
+};
+
+use super::compensate::{Compensated, CompensationReport};
+
+use super::needs::of_another_model;
 
 /// Output of `prune --json`.
 #[derive(Clone, Debug, PartialEq, Serialize, serde::Deserialize, schemars::JsonSchema)]
@@ -29,6 +35,9 @@ pub struct Pruned {
     /// Treatment of features that are added between layers; absent where none are.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deepstack: Option<Deepstack>,
+    /// Linear maps that were folded into the layers before the gaps.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compensation: Option<CompensationReport>,
     /// Outputs that show the residual stream and were renamed, or show it elsewhere now.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub taps: Vec<TapChange>,
@@ -76,7 +85,18 @@ pub enum Drop<'a> {
         plan: &'a Plan,
         /// Digest of the plan's file.
         digest: Sha256Digest,
+        /// The plan's file, for messages.
+        file: &'a Path,
     },
+}
+
+impl Drop<'_> {
+    fn layers(&self) -> (Tower, &[usize]) {
+        match self {
+            Drop::Layers { tower, layers } => (*tower, *layers),
+            Drop::Plan { plan, .. } => (Tower::Text, plan.drop.as_slice()),
+        }
+    }
 }
 
 #[derive(Clone, Copy, Serialize)]
@@ -85,20 +105,27 @@ struct PruneSettings<'a> {
     drop: &'a [usize],
     #[serde(skip_serializing_if = "Option::is_none")]
     deepstack: Option<Deepstack>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    compensation: Option<&'a CompensationReport>,
 }
 
 /// Writes the model without these layers as a new folder in the same layout. `deepstack` is the treatment of features
-/// that are added between layers. A variant of a component is set aside when it cannot be read, or when it would lose
-/// layers that cannot be found in it, unless it is the most precise variant.
+/// that are added between layers; `compensated` are maps to fold into the layers before the gaps. A variant of a component is
+/// set aside when it cannot be read, or when it would lose layers that cannot be found in it, or when a map cannot be folded
+/// into it, unless it is the most precise variant.
 ///
 /// Errors: `Error::Invalid` when a layer does not exist, no layer would remain, the plan is of another model,
 /// components have different numbers of layers, or the target exists; `Error::Unsupported` when the layers cannot be
-/// found. On an error the target does not exist.
-pub fn prune(bundle: &Bundle, drop: &Drop, deepstack: Deepstack, target: &Path) -> Result<Pruned> {
-    let (tower, layers) = match drop {
-        Drop::Layers { tower, layers } => (*tower, *layers),
-        Drop::Plan { plan, .. } => (Tower::Text, plan.drop.as_slice()),
-    };
+/// found, or when maps meet `Deepstack::Shift`. On an error the target does not exist.
+pub fn prune(
+    bundle: &Bundle,
+    drop: &Drop,
+    deepstack: Deepstack,
+    compensated: Option<&Compensated>,
+    target: &Path,
+) -> Result<Pruned> {
+    bundle.check_output(target)?;
+    let (tower, layers) = drop.layers();
     let mut loaded = Vec::new();
     let mut set_aside = Vec::new();
     for component in components(bundle, tower)? {
@@ -134,7 +161,7 @@ pub fn prune(bundle: &Bundle, drop: &Drop, deepstack: Deepstack, target: &Path) 
         }
         Ok(edit) => edit,
         // A plan of another model is the more likely reason.
-        Err(error) => return Err(inputs(bundle.digest()?, drop).err().unwrap_or(error)),
+        Err(error) => return Err(inputs(bundle, bundle.digest()?, drop).err().unwrap_or(error)),
     };
     let loaded = match deepstack {
         Deepstack::Keep => loaded,
@@ -147,8 +174,20 @@ pub fn prune(bundle: &Bundle, drop: &Drop, deepstack: Deepstack, target: &Path) 
             .collect::<Result<Vec<_>>>()?,
     };
     let deepstack = loaded.iter().any(|(_, analysis)| has_additions(&analysis.map)).then_some(deepstack);
+    if compensated.is_some() && deepstack == Some(Deepstack::Shift) {
+        return Err(Error::unsupported("maps before the gaps", "are fitted with features that keep their place")
+            .remedy("leave `--deepstack shift` or the compensation out"));
+    }
+    let mut parts = Vec::with_capacity(loaded.len());
+    for (component, analysis) in loaded {
+        match folded(&analysis, compensated) {
+            Ok(weights) => parts.push(Part { component, analysis, weights }),
+            Err(error) if bundle.is_most_precise(component) => return Err(error),
+            Err(error) => set_aside.push(SetAside { file: component.file.clone(), problem: error.to_string() }),
+        }
+    }
     let mut taps: Vec<TapChange> = Vec::new();
-    for tap in loaded.iter().flat_map(|(_, analysis)| tap_changes(analysis, edit.dropped())) {
+    for tap in parts.iter().flat_map(|part| tap_changes(&part.analysis, edit.dropped())) {
         let MovedTap { output, output_now, before, before_now } = tap;
         let change = TapChange { output, output_now, before, before_now };
         // Variants of a component have the same outputs.
@@ -157,13 +196,20 @@ pub fn prune(bundle: &Bundle, drop: &Drop, deepstack: Deepstack, target: &Path) 
         }
     }
     let mut writer = BundleWriter::create(bundle, target)?;
+    let report = compensated.map(|compensated| &compensated.report);
     writer.drop_layers(&edit, deepstack, taps.clone())?;
+    writer.compensate(report.map_or(&[], |report| report.layers.as_slice()));
     set_aside.iter().for_each(|variant| writer.set_aside(&variant.file));
     // The digest reads every byte of the input, and so does writing, so they run in parallel.
     let components = thread::scope(|scope| {
         let digest = scope.spawn(|| bundle.digest());
-        write(writer, &edit, deepstack, &loaded, || match digest.join() {
-            Ok(digest) => inputs(digest?, drop),
+        let settings = PruneSettings { tower, drop: edit.dropped(), deepstack, compensation: report };
+        write(writer, &edit, &settings, &parts, || match digest.join() {
+            Ok(digest) => {
+                let mut inputs = inputs(bundle, digest?, drop)?;
+                inputs.extend(compensated.map(|own| ("data".to_string(), own.data.clone())));
+                Ok(inputs)
+            }
             Err(panic) => resume_unwind(panic),
         })
     })?;
@@ -173,6 +219,7 @@ pub fn prune(bundle: &Bundle, drop: &Drop, deepstack: Deepstack, target: &Path) 
         layers_before: total,
         layers_after: edit.remaining(),
         deepstack,
+        compensation: report.cloned(),
         taps,
         components,
         carried: bundle.carried().map(str::to_string).collect(),
@@ -181,25 +228,15 @@ pub fn prune(bundle: &Bundle, drop: &Drop, deepstack: Deepstack, target: &Path) 
     })
 }
 
-/// The error with which [`prune`] would refuse to drop these layers, judged by the analysed graph and the configs;
-/// `None` if both allow it. Plans and `inspect` use it too.
-pub fn drop_refusal(bundle: &Bundle, analysis: &Analysis, tower: Tower, layers: &[usize]) -> Option<Error> {
-    let edit = match LayerEdit::new(tower, analysis.map.layers.len(), layers) {
-        Ok(edit) => edit,
-        Err(error) => return Some(error),
-    };
-    drop_layers(analysis, layers).map(drop).and_then(|()| bundle.check_drop(&edit)).err()
-}
-
 /// Digests of the inputs of the result.
 ///
 /// Errors: `Error::Invalid` when a plan is of another model.
-fn inputs(model: Sha256Digest, drop: &Drop) -> Result<BTreeMap<String, Sha256Digest>> {
+fn inputs(bundle: &Bundle, model: Sha256Digest, drop: &Drop) -> Result<BTreeMap<String, Sha256Digest>> {
     let mut inputs = BTreeMap::new();
-    if let Drop::Plan { plan, digest } = drop {
+    if let Drop::Plan { plan, digest, file } = drop {
         if plan.provenance.inputs.get("model") != Some(&model) {
-            return Err(Error::invalid("plan", "was made for another model")
-                .remedy("make a plan for this model, or name layers with `--drop`"));
+            let subject = format!("plan `{}`", file.display());
+            return Err(of_another_model(subject, bundle, "make a plan for this model, or name layers with `--drop`"));
         }
         inputs.insert("plan".to_string(), digest.clone());
     }
@@ -207,20 +244,34 @@ fn inputs(model: Sha256Digest, drop: &Drop) -> Result<BTreeMap<String, Sha256Dig
     Ok(inputs)
 }
 
+/// A component to write, with the weights that maps change.
+struct Part<'b> {
+    component: &'b Component,
+    analysis: Analysis,
+    weights: Weights,
+}
+
+fn folded(analysis: &Analysis, compensated: Option<&Compensated>) -> Result<Weights> {
+    let mut weights = Weights::new();
+    for (&layer, change) in compensated.iter().flat_map(|compensated| &compensated.compensation.changes) {
+        weights.extend(fold_map(analysis, layer, change)?);
+    }
+    Ok(weights)
+}
+
 /// Writes the folder and gives it its final name. `inputs` is called as late as possible.
 fn write(
     mut writer: BundleWriter,
     edit: &LayerEdit,
-    deepstack: Option<Deepstack>,
-    loaded: &[(&Component, Analysis)],
+    settings: &PruneSettings,
+    parts: &[Part],
     inputs: impl FnOnce() -> Result<BTreeMap<String, Sha256Digest>>,
 ) -> Result<Vec<PrunedComponent>> {
-    let settings = PruneSettings { tower: edit.tower, drop: edit.dropped(), deepstack };
     let mut inputs = Some(inputs);
-    let mut record = writer.record(Provenance::new(Record::SCHEMA_VERSION, BTreeMap::new(), &settings)?)?;
-    let mut written = Vec::with_capacity(loaded.len());
-    for (component, analysis) in loaded {
-        let model = drop_layers(analysis, edit.dropped())?;
+    let mut record = writer.record(Provenance::new(Record::SCHEMA_VERSION, BTreeMap::new(), settings)?)?;
+    let mut written = Vec::with_capacity(parts.len());
+    for Part { component, analysis, weights } in parts {
+        let model = with_weights(&drop_layers(analysis, edit.dropped())?, weights)?;
         written.push(PrunedComponent {
             file: component.file.clone(),
             nodes_before: analysis.model.graph.body.nodes.len(),
@@ -230,7 +281,7 @@ fn write(
         });
         writer.save_with(component, &model, || {
             if let Some(inputs) = inputs.take() {
-                record.provenance = Provenance::new(Record::SCHEMA_VERSION, inputs()?, &settings)?;
+                record.provenance = Provenance::new(Record::SCHEMA_VERSION, inputs()?, settings)?;
             }
             record.metadata_props(edit.tower, edit.remaining())
         })?;

@@ -1,5 +1,7 @@
-//! A sweep compares drop ratios, strategies and finetuning recipes over several seeds; equal steps run once.
+//! A sweep compares drop ratios, strategies and finetuning recipes over several seeds; equal steps run once. All models are
+//! made before a benchmark or data of another kind is opened.
 
+mod making;
 mod recipe;
 mod table;
 
@@ -9,17 +11,16 @@ pub use table::{DenseFigures, SeedSpread, SweepDense, SweepOther, SweepRow, Swee
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use crate::base::{Cancel, Error, Provenance, Result, sha256_json, write_json};
+use crate::base::{Cancel, Error, Provenance, Result, write_json};
 use crate::eval::ModelScores;
-use crate::finetune::Settings;
-use crate::method::select::Strategy;
-use crate::method::{LayerRole, Plan};
 
 use super::comparison::{OtherScore, check_there, parts};
 use super::run::write_text;
-use super::stages::{Healing, Questions, Stages, questions, size_bytes};
-use super::steps::{self, Drop, HowMany, PlanSettings, TextSettings, Trained};
+use super::stages::{Questions, Stages, questions, size_bytes};
+use super::steps::{self, HowMany};
 use super::store::Finished;
+
+use making::{Cell, DenseModels, Maker, Setting, TrainedModel};
 
 /// Name of the sweep's table in its folder, without extension.
 pub const SWEEP_FILE: &str = "sweep";
@@ -32,13 +33,6 @@ pub struct SweepResult {
     pub table: SweepTable,
 }
 
-/// One combination, a row of the table.
-struct Setting<'s> {
-    drop_ratio: f64,
-    strategy: &'s str,
-    recipe: &'s str,
-}
-
 /// A model's figures.
 struct Measured {
     scores: ModelScores,
@@ -46,9 +40,9 @@ struct Measured {
     other: Vec<OtherScore>,
 }
 
-/// Result of one seed of a combination.
-struct Cell {
-    plan: Plan,
+/// The figures of one seed of a combination.
+struct CellFigures<'c> {
+    cell: &'c Cell,
     kept_dropped: f64,
     healed: Measured,
     speedup: f64,
@@ -56,11 +50,11 @@ struct Cell {
     size_bytes: u64,
 }
 
+/// The second half of a sweep: every model is there, and the benchmarks are read.
 struct SweepRun<'a> {
     sweep: &'a Sweep,
-    stages: Stages<'a>,
+    maker: Maker<'a>,
     questions: Vec<Questions>,
-    scores: Finished,
     dense: Measured,
     /// By recipe of healing: the dense model finetuned beside it, by seed.
     finetuned: BTreeMap<String, Vec<Measured>>,
@@ -84,14 +78,6 @@ pub fn sweep(
     let counts = sweep.drop_ratios.iter().map(|&ratio| HowMany::DropRatio(ratio).count(&stages.dense));
     let counts = counts.collect::<Result<Vec<_>>>()?;
     let scores = stages.scores(&sweep.calibration, &sweep.strategies, &counts)?;
-    let questions = questions(&sweep.eval.benchmarks)?;
-    let dense = stages.dense_as_made();
-    let dense = measured(sweep, &mut stages, &questions, "dense", &dense)?;
-    let (finetuned, dense_rows) = (BTreeMap::new(), Vec::new());
-    let mut run = SweepRun { sweep, stages, questions, scores, dense, finetuned, dense_rows };
-    for recipe in &sweep.finetune.recipes {
-        run.dense_finetuned(recipe)?;
-    }
     let settings: Vec<Setting> = sweep
         .drop_ratios
         .iter()
@@ -100,218 +86,116 @@ pub fn sweep(
             sweep.finetune.recipes.iter().map(move |recipe| Setting { drop_ratio, strategy, recipe })
         })
         .collect();
+    let mut maker = Maker { sweep, stages, scores };
+    let made = maker.all(&settings)?;
+
+    // From here on nothing is left to choose.
+    let questions = questions(&sweep.eval.benchmarks)?;
+    let (finetuned, dense_rows) = (BTreeMap::new(), Vec::new());
+    let Finished { path, digest, .. } = maker.stages.dense_as_made();
+    let dense = Measured {
+        scores: maker.stages.answers("dense", &path, &digest, &questions, &sweep.eval.settings)?,
+        held_back_loss: made.dense_held_back_loss,
+        other: maker.stages.other("dense", (&path, &digest), &sweep.eval.other, &sweep.eval.settings)?,
+    };
+    let mut run = SweepRun { sweep, maker, questions, dense, finetuned, dense_rows };
+    for models in &made.dense_finetuned {
+        run.dense_row(models)?;
+    }
     let mut rows = Vec::new();
-    for setting in &settings {
-        let cells = (0..sweep.seeds.len()).map(|place| {
+    for (setting, cells) in settings.iter().zip(&made.cells) {
+        let figures = cells.iter().enumerate().map(|(place, cell)| {
             let number = rows.len() * sweep.seeds.len() + place + 1;
-            run.stages.cancel.check("the table has the finished rows; the same call continues after them")?;
-            run.cell(setting, sweep.seeds[place], &format!("cell {number} of {}", settings.len() * sweep.seeds.len()))
+            let place = format!("cell {number} of {}, seed {}", settings.len() * sweep.seeds.len(), sweep.seeds[place]);
+            run.maker.check_cancel()?;
+            run.figures(setting, cell, &place)
         });
-        let cells = cells.collect::<Result<Vec<Cell>>>()?;
-        if sweep.strategies.first().is_some_and(|first| first == setting.strategy) {
-            run.dense_partly(setting, &cells)?;
-        }
-        rows.push(run.row(setting, &cells)?);
+        let figures = figures.collect::<Result<Vec<CellFigures>>>()?;
+        rows.push(run.row(setting, &figures)?);
         run.write(&rows)?;
     }
     let table = run.write(&rows)?;
-    Ok(SweepResult { folder: run.stages.store.folder().to_path_buf(), table })
-}
-
-/// A model's answers, its loss on what is held back, and its figures on data of other kinds.
-fn measured(
-    sweep: &Sweep,
-    stages: &mut Stages,
-    questions: &[Questions],
-    label: &str,
-    model: &Finished,
-) -> Result<Measured> {
-    let (path, digest) = (model.path.as_path(), model.digest.as_str());
-    let settings = &sweep.eval.settings;
-    let held_back_loss = match parts(sweep.finetune.held_back)? {
-        (_, Some(part)) => {
-            let read = TextSettings::of(&sweep.finetune.data_options(part), None);
-            Some(stages.perplexity(("held-back", label), (path, digest), &sweep.finetune.data, &read)?.mean_loss)
-        }
-        (_, None) => None,
-    };
-    let scores = stages.answers(label, path, digest, questions, settings)?;
-    let other = stages.other(label, (path, digest), &sweep.eval.other, settings)?;
-    Ok(Measured { scores, held_back_loss, other })
+    Ok(SweepResult { folder: run.maker.stages.store.folder().to_path_buf(), table })
 }
 
 impl SweepRun<'_> {
-    fn cell(&mut self, setting: &Setting, seed: u64, place: &str) -> Result<Cell> {
+    /// A trained model's answers, its loss on what is held back, and its figures on data of other kinds. Without
+    /// `keep_models` the model is removed when its figures are in. One that was removed earlier is made again, with the
+    /// settings that were chosen then, where there is more to measure.
+    fn measured(&mut self, model: &TrainedModel) -> Result<Measured> {
         let sweep = self.sweep;
-        let Setting { drop_ratio, strategy, recipe } = *setting;
-        let row = Strategy::named(strategy)?;
-        let seeded = row.seeded;
-        let settings = PlanSettings {
-            strategy: strategy.to_string(),
-            how_many: HowMany::DropRatio(drop_ratio),
-            seed: if seeded { seed } else { sweep.calibration.seed },
-            samples: None,
-            data: None,
-            modality_weights: None,
-            as_released: sweep.as_released && row.released_differs,
-            beyond_structure: sweep.beyond_structure && row.goes_beyond,
-        };
-        let count = settings.how_many.count(&self.stages.dense)?;
-        let step = match seeded {
-            true => format!("plan-{strategy}-{count}-seed{seed}"),
-            false => format!("plan-{strategy}-{count}"),
-        };
-        let (plan, planned) = self.stages.plan(&step, &sweep.calibration, &self.scores, settings)?;
+        let (step, settings) = (model.step.as_str(), &sweep.eval.settings);
+        let mut made = model.made.clone();
+        let stages = &self.maker.stages;
+        let is_measured = stages.answered(step, &made.digest, &self.questions, settings)?
+            && stages.other_done(step, &made.digest, &sweep.eval.other, settings)?;
+        if !made.path.exists() && !is_measured {
+            made = self.maker.again(model)?;
+        }
+        let stages = &mut self.maker.stages;
+        let scores = stages.answers(step, &made.path, &made.digest, &self.questions, settings)?;
+        let other = stages.other(step, (&made.path, &made.digest), &sweep.eval.other, settings)?;
+        if !sweep.keep_models {
+            stages.store.remove(step)?;
+        }
+        Ok(Measured { scores, held_back_loss: model.held_back_loss, other })
+    }
 
-        // Pruning and healing depend on the roles of the layers only, so strategies with equal roles share their steps.
-        let drop = list(&plan.drop);
-        let pruned_step = format!("pruned-{drop}");
-        let layers = Drop::Layers { tower: crate::bundle::Tower::Text, layers: &plan.drop };
-        let pruned = self.stages.prune(&pruned_step, &layers, &sweep.prune, &[("drop", &drop)])?;
-        let settings = sweep.settings_of(recipe, seed)?;
-        let roles = roles(&plan)?;
-        let trained = Trained::Plan { plan: &plan, digest: &planned.digest };
-        let healed = self.trained_and_measured("healed", &pruned, trained, ("plan", &roles), &settings)?;
-        let dropped =
-            self.stages.answers(&pruned_step, &pruned.path, &pruned.digest, &self.questions, &sweep.eval.settings)?;
-        let kept_dropped = self.kept(&dropped)?;
-        let ideal = self.stages.dense.costs.without(&plan.drop).speedup;
-        let measured = match sweep.bench.enabled {
+    fn figures<'c>(&mut self, setting: &Setting, cell: &'c Cell, place: &str) -> Result<CellFigures<'c>> {
+        let sweep = self.sweep;
+        let healed = self.measured(&cell.healed)?;
+        let (step, pruned) = (cell.pruned_step.as_str(), &cell.pruned);
+        let stages = &mut self.maker.stages;
+        let dropped = stages.answers(step, &pruned.path, &pruned.digest, &self.questions, &sweep.eval.settings)?;
+        let ideal = stages.dense.costs.without(&cell.plan.drop).speedup;
+        let timed = match sweep.bench.enabled {
             true => {
-                let settings = &sweep.bench.settings;
-                let report = self.stages.bench(&pruned_step, &pruned.path, &pruned.digest, settings)?;
+                let report = stages.bench(step, &pruned.path, &pruned.digest, &sweep.bench.settings)?;
                 report.speedup.map(|speedup| speedup.decoder_ttft.median)
             }
             false => None,
         };
-        self.stages.note(&format!(
-            "{place}: {strategy} at {:.0}%, {recipe}, seed {seed}: {:.1}% of dense kept, {:.1}% before healing",
-            100.0 * drop_ratio,
-            100.0 * self.kept(&healed.scores)?,
+        let kept_dropped = self.kept(&dropped)?;
+        let kept = self.kept(&healed.scores)?;
+        self.maker.stages.note(&format!(
+            "{place}: {setting}: {:.1}% of dense kept, {:.1}% before healing",
+            100.0 * kept,
             100.0 * kept_dropped
         ));
-        Ok(Cell {
+        Ok(CellFigures {
+            cell,
             kept_dropped,
             healed,
-            speedup: measured.unwrap_or(ideal),
-            speedup_measured: measured.is_some(),
+            speedup: timed.unwrap_or(ideal),
+            speedup_measured: timed.is_some(),
             // Healing changes the values of the weights, but not their size.
-            size_bytes: size_bytes(&pruned.path)?,
-            plan,
+            size_bytes: size_bytes(&cell.pruned.path)?,
         })
     }
 
-    /// The dense model finetuned beside a recipe, all its layers, for every seed.
-    fn dense_finetuned(&mut self, recipe: &str) -> Result<()> {
-        let layers = self.stages.dense.num_layers;
-        let found = self.dense_row(recipe, None, |run, seed| {
-            let Some(dense) = run.sweep.dense_beside(recipe, seed)? else { return Ok(None) };
-            let whole = run.stages.dense_as_made();
-            let trained = Trained::Layers(None);
-            run.trained_and_measured("dense", &whole, trained, ("layers", "all"), &dense.settings).map(Some)
-        })?;
-        if let Some((row, found)) = found {
-            self.dense_rows.push(SweepDense { trained_layers: layers, ..row });
-            self.finetuned.insert(recipe.to_string(), found);
+    /// A row of the dense model finetuned beside a recipe.
+    fn dense_row(&mut self, models: &DenseModels) -> Result<()> {
+        let mut found = Vec::with_capacity(models.models.len());
+        for model in &models.models {
+            self.maker.check_cancel()?;
+            found.push(self.measured(model)?);
         }
-        Ok(())
-    }
-
-    /// The same with as many layers as the pruned models of a combination train: those that its plans name.
-    fn dense_partly(&mut self, setting: &Setting, cells: &[Cell]) -> Result<()> {
-        let recipe = setting.recipe;
-        let mut cells = cells.iter();
-        let count = cells.clone().map(|cell| cell.plan.finetune.len()).max().unwrap_or(0);
-        let found = self.dense_row(recipe, Some(count), |run, seed| {
-            let (Some(dense), Some(cell)) = (run.sweep.dense_beside(recipe, seed)?, cells.next()) else {
-                return Ok(None);
-            };
-            let whole = run.stages.dense_as_made();
-            let layers = &cell.plan.finetune;
-            let (trained, key) = (Trained::Layers(Some(layers)), list(layers));
-            run.trained_and_measured("dense", &whole, trained, ("layers", &key), &dense.settings).map(Some)
-        })?;
-        if let Some((row, _)) = found {
-            self.dense_rows.push(SweepDense { drop_ratio: Some(setting.drop_ratio), trained_layers: count, ..row });
-        }
-        Ok(())
-    }
-
-    fn dense_row(
-        &mut self,
-        recipe: &str,
-        layers: Option<usize>,
-        mut of_seed: impl FnMut(&mut Self, u64) -> Result<Option<Measured>>,
-    ) -> Result<Option<(SweepDense, Vec<Measured>)>> {
-        let mut found = Vec::new();
-        for &seed in &self.sweep.seeds {
-            self.stages.cancel.check("the table has the finished rows; the same call continues after them")?;
-            found.extend(of_seed(self, seed)?);
-        }
-        let Some(dense) = self.sweep.dense_beside(recipe, self.sweep.calibration.seed)? else { return Ok(None) };
         let kept = found.iter().map(|own| self.kept(&own.scores)).collect::<Result<Vec<_>>>()?;
         let row = SweepDense {
-            model: dense.label(recipe, layers),
-            recipe: recipe.to_string(),
-            drop_ratio: None,
-            trained_layers: 0,
+            model: models.label.clone(),
+            recipe: models.recipe.clone(),
+            drop_ratio: models.drop_ratio,
+            trained_layers: models.trained_layers,
             average: SeedSpread::over(found.iter().map(|own| own.scores.score).collect()),
             kept_of_dense: SeedSpread::over(kept),
             held_back_loss: held_back(found.iter()),
             other: self.others(found.iter()),
         };
-        Ok(Some((row, found)))
-    }
-
-    /// Trains a model and measures it. Without `keep_models` it is removed when its figures are in; of one that was removed
-    /// only the figures are read, and it is made again where there is more to measure.
-    fn trained_and_measured(
-        &mut self,
-        name: &str,
-        from: &Finished,
-        trained: Trained,
-        key: (&str, &str),
-        settings: &Settings,
-    ) -> Result<Measured> {
-        let sweep = self.sweep;
-        let digest = sha256_json(&(key.1, settings, sweep.finetune.samples))?;
-        let step = format!("{name}-{}", &digest[..16.min(digest.len())]);
-        let healing = Healing {
-            step: &step,
-            work: &step,
-            trained,
-            key,
-            data: &sweep.finetune.data,
-            options: &sweep.finetune.data_options(self.stages.part),
-            samples: sweep.finetune.samples,
-            settings,
-        };
-        let mut made = self.stages.heal(from, &healing)?;
-        if !made.path.exists() && (sweep.keep_models || !self.is_measured(&step, &made)?) {
-            self.stages.store.forget(&step)?;
-            made = self.stages.heal(from, &healing)?;
+        self.dense_rows.push(row);
+        if models.drop_ratio.is_none() {
+            self.finetuned.insert(models.recipe.clone(), found);
         }
-        let found = measured(sweep, &mut self.stages, &self.questions, &step, &made)?;
-        if !sweep.keep_models {
-            self.stages.store.remove(&step)?;
-        }
-        Ok(found)
-    }
-
-    /// True when all figures of a model are there.
-    fn is_measured(&self, label: &str, model: &Finished) -> Result<bool> {
-        let (sweep, digest) = (self.sweep, model.digest.as_str());
-        let settings = &sweep.eval.settings;
-        let held_back = match parts(sweep.finetune.held_back)? {
-            (_, Some(part)) => {
-                let read = TextSettings::of(&sweep.finetune.data_options(part), None);
-                self.stages.read(("held-back", label), digest, &sweep.finetune.data, &read)?
-            }
-            (_, None) => true,
-        };
-        Ok(held_back
-            && self.stages.answered(label, digest, &self.questions, settings)?
-            && self.stages.other_done(label, digest, &sweep.eval.other, settings)?)
+        Ok(())
     }
 
     /// Score over the dense model's.
@@ -340,7 +224,7 @@ impl SweepRun<'_> {
         spread.collect()
     }
 
-    fn row(&self, setting: &Setting, cells: &[Cell]) -> Result<SweepRow> {
+    fn row(&self, setting: &Setting, cells: &[CellFigures]) -> Result<SweepRow> {
         let first = cells
             .first()
             .ok_or_else(|| Error::invalid("sweep", "has no seeds").remedy("write `seeds = [42]`, for instance"))?;
@@ -355,8 +239,8 @@ impl SweepRun<'_> {
             drop_ratio: setting.drop_ratio,
             strategy: setting.strategy.to_string(),
             recipe: setting.recipe.to_string(),
-            dropped_layers: first.plan.drop.len(),
-            dropped: cells.iter().map(|cell| cell.plan.drop.clone()).collect(),
+            dropped_layers: first.cell.plan.drop.len(),
+            dropped: cells.iter().map(|own| own.cell.plan.drop.clone()).collect(),
             kept_dropped: SeedSpread::over(cells.iter().map(|cell| cell.kept_dropped).collect()),
             kept_of_finetuned: of_seeds.map(|kept| SeedSpread::over(kept.iter().map(|kept| kept.ratio).collect())),
             difference_from_finetuned: steps::compared(&pairs)?.map(|found| found.difference),
@@ -372,7 +256,7 @@ impl SweepRun<'_> {
     }
 
     fn write(&self, rows: &[SweepRow]) -> Result<SweepTable> {
-        let inputs = BTreeMap::from([("model".to_string(), self.stages.dense.digest.clone())]);
+        let inputs = BTreeMap::from([("model".to_string(), self.maker.stages.dense.digest.clone())]);
         let provenance = Provenance::new(SweepTable::SCHEMA_VERSION, inputs, self.sweep)?;
         let dense = DenseFigures {
             average: self.dense.scores.score,
@@ -381,7 +265,7 @@ impl SweepRun<'_> {
         };
         let table =
             SweepTable::new(provenance, dense, self.dense_rows.clone(), self.sweep.seeds.clone(), rows.to_vec());
-        let folder = self.stages.store.folder();
+        let folder = self.maker.stages.store.folder();
         write_json(&folder.join(format!("{SWEEP_FILE}.json")), &table)?;
         write_text(&folder.join(format!("{SWEEP_FILE}.md")), &table.markdown())?;
         Ok(table)
@@ -392,13 +276,4 @@ impl SweepRun<'_> {
 fn held_back<'m>(models: impl Iterator<Item = &'m Measured>) -> Option<SeedSpread> {
     let losses: Option<Vec<f64>> = models.map(|model| model.held_back_loss).collect();
     losses.filter(|losses| !losses.is_empty()).map(SeedSpread::over)
-}
-
-/// A digest of the roles of all layers.
-fn roles(plan: &Plan) -> Result<String> {
-    sha256_json(&plan.layers.iter().map(|layer| layer.role).collect::<Vec<LayerRole>>())
-}
-
-fn list(layers: &[usize]) -> String {
-    layers.iter().map(usize::to_string).collect::<Vec<_>>().join("_")
 }

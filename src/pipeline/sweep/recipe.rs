@@ -49,7 +49,7 @@ pub struct Sweep {
     /// Benchmark on which all models are compared.
     pub eval: SweepEval,
     /// Keeps every healed model; without it one is removed when its answers are in, and healed again when other questions
-    /// are asked.
+    /// are asked. All models are made before the first answer, so there must be room for all of them either way.
     #[serde(default)]
     pub keep_models: bool,
     /// Measures each pruned model's speed; by default the table has the ideal speed-up.
@@ -120,7 +120,7 @@ impl SweepFinetune {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SweepEval {
-    /// VLMEvalKit TSV files. The models of a row are asked when they are made and nothing is left to choose for them.
+    /// VLMEvalKit TSV files; they are first read when all models are made.
     pub benchmarks: Vec<PathBuf>,
     #[serde(default)]
     pub settings: EvalSettings,
@@ -244,7 +244,7 @@ mod tests {
     "#;
 
     #[test]
-    fn settings_go_from_the_general_to_the_particular() {
+    fn settings_of_a_recipe_override_settings_of_the_sweep() {
         let sweep = Sweep::parse(SWEEP, Path::new("fixtures")).unwrap();
         assert_eq!(sweep.finetune.data, Path::new("fixtures/data/train.parquet"));
         assert_eq!((sweep.seeds.len(), sweep.bench.enabled), (3, false));
@@ -255,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_named() {
+    fn invalid_sweep_files_are_refused_with_a_reason() {
         let cases = [
             ("[0.1, 0.25]", "[]", "`drop_ratios` is empty"),
             ("[0.1, 0.25]", "[0.1, 1.5]", "drop ratio 1.5"),

@@ -332,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn spreads_are_sample_deviations() {
+    fn the_spread_over_seeds_is_the_sample_standard_deviation() {
         // 0.9, 1.0, 1.1: the squared deviations sum to 0.02, divided by two.
         let spread = SeedSpread::over(vec![0.9, 1.0, 1.1]);
         assert!((spread.mean - 1.0).abs() < 1e-12 && (spread.deviation - 0.1).abs() < 1e-12);
@@ -341,7 +341,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_that_another_beats_are_not_on_the_front() {
+    fn dominated_rows_are_not_on_the_pareto_front() {
         let rows = vec![
             row("a", &[0.9], 1.3),
             row("b", &[0.8], 1.3),
@@ -357,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn the_loss_on_held_back_data_chooses_a_row_of_each_ratio() {
+    fn the_held_back_loss_chooses_one_row_of_each_drop_ratio() {
         let with = |ratio: f64, loss: f64| SweepRow {
             drop_ratio: ratio,
             held_back_loss: Some(SeedSpread::over(vec![loss])),

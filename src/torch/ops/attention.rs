@@ -310,10 +310,7 @@ fn pad_mask(mask: &Tensor, columns: i64) -> OpResult<Tensor> {
 /// Source: ONNX Runtime, com.microsoft MultiHeadAttention-1.
 fn multi_head(b: &mut Build) -> OpResult<Kernel> {
     let a = b.attributes;
-    let heads = a.int_required("num_heads")?;
-    if !(1..=LARGEST).contains(&heads) {
-        return Err(OpError::new(format!("attribute `num_heads` is {heads}")));
-    }
+    let heads = head_count(b)?;
     let causal = a.flag("unidirectional", false)?;
     let scale = a.float_opt("scale")?;
     let filter = a.float("mask_filter_value", -10000.0)?;
@@ -369,6 +366,17 @@ fn unpack(args: &Args, heads: i64) -> OpResult<(Tensor, Tensor, Tensor)> {
     }
 }
 
+/// The attribute `num_heads`.
+fn head_count(b: &Build) -> OpResult<i64> {
+    let heads = b.attributes.int_required("num_heads")?;
+    if !(1..=LARGEST).contains(&heads) {
+        return Err(OpError::new(format!(
+            "attribute `num_heads` is {heads}, expected at least 1 and at most {LARGEST}"
+        )));
+    }
+    Ok(heads)
+}
+
 /// Attention with one weight for the projections of query, key and value.
 ///
 /// Inputs: x `[B, S, I]`, weight `[I, 2 * H * D + H * E]`, bias, mask, the past keys and values `[2, B, H, P, D]`, and
@@ -377,10 +385,7 @@ fn unpack(args: &Args, heads: i64) -> OpResult<(Tensor, Tensor, Tensor)> {
 /// Source: ONNX Runtime, com.microsoft Attention-1.
 fn with_projection(b: &mut Build) -> OpResult<Kernel> {
     let a = b.attributes;
-    let heads = a.int_required("num_heads")?;
-    if !(1..=LARGEST).contains(&heads) {
-        return Err(OpError::new(format!("attribute `num_heads` is {heads}")));
-    }
+    let heads = head_count(b)?;
     let causal = a.flag("unidirectional", false)?;
     let scale = a.float_opt("scale")?.filter(|scale| *scale != 0.0);
     let filter = a.float("mask_filter_value", -10000.0)?;

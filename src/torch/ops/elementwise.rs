@@ -8,11 +8,13 @@ use crate::torch::operator::{MICROSOFT, Operator};
 type Unary = fn(&Tensor) -> Result<Tensor, TchError>;
 type Binary = fn(&Tensor, &Tensor) -> Result<Tensor, TchError>;
 
-fn unary(f: Unary) -> OpResult<Kernel> {
+/// A kernel of one operand.
+pub(super) fn unary(f: Unary) -> OpResult<Kernel> {
     one(move |args| Ok(f(args.get(0)?)?))
 }
 
-fn binary(f: Binary) -> OpResult<Kernel> {
+/// A kernel of two operands.
+pub(super) fn binary(f: Binary) -> OpResult<Kernel> {
     one(move |args| Ok(f(args.get(0)?, args.get(1)?)?))
 }
 

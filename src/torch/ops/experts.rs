@@ -34,12 +34,16 @@ enum Layout {
 }
 
 struct ExpertSettings {
+    /// Number of experts per token.
     chosen: i64,
+    /// True when the shares of the selected experts are scaled to a sum of 1.
     normalise: bool,
     activation: Activation,
     alpha: f64,
     beta: f64,
+    /// Limit of SwiGLU's two parts before they are multiplied.
     limit: Option<f64>,
+    /// Element type of the products when it differs from that of their operands.
     cast: Option<Kind>,
     quantised: Option<Quantised>,
 }
@@ -117,7 +121,10 @@ fn settings(b: &Build, third: bool, quantised: Option<Quantised>) -> OpResult<Ex
             // Files from before this attribute: ONNX Runtime also reads them as interleaved.
             (0 | 1, false) => Layout::Interleaved,
             (2, false) => Layout::Halves,
-            _ => return Err(OpError::new(format!("`swiglu_fusion` is {fusion} with a third weight"))),
+            _ => {
+                let third = if third { "with" } else { "without" };
+                return Err(OpError::new(format!("`swiglu_fusion` is {fusion} {third} a third weight")));
+            }
         }),
         other => return Err(OpError::new(format!("activation_type `{other}` is not known"))),
     };
@@ -137,17 +144,18 @@ fn settings(b: &Build, third: bool, quantised: Option<Quantised>) -> OpResult<Ex
     })
 }
 
+/// The whole operator: `[.., D]` -> `[.., D]`.
 fn run(args: &Args, s: &ExpertSettings) -> OpResult<Tensor> {
     let (x, router) = (args.get(0)?, args.get(1)?);
     let size = x.size();
     let width = size.last().copied().unwrap_or(1);
     let tokens = x.f_reshape([-1, width])?;
     let (rows, experts) = router.size2()?;
-    if rows != tokens.size2()?.0 || s.chosen > experts {
+    let count = tokens.size2()?.0;
+    if rows != count || s.chosen > experts {
         return Err(OpError::new(format!(
-            "{} of {experts} experts for {rows} tokens of {} are asked for",
-            s.chosen,
-            tokens.size2()?.0
+            "router logits of shape [{rows}, {experts}] do not fit {count} tokens with {} experts each",
+            s.chosen
         )));
     }
     // Among experts with equal logits ONNX Runtime selects the last ones.
@@ -164,13 +172,19 @@ fn run(args: &Args, s: &ExpertSettings) -> OpResult<Tensor> {
     }
     let shares = shares.f_to_kind(x.f_kind()?)?.f_reshape([-1])?;
     let mut out = Tensor::f_zeros([rows, width], (x.f_kind()?, x.device()))?;
-    for expert in 0..experts {
-        let places = picked.f_eq(expert)?.f_reshape([-1])?.f_nonzero()?.f_reshape([-1])?;
-        if places.numel() == 0 {
+    // Sorted by expert, so that one read on the host says how many rows each expert has.
+    let picked = picked.f_reshape([-1])?;
+    let counts = Vec::<i64>::try_from(picked.f_bincount::<Tensor>(None, experts)?)?;
+    let (_, sorted) = picked.f_sort_stable(true, 0, false)?;
+    let mut start = 0;
+    for (expert, count) in (0..experts).zip(counts) {
+        let places = sorted.f_narrow(0, start, count)?;
+        start += count;
+        if count == 0 {
             continue;
         }
         let token = places.f_floor_divide_scalar(s.chosen)?;
-        let made = through(args, s, &tokens.f_index_select(0, &token)?, expert)?;
+        let made = one_expert(args, s, &tokens.f_index_select(0, &token)?, expert)?;
         let made = made.f_mul(&shares.f_index_select(0, &places)?.f_unsqueeze(-1)?)?;
         out = out.f_index_add(0, &token, &made)?;
     }
@@ -189,7 +203,7 @@ fn linear(args: &Args, s: &ExpertSettings, x: &Tensor, which: ExpertProduct, exp
     if let Some(quantised) = s.quantised {
         let scales = args.get(3 + 3 * place)?.f_select(0, expert)?;
         let zero = args.opt(11 + place).map(|zero| zero.f_select(0, expert)).transpose()?;
-        weight = opened(&weight, &scales, zero.as_ref(), quantised, x.f_kind()?)?;
+        weight = dequantised(&weight, &scales, zero.as_ref(), quantised, x.f_kind()?)?;
     }
     let out = product(x, &weight.f_transpose(0, 1)?, s.cast)?;
     Ok(Some(match bias {
@@ -199,7 +213,7 @@ fn linear(args: &Args, s: &ExpertSettings, x: &Tensor, which: ExpertProduct, exp
 }
 
 /// Dequantises a packed weight: `[N, K * bits / 8]` -> `[N, K]`.
-fn opened(packed: &Tensor, scales: &Tensor, zero: Option<&Tensor>, q: Quantised, kind: Kind) -> OpResult<Tensor> {
+fn dequantised(packed: &Tensor, scales: &Tensor, zero: Option<&Tensor>, q: Quantised, kind: Kind) -> OpResult<Tensor> {
     let numbers = unpack(packed, q.bits)?;
     let (rows, columns) = numbers.size2()?;
     let block = q.block.unwrap_or(columns.max(1));
@@ -225,11 +239,11 @@ fn opened(packed: &Tensor, scales: &Tensor, zero: Option<&Tensor>, q: Quantised,
 }
 
 /// One expert: `[n, D]` -> `[n, D]`.
-fn through(args: &Args, s: &ExpertSettings, x: &Tensor, expert: i64) -> OpResult<Tensor> {
+fn one_expert(args: &Args, s: &ExpertSettings, x: &Tensor, expert: i64) -> OpResult<Tensor> {
     let first =
         linear(args, s, x, ExpertProduct::First, expert)?.ok_or_else(|| OpError::new("the first weight is missing"))?;
     let third = linear(args, s, x, ExpertProduct::Third, expert)?;
-    let last = |made: &Tensor| {
+    let second = |made: &Tensor| {
         linear(args, s, made, ExpertProduct::Second, expert)?
             .ok_or_else(|| OpError::new("the second weight is missing"))
     };
@@ -257,12 +271,12 @@ fn through(args: &Args, s: &ExpertSettings, x: &Tensor, expert: i64) -> OpResult
                 None => (gate, other),
             };
             let made = gate.f_mul(&gate.f_mul_scalar(s.alpha)?.f_sigmoid()?)?.f_mul(&other.f_add_scalar(s.beta)?)?;
-            return last(&made);
+            return second(&made);
         }
     };
     let made = match third {
         Some(third) => plain.f_mul(&third)?,
         None => plain,
     };
-    last(&made)
+    second(&made)
 }

@@ -1,20 +1,11 @@
 //! Comparison, boolean and bitwise operators, and selection.
 
-use tch::{Kind, TchError, Tensor};
+use tch::Kind;
 
 use crate::torch::kernel::{Build, Kernel, OpError, OpResult, one};
 use crate::torch::operator::Operator;
 
-type Unary = fn(&Tensor) -> Result<Tensor, TchError>;
-type Binary = fn(&Tensor, &Tensor) -> Result<Tensor, TchError>;
-
-fn unary(f: Unary) -> OpResult<Kernel> {
-    one(move |args| Ok(f(args.get(0)?)?))
-}
-
-fn binary(f: Binary) -> OpResult<Kernel> {
-    one(move |args| Ok(f(args.get(0)?, args.get(1)?)?))
-}
+use super::elementwise::{binary, unary};
 
 pub(super) const ROWS: &[Operator] = &[
     Operator::new("", "And", 7, |_| binary(|a, b| a.f_logical_and(b))),

@@ -68,7 +68,7 @@ fn rms(x: &Tensor, scale: &Tensor, axis: i64, epsilon: f64, stash: Option<Kind>)
     let axes: Vec<i64> = (axis..x.dim() as i64).collect();
     let wide = x.f_to_kind(statistics_kind(x, stash)?)?;
     let inverse = wide.f_square()?.f_mean_dim(&axes[..], true, None)?.f_add_scalar(epsilon)?.f_rsqrt()?;
-    let out = wide.f_mul(&inverse)?.f_to_kind(kind)?.f_mul(scale)?;
+    let out = wide.f_mul(&inverse)?.f_to_kind(kind)?.f_mul(&scale.f_to_kind(kind)?)?;
     Ok((out, inverse))
 }
 
@@ -98,8 +98,11 @@ fn layer(
     let axis = axis_of(axis, size.len())?;
     let shape = &size[axis as usize..];
     let axes: Vec<i64> = (axis..size.len() as i64).collect();
-    if !statistics && scale.size() == shape && bias.is_none_or(|bias| bias.size() == shape) && scale.f_kind()? == kind {
-        return Ok(vec![x.f_layer_norm(shape, Some(scale), bias, epsilon, true)?]);
+    // The result has the type of `x`, also where the weights keep a wider one.
+    let scale = &scale.f_to_kind(kind)?;
+    let bias = bias.map(|bias| bias.f_to_kind(kind)).transpose()?;
+    if !statistics && scale.size() == shape && bias.as_ref().is_none_or(|bias| bias.size() == shape) {
+        return Ok(vec![x.f_layer_norm(shape, Some(scale), bias.as_ref(), epsilon, true)?]);
     }
     let wide = x.f_to_kind(statistics_kind(x, stash)?)?;
     let mean = wide.f_mean_dim(&axes[..], true, None)?;
@@ -107,9 +110,11 @@ fn layer(
     let inverse = centred.f_square()?.f_mean_dim(&axes[..], true, None)?.f_add_scalar(epsilon)?.f_rsqrt()?;
     let mut out = centred.f_mul(&inverse)?.f_to_kind(kind)?.f_mul(scale)?;
     if let Some(bias) = bias {
-        out = out.f_add(bias)?;
+        out = out.f_add(&bias)?;
     }
-    Ok(vec![out, mean, inverse])
+    // ONNX types the statistics by `stash_type`, for double inputs too.
+    let stored = stash.unwrap_or(Kind::Float);
+    Ok(vec![out, mean.f_to_kind(stored)?, inverse.f_to_kind(stored)?])
 }
 
 /// The sum of input, skip and bias, normalised over the last axis.

@@ -1,8 +1,10 @@
-//! Quantised operators, forward only: finetuning needs float weights.
+//! Quantised operators. Gradients pass through products with packed weights to what they multiply, and straight through the
+//! rounding nodes that `quantised::float_products` creates; the weights themselves have none.
 
 use tch::{Kind, Tensor};
 
 use crate::ir::DataType;
+use crate::rewrite::{EXPANDED_BLOCKS, INTERNAL_DOMAIN, ROUNDED, ROUNDED_DYNAMICALLY};
 use crate::torch::convert::data_type_of;
 use crate::torch::kernel::{Build, Kernel, LARGEST, OpError, OpResult, axis_of, many, one};
 use crate::torch::operator::{MICROSOFT, Operator};
@@ -26,8 +28,11 @@ pub(super) const ROWS: &[Operator] = &[
     Operator::new("", "QuantizeLinear", 10, quantize),
     Operator::new(MICROSOFT, "DequantizeLinear", 1, dequantize).expands(),
     Operator::new(MICROSOFT, "GatherBlockQuantized", 1, gather_block_quantized),
-    Operator::new(MICROSOFT, "MatMulNBits", 1, matmul_nbits),
+    Operator::new(MICROSOFT, "MatMulNBits", 1, matmul_nbits).grad(),
     Operator::new(MICROSOFT, "QuantizeLinear", 1, quantize),
+    Operator::new(INTERNAL_DOMAIN, EXPANDED_BLOCKS, 1, expanded_blocks).expands(),
+    Operator::new(INTERNAL_DOMAIN, ROUNDED, 1, rounded),
+    Operator::new(INTERNAL_DOMAIN, ROUNDED_DYNAMICALLY, 1, |_| one(|args| rounded_dynamically(args.get(0)?))),
 ];
 
 /// One zero point per row of the left operand, or one for all.
@@ -87,12 +92,12 @@ fn dequantize(b: &mut Build) -> OpResult<Kernel> {
     one(move |args| {
         let (x, scale) = (args.get(0)?, args.get(1)?);
         let kind = scale.f_kind()?;
-        // A difference of integers of up to 16 bits is exact in f32.
+        // A difference of integers of up to 16 bits is exact in f32. The conversion makes a copy, which is changed in place.
         let mut out = x.f_to_kind(if x.f_kind()? == Kind::Int { EXACT } else { Kind::Float })?;
         if let Some(zero) = args.opt(2) {
-            out = out.f_sub(&spread(zero, x, axis, block)?.f_to_kind(out.f_kind()?)?)?;
+            out = out.f_sub_(&spread(zero, x, axis, block)?.f_to_kind(out.f_kind()?)?)?;
         }
-        let out = out.f_mul(&spread(scale, x, axis, block)?.f_to_kind(out.f_kind()?)?)?;
+        let out = out.f_mul_(&spread(scale, x, axis, block)?.f_to_kind(out.f_kind()?)?)?;
         Ok(out.f_to_kind(output.unwrap_or(kind))?)
     })
 }
@@ -113,6 +118,57 @@ fn quantized_type(b: &Build) -> OpResult<Option<DataType>> {
     }
 }
 
+/// Kind, least and greatest number of a quantised type; uint8 where none is declared.
+fn range_of(target: Option<DataType>) -> OpResult<(Kind, f64, f64)> {
+    Ok(match target {
+        None | Some(DataType::Uint8) => (Kind::Uint8, 0.0, 255.0),
+        Some(DataType::Int8) => (Kind::Int8, -128.0, 127.0),
+        Some(DataType::Int16) => (Kind::Int16, -32768.0, 32767.0),
+        Some(DataType::Uint4) => (Kind::Uint8, 0.0, 15.0),
+        Some(DataType::Int4) => (Kind::Int8, -8.0, 7.0),
+        Some(other) => return Err(OpError::new(format!("quantising to {other} is not supported"))),
+    })
+}
+
+/// What `QuantizeLinear` and `DequantizeLinear` make of a value, with the gradient of the value itself where the range is not
+/// exceeded, and 0 elsewhere.
+///
+/// Inputs: the value, the scale and the zero point. Source: `fake_quantize_per_tensor_affine` of PyTorch.
+fn rounded(b: &mut Build) -> OpResult<Kernel> {
+    let axis = b.attributes.int("axis", 1)?;
+    let (_, low, high) = range_of(if b.has(2) { b.dtype(2)? } else { None })?;
+    one(move |args| {
+        let x = args.get(0)?;
+        let scale = spread(args.get(1)?, x, axis, 0)?.f_to_kind(x.f_kind()?)?;
+        let own = x.detach();
+        let mut number = own.f_div(&scale)?.f_round()?;
+        let zero =
+            args.opt(2).map(|zero| -> OpResult<Tensor> { Ok(spread(zero, x, axis, 0)?.f_to_kind(x.f_kind()?)?) });
+        let zero = zero.transpose()?;
+        if let Some(zero) = &zero {
+            number = number.f_add(zero)?;
+        }
+        let kept = number.f_clamp(low, high)?;
+        let inside = kept.f_eq_tensor(&number)?.f_to_kind(x.f_kind()?)?;
+        let centred = if let Some(zero) = &zero { kept.f_sub(zero)? } else { kept };
+        let passing = x.f_mul(&inside)?;
+        let change = centred.f_mul(&scale)?.f_sub(&passing.detach())?;
+        Ok(passing.f_add(&change)?)
+    })
+}
+
+/// What `DynamicQuantizeLinear` and the way back to floats make of a value, with the gradient of the value itself: nothing
+/// exceeds a range that is the value's own.
+fn rounded_dynamically(x: &Tensor) -> OpResult<Tensor> {
+    let own = x.detach();
+    let [number, scale, zero] = &dynamic_quantize(&own)?[..] else {
+        return Err(OpError::new("the value has no range"));
+    };
+    let kind = own.f_kind()?;
+    let rounded = number.f_to_kind(kind)?.f_sub(&zero.f_to_kind(kind)?)?.f_mul(scale)?;
+    Ok(x.f_add(&rounded.f_sub(&own)?)?)
+}
+
 fn quantize(b: &mut Build) -> OpResult<Kernel> {
     let axis = b.attributes.int("axis", 1)?;
     let block = b.attributes.int("block_size", 0)?;
@@ -128,14 +184,7 @@ fn quantize(b: &mut Build) -> OpResult<Kernel> {
             (None, Some(zero)) => data_type_of(zero.f_kind()?),
             (target, _) => target,
         };
-        let (kind, low, high) = match target {
-            None | Some(DataType::Uint8) => (Kind::Uint8, 0.0, 255.0),
-            Some(DataType::Int8) => (Kind::Int8, -128.0, 127.0),
-            Some(DataType::Int16) => (Kind::Int16, -32768.0, 32767.0),
-            Some(DataType::Uint4) => (Kind::Uint8, 0.0, 15.0),
-            Some(DataType::Int4) => (Kind::Int8, -8.0, 7.0),
-            Some(other) => return Err(OpError::new(format!("quantising to {other} is not supported"))),
-        };
+        let (kind, low, high) = range_of(target)?;
         let mut y = x.f_div(&spread(scale, x, axis, block)?)?.f_round()?;
         if let Some(zero) = args.opt(2) {
             y = y.f_add(&spread(zero, x, axis, block)?.f_to_kind(y.f_kind()?)?)?;
@@ -151,44 +200,74 @@ fn quantize(b: &mut Build) -> OpResult<Kernel> {
 /// `[N, ceil(blocks * bits / 8)]` or one per block in A's type -> `[.., N]`.
 /// Source: ONNX Runtime, com.microsoft MatMulNBits-1.
 fn matmul_nbits(b: &mut Build) -> OpResult<Kernel> {
-    let a = b.attributes;
-    let (width, height) = (a.int_required("K")?, a.int_required("N")?);
-    let (bits, block) = (a.int("bits", 4)?, a.int_required("block_size")?);
     // The attribute lets the engine choose A's precision; here A is exact.
-    a.ignore("accuracy_level");
-    if a.int("weight_prepacked", 0)? != 0 {
+    b.attributes.ignore("accuracy_level");
+    if b.attributes.int("weight_prepacked", 0)? != 0 {
         return Err(OpError::new("prepacked weights are not supported"));
     }
     if b.has(4) {
         return Err(OpError::new("input 4 (g_idx) is not supported"));
     }
-    let sizes = [block, width, height];
-    if ![2, 4, 8].contains(&bits) || !sizes.iter().all(|size| (1..=LARGEST).contains(size)) {
-        return Err(OpError::new(format!("{bits} bits in blocks of {block} are not supported")));
-    }
-    let blocks = (width + block - 1) / block;
+    let packing = Packing::of(b)?;
     let cast = b.autocast;
     one(move |args| {
         let x = args.get(0)?;
-        let kind = x.f_kind()?;
-        let numbers = unpack(args.get(1)?, bits)?.f_reshape([height, blocks, block])?.f_to_kind(kind)?;
-        let scales = args.get(2)?.f_to_kind(kind)?.f_reshape([height, blocks, 1])?;
-        let middle = (1i64 << (bits - 1)) as f64;
-        let centred = match args.opt(3) {
-            None => numbers.f_sub_scalar(middle)?,
-            Some(zero) if zero.f_kind()? == Kind::Uint8 => {
-                let zero = unpack(&zero.f_reshape([height, -1])?, bits)?.f_narrow(1, 0, blocks)?;
-                numbers.f_sub(&zero.f_to_kind(kind)?.f_unsqueeze(2)?)?
-            }
-            Some(zero) => numbers.f_sub(&zero.f_reshape([height, blocks, 1])?.f_to_kind(kind)?)?,
-        };
-        let weight = centred.f_mul(&scales)?.f_reshape([height, blocks * block])?.f_narrow(1, 0, width)?;
+        let weight = packing.expand([args.get(1)?, args.get(2)?], args.opt(3), x.f_kind()?)?;
         let out = product(x, &weight.f_transpose(0, 1)?, cast)?;
         match args.opt(5) {
             Some(bias) => Ok(out.f_add(bias)?),
             None => Ok(out),
         }
     })
+}
+
+/// The weight of [`matmul_nbits`] as floats `[K, N]`. Inputs: B, scales, zero points.
+fn expanded_blocks(b: &mut Build) -> OpResult<Kernel> {
+    let packing = Packing::of(b)?;
+    one(move |args| {
+        let weight = packing.expand([args.get(0)?, args.get(1)?], args.opt(2), Kind::Float)?;
+        Ok(weight.f_transpose(0, 1)?)
+    })
+}
+
+/// How a weight of [`matmul_nbits`] is packed.
+struct Packing {
+    width: i64,
+    height: i64,
+    bits: i64,
+    block: i64,
+}
+
+impl Packing {
+    fn of(b: &Build) -> OpResult<Self> {
+        let a = b.attributes;
+        let (width, height) = (a.int_required("K")?, a.int_required("N")?);
+        let (bits, block) = (a.int("bits", 4)?, a.int_required("block_size")?);
+        let sizes = [block, width, height];
+        if ![2, 4, 8].contains(&bits) || !sizes.iter().all(|size| (1..=LARGEST).contains(size)) {
+            return Err(OpError::new(format!("{bits} bits in blocks of {block} are not supported")));
+        }
+        Ok(Packing { width, height, bits, block })
+    }
+
+    /// The weight `[N, K]` as floats of this kind.
+    fn expand(&self, [packed, scales]: [&Tensor; 2], zero: Option<&Tensor>, kind: Kind) -> OpResult<Tensor> {
+        let Packing { width, height, bits, block } = *self;
+        let blocks = (width + block - 1) / block;
+        // Changed in place: a large weight is in memory as floats once.
+        let mut numbers = unpack(packed, bits)?.f_reshape([height, blocks, block])?.f_to_kind(kind)?;
+        let scales = scales.f_to_kind(kind)?.f_reshape([height, blocks, 1])?;
+        let middle = (1i64 << (bits - 1)) as f64;
+        let mut centred = match zero {
+            None => numbers.f_sub_scalar_(middle)?,
+            Some(zero) if zero.f_kind()? == Kind::Uint8 => {
+                let zero = unpack(&zero.f_reshape([height, -1])?, bits)?.f_narrow(1, 0, blocks)?;
+                numbers.f_sub_(&zero.f_to_kind(kind)?.f_unsqueeze(2)?)?
+            }
+            Some(zero) => numbers.f_sub_(&zero.f_reshape([height, blocks, 1])?.f_to_kind(kind)?)?,
+        };
+        Ok(centred.f_mul_(&scales)?.f_reshape([height, blocks * block])?.f_narrow(1, 0, width)?)
+    }
 }
 
 /// Rows of a table that is quantised in blocks of `block_size` elements with a scale each. The

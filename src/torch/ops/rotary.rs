@@ -64,6 +64,8 @@ pub(super) fn by_position(cache: &Tensor, positions: &Tensor) -> OpResult<Tensor
 }
 
 /// Position stream (time, height or width) of each rotated pair.
+///
+/// Source: Qwen2-VL, arXiv:2409.12191, section 2.1 (sections one after the other); Qwen3-VL (interleaved).
 fn streams(sections: &[i64], interleaved_layout: bool) -> Vec<i64> {
     let half: i64 = sections.iter().sum();
     if !interleaved_layout {
@@ -94,10 +96,10 @@ fn rotary(b: &mut Build, form: Form) -> OpResult<Kernel> {
             return Err(OpError::new("attribute `scale` other than 1 is not supported"));
         }
     }
-    let chosen = if form == Form::Sections {
+    let stream_of_pair = if form == Form::Sections {
         let sections = a.ints("mrope_section")?.ok_or_else(|| OpError::new("attribute `mrope_section` is missing"))?;
         if sections.len() != 3 || sections.iter().any(|&count| !(0..=1 << 20).contains(&count)) {
-            return Err(OpError::new("attribute `mrope_section` is not three counts"));
+            return Err(OpError::new(format!("attribute `mrope_section` is {sections:?}, expected three counts")));
         }
         let layout = a.int("mrope_layout", 0)?;
         if layout != 0 && layout != 1 {
@@ -129,17 +131,17 @@ fn rotary(b: &mut Build, form: Form) -> OpResult<Kernel> {
         };
         let (batch, steps) = (tokens.size()[0], tokens.size()[1]);
         let angles = |cache: &Tensor| -> OpResult<Tensor> {
-            let rows = match (positions, &chosen) {
+            let rows = match (positions, &stream_of_pair) {
                 (None, _) => cache.shallow_clone(),
-                (Some(positions), Some(chosen)) => {
+                (Some(positions), Some(streams)) => {
                     let all = by_position(cache, &positions.f_reshape([3, batch, steps])?)?;
-                    if chosen.len() as i64 != half {
+                    if streams.len() as i64 != half {
                         return Err(OpError::new(format!(
                             "mrope_section adds up to {}, the caches have width {half}",
-                            chosen.len()
+                            streams.len()
                         )));
                     }
-                    let index = Tensor::f_from_slice(chosen)?.f_to_device(all.device())?;
+                    let index = Tensor::f_from_slice(streams)?.f_to_device(all.device())?;
                     all.f_gather(
                         0,
                         &index.f_reshape([1, 1, 1, half])?.f_expand([1, batch, steps, half], false)?,
@@ -150,6 +152,7 @@ fn rotary(b: &mut Build, form: Form) -> OpResult<Kernel> {
                 (Some(positions), None)
                     if form == Form::Microsoft && positions.numel() == 1 && (batch != 1 || steps != 1) =>
                 {
+                    // One number is the position of the first token.
                     let offsets = Tensor::f_arange(steps, (Kind::Int64, positions.device()))?;
                     by_position(cache, &offsets.f_add(&positions.f_reshape([1i64])?)?.f_unsqueeze(0)?)?
                 }

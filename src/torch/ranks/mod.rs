@@ -17,6 +17,9 @@ use crate::base::{Error, Peers, Result};
 /// Time limit for waiting for a rank that runs but does not call. A rank that has ended is noticed at once.
 const TIMEOUT: Duration = Duration::from_secs(30 * 60);
 
+/// Bytes of tensors that are copied into one buffer and summed together, larger tensors aside.
+const BUCKET_BYTES: usize = 64 << 20;
+
 /// One of the processes of a run.
 #[derive(Debug)]
 pub struct Ranks {
@@ -159,7 +162,9 @@ impl Ranks {
                 None => by_kind.push((tensor.kind(), vec![tensor])),
             }
         }
-        by_kind.iter().try_for_each(|(_, tensors)| self.sum_of_kind(tensors))
+        by_kind.iter().try_for_each(|(_, tensors)| {
+            buckets(tensors, BUCKET_BYTES).into_iter().try_for_each(|bucket| self.sum_of_kind(bucket))
+        })
     }
 
     fn sum_of_kind(&self, tensors: &[&Tensor]) -> Result<()> {
@@ -267,6 +272,21 @@ impl Peers for Ranks {
     fn of_all(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
         Ranks::of_all(self, bytes)
     }
+}
+
+/// Cuts tensors into runs of at most `most` bytes; a larger tensor is alone.
+fn buckets<'a, 't>(tensors: &'a [&'t Tensor], most: usize) -> Vec<&'a [&'t Tensor]> {
+    let bytes = |tensor: &Tensor| tensor.numel() * tensor.kind().elt_size_in_bytes();
+    let (mut cut, mut start, mut held) = (Vec::new(), 0, 0);
+    for (at, tensor) in tensors.iter().enumerate() {
+        if at > start && held + bytes(tensor) > most {
+            cut.push(&tensors[start..at]);
+            (start, held) = (at, 0);
+        }
+        held += bytes(tensor);
+    }
+    cut.push(&tensors[start..]);
+    cut
 }
 
 /// The address of this machine from which the store is reached: the other ranks connect to it.

@@ -1,4 +1,4 @@
-//! Several processes on this machine: the test program starts itself once per rank.
+//! Several processes on this machine. The test program starts itself once for each rank.
 
 use std::collections::HashMap;
 use std::process::{Child, Command, Stdio};
@@ -7,7 +7,7 @@ use std::time::Instant;
 use super::*;
 
 #[test]
-fn the_class_of_this_libtorch_has_the_size_that_the_declarations_give() {
+fn the_declared_size_of_the_c10d_class_matches_this_libtorch() {
     // SAFETY: the function has no arguments and reads no memory.
     assert_eq!(
         unsafe { interlace_group_layout() },
@@ -16,13 +16,24 @@ fn the_class_of_this_libtorch_has_the_size_that_the_declarations_give() {
     );
 }
 
+/// No buffer is larger than asked, but for a tensor that is; every tensor is in one, in order.
+#[test]
+fn tensors_are_summed_in_buckets() {
+    let sizes = [10i64, 6, 200, 1, 1, 30];
+    let tensors: Vec<Tensor> = sizes.iter().map(|&size| Tensor::zeros([size], (Kind::Float, Device::Cpu))).collect();
+    let all: Vec<&Tensor> = tensors.iter().collect();
+    let found: Vec<Vec<i64>> =
+        buckets(&all, 64).iter().map(|bucket| bucket.iter().map(|tensor| tensor.size()[0]).collect()).collect();
+    assert_eq!(found, [vec![10, 6], vec![200], vec![1, 1], vec![30]]);
+}
+
 fn place(variables: &[(&str, &str)]) -> Result<Option<Place>> {
     let variables: HashMap<&str, &str> = variables.iter().copied().collect();
     Place::of(|name| variables.get(name).map(ToString::to_string))
 }
 
 #[test]
-fn the_environment_of_torchrun_is_read_or_refused_by_name() {
+fn torchrun_environment_variables_are_read_or_refused_by_name() {
     assert_eq!(place(&[]).unwrap(), None);
     let all = [
         ("WORLD_SIZE", "2"),
@@ -64,7 +75,7 @@ fn the_environment_of_torchrun_is_read_or_refused_by_name() {
     assert_eq!(place(&alone).unwrap(), None);
 }
 
-/// Starts one process per rank on a free port; each runs the test `name` of this file.
+/// Starts one process per rank on a free port. Each process runs the test `name` of this file.
 fn start(name: &str, size: usize) -> Vec<Child> {
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let own = std::env::current_exe().unwrap();
@@ -85,8 +96,8 @@ fn start(name: &str, size: usize) -> Vec<Child> {
 }
 
 #[test]
-#[ignore = "one rank of several: started by the tests below"]
-fn as_a_rank_that_sums() {
+#[ignore = "one of several processes, started by the test below"]
+fn child_process_that_sums_and_sends() {
     let ranks = Ranks::of_environment().unwrap().unwrap();
     let own = ranks.rank() as f64 + 1.0;
     let total: f64 = (1..=ranks.size()).map(|n| n as f64).sum();
@@ -107,7 +118,7 @@ fn as_a_rank_that_sums() {
 #[test]
 fn two_and_three_processes_sum_and_send() {
     for size in [2, 3] {
-        for (rank, child) in start("as_a_rank_that_sums", size).into_iter().enumerate() {
+        for (rank, child) in start("child_process_that_sums_and_sends", size).into_iter().enumerate() {
             let output = child.wait_with_output().unwrap();
             let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
             assert!(output.status.success() && text.contains("1 passed"), "rank {rank} of {size}: {text}");
@@ -116,8 +127,8 @@ fn two_and_three_processes_sum_and_send() {
 }
 
 #[test]
-#[ignore = "one rank of several: started by the test below"]
-fn as_a_rank_whose_neighbour_ends() {
+#[ignore = "one of several processes, started by the test below"]
+fn child_process_whose_neighbour_aborts() {
     let ranks = Ranks::of_environment().unwrap().unwrap();
     ranks.wait_for_all().unwrap();
     if ranks.rank() == 1 {
@@ -128,9 +139,9 @@ fn as_a_rank_whose_neighbour_ends() {
 }
 
 #[test]
-fn a_rank_that_ends_is_an_error_of_the_others_within_seconds() {
+fn a_rank_that_ends_is_an_error_in_the_others_within_seconds() {
     let began = Instant::now();
-    for (rank, child) in start("as_a_rank_whose_neighbour_ends", 3).into_iter().enumerate() {
+    for (rank, child) in start("child_process_whose_neighbour_aborts", 3).into_iter().enumerate() {
         let output = child.wait_with_output().unwrap();
         assert_eq!(output.status.success(), rank != 1, "rank {rank}: {}", String::from_utf8_lossy(&output.stdout));
     }

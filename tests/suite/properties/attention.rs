@@ -25,7 +25,7 @@ fn as_int32(mask: &interlace::ir::Tensor) -> interlace::ir::Tensor {
     encode(DataType::Int32, &shape, &values)
 }
 
-/// Lengths of an attention: samples, queries, past, heads and groups of them, and widths.
+/// Lengths of an attention: samples, queries, past, query heads, key-value heads, and widths.
 struct Sizes {
     batch: i64,
     rows: i64,
@@ -81,10 +81,10 @@ fn attention(s: &mut Source) -> Case {
     if past > 0 {
         single = single.output(FLOAT).output(FLOAT);
     } else if s.version >= 24 && s.chance(0.4) {
-        // How many keys of each sample are there.
+        // The number of valid keys of each sample.
         single = single.absent().absent().input(s.ints(DataType::Int64, &[batch], 1, own));
     } else if s.chance(0.3) {
-        // Mode 2 has hidden scores, which are the least float in ONNX Runtime and minus infinity in ONNX.
+        // In mode 2 the masked scores are an output: the lowest float in ONNX Runtime, minus infinity in ONNX.
         let mode = s.pick(&[0, 1, 3]);
         single = single.unwanted().unwanted().output(FLOAT).int("qk_matmul_output_mode", mode);
     }
@@ -164,7 +164,7 @@ fn multi_head(s: &mut Source) -> Case {
 
 fn grouped_query(s: &mut Source) -> Case {
     let Sizes { batch, rows, past, heads, groups, width } = sizes(s);
-    // More than one new step after a past is one sample's affair.
+    // Several new steps after a past are supported for one sample only.
     let batch = if past > 0 && rows > 1 { 1 } else { batch };
     let (packed, total) = (s.chance(0.3), past + rows);
     let room = past + if past > 0 && s.chance(0.3) { s.between(0, 3) } else { 0 };
@@ -181,7 +181,7 @@ fn grouped_query(s: &mut Source) -> Case {
         true => single.input(s.normal(&cache)).input(s.normal(&cache)),
         false => single.absent().absent(),
     };
-    // Samples of different lengths continue one by one.
+    // Samples of different lengths, one new step each.
     let uneven = past > 0 && rows == 1 && s.chance(0.4);
     let mut lengths: Vec<f64> =
         (0..batch).map(|_| if uneven { s.between(1, total - 1) as f64 } else { (total - 1) as f64 }).collect();
@@ -220,7 +220,7 @@ fn grouped_query(s: &mut Source) -> Case {
     s.case(single)
 }
 
-/// What a rotary embedding turns: samples, steps, heads, width, and half of the width that turns.
+/// Lengths of a rotary embedding: samples, steps, heads, width, and half of the rotated width.
 struct Turned {
     batch: i64,
     steps: i64,
@@ -299,7 +299,7 @@ fn sections(s: &mut Source) -> Case {
     s.case(single)
 }
 
-/// The separate operators that a fused node stands for.
+/// The separate operators that a fused node replaces.
 fn in_parts(case: &mut Case, version: i64, write: impl FnOnce(&mut Builder)) {
     let mut builder = Builder::new(version);
     for (name, tensor) in &case.feeds {

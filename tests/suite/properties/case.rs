@@ -10,31 +10,31 @@ use tch::{Kind, Tensor};
 const PLAIN: SessionOptions =
     SessionOptions { threads: Some(1), optimisation: Optimisation::None, exact_products: true };
 
-/// What both engines run.
+/// A graph for both engines, with its inputs.
 pub struct Case {
     pub model: ir::Model,
     pub feeds: Vec<(String, ir::Tensor)>,
-    /// A graph with the same inputs and outputs that ONNX Runtime runs instead, where it lacks the operator.
+    /// A graph with the same inputs and outputs for ONNX Runtime, if it lacks the operator.
     pub reference: Option<ir::Model>,
-    /// Largest difference of floats, as a part of 1 + their size.
+    /// Largest difference of floats, relative to 1 + their absolute value.
     pub tolerance: f64,
     /// Largest difference of integers.
     pub steps: i64,
 }
 
-/// How a comparison ended.
+/// Outcome of a comparison.
 #[derive(Debug, PartialEq)]
 pub enum Outcome {
     Agrees,
-    /// ONNX Runtime refuses the case, so there is nothing to compare with.
+    /// ONNX Runtime refuses the case, so there is no reference.
     NoReference(String),
-    /// ONNX Runtime runs the case and the interpreter refuses it.
+    /// ONNX Runtime runs the case, but the interpreter refuses it.
     Refused(String),
     Differs(String),
 }
 
 impl Case {
-    /// Runs both engines; the interpreter twice, so that values kept for the shapes are read too.
+    /// Runs both engines. The interpreter runs twice, so that values cached for the shapes are tested as well.
     pub fn compare(&self, runtime: &Runtime) -> Outcome {
         let theirs = match self.theirs(runtime) {
             Ok(theirs) => theirs,
@@ -81,6 +81,7 @@ impl Case {
             .map_err(text)?;
         let run = || tch::no_grad(|| program.run(&feeds, program.outputs())).map_err(text);
         let (first, again) = (run()?, run()?);
+        assert_eq!(first.len(), again.len(), "outputs");
         for (first, again) in first.iter().zip(&again) {
             if first.kind() != again.kind() || first.size() != again.size() || numbers(first) != numbers(again) {
                 return Err("the second run gives another result than the first".into());
@@ -113,7 +114,7 @@ impl Case {
         let off = |at: usize| {
             let (own, other) = (f64::from_bits(ours[at]), theirs[at]);
             let same = own == other || own.is_nan() && other.is_nan();
-            // A difference that is not a number is no agreement.
+            // A NaN difference is a mismatch.
             let near = (own - other).abs() <= self.tolerance * (1.0 + other.abs());
             !same && !near
         };
@@ -173,7 +174,7 @@ fn shown(name: &str, tensor: &ir::Tensor, fixed: bool) -> String {
     format!("{name}: {}{:?}{fixed} {values}", tensor.dtype, tensor.dims)
 }
 
-/// The elements as the bits of f64, so that NaN equals itself.
+/// The elements as bits of f64, so that NaN equals NaN.
 fn numbers(tensor: &Tensor) -> Vec<u64> {
     let flat = tensor.detach().to_kind(Kind::Double).contiguous().reshape([-1]);
     Vec::<f64>::try_from(flat).expect("numbers").into_iter().map(f64::to_bits).collect()
@@ -199,7 +200,7 @@ impl Builder {
         Builder { model, names: Vec::new() }
     }
 
-    /// The value of a name; a new name makes a new value.
+    /// The value with this name, created if it is new.
     pub fn value(&mut self, name: &str) -> ValueId {
         if let Some((_, id)) = self.names.iter().find(|(known, _)| known == name) {
             return *id;
@@ -209,7 +210,7 @@ impl Builder {
         id
     }
 
-    /// A value of a declared type; `-1` is an axis of unknown length.
+    /// A value with a declared type; `-1` is an axis of unknown length.
     pub fn typed(&mut self, name: &str, dtype: DataType, shape: Option<&[i64]>) -> ValueId {
         let id = self.value(name);
         let dim = |&size: &i64| if size < 0 { Dim::Unknown } else { Dim::Known(size) };
@@ -233,7 +234,7 @@ impl Builder {
         self.model.graph.body.outputs.push(id);
     }
 
-    /// A node; an empty name is an input or output left out, `domain:` may precede the operator.
+    /// A node. An empty name is an omitted input or output. `domain:` may precede the operator.
     pub fn node(
         &mut self,
         op: &str,
@@ -255,7 +256,7 @@ impl Builder {
         self.model.graph.body.nodes.push(node);
     }
 
-    /// A sub-graph over the same values.
+    /// A sub-graph that may read values of this graph.
     pub fn body(&mut self, inputs: &[&str], outputs: &[&str], nodes: Vec<Node>) -> Body {
         let inputs = inputs.iter().map(|name| self.value(name)).collect();
         let outputs = outputs.iter().map(|name| self.value(name)).collect();
@@ -287,7 +288,7 @@ impl Single {
         self
     }
 
-    /// An input that is an initializer in any case: a type that cannot be fed, or one that ONNX Runtime asks to be fixed.
+    /// An input that is always an initializer: its type cannot be fed, or ONNX Runtime requires a constant.
     pub fn fixed(mut self, tensor: ir::Tensor) -> Self {
         self.inputs.push(Some((tensor, true)));
         self
@@ -336,7 +337,7 @@ impl Single {
         self.set(name, AttributeKind::Ints(values.to_vec()))
     }
 
-    /// Adds the attribute when there is a value.
+    /// Adds the attribute if there is a value.
     pub fn maybe_int(self, name: &'static str, value: Option<i64>) -> Self {
         match value {
             Some(value) => self.int(name, value),
@@ -354,7 +355,7 @@ impl Single {
         self
     }
 
-    /// The case, in which `fix` says which inputs are initializers.
+    /// The case; `fix` says which inputs are initializers.
     pub fn case(self, mut fix: impl FnMut() -> bool) -> Case {
         let mut builder = Builder::new(self.version);
         let mut feeds = Vec::new();
@@ -384,7 +385,7 @@ impl Single {
             let name = format!("out{number}");
             match output {
                 None => made.push(String::new()),
-                // Numbers of 4 bits do not leave ONNX Runtime.
+                // ONNX Runtime cannot return 4-bit numbers.
                 Some(dtype @ (DataType::Uint4 | DataType::Int4)) => {
                     let wide = if *dtype == DataType::Uint4 { DataType::Uint8 } else { DataType::Int8 };
                     let own = format!("{name}/4");
@@ -411,7 +412,7 @@ impl Single {
     }
 }
 
-/// How far results of inputs may be apart: 16-bit floats are computed in f32 and rounded by ONNX Runtime.
+/// Tolerance of results: the interpreter computes 16-bit floats in f32, and ONNX Runtime rounds them.
 fn rounding<'a>(inputs: impl Iterator<Item = &'a ir::Tensor>) -> f64 {
     let of = |tensor: &ir::Tensor| match tensor.dtype {
         DataType::Float16 => 4e-3,

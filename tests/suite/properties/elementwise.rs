@@ -16,7 +16,7 @@ fn unary(s: &mut Source, low: f64, high: f64) -> Case {
     s.case(single)
 }
 
-/// As `unary`, with infinities and numbers that are none.
+/// As `unary`, with infinities and NaN.
 fn unary_with_specials(s: &mut Source) -> Case {
     let shape = s.shape(1, 3);
     let x = specials(s, &shape);
@@ -39,7 +39,7 @@ fn unary_number(s: &mut Source) -> Case {
     s.case(single)
 }
 
-/// One float attribute that may be left out.
+/// One optional float attribute.
 fn with_alpha(s: &mut Source, name: &'static str, low: f64, high: f64) -> Case {
     let (dtype, shape) = (s.float_type(), s.any_shape(0, 4));
     let x = s.floats(dtype, &shape, -6.0, 6.0);
@@ -137,7 +137,7 @@ fn sums(s: &mut Source) -> Case {
     several(s, dtype)
 }
 
-/// A negative base has a whole exponent.
+/// A negative base has an integer exponent.
 fn power(s: &mut Source) -> Case {
     let (left, right) = pair(s);
     let base = s.pick(&[DataType::Float, DataType::Double, DataType::Int32, DataType::Int64, DataType::Float16]);
@@ -213,7 +213,7 @@ fn softmax(s: &mut Source) -> Case {
     let (dtype, shape) = (s.float_type(), s.shape(1, 4));
     let x = s.floats(dtype, &shape, -8.0, 8.0);
     let axis = s.maybe(|s| s.axis(shape.len()));
-    // Before version 13 the axis is 1 unless it is given.
+    // Before version 13 the axis is 1 by default.
     let axis = if s.version < 13 && shape.len() < 2 { Some(axis.unwrap_or(0)) } else { axis };
     let single = s.single().input(x).maybe_int("axis", axis).output(dtype);
     s.case(single)
@@ -235,7 +235,7 @@ fn gelu(s: &mut Source) -> Case {
     s.case(single)
 }
 
-/// Two float attributes that may be left out.
+/// Two optional float attributes.
 fn with_two(s: &mut Source, names: [&'static str; 2]) -> Case {
     let (dtype, shape) = (s.float_type(), s.any_shape(0, 4));
     let mut single = s.single().input(s.floats(dtype, &shape, -6.0, 6.0)).output(dtype);

@@ -115,7 +115,7 @@ fn non_zero(s: &mut Source) -> Case {
 
 fn one_hot(s: &mut Source) -> Case {
     let (int, long, float) = (DataType::Int32, DataType::Int64, DataType::Float);
-    // Indices, depth, values: the combinations that ONNX Runtime has.
+    // Types of indices, depth and values: the combinations that ONNX Runtime supports.
     let (own, deep, dtype) = s.pick(&[
         (long, long, long),
         (float, long, long),
@@ -128,7 +128,7 @@ fn one_hot(s: &mut Source) -> Case {
     let depth = s.between(1, 5);
     let axis = s.maybe(|s| s.axis(shape.len() + 1));
     let depth_shape: &[i64] = if s.chance(0.5) { &[] } else { &[1] };
-    // Outside the depth on both sides too.
+    // Also outside the depth on both sides.
     let index = s.ints(own, &shape, -depth - 2, depth + 1);
     let single = s
         .single()
@@ -156,7 +156,7 @@ fn top_k(s: &mut Source) -> Case {
     s.case(single)
 }
 
-/// The type of what is scattered, and how it is combined.
+/// The type of the scattered values, and the reduction.
 fn scattered(s: &mut Source) -> (DataType, Option<&'static str>) {
     let reductions: &[&str] = match s.version {
         18.. => &["none", "add", "mul", "max", "min"],

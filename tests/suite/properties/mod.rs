@@ -1,6 +1,7 @@
-//! Every row of the operator table against ONNX Runtime, on generated inputs, shapes, types, attributes and versions.
+//! Compares every row of the operator table with ONNX Runtime on generated inputs, shapes, types, attributes and
+//! versions.
 //!
-//! A case is decided by its row and its number, so a message that names both is enough to run it again:
+//! The row and the number of a case determine it completely, so a failure message that names both can be reproduced:
 //! `INTERLACE_PROPERTY_ROW=Resize INTERLACE_PROPERTY_CASES=1000 cargo test --profile quick --test suite properties`.
 
 mod attention;
@@ -23,7 +24,7 @@ use interlace::torch::{Operator, operators};
 use case::{Case, Outcome};
 use source::Source;
 
-/// Domain, operator, and what makes its cases.
+/// Domain, operator, and the generator of its cases.
 type Generator = (&'static str, &'static str, fn(&mut Source) -> Case);
 
 const FAMILIES: &[&[Generator]] = &[
@@ -37,12 +38,12 @@ const FAMILIES: &[&[Generator]] = &[
     windows::ROWS,
 ];
 
-/// The last version of the default domain that ONNX Runtime 1.30 runs.
+/// The last version of the default domain that ONNX Runtime 1.30 supports.
 const LATEST: i64 = 26;
-/// Cases of a row when nothing else is asked for.
+/// Default number of cases for each row.
 const CASES: u64 = 6;
 
-/// Cases that differed once, by operator and number; they are always run.
+/// Cases that differed in an earlier version, by operator and number. They are always run.
 const RECORDED: &[(&str, &[u64])] = &[
     ("DequantizeLinear", &[10, 16, 31]),
     ("GatherBlockQuantized", &[25, 34, 38, 41]),
@@ -56,7 +57,7 @@ const RECORDED: &[(&str, &[u64])] = &[
 
 /// The seed of a case.
 fn seed(row: &Operator, number: u64) -> u64 {
-    // FNV-1a.
+    // FNV-1a hash.
     let name = format!("{}:{}:{}", row.domain, row.op_type, row.since);
     let hash = name
         .bytes()
@@ -67,19 +68,19 @@ fn seed(row: &Operator, number: u64) -> u64 {
 fn make(row: &'static Operator, generator: fn(&mut Source) -> Case, number: u64) -> Case {
     let seed = seed(row, number);
     let (first, last) = if row.domain.is_empty() { (row.since.max(7), row.until.min(LATEST)) } else { (7, LATEST) };
-    // Most models have a version near the last; each version is met.
+    // Most models use a version near the last one, but every version occurs.
     let version = if number.is_multiple_of(2) {
         last.min(23).max(first)
     } else {
         first + (seed % (last - first + 1) as u64) as i64
     };
     let mut source = Source::new(row.domain, row.op_type, version, seed);
-    // One case of eight, and none of those that are recorded.
+    // One case in eight, but none of the recorded ones.
     source.in_bfloat16 = number % 8 == 5;
     generator(&mut source)
 }
 
-/// What became of a row's cases.
+/// Outcome of the cases of one row.
 #[derive(Default)]
 struct Tally {
     agreed: usize,
@@ -104,7 +105,7 @@ fn run_row(runtime: &Runtime, row: &'static Operator, generator: fn(&mut Source)
     tally
 }
 
-/// Runs the rows of a family and reports every row of which a case fails.
+/// Runs the rows of a family and reports every row with a failing case.
 fn check(family: &[Generator]) {
     let cases = std::env::var("INTERLACE_PROPERTY_CASES").ok().and_then(|text| text.parse().ok()).unwrap_or(CASES);
     let only = std::env::var("INTERLACE_PROPERTY_ROW").ok();

@@ -9,7 +9,7 @@ use super::source::{Source, count, encode};
 const MS: &str = "com.microsoft";
 const FLOAT: DataType = DataType::Float;
 
-/// Equations, with the length of every letter from 1 to 4; `...` is one axis of 2.
+/// Equations with the length of every letter from 1 to 4; `...` is one axis of 2.
 const EQUATIONS: &[&str] = &[
     "ij,jk->ik",
     "bij,bjk->bik",
@@ -69,7 +69,7 @@ fn gemm(s: &mut Source, fused: bool) -> Case {
     s.case(single)
 }
 
-/// Two shapes that multiply as NumPy's `matmul` has it.
+/// Two shapes that NumPy's `matmul` multiplies.
 fn product_shapes(s: &mut Source) -> (Vec<i64>, Vec<i64>) {
     let (m, k, n) = (s.between(1, 4), s.between(1, 5), s.between(1, 4));
     let batch = s.shape(0, 2);
@@ -107,7 +107,7 @@ fn fused_matmul(s: &mut Source) -> Case {
     s.case(single)
 }
 
-/// How scales and zero points lie over a tensor.
+/// Layout of scales and zero points over a tensor.
 struct Grain {
     shape: Vec<i64>,
     scales: Vec<i64>,
@@ -115,7 +115,7 @@ struct Grain {
     block: i64,
 }
 
-/// One scale for all, one per place of an axis, or one per block of it.
+/// One scale for all elements, one for each index of an axis, or one for each block of it.
 fn grain(s: &mut Source, blocks: bool) -> Grain {
     let shape = s.shape(1, 4);
     let rank = shape.len();
@@ -156,7 +156,7 @@ fn is_4_bits(dtype: DataType) -> bool {
     matches!(dtype, DataType::Uint4 | DataType::Int4)
 }
 
-/// An input of a type that may have to be fixed.
+/// An input of a type that may have to be an initializer.
 fn given(single: Single, tensor: ir::Tensor) -> Single {
     if is_4_bits(tensor.dtype) { single.fixed(tensor) } else { single.input(tensor) }
 }
@@ -197,9 +197,9 @@ fn quantize(s: &mut Source, standard: bool) -> Case {
         (g.scales, g.axis) = (vec![], None);
     }
     let (low, high) = range(dtype);
-    let said = standard && s.version >= 21 && s.chance(0.4);
-    let zero = if said && s.chance(0.5) || dtype == DataType::Uint8 && s.chance(0.3) { None } else { Some(()) };
-    // Scales that are powers of 2 make ties.
+    let type_given = standard && s.version >= 21 && s.chance(0.4);
+    let zero = if type_given && s.chance(0.5) || dtype == DataType::Uint8 && s.chance(0.3) { None } else { Some(()) };
+    // Scales that are powers of 2 produce ties.
     let scales: Vec<f64> = (0..count(&g.scales))
         .map(|_| if s.chance(0.5) { s.pick(&[0.125, 0.25, 0.5]) } else { s.float(0.01, 0.6) })
         .collect();
@@ -207,10 +207,10 @@ fn quantize(s: &mut Source, standard: bool) -> Case {
     if zero.is_some() {
         single = given(single, s.ints(dtype, &g.scales, low, high));
     }
-    if said {
+    if type_given {
         single = single.int("output_dtype", dtype as i64);
     }
-    let dtype = if zero.is_none() && !said { DataType::Uint8 } else { dtype };
+    let dtype = if zero.is_none() && !type_given { DataType::Uint8 } else { dtype };
     let single = g.write(single).output(dtype);
     s.case(single)
 }

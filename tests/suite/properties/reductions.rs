@@ -16,14 +16,14 @@ enum Numbers {
     Small,
 }
 
-/// `input_since` is the version from which the axes are an input; `plain` reductions may leave the input as it is.
+/// `input_since` is the version from which the axes are an input; `plain` reductions may return the input unchanged.
 fn reduce(s: &mut Source, input_since: i64, plain: bool, numbers: Numbers, types: &[DataType]) -> Case {
     let dtype = s.pick(types);
     let shape = s.shape(0, 4);
     let x = match numbers {
         Numbers::Any => s.numbers(dtype, &shape),
         Numbers::Small if dtype.is_float() => s.floats(dtype, &shape, 0.3, 2.0),
-        // ONNX Runtime cuts integer products that overflow; LibTorch lets them wrap.
+        // ONNX Runtime saturates integer products that overflow; in LibTorch they wrap around.
         Numbers::Small => {
             s.ints(dtype, &shape, if count(&shape) > 30 { 1 } else { -2 }, if count(&shape) > 30 { 1 } else { 2 })
         }
@@ -64,7 +64,7 @@ fn epsilon(s: &mut Source) -> f64 {
     s.pick(&[1e-5, 1e-3, 1e-2])
 }
 
-/// `[N, C, ..]` with values that differ along the axes behind the channels.
+/// `[N, C, ..]` with values that vary along the axes after the channels.
 fn image(s: &mut Source, dtype: DataType, least: usize) -> (Vec<i64>, ir::Tensor) {
     let mut shape = vec![s.between(1, 3), s.between(1, 4)];
     for _ in 0..least + s.below(2) {
@@ -139,17 +139,16 @@ fn layer_normalization(s: &mut Source) -> Case {
         .output(dtype)
         .tolerance(if dtype == DataType::Float16 { 2e-2 } else { 1e-3 });
     if dtype != DataType::Float16 && s.chance(0.4) {
-        // Statistics in double precision are given in it.
-        let statistics = if dtype == DataType::Double { return s.case(single) } else { DataType::Float };
-        single = single.output(statistics);
+        // The default stash type makes the statistics of double inputs floats too.
+        single = single.output(DataType::Float);
         if s.chance(0.6) {
-            single = single.output(statistics);
+            single = single.output(DataType::Float);
         }
     }
     s.case(single)
 }
 
-/// RMS normalisation, in one of its names.
+/// RMS normalisation under one of its names.
 fn rms(s: &mut Source, statistics: bool) -> Case {
     let mut shape = s.shape(1, 4);
     let rank = shape.len();
@@ -171,7 +170,7 @@ fn rms(s: &mut Source, statistics: bool) -> Case {
     s.case(single)
 }
 
-/// ONNX Runtime has the operator in the default domain alone.
+/// ONNX Runtime supports the operator in the default domain only.
 fn rms_of_microsoft(s: &mut Source) -> Case {
     let mut case = rms(s, true);
     let mut reference: ir::Model = case.model.clone();
@@ -226,7 +225,7 @@ fn skip_rms(s: &mut Source) -> Case {
     s.case(single)
 }
 
-/// X + bias + skip: ONNX Runtime has no kernel of it on a processor.
+/// X + bias + skip: ONNX Runtime has no CPU kernel for it.
 fn bias_add(s: &mut Source) -> Case {
     let shape = [s.between(1, 2), s.between(1, 4), s.between(1, 6)];
     let single = s.single().input(s.normal(&shape)).input(s.normal(&shape[2..])).input(s.normal(&shape));

@@ -1,4 +1,4 @@
-//! Cases of constants, casts, and operators that rearrange, join, cut and repeat.
+//! Cases of constants, casts, and operators that rearrange, join, slice and repeat.
 
 use interlace::ir::{AttributeKind, DataType};
 
@@ -6,7 +6,7 @@ use super::Generator;
 use super::case::Case;
 use super::source::{INTEGERS, Source, count, encode, int64, list};
 
-/// Any type that ONNX Runtime moves about.
+/// Any type that ONNX Runtime can copy.
 fn any_type(s: &mut Source) -> DataType {
     if s.chance(0.15) { DataType::Bool } else { s.number_type() }
 }
@@ -58,7 +58,7 @@ fn eye(s: &mut Source) -> Case {
 fn expand(s: &mut Source) -> Case {
     let whole = s.any_shape(0, 4);
     let part = s.part_of(&whole);
-    // The target may be the smaller one, or leave axes as they are.
+    // The target may be the smaller shape, or leave axes unchanged.
     let target: Vec<i64> = match s.below(3) {
         0 => whole.iter().map(|&dim| if s.chance(0.3) { 1 } else { dim }).collect(),
         _ => whole.clone(),
@@ -98,7 +98,7 @@ fn range(s: &mut Source) -> Case {
 fn reshape(s: &mut Source) -> Case {
     let shape = s.any_shape(0, 4);
     let zero = shape.contains(&0);
-    // Neighbours are joined, and axes of 1 put in.
+    // Adjacent axes are merged, and axes of 1 are inserted.
     let mut target: Vec<i64> = Vec::new();
     for &dim in &shape {
         match target.last_mut() {
@@ -186,7 +186,7 @@ fn unsqueeze(s: &mut Source) -> Case {
     s.case(single)
 }
 
-/// The numbers from 0 on in a random order.
+/// The numbers from 0 on, in random order.
 pub fn shuffled(s: &mut Source, count: usize) -> Vec<i64> {
     let mut order: Vec<i64> = (0..count as i64).collect();
     for place in (1..count).rev() {
@@ -365,7 +365,7 @@ fn trilu(s: &mut Source) -> Case {
     s.case(single)
 }
 
-/// Numbers that every type holds but for the fraction and the sign.
+/// Numbers that every type can hold, except for the fraction and the sign.
 fn castable(s: &mut Source, from: DataType, to: DataType, shape: &[i64]) -> interlace::ir::Tensor {
     let signed = from != DataType::Uint8 && to != DataType::Uint8 && from != DataType::Bool;
     let low = if signed { -100.0 } else { 0.0 };
@@ -386,7 +386,7 @@ fn cast_types(s: &mut Source) -> (DataType, DataType) {
     (one(), one())
 }
 
-/// Half precision is rounded to in ONNX Runtime alone.
+/// Only ONNX Runtime rounds to half precision.
 fn cast_tolerance(from: DataType, to: DataType) -> f64 {
     if from == DataType::Float16 || to == DataType::Float16 { 4e-3 } else { 1e-6 }
 }

@@ -6,17 +6,17 @@ use rand_chacha::ChaCha8Rng;
 
 use super::case::{Case, Single};
 
-/// Where the cases of one row come from.
+/// The source of random choices for the cases of one row.
 pub struct Source {
     rng: ChaCha8Rng,
     domain: &'static str,
     op: &'static str,
     /// Version of the default domain.
     pub version: i64,
-    /// True where floats of any type are bfloat16.
+    /// True if floats of any type are bfloat16.
     ///
-    /// ONNX Runtime's CPU has kernels of bfloat16 for casts and for operators that move data; cases of others have no
-    /// reference.
+    /// ONNX Runtime's CPU kernels support bfloat16 for casts and for operators that move data. Cases of other operators
+    /// have no reference.
     pub in_bfloat16: bool,
 }
 
@@ -27,12 +27,12 @@ impl Source {
         Source { rng: ChaCha8Rng::seed_from_u64(seed), domain, op, version, in_bfloat16: false }
     }
 
-    /// The row's operator, to be filled.
+    /// The operator of the row, without inputs and attributes.
     pub fn single(&self) -> Single {
         Single::new(self.domain, self.op, self.version)
     }
 
-    /// A case of one operator; now and then one of its inputs is an initializer.
+    /// A case of one operator; sometimes one of its inputs is an initializer.
     pub fn case(&mut self, single: Single) -> Case {
         let share = self.pick(&[0.0, 0.0, 0.5, 1.0]);
         single.case(|| self.chance(share))
@@ -60,7 +60,7 @@ impl Source {
         list[self.below(list.len())]
     }
 
-    /// In one case of two.
+    /// True in one case of two.
     pub fn maybe<T>(&mut self, make: impl FnOnce(&mut Self) -> T) -> Option<T> {
         if self.chance(0.5) { Some(make(self)) } else { None }
     }
@@ -75,7 +75,7 @@ impl Source {
         (0..rank).map(|_| self.between(1, 5)).collect()
     }
 
-    /// A shape in which now and then an axis is empty.
+    /// A shape that sometimes has an empty axis.
     pub fn any_shape(&mut self, least: usize, most: usize) -> Vec<i64> {
         let mut shape = self.shape(least, most);
         if !shape.is_empty() && self.chance(0.06) {
@@ -85,18 +85,18 @@ impl Source {
         shape
     }
 
-    /// A shape that broadcasts with another one, of its rank or less.
+    /// A shape of the same rank or less that broadcasts with the given one.
     pub fn part_of(&mut self, shape: &[i64]) -> Vec<i64> {
         let skip = if self.chance(0.4) { self.below(shape.len() + 1) } else { 0 };
         shape[skip..].iter().map(|&dim| if self.chance(0.3) { 1 } else { dim }).collect()
     }
 
-    /// An axis of a rank, counted from either end.
+    /// An axis of this rank, counted from either end.
     pub fn axis(&mut self, rank: usize) -> i64 {
         self.between(-(rank as i64), rank as i64 - 1)
     }
 
-    /// Some axes of a rank, each once, counted from either end.
+    /// Distinct axes of this rank, counted from either end.
     pub fn axes(&mut self, rank: usize) -> Vec<i64> {
         let mut axes = Vec::new();
         for axis in 0..rank as i64 {
@@ -120,7 +120,7 @@ impl Source {
         if self.chance(0.5) { self.float_type() } else { self.pick(INTEGERS) }
     }
 
-    /// Floats in a range; in one case of two, where the range has room, multiples of a quarter, so that ties are met.
+    /// Floats in a range. In one case of two, if the range is wide enough, multiples of a quarter, so that ties occur.
     pub fn floats(&mut self, dtype: DataType, shape: &[i64], low: f64, high: f64) -> ir::Tensor {
         let grid = high - low >= 1.0 && self.chance(0.5);
         let values: Vec<f64> = (0..count(shape))
@@ -161,7 +161,7 @@ pub fn count(shape: &[i64]) -> usize {
     shape.iter().product::<i64>() as usize
 }
 
-/// int64 numbers, `shape` as it is.
+/// int64 numbers in this shape.
 pub fn int64(shape: &[i64], values: &[i64]) -> ir::Tensor {
     let dims: Vec<u64> = shape.iter().map(|&dim| dim as u64).collect();
     ir::Tensor::from_i64(&dims, values)
@@ -177,7 +177,7 @@ pub fn float_list(values: &[f32]) -> ir::Tensor {
     ir::Tensor::from_f32(&[values.len() as u64], values)
 }
 
-/// Numbers as a tensor of a type; 4-bit ones are packed.
+/// Numbers as a tensor of this type; 4-bit numbers are packed.
 pub fn encode(dtype: DataType, shape: &[i64], values: &[f64]) -> ir::Tensor {
     let dims: Vec<u64> = shape.iter().map(|&dim| dim as u64).collect();
     let bytes: Vec<u8> = match dtype {

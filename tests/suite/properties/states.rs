@@ -1,4 +1,4 @@
-//! Cases of sub-graphs, layers with a state, and mixtures of experts.
+//! Cases of sub-graphs, stateful layers, and mixtures of experts.
 
 use interlace::ir::{AttributeKind, DataType};
 
@@ -25,7 +25,7 @@ fn feed(
     feeds.push((name.into(), tensor));
 }
 
-/// Branches that read a value of the graph outside.
+/// Branches that read a value of the outer graph.
 fn branch(s: &mut Source) -> Case {
     let mut b = Builder::new(s.version);
     let mut feeds = Vec::new();
@@ -46,7 +46,7 @@ fn branch(s: &mut Source) -> Case {
     finish(b, feeds)
 }
 
-/// A loop that adds, gives what it has so far, and may stop early; often it runs no time.
+/// A loop that adds, outputs the intermediate sums, and may stop early. Often it has no iterations.
 fn looped(s: &mut Source) -> Case {
     let mut b = Builder::new(s.version);
     let mut feeds = Vec::new();

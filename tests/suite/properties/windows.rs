@@ -6,7 +6,7 @@ use super::Generator;
 use super::case::{Case, Single};
 use super::source::{Source, float_list, list};
 
-/// Where a window stands: sizes of the input, of the kernel, and how it moves.
+/// Geometry of a window: sizes of the input and of the kernel, and its steps.
 struct Window {
     size: Vec<i64>,
     kernel: Vec<i64>,
@@ -41,7 +41,7 @@ fn window(s: &mut Source, dilated: bool) -> Window {
 }
 
 impl Window {
-    /// The attributes that say it; those of no effect are left out now and then.
+    /// The attributes of the window. Those without effect are sometimes omitted.
     fn write(&self, s: &mut Source, mut single: Single, kernel_needed: bool) -> Single {
         if kernel_needed || s.chance(0.5) {
             single = single.ints("kernel_shape", &self.kernel);
@@ -107,7 +107,7 @@ fn transposed_convolution(s: &mut Source) -> Case {
     let whole = |w: &Window, axis: usize| {
         w.strides[axis] * (w.size[axis] - 1) + extra[axis] + w.dilations[axis] * (w.kernel[axis] - 1) + 1
     };
-    // A result that is larger than the product is not what either engine is asked for.
+    // A result larger than the full product is not defined in either engine.
     let same = w.auto_pad.starts_with("SAME");
     if same && (0..axes).any(|axis| whole(&w, axis) < w.size[axis] * w.strides[axis]) {
         w.auto_pad = "";
@@ -134,8 +134,8 @@ fn transposed_convolution(s: &mut Source) -> Case {
     s.case(single)
 }
 
-/// The window of a pool. ONNX Runtime leaves dilations out of the pads of SAME and cuts an input whose windows do not
-/// touch, so SAME is met with neither.
+/// The window of a pool. ONNX Runtime ignores dilations in the pads of SAME and truncates an input whose windows do not
+/// touch, so SAME is combined with neither.
 fn pool_window(s: &mut Source, dilated: bool) -> Window {
     let dilated = dilated && s.chance(0.5);
     let apart = |w: &Window| w.kernel.iter().zip(&w.strides).any(|(kernel, stride)| kernel < stride);
@@ -215,7 +215,7 @@ fn resize(s: &mut Source) -> Case {
     };
     let dtype = s.pick(types);
     let antialias = mode != "nearest" && s.version >= 18 && s.chance(0.3);
-    // The forms that ONNX Runtime has: batch and channels stay, or the tensor is a plain matrix.
+    // The forms that ONNX Runtime supports: batch and channels unchanged, or a plain matrix.
     let plain = s.chance(0.2);
     let mut shape = if plain { vec![] } else { vec![s.between(1, 2), s.between(1, 2)] };
     shape.extend([s.between(1, 6), s.between(1, 6)]);
@@ -223,7 +223,7 @@ fn resize(s: &mut Source) -> Case {
     let spatial = rank - 2..rank;
     let x = match dtype {
         DataType::Uint8 => s.ints(dtype, &shape, 0, 255),
-        // ONNX Runtime cuts what it antialiases to the range of uint8.
+        // With antialiasing, ONNX Runtime clips to the range of uint8.
         DataType::Int8 => s.ints(dtype, &shape, if antialias { 0 } else { -128 }, 127),
         DataType::Int32 => s.ints(dtype, &shape, -1000, 1000),
         _ => s.numbers(dtype, &shape),
@@ -262,7 +262,7 @@ fn resize(s: &mut Source) -> Case {
     if antialias {
         single = single.int("antialias", 1);
     }
-    // Where a mixture is a whole number, the last bit of f32 decides to which one the fraction is cut off.
+    // If an interpolated value is a whole number, the last bit of f32 decides to which integer it is truncated.
     let single = single.output(dtype).tolerance(1e-3).steps(i64::from(mode == "linear"));
     s.case(single)
 }

@@ -88,7 +88,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn columns_are_read_and_put_back_matrix_by_matrix() {
+    fn columns_are_read_and_written_back_matrix_by_matrix() {
         let dims = [2, 2, 3];
         let tensor = Tensor::from_f32(&dims, &(0..12).map(|n| n as f32).collect::<Vec<_>>());
         let rows = Layout::Columns.rows(&tensor);

@@ -77,7 +77,7 @@ pub struct Packed {
 }
 
 /// The quantised matrices that nodes of a graph read, each once.
-pub fn quantised(body: &Body) -> Vec<Blocks> {
+pub fn block_matrices(body: &Body) -> Vec<Blocks> {
     let mut found: Vec<Blocks> = Vec::new();
     let mut seen = BTreeSet::new();
     for node in &body.nodes {
@@ -88,7 +88,7 @@ pub fn quantised(body: &Body) -> Vec<Blocks> {
         };
         found.extend(blocks.filter(|blocks| seen.insert(blocks.numbers)));
         for inner in node.bodies() {
-            found.extend(quantised(inner).into_iter().filter(|blocks| seen.insert(blocks.numbers)));
+            found.extend(block_matrices(inner).into_iter().filter(|blocks| seen.insert(blocks.numbers)));
         }
     }
     found
@@ -102,7 +102,7 @@ fn tensor(body: &Body, id: ValueId) -> Option<&Tensor> {
     body.initializers.iter().find(|(other, _)| *other == id).map(|(_, tensor)| tensor)
 }
 
-fn of_product(body: &Body, node: &Node) -> Option<Blocks> {
+pub(super) fn of_product(body: &Body, node: &Node) -> Option<Blocks> {
     let input = |index: usize| node.inputs.get(index).copied().flatten();
     let size = |name: &str| int(node, name).and_then(|value| usize::try_from(value).ok());
     // A fifth input orders the columns in groups; its numbers are not in rows of blocks.
@@ -177,7 +177,7 @@ impl Blocks {
     }
 
     /// Element type of the scales.
-    fn scale_type(&self, body: &Body) -> DataType {
+    pub(super) fn scale_type(&self, body: &Body) -> DataType {
         tensor(body, self.scales).map_or(DataType::Float, |tensor| tensor.dtype)
     }
 
@@ -185,6 +185,16 @@ impl Blocks {
     ///
     /// Errors: as [`floats`].
     pub fn dequantised(&self, body: &Body) -> Result<(Vec<f32>, Vec<f32>)> {
+        let scales = tensor(body, self.scales).map_or(Ok(Vec::new()), floats)?;
+        let step = |row: usize, column: usize| scales[row * self.count() + column / self.block].abs();
+        let places = (0..self.rows).flat_map(|row| (0..self.columns).map(move |column| (row, column)));
+        Ok((self.values(body)?, places.map(|(row, column)| step(row, column)).collect()))
+    }
+
+    /// The matrix as floats in row-major order.
+    ///
+    /// Errors: as [`floats`].
+    pub fn values(&self, body: &Body) -> Result<Vec<f32>> {
         let bytes = |id| tensor(body, id).map_or(&[][..], |tensor| tensor.bytes());
         let (numbers, zeros) = (bytes(self.numbers), self.zeros.map(bytes));
         let scales = tensor(body, self.scales).map_or(Ok(Vec::new()), floats)?;
@@ -193,18 +203,17 @@ impl Blocks {
             _ => bytes[at],
         };
         let half = 1 << (self.bits - 1);
-        let (mut values, mut steps) = (Vec::with_capacity(self.rows * self.columns), Vec::new());
+        let mut values = Vec::with_capacity(self.rows * self.columns);
         for row in 0..self.rows {
-            for column in 0..self.columns {
-                let block = column / self.block;
-                let at = (row * self.count() + block) * self.block + column % self.block;
+            for block in 0..self.count() {
                 let zero = zeros.map_or(half, |zeros| number(&zeros[row * self.zero_bytes()..], block));
-                let scale = scales[row * self.count() + block];
-                values.push((f32::from(number(numbers, at)) - f32::from(zero)) * scale);
-                steps.push(scale.abs());
+                let (zero, scale) = (f32::from(zero), scales[row * self.count() + block]);
+                let start = (row * self.count() + block) * self.block;
+                let length = self.block.min(self.columns - block * self.block);
+                values.extend((start..start + length).map(|at| (f32::from(number(numbers, at)) - zero) * scale));
             }
         }
-        Ok((values, steps))
+        Ok(values)
     }
 
     /// A matrix in this form.
@@ -245,6 +254,12 @@ impl Blocks {
             4 => numbers.chunks(2).map(|pair| pair[0] | pair.get(1).copied().unwrap_or(0) << 4).collect(),
             _ => numbers.to_vec(),
         }
+    }
+
+    /// The scheme with zero points where the graph has them, and without where it has none.
+    pub fn own_scheme(&self) -> &'static Scheme {
+        let fits = |scheme: &&Scheme| scheme.has_zeros == self.zeros.is_some();
+        SCHEMES.iter().find(fits).unwrap_or(&SCHEMES[0])
     }
 
     /// The scheme that makes the graph's bytes out of these values; `None` when none does.

@@ -6,7 +6,7 @@ use crate::base::Result;
 use crate::checkpoint::{floats, from_floats};
 use crate::ir::{Body, DataType, GraphIndex, Node, Tensor, ValueId};
 
-use super::view::Layout;
+use super::layout::Layout;
 
 /// A quantised matrix whose rows are those of the checkpoint.
 #[derive(Clone, Debug, PartialEq)]
@@ -53,7 +53,7 @@ pub const RANGES: &[Range8] = &[
 type Bytes = (Vec<u8>, Vec<u8>, Vec<u8>);
 
 /// The quantised weights that nodes of a graph read, each once.
-pub fn quantised(body: &Body) -> Vec<Channels> {
+pub fn channel_matrices(body: &Body) -> Vec<Channels> {
     let index = GraphIndex::of_body(body);
     let mut found: Vec<Channels> = Vec::new();
     let mut seen = BTreeSet::new();
@@ -89,36 +89,58 @@ fn dequantised(body: &Body, index: &GraphIndex, node: &Node) -> Option<Channels>
 
 /// A weight of an integer product, whose scale is multiplied with the other factor's afterwards.
 fn multiplied(body: &Body, index: &GraphIndex, node: &Node) -> Option<Channels> {
-    let (quantiser, _) = index.node_of(input(node, 0)?)?;
-    let quantiser = body.nodes.get(quantiser).filter(|node| node.op_type == "DynamicQuantizeLinear")?;
-    let scale = quantiser.outputs.get(1).copied().flatten()?;
-    // One factor's scale is multiplied with those of all weights that read it: the name tells which is this one's.
-    let scales: Vec<ValueId> = index
-        .uses(scale)
-        .iter()
-        .filter_map(|used| body.nodes.get(used.node).filter(|node| node.op_type == "Mul"))
-        .filter(|product| reaches(body, index, product, node))
-        .flat_map(Node::present_inputs)
-        .filter(|&id| id != scale && tensor(body, id).is_some())
-        .collect();
-    let [only] = scales[..] else { return None };
-    Channels::of(body, input(node, 1)?, only, input(node, 3), 1)
+    Some(integer_product(body, index, node)?.weight)
 }
 
-/// True when a product of scales is multiplied with the result of an integer product.
-fn reaches(body: &Body, index: &GraphIndex, product: &Node, integer: &Node) -> bool {
-    let Some(result) = integer.outputs.first().copied().flatten() else { return false };
+/// A product of integers whose first factor is quantised by its own range in every run.
+pub(super) struct IntegerProduct {
+    /// Number of the node that quantises the first factor.
+    pub quantiser: usize,
+    /// Number of the node that multiplies the result with both factors' scales.
+    pub last: usize,
+    /// Second factor.
+    pub weight: Channels,
+}
+
+/// The product that a `MatMulInteger` is part of.
+pub(super) fn integer_product(body: &Body, index: &GraphIndex, node: &Node) -> Option<IntegerProduct> {
+    let (quantiser, _) = index.node_of(input(node, 0)?)?;
+    let quantising = body.nodes.get(quantiser).filter(|node| node.op_type == "DynamicQuantizeLinear")?;
+    let scale = quantising.outputs.get(1).copied().flatten()?;
+    // One factor's scale is multiplied with those of all weights that read it: the reader of the product tells which is
+    // this one's.
+    let mut found = Vec::new();
+    for used in index.uses(scale) {
+        let Some(scales) = body.nodes.get(used.node).filter(|node| node.op_type == "Mul") else { continue };
+        let Some(last) = reader_of_both(body, index, scales, node) else { continue };
+        let constants = scales.present_inputs().filter(|&id| id != scale && tensor(body, id).is_some());
+        found.extend(constants.map(|id| (id, last)));
+    }
+    let [(scales, last)] = found[..] else { return None };
+    let weight = Channels::of(body, input(node, 1)?, scales, input(node, 3), 1)?;
+    Some(IntegerProduct { quantiser, last, weight })
+}
+
+/// Number of the node that multiplies a product of scales with the result of an integer product.
+fn reader_of_both(body: &Body, index: &GraphIndex, scales: &Node, integer: &Node) -> Option<usize> {
+    let result = integer.outputs.first().copied().flatten()?;
     let casts =
         index.uses(result).iter().filter_map(|used| body.nodes.get(used.node)).filter(|node| node.op_type == "Cast");
     let floats: Vec<ValueId> = casts.flat_map(Node::present_outputs).collect();
-    product.present_outputs().any(|scales| {
-        let readers = index.uses(scales).iter().filter_map(|used| body.nodes.get(used.node));
-        readers.flat_map(Node::present_inputs).any(|id| floats.contains(&id))
-    })
+    let readers = scales.present_outputs().flat_map(|scales| index.uses(scales));
+    readers
+        .map(|used| used.node)
+        .find(|&number| body.nodes.get(number).is_some_and(|node| node.present_inputs().any(|id| floats.contains(&id))))
 }
 
 impl Channels {
-    fn of(body: &Body, numbers: ValueId, scales: ValueId, zeros: Option<ValueId>, axis: i64) -> Option<Self> {
+    pub(super) fn of(
+        body: &Body,
+        numbers: ValueId,
+        scales: ValueId,
+        zeros: Option<ValueId>,
+        axis: i64,
+    ) -> Option<Self> {
         let weight = tensor(body, numbers)?;
         let (count, rank) = (tensor(body, scales)?.element_count(), weight.dims.len());
         let signed = match weight.dtype {
@@ -165,6 +187,49 @@ impl Channels {
             dims.reverse();
         }
         Tensor::from_bytes(DataType::Float, &dims, Vec::new())
+    }
+
+    /// Sizes of the weight's axes.
+    pub fn dims(&self) -> &[u64] {
+        &self.dims
+    }
+
+    /// The matrix as floats in the weight's own order.
+    ///
+    /// Errors: as [`floats`].
+    pub fn values(&self, body: &Body) -> Result<Vec<f32>> {
+        let rows: Vec<u8> = self.dequantised(body)?.0.iter().flat_map(|number| number.to_le_bytes()).collect();
+        floats(&Tensor::from_bytes(DataType::Float, &self.dims, self.layout.elements(&rows, &self.dims, 4)))
+    }
+
+    /// The matrix row by row, from floats in the weight's own order.
+    ///
+    /// Errors: as [`floats`].
+    pub fn rows_of(&self, values: &[f32]) -> Result<Vec<f32>> {
+        let rows = self.layout.rows(&Tensor::from_f32(&self.dims, values));
+        floats(&Tensor::from_bytes(DataType::Float, &self.dims, rows))
+    }
+
+    /// The scheme of the graph's own bytes: a symmetric one where the zero points are its middle, else an asymmetric one; the
+    /// narrowest whose range holds all numbers. `None` where the weight has other zero points and no input for them.
+    pub fn own_range(&self, body: &Body) -> Option<&'static Range8> {
+        let bytes = |id| tensor(body, id).map_or(&[][..], |tensor| tensor.bytes());
+        let zeros: Vec<f32> = match self.zeros {
+            Some(id) => bytes(id).iter().map(|&byte| self.value(byte)).collect(),
+            None => vec![0.0],
+        };
+        let numbers = || bytes(self.numbers).iter().map(|&byte| f64::from(self.value(byte)));
+        let (least, most) = (numbers().fold(f64::INFINITY, f64::min), numbers().fold(f64::NEG_INFINITY, f64::max));
+        let middle = |range: &Range8| ((range.least + range.most) / 2.0).round_ties_even();
+        let own = || RANGES.iter().filter(|range| range.signed == self.signed);
+        let centred = |range: &&Range8| range.symmetric && zeros.iter().all(|&zero| f64::from(zero) == middle(range));
+        let mut fitting: Vec<&Range8> = own().filter(centred).collect();
+        if fitting.is_empty() && self.zeros.is_some() {
+            fitting = own().filter(|range| !range.symmetric).collect();
+        }
+        fitting.sort_by(|a, b| (a.most - a.least).total_cmp(&(b.most - b.least)));
+        let holds = |range: &&&Range8| least >= range.least && most <= range.most;
+        fitting.iter().find(holds).or(fitting.last()).copied()
     }
 
     fn value(&self, byte: u8) -> f32 {

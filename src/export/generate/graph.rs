@@ -1,0 +1,520 @@
+//! Builds one graph that answers: vision encoder, embedding and merge once, then the decoder in a `Loop` whose carried
+//! values are the cache.
+//!
+//! ```text
+//! input_ids [1, T], pictures ─► embeddings ─► features at the image tokens
+//!                                                │
+//!              Loop(max_new_tokens): decoder ─► last logits ─► ArgMax ─► token ─► embedding ─┐
+//!                        ▲ embeddings, mask, position, cache ◄───────────────────────────────┘
+//! generated_ids [N] ◄─ tokens without the end token
+//! ```
+//!
+//! The first iteration reads the whole prompt with an empty cache, each later one the token before it, so that the
+//! decoder's nodes are in the graph once.
+
+use std::collections::HashMap;
+
+use crate::analysis;
+use crate::base::{Error, Result};
+use crate::ir::{AttributeKind, Body, DataType, Dim, Model, Tensor, ValueId, ValueType};
+use crate::rewrite::{Joined, Part, Scope};
+use crate::runtime::{Input, InputKind, Port};
+
+/// Prompt token ids, `[1, T]`.
+pub const INPUT_IDS: &str = "input_ids";
+/// Most tokens of the answer, a scalar.
+pub const MAX_NEW_TOKENS: &str = "max_new_tokens";
+/// Ids of the answer without the end token, `[N]`.
+pub const GENERATED_IDS: &str = "generated_ids";
+
+/// The graphs of a model.
+pub struct Graphs<'a> {
+    /// The decoder, with its head.
+    pub decoder: &'a Model,
+    /// Token ids to embeddings; `None` when the decoder embeds ids itself.
+    pub embedding: Option<&'a Model>,
+    /// Pictures to features; `None` for a text model.
+    pub vision: Option<&'a Model>,
+}
+
+/// Settings of the model's configs.
+pub struct TokenIds<'a> {
+    /// Placeholder of one row of image features.
+    pub image: Option<i64>,
+    /// Tokens that end an answer.
+    pub end: &'a [i64],
+    /// Width of a head, where the graph does not fix it.
+    pub head_dim: Option<usize>,
+}
+
+/// One graph from pictures and prompt to the ids of the answer, greedily decoded.
+///
+/// Errors: `Error::Unsupported` naming an input or output that the loop cannot compute.
+pub fn generation_graph(graphs: &Graphs<'_>, ids: &TokenIds<'_>) -> Result<Model> {
+    let decoder = Ports::of_decoder(graphs.decoder)?;
+    let mut joined = Joined::default();
+    let part = joined.part("decoder", graphs.decoder)?;
+    let embedding = graphs.embedding.map(|model| Embedding::new(&mut joined, model)).transpose()?;
+    let vision = graphs.vision.map(|model| Ok::<_, Error>((joined.part("vision", model)?, model))).transpose()?;
+    joined.model.producer_name = "interlace".into();
+    joined.model.graph.body.name = "generate".into();
+
+    let input_ids = graph_input(&mut joined, INPUT_IDS, DataType::Int64, &[Dim::Known(1), symbol("sequence")]);
+    let limit = graph_input(&mut joined, MAX_NEW_TOKENS, DataType::Int64, &[]);
+    let end = joined.constant("end_ids", Tensor::from_i64(&[ids.end.len() as u64], ids.end));
+    let mut main = Scope::new(&mut joined);
+    let mut rows = None;
+    if let Some(embedding) = &embedding {
+        let own = embedding.rows(&mut main, "prompt", input_ids)?;
+        rows = Some(match &vision {
+            None => own,
+            Some((part, model)) => {
+                let rows = Rows {
+                    ids: input_ids,
+                    values: own,
+                    dtype: embedding.output.dtype,
+                    width: embedding.output.width(),
+                };
+                with_features(&mut main, part, model, ids.image, &rows)?
+            }
+        });
+    } else if vision.is_some() {
+        return Err(Error::unsupported(
+            "the decoder",
+            "embeds token ids itself, so features of pictures cannot be added",
+        )
+        .remedy("export the decoder with `inputs_embeds` and the embedding as a graph of its own"));
+    }
+    if ids.end.is_empty() {
+        return Err(Error::unsupported("`generation_config.json`", "names no end token, so no answer would end")
+            .remedy("add `eos_token_id`"));
+    }
+    let start = Carried::start(&mut main, &decoder, input_ids, rows, ids.head_dim)?;
+    let tokens = answer_loop(&mut main, &decoder, &part, embedding.as_ref(), &start, (limit, end))?;
+    let output = without_end(&mut main, tokens, (end, ids.end.len()));
+    let nodes = main.nodes;
+    let graph = &mut joined.model.graph;
+    graph.values[output.index()].name = GENERATED_IDS.into();
+    graph.values[output.index()].ty = Some(tensor(DataType::Int64, &[symbol("answer")]));
+    graph.body.nodes.extend(nodes);
+    graph.body.outputs.push(output);
+    crate::ir::check(&joined.model)?;
+    Ok(joined.model)
+}
+
+fn symbol(name: &str) -> Dim {
+    Dim::Symbol(name.into())
+}
+
+fn tensor(dtype: DataType, shape: &[Dim]) -> ValueType {
+    ValueType::Tensor { dtype, shape: Some(shape.to_vec()) }
+}
+
+fn graph_input(joined: &mut Joined, name: &str, dtype: DataType, shape: &[Dim]) -> ValueId {
+    let id = joined.value(name);
+    joined.model.graph.values[id.index()].ty = Some(tensor(dtype, shape));
+    joined.model.graph.body.inputs.push(id);
+    id
+}
+
+/// Inputs of a graph that are no weights, with their kinds.
+fn inputs_of(name: &str, model: &Model) -> Result<Vec<(ValueId, Input)>> {
+    let graph = &model.graph;
+    let open: Vec<ValueId> =
+        graph.body.inputs.iter().copied().filter(|&id| graph.body.initializer(id).is_none()).collect();
+    let port = |&id: &ValueId| {
+        Port::of_value(graph, id)
+            .ok_or_else(|| Error::unsupported(format!("input `{}`", graph.name(id)), "declares no type and rank"))
+    };
+    let ports = open.iter().map(port).collect::<Result<Vec<_>>>()?;
+    let inputs = Input::all(&format!("graph `{name}`"), &ports)?;
+    Ok(open.into_iter().zip(inputs).collect())
+}
+
+/// The decoder's inputs and outputs.
+struct Ports {
+    inputs: Vec<(ValueId, Input)>,
+    /// Cache inputs with the positions of their outputs in the graph's signature.
+    caches: Vec<(ValueId, Port, usize)>,
+    /// Position of the logits in the graph's outputs.
+    logits: usize,
+    logits_type: DataType,
+}
+
+impl Ports {
+    /// Errors: `Error::Unsupported` for an input that the loop cannot compute, or without a cache.
+    fn of_decoder(model: &Model) -> Result<Self> {
+        let graph = &model.graph;
+        let analysis = analysis::analyse(model)?;
+        let name = |id: ValueId| analysis.model.graph.name(id).to_string();
+        let pairs = analysis.map.layers.iter().flat_map(|layer| &layer.ports);
+        let pairs: HashMap<String, String> =
+            pairs.filter_map(|port| Some((name(port.past?), name(port.present?)))).collect();
+        let place = |name: &str| graph.body.outputs.iter().position(|&id| graph.name(id) == name);
+        let mut caches = Vec::new();
+        let mut inputs = Vec::new();
+        for (id, input) in inputs_of("decoder", model)? {
+            match input.kind() {
+                InputKind::InputsEmbeds
+                | InputKind::InputIds
+                | InputKind::AttentionMask
+                | InputKind::CachePosition
+                | InputKind::UseCacheBranch
+                | InputKind::LogitsToKeep => inputs.push((id, input)),
+                InputKind::PositionIds if input.port.rank() == 2 => inputs.push((id, input)),
+                InputKind::Past => {
+                    let present = pairs.get(graph.name(id)).and_then(|present| place(present));
+                    let present = present.ok_or_else(|| refused(&input.port, "has no output that continues it"))?;
+                    caches.push((id, input.port, present));
+                }
+                _ => return Err(refused(&input.port, "is not computed inside a loop")),
+            }
+        }
+        if caches.is_empty() {
+            return Err(Error::unsupported("the decoder", "has no cache inputs, so a loop cannot continue a prompt")
+                .remedy("export the decoder with its cache"));
+        }
+        let logits = place("logits").ok_or_else(|| {
+            Error::unsupported("the decoder", "has no output `logits`").remedy("name its output of logits `logits`")
+        })?;
+        let logits_type = Port::of_value(graph, graph.body.outputs[logits]).map_or(DataType::Float, |port| port.dtype);
+        Ok(Ports { inputs, caches, logits, logits_type })
+    }
+
+    fn reads(&self, kind: InputKind) -> Option<&Port> {
+        self.inputs.iter().find(|(_, input)| input.kind() == kind).map(|(_, input)| &input.port)
+    }
+}
+
+fn refused(port: &Port, problem: &str) -> Error {
+    Error::unsupported(format!("input {}", port.described()), problem)
+        .remedy("use the components of another target, with a loop outside of the graph")
+}
+
+/// The token embedding.
+struct Embedding<'a> {
+    part: Part<'a>,
+    input: (ValueId, DataType),
+    /// The embeddings.
+    output: Port,
+}
+
+impl<'a> Embedding<'a> {
+    fn new(joined: &mut Joined, model: &'a Model) -> Result<Self> {
+        let inputs = inputs_of("embed_tokens", model)?;
+        let ids = match &inputs[..] {
+            [(id, input)] if input.kind() == InputKind::InputIds => (*id, input.port.dtype),
+            _ => {
+                let names: Vec<&str> = inputs.iter().map(|(_, input)| input.port.name.as_str()).collect();
+                let problem = format!("reads {}, expected `input_ids` alone", names.join(", "));
+                return Err(
+                    Error::unsupported("the token embedding", problem).remedy("use the components of another target")
+                );
+            }
+        };
+        let output = only_output("the token embedding", model)?;
+        Ok(Embedding { part: joined.part("embedding", model)?, input: ids, output })
+    }
+
+    /// `[1, T, D]` embeddings of `[1, T]` ids.
+    fn rows(&self, scope: &mut Scope<'_>, copy: &str, ids: ValueId) -> Result<ValueId> {
+        let ids = cast(scope, ids, DataType::Int64, self.input.1);
+        let outputs = scope.inline(&self.part, &format!("embedding_{copy}"), &HashMap::from([(self.input.0, ids)]))?;
+        Ok(outputs[0])
+    }
+}
+
+/// The only output of a graph.
+fn only_output(subject: &str, model: &Model) -> Result<Port> {
+    let graph = &model.graph;
+    let [output] = graph.body.outputs[..] else {
+        let names: Vec<&str> = graph.body.outputs.iter().map(|&id| graph.name(id)).collect();
+        return Err(Error::unsupported(subject, format!("gives {}, expected one output", names.join(", ")))
+            .remedy("use the components of another target"));
+    };
+    Port::of_value(graph, output)
+        .ok_or_else(|| Error::unsupported(format!("output `{}`", graph.name(output)), "declares no type and rank"))
+}
+
+/// A cast, unless the types are equal.
+fn cast(scope: &mut Scope<'_>, value: ValueId, from: DataType, to: DataType) -> ValueId {
+    match from == to {
+        true => value,
+        false => scope.op("cast", "Cast", &[value], &[("to", AttributeKind::Int(to as i64))]),
+    }
+}
+
+fn ints(scope: &mut Scope<'_>, name: &str, values: &[i64]) -> ValueId {
+    scope.joined.constant(name, Tensor::from_i64(&[values.len() as u64], values))
+}
+
+fn scalar(scope: &mut Scope<'_>, name: &str, value: i64) -> ValueId {
+    scope.joined.constant(name, Tensor::from_i64(&[], &[value]))
+}
+
+/// True, as a scalar, if any element of a tensor of bools is.
+fn any(scope: &mut Scope<'_>, flags: ValueId) -> ValueId {
+    let numbers = cast(scope, flags, DataType::Bool, DataType::Int64);
+    let most = scope.op("most", "ReduceMax", &[numbers], &[("keepdims", AttributeKind::Int(0))]);
+    let zero = scalar(scope, "zero", 0);
+    scope.op("any", "Greater", &[most, zero], &[])
+}
+
+/// The embeddings of a prompt.
+struct Rows {
+    /// `[1, T]` token ids.
+    ids: ValueId,
+    /// `[1, T, D]` embeddings.
+    values: ValueId,
+    dtype: DataType,
+    /// `D`, where the graph fixes it.
+    width: Option<usize>,
+}
+
+/// The embeddings with the features of the pictures at the image tokens. Without image tokens the vision encoder does
+/// not run.
+fn with_features(
+    scope: &mut Scope<'_>,
+    part: &Part<'_>,
+    model: &Model,
+    image: Option<i64>,
+    rows: &Rows,
+) -> Result<ValueId> {
+    let image = image.ok_or_else(|| {
+        Error::invalid("`config.json`", "names no image token").remedy("add `image_token_id` to `config.json`")
+    })?;
+    let mut bound = HashMap::new();
+    for (id, input) in inputs_of("vision_encoder", model)? {
+        let InputKind::Image(_) = input.kind() else {
+            return Err(refused(&input.port, "is no array of pictures"));
+        };
+        let name = input.port.name.as_str();
+        bound.insert(id, graph_input(scope.joined, name, input.port.dtype, &input.port.shape));
+    }
+    let output = only_output("the vision encoder", model)?;
+    let width = output.width().or(rows.width).ok_or_else(|| {
+        Error::unsupported("the vision encoder", "does not declare the width of its features")
+            .remedy("export it with a fixed width")
+    })?;
+    let image = scalar(scope, "image_id", image);
+    let is_image = scope.op("is_image", "Equal", &[rows.ids, image], &[]);
+    let pictured = any(scope, is_image);
+    let shape = ints(scope, "rows_of_features", &[-1, width as i64]);
+
+    let mut with = Scope::new(&mut *scope.joined);
+    let features = with.inline(part, "vision_encoder", &bound)?[0];
+    let features = with.op("features", "Reshape", &[features, shape], &[]);
+    let features = cast(&mut with, features, output.dtype, rows.dtype);
+    let places = with.op("places", "NonZero", &[is_image], &[]);
+    let places = with.op("places", "Transpose", &[places], &[("perm", AttributeKind::Ints(vec![1, 0]))]);
+    let merged = with.op("merged", "ScatterND", &[rows.values, places, features], &[]);
+    let with = Body { name: "with_pictures".into(), nodes: with.nodes, outputs: vec![merged], ..Body::default() };
+    let mut without = Scope::new(&mut *scope.joined);
+    let same = without.op("text", "Identity", &[rows.values], &[]);
+    let without = Body { name: "text_only".into(), nodes: without.nodes, outputs: vec![same], ..Body::default() };
+    let embedded = scope.joined.value("embedded");
+    scope.control("If", &[pictured], &[embedded], vec![("then_branch", with), ("else_branch", without)]);
+    Ok(embedded)
+}
+
+/// The loop's state before an iteration, in a fixed order: ids or embeddings, mask, position, caches.
+struct Carried {
+    ids: Option<ValueId>,
+    rows: Option<ValueId>,
+    /// `[1, past + T]` of int64.
+    mask: ValueId,
+    /// `[1, T]` of int64.
+    positions: ValueId,
+    caches: Vec<ValueId>,
+}
+
+impl Carried {
+    /// The whole prompt with an empty cache.
+    fn start(
+        scope: &mut Scope<'_>,
+        decoder: &Ports,
+        input_ids: ValueId,
+        rows: Option<ValueId>,
+        head_dim: Option<usize>,
+    ) -> Result<Self> {
+        let shape = scope.op("prompt_shape", "Shape", &[input_ids], &[]);
+        let one = Tensor::from_i64(&[1], &[1]);
+        let mask = scope.op("mask", "ConstantOfShape", &[shape], &[("value", AttributeKind::Tensor(one))]);
+        let (zero, step, row) = (scalar(scope, "zero", 0), scalar(scope, "one", 1), ints(scope, "row", &[1, -1]));
+        let axis = scalar(scope, "time_axis", 1);
+        let length = scope.op("prompt_length", "Gather", &[shape, axis], &[]);
+        let range = scope.op("range", "Range", &[zero, length, step], &[]);
+        let positions = scope.op("positions", "Reshape", &[range, row], &[]);
+        let mut caches = Vec::new();
+        for (_, port, _) in &decoder.caches {
+            let shape = empty_shape(port, head_dim)?;
+            let shape = ints(scope, "empty_cache", &shape);
+            let bytes = vec![0; port.dtype.byte_len(1).unwrap_or(8) as usize];
+            let value = Tensor::from_bytes(port.dtype, &[1], bytes);
+            caches.push(scope.op("cache", "ConstantOfShape", &[shape], &[("value", AttributeKind::Tensor(value))]));
+        }
+        let reads_ids = decoder.reads(InputKind::InputIds).is_some();
+        if decoder.reads(InputKind::InputsEmbeds).is_some() && rows.is_none() {
+            return Err(Error::unsupported("the model", "has no token embedding as a graph of its own")
+                .remedy("add it to the model's folder as `embed_tokens.onnx`"));
+        }
+        let rows = rows.filter(|_| decoder.reads(InputKind::InputsEmbeds).is_some());
+        Ok(Carried { ids: reads_ids.then_some(input_ids), rows, mask, positions, caches })
+    }
+
+    /// All values in order.
+    fn values(&self) -> Vec<ValueId> {
+        let first = self.ids.iter().chain(&self.rows).copied();
+        first.chain([self.mask, self.positions]).chain(self.caches.iter().copied()).collect()
+    }
+
+    /// The body's inputs for this state.
+    fn inside(&self, joined: &mut Joined, decoder: &Ports, rows: DataType) -> Carried {
+        let mut input = |name: &str, dtype: DataType, rank: usize| {
+            let id = joined.value(name);
+            joined.model.graph.values[id.index()].ty = Some(tensor(dtype, &vec![Dim::Unknown; rank]));
+            id
+        };
+        Carried {
+            ids: self.ids.map(|_| input("step_ids", DataType::Int64, 2)),
+            rows: self.rows.map(|_| input("step_embeds", rows, 3)),
+            mask: input("step_mask", DataType::Int64, 2),
+            positions: input("step_positions", DataType::Int64, 2),
+            caches: decoder.caches.iter().map(|(_, port, _)| input("step_past", port.dtype, port.rank())).collect(),
+        }
+    }
+}
+
+/// The shape of a cache before the first token, for a batch of one.
+fn empty_shape(port: &Port, head_dim: Option<usize>) -> Result<Vec<i64>> {
+    let size = |axis: usize| match (axis, port.fixed_size(axis)) {
+        (0, None | Some(1)) => Some(1),
+        (0, Some(_)) => None,
+        (_, Some(size)) => Some(size as i64),
+        (2, None) if port.rank() == 4 => Some(0),
+        (3, None) if port.rank() == 4 => head_dim.map(|size| size as i64),
+        _ => None,
+    };
+    let shape: Option<Vec<i64>> = (0..port.rank()).map(size).collect();
+    shape.ok_or_else(|| refused(port, "has no fixed number of heads, head size, or batch of one"))
+}
+
+/// Runs the decoder until it gives an end token or `limit` tokens; `[N, 1]` tokens.
+fn answer_loop(
+    scope: &mut Scope<'_>,
+    decoder: &Ports,
+    part: &Part<'_>,
+    embedding: Option<&Embedding<'_>>,
+    start: &Carried,
+    (limit, end): (ValueId, ValueId),
+) -> Result<ValueId> {
+    let begun = scope.joined.constant("begun", Tensor::from_bytes(DataType::Bool, &[], vec![1u8]));
+    let here =
+        start.inside(scope.joined, decoder, embedding.map_or(DataType::Float, |embedding| embedding.output.dtype));
+    let (iteration, condition) = (scope.joined.value("iteration"), scope.joined.value("condition"));
+    for (id, dtype) in [(iteration, DataType::Int64), (condition, DataType::Bool)] {
+        scope.joined.model.graph.values[id.index()].ty = Some(tensor(dtype, &[]));
+    }
+    let mut body = Scope::new(&mut *scope.joined);
+    let embeds = embedding.map(|embedding| embedding.output.dtype);
+    let bound = fed(&mut body, decoder, &here, iteration, embeds);
+    let outputs = body.inline(part, "step", &bound)?;
+    let (token, goes_on) = chosen(&mut body, outputs[decoder.logits], decoder.logits_type, end);
+    let answer = flat(&mut body, token);
+    let rows = match (embedding, here.rows) {
+        (Some(embedding), Some(_)) => Some(embedding.rows(&mut body, "step", token)?),
+        _ => None,
+    };
+    let ones = body.joined.constant("ones", Tensor::from_i64(&[1, 1], &[1]));
+    let along_time = [("axis", AttributeKind::Int(1))];
+    let (last, one) = (ints(&mut body, "last", &[-1]), ints(&mut body, "one", &[1]));
+    let position = body.op("position", "Gather", &[here.positions, last], &along_time);
+    let next = Carried {
+        ids: here.ids.map(|_| token),
+        rows,
+        mask: body.op("next_mask", "Concat", &[here.mask, ones], &along_time),
+        positions: body.op("next_position", "Add", &[position, one], &[]),
+        caches: decoder.caches.iter().map(|(_, _, present)| outputs[*present]).collect(),
+    };
+    let nodes = body.nodes;
+    let inputs = [vec![iteration, condition], here.values()].concat();
+    let outputs = [vec![goes_on], next.values(), vec![answer]].concat();
+    let body = Body { name: "decode".into(), inputs, outputs, nodes, ..Body::default() };
+    let mut after: Vec<ValueId> = start.values().iter().map(|_| scope.joined.value("after")).collect();
+    let tokens = scope.joined.value("tokens");
+    after.push(tokens);
+    let given = [vec![limit, begun], start.values()].concat();
+    scope.control("Loop", &given, &after, vec![("body", body)]);
+    Ok(tokens)
+}
+
+/// Values for the decoder's inputs in one iteration.
+fn fed(
+    body: &mut Scope<'_>,
+    decoder: &Ports,
+    here: &Carried,
+    iteration: ValueId,
+    embeds: Option<DataType>,
+) -> HashMap<ValueId, ValueId> {
+    let mut bound = HashMap::new();
+    for (id, input) in &decoder.inputs {
+        let (dtype, rank) = (input.port.dtype, input.port.rank());
+        let (value, from) = match input.kind() {
+            InputKind::InputsEmbeds => (here.rows.unwrap_or(here.mask), embeds.unwrap_or(dtype)),
+            InputKind::InputIds => (here.ids.unwrap_or(here.mask), DataType::Int64),
+            InputKind::AttentionMask => (here.mask, DataType::Int64),
+            InputKind::PositionIds => (here.positions, DataType::Int64),
+            InputKind::CachePosition => (flat(body, here.positions), DataType::Int64),
+            InputKind::LogitsToKeep => {
+                let one = ints(body, "one_position", &[1]);
+                (of_rank(body, one, rank), DataType::Int64)
+            }
+            _ => {
+                let zero = scalar(body, "zero", 0);
+                let later = body.op("later", "Greater", &[iteration, zero], &[]);
+                (of_rank(body, later, rank), DataType::Bool)
+            }
+        };
+        bound.insert(*id, cast(body, value, from, dtype));
+    }
+    bound.extend(decoder.caches.iter().zip(&here.caches).map(|((id, ..), &past)| (*id, past)));
+    bound
+}
+
+/// The likeliest token behind the last position, `[1, 1]`, and whether it is no end token.
+fn chosen(body: &mut Scope<'_>, logits: ValueId, dtype: DataType, end: ValueId) -> (ValueId, ValueId) {
+    let (last, cell) = (ints(body, "last", &[-1]), ints(body, "cell", &[1, 1]));
+    let logits = body.op("last_logits", "Gather", &[logits, last], &[("axis", AttributeKind::Int(1))]);
+    let logits = cast(body, logits, dtype, DataType::Float);
+    let along = [("axis", AttributeKind::Int(-1)), ("keepdims", AttributeKind::Int(0))];
+    let token = body.op("likeliest", "ArgMax", &[logits], &along);
+    let token = body.op("token", "Reshape", &[token, cell], &[]);
+    let is_end = body.op("is_end", "Equal", &[token, end], &[]);
+    let ended = any(body, is_end);
+    (token, body.op("goes_on", "Not", &[ended], &[]))
+}
+
+/// All elements along one axis.
+fn flat(scope: &mut Scope<'_>, value: ValueId) -> ValueId {
+    let shape = ints(scope, "flat", &[-1]);
+    scope.op("flat", "Reshape", &[value, shape], &[])
+}
+
+/// One element with as many axes as `rank`.
+fn of_rank(scope: &mut Scope<'_>, value: ValueId, rank: usize) -> ValueId {
+    let shape = ints(scope, "shape", &vec![1; rank]);
+    scope.op("shaped", "Reshape", &[value, shape], &[])
+}
+
+/// The tokens but the end token, `[N]`.
+fn without_end(scope: &mut Scope<'_>, tokens: ValueId, end: (ValueId, usize)) -> ValueId {
+    let (end, count) = end;
+    let is_end = scope.op("ends", "Equal", &[tokens, end], &[]);
+    let is_end = cast(scope, is_end, DataType::Bool, DataType::Float);
+    let ones = scope.joined.constant("sum", Tensor::from_f32(&[count as u64, 1], &vec![1.0; count]));
+    let matches = scope.op("matches", "MatMul", &[is_end, ones], &[]);
+    let half = scope.joined.constant("half", Tensor::from_f32(&[], &[0.5]));
+    let is_answer = scope.op("is_answer", "Less", &[matches, half], &[]);
+    let (is_answer, tokens) = (flat(scope, is_answer), flat(scope, tokens));
+    scope.op(GENERATED_IDS, "Compress", &[tokens, is_answer], &[("axis", AttributeKind::Int(0))])
+}

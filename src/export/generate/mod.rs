@@ -1,0 +1,105 @@
+//! One graph that answers: `generate.onnx` turns pictures and a prompt into the ids of the answer with nothing but ONNX
+//! Runtime around it. The components are beside it, over the same file of weights.
+//!
+//! ```text
+//! FOLDER/
+//!   config.json, tokenizer.json ..   as in the model's folder
+//!   onnx/generate.onnx               input_ids [1, T], max_new_tokens, pictures -> generated_ids [N]
+//!   onnx/decoder.onnx ..             the components
+//!   onnx/weights.onnx_data           the weights of all of them, once
+//! ```
+
+mod graph;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use crate::base::{Error, Result};
+use crate::bundle::{AssetKind, Bundle, Component, Role};
+use crate::ir::Model;
+use crate::onnx;
+use crate::rewrite::raise_opset;
+use crate::runtime::headed;
+
+use super::components::{cap_ir_version, chosen, copy, create, size_of};
+use super::record::{ExportSettings, ExportedModel, Written};
+use graph::{Graphs, TokenIds, generation_graph};
+
+const DATA_FILE: &str = "weights.onnx_data";
+const GENERATE_FILE: &str = "generate.onnx";
+
+/// Writes the folder into `root`.
+///
+/// Errors: `Error::Unsupported` naming an input, output or component that the graph cannot have; `Error::Invalid` when
+/// a variant is missing; `Error::Io`.
+pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> Result<Written> {
+    let components = chosen(bundle, settings.variant.as_deref())?;
+    let mut parts: Vec<(&Component, Model)> = Vec::new();
+    for component in components {
+        if component.role.is_carried() {
+            continue;
+        }
+        parts.push((component, onnx::load(&bundle.path_of(component))?));
+    }
+    let of = |role: Role| parts.iter().find(|(component, _)| component.role == role);
+    let (component, decoder) = of(Role::Decoder).ok_or_else(|| {
+        Error::unsupported("the model", "has no decoder that takes both a prompt and a cache")
+            .remedy("export its decoder as one graph")
+    })?;
+    if let Some((projector, _)) = of(Role::Projector) {
+        return Err(Error::unsupported(
+            format!("`{}`", projector.file),
+            "is a projector of its own, which is not joined",
+        )
+        .remedy("export it within the vision encoder"));
+    }
+    let decoder = headed(bundle, decoder.clone())?;
+    let (embedding, vision) = (of(Role::EmbedTokens), of(Role::VisionEncoder));
+    let all = [Some(&decoder), embedding.map(|(_, model)| model), vision.map(|(_, model)| model)];
+    let opset = all.iter().flatten().filter_map(|model| model.opset_imports.get("")).max().copied().unwrap_or(1);
+    let decoder = raise_opset(&decoder, opset)?;
+    let embedding = embedding.map(|(_, model)| raise_opset(model, opset)).transpose()?;
+    let vision = vision.map(|(_, model)| raise_opset(model, opset)).transpose()?;
+    let config = bundle.config();
+    let graphs = Graphs { decoder: &decoder, embedding: embedding.as_ref(), vision: vision.as_ref() };
+    let ids = TokenIds {
+        image: config.and_then(|config| config.image_token_id),
+        end: config.map_or(&[], |config| &config.eos_token_ids),
+        head_dim: config.and_then(|config| config.head_size()),
+    };
+    let mut generate = generation_graph(&graphs, &ids)?;
+    let folder = root.join("onnx");
+    create(&folder)?;
+    let mut files: Vec<(String, &mut Model)> = vec![(GENERATE_FILE.to_string(), &mut generate)];
+    let mut sources = vec![*component];
+    for (component, model) in &mut parts {
+        let stem = component.stem.rsplit('/').next().unwrap_or(&component.stem);
+        files.push((format!("{stem}.onnx"), model));
+        sources.push(component);
+    }
+    if let Some(version) = settings.max_ir_version {
+        for (name, model) in &mut files {
+            cap_ir_version(name, model, version)?;
+        }
+    }
+    let written: Vec<(&str, &Model)> = files.iter().map(|(name, model)| (name.as_str(), &**model)).collect();
+    let data = onnx::save_sharing(&folder, &written, DATA_FILE)?;
+    let mut models = BTreeMap::new();
+    for ((name, model), source) in written.iter().zip(sources) {
+        let own = data.iter().map(String::as_str).filter(|_| *name == GENERATE_FILE);
+        let size_bytes = size_of(&folder, own.chain([*name]))?;
+        if models.insert(format!("onnx/{name}"), ExportedModel::new(source, model, size_bytes)).is_some() {
+            return Err(Error::invalid(format!("`onnx/{name}`"), "names two components")
+                .remedy("give the components different file names"));
+        }
+    }
+    let mut files = BTreeMap::new();
+    for asset in bundle.assets() {
+        if matches!(asset.kind, AssetKind::Config | AssetKind::Tokenizer) {
+            copy(bundle, asset, root, asset.file.clone(), &mut files)?;
+        }
+    }
+    let notes =
+        vec![format!("sizes of components other than {GENERATE_FILE} are without {DATA_FILE}, which all share")];
+    Ok(Written { settings: settings.clone(), models, files, notes, inputs: BTreeMap::new(), weights: None })
+}

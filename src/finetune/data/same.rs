@@ -1,0 +1,90 @@
+//! Compares the computations of two graphs.
+
+use std::collections::HashMap;
+
+use crate::ir::{AttributeKind, DataType, Graph, Node, ValueId};
+
+/// True when two graphs compute the same: the same operators in the same order, with equal attributes, wired alike, and
+/// initializers of the same bytes. Nodes with bodies count as different.
+pub(super) fn same_computation(a: &Graph, b: &Graph) -> bool {
+    let (left, right) = (wired(a), wired(b));
+    let alike = |((x, from), (y, to)): (&(&Node, Vec<Wire<'_>>), &(&Node, Vec<Wire<'_>>))| {
+        (&x.domain, &x.op_type, &x.overload) == (&y.domain, &y.op_type, &y.overload)
+            && from == to
+            && x.outputs.len() == y.outputs.len()
+            && x.attributes.len() == y.attributes.len()
+            && x.attributes.iter().all(|(name, one)| {
+                let other = y.attributes.iter().find(|(other, _)| other == name);
+                other.is_some_and(|(_, other)| same_attribute(&one.kind, &other.kind))
+            })
+    };
+    left.len() == right.len() && left.iter().zip(&right).all(alike)
+}
+
+/// Source of a node's input.
+#[derive(PartialEq)]
+enum Wire<'a> {
+    Absent,
+    Weight(DataType, &'a [u64], &'a [u8]),
+    /// Number of the value among the graph's inputs and the outputs of its nodes, in order.
+    Value(Option<usize>),
+}
+
+/// The nodes of a graph with the sources of their inputs.
+fn wired(graph: &Graph) -> Vec<(&Node, Vec<Wire<'_>>)> {
+    let made = graph.body.nodes.iter().flat_map(|node| node.outputs.iter().flatten());
+    let numbers: HashMap<ValueId, usize> =
+        graph.body.inputs.iter().chain(made).enumerate().map(|(number, &id)| (id, number)).collect();
+    let wire = |input: &Option<ValueId>| match input.map(|id| (id, graph.body.initializer(id))) {
+        None => Wire::Absent,
+        Some((_, Some(weight))) => Wire::Weight(weight.dtype, &weight.dims, weight.bytes()),
+        Some((id, None)) => Wire::Value(numbers.get(&id).copied()),
+    };
+    graph.body.nodes.iter().map(|node| (node, node.inputs.iter().map(wire).collect())).collect()
+}
+
+fn same_attribute(a: &AttributeKind, b: &AttributeKind) -> bool {
+    use AttributeKind::{Float, Floats, Int, Ints, String, Strings, Tensor};
+    match (a, b) {
+        (Int(a), Int(b)) => a == b,
+        (Float(a), Float(b)) => a.to_bits() == b.to_bits(),
+        (String(a), String(b)) => a == b,
+        (Ints(a), Ints(b)) => a == b,
+        (Floats(a), Floats(b)) => a.iter().map(|x| x.to_bits()).eq(b.iter().map(|x| x.to_bits())),
+        (Strings(a), Strings(b)) => a == b,
+        (Tensor(a), Tensor(b)) if a.dtype != DataType::String => {
+            (a.dtype, &a.dims, a.bytes()) == (b.dtype, &b.dims, b.bytes())
+        }
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ir::Attribute;
+    use crate::onnx;
+
+    fn decoder() -> Graph {
+        let path =
+            std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model/onnx/decoder_model_merged.onnx");
+        onnx::load(&path).unwrap().graph
+    }
+
+    #[test]
+    fn a_changed_attribute_or_wire_makes_another_computation() {
+        let graph = decoder();
+        assert!(same_computation(&graph, &graph.clone()));
+        let mut changed = graph.clone();
+        let node = changed.body.nodes.iter_mut().find(|node| node.op_type == "Softmax").unwrap();
+        for (_, attribute) in &mut node.attributes {
+            *attribute = Attribute::from(AttributeKind::Int(0));
+        }
+        assert!(!same_computation(&graph, &changed));
+        let mut crossed = graph.clone();
+        let mut adds = crossed.body.nodes.iter_mut().filter(|node| node.op_type == "Sub" || node.op_type == "MatMul");
+        let node = adds.find(|node| node.inputs[0] != node.inputs[1]).unwrap();
+        node.inputs.swap(0, 1);
+        assert!(!same_computation(&graph, &crossed));
+    }
+}

@@ -1,0 +1,171 @@
+//! The memory and disk of a run, item by item.
+
+use crate::finetune::optim::state_bytes;
+use crate::finetune::settings::{Precision, Settings};
+
+use super::planned::{Order, Phase, Place, PlannedBytes, PlannedData};
+use super::run_plan::{Facts, RunPlan};
+use super::{PROCESS_BYTES, WINDOW_BYTES};
+
+/// Number of f32 copies of the logits that cross-entropy and its backward pass hold.
+const LOGIT_COPIES: u64 = 4;
+
+impl RunPlan {
+    /// Lists every item anew, and sums them.
+    pub(super) fn measure(&mut self, facts: &Facts<'_>) {
+        self.bytes = items(self, facts);
+        let of = |phase: Phase| -> u64 {
+            let own = self.bytes.iter().filter(|item| item.place == Place::Memory && item.phase == phase);
+            own.map(|item| item.bytes).sum()
+        };
+        self.memory_bytes = [Phase::Teacher, Phase::Fit, Phase::Steps].map(of).into_iter().max().unwrap_or(0);
+        let disk = self.bytes.iter().filter(|item| item.place == Place::Disk);
+        self.disk_bytes = disk.map(|item| item.bytes).sum();
+    }
+}
+
+/// Lists every item of memory and disk.
+fn items(plan: &RunPlan, facts: &Facts<'_>) -> Vec<PlannedBytes> {
+    let Facts { settings, sizes, .. } = facts;
+    let mut items = Vec::new();
+    let mut add = |phase: Phase, place: Place, what: &str, bytes: u64, formula: String| {
+        if bytes > 0 {
+            items.push(PlannedBytes { what: what.to_string(), phase, place, bytes, formula });
+        }
+    };
+    let frozen = if plan.frozen_as_stored { sizes.frozen_bytes } else { sizes.widened_bytes };
+    let form = if plan.frozen_as_stored { "as in the file, once" } else { "in f32, once" };
+    let elements = sizes.trained_elements();
+    let workers = plan.workers;
+    let now = match plan.order {
+        // Only one layer's state is held at a time.
+        Order::LayerByLayer => elements.div_ceil(facts.layers.len().max(1) as u64),
+        _ => elements,
+    };
+    if plan.frozen_before > 0 || facts.teacher_bytes > 0 {
+        let bytes = sizes.prefix_bytes.max(facts.teacher_bytes);
+        add(
+            Phase::Teacher,
+            Place::Memory,
+            "ONNX Runtime's weights",
+            bytes,
+            "frozen layers before, or the dense model".into(),
+        );
+        if plan.streamed {
+            // The models remain loaded during the steps.
+            let dense = if plan.targets.len() > 1 { facts.teacher_bytes } else { 0 };
+            let formula = "rows are computed between steps".to_string();
+            add(Phase::Steps, Place::Memory, "ONNX Runtime's weights", sizes.prefix_bytes.max(dense), formula);
+        }
+    }
+    for phase in [Phase::Fit, Phase::Steps] {
+        if phase == Phase::Fit && plan.fit.is_none() || phase == Phase::Steps && plan.stages.is_empty() {
+            continue;
+        }
+        add(phase, Place::Memory, "frozen weights", frozen, form.to_string());
+        add(phase, Place::Memory, "trained weights", 4 * elements, format!("4 x {elements}"));
+        add(
+            phase,
+            Place::Memory,
+            "fitted weights",
+            4 * sizes.written,
+            format!("4 x {}, which no step moves", sizes.written),
+        );
+        if plan.frozen_as_stored {
+            let (kind, part) = if plan.precision == Precision::Bf16 { ("bf16", 2) } else { ("f32", 1) };
+            let copies = sizes.layer_widened_bytes.max(sizes.head_widened_bytes) / part;
+            let formula = format!("{kind} copies of one layer's weights, or of the head's");
+            add(phase, Place::Memory, "weights in use", workers * copies, formula);
+        }
+        add(phase, Place::Memory, "process", PROCESS_BYTES, "code, graph, file buffers".into());
+    }
+    if let Some(fit) = &plan.fit {
+        let each = super::sum_bytes(fit.widest, sizes.hidden_size);
+        let normal = each * fit.widest * (fit.widest + sizes.hidden_size);
+        add(
+            Phase::Fit,
+            Place::Memory,
+            "normal matrices",
+            2 * normal,
+            format!("{0} x {1} x ({1} + {2})", 2 * each, fit.widest, sizes.hidden_size),
+        );
+        add(Phase::Fit, Place::Memory, "solver", 16 * fit.widest * fit.widest, format!("16 x {0} x {0}", fit.widest));
+        let held = 6 * fit.tokens * sizes.hidden_size;
+        add(
+            Phase::Fit,
+            Place::Memory,
+            "streams of the fit",
+            held,
+            format!("6 x {} x {}", fit.tokens, sizes.hidden_size),
+        );
+    }
+    if !plan.stages.is_empty() {
+        // Without checkpointing a pass has the gradients of all weights before they are added to those of earlier passes.
+        let each = if plan.gradient_checkpointing || passes_per_step(plan, settings) <= 1 { 4 } else { 8 };
+        let formula = format!("{each} x {now} x {workers} networks");
+        add(Phase::Steps, Place::Memory, "gradients", each * now * workers, formula);
+        if plan.precision == Precision::Bf16 {
+            let run = if plan.gradient_checkpointing { facts.layers.len().max(1) as u64 } else { 1 };
+            let (bytes, formula) = (2 * now.div_ceil(run), format!("2 x {}", now.div_ceil(run)));
+            add(Phase::Steps, Place::Memory, "trained weights in bf16", bytes * workers, formula);
+        }
+        // In 128 bits: bytes times elements of two billion parameters do not fit into 64.
+        let all = u128::from(state_bytes(settings.optimizer.kind, &sizes.trained));
+        let state = u64::try_from(all * u128::from(now) / u128::from(elements.max(1))).unwrap_or(u64::MAX);
+        add(Phase::Steps, Place::Memory, "optimiser state", state, "moments of each trained number".into());
+        let mean = if settings.optimizer.average_last > 0.0 { 4 * now } else { 0 };
+        add(Phase::Steps, Place::Memory, "mean of the weights", mean, format!("4 x {now}"));
+        let (bytes, formula) = activations(plan, facts);
+        add(Phase::Steps, Place::Memory, "activations", workers * bytes, formula);
+        let checkpoint = 4 * now
+            + state
+            + mean
+            + 4 * sizes.written
+            + if plan.order == Order::LayerByLayer { 4 * elements } else { 0 };
+        add(Phase::Steps, Place::Disk, "checkpoint", checkpoint, "weights and state".to_string());
+        let (steps, every) =
+            (plan.stages.iter().map(|stage| stage.steps).sum::<u64>(), settings.schedule.checkpoint_every);
+        if steps.saturating_sub(1).checked_div(every).unwrap_or(0) > 1 {
+            let formula = "until the next one is complete".to_string();
+            add(Phase::Steps, Place::Disk, "checkpoint before it", checkpoint, formula);
+        }
+    }
+    if plan.streamed {
+        add(Phase::Steps, Place::Disk, "rows at hand", WINDOW_BYTES, "computed together, longer steps aside".into());
+    }
+    for target in plan.targets.iter().filter(|target| target.written) {
+        add(Phase::Teacher, Place::Disk, &target.what, target.bytes, format!("{} tokens", target.tokens));
+    }
+    items
+}
+
+/// Passes of one network in a step of samples of the usual length.
+fn passes_per_step(plan: &RunPlan, settings: &Settings) -> u64 {
+    let PlannedData { samples, tokens, .. } = plan.data;
+    let tokens = (settings.samples_per_step() as u64).min(samples) * tokens / samples.max(1);
+    tokens.div_ceil((plan.batch_tokens * plan.workers).max(1))
+}
+
+/// Bytes of activations and logits that a pass holds for its backward pass, with the formula.
+fn activations(plan: &RunPlan, facts: &Facts<'_>) -> (u64, String) {
+    let sizes = facts.sizes;
+    let tokens = plan.batch_tokens;
+    let width: u64 = if plan.precision == Precision::Bf16 { 2 } else { 4 };
+    let keys = plan.data.longest_tokens.min(tokens);
+    let layers = sizes.layer_activations.iter().map(|layer| layer.kept.at(keys));
+    let (sum, most) = (layers.clone().sum::<u64>(), layers.max().unwrap_or(0));
+    // The backward pass holds the gradients of a value and of the value it was computed from.
+    let widest = 2 * sizes.layer_activations.iter().map(|layer| layer.widest.at(keys)).max().unwrap_or(0);
+    let kept = widest
+        + match (plan.order, plan.gradient_checkpointing) {
+            (Order::LayerByLayer, _) => most,
+            (_, true) => most + (plan.layers_run + 2) * sizes.hidden_size,
+            (_, false) => sum,
+        };
+    let answers = (tokens * plan.data.answer_tokens).checked_div(plan.data.tokens.max(1)).unwrap_or(tokens);
+    let looks = facts.settings.looks_at_answers();
+    let logits = if looks { 4 * LOGIT_COPIES * answers * sizes.vocabulary } else { 0 };
+    let formula =
+        format!("{width} x {tokens} tokens x {kept} numbers, and 16 x {answers} answers x {}", sizes.vocabulary);
+    (width * tokens * kept + logits, formula)
+}

@@ -1,0 +1,97 @@
+//! Embeds calibration conversations for a decoder whose layers can be switched off.
+
+use crate::analysis;
+use crate::base::{Cancel, Device, Progress, Result};
+use crate::bundle::{Bundle, Role};
+use crate::data::{Dataset, Encoded, Encoder, Intake, LeftOut};
+use crate::onnx;
+use crate::runtime::{FeatureCache, Runtime, SessionOptions, VlmSession, headed};
+
+use super::batch::Conversation;
+use super::switched::{Switched, open};
+
+/// Samples with more tokens are left out; also the default of `score --max-tokens`.
+const MAX_TOKENS: usize = 8192;
+
+/// Conversations that are embedded with a model's own encoders.
+pub struct Embedder<'a> {
+    dataset: &'a Dataset,
+    encoder: Encoder,
+    intake: Intake,
+    model: VlmSession,
+    num_layers: usize,
+    file: String,
+    restarts: bool,
+    cancel: &'a Cancel,
+    /// Ids of the samples so far.
+    pub samples: Vec<String>,
+    pub left_out: LeftOut,
+}
+
+impl<'a> Embedder<'a> {
+    /// Loads the model, its decoder with inputs that switch layers off; `mapped` as in [`open`].
+    ///
+    /// Errors: as `VlmSession::open` and `rewrite::bypass_layers`.
+    pub fn new(
+        bundle: &Bundle,
+        dataset: &'a Dataset,
+        mapped: bool,
+        device: Device,
+        cancel: &'a Cancel,
+    ) -> Result<Self> {
+        let encoder = Encoder::open(bundle, dataset)?;
+        let runtime = Runtime::new(device)?;
+        let component = bundle.require(Role::Decoder)?;
+        let analysis = analysis::analyse(&headed(bundle, onnx::load(&bundle.path_of(component))?)?)?;
+        let head_dim = bundle.config().and_then(|config| config.head_size());
+        let (decoder, restarts) = open(&runtime, &analysis, head_dim, mapped)?;
+        let features = FeatureCache::new(64 << 20);
+        let model = VlmSession::with_decoder(&runtime, bundle, decoder, &SessionOptions::default(), &features)?;
+        Ok(Embedder {
+            dataset,
+            encoder,
+            intake: Intake::new(dataset, bundle, MAX_TOKENS),
+            model,
+            num_layers: analysis.map.layers.len(),
+            file: component.file.clone(),
+            restarts,
+            cancel,
+            samples: Vec::new(),
+            left_out: LeftOut::default(),
+        })
+    }
+
+    /// The samples with these indices, of those that can be used the first with `most_tokens` tokens in all, at least one.
+    ///
+    /// Errors: as `Intake::encoded`; `Error::Engine` when an encoder fails; `Error::Interrupted` on Ctrl-C.
+    pub fn embedded(&mut self, indices: &[usize], most_tokens: usize) -> Result<Vec<Conversation>> {
+        let mut conversations: Vec<Conversation> = Vec::new();
+        let mut tokens = 0;
+        let progress = Progress::new("embed", "samples", indices.len() as u64);
+        let encoder = &self.encoder;
+        for encoded in self.intake.encoded(self.dataset, indices, |sample| encoder.conversation(sample))? {
+            self.cancel.check("nothing is written")?;
+            let encoded: Encoded = encoded?;
+            tokens += encoded.len();
+            if tokens > most_tokens && !conversations.is_empty() {
+                break;
+            }
+            self.samples.push(encoded.id.clone());
+            let answer_mask = encoded.answer_mask.clone();
+            let embedded = self.model.embed(&encoded.into_prompt())?;
+            conversations.push(Conversation { number: conversations.len(), answer_mask, embedded });
+            progress.advance(1);
+        }
+        let left_out = self.intake.left_out();
+        self.left_out.unreadable += left_out.unreadable;
+        self.left_out.too_long += left_out.too_long;
+        self.left_out.reasons.extend(left_out.reasons);
+        Ok(conversations)
+    }
+
+    /// The decoder, when all is embedded.
+    pub fn into_switched(self) -> Switched {
+        let (decoder, cancel) = (self.model.into_decoder(), self.cancel.clone());
+        Switched::new(decoder, self.num_layers, self.file, self.restarts, cancel)
+    }
+}

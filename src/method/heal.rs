@@ -1,0 +1,399 @@
+//! Measures the loss of a decoder without some of its layers after a closed-form fit has made up for them, for strategies
+//! that select by what is left after healing.
+//!
+//! Before a gap of dropped layers `s..e`, layer `s - 1` gives `y = r + a`, where `a` is what its last block adds to the
+//! stream. A linear map `T = I + D` of `a` brings `r + a T` closest to the dense model's stream before layer `e`, over
+//! tokens `t` weighted by `1 / |t|^2`: a ridge regression for `D`. Source: ReplaceMe, arXiv:2505.02819, with a ridge
+//! towards the identity.
+
+use std::collections::BTreeMap;
+
+use ndarray::Array2;
+use rayon::prelude::*;
+
+use crate::base::{Cancel, Device, Error, Progress, Result};
+use crate::bundle::Bundle;
+use crate::data::{Amount, Dataset, LeftOut, Subset};
+use crate::rewrite::{ADDED_OUTPUT_PREFIX, BEHIND_OUTPUT_PREFIX, STREAM_OUTPUT_PREFIX};
+use crate::runtime::{Embedded, Outputs, Step, Tensor};
+
+use super::batch::{Batch, Conversation, grouped};
+use super::embedder::Embedder;
+use super::loss::{LossMeter, Trial};
+use super::ridge::{self, Sums};
+use super::select::MeasureLosses;
+use super::switched::{Maps, Pass};
+
+/// Default number of tokens that a fit looks at.
+pub const FIT_TOKENS: usize = 4096;
+
+/// Of the fit's conversations every fourth is held out, to choose the ridge.
+const HELD_OUT: usize = 4;
+
+/// Bytes of the sums of fits that are made at one time.
+const SUM_BYTES: usize = 1 << 30;
+
+/// Maps that make up for dropped layers.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Compensation {
+    /// By layer of the dense model: the change `D`, `[D, D]`. What the layer's last block adds to the stream, times `I + D`,
+    /// takes its place.
+    pub changes: BTreeMap<usize, Array2<f32>>,
+}
+
+/// Dropped layers `start..end`, all neighbours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Gap {
+    start: usize,
+    end: usize,
+}
+
+impl Gap {
+    /// The gap that contains `layer`, when `dropped` are gone with it.
+    fn around(layer: usize, dropped: &[usize]) -> Gap {
+        let (mut start, mut end) = (layer, layer + 1);
+        while start > 0 && dropped.contains(&(start - 1)) {
+            start -= 1;
+        }
+        while dropped.contains(&end) {
+            end += 1;
+        }
+        Gap { start, end }
+    }
+
+    /// All gaps, ascending.
+    fn all(dropped: &[usize]) -> Vec<Gap> {
+        let mut ascending = dropped.to_vec();
+        ascending.sort_unstable();
+        let mut gaps: Vec<Gap> = ascending.iter().map(|&layer| Gap::around(layer, dropped)).collect();
+        gaps.dedup();
+        gaps
+    }
+}
+
+/// For each gap of dropped layers, ascending, the layer before it; `None` at the start of the network.
+pub fn layers_before_gaps(dropped: &[usize]) -> Vec<Option<usize>> {
+    Gap::all(dropped).into_iter().map(|gap| gap.start.checked_sub(1)).collect()
+}
+
+/// Calibration conversations, a part for the fits and a part for the losses, and one decoder session with inputs that switch
+/// layers off and inputs of maps.
+pub struct HealMeter {
+    meter: LossMeter,
+    fitted: Vec<Batch>,
+    held_out: Vec<Batch>,
+    samples: Vec<String>,
+    left_out: LeftOut,
+    fit_tokens: usize,
+    kept: Option<Kept>,
+}
+
+/// Maps that make up for layers.
+struct Kept {
+    /// Ascending.
+    removed: Vec<usize>,
+    maps: Maps,
+}
+
+impl HealMeter {
+    /// Embeds the drawn conversations, on which losses are measured, and those drawn after them, with at most `fit_tokens`
+    /// tokens, for fits. Where the data has too few for both, half of them are measured.
+    ///
+    /// Errors: as `LossMeter::new`; `Error::Invalid` with fewer than three conversations.
+    pub fn new(
+        bundle: &Bundle,
+        dataset: &Dataset,
+        subset: Subset,
+        fit_tokens: usize,
+        device: Device,
+        cancel: &Cancel,
+    ) -> Result<Self> {
+        let all = dataset.draw(Subset { amount: Amount::All, ..subset })?;
+        let asked = dataset.draw(subset)?.len();
+        let (measured, rest) = all.split_at(asked.min(all.len() / 2).max(1).min(all.len()));
+        let mut embedder = Embedder::new(bundle, dataset, true, device, cancel)?;
+        let conversations = embedder.embedded(measured, usize::MAX)?;
+        let samples = std::mem::take(&mut embedder.samples);
+        let for_fits = embedder.embedded(rest, fit_tokens)?;
+        let left_out = embedder.left_out.clone();
+        let meter = Self::over(LossMeter::over(embedder.into_switched(), conversations)?, for_fits)?;
+        Ok(HealMeter { samples, left_out, ..meter })
+    }
+
+    pub(super) fn over(mut meter: LossMeter, for_fits: Vec<Conversation>) -> Result<Self> {
+        let fixed = meter.switched().fixed_batch();
+        let fit_tokens = for_fits.iter().map(|conversation| conversation.embedded.len()).sum();
+        let count = for_fits.len();
+        let (mut fitted, mut held_out) = (Vec::new(), Vec::new());
+        for (place, conversation) in for_fits.into_iter().enumerate() {
+            let apart = place % HELD_OUT == HELD_OUT - 1 || (place + 1 == count && count < HELD_OUT);
+            if apart { held_out.push(conversation) } else { fitted.push(conversation) }
+        }
+        if fitted.is_empty() || held_out.is_empty() {
+            return Err(Error::invalid(
+                "calibration data",
+                format!("leaves {count} conversations for fits, beside those that losses are measured on"),
+            )
+            .remedy("give at least three conversations or sequences of text, or raise `--fit-tokens`"));
+        }
+        let (fitted, held_out) = (grouped(fitted, fixed, stream_batch)?, grouped(held_out, fixed, stream_batch)?);
+        let (samples, left_out) = (Vec::new(), LeftOut::default());
+        Ok(HealMeter { meter, fitted, held_out, samples, left_out, fit_tokens, kept: None })
+    }
+
+    /// Ids of the samples on which losses are measured.
+    pub fn samples(&self) -> &[String] {
+        &self.samples
+    }
+
+    /// Samples that were drawn but not used.
+    pub fn left_out(&self) -> &LeftOut {
+        &self.left_out
+    }
+
+    /// Number of answer tokens over which a loss is averaged.
+    pub fn answer_tokens(&self) -> usize {
+        self.meter.answer_tokens()
+    }
+
+    /// Number of tokens that the fits look at.
+    pub fn fit_tokens(&self) -> usize {
+        self.fit_tokens
+    }
+
+    /// The most forward passes that a choice of `count` layers makes.
+    pub fn most_passes(&self, count: usize) -> u64 {
+        let layers = self.meter.layer_count();
+        let fit = 2 * (self.fitted.len() + self.held_out.len()) as u64;
+        let round = |gone: usize| {
+            let candidates = (layers - gone) as u64;
+            (candidates + 1) * self.meter.batch_count() + fit * candidates.div_ceil(self.room() as u64)
+        };
+        (0..count.min(layers)).map(round).sum()
+    }
+
+    /// Mean cross-entropy over all answer tokens, in nats, of the decoder without these layers, after the fit; and the fit.
+    ///
+    /// Errors: as `losses`.
+    pub fn loss(&mut self, removed: &[usize]) -> Result<(f64, Compensation)> {
+        let maps = self.compensated(removed)?;
+        let loss = self.meter.loss_with(removed, &maps)?;
+        Ok((loss, Compensation { changes: arrays(&maps)? }))
+    }
+
+    /// The loss without these layers and without a fit.
+    ///
+    /// Errors: as `losses`.
+    pub fn loss_without_fit(&mut self, removed: &[usize]) -> Result<f64> {
+        self.meter.loss(removed)
+    }
+
+    /// Maps for all gaps, from the first to the last, each fitted on the stream behind those before it.
+    fn compensated(&mut self, removed: &[usize]) -> Result<Maps> {
+        let mut maps = Maps::new();
+        for gap in Gap::all(removed) {
+            if let Some((layer, map)) = self.fit(removed, &maps, &[gap])?.pop().flatten() {
+                maps.insert(layer, map);
+            }
+        }
+        Ok(maps)
+    }
+
+    /// For each gap the layer before it and its map in place of that in `maps`. A gap before which there is no layer, or
+    /// which no map makes smaller on what is held out, has none.
+    fn fit(&mut self, removed: &[usize], maps: &Maps, gaps: &[Gap]) -> Result<Vec<Option<(usize, Tensor)>>> {
+        let mut found = Vec::with_capacity(gaps.len());
+        for gaps in gaps.chunks(self.room()) {
+            let mut sums: Vec<Option<(Sums, Sums)>> = gaps.iter().map(|_| None).collect();
+            for (apart, count) in [(false, self.fitted.len()), (true, self.held_out.len())] {
+                for number in 0..count {
+                    let rows = self.rows(removed, maps, gaps, (apart, number))?;
+                    sums.par_iter_mut().zip(rows).for_each(|(sums, rows)| {
+                        let Some(Rows { added, rest }) = rows else { return };
+                        let width = added.ncols();
+                        let (fitted, held_out) =
+                            sums.get_or_insert_with(|| (Sums::new(width, width), Sums::new(width, width)));
+                        if apart { held_out } else { fitted }.add(&added, &rest);
+                    });
+                }
+            }
+            let solved: Result<Vec<Option<Array2<f32>>>> = sums
+                .into_par_iter()
+                .map(|sums| sums.map_or(Ok(None), |(fitted, held_out)| ridge::solve(fitted, &held_out)))
+                .collect();
+            for (gap, change) in gaps.iter().zip(solved?) {
+                let (Some(layer), Some(mut change)) = (gap.start.checked_sub(1), change) else {
+                    found.push(None);
+                    continue;
+                };
+                if let Some(before) = maps.get(&layer) {
+                    change += &matrix(before)?;
+                }
+                found.push(Some((layer, tensor(change)?)));
+            }
+        }
+        Ok(found)
+    }
+
+    /// How many fits are made at one time.
+    fn room(&self) -> usize {
+        // Two sums of two matrices each, in f64. A graph that does not fix its width is taken for a large model.
+        let each = 32 * self.meter.stream_width().unwrap_or(4096).pow(2);
+        (SUM_BYTES / each).max(1)
+    }
+
+    /// The rows of one batch for each gap, weighted.
+    fn rows(
+        &mut self,
+        removed: &[usize],
+        maps: &Maps,
+        gaps: &[Gap],
+        (apart, number): (bool, usize),
+    ) -> Result<Vec<Option<Rows>>> {
+        let batch = if apart { &self.held_out[number] } else { &self.fitted[number] };
+        let switched = self.meter.switched();
+        let (mut of_dense, mut of_pruned) = (Vec::new(), Vec::new());
+        for gap in gaps.iter().filter(|gap| gap.start > 0) {
+            of_dense.extend(target_names(*gap));
+            of_pruned.extend([behind(gap.start - 1), added(gap.start - 1)]);
+        }
+        for names in [&mut of_dense, &mut of_pruned] {
+            names.sort_unstable();
+            names.dedup();
+        }
+        if of_pruned.is_empty() {
+            return Ok(gaps.iter().map(|_| None).collect());
+        }
+        let wanted: Vec<&str> = of_dense.iter().map(String::as_str).collect();
+        let nothing = Maps::new();
+        let dense = switched.run(batch, &Pass { removed: &[], maps: &nothing, map: None, restart: None }, &wanted)?;
+        let wanted: Vec<&str> = of_pruned.iter().map(String::as_str).collect();
+        let pruned = switched.run(batch, &Pass { removed, maps, map: None, restart: None }, &wanted)?;
+        gaps.iter()
+            .map(|gap| match gap.start {
+                0 => Ok(None),
+                start => {
+                    let target = target(&dense, *gap)?;
+                    let rest = target.clone() - &matrix(pruned.get(&behind(start - 1))?)?;
+                    Rows::weighted(matrix(pruned.get(&added(start - 1))?)?, rest, &target).map(Some)
+                }
+            })
+            .collect()
+    }
+}
+
+impl MeasureLosses for HealMeter {
+    fn passes(&self) -> u64 {
+        self.meter.batch_count()
+    }
+
+    /// Each candidate's own gap is fitted on top of the maps of the layers that are gone, and measured. The best candidate's
+    /// map is kept for a call in which it is gone too; for other layers all gaps are fitted anew.
+    fn losses(&mut self, removed: &[usize], candidates: &[usize], progress: &Progress) -> Result<Vec<f64>> {
+        let kept = self.kept.take().filter(|kept| kept.removed == removed);
+        let mut maps = match kept {
+            Some(kept) => kept.maps,
+            None => self.compensated(removed)?,
+        };
+        let gaps: Vec<Gap> = candidates.iter().map(|&layer| Gap::around(layer, removed)).collect();
+        let found = self.fit(removed, &maps, &gaps)?;
+        let trials = candidates.iter().zip(&gaps).zip(found).map(|((&layer, gap), map)| Trial {
+            layer,
+            from: if map.is_some() { gap.start - 1 } else { layer },
+            map,
+        });
+        let trials: Vec<Trial> = trials.collect();
+        let losses = self.meter.losses_of(removed, &maps, &trials, progress)?;
+        // `min_by` returns the first of equal values, as the choice among candidates does.
+        let best = trials.into_iter().zip(&losses).min_by(|a, b| a.1.total_cmp(b.1)).map(|(trial, _)| trial);
+        if let Some(Trial { layer, map, .. }) = best {
+            maps.remove(&layer);
+            maps.extend(map);
+            let mut removed: Vec<usize> = removed.iter().copied().chain([layer]).collect();
+            removed.sort_unstable();
+            self.kept = Some(Kept { removed, maps });
+        }
+        Ok(losses)
+    }
+}
+
+/// Rows of a regression, each divided by the length of the dense model's stream.
+struct Rows {
+    added: Array2<f32>,
+    rest: Array2<f32>,
+}
+
+impl Rows {
+    fn weighted(mut added: Array2<f32>, mut rest: Array2<f32>, target: &Array2<f32>) -> Result<Self> {
+        if added.dim() != rest.dim() {
+            return Err(Error::invalid(
+                "the fit",
+                format!("the stream is {:?}, and a block adds {:?}", rest.dim(), added.dim()),
+            ));
+        }
+        let lengths = target.rows().into_iter().map(|row| row.iter().map(|x| x * x).sum::<f32>().sqrt());
+        for (place, length) in lengths.enumerate() {
+            let scale = 1.0 / length.max(1e-6);
+            added.row_mut(place).mapv_inplace(|value| value * scale);
+            rest.row_mut(place).mapv_inplace(|value| value * scale);
+        }
+        Ok(Rows { added, rest })
+    }
+}
+
+fn behind(layer: usize) -> String {
+    format!("{BEHIND_OUTPUT_PREFIX}{layer}")
+}
+
+fn added(layer: usize) -> String {
+    format!("{ADDED_OUTPUT_PREFIX}{layer}")
+}
+
+fn before(layer: usize) -> String {
+    format!("{STREAM_OUTPUT_PREFIX}{layer}")
+}
+
+/// Outputs of the dense model from which the target of a gap is made.
+fn target_names(gap: Gap) -> Vec<String> {
+    let inside = (gap.start - 1..gap.end - 1).flat_map(|layer| [behind(layer), before(layer + 1)]);
+    inside.chain([behind(gap.end - 1)]).collect()
+}
+
+/// The stream that the layer before a gap must give: the dense model's behind the gap's last layer, less what the graph adds
+/// between the layers from that one on (DeepStack), since it still adds that when they are gone.
+fn target(dense: &Outputs, gap: Gap) -> Result<Array2<f32>> {
+    let mut target = matrix(dense.get(&behind(gap.end - 1))?)?;
+    for layer in gap.start - 1..gap.end - 1 {
+        target -= &(matrix(dense.get(&before(layer + 1))?)? - &matrix(dense.get(&behind(layer))?)?);
+    }
+    Ok(target)
+}
+
+/// `[B, T, D]` as `[B * T, D]`.
+fn matrix(tensor: &Tensor) -> Result<Array2<f32>> {
+    let shape = tensor.shape();
+    let width = shape.last().copied().unwrap_or(0);
+    let rows = shape.iter().rev().skip(1).product();
+    Array2::from_shape_vec((rows, width), tensor.to_f32()?.into_owned())
+        .map_err(|e| Error::invalid("the stream", e.to_string()))
+}
+
+fn tensor(map: Array2<f32>) -> Result<Tensor> {
+    let shape = [map.nrows(), map.ncols()];
+    Tensor::new(&shape, map.iter().copied().collect::<Vec<f32>>())
+}
+
+fn arrays(maps: &Maps) -> Result<BTreeMap<usize, Array2<f32>>> {
+    maps.iter().map(|(&layer, map)| Ok((layer, matrix(map)?))).collect()
+}
+
+/// Conversations of which the stream is read and no loss: the graph's rows are one that nobody reads.
+fn stream_batch(group: &[Conversation]) -> Result<Batch> {
+    let embedded: Vec<&Embedded> = group.iter().map(|conversation| &conversation.embedded).collect();
+    Ok(Batch {
+        step: Step::prefill(&embedded, false)?,
+        rows: Tensor::new(&[1, 1, 2], vec![0i64, 0])?,
+        targets: Tensor::new(&[1, 1, 1], vec![0i64])?,
+        owners: Vec::new(),
+    })
+}

@@ -1,0 +1,13 @@
+//! Quantised weights: their floats, floats in the same form again, and graphs with float products in their place.
+
+mod blocks;
+mod channels;
+mod floated;
+mod layout;
+mod products;
+
+pub use blocks::{Blocks, Packed, SCHEMES, Scheme, block_matrices};
+pub use channels::{Channels, RANGES, Range8, channel_matrices};
+pub use floated::{requantised, with_floats};
+pub use layout::Layout;
+pub use products::{Activations, Form, QuantisedWeight, float_products, place_floats};

@@ -1,0 +1,150 @@
+//! `export --to generate`: one graph answers as `generate` does, for the tiny network of each family that it takes.
+
+use std::path::Path;
+
+use interlace::base::{Cancel, Device};
+use interlace::bundle::Bundle;
+use interlace::data::{Encoded, Processor};
+use interlace::ir::DataType;
+use interlace::prompt::Array;
+use interlace::runtime::{FeatureCache, Port, Runtime, Session, SessionOptions, Tensor, VlmSession};
+use ndarray::{ArrayD, Axis, IxDyn};
+
+use super::cli::{interlace, stderr};
+use super::families::{Family, sample};
+
+const TOKENS: i64 = 8;
+
+/// Values for an input of pictures: the processor's, or empty ones for a prompt without pictures.
+fn pictures(encoded: &Encoded, port: &Port) -> Option<Array> {
+    let shape: Vec<usize> = (0..port.rank()).map(|axis| port.fixed_size(axis).unwrap_or(1)).collect();
+    let constant = |value: f32| match port.dtype {
+        DataType::Bool => Array::Bool(ArrayD::from_elem(IxDyn(&shape), value > 0.0)),
+        DataType::Float => Array::Float(ArrayD::from_elem(IxDyn(&shape), value)),
+        _ => Array::Int(ArrayD::from_elem(IxDyn(&shape), value as i64)),
+    };
+    let Some(images) = encoded.images.as_ref().filter(|images| !images.pictures.is_empty()) else {
+        return Some(constant(0.0));
+    };
+    let array = match images.joined(&port.name).ok()? {
+        Array::Float(array) if array.ndim() + 1 == port.rank() => Array::Float(array.insert_axis(Axis(0))),
+        Array::Bool(array) if array.ndim() + 1 == port.rank() => Array::Bool(array.insert_axis(Axis(0))),
+        array => array,
+    };
+    // Some vision encoders take one picture per run.
+    let fits = |(axis, &size): (usize, &usize)| port.fixed_size(axis).is_none_or(|fixed| fixed == size);
+    array.shape().iter().enumerate().all(fits).then_some(array)
+}
+
+/// Runs the graph on a prompt; `None` for pictures that do not fit one run of the vision encoder.
+pub fn answer(graph: &mut Session, encoded: &Encoded, tokens: i64) -> Option<Vec<i64>> {
+    let mut feeds = Vec::new();
+    for port in graph.inputs().to_vec() {
+        let tensor = match port.name.as_str() {
+            "input_ids" => Tensor::from_i64(DataType::Int64, &[1, encoded.input_ids.len()], encoded.input_ids.clone()),
+            "max_new_tokens" => Tensor::from_i64(DataType::Int64, &[], vec![tokens]),
+            _ => Tensor::from_array(port.dtype, pictures(encoded, &port)?),
+        };
+        feeds.push((port.name, tensor.expect("a tensor")));
+    }
+    let feeds: Vec<(&str, &Tensor)> = feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    let outputs = graph.run(&feeds, None).expect("an answer");
+    outputs.get("generated_ids").expect("ids").to_ir().expect("a tensor").to_i64s()
+}
+
+/// Compares the graph's answers with those of the components, for every prompt of a family; `dropped` first removes
+/// these layers. Returns the number of prompts.
+fn check(archive: &str, name: &str, dropped: Option<&str>) -> usize {
+    let family = Family::open(archive, name);
+    let folder = match dropped {
+        Some(layers) => {
+            family.run(&["prune", name, "--drop", layers, "-o", "pruned", "-q"]);
+            "pruned"
+        }
+        None => name,
+    };
+    family.run(&["export", folder, "--to", "generate", "-o", "out", "-q"]);
+    let bundle = Bundle::open(&family.here().join(folder)).expect("a model folder");
+    let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
+    let options = SessionOptions::default();
+    let mut graph = runtime.session(&family.here().join("out/onnx/generate.onnx"), &options).expect("a graph");
+    let mut model = VlmSession::open(&runtime, &bundle, &options, &FeatureCache::new(1 << 20)).expect("a model");
+    let processor = Processor::open(&bundle).expect("a processor");
+    let mut checked = 0;
+    for (case, want) in family.cases() {
+        let encoded = processor.encode_prompt(&sample(&want["turns"])).expect("a prompt");
+        let Some(found) = answer(&mut graph, &encoded, TOKENS) else { continue };
+        let prompt = encoded.into_prompt();
+        let components = model.generate(&[prompt], TOKENS as usize, &Cancel::default()).expect("an answer").remove(0);
+        assert_eq!(found, components, "{name} {case}");
+        checked += 1;
+    }
+    assert!(checked >= 8, "{name}: {checked} prompts");
+    checked
+}
+
+#[test]
+fn one_graph_answers_as_the_components_do() {
+    for (archive, name) in [
+        ("smolvlm", "smolvlm"),
+        ("idefics3", "idefics3"),
+        ("llava", "llava"),
+        ("llava_onevision", "llava_onevision"),
+        ("fast_vlm", "fast_vlm"),
+        ("moondream", "moondream"),
+        ("internvl", "internvl"),
+        ("gemma3", "gemma3"),
+        ("lfm2_vl", "lfm2_vl"),
+        ("minicpm_v", "minicpm_v"),
+        ("paligemma", "paligemma"),
+        ("mistral3", "mistral3"),
+        ("aya_vision", "aya_vision"),
+        ("ovis2", "ovis2"),
+    ] {
+        check(archive, name, None);
+    }
+    check("smolvlm", "smolvlm", Some("1,3"));
+}
+
+#[test]
+fn graphs_that_need_more_than_a_loop_are_refused_with_the_reason() {
+    for (archive, name, why) in [
+        ("qwen2_vl", "qwen2_vl", "position_ids"),
+        ("qwen3_vl", "qwen3_vl", "position_ids"),
+        ("gemma4", "gemma4", "per_layer_inputs"),
+        ("granite_docling", "granite_docling", "deepstack_features"),
+        ("janus", "janus", "expected `input_ids` alone"),
+        ("llava", "llava_projector", "projector"),
+        ("llava", "llava_single", "pixel_values"),
+    ] {
+        let family = Family::open(archive, name);
+        let output = interlace(family.here(), &["export", name, "--to", "generate", "-o", "out"]);
+        assert_eq!(output.status.code(), Some(2), "{name}: {}", stderr(&output));
+        assert!(stderr(&output).contains(why), "{name}: {}", stderr(&output));
+        assert!(!family.here().join("out").exists());
+    }
+}
+
+#[test]
+fn weights_are_written_once_for_all_graphs() {
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model");
+    let folder = tempfile::tempdir().expect("folder");
+    let (model, out) = (model.display().to_string(), folder.path().join("out"));
+    let output = interlace(folder.path(), &["export", &model, "--to", "generate", "-o", "out"]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let size = |path: &Path| std::fs::metadata(path).expect("a file").len();
+    let weights = size(&out.join("onnx/weights.onnx_data"));
+    let dense: u64 = std::fs::read_dir(Path::new(&model).join("onnx"))
+        .expect("files")
+        .map(|entry| size(&entry.expect("entry").path()))
+        .sum();
+    assert!(weights < dense, "{weights} bytes of weights, the model has {dense}");
+    // The components run over the same file.
+    let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
+    for entry in std::fs::read_dir(out.join("onnx")).expect("files") {
+        let path = entry.expect("entry").path();
+        if path.extension().is_some_and(|extension| extension == "onnx") {
+            runtime.session(&path, &SessionOptions::default()).expect("a session");
+        }
+    }
+}
