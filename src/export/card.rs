@@ -124,6 +124,7 @@ mod tests {
             dropped: dropped.to_vec(),
             dropped_original: original.to_vec(),
             deepstack: None,
+            compensated: Vec::new(),
             taps: Vec::new(),
             compensated: Vec::new(),
         };

@@ -119,7 +119,10 @@ fn counterparts<'a>(components: &[&Component], dense: &'a Bundle) -> Result<Vec<
 
 /// Trained weights are found by their values before.
 fn check_untrained(history: Option<&[RecordedStep]>, has_dense: bool) -> Result<()> {
-    let trained = |step: &RecordedStep| !matches!(step, RecordedStep::Prune { .. });
+    let trained = |step: &RecordedStep| match step {
+        RecordedStep::Prune { compensated, .. } => !compensated.is_empty(),
+        _ => true,
+    };
     if has_dense || !history.is_some_and(|history| history.iter().any(trained)) {
         return Ok(());
     }
