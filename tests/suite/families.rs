@@ -378,6 +378,9 @@ fn check(archive: &str, name: &str) {
     check_network(&family, "pruned", "pruned");
     check_scores(&family);
     check_healing(&family, &[], "pruned");
+    if ["qwen2_vl", "qwen2_5_vl", "glm4v", "paddleocr_vl", "internvl"].contains(&name) {
+        check_adapters(&family, "pruned");
+    }
 }
 
 /// The whole pipeline of a family with features added after its first layers. They keep their place, or move to the
@@ -391,7 +394,25 @@ fn check_deepstack(archive: &str, name: &str) {
         family.run(&["prune", name, "--drop", &family.drop_list("drop"), "--deepstack", rule, "-o", rule, "-q"]);
         check_network(&family, rule, key);
         check_healing(&family, &["--deepstack", rule], key);
+        check_adapters(&family, key);
     }
+}
+
+/// Adapters on all layers, the first one too, before which nothing adds features: they begin at zero, so the loss of the
+/// first step is that of Hugging Face's network.
+fn check_adapters(family: &Family, key: &str) {
+    let planned = format!("planned-{key}");
+    let arguments = ["finetune", &planned, "--plan", "plan.json", "--data", "heal.json", "--recipe", "paper"];
+    let how = ["--learning-rate", "1e-2", "--batch-size", "1", "--accumulation-steps", "1", "--epochs", "8"];
+    let out = format!("adapted-{key}");
+    let adapters = ["--lora-rank", "4", "--lora-layers", "all", "-o", &out, "--json", "-q"];
+    let report: Value = serde_json::from_str(&family.run(&[&arguments[..], &how, &adapters].concat())).expect("JSON");
+    let expected =
+        &family.by_default("loss")[if family.expected.get("heal_drop").is_some() { "healing" } else { key }][0];
+    let want = expected["sum"].as_f64().expect("a number") / expected["tokens"].as_f64().expect("a number");
+    let loss = |field: &str| report[field].as_f64().expect("a loss");
+    assert!((loss("first_loss") - want).abs() <= LOSS * want, "{}: {report}, Hugging Face {want}", family.name);
+    assert!(loss("last_loss") < loss("first_loss"), "{}: {report}", family.name);
 }
 
 /// Compares the output of `generate` for a prompt whose answer ids are known.

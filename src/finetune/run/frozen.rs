@@ -31,10 +31,7 @@ impl<'a> FrozenLayers<'a> {
         let embeds_only = cut.begins_at_input();
         let (model, end) = (&cut.stored, [cut.streams[usize::from(embeds_only)]]);
         let prefix = extract(model, &[], &end)?;
-        let fed = match embeds_only {
-            true => prefix.clone(),
-            false => extract(model, &row_inputs(&model.graph), &end)?,
-        };
+        let fed = extract(model, &row_inputs(&model.graph), &end)?;
         Ok(FrozenLayers { request, prefix, fed, embeds_only })
     }
 
