@@ -119,7 +119,10 @@ fn counterparts<'a>(components: &[&Component], dense: &'a Bundle) -> Result<Vec<
 
 /// Trained weights are found by their values before.
 fn check_untrained(history: Option<&[RecordedStep]>, has_dense: bool) -> Result<()> {
-    let trained = |step: &RecordedStep| !matches!(step, RecordedStep::Prune { .. });
+    let trained = |step: &RecordedStep| match step {
+        RecordedStep::Prune { compensated, .. } => !compensated.is_empty(),
+        _ => true,
+    };
     if has_dense || !history.is_some_and(|history| history.iter().any(trained)) {
         return Ok(());
     }
@@ -303,6 +306,22 @@ mod tests {
         assert!(check_packed(&[], packed).is_ok());
         assert!(check_packed(&[LayerEdit::new(Tower::Vision, 4, &[1]).unwrap()], packed).is_ok());
         assert!(check_packed(&edits, r#"{"text_config": {"hidden_size_per_layer_input": 0}}"#).is_ok());
+    }
+
+    #[test]
+    fn folding_a_map_into_a_layer_counts_as_training() {
+        let prune = |compensated: Vec<usize>| RecordedStep::Prune {
+            tower: Tower::Text,
+            layers_before: 4,
+            dropped: vec![2],
+            dropped_original: vec![2],
+            deepstack: None,
+            taps: Vec::new(),
+            compensated,
+        };
+        assert!(check_untrained(Some(&[prune(Vec::new())]), false).is_ok());
+        assert!(check_untrained(Some(&[prune(vec![1])]), false).unwrap_err().to_string().contains("was trained"));
+        assert!(check_untrained(Some(&[prune(vec![1])]), true).is_ok());
     }
 
     #[test]
