@@ -309,6 +309,22 @@ mod tests {
     }
 
     #[test]
+    fn folding_a_map_into_a_layer_counts_as_training() {
+        let prune = |compensated: Vec<usize>| RecordedStep::Prune {
+            tower: Tower::Text,
+            layers_before: 4,
+            dropped: vec![2],
+            dropped_original: vec![2],
+            deepstack: None,
+            taps: Vec::new(),
+            compensated,
+        };
+        assert!(check_untrained(Some(&[prune(Vec::new())]), false).is_ok());
+        assert!(check_untrained(Some(&[prune(vec![1])]), false).unwrap_err().to_string().contains("was trained"));
+        assert!(check_untrained(Some(&[prune(vec![1])]), true).is_ok());
+    }
+
+    #[test]
     fn every_element_type_of_a_config_becomes_f32() {
         let config =
             in_f32(r#"{"torch_dtype": "bfloat16", "text_config": {"dtype": "bfloat16"}, "dtype_x": "a"}"#).unwrap();
