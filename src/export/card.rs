@@ -126,7 +126,6 @@ mod tests {
             deepstack: None,
             compensated: Vec::new(),
             taps: Vec::new(),
-            compensated: Vec::new(),
         };
         let train = RecordedStep::Finetune { layers: vec![1, 2], samples: 4, settings: serde_json::Value::Null };
         let history = [prune(6, &[1], &[1]), train, prune(5, &[3], &[4])];

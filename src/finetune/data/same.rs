@@ -8,7 +8,7 @@ use crate::ir::{AttributeKind, DataType, Graph, Node, ValueId};
 /// initializers of the same bytes. Nodes with bodies count as different.
 pub(super) fn same_computation(a: &Graph, b: &Graph) -> bool {
     let (left, right) = (wired(a), wired(b));
-    let alike = |((x, from), (y, to)): (&(&Node, Vec<Wire<'_>>), &(&Node, Vec<Wire<'_>>))| {
+    let alike = |(Wired { node: x, inputs: from }, Wired { node: y, inputs: to }): (&Wired<'_>, &Wired<'_>)| {
         (&x.domain, &x.op_type, &x.overload) == (&y.domain, &y.op_type, &y.overload)
             && from == to
             && x.outputs.len() == y.outputs.len()
@@ -21,6 +21,12 @@ pub(super) fn same_computation(a: &Graph, b: &Graph) -> bool {
     left.len() == right.len() && left.iter().zip(&right).all(alike)
 }
 
+/// A node with the sources of its inputs.
+struct Wired<'a> {
+    node: &'a Node,
+    inputs: Vec<Wire<'a>>,
+}
+
 /// Source of a node's input.
 #[derive(PartialEq)]
 enum Wire<'a> {
@@ -31,7 +37,7 @@ enum Wire<'a> {
 }
 
 /// The nodes of a graph with the sources of their inputs.
-fn wired(graph: &Graph) -> Vec<(&Node, Vec<Wire<'_>>)> {
+fn wired(graph: &Graph) -> Vec<Wired<'_>> {
     let made = graph.body.nodes.iter().flat_map(|node| node.outputs.iter().flatten());
     let numbers: HashMap<ValueId, usize> =
         graph.body.inputs.iter().chain(made).enumerate().map(|(number, &id)| (id, number)).collect();
@@ -40,7 +46,7 @@ fn wired(graph: &Graph) -> Vec<(&Node, Vec<Wire<'_>>)> {
         Some((_, Some(weight))) => Wire::Weight(weight.dtype, &weight.dims, weight.bytes()),
         Some((id, None)) => Wire::Value(numbers.get(&id).copied()),
     };
-    graph.body.nodes.iter().map(|node| (node, node.inputs.iter().map(wire).collect())).collect()
+    graph.body.nodes.iter().map(|node| Wired { node, inputs: node.inputs.iter().map(wire).collect() }).collect()
 }
 
 fn same_attribute(a: &AttributeKind, b: &AttributeKind) -> bool {

@@ -217,10 +217,13 @@ fn inputs(bundle: &Bundle, model: Sha256Digest, drop: &Drop) -> Result<BTreeMap<
     Ok(inputs)
 }
 
+/// A component with the analysis of its graph.
+type Analysed<'a> = (&'a Component, Analysis);
+
 /// The components with the tower's layers, and the variants that are set aside.
 ///
 /// Errors: as [`prune`], for a most precise variant that cannot be read, or for different numbers of layers.
-fn load(bundle: &Bundle, tower: Tower) -> Result<(Vec<(&Component, Analysis)>, Vec<SetAside>)> {
+fn load(bundle: &Bundle, tower: Tower) -> Result<(Vec<Analysed<'_>>, Vec<SetAside>)> {
     let mut loaded = Vec::new();
     let mut set_aside = Vec::new();
     for component in components(bundle, tower)? {
