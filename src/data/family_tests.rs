@@ -278,6 +278,9 @@ fn the_token_of_videos_is_read_from_the_processor_s_config() {
     let family = shared["families"].as_array().unwrap().iter().find(|family| family["name"] == "qwen3_vl").unwrap();
     let folder = folder(family, &shared);
     fs::write(folder.path().join("chat_template.jinja"), video["template"].as_str().unwrap()).unwrap();
+    // The name in the tokenizer's config comes first.
+    let named = folder.path().join("tokenizer_config.json");
+    fs::write(&named, fs::read_to_string(&named).unwrap().replace("\"video_token\"", "\"other_token\"")).unwrap();
     let encode = |token: &str| {
         let path = folder.path().join("processor_config.json");
         let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();

@@ -116,5 +116,5 @@ fn a_fit_is_what_it_was_measured_as() {
             assert!((found - want).abs() < 1e-4, "{file} without {removed:?}: {found}, expected {want}");
         }
     }
-    assert!(same >= 30 && fitted >= 20, "{same} losses, {fitted} fits");
+    assert!(same >= 30 && fitted >= 12, "{same} losses, {fitted} fits");
 }
