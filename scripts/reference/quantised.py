@@ -12,6 +12,7 @@ steps, where its last bit, which differs between libraries, would decide.
 
     interlace prune fixtures/model --drop 3,4,5,6,7,8,9,10,11,12,13,14,15 -o /tmp/three
     python3 scripts/reference/quantised.py fixtures/model /tmp/three fixtures/quantised
+    cd fixtures/quantised && tar --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner -cf - *.onnx | zstd -19 -o models.tar.zst && rm *.onnx
 
 Needs numpy, onnx, onnxruntime, torch and transformers.
 """

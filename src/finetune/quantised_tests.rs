@@ -1,6 +1,8 @@
 //! Healing of quantised models. `scripts/reference/quantised.py` quantises the fixture's first three layers with ONNX
 //! Runtime's own tools, and gives PyTorch's gradients.
 
+use std::sync::OnceLock;
+
 use tch::{Kind, Tensor as Torch};
 
 use super::*;
@@ -18,8 +20,15 @@ const LAYER: usize = 1;
 const VOCABULARY: i64 = 839;
 
 fn quantised(form: &str) -> Model {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/quantised");
-    crate::onnx::load(&folder.join(format!("{form}.onnx"))).unwrap()
+    static UNPACKED: OnceLock<tempfile::TempDir> = OnceLock::new();
+    let unpack = || {
+        let folder = tempfile::tempdir().unwrap();
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/quantised/models.tar.zst");
+        let archive = zstd::Decoder::new(std::fs::File::open(path).unwrap()).unwrap();
+        tar::Archive::new(archive).unpack(folder.path()).unwrap();
+        folder
+    };
+    crate::onnx::load(&UNPACKED.get_or_init(unpack).path().join(format!("{form}.onnx"))).unwrap()
 }
 
 fn samples() -> Vec<Sample> {

@@ -151,6 +151,7 @@ const DECODERS: &[(&str, &str)] = &[
     ("zoo/optimum/llama-with-past/model.onnx", "zoo/expected/llama.nodrop.npz"),
     ("zoo/llama/ts17-noname.onnx", "zoo/expected/llama.nodrop.npz"),
     ("zoo/post/llama-ts17__int8.onnx", "zoo/expected/llama.nodrop.npz"),
+    ("zoo/post/llama-ts17__qdq.onnx", "zoo/expected/llama.nodrop.npz"),
     ("zoo/smolvlm/ts17-slim.onnx", "zoo/expected/smolvlm.nodrop.npz"),
     ("zoo/post/qwen3_vl-ts17__fp16.onnx", "zoo/expected/qwen3_vl.nodrop.npz"),
 ];

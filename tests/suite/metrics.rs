@@ -48,12 +48,17 @@ fn benchmark(folder: &Path, name: &str, rows: &[Map<String, Value>]) -> Benchmar
 
 #[test]
 fn scores_equal_vlmevalkit() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/vlmevalkit/scores.json");
-    let golden: BTreeMap<String, Golden> = serde_json::from_slice(&std::fs::read(path).expect("golden")).expect("JSON");
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/vlmevalkit/scores.json.zst");
+    let text = zstd::decode_all(std::fs::File::open(path).expect("golden")).expect("zstd");
+    let golden: BTreeMap<String, Golden> = serde_json::from_slice(&text).expect("JSON");
     assert!(golden.len() >= 15 && golden.values().all(|benchmark| benchmark.data.len() >= 300));
     let compared: BTreeSet<&str> = golden.keys().filter_map(|name| Some(metric_of(name)?.name)).collect();
     for metric in METRICS.iter().filter(|metric| metric.benchmarks.first().is_some_and(|name| !needs_judge(name))) {
-        assert!(compared.contains(metric.name), "no benchmark of `{}` in fixtures/vlmevalkit/scores.json", metric.name);
+        assert!(
+            compared.contains(metric.name),
+            "no benchmark of `{}` in fixtures/vlmevalkit/scores.json.zst",
+            metric.name
+        );
     }
     let folder = tempfile::tempdir().expect("folder");
     for (name, want) in &golden {

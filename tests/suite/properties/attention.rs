@@ -300,7 +300,7 @@ fn sections(s: &mut Source) -> Case {
 }
 
 /// The separate operators that a fused node replaces.
-fn in_parts(case: &mut Case, version: i64, write: impl FnOnce(&mut Builder)) {
+pub fn in_parts(case: &mut Case, version: i64, write: impl FnOnce(&mut Builder)) {
     let mut builder = Builder::new(version);
     for (name, tensor) in &case.feeds {
         builder.input(name, tensor.dtype, None);

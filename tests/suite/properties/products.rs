@@ -1,8 +1,10 @@
 //! Cases of matrix products, and of quantised numbers.
 
-use interlace::ir::{self, DataType};
+use interlace::ir::{self, AttributeKind, DataType};
+use interlace::rewrite::{EXPANDED_BLOCKS, INTERNAL_DOMAIN, ROUNDED, ROUNDED_DYNAMICALLY};
 
 use super::Generator;
+use super::attention::in_parts;
 use super::case::{Case, Single};
 use super::source::{Source, count, encode};
 
@@ -316,6 +318,74 @@ fn gather_block_quantized(s: &mut Source) -> Case {
     s.case(single)
 }
 
+/// The weight of `MatMulNBits` as floats; the reference multiplies the identity by it.
+fn expanded_blocks(s: &mut Source) -> Case {
+    let (bits, block) = (s.pick(&[4, 8]), s.pick(&[16, 32]));
+    let (k, n) = (s.pick(&[16, 24, 32, 40, 64]), s.between(1, 6));
+    let blocks = (k + block - 1) / block;
+    let zero = s.maybe(|s| s.ints(DataType::Uint8, &[n, (blocks * bits + 7) / 8], 0, 255));
+    let sizes = [("K", k), ("N", n), ("bits", bits), ("block_size", block)];
+    let single = s.single().fixed(s.ints(DataType::Uint8, &[n, blocks, block * bits / 8], 0, 255)).fixed(s.floats(
+        FLOAT,
+        &[n, blocks],
+        0.001,
+        0.02,
+    ));
+    let has_zero = zero.is_some();
+    let single = match zero {
+        Some(zero) => single.fixed(zero),
+        None => single,
+    };
+    let single = sizes.iter().fold(single, |single, (name, value)| single.int(name, *value)).output(FLOAT);
+    let mut case = s.case(single);
+    in_parts(&mut case, s.version, |b| {
+        let identity: Vec<f32> = (0..k * k).map(|at| if at / k == at % k { 1.0 } else { 0.0 }).collect();
+        b.constant("identity", ir::Tensor::from_f32(&[k as u64, k as u64], &identity));
+        let inputs: &[&str] = if has_zero { &["identity", "in0", "in1", "in2"] } else { &["identity", "in0", "in1"] };
+        let attributes = sizes.iter().map(|(name, value)| (*name, AttributeKind::Int(*value))).collect();
+        let product = b.node("com.microsoft:MatMulNBits", inputs, &["out0"], attributes);
+        b.push(product);
+    });
+    case
+}
+
+/// `QuantizeLinear` and `DequantizeLinear` in one.
+fn rounded(s: &mut Source) -> Case {
+    let shape = s.shape(1, 3);
+    let dtype = s.pick(&[DataType::Uint8, DataType::Int8]);
+    let (low, high) = range(dtype);
+    let scale = if s.chance(0.5) { s.pick(&[0.125, 0.25, 0.5]) } else { s.float(0.01, 0.6) };
+    let single = s
+        .single()
+        .input(s.floats(FLOAT, &shape, -9.0, 9.0))
+        .input(encode(FLOAT, &[], &[scale]))
+        .input(s.ints(dtype, &[], low, high))
+        .output(FLOAT);
+    let mut case = s.case(single);
+    in_parts(&mut case, s.version, |b| {
+        let number = b.node("QuantizeLinear", &["in0", "in1", "in2"], &["number"], Vec::new());
+        let back = b.node("DequantizeLinear", &["number", "in1", "in2"], &["out0"], Vec::new());
+        b.push(number);
+        b.push(back);
+    });
+    case
+}
+
+/// `DynamicQuantizeLinear` and the way back to floats in one.
+fn rounded_dynamically(s: &mut Source) -> Case {
+    let shape = s.shape(1, 3);
+    let (low, high) = s.pick(&[(-3.0, 3.0), (0.5, 4.0), (-7.0, -1.0), (0.0, 0.0)]);
+    let single = s.single().input(s.floats(FLOAT, &shape, low, high)).output(FLOAT);
+    let mut case = s.case(single);
+    in_parts(&mut case, s.version, |b| {
+        let number = b.node("DynamicQuantizeLinear", &["in0"], &["number", "scale", "zero"], Vec::new());
+        let back = b.node("DequantizeLinear", &["number", "scale", "zero"], &["out0"], Vec::new());
+        b.push(number);
+        b.push(back);
+    });
+    case
+}
+
 pub const ROWS: &[Generator] = &[
     ("", "Einsum", einsum),
     ("", "Gemm", |s| gemm(s, false)),
@@ -330,4 +400,7 @@ pub const ROWS: &[Generator] = &[
     (MS, "GatherBlockQuantized", gather_block_quantized),
     (MS, "MatMulNBits", matmul_nbits),
     (MS, "QuantizeLinear", |s| quantize(s, false)),
+    (INTERNAL_DOMAIN, EXPANDED_BLOCKS, expanded_blocks),
+    (INTERNAL_DOMAIN, ROUNDED, rounded),
+    (INTERNAL_DOMAIN, ROUNDED_DYNAMICALLY, rounded_dynamically),
 ];
