@@ -77,8 +77,8 @@ mod tests {
     fn grids_must_match_the_number_of_image_tokens() {
         for (grids, want) in [
             (&[][..], "image tokens at position 1 of the prompt: belong to no picture"),
-            (&[[1, 4, 4]][..], "image tokens at position 1 of the prompt: are 6, the picture's grid makes 4"),
-            (&[[1, 4, 6], [1, 2, 2]][..], "prompt: has fewer image token runs than pictures"),
+            (&[[1, 4, 4]][..], "image tokens at position 1 of the prompt: are 6, the grid of their picture makes 4"),
+            (&[[1, 4, 6], [1, 2, 2]][..], "prompt: has fewer runs of image tokens than pictures"),
         ] {
             let error = multimodal_positions(&[5, 9, 9, 9, 9, 9, 9], 9, grids, 2).expect_err(want);
             assert!(matches!(error, Error::Invalid { .. }), "{error}");
