@@ -33,25 +33,25 @@ pub fn ahead<T: Send, I: Iterator<Item = Result<T>>, R>(
     })
 }
 
-/// Produces `items` on one thread, applies `prepare` to them on as many threads as there are cores, and passes the
-/// results to `take` in the order of the items; returns the result of `take`. At most `window` results, and one item
-/// per core, are ahead of `take`, which receives every error of `prepare`. The return of `take` ends the production.
+/// Produces `items` on one thread, applies `prepare` to them on `threads` others, and passes the results to `take` in the
+/// order of the items; returns the result of `take`. At most `window` results, and one item per thread, are ahead of
+/// `take`, which receives every error of `prepare`. The return of `take` ends the production.
 ///
 /// Errors: those of `items`, and those of `take`.
 pub fn prepared_ahead<I: Send, T: Send, S: Iterator<Item = I>, R>(
-    window: usize,
+    (threads, window): (usize, usize),
     items: impl FnOnce() -> Result<S> + Send,
     prepare: impl Fn(I) -> Result<T> + Sync,
     take: impl FnOnce(&mut dyn Iterator<Item = Result<T>>) -> Result<R>,
 ) -> Result<R> {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = threads.max(1);
     std::thread::scope(|scope| {
         // Each item has a channel of its own for its result; the channels are queued in the order of the items.
         let (queue, results) = sync_channel::<Receiver<Result<T>>>(window);
-        let (jobs, work) = sync_channel::<(I, SyncSender<Result<T>>)>(cores);
+        let (jobs, work) = sync_channel::<(I, SyncSender<Result<T>>)>(threads);
         let (work, prepare) = (Mutex::new(work), &prepare);
         let work = std::sync::Arc::new(work);
-        for _ in 0..cores {
+        for _ in 0..threads {
             let work = work.clone();
             scope.spawn(move || {
                 loop {
@@ -116,33 +116,32 @@ mod tests {
     }
 
     #[test]
-    fn items_that_are_prepared_on_all_cores_keep_their_order() {
+    fn items_that_are_prepared_on_several_threads_keep_their_order() {
         let wrong = |number: usize| Error::invalid("item", format!("{number}"));
         let slow = |number: usize| {
             // Earlier items take longer than later ones.
             std::thread::sleep(std::time::Duration::from_millis(if number.is_multiple_of(4) { 8 } else { 0 }));
             if number % 10 == 7 { Err(wrong(number)) } else { Ok(number) }
         };
-        let all = prepared_ahead(3, || Ok(0..20), slow, |items| Ok(items.collect::<Vec<_>>())).unwrap();
+        let all = prepared_ahead((4, 3), || Ok(0..20), slow, |items| Ok(items.collect::<Vec<_>>())).unwrap();
         let told: Vec<String> =
             all.into_iter().map(|item| item.map_or_else(|e| e.to_string(), |n| n.to_string())).collect();
         let expected: Vec<String> =
             (0..20).map(|n| slow(n).map_or_else(|e| e.to_string(), |n| n.to_string())).collect();
         assert_eq!(told, expected);
-        let first = prepared_ahead(2, || Ok(0usize..), slow, |items| items.collect::<Result<Vec<_>>>().map(drop));
+        let first = prepared_ahead((2, 2), || Ok(0usize..), slow, |items| items.collect::<Result<Vec<_>>>().map(drop));
         assert!(first.unwrap_err().to_string().contains('7'));
         let nothing = || -> Result<std::iter::Empty<usize>> { Err(wrong(0)) };
-        let none = prepared_ahead(2, nothing, slow, |items| items.collect::<Result<Vec<_>>>().map(drop));
+        let none = prepared_ahead((2, 2), nothing, slow, |items| items.collect::<Result<Vec<_>>>().map(drop));
         assert_eq!(none.unwrap_err().to_string(), "item: 0");
     }
 
     #[test]
-    fn no_more_items_are_produced_than_the_window_and_the_cores_hold() {
+    fn no_more_items_are_produced_than_the_window_and_the_threads_hold() {
         let produced = std::sync::atomic::AtomicUsize::new(0);
         let count = |_: &usize| _ = produced.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
         prepared_ahead(
-            2,
+            (3, 2),
             || Ok((0..1000).inspect(count)),
             Ok,
             |items| {
@@ -153,6 +152,6 @@ mod tests {
         )
         .unwrap();
         // One is taken, two wait in the queue, and one more is made before the queue refuses it.
-        assert!(produced.load(std::sync::atomic::Ordering::SeqCst) <= 4 + cores, "{produced:?}");
+        assert!(produced.load(std::sync::atomic::Ordering::SeqCst) <= 4 + 3, "{produced:?}");
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::base::{Error, Peers, Result, Stopwatch, gathered, prepared_ahead};
+use crate::base::{Error, Peers, Result, Stopwatch, gathered, prepared_ahead, thread_count};
 use crate::bundle::Bundle;
 
 use super::dataset::Dataset;
@@ -98,9 +98,9 @@ impl Intake {
         Ok(samples.filter_map(move |sample| self.keep(sample.and_then(|sample| encode(&sample)), asked, Encoded::len)))
     }
 
-    /// Passes [`Intake::encoded`] to `take`, with the samples' indices. One thread reads the samples and as many as there are cores encode them,
-    /// at most `window` ahead of `take`. The indices are one process's part of `asked` samples;
-    /// the limit of 5% refers to `asked`.
+    /// Passes [`Intake::encoded`] to `take`, with the samples' indices. One thread reads the samples, and others encode
+    /// them, at most `window` ahead of `take`. The indices are one process's part of `asked` samples; the limit of 5%
+    /// refers to `asked`.
     ///
     /// Errors: as `encoded`; those of `take`.
     pub fn ahead<R>(
@@ -111,6 +111,8 @@ impl Intake {
         take: impl FnOnce(&mut dyn Iterator<Item = Result<(usize, Encoded)>>) -> Result<R>,
     ) -> Result<R> {
         *self.lock() = LeftOut::default();
+        // Whole prompts keep the network's threads busy, so one core is left to it.
+        let threads = thread_count().saturating_sub(1);
         let read = || Ok(self.preparing.over(dataset.read(indices)?));
         let prepare = |sample: Result<Sample>| {
             self.preparing.time(|| {
@@ -118,7 +120,7 @@ impl Intake {
                 Ok((sample.index, encode(&sample)?))
             })
         };
-        prepared_ahead(window, read, prepare, |all| {
+        prepared_ahead((threads, window), read, prepare, |all| {
             take(&mut all.filter_map(|item| self.keep(item, asked, |(_, encoded)| encoded.len())))
         })
     }

@@ -5,7 +5,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::base::{Cancel, Error, Peers, Progress, Result, Stopwatch, gathered, is_first, is_own, prepared_ahead};
+use crate::base::{
+    Cancel, Error, Peers, Progress, Result, Stopwatch, gathered, is_first, is_own, prepared_ahead, thread_count,
+};
 use crate::bundle::ModelSource;
 use crate::data::{BenchRow, Benchmark, ImageSettings, Part, Processor};
 use crate::prompt::Prompt;
@@ -169,7 +171,7 @@ pub fn evaluate_among(
     let prepared = |row| pictures.time(|| prepare(processor, benchmark, name, options.prompt_style, row));
     // The first window is one batch, so that the model begins at once; each is twice as long as the one before it.
     let mut size = options.batch_size;
-    prepared_ahead(window, own, prepared, |all| {
+    prepared_ahead((thread_count(), window), own, prepared, |all| {
         waited.over(all).try_for_each(|item| {
             waiting.push(item?);
             if waiting.len() < size {
