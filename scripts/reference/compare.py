@@ -89,7 +89,7 @@ def prepare(arguments):
     every, samples = [], []
     features = {}
     for name in order:
-        turn, number = (int(part) for part in re.match(r"text (\d+) of row (\d+) of ", name).groups())
+        turn, number = (int(part) for part in re.match(r"turn (\d+) of row (\d+) of ", name).groups())
         if number not in features:
             picture = np.asarray(Image.open(io.BytesIO(pictures[number])).convert("RGB"))
             pixels = picture.transpose(2, 0, 1)[None, None].astype(np.float32) / 127.5 - 1
@@ -215,7 +215,7 @@ def ours(arguments, steps, name):
     began, worked = time.perf_counter(), used()
     text = run([
         arguments.interlace, "finetune", arguments.work / "pruned", "--plan", arguments.work / "plan.json",
-        "--recipe", "paper", "--data", arguments.data, "--samples", steps * BATCH, "--learning-rate", LEARNING_RATE,
+        "--recipe", "paper", "--data", arguments.data, "--turns", "separate", "--samples", steps * BATCH, "--learning-rate", LEARNING_RATE,
         "--batch-size", BATCH, "--accumulation-steps", 1, "-o", target, "--quiet", "--json",
     ], env={**os.environ, "OMP_NUM_THREADS": str(arguments.threads)})
     seconds, worked = time.perf_counter() - began, used() - worked
