@@ -378,7 +378,9 @@ fn check(archive: &str, name: &str) {
     check_network(&family, "pruned", "pruned");
     check_scores(&family);
     check_healing(&family, &[], "pruned");
-    if ["qwen2_vl", "qwen2_5_vl", "glm4v", "paddleocr_vl", "internvl"].contains(&name) {
+    if ["qwen2_vl", "qwen2_5_vl", "glm4v", "paddleocr_vl", "internvl", "gemma3_two_way", "paligemma_two_way"]
+        .contains(&name)
+    {
         check_adapters(&family, "pruned");
     }
 }

@@ -102,11 +102,12 @@ pub fn token_inputs(graph: &Graph) -> Vec<ValueId> {
     inputs_with(graph, |input| input.row.training == Training::ShapeOnly)
 }
 
-/// Decoder inputs with numbers for each token besides the stream: DeepStack features, second embeddings, and positions in
-/// several rows. A graph that takes them makes a session compute them, also where no frozen layer reads them.
+/// Decoder inputs with numbers for each token besides the stream: DeepStack features, second embeddings, token types, masks
+/// of pictures, and positions in several rows. A graph that takes them makes a session compute them, also where no frozen layer reads them.
 pub fn row_inputs(graph: &Graph) -> Vec<ValueId> {
     inputs_with(graph, |input| match input.kind() {
         InputKind::Deepstack | InputKind::PerLayerInputs => true,
+        InputKind::TokenTypes | InputKind::ImageMask | InputKind::ImageTokens => true,
         InputKind::PositionIds => input.port.rank() > 2,
         _ => false,
     })
