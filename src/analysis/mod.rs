@@ -30,7 +30,7 @@ mod taps;
 mod towers;
 
 pub use canonical::{FUSED_MARK, FUSED_OUTPUTS, FusedNorm, unfuse_skip_norms};
-pub use head::{head_input, head_weight};
+pub use head::{head_input, head_weight, position_wise_from};
 pub use layer::{Glue, KvPort, Layer, LayerMap, PortRole, Tap};
 pub use merged::{Branch, Merged};
 pub use owner::Owner;

@@ -237,15 +237,25 @@ impl Student {
     ///
     /// Errors: `Error::Unsupported` when the head's input does not have one row per token.
     pub fn head(&self, stream: &Tensor, batch: &Batch, side: &Side) -> Result<Tensor> {
-        let last = self.suffix.streams[self.layers()];
-        let all = self.run(last, stream, self.suffix.head_input, side)?;
+        self.answers(self.suffix.streams[self.layers()], stream, self.suffix.head_input, batch, side)
+    }
+
+    /// Logits `[N, V]` at the answer positions from the residual stream before the last layer. What that layer computes
+    /// for each position independently, usually its MLP, is computed at the answer positions only.
+    ///
+    /// Errors: `Error::Unsupported` when the layer does not keep one row per token.
+    pub fn last_layer_and_head(&self, stream: &Tensor, batch: &Batch, side: &Side) -> Result<Tensor> {
+        self.answers(self.suffix.streams[self.layers() - 1], stream, self.suffix.rows_from, batch, side)
+    }
+
+    /// The logits `[N, V]` at the answer positions from the value `from` of all positions; from the value `at` on, only
+    /// these positions are computed.
+    fn answers(&self, from: ValueId, value: &Tensor, at: ValueId, batch: &Batch, side: &Side) -> Result<Tensor> {
+        let all = self.run(from, value, at, side)?;
         let size = all.size();
         let places: i64 = size.iter().rev().skip(1).product();
         if (batch.step.batch() * batch.step.time()) as i64 != places {
-            let problem = format!(
-                "`{}` has shape {size:?}, one row per token was expected",
-                self.program.name(self.suffix.head_input)
-            );
+            let problem = format!("`{}` has shape {size:?}, one row per token was expected", self.program.name(at));
             return Err(Error::unsupported("the decoder's head", problem));
         }
         let width = size.last().copied().unwrap_or(0);
@@ -253,12 +263,12 @@ impl Student {
             .f_reshape([places, width])
             .and_then(|all| all.f_index_select(0, &batch.answer_rows))
             .map_err(torch_error("the answer positions"))?;
-        if self.suffix.head_input == self.suffix.logits {
+        if at == self.suffix.logits {
             return Ok(answers);
         }
         let count = batch.answer_tokens as i64;
         let answers = answers.f_reshape([1, count, width]).map_err(torch_error("the answer positions"))?;
-        let logits = self.run(self.suffix.head_input, &answers, self.suffix.logits, side)?;
+        let logits = self.run(at, &answers, self.suffix.logits, side)?;
         logits.f_reshape([count, -1]).map_err(torch_error("the logits"))
     }
 

@@ -77,6 +77,10 @@ impl Step<'_> {
             None if local => 0..self.points().iter().copied().max().unwrap_or(0),
             None => 0..self.student.layers(),
         };
+        // The last layer is run with the head, unless a term compares the stream after it.
+        let end = self.student.layers();
+        let joined = end > 0 && !local && layers == (0..end) && !self.asked().any(|row| self.student.compares(row.kind, end));
+        let layers = if joined { 0..end - 1 } else { layers };
         let mut terms = Terms::default();
         let mut stream = self.student.entering(&self.batch.hidden)?;
         for layer in layers {
@@ -86,8 +90,10 @@ impl Step<'_> {
             stream = self.student.layer(layer, &stream, &self.side)?;
             self.stream_terms(layer + 1, &stream, &mut terms)?;
         }
-        if !local {
-            self.head_terms(&stream, &mut terms)?;
+        if joined {
+            self.head_terms(&self.student.last_layer_and_head(&stream, self.batch, &self.side)?, &mut terms)?;
+        } else if !local {
+            self.head_terms(&self.student.head(&stream, self.batch, &self.side)?, &mut terms)?;
         }
         let loss = self.total(&terms)?.ok_or_else(|| Error::invalid("the loss", "has no term"))?;
         let parameters: Vec<&Tensor> = self.student.weights_now().map(|weight| &weight.tensor).collect();
@@ -117,7 +123,7 @@ impl Step<'_> {
         if self.wants_head() {
             let top = leaf(&streams[self.student.layers()])?;
             let mut head = Terms::default();
-            self.head_terms(&top, &mut head)?;
+            self.head_terms(&self.student.head(&top, self.batch, &self.side)?, &mut head)?;
             if let Some(loss) = self.total(&head)? {
                 upstream = gradients(&loss, &[&top])?.pop();
             }
@@ -172,11 +178,10 @@ impl Step<'_> {
         &self.student.points
     }
 
-    /// Adds the terms at the answer positions.
-    fn head_terms(&self, stream: &Tensor, terms: &mut Terms) -> Result<()> {
-        let logits = self.student.head(stream, self.batch, &self.side)?;
+    /// Adds the terms that compare the logits `[N, V]` at the answer positions.
+    fn head_terms(&self, logits: &Tensor, terms: &mut Terms) -> Result<()> {
         let (targets, top_k) = (&self.batch.targets, self.batch.top_k.as_ref());
-        let answers = Answers { logits: &logits, targets, top_k, temperature: self.settings.kd.temperature };
+        let answers = Answers { logits, targets, top_k, temperature: self.settings.kd.temperature };
         for row in self.asked() {
             if let Compute::Answers(compute) = row.compute {
                 terms.add(row.kind, self.mean(row.kind, &compute(&answers)?, 1)?)?;
