@@ -62,8 +62,28 @@ pub fn position_wise_from(graph: &Graph, candidates: &[ValueId], logits: ValueId
 
 /// Operators that compute each element from the same element of their inputs, where constants are broadcast.
 const ELEMENTWISE: &[&str] = &[
-    "Cast", "Identity", "Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Reciprocal", "Neg", "Exp", "Tanh", "Sigmoid", "Clip",
-    "Relu", "Erf", "Gelu", "FastGelu", "QuickGelu", "BiasGelu", "Swish", "HardSwish",
+    "Cast",
+    "Identity",
+    "Add",
+    "Sub",
+    "Mul",
+    "Div",
+    "Pow",
+    "Sqrt",
+    "Reciprocal",
+    "Neg",
+    "Exp",
+    "Tanh",
+    "Sigmoid",
+    "Clip",
+    "Relu",
+    "Erf",
+    "Gelu",
+    "FastGelu",
+    "QuickGelu",
+    "BiasGelu",
+    "Swish",
+    "HardSwish",
 ];
 
 /// Operators that normalise each row over its last axis, which is their default axis.

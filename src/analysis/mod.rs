@@ -99,7 +99,7 @@ fn towers_of(graph: &Graph, body: &Body) -> Result<(LayerMap, Option<LayerMap>)>
     Ok((layers_of(graph, body, own)?, vision))
 }
 
-fn layers_of(graph: &Graph, body: &Body, (chain, mut layers): towers::Tower) -> Result<LayerMap> {
+fn layers_of(graph: &Graph, body: &Body, (chain, mut layers): towers::TowerLayers) -> Result<LayerMap> {
     glue::settle(body, &GraphIndex::of_body(body), &chain, &mut layers);
     let mut map = map::build(graph, body, &chain, layers);
     ports::assign(graph, body, &chain, &mut map)?;

@@ -8,7 +8,7 @@ use crate::base::{AtomicFile, Error, Provenance, Result, StagedDir, resolved_pat
 use crate::ir::Model;
 use crate::onnx::{self, Metadata, Storage};
 
-use super::json::{Document, Edit, Kind};
+use super::json::{Document, Edit, JsonKind};
 use super::layers::{self, LayerEdit};
 use super::record::{Deepstack, Record, RecordedStep, TapChange};
 use super::{
@@ -237,7 +237,7 @@ impl<'a> BundleWriter<'a> {
         let file_name = |path: &str| path.rsplit('/').next().unwrap_or(path).to_string();
         let mut edits = Vec::new();
         match &node.kind {
-            Kind::Object(members) => {
+            JsonKind::Object(members) => {
                 for (key, value) in members {
                     let bare = key.strip_suffix(".onnx").unwrap_or(key);
                     let by_file =
@@ -374,7 +374,7 @@ impl Bundle {
 }
 
 /// Adds an edit for a number of data files (`false` is 0, `true` is 1) unless the value is already right.
-fn push_count(document: &Document, edits: &mut Vec<Edit>, node: &super::json::Node, count: usize) {
+fn push_count(document: &Document, edits: &mut Vec<Edit>, node: &super::json::JsonNode, count: usize) {
     let old = document.text().get(node.span.clone()).unwrap_or_default();
     let holds = old == count.to_string() || (count == 0 && old == "false") || (count == 1 && old == "true");
     if !holds {

@@ -47,7 +47,7 @@ pub use images::{
 pub use intake::{Intake, LeftOut};
 pub use options::{DataOptions, DataPart, SEQUENCE_LENGTH, Turns};
 pub use processor::{Encoded, Processor};
-pub use sample::{ImageBytes, Part, Sample, Turn};
+pub use sample::{ImageBytes, MessagePart, Sample, Turn};
 pub use string_list::string_list;
 pub use subset::{Amount, Subset};
 pub use tensors::TensorRow;

@@ -15,12 +15,12 @@ use crate::base::{Cancel, Device, Error, Progress, Result};
 use crate::bundle::Bundle;
 use crate::data::{Amount, Dataset, LeftOut, Subset};
 use crate::rewrite::{ADDED_OUTPUT_PREFIX, BEHIND_OUTPUT_PREFIX, STREAM_OUTPUT_PREFIX};
-use crate::runtime::{Embedded, Outputs, Step, Tensor};
+use crate::runtime::{Embedded, Outputs, Step, TensorValue};
 
 use super::batch::{Batch, Conversation, grouped};
 use super::embedder::Embedder;
 use super::loss::{LossMeter, Trial};
-use super::ridge::{self, Sums};
+use super::ridge::{self, RidgeSums};
 use super::select::MeasureLosses;
 use super::switched::{Maps, Pass};
 
@@ -214,10 +214,10 @@ impl HealMeter {
 
     /// For each gap the layer before it and its map in place of that in `maps`. A gap before which there is no layer, or
     /// which no map makes smaller on what is held out, has none.
-    fn fit(&mut self, removed: &[usize], maps: &Maps, gaps: &[Gap]) -> Result<Vec<Option<(usize, Tensor)>>> {
+    fn fit(&mut self, removed: &[usize], maps: &Maps, gaps: &[Gap]) -> Result<Vec<Option<(usize, TensorValue)>>> {
         let mut found = Vec::with_capacity(gaps.len());
         for gaps in gaps.chunks(self.room()) {
-            let mut sums: Vec<Option<(Sums, Sums)>> = gaps.iter().map(|_| None).collect();
+            let mut sums: Vec<Option<(RidgeSums, RidgeSums)>> = gaps.iter().map(|_| None).collect();
             for (apart, count) in [(false, self.fitted.len()), (true, self.held_out.len())] {
                 for number in 0..count {
                     let rows = self.rows(removed, maps, gaps, (apart, number))?;
@@ -225,7 +225,7 @@ impl HealMeter {
                         let Some(Rows { added, rest }) = rows else { return };
                         let width = added.ncols();
                         let (fitted, held_out) =
-                            sums.get_or_insert_with(|| (Sums::new(width, width), Sums::new(width, width)));
+                            sums.get_or_insert_with(|| (RidgeSums::new(width, width), RidgeSums::new(width, width)));
                         if apart { held_out } else { fitted }.add(&added, &rest);
                     });
                 }
@@ -392,7 +392,7 @@ fn target(dense: &Outputs, gap: Gap) -> Result<Array2<f32>> {
 }
 
 /// `[B, T, D]` as `[B * T, D]`.
-fn matrix(tensor: &Tensor) -> Result<Array2<f32>> {
+fn matrix(tensor: &TensorValue) -> Result<Array2<f32>> {
     let shape = tensor.shape();
     let width = shape.last().copied().unwrap_or(0);
     let rows = shape.iter().rev().skip(1).product();
@@ -400,9 +400,9 @@ fn matrix(tensor: &Tensor) -> Result<Array2<f32>> {
         .map_err(|e| Error::invalid("the stream", e.to_string()))
 }
 
-fn tensor(map: Array2<f32>) -> Result<Tensor> {
+fn tensor(map: Array2<f32>) -> Result<TensorValue> {
     let shape = [map.nrows(), map.ncols()];
-    Tensor::new(&shape, map.iter().copied().collect::<Vec<f32>>())
+    TensorValue::new(&shape, map.iter().copied().collect::<Vec<f32>>())
 }
 
 fn arrays(maps: &Maps) -> Result<BTreeMap<usize, Array2<f32>>> {
@@ -414,8 +414,8 @@ fn stream_batch(group: &[Conversation]) -> Result<Batch> {
     let embedded: Vec<&Embedded> = group.iter().map(|conversation| &conversation.embedded).collect();
     Ok(Batch {
         step: Step::prefill(&embedded, false)?,
-        rows: Tensor::new(&[1, 1, 2], vec![0i64, 0])?,
-        targets: Tensor::new(&[1, 1, 1], vec![0i64])?,
+        rows: TensorValue::new(&[1, 1, 2], vec![0i64, 0])?,
+        targets: TensorValue::new(&[1, 1, 1], vec![0i64])?,
         owners: Vec::new(),
     })
 }

@@ -10,7 +10,7 @@ use crate::bundle::{Bundle, Role};
 use crate::data::Encoded;
 use crate::onnx;
 use crate::rewrite::{KEEP_INPUT, LOSS_OUTPUT, RESTART_INPUT, ROWS_INPUT, STREAM_INPUT, TARGETS_INPUT};
-use crate::runtime::{FeatureCache, Runtime, SessionOptions, Tensor, VlmSession, headed};
+use crate::runtime::{FeatureCache, Runtime, SessionOptions, TensorValue, VlmSession, headed};
 
 use super::batch::{Batch, Conversation, batches};
 use super::switched::open;
@@ -90,12 +90,12 @@ fn measure(
 
 /// Cross-entropy in nats of each answer token of a batch, with all layers.
 fn losses(model: &mut VlmSession, layers: usize, batch: &Batch) -> Result<Vec<f32>> {
-    let keep = Tensor::new(&[layers], vec![true; layers])?;
+    let keep = TensorValue::new(&[layers], vec![true; layers])?;
     let mut added = vec![(KEEP_INPUT, &keep), (ROWS_INPUT, &batch.rows), (TARGETS_INPUT, &batch.targets)];
-    let flag = Tensor::new(&[1], vec![false])?;
+    let flag = TensorValue::new(&[1], vec![false])?;
     let decoder = model.decoder_mut();
     let nothing = match decoder.session().input(STREAM_INPUT) {
-        Some(port) => Some(Tensor::empty(port.dtype, &[0, 0, port.fixed_size(2).unwrap_or(0)])?),
+        Some(port) => Some(TensorValue::empty(port.dtype, &[0, 0, port.fixed_size(2).unwrap_or(0)])?),
         None => None,
     };
     if let Some(nothing) = &nothing {

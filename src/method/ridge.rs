@@ -12,7 +12,7 @@ const BLOCK: usize = 32;
 const RIDGES: [f64; 5] = [1e-3, 1e-2, 1e-1, 1.0, 10.0];
 
 /// Sums over rows (tokens): `A = x^T x`, `B = x^T e`, `|e|^2`.
-pub struct Sums {
+pub struct RidgeSums {
     /// `[K, K]`.
     a: Array2<f64>,
     /// `[K, D]`.
@@ -21,10 +21,10 @@ pub struct Sums {
     rows: usize,
 }
 
-impl Sums {
+impl RidgeSums {
     /// No row yet, for `[K, D]` solutions.
     pub fn new(k: usize, d: usize) -> Self {
-        Sums { a: Array2::zeros((k, k)), b: Array2::zeros((k, d)), distance: 0.0, rows: 0 }
+        RidgeSums { a: Array2::zeros((k, k)), b: Array2::zeros((k, d)), distance: 0.0, rows: 0 }
     }
 
     /// Adds rows: `x` is `[M, K]`, `e` is `[M, D]`. Products of one call are made in f32 and added in f64.
@@ -36,7 +36,7 @@ impl Sums {
         self.rows += x.nrows();
     }
 
-    fn absorb(&mut self, other: &Sums) {
+    fn absorb(&mut self, other: &RidgeSums) {
         self.a += &other.a;
         self.b += &other.b;
         self.distance += other.distance;
@@ -73,7 +73,7 @@ impl Sums {
 /// out, or no ridge makes it less there, there is no solution.
 ///
 /// Errors: `Error::NotFinite` when a sum is not finite.
-pub fn solve(mut fitted: Sums, held_out: &Sums) -> Result<Option<Array2<f32>>> {
+pub fn solve(mut fitted: RidgeSums, held_out: &RidgeSums) -> Result<Option<Array2<f32>>> {
     let mut best: Option<(f64, f64)> = None;
     for ridge in RIDGES {
         let left = held_out.distance_with(&fitted.solve(ridge)?);
@@ -154,8 +154,8 @@ mod tests {
         Array2::from_shape_fn((rows, columns), |_| random.random_range(-1.0..1.0))
     }
 
-    fn sums(x: &Array2<f32>, e: &Array2<f32>) -> Sums {
-        let mut sums = Sums::new(x.ncols(), e.ncols());
+    fn sums(x: &Array2<f32>, e: &Array2<f32>) -> RidgeSums {
+        let mut sums = RidgeSums::new(x.ncols(), e.ncols());
         sums.add(x, e);
         sums
     }

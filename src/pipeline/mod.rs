@@ -12,7 +12,7 @@ mod table;
 pub use comparison::{DenseSection, Measure, OtherData, OtherScore};
 pub use recipe::Recipe;
 pub use run::{MANIFEST_FILE, Manifest, RunResult, TABLE_FILE, run};
-pub use store::{Finished, RunState, STATE_FILE, StepState, Store};
+pub use store::{Finished, RunState, RunStore, STATE_FILE, StepState};
 pub use sweep::{
     DenseFigures, SWEEP_FILE, SeedSpread, Sweep, SweepDense, SweepOther, SweepResult, SweepRow, SweepTable, sweep,
 };

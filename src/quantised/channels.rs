@@ -6,7 +6,7 @@ use crate::base::Result;
 use crate::checkpoint::{floats, from_floats};
 use crate::ir::{Body, DataType, GraphIndex, Node, Tensor, ValueId};
 
-use super::layout::Layout;
+use super::layout::WeightLayout;
 
 /// A quantised matrix whose rows are those of the checkpoint.
 #[derive(Clone, Debug, PartialEq)]
@@ -18,7 +18,7 @@ pub struct Channels {
     /// Initializer of the zero points, as many; 0 without them.
     pub zeros: Option<ValueId>,
     /// Order of the numbers.
-    layout: Layout,
+    layout: WeightLayout,
     /// Sizes of the weight's axes.
     dims: Vec<u64>,
     /// True for int8, false for uint8.
@@ -151,7 +151,7 @@ impl Channels {
         let axis = if axis < 0 { axis + rank as i64 } else { axis };
         let per_row = count > 1;
         // With one scale for all, the order that the checkpoint's rows have is found by trying both.
-        let layout = if per_row && axis == 0 { Layout::Rows } else { Layout::Columns };
+        let layout = if per_row && axis == 0 { WeightLayout::Rows } else { WeightLayout::Columns };
         let fits = rank == 2
             && tensor(body, scales)?.dtype == DataType::Float
             && (!per_row || weight.dims.get(usize::try_from(axis).ok()?) == Some(&count))
@@ -166,7 +166,7 @@ impl Channels {
 
     /// The same numbers read in the other order of the two axes; `None` where the scales decide the order.
     pub fn turned(&self) -> Option<Self> {
-        let layout = if self.layout == Layout::Rows { Layout::Columns } else { Layout::Rows };
+        let layout = if self.layout == WeightLayout::Rows { WeightLayout::Columns } else { WeightLayout::Rows };
         (!self.per_row).then(|| Channels { layout, ..self.clone() })
     }
 
@@ -183,7 +183,7 @@ impl Channels {
     /// An empty matrix of its size in f32, row by row.
     pub fn shape(&self) -> Tensor {
         let mut dims = self.dims.clone();
-        if self.layout == Layout::Columns {
+        if self.layout == WeightLayout::Columns {
             dims.reverse();
         }
         Tensor::from_bytes(DataType::Float, &dims, Vec::new())

@@ -9,5 +9,5 @@ mod products;
 pub use blocks::{Blocks, Packed, SCHEMES, Scheme, block_matrices};
 pub use channels::{Channels, RANGES, Range8, channel_matrices};
 pub use floated::{requantised, with_floats};
-pub use layout::Layout;
+pub use layout::WeightLayout;
 pub use products::{Activations, Form, QuantisedWeight, float_products, place_floats};

@@ -7,7 +7,7 @@ use interlace::bundle::Bundle;
 use interlace::export::{Export, ExportSettings, export, target_named};
 use interlace::ir::{DataType, Dim, Node, Value, ValueType};
 use interlace::onnx;
-use interlace::runtime::{Runtime, SessionOptions, Tensor};
+use interlace::runtime::{Runtime, SessionOptions, TensorValue};
 
 use super::cli::{interlace, stderr};
 
@@ -61,7 +61,7 @@ fn scalars_exported_to_triton_get_an_axis_and_keep_their_values() {
     let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
     let run = |path: &Path, shape: &[usize]| {
         let mut session = runtime.session(path, &SessionOptions::default()).expect("session");
-        let feeds: Vec<(String, Tensor)> = session
+        let feeds: Vec<(String, TensorValue)> = session
             .inputs()
             .iter()
             .map(|port| {
@@ -74,15 +74,15 @@ fn scalars_exported_to_triton_get_an_axis_and_keep_their_values() {
                 let sizes: Vec<usize> = port.shape.iter().enumerate().map(|(axis, dim)| size(axis, dim)).collect();
                 let count: usize = sizes.iter().product();
                 let tensor = match (port.name.as_str(), port.dtype) {
-                    ("scale", _) => Tensor::from_f32(DataType::Float, shape, vec![0.5]),
-                    (_, dtype) if count == 0 => Tensor::empty(dtype, &sizes),
-                    (_, dtype @ DataType::Int64) => Tensor::from_i64(dtype, &sizes, vec![1; count]),
-                    (_, dtype) => Tensor::from_f32(dtype, &sizes, vec![0.0; count]),
+                    ("scale", _) => TensorValue::from_f32(DataType::Float, shape, vec![0.5]),
+                    (_, dtype) if count == 0 => TensorValue::empty(dtype, &sizes),
+                    (_, dtype @ DataType::Int64) => TensorValue::from_i64(dtype, &sizes, vec![1; count]),
+                    (_, dtype) => TensorValue::from_f32(dtype, &sizes, vec![0.0; count]),
                 };
                 (port.name.clone(), tensor.expect("tensor"))
             })
             .collect();
-        let feeds: Vec<(&str, &Tensor)> = feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+        let feeds: Vec<(&str, &TensorValue)> = feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
         let outputs = session.run(&feeds, Some(&["logits", "total"])).expect("run");
         let total = outputs.get("total").expect("total");
         (

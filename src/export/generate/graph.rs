@@ -17,7 +17,7 @@ use std::collections::HashMap;
 use crate::analysis;
 use crate::base::{Error, Result};
 use crate::ir::{AttributeKind, Body, DataType, Dim, Model, Tensor, ValueId, ValueType};
-use crate::rewrite::{Joined, Part, Scope};
+use crate::rewrite::{JoinScope, Joined, JoinedPart};
 use crate::runtime::{Input, InputKind, Port};
 
 /// Prompt token ids, `[1, T]`.
@@ -62,7 +62,7 @@ pub fn generation_graph(graphs: &Graphs<'_>, ids: &TokenIds<'_>) -> Result<Model
     let input_ids = graph_input(&mut joined, INPUT_IDS, DataType::Int64, &[Dim::Known(1), symbol("sequence")]);
     let limit = graph_input(&mut joined, MAX_NEW_TOKENS, DataType::Int64, &[]);
     let end = joined.constant("end_ids", Tensor::from_i64(&[ids.end.len() as u64], ids.end));
-    let mut main = Scope::new(&mut joined);
+    let mut main = JoinScope::new(&mut joined);
     let mut rows = None;
     if let Some(embedding) = &embedding {
         let own = embedding.rows(&mut main, "prompt", input_ids)?;
@@ -193,7 +193,7 @@ fn refused(port: &Port, problem: &str) -> Error {
 
 /// The token embedding.
 struct Embedding<'a> {
-    part: Part<'a>,
+    part: JoinedPart<'a>,
     input: (ValueId, DataType),
     /// The embeddings.
     output: Port,
@@ -217,7 +217,7 @@ impl<'a> Embedding<'a> {
     }
 
     /// `[1, T, D]` embeddings of `[1, T]` ids.
-    fn rows(&self, scope: &mut Scope<'_>, copy: &str, ids: ValueId) -> Result<ValueId> {
+    fn rows(&self, scope: &mut JoinScope<'_>, copy: &str, ids: ValueId) -> Result<ValueId> {
         let ids = cast(scope, ids, DataType::Int64, self.input.1);
         let outputs = scope.inline(&self.part, &format!("embedding_{copy}"), &HashMap::from([(self.input.0, ids)]))?;
         Ok(outputs[0])
@@ -237,23 +237,23 @@ fn only_output(subject: &str, model: &Model) -> Result<Port> {
 }
 
 /// A cast, unless the types are equal.
-fn cast(scope: &mut Scope<'_>, value: ValueId, from: DataType, to: DataType) -> ValueId {
+fn cast(scope: &mut JoinScope<'_>, value: ValueId, from: DataType, to: DataType) -> ValueId {
     match from == to {
         true => value,
         false => scope.op("cast", "Cast", &[value], &[("to", AttributeKind::Int(to as i64))]),
     }
 }
 
-fn ints(scope: &mut Scope<'_>, name: &str, values: &[i64]) -> ValueId {
+fn ints(scope: &mut JoinScope<'_>, name: &str, values: &[i64]) -> ValueId {
     scope.joined.constant(name, Tensor::from_i64(&[values.len() as u64], values))
 }
 
-fn scalar(scope: &mut Scope<'_>, name: &str, value: i64) -> ValueId {
+fn scalar(scope: &mut JoinScope<'_>, name: &str, value: i64) -> ValueId {
     scope.joined.constant(name, Tensor::from_i64(&[], &[value]))
 }
 
 /// True, as a scalar, if any element of a tensor of bools is.
-fn any(scope: &mut Scope<'_>, flags: ValueId) -> ValueId {
+fn any(scope: &mut JoinScope<'_>, flags: ValueId) -> ValueId {
     let numbers = cast(scope, flags, DataType::Bool, DataType::Int64);
     let most = scope.op("most", "ReduceMax", &[numbers], &[("keepdims", AttributeKind::Int(0))]);
     let zero = scalar(scope, "zero", 0);
@@ -274,8 +274,8 @@ struct Rows {
 /// The embeddings with the features of the pictures at the image tokens. Without image tokens the vision encoder does
 /// not run.
 fn with_features(
-    scope: &mut Scope<'_>,
-    part: &Part<'_>,
+    scope: &mut JoinScope<'_>,
+    part: &JoinedPart<'_>,
     model: &Model,
     image: Option<i64>,
     rows: &Rows,
@@ -301,7 +301,7 @@ fn with_features(
     let pictured = any(scope, is_image);
     let shape = ints(scope, "rows_of_features", &[-1, width as i64]);
 
-    let mut with = Scope::new(&mut *scope.joined);
+    let mut with = JoinScope::new(&mut *scope.joined);
     let features = with.inline(part, "vision_encoder", &bound)?[0];
     let features = with.op("features", "Reshape", &[features, shape], &[]);
     let features = cast(&mut with, features, output.dtype, rows.dtype);
@@ -309,7 +309,7 @@ fn with_features(
     let places = with.op("places", "Transpose", &[places], &[("perm", AttributeKind::Ints(vec![1, 0]))]);
     let merged = with.op("merged", "ScatterND", &[rows.values, places, features], &[]);
     let with = Body { name: "with_pictures".into(), nodes: with.nodes, outputs: vec![merged], ..Body::default() };
-    let mut without = Scope::new(&mut *scope.joined);
+    let mut without = JoinScope::new(&mut *scope.joined);
     let same = without.op("text", "Identity", &[rows.values], &[]);
     let without = Body { name: "text_only".into(), nodes: without.nodes, outputs: vec![same], ..Body::default() };
     let embedded = scope.joined.value("embedded");
@@ -331,7 +331,7 @@ struct Carried {
 impl Carried {
     /// The whole prompt with an empty cache.
     fn start(
-        scope: &mut Scope<'_>,
+        scope: &mut JoinScope<'_>,
         decoder: &Ports,
         input_ids: ValueId,
         rows: Option<ValueId>,
@@ -401,21 +401,21 @@ fn empty_shape(port: &Port, head_dim: Option<usize>) -> Result<Vec<i64>> {
 
 /// Runs the decoder until it gives an end token or `limit` tokens; `[N, 1]` tokens.
 fn answer_loop(
-    scope: &mut Scope<'_>,
+    scope: &mut JoinScope<'_>,
     decoder: &Ports,
-    part: &Part<'_>,
+    part: &JoinedPart<'_>,
     embedding: Option<&Embedding<'_>>,
     start: &Carried,
     (limit, end): (ValueId, ValueId),
 ) -> Result<ValueId> {
-    let begun = scope.joined.constant("begun", Tensor::from_bytes(DataType::Bool, &[], vec![1u8]));
+    let first_condition = scope.joined.constant("begun", Tensor::from_bytes(DataType::Bool, &[], vec![1u8]));
     let here =
         start.inside(scope.joined, decoder, embedding.map_or(DataType::Float, |embedding| embedding.output.dtype));
     let (iteration, condition) = (scope.joined.value("iteration"), scope.joined.value("condition"));
     for (id, dtype) in [(iteration, DataType::Int64), (condition, DataType::Bool)] {
         scope.joined.model.graph.values[id.index()].ty = Some(tensor(dtype, &[]));
     }
-    let mut body = Scope::new(&mut *scope.joined);
+    let mut body = JoinScope::new(&mut *scope.joined);
     let embeds = embedding.map(|embedding| embedding.output.dtype);
     let bound = fed(&mut body, decoder, &here, iteration, embeds);
     let outputs = body.inline(part, "step", &bound)?;
@@ -443,14 +443,14 @@ fn answer_loop(
     let mut after: Vec<ValueId> = start.values().iter().map(|_| scope.joined.value("after")).collect();
     let tokens = scope.joined.value("tokens");
     after.push(tokens);
-    let given = [vec![limit, begun], start.values()].concat();
+    let given = [vec![limit, first_condition], start.values()].concat();
     scope.control("Loop", &given, &after, vec![("body", body)]);
     Ok(tokens)
 }
 
 /// Values for the decoder's inputs in one iteration.
 fn fed(
-    body: &mut Scope<'_>,
+    body: &mut JoinScope<'_>,
     decoder: &Ports,
     here: &Carried,
     iteration: ValueId,
@@ -482,7 +482,7 @@ fn fed(
 }
 
 /// The likeliest token behind the last position, `[1, 1]`, and whether it is no end token.
-fn chosen(body: &mut Scope<'_>, logits: ValueId, dtype: DataType, end: ValueId) -> (ValueId, ValueId) {
+fn chosen(body: &mut JoinScope<'_>, logits: ValueId, dtype: DataType, end: ValueId) -> (ValueId, ValueId) {
     let (last, cell) = (ints(body, "last", &[-1]), ints(body, "cell", &[1, 1]));
     let logits = body.op("last_logits", "Gather", &[logits, last], &[("axis", AttributeKind::Int(1))]);
     let logits = cast(body, logits, dtype, DataType::Float);
@@ -495,19 +495,19 @@ fn chosen(body: &mut Scope<'_>, logits: ValueId, dtype: DataType, end: ValueId) 
 }
 
 /// All elements along one axis.
-fn flat(scope: &mut Scope<'_>, value: ValueId) -> ValueId {
+fn flat(scope: &mut JoinScope<'_>, value: ValueId) -> ValueId {
     let shape = ints(scope, "flat", &[-1]);
     scope.op("flat", "Reshape", &[value, shape], &[])
 }
 
 /// One element with as many axes as `rank`.
-fn of_rank(scope: &mut Scope<'_>, value: ValueId, rank: usize) -> ValueId {
+fn of_rank(scope: &mut JoinScope<'_>, value: ValueId, rank: usize) -> ValueId {
     let shape = ints(scope, "shape", &vec![1; rank]);
     scope.op("shaped", "Reshape", &[value, shape], &[])
 }
 
 /// The tokens but the end token, `[N]`.
-fn without_end(scope: &mut Scope<'_>, tokens: ValueId, end: (ValueId, usize)) -> ValueId {
+fn without_end(scope: &mut JoinScope<'_>, tokens: ValueId, end: (ValueId, usize)) -> ValueId {
     let (end, count) = end;
     let is_end = scope.op("ends", "Equal", &[tokens, end], &[]);
     let is_end = cast(scope, is_end, DataType::Bool, DataType::Float);

@@ -35,7 +35,7 @@ const INLINE_BYTES: u64 = 256 << 20;
 /// Errors: `Error::Unsupported` for a model type, component, input or output that transformers.js does not support;
 /// `Error::Invalid` when a processor class, tokenizer or template is missing.
 pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> Result<Written> {
-    let kind = rules::kind_of(bundle)?;
+    let kind = rules::class_of(bundle)?;
     let components: Vec<&Component> = match &settings.variant {
         Some(variant) => chosen(bundle, Some(variant))?,
         None => bundle.components().iter().collect(),

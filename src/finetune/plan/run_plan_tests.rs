@@ -50,7 +50,7 @@ fn plan(settings: &Settings, sizes: &Sizes, memory: Option<u64>) -> RunPlan {
     let layers: Vec<usize> = (0..9).map(|layer| 3 * layer).collect();
     let data =
         PlannedData { samples: 2400, tokens: 2_400_000, answer_tokens: 240_000, longest_tokens: 1500, estimated: true };
-    let facts = Facts {
+    let inputs = PlanInputs {
         device: "cuda:0".to_string(),
         on_gpu: true,
         cores: 16,
@@ -67,7 +67,7 @@ fn plan(settings: &Settings, sizes: &Sizes, memory: Option<u64>) -> RunPlan {
         cache_bytes: 32_000_000_000,
         streamed: None,
     };
-    RunPlan::resolve(&facts).unwrap()
+    RunPlan::resolve(&inputs).unwrap()
 }
 
 #[test]

@@ -6,11 +6,11 @@ use tch::{Kind, Tensor};
 
 use crate::base::{Error, Result};
 
-use crate::finetune::data::Batch;
+use crate::finetune::data::TrainingBatch;
 use crate::finetune::error::torch_error;
 use crate::finetune::loss::{Answers, Compute, Denominator, LOSSES, LossKind, LossRow};
 use crate::finetune::settings::Settings;
-use crate::finetune::student::{Side, Student};
+use crate::finetune::student::{SideTensors, Student};
 
 /// Token counts of a whole optimiser step. Sums are divided by them, so gradient accumulation gives the mean over the
 /// step.
@@ -42,7 +42,7 @@ pub type TermSums = BTreeMap<LossKind, Tensor>;
 /// Errors: `Error::Invalid` when an operator refuses its tensors, or when the loss does not depend on a trained weight.
 pub fn pass(
     student: &Student,
-    batch: &Batch,
+    batch: &TrainingBatch,
     settings: &Settings,
     counts: Counts,
     gradients: &mut Vec<Tensor>,
@@ -58,10 +58,10 @@ pub fn pass(
 
 struct Step<'a> {
     student: &'a Student,
-    batch: &'a Batch,
+    batch: &'a TrainingBatch,
     settings: &'a Settings,
     counts: Counts,
-    side: Side,
+    side: SideTensors,
 }
 
 impl Step<'_> {
@@ -73,13 +73,16 @@ impl Step<'_> {
     fn plain(&self, sums: &mut Vec<Tensor>) -> Result<TermSums> {
         let local = !self.wants_head();
         let layers = match self.student.only {
-            Some(layer) => self.student.stretch(layer),
+            Some(layer) => self.student.layers_to_run(layer),
             None if local => 0..self.points().iter().copied().max().unwrap_or(0),
             None => 0..self.student.layers(),
         };
         // The last layer is run with the head, unless a term compares the stream after it.
         let end = self.student.layers();
-        let joined = end > 0 && !local && layers == (0..end) && !self.asked().any(|row| self.student.compares(row.kind, end));
+        let joined = end > 0
+            && !local
+            && layers == (0..end)
+            && !self.active_terms().any(|row| self.student.compares(row.kind, end));
         let layers = if joined { 0..end - 1 } else { layers };
         let mut terms = Terms::default();
         let mut stream = self.student.entering(&self.batch.hidden)?;
@@ -166,11 +169,11 @@ impl Step<'_> {
 
     /// True when a term reads answers, so that all layers and the head must be run.
     fn wants_head(&self) -> bool {
-        self.asked().any(|row| row.kind.looks_at_answers())
+        self.active_terms().any(|row| row.kind.looks_at_answers())
     }
 
     /// Terms with a weight above 0.
-    fn asked(&self) -> impl Iterator<Item = &'static LossRow> {
+    fn active_terms(&self) -> impl Iterator<Item = &'static LossRow> {
         LOSSES.iter().filter(|row| self.settings.weight(row.kind) > 0.0)
     }
 
@@ -182,7 +185,7 @@ impl Step<'_> {
     fn head_terms(&self, logits: &Tensor, terms: &mut Terms) -> Result<()> {
         let (targets, top_k) = (&self.batch.targets, self.batch.top_k.as_ref());
         let answers = Answers { logits, targets, top_k, temperature: self.settings.kd.temperature };
-        for row in self.asked() {
+        for row in self.active_terms() {
             if let Compute::Answers(compute) = row.compute {
                 terms.add(row.kind, self.mean(row.kind, &compute(&answers)?, 1)?)?;
             }
@@ -193,7 +196,7 @@ impl Step<'_> {
     /// Adds the terms at the point `at` of the residual stream, if a term compares it.
     fn stream_terms(&self, at: usize, stream: &Tensor, terms: &mut Terms) -> Result<()> {
         let mut own = None;
-        for row in self.asked().filter(|row| self.student.compares(row.kind, at)) {
+        for row in self.active_terms().filter(|row| self.student.compares(row.kind, at)) {
             let Compute::Stream(_, compute) = row.compute else { continue };
             let target = self.batch.streams.get(&at);
             let target = target.ok_or_else(|| Error::invalid("the residual-stream loss", "has no target"))?;
@@ -214,7 +217,7 @@ impl Step<'_> {
 
     fn points_compared(&self, kind: LossKind) -> usize {
         let now = |point: usize| match self.student.only {
-            Some(layer) => self.student.stretch(layer).contains(&(point - 1)),
+            Some(layer) => self.student.layers_to_run(layer).contains(&(point - 1)),
             None => true,
         };
         self.points().iter().filter(|&&point| self.student.compares(kind, point) && now(point)).count()

@@ -12,7 +12,7 @@ use crate::bundle::{Bundle, BundleWriter, ModelSource, Record, RecordedStep, Rol
 use crate::data::{DataOptions, Dataset, Encoder, Intake, Subset};
 use crate::finetune::{
     Conversations, Limits, Report, Request, RunPlan, Settings, StepMetrics, Teacher, clear_work, interrupted_at,
-    plan_run, remove_unbegun,
+    plan_run, remove_cache_only_folder,
 };
 use crate::method::{LayerRole, Plan, named_layers};
 use crate::runtime::FeatureCache;
@@ -192,7 +192,7 @@ pub fn finetune(
         && is_new
         && request.work.exists()
     {
-        remove_unbegun(request.work)?;
+        remove_cache_only_folder(request.work)?;
     }
     let mut outcome = outcome?;
     outcome.report.provenance = outcome.report.provenance.with_variants("model", bundle.chosen_variants());

@@ -13,7 +13,7 @@ use crate::bundle::{Bundle, BundleWriter, Component, Deepstack, LayerEdit, Recor
 use crate::method::Plan;
 use crate::onnx;
 use crate::rewrite::{
-    MovedTap, Weights, drop_layers, fold_map, has_additions, shift_additions, tap_changes, with_weights,
+    MovedTap, NamedWeights, drop_layers, fold_map, has_additions, shift_additions, tap_changes, with_weights,
 };
 
 use super::compensate::{Compensated, CompensationReport};
@@ -260,11 +260,11 @@ fn load(bundle: &Bundle, tower: Tower) -> Result<(Vec<Analysed<'_>>, Vec<SetAsid
 struct Part<'b> {
     component: &'b Component,
     analysis: Analysis,
-    weights: Weights,
+    weights: NamedWeights,
 }
 
-fn folded(analysis: &Analysis, compensated: Option<&Compensated>) -> Result<Weights> {
-    let mut weights = Weights::new();
+fn folded(analysis: &Analysis, compensated: Option<&Compensated>) -> Result<NamedWeights> {
+    let mut weights = NamedWeights::new();
     for (&layer, change) in compensated.iter().flat_map(|compensated| &compensated.compensation.changes) {
         weights.extend(fold_map(analysis, layer, change)?);
     }
