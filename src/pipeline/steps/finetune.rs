@@ -160,7 +160,7 @@ pub fn finetune(
     cancel: &Cancel,
     observer: &mut dyn FnMut(&StepMetrics),
 ) -> Result<Report> {
-    check_begun(request)?;
+    check_not_interrupted(request)?;
     let bundle = request.model.open()?;
     let roles = Roles::of(&bundle, request)?;
     let component = bundle.require(Role::Decoder)?.clone();
@@ -226,7 +226,7 @@ pub fn finetune(
 }
 
 /// Errors: `Error::Invalid` where a new run would remove the checkpoint of an interrupted one.
-fn check_begun(request: &Finetune) -> Result<()> {
+fn check_not_interrupted(request: &Finetune) -> Result<()> {
     match interrupted_at(request.work)?.filter(|_| !request.resume) {
         Some(step) => Err(Error::invalid(
             format!("`{}`", request.work.display()),
