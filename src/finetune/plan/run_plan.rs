@@ -125,8 +125,8 @@ impl RunPlan {
 
     /// Makes the plan. When the user set a memory limit, reduces passes and networks to fit it; `fits` has the result.
     ///
-    /// Errors: none; [`RunPlan::check`] reports a plan that exceeds its limits.
-    pub fn resolve(inputs: &PlanInputs<'_>) -> Result<Self> {
+    /// [`RunPlan::check`] reports a plan that exceeds its limits.
+    pub fn resolve(inputs: &PlanInputs<'_>) -> Self {
         let PlanInputs { settings, sizes, limits, data, .. } = inputs;
         let first = inputs.first;
         let stored = sizes.widened_bytes.saturating_sub(sizes.frozen_bytes) > MOST_WIDENED_BYTES;
@@ -137,11 +137,12 @@ impl RunPlan {
             true => u64::from(settings.batch.size) * longest,
             false => CPU_BATCH_TOKENS,
         });
+        let trained_layers = settings.trained_layers(inputs.layers, inputs.layer_count);
         let mut plan = RunPlan {
             schema_version: Self::SCHEMA_VERSION,
             device: inputs.device.clone(),
             precision: settings.precision,
-            trained: inputs.layers.iter().map(|&layer| layer as u64).collect(),
+            trained: trained_layers.into_iter().map(|layer| layer as u64).collect(),
             frozen_before: first as u64,
             layers_run: (inputs.layer_count - first) as u64,
             trained_parameters: trained,
@@ -173,7 +174,7 @@ impl RunPlan {
             plan.shrink(inputs, limit, longest);
             plan.fits = Some(plan.memory_bytes <= limit);
         }
-        Ok(plan)
+        plan
     }
 
     /// Reduces memory until the plan fits `limit`: first by gradient checkpointing, then by fewer tokens per pass, then

@@ -216,7 +216,8 @@ pub fn finetune_with_teacher(
     decoder.graph.body.initializers.iter().for_each(|(_, tensor)| tensor.release());
     let tensors = students[0].changed(&cut, settings.lora().map_or(1.0, Lora::scale))?;
     let decoder = written_back(&decoder, tensors, &cut.quantised, settings.write_trained)?;
-    let report = report(request, rate, inputs, &dataset, left_out, &summary)?;
+    let layers = settings.trained_layers(request.layers, layer_count);
+    let report = report(request, layers, rate, inputs, &dataset, left_out, &summary)?;
     Ok(FinetunedModel { decoder, report })
 }
 
@@ -264,6 +265,7 @@ fn torch_device(device: Device) -> Result<TorchDevice> {
 
 fn report(
     request: &Request<'_>,
+    trained: Vec<usize>,
     learning_rate: f64,
     inputs: BTreeMap<String, Sha256Digest>,
     dataset: &TrainingSet,
@@ -275,7 +277,7 @@ fn report(
     let (tokens, answer_tokens) = (totals.tokens / layers, totals.answer_tokens / layers);
     Ok(Report {
         provenance: Provenance::new(Report::SCHEMA_VERSION, inputs, request.settings)?,
-        layers: request.layers.to_vec(),
+        layers: trained,
         trained_parameters: summary.trained_parameters,
         samples: dataset.examples.len() as u64,
         sample_ids: dataset.examples.iter().map(|example| example.id.clone()).collect(),

@@ -472,6 +472,14 @@ impl Settings {
         (rank > 0 && self.trains()).then_some(Lora { rank, alpha, seed: self.seed })
     }
 
+    /// The layers that get new weights, of `count` layers: all of them with adapters on all layers, else those asked for.
+    pub fn trained_layers(&self, asked: &[usize], count: usize) -> Vec<usize> {
+        match self.lora() {
+            Some(_) if self.lora.layers == LoraLayers::All => (0..count).collect(),
+            _ => asked.to_vec(),
+        }
+    }
+
     /// Samples per optimiser step.
     pub fn samples_per_step(&self) -> usize {
         self.batch.size as usize * self.batch.accumulation_steps as usize
