@@ -15,6 +15,7 @@ Needs numpy, onnx and onnxruntime.
 """
 
 import argparse
+import logging
 import pathlib
 import tempfile
 
@@ -164,6 +165,7 @@ def theirs(source, target, config):
 
 
 def main():
+    logging.disable(logging.WARNING)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=pathlib.Path)
     for name in "searched", "nearest", "zeros", "qdq":

@@ -105,7 +105,8 @@ fn choose(body: &Body, types: &HashMap<ValueId, DataType>, active: &HashSet<Valu
                 && node.present_inputs().all(made)
                 && node.present_outputs().all(read)
         };
-        let found: Vec<ValueId> = body.nodes.iter().filter(between).filter_map(first).collect();
+        let found = body.nodes.iter().filter(between).filter_map(first).filter(|id| !kept.contains_key(id));
+        let found: Vec<ValueId> = found.collect();
         kept.extend(found.into_iter().map(|id| (id, BETWEEN)));
     }
 }

@@ -9,7 +9,7 @@ mod report;
 mod types;
 mod weights;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
 use schemars::JsonSchema;
@@ -229,6 +229,7 @@ pub fn write_variants(bundle: &Bundle, request: &PrecisionRequest<'_>, output: &
         for component in &components {
             let model = onnx::load(&bundle.path_of(component))?;
             refuse(&model, &component.file)?;
+            let names = constant_names(&model);
             let ranges = ranges.get(&component.file).unwrap_or(&nothing);
             let work = Work { model, settings, ranges, scratch: scratch.path(), file: &component.file };
             let done = (precision.write)(work)?;
@@ -241,7 +242,7 @@ pub fn write_variants(bundle: &Bundle, request: &PrecisionRequest<'_>, output: &
                 file,
                 bytes_before: bundle.size_bytes(component)?,
                 bytes_after,
-                kept: if done.kept_operators.is_empty() { kept_tensors(&done.model) } else { Vec::new() },
+                kept: if done.kept_operators.is_empty() { kept_tensors(&done.model, &names) } else { Vec::new() },
                 quantised: done.quantised,
                 kept_operators: done.kept_operators,
                 clamped_numbers: done.clamped_numbers,
@@ -346,6 +347,17 @@ fn refuse(model: &Model, file: &str) -> Result<()> {
         }
         None => Ok(()),
     }
+}
+
+/// Names of all initializers.
+fn constant_names(model: &Model) -> HashSet<String> {
+    fn add(model: &Model, body: &Body, names: &mut HashSet<String>) {
+        names.extend(body.initializers.iter().map(|(id, _)| model.graph.name(*id).to_string()));
+        body.nodes.iter().flat_map(Node::bodies).for_each(|inner| add(model, inner, names));
+    }
+    let mut names = HashSet::new();
+    add(model, &model.graph.body, &mut names);
+    names
 }
 
 fn find_node<'a>(body: &'a Body, wanted: &dyn Fn(&Node) -> bool) -> Option<&'a Node> {

@@ -224,11 +224,12 @@ pub(super) fn remove_dead_code(body: &mut Body) {
     body.nodes.iter_mut().flat_map(Node::bodies_mut).for_each(remove_dead_code);
 }
 
-/// Float constants that are neither small nor vectors, with the operators that read them.
-pub(super) fn kept_tensors(model: &Model) -> Vec<KeptTensor> {
+/// Constants of the float graph that stayed and are neither small nor vectors, with the operators that read them.
+pub(super) fn kept_tensors(model: &Model, names: &HashSet<String>) -> Vec<KeptTensor> {
     let mut readers: HashMap<ValueId, BTreeSet<String>> = HashMap::new();
     let mut kept = Vec::new();
     collect(&model.graph, &model.graph.body, &mut readers, &mut kept);
+    kept.retain(|(_, tensor)| names.contains(&tensor.name));
     for (id, tensor) in &mut kept {
         let ops: Vec<&str> = readers.get(id).into_iter().flatten().map(String::as_str).collect();
         tensor.reason = format!("read by {}", ops.join(", "));
