@@ -4,6 +4,8 @@ mod blocks;
 mod channels;
 mod fitted;
 mod floated;
+#[cfg(test)]
+mod form_tests;
 mod layout;
 mod products;
 

@@ -75,12 +75,14 @@ fn choose(body: &Body, types: &HashMap<ValueId, DataType>, active: &HashSet<Valu
             node.bodies().for_each(|inner| choose(inner, types, active, kept));
             continue;
         }
+        // Its weights are in f16 already.
+        let has_half = node.present_inputs().any(|id| types.get(&id) == Some(&DataType::Float16));
         let touches_floats = node.present_inputs().chain(node.present_outputs()).any(is_float);
         let square = node.op_type == "Mul" && node.inputs.first() == node.inputs.get(1);
         let by_name =
             KEPT.iter().find(|(name, _)| *name == node.op_type && node.domain.is_empty()).map(|(_, why)| *why);
         let reason = match () {
-            () if !touches_floats || node.op_type == "Constant" || node.reads_shape_only() => None,
+            () if !touches_floats || has_half || node.op_type == "Constant" || node.reads_shape_only() => None,
             () if !node.present_outputs().any(|id| active.contains(&id)) => Some(POSITIONS),
             () if square => Some(SUMS),
             () => by_name,
