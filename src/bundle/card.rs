@@ -43,6 +43,9 @@ pub fn changes(history: &[RecordedStep]) -> Vec<String> {
             let of = if pruned { "remaining layers" } else { "layers of the language model" };
             lines.push(format!("- {} of the {of} trained on {samples} samples.", layers.len()));
         }
+        if let RecordedStep::Quantise { precisions } = step {
+            lines.push(format!("- Written in the precisions {} too.", precisions.join(", ")));
+        }
         if let RecordedStep::Graft { tensors } = step {
             lines.push(format!("- {tensors} tensors of a finetuned checkpoint written into the graphs."));
         }

@@ -77,6 +77,13 @@ pub struct FolderLayout {
     pub(super) components: Components,
 }
 
+impl Layout {
+    /// True when a component's precision variants differ by the suffix of their files' names.
+    pub fn names_variants(&self) -> bool {
+        matches!(self.components, Components::Stems(_))
+    }
+}
+
 /// All layouts. The first one that matches is used.
 pub const LAYOUTS: &[FolderLayout] = &[
     FolderLayout {

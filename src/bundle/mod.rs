@@ -2,6 +2,7 @@
 
 mod assets;
 mod card;
+mod chunks;
 mod component;
 mod components;
 mod config;

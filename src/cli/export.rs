@@ -2,23 +2,28 @@
 
 use std::path::PathBuf;
 
-use crate::base::human_bytes;
+use crate::base::{Error, human_bytes};
 use crate::bundle::Bundle;
 use crate::export::{self, ExportSettings, ExportTarget, TARGETS, target_named};
 
 use super::args::amount;
 use super::context::{Context, Outcome};
 use super::output::table;
+use super::precision::{PrecisionArgs, print_components, report_precision};
 
 /// Write the model in the layout of a server, a library or the hub
 #[derive(clap::Args)]
-#[command(after_help = "Example:\n  interlace export model/ --to triton -o model_repository/")]
+#[command(after_help = "Examples:\n  interlace export model/ --to triton -o model_repository/\n  \
+                        interlace export model/ --precision int4,fp16 --to transformers-js -o folder/")]
 pub struct Args {
     /// Model folder, or one .onnx decoder
     model: PathBuf,
     /// Write this layout; see the list below
     #[arg(long, value_name = "TARGET", value_parser = target_named, long_help = targets_help())]
-    to: &'static ExportTarget,
+    #[arg(required_unless_present = "precision")]
+    to: Option<&'static ExportTarget>,
+    #[command(flatten)]
+    precision: PrecisionArgs,
     /// Set the largest batch of models whose inputs and outputs share a free first axis; other models get 0 [default: 8]
     #[arg(long, value_name = "N")]
     max_batch_size: Option<u32>,
@@ -62,8 +67,29 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         reports: args.report,
         shard_bytes: args.shard_size,
     };
-    let export = export::export(&bundle, args.to, &settings, &args.output)?;
     let output = &context.output;
+    let export = match (args.to, args.precision.is_empty()) {
+        (Some(target), true) => export::export(&bundle, target, &settings, &args.output)?,
+        (target, _) => {
+            let data = args.precision.dataset(&bundle)?;
+            let request = args.precision.request(data.as_ref(), &context.cancel);
+            let Some(target) = target else {
+                if let Some(flag) = settings.first_set() {
+                    let problem = "is read by targets, and none is named";
+                    return Err(Error::invalid(format!("`{flag}`"), problem)
+                        .remedy("give `--to`, or leave it out")
+                        .into());
+                }
+                let report = export::write_variants(&bundle, &request, &args.output)?;
+                return report_precision(&report.components, &report, context);
+            };
+            let export = export::export_variants(&bundle, &request, target, &settings, &args.output)?;
+            if !output.json {
+                print_components(&export.precision, output)?;
+            }
+            export
+        }
+    };
     if output.json {
         output.json(&export)?;
         return Ok(Outcome::Done);

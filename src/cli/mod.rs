@@ -15,6 +15,7 @@ mod graft;
 mod inspect;
 mod output;
 mod plan;
+mod precision;
 mod prune;
 mod ranks;
 mod run;

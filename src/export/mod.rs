@@ -5,6 +5,7 @@ mod components;
 mod generate;
 mod hugging_face;
 mod manifest;
+mod precision;
 mod record;
 pub mod transformers_js;
 pub mod triton;
@@ -14,6 +15,10 @@ use std::path::Path;
 use crate::base::{Error, Provenance, Result, StagedDir, sha256_file, write_json};
 use crate::bundle::{Bundle, ExportManifest, MANIFEST_FILE};
 
+pub use precision::{
+    Calibration, KeptOperators, KeptTensor, PRECISIONS, Precision, PrecisionReport, PrecisionRequest,
+    PrecisionSettings, QuantisedComponent, QuantisedTensor, export_variants, precision_named, write_variants,
+};
 use record::Written;
 pub use record::{CheckpointWeights, EXPORT_FILE, EXPORT_SCHEMA_VERSION, Export, ExportSettings, ExportedModel};
 
@@ -31,6 +36,14 @@ const DENSE: Setting = ("--dense", |settings| settings.dense.is_some());
 const SHARD_SIZE: Setting = ("--shard-size", |settings| settings.shard_bytes.is_some());
 const SETTINGS: &[Setting] = &[MAX_BATCH_SIZE, VARIANT, MAX_IR_VERSION, BASE, DENSE, SHARD_SIZE];
 
+impl ExportSettings {
+    /// The flag of a setting that is set and that targets read.
+    pub fn first_set(&self) -> Option<&'static str> {
+        let reports: Setting = ("--report", |settings| !settings.reports.is_empty());
+        SETTINGS.iter().chain([&reports]).find(|(_, is_set)| is_set(self)).map(|(name, _)| *name)
+    }
+}
+
 /// A layout that `export` writes.
 #[derive(Clone, Copy, Debug)]
 pub struct ExportTarget {
@@ -42,6 +55,8 @@ pub struct ExportTarget {
     pub consumer: &'static str,
     /// `library_name` in the model card: the library that loads it.
     library: &'static str,
+    /// True when it has room for a component in several precisions.
+    writes_variants: bool,
     /// Those that it reads; another one that is set is an error.
     settings: &'static [Setting],
     /// Writes the files into an existing folder and returns their description.
@@ -62,6 +77,7 @@ pub const TARGETS: &[ExportTarget] = &[
         summary: "A model repository of Triton Inference Server, one model per component",
         consumer: "tritonserver 2.51",
         library: "onnx",
+        writes_variants: false,
         settings: &[MAX_BATCH_SIZE, VARIANT, MAX_IR_VERSION],
         write: triton::write,
     },
@@ -70,6 +86,7 @@ pub const TARGETS: &[ExportTarget] = &[
         summary: "A folder that transformers.js loads, in Node or a page",
         consumer: "@huggingface/transformers 4.3",
         library: "transformers.js",
+        writes_variants: true,
         settings: &[VARIANT, MAX_IR_VERSION],
         write: transformers_js::write,
     },
@@ -78,6 +95,7 @@ pub const TARGETS: &[ExportTarget] = &[
         summary: "One ONNX graph from pictures and prompt to the ids of the answer",
         consumer: "onnxruntime 1.30",
         library: "onnx",
+        writes_variants: false,
         settings: &[VARIANT, MAX_IR_VERSION],
         write: generate::write,
     },
@@ -86,6 +104,7 @@ pub const TARGETS: &[ExportTarget] = &[
         summary: "A Hugging Face checkpoint, for transformers and what reads its checkpoints; needs --base",
         consumer: "transformers 5.24",
         library: "transformers",
+        writes_variants: false,
         settings: &[BASE, DENSE, SHARD_SIZE],
         write: hugging_face::write,
     },
@@ -106,6 +125,19 @@ pub fn target_named(name: &str) -> Result<&'static ExportTarget, String> {
 /// `Error::Unsupported`, with the reason, when the target cannot serve the model; `Error::Io` when writing fails. On
 /// an error no folder remains.
 pub fn export(bundle: &Bundle, target: &ExportTarget, settings: &ExportSettings, folder: &Path) -> Result<Export> {
+    export_quantised(bundle, target, settings, folder, Vec::new())
+}
+
+/// [`export`] of a model of which these components were quantised before.
+///
+/// Errors: as there.
+fn export_quantised(
+    bundle: &Bundle,
+    target: &ExportTarget,
+    settings: &ExportSettings,
+    folder: &Path,
+    precision: Vec<QuantisedComponent>,
+) -> Result<Export> {
     if let Some((name, _)) = SETTINGS.iter().find(|(name, is_set)| is_set(settings) && !target.reads(name)) {
         return Err(Error::invalid(format!("`{name}`"), format!("is not read by the target `{}`", target.name))
             .remedy("leave it out"));
@@ -122,7 +154,7 @@ pub fn export(bundle: &Bundle, target: &ExportTarget, settings: &ExportSettings,
     let text = card::text(bundle, target, &provenance.tool, &scores, size)?;
     components::write(&staged.path().join(CARD), &text)?;
     files.insert(CARD.to_string(), sha256_file(&staged.path().join(CARD))?);
-    let export = Export { provenance, target: target.name.to_string(), models, files, notes, weights };
+    let export = Export { provenance, target: target.name.to_string(), models, files, notes, weights, precision };
     write_json(&staged.path().join(EXPORT_FILE), &export)?;
     let manifest = manifest::of(bundle, &export, (scores, reports), staged.path())?;
     write_json(&staged.path().join(MANIFEST_FILE), &manifest)?;

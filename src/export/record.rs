@@ -11,6 +11,8 @@ use crate::bundle::{Component, Role};
 use crate::graft::Unmatched;
 use crate::ir::Model;
 
+use super::precision::QuantisedComponent;
+
 /// Version of the schema of an export's own record.
 pub const EXPORT_SCHEMA_VERSION: u32 = 1;
 /// File name of the record.
@@ -61,6 +63,9 @@ pub struct Export {
     /// Where the tensors of a written checkpoint come from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weights: Option<CheckpointWeights>,
+    /// Components that were quantised for this export.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub precision: Vec<QuantisedComponent>,
 }
 
 /// Where the weights of a written checkpoint come from.

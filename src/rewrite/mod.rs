@@ -38,7 +38,8 @@ pub use internal::{EXPANDED_BLOCKS, INTERNAL_DOMAIN, ROUNDED, ROUNDED_DYNAMICALL
 pub use join::{Inlined, JoinScope, Joined, JoinedPart};
 pub use opset::raise_opset;
 pub use tap::{SIMILARITY_PREFIX, tap_similarities};
-pub use widen::widened;
+pub use tidy::{finish, remove_dead_code};
+pub use widen::{TYPE_ATTRIBUTES, widened};
 
 #[cfg(test)]
 mod tests;

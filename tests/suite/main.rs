@@ -29,6 +29,7 @@ mod mutated_inputs;
 mod mutations;
 mod operators;
 mod pictures;
+mod precision;
 mod properties;
 mod published;
 mod ranks;
