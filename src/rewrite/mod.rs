@@ -17,6 +17,7 @@ mod merged;
 mod opset;
 mod removal;
 mod renumber;
+mod standard;
 mod tap;
 mod tidy;
 mod widen;
@@ -37,6 +38,7 @@ pub use hidden_states::MovedTap;
 pub use internal::{EXPANDED_BLOCKS, INTERNAL_DOMAIN, ROUNDED, ROUNDED_DYNAMICALLY};
 pub use join::{Inlined, Joined, Part, Scope};
 pub use opset::raise_opset;
+pub use standard::{standard_operators, standardised};
 pub use tap::{SIMILARITY_PREFIX, tap_similarities};
 pub use widen::widened;
 
