@@ -9,7 +9,9 @@ usage: client.py REPOSITORY BENCHMARK.tsv [--questions N] [--port N]
 import argparse
 import json
 import multiprocessing
+import os
 import queue
+import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -56,11 +58,11 @@ def streamed(address, arrays, killed_after=None):
                 return found
             found.extend(result.as_numpy("generated_ids").tolist())
             if len(found) == killed_after:
-                multiprocessing.current_process().kill()
+                os.kill(os.getpid(), signal.SIGKILL)
 
 
 def killed(address, arrays):
-    process = multiprocessing.Process(target=streamed, args=(address, arrays, 1))
+    process = multiprocessing.get_context("spawn").Process(target=streamed, args=(address, arrays, 1))
     process.start()
     process.join()
     assert process.exitcode == -9, process.exitcode

@@ -26,11 +26,12 @@ for program in (stub, root / "bin/tritonserver"):
     program.chmod(0o755)
 graphs.mkdir(exist_ok=True)
 shutil.copy(Path(__file__).parent / "model.py", graphs / "model.py")
-environment = os.environ | {
-    "LD_LIBRARY_PATH": str(args.wheel.resolve() / "nvidia_pytriton.libs"),
-    "PYTHONPATH": str(args.packages.resolve()),
-    "PYTHONHOME": "/usr",
-}
+# The stub reads no PYTHONPATH, but it searches its own folder.
+for package in args.packages.resolve().iterdir():
+    link = python / package.name
+    if not link.exists():
+        link.symlink_to(package)
+environment = os.environ | {"LD_LIBRARY_PATH": str(args.wheel.resolve() / "nvidia_pytriton.libs")}
 flags = {
     "model-repository": args.repository.resolve(),
     "backend-directory": root / "backends",
