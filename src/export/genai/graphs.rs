@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 
 use crate::analysis::{self, PortRole};
 use crate::base::{Error, Result};
-use crate::ir::{DataType, Dim, Model, Tensor, ValueId};
+use crate::ir::{AttributeKind, Body, DataType, Dim, Model, Tensor, ValueId};
 use crate::rewrite::{Joined, Scope};
 use crate::runtime::{Input, InputKind, Port};
 
@@ -285,10 +285,21 @@ pub(super) fn merging_embedding(
     }
     let embedded = scope.inline(&part, "tokens", &bound)?[0];
     let embedded = cast(&mut scope, embedded, output.dtype, decoder_type);
-    let rows = cast(&mut scope, rows, features, decoder_type);
+    // Behind the prompt there are no features, and a token that the model chose is no picture.
+    let count = scope.op("rows", "Shape", &[rows], &[("end", AttributeKind::Int(1))]);
+    let zero = ints(&mut scope, "no_rows", &[0]);
+    let pictured = scope.op("has_rows", "Greater", &[count, zero], &[]);
     let image = scalar(&mut scope, "image_id", image);
     let is_image = scope.op("is_image", "Equal", &[ids, image], &[]);
-    let merged = with_rows_at(&mut scope, embedded, is_image, rows);
+    let mut with = Scope::new(&mut *scope.joined);
+    let rows = cast(&mut with, rows, features, decoder_type);
+    let merged = with_rows_at(&mut with, embedded, is_image, rows);
+    let with = Body { name: "with_pictures".into(), nodes: with.nodes, outputs: vec![merged], ..Body::default() };
+    let mut without = Scope::new(&mut *scope.joined);
+    let same = without.op("text", "Identity", &[embedded], &[]);
+    let without = Body { name: "text_only".into(), nodes: without.nodes, outputs: vec![same], ..Body::default() };
+    let merged = scope.joined.value("merged");
+    scope.control("If", &[pictured], &[merged], vec![("then_branch", with), ("else_branch", without)]);
     let [batch, sequence] = shape;
     finished(scope, "embedding", merged, (INPUTS_EMBEDS, decoder_type, &[batch, sequence, width]))
 }

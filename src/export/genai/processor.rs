@@ -65,7 +65,7 @@ impl Settings {
             ("DecodeImage", json!({"color_space": "RGB"})),
             ("ConvertRGB", json!({})),
             ("Resize", resize),
-            ("Rescale", json!({"rescale_factor": self.get(&["rescale_factor"])?})),
+            ("Rescale", json!({"rescale_factor": self.0.get("rescale_factor").cloned().unwrap_or(json!(1.0 / 255.0))})),
             ("Normalize", normalize),
             ("PatchImage", patches),
         ]))
