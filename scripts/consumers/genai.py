@@ -19,15 +19,16 @@ import numpy as np
 import onnxruntime_genai as genai
 
 IMAGE = "image_token_id"
+clock = time.perf_counter
 
 
-def generate(model, given, tokens, times):
+def generate(model, given, tokens, times, least=0):
     """Greedy answer to ids, or to named tensors of a prompt with pictures."""
     parameters = genai.GeneratorParams(model)
     ids = given if isinstance(given, np.ndarray) else given["input_ids"].as_numpy()
-    parameters.set_search_options(do_sample=False, max_length=ids.size + tokens)
+    parameters.set_search_options(do_sample=False, max_length=ids.size + tokens, min_length=ids.size + least)
     generator = genai.Generator(model, parameters)
-    start = time.perf_counter()
+    start = clock()
     if isinstance(given, np.ndarray):
         generator.append_tokens(given.astype(np.int32))
     else:
@@ -35,7 +36,7 @@ def generate(model, given, tokens, times):
     answer, marks = [], []
     while not generator.is_done() and len(answer) < tokens:
         generator.generate_next_token()
-        marks.append(time.perf_counter())
+        marks.append(clock())
         answer.append(int(generator.get_next_tokens()[0]))
     times["first"].extend(1e3 * (mark - start) for mark in marks[:1])
     times["next"].extend(1e3 * (b - a) for a, b in zip(marks, marks[1:]))

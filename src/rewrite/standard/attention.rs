@@ -258,7 +258,7 @@ fn attend(
             let size = site.cast(size, DataType::Float);
             let root = site.op("Sqrt", &[size], &[]);
             let scale = site.op("Reciprocal", &[root], &[]);
-            site.op("CastLike", &[scale, q], &[])
+            site.like(scale, q)
         }
         scale => site.float_like(scale, q),
     };

@@ -105,6 +105,7 @@ fn convert(body: &mut Body, site: &mut Site<'_>, functions: &HashSet<(&str, &str
         }
         match row_of(&node) {
             Some((.., write)) => {
+                site.enter(&node);
                 write(&node, site)?;
                 nodes.append(&mut site.nodes);
             }

@@ -7,8 +7,7 @@ use super::site::{Site, float, int, optional};
 
 /// `x / sqrt(mean(x^2) + epsilon) * scale` over the last axis, computed in f32.
 fn rms(site: &mut Site<'_>, x: ValueId, scale: ValueId, epsilon: f32, output: ValueId) {
-    let is_f32 = site.dtype(scale) == Some(DataType::Float);
-    let wide = if is_f32 { x } else { site.cast(x, DataType::Float) };
+    let wide = if site.is_f32() { x } else { site.cast(x, DataType::Float) };
     let square = site.op("Mul", &[wide, wide], &[]);
     let axes = site.ints(&[-1]);
     let mean = site.op("ReduceMean", &[square, axes], &[]);
@@ -16,7 +15,7 @@ fn rms(site: &mut Site<'_>, x: ValueId, scale: ValueId, epsilon: f32, output: Va
     let mean = site.op("Add", &[mean, epsilon], &[]);
     let root = site.op("Sqrt", &[mean], &[]);
     let normed = site.op("Div", &[wide, root], &[]);
-    let normed = if is_f32 { normed } else { site.op("CastLike", &[normed, x], &[]) };
+    let normed = site.like(normed, x);
     site.give(output, "Mul", &[normed, scale], &[]);
 }
 

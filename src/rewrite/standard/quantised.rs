@@ -92,9 +92,9 @@ pub(super) fn gather_block_quantised(node: &Node, site: &mut Site<'_>) -> Result
     site.only(node, &["bits", "block_size", "gather_axis", "quantize_axis"], 4)?;
     let (bits, block) = (int(node, "bits", 4), int(node, "block_size", 128));
     let (data, ids, scales) = (site.input(node, 0)?, site.input(node, 1)?, site.input(node, 2)?);
-    let table = site.weight(data).filter(|tensor| tensor.dtype == DataType::Uint8 && tensor.dims.len() == 2);
-    let Some(bytes) = table.map(|tensor| tensor.dims[1] as i64) else {
-        return Err(site.refuse(node, "has a table that is no constant of uint8"));
+    let dims = site.dims(data);
+    let (Some(DataType::Uint8), Some(&[_, bytes])) = (site.dtype(data), dims.as_deref()) else {
+        return Err(site.refuse(node, "has a table that is not of uint8 with two known sizes"));
     };
     let axes = (int(node, "gather_axis", 0), int(node, "quantize_axis", 1));
     if ![4, 8].contains(&bits) || ![(0, 1), (0, -1)].contains(&axes) {
@@ -143,5 +143,6 @@ fn floats(site: &mut Site<'_>, packed: ValueId, bits: i64, shape: &[i64], like: 
         numbers = site.concat(&pair, -1);
     }
     let numbers = site.reshape(numbers, shape);
-    site.op("CastLike", &[numbers, like], &[])
+    let numbers = site.cast(numbers, DataType::Float);
+    site.like(numbers, like)
 }

@@ -14,6 +14,8 @@ pub(super) struct Site<'a> {
     weights: &'a Weights,
     read: &'a HashSet<ValueId>,
     added: &'a mut Vec<(ValueId, Tensor)>,
+    /// The element type with which the node computes, where a declaration says it.
+    float_type: Option<DataType>,
     /// The nodes so far, in execution order.
     pub nodes: Vec<Node>,
 }
@@ -25,7 +27,7 @@ impl<'a> Site<'a> {
         read: &'a HashSet<ValueId>,
         added: &'a mut Vec<(ValueId, Tensor)>,
     ) -> Self {
-        Site { graph, weights, read, added, nodes: Vec::new() }
+        Site { graph, weights, read, added, float_type: None, nodes: Vec::new() }
     }
 
     /// The node in messages.
@@ -70,10 +72,29 @@ impl<'a> Site<'a> {
         self.op("Cast", &[value], &[("to", AttributeKind::Int(to as i64))])
     }
 
-    /// A number in the type of `like`.
+    /// Begins with another node.
+    pub fn enter(&mut self, node: &Node) {
+        let values = node.present_inputs().chain(node.present_outputs());
+        self.float_type = values.filter_map(|id| self.dtype(id)).find(|dtype| dtype.is_float());
+    }
+
+    /// True when the node computes in f32.
+    pub fn is_f32(&self) -> bool {
+        self.float_type == Some(DataType::Float)
+    }
+
+    /// A number in the type of `like`, a float with which the node computes.
     pub fn float_like(&mut self, value: f32, like: ValueId) -> ValueId {
         let value = self.float(value);
-        self.op("CastLike", &[value, like], &[])
+        self.like(value, like)
+    }
+
+    /// An f32 value in the type of `like`, a float with which the node computes.
+    pub fn like(&mut self, value: ValueId, like: ValueId) -> ValueId {
+        match self.is_f32() {
+            true => value,
+            false => self.op("CastLike", &[value, like], &[]),
+        }
     }
 
     pub fn reshape(&mut self, value: ValueId, shape: &[i64]) -> ValueId {
@@ -112,12 +133,17 @@ impl<'a> Site<'a> {
         self.weight(id).map(|tensor| tensor.dims.len()).or(declared)
     }
 
+    /// All sizes, where the graph or a weight says them.
+    pub fn dims(&self, id: ValueId) -> Option<Vec<i64>> {
+        if let Some(tensor) = self.weight(id) {
+            return Some(tensor.dims.iter().map(|size| *size as i64).collect());
+        }
+        self.graph.value(id).ty.as_ref()?.shape()?.iter().map(known).collect()
+    }
+
     /// The size of the last axis, where the graph says it.
     pub fn last_size(&self, id: ValueId) -> Option<i64> {
-        match self.graph.value(id).ty.as_ref()?.shape()?.last()? {
-            Dim::Known(size) => Some(*size),
-            _ => None,
-        }
+        known(self.graph.value(id).ty.as_ref()?.shape()?.last()?)
     }
 
     /// Element type, where the graph or a weight says it.
@@ -155,6 +181,13 @@ impl<'a> Site<'a> {
             Some(position) => Err(self.refuse(node, &format!("has input {position}"))),
             None => Ok(()),
         }
+    }
+}
+
+fn known(dim: &Dim) -> Option<i64> {
+    match dim {
+        Dim::Known(size) => Some(*size),
+        _ => None,
     }
 }
 
