@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use crate::base::{Error, human_bytes};
 use crate::bundle::Bundle;
+use crate::export::triton::{Accelerator, InstanceKind, Serving, Versions};
 use crate::export::{self, ExportSettings, ExportTarget, TARGETS, target_named};
 
 use super::args::amount;
@@ -32,8 +33,15 @@ pub struct Args {
     #[arg(long, value_name = "NAME")]
     variant: Option<String>,
     /// Lower the IR version of newer ONNX files to this, for servers that refuse newer ones [default: unchanged]
-    #[arg(long, value_name = "N")]
+    #[arg(long, alias = "max-ir", value_name = "N")]
     max_ir_version: Option<i64>,
+    /// Write operators of ONNX Runtime's own domain, such as MatMulNBits and GroupQueryAttention, as standard ones; an
+    /// operator that has no such form is an error [default: unchanged]
+    #[arg(long)]
+    standard_ops: bool,
+    /// Raise the default operator set to this version, up to 24; no graph is lowered [default: unchanged]
+    #[arg(long, value_name = "N")]
+    opset: Option<i64>,
     /// Name the weights as this Hugging Face checkpoint does, which the graphs were exported from (safetensors only)
     #[arg(long, value_name = "CHECKPOINT")]
     base: Option<PathBuf>,
@@ -43,12 +51,52 @@ pub struct Args {
     /// Set the largest size of a weight file, such as 5GB (safetensors only) [default: 5GB]
     #[arg(long, value_name = "SIZE", value_parser = amount)]
     shard_size: Option<u64>,
+    #[command(flatten)]
+    triton: TritonArgs,
     /// Put the scores of this report of `eval`, and its baseline's, into manifest.json; may be repeated
     #[arg(long, value_name = "FILE")]
     report: Vec<PathBuf>,
     /// Write the layout to this new folder
     #[arg(short, long, value_name = "FOLDER")]
     output: PathBuf,
+}
+
+/// How Triton runs the models.
+#[derive(clap::Args)]
+#[command(next_help_heading = "Options of --to triton")]
+struct TritonArgs {
+    /// Let the server join requests of batched models, and wait up to this many microseconds for more [default: off]
+    #[arg(long, value_name = "MICROSECONDS")]
+    dynamic_batching: Option<u64>,
+    /// Load this many copies of each model on each device [default: the server's choice]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    instances: Option<u32>,
+    /// Run the models on these devices: cpu or gpu [default: the server's choice]
+    #[arg(long, value_name = "KIND")]
+    instance_kind: Option<InstanceKind>,
+    /// Run the graphs with this accelerator of the ONNX Runtime back end: tensorrt or openvino [default: none]
+    #[arg(long, value_name = "NAME")]
+    accelerator: Option<Accelerator>,
+    /// Load these versions of each model: latest:N, all, or a list such as 1,2; the export writes version 1 [default: the
+    /// latest]
+    #[arg(long, value_name = "VERSIONS")]
+    versions: Option<Versions>,
+    /// Run the components once on zeros while they are loaded, before they are ready [default: off]
+    #[arg(long)]
+    warm_up: bool,
+}
+
+impl From<TritonArgs> for Serving {
+    fn from(args: TritonArgs) -> Self {
+        Serving {
+            batch_delay_us: args.dynamic_batching,
+            instances: args.instances,
+            instance_kind: args.instance_kind,
+            accelerator: args.accelerator,
+            versions: args.versions,
+            warm_up: args.warm_up,
+        }
+    }
 }
 
 fn targets_help() -> String {
@@ -62,6 +110,9 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         max_batch_size: args.max_batch_size,
         variant: args.variant,
         max_ir_version: args.max_ir_version,
+        standard_ops: args.standard_ops,
+        opset: args.opset,
+        serving: args.triton.into(),
         base: args.base,
         dense: args.dense,
         reports: args.report,

@@ -25,7 +25,7 @@ use super::quantised::{rounding_operator, spread_of_decoder, spread_of_session};
 use super::run::LoadedModel;
 
 /// Export targets whose folders are model folders.
-const LOADED_TARGETS: &[&str] = &["transformers-js"];
+const LOADED_TARGETS: &[&str] = &["transformers-js", "genai", "openvino", "tract"];
 /// Largest component for tract, in bytes: tract holds all weights in memory.
 const TRACT_LIMIT_BYTES: u64 = 2 << 30;
 /// Operators that quantise activations over a whole run, so that a cached step differs from a longer prefill.

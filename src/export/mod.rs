@@ -2,9 +2,13 @@
 
 mod card;
 mod components;
+mod configs;
+mod genai;
 mod generate;
 mod hugging_face;
 mod manifest;
+mod nodes;
+mod plain;
 mod precision;
 mod record;
 pub mod transformers_js;
@@ -31,10 +35,36 @@ type Setting = (&'static str, fn(&ExportSettings) -> bool);
 const MAX_BATCH_SIZE: Setting = ("--max-batch-size", |settings| settings.max_batch_size.is_some());
 const VARIANT: Setting = ("--variant", |settings| settings.variant.is_some());
 const MAX_IR_VERSION: Setting = ("--max-ir-version", |settings| settings.max_ir_version.is_some());
+const STANDARD_OPS: Setting = ("--standard-ops", |settings| settings.standard_ops);
+const OPSET: Setting = ("--opset", |settings| settings.opset.is_some());
 const BASE: Setting = ("--base", |settings| settings.base.is_some());
 const DENSE: Setting = ("--dense", |settings| settings.dense.is_some());
 const SHARD_SIZE: Setting = ("--shard-size", |settings| settings.shard_bytes.is_some());
-const SETTINGS: &[Setting] = &[MAX_BATCH_SIZE, VARIANT, MAX_IR_VERSION, BASE, DENSE, SHARD_SIZE];
+const DYNAMIC_BATCHING: Setting = ("--dynamic-batching", |settings| settings.serving.batch_delay_us.is_some());
+const INSTANCES: Setting = ("--instances", |settings| settings.serving.instances.is_some());
+const INSTANCE_KIND: Setting = ("--instance-kind", |settings| settings.serving.instance_kind.is_some());
+const ACCELERATOR: Setting = ("--accelerator", |settings| settings.serving.accelerator.is_some());
+const VERSIONS: Setting = ("--versions", |settings| settings.serving.versions.is_some());
+const WARM_UP: Setting = ("--warm-up", |settings| settings.serving.warm_up);
+const SETTINGS: &[Setting] = &[
+    MAX_BATCH_SIZE,
+    VARIANT,
+    MAX_IR_VERSION,
+    STANDARD_OPS,
+    OPSET,
+    BASE,
+    DENSE,
+    SHARD_SIZE,
+    DYNAMIC_BATCHING,
+    INSTANCES,
+    INSTANCE_KIND,
+    ACCELERATOR,
+    VERSIONS,
+    WARM_UP,
+];
+
+/// Those of every target that writes graphs.
+const GRAPHS: &[Setting] = &[VARIANT, MAX_IR_VERSION, STANDARD_OPS, OPSET];
 
 impl ExportSettings {
     /// The flag of a setting that is set and that targets read.
@@ -74,11 +104,23 @@ impl ExportTarget {
 pub const TARGETS: &[ExportTarget] = &[
     ExportTarget {
         name: "triton",
-        summary: "A model repository of Triton Inference Server, one model per component",
+        summary: "A model repository of Triton Inference Server: the components, and models that answer a request whole",
         consumer: "tritonserver 2.51",
         library: "onnx",
         writes_variants: false,
-        settings: &[MAX_BATCH_SIZE, VARIANT, MAX_IR_VERSION],
+        settings: &[
+            MAX_BATCH_SIZE,
+            VARIANT,
+            MAX_IR_VERSION,
+            STANDARD_OPS,
+            OPSET,
+            DYNAMIC_BATCHING,
+            INSTANCES,
+            INSTANCE_KIND,
+            ACCELERATOR,
+            VERSIONS,
+            WARM_UP,
+        ],
         write: triton::write,
     },
     ExportTarget {
@@ -87,7 +129,7 @@ pub const TARGETS: &[ExportTarget] = &[
         consumer: "@huggingface/transformers 4.3",
         library: "transformers.js",
         writes_variants: true,
-        settings: &[VARIANT, MAX_IR_VERSION],
+        settings: GRAPHS,
         write: transformers_js::write,
     },
     ExportTarget {
@@ -96,8 +138,35 @@ pub const TARGETS: &[ExportTarget] = &[
         consumer: "onnxruntime 1.30",
         library: "onnx",
         writes_variants: false,
-        settings: &[VARIANT, MAX_IR_VERSION],
+        settings: GRAPHS,
         write: generate::write,
+    },
+    ExportTarget {
+        name: "genai",
+        summary: "A folder that ONNX Runtime GenAI loads: decoder, vision encoder and embedding with genai_config.json",
+        consumer: "onnxruntime-genai 0.18",
+        library: "onnxruntime-genai",
+        writes_variants: false,
+        settings: GRAPHS,
+        write: genai::write,
+    },
+    ExportTarget {
+        name: "openvino",
+        summary: "The components under their own names, for OpenVINO",
+        consumer: "openvino 2026.4",
+        library: "openvino",
+        writes_variants: false,
+        settings: GRAPHS,
+        write: plain::openvino,
+    },
+    ExportTarget {
+        name: "tract",
+        summary: "The same for tract: standard operators, and no free sizes noted on inner values",
+        consumer: "tract 0.23",
+        library: "tract",
+        writes_variants: false,
+        settings: &[VARIANT, MAX_IR_VERSION, OPSET],
+        write: plain::tract,
     },
     ExportTarget {
         name: "safetensors",
