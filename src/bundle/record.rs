@@ -45,6 +45,11 @@ pub enum RecordedStep {
         /// Optimiser, loss and schedule, as the verb understood them.
         settings: Value,
     },
+    /// Keys of the image processor's config were set.
+    Pictures {
+        /// The keys with their values now.
+        keys: serde_json::Map<String, Value>,
+    },
     /// Finetuned weights of a checkpoint were written into the graphs.
     Graft {
         /// Tensors of the checkpoint that changed something.
