@@ -54,7 +54,7 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 42)]
     seed: u64,
     /// Choose decoder layers by these strategies; for each number of layers the one with the least loss counts
-    #[arg(long, value_name = "NAMES", value_delimiter = ',', default_value = "interlace", value_parser = strategy)]
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', default_value = "interlace,shortgpt", value_parser = strategy)]
     strategy: Vec<String>,
     /// Make and measure this number of candidates
     #[arg(long, value_name = "N", value_parser = positive, default_value_t = 3)]

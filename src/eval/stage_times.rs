@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use serde::Serialize;
+
 use crate::base::{Cancel, Error, Progress, Result};
 use crate::bundle::ModelSource;
 use crate::data::{ImageSettings, Processor, Sample};
@@ -28,7 +30,7 @@ pub struct StageTimes {
 }
 
 /// The workload of a round.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize)]
 pub struct StageOptions {
     /// Measured rounds; in each, every model answers with every image setting once.
     pub rounds: usize,

@@ -159,6 +159,7 @@ const WITHOUT_CYCLES: &[&str] = &[
     "pipeline",
     "pipeline/steps",
     "pipeline/sweep",
+    "pipeline/tune",
     "quantised",
     "rewrite",
     "runtime",

@@ -139,7 +139,7 @@ pub fn measure(stages: &mut Stages, quality: &Quality, question: &Sample, option
         budgets.push(budget_costs(*images, tokens, &times[0][at], &times[1][at], &counts));
     }
     let inputs = BTreeMap::from([("model".to_string(), stages.dense.digest.clone())]);
-    let provenance = Provenance::new(Costs::SCHEMA_VERSION, inputs, &options.rounds)?;
+    let provenance = Provenance::new(Costs::SCHEMA_VERSION, inputs, options)?;
     Ok(Costs {
         provenance,
         device: stages.device.to_string(),

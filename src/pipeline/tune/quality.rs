@@ -171,6 +171,7 @@ pub fn measure(stages: &mut Stages, settings: &QualitySettings, calibration: &Ca
     let (samples, tokens): (Vec<Sample>, Vec<usize>) = found.into_iter().unzip();
     let question = question(&samples, &tokens);
     let counts: Vec<usize> = (1..stages.dense.num_layers).collect();
+    let calibration = &Calibration { samples: Some(settings.samples.min(dataset.len())), ..calibration.clone() };
     let scores = stages.scores(calibration, &settings.strategies, &counts)?;
     let mut meter = AnswerMeter::open(&stages.bundle, &stages.runtime()?, stages.features())?;
     let answers = meter.answers(encoded(&Processor::open(&stages.bundle)?, &samples), stages.cancel)?;
@@ -274,7 +275,7 @@ fn sets_of(own: &mut Measuring, strategy: &Strategy) -> Result<Vec<Vec<usize>>> 
     }
     let options = own.calibration.data_options(own.stages.part);
     let data = (own.calibration.data.as_path(), &options);
-    let drawn = (Some(own.settings.samples), own.settings.seed, crate::method::FIT_TOKENS);
+    let drawn = (own.calibration.samples, own.settings.seed, crate::method::FIT_TOKENS);
     let mut meter =
         Meter::open(&own.stages.bundle, strategy.measures, data, drawn, own.stages.device, own.stages.cancel)?;
     for count in [layers / 2, layers / 3, layers / 4, 1] {

@@ -30,7 +30,7 @@ pub struct TuneReport {
     pub front: Vec<Plan>,
     /// The best plan within the limits that uses a single axis, for each axis that has one.
     pub single_axis: Vec<NamedPlan>,
-    /// A quarter of the layers or of the image tokens left out, one axis at a time and two.
+    /// About a quarter of the layers or of the image tokens left out, one axis at a time and two.
     pub quarters: Vec<NamedPlan>,
     /// Models that were made and measured; empty after `--replan`.
     pub candidates: Vec<Candidate>,
@@ -54,6 +54,8 @@ impl TuneReport {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Plan {
+    #[serde(skip)]
+    pub(super) point: Point,
     /// Dropped decoder layers.
     pub decoder: Vec<usize>,
     /// Dropped layers of the vision tower.
@@ -109,6 +111,7 @@ impl Plan {
     /// The plan of a combination.
     pub(super) fn of(predictor: &Predictor, point: Point) -> Self {
         Plan {
+            point,
             decoder: predictor.choice(0, point).dropped.clone(),
             tower: predictor.choice(1, point).dropped.clone(),
             images: predictor.choice(2, point).images,

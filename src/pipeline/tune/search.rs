@@ -67,9 +67,7 @@ struct Recorded<'a> {
     targets: &'a [Target],
     quality: &'a QualitySettings,
     held_back: f64,
-    rounds: usize,
-    new_tokens: usize,
-    threads: Option<usize>,
+    times: StageOptions,
     healed: Option<&'a Healed>,
 }
 
@@ -175,7 +173,7 @@ impl Search<'_, '_> {
     /// Times and bytes, measured or kept.
     fn costs(&mut self, quality: &Quality) -> Result<Costs> {
         let options = self.tune.options;
-        let settings = (options.rounds, options.new_tokens, options.threads, self.stages.device.to_string());
+        let settings = (options, self.stages.device.to_string());
         let model = self.stages.dense.digest.clone();
         let choices = crate::base::sha256_json(quality)?;
         let inputs = [("model", model.as_str()), (QUALITY, choices.as_str())];
@@ -242,7 +240,7 @@ impl Search<'_, '_> {
             single_axis,
             quarters: quarters(predictor, costs)
                 .into_iter()
-                .map(|(name, point)| NamedPlan { name: name.to_string(), plan: Plan::of(predictor, point) })
+                .map(|(name, point)| NamedPlan { name, plan: Plan::of(predictor, point) })
                 .collect(),
             candidates: Vec::new(),
             chosen: None,
@@ -253,15 +251,7 @@ impl Search<'_, '_> {
 
     fn recorded(&self) -> Recorded<'_> {
         let Tune { targets, held_back, options, healed, .. } = self.tune;
-        Recorded {
-            targets,
-            quality: &self.settings,
-            held_back: *held_back,
-            rounds: options.rounds,
-            new_tokens: options.new_tokens,
-            threads: options.threads,
-            healed: healed.as_ref(),
-        }
+        Recorded { targets, quality: &self.settings, held_back: *held_back, times: *options, healed: healed.as_ref() }
     }
 
     /// Combinations within the limits, those with the least loss first, but not the unchanged model.
@@ -310,9 +300,7 @@ impl Search<'_, '_> {
             margin = MARGIN / self.least_excess(report)?.max(1.0) * margin;
         }
         let Some(number) = report.chosen else { return Err(missed(&self.tune.targets, report)?) };
-        let plan = &report.candidates[number].plan;
-        let model = made.iter().find(|(point, _)| Plan::of(predictor, **point).shown() == plan.shown());
-        let model = model.map(|(_, model)| model.path.clone()).unwrap_or_default();
+        let model = made.get(&report.candidates[number].plan.point).map(|model| model.path.clone()).unwrap_or_default();
         self.write(&model, report, output)
     }
 
@@ -331,13 +319,9 @@ impl Search<'_, '_> {
 
     /// Held-back losses of the compared plans.
     fn compare(&mut self, predictor: &Predictor, report: &mut TuneReport, held_back: &mut HeldBack) -> Result<()> {
-        let by_name: BTreeMap<String, Point> =
-            points(predictor.sizes()).map(|point| (Plan::of(predictor, point).shown(), point)).collect();
         let named = report.single_axis.iter_mut().chain(&mut report.quarters).map(|named| &mut named.plan);
         for plan in named.chain([&mut report.whole, &mut report.best]) {
-            if let Some(&point) = by_name.get(&plan.shown()) {
-                plan.held_back_loss = Some(held_back.loss(&self.stages, predictor, point)?);
-            }
+            plan.held_back_loss = Some(held_back.loss(&self.stages, predictor, plan.point)?);
         }
         Ok(())
     }
@@ -415,8 +399,9 @@ impl Search<'_, '_> {
     }
 }
 
-/// A quarter of the decoder's layers, of the image tokens and of the tower's layers left out, as near as the choices come.
-fn quarters(predictor: &Predictor, costs: &Costs) -> Vec<(&'static str, Point)> {
+/// About a quarter of the decoder's layers, of the image tokens and of the tower's layers left out, as near as the choices
+/// come.
+fn quarters(predictor: &Predictor, costs: &Costs) -> Vec<(String, Point)> {
     let [decoder, tower, pictures] = predictor.sizes();
     let choice = |axis: usize, size: usize, layers: usize| {
         let wanted = (layers as f64 / 4.0).round() as usize;
@@ -426,15 +411,22 @@ fn quarters(predictor: &Predictor, costs: &Costs) -> Vec<(&'static str, Point)> 
             predictor.choice(axis, point).dropped.len() == wanted
         })
     };
-    let whole = costs.budgets.first().map_or(0, |budget| budget.image_tokens) as f64;
-    let share = |index: usize| (costs.budgets[index].image_tokens as f64 / whole.max(1.0) - 0.75).abs();
-    let picture = (1..pictures).min_by(|&a, &b| share(a).total_cmp(&share(b)));
+    let whole = costs.budgets.first().map_or(0, |budget| budget.image_tokens).max(1) as f64;
+    let gone = |index: usize| 1.0 - costs.budgets[index].image_tokens as f64 / whole;
+    let picture = (1..pictures).min_by(|&a, &b| (gone(a) - 0.25).abs().total_cmp(&(gone(b) - 0.25).abs()));
     let (depth, tower) = (choice(0, decoder, costs.decoder_layers), choice(1, tower, costs.tower_layers));
+    let percent = |part: f64, of: &str| format!("{:.0}% of the {of}", 100.0 * part);
+    let depth_name = |index: usize| {
+        percent(predictor.choice(0, [index, 0, 0]).dropped.len() as f64 / costs.decoder_layers as f64, "decoder")
+    };
     let mut found = Vec::new();
-    found.extend(depth.map(|index| ("a quarter of the decoder", [index, 0, 0])));
-    found.extend(picture.map(|index| ("a quarter of the image tokens", [0, 0, index])));
-    found.extend(depth.zip(picture).map(|(index, picture)| ("both quarters", [index, 0, picture])));
-    found.extend(tower.map(|index| ("a quarter of the tower", [0, index, 0])));
+    found.extend(depth.map(|index| (depth_name(index), [index, 0, 0])));
+    found.extend(picture.map(|index| (percent(gone(index), "image tokens"), [0, 0, index])));
+    found.extend(depth.zip(picture).map(|(index, picture)| ("both".to_string(), [index, 0, picture])));
+    found.extend(tower.map(|index| {
+        let part = predictor.choice(1, [0, index, 0]).dropped.len() as f64 / costs.tower_layers as f64;
+        (percent(part, "tower"), [0, index, 0])
+    }));
     found
 }
 
@@ -467,8 +459,7 @@ fn unreachable(targets: &[Target], predictor: &Predictor) -> Result<Error> {
     Ok(Error::invalid(
         format!("target of {}", target.shown()?),
         format!(
-            "cannot be reached: the best is {reached}, without {}, which keeps {:.1}% of the likelihood of an answer token; \
-             what is left there is no layer and no picture token that can go",
+            "cannot be reached: the best is {reached}, without {}, which keeps {:.1}% of the likelihood of an answer token",
             plan.shown(),
             100.0 * plan.predicted_kept
         ),
