@@ -13,6 +13,7 @@ mod layers;
 mod layout;
 mod listing;
 mod manifest;
+mod pictures;
 mod record;
 mod shared_layers;
 mod source;

@@ -12,7 +12,7 @@ use super::json::{Document, Edit, JsonKind};
 use super::layers::{self, LayerEdit};
 use super::record::{Deepstack, Record, RecordedStep, TapChange};
 use super::{
-    AssetKind, Bundle, Component, RECORD_FILE, SINGLE_FILE, card, chunks, export_json, is_external_data_of, read_text,
+    AssetKind, Bundle, Component, RECORD_FILE, SINGLE_FILE, card, chunks, export_json, is_external_data_of, pictures, read_text,
 };
 
 /// Size in bytes above which a variant's weights continue in a new file: browsers hold at most 2 GiB in one buffer.
@@ -183,6 +183,31 @@ impl<'a> BundleWriter<'a> {
         if let Some(RecordedStep::Prune { compensated, .. }) = self.steps.last_mut() {
             *compensated = layers.to_vec();
         }
+    }
+
+    /// Sets keys of the image processor's config, in every file that has a copy of it, and records the step.
+    ///
+    /// Errors: `Error::Io`; `Error::Invalid` for a config that is not JSON, or where no file has the config.
+    pub fn set_pictures(&mut self, keys: &serde_json::Map<String, serde_json::Value>) -> Result<()> {
+        let mut count = 0;
+        for (file, nested) in [("preprocessor_config.json", false), ("processor_config.json", true)] {
+            if self.bundle.asset_path(file).is_none() {
+                continue;
+            }
+            let old = document(self.bundle, &self.texts, file)?;
+            let subject = format!("`{}`", self.bundle.root().join(file).display());
+            if let Some(text) = pictures::with_keys(subject, old.text().to_string(), nested, keys)? {
+                self.texts.insert(file.to_string(), text);
+                count += 1;
+            }
+        }
+        if count == 0 {
+            let problem = "has no config of an image processor";
+            return Err(Error::invalid(format!("`{}`", self.bundle.root().display()), problem)
+                .remedy("add `preprocessor_config.json` of the model"));
+        }
+        self.steps.push(RecordedStep::Pictures { keys: keys.clone() });
+        Ok(())
     }
 
     /// Adds a preface about the changes to the model cards, which describe the unchanged model.

@@ -25,6 +25,7 @@ mod shell;
 mod strip;
 mod sweep;
 mod torch;
+mod tune;
 mod verify;
 
 use std::io::Write;
@@ -69,6 +70,7 @@ enum Verb {
     Graft(graft::Args),
     Run(run::Args),
     Sweep(sweep::Args),
+    Tune(Box<tune::Args>),
     Completions(shell::CompletionsArgs),
     Man(shell::ManArgs),
     #[command(hide = true)]
@@ -160,6 +162,7 @@ impl Verb {
             Verb::Verify(_) => "verifying the model",
             Verb::Export(_) => "exporting the model",
             Verb::Graft(_) => "writing weights into the graphs",
+            Verb::Tune(_) => "tuning the model",
             Verb::Run(_) | Verb::Sweep(_) => "running the recipe",
             Verb::Completions(_) => "printing completions",
             Verb::Man(_) => "writing manual pages",
@@ -201,6 +204,8 @@ fn run_verb(verb: Verb, context: &Context, run_torch: RunTorchVerb) -> anyhow::R
         Verb::Export(args) => export::run(args, context),
         Verb::Graft(args) => graft::run(args, context),
         Verb::Run(args) => run_torch(TorchVerb::Run(args), context),
+        Verb::Tune(args) if args.heals() => run_torch(TorchVerb::Tune(args), context),
+        Verb::Tune(args) => tune::run(*args, context, None),
         Verb::Sweep(args) => run_torch(TorchVerb::Sweep(args), context),
         Verb::Completions(args) => shell::completions(args, Cli::command()),
         Verb::Man(args) => shell::man(args, Cli::command(), context),

@@ -9,7 +9,7 @@ use crate::finetune::{Report, RunPlan};
 use crate::graft::GraftTable;
 use crate::method::{Plan, Scores};
 use crate::pipeline::steps::{Generations, Inspection, LikelihoodReport, Pruned};
-use crate::pipeline::{Manifest, Recipe, RunState, Sweep, SweepTable, Table};
+use crate::pipeline::{Costs, Manifest, Quality, Recipe, RunState, Sweep, SweepTable, Table, TuneReport};
 
 /// Name and schema of every artifact; the folder `schemas/` has them as `NAME.schema.json`.
 pub fn schemas() -> Vec<(&'static str, Schema)> {
@@ -36,6 +36,9 @@ pub fn schemas() -> Vec<(&'static str, Schema)> {
         ("sweep-recipe", schema_for!(Sweep)),
         ("table", schema_for!(Table)),
         ("text-report", schema_for!(TextReport)),
+        ("tune", schema_for!(TuneReport)),
+        ("tune-costs", schema_for!(Costs)),
+        ("tune-quality", schema_for!(Quality)),
         ("verify", schema_for!(VerifyReport)),
     ]
 }

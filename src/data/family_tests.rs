@@ -347,3 +347,39 @@ fn a_processor_class_with_a_named_back_end_uses_that_back_end() {
         assert_eq!(differences(&processor, case, talk, other).len(), 1, "{class}");
     }
 }
+
+/// A model's config that holds a picture budget gives the inputs of the flags.
+#[test]
+fn stored_picture_budgets_have_the_effect_of_their_flags() {
+    use crate::base::Provenance;
+    use crate::bundle::BundleWriter;
+
+    let all = json("families.json");
+    let mut png = std::io::Cursor::new(Vec::new());
+    let pixel = |x: u32, y: u32| image::Rgb([x as u8, y as u8, (x * y) as u8]);
+    image::RgbImage::from_fn(900, 600, pixel).write_to(&mut png, image::ImageFormat::Png).unwrap();
+    let picture = ImageBytes::held("a picture", png.into_inner());
+    let counts = all["families"].as_array().unwrap().par_iter().map(|family| {
+        let name = family["name"].as_str().unwrap().to_string();
+        let folder = folder(family, &all);
+        let bundle = Bundle::open(folder.path()).unwrap();
+        let pictures = std::slice::from_ref(&picture);
+        let budgets = picture_budgets(&bundle, &picture).unwrap();
+        let target = tempfile::tempdir().unwrap();
+        for (number, budget) in budgets.iter().enumerate() {
+            let want = Processor::open_with(&bundle, &budget.settings).unwrap().images("x", pictures).unwrap();
+            let path = target.path().join(number.to_string());
+            let mut writer = BundleWriter::create(&bundle, &path).unwrap();
+            writer.set_pictures(&budget.keys).unwrap();
+            writer.commit(Provenance::new(1, Default::default(), &()).unwrap()).unwrap();
+            let written = Processor::open(&Bundle::open(&path).unwrap()).unwrap();
+            assert!(written.images("x", pictures).unwrap() == want, "{name}: {:?}", budget.settings);
+        }
+        (name, budgets.len())
+    });
+    let counts: std::collections::BTreeMap<String, usize> = counts.collect();
+    for (name, least) in [("idefics3", 2), ("qwen2_vl", 3), ("pixtral", 3), ("internvl", 1)] {
+        assert!(counts.get(name).is_some_and(|&count| count >= least), "{name}: {counts:?}");
+    }
+    assert_eq!((counts["llava"], counts["paligemma"]), (0, 0), "{counts:?}");
+}

@@ -1,6 +1,6 @@
 //! Encodes conversations about pictures as network inputs: token ids, pixel values and the mask of answer tokens.
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::base::{Error, Result};
 use crate::bundle::{Bundle, Role};
@@ -9,6 +9,7 @@ use crate::prompt::{GivenRow, Prompt};
 
 use super::families::family_of;
 use super::images::{ImageInputs, ImageProcessor, ImageSettings, Shown};
+use super::levers::LEVERS;
 use super::placeholders::{self, Ordinal, Placeholder};
 use super::sample::{ImageBytes, MessagePart};
 use super::template::{ChatMessage, ChatTemplate, Content, ContentPart};
@@ -67,6 +68,8 @@ pub struct Processor {
 #[derive(Debug)]
 struct PictureEncoding {
     images: ImageProcessor,
+    /// Keys with which the config has the effect of the user's settings; `None` where the processor overrides them.
+    stored: Option<Map<String, Value>>,
     placeholder: Placeholder,
     /// Id of the token at the position of one image feature.
     feature_id: u32,
@@ -131,6 +134,22 @@ impl Processor {
             }
             Packing::Unneeded | Packing::Graph(_) => None,
         })
+    }
+
+    /// Keys of the image processor's config with the effect of the settings that this processor was opened with; `None`
+    /// without an image processor, or where it passes other values to every call.
+    pub fn stored_settings(&self) -> Option<&Map<String, Value>> {
+        self.vision.as_ref()?.stored.as_ref()
+    }
+
+    /// Image settings with which this picture may have fewer tokens, judged by its layout under the model's own ones.
+    ///
+    /// Errors: as `ImageProcessor::open`.
+    pub(super) fn smaller_pictures(&self, picture: &ImageBytes) -> Result<Vec<ImageSettings>> {
+        let Some(vision) = &self.vision else { return Ok(Vec::new()) };
+        let shown = vision.images.open(std::slice::from_ref(picture))?.shown;
+        let Some(Shown::Picture(layout)) = shown.first() else { return Ok(Vec::new()) };
+        Ok(LEVERS.iter().flat_map(|lever| (lever.settings)(layout, vision.images.has_longest_edge())).collect())
     }
 
     /// Warning when the model's image processor is not supported; `None` when it is.
@@ -395,6 +414,7 @@ impl PictureEncoding {
         let mut placeholder = placeholders::open(bundle, tokenizer, &config, processor_config)?;
         let forced = std::mem::take(&mut placeholder.image_settings);
         let tiles = Packing::of(bundle, &placeholder)?.tiles(settings.tiles)?;
+        let stored = settings.stored(&config, source)?.filter(|keys| !keys.keys().any(|key| forced.contains_key(key)));
         let mut images = ImageProcessor::new(&config, source, forced, &ImageSettings { tiles, ..*settings })?;
         if placeholder.video.is_some() {
             images.read_video(&video_config(bundle, processor_config)?)?;
@@ -405,7 +425,7 @@ impl PictureEncoding {
                 .remedy("restore `tokenizer.json` and `processor_config.json` of the same model")
         })?;
         let video_id = placeholder.video.as_ref().and_then(|video| tokenizer.id(&video.feature));
-        Ok(Some(PictureEncoding { images, placeholder, feature_id, video_id }))
+        Ok(Some(PictureEncoding { images, stored, placeholder, feature_id, video_id }))
     }
 
     /// Replaces each marker with the tokens of its picture or video. Returns the text and the number of markers.

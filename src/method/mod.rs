@@ -20,7 +20,7 @@ pub mod select;
 mod switched;
 
 pub use heal::{Compensation, FIT_TOKENS, HealMeter, layers_before_gaps};
-pub use likelihood::{AnswerLikelihood, LIKELIHOOD_BLOCK, answer_likelihoods};
+pub use likelihood::{AnswerLikelihood, AnswerMeter, Answers, LIKELIHOOD_BLOCK, answer_likelihoods};
 pub use loss::LossMeter;
 pub use plan::{LayerPlan, LayerRole, PLAN_SCHEMA_VERSION, Plan, check_layers, named_layers};
 pub use score::{ScoreSettings, score, score_with_peers};

@@ -81,6 +81,18 @@ impl<'a> Stages<'a> {
         Ok(Stages { store, model, bundle, dense, device, cancel, part, on_step, features, engine: None })
     }
 
+    /// ONNX Runtime on the run's device.
+    ///
+    /// Errors: as `Runtime::new`.
+    pub fn runtime(&self) -> Result<Runtime> {
+        Runtime::new(self.device)
+    }
+
+    /// Image features that steps share.
+    pub fn features(&self) -> &Arc<FeatureCache> {
+        &self.features
+    }
+
     /// Prints a line for the user.
     pub fn note(&mut self, text: &str) {
         (self.on_step)(text);

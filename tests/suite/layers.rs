@@ -160,6 +160,7 @@ const WITHOUT_CYCLES: &[&str] = &[
     "pipeline",
     "pipeline/steps",
     "pipeline/sweep",
+    "pipeline/tune",
     "quantised",
     "rewrite",
     "runtime",

@@ -42,6 +42,7 @@ mod taps;
 mod tensors;
 mod text;
 mod training;
+mod tune;
 mod variants;
 mod verify;
 mod vision;
