@@ -45,7 +45,7 @@ pub fn answer_likelihoods(
     let component = bundle.require(Role::Decoder)?;
     let analysis = analysis::analyse(&headed(bundle, onnx::load(&bundle.path_of(component))?)?)?;
     let head_dim = bundle.config().and_then(|config| config.head_size());
-    let (decoder, _) = open(runtime, &analysis, head_dim, false)?;
+    let (decoder, _) = open(runtime, &analysis, head_dim, None)?;
     let mut model = VlmSession::with_decoder(runtime, bundle, decoder, &SessionOptions::default(), features)?;
     let layers = analysis.map.layers.len();
     let progress = Progress::new("likelihood", "questions", count as u64);

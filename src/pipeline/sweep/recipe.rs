@@ -170,6 +170,7 @@ impl Sweep {
         self.device.parse::<Device>()?;
         self.calibration.check()?;
         check_strategies("sweep", &self.strategies)?;
+        self.prune.check(&self.strategies)?;
         fn distinct<T: PartialEq + std::fmt::Display>(name: &str, values: &[T]) -> Result<()> {
             if values.is_empty() {
                 return Err(Error::invalid("sweep", format!("`{name}` is empty")).remedy("name at least one"));
