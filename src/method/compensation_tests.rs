@@ -95,7 +95,7 @@ fn added_nodes_compute_what_was_measured() {
             let of = CompensationRow::of_kind(kind).of;
             let (decoder, restarts) = open(&runtime, &analysis, HEAD_DIM, Some(of)).unwrap();
             let heard = said(&decoder, &[7, 5, 7]);
-            let for_fits = said(&decoder, &[23; 24]);
+            let for_fits = said(&decoder, &[23; 8]);
             let layers = analysis.map.layers.len();
             let switched = Switched::new(decoder, layers, file.clone(), restarts, Cancel::default());
             let meter = LossMeter::over(switched, conversations_again(&heard)).unwrap();
@@ -135,5 +135,5 @@ fn added_nodes_compute_what_was_measured() {
             changed += changes.len();
         }
     }
-    assert!(same >= 20 && changed >= 12, "{same} losses, {changed} changes");
+    assert!(same >= 20 && changed >= 8, "{same} losses, {changed} changes");
 }
