@@ -169,7 +169,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
             own.samples,
             own.loss_before
         ))?;
-        if let Some(speedup) = own.ideal_speedup.filter(|_| own.added_parameters > 1) {
+        if let Some(speedup) = own.ideal_speedup.filter(|_| own.rank.is_some()) {
             let ideal = pruned.layers_before as f64 / pruned.layers_after as f64;
             output.line(format!(
                 "adds {} parameters: the decoder is {speedup:.3} times as fast at best, {ideal:.3} without them",
