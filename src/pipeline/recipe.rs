@@ -8,16 +8,17 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::base::{Device, Error, Result};
-use crate::bundle::Deepstack;
-use crate::data::{Amount, DataOptions, DataPart, ImageSettings, Subset, Turns};
+use crate::data::{Amount, DataOptions, DataPart, ImageSettings, Turns};
 use crate::eval::BenchOptions;
 use crate::export::target_named;
 use crate::finetune::{self, DEFAULT_RECIPE, RecipeRow};
 use crate::method::select::Strategy;
-use crate::method::{CompensationKind, ModalityWeights, check_weights};
+use crate::method::{ModalityWeights, check_weights};
 
+use super::auto::{AUTO, AutoSection};
 use super::comparison::{DenseRecipe, DenseSection, OtherData, check_names, parts};
-use super::steps::{CompensationSettings, EvalSettings, HowMany};
+use super::prune_section::PruneSection;
+use super::steps::{EvalSettings, HowMany};
 
 /// `recipe.toml`. Paths are relative to the recipe's own folder.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -120,84 +121,6 @@ pub struct PlanSection {
     /// with single frozen layers.
     #[serde(default)]
     pub beyond_structure: bool,
-}
-
-/// Name with which a run chooses among strategies by the loss that is left on held-back data after a short healing.
-pub(super) const AUTO: &str = "auto";
-
-/// The choice among strategies of the strategy `auto`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct AutoSection {
-    /// Strategies whose plans are healed for a short time and compared.
-    pub candidates: Vec<String>,
-    /// Tokens that each is healed on, with the recipe of `[finetune]`: its first samples with at most this many.
-    pub step_tokens: u64,
-}
-
-impl Default for AutoSection {
-    fn default() -> Self {
-        let candidates = ["sleb", "shortgpt"].map(String::from).to_vec();
-        AutoSection { candidates, step_tokens: 16 << 10 }
-    }
-}
-
-impl AutoSection {
-    fn is_default(&self) -> bool {
-        *self == AutoSection::default()
-    }
-}
-
-/// Settings of the graph rewrite.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct PruneSection {
-    /// Treatment of features that are added after the first layers (DeepStack): `keep` or `shift`.
-    pub deepstack: Deepstack,
-    /// Closed form that makes up for dropped layers before each gap, fitted on the calibration data; none by default.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub compensate: Option<CompensationKind>,
-    /// Rank of the maps of `bridge`; 16 by default.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub rank: Option<usize>,
-    /// Tokens that the fit reads at most; 4,096 by default.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub fit_tokens: Option<usize>,
-}
-
-impl PruneSection {
-    /// What is fitted, with the loss on this part of the calibration data; `None` without a compensation.
-    ///
-    /// Errors: as `CompensationSettings::new`; `Error::Invalid` for settings of a compensation without one.
-    pub(super) fn compensation(&self, subset: Subset) -> Result<Option<CompensationSettings>> {
-        let Some(kind) = self.compensate else {
-            let alone = [("rank", self.rank.is_some()), ("fit_tokens", self.fit_tokens.is_some())];
-            return match alone.iter().find(|(_, is_there)| *is_there) {
-                Some((key, _)) => Err(Error::invalid("prune", format!("has `{key}` and no `compensate`"))
-                    .remedy("write `compensate = \"linear\"`, for instance, or leave the key out")),
-                None => Ok(None),
-            };
-        };
-        if self.fit_tokens == Some(0) {
-            return Err(Error::invalid("prune", "`fit_tokens` is 0").remedy("leave it out, or give 1024 or more"));
-        }
-        CompensationSettings::new(kind, self.rank, subset, self.fit_tokens).map(Some)
-    }
-
-    /// Errors: as [`PruneSection::compensation`]; `Error::Invalid` for a compensation beside a strategy that drops MLPs alone.
-    pub(super) fn check(&self, strategies: &[String]) -> Result<()> {
-        let Some(_) = self.compensation(Subset { amount: Amount::All, seed: 0 })? else { return Ok(()) };
-        for name in strategies {
-            if !Strategy::named(name)?.drops.is_layer() {
-                return Err(Error::invalid(
-                    "prune",
-                    format!("has `compensate`, and strategy `{name}` drops MLPs alone, which leaves no gap to close"),
-                )
-                .remedy("leave one of the two out"));
-            }
-        }
-        Ok(())
-    }
 }
 
 /// Data and settings for finetuning the neighbours of dropped layers.
@@ -345,38 +268,6 @@ impl Calibration {
 }
 
 impl PlanSection {
-    /// The rows of the table of strategies that plans are made with, those that `auto` chooses among included.
-    pub(super) fn planned(&self) -> Vec<String> {
-        let mut names: Vec<String> = Vec::new();
-        for name in &self.strategies {
-            let own = if name == AUTO { self.auto.candidates.as_slice() } else { std::slice::from_ref(name) };
-            names.extend(own.iter().filter(|name| !names.contains(name)).cloned().collect::<Vec<_>>());
-        }
-        names
-    }
-
-    /// Errors: as `check_strategies`; `Error::Invalid` for `auto` without held-back data, or a choice that nothing asks for.
-    fn check_auto(&self, held_back: f64) -> Result<()> {
-        if !self.strategies.iter().any(|name| name == AUTO) {
-            return match self.auto.is_default() {
-                true => Ok(()),
-                false => Err(Error::invalid("plan.auto", "sets a choice, and `strategies` has no `auto`")
-                    .remedy("write `strategies = [\"auto\"]`, or take the section out")),
-            };
-        }
-        check_strategies("plan.auto.candidates", &self.auto.candidates)?;
-        if self.auto.step_tokens == 0 {
-            return Err(Error::invalid("plan.auto", "`step_tokens` is 0").remedy("give 4096 or more"));
-        }
-        match parts(held_back)? {
-            (_, Some(_)) => Ok(()),
-            (_, None) => {
-                Err(Error::invalid("plan", "strategy `auto` chooses on held-back data, and none is held back")
-                    .remedy("write `held_back = 0.1` into `[finetune]`"))
-            }
-        }
-    }
-
     /// All keys that set the number of layers to drop, with their values.
     pub(super) fn amounts(&self) -> [Option<(&'static str, HowMany)>; 5] {
         [

@@ -15,8 +15,9 @@ use crate::export::{ExportSettings, export, target_named};
 use crate::method::Plan;
 use crate::method::select::Strategy;
 
+use super::auto::AUTO;
 use super::comparison::{DenseRecipe, check_there, parts};
-use super::recipe::{AUTO, PlanSection, Recipe};
+use super::recipe::{PlanSection, Recipe};
 use super::stages::{Healing, Stages, questions, size_bytes};
 use super::steps::{self, Drop, HowMany, PlanSettings, TextSettings, Trained};
 use super::store::{Finished, file_digests};

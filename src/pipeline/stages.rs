@@ -17,7 +17,8 @@ use crate::method::{FIT_TOKENS, Plan, ScoreSettings, Scores, score};
 use crate::runtime::{FeatureCache, Runtime};
 
 use super::comparison::{Measure, OtherData, OtherScore};
-use super::recipe::{Calibration, PruneSection};
+use super::prune_section::PruneSection;
+use super::recipe::Calibration;
 use super::steps::{
     self, Drop, Engine, EvalSettings, Finetune, Meter, PlanSettings, PlannedModel, TextSettings, Trained,
 };

@@ -11,7 +11,8 @@ use crate::data::{DataOptions, DataPart, ImageSettings, Turns};
 use crate::finetune::{DEFAULT_RECIPE, RecipeRow, Settings};
 
 use super::super::comparison::{DenseRecipe, DenseSection, OtherData, check_names, parts};
-use super::super::recipe::{BenchSection, Calibration, PruneSection, check_strategies, read_file};
+use super::super::prune_section::PruneSection;
+use super::super::recipe::{BenchSection, Calibration, check_strategies, read_file};
 use super::super::steps::EvalSettings;
 
 /// `sweep.toml`. Paths are relative to the file's own folder.
