@@ -26,6 +26,7 @@ mod products;
 mod projection;
 mod residual;
 mod stream;
+mod sublayers;
 mod taps;
 mod towers;
 
@@ -36,8 +37,9 @@ pub use merged::{Branch, Merged};
 pub use owner::Owner;
 pub use owners::Owners;
 pub use projection::Projection;
+pub use sublayers::Sublayers;
 
-use crate::base::Result;
+use crate::base::{Error, Result};
 use crate::ir::{Body, Graph, GraphIndex, Model};
 
 /// A model in the form in which layers are found, with its layers.
@@ -83,6 +85,26 @@ pub fn analyse(model: &Model) -> Result<Analysis> {
     unfuse_skip_norms(&mut model);
     let (map, vision) = towers_of(&model.graph, &model.graph.body)?;
     Ok(Analysis { model, map, vision, is_vision_beside_text: false, merged: None })
+}
+
+/// The layers of an analysed model cut into their residual blocks.
+///
+/// Errors: `Error::Unsupported` for a merged decoder; as [`analyse`].
+pub fn sublayers(analysis: &Analysis) -> Result<Sublayers> {
+    if analysis.merged.is_some() || analysis.is_vision_beside_text {
+        return Err(Error::unsupported(
+            "the graph",
+            "its layers can be cut into attention and MLP only in one decoder",
+        )
+        .remedy("export the decoder as one graph, without branches of an `If`"));
+    }
+    let (graph, body) = (&analysis.model.graph, &analysis.model.graph.body);
+    let ((chain, mut layers), _) = towers::split(graph, body, stream::longest_chain(graph, body)?)?;
+    glue::settle(body, &GraphIndex::of_body(body), &chain, &mut layers);
+    let (parts, mlps) = sublayers::cut(&layers);
+    let mut map = map::build(graph, body, &chain, parts);
+    ports::assign(graph, body, &chain, &mut map)?;
+    Ok(Sublayers { map, mlps })
 }
 
 /// The layers of a graph's top-level body. Skip-norm fusions must have been split before.

@@ -171,6 +171,8 @@ impl<'a> BundleWriter<'a> {
             dropped_original: original,
             deepstack,
             compensated: Vec::new(),
+            bridged: Vec::new(),
+            mlps: Vec::new(),
             taps,
         };
         history.push(step.clone());
@@ -178,10 +180,18 @@ impl<'a> BundleWriter<'a> {
         Ok(())
     }
 
-    /// Records the layers whose weights make up for those that [`BundleWriter::drop_layers`] dropped.
-    pub fn compensate(&mut self, layers: &[usize]) {
-        if let Some(RecordedStep::Prune { compensated, .. }) = self.steps.last_mut() {
-            *compensated = layers.to_vec();
+    /// Records the layers whose MLPs were removed, after [`BundleWriter::drop_layers`] without a layer.
+    pub fn drop_mlps(&mut self, layers: &[usize]) {
+        if let Some(RecordedStep::Prune { mlps, .. }) = self.steps.last_mut() {
+            *mlps = layers.to_vec();
+        }
+    }
+
+    /// Records the layers whose weights make up for those that [`BundleWriter::drop_layers`] dropped, and those behind which
+    /// added nodes do so.
+    pub fn compensate(&mut self, folded: &[usize], added_behind: &[usize]) {
+        if let Some(RecordedStep::Prune { compensated, bridged, .. }) = self.steps.last_mut() {
+            (*compensated, *bridged) = (folded.to_vec(), added_behind.to_vec());
         }
     }
 

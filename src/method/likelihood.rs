@@ -88,7 +88,7 @@ impl AnswerMeter {
         let component = bundle.require(Role::Decoder)?;
         let analysis = analysis::analyse(&headed(bundle, onnx::load(&bundle.path_of(component))?)?)?;
         let head_dim = bundle.config().and_then(|config| config.head_size());
-        let (decoder, _) = open(runtime, &analysis, head_dim, false)?;
+        let (decoder, _) = open(runtime, &analysis, head_dim, None)?;
         let model = VlmSession::with_decoder(runtime, bundle, decoder, &SessionOptions::default(), features)?;
         Ok(AnswerMeter { model, runtime: *runtime, bundle: bundle.clone(), layers: analysis.map.layers.len() })
     }

@@ -106,7 +106,7 @@ fn losses_equal_those_of_the_graph_without_the_layers() {
         if Decoder::new(session, HEAD_DIM).is_err() {
             continue;
         }
-        let (decoder, restarts) = open(&runtime, &analysis, HEAD_DIM, false).unwrap();
+        let (decoder, restarts) = open(&runtime, &analysis, HEAD_DIM, None).unwrap();
         let all = conversations(&decoder);
         let layers = analysis.map.layers.len();
         let switched = Switched::new(decoder, layers, file.to_string(), restarts, Cancel::default());

@@ -5,6 +5,8 @@ use ndarray::{Array2, ArrayView2, ArrayViewMut2, s};
 
 use crate::base::{Error, Result};
 
+use super::low_rank::reduced;
+
 /// Rows and columns of a block of the factor.
 const BLOCK: usize = 32;
 
@@ -74,16 +76,38 @@ impl RidgeSums {
 ///
 /// Errors: `Error::NotFinite` when a sum is not finite.
 pub fn solve(mut fitted: RidgeSums, held_out: &RidgeSums) -> Result<Option<Array2<f32>>> {
+    let Some(ridge) = best_ridge(&fitted, held_out, |full| full)? else { return Ok(None) };
+    fitted.absorb(held_out);
+    Ok(Some(single(&fitted.solve(ridge)?)))
+}
+
+/// The same with a solution `U V^T` of a rank, as its factors `[K, R]` and `[R, D]`.
+///
+/// Errors: as `solve`.
+pub fn solve_reduced(mut fitted: RidgeSums, held_out: &RidgeSums, rank: usize) -> Result<Option<(Array2<f32>, Array2<f32>)>> {
+    let product = |full: Array2<f64>| {
+        let (down, up) = reduced(&full, &fitted.b.view(), rank);
+        down.dot(&up)
+    };
+    let Some(ridge) = best_ridge(&fitted, held_out, product)? else { return Ok(None) };
+    fitted.absorb(held_out);
+    let (down, up) = reduced(&fitted.solve(ridge)?, &fitted.b.view(), rank);
+    Ok(Some((single(&down), single(&up))))
+}
+
+fn best_ridge(fitted: &RidgeSums, held_out: &RidgeSums, shape: impl Fn(Array2<f64>) -> Array2<f64>) -> Result<Option<f64>> {
     let mut best: Option<(f64, f64)> = None;
     for ridge in RIDGES {
-        let left = held_out.distance_with(&fitted.solve(ridge)?);
+        let left = held_out.distance_with(&shape(fitted.solve(ridge)?));
         if left < best.map_or(held_out.distance, |(least, _)| least) {
             best = Some((left, ridge));
         }
     }
-    let Some((_, ridge)) = best else { return Ok(None) };
-    fitted.absorb(held_out);
-    Ok(Some(fitted.solve(ridge)?.mapv(|value| value as f32)))
+    Ok(best.map(|(_, ridge)| ridge))
+}
+
+fn single(values: &Array2<f64>) -> Array2<f32> {
+    values.mapv(|value| value as f32)
 }
 
 /// The lower factor `L` of a positive definite matrix `L L^T`, in its lower triangle, block by block (Golub and Van Loan,

@@ -6,14 +6,14 @@ use crate::analysis::Analysis;
 use crate::base::{Cancel, Result};
 use crate::ir::DataType;
 use crate::rewrite::{
-    BEHIND_OUTPUT_PREFIX, KEEP_INPUT, MAP_INPUT_PREFIX, MAPPED_INPUT, RESTART_INPUT, ROWS_INPUT, STREAM_INPUT,
+    BEHIND_OUTPUT_PREFIX, KEEP_INPUT, MAP_INPUT_PREFIX, MAPPED_INPUT, MapOf, RESTART_INPUT, ROWS_INPUT, STREAM_INPUT,
     TARGETS_INPUT, bypass_layers, bypass_layers_mapped,
 };
 use crate::runtime::{Decoder, Outputs, Port, Runtime, SessionOptions, TensorValue};
 
 use super::batch::Batch;
 
-/// By layer: a map of what its last block adds to the stream, f32 `[D, D]`; see `rewrite::MAP_INPUT_PREFIX`.
+/// By layer: a map, f32 `[D, D]`; see `rewrite::MAP_INPUT_PREFIX`.
 pub type Maps = BTreeMap<usize, TensorValue>;
 
 /// What a pass leaves out and adds.
@@ -24,6 +24,17 @@ pub struct Pass<'a> {
     pub map: Option<(usize, &'a TensorValue)>,
     /// The layer from which the pass runs, and the stream before that layer.
     pub restart: Option<(usize, &'a TensorValue)>,
+}
+
+/// What the inputs of a decoder switch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Switches {
+    /// Layers.
+    Layers,
+    /// Layers, with inputs of maps behind them.
+    Mapped(MapOf),
+    /// The residual blocks of layers.
+    Sublayers,
 }
 
 /// The session of a graph made by `rewrite::bypass_layers`.
@@ -39,12 +50,20 @@ pub struct Switched {
     cancel: Cancel,
 }
 
-/// Loads the graph with inputs that switch layers off, `mapped` also with inputs of maps. The flag is
+/// Loads the graph with inputs that switch the analysed layers off, `mapped` also with inputs of maps. The flag is
 /// `rewrite::Bypass::restarts`.
 ///
 /// Errors: as `rewrite::bypass_layers` and `Runtime::session_of`.
-pub fn open(runtime: &Runtime, analysis: &Analysis, head_dim: Option<usize>, mapped: bool) -> Result<(Decoder, bool)> {
-    let bypass = if mapped { bypass_layers_mapped(analysis)? } else { bypass_layers(analysis)? };
+pub fn open(
+    runtime: &Runtime,
+    analysis: &Analysis,
+    head_dim: Option<usize>,
+    mapped: Option<MapOf>,
+) -> Result<(Decoder, bool)> {
+    let bypass = match mapped {
+        Some(of) => bypass_layers_mapped(analysis, of)?,
+        None => bypass_layers(analysis)?,
+    };
     let session = runtime.session_of(&bypass.model, &SessionOptions::default())?;
     Ok((Decoder::prefill_only(session, head_dim)?, bypass.restarts))
 }

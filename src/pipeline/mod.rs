@@ -1,6 +1,8 @@
 //! Whole pipelines: recipes and sweeps, cached steps, the result table and the manifest.
 
+mod auto;
 mod comparison;
+mod prune_section;
 mod recipe;
 mod run;
 mod stages;

@@ -67,6 +67,9 @@ fn tables_in_documents_equal_the_tables_in_the_code() {
     let strategies = interlace::method::select::STRATEGIES.iter();
     let rows = strategies.map(|strategy| (strategy.name.to_string(), strategy.summary.to_string()));
     check_table("docs/strategies.md", "strategies", ["strategy", "what it does"], rows);
+    let compensations = interlace::method::COMPENSATIONS.iter();
+    let rows = compensations.map(|row| (row.name.to_string(), row.summary.to_string()));
+    check_table("docs/strategies.md", "compensations", ["`--compensate`", "what it does"], rows);
     let recipes = interlace::finetune::RECIPES.iter();
     let rows = recipes.map(|row| (row.name.to_string(), row.summary.to_string()));
     check_table("docs/healing.md", "recipes", ["recipe", "what it does"], rows);

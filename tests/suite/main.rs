@@ -38,6 +38,7 @@ mod run;
 mod schemas;
 mod speed;
 mod streams;
+mod sublayers;
 mod taps;
 mod tensors;
 mod text;

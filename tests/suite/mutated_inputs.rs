@@ -104,6 +104,8 @@ fn record(folder: &Path) -> PathBuf {
         dropped_original: vec![3, 5],
         deepstack: None,
         compensated: Vec::new(),
+        bridged: Vec::new(),
+        mlps: Vec::new(),
         taps: Vec::new(),
     };
     let record = Record {

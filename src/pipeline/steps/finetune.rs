@@ -14,7 +14,7 @@ use crate::finetune::{
     Conversations, Limits, Report, Request, RunPlan, Settings, StepMetrics, Teacher, clear_work, interrupted_at,
     plan_run, remove_cache_only_folder,
 };
-use crate::method::{LayerRole, Plan, named_layers};
+use crate::method::{LayerRole, Part, Plan, named_layers};
 use crate::runtime::FeatureCache;
 use crate::torch::Ranks;
 
@@ -343,14 +343,29 @@ fn check_plan(bundle: &Bundle, plan: &Plan) -> Result<()> {
     }
     let history = record.map(|record| record.history).unwrap_or_default();
     let pruned = history.iter().rev().find_map(|step| match step {
-        RecordedStep::Prune { tower: Tower::Text, layers_before, dropped, .. } => Some((*layers_before, dropped)),
+        RecordedStep::Prune { tower: Tower::Text, layers_before, dropped, mlps, .. } => {
+            Some((*layers_before, dropped, mlps))
+        }
         _ => None,
     });
+    let wanted = match plan.part {
+        Part::Layer => (plan.drop.as_slice(), &[][..]),
+        Part::Mlp => (&[][..], plan.drop.as_slice()),
+    };
+    let lost = |layers: &[usize], mlps: &[usize]| match mlps {
+        [] => format!("layers {layers:?}"),
+        _ => format!("the MLPs of layers {mlps:?}"),
+    };
     match pruned {
-        Some((layers, dropped)) if layers == plan.num_layers && *dropped == plan.drop => Ok(()),
-        Some((layers, dropped)) => Err(Error::invalid(
+        Some((layers, dropped, mlps)) if layers == plan.num_layers && (&dropped[..], &mlps[..]) == wanted => Ok(()),
+        Some((layers, dropped, mlps)) => Err(Error::invalid(
             subject(),
-            format!("lost layers {dropped:?} of {layers}, the plan drops {:?} of {}", plan.drop, plan.num_layers),
+            format!(
+                "lost {} of {layers}, the plan drops {} of {}",
+                lost(dropped, mlps),
+                lost(wanted.0, wanted.1),
+                plan.num_layers
+            ),
         )
         .remedy("give the plan that the model was pruned with")),
         None => {
