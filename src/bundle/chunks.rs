@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::json::{Document, Edit, Kind};
+use super::json::{Document, Edit, JsonKind};
 
 const SECTION: &str = "transformers.js_config";
 const COUNTS: &str = "use_external_data_format";
@@ -19,14 +19,14 @@ pub(super) fn counted(
     let entries = files.iter().map(entry).collect::<Vec<_>>().join(", ");
     let root = document.root();
     let section = root.get(SECTION);
-    let inserted = |node: &super::json::Node, text: String| {
+    let inserted = |node: &super::json::JsonNode, text: String| {
         let start = node.span.start + 1;
         let comma =
-            matches!(&node.kind, Kind::Object(members) if !members.is_empty()).then_some(", ").unwrap_or_default();
+            matches!(&node.kind, JsonKind::Object(members) if !members.is_empty()).then_some(", ").unwrap_or_default();
         Edit { span: start..start, text: format!("{text}{comma}") }
     };
     match (section, section.and_then(|section| section.get(COUNTS))) {
-        (_, Some(counts)) if matches!(counts.kind, Kind::Object(_)) => Some(inserted(counts, entries)),
+        (_, Some(counts)) if matches!(counts.kind, JsonKind::Object(_)) => Some(inserted(counts, entries)),
         // One number for all files, which also holds for the new ones.
         (_, Some(counts)) => {
             let text = document.text().get(counts.span.clone()).unwrap_or_default();

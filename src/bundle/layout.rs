@@ -77,7 +77,7 @@ pub struct FolderLayout {
     pub(super) components: Components,
 }
 
-impl Layout {
+impl FolderLayout {
     /// True when a component's precision variants differ by the suffix of their files' names.
     pub fn names_variants(&self) -> bool {
         matches!(self.components, Components::Stems(_))

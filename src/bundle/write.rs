@@ -12,7 +12,8 @@ use super::json::{Document, Edit, JsonKind};
 use super::layers::{self, LayerEdit};
 use super::record::{Deepstack, Record, RecordedStep, TapChange};
 use super::{
-    AssetKind, Bundle, Component, RECORD_FILE, SINGLE_FILE, card, chunks, export_json, is_external_data_of, pictures, read_text,
+    AssetKind, Bundle, Component, RECORD_FILE, SINGLE_FILE, card, chunks, export_json, is_external_data_of, pictures,
+    read_text,
 };
 
 /// Size in bytes above which a variant's weights continue in a new file: browsers hold at most 2 GiB in one buffer.

@@ -2,7 +2,7 @@
 
 use crate::base::{Error, Result};
 use crate::ir::{AttributeKind, DataType, Dim, Model, Tensor, ValueId, ValueType};
-use crate::rewrite::{Joined, JoinScope};
+use crate::rewrite::{JoinScope, Joined};
 use crate::runtime::{Input, Port};
 
 /// A size that the graph leaves free.
@@ -82,7 +82,12 @@ pub(super) fn any(scope: &mut JoinScope<'_>, flags: ValueId) -> ValueId {
 }
 
 /// The embeddings `[1, T, D]` with one row of `features` `[N, D]` at each place where `is_image` `[1, T]` is true.
-pub(super) fn with_rows_at(scope: &mut JoinScope<'_>, values: ValueId, is_image: ValueId, features: ValueId) -> ValueId {
+pub(super) fn with_rows_at(
+    scope: &mut JoinScope<'_>,
+    values: ValueId,
+    is_image: ValueId,
+    features: ValueId,
+) -> ValueId {
     let places = scope.op("places", "NonZero", &[is_image], &[]);
     let places = scope.op("places", "Transpose", &[places], &[("perm", AttributeKind::Ints(vec![1, 0]))]);
     scope.op("merged", "ScatterND", &[values, places, features], &[])

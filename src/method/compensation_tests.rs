@@ -6,7 +6,7 @@ use super::compensation::*;
 use super::heal::HealMeter;
 use super::heal_tests::graphs;
 use super::loss::LossMeter;
-use super::loss_tests::{HEAD_DIM, conversations_again, loss_of, conversations_of};
+use super::loss_tests::{HEAD_DIM, conversations_again, conversations_of, loss_of};
 use super::switched::{Switched, open};
 use crate::analysis;
 use crate::base::{Cancel, Device};

@@ -93,7 +93,7 @@ pub struct HealMeter {
 struct Found {
     layer: usize,
     change: Change,
-    map: Tensor,
+    map: TensorValue,
 }
 
 /// Maps that make up for layers.

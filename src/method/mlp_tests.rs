@@ -4,7 +4,7 @@ use ndarray::Array2;
 
 use super::heal_tests::graphs;
 use super::loss::LossMeter;
-use super::loss_tests::{HEAD_DIM, conversations_again, loss_of, conversations_of};
+use super::loss_tests::{HEAD_DIM, conversations_again, conversations_of, loss_of};
 use super::switched::{Switched, open};
 use crate::analysis::{self, Analysis};
 use crate::base::{Cancel, Device};

@@ -84,7 +84,11 @@ pub fn solve(mut fitted: RidgeSums, held_out: &RidgeSums) -> Result<Option<Array
 /// The same with a solution `U V^T` of a rank, as its factors `[K, R]` and `[R, D]`.
 ///
 /// Errors: as `solve`.
-pub fn solve_reduced(mut fitted: RidgeSums, held_out: &RidgeSums, rank: usize) -> Result<Option<(Array2<f32>, Array2<f32>)>> {
+pub fn solve_reduced(
+    mut fitted: RidgeSums,
+    held_out: &RidgeSums,
+    rank: usize,
+) -> Result<Option<(Array2<f32>, Array2<f32>)>> {
     let product = |full: Array2<f64>| {
         let (down, up) = reduced(&full, &fitted.b.view(), rank);
         down.dot(&up)
@@ -95,7 +99,11 @@ pub fn solve_reduced(mut fitted: RidgeSums, held_out: &RidgeSums, rank: usize) -
     Ok(Some((single(&down), single(&up))))
 }
 
-fn best_ridge(fitted: &RidgeSums, held_out: &RidgeSums, shape: impl Fn(Array2<f64>) -> Array2<f64>) -> Result<Option<f64>> {
+fn best_ridge(
+    fitted: &RidgeSums,
+    held_out: &RidgeSums,
+    shape: impl Fn(Array2<f64>) -> Array2<f64>,
+) -> Result<Option<f64>> {
     let mut best: Option<(f64, f64)> = None;
     for ridge in RIDGES {
         let left = held_out.distance_with(&shape(fitted.solve(ridge)?));

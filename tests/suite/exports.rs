@@ -263,35 +263,37 @@ fn prompt_and_step(path: &Path) -> Vec<(String, Vec<f32>)> {
     let runtime = Runtime::new(Device::Cpu).expect("ONNX Runtime");
     let mut session = runtime.session(path, &SessionOptions::default()).expect("session");
     let ports = session.inputs().to_vec();
-    let mut caches: Vec<(String, Tensor)> = Vec::new();
+    let mut caches: Vec<(String, TensorValue)> = Vec::new();
     let mut found = Vec::new();
     for (past, steps) in [(0usize, 7usize), (7, 1)] {
         let mut feeds = Vec::new();
         for port in &ports {
             let numbers: Vec<i64> = (past..past + steps).map(|place| (place as i64 * 37 + 5) % 600).collect();
             let tensor = match port.name.as_str() {
-                "input_ids" => Tensor::from_i64(port.dtype, &[1, steps], numbers),
-                "attention_mask" => Tensor::from_i64(port.dtype, &[1, past + steps], vec![1; past + steps]),
-                "position_ids" => {
-                    Tensor::from_i64(port.dtype, &[1, steps], (past..past + steps).map(|place| place as i64).collect())
-                }
+                "input_ids" => TensorValue::from_i64(port.dtype, &[1, steps], numbers),
+                "attention_mask" => TensorValue::from_i64(port.dtype, &[1, past + steps], vec![1; past + steps]),
+                "position_ids" => TensorValue::from_i64(
+                    port.dtype,
+                    &[1, steps],
+                    (past..past + steps).map(|place| place as i64).collect(),
+                ),
                 name => match caches.iter().position(|(own, _)| own == name) {
                     Some(place) => Ok(caches.swap_remove(place).1),
                     None => {
                         let size = |axis| port.fixed_size(axis).expect("a size");
-                        Tensor::empty(port.dtype, &[1, size(1), 0, size(3)])
+                        TensorValue::empty(port.dtype, &[1, size(1), 0, size(3)])
                     }
                 },
             };
             feeds.push((port.name.clone(), tensor.expect("tensor")));
         }
-        let feeds: Vec<(&str, &Tensor)> = feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+        let feeds: Vec<(&str, &TensorValue)> = feeds.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
         let outputs = session.run(&feeds, None).expect("run");
         for port in session.outputs().to_vec() {
             let tensor = outputs.get(&port.name).expect("output");
             let values = tensor.to_f32().expect("f32").to_vec();
             if let Some(name) = port.name.strip_prefix("present") {
-                let copy = Tensor::from_f32(port.dtype, &tensor.shape(), values.clone()).expect("tensor");
+                let copy = TensorValue::from_f32(port.dtype, &tensor.shape(), values.clone()).expect("tensor");
                 caches.push((format!("past_key_values{name}"), copy));
             }
             found.push((port.name.clone(), values));

@@ -11,7 +11,7 @@ use interlace::ir::{
     Attribute, AttributeKind, DataType, Dim, Model, Node, Tensor as Weight, Value, ValueId, ValueType,
 };
 use interlace::onnx;
-use interlace::runtime::{Runtime, SessionOptions, Tensor};
+use interlace::runtime::{Runtime, SessionOptions, TensorValue};
 use serde_json::Value as Json;
 
 use super::cli::{fixture, interlace, stderr};
@@ -122,7 +122,7 @@ fn node<'a>(model: &'a Model, op: &str) -> &'a Node {
 fn run(model: &Model, ids: &[i64]) -> Vec<f32> {
     let options = SessionOptions { exact_products: true, ..SessionOptions::default() };
     let mut session = Runtime::new(Device::Cpu).expect("runtime").session_of(model, &options).expect("session");
-    let ids = Tensor::new(&[ids.len()], ids.to_vec()).expect("ids");
+    let ids = TensorValue::new(&[ids.len()], ids.to_vec()).expect("ids");
     let outputs = session.run(&[("input_ids", &ids)], None).expect("run");
     outputs.get("logits").expect("logits").to_f32().expect("floats").into_owned()
 }
@@ -316,9 +316,9 @@ fn half_precision_keeps_norms_positions_and_masks() {
         &folder.path().join("out"),
     );
     let report = report.expect("written");
-    let x =
-        Tensor::from_f32(DataType::Float, &[3, 32], numbers(96, 0.9).iter().map(|n| n * 4000.0).collect()).expect("x");
-    let positions = Tensor::new(&[3, 1], vec![5i64, 4097, 30001]).expect("positions");
+    let x = TensorValue::from_f32(DataType::Float, &[3, 32], numbers(96, 0.9).iter().map(|n| n * 4000.0).collect())
+        .expect("x");
+    let positions = TensorValue::new(&[3, 1], vec![5i64, 4097, 30001]).expect("positions");
     let run = |model: &Model| -> Vec<f32> {
         let runtime = Runtime::new(Device::Cpu).expect("runtime");
         let mut session = runtime.session_of(model, &SessionOptions::default()).expect("session");

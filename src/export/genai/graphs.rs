@@ -6,7 +6,7 @@ use std::collections::{HashMap, HashSet};
 use crate::analysis::{self, PortRole};
 use crate::base::{Error, Result};
 use crate::ir::{AttributeKind, Body, DataType, Dim, Model, Tensor, ValueId};
-use crate::rewrite::{Joined, JoinScope};
+use crate::rewrite::{JoinScope, Joined};
 use crate::runtime::{Input, InputKind, Port};
 
 use super::super::nodes::{cast, graph_input, inputs_of, ints, only_output, scalar, symbol, tensor, with_rows_at};

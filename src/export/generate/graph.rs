@@ -17,7 +17,7 @@ use std::collections::HashMap;
 use crate::analysis;
 use crate::base::{Error, Result};
 use crate::ir::{AttributeKind, Body, DataType, Dim, Model, Tensor, ValueId};
-use crate::rewrite::{Joined, JoinedPart, JoinScope};
+use crate::rewrite::{JoinScope, Joined, JoinedPart};
 use crate::runtime::{Input, InputKind, Port};
 
 use super::super::nodes::{

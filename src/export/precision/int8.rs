@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use crate::base::{Error, Result};
 use crate::checkpoint::{floats, from_floats};
 use crate::ir::{AttributeKind, DataType, Graph, Node, Value, ValueId};
-use crate::quantised::{Layout, Range8, Rounded};
+use crate::quantised::{Range8, Rounded, WeightLayout};
 
 use super::report::{QuantisedTensor, relative_error};
 use super::weights::{Constants, Product, Weights, replace_nodes};
@@ -245,7 +245,7 @@ impl Quantiser<'_> {
             bytes: (numbers.len() + 4 * scales.len() + zeros.len()) as u64,
             relative_error: relative_error(values, &found),
         });
-        let layout = if scale_dims.is_empty() { Layout::Rows } else { Layout::Columns };
+        let layout = if scale_dims.is_empty() { WeightLayout::Rows } else { WeightLayout::Columns };
         let numbers = layout.elements(&numbers, dims, 1);
         let scales = from_floats(DataType::Float, &scales)?;
         Ok([

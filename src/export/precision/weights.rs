@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use crate::base::{Error, MappedFile, Result};
 use crate::ir::{Attribute, Body, DataType, Graph, GraphIndex, Model, Node, Tensor, TensorData, Value, ValueId};
-use crate::quantised::Layout;
+use crate::quantised::WeightLayout;
 
 use super::report::KeptTensor;
 
@@ -108,7 +108,7 @@ impl Weights {
     /// The matrix of a product as bytes of f32, one row for each output.
     pub fn rows(&self, product: &Product) -> Tensor {
         let Some(tensor) = self.matrix(product.weight) else { return Tensor::from_f32(&[0, 0], &[]) };
-        let layout = if product.transposed { Layout::Rows } else { Layout::Columns };
+        let layout = if product.transposed { WeightLayout::Rows } else { WeightLayout::Columns };
         let rows = layout.rows(tensor);
         tensor.release();
         Tensor::from_bytes(DataType::Float, &[product.outer as u64, product.inner as u64], rows)

@@ -2,7 +2,7 @@
 
 use crate::base::{Error, Result};
 use crate::ir::{Dim, Model, ValueId};
-use crate::rewrite::{Joined, JoinScope};
+use crate::rewrite::{JoinScope, Joined};
 use crate::runtime::{InputKind, Port};
 
 use super::super::generate::graph::{Carried, Graphs, INPUT_IDS, Ports, Rows, TokenIds, at_image_tokens, fed};

@@ -216,7 +216,7 @@ pub fn finetune_with_teacher(
     decoder.graph.body.initializers.iter().for_each(|(_, tensor)| tensor.release());
     let tensors = students[0].changed(&cut, settings.lora().map_or(1.0, Lora::scale))?;
     let decoder = written_back(&decoder, tensors, &cut.quantised, settings.write_trained)?;
-    let layers = settings.trained_layers(request.layers, layer_count);
+    let layers = settings.trained_layers(request.layers, cut.analysis.map.layers.len());
     let report = report(request, layers, rate, inputs, &dataset, left_out, &summary)?;
     Ok(FinetunedModel { decoder, report })
 }
