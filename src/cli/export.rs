@@ -42,6 +42,10 @@ pub struct Args {
     /// Raise the default operator set to this version, up to 24; no graph is lowered [default: unchanged]
     #[arg(long, value_name = "N")]
     opset: Option<i64>,
+    /// Split tables of embeddings and weights of products above this size, such as 1GB, for devices with a largest buffer;
+    /// another initializer above it is an error [default: unchanged]
+    #[arg(long, value_name = "SIZE", value_parser = amount)]
+    max_buffer: Option<u64>,
     /// Name the weights as this Hugging Face checkpoint does, which the graphs were exported from (safetensors only)
     #[arg(long, value_name = "CHECKPOINT")]
     base: Option<PathBuf>,
@@ -112,6 +116,7 @@ pub fn run(args: Args, context: &Context) -> anyhow::Result<Outcome> {
         max_ir_version: args.max_ir_version,
         standard_ops: args.standard_ops,
         opset: args.opset,
+        max_buffer_bytes: args.max_buffer,
         serving: args.triton.into(),
         base: args.base,
         dense: args.dense,

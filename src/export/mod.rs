@@ -37,6 +37,7 @@ const VARIANT: Setting = ("--variant", |settings| settings.variant.is_some());
 const MAX_IR_VERSION: Setting = ("--max-ir-version", |settings| settings.max_ir_version.is_some());
 const STANDARD_OPS: Setting = ("--standard-ops", |settings| settings.standard_ops);
 const OPSET: Setting = ("--opset", |settings| settings.opset.is_some());
+const MAX_BUFFER: Setting = ("--max-buffer", |settings| settings.max_buffer_bytes.is_some());
 const BASE: Setting = ("--base", |settings| settings.base.is_some());
 const DENSE: Setting = ("--dense", |settings| settings.dense.is_some());
 const SHARD_SIZE: Setting = ("--shard-size", |settings| settings.shard_bytes.is_some());
@@ -52,6 +53,7 @@ const SETTINGS: &[Setting] = &[
     MAX_IR_VERSION,
     STANDARD_OPS,
     OPSET,
+    MAX_BUFFER,
     BASE,
     DENSE,
     SHARD_SIZE,
@@ -64,7 +66,7 @@ const SETTINGS: &[Setting] = &[
 ];
 
 /// Those of every target that writes graphs.
-const GRAPHS: &[Setting] = &[VARIANT, MAX_IR_VERSION, STANDARD_OPS, OPSET];
+const GRAPHS: &[Setting] = &[VARIANT, MAX_IR_VERSION, STANDARD_OPS, OPSET, MAX_BUFFER];
 
 impl ExportSettings {
     /// The flag of a setting that is set and that targets read.
