@@ -31,7 +31,7 @@ mod taps;
 mod towers;
 
 pub use canonical::{FUSED_MARK, FUSED_OUTPUTS, FusedNorm, unfuse_skip_norms};
-pub use head::{head_input, head_weight};
+pub use head::{head_input, head_weight, position_wise_from};
 pub use layer::{Glue, KvPort, Layer, LayerMap, PortRole, Tap};
 pub use merged::{Branch, Merged};
 pub use owner::Owner;
@@ -121,7 +121,7 @@ fn towers_of(graph: &Graph, body: &Body) -> Result<(LayerMap, Option<LayerMap>)>
     Ok((layers_of(graph, body, own)?, vision))
 }
 
-fn layers_of(graph: &Graph, body: &Body, (chain, mut layers): towers::Tower) -> Result<LayerMap> {
+fn layers_of(graph: &Graph, body: &Body, (chain, mut layers): towers::TowerLayers) -> Result<LayerMap> {
     glue::settle(body, &GraphIndex::of_body(body), &chain, &mut layers);
     let mut map = map::build(graph, body, &chain, layers);
     ports::assign(graph, body, &chain, &mut map)?;

@@ -50,6 +50,13 @@ pub fn changes(history: &[RecordedStep]) -> Vec<String> {
             let of = if pruned { "remaining layers" } else { "layers of the language model" };
             lines.push(format!("- {} of the {of} trained on {samples} samples.", layers.len()));
         }
+        if let RecordedStep::Quantise { precisions } = step {
+            lines.push(format!("- Written in the precisions {} too.", precisions.join(", ")));
+        }
+        if let RecordedStep::Pictures { keys } = step {
+            let keys: Vec<String> = keys.iter().map(|(key, value)| format!("`{key}` is {value}")).collect();
+            lines.push(format!("- Pictures have fewer tokens: {} in the image processor's config.", keys.join(", ")));
+        }
         if let RecordedStep::Graft { tensors } = step {
             lines.push(format!("- {tensors} tensors of a finetuned checkpoint written into the graphs."));
         }

@@ -52,6 +52,16 @@ pub enum RecordedStep {
         /// Optimiser, loss and schedule, as the verb understood them.
         settings: Value,
     },
+    /// The model was written in other precisions, beside the floats or in their place.
+    Quantise {
+        /// Names of the precisions, as `export --precision` takes them.
+        precisions: Vec<String>,
+    },
+    /// Keys of the image processor's config were set.
+    Pictures {
+        /// The keys with their values now.
+        keys: serde_json::Map<String, Value>,
+    },
     /// Finetuned weights of a checkpoint were written into the graphs.
     Graft {
         /// Tensors of the checkpoint that changed something.

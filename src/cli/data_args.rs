@@ -47,6 +47,9 @@ pub struct ImageArgs {
     /// Cut large pictures into tiles: true or false [default: the model's own setting]
     #[arg(long, value_name = "BOOL")]
     image_tiles: Option<bool>,
+    /// Cut a picture into at most this number of tiles [default: the model's own setting]
+    #[arg(long, value_name = "N", value_parser = positive)]
+    max_image_tiles: Option<usize>,
     /// Resize pictures with the arithmetic of this library: pil or torchvision [default: the one that transformers uses]
     #[arg(long, value_name = "NAME")]
     image_back_end: Option<BackEnd>,
@@ -60,6 +63,7 @@ impl ImageArgs {
             max_pixels: self.max_pixels,
             image_size: self.image_size,
             tiles: self.image_tiles,
+            max_tiles: self.max_image_tiles,
             back_end: self.image_back_end,
         }
     }

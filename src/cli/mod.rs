@@ -15,6 +15,7 @@ mod graft;
 mod inspect;
 mod output;
 mod plan;
+mod precision;
 mod prune;
 mod ranks;
 mod run;
@@ -24,6 +25,7 @@ mod shell;
 mod strip;
 mod sweep;
 mod torch;
+mod tune;
 mod verify;
 
 use std::io::Write;
@@ -68,6 +70,7 @@ enum Verb {
     Graft(graft::Args),
     Run(run::Args),
     Sweep(sweep::Args),
+    Tune(Box<tune::Args>),
     Completions(shell::CompletionsArgs),
     Man(shell::ManArgs),
     #[command(hide = true)]
@@ -159,6 +162,7 @@ impl Verb {
             Verb::Verify(_) => "verifying the model",
             Verb::Export(_) => "exporting the model",
             Verb::Graft(_) => "writing weights into the graphs",
+            Verb::Tune(_) => "tuning the model",
             Verb::Run(_) | Verb::Sweep(_) => "running the recipe",
             Verb::Completions(_) => "printing completions",
             Verb::Man(_) => "writing manual pages",
@@ -187,19 +191,21 @@ fn dispatch(cli: Cli, torch: RunTorchVerb) -> anyhow::Result<Outcome> {
 fn run_verb(verb: Verb, context: &Context, run_torch: RunTorchVerb) -> anyhow::Result<Outcome> {
     match verb {
         Verb::Inspect(args) => inspect::run(args, context),
-        Verb::Score(args) if ranks::among_others() => run_torch(TorchVerb::Score(Box::new(args)), context),
+        Verb::Score(args) if ranks::has_peers() => run_torch(TorchVerb::Score(Box::new(args)), context),
         Verb::Score(args) => score::run(args, context, None),
         Verb::Plan(args) => plan::run(args, context),
         Verb::Prune(args) => prune::run(args, context),
         Verb::Finetune(args) => run_torch(TorchVerb::Finetune(args), context),
         Verb::Generate(args) => generate::run(args, context),
-        Verb::Eval(args) if ranks::among_others() => run_torch(TorchVerb::Eval(Box::new(args)), context),
+        Verb::Eval(args) if ranks::has_peers() => run_torch(TorchVerb::Eval(Box::new(args)), context),
         Verb::Eval(args) => eval::run(args, context, None),
         Verb::Bench(args) => bench::run(args, context),
         Verb::Verify(args) => run_torch(TorchVerb::Verify(args), context),
         Verb::Export(args) => export::run(args, context),
         Verb::Graft(args) => graft::run(args, context),
         Verb::Run(args) => run_torch(TorchVerb::Run(args), context),
+        Verb::Tune(args) if args.heals() => run_torch(TorchVerb::Tune(args), context),
+        Verb::Tune(args) => tune::run(*args, context, None),
         Verb::Sweep(args) => run_torch(TorchVerb::Sweep(args), context),
         Verb::Completions(args) => shell::completions(args, Cli::command()),
         Verb::Man(args) => shell::man(args, Cli::command(), context),

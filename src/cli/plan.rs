@@ -8,7 +8,7 @@ use crate::method::select::{Measures, STRATEGIES, Strategy};
 use crate::method::{FIT_TOKENS, Plan, Scores};
 use crate::pipeline::steps::{self, HowMany, Meter, PlanSettings, PlannedModel};
 
-use super::args::{LayerList, Weights, amount, positive};
+use super::args::{LayerList, ModalityWeightsArg, amount, positive};
 use super::context::{Context, Outcome};
 use super::data_args::{DataArgs, warn_left_out};
 use super::output::Output;
@@ -53,7 +53,7 @@ pub struct Args {
     /// Weigh the similarities over image, text and all tokens, each weight 0 or more, as in image=0.7,text=0.3
     /// [default: all=1]
     #[arg(long, value_name = "WEIGHTS", requires = "scores")]
-    modality_weights: Option<Weights>,
+    modality_weights: Option<ModalityWeightsArg>,
     /// Go on where the packs of interlace, interlace-oa and interlace-tn run out: with pairs for interlace-oa, then with single
     /// frozen layers, the most similar first
     #[arg(long)]

@@ -4,12 +4,12 @@ use schemars::{Schema, schema_for};
 
 use crate::bundle::{ExportManifest, Record};
 use crate::eval::{BenchReport, EvalReport, TextReport, VerifyReport};
-use crate::export::Export;
+use crate::export::{Export, PrecisionReport};
 use crate::finetune::{Report, RunPlan};
 use crate::graft::GraftTable;
 use crate::method::{Plan, Scores};
 use crate::pipeline::steps::{Generations, Inspection, LikelihoodReport, Pruned};
-use crate::pipeline::{Manifest, Recipe, RunState, Sweep, SweepTable, Table};
+use crate::pipeline::{Costs, Manifest, Quality, Recipe, RunState, Sweep, SweepTable, Table, TuneReport};
 
 /// Name and schema of every artifact; the folder `schemas/` has them as `NAME.schema.json`.
 pub fn schemas() -> Vec<(&'static str, Schema)> {
@@ -25,6 +25,7 @@ pub fn schemas() -> Vec<(&'static str, Schema)> {
         ("likelihood-report", schema_for!(LikelihoodReport)),
         ("manifest", schema_for!(Manifest)),
         ("plan", schema_for!(Plan)),
+        ("precision", schema_for!(PrecisionReport)),
         ("pruned", schema_for!(Pruned)),
         ("recipe", schema_for!(Recipe)),
         ("report", schema_for!(EvalReport)),
@@ -35,6 +36,9 @@ pub fn schemas() -> Vec<(&'static str, Schema)> {
         ("sweep-recipe", schema_for!(Sweep)),
         ("table", schema_for!(Table)),
         ("text-report", schema_for!(TextReport)),
+        ("tune", schema_for!(TuneReport)),
+        ("tune-costs", schema_for!(Costs)),
+        ("tune-quality", schema_for!(Quality)),
         ("verify", schema_for!(VerifyReport)),
     ]
 }

@@ -11,8 +11,8 @@ use anyhow::Context as _;
 use crate::base::{Error, Peers};
 
 use super::context::{Context, Outcome};
-use super::ranks::meet_others;
-use super::{eval, finetune, run, score, sweep, verify};
+use super::ranks::connect_peers;
+use super::{eval, finetune, run, score, sweep, tune, verify};
 
 /// The program that links LibTorch, in the same folder as `interlace`.
 const TORCH_PROGRAM: &str = "interlace-torch";
@@ -25,6 +25,8 @@ pub enum TorchVerb {
     Run(run::Args),
     /// `interlace sweep`.
     Sweep(sweep::Args),
+    /// `interlace tune` with healing.
+    Tune(Box<tune::Args>),
     /// `interlace verify`.
     Verify(verify::Args),
     /// `interlace score` by several processes, which find one another through LibTorch.
@@ -42,13 +44,14 @@ pub fn here(verb: TorchVerb, context: &Context) -> anyhow::Result<Outcome> {
         TorchVerb::Finetune(args) => finetune::run(*args, context),
         TorchVerb::Run(args) => run::run(args, context),
         TorchVerb::Sweep(args) => sweep::run(args, context),
+        TorchVerb::Tune(args) => tune::run(*args, context, Some(crate::pipeline::with_torch())),
         TorchVerb::Verify(args) => verify::run(args, context),
         TorchVerb::Score(mut args) => {
-            let ranks = meet_others(&mut args.device, context)?;
+            let ranks = connect_peers(&mut args.device, context)?;
             score::run(*args, context, ranks.as_ref().map(|ranks| ranks as &dyn Peers))
         }
         TorchVerb::Eval(mut args) => {
-            let ranks = meet_others(&mut args.device, context)?;
+            let ranks = connect_peers(&mut args.device, context)?;
             eval::run(*args, context, ranks.map(|ranks| Box::new(ranks) as Box<dyn Peers + Send>))
         }
     }

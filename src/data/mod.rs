@@ -14,9 +14,11 @@ mod json;
 mod json_row;
 mod json_scan;
 mod keys;
+mod levers;
 mod listing;
 mod options;
 mod parquet;
+mod picture_budget;
 mod placeholders;
 mod processor;
 mod row;
@@ -45,9 +47,11 @@ pub use images::{
     BackEnd, Filter, ImageInputs, ImageLayout, ImageSettings, Picture, Scaler, Shown, Transparency, VideoLayout,
 };
 pub use intake::{Intake, LeftOut};
+pub use levers::{LEVERS, Lever};
 pub use options::{DataOptions, DataPart, SEQUENCE_LENGTH, Turns};
+pub use picture_budget::{PictureBudget, picture_budgets};
 pub use processor::{Encoded, Processor};
-pub use sample::{ImageBytes, Part, Sample, Turn};
+pub use sample::{ImageBytes, MessagePart, Sample, Turn};
 pub use string_list::string_list;
 pub use subset::{Amount, Subset};
 pub use tensors::TensorRow;

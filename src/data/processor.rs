@@ -1,6 +1,6 @@
 //! Encodes conversations about pictures as network inputs: token ids, pixel values and the mask of answer tokens.
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::base::{Error, Result};
 use crate::bundle::{Bundle, Role};
@@ -9,9 +9,10 @@ use crate::prompt::{GivenRow, Prompt};
 
 use super::families::family_of;
 use super::images::{ImageInputs, ImageProcessor, ImageSettings, Shown};
+use super::levers::LEVERS;
 use super::placeholders::{self, Ordinal, Placeholder};
-use super::sample::{ImageBytes, Part};
-use super::template::{ChatTemplate, Content, ContentPart, Message};
+use super::sample::{ImageBytes, MessagePart};
+use super::template::{ChatMessage, ChatTemplate, Content, ContentPart};
 use super::tokenizer::Tokenizer;
 
 /// An encoded sample.
@@ -67,6 +68,8 @@ pub struct Processor {
 #[derive(Debug)]
 struct PictureEncoding {
     images: ImageProcessor,
+    /// Keys with which the config has the effect of the user's settings; `None` where the processor overrides them.
+    stored: Option<Map<String, Value>>,
     placeholder: Placeholder,
     /// Id of the token at the position of one image feature.
     feature_id: u32,
@@ -133,6 +136,22 @@ impl Processor {
         })
     }
 
+    /// Keys of the image processor's config with the effect of the settings that this processor was opened with; `None`
+    /// without an image processor, or where it passes other values to every call.
+    pub fn stored_settings(&self) -> Option<&Map<String, Value>> {
+        self.vision.as_ref()?.stored.as_ref()
+    }
+
+    /// Image settings with which this picture may have fewer tokens, judged by its layout under the model's own ones.
+    ///
+    /// Errors: as `ImageProcessor::open`.
+    pub(super) fn smaller_pictures(&self, picture: &ImageBytes) -> Result<Vec<ImageSettings>> {
+        let Some(vision) = &self.vision else { return Ok(Vec::new()) };
+        let shown = vision.images.open(std::slice::from_ref(picture))?.shown;
+        let Some(Shown::Picture(layout)) = shown.first() else { return Ok(Vec::new()) };
+        Ok(LEVERS.iter().flat_map(|lever| (lever.settings)(layout, vision.images.has_longest_edge())).collect())
+    }
+
     /// Warning when the model's image processor is not supported; `None` when it is.
     pub fn warning(&self) -> Option<String> {
         let problem = self.unknown_images.as_ref()?;
@@ -174,7 +193,7 @@ impl Processor {
     ///
     /// Errors: `Error::Invalid` when a picture does not decode, the template fails, or the text does not have one
     /// placeholder per picture; `Error::Unsupported` for pictures when the image processor is not supported.
-    pub fn encode_question(&self, id: &str, question: &[Part], images: &[ImageBytes]) -> Result<Encoded> {
+    pub fn encode_question(&self, id: &str, question: &[MessagePart], images: &[ImageBytes]) -> Result<Encoded> {
         self.encode_messages(id, &[self.user(question, images)?], images, true)
     }
 
@@ -182,7 +201,7 @@ impl Processor {
     pub(super) fn encode_messages(
         &self,
         id: &str,
-        messages: &[Message],
+        messages: &[ChatMessage],
         images: &[ImageBytes],
         prompt: bool,
     ) -> Result<Encoded> {
@@ -193,13 +212,13 @@ impl Processor {
         Ok(self.encoded(id, ids, answer_mask, images))
     }
 
-    pub(super) fn user(&self, parts: &[Part], images: &[ImageBytes]) -> Result<Message> {
-        let part = |part: &Part| match part {
-            Part::Image(place) if images.get(*place).is_some_and(|image| image.as_frames().is_some()) => {
+    pub(super) fn user(&self, parts: &[MessagePart], images: &[ImageBytes]) -> Result<ChatMessage> {
+        let part = |part: &MessagePart| match part {
+            MessagePart::Image(place) if images.get(*place).is_some_and(|image| image.as_frames().is_some()) => {
                 ContentPart::Video
             }
-            Part::Image(_) => ContentPart::Image,
-            Part::Text(text) => ContentPart::Text { text: text.clone() },
+            MessagePart::Image(_) => ContentPart::Image,
+            MessagePart::Text(text) => ContentPart::Text { text: text.clone() },
         };
         let parts: Vec<ContentPart> = parts.iter().map(part).collect();
         let shown = |part: &ContentPart| !matches!(part, ContentPart::Text { .. });
@@ -210,18 +229,18 @@ impl Processor {
     }
 
     /// A message of text alone.
-    pub(super) fn message(&self, role: &'static str, text: &str) -> Message {
+    pub(super) fn message(&self, role: &'static str, text: &str) -> ChatMessage {
         self.parts(role, vec![ContentPart::Text { text: text.to_string() }])
     }
 
     /// A message in the form that the template expects: a list of parts, or one string with placeholder markers.
-    pub(super) fn parts(&self, role: &'static str, parts: Vec<ContentPart>) -> Message {
+    pub(super) fn parts(&self, role: &'static str, parts: Vec<ContentPart>) -> ChatMessage {
         if self
             .template
             .as_ref()
             .is_some_and(|template| template.takes_parts(self.vision.is_some() || self.unknown_images.is_some()))
         {
-            return Message { role, content: Content::Parts(parts) };
+            return ChatMessage { role, content: Content::Parts(parts) };
         }
         let mut text = String::new();
         for part in &parts {
@@ -238,7 +257,7 @@ impl Processor {
                 (ContentPart::Image | ContentPart::Video, None) => {}
             }
         }
-        Message { role, content: Content::Text(text) }
+        ChatMessage { role, content: Content::Text(text) }
     }
 
     /// The chat template, which conversations need.
@@ -257,13 +276,13 @@ impl Processor {
         self.template().err().map(|error| error.to_string())
     }
 
-    pub(super) fn render(&self, id: &str, messages: &[Message], prompt: bool) -> Result<String> {
+    pub(super) fn render(&self, id: &str, messages: &[ChatMessage], prompt: bool) -> Result<String> {
         let template = self.template()?;
         // The template's error has a remedy.
         let text = template.render(messages, prompt).map_err(|error| Error::invalid(id, error.to_string()))?;
         // Answers are not checked: templates remove the reasoning of earlier turns.
         let given = messages.iter().filter(|message| message.role != "assistant");
-        match given.flat_map(Message::texts).find(|part| !text.contains(part.trim())) {
+        match given.flat_map(ChatMessage::texts).find(|part| !text.contains(part.trim())) {
             Some(lost) => Err(Error::invalid(
                 id,
                 format!("the chat template drops the text `{}`", lost.trim().chars().take(60).collect::<String>()),
@@ -395,6 +414,7 @@ impl PictureEncoding {
         let mut placeholder = placeholders::open(bundle, tokenizer, &config, processor_config)?;
         let forced = std::mem::take(&mut placeholder.image_settings);
         let tiles = Packing::of(bundle, &placeholder)?.tiles(settings.tiles)?;
+        let stored = settings.stored(&config, source)?.filter(|keys| !keys.keys().any(|key| forced.contains_key(key)));
         let mut images = ImageProcessor::new(&config, source, forced, &ImageSettings { tiles, ..*settings })?;
         if placeholder.video.is_some() {
             images.read_video(&video_config(bundle, processor_config)?)?;
@@ -405,7 +425,7 @@ impl PictureEncoding {
                 .remedy("restore `tokenizer.json` and `processor_config.json` of the same model")
         })?;
         let video_id = placeholder.video.as_ref().and_then(|video| tokenizer.id(&video.feature));
-        Ok(Some(PictureEncoding { images, placeholder, feature_id, video_id }))
+        Ok(Some(PictureEncoding { images, stored, placeholder, feature_id, video_id }))
     }
 
     /// Replaces each marker with the tokens of its picture or video. Returns the text and the number of markers.

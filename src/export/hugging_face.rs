@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use crate::base::{Cancel, Error, Result, list_preview, sha256_large_file};
 use crate::bundle::{AssetKind, Bundle, Component, Deepstack, LayerEdit, RecordedStep, Tower, config_without_layers};
 use crate::checkpoint::{Checkpoint, NamedTensor, save};
-use crate::graft::{Extraction, Part, extract, load, stack_of};
+use crate::graft::{Extraction, ModelPart, extract, load, stack_of};
 use crate::ir::DataType;
 
 use super::components::write as write_text;
@@ -57,8 +57,8 @@ pub(super) fn write(bundle: &Bundle, settings: &ExportSettings, root: &Path) -> 
         }
         None => None,
     };
-    let current: Vec<Part> = current.iter().map(|loaded| loaded.part()).collect();
-    let reference: Option<Vec<Part>> =
+    let current: Vec<ModelPart> = current.iter().map(|loaded| loaded.part()).collect();
+    let reference: Option<Vec<ModelPart>> =
         reference.as_ref().map(|loaded| loaded.iter().map(|loaded| loaded.part()).collect());
     check_untrained(history.as_deref(), dense.is_some())?;
     let taken = extract(reference.as_ref().unwrap_or(&current), &current, &base, &Cancel::default())?;

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::base::{Error, Result};
 use crate::rewrite::MapOf;
 
-use super::ridge::{self, Sums};
+use super::ridge::{self, RidgeSums};
 
 /// Default rank of a bridge.
 pub const BRIDGE_RANK: usize = 16;
@@ -137,7 +137,7 @@ pub(super) struct Rows {
     pub sequences: usize,
 }
 
-/// Sums over rows, and their solution.
+/// RidgeSums over rows, and their solution.
 pub(super) trait Fit: Send {
     /// Adds rows; `held_out` are for choices, where there are any.
     fn add(&mut self, rows: Rows, held_out: bool);
@@ -150,14 +150,14 @@ pub(super) trait Fit: Send {
 
 /// Ridge regression over rows weighted by `1 / |t|^2`, of full rank or reduced to a rank.
 struct Regression {
-    fitted: Sums,
-    held_out: Sums,
+    fitted: RidgeSums,
+    held_out: RidgeSums,
     rank: Option<usize>,
 }
 
 impl Regression {
     fn new(width: usize, rank: Option<usize>) -> Self {
-        Regression { fitted: Sums::new(width, width), held_out: Sums::new(width, width), rank }
+        Regression { fitted: RidgeSums::new(width, width), held_out: RidgeSums::new(width, width), rank }
     }
 }
 

@@ -6,7 +6,7 @@ use super::compensation::*;
 use super::heal::HealMeter;
 use super::heal_tests::graphs;
 use super::loss::LossMeter;
-use super::loss_tests::{HEAD_DIM, conversations_again, loss_of, said};
+use super::loss_tests::{HEAD_DIM, conversations_again, conversations_of, loss_of};
 use super::switched::{Switched, open};
 use crate::analysis;
 use crate::base::{Cancel, Device};
@@ -94,11 +94,11 @@ fn added_nodes_compute_what_was_measured() {
         for kind in [CompensationKind::Scalar, CompensationKind::Bridge] {
             let of = CompensationRow::of_kind(kind).of;
             let (decoder, restarts) = open(&runtime, &analysis, HEAD_DIM, Some(of)).unwrap();
-            let heard = said(&decoder, &[7, 5, 7]);
-            let for_fits = said(&decoder, &[23; 8]);
+            let conversations = conversations_of(&decoder, &[7, 5, 7]);
+            let for_fits = conversations_of(&decoder, &[23; 8]);
             let layers = analysis.map.layers.len();
             let switched = Switched::new(decoder, layers, file.clone(), restarts, Cancel::default());
-            let meter = LossMeter::over(switched, conversations_again(&heard)).unwrap();
+            let meter = LossMeter::over(switched, conversations_again(&conversations)).unwrap();
             let mut meter = HealMeter::over(meter, for_fits, (kind, 3)).unwrap();
             let removed = [2, 4, 5];
             let (found, compensation) = meter.loss(&removed).unwrap();
@@ -119,7 +119,7 @@ fn added_nodes_compute_what_was_measured() {
                 continue;
             }
             let model = change_behind(&pruned, &changes).unwrap();
-            let want = loss_of(&runtime, &model, &heard);
+            let want = loss_of(&runtime, &model, &conversations);
             assert!((found - want).abs() < 1e-4, "{file}, {kind:?}: {found}, expected {want}");
             let again = analysis::analyse(&model).unwrap();
             let plain = analysis::analyse(&pruned).unwrap();

@@ -15,7 +15,7 @@ use crate::base::{Cancel, Device, Error, Progress, Result};
 use crate::bundle::Bundle;
 use crate::data::{Amount, Dataset, LeftOut, Subset};
 use crate::rewrite::{ADDED_OUTPUT_PREFIX, BEHIND_OUTPUT_PREFIX, STREAM_OUTPUT_PREFIX};
-use crate::runtime::{Embedded, Outputs, Step, Tensor};
+use crate::runtime::{Embedded, Outputs, Step, TensorValue};
 
 use super::batch::{Batch, Conversation, grouped};
 use super::compensation::{Change, CompensationKind, CompensationRow, Fit, Rows};
@@ -93,7 +93,7 @@ pub struct HealMeter {
 struct Found {
     layer: usize,
     change: Change,
-    map: Tensor,
+    map: TensorValue,
 }
 
 /// Maps that make up for layers.
@@ -399,7 +399,7 @@ fn target(dense: &Outputs, gap: Gap) -> Result<Array2<f32>> {
 }
 
 /// `[B, T, D]` as `[B * T, D]`.
-fn matrix(tensor: &Tensor) -> Result<Array2<f32>> {
+fn matrix(tensor: &TensorValue) -> Result<Array2<f32>> {
     let shape = tensor.shape();
     let width = shape.last().copied().unwrap_or(0);
     let rows = shape.iter().rev().skip(1).product();
@@ -407,9 +407,9 @@ fn matrix(tensor: &Tensor) -> Result<Array2<f32>> {
         .map_err(|e| Error::invalid("the stream", e.to_string()))
 }
 
-fn tensor(map: Array2<f32>) -> Result<Tensor> {
+fn tensor(map: Array2<f32>) -> Result<TensorValue> {
     let shape = [map.nrows(), map.ncols()];
-    Tensor::new(&shape, map.iter().copied().collect::<Vec<f32>>())
+    TensorValue::new(&shape, map.iter().copied().collect::<Vec<f32>>())
 }
 
 /// Conversations of which the stream is read and no loss: the graph's rows are one that nobody reads.
@@ -417,8 +417,8 @@ fn stream_batch(group: &[Conversation]) -> Result<Batch> {
     let embedded: Vec<&Embedded> = group.iter().map(|conversation| &conversation.embedded).collect();
     Ok(Batch {
         step: Step::prefill(&embedded, false)?,
-        rows: Tensor::new(&[1, 1, 2], vec![0i64, 0])?,
-        targets: Tensor::new(&[1, 1, 1], vec![0i64])?,
+        rows: TensorValue::new(&[1, 1, 2], vec![0i64, 0])?,
+        targets: TensorValue::new(&[1, 1, 1], vec![0i64])?,
         owners: Vec::new(),
     })
 }

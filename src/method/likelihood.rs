@@ -8,9 +8,10 @@ use crate::analysis;
 use crate::base::{Cancel, Error, Progress, Result};
 use crate::bundle::{Bundle, Role};
 use crate::data::Encoded;
+use crate::ir::Model;
 use crate::onnx;
 use crate::rewrite::{KEEP_INPUT, LOSS_OUTPUT, RESTART_INPUT, ROWS_INPUT, STREAM_INPUT, TARGETS_INPUT};
-use crate::runtime::{FeatureCache, Runtime, SessionOptions, Tensor, VlmSession, headed};
+use crate::runtime::{FeatureCache, Runtime, SessionOptions, TensorValue, VlmSession, headed};
 
 use super::batch::{Batch, Conversation, batches};
 use super::switched::open;
@@ -42,65 +43,145 @@ pub fn answer_likelihoods(
     count: usize,
     cancel: &Cancel,
 ) -> Result<Vec<AnswerLikelihood>> {
-    let component = bundle.require(Role::Decoder)?;
-    let analysis = analysis::analyse(&headed(bundle, onnx::load(&bundle.path_of(component))?)?)?;
-    let head_dim = bundle.config().and_then(|config| config.head_size());
-    let (decoder, _) = open(runtime, &analysis, head_dim, None)?;
-    let mut model = VlmSession::with_decoder(runtime, bundle, decoder, &SessionOptions::default(), features)?;
-    let layers = analysis.map.layers.len();
+    let mut meter = AnswerMeter::open(bundle, runtime, features)?;
     let progress = Progress::new("likelihood", "questions", count as u64);
     let mut found = Vec::with_capacity(count);
     let (mut waiting, mut bytes) = (Vec::new(), 0);
     for encoded in conversations {
         cancel.check("no report is written")?;
-        let encoded = encoded?;
-        let answer_mask = encoded.answer_mask.clone();
-        let embedded = model.embed(&encoded.into_prompt())?;
-        bytes += size_of_val(embedded.data.as_slice());
-        waiting.push(Conversation { number: found.len(), answer_mask, embedded });
+        let conversation = meter.conversation(encoded?, found.len())?;
+        bytes += size_of_val(conversation.embedded.data.as_slice());
+        waiting.push(conversation);
         found.push(AnswerLikelihood::default());
         if bytes >= WINDOW_BYTES || found.len() % LIKELIHOOD_BLOCK == 0 {
-            measure(&mut model, layers, std::mem::take(&mut waiting), &mut found, &progress)?;
+            let count = waiting.len() as u64;
+            meter.measure(&meter.batches(std::mem::take(&mut waiting))?, &[], &mut found)?;
+            progress.advance(count);
             bytes = 0;
         }
     }
-    measure(&mut model, layers, waiting, &mut found, &progress)?;
+    meter.measure(&meter.batches(waiting)?, &[], &mut found)?;
     Ok(found)
 }
 
-fn measure(
-    model: &mut VlmSession,
+/// A model whose decoder layers can be left out and whose vision encoder can be replaced, with the likelihood of right
+/// answers as its result.
+pub struct AnswerMeter {
+    model: VlmSession,
+    runtime: Runtime,
+    bundle: Bundle,
     layers: usize,
-    conversations: Vec<Conversation>,
-    found: &mut [AnswerLikelihood],
-    progress: &Progress,
-) -> Result<()> {
-    let count = conversations.len() as u64;
-    for batch in batches(conversations, model.decoder().fixed_batch())? {
-        let losses = losses(model, layers, &batch)?;
-        for (&owner, loss) in batch.owners.iter().zip(losses) {
-            let own = found.get_mut(owner).ok_or_else(|| Error::invalid("a batch", "names no conversation"))?;
-            own.log_likelihood -= f64::from(loss);
-            own.tokens += 1;
-        }
-    }
-    progress.advance(count);
-    Ok(())
 }
 
-/// Cross-entropy in nats of each answer token of a batch, with all layers.
-fn losses(model: &mut VlmSession, layers: usize, batch: &Batch) -> Result<Vec<f32>> {
-    let keep = Tensor::new(&[layers], vec![true; layers])?;
-    let mut added = vec![(KEEP_INPUT, &keep), (ROWS_INPUT, &batch.rows), (TARGETS_INPUT, &batch.targets)];
-    let flag = Tensor::new(&[1], vec![false])?;
-    let decoder = model.decoder_mut();
-    let nothing = match decoder.session().input(STREAM_INPUT) {
-        Some(port) => Some(Tensor::empty(port.dtype, &[0, 0, port.fixed_size(2).unwrap_or(0)])?),
-        None => None,
-    };
-    if let Some(nothing) = &nothing {
-        added.extend([(RESTART_INPUT, &flag), (STREAM_INPUT, nothing)]);
+/// Conversations embedded by a meter's vision encoder.
+pub struct Answers {
+    batches: Vec<Batch>,
+    /// Number of conversations.
+    count: usize,
+}
+
+impl AnswerMeter {
+    /// Loads the model.
+    ///
+    /// Errors: as `rewrite::bypass_layers` and `VlmSession::with_decoder`.
+    pub fn open(bundle: &Bundle, runtime: &Runtime, features: &Arc<FeatureCache>) -> Result<Self> {
+        let component = bundle.require(Role::Decoder)?;
+        let analysis = analysis::analyse(&headed(bundle, onnx::load(&bundle.path_of(component))?)?)?;
+        let head_dim = bundle.config().and_then(|config| config.head_size());
+        let (decoder, _) = open(runtime, &analysis, head_dim, None)?;
+        let model = VlmSession::with_decoder(runtime, bundle, decoder, &SessionOptions::default(), features)?;
+        Ok(AnswerMeter { model, runtime: *runtime, bundle: bundle.clone(), layers: analysis.map.layers.len() })
     }
-    let outputs = decoder.prefill_added(&batch.step, &added, Some(&[LOSS_OUTPUT]))?;
-    Ok(outputs.get(LOSS_OUTPUT)?.data::<f32>()?.to_vec())
+
+    /// Embeds conversations with the vision encoder as it is now.
+    ///
+    /// Errors: those of `conversations`; `Error::Engine` when a run fails; `Error::Interrupted` on Ctrl-C.
+    pub fn answers(
+        &mut self,
+        conversations: impl Iterator<Item = Result<Encoded>>,
+        cancel: &Cancel,
+    ) -> Result<Answers> {
+        let mut all = Vec::new();
+        for encoded in conversations {
+            cancel.check("nothing is written")?;
+            all.push(self.conversation(encoded?, all.len())?);
+        }
+        let count = all.len();
+        Ok(Answers { batches: self.batches(all)?, count })
+    }
+
+    /// The likelihood of each conversation's answers by the decoder without these layers.
+    ///
+    /// Errors: as `answers`.
+    pub fn likelihoods(
+        &mut self,
+        answers: &Answers,
+        removed: &[usize],
+        cancel: &Cancel,
+    ) -> Result<Vec<AnswerLikelihood>> {
+        cancel.check("nothing is written")?;
+        let mut found = vec![AnswerLikelihood::default(); answers.count];
+        self.measure(&answers.batches, removed, &mut found)?;
+        Ok(found)
+    }
+
+    /// Mean loss of an answer token in nats, by the decoder without these layers.
+    ///
+    /// Errors: as `answers`; `Error::Invalid` without an answer token.
+    pub fn loss(&mut self, answers: &Answers, removed: &[usize], cancel: &Cancel) -> Result<f64> {
+        let found = self.likelihoods(answers, removed, cancel)?;
+        let tokens: u64 = found.iter().map(|answer| answer.tokens).sum();
+        if tokens == 0 {
+            return Err(Error::invalid("calibration data", "has no answer to measure a loss on")
+                .remedy("give conversations with answers"));
+        }
+        Ok(-found.iter().map(|answer| answer.log_likelihood).sum::<f64>() / tokens as f64)
+    }
+
+    /// Replaces the vision encoder by a graph that is not written yet.
+    ///
+    /// Errors: as `VlmSession::replace_vision`.
+    pub fn replace_vision(&mut self, encoder: &Model) -> Result<()> {
+        let options = SessionOptions::default();
+        self.model.replace_vision(&self.runtime, &self.bundle, encoder, &options, WINDOW_BYTES)
+    }
+
+    fn conversation(&mut self, encoded: Encoded, number: usize) -> Result<Conversation> {
+        let answer_mask = encoded.answer_mask.clone();
+        Ok(Conversation { number, answer_mask, embedded: self.model.embed(&encoded.into_prompt())? })
+    }
+
+    fn batches(&self, conversations: Vec<Conversation>) -> Result<Vec<Batch>> {
+        batches(conversations, self.model.decoder().fixed_batch())
+    }
+
+    fn measure(&mut self, batches: &[Batch], removed: &[usize], found: &mut [AnswerLikelihood]) -> Result<()> {
+        for batch in batches {
+            let losses = self.losses(batch, removed)?;
+            for (&owner, loss) in batch.owners.iter().zip(losses) {
+                let own = found.get_mut(owner).ok_or_else(|| Error::invalid("a batch", "names no conversation"))?;
+                own.log_likelihood -= f64::from(loss);
+                own.tokens += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// Cross-entropy in nats of each answer token of a batch.
+    fn losses(&mut self, batch: &Batch, removed: &[usize]) -> Result<Vec<f32>> {
+        let keep = (0..self.layers).map(|layer| !removed.contains(&layer)).collect();
+        let keep = TensorValue::new(&[self.layers], keep)?;
+        let mut added = vec![(KEEP_INPUT, &keep), (ROWS_INPUT, &batch.rows), (TARGETS_INPUT, &batch.targets)];
+        let flag = TensorValue::new(&[1], vec![false])?;
+        let decoder = self.model.decoder_mut();
+        let nothing = match decoder.session().input(STREAM_INPUT) {
+            Some(port) => Some(TensorValue::empty(port.dtype, &[0, 0, port.fixed_size(2).unwrap_or(0)])?),
+            None => None,
+        };
+        if let Some(nothing) = &nothing {
+            added.extend([(RESTART_INPUT, &flag), (STREAM_INPUT, nothing)]);
+        }
+        let outputs = decoder.prefill_added(&batch.step, &added, Some(&[LOSS_OUTPUT]))?;
+        Ok(outputs.get(LOSS_OUTPUT)?.data::<f32>()?.to_vec())
+    }
 }

@@ -4,7 +4,7 @@ use crate::base::{Cancel, Device, Error, Progress, Result};
 use crate::bundle::Bundle;
 use crate::data::{Dataset, LeftOut, Subset};
 use crate::rewrite::{LOSS_OUTPUT, STREAM_OUTPUT_PREFIX};
-use crate::runtime::{Outputs, Tensor};
+use crate::runtime::{Outputs, TensorValue};
 
 use super::batch::{Batch, Conversation, batches};
 use super::embedder::Embedder;
@@ -27,7 +27,7 @@ pub(super) struct Trial {
     /// The first layer that runs otherwise without it.
     pub from: usize,
     /// A layer's map in place of the one it has.
-    pub map: Option<(usize, Tensor)>,
+    pub map: Option<(usize, TensorValue)>,
 }
 
 impl LossMeter {

@@ -4,7 +4,7 @@ use ndarray::Array2;
 
 use super::heal_tests::graphs;
 use super::loss::LossMeter;
-use super::loss_tests::{HEAD_DIM, conversations_again, loss_of, said};
+use super::loss_tests::{HEAD_DIM, conversations_again, conversations_of, loss_of};
 use super::switched::{Switched, open};
 use crate::analysis::{self, Analysis};
 use crate::base::{Cancel, Device};
@@ -34,8 +34,8 @@ fn a_dropped_mlp_is_one_with_weights_of_zero() {
             continue;
         }
         let (decoder, restarts) = open(&runtime, &analysis, HEAD_DIM, None).unwrap();
-        let heard = said(&decoder, &[7, 5, 7]);
-        let plain = loss_of(&runtime, &drop_layers(&analysis, &[]).unwrap(), &heard);
+        let conversations = conversations_of(&decoder, &[7, 5, 7]);
+        let plain = loss_of(&runtime, &drop_layers(&analysis, &[]).unwrap(), &conversations);
         let removed = [1, 4];
         let mut zero = drop_layers(&analysis, &[]).unwrap();
         for layer in removed {
@@ -44,10 +44,10 @@ fn a_dropped_mlp_is_one_with_weights_of_zero() {
             let weights = [16, 32, 48, 64, 128].into_iter().find_map(zeroed).expect("the width of the stream");
             zero = with_weights(&zero, &weights).unwrap();
         }
-        let want = loss_of(&runtime, &zero, &heard);
+        let want = loss_of(&runtime, &zero, &conversations);
         assert!((want - plain).abs() > 1e-4, "{file}: the MLPs change nothing");
         let model = drop_mlps(&analysis, &removed).unwrap();
-        let found = loss_of(&runtime, &model, &heard);
+        let found = loss_of(&runtime, &model, &conversations);
         assert!((found - want).abs() < 1e-5, "{file}: {found}, expected {want}");
         // The layers are found again, without weights of an MLP.
         let again = analysis::analyse(&model).unwrap();
@@ -60,7 +60,7 @@ fn a_dropped_mlp_is_one_with_weights_of_zero() {
         let cut = Analysis { map: parts.map.clone(), ..analysis.clone() };
         let (decoder, _) = open(&runtime, &cut, HEAD_DIM, None).unwrap();
         let switched = Switched::new(decoder, parts.map.layers.len(), file.clone(), restarts, Cancel::default());
-        let mut meter = LossMeter::over(switched, conversations_again(&heard)).unwrap();
+        let mut meter = LossMeter::over(switched, conversations_again(&conversations)).unwrap();
         let measured = meter.loss(&places).unwrap();
         assert!((measured - want).abs() < 1e-5, "{file}: {measured}, expected {want}");
         same += 1;

@@ -27,10 +27,10 @@ mod switched;
 
 pub use compensation::{BRIDGE_RANK, COMPENSATIONS, Change, CompensationKind, CompensationRow};
 pub use heal::{Compensation, FIT_TOKENS, HealMeter, layers_before_gaps};
-pub use likelihood::{AnswerLikelihood, LIKELIHOOD_BLOCK, answer_likelihoods};
+pub use likelihood::{AnswerLikelihood, AnswerMeter, Answers, LIKELIHOOD_BLOCK, answer_likelihoods};
 pub use loss::{LossMeter, MlpMeter};
 pub use plan::{LayerPlan, LayerRole, PLAN_SCHEMA_VERSION, Part, Plan, check_layers, named_layers};
-pub use score::{ScoreSettings, score, score_among};
+pub use score::{ScoreSettings, score, score_with_peers};
 pub use scores::{
     MODALITIES, Modality, ModalityScores, ModalityWeights, PackScores, SCORES_SCHEMA_VERSION, SampleModality,
     SampleScores, Scores, Similarities, check_weights,

@@ -9,21 +9,21 @@ use crate::rewrite::{
     BEHIND_OUTPUT_PREFIX, KEEP_INPUT, MAP_INPUT_PREFIX, MAPPED_INPUT, MapOf, RESTART_INPUT, ROWS_INPUT, STREAM_INPUT,
     TARGETS_INPUT, bypass_layers, bypass_layers_mapped,
 };
-use crate::runtime::{Decoder, Outputs, Port, Runtime, SessionOptions, Tensor};
+use crate::runtime::{Decoder, Outputs, Port, Runtime, SessionOptions, TensorValue};
 
 use super::batch::Batch;
 
 /// By layer: a map, f32 `[D, D]`; see `rewrite::MAP_INPUT_PREFIX`.
-pub type Maps = BTreeMap<usize, Tensor>;
+pub type Maps = BTreeMap<usize, TensorValue>;
 
 /// What a pass leaves out and adds.
 pub struct Pass<'a> {
     pub removed: &'a [usize],
     pub maps: &'a Maps,
     /// One layer's map in place of that in `maps`.
-    pub map: Option<(usize, &'a Tensor)>,
+    pub map: Option<(usize, &'a TensorValue)>,
     /// The layer from which the pass runs, and the stream before that layer.
-    pub restart: Option<(usize, &'a Tensor)>,
+    pub restart: Option<(usize, &'a TensorValue)>,
 }
 
 /// What the inputs of a decoder switch.
@@ -104,11 +104,11 @@ impl Switched {
         let begin = pass.restart.map_or(0, |(layer, _)| layer);
         let layers = 0..self.num_layers;
         let keep = layers.clone().map(|layer| layer >= begin && !pass.removed.contains(&layer)).collect();
-        let keep = Tensor::new(&[self.num_layers], keep)?;
+        let keep = TensorValue::new(&[self.num_layers], keep)?;
         let mut added = vec![(KEEP_INPUT, &keep), (ROWS_INPUT, &batch.rows), (TARGETS_INPUT, &batch.targets)];
-        let flag = Tensor::new(&[1], vec![pass.restart.is_some()])?;
+        let flag = TensorValue::new(&[1], vec![pass.restart.is_some()])?;
         let nothing = match self.decoder.session().input(STREAM_INPUT) {
-            Some(port) => Some(Tensor::empty(port.dtype, &[0, 0, port.fixed_size(2).unwrap_or(0)])?),
+            Some(port) => Some(TensorValue::empty(port.dtype, &[0, 0, port.fixed_size(2).unwrap_or(0)])?),
             None => None,
         };
         if let Some(nothing) = &nothing {
@@ -119,8 +119,8 @@ impl Switched {
             Some((own, map)) if own == layer => Some(map),
             _ => pass.maps.get(&layer),
         };
-        let mapped = Tensor::new(&[self.num_layers], layers.map(|layer| map_of(layer).is_some()).collect())?;
-        let no_map = Tensor::empty(DataType::Float, &[0, 0])?;
+        let mapped = TensorValue::new(&[self.num_layers], layers.map(|layer| map_of(layer).is_some()).collect())?;
+        let no_map = TensorValue::empty(DataType::Float, &[0, 0])?;
         if !self.maps.is_empty() {
             added.push((MAPPED_INPUT, &mapped));
             let maps = self.maps.iter().enumerate();

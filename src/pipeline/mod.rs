@@ -10,12 +10,17 @@ mod store;
 mod strategies;
 mod sweep;
 mod table;
+mod tune;
 
 pub use comparison::{DenseSection, Measure, OtherData, OtherScore};
-pub use recipe::Recipe;
+pub use recipe::{Calibration, Recipe};
 pub use run::{MANIFEST_FILE, Manifest, RunResult, TABLE_FILE, run};
-pub use store::{Finished, RunState, STATE_FILE, StepState, Store};
+pub use store::{Finished, RunState, RunStore, STATE_FILE, StepState};
 pub use sweep::{
     DenseFigures, SWEEP_FILE, SeedSpread, Sweep, SweepDense, SweepOther, SweepResult, SweepRow, SweepTable, sweep,
 };
 pub use table::{Speed, Table, TableRow};
+pub use tune::{
+    AXES, Axis, BudgetCosts, Candidate, Choice, Costs, Figures, Healed, Healer, NamedPlan, Quality, TARGETS, TUNE_FILE,
+    Target, TargetKind, Tune, TunePlan, TuneReport, tune, with_torch,
+};

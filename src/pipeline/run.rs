@@ -10,7 +10,7 @@ use crate::base::{AtomicFile, Cancel, Error, Provenance, Result, Sha256Digest, s
 use crate::bundle::Bundle;
 use crate::checkpoint::Checkpoint;
 use crate::data::Dataset;
-use crate::eval::{Compared, ModelBench, ModelScores};
+use crate::eval::{ModelBench, ModelScores, PairedComparison};
 use crate::export::{ExportSettings, export, target_named};
 use crate::method::Plan;
 use crate::method::select::Strategy;
@@ -267,7 +267,7 @@ impl RecipeRun<'_> {
         }
         let of = |kind: Kind| variants.iter().position(|variant| variant.kind == kind).map(|place| &scores[place]);
         let (dense, finetuned) = (of(Kind::Dense), of(Kind::DenseFinetuned));
-        let against = |own: &ModelScores, other: Option<&ModelScores>| -> Result<Option<Compared>> {
+        let against = |own: &ModelScores, other: Option<&ModelScores>| -> Result<Option<PairedComparison>> {
             other.map_or(Ok(None), |other| steps::compared(&[(own, other)]))
         };
         let mut rows: Vec<TableRow> = Vec::new();

@@ -22,11 +22,11 @@ use super::recipe::Calibration;
 use super::steps::{
     self, Drop, Engine, EvalSettings, Finetune, Meter, PlanSettings, PlannedModel, TextSettings, Trained,
 };
-use super::store::{Finished, Store};
+use super::store::{Finished, RunStore};
 
 /// The run's folder, the dense model, and data shared by the steps.
 pub struct Stages<'a> {
-    pub store: Store,
+    pub store: RunStore,
     pub model: &'a Path,
     pub bundle: Bundle,
     pub dense: PlannedModel,
@@ -65,7 +65,7 @@ pub struct Healing<'a> {
 impl<'a> Stages<'a> {
     /// Opens the folder and the dense model.
     ///
-    /// Errors: as `Store::open`, `Bundle::open` and `PlannedModel::of`.
+    /// Errors: as `RunStore::open`, `Bundle::open` and `PlannedModel::of`.
     pub fn open(
         folder: &Path,
         model: &'a Path,
@@ -76,10 +76,22 @@ impl<'a> Stages<'a> {
     ) -> Result<Self> {
         let bundle = Bundle::open(model)?;
         bundle.check_output(folder)?;
-        let store = Store::open(folder)?;
+        let store = RunStore::open(folder)?;
         let dense = PlannedModel::of(&bundle)?;
         let features = FeatureCache::new(256 << 20);
         Ok(Stages { store, model, bundle, dense, device, cancel, part, on_step, features, engine: None })
+    }
+
+    /// ONNX Runtime on the run's device.
+    ///
+    /// Errors: as `Runtime::new`.
+    pub fn runtime(&self) -> Result<Runtime> {
+        Runtime::new(self.device)
+    }
+
+    /// Image features that steps share.
+    pub fn features(&self) -> &Arc<FeatureCache> {
+        &self.features
     }
 
     /// Prints a line for the user.
@@ -290,7 +302,7 @@ impl<'a> Stages<'a> {
 
     /// True when `answers` would find all answers in the cache.
     ///
-    /// Errors: as `Store::is_done`.
+    /// Errors: as `RunStore::is_done`.
     pub fn answered(
         &self,
         label: &str,
@@ -331,7 +343,7 @@ impl<'a> Stages<'a> {
 
     /// True when `perplexity` would read nothing with the model.
     ///
-    /// Errors: as `Store::is_done`.
+    /// Errors: as `RunStore::is_done`.
     pub fn read(
         &self,
         (name, label): (&str, &str),

@@ -92,7 +92,7 @@ fn bypass(analysis: &Analysis, mapped: Option<MapOf>) -> Result<Bypass> {
         replacements.insert(layer.output, output);
         if let Some(added) = added {
             build.model.graph.values[added.index()].name = format!("{ADDED_OUTPUT_PREFIX}{}", layer.index);
-            outputs.extend([added, shown(&mut build, output, format!("{BEHIND_OUTPUT_PREFIX}{}", layer.index))]);
+            outputs.extend([added, named_output(&mut build, output, format!("{BEHIND_OUTPUT_PREFIX}{}", layer.index))]);
         }
     }
     tidy::replace_uses(&mut build.model.graph.body, &replacements);
@@ -103,7 +103,7 @@ fn bypass(analysis: &Analysis, mapped: Option<MapOf>) -> Result<Bypass> {
     if restarts || mapped.is_some() {
         for layer in map.layers.iter().skip(1) {
             let stream = replacements.get(&layer.input).copied().unwrap_or(layer.input);
-            outputs.push(shown(&mut build, stream, format!("{STREAM_OUTPUT_PREFIX}{}", layer.index)));
+            outputs.push(named_output(&mut build, stream, format!("{STREAM_OUTPUT_PREFIX}{}", layer.index)));
         }
     }
     model.graph.body.outputs = outputs;
@@ -117,7 +117,7 @@ fn tensor_type(dtype: DataType, shape: Vec<Dim>) -> ValueType {
 }
 
 /// A copy of a stream as an output.
-fn shown(build: &mut Builder, stream: ValueId, name: String) -> ValueId {
+fn named_output(build: &mut Builder, stream: ValueId, name: String) -> ValueId {
     let output = build.node("Identity", &[stream], &[]);
     let ty = build.model.graph.value(stream).ty.clone();
     let value = &mut build.model.graph.values[output.index()];

@@ -19,6 +19,7 @@ mod merged;
 mod opset;
 mod removal;
 mod renumber;
+mod standard;
 mod tap;
 mod tidy;
 mod widen;
@@ -33,16 +34,18 @@ pub use bypass::{
 pub use cut::extract;
 pub use drop_layers::{LAYERS_KEY, drop_layers, original_layers, tap_changes};
 pub use drop_mlps::drop_mlps;
-pub use fold::{Weights, check_fold, fold_map, with_weights};
+pub use fold::{NamedWeights, check_fold, fold_map, with_weights};
 pub use fuse_attention::FUSED_ATTENTION;
 pub use fuse_kernels::{FUSED_SILU, Fused, fuse_kernels};
 pub use head::with_head;
 pub use hidden_states::MovedTap;
 pub use internal::{EXPANDED_BLOCKS, INTERNAL_DOMAIN, ROUNDED, ROUNDED_DYNAMICALLY};
-pub use join::{Inlined, Joined, Part, Scope};
+pub use join::{Inlined, JoinScope, Joined, JoinedPart};
 pub use opset::raise_opset;
+pub use standard::{standard_operators, standardised};
 pub use tap::{SIMILARITY_PREFIX, tap_similarities};
-pub use widen::widened;
+pub use tidy::{finish, remove_dead_code};
+pub use widen::{TYPE_ATTRIBUTES, widened};
 
 #[cfg(test)]
 mod tests;

@@ -77,6 +77,28 @@ impl VlmSession {
         session.decoder_file = file;
         Ok(session)
     }
+
+    /// Puts a vision encoder that is not written yet in the place of the folder's own. Its features stay in a cache of
+    /// `cache_bytes`.
+    ///
+    /// Errors: as `Runtime::session_of` and `VisionEncoder::new`.
+    pub fn replace_vision(
+        &mut self,
+        runtime: &Runtime,
+        bundle: &Bundle,
+        encoder: &Model,
+        options: &SessionOptions,
+        cache_bytes: usize,
+    ) -> Result<()> {
+        let session = runtime.session_of(encoder, options)?;
+        let encoder = VisionEncoder::new(session, Sha256Digest::default(), FeatureCache::new(cache_bytes))?;
+        let encoder = match bundle.component(Role::Projector) {
+            Some(part) => encoder.with_projector(runtime.session(&bundle.path_of(part), options)?)?,
+            None => encoder,
+        };
+        self.vision = Some(Vision::Known(Box::new(encoder)));
+        Ok(())
+    }
 }
 
 impl Decoder {

@@ -3,7 +3,7 @@
 
 mod anyres;
 mod centred;
-mod fixed;
+mod fixed_size;
 mod gemma3;
 mod gemma4;
 mod got_ocr2;
@@ -35,9 +35,9 @@ use super::sample::ImageBytes;
 
 pub use picture::{Picture, Transparency};
 pub use resample::{BackEnd, Filter, Scaler};
-use rule::Rule;
+use rule::ImageRule;
 pub use rule::{ImageLayout, VideoLayout};
-pub(super) use settings::Settings;
+pub(super) use settings::ProcessorSettings;
 
 /// Output of an image processor for the pictures of one prompt.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -89,7 +89,11 @@ pub(super) struct ProcessorRow {
     /// Default of `do_convert_rgb`.
     on_white: bool,
     size: SizeForm,
-    build: fn(&mut Settings) -> Result<Box<dyn Rule>>,
+    /// Key that says whether large pictures are cut into tiles.
+    tiles: Option<&'static str>,
+    /// Key of the most tiles of a picture.
+    max_tiles: Option<&'static str>,
+    build: fn(&mut ProcessorSettings) -> Result<Box<dyn ImageRule>>,
 }
 
 /// Defaults of the rows. Each row sets `types` and `build`.
@@ -99,6 +103,8 @@ const USUAL: ProcessorRow = ProcessorRow {
     back_end: BackEnd::Torchvision,
     on_white: true,
     size: SizeForm::None,
+    tiles: None,
+    max_tiles: None,
     build: |_| Err(Error::unsupported("image processor", "has no rule")),
 };
 
@@ -109,6 +115,7 @@ pub(super) const ROWS: &[ProcessorRow] = &[
         // transformers uses Pillow here, because torchvision before 0.27 has no Lanczos filter.
         back_end: BackEnd::Pil,
         size: SizeForm::LongestEdge,
+        tiles: Some("do_image_splitting"),
         build: |settings| Ok(Box::new(idefics3::Idefics3::new(settings)?)),
         ..USUAL
     },
@@ -134,20 +141,20 @@ pub(super) const ROWS: &[ProcessorRow] = &[
         types: &["CLIPImageProcessor"],
         processor: Some("LlavaProcessor"),
         size: SizeForm::Square,
-        build: |settings| Ok(Box::new(fixed::Fixed::clip(settings)?)),
+        build: |settings| Ok(Box::new(fixed_size::FixedSize::clip(settings)?)),
         ..USUAL
     },
     ProcessorRow {
         types: &["LlavaImageProcessor"],
         processor: Some("LlavaProcessor"),
         size: SizeForm::Square,
-        build: |settings| Ok(Box::new(fixed::Fixed::llava(settings)?)),
+        build: |settings| Ok(Box::new(fixed_size::FixedSize::llava(settings)?)),
         ..USUAL
     },
     ProcessorRow {
         types: &["SiglipImageProcessor"],
         size: SizeForm::Square,
-        build: |settings| Ok(Box::new(fixed::Fixed::siglip(settings)?)),
+        build: |settings| Ok(Box::new(fixed_size::FixedSize::siglip(settings)?)),
         ..USUAL
     },
     ProcessorRow {
@@ -161,6 +168,8 @@ pub(super) const ROWS: &[ProcessorRow] = &[
         types: &["GotOcr2ImageProcessor"],
         processor: Some("InternVLProcessor"),
         size: SizeForm::Square,
+        tiles: Some("crop_to_patches"),
+        max_tiles: Some("max_patches"),
         build: |settings| Ok(Box::new(got_ocr2::GotOcr2::new(settings)?)),
         ..USUAL
     },
@@ -168,6 +177,7 @@ pub(super) const ROWS: &[ProcessorRow] = &[
         types: &["Gemma3ImageProcessor"],
         processor: Some("Gemma3Processor"),
         size: SizeForm::Square,
+        tiles: Some("do_pan_and_scan"),
         build: |settings| Ok(Box::new(gemma3::Gemma3::new(settings)?)),
         ..USUAL
     },
@@ -181,6 +191,8 @@ pub(super) const ROWS: &[ProcessorRow] = &[
     ProcessorRow {
         types: &["Lfm2VlImageProcessor"],
         processor: Some("Lfm2VlProcessor"),
+        tiles: Some("do_image_splitting"),
+        max_tiles: Some("max_tiles"),
         build: |settings| Ok(Box::new(lfm2_vl::Lfm2Vl::new(settings)?)),
         ..USUAL
     },
@@ -194,6 +206,8 @@ pub(super) const ROWS: &[ProcessorRow] = &[
         types: &["Ovis2ImageProcessor"],
         processor: Some("Ovis2Processor"),
         size: SizeForm::Square,
+        tiles: Some("crop_to_patches"),
+        max_tiles: Some("max_patches"),
         build: |settings| Ok(Box::new(ovis2::Ovis2::new(settings)?)),
         ..USUAL
     },
@@ -201,12 +215,16 @@ pub(super) const ROWS: &[ProcessorRow] = &[
         types: &["GraniteDoclingImageProcessor"],
         processor: Some("GraniteDoclingProcessor"),
         size: SizeForm::Square,
+        tiles: Some("crop_to_patches"),
+        max_tiles: Some("max_patches"),
         build: |settings| Ok(Box::new(granite_docling::GraniteDocling::new(settings)?)),
         ..USUAL
     },
     ProcessorRow {
         types: &["MiniCPMV4_6ImageProcessor"],
         processor: Some("MiniCPMV4_6Processor"),
+        tiles: Some("slice_mode"),
+        max_tiles: Some("max_slice_nums"),
         build: |settings| Ok(Box::new(minicpm_v::MiniCpmV::new(settings)?)),
         ..USUAL
     },
@@ -244,6 +262,9 @@ pub struct ImageSettings {
     /// Cut large pictures into tiles, for processors that support it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tiles: Option<bool>,
+    /// The most tiles that a picture is cut into, for processors that support it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_tiles: Option<usize>,
     /// Library whose arithmetic is reproduced; by default the one that transformers uses.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub back_end: Option<BackEnd>,
@@ -252,10 +273,11 @@ pub struct ImageSettings {
 /// Converts pictures and videos to arrays.
 #[derive(Debug)]
 pub(super) struct ImageProcessor {
-    rule: Box<dyn Rule>,
+    rule: Box<dyn ImageRule>,
     transparency: Transparency,
     /// Layout of video frames; `None` if the model takes no videos.
     video: Option<patches::Patches>,
+    longest_edge: bool,
 }
 
 impl ImageProcessor {
@@ -269,11 +291,11 @@ impl ImageProcessor {
         let (kind, row) = Self::check_kind(config, source)?;
         let mut map = config.as_object().cloned().unwrap_or_default();
         map.extend(forced);
-        own.apply(row, kind, &mut map)?;
+        map.extend(own.keys(row, kind, &map)?);
         // transformers saves class names without the suffix of the back end. A suffix is therefore the user's choice.
         let named = kind.ends_with("Pil").then_some(BackEnd::Pil);
         let back_end = own.back_end.or(named).unwrap_or(row.back_end);
-        let mut settings = Settings::new(source, map, back_end, own.tiles);
+        let mut settings = ProcessorSettings::new(source, map, back_end, own.tiles);
         let on_white = settings.bool("do_convert_rgb", row.on_white)?;
         let rule = (row.build)(&mut settings)?;
         for (flag, key, value) in
@@ -286,7 +308,8 @@ impl ImageProcessor {
         }
         settings.finish()?;
         let transparency = if on_white { Transparency::OnWhite } else { Transparency::Dropped };
-        Ok(ImageProcessor { rule, transparency, video: None })
+        let longest_edge = matches!(row.size, SizeForm::LongestEdge);
+        Ok(ImageProcessor { rule, transparency, video: None, longest_edge })
     }
 
     /// The class name in a config, and its row.
@@ -312,12 +335,17 @@ impl ImageProcessor {
         Ok((kind, row))
     }
 
+    /// True where `ImageSettings::image_size` is the longest edge, and not the size that the network was made for.
+    pub fn has_longest_edge(&self) -> bool {
+        self.longest_edge
+    }
+
     /// Adds support for videos, with the video processor's config.
     ///
     /// Errors: as `new`.
     pub fn read_video(&mut self, config: &Value) -> Result<()> {
         let map = config.as_object().cloned().unwrap_or_default();
-        let mut settings = Settings::new("the video processor's config", map, BackEnd::Torchvision, None);
+        let mut settings = ProcessorSettings::new("the video processor's config", map, BackEnd::Torchvision, None);
         self.video = Some(patches::Patches::qwen3_vl_video(&mut settings)?);
         settings.finish()
     }
@@ -389,31 +417,71 @@ impl ImageSettings {
         *self == ImageSettings::default()
     }
 
-    fn apply(&self, row: &ProcessorRow, kind: &str, map: &mut Map<String, Value>) -> Result<()> {
-        let mut set = |key: &str, value: Option<Value>| {
+    /// The config keys that these settings set, those of tiles aside.
+    fn keys(&self, row: &ProcessorRow, kind: &str, config: &Map<String, Value>) -> Result<Map<String, Value>> {
+        let mut keys = Map::new();
+        let mut set = |key: &str, value: Option<usize>| {
             if let Some(value) = value {
-                map.insert(key.to_string(), value);
+                keys.insert(key.to_string(), value.into());
             }
         };
-        set("min_pixels", self.min_pixels.map(Value::from));
-        set("max_pixels", self.max_pixels.map(Value::from));
-        let Some(edge) = self.image_size else { return Ok(()) };
+        set("min_pixels", self.min_pixels);
+        set("max_pixels", self.max_pixels);
+        match (row.max_tiles, self.max_tiles) {
+            (Some(key), most) => set(key, most),
+            (None, Some(_)) => {
+                let problem = format!("`{kind}` has no such limit");
+                return Err(Error::unsupported("number of image tiles", problem)
+                    .remedy("leave `--max-image-tiles` out, or set `--image-size` or `--image-tiles`"));
+            }
+            (None, None) => {}
+        }
+        let Some(edge) = self.image_size else { return Ok(keys) };
         let square = serde_json::json!({"height": edge, "width": edge});
         match row.size {
             SizeForm::Square => {
-                map.insert("size".into(), square.clone());
-                if map.get("crop_size").is_some_and(|size| !size.is_null()) {
-                    map.insert("crop_size".into(), square);
+                keys.insert("size".into(), square.clone());
+                if config.get("crop_size").is_some_and(|size| !size.is_null()) {
+                    keys.insert("crop_size".into(), square);
                 }
             }
             SizeForm::LongestEdge => {
-                map.insert("size".into(), serde_json::json!({"longest_edge": edge}));
+                keys.insert("size".into(), serde_json::json!({"longest_edge": edge}));
             }
             SizeForm::None => {
                 return Err(Error::unsupported("image size", format!("`{kind}` has no size of its own to set"))
                     .remedy("set the numbers of pixels instead"));
             }
         }
-        Ok(())
+        Ok(keys)
+    }
+
+    /// The keys with which the processor's config has the effect of these settings; `None` where no key has it.
+    ///
+    /// Errors: as `ImageProcessor::check_kind`; `Error::Unsupported` for a setting that the processor does not have.
+    pub(super) fn stored(&self, config: &Value, source: &str) -> Result<Option<Map<String, Value>>> {
+        let (kind, row) = ImageProcessor::check_kind(config, source)?;
+        let map = config.as_object().cloned().unwrap_or_default();
+        let mut keys = self.keys(row, kind, &map)?;
+        match (self.tiles, row.tiles) {
+            (Some(tiles), Some(key)) => drop(keys.insert(key.to_string(), tiles.into())),
+            (Some(_), None) => return Ok(None),
+            (None, _) => {}
+        }
+        // transformers 5 saves limits in pixels as edges of `size`.
+        if let Some(size) = map.get("size").and_then(Value::as_object) {
+            for (key, edge) in [("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")] {
+                if !size.get(edge).is_some_and(Value::is_number) {
+                    continue;
+                }
+                let Some(pixels) = keys.get(key).cloned() else { continue };
+                if !map.contains_key(key) {
+                    keys.remove(key);
+                }
+                let size = keys.entry("size").or_insert_with(|| Value::Object(size.clone()));
+                size[edge] = pixels;
+            }
+        }
+        Ok(self.back_end.is_none().then_some(keys))
     }
 }

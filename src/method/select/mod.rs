@@ -82,7 +82,7 @@ pub const STRATEGIES: &[Strategy] = &[
         seeded: false,
         released_differs: true,
         goes_beyond: true,
-        select: interlace::then_next,
+        select: interlace::with_next_layer,
     },
     Strategy {
         name: "interlace-loss",

@@ -12,7 +12,7 @@ use crate::bundle::{Bundle, BundleWriter, ModelSource, Record, RecordedStep, Rol
 use crate::data::{DataOptions, Dataset, Encoder, Intake, Subset};
 use crate::finetune::{
     Conversations, Limits, Report, Request, RunPlan, Settings, StepMetrics, Teacher, clear_work, interrupted_at,
-    plan_run, remove_unbegun,
+    plan_run, remove_cache_only_folder,
 };
 use crate::method::{LayerRole, Part, Plan, named_layers};
 use crate::runtime::FeatureCache;
@@ -160,7 +160,7 @@ pub fn finetune(
     cancel: &Cancel,
     observer: &mut dyn FnMut(&StepMetrics),
 ) -> Result<Report> {
-    check_begun(request)?;
+    check_not_interrupted(request)?;
     let bundle = request.model.open()?;
     let roles = Roles::of(&bundle, request)?;
     let component = bundle.require(Role::Decoder)?.clone();
@@ -192,7 +192,7 @@ pub fn finetune(
         && is_new
         && request.work.exists()
     {
-        remove_unbegun(request.work)?;
+        remove_cache_only_folder(request.work)?;
     }
     let mut outcome = outcome?;
     outcome.report.provenance = outcome.report.provenance.with_variants("model", bundle.chosen_variants());
@@ -226,7 +226,7 @@ pub fn finetune(
 }
 
 /// Errors: `Error::Invalid` where a new run would remove the checkpoint of an interrupted one.
-fn check_begun(request: &Finetune) -> Result<()> {
+fn check_not_interrupted(request: &Finetune) -> Result<()> {
     match interrupted_at(request.work)?.filter(|_| !request.resume) {
         Some(step) => Err(Error::invalid(
             format!("`{}`", request.work.display()),

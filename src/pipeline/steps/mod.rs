@@ -28,3 +28,4 @@ pub use meter::{CALIBRATION_SAMPLES, Meter};
 pub use needs::{NEEDS, Need, Verdict, Work, check as check_needs, variants_warning, warnings};
 pub use plan::{HowMany, PlanSettings, PlannedModel, plan};
 pub use prune::{Drop, Pruned, PrunedComponent, prune};
+pub use refusal::drop_refusal;

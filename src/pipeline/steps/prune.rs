@@ -13,7 +13,7 @@ use crate::bundle::{Bundle, BundleWriter, Component, Deepstack, LayerEdit, Recor
 use crate::method::{Change, Part, Plan, named_layers};
 use crate::onnx;
 use crate::rewrite::{
-    Behind, MovedTap, Weights, change_behind, check_behind, drop_layers, drop_mlps, fold_map, has_additions,
+    Behind, MovedTap, NamedWeights, change_behind, check_behind, drop_layers, drop_mlps, fold_map, has_additions,
     shift_additions, tap_changes, with_weights,
 };
 
@@ -314,8 +314,8 @@ fn load(bundle: &Bundle, tower: Tower) -> Result<(Vec<Analysed<'_>>, Vec<SetAsid
 struct ToWrite<'b> {
     component: &'b Component,
     analysis: Analysis,
-    /// Weights that maps were folded into.
-    weights: Weights,
+    /// NamedWeights that maps were folded into.
+    weights: NamedWeights,
     /// Changes of the stream, by layer before pruning.
     behind: Vec<(usize, Behind<'b>)>,
 }
@@ -329,8 +329,8 @@ fn changes(compensated: Option<&Compensated>) -> impl Iterator<Item = (usize, &C
 fn folded<'c>(
     analysis: &Analysis,
     compensated: Option<&'c Compensated>,
-) -> Result<(Weights, Vec<(usize, Behind<'c>)>)> {
-    let (mut weights, mut behind) = (Weights::new(), Vec::new());
+) -> Result<(NamedWeights, Vec<(usize, Behind<'c>)>)> {
+    let (mut weights, mut behind) = (NamedWeights::new(), Vec::new());
     for (layer, change) in changes(compensated) {
         match change {
             Change::Fold(map) => weights.extend(fold_map(analysis, layer, map)?),

@@ -209,7 +209,7 @@ impl Maker<'_> {
     ///
     /// Errors: as `Stages::heal`.
     pub fn again(&mut self, model: &TrainedModel) -> Result<Finished> {
-        self.stages.store.forget(&model.step)?;
+        self.stages.store.remove_step(&model.step)?;
         self.heal(model)
     }
 

@@ -1,0 +1,125 @@
+//! A model is tuned to a target, and planned again for another one from what was measured.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use super::cli::{fixture, interlace, stderr, stdout};
+
+fn read(path: &Path) -> serde_json::Value {
+    serde_json::from_slice(&fs::read(path).expect("artifact")).expect("JSON")
+}
+
+/// Runs `tune` on the shipped model with a few samples. `more` are the other arguments.
+fn tune(folder: &Path, model: &str, more: &[&str]) -> Output {
+    interlace(folder, &arguments(model, more))
+}
+
+fn arguments<'a>(model: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+    const SHORT: [&str; 10] =
+        ["--turns", "separate", "--samples", "6", "--rounds", "2", "--new-tokens", "2", "--candidates", "1"];
+    ["tune", model].iter().chain(&SHORT).chain(more).copied().collect()
+}
+
+/// Plans again in a process that cannot load ONNX Runtime.
+fn replan(folder: &Path, model: &str, more: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_interlace"))
+        .args(arguments(model, more))
+        .current_dir(folder)
+        .env("ORT_DYLIB_PATH", "/no/such/library.so")
+        .output()
+        .expect("the binary starts")
+}
+
+#[test]
+fn a_model_is_tuned_to_a_size_and_planned_again_without_a_session() {
+    let folder = tempfile::tempdir().expect("folder");
+    let here = folder.path();
+    let (model, data) = (fixture("model"), fixture("data/finetune-small.parquet"));
+    let data = ["--data", &data];
+    let with = |more: &[&'static str]| data.iter().copied().chain(more.iter().copied()).collect::<Vec<_>>();
+
+    let output = tune(here, &model, &with(&["--size", "14MB", "-o", "out"]));
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let text = stdout(&output);
+    for part in ["one decoder layer", "one tower layer", "best: decoder layers", "25% of the decoder", "chosen"] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    assert!(stderr(&output).contains("picture budgets are not searched"), "{}", stderr(&output));
+    let report = read(&here.join("out.work/tune.json"));
+    let chosen = &report["candidates"][report["chosen"].as_u64().expect("a chosen one") as usize];
+    let (measured, predicted) = (
+        chosen["measured"]["size_bytes"].as_f64().unwrap(),
+        chosen["plan"]["predicted"]["size_bytes"].as_f64().unwrap(),
+    );
+    assert!(measured <= 14e6 && (measured / predicted - 1.0).abs() < 0.02, "{measured} {predicted}");
+    // The folder is the measured candidate: its history holds the plan.
+    let history = read(&here.join("out/interlace.json"))["history"].clone();
+    assert_eq!(history[0]["dropped"], chosen["plan"]["decoder"]);
+    assert_eq!(
+        read(&here.join("out/config.json"))["text_config"]["num_hidden_layers"],
+        16 - chosen["plan"]["decoder"].as_array().expect("a list").len()
+    );
+    // The loss of the written model is the one that the graph with switches gave for the same combination.
+    let (written, switched) = (chosen["held_back_loss"].as_f64().unwrap(), report["best"]["held_back_loss"].as_f64());
+    if chosen["plan"]["decoder"] == report["best"]["decoder"] && chosen["plan"]["tower"] == report["best"]["tower"] {
+        assert!((written - switched.expect("a loss")).abs() < 1e-3, "{written} {switched:?}");
+    }
+    let svg = fs::read_to_string(here.join("out.work/tune.svg")).expect("the front");
+    assert!(svg.starts_with("<svg") && svg.contains("<polyline") && svg.contains("<circle"), "{svg}");
+
+    let output = replan(here, &model, &with(&["--size", "12MB", "--work", "out.work", "--replan", "--json"]));
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let again: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert!(again["best"]["predicted"]["size_bytes"].as_f64().expect("bytes") <= 12e6);
+    assert_eq!(
+        (again["costs"].clone(), again["candidates"].as_array().map(Vec::len)),
+        (report["costs"].clone(), Some(0))
+    );
+
+    let refused = |more: &[&'static str], want: &[&str]| {
+        let output = replan(here, &model, &with(more));
+        assert_eq!(output.status.code(), Some(2), "{more:?}: {}", stdout(&output));
+        let message = stderr(&output);
+        assert!(want.iter().all(|part| message.contains(part)), "{more:?}: {message}");
+        assert!(!here.join("no").exists());
+    };
+    let work = ["--work", "out.work"];
+    let kept = |more: [&'static str; 3]| work.iter().copied().chain(more).collect::<Vec<_>>();
+    refused(
+        &kept(["--size", "1MB", "--replan"]),
+        &["target of a size of 1", "cannot be reached: the best is", "decoder layers"],
+    );
+    refused(&kept(["--ttft", "0.001ms", "--replan"]), &["cannot be reached: the best is", "ms to the first token"]);
+    refused(&kept(["--size", "1GB", "--replan"]), &["the model meets it as it is"]);
+    refused(&["--work", "out.work", "--size", "1MB", "-o", "no"], &["cannot be reached"]);
+    refused(
+        &["--work", "elsewhere", "--size", "12MB", "--replan"],
+        &["holds no measurements", "leave `--replan` out once"],
+    );
+    refused(&["--work", "out.work", "--size", "12MB", "--replan", "--seed", "7"], &["holds no measurements"]);
+    refused(&["--size", "14MB", "-o", "out"], &["output `out`", "exists"]);
+
+    // Measurements of another model are refused: this one lacks layers.
+    let other = replan(here, "out", &with(&["--size", "1MB", "--work", "out.work", "--replan"]));
+    assert_eq!(other.status.code(), Some(2));
+    assert!(stderr(&other).contains("holds measurements of another model"), "{}", stderr(&other));
+}
+
+#[test]
+fn targets_without_a_known_unit_are_usage_errors() {
+    let folder = tempfile::tempdir().expect("folder");
+    for (more, want) in [
+        (&["--ttft", "800"][..], "ms or s behind it, as in 800ms or 1.2s"),
+        (&["--size", "300"], "as in 300MB or 1.5GiB"),
+        (&["--tokens-per-s", "25/s"], "as in 25"),
+        (&["--strategy", "explicit", "--ttft", "1s"], "must be one of interlace"),
+        (&[], "--ttft <TIME>"),
+        (&["--ttft", "1s", "--recipe", "best"], "--train"),
+    ] {
+        let all: Vec<&str> = ["tune", "model", "--data", "d", "-o", "out"].iter().chain(more).copied().collect();
+        let output = interlace(folder.path(), &all);
+        assert_eq!(output.status.code(), Some(2), "{more:?}");
+        assert!(stderr(&output).contains(want), "{more:?}: {}", stderr(&output));
+    }
+}
