@@ -1,6 +1,5 @@
 //! Whole pipelines: recipes and sweeps, cached steps, the result table and the manifest.
 
-mod auto;
 mod comparison;
 mod prune_section;
 mod recipe;
@@ -8,6 +7,7 @@ mod run;
 mod stages;
 pub mod steps;
 mod store;
+mod strategies;
 mod sweep;
 mod table;
 mod tune;

@@ -12,13 +12,12 @@ use crate::data::{Amount, DataOptions, DataPart, ImageSettings, Turns};
 use crate::eval::BenchOptions;
 use crate::export::target_named;
 use crate::finetune::{self, DEFAULT_RECIPE, RecipeRow};
-use crate::method::select::Strategy;
 use crate::method::{ModalityWeights, check_weights};
 
-use super::auto::{AUTO, AutoSection};
 use super::comparison::{DenseRecipe, DenseSection, OtherData, check_names, parts};
 use super::prune_section::PruneSection;
 use super::steps::{EvalSettings, HowMany};
+use super::strategies::AutoSection;
 
 /// `recipe.toml`. Paths are relative to the recipe's own folder.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -348,15 +347,8 @@ impl Recipe {
             )
             .remedy("write one of them"));
         }
-        let named: Vec<String> = plan.strategies.iter().filter(|name| *name != AUTO).cloned().collect();
-        if !named.is_empty() || plan.strategies.is_empty() {
-            check_strategies("plan", &named)?;
-        }
-        if plan.strategies.iter().filter(|name| *name == AUTO).count() > 1 {
-            return Err(Error::invalid("plan", "strategy `auto` occurs twice").remedy("name it once"));
-        }
-        plan.check_auto(self.finetune.held_back)?;
-        self.prune.check(&plan.planned())?;
+        plan.auto.check(&plan.strategies, self.finetune.held_back)?;
+        self.prune.check(&plan.auto.planned(&plan.strategies))?;
         plan.modality_weights.as_ref().map_or(Ok(()), check_weights)?;
         if self.eval.benchmarks.is_empty() {
             return Err(Error::invalid("eval", "`benchmarks` is empty").remedy("name at least one file"));
@@ -366,27 +358,6 @@ impl Recipe {
         self.finetune.settings.check()?;
         self.finetune.dense_recipe().map(|_| ())
     }
-}
-
-/// Errors: `Error::Invalid` when the list is empty, or a strategy is unknown, repeated, or needs layers from the user.
-pub(super) fn check_strategies(section: &str, names: &[String]) -> Result<()> {
-    if names.is_empty() {
-        return Err(Error::invalid(section, "`strategies` is empty").remedy("name at least one"));
-    }
-    for (place, name) in names.iter().enumerate() {
-        Strategy::named(name)?;
-        if names[..place].contains(name) {
-            return Err(Error::invalid(section, format!("strategy `{name}` occurs twice")).remedy("name it once"));
-        }
-        if name == "explicit" {
-            return Err(Error::invalid(
-                section,
-                "strategy `explicit` names its layers on the command line, not in a recipe",
-            )
-            .remedy("use `interlace plan --drop`"));
-        }
-    }
-    Ok(())
 }
 
 fn cpu() -> String {

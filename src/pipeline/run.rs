@@ -15,12 +15,12 @@ use crate::export::{ExportSettings, export, target_named};
 use crate::method::Plan;
 use crate::method::select::Strategy;
 
-use super::auto::AUTO;
 use super::comparison::{DenseRecipe, check_there, parts};
 use super::recipe::{PlanSection, Recipe};
 use super::stages::{Healing, Stages, questions, size_bytes};
 use super::steps::{self, Drop, HowMany, PlanSettings, TextSettings, Trained};
 use super::store::{Finished, file_digests};
+use super::strategies::AUTO;
 use super::table::{Speed, Table, TableRow};
 
 /// Version of the schema of `manifest.json`.
@@ -94,7 +94,8 @@ pub fn run(
     let stages = Stages::open(folder, &recipe.model, recipe.device.parse()?, part, cancel, on_step)?;
     let mut run = RecipeRun { recipe, stages };
     let count = how_many(&recipe.plan).count(&run.stages.dense)?;
-    let scores = run.stages.scores(&recipe.calibration, &recipe.plan.planned(), &[count])?;
+    let scores =
+        run.stages.scores(&recipe.calibration, &recipe.plan.auto.planned(&recipe.plan.strategies), &[count])?;
     let mut plans = Vec::new();
     for name in &recipe.plan.strategies {
         plans.push(if name == AUTO { run.choose(&scores)? } else { run.plan(&scores, name)? });

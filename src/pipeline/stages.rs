@@ -189,12 +189,13 @@ impl<'a> Stages<'a> {
             std::iter::once(("model", self.dense.digest.as_str())).chain(inputs.iter().copied()).collect();
         let options = calibration.data_options(self.part);
         let (bundle, device, cancel) = (&self.bundle, self.device, self.cancel);
-        let subset = Subset { amount: Amount::Samples(steps::CALIBRATION_SAMPLES), seed: calibration.seed };
+        let (mut subset, mut fitted_on) = (Subset { amount: Amount::All, seed: calibration.seed }, None);
+        if settings.compensate.is_some() {
+            let dataset = Dataset::open_for(&calibration.data, bundle, &options)?;
+            subset.amount = Amount::Samples(steps::CALIBRATION_SAMPLES.min(dataset.len()));
+            fitted_on = Some(dataset.digest()?);
+        }
         let compensation = settings.compensation(subset)?;
-        let fitted_on = match compensation {
-            Some(_) => Some(Dataset::open_for(&calibration.data, bundle, &options)?.digest()?),
-            None => None,
-        };
         all.extend(fitted_on.iter().map(|digest| ("data", digest.as_str())));
         let (mut set_aside, mut left_out) = (Vec::new(), LeftOut::default());
         let key = (settings, compensation.map(|_| (subset, &options)));

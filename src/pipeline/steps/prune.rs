@@ -159,16 +159,7 @@ pub fn prune(
         // A plan of another model is the more likely reason.
         Err(error) => return Err(inputs(bundle, bundle.digest()?, drop).err().unwrap_or(error)),
     };
-    let loaded = match deepstack {
-        Deepstack::Keep => loaded,
-        Deepstack::Shift => loaded
-            .into_iter()
-            .map(|(component, analysis)| match has_additions(&analysis.map) {
-                true => Ok((component, shift_additions(&analysis, edit.dropped())?)),
-                false => Ok((component, analysis)),
-            })
-            .collect::<Result<Vec<_>>>()?,
-    };
+    let loaded = with_features(loaded, deepstack, &edit)?;
     let deepstack = loaded.iter().any(|(_, analysis)| has_additions(&analysis.map)).then_some(deepstack);
     if compensated.is_some() && deepstack == Some(Deepstack::Shift) {
         return Err(Error::unsupported("maps before the gaps", "are fitted with features that keep their place")
@@ -232,6 +223,22 @@ pub fn prune(
         left_out: bundle.left_out().to_vec(),
         set_aside,
     })
+}
+
+/// The analyses with the features that are added between layers where `deepstack` wants them.
+///
+/// Errors: as `shift_additions`.
+fn with_features<'a>(loaded: Vec<Analysed<'a>>, deepstack: Deepstack, edit: &LayerEdit) -> Result<Vec<Analysed<'a>>> {
+    match deepstack {
+        Deepstack::Keep => Ok(loaded),
+        Deepstack::Shift => loaded
+            .into_iter()
+            .map(|(component, analysis)| match has_additions(&analysis.map) {
+                true => Ok((component, shift_additions(&analysis, edit.dropped())?)),
+                false => Ok((component, analysis)),
+            })
+            .collect(),
+    }
 }
 
 /// The layers whose MLPs go, ascending.

@@ -12,8 +12,9 @@ use crate::finetune::{DEFAULT_RECIPE, RecipeRow, Settings};
 
 use super::super::comparison::{DenseRecipe, DenseSection, OtherData, check_names, parts};
 use super::super::prune_section::PruneSection;
-use super::super::recipe::{BenchSection, Calibration, check_strategies, read_file};
+use super::super::recipe::{BenchSection, Calibration, read_file};
 use super::super::steps::EvalSettings;
+use super::super::strategies::check_strategies;
 
 /// `sweep.toml`. Paths are relative to the file's own folder.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
